@@ -1,0 +1,23 @@
+"""The one format on disk: manifest, packed weights, digests, versions. Runs without torch, executes nothing it reads."""
+
+from __future__ import annotations
+
+from muntin.artifact.classes import ClassInfo
+from muntin.artifact.manifest import FORMAT, GoldenTolerance, LayerRecord, Manifest, Signature, TensorRecord
+from muntin.artifact.packing import pack, unpack
+from muntin.artifact.store import Artifact, open_artifact, write_artifact
+
+__all__ = [
+    "FORMAT",
+    "Artifact",
+    "ClassInfo",
+    "GoldenTolerance",
+    "LayerRecord",
+    "Manifest",
+    "Signature",
+    "TensorRecord",
+    "open_artifact",
+    "pack",
+    "unpack",
+    "write_artifact",
+]

@@ -1,0 +1,82 @@
+"""A directory written whole or not at all: a temporary sibling, fsync, rename."""
+
+from __future__ import annotations
+
+import os
+import secrets
+import shutil
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+
+from muntin.errors import ArtifactError
+
+
+def replace_directory(path: Path, contents: Mapping[str, bytes], *, marker: str) -> None:
+    """Makes `path` a directory of exactly these files.
+
+    One that is there already is replaced if it is empty, or holds `marker` and no other names than `contents` has; anything else raises
+    ArtifactError and stays as it is. So does a full disk, and nothing half-written is left. Between the two renames of a replacement,
+    a reader finds no directory for an instant; after a crash there the old one lies beside it, under a name that ends in ".old".
+    """
+    target = path.resolve()  # a link to an artefact stays a link
+    if not target.name:
+        raise ArtifactError(f"{path}: cannot be an artefact: name a directory of its own")
+    _refuse_foreign(path, target, contents.keys(), marker)
+    token = secrets.token_hex(4)
+    fresh, aside = target.with_name(f".{target.name}.{token}.partial"), target.with_name(f".{target.name}.{token}.old")
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        fresh.mkdir()
+        for name, data in contents.items():
+            _write(fresh / name, data)
+        _sync_directory(fresh)
+        _swap(fresh, target, aside)
+        _sync_directory(target.parent)
+    except OSError as error:
+        raise ArtifactError(
+            f"{path}: the artefact cannot be written ({error.strerror or error}): make room or name another place; nothing was left behind"
+        ) from error
+    finally:
+        shutil.rmtree(fresh, ignore_errors=True)
+    shutil.rmtree(aside, ignore_errors=True)
+
+
+def _refuse_foreign(path: Path, target: Path, names: Iterable[str], marker: str) -> None:
+    if not os.path.lexists(target):
+        return
+    if not target.is_dir():
+        raise ArtifactError(f"{path}: it is a file: name a directory")
+    present = {entry.name for entry in target.iterdir()}
+    foreign = sorted(present.difference(names))
+    if foreign or (present and marker not in present):
+        found = foreign[0] if foreign else min(present)
+        raise ArtifactError(f"{path}: it is no artefact (it holds {found}) and is not replaced: name another directory or empty it")
+
+
+def _swap(fresh: Path, target: Path, aside: Path) -> None:
+    if not target.exists():
+        fresh.rename(target)
+        return
+    target.rename(aside)
+    try:
+        fresh.rename(target)
+    except OSError:
+        aside.rename(target)
+        raise
+
+
+def _write(file: Path, data: bytes) -> None:
+    with file.open("xb") as stream:
+        stream.write(data)
+        stream.flush()
+        os.fsync(stream.fileno())
+
+
+def _sync_directory(directory: Path) -> None:
+    if os.name != "posix":  # elsewhere a directory cannot be opened, and the rename is all there is
+        return
+    descriptor = os.open(directory, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

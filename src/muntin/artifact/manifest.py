@@ -1,0 +1,160 @@
+"""What an artefact says about itself: `manifest.json`, its schema and its own digest.
+
+The digest is of the canonical JSON (sorted keys, no spaces) of everything but the digest: an editor may re-indent the file, and nobody
+may change a value in it. The digests of the other files are values of the manifest, so the one digest identifies the whole artefact.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from typing import Annotated, Any, Literal, Self
+
+from pydantic import BaseModel, ConfigDict, Field, JsonValue, ValidationError, model_validator
+
+from muntin.artifact.classes import ClassInfo
+from muntin.errors import ArtifactError
+
+FORMAT: Literal[1] = 1
+
+Task = Literal["segment", "classify", "restore"]
+FloatPrecision = Literal["f32", "bf16", "f16"]
+Sha256 = Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
+FileName = Literal["model.onnx", "weights.safetensors", "golden.safetensors"]
+
+
+class _Frozen(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+
+class Signature(_Frozen):
+    """What goes in and what comes out.
+
+    Images are (B, H, W, channels) in `dtype`; scores are float32: (B, K, scale*H, scale*W) for "segment" and "restore", (B, K) for
+    "classify". K is the number of classes, or of channels for "restore", which has no classes.
+    """
+
+    task: Task
+    channels: Annotated[int, Field(ge=1, le=16)]
+    scale: Annotated[int, Field(ge=1, le=16)] = 1
+    classes: Annotated[tuple[ClassInfo, ...], Field(max_length=255)] = ()
+    dtype: Literal["uint8"] = "uint8"
+
+    @model_validator(mode="after")
+    def _classes_fit_the_task(self) -> Self:
+        if (self.task == "restore") == bool(self.classes):
+            raise ValueError(f'task "{self.task}" with {len(self.classes)} classes: "restore" has none, the others at least one')
+        if self.task == "classify" and self.scale != 1:
+            raise ValueError(f'task "classify" with scale {self.scale}: it has no pixels to scale, leave 1')
+        return self
+
+    @property
+    def outputs(self) -> int:
+        """K, the channels of the scores."""
+        return self.channels if self.task == "restore" else len(self.classes)
+
+    def scores_shape(self, batch: int, height: int, width: int) -> tuple[int, ...]:
+        """The shape of the scores of a (batch, height, width, channels) input."""
+        if self.task == "classify":
+            return (batch, self.outputs)
+        return (batch, self.outputs, self.scale * height, self.scale * width)
+
+
+class LayerRecord(_Frozen):
+    """One layer as it was compressed.
+
+    `name` is also the name of the layer's compute node in `model.onnx` (or its prefix before a "/"): that is how verification finds
+    what the engine made of it. `activation_bits` None: its inputs are float.
+    """
+
+    name: Annotated[str, Field(min_length=1)]
+    kind: Annotated[str, Field(min_length=1)]
+    weight_bits: Annotated[int, Field(ge=1, le=64)]
+    activation_bits: Annotated[int, Field(ge=1, le=64)] | None = None
+    parameters: Annotated[int, Field(ge=0)] = 0
+    macs: Annotated[int, Field(ge=0)] | None = None
+    note: str = ""
+
+
+class TensorRecord(_Frozen):
+    """How one weight is stored: its bits per value, the shape it is restored to, and whether it holds integers or floats."""
+
+    bits: Annotated[int, Field(ge=1, le=64)]
+    shape: tuple[Annotated[int, Field(ge=0)], ...]
+    packing: Literal["int", "f16", "f32", "f64"]
+
+
+class GoldenTolerance(_Frozen):
+    """How far a replay may be from the golden scores.
+
+    `max_error`: the largest difference of one score, in standard deviations of the golden scores. `label_agreement`: the least share,
+    0 to 1, of pixels (or images) with the same label.
+    """
+
+    max_error: Annotated[float, Field(ge=0)]
+    label_agreement: Annotated[float, Field(ge=0, le=1)]
+
+
+class Manifest(_Frozen):
+    """All that an artefact says about itself. `precision` is what its float layers were measured in; `sha256` is its own digest."""
+
+    format: Literal[1] = FORMAT
+    muntin: str
+    created: str
+    signature: Signature
+    passes: tuple[dict[str, JsonValue], ...] = ()
+    layers: tuple[LayerRecord, ...] = ()
+    tensors: dict[str, TensorRecord] = {}
+    plan: dict[str, JsonValue] | None = None
+    precision: FloatPrecision = "f32"
+    measured: dict[str, JsonValue] = {}
+    golden_tolerance: dict[FloatPrecision, GoldenTolerance] = {}
+    files: dict[FileName, Sha256] = {}
+    sha256: str = ""
+
+
+def render_manifest(manifest: Manifest) -> tuple[Manifest, bytes]:
+    """The manifest with its digest, and the bytes of its file. Raises ArtifactError for a figure that JSON cannot hold (NaN, infinity)."""
+    content = manifest.model_dump(mode="json", exclude={"sha256"})
+    try:
+        digest = _content_digest(content)
+    except ValueError as error:
+        raise ArtifactError(
+            f"the manifest holds a value that JSON cannot ({_first_line(error)}): record finite numbers, or leave the entry out"
+        ) from error
+    text = json.dumps(content | {"sha256": digest}, indent=1, ensure_ascii=False, allow_nan=False)
+    return manifest.model_copy(update={"sha256": digest}), text.encode() + b"\n"
+
+
+def parse_manifest(data: bytes, where: str) -> Manifest:
+    """Reads `manifest.json`; `where` names it in errors. Raises ArtifactError when it is altered, newer, or not a manifest."""
+    try:
+        content = json.loads(data)
+    except (ValueError, RecursionError) as error:
+        raise ArtifactError(f"{where}: not a JSON document ({_first_line(error)}): copy or export the artefact again") from error
+    if not isinstance(content, dict) or not isinstance(content.get("format"), int):
+        raise ArtifactError(f"{where}: no artefact manifest (no `format` number in it): name a directory that muntin exported")
+    if content["format"] > FORMAT:
+        raise ArtifactError(f"{where}: artefact format {content['format']} is newer than this muntin reads ({FORMAT}): upgrade muntin")
+    recorded = content.pop("sha256", None)
+    try:
+        digest = _content_digest(content)
+    except (ValueError, RecursionError) as error:
+        raise ArtifactError(f"{where}: altered ({_first_line(error)}): copy or export the artefact again") from error
+    if digest != recorded:
+        raise ArtifactError(f"{where}: its content is not what its sha256 says, so it was altered: copy or export the artefact again")
+    try:
+        return Manifest.model_validate_json(json.dumps(content | {"sha256": digest}))
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        key = ".".join(str(part) for part in first["loc"])
+        raise ArtifactError(f"{where}: `{key}`: {first['msg']}: export the artefact again") from error
+
+
+def _content_digest(content: dict[str, Any]) -> str:
+    canonical = json.dumps(content, sort_keys=True, separators=(",", ":"), allow_nan=False)
+    return hashlib.sha256(canonical.encode()).hexdigest()
+
+
+def _first_line(error: BaseException) -> str:
+    return str(error).partition("\n")[0] or type(error).__name__

@@ -1,0 +1,203 @@
+"""An artefact on disk: written whole or not at all, read with every digest checked, never executed.
+
+    DIR/manifest.json         what it is (muntin.artifact.manifest)
+    DIR/model.onnx            the graph; an initializer that was moved out keeps its name, type and shape here, without data
+    DIR/weights.safetensors   each weight once: integers of 2 to 7 bits packed, "f16" floats in half precision, others as they are
+    DIR/golden.safetensors    images_0, scores_0, images_1, ... : inputs and what the model answered when it was made
+
+The names are fixed, so no manifest can point outside its directory. The same model, packing and golden pairs give the same bytes.
+"""
+
+from __future__ import annotations
+
+import builtins
+import hashlib
+import importlib.metadata
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any, get_args
+
+import numpy as np
+import onnx
+from numpy.typing import NDArray
+from pydantic import ValidationError
+from safetensors import SafetensorError
+from safetensors.numpy import load as load_tensors
+from safetensors.numpy import save as save_tensors
+
+from muntin.artifact.directory import replace_directory
+from muntin.artifact.manifest import (
+    FileName,
+    FloatPrecision,
+    GoldenTolerance,
+    LayerRecord,
+    Manifest,
+    Signature,
+    parse_manifest,
+    render_manifest,
+)
+from muntin.artifact.structure import Packing, join_model, split_model
+from muntin.errors import ArtifactError
+
+MANIFEST = "manifest.json"
+FILES: tuple[FileName, ...] = get_args(FileName)
+
+GoldenPair = tuple[NDArray[np.uint8], NDArray[np.float32]]
+
+
+@dataclass(frozen=True)
+class Artifact:
+    """An opened artefact: its directory and its manifest. Its files are read, and their digests checked again, when they are asked for."""
+
+    path: Path
+    manifest: Manifest
+
+    @property
+    def bytes(self) -> int:
+        """The size of the whole directory: what we report."""
+        return sum((self.path / name).stat().st_size for name in (MANIFEST, *FILES))
+
+    @property
+    def digest(self) -> str:
+        """Identifies everything in it: the manifest's sha256, which covers those of the files."""
+        return self.manifest.sha256
+
+    def model_bytes(self) -> builtins.bytes:
+        """The self-contained ONNX that an engine runs: packed integers as int8, "f16" as float32. Takes twice its size in memory."""
+        structure = _read_checked(self.path, "model.onnx", self.manifest)
+        try:
+            return join_model(structure, _read_tensors(self.path, "weights.safetensors", self.manifest), self.manifest.tensors)
+        except ArtifactError as error:
+            raise ArtifactError(f"{self.path}: {error}") from error
+
+    def golden(self) -> tuple[GoldenPair, ...]:
+        """The recorded (images uint8 (B, H, W, C), scores float32) pairs, in order."""
+        tensors = _read_tensors(self.path, "golden.safetensors", self.manifest)
+        try:
+            return tuple((tensors[f"images_{i}"], tensors[f"scores_{i}"]) for i in range(len(tensors) // 2))
+        except KeyError as error:
+            raise ArtifactError(f"{self.path / 'golden.safetensors'}: it has no {error.args[0]}: export the artefact again") from error
+
+
+def open_artifact(path: str | Path) -> Artifact:
+    """Opens an artefact directory after checking every digest: reads all of it once.
+
+    Raises ArtifactError, naming the file, when one is missing, added or altered, or when the format is newer than this version reads.
+    """
+    path = Path(path)
+    if not path.is_dir():
+        raise ArtifactError(f"{path}: no such artefact directory: name a directory that muntin exported")
+    if not (path / MANIFEST).is_file():
+        raise ArtifactError(f"{path}: it holds no {MANIFEST}: name a directory that muntin exported")
+    manifest = parse_manifest(_read(path / MANIFEST), str(path / MANIFEST))
+    present = {entry.name for entry in path.iterdir()}
+    for name in FILES:
+        if name not in manifest.files:
+            raise ArtifactError(f"{path / MANIFEST}: it names no digest for {name}: export the artefact again")
+        if name not in present:
+            raise ArtifactError(f"{path / name}: missing: copy or export the artefact again")
+    if extra := sorted(present - {MANIFEST, *FILES}):
+        raise ArtifactError(f"{path / extra[0]}: not part of the artefact: remove it")
+    for name in FILES:
+        _read_checked(path, name, manifest)
+    return Artifact(path, manifest)
+
+
+def write_artifact(
+    path: str | Path,
+    *,
+    model: onnx.ModelProto,
+    signature: Signature,
+    golden: Sequence[GoldenPair],
+    golden_tolerance: Mapping[FloatPrecision, GoldenTolerance],
+    packing: Packing | None = None,
+    layers: Iterable[LayerRecord] = (),
+    passes: Iterable[Mapping[str, Any]] = (),
+    plan: Mapping[str, Any] | None = None,
+    precision: FloatPrecision = "f32",
+    measured: Mapping[str, Any] | None = None,
+    created: str | None = None,
+) -> Artifact:
+    """Writes a self-contained ONNX model as an artefact directory, whole or not at all; an artefact that is there is replaced.
+
+    Initializers of more than 64 elements, and those that `packing` names, move to `weights.safetensors`: at 2 to 8 bits where it gives an
+    integer (for INT8 and UINT8), in half precision where it says "f16" (for FLOAT), otherwise as they are. Doc strings, metadata and
+    inferred shapes of intermediates are left out; names stay. `model` is not changed. Costs about twice the model's bytes in memory.
+
+    Raises ArtifactError: what is at `path` is no artefact, the disk is full, a value does not fit its bits, or the model expands to more
+    than 2 GiB.
+    """
+    path = Path(path)
+    structure, tensors, records = split_model(model, packing or {})
+    contents: dict[FileName, bytes] = {
+        "model.onnx": structure.SerializeToString(deterministic=True),
+        "weights.safetensors": save_tensors(tensors),
+        "golden.safetensors": save_tensors(_golden_tensors(golden, signature)),
+    }
+    try:
+        manifest = Manifest(
+            muntin=_version(),
+            created=created or datetime.now(UTC).isoformat(timespec="seconds"),
+            signature=signature,
+            passes=tuple(dict(entry) for entry in passes),
+            layers=tuple(layers),
+            tensors=records,
+            plan=None if plan is None else dict(plan),
+            precision=precision,
+            measured=dict(measured or {}),
+            golden_tolerance=dict(golden_tolerance),
+            files={name: hashlib.sha256(data).hexdigest() for name, data in contents.items()},
+        )
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        key = ".".join(str(part) for part in first["loc"])
+        raise ArtifactError(f"manifest field `{key}`: {first['msg']}: record plain values") from error
+    manifest, rendered = render_manifest(manifest)
+    replace_directory(path, {MANIFEST: rendered, **{str(name): data for name, data in contents.items()}}, marker=MANIFEST)
+    return Artifact(path, manifest)
+
+
+def _golden_tensors(golden: Sequence[GoldenPair], signature: Signature) -> dict[str, NDArray[Any]]:
+    if not golden:
+        raise ArtifactError("no golden pairs: give at least one (images, scores) pair, or nothing can be verified later")
+    tensors: dict[str, NDArray[Any]] = {}
+    for index, (images, scores) in enumerate(golden):
+        if images.dtype != np.uint8 or images.ndim != 4 or images.shape[3] != signature.channels:
+            raise ArtifactError(f"golden images {index}: {images.dtype} {images.shape}: uint8 (B, H, W, {signature.channels}) is needed")
+        expected = signature.scores_shape(*images.shape[:3])
+        if scores.dtype != np.float32 or scores.shape != expected or not np.isfinite(scores).all():
+            raise ArtifactError(f"golden scores {index}: {scores.dtype} {scores.shape}: finite float32 {expected} is needed")
+        tensors[f"images_{index}"], tensors[f"scores_{index}"] = np.ascontiguousarray(images), np.ascontiguousarray(scores)
+    return tensors
+
+
+def _read(file: Path) -> bytes:
+    try:
+        return file.read_bytes()
+    except OSError as error:
+        raise ArtifactError(f"{file}: cannot be read ({error.strerror}): check the path and its permissions") from error
+
+
+def _read_checked(path: Path, name: FileName, manifest: Manifest) -> bytes:
+    data = _read(path / name)
+    if hashlib.sha256(data).hexdigest() != manifest.files[name]:
+        raise ArtifactError(f"{path / name}: its content is not what the manifest's sha256 says: copy or export the artefact again")
+    return data
+
+
+def _read_tensors(path: Path, name: FileName, manifest: Manifest) -> dict[str, NDArray[Any]]:
+    data = _read_checked(path, name, manifest)
+    try:
+        tensors: dict[str, NDArray[Any]] = load_tensors(data)
+    except (SafetensorError, KeyError) as error:  # KeyError: a type that numpy does not have
+        raise ArtifactError(f"{path / name}: not readable as safetensors ({error}): export the artefact again") from error
+    return tensors
+
+
+def _version() -> str:
+    with suppress(importlib.metadata.PackageNotFoundError):
+        return importlib.metadata.version("muntin")
+    return "unknown"

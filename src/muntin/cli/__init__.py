@@ -1,0 +1,59 @@
+"""The command line: parse, call, print. A command imports its room when it runs, so that `--help` is quick."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+
+import typer
+
+from muntin.cli.console import quiet_exit, say
+from muntin.cli.deploy import export_command, predict_command, verify_command
+from muntin.cli.models import init_command, models_command
+from muntin.cli.report import demo_command, report_command
+from muntin.cli.train import evaluate_command, fit_command
+from muntin.errors import MuntinError
+
+app = typer.Typer(
+    help="Make vision models small and fast, and prove it on what is deployed.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+
+COMMANDS: dict[str, Callable[..., None]] = {
+    "demo": demo_command,
+    "init": init_command,
+    "fit": fit_command,
+    "evaluate": evaluate_command,
+    "export": export_command,
+    "verify": verify_command,
+    "predict": predict_command,
+    "report": report_command,
+    "models": models_command,
+}
+for _name, _command in COMMANDS.items():
+    app.command(_name)(_command)
+
+
+def main() -> None:
+    """Entry point: 0 done, 1 the user's input or a failed check (one line on stderr), 2 usage."""
+    try:
+        app()
+    except MuntinError as error:
+        say(f"muntin: {error}")
+        sys.exit(1)
+    except ModuleNotFoundError as error:
+        if (error.name or "").split(".")[0] not in ("torch", "torchvision", "onnxscript", "timm", "torchmetrics", "tensorboard"):
+            raise
+        say(f"muntin: this command needs the package {error.name}: pip install 'muntin[train]'")
+        sys.exit(1)
+    except BrokenPipeError:
+        quiet_exit()
+    except OSError as error:
+        where = f"{error.filename}: " if error.filename else ""
+        say(f"muntin: {where}{error.strerror or error}; check the path, its permissions and the free space")
+        sys.exit(1)
+    except KeyboardInterrupt:
+        say("muntin: interrupted")
+        sys.exit(1)

@@ -1,0 +1,58 @@
+"""What every command shares: progress on a terminal, one JSON document where asked, one line and an exit code for a mistake."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+out = Console(highlight=False, soft_wrap=True)
+err = Console(stderr=True, highlight=False, soft_wrap=True)
+
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON document as the last output.")]
+
+
+def print_json(document: Any) -> None:
+    """One JSON document on standard output."""
+    sys.stdout.write(json.dumps(document, indent=1, ensure_ascii=False, allow_nan=False, default=str) + "\n")
+    sys.stdout.flush()
+
+
+def say(text: str) -> None:
+    """A line for a person, on standard error, so that standard output stays what was asked for."""
+    err.print(text, markup=False)
+
+
+@contextmanager
+def progress_bar(description: str) -> Iterator[Callable[[int, int], None]]:
+    """`advance(done, total)` for a bar on a terminal; in a pipe it shows nothing."""
+    if not err.is_terminal:
+        yield lambda done, total: None
+        return
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=err, transient=True) as bar:
+        task = bar.add_task(description, total=None)
+        yield lambda done, total: bar.update(task, completed=done, total=total)
+
+
+@contextmanager
+def status(description: str) -> Iterator[Callable[[str], None]]:
+    """`stage(name)` for work that has named stages and no count; in a pipe it shows nothing."""
+    if not err.is_terminal:
+        yield lambda name: None
+        return
+    with err.status(description) as spinner:
+        yield lambda name: spinner.update(f"{description}: {name}")
+
+
+def quiet_exit() -> None:
+    """Leave without a traceback when whoever reads our output has gone (`muntin models | head -1`)."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    raise SystemExit(0)

@@ -1,0 +1,221 @@
+"""`muntin export`, `muntin verify` and `muntin predict`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from muntin.cli.console import Json, out, print_json, progress_bar, say, status
+from muntin.errors import DataError, VerificationError
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+
+    from muntin.runtime import Session
+
+Engine = Annotated[str, typer.Option(help="openvino or onnxruntime.")]
+Precision = Annotated[str, typer.Option(help="recorded, f32, bf16 or f16: what the float layers run in.")]
+Threads = Annotated[int | None, typer.Option(min=1, help="Threads of the engine; the usable physical cores by default.")]
+ArtifactPath = Annotated[Path, typer.Argument(help="An artefact's folder, written by `muntin export`.")]
+
+
+def export_command(
+    checkpoint: Annotated[Path, typer.Argument(help="A run's folder or one of its checkpoints.")],
+    output: Annotated[Path | None, typer.Option("--output", "-o", help="Folder of the artefact; RUN/artifact by default.")] = None,
+    floating: Annotated[bool, typer.Option("--float", help="Do not quantise: all layers in floating point.")] = False,
+    json: Json = False,
+) -> None:
+    """Quantise a checkpoint to INT8 and write it as an artefact that runs without PyTorch."""
+    from muntin.deployment.assessment import export_checkpoint
+    from muntin.training import find_checkpoint, read_checkpoint
+
+    found = find_checkpoint(checkpoint)
+    target = output or found.parent.parent / "artifact"
+    with status("exporting"):
+        artifact = export_checkpoint(read_checkpoint(found), target, integer=not floating)
+    manifest = artifact.manifest
+    integers = [layer for layer in manifest.layers if layer.activation_bits == 8]
+    kept = {layer.name: layer.note for layer in manifest.layers if layer.activation_bits is None}
+    recorded_notes = manifest.measured.get("notes")
+    notes = recorded_notes if isinstance(recorded_notes, list) else []
+    if json:
+        print_json(
+            {
+                "artifact": target,
+                "bytes": artifact.bytes,
+                "precision": manifest.precision,
+                "int8_layers": len(integers),
+                "kept": kept,
+                "notes": notes,
+            }
+        )
+        return
+    out.print(
+        f"wrote     {target}: {artifact.bytes / 1e6:.2f} MB, {len(integers)} layers in INT8, others in {manifest.precision}", markup=False
+    )
+    for name, reason in kept.items():
+        out.print(f"kept      {name}: {reason or 'not quantised'}", markup=False)
+    for note in notes:
+        out.print(f"note      {note}", markup=False)
+
+
+def verify_command(
+    artifact: ArtifactPath, engine: Engine = "openvino", precision: Precision = "recorded", threads: Threads = None, json: Json = False
+) -> None:
+    """Check an artefact: digests, golden answers, and that its INT8 layers really run on integers."""
+    from muntin.runtime import verify
+
+    with status("verifying"):
+        result = verify(artifact, engine=engine, precision=precision, threads=threads)
+    integers = [layer.name for layer in result.layers if layer.compute and layer.precision == "i8"]
+    if json:
+        document: dict[str, Any] = {
+            "artifact": artifact, "passed": result.passed, "engine": result.engine, "precision": result.precision, "files": result.digests,
+            "golden": [
+                {"shape": g.shape, "max_error": g.max_error, "label_agreement": g.label_agreement, "passed": g.passed}
+                for g in result.golden
+            ],
+            "integer_layers": integers, "fallbacks": result.fallbacks, "problems": result.problems,
+        }  # fmt: skip
+        print_json(document)
+    else:
+        out.print(f"files     {len(result.digests)} digests agree", markup=False)
+        for golden in result.golden:
+            agreement = "" if golden.label_agreement is None else f", {golden.label_agreement:.2%} of its labels agree"
+            out.print(f"golden    {golden.shape}: largest error {golden.max_error:.2g} standard deviations{agreement}", markup=False)
+        out.print(
+            f"integers  {len(integers)} layers run on INT8 kernels of {result.engine}, the others in {result.precision}", markup=False
+        )
+        if result.fallbacks and result.passed:
+            out.print(
+                f"note      {len(result.fallbacks)} INT8 layers run in float in {result.engine}: {', '.join(result.fallbacks[:3])}, ...",
+                markup=False,
+            )
+    if not result.passed:
+        raise VerificationError(
+            f"{artifact}: {result.problems[0]}" + (f" (and {len(result.problems) - 1} more)" if len(result.problems) > 1 else "")
+        )
+
+
+def predict_command(
+    artifact: ArtifactPath,
+    image: Annotated[Path, typer.Argument(help="An image, or a folder of them.")],
+    output: Annotated[Path, typer.Option("--output", "-o", help="Folder of the results.")] = Path("predictions"),
+    truth: Annotated[
+        Path | None, typer.Option(help="A mask of class numbers, 255 ignored: also writes a difference picture. One image only.")
+    ] = None,
+    tile: Annotated[int, typer.Option(min=1, help="Side of the blended tiles, pixels.")] = 512,
+    overlap: Annotated[
+        int | None, typer.Option(min=0, help="Pixels that neighbouring tiles share; a quarter of the tile by default.")
+    ] = None,
+    exact: Annotated[
+        bool, typer.Option("--exact", help="Tiles whose result equals the untiled one; refused where the artefact has no plan for it.")
+    ] = False,
+    engine: Engine = "openvino",
+    precision: Precision = "recorded",
+    threads: Threads = None,
+    json: Json = False,
+) -> None:
+    """Segment or classify images: a mask and an overlay for each, or a class."""
+    from muntin.runtime import load
+
+    images = _images(image)
+    if truth is not None and len(images) != 1:
+        raise DataError(f"--truth goes with one image, and {image} holds {len(images)}: name one")
+    session = load(artifact, engine=engine, precision=precision, threads=threads)
+    results = []
+    with progress_bar("predicting") as advance:
+        for done, path in enumerate(images, 1):
+            if session.signature.task == "classify":
+                results.append(_classify(session, path))
+            else:
+                results.append(_segment(session, path, output, truth, {"tile": tile, "overlap": overlap, "exact": exact}))
+            advance(done, len(images))
+    if json:
+        print_json({"artifact": artifact, "engine": session.engine, "precision": session.precision, "results": results})
+        return
+    for result in results:
+        what = result.get("class") or ", ".join(str(v) for k, v in result.items() if k in ("mask", "image", "overlay", "difference"))
+        agreement = f" ({result['agreement']:.2%} of the pixels that count agree with the truth)" if "agreement" in result else ""
+        out.print(f"{result['source']} -> {what}{agreement}", markup=False)
+
+
+def _images(path: Path) -> list[Path]:
+    from muntin.runtime.images import IMAGE_SUFFIXES
+
+    if not path.is_dir():
+        return [path]
+    found = sorted(p for p in path.iterdir() if p.suffix.lower() in IMAGE_SUFFIXES)
+    if not found:
+        raise DataError(f"{path} holds no image ({', '.join(IMAGE_SUFFIXES)}); name an image or a folder of them")
+    stems = [p.stem for p in found]
+    twice = next((s for s in stems if stems.count(s) > 1), None)
+    if twice is not None:
+        raise DataError(f"{path} holds several images named {twice}, whose results would overwrite each other: rename them")
+    return found
+
+
+def _classify(session: Session, path: Path) -> dict[str, Any]:
+    import numpy as np
+
+    from muntin.runtime import predict
+    from muntin.runtime.images import read_image
+
+    scores = predict(session, read_image(path, channels=session.signature.channels))
+    weights = np.exp(scores - scores.max())
+    best = int(scores.argmax())
+    return {"source": str(path), "class": session.signature.classes[best].name, "probability": float(weights[best] / weights.sum())}
+
+
+def _segment(session: Session, path: Path, output: Path, truth: Path | None, tiles: dict[str, Any]) -> dict[str, Any]:
+    from muntin.runtime import predict
+    from muntin.runtime.images import overlay, read_image, write_image
+
+    image = read_image(path, channels=session.signature.channels)
+    known = None if truth is None else _read_truth(truth, image.shape[:2], len(session.signature.classes))
+    answer = predict(session, image, **tiles)
+    output.mkdir(parents=True, exist_ok=True)
+    if session.signature.task == "restore":
+        write_image(output / f"{path.stem}.png", answer)
+        return {"source": str(path), "image": str(output / f"{path.stem}.png")}
+    classes = session.signature.classes
+    result: dict[str, Any] = {"source": str(path), "mask": str(output / f"{path.stem}.mask.png")}
+    write_image(output / f"{path.stem}.mask.png", answer)
+    if image.shape[2] in (1, 3, 4):
+        result["overlay"] = str(output / f"{path.stem}.overlay.png")
+        write_image(output / f"{path.stem}.overlay.png", overlay(image, answer, classes))
+    else:
+        say(f"{path}: {image.shape[2]} channels cannot be shown: no overlay")
+    if known is not None:
+        result["difference"] = str(output / f"{path.stem}.difference.png")
+        result["agreement"] = _write_difference(output / f"{path.stem}.difference.png", answer, known)
+    total = answer.size
+    result["shares"] = {c.name: float((answer == k).sum() / total) for k, c in enumerate(classes)}
+    return result
+
+
+def _read_truth(path: Path, size: tuple[int, ...], classes: int) -> NDArray[np.uint8]:
+    import numpy as np
+
+    from muntin.runtime.images import IGNORED, read_mask
+
+    mask = read_mask(path)
+    if mask.shape != tuple(size):
+        raise DataError(
+            f"{path}: the mask is {mask.shape[1]}x{mask.shape[0]} and the image {size[1]}x{size[0]}; give the mask of this image"
+        )
+    wrong = np.setdiff1d(np.unique(mask), [*range(classes), IGNORED])
+    if wrong.size:
+        raise DataError(f"{path}: the mask holds the value {wrong[0]}; allowed are 0 to {classes - 1}, and {IGNORED} for what is ignored")
+    return mask.astype(np.uint8)
+
+
+def _write_difference(path: Path, labels: NDArray[np.uint8], truth: NDArray[np.uint8]) -> float:
+    from muntin.runtime.images import IGNORED, difference, write_image
+
+    write_image(path, difference(labels, truth))
+    counted = truth != IGNORED
+    return float((labels == truth)[counted].mean()) if counted.any() else 1.0

@@ -1,0 +1,68 @@
+"""`muntin models` and `muntin init`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.table import Table
+
+from muntin.cli.console import Json, out, print_json, progress_bar
+
+
+def models_command(
+    size: Annotated[int, typer.Option(min=1, max=4096, help="Side of the image that multiply-adds are counted at, pixels.")] = 512,
+    json: Json = False,
+) -> None:
+    """The named models: parameters, multiply-adds, structure."""
+    import torch
+
+    from muntin.deployment import image_macs, parameter_count
+    from muntin.models import PRESETS, HybridNet, create_model
+
+    rows = []
+    with progress_bar("counting") as advance:
+        for done, name in enumerate(PRESETS, 1):
+            model = create_model(name, classes=6)
+            assert isinstance(model, HybridNet)
+            config = model.config
+            macs = image_macs(model, torch.zeros(1, 3, size, size))
+            rows.append(
+                {
+                    "name": name,
+                    "params": parameter_count(model),
+                    "gmacs": macs / 1e9,
+                    "attention": config.attention,
+                    "dims": config.dims,
+                    "depths": config.depths,
+                }
+            )
+            advance(done, len(PRESETS))
+    if json:
+        print_json({"size": size, "models": rows, "others": ["timm:NAME", "torchvision:NAME", "package.module:factory"]})
+        return
+    table = Table("name", "M params", f"GMACs at {size}²", "attention", "channels", "blocks", title="6 classes, 3 channels")
+    for row in rows:
+        lists = [" + ".join(str(v) for v in row[key]) for key in ("dims", "depths")]  # type: ignore[attr-defined]
+        table.add_row(str(row["name"]), f"{row['params'] / 1e6:.2f}", f"{row['gmacs']:.2f}", str(row["attention"]), *lists)  # type: ignore[operator]
+    out.print(table)
+    out.print("also timm:NAME, torchvision:NAME and package.module:factory", markup=False)
+
+
+def init_command(
+    directory: Annotated[Path, typer.Argument(help="Your folder: images/ with masks/, or a folder of images for each class.")],
+    task: Annotated[str | None, typer.Option(help="segment or classify; found out by default.")] = None,
+    json: Json = False,
+) -> None:
+    """Write a commented recipe for a folder of your own images."""
+    from muntin.data.init import write_recipe
+    from muntin.errors import RecipeError
+
+    if task not in (None, "segment", "classify"):
+        raise RecipeError(f"task '{task}': give segment or classify")
+    path = write_recipe(directory, task=task)  # type: ignore[arg-type]
+    if json:
+        print_json({"recipe": path})
+        return
+    out.print(f"wrote     {path}: read it, rename the classes, then `muntin fit {path}`", markup=False)

@@ -1,0 +1,60 @@
+"""`muntin report` and `muntin demo`."""
+
+from __future__ import annotations
+
+from importlib import resources
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from muntin.cli.console import Json, out, print_json, say, status
+
+
+def report_command(
+    run: Annotated[Path, typer.Argument(help="A run's folder or one of its checkpoints.")],
+    output: Annotated[Path | None, typer.Option("--output", "-o", help="Folder of the report; the run's own by default.")] = None,
+    json: Json = False,
+) -> None:
+    """Quantise, export, verify and measure a run on its test split; write report.html and report.json."""
+    from muntin.training import find_checkpoint
+
+    checkpoint = find_checkpoint(run)
+    _finish(checkpoint, output or checkpoint.parent.parent, json)
+
+
+def demo_command(
+    output: Annotated[Path, typer.Option("--output", "-o", help="Folder of the run.")] = Path("runs/demo"),
+    set_: Annotated[list[str] | None, typer.Option("--set", help="Replace a value of the recipe, e.g. --set seed=1; repeatable.")] = None,
+    json: Json = False,
+) -> None:
+    """The whole way on a satellite photograph: train, quantise, export, verify, measure, report. Run again, it goes on."""
+    from muntin.cli.train import describe_fit, fit_with_progress
+    from muntin.training import load_recipe
+
+    with resources.as_file(resources.files("muntin") / "recipes" / "demo.yaml") as path:
+        recipe = load_recipe(path, set_ or ())
+    result = fit_with_progress(recipe, root=Path.cwd(), directory=output, resume=True)
+    if result.interrupted:
+        say(f"muntin: interrupted after step {result.step} of {result.steps}; the same command goes on")
+        raise typer.Exit(1)
+    if not json:
+        describe_fit(result)
+    _finish(result.checkpoint, output, json)
+
+
+def _finish(checkpoint: Path, directory: Path, json: bool) -> None:
+    from muntin.deployment.assessment import assess
+    from muntin.reporting import terminal_table, write_report
+    from muntin.training import read_checkpoint
+
+    with status("assessing") as stage:
+        report: dict[str, Any] = assess(read_checkpoint(checkpoint), directory, stage=stage)
+    page = write_report(directory, report)
+    if json:
+        print_json({"report": page, **report})
+        return
+    out.print(terminal_table(report))
+    if report["agreement"] is not None:
+        out.print(f"agreement {report['agreement']:.3%} of the test labels are the same deployed and simulated", markup=False)
+    out.print(f"wrote     {page}", markup=False)

@@ -1,0 +1,111 @@
+"""`muntin fit` and `muntin evaluate`."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from muntin.cli.console import Json, err, out, print_json, progress_bar, say
+
+if TYPE_CHECKING:
+    from muntin.training import FitProgress, FitResult, Recipe
+
+Set = Annotated[list[str] | None, typer.Option("--set", help="Replace a value of the recipe, e.g. --set training.steps=200; repeatable.")]
+
+
+def fit_command(
+    recipe: Annotated[Path, typer.Argument(help="A YAML recipe; `muntin init DIR` writes one.")],
+    output: Annotated[Path | None, typer.Option("--output", "-o", help="Folder of the run; runs/NAME by default.")] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on from the newest checkpoint.")] = False,
+    set_: Set = None,
+    json: Json = False,
+) -> None:
+    """Train a model by a recipe."""
+    from muntin.training import load_recipe
+
+    result = fit_with_progress(load_recipe(recipe, set_ or ()), root=recipe.resolve().parent, directory=output, resume=resume)
+    if json:
+        print_json({**asdict(result), "validation": result.validation})
+    else:
+        describe_fit(result)
+    if result.interrupted:
+        say(f"muntin: interrupted after step {result.step} of {result.steps}; `muntin fit {recipe} --resume` goes on")
+        raise typer.Exit(1)
+
+
+def fit_with_progress(recipe: Recipe, *, root: Path, directory: Path | None, resume: bool) -> FitResult:
+    """`fit`, with a bar on a terminal."""
+    from muntin.training import fit
+
+    if not err.is_terminal:
+        return fit(recipe, root=root, directory=directory, resume=resume)
+    columns = (
+        TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(elapsed_when_finished=True),
+        TextColumn("{task.fields[figures]}"),
+    )  # fmt: skip
+    with Progress(*columns, console=err) as bar:
+        task = bar.add_task("training", total=None, figures="")
+
+        def report(progress: FitProgress) -> None:
+            if progress.kind == "check":
+                bar.update(task, description="checking data", completed=progress.step, total=progress.steps)
+                return
+            bar.update(task, description="training", completed=progress.step, total=progress.steps)
+            if progress.kind == "step":
+                bar.update(task, figures=_figures(progress, recipe.task))
+
+        return fit(recipe, root=root, directory=directory, resume=resume, report=report)
+
+
+def _figures(progress: FitProgress, task: str) -> str:
+    metric = "mIoU" if task == "segment" else "accuracy"
+    score = "" if progress.score is None else f"  validation {metric} {progress.score:.3f}"
+    return f"loss {progress.loss:.3f}  {progress.images_per_second:.0f} images/s{score}"
+
+
+def describe_fit(result: FitResult) -> None:
+    """Where a run ended, for a person."""
+    out.print(f"trained   {result.step} of {result.steps} steps in {result.seconds:.0f} s, {result.precision}", markup=False)
+    for note in result.notes:
+        out.print(f"note      {note}", markup=False)
+    if result.validation:
+        out.print(f"score     {result.validation[-1]['score']:.4f} on the validation split", markup=False)
+    out.print(f"wrote     {result.checkpoint}", markup=False)
+
+
+def evaluate_command(
+    checkpoint: Annotated[Path, typer.Argument(help="A run's folder or one of its checkpoints.")],
+    split: Annotated[str, typer.Option(help="train, validation or test.")] = "test",
+    artifact: Annotated[Path | None, typer.Option(help="Evaluate this artefact instead, on the checkpoint's data.")] = None,
+    engine: Annotated[str, typer.Option(help="The artefact's engine: openvino or onnxruntime.")] = "openvino",
+    tile: Annotated[int | None, typer.Option(min=1, help="Side of the tiles, pixels; twice the training crop by default.")] = None,
+    json: Json = False,
+) -> None:
+    """Score a checkpoint, or an artefact made of it, on a split of its data."""
+    from muntin.data.source import SPLITS
+    from muntin.deployment.assessment import source_of
+    from muntin.errors import RecipeError
+    from muntin.models import TorchSession
+    from muntin.runtime import load
+    from muntin.training import evaluate, read_checkpoint
+    from muntin.training.evaluation import tile_of
+    from muntin.training.loop import signature_of
+
+    if split not in SPLITS:
+        raise RecipeError(f"split '{split}': give one of {', '.join(SPLITS)}")
+    loaded = read_checkpoint(checkpoint)
+    source = source_of(loaded)
+    session: Any = load(artifact, engine=engine) if artifact else TorchSession(loaded.model(), signature_of(loaded.recipe, source))
+    with progress_bar(f"evaluating {split}") as advance:
+        result = evaluate(session, source.split(split), tile=tile or tile_of(loaded.recipe.data.crop), progress=advance)
+    if json:
+        print_json({"split": split, "engine": session.engine, "score": result.score, **asdict(result)})
+        return
+    metric = "mIoU" if result.task == "segment" else "accuracy"
+    out.print(f"{metric} {result.score:.4f} on {split} ({result.samples} samples), {session.engine} {session.precision}", markup=False)
+    for name, value in result.iou.items():
+        out.print(f"  {name:<20} {'-' if value is None else f'{value:.4f}'}", markup=False)

@@ -1,0 +1,123 @@
+"""Folding what is affine after training into the layer beside it: norms into convolutions and projections, gates into Linears.
+
+Folding changes nothing in exact arithmetic, takes the norms out of the deployed graph, and has to come before
+quantisation, so that what is quantised is what will run.
+
+Axes: O output and I input channels of a weight.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+
+from muntin.compression.change import Change
+from muntin.compression.rewrite import named
+from muntin.layers import ChannelGate, ConvUnit, MapNorm, TokenNorm
+from muntin.layers.attention import Attention
+from muntin.layers.block import ParallelBlock, Perceptron, SerialBlock
+from muntin.layers.windows import Grid
+
+
+class Folded(nn.Module):
+    """Stands where a norm was: passes tokens on as they are."""
+
+    def forward(self, t_STC: Tensor, grid: Grid) -> Tensor:
+        return t_STC
+
+
+def _bias(layer: nn.Linear | nn.Conv2d) -> Tensor:
+    if layer.bias is None:
+        layer.bias = nn.Parameter(torch.zeros(layer.weight.shape[0], dtype=layer.weight.dtype, device=layer.weight.device))
+    return layer.bias
+
+
+def fold_after(conv: nn.Conv2d, norm: MapNorm) -> None:
+    """norm(conv(x)) becomes conv(x): the norm's affine map goes into the weight's rows and the bias."""
+    a_O, b_O = norm.affine()
+    bias_O = _bias(conv)
+    conv.weight.mul_(a_O.reshape(-1, 1, 1, 1))
+    bias_O.mul_(a_O).add_(b_O)
+
+
+def fold_before(norm: TokenNorm, linear: nn.Linear) -> None:
+    """linear(norm(x)) becomes linear(x): the norm's affine map goes into the weight's columns and the bias."""
+    a_I, b_I = norm.affine()
+    _bias(linear).add_(linear.weight @ b_I)
+    linear.weight.mul_(a_I)
+
+
+def fold_gate(linear: nn.Linear, gate: ChannelGate) -> None:
+    """gate(relu(linear(x))) becomes relu(linear(x)): gates are not negative, so ReLU lets them pass."""
+    g_O = gate.openness()
+    linear.weight.mul_(g_O.reshape(-1, 1))
+    _bias(linear).mul_(g_O)
+
+
+def _fold_unit(unit: ConvUnit) -> str | None:
+    if not isinstance(unit.norm, MapNorm):
+        return None
+    fold_after(unit.conv, unit.norm)
+    unit.norm = nn.Identity()
+    return "norm folded into the convolution before it"
+
+
+def _entrance(attention: Attention) -> nn.Linear | None:
+    project = getattr(attention, "project", None)
+    return project if isinstance(project, nn.Linear) else None
+
+
+def _fold_parallel(block: ParallelBlock) -> str | None:
+    project = _entrance(block.attention)
+    if not isinstance(block.norm, TokenNorm) or project is None or not isinstance(block.mlp.expand, nn.Linear):
+        return None
+    for linear in (project, block.mlp.expand):
+        fold_before(block.norm, linear)
+    block.norm = Folded()  # type: ignore[assignment]
+    return "norm folded into the two projections that read it"
+
+
+def _fold_serial(block: SerialBlock) -> str | None:
+    project = _entrance(block.attention)
+    if not isinstance(block.norm_attention, TokenNorm) or project is None or not isinstance(block.mlp.expand, nn.Linear):
+        return None
+    fold_before(block.norm_attention, project)
+    fold_before(block.norm_mlp, block.mlp.expand)
+    block.norm_attention = Folded()  # type: ignore[assignment]
+    block.norm_mlp = Folded()  # type: ignore[assignment]
+    return "norms folded into the projections that read them"
+
+
+def _fold_perceptron(mlp: Perceptron) -> str | None:
+    if not isinstance(mlp.gate, ChannelGate) or not isinstance(mlp.expand, nn.Linear):
+        return None
+    fold_gate(mlp.expand, mlp.gate)
+    mlp.gate = nn.Identity()
+    return "gate folded into the projection before it"
+
+
+RULES: dict[type[nn.Module], Callable[..., str | None]] = {
+    ConvUnit: _fold_unit,
+    ParallelBlock: _fold_parallel,
+    SerialBlock: _fold_serial,
+    Perceptron: _fold_perceptron,
+}
+"""How each kind of unit folds: returns what was done, or None where there is nothing left to fold."""
+
+
+@torch.no_grad()
+def fold(model: nn.Module) -> list[Change]:
+    """Fold every norm and gate of muntin's layers, in place; the model must be in `eval` mode. Idempotent.
+
+    Layers of other libraries are left as they are: a batch norm after a convolution is fused by the runtime itself.
+    """
+    if model.training:
+        raise ValueError("fold needs the statistics of a trained model: call model.eval() first")
+    changes = []
+    for name, unit in named(model, *RULES):
+        done = RULES[type(unit)](unit)
+        if done is not None:
+            changes.append(Change(layer=name, pass_="fold", done=done))
+    return changes

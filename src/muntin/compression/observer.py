@@ -1,0 +1,83 @@
+"""What calibration learns of an activation: its range, and the 8-bit grid that loses least of it.
+
+Two passes over the calibration images: the first finds the extremes, the second fills a histogram between them, of
+constant size whatever the number of images.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+BINS = 2048
+SHRINKS = 60
+"""Candidate clipping ranges between a fifth of the observed range and all of it."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ActivationGrid:
+    """Where 8 bits lie: value = scale · (q - zero_point); q is 0-255 if `unsigned`, else -128-127."""
+
+    scale: float
+    zero_point: int
+    unsigned: bool
+    low: float
+    high: float
+    clipped: float
+    """Share of the observed values outside the grid, 0-1."""
+
+
+class Observer:
+    """Collects the extremes, then a histogram, of one tensor over many calls."""
+
+    def __init__(self) -> None:
+        self.low = float("inf")
+        self.high = float("-inf")
+        self.histogram = torch.zeros(BINS, dtype=torch.float64)
+
+    def see_range(self, x: Tensor) -> None:
+        """First pass. Raises `ValueError` on NaN or infinity."""
+        low, high = (float(v) for v in torch.aminmax(x.detach().float()))
+        if not (abs(low) < float("inf") and abs(high) < float("inf")):  # NaN fails every comparison
+            raise ValueError("the activation holds NaN or infinity")
+        self.low, self.high = min(self.low, low), max(self.high, high)
+
+    def see_values(self, x: Tensor) -> None:
+        """Second pass."""
+        if self.high > self.low:
+            counts = torch.histc(x.detach().float(), BINS, self.low, self.high)
+            self.histogram += counts.to(torch.float64)
+
+    @property
+    def seen(self) -> bool:
+        """False for a layer that no calibration image reached."""
+        return self.high >= self.low
+
+    def grid(self) -> ActivationGrid:
+        """The grid with the least mean squared error over the histogram.
+
+        A tensor that is never negative gets an unsigned grid that starts at 0, any other a signed symmetric one: both have zero
+        point 0, so that zero padding is exact and no correction term is needed at run time. A constant tensor gets a grid that
+        holds its value exactly at an end.
+        """
+        unsigned = self.low >= 0
+        levels = 255 if unsigned else 127
+        peak = max(abs(self.low), abs(self.high))
+        if self.high <= self.low or peak == 0:
+            scale = peak / levels if peak > 0 else 1.0
+            return ActivationGrid(scale=scale, zero_point=0, unsigned=unsigned, low=self.low, high=self.high, clipped=0.0)
+        step = (self.high - self.low) / BINS
+        centres = self.low + (torch.arange(BINS, dtype=torch.float64) + 0.5) * step
+        best_error, best_scale = float("inf"), peak / levels
+        lowest = 0 if unsigned else -127
+        for k in range(SHRINKS):
+            scale = peak * (1 - 0.8 * k / SHRINKS) / levels
+            error = centres - torch.round(centres / scale).clamp(lowest, levels) * scale
+            mean_error = float((self.histogram * error.square()).sum())
+            if mean_error < best_error:
+                best_error, best_scale = mean_error, scale
+        outside = (centres > best_scale * (levels + 0.5)) | (centres < best_scale * (lowest - 0.5))
+        clipped = float(self.histogram[outside].sum() / self.histogram.sum().clamp_min(1))
+        return ActivationGrid(scale=best_scale, zero_point=0, unsigned=unsigned, low=self.low, high=self.high, clipped=clipped)

@@ -1,0 +1,165 @@
+"""Static INT8 quantisation by calibration: the pass that turns Linear and Conv2d into their quantised forms.
+
+    model -> fold -> run calibration images twice (ranges, then histograms) -> choose grids -> measure each layer -> replace
+
+Which layers stay in 16 bits is not a list of names: the first and the last layer that run do, and every layer whose own
+quantisation, measured on calibration images, leaves less than `min_sqnr_db`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from muntin.compression.change import Change
+from muntin.compression.fold import fold
+from muntin.compression.observer import Observer
+from muntin.compression.quantized import QuantizedConv2d, QuantizedLayer, QuantizedLinear
+from muntin.compression.rewrite import named, replace
+from muntin.errors import MuntinError
+from muntin.training.config import QuantizationConfig
+
+Pass = Callable[[nn.Module], list[Change]]
+"""A compression pass: rewrites the model it is given, returns what it changed and what it kept."""
+
+
+class _Calibration:
+    """Runs a model over the calibration batches and watches the inputs of its layers."""
+
+    def __init__(self, model: nn.Module, batches: Sequence[Tensor]) -> None:
+        self.model = model
+        self.batches = batches
+        self.layers = dict(named(model, nn.Linear, nn.Conv2d))
+        self.order: list[str] = []
+
+    def run(self, watch: Callable[[str, nn.Module, Tensor], None], batches: Sequence[Tensor]) -> None:
+        def hook(name: str) -> Callable[[nn.Module, tuple[Any, ...]], None]:
+            return lambda layer, inputs: watch(name, layer, inputs[0])
+
+        handles = [layer.register_forward_pre_hook(hook(name)) for name, layer in self.layers.items()]
+        try:
+            with torch.inference_mode():
+                for batch in batches:
+                    self.model(batch.to(torch.float32))
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    def observe(self) -> dict[str, Observer]:
+        observers = {name: Observer() for name in self.layers}
+
+        def ranges(name: str, layer: nn.Module, x: Tensor) -> None:
+            if name not in self.order:
+                self.order.append(name)
+            try:
+                observers[name].see_range(x)
+            except ValueError as error:
+                raise MuntinError(f"calibration: {error} at the input of layer '{name}': check the weights and the images") from error
+
+        self.run(ranges, self.batches)
+        self.run(lambda name, layer, x: observers[name].see_values(x), self.batches)
+        return observers
+
+
+def quantized_form(layer: nn.Module, observer: Observer) -> QuantizedLayer | str:
+    """The quantised layer, or the reason why there is none."""
+    if not observer.seen:
+        return "no calibration image reached it"
+    if isinstance(layer, nn.Conv2d):
+        if layer.padding_mode != "zeros" or isinstance(layer.padding, str):
+            return f"padding '{layer.padding if isinstance(layer.padding, str) else layer.padding_mode}' has no integer form here"
+        return QuantizedConv2d(layer, observer.grid())
+    if isinstance(layer, nn.Linear):
+        return QuantizedLinear(layer, observer.grid())
+    return f"{type(layer).__name__} has no integer form here"
+
+
+def sqnr_db(reference: Tensor, approximation: Tensor) -> float:
+    """Signal over quantisation noise in decibels; infinite where nothing was lost."""
+    noise = (reference - approximation).double().square().sum()
+    signal = reference.double().square().sum()
+    return float(10 * torch.log10(signal / noise)) if noise > 0 and signal > 0 else float("inf")
+
+
+def _measure(run: _Calibration, candidates: dict[str, QuantizedLayer]) -> dict[str, float]:
+    """Signal over noise of each layer's output when it alone is quantised, on the first calibration batch."""
+    measured: dict[str, float] = {}
+
+    def watch(name: str, layer: nn.Module, x: Tensor) -> None:
+        if name in candidates and name not in measured:
+            measured[name] = sqnr_db(type(layer).forward(layer, x), candidates[name](x))
+
+    run.run(watch, run.batches[:1])
+    return measured
+
+
+def quantize(calibration: Iterable[Tensor], config: QuantizationConfig | None = None) -> Pass:
+    """A pass that quantises Linear and Conv2d to static INT8 (W8A8) in place; see the head of this file.
+
+    `calibration`: input batches `(B, C, H, W)` of raw pixels, any integer or float type; images of training, never of a test. Costs three
+    forward passes over them. Weights of layers that stay are rounded to the FP16 they are stored in. The pass folds norms and
+    gates first and raises `MuntinError` if there is no calibration batch, if NaN or infinity turns up, or if `keep` names no layer.
+    """
+    config = config or QuantizationConfig()
+
+    def pass_(model: nn.Module) -> list[Change]:
+        batches = list(calibration)
+        if not batches:
+            raise MuntinError("calibration: no batch came; give at least one batch of training images")
+        model.eval()
+        changes = fold(model)
+        run = _Calibration(model, batches)
+        unknown = [name for name in config.keep if name not in run.layers]
+        if unknown:
+            raise MuntinError(f"keep names no Linear or Conv2d: {', '.join(unknown)}; the model has {', '.join(list(run.layers)[:6])}, ...")
+        return changes + _replace_layers(model, run, config)
+
+    return pass_
+
+
+def _replace_layers(model: nn.Module, run: _Calibration, config: QuantizationConfig) -> list[Change]:
+    forms: dict[str, QuantizedLayer | str] = {}
+    for name, observer in run.observe().items():
+        try:
+            forms[name] = quantized_form(run.layers[name], observer)
+        except ValueError as error:
+            raise MuntinError(f"layer '{name}': {error}; nothing can be quantised from it, train again or restore a checkpoint") from error
+    sqnr = _measure(run, {name: form for name, form in forms.items() if not isinstance(form, str)})
+    changes = []
+    for name, form in forms.items():
+        reason = _reason_to_keep(name, form, run.order, sqnr, config)
+        if reason is None and not isinstance(form, str):
+            replace(model, name, form)
+            changes.append(Change(layer=name, pass_="quantize", done="W8A8", sqnr_db=sqnr[name]))
+        else:
+            _round_to_half(run.layers[name])
+            changes.append(Change(layer=name, pass_="quantize", done="kept", reason=reason or "", sqnr_db=sqnr.get(name)))
+    return changes
+
+
+def _reason_to_keep(
+    name: str, form: QuantizedLayer | str, order: Sequence[str], sqnr: dict[str, float], config: QuantizationConfig
+) -> str | None:
+    if isinstance(form, str):
+        return form
+    if name in config.keep:
+        return "named in keep"
+    if name == order[0]:
+        return "first layer: it reads pixels, 16 bits"
+    if name == order[-1]:
+        return "last layer: it writes scores, 16 bits"
+    if sqnr[name] < config.min_sqnr_db:
+        return f"INT8 leaves {sqnr[name]:.1f} dB of signal over noise, less than {config.min_sqnr_db:g}: 16 bits"
+    return None
+
+
+@torch.no_grad()
+def _round_to_half(layer: nn.Module) -> None:
+    weight = layer.weight
+    assert isinstance(weight, Tensor)
+    limit = torch.finfo(torch.float16).max
+    if weight.abs().max() < limit:
+        weight.copy_(weight.to(torch.float16))

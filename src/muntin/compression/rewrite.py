@@ -1,0 +1,27 @@
+"""Finding and replacing the layers of a model, whatever model it is."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import TypeVar
+
+from torch import nn
+
+M = TypeVar("M", bound=nn.Module)
+
+
+def named(model: nn.Module, *kinds: type[M]) -> Iterator[tuple[str, M]]:
+    """Submodules that are of one of `kinds`, with their dotted names, each module once, in the order of definition."""
+    for name, module in model.named_modules():
+        if isinstance(module, kinds):
+            yield name, module
+
+
+def replace(model: nn.Module, name: str, layer: nn.Module) -> None:
+    """Put `layer` where `name` is, in every place that holds the same module (shared layers stay shared)."""
+    old = model.get_submodule(name)
+    layer.train(old.training)
+    for parent in model.modules():
+        for key, child in parent.named_children():
+            if child is old:
+                setattr(parent, key, layer)

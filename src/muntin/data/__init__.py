@@ -1,0 +1,46 @@
+"""Images and masks in, batches out; the demonstration data set.
+
+What needs torch (`Crops` and the like) is loaded when it is first asked for: `muntin init` and the reading of recipes do without.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING
+
+from muntin.data.config import SOURCES, Augmentation, DataConfig, open_source
+from muntin.data.earth import EarthSource
+from muntin.data.folders import ClassSpec, FolderPair, FolderSource
+from muntin.data.init import write_recipe
+from muntin.data.source import Sample, Samples, Source
+
+if TYPE_CHECKING:
+    from muntin.data.batches import Batch, Crops, calibration_batches, prefetch, whole
+
+__all__ = [
+    "SOURCES",
+    "Augmentation",
+    "Batch",
+    "ClassSpec",
+    "Crops",
+    "DataConfig",
+    "EarthSource",
+    "FolderPair",
+    "FolderSource",
+    "Sample",
+    "Samples",
+    "Source",
+    "calibration_batches",
+    "open_source",
+    "prefetch",
+    "whole",
+    "write_recipe",
+]
+
+_WITH_TORCH = ("Batch", "Crops", "calibration_batches", "prefetch", "whole")
+
+
+def __getattr__(name: str) -> object:
+    if name in _WITH_TORCH:
+        return getattr(importlib.import_module("muntin.data.batches"), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

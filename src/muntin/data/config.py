@@ -1,0 +1,127 @@
+"""The `data:` part of a recipe, checked when it is read, and the source that it names."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Annotated, Literal, Self
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+from muntin.data.earth import EarthSource
+from muntin.data.folders import ClassSpec, FolderPair, FolderSource, MaskValue
+from muntin.data.source import Source
+from muntin.runtime.images import IGNORED, MAX_CHANNELS
+
+Share = Annotated[float, Field(gt=0, lt=1)]
+Probability = Annotated[float, Field(ge=0, le=1)]
+Strength = Annotated[float, Field(ge=0, lt=1)]
+Zoom = Annotated[float, Field(ge=0.1, le=10)]
+
+
+class Augmentation(BaseModel):
+    """What happens to a training crop at random. Masks go with the images; brightness and the like change images alone."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    flip_horizontal: Probability = Field(default=0.5, description="probability of a left-right flip, 0-1")
+    flip_vertical: Probability = Field(default=0.0, description="probability of an upside-down flip, 0-1; 0.5 suits pictures from above")
+    scale: tuple[Zoom, Zoom] = Field(
+        default=(0.8, 1.25),
+        description="range of the zoom, 0.1-10: 2 shows things twice as large, [1, 1] switches it off; `classify` never zooms out",
+    )
+    brightness: Strength = Field(default=0.1, description="largest relative change of brightness, 0-1: 0.1 multiplies by 0.9-1.1")
+    contrast: Strength = Field(default=0.1, description="largest relative change of contrast, 0-1; pictures of 1 or 3 channels only")
+    saturation: Strength = Field(default=0.1, description="largest relative change of saturation, 0-1; pictures of 3 channels only")
+
+    @model_validator(mode="after")
+    def _ordered(self) -> Self:
+        if self.scale[0] > self.scale[1]:
+            raise ValueError(f"scale {list(self.scale)}: the smaller zoom comes first")
+        return self
+
+
+NO_AUGMENTATION = Augmentation(flip_horizontal=0, scale=(1, 1), brightness=0, contrast=0, saturation=0)
+
+_FOLDER_FIELDS = ("images", "masks", "validation", "test", "classes", "ignore", "seed", "cache_mib")
+SourceName = Literal["earth", "earth:climate", "earth:shore", "folders"]
+
+
+class DataConfig(BaseModel):
+    """Which pictures, how they are split, and how training crops are made of them."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    source: SourceName = Field(default="earth", description="the demonstration data, or `folders`: your own pictures")
+    images: Path | None = Field(default=None, description="folders: folder of images; for `classify` it holds one folder a class")
+    masks: Path | None = Field(default=None, description="folders: folder of masks with the images' stems; none for `classify`")
+    validation: Share | FolderPair = Field(
+        default=0.15, description="folders: share of the pictures in `images`, 0-1, or {images, masks} of its own"
+    )
+    test: Share | FolderPair = Field(
+        default=0.15, description="folders: share of the pictures in `images`, 0-1, or {images, masks} of its own"
+    )
+    classes: tuple[ClassSpec, ...] = Field(
+        default=(), max_length=255, description="folders: the classes in order; for `classify` by default the folders' names"
+    )
+    ignore: MaskValue | None = Field(
+        default=IGNORED, description="folders: mask value, or [red, green, blue], that counts as nothing; null: none"
+    )
+    channels: int = Field(default=3, ge=1, le=MAX_CHANNELS, description="channels of the pictures, 1-16; more than 4 come in .npy files")
+    seed: int = Field(default=0, ge=0, description="folders: decides which pictures fall into which split")
+    cache_mib: int = Field(default=1024, ge=0, description="folders: decoded pictures kept in memory, MiB")
+    crop: int = Field(default=256, ge=8, le=4096, description="side of the square training crops, pixels")
+    rare: Probability = Field(
+        default=0.0, description="share of crops centred on a pixel of a class drawn uniformly, 0-1; segmentation only"
+    )
+    augmentation: Augmentation = Field(default=Augmentation(), description="random changes to training crops")
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Self:
+        if self.source == "folders":
+            self._check_folders()
+            return self
+        # Compared by value: a recipe that was written out whole, defaults and all, reads back.
+        changed = [name for name in _FOLDER_FIELDS if getattr(self, name) != type(self).model_fields[name].default]
+        if changed:
+            raise ValueError(f"`{changed[0]}` belongs to `source: folders`; {self.source} brings its own: remove it")
+        if self.channels != 3:
+            raise ValueError(f"channels {self.channels}: the pictures of {self.source} have 3")
+        return self
+
+    def _check_folders(self) -> None:
+        if self.images is None:
+            raise ValueError("`source: folders` needs `images`, a folder")
+        if self.masks is not None and len(self.classes) < 2:
+            raise ValueError("masks need at least two `classes`, each with a name and a value")
+        shares = [share for share in (self.validation, self.test) if isinstance(share, float)]
+        if sum(shares) >= 1:
+            raise ValueError(f"the shares of validation and test add up to {sum(shares):g}: less than 1 leaves pictures to train on")
+
+
+def _folders(config: DataConfig, root: Path) -> Source:
+    images = Path() if config.images is None else config.images
+    return FolderSource(
+        base=FolderPair(images=images, masks=config.masks).under(root),
+        validation=config.validation.under(root) if isinstance(config.validation, FolderPair) else config.validation,
+        test=config.test.under(root) if isinstance(config.test, FolderPair) else config.test,
+        classes=config.classes,
+        ignore=config.ignore,
+        channels=config.channels,
+        seed=config.seed,
+        cache_bytes=config.cache_mib << 20,
+    )
+
+
+# Another source is one more line here and in `SourceName`.
+SOURCES: Mapping[SourceName, Callable[[DataConfig, Path], Source]] = {
+    "earth": lambda config, root: EarthSource("cover"),
+    "earth:climate": lambda config, root: EarthSource("climate"),
+    "earth:shore": lambda config, root: EarthSource("shore"),
+    "folders": _folders,
+}
+
+
+def open_source(config: DataConfig, *, root: Path) -> Source:
+    """The data set of a recipe. Relative folders start at `root`, the recipe's folder. Raises DataError or DependencyError."""
+    return SOURCES[config.source](config, root)

@@ -1,0 +1,333 @@
+"""`muntin init`: looks at a folder of pictures and writes a recipe for it, explained line by line.
+
+Recognised, names in any case: `images/` and `masks/`; `train/`, `val/` and `test/` that hold these; for classification, folders
+named after the classes, with or without `train/`, `val/` and `test/` around them.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import median
+
+import numpy as np
+
+from muntin.data.colors import distinct_colors
+from muntin.data.folders import RGB, FolderPair, filling_seed
+from muntin.data.source import MAX_CLASSES, SplitName, Task
+from muntin.errors import DataError, RecipeError
+from muntin.runtime.images import IGNORED, IMAGE_SUFFIXES, image_size, read_image, read_mask, write_whole
+
+RECIPE_NAME = "recipe.yaml"
+SHARE = 0.15  # of the pictures, for validation and for test each, where they have no folders
+_LOOKED_AT = 64  # files opened to find out what masks hold, how large pictures are
+_NAMES: dict[str, tuple[str, ...]] = {
+    "images": ("images", "image", "imgs", "img"),
+    "masks": ("masks", "mask", "labels", "annotations"),
+    "train": ("train", "training"),
+    "validation": ("val", "valid", "validation"),
+    "test": ("test", "testing"),
+}
+_LAYOUT = (
+    "expected images/ and masks/ (or train/, val/ and test/ that hold these), or for classification one folder of images a class, "
+    f"with images as {', '.join(IMAGE_SUFFIXES)}"
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Layout:
+    """What was found: the folders of the training pictures, and of the other splits where they have their own."""
+
+    task: Task
+    base: FolderPair
+    validation: FolderPair | None
+    test: FolderPair | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class FoundClass:
+    """A class to be written: what stands for it in the masks (None for `classify`), its name and colour."""
+
+    name: str
+    color: RGB
+    value: int | RGB | None = None
+
+
+def write_recipe(directory: Path | str, *, task: Task | None = None) -> Path:
+    """Writes `recipe.yaml` into the user's folder and returns its path. `task` None: segmentation where there are masks.
+
+    Opens up to 64 masks and images, no more. Raises RecipeError when the recipe is there already, DataError when the folder
+    holds nothing usable or too few pictures to split.
+    """
+    root = Path(directory)
+    path = root / RECIPE_NAME
+    if path.exists():
+        raise RecipeError(f"{path} exists already: edit it, or move it away and run init again")
+    layout = find_layout(root, task)
+    pictures = _sampled(_keyed_pictures(layout))
+    classes, ignore = _mask_classes(layout.base.masks) if layout.base.masks is not None else (_folder_classes(layout.base.images), None)
+    text = recipe_text(
+        name=root.resolve().name or "mine",
+        layout=layout,
+        root=root,
+        classes=classes,
+        ignore=ignore,
+        channels=_channels(pictures),
+        crop=_crop(pictures, layout.task),
+        seed=_seed(layout),
+    )
+    write_whole(path, text.encode())
+    return path
+
+
+def find_layout(root: Path, task: Task | None) -> Layout:
+    """The folders in `root` that a recipe can name. Raises DataError when there are none."""
+    if not root.is_dir():
+        raise DataError(f"the folder {root} does not exist: name the folder that holds your pictures")
+    train = _folder(root, "train")
+    for base in (root,) if train is None else (train, root):
+        others = {name: None if base is root else _folder(root, name) for name in ("validation", "test")}
+        layout = _segment_layout(base, others) if task != "classify" else None
+        if layout is None and task != "segment":
+            layout = _classify_layout(base, others)
+        if layout is not None:
+            return layout
+    raise DataError(f"{root} holds nothing to make {'a recipe' if task is None else f'a {task} recipe'} of: {_LAYOUT}")
+
+
+def _segment_layout(base: Path, others: dict[str, Path | None]) -> Layout | None:
+    pair = _pair(base)
+    if pair is None:
+        return None
+    own = {name: None if folder is None else _pair(folder) for name, folder in others.items()}
+    for name, folder in others.items():
+        if folder is not None and own[name] is None:
+            raise DataError(f"{folder} holds no images/ and masks/ with files in them, {base} does: {_LAYOUT}")
+    return Layout(task="segment", base=pair, validation=own["validation"], test=own["test"])
+
+
+def _classify_layout(base: Path, others: dict[str, Path | None]) -> Layout | None:
+    if len([folder for folder in _folders(base) if _pictures(folder)]) < 2:
+        return None
+    own = {name: None if folder is None else FolderPair(images=folder) for name, folder in others.items()}
+    return Layout(task="classify", base=FolderPair(images=base), validation=own["validation"], test=own["test"])
+
+
+def recipe_text(
+    *,
+    name: str,
+    layout: Layout,
+    root: Path,
+    classes: Sequence[FoundClass],
+    ignore: int | RGB | None,
+    channels: int,
+    crop: int,
+    seed: int,
+) -> str:
+    """The recipe as YAML with comments; paths relative to `root`."""
+    data = [
+        f"  images: {_quoted(layout.base.images, root)}  # relative paths start at this file's folder",
+        *(
+            []
+            if layout.base.masks is None
+            else [f"  masks: {_quoted(layout.base.masks, root)}  # a mask has the stem of its image: a.jpg and a.png"]
+        ),
+        _split_line("validation", "compares checkpoints", layout.validation, layout, root),
+        _split_line("test", "is looked at once, at the end", layout.test, layout, root),
+    ]
+    if layout.validation is None or layout.test is None:
+        data.append(f"  seed: {seed}  # decides which pictures go where; adding pictures moves none of the others")
+    if layout.task == "segment":
+        data += [
+            f"  ignore: {_value(ignore)}  # the mask value that counts as nothing; null: there is none",
+            "  classes:  # in order; `value` is what the masks hold, `color` how muntin paints it (red, green, blue): rename them",
+        ]
+    else:
+        data.append("  classes:  # each has the name of its folder; `color` is how charts paint it (red, green, blue)")
+    data += [
+        f"    - {{name: {json.dumps(entry.name, ensure_ascii=False)}"
+        + ("" if entry.value is None else f", value: {_value(entry.value)}")
+        + f", color: {_value(entry.color)}}}"
+        for entry in classes
+    ]
+    data += [
+        f"  channels: {channels}  # of the images: 3 is colour, 1 grey; up to 16 in .npy files",
+        f"  crop: {crop}  # pixels a side of the random squares that are trained on; larger sees more context and is slower",
+        *(
+            ["  rare: 0.25  # share of the crops centred on a class drawn evenly: rare classes are seen more often"]
+            if layout.task == "segment"
+            else []
+        ),
+        "  augmentation:  # random changes to the crops, so that the model does not learn the pictures by heart",
+        "    flip_horizontal: 0.5  # probability, 0-1",
+        "    flip_vertical: 0.0  # 0.5 suits pictures taken from above: satellites, microscopes",
+        "    scale: [0.8, 1.25]  # zoom between these factors",
+    ]
+    head = [
+        "# A recipe for muntin, written by `muntin init`. Check the names below, then run",
+        f"#     muntin fit {RECIPE_NAME}",
+        "# On two CPU cores 2000 steps take some ten minutes. Lines can be left out: what they say is then the default.",
+        "",
+        f"name: {json.dumps(name, ensure_ascii=False)}  # the run's results go to runs/ under this name",
+        f"task: {layout.task}  # segment: a class for every pixel; classify: one class for the picture",
+        "seed: 0  # another number is another run: the spread between seeds shows what a difference is worth",
+        "",
+        "data:",
+        "  source: folders  # your own pictures; `earth` is the built-in demonstration",
+    ]
+    tail = [
+        "",
+        "model:",
+        "  name: hybrid-s  # hybrid-xs is faster, hybrid-m more accurate; `muntin models` lists them all",
+        "",
+        "training:",
+        "  steps: 2000  # batches to train on",
+        "  batch_size: 16  # crops in a batch; halve it if memory runs out",
+        "  learning_rate: 0.0015  # the highest; it warms up to it and falls along a cosine",
+        "  precision: auto  # 16-bit where this machine is fast at it; fp32 to switch that off",
+        "",
+        "quantization:",
+        "  calibration_images: 64  # training crops that set the ranges of the 8-bit numbers",
+        "",
+    ]
+    return "\n".join(head + data + tail)
+
+
+def _split_line(name: SplitName, use: str, pair: FolderPair | None, layout: Layout, root: Path) -> str:
+    if pair is None:
+        own = "{images: ...}" if layout.task == "classify" else "{images: ..., masks: ...}"
+        return f"  {name}: {SHARE}  # share of the pictures that {use}; or {own}, folders of its own"
+    masks = "" if pair.masks is None else f", masks: {_quoted(pair.masks, root)}"
+    return f"  {name}: {{images: {_quoted(pair.images, root)}{masks}}}  # {use}"
+
+
+def _quoted(path: Path, root: Path) -> str:
+    return json.dumps(path.relative_to(root).as_posix(), ensure_ascii=False)
+
+
+def _value(value: int | RGB | None) -> str:
+    return "null" if value is None else str(list(value) if isinstance(value, tuple) else value)
+
+
+# ---- what the folder holds ----
+
+
+def _folders(folder: Path) -> list[Path]:
+    return sorted(path for path in folder.iterdir() if path.is_dir() and not path.name.startswith("."))
+
+
+def _folder(parent: Path, role: str) -> Path | None:
+    named = {path.name.lower(): path for path in _folders(parent)}
+    return next((named[name] for name in _NAMES[role] if name in named), None)
+
+
+def _pair(folder: Path) -> FolderPair | None:
+    images, masks = _folder(folder, "images"), _folder(folder, "masks")
+    return FolderPair(images=images, masks=masks) if images and masks and _pictures(images) and _pictures(masks) else None
+
+
+def _pictures(folder: Path) -> list[Path]:
+    return sorted(
+        path for path in folder.iterdir() if path.suffix.lower() in IMAGE_SUFFIXES and path.is_file() and not path.name.startswith(".")
+    )
+
+
+def _keyed_pictures(layout: Layout) -> dict[str, Path]:
+    """Training pictures under the keys that decide their split, as `FolderSource` names them."""
+    if layout.task == "segment":
+        return {path.stem: path for path in _pictures(layout.base.images)}
+    return {f"{folder.name}/{path.stem}": path for folder in _folders(layout.base.images) for path in _pictures(folder)}
+
+
+def _sampled(pictures: dict[str, Path]) -> list[Path]:
+    """At most `_LOOKED_AT` of them, evenly over the list."""
+    paths = list(pictures.values())
+    return paths[:: -(-len(paths) // _LOOKED_AT)]
+
+
+def _channels(pictures: Sequence[Path]) -> int:
+    """3 unless all pictures agree on another number that muntin takes as it is: grey, or whatever .npy files hold."""
+    found = {int(read_image(path, None).shape[2]) for path in pictures[:8]}
+    if len(found) == 1 and (1 in found or all(path.suffix.lower() == ".npy" for path in pictures)):
+        return found.pop()
+    return 3
+
+
+def _crop(pictures: Sequence[Path], task: Task) -> int:
+    """Of the shorter sides' median the multiple of 32 below it, from 32 to 256, or to 224 for `classify`."""
+    side = median(min(image_size(path)) for path in pictures)
+    largest = 256 if task == "segment" else 224
+    return min(largest, max(32, int(side) // 32 * 32))
+
+
+def _seed(layout: Layout) -> int:
+    """The first seed with which no split is empty."""
+    shares: dict[SplitName, float] = {}
+    if layout.validation is None:
+        shares["validation"] = SHARE
+    if layout.test is None:
+        shares["test"] = SHARE
+    keys = list(_keyed_pictures(layout))
+    seed = filling_seed(keys, shares)
+    if seed is None:
+        raise DataError(f"{layout.base.images} holds {len(keys)} pictures, too few to split into {1 + len(shares)} parts: add pictures")
+    return seed
+
+
+def _folder_classes(folder: Path) -> list[FoundClass]:
+    names = [path.name for path in _folders(folder)]
+    return [FoundClass(name=name, color=color) for name, color in zip(names, distinct_colors(len(names)), strict=True)]
+
+
+def _mask_classes(folder: Path) -> tuple[list[FoundClass], int | RGB | None]:
+    """The classes that the masks hold, and which value is ignored: 255 where there is one, except in masks of 0 and 255 alone."""
+    paths = _sampled({path.stem: path for path in _pictures(folder)})
+    masks = [read_mask(path) for path in paths]
+    painted = any(mask.ndim == 3 and not (mask == mask[:, :, :1]).all() for mask in masks)
+    if painted:
+        colors = _colors_in([read_mask(path, colors=True) for path in paths])
+        _check_count(colors, folder)
+        return [FoundClass(name=f"class-{index}", color=color, value=color) for index, color in enumerate(colors)], None
+    values = sorted({int(value) for mask in masks for value in np.unique(mask)})
+    ignore = None if values == [0, 255] else IGNORED
+    if values[0] < 0 or values[-1] > 65535:
+        raise DataError(f"the masks in {folder} hold values from {values[0]} to {values[-1]}: classes are numbers from 0 to 65535")
+    values = [value for value in values if value != ignore]
+    _check_count(values, folder)
+    colors = _palette_colors(paths, values) or list(distinct_colors(len(values)))
+    return [
+        FoundClass(name=f"class-{index}", color=color, value=value) for index, (value, color) in enumerate(zip(values, colors, strict=True))
+    ], ignore
+
+
+def _check_count(values: Sequence[object], folder: Path) -> None:
+    if len(values) > MAX_CLASSES:
+        raise DataError(f"the masks in {folder} hold {len(values)} values, more than {MAX_CLASSES}: save them as PNG (JPEG blurs them)")
+    if len(values) < 2:
+        raise DataError(f"the masks in {folder} hold {len(values)} value: two classes at least are needed to tell apart")
+
+
+def _colors_in(masks: Sequence[np.ndarray[tuple[int, ...], np.dtype[np.uint8]]]) -> list[RGB]:
+    codes: set[int] = set()
+    for mask in masks:
+        wide = mask.astype(np.int32)
+        codes.update(np.unique(wide[:, :, 0] << 16 | wide[:, :, 1] << 8 | wide[:, :, 2]).tolist())
+    return [(code >> 16, code >> 8 & 255, code & 255) for code in sorted(codes)]
+
+
+def _palette_colors(paths: Sequence[Path], values: Sequence[int]) -> list[RGB] | None:
+    """The colours that the masks' own palettes give the values, or None where there are none or two are alike."""
+    found: dict[int, RGB] = {}
+    for path in paths:
+        mask = read_mask(path)
+        if mask.ndim != 2 or mask.dtype != np.uint8:
+            return None
+        painted = read_mask(path, colors=True)
+        for value, first in zip(*np.unique(mask, return_index=True), strict=True):
+            red, green, blue = painted.reshape(-1, 3)[first].tolist()
+            found.setdefault(int(value), (red, green, blue))
+    colors = [found[value] for value in values]
+    greys = all(len(set(color)) == 1 for color in colors)
+    return colors if not greys and len(set(colors)) == len(colors) else None

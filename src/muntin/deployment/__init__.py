@@ -1,0 +1,7 @@
+"""Deployment: a model becomes an artefact, and the artefact is checked in its real runtime."""
+
+from muntin.deployment.counting import image_macs, layer_macs, parameter_count
+from muntin.deployment.export import export, infer_signature
+from muntin.models import TorchSession
+
+__all__ = ["TorchSession", "export", "image_macs", "infer_signature", "layer_macs", "parameter_count"]

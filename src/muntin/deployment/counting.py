@@ -1,0 +1,74 @@
+"""Counting multiply-adds: of a whole model by PyTorch's own counter, and layer by layer.
+
+Axes: B images, C channels, H W map.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from muntin.compression import QuantizedConv2d, QuantizedLinear
+from muntin.compression.rewrite import named
+
+WEIGHTED = (nn.Linear, nn.Conv2d, QuantizedLinear, QuantizedConv2d)
+
+
+def image_macs(model: nn.Module, example: Tensor) -> int:
+    """Multiply-adds of one image of the example's size, attention products included (`torch.utils.flop_counter`, halved)."""
+    with torch.inference_mode(), FlopCounterMode(display=False) as counter:
+        model.eval()(example[:1].to(torch.float32))
+    return int(counter.get_total_flops()) // 2
+
+
+def layer_macs(model: nn.Module, example: Tensor) -> dict[str, int]:
+    """Multiply-adds of one image of the example's size in each layer with weights, by dotted name."""
+    macs: dict[str, int] = {}
+
+    def hook(name: str) -> Callable[[nn.Module, tuple[Any, ...], Tensor], None]:
+        def count(layer: nn.Module, inputs: tuple[Any, ...], output: Tensor) -> None:
+            per_output = weight_count(layer) // output_channels(layer)
+            macs[name] = macs.get(name, 0) + output.numel() * per_output
+
+        return count
+
+    handles = [layer.register_forward_hook(hook(name)) for name, layer in named(model, *WEIGHTED)]
+    try:
+        with torch.inference_mode():
+            model.eval()(example[:1].to(torch.float32))
+    finally:
+        for handle in handles:
+            handle.remove()
+    return macs
+
+
+def weight_count(layer: nn.Module) -> int:
+    """Entries of a layer's weight."""
+    weight = layer.weight
+    assert isinstance(weight, Tensor)
+    return weight.numel()
+
+
+def bias_count(layer: nn.Module) -> int:
+    """Entries of a layer's bias, 0 without one."""
+    bias = layer.bias
+    return bias.numel() if isinstance(bias, Tensor) else 0
+
+
+def output_channels(layer: nn.Module) -> int:
+    """Channels that a layer with weights gives: the quantised Linear keeps its weight as (I, O), the others as (O, ...)."""
+    weight = layer.weight
+    assert isinstance(weight, Tensor)
+    return weight.shape[1] if isinstance(layer, QuantizedLinear) else weight.shape[0]
+
+
+def parameter_count(model: nn.Module) -> int:
+    """Weights and biases, those of quantised layers included; scales and statistics of norms are not parameters of the function."""
+    own = sum(p.numel() for p in model.parameters())
+    for _, layer in named(model, QuantizedLinear, QuantizedConv2d):
+        own += weight_count(layer) + bias_count(layer)
+    return own

@@ -1,0 +1,192 @@
+"""From a PyTorch model to an artefact: quantise if asked to, emit, write, open in the real runtime, and record what it does there.
+
+    model -> (quantize) -> to_onnx -> artefact -> OpenVINO, f32 and 16-bit -> deviation from the model -> recorded tolerance
+
+The golden scores are the PyTorch model's own, so replaying them later checks the whole way from the model that was evaluated
+to the kernels that answer.
+
+Axes: B images, H W map, C channels.
+"""
+
+from __future__ import annotations
+
+import copy
+import shutil
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from muntin.artifact import Artifact, ClassInfo, GoldenTolerance, LayerRecord, Signature, write_artifact
+from muntin.artifact.manifest import FloatPrecision
+from muntin.compression import Change, QuantizedConv2d, QuantizedLinear, quantize
+from muntin.compression.rewrite import named
+from muntin.deployment.counting import WEIGHTED, bias_count, layer_macs, weight_count
+from muntin.deployment.graph import to_onnx
+from muntin.errors import ExportError
+from muntin.runtime import Session, describe_hardware, load
+from muntin.runtime.verification import find_fallbacks, replay
+
+GOLDEN_SIDES = ((64, 64), (40, 56))
+"""Height and width of the golden images: two sizes, so that a size that was baked in is found."""
+LIMITS: dict[FloatPrecision, GoldenTolerance] = {
+    "f32": GoldenTolerance(max_error=0.25, label_agreement=0.95),
+    "bf16": GoldenTolerance(max_error=0.75, label_agreement=0.9),
+    "f16": GoldenTolerance(max_error=0.5, label_agreement=0.93),
+}
+"""What a deployed model may differ from its PyTorch form, by the precision of its float layers (see `GoldenTolerance`)."""
+
+
+def export(
+    model: nn.Module,
+    example: Tensor,
+    path: Path | str,
+    *,
+    calibration: Iterable[Tensor] | None = None,
+    signature: Signature | None = None,
+    changes: Iterable[Change] = (),
+    measured: dict[str, Any] | None = None,
+) -> Artifact:
+    """Write `model` as an artefact directory that runs without PyTorch; an artefact that is there is replaced, and only as a whole.
+
+    `example`: raw pixels `(B, C, H, W)`, 0-255, real ones: the golden pairs are cut from them. `calibration`: input batches; with them the
+    model is quantised first (a copy; yours is left as it is). `signature`: task and classes; without it they follow from the
+    shape of the answer and the classes are numbered. `changes`: what earlier passes did, kept in the manifest. `measured`: plain
+    figures to keep there. Every batch size, height and width will work. Raises `ExportError` when the model cannot be exported, or
+    when the runtime does not compute what PyTorch does; nothing is left behind then.
+    """
+    model = copy.deepcopy(model).eval()
+    signature = signature or infer_signature(model, example)
+    changes = list(changes)
+    if calibration is not None:
+        changes += quantize(calibration)(model)
+    proto = to_onnx(model, example, signature)
+    content: dict[str, Any] = {
+        "model": proto,
+        "signature": signature,
+        "packing": packing_of(proto),
+        "golden": golden_pairs(model, example),
+        "layers": layer_records(model, example, changes),
+        "passes": [{"pass": c.pass_, "layer": c.layer, "done": c.done, "reason": c.reason, "sqnr_db": _finite(c.sqnr_db)} for c in changes],
+        "measured": {"hardware": describe_hardware(), **(measured or {})},
+    }
+    return _write_checked(Path(path), content)
+
+
+def _write_checked(path: Path, content: dict[str, Any]) -> Artifact:
+    """Write beside the place, open in the runtime, compare, and only then write in place with the precision that was measured."""
+    draft = path.with_name(f".{path.name}.draft")
+    try:
+        write_artifact(draft, **content, golden_tolerance=LIMITS, precision="bf16")
+        exact, recorded = load(draft, precision="f32"), load(draft)  # the second in bf16 where the CPU has it
+        problems = [*deviations(exact, content["golden"]), *_floating(exact, content["layers"])]
+        if problems:
+            raise ExportError(f"{exact.engine} does not compute what PyTorch does: {problems[0]}; nothing was written")
+        notes = deviations(recorded, content["golden"]) if recorded.precision != exact.precision else []
+        precision: FloatPrecision = precision_of(exact if notes else recorded)
+        content["measured"]["notes"] = [f"recorded in {precision}, for {note}" for note in notes]
+    finally:
+        shutil.rmtree(draft, ignore_errors=True)
+    return write_artifact(path, **content, golden_tolerance=LIMITS, precision=precision)
+
+
+def precision_of(session: Session) -> FloatPrecision:
+    """What a session's float layers run in, as the manifest names it."""
+    return next(name for name in LIMITS if name == session.precision)
+
+
+def deviations(session: Session, golden: Iterable[tuple[NDArray[np.uint8], NDArray[np.float32]]]) -> list[str]:
+    """Where a session's answers leave `LIMITS`, a line for each golden pair that does."""
+    tolerance = LIMITS[precision_of(session)]
+    lines = []
+    for images, scores in golden:
+        result = replay(session, images, scores, tolerance, classes=session.signature.task != "restore")
+        if not result.passed:
+            agreement = "" if result.label_agreement is None else f" and {result.label_agreement:.2%} of equal labels"
+            lines.append(
+                f"{session.precision} gives an error of {result.max_error:.2g} standard deviations{agreement} on a golden image (allowed: "
+                f"{tolerance.max_error:g}, {tolerance.label_agreement:.0%})"
+            )
+    return lines
+
+
+def _floating(session: Session, layers: Iterable[LayerRecord]) -> list[str]:
+    _, reasons = find_fallbacks(tuple(layers), tuple(session.layers()))
+    return [f"{len(reasons)} quantised layers do not run on integers: {reasons[0]}"] if reasons else []
+
+
+def infer_signature(model: nn.Module, example: Tensor) -> Signature:
+    """Task and number of classes from the shape of the answer: `(B, K)` is classify, `(B, K, H, W)` segment."""
+    if example.ndim != 4:
+        raise ExportError(f"example of shape {tuple(example.shape)}: give raw pixels (B, C, H, W)")
+    with torch.inference_mode():
+        answer = model(example[:1].to(torch.float32))
+    if not isinstance(answer, Tensor) or answer.ndim not in (2, 4):
+        came = tuple(answer.shape) if isinstance(answer, Tensor) else type(answer).__name__
+        raise ExportError(f"the model answers {came}; (B, K) or (B, K, H, W) is expected: wrap it, or say what it is with signature=")
+    classes = tuple(ClassInfo(name=f"class-{k}", color=_shade(k)) for k in range(answer.shape[1]))
+    return Signature(task="classify" if answer.ndim == 2 else "segment", channels=example.shape[1], classes=classes)
+
+
+def _shade(k: int) -> tuple[int, int, int]:
+    return (97 * k + 60) % 256, (57 * k + 120) % 256, (151 * k + 30) % 256
+
+
+def packing_of(proto: onnx.ModelProto) -> dict[str, Any]:
+    """How each initializer is stored: integers at 8 bits; floats that FP16 holds without loss in FP16; the rest as they are."""
+    packing: dict[str, Any] = {}
+    for initializer in proto.graph.initializer:
+        if initializer.data_type in (onnx.TensorProto.INT8, onnx.TensorProto.UINT8) and initializer.dims:
+            packing[initializer.name] = 8
+        elif initializer.data_type == onnx.TensorProto.FLOAT and np.prod(initializer.dims) > 64:
+            values = onnx.numpy_helper.to_array(initializer)
+            if np.abs(values).max() <= np.finfo(np.float16).max and np.array_equal(values, values.astype(np.float16).astype(np.float32)):
+                packing[initializer.name] = "f16"
+    return packing
+
+
+def golden_pairs(model: nn.Module, example: Tensor) -> list[tuple[NDArray[np.uint8], NDArray[np.float32]]]:
+    """Crops of the example's first image and what the model answers to them."""
+    pairs = []
+    for height, width in GOLDEN_SIDES:
+        images_BCHW = example[:1, :, :height, :width].round().clamp(0, 255).to(torch.uint8)
+        with torch.inference_mode():
+            scores = model(images_BCHW.to(torch.float32)).float()
+        pairs.append((np.ascontiguousarray(images_BCHW.permute(0, 2, 3, 1).numpy()), scores.numpy()))
+    return pairs
+
+
+def layer_records(model: nn.Module, example: Tensor, changes: Iterable[Change]) -> list[LayerRecord]:
+    """One record a layer with weights: bits, parameters, multiply-adds at the example's size, and why it was kept."""
+    macs = layer_macs(model, example)
+    notes = {c.layer: c.reason for c in changes if c.pass_ == "quantize"}
+    records = []
+    for name, layer in named(model, *WEIGHTED):
+        integer = isinstance(layer, QuantizedLinear | QuantizedConv2d)
+        records.append(
+            LayerRecord(
+                name=name,
+                kind=type(layer).__name__.removeprefix("Quantized"),
+                weight_bits=8 if integer else 16 if _is_half(layer) else 32,
+                activation_bits=8 if integer else None,
+                parameters=weight_count(layer) + bias_count(layer),
+                macs=macs.get(name),
+                note=notes.get(name, ""),
+            )
+        )
+    return records
+
+
+def _is_half(layer: nn.Module) -> bool:
+    weight = layer.weight
+    assert isinstance(weight, Tensor)
+    return bool(torch.equal(weight, weight.to(torch.float16).to(weight.dtype)))
+
+
+def _finite(value: float | None) -> float | None:
+    return value if value is not None and abs(value) < float("inf") else None

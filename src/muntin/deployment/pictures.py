@@ -1,0 +1,99 @@
+"""Pictures of what a deployed model sees: overlays, differences, examples.
+
+Axes: H W map.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image, ImageDraw, ImageFont
+
+from muntin.artifact.classes import ClassInfo
+from muntin.data.source import Sample
+from muntin.runtime.images import IGNORED, colorize, difference, overlay, write_image
+from muntin.runtime.tiles import Predictor, predict
+
+UInt8 = NDArray[np.uint8]
+Border = tuple[int, int, str]
+
+
+def draw_borders(picture_HWC: UInt8, borders: Sequence[Border]) -> UInt8:
+    """A copy with the borders of the splits as lines and their names along the top: what was seen in training and what was not."""
+    image = Image.fromarray(picture_HWC.copy())
+    pen = ImageDraw.Draw(image)
+    height, width = picture_HWC.shape[:2]
+    line = max(1, width // 900)
+    font = ImageFont.load_default(size=max(10, height // 45))
+    for start, end, split in borders:
+        if split == "left out":
+            pen.rectangle((start, 0, end - 1, height), fill=(20, 20, 20))
+            continue
+        if split != "train":
+            pen.rectangle((start, 0, end - 1, height - 1), outline=(255, 255, 255), width=2 * line)
+        pen.text((start + 6 * line, 6 * line), split, fill=(255, 255, 255), font=font, stroke_width=max(1, line), stroke_fill=(0, 0, 0))
+    return np.asarray(image)
+
+
+def example_windows(samples: Sequence[Sample], *, side: int, count: int) -> list[tuple[int, int, int]]:
+    """Where to look: (sample, top, left) of the `count` windows whose truth is most varied, apart from each other.
+
+    Chosen by the truth alone, before any prediction: nothing is picked because a model does well there.
+    """
+    found: list[tuple[float, int, int, int]] = []
+    for index in range(len(samples)):
+        labels = samples[index].labels
+        height, width = labels.shape
+        for top in range(0, max(1, height - side + 1), side):
+            for left in range(0, max(1, width - side + 1), side):
+                shares = np.bincount(labels[top : top + side, left : left + side].ravel(), minlength=256)[:IGNORED]
+                total = shares.sum()
+                if total:
+                    p = shares[shares > 0] / total
+                    found.append((float(-(p * np.log(p)).sum()), index, top, left))
+    found.sort(key=lambda entry: (-entry[0], *entry[1:]))
+    return [(index, top, left) for _, index, top, left in found[:count]]
+
+
+def write_examples(
+    directory: Path, session: Predictor, samples: Sequence[Sample], classes: Sequence[ClassInfo], *, side: int, count: int = 5
+) -> list[dict[str, str]]:
+    """Picture, truth, prediction and difference of some windows of a split, as files under `directory/pictures`."""
+    folder = directory / "pictures"
+    folder.mkdir(parents=True, exist_ok=True)
+    examples = []
+    for number, (index, top, left) in enumerate(example_windows(samples, side=side, count=count), 1):
+        sample = samples[index]
+        image, truth = (np.ascontiguousarray(a[top : top + side, left : left + side]) for a in (sample.image, sample.labels))
+        labels = predict(session, image)
+        views = {
+            "image": _rgb(image),
+            "truth": colorize(truth, classes),
+            "prediction": colorize(labels, classes),
+            "difference": difference(labels, truth),
+        }
+        example = {"name": f"{sample.name}, rows {top}-{top + truth.shape[0]}, columns {left}-{left + truth.shape[1]}"}
+        for kind, view in views.items():
+            write_image(folder / f"{number}-{kind}.png", view)
+            example[kind] = f"pictures/{number}-{kind}.png"
+        examples.append(example)
+    return examples
+
+
+def write_whole(
+    directory: Path, session: Predictor, image: UInt8, truth: UInt8, borders: Sequence[Border], classes: Sequence[ClassInfo], *, tile: int
+) -> None:
+    """The whole picture in blended tiles: `mask.png`, `overlay.png` with the borders of the splits drawn, `difference.png`."""
+    labels = predict(session, image, tile=tile)
+    write_image(directory / "mask.png", labels)
+    write_image(directory / "overlay.png", draw_borders(overlay(image, labels, classes), borders))
+    write_image(directory / "difference.png", draw_borders(difference(labels, truth), borders))
+
+
+def _rgb(image: UInt8) -> UInt8:
+    if image.shape[2] >= 3:
+        return np.ascontiguousarray(image[:, :, :3])
+    return np.repeat(image[:, :, :1], 3, axis=2)

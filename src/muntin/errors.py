@@ -1,0 +1,38 @@
+"""What muntin raises for a user's mistake or a failed check.
+
+Every message says what came, what is allowed and what to do, on one line: the CLI prints it as it stands and exits 1.
+"""
+
+from __future__ import annotations
+
+
+class MuntinError(Exception):
+    """Base of every error that is the user's to act on; its text is one line."""
+
+
+class DataError(MuntinError):
+    """An image, a mask or a folder of them is unreadable, inconsistent or empty."""
+
+
+class RecipeError(MuntinError):
+    """A recipe or an option holds an unknown key or a value outside its range."""
+
+
+class CheckpointError(MuntinError):
+    """A checkpoint is missing, corrupted or of another model."""
+
+
+class ArtifactError(MuntinError):
+    """An artefact is missing, altered, incomplete or of a format this version does not read."""
+
+
+class ExportError(MuntinError):
+    """A model cannot be turned into an artefact."""
+
+
+class VerificationError(MuntinError):
+    """An artefact does not compute what was recorded when it was made."""
+
+
+class DependencyError(MuntinError):
+    """Something that must be installed is not: a package of an extra, a compiler, a device."""

@@ -1,0 +1,19 @@
+"""What a model is made of: layers that map `(B, H, W, C)` to the same shape on one device, and know no policy."""
+
+from muntin.layers.attention import Attention
+from muntin.layers.block import ParallelBlock, SerialBlock
+from muntin.layers.convolution import ConvUnit, PositionUnit, ResidualPair
+from muntin.layers.gate import ChannelGate
+from muntin.layers.hybrid import DenseAttention, HybridAttention
+from muntin.layers.latent import GlobalAttention
+from muntin.layers.local import LocalAttention
+from muntin.layers.norm import MapNorm, TokenNorm
+from muntin.layers.ops import Product, Softmax, Sum
+from muntin.layers.upsample import PixelHead, ProgressiveUpsampler
+from muntin.layers.windows import Grid, merge, partition
+
+__all__ = [
+    "Attention", "ChannelGate", "ConvUnit", "DenseAttention", "GlobalAttention", "Grid", "HybridAttention", "LocalAttention",
+    "MapNorm", "ParallelBlock", "PixelHead", "PositionUnit", "Product", "ProgressiveUpsampler", "ResidualPair", "SerialBlock",
+    "Softmax", "Sum", "TokenNorm", "merge", "partition",
+]  # fmt: skip

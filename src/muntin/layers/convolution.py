@@ -1,0 +1,56 @@
+"""The convolutional units: convolution, norm, activation, and a residual pair of them.
+
+Axes: B images, C channels, H W map.
+"""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+
+from muntin.layers.norm import MapNorm
+from muntin.layers.ops import Sum
+
+
+class ConvUnit(nn.Module):
+    """Convolution, `MapNorm`, ReLU: `(B, C, H, W) -> (B, out, ceil(H / stride), ceil(W / stride))`."""
+
+    def __init__(self, channels: int, out: int, *, kernel: int = 3, stride: int = 1, groups: int = 1, activation: bool = True) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(channels, out, kernel, stride, kernel // 2, groups=groups, bias=False)
+        self.norm: nn.Module = MapNorm(out)
+        self.activation: nn.Module = nn.ReLU() if activation else nn.Identity()
+
+    def forward(self, x_BCHW: Tensor) -> Tensor:
+        out: Tensor = self.activation(self.norm(self.conv(x_BCHW)))
+        return out
+
+
+class ResidualPair(nn.Module):
+    """x + conv(conv(x)), then ReLU: the basic block of ResNet (He et al., 1512.03385), `(B, C, H, W)` to the same shape."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.first = ConvUnit(channels, channels)
+        self.second = ConvUnit(channels, channels, activation=False)
+        self.sum = Sum()
+        self.activation = nn.ReLU()
+
+    def forward(self, x_BCHW: Tensor) -> Tensor:
+        out: Tensor = self.activation(self.sum(x_BCHW, self.second(self.first(x_BCHW))))
+        return out
+
+
+class PositionUnit(nn.Module):
+    """x + depthwise 3x3 convolution of x: tells tokens where they stand (Chu et al., 2102.10882), in place of a position table.
+
+    The zero padding at the border of the map is what marks positions, so a map of any size works.
+    """
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(channels, channels, 3, 1, 1, groups=channels)
+        self.sum = Sum()
+
+    def forward(self, x_BCHW: Tensor) -> Tensor:
+        out: Tensor = self.sum(x_BCHW, self.conv(x_BCHW))
+        return out

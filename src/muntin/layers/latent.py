@@ -1,0 +1,73 @@
+"""GlobalAttention: tokens and a few latents read each other, O(n), and the mixer it shares with HybridAttention.
+
+Axes: B images, H W map, C channels, S windows, T tokens a window, N tokens an image, E heads, D channels a head, M latents.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from muntin.layers.attention import Attention, check_size
+from muntin.layers.ops import Product, Softmax
+from muntin.layers.windows import Grid
+
+
+class LatentMixer(nn.Module):
+    """Two softmaxes through M latents, from a projection that holds values and both kinds of logits: no parameters.
+
+    Read: each latent is the mean of all tokens' values, weighted by a softmax over the N tokens. Write: each token is the
+    mean of the latents, weighted by a softmax over the M latents.
+    """
+
+    def __init__(self, dim: int, heads: int, latents: int) -> None:
+        super().__init__()
+        self.dim = dim
+        self.heads = heads
+        self.latents = latents
+        self.read_softmax = Softmax(-1)
+        self.read = Product()
+        self.write_softmax = Softmax(-1)
+        self.write = Product()
+
+    @property
+    def inputs(self) -> int:
+        """Channels that the projection must give: values, read logits, write logits."""
+        return self.dim + 2 * self.heads * self.latents
+
+    def forward(self, projected_STI: Tensor, grid: Grid) -> Tensor:
+        """`(S, T, inputs) -> (S, T, C)`; 2·N·M·C multiply-adds an image."""
+        windows, tokens = projected_STI.shape[:2]
+        heads, latents = self.heads, self.latents
+        p_BNI = projected_STI.reshape(grid.batch, -1, self.inputs)
+        v_BND, read_BNL, write_BNL = torch.split(p_BNI, [self.dim, heads * latents, heads * latents], dim=-1)
+        v_BEND = v_BND.reshape(grid.batch, -1, heads, self.dim // heads).transpose(1, 2)
+        read_BEMN = read_BNL.reshape(grid.batch, -1, heads, latents).permute(0, 2, 3, 1)
+        write_BENM = write_BNL.reshape(grid.batch, -1, heads, latents).transpose(1, 2)
+        bias = None if grid.bias_B1N is None else grid.bias_B1N.unsqueeze(1)
+        latents_BEMD = self.read(self.read_softmax(read_BEMN, bias), v_BEND)
+        out_BEND: Tensor = self.write(self.write_softmax(write_BENM), latents_BEMD)
+        return out_BEND.transpose(1, 2).reshape(windows, tokens, self.dim)
+
+
+class GlobalAttention(Attention):
+    """Attention over the whole map through `latents` learned intermediaries a head, instead of all pairs of tokens.
+
+    Memory and time are O(H·W): 2·C² + 2·E·M·C + 2·M·C multiply-adds a token. Input and output `(B, H, W, C)`, any
+    H, W >= 1. Source: Agent Attention (Han et al., 2312.08874, section 3.2) and the induced set attention of Set
+    Transformer (Lee et al., 1810.00825, section 3.1). Deviation: the latents' queries are parameters and the tokens'
+    queries meet learned keys, so both kinds of logits are one plain Linear of the token: a product fewer each, and a
+    form that quantises like any Linear.
+    """
+
+    window = None
+
+    def __init__(self, dim: int, *, heads: int, latents: int) -> None:
+        super().__init__(dim, heads)
+        self.mixer = LatentMixer(dim, heads, check_size("latents", latents))
+        self.project = nn.Linear(dim, self.mixer.inputs)
+        self.out = nn.Linear(dim, dim)
+
+    def attend(self, t_STC: Tensor, grid: Grid) -> Tensor:
+        out: Tensor = self.out(self.mixer(self.project(t_STC), grid))
+        return out

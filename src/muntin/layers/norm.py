@@ -1,0 +1,84 @@
+"""Batch normalisation whose statistics no micro-batch and no rank can change, for maps and for tokens.
+
+Plain batch norm computes its statistics over whatever samples one call happens to hold: splitting a batch of 8 into 4 + 4
+changes the gradient, so gradient accumulation, sharding and recovery from out-of-memory would change the mathematics of a
+run. Here samples are normalised in fixed groups of `GROUP` (a batch is cut into groups in its order; the last may be smaller), so
+any split at group borders gives the same numbers. After training it is an affine map with constant coefficients that folds
+into its neighbour.
+
+Source: Ghost Batch Normalization (Hoffer et al., 1705.08741, section 4).
+Axes: B images, C channels, H W map, S windows, T tokens a window.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F  # noqa: N812 - the field's usual name
+
+from muntin.layers.windows import Grid
+
+GROUP = 8
+"""Samples that share statistics in training."""
+
+
+class _GroupedNorm(nn.Module):
+    weight: nn.Parameter
+    bias: nn.Parameter
+    running_mean: Tensor
+    running_var: Tensor
+
+    def __init__(self, dim: int, *, eps: float = 1e-5, momentum: float = 0.1) -> None:
+        super().__init__()
+        self.dim = dim
+        self.eps = eps
+        self.momentum = momentum
+        self.weight = nn.Parameter(torch.ones(dim))
+        self.bias = nn.Parameter(torch.zeros(dim))
+        self.register_buffer("running_mean", torch.zeros(dim))
+        self.register_buffer("running_var", torch.ones(dim))
+
+    def affine(self) -> tuple[Tensor, Tensor]:
+        """The map that this layer is after training, y = a·x + b: `a`, `b`, each `(C,)`."""
+        a_C = self.weight / torch.sqrt(self.running_var + self.eps)
+        return a_C, self.bias - self.running_mean * a_C
+
+    def _normalise(self, x_BCHW: Tensor) -> Tensor:
+        return F.batch_norm(x_BCHW, self.running_mean, self.running_var, self.weight, self.bias, self.training, self.momentum, self.eps)
+
+    def _normalise_groups(self, x_BCHW: Tensor, group: int) -> Tensor:
+        if not self.training or x_BCHW.shape[0] <= group:
+            return self._normalise(x_BCHW)
+        return torch.cat([self._normalise(part) for part in torch.split(x_BCHW, group)])
+
+    def extra_repr(self) -> str:
+        return f"{self.dim}, eps={self.eps}, momentum={self.momentum}"
+
+
+class MapNorm(_GroupedNorm):
+    """Normalises `(B, C, H, W)` by channel, in groups of `GROUP` images while training."""
+
+    def forward(self, x_BCHW: Tensor) -> Tensor:
+        return self._normalise_groups(x_BCHW, GROUP)
+
+
+class TokenNorm(_GroupedNorm):
+    """Normalises `(S, T, C)` by channel, in groups of the windows of `GROUP` images while training; padding does not count."""
+
+    def forward(self, t_STC: Tensor, grid: Grid) -> Tensor:
+        if not self.training:
+            a_C, b_C = self.affine()
+            return t_STC * a_C.to(t_STC.dtype) + b_C.to(t_STC.dtype)
+        padded = grid.window is not None and (grid.height % grid.window or grid.width % grid.window)
+        if padded and grid.bias_S1T is not None:
+            return self._normalise_real(t_STC, grid.bias_S1T.squeeze(1) == 0, GROUP * grid.rows * grid.columns)
+        x_SCT1 = t_STC.transpose(1, 2).unsqueeze(-1)  # a view in channels-last order: PyTorch's fast path
+        return self._normalise_groups(x_SCT1, GROUP * grid.rows * grid.columns).squeeze(-1).transpose(1, 2)
+
+    def _normalise_real(self, t_STC: Tensor, real_ST: Tensor, group: int) -> Tensor:
+        parts = []
+        for part_STC, keep_ST in zip(torch.split(t_STC, group), torch.split(real_ST, group), strict=True):
+            normalised = torch.zeros_like(part_STC)
+            normalised[keep_ST] = self._normalise(part_STC[keep_ST]).to(part_STC.dtype)
+            parts.append(normalised)
+        return torch.cat(parts)

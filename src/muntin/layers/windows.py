@@ -1,0 +1,70 @@
+"""Cutting a map into windows of tokens and putting it together again.
+
+The windowed form `(S, T, C)` is what attention works on; a whole stage stays in it, so that the cut is paid once a stage
+and Linear layers, norms and softmaxes need no re-ordering. Sizes that the window does not divide are padded with zeros
+once, and `Grid.bias_S1T` hides the padding from every softmax: what lies outside the picture changes nothing inside.
+
+Axes: B images, H W rows and columns of a map, C channels, S windows (B · rows · columns), T tokens a window (window²),
+N tokens an image, padding included.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F  # noqa: N812 - the field's usual name
+
+HIDDEN = -1e4
+"""Added to a logit that must not count: exp(-1e4) is 0 in every float format, and the number itself fits in FP16."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Grid:
+    """How a map of `height` x `width` was cut: enough to undo it, and to know which tokens are real."""
+
+    batch: int
+    height: int
+    width: int
+    window: int | None
+    rows: int
+    columns: int
+    bias_S1T: Tensor | None  # noqa: N815 - axis letters
+    """0 for a real token and `HIDDEN` for padding; None where there is no padding by construction (one window an image)."""
+
+    @property
+    def bias_B1N(self) -> Tensor | None:  # noqa: N802 - axis letters
+        """The same bias with the windows of an image in one row."""
+        return None if self.bias_S1T is None else self.bias_S1T.reshape(self.batch, 1, -1)
+
+
+def partition(x_BHWC: Tensor, window: int | None) -> tuple[Tensor, Grid]:
+    """Cut `(B, H, W, C)` into `(S, T, C)`; `window=None` takes each image as one window of H·W tokens, without padding.
+
+    Costs one copy of the map. Any H, W >= 1.
+    """
+    batch, height, width, channels = x_BHWC.shape
+    if window is None:
+        grid = Grid(batch=batch, height=height, width=width, window=None, rows=1, columns=1, bias_S1T=None)
+        return x_BHWC.reshape(batch, height * width, channels), grid
+    rows, columns = (height + window - 1) // window, (width + window - 1) // window
+    x_BHWC = F.pad(x_BHWC, (0, 0, 0, columns * window - width, 0, rows * window - height))
+    x = x_BHWC.reshape(batch, rows, window, columns, window, channels).permute(0, 1, 3, 2, 4, 5)
+    t_STC = x.reshape(batch * rows * columns, window * window, channels)
+    y_inside = torch.arange(rows * window, device=x.device).reshape(rows, 1, window, 1) < height
+    x_inside = torch.arange(columns * window, device=x.device).reshape(1, columns, 1, window) < width
+    hidden = torch.logical_not(y_inside & x_inside).to(x_BHWC.dtype) * HIDDEN
+    bias_1RT = hidden.reshape(1, rows * columns, window * window)
+    bias_S1T = bias_1RT.expand(batch, rows * columns, window * window).reshape(batch * rows * columns, 1, window * window)
+    return t_STC, Grid(batch=batch, height=height, width=width, window=window, rows=rows, columns=columns, bias_S1T=bias_S1T)
+
+
+def merge(t_STC: Tensor, grid: Grid) -> Tensor:
+    """Undo `partition`: `(S, T, C) -> (B, H, W, C)`, padding dropped."""
+    channels = t_STC.shape[-1]
+    if grid.window is None:
+        return t_STC.reshape(grid.batch, grid.height, grid.width, channels)
+    x = t_STC.reshape(grid.batch, grid.rows, grid.columns, grid.window, grid.window, channels).permute(0, 1, 3, 2, 4, 5)
+    x_BHWC = x.reshape(grid.batch, grid.rows * grid.window, grid.columns * grid.window, channels)
+    return x_BHWC[:, : grid.height, : grid.width]

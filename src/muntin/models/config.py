@@ -1,0 +1,55 @@
+"""ModelConfig: everything that fixes a HybridNet's structure, frozen and checked when made."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal, Self
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+Task = Literal["segment", "classify", "restore"]
+Positive = Annotated[int, Field(ge=1)]
+
+
+class ModelConfig(BaseModel):
+    """The structure of a `HybridNet`. Strides are in input pixels; channels and depths are counts."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    task: Task = "segment"
+    classes: Annotated[int, Field(ge=1, le=255, description="K, the classes of segment and classify; unused by restore")] = 2
+    channels: Annotated[int, Field(ge=1, le=16, description="channels of the input image")] = 3
+    scale: Annotated[int, Field(ge=1, le=4, description="output size over input size; above 1 only for restore")] = 1
+    stem: tuple[Positive, Positive, Positive] = (16, 32, 64)
+    """Channels of the convolutional stages at strides 2, 4 and 8."""
+    pairs: tuple[Annotated[int, Field(ge=0)], Annotated[int, Field(ge=0)]] = (1, 1)
+    """Residual pairs at strides 4 and 8."""
+    dims: tuple[Positive, ...] = (256, 256)
+    """Channels of the attention stages at strides 16, 32, ..."""
+    depths: tuple[Positive, ...] = (4, 2)
+    """Blocks of each attention stage."""
+    attention: Literal["hybrid", "local", "global", "dense"] = "hybrid"
+    block: Literal["parallel", "serial"] = "parallel"
+    head_dim: Positive = 64
+    window: Positive = 8
+    latents: Positive = 32
+    mlp_ratio: Annotated[float, Field(gt=0, le=8)] = 2.0
+    gate: bool = True
+    decoder: Positive = 64
+    """Channels of the decoder."""
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Self:
+        if len(self.dims) != len(self.depths):
+            raise ValueError(f"dims names {len(self.dims)} attention stages and depths {len(self.depths)}: give as many of each")
+        if self.scale != 1 and self.task != "restore":
+            raise ValueError(f"scale={self.scale} is for task 'restore'; '{self.task}' answers at the input's size")
+        smallest = 2 * self.head_dim if self.attention == "hybrid" else self.head_dim
+        for dim in self.dims:
+            if dim % self.head_dim or dim < smallest:
+                raise ValueError(f"dim {dim} must be a multiple of head_dim {self.head_dim} and at least {smallest}")
+        return self
+
+    @property
+    def outputs(self) -> int:
+        """Channels of the answer: K scores, or the image's own channels."""
+        return self.channels if self.task == "restore" else self.classes

@@ -1,0 +1,66 @@
+"""`create_model`: one name, one model."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Callable, Iterable
+from typing import Any
+
+from pydantic import ValidationError
+from torch import nn
+
+from muntin.errors import RecipeError
+from muntin.models.config import ModelConfig, Task
+from muntin.models.foreign import from_factory, from_timm, from_torchvision
+from muntin.models.hybridnet import HybridNet
+from muntin.models.presets import PRESETS
+
+FOREIGN: dict[str, Callable[..., nn.Module]] = {"timm": from_timm, "torchvision": from_torchvision}
+
+
+def create_model(
+    name: str, *, task: Task = "segment", classes: int = 2, channels: int = 3, scale: int = 1, options: dict[str, Any] | None = None
+) -> nn.Module:
+    """A model by name, randomly initialised from PyTorch's global generator.
+
+    `name`: a preset (`muntin models` lists them), `timm:NAME`, `torchvision:NAME`, or `package.module:factory`.
+    `options`: fields of `ModelConfig` that replace the preset's. The model takes raw pixels, float 0-255,
+    `(B, channels, H, W)` and returns scores `(B, classes, H, W)`, `(B, classes)` or an image `(B, channels, scale·H, scale·W)`.
+    Raises `RecipeError` for an unknown name or impossible values.
+    """
+    if ":" in name:
+        if options:
+            raise RecipeError(f"options {', '.join(options)} are for hybrid models; '{name}' takes none")
+        if scale != 1:
+            raise RecipeError(f"scale={scale} is for hybrid models; '{name}' answers at the input's size: use scale=1")
+        kind, _, rest = name.partition(":")
+        if kind in FOREIGN:
+            return FOREIGN[kind](rest, task=task, classes=classes, channels=channels)
+        return from_factory(name, task=task, classes=classes, channels=channels)
+    if name not in PRESETS:
+        known = f"{', '.join(PRESETS)}, timm:NAME, torchvision:NAME, package.module:factory"
+        raise RecipeError(f"unknown model '{name}': {_nearest(name, PRESETS)}known: {known}")
+    _check_options(name, options or {})
+    try:
+        config = ModelConfig(task=task, classes=classes, channels=channels, scale=scale, **{**PRESETS[name], **(options or {})})
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(str(part) for part in first["loc"]) or "model"
+        raise RecipeError(f"model '{name}', {where}: {first['msg'].removeprefix('Value error, ')}") from error
+    return HybridNet(config)
+
+
+def _nearest(name: str, known: Iterable[str]) -> str:
+    near = difflib.get_close_matches(name, list(known), 1)
+    return f"did you mean '{near[0]}'? " if near else ""
+
+
+def _check_options(name: str, options: dict[str, Any]) -> None:
+    """Options are fields of the structure; what the task fixes (classes, channels, ...) has its own argument."""
+    fixed = ("task", "classes", "channels", "scale")
+    allowed = [field for field in ModelConfig.model_fields if field not in fixed]
+    for key in options:
+        if key in fixed:
+            raise RecipeError(f"model '{name}': '{key}' is not an option: give it beside the model's name")
+        if key not in allowed:
+            raise RecipeError(f"model '{name}': unknown option '{key}': {_nearest(key, allowed)}known: {', '.join(allowed)}")

@@ -1,0 +1,113 @@
+"""Models that are not ours, in a thin wrapper that gives them our face: raw pixels 0-255 in, scores out.
+
+Axes: B images, C channels, H W map, K scores.
+"""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F  # noqa: N812 - the field's usual name
+
+from muntin.errors import DependencyError, RecipeError
+from muntin.models.config import Task
+
+IMAGENET_MEAN = (0.485, 0.456, 0.406)
+IMAGENET_STD = (0.229, 0.224, 0.225)
+
+
+class ForeignModel(nn.Module):
+    """Normalises raw pixels and passes them on; scores of a segmenter are brought to the size of its input.
+
+    Input `(B, channels, H, W)`, float 0-255; output `(B, K)` or `(B, K, H, W)`, as the wrapped model's task is.
+    """
+
+    factor: Tensor
+    shift: Tensor
+
+    def __init__(self, model: nn.Module, *, mean: tuple[float, ...], std: tuple[float, ...], task: Task) -> None:
+        super().__init__()
+        self.model = model
+        self.task = task
+        self.register_buffer("factor", (1 / (255 * torch.tensor(std))).reshape(1, -1, 1, 1), persistent=False)
+        self.register_buffer("shift", (torch.tensor(mean) / torch.tensor(std)).reshape(1, -1, 1, 1), persistent=False)
+
+    def forward(self, image_BCHW: Tensor) -> Tensor:
+        out = self.model(image_BCHW * self.factor - self.shift)
+        scores: Tensor = out["out"] if isinstance(out, dict) else out
+        if self.task == "segment" and scores.shape[2:] != image_BCHW.shape[2:]:
+            scores = F.interpolate(scores, image_BCHW.shape[2:], mode="bilinear")
+        return scores
+
+
+def _statistics(values: tuple[float, ...], channels: int) -> tuple[float, ...]:
+    return values if channels == 3 else (sum(values) / len(values),) * channels
+
+
+def from_timm(name: str, *, task: Task, classes: int, channels: int) -> nn.Module:
+    """A classifier of timm, randomly initialised."""
+    try:
+        import timm
+    except ImportError as error:
+        raise DependencyError(f"'timm:{name}' needs the package timm: pip install 'muntin[train]'") from error
+    if task != "classify":
+        raise RecipeError(f"'timm:{name}' is a classifier, not for task '{task}': use task 'classify' or another model")
+    try:
+        model = timm.create_model(name, pretrained=False, num_classes=classes, in_chans=channels)
+    except RuntimeError as error:
+        close = timm.list_models(f"*{name.split('_')[0].split('.')[0]}*")[:5]
+        raise RecipeError(f"timm does not know a model '{name}'; close: {', '.join(close) or 'none'} (timm.list_models())") from error
+    mean, std = model.default_cfg.get("mean", IMAGENET_MEAN), model.default_cfg.get("std", IMAGENET_STD)
+    return ForeignModel(model, mean=_statistics(tuple(mean), channels), std=_statistics(tuple(std), channels), task=task)
+
+
+def from_torchvision(name: str, *, task: Task, classes: int, channels: int) -> nn.Module:
+    """A classifier or segmenter of torchvision, randomly initialised."""
+    try:
+        from torchvision import models
+    except ImportError as error:
+        raise DependencyError(f"'torchvision:{name}' needs the package torchvision: pip install 'muntin[train]'") from error
+    if task == "restore":
+        raise RecipeError(f"'torchvision:{name}' classifies or segments, not for task 'restore': use a hybrid model")
+    known = models.list_models(module=models.segmentation if task == "segment" else models)
+    if name not in known:
+        raise RecipeError(f"torchvision has no model '{name}' for task '{task}'; it has {', '.join(known[:8])}, ...")
+    if channels != 3:
+        raise RecipeError(f"'torchvision:{name}' takes 3 channels, not {channels}: choose a timm or a hybrid model")
+    extra = {"weights_backbone": None} if task == "segment" else {}
+    model = models.get_model(name, weights=None, num_classes=classes, **extra)
+    return ForeignModel(model, mean=IMAGENET_MEAN, std=IMAGENET_STD, task=task)
+
+
+def from_factory(name: str, *, task: Task, classes: int, channels: int) -> nn.Module:
+    """The user's own: `package.module:factory` is called as `factory(task=..., classes=..., channels=...)`.
+
+    What it returns must keep the face itself: raw pixels 0-255 in, scores out.
+    """
+    module_name, _, attribute = name.partition(":")
+    if not all(part.isidentifier() for part in (*module_name.split("."), attribute)):
+        raise RecipeError(f"model '{name}': not of the form package.module:factory")
+    try:
+        factory: Callable[..., nn.Module] = getattr(importlib.import_module(module_name), attribute)
+    except (ImportError, AttributeError) as error:
+        raise RecipeError(f"model '{name}': {error}; write package.module:factory, importable from here") from error
+    _check_factory(name, factory)
+    model = factory(task=task, classes=classes, channels=channels)
+    if not isinstance(model, nn.Module):
+        raise RecipeError(f"model '{name}' returned {type(model).__name__}, not a torch.nn.Module")
+    return model
+
+
+def _check_factory(name: str, factory: object) -> None:
+    """Before the call, so that a TypeError from inside the user's own code keeps its traceback."""
+    wanted = "write a function that takes task, classes and channels by keyword"
+    if not callable(factory):
+        raise RecipeError(f"model '{name}' is a {type(factory).__name__}, which cannot be called: {wanted}")
+    try:
+        inspect.signature(factory).bind(task="segment", classes=2, channels=3)
+    except (TypeError, ValueError) as error:  # ValueError: a built-in without a signature
+        raise RecipeError(f"model '{name}': {error}: {wanted}") from error

@@ -1,0 +1,127 @@
+"""HybridNet: convolutions where resolution is high, hybrid attention where it is low, a progressive decoder back to the pixel.
+
+    image, 0-255 -> normalise -> convolutions at strides 2, 4, 8 -> blocks at stride 16 -> blocks at stride 32 -> ...
+                                              |                         |                       |
+                                              +--- skips -------------> ProgressiveUpsampler <--+ -> PixelHead -> scores
+
+An attention stage cuts its map into windows once and stays in that form for all of its blocks. Every size H, W >= 1 works:
+strided convolutions round up, the decoder cuts to its skips.
+
+Axes: B images, C channels, H W map, K scores, S windows, T tokens a window.
+"""
+
+from __future__ import annotations
+
+from typing import cast
+
+from torch import Tensor, nn
+
+from muntin.layers import (
+    Attention,
+    ConvUnit,
+    DenseAttention,
+    GlobalAttention,
+    HybridAttention,
+    LocalAttention,
+    ParallelBlock,
+    PixelHead,
+    PositionUnit,
+    ProgressiveUpsampler,
+    ResidualPair,
+    SerialBlock,
+    Sum,
+    merge,
+    partition,
+)
+from muntin.models.config import ModelConfig
+
+FINEST = 4
+"""Stride at which the decoder ends and `PixelHead` begins."""
+
+
+def build_attention(config: ModelConfig, dim: int) -> Attention:
+    """The attention layer that a configuration asks for."""
+    heads = dim // config.head_dim
+    if config.attention == "local":
+        return LocalAttention(dim, heads=heads, window=config.window)
+    if config.attention == "global":
+        return GlobalAttention(dim, heads=heads, latents=config.latents)
+    if config.attention == "dense":
+        return DenseAttention(dim, heads=heads)
+    return HybridAttention(dim, heads=heads, window=config.window, latents=config.latents)
+
+
+class Normalize(nn.Module):
+    """Raw pixels 0-255 to about -2..2: (x - 127.5) / 64. Fixed numbers: nothing of one data set is baked into the graph."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * (1 / 64) - 127.5 / 64
+
+
+class AttentionStage(nn.Module):
+    """Halves the map by a convolution, marks positions, then runs its blocks in windowed form.
+
+    `(B, C, H, W) -> (B, dim, ceil(H / 2), ceil(W / 2))`.
+    """
+
+    def __init__(self, config: ModelConfig, channels: int, dim: int, depth: int) -> None:
+        super().__init__()
+        block = ParallelBlock if config.block == "parallel" else SerialBlock
+        self.reduce = ConvUnit(channels, dim, stride=2, activation=False)
+        self.position = PositionUnit(dim)
+        self.blocks = nn.ModuleList(
+            block(dim, attention=build_attention(config, dim), mlp_ratio=config.mlp_ratio, gate=config.gate) for _ in range(depth)
+        )
+
+    def forward(self, x_BCHW: Tensor) -> Tensor:
+        x_BHWC = self.position(self.reduce(x_BCHW)).permute(0, 2, 3, 1)
+        blocks = cast("list[ParallelBlock | SerialBlock]", list(self.blocks))
+        t_STC, grid = partition(x_BHWC, blocks[0].window)
+        for block in blocks:
+            t_STC = block.attend(t_STC, grid)
+        return merge(t_STC, grid).permute(0, 3, 1, 2)
+
+
+class HybridNet(nn.Module):
+    """A vision model for segmentation, classification or restoration.
+
+    Input: raw pixels, float 0-255, `(B, channels, H, W)`, any H, W >= 1. Output: scores `(B, K, H, W)` (segment), `(B, K)`
+    (classify), or an image 0-255 `(B, channels, scale·H, scale·W)` (restore). Time and memory are O(H·W).
+    """
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.config = config
+        c2, c4, c8 = config.stem
+        self.normalize = Normalize()
+        self.stem = nn.Sequential(ConvUnit(config.channels, c2, stride=2), ConvUnit(c2, c4, stride=2))
+        self.stage4 = nn.Sequential(*(ResidualPair(c4) for _ in range(config.pairs[0])))
+        self.stage8 = nn.Sequential(ConvUnit(c4, c8, stride=2), *(ResidualPair(c8) for _ in range(config.pairs[1])))
+        inputs = (c8, *config.dims)
+        self.stages = nn.ModuleList(
+            AttentionStage(config, c, dim, depth) for c, dim, depth in zip(inputs[:-1], config.dims, config.depths, strict=True)
+        )
+        if config.task == "classify":
+            self.head: nn.Module = nn.Linear(config.dims[-1], config.classes)
+        else:
+            self.decoder = ProgressiveUpsampler([*reversed(config.dims), c8, c4], config.decoder)
+            self.head = PixelHead(config.decoder, config.outputs, FINEST * config.scale)
+        if config.task == "restore":
+            self.enlarge = nn.Upsample(scale_factor=config.scale, mode="bilinear") if config.scale > 1 else nn.Identity()
+            self.sum = Sum()
+            nn.init.zeros_(self.head.conv.weight)  # type: ignore[arg-type, union-attr]  # training starts from the image itself
+
+    def forward(self, image_BCHW: Tensor) -> Tensor:
+        height, width = image_BCHW.shape[2:]
+        maps = [self.stage4(self.stem(self.normalize(image_BCHW)))]
+        maps.append(self.stage8(maps[-1]))
+        for stage in self.stages:
+            maps.append(stage(maps[-1]))
+        if self.config.task == "classify":
+            scores_BK: Tensor = self.head(maps[-1].mean((2, 3)))
+            return scores_BK
+        scale = self.config.scale
+        scores: Tensor = self.head(self.decoder(maps[::-1]))[:, :, : scale * height, : scale * width]
+        if self.config.task == "restore":
+            scores = self.sum(self.enlarge(image_BCHW), scores * 64)  # the head's unit is the normalised one
+        return scores

@@ -1,0 +1,85 @@
+"""A report on disk: `report.json` for programs, `report.html` for people, each there whole or not at all."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import secrets
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from muntin.errors import MuntinError
+from muntin.reporting.page import render_html
+from muntin.reporting.schema import Report, parse_report, report_values
+
+JSON_NAME = "report.json"
+HTML_NAME = "report.html"
+
+
+def write_report(directory: Path, report: Report | Mapping[str, Any]) -> Path:
+    """Checks `report`, writes `report.json` and `report.html` into `directory` (made if absent), returns the page's path.
+
+    The pictures that the report names must lie in `directory` already; each costs one decode. Both files are complete on the disk
+    before either takes its name, so an error leaves what was there before. Raises MuntinError (DataError for a picture), one line.
+    """
+    checked = parse_report(report)
+    page = render_html(checked, directory)
+    values = json.dumps(report_values(checked), indent=1, ensure_ascii=False, allow_nan=False)
+    contents = {JSON_NAME: f"{values}\n", HTML_NAME: page}
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        with _complete_copies(directory, contents) as copies:
+            for name, copy in copies.items():
+                copy.replace(directory / name)
+        _sync(directory)
+    except OSError as error:
+        raise MuntinError(
+            f"cannot write the report into {directory} ({error.strerror or error}): free some space there or name another folder"
+        ) from None
+    return directory / HTML_NAME
+
+
+def read_report(path: Path) -> Report:
+    """The report in the file `path`, or in `report.json` of the folder `path`. Raises MuntinError, one line."""
+    file = path / JSON_NAME if path.is_dir() else path
+    try:
+        values = json.loads(file.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise MuntinError(f"there is no report {file}: name a report.json, or the folder of a run that wrote one") from None
+    except OSError as error:
+        raise MuntinError(f"cannot read the report {file} ({error.strerror or error}): check the path and its permissions") from None
+    except (ValueError, RecursionError) as error:
+        reason = str(error).split("\n")[0]
+        raise MuntinError(f"{file} is not a whole JSON document ({reason}): let the run write it again") from None
+    try:
+        return parse_report(values)
+    except MuntinError as error:
+        raise MuntinError(f"{file}: {error}") from None
+
+
+@contextlib.contextmanager
+def _complete_copies(directory: Path, contents: Mapping[str, str]) -> Iterator[dict[str, Path]]:
+    # Hidden siblings, so that taking the final name is a rename inside one file system; removed whatever happens.
+    copies = {name: directory / f".{name}.{secrets.token_hex(4)}" for name in contents}
+    try:
+        for name, text in contents.items():
+            with copies[name].open("x", encoding="utf-8", newline="\n") as file:
+                file.write(text)
+                file.flush()
+                os.fsync(file.fileno())
+        yield copies
+    finally:
+        for copy in copies.values():
+            copy.unlink(missing_ok=True)
+
+
+def _sync(directory: Path) -> None:
+    # Makes the renames themselves durable; Windows has no handle for a directory.
+    if os.name == "posix":
+        handle = os.open(directory, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)

@@ -1,0 +1,21 @@
+"""Artefacts that compute: sessions and their engines, tiles, verification, hardware. Runs without torch."""
+
+from __future__ import annotations
+
+from muntin.runtime.engines import ENGINES, load
+from muntin.runtime.hardware import describe_hardware
+from muntin.runtime.session import ExecutedLayer, Session
+from muntin.runtime.tiles import predict
+from muntin.runtime.verification import GoldenResult, VerifyResult, verify
+
+__all__ = [
+    "ENGINES",
+    "ExecutedLayer",
+    "GoldenResult",
+    "Session",
+    "VerifyResult",
+    "describe_hardware",
+    "load",
+    "predict",
+    "verify",
+]

@@ -1,0 +1,128 @@
+"""What this process may use of the machine: for reports, and for the number of threads an engine gets.
+
+Plain values, read and never assumed. Where a system does not say (no /proc, no /sys), what `platform` and `os` know is given.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import os
+import platform
+import re
+import sys
+from collections.abc import Iterator
+from contextlib import suppress
+from math import ceil
+from pathlib import Path
+from typing import Any
+
+# The flags that decide which kernels an engine has, under one name for both families of CPUs (x86 "flags", ARM "Features").
+FEATURES = (
+    "avx2",
+    "avx512f",
+    "avx512_vnni",
+    "avx_vnni",
+    "avx512_bf16",
+    "amx_bf16",
+    "amx_int8",
+    "asimddp",
+    "i8mm",
+    "bf16",
+    "sve",
+)
+PACKAGES = ("numpy", "openvino", "onnxruntime", "onnx")
+
+
+def describe_hardware() -> dict[str, Any]:
+    """CPU, cores, memory and features that this process has, and the versions of what computes.
+
+    `cores` are the logical cores it may run on (affinity and a container's quota considered), `physical_cores` those without
+    hyper-threads; `memory_gib` is the machine's or the container's limit, whichever is less, None where unknown. A package that is not
+    installed is left out, and so is torch unless it is loaded already.
+    """
+    cpuinfo = _text(Path("/proc/cpuinfo"))
+    described: dict[str, Any] = {
+        "cpu": cpu_model(cpuinfo) or platform.processor() or platform.machine(),
+        "cores": usable_cores(),
+        "physical_cores": physical_cores(),
+        "memory_gib": memory_gib(),
+        "features": list(cpu_features(cpuinfo)),
+        "os": platform.platform(terse=True),
+        "python": platform.python_version(),
+    }
+    for package in PACKAGES:
+        with suppress(importlib.metadata.PackageNotFoundError):
+            described[package] = importlib.metadata.version(package)
+    if "torch" in sys.modules:
+        described["torch"] = str(sys.modules["torch"].__version__)
+    return described
+
+
+def cpu_model(cpuinfo: str) -> str:
+    """The CPU's name in the text of /proc/cpuinfo; empty when it has none."""
+    match = re.search(r"^(?:model name|Model)\s*:\s*(.+)$", cpuinfo, re.MULTILINE)
+    return match[1].strip() if match else ""
+
+
+def cpu_features(cpuinfo: str) -> tuple[str, ...]:
+    """Those of `FEATURES` that the text of /proc/cpuinfo lists, in that order."""
+    match = re.search(r"^(?:flags|Features)\s*:\s*(.+)$", cpuinfo, re.MULTILINE)
+    flags = set(match[1].split()) if match else set()
+    return tuple(feature for feature in FEATURES if feature in flags)
+
+
+def usable_cores() -> int:
+    """Logical cores that this process may use: its affinity, and a container's CPU quota rounded up."""
+    quota = _cpu_quota()
+    return len(_affinity()) if quota is None else max(1, min(len(_affinity()), ceil(quota)))
+
+
+def physical_cores() -> int:
+    """Physical cores among the usable ones: what an engine's threads are best counted by."""
+    siblings = {_text(Path(f"/sys/devices/system/cpu/cpu{cpu}/topology/thread_siblings_list")) or str(cpu) for cpu in _affinity()}
+    return min(len(siblings), usable_cores())
+
+
+def memory_gib() -> float | None:
+    """Memory that this process may use, in GiB; None where the system does not say."""
+    limits = [int(text) for text in _cgroup_values("memory", "memory.max", "memory.limit_in_bytes") if text.isdigit()]
+    with suppress(AttributeError, ValueError, OSError):  # names that sysconf has on POSIX only
+        limits.append(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
+    return round(min(limits) / 2**30, 2) if limits else None
+
+
+def _affinity() -> set[int]:
+    if hasattr(os, "sched_getaffinity"):
+        return set(os.sched_getaffinity(0))
+    return set(range(os.cpu_count() or 1))
+
+
+def _cpu_quota() -> float | None:
+    quotas = []
+    for text in _cgroup_values("cpu", "cpu.max", "cpu.cfs_quota_us"):
+        quota, _, period = text.partition(" ")
+        if quota.isdigit():  # "max" in version 2 and -1 in version 1: no limit; version 1's period is 100 ms unless set otherwise
+            quotas.append(int(quota) / int(period or 100_000))
+    return min(quotas, default=None)
+
+
+def _cgroup_values(controller: str, unified: str, legacy: str) -> Iterator[str]:
+    """A limit's text in this process's control group and all above it, in version 2 and version 1."""
+    for line in _text(Path("/proc/self/cgroup")).splitlines():
+        _, controllers, group = line.split(":", 2)
+        if controllers and controller not in controllers.split(","):
+            continue
+        root = Path("/sys/fs/cgroup") / (controller if controllers else "")
+        folder = root / group.lstrip("/")
+        for place in (folder, *folder.parents):
+            if not place.is_relative_to(root):
+                break
+            if text := _text(place / (legacy if controllers else unified)):
+                yield text
+
+
+def _text(file: Path) -> str:
+    try:
+        return file.read_text(encoding="utf-8", errors="replace").strip()
+    except OSError:
+        return ""

@@ -1,0 +1,85 @@
+"""A session: images in, scores out, whatever computes them.
+
+Axis letters: B images, H and W rows and columns, C channels of an image, K channels of the scores (classes, or channels to restore).
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from muntin.artifact import Signature
+from muntin.errors import ArtifactError, DataError
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExecutedLayer:
+    """One operation as the engine runs it.
+
+    `name`: the node of `model.onnx` for what has weights or multiplies (Conv, ConvTranspose, MatMul, Gemm), otherwise the engine's own.
+    `kind`: the engine's name of the operation. `precision`: what it computes in: "i8" (of either sign), "f32", "bf16", "f16".
+    `compute`: whether `name` is such a node: what verification compares with the manifest.
+    """
+
+    name: str
+    kind: str
+    precision: str
+    compute: bool
+
+
+class Session(ABC):
+    """An opened artefact that computes. Threads may share one; what they get are arrays of their own.
+
+    `precision` is what float layers really run in ("f32", "bf16", "f16"), `threads` how many the engine uses, `plan` the manifest's plan
+    for exact tiles or None.
+    """
+
+    def __init__(self, *, signature: Signature, engine: str, precision: str, threads: int, plan: dict[str, Any] | None = None) -> None:
+        self.signature = signature
+        self.engine = engine
+        self.precision = precision
+        self.threads = threads
+        self.plan = plan
+
+    def __call__(self, images_BHWC: NDArray[np.uint8]) -> NDArray[np.float32]:
+        """Scores of a batch of images: uint8 (B, H, W, C) -> float32 (B, K, scale*H, scale*W), or (B, K) for "classify".
+
+        Raises DataError for another type or shape, ArtifactError when the model does not give what its signature says.
+        """
+        check_images(images_BHWC, self.signature)
+        scores = self._infer(np.ascontiguousarray(images_BHWC))
+        expected = self.signature.scores_shape(*images_BHWC.shape[:3])
+        if scores.shape != expected or scores.dtype != np.float32:
+            raise ArtifactError(
+                f"the model gave {scores.dtype} {scores.shape} where its signature says float32 {expected}: export the artefact again"
+            )
+        return scores
+
+    @abstractmethod
+    def _infer(self, images_BHWC: NDArray[np.uint8]) -> NDArray[np.float32]:
+        """Scores of a checked, contiguous batch, in an array of their own."""
+
+    @abstractmethod
+    def layers(self) -> list[ExecutedLayer]:
+        """Every operation and the precision that it really runs in. May compile, so takes as long as opening."""
+
+
+def check_images(images: object, signature: Signature) -> None:
+    """Raises DataError unless `images` is a batch that the signature admits."""
+    wanted = f"{signature.dtype} (B, H, W, {signature.channels})"
+    if not isinstance(images, np.ndarray):
+        raise DataError(f"images of type {type(images).__name__}: give a numpy array, {wanted}")
+    if images.dtype != np.dtype(signature.dtype):
+        raise DataError(f"images of dtype {images.dtype}: give {wanted}; normalisation is part of the model")
+    if images.ndim != 4 or images.shape[3] != signature.channels or 0 in images.shape:
+        raise DataError(f"images of shape {images.shape}: give {wanted}, with no side of 0")
+
+
+def check_threads(threads: int | None) -> None:
+    """Raises DataError unless `threads` is None (the engine gets the usable physical cores) or at least 1."""
+    if threads is not None and (isinstance(threads, bool) or not isinstance(threads, int) or threads < 1):
+        raise DataError(f"threads={threads!r}: give a whole number from 1, or None for the usable physical cores")

@@ -1,0 +1,235 @@
+"""A whole picture through a session in overlapping tiles, blended.
+
+Each tile's scores are weighted by a taper that falls towards the tile's edges (a raised cosine over the overlap, never zero), and the
+weights of all tiles that cover a pixel sum to 1. The taper is separable and the tiles form a grid, so the sum over tiles is a product of
+two sums over an axis: weights are normalised once an axis and nothing has to be divided afterwards. MONAI's `sliding_window_inference`
+is the reference; it keeps the scores of the whole picture, this keeps the rows that later tiles still touch.
+
+All tiles have one size: the last of a row moves inward instead of shrinking, so that an engine compiles once. Memory: one band of scores
+(K * scale*tile * scale*W float32), one tile's call, and the result.
+
+Axis letters: H, W rows and columns, C channels, K channels of the scores. Lower case h, w are those of a tile.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any, Literal, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from muntin.artifact import Signature
+from muntin.errors import ArtifactError, DataError
+from muntin.runtime.session import check_images
+
+Output = Literal["labels", "scores", "image"]
+Progress = Callable[[int, int], None]
+
+# What may be asked of a task; the first is what it gives unasked.
+_OUTPUTS: dict[str, tuple[Output, ...]] = {
+    "segment": ("labels", "scores"),
+    "classify": ("scores",),
+    "restore": ("image", "scores"),
+}
+
+
+class Predictor(Protocol):
+    """What `predict` needs of a session: a signature, and scores (B, K, scale*H, scale*W) of uint8 images (B, H, W, C)."""
+
+    @property
+    def signature(self) -> Signature: ...
+
+    def __call__(self, images_BHWC: NDArray[np.uint8], /) -> NDArray[np.float32]: ...
+
+
+def predict(
+    session: Predictor,
+    image_HWC: NDArray[np.uint8],
+    *,
+    tile: int | None = None,
+    overlap: int | None = None,
+    exact: bool = False,
+    output: Output | None = None,
+    progress: Progress | None = None,
+) -> NDArray[Any]:
+    """What a session sees in one picture of any size.
+
+    `image_HWC`: uint8 (H, W, channels); a memory-mapped array is read tile by tile. `tile`: its side in pixels, None for the whole picture
+    in one call; a side longer than the picture's is cut to it. `overlap`: pixels that neighbouring tiles share, from 0 to tile - 1, a
+    quarter of the tile unless given. `progress` is called with (tiles done, tiles in all).
+
+    Returns by `output`, of which each task gives its own unasked: "labels" (scale*H, scale*W) in the smallest unsigned type that holds K,
+    "scores" (K, scale*H, scale*W) float32, blended but otherwise as the model gives them, "image" (scale*H, scale*W, channels) uint8.
+    "classify" gives scores (K,) and has no tiles.
+
+    Raises DataError for what is not allowed. `exact=True` (as if computed in one piece) needs a plan in the manifest, and is an error
+    without one: nothing is approximated silently.
+    """
+    signature = session.signature
+    output = _check_output(signature, output)
+    if not isinstance(image_HWC, np.ndarray) or image_HWC.ndim != 3:
+        came = f"shape {image_HWC.shape}" if isinstance(image_HWC, np.ndarray) else f"type {type(image_HWC).__name__}"
+        raise DataError(f"an image of {came}: give a uint8 array (H, W, {signature.channels})")
+    check_images(image_HWC[None], signature)
+    tile, overlap = _check_tile(signature, tile, overlap)
+    if exact:
+        _refuse_exact(session)
+    if signature.task == "classify":
+        scores_K = _call(session, image_HWC)
+        if progress is not None:
+            progress(1, 1)
+        return scores_K
+    grid = _Grid.of(image_HWC.shape[0], image_HWC.shape[1], tile, overlap, signature.scale)
+    result: NDArray[Any] | None = None
+    for row, scores_KhW in _bands(session, image_HWC, grid, progress):
+        if result is None:
+            result = _empty(output, len(scores_KhW), grid)
+        _emit(output, result, row, scores_KhW)
+    if result is None:
+        raise AssertionError("a picture has at least one tile")
+    return result
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Grid:
+    """Where the tiles lie, in pixels of the image; weights in pixels of the scores, one row of them a tile."""
+
+    height: int
+    width: int
+    tile_height: int
+    tile_width: int
+    rows: tuple[int, ...]
+    columns: tuple[int, ...]
+    row_weights: NDArray[np.float64]
+    column_weights: NDArray[np.float64]
+    scale: int
+
+    @classmethod
+    def of(cls, height: int, width: int, tile: int | None, overlap: int, scale: int) -> _Grid:
+        tile_height, tile_width = (height, width) if tile is None else (min(tile, height), min(tile, width))
+        rows, columns = tile_origins(height, tile_height, overlap), tile_origins(width, tile_width, overlap)
+        return cls(
+            height=height,
+            width=width,
+            tile_height=tile_height,
+            tile_width=tile_width,
+            rows=rows,
+            columns=columns,
+            row_weights=tile_weights(rows, tile_height, overlap, scale),
+            column_weights=tile_weights(columns, tile_width, overlap, scale),
+            scale=scale,
+        )
+
+
+def tile_origins(size: int, tile: int, overlap: int) -> tuple[int, ...]:
+    """Where tiles of one size start along an axis, so that they cover it; the last is moved inward. A tile as long as the axis is alone."""
+    if tile >= size:
+        return (0,)
+    step = tile - min(overlap, tile - 1)
+    return (*range(0, size - tile, step), size - tile)
+
+
+def tile_weights(origins: tuple[int, ...], tile: int, overlap: int, scale: int) -> NDArray[np.float64]:
+    """The weights of each tile along an axis, (len(origins), scale*tile), all positive: where tiles overlap they sum to 1."""
+    length, ramp = tile * scale, max(overlap, 0) * scale
+    distance = np.minimum(np.arange(length), np.arange(length)[::-1]) + 0.5  # to the nearer edge, from a pixel's centre
+    taper = np.sin(np.pi / 2 * np.minimum(distance / ramp, 1.0)) ** 2 if ramp else np.ones(length)
+    total = np.zeros((origins[-1] + tile) * scale)
+    for origin in origins:
+        total[origin * scale :][:length] += taper
+    return np.stack([taper / total[origin * scale :][:length] for origin in origins])
+
+
+def _bands(
+    session: Predictor, image_HWC: NDArray[np.uint8], grid: _Grid, progress: Progress | None
+) -> Iterator[tuple[int, NDArray[np.float32]]]:
+    """Finished rows from the top down: (first row, scores (K, rows, scale*W)), in a buffer that the next step overwrites."""
+    scale, done, total = grid.scale, 0, len(grid.rows) * len(grid.columns)
+    open_KhW: NDArray[np.float32] | None = None
+    for index, top in enumerate(grid.rows):
+        for left, weights_w in zip(grid.columns, grid.column_weights, strict=True):
+            scores_Khw = _call(session, image_HWC[top : top + grid.tile_height, left : left + grid.tile_width])
+            if open_KhW is None:
+                open_KhW = np.zeros((len(scores_Khw), scale * grid.tile_height, scale * grid.width), np.float32)
+            weights_hw = np.outer(grid.row_weights[index], weights_w).astype(np.float32)
+            open_KhW[:, :, scale * left : scale * (left + grid.tile_width)] += scores_Khw * weights_hw
+            done += 1
+            if progress is not None:
+                progress(done, total)
+        if open_KhW is None:
+            raise AssertionError("a row has at least one tile")
+        following = grid.rows[index + 1] if index + 1 < len(grid.rows) else grid.height
+        finished = scale * (following - top)
+        yield scale * top, open_KhW[:, :finished]
+        kept = open_KhW.shape[1] - finished
+        if kept:
+            open_KhW[:, :kept] = open_KhW[:, finished:].copy()
+        open_KhW[:, kept:] = 0
+
+
+def _call(session: Predictor, image_HWC: NDArray[np.uint8]) -> NDArray[np.float32]:
+    """One image's scores, of the shape that the signature promises."""
+    images_1HWC = np.ascontiguousarray(image_HWC)[None]
+    scores = session(images_1HWC)
+    expected = session.signature.scores_shape(*images_1HWC.shape[:3])
+    if scores.shape != expected:
+        raise ArtifactError(f"the session gave scores of shape {scores.shape} where its signature says {expected}: export the model again")
+    first: NDArray[np.float32] = scores[0]
+    return first
+
+
+def _empty(output: Output, channels: int, grid: _Grid) -> NDArray[Any]:
+    height, width = grid.scale * grid.height, grid.scale * grid.width
+    if output == "labels":
+        return np.empty((height, width), np.min_scalar_type(channels))
+    if output == "scores":
+        return np.empty((channels, height, width), np.float32)
+    return np.empty((height, width, channels), np.uint8)
+
+
+def _emit(output: Output, result: NDArray[Any], row: int, scores_KhW: NDArray[np.float32]) -> None:
+    rows = slice(row, row + scores_KhW.shape[1])
+    if output == "labels":
+        result[rows] = scores_KhW.argmax(axis=0)
+    elif output == "scores":
+        result[:, rows] = scores_KhW
+    else:
+        result[rows] = np.rint(scores_KhW).clip(0, 255).transpose(1, 2, 0)
+
+
+def _check_output(signature: Signature, output: Output | None) -> Output:
+    allowed = _OUTPUTS[signature.task]
+    if output is None:
+        return allowed[0]
+    if output not in allowed:
+        raise DataError(f'output="{output}" of a "{signature.task}" model: give one of {", ".join(allowed)}')
+    return output
+
+
+def _check_tile(signature: Signature, tile: int | None, overlap: int | None) -> tuple[int | None, int]:
+    if tile is None:
+        if overlap is not None:
+            raise DataError(f"overlap={overlap} without tile: give the tile's side too, or leave overlap out")
+        return None, 0
+    if signature.task == "classify":
+        raise DataError(f'tile={tile} for a "classify" model: a picture has one answer, leave tile out')
+    if not _is_whole(tile) or tile < 1:
+        raise DataError(f"tile={tile!r}: give a whole number of pixels from 1, or None for the whole picture in one call")
+    if overlap is None:
+        return tile, tile // 4
+    if not _is_whole(overlap) or not 0 <= overlap < tile:
+        raise DataError(f"overlap={overlap!r} with tile={tile}: give a whole number of pixels from 0 to {tile - 1}")
+    return tile, overlap
+
+
+def _is_whole(value: object) -> bool:
+    return isinstance(value, int | np.integer) and not isinstance(value, bool)
+
+
+def _refuse_exact(session: Predictor) -> None:
+    alternatives = "leave `exact` out for blended tiles, and `tile` too for the whole picture in one call"
+    if getattr(session, "plan", None) is None:
+        raise DataError(f"exact=True needs a plan for exact tiles in the artefact's manifest, and there is none: {alternatives}")
+    raise DataError(f"exact=True: this version of muntin does not run plans for exact tiles yet: {alternatives}")

@@ -1,0 +1,167 @@
+"""Does an artefact, here and now, compute what was recorded when it was made?
+
+Four questions: are its files what the manifest says; do the golden inputs give the golden scores, within the tolerance recorded for the
+precision that the engine really runs in; do the layers recorded with integer activations run on integer kernels; and, where the caller
+brings data, how well does it do on them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from math import isfinite
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from muntin.artifact import GoldenTolerance, LayerRecord, open_artifact
+from muntin.runtime.engines import DEFAULT_ENGINE, load
+from muntin.runtime.session import ExecutedLayer, Session
+
+
+@dataclass(frozen=True, kw_only=True)
+class GoldenResult:
+    """One golden pair, replayed.
+
+    `max_error`: the largest difference of one score, in standard deviations of the pair's golden scores (in the scores' own unit where
+    these are constant). `label_agreement`: the share of pixels (or images) with the golden label, None for "restore". `tolerance`: what
+    was allowed, None where nothing is recorded for the precision run in.
+    """
+
+    shape: tuple[int, ...]
+    max_error: float
+    label_agreement: float | None
+    tolerance: GoldenTolerance | None
+    passed: bool
+
+
+@dataclass(frozen=True, kw_only=True)
+class VerifyResult:
+    """What was checked and what came of it. `passed` is the absence of `problems`, each a line.
+
+    `digests`: the files that were compared with their sha256 (an altered one raises before anything runs). `layers`: the precision that
+    every operation ran in. `fallbacks`: the layers that the manifest records with 8-bit activations (or fewer) and that did not run on
+    integer kernels; problems unless they were allowed. `evaluation`: what `evaluate` returned.
+    """
+
+    path: Path
+    engine: str
+    precision: str
+    threads: int
+    digests: dict[str, str]
+    golden: tuple[GoldenResult, ...]
+    layers: tuple[ExecutedLayer, ...]
+    fallbacks: tuple[str, ...]
+    evaluation: float | None
+    problems: tuple[str, ...]
+
+    @property
+    def digests_ok(self) -> bool:
+        """Whether every file was compared: True of every result, since an altered file raises."""
+        return bool(self.digests)
+
+    @property
+    def passed(self) -> bool:
+        return not self.problems
+
+
+def verify(
+    path: str | Path,
+    *,
+    evaluate: Callable[[Session], float] | None = None,
+    engine: str = DEFAULT_ENGINE,
+    precision: str = "recorded",
+    threads: int | None = None,
+    allow_fallbacks: bool | None = None,
+) -> VerifyResult:
+    """Checks an artefact in an engine: digests, golden pairs, integer kernels, and `evaluate(session)` if it is given.
+
+    `allow_fallbacks`: whether a layer recorded as 8-bit may run in float; None: only in engines other than the default one, for which
+    the graph is written. Costs opening twice, one compilation for each golden size, and what `evaluate` costs.
+
+    Raises what `load` raises (ArtifactError for an altered file); a failed check is in the result.
+    """
+    artifact = open_artifact(path)
+    manifest = artifact.manifest
+    session = load(path, engine=engine, precision=precision, threads=threads)
+    tolerance = manifest.golden_tolerance.get(session.precision)  # type: ignore[call-overload]
+    problems = [] if tolerance else [_no_tolerance(session.precision, tuple(manifest.golden_tolerance))]
+    golden = tuple(
+        replay(session, images, scores, tolerance, classes=manifest.signature.task != "restore") for images, scores in artifact.golden()
+    )
+    problems += [_golden_problem(index, result) for index, result in enumerate(golden) if tolerance and not result.passed]
+    layers = tuple(session.layers())
+    fallbacks, reasons = find_fallbacks(manifest.layers, layers)
+    if not (engine != DEFAULT_ENGINE if allow_fallbacks is None else allow_fallbacks):
+        problems += [f"{reason}: export for this engine and CPU, or allow fallbacks" for reason in reasons]
+    evaluation = None if evaluate is None else float(evaluate(session))
+    if evaluation is not None and not isfinite(evaluation):
+        problems.append(f"evaluate returned {evaluation}: it must return a finite number, higher is better")
+    return VerifyResult(
+        path=Path(path),
+        engine=session.engine,
+        precision=session.precision,
+        threads=session.threads,
+        digests={"manifest.json": manifest.sha256, **{str(name): digest for name, digest in manifest.files.items()}},
+        golden=golden,
+        layers=layers,
+        fallbacks=fallbacks,
+        evaluation=evaluation,
+        problems=tuple(problems),
+    )
+
+
+def replay(
+    session: Session,
+    images_BHWC: NDArray[np.uint8],
+    golden: NDArray[np.float32],
+    tolerance: GoldenTolerance | None,
+    *,
+    classes: bool,
+) -> GoldenResult:
+    """Runs one golden pair. A score that is not finite is an infinite error. `classes`: axis 1 of the scores are classes."""
+    scores = session(images_BHWC)
+    spread = float(golden.std(dtype=np.float64))
+    difference = np.abs(scores.astype(np.float64) - golden)
+    max_error = float(difference.max()) / (spread or 1.0) if np.isfinite(difference).all() else float("inf")
+    agreement = float((scores.argmax(axis=1) == golden.argmax(axis=1)).mean()) if classes else None
+    return GoldenResult(
+        shape=images_BHWC.shape,
+        max_error=max_error,
+        label_agreement=agreement,
+        tolerance=tolerance,
+        passed=tolerance is not None and max_error <= tolerance.max_error and (agreement is None or agreement >= tolerance.label_agreement),
+    )
+
+
+def find_fallbacks(records: Sequence[LayerRecord], layers: Sequence[ExecutedLayer]) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """The recorded layers with integer activations that did not run on integer kernels, and for each a line that says what ran.
+
+    A layer is the compute nodes of its name, or of its name and a "/" before more; it fell back if one of them is not "i8", or none ran.
+    """
+    names, reasons = [], []
+    for record in records:
+        if record.activation_bits is None or record.activation_bits > 8:
+            continue
+        ran = [layer for layer in layers if layer.compute and (layer.name == record.name or layer.name.startswith(f"{record.name}/"))]
+        if ran and all(layer.precision == "i8" for layer in ran):
+            continue
+        names.append(record.name)
+        found = ", ".join(f"{layer.kind} in {layer.precision}" for layer in ran if layer.precision != "i8")
+        reasons.append(
+            f"layer {record.name}, recorded with {record.activation_bits}-bit activations, ran as {found or 'no node of its name'}"
+        )
+    return tuple(names), tuple(reasons)
+
+
+def _golden_problem(index: int, result: GoldenResult) -> str:
+    tolerance = result.tolerance
+    agreement = "" if result.label_agreement is None else f", label agreement {result.label_agreement:.4f}"
+    allowed = "" if tolerance is None else f" (allowed: {tolerance.max_error:.4g} and {tolerance.label_agreement:.4f})"
+    return f"golden pair {index} {result.shape}: largest error {result.max_error:.4g} standard deviations{agreement}{allowed}"
+
+
+def _no_tolerance(precision: str, recorded: tuple[str, ...]) -> str:
+    there = ", ".join(recorded) or "none"
+    return f"no golden tolerance is recorded for {precision} (there is: {there}): verify in a recorded precision, or export again"

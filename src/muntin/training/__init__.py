@@ -1,0 +1,24 @@
+"""Training: recipes, the loop, checkpoints, evaluation."""
+
+from muntin.training.checkpoint import Checkpoint, find_checkpoint, read_checkpoint
+from muntin.training.config import ModelChoice, QuantizationConfig, TrainingConfig
+from muntin.training.evaluation import Evaluation, evaluate
+from muntin.training.loop import FitProgress, FitResult, fit
+from muntin.training.recipe import Recipe, load_recipe, parse_recipe
+
+__all__ = [
+    "Checkpoint",
+    "Evaluation",
+    "FitProgress",
+    "FitResult",
+    "ModelChoice",
+    "QuantizationConfig",
+    "Recipe",
+    "TrainingConfig",
+    "evaluate",
+    "find_checkpoint",
+    "fit",
+    "load_recipe",
+    "parse_recipe",
+    "read_checkpoint",
+]

@@ -1,0 +1,193 @@
+"""Checkpoints: safetensors for numbers, JSON for the rest, written whole or not at all, read with every digest checked.
+
+    RUN/checkpoints/step-00000250/model.safetensors      the weights that are trained
+                                  average.safetensors    the averaged weights: what is evaluated, compressed and exported
+                                  optimizer.safetensors  AdamW's moments and the state of the random generators
+                                  checkpoint.json        recipe, step, history, sha256 of the files above
+
+A directory is written beside its place and renamed into it, and only then is an older one removed: there is always a
+whole one. The newest two are kept.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+import shutil
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from pydantic import BaseModel, ConfigDict, ValidationError
+from safetensors import SafetensorError
+from safetensors.torch import load, save
+from torch import Tensor, nn
+
+from muntin.artifact.classes import ClassInfo
+from muntin.artifact.directory import replace_directory
+from muntin.errors import CheckpointError
+from muntin.models import create_model
+from muntin.training.recipe import Recipe
+
+FORMAT = 1
+KEPT = 2
+STATE = "checkpoint.json"
+MODEL, AVERAGE, OPTIMIZER = "model.safetensors", "average.safetensors", "optimizer.safetensors"
+_NAME = re.compile(r"^step-(\d{8,})$")
+
+
+class CheckpointState(BaseModel):
+    """What `checkpoint.json` holds."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    format: int
+    step: int
+    recipe: Recipe
+    root: str
+    """The folder that the recipe's relative paths start at."""
+    classes: tuple[ClassInfo, ...]
+    precision: str
+    seconds: float
+    training: list[dict[str, float]]
+    validation: list[dict[str, Any]]
+    sha256: dict[str, str]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Checkpoint:
+    """A checkpoint that was read and checked. Tensors are read when they are asked for."""
+
+    path: Path
+    state: CheckpointState
+    tensors: dict[str, dict[str, Tensor]] = field(repr=False)
+
+    @property
+    def recipe(self) -> Recipe:
+        """The recipe it was trained by."""
+        return self.state.recipe
+
+    @property
+    def bytes(self) -> int:
+        """Size of the FP32 weights that a user would deploy without muntin."""
+        return (self.path / AVERAGE).stat().st_size
+
+    def model(self) -> nn.Module:
+        """The trained model (averaged weights), in `eval` mode."""
+        model = build_model(self.state.recipe, self.state.classes)
+        load_weights(model, self.tensors[AVERAGE], self.path / AVERAGE)
+        return model.eval()
+
+
+def build_model(recipe: Recipe, classes: tuple[ClassInfo, ...]) -> nn.Module:
+    """The model that a recipe asks for, randomly initialised."""
+    choice = recipe.model
+    return create_model(
+        choice.name,
+        task=recipe.task,
+        classes=max(1, len(classes)),
+        channels=recipe.data.channels,
+        scale=choice.scale,
+        options=choice.options,
+    )
+
+
+def load_weights(model: nn.Module, tensors: dict[str, Tensor], where: Path) -> None:
+    """Copy tensors into a model. Raises `CheckpointError` when they are of another one."""
+    try:
+        model.load_state_dict(tensors)
+    except RuntimeError as error:
+        reason = " ".join(str(error).split())[:200]
+        raise CheckpointError(f"{where}: weights of another model than its recipe makes: {reason}") from error
+
+
+def write_checkpoint(folder: Path, state: dict[str, Any], tensors: dict[str, dict[str, Tensor]]) -> Path:
+    """Write `folder/step-NNNNNNNN` and drop all but the newest; `state` holds all of `CheckpointState` but format and digests."""
+    files = {name: save({k: v.detach().contiguous().cpu() for k, v in group.items()}) for name, group in tensors.items()}
+    digests = {name: hashlib.sha256(data).hexdigest() for name, data in files.items()}
+    checked = CheckpointState(format=FORMAT, sha256=digests, **state)
+    files[STATE] = json.dumps(checked.model_dump(mode="json"), indent=1, allow_nan=False).encode() + b"\n"
+    path = folder / f"step-{checked.step:08d}"
+    folder.mkdir(parents=True, exist_ok=True)
+    replace_directory(path, files, marker=STATE)
+    for old in checkpoints_in(folder)[:-KEPT]:
+        shutil.rmtree(old)
+    return path
+
+
+def checkpoints_in(folder: Path) -> list[Path]:
+    """Checkpoint directories, oldest first."""
+    if not folder.is_dir():
+        return []
+    return sorted((p for p in folder.iterdir() if _NAME.match(p.name)), key=lambda p: int(p.name[5:]))
+
+
+def find_checkpoint(path: Path | str) -> Path:
+    """The checkpoint that a user means: a checkpoint directory itself, or the newest one of a run's directory."""
+    path = Path(path)
+    if (path / STATE).is_file():
+        return path
+    found = checkpoints_in(path / "checkpoints") or checkpoints_in(path)
+    if not found:
+        problem = "does not exist" if not path.exists() else "holds no checkpoint"
+        raise CheckpointError(f"{path} {problem}; give a run's directory or one of its checkpoints/step-..., written by `muntin fit`")
+    return found[-1]
+
+
+def read_checkpoint(path: Path | str) -> Checkpoint:
+    """Read and check a checkpoint; raises `CheckpointError` for a missing, altered, incomplete or newer one."""
+    path = find_checkpoint(path)
+    try:
+        content = json.loads((path / STATE).read_text(encoding="utf-8"))
+        if isinstance(content, dict) and isinstance(content.get("format"), int) and content["format"] > FORMAT:
+            raise CheckpointError(
+                f"{path}: checkpoint format {content['format']} is newer than this muntin reads ({FORMAT}): upgrade muntin"
+            )
+        state = CheckpointState.model_validate(content)
+    except OSError as error:
+        raise CheckpointError(f"{path / STATE}: {error.strerror}") from error
+    except (json.JSONDecodeError, UnicodeDecodeError, ValidationError) as error:
+        raise CheckpointError(f"{path / STATE}: corrupted ({type(error).__name__}); use an older step beside it, or train again") from error
+    return Checkpoint(path=path, state=state, tensors={name: _read(path, name, state) for name in (MODEL, AVERAGE, OPTIMIZER)})
+
+
+def _read(path: Path, name: str, state: CheckpointState) -> dict[str, Tensor]:
+    try:
+        data = (path / name).read_bytes()
+    except OSError as error:
+        raise CheckpointError(f"{path / name}: {error.strerror}; use an older step beside it, or train again") from error
+    if hashlib.sha256(data).hexdigest() != state.sha256.get(name):
+        raise CheckpointError(f"{path / name}: corrupted (its sha256 is not the recorded one); use an older step beside it, or train again")
+    try:
+        tensors: dict[str, Tensor] = load(data)
+    except SafetensorError as error:
+        raise CheckpointError(f"{path / name}: not a safetensors file: {error}") from error
+    return tensors
+
+
+def optimizer_tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+    """AdamW's state by parameter name, and the generators' states."""
+    names = {id(p): name for name, p in model.named_parameters()}
+    tensors = {"rng.cpu": torch.get_rng_state()}
+    if torch.cuda.is_available():
+        tensors["rng.cuda"] = torch.cuda.get_rng_state()
+    for group in optimizer.param_groups:
+        for parameter in group["params"]:
+            for key, value in optimizer.state[parameter].items():
+                tensors[f"{key}.{names[id(parameter)]}"] = torch.as_tensor(value)
+    return tensors
+
+
+def load_optimizer(model: nn.Module, optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor]) -> None:
+    """Undo `optimizer_tensors`."""
+    parameters = dict(model.named_parameters())
+    for name, value in tensors.items():
+        key, _, parameter = name.partition(".")
+        if key == "rng":
+            (torch.set_rng_state if parameter == "cpu" else torch.cuda.set_rng_state)(value)
+        else:
+            like = parameters[parameter]
+            state = value if value.ndim == 0 else value.to(like.device).to(memory_format=torch.preserve_format)
+            optimizer.state[like][key] = state.clone() if value.ndim == 0 else torch.empty_like(like).copy_(state)

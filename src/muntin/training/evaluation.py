@@ -1,0 +1,100 @@
+"""Scoring a session on a split: the same code for a live model, its quantised form and the deployed artefact.
+
+Axes: H W map, K classes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torchmetrics.classification import MulticlassConfusionMatrix
+
+from muntin.data.source import Sample
+from muntin.errors import DataError
+from muntin.runtime.tiles import Predictor, predict
+
+IGNORED = 255
+Labels = NDArray[np.uint8]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Evaluation:
+    """What a session scored. `iou` and `recall` are by class name; None for a class that neither truth nor prediction holds."""
+
+    task: str
+    samples: int
+    counted: int
+    """Pixels (or images) that counted."""
+    accuracy: float
+    iou: dict[str, float | None]
+    recall: dict[str, float | None]
+
+    @property
+    def miou(self) -> float:
+        """Mean IoU over the classes that occur."""
+        present = [v for v in self.iou.values() if v is not None]
+        return sum(present) / len(present)
+
+    @property
+    def score(self) -> float:
+        """The figure of the task: mean IoU for segment, accuracy for classify. Higher is better."""
+        return self.miou if self.task == "segment" else self.accuracy
+
+
+def tile_of(crop: int) -> int:
+    """Side of the tiles that whole pictures are evaluated in: twice the training crop, so that context resembles training's."""
+    return 2 * crop
+
+
+def predictions(
+    session: Predictor, samples: Sequence[Sample], *, tile: int, progress: Callable[[int, int], None] | None = None
+) -> Iterator[tuple[Sample, Labels]]:
+    """Each sample with the labels a session gives it: `(H, W)`, or `(1,)` for classify."""
+    for index in range(len(samples)):
+        sample = samples[index]
+        if session.signature.task == "classify":
+            labels = np.array([int(np.argmax(predict(session, sample.image)))], dtype=np.uint8)
+        else:
+            labels = predict(session, sample.image, tile=tile)
+        yield sample, labels
+        if progress is not None:
+            progress(index + 1, len(samples))
+
+
+def evaluate(session: Predictor, samples: Sequence[Sample], *, tile: int, progress: Callable[[int, int], None] | None = None) -> Evaluation:
+    """Predict every sample and count: confusion matrix, then IoU, recall and accuracy.
+
+    `tile`: pixels; see `muntin.predict`. Raises `DataError` for an empty split or one in which every pixel is ignored.
+    """
+    return score(predictions(session, samples, tile=tile, progress=progress), session)
+
+
+def score(pairs: Iterator[tuple[Sample, Labels]], session: Predictor) -> Evaluation:
+    """Count pairs of a sample and the labels it was given."""
+    names = [c.name for c in session.signature.classes]
+    confusion = MulticlassConfusionMatrix(len(names), ignore_index=IGNORED, validate_args=False)
+    total = torch.zeros(len(names), len(names), dtype=torch.int64)
+    samples = 0
+    for sample, labels in pairs:
+        truth = np.atleast_1d(np.asarray(sample.target, dtype=np.int64)).ravel()
+        confusion.reset()
+        confusion.update(torch.from_numpy(labels.astype(np.int64).ravel()), torch.from_numpy(truth))
+        total += confusion.compute()
+        samples += 1
+    counted = int(total.sum())
+    if not counted:
+        raise DataError(f"nothing to score: {samples} samples came and none holds a pixel that counts; check the split and `ignore`")
+    right, truths, guesses = total.diagonal(), total.sum(1), total.sum(0)
+    union = truths + guesses - right
+    return Evaluation(
+        task=session.signature.task,
+        samples=samples,
+        counted=counted,
+        accuracy=int(right.sum()) / counted,
+        iou={n: int(r) / int(u) if u else None for n, r, u in zip(names, right, union, strict=True)},
+        recall={n: int(r) / int(t) if t else None for n, r, t in zip(names, right, truths, strict=True)},
+    )

@@ -1,0 +1,64 @@
+"""Mixed precision: which 16-bit type this hardware really computes in, and why that one was taken."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+
+from muntin.errors import DependencyError
+
+PrecisionName = Literal["auto", "fp32", "bf16", "fp16"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Precision:
+    """What training computes in. `dtype` None is FP32."""
+
+    name: str
+    device: str
+    dtype: torch.dtype | None
+    reason: str
+
+    @contextmanager
+    def autocast(self) -> Iterator[None]:
+        """Products and convolutions in `dtype` inside the block; parameters, sums and losses stay FP32."""
+        with torch.autocast(self.device, self.dtype, enabled=self.dtype is not None):
+            yield
+
+    def scaler(self) -> torch.amp.GradScaler:
+        """Scales the loss where gradients would underflow: FP16 only, elsewhere it passes everything through."""
+        return torch.amp.GradScaler(self.device, enabled=self.dtype is torch.float16)
+
+
+def cpu_computes_bf16() -> bool:
+    """Whether this CPU has BF16 products (AVX512-BF16, AMX or Arm's), so that BF16 is faster and not emulated."""
+    return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported()) and bool(torch.backends.mkldnn.is_available())  # type: ignore[no-untyped-call]
+
+
+def resolve_precision(name: PrecisionName, device: str) -> Precision:
+    """Turn a recipe's word into what this machine does. Raises `DependencyError` for a type that the hardware lacks."""
+    if device == "cuda":
+        return _on_cuda(name)
+    if name == "fp16":
+        raise DependencyError("precision fp16: CPUs compute it at FP32 speed or not at all; write auto, bf16 or fp32")
+    has_bf16 = cpu_computes_bf16()
+    if name == "bf16" and not has_bf16:
+        raise DependencyError("precision bf16: this CPU has no BF16 products (AVX512-BF16 or AMX); write auto or fp32")
+    if name == "fp32" or not has_bf16:
+        return Precision(name="fp32", device=device, dtype=None, reason="as asked" if name == "fp32" else "this CPU has no BF16 products")
+    return Precision(name="bf16", device=device, dtype=torch.bfloat16, reason="this CPU has BF16 products")
+
+
+def _on_cuda(name: PrecisionName) -> Precision:
+    if name == "auto":
+        name = "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
+    if name == "fp32":
+        torch.backends.cuda.matmul.fp32_precision = "tf32"
+        torch.backends.cudnn.conv.fp32_precision = "tf32"  # type: ignore[attr-defined]
+        return Precision(name="tf32", device="cuda", dtype=None, reason="FP32 with TF32 products")
+    dtype = torch.bfloat16 if name == "bf16" else torch.float16
+    return Precision(name=name, device="cuda", dtype=dtype, reason=f"{name} tensor cores of {torch.cuda.get_device_name()}")

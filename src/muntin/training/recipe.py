@@ -1,0 +1,108 @@
+"""Recipe: everything that fixes a run, read from YAML and checked before anything starts.
+
+Each part's fields live beside what consumes them (`DataConfig`, `TrainingConfig`, `QuantizationConfig`); this file only puts
+them together and turns a mistake into one line that says what to write instead.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Annotated, Any, get_args
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from muntin.data.config import DataConfig
+from muntin.data.source import Task
+from muntin.errors import RecipeError
+from muntin.training.config import ModelChoice, QuantizationConfig, TrainingConfig
+
+
+class Recipe(BaseModel):
+    """One run. Relative paths in it start at the recipe's folder, `root`."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", description="names the run's folder: letters, digits, . _ -")] = (
+        "run"
+    )
+    task: Task = "segment"
+    seed: Annotated[int, Field(ge=0, lt=2**31)] = 0
+    data: DataConfig = DataConfig()
+    model: ModelChoice = ModelChoice()
+    training: TrainingConfig = TrainingConfig()
+    quantization: QuantizationConfig = QuantizationConfig()
+
+
+def load_recipe(path: Path | str, overrides: Iterable[str] = ()) -> Recipe:
+    """Read and check a YAML recipe; `overrides` are `section.key=value` with YAML values, later ones winning.
+
+    Raises `RecipeError` for a missing file, broken YAML, an unknown key (naming the nearest one) or a value out of range.
+    """
+    path = Path(path)
+    try:
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise RecipeError(
+            f"recipe {path}: {error.strerror or error}; give the path of a YAML file, or write one with `muntin init DIR`"
+        ) from error
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise RecipeError(f"recipe {path}: not YAML: {' '.join(str(error).split())}") from error
+    if not isinstance(content, dict):
+        raise RecipeError(f"recipe {path}: holds {type(content).__name__}, not keys and values; `muntin init DIR` writes an example")
+    for override in overrides:
+        _override(content, override)
+    return parse_recipe(content, where=f"recipe {path}")
+
+
+def parse_recipe(content: dict[str, Any], *, where: str) -> Recipe:
+    """Check a recipe's content; `where` names it in errors."""
+    try:
+        return Recipe.model_validate(content)
+    except ValidationError as error:
+        raise RecipeError(f"{where}: {_explain(error)}") from error
+
+
+def _override(content: dict[str, Any], override: str) -> None:
+    keys, equals, value = override.partition("=")
+    if not equals or not keys:
+        raise RecipeError(f"'{override}': write section.key=value, for example training.steps=200")
+    *parents, last = keys.split(".")
+    for key in parents:
+        content = content.setdefault(key, {})
+        if not isinstance(content, dict):
+            raise RecipeError(f"'{override}': '{key}' holds a value, not keys")
+    try:
+        content[last] = yaml.safe_load(value)
+    except yaml.YAMLError as error:
+        raise RecipeError(f"'{override}': '{value}' is not a YAML value") from error
+
+
+def _explain(error: ValidationError) -> str:
+    """The first mistake in one line; an unknown key is told first, with the nearest known one."""
+    mistakes = sorted(error.errors(include_url=False), key=lambda e: e["type"] != "extra_forbidden")
+    first = mistakes[0]
+    place = ".".join(str(part) for part in first["loc"])
+    if first["type"] == "extra_forbidden":
+        known = _keys_at(first["loc"][:-1])
+        near = difflib.get_close_matches(str(first["loc"][-1]), known, 1, cutoff=0.5)
+        meant = f"did you mean '{near[0]}'? " if near else ""
+        return f"unknown key '{place}'; {meant}known here: {', '.join(known)}"
+    message = first["msg"].removeprefix("Value error, ")
+    came = first.get("input")
+    shown = "" if isinstance(came, dict | list) or came is None else f" (got {came!r})"
+    return f"{place or 'recipe'}: {message}{shown}"
+
+
+def _keys_at(location: tuple[int | str, ...]) -> list[str]:
+    model: type[BaseModel] = Recipe
+    for part in location:
+        field = model.model_fields.get(str(part))
+        candidates = [] if field is None else [field.annotation, *get_args(field.annotation)]
+        nested = [c for c in candidates if isinstance(c, type) and issubclass(c, BaseModel)]
+        if field is None or not nested:
+            continue
+        model = nested[0]
+    return list(model.model_fields)

@@ -1,0 +1,257 @@
+"""Artefacts on disk: what is written comes back, whole or not at all, and no altered byte passes."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+from onnx import TensorProto, helper, numpy_helper
+from safetensors.numpy import load_file
+
+from muntin.artifact import Artifact, open_artifact
+from muntin.artifact.store import FILES, MANIFEST
+from muntin.errors import ArtifactError
+
+Write = Callable[..., Artifact]
+
+
+def initializers(data: bytes) -> dict[str, np.ndarray]:
+    return {item.name: numpy_helper.to_array(item) for item in onnx.load_model_from_string(data).graph.initializer}
+
+
+def test_every_weight_comes_back(write: Write, model: onnx.ModelProto, tmp_path: Path) -> None:
+    write(tmp_path / "a")
+    data = open_artifact(tmp_path / "a").model_bytes()
+    onnx.checker.check_model(onnx.load_model_from_string(data), full_check=True)
+    restored, original = initializers(data), initializers(model.SerializeToString())
+    assert restored.keys() == original.keys()
+    for name, value in original.items():
+        wanted = value.astype(np.float16).astype(np.float32) if name == "narrow" else value
+        assert restored[name].dtype == value.dtype
+        np.testing.assert_array_equal(restored[name], wanted, err_msg=name)
+
+
+def test_weights_are_stored_once_at_their_width(write: Write, tmp_path: Path) -> None:
+    artifact = write(tmp_path / "a")
+    stored = load_file(tmp_path / "a" / "weights.safetensors")
+    assert {name: (str(value.dtype), value.nbytes) for name, value in stored.items()} == {
+        "wide": ("uint8", 60),
+        "narrow": ("float16", 160),
+        "positions": ("int64", 792),
+        "unsigned": ("uint8", 22),
+    }
+    assert artifact.manifest.tensors["wide"].model_dump() == {"bits": 4, "shape": (40, 3, 1, 1), "packing": "int"}
+    structure = onnx.load_model_from_string((tmp_path / "a" / "model.onnx").read_bytes()).graph
+    kept = {item.name: len(item.raw_data) for item in structure.initializer}
+    assert kept == {"wide": 0, "narrow": 0, "positions": 0, "unsigned": 0, "wide_scale": 160, "wide_zero": 40, "bias": 8}
+
+
+def test_whole_directory_is_the_size(write: Write, tmp_path: Path) -> None:
+    artifact = write(tmp_path / "a")
+    assert artifact.bytes == sum(file.stat().st_size for file in (tmp_path / "a").iterdir())
+
+
+def test_structure_names_nobodys_files(write: Write, model: onnx.ModelProto, tmp_path: Path) -> None:
+    write(tmp_path / "a")
+    assert b"/home/someone" in model.SerializeToString()
+    assert b"/home/someone" not in (tmp_path / "a" / "model.onnx").read_bytes()
+    graph = onnx.load_model_from_string((tmp_path / "a" / "model.onnx").read_bytes()).graph
+    assert [node.name for node in graph.node] == [node.name for node in model.graph.node]
+
+
+def test_same_input_same_bytes(write: Write, tmp_path: Path) -> None:
+    first, second = write(tmp_path / "a"), write(tmp_path / "b")
+    assert first.digest == second.digest
+    for name in (MANIFEST, *FILES):
+        assert (tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes()
+
+
+def test_golden_pairs_come_back(write: Write, golden: list[tuple[np.ndarray, np.ndarray]], tmp_path: Path) -> None:
+    write(tmp_path / "a")
+    read = open_artifact(tmp_path / "a").golden()
+    assert len(read) == len(golden)
+    for (images, scores), (wanted_images, wanted_scores) in zip(read, golden, strict=True):
+        np.testing.assert_array_equal(images, wanted_images)
+        np.testing.assert_array_equal(scores, wanted_scores)
+
+
+@pytest.mark.parametrize("name", [MANIFEST, *FILES])
+def test_a_flipped_byte_anywhere_is_named(write: Write, tmp_path: Path, name: str) -> None:
+    write(tmp_path / "a")
+    file = tmp_path / "a" / name
+    original = file.read_bytes()
+    for position in np.linspace(0, len(original) - 2, 40).astype(int):
+        changed = bytearray(original)
+        changed[position] ^= 0x40
+        file.write_bytes(changed)
+        with pytest.raises(ArtifactError, match=name) as caught:
+            open_artifact(tmp_path / "a")
+        assert "\n" not in str(caught.value)
+
+
+def test_an_alteration_after_opening_is_seen(write: Write, tmp_path: Path) -> None:
+    artifact = write(tmp_path / "a")
+    file = tmp_path / "a" / "weights.safetensors"
+    file.write_bytes(file.read_bytes()[:-1] + b"\x55")
+    with pytest.raises(ArtifactError, match=r"weights\.safetensors"):
+        artifact.model_bytes()
+
+
+@pytest.mark.parametrize("name", [MANIFEST, *FILES])
+def test_missing_file(write: Write, tmp_path: Path, name: str) -> None:
+    write(tmp_path / "a")
+    (tmp_path / "a" / name).unlink()
+    with pytest.raises(ArtifactError, match=name):
+        open_artifact(tmp_path / "a")
+
+
+def test_extra_file(write: Write, tmp_path: Path) -> None:
+    write(tmp_path / "a")
+    (tmp_path / "a" / "hook.py").write_text("print()")
+    with pytest.raises(ArtifactError, match=r"hook\.py"):
+        open_artifact(tmp_path / "a")
+
+
+def test_no_artefact_at_all(tmp_path: Path) -> None:
+    with pytest.raises(ArtifactError, match="no such artefact"):
+        open_artifact(tmp_path / "nowhere")
+    with pytest.raises(ArtifactError, match=MANIFEST):
+        open_artifact(tmp_path)
+
+
+def test_replaces_an_artefact_and_leaves_nothing_beside_it(write: Write, tmp_path: Path) -> None:
+    first = write(tmp_path / "a")
+    second = write(tmp_path / "a", packing={"wide": 8})
+    assert open_artifact(tmp_path / "a").digest == second.digest != first.digest
+    assert [entry.name for entry in tmp_path.iterdir()] == ["a"]
+
+
+def test_makes_parents_and_fills_an_empty_directory(write: Write, tmp_path: Path) -> None:
+    write(tmp_path / "deep" / "er" / "a")
+    (tmp_path / "empty").mkdir()
+    write(tmp_path / "empty")
+    assert open_artifact(tmp_path / "deep" / "er" / "a").digest == open_artifact(tmp_path / "empty").digest
+
+
+def test_what_is_no_artefact_is_not_replaced(write: Write, tmp_path: Path) -> None:
+    (tmp_path / "photos").mkdir()
+    (tmp_path / "photos" / "cat.jpg").write_bytes(b"cat")
+    (tmp_path / "file").write_bytes(b"text")
+    with pytest.raises(ArtifactError, match=r"cat\.jpg"):
+        write(tmp_path / "photos")
+    with pytest.raises(ArtifactError, match="it is a file"):
+        write(tmp_path / "file")
+    assert (tmp_path / "photos" / "cat.jpg").read_bytes() == b"cat"
+    assert sorted(entry.name for entry in tmp_path.iterdir()) == ["file", "photos"]
+
+
+def test_an_artefact_with_notes_in_it_is_not_replaced(write: Write, tmp_path: Path) -> None:
+    first = write(tmp_path / "a")
+    (tmp_path / "a" / "notes.txt").write_text("mine")
+    with pytest.raises(ArtifactError, match=r"notes\.txt"):
+        write(tmp_path / "a", packing={})
+    (tmp_path / "a" / "notes.txt").unlink()
+    assert open_artifact(tmp_path / "a").digest == first.digest
+
+
+def test_the_model_given_is_not_changed(write: Write, model: onnx.ModelProto, tmp_path: Path) -> None:
+    before = model.SerializeToString(deterministic=True)
+    write(tmp_path / "a")
+    assert model.SerializeToString(deterministic=True) == before
+
+
+@pytest.mark.parametrize(
+    ("packing", "message"),
+    [
+        ({"wide": 3}, "wide.*do not fit 3 bits"),
+        ({"nothing": 4}, "nothing"),
+        ({"narrow": 4}, "narrow is float32"),
+        ({"wide": "f16"}, "wide is int8"),
+        ({"wide": 9}, "2 to 8"),
+    ],
+)
+def test_packing_that_would_lose_something(write: Write, tmp_path: Path, packing: dict[str, object], message: str) -> None:
+    with pytest.raises(ArtifactError, match=message):
+        write(tmp_path / "a", packing=packing)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_values_beyond_half_precision(write: Write, model: onnx.ModelProto, tmp_path: Path) -> None:
+    next(item for item in model.graph.initializer if item.name == "bias").CopyFrom(
+        numpy_helper.from_array(np.full((1, 2, 1, 1), 7e4, np.float32), "bias")
+    )
+    with pytest.raises(ArtifactError, match="65504"):
+        write(tmp_path / "a", packing={"bias": "f16"})
+
+
+def test_too_large_a_model(write: Write, model: onnx.ModelProto, tmp_path: Path) -> None:
+    model.graph.initializer.append(TensorProto(name="huge", data_type=TensorProto.FLOAT, dims=[2**14, 2**15]))
+    with pytest.raises(ArtifactError, match="2 GiB"):
+        write(tmp_path / "a")
+
+
+def test_external_data_is_refused(write: Write, model: onnx.ModelProto, tmp_path: Path) -> None:
+    outside = TensorProto(name="outside", data_type=TensorProto.FLOAT, dims=[1], data_location=TensorProto.EXTERNAL)
+    outside.external_data.add(key="location", value="../../etc/passwd")
+    model.graph.node.append(helper.make_node("Constant", [], ["read"], name="read", value=outside))
+    with pytest.raises(ArtifactError, match="external file"):
+        write(tmp_path / "a")
+
+
+def test_golden_pairs_must_fit_the_signature(write: Write, golden: list[tuple[np.ndarray, np.ndarray]], tmp_path: Path) -> None:
+    images, scores = golden[0]
+    for pairs in ([], [(images.astype(np.float32), scores)], [(images, scores[:, :1])], [(images, scores * np.float32("nan"))]):
+        with pytest.raises(ArtifactError, match="golden"):
+            write(tmp_path / "a", golden=pairs)
+
+
+@pytest.mark.parametrize("value", [np.float32(0.5), float("nan"), {"deep": [float("inf")]}])
+def test_measured_values_must_be_plain_and_finite(write: Write, tmp_path: Path, value: object) -> None:
+    with pytest.raises(ArtifactError, match="measured"):
+        write(tmp_path / "a", measured={"miou": value})
+    assert list(tmp_path.iterdir()) == []
+
+
+FULL_DISK = """
+import resource, signal, sys
+import numpy as np, onnx
+from onnx import TensorProto, helper, numpy_helper
+from muntin.artifact import Signature, write_artifact
+from muntin.errors import ArtifactError
+node = helper.make_node("Identity", ["images"], ["scores"], name="identity")
+info = helper.make_tensor_value_info
+graph = helper.make_graph([node], "g", [info("images", TensorProto.UINT8, [1])], [info("scores", TensorProto.UINT8, [1])],
+    [numpy_helper.from_array(np.arange(100_000, dtype=np.float32), "large")])
+images = np.zeros((1, 2, 2, 3), np.uint8)
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+resource.setrlimit(resource.RLIMIT_FSIZE, (65_536, 65_536))
+try:
+    write_artifact(sys.argv[1], model=helper.make_model(graph), signature=Signature(task="restore", channels=3),
+        golden=[(images, np.zeros((1, 3, 2, 2), np.float32))], golden_tolerance={})
+except ArtifactError as error:
+    print(error)
+    sys.exit(1)
+"""
+
+
+@pytest.mark.skipif(os.name != "posix", reason="a limit on the size of files needs POSIX")
+def test_a_full_disk_leaves_nothing_and_keeps_the_old(write: Write, tmp_path: Path) -> None:
+    old = write(tmp_path / "a")
+    for target in ("a", "new"):
+        run = subprocess.run([sys.executable, "-c", FULL_DISK, str(tmp_path / target)], capture_output=True, text=True, check=False)
+        assert (run.returncode, run.stderr) == (1, "")
+        assert run.stdout.count("\n") == 1
+        assert "cannot be written (File too large)" in run.stdout
+    assert [entry.name for entry in tmp_path.iterdir()] == ["a"]
+    assert open_artifact(tmp_path / "a").digest == old.digest
+
+
+def test_needs_no_torch() -> None:
+    code = "import sys, muntin.artifact, muntin.runtime; sys.exit(any(m in sys.modules for m in ('torch', 'openvino', 'onnxruntime')))"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

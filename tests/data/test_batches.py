@@ -1,0 +1,280 @@
+from __future__ import annotations
+
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import muntin.data as room
+from muntin.data.batches import Batch, Crops, Draw, calibration_batches, class_cells, cut, prefetch, whole
+from muntin.data.config import Augmentation
+from muntin.data.earth import EarthSource
+from muntin.data.source import Sample
+from muntin.errors import DataError
+
+FLIPS = Augmentation(flip_horizontal=0.5, flip_vertical=0.5, scale=(1, 1), brightness=0, contrast=0, saturation=0)
+EVERYTHING = Augmentation(flip_horizontal=0.5, flip_vertical=0.5, scale=(0.5, 2), brightness=0.3, contrast=0.3, saturation=0.3)
+
+
+def coded(height: int, width: int, channels: int = 3, *, index: int = 0) -> Sample:
+    """A picture that says at every pixel where it is: row, column, sample; its labels are a function of the row and the column."""
+    rows, columns = np.mgrid[:height, :width]
+    planes = [rows, columns, np.full((height, width), index)] + [rows] * (channels - 3)
+    labels = ((rows * 3 + columns * 5) % 7).astype(np.uint8)
+    return Sample(name=str(index), image=np.stack(planes[:channels], axis=2).astype(np.uint8), target=labels)
+
+
+def blocks(height: int, width: int) -> Sample:
+    """Smooth ramps, and labels that are the ramps cut into steps of 16."""
+    rows, columns = np.mgrid[:height, :width]
+    image = np.stack([rows * 2, columns * 2, np.zeros_like(rows)], axis=2).astype(np.uint8)
+    return Sample(name="ramp", image=image, target=(rows * 2 // 16 * 16).astype(np.uint8))
+
+
+sizes = st.lists(st.tuples(st.integers(1, 60), st.integers(1, 60)), min_size=1, max_size=4)
+
+
+@given(sizes=sizes, crop=st.integers(1, 40), seed=st.integers(0, 99), rare=st.sampled_from([0.0, 0.5, 1.0]))
+@settings(max_examples=60, deadline=None)
+def test_a_crop_stays_in_its_picture_and_its_labels_follow(sizes: list[tuple[int, int]], crop: int, seed: int, rare: float) -> None:
+    samples = [coded(height, width, index=index) for index, (height, width) in enumerate(sizes)]
+    crops = Crops(samples, task="segment", crop=crop, batch_size=3, seed=seed, augmentation=FLIPS, rare=rare)
+    images, targets = crops.batch(0)
+    assert images.shape == (3, 3, crop, crop)
+    assert images.dtype == torch.uint8
+    assert targets.dtype == torch.int64
+    for draw, image, target in zip(crops.draws(0), images.numpy(), targets.numpy(), strict=True):
+        height, width = sizes[draw.index]
+        inside = target != 255
+        # Exactly the pixels that the picture can give, no more, no fewer; black around them.
+        assert inside.sum() == min(height, crop) * min(width, crop)
+        assert not image[:, ~inside].any()
+        assert (image[2][inside] == draw.index).all()
+        rows, columns = image[0][inside].astype(int), image[1][inside].astype(int)
+        np.testing.assert_array_equal(target[inside], (rows * 3 + columns * 5) % 7)
+        assert len(set(zip(rows.tolist(), columns.tolist(), strict=True))) == inside.sum()
+
+
+@given(zoom=st.floats(0.5, 3), seed=st.integers(0, 99))
+@settings(max_examples=40, deadline=None)
+def test_labels_follow_the_image_through_the_zoom(zoom: float, seed: int) -> None:
+    augmentation = FLIPS.model_copy(update={"scale": (zoom, zoom)})
+    crops = Crops([blocks(100, 110)], task="segment", crop=32, batch_size=2, seed=seed, augmentation=augmentation)
+    images, targets = crops.batch(0)
+    # A label is the ramp under it rounded down to 16: what is off lies within one pixel of a step, seen through the zoom.
+    assert not (targets % 16).any()  # no label is mixed from two
+    error = images[:, 0].float() - targets.float()
+    slack = 2 / zoom + 2
+    assert error.min() >= -slack
+    assert error.max() <= 16 + slack
+    assert abs(float(error.mean()) - 7) < 5  # half a step; a shift by a whole step would show
+
+
+def test_flips_turn_both_alike() -> None:
+    sample = coded(8, 8)
+    plain_image, plain_target = cut(sample, Draw(index=0, top=0, left=0, side=8), 8)
+    image, target = cut(sample, Draw(index=0, top=0, left=0, side=8, flip_horizontal=True), 8)
+    assert torch.equal(image, plain_image.flip(-1))
+    assert torch.equal(target, plain_target.flip(-1))
+    image, target = cut(sample, Draw(index=0, top=0, left=0, side=8, flip_vertical=True), 8)
+    assert torch.equal(image, plain_image.flip(-2))
+    assert torch.equal(target, plain_target.flip(-2))
+
+
+@pytest.mark.parametrize("channels", [1, 2, 3, 4, 16])
+def test_photometry_changes_images_alone(channels: int) -> None:
+    sample = coded(40, 40, channels)
+    sample.image[...] = np.random.default_rng(0).integers(20, 200, sample.image.shape)
+    plain = Draw(index=0, top=3, left=4, side=32)
+    bright = Draw(index=0, top=3, left=4, side=32, brightness=1.2, contrast=0.8, saturation=1.3)
+    before, target = cut(sample, plain, 32)
+    after, same = cut(sample, bright, 32)
+    assert after.shape == before.shape == (channels, 32, 32)
+    assert after.float().mean() > before.float().mean()
+    assert torch.equal(target, same)
+
+
+@given(step=st.integers(0, 10**6), seed=st.integers(0, 2**31))
+@settings(max_examples=15, deadline=None)
+def test_a_batch_is_a_function_of_seed_and_step(step: int, seed: int) -> None:
+    def batch(seed: int, step: int) -> Batch:
+        crops = Crops([coded(50, 40), coded(30, 70)], task="segment", crop=24, batch_size=4, seed=seed, augmentation=EVERYTHING, rare=0.5)
+        crops.batch(step + 1)  # what was made before leaves no trace
+        return crops.batch(step)
+
+    first, again = batch(seed, step), batch(seed, step)
+    assert torch.equal(first[0], again[0])
+    assert torch.equal(first[1], again[1])
+    assert not torch.equal(first[0], batch(seed, step + 1)[0])
+    assert not torch.equal(first[0], batch(seed + 1, step)[0])
+
+
+def test_larger_pictures_are_drawn_more_often() -> None:
+    crops = Crops([coded(10, 10), coded(30, 10), coded(60, 10)], task="segment", crop=8, batch_size=2000, seed=0)
+    counts = np.bincount([draw.index for draw in crops.draws(0)]) / 2000
+    np.testing.assert_allclose(counts, [0.1, 0.3, 0.6], atol=0.04)
+
+
+def test_places_are_uniform() -> None:
+    crops = Crops([coded(12, 9)], task="segment", crop=8, batch_size=3000, seed=0)
+    tops = np.bincount([draw.top for draw in crops.draws(0)]) / 3000
+    np.testing.assert_allclose(tops, [0.2] * 5, atol=0.04)
+
+
+def test_rare_classes_are_found() -> None:
+    labels = np.zeros((200, 300), dtype=np.uint8)
+    labels[150, 290], labels[:5] = 3, 255
+    samples = [Sample(name="a", image=np.zeros((200, 300, 3), np.uint8), target=labels)] * 2
+    crops = Crops(samples, task="segment", crop=16, batch_size=200, seed=0, rare=1.0)
+    holds = [(target == 3).any() for target in crops.batch(0)[1]]
+    assert 0.35 < np.mean(holds) < 0.65  # two classes, drawn alike
+    assert [label for label, _ in class_cells(samples)] == [0, 3]
+    usual = Crops(samples, task="segment", crop=16, batch_size=200, seed=0)
+    assert np.mean([(target == 3).any() for target in usual.batch(0)[1]]) < 0.1
+
+
+def test_cells_name_every_place_of_every_class() -> None:
+    labels = np.random.default_rng(0).integers(0, 40, (70, 50), dtype=np.uint8)
+    sample = Sample(name="a", image=np.zeros((70, 50, 1), np.uint8), target=labels)
+    for label, places in class_cells([sample]):
+        expected = {(0, row // 32, column // 32) for row, column in np.argwhere(labels == label).tolist()}
+        assert {tuple(place) for place in places.tolist()} == expected
+
+
+def test_classify_sees_the_largest_square() -> None:
+    tall = Sample(name="a", image=coded(40, 20).image, target=5)
+    crops = Crops([tall], task="classify", crop=32, batch_size=8, seed=0, augmentation=EVERYTHING)
+    images, targets = crops.batch(0)
+    assert images.shape == (8, 3, 32, 32)
+    assert targets.tolist() == [5] * 8
+    assert all(10 <= draw.side <= 20 and 0 <= draw.left <= 20 - draw.side and 0 <= draw.top <= 40 - draw.side for draw in crops.draws(0))
+
+
+def test_whole_pictures_for_evaluation() -> None:
+    ((name, (image, target)),) = whole([coded(9, 7)], task="segment", crop=4)
+    assert name == "0"
+    assert image.shape == (1, 3, 9, 7)
+    assert target.shape == (1, 9, 7)
+    assert target.dtype == torch.int64
+    ((_, (image, target)),) = whole([Sample(name="a", image=coded(10, 6).image, target=2)], task="classify", crop=6)
+    assert target.tolist() == [2]
+    assert image[0, 0, :, 0].tolist() == [2, 3, 4, 5, 6, 7]  # the middle six rows of ten
+
+
+def test_calibration_crops_are_counted_and_reproducible() -> None:
+    batches = calibration_batches([coded(50, 50)], crop=16, count=10, batch_size=4, seed=3)
+    assert [tuple(batch.shape) for batch in batches] == [(4, 3, 16, 16), (4, 3, 16, 16), (2, 3, 16, 16)]
+    again = calibration_batches([coded(50, 50)], crop=16, count=10, batch_size=4, seed=3)
+    assert all(torch.equal(one, other) for one, other in zip(batches, again, strict=True))
+
+
+def test_no_pictures_no_crops() -> None:
+    with pytest.raises(DataError, match="no pictures"):
+        Crops([], task="segment", crop=8, batch_size=1, seed=0)
+
+
+class Numbered:
+    """Batches that hold their step; the step `bad` fails."""
+
+    def __init__(self, bad: int = -1, seconds: float = 0.0) -> None:
+        self.bad, self.seconds, self.made, self.threads = bad, seconds, 0, 0
+
+    def batch(self, step: int) -> Batch:
+        if step == self.bad:
+            raise DataError("this picture is damaged")
+        time.sleep(self.seconds)
+        self.made += 1
+        self.threads = torch.get_num_threads()
+        return torch.tensor([step]), torch.tensor([step])
+
+
+def workers() -> Sequence[str]:
+    return [thread.name for thread in threading.enumerate() if thread.name.startswith("muntin-prefetch")]
+
+
+def test_prefetch_gives_every_step_in_order_from_one_core() -> None:
+    crops, threads = Numbered(), torch.get_num_threads()
+    assert [(step, int(images)) for step, (images, _) in prefetch(crops, 3, 9)] == [(step, step) for step in range(3, 9)]
+    assert list(prefetch(crops, 3, 3)) == []
+    assert crops.threads == 1
+    assert torch.get_num_threads() == threads
+    assert workers() == []
+
+
+def test_prefetch_makes_no_more_than_its_depth_ahead() -> None:
+    crops = Numbered()
+    batches = prefetch(crops, 0, 100, depth=3)
+    next(batches)
+    time.sleep(0.05)
+    assert crops.made <= 3
+    batches.close()  # type: ignore[attr-defined]
+    assert workers() == []
+
+
+def test_prefetch_ends_within_one_batch() -> None:
+    crops = Numbered(seconds=0.05)
+    for _ in prefetch(crops, 0, 100, depth=10):
+        break
+    assert crops.made <= 3  # of ten asked for: the first, the one under way, and one for luck
+    assert workers() == []
+
+
+def test_prefetch_ends_when_the_consumer_stops() -> None:
+    for step, _ in prefetch(Numbered(), 0, 100):
+        if step == 2:
+            break
+    assert workers() == []
+
+
+def test_prefetch_ends_when_the_consumer_fails() -> None:
+    def consume() -> None:
+        for step, _ in prefetch(Numbered(), 0, 100):
+            if step == 2:
+                raise RuntimeError("the training step failed")
+
+    with pytest.raises(RuntimeError) as error:
+        consume()
+    assert workers() == []  # though the traceback is still held
+    del error
+
+
+def test_prefetch_raises_the_workers_error_where_its_batch_is_asked_for() -> None:
+    seen = []
+    with pytest.raises(DataError, match="damaged"):
+        for step, _ in prefetch(Numbered(bad=4), 0, 100):
+            seen.append(step)
+    assert seen == [0, 1, 2, 3]
+    assert workers() == []
+
+
+def test_batches_of_the_earth_are_quick() -> None:
+    crops = Crops(
+        EarthSource("cover").split("train"), task="segment", crop=256, batch_size=16, seed=0, augmentation=Augmentation(), rare=0.25
+    )
+    durations: list[float] = []
+    last = time.perf_counter()
+    for _, (images, targets) in prefetch(crops, 0, 12):
+        durations.append(time.perf_counter() - last)
+        last = time.perf_counter()
+        assert images.shape == (16, 3, 256, 256)
+        assert int(targets.max()) < 6
+    assert images.permute(0, 2, 3, 1).is_contiguous()
+    assert np.median(durations) < 0.2  # 0.013 on a quiet Xeon core; the slack is for a busy machine
+
+
+def test_reading_recipes_needs_no_torch() -> None:
+    program = "import sys, muntin.data; assert 'torch' not in sys.modules; muntin.data.Crops; assert 'torch' in sys.modules"
+    subprocess.run([sys.executable, "-c", program], check=True)
+
+
+def test_the_room_has_no_other_names() -> None:
+    with pytest.raises(AttributeError):
+        _: Any = room.nothing

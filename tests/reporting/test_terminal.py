@@ -1,0 +1,41 @@
+"""The steps as a table for the terminal."""
+
+from __future__ import annotations
+
+import io
+from typing import Any
+
+from rich.console import Console
+
+from muntin.reporting import terminal_table
+
+
+def printed(report: dict[str, Any]) -> str:
+    console = Console(file=io.StringIO(), width=160)
+    console.print(terminal_table(report))
+    assert isinstance(console.file, io.StringIO)
+    return console.file.getvalue()
+
+
+def test_every_step_with_what_changed(report: dict[str, Any]) -> None:
+    shown = printed(report)
+    lines = {step["name"]: next(line for line in shown.splitlines() if f" {step['name']} " in line) for step in report["steps"]}
+    assert "0.649 (\N{MINUS SIGN}0.002)" in lines["deployed"]
+    assert "3.1 MB (3.7× less)" in lines["deployed"]
+    assert "6.9 ms (6.0× faster)" in lines["deployed"]
+    assert "(" not in lines["fp32"]
+    assert "–" in lines["fake-quantised"]
+
+
+def test_no_latency_no_column(report: dict[str, Any]) -> None:
+    for step in report["steps"]:
+        step["latency_ms"] = None
+    assert "latency" not in printed(report)
+
+
+def test_names_are_not_markup(report: dict[str, Any]) -> None:
+    report["steps"][0]["name"] = "[red]fp32[/red]"
+    report["title"] = "[bold]"
+    shown = printed(report)
+    assert "[red]fp32[/red]" in shown
+    assert "[bold]" in shown

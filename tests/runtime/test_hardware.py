@@ -1,0 +1,54 @@
+"""What the machine is said to be: plain values, read from what the system says."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+
+import numpy as np
+import onnxruntime
+
+from muntin.runtime import describe_hardware
+from muntin.runtime.hardware import cpu_features, cpu_model, usable_cores
+
+X86 = """processor\t: 0
+vendor_id\t: GenuineIntel
+model name\t: Intel(R) Xeon(R) Processor @ 2.10GHz
+flags\t\t: fpu sse4_2 avx2 avx512f amx_int8 avx512_vnni amx_bf16
+
+processor\t: 1
+model name\t: Intel(R) Xeon(R) Processor @ 2.10GHz
+"""
+ARM = "processor\t: 0\nFeatures\t: fp asimd asimddp i8mm bf16\nModel\t\t: Raspberry Pi 5\n"
+
+
+def test_reads_cpuinfo() -> None:
+    assert cpu_model(X86) == "Intel(R) Xeon(R) Processor @ 2.10GHz"
+    assert cpu_features(X86) == ("avx2", "avx512f", "avx512_vnni", "amx_bf16", "amx_int8")
+    assert (cpu_model(ARM), cpu_features(ARM)) == ("Raspberry Pi 5", ("asimddp", "i8mm", "bf16"))
+    assert (cpu_model(""), cpu_features("")) == ("", ())
+
+
+def test_description_is_plain_and_true() -> None:
+    described = describe_hardware()
+    assert json.loads(json.dumps(described)) == described
+    assert described["cpu"]
+    assert described["numpy"] == np.__version__
+    assert described["onnxruntime"] == onnxruntime.__version__
+    assert described["openvino"]
+    assert 1 <= described["physical_cores"] <= described["cores"] <= (os.cpu_count() or 1)
+    assert described["memory_gib"] is None or described["memory_gib"] > 0.1
+    assert ("torch" in described) == ("torch" in sys.modules)
+
+
+def test_affinity_counts() -> None:
+    if not hasattr(os, "sched_setaffinity"):
+        return
+    before = os.sched_getaffinity(0)
+    try:
+        os.sched_setaffinity(0, {min(before)})
+        assert usable_cores() == 1
+        assert describe_hardware()["physical_cores"] == 1
+    finally:
+        os.sched_setaffinity(0, before)

@@ -1,0 +1,277 @@
+from __future__ import annotations
+
+import os
+import struct
+import subprocess
+import sys
+import zlib
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from hypothesis.extra import numpy as arrays
+from PIL import Image
+
+from muntin.artifact.classes import ClassInfo
+from muntin.errors import DataError
+from muntin.runtime.images import colorize, image_size, overlay, read_image, read_mask, to_rgb, write_image, write_whole
+
+CLASSES = (ClassInfo(name="sea", color=(0, 0, 200)), ClassInfo(name="land", color=(0, 200, 0)))
+pictures = arrays.arrays(np.uint8, st.tuples(st.integers(1, 9), st.integers(1, 9), st.sampled_from([1, 3, 4])))
+
+
+def photo(height: int = 12, width: int = 17, channels: int = 3) -> np.ndarray[Any, np.dtype[np.uint8]]:
+    return np.random.default_rng(0).integers(0, 256, (height, width, channels), dtype=np.uint8)
+
+
+def one_line(error: pytest.ExceptionInfo[DataError], *words: str) -> None:
+    text = str(error.value)
+    assert "\n" not in text
+    for word in words:
+        assert word in text
+
+
+@given(image=pictures, suffix=st.sampled_from([".png", ".tif", ".bmp", ".npy"]))
+@settings(max_examples=40, suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_lossless_formats_give_back_what_was_written(tmp_path: Path, image: np.ndarray[Any, np.dtype[np.uint8]], suffix: str) -> None:
+    path = tmp_path / f"a{suffix}"
+    if suffix == ".bmp" and image.shape[2] == 4:
+        image = image[:, :, :3]
+    write_image(path, image)
+    np.testing.assert_array_equal(read_image(path, None), image)
+    assert image_size(path) == image.shape[:2]
+
+
+@pytest.mark.parametrize("suffix", [".jpg", ".webp"])
+def test_lossy_formats_come_close(tmp_path: Path, suffix: str) -> None:
+    ramp = np.broadcast_to(np.linspace(0, 255, 64).astype(np.uint8)[:, None, None], (64, 48, 3))
+    write_image(tmp_path / f"a{suffix}", ramp)
+    assert np.abs(read_image(tmp_path / f"a{suffix}").astype(int) - ramp).max() < 12
+
+
+def test_channels_are_made_where_nothing_is_invented(tmp_path: Path) -> None:
+    grey, colored, clear = photo(channels=1), photo(), photo(channels=4)
+    for name, image in (("grey", grey), ("colored", colored), ("clear", clear)):
+        write_image(tmp_path / f"{name}.png", image)
+    np.testing.assert_array_equal(read_image(tmp_path / "grey.png", 3), np.repeat(grey, 3, axis=2))
+    np.testing.assert_array_equal(read_image(tmp_path / "clear.png", 3), clear[:, :, :3])
+    assert read_image(tmp_path / "colored.png", 1).shape == (12, 17, 1)
+    with pytest.raises(DataError) as error:
+        read_image(tmp_path / "colored.png", 4)
+    one_line(error, "has 3 channels, 4 are wanted")
+
+
+def test_palette_with_transparency_reads_as_colors(tmp_path: Path) -> None:
+    image = Image.fromarray(np.array([[0, 1], [1, 0]], dtype=np.uint8))
+    image.putpalette([10, 20, 30, 200, 100, 50])
+    image.save(tmp_path / "p.png", transparency=b"\x00\x80")
+    assert read_image(tmp_path / "p.png").tolist() == [[[10, 20, 30], [200, 100, 50]], [[200, 100, 50], [10, 20, 30]]]
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_exif_orientation_is_applied(tmp_path: Path, orientation: int) -> None:
+    stored = photo(4, 6)
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    Image.fromarray(stored).save(tmp_path / "a.png", exif=exif)
+    upright = {  # what the standard says that a viewer does to the stored rows
+        1: stored,
+        2: stored[:, ::-1],
+        3: stored[::-1, ::-1],
+        4: stored[::-1],
+        5: stored.transpose(1, 0, 2),
+        6: np.rot90(stored, -1),
+        7: stored.transpose(1, 0, 2)[::-1, ::-1],
+        8: np.rot90(stored),
+    }[orientation]
+    np.testing.assert_array_equal(read_image(tmp_path / "a.png"), upright)
+    assert image_size(tmp_path / "a.png") == upright.shape[:2]
+
+
+def test_many_channels_come_from_npy(tmp_path: Path) -> None:
+    image = photo(channels=16)
+    np.save(tmp_path / "a.npy", image)
+    np.testing.assert_array_equal(read_image(tmp_path / "a.npy", 16), image)
+    with pytest.raises(DataError) as error:
+        read_image(tmp_path / "a.npy")
+    one_line(error, "16 channels, 3 are wanted")
+    np.save(tmp_path / "b.npy", photo(channels=17))
+    with pytest.raises(DataError):
+        read_image(tmp_path / "b.npy", None)
+    np.save(tmp_path / "c.npy", np.asfortranarray(image[:, :, 0]))
+    np.testing.assert_array_equal(read_image(tmp_path / "c.npy", 1)[:, :, 0], image[:, :, 0])
+
+
+def test_npy_never_unpickles(tmp_path: Path) -> None:
+    np.save(tmp_path / "a.npy", np.array([[{"a": 1}]], dtype=object), allow_pickle=True)
+    with pytest.raises(DataError) as error:
+        read_image(tmp_path / "a.npy")
+    one_line(error, "object")
+
+
+def test_what_is_no_image_is_named(tmp_path: Path) -> None:
+    (tmp_path / "empty.png").touch()
+    (tmp_path / "text.png").write_text("not an image\nat all")
+    (tmp_path / "folder.png").mkdir()
+    for name, word in (("empty.png", "empty"), ("text.png", "no image that muntin reads"), ("folder.png", "folder"), ("none.png", "exist")):
+        for read in (read_image, read_mask, image_size):
+            with pytest.raises(DataError) as error:
+                read(tmp_path / name)
+            one_line(error, name, word)
+
+
+def test_sixteen_bits_are_refused_not_cut(tmp_path: Path) -> None:
+    Image.fromarray(np.full((3, 4), 70000, dtype=np.int32)).save(tmp_path / "grey.tif")
+    deep = b"".join(b"\x00" + bytes(range(4 * 6)) for _ in range(3))
+    png(tmp_path / "colored.png", width=4, height=3, depth=16, kind=2, rows=deep)
+    for name in ("grey.tif", "colored.png"):
+        with pytest.raises(DataError) as error:
+            read_image(tmp_path / name)
+        one_line(error, "more than 8 bits")
+
+
+def png(path: Path, *, width: int, height: int, depth: int, kind: int, rows: bytes) -> None:
+    """A PNG made by hand, with bit depths that Pillow does not write."""
+
+    def chunk(name: bytes, body: bytes) -> bytes:
+        return struct.pack(">I", len(body)) + name + body + struct.pack(">I", zlib.crc32(name + body))
+
+    head = struct.pack(">IIBBBBB", width, height, depth, kind, 0, 0, 0)
+    path.write_bytes(b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", head) + chunk(b"IDAT", zlib.compress(rows)) + chunk(b"IEND", b""))
+
+
+@pytest.mark.parametrize("suffix", [".png", ".jpg", ".webp", ".tif", ".bmp", ".npy"])
+def test_truncated_files_are_errors(tmp_path: Path, suffix: str) -> None:
+    write_image(tmp_path / f"a{suffix}", photo(64, 64))
+    content = (tmp_path / f"a{suffix}").read_bytes()
+    (tmp_path / f"a{suffix}").write_bytes(content[: len(content) // 2])
+    with pytest.raises(DataError) as error:
+        read_image(tmp_path / f"a{suffix}")
+    one_line(error, f"a{suffix}", "damaged or truncated")
+
+
+@given(data=st.data(), suffix=st.sampled_from([".png", ".jpg", ".webp", ".tif", ".bmp", ".npy"]))
+@settings(max_examples=200, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_damage_is_a_data_error_or_another_picture(tmp_path: Path, data: st.DataObject, suffix: str) -> None:
+    path = tmp_path / f"a{suffix}"
+    write_image(path, photo(9, 9))
+    content = bytearray(path.read_bytes())
+    for place in data.draw(st.lists(st.integers(0, len(content) - 1), min_size=1, max_size=6)):
+        content[place] = data.draw(st.integers(0, 255))
+    path.write_bytes(content[: data.draw(st.integers(1, len(content)))])
+    for read in (lambda: read_image(path, None), lambda: read_mask(path), lambda: image_size(path)):
+        try:
+            read()
+        except DataError as error:
+            assert "\n" not in str(error)
+
+
+def test_the_limit_of_pixels_is_ours_and_settable(tmp_path: Path) -> None:
+    png(tmp_path / "bomb.png", width=30000, height=30000, depth=8, kind=0, rows=b"")
+    with pytest.raises(DataError) as error:
+        read_image(tmp_path / "bomb.png")
+    one_line(error, "30000×30000", "268,435,456")
+    big = np.zeros((13500, 13500), dtype=np.uint8)  # Pillow's own limit would refuse it
+    write_image(tmp_path / "big.png", big)
+    assert image_size(tmp_path / "big.png") == (13500, 13500)
+    assert read_mask(tmp_path / "big.png").shape == (13500, 13500)
+    with pytest.raises(DataError):
+        read_image(tmp_path / "big.png", max_pixels=10**8)
+
+
+def test_masks_give_the_numbers_in_the_file(tmp_path: Path) -> None:
+    labels = np.array([[0, 1, 2], [3, 2, 255]], dtype=np.uint8)
+    palette = Image.fromarray(labels)
+    palette.putpalette([9, 9, 9, 200, 0, 0, 0, 200, 0, 0, 0, 200] + [7] * 756)
+    palette.save(tmp_path / "palette.png")
+    write_image(tmp_path / "grey.png", labels)
+    np.save(tmp_path / "a.npy", labels.astype(np.int32))
+    for name in ("palette.png", "grey.png", "a.npy"):
+        np.testing.assert_array_equal(read_mask(tmp_path / name), labels)
+    assert read_mask(tmp_path / "palette.png", colors=True)[0].tolist() == [[9, 9, 9], [200, 0, 0], [0, 200, 0]]
+    assert read_mask(tmp_path / "grey.png", colors=True)[0].tolist() == [[0, 0, 0], [1, 1, 1], [2, 2, 2]]
+    Image.fromarray(labels.astype(np.uint16) * 300).save(tmp_path / "deep.png")
+    np.testing.assert_array_equal(read_mask(tmp_path / "deep.png"), labels.astype(np.uint16) * 300)
+
+
+@pytest.mark.parametrize(("depth", "expected"), [(1, [0, 1, 1, 0]), (2, [0, 1, 2, 3]), (4, [0, 5, 10, 15])])
+def test_masks_of_few_bits_are_not_spread_over_255(tmp_path: Path, depth: int, expected: list[int]) -> None:
+    bits = "".join(f"{value:0{depth}b}" for value in expected).ljust(16, "0")
+    packed = int(bits, 2).to_bytes(2, "big")[: -(-4 * depth // 8)]
+    png(tmp_path / "a.png", width=4, height=1, depth=depth, kind=0, rows=b"\x00" + packed)
+    assert read_mask(tmp_path / "a.png").tolist() == [expected]
+
+
+def test_colored_masks_give_colors(tmp_path: Path) -> None:
+    for channels in (3, 4):
+        image = photo(channels=channels)
+        write_image(tmp_path / "a.png", image)
+        np.testing.assert_array_equal(read_mask(tmp_path / "a.png"), image[:, :, :3])
+
+
+def test_writing_refuses_what_the_format_cannot_hold(tmp_path: Path) -> None:
+    wrong: list[tuple[str, np.ndarray[Any, Any]]] = [
+        ("a.png", photo(channels=5)),
+        ("a.png", photo().astype(np.float32)),
+        ("a.jpg", photo(channels=4)),
+        ("a.gif", photo()),
+        ("none/a.png", photo()),
+    ]
+    for name, image in wrong:
+        with pytest.raises(DataError) as error:
+            write_image(tmp_path / name, image)
+        one_line(error, "cannot write")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_full_disk_leaves_the_old_file_and_nothing_else(tmp_path: Path) -> None:
+    write_image(tmp_path / "a.npy", photo(2, 2))
+    before = (tmp_path / "a.npy").read_bytes()
+    program = f"""
+import resource, numpy as np
+from muntin.runtime.images import write_image
+from muntin.errors import DataError
+resource.setrlimit(resource.RLIMIT_FSIZE, (4096, 4096))
+try:
+    write_image({str(tmp_path / "a.npy")!r}, np.zeros((99, 99, 3), np.uint8))
+except DataError as error:
+    print(error)
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True, env={**os.environ})
+    assert done.stdout.count("\n") == 1
+    assert "cannot write" in done.stdout
+    assert (tmp_path / "a.npy").read_bytes() == before
+    assert [path.name for path in tmp_path.iterdir()] == ["a.npy"]
+
+
+def test_write_whole_replaces(tmp_path: Path) -> None:
+    write_whole(tmp_path / "a", b"one")
+    write_whole(tmp_path / "a", b"two")
+    assert (tmp_path / "a").read_bytes() == b"two"
+    assert len(list(tmp_path.iterdir())) == 1
+
+
+def test_colorize_and_overlay() -> None:
+    labels = np.array([[0, 1, 255]], dtype=np.uint8)
+    assert colorize(labels, CLASSES).tolist() == [[[0, 0, 200], [0, 200, 0], [0, 0, 0]]]
+    image = np.full((1, 3, 3), 100, dtype=np.uint8)
+    assert overlay(image, labels, CLASSES, 0.5).tolist() == [[[50, 50, 150], [50, 150, 50], [100, 100, 100]]]
+    np.testing.assert_array_equal(overlay(image, labels, CLASSES, 0), image)
+    assert overlay(photo(1, 3, 7), labels.astype(np.int64), CLASSES).shape == (1, 3, 3)
+    with pytest.raises(DataError):
+        colorize(np.array([[2]]), CLASSES)
+    with pytest.raises(DataError):
+        overlay(photo(2, 3), labels, CLASSES)
+
+
+def test_to_rgb() -> None:
+    assert to_rgb(photo(channels=1)).shape == (12, 17, 3)
+    np.testing.assert_array_equal(to_rgb(photo(channels=8)), photo(channels=8)[:, :, :3])
+
+
+def test_reading_needs_no_torch() -> None:
+    program = "import sys, muntin.runtime.images; sys.exit('torch' in sys.modules)"
+    subprocess.run([sys.executable, "-c", program], check=True)

@@ -1,0 +1,53 @@
+"""ONNX Runtime: the same numbers as OpenVINO, and honest about which layers are integers."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import numpy as np
+import pytest
+
+from muntin.errors import DependencyError
+from muntin.runtime import describe_hardware, load
+
+
+def test_equals_the_integer_reference_to_a_step(convolutions: Any, images_of: Callable[..., Any]) -> None:
+    session = load(convolutions.path, engine="onnxruntime")
+    images = images_of(3, batch=3, height=17, width=11, seed=9)
+    head = convolutions.layers[-1]
+    step = float((np.abs(head.weight).max(axis=(1, 2, 3)) * head.weight_scale).max() * head.scale)
+    difference = np.abs(session(images) - convolutions.reference(images))
+    # biases become int32 here, so a value on the edge between two steps may fall on the other side, in several inputs of one score
+    assert difference.max() <= 3 * step
+    assert difference.mean() <= step / 20
+
+
+def test_layers_are_named_and_told_apart(convolutions: Any) -> None:
+    layers = load(convolutions.path, engine="onnxruntime").layers()
+    computed = {layer.name: (layer.kind, layer.precision) for layer in layers if layer.compute}
+    assert computed.keys() == {"stem", "body", "depthwise", "head"}
+    assert computed["body"] == ("QLinearConv", "i8")
+    assert computed["head"] == ("Conv", "f32")  # its output is not quantised again, so the pattern does not fuse
+
+
+def test_floats_run_in_f32_and_it_says_so(convolutions: Any) -> None:
+    assert load(convolutions.path, engine="onnxruntime", precision="recorded").precision == "f32"
+    for precision in ("bf16", "f16"):
+        with pytest.raises(DependencyError, match=f"no {precision} kernels"):
+            load(convolutions.path, engine="onnxruntime", precision=precision)
+
+
+def test_threads_are_what_was_asked(convolutions: Any) -> None:
+    assert load(convolutions.path, engine="onnxruntime", threads=1).threads == 1
+    assert load(convolutions.path, engine="onnxruntime").threads == describe_hardware()["physical_cores"]
+
+
+def test_threads_may_share_a_session(convolutions: Any, images_of: Callable[..., Any]) -> None:
+    session = load(convolutions.path, engine="onnxruntime", threads=1)
+    batches = [images_of(3, batch=1, height=8 + seed % 3, width=8, seed=seed) for seed in range(12)]
+    alone = [session(images) for images in batches]
+    with ThreadPoolExecutor(3) as pool:
+        for one, other in zip(alone, pool.map(session, batches), strict=True):
+            np.testing.assert_array_equal(one, other)

@@ -1,0 +1,135 @@
+"""OpenVINO: integer numerics and integer kernels, precisions, sizes, threads, and no word to the network."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from muntin.errors import DependencyError
+from muntin.runtime import describe_hardware, load
+from muntin.runtime.openvino import STATIC_SHAPES, open_openvino
+from muntin.runtime.quiet import openvino
+
+CAPABILITIES = openvino.Core().get_property("CPU", "OPTIMIZATION_CAPABILITIES")
+needs_dot_products = pytest.mark.skipif(
+    not {"avx512_vnni", "avx_vnni", "amx_int8", "asimddp", "i8mm"} & set(describe_hardware()["features"]),
+    reason="this CPU has no 8-bit dot products (VNNI, AMX, dotprod): integer kernels may be missing or saturate",
+)
+
+
+@needs_dot_products
+def test_equals_the_integer_reference(convolutions: Any, images_of: Callable[..., Any]) -> None:
+    session = load(convolutions.path, precision="f32")
+    images = images_of(3, batch=3, height=17, width=11, seed=9)
+    wanted = convolutions.reference(images)
+    # one step of the last layer's input moves a score by this much at most; what remains after exact integers is float rounding
+    head = convolutions.layers[-1]
+    step = float((np.abs(head.weight).max(axis=(1, 2, 3)) * head.weight_scale).max() * head.scale)
+    difference = np.abs(session(images) - wanted)
+    assert difference.max() <= step
+    assert difference.mean() <= step / 100
+
+
+@needs_dot_products
+@pytest.mark.parametrize("called", [True, False])
+def test_runs_on_integer_kernels(convolutions: Any, images_of: Callable[..., Any], called: bool) -> None:
+    session = load(convolutions.path, precision="f32")
+    if called:
+        session(images_of(3))
+    computed = {layer.name: layer.precision for layer in session.layers() if layer.compute}
+    assert computed == {"stem": "i8", "body": "i8", "depthwise": "i8", "head": "i8"}
+
+
+def test_a_float_layer_is_said_to_be_float(write_layers: Callable[..., Any], layer_maker: Callable[..., Any], tmp_path: Path) -> None:
+    layers = [layer_maker("a", 0, 3, 32, 3, scale=0.9), layer_maker("b", 1, 32, 4, 1, scale=1.0, relu=False)]
+    layers[1] = type(layers[1])(**(vars(layers[1]) | {"quantized": False}))
+    session = load(write_layers(tmp_path / "a", layers).path, precision="f32")
+    assert {layer.name: layer.precision for layer in session.layers() if layer.compute}["b"] == "f32"
+
+
+@pytest.mark.parametrize(("precision", "capability"), [("f32", "FP32"), ("bf16", "BF16"), ("f16", "FP16")])
+def test_a_precision_is_given_or_refused_never_replaced(convolutions: Any, precision: str, capability: str) -> None:
+    if capability in CAPABILITIES:
+        assert load(convolutions.path, precision=precision).precision == precision
+    else:
+        with pytest.raises(DependencyError, match=f"no {capability}.*FP32") as caught:
+            load(convolutions.path, precision=precision)
+        assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("recorded", ["f32", "bf16", "f16"])
+def test_recorded_precision_or_f32(
+    write_layers: Callable[..., Any], layer_maker: Callable[..., Any], images_of: Callable[..., Any], tmp_path: Path, recorded: str
+) -> None:
+    written = write_layers(tmp_path / "a", [layer_maker("pixel", 5, 4, 6, 1, scale=0.9, relu=False)], precision=recorded)
+    session = load(written.path)
+    wanted = {"f32": "f32", "bf16": "bf16" if "BF16" in CAPABILITIES else "f32", "f16": "f16" if "FP16" in CAPABILITIES else "f32"}
+    assert session.precision == wanted[recorded]
+    assert session(images_of(4)).dtype == np.float32
+
+
+def test_threads_are_what_was_asked(convolutions: Any) -> None:
+    assert load(convolutions.path, threads=1).threads == 1
+    assert load(convolutions.path).threads == describe_hardware()["physical_cores"]
+
+
+def test_every_size_gives_what_the_dynamic_model_gives(convolutions: Any, images_of: Callable[..., Any]) -> None:
+    static, dynamic = open_openvino(convolutions.artifact, "f32"), open_openvino(convolutions.artifact, "f32", static_shapes=0)
+    sizes = [(1, 1), (1, 7), (8, 8), (9, 3), (16, 5), (8, 8)]
+    for height, width in sizes:
+        images = images_of(3, batch=1, height=height, width=width)
+        scores = static(images)
+        assert scores.shape == (1, 5, height, width)
+        np.testing.assert_allclose(scores, dynamic(images), atol=1e-4)
+    assert len(static._requests) == STATIC_SHAPES
+    assert list(dynamic._requests) == [None]
+
+
+def test_scores_are_the_callers_own(per_pixel: Any, images_of: Callable[..., Any]) -> None:
+    session = load(per_pixel.path)
+    first = session(images_of(4, seed=1))
+    kept = first.copy()
+    second = session(images_of(4, seed=2))
+    assert not np.array_equal(first, second)
+    np.testing.assert_array_equal(first, kept)
+    first[:] = 0  # writable, and nobody else's
+    np.testing.assert_array_equal(session(images_of(4, seed=1)), kept)
+
+
+def test_threads_may_share_a_session(convolutions: Any, images_of: Callable[..., Any]) -> None:
+    session = load(convolutions.path, precision="f32", threads=1)
+    batches = [images_of(3, batch=1, height=8 + seed % 3, width=8, seed=seed) for seed in range(24)]
+    alone = [session(images) for images in batches]
+    with ThreadPoolExecutor(3) as pool:
+        together = list(pool.map(session, batches))
+    for one, other in zip(alone, together, strict=True):
+        np.testing.assert_array_equal(one, other)
+
+
+SILENT = """
+import sys
+calls = []
+watched = ("socket.connect", "socket.getaddrinfo", "subprocess.Popen", "os.fork", "os.posix_spawn")
+sys.addaudithook(lambda event, args: calls.append((event, args)) if event in watched else None)
+import numpy as np
+from muntin.runtime import load
+load(sys.argv[1])(np.zeros((1, 4, 4, 4), np.uint8))
+import openvino_telemetry  # hidden from openvino only
+sys.exit(str(calls) if calls else 2 if "torch" in sys.modules else 0)
+"""
+
+
+def test_tells_nobody_and_needs_no_torch(per_pixel: Any, tmp_path: Path) -> None:
+    environment = {key: value for key, value in os.environ.items() if key not in ("CI", "TF_BUILD", "JENKINS_URL")}  # these silence it too
+    home = environment | {"HOME": str(tmp_path), "LOCALAPPDATA": str(tmp_path)}
+    run = subprocess.run([sys.executable, "-c", SILENT, str(per_pixel.path)], env=home, capture_output=True, text=True, check=False)
+    assert (run.returncode, run.stderr) == (0, "")
+    assert list(tmp_path.iterdir()) == []  # no client identifier

@@ -1,0 +1,240 @@
+"""Tiles: cut and blended, a session that sees each pixel alone gives what it gives in one piece."""
+
+from __future__ import annotations
+
+import itertools
+import tracemalloc
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from numpy.typing import NDArray
+
+from muntin.artifact import ClassInfo, Signature
+from muntin.errors import ArtifactError, DataError
+from muntin.runtime import load, predict
+from muntin.runtime.tiles import tile_origins, tile_weights
+
+
+def classes(count: int) -> tuple[ClassInfo, ...]:
+    return tuple(ClassInfo(name=str(k), color=(k, k, k)) for k in range(count))
+
+
+class PixelSession:
+    """Scores from each pixel's own values, repeated `scale` times along both axes; remembers the sizes that it was called with."""
+
+    def __init__(self, task: str = "segment", channels: int = 2, count: int = 4, scale: int = 1) -> None:
+        classed = classes(count) if task != "restore" else ()
+        self.signature = Signature(task=task, channels=channels, scale=scale, classes=classed)  # type: ignore[arg-type]
+        self.mixing = np.random.default_rng(0).normal(size=(self.signature.outputs, channels)).astype(np.float32)
+        self.sizes: list[tuple[int, ...]] = []
+
+    def __call__(self, images_BHWC: NDArray[np.uint8]) -> NDArray[np.float32]:
+        self.sizes.append(images_BHWC.shape[1:3])
+        values = images_BHWC.astype(np.float32)
+        scores = values.transpose(0, 3, 1, 2) if self.signature.task == "restore" else np.einsum("bhwc,kc->bkhw", values, self.mixing)
+        if self.signature.task == "classify":
+            return scores.mean(axis=(2, 3))
+        return scores.repeat(self.signature.scale, axis=2).repeat(self.signature.scale, axis=3)
+
+
+class PositionSession(PixelSession):
+    """Sees the tile's border: its scores depend on where a pixel lies in the tile, so blending has something to blend."""
+
+    def __call__(self, images_BHWC: NDArray[np.uint8]) -> NDArray[np.float32]:
+        scores = super().__call__(images_BHWC)
+        return scores + np.arange(scores.shape[3], dtype=np.float32) * np.arange(4, dtype=np.float32)[:, None, None]
+
+
+def picture(height: int, width: int, channels: int = 2) -> NDArray[np.uint8]:
+    return np.random.default_rng(height * 1000 + width).integers(0, 256, (height, width, channels)).astype(np.uint8)
+
+
+sides, tiles = st.integers(1, 40), st.integers(1, 48)
+
+
+@given(height=sides, width=sides, tile=tiles, data=st.data(), scale=st.integers(1, 3))
+def test_cut_and_blend_is_the_identity(height: int, width: int, tile: int, data: st.DataObject, scale: int) -> None:
+    overlap = data.draw(st.none() | st.integers(0, tile - 1))
+    session, image = PixelSession(scale=scale), picture(height, width)
+    whole = session(image[None])[0]
+    blended = predict(session, image, tile=tile, overlap=overlap, output="scores")
+    assert (blended.shape, blended.dtype) == ((4, scale * height, scale * width), np.float32)
+    np.testing.assert_allclose(blended, whole, rtol=1e-5, atol=1e-3)
+    assert len(set(session.sizes[1:])) == 1  # tiles of one size: an engine compiles once
+    assert session.sizes[1] == (min(tile, height), min(tile, width))
+
+
+@given(height=sides, width=sides, tile=tiles, data=st.data())
+def test_labels_are_the_argmax_of_the_scores(height: int, width: int, tile: int, data: st.DataObject) -> None:
+    overlap = data.draw(st.integers(0, tile - 1))
+    session, image = PositionSession(), picture(height, width)
+    labels = predict(session, image, tile=tile, overlap=overlap)
+    scores = predict(session, image, tile=tile, overlap=overlap, output="scores")
+    assert labels.dtype == np.uint8
+    np.testing.assert_array_equal(labels, scores.argmax(axis=0))
+
+
+@given(size=st.integers(1, 200), tile=st.integers(1, 80), data=st.data(), scale=st.integers(1, 3))
+def test_weights_are_a_partition_of_one(size: int, tile: int, data: st.DataObject, scale: int) -> None:
+    overlap, tile = data.draw(st.integers(0, tile - 1)), min(tile, size)
+    origins = tile_origins(size, tile, overlap)
+    assert origins[0] == 0
+    assert origins[-1] + tile == size
+    assert all(0 < after - before <= tile - min(overlap, tile - 1) for before, after in itertools.pairwise(origins))
+    weights = tile_weights(origins, tile, overlap, scale)
+    assert (weights > 0).all()
+    total = np.zeros(size * scale)
+    for origin, row in zip(origins, weights, strict=True):
+        total[origin * scale : (origin + tile) * scale] += row
+    np.testing.assert_allclose(total, 1)
+
+
+def test_blending_is_smooth_where_tiles_disagree() -> None:
+    class Steps(PixelSession):
+        def __call__(self, images_BHWC: NDArray[np.uint8]) -> NDArray[np.float32]:
+            super().__call__(images_BHWC)
+            B, H, W, _ = images_BHWC.shape
+            return np.full((B, 4, H, W), len(self.sizes), np.float32)
+
+    scores = predict(Steps(), picture(8, 28), tile=16, overlap=4, output="scores")[0, 4]
+    assert (scores[:12] == 1).all()
+    assert (scores[16:] == 2).all()
+    assert (np.diff(scores[11:17]) > 0).all()
+    np.testing.assert_allclose(scores[12:16] + scores[12:16][::-1], 3, rtol=1e-6)
+
+
+def test_real_sessions_in_tiles(per_pixel: Any) -> None:
+    image = picture(37, 53, 4)
+    session = load(per_pixel.path, precision="f32")
+    whole = predict(session, image, output="scores")
+    np.testing.assert_allclose(predict(session, image, tile=16, output="scores"), whole, rtol=1e-5, atol=1e-4)
+    np.testing.assert_allclose(whole, per_pixel.reference(image[None])[0], atol=1e-3)
+
+
+def test_far_from_the_borders_a_tile_sees_what_the_whole_sees(convolutions: Any) -> None:
+    image = picture(20, 90, 3)
+    session = load(convolutions.path, precision="f32")
+    whole, tiled = predict(session, image, output="scores"), predict(session, image, tile=40, overlap=20, output="scores")
+    np.testing.assert_allclose(tiled[:, :, :20], whole[:, :, :20], atol=0.2 * whole.std())
+
+
+def test_a_picture_smaller_than_the_tile_is_one_call() -> None:
+    session = PixelSession()
+    predict(session, picture(20, 30), tile=64)
+    assert session.sizes == [(20, 30)]
+    predict(session, picture(20, 100), tile=64, overlap=0)
+    assert session.sizes[1:] == [(20, 64), (20, 64)]
+
+
+def test_without_tile_the_whole_picture_is_one_call() -> None:
+    session, image = PixelSession(), picture(33, 21)
+    np.testing.assert_array_equal(predict(session, image), session(image[None])[0].argmax(axis=0))
+    assert session.sizes == [(33, 21), (33, 21)]
+
+
+def test_restored_pictures_are_pictures() -> None:
+    session, image = PixelSession("restore", channels=3, scale=2), picture(19, 23, 3)
+    restored = predict(session, image, tile=8)
+    assert restored.dtype == np.uint8
+    np.testing.assert_array_equal(restored, image.repeat(2, axis=0).repeat(2, axis=1))
+
+    class Wild(PixelSession):
+        def __call__(self, images_BHWC: NDArray[np.uint8]) -> NDArray[np.float32]:
+            return (super().__call__(images_BHWC) - 128) * 4
+
+    np.testing.assert_array_equal(predict(Wild("restore", channels=3), image), np.clip((image.astype(int) - 128) * 4, 0, 255))
+
+
+def test_classes_of_a_picture() -> None:
+    session, image = PixelSession("classify"), picture(9, 9)
+    assert predict(session, image).shape == (4,)
+    np.testing.assert_array_equal(predict(session, image), session(image[None])[0])
+
+
+def test_progress_counts_every_tile() -> None:
+    seen: list[tuple[int, int]] = []
+    predict(PixelSession(), picture(20, 30), tile=10, overlap=0, progress=lambda done, total: seen.append((done, total)))
+    assert seen == [(done, 6) for done in range(1, 7)]
+
+
+def test_labels_of_a_large_picture_take_little_memory() -> None:
+    """The bands still open, not the scores of the whole picture: 6 classes x 1350 x 2700 float32 would be 87 MB."""
+
+    class Cheap(PixelSession):
+        def __call__(self, images_BHWC: NDArray[np.uint8]) -> NDArray[np.float32]:
+            B, H, W, _ = images_BHWC.shape
+            return np.zeros((B, 6, H, W), np.float32)
+
+    session, image = Cheap(count=6), np.zeros((1350, 2700, 2), np.uint8)
+    tracemalloc.start()
+    try:
+        labels = predict(session, image, tile=128)
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    band, call = 6 * 128 * 2700 * 4, 6 * 128 * 128 * 4
+    assert peak - labels.nbytes < 2.5 * band + 4 * call
+
+
+@pytest.mark.parametrize(
+    ("task", "options", "message"),
+    [
+        ("segment", {"tile": 0}, "tile=0"),
+        ("segment", {"tile": 8.0}, "tile=8.0"),
+        ("segment", {"tile": True}, "tile=True"),
+        ("segment", {"tile": 8, "overlap": 8}, "from 0 to 7"),
+        ("segment", {"tile": 8, "overlap": -1}, "from 0 to 7"),
+        ("segment", {"overlap": 4}, "without tile"),
+        ("segment", {"output": "image"}, "labels, scores"),
+        ("segment", {"output": "mask"}, "labels, scores"),
+        ("segment", {"exact": True}, "exact=True needs a plan"),
+        ("segment", {"exact": True, "tile": 8}, "exact=True needs a plan"),
+        ("classify", {"tile": 8}, "leave tile out"),
+        ("classify", {"output": "labels"}, "give one of scores"),
+        ("restore", {"output": "labels"}, "image, scores"),
+    ],
+)
+def test_what_is_not_allowed(task: str, options: dict[str, Any], message: str) -> None:
+    with pytest.raises(DataError, match=message) as caught:
+        predict(PixelSession(task), picture(12, 12), **options)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("image", "message"),
+    [
+        (np.zeros((4, 4), np.uint8), r"shape \(4, 4\)"),
+        (np.zeros((4, 4, 3), np.uint8), r"\(1, 4, 4, 3\).*2\)"),
+        (np.zeros((4, 4, 2), np.float32), "float32"),
+        (np.zeros((0, 4, 2), np.uint8), "side of 0"),
+        ("cat.jpg", "type str"),
+    ],
+)
+def test_images_that_are_none(image: Any, message: str) -> None:
+    with pytest.raises(DataError, match=message):
+        predict(PixelSession(), image)
+
+
+def test_a_session_that_breaks_its_word() -> None:
+    class Liar(PixelSession):
+        def __call__(self, images_BHWC: NDArray[np.uint8]) -> NDArray[np.float32]:
+            return super().__call__(images_BHWC)[:, :3]
+
+    with pytest.raises(ArtifactError, match=r"\(1, 3, 5, 5\).*\(1, 4, 5, 5\)"):
+        predict(Liar(), picture(5, 5))
+
+
+def test_exact_says_that_plans_do_not_run_yet() -> None:
+    session = PixelSession()
+    session.plan = {"cuts": []}  # type: ignore[attr-defined]
+    with pytest.raises(DataError, match="does not run plans"):
+        predict(session, picture(5, 5), tile=4, exact=True)
+
+
+def test_deterministic(convolutions: Any, images_of: Callable[..., Any]) -> None:
+    session, image = load(convolutions.path), images_of(3, batch=1, height=40, width=50)[0]
+    np.testing.assert_array_equal(predict(session, image, tile=16), predict(session, image, tile=16))

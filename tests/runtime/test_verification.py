@@ -1,0 +1,116 @@
+"""Verification: a sound artefact passes in every engine, and each kind of fault is found and named."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from muntin.artifact import GoldenTolerance, LayerRecord
+from muntin.errors import ArtifactError
+from muntin.runtime import ENGINES, ExecutedLayer, verify
+from muntin.runtime.verification import find_fallbacks
+
+
+@pytest.fixture
+def pixel(layer_maker: Callable[..., Any]) -> list[Any]:
+    return [layer_maker("pixel", 5, 4, 6, 1, scale=0.9, relu=False)]
+
+
+@pytest.mark.parametrize("engine", list(ENGINES))
+def test_a_sound_artefact_passes(convolutions: Any, engine: str) -> None:
+    result = verify(convolutions.path, engine=engine, evaluate=lambda session: float(session.signature.channels), allow_fallbacks=True)
+    assert result.problems == ()
+    assert result.passed
+    assert result.digests_ok
+    assert result.digests["manifest.json"] == convolutions.artifact.digest
+    assert (result.engine, result.evaluation) == (engine, 3.0)
+    assert len(result.golden) == 1
+    assert result.golden[0].max_error < 0.05
+    assert result.golden[0].label_agreement is not None
+    assert result.golden[0].label_agreement > 0.97
+
+
+def test_fallbacks_count_in_the_default_engine_only(convolutions: Any) -> None:
+    result = verify(convolutions.path, engine="onnxruntime")
+    assert result.fallbacks == ("head",)
+    assert result.passed
+    strict = verify(convolutions.path, engine="onnxruntime", allow_fallbacks=False)
+    assert not strict.passed
+    assert "layer head, recorded with 8-bit activations, ran as Conv in f32" in strict.problems[0]
+
+
+def test_a_layer_that_runs_in_float_is_found(write_layers: Callable[..., Any], layer_maker: Callable[..., Any], tmp_path: Path) -> None:
+    layers = [layer_maker("pixel", 5, 4, 32, 1, scale=0.9, relu=False)]
+    layers[0] = type(layers[0])(**(vars(layers[0]) | {"quantized": False}))
+    write_layers(tmp_path / "a", layers, golden_tolerance={"f32": GoldenTolerance(max_error=1e9, label_agreement=0)})
+    result = verify(tmp_path / "a", precision="f32")
+    assert result.fallbacks == ("pixel",)
+    assert not result.passed
+    assert "layer pixel" in result.problems[0]
+    assert verify(tmp_path / "a", precision="f32", allow_fallbacks=True).passed
+
+
+@pytest.mark.parametrize("engine", list(ENGINES))
+def test_other_numbers_are_found(write_layers: Callable[..., Any], pixel: list[Any], tmp_path: Path, engine: str) -> None:
+    good = write_layers(tmp_path / "good", pixel)
+    ((images, scores),) = good.artifact.golden()
+    for name, changed in [("shifted", scores + np.float32(scores.std() * 0.2)), ("swapped", scores[:, ::-1].copy())]:
+        write_layers(tmp_path / name, pixel, golden=[(images, changed)])
+        result = verify(tmp_path / name, engine=engine, precision="f32", allow_fallbacks=True)
+        assert not result.passed
+        assert not result.golden[0].passed
+        assert "golden pair 0" in result.problems[0]
+    shifted = verify(tmp_path / "shifted", engine=engine, precision="f32").golden[0]
+    assert shifted.max_error == pytest.approx(0.2, abs=0.02)  # in standard deviations of the golden scores
+    assert shifted.label_agreement == pytest.approx(1, abs=0.02)
+
+
+def test_no_tolerance_for_the_precision_is_a_problem(write_layers: Callable[..., Any], pixel: list[Any], tmp_path: Path) -> None:
+    write_layers(tmp_path / "a", pixel, golden_tolerance={"bf16": GoldenTolerance(max_error=0.1, label_agreement=0.9)})
+    result = verify(tmp_path / "a", precision="f32", allow_fallbacks=True)
+    assert not result.passed
+    assert "no golden tolerance is recorded for f32 (there is: bf16)" in result.problems[0]
+
+
+def test_an_evaluation_that_is_no_number(per_pixel: Any) -> None:
+    result = verify(per_pixel.path, evaluate=lambda session: float("nan"), allow_fallbacks=True)
+    assert not result.passed
+    assert "evaluate returned nan" in result.problems[0]
+
+
+def test_an_altered_file_raises_before_anything_runs(write_layers: Callable[..., Any], pixel: list[Any], tmp_path: Path) -> None:
+    write_layers(tmp_path / "a", pixel)
+    file = tmp_path / "a" / "model.onnx"
+    file.write_bytes(file.read_bytes().replace(b"pixel", b"pixes", 1))
+    with pytest.raises(ArtifactError, match=r"model\.onnx"):
+        verify(tmp_path / "a")
+
+
+def executed(name: str, precision: str, *, compute: bool = True) -> ExecutedLayer:
+    return ExecutedLayer(name=name, kind="MatMul", precision=precision, compute=compute)
+
+
+def test_fallbacks_are_matched_by_name() -> None:
+    records = [
+        LayerRecord(name="a", kind="Linear", weight_bits=8, activation_bits=8),
+        LayerRecord(name="a.b", kind="Linear", weight_bits=8, activation_bits=8),
+        LayerRecord(name="c", kind="Linear", weight_bits=8, activation_bits=8),
+        LayerRecord(name="d", kind="Linear", weight_bits=8, activation_bits=None),
+        LayerRecord(name="e", kind="Linear", weight_bits=8, activation_bits=8),
+    ]
+    layers = [
+        executed("a", "i8"),
+        executed("a.b/first", "i8"),
+        executed("a.b/second", "bf16"),
+        executed("c", "f32", compute=False),
+        executed("d", "f32"),
+        executed("e/matmul", "i8"),
+    ]
+    names, reasons = find_fallbacks(records, layers)
+    assert names == ("a.b", "c")
+    assert "MatMul in bf16" in reasons[0]
+    assert "no node of its name" in reasons[1]
