@@ -14,11 +14,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import muntin.data as room
-from muntin.data.batches import Batch, Crops, Draw, calibration_batches, class_cells, cut, prefetch, whole
+from muntin.data.batches import Batch, Crops, Draw, calibration_batches, class_cells, cut, prefetch
 from muntin.data.config import Augmentation
 from muntin.data.earth import EarthSource
 from muntin.data.source import Sample
 from muntin.errors import DataError
+from muntin.runtime.images import middle_square
 
 FLIPS = Augmentation(flip_horizontal=0.5, flip_vertical=0.5, scale=(1, 1), brightness=0, contrast=0, saturation=0)
 EVERYTHING = Augmentation(flip_horizontal=0.5, flip_vertical=0.5, scale=(0.5, 2), brightness=0.3, contrast=0.3, saturation=0.3)
@@ -158,15 +159,14 @@ def test_classify_sees_the_largest_square() -> None:
     assert all(10 <= draw.side <= 20 and 0 <= draw.left <= 20 - draw.side and 0 <= draw.top <= 40 - draw.side for draw in crops.draws(0))
 
 
-def test_whole_pictures_for_evaluation() -> None:
-    ((name, (image, target)),) = whole([coded(9, 7)], task="segment", crop=4)
-    assert name == "0"
-    assert image.shape == (1, 3, 9, 7)
-    assert target.shape == (1, 9, 7)
-    assert target.dtype == torch.int64
-    ((_, (image, target)),) = whole([Sample(name="a", image=coded(10, 6).image, target=2)], task="classify", crop=6)
-    assert target.tolist() == [2]
-    assert image[0, 0, :, 0].tolist() == [2, 3, 4, 5, 6, 7]  # the middle six rows of ten
+def test_a_classifier_is_asked_what_it_was_trained_on() -> None:
+    """`predict` prepares a picture without torch; the training crop of the same square has the same pixels, to rounding."""
+    photograph = np.random.default_rng(0).integers(0, 256, (6, 9, 3), dtype=np.uint8).repeat(8, 0).repeat(8, 1)
+    square = Draw(index=0, top=0, left=12, side=48)
+    trained, _ = cut(Sample(name="a", image=photograph, target=2), square, 20)
+    asked = middle_square(photograph, 20)
+    assert asked.shape == (20, 20, 3)
+    assert np.abs(trained.permute(1, 2, 0).numpy().astype(int) - asked).max() <= 1
 
 
 def test_calibration_crops_are_counted_and_reproducible() -> None:

@@ -39,6 +39,8 @@ class Signature(_Frozen):
     scale: Annotated[int, Field(ge=1, le=16)] = 1
     classes: Annotated[tuple[ClassInfo, ...], Field(max_length=255)] = ()
     dtype: Literal["uint8"] = "uint8"
+    side: Annotated[int | None, Field(ge=1)] = None
+    """For "classify": pictures are brought to their middle square of this side, in pixels, as in training; None: as they are."""
 
     @model_validator(mode="after")
     def _classes_fit_the_task(self) -> Self:
@@ -46,6 +48,8 @@ class Signature(_Frozen):
             raise ValueError(f'task "{self.task}" with {len(self.classes)} classes: "restore" has none, the others at least one')
         if self.task == "classify" and self.scale != 1:
             raise ValueError(f'task "classify" with scale {self.scale}: it has no pixels to scale, leave 1')
+        if self.task != "classify" and self.side is not None:
+            raise ValueError(f'task "{self.task}" with side {self.side}: it takes pictures of every size, leave it out')
         return self
 
     @property

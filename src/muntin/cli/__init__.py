@@ -21,6 +21,9 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 
+CTRL_C = 130
+"""What typer turns a KeyboardInterrupt into."""
+
 COMMANDS: dict[str, Callable[..., None]] = {
     "demo": demo_command,
     "init": init_command,
@@ -54,6 +57,8 @@ def main() -> None:
         where = f"{error.filename}: " if error.filename else ""
         say(f"muntin: {where}{error.strerror or error}; check the path, its permissions and the free space")
         sys.exit(1)
-    except KeyboardInterrupt:
-        say("muntin: interrupted")
-        sys.exit(1)
+    except SystemExit as error:
+        if error.code == CTRL_C:
+            say("muntin: interrupted")
+            sys.exit(1)
+        raise

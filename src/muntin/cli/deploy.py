@@ -203,6 +203,10 @@ def _read_truth(path: Path, size: tuple[int, ...], classes: int) -> NDArray[np.u
     from muntin.runtime.images import IGNORED, read_mask
 
     mask = read_mask(path)
+    if mask.ndim != 2:
+        raise DataError(
+            f"{path}: the mask is a colour picture; give one of class numbers, 0 to {classes - 1}, and {IGNORED} for what is ignored"
+        )
     if mask.shape != tuple(size):
         raise DataError(
             f"{path}: the mask is {mask.shape[1]}x{mask.shape[0]} and the image {size[1]}x{size[0]}; give the mask of this image"

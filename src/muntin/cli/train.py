@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -33,7 +34,10 @@ def fit_command(
     else:
         describe_fit(result)
     if result.interrupted:
-        say(f"muntin: interrupted after step {result.step} of {result.steps}; `muntin fit {recipe} --resume` goes on")
+        places = [] if output is None else ["--output", str(output)]
+        changes = [word for change in set_ or () for word in ("--set", change)]
+        again = shlex.join(["muntin", "fit", str(recipe), *places, *changes, "--resume"])
+        say(f"muntin: interrupted after step {result.step} of {result.steps}; `{again}` goes on")
         raise typer.Exit(1)
 
 
@@ -88,7 +92,7 @@ def evaluate_command(
     """Score a checkpoint, or an artefact made of it, on a split of its data."""
     from muntin.data.source import SPLITS
     from muntin.deployment.assessment import source_of
-    from muntin.errors import RecipeError
+    from muntin.errors import ArtifactError, RecipeError
     from muntin.models import TorchSession
     from muntin.runtime import load
     from muntin.training import evaluate, read_checkpoint
@@ -99,7 +103,12 @@ def evaluate_command(
         raise RecipeError(f"split '{split}': give one of {', '.join(SPLITS)}")
     loaded = read_checkpoint(checkpoint)
     source = source_of(loaded)
-    session: Any = load(artifact, engine=engine) if artifact else TorchSession(loaded.model(), signature_of(loaded.recipe, source))
+    wanted = signature_of(loaded.recipe, source)
+    session: Any = load(artifact, engine=engine) if artifact else TorchSession(loaded.model(), wanted)
+    if session.signature != wanted:
+        raise ArtifactError(
+            f"{artifact} is not for this run's data (another task, channels or classes): give one that `muntin export {checkpoint}` writes"
+        )
     with progress_bar(f"evaluating {split}") as advance:
         result = evaluate(session, source.split(split), tile=tile or tile_of(loaded.recipe.data.crop), progress=advance)
     if json:

@@ -147,10 +147,6 @@ def _reason_to_keep(
         return form
     if name in config.keep:
         return "named in keep"
-    if name == order[0]:
-        return "first layer: it reads pixels, 16 bits"
-    if name == order[-1]:
-        return "last layer: it writes scores, 16 bits"
     if sqnr[name] < config.min_sqnr_db:
         return f"INT8 leaves {sqnr[name]:.1f} dB of signal over noise, less than {config.min_sqnr_db:g}: 16 bits"
     return None

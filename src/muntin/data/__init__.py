@@ -15,7 +15,7 @@ from muntin.data.init import write_recipe
 from muntin.data.source import Sample, Samples, Source
 
 if TYPE_CHECKING:
-    from muntin.data.batches import Batch, Crops, calibration_batches, prefetch, whole
+    from muntin.data.batches import Batch, Crops, calibration_batches, prefetch
 
 __all__ = [
     "SOURCES",
@@ -33,11 +33,10 @@ __all__ = [
     "calibration_batches",
     "open_source",
     "prefetch",
-    "whole",
     "write_recipe",
 ]
 
-_WITH_TORCH = ("Batch", "Crops", "calibration_batches", "prefetch", "whole")
+_WITH_TORCH = ("Batch", "Crops", "calibration_batches", "prefetch")
 
 
 def __getattr__(name: str) -> object:

@@ -183,8 +183,11 @@ def prefetch(crops: Batches, start: int, stop: int, depth: int = 2) -> Iterator[
     ended when the loop has, by its end, `break` or an error, within the time of one batch. Whoever keeps the iterator in a
     variable closes it (`contextlib.closing`). An error in the thread is raised where its batch is asked for.
     """
-    # The initialiser holds for the pool's thread alone: the caller keeps its number of threads.
-    with ThreadPoolExecutor(max_workers=1, thread_name_prefix="muntin-prefetch", initializer=torch.set_num_threads, initargs=(1,)) as pool:
+    threads = torch.get_num_threads()
+    with ThreadPoolExecutor(max_workers=1, thread_name_prefix="muntin-prefetch") as pool:
+        pool.submit(torch.set_num_threads, 1).result()
+        # PyTorch keeps one number a thread and one for threads that have not computed yet: give the latter back.
+        torch.set_num_threads(threads)
         pending: deque[Future[Batch]] = deque()
         following = start
         try:
@@ -204,21 +207,6 @@ def calibration_batches(
     """`count` training crops without augmentation, uint8 (B, C, crop, crop), in batches of `batch_size`, the last one smaller."""
     crops = Crops(samples, task=task, crop=crop, batch_size=batch_size, seed=seed)
     return [images[: count - step * batch_size] for step, (images, _) in prefetch(crops, 0, math.ceil(count / batch_size))]
-
-
-def whole(samples: Sequence[Sample], *, task: Task, crop: int) -> Iterator[tuple[str, Batch]]:
-    """Every sample once, for evaluation: name, image uint8 (1, C, H, W), target int64 (1, H, W) or (1,).
-
-    `segment`: as large as it is. `classify`: the largest square in the middle, resized to `crop`, as the training crops are.
-    """
-    for sample in samples:
-        if task == "segment":
-            yield sample.name, (torch.tensor(sample.image).permute(2, 0, 1)[None], torch.tensor(sample.target)[None].long())
-        else:
-            height, width, _ = sample.image.shape
-            side = min(height, width)
-            image_CHW, target = cut(sample, Draw(index=0, top=(height - side) // 2, left=(width - side) // 2, side=side), crop)
-            yield sample.name, (image_CHW[None], target[None].long())
 
 
 def _window(array: UInt8, draw: Draw, fill: int) -> UInt8:

@@ -7,6 +7,7 @@ named after the classes, with or without `train/`, `val/` and `test/` around the
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -69,7 +70,7 @@ def write_recipe(directory: Path | str, *, task: Task | None = None) -> Path:
     pictures = _sampled(_keyed_pictures(layout))
     classes, ignore = _mask_classes(layout.base.masks) if layout.base.masks is not None else (_folder_classes(layout.base.images), None)
     text = recipe_text(
-        name=root.resolve().name or "mine",
+        name=run_name(root.resolve().name),
         layout=layout,
         root=root,
         classes=classes,
@@ -80,6 +81,11 @@ def write_recipe(directory: Path | str, *, task: Task | None = None) -> Path:
     )
     write_whole(path, text.encode())
     return path
+
+
+def run_name(folder: str) -> str:
+    """A folder's name with what a run may not be called replaced by dashes; `mine` where nothing is left."""
+    return re.sub(r"[^A-Za-z0-9._-]+", "-", folder).strip("-._") or "mine"
 
 
 def find_layout(root: Path, task: Task | None) -> Layout:

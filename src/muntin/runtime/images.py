@@ -169,6 +169,21 @@ def to_rgb(image_HWC: UInt8) -> UInt8:
     return np.repeat(image_HWC[:, :, :1], 3, axis=2) if image_HWC.shape[2] < 3 else image_HWC[:, :, :3]
 
 
+def middle_square(image_HWC: UInt8, side: int) -> UInt8:
+    """The largest square in the middle, resized to `side` pixels: bilinear, antialiased where it shrinks. (H, W, C) to (side, side, C)."""
+    height, width = image_HWC.shape[:2]
+    length = min(height, width)
+    top, left = (height - length) // 2, (width - length) // 2
+    square = image_HWC[top : top + length, left : left + length]
+    if length == side:
+        return np.ascontiguousarray(square)
+    planes = [
+        Image.fromarray(np.ascontiguousarray(square[:, :, c])).resize((side, side), Image.Resampling.BILINEAR)
+        for c in range(square.shape[2])
+    ]
+    return np.stack([np.asarray(plane) for plane in resized], axis=2)
+
+
 def colorize(labels_HW: npt.NDArray[Any], classes: Sequence[ClassInfo]) -> UInt8:
     """Labels (H, W) painted in the classes' colours: (H, W, 3). 255, ignored, is black. Raises DataError for a label of no class."""
     labels = np.asarray(labels_HW)

@@ -22,6 +22,7 @@ from numpy.typing import NDArray
 
 from muntin.artifact import Signature
 from muntin.errors import ArtifactError, DataError
+from muntin.runtime.images import middle_square
 from muntin.runtime.session import check_images
 
 Output = Literal["labels", "scores", "image"]
@@ -62,7 +63,7 @@ def predict(
 
     Returns by `output`, of which each task gives its own unasked: "labels" (scale*H, scale*W) in the smallest unsigned type that holds K,
     "scores" (K, scale*H, scale*W) float32, blended but otherwise as the model gives them, "image" (scale*H, scale*W, channels) uint8.
-    "classify" gives scores (K,) and has no tiles.
+    "classify" gives scores (K,) of the picture's middle square, resized to the signature's `side`, and has no tiles.
 
     Raises DataError for what is not allowed. `exact=True` (as if computed in one piece) needs a plan in the manifest, and is an error
     without one: nothing is approximated silently.
@@ -77,7 +78,7 @@ def predict(
     if exact:
         _refuse_exact(session)
     if signature.task == "classify":
-        scores_K = _call(session, image_HWC)
+        scores_K = _call(session, image_HWC if signature.side is None else middle_square(image_HWC, signature.side))
         if progress is not None:
             progress(1, 1)
         return scores_K

@@ -3,7 +3,7 @@
     RUN/checkpoints/step-00000250/model.safetensors      the weights that are trained
                                   average.safetensors    the averaged weights: what is evaluated, compressed and exported
                                   optimizer.safetensors  AdamW's moments and the state of the random generators
-                                  checkpoint.json        recipe, step, history, sha256 of the files above
+                                  checkpoint.json        recipe, step, history, sha256 of the files above and of itself
 
 A directory is written beside its place and renamed into it, and only then is an older one removed: there is always a
 whole one. The newest two are kept.
@@ -27,7 +27,7 @@ from torch import Tensor, nn
 
 from muntin.artifact.classes import ClassInfo
 from muntin.artifact.directory import replace_directory
-from muntin.errors import CheckpointError
+from muntin.errors import ArtifactError, CheckpointError
 from muntin.models import create_model
 from muntin.training.recipe import Recipe
 
@@ -35,6 +35,7 @@ FORMAT = 1
 KEPT = 2
 STATE = "checkpoint.json"
 MODEL, AVERAGE, OPTIMIZER = "model.safetensors", "average.safetensors", "optimizer.safetensors"
+_SCALER = ("scale", "_growth_tracker")
 _NAME = re.compile(r"^step-(\d{8,})$")
 
 
@@ -52,6 +53,8 @@ class CheckpointState(BaseModel):
     precision: str
     seconds: float
     training: list[dict[str, float]]
+    pending: list[float] = []
+    """Losses since the last point of the training curve."""
     validation: list[dict[str, Any]]
     sha256: dict[str, str]
 
@@ -104,14 +107,25 @@ def load_weights(model: nn.Module, tensors: dict[str, Tensor], where: Path) -> N
 
 
 def write_checkpoint(folder: Path, state: dict[str, Any], tensors: dict[str, dict[str, Tensor]]) -> Path:
-    """Write `folder/step-NNNNNNNN` and drop all but the newest; `state` holds all of `CheckpointState` but format and digests."""
+    """Write `folder/step-NNNNNNNN` and drop all but the newest; `state` holds all of `CheckpointState` but format and digests.
+
+    Raises `CheckpointError` when it cannot be written, a full disk for one; the older ones are then as they were.
+    """
     files = {name: save({k: v.detach().contiguous().cpu() for k, v in group.items()}) for name, group in tensors.items()}
     digests = {name: hashlib.sha256(data).hexdigest() for name, data in files.items()}
     checked = CheckpointState(format=FORMAT, sha256=digests, **state)
-    files[STATE] = json.dumps(checked.model_dump(mode="json"), indent=1, allow_nan=False).encode() + b"\n"
+    content = checked.model_dump(mode="json")
+    content["sha256"][STATE] = _digest_of(content)
+    files[STATE] = json.dumps(content, indent=1, allow_nan=False).encode() + b"\n"
     path = folder / f"step-{checked.step:08d}"
     folder.mkdir(parents=True, exist_ok=True)
-    replace_directory(path, files, marker=STATE)
+    try:
+        replace_directory(path, files, marker=STATE)
+    except ArtifactError as error:
+        reason = error.__cause__.strerror if isinstance(error.__cause__, OSError) else str(error)
+        raise CheckpointError(
+            f"{path} cannot be written ({reason}): make room, then --resume goes on from the newest checkpoint that is there"
+        ) from error
     for old in checkpoints_in(folder)[:-KEPT]:
         shutil.rmtree(old)
     return path
@@ -150,7 +164,17 @@ def read_checkpoint(path: Path | str) -> Checkpoint:
         raise CheckpointError(f"{path / STATE}: {error.strerror}") from error
     except (json.JSONDecodeError, UnicodeDecodeError, ValidationError) as error:
         raise CheckpointError(f"{path / STATE}: corrupted ({type(error).__name__}); use an older step beside it, or train again") from error
+    if state.sha256.get(STATE, digest := _digest_of(content)) != digest:
+        raise CheckpointError(
+            f"{path / STATE}: corrupted (its sha256 is not the recorded one); use an older step beside it, or train again"
+        )
     return Checkpoint(path=path, state=state, tensors={name: _read(path, name, state) for name in (MODEL, AVERAGE, OPTIMIZER)})
+
+
+def _digest_of(content: dict[str, Any]) -> str:
+    """sha256 of all that `checkpoint.json` says, its own digest excepted."""
+    digests = {name: digest for name, digest in content["sha256"].items() if name != STATE}
+    return hashlib.sha256(json.dumps({**content, "sha256": digests}, sort_keys=True).encode()).hexdigest()
 
 
 def _read(path: Path, name: str, state: CheckpointState) -> dict[str, Tensor]:
@@ -167,12 +191,14 @@ def _read(path: Path, name: str, state: CheckpointState) -> dict[str, Tensor]:
     return tensors
 
 
-def optimizer_tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
-    """AdamW's state by parameter name, and the generators' states."""
+def optimizer_tensors(model: nn.Module, optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler) -> dict[str, Tensor]:
+    """AdamW's state by parameter name, the generators' states, and the loss scale where one is used (FP16)."""
     names = {id(p): name for name, p in model.named_parameters()}
     tensors = {"rng.cpu": torch.get_rng_state()}
     if torch.cuda.is_available():
         tensors["rng.cuda"] = torch.cuda.get_rng_state()
+    if scaler.is_enabled():
+        tensors |= {f"scaler.{key}": torch.tensor(scaler.state_dict()[key]) for key in _SCALER}
     for group in optimizer.param_groups:
         for parameter in group["params"]:
             for key, value in optimizer.state[parameter].items():
@@ -180,13 +206,15 @@ def optimizer_tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> dic
     return tensors
 
 
-def load_optimizer(model: nn.Module, optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor]) -> None:
+def load_optimizer(model: nn.Module, optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler, tensors: dict[str, Tensor]) -> None:
     """Undo `optimizer_tensors`."""
     parameters = dict(model.named_parameters())
     for name, value in tensors.items():
         key, _, parameter = name.partition(".")
         if key == "rng":
             (torch.set_rng_state if parameter == "cpu" else torch.cuda.set_rng_state)(value)
+        elif key == "scaler":
+            scaler.load_state_dict(scaler.state_dict() | {parameter: value.item()})
         else:
             like = parameters[parameter]
             state = value if value.ndim == 0 else value.to(like.device).to(memory_format=torch.preserve_format)

@@ -29,7 +29,7 @@ class TrainingConfig(BaseModel):
     learning_rate: Annotated[float, Field(gt=0, le=1, description="at the end of the warm-up")] = 2e-3
     warmup: Annotated[float, Field(ge=0, lt=1, description="share of the steps over which the learning rate rises")] = 0.08
     weight_decay: Annotated[float, Field(ge=0, le=1, description="AdamW's, on matrices and kernels only")] = 0.05
-    clip: Annotated[float, Field(gt=0, description="largest norm of the gradient")] = 1.0
+    clip: Annotated[float, Field(gt=0, allow_inf_nan=False, description="largest norm of the gradient")] = 1.0
     average: Annotated[
         float, Field(ge=0, lt=1, description="decay a step of the averaged weights, which are what is kept; 0: no averaging")
     ] = 0.995

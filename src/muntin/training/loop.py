@@ -27,6 +27,7 @@ from muntin.artifact import Signature
 from muntin.data import Crops, Source, open_source, prefetch
 from muntin.errors import CheckpointError, DependencyError, MuntinError, RecipeError
 from muntin.layers import ChannelGate
+from muntin.layers.norm import GROUP
 from muntin.models import TorchSession
 from muntin.training.average import WeightAverage
 from muntin.training.checkpoint import (
@@ -154,14 +155,16 @@ class _Run:
         self.scaler = self.precision.scaler()
         self.gates = [m for m in self.model.modules() if isinstance(m, ChannelGate)]
         self.step, self.seconds = 0, 0.0
+        self.losses: list[float] = []
         self.curve: list[dict[str, float]] = []
         self.validation: list[dict[str, Any]] = []
         if self.checkpoint is not None:
             state, tensors = self.checkpoint.state, self.checkpoint.tensors
             load_weights(self.model, tensors[MODEL], self.checkpoint.path / MODEL)
             load_weights(self.average.model, tensors[AVERAGE], self.checkpoint.path / AVERAGE)
-            load_optimizer(self.model, self.optimizer, tensors[OPTIMIZER])
-            self.step, self.seconds, self.curve, self.validation = state.step, state.seconds, list(state.training), list(state.validation)
+            load_optimizer(self.model, self.optimizer, self.scaler, tensors[OPTIMIZER])
+            self.step, self.seconds, self.losses = state.step, state.seconds, list(state.pending)
+            self.curve, self.validation = list(state.training), list(state.validation)
         self.forward: Callable[[Tensor], Tensor] = torch.compile(self.model) if self.config.compile else self.model
         self.session = TorchSession(self.average.model, self.signature, dtype=self.precision.dtype)
 
@@ -174,22 +177,22 @@ class _Run:
         validation = self.source.split("validation")
         path = None if self.checkpoint is None else self.checkpoint.path
         with MetricsLog(self.directory, self.step, self.curve, self.validation) as log:
-            started, first, losses = time.perf_counter(), self.step, []
+            started, first = time.perf_counter(), self.step
             before = self.seconds
             for step, (images, target) in prefetch(crops, self.step, config.steps):
-                losses.append(self.update(step, images, target))
+                self.losses.append(self.update(step, images, target))
                 self.step, self.seconds = step + 1, before + time.perf_counter() - started
                 if self.step % LOG_EVERY == 0 or self.step == config.steps:
                     rate = (self.step - first) * config.batch_size / (time.perf_counter() - started)
-                    self._log_step(log, sum(losses) / len(losses), rate)
-                    losses = []
-                last = self.step == config.steps or interruption.asked
+                    self._log_step(log, sum(self.losses) / len(self.losses), rate)
+                    self.losses = []
                 if self.step % config.validate_every == 0 or self.step == config.steps:
                     self._validate(log, validation)
                     self.seconds = before + time.perf_counter() - started
+                last = self.step == config.steps or interruption.asked  # read once: a checkpoint follows for sure
                 if last or self.step % config.checkpoint_every == 0:
                     path = self._write()
-                if interruption.asked:
+                if last:
                     break
         if path is None:
             path = self._write()
@@ -205,8 +208,7 @@ class _Run:
             group["lr"] = learning_rate(step, self.config)
         self.model.train()
         images = images.to(self.device, torch.float32, memory_format=torch.channels_last)
-        with self.precision.autocast():
-            scores = self.forward(images)
+        scores = self._scores(images)
         loss = task_loss(self.recipe.task, scores, target.to(self.device), overlap=self.config.overlap_loss)
         if self.config.gate_cost and self.gates:
             loss = loss + self.config.gate_cost * torch.stack([gate.cost() for gate in self.gates]).mean()
@@ -224,6 +226,17 @@ class _Run:
         self.optimizer.zero_grad()
         self.average.update(self.model, step)
         return value
+
+    def _scores(self, images: Tensor) -> Tensor:
+        try:
+            with self.precision.autocast():
+                return self.forward(images)
+        except ValueError as error:
+            if len(images) % GROUP != 1:  # only a group of one sample can leave a norm a single value
+                raise
+            raise RecipeError(
+                f"training.batch_size {len(images)} with data.crop {images.shape[2]}: {' '.join(str(error).split())}; raise either of them"
+            ) from error
 
     def _log_step(self, log: MetricsLog, loss: float, rate: float) -> None:
         point = {
@@ -251,12 +264,13 @@ class _Run:
     def _write(self) -> Path:
         state = {
             "step": self.step, "recipe": self.recipe, "root": str(self.root), "classes": tuple(self.source.classes),
-            "precision": self.precision.name, "seconds": self.seconds, "training": self.curve, "validation": self.validation,
+            "precision": self.precision.name, "seconds": self.seconds, "training": self.curve, "pending": self.losses,
+            "validation": self.validation,
         }  # fmt: skip
         tensors = {
             MODEL: dict(self.model.state_dict()),
             AVERAGE: dict(self.average.model.state_dict()),
-            OPTIMIZER: optimizer_tensors(self.model, self.optimizer),
+            OPTIMIZER: optimizer_tensors(self.model, self.optimizer, self.scaler),
         }
         return write_checkpoint(self.directory / "checkpoints", state, tensors)
 
@@ -305,12 +319,19 @@ def make_optimizer(model: nn.Module, config: TrainingConfig) -> torch.optim.Adam
 
 def signature_of(recipe: Recipe, source: Source) -> Signature:
     """What goes in and comes out of a model trained by a recipe."""
-    return Signature(task=recipe.task, channels=recipe.data.channels, scale=recipe.model.scale, classes=tuple(source.classes))
+    side = recipe.data.crop if recipe.task == "classify" else None
+    return Signature(task=recipe.task, channels=recipe.data.channels, scale=recipe.model.scale, classes=tuple(source.classes), side=side)
 
 
 def require_compiler(device: str) -> None:
     """Raises `DependencyError` where `torch.compile` would find no C++ compiler."""
-    if device == "cpu" and not any(shutil.which(name) for name in ("c++", "g++", "clang++")):
+    if device != "cpu":
+        return
+    from torch._inductor import config  # takes most of a second, and only compiling needs it
+
+    found = config.cpp.cxx  # what PyTorch will call: the variable CXX, or its own choice
+    names = [found] if isinstance(found, str) else [name for name in found if name]
+    if not any(shutil.which(name) for name in names):
         raise DependencyError(
-            "training.compile needs a C++ compiler on CPUs and none was found: install g++ or clang++, or set compile: false"
+            f"training.compile needs a C++ compiler on CPUs and there is no {' or '.join(names)}: install it, or set compile: false"
         )

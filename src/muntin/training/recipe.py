@@ -81,28 +81,33 @@ def _override(content: dict[str, Any], override: str) -> None:
 
 
 def _explain(error: ValidationError) -> str:
-    """The first mistake in one line; an unknown key is told first, with the nearest known one."""
-    mistakes = sorted(error.errors(include_url=False), key=lambda e: e["type"] != "extra_forbidden")
+    """The first mistake in one line: an unknown key before all others, then the one deepest in the recipe."""
+    mistakes = sorted(error.errors(include_url=False), key=lambda e: (e["type"] != "extra_forbidden", -len(e["loc"])))
     first = mistakes[0]
-    place = ".".join(str(part) for part in first["loc"])
     if first["type"] == "extra_forbidden":
-        known = _keys_at(first["loc"][:-1])
-        near = difflib.get_close_matches(str(first["loc"][-1]), known, 1, cutoff=0.5)
+        *parents, key = first["loc"]
+        place, model = _follow(parents)
+        known = list(model.model_fields)
+        near = difflib.get_close_matches(str(key), known, 1, cutoff=0.5)
         meant = f"did you mean '{near[0]}'? " if near else ""
-        return f"unknown key '{place}'; {meant}known here: {', '.join(known)}"
+        return f"unknown key '{f'{place}.{key}' if place else key}'; {meant}known here: {', '.join(known)}"
+    place, _ = _follow(first["loc"])
     message = first["msg"].removeprefix("Value error, ")
     came = first.get("input")
     shown = "" if isinstance(came, dict | list) or came is None else f" (got {came!r})"
     return f"{place or 'recipe'}: {message}{shown}"
 
 
-def _keys_at(location: tuple[int | str, ...]) -> list[str]:
+def _follow(location: Iterable[int | str]) -> tuple[str, type[BaseModel]]:
+    """Where in a recipe pydantic's location is, and the model whose keys are known there."""
     model: type[BaseModel] = Recipe
+    place = []
     for part in location:
         field = model.model_fields.get(str(part))
+        if field is None and not isinstance(part, int):
+            continue  # a member of a union, which a recipe does not name
+        place.append(str(part))
         candidates = [] if field is None else [field.annotation, *get_args(field.annotation)]
         nested = [c for c in candidates if isinstance(c, type) and issubclass(c, BaseModel)]
-        if field is None or not nested:
-            continue
-        model = nested[0]
-    return list(model.model_fields)
+        model = nested[0] if nested else model
+    return ".".join(place), model

@@ -1,0 +1,73 @@
+"""ChannelGate: bounded, exactly closed, able to open again."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from muntin.layers import ChannelGate
+
+LOGIT = st.floats(-(2.0**99), 2.0**99, width=32, allow_subnormal=False) | st.floats(-2, 2, width=32, allow_subnormal=False)
+
+
+def gate_of(*logits: float) -> ChannelGate:
+    gate = ChannelGate(len(logits))
+    with torch.no_grad():
+        gate.logit.copy_(torch.tensor(logits))
+    return gate
+
+
+@settings(deadline=None)
+@given(logits=st.lists(LOGIT, min_size=1, max_size=8))
+def test_openness_is_the_clamped_logit_exactly(logits: list[float]) -> None:
+    gate = gate_of(*logits)
+    openness_C = gate.openness()
+    assert torch.equal(openness_C, torch.tensor(logits).clamp(0, 1))
+    assert torch.equal(gate.open_channels(), openness_C > 0)
+    assert 0 <= float(gate.cost().detach()) <= 1 + 1e-6
+
+
+def test_a_new_gate_is_open_and_changes_nothing() -> None:
+    gate = ChannelGate(5)
+    x = torch.randn(2, 3, 5)
+    assert torch.equal(gate(x), x) and gate.open_channels().all() and gate.cost() == 1
+
+
+def test_a_closed_channel_contributes_nothing_and_its_neighbours_are_weighed() -> None:
+    gate = gate_of(-0.3, 0.25, 7.0)
+    x = torch.randn(4, 3)
+    torch.testing.assert_close(gate(x), x * torch.tensor([0, 0.25, 1]))
+    changed = x.clone()
+    changed[:, 0] = 1e6
+    assert torch.equal(gate(changed), gate(x))
+
+
+def test_cost_is_the_mean_openness_and_pushes_every_gate_down_alike() -> None:
+    gate = gate_of(-1.0, 0.5, 1.0, 3.0)
+    cost = gate.cost()
+    assert cost.item() == pytest.approx((0 + 0.5 + 1 + 1) / 4)
+    cost.backward()
+    assert torch.equal(gate.logit.grad, torch.full((4,), 0.25))
+
+
+def test_a_closed_gate_opens_again_when_its_channel_is_needed() -> None:
+    gate = gate_of(-0.2, 1.0)
+    optimizer = torch.optim.SGD(gate.parameters(), lr=0.1)
+    x = torch.ones(1, 2)
+    for _ in range(20):
+        optimizer.zero_grad()
+        (gate(x) - torch.tensor([0.8, 0.0])).square().sum().backward()
+        optimizer.step()
+    openness_C = gate.openness().detach()
+    assert openness_C[0] > 0.5 and openness_C[1] < 0.2
+
+
+def test_the_type_of_the_input_stays() -> None:
+    assert gate_of(0.5)(torch.ones(2, 1, dtype=torch.bfloat16)).dtype == torch.bfloat16
+
+
+def test_a_gate_without_channels_is_refused() -> None:
+    with pytest.raises(ValueError, match="dim=0: a gate needs at least 1 channel"):
+        ChannelGate(0)

@@ -1,0 +1,99 @@
+"""ProgressiveUpsampler: any chain of halved sizes, each coarse pixel over its own fine ones; PixelHead: no checkerboard. Axes as there."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from muntin.layers import PixelHead, ProgressiveUpsampler
+
+CHANNELS = [7, 5, 4, 3]  # coarse to fine
+
+
+def halved(height: int, width: int, stages: int) -> list[tuple[int, int]]:
+    """Sizes coarse to fine, each half of the next, rounded up."""
+    sizes = [(height, width)]
+    for _ in range(stages - 1):
+        sizes.append((-(-sizes[-1][0] // 2), -(-sizes[-1][1] // 2)))
+    return sizes[::-1]
+
+
+def chain(height: int, width: int, stages: int, batch: int = 1) -> list[Tensor]:
+    return [torch.randn(batch, c, *size) for c, size in zip(CHANNELS[-stages:], halved(height, width, stages), strict=True)]
+
+
+@settings(deadline=None, max_examples=60)
+@given(height=st.integers(1, 40), width=st.integers(1, 40), stages=st.integers(1, 4))
+def test_any_chain_of_halved_sizes_ends_at_the_finest(height: int, width: int, stages: int) -> None:
+    out = ProgressiveUpsampler(CHANNELS[-stages:], 6).eval()(chain(height, width, stages))
+    assert out.shape == (1, 6, height, width) and out.isfinite().all()
+
+
+def test_every_map_takes_part() -> None:
+    maps = [m.requires_grad_() for m in chain(9, 13, 4, batch=2)]
+    ProgressiveUpsampler(CHANNELS, 6)(maps).square().sum().backward()
+    assert all(m.grad is not None and (m.grad != 0).any() for m in maps)
+
+
+@pytest.mark.parametrize("place", [(0, 0), (1, 2), (3, 4)])
+def test_a_coarse_pixel_lands_on_the_fine_ones_it_covers(place: tuple[int, int]) -> None:
+    """It covers rows 2·y and 2·y + 1, columns likewise; a 3x3 smoothing carries it one pixel further."""
+    upsampler = ProgressiveUpsampler([3, 2], 16).double().eval()
+    coarse, fine = torch.randn(1, 3, 4, 5, dtype=torch.float64), torch.randn(1, 2, 7, 9, dtype=torch.float64)
+    changed = coarse.clone()
+    changed[0, :, place[0], place[1]] += 10
+    differs_HW = (upsampler([changed, fine]) != upsampler([coarse, fine]))[0].any(0)
+    rows, columns = (slice(max(0, 2 * p - 1), 2 * p + 3) for p in place)
+    assert differs_HW[2 * place[0], 2 * place[1]]
+    differs_HW[rows, columns] = False
+    assert not differs_HW.any()
+
+
+def test_an_image_gives_the_same_answer_alone_and_in_a_batch() -> None:
+    upsampler = ProgressiveUpsampler(CHANNELS, 6).double().eval()
+    maps = [m.double() for m in chain(9, 13, 4, batch=3)]
+    alone = torch.cat([upsampler([m[i : i + 1] for m in maps]) for i in range(3)])
+    torch.testing.assert_close(upsampler(maps), alone, rtol=0, atol=1e-12)
+
+
+def test_no_maps_at_all_are_refused() -> None:
+    with pytest.raises(ValueError, match="channels is empty: give the channels of at least one feature map"):
+        ProgressiveUpsampler([], 6)
+
+
+def test_another_number_of_maps_is_refused() -> None:
+    with pytest.raises(ValueError, match="2 feature maps came, 4 are expected, coarse to fine"):
+        ProgressiveUpsampler(CHANNELS, 6)(chain(9, 13, 2))
+
+
+@pytest.mark.parametrize("factor", [1, 2, 4, 8])
+def test_a_new_head_repeats_its_scores_over_each_cell(factor: int) -> None:
+    out = PixelHead(5, 3, factor)(torch.randn(2, 5, 4, 6))
+    assert out.shape == (2, 3, 4 * factor, 6 * factor)
+    cells = out.unfold(2, factor, factor).unfold(3, factor, factor)
+    torch.testing.assert_close(cells, cells[..., :1, :1].expand_as(cells))
+    assert out.std() > 0.1  # and they are not all zero
+
+
+def test_a_new_head_gives_one_constant_for_a_constant() -> None:
+    out = PixelHead(5, 3, 4)(torch.ones(1, 5, 3, 3))
+    torch.testing.assert_close(out, out[:, :, :1, :1].expand_as(out))
+
+
+def test_a_trained_head_spreads_its_channels_row_by_row() -> None:
+    head = PixelHead(5, 3, 2).double()
+    with torch.no_grad():
+        for parameter in head.parameters():
+            parameter.normal_()
+    x_BCHW = torch.randn(2, 5, 3, 4, dtype=torch.float64)
+    weight_OC, bias_O = head.conv.weight[:, :, 0, 0], head.conv.bias
+    out = head(x_BCHW)
+    for score in range(3):
+        for y in range(6):
+            for x in range(8):
+                channel = score * 4 + y % 2 * 2 + x % 2
+                expected = x_BCHW[:, :, y // 2, x // 2] @ weight_OC[channel] + bias_O[channel]
+                torch.testing.assert_close(out[:, score, y, x], expected, rtol=0, atol=1e-12)

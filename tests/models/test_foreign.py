@@ -1,0 +1,156 @@
+"""Models that are not ours: raw pixels in, scores of the contract's shape out, and one line for what cannot be.
+
+Axes: B images, C channels, H W map, K scores.
+"""
+
+from __future__ import annotations
+
+import re
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from muntin.errors import RecipeError
+from muntin.models import ForeignModel, Task, create_model
+
+FACTORIES = """
+from torch import nn
+
+SIZE = 3
+
+def classifier(*, task, classes, channels):
+    assert task == "classify"
+    return nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(channels, classes))
+
+def positional(task, classes, channels):
+    return nn.Conv2d(channels, classes, 1)
+
+def stranger(*, task, classes):
+    return nn.Identity()
+
+def text(*, task, classes, channels):
+    return "a model"
+
+def broken(*, task, classes, channels):
+    raise TypeError("from inside the user's own code")
+"""
+
+
+@pytest.fixture
+def mine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    """The name of a module of the user's own."""
+    (tmp_path / "my_own_factories.py").write_text(FACTORIES)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    yield "my_own_factories"
+    sys.modules.pop("my_own_factories", None)
+
+
+class Recorder(nn.Module):
+    """Keeps what it was given and answers a quarter of the size."""
+
+    def __init__(self, *, named: bool = False) -> None:
+        super().__init__()
+        self.named = named
+        self.seen: Tensor | None = None
+
+    def forward(self, x_BCHW: Tensor) -> Tensor | dict[str, Tensor]:
+        self.seen = x_BCHW
+        scores = x_BCHW[:, :2, ::4, ::4]
+        return {"out": scores, "aux": scores} if self.named else scores
+
+
+@pytest.mark.parametrize("channels", [1, 3, 4])
+def test_timm_classifies_raw_pixels(channels: int) -> None:
+    model = create_model("timm:mobilenetv3_small_050", task="classify", classes=7, channels=channels).eval()
+    with torch.inference_mode():
+        scores = model(torch.rand(2, channels, 33, 40) * 255)
+    assert scores.shape == (2, 7) and scores.isfinite().all()
+
+
+def test_torchvision_segments_raw_pixels() -> None:
+    model = create_model("torchvision:lraspp_mobilenet_v3_large", task="segment", classes=5).eval()
+    with torch.inference_mode():
+        for size in [(33, 40), (64, 64)]:
+            scores = model(torch.rand(2, 3, *size) * 255)
+            assert scores.shape == (2, 5, *size) and scores.isfinite().all()
+
+
+def test_torchvision_classifies_raw_pixels() -> None:
+    model = create_model("torchvision:mobilenet_v3_small", task="classify", classes=5).eval()
+    with torch.inference_mode():
+        assert model(torch.rand(2, 3, 33, 40) * 255).shape == (2, 5)
+
+
+def test_pixels_are_normalised_as_the_model_was_made_for() -> None:
+    inner = Recorder()
+    model = ForeignModel(inner, mean=(0.5, 0.25, 0.1), std=(0.5, 0.25, 0.2), task="segment")
+    x_BCHW = torch.rand(2, 3, 8, 8) * 255
+    model(x_BCHW)
+    mean, std = torch.tensor([0.5, 0.25, 0.1]).reshape(3, 1, 1), torch.tensor([0.5, 0.25, 0.2]).reshape(3, 1, 1)
+    assert inner.seen is not None
+    torch.testing.assert_close(inner.seen, (x_BCHW / 255 - mean) / std, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("named", [False, True])
+@pytest.mark.parametrize("size", [(8, 8), (5, 13)])
+def test_scores_are_brought_to_the_size_of_the_image(named: bool, size: tuple[int, int]) -> None:
+    model = ForeignModel(Recorder(named=named), mean=(0.5,) * 3, std=(0.5,) * 3, task="segment")
+    assert model(torch.rand(2, 3, *size) * 255).shape == (2, 2, *size)
+
+
+def test_its_state_is_the_wrapped_models_alone() -> None:
+    model = ForeignModel(nn.Linear(2, 2), mean=(0.5,), std=(0.5,), task="classify")
+    assert set(model.state_dict()) == {"model.weight", "model.bias"}
+
+
+def test_a_factory_of_ones_own(mine: str) -> None:
+    model = create_model(f"{mine}:classifier", task="classify", classes=4, channels=2)
+    assert model(torch.rand(3, 2, 5, 5)).shape == (3, 4)
+    assert isinstance(create_model(f"{mine}:positional"), nn.Conv2d)
+
+
+@pytest.mark.parametrize(
+    ("factory", "message"),
+    [
+        ("no_such_module_anywhere:f", "No module named 'no_such_module_anywhere'; write package.module:factory"),
+        ("my_own_factories:absent", "has no attribute 'absent'; write package.module:factory"),
+        ("my_own_factories:SIZE", "is a int, which cannot be called: write a function that takes task, classes and channels"),
+        ("my_own_factories:stranger", "got an unexpected keyword argument 'channels': write a function that takes task, classes"),
+        ("my_own_factories:text", "returned str, not a torch.nn.Module"),
+        (":f", "not of the form package.module:factory"),
+        (".relative:f", "not of the form package.module:factory"),
+        ("my_own_factories:", "not of the form package.module:factory"),
+    ],
+)
+def test_a_wrong_factory_is_one_line(mine: str, factory: str, message: str) -> None:
+    with pytest.raises(RecipeError, match=re.escape(message)) as caught:
+        create_model(factory)
+    assert "\n" not in str(caught.value) and factory in str(caught.value)
+
+
+def test_an_error_inside_the_users_factory_stays_theirs(mine: str) -> None:
+    with pytest.raises(TypeError, match="from inside the user's own code"):
+        create_model(f"{mine}:broken")
+
+
+@pytest.mark.parametrize(
+    ("name", "task", "channels", "message"),
+    [
+        ("timm:mobilenetv3_smal_050", "classify", 3, "timm does not know a model 'mobilenetv3_smal_050'; close: mobilenetv3_"),
+        ("timm:nope", "classify", 3, "timm does not know a model 'nope'; close: none (timm.list_models())"),
+        ("timm:resnet18", "segment", 3, "is a classifier, not for task 'segment': use task 'classify'"),
+        ("timm:resnet18", "restore", 3, "is a classifier, not for task 'restore': use task 'classify'"),
+        ("torchvision:resnet18", "segment", 3, "torchvision has no model 'resnet18' for task 'segment'; it has deeplabv3_"),
+        ("torchvision:nope", "classify", 3, "torchvision has no model 'nope' for task 'classify'; it has "),
+        ("torchvision:resnet18", "restore", 3, "classifies or segments, not for task 'restore': use a hybrid model"),
+        ("torchvision:resnet18", "classify", 4, "takes 3 channels, not 4: choose a timm or a hybrid model"),
+    ],
+)
+def test_what_others_do_not_have_is_one_line(name: str, task: Task, channels: int, message: str) -> None:
+    with pytest.raises(RecipeError, match=re.escape(message)) as caught:
+        create_model(name, task=task, channels=channels)
+    assert "\n" not in str(caught.value)

@@ -1,0 +1,164 @@
+"""HybridNet: the shape contract at every size, gradients, independence of images, the identity it starts restoring from, O(n)."""
+
+from __future__ import annotations
+
+import itertools
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor, nn
+from torch.nn import functional as F  # noqa: N812 - the field's usual name
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+
+from muntin.models import PRESETS, HybridNet, Task, create_model
+
+TASKS: list[tuple[Task, int]] = [("segment", 1), ("classify", 1), ("restore", 1), ("restore", 2)]
+SIZES = [*itertools.product([1, 2, 3], [1, 33]), (31, 2), (33, 31), (64, 40)]
+VARIANTS: list[dict[str, Any]] = [
+    {"attention": "local"},
+    {"attention": "global"},
+    {"attention": "dense"},
+    {"block": "serial"},
+    {"gate": False},
+    {"pairs": (0, 0), "dims": (128,), "depths": (1,)},
+    {"dims": (128, 192, 128), "depths": (1, 2, 1), "window": 3, "latents": 7},
+]
+
+
+def image(*shape: int) -> Tensor:
+    return torch.rand(*shape) * 255
+
+
+def expected_shape(x_BCHW: Tensor, task: Task, classes: int, scale: int) -> tuple[int, ...]:
+    batch, channels, height, width = x_BCHW.shape
+    if task == "classify":
+        return batch, classes
+    return batch, channels if task == "restore" else classes, scale * height, scale * width
+
+
+@pytest.mark.parametrize("name", PRESETS)
+@pytest.mark.parametrize(("task", "scale"), TASKS)
+@pytest.mark.parametrize("channels", [1, 4, 16])
+def test_every_preset_keeps_the_contract_at_every_size(name: str, task: Task, scale: int, channels: int) -> None:
+    model = create_model(name, task=task, classes=5, channels=channels, scale=scale).eval()
+    with torch.inference_mode():
+        for size in SIZES:
+            x_BCHW = image(2, channels, *size)
+            scores = model(x_BCHW)
+            assert scores.shape == expected_shape(x_BCHW, task, 5, scale), size
+            assert scores.isfinite().all() and scores.dtype == torch.float32, size
+
+
+@settings(deadline=None, max_examples=25)
+@given(
+    batch=st.integers(1, 2),
+    height=st.integers(1, 70),
+    width=st.integers(1, 70),
+    task=st.sampled_from(TASKS),
+    options=st.sampled_from([{}, *VARIANTS]),
+)
+def test_every_variant_keeps_the_contract(batch: int, height: int, width: int, task: tuple[Task, int], options: dict[str, Any]) -> None:
+    model = create_model("hybrid-xs", task=task[0], classes=4, scale=task[1], options=options).eval()
+    x_BCHW = image(batch, 3, height, width)
+    with torch.inference_mode():
+        scores = model(x_BCHW)
+    assert scores.shape == expected_shape(x_BCHW, task[0], 4, task[1]) and scores.isfinite().all()
+
+
+def awake(model: nn.Module) -> nn.Module:
+    """A restoring network's head starts at zero, and nothing before it learns in the very first step."""
+    if isinstance(model, HybridNet) and model.config.task == "restore":
+        nn.init.normal_(model.get_parameter("head.conv.weight"), std=0.1)
+    return model
+
+
+@pytest.mark.parametrize("name", PRESETS)
+@pytest.mark.parametrize(("task", "scale"), TASKS)
+def test_a_gradient_reaches_every_parameter(name: str, task: Task, scale: int) -> None:
+    model = awake(create_model(name, task=task, classes=5, scale=scale)).train()
+    model(image(2, 3, 64, 64)).square().mean().backward()
+    for path, parameter in model.named_parameters():
+        assert parameter.grad is not None and parameter.grad.isfinite().all(), path
+        # A bias whose every reader is normalised over the batch has no say: its gradient is 0 by arithmetic.
+        assert path.endswith("bias") or (parameter.grad != 0).any(), path
+
+
+@pytest.mark.parametrize("options", [{}, *VARIANTS])
+def test_a_gradient_reaches_every_parameter_of_every_variant(options: dict[str, Any]) -> None:
+    model = create_model("hybrid-xs", options=options).train()
+    model(image(2, 3, 64, 64)).square().mean().backward()
+    assert all(p.grad is not None and (path.endswith("bias") or (p.grad != 0).any()) for path, p in model.named_parameters())
+
+
+@pytest.mark.parametrize("task", ["segment", "classify", "restore"])
+@pytest.mark.parametrize("size", [(1, 1), (33, 31), (64, 40)])
+def test_an_image_gives_the_same_answer_alone_and_in_a_batch(task: Task, size: tuple[int, int]) -> None:
+    model = awake(create_model("hybrid-xs", task=task)).double().eval()
+    x_BCHW = image(3, 3, *size).double()
+    with torch.inference_mode():
+        torch.testing.assert_close(model(x_BCHW), torch.cat([model(x[None]) for x in x_BCHW]), rtol=0, atol=1e-9)
+
+
+def test_a_training_batch_of_16_is_two_of_8() -> None:
+    model = create_model("hybrid-xs").double().train()
+    x_BCHW, weight_BCHW = image(16, 3, 33, 40).double(), torch.randn(16, 2, 33, 40).double()
+    gradients = []
+    for size in (16, 8):
+        model.zero_grad()
+        for x, weight in zip(x_BCHW.split(size), weight_BCHW.split(size), strict=True):
+            ((model(x) * weight).sum() / weight_BCHW.numel()).backward()
+        gradients.append([parameter.grad.clone() for parameter in model.parameters() if parameter.grad is not None])
+    for once, twice in zip(*gradients, strict=True):
+        torch.testing.assert_close(twice, once, rtol=1e-6, atol=1e-11)
+
+
+@pytest.mark.parametrize("name", PRESETS)
+@pytest.mark.parametrize("channels", [1, 3])
+def test_restoring_starts_from_the_image_itself(name: str, channels: int) -> None:
+    x_BCHW = image(2, channels, 33, 31)
+    with torch.inference_mode():
+        torch.testing.assert_close(create_model(name, task="restore", channels=channels).eval()(x_BCHW), x_BCHW)
+        twice = create_model(name, task="restore", channels=channels, scale=2).eval()(x_BCHW)
+    torch.testing.assert_close(twice, F.interpolate(x_BCHW, scale_factor=2, mode="bilinear"))
+
+
+def test_the_answer_depends_on_the_whole_image() -> None:
+    model = create_model("hybrid-xs").double().eval()
+    x_BCHW = image(1, 3, 200, 200).double()
+    changed = x_BCHW.clone()
+    changed[..., 150:, 150:] = 0
+    with torch.inference_mode():
+        difference_HW = (model(changed) - model(x_BCHW)).abs().amax((0, 1))
+    assert difference_HW[:8, :8].max() > 1e-9  # the latents carry it, over no window's border
+
+
+def test_sixteen_bits_are_enough() -> None:
+    model = create_model("hybrid-xs").eval()
+    x_BCHW = image(2, 3, 33, 40)  # 3 x 3 tokens in a window of 8: hidden logits take part
+    with torch.inference_mode():
+        reference = model(x_BCHW)
+        with torch.autocast("cpu", torch.bfloat16):
+            scores = model(x_BCHW)
+    assert (scores - reference).std() < 0.05 * reference.std()
+
+
+def macs(name: str, side: int) -> int:
+    """Multiply-adds of one image, counted without computing."""
+    with torch.device("meta"):
+        model, x_BCHW = create_model(name).eval(), torch.zeros(1, 3, side, side)
+    with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH), torch.no_grad():
+        model(x_BCHW)
+    return counter.get_total_flops() // 2
+
+
+@pytest.mark.parametrize("name", ["hybrid-xs", "hybrid-s", "hybrid-m"])
+def test_cost_is_linear_in_the_pixels(name: str) -> None:
+    assert macs(name, 1024) / macs(name, 512) == pytest.approx(4, rel=0.01)
+
+
+def test_cost_of_the_dense_twin_is_not() -> None:
+    assert macs("dense-s", 1024) / macs("dense-s", 512) > 5

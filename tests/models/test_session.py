@@ -1,0 +1,67 @@
+"""TorchSession: a live model in the face of a deployed one. Axes: B images, H W map, C channels, K scores."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+from muntin.artifact import ClassInfo, Signature
+from muntin.errors import DataError
+from muntin.models import TorchSession, create_model
+
+CLASSES = (ClassInfo(name="sea", color=(0, 0, 255)), ClassInfo(name="land", color=(0, 255, 0)))
+SEGMENT = Signature(task="segment", channels=3, classes=CLASSES)
+
+
+def images(*shape: int) -> np.ndarray:
+    return np.random.default_rng(0).integers(0, 256, shape, dtype=np.uint8)
+
+
+def test_it_answers_what_the_model_answers_to_the_same_pixels() -> None:
+    model = create_model("hybrid-xs").eval()
+    images_BHWC = images(2, 33, 40, 3)
+    scores = TorchSession(model, SEGMENT)(images_BHWC)
+    assert scores.dtype == np.float32 and scores.shape == SEGMENT.scores_shape(2, 33, 40)
+    with torch.inference_mode():
+        expected = model(torch.from_numpy(images_BHWC).permute(0, 3, 1, 2).float())
+    np.testing.assert_array_equal(scores, expected.numpy())
+
+
+def test_images_may_lie_in_any_order_in_memory() -> None:
+    session = TorchSession(create_model("hybrid-xs"), SEGMENT)
+    images_BHWC = images(2, 33, 40, 3)
+    np.testing.assert_array_equal(session(np.asfortranarray(images_BHWC)), session(images_BHWC))
+    np.testing.assert_array_equal(session(images_BHWC[:, ::-1]), session(images_BHWC[:, ::-1].copy()))
+
+
+def test_a_model_in_training_answers_as_deployed_and_learns_nothing() -> None:
+    model = create_model("hybrid-xs").train()
+    before = {key: value.clone() for key, value in model.state_dict().items()}
+    session = TorchSession(model, SEGMENT)
+    first = session(images(2, 33, 40, 3))
+    np.testing.assert_array_equal(first, session(images(2, 33, 40, 3)))
+    assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
+
+
+@pytest.mark.parametrize("task", ["classify", "restore"])
+def test_the_other_tasks(task: str) -> None:
+    scale = 2 if task == "restore" else 1
+    signature = Signature(task=task, channels=3, scale=scale, classes=() if task == "restore" else CLASSES)
+    scores = TorchSession(create_model("hybrid-xs", task=task, scale=scale), signature)(images(2, 5, 7, 3))
+    assert scores.shape == signature.scores_shape(2, 5, 7)
+
+
+def test_it_says_what_it_runs_in() -> None:
+    model = create_model("hybrid-xs")
+    plain, short = TorchSession(model, SEGMENT), TorchSession(model, SEGMENT, dtype=torch.bfloat16)
+    assert (plain.precision, short.precision, plain.threads) == ("f32", "bf16", torch.get_num_threads())
+    reference, rounded = plain(images(1, 33, 40, 3)), short(images(1, 33, 40, 3))
+    assert rounded.dtype == np.float32
+    assert 0 < np.abs(reference - rounded).max() < 0.1 * np.abs(reference).max()
+
+
+@pytest.mark.parametrize("wrong", [images(1, 5, 5, 4), images(5, 5, 3), images(1, 5, 5, 3).astype(np.float32), images(1, 0, 5, 3), [[0]]])
+def test_other_images_are_refused(wrong: object) -> None:
+    with pytest.raises(DataError):
+        TorchSession(create_model("hybrid-xs"), SEGMENT)(wrong)  # type: ignore[arg-type]

@@ -1,0 +1,47 @@
+"""A tiny model's recipe and a checkpoint of it, written without training."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from muntin.artifact.classes import ClassInfo
+from muntin.training.average import WeightAverage
+from muntin.training.checkpoint import AVERAGE, MODEL, OPTIMIZER, build_model, optimizer_tensors, write_checkpoint
+from muntin.training.loop import make_optimizer
+from muntin.training.recipe import Recipe, parse_recipe
+
+CLASSES = tuple(ClassInfo(name=name, color=(9, 9, 9)) for name in ("sea", "field", "roof"))
+SMALL = {"stem": [8, 8, 16], "dims": [32], "depths": [1], "head_dim": 16, "window": 4, "latents": 4, "decoder": 16}
+
+
+@pytest.fixture(scope="session")
+def recipe() -> Recipe:
+    return parse_recipe({"name": "small", "model": {"name": "hybrid-xs", "options": SMALL}, "training": {"steps": 5}}, where="test")
+
+
+@pytest.fixture(scope="session")
+def save_step(recipe: Recipe) -> Callable[..., Path]:
+    """`save_step(folder, step)` writes a whole checkpoint of a model that took one optimiser step."""
+
+    def save(folder: Path, step: int, **changes: Any) -> Path:
+        torch.manual_seed(step)
+        model = build_model(recipe, CLASSES)
+        optimizer = make_optimizer(model, recipe.training)
+        model(torch.rand(2, 3, 16, 16) * 255).square().mean().backward()
+        optimizer.step()
+        scaler = torch.amp.GradScaler("cpu", enabled=False)
+        state = {"step": step, "recipe": recipe, "root": "/data", "classes": CLASSES, "precision": "fp32", "seconds": 1.5}
+        state |= {"training": [{"step": 1, "loss": 0.5}], "pending": [0.25], "validation": []}
+        tensors = {
+            MODEL: dict(model.state_dict()),
+            AVERAGE: dict(WeightAverage(model, 0.9).model.state_dict()),
+            OPTIMIZER: optimizer_tensors(model, optimizer, scaler),
+        }
+        return write_checkpoint(folder, state | changes, tensors)
+
+    return save

@@ -1,0 +1,200 @@
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from muntin.errors import CheckpointError
+from muntin.training.checkpoint import (
+    AVERAGE,
+    MODEL,
+    OPTIMIZER,
+    STATE,
+    build_model,
+    checkpoints_in,
+    find_checkpoint,
+    load_optimizer,
+    optimizer_tensors,
+    read_checkpoint,
+)
+from muntin.training.loop import make_optimizer
+from muntin.training.recipe import Recipe
+
+Save = Callable[..., Path]
+
+
+def mistake(path: Path) -> str:
+    with pytest.raises(CheckpointError) as error:
+        read_checkpoint(path).model()
+    assert "\n" not in str(error.value)
+    return str(error.value)
+
+
+def rewrite(path: Path, **changes: Any) -> None:
+    """Another `checkpoint.json`, without its own digest, as an older or newer muntin may write it."""
+    content = json.loads((path / STATE).read_text()) | changes
+    content["sha256"].pop(STATE)
+    (path / STATE).write_text(json.dumps(content))
+
+
+def test_what_is_written_is_read(tmp_path: Path, save_step: Save, recipe: Recipe) -> None:
+    path = save_step(tmp_path / "checkpoints", 7)
+    assert path == tmp_path / "checkpoints" / "step-00000007"
+    assert sorted(p.name for p in path.iterdir()) == sorted([STATE, MODEL, AVERAGE, OPTIMIZER])
+    checkpoint = read_checkpoint(path)
+    assert checkpoint.recipe == recipe
+    assert (checkpoint.state.step, checkpoint.state.root, checkpoint.state.pending) == (7, "/data", [0.25])
+    assert [c.name for c in checkpoint.state.classes] == ["sea", "field", "roof"]
+    assert checkpoint.bytes == (path / AVERAGE).stat().st_size
+    model = checkpoint.model()
+    assert not model.training
+    state = model.state_dict()
+    assert state.keys() == checkpoint.tensors[AVERAGE].keys()
+    assert all(torch.equal(state[name], value) for name, value in checkpoint.tensors[AVERAGE].items())
+
+
+def test_nothing_in_it_is_pickled(tmp_path: Path, save_step: Save) -> None:
+    for file in save_step(tmp_path, 1).iterdir():
+        assert file.suffix in (".json", ".safetensors")
+
+
+def test_the_newest_two_are_kept_in_order_of_steps(tmp_path: Path, save_step: Save) -> None:
+    for step in (99_999_999, 100_000_000, 100_000_001):  # names of 8 and of 9 digits
+        save_step(tmp_path / "checkpoints", step)
+    assert [p.name for p in checkpoints_in(tmp_path / "checkpoints")] == ["step-100000000", "step-100000001"]
+    assert len(list((tmp_path / "checkpoints").iterdir())) == 2
+
+
+def test_a_run_a_folder_and_a_checkpoint_are_found(tmp_path: Path, save_step: Save) -> None:
+    old, new = (save_step(tmp_path / "checkpoints", step) for step in (1, 2))
+    assert find_checkpoint(tmp_path) == find_checkpoint(tmp_path / "checkpoints") == find_checkpoint(str(new)) == new
+    assert find_checkpoint(old) == old
+
+
+@pytest.mark.parametrize(
+    ("name", "says"),
+    [("", "holds no checkpoint"), ("none", "does not exist"), ("file", "holds no checkpoint")],
+)
+def test_where_there_is_none_the_error_says_what_to_give(tmp_path: Path, name: str, says: str) -> None:
+    (tmp_path / "file").write_text("x")
+    text = mistake(tmp_path / name)
+    assert says in text
+    assert "`muntin fit`" in text
+
+
+@pytest.mark.parametrize("name", [MODEL, AVERAGE, OPTIMIZER])
+@pytest.mark.parametrize("place", [0.0, 0.3, 0.999])
+def test_a_flipped_byte_is_found_and_the_file_named(tmp_path: Path, save_step: Save, name: str, place: float) -> None:
+    path = save_step(tmp_path, 1)
+    data = bytearray((path / name).read_bytes())
+    data[int(place * len(data))] ^= 1
+    (path / name).write_bytes(data)
+    text = mistake(path)
+    assert name in text
+    assert "use an older step beside it" in text
+
+
+def test_a_flipped_byte_in_the_json_is_found_wherever_it_is(tmp_path: Path, save_step: Save) -> None:
+    path = save_step(tmp_path, 1)
+    data = (path / STATE).read_bytes()
+    own_name = data.index(f'"{STATE}"'.encode())  # changing the digest's own name changes nothing that is said
+    places = [i for i in range(0, len(data), 37) if not own_name <= i < own_name + len(STATE) + 2 and data[i : i + 1].strip()]
+    assert len(places) > 20
+    for place in places:
+        changed = bytearray(data)
+        changed[place] ^= 1
+        if json_or_none(changed) == json.loads(data):
+            continue  # 1e-3 and 1E-3
+        (path / STATE).write_bytes(changed)
+        assert STATE in mistake(path) or "newer" in mistake(path)
+
+
+def json_or_none(data: bytes | bytearray) -> Any:
+    try:
+        return json.loads(data)
+    except ValueError:
+        return None
+
+
+@pytest.mark.parametrize("name", [MODEL, AVERAGE, OPTIMIZER])
+@pytest.mark.parametrize("how", ["missing", "empty", "truncated"])
+def test_a_file_that_is_missing_or_cut_is_named(tmp_path: Path, save_step: Save, name: str, how: str) -> None:
+    path = save_step(tmp_path, 1)
+    data = (path / name).read_bytes()
+    if how == "missing":
+        (path / name).unlink()
+    else:
+        (path / name).write_bytes(b"" if how == "empty" else data[: len(data) // 2])
+    assert name in mistake(path)
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]", "null", "3", '{"format": 1}', "\x00", "[" * 100_000])
+def test_a_broken_json_is_told(tmp_path: Path, save_step: Save, text: str) -> None:
+    path = save_step(tmp_path, 1)
+    (path / STATE).write_text(text)
+    assert "corrupted" in mistake(path)
+
+
+def test_a_newer_format_says_upgrade(tmp_path: Path, save_step: Save) -> None:
+    path = save_step(tmp_path, 1)
+    rewrite(path, format=2, something="new")
+    assert "format 2 is newer than this muntin reads (1): upgrade muntin" in mistake(path)
+
+
+def test_weights_of_another_model_are_told(tmp_path: Path, save_step: Save, recipe: Recipe) -> None:
+    path = save_step(tmp_path, 1)
+    other = recipe.model_dump(mode="json")
+    other["model"]["options"]["decoder"] = 24
+    rewrite(path, recipe=other)
+    assert "weights of another model than its recipe makes" in mistake(path)
+
+
+def test_files_of_two_checkpoints_do_not_mix(tmp_path: Path, save_step: Save) -> None:
+    one, other = save_step(tmp_path, 1), save_step(tmp_path, 2)
+    shutil.copy(one / MODEL, other / MODEL)
+    assert f"{MODEL}: corrupted" in mistake(other)
+
+
+def test_the_optimizer_comes_back(tmp_path: Path, save_step: Save, recipe: Recipe) -> None:
+    checkpoint = read_checkpoint(save_step(tmp_path, 3))
+    model = build_model(recipe, checkpoint.state.classes).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    optimizer = make_optimizer(model, recipe.training)
+    scaler = torch.amp.GradScaler("cpu", enabled=False)
+    torch.manual_seed(99)
+    load_optimizer(model, optimizer, scaler, checkpoint.tensors[OPTIMIZER])
+    again = optimizer_tensors(model, optimizer, scaler)
+    assert again.keys() == checkpoint.tensors[OPTIMIZER].keys()
+    assert all(torch.equal(again[name], value) for name, value in checkpoint.tensors[OPTIMIZER].items())
+    assert any(name.startswith("exp_avg_sq.") for name in again)
+
+
+def test_the_scale_of_an_fp16_loss_comes_back() -> None:
+    model = torch.nn.Linear(2, 2)
+    optimizer = torch.optim.AdamW(model.parameters())
+    scaler = torch.amp.GradScaler("cpu", init_scale=1024.0, growth_interval=3)
+    for _ in range(4):  # grows once, and counts one towards the next
+        scaler.scale(model(torch.ones(1, 2)).sum()).backward()
+        scaler.step(optimizer)
+        scaler.update()
+        optimizer.zero_grad()
+    tensors = optimizer_tensors(model, optimizer, scaler)
+    fresh = torch.amp.GradScaler("cpu", growth_interval=3)
+    load_optimizer(model, optimizer, fresh, tensors)
+    assert fresh.state_dict() == scaler.state_dict()
+    assert (fresh.get_scale(), fresh.state_dict()["_growth_tracker"]) == (2048.0, 1)
+
+
+def test_a_place_that_cannot_be_written_leaves_the_older_checkpoint(tmp_path: Path, save_step: Save) -> None:
+    folder = tmp_path / "checkpoints"
+    save_step(folder, 1)
+    (folder / "step-00000002").write_text("in the way")
+    with pytest.raises(CheckpointError, match="cannot be written") as error:
+        save_step(folder, 2)
+    assert "artefact" not in str(error.value).split("(")[0]
+    assert sorted(p.name for p in folder.iterdir()) == ["step-00000001", "step-00000002"]
+    read_checkpoint(folder / "step-00000001")

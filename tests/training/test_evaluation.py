@@ -1,0 +1,111 @@
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from numpy.typing import NDArray
+
+from muntin.artifact import ClassInfo, Signature
+from muntin.data.source import HeldSamples, Sample
+from muntin.errors import DataError
+from muntin.training.evaluation import IGNORED, Evaluation, evaluate, predictions, tile_of
+
+NAMES = ("sea", "land", "ice", "rock")
+
+
+class Painted:
+    """A session whose labels are what is painted into the picture's first channel: predictions as a test wants them."""
+
+    def __init__(self, classes: int, task: str = "segment") -> None:
+        self.signature = Signature(task=task, channels=1, classes=tuple(ClassInfo(name=n, color=(0, 0, 0)) for n in NAMES[:classes]))
+        self.shapes: list[tuple[int, ...]] = []
+
+    def __call__(self, images_BHWC: NDArray[np.uint8], /) -> NDArray[np.float32]:
+        self.shapes.append(images_BHWC.shape)
+        K = len(self.signature.classes)
+        labels_BHW = images_BHWC[:, :, :, 0]
+        if self.signature.task == "classify":
+            return np.eye(K, dtype=np.float32)[labels_BHW[:, 0, 0]]
+        return np.ascontiguousarray(np.eye(K, dtype=np.float32)[labels_BHW].transpose(0, 3, 1, 2))
+
+
+def sample(guess_HW: NDArray[np.uint8], truth: NDArray[np.uint8] | int) -> Sample:
+    return Sample(name="a", image=guess_HW[:, :, None], target=truth)
+
+
+def evaluated(pairs: Sequence[tuple[NDArray[np.uint8], NDArray[np.uint8]]], classes: int, tile: int = 64) -> Evaluation:
+    return evaluate(Painted(classes), HeldSamples([sample(guess, truth) for guess, truth in pairs]), tile=tile)
+
+
+@settings(max_examples=30, deadline=None)
+@given(seed=st.integers(0, 10_000), classes=st.integers(2, 4), pictures=st.integers(1, 3), tile=st.sampled_from([3, 64]))
+def test_figures_are_a_plain_count(seed: int, classes: int, pictures: int, tile: int) -> None:
+    generator = np.random.default_rng(seed)
+    pairs = []
+    for _ in range(pictures):
+        size = tuple(generator.integers(1, 8, 2))
+        truth = generator.integers(0, classes, size).astype(np.uint8)
+        truth[generator.random(size) < 0.3] = IGNORED
+        pairs.append((generator.integers(0, classes, size).astype(np.uint8), truth))
+    guess = np.concatenate([g.ravel() for g, _ in pairs])
+    truth = np.concatenate([t.ravel() for _, t in pairs])
+    guess, truth = guess[truth != IGNORED], truth[truth != IGNORED]
+    if not truth.size:
+        with pytest.raises(DataError):
+            evaluated(pairs, classes, tile)
+        return
+    result = evaluated(pairs, classes, tile)
+    assert (result.samples, result.counted) == (pictures, truth.size)
+    assert result.accuracy == pytest.approx((guess == truth).mean())
+    present = []
+    for k, name in enumerate(NAMES[:classes]):
+        both, either = ((guess == k) & (truth == k)).sum(), ((guess == k) | (truth == k)).sum()
+        assert result.iou[name] == (pytest.approx(both / either) if either else None)
+        assert result.recall[name] == (pytest.approx(both / (truth == k).sum()) if (truth == k).any() else None)
+        present += [both / either] if either else []
+    assert result.miou == pytest.approx(np.mean(present))
+    assert result.score == result.miou
+
+
+def test_a_class_in_neither_truth_nor_prediction_has_no_figure_and_does_not_weigh() -> None:
+    truth = np.array([[0, 0, 1, 1]], np.uint8)
+    result = evaluated([(truth, truth)], 3)
+    assert result.iou == {"sea": 1.0, "land": 1.0, "ice": None}
+    assert result.miou == 1
+    wrong = evaluated([(np.array([[0, 0, 1, 2]], np.uint8), truth)], 3)
+    assert wrong.iou == {"sea": 1.0, "land": 0.5, "ice": 0.0}  # predicted where it is not: that counts
+    assert wrong.recall["ice"] is None
+
+
+def test_ignored_pixels_change_nothing() -> None:
+    truth = np.array([[0, 1, IGNORED, IGNORED]], np.uint8)
+    results = [evaluated([(np.array([[0, 1, a, b]], np.uint8), truth)], 3) for a, b in [(0, 1), (2, 2)]]
+    assert results[0] == results[1]
+    assert results[0].counted == 2
+
+
+@pytest.mark.parametrize("pairs", [[], [(np.zeros((2, 2), np.uint8), np.full((2, 2), IGNORED, np.uint8))]])
+def test_nothing_to_count_is_an_error_of_one_line(pairs: list[tuple[NDArray[np.uint8], NDArray[np.uint8]]]) -> None:
+    with pytest.raises(DataError, match="nothing to score") as error:
+        evaluated(pairs, 3)
+    assert "\n" not in str(error.value)
+
+
+def test_classify_counts_pictures() -> None:
+    samples = HeldSamples([sample(np.full((3, 4), guess, np.uint8), truth) for guess, truth in [(0, 0), (1, 1), (1, 0), (1, 1)]])
+    result = evaluate(Painted(3, "classify"), samples, tile=8)
+    assert (result.task, result.counted, result.accuracy, result.score) == ("classify", 4, 0.75, 0.75)
+    assert result.recall == {"sea": 0.5, "land": 1.0, "ice": None}
+
+
+def test_pictures_are_seen_in_tiles_and_progress_is_told() -> None:
+    session, told = Painted(2), []
+    truth = np.zeros((20, 30), np.uint8)
+    samples = HeldSamples([sample(truth, truth)] * 2)
+    labels = list(predictions(session, samples, tile=tile_of(8), progress=lambda done, total: told.append((done, total))))
+    assert {shape[1:3] for shape in session.shapes} == {(16, 16)}
+    assert [entry.shape for _, entry in labels] == [(20, 30)] * 2
+    assert told == [(1, 2), (2, 2)]

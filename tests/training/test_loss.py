@@ -1,0 +1,138 @@
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch.nn import functional as F  # noqa: N812
+
+from muntin.training.loss import IGNORED, segment_loss, soft_iou_loss, task_loss
+
+
+def example(seed: int, batch: int = 2, classes: int = 4, height: int = 5, width: int = 3) -> tuple[torch.Tensor, torch.Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    scores = torch.randn(batch, classes, height, width, generator=generator)
+    target = torch.randint(0, classes, (batch, height, width), generator=generator)
+    target[torch.rand(batch, height, width, generator=generator) < 0.2] = IGNORED
+    return scores, target
+
+
+def naive_soft_iou(scores: torch.Tensor, target: torch.Tensor) -> float:
+    """Pixel by pixel, class by class, in Python's own float64."""
+    batch, classes, height, width = scores.shape
+    both, either, present = [0.0] * classes, [0.0] * classes, [False] * classes
+    for b in range(batch):
+        for y in range(height):
+            for x in range(width):
+                truth = int(target[b, y, x])
+                if truth == IGNORED:
+                    continue
+                exponentials = [math.exp(float(s)) for s in scores[b, :, y, x]]
+                for k in range(classes):
+                    p = exponentials[k] / sum(exponentials)
+                    both[k] += p * (truth == k)
+                    either[k] += p + (truth == k) - p * (truth == k)
+                    present[k] |= truth == k
+    losses = [1 - (both[k] + 1) / (either[k] + 1) for k in range(classes) if present[k]]
+    return sum(losses) / len(losses) if losses else 0.0
+
+
+@settings(max_examples=25, deadline=None)
+@given(seed=st.integers(0, 10_000), batch=st.integers(1, 2), classes=st.integers(2, 5), height=st.integers(1, 4), width=st.integers(1, 4))
+def test_soft_iou_is_what_its_formula_says(seed: int, batch: int, classes: int, height: int, width: int) -> None:
+    scores, target = example(seed, batch, classes, height, width)
+    loss = float(soft_iou_loss(scores, target))
+    assert loss == pytest.approx(naive_soft_iou(scores, target), abs=1e-5)
+    assert 0 <= loss <= 1
+
+
+def test_cross_entropy_is_the_mean_over_the_pixels_that_count() -> None:
+    scores, target = example(1)
+    counted = target != IGNORED
+    naive = [-math.log(float(scores.softmax(1)[b, target[b, y, x], y, x])) for b, y, x in counted.nonzero().tolist()]
+    assert float(segment_loss(scores, target, 0)) == pytest.approx(sum(naive) / len(naive), rel=1e-5)
+    whole = float(segment_loss(scores, target, 0.5))
+    assert whole == pytest.approx(sum(naive) / len(naive) + 0.5 * naive_soft_iou(scores, target), rel=1e-5)
+
+
+def test_ignored_pixels_change_neither_value_nor_gradient() -> None:
+    scores, target = example(2)
+    ignored = (target == IGNORED).unsqueeze(1).expand_as(scores)
+    assert 0 < ignored.sum() < ignored.numel()
+    results = []
+    for shift in (0.0, 30.0):
+        moved = (scores + shift * torch.rand(scores.shape) * ignored).requires_grad_()
+        loss = segment_loss(moved, target, 1)
+        (gradient,) = torch.autograd.grad(loss, moved)
+        assert not gradient[ignored].any()
+        assert gradient[~ignored].any()
+        results.append((loss, gradient))
+    assert torch.equal(results[0][0], results[1][0])
+    assert torch.equal(results[0][1], results[1][1])
+
+
+def test_a_batch_without_a_pixel_that_counts_gives_zero_and_moves_nothing() -> None:
+    scores = torch.randn(2, 3, 4, 4, requires_grad=True)
+    loss = segment_loss(scores, torch.full((2, 4, 4), IGNORED), 1)
+    (gradient,) = torch.autograd.grad(loss, scores)
+    assert loss.item() == 0
+    assert not gradient.any()  # NaN would be true here
+
+
+def test_a_rare_class_has_the_say_of_a_common_one() -> None:
+    """Of 1000 pixels 40 are class 1: missing it wholly costs the overlap loss half, the cross-entropy a twenty-fifth."""
+    target = torch.zeros(1, 10, 100, dtype=torch.long)
+    target[0, 0, :40] = 1
+    missed = torch.zeros(1, 2, 10, 100)
+    missed[:, 0] = 20
+    assert float(soft_iou_loss(missed, target)) == pytest.approx(0.5 * (1 - 1 / 41) + 0.5 * (1 - 961 / 1001), abs=1e-4)
+    found = 20 * F.one_hot(target, 2).permute(0, 3, 1, 2).float()
+    assert float(soft_iou_loss(found, target)) < 1e-4
+
+
+def test_a_class_that_is_absent_does_not_count() -> None:
+    scores, target = example(3, classes=3)
+    target[target == 2] = 0
+    alone = naive_soft_iou(scores, target)
+    assert float(soft_iou_loss(scores, target)) == pytest.approx(alone, abs=1e-5)
+    sure = torch.full((1, 3, 4, 4), -20.0)
+    sure[:, 0] = 20
+    assert float(soft_iou_loss(sure, torch.zeros(1, 4, 4, dtype=torch.long))) < 1e-4
+
+
+@pytest.mark.parametrize("overlap", [0.0, 1.0])
+def test_the_gradient_pushes_the_right_score_up(overlap: float) -> None:
+    scores, target = example(4)
+    scores.requires_grad_()
+    (gradient,) = torch.autograd.grad(segment_loss(scores, target, overlap), scores)
+    for b, y, x in (target != IGNORED).nonzero().tolist():
+        right = int(target[b, y, x])
+        assert gradient[b, right, y, x] < 0
+        assert int(gradient[b, :, y, x].argmin()) == right
+
+
+def test_descent_learns_a_map() -> None:
+    scores, target = example(5)
+    scores.requires_grad_()
+    optimizer = torch.optim.SGD([scores], lr=5.0)
+    first = float(segment_loss(scores.detach(), target, 1))
+    for _ in range(300):
+        optimizer.zero_grad()
+        segment_loss(scores, target, 1).backward()
+        optimizer.step()
+    counted = target != IGNORED
+    assert torch.equal(scores.argmax(1)[counted], target[counted])
+    assert float(segment_loss(scores.detach(), target, 1)) < first / 5
+
+
+def test_a_task_has_its_loss_in_fp32() -> None:
+    scores, target = example(6)
+    loss = task_loss("segment", scores.bfloat16(), target, overlap=1)
+    assert loss.dtype == torch.float32
+    assert torch.equal(loss, segment_loss(scores.bfloat16().float(), target, 1))
+    classes = torch.tensor([[2.0, 0.0, -1.0], [0.0, 1.0, 3.0]])
+    truth = torch.tensor([0, 1])
+    naive = [-math.log(math.exp(float(row[k])) / sum(math.exp(float(s)) for s in row)) for row, k in zip(classes, truth, strict=True)]
+    assert float(task_loss("classify", classes, truth, overlap=1)) == pytest.approx(sum(naive) / 2, rel=1e-6)

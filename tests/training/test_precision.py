@@ -1,0 +1,50 @@
+from __future__ import annotations
+
+import pytest
+import torch
+
+from muntin.errors import DependencyError
+from muntin.training.precision import Precision, cpu_computes_bf16, resolve_precision
+
+
+def product_dtype(precision: Precision) -> torch.dtype:
+    with precision.autocast():
+        return torch.nn.functional.linear(torch.ones(2, 3), torch.ones(4, 3)).dtype
+
+
+def test_fp32_stays_fp32() -> None:
+    precision = resolve_precision("fp32", "cpu")
+    assert (precision.name, precision.dtype) == ("fp32", None)
+    assert product_dtype(precision) == torch.float32
+
+
+def test_auto_is_what_the_hardware_has_and_says_why() -> None:
+    precision = resolve_precision("auto", "cpu")
+    assert precision.dtype == (torch.bfloat16 if cpu_computes_bf16() else None)
+    assert product_dtype(precision) == (torch.bfloat16 if cpu_computes_bf16() else torch.float32)
+    assert "BF16" in precision.reason
+
+
+def test_a_type_that_the_hardware_lacks_is_refused_in_one_line() -> None:
+    with pytest.raises(DependencyError, match="write auto, bf16 or fp32") as error:
+        resolve_precision("fp16", "cpu")
+    assert "\n" not in str(error.value)
+    if cpu_computes_bf16():
+        assert resolve_precision("bf16", "cpu").dtype == torch.bfloat16
+    else:
+        with pytest.raises(DependencyError, match="write auto or fp32"):
+            resolve_precision("bf16", "cpu")
+
+
+def test_autocast_ends_with_its_block() -> None:
+    precision = Precision(name="bf16", device="cpu", dtype=torch.bfloat16, reason="test")
+    assert product_dtype(precision) == torch.bfloat16
+    assert torch.nn.functional.linear(torch.ones(2, 3), torch.ones(4, 3)).dtype == torch.float32
+
+
+@pytest.mark.parametrize(("dtype", "scales"), [(torch.float16, True), (torch.bfloat16, False), (None, False)])
+def test_only_fp16_scales_its_loss(dtype: torch.dtype | None, scales: bool) -> None:
+    scaler = Precision(name="x", device="cpu", dtype=dtype, reason="test").scaler()
+    assert scaler.is_enabled() == scales
+    loss = torch.tensor(2.0)
+    assert (float(scaler.scale(loss)) > 2) == scales

@@ -1,0 +1,298 @@
+from __future__ import annotations
+
+import copy
+import json
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import yaml
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from muntin.data import write_recipe
+from muntin.data.config import Augmentation, DataConfig
+from muntin.data.folders import ClassSpec
+from muntin.errors import RecipeError
+from muntin.models import create_model
+from muntin.runtime.images import write_image
+from muntin.training.config import ModelChoice, QuantizationConfig, TrainingConfig
+from muntin.training.recipe import Recipe, load_recipe, parse_recipe
+
+FOLDERS: dict[str, Any] = {
+    "data": {
+        "source": "folders",
+        "images": "a",
+        "masks": "b",
+        "validation": {"images": "c", "masks": "d"},
+        "test": 0.2,
+        "classes": [{"name": "sea"}, {"name": "land", "color": [1, 2, 3], "value": 7}],
+        "augmentation": {"flip_vertical": 0.5},
+    },
+    "model": {"name": "hybrid-xs"},
+    "training": {"steps": 10},
+    "quantization": {},
+}
+
+
+def changed(place: str, value: Any) -> dict[str, Any]:
+    content = copy.deepcopy(FOLDERS)
+    *parents, last = place.split(".")
+    inside: Any = content
+    for key in parents:
+        inside = inside[int(key)] if isinstance(inside, list) else inside[key]
+    inside[last] = value
+    return content
+
+
+def mistake(content: dict[str, Any]) -> str:
+    with pytest.raises(RecipeError) as error:
+        parse_recipe(content, where="recipe r.yaml")
+    text = str(error.value)
+    assert "\n" not in text
+    assert text.startswith("recipe r.yaml: ")
+    return text.removeprefix("recipe r.yaml: ")
+
+
+@pytest.mark.parametrize(
+    ("place", "near"),
+    [
+        ("trainings", "training"),
+        ("data.crops", "crop"),
+        ("data.validation.imags", "images"),
+        ("data.classes.1.colour", "color"),
+        ("data.augmentation.flip_horizontaly", "flip_horizontal"),
+        ("model.nmae", "name"),
+        ("training.learning_rat", "learning_rate"),
+        ("quantization.min_sqnr", "min_sqnr_db"),
+    ],
+)
+def test_an_unknown_key_is_told_with_the_nearest(place: str, near: str) -> None:
+    assert mistake(changed(place, 1)).startswith(f"unknown key '{place}'; did you mean '{near}'? known here: ")
+
+
+def test_an_unknown_key_near_none_names_all() -> None:
+    text = mistake(changed("model.zzz", 1))
+    assert text == "unknown key 'model.zzz'; known here: name, scale, options"
+
+
+def test_an_unknown_key_is_told_before_other_mistakes() -> None:
+    content = changed("training.steps", -1)
+    content["quantization"]["kep"] = []
+    assert "unknown key 'quantization.kep'; did you mean 'keep'?" in mistake(content)
+
+
+@pytest.mark.parametrize(
+    ("place", "value", "says"),
+    [
+        ("training.steps", 0, "greater than or equal to 1 (got 0)"),
+        ("training.steps", "ten", "(got 'ten')"),
+        ("training.batch_size", 5000, "less than or equal to 4096"),
+        ("training.learning_rate", 0, "greater than 0"),
+        ("training.learning_rate", float("nan"), "(got nan)"),
+        ("training.warmup", 1, "less than 1"),
+        ("training.clip", float("inf"), "finite"),
+        ("training.average", 1, "less than 1"),
+        ("training.precision", "fp8", "'auto', 'fp32', 'bf16' or 'fp16' (got 'fp8')"),
+        ("training.threads", 0, "greater than or equal to 1"),
+        ("quantization.min_sqnr_db", -1, "greater than or equal to 0"),
+        ("quantization.calibration_images", 0, "greater than or equal to 1"),
+        ("model.scale", 5, "less than or equal to 4"),
+        ("data.source", "mars", "'earth', 'earth:climate', 'earth:shore' or 'folders' (got 'mars')"),
+        ("data.validation", 2, "less than 1 (got 2)"),
+        ("data.classes.1.color", [1, 2, 300], "less than or equal to 255 (got 300)"),
+        ("name", "a b", "(got 'a b')"),
+        ("seed", -1, "greater than or equal to 0"),
+        ("task", "restore", "'segment' or 'classify'"),
+        ("training", None, "dictionary"),
+    ],
+)
+def test_a_value_out_of_range_is_told_with_its_place_and_what_is_allowed(place: str, value: Any, says: str) -> None:
+    text = mistake(changed(place, value))
+    assert text.startswith(place)
+    assert says in text
+
+
+def test_keys_that_are_no_words() -> None:
+    assert "Keys should be strings" in mistake(FOLDERS | {1: 2})
+
+
+# ---- files ----
+
+
+def write(tmp_path: Path, content: Any = None, text: str | None = None) -> Path:
+    path = tmp_path / "r.yaml"
+    path.write_text(yaml.safe_dump(content) if text is None else text, encoding="utf-8")
+    return path
+
+
+def file_mistake(path: Path, *overrides: str) -> str:
+    with pytest.raises(RecipeError) as error:
+        load_recipe(path, overrides)
+    assert "\n" not in str(error.value)
+    return str(error.value)
+
+
+def test_a_missing_file_says_how_to_get_one(tmp_path: Path) -> None:
+    assert "No such file" in file_mistake(tmp_path / "none.yaml")
+    assert "`muntin init DIR`" in file_mistake(tmp_path / "none.yaml")
+    assert "Is a directory" in file_mistake(tmp_path)
+
+
+@pytest.mark.parametrize("text", ["a: [1", "a: b: c", "\ta: 1", "!!python/object/apply:os.getcwd []", "a: &x [*y]"])
+def test_what_is_no_yaml_is_told_in_one_line(tmp_path: Path, text: str) -> None:
+    assert "not YAML" in file_mistake(write(tmp_path, text=text))
+
+
+def test_bytes_that_are_no_text(tmp_path: Path) -> None:
+    path = tmp_path / "r.yaml"
+    path.write_bytes(b"\xff\xfe\x00name")
+    assert "not YAML" in file_mistake(path)
+
+
+@pytest.mark.parametrize("text", ["- 1\n- 2", "just words", "", "3"])
+def test_a_file_without_keys(tmp_path: Path, text: str) -> None:
+    assert "not keys and values" in file_mistake(write(tmp_path, text=text))
+
+
+def test_overrides_replace_values_and_the_later_wins(tmp_path: Path) -> None:
+    path = write(tmp_path, FOLDERS)
+    overrides = [
+        "training.steps=7",
+        "seed=3",
+        "training.steps=8",
+        "quantization.keep=[a.b, c]",
+        "training.compile=true",
+        "data.ignore=null",
+    ]
+    recipe = load_recipe(path, [*overrides, "model.options={depths: [1, 1]}", "name=x=y".replace("x=y", "xy")])
+    assert (recipe.training.steps, recipe.seed, recipe.training.compile, recipe.name) == (8, 3, True, "xy")
+    assert recipe.quantization.keep == ("a.b", "c")
+    assert recipe.data.ignore is None
+    assert recipe.model.options == {"depths": [1, 1]}
+
+
+def test_an_override_makes_the_section_it_needs(tmp_path: Path) -> None:
+    recipe = load_recipe(write(tmp_path, {"name": "bare"}), ["data.augmentation.brightness=0", "training.steps=2"])
+    assert recipe.data.augmentation.brightness == 0
+    assert recipe.training.steps == 2
+
+
+@pytest.mark.parametrize(
+    ("override", "says"),
+    [
+        ("training.steps", "write section.key=value"),
+        ("=3", "write section.key=value"),
+        ("name.steps=3", "'name' holds a value, not keys"),
+        ("training.steps=[1", "is not a YAML value"),
+        ("training.step=3", "did you mean 'steps'?"),
+        ("training.steps=0", "training.steps: Input should be greater than or equal to 1"),
+    ],
+)
+def test_a_wrong_override_is_told(tmp_path: Path, override: str, says: str) -> None:
+    assert says in file_mistake(write(tmp_path, {"name": "a", **FOLDERS}), override)
+
+
+# ---- what is written reads back ----
+
+SHARES = st.floats(0.01, 0.45)
+NAMES = st.from_regex(r"[A-Za-z0-9][A-Za-z0-9._-]*", fullmatch=True)
+DATA = st.one_of(
+    st.builds(DataConfig, source=st.sampled_from(["earth", "earth:climate", "earth:shore"]), crop=st.integers(8, 4096)),
+    st.builds(
+        DataConfig,
+        source=st.just("folders"),
+        images=st.sampled_from([Path("a"), Path("/b/c"), Path("../ü d")]),
+        masks=st.just(Path("masks")),
+        validation=SHARES,
+        test=SHARES,
+        classes=st.sampled_from(
+            [
+                (ClassSpec(name="a: b"), ClassSpec(name="#2", color=(0, 1, 255))),
+                (ClassSpec(name="yes", value=(0, 0, 0)), ClassSpec(name="no", value=(0, 0, 1))),
+            ]
+        ),
+        ignore=st.none() | st.integers(2, 65535),
+        rare=st.floats(0, 1),
+        augmentation=st.builds(Augmentation, brightness=st.floats(0, 0.99), scale=st.just((0.5, 2.0))),
+    ),
+)
+RECIPES = st.builds(
+    Recipe,
+    name=NAMES,
+    seed=st.integers(0, 2**31 - 1),
+    data=DATA,
+    model=st.builds(ModelChoice, options=st.dictionaries(st.sampled_from(["dims", "depths"]), st.lists(st.integers(1, 9)))),
+    training=st.builds(
+        TrainingConfig,
+        steps=st.integers(1, 10**9),
+        learning_rate=st.floats(0, 1, exclude_min=True),
+        average=st.floats(0, 1, exclude_max=True),
+        precision=st.sampled_from(["auto", "fp32", "bf16", "fp16"]),
+        compile=st.booleans(),
+        threads=st.none() | st.integers(1, 1024),
+    ),
+    quantization=st.builds(QuantizationConfig, min_sqnr_db=st.floats(0, 60), keep=st.lists(st.text(max_size=5), max_size=2).map(tuple)),
+)
+
+
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(recipe=RECIPES, defaults=st.booleans())
+def test_a_recipe_that_is_written_out_reads_back(tmp_path: Path, recipe: Recipe, defaults: bool) -> None:
+    values = recipe.model_dump(mode="json", exclude_defaults=not defaults)
+    assert Recipe.model_validate(json.loads(json.dumps(values))) == recipe
+    if values:
+        assert load_recipe(write(tmp_path, text=yaml.safe_dump(values, allow_unicode=True))) == recipe
+
+
+def test_a_recipe_is_frozen() -> None:
+    recipe = parse_recipe(FOLDERS, where="test")
+    with pytest.raises(ValueError, match="frozen"):
+        recipe.training.steps = 3  # type: ignore[misc]
+
+
+# ---- recipes that come with muntin ----
+
+SHIPPED = [entry.name for entry in (resources.files("muntin") / "recipes").iterdir() if entry.name.endswith(".yaml")]
+
+
+def test_the_demonstration_is_shipped() -> None:
+    assert "demo.yaml" in SHIPPED
+
+
+@pytest.mark.parametrize("name", SHIPPED)
+def test_a_shipped_recipe_loads_and_its_head_says_how_to_run_it(name: str) -> None:
+    with resources.as_file(resources.files("muntin") / "recipes" / name) as path:
+        recipe = load_recipe(path)
+        head = path.read_text(encoding="utf-8").split("\n\n")[0]
+    assert recipe.name == Path(name).stem
+    assert "# " in head
+    assert "muntin " in head
+    model = create_model(recipe.model.name, task=recipe.task, channels=recipe.data.channels, classes=6, options=recipe.model.options)
+    assert sum(p.numel() for p in model.parameters()) > 0
+
+
+def fill(root: Path, task: str) -> None:
+    for number in range(9):
+        picture = np.full((40, 40, 3), 20 * number, np.uint8)
+        if task == "classify":
+            (root / "cat" if number % 2 else root / "dog").mkdir(parents=True, exist_ok=True)
+            write_image((root / "cat" if number % 2 else root / "dog") / f"{number}.png", picture)
+        else:
+            (root / "images").mkdir(parents=True, exist_ok=True)
+            (root / "masks").mkdir(exist_ok=True)
+            write_image(root / "images" / f"{number}.png", picture)
+            write_image(root / "masks" / f"{number}.png", picture[:, :, 0] % 3)
+
+
+@pytest.mark.parametrize("task", ["segment", "classify"])
+@pytest.mark.parametrize("folder", ["plain", "my photos", "_1 (neu) für später", "[x]", "über", "2024"])
+def test_what_init_writes_loads(tmp_path: Path, task: str, folder: str) -> None:
+    fill(tmp_path / folder, task)
+    path = write_recipe(tmp_path / folder)
+    recipe = load_recipe(path)
+    assert recipe.task == task
+    assert recipe.data.source == "folders"
+    assert len(recipe.data.classes) >= 2
