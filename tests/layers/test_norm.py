@@ -159,3 +159,9 @@ def test_a_window_of_mostly_padding_is_normalised_by_its_real_tokens() -> None:
 
 def test_it_says_what_it_is() -> None:
     assert "3, eps=1e-05, momentum=0.1" in repr(TokenNorm(3))
+
+
+@pytest.mark.parametrize("batch", [1, 9])
+def test_a_group_of_a_single_value_is_refused_and_not_divided_by_zero(batch: int) -> None:
+    with pytest.raises(ValueError, match="more than 1 value per channel"):
+        MapNorm(3).train()(torch.randn(batch, 3, 1, 1))

@@ -133,7 +133,7 @@ def test_a_file_that_is_missing_or_cut_is_named(tmp_path: Path, save_step: Save,
     assert name in mistake(path)
 
 
-@pytest.mark.parametrize("text", ["", "{", "[]", "null", "3", '{"format": 1}', "\x00", "[" * 100_000])
+@pytest.mark.parametrize("text", ["", "{", "[]", "null", "3", '{"format": 1}', "\x00", "[" * 100_000], ids=range(8))
 def test_a_broken_json_is_told(tmp_path: Path, save_step: Save, text: str) -> None:
     path = save_step(tmp_path, 1)
     (path / STATE).write_text(text)

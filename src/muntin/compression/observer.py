@@ -39,13 +39,15 @@ class Observer:
 
     def see_range(self, x: Tensor) -> None:
         """First pass. Raises `ValueError` on NaN or infinity."""
+        if not x.numel():
+            return
         low, high = (float(v) for v in torch.aminmax(x.detach().float()))
         if not (abs(low) < float("inf") and abs(high) < float("inf")):  # NaN fails every comparison
             raise ValueError("the activation holds NaN or infinity")
         self.low, self.high = min(self.low, low), max(self.high, high)
 
     def see_values(self, x: Tensor) -> None:
-        """Second pass."""
+        """Second pass, over the same tensors."""
         if self.high > self.low:
             counts = torch.histc(x.detach().float(), BINS, self.low, self.high)
             self.histogram += counts.to(torch.float64)
@@ -67,7 +69,7 @@ class Observer:
         peak = max(abs(self.low), abs(self.high))
         if self.high <= self.low or peak == 0:
             scale = peak / levels if peak > 0 else 1.0
-            return ActivationGrid(scale=scale, zero_point=0, unsigned=unsigned, low=self.low, high=self.high, clipped=0.0)
+            return ActivationGrid(scale=_usable(scale), zero_point=0, unsigned=unsigned, low=self.low, high=self.high, clipped=0.0)
         step = (self.high - self.low) / BINS
         centres = self.low + (torch.arange(BINS, dtype=torch.float64) + 0.5) * step
         best_error, best_scale = float("inf"), peak / levels
@@ -80,4 +82,14 @@ class Observer:
                 best_error, best_scale = mean_error, scale
         outside = (centres > best_scale * (levels + 0.5)) | (centres < best_scale * (lowest - 0.5))
         clipped = float(self.histogram[outside].sum() / self.histogram.sum().clamp_min(1))
-        return ActivationGrid(scale=best_scale, zero_point=0, unsigned=unsigned, low=self.low, high=self.high, clipped=clipped)
+        return ActivationGrid(scale=_usable(best_scale), zero_point=0, unsigned=unsigned, low=self.low, high=self.high, clipped=clipped)
+
+
+def _usable(scale: float) -> float:
+    """The scale as float32 holds it, never 0 and never exactly 1.
+
+    On bytes, a quantiser of scale 1 and zero point 0 changes nothing: OpenVINO removes it, and the layer behind it runs in float.
+    """
+    info = torch.finfo(torch.float32)
+    rounded = max(float(torch.tensor(scale, dtype=torch.float32)), info.tiny)
+    return 1 + info.eps if rounded == 1 else rounded

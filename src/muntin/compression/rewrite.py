@@ -21,7 +21,7 @@ def replace(model: nn.Module, name: str, layer: nn.Module) -> None:
     """Put `layer` where `name` is, in every place that holds the same module (shared layers stay shared)."""
     old = model.get_submodule(name)
     layer.train(old.training)
-    for parent in model.modules():
-        for key, child in parent.named_children():
+    for parent in list(model.modules()):
+        for key, child in list(parent._modules.items()):  # named_children() gives a module that has two names once
             if child is old:
                 setattr(parent, key, layer)

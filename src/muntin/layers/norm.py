@@ -4,7 +4,8 @@ Plain batch norm computes its statistics over whatever samples one call happens 
 changes the gradient, so gradient accumulation, sharding and recovery from out-of-memory would change the mathematics of a
 run. Here samples are normalised in fixed groups of `GROUP` (a batch is cut into groups in its order; the last may be smaller), so
 any split at group borders gives the same numbers. After training it is an affine map with constant coefficients that folds
-into its neighbour.
+into its neighbour. A group that holds a single value a channel (one image left over, on a map of 1x1) has no variance: PyTorch
+raises ValueError while training.
 
 Source: Ghost Batch Normalization (Hoffer et al., 1705.08741, section 4).
 Axes: B images, C channels, H W map, S windows, T tokens a window.

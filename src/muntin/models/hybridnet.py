@@ -86,7 +86,8 @@ class HybridNet(nn.Module):
     """A vision model for segmentation, classification or restoration.
 
     Input: raw pixels, float 0-255, `(B, channels, H, W)`, any H, W >= 1. Output: scores `(B, K, H, W)` (segment), `(B, K)`
-    (classify), or an image 0-255 `(B, channels, scale·H, scale·W)` (restore). Time and memory are O(H·W).
+    (classify), or an image 0-255 `(B, channels, scale·H, scale·W)` (restore). Time and memory are O(H·W);
+    with `attention="dense"` time is O((H·W)²).
     """
 
     def __init__(self, config: ModelConfig) -> None:

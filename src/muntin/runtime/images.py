@@ -177,11 +177,8 @@ def middle_square(image_HWC: UInt8, side: int) -> UInt8:
     square = image_HWC[top : top + length, left : left + length]
     if length == side:
         return np.ascontiguousarray(square)
-    planes = [
-        Image.fromarray(np.ascontiguousarray(square[:, :, c])).resize((side, side), Image.Resampling.BILINEAR)
-        for c in range(square.shape[2])
-    ]
-    return np.stack([np.asarray(plane) for plane in resized], axis=2)
+    planes = (Image.fromarray(np.ascontiguousarray(square[:, :, c])) for c in range(square.shape[2]))
+    return np.stack([np.asarray(plane.resize((side, side), Image.Resampling.BILINEAR)) for plane in planes], axis=2)
 
 
 def colorize(labels_HW: npt.NDArray[Any], classes: Sequence[ClassInfo]) -> UInt8:

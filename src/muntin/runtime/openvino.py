@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 
 from muntin.artifact import Artifact
 from muntin.errors import ArtifactError, DependencyError
+from muntin.runtime.buffers import OutputBuffers
 from muntin.runtime.graph import ComputeNodes, compute_nodes
 from muntin.runtime.hardware import physical_cores
 from muntin.runtime.quiet import openvino
@@ -58,6 +59,7 @@ class OpenVinoSession(Session):
         self._nodes: ComputeNodes = compute_nodes(data)
         self._static_shapes = static_shapes
         self._lock = Lock()
+        self._outputs = OutputBuffers()
         self._requests: OrderedDict[Shape | None, Any] = OrderedDict()  # by input shape; None is the dynamic model
         super().__init__(
             signature=artifact.manifest.signature,
@@ -70,9 +72,17 @@ class OpenVinoSession(Session):
     def _infer(self, images_BHWC: NDArray[np.uint8]) -> NDArray[np.float32]:
         with self._lock:
             request = self._request(images_BHWC.shape if self._static_shapes else None)
-            # the input is shared (the call returns after it was read), the output copied: the next call reuses its buffer
-            request.infer([images_BHWC], share_inputs=True)
-            return np.array(request.get_output_tensor(0).data, copy=True)
+            # Nothing is copied: the call returns after the input was read, and the output is written where the caller gets it.
+            scores = self._outputs.take(self.signature.scores_shape(*images_BHWC.shape[:3]))
+            try:
+                request.set_output_tensor(openvino.Tensor(scores, shared_memory=True))
+            except RuntimeError as error:
+                came = tuple(request.get_output_tensor(0).shape)
+                raise ArtifactError(
+                    f"{self._path}: the model gives {came} where its signature says float32 {scores.shape}: export the artefact again"
+                ) from error
+            request.infer([images_BHWC], share_inputs=True, share_outputs=True)
+            return scores
 
     def layers(self) -> list[ExecutedLayer]:
         """As compiled for the size that came last; before any call, for dynamic sizes."""

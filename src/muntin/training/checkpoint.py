@@ -162,7 +162,7 @@ def read_checkpoint(path: Path | str) -> Checkpoint:
         state = CheckpointState.model_validate(content)
     except OSError as error:
         raise CheckpointError(f"{path / STATE}: {error.strerror}") from error
-    except (json.JSONDecodeError, UnicodeDecodeError, ValidationError) as error:
+    except (json.JSONDecodeError, UnicodeDecodeError, RecursionError, ValidationError) as error:
         raise CheckpointError(f"{path / STATE}: corrupted ({type(error).__name__}); use an older step beside it, or train again") from error
     if state.sha256.get(STATE, digest := _digest_of(content)) != digest:
         raise CheckpointError(

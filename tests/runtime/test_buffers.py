@@ -1,0 +1,75 @@
+from __future__ import annotations
+
+import threading
+
+import numpy as np
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from muntin.runtime.buffers import KEPT, OutputBuffers
+
+
+def address(array: np.ndarray) -> int:
+    return array.__array_interface__["data"][0]
+
+
+def test_memory_comes_back_when_the_array_is_dropped() -> None:
+    buffers = OutputBuffers()
+    first = buffers.take((2, 3))
+    where = address(first)
+    del first
+    assert address(buffers.take((3, 2))) == where
+
+
+def test_a_view_keeps_the_memory() -> None:
+    buffers = OutputBuffers()
+    array = buffers.take((4, 4))
+    array[:] = 7
+    view = array[1:, ::2].T[0]
+    where = address(array)
+    del array
+    other = buffers.take((4, 4))
+    assert address(other) != where
+    other[:] = 0
+    assert (view == 7).all()
+
+
+def test_a_slice_of_a_slice_keeps_the_memory() -> None:
+    buffers = OutputBuffers()
+    row = buffers.take((4, 4))[2]
+    row[:] = 5
+    element = row.reshape(2, 2)[1:]
+    del row
+    buffers.take((4, 4))[:] = 0
+    assert (element == 5).all()
+
+
+@settings(max_examples=50, deadline=None)
+@given(st.lists(st.tuples(st.integers(1, 3), st.booleans()), max_size=40))
+def test_arrays_that_are_held_never_share_memory(takes: list[tuple[int, bool]]) -> None:
+    buffers, held = OutputBuffers(), []
+    for number, (size, keep) in enumerate(takes):
+        array = buffers.take((size, 8))
+        array[:] = number
+        if keep:
+            held.append((number, array))
+    assert all((array == number).all() for number, array in held)
+    assert len(buffers._free) <= KEPT
+
+
+def test_threads_never_share_memory() -> None:
+    buffers, wrong = OutputBuffers(), []
+
+    def work(number: int) -> None:
+        for _ in range(300):
+            array = buffers.take((64,))
+            array[:] = number
+            if not (array == number).all():
+                wrong.append(number)
+
+    threads = [threading.Thread(target=work, args=(n,)) for n in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not wrong

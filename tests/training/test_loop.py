@@ -1,0 +1,347 @@
+from __future__ import annotations
+
+import json
+import math
+import os
+import signal
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from muntin.errors import CheckpointError, DataError, DependencyError, MuntinError, RecipeError
+from muntin.layers import ChannelGate
+from muntin.runtime.images import write_image
+from muntin.training.checkpoint import Checkpoint, checkpoints_in, read_checkpoint
+from muntin.training.config import TrainingConfig
+from muntin.training.loop import LOG_EVERY, FitProgress, FitResult, fit, learning_rate, make_optimizer, require_compiler
+from muntin.training.recipe import load_recipe
+
+STEPS = LOG_EVERY + 4
+
+
+def train(tiny: Any, directory: Path, *overrides: str, **arguments: Any) -> FitResult:
+    return fit(load_recipe(tiny.recipe, overrides), root=tiny.root, directory=directory, **arguments)
+
+
+def lines(directory: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (directory / "metrics.jsonl").read_text().splitlines()]
+
+
+def ctrl_c_at(step: int) -> Callable[[FitProgress], None]:
+    """A real SIGINT of this process while a validation is reported."""
+
+    def report(progress: FitProgress) -> None:
+        if progress.kind == "validation" and progress.step == step:
+            os.kill(os.getpid(), signal.SIGINT)
+
+    return report
+
+
+def told(error: pytest.ExceptionInfo[MuntinError]) -> str:
+    assert "\n" not in str(error.value)
+    return str(error.value)
+
+
+# ---- a run and what it leaves ----
+
+
+@pytest.fixture(scope="module")
+def plan() -> list[str]:
+    return [f"training.steps={STEPS}", "training.validate_every=4", "training.checkpoint_every=1000"]
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory, write_tiny: Callable[..., Any], plan: list[str]) -> tuple[Any, FitResult]:
+    """A data set and a run on it that nothing interrupted."""
+    root = tmp_path_factory.mktemp("whole")
+    tiny = write_tiny(root / "data")
+    return tiny, train(tiny, root / "run", *plan)
+
+
+def assert_same_state(one: Checkpoint, other: Checkpoint) -> None:
+    assert one.tensors.keys() == other.tensors.keys()
+    for file, tensors in one.tensors.items():
+        assert tensors.keys() == other.tensors[file].keys()
+        for name, value in tensors.items():
+            assert torch.equal(value, other.tensors[file][name]), f"{file}: {name}"
+
+
+def test_a_run_says_what_it_did(whole: tuple[Any, FitResult]) -> None:
+    _, result = whole
+    assert (result.step, result.steps, result.interrupted) == (STEPS, STEPS, False)
+    assert result.checkpoint == result.directory / "checkpoints" / f"step-{STEPS:08d}"
+    assert result.precision.split()[0] in ("fp32", "bf16", "fp16", "tf32")
+    assert [point["step"] for point in result.validation] == [4, 8, 12, STEPS]
+    assert set(result.validation[-1]["iou"]) == {"sea", "field", "roof"}
+    assert result.seconds > 0
+
+
+def test_the_curves_are_in_the_checkpoint_and_in_the_log(whole: tuple[Any, FitResult]) -> None:
+    _, result = whole
+    state = read_checkpoint(result.checkpoint).state
+    assert [point["step"] for point in state.training] == [LOG_EVERY, STEPS]
+    assert state.pending == []
+    logged = lines(result.directory)
+    assert [{k: v for k, v in line.items() if k != "kind"} for line in logged if line["kind"] == "training"] == state.training
+    assert [line["step"] for line in logged if line["kind"] == "validation"] == [4, 8, 12, STEPS]
+
+
+def test_tensorboard_can_read_its_events(whole: tuple[Any, FitResult]) -> None:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    _, result = whole
+    events = EventAccumulator(str(result.directory / "tensorboard")).Reload()
+    logged = [line for line in lines(result.directory) if line["kind"] == "training"]
+    assert [event.step for event in events.Scalars("training/loss")] == [LOG_EVERY, STEPS]
+    assert [event.value for event in events.Scalars("training/loss")] == pytest.approx([line["loss"] for line in logged], rel=1e-6)
+    assert "validation/miou" in events.Tags()["scalars"]
+
+
+def test_training_learns(tmp_path: Path, tiny: Any) -> None:
+    result = train(
+        tiny, tmp_path / "run", "training.steps=60", "training.validate_every=60", "training.average=0.9", "training.learning_rate=0.01"
+    )
+    curve = read_checkpoint(result.checkpoint).state.training
+    assert curve[-1]["loss"] < 0.6 * curve[0]["loss"]
+    assert result.validation[-1]["miou"] > 0.6
+
+
+# ---- interrupted and resumed ----
+
+
+def test_an_interrupted_run_that_goes_on_ends_in_the_same_bits(tmp_path: Path, whole: tuple[Any, FitResult], plan: list[str]) -> None:
+    """Twice interrupted, between points of the curve and where no checkpoint was due."""
+    tiny, uninterrupted = whole
+    for stop in (4, 12):
+        result = train(tiny, tmp_path / "run", *plan, resume=stop > 4, report=ctrl_c_at(stop))
+        assert (result.step, result.interrupted) == (stop, True)
+        assert result.checkpoint.name == f"step-{stop:08d}"
+        read_checkpoint(result.checkpoint).model()
+        torch.manual_seed(stop)  # whatever else the process draws
+    result = train(tiny, tmp_path / "run", *plan, resume=True)
+    assert (result.step, result.interrupted) == (STEPS, False)
+    one, other = read_checkpoint(uninterrupted.checkpoint), read_checkpoint(result.checkpoint)
+    assert_same_state(one, other)
+    for key in ("step", "loss", "learning_rate"):
+        assert [point[key] for point in one.state.training] == [point[key] for point in other.state.training]
+    assert one.state.validation == other.state.validation
+
+
+def test_a_resumed_run_logs_no_step_twice(tmp_path: Path, tiny: Any, plan: list[str]) -> None:
+    train(tiny, tmp_path / "run", *plan, report=ctrl_c_at(12))
+    with (tmp_path / "run" / "metrics.jsonl").open("a") as log:  # as if the process had died after logging what no checkpoint holds
+        log.write('{"kind": "training", "step": 13, "loss": 9.0}\n{"kind": "trai')
+    train(tiny, tmp_path / "run", *plan, resume=True)
+    keys = [(line["kind"], line["step"]) for line in lines(tmp_path / "run")]
+    assert len(set(keys)) == len(keys)
+    assert keys == sorted(keys, key=lambda key: key[1])
+    assert [step for kind, step in keys if kind == "validation"] == [4, 8, 12, STEPS]
+    assert [step for kind, step in keys if kind == "training"] == [LOG_EVERY, STEPS]
+
+
+def test_another_seed_is_another_run(tmp_path: Path, tiny: Any) -> None:
+    results = [train(tiny, tmp_path / str(n), f"seed={seed}", "training.steps=2") for n, seed in enumerate([0, 0, 1])]
+    models = [read_checkpoint(result.checkpoint) for result in results]
+    assert_same_state(models[0], models[1])
+    with pytest.raises(AssertionError):
+        assert_same_state(models[0], models[2])
+
+
+def test_a_finished_run_that_is_resumed_stays_as_it_is(tmp_path: Path, tiny: Any) -> None:
+    first = train(tiny, tmp_path / "run", "training.steps=2")
+    before = {path: path.read_bytes() for path in first.checkpoint.iterdir()}
+    again = train(tiny, tmp_path / "run", "training.steps=2", resume=True)
+    assert (again.step, again.interrupted, again.checkpoint) == (2, False, first.checkpoint)
+    assert {path: path.read_bytes() for path in first.checkpoint.iterdir()} == before
+    assert again.validation == first.validation
+
+
+def test_a_run_is_not_overwritten(tmp_path: Path, whole: tuple[Any, FitResult], plan: list[str]) -> None:
+    tiny, result = whole
+    before = sorted(result.directory.rglob("*"))
+    with pytest.raises(CheckpointError, match="already holds a run; --resume goes on with it") as error:
+        train(tiny, result.directory, *plan)
+    told(error)
+    with pytest.raises(CheckpointError, match="was trained by another recipe") as error:
+        train(tiny, result.directory, *plan, "training.learning_rate=0.01", resume=True)
+    told(error)
+    assert sorted(result.directory.rglob("*")) == before
+
+
+def test_checkpoints_come_when_asked_and_two_are_kept(tmp_path: Path, tiny: Any) -> None:
+    train(tiny, tmp_path / "run", "training.steps=7", "training.checkpoint_every=2", "training.validate_every=100")
+    assert [path.name for path in checkpoints_in(tmp_path / "run" / "checkpoints")] == ["step-00000006", "step-00000007"]
+    assert len(list((tmp_path / "run" / "checkpoints").iterdir())) == 2
+
+
+def test_a_recipe_by_its_path_finds_its_data_and_its_place(tmp_path: Path, tiny: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    tiny.recipe.write_text(tiny.recipe.read_text().replace("steps: 6", "steps: 1"))
+    result = fit(str(tiny.recipe))
+    assert result.directory.resolve() == tmp_path / "elsewhere" / "runs" / "tiny"
+    assert read_checkpoint(result.checkpoint).state.root == str(tiny.root)
+
+
+# ---- what goes wrong ----
+
+UNSOUND = """
+from torch import nn
+
+class Unsound(nn.Module):
+    def __init__(self, classes, channels):
+        super().__init__()
+        self.layer, self.calls = nn.Conv2d(channels, classes, 1), 0
+
+    def forward(self, x):
+        self.calls += self.training
+        return self.layer(x / 255) * (float("nan") if self.calls > 4 else 1)
+
+def make(*, task, classes, channels):
+    return Unsound(classes, channels)
+"""
+
+
+def test_a_loss_that_is_not_finite_ends_the_run_and_keeps_its_checkpoint(
+    tmp_path: Path, write_tiny: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "unsound_model.py").write_text(UNSOUND)
+    monkeypatch.syspath_prepend(tmp_path)
+    tiny = write_tiny(tmp_path / "data", model={"name": "unsound_model:make", "options": {}})
+    with pytest.raises(MuntinError, match=r"the loss is nan at step 5: lower training\.learning_rate \(now 0\.002\)") as error:
+        train(tiny, tmp_path / "run")
+    told(error)
+    checkpoint = read_checkpoint(tmp_path / "run")
+    assert checkpoint.state.step == 3
+    assert all(value.isfinite().all() for value in checkpoint.model().state_dict().values())
+    assert train(tiny, tmp_path / "run", resume=True).step == 6
+
+
+@pytest.mark.parametrize("kind", ["images", "masks"])
+def test_data_are_checked_before_anything_is_written(tmp_path: Path, tiny: Any, kind: str) -> None:
+    path = tiny.root / "test" / kind / "test-1.png"  # the split that training never touches
+    path.write_bytes(path.read_bytes()[:-60])
+    seen: list[FitProgress] = []
+    with pytest.raises(DataError, match=r"test-1\.png") as error:
+        train(tiny, tmp_path / "run", report=seen.append)
+    told(error)
+    assert not (tmp_path / "run").exists()
+    assert {progress.kind for progress in seen} == {"check"}
+
+
+def test_the_task_of_the_data_must_be_the_recipe_s(tmp_path: Path, tiny: Any) -> None:
+    with pytest.raises(RecipeError, match="the data are for 'segment' and the recipe says 'classify'") as error:
+        train(tiny, tmp_path / "run", "task=classify")
+    told(error)
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("override", "says"),
+    [
+        ("model.name=hybrid-sx", "did you mean 'hybrid-"),
+        ("model.options={dim: [32]}", "unknown option 'dim': did you mean 'dims'?"),
+        ("model.scale=2", "scale=2"),
+    ],
+)
+def test_a_model_that_cannot_be_made_is_told(tmp_path: Path, tiny: Any, override: str, says: str) -> None:
+    with pytest.raises(RecipeError) as error:
+        train(tiny, tmp_path / "run", override)
+    assert says in told(error)
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_batch_too_small_to_normalise_by_is_told(tmp_path: Path, tiny: Any) -> None:
+    with pytest.raises(RecipeError, match=r"training\.batch_size 1 with data\.crop 32: .* raise either of them") as error:
+        train(tiny, tmp_path / "run", "training.batch_size=1")
+    told(error)
+
+
+def test_compiling_without_a_compiler_is_refused_before_anything_is_written(
+    tmp_path: Path, tiny: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path))
+    with pytest.raises(DependencyError, match=r"needs a C\+\+ compiler on CPUs .* or set compile: false") as error:
+        train(tiny, tmp_path / "run", "training.compile=true")
+    told(error)
+    assert not (tmp_path / "run").exists()
+    require_compiler("cuda")  # there it is Triton's affair
+
+
+def test_what_a_model_cannot_learn_is_noted(tmp_path: Path, tiny: Any) -> None:
+    for mask in (tiny.root / "train" / "masks").iterdir():
+        write_image(mask, np.zeros((48, 48), np.uint8))
+    result = train(tiny, tmp_path / "run", "training.steps=1")
+    assert result.notes == ("no training picture holds field, roof: a model cannot learn what it does not see",)
+
+
+# ---- parts ----
+
+
+@pytest.mark.parametrize(("steps", "warmup"), [(100, 0.1), (10, 0.0), (1, 0.5), (7, 0.9)])
+def test_the_learning_rate_rises_and_falls_along_a_cosine(steps: int, warmup: float) -> None:
+    config = TrainingConfig(steps=steps, warmup=warmup, learning_rate=0.5)
+    rates = [learning_rate(step, config) for step in range(steps)]
+    rising = round(warmup * steps)
+    for step, rate in enumerate(rates):
+        if step < rising:
+            assert rate == pytest.approx(0.5 * (step + 1) / rising)
+        else:
+            assert rate == pytest.approx(0.25 * (1 + math.cos(math.pi * (step - rising) / max(1, steps - rising))))
+    assert max(rates) == pytest.approx(0.5)
+    assert all(rate > 0 for rate in rates)
+    assert rates[rising:] == sorted(rates[rising:], reverse=True)
+
+
+def test_the_rate_that_is_logged_is_the_rate_that_was_used(whole: tuple[Any, FitResult]) -> None:
+    _, result = whole
+    checkpoint = read_checkpoint(result.checkpoint)
+    config = checkpoint.recipe.training
+    assert [point["learning_rate"] for point in checkpoint.state.training] == [
+        learning_rate(step - 1, config) for step in (LOG_EVERY, STEPS)
+    ]
+
+
+def test_vectors_are_not_decayed() -> None:
+    model = nn.Sequential(nn.Conv2d(2, 3, 1), nn.BatchNorm2d(3), nn.Linear(3, 4))
+    optimizer = make_optimizer(model, TrainingConfig(weight_decay=0.3))
+    decayed = {id(p): group["weight_decay"] for group in optimizer.param_groups for p in group["params"]}
+    assert [decayed[id(p)] for p in model.parameters()] == [0.3 if p.ndim > 1 else 0.0 for p in model.parameters()]
+
+
+def test_a_cost_closes_gates(tmp_path: Path, tiny: Any) -> None:
+    def openness(result: FitResult) -> float:
+        gates: Sequence[Any] = [m for m in read_checkpoint(result.checkpoint).model().modules() if isinstance(m, ChannelGate)]
+        return sum(float(gate.cost().detach()) for gate in gates) / len(gates)
+
+    free, costly = (
+        openness(train(tiny, tmp_path / str(cost), f"training.gate_cost={cost}", "training.average=0", "training.learning_rate=0.01"))
+        for cost in (0, 10)
+    )
+    assert costly < free
+
+
+def test_classes_of_pictures_that_are_easy_to_tell_apart_are_told_apart(tmp_path: Path, write_tiny: Callable[..., Any]) -> None:
+    generator = np.random.default_rng(0)
+    for name, color in (("red", (200, 40, 40)), ("green", (40, 180, 60)), ("blue", (30, 60, 200))):
+        (tmp_path / "pictures" / name).mkdir(parents=True)
+        for number in range(8):
+            size = tuple(generator.integers(30, 50, 2))
+            noise = generator.normal(0, 30, (*size, 3))
+            write_image(tmp_path / "pictures" / name / f"{number}.png", np.clip(np.array(color) + noise, 0, 255).astype(np.uint8))
+    recipe = tmp_path / "recipe.yaml"
+    content = {
+        "task": "classify",
+        "data": {"source": "folders", "images": "pictures", "validation": 0.3, "test": 0.3, "seed": 1, "crop": 24},
+        "model": {"name": "hybrid-xs", "options": write_tiny(tmp_path / "unused").content["model"]["options"]},
+        "training": {"steps": 30, "batch_size": 8, "learning_rate": 0.01, "average": 0.8, "threads": 1},
+    }
+    recipe.write_text(json.dumps(content))  # JSON is YAML
+    result = fit(recipe, directory=tmp_path / "run")
+    assert result.validation[-1]["accuracy"] == result.validation[-1]["score"] > 0.9
+    assert "miou" not in result.validation[-1]
