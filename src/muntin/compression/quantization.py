@@ -2,8 +2,8 @@
 
     model -> fold -> run calibration images twice (ranges, then histograms) -> choose grids -> measure each layer -> replace
 
-Which layers stay in 16 bits is not a list of names: the first and the last layer that run do, and every layer whose own
-quantisation, measured on calibration images, leaves less than `min_sqnr_db`.
+Which layers stay in 16 bits is neither a list of names nor a matter of position: it is every layer whose own quantisation,
+measured on calibration images, leaves less than `min_sqnr_db`, and every layer that has no integer form.
 """
 
 from __future__ import annotations
@@ -24,6 +24,8 @@ from muntin.training.config import QuantizationConfig
 
 Pass = Callable[[nn.Module], list[Change]]
 """A compression pass: rewrites the model it is given, returns what it changed and what it kept."""
+HALF_DB = 60.0
+"""FP16 leaves 73 dB of a weight that it can hold; one that is too large or too small for it stays in FP32."""
 
 
 class _Calibration:
@@ -33,13 +35,12 @@ class _Calibration:
         self.model = model
         self.batches = batches
         self.layers = dict(named(model, nn.Linear, nn.Conv2d))
-        self.order: list[str] = []
 
     def run(self, watch: Callable[[str, nn.Module, Tensor], None], batches: Sequence[Tensor]) -> None:
-        def hook(name: str) -> Callable[[nn.Module, tuple[Any, ...]], None]:
-            return lambda layer, inputs: watch(name, layer, inputs[0])
+        def hook(name: str) -> Callable[[nn.Module, tuple[Any, ...], dict[str, Any]], None]:
+            return lambda layer, inputs, named_inputs: watch(name, layer, inputs[0] if inputs else named_inputs["input"])
 
-        handles = [layer.register_forward_pre_hook(hook(name)) for name, layer in self.layers.items()]
+        handles = [layer.register_forward_pre_hook(hook(name), with_kwargs=True) for name, layer in self.layers.items()]
         try:
             with torch.inference_mode():
                 for batch in batches:
@@ -52,8 +53,6 @@ class _Calibration:
         observers = {name: Observer() for name in self.layers}
 
         def ranges(name: str, layer: nn.Module, x: Tensor) -> None:
-            if name not in self.order:
-                self.order.append(name)
             try:
                 observers[name].see_range(x)
             except ValueError as error:
@@ -68,6 +67,8 @@ def quantized_form(layer: nn.Module, observer: Observer) -> QuantizedLayer | str
     """The quantised layer, or the reason why there is none."""
     if not observer.seen:
         return "no calibration image reached it"
+    if not _computes_as_usual(layer):
+        return f"{type(layer).__name__} computes in a way of its own"
     if isinstance(layer, nn.Conv2d):
         if layer.padding_mode != "zeros" or isinstance(layer.padding, str):
             return f"padding '{layer.padding if isinstance(layer.padding, str) else layer.padding_mode}' has no integer form here"
@@ -75,6 +76,13 @@ def quantized_form(layer: nn.Module, observer: Observer) -> QuantizedLayer | str
     if isinstance(layer, nn.Linear):
         return QuantizedLinear(layer, observer.grid())
     return f"{type(layer).__name__} has no integer form here"
+
+
+def _computes_as_usual(layer: nn.Module) -> bool:
+    """False for a subclass that pads, standardises or masks before its product: its weight and strides do not say what it computes."""
+    methods = ("forward", "_conv_forward") if isinstance(layer, nn.Conv2d) else ("forward",)
+    kind = nn.Conv2d if isinstance(layer, nn.Conv2d) else nn.Linear
+    return all(getattr(type(layer), method) is getattr(kind, method) for method in methods)
 
 
 def sqnr_db(reference: Tensor, approximation: Tensor) -> float:
@@ -85,14 +93,16 @@ def sqnr_db(reference: Tensor, approximation: Tensor) -> float:
 
 
 def _measure(run: _Calibration, candidates: dict[str, QuantizedLayer]) -> dict[str, float]:
-    """Signal over noise of each layer's output when it alone is quantised, on the first calibration batch."""
+    """Signal over noise of each layer's output when it alone is quantised, on the first calibration batch that reaches it."""
     measured: dict[str, float] = {}
 
     def watch(name: str, layer: nn.Module, x: Tensor) -> None:
         if name in candidates and name not in measured:
             measured[name] = sqnr_db(type(layer).forward(layer, x), candidates[name](x))
 
-    run.run(watch, run.batches[:1])
+    for batch in run.batches:
+        if measured.keys() != candidates.keys():
+            run.run(watch, [batch])
     return measured
 
 
@@ -109,40 +119,50 @@ def quantize(calibration: Iterable[Tensor], config: QuantizationConfig | None = 
         batches = list(calibration)
         if not batches:
             raise MuntinError("calibration: no batch came; give at least one batch of training images")
-        model.eval()
-        changes = fold(model)
-        run = _Calibration(model, batches)
+        run = _Calibration(model.eval(), batches)
         unknown = [name for name in config.keep if name not in run.layers]
         if unknown:
             raise MuntinError(f"keep names no Linear or Conv2d: {', '.join(unknown)}; the model has {', '.join(list(run.layers)[:6])}, ...")
+        changes = fold(model)
+        _check_weights(run.layers)
         return changes + _replace_layers(model, run, config)
 
     return pass_
 
 
 def _replace_layers(model: nn.Module, run: _Calibration, config: QuantizationConfig) -> list[Change]:
-    forms: dict[str, QuantizedLayer | str] = {}
-    for name, observer in run.observe().items():
-        try:
-            forms[name] = quantized_form(run.layers[name], observer)
-        except ValueError as error:
-            raise MuntinError(f"layer '{name}': {error}; nothing can be quantised from it, train again or restore a checkpoint") from error
+    forms = {name: quantized_form(run.layers[name], observer) for name, observer in run.observe().items()}
     sqnr = _measure(run, {name: form for name, form in forms.items() if not isinstance(form, str)})
     changes = []
     for name, form in forms.items():
-        reason = _reason_to_keep(name, form, run.order, sqnr, config)
+        reason = _reason_to_keep(name, form, sqnr, config)
         if reason is None and not isinstance(form, str):
             replace(model, name, form)
             changes.append(Change(layer=name, pass_="quantize", done="W8A8", sqnr_db=sqnr[name]))
         else:
             _round_to_half(run.layers[name])
             changes.append(Change(layer=name, pass_="quantize", done="kept", reason=reason or "", sqnr_db=sqnr.get(name)))
+    _call_every_layer(model)
     return changes
 
 
-def _reason_to_keep(
-    name: str, form: QuantizedLayer | str, order: Sequence[str], sqnr: dict[str, float], config: QuantizationConfig
-) -> str | None:
+def _check_weights(layers: dict[str, nn.Module]) -> None:
+    for name, layer in layers.items():
+        weight = layer.weight
+        assert isinstance(weight, Tensor)
+        if not torch.isfinite(weight).all():
+            raise MuntinError(
+                f"layer '{name}': the weight holds NaN or infinity; nothing can be quantised from it, train again or restore a checkpoint"
+            )
+
+
+def _call_every_layer(model: nn.Module) -> None:
+    """PyTorch's encoder layer has a fused path that takes the weights of its Linears without calling them: not of integer ones."""
+    for _, layer in named(model, nn.TransformerEncoderLayer):
+        layer.activation_relu_or_gelu = 0  # read by nothing but the choice of that path
+
+
+def _reason_to_keep(name: str, form: QuantizedLayer | str, sqnr: dict[str, float], config: QuantizationConfig) -> str | None:
     if isinstance(form, str):
         return form
     if name in config.keep:
@@ -156,6 +176,6 @@ def _reason_to_keep(
 def _round_to_half(layer: nn.Module) -> None:
     weight = layer.weight
     assert isinstance(weight, Tensor)
-    limit = torch.finfo(torch.float16).max
-    if weight.abs().max() < limit:
-        weight.copy_(weight.to(torch.float16))
+    rounded = weight.to(torch.float16).to(weight.dtype)
+    if sqnr_db(weight, rounded) > HALF_DB:
+        weight.copy_(rounded)

@@ -48,10 +48,10 @@ class QuantizedLinear(nn.Module):
         self.register_buffer("weight_scale", scale_O)
         self.register_buffer("bias", None if layer.bias is None else layer.bias.detach().clone())
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, input: Tensor) -> Tensor:  # the parameter's name is nn.Linear's: models may call it by keyword
         weight_IO = dequantize_weight(self.weight, self.weight_scale, 1)
-        out = torch.matmul(self.input(x), weight_IO.to(x.dtype))
-        return out if self.bias is None else out + self.bias.to(x.dtype)
+        out = torch.matmul(self.input(input), weight_IO.to(input.dtype))
+        return out if self.bias is None else out + self.bias.to(input.dtype)
 
 
 class QuantizedConv2d(nn.Module):
@@ -70,10 +70,10 @@ class QuantizedConv2d(nn.Module):
         self.register_buffer("weight_scale", scale_O)
         self.register_buffer("bias", None if layer.bias is None else layer.bias.detach().clone())
 
-    def forward(self, x_BIHW: Tensor) -> Tensor:
-        weight_OIHW = dequantize_weight(self.weight, self.weight_scale, 0).to(x_BIHW.dtype)
-        bias = None if self.bias is None else self.bias.to(x_BIHW.dtype)
-        return F.conv2d(self.input(x_BIHW), weight_OIHW, bias, self.stride, self.padding, self.dilation, self.groups)
+    def forward(self, input: Tensor) -> Tensor:
+        weight_OIHW = dequantize_weight(self.weight, self.weight_scale, 0).to(input.dtype)
+        bias = None if self.bias is None else self.bias.to(input.dtype)
+        return F.conv2d(self.input(input), weight_OIHW, bias, self.stride, self.padding, self.dilation, self.groups)
 
 
 QuantizedLayer = QuantizedLinear | QuantizedConv2d

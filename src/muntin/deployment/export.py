@@ -11,8 +11,9 @@ Axes: B images, H W map, C channels.
 from __future__ import annotations
 
 import copy
+import secrets
 import shutil
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ import numpy as np
 import onnx
 import torch
 from numpy.typing import NDArray
+from pydantic import ValidationError
 from torch import Tensor, nn
 
 from muntin.artifact import Artifact, ClassInfo, GoldenTolerance, LayerRecord, Signature, write_artifact
@@ -27,19 +29,22 @@ from muntin.artifact.manifest import FloatPrecision
 from muntin.compression import Change, QuantizedConv2d, QuantizedLinear, quantize
 from muntin.compression.rewrite import named
 from muntin.deployment.counting import WEIGHTED, bias_count, layer_macs, weight_count
-from muntin.deployment.graph import to_onnx
+from muntin.deployment.graph import COMPUTE, answer_to, to_onnx
 from muntin.errors import ExportError
 from muntin.runtime import Session, describe_hardware, load
 from muntin.runtime.verification import find_fallbacks, replay
 
-GOLDEN_SIDES = ((64, 64), (40, 56))
-"""Height and width of the golden images: two sizes, so that a size that was baked in is found."""
-LIMITS: dict[FloatPrecision, GoldenTolerance] = {
+GOLDEN_SIDE = 64
+"""Largest height and width of the golden images, pixels."""
+Limits = Mapping[FloatPrecision, GoldenTolerance]
+LIMITS: Limits = {
     "f32": GoldenTolerance(max_error=0.25, label_agreement=0.95),
     "bf16": GoldenTolerance(max_error=0.75, label_agreement=0.9),
     "f16": GoldenTolerance(max_error=0.5, label_agreement=0.93),
 }
 """What a deployed model may differ from its PyTorch form, by the precision of its float layers (see `GoldenTolerance`)."""
+FLOAT_LIMITS: Limits = {**LIMITS, "f32": GoldenTolerance(max_error=0.01, label_agreement=0.99)}
+"""The same for a model without quantised layers: no value is near a rounding step, so in f32 only the order of sums differs."""
 
 
 def export(
@@ -61,17 +66,20 @@ def export(
     when the runtime does not compute what PyTorch does; nothing is left behind then.
     """
     model = copy.deepcopy(model).eval()
+    if isinstance(model, WEIGHTED):
+        model = nn.Sequential(model)  # a layer goes by its name in the model, and the model itself has none
     signature = signature or infer_signature(model, example)
     changes = list(changes)
     if calibration is not None:
         changes += quantize(calibration)(model)
+    golden = golden_pairs(model, example)  # first: it is quick, and finds a model that does not take every size
     proto = to_onnx(model, example, signature)
     content: dict[str, Any] = {
         "model": proto,
         "signature": signature,
         "packing": packing_of(proto),
-        "golden": golden_pairs(model, example),
-        "layers": layer_records(model, example, changes),
+        "golden": golden,
+        "layers": [_in_graph(record, proto) for record in layer_records(model, example, changes)],
         "passes": [{"pass": c.pass_, "layer": c.layer, "done": c.done, "reason": c.reason, "sqnr_db": _finite(c.sqnr_db)} for c in changes],
         "measured": {"hardware": describe_hardware(), **(measured or {})},
     }
@@ -80,19 +88,21 @@ def export(
 
 def _write_checked(path: Path, content: dict[str, Any]) -> Artifact:
     """Write beside the place, open in the runtime, compare, and only then write in place with the precision that was measured."""
-    draft = path.with_name(f".{path.name}.draft")
+    target = path.resolve()
+    draft = target.with_name(f".{target.name or 'artifact'}.{secrets.token_hex(4)}.draft")  # a name that nobody has
+    limits = LIMITS if any(record.activation_bits for record in content["layers"]) else FLOAT_LIMITS
     try:
-        write_artifact(draft, **content, golden_tolerance=LIMITS, precision="bf16")
+        write_artifact(draft, **content, golden_tolerance=limits, precision="bf16")
         exact, recorded = load(draft, precision="f32"), load(draft)  # the second in bf16 where the CPU has it
-        problems = [*deviations(exact, content["golden"]), *_floating(exact, content["layers"])]
+        problems = [*deviations(exact, content["golden"], limits), *_floating(exact, content["layers"])]
         if problems:
             raise ExportError(f"{exact.engine} does not compute what PyTorch does: {problems[0]}; nothing was written")
-        notes = deviations(recorded, content["golden"]) if recorded.precision != exact.precision else []
+        notes = deviations(recorded, content["golden"], limits) if recorded.precision != exact.precision else []
         precision: FloatPrecision = precision_of(exact if notes else recorded)
         content["measured"]["notes"] = [f"recorded in {precision}, for {note}" for note in notes]
     finally:
         shutil.rmtree(draft, ignore_errors=True)
-    return write_artifact(path, **content, golden_tolerance=LIMITS, precision=precision)
+    return write_artifact(path, **content, golden_tolerance=limits, precision=precision)
 
 
 def precision_of(session: Session) -> FloatPrecision:
@@ -100,9 +110,9 @@ def precision_of(session: Session) -> FloatPrecision:
     return next(name for name in LIMITS if name == session.precision)
 
 
-def deviations(session: Session, golden: Iterable[tuple[NDArray[np.uint8], NDArray[np.float32]]]) -> list[str]:
-    """Where a session's answers leave `LIMITS`, a line for each golden pair that does."""
-    tolerance = LIMITS[precision_of(session)]
+def deviations(session: Session, golden: Iterable[tuple[NDArray[np.uint8], NDArray[np.float32]]], limits: Limits) -> list[str]:
+    """Where a session's answers leave `limits`, a line for each golden pair that does."""
+    tolerance = limits[precision_of(session)]
     lines = []
     for images, scores in golden:
         result = replay(session, images, scores, tolerance, classes=session.signature.task != "restore")
@@ -117,20 +127,22 @@ def deviations(session: Session, golden: Iterable[tuple[NDArray[np.uint8], NDArr
 
 def _floating(session: Session, layers: Iterable[LayerRecord]) -> list[str]:
     _, reasons = find_fallbacks(tuple(layers), tuple(session.layers()))
-    return [f"{len(reasons)} quantised layers do not run on integers: {reasons[0]}"] if reasons else []
+    return [f"{len(reasons)} of the quantised layers not on integers: {reasons[0]}; name it in keep"] if reasons else []
 
 
 def infer_signature(model: nn.Module, example: Tensor) -> Signature:
     """Task and number of classes from the shape of the answer: `(B, K)` is classify, `(B, K, H, W)` segment."""
-    if example.ndim != 4:
+    if example.ndim != 4 or 0 in example.shape:
         raise ExportError(f"example of shape {tuple(example.shape)}: give raw pixels (B, C, H, W)")
-    with torch.inference_mode():
-        answer = model(example[:1].to(torch.float32))
-    if not isinstance(answer, Tensor) or answer.ndim not in (2, 4):
-        came = tuple(answer.shape) if isinstance(answer, Tensor) else type(answer).__name__
-        raise ExportError(f"the model answers {came}; (B, K) or (B, K, H, W) is expected: wrap it, or say what it is with signature=")
+    answer = answer_to(model, example[:1])
+    if answer.ndim not in (2, 4):
+        raise ExportError(f"the model answers {tuple(answer.shape)}; (B, K) or (B, K, H, W) is expected: wrap it")
     classes = tuple(ClassInfo(name=f"class-{k}", color=_shade(k)) for k in range(answer.shape[1]))
-    return Signature(task="classify" if answer.ndim == 2 else "segment", channels=example.shape[1], classes=classes)
+    try:
+        return Signature(task="classify" if answer.ndim == 2 else "segment", channels=example.shape[1], classes=classes)
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        raise ExportError(f"the model takes {example.shape[1]} channels and gives {len(classes)} classes: {first['msg']}") from error
 
 
 def _shade(k: int) -> tuple[int, int, int]:
@@ -151,12 +163,12 @@ def packing_of(proto: onnx.ModelProto) -> dict[str, Any]:
 
 
 def golden_pairs(model: nn.Module, example: Tensor) -> list[tuple[NDArray[np.uint8], NDArray[np.float32]]]:
-    """Crops of the example's first image and what the model answers to them."""
+    """Two crops of the example's first image and what the model answers to them: two sizes, so that one that was baked in is found."""
+    height, width = (min(GOLDEN_SIDE, side) for side in example.shape[2:])
     pairs = []
-    for height, width in GOLDEN_SIDES:
-        images_BCHW = example[:1, :, :height, :width].round().clamp(0, 255).to(torch.uint8)
-        with torch.inference_mode():
-            scores = model(images_BCHW.to(torch.float32)).float()
+    for rows, columns in ((height, width), (max(1, height * 5 // 8), max(1, width * 7 // 8))):
+        images_BCHW = example[:1, :, :rows, :columns].to(torch.float32).round().clamp(0, 255).to(torch.uint8)
+        scores = answer_to(model, images_BCHW)
         pairs.append((np.ascontiguousarray(images_BCHW.permute(0, 2, 3, 1).numpy()), scores.numpy()))
     return pairs
 
@@ -180,6 +192,14 @@ def layer_records(model: nn.Module, example: Tensor, changes: Iterable[Change]) 
             )
         )
     return records
+
+
+def _in_graph(record: LayerRecord, proto: onnx.ModelProto) -> LayerRecord:
+    """The record, or for a quantised layer that the answer does not depend on (an auxiliary head) one that says so."""
+    products = (node.name for node in proto.graph.node if node.op_type in COMPUTE)
+    if record.activation_bits is None or any(name == record.name or name.startswith(f"{record.name}/") for name in products):
+        return record
+    return record.model_copy(update={"activation_bits": None, "note": "not deployed: the answer does not depend on it"})
 
 
 def _is_half(layer: nn.Module) -> bool:

@@ -9,9 +9,11 @@ Axes: B images, H W map, C channels.
 
 from __future__ import annotations
 
+import ast
 import logging
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import onnx
@@ -28,7 +30,7 @@ _SCOPES = "pkg.torch.onnx.name_scopes"
 
 
 class PixelInput(nn.Module):
-    """A model that takes the bytes of images as they lie in memory: uint8 `(B, H, W, C)`."""
+    """A model that takes the bytes of images as they lie in memory, uint8 `(B, H, W, C)`, and answers in float32."""
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
@@ -36,7 +38,7 @@ class PixelInput(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         scores: Tensor = self.model(images.permute(0, 3, 1, 2).to(torch.float32))
-        return scores
+        return scores.to(torch.float32)
 
 
 def _quantize_dequantize(x, scale, zero_point):  # type: ignore[no-untyped-def]  # ONNX Script reads this source
@@ -58,17 +60,13 @@ def to_onnx(model: nn.Module, example: Tensor, signature: Signature) -> onnx.Mod
     """The model as ONNX (opset 20) with input `images` uint8 `(B, H, W, C)` and output `scores` float32.
 
     `example`: `(B, C, H, W)` raw pixels; its batch and sides only have to be typical, none is baked in. Raises `ExportError`
-    for a model that cannot be traced or whose answer is not what its signature says.
+    for a model that cannot be traced or whose answer is not what its signature says. `model` is put in `eval` mode.
     """
-    _check(model, example, signature)
+    _check(model.eval(), example, signature)
     images = _traced_example(example)
     free = torch.export.Dim.DYNAMIC
-    quiet = logging.getLogger("torch.onnx")
-    level = quiet.level
     try:
-        quiet.setLevel(logging.ERROR)
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # the exporter's own deprecations; a failure is an exception
+        with _quiet_exporter():
             program = torch.onnx.export(
                 PixelInput(model).eval(),
                 (images,),
@@ -82,27 +80,58 @@ def to_onnx(model: nn.Module, example: Tensor, signature: Signature) -> onnx.Mod
                 external_data=False,
             )
     except (torch.onnx.errors.OnnxExporterError, RuntimeError) as error:
-        reason = " ".join(str(error.__cause__ or error).split())[:300]
-        raise ExportError(f"the model cannot be exported for every size: {reason}") from error
-    finally:
-        quiet.setLevel(level)
+        raise ExportError(f"the model cannot be exported for every size: {_reason(error.__cause__ or error)}") from error
     if program is None:
         raise ExportError("the exporter returned no graph for this model")
     proto: onnx.ModelProto = program.model_proto
-    _name_layers(proto)
+    _name_layers(proto, canonical_names(model))
     return proto
+
+
+@contextmanager
+def _quiet_exporter() -> Iterator[None]:
+    """No warnings and no logs while exporting: they are PyTorch's own deprecations, and what fails is an exception."""
+    logger = logging.getLogger("torch")
+    level = logger.level
+    logger.setLevel(logging.CRITICAL)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logger.setLevel(level)
+
+
+def _reason(error: BaseException) -> str:
+    """An error on one line, or its kind where it says nothing."""
+    return " ".join(str(error).split())[:300] or type(error).__name__
+
+
+def answer_to(model: nn.Module, images_BCHW: Tensor) -> Tensor:
+    """What a model answers to raw pixels, in float32. Raises `ExportError` for a model that does not take them or gives no scores."""
+    came = tuple(images_BCHW.shape)
+    try:
+        with torch.inference_mode():
+            answer = model(images_BCHW.to(torch.float32))
+    except (RuntimeError, ValueError, AssertionError) as error:  # what models raise for a size or a number of channels
+        raise ExportError(f"the model fails on pixels of shape {came}, and an artefact takes every size: {_reason(error)}") from error
+    if not isinstance(answer, Tensor) or not answer.is_floating_point():
+        kind = answer.dtype if isinstance(answer, Tensor) else type(answer).__name__
+        raise ExportError(f"the model answers {kind} to pixels of shape {came}; scores, a float tensor, are expected: wrap it")
+    if not torch.isfinite(answer).all():
+        raise ExportError(f"the model answers NaN or infinity to pixels of shape {came}: train again or restore a checkpoint")
+    return answer.to(torch.float32)
 
 
 def _check(model: nn.Module, example: Tensor, signature: Signature) -> None:
     if example.ndim != 4 or example.shape[1] != signature.channels:
         raise ExportError(f"example of shape {tuple(example.shape)}: give raw pixels (B, {signature.channels}, H, W)")
-    with torch.inference_mode():
-        answer = model.eval()(example.to(torch.float32))
+    answer = answer_to(model, example)
     expected = signature.scores_shape(example.shape[0], example.shape[2], example.shape[3])
-    if not isinstance(answer, Tensor) or tuple(answer.shape) != expected:
-        came = tuple(answer.shape) if isinstance(answer, Tensor) else type(answer).__name__
+    if tuple(answer.shape) != expected:
         raise ExportError(
-            f"the model answers {came} to an example of {tuple(example.shape)}; for task '{signature.task}' it must be {expected}"
+            f"the model answers {tuple(answer.shape)} to an example of {tuple(example.shape)}; "
+            f"for task '{signature.task}' it must be {expected}"
         )
 
 
@@ -112,37 +141,38 @@ def _traced_example(example: Tensor) -> Tensor:
     return torch.randint(0, 256, (2, height, width + 64, example.shape[1]), dtype=torch.uint8)
 
 
-def _name_layers(proto: onnx.ModelProto) -> None:
-    """Give each layer's product (and its output) the layer's dotted name; further products of one layer get a `/n` behind it."""
-    renamed: dict[str, str] = {}
+def canonical_names(model: nn.Module) -> dict[str, str]:
+    """The name that each module goes by (`named_modules`' first), by every name that it has."""
+    first = {module: name for name, module in model.named_modules()}
+    return {name: first[module] for name, module in model.named_modules(remove_duplicate=False)}
+
+
+def _name_layers(proto: onnx.ModelProto, canonical: Mapping[str, str]) -> None:
+    """Give each layer's product the layer's dotted name; a layer's further products, and its bias, get more behind a `/`.
+
+    Engines report a product that took up its bias under the bias's name. Only nodes are named: values could clash.
+    """
     taken: dict[str, int] = {}
-    outputs = {o.name for o in proto.graph.output}
+    products: dict[tuple[str, str], str] = {}
     for node in proto.graph.node:
-        if node.op_type not in COMPUTE:
-            continue
         scope = _scope(node)
+        scope = canonical.get(scope, scope)
         if not scope:
             continue
-        taken[scope] = taken.get(scope, 0) + 1
-        name = scope if taken[scope] == 1 else f"{scope}/{taken[scope]}"
-        node.name = name
-        if node.output[0] not in outputs:
-            renamed[node.output[0]] = name
-    for node in proto.graph.node:
-        for names in (node.input, node.output):
-            for i, name in enumerate(names):
-                if name in renamed:
-                    names[i] = renamed[name]
-    del proto.graph.value_info[:]
+        if node.op_type in COMPUTE:
+            taken[scope] = taken.get(scope, 0) + 1
+            node.name = scope if taken[scope] == 1 else f"{scope}/{taken[scope]}"
+            products[scope, node.output[0]] = node.name
+        elif node.op_type == "Add":
+            for product in (products[scope, x] for x in node.input if (scope, x) in products):
+                node.name = f"{product}/bias"
 
 
 def _scope(node: onnx.NodeProto) -> str:
     """Dotted name, in the model, of the module that a node comes from; empty if unknown."""
     for entry in node.metadata_props:
         if entry.key == _SCOPES:
-            scopes: list[str] = [part.strip(" '\"[]") for part in entry.value.split(",")]
-            modules = [s for s in scopes if s.startswith("model.")]
-            # the last scope is the operation itself
-            inner = [s for s in modules if s != scopes[-1]] or modules
+            *modules, _ = ast.literal_eval(entry.value)  # the last is the operation itself
+            inner = [str(scope) for scope in modules if str(scope).startswith("model.")]
             return inner[-1].removeprefix("model.") if inner else ""
     return ""

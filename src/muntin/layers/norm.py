@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812 - the field's usual name
 
+from muntin.errors import MuntinError
 from muntin.layers.windows import Grid
 
 GROUP = 8
@@ -45,6 +46,11 @@ class _GroupedNorm(nn.Module):
         return a_C, self.bias - self.running_mean * a_C
 
     def _normalise(self, x_BCHW: Tensor) -> Tensor:
+        if self.training and x_BCHW.numel() <= self.dim:
+            raise MuntinError(
+                "a single value a channel has no statistics (one image left over in its group, its map shrunk to 1x1): "
+                f"train on larger crops, or with a batch_size that is a multiple of {GROUP}"
+            )
         return F.batch_norm(x_BCHW, self.running_mean, self.running_var, self.weight, self.bias, self.training, self.momentum, self.eps)
 
     def _normalise_groups(self, x_BCHW: Tensor, group: int) -> Tensor:

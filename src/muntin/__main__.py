@@ -1,0 +1,5 @@
+"""`python -m muntin` is `muntin`."""
+
+from muntin.cli import main
+
+main()
