@@ -256,9 +256,18 @@ def test_a_model_that_cannot_be_made_is_told(tmp_path: Path, tiny: Any, override
     assert not (tmp_path / "run").exists()
 
 
-def test_a_batch_too_small_to_normalise_by_is_told(tmp_path: Path, tiny: Any) -> None:
+def test_a_batch_too_small_to_normalise_by_is_told(tmp_path: Path, tiny: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(MuntinError, match="train on larger crops") as error:
+        train(tiny, tmp_path / "ours", "training.batch_size=1")
+    told(error)
+    (tmp_path / "batch_norm_model.py").write_text(
+        "from torch import nn\n\ndef make(*, task, classes, channels):\n"
+        "    return nn.Sequential(nn.Conv2d(channels, classes, 32), nn.BatchNorm2d(classes), nn.Upsample(scale_factor=32))\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    foreign = ("model.name=batch_norm_model:make", "model.options={}", "training.batch_size=1")
     with pytest.raises(RecipeError, match=r"training\.batch_size 1 with data\.crop 32: .* raise either of them") as error:
-        train(tiny, tmp_path / "run", "training.batch_size=1")
+        train(tiny, tmp_path / "foreign", *foreign)
     told(error)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from math import isfinite
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -75,7 +76,10 @@ def verify_command(
         document: dict[str, Any] = {
             "artifact": artifact, "passed": result.passed, "engine": result.engine, "precision": result.precision, "files": result.digests,
             "golden": [
-                {"shape": g.shape, "max_error": g.max_error, "label_agreement": g.label_agreement, "passed": g.passed}
+                {
+                    "shape": g.shape, "max_error": g.max_error if isfinite(g.max_error) else None, "label_agreement": g.label_agreement,
+                    "passed": g.passed,
+                }
                 for g in result.golden
             ],
             "integer_layers": integers, "fallbacks": result.fallbacks, "problems": result.problems,

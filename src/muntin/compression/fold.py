@@ -111,7 +111,7 @@ RULES: dict[type[nn.Module], Callable[..., str | None]] = {
 def fold(model: nn.Module) -> list[Change]:
     """Fold every norm and gate of muntin's layers, in place; the model must be in `eval` mode. Idempotent.
 
-    Layers of other libraries are left as they are: a batch norm after a convolution is fused by the runtime itself.
+    Layers of other libraries are left as they are: `fold_batch_norms` is for those.
     """
     if model.training:
         raise ValueError("fold needs the statistics of a trained model: call model.eval() first")

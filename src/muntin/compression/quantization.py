@@ -13,7 +13,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F  # noqa: N812 - the field's usual name
 
+from muntin.compression.batch_norm import fold_batch_norms
 from muntin.compression.change import Change
 from muntin.compression.fold import fold
 from muntin.compression.observer import Observer
@@ -67,8 +69,6 @@ def quantized_form(layer: nn.Module, observer: Observer) -> QuantizedLayer | str
     """The quantised layer, or the reason why there is none."""
     if not observer.seen:
         return "no calibration image reached it"
-    if not _computes_as_usual(layer):
-        return f"{type(layer).__name__} computes in a way of its own"
     if isinstance(layer, nn.Conv2d):
         if layer.padding_mode != "zeros" or isinstance(layer.padding, str):
             return f"padding '{layer.padding if isinstance(layer.padding, str) else layer.padding_mode}' has no integer form here"
@@ -78,11 +78,16 @@ def quantized_form(layer: nn.Module, observer: Observer) -> QuantizedLayer | str
     return f"{type(layer).__name__} has no integer form here"
 
 
-def _computes_as_usual(layer: nn.Module) -> bool:
+def _computes_as_usual(layer: nn.Module, x: Tensor, output: Tensor) -> bool:
     """False for a subclass that pads, standardises or masks before its product: its weight and strides do not say what it computes."""
-    methods = ("forward", "_conv_forward") if isinstance(layer, nn.Conv2d) else ("forward",)
-    kind = nn.Conv2d if isinstance(layer, nn.Conv2d) else nn.Linear
-    return all(getattr(type(layer), method) is getattr(kind, method) for method in methods)
+    if type(layer) in (nn.Linear, nn.Conv2d):
+        return True
+    if isinstance(layer, nn.Conv2d):
+        usual = F.conv2d(x, layer.weight, layer.bias, layer.stride, layer.padding, layer.dilation, layer.groups)
+    else:
+        assert isinstance(layer, nn.Linear)
+        usual = F.linear(x, layer.weight, layer.bias)
+    return usual.shape == output.shape and torch.allclose(usual, output, rtol=1e-4, atol=1e-5 * float(output.abs().max()))
 
 
 def sqnr_db(reference: Tensor, approximation: Tensor) -> float:
@@ -92,13 +97,17 @@ def sqnr_db(reference: Tensor, approximation: Tensor) -> float:
     return float(10 * torch.log10(signal / noise)) if noise > 0 and signal > 0 else float("inf")
 
 
-def _measure(run: _Calibration, candidates: dict[str, QuantizedLayer]) -> dict[str, float]:
-    """Signal over noise of each layer's output when it alone is quantised, on the first calibration batch that reaches it."""
-    measured: dict[str, float] = {}
+def _measure(run: _Calibration, candidates: dict[str, QuantizedLayer]) -> dict[str, float | None]:
+    """Signal over noise of each layer's output when it alone is quantised, on the first calibration batch that reaches it.
+
+    None for a layer that does not compute what its kind does.
+    """
+    measured: dict[str, float | None] = {}
 
     def watch(name: str, layer: nn.Module, x: Tensor) -> None:
         if name in candidates and name not in measured:
-            measured[name] = sqnr_db(type(layer).forward(layer, x), candidates[name](x))
+            output = type(layer).forward(layer, x)
+            measured[name] = sqnr_db(output, candidates[name](x)) if _computes_as_usual(layer, x, output) else None
 
     for batch in run.batches:
         if measured.keys() != candidates.keys():
@@ -123,7 +132,7 @@ def quantize(calibration: Iterable[Tensor], config: QuantizationConfig | None = 
         unknown = [name for name in config.keep if name not in run.layers]
         if unknown:
             raise MuntinError(f"keep names no Linear or Conv2d: {', '.join(unknown)}; the model has {', '.join(list(run.layers)[:6])}, ...")
-        changes = fold(model)
+        changes = fold(model) + fold_batch_norms(model, batches[0])
         _check_weights(run.layers)
         return changes + _replace_layers(model, run, config)
 
@@ -162,13 +171,16 @@ def _call_every_layer(model: nn.Module) -> None:
         layer.activation_relu_or_gelu = 0  # read by nothing but the choice of that path
 
 
-def _reason_to_keep(name: str, form: QuantizedLayer | str, sqnr: dict[str, float], config: QuantizationConfig) -> str | None:
+def _reason_to_keep(name: str, form: QuantizedLayer | str, sqnr: dict[str, float | None], config: QuantizationConfig) -> str | None:
     if isinstance(form, str):
         return form
     if name in config.keep:
         return "named in keep"
-    if sqnr[name] < config.min_sqnr_db:
-        return f"INT8 leaves {sqnr[name]:.1f} dB of signal over noise, less than {config.min_sqnr_db:g}: 16 bits"
+    measured = sqnr[name]
+    if measured is None:
+        return "it does not compute what its kind does: no integer form"
+    if measured < config.min_sqnr_db:
+        return f"INT8 leaves {measured:.1f} dB of signal over noise, less than {config.min_sqnr_db:g}: 16 bits"
     return None
 
 

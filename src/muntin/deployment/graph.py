@@ -10,16 +10,18 @@ Axes: B images, H W map, C channels.
 from __future__ import annotations
 
 import ast
+import io
 import logging
 import warnings
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stderr
 from typing import Any
 
 import onnx
 import torch
 from onnxscript import opset20 as op
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from muntin.artifact import Signature
 from muntin.errors import ExportError
@@ -27,6 +29,7 @@ from muntin.errors import ExportError
 OPSET = 20
 COMPUTE = ("Conv", "ConvTranspose", "Gemm", "MatMul")
 _SCOPES = "pkg.torch.onnx.name_scopes"
+_ADAPTIVE = (torch.ops.aten.adaptive_avg_pool2d.default, torch.ops.aten.adaptive_max_pool2d.default)
 
 
 class PixelInput(nn.Module):
@@ -90,12 +93,12 @@ def to_onnx(model: nn.Module, example: Tensor, signature: Signature) -> onnx.Mod
 
 @contextmanager
 def _quiet_exporter() -> Iterator[None]:
-    """No warnings and no logs while exporting: they are PyTorch's own deprecations, and what fails is an exception."""
+    """No warnings, logs and dumps while exporting: they are PyTorch's own deprecations, and what fails is an exception."""
     logger = logging.getLogger("torch")
     level = logger.level
     logger.setLevel(logging.CRITICAL)
     try:
-        with warnings.catch_warnings():
+        with warnings.catch_warnings(), redirect_stderr(io.StringIO()):
             warnings.simplefilter("ignore")
             yield
     finally:
@@ -105,6 +108,19 @@ def _quiet_exporter() -> Iterator[None]:
 def _reason(error: BaseException) -> str:
     """An error on one line, or its kind where it says nothing."""
     return " ".join(str(error).split())[:300] or type(error).__name__
+
+
+class _RefuseAdaptivePooling(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch's __init_subclass__
+    """Adaptive pooling to more than one value: the exporter's graph of it reads outside the map at other sizes, without a warning.
+
+    Pooling to one value is a mean, which PyTorch computes as such. Source: pytorch issue 42653.
+    """
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None) -> Any:
+        if func in _ADAPTIVE and any(side != 1 for side in args[1]):
+            size = " x ".join(str(side) for side in args[1])
+            raise ExportError(f"adaptive pooling to {size} has no form that works for every size: pool to 1 x 1, or interpolate")
+        return func(*args, **(kwargs or {}))
 
 
 def answer_to(model: nn.Module, images_BCHW: Tensor) -> Tensor:
@@ -126,7 +142,8 @@ def answer_to(model: nn.Module, images_BCHW: Tensor) -> Tensor:
 def _check(model: nn.Module, example: Tensor, signature: Signature) -> None:
     if example.ndim != 4 or example.shape[1] != signature.channels:
         raise ExportError(f"example of shape {tuple(example.shape)}: give raw pixels (B, {signature.channels}, H, W)")
-    answer = answer_to(model, example)
+    with _RefuseAdaptivePooling():  # type: ignore[no-untyped-call]
+        answer = answer_to(model, example)
     expected = signature.scores_shape(example.shape[0], example.shape[2], example.shape[3])
     if tuple(answer.shape) != expected:
         raise ExportError(
@@ -148,24 +165,17 @@ def canonical_names(model: nn.Module) -> dict[str, str]:
 
 
 def _name_layers(proto: onnx.ModelProto, canonical: Mapping[str, str]) -> None:
-    """Give each layer's product the layer's dotted name; a layer's further products, and its bias, get more behind a `/`.
+    """Give each layer's product the layer's dotted name; a layer's further products get a number behind a `/`.
 
-    Engines report a product that took up its bias under the bias's name. Only nodes are named: values could clash.
+    Only nodes are named: the names of values could clash.
     """
-    taken: dict[str, int] = {}
-    products: dict[tuple[str, str], str] = {}
+    uses: dict[str, int] = {}
     for node in proto.graph.node:
         scope = _scope(node)
         scope = canonical.get(scope, scope)
-        if not scope:
-            continue
-        if node.op_type in COMPUTE:
-            taken[scope] = taken.get(scope, 0) + 1
-            node.name = scope if taken[scope] == 1 else f"{scope}/{taken[scope]}"
-            products[scope, node.output[0]] = node.name
-        elif node.op_type == "Add":
-            for product in (products[scope, x] for x in node.input if (scope, x) in products):
-                node.name = f"{product}/bias"
+        if node.op_type in COMPUTE and scope:
+            uses[scope] = uses.get(scope, 0) + 1
+            node.name = scope if uses[scope] == 1 else f"{scope}/{uses[scope]}"
 
 
 def _scope(node: onnx.NodeProto) -> str:

@@ -148,6 +148,8 @@ def _executed(runtime_model: Any, nodes: ComputeNodes) -> list[ExecutedLayer]:
         originals = [name for name in info.get("originalLayersNames", "").split(",") if name]
         multiplies = kind in _MULTIPLY
         node = nodes.find(originals, derived=multiplies) if multiplies or kind in _MAY_MULTIPLY else None
+        if node is None and multiplies and op.get_input_size() > 1:  # a MatMul that lost its name in a fusion: its weight kept it
+            node = nodes.find([op.input_value(1).get_node().get_friendly_name()], derived=True)
         precision = info.get("runtimePrecision", "")
         layer = ExecutedLayer(
             name=node or (originals[0] if originals else op.get_friendly_name()),

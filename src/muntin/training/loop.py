@@ -27,7 +27,6 @@ from muntin.artifact import Signature
 from muntin.data import Crops, Source, open_source, prefetch
 from muntin.errors import CheckpointError, DependencyError, MuntinError, RecipeError
 from muntin.layers import ChannelGate
-from muntin.layers.norm import GROUP
 from muntin.models import TorchSession
 from muntin.training.average import WeightAverage
 from muntin.training.checkpoint import (
@@ -232,10 +231,10 @@ class _Run:
             with self.precision.autocast():
                 return self.forward(images)
         except ValueError as error:
-            if len(images) % GROUP != 1:  # only a group of one sample can leave a norm a single value
+            if len(images) > 1:  # one picture is what a foreign model's batch norm may refuse
                 raise
             raise RecipeError(
-                f"training.batch_size {len(images)} with data.crop {images.shape[2]}: {' '.join(str(error).split())}; raise either of them"
+                f"training.batch_size 1 with data.crop {images.shape[2]}: {' '.join(str(error).split())}; raise either of them"
             ) from error
 
     def _log_step(self, log: MetricsLog, loss: float, rate: float) -> None:

@@ -1,0 +1,188 @@
+"""The command line in this process and in others, and a run and an artefact for it to work on."""
+
+from __future__ import annotations
+
+import json
+import resource
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from onnx import TensorProto, helper, numpy_helper
+
+from muntin.artifact import ClassInfo, GoldenTolerance, Signature, write_artifact
+from muntin.cli import main
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What a command said and how it ended."""
+
+    code: int
+    out: str
+    err: str
+
+    def document(self) -> Any:
+        """The one JSON document of a command that succeeded: all of its standard output, and nothing on standard error."""
+        assert (self.code, self.err) == (0, "")
+        return json.loads(self.out, parse_constant=lambda name: pytest.fail(f"{name} is no JSON"))
+
+    def mistake(self, code: int = 1) -> str:
+        """The one line of a command that failed."""
+        assert self.code == code
+        assert self.err.endswith("\n")
+        assert self.err.count("\n") == 1, self.err
+        assert self.err.startswith("muntin: ")
+        assert "Traceback" not in self.err
+        return self.err.removeprefix("muntin: ").rstrip("\n")
+
+
+@pytest.fixture
+def call(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Callable[..., Answer]:
+    """`call("verify", path)`: the entry point, in this process. An exception that it does not answer fails the test."""
+
+    def call(*words: object) -> Answer:
+        monkeypatch.setattr(sys, "argv", ["muntin", *map(str, words)])
+        capsys.readouterr()
+        try:
+            main()
+            code: Any = 0
+        except SystemExit as error:
+            code = error.code
+        captured = capsys.readouterr()
+        return Answer(code or 0, captured.out, captured.err)
+
+    return call
+
+
+@pytest.fixture(scope="session")
+def call_process() -> Callable[..., Answer]:
+    """`call_process("verify", path, before="python statements")`: a process of its own; costs seconds where torch is loaded."""
+
+    def call(*words: object, before: str = "", env: dict[str, str] | None = None, cwd: Path | None = None) -> Answer:
+        code = f"{before}\nfrom muntin.cli import main\nmain()"
+        done = subprocess.run(
+            [sys.executable, "-c", code, *map(str, words)], capture_output=True, text=True, env=env, cwd=cwd, timeout=120, check=False
+        )
+        return Answer(done.returncode, done.stdout, done.stderr)
+
+    return call
+
+
+@dataclass(frozen=True)
+class Exported:
+    """A data set, a run on it and the run's artefact. Not to be changed: copy first."""
+
+    root: Path
+    recipe: Path
+    run: Path
+    artifact: Path
+    image: Path
+    mask: Path
+
+
+CONVOLUTIONS = """
+from torch import nn
+
+class Small(nn.Sequential):
+    def forward(self, x):
+        return super().forward(x / 128 - 1)
+
+def make(*, task, classes, channels):
+    first, second = nn.Conv2d(channels, 16, 3, padding=1), nn.Conv2d(16, 32, 3, padding=1)
+    return Small(first, nn.BatchNorm2d(16), nn.ReLU(), second, nn.BatchNorm2d(32), nn.ReLU(), nn.Conv2d(32, classes, 1))
+"""
+
+
+@pytest.fixture(scope="session")
+def exported(tmp_path_factory: pytest.TempPathFactory, write_tiny: Callable[..., Any]) -> Iterator[Exported]:
+    """Of a user's own model of three convolutions: our own takes PyTorch ten times as long to trace."""
+    from muntin.deployment.assessment import export_checkpoint
+    from muntin.training import fit, read_checkpoint
+
+    root = tmp_path_factory.mktemp("exported")
+    (root / "three_convolutions.py").write_text(CONVOLUTIONS)
+    tiny = write_tiny(root / "data", model={"name": "three_convolutions:make", "options": {}})
+    folder = tiny.root / "test"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(root)
+        fit(tiny.recipe, directory=root / "run")
+        export_checkpoint(read_checkpoint(root / "run"), root / "run" / "artifact")
+        yield Exported(
+            tiny.root,
+            tiny.recipe,
+            root / "run",
+            root / "run" / "artifact",
+            folder / "images" / "test-0.png",
+            folder / "masks" / "test-0.png",
+        )
+
+
+@pytest.fixture(scope="session")
+def tree() -> Callable[[Path], dict[str, bytes]]:
+    """All files under a folder, hidden ones too, with what they hold: to see that nothing was changed or left behind."""
+    return lambda root: {str(path.relative_to(root)): path.read_bytes() if path.is_file() else b"/" for path in sorted(root.rglob("*"))}
+
+
+@pytest.fixture
+def full_disk() -> Callable[[int], AbstractContextManager[None]]:
+    """`with full_disk(100):` no file of this process can grow beyond so many bytes: writing fails as on a full disk."""
+
+    @contextmanager
+    def limit(size: int) -> Iterator[None]:
+        before = resource.getrlimit(resource.RLIMIT_FSIZE)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+        try:
+            yield
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+    return limit
+
+
+@pytest.fixture(scope="session")
+def write_small() -> Callable[..., Path]:
+    """`write_small(path, task="classify", golden=1.0, nan=True)`: an artefact of one product a pixel, made without torch.
+
+    The scores of class k are the mean of channels 0..k over 255. `golden` is added to the recorded scores; `nan` to the real ones.
+    """
+
+    def write(path: Path, *, task: str = "segment", names: tuple[str, ...] = ("a", "b"), golden: float = 0.0, nan: bool = False) -> Path:
+        weights = np.stack([np.where(np.arange(3) <= k, 1 / (255 * (k + 1)), 0) for k in range(len(names))]).astype(np.float32)
+        shift = np.full((1, len(names), 1, 1), np.nan if nan else 0, np.float32)
+        nodes = [
+            helper.make_node("Cast", ["images"], ["float"], to=TensorProto.FLOAT),
+            helper.make_node("Transpose", ["float"], ["planes"], perm=[0, 3, 1, 2]),
+            helper.make_node("Conv", ["planes", "weights"], ["products"], name="product"),
+            helper.make_node("Add", ["products", "shift"], ["scores" if task == "segment" else "map"]),
+        ]
+        if task == "classify":
+            nodes.append(helper.make_node("ReduceMean", ["map", "axes"], ["scores"], keepdims=0))
+        values = {"weights": weights[:, :, None, None], "shift": shift, "axes": np.array([2, 3])}
+        shape = ["B", len(names), "H", "W"][: 4 if task == "segment" else 2]
+        graph = helper.make_graph(
+            nodes,
+            "small",
+            [helper.make_tensor_value_info("images", TensorProto.UINT8, ["B", "H", "W", 3])],
+            [helper.make_tensor_value_info("scores", TensorProto.FLOAT, shape)],
+            [numpy_helper.from_array(value, name) for name, value in values.items() if name != "axes" or task == "classify"],
+        )
+        images = np.random.default_rng(0).integers(0, 256, (1, 5, 6, 3)).astype(np.uint8)
+        scores = np.einsum("bhwc,kc->bkhw", images.astype(np.float32), weights)
+        scores = np.ascontiguousarray(scores if task == "segment" else scores.mean((2, 3))) + np.float32(golden)
+        write_artifact(
+            path,
+            model=helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=10),
+            signature=Signature(task=task, channels=3, classes=tuple(ClassInfo(name=n, color=(9 * k, 0, 0)) for k, n in enumerate(names))),
+            golden=[(images, scores)],
+            golden_tolerance={"f32": GoldenTolerance(max_error=0.01, label_agreement=0.9)},
+        )
+        return path
+
+    return write

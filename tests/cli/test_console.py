@@ -1,0 +1,30 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from muntin.cli.console import print_json, progress_bar, say, status
+
+
+def test_a_line_is_printed_as_it_stands(capsys: pytest.CaptureFixture[str]) -> None:
+    """No markup, no emoji, no wrapping: paths and class names are the user's."""
+    line = f"[red]x[/red] :smile: {'long ' * 60}[/] \\[a]"
+    say(line)
+    captured = capsys.readouterr()
+    assert (captured.out, captured.err) == ("", f"{line}\n")
+
+
+def test_a_document_is_strict_json(capsys: pytest.CaptureFixture[str]) -> None:
+    print_json({"path": Path("a/b"), "name": "über", "none": None})
+    assert capsys.readouterr().out == '{\n "path": "a/b",\n "name": "über",\n "none": null\n}\n'
+    with pytest.raises(ValueError, match="not JSON compliant"):
+        print_json({"x": float("nan")})
+
+
+def test_a_pipe_sees_no_progress(capsys: pytest.CaptureFixture[str]) -> None:
+    with progress_bar("working") as advance, status("thinking") as stage:
+        advance(1, 2)
+        stage("hard")
+    captured = capsys.readouterr()
+    assert (captured.out, captured.err) == ("", "")

@@ -1,0 +1,252 @@
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from muntin.artifact import open_artifact
+from muntin.runtime import load, predict
+from muntin.runtime.images import read_image, read_mask, write_image
+
+Call = Callable[..., Any]
+Write = Callable[..., Path]
+FullDisk = Callable[[int], AbstractContextManager[None]]
+Tree = Callable[[Path], dict[str, bytes]]
+FILES = ("manifest.json", "model.onnx", "weights.safetensors", "golden.safetensors")
+
+
+def flip(path: Path) -> None:
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 1
+    path.write_bytes(data)
+
+
+@pytest.fixture
+def copied(exported: Any, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(exported.artifact, tmp_path / "artifact"))
+
+
+# ---- export ----
+
+
+def test_an_artefact_that_is_there_from_the_same_weights_is_taken_as_it_is(call: Call, exported: Any, tree: Tree) -> None:
+    before = tree(exported.run)
+    document = call("export", exported.run, "--json").document()
+    assert tree(exported.run) == before
+    artifact = open_artifact(exported.artifact)
+    assert Path(document["artifact"]) == exported.artifact
+    assert document["bytes"] == artifact.bytes == sum(file.stat().st_size for file in exported.artifact.iterdir())
+    assert document["int8_layers"] + len(document["kept"]) == 3
+    assert document["int8_layers"] >= 2
+    assert document["precision"] in ("f32", "bf16", "f16")
+    text = call("export", exported.run)
+    assert (text.code, text.err) == (0, "")
+    assert f"{document['int8_layers']} layers in INT8" in text.out
+
+
+def test_export_in_float_goes_where_it_is_told(call: Call, exported: Any, tmp_path: Path) -> None:
+    document = call("export", exported.run, "--float", "-o", tmp_path / "float", "--json").document()
+    assert document["int8_layers"] == 0
+    image = read_image(exported.image)
+    integer, floating = (predict(load(path, precision="f32"), image) for path in (exported.artifact, tmp_path / "float"))
+    assert (integer == floating).mean() > 0.9
+    weights = [(path / "weights.safetensors").stat().st_size for path in (exported.artifact, tmp_path / "float")]
+    assert weights[0] < weights[1]
+
+
+def test_export_to_a_full_disk_leaves_nothing(call: Call, exported: Any, tmp_path: Path, full_disk: FullDisk, tree: Tree) -> None:
+    before = tree(exported.run)
+    with full_disk(20_000):
+        text = call("export", exported.run, "-o", tmp_path / "artifact").mistake()
+    assert "cannot be written (File too large): make room" in text
+    assert list(tmp_path.iterdir()) == []
+    assert tree(exported.run) == before
+
+
+# ---- verify ----
+
+
+def test_verify_says_what_it_checked(call: Call, exported: Any) -> None:
+    document = call("verify", exported.artifact, "--json").document()
+    assert document["passed"]
+    assert (document["engine"], document["problems"]) == ("openvino", [])
+    assert set(document["files"]) == set(FILES)
+    assert len(document["golden"]) == 2
+    assert all(pair["passed"] for pair in document["golden"])
+    recorded = [layer.name for layer in open_artifact(exported.artifact).manifest.layers if layer.activation_bits == 8]
+    ran = [name.split("/")[0] for name in document["integer_layers"]]
+    assert recorded
+    assert set(recorded) <= set(ran)
+    text = call("verify", exported.artifact)
+    assert (text.code, text.err) == (0, "")
+    assert "files     4 digests agree" in text.out
+    assert f"integers  {len(document['integer_layers'])} layers" in text.out
+
+
+def test_verify_takes_an_engine_a_precision_and_threads(call: Call, exported: Any) -> None:
+    document = call("verify", exported.artifact, "--engine", "onnxruntime", "--threads", "1", "--json").document()
+    assert document["engine"].startswith("onnxruntime")
+    document = call("verify", exported.artifact, "--precision", "f32", "--json").document()
+    assert document["precision"] == "f32"
+    assert 'engine="tensorrt": give one of openvino, onnxruntime' in call("verify", exported.artifact, "--engine", "tensorrt").mistake()
+    assert "give one of recorded, f32" in call("verify", exported.artifact, "--precision", "int8").mistake()
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_one_flipped_byte_is_one_line(call: Call, exported: Any, copied: Path, tmp_path: Path, name: str) -> None:
+    flip(copied / name)
+    commands = [
+        ("verify", copied),
+        ("predict", copied, exported.image, "-o", tmp_path / "out"),
+        ("evaluate", exported.run, "--artifact", copied),
+    ]
+    for words in commands:
+        text = call(*words).mistake()
+        assert name in text
+        assert "copy or export the artefact again" in text
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_newer_format_says_upgrade(call: Call, exported: Any, copied: Path, tmp_path: Path) -> None:
+    manifest = copied / "manifest.json"
+    manifest.write_text(json.dumps(json.loads(manifest.read_text()) | {"format": 2, "unheard": "of"}))
+    commands = [
+        ("verify", copied),
+        ("predict", copied, exported.image, "-o", tmp_path / "out"),
+        ("evaluate", exported.run, "--artifact", copied),
+    ]
+    for words in commands:
+        assert "artefact format 2 is newer than this muntin reads (1): upgrade muntin" in call(*words).mistake()
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_a_missing_file_is_one_line(call: Call, copied: Path, name: str) -> None:
+    (copied / name).unlink()
+    assert name in call("verify", copied).mistake()
+
+
+@pytest.mark.parametrize(("changes", "finite"), [({"golden": 1.0}, True), ({"nan": True}, False)])
+def test_an_artefact_that_computes_something_else_fails_and_says_so_in_both_ways(
+    call: Call, tmp_path: Path, write_small: Write, changes: dict[str, Any], finite: bool
+) -> None:
+    path = write_small(tmp_path / "wrong", **changes)
+    answer = call("verify", path, "--json")
+    assert "golden pair 0" in answer.mistake()
+    document = json.loads(answer.out)
+    assert not document["passed"]
+    assert (document["golden"][0]["max_error"] is not None) == finite
+    assert "golden pair 0" in call("verify", path).mistake()
+
+
+# ---- predict ----
+
+
+def test_predict_writes_a_mask_an_overlay_and_a_difference(call: Call, exported: Any, tmp_path: Path) -> None:
+    words = ("predict", exported.artifact, exported.image, "--truth", exported.mask, "-o", tmp_path / "out", "--json")
+    (result,) = call(*words).document()["results"]
+    assert sorted(p.name for p in (tmp_path / "out").iterdir()) == ["test-0.difference.png", "test-0.mask.png", "test-0.overlay.png"]
+    mask, truth = read_mask(result["mask"]), read_mask(exported.mask)
+    assert (mask == predict(load(exported.artifact), read_image(exported.image))).mean() > 0.99
+    counted = truth != 255
+    assert result["agreement"] == pytest.approx((mask == truth)[counted].mean())
+    assert sum(result["shares"].values()) == pytest.approx(1)
+    assert result["shares"]["sea"] == pytest.approx((mask == 0).mean())
+    assert read_image(result["overlay"]).shape == (48, 48, 3)
+    assert len(np.unique(read_image(result["difference"])[~counted], axis=0)) == 1
+
+
+def test_predict_in_tiles_is_what_the_library_does_in_tiles(call: Call, exported: Any, tmp_path: Path) -> None:
+    words = ("predict", exported.artifact, exported.image, "-o", tmp_path, "--tile", "20", "--overlap", "7", "--json")
+    (result,) = call(*words).document()["results"]
+    expected = predict(load(exported.artifact), read_image(exported.image), tile=20, overlap=7)
+    assert np.array_equal(read_mask(result["mask"]), expected)
+
+
+def test_predict_takes_a_folder(call: Call, exported: Any, tmp_path: Path) -> None:
+    answer = call("predict", exported.artifact, exported.image.parent, "-o", tmp_path / "out")
+    assert (answer.code, answer.err) == (0, "")
+    assert answer.out.count(" -> ") == 2
+    assert len(list((tmp_path / "out").glob("*.mask.png"))) == 2
+
+
+def test_predict_names_the_class_of_a_picture(call: Call, tmp_path: Path, write_small: Write) -> None:
+    artifact = write_small(tmp_path / "classify", task="classify", names=("red", "any"))
+    write_image(tmp_path / "x.png", np.full((5, 4, 3), (200, 0, 0), np.uint8))
+    (result,) = call("predict", artifact, tmp_path / "x.png", "-o", tmp_path / "out", "--json").document()["results"]
+    assert result["class"] == "red"
+    assert result["probability"] == pytest.approx(1 / (1 + np.exp(-100 / 255)), rel=1e-4)
+    assert f"{tmp_path / 'x.png'} -> red" in call("predict", artifact, tmp_path / "x.png").out
+
+
+def spoiled(tmp_path: Path, exported: Any, kind: str) -> list[Any]:
+    """An image, and what goes with it, that something is wrong with."""
+    image = tmp_path / "image.png"
+    shutil.copy(exported.image, image)
+    if kind == "truncated":
+        image.write_bytes(image.read_bytes()[:-40])
+    elif kind == "no image":
+        image.write_text("hello")
+    elif kind == "deep":
+        from PIL import Image
+
+        Image.fromarray(np.zeros((4, 4), np.uint16)).save(image)
+    elif kind == "missing":
+        image.unlink()
+    elif kind == "empty folder":
+        (tmp_path / "empty").mkdir()
+        image = tmp_path / "empty"
+    elif kind == "twins":
+        shutil.copy(exported.image, tmp_path / "image.jpg")
+        image = tmp_path
+    truths = {
+        "other size": np.zeros((48, 47), np.uint8),
+        "other value": np.full((48, 48), 3, np.uint8),
+        "colours": np.zeros((48, 48, 3), np.uint8) + np.arange(3, dtype=np.uint8),
+    }
+    words: list[Any] = [image]
+    if kind in truths:
+        (tmp_path / "truth").mkdir()
+        write_image(tmp_path / "truth" / "mask.png", truths[kind])
+        words += ["--truth", tmp_path / "truth" / "mask.png"]
+    if kind == "truth of a folder":
+        words = [exported.image.parent, "--truth", exported.mask]
+    options = {"exact": ["--exact"], "overlap": ["--tile", "16", "--overlap", "16"]}
+    return words + options.get(kind, [])
+
+
+@pytest.mark.parametrize(
+    ("kind", "says"),
+    [
+        ("truncated", "image.png is damaged or truncated"),
+        ("no image", "image.png is no image that muntin reads"),
+        ("deep", "more than 8 bits"),
+        ("missing", "image.png does not exist"),
+        ("empty folder", "empty holds no image"),
+        ("twins", "several images named image"),
+        ("other size", "the mask is 47x48 and the image 48x48"),
+        ("other value", "the mask holds the value 3; allowed are 0 to 2, and 255"),
+        ("colours", "the mask is a colour picture"),
+        ("truth of a folder", "--truth goes with one image"),
+        ("exact", "exact=True needs a plan"),
+        ("overlap", "a whole number of pixels from 0 to 15"),
+    ],
+)
+def test_what_cannot_be_predicted_is_one_line_and_nothing_is_written(
+    call: Call, exported: Any, tmp_path: Path, kind: str, says: str
+) -> None:
+    words = spoiled(tmp_path, exported, kind)
+    assert says in call("predict", exported.artifact, *words, "-o", tmp_path / "out").mistake()
+    assert not (tmp_path / "out").exists()
+
+
+def test_predicting_onto_a_full_disk_leaves_no_half_picture(call: Call, exported: Any, tmp_path: Path, full_disk: FullDisk) -> None:
+    with full_disk(60):
+        text = call("predict", exported.artifact, exported.image, "-o", tmp_path / "out").mistake()
+    assert "File too large; make room" in text
+    assert list((tmp_path / "out").iterdir()) == []

@@ -1,0 +1,152 @@
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from muntin.cli import COMMANDS
+
+Call = Callable[..., Any]
+
+
+def test_help_lists_every_command(call: Call) -> None:
+    answer = call("--help")
+    assert (answer.code, answer.err) == (0, "")
+    for name in ("demo", "init", "fit", "evaluate", "export", "verify", "predict", "report", "models"):
+        assert name in COMMANDS
+        assert name in answer.out
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_every_command_has_help_and_json(call: Call, name: str) -> None:
+    answer = call(name, "--help")
+    assert (answer.code, answer.err) == (0, "")
+    assert "--json" in answer.out
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["nothing"],
+        ["verify"],
+        ["verify", "a", "b"],
+        ["verify", "a", "--nothing"],
+        ["verify", "a", "--threads", "0"],
+        ["verify", "a", "--threads", "many"],
+        ["predict", "a"],
+        ["predict", "a", "b", "--tile", "0"],
+        ["predict", "a", "b", "--overlap", "-1"],
+        ["models", "--size", "0"],
+        ["fit"],
+        ["evaluate", "a", "--tile", "x"],
+    ],
+)
+def test_wrong_usage_exits_2_and_says_where_help_is(call: Call, words: list[str]) -> None:
+    answer = call(*words)
+    assert (answer.code, answer.out) == (2, "")
+    assert "--help" in answer.err
+    assert "Traceback" not in answer.err
+
+
+def test_no_command_at_all_shows_help(call: Call) -> None:
+    answer = call()
+    assert answer.code == 2
+    assert "predict" in answer.out + answer.err
+
+
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        (["fit", "none.yaml"], "`muntin init DIR`"),
+        (["evaluate", "none"], "does not exist"),
+        (["export", "none"], "does not exist"),
+        (["report", "none"], "does not exist"),
+        (["verify", "none"], "no such artefact"),
+        (["predict", "none", "none.png"], "no such artefact"),
+        (["init", "none"], "does not exist"),
+    ],
+)
+def test_what_is_not_there_is_told_in_one_line_and_nothing_is_made(
+    call: Call, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, words: list[str], says: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert says in call(*words).mistake()
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_ctrl_c_is_one_line(call: Call, monkeypatch: pytest.MonkeyPatch, exported: Any) -> None:
+    def interrupted(*arguments: Any, **options: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("muntin.runtime.verify", interrupted)
+    assert call("verify", exported.artifact).mistake() == "interrupted"
+
+
+def test_a_place_that_cannot_be_written_is_one_line(call: Call, tmp_path: Path, exported: Any) -> None:
+    (tmp_path / "file").write_text("in the way")
+    assert "check the path" in call("predict", exported.artifact, exported.image, "-o", tmp_path / "file").mistake()
+
+
+def test_a_reader_that_goes_away_is_no_error() -> None:
+    """`muntin ... --json | head -1`: more than a pipe holds is written to nobody."""
+    code = "from muntin.cli.console import print_json\nfrom muntin.cli import app, main\n"
+    code += "app.command('long')(lambda: print_json(['x' * 70] * 10_000))\nmain()"
+    with subprocess.Popen([sys.executable, "-c", code, "long"], stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        assert process.stdout is not None
+        assert process.stderr is not None
+        process.stdout.readline()
+        process.stdout.close()
+        assert process.stderr.read() == b""
+
+
+def test_the_program_and_the_module_are_one(tmp_path: Path) -> None:
+    for program in ([str(Path(sys.executable).with_name("muntin"))], [sys.executable, "-m", "muntin"]):
+        done = subprocess.run([*program, "verify", str(tmp_path), "--json"], capture_output=True, text=True, check=False)
+        assert (done.returncode, done.stdout) == (1, "")
+        assert done.stderr == f"muntin: {tmp_path}: it holds no manifest.json: name a directory that muntin exported\n"
+
+
+# ---- without torch ----
+
+BLOCKED = ("torch", "torchvision", "torchmetrics", "onnxscript", "timm", "tensorboard")
+WITHOUT_TORCH = f"""
+import sys
+class Absent:
+    def find_spec(self, name, path=None, target=None):
+        if name.split(".")[0] in {BLOCKED}:
+            raise ModuleNotFoundError(f"No module named {{name!r}}", name=name)
+sys.meta_path.insert(0, Absent())
+"""
+
+
+def test_an_artefact_is_verified_and_predicts_without_torch(call_process: Call, exported: Any, tmp_path: Path) -> None:
+    verified = call_process("verify", exported.artifact, "--json", before=WITHOUT_TORCH).document()
+    assert verified["passed"]
+    predicted = call_process("predict", exported.artifact, exported.image, "-o", tmp_path, "--json", before=WITHOUT_TORCH).document()
+    assert Path(predicted["results"][0]["mask"]).is_file()
+
+
+def test_init_does_without_torch(call_process: Call, tmp_path: Path, write_tiny: Callable[..., Any]) -> None:
+    write_tiny(tmp_path / "data").recipe.unlink()
+    assert Path(call_process("init", tmp_path / "data", "--json", before=WITHOUT_TORCH).document()["recipe"]).is_file()
+
+
+@pytest.mark.parametrize("words", [["fit", "recipe.yaml"], ["models"], ["evaluate", "run"], ["export", "run"], ["report", "run"], ["demo"]])
+def test_what_needs_torch_says_what_to_install(words: list[str], tmp_path: Path) -> None:
+    code = f"{WITHOUT_TORCH}\nfrom muntin.cli import main\nmain()"
+    done = subprocess.run([sys.executable, "-c", code, *words], capture_output=True, text=True, check=False, cwd=tmp_path)
+    assert (done.returncode, done.stdout) == (1, "")
+    assert done.stderr == "muntin: this command needs the package torch: pip install 'muntin[train]'\n"
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_what_the_command_line_loads_is_light() -> None:
+    code = "import json, sys, muntin.cli\nprint(json.dumps(sorted({name.split('.')[0] for name in sys.modules})))"
+    loaded = json.loads(subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout)
+    heavy = {*BLOCKED, "numpy", "openvino", "onnxruntime", "onnx", "PIL", "pydantic", "yaml", "jinja2", "matplotlib", "safetensors"}
+    assert not heavy & set(loaded)

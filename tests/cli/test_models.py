@@ -1,0 +1,67 @@
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from muntin.models import PRESETS, create_model
+from muntin.training import load_recipe
+
+Call = Callable[..., Any]
+
+
+def test_models_are_listed_with_their_figures(call: Call) -> None:
+    document = call("models", "--size", "64", "--json").document()
+    assert [row["name"] for row in document["models"]] == list(PRESETS)
+    small = {row["name"]: row for row in document["models"]}["hybrid-xs"]
+    assert small["params"] == sum(p.numel() for p in create_model("hybrid-xs", classes=6).parameters())
+    assert all(row["gmacs"] > 0 for row in document["models"])
+    text = call("models", "--size", "64")
+    assert (text.code, text.err) == (0, "")
+    assert all(name in text.out for name in PRESETS)
+
+
+@pytest.fixture
+def pictures(tmp_path: Path, write_tiny: Callable[..., Any]) -> Path:
+    write_tiny(tmp_path / "data").recipe.unlink()
+    return tmp_path / "data"
+
+
+def test_init_writes_a_recipe_that_trains(call: Call, pictures: Path, tmp_path: Path, tiny_options: str) -> None:
+    path = Path(call("init", pictures, "--json").document()["recipe"])
+    assert path == pictures / "recipe.yaml"
+    assert [entry.value for entry in load_recipe(path).data.classes] == [0, 1, 2]
+    changes = ["training.steps=1", "training.batch_size=2", "model.name=hybrid-xs", f"model.options={tiny_options}"]
+    words = [word for change in changes for word in ("--set", change)]
+    assert call("fit", path, "-o", tmp_path / "run", *words, "--json").document()["step"] == 1
+
+
+@pytest.fixture
+def tiny_options(tmp_path: Path, write_tiny: Callable[..., Any]) -> str:
+    options = write_tiny(tmp_path / "unused").content["model"]["options"]
+    return yaml.safe_dump(options, default_flow_style=True, width=1000).strip()
+
+
+def test_init_says_what_comes_next(call: Call, pictures: Path) -> None:
+    answer = call("init", pictures)
+    assert answer.code == 0
+    assert f"`muntin fit {pictures / 'recipe.yaml'}`" in answer.out
+
+
+def test_init_does_not_overwrite(call: Call, pictures: Path) -> None:
+    (pictures / "recipe.yaml").write_text("mine")
+    assert "exists already" in call("init", pictures).mistake()
+    assert (pictures / "recipe.yaml").read_text() == "mine"
+
+
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [([], "holds nothing to make a recipe of"), (["--task", "classify"], "holds nothing"), (["--task", "x"], "give segment or classify")],
+)
+def test_init_of_an_empty_folder_is_one_line(call: Call, tmp_path: Path, words: list[str], says: str) -> None:
+    (tmp_path / "empty" / "images").mkdir(parents=True)
+    assert says in call("init", tmp_path / "empty", *words).mistake()
+    assert [p.name for p in (tmp_path / "empty").iterdir()] == ["images"]

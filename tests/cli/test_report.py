@@ -1,0 +1,51 @@
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from muntin.reporting import read_report
+
+Call = Callable[..., Any]
+
+
+@pytest.fixture
+def run(exported: Any, tmp_path: Path) -> Path:
+    """A copy of the run with its artefact, so that nothing has to be exported."""
+    return Path(shutil.copytree(exported.run, tmp_path / "run"))
+
+
+def test_a_report_of_a_run_in_a_place_of_its_own(call: Call, run: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    shutil.copytree(run / "artifact", out / "artifact")
+    document = call("report", run / "checkpoints" / "step-00000006", "-o", out, "--json").document()
+    assert Path(document.pop("report")) == out / "report.html"
+    assert not list(run.glob("*report*"))
+    assert "<html" in (out / "report.html").read_text()
+    assert json.loads((out / "report.json").read_text()) == document
+    steps = document["steps"]
+    assert [step["name"] for step in steps] == ["fp32", "fake-quantised", "deployed"]
+    for step in steps:
+        assert set(step) == {"name", "miou", "iou", "params", "bytes", "gmacs", "latency_ms", "engine"}
+        assert set(step["iou"]) == {"sea", "field", "roof"}
+    assert steps[0]["latency_ms"] > 0
+    assert steps[-1]["latency_ms"] > 0
+    assert steps[-1]["bytes"] == sum(file.stat().st_size for file in (out / "artifact").iterdir())
+    assert 0.9 < document["agreement"] <= 1
+    executed = {layer["executed"] for layer in document["layers"] if layer["activation_bits"] == 8}
+    assert executed == {"i8"}
+    for example in document["pictures"]["examples"]:
+        assert all((out / example[kind]).is_file() for kind in ("image", "truth", "prediction", "difference"))
+    assert read_report(out).task == "segment"
+
+
+def test_a_report_onto_a_full_disk_leaves_none(call: Call, run: Path, full_disk: Callable[[int], AbstractContextManager[None]]) -> None:
+    with full_disk(30_000):
+        text = call("report", run).mistake()
+    assert "File too large" in text
+    assert not list(run.glob("*report*"))

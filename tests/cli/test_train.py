@@ -1,0 +1,225 @@
+from __future__ import annotations
+
+import json
+import os
+import shlex
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from muntin.runtime.images import write_image
+from muntin.training import fit, load_recipe, read_checkpoint
+
+Call = Callable[..., Any]
+MUNTIN = str(Path(sys.executable).with_name("muntin"))
+
+
+def cut(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:-40])
+
+
+# ---- fit ----
+
+
+def test_fit_says_what_it_left(call: Call, tiny: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    answer = call("fit", tiny.recipe, "--set", "training.steps=2")
+    assert (answer.code, answer.err) == (0, "")
+    assert "trained   2 of 2 steps" in answer.out
+    assert "score " in answer.out
+    assert "wrote     runs/tiny/checkpoints/step-00000002" in answer.out
+
+
+def test_fit_gives_one_document(call: Call, tiny: Any, tmp_path: Path) -> None:
+    document = call("fit", tiny.recipe, "-o", tmp_path / "run", "--json").document()
+    assert (document["step"], document["steps"], document["interrupted"]) == (6, 6, False)
+    assert Path(document["checkpoint"]) == tmp_path / "run" / "checkpoints" / "step-00000006"
+    assert [point["step"] for point in document["validation"]] == [3, 6]
+
+
+def test_fit_does_not_overwrite_and_goes_on_when_asked(call: Call, exported: Any, tmp_path: Path, tree: Callable[[Path], Any]) -> None:
+    before = tree(exported.run)
+    assert "--resume goes on with it" in call("fit", exported.recipe, "-o", exported.run).mistake()
+    words = ("fit", exported.recipe, "-o", exported.run, "--resume", "--set", "seed=4")
+    assert "another recipe" in call(*words).mistake()
+    assert tree(exported.run) == before
+
+
+@pytest.mark.parametrize(
+    ("spoil", "says"),
+    [
+        (lambda root: cut(root / "train/images/train-1.png"), "train-1.png is damaged or truncated"),
+        (lambda root: (root / "test/images/test-0.png").write_text("no picture"), "test-0.png is no image that muntin reads"),
+        (lambda root: (root / "validation/masks/validation-0.png").write_bytes(b""), "is empty (0 bytes)"),
+        (lambda root: write_image(root / "train/masks/train-0.png", np.zeros((48, 47), np.uint8)), "they must be of one size"),
+        (lambda root: write_image(root / "train/masks/train-0.png", np.full((48, 48), 3, np.uint8)), "mask values 3, allowed are 0, 1, 2"),
+        (lambda root: [path.unlink() for path in (root / "train/images").iterdir()], "train/images holds no images"),
+        (lambda root: shutil.rmtree(root / "train/images"), "train/images does not exist"),
+        (lambda root: (root / "train/masks/train-2.png").unlink(), "train-2.png has no mask"),
+        (lambda root: (root / "recipe.yaml").write_text("training: [1"), "not YAML"),
+        (lambda root: (root / "recipe.yaml").write_text("trainings: {}"), "unknown key 'trainings'; did you mean 'training'?"),
+    ],
+)
+def test_bad_data_are_one_line_and_nothing_is_written(
+    call: Call, tiny: Any, tmp_path: Path, spoil: Callable[[Path], Any], says: str
+) -> None:
+    spoil(tiny.root)
+    assert says in call("fit", tiny.recipe, "-o", tmp_path / "run").mistake()
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        ("training.step=3", "unknown key 'training.step'; did you mean 'steps'?"),
+        ("training.steps=0", "greater than or equal to 1 (got 0)"),
+        ("training.steps", "write section.key=value"),
+        ("model.name=hybrid-xl", "unknown model 'hybrid-xl'"),
+    ],
+)
+def test_a_wrong_change_is_one_line(call: Call, tiny: Any, tmp_path: Path, change: str, says: str) -> None:
+    assert says in call("fit", tiny.recipe, "-o", tmp_path / "run", "--set", change).mistake()
+    assert not (tmp_path / "run").exists()
+
+
+def test_ctrl_c_leaves_a_checkpoint_and_the_command_that_goes_on(call: Call, tiny: Any, tmp_path: Path) -> None:
+    """A process that is really interrupted, and the one it names, end in the bits of a run that nothing interrupted."""
+    run, steps = tmp_path / "a run", 100
+    words = [
+        MUNTIN,
+        "fit",
+        str(tiny.recipe),
+        "--output",
+        str(run),
+        "--set",
+        f"training.steps={steps}",
+        "--set",
+        "training.validate_every=50",
+    ]
+    with subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        log, deadline = run / "metrics.jsonl", time.monotonic() + 60
+        while not (log.is_file() and '"training"' in log.read_text()):
+            assert process.poll() is None
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+        process.send_signal(signal.SIGINT)
+        _, errors = process.communicate(timeout=60)
+    assert process.returncode == 1
+    assert errors.count("\n") == 1
+    assert "interrupted after step" in errors
+    checkpoint = read_checkpoint(run)
+    assert 10 <= checkpoint.state.step < steps
+    checkpoint.model()
+    again = shlex.split(errors.split("`")[1])
+    assert again[0] == "muntin"
+    assert call(*again[1:], "--json").document()["step"] == steps
+    recipe = load_recipe(tiny.recipe, [f"training.steps={steps}", "training.validate_every=50"])
+    whole = read_checkpoint(fit(recipe, root=tiny.root, directory=tmp_path / "whole").checkpoint)
+    resumed = read_checkpoint(run)
+    assert resumed.state.step == steps
+    for file, tensors in whole.tensors.items():
+        assert all(torch.equal(value, resumed.tensors[file][name]) for name, value in tensors.items()), file
+    assert [point["loss"] for point in whole.state.training] == [point["loss"] for point in resumed.state.training]
+
+
+def test_a_full_disk_leaves_the_older_checkpoint_and_no_part_of_a_new_one(
+    call_process: Call, call: Call, tiny: Any, tmp_path: Path
+) -> None:
+    def ctrl_c(progress: Any) -> None:
+        if progress.kind == "validation":
+            os.kill(os.getpid(), signal.SIGINT)
+
+    run = tmp_path / "run"
+    assert fit(tiny.recipe, directory=run, report=ctrl_c).step == 3
+    limit = "import resource\nresource.setrlimit(resource.RLIMIT_FSIZE, (60_000, 60_000))"
+    text = call_process("fit", tiny.recipe, "-o", run, "--resume", before=limit).mistake()
+    assert "step-00000006 cannot be written (File too large): make room" in text
+    assert [path.name for path in (run / "checkpoints").iterdir()] == ["step-00000003"]
+    assert read_checkpoint(run).state.step == 3
+    assert call("fit", tiny.recipe, "-o", run, "--resume", "--json").document()["step"] == 6
+
+
+def test_compiling_without_a_compiler_is_one_line(call_process: Call, tiny: Any, tmp_path: Path) -> None:
+    words = ("fit", tiny.recipe, "-o", tmp_path / "run", "--set", "training.compile=true")
+    text = call_process(*words, env={"PATH": str(tmp_path), "HOME": str(tmp_path), "OMP_NUM_THREADS": "1"}).mistake()
+    assert "needs a C++ compiler on CPUs" in text
+    assert "set compile: false" in text
+    assert not (tmp_path / "run").exists()
+
+
+# ---- evaluate ----
+
+
+def test_evaluate_scores_a_checkpoint(call: Call, exported: Any) -> None:
+    document = call("evaluate", exported.run, "--json").document()
+    assert document["split"] == "test"
+    assert document["samples"] == 2
+    assert document["counted"] == 2 * 47 * 48  # of each mask a row is ignored
+    assert set(document["iou"]) == {"sea", "field", "roof"}
+    present = [value for value in document["iou"].values() if value is not None]
+    assert document["score"] == pytest.approx(sum(present) / len(present))
+    text = call("evaluate", exported.run)
+    assert (text.code, text.err) == (0, "")
+    assert f"mIoU {document['score']:.4f} on test (2 samples), pytorch eager f32" in text.out
+
+
+def test_evaluate_takes_a_split_a_checkpoint_and_tiles(call: Call, exported: Any) -> None:
+    older = exported.run / "checkpoints" / "step-00000003"
+    assert call("evaluate", older, "--split", "train", "--json").document()["samples"] == 4
+    assert call("evaluate", exported.run, "--tile", "20", "--json").document()["counted"] == 2 * 47 * 48
+    assert "split 'tset': give one of train, validation, test" in call("evaluate", exported.run, "--split", "tset").mistake()
+
+
+def test_evaluate_scores_an_artefact_alike(call: Call, exported: Any) -> None:
+    live, deployed = (call("evaluate", exported.run, *words, "--json").document() for words in ([], ["--artifact", exported.artifact]))
+    assert deployed["engine"] == "openvino"
+    assert deployed["counted"] == live["counted"]
+    assert abs(deployed["score"] - live["score"]) < 0.05
+
+
+def test_evaluate_refuses_the_artefact_of_other_data(call: Call, exported: Any, tmp_path: Path, write_small: Callable[..., Path]) -> None:
+    text = call("evaluate", exported.run, "--artifact", write_small(tmp_path / "other")).mistake()
+    assert "is not for this run's data" in text
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "average.safetensors", "optimizer.safetensors", "checkpoint.json"])
+def test_a_corrupted_checkpoint_is_one_line_for_every_command(call: Call, exported: Any, tmp_path: Path, name: str) -> None:
+    shutil.copytree(exported.run / "checkpoints", tmp_path / "run" / "checkpoints")
+    file = tmp_path / "run" / "checkpoints" / "step-00000006" / name
+    data = bytearray(file.read_bytes())
+    place = data.index(b"0.002") if name == "checkpoint.json" else len(data) // 2
+    data[place + 4] ^= 1
+    file.write_bytes(data)
+    resume = ("fit", exported.recipe, "-o", tmp_path / "run", "--resume")
+    for words in (("evaluate", tmp_path / "run"), ("export", tmp_path / "run"), ("report", tmp_path / "run"), resume):
+        text = call(*words).mistake()
+        assert f"{name}: corrupted" in text
+        assert "use an older step beside it" in text
+    older = tmp_path / "run" / "checkpoints" / "step-00000003"
+    assert call("evaluate", older, "--json").document()["samples"] == 2  # what the line advises works
+    assert sorted(p.name for p in (tmp_path / "run").iterdir()) == ["checkpoints"]
+
+
+def test_a_newer_checkpoint_says_upgrade(call: Call, exported: Any, tmp_path: Path) -> None:
+    shutil.copytree(exported.run / "checkpoints" / "step-00000006", tmp_path / "newer")
+    state = tmp_path / "newer" / "checkpoint.json"
+    state.write_text(json.dumps(json.loads(state.read_text()) | {"format": 2}))
+    assert "upgrade muntin" in call("evaluate", tmp_path / "newer").mistake()
+
+
+def test_data_that_changed_since_are_one_line(call: Call, tiny: Any, tmp_path: Path) -> None:
+    call("fit", tiny.recipe, "-o", tmp_path / "run", "--set", "training.steps=1", "--json").document()
+    Image.new("L", (10, 10)).save(tiny.root / "test" / "masks" / "test-1.png")
+    assert "they must be of one size" in call("evaluate", tmp_path / "run").mistake()
+    shutil.rmtree(tiny.root)
+    assert "does not exist" in call("evaluate", tmp_path / "run").mistake()
