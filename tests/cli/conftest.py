@@ -95,8 +95,8 @@ class Small(nn.Sequential):
         return super().forward(x / 128 - 1)
 
 def make(*, task, classes, channels):
-    first, second = nn.Conv2d(channels, 16, 3, padding=1), nn.Conv2d(16, 32, 3, padding=1)
-    return Small(first, nn.BatchNorm2d(16), nn.ReLU(), second, nn.BatchNorm2d(32), nn.ReLU(), nn.Conv2d(32, classes, 1))
+    first, second = nn.Conv2d(channels, 8, 3, padding=1), nn.Conv2d(8, 16, 3, padding=1)
+    return Small(first, nn.BatchNorm2d(8), nn.ReLU(), second, nn.BatchNorm2d(16), nn.ReLU(), nn.Conv2d(16, classes, 1))
 """
 
 

@@ -36,7 +36,6 @@ from muntin.runtime.tiles import Predictor
 from muntin.training.checkpoint import Checkpoint
 from muntin.training.evaluation import IGNORED, Evaluation, Labels, predictions, score, tile_of
 from muntin.training.loop import signature_of
-from muntin.training.precision import resolve_precision
 
 LATENCY_SIDE = 512
 Stage = Callable[[str], None]
@@ -122,10 +121,9 @@ class _Assessment:
         artifact = self._timed("export", lambda: export_checkpoint(self.checkpoint, self.directory / "artifact"))
         folded = {"params": parameter_count(simulated), "gmacs": image_macs(simulated, probe) / 1e9}
         session = load(artifact.path)
-        simulation = TorchSession(
-            simulated, self.signature, dtype=resolve_precision("auto", "cpu").dtype if session.precision == "bf16" else None
+        fake = self._step(
+            "fake-quantised", "PyTorch FP32, simulated INT8", TorchSession(simulated, self.signature), bytes=artifact.bytes, **folded
         )
-        fake = self._step("fake-quantised", "PyTorch, simulated INT8", simulation, bytes=artifact.bytes, **folded)
         self._verify(artifact)
         engine = f"{session.engine} INT8 + {session.precision.upper()}, {session.threads} threads"
         deployed = self._step("deployed", engine, session, bytes=artifact.bytes, **folded)

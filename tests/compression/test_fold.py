@@ -1,0 +1,128 @@
+"""Folding changes nothing but the graph. Axes: B images, C channels, H W map."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from muntin import create_model
+from muntin.compression import fold
+from muntin.compression.fold import Folded, fold_after, fold_before, fold_gate
+from muntin.layers import ChannelGate, ConvUnit, MapNorm, TokenNorm
+from muntin.layers.windows import Grid
+
+SMALL = {"depths": (1, 1), "dims": (32, 32), "head_dim": 16, "window": 4, "latents": 4, "decoder": 16}
+GRID = Grid(batch=2, height=1, width=5, window=None, rows=1, columns=1, bias_S1T=None)
+
+
+def as_trained(model: nn.Module) -> nn.Module:
+    """Statistics as training leaves them: no mean of 0, no variance of 1, gates half open, open beyond 1, and closed."""
+    with torch.no_grad():
+        for module in model.modules():
+            if isinstance(module, MapNorm | TokenNorm):
+                module.weight.uniform_(-1.5, 1.5)
+                module.bias.normal_(0, 0.3)
+                module.running_mean.normal_(0, 0.5)
+                module.running_var.uniform_(0.2, 3)
+            elif isinstance(module, ChannelGate):
+                module.logit.uniform_(-0.5, 1.3)
+    return model.eval()
+
+
+def answer(model: nn.Module, x: Tensor) -> Tensor:
+    with torch.inference_mode():
+        scores: Tensor = model(x)
+    return scores
+
+
+@pytest.mark.parametrize("block", ["parallel", "serial"])
+@pytest.mark.parametrize("attention", ["hybrid", "local", "global", "dense"])
+def test_the_answer_stays_and_the_norms_and_gates_go(block: str, attention: str) -> None:
+    model = as_trained(create_model("hybrid-xs", options={**SMALL, "block": block, "attention": attention}))
+    gates = [module for module in model.modules() if isinstance(module, ChannelGate)]
+    assert all(0 < int(gate.open_channels().sum()) < gate.dim for gate in gates)  # some of each are closed
+    x = torch.rand(2, 3, 37, 50) * 255
+    before = answer(model, x)
+    changes = fold(model)
+    after = answer(model, x)
+    assert (after - before).abs().max() <= 1e-5 * before.abs().max()
+    assert not [name for name, module in model.named_modules() if isinstance(module, MapNorm | TokenNorm | ChannelGate)]
+    assert all(change.pass_ == "fold" and not change.kept for change in changes)
+
+
+def test_each_unit_that_folds_is_named_once() -> None:
+    model = as_trained(create_model("hybrid-xs", options=SMALL))
+    units = {name for name, module in model.named_modules() if isinstance(module, ConvUnit)}
+    blocks = {f"stages.{stage}.blocks.0{part}" for stage in (0, 1) for part in ("", ".mlp")}
+    names = [change.layer for change in fold(model)]
+    assert sorted(names) == sorted(units | blocks)
+
+
+def test_a_second_fold_finds_nothing_to_do() -> None:
+    model = as_trained(create_model("hybrid-xs", options=SMALL))
+    fold(model)
+    folded = copy.deepcopy(model.state_dict())
+    assert fold(model) == []
+    assert all(torch.equal(value, folded[key]) for key, value in model.state_dict().items())
+
+
+def test_a_model_without_gates_and_other_tasks_fold_too() -> None:
+    x = torch.rand(1, 3, 40, 33) * 255
+    for task in ("classify", "restore"):
+        model = as_trained(create_model("hybrid-xs", task=task, options={**SMALL, "gate": False}))
+        before = answer(model, x)
+        fold(model)
+        torch.testing.assert_close(answer(model, x), before, rtol=0, atol=1e-5 * float(before.abs().max()))
+
+
+def test_a_model_in_training_is_refused_and_left_alone() -> None:
+    model = as_trained(create_model("hybrid-xs", options=SMALL)).train()
+    before = copy.deepcopy(model.state_dict())
+    with pytest.raises(ValueError, match=r"model\.eval\(\)"):
+        fold(model)
+    assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
+
+
+def test_layers_of_others_are_left_as_they_are() -> None:
+    model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.Flatten(2), nn.LayerNorm(9), nn.Linear(9, 4)).eval()
+    before = copy.deepcopy(model.state_dict())
+    assert fold(model) == []
+    assert before.keys() == model.state_dict().keys()
+    assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
+
+
+def test_a_subclass_that_computes_something_else_is_not_folded_by_its_parents_rule() -> None:
+    class Doubled(ConvUnit):
+        def forward(self, x_BCHW: Tensor) -> Tensor:
+            out: Tensor = self.activation(self.norm(2 * self.conv(x_BCHW)))
+            return out
+
+    model = as_trained(nn.Sequential(Doubled(3, 4)))
+    x = torch.randn(1, 3, 5, 5)
+    before = answer(model, x)
+    assert fold(model) == []
+    assert torch.equal(answer(model, x), before)
+
+
+@pytest.mark.parametrize("bias", [True, False])
+def test_each_rule_against_what_it_replaces(bias: bool) -> None:
+    conv, map_norm = nn.Conv2d(4, 6, 3, groups=2, bias=bias).double(), as_trained(MapNorm(6)).double()
+    linear, token_norm, gate = nn.Linear(4, 6, bias=bias).double(), as_trained(TokenNorm(4)).double(), as_trained(ChannelGate(6)).double()
+    x_BCHW, t_STC = torch.randn(2, 4, 5, 7, dtype=torch.float64), torch.randn(2, 5, 4, dtype=torch.float64)
+    assert isinstance(map_norm, MapNorm) and isinstance(token_norm, TokenNorm) and isinstance(gate, ChannelGate)
+    with torch.no_grad():
+        expected_map = map_norm(conv(x_BCHW))
+        expected_tokens = gate(torch.relu(linear(token_norm(t_STC, GRID))))
+        fold_after(conv, map_norm)
+        fold_before(token_norm, linear)
+        fold_gate(linear, gate)
+        torch.testing.assert_close(conv(x_BCHW), expected_map, rtol=1e-12, atol=1e-12)
+        torch.testing.assert_close(torch.relu(linear(t_STC)), expected_tokens, rtol=1e-12, atol=1e-12)
+
+
+def test_what_stands_where_a_norm_was_passes_tokens_on() -> None:
+    t_STC = torch.randn(2, 5, 4)
+    assert Folded()(t_STC, GRID) is t_STC

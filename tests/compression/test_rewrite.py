@@ -1,0 +1,50 @@
+"""Finding and replacing layers, shared ones included."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from muntin.compression.rewrite import named, replace
+
+
+class Shared(nn.Module):
+    """One layer under two names, in two places."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Linear(4, 4)
+        self.alias = self.first
+        self.inner = nn.Sequential(nn.ReLU(), self.first, nn.Conv2d(1, 1, 1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.inner[1](self.alias(self.first(x)))  # type: ignore[no-any-return]
+
+
+def test_each_layer_is_named_once_by_its_first_name() -> None:
+    assert [name for name, _ in named(Shared(), nn.Linear)] == ["first"]
+    assert [name for name, _ in named(Shared(), nn.Linear, nn.Conv2d)] == ["first", "inner.2"]
+    assert [name for name, _ in named(nn.Linear(2, 2), nn.Linear)] == [""]
+    assert list(named(Shared(), nn.Embedding)) == []
+
+
+def test_a_shared_layer_is_replaced_under_all_of_its_names() -> None:
+    model = Shared()
+    other = nn.Linear(4, 4)
+    replace(model, "inner.1", other)
+    assert model.first is other and model.alias is other and model.inner[1] is other
+    x = torch.randn(2, 4)
+    assert torch.equal(model(x), other(other(other(x))))
+
+
+def test_the_new_layer_takes_the_mode_of_the_old() -> None:
+    model = Shared().eval()
+    replace(model, "first", nn.Sequential(nn.Dropout(), nn.Linear(4, 4)))
+    assert not any(module.training for module in model.modules())
+
+
+def test_only_the_named_layer_is_replaced() -> None:
+    model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
+    kept = model[0]
+    replace(model, "1", nn.Identity())
+    assert model[0] is kept and isinstance(model[1], nn.Identity)

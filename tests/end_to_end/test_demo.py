@@ -1,0 +1,54 @@
+"""`muntin demo` on the whole photograph, with a model so small that it says nothing and takes no time."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from typer.testing import CliRunner
+
+from muntin.cli import app
+from muntin.data import EarthSource
+from muntin.runtime.images import read_image, read_mask
+
+TINY = "{stem: [8, 8, 16], dims: [32], depths: [1], head_dim: 16, latents: 4, decoder: 16}"
+CHANGES = (
+    "training.steps=2",
+    "training.batch_size=2",
+    "model.name=hybrid-xs",
+    f"model.options={TINY}",
+    "quantization.calibration_images=4",
+)
+
+
+@pytest.mark.slow
+def test_the_demonstration_leaves_what_it_promises_and_goes_on_when_run_again(tmp_path: Path) -> None:
+    words = ["demo", "-o", str(tmp_path / "demo"), *(word for change in CHANGES for word in ("--set", change)), "--json"]
+    first = CliRunner().invoke(app, words, catch_exceptions=False)
+    assert (first.exit_code, first.stderr) == (0, "")
+    document = json.loads(first.stdout)
+    assert [step["name"] for step in document["steps"]] == ["fp32", "fake-quantised", "deployed"]
+    assert {entry["name"] for entry in document["classes"]} == {"ocean", "moist land", "steppe", "desert", "tundra", "ice"}
+    directory = tmp_path / "demo"
+    for name in ("report.html", "report.json", "artifact/manifest.json", "mask.png", "difference.png"):
+        assert (directory / name).is_file()
+    check_overlay(directory)
+
+    kept = {path: path.stat().st_mtime_ns for part in ("checkpoints", "artifact") for path in (directory / part).rglob("*")}
+    again = CliRunner().invoke(app, words, catch_exceptions=False)
+    assert again.exit_code == 0
+    assert {path: path.stat().st_mtime_ns for path in kept} == kept  # neither trained nor exported a second time
+    assert [step["miou"] for step in json.loads(again.stdout)["steps"]] == [step["miou"] for step in document["steps"]]
+
+
+def check_overlay(directory: Path) -> None:
+    source = EarthSource("cover")
+    image_HWC, labels_HW = source.picture()
+    assert read_mask(directory / "mask.png").shape == labels_HW.shape
+    shown = read_image(directory / "overlay.png")
+    assert shown.shape == image_HWC.shape
+    for start, end, split in source.borders():
+        if split == "left out":
+            assert np.array_equal(np.unique(shown[:, start:end]), [20])  # a dark bar between what was trained on and what was not
