@@ -157,6 +157,23 @@ def test_compiling_without_a_compiler_is_one_line(call_process: Call, tiny: Any,
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.slow
+def test_a_compiler_that_fails_is_one_line(call_process: Call, tiny: Any, tmp_path: Path) -> None:
+    (tmp_path / "bin").mkdir()
+    (tmp_path / "bin" / "g++").write_text('#!/bin/sh\n[ "$1" = --version ] && echo "g++ 99" || { echo "error: no"; exit 1; }\n')
+    (tmp_path / "bin" / "g++").chmod(0o755)
+    env = {
+        "PATH": f"{tmp_path / 'bin'}:/bin:/usr/bin",
+        "HOME": str(tmp_path),
+        "OMP_NUM_THREADS": "1",
+        "TORCHINDUCTOR_CACHE_DIR": str(tmp_path),
+    }
+    text = call_process("fit", tiny.recipe, "-o", tmp_path / "run", "--set", "training.compile=true", env=env).mistake()
+    assert "cannot compile this model" in text
+    assert "set compile: false" in text
+    assert not (tmp_path / "run" / "checkpoints").exists()
+
+
 # ---- evaluate ----
 
 

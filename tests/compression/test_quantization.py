@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import pytest
@@ -55,7 +55,7 @@ class Built(nn.Module):
 def perceptron(**more: nn.Module) -> Built:
     """Three Linears over the channels of raw pixels."""
 
-    def run(m: Any, x: Tensor) -> Tensor:
+    def run(m: Any, x: Tensor) -> Any:
         hidden: Tensor = m.second(torch.relu(m.first((x / 64 - 2).permute(0, 2, 3, 1))))
         return m.third(torch.relu(hidden)).permute(0, 3, 1, 2)
 
@@ -65,7 +65,7 @@ def perceptron(**more: nn.Module) -> Built:
 def encoder() -> Built:
     """Patches, two of PyTorch's own encoder layers (whose fused path takes weights without calling layers), a classifier."""
 
-    def run(m: Any, x: Tensor) -> Tensor:
+    def run(m: Any, x: Tensor) -> Any:
         tokens = m.encoder(m.patch(x / 64 - 2).flatten(2).transpose(1, 2))
         return m.head(tokens.mean(1))
 
@@ -170,7 +170,8 @@ def test_an_unknown_name_in_keep_is_an_error_and_nothing_changes() -> None:
 
 
 def test_no_batch_is_an_error() -> None:
-    for nothing in ([], iter(())):
+    nothings: list[Iterable[Tensor]] = [[], iter(())]
+    for nothing in nothings:
         with pytest.raises(MuntinError, match="no batch came"):
             quantize(nothing)(perceptron())
 
@@ -202,7 +203,7 @@ def test_a_layer_that_no_image_reaches_is_kept_and_said_so() -> None:
 
 
 def test_a_layer_that_only_some_images_reach_is_calibrated_on_those() -> None:
-    def run(m: Any, x: Tensor) -> Tensor:
+    def run(m: Any, x: Tensor) -> Any:
         return m.large(x / 255) if x.shape[2] > 20 else m.small(x / 255)
 
     model = Built(run, small=nn.Conv2d(3, 4, 1), large=nn.Conv2d(3, 4, 1))
@@ -267,7 +268,7 @@ class Verbose(nn.Linear):
 
 
 def test_layers_with_arithmetic_of_their_own_are_kept() -> None:
-    def run(m: Any, x: Tensor) -> Tensor:
+    def run(m: Any, x: Tensor) -> Any:
         return m.last(torch.relu(m.reflected(m.same(m.padding(x / 255)))).permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
 
     model = Built(
@@ -306,7 +307,7 @@ def test_a_shared_layer_is_quantised_once_and_stays_shared() -> None:
 
 
 def test_the_grid_of_a_shared_layer_covers_all_of_its_inputs() -> None:
-    def run(m: Any, x: Tensor) -> Tensor:
+    def run(m: Any, x: Tensor) -> Any:
         small: Tensor = m.conv(x / 2550)
         return torch.cat([small, m.conv(x / 255)], 1)
 

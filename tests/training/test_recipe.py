@@ -103,6 +103,7 @@ def test_an_unknown_key_is_told_before_other_mistakes() -> None:
         ("data.source", "mars", "'earth', 'earth:climate', 'earth:shore' or 'folders' (got 'mars')"),
         ("data.validation", 2, "less than 1 (got 2)"),
         ("data.classes.1.color", [1, 2, 300], "less than or equal to 255 (got 300)"),
+        ("data.classes.1.value", [1, 2, 300], "value.2: Input should be less than or equal to 255 (got 300)"),
         ("name", "a b", "(got 'a b')"),
         ("seed", -1, "greater than or equal to 0"),
         ("task", "restore", "'segment' or 'classify'"),

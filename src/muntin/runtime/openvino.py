@@ -25,6 +25,7 @@ from muntin.runtime.graph import ComputeNodes, compute_nodes
 from muntin.runtime.hardware import physical_cores
 from muntin.runtime.quiet import openvino
 from muntin.runtime.session import ExecutedLayer, Session
+from muntin.runtime.signals import signal_stack_kept
 
 STATIC_SHAPES = 4
 
@@ -106,7 +107,8 @@ class OpenVinoSession(Session):
             if shape is not None:
                 model = model.clone()
                 model.reshape(list(shape))
-            return self._core.compile_model(model, "CPU", self._options).create_infer_request()
+            with signal_stack_kept():
+                return self._core.compile_model(model, "CPU", self._options).create_infer_request()
         except RuntimeError as error:
             size = "dynamic sizes" if shape is None else f"images of shape {shape}"
             raise ArtifactError(
@@ -122,7 +124,8 @@ def open_openvino(
     `precision` "recorded": the manifest's, or f32 on a CPU without it (the session's `.precision` says which). Asked for by name, a type
     that the CPU lacks is a DependencyError. `threads` None: the usable physical cores. `static_shapes`: how many input sizes stay compiled.
     """
-    return OpenVinoSession(artifact, precision=precision, threads=threads, static_shapes=static_shapes)
+    with signal_stack_kept():
+        return OpenVinoSession(artifact, precision=precision, threads=threads, static_shapes=static_shapes)
 
 
 def _choose_precision(core: Any, asked: str, recorded: str) -> str:

@@ -203,6 +203,20 @@ class _Run:
 
     def update(self, step: int, images: Tensor, target: Tensor) -> float:
         """One optimiser step. Raises `MuntinError` when the loss is no longer finite; weights are then as they were."""
+        if not self.config.compile:
+            return self._update(step, images, target)
+        from torch._dynamo.exc import TorchDynamoException  # takes seconds, and what compiles has loaded it
+
+        try:
+            return self._update(step, images, target)
+        except TorchDynamoException as error:
+            reason = str(error).strip().partition("\n")[0]
+            raise DependencyError(
+                f"training.compile: PyTorch {torch.__version__} cannot compile this model in {self.precision.name} ({reason}): "
+                "set compile: false, or another precision"
+            ) from error
+
+    def _update(self, step: int, images: Tensor, target: Tensor) -> float:
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate(step, self.config)
         self.model.train()

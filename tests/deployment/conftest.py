@@ -1,0 +1,133 @@
+"""Models and their artefacts, each exported once for all tests of this room."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+import muntin
+from muntin import create_model
+from muntin.artifact import Artifact
+from muntin.compression import quantize
+from muntin.layers import ChannelGate, MapNorm, TokenNorm
+from muntin.training.config import QuantizationConfig
+
+HYBRID = {"depths": (1, 1), "dims": (128, 128)}
+"""The smallest hybrid of two attention stages, in the widths that integer kernels are for; an export takes several seconds."""
+
+
+class Built(nn.Module):
+    """Layers under names, and what is done with them."""
+
+    def __init__(self, run: Callable[[Any, Tensor], Tensor], **parts: nn.Module) -> None:
+        super().__init__()
+        self.run = run
+        for name, part in parts.items():
+            self.add_module(name, part)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.run(self, x)
+
+
+@dataclass(frozen=True)
+class Exported:
+    """An artefact, and the PyTorch model that it must compute: the quantised form, where it was quantised."""
+
+    model: nn.Module
+    artifact: Artifact
+
+    def expected(self, images_BHWC: NDArray[np.uint8]) -> NDArray[np.float32]:
+        return muntin.TorchSession(self.model, self.artifact.manifest.signature)(images_BHWC)
+
+
+def make_pixels(*shape: int, seed: int = 0) -> Tensor:
+    """Smooth pictures (noise has nothing that a network could look at), `(B, C, H, W)`, 0-255."""
+    batch, channels, height, width = shape
+    coarse = torch.rand(batch, channels, 8, 8, generator=torch.Generator().manual_seed(seed))
+    return (nn.functional.interpolate(coarse, (height, width), mode="bilinear") * 255).round()
+
+
+def make_pictures(*shape: int, seed: int = 1) -> NDArray[np.uint8]:
+    """The same as bytes, `(B, H, W, C)`."""
+    batch, height, width, channels = shape
+    return np.ascontiguousarray(make_pixels(batch, channels, height, width, seed=seed).permute(0, 2, 3, 1).numpy().astype(np.uint8))
+
+
+def as_trained(model: nn.Module) -> nn.Module:
+    """Statistics as training leaves them, and a head that answers something."""
+    with torch.no_grad():
+        for module in model.modules():
+            if isinstance(module, MapNorm | TokenNorm | nn.BatchNorm2d):
+                module.weight.uniform_(0.5, 1.5)
+                module.bias.normal_(0, 0.1)
+                assert module.running_mean is not None and module.running_var is not None
+                module.running_mean.normal_(0, 0.1)
+                module.running_var.uniform_(0.5, 2)
+            elif isinstance(module, ChannelGate):
+                module.logit.uniform_(-0.2, 1.2)
+    return model.eval()
+
+
+@pytest.fixture(autouse=True)
+def one_seed_one_thread() -> Iterator[None]:
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    torch.manual_seed(0)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="session")
+def build() -> type[Built]:
+    """`build(run, name=layer, ...)`: a model of these layers."""
+    return Built
+
+
+@pytest.fixture(scope="session")
+def pixels() -> Callable[..., Tensor]:
+    """`pixels(B, C, H, W, seed=...)`: smooth pictures as floats."""
+    return make_pixels
+
+
+@pytest.fixture(scope="session")
+def pictures() -> Callable[..., NDArray[np.uint8]]:
+    """`pictures(B, H, W, C, seed=...)`: the same as bytes."""
+    return make_pictures
+
+
+@pytest.fixture(scope="session")
+def trained() -> Callable[[nn.Module], nn.Module]:
+    """Gives a model statistics as training leaves them."""
+    return as_trained
+
+
+@pytest.fixture(scope="session")
+def export_model(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Exported]:
+    """`export_model(model, quantized=..., keep=...)` into a directory of its own."""
+
+    def run(model: nn.Module, *, quantized: bool, example: Tensor | None = None, keep: tuple[str, ...] = ()) -> Exported:
+        example = make_pixels(2, 3, 64, 64) if example is None else example
+        changes = quantize([example], QuantizationConfig(keep=keep, min_sqnr_db=0))(model) if quantized else []
+        path = tmp_path_factory.mktemp("export") / "artifact"
+        return Exported(model, muntin.export(model, example, path, changes=changes))
+
+    return run
+
+
+@pytest.fixture(scope="session")
+def hybrid_float(export_model: Callable[..., Exported]) -> Exported:
+    torch.manual_seed(0)
+    return export_model(as_trained(create_model("hybrid-xs", classes=5, options=HYBRID)), quantized=False)
+
+
+@pytest.fixture(scope="session")
+def hybrid_int8(export_model: Callable[..., Exported]) -> Exported:
+    torch.manual_seed(0)
+    return export_model(as_trained(create_model("hybrid-xs", classes=5, options=HYBRID)), quantized=True)

@@ -1,0 +1,422 @@
+"""Artefacts against the PyTorch models that they come from, and what export refuses. Axes: B images, C channels, H W map."""
+
+from __future__ import annotations
+
+import copy
+import errno
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import save as save_tensors
+from torch import Tensor, nn
+from torch.nn import functional as F  # noqa: N812 - the field's usual name
+
+import muntin
+from muntin import create_model
+from muntin.artifact import ClassInfo, Signature, open_artifact
+from muntin.compression import Change, quantize
+from muntin.deployment import infer_signature
+from muntin.deployment.export import FLOAT_LIMITS, LIMITS, golden_pairs
+from muntin.errors import ArtifactError, ExportError, MuntinError
+from muntin.runtime import describe_hardware
+from muntin.runtime.verification import replay
+
+INTEGER_CPU = {"avx512_vnni", "avx_vnni", "amx_int8"}
+HYBRID = {"depths": (1,), "dims": (128,)}  # one attention stage: half the time of an export
+ODD_SIZES = ((1, 64, 64), (3, 65, 33), (1, 1, 37), (1, 1, 1))
+
+
+def perceptron(build: type[nn.Module]) -> nn.Module:
+    """Linears on tokens, rank 3, one without a bias, around a residual."""
+
+    def run(m: Any, x: Tensor) -> Any:
+        t_BNC = m.patch(x / 64 - 2).flatten(2).transpose(1, 2)
+        t_BNC = t_BNC + m.reduce(torch.relu(m.expand(t_BNC)))
+        return m.head(t_BNC.mean(1))
+
+    parts = {"patch": nn.Conv2d(3, 32, 4, 4), "expand": nn.Linear(32, 64), "reduce": nn.Linear(64, 32, bias=False)}
+    return build(run, **parts, head=nn.Linear(32, 10))
+
+
+def convolutions(build: type[nn.Module]) -> nn.Module:
+    """Groups, a stride, a dilation, depthwise, with and without a bias, a residual, and a skip from full resolution."""
+
+    def run(m: Any, x: Tensor) -> Any:
+        full = torch.relu(m.stem(x / 64 - 2))
+        y = torch.relu(m.strided(full))
+        y = y + m.depthwise(torch.relu(m.grouped(y)))
+        y = F.interpolate(m.point(torch.relu(y)), full.shape[2:], mode="nearest")
+        return m.head(torch.relu(y + full))
+
+    return build(
+        run,
+        stem=nn.Conv2d(3, 32, 3, padding=1),
+        strided=nn.Conv2d(32, 32, 3, stride=2, padding=1, bias=False),
+        grouped=nn.Conv2d(32, 32, 3, padding=2, dilation=2, groups=2),
+        depthwise=nn.Conv2d(32, 32, 5, padding=2, groups=32, bias=False),
+        point=nn.Conv2d(32, 32, 1),
+        head=nn.Conv2d(32, 6, 1),
+    )
+
+
+def normed(build: type[nn.Module]) -> nn.Module:
+    """Batch norms of PyTorch, one behind a sum where it cannot fold, and activations that are no ReLU."""
+
+    def run(m: Any, x: Tensor) -> Any:
+        y = F.silu(m.norm(m.stem(x / 64 - 2)))
+        return m.head(F.hardswish(m.sum_norm(y + m.body(y))))
+
+    parts = {"stem": nn.Conv2d(3, 32, 3, padding=1, bias=False), "norm": nn.BatchNorm2d(32), "body": nn.Conv2d(32, 32, 3, padding=1)}
+    return build(run, **parts, sum_norm=nn.BatchNorm2d(32), head=nn.Conv2d(32, 4, 1))
+
+
+def raw_bytes(build: type[nn.Module]) -> nn.Module:
+    """Nothing between the image's bytes and the first layer: its grid has the scale that engines would drop."""
+    return build(lambda m, x: m.head(torch.relu(m.stem(x))), stem=nn.Conv2d(3, 32, 3, padding=1), head=nn.Conv2d(32, 4, 1))
+
+
+SMALL: dict[str, Callable[[type[nn.Module]], nn.Module]] = {
+    "perceptron": perceptron,
+    "convolutions": convolutions,
+    "normed": normed,
+    "raw bytes": raw_bytes,
+}
+
+
+@pytest.fixture(scope="module", params=SMALL)
+def small(request: pytest.FixtureRequest, build: type[nn.Module], trained: Any, export_model: Any, pixels: Any) -> Any:
+    """A small model and its INT8 artefact, every layer quantised; calibrated on raw bytes from 0 to 255."""
+    torch.manual_seed(5)
+    example = pixels(2, 3, 64, 64)
+    example[0, 0, 0, :2] = torch.tensor([0.0, 255.0])
+    return export_model(trained(SMALL[request.param](build)), quantized=True, example=example)
+
+
+@pytest.mark.parametrize("engine", ["openvino", "onnxruntime"])
+def test_the_runtime_computes_the_fake_quantised_model(small: Any, engine: str, pictures: Any) -> None:
+    session = muntin.load(small.artifact.path, engine=engine, precision="f32", threads=1)
+    for shape in ((1, 64, 64, 3), (2, 41, 60, 3)):
+        images = pictures(*shape)
+        expected = small.expected(images)
+        step = (expected.max() - expected.min()) / 255  # of an 8-bit grid over the scores
+        error = np.abs(session(images) - expected)
+        assert error.max() <= step
+        assert error.mean() <= step / 20
+
+
+@pytest.mark.skipif(INTEGER_CPU.isdisjoint(describe_hardware()["features"]), reason="this CPU has no 8-bit dot products (VNNI, AMX)")
+def test_every_quantised_layer_runs_on_integers(small: Any) -> None:
+    records = small.artifact.manifest.layers
+    assert records and all(record.weight_bits == record.activation_bits == 8 for record in records)
+    for precision in ("f32", "recorded"):
+        executed = {
+            layer.name: layer.precision for layer in muntin.load(small.artifact.path, precision=precision).layers() if layer.compute
+        }
+        assert executed == {record.name: "i8" for record in records}
+
+
+def test_layers_that_stay_are_float_and_found_by_name(build: type[nn.Module], export_model: Any, pictures: Any) -> None:
+    exported = export_model(perceptron(build).eval(), quantized=True, keep=("expand", "head"))
+    executed = {layer.name: layer.precision for layer in muntin.load(exported.artifact.path, precision="f32").layers() if layer.compute}
+    assert executed.keys() == {"patch", "expand", "reduce", "head"}
+    assert executed["expand"] == executed["head"] == "f32"
+    records = {record.name: record for record in exported.artifact.manifest.layers}
+    assert (records["expand"].weight_bits, records["expand"].activation_bits, records["expand"].note) == (16, None, "named in keep")
+    assert exported.artifact.manifest.tensors["model.expand.weight"].packing == "f16" or any(
+        record.shape in ((32, 64), (64, 32)) and record.packing == "f16" for record in exported.artifact.manifest.tensors.values()
+    )
+
+
+# --- hybrids -------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("size", ODD_SIZES)
+def test_an_int8_hybrid_of_any_size_is_its_simulation(hybrid_int8: Any, size: tuple[int, int, int], pictures: Any) -> None:
+    images = pictures(*size, 3)
+    expected = hybrid_int8.expected(images)
+    scores = muntin.load(hybrid_int8.artifact.path, precision="f32", threads=1)(images)
+    assert scores.shape == (size[0], 5, *size[1:])
+    error = np.abs(scores - expected) / expected.std()
+    assert error.max() <= LIMITS["f32"].max_error
+    assert error.mean() <= 0.01  # a value at the edge of a grid's step may fall to the other side; a wrong graph is wrong everywhere
+    assert (scores.argmax(1) == expected.argmax(1)).mean() >= LIMITS["f32"].label_agreement
+
+
+def test_an_int8_hybrid_verifies_in_both_engines(hybrid_int8: Any) -> None:
+    for engine in ("openvino", "onnxruntime"):
+        result = muntin.verify(hybrid_int8.artifact.path, engine=engine, threads=1)
+        assert result.passed, result.problems
+    assert len({golden.shape for golden in result.golden}) == 2  # a size that was baked in would show
+
+
+def test_one_flipped_byte_is_found(hybrid_int8: Any, tmp_path: Path) -> None:
+    path = tmp_path / "artifact"
+    shutil.copytree(hybrid_int8.artifact.path, path)
+    weights = path / "weights.safetensors"
+    data = bytearray(weights.read_bytes())
+    data[len(data) // 2] ^= 1
+    weights.write_bytes(data)
+    for opened in (lambda: muntin.verify(path), lambda: muntin.load(path)):
+        with pytest.raises(ArtifactError, match=r"weights\.safetensors: its content is not what"):
+            opened()
+
+
+def test_the_manifest_tells_each_layer_and_each_pass(hybrid_int8: Any) -> None:
+    manifest = hybrid_int8.artifact.manifest
+    named = {name for name, module in hybrid_int8.model.named_modules() if type(module).__name__.startswith("Quantized")}
+    assert {record.name for record in manifest.layers if record.activation_bits == 8} == named
+    assert {entry["pass"] for entry in manifest.passes} == {"fold", "quantize"}
+    assert manifest.measured["hardware"] and manifest.precision in ("bf16", "f32")
+    by_name = {record.name: record for record in manifest.layers}
+    stem = by_name["stem.0.conv"]
+    assert (stem.kind, stem.parameters, stem.macs) == ("Conv2d", 16 * 3 * 9 + 16, 32 * 32 * 16 * 3 * 9)
+    head = by_name["stages.0.blocks.0.mlp.expand"]
+    assert (head.kind, head.parameters, head.macs) == ("Linear", 128 * 256 + 256, 64 * 128 * 256)  # 4 x 4 tokens padded to 8 x 8
+
+
+def test_weights_are_stored_once_and_as_integers(hybrid_int8: Any) -> None:
+    manifest, model = hybrid_int8.artifact.manifest, hybrid_int8.model
+    weights = sum(module.weight.numel() for module in model.modules() if type(module).__name__.startswith("Quantized"))
+    stored = [record for record in manifest.tensors.values() if record.packing == "int" and record.bits == 8]
+    assert sum(int(np.prod(record.shape)) for record in stored) == weights
+    assert (hybrid_int8.artifact.path / "weights.safetensors").stat().st_size < 1.15 * weights
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("size", ODD_SIZES)
+def test_a_float_hybrid_of_any_size_is_the_pytorch_model(hybrid_float: Any, size: tuple[int, int, int], pictures: Any) -> None:
+    images = pictures(*size, 3)
+    expected = hybrid_float.expected(images)
+    for engine in ("openvino", "onnxruntime"):
+        scores = muntin.load(hybrid_float.artifact.path, engine=engine, precision="f32", threads=1)(images)
+        assert np.abs(scores - expected).max() <= 1e-4 * expected.std()
+    assert hybrid_float.artifact.manifest.golden_tolerance == FLOAT_LIMITS
+
+
+@pytest.mark.slow
+def test_the_artefact_of_hybrid_s_is_at_most_a_third_and_a_half_of_fp32(
+    trained: Any, export_model: Any, pixels: Any, tmp_path: Path
+) -> None:
+    model = trained(create_model("hybrid-s", classes=6, options={"depths": (2, 1)}))
+    fp32 = len(save_tensors(model.state_dict()))
+    exported = export_model(model, quantized=True, example=pixels(2, 3, 96, 96))
+    assert exported.artifact.bytes <= fp32 / 3.5
+    assert muntin.verify(exported.artifact.path).passed
+
+
+@pytest.mark.slow
+def test_classify_and_restore(trained: Any, pixels: Any, pictures: Any, tmp_path: Path) -> None:
+    example = pixels(2, 3, 64, 64)
+    classifier = trained(create_model("hybrid-xs", task="classify", classes=7, options=HYBRID))
+    artifact = muntin.export(classifier, example, tmp_path / "classify", calibration=[example])
+    assert artifact.manifest.signature.task == "classify" and len(artifact.manifest.signature.classes) == 7
+    assert muntin.load(artifact.path, threads=1)(pictures(3, 50, 41, 3)).shape == (3, 7)
+
+    restorer = trained(create_model("hybrid-xs", task="restore", scale=2, options=HYBRID))
+    with torch.no_grad():
+        restorer.get_parameter("head.conv.weight").normal_(0, 0.01)  # training starts at zero
+    artifact = muntin.export(
+        restorer, example, tmp_path / "restore", calibration=[example], signature=Signature(task="restore", channels=3, scale=2)
+    )
+    images = pictures(1, 33, 50, 3)
+    scores = muntin.load(artifact.path, precision="f32", threads=1)(images)
+    assert scores.shape == (1, 3, 66, 100)
+    quantised = copy.deepcopy(restorer)
+    quantize([example])(quantised)
+    expected = muntin.TorchSession(quantised, artifact.manifest.signature)(images)
+    assert np.abs(scores - expected).max() <= 0.1 * expected.std()
+    assert muntin.verify(artifact.path, threads=1).passed
+
+
+# --- others' models ------------------------------------------------------------------------------------------------------------
+
+
+def test_a_classifier_of_timm(trained: Any, pixels: Any, tmp_path: Path) -> None:
+    model, example = create_model("timm:test_byobnet", task="classify", classes=5), pixels(4, 3, 64, 64)
+    trained(model)
+    before = copy.deepcopy(model.state_dict())
+    artifact = muntin.export(model, example, tmp_path / "artifact", calibration=[example])
+    assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
+    assert sum(record.activation_bits == 8 for record in artifact.manifest.layers) >= 20
+    result = muntin.verify(artifact.path, threads=1)
+    assert result.passed and not result.fallbacks, result.problems
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(120)
+def test_a_segmenter_of_torchvision(trained: Any, pixels: Any, pictures: Any, tmp_path: Path) -> None:
+    model, example = create_model("torchvision:lraspp_mobilenet_v3_large", classes=5), pixels(2, 3, 96, 96)
+    trained(model)
+    artifact = muntin.export(model, example, tmp_path / "artifact", calibration=[example])
+    result = muntin.verify(artifact.path, threads=1)
+    assert result.passed and not result.fallbacks, result.problems
+    assert muntin.load(artifact.path, threads=1)(pictures(1, 70, 51, 3)).shape == (1, 5, 70, 51)
+
+
+# --- the caller's things -------------------------------------------------------------------------------------------------------
+
+
+def tiny() -> nn.Module:
+    """Exports in a second."""
+    return nn.Sequential(nn.Conv2d(3, 16, 3, padding=1), nn.ReLU(), nn.Conv2d(16, 4, 1))
+
+
+def test_the_callers_model_stays_as_it_is(pixels: Any, tmp_path: Path) -> None:
+    model, example = tiny().train(), pixels(1, 3, 32, 32)
+    before, kept_example = copy.deepcopy(model.state_dict()), example.clone()
+    muntin.export(model, example, tmp_path / "artifact", calibration=[example])
+    assert model.training and isinstance(model[0], nn.Conv2d)  # type: ignore[index]
+    assert before.keys() == model.state_dict().keys()
+    assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
+    assert torch.equal(example, kept_example)
+
+
+def test_what_came_before_is_kept_in_the_manifest(pixels: Any, tmp_path: Path) -> None:
+    earlier = Change(layer="0", pass_="prune", done="kept", reason="all of it counts", sqnr_db=float("inf"))
+    artifact = muntin.export(tiny(), pixels(1, 3, 32, 32), tmp_path / "artifact", changes=[earlier], measured={"miou": 0.5})
+    assert artifact.manifest.passes == ({"pass": "prune", "layer": "0", "done": "kept", "reason": "all of it counts", "sqnr_db": None},)
+    assert artifact.manifest.measured["miou"] == 0.5
+    assert open_artifact(tmp_path / "artifact").manifest == artifact.manifest
+
+
+def test_one_layer_alone_is_a_model_too(pixels: Any, pictures: Any, tmp_path: Path) -> None:
+    layer = nn.Conv2d(3, 4, 3, padding=1)
+    artifact = muntin.export(layer, pixels(1, 3, 32, 32), tmp_path / "artifact")
+    images = pictures(1, 20, 31, 3)
+    expected = muntin.TorchSession(layer, artifact.manifest.signature)(images)
+    np.testing.assert_allclose(muntin.load(artifact.path, precision="f32")(images), expected, rtol=1e-4, atol=1e-3)
+
+
+def test_a_head_that_the_answer_does_not_use_is_not_deployed(build: type[nn.Module], pixels: Any, tmp_path: Path) -> None:
+    def run(m: Any, x: Tensor) -> Any:
+        features = torch.relu(m.stem(x / 64 - 2))
+        return {"out": m.head(features), "aux": m.auxiliary(features)}["out"]
+
+    parts = {"stem": nn.Conv2d(3, 16, 3, padding=1), "auxiliary": nn.Conv2d(16, 4, 1), "head": nn.Conv2d(16, 4, 1)}
+    example = pixels(1, 3, 32, 32)
+    artifact = muntin.export(build(run, **parts), example, tmp_path / "artifact", calibration=[example])
+    records = {record.name: record for record in artifact.manifest.layers}
+    assert records["auxiliary"].activation_bits is None and "not deployed" in records["auxiliary"].note
+    assert records["head"].activation_bits == 8 and not records["head"].note
+    assert muntin.verify(artifact.path).passed
+
+
+# --- where it is written -------------------------------------------------------------------------------------------------------
+
+
+def test_an_artefact_is_replaced_and_nothing_lies_beside_it(pixels: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    first = muntin.export(tiny(), pixels(1, 3, 32, 32), "artifact")
+    second = muntin.export(tiny(), pixels(1, 3, 32, 32), Path("artifact"))
+    assert first.digest != second.digest == open_artifact("artifact").digest
+    assert os.listdir(tmp_path) == ["artifact"]
+
+
+def test_a_directory_with_other_things_is_left_alone(pixels: Any, tmp_path: Path) -> None:
+    occupied = tmp_path / "mine"
+    occupied.mkdir()
+    (occupied / "thesis.txt").write_text("years of work")
+    beside = tmp_path / ".mine.draft"
+    beside.mkdir()
+    (beside / "notes.txt").write_text("more of it")
+    with pytest.raises(ArtifactError, match=r"it is no artefact \(it holds thesis\.txt\) and is not replaced"):
+        muntin.export(tiny(), pixels(1, 3, 32, 32), occupied)
+    assert sorted(str(file.relative_to(tmp_path)) for file in tmp_path.rglob("*.txt")) == [".mine.draft/notes.txt", "mine/thesis.txt"]
+    assert sorted(os.listdir(tmp_path)) == [".mine.draft", "mine"]
+
+
+def test_a_failed_export_leaves_the_artefact_that_was_there(build: type[nn.Module], pixels: Any, tmp_path: Path) -> None:
+    before = muntin.export(tiny(), pixels(1, 3, 32, 32), tmp_path / "artifact")
+
+    def random(m: Any, x: Tensor) -> Any:
+        return m.conv(x) + 100 * torch.rand_like(m.conv(x))
+
+    with pytest.raises(
+        ExportError, match=r"openvino does not compute what PyTorch does: f32 gives an error of .*; nothing was written"
+    ) as caught:
+        muntin.export(build(random, conv=nn.Conv2d(3, 4, 1)), pixels(1, 3, 32, 32), tmp_path / "artifact")
+    assert "\n" not in str(caught.value)
+    assert os.listdir(tmp_path) == ["artifact"]
+    assert open_artifact(tmp_path / "artifact").digest == before.digest
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="no device that is always full")
+def test_a_place_that_cannot_be_written_is_one_line(pixels: Any, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ArtifactError, match=os.strerror(errno.ENOTDIR)) as caught:
+        muntin.export(tiny(), pixels(1, 3, 32, 32), tmp_path / "file" / "artifact")
+    assert "\n" not in str(caught.value)
+
+
+# --- what is refused -----------------------------------------------------------------------------------------------------------
+
+
+def refused(model: nn.Module, example: Tensor, path: Path, **arguments: Any) -> str:
+    with pytest.raises(MuntinError) as caught:
+        muntin.export(model, example, path / "artifact", **arguments)
+    assert isinstance(caught.value, ExportError), caught.value
+    assert "\n" not in str(caught.value)
+    assert not os.listdir(path)
+    return str(caught.value)
+
+
+def test_a_model_that_cannot_be_traced(build: type[nn.Module], pixels: Any, tmp_path: Path) -> None:
+    model = build(lambda m, x: m.conv(x) if x.mean() > 5 else m.conv(x) * 2, conv=nn.Conv2d(3, 4, 1))
+    assert "cannot be exported for every size" in refused(model, pixels(1, 3, 64, 64), tmp_path)
+
+
+def test_a_model_of_one_size_is_told_so_before_any_work(build: type[nn.Module], pixels: Any, tmp_path: Path) -> None:
+    model = build(lambda m, x: m.conv(x) + m.conv.weight.new_zeros(1, 4, 64, 64), conv=nn.Conv2d(3, 4, 1))
+    assert "fails on pixels of shape (1, 3, 40, 56), and an artefact takes every size" in refused(model, pixels(1, 3, 64, 64), tmp_path)
+
+
+def test_channels_that_the_model_does_not_take(pixels: Any, tmp_path: Path) -> None:
+    assert "fails on pixels of shape (1, 4, 32, 32)" in refused(tiny(), pixels(1, 4, 32, 32), tmp_path)
+
+
+def test_a_class_more_or_less_than_the_model_has(pixels: Any, tmp_path: Path) -> None:
+    for count in (3, 5):
+        signature = Signature(task="segment", channels=3, classes=tuple(ClassInfo(name=str(k), color=(k, k, k)) for k in range(count)))
+        message = refused(tiny(), pixels(1, 3, 32, 32), tmp_path, signature=signature)
+        assert f"answers (1, 4, 32, 32) to an example of (1, 3, 32, 32); for task 'segment' it must be (1, {count}, 32, 32)" in message
+
+
+def test_answers_that_no_signature_describes(build: type[nn.Module], pixels: Any, tmp_path: Path) -> None:
+    volume = build(lambda m, x: m.conv(x)[:, None], conv=nn.Conv2d(3, 4, 1))
+    assert "(B, K) or (B, K, H, W) is expected" in refused(volume, pixels(1, 3, 32, 32), tmp_path)
+    many = build(lambda m, x: m.head(x.mean((2, 3))), head=nn.Linear(3, 300))
+    assert "gives 300 classes" in refused(many, pixels(1, 3, 32, 32), tmp_path)
+    wide = nn.Sequential(nn.Conv2d(17, 4, 1))
+    assert "takes 17 channels" in refused(wide, pixels(1, 17, 32, 32), tmp_path)
+
+
+@pytest.mark.parametrize("shape", [(3, 32, 32), (0, 3, 32, 32), (1, 3, 0, 32)])
+def test_an_example_that_is_no_batch_of_pictures(shape: tuple[int, ...], tmp_path: Path) -> None:
+    assert "give raw pixels (B, C, H, W)" in refused(tiny(), torch.zeros(shape), tmp_path)
+
+
+def test_signatures_from_answers(build: type[nn.Module], pixels: Any) -> None:
+    segment = infer_signature(tiny(), pixels(2, 3, 32, 40))
+    assert (segment.task, segment.channels, segment.outputs, segment.scale) == ("segment", 3, 4, 1)
+    assert len({entry.color for entry in segment.classes}) == len({entry.name for entry in segment.classes}) == 4
+    classify = infer_signature(build(lambda m, x: m.head(x.mean((2, 3))), head=nn.Linear(5, 6)), pixels(1, 5, 32, 40))
+    assert (classify.task, classify.channels, classify.outputs) == ("classify", 5, 6)
+
+
+@pytest.mark.parametrize(("height", "width"), [(200, 64), (40, 300), (7, 9), (1, 1)])
+def test_golden_pairs_are_the_models_own_answers_at_two_sizes(height: int, width: int, pixels: Any) -> None:
+    model, example = tiny().eval(), pixels(2, 3, height, width)
+    pairs = golden_pairs(model, example)
+    assert len(pairs) == 2 and all(max(images.shape[1:3]) <= 64 for images, _ in pairs)
+    assert height * width == 1 or pairs[0][0].shape != pairs[1][0].shape
+    for images, scores in pairs:
+        rows, columns = images.shape[1:3]
+        assert np.array_equal(images[0].transpose(2, 0, 1), example[0, :, :rows, :columns].numpy())
+        session = muntin.TorchSession(model, infer_signature(model, example))
+        assert replay(session, images, scores, FLOAT_LIMITS["f32"], classes=True).max_error < 1e-6  # type: ignore[arg-type]

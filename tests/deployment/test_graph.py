@@ -1,0 +1,193 @@
+"""The ONNX graph: its face, its names, its integers, and models that have none. Axes: B images, C channels, H W map."""
+
+from __future__ import annotations
+
+import copy
+import logging
+from collections import Counter
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import onnx
+import onnxruntime
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F  # noqa: N812 - the field's usual name
+
+from muntin.artifact import ClassInfo, Signature
+from muntin.compression import quantize
+from muntin.deployment.graph import COMPUTE, PixelInput, canonical_names, to_onnx
+from muntin.errors import ExportError
+
+
+def signature(classes: int, task: Any = "segment", channels: int = 3) -> Signature:
+    return Signature(task=task, channels=channels, classes=tuple(ClassInfo(name=f"{k}", color=(k, k, k)) for k in range(classes)))
+
+
+def run(proto: onnx.ModelProto, images_BHWC: np.ndarray) -> Any:
+    options = onnxruntime.SessionOptions()
+    options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
+    options.intra_op_num_threads = 1
+    session = onnxruntime.InferenceSession(proto.SerializeToString(), options, providers=["CPUExecutionProvider"])
+    return session.run(None, {"images": images_BHWC})[0]
+
+
+def torch_answer(model: nn.Module, images_BHWC: np.ndarray) -> np.ndarray:
+    with torch.inference_mode():
+        return PixelInput(model)(torch.from_numpy(images_BHWC)).numpy()
+
+
+def products(proto: onnx.ModelProto) -> dict[str, onnx.NodeProto]:
+    names = [node.name for node in proto.graph.node]
+    assert len(set(names)) == len(names)
+    return {node.name: node for node in proto.graph.node if node.op_type in COMPUTE}
+
+
+@pytest.fixture(scope="module")
+def awkward(build: type[nn.Module]) -> nn.Module:
+    """Names that clash with the graph's own, a layer used twice, and one under two names."""
+
+    def run(m: Any, x: Tensor) -> Any:
+        x = m.model(torch.relu(m.scores(x / 64 - 2)))
+        x = m.alias(torch.relu(m.model(torch.relu(x))))
+        x = m.linear(x.permute(0, 2, 3, 1))
+        return m.images(m.add(torch.relu(x)).permute(0, 3, 1, 2))
+
+    torch.manual_seed(0)
+    conv = nn.Conv2d(8, 8, 3, padding=1)
+    parts = {"scores": nn.Conv2d(3, 8, 3, padding=1), "model": conv, "alias": conv, "linear": nn.Linear(8, 8)}
+    return build(run, **parts, add=nn.Linear(8, 8, bias=False), images=nn.Conv2d(8, 4, 1)).eval()
+
+
+@pytest.mark.parametrize("quantized", [False, True])
+def test_layers_are_found_by_name_whatever_they_are_called(
+    awkward: nn.Module, quantized: bool, pixels: Callable[..., Tensor], pictures: Callable[..., np.ndarray]
+) -> None:
+    model = awkward
+    if quantized:
+        model = copy.deepcopy(awkward)
+        quantize([pixels(1, 3, 32, 32)])(model)
+    proto = to_onnx(model, pixels(1, 3, 32, 32), signature(4))
+    onnx.checker.check_model(proto, full_check=True)  # every value has one name
+    assert list(products(proto)) == ["scores", "model", "model/2", "model/3", "linear", "add", "images"]
+    images = pictures(2, 21, 34, 3)
+    np.testing.assert_allclose(run(proto, images), torch_answer(model, images), rtol=1e-4, atol=1e-5)
+
+
+def test_the_face_is_bytes_of_every_size_and_float32_scores(awkward: nn.Module, pixels: Callable[..., Tensor]) -> None:
+    proto = to_onnx(awkward, pixels(1, 3, 32, 32), signature(4))
+    (images,), (scores,) = proto.graph.input, proto.graph.output
+    assert (images.name, images.type.tensor_type.elem_type) == ("images", onnx.TensorProto.UINT8)
+    dims = images.type.tensor_type.shape.dim
+    assert [bool(dim.dim_param) for dim in dims] == [True, True, True, False] and dims[3].dim_value == 3
+    assert (scores.name, scores.type.tensor_type.elem_type) == ("scores", onnx.TensorProto.FLOAT)
+    assert [entry.version for entry in proto.opset_import if entry.domain in ("", "ai.onnx")] == [20]
+    assert not proto.functions
+
+
+def test_quantised_layers_are_integers_between_quantise_and_dequantise(build: type[nn.Module], pixels: Callable[..., Tensor]) -> None:
+    def run(m: Any, x: Tensor) -> Any:
+        return m.linear(torch.relu(m.conv(x / 255)).permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
+
+    model = build(run, conv=nn.Conv2d(3, 8, 3, groups=1), linear=nn.Linear(8, 4))
+    quantize([pixels(1, 3, 32, 32)])(model)
+    model.run = lambda m, x: F.pad(run(m, x), (1, 1, 1, 1))  # type: ignore[assignment]  # back to the size of the input
+    proto = to_onnx(model, pixels(1, 3, 32, 32), signature(4))
+    made = {output: node for node in proto.graph.node for output in node.output}
+    weights = {item.name: item for item in proto.graph.initializer}
+    for name, (_, shape) in {"conv": (0, (8, 3, 3, 3)), "linear": (1, (8, 4))}.items():
+        activation, weight = (made[value] for value in products(proto)[name].input[:2])
+        assert activation.op_type == weight.op_type == "DequantizeLinear"
+        assert made[activation.input[0]].op_type == "QuantizeLinear"
+        assert activation.input[1:] == made[activation.input[0]].input[1:]  # one grid for both
+        stored = weights[weight.input[0]]
+        assert stored.data_type == onnx.TensorProto.INT8 and tuple(stored.dims) == shape
+    assert Counter(node.op_type for node in proto.graph.node)["QuantizeLinear"] == 2
+
+
+def test_half_precision_answers_come_as_float32(
+    build: type[nn.Module], pixels: Callable[..., Tensor], pictures: Callable[..., np.ndarray]
+) -> None:
+    model = build(lambda m, x: m.conv(x / 255).half(), conv=nn.Conv2d(3, 2, 1)).eval()
+    proto = to_onnx(model, pixels(1, 3, 32, 32), signature(2))
+    assert run(proto, pictures(1, 8, 9, 3)).dtype == np.float32
+
+
+def test_canonical_names_are_the_first_of_each_module(awkward: nn.Module) -> None:
+    names = canonical_names(awkward)
+    assert names["alias"] == names["model"] == "model" and names[""] == "" and names["add"] == "add"
+
+
+def cases() -> dict[str, tuple[Callable[[Any, Tensor], Any], str]]:
+    def wants_64(m: Any, x: Tensor) -> Any:
+        if x.shape[2] != 64:
+            raise ValueError("only 64 rows")
+        return m.conv(x)
+
+    def depends_on_data(m: Any, x: Tensor) -> Any:
+        return m.conv(x) if x.mean() > 5 else m.conv(x) * 2
+
+    def has_no_operator(m: Any, x: Tensor) -> Any:
+        y = m.conv(x)
+        return y + torch.linalg.svdvals(y[:, :, :4, :4]).sum()
+
+    def fails_on_types(m: Any, x: Tensor) -> Any:
+        return m.conv(x) + None if x.shape[2] > 100 else m.conv(x)  # type: ignore[operator]
+
+    return {
+        "size": (wants_64, r"cannot be exported for every size: only 64 rows"),
+        "data": (depends_on_data, r"cannot be exported for every size: .*data-dependent"),
+        "operator": (has_no_operator, r"cannot be exported for every size: .*svd"),
+        "type": (fails_on_types, r"cannot be exported for every size: unsupported operand"),
+        "adaptive": (lambda m, x: F.interpolate(F.adaptive_avg_pool2d(m.conv(x), (7, 3)), x.shape[2:]), r"adaptive pooling to 7 x 3"),
+        "max": (lambda m, x: F.interpolate(F.adaptive_max_pool2d(m.conv(x), 4), x.shape[2:]), r"adaptive pooling to 4 x 4"),
+        "dictionary": (lambda m, x: {"out": m.conv(x)}, r"the model answers dict .*: wrap it"),
+        "labels": (lambda m, x: m.conv(x).argmax(1, keepdim=True), r"the model answers torch.int64 .*: wrap it"),
+        "nan": (lambda m, x: m.conv(x) * float("nan"), r"answers NaN or infinity"),
+        "smaller": (lambda m, x: m.conv(x)[:, :, ::2, ::2], r"answers \(1, 4, 32, 32\) .* it must be \(1, 4, 64, 64\)"),
+        "classes": (lambda m, x: m.conv(x)[:, :3], r"answers \(1, 3, 64, 64\) .* it must be \(1, 4, 64, 64\)"),
+    }
+
+
+@pytest.mark.parametrize("case", cases())
+def test_a_model_that_has_no_graph_is_an_error_of_one_line_and_no_noise(
+    case: str, build: type[nn.Module], pixels: Callable[..., Tensor], capfd: pytest.CaptureFixture[str]
+) -> None:
+    forward, message = cases()[case]
+    level = logging.getLogger("torch").level
+    with pytest.raises(ExportError, match=message) as caught:
+        to_onnx(build(forward, conv=nn.Conv2d(3, 4, 3, padding=1)), pixels(1, 3, 64, 64), signature(4))
+    assert "\n" not in str(caught.value) and len(str(caught.value)) < 500
+    assert capfd.readouterr() == ("", "")
+    assert logging.getLogger("torch").level == level
+
+
+def test_pooling_to_one_value_works_for_every_size(
+    build: type[nn.Module], pixels: Callable[..., Tensor], pictures: Callable[..., np.ndarray]
+) -> None:
+    model = build(
+        lambda m, x: m.head(m.pool(m.conv(x / 255)).flatten(1)), conv=nn.Conv2d(3, 8, 3), pool=nn.AdaptiveAvgPool2d(1), head=nn.Linear(8, 5)
+    )
+    proto = to_onnx(model, pixels(1, 3, 64, 64), signature(5, "classify"))
+    for shape in ((1, 64, 64, 3), (2, 33, 70, 3), (1, 3, 5, 3)):
+        images = pictures(*shape)
+        np.testing.assert_allclose(run(proto, images), torch_answer(model, images), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("shape", [(3, 64, 64), (1, 4, 64, 64)])
+def test_an_example_of_another_shape_is_refused(shape: tuple[int, ...]) -> None:
+    with pytest.raises(ExportError, match=r"give raw pixels \(B, 3, H, W\)"):
+        to_onnx(nn.Sequential(nn.Conv2d(3, 4, 1)), torch.zeros(shape), signature(4))
+
+
+def test_a_model_in_training_is_exported_as_deployed(
+    build: type[nn.Module], pixels: Callable[..., Tensor], pictures: Callable[..., np.ndarray]
+) -> None:
+    model = build(
+        lambda m, x: m.drop(m.norm(m.conv(x / 255))), conv=nn.Conv2d(3, 4, 1), norm=nn.BatchNorm2d(4), drop=nn.Dropout(0.5)
+    ).train()
+    proto = to_onnx(model, pixels(2, 3, 32, 32), signature(4))
+    images = pictures(1, 9, 8, 3)
+    np.testing.assert_allclose(run(proto, images), torch_answer(model.eval(), images), rtol=1e-4, atol=1e-5)
