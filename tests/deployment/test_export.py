@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import copy
-import errno
-import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -36,7 +34,7 @@ def perceptron(build: type[nn.Module]) -> nn.Module:
     """Linears on tokens, rank 3, one without a bias, around a residual."""
 
     def run(m: Any, x: Tensor) -> Any:
-        t_BNC = m.patch(x / 64 - 2).flatten(2).transpose(1, 2)
+        t_BNC = m.patch(x / 60 - 2).flatten(2).transpose(1, 2)
         t_BNC = t_BNC + m.reduce(torch.relu(m.expand(t_BNC)))
         return m.head(t_BNC.mean(1))
 
@@ -48,7 +46,7 @@ def convolutions(build: type[nn.Module]) -> nn.Module:
     """Groups, a stride, a dilation, depthwise, with and without a bias, a residual, and a skip from full resolution."""
 
     def run(m: Any, x: Tensor) -> Any:
-        full = torch.relu(m.stem(x / 64 - 2))
+        full = torch.relu(m.stem(x / 60 - 2))
         y = torch.relu(m.strided(full))
         y = y + m.depthwise(torch.relu(m.grouped(y)))
         y = F.interpolate(m.point(torch.relu(y)), full.shape[2:], mode="nearest")
@@ -69,7 +67,7 @@ def normed(build: type[nn.Module]) -> nn.Module:
     """Batch norms of PyTorch, one behind a sum where it cannot fold, and activations that are no ReLU."""
 
     def run(m: Any, x: Tensor) -> Any:
-        y = F.silu(m.norm(m.stem(x / 64 - 2)))
+        y = F.silu(m.norm(m.stem(x / 60 - 2)))
         return m.head(F.hardswish(m.sum_norm(y + m.body(y))))
 
     parts = {"stem": nn.Conv2d(3, 32, 3, padding=1, bias=False), "norm": nn.BatchNorm2d(32), "body": nn.Conv2d(32, 32, 3, padding=1)}
@@ -128,9 +126,7 @@ def test_layers_that_stay_are_float_and_found_by_name(build: type[nn.Module], ex
     assert executed["expand"] == executed["head"] == "f32"
     records = {record.name: record for record in exported.artifact.manifest.layers}
     assert (records["expand"].weight_bits, records["expand"].activation_bits, records["expand"].note) == (16, None, "named in keep")
-    assert exported.artifact.manifest.tensors["model.expand.weight"].packing == "f16" or any(
-        record.shape in ((32, 64), (64, 32)) and record.packing == "f16" for record in exported.artifact.manifest.tensors.values()
-    )
+    assert any(record.shape in ((32, 64), (64, 32)) and record.packing == "f16" for record in exported.artifact.manifest.tensors.values())
 
 
 # --- hybrids -------------------------------------------------------------------------------------------------------------------
@@ -295,7 +291,7 @@ def test_one_layer_alone_is_a_model_too(pixels: Any, pictures: Any, tmp_path: Pa
 
 def test_a_head_that_the_answer_does_not_use_is_not_deployed(build: type[nn.Module], pixels: Any, tmp_path: Path) -> None:
     def run(m: Any, x: Tensor) -> Any:
-        features = torch.relu(m.stem(x / 64 - 2))
+        features = torch.relu(m.stem(x / 60 - 2))
         return {"out": m.head(features), "aux": m.auxiliary(features)}["out"]
 
     parts = {"stem": nn.Conv2d(3, 16, 3, padding=1), "auxiliary": nn.Conv2d(16, 4, 1), "head": nn.Conv2d(16, 4, 1)}
@@ -315,7 +311,7 @@ def test_an_artefact_is_replaced_and_nothing_lies_beside_it(pixels: Any, tmp_pat
     first = muntin.export(tiny(), pixels(1, 3, 32, 32), "artifact")
     second = muntin.export(tiny(), pixels(1, 3, 32, 32), Path("artifact"))
     assert first.digest != second.digest == open_artifact("artifact").digest
-    assert os.listdir(tmp_path) == ["artifact"]
+    assert [entry.name for entry in tmp_path.iterdir()] == ["artifact"]
 
 
 def test_a_directory_with_other_things_is_left_alone(pixels: Any, tmp_path: Path) -> None:
@@ -328,7 +324,7 @@ def test_a_directory_with_other_things_is_left_alone(pixels: Any, tmp_path: Path
     with pytest.raises(ArtifactError, match=r"it is no artefact \(it holds thesis\.txt\) and is not replaced"):
         muntin.export(tiny(), pixels(1, 3, 32, 32), occupied)
     assert sorted(str(file.relative_to(tmp_path)) for file in tmp_path.rglob("*.txt")) == [".mine.draft/notes.txt", "mine/thesis.txt"]
-    assert sorted(os.listdir(tmp_path)) == [".mine.draft", "mine"]
+    assert sorted(entry.name for entry in tmp_path.iterdir()) == [".mine.draft", "mine"]
 
 
 def test_a_failed_export_leaves_the_artefact_that_was_there(build: type[nn.Module], pixels: Any, tmp_path: Path) -> None:
@@ -342,14 +338,14 @@ def test_a_failed_export_leaves_the_artefact_that_was_there(build: type[nn.Modul
     ) as caught:
         muntin.export(build(random, conv=nn.Conv2d(3, 4, 1)), pixels(1, 3, 32, 32), tmp_path / "artifact")
     assert "\n" not in str(caught.value)
-    assert os.listdir(tmp_path) == ["artifact"]
+    assert [entry.name for entry in tmp_path.iterdir()] == ["artifact"]
     assert open_artifact(tmp_path / "artifact").digest == before.digest
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="no device that is always full")
 def test_a_place_that_cannot_be_written_is_one_line(pixels: Any, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
-    with pytest.raises(ArtifactError, match=os.strerror(errno.ENOTDIR)) as caught:
+    with pytest.raises(ArtifactError, match="cannot be written") as caught:
         muntin.export(tiny(), pixels(1, 3, 32, 32), tmp_path / "file" / "artifact")
     assert "\n" not in str(caught.value)
 
@@ -362,7 +358,7 @@ def refused(model: nn.Module, example: Tensor, path: Path, **arguments: Any) -> 
         muntin.export(model, example, path / "artifact", **arguments)
     assert isinstance(caught.value, ExportError), caught.value
     assert "\n" not in str(caught.value)
-    assert not os.listdir(path)
+    assert not list(path.iterdir())
     return str(caught.value)
 
 
