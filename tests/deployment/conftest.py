@@ -19,8 +19,8 @@ from muntin.compression import quantize
 from muntin.layers import ChannelGate, MapNorm, TokenNorm
 from muntin.training.config import QuantizationConfig
 
-HYBRID = {"depths": (1, 1), "dims": (128, 128)}
-"""The smallest hybrid of two attention stages, in the widths that integer kernels are for; an export takes several seconds."""
+HYBRID = {"depths": (1,), "dims": (128,)}
+"""A hybrid of one attention stage, in a width that integer kernels are for: each further stage adds seconds to an export."""
 
 
 class Built(nn.Module):

@@ -1,0 +1,107 @@
+"""Multiply-adds and parameters against numbers worked out by hand. Axes: B images, C channels, H W map."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from muntin import create_model
+from muntin.compression import quantize
+from muntin.deployment import image_macs, layer_macs, parameter_count
+from muntin.deployment.counting import bias_count, output_channels, weight_count
+from muntin.layers import DenseAttention
+from muntin.training.config import QuantizationConfig
+
+
+@pytest.fixture
+def mixed(build: type[nn.Module]) -> nn.Module:
+    """Every kind of layer that has weights, one used twice, and a product of activations."""
+
+    def run(m: Any, x: Tensor) -> Any:
+        x = m.depthwise(m.grouped(m.strided(x / 255)))
+        t_BNC = m.linear(m.linear(x.flatten(2).transpose(1, 2)))
+        return m.head(torch.matmul(t_BNC.transpose(1, 2), t_BNC).mean(1))
+
+    return build(
+        run,
+        strided=nn.Conv2d(3, 8, 3, stride=2, padding=1),
+        grouped=nn.Conv2d(8, 12, 3, padding=1, groups=2, bias=False),
+        depthwise=nn.Conv2d(12, 12, 5, padding=2, groups=12),
+        linear=nn.Linear(12, 12),
+        head=nn.Linear(12, 5, bias=False),
+    ).eval()
+
+
+MACS = {  # a map of 10 x 13 after the stride
+    "strided": 10 * 13 * 8 * 3 * 9,
+    "grouped": 10 * 13 * 12 * 4 * 9,
+    "depthwise": 10 * 13 * 12 * 25,
+    "linear": 2 * 10 * 13 * 12 * 12,
+    "head": 12 * 5,
+}
+PRODUCT = 12 * 130 * 12
+PARAMETERS = (8 * 27 + 8) + 12 * 36 + (12 * 25 + 12) + (144 + 12) + 60
+
+
+def test_a_layers_multiply_adds_by_hand(mixed: nn.Module) -> None:
+    assert layer_macs(mixed, torch.zeros(3, 3, 20, 25)) == MACS  # of one image, whatever the batch
+
+
+def test_a_models_multiply_adds_are_its_layers_and_its_products(mixed: nn.Module) -> None:
+    assert image_macs(mixed, torch.zeros(3, 3, 20, 25)) == sum(MACS.values()) + PRODUCT
+
+
+def test_parameters_by_hand(mixed: nn.Module) -> None:
+    assert parameter_count(mixed) == PARAMETERS
+
+
+@pytest.mark.parametrize("keep", [(), ("linear", "depthwise")])
+def test_quantising_changes_no_count(mixed: nn.Module, keep: tuple[str, ...], pixels: Callable[..., Tensor]) -> None:
+    x = pixels(2, 3, 20, 25)
+    changes = quantize([x], QuantizationConfig(keep=keep, min_sqnr_db=0))(mixed)
+    assert sum(not change.kept for change in changes) == 5 - len(keep)
+    assert layer_macs(mixed, x) == MACS
+    assert image_macs(mixed, x) == sum(MACS.values()) + PRODUCT
+    assert parameter_count(mixed) == PARAMETERS
+
+
+def test_a_quantised_hybrid_counts_as_the_float_one(pixels: Callable[..., Tensor]) -> None:
+    model, x = create_model("hybrid-xs", options={"depths": (1,), "dims": (128,)}), pixels(1, 3, 40, 56)
+    before, layers = image_macs(model, x), layer_macs(model, x)
+    quantize([x])(model)
+    assert image_macs(model, x) == before and layer_macs(model, x) == layers
+    assert 0.5 * before < sum(layers.values()) < before  # the rest are attention's products
+
+
+def test_dense_attention_counts_its_two_products() -> None:
+    class Dense(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.attention = DenseAttention(8, heads=2)
+
+        def forward(self, x: Tensor) -> Tensor:
+            out: Tensor = self.attention(x.permute(0, 2, 3, 1))
+            return out
+
+    tokens = 5 * 7
+    projections = tokens * (8 * 24 + 8 * 8)
+    assert image_macs(Dense(), torch.zeros(1, 8, 5, 7)) == projections + 2 * tokens**2 * 8
+
+
+def test_bytes_count_as_floats_do_and_the_batch_does_not(mixed: nn.Module) -> None:
+    images = torch.zeros(4, 3, 20, 25, dtype=torch.uint8)
+    assert image_macs(mixed, images) == image_macs(mixed, images[:1].float())
+
+
+def test_hooks_do_not_stay(mixed: nn.Module) -> None:
+    layer_macs(mixed, torch.zeros(1, 3, 8, 8))
+    assert not any(module._forward_hooks or module._forward_pre_hooks for module in mixed.modules())
+
+
+@pytest.mark.parametrize(("layer", "counts"), [(nn.Linear(3, 7), (21, 7, 7)), (nn.Conv2d(4, 6, 3, groups=2, bias=False), (108, 0, 6))])
+def test_counts_of_one_layer(layer: nn.Module, counts: tuple[int, int, int]) -> None:
+    assert (weight_count(layer), bias_count(layer), output_channels(layer)) == counts

@@ -1,0 +1,128 @@
+"""Pictures: chosen by the truth alone, drawn as they are said to be. Axes: H W map, C channels."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+
+from muntin.artifact import ClassInfo, Signature
+from muntin.data.source import Sample
+from muntin.deployment.pictures import draw_borders, example_windows, write_examples, write_whole
+from muntin.runtime.images import IGNORED, read_image, read_mask
+
+CLASSES = (ClassInfo(name="sea", color=(0, 0, 200)), ClassInfo(name="field", color=(0, 160, 0)), ClassInfo(name="roof", color=(200, 60, 0)))
+SIDE = 16
+
+
+class Reads:
+    """A session that answers the class whose number is in the picture's first channel, or always the same one."""
+
+    signature = Signature(task="segment", channels=3, classes=CLASSES)
+
+    def __init__(self, always: int | None = None) -> None:
+        self.always = always
+
+    def __call__(self, images_BHWC: NDArray[np.uint8], /) -> NDArray[np.float32]:
+        labels_BHW = images_BHWC[..., 0] if self.always is None else np.full(images_BHWC.shape[:3], self.always)
+        return (labels_BHW[:, None] == np.arange(len(CLASSES))[:, None, None]).astype(np.float32)
+
+
+def sample(labels_HW: NDArray[np.uint8], name: str = "here") -> Sample:
+    """A picture whose first channel is the truth."""
+    image = np.full((*labels_HW.shape, 3), 90, np.uint8)
+    image[..., 0] = labels_HW
+    return Sample(name=name, image=image, target=labels_HW)
+
+
+def varied(generator: np.random.Generator, classes: int, height: int = SIDE, width: int = SIDE) -> NDArray[np.uint8]:
+    return generator.integers(0, classes, (height, width)).astype(np.uint8)
+
+
+def tiled() -> list[Sample]:
+    """Two pictures of windows of known variety: the second's right half has all classes, the first's lower half two."""
+    generator = np.random.default_rng(0)
+    first, second = np.zeros((2 * SIDE, SIDE), np.uint8), np.ones((SIDE, 2 * SIDE), np.uint8)
+    first[SIDE:] = varied(generator, 2)
+    second[:, SIDE:] = varied(generator, 3)
+    return [sample(first, "first"), sample(second, "second")]
+
+
+def test_the_most_varied_truth_comes_first_and_windows_are_apart() -> None:
+    assert example_windows(tiled(), side=SIDE, count=2) == [(1, 0, SIDE), (0, SIDE, 0)]
+    everywhere = example_windows(tiled(), side=SIDE, count=99)
+    assert len(everywhere) == len(set(everywhere)) == 4
+    assert example_windows(tiled(), side=SIDE, count=99) == everywhere
+
+
+def test_pictures_do_not_matter_to_the_choice() -> None:
+    samples = tiled()
+    other = [
+        Sample(name=s.name, image=np.random.default_rng(1).integers(0, 256, s.image.shape).astype(np.uint8), target=s.target)
+        for s in samples
+    ]
+    assert example_windows(samples, side=SIDE, count=3) == example_windows(other, side=SIDE, count=3)
+
+
+def test_ignored_pixels_are_no_variety_and_a_window_of_them_is_no_example() -> None:
+    labels = np.full((SIDE, 3 * SIDE), IGNORED, np.uint8)
+    labels[:, SIDE : 2 * SIDE] = 1
+    labels[: SIDE // 2, SIDE : 2 * SIDE] = IGNORED  # half ignored, half of one class: no variety
+    labels[0, 2 * SIDE : 2 * SIDE + 2] = (0, 1)
+    assert example_windows([sample(labels)], side=SIDE, count=9) == [(0, 0, 2 * SIDE), (0, 0, SIDE)]
+
+
+def test_a_picture_smaller_than_a_window_is_one_window() -> None:
+    assert example_windows([sample(varied(np.random.default_rng(0), 3, 5, 7))], side=SIDE, count=3) == [(0, 0, 0)]
+
+
+@pytest.mark.parametrize("always", [None, 2])
+def test_examples_show_picture_truth_prediction_and_difference(tmp_path: Path, always: int | None) -> None:
+    samples = tiled()
+    examples = write_examples(tmp_path, Reads(always), samples, CLASSES, side=SIDE, count=2)
+    assert [example["name"] for example in examples] == ["second, rows 0-16, columns 16-32", "first, rows 16-32, columns 0-16"]
+    colors = np.array([entry.color for entry in CLASSES], np.uint8)
+    for example, truth in zip(examples, (samples[1].labels[:, SIDE:], samples[0].labels[SIDE:]), strict=True):
+        views = {kind: read_image(tmp_path / example[kind]) for kind in ("image", "truth", "prediction", "difference")}
+        expected = truth if always is None else np.full_like(truth, always)
+        assert np.array_equal(views["image"][..., 0], truth)
+        assert np.array_equal(views["truth"], colors[truth])
+        assert np.array_equal(views["prediction"], colors[expected])
+        wrong = (views["difference"] != views["difference"][np.nonzero(truth == expected)][0]).any(-1)
+        assert np.array_equal(wrong, truth != expected)
+
+
+def test_pictures_of_one_channel_are_shown_grey(tmp_path: Path) -> None:
+    class Grey(Reads):
+        signature = Signature(task="segment", channels=1, classes=CLASSES)
+
+    labels = varied(np.random.default_rng(0), 3)
+    grey = Sample(name="grey", image=labels[..., None], target=labels)
+    (example,) = write_examples(tmp_path, Grey(), [grey], CLASSES, side=SIDE, count=1)
+    assert np.array_equal(read_image(tmp_path / example["image"]), np.repeat(labels[..., None], 3, 2))
+
+
+def test_the_whole_picture_in_tiles(tmp_path: Path) -> None:
+    labels = varied(np.random.default_rng(0), 3, 70, 90)
+    borders = [(0, 40, "train"), (40, 45, "left out"), (45, 90, "test")]
+    whole = sample(labels)
+    write_whole(tmp_path, Reads(), whole.image, labels, borders, CLASSES, tile=32)
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["difference.png", "mask.png", "overlay.png"]
+    assert np.array_equal(read_mask(tmp_path / "mask.png"), labels)  # drawn on by nobody
+    overlay, difference = read_image(tmp_path / "overlay.png"), read_image(tmp_path / "difference.png")
+    assert overlay.shape == difference.shape == (70, 90, 3)
+    assert (overlay[:, 40:45] == 20).all() and (difference[:, 40:45] == 20).all()
+    right = difference[60:, 5:35].reshape(-1, 3)  # below the names, off the lines: all right, so all alike
+    assert (right == right[0]).all()
+
+
+def test_borders_are_drawn_on_a_copy() -> None:
+    picture = np.full((90, 200, 3), 100, np.uint8)
+    drawn = draw_borders(picture, [(0, 80, "train"), (80, 90, "left out"), (90, 200, "test")])
+    assert (picture == 100).all() and drawn.shape == picture.shape and drawn.dtype == np.uint8
+    assert (drawn[:, 80:90] == 20).all()  # the strip between
+    assert (drawn[:, 90:92] == 255).all() and (drawn[-2:, 90:200] == 255).all() and (drawn[:, 198:] == 255).all()  # a frame around the test
+    assert (drawn[40:, 2:78] == 100).all()  # none around the training part
+    assert (drawn[:30, 5:60] == 255).any() and (drawn[:30, 96:160] == 255).any()  # both have their names
