@@ -235,6 +235,7 @@ def test_classify_and_restore(trained: Any, pixels: Any, pictures: Any, tmp_path
 # --- others' models ------------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_a_classifier_of_timm(trained: Any, pixels: Any, tmp_path: Path) -> None:
     model, example = create_model("timm:test_byobnet", task="classify", classes=5), pixels(4, 3, 64, 64)
     trained(model)
