@@ -174,7 +174,7 @@ def recipe_text(
     head = [
         "# A recipe for muntin, written by `muntin init`. Check the names below, then run",
         f"#     muntin fit {RECIPE_NAME}",
-        "# On two CPU cores 2000 steps take some ten minutes. Lines can be left out: what they say is then the default.",
+        "# Its progress line tells how long it will take. Lines can be left out: what they say is then the default.",
         "",
         f"name: {json.dumps(name, ensure_ascii=False)}  # the run's results go to runs/ under this name",
         f"task: {layout.task}  # segment: a class for every pixel; classify: one class for the picture",
