@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 from torch import Tensor, nn
 
-from muntin.compression.fake_quantization import dequantize_weight, quantize_dequantize, quantize_weight
+from muntin.compression.fake_quantization import dequantize_weight, quantize_dequantize, quantize_weight, round_to_grid
 
 SHAPES = hnp.array_shapes(min_dims=2, max_dims=4, max_side=6)
 WEIGHTS = SHAPES.flatmap(lambda shape: hnp.arrays("float32", shape, elements=st.floats(-100, 100, width=32))).map(torch.from_numpy)
@@ -67,8 +67,14 @@ def test_a_weight_comes_back_to_half_a_step(weight: Tensor, bits: int, data: st.
     limit = 2 ** (bits - 1) - 1
     assert q.dtype == torch.int8 and q.shape == weight.shape and int(q.abs().max()) <= limit
     assert scale_O.shape == (weight.shape[axis],) and bool((scale_O > 0).all())
-    error = (dequantize_weight(q, scale_O, axis) - weight).abs().movedim(axis, 0).flatten(1)
-    assert bool((error <= scale_O[:, None] / 2 * (1 + 1e-5) + 1e-7 * weight.abs().max()).all())
+    rows = weight.movedim(axis, 0).flatten(1)
+    error = (dequantize_weight(q, scale_O, axis) - weight).movedim(axis, 0).flatten(1)
+    inside = rows.abs() <= scale_O[:, None] * limit
+    assert bool((error.abs() <= scale_O[:, None] / 2 * (1 + 1e-5) + 1e-7 * weight.abs().max())[inside].all())
+    peak_O = rows.abs().amax(1) / limit
+    unclipped, _ = quantize_weight(weight, axis, bits, torch.where(peak_O > 1e-30, peak_O, torch.ones_like(peak_O)))
+    plain = (dequantize_weight(unclipped, torch.where(peak_O > 1e-30, peak_O, torch.ones_like(peak_O)), axis) - weight).movedim(axis, 0)
+    assert bool((error.square().sum(1) <= plain.flatten(1).square().sum(1) * (1 + 1e-4) + 1e-9).all()), "clipping never loses"
 
 
 def test_each_channel_uses_its_whole_range_whatever_the_others_hold() -> None:
@@ -94,3 +100,24 @@ def test_grouped_and_depthwise_weights_have_a_scale_an_output_channel(groups: in
     q, scale_O = quantize_weight(conv.weight, 0)
     assert q.shape == (16, 8 // groups, 3, 3)
     torch.testing.assert_close(scale_O, conv.weight.detach().abs().amax((1, 2, 3)) / 127)
+
+
+def test_gradients_go_straight_through_inside_the_grid_and_stop_outside() -> None:
+    x = torch.tensor([-9.0, -0.6, 0.2, 0.9, 30.0], dtype=torch.float64, requires_grad=True)
+    scale = torch.tensor(0.5, dtype=torch.float64, requires_grad=True)
+    rounded = round_to_grid(x, scale, -7, 7)
+    assert rounded.tolist() == [-3.5, -0.5, 0.0, 1.0, 3.5]
+    rounded.sum().backward()
+    assert x.grad is not None and x.grad.tolist() == [0, 1, 1, 1, 0]
+    # LSQ, equation 3: the end of the grid outside, round(v) - v inside; divided by the root of the values times the largest level
+    expected = -7 + (-1 + 1.2) + (0 - 0.4) + (2 - 1.8) + 7
+    assert scale.grad is not None
+    torch.testing.assert_close(scale.grad, torch.tensor(expected / (5 * 7) ** 0.5, dtype=torch.float64), rtol=1e-5, atol=1e-6)
+
+
+def test_each_channels_scale_has_a_gradient_of_its_own() -> None:
+    weight = torch.randn(3, 4, 2, 2, requires_grad=True)
+    scale = torch.full((3, 1, 1, 1), 0.1, requires_grad=True)
+    round_to_grid(weight, scale, -7, 7)[1].sum().backward()
+    assert scale.grad is not None and scale.grad.shape == (3, 1, 1, 1)
+    assert scale.grad[1] != 0 and scale.grad[0] == 0 and scale.grad[2] == 0

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import pytest
 import torch
 
-from muntin.layers import Product, Softmax, Sum
+from muntin.layers import Product, SoftmaxProduct, Sum
 from muntin.layers.windows import HIDDEN
 
 
@@ -14,18 +13,17 @@ def test_product_is_the_matrix_product_of_the_last_two_axes() -> None:
     torch.testing.assert_close(Product()(a, b), torch.einsum("...ij,...jl->...il", a, b))
 
 
-@pytest.mark.parametrize("dim", [-1, 1])
-def test_softmax_is_the_share_of_the_exponentials(dim: int) -> None:
-    logits = torch.randn(3, 4, 5, dtype=torch.float64)
-    torch.testing.assert_close(Softmax(dim)(logits), logits.exp() / logits.exp().sum(dim, keepdim=True))
+def test_softmax_product_weighs_values_by_their_share_of_the_exponentials() -> None:
+    logits, values = torch.randn(3, 4, 5, dtype=torch.float64), torch.randn(3, 5, 2, dtype=torch.float64)
+    expected = torch.einsum("bij,bjl->bil", logits.exp() / logits.exp().sum(-1, keepdim=True), values)
+    torch.testing.assert_close(SoftmaxProduct()(logits, values), expected)
 
 
-def test_softmax_ignores_what_its_bias_hides() -> None:
-    logits = torch.randn(3, 5)
+def test_softmax_product_ignores_what_its_bias_hides() -> None:
+    logits, values = torch.randn(3, 5), torch.randn(5, 2)
     bias = torch.tensor([0, HIDDEN, 0, 0, HIDDEN])
-    weights = Softmax(-1)(logits, bias)
-    assert (weights[:, [1, 4]] == 0).all()
-    torch.testing.assert_close(weights[:, [0, 2, 3]], torch.softmax(logits[:, [0, 2, 3]], -1))
+    shown = [0, 2, 3]
+    torch.testing.assert_close(SoftmaxProduct()(logits, values, bias), SoftmaxProduct()(logits[:, shown], values[shown]))
 
 
 def test_sum_adds_any_number_of_branches_and_leaves_the_stream_alone() -> None:
@@ -33,7 +31,3 @@ def test_sum_adds_any_number_of_branches_and_leaves_the_stream_alone() -> None:
     before = stream.clone()
     torch.testing.assert_close(Sum()(stream, first, second), before + first + second)
     assert torch.equal(Sum()(stream), before) and torch.equal(stream, before)
-
-
-def test_the_softmax_tells_its_dimension() -> None:
-    assert "dim=-1" in repr(Softmax(-1))

@@ -12,7 +12,7 @@ import torch
 from muntin.artifact.classes import ClassInfo
 from muntin.training.average import WeightAverage
 from muntin.training.checkpoint import AVERAGE, MODEL, OPTIMIZER, build_model, optimizer_tensors, write_checkpoint
-from muntin.training.loop import make_optimizer
+from muntin.training.trainer import make_optimizer
 from muntin.training.recipe import Recipe, parse_recipe
 
 CLASSES = tuple(ClassInfo(name=name, color=(9, 9, 9)) for name in ("sea", "field", "roof"))

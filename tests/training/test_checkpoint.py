@@ -17,12 +17,13 @@ from muntin.training.checkpoint import (
     STATE,
     build_model,
     checkpoints_in,
+    digest_of,
     find_checkpoint,
     load_optimizer,
     optimizer_tensors,
     read_checkpoint,
 )
-from muntin.training.loop import make_optimizer
+from muntin.training.trainer import make_optimizer
 from muntin.training.recipe import Recipe
 
 Save = Callable[..., Path]
@@ -36,9 +37,9 @@ def mistake(path: Path) -> str:
 
 
 def rewrite(path: Path, **changes: Any) -> None:
-    """Another `checkpoint.json`, without its own digest, as an older or newer muntin may write it."""
+    """Another `checkpoint.json`, with the digest that goes with it, as another muntin may write it."""
     content = json.loads((path / STATE).read_text()) | changes
-    content["sha256"].pop(STATE)
+    content["sha256"][STATE] = digest_of(content)
     (path / STATE).write_text(json.dumps(content))
 
 

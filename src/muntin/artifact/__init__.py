@@ -5,7 +5,7 @@ from __future__ import annotations
 from muntin.artifact.classes import ClassInfo
 from muntin.artifact.manifest import FORMAT, GoldenTolerance, LayerRecord, Manifest, Signature, TensorRecord
 from muntin.artifact.packing import pack, unpack
-from muntin.artifact.store import Artifact, open_artifact, write_artifact
+from muntin.artifact.store import Artifact, check_target, open_artifact, write_artifact
 
 __all__ = [
     "FORMAT",
@@ -16,6 +16,7 @@ __all__ = [
     "Manifest",
     "Signature",
     "TensorRecord",
+    "check_target",
     "open_artifact",
     "pack",
     "unpack",

@@ -18,10 +18,7 @@ def replace_directory(path: Path, contents: Mapping[str, bytes], *, marker: str)
     ArtifactError and stays as it is. So does a full disk, and nothing half-written is left. Between the two renames of a replacement,
     a reader finds no directory for an instant; after a crash there the old one lies beside it, under a name that ends in ".old".
     """
-    target = path.resolve()  # a link to an artefact stays a link
-    if not target.name:
-        raise ArtifactError(f"{path}: cannot be an artefact: name a directory of its own")
-    _refuse_foreign(path, target, contents.keys(), marker)
+    target = refuse_foreign(path, contents.keys(), marker=marker)
     token = secrets.token_hex(4)
     fresh, aside = target.with_name(f".{target.name}.{token}.partial"), target.with_name(f".{target.name}.{token}.old")
     try:
@@ -41,9 +38,13 @@ def replace_directory(path: Path, contents: Mapping[str, bytes], *, marker: str)
     shutil.rmtree(aside, ignore_errors=True)
 
 
-def _refuse_foreign(path: Path, target: Path, names: Iterable[str], marker: str) -> None:
+def refuse_foreign(path: Path, names: Iterable[str], *, marker: str) -> Path:
+    """Where `path` really is, if `replace_directory` may write there; raises ArtifactError, before any work, if it may not."""
+    target = path.resolve()  # a link to an artefact stays a link
+    if not target.name:
+        raise ArtifactError(f"{path}: cannot be an artefact: name a directory of its own")
     if not os.path.lexists(target):
-        return
+        return target
     if not target.is_dir():
         raise ArtifactError(f"{path}: it is a file: name a directory")
     present = {entry.name for entry in target.iterdir()}
@@ -51,6 +52,7 @@ def _refuse_foreign(path: Path, target: Path, names: Iterable[str], marker: str)
     if foreign or (present and marker not in present):
         found = foreign[0] if foreign else min(present)
         raise ArtifactError(f"{path}: it is no artefact (it holds {found}) and is not replaced: name another directory or empty it")
+    return target
 
 
 def _swap(fresh: Path, target: Path, aside: Path) -> None:

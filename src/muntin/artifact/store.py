@@ -28,7 +28,7 @@ from safetensors import SafetensorError
 from safetensors.numpy import load as load_tensors
 from safetensors.numpy import save as save_tensors
 
-from muntin.artifact.directory import replace_directory
+from muntin.artifact.directory import refuse_foreign, replace_directory
 from muntin.artifact.manifest import (
     FileName,
     FloatPrecision,
@@ -104,6 +104,11 @@ def open_artifact(path: str | Path) -> Artifact:
     for name in FILES:
         _read_checked(path, name, manifest)
     return Artifact(path, manifest)
+
+
+def check_target(path: str | Path) -> None:
+    """Raises ArtifactError where `write_artifact` would not write: to be asked before the work, not after it."""
+    refuse_foreign(Path(path), (MANIFEST, *FILES), marker=MANIFEST)
 
 
 def write_artifact(

@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 import typer
 
-from muntin.cli.console import quiet_exit, say
+from muntin.cli.console import say
 from muntin.cli.deploy import export_command, predict_command, verify_command
 from muntin.cli.models import init_command, models_command
 from muntin.cli.report import demo_command, report_command
@@ -51,8 +51,6 @@ def main() -> None:
             raise
         say(f"muntin: this command needs the package {error.name}: pip install 'muntin[train]'")
         sys.exit(1)
-    except BrokenPipeError:
-        quiet_exit()
     except OSError as error:
         where = f"{error.filename}: " if error.filename else ""
         say(f"muntin: {where}{error.strerror or error}; check the path, its permissions and the free space")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -50,9 +49,3 @@ def status(description: str) -> Iterator[Callable[[str], None]]:
         return
     with err.status(description) as spinner:
         yield lambda name: spinner.update(f"{description}: {name}")
-
-
-def quiet_exit() -> None:
-    """Leave without a traceback when whoever reads our output has gone (`muntin models | head -1`)."""
-    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-    raise SystemExit(0)

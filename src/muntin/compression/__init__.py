@@ -1,9 +1,9 @@
 """The passes that make a model smaller and faster; each rewrites a model and says what it did."""
 
 from muntin.compression.batch_norm import fold_batch_norms
-from muntin.compression.change import Change
+from muntin.compression.change import Change, Pass
 from muntin.compression.fold import fold
-from muntin.compression.quantization import Pass, quantize
+from muntin.compression.quantization import quantize
 from muntin.compression.quantized import QuantizedConv2d, QuantizedLinear
 
 __all__ = ["Change", "Pass", "QuantizedConv2d", "QuantizedLinear", "fold", "fold_batch_norms", "quantize"]

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
+
+from torch import nn
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -24,3 +27,7 @@ class Change:
     def kept(self) -> bool:
         """True where the pass left the layer as it was."""
         return self.done == "kept"
+
+
+Pass = Callable[[nn.Module], list[Change]]
+"""A compression pass: rewrites the model it is given, returns what it changed and what it kept."""

@@ -11,9 +11,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from muntin.compression.fake_quantization import SHRINKS
+
 BINS = 2048
-SHRINKS = 60
-"""Candidate clipping ranges between a fifth of the observed range and all of it."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,8 +57,8 @@ class Observer:
         """False for a layer that no calibration image reached."""
         return self.high >= self.low
 
-    def grid(self) -> ActivationGrid:
-        """The grid with the least mean squared error over the histogram.
+    def grid(self, percentile: float | None = None) -> ActivationGrid:
+        """The grid with the least mean squared error over the histogram, or the one that ends at a percentile (of 100) of the magnitudes.
 
         A tensor that is never negative gets an unsigned grid that starts at 0, any other a signed symmetric one: both have zero
         point 0, so that zero padding is exact and no correction term is needed at run time. A constant tensor gets a grid that
@@ -69,12 +69,16 @@ class Observer:
         peak = max(abs(self.low), abs(self.high))
         if self.high <= self.low or peak == 0:
             scale = peak / levels if peak > 0 else 1.0
-            return ActivationGrid(scale=_usable(scale), zero_point=0, unsigned=unsigned, low=self.low, high=self.high, clipped=0.0)
+            return ActivationGrid(scale=usable(scale), zero_point=0, unsigned=unsigned, low=self.low, high=self.high, clipped=0.0)
         step = (self.high - self.low) / BINS
         centres = self.low + (torch.arange(BINS, dtype=torch.float64) + 0.5) * step
         best_error, best_scale = float("inf"), peak / levels
         lowest = 0 if unsigned else -127
-        for k in range(SHRINKS):
+        if percentile is not None:
+            order = centres.abs().argsort()
+            reached = self.histogram[order].cumsum(0) >= self.histogram.sum() * percentile / 100
+            best_scale = float(centres.abs()[order][reached][0]) / levels if reached.any() else best_scale
+        for k in range(0 if percentile is not None else SHRINKS):
             scale = peak * (1 - 0.8 * k / SHRINKS) / levels
             error = centres - torch.round(centres / scale).clamp(lowest, levels) * scale
             mean_error = float((self.histogram * error.square()).sum())
@@ -82,10 +86,10 @@ class Observer:
                 best_error, best_scale = mean_error, scale
         outside = (centres > best_scale * (levels + 0.5)) | (centres < best_scale * (lowest - 0.5))
         clipped = float(self.histogram[outside].sum() / self.histogram.sum().clamp_min(1))
-        return ActivationGrid(scale=_usable(best_scale), zero_point=0, unsigned=unsigned, low=self.low, high=self.high, clipped=clipped)
+        return ActivationGrid(scale=usable(best_scale), zero_point=0, unsigned=unsigned, low=self.low, high=self.high, clipped=clipped)
 
 
-def _usable(scale: float) -> float:
+def usable(scale: float) -> float:
     """The scale as float32 holds it, never 0 and never exactly 1.
 
     On bytes, a quantiser of scale 1 and zero point 0 changes nothing: OpenVINO removes it, and the layer behind it runs in float.

@@ -31,18 +31,20 @@ class InputGrid(nn.Module):
 
 
 class QuantizedLinear(nn.Module):
-    """A Linear with int8 weights per output channel and 8-bit inputs; `(..., I) -> (..., O)`.
+    """A Linear with integer weights per output channel and 8-bit inputs; `(..., I) -> (..., O)`.
 
-    The weight is kept as `(I, O)`: the product that runtimes take as it is, without a transposition between its integers and its use.
+    Weights of fewer than 8 bits lie in int8 too: the same numbers at the speed of integers; only the artefact packs them. The weight is
+    kept as `(I, O)`: the product that runtimes take as it is, without a transposition between its integers and its use.
     """
 
     weight: Tensor
     weight_scale: Tensor
     bias: Tensor | None
 
-    def __init__(self, layer: nn.Linear, grid: ActivationGrid) -> None:
+    def __init__(self, layer: nn.Linear, grid: ActivationGrid, *, bits: int = 8, scale: Tensor | None = None) -> None:
         super().__init__()
-        q_OI, scale_O = quantize_weight(layer.weight, 0)
+        q_OI, scale_O = quantize_weight(layer.weight, 0, bits, scale)
+        self.bits = bits
         self.input = InputGrid(grid)
         self.register_buffer("weight", q_OI.t().contiguous())
         self.register_buffer("weight_scale", scale_O)
@@ -55,15 +57,16 @@ class QuantizedLinear(nn.Module):
 
 
 class QuantizedConv2d(nn.Module):
-    """A Conv2d (groups and depthwise included) with int8 weights per output channel and 8-bit inputs; zero padding."""
+    """A Conv2d (groups and depthwise included) with integer weights per output channel and 8-bit inputs; zero padding."""
 
     weight: Tensor
     weight_scale: Tensor
     bias: Tensor | None
 
-    def __init__(self, layer: nn.Conv2d, grid: ActivationGrid) -> None:
+    def __init__(self, layer: nn.Conv2d, grid: ActivationGrid, *, bits: int = 8, scale: Tensor | None = None) -> None:
         super().__init__()
-        q_OIHW, scale_O = quantize_weight(layer.weight, 0)
+        q_OIHW, scale_O = quantize_weight(layer.weight, 0, bits, scale)
+        self.bits = bits
         self.input = InputGrid(grid)
         self.stride, self.padding, self.dilation, self.groups = layer.stride, layer.padding, layer.dilation, layer.groups
         self.register_buffer("weight", q_OIHW)
@@ -74,6 +77,45 @@ class QuantizedConv2d(nn.Module):
         weight_OIHW = dequantize_weight(self.weight, self.weight_scale, 0).to(input.dtype)
         bias = None if self.bias is None else self.bias.to(input.dtype)
         return F.conv2d(self.input(input), weight_OIHW, bias, self.stride, self.padding, self.dilation, self.groups)
+
+
+class QuantizedProduct(nn.Module):
+    """A product of two activations, both rounded to 8 bits: `(..., I, J), (..., J, L) -> (..., I, L)`."""
+
+    def __init__(self, left: ActivationGrid, right: ActivationGrid) -> None:
+        super().__init__()
+        self.left, self.right = InputGrid(left), InputGrid(right)
+
+    def forward(self, a: Tensor, b: Tensor) -> Tensor:
+        return torch.matmul(self.left(a), self.right(b))
+
+
+SHARES = ActivationGrid(scale=1 / 255, zero_point=0, unsigned=True, low=0.0, high=1.0, clipped=0.0)
+"""The grid of exp(s - max), which lies in 0..1 whatever the logits are."""
+
+
+class QuantizedSoftmaxProduct(nn.Module):
+    """softmax(logits)·values with exp(logits - max) and the values in 8 bits, divided by the sum after the product.
+
+    A softmax over N entries shrinks as 1/N and vanishes in 8 bits; its largest exponential is 1 at every N. The divisor is the sum of the
+    rounded exponentials, so that the weights of the values sum to 1 exactly.
+    """
+
+    def __init__(self, values: ActivationGrid) -> None:
+        super().__init__()
+        self.shares, self.values = InputGrid(SHARES), InputGrid(values)
+
+    def forward(self, logits: Tensor, values: Tensor, bias: Tensor | None = None) -> Tensor:
+        shares = self.shares(exponentials(logits, bias))
+        mixed: Tensor = torch.matmul(shares, self.values(values)) / shares.sum(-1, keepdim=True)
+        return mixed
+
+
+def exponentials(logits: Tensor, bias: Tensor | None) -> Tensor:
+    """exp(logits + bias - their maximum over the last dimension), in 0..1."""
+    if bias is not None:
+        logits = logits + bias
+    return torch.exp(logits - logits.amax(-1, keepdim=True))
 
 
 QuantizedLayer = QuantizedLinear | QuantizedConv2d

@@ -11,8 +11,7 @@ Axes: B images, H W map, C channels.
 from __future__ import annotations
 
 import copy
-import secrets
-import shutil
+import tempfile
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -24,7 +23,7 @@ from numpy.typing import NDArray
 from pydantic import ValidationError
 from torch import Tensor, nn
 
-from muntin.artifact import Artifact, ClassInfo, GoldenTolerance, LayerRecord, Signature, write_artifact
+from muntin.artifact import Artifact, ClassInfo, GoldenTolerance, LayerRecord, Signature, check_target, write_artifact
 from muntin.artifact.manifest import FloatPrecision
 from muntin.compression import Change, QuantizedConv2d, QuantizedLinear, quantize
 from muntin.compression.rewrite import named
@@ -65,6 +64,7 @@ def export(
     figures to keep there. Every batch size, height and width will work. Raises `ExportError` when the model cannot be exported, or
     when the runtime does not compute what PyTorch does; nothing is left behind then.
     """
+    check_target(path)
     model = copy.deepcopy(model).eval()
     if isinstance(model, WEIGHTED):
         model = nn.Sequential(model)  # a layer goes by its name in the model, and the model itself has none
@@ -87,11 +87,10 @@ def export(
 
 
 def _write_checked(path: Path, content: dict[str, Any]) -> Artifact:
-    """Write beside the place, open in the runtime, compare, and only then write in place with the precision that was measured."""
-    target = path.resolve()
-    draft = target.with_name(f".{target.name or 'artifact'}.{secrets.token_hex(4)}.draft")  # a name that nobody has
+    """Write elsewhere, open in the runtime, compare, and only then write in place with the precision that was measured."""
     limits = LIMITS if any(record.activation_bits for record in content["layers"]) else FLOAT_LIMITS
-    try:
+    with tempfile.TemporaryDirectory(prefix="muntin-") as scratch:
+        draft = Path(scratch) / "draft"
         write_artifact(draft, **content, golden_tolerance=limits, precision="bf16")
         exact, recorded = load(draft, precision="f32"), load(draft)  # the second in bf16 where the CPU has it
         problems = [*deviations(exact, content["golden"], limits), *_floating(exact, content["layers"])]
@@ -100,8 +99,6 @@ def _write_checked(path: Path, content: dict[str, Any]) -> Artifact:
         notes = deviations(recorded, content["golden"], limits) if recorded.precision != exact.precision else []
         precision: FloatPrecision = precision_of(exact if notes else recorded)
         content["measured"]["notes"] = [f"recorded in {precision}, for {note}" for note in notes]
-    finally:
-        shutil.rmtree(draft, ignore_errors=True)
     return write_artifact(path, **content, golden_tolerance=limits, precision=precision)
 
 

@@ -16,8 +16,10 @@ def interleaved_latency(sessions: Mapping[str, Predictor], image_HWC: NDArray[np
     """Median and 90th percentile, in ms, of one call on one image, for each session.
 
     Each of `rounds` rounds calls every session twice and times the second call: the first brings its weights back into the caches
-    that the others filled, as in a process that runs one model.
+    that the others filled, as in a process that runs one model. Raises `ValueError` for less than one round.
     """
+    if rounds < 1:
+        raise ValueError(f"rounds={rounds}: a median needs at least 1")
     images = np.ascontiguousarray(image_HWC[None])
     times: dict[str, list[float]] = {name: [] for name in sessions}
     for session in sessions.values():

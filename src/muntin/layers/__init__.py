@@ -8,12 +8,12 @@ from muntin.layers.hybrid import DenseAttention, HybridAttention
 from muntin.layers.latent import GlobalAttention
 from muntin.layers.local import LocalAttention
 from muntin.layers.norm import MapNorm, TokenNorm
-from muntin.layers.ops import Product, Softmax, Sum
+from muntin.layers.ops import Product, SoftmaxProduct, Sum
 from muntin.layers.upsample import PixelHead, ProgressiveUpsampler
 from muntin.layers.windows import Grid, merge, partition
 
 __all__ = [
     "Attention", "ChannelGate", "ConvUnit", "DenseAttention", "GlobalAttention", "Grid", "HybridAttention", "LocalAttention",
     "MapNorm", "ParallelBlock", "PixelHead", "PositionUnit", "Product", "ProgressiveUpsampler", "ResidualPair", "SerialBlock",
-    "Softmax", "Sum", "TokenNorm", "merge", "partition",
+    "SoftmaxProduct", "Sum", "TokenNorm", "merge", "partition",
 ]  # fmt: skip

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from muntin.layers.attention import Attention, check_size
-from muntin.layers.ops import Product, Softmax
+from muntin.layers.ops import SoftmaxProduct
 from muntin.layers.windows import Grid
 
 
@@ -25,10 +25,8 @@ class LatentMixer(nn.Module):
         self.dim = dim
         self.heads = heads
         self.latents = latents
-        self.read_softmax = Softmax(-1)
-        self.read = Product()
-        self.write_softmax = Softmax(-1)
-        self.write = Product()
+        self.read = SoftmaxProduct()
+        self.write = SoftmaxProduct()
 
     @property
     def inputs(self) -> int:
@@ -45,8 +43,8 @@ class LatentMixer(nn.Module):
         read_BEMN = read_BNL.reshape(grid.batch, -1, heads, latents).permute(0, 2, 3, 1)
         write_BENM = write_BNL.reshape(grid.batch, -1, heads, latents).transpose(1, 2)
         bias = None if grid.bias_B1N is None else grid.bias_B1N.unsqueeze(1)
-        latents_BEMD = self.read(self.read_softmax(read_BEMN, bias), v_BEND)
-        out_BEND: Tensor = self.write(self.write_softmax(write_BENM), latents_BEMD)
+        latents_BEMD = self.read(read_BEMN, v_BEND, bias)
+        out_BEND: Tensor = self.write(write_BENM, latents_BEMD)
         return out_BEND.transpose(1, 2).reshape(windows, tokens, self.dim)
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 from torch import Tensor, nn
 
 from muntin.layers.attention import Attention, check_size
-from muntin.layers.ops import Product, Softmax
+from muntin.layers.ops import Product, SoftmaxProduct
 from muntin.layers.windows import Grid
 
 
@@ -21,16 +21,14 @@ class WindowMixer(nn.Module):
         self.heads = heads
         self.scale = (dim // heads) ** -0.5
         self.scores = Product()
-        self.softmax = Softmax(-1)
-        self.values = Product()
+        self.values = SoftmaxProduct()
 
     def forward(self, qkv_ST3C: Tensor, grid: Grid) -> Tensor:
         """`(S, T, 3·C) -> (S, T, C)`; 2·S·T²·C multiply-adds."""
         windows, tokens = qkv_ST3C.shape[:2]
         q, k, v = qkv_ST3C.reshape(windows, tokens, 3, self.heads, self.dim // self.heads).permute(2, 0, 3, 1, 4).unbind(0)
         bias = None if grid.bias_S1T is None else grid.bias_S1T.unsqueeze(1)
-        weights_SETT = self.softmax(self.scores(q * self.scale, k.transpose(-1, -2)), bias)
-        out_SETD: Tensor = self.values(weights_SETT, v)
+        out_SETD: Tensor = self.values(self.scores(q * self.scale, k.transpose(-1, -2)), v, bias)
         return out_SETD.transpose(1, 2).reshape(windows, tokens, self.dim)
 
 

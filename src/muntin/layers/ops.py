@@ -16,20 +16,18 @@ class Product(nn.Module):
         return torch.matmul(a, b)
 
 
-class Softmax(nn.Module):
-    """Softmax over one dimension, with an optional additive bias (0 keeps an entry, a large negative number hides it)."""
+class SoftmaxProduct(nn.Module):
+    """softmax(logits)·values, the softmax over the last dimension: `(..., I, J), (..., J, L) -> (..., I, L)`; I·J·L multiply-adds a matrix.
 
-    def __init__(self, dim: int) -> None:
-        super().__init__()
-        self.dim = dim
+    One operation, not a softmax and a product, since its quantised form divides after the product: a normalised weight over J entries
+    shrinks as 1/J, and over a large image it vanishes in 8 bits. `bias` is added to the logits: 0 keeps an entry, a large negative
+    number hides it.
+    """
 
-    def forward(self, logits: Tensor, bias: Tensor | None = None) -> Tensor:
+    def forward(self, logits: Tensor, values: Tensor, bias: Tensor | None = None) -> Tensor:
         if bias is not None:
             logits = logits + bias
-        return torch.softmax(logits, self.dim)
-
-    def extra_repr(self) -> str:
-        return f"dim={self.dim}"
+        return torch.matmul(torch.softmax(logits, -1), values)
 
 
 class Sum(nn.Module):

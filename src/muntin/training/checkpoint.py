@@ -56,6 +56,8 @@ class CheckpointState(BaseModel):
     pending: list[float] = []
     """Losses since the last point of the training curve."""
     validation: list[dict[str, Any]]
+    compression: dict[str, Any] | None = None
+    """What compression has made of the recipe's model, None for the model itself: see `muntin.compression.stages`."""
     sha256: dict[str, str]
 
 
@@ -78,7 +80,9 @@ class Checkpoint:
         return (self.path / AVERAGE).stat().st_size
 
     def model(self) -> nn.Module:
-        """The trained model (averaged weights), in `eval` mode."""
+        """The trained model (averaged weights), in `eval` mode. Raises `CheckpointError` for a compressed one."""
+        if self.state.compression is not None:
+            raise CheckpointError(f"{self.path} holds a compressed model: give the checkpoint of `muntin fit` that it was made from")
         model = build_model(self.state.recipe, self.state.classes)
         load_weights(model, self.tensors[AVERAGE], self.path / AVERAGE)
         return model.eval()
@@ -115,7 +119,7 @@ def write_checkpoint(folder: Path, state: dict[str, Any], tensors: dict[str, dic
     digests = {name: hashlib.sha256(data).hexdigest() for name, data in files.items()}
     checked = CheckpointState(format=FORMAT, sha256=digests, **state)
     content = checked.model_dump(mode="json")
-    content["sha256"][STATE] = _digest_of(content)
+    content["sha256"][STATE] = digest_of(content)
     files[STATE] = json.dumps(content, indent=1, allow_nan=False).encode() + b"\n"
     path = folder / f"step-{checked.step:08d}"
     folder.mkdir(parents=True, exist_ok=True)
@@ -164,14 +168,14 @@ def read_checkpoint(path: Path | str) -> Checkpoint:
         raise CheckpointError(f"{path / STATE}: {error.strerror}") from error
     except (json.JSONDecodeError, UnicodeDecodeError, RecursionError, ValidationError) as error:
         raise CheckpointError(f"{path / STATE}: corrupted ({type(error).__name__}); use an older step beside it, or train again") from error
-    if state.sha256.get(STATE, digest := _digest_of(content)) != digest:
+    if state.sha256.get(STATE) != digest_of(content):
         raise CheckpointError(
             f"{path / STATE}: corrupted (its sha256 is not the recorded one); use an older step beside it, or train again"
         )
     return Checkpoint(path=path, state=state, tensors={name: _read(path, name, state) for name in (MODEL, AVERAGE, OPTIMIZER)})
 
 
-def _digest_of(content: dict[str, Any]) -> str:
+def digest_of(content: dict[str, Any]) -> str:
     """sha256 of all that `checkpoint.json` says, its own digest excepted."""
     digests = {name: digest for name, digest in content["sha256"].items() if name != STATE}
     return hashlib.sha256(json.dumps({**content, "sha256": digests}, sort_keys=True).encode()).hexdigest()

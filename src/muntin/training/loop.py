@@ -11,7 +11,6 @@ Axes: B images, C channels, H W map.
 from __future__ import annotations
 
 import json
-import math
 import shutil
 import time
 import warnings
@@ -21,33 +20,18 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from torch import Tensor, nn
 
 from muntin.artifact import Signature
 from muntin.data import Crops, Source, open_source, prefetch
-from muntin.errors import CheckpointError, DependencyError, MuntinError, RecipeError
-from muntin.layers import ChannelGate
+from muntin.errors import CheckpointError, DependencyError, RecipeError
 from muntin.models import TorchSession
-from muntin.training.average import WeightAverage
-from muntin.training.checkpoint import (
-    AVERAGE,
-    MODEL,
-    OPTIMIZER,
-    Checkpoint,
-    build_model,
-    checkpoints_in,
-    load_optimizer,
-    load_weights,
-    optimizer_tensors,
-    read_checkpoint,
-    write_checkpoint,
-)
+from muntin.training.checkpoint import Checkpoint, build_model, checkpoints_in, read_checkpoint, write_checkpoint
 from muntin.training.config import TrainingConfig
 from muntin.training.evaluation import evaluate, tile_of
 from muntin.training.interrupt import Interruption
-from muntin.training.loss import task_loss
-from muntin.training.precision import resolve_precision
+from muntin.training.precision import Precision, resolve_precision
 from muntin.training.recipe import Recipe, load_recipe
+from muntin.training.trainer import Trainer, learning_rate
 
 LOG_EVERY = 10
 """Steps between two points of the training curve."""
@@ -84,14 +68,6 @@ class FitResult:
     notes: tuple[str, ...]
 
 
-def learning_rate(step: int, config: TrainingConfig) -> float:
-    """Linear warm-up, then a cosine to zero; `step` counts from 0."""
-    warmup = round(config.warmup * config.steps)
-    if step < warmup:
-        return config.learning_rate * (step + 1) / warmup
-    return config.learning_rate * 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, config.steps - warmup)))
-
-
 def fit(
     recipe: Recipe | Path | str,
     *,
@@ -110,76 +86,99 @@ def fit(
     if not isinstance(recipe, Recipe):
         root = Path(recipe).resolve().parent if root is None else root
         recipe = load_recipe(recipe)
-    run = _Run(recipe, Path(directory or Path("runs") / recipe.name), Path(root or ".").resolve(), resume, report)
+    directory, root = Path(directory or Path("runs") / recipe.name), Path(root or ".").resolve()
+    report = report or (lambda progress: None)
+    start = _find_checkpoint(directory, recipe, resume)
+    precision = prepare_hardware(recipe.training)
+    source = open_source(recipe.data, root=root)
+    if source.task != recipe.task:
+        raise RecipeError(f"task: the data are for '{source.task}' and the recipe says '{recipe.task}'; make them agree")
+    notes = tuple(source.check(lambda done, total: report(FitProgress(kind="check", step=done, steps=total))))
+    torch.manual_seed(recipe.seed)
+    trainer = Trainer(build_model(recipe, tuple(source.classes)), recipe.training, task=recipe.task, precision=precision)
+    training = Training(trainer, recipe, source, directory=directory, root=root, start=start, report=report)
     with Interruption() as interruption:
-        return run.train(interruption)
+        path = training.run(interruption)
+    return FitResult(
+        directory=directory, checkpoint=path, step=training.step, steps=recipe.training.steps,
+        interrupted=training.step < recipe.training.steps, precision=f"{precision.name} on {precision.device}: {precision.reason}",
+        seconds=training.seconds, validation=training.validation, notes=notes,
+    )  # fmt: skip
 
 
-class _Run:
-    def __init__(self, recipe: Recipe, directory: Path, root: Path, resume: bool, report: Report | None) -> None:
-        self.recipe, self.config, self.directory, self.root = recipe, recipe.training, directory, root
-        self.report = report or (lambda progress: None)
-        self.checkpoint = self._find_checkpoint(resume)
-        if self.config.threads is not None:
-            torch.set_num_threads(self.config.threads)
-        self.device = "cuda" if torch.cuda.is_available() else "cpu"
-        self.precision = resolve_precision(self.config.precision, self.device)
-        if self.config.compile:
-            require_compiler(self.device)
-        self.source = open_source(recipe.data, root=root)
-        if self.source.task != recipe.task:
-            raise RecipeError(f"task: the data are for '{self.source.task}' and the recipe says '{recipe.task}'; make them agree")
-        self.notes = tuple(self.source.check(lambda done, total: self.report(FitProgress(kind="check", step=done, steps=total))))
-        self.signature = signature_of(recipe, self.source)
-        self._prepare()
+def prepare_hardware(config: TrainingConfig) -> Precision:
+    """Set the threads that a recipe asks for and say what will be computed in; raises `DependencyError` for what this machine lacks."""
+    if config.threads is not None:
+        torch.set_num_threads(config.threads)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    if config.compile:
+        require_compiler(device)
+    return resolve_precision(config.precision, device)
 
-    def _find_checkpoint(self, resume: bool) -> Checkpoint | None:
-        folder = self.directory / "checkpoints"
-        if not checkpoints_in(folder):
-            return None
-        if not resume:
-            raise CheckpointError(f"{self.directory} already holds a run; --resume goes on with it, another --output starts anew")
-        checkpoint = read_checkpoint(folder)
-        if checkpoint.recipe != self.recipe:
-            raise CheckpointError(
-                f"{checkpoint.path} was trained by another recipe; give its recipe to resume, or another --output to start anew"
-            )
-        return checkpoint
 
-    def _prepare(self) -> None:
-        torch.manual_seed(self.recipe.seed)
-        self.model = build_model(self.recipe, tuple(self.source.classes)).to(self.device).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-        self.average = WeightAverage(self.model, self.config.average)
-        self.optimizer = make_optimizer(self.model, self.config)
-        self.scaler = self.precision.scaler()
-        self.gates = [m for m in self.model.modules() if isinstance(m, ChannelGate)]
+def _find_checkpoint(directory: Path, recipe: Recipe, resume: bool) -> Checkpoint | None:
+    folder = directory / "checkpoints"
+    if not checkpoints_in(folder):
+        return None
+    if not resume:
+        raise CheckpointError(f"{directory} already holds a run; --resume goes on with it, another --output starts anew")
+    checkpoint = read_checkpoint(folder)
+    if checkpoint.recipe != recipe:
+        raise CheckpointError(
+            f"{checkpoint.path} was trained by another recipe; give its recipe to resume, or another --output to start anew"
+        )
+    return checkpoint
+
+
+class Training:
+    """A trainer on its way from one step to the last: batches, curve, validation, checkpoints.
+
+    `start`: the checkpoint to go on from, of the same model. `seed`: of the crops; the recipe's unless given. `compression`: kept in
+    every checkpoint (see `CheckpointState`).
+    """
+
+    def __init__(
+        self,
+        trainer: Trainer,
+        recipe: Recipe,
+        source: Source,
+        *,
+        directory: Path,
+        root: Path,
+        start: Checkpoint | None,
+        report: Report,
+        seed: int | None = None,
+        compression: dict[str, Any] | None = None,
+    ) -> None:
+        self.trainer, self.recipe, self.source, self.config = trainer, recipe, source, trainer.config
+        self.directory, self.root, self.start, self.report = directory, root, start, report
+        self.seed = recipe.seed if seed is None else seed
+        self.compression = compression
         self.step, self.seconds = 0, 0.0
         self.losses: list[float] = []
         self.curve: list[dict[str, float]] = []
         self.validation: list[dict[str, Any]] = []
-        if self.checkpoint is not None:
-            state, tensors = self.checkpoint.state, self.checkpoint.tensors
-            load_weights(self.model, tensors[MODEL], self.checkpoint.path / MODEL)
-            load_weights(self.average.model, tensors[AVERAGE], self.checkpoint.path / AVERAGE)
-            load_optimizer(self.model, self.optimizer, self.scaler, tensors[OPTIMIZER])
+        if start is not None:
+            trainer.restore(start)
+            state = start.state
             self.step, self.seconds, self.losses = state.step, state.seconds, list(state.pending)
             self.curve, self.validation = list(state.training), list(state.validation)
-        self.forward: Callable[[Tensor], Tensor] = torch.compile(self.model) if self.config.compile else self.model
-        self.session = TorchSession(self.average.model, self.signature, dtype=self.precision.dtype)
+        self.session = TorchSession(trainer.average.model, signature_of(recipe, source), dtype=trainer.precision.dtype)
 
-    def train(self, interruption: Interruption) -> FitResult:
+    def run(self, interruption: Interruption) -> Path:
+        """Train to the last step, or to the one in which an interruption is asked for; the newest checkpoint."""
         config, data = self.config, self.recipe.data
         crops = Crops(
-            self.source.split("train"), task=self.recipe.task, crop=data.crop, batch_size=config.batch_size, seed=self.recipe.seed,
+            self.source.split("train"), task=self.recipe.task, crop=data.crop, batch_size=config.batch_size, seed=self.seed,
             augmentation=data.augmentation, rare=data.rare,
         )  # fmt: skip
         validation = self.source.split("validation")
-        path = None if self.checkpoint is None else self.checkpoint.path
+        path = None if self.start is None else self.start.path
         with MetricsLog(self.directory, self.step, self.curve, self.validation) as log:
             started, first = time.perf_counter(), self.step
             before = self.seconds
             for step, (images, target) in prefetch(crops, self.step, config.steps):
-                self.losses.append(self.update(step, images, target))
+                self.losses.append(self.trainer.update(step, images, target))
                 self.step, self.seconds = step + 1, before + time.perf_counter() - started
                 if self.step % LOG_EVERY == 0 or self.step == config.steps:
                     rate = (self.step - first) * config.batch_size / (time.perf_counter() - started)
@@ -193,63 +192,7 @@ class _Run:
                     path = self._write()
                 if last:
                     break
-        if path is None:
-            path = self._write()
-        return FitResult(
-            directory=self.directory, checkpoint=path, step=self.step, steps=config.steps, interrupted=self.step < config.steps,
-            precision=f"{self.precision.name} on {self.device}: {self.precision.reason}", seconds=self.seconds,
-            validation=self.validation, notes=self.notes,
-        )  # fmt: skip
-
-    def update(self, step: int, images: Tensor, target: Tensor) -> float:
-        """One optimiser step. Raises `MuntinError` when the loss is no longer finite; weights are then as they were."""
-        if not self.config.compile:
-            return self._update(step, images, target)
-        from torch._dynamo.exc import TorchDynamoException  # takes seconds, and what compiles has loaded it
-
-        try:
-            return self._update(step, images, target)
-        except TorchDynamoException as error:
-            reason = str(error).strip().partition("\n")[0]
-            raise DependencyError(
-                f"training.compile: PyTorch {torch.__version__} cannot compile this model in {self.precision.name} ({reason}): "
-                "set compile: false, or another precision"
-            ) from error
-
-    def _update(self, step: int, images: Tensor, target: Tensor) -> float:
-        for group in self.optimizer.param_groups:
-            group["lr"] = learning_rate(step, self.config)
-        self.model.train()
-        images = images.to(self.device, torch.float32, memory_format=torch.channels_last)
-        scores = self._scores(images)
-        loss = task_loss(self.recipe.task, scores, target.to(self.device), overlap=self.config.overlap_loss)
-        if self.config.gate_cost and self.gates:
-            loss = loss + self.config.gate_cost * torch.stack([gate.cost() for gate in self.gates]).mean()
-        value = float(loss.detach())
-        if not math.isfinite(value):
-            raise MuntinError(
-                f"the loss is {value} at step {step + 1}: lower training.learning_rate (now {self.config.learning_rate:g}) and go on from "
-                "the last checkpoint"
-            )
-        self.scaler.scale(loss).backward()  # type: ignore[no-untyped-call]
-        self.scaler.unscale_(self.optimizer)
-        nn.utils.clip_grad_norm_(self.model.parameters(), self.config.clip)
-        self.scaler.step(self.optimizer)
-        self.scaler.update()
-        self.optimizer.zero_grad()
-        self.average.update(self.model, step)
-        return value
-
-    def _scores(self, images: Tensor) -> Tensor:
-        try:
-            with self.precision.autocast():
-                return self.forward(images)
-        except ValueError as error:
-            if len(images) > 1:  # one picture is what a foreign model's batch norm may refuse
-                raise
-            raise RecipeError(
-                f"training.batch_size 1 with data.crop {images.shape[2]}: {' '.join(str(error).split())}; raise either of them"
-            ) from error
+        return path or self._write()
 
     def _log_step(self, log: MetricsLog, loss: float, rate: float) -> None:
         point = {
@@ -277,15 +220,10 @@ class _Run:
     def _write(self) -> Path:
         state = {
             "step": self.step, "recipe": self.recipe, "root": str(self.root), "classes": tuple(self.source.classes),
-            "precision": self.precision.name, "seconds": self.seconds, "training": self.curve, "pending": self.losses,
-            "validation": self.validation,
+            "precision": self.trainer.precision.name, "seconds": self.seconds, "training": self.curve, "pending": self.losses,
+            "validation": self.validation, "compression": self.compression,
         }  # fmt: skip
-        tensors = {
-            MODEL: dict(self.model.state_dict()),
-            AVERAGE: dict(self.average.model.state_dict()),
-            OPTIMIZER: optimizer_tensors(self.model, self.optimizer, self.scaler),
-        }
-        return write_checkpoint(self.directory / "checkpoints", state, tensors)
+        return write_checkpoint(self.directory / "checkpoints", state, self.trainer.tensors())
 
 
 class MetricsLog:
@@ -320,14 +258,6 @@ class MetricsLog:
         for key, value in point.items():
             if key != "step" and isinstance(value, int | float):
                 self.board.add_scalar(f"{kind}/{key}", value, int(point["step"]))
-
-
-def make_optimizer(model: nn.Module, config: TrainingConfig) -> torch.optim.AdamW:
-    """AdamW (Loshchilov & Hutter, 1711.05101); vectors (biases, norms, gates) are not decayed."""
-    matrices = [p for p in model.parameters() if p.ndim > 1]
-    vectors = [p for p in model.parameters() if p.ndim <= 1]
-    groups = [{"params": matrices, "weight_decay": config.weight_decay}, {"params": vectors, "weight_decay": 0.0}]
-    return torch.optim.AdamW([g for g in groups if g["params"]], lr=config.learning_rate, fused=True)
 
 
 def signature_of(recipe: Recipe, source: Source) -> Signature:

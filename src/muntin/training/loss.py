@@ -43,3 +43,16 @@ def task_loss(task: str, scores: Tensor, target: Tensor, *, overlap: float) -> T
     if task == "segment":
         return segment_loss(scores, target, overlap)
     return F.cross_entropy(scores, target)
+
+
+def distillation_loss(task: str, scores: Tensor, wanted: Tensor) -> Tensor:
+    """Distance to a teacher's scores, a scalar in FP32: for classes the divergence of its probabilities from ours, a mean over pixels
+    or images; for restore the mean squared difference in units of 64 grey levels.
+
+    Source: Hinton et al., 1503.02531, section 2, at temperature 1.
+    """
+    scores, wanted = scores.float(), wanted.float()
+    if task == "restore":
+        return F.mse_loss(scores / 64, wanted / 64)
+    divergence = F.kl_div(scores.log_softmax(1), wanted.log_softmax(1), reduction="sum", log_target=True)
+    return divergence * scores.shape[1] / scores.numel()

@@ -1,0 +1,296 @@
+"""Quantisation-aware training: layers that compute in float what their integer forms will compute, with grids that are learned.
+
+    model -> prepare_qat (fold, calibrate, put QAT layers in place) -> train -> set_bits where a layer needs more -> freeze -> integers
+
+A QAT layer keeps its float weight and rounds it, and its inputs, in every forward pass; `freeze` turns it into the quantised layer of
+the same grids, so that what was trained is what is deployed. Products of attention have no weights: both of their operands are rounded.
+
+Axes: O output and I input channels of a weight.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterable, Mapping, Sequence
+from typing import cast
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F  # noqa: N812 - the field's usual name
+
+from muntin.compression.batch_norm import fold_batch_norms
+from muntin.compression.calibration import calibration_list, check_weights, observe, watch_inputs
+from muntin.compression.change import Change, Pass
+from muntin.compression.fake_quantization import along, round_to_grid, weight_limit, weight_scale
+from muntin.compression.fold import fold
+from muntin.compression.observer import ActivationGrid, Observer, usable
+from muntin.compression.quantization import (
+    call_every_layer,
+    check_kept,
+    computes_as_usual,
+    no_integer_form,
+    round_to_half,
+    sqnr_db,
+)
+from muntin.compression.quantized import (
+    SHARES,
+    QuantizedConv2d,
+    QuantizedLinear,
+    QuantizedProduct,
+    QuantizedSoftmaxProduct,
+    exponentials,
+)
+from muntin.compression.rewrite import named, replace
+from muntin.layers import Product, SoftmaxProduct
+
+
+class LearnedGrid(nn.Module):
+    """Rounds a tensor to an 8-bit grid whose scale is learned; zero point 0."""
+
+    def __init__(self, grid: ActivationGrid) -> None:
+        super().__init__()
+        self.unsigned = grid.unsigned
+        self.low, self.high = (0, 255) if grid.unsigned else (-128, 127)
+        self.log_scale = nn.Parameter(torch.tensor(grid.scale, dtype=torch.float32).log())
+
+    def forward(self, x: Tensor) -> Tensor:
+        return round_to_grid(x, self.log_scale.exp(), self.low, self.high)
+
+    def frozen(self) -> ActivationGrid:
+        """The grid as it is now."""
+        scale = usable(float(self.log_scale.detach().exp()))
+        return ActivationGrid(scale=scale, zero_point=0, unsigned=self.unsigned, low=self.low * scale, high=self.high * scale, clipped=0.0)
+
+
+class _LearnedWeight(nn.Module):
+    """What QATLinear and QATConv2d share: a float weight, a learned scale for each output channel, a grid for the inputs."""
+
+    layer: nn.Linear | nn.Conv2d
+
+    def __init__(self, layer: nn.Linear | nn.Conv2d, grid: ActivationGrid, bits: int) -> None:
+        super().__init__()
+        self.weight, self.bias = layer.weight, layer.bias
+        self.input = LearnedGrid(grid)
+        self.bits = bits
+        self.log_scale = nn.Parameter(weight_scale(layer.weight, 0, bits).log())
+        self.shape_of = [copy.deepcopy(layer).to("meta")]  # in a list: no submodule, only the structure to go back to
+
+    def set_bits(self, bits: int) -> None:
+        """Another width: the scale starts anew from the weight."""
+        self.bits = bits
+        with torch.no_grad():
+            self.log_scale.copy_(weight_scale(self.weight, 0, bits).log())
+
+    def rounded(self) -> Tensor:
+        """The weight on its grid, with gradients for the weight and for the scales."""
+        limit = weight_limit(self.bits)
+        scale = along(self.log_scale.exp(), self.weight.ndim, 0)
+        return round_to_grid(self.weight.to(torch.float32), scale, -limit, limit)
+
+    def plain(self) -> nn.Linear | nn.Conv2d:
+        """The layer in float, with this one's weight."""
+        layer = copy.deepcopy(self.shape_of[0])
+        layer.weight, layer.bias = self.weight, self.bias
+        return layer
+
+
+class QATLinear(_LearnedWeight):
+    """A Linear in quantisation-aware training, `(..., I) -> (..., O)`."""
+
+    def forward(self, input: Tensor) -> Tensor:  # the parameter's name is nn.Linear's
+        return F.linear(self.input(input), self.rounded(), self.bias)
+
+    def frozen(self) -> QuantizedLinear:
+        """The integer form."""
+        return QuantizedLinear(cast(nn.Linear, self.plain()), self.input.frozen(), bits=self.bits, scale=self.log_scale.exp())
+
+
+class QATConv2d(_LearnedWeight):
+    """A Conv2d (groups and depthwise included) in quantisation-aware training; zero padding."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        like = cast(nn.Conv2d, self.shape_of[0])
+        return F.conv2d(self.input(input), self.rounded(), self.bias, like.stride, like.padding, like.dilation, like.groups)
+
+    def frozen(self) -> QuantizedConv2d:
+        """The integer form."""
+        return QuantizedConv2d(cast(nn.Conv2d, self.plain()), self.input.frozen(), bits=self.bits, scale=self.log_scale.exp())
+
+
+class QATProduct(nn.Module):
+    """A product of two activations in quantisation-aware training."""
+
+    def __init__(self, left: ActivationGrid, right: ActivationGrid) -> None:
+        super().__init__()
+        self.left, self.right = LearnedGrid(left), LearnedGrid(right)
+
+    def forward(self, a: Tensor, b: Tensor) -> Tensor:
+        return torch.matmul(self.left(a), self.right(b))
+
+    def frozen(self) -> QuantizedProduct:
+        """The integer form."""
+        return QuantizedProduct(self.left.frozen(), self.right.frozen())
+
+
+class QATSoftmaxProduct(nn.Module):
+    """softmax(logits)·values in quantisation-aware training; see `QuantizedSoftmaxProduct`."""
+
+    def __init__(self, values: ActivationGrid) -> None:
+        super().__init__()
+        self.values = LearnedGrid(values)
+
+    def forward(self, logits: Tensor, values: Tensor, bias: Tensor | None = None) -> Tensor:
+        scale = torch.tensor(SHARES.scale, device=logits.device)
+        shares = round_to_grid(exponentials(logits, bias), scale, 0, 255)
+        values = self.values(values)
+        mixed: Tensor = torch.matmul(shares.to(values.dtype), values) / shares.sum(-1, keepdim=True)
+        return mixed.to(values.dtype)
+
+    def frozen(self) -> QuantizedSoftmaxProduct:
+        """The integer form."""
+        return QuantizedSoftmaxProduct(self.values.frozen())
+
+
+QATOperation = QATLinear | QATConv2d | QATProduct | QATSoftmaxProduct
+_OPERATIONS = (QATLinear, QATConv2d, QATProduct, QATSoftmaxProduct)
+_WEIGHTED = (QATLinear, QATConv2d)
+FLOAT = 32
+"""Bits of a layer that is not quantised."""
+
+
+def prepare_qat(calibration: Iterable[Tensor], *, bits: int = 4, keep: Sequence[str] = (), percentile: float | None = None) -> Pass:
+    """A pass that puts a model into W`bits`A8 quantisation-aware training, in place.
+
+    Linear, Conv2d and depthwise convolutions get weights of `bits` bits per output channel and 8-bit inputs; the products of muntin's
+    attention get two 8-bit operands. Norms and gates are folded first. `calibration`: batches `(B, C, H, W)` of raw pixels, training
+    images; grids of activations start at the least squared error over them, or at `percentile` (of 100) of their values. `keep`: layers
+    that stay in float. Costs two forward passes over the batches. Raises `MuntinError` if no batch came, for NaN and infinity, and if
+    `keep` names no layer.
+    """
+
+    def pass_(model: nn.Module) -> list[Change]:
+        batches = calibration_list(calibration)
+        layers: dict[str, nn.Module] = dict(named(model.eval(), nn.Linear, nn.Conv2d))
+        check_kept(keep, layers)
+        changes = fold(model) + fold_batch_norms(model, batches[0])
+        check_weights(layers)
+        reasons = dict.fromkeys(keep, "named in keep") | _unusual(model, layers, batches)
+        products = dict(named(model, Product, SoftmaxProduct))
+        for name, observers in observe(model, {**layers, **products}, batches).items():
+            operation = model.get_submodule(name)
+            reason = reasons.get(name) or (no_integer_form(operation, observers[0]) if name in layers else _unseen(observers[0]))
+            if reason is None:
+                replace(model, name, _qat_form(operation, observers, bits, percentile))
+                changes.append(Change(layer=name, pass_="qat", done=f"W{bits}A8" if name in layers else "A8"))
+            else:
+                changes.append(Change(layer=name, pass_="qat", done="kept", reason=reason))
+        call_every_layer(model)
+        return changes
+
+    return pass_
+
+
+def _unseen(observer: Observer) -> str | None:
+    return None if observer.seen else "no calibration image reached it"
+
+
+def _unusual(model: nn.Module, layers: Mapping[str, nn.Module], batches: Sequence[Tensor]) -> dict[str, str]:
+    """The layers that do not compute what their kind does: subclasses that pad, standardise or mask before the product."""
+    subclasses = {name: layer for name, layer in layers.items() if type(layer) not in (nn.Linear, nn.Conv2d)}
+    found: dict[str, str] = {}
+
+    def watch(name: str, layer: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+        if not computes_as_usual(layer, inputs[0], type(layer).forward(layer, inputs[0])):
+            found[name] = "it does not compute what its kind does: no integer form"
+
+    if subclasses:
+        watch_inputs(model, subclasses, batches[:1], watch)
+    return found
+
+
+def _qat_form(operation: nn.Module, observers: tuple[Observer, Observer], bits: int, percentile: float | None) -> QATOperation:
+    first, second = (observer.grid(percentile) if observer.seen else SHARES for observer in observers)
+    if isinstance(operation, nn.Conv2d):
+        return QATConv2d(operation, first, bits)
+    if isinstance(operation, nn.Linear):
+        return QATLinear(operation, first, bits)
+    return QATProduct(first, second) if isinstance(operation, Product) else QATSoftmaxProduct(second)
+
+
+def qat_operations(model: nn.Module) -> dict[str, QATOperation]:
+    """The operations in quantisation-aware training, by dotted name."""
+    return dict(named(model, *_OPERATIONS))
+
+
+def bits_of(model: nn.Module) -> dict[str, int]:
+    """Weight bits of each layer in quantisation-aware training."""
+    return {name: layer.bits for name, layer in named(model, *_WEIGHTED)}
+
+
+def set_bits(model: nn.Module, bits: Mapping[str, int]) -> None:
+    """Give layers another width: 2-8 with 8-bit inputs, or `FLOAT` for the plain layer. One that has its width already stays."""
+    for name, wanted in bits.items():
+        layer = model.get_submodule(name)
+        assert isinstance(layer, QATLinear | QATConv2d)
+        if wanted == FLOAT:
+            replace(model, name, layer.plain())
+        elif wanted != layer.bits:
+            layer.set_bits(wanted)
+
+
+def qat_structure(model: nn.Module) -> dict[str, list[int]]:
+    """What `apply_qat` needs to make this structure again: of each operation the bits (0: no weight) and whether its grids are unsigned."""
+    structure = {}
+    for name, operation in qat_operations(model).items():
+        grids = [module for module in operation.modules() if isinstance(module, LearnedGrid)]
+        bits = operation.bits if isinstance(operation, QATLinear | QATConv2d) else 0
+        structure[name] = [bits, *(int(grid.unsigned) for grid in grids)]
+    return structure
+
+
+def apply_qat(model: nn.Module, structure: Mapping[str, Sequence[int]]) -> None:
+    """Put operations in quantisation-aware training where `structure` names them; their numbers are then to be loaded."""
+    for name, (bits, *signs) in structure.items():
+        grids = [ActivationGrid(scale=1.0, zero_point=0, unsigned=bool(sign), low=0.0, high=1.0, clipped=0.0) for sign in signs]
+        operation = model.get_submodule(name)
+        form: QATOperation
+        if isinstance(operation, nn.Conv2d):
+            form = QATConv2d(operation, grids[0], bits)
+        elif isinstance(operation, nn.Linear):
+            form = QATLinear(operation, grids[0], bits)
+        elif isinstance(operation, Product):
+            form = QATProduct(grids[0], grids[1])
+        else:
+            form = QATSoftmaxProduct(grids[0])
+        replace(model, name, form)
+
+
+def freeze(batches: Sequence[Tensor]) -> Pass:
+    """A pass that turns every QAT operation into its integer form, in place; layers in float are rounded to the FP16 they are stored in.
+
+    `batches`: calibration images; each layer's signal over noise is measured on the first of them, its own float weight and unrounded
+    input being the signal. Costs a forward pass.
+    """
+
+    def pass_(model: nn.Module) -> list[Change]:
+        model.eval()
+        layers = dict(named(model, *_WEIGHTED))
+        sqnr: dict[str, float] = {}
+
+        def watch(name: str, layer: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+            assert isinstance(layer, QATLinear | QATConv2d)
+            sqnr.setdefault(name, sqnr_db(layer.plain()(inputs[0]), layer(inputs[0])))
+
+        watch_inputs(model, layers, batches[:1], watch)
+        changes = []
+        for name, operation in qat_operations(model).items():
+            replace(model, name, operation.frozen())
+            bits = operation.bits if isinstance(operation, QATLinear | QATConv2d) else None
+            done = "A8" if bits is None else f"W{bits}A8"
+            changes.append(Change(layer=name, pass_="quantize", done=done, sqnr_db=sqnr.get(name)))
+        for name, layer in named(model, nn.Linear, nn.Conv2d):
+            round_to_half(layer)
+            changes.append(Change(layer=name, pass_="quantize", done="kept", reason="16 bits, as assigned"))
+        return changes
+
+    return pass_

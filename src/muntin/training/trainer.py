@@ -1,0 +1,132 @@
+"""One model in training: what a step does to it, and the state that a checkpoint has to hold.
+
+    images -> autocast forward -> loss (labels, and a teacher's answer where there is one) -> backward -> clip -> AdamW -> averaged weights
+
+The loop of `muntin fit` and every stage of `muntin compress` train with this and nothing else.
+
+Axes: B images, C channels, H W map.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+
+from muntin.errors import DependencyError, MuntinError, RecipeError
+from muntin.layers import ChannelGate
+from muntin.training.average import WeightAverage
+from muntin.training.checkpoint import AVERAGE, MODEL, OPTIMIZER, Checkpoint, load_optimizer, load_weights, optimizer_tensors
+from muntin.training.config import TrainingConfig
+from muntin.training.loss import distillation_loss, task_loss
+from muntin.training.precision import Precision
+
+
+def learning_rate(step: int, config: TrainingConfig) -> float:
+    """Linear warm-up, then a cosine to zero; `step` counts from 0."""
+    warmup = round(config.warmup * config.steps)
+    if step < warmup:
+        return config.learning_rate * (step + 1) / warmup
+    return config.learning_rate * 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, config.steps - warmup)))
+
+
+def make_optimizer(model: nn.Module, config: TrainingConfig) -> torch.optim.AdamW:
+    """AdamW (Loshchilov & Hutter, 1711.05101); vectors (biases, norms, gates, scales) are not decayed."""
+    matrices = [p for p in model.parameters() if p.ndim > 1]
+    vectors = [p for p in model.parameters() if p.ndim <= 1]
+    groups = [{"params": matrices, "weight_decay": config.weight_decay}, {"params": vectors, "weight_decay": 0.0}]
+    return torch.optim.AdamW([g for g in groups if g["params"]], lr=config.learning_rate, fused=True)
+
+
+class Trainer:
+    """A model, its averaged copy and its optimiser. `teacher`: a model whose answers are learned too, weighted by `distillation`."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        config: TrainingConfig,
+        *,
+        task: str,
+        precision: Precision,
+        teacher: nn.Module | None = None,
+        distillation: float = 1.0,
+    ) -> None:
+        self.config, self.task, self.precision, self.distillation = config, task, precision, distillation
+        self.model = model.to(precision.device).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        self.teacher = None if teacher is None else teacher.to(precision.device).eval().requires_grad_(False)
+        self.average = WeightAverage(self.model, config.average)
+        self.optimizer = make_optimizer(self.model, config)
+        self.scaler = precision.scaler()
+        self.gates = [m for m in self.model.modules() if isinstance(m, ChannelGate)]
+        self.forward: Callable[[Tensor], Tensor] = torch.compile(self.model) if config.compile else self.model
+
+    def restore(self, checkpoint: Checkpoint) -> None:
+        """Take over the state that a checkpoint of the same model holds."""
+        tensors = checkpoint.tensors
+        load_weights(self.model, tensors[MODEL], checkpoint.path / MODEL)
+        load_weights(self.average.model, tensors[AVERAGE], checkpoint.path / AVERAGE)
+        load_optimizer(self.model, self.optimizer, self.scaler, tensors[OPTIMIZER])
+
+    def tensors(self) -> dict[str, dict[str, Tensor]]:
+        """The state that a checkpoint holds, by file."""
+        return {
+            MODEL: dict(self.model.state_dict()),
+            AVERAGE: dict(self.average.model.state_dict()),
+            OPTIMIZER: optimizer_tensors(self.model, self.optimizer, self.scaler),
+        }
+
+    def update(self, step: int, images: Tensor, target: Tensor) -> float:
+        """One optimiser step. Raises `MuntinError` when the loss is no longer finite; weights are then as they were."""
+        if not self.config.compile:
+            return self._update(step, images, target)
+        from torch._dynamo.exc import TorchDynamoException  # takes seconds, and what compiles has loaded it
+
+        try:
+            return self._update(step, images, target)
+        except TorchDynamoException as error:
+            reason = str(error).strip().partition("\n")[0]
+            raise DependencyError(
+                f"training.compile: PyTorch {torch.__version__} cannot compile this model in {self.precision.name} ({reason}): "
+                "set compile: false, or another precision"
+            ) from error
+
+    def _update(self, step: int, images: Tensor, target: Tensor) -> float:
+        for group in self.optimizer.param_groups:
+            group["lr"] = learning_rate(step, self.config)
+        self.model.train()
+        images = images.to(self.precision.device, torch.float32, memory_format=torch.channels_last)
+        scores = self._scores(images)
+        loss = task_loss(self.task, scores, target.to(self.precision.device), overlap=self.config.overlap_loss)
+        if self.teacher is not None:
+            with torch.no_grad(), self.precision.autocast():
+                wanted = self.teacher(images)
+            loss = loss + self.distillation * distillation_loss(self.task, scores, wanted)
+        if self.config.gate_cost and self.gates:
+            loss = loss + self.config.gate_cost * torch.stack([gate.cost() for gate in self.gates]).mean()
+        value = float(loss.detach())
+        if not math.isfinite(value):
+            raise MuntinError(
+                f"the loss is {value} at step {step + 1}: lower training.learning_rate (now {self.config.learning_rate:g}) and go on from "
+                "the last checkpoint"
+            )
+        self.scaler.scale(loss).backward()  # type: ignore[no-untyped-call]
+        self.scaler.unscale_(self.optimizer)
+        nn.utils.clip_grad_norm_(self.model.parameters(), self.config.clip)
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+        self.optimizer.zero_grad()
+        self.average.update(self.model, step)
+        return value
+
+    def _scores(self, images: Tensor) -> Tensor:
+        try:
+            with self.precision.autocast():
+                return self.forward(images)
+        except ValueError as error:
+            if len(images) > 1:  # one picture is what a foreign model's batch norm may refuse
+                raise
+            raise RecipeError(
+                f"training.batch_size 1 with data.crop {images.shape[2]}: {' '.join(str(error).split())}; raise either of them"
+            ) from error
