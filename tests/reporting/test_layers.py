@@ -34,9 +34,34 @@ def test_the_table_shows_each_layer_and_names_what_fell_back(report: dict[str, A
     table = layer_table(parse_report(report).layers)
     assert table is not None
     assert [row.name for row in table.rows] == [layer["name"] for layer in report["layers"]]
-    assert table.short == ("decoder.lateral",)  # W8 A8 asked, f32 run
+    assert table.short == ("decoder.lateral.reduce", "decoder.lateral.expand")  # W8 A8 asked, f32 run
     assert table.rows[0].bits == "W16"
     assert max(row.parameter_length for row in table.rows) == 100
+
+
+def test_four_bits_are_integers_and_say_why_not_more(report: dict[str, Any]) -> None:
+    table = layer_table(parse_report(report).layers)
+    assert table is not None
+    rows = {row.name: row for row in table.rows}
+    assert (rows["stages.3.0.qkv.reduce"].bits, rows["stages.3.0.qkv.reduce"].bits_family, rows["stages.3.0.qkv.reduce"].note) == (
+        "W4 A8",
+        "integer",
+        "",
+    )
+    assert (rows["stages.3.2.mlp.0.expand"].bits, rows["stages.3.2.mlp.0.expand"].bits_family) == ("W8 A8", "integer")
+    assert rows["stages.3.2.mlp.0.expand"].note.startswith("4 bits cost")
+
+
+def test_the_clipped_share_is_told_where_it_was_measured(report: dict[str, Any]) -> None:
+    table = layer_table(parse_report(report).layers)
+    assert table is not None
+    assert table.clipped
+    assert table.rows[0].clipped == "–"
+    assert table.rows[1].clipped.endswith(" %")
+    report["layers"] = [{**layer, "clipped": None} for layer in report["layers"]]
+    without = layer_table(parse_report(report).layers)
+    assert without is not None
+    assert not without.clipped
 
 
 def test_a_strip_is_whole(report: dict[str, Any]) -> None:

@@ -12,6 +12,7 @@ from PIL import Image
 
 from muntin.errors import DataError
 from muntin.reporting import render_html
+from muntin.reporting.histograms import MOST_WORST
 from muntin.reporting.page import MOST_EXAMPLES
 
 VOID = {"meta", "link", "img", "br"}
@@ -105,6 +106,8 @@ def test_what_a_user_names_is_text(report: dict[str, Any], drawn: Path) -> None:
     quoting = f'"{EVIL}" onload="x'
     report["title"] = report["recipe"] = report["hardware"]["cpu"] = quoting
     report["notes"] = [quoting]
+    report["ranks"][0]["name"] = report["ranks"][1]["reason"] = report["ranks"][1]["kind"] = quoting
+    next(layer for layer in report["layers"] if layer["histogram"]).update(name=f"worst {quoting}", note=quoting)
     report["layers"][0]["name"] = report["latency"]["rows"][0]["name"] = report["pictures"]["examples"][0]["name"] = quoting
     html = render_html(report, drawn)
     page = Page(html)
@@ -116,7 +119,7 @@ def test_what_a_user_names_is_text(report: dict[str, Any], drawn: Path) -> None:
 def test_absent_parts_drop_out(report: dict[str, Any], tmp_path: Path) -> None:
     for part in ("latency", "agreement", "pictures"):
         report[part] = None
-    for part in ("training", "validation", "layers", "notes", "classes"):
+    for part in ("training", "validation", "ranks", "layers", "notes", "classes"):
         report[part] = []
     report["seconds"] = {}
     report["steps"] = [{**report["steps"][0], "iou": {}, "latency_ms": None}]
@@ -129,10 +132,62 @@ def test_absent_parts_drop_out(report: dict[str, Any], tmp_path: Path) -> None:
     assert "Latency" not in page.text
 
 
-@pytest.mark.parametrize("part", ["latency", "agreement", "pictures", "training", "validation", "layers", "notes", "recipe"])
-def test_each_part_may_be_absent_alone(report: dict[str, Any], drawn: Path, part: str) -> None:
+@pytest.mark.parametrize(
+    ("part", "gone", "unsaid"),
+    [
+        ("latency", {"latency"}, "The whisker"),
+        ("agreement", set(), "Agreement"),
+        ("pictures", {"examples"}, "Full size"),
+        ("training", {"clip-loss", "clip-rate", "clip-speed"}, "The loss is smoothed"),
+        ("validation", {"clip-validation"}, "Thin lines in the validation chart"),
+        ("ranks", set(), "Ranks and bits"),
+        ("layers", {"layers", "worst"}, "Ranks and bits"),
+        ("notes", {"notes"}, "What to know"),
+        ("recipe", set(), "The recipe"),
+    ],
+)
+def test_each_part_may_be_absent_alone(report: dict[str, Any], drawn: Path, part: str, gone: set[str], unsaid: str) -> None:
+    def identifiers(page: Page) -> set[str | None]:
+        return {attrs["id"] for _, attrs in page.elements if "id" in attrs}
+
+    whole = Page(render_html(report, drawn))
     del report[part]
-    Page(render_html(report, drawn))
+    page = Page(render_html(report, drawn))
+    assert identifiers(page) == identifiers(whole) - gone
+    assert unsaid in whole.text
+    assert unsaid not in page.text
+
+
+def test_ranks_and_bits_are_told_without_colour(report: dict[str, Any], drawn: Path) -> None:
+    page = Page(render_html(report, drawn))
+    html = render_html(report, drawn)
+    lanes = re.findall(r"<li>.*?</li>", html[html.index('id="ranks"') : html.index('id="worst"')], flags=re.DOTALL)
+    assert [re.sub("<[^>]*>", "", lane).startswith(row["name"]) for lane, row in zip(lanes, report["ranks"], strict=True)] == [True] * 45
+    qkv = next(lane for lane in lanes if "stages.3.0.qkv" in lane)
+    assert " ".join(re.sub("<[^>]*>", "", qkv).split()) == ("stages.3.0.qkv 85 of 256, 197 k → 87.0 k parameters, bits of the weights: 4 4")
+    assert "a depthwise kernel has no rank to cut (10)" in page.text
+    assert any((attrs.get("aria-label") or "").startswith("Shares of weights: ") for attrs in page.all("svg"))
+
+
+def test_the_worst_layers_say_what_they_draw(report: dict[str, Any], drawn: Path) -> None:
+    page = Page(render_html(report, drawn))
+    drawings = [told for attrs in page.all("svg") if (told := attrs.get("aria-label") or "").startswith("Input values of ")]
+    assert len(drawings) == 4
+    assert all("the 8-bit grid covers" in told and "of the values lie outside the grid" in told for told in drawings)
+
+
+def test_the_worst_layers_beyond_the_page_are_counted(report: dict[str, Any], drawn: Path) -> None:
+    histogram = next(layer["histogram"] for layer in report["layers"] if layer["histogram"])
+    report["layers"] = [{**layer, "histogram": histogram} for layer in report["layers"]]
+    text = Page(render_html(report, drawn)).text
+    assert f"{len(report['layers']) - MOST_WORST} more are in report.json" in text
+
+
+def test_a_report_of_32_bits_and_no_ranks_has_no_lanes(report: dict[str, Any], drawn: Path) -> None:
+    report["ranks"] = []
+    report["layers"] = [{**layer, "weight_bits": 32, "activation_bits": None, "histogram": None} for layer in report["layers"]]
+    page = Page(render_html(report, drawn))
+    assert not {"ranks", "worst"} & {attrs["id"] for _, attrs in page.elements if "id" in attrs}
 
 
 def test_a_classification_report(report: dict[str, Any], drawn: Path) -> None:

@@ -21,10 +21,10 @@ def test_every_step_with_what_changed(report: dict[str, Any]) -> None:
     shown = printed(report)
     lines = {step["name"]: next(line for line in shown.splitlines() if f" {step['name']} " in line) for step in report["steps"]}
     assert "0.649 (\N{MINUS SIGN}0.002)" in lines["deployed"]
-    assert "3.1 MB (3.7× less)" in lines["deployed"]
+    assert "812 kB (13.9× less)" in lines["deployed"]
     assert "6.9 ms (6.0× faster)" in lines["deployed"]
     assert "(" not in lines["fp32"]
-    assert "–" in lines["fake-quantised"]
+    assert "–" in lines["w4a8"]
 
 
 def test_no_latency_no_column(report: dict[str, Any]) -> None:

@@ -66,7 +66,7 @@ def test_percent_never_claims_all_or_nothing(share: float, digits: int) -> None:
 
 def test_headline(report: dict[str, Any]) -> None:
     arrow = text.ARROW
-    expected = f"11.3 MB {arrow} 3.1 MB, 41.3 ms {arrow} 6.9 ms, mIoU 0.651 {arrow} 0.649: measured on the deployed artefact"
+    expected = f"11.3 MB {arrow} 812 kB, 41.3 ms {arrow} 6.9 ms, mIoU 0.651 {arrow} 0.649: measured on the deployed artefact"
     assert text.headline(parse_report(report)) == expected
 
 

@@ -13,7 +13,8 @@ from typing import Any
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from muntin.artifact.classes import ClassInfo
-from muntin.reporting import charts, text
+from muntin.reporting import charts, histograms, text
+from muntin.reporting.lanes import lane_figure
 from muntin.reporting.layers import layer_table
 from muntin.reporting.pictures import EXAMPLE_EDGES, EXAMPLES_LIMIT, OVERLAY_EDGES, OVERLAY_LIMIT, Preview, preview
 from muntin.reporting.schema import Example, Report, Step, parse_report
@@ -104,6 +105,10 @@ def _context(report: Report, directory: Path) -> dict[str, Any]:
         "chart": charts,
         "examples": _examples(directory, examples[:MOST_EXAMPLES]),
         "examples_left": max(0, len(examples) - MOST_EXAMPLES),
+        "lanes": lane_figure(report.ranks, report.layers),
+        "worst": histograms.worst_layers(report.layers),
+        "worst_left": max(0, sum(layer.histogram is not None for layer in report.layers) - histograms.MOST_WORST),
+        "histogram": histograms,
         "layers": layer_table(report.layers),
         "facts": _facts(report),
         "train_time": text.duration(report.seconds["train"]) if "train" in report.seconds else None,

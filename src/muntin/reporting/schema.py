@@ -38,6 +38,7 @@ def _iso(moment: str) -> str:
 
 Text = Annotated[str, Field(min_length=1)]
 Count = Annotated[int, Field(ge=0)]
+Rank = Annotated[int, Field(ge=1)]
 Amount = Annotated[float, Field(ge=0)]
 Share = Annotated[float, Field(ge=0, le=1)]
 RelativePath = Annotated[str, Field(min_length=1), AfterValidator(_relative)]
@@ -110,8 +111,53 @@ class ValidationRow(Record):
     iou: dict[str, float | None] = Field(default_factory=dict)
 
 
+class RankRow(Record):
+    """One Linear or Conv2d of the original model: its `full` rank and the `ranks` it was cut to, one number each, or two for Tucker-2.
+
+    `ranks` is empty where the layer was kept dense, for the `reason`.
+    """
+
+    name: Text
+    kind: Text
+    full: Annotated[tuple[Rank, ...], Field(min_length=1, max_length=2)]
+    ranks: Annotated[tuple[Rank, ...], Field(max_length=2)] = ()
+    parameters_before: Count
+    parameters_after: Count
+    reason: str = ""
+
+    @model_validator(mode="after")
+    def _cut(self) -> Self:
+        if self.ranks and len(self.ranks) != len(self.full):
+            raise ValueError(f"ranks {list(self.ranks)} and full {list(self.full)} have different lengths; ranks has as many, or none")
+        if any(rank > full for rank, full in zip(self.ranks, self.full, strict=False)):
+            raise ValueError(f"ranks {list(self.ranks)} exceed full {list(self.full)}; a rank is at most the full one")
+        return self
+
+
+class Histogram(Record):
+    """The input values of a layer in bins of equal width from `low` to `high`, and the range that its 8-bit grid covers."""
+
+    low: float
+    high: float
+    counts: Annotated[tuple[Count, ...], Field(min_length=2, max_length=128)]
+    grid_low: float
+    grid_high: float
+
+    @model_validator(mode="after")
+    def _ranges(self) -> Self:
+        if not self.low < self.high:
+            raise ValueError(f"low {self.low} is not below high {self.high}")
+        if not self.grid_low < self.grid_high:
+            raise ValueError(f"grid_low {self.grid_low} is not below grid_high {self.grid_high}")
+        return self
+
+
 class LayerRow(Record):
-    """One layer: what was asked for (bits of weights and activations, null = not quantised) and what the engine says it ran in."""
+    """One layer: what was asked for (bits of weights and activations, null = not quantised) and what the engine says it ran in.
+
+    `clipped` is the share of the calibration's input values outside the 8-bit grid; only a few of the worst layers carry a `histogram`
+    of them. `note` says why a layer has more bits than the others.
+    """
 
     name: Text
     kind: Text
@@ -121,6 +167,9 @@ class LayerRow(Record):
     parameters: Count
     macs: Count | None = None
     sqnr_db: float | None = None
+    clipped: Share | None = None
+    histogram: Histogram | None = None
+    note: str = ""
 
 
 class Example(Record):
@@ -141,7 +190,7 @@ class Pictures(Record):
 
 
 class Report(Record):
-    """A whole report: the first step is the FP32 model, the last one what is deployed."""
+    """A whole report: the first step is the FP32 model, the last one what is deployed; `ranks` are of the first, `layers` of the last."""
 
     format: Literal[1] = 1
     title: Text
@@ -156,6 +205,7 @@ class Report(Record):
     agreement: Share | None = None
     training: tuple[TrainingRow, ...] = ()
     validation: tuple[ValidationRow, ...] = ()
+    ranks: tuple[RankRow, ...] = ()
     layers: tuple[LayerRow, ...] = ()
     pictures: Pictures | None = None
     notes: tuple[str, ...] = ()
@@ -166,6 +216,7 @@ class Report(Record):
         names = [entry.name for entry in self.classes]
         _unique("classes", names)
         _unique("steps", [step.name for step in self.steps])
+        _unique("ranks", [row.name for row in self.ranks])
         rows: list[tuple[str, Step | ValidationRow]] = [(f"steps[{index}]", step) for index, step in enumerate(self.steps)]
         rows += [(f"validation[{index}]", row) for index, row in enumerate(self.validation)]
         for where, row in rows:
@@ -198,10 +249,19 @@ def parse_report(report: Report | Mapping[str, Any]) -> Report:
 
 
 def report_values(report: Report) -> dict[str, Any]:
-    """The report as plain values for `report.json`, in the schema's order; a recipe only where there is one."""
+    """The report as plain values for `report.json`, in the schema's order.
+
+    A recipe only where there is one; `ranks` and a layer's `clipped`, `histogram` and `note` only where they were given, so that a report
+    without them stays the file that it was before there were such keys.
+    """
     values = report.model_dump(mode="json")
     if report.recipe is None:
         del values["recipe"]
+    if "ranks" not in report.model_fields_set:
+        del values["ranks"]
+    for row, layer in zip(values["layers"], report.layers, strict=True):
+        for key in {"clipped", "histogram", "note"} - layer.model_fields_set:
+            del row[key]
     return values
 
 

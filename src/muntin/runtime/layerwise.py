@@ -1,0 +1,190 @@
+"""Does each quantised layer, in the engine, compute what its integers say?
+
+    tapped graph in the engine (f32 hint) -> what really came into each layer and what it gave
+    the same layer alone, in plain float  -> what it should have given for that input
+
+A layer is fed the deployed predecessor's values, so no layer answers for another's error. The taps change what the engine fuses, and
+in 16 bits they change the numbers: this is a check of layers, in f32; what the untapped model does end to end is `verify`'s golden pairs.
+
+The plain float is ONNX Runtime without any optimisation, on the nodes of the layer as they stand in the artefact: quantiser,
+dequantiser, product. No torch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import onnx
+import onnxruntime
+from numpy.typing import NDArray
+from onnx import numpy_helper
+
+from muntin.artifact import Artifact
+from muntin.runtime.graph import COMPUTE
+from muntin.runtime.quiet import openvino
+from muntin.runtime.signals import signal_stack_kept
+
+TOLERANCE = 1.0
+"""Largest error of a layer, in steps: a value that lies between two levels may be rounded either way, and moves one input by one step."""
+FLOAT_ERROR = 1e-5
+"""What the order of a sum may change, relative to the layer's largest output."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class LayerCheck:
+    """One product with quantised operands. `error`: the largest difference of one output, in units of what one step of one input moves it
+    through the layer's largest weight, less what the order of a float sum explains."""
+
+    name: str
+    error: float
+
+    @property
+    def passed(self) -> bool:
+        return self.error <= TOLERANCE
+
+
+@dataclass(frozen=True)
+class _Layer:
+    """A product and the nodes from its unrounded inputs to its output."""
+
+    name: str
+    nodes: tuple[onnx.NodeProto, ...]
+    inputs: tuple[str, ...]
+    """Unrounded operands."""
+    operands: tuple[str, str]
+    """What the product multiplies, after rounding."""
+    scales: tuple[float, ...]
+    output: str
+
+
+def verify_layers(artifact: Artifact, images: Sequence[NDArray[np.uint8]]) -> tuple[LayerCheck, ...]:
+    """Check every quantised layer of an artefact on some images `(B, H, W, C)`; an empty tuple where nothing is quantised.
+
+    Costs a compilation a size, and memory for every layer's inputs and outputs: small images, as the golden ones, are enough.
+    """
+    model = onnx.load_model_from_string(artifact.model_bytes())
+    layers = _quantised_layers(model)
+    if not layers:
+        return ()
+    alone = _alone(model, layers)
+    worst: dict[str, float] = {layer.name: 0.0 for layer in layers}
+    for images_BHWC in images:
+        taps = _run_tapped(model, layers, images_BHWC)
+        wanted = alone.run(None, {_fed(name): taps[name] for layer in layers for name in layer.inputs})
+        answers = dict(zip([output.name for output in alone.get_outputs()], wanted, strict=True))
+        for layer in layers:
+            worst[layer.name] = max(worst[layer.name], _error(layer, answers, taps[layer.output]))
+    return tuple(LayerCheck(name=name, error=error) for name, error in worst.items())
+
+
+def _error(layer: _Layer, answers: dict[str, NDArray[Any]], got: NDArray[Any]) -> float:
+    wanted = answers[layer.output]
+    left, right = (answers[name] for name in layer.operands)
+    step = layer.scales[0] * float(np.abs(right).max(initial=0))
+    if len(layer.scales) > 1:
+        step += layer.scales[1] * float(np.abs(left).max(initial=0))
+    if not np.isfinite(got).all():
+        return float("inf")
+    difference = float(np.abs(got.astype(np.float64) - wanted).max(initial=0)) - FLOAT_ERROR * float(np.abs(wanted).max(initial=0))
+    return max(0.0, difference) / step if step > 0 else (0.0 if difference <= 0 else float("inf"))
+
+
+def _quantised_layers(model: onnx.ModelProto) -> list[_Layer]:
+    makers = {name: node for node in model.graph.node for name in node.output}
+    constants = {initializer.name: initializer for initializer in model.graph.initializer}
+    found = []
+    for node in model.graph.node:
+        if node.op_type not in COMPUTE:
+            continue
+        operands = [_operand(name, makers, constants) for name in node.input[:2]]
+        if operands[0] is None or operands[1] is None:
+            continue
+        nodes = [*operands[0][0], *operands[1][0], node]
+        inputs = [name for _, names, _ in operands if (name := names) is not None]
+        scales = [scale for _, names, scale in operands if names is not None]
+        if len(node.input) > 2:  # the bias is added in float and shifts both alike
+            bare = onnx.NodeProto()
+            bare.CopyFrom(node)
+            nodes[-1] = bare
+        found.append(
+            _Layer(
+                name=node.name or node.output[0],
+                nodes=tuple(nodes),
+                inputs=tuple(inputs),
+                operands=(node.input[0], node.input[1]),
+                scales=tuple(scales),
+                output=node.output[0],
+            )
+        )
+    return found
+
+
+_Operand = tuple[list[onnx.NodeProto], str | None, float]
+
+
+def _operand(name: str, makers: dict[str, onnx.NodeProto], constants: dict[str, onnx.TensorProto]) -> _Operand | None:
+    """The nodes that round an operand, its unrounded tensor (None for a weight) and its scale; None where it is not quantised."""
+    dequantise = makers.get(name)
+    if dequantise is None or dequantise.op_type != "DequantizeLinear":
+        return None
+    if dequantise.input[0] in constants:
+        return [dequantise], None, 0.0
+    quantise = makers.get(dequantise.input[0])
+    if quantise is None or quantise.op_type != "QuantizeLinear" or quantise.input[1] not in constants:
+        return None
+    scale = float(numpy_helper.to_array(constants[quantise.input[1]]).reshape(-1)[0])
+    return [quantise, dequantise], quantise.input[0], scale
+
+
+def _fed(name: str) -> str:
+    return f"fed:{name}"
+
+
+def _alone(model: onnx.ModelProto, layers: Sequence[_Layer]) -> onnxruntime.InferenceSession:
+    """All layers side by side in one graph, each from its unrounded inputs to its output: no layer reads another."""
+    nodes: dict[str, onnx.NodeProto] = {}
+    for layer in layers:
+        for node in layer.nodes:
+            copy = onnx.NodeProto()
+            copy.CopyFrom(node)
+            if node.op_type == "QuantizeLinear":
+                copy.input[0] = _fed(node.input[0])
+            nodes[node.output[0]] = copy
+    used = {name for node in nodes.values() for name in node.input}
+    fed = dict.fromkeys(_fed(name) for layer in layers for name in layer.inputs)
+    wanted = dict.fromkeys(name for layer in layers for name in (layer.output, *layer.operands))
+    graph = onnx.helper.make_graph(
+        list(nodes.values()),
+        "layers",
+        [onnx.helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, None) for name in fed],
+        [onnx.helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, None) for name in wanted],
+        [initializer for initializer in model.graph.initializer if initializer.name in used],
+    )
+    options = onnxruntime.SessionOptions()
+    options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
+    options.log_severity_level = 3
+    single = onnx.helper.make_model(graph, opset_imports=model.opset_import, ir_version=model.ir_version)
+    return onnxruntime.InferenceSession(single.SerializeToString(), options, providers=["CPUExecutionProvider"])
+
+
+def _run_tapped(model: onnx.ModelProto, layers: Sequence[_Layer], images_BHWC: NDArray[np.uint8]) -> dict[str, NDArray[Any]]:
+    """Every layer's unrounded inputs and its output, as the engine computes them in f32."""
+    tapped = onnx.ModelProto()
+    tapped.CopyFrom(model)
+    there = {output.name for output in tapped.graph.output} | {entry.name for entry in tapped.graph.input}
+    names = dict.fromkeys(name for layer in layers for name in (*layer.inputs, layer.output))
+    given = {entry.name: images_BHWC for entry in tapped.graph.input}
+    tapped.graph.output.extend(
+        onnx.helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, None) for name in names if name not in there
+    )
+    core = openvino.Core()
+    read = core.read_model(model=tapped.SerializeToString(), weights=b"")
+    read.reshape(list(images_BHWC.shape))
+    with signal_stack_kept():
+        compiled = core.compile_model(read, "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
+        results = compiled(images_BHWC)
+    by_name = {name: np.array(value) for port, value in results.items() for name in port.get_names()}
+    return {name: given[name] if name in given else by_name[name] for name in names}
