@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from muntin.compression.change import Change
+from muntin.compression.factored import FactoredConv2d, FactoredLinear
 from muntin.compression.rewrite import named
 from muntin.layers import ChannelGate, ConvUnit, MapNorm, TokenNorm
 from muntin.layers.attention import Attention
@@ -34,44 +35,63 @@ def _bias(layer: nn.Linear | nn.Conv2d) -> Tensor:
     return layer.bias
 
 
-def fold_after(conv: nn.Conv2d, norm: MapNorm) -> None:
+def _first(layer: nn.Module) -> nn.Module:
+    """The part of a layer that reads its input: the layer itself unless it is factored."""
+    return layer.first if isinstance(layer, FactoredLinear | FactoredConv2d) else layer
+
+
+def _last(layer: nn.Module) -> nn.Module:
+    """The part of a layer that gives its output."""
+    return layer.last if isinstance(layer, FactoredLinear | FactoredConv2d) else layer
+
+
+def fold_after(layer: nn.Module, norm: MapNorm) -> None:
     """norm(conv(x)) becomes conv(x): the norm's affine map goes into the weight's rows and the bias."""
+    conv = _last(layer)
+    assert isinstance(conv, nn.Conv2d)
     a_O, b_O = norm.affine()
     bias_O = _bias(conv)
     conv.weight.mul_(a_O.reshape(-1, 1, 1, 1))
     bias_O.mul_(a_O).add_(b_O)
 
 
-def fold_before(norm: TokenNorm, linear: nn.Linear) -> None:
+def fold_before(norm: TokenNorm, layer: nn.Module) -> None:
     """linear(norm(x)) becomes linear(x): the norm's affine map goes into the weight's columns and the bias."""
+    linear = _first(layer)
+    assert isinstance(linear, nn.Linear)
     a_I, b_I = norm.affine()
     _bias(linear).add_(linear.weight @ b_I)
     linear.weight.mul_(a_I)
 
 
-def fold_gate(linear: nn.Linear, gate: ChannelGate) -> None:
+def fold_gate(layer: nn.Module, gate: ChannelGate) -> None:
     """gate(relu(linear(x))) becomes relu(linear(x)): gates are not negative, so ReLU lets them pass."""
+    linear = _last(layer)
+    assert isinstance(linear, nn.Linear)
     g_O = gate.openness()
     linear.weight.mul_(g_O.reshape(-1, 1))
     _bias(linear).mul_(g_O)
 
 
 def _fold_unit(unit: ConvUnit) -> str | None:
-    if not isinstance(unit.norm, MapNorm):
+    if not isinstance(unit.norm, MapNorm) or not isinstance(unit.conv, nn.Conv2d | FactoredConv2d):
         return None
     fold_after(unit.conv, unit.norm)
     unit.norm = nn.Identity()
     return "norm folded into the convolution before it"
 
 
-def _entrance(attention: Attention) -> nn.Linear | None:
+LINEAR = (nn.Linear, FactoredLinear)
+
+
+def _entrance(attention: Attention) -> nn.Module | None:
     project = getattr(attention, "project", None)
-    return project if isinstance(project, nn.Linear) else None
+    return project if isinstance(project, LINEAR) else None
 
 
 def _fold_parallel(block: ParallelBlock) -> str | None:
     project = _entrance(block.attention)
-    if not isinstance(block.norm, TokenNorm) or project is None or not isinstance(block.mlp.expand, nn.Linear):
+    if not isinstance(block.norm, TokenNorm) or project is None or not isinstance(block.mlp.expand, LINEAR):
         return None
     for linear in (project, block.mlp.expand):
         fold_before(block.norm, linear)
@@ -81,7 +101,7 @@ def _fold_parallel(block: ParallelBlock) -> str | None:
 
 def _fold_serial(block: SerialBlock) -> str | None:
     project = _entrance(block.attention)
-    if not isinstance(block.norm_attention, TokenNorm) or project is None or not isinstance(block.mlp.expand, nn.Linear):
+    if not isinstance(block.norm_attention, TokenNorm) or project is None or not isinstance(block.mlp.expand, LINEAR):
         return None
     fold_before(block.norm_attention, project)
     fold_before(block.norm_mlp, block.mlp.expand)
@@ -91,7 +111,7 @@ def _fold_serial(block: SerialBlock) -> str | None:
 
 
 def _fold_perceptron(mlp: Perceptron) -> str | None:
-    if not isinstance(mlp.gate, ChannelGate) or not isinstance(mlp.expand, nn.Linear):
+    if not isinstance(mlp.gate, ChannelGate) or not isinstance(mlp.expand, LINEAR):
         return None
     fold_gate(mlp.expand, mlp.gate)
     mlp.gate = nn.Identity()

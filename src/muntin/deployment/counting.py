@@ -13,10 +13,11 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from muntin.compression import QuantizedConv2d, QuantizedLinear
+from muntin.compression import QuantizedConv2d, QuantizedLinear, QuantizedProduct, QuantizedSoftmaxProduct
 from muntin.compression.rewrite import named
 
 WEIGHTED = (nn.Linear, nn.Conv2d, QuantizedLinear, QuantizedConv2d)
+PRODUCTS = (QuantizedProduct, QuantizedSoftmaxProduct)
 
 
 def image_macs(model: nn.Module, example: Tensor) -> int:
@@ -28,17 +29,17 @@ def image_macs(model: nn.Module, example: Tensor) -> int:
 
 
 def layer_macs(model: nn.Module, example: Tensor) -> dict[str, int]:
-    """Multiply-adds of one image of the example's size in each layer with weights, by dotted name."""
+    """Multiply-adds of one image of the example's size in each layer with weights and each quantised product, by dotted name."""
     macs: dict[str, int] = {}
 
     def hook(name: str) -> Callable[[nn.Module, tuple[Any, ...], Tensor], None]:
         def count(layer: nn.Module, inputs: tuple[Any, ...], output: Tensor) -> None:
-            per_output = weight_count(layer) // output_channels(layer)
+            per_output = inputs[0].shape[-1] if isinstance(layer, PRODUCTS) else weight_count(layer) // output_channels(layer)
             macs[name] = macs.get(name, 0) + output.numel() * per_output
 
         return count
 
-    handles = [layer.register_forward_hook(hook(name)) for name, layer in named(model, *WEIGHTED)]
+    handles = [layer.register_forward_hook(hook(name)) for name, layer in named(model, *WEIGHTED, *PRODUCTS)]
     try:
         with torch.inference_mode():
             model.eval()(example[:1].to(torch.float32))

@@ -25,9 +25,10 @@ from torch import Tensor, nn
 
 from muntin.artifact import Artifact, ClassInfo, GoldenTolerance, LayerRecord, Signature, check_target, write_artifact
 from muntin.artifact.manifest import FloatPrecision
+from muntin.artifact.packing import BITS, value_range
 from muntin.compression import Change, QuantizedConv2d, QuantizedLinear, quantize
 from muntin.compression.rewrite import named
-from muntin.deployment.counting import WEIGHTED, bias_count, layer_macs, weight_count
+from muntin.deployment.counting import PRODUCTS, WEIGHTED, bias_count, layer_macs, weight_count
 from muntin.deployment.graph import COMPUTE, answer_to, to_onnx
 from muntin.errors import ExportError
 from muntin.runtime import Session, describe_hardware, load
@@ -147,16 +148,23 @@ def _shade(k: int) -> tuple[int, int, int]:
 
 
 def packing_of(proto: onnx.ModelProto) -> dict[str, Any]:
-    """How each initializer is stored: integers at 8 bits; floats that FP16 holds without loss in FP16; the rest as they are."""
+    """How each initializer is stored: integers in as few bits as hold them, floats in FP16 where that loses nothing, others as they are."""
     packing: dict[str, Any] = {}
     for initializer in proto.graph.initializer:
         if initializer.data_type in (onnx.TensorProto.INT8, onnx.TensorProto.UINT8) and initializer.dims:
-            packing[initializer.name] = 8
+            packing[initializer.name] = _bits_for(onnx.numpy_helper.to_array(initializer))
         elif initializer.data_type == onnx.TensorProto.FLOAT and np.prod(initializer.dims) > 64:
             values = onnx.numpy_helper.to_array(initializer)
             if np.abs(values).max() <= np.finfo(np.float16).max and np.array_equal(values, values.astype(np.float16).astype(np.float32)):
                 packing[initializer.name] = "f16"
     return packing
+
+
+def _bits_for(values: NDArray[Any]) -> int:
+    """The least width, 2 to 8, that holds every value."""
+    low, high = (int(values.min()), int(values.max())) if values.size else (0, 0)
+    signed = values.dtype.kind == "i"
+    return next(bits for bits in BITS if low >= value_range(bits, signed)[0] and high <= value_range(bits, signed)[1])
 
 
 def golden_pairs(model: nn.Module, example: Tensor) -> list[tuple[NDArray[np.uint8], NDArray[np.float32]]]:
@@ -171,9 +179,12 @@ def golden_pairs(model: nn.Module, example: Tensor) -> list[tuple[NDArray[np.uin
 
 
 def layer_records(model: nn.Module, example: Tensor, changes: Iterable[Change]) -> list[LayerRecord]:
-    """One record a layer with weights: bits, parameters, multiply-adds at the example's size, and why it was kept."""
+    """One record a layer with weights, and a quantised product: bits, parameters, multiply-adds at the example's size, and why those bits.
+
+    The 8 `weight_bits` of a product are those of its second operand.
+    """
     macs = layer_macs(model, example)
-    notes = {c.layer: c.reason for c in changes if c.pass_ == "quantize"}
+    notes = {c.layer: c.reason for c in changes if c.pass_ in ("quantize", "mix") and c.reason}
     records = []
     for name, layer in named(model, *WEIGHTED):
         integer = isinstance(layer, QuantizedLinear | QuantizedConv2d)
@@ -181,13 +192,16 @@ def layer_records(model: nn.Module, example: Tensor, changes: Iterable[Change]) 
             LayerRecord(
                 name=name,
                 kind=type(layer).__name__.removeprefix("Quantized"),
-                weight_bits=8 if integer else 16 if _is_half(layer) else 32,
+                weight_bits=layer.bits if isinstance(layer, QuantizedLinear | QuantizedConv2d) else 16 if _is_half(layer) else 32,
                 activation_bits=8 if integer else None,
                 parameters=weight_count(layer) + bias_count(layer),
                 macs=macs.get(name),
                 note=notes.get(name, ""),
             )
         )
+    for name, product in named(model, *PRODUCTS):
+        kind = type(product).__name__.removeprefix("Quantized")
+        records.append(LayerRecord(name=name, kind=kind, weight_bits=8, activation_bits=8, macs=macs.get(name)))
     return records
 
 

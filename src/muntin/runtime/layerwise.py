@@ -99,23 +99,17 @@ def _quantised_layers(model: onnx.ModelProto) -> list[_Layer]:
     for node in model.graph.node:
         if node.op_type not in COMPUTE:
             continue
-        operands = [_operand(name, makers, constants) for name in node.input[:2]]
-        if operands[0] is None or operands[1] is None:
+        left, right = (_operand(name, makers, constants) for name in node.input[:2])
+        if left is None or right is None:
             continue
-        nodes = [*operands[0][0], *operands[1][0], node]
-        inputs = [name for _, names, _ in operands if (name := names) is not None]
-        scales = [scale for _, names, scale in operands if names is not None]
-        if len(node.input) > 2:  # the bias is added in float and shifts both alike
-            bare = onnx.NodeProto()
-            bare.CopyFrom(node)
-            nodes[-1] = bare
+        rounded = [(name, scale) for _, name, scale in (left, right) if name is not None]
         found.append(
             _Layer(
                 name=node.name or node.output[0],
-                nodes=tuple(nodes),
-                inputs=tuple(inputs),
+                nodes=(*left[0], *right[0], node),
+                inputs=tuple(name for name, _ in rounded),
                 operands=(node.input[0], node.input[1]),
-                scales=tuple(scales),
+                scales=tuple(scale for _, scale in rounded),
                 output=node.output[0],
             )
         )

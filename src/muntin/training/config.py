@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 
 class ModelChoice(BaseModel):
@@ -54,3 +54,61 @@ class QuantizationConfig(BaseModel):
         float, Field(ge=0, le=60, description="a layer whose INT8 output has less signal over noise (dB) stays 16-bit")
     ] = 15.0
     keep: Annotated[tuple[str, ...], Field(description="layers to leave in 16 bits, by dotted name")] = ()
+
+
+class LowRankConfig(BaseModel):
+    """How to factor layers into low rank. All fields have working defaults."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    criterion: Annotated[
+        Literal["activation", "energy", "cumulative"],
+        Field(
+            description="how ranks are chosen. activation: least harm to the model's answer on calibration images under the budget; "
+            "energy, cumulative: the same share of each weight's sum of σ², of σ"
+        ),
+    ] = "activation"
+    parameters: Annotated[
+        float, Field(gt=0, le=1, description="share of the model's parameters to keep, all of its parameters counted")
+    ] = 0.35
+    threshold: Annotated[
+        float | None,
+        Field(gt=0, le=1, description="share of energy or cumulative, used as it is in place of the budget; unset: what meets the budget"),
+    ] = None
+    multiple: Annotated[int, Field(ge=1, le=1024, description="ranks are multiples of it; smaller layers take their full rank")] = 16
+    keep: Annotated[tuple[str, ...], Field(description="layers to leave dense, by dotted name")] = ()
+
+    @model_validator(mode="after")
+    def _threshold_suits(self) -> Self:
+        if self.threshold is not None and self.criterion == "activation":
+            raise ValueError("threshold is for the criteria energy and cumulative; activation takes parameters")
+        return self
+
+
+class StageConfig(BaseModel):
+    """One stage of compression: how long it trains, and how fast."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    share: Annotated[float, Field(ge=0, le=10, description="steps, as a share of training.steps; 0: no training")] = 0.2
+    learning_rate: Annotated[float, Field(gt=0, le=1, description="at the end of the stage's warm-up")] = 1e-3
+
+
+class CompressionConfig(BaseModel):
+    """The stages after FP32 training, in order: low rank, quantisation-aware training, mixed precision. All fields have defaults."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    low_rank: Annotated[LowRankConfig | None, Field(description="how to factor layers; null: keep them dense")] = LowRankConfig()
+    weight_bits: Annotated[int, Field(ge=2, le=8, description="bits of weights in quantisation-aware training; activations have 8")] = 4
+    average_bits: Annotated[
+        float, Field(ge=2, le=32, description="bits that a weight may have on average after key layers got more of them")
+    ] = 4.8
+    recover: Annotated[StageConfig, Field(description="training after low rank")] = StageConfig(share=0.2, learning_rate=1e-3)
+    quantize: Annotated[StageConfig, Field(description="quantisation-aware training")] = StageConfig(share=0.35, learning_rate=1e-3)
+    mix: Annotated[StageConfig, Field(description="training with the bits of every layer fixed")] = StageConfig(
+        share=0.15, learning_rate=3e-4
+    )
+    distillation: Annotated[float, Field(ge=0, le=100, description="weight of the distance to the FP32 model's answers in the loss")] = 1.0
+    average: Annotated[float, Field(ge=0, lt=1, description="decay a step of the averaged weights in these stages")] = 0.98
+    keep: Annotated[tuple[str, ...], Field(description="layers to leave as they are, by dotted name")] = ()

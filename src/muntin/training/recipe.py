@@ -17,7 +17,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from muntin.data.config import DataConfig
 from muntin.data.source import Task
 from muntin.errors import RecipeError
-from muntin.training.config import ModelChoice, QuantizationConfig, TrainingConfig
+from muntin.training.config import CompressionConfig, ModelChoice, QuantizationConfig, TrainingConfig
 
 
 class Recipe(BaseModel):
@@ -34,6 +34,7 @@ class Recipe(BaseModel):
     model: ModelChoice = ModelChoice()
     training: TrainingConfig = TrainingConfig()
     quantization: QuantizationConfig = QuantizationConfig()
+    compression: CompressionConfig = CompressionConfig()
 
 
 def load_recipe(path: Path | str, overrides: Iterable[str] = ()) -> Recipe:

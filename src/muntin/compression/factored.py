@@ -1,0 +1,196 @@
+"""Factored layers: a layer's weight as a product of small ones, kept as plain Linears and convolutions that other passes find.
+
+    Linear           (I -> r), (r -> O)                         r·(I + O) weights instead of I·O
+    Conv2d 1x1       the same, as two 1x1 convolutions
+    Conv2d 2-4       Tucker-2: 1x1 (I -> r1), kh x kw (r1 -> r2), 1x1 (r2 -> O)
+    Conv2d from 5    spatial: kh x 1 (I -> r), 1 x kw (r -> O)
+
+Only the last part has a bias, so zero padding in the middle of a chain is what it was before the layer.
+
+Axes: O output and I input channels, R ranks.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from typing import Any, Self, TypeVar
+
+from torch import Tensor, nn
+
+SPATIAL_FROM = 5
+"""The kernel side from which a convolution is split into a vertical and a horizontal one."""
+
+
+class FactoredLinear(nn.Module):
+    """Two Linears that stand for one of rank r: `(..., I) -> (..., O)`, r·(I + O) multiply-adds a token."""
+
+    def __init__(self, reduce: nn.Linear, expand: nn.Linear) -> None:
+        super().__init__()
+        if reduce.out_features != expand.in_features:
+            raise ValueError(f"reduce gives {reduce.out_features} features and expand takes {expand.in_features}: they must be equal")
+        self.reduce = reduce
+        self.expand = expand
+        self.ranks: tuple[int, ...] = (reduce.out_features,)
+        """`(r,)`; kept here, since a pass may replace the parts by forms of other attributes."""
+
+    @classmethod
+    def shell(cls, layer: nn.Linear, ranks: tuple[int, ...]) -> Self:
+        """The structure that stands for `layer` at `(r,)`, its weights not initialised: for a checkpoint to be loaded into."""
+        (rank,) = _checked(layer, ranks)
+        reduce = _blank(nn.Linear, layer, layer.in_features, rank, bias=False)
+        return cls(reduce, _blank(nn.Linear, layer, rank, layer.out_features, bias=layer.bias is not None))
+
+    @property
+    def in_features(self) -> int:
+        """Channels of the input."""
+        return self.reduce.in_features
+
+    @property
+    def out_features(self) -> int:
+        """Channels of the output."""
+        return self.expand.out_features
+
+    @property
+    def first(self) -> nn.Linear:
+        """The part that reads the input: what was affine before the layer folds into it."""
+        return self.reduce
+
+    @property
+    def last(self) -> nn.Linear:
+        """The part that gives the output and has the bias: what is affine after the layer folds into it."""
+        return self.expand
+
+    def forward(self, input: Tensor) -> Tensor:  # the parameter's name is nn.Linear's: models may call it by keyword
+        out: Tensor = self.expand(self.reduce(input))
+        return out
+
+
+class FactoredConv2d(nn.Module):
+    """A chain of two or three convolutions that stands for one: `(B, I, H, W) -> (B, O, H', W')`; forms at the head of this file.
+
+    Stride, padding and dilation lie where they cost least: on `reduce` for 1x1, on `core` for Tucker-2, vertical ones on `reduce` and
+    horizontal ones on `expand` for the spatial form. Sources: Tucker-2, Kim et al., 1511.06530, section 3; spatial, Jaderberg et al.,
+    1405.3866, section 2 (its scheme 2).
+    """
+
+    def __init__(self, reduce: nn.Conv2d, expand: nn.Conv2d, core: nn.Conv2d | None = None) -> None:
+        super().__init__()
+        chain = [part for part in (reduce, core, expand) if part is not None]
+        for before, after in itertools.pairwise(chain):
+            if before.out_channels != after.in_channels:
+                raise ValueError(f"a part gives {before.out_channels} channels and the next takes {after.in_channels}: they must be equal")
+        self.reduce = reduce
+        if core is not None:
+            self.core = core
+        self.expand = expand
+        self.ranks: tuple[int, ...] = (reduce.out_channels,) if core is None else (core.in_channels, core.out_channels)
+        """`(r,)`, or `(r1, r2)` of Tucker-2; kept here, since a pass may replace the parts by forms of other attributes."""
+
+    @classmethod
+    def shell(cls, layer: nn.Conv2d, ranks: tuple[int, ...]) -> Self:
+        """The structure that stands for `layer` at `(r,)` or `(r1, r2)`, its weights not initialised: for a checkpoint to be loaded into.
+
+        The layer must be ungrouped and padded with a number of zeros.
+        """
+        ranks = _checked(layer, ranks)
+
+        def conv(inputs: int, outputs: int, axes: tuple[bool, bool], *, bias: bool = False) -> nn.Conv2d:
+            """A convolution with the layer's kernel, stride, padding and dilation along `axes`, and none along the others."""
+            kernel, stride, dilation = (
+                tuple(value if on else 1 for value, on in zip(values, axes, strict=True))
+                for values in (layer.kernel_size, layer.stride, layer.dilation)
+            )
+            assert not isinstance(layer.padding, str)
+            padding = tuple(value if on else 0 for value, on in zip(layer.padding, axes, strict=True))
+            return _blank(nn.Conv2d, layer, inputs, outputs, kernel, stride, padding, dilation, bias=bias)
+
+        inputs, outputs, bias = layer.in_channels, layer.out_channels, layer.bias is not None
+        both, neither, vertical, horizontal = (True, True), (False, False), (True, False), (False, True)
+        first, last = ranks[0], ranks[-1]
+        if _is_tucker(layer):
+            return cls(conv(inputs, first, neither), conv(last, outputs, neither, bias=bias), conv(first, last, both))
+        if _is_spatial(layer):
+            return cls(conv(inputs, first, vertical), conv(last, outputs, horizontal, bias=bias))
+        return cls(conv(inputs, first, both), conv(last, outputs, neither, bias=bias))
+
+    @property
+    def in_channels(self) -> int:
+        """Channels of the input."""
+        return self.first.in_channels
+
+    @property
+    def out_channels(self) -> int:
+        """Channels of the output."""
+        return self.last.out_channels
+
+    @property
+    def first(self) -> nn.Conv2d:
+        """The part that reads the input: what was affine before the layer folds into it, where nothing is padded in between."""
+        return self.reduce
+
+    @property
+    def last(self) -> nn.Conv2d:
+        """The part that gives the output and has the bias: what is affine after the layer folds into it."""
+        return self.expand
+
+    def forward(self, input: Tensor) -> Tensor:
+        core = getattr(self, "core", None)
+        reduced = self.reduce(input)
+        out: Tensor = self.expand(reduced if core is None else core(reduced))
+        return out
+
+
+FactoredLayer = FactoredLinear | FactoredConv2d
+L = TypeVar("L", bound=nn.Module)
+
+
+def _blank(kind: type[L], like: nn.Linear | nn.Conv2d, *sizes: Any, bias: bool) -> L:
+    """A layer whose weights are not initialised, so that no random number is drawn, of the type and on the device of `like`."""
+    made: L = kind(*sizes, bias=bias, device="meta", dtype=like.weight.dtype)
+    return made.to_empty(device=like.weight.device)
+
+
+def _is_tucker(layer: nn.Conv2d) -> bool:
+    return 1 < max(layer.kernel_size) < SPATIAL_FROM
+
+
+def _is_spatial(layer: nn.Conv2d) -> bool:
+    return max(layer.kernel_size) >= SPATIAL_FROM
+
+
+def full_ranks(layer: nn.Linear | nn.Conv2d) -> tuple[int, ...]:
+    """The ranks at which the factored form of `layer` holds any weight exactly."""
+    if isinstance(layer, nn.Linear):
+        return (min(layer.in_features, layer.out_features),)
+    inputs, outputs, taps = layer.in_channels, layer.out_channels, math.prod(layer.kernel_size)
+    if _is_tucker(layer):
+        return (min(inputs, outputs * taps), min(outputs, inputs * taps))
+    return (min(inputs * layer.kernel_size[0], outputs * layer.kernel_size[1]),)
+
+
+def factored_parameters(layer: nn.Linear | nn.Conv2d, ranks: tuple[int, ...]) -> int:
+    """Parameters of the factored form of `layer` at `ranks`, its bias included."""
+    bias = 0 if layer.bias is None else layer.bias.numel()
+    outputs, inputs = layer.weight.shape[:2]
+    if isinstance(layer, nn.Linear):
+        return ranks[0] * (inputs + outputs) + bias
+    height, width = layer.kernel_size
+    if _is_tucker(layer):
+        return inputs * ranks[0] + ranks[0] * ranks[1] * height * width + ranks[1] * outputs + bias
+    return ranks[0] * (inputs * height + outputs * width) + bias
+
+
+def shell(layer: nn.Linear | nn.Conv2d, ranks: tuple[int, ...]) -> FactoredLayer:
+    """The factored form of a Linear or Conv2d at `ranks`, not initialised; `ValueError` where the ranks do not suit the layer."""
+    return FactoredLinear.shell(layer, ranks) if isinstance(layer, nn.Linear) else FactoredConv2d.shell(layer, ranks)
+
+
+def _checked(layer: nn.Linear | nn.Conv2d, ranks: tuple[int, ...]) -> tuple[int, ...]:
+    full = full_ranks(layer)
+    if len(ranks) != len(full) or not all(1 <= rank <= most for rank, most in zip(ranks, full, strict=True)):
+        allowed = ", ".join(f"1-{most}" for most in full)
+        raise ValueError(
+            f"ranks {', '.join(map(str, ranks)) or 'none'}: {type(layer).__name__} {tuple(layer.weight.shape)} takes {allowed}"
+        )
+    return tuple(ranks)

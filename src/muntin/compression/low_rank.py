@@ -1,0 +1,364 @@
+"""The low-rank pass: layers become products of smaller ones, their ranks chosen together under one budget of parameters.
+
+    model -> run calibration images (moments of inputs; sensitivity of the answer) -> spectra -> allocate ranks -> factor, replace
+
+Weights are seldom of low rank, what passes through them is: a weight is whitened by a square root L of its input's second moment
+before it is decomposed, so that what is dropped is what the calibration images use least. No layer is factored by a rule of its
+own: ranks go where a parameter saves the answer most, and a layer for which that is being dense stays.
+
+Sources: SVD-LLM (Wang et al., 2403.07378, section 3) for the whitened decomposition of a matrix; Tucker-2 (Kim et al., 1511.06530,
+section 3) for kernels of 2 to 4; Jaderberg et al. (1405.3866, section 2) for larger ones. Deviations: convolutions are whitened
+over channels, as if the taps of a kernel saw uncorrelated pixels (O(C²) memory, not O(C²·k⁴)); ranks come from one
+allocation and not from one ratio for all layers or from variational Bayes; no weights are updated after the truncation.
+
+Axes: O output and I input channels, H W the taps of a kernel, R and P ranks.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import cast
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from muntin.compression.calibration import calibration_list
+from muntin.compression.change import Change, Pass
+from muntin.compression.factored import FactoredConv2d, FactoredLayer, FactoredLinear, factored_parameters, full_ranks, shell
+from muntin.compression.moments import Moment, answer_sensitivity, input_moments
+from muntin.compression.quantization import call_every_layer, check_kept
+from muntin.compression.quantized import QuantizedConv2d, QuantizedLinear
+from muntin.compression.ranks import Choice, Floats, allocate, choices, ladder, largest_threshold, rank_at
+from muntin.compression.rewrite import named, replace
+from muntin.errors import MuntinError
+from muntin.training.config import LowRankConfig
+
+DAMPING = 1e-6
+"""Added to the diagonal of a moment, relative to its mean: inputs that calibration never saw keep a little weight."""
+
+Dense = nn.Linear | nn.Conv2d
+
+
+def low_rank(calibration: Iterable[Tensor], config: LowRankConfig | None = None) -> Pass:
+    """A pass that replaces Linear and Conv2d by factored layers, in place; see the head of this file.
+
+    `calibration`: input batches `(B, C, H, W)` of raw pixels, any integer or float type; images of training, never of a test. They should
+    bring every layer several times more rows (tokens, positions of its map) than it has channels: a rank that fewer rows need is no rank
+    that other images will.
+    Criteria: `activation` minimises the estimated harm to the answer, noise over signal, under `config.parameters`; `energy` and
+    `cumulative` give every layer the least rank whose share of Σσ², of Σσ, of its weight reaches one threshold (the latter is
+    the usual Σσ rule), given or the largest that meets the budget. The budget counts all parameters of the model.
+
+    Costs one forward pass, for `activation` a second one with a backward pass, and a decomposition of each layer, O(I²·O) for a matrix,
+    in float64 on the CPU. Weights keep their type and device; the model is left in `eval` mode. Fine-tune after it: with no training
+    the loss of a small budget is large. Raises `MuntinError` if there is no calibration batch, if NaN or infinity turns up, if `keep` names
+    no layer, or if the budget is out of reach.
+    """
+    config = config or LowRankConfig()
+
+    def pass_(model: nn.Module) -> list[Change]:
+        batches = calibration_list(calibration)
+        layers: dict[str, Dense] = dict(named(model.eval(), nn.Linear, nn.Conv2d))
+        check_kept(config.keep, layers)
+        _check_weights(layers)
+        reasons = _reasons_to_keep(model, layers, config)
+        free = {name: layer for name, layer in layers.items() if name not in reasons}
+        moments = input_moments(model, batches, free)
+        reasons |= {name: reason for name in free if (reason := _unused(moments.get(name))) is not None}
+        free = {name: layer for name, layer in free.items() if name not in reasons}
+        roots: dict[str, Tensor] = {}
+        picked: dict[str, Choice] = {}
+        if free and config.criterion == "activation":
+            roots = {name: square_root(moments[name].matrix) for name in free}
+            picked = _pick_by_answer(model, free, roots, moments, answer_sensitivity(model, batches, free), config)
+        elif free:
+            picked = _pick_by_threshold(model, free, config)
+        for name, layer in free.items():
+            if not _smaller(layer, picked[name]):
+                reasons[name] = _why_dense(layer, picked[name].ranks, config)
+            else:
+                replace(model, name, factorize(layer, picked[name].ranks, roots.get(name)))
+        call_every_layer(model)
+        return [_change(name, layer, reasons.get(name), picked) for name, layer in layers.items()]
+
+    return pass_
+
+
+def _change(name: str, layer: Dense, reason: str | None, picked: Mapping[str, Choice]) -> Change:
+    if reason is not None:
+        return Change(layer=name, pass_="low_rank", done="kept", reason=reason)
+    return Change(layer=name, pass_="low_rank", done=_ranks_of(picked[name].ranks, full_ranks(layer)))
+
+
+def _ranks_of(ranks: tuple[int, ...], full: tuple[int, ...]) -> str:
+    return f"rank{'s' if len(ranks) > 1 else ''} {', '.join(map(str, ranks))} of {', '.join(map(str, full))}"
+
+
+def _check_weights(layers: Mapping[str, Dense]) -> None:
+    for name, layer in layers.items():
+        if not torch.isfinite(layer.weight).all():
+            raise MuntinError(
+                f"layer '{name}': the weight holds NaN or infinity; nothing can be factored from it, train again or restore a checkpoint"
+            )
+
+
+# Which layers stay
+
+
+def _reasons_to_keep(model: nn.Module, layers: Mapping[str, Dense], config: LowRankConfig) -> dict[str, str]:
+    """Why layers stay dense whatever the budget."""
+    factored = {id(part) for _, layer in named(model, FactoredLinear, FactoredConv2d) for part in layer.children()}
+    quantized = any(True for _ in named(model, QuantizedLinear, QuantizedConv2d))
+    users = _users(model)
+    reasons = {}
+    for name, layer in layers.items():
+        if id(layer) in factored:
+            reasons[name] = "already factored"
+        elif name in config.keep:
+            reasons[name] = "named in keep"
+        elif quantized:
+            reasons[name] = "the model is quantised already: factor it before"
+        elif layer is model:
+            reasons[name] = "it is the whole model: put it into an nn.Sequential"
+        elif (reason := _no_form(layer) or _tied(layer, users)) is not None:
+            reasons[name] = reason
+    return reasons
+
+
+def _no_form(layer: Dense) -> str | None:
+    if type(layer) not in (nn.Linear, nn.Conv2d):
+        return f"{type(layer).__name__} may compute something else than its kind: no factored form"
+    if "weight" not in layer._parameters:
+        return "its weight is computed (weight norm, spectral norm): remove that first"
+    if isinstance(layer, nn.Conv2d):
+        if layer.groups != 1:
+            return f"{'depthwise' if layer.groups == layer.in_channels else 'grouped'} convolution: no factored form here"
+        if layer.padding_mode != "zeros" or isinstance(layer.padding, str):
+            return f"padding '{layer.padding if isinstance(layer.padding, str) else layer.padding_mode}' has no factored form here"
+    return None
+
+
+def _users(model: nn.Module) -> dict[int, list[str]]:
+    """The modules that hold each parameter, by the parameter's identity."""
+    users: dict[int, list[str]] = {}
+    for name, module in model.named_modules():
+        for parameter in module._parameters.values():
+            if parameter is not None:
+                users.setdefault(id(parameter), []).append(name)
+    return users
+
+
+def _tied(layer: Dense, users: Mapping[int, list[str]]) -> str | None:
+    for parameter in layer.parameters():
+        if len(users[id(parameter)]) > 1:
+            return f"its parameters are shared by {' and '.join(users[id(parameter)])}: factoring one of them saves nothing"
+    return None
+
+
+def _unused(moment: Moment | None) -> str | None:
+    if moment is None:
+        return "no calibration image reached it"
+    if not moment.matrix.any():
+        return "its input is zero on every calibration image"
+    return None
+
+
+def _smaller(layer: Dense, choice: Choice) -> bool:
+    return bool(choice.ranks) and choice.parameters < _dense_parameters(layer)
+
+
+def _why_dense(layer: Dense, ranks: tuple[int, ...], config: LowRankConfig) -> str:
+    full, dense = full_ranks(layer), _dense_parameters(layer)
+    smallest = tuple(ladder(most, config.multiple)[0] for most in full)
+    tried = ranks or smallest
+    count = factored_parameters(layer, tried)
+    if count >= dense:
+        return f"{_ranks_of(tried, full)} would have {count:,} parameters, dense has {dense:,}"
+    return "the budget reaches to keep it dense: factoring others harms the answer less"
+
+
+def _dense_parameters(layer: Dense) -> int:
+    return sum(parameter.numel() for parameter in layer.parameters())
+
+
+# Which ranks
+
+
+def _budget(model: nn.Module, free: Mapping[str, Dense], config: LowRankConfig) -> tuple[int, int]:
+    """Parameters that the model may have, and those of them that no rank changes."""
+    total = sum(parameter.numel() for parameter in model.parameters())
+    return int(config.parameters * total), total - sum(_dense_parameters(layer) for layer in free.values())
+
+
+def _pick_by_answer(
+    model: nn.Module,
+    free: Mapping[str, Dense],
+    roots: Mapping[str, Tensor],
+    moments: Mapping[str, Moment],
+    sensitivity: Mapping[str, float],
+    config: LowRankConfig,
+) -> dict[str, Choice]:
+    offers = {}
+    for name, layer in free.items():
+        offers[name] = choices(
+            spectra(layer, roots[name]),
+            lambda ranks, layer=layer: factored_parameters(layer, ranks),  # type: ignore[misc]
+            _dense_parameters(layer),
+            multiple=config.multiple,
+            scale=sensitivity[name] * moments[name].positions,
+        )
+    budget, fixed = _budget(model, free, config)
+    return allocate(offers, budget, fixed=fixed)
+
+
+def _pick_by_threshold(model: nn.Module, free: Mapping[str, Dense], config: LowRankConfig) -> dict[str, Choice]:
+    power = 1.0 if config.criterion == "energy" else 0.5
+    values = {name: [carried**power for carried in spectra(layer)] for name, layer in free.items()}
+
+    def pick(threshold: float) -> dict[str, Choice]:
+        picked = {}
+        for name, layer in free.items():
+            ranks = tuple(rank_at(mode, threshold, config.multiple) for mode in values[name])
+            picked[name] = Choice(ranks=ranks, parameters=factored_parameters(layer, ranks))
+        return picked
+
+    budget, fixed = _budget(model, free, config)
+
+    def total(threshold: float) -> int:
+        return fixed + sum(min(choice.parameters, _dense_parameters(free[name])) for name, choice in pick(threshold).items())
+
+    return pick(config.threshold or largest_threshold(total, budget))
+
+
+# Decompositions
+
+
+def square_root(moment_II: Tensor) -> Tensor:
+    """Lower triangular L with L·Lᵀ = moment + `DAMPING` · the mean of its diagonal, float64 `(I, I)`."""
+    diagonal = moment_II.diagonal()
+    damped_II = moment_II + torch.diag_embed(torch.full_like(diagonal, DAMPING * float(diagonal.mean())))
+    return torch.linalg.cholesky(damped_II)  # type: ignore[no-any-return]
+
+
+@dataclass(frozen=True)
+class _Whitened:
+    """A weight in float64 on the CPU whose input channels are uncorrelated and of variance 1: `(O, I, H, W)`, 1x1 for a matrix."""
+
+    weight: Tensor
+    root: Tensor | None
+
+    def back(self, rows_NI: Tensor) -> Tensor:
+        """Rows over whitened channels as rows over the layer's own."""
+        if self.root is None:
+            return rows_NI
+        return torch.linalg.solve_triangular(self.root, rows_NI, upper=False, left=False)  # type: ignore[no-any-return]
+
+    @property
+    def matrix(self) -> Tensor:
+        """`(O·W, I·H)`: the unfolding of the spatial form, which for 1x1 is the weight itself."""
+        return self.weight.permute(0, 3, 1, 2).flatten(2).flatten(0, 1)
+
+    def gram_in(self) -> Tensor:
+        """Of the unfolding by input channels, `(I, I)`."""
+        return torch.einsum("oihw,ojhw->ij", self.weight, self.weight)
+
+    def gram_out(self) -> Tensor:
+        """Of the unfolding by output channels, `(O, O)`."""
+        return torch.einsum("oihw,pihw->op", self.weight, self.weight)
+
+
+def _whiten(layer: Dense, root_II: Tensor | None) -> _Whitened:
+    weight = layer.weight.detach().to("cpu", torch.float64)
+    weight_OIHW = weight.reshape(*weight.shape[:2], 1, 1) if weight.ndim == 2 else weight
+    if root_II is not None:
+        weight_OIHW = torch.einsum("oihw,ij->ojhw", weight_OIHW, root_II)
+    return _Whitened(weight_OIHW, root_II)
+
+
+def spectra(layer: Dense, root_II: Tensor | None = None) -> list[Floats]:
+    """σ² of the components of each mode that `factorize` can drop, descending: one array, two of Tucker-2.
+
+    With the square root of the input's moment, σ² is what the component carries of the output's power, mean over output rows and summed
+    over channels: for a matrix the squared error of dropping it, exactly (SVD-LLM, theorem 3.2). Without, it is the weight's own.
+    """
+    whitened, full = _whiten(layer, root_II), full_ranks(layer)
+    if len(full) == 2:
+        grams = [whitened.gram_in(), whitened.gram_out()]
+    else:
+        matrix = whitened.matrix
+        grams = [matrix @ matrix.T if matrix.shape[0] < matrix.shape[1] else matrix.T @ matrix]
+    values = [torch.linalg.eigvalsh(gram).flip(0).clamp_min(0).numpy()[:most] for gram, most in zip(grams, full, strict=True)]
+    return [np.asarray(v, np.float64) for v in values]
+
+
+@torch.no_grad()
+def factorize(layer: Dense, ranks: tuple[int, ...], root_II: Tensor | None = None) -> FactoredLayer:
+    """The factored form of a Linear or Conv2d at `ranks`, which approximates it best for inputs whose moment has the square root given.
+
+    Without a root all inputs count alike. At full ranks (`full_ranks`) it computes what the layer does. The layer itself is not changed.
+    Weights of a matrix are split as √σ on both sides, so that neither part has an outsized range; Tucker-2's outer parts are
+    orthonormal over whitened channels.
+    """
+    made, whitened = shell(layer, ranks), _whiten(layer, root_II)
+    if len(ranks) == 2:
+        _fill_tucker(cast(FactoredConv2d, made), whitened)
+    else:
+        _fill_product(made, whitened)
+    if layer.bias is not None:
+        cast(Tensor, made.last.bias).copy_(layer.bias)
+    return made.requires_grad_(layer.weight.requires_grad)
+
+
+def _fill_product(made: FactoredLayer, whitened: _Whitened) -> None:
+    (rank,) = made.ranks
+    outputs, inputs, height, width = whitened.weight.shape
+    left, sigma_R, right = torch.linalg.svd(whitened.matrix, full_matrices=False)
+    half_R = sigma_R[:rank].sqrt()
+    reduce_RIH = (half_R[:, None] * right[:rank]).reshape(rank, inputs, height)
+    reduce_RHI = whitened.back(reduce_RIH.transpose(1, 2).reshape(-1, inputs)).reshape(rank, height, inputs)
+    expand_OWR = (left[:, :rank] * half_R).reshape(outputs, width, rank)
+    made.first.weight.copy_(reduce_RHI.transpose(1, 2).reshape(made.first.weight.shape))
+    made.last.weight.copy_(expand_OWR.transpose(1, 2).reshape(made.last.weight.shape))
+
+
+def _fill_tucker(made: FactoredConv2d, whitened: _Whitened) -> None:
+    rank_in, rank_out = made.ranks
+    basis_IR = torch.linalg.eigh(whitened.gram_in()).eigenvectors.flip(1)[:, :rank_in]
+    basis_OP = torch.linalg.eigh(whitened.gram_out()).eigenvectors.flip(1)[:, :rank_out]
+    made.reduce.weight.copy_(whitened.back(basis_IR.T).reshape(made.reduce.weight.shape))
+    made.core.weight.copy_(torch.einsum("oihw,op,ir->prhw", whitened.weight, basis_OP, basis_IR))
+    made.expand.weight.copy_(basis_OP.reshape(made.expand.weight.shape))
+
+
+# Structure, for checkpoints
+
+
+def structure_of(model: nn.Module) -> dict[str, list[int]]:
+    """The ranks of each factored layer, by dotted name: what a checkpoint has to say beside its weights. Plain numbers, fit for JSON."""
+    return {name: list(cast(FactoredLayer, layer).ranks) for name, layer in named(model, FactoredLinear, FactoredConv2d)}
+
+
+def apply_structure(model: nn.Module, structure: Mapping[str, list[int]]) -> None:
+    """Put factored layers, not initialised, where `structure` says, in place: load the weights of a checkpoint next.
+
+    Layers that have these ranks already stay as they are. Raises `MuntinError` for a name that is no layer of the model or ranks that
+    do not suit it, before anything is changed.
+    """
+    shells: dict[str, FactoredLayer] = {}
+    modules = dict(model.named_modules(remove_duplicate=False))
+    for name, ranks in structure.items():
+        layer = modules.get(name)
+        if isinstance(layer, FactoredLinear | FactoredConv2d) and layer.ranks == tuple(ranks):
+            continue
+        if not name or type(layer) not in (nn.Linear, nn.Conv2d):
+            what = "is not in the model" if layer is None else f"is a {type(layer).__name__}, not a Linear or Conv2d"
+            raise MuntinError(f"structure: layer '{name}' {what}: build the model that the checkpoint was made of")
+        try:
+            shells[name] = shell(cast(Dense, layer), tuple(ranks))
+        except ValueError as error:
+            raise MuntinError(f"structure: layer '{name}': {error}: build the model that the checkpoint was made of") from error
+    for name, made in shells.items():
+        replace(model, name, made)
+    call_every_layer(model)

@@ -1,0 +1,166 @@
+"""Which rank each layer gets under one budget of parameters: plain numbers in, plain numbers out.
+
+Every layer offers choices, each with a number of parameters and a loss; being left dense is one of them, with loss 0. The sum of
+losses under a sum of parameters is a multiple-choice knapsack (Kellerer et al., Knapsack Problems, chapter 11).
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from muntin.errors import MuntinError
+
+Floats = np.ndarray[tuple[int, ...], np.dtype[np.float64]]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Choice:
+    """One way to have a layer."""
+
+    ranks: tuple[int, ...] = ()
+    """Empty: dense."""
+    parameters: int
+    """Weights and biases."""
+    loss: float = 0.0
+    """What it costs the model's answer, >= 0, in a unit that adds up over layers."""
+
+
+def ladder(full: int, multiple: int) -> list[int]:
+    """The ranks on offer for a mode of rank `full`: multiples of `multiple` up to it, or `full` itself where it is smaller."""
+    return list(range(multiple, full + 1, multiple)) or [full]
+
+
+def choices(
+    spectra: Sequence[Floats], parameters: Callable[[tuple[int, ...]], int], dense: int, *, multiple: int, scale: float = 1.0
+) -> list[Choice]:
+    """A layer's choices: every combination of ranks that has fewer parameters than `dense`, and dense, last.
+
+    `spectra`: for each mode, what each component carries (σ²), descending. Loss: `scale` times what the dropped components of all
+    modes carry. `parameters`: of the layer at given ranks. Costs one step a combination.
+    """
+    tails = [np.append(np.cumsum(values[::-1])[::-1], 0.0) for values in spectra]  # tails[mode][r]: what is lost at rank r
+    offered = []
+    for ranks in itertools.product(*(ladder(len(values), multiple) for values in spectra)):
+        count = parameters(ranks)
+        if count < dense:
+            loss = scale * sum(float(tail[rank]) for tail, rank in zip(tails, ranks, strict=True))
+            offered.append(Choice(ranks=ranks, parameters=count, loss=loss))
+    return [*offered, Choice(parameters=dense)]
+
+
+def rank_at(values: Floats, threshold: float, multiple: int) -> int:
+    """The least rank whose components carry `threshold` of the sum of `values` (descending), rounded up to `multiple`, at most full."""
+    total = float(values.sum())
+    reached = np.cumsum(values) / total if total > 0 else np.ones(len(values))
+    rank = int(np.searchsorted(reached, threshold - 1e-12)) + 1  # the last sum may round to just below 1
+    return min(-(-rank // multiple) * multiple, len(values))
+
+
+def largest_threshold(parameters: Callable[[float], int], budget: int) -> float:
+    """The largest threshold, 0-1 to within 1e-9, at which `parameters(threshold)`, which may not fall, is within the budget.
+
+    Raises `MuntinError` where even 0 is not.
+    """
+    if parameters(1.0) <= budget:
+        return 1.0
+    if parameters(0.0) > budget:
+        raise _out_of_reach(parameters(0.0), parameters(1.0), budget)
+    low, high = 0.0, 1.0
+    while high - low > 1e-9:
+        middle = (low + high) / 2
+        low, high = (middle, high) if parameters(middle) <= budget else (low, middle)
+    return low
+
+
+def _out_of_reach(smallest: int, dense: int, budget: int) -> MuntinError:
+    share = math.ceil(1e4 * smallest / dense) / 1e4
+    return MuntinError(
+        f"{budget:,} parameters are out of reach: at the smallest ranks {smallest:,} of {dense:,} are left, a share of {share:.4f}; "
+        "allow that, or keep fewer layers, or a smaller multiple"
+    )
+
+
+def allocate(layers: Mapping[str, Sequence[Choice]], budget: int, *, fixed: int = 0) -> dict[str, Choice]:
+    """One choice a layer, with the least total loss found under total parameters <= `budget`; `fixed` of them are spent elsewhere.
+
+    Lagrangian relaxation: for a price λ of a parameter, each layer alone takes the choice that minimises loss + λ·parameters. All
+    prices are swept by walking the layers' lower convex hulls from the smallest choices up, best loss a parameter first, which ends
+    where a bisection of λ would, ties included; each stop is the optimum of its own size. Then what is left of the budget is spent
+    greedily, again by loss a parameter, or on the one step that saves most, whichever leaves less. The total loss is above the
+    optimum by no more than the one step that did not fit would have saved, and more budget never gives more loss (so the greedy steps
+    follow a path that does not depend on the budget). Deterministic; O(n log n) in the number of choices, times steps for the
+    greedy end. Raises `MuntinError`, with the share that can be reached, if the smallest choices exceed the budget.
+    """
+    if any(not options for options in layers.values()):
+        raise ValueError(f"layers without choices: {', '.join(name for name, options in layers.items() if not options)}")
+    menus = {name: _frontier(options) for name, options in layers.items()}
+    picked = {name: menu[0] for name, menu in menus.items()}
+    spent = fixed + sum(choice.parameters for choice in picked.values())
+    if spent > budget:
+        dense = fixed + sum(max(choice.parameters for choice in options) for options in layers.values())
+        raise _out_of_reach(spent, dense, budget)
+    steps = [(name, before, after) for name, menu in menus.items() for before, after in itertools.pairwise(_hull(menu))]
+    for name, before, after in sorted(steps, key=lambda step: -_gain(step[1], step[2])):
+        cost = after.parameters - before.parameters
+        if spent + cost > budget:
+            return _spend_rest(picked, menus, budget - spent, cost)
+        picked[name] = after
+        spent += cost
+    return picked
+
+
+def _frontier(options: Sequence[Choice]) -> list[Choice]:
+    """The choices that no other one beats in both, smallest first."""
+    kept: list[Choice] = []
+    for choice in sorted(options, key=lambda c: (c.parameters, c.loss)):
+        if not kept or choice.loss < kept[-1].loss:
+            kept.append(choice)
+    return kept
+
+
+def _gain(before: Choice, after: Choice) -> float:
+    """Loss saved a parameter."""
+    return (before.loss - after.loss) / (after.parameters - before.parameters)
+
+
+def _hull(menu: Sequence[Choice]) -> list[Choice]:
+    """The lower convex hull of a frontier: gains fall from each step to the next."""
+    hull: list[Choice] = []
+    for choice in menu:
+        while len(hull) > 1 and _gain(hull[-2], hull[-1]) <= _gain(hull[-1], choice):
+            hull.pop()
+        hull.append(choice)
+    return hull
+
+
+def _spend_rest(picked: dict[str, Choice], menus: Mapping[str, Sequence[Choice]], rest: int, gap: int) -> dict[str, Choice]:
+    """Spends `rest` parameters, fewer than the `gap` to the next optimum."""
+    path, single = dict(picked), dict(picked)
+    spent = 0
+    while True:
+        fitting = _steps(path, menus, gap - 1 - spent)
+        if not fitting:
+            break
+        name, after = max(fitting, key=lambda step: _gain(path[step[0]], step[1]))
+        spent += after.parameters - path[name].parameters
+        if spent > rest:
+            break
+        path[name] = after
+    fitting = _steps(picked, menus, rest)
+    if fitting:
+        name, after = max(fitting, key=lambda step: picked[step[0]].loss - step[1].loss)
+        single[name] = after
+    return min(path, single, key=_loss)
+
+
+def _steps(picked: Mapping[str, Choice], menus: Mapping[str, Sequence[Choice]], rest: int) -> list[tuple[str, Choice]]:
+    return [(name, choice) for name, menu in menus.items() for choice in menu if 0 < choice.parameters - picked[name].parameters <= rest]
+
+
+def _loss(picked: Mapping[str, Choice]) -> float:
+    return math.fsum(choice.loss for choice in picked.values())

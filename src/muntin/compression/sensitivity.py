@@ -1,0 +1,91 @@
+"""Which layers need more bits: measured one by one on calibration images, then chosen together under one budget.
+
+model in W4A8 -> for each layer, for each wider form: distance of the answer to the FP32 model's -> fewest losses for so many bits
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from muntin.compression.qat import FLOAT, QATConv2d, QATLinear
+from muntin.compression.ranks import Choice, allocate
+from muntin.compression.rewrite import named, replace
+from muntin.training.loss import distillation_loss
+
+WIDER = (8, FLOAT)
+"""What a key layer can get: 8-bit weights, or 16-bit floats for weights and inputs."""
+STORED = {FLOAT: 16}
+"""Bits that a weight takes in the artefact, where they are not the width itself."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sensitivity:
+    """What the answer gains where one layer alone gets more bits."""
+
+    bits: int
+    """Of the layer now."""
+    weights: int
+    gains: dict[int, float]
+    """By width: how much closer the answer comes to the teacher's, in the unit of `distillation_loss`; may be negative."""
+
+
+def measure_sensitivity(
+    model: nn.Module, teacher: nn.Module, batches: Sequence[Tensor], *, task: str, widths: Sequence[int] = WIDER
+) -> dict[str, Sensitivity]:
+    """Each layer in quantisation-aware training, given each wider form alone; the model is left as it was.
+
+    `batches`: `(B, C, H, W)` raw pixels of training images. Costs a forward pass over them for each layer and width.
+    """
+    model.eval()
+    teacher.eval()
+    with torch.inference_mode():
+        images = [batch.to(torch.float32) for batch in batches]
+        wanted = [teacher(batch) for batch in images]
+
+        def distance() -> float:
+            return sum(float(distillation_loss(task, model(x), y)) for x, y in zip(images, wanted, strict=True)) / len(images)
+
+        before = distance()
+        found = {}
+        layers: list[tuple[str, QATLinear | QATConv2d]] = list(named(model, QATLinear, QATConv2d))
+        for name, layer in layers:
+            gains = {}
+            for width in widths:
+                if STORED.get(width, width) > layer.bits:
+                    replace(model, name, _wider(layer, width))
+                    gains[width] = before - distance()
+                    replace(model, name, layer)
+            found[name] = Sensitivity(bits=layer.bits, weights=layer.weight.numel(), gains=gains)
+    return found
+
+
+def _wider(layer: QATLinear | QATConv2d, width: int) -> nn.Module:
+    if width == FLOAT:
+        return layer.plain()
+    wider = copy.deepcopy(layer)
+    wider.set_bits(width)
+    return wider
+
+
+def assign_bits(sensitivity: Mapping[str, Sensitivity], average_bits: float) -> dict[str, int]:
+    """Bits of each layer: those that gain most for what they add, until a weight has `average_bits` on average.
+
+    A width that gains nothing is not taken, whatever is left to spend. Widths are those measured; `FLOAT` counts as the 16 bits it is
+    stored in. Raises `MuntinError` where the layers have more than that already.
+    """
+    menus: dict[str, list[Choice]] = {}
+    for name, layer in sensitivity.items():
+        most = max([0.0, *layer.gains.values()])
+        menus[name] = [Choice(ranks=(layer.bits,), parameters=layer.bits * layer.weights, loss=most)]
+        menus[name] += [
+            Choice(ranks=(width,), parameters=STORED.get(width, width) * layer.weights, loss=most - gain)
+            for width, gain in layer.gains.items()
+        ]
+    weights = sum(layer.weights for layer in sensitivity.values())
+    picked = allocate(menus, int(average_bits * weights))
+    return {name: choice.ranks[0] for name, choice in picked.items()}

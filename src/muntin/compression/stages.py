@@ -1,0 +1,240 @@
+"""From a trained model to one that is small and quantised, in stages that each train: low rank, W4A8, mixed precision.
+
+    FP32 checkpoint -> low rank, recover -> quantisation-aware training in W4A8 -> measure, give key layers more bits, train on
+                                     every stage learns from the labels and from the FP32 model's answers
+
+A stage starts from the averaged weights of the one before and writes checkpoints of its own, so that compression that was
+interrupted goes on where it stood and ends in the same bits.
+
+    RUN/compressed/1-low-rank/checkpoints/step-...     2-w4a8/...     3-mixed/...
+
+Source: three-stage quantisation-aware training as in the article; each layer's bits are measured, not named by a rule.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from muntin.compression.batch_norm import fold_batch_norms
+from muntin.compression.change import Change
+from muntin.compression.fold import fold
+from muntin.compression.low_rank import apply_structure, low_rank, structure_of
+from muntin.compression.qat import FLOAT, apply_qat, bits_of, prepare_qat, qat_structure, set_bits
+from muntin.compression.sensitivity import assign_bits, measure_sensitivity
+from muntin.data import Source, calibration_batches, open_source
+from muntin.errors import CheckpointError
+from muntin.training.checkpoint import AVERAGE, Checkpoint, build_model, checkpoints_in, load_weights, read_checkpoint
+from muntin.training.config import StageConfig, TrainingConfig
+from muntin.training.interrupt import Interruption
+from muntin.training.loop import FitProgress, Training, prepare_hardware
+from muntin.training.trainer import Trainer
+
+Stage = Literal["low-rank", "w4a8", "mixed"]
+STAGES: tuple[Stage, ...] = ("low-rank", "w4a8", "mixed")
+FOLDER = "compressed"
+SENSITIVITY_IMAGES = 16
+"""Calibration crops that each layer's need for bits is measured on."""
+Report = Callable[[Stage, FitProgress], None]
+
+
+@dataclass(frozen=True, kw_only=True)
+class StageResult:
+    """A stage that is done, or as far as it came."""
+
+    stage: Stage
+    checkpoint: Path
+    step: int
+    steps: int
+    seconds: float
+    """Of its training."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class CompressionRun:
+    """What `compress_checkpoint` left behind."""
+
+    directory: Path
+    stages: tuple[StageResult, ...]
+    interrupted: bool
+
+    @property
+    def checkpoint(self) -> Path:
+        """The last stage's."""
+        return self.stages[-1].checkpoint
+
+
+def source_of(checkpoint: Checkpoint) -> Source:
+    """The data that a checkpoint was trained on."""
+    return open_source(checkpoint.recipe.data, root=Path(checkpoint.state.root))
+
+
+def calibration_of(checkpoint: Checkpoint, source: Source) -> list[Tensor]:
+    """Crops of the training split, never of another one, that calibrate a checkpoint's activations."""
+    recipe = checkpoint.recipe
+    return calibration_batches(
+        source.split("train"),
+        task=recipe.task,
+        crop=recipe.data.crop,
+        count=recipe.quantization.calibration_images,
+        batch_size=8,
+        seed=recipe.seed,
+    )
+
+
+def compress_checkpoint(
+    checkpoint: Checkpoint, directory: Path, *, resume: bool = False, report: Report = lambda stage, progress: None
+) -> CompressionRun:
+    """Take a trained checkpoint through the stages that its recipe's `compression` describes.
+
+    `directory`: where the stages go, each in a folder of its own. `resume`: go on from what is there; without it, a directory that
+    holds a stage is refused. Ctrl-C ends after the step in progress and leaves a checkpoint. Costs the stages' training, each step about
+    one and a half of FP32's (the FP32 model answers every batch too), and a forward pass a layer and width to measure bits.
+    """
+    if checkpoint.state.compression is not None:
+        raise CheckpointError(f"{checkpoint.path} is compressed already: give the checkpoint of `muntin fit` that it was made from")
+    run = _Compression(checkpoint, directory, resume, report)
+    with Interruption() as interruption:
+        return run.run(interruption)
+
+
+def read_model(checkpoint: Checkpoint) -> nn.Module:
+    """The model of any checkpoint, compressed or not, in `eval` mode; in quantisation-aware training it is not frozen yet."""
+    state = checkpoint.state
+    model = build_model(state.recipe, state.classes).eval()
+    made = state.compression
+    if made is not None:
+        apply_structure(model, made["ranks"])
+        if made["qat"] is not None:
+            side = state.recipe.data.crop
+            fold(model)
+            fold_batch_norms(model, torch.zeros(1, state.recipe.data.channels, side, side))
+            apply_qat(model, made["qat"])
+    load_weights(model, checkpoint.tensors[AVERAGE], checkpoint.path / AVERAGE)
+    return model.eval()
+
+
+def changes_of(checkpoint: Checkpoint) -> list[Change]:
+    """What every stage up to this checkpoint did to every layer."""
+    made = checkpoint.state.compression
+    return [] if made is None else [Change(**change) for change in made["changes"]]
+
+
+def stage_checkpoints(directory: Path) -> dict[Stage, Path]:
+    """The newest checkpoint of each stage below `directory`, in their order."""
+    found: dict[Stage, Path] = {}
+    for stage in STAGES:
+        there = checkpoints_in(_folder(directory, stage) / "checkpoints")
+        if there:
+            found[stage] = there[-1]
+    return found
+
+
+def _folder(directory: Path, stage: Stage) -> Path:
+    return directory / f"{STAGES.index(stage) + 1}-{stage}"
+
+
+class _Compression:
+    def __init__(self, checkpoint: Checkpoint, directory: Path, resume: bool, report: Report) -> None:
+        self.checkpoint, self.directory, self.report = checkpoint, directory, report
+        self.recipe = checkpoint.recipe
+        self.config = self.recipe.compression
+        if not resume and stage_checkpoints(directory):
+            raise CheckpointError(f"{directory} already holds stages; --resume goes on with them, another --output starts anew")
+        self.precision = prepare_hardware(self.recipe.training)
+        self.source = source_of(checkpoint)
+        self.calibration = calibration_of(checkpoint, self.source)
+        self.origin = checkpoint.state.sha256[AVERAGE]
+
+    def run(self, interruption: Interruption) -> CompressionRun:
+        results: list[StageResult] = []
+        before = self.checkpoint
+        for stage in STAGES:
+            if stage == "low-rank" and self.config.low_rank is None:
+                continue
+            result = self._stage(stage, before, interruption)
+            results.append(result)
+            if result.step < result.steps:
+                break
+            before = read_checkpoint(result.checkpoint)
+        return CompressionRun(directory=self.directory, stages=tuple(results), interrupted=results[-1].step < results[-1].steps)
+
+    def _stage(self, stage: Stage, before: Checkpoint, interruption: Interruption) -> StageResult:
+        folder = _folder(self.directory, stage)
+        config = self._training(stage)
+        start = read_checkpoint(folder) if checkpoints_in(folder / "checkpoints") else None
+        if start is not None:
+            self._check_origin(start)
+            model, made = read_model(start), start.state.compression
+            if start.state.step >= config.steps:
+                return self._result(stage, start.path, config.steps, config.steps, start.state.seconds)
+        else:
+            torch.manual_seed(self.recipe.seed)
+            model = read_model(before)
+            changes = [*changes_of(before), *self._prepare(stage, model)]
+            made = {
+                "stage": stage, "origin": self.origin, "ranks": structure_of(model), "qat": qat_structure(model) or None,
+                "changes": [asdict(change) for change in changes],
+            }  # fmt: skip
+        trainer = Trainer(
+            model, config, task=self.recipe.task, precision=self.precision, teacher=self.checkpoint.model(),
+            distillation=self.config.distillation,
+        )  # fmt: skip
+        training = Training(
+            trainer, self.recipe, self.source, directory=folder, root=Path(self.checkpoint.state.root), start=start,
+            report=lambda progress: self.report(stage, progress), seed=self.recipe.seed + 7919 * (STAGES.index(stage) + 1),
+            compression=made,
+        )  # fmt: skip
+        path = training.run(interruption)
+        return self._result(stage, path, training.step, config.steps, training.seconds)
+
+    def _result(self, stage: Stage, path: Path, step: int, steps: int, seconds: float) -> StageResult:
+        return StageResult(stage=stage, checkpoint=path, step=step, steps=steps, seconds=seconds)
+
+    def _check_origin(self, start: Checkpoint) -> None:
+        made = start.state.compression
+        if start.recipe != self.recipe or made is None or made["origin"] != self.origin:
+            raise CheckpointError(
+                f"{start.path} was made from another checkpoint or recipe: give another --output, or remove {self.directory}"
+            )
+
+    def _training(self, stage: Stage) -> TrainingConfig:
+        stages: dict[Stage, StageConfig] = {"low-rank": self.config.recover, "w4a8": self.config.quantize, "mixed": self.config.mix}
+        wanted = stages[stage]
+        steps = round(wanted.share * self.recipe.training.steps)
+        return self.recipe.training.model_copy(
+            update={
+                "steps": steps,
+                "learning_rate": wanted.learning_rate,
+                "average": self.config.average,
+                "validate_every": max(1, steps),
+                "compile": False,
+            }
+        )
+
+    def _prepare(self, stage: Stage, model: nn.Module) -> list[Change]:
+        if stage == "low-rank":
+            assert self.config.low_rank is not None
+            return low_rank(self.calibration, self.config.low_rank)(model)
+        if stage == "w4a8":
+            return prepare_qat(self.calibration, bits=self.config.weight_bits, keep=self.config.keep)(model)
+        return self._mix(model)
+
+    def _mix(self, model: nn.Module) -> list[Change]:
+        batches = self.calibration[: max(1, SENSITIVITY_IMAGES // len(self.calibration[0]))]
+        measured = measure_sensitivity(model, self.checkpoint.model(), batches, task=self.recipe.task)
+        before = bits_of(model)
+        bits = assign_bits(measured, self.config.average_bits)
+        set_bits(model, bits)
+        changes = []
+        for name, width in bits.items():
+            gain = measured[name].gains.get(width)
+            done = "16 bits" if width == FLOAT else f"W{width}A8"
+            reason = "more bits gain less here than elsewhere" if width == before[name] else f"the answer comes {gain:.2g} closer to FP32's"
+            changes.append(Change(layer=name, pass_="mix", done=done, reason=reason))
+        return changes
