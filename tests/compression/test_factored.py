@@ -1,0 +1,103 @@
+"""Factored layers: structure, shapes, and that they compute what a chain computes. Axes: B images, C channels, H W map."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+from muntin.compression.factored import FactoredConv2d, FactoredLinear, factored_parameters, full_ranks, shell
+
+CONVS = {
+    "1x1": (nn.Conv2d(6, 10, 1), (3,)),
+    "1x1 strided, padded": (nn.Conv2d(6, 10, 1, 2, 1), (3,)),
+    "3x3 strided": (nn.Conv2d(6, 10, 3, 2, 1, bias=False), (4, 5)),
+    "3x3 dilated": (nn.Conv2d(6, 10, 3, 1, 2, 2), (4, 5)),
+    "2x2": (nn.Conv2d(6, 10, 2, 2), (4, 5)),
+    "1x3": (nn.Conv2d(6, 10, (1, 3), (1, 2), (0, 1)), (4, 5)),
+    "7x7": (nn.Conv2d(3, 10, 7, 2, 3), (5,)),
+    "5x3": (nn.Conv2d(6, 10, (5, 3), (2, 1), (2, 1), (1, 2)), (5,)),
+    "1x7": (nn.Conv2d(6, 10, (1, 7), 1, (0, 3)), (5,)),
+    "patches": (nn.Conv2d(3, 10, 8, 8), (5,)),
+}
+
+
+def zero(layer: nn.Module) -> nn.Module:
+    """A shell holds whatever was in memory."""
+    with torch.no_grad():
+        for parameter in layer.parameters():
+            parameter.zero_()
+    return layer
+
+
+@pytest.mark.parametrize("name", CONVS)
+def test_a_shell_has_the_shape_ranks_and_count_of_its_layer(name: str) -> None:
+    layer, ranks = CONVS[name]
+    made = shell(layer, ranks)
+    assert isinstance(made, FactoredConv2d)
+    assert made.ranks == ranks
+    assert sum(parameter.numel() for parameter in made.parameters()) == factored_parameters(layer, ranks)
+    x = torch.randn(2, layer.in_channels, 17, 22)
+    assert zero(made)(x).shape == layer(x).shape
+    assert (made.in_channels, made.out_channels) == (layer.in_channels, layer.out_channels)
+    assert made.first is made.reduce and made.last is made.expand
+    assert (made.last.bias is None) == (layer.bias is None)
+    assert all(type(part) is nn.Conv2d for part in made.children())
+    assert all(part.bias is None for part in made.children() if part is not made.last)
+    assert [name for name, _ in made.named_children()] == (["reduce", "core", "expand"] if len(ranks) == 2 else ["reduce", "expand"])
+
+
+def test_a_strided_1x1_convolution_strides_first_where_work_is_least() -> None:
+    made = FactoredConv2d.shell(nn.Conv2d(6, 10, 1, 2), (3,))
+    assert made.first.stride == (2, 2) and made.last.stride == (1, 1)
+
+
+@pytest.mark.parametrize("bias", [True, False])
+def test_a_linear_shell(bias: bool) -> None:
+    layer = nn.Linear(7, 12, bias=bias)
+    made = shell(layer, (4,))
+    assert isinstance(made, FactoredLinear)
+    assert (made.in_features, made.out_features, made.ranks) == (7, 12, (4,))
+    assert made.first is made.reduce and made.last is made.expand
+    assert (made.first.bias is None, made.last.bias is None) == (True, not bias)
+    assert sum(parameter.numel() for parameter in made.parameters()) == factored_parameters(layer, (4,))
+    zero(made)
+    assert made(input=torch.randn(2, 3, 7)).shape == (2, 3, 12)
+
+
+def test_a_shell_takes_type_and_device_and_draws_no_random_number() -> None:
+    before = torch.get_rng_state()
+    for layer, ranks in [(nn.Linear(4, 4), (2,)), (nn.Conv2d(4, 4, 3), (2, 2))]:
+        torch.set_rng_state(before)
+        made = shell(layer.to(torch.bfloat16), ranks)  # type: ignore[arg-type]
+        assert torch.equal(torch.get_rng_state(), before)
+        assert {(p.dtype, p.device) for p in made.parameters()} == {(torch.bfloat16, torch.device("cpu"))}
+
+
+def test_full_ranks() -> None:
+    assert full_ranks(nn.Linear(7, 12)) == (7,)
+    assert full_ranks(nn.Conv2d(12, 7, 1)) == (7,)
+    assert full_ranks(nn.Conv2d(6, 10, 3)) == (6, 10)
+    assert full_ranks(nn.Conv2d(2, 40, 3)) == (2, 18)  # 2·9 inputs cannot give more
+    assert full_ranks(nn.Conv2d(3, 10, 7)) == (21,)
+    assert full_ranks(nn.Conv2d(3, 10, (1, 7))) == (3,)
+
+
+@pytest.mark.parametrize("ranks", [(), (0,), (-1,), (8,), (2, 2)])
+def test_ranks_that_do_not_suit_a_layer_are_refused(ranks: tuple[int, ...]) -> None:
+    with pytest.raises(ValueError, match=r"Linear \(12, 7\) takes 1-7"):
+        shell(nn.Linear(7, 12), ranks)
+
+
+def test_parts_that_do_not_fit_are_refused() -> None:
+    with pytest.raises(ValueError, match="reduce gives 3 features and expand takes 4"):
+        FactoredLinear(nn.Linear(7, 3, bias=False), nn.Linear(4, 12))
+    with pytest.raises(ValueError, match="gives 3 channels and the next takes 4"):
+        FactoredConv2d(nn.Conv2d(7, 2, 1), nn.Conv2d(4, 12, 1), nn.Conv2d(2, 3, 3))
+
+
+def test_the_chain_is_its_parts_in_order() -> None:
+    made = FactoredConv2d(nn.Conv2d(7, 2, 1, bias=False), nn.Conv2d(3, 12, 1), nn.Conv2d(2, 3, 3, padding=1, bias=False))
+    x = torch.randn(1, 7, 5, 5)
+    assert torch.equal(made(x), made.expand(made.core(made.reduce(x))))
+    assert made.ranks == (2, 3)

@@ -1,0 +1,488 @@
+"""The low-rank pass: its mathematics layer by layer, its budget, what it leaves alone. Axes: N rows, B images, C channels, H W map."""
+
+from __future__ import annotations
+
+import copy
+import itertools
+import re
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from pydantic import ValidationError
+from torch import Tensor, nn
+
+from muntin import create_model
+from muntin.compression import Change, fold, quantize
+from muntin.compression.factored import full_ranks
+from muntin.compression.low_rank import apply_structure, factorize, low_rank, spectra, square_root, structure_of
+from muntin.compression.moments import answer_sensitivity, input_moments
+from muntin.compression.ranks import rank_at
+from muntin.errors import MuntinError
+from muntin.training.config import LowRankConfig
+
+LAYERS: dict[str, Callable[[], nn.Linear | nn.Conv2d]] = {
+    "linear": lambda: nn.Linear(6, 10),
+    "linear down": lambda: nn.Linear(10, 6, bias=False),
+    "1x1": lambda: nn.Conv2d(6, 10, 1),
+    "1x1 strided, padded": lambda: nn.Conv2d(6, 10, 1, 2, 1),
+    "3x3 strided": lambda: nn.Conv2d(6, 10, 3, 2, 1, bias=False),
+    "3x3 dilated": lambda: nn.Conv2d(6, 10, 3, 1, 2, 2),
+    "2x2": lambda: nn.Conv2d(6, 10, 2, 2),
+    "1x3": lambda: nn.Conv2d(6, 10, (1, 3), (1, 2), (0, 1)),
+    "few inputs": lambda: nn.Conv2d(2, 40, 3, padding=1),
+    "7x7": lambda: nn.Conv2d(3, 10, 7, 2, 3),
+    "5x3": lambda: nn.Conv2d(6, 10, (5, 3), (2, 1), (2, 1), (1, 2)),
+    "1x7": lambda: nn.Conv2d(6, 10, (1, 7), 1, (0, 3)),
+    "patches": lambda: nn.Conv2d(3, 10, 8, 8),
+}
+
+
+def pixels(*shape: int) -> Tensor:
+    return torch.randint(0, 256, shape).float()
+
+
+def correlated(rows: int, channels: int) -> Tensor:
+    """Rows whose channels depend on each other, as features do."""
+    decay = torch.logspace(0, -3, channels, dtype=torch.float64)
+    return torch.randn(rows, channels, dtype=torch.float64) * decay @ torch.randn(channels, channels, dtype=torch.float64)
+
+
+def answer(model: nn.Module, x: Tensor) -> Tensor:
+    with torch.inference_mode():
+        scores: Tensor = model.eval()(x)
+    return scores
+
+
+def count(model: nn.Module) -> int:
+    return sum(parameter.numel() for parameter in model.parameters())
+
+
+def layers(model: nn.Module) -> list[str]:
+    return [name for name, module in model.named_modules() if isinstance(module, nn.Linear | nn.Conv2d)]
+
+
+def by_layer(changes: list[Change]) -> dict[str, Change]:
+    assert len({change.layer for change in changes}) == len(changes)  # exactly one each
+    assert {change.pass_ for change in changes} <= {"low_rank"}
+    assert all(bool(change.reason) == change.kept for change in changes)
+    return {change.layer: change for change in changes}
+
+
+def settled(model: nn.Module, x: Tensor) -> nn.Module:
+    """A model whose norms have seen data."""
+    model.train()
+    with torch.no_grad():
+        for _ in range(3):
+            model(x)
+    return model.eval()
+
+
+def perceptron(width: int = 64, **more: nn.Module) -> Any:
+    """Three Linears over the channels of raw pixels."""
+
+    class Perceptron(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first = nn.Linear(3, width)
+            self.second = nn.Linear(width, width)
+            self.third = nn.Linear(width, 4)
+            for name, part in more.items():
+                self.add_module(name, part)
+
+        def forward(self, x: Tensor) -> Tensor:
+            hidden = torch.relu(self.second(torch.relu(self.first((x / 64 - 2).permute(0, 2, 3, 1)))))
+            out: Tensor = self.third(hidden).permute(0, 3, 1, 2)
+            return out
+
+    return Perceptron()
+
+
+# One layer
+
+
+@pytest.mark.parametrize("name", LAYERS)
+@pytest.mark.parametrize("whitened", [False, True])
+def test_a_full_rank_preserves_the_output(name: str, whitened: bool) -> None:
+    layer = LAYERS[name]().double()
+    x = torch.randn(2, 17, 22, layer.weight.shape[1]).double() @ torch.randn(layer.weight.shape[1], layer.weight.shape[1]).double()
+    x = x if isinstance(layer, nn.Linear) else x.permute(0, 3, 1, 2)
+    root = square_root(input_moments(nn.Sequential(layer), [x], {"0": layer})["0"].matrix) if whitened else None
+    made = factorize(layer, full_ranks(layer), root)
+    assert torch.allclose(made(x), layer(x), rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("name", LAYERS)
+def test_lower_ranks_lose_more_and_spectra_are_complete(name: str) -> None:
+    layer = LAYERS[name]()
+    for values, full in zip(spectra(layer), full_ranks(layer), strict=True):
+        assert len(values) == full and (values[:-1] >= values[1:]).all() and (values >= 0).all()
+        assert values.sum() == pytest.approx(float(layer.weight.detach().double().square().sum()))
+    x = torch.randn(2, 17, 22, layer.weight.shape[1])
+    x = x if isinstance(layer, nn.Linear) else x.permute(0, 3, 1, 2)
+    full = full_ranks(layer)
+    losses = []
+    for lower in range(min(full)):
+        made = factorize(layer, tuple(rank - lower for rank in full))
+        assert made.ranks == tuple(rank - lower for rank in full)
+        losses.append(float((made(x) - layer(x)).detach().square().mean()))
+    assert losses[0] < 1e-9 and losses[-1] > losses[0]
+    assert sum(after >= before - 1e-9 for before, after in itertools.pairwise(losses)) >= 0.7 * (len(losses) - 1)
+
+
+@settings(max_examples=15, deadline=None)
+@given(st.integers(1, 24), st.integers(2, 24), st.integers(0, 2**31))
+def test_the_loss_is_the_squared_error_that_is_measured(inputs: int, outputs: int, seed: int) -> None:
+    torch.manual_seed(seed)
+    layer, x_NI = nn.Linear(inputs, outputs).double(), torch.randn(400, inputs).double() @ torch.randn(inputs, inputs).double()
+    root = square_root(input_moments(nn.Sequential(layer), [x_NI], {"0": layer})["0"].matrix)
+    (values,) = spectra(layer, root)
+    with torch.no_grad():
+        power = float(layer.weight.matmul(x_NI.T).square().sum(0).mean())
+        for rank in range(1, len(values) + 1):
+            error = (factorize(layer, (rank,), root)(x_NI) - layer(x_NI)).square().sum(1).mean()
+            assert float(error) == pytest.approx(values[rank:].sum(), rel=1e-3, abs=1e-4 * power)
+
+
+def test_the_activation_criterion_loses_less_than_the_energy_of_weights_where_inputs_are_correlated() -> None:
+    layer, x_NI = nn.Linear(48, 64).double(), correlated(2000, 48)
+    root = square_root(input_moments(nn.Sequential(layer), [x_NI], {"0": layer})["0"].matrix)
+    with torch.no_grad():
+        for rank in (4, 8, 16, 32):
+            by_answer, by_weight = (float((factorize(layer, (rank,), r)(x_NI) - layer(x_NI)).square().sum()) for r in (root, None))
+            assert by_answer < 0.5 * by_weight
+
+
+@pytest.mark.parametrize(("kernel", "ranks"), [(1, (8,)), (3, (8, 16)), (7, (16,))])
+def test_it_does_for_convolutions_too(kernel: int, ranks: tuple[int, ...]) -> None:
+    layer = nn.Conv2d(24, 24, kernel, padding=kernel // 2).double()
+    x_BCHW = correlated(2 * 12 * 12, 24).reshape(2, 12, 12, 24).permute(0, 3, 1, 2)
+    root = square_root(input_moments(nn.Sequential(layer), [x_BCHW], {"0": layer})["0"].matrix)
+    with torch.no_grad():
+        errors = [float((factorize(layer, ranks, r)(x_BCHW) - layer(x_BCHW)).square().sum()) for r in (root, None)]
+    assert errors[0] < 0.5 * errors[1]
+
+
+def test_both_parts_of_a_matrix_have_like_ranges() -> None:
+    layer = nn.Linear(64, 64)
+    with torch.no_grad():
+        layer.weight.mul_(100)
+    made = factorize(layer, (32,))
+    norms = [made.first.weight.norm(dim=1), made.last.weight.norm(dim=0)]
+    assert torch.allclose(norms[0], norms[1], rtol=1e-4)
+
+
+def test_type_device_and_frozen_weights_stay() -> None:
+    layer = nn.Linear(32, 32).to(torch.bfloat16).requires_grad_(False)
+    made = factorize(layer, (16,))
+    assert {parameter.dtype for parameter in made.parameters()} == {torch.bfloat16}
+    assert not any(parameter.requires_grad for parameter in made.parameters())
+    assert all(parameter.requires_grad and parameter.is_leaf for parameter in factorize(nn.Linear(32, 32), (16,)).parameters())
+
+
+# The pass
+
+
+@pytest.mark.parametrize("criterion", ["activation", "energy", "cumulative"])
+def test_a_hybrid_shrinks_to_its_budget_and_runs_at_odd_sizes(criterion: str) -> None:
+    model, x = create_model("hybrid-xs", classes=3), pixels(2, 3, 128, 128)
+    settled(model, x)
+    before, names, scores = count(model), layers(model), answer(model, x)
+    found = by_layer(low_rank([x], LowRankConfig(criterion=criterion, parameters=0.4))(model))  # type: ignore[arg-type]
+    assert list(found) == names
+    assert 0.37 * before < count(model) <= 0.4 * before
+    assert list(structure_of(model)) == [name for name, change in found.items() if not change.kept]
+    assert found["stages.0.position.conv"].reason == "depthwise convolution: no factored form here"
+    for name, ranks in structure_of(model).items():
+        assert re.fullmatch(rf"ranks? {', '.join(map(str, ranks))} of \d+(, \d+)?", found[name].done)
+        assert all(rank % 16 == 0 or rank == 3 for rank in ranks)
+    assert {len(ranks) for ranks in structure_of(model).values()} == {1, 2}
+    assert answer(model, pixels(1, 3, 37, 51)).shape == (1, 3, 37, 51)
+    assert not model.training
+    if criterion == "activation":
+        assert float((answer(model, x) - scores).square().mean() / scores.var()) < 0.01
+
+
+def test_more_budget_never_costs_more_and_all_of_it_changes_nothing() -> None:
+    model, x = settled(create_model("hybrid-xs", classes=3), pixels(2, 3, 128, 128)), pixels(2, 3, 128, 128)
+    scores, noise, sizes = answer(model, x), [], []
+    for share in (0.3, 0.45, 0.7, 1.0):
+        smaller = copy.deepcopy(model)
+        changes = by_layer(low_rank([x], LowRankConfig(parameters=share))(smaller))
+        noise.append(float((answer(smaller, x) - scores).square().mean() / scores.var()))
+        sizes.append(count(smaller) / count(model))
+    assert all(size <= share for size, share in zip(sizes, (0.3, 0.45, 0.7, 1.0), strict=True))
+    assert sizes == sorted(sizes) and noise == sorted(noise, reverse=True)
+    assert all(change.kept for change in changes.values()) and noise[-1] == 0
+    reasons = {change.reason for change in changes.values()}
+    assert "the budget reaches to keep it dense: factoring others harms the answer less" in reasons
+
+
+def test_the_estimate_of_the_answers_noise_is_what_is_measured() -> None:
+    """With one layer factored: its σ² beyond the rank, times the sensitivity, times its rows an image."""
+    model, x = perceptron(), pixels(4, 3, 16, 16)
+    moment = input_moments(model, [x], {"second": model.second})["second"]
+    sensitivity = answer_sensitivity(model, [x], {"second": model.second})["second"]
+    root, scores = square_root(moment.matrix), answer(model, x)
+    (values,) = spectra(model.second, root)
+    for rank in (1, 2):
+        smaller = copy.deepcopy(model)
+        smaller.second = factorize(model.second, (rank,), root)
+        measured = float((answer(smaller, x) - scores).square().mean() / scores.var())
+        assert values[rank:].sum() * sensitivity * moment.positions == pytest.approx(measured, rel=0.6)
+
+
+@pytest.mark.parametrize("folded_before", [False, True])
+def test_quantisation_composes_after_it(folded_before: bool) -> None:
+    model, x = create_model("hybrid-xs", classes=3), pixels(2, 3, 128, 128)
+    settled(model, x)
+    if folded_before:
+        fold(model)
+    low_rank([x], LowRankConfig(parameters=0.4))(model)
+    names, scores, parts = layers(model), answer(model, x), [f"{name}.reduce" for name in structure_of(model)]
+    quantized = [change for change in quantize([x])(model) if change.pass_ == "quantize"]
+    assert sorted(change.layer for change in quantized) == sorted(names)
+    done = {change.layer for change in quantized if not change.kept}
+    assert len(done.intersection(parts)) > 0.5 * len(parts)  # pure noise as images: INT8 loses some of its nearly constant features
+    assert float((answer(model, x) - scores).square().mean() / scores.var()) < 0.1
+    reasons = {change.reason for change in low_rank([x])(model)}
+    assert reasons <= {"already factored", "the model is quantised already: factor it before"}
+
+
+@pytest.mark.parametrize(
+    ("name", "task"),
+    [("torchvision:resnet18", "classify"), ("timm:test_convnext", "classify"), ("timm:test_vit", "classify")],
+)
+def test_networks_of_others(name: str, task: str) -> None:
+    model, x = create_model(name, task=task, classes=4), pixels(2, 3, 160 if "vit" in name else 64, 160 if "vit" in name else 64)  # type: ignore[arg-type]
+    settled(model, x)
+    before, names, scores = count(model), layers(model), answer(model, x)
+    found = by_layer(low_rank([x], LowRankConfig(parameters=0.5))(model))
+    assert list(found) == names
+    assert count(model) <= 0.5 * before
+    assert answer(model, x).shape == scores.shape and torch.isfinite(answer(model, x)).all()
+
+
+def test_layers_whose_weights_are_read_and_not_called_stay() -> None:
+    block = nn.TransformerEncoderLayer(32, 4, 64, batch_first=True, dropout=0.0)
+    model = nn.Sequential(nn.Linear(8, 32), nn.TransformerEncoder(block, 2, enable_nested_tensor=False), nn.Linear(32, 5))
+    x = torch.randn(4, 6, 8)
+    for criterion in ("activation", "energy"):
+        smaller = copy.deepcopy(model)
+        found = by_layer(low_rank([x], LowRankConfig(criterion=criterion, parameters=0.9))(smaller))  # type: ignore[arg-type]
+        assert "NonDynamicallyQuantizableLinear" in found["1.layers.0.self_attn.out_proj"].reason
+        assert any(not found[f"1.layers.{i}.linear{k}"].kept for i in (0, 1) for k in (1, 2))
+        assert answer(smaller, x).shape == (4, 6, 5)  # PyTorch's fused path would look for linear1.weight
+
+
+def test_a_layer_that_is_never_called_stays() -> None:
+    class Reads(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.called = nn.Linear(32, 32)
+            self.read = nn.Linear(32, 32)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.called(x) @ self.read.weight
+
+    for criterion in ("activation", "energy", "cumulative"):
+        model = Reads()
+        found = by_layer(low_rank([torch.randn(40, 32)], LowRankConfig(criterion=criterion, parameters=0.9, multiple=4))(model))  # type: ignore[arg-type]
+        assert found["read"].reason == "no calibration image reached it"
+        assert not found["called"].kept
+
+
+class Masked(nn.Linear):
+    """A subclass may compute something else."""
+
+
+def test_what_has_no_factored_form_stays_with_its_reason() -> None:
+    shared = nn.Linear(32, 32)
+    tied = nn.Linear(32, 32)
+    other = nn.Linear(32, 32)
+    other.weight = tied.weight
+    convs = nn.Sequential(
+        nn.Conv2d(3, 32, 1),
+        nn.Conv2d(32, 32, 3, padding=1, groups=32),
+        nn.Conv2d(32, 32, 3, padding=1, groups=2),
+        nn.Conv2d(32, 32, 3, padding=1, padding_mode="reflect"),
+        nn.Conv2d(32, 32, 3, padding="same"),
+        nn.Flatten(2),
+    )
+    normed = nn.utils.parametrizations.weight_norm(nn.Linear(32, 32))
+    linears = nn.Sequential(Masked(32, 32), tied, other, shared, shared, normed, nn.Linear(32, 32))
+
+    class Both(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.convs, self.linears = convs, linears
+
+        def forward(self, x: Tensor) -> Tensor:
+            out: Tensor = self.linears(self.convs(x).transpose(1, 2))
+            return out
+
+    model = Both()
+    found = by_layer(low_rank([pixels(2, 3, 8, 8)], LowRankConfig(parameters=0.98, multiple=4, keep=("linears.6",)))(model))
+    assert {name: change.reason for name, change in found.items() if change.kept and "would have" not in change.reason} == {
+        "convs.1": "depthwise convolution: no factored form here",
+        "convs.2": "grouped convolution: no factored form here",
+        "convs.3": "padding 'reflect' has no factored form here",
+        "convs.4": "padding 'same' has no factored form here",
+        "linears.0": "Masked may compute something else than its kind: no factored form",
+        "linears.1": "its parameters are shared by linears.1 and linears.2: factoring one of them saves nothing",
+        "linears.2": "its parameters are shared by linears.1 and linears.2: factoring one of them saves nothing",
+        "linears.5": "ParametrizedLinear may compute something else than its kind: no factored form",
+        "linears.6": "named in keep",
+    }
+    assert not found["linears.3"].kept and model.linears[3] is model.linears[4]  # one layer in two places stays one
+
+
+def test_a_model_that_is_one_layer_stays() -> None:
+    (change,) = low_rank([torch.randn(9, 32)])(nn.Linear(32, 32))
+    assert change.reason == "it is the whole model: put it into an nn.Sequential"
+
+
+def test_a_second_time_changes_nothing_more() -> None:
+    model, x = perceptron(), pixels(2, 3, 8, 8)
+    assert not by_layer(low_rank([x], LowRankConfig(parameters=0.8))(model))["second"].kept
+    scores, structure = answer(model, x), structure_of(model)
+    found = by_layer(low_rank([x], LowRankConfig(parameters=1.0))(model))
+    assert {found[f"second.{part}"].reason for part in ("reduce", "expand")} == {"already factored"}
+    assert structure_of(model) == structure and torch.equal(answer(model, x), scores)
+
+
+# Thresholds
+
+
+def test_a_threshold_is_applied_as_it_is() -> None:
+    x = pixels(2, 3, 8, 8)
+    model = perceptron()
+    with torch.no_grad():
+        model.second.weight.copy_(torch.diag(torch.tensor([2.0] * 32 + [1.0] * 32)))
+    # σ: 32 of 2 and 32 of 1. Energy 160, of which 20 components hold half; sum 96, of which 24 hold half
+    for criterion, rank in [("energy", 20), ("cumulative", 24)]:
+        smaller = copy.deepcopy(model)
+        found = by_layer(low_rank([x], LowRankConfig(criterion=criterion, threshold=0.5, multiple=1))(smaller))  # type: ignore[arg-type]
+        assert found["second"].done == f"rank {rank} of 64"
+    smaller = copy.deepcopy(model)
+    found = by_layer(low_rank([x], LowRankConfig(criterion="cumulative", threshold=0.7, multiple=16))(smaller))
+    assert found["second"].reason == "rank 48 of 64 would have 6,208 parameters, dense has 4,160"
+    assert found["first"].reason == "rank 3 of 3 would have 265 parameters, dense has 256"
+    assert torch.equal(answer(smaller, x), answer(model, x))
+
+
+def test_the_articles_threshold_keeps_most_of_a_gaussian_weight() -> None:
+    """Σσ >= 0.7 of a square Gaussian matrix takes about 0.44 of its rank: almost no saving."""
+    layer = nn.Linear(256, 256, bias=False)
+    nn.init.normal_(layer.weight)
+    (values,) = spectra(layer)
+    assert rank_at(values**0.5, 0.7, 1) == pytest.approx(0.44 * 256, abs=4)
+
+
+def test_a_threshold_is_not_for_the_activation_criterion() -> None:
+    with pytest.raises(ValidationError, match="threshold is for the criteria energy and cumulative"):
+        LowRankConfig(threshold=0.9)
+    for wrong in ({"parameters": 0.0}, {"parameters": 1.1}, {"multiple": 0}, {"rank": 3}, {"criterion": "energy", "threshold": 0.0}):
+        with pytest.raises(ValidationError):
+            LowRankConfig(**wrong)  # type: ignore[arg-type]
+
+
+# Inputs that are not as they should be
+
+
+def test_no_batch_unknown_names_and_budgets_out_of_reach_are_errors() -> None:
+    x = pixels(1, 3, 8, 8)
+    with pytest.raises(MuntinError, match="no batch came"):
+        low_rank([])(perceptron())
+    with pytest.raises(MuntinError, match="keep names no Linear or Conv2d: nosuch; the model has first, second, third"):
+        low_rank([x], LowRankConfig(keep=("nosuch",)))(perceptron())
+    for criterion in ("activation", "energy", "cumulative"):
+        model = perceptron()
+        with pytest.raises(MuntinError, match=r"46 parameters are out of reach: .* a share of 0\.5621"):
+            low_rank([x], LowRankConfig(criterion=criterion, parameters=0.01))(model)  # type: ignore[arg-type]
+        assert structure_of(model) == {}
+        low_rank([x], LowRankConfig(criterion=criterion, parameters=0.5621))(model)  # type: ignore[arg-type]
+
+
+def test_nan_is_named_before_anything_is_changed() -> None:
+    model = perceptron()
+    with torch.no_grad():
+        model.second.weight[0, 0] = float("nan")
+    with pytest.raises(MuntinError, match="layer 'second': the weight holds NaN or infinity; nothing can be factored from it"):
+        low_rank([pixels(1, 3, 8, 8)])(model)
+    model = perceptron()
+    with torch.no_grad():
+        model.first.bias[0] = float("nan")
+    with pytest.raises(MuntinError, match="NaN or infinity at the input of layer 'second'"):
+        low_rank([pixels(1, 3, 8, 8)])(model)
+    assert structure_of(model) == {}
+
+
+def test_an_input_that_is_always_zero_is_named() -> None:
+    model = perceptron()
+    with torch.no_grad():
+        model.first.weight.zero_()
+        model.first.bias.fill_(-1)
+    found = by_layer(low_rank([pixels(2, 3, 8, 8)], LowRankConfig(parameters=1.0))(model))
+    assert found["second"].reason == "its input is zero on every calibration image"
+
+
+@pytest.mark.parametrize("x", [torch.full((1, 3, 1, 1), 200.0), torch.full((2, 3, 8, 8), 128.0), pixels(1, 3, 4, 4)])
+def test_one_sample_constant_images_and_dead_channels_work(x: Tensor) -> None:
+    model = perceptron()
+    with torch.no_grad():  # some channels of the hidden layer are always zero
+        model.first.weight[:20] = 0
+        model.first.bias[:20] = -1
+    scores = answer(model, x)
+    found = by_layer(low_rank([x], LowRankConfig(parameters=0.6))(model))
+    assert found["second"].done == "rank 16 of 64"
+    assert torch.allclose(answer(model, x), scores, rtol=1e-3, atol=1e-3)
+
+
+def test_a_weight_of_zeros_takes_the_least_rank() -> None:
+    model, x = perceptron(), pixels(2, 3, 8, 8)
+    with torch.no_grad():
+        model.second.weight.zero_()
+    scores = answer(model, x)
+    for criterion in ("energy", "cumulative"):
+        smaller = copy.deepcopy(model)
+        found = by_layer(low_rank([x], LowRankConfig(criterion=criterion, parameters=0.6))(smaller))  # type: ignore[arg-type]
+        assert found["second"].done == "rank 16 of 64"
+        assert torch.equal(answer(smaller, x), scores)
+
+
+# Structure
+
+
+def test_a_checkpoint_of_a_factored_model_loads_into_its_structure() -> None:
+    model, x = settled(create_model("hybrid-xs", classes=3), pixels(2, 3, 128, 128)), pixels(2, 3, 128, 128)
+    low_rank([x], LowRankConfig(parameters=0.4))(model)
+    structure = structure_of(model)
+    assert structure and all(isinstance(rank, int) for ranks in structure.values() for rank in ranks)
+    other = create_model("hybrid-xs", classes=3)
+    apply_structure(other, structure)
+    assert structure_of(other) == structure
+    other.load_state_dict(model.state_dict())
+    assert torch.equal(answer(other, x), answer(model, x))
+    apply_structure(other, structure)  # a second time keeps the weights
+    assert torch.equal(answer(other, x), answer(model, x))
+
+
+def test_a_structure_of_another_model_is_refused_before_anything_changes() -> None:
+    model = nn.Sequential(nn.Linear(32, 32), nn.ReLU())
+    for structure, message in [
+        ({"0": [8], "7": [8]}, "layer '7' is not in the model"),
+        ({"0": [8], "1": [8]}, "layer '1' is a ReLU, not a Linear or Conv2d"),
+        ({"0": [33]}, r"layer '0': ranks 33: Linear \(32, 32\) takes 1-32"),
+        ({"0": [4, 4]}, r"layer '0': ranks 4, 4: Linear \(32, 32\) takes 1-32"),
+        ({"": [8]}, "layer '' is a Sequential"),
+    ]:
+        with pytest.raises(MuntinError, match=message):
+            apply_structure(model, structure)
+        assert structure_of(model) == {}
+    apply_structure(model, {"0": [8]})
+    with pytest.raises(MuntinError, match="layer '0' is a FactoredLinear"):
+        apply_structure(model, {"0": [9]})
