@@ -7,6 +7,7 @@ from collections.abc import Callable
 
 import typer
 
+from muntin.cli.compress import compress_command
 from muntin.cli.console import say
 from muntin.cli.deploy import export_command, predict_command, verify_command
 from muntin.cli.models import init_command, models_command
@@ -29,6 +30,7 @@ COMMANDS: dict[str, Callable[..., None]] = {
     "init": init_command,
     "fit": fit_command,
     "evaluate": evaluate_command,
+    "compress": compress_command,
     "export": export_command,
     "verify": verify_command,
     "predict": predict_command,

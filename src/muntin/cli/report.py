@@ -28,9 +28,11 @@ def demo_command(
     set_: Annotated[list[str] | None, typer.Option("--set", help="Replace a value of the recipe, e.g. --set seed=1; repeatable.")] = None,
     json: Json = False,
 ) -> None:
-    """The whole way on a satellite photograph: train, quantise, export, verify, measure, report. Run again, it goes on."""
+    """The whole way on a satellite photograph: train, compress, export, verify, measure, report. Run again, it goes on."""
+    from muntin.cli.compress import compress_with_progress, describe_compression
     from muntin.cli.train import describe_fit, fit_with_progress
-    from muntin.training import load_recipe
+    from muntin.compression.stages import FOLDER
+    from muntin.training import load_recipe, read_checkpoint
 
     with resources.as_file(resources.files("muntin") / "recipes" / "demo.yaml") as path:
         recipe = load_recipe(path, set_ or ())
@@ -40,6 +42,12 @@ def demo_command(
         raise typer.Exit(1)
     if not json:
         describe_fit(result)
+    run = compress_with_progress(read_checkpoint(result.checkpoint), output / FOLDER, resume=True)
+    if run.interrupted:
+        say("muntin: interrupted while compressing; the same command goes on")
+        raise typer.Exit(1)
+    if not json:
+        describe_compression(run)
     _finish(result.checkpoint, output, json)
 
 

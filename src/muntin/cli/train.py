@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import shlex
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -45,24 +47,30 @@ def fit_with_progress(recipe: Recipe, *, root: Path, directory: Path | None, res
     """`fit`, with a bar on a terminal."""
     from muntin.training import fit
 
+    with training_bar(recipe.task) as report:
+        return fit(recipe, root=root, directory=directory, resume=resume, report=lambda progress: report("training", progress))
+
+
+@contextmanager
+def training_bar(task: str) -> Iterator[Callable[[str, FitProgress], None]]:
+    """`report(description, progress)` for a bar on a terminal; in a pipe it shows nothing."""
     if not err.is_terminal:
-        return fit(recipe, root=root, directory=directory, resume=resume)
+        yield lambda description, progress: None
+        return
     columns = (
         TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(elapsed_when_finished=True),
         TextColumn("{task.fields[figures]}"),
     )  # fmt: skip
     with Progress(*columns, console=err) as bar:
-        task = bar.add_task("training", total=None, figures="")
+        shown = bar.add_task("", total=None, figures="")
 
-        def report(progress: FitProgress) -> None:
-            if progress.kind == "check":
-                bar.update(task, description="checking data", completed=progress.step, total=progress.steps)
-                return
-            bar.update(task, description="training", completed=progress.step, total=progress.steps)
+        def report(description: str, progress: FitProgress) -> None:
+            what = "checking data" if progress.kind == "check" else description
+            bar.update(shown, description=what, completed=progress.step, total=progress.steps)
             if progress.kind == "step":
-                bar.update(task, figures=_figures(progress, recipe.task))
+                bar.update(shown, figures=_figures(progress, task))
 
-        return fit(recipe, root=root, directory=directory, resume=resume, report=report)
+        yield report
 
 
 def _figures(progress: FitProgress, task: str) -> str:
@@ -90,8 +98,8 @@ def evaluate_command(
     json: Json = False,
 ) -> None:
     """Score a checkpoint, or an artefact made of it, on a split of its data."""
+    from muntin.compression.stages import read_model, source_of
     from muntin.data.source import SPLITS
-    from muntin.deployment.assessment import source_of
     from muntin.errors import ArtifactError, RecipeError
     from muntin.models import TorchSession
     from muntin.runtime import load
@@ -104,7 +112,7 @@ def evaluate_command(
     loaded = read_checkpoint(checkpoint)
     source = source_of(loaded)
     wanted = signature_of(loaded.recipe, source)
-    session: Any = load(artifact, engine=engine) if artifact else TorchSession(loaded.model(), wanted)
+    session: Any = load(artifact, engine=engine) if artifact else TorchSession(read_model(loaded), wanted)
     if session.signature != wanted:
         raise ArtifactError(
             f"{artifact} is not for this run's data (another task, channels or classes): give one that `muntin export {checkpoint}` writes"

@@ -36,7 +36,7 @@ class FactoredLinear(nn.Module):
 
     @classmethod
     def shell(cls, layer: nn.Linear, ranks: tuple[int, ...]) -> Self:
-        """The structure that stands for `layer` at `(r,)`, its weights not initialised: for a checkpoint to be loaded into."""
+        """The structure that stands for `layer` at `(r,)`, its weights zero: for a checkpoint to be loaded into."""
         (rank,) = _checked(layer, ranks)
         reduce = _blank(nn.Linear, layer, layer.in_features, rank, bias=False)
         return cls(reduce, _blank(nn.Linear, layer, rank, layer.out_features, bias=layer.bias is not None))
@@ -89,7 +89,7 @@ class FactoredConv2d(nn.Module):
 
     @classmethod
     def shell(cls, layer: nn.Conv2d, ranks: tuple[int, ...]) -> Self:
-        """The structure that stands for `layer` at `(r,)` or `(r1, r2)`, its weights not initialised: for a checkpoint to be loaded into.
+        """The structure that stands for `layer` at `(r,)` or `(r1, r2)`, its weights zero: for a checkpoint to be loaded into.
 
         The layer must be ungrouped and padded with a number of zeros.
         """
@@ -146,9 +146,12 @@ L = TypeVar("L", bound=nn.Module)
 
 
 def _blank(kind: type[L], like: nn.Linear | nn.Conv2d, *sizes: Any, bias: bool) -> L:
-    """A layer whose weights are not initialised, so that no random number is drawn, of the type and on the device of `like`."""
+    """A layer of zeros, so that no random number is drawn, of the type and on the device of `like`."""
     made: L = kind(*sizes, bias=bias, device="meta", dtype=like.weight.dtype)
-    return made.to_empty(device=like.weight.device)
+    made.to_empty(device=like.weight.device)
+    for parameter in made.parameters():
+        nn.init.zeros_(parameter)
+    return made
 
 
 def _is_tucker(layer: nn.Conv2d) -> bool:

@@ -89,7 +89,7 @@ def low_rank(calibration: Iterable[Tensor], config: LowRankConfig | None = None)
 def _change(name: str, layer: Dense, reason: str | None, picked: Mapping[str, Choice]) -> Change:
     if reason is not None:
         return Change(layer=name, pass_="low_rank", done="kept", reason=reason)
-    return Change(layer=name, pass_="low_rank", done=_ranks_of(picked[name].ranks, full_ranks(layer)))
+    return Change(layer=name, pass_="low_rank", done=_ranks_of(picked[name].ranks, full_ranks(layer)), ranks=picked[name].ranks)
 
 
 def _ranks_of(ranks: tuple[int, ...], full: tuple[int, ...]) -> str:

@@ -25,6 +25,11 @@ class InputGrid(nn.Module):
         kind = torch.uint8 if grid.unsigned else torch.int8
         self.register_buffer("zero_point", torch.tensor(grid.zero_point, dtype=kind))
 
+    def ends(self) -> tuple[float, float]:
+        """The least and the greatest value of the grid."""
+        info = torch.iinfo(self.zero_point.dtype)
+        return float((info.min - self.zero_point.int()) * self.scale), float((info.max - self.zero_point.int()) * self.scale)
+
     def forward(self, x: Tensor) -> Tensor:
         rounded: Tensor = quantize_dequantize(x, self.scale, self.zero_point)
         return rounded

@@ -30,9 +30,10 @@ from muntin.compression.sensitivity import assign_bits, measure_sensitivity
 from muntin.data import Source, calibration_batches, open_source
 from muntin.errors import CheckpointError
 from muntin.training.checkpoint import AVERAGE, Checkpoint, build_model, checkpoints_in, load_weights, read_checkpoint
-from muntin.training.config import StageConfig, TrainingConfig
+from muntin.training.config import CompressionConfig, StageConfig, TrainingConfig
 from muntin.training.interrupt import Interruption
 from muntin.training.loop import FitProgress, Training, prepare_hardware
+from muntin.training.recipe import Recipe
 from muntin.training.trainer import Trainer
 
 Stage = Literal["low-rank", "w4a8", "mixed"]
@@ -88,9 +89,14 @@ def calibration_of(checkpoint: Checkpoint, source: Source) -> list[Tensor]:
 
 
 def compress_checkpoint(
-    checkpoint: Checkpoint, directory: Path, *, resume: bool = False, report: Report = lambda stage, progress: None
+    checkpoint: Checkpoint,
+    directory: Path,
+    *,
+    config: CompressionConfig | None = None,
+    resume: bool = False,
+    report: Report = lambda stage, progress: None,
 ) -> CompressionRun:
-    """Take a trained checkpoint through the stages that its recipe's `compression` describes.
+    """Take a trained checkpoint through the stages that `config`, or its recipe's `compression`, describes.
 
     `directory`: where the stages go, each in a folder of its own. `resume`: go on from what is there; without it, a directory that
     holds a stage is refused. Ctrl-C ends after the step in progress and leaves a checkpoint. Costs the stages' training, each step about
@@ -98,7 +104,8 @@ def compress_checkpoint(
     """
     if checkpoint.state.compression is not None:
         raise CheckpointError(f"{checkpoint.path} is compressed already: give the checkpoint of `muntin fit` that it was made from")
-    run = _Compression(checkpoint, directory, resume, report)
+    recipe = checkpoint.recipe if config is None else checkpoint.recipe.model_copy(update={"compression": config})
+    run = _Compression(checkpoint, recipe, directory, resume, report)
     with Interruption() as interruption:
         return run.run(interruption)
 
@@ -122,7 +129,7 @@ def read_model(checkpoint: Checkpoint) -> nn.Module:
 def changes_of(checkpoint: Checkpoint) -> list[Change]:
     """What every stage up to this checkpoint did to every layer."""
     made = checkpoint.state.compression
-    return [] if made is None else [Change(**change) for change in made["changes"]]
+    return [] if made is None else [Change(**{**change, "ranks": tuple(change["ranks"])}) for change in made["changes"]]
 
 
 def stage_checkpoints(directory: Path) -> dict[Stage, Path]:
@@ -140,9 +147,8 @@ def _folder(directory: Path, stage: Stage) -> Path:
 
 
 class _Compression:
-    def __init__(self, checkpoint: Checkpoint, directory: Path, resume: bool, report: Report) -> None:
-        self.checkpoint, self.directory, self.report = checkpoint, directory, report
-        self.recipe = checkpoint.recipe
+    def __init__(self, checkpoint: Checkpoint, recipe: Recipe, directory: Path, resume: bool, report: Report) -> None:
+        self.checkpoint, self.recipe, self.directory, self.report = checkpoint, recipe, directory, report
         self.config = self.recipe.compression
         if not resume and stage_checkpoints(directory):
             raise CheckpointError(f"{directory} already holds stages; --resume goes on with them, another --output starts anew")

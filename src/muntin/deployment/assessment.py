@@ -1,6 +1,7 @@
-"""Assessing a run: the trained model, its quantised form and the deployed artefact, measured by one code on one split.
+"""Assessing a run: the trained model, what every stage made of it, and the deployed artefact, measured by one code on one split.
 
-    checkpoint -> FP32 score -> quantise -> its score -> export -> the artefact's score -> agreement -> latency -> pictures
+    checkpoint -> FP32 score -> each stage's score (or the INT8 simulation's)
+               -> export -> the artefact's score -> agreement -> latency -> pictures
 
 Nothing here chooses anything: the test split is only looked at. What is reported as `deployed` is what the artefact does in its
 real runtime.
@@ -8,7 +9,8 @@ real runtime.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import copy
+from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from importlib.metadata import version
@@ -23,22 +25,24 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from muntin.artifact import Artifact, Signature, open_artifact
-from muntin.compression import Change, quantize
-from muntin.data import EarthSource, Sample, Source, calibration_batches, open_source
-from muntin.deployment.counting import image_macs, parameter_count
+from muntin.compression import Change, freeze, quantize
+from muntin.compression.stages import FOLDER, Stage, calibration_of, changes_of, read_model, source_of, stage_checkpoints
+from muntin.data import EarthSource, Sample
+from muntin.deployment.counting import image_macs, parameter_count, stored_bytes
 from muntin.deployment.export import export
 from muntin.deployment.latency import latency_report
+from muntin.deployment.layers import layer_rows, rank_rows
 from muntin.deployment.pictures import write_examples, write_whole
 from muntin.errors import ArtifactError, VerificationError
 from muntin.models import TorchSession
 from muntin.runtime import Session, describe_hardware, load, verify
 from muntin.runtime.tiles import Predictor
-from muntin.training.checkpoint import Checkpoint
+from muntin.training.checkpoint import AVERAGE, Checkpoint, read_checkpoint
 from muntin.training.evaluation import IGNORED, Evaluation, Labels, predictions, score, tile_of
 from muntin.training.loop import signature_of
 
 LATENCY_SIDE = 512
-Stage = Callable[[str], None]
+Announce = Callable[[str], None]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,33 +53,22 @@ class Assessed:
     labels: list[Labels]
 
 
-def source_of(checkpoint: Checkpoint) -> Source:
-    """The data that a checkpoint was trained on."""
-    return open_source(checkpoint.recipe.data, root=Path(checkpoint.state.root))
-
-
-def calibration_of(checkpoint: Checkpoint, source: Source) -> list[Tensor]:
-    """Crops of the training split, never of another one, that calibrate a checkpoint's activations."""
-    recipe = checkpoint.recipe
-    return calibration_batches(
-        source.split("train"),
-        task=recipe.task,
-        crop=recipe.data.crop,
-        count=recipe.quantization.calibration_images,
-        batch_size=8,
-        seed=recipe.seed,
-    )
-
-
-def quantized_model(checkpoint: Checkpoint, calibration: Sequence[Tensor]) -> tuple[nn.Module, list[Change]]:
-    """The checkpoint's model in its quantised form, and what was done; the same bits every time on one machine."""
+def integer_model(checkpoint: Checkpoint, calibration: list[Tensor]) -> tuple[nn.Module, list[Change]]:
+    """A checkpoint's model in its integer form, and all that was done to it: a compressed one frozen, any other quantised to W8A8."""
+    if checkpoint.state.compression is not None:
+        model = read_model(checkpoint)
+        return model, [*changes_of(checkpoint), *freeze(calibration)(model)]
     model = checkpoint.model()
     return model, quantize(calibration, checkpoint.recipe.quantization)(model)
 
 
 def export_checkpoint(checkpoint: Checkpoint, path: Path, *, integer: bool = True) -> Artifact:
-    """Quantise (unless `integer` is False) and write a checkpoint's artefact; one that is there from the same weights is taken as it is."""
-    origin = f"{checkpoint.state.sha256['average.safetensors']}:{checkpoint.recipe.quantization.model_dump_json() if integer else 'float'}"
+    """Quantise (unless `integer` is False) and write a checkpoint's artefact; one that is there from the same weights is taken as it is.
+
+    A compressed checkpoint is in integers whatever `integer` says, but for the layers that its stages left in 16 bits.
+    """
+    how = checkpoint.recipe.quantization.model_dump_json() if integer else "float"
+    origin = f"{checkpoint.state.sha256[AVERAGE]}:{how}"
     try:
         existing = open_artifact(path)
     except ArtifactError:
@@ -84,65 +77,91 @@ def export_checkpoint(checkpoint: Checkpoint, path: Path, *, integer: bool = Tru
         return existing
     source = source_of(checkpoint)
     calibration = calibration_of(checkpoint, source)
-    model, changes = quantized_model(checkpoint, calibration) if integer else (checkpoint.model(), [])
+    if integer or checkpoint.state.compression is not None:
+        model, changes = integer_model(checkpoint, calibration)
+    else:
+        model, changes = checkpoint.model(), []
     return export(
         model, calibration[0], path, signature=signature_of(checkpoint.recipe, source), changes=changes, measured={"origin": origin}
     )
 
 
-def assess(checkpoint: Checkpoint, directory: Path, *, stage: Stage = lambda name: None, rounds: int = 30) -> dict[str, Any]:
+def finished_stages(checkpoint: Checkpoint) -> dict[Stage, Checkpoint]:
+    """The stages that a run's folder holds, if the last of them is done and they were made from this very checkpoint; otherwise none."""
+    found = {stage: read_checkpoint(path) for stage, path in stage_checkpoints(checkpoint.path.parent.parent / FOLDER).items()}
+    made = [stage.state.compression or {} for stage in found.values()]
+    same = all(entry.get("origin") == checkpoint.state.sha256[AVERAGE] for entry in made)
+    return found if "mixed" in found and same else {}
+
+
+def assess(checkpoint: Checkpoint, directory: Path, *, stage: Announce = lambda name: None, rounds: int = 30) -> dict[str, Any]:
     """Everything that a report of a run says, as plain values (see `muntin.reporting`); writes the artefact and the pictures beside it.
 
-    Costs a prediction of the test split in PyTorch twice and in the runtime once, an export, and the timing. Raises
-    `VerificationError` when the artefact does not compute what was recorded.
+    Where `muntin compress` has been through the run, the report tells its stages, otherwise plain INT8. Costs a prediction of the test
+    split in PyTorch for each step and in the runtime once, an export, and the timing. Raises `VerificationError` when the artefact
+    does not compute what was recorded.
     """
     return _Assessment(checkpoint, directory, stage).run(rounds)
 
 
 class _Assessment:
-    def __init__(self, checkpoint: Checkpoint, directory: Path, stage: Stage) -> None:
+    def __init__(self, checkpoint: Checkpoint, directory: Path, stage: Announce) -> None:
         self.checkpoint, self.directory, self.stage = checkpoint, directory, stage
         self.recipe = checkpoint.recipe
         self.source = source_of(checkpoint)
         self.test = self.source.split("test")
         self.signature: Signature = signature_of(self.recipe, self.source)
         self.tile = tile_of(self.recipe.data.crop)
+        self.stages = finished_stages(checkpoint)
         self.seconds = {"train": checkpoint.state.seconds}
         self.side = LATENCY_SIDE if self.recipe.task == "segment" else self.recipe.data.crop
 
     def run(self, rounds: int) -> dict[str, Any]:
         model = self.checkpoint.model()
-        probe = torch.from_numpy(np.ascontiguousarray(_window(self.test[0].image, self.side))).permute(2, 0, 1)[None]
-        counts = {"params": parameter_count(model), "gmacs": image_macs(model, probe) / 1e9}
+        self.probe = torch.from_numpy(np.ascontiguousarray(_window(self.test[0].image, self.side))).permute(2, 0, 1)[None]
         reference = TorchSession(model, self.signature)
-        fp32 = self._step("fp32", "PyTorch FP32", reference, bytes=self.checkpoint.bytes, **counts)
+        steps = [self._step("fp32", "PyTorch FP32", reference, model, bytes=self.checkpoint.bytes)]
         calibration = calibration_of(self.checkpoint, self.source)
-        simulated, changes = self._timed("quantise", lambda: quantized_model(self.checkpoint, calibration))
-        artifact = self._timed("export", lambda: export_checkpoint(self.checkpoint, self.directory / "artifact"))
-        folded = {"params": parameter_count(simulated), "gmacs": image_macs(simulated, probe) / 1e9}
+        for done, stage in self.stages.items():
+            if done != "mixed":
+                steps.append(self._stage_step(done, stage, calibration))
+            self.seconds[f"train {done}"] = stage.state.seconds
+        last = self.stages.get("mixed", self.checkpoint)
+        simulated, changes = self._timed("quantise", lambda: integer_model(last, calibration))
+        artifact = self._timed("export", lambda: export_checkpoint(last, self.directory / "artifact"))
         session = load(artifact.path)
-        fake = self._step(
-            "fake-quantised", "PyTorch FP32, simulated INT8", TorchSession(simulated, self.signature), bytes=artifact.bytes, **folded
-        )
+        name, told = ("mixed", "simulated integers") if self.stages else ("fake-quantised", "simulated INT8")
+        steps.append(self._step(name, f"PyTorch FP32, {told}", TorchSession(simulated, self.signature), simulated, bytes=artifact.bytes))
         self._verify(artifact)
         engine = f"{session.engine} INT8 + {session.precision.upper()}, {session.threads} threads"
-        deployed = self._step("deployed", engine, session, bytes=artifact.bytes, **folded)
+        steps.append(self._step("deployed", engine, session, simulated, bytes=artifact.bytes))
         self.stage("latency")
         torch_engine = f"PyTorch {torch.__version__} eager FP32, {torch.get_num_threads()} threads"
         latency = latency_report(
             {"fp32": (torch_engine, reference), "deployed": (engine, session)}, _window(self.test[0].image, self.side), rounds=rounds
         )
-        for step, row in ((fp32, latency["rows"][0]), (deployed, latency["rows"][1])):
+        for step, row in ((steps[0], latency["rows"][0]), (steps[-1], latency["rows"][1])):
             step.row["latency_ms"] = row["median_ms"]
         return {
             **self._about(changes),
-            "steps": [fp32.row, fake.row, deployed.row],
+            "steps": [step.row for step in steps],
             "latency": latency,
-            "agreement": self._agreement(fake.labels, deployed.labels),
-            "layers": _layer_rows(artifact, session, changes),
+            "agreement": self._agreement(steps[-2].labels, steps[-1].labels),
+            "ranks": rank_rows(model, changes) if self.stages else [],
+            "layers": layer_rows(artifact, session, simulated, changes, calibration[:2]),
             "pictures": self._pictures(session),
             "seconds": self.seconds,
         }
+
+    def _stage_step(self, name: Stage, stage: Checkpoint, calibration: list[Tensor]) -> Assessed:
+        model = read_model(stage)
+        if name == "low-rank":
+            return self._step(name, "PyTorch FP32", TorchSession(model, self.signature), model, bytes=stage.bytes)
+        frozen = copy.deepcopy(model)
+        freeze(calibration)(frozen)
+        return self._step(
+            name, "PyTorch FP32, simulated integers", TorchSession(frozen, self.signature), frozen, bytes=stored_bytes(frozen)
+        )
 
     def _timed(self, name: str, work: Callable[[], Any]) -> Any:
         self.stage(name)
@@ -151,7 +170,9 @@ class _Assessment:
         self.seconds[name] = perf_counter() - started
         return result
 
-    def _step(self, name: str, engine: str, session: Predictor, **figures: Any) -> Assessed:
+    def _step(self, name: str, engine: str, session: Predictor, model: nn.Module, *, bytes: int) -> Assessed:
+        figures = {"params": parameter_count(model), "bytes": bytes, "gmacs": image_macs(model, self.probe) / 1e9}
+
         def work() -> tuple[Evaluation, list[Labels]]:
             pairs: list[tuple[Sample, Labels]] = list(predictions(session, self.test, tile=self.tile))
             return score(iter(pairs), session), [labels for _, labels in pairs]
@@ -161,7 +182,7 @@ class _Assessment:
         return Assessed(row=row, labels=labels)
 
     def _verify(self, artifact: Artifact) -> None:
-        result = self._timed("verify", lambda: verify(artifact.path))
+        result = self._timed("verify", lambda: verify(artifact.path, layers=True))
         if not result.passed:
             raise VerificationError(f"{artifact.path}: {result.problems[0]}")
 
@@ -177,7 +198,7 @@ class _Assessment:
 
     def _about(self, changes: list[Change]) -> dict[str, Any]:
         state = self.checkpoint.state
-        kept = [f"{c.layer} stays in 16 bits: {c.reason}" for c in changes if c.pass_ == "quantize" and c.kept]
+        kept = [f"{c.layer} stays in 16 bits: {c.reason}" for c in changes if c.pass_ == "quantize" and c.kept and not self.stages]
         return {
             "format": 1,
             "title": self.recipe.name,
@@ -218,19 +239,3 @@ def _window(image_HWC: NDArray[np.uint8], side: int) -> NDArray[np.uint8]:
         image_HWC = np.pad(image_HWC, (*pad, (0, 0)), mode="symmetric")
     top, left = ((n - side) // 2 for n in image_HWC.shape[:2])
     return np.ascontiguousarray(image_HWC[top : top + side, left : left + side])
-
-
-def _layer_rows(artifact: Artifact, session: Session, changes: list[Change]) -> list[dict[str, Any]]:
-    executed = {layer.name: layer.precision for layer in session.layers() if layer.compute}
-    sqnr = {c.layer: c.sqnr_db for c in changes if c.pass_ == "quantize"}
-    rows = []
-    for record in artifact.manifest.layers:
-        value = sqnr.get(record.name)
-        rows.append(
-            {
-                **record.model_dump(include={"name", "kind", "weight_bits", "activation_bits", "parameters", "macs"}),
-                "executed": executed.get(record.name),
-                "sqnr_db": value if value is not None and np.isfinite(value) else None,
-            }
-        )
-    return rows

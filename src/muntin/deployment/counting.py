@@ -75,3 +75,13 @@ def parameter_count(model: nn.Module) -> int:
     for _, layer in named(model, QuantizedLinear, QuantizedConv2d):
         own += weight_count(layer) + bias_count(layer)
     return own
+
+
+def stored_bytes(model: nn.Module) -> int:
+    """Bytes that a model's weights, scales and biases take when packed: an artefact of it is larger by its graph and its golden pairs."""
+    integer = {id(module): module for _, module in named(model, QuantizedLinear, QuantizedConv2d)}
+    total = sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())
+    for layer in integer.values():
+        assert isinstance(layer, QuantizedLinear | QuantizedConv2d)
+        total += (weight_count(layer) * layer.bits + 7) // 8 + 4 * (output_channels(layer) + bias_count(layer))
+    return total

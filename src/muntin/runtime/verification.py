@@ -1,8 +1,8 @@
 """Does an artefact, here and now, compute what was recorded when it was made?
 
-Four questions: are its files what the manifest says; do the golden inputs give the golden scores, within the tolerance recorded for the
-precision that the engine really runs in; do the layers recorded with integer activations run on integer kernels; and, where the caller
-brings data, how well does it do on them.
+Five questions: are its files what the manifest says; do the golden inputs give the golden scores, within the tolerance recorded for the
+precision that the engine really runs in; do the layers recorded with integer activations run on integer kernels; does each of these
+layers alone compute what its integers say; and, where the caller brings data, how well does it do on them.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 
 from muntin.artifact import GoldenTolerance, LayerRecord, open_artifact
 from muntin.runtime.engines import DEFAULT_ENGINE, load
+from muntin.runtime.layerwise import TOLERANCE, LayerCheck, verify_layers
 from muntin.runtime.session import ExecutedLayer, Session
 
 
@@ -42,7 +43,8 @@ class VerifyResult:
 
     `digests`: the files that were compared with their sha256 (an altered one raises before anything runs). `layers`: the precision that
     every operation ran in. `fallbacks`: the layers that the manifest records with 8-bit activations (or fewer) and that did not run on
-    integer kernels; problems unless they were allowed. `evaluation`: what `evaluate` returned.
+    integer kernels; problems unless they were allowed. `evaluation`: what `evaluate` returned. `checks`: each quantised layer against plain
+    float arithmetic, where that was asked for.
     """
 
     path: Path
@@ -54,6 +56,7 @@ class VerifyResult:
     layers: tuple[ExecutedLayer, ...]
     fallbacks: tuple[str, ...]
     evaluation: float | None
+    checks: tuple[LayerCheck, ...]
     problems: tuple[str, ...]
 
     @property
@@ -74,11 +77,13 @@ def verify(
     precision: str = "recorded",
     threads: int | None = None,
     allow_fallbacks: bool | None = None,
+    layers: bool = False,
 ) -> VerifyResult:
     """Checks an artefact in an engine: digests, golden pairs, integer kernels, and `evaluate(session)` if it is given.
 
     `allow_fallbacks`: whether a layer recorded as 8-bit may run in float; None: only in engines other than the default one, for which
-    the graph is written. Costs opening twice, one compilation for each golden size, and what `evaluate` costs.
+    the graph is written. `layers`: also check every quantised layer on its own in OpenVINO, each fed what its predecessors gave
+    there (`muntin.runtime.layerwise`). Costs opening twice, one compilation for each golden size, and what `evaluate` costs.
 
     Raises what `load` raises (ArtifactError for an altered file); a failed check is in the result.
     """
@@ -91,10 +96,12 @@ def verify(
         replay(session, images, scores, tolerance, classes=manifest.signature.task != "restore") for images, scores in artifact.golden()
     )
     problems += [_golden_problem(index, result) for index, result in enumerate(golden) if tolerance and not result.passed]
-    layers = tuple(session.layers())
-    fallbacks, reasons = find_fallbacks(manifest.layers, layers)
+    ran = tuple(session.layers())
+    fallbacks, reasons = find_fallbacks(manifest.layers, ran)
     if not (engine != DEFAULT_ENGINE if allow_fallbacks is None else allow_fallbacks):
         problems += [f"{reason}: export for this engine and CPU, or allow fallbacks" for reason in reasons]
+    checks = verify_layers(artifact, [images for images, _ in artifact.golden()]) if layers else ()
+    problems += [_check_problem(check) for check in checks if not check.passed]
     evaluation = None if evaluate is None else float(evaluate(session))
     if evaluation is not None and not isfinite(evaluation):
         problems.append(f"evaluate returned {evaluation}: it must return a finite number, higher is better")
@@ -105,9 +112,10 @@ def verify(
         threads=session.threads,
         digests={"manifest.json": manifest.sha256, **{str(name): digest for name, digest in manifest.files.items()}},
         golden=golden,
-        layers=layers,
+        layers=ran,
         fallbacks=fallbacks,
         evaluation=evaluation,
+        checks=checks,
         problems=tuple(problems),
     )
 
@@ -160,6 +168,13 @@ def _golden_problem(index: int, result: GoldenResult) -> str:
     agreement = "" if result.label_agreement is None else f", label agreement {result.label_agreement:.4f}"
     allowed = "" if tolerance is None else f" (allowed: {tolerance.max_error:.4g} and {tolerance.label_agreement:.4f})"
     return f"golden pair {index} {result.shape}: largest error {result.max_error:.4g} standard deviations{agreement}{allowed}"
+
+
+def _check_problem(check: LayerCheck) -> str:
+    return (
+        f"layer {check.name}: OpenVINO's result is {check.error:.3g} quantisation steps from what its integers say "
+        f"(allowed: {TOLERANCE:g}): report it with the CPU and OpenVINO's version"
+    )
 
 
 def _no_tolerance(precision: str, recorded: tuple[str, ...]) -> str:

@@ -66,6 +66,14 @@ def parse_recipe(content: dict[str, Any], *, where: str) -> Recipe:
         raise RecipeError(f"{where}: {_explain(error)}") from error
 
 
+def override_recipe(recipe: Recipe, overrides: Iterable[str]) -> Recipe:
+    """A recipe with `section.key=value` replaced, checked as if it had been read so."""
+    content = recipe.model_dump(mode="json")
+    for override in overrides:
+        _override(content, override)
+    return parse_recipe(content, where=f"recipe {recipe.name}")
+
+
 def _override(content: dict[str, Any], override: str) -> None:
     keys, equals, value = override.partition("=")
     if not equals or not keys:

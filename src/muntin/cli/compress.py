@@ -1,0 +1,88 @@
+"""`muntin compress`."""
+
+from __future__ import annotations
+
+import shlex
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from muntin.cli.console import Json, out, print_json, say
+from muntin.cli.train import training_bar
+
+if TYPE_CHECKING:
+    from muntin.compression.stages import CompressionRun
+    from muntin.training import Checkpoint
+
+
+def compress_command(
+    checkpoint: Annotated[Path, typer.Argument(help="A run's folder or one of its checkpoints, trained by `muntin fit`.")],
+    output: Annotated[Path | None, typer.Option("--output", "-o", help="Folder of the stages; RUN/compressed by default.")] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on from what is there.")] = False,
+    set_: Annotated[
+        list[str] | None, typer.Option("--set", help="Replace a value, e.g. --set compression.average_bits=5; repeatable.")
+    ] = None,
+    json: Json = False,
+) -> None:
+    """Make a trained model small in three stages: low rank, 4-bit training, mixed precision."""
+    from muntin.compression.stages import FOLDER
+    from muntin.training import find_checkpoint, read_checkpoint
+
+    found = find_checkpoint(checkpoint)
+    directory = output or found.parent.parent / FOLDER
+    run = compress_with_progress(read_checkpoint(found), directory, resume=resume, overrides=set_ or ())
+    if json:
+        print_json(
+            {
+                "directory": run.directory,
+                "interrupted": run.interrupted,
+                "checkpoint": run.checkpoint,
+                "stages": [
+                    {"stage": s.stage, "checkpoint": s.checkpoint, "step": s.step, "steps": s.steps, "seconds": s.seconds}
+                    for s in run.stages
+                ],
+            }
+        )
+    else:
+        describe_compression(run)
+    if run.interrupted:
+        changes = [word for change in set_ or () for word in ("--set", change)]
+        places = [] if output is None else ["--output", str(output)]
+        say(f"muntin: interrupted; `{shlex.join(['muntin', 'compress', str(checkpoint), *places, *changes, '--resume'])}` goes on")
+        raise typer.Exit(1)
+
+
+def compress_with_progress(
+    checkpoint: Checkpoint, directory: Path, *, resume: bool, overrides: list[str] | tuple[str, ...] = ()
+) -> CompressionRun:
+    """`compress_checkpoint`, with a bar on a terminal."""
+    from muntin.compression.stages import compress_checkpoint
+    from muntin.errors import RecipeError
+    from muntin.training.recipe import override_recipe
+
+    other = next((override for override in overrides if not override.startswith("compression.")), None)
+    if other is not None:
+        raise RecipeError(f"'{other}': the model is trained already; only compression.KEY=VALUE can be set here")
+    recipe = override_recipe(checkpoint.recipe, overrides)
+    with training_bar(recipe.task) as report:
+        return compress_checkpoint(checkpoint, directory, config=recipe.compression, resume=resume, report=report)
+
+
+def describe_compression(run: CompressionRun) -> None:
+    """What was done, for a person."""
+    from muntin.compression.stages import changes_of
+    from muntin.training import read_checkpoint
+
+    for stage in run.stages:
+        out.print(f"{stage.stage:<9} {stage.step} of {stage.steps} steps in {stage.seconds:.0f} s", markup=False)
+    changes = changes_of(read_checkpoint(run.checkpoint))
+    factored = sum(1 for change in changes if change.pass_ == "low_rank" and not change.kept)
+    looked = sum(1 for change in changes if change.pass_ == "low_rank")
+    if looked:
+        out.print(f"ranks     {factored} of {looked} layers are factored", markup=False)
+    bits = [change.done for change in changes if change.pass_ == "mix"]
+    if bits:
+        out.print("bits      " + ", ".join(f"{bits.count(kind)} layers {kind}" for kind in sorted(set(bits))), markup=False)
+    out.print(f"wrote     {run.checkpoint}", markup=False)
