@@ -39,10 +39,7 @@ def compress_command(
                 "directory": run.directory,
                 "interrupted": run.interrupted,
                 "checkpoint": run.checkpoint,
-                "stages": [
-                    {"stage": s.stage, "checkpoint": s.checkpoint, "step": s.step, "steps": s.steps, "seconds": s.seconds}
-                    for s in run.stages
-                ],
+                "stages": [asdict(stage) for stage in run.stages],
             }
         )
     else:

@@ -60,12 +60,12 @@ class _RoundToGrid(torch.autograd.Function):
         (gradient,) = gradients
         x, scale = ctx.saved_tensors
         v = x / scale
-        inside = (v >= ctx.low) & (v <= ctx.high)
+        through = torch.ops.aten.hardtanh_backward(gradient, v, ctx.low, ctx.high)
         # d/ds of s·clamp(round(x/s)): round(v) - v inside, the grid's end outside
-        slope = v.round().clamp_(ctx.low, ctx.high).sub_(v.mul_(inside)).mul_(gradient)
+        slope = v.round().clamp_(ctx.low, ctx.high).mul_(gradient).sub_(v.mul_(through))
         shared = [d for d in range(x.ndim) if scale.ndim == 0 or scale.shape[d] == 1]
         by_scale = slope.sum(shared, keepdim=scale.ndim > 0, dtype=torch.float32)
-        return gradient * inside, by_scale.to(scale.dtype), None, None
+        return through, by_scale.to(scale.dtype), None, None
 
 
 def round_to_grid(x: Tensor, scale: Tensor, low: int, high: int) -> Tensor:
