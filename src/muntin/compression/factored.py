@@ -184,6 +184,29 @@ def factored_parameters(layer: nn.Linear | nn.Conv2d, ranks: tuple[int, ...]) ->
     return ranks[0] * (inputs * height + outputs * width) + bias
 
 
+def dense_macs(layer: nn.Linear | nn.Conv2d, positions: float) -> float:
+    """Multiply-adds of a layer that gives `positions` rows of output an image."""
+    return layer.weight.numel() * positions
+
+
+def factored_macs(layer: nn.Linear | nn.Conv2d, ranks: tuple[int, ...], positions: float) -> float:
+    """Multiply-adds an image of the factored form of `layer` at `ranks`, where the layer gives `positions` rows of output an image.
+
+    A strided kernel's `reduce` works on all positions of the input; what padding adds is not counted.
+    """
+    outputs, inputs = layer.weight.shape[:2]
+    if isinstance(layer, nn.Linear):
+        return ranks[0] * (inputs + outputs) * positions
+    height, width = layer.kernel_size
+    down, across = layer.stride
+    if _is_tucker(layer):
+        core = ranks[0] * ranks[1] * height * width + ranks[1] * outputs
+        return (inputs * ranks[0] * down * across + core) * positions
+    if _is_spatial(layer):
+        return ranks[0] * (inputs * height * across + outputs * width) * positions
+    return ranks[0] * (inputs + outputs) * positions
+
+
 def shell(layer: nn.Linear | nn.Conv2d, ranks: tuple[int, ...]) -> FactoredLayer:
     """The factored form of a Linear or Conv2d at `ranks`, not initialised; `ValueError` where the ranks do not suit the layer."""
     return FactoredLinear.shell(layer, ranks) if isinstance(layer, nn.Linear) else FactoredConv2d.shell(layer, ranks)

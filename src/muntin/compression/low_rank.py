@@ -26,11 +26,20 @@ from torch import Tensor, nn
 
 from muntin.compression.calibration import calibration_list
 from muntin.compression.change import Change, Pass
-from muntin.compression.factored import FactoredConv2d, FactoredLayer, FactoredLinear, factored_parameters, full_ranks, shell
+from muntin.compression.factored import (
+    FactoredConv2d,
+    FactoredLayer,
+    FactoredLinear,
+    dense_macs,
+    factored_macs,
+    factored_parameters,
+    full_ranks,
+    shell,
+)
 from muntin.compression.moments import Moment, answer_sensitivity, input_moments
 from muntin.compression.quantization import call_every_layer, check_kept
 from muntin.compression.quantized import QuantizedConv2d, QuantizedLinear
-from muntin.compression.ranks import Choice, Floats, allocate, choices, ladder, largest_threshold, rank_at
+from muntin.compression.ranks import Choice, Floats, allocate, allocate_within, choices, ladder, largest_threshold, rank_at
 from muntin.compression.rewrite import named, replace
 from muntin.errors import MuntinError
 from muntin.training.config import LowRankConfig
@@ -47,8 +56,8 @@ def low_rank(calibration: Iterable[Tensor], config: LowRankConfig | None = None)
     `calibration`: input batches `(B, C, H, W)` of raw pixels, any integer or float type; images of training, never of a test. They should
     bring every layer several times more rows (tokens, positions of its map) than it has channels: a rank that fewer rows need is no rank
     that other images will.
-    Criteria: `activation` minimises the estimated harm to the answer, noise over signal, under `config.parameters`; `energy` and
-    `cumulative` give every layer the least rank whose share of Σσ², of Σσ, of its weight reaches one threshold (the latter is
+    Criteria: `activation` minimises the estimated harm to the answer, noise over signal, under `config.parameters` and `config.macs`;
+    `energy` and `cumulative` give every layer the least rank whose share of Σσ², of Σσ, of its weight reaches one threshold (the latter is
     the usual Σσ rule), given or the largest that meets the budget. The budget counts all parameters of the model.
 
     Costs one forward pass, for `activation` a second one with a backward pass, and a decomposition of each layer, O(I²·O) for a matrix,
@@ -202,15 +211,19 @@ def _pick_by_answer(
 ) -> dict[str, Choice]:
     offers = {}
     for name, layer in free.items():
+        positions = moments[name].positions
         offers[name] = choices(
             spectra(layer, roots[name]),
-            lambda ranks, layer=layer: factored_parameters(layer, ranks),  # type: ignore[misc]
-            _dense_parameters(layer),
+            lambda ranks, layer=layer, n=positions: (factored_parameters(layer, ranks), factored_macs(layer, ranks, n)),  # type: ignore[misc]
+            Choice(parameters=_dense_parameters(layer), macs=dense_macs(layer, positions)),
             multiple=config.multiple,
-            scale=sensitivity[name] * moments[name].positions,
+            scale=sensitivity[name] * positions,
         )
     budget, fixed = _budget(model, free, config)
-    return allocate(offers, budget, fixed=fixed)
+    if config.macs is None:
+        return allocate(offers, budget, fixed=fixed)
+    whole = sum(dense_macs(layer, moments[name].positions) for name, layer in free.items())
+    return allocate_within(offers, budget, config.macs * whole, fixed=fixed)
 
 
 def _pick_by_threshold(model: nn.Module, free: Mapping[str, Dense], config: LowRankConfig) -> dict[str, Choice]:

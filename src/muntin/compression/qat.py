@@ -78,9 +78,10 @@ class _LearnedWeight(nn.Module):
         self.shape_of = [copy.deepcopy(layer).to("meta")]  # in a list: no submodule, only the structure to go back to
 
     def set_bits(self, bits: int) -> None:
-        """Another width: the scale starts anew from the weight."""
-        self.bits = bits
+        """Another width: the weight and its scale start from what the old width rounded the weight to."""
         with torch.no_grad():
+            self.weight.copy_(self.rounded())
+            self.bits = bits
             self.log_scale.copy_(weight_scale(self.weight, 0, bits).log())
 
     def rounded(self) -> Tensor:
@@ -230,11 +231,16 @@ def bits_of(model: nn.Module) -> dict[str, int]:
 
 
 def set_bits(model: nn.Module, bits: Mapping[str, int]) -> None:
-    """Give layers another width: 2-8 with 8-bit inputs, or `FLOAT` for the plain layer. One that has its width already stays."""
+    """Give layers another width: 2-8 with 8-bit inputs, or `FLOAT` for the plain layer. One that has its width already stays.
+
+    A layer goes on from the weight that its old width had rounded to, since that is what the network around it has learned to expect.
+    """
     for name, wanted in bits.items():
         layer = model.get_submodule(name)
         assert isinstance(layer, QATLinear | QATConv2d)
         if wanted == FLOAT:
+            with torch.no_grad():
+                layer.weight.copy_(layer.rounded())
             replace(model, name, layer.plain())
         elif wanted != layer.bits:
             layer.set_bits(wanted)
@@ -281,7 +287,7 @@ def freeze(batches: Sequence[Tensor]) -> Pass:
 
         def watch(name: str, layer: nn.Module, inputs: tuple[Tensor, ...]) -> None:
             assert isinstance(layer, QATLinear | QATConv2d)
-            sqnr.setdefault(name, sqnr_db(layer.plain()(inputs[0]), layer(inputs[0])))
+            sqnr.setdefault(name, sqnr_db(layer.plain()(inputs[0]), layer.forward(inputs[0])))
 
         watch_inputs(model, layers, batches[:1], watch)
         changes = []

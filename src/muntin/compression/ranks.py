@@ -9,7 +9,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -26,6 +26,8 @@ class Choice:
     """Empty: dense."""
     parameters: int
     """Weights and biases."""
+    macs: float = 0.0
+    """Multiply-adds an image."""
     loss: float = 0.0
     """What it costs the model's answer, >= 0, in a unit that adds up over layers."""
 
@@ -36,21 +38,26 @@ def ladder(full: int, multiple: int) -> list[int]:
 
 
 def choices(
-    spectra: Sequence[Floats], parameters: Callable[[tuple[int, ...]], int], dense: int, *, multiple: int, scale: float = 1.0
+    spectra: Sequence[Floats],
+    size: Callable[[tuple[int, ...]], tuple[int, float]],
+    dense: Choice,
+    *,
+    multiple: int,
+    scale: float = 1.0,
 ) -> list[Choice]:
     """A layer's choices: every combination of ranks that has fewer parameters than `dense`, and dense, last.
 
     `spectra`: for each mode, what each component carries (σ²), descending. Loss: `scale` times what the dropped components of all
-    modes carry. `parameters`: of the layer at given ranks. Costs one step a combination.
+    modes carry. `size`: parameters and multiply-adds of the layer at given ranks. Costs one step a combination.
     """
     tails = [np.append(np.cumsum(values[::-1])[::-1], 0.0) for values in spectra]  # tails[mode][r]: what is lost at rank r
     offered = []
     for ranks in itertools.product(*(ladder(len(values), multiple) for values in spectra)):
-        count = parameters(ranks)
-        if count < dense:
+        count, macs = size(ranks)
+        if count < dense.parameters:
             loss = scale * sum(float(tail[rank]) for tail, rank in zip(tails, ranks, strict=True))
-            offered.append(Choice(ranks=ranks, parameters=count, loss=loss))
-    return [*offered, Choice(parameters=dense)]
+            offered.append(Choice(ranks=ranks, parameters=count, macs=macs, loss=loss))
+    return [*offered, dense]
 
 
 def rank_at(values: Floats, threshold: float, multiple: int) -> int:
@@ -111,6 +118,43 @@ def allocate(layers: Mapping[str, Sequence[Choice]], budget: int, *, fixed: int 
             return _spend_rest(picked, menus, budget - spent, cost)
         picked[name] = after
         spent += cost
+    return picked
+
+
+def allocate_within(layers: Mapping[str, Sequence[Choice]], budget: int, macs: float, *, fixed: int = 0) -> dict[str, Choice]:
+    """`allocate` under a second budget: total `macs` of the layers too.
+
+    A price on every multiply-add is added to the losses, and the lowest price that meets the budget is found by bisection; each of its
+    40 steps is an allocation. Raises `MuntinError`, with the share that can be reached, where no price does.
+    """
+
+    def priced(price: float) -> dict[str, Choice]:
+        menus = {name: [replace(c, loss=c.loss + price * c.macs) for c in options] for name, options in layers.items()}
+        return allocate(menus, budget, fixed=fixed)
+
+    def spent(picked: Mapping[str, Choice]) -> float:
+        return math.fsum(choice.macs for choice in picked.values())
+
+    picked = priced(0.0)
+    if spent(picked) <= macs:
+        return picked
+    losses = [choice.loss for options in layers.values() for choice in options]
+    high = max(losses, default=0.0) or 1.0  # a single multiply-add dearer than any loss
+    picked = priced(high)
+    if spent(picked) > macs:
+        dense = math.fsum(max(choice.macs for choice in options) for options in layers.values())
+        raise MuntinError(
+            f"{macs:,.0f} multiply-adds are out of reach with {budget:,} parameters: {spent(picked):,.0f} of {dense:,.0f} are left at "
+            "least; allow more of them, or keep fewer layers"
+        )
+    low = high * 1e-15
+    for _ in range(40):
+        middle = math.sqrt(low * high)
+        tried = priced(middle)
+        if spent(tried) <= macs:
+            high, picked = middle, tried
+        else:
+            low = middle
     return picked
 
 

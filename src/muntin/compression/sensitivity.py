@@ -12,11 +12,16 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from muntin.compression.fake_quantization import weight_scale
 from muntin.compression.qat import FLOAT, QATConv2d, QATLinear
 from muntin.compression.ranks import Choice, allocate
 from muntin.compression.rewrite import named, replace
 from muntin.training.loss import distillation_loss
 
+LEAST = 1e-3
+"""A layer whose gain is a smaller share of the whole distance is not key: that is what measuring again would change."""
+BETTER = 1.25
+"""How many times the gain of 8 bits 16-bit floats must have: they cost twice the bytes, and a pass in and out of integers."""
 WIDER = (8, FLOAT)
 """What a key layer can get: 8-bit weights, or 16-bit floats for weights and inputs."""
 STORED = {FLOAT: 16}
@@ -31,13 +36,13 @@ class Sensitivity:
     """Of the layer now."""
     weights: int
     gains: dict[int, float]
-    """By width: how much closer the answer comes to the teacher's, in the unit of `distillation_loss`; may be negative."""
+    """By width: how much closer the answer comes to the teacher's, as a share of its distance; may be negative."""
 
 
 def measure_sensitivity(
     model: nn.Module, teacher: nn.Module, batches: Sequence[Tensor], *, task: str, widths: Sequence[int] = WIDER
 ) -> dict[str, Sensitivity]:
-    """Each layer in quantisation-aware training, given each wider form alone; the model is left as it was.
+    """Each layer of a model that `prepare_qat` has just put into W4A8, given each wider form alone; the model is left as it was.
 
     `batches`: `(B, C, H, W)` raw pixels of training images. Costs a forward pass over them for each layer and width.
     """
@@ -58,7 +63,7 @@ def measure_sensitivity(
             for width in widths:
                 if STORED.get(width, width) > layer.bits:
                     replace(model, name, _wider(layer, width))
-                    gains[width] = before - distance()
+                    gains[width] = 1 - distance() / before if before else 0.0
                     replace(model, name, layer)
             found[name] = Sensitivity(bits=layer.bits, weights=layer.weight.numel(), gains=gains)
     return found
@@ -68,23 +73,27 @@ def _wider(layer: QATLinear | QATConv2d, width: int) -> nn.Module:
     if width == FLOAT:
         return layer.plain()
     wider = copy.deepcopy(layer)
-    wider.set_bits(width)
+    wider.bits = width
+    wider.log_scale.copy_(weight_scale(layer.weight, 0, width).log())
     return wider
 
 
 def assign_bits(sensitivity: Mapping[str, Sensitivity], average_bits: float) -> dict[str, int]:
     """Bits of each layer: those that gain most for what they add, until a weight has `average_bits` on average.
 
-    A width that gains nothing is not taken, whatever is left to spend. Widths are those measured; `FLOAT` counts as the 16 bits it is
-    stored in. Raises `MuntinError` where the layers have more than that already.
+    A width that gains less than `LEAST`, or floats that gain less than `BETTER` times what 8 bits do, are not taken, whatever is left to
+    spend. Widths are those measured; `FLOAT` counts as the 16 bits it is stored in. Raises `MuntinError` where the layers have more
+    than that already.
     """
     menus: dict[str, list[Choice]] = {}
     for name, layer in sensitivity.items():
-        most = max([0.0, *layer.gains.values()])
+        key = {width: gain for width, gain in layer.gains.items() if gain >= LEAST}
+        if FLOAT in key and key[FLOAT] < BETTER * key.get(8, 0.0):
+            del key[FLOAT]
+        most = max([0.0, *key.values()])
         menus[name] = [Choice(ranks=(layer.bits,), parameters=layer.bits * layer.weights, loss=most)]
         menus[name] += [
-            Choice(ranks=(width,), parameters=STORED.get(width, width) * layer.weights, loss=most - gain)
-            for width, gain in layer.gains.items()
+            Choice(ranks=(width,), parameters=STORED.get(width, width) * layer.weights, loss=most - gain) for width, gain in key.items()
         ]
     weights = sum(layer.weights for layer in sensitivity.values())
     picked = allocate(menus, int(average_bits * weights))

@@ -16,7 +16,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -26,7 +26,7 @@ from muntin.compression.change import Change
 from muntin.compression.fold import fold
 from muntin.compression.low_rank import apply_structure, low_rank, structure_of
 from muntin.compression.qat import FLOAT, apply_qat, bits_of, prepare_qat, qat_structure, set_bits
-from muntin.compression.sensitivity import assign_bits, measure_sensitivity
+from muntin.compression.sensitivity import Sensitivity, assign_bits, measure_sensitivity
 from muntin.data import Source, calibration_batches, open_source
 from muntin.errors import CheckpointError
 from muntin.training.checkpoint import AVERAGE, Checkpoint, build_model, checkpoints_in, load_weights, read_checkpoint
@@ -39,7 +39,7 @@ from muntin.training.trainer import Trainer
 Stage = Literal["low-rank", "w4a8", "mixed"]
 STAGES: tuple[Stage, ...] = ("low-rank", "w4a8", "mixed")
 FOLDER = "compressed"
-SENSITIVITY_IMAGES = 16
+SENSITIVITY_IMAGES = 8
 """Calibration crops that each layer's need for bits is measured on."""
 Report = Callable[[Stage, FitProgress], None]
 
@@ -182,10 +182,10 @@ class _Compression:
         else:
             torch.manual_seed(self.recipe.seed)
             model = read_model(before)
-            changes = [*changes_of(before), *self._prepare(stage, model)]
+            changes = [*changes_of(before), *self._prepare(stage, before, model)]
             made = {
                 "stage": stage, "origin": self.origin, "ranks": structure_of(model), "qat": qat_structure(model) or None,
-                "changes": [asdict(change) for change in changes],
+                "changes": [asdict(change) for change in changes], "sensitivity": self._measure(model) if stage == "w4a8" else {},
             }  # fmt: skip
         trainer = Trainer(
             model, config, task=self.recipe.task, precision=self.precision, teacher=self.checkpoint.model(),
@@ -223,24 +223,41 @@ class _Compression:
             }
         )
 
-    def _prepare(self, stage: Stage, model: nn.Module) -> list[Change]:
+    def _prepare(self, stage: Stage, before: Checkpoint, model: nn.Module) -> list[Change]:
         if stage == "low-rank":
             assert self.config.low_rank is not None
             return low_rank(self.calibration, self.config.low_rank)(model)
         if stage == "w4a8":
             return prepare_qat(self.calibration, bits=self.config.weight_bits, keep=self.config.keep)(model)
-        return self._mix(model)
+        made = before.state.compression
+        assert made is not None
+        return self._mix(model, _sensitivity_of(made))
 
-    def _mix(self, model: nn.Module) -> list[Change]:
+    def _measure(self, model: nn.Module) -> dict[str, Any]:
         batches = self.calibration[: max(1, SENSITIVITY_IMAGES // len(self.calibration[0]))]
         measured = measure_sensitivity(model, self.checkpoint.model(), batches, task=self.recipe.task)
+        return {name: asdict(entry) for name, entry in measured.items()}
+
+    def _mix(self, model: nn.Module, measured: dict[str, Sensitivity]) -> list[Change]:
         before = bits_of(model)
         bits = assign_bits(measured, self.config.average_bits)
         set_bits(model, bits)
         changes = []
         for name, width in bits.items():
-            gain = measured[name].gains.get(width)
+            gain = measured[name].gains.get(width, 0.0)
+            most = max([0.0, *measured[name].gains.values()])
             done = "16 bits" if width == FLOAT else f"W{width}A8"
-            reason = "more bits gain less here than elsewhere" if width == before[name] else f"the answer comes {gain:.2g} closer to FP32's"
+            reason = (
+                f"more bits would take {most:.2%} of the rounding error away" if width == before[name]
+                else f"takes {gain:.2%} of the rounding error away"
+            )  # fmt: skip
             changes.append(Change(layer=name, pass_="mix", done=done, reason=reason))
         return changes
+
+
+def _sensitivity_of(made: dict[str, Any]) -> dict[str, Sensitivity]:
+    """As measured; JSON has turned the widths into text."""
+    return {
+        name: Sensitivity(**{**entry, "gains": {int(width): gain for width, gain in entry["gains"].items()}})
+        for name, entry in made["sensitivity"].items()
+    }

@@ -34,7 +34,7 @@ from muntin.errors import ExportError
 from muntin.runtime import Session, describe_hardware, load
 from muntin.runtime.verification import find_fallbacks, replay
 
-GOLDEN_SIDE = 64
+GOLDEN_SIDE = 48
 """Largest height and width of the golden images, pixels."""
 Limits = Mapping[FloatPrecision, GoldenTolerance]
 LIMITS: Limits = {

@@ -137,9 +137,7 @@ def panes(report: Report) -> list[Pane]:
     moved = text.change(first.miou, last.miou, metric.digits)
     found.append(Pane(label=metric.name, figure=f"{moved}{metric.unit}", detail=_from_to(metric(first.miou), metric(last.miou))))
     if report.agreement is not None:
-        found.append(
-            Pane(label="Agreement", figure=text.percent(report.agreement, 2), detail="of labels equal to the fake-quantised model's")
-        )
+        found.append(Pane(label="Agreement", figure=text.percent(report.agreement, 2), detail="of labels equal to the simulated model's"))
     return found
 
 

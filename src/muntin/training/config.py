@@ -71,6 +71,10 @@ class LowRankConfig(BaseModel):
     parameters: Annotated[
         float, Field(gt=0, le=1, description="share of the model's parameters to keep, all of its parameters counted")
     ] = 0.35
+    macs: Annotated[
+        float | None,
+        Field(gt=0, le=1, description="share of the multiply-adds of the layers that can be factored to keep; activation only; unset: any"),
+    ] = None
     threshold: Annotated[
         float | None,
         Field(gt=0, le=1, description="share of energy or cumulative, used as it is in place of the budget; unset: what meets the budget"),
@@ -82,6 +86,8 @@ class LowRankConfig(BaseModel):
     def _threshold_suits(self) -> Self:
         if self.threshold is not None and self.criterion == "activation":
             raise ValueError("threshold is for the criteria energy and cumulative; activation takes parameters")
+        if self.macs is not None and self.criterion != "activation":
+            raise ValueError("macs is for the criterion activation; energy and cumulative know nothing of what a layer costs to run")
         return self
 
 
