@@ -96,7 +96,6 @@ def quantised(way: str, checkpoint: Checkpoint, folder: Path) -> Any:
         prepare_qat(calibration, percentile=PERCENTILE)(model)
     else:
         mixed = MIXED if way == "three stages" else 0.0
-        # As published for the article's stages, 1e-3 and then less; one stage runs down its whole cosine.
         config = CompressionConfig(
             low_rank=None,
             average_bits=4.8 if mixed else 4.0,
@@ -142,7 +141,7 @@ def print_table(rows: list[dict[str, Any]]) -> None:
     for row in rows:
         figures = "".join(f"{row[way][kind]:>24.4f}" for way in WAYS for kind in ("simulated", "deployed"))
         shares = "".join(
-            f"{'–' if (share := row[way]['recovered']) is None else f'{share:.1%}':>{width}}"
+            f"{'–' if row[way]['recovered'] is None else format(row[way]['recovered'], '.1%'):>{width}}"
             for way, width in zip(WAYS[1:], (16, 8), strict=True)
         )
         print(f"{row['task']:<8}{row['seed']:<6}{row['fp32']:>8.4f}{figures}{shares}")

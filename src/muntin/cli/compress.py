@@ -13,7 +13,7 @@ from muntin.cli.console import Json, out, print_json, say
 from muntin.cli.train import training_bar
 
 if TYPE_CHECKING:
-    from muntin.compression.stages import CompressionRun
+    from muntin.compression.stages import CompressionRun, Stage
     from muntin.training import Checkpoint
 
 
@@ -24,15 +24,20 @@ def compress_command(
     set_: Annotated[
         list[str] | None, typer.Option("--set", help="Replace a value, e.g. --set compression.average_bits=5; repeatable.")
     ] = None,
+    until: Annotated[str, typer.Option(help="The last stage to go through: low-rank, w4a8 or mixed.")] = "mixed",
     json: Json = False,
 ) -> None:
     """Make a trained model small in three stages: low rank, 4-bit training, mixed precision."""
-    from muntin.compression.stages import FOLDER
+    from muntin.compression.stages import FOLDER, STAGES
+    from muntin.errors import RecipeError
     from muntin.training import find_checkpoint, read_checkpoint
+
+    if until not in STAGES:
+        raise RecipeError(f"--until '{until}': give one of {', '.join(STAGES)}")
 
     found = find_checkpoint(checkpoint)
     directory = output or found.parent.parent / FOLDER
-    run = compress_with_progress(read_checkpoint(found), directory, resume=resume, overrides=set_ or ())
+    run = compress_with_progress(read_checkpoint(found), directory, until=until, resume=resume, overrides=set_ or ())
     if json:
         print_json(
             {
@@ -46,13 +51,13 @@ def compress_command(
         describe_compression(run)
     if run.interrupted:
         changes = [word for change in set_ or () for word in ("--set", change)]
-        places = [] if output is None else ["--output", str(output)]
+        places = [*(() if output is None else ("--output", str(output))), *(() if until == "mixed" else ("--until", until))]
         say(f"muntin: interrupted; `{shlex.join(['muntin', 'compress', str(checkpoint), *places, *changes, '--resume'])}` goes on")
         raise typer.Exit(1)
 
 
 def compress_with_progress(
-    checkpoint: Checkpoint, directory: Path, *, resume: bool, overrides: list[str] | tuple[str, ...] = ()
+    checkpoint: Checkpoint, directory: Path, *, until: Stage = "mixed", resume: bool, overrides: list[str] | tuple[str, ...] = ()
 ) -> CompressionRun:
     """`compress_checkpoint`, with a bar on a terminal."""
     from muntin.compression.stages import compress_checkpoint
@@ -64,7 +69,7 @@ def compress_with_progress(
         raise RecipeError(f"'{other}': the model is trained already; only compression.KEY=VALUE can be set here")
     recipe = override_recipe(checkpoint.recipe, overrides)
     with training_bar(recipe.task) as report:
-        return compress_checkpoint(checkpoint, directory, config=recipe.compression, resume=resume, report=report)
+        return compress_checkpoint(checkpoint, directory, config=recipe.compression, until=until, resume=resume, report=report)
 
 
 def describe_compression(run: CompressionRun) -> None:

@@ -28,7 +28,7 @@ from muntin.compression.low_rank import apply_structure, low_rank, structure_of
 from muntin.compression.qat import FLOAT, apply_qat, bits_of, prepare_qat, qat_structure, set_bits
 from muntin.compression.sensitivity import Sensitivity, assign_bits, measure_sensitivity
 from muntin.data import Source, calibration_batches, open_source
-from muntin.errors import CheckpointError
+from muntin.errors import CheckpointError, RecipeError
 from muntin.training.checkpoint import AVERAGE, Checkpoint, build_model, checkpoints_in, load_weights, read_checkpoint
 from muntin.training.config import CompressionConfig, StageConfig, TrainingConfig
 from muntin.training.interrupt import Interruption
@@ -93,21 +93,23 @@ def compress_checkpoint(
     directory: Path,
     *,
     config: CompressionConfig | None = None,
+    until: Stage = "mixed",
     resume: bool = False,
     report: Report = lambda stage, progress: None,
 ) -> CompressionRun:
     """Take a trained checkpoint through the stages that `config`, or its recipe's `compression`, describes.
 
-    `directory`: where the stages go, each in a folder of its own. `resume`: go on from what is there; without it, a directory that
-    holds a stage is refused. Ctrl-C ends after the step in progress and leaves a checkpoint. Costs the stages' training, each step about
-    one and a half of FP32's (the FP32 model answers every batch too), and a forward pass a layer and width to measure bits.
+    `directory`: where the stages go, each in a folder of its own. `until`: the last stage to go through. `resume`: go on from what is
+    there; without it, a directory that holds a stage is refused. Ctrl-C ends after the step in progress and leaves a checkpoint. Costs
+    the stages' training, each step about twice one of FP32 (every product rounds, and the FP32 model answers every batch too), and a
+    forward pass a layer and width to measure bits.
     """
     if checkpoint.state.compression is not None:
         raise CheckpointError(f"{checkpoint.path} is compressed already: give the checkpoint of `muntin fit` that it was made from")
     recipe = checkpoint.recipe if config is None else checkpoint.recipe.model_copy(update={"compression": config})
     run = _Compression(checkpoint, recipe, directory, resume, report)
     with Interruption() as interruption:
-        return run.run(interruption)
+        return run.run(interruption, until)
 
 
 def read_model(checkpoint: Checkpoint) -> nn.Module:
@@ -157,12 +159,13 @@ class _Compression:
         self.calibration = calibration_of(checkpoint, self.source)
         self.origin = checkpoint.state.sha256[AVERAGE]
 
-    def run(self, interruption: Interruption) -> CompressionRun:
+    def run(self, interruption: Interruption, until: Stage) -> CompressionRun:
         results: list[StageResult] = []
         before = self.checkpoint
-        for stage in STAGES:
-            if stage == "low-rank" and self.config.low_rank is None:
-                continue
+        wanted = [stage for stage in STAGES[: STAGES.index(until) + 1] if stage != "low-rank" or self.config.low_rank is not None]
+        if not wanted:
+            raise RecipeError("compression.low_rank is null, so there is no stage before 'w4a8': go on until that one, or give it a value")
+        for stage in wanted:
             result = self._stage(stage, before, interruption)
             results.append(result)
             if result.step < result.steps:
