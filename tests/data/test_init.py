@@ -44,7 +44,7 @@ def test_images_and_masks(tmp_path: Path) -> None:
     recipe, source = opened(write_recipe(tmp_path / "My Müll: photos"))
     assert recipe["name"] == "My-M-ll-photos"  # what a folder of results can be called everywhere
     assert recipe["task"] == "segment"
-    assert set(recipe) == {"name", "task", "seed", "data", "model", "training", "quantization"}
+    assert set(recipe) == {"name", "task", "seed", "data", "model", "training", "quantization", "compression"}
     data = recipe["data"]
     assert (data["images"], data["masks"], data["ignore"], data["crop"], data["channels"]) == ("images", "masks", 255, 64, 3)
     assert [entry["value"] for entry in data["classes"]] == [0, 1, 4]

@@ -66,11 +66,11 @@ def export_command(
 def verify_command(
     artifact: ArtifactPath, engine: Engine = "openvino", precision: Precision = "recorded", threads: Threads = None, json: Json = False
 ) -> None:
-    """Check an artefact: digests, golden answers, and that its INT8 layers really run on integers."""
+    """Check an artefact: digests, golden answers, that its quantised layers run on integers, and what each of them computes."""
     from muntin.runtime import verify
 
     with status("verifying"):
-        result = verify(artifact, engine=engine, precision=precision, threads=threads)
+        result = verify(artifact, engine=engine, precision=precision, threads=threads, layers=engine == "openvino")
     integers = [layer.name for layer in result.layers if layer.compute and layer.precision == "i8"]
     if json:
         document: dict[str, Any] = {
@@ -83,6 +83,7 @@ def verify_command(
                 for g in result.golden
             ],
             "integer_layers": integers, "fallbacks": result.fallbacks, "problems": result.problems,
+            "layers": [{"name": c.name, "error": c.error if isfinite(c.error) else None, "passed": c.passed} for c in result.checks],
         }  # fmt: skip
         print_json(document)
     else:
@@ -93,6 +94,9 @@ def verify_command(
         out.print(
             f"integers  {len(integers)} layers run on INT8 kernels of {result.engine}, the others in {result.precision}", markup=False
         )
+        if result.checks:
+            worst = max(result.checks, key=lambda check: check.error)
+            out.print(f"layers    each alone is within {worst.error:.2g} of one quantisation step ({worst.name})", markup=False)
         if result.fallbacks and result.passed:
             out.print(
                 f"note      {len(result.fallbacks)} INT8 layers run in float in {result.engine}: {', '.join(result.fallbacks[:3])}, ...",

@@ -121,6 +121,42 @@ def _classify_layout(base: Path, others: dict[str, Path | None]) -> Layout | Non
     return Layout(task="classify", base=FolderPair(images=base), validation=own["validation"], test=own["test"])
 
 
+TAIL = [
+    "",
+    "model:",
+    "  name: hybrid-s  # hybrid-xs is faster, hybrid-m more accurate; `muntin models` lists them all",
+    "",
+    "training:",
+    "  steps: 2000  # batches to train on",
+    "  batch_size: 16  # crops in a batch; halve it if memory runs out",
+    "  learning_rate: 0.0015  # the highest; it warms up to it and falls along a cosine",
+    "  precision: auto  # 16-bit where this machine is fast at it; fp32 to switch that off",
+    "",
+    "quantization:",
+    "  calibration_images: 64  # training crops that set the ranges of the 8-bit numbers",
+    "",
+    "compression:  # what `muntin compress` does after `muntin fit`: low rank, 4-bit weights, more bits where they are needed",
+    "  low_rank: {parameters: 0.35}  # share of the parameters to keep; null: keep the layers as they are",
+    "  average_bits: 4.8  # of a weight; 4 is the least, more is larger and more accurate",
+    "",
+]
+
+
+def _head(name: str, task: str) -> list[str]:
+    return [
+        "# A recipe for muntin, written by `muntin init`. Check the names below, then run",
+        f"#     muntin fit {RECIPE_NAME}",
+        "# Its progress line tells how long it will take. Lines can be left out: what they say is then the default.",
+        "",
+        f"name: {json.dumps(name, ensure_ascii=False)}  # the run's results go to runs/ under this name",
+        f"task: {task}  # segment: a class for every pixel; classify: one class for the picture",
+        "seed: 0  # another number is another run: the spread between seeds shows what a difference is worth",
+        "",
+        "data:",
+        "  source: folders  # your own pictures; `earth` is the built-in demonstration",
+    ]
+
+
 def recipe_text(
     *,
     name: str,
@@ -171,34 +207,7 @@ def recipe_text(
         "    flip_vertical: 0.0  # 0.5 suits pictures taken from above: satellites, microscopes",
         "    scale: [0.8, 1.25]  # zoom between these factors",
     ]
-    head = [
-        "# A recipe for muntin, written by `muntin init`. Check the names below, then run",
-        f"#     muntin fit {RECIPE_NAME}",
-        "# Its progress line tells how long it will take. Lines can be left out: what they say is then the default.",
-        "",
-        f"name: {json.dumps(name, ensure_ascii=False)}  # the run's results go to runs/ under this name",
-        f"task: {layout.task}  # segment: a class for every pixel; classify: one class for the picture",
-        "seed: 0  # another number is another run: the spread between seeds shows what a difference is worth",
-        "",
-        "data:",
-        "  source: folders  # your own pictures; `earth` is the built-in demonstration",
-    ]
-    tail = [
-        "",
-        "model:",
-        "  name: hybrid-s  # hybrid-xs is faster, hybrid-m more accurate; `muntin models` lists them all",
-        "",
-        "training:",
-        "  steps: 2000  # batches to train on",
-        "  batch_size: 16  # crops in a batch; halve it if memory runs out",
-        "  learning_rate: 0.0015  # the highest; it warms up to it and falls along a cosine",
-        "  precision: auto  # 16-bit where this machine is fast at it; fp32 to switch that off",
-        "",
-        "quantization:",
-        "  calibration_images: 64  # training crops that set the ranges of the 8-bit numbers",
-        "",
-    ]
-    return "\n".join(head + data + tail)
+    return "\n".join(_head(name, layout.task) + data + TAIL)
 
 
 def _split_line(name: SplitName, use: str, pair: FolderPair | None, layout: Layout, root: Path) -> str:

@@ -14,18 +14,19 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import onnx
-import onnxruntime
 from numpy.typing import NDArray
 from onnx import numpy_helper
 
 from muntin.artifact import Artifact
 from muntin.runtime.graph import COMPUTE
-from muntin.runtime.quiet import openvino
 from muntin.runtime.signals import signal_stack_kept
+
+if TYPE_CHECKING:
+    import onnxruntime
 
 TOLERANCE = 1.0
 """Largest error of a layer, in steps: a value that lies between two levels may be rounded either way, and moves one input by one step."""
@@ -139,6 +140,8 @@ def _fed(name: str) -> str:
 
 def _alone(model: onnx.ModelProto, layers: Sequence[_Layer]) -> onnxruntime.InferenceSession:
     """All layers side by side in one graph, each from its unrounded inputs to its output: no layer reads another."""
+    import onnxruntime  # an engine is loaded where it is used: a machine that serves with one needs no other
+
     nodes: dict[str, onnx.NodeProto] = {}
     for layer in layers:
         for node in layer.nodes:
@@ -166,6 +169,8 @@ def _alone(model: onnx.ModelProto, layers: Sequence[_Layer]) -> onnxruntime.Infe
 
 def _run_tapped(model: onnx.ModelProto, layers: Sequence[_Layer], images_BHWC: NDArray[np.uint8]) -> dict[str, NDArray[Any]]:
     """Every layer's unrounded inputs and its output, as the engine computes them in f32."""
+    from muntin.runtime.quiet import openvino
+
     tapped = onnx.ModelProto()
     tapped.CopyFrom(model)
     there = {output.name for output in tapped.graph.output} | {entry.name for entry in tapped.graph.input}
