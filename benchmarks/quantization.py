@@ -100,8 +100,8 @@ def quantised(way: str, checkpoint: Checkpoint, folder: Path) -> Any:
         config = CompressionConfig(
             low_rank=None,
             average_bits=4.8 if mixed else 4.0,
-            quantize=StageConfig(share=share - mixed, learning_rate=1e-3),
-            mix=StageConfig(share=mixed, learning_rate=5e-4),
+            quantize=StageConfig(share=share - mixed, learning_rate=4e-4),
+            mix=StageConfig(share=mixed, learning_rate=3e-4),
         )
         place = folder / way.replace(" ", "-")
         run = compress_checkpoint(checkpoint, place, config=config, resume=True)

@@ -44,7 +44,7 @@ from muntin.compression.rewrite import named, replace
 from muntin.errors import MuntinError
 from muntin.training.config import LowRankConfig
 
-DAMPING = 1e-6
+DAMPING = 1e-2
 """Added to the diagonal of a moment, relative to its mean: inputs that calibration never saw keep a little weight."""
 
 Dense = nn.Linear | nn.Conv2d

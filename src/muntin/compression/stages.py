@@ -122,7 +122,8 @@ def read_model(checkpoint: Checkpoint) -> nn.Module:
         if made["qat"] is not None:
             side = state.recipe.data.crop
             fold(model)
-            fold_batch_norms(model, torch.zeros(1, state.recipe.data.channels, side, side))
+            if not any(change.pass_ == "fold" and change.kept for change in changes_of(checkpoint)):  # all are folded or none is
+                fold_batch_norms(model, torch.zeros(1, state.recipe.data.channels, side, side))
             apply_qat(model, made["qat"])
     load_weights(model, checkpoint.tensors[AVERAGE], checkpoint.path / AVERAGE)
     return model.eval()
@@ -228,8 +229,9 @@ class _Compression:
 
     def _prepare(self, stage: Stage, before: Checkpoint, model: nn.Module) -> list[Change]:
         if stage == "low-rank":
-            assert self.config.low_rank is not None
-            return low_rank(self.calibration, self.config.low_rank)(model)
+            config = self.config.low_rank
+            assert config is not None
+            return low_rank(self.calibration, config.model_copy(update={"keep": (*config.keep, *self.config.keep)}))(model)
         if stage == "w4a8":
             return prepare_qat(self.calibration, bits=self.config.weight_bits, keep=self.config.keep)(model)
         made = before.state.compression
