@@ -76,7 +76,8 @@ def round_to_grid(x: Tensor, scale: Tensor, low: int, high: int) -> Tensor:
     √(values that share it · high), section 2.2.
     """
     factor = (scale.numel() / (x.numel() * high)) ** 0.5
-    damped = scale.detach() + (scale - scale.detach()) * factor  # the very scale, to the last bit: a value between two levels falls as deployed
+    # Written so that the scale stays the same to the last bit: a value between two levels falls as it will when deployed.
+    damped = scale.detach() + (scale - scale.detach()) * factor
     rounded: Tensor = _RoundToGrid.apply(x, damped.to(x.dtype), low, high)  # type: ignore[no-untyped-call]
     return rounded
 
