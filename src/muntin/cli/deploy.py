@@ -96,7 +96,8 @@ def verify_command(
         )
         if result.checks:
             worst = max(result.checks, key=lambda check: check.error)
-            out.print(f"layers    each alone is within {worst.error:.2g} of one quantisation step ({worst.name})", markup=False)
+            far = f"at most {worst.error:.2g} quantisation steps off ({worst.name})" if worst.error else "exact"
+            out.print(f"layers    {len(result.checks)} checked one by one: {far}", markup=False)
         if result.fallbacks and result.passed:
             out.print(
                 f"note      {len(result.fallbacks)} INT8 layers run in float in {result.engine}: {', '.join(result.fallbacks[:3])}, ...",
