@@ -5,8 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
 
-from muntin.compression.factored import FactoredConv2d, FactoredLinear, factored_parameters, full_ranks, shell
+from muntin.compression.factored import FactoredConv2d, FactoredLinear, dense_macs, factored_macs, factored_parameters, full_ranks, shell
 
 CONVS = {
     "1x1": (nn.Conv2d(6, 10, 1), (3,)),
@@ -101,3 +102,26 @@ def test_the_chain_is_its_parts_in_order() -> None:
     x = torch.randn(1, 7, 5, 5)
     assert torch.equal(made(x), made.expand(made.core(made.reduce(x))))
     assert made.ranks == (2, 3)
+
+
+@pytest.mark.parametrize(
+    ("layer", "ranks"),
+    [
+        (nn.Linear(12, 20), (5,)),
+        (nn.Conv2d(12, 20, 1, stride=2), (5,)),
+        (nn.Conv2d(12, 20, 3, padding=1), (5, 7)),
+        (nn.Conv2d(12, 20, 3, stride=2, padding=1, bias=False), (5, 7)),
+        (nn.Conv2d(12, 20, 4, stride=4), (5, 7)),
+        (nn.Conv2d(3, 20, 7, stride=2, padding=3), (5,)),
+        (nn.Conv2d(12, 20, (5, 1), padding=(2, 0)), (5,)),
+    ],
+)
+def test_multiply_adds_are_those_that_are_counted(layer: nn.Linear | nn.Conv2d, ranks: tuple[int, ...]) -> None:
+    x = torch.randn(1, 16, 24, 12) if isinstance(layer, nn.Linear) else torch.randn(1, layer.in_channels, 16, 24)
+    positions = layer(x).numel() // layer.weight.shape[0]
+    with FlopCounterMode(display=False) as counter:
+        layer(x)
+    assert dense_macs(layer, positions) == counter.get_total_flops() / 2
+    with FlopCounterMode(display=False) as counter:
+        shell(layer, ranks)(x)
+    assert factored_macs(layer, ranks, positions) == counter.get_total_flops() / 2

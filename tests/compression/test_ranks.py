@@ -5,13 +5,14 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from muntin.compression.ranks import Choice, allocate, choices, ladder, largest_threshold, rank_at
+from muntin.compression.ranks import Choice, allocate, allocate_within, choices, ladder, largest_threshold, rank_at
 from muntin.errors import MuntinError
 
 
@@ -127,13 +128,15 @@ def test_the_rank_at_a_threshold_is_the_least_that_reaches_it_rounded_up(values:
 
 
 def test_choices_cost_what_they_drop() -> None:
-    def parameters(ranks: Sequence[int]) -> int:
-        return 10 * ranks[0] + ranks[0] * ranks[1]
+    def size(ranks: Sequence[int]) -> tuple[int, float]:
+        count = 10 * ranks[0] + ranks[0] * ranks[1]
+        return count, 100.0 * count
 
     spectra = [np.array([8.0, 4.0, 2.0, 1.0]), np.array([6.0, 0.5])]
-    offered = choices(spectra, parameters, 24, multiple=1, scale=2.0)
+    offered = choices(spectra, size, Choice(parameters=24, macs=2000.0), multiple=1, scale=2.0)
     assert [c.ranks for c in offered] == [(1, 1), (1, 2), (2, 1), ()]  # (2, 2) has 24 parameters, no fewer than dense
     assert [c.parameters for c in offered] == [11, 12, 22, 24]
+    assert [c.macs for c in offered] == [1100, 1200, 2200, 2000]
     assert [c.loss for c in offered] == [15.0, 14.0, 7.0, 0.0]
 
 
@@ -146,3 +149,59 @@ def test_the_largest_threshold() -> None:
     assert parameters(found) <= 55 and found == pytest.approx(46 / 90, abs=1e-6)
     with pytest.raises(MuntinError, match=r"a share of 0\.1000"):
         largest_threshold(parameters, 9)
+
+
+# Multiply-adds beside parameters
+
+
+def with_macs(layers: dict[str, list[Choice]], seed: int) -> dict[str, list[Choice]]:
+    generator = np.random.default_rng(seed)
+    return {name: [replace(c, macs=float(generator.integers(1, 1000))) for c in options] for name, options in layers.items()}
+
+
+def macs_of(picked: dict[str, Choice]) -> float:
+    return math.fsum(choice.macs for choice in picked.values())
+
+
+def ranks_of(picked: dict[str, Choice]) -> dict[str, tuple[int, ...]]:
+    return {name: choice.ranks for name, choice in picked.items()}
+
+
+@given(menus(), st.integers(0, 2**16), st.floats(0, 1), st.floats(0, 1))
+def test_both_budgets_are_kept_and_a_loose_one_changes_nothing(layers: dict[str, list[Choice]], seed: int, at: float, share: float) -> None:
+    layers = with_macs(layers, seed)
+    smallest, dense = reach(layers)
+    budget = smallest + int(at * (dense - smallest))
+    free = allocate(layers, budget)
+    assert ranks_of(allocate_within(layers, budget, macs_of(free))) == ranks_of(free)
+    allowed = share * macs_of(free)
+    try:
+        picked = allocate_within(layers, budget, allowed)
+    except MuntinError as error:
+        assert "multiply-adds are out of reach" in str(error) and "\n" not in str(error)
+    else:
+        assert list(picked) == list(layers)
+        assert total(picked) <= budget and macs_of(picked) <= allowed
+
+
+@given(menus(), st.integers(0, 2**16), st.floats(0, 1.5))
+def test_with_parameters_for_all_the_fewest_multiply_adds_are_in_reach(layers: dict[str, list[Choice]], seed: int, share: float) -> None:
+    layers = with_macs(layers, seed)
+    _, dense = reach(layers)
+    fewest = math.fsum(min(c.macs for c in options) for options in layers.values())
+    if share < 1:
+        with pytest.raises(MuntinError, match="out of reach"):
+            allocate_within(layers, dense, share * fewest - 1)
+    else:
+        assert fewest <= macs_of(allocate_within(layers, dense, share * fewest)) <= share * fewest
+
+
+def test_multiply_adds_are_saved_where_that_harms_least() -> None:
+    layers = {
+        "wide map": [Choice(ranks=(1,), parameters=10, macs=1000.0, loss=1.0), Choice(parameters=20, macs=4000.0)],
+        "narrow map": [Choice(ranks=(1,), parameters=10, macs=10.0, loss=0.5), Choice(parameters=20, macs=40.0)],
+    }
+    assert ranks_of(allocate(layers, 30)) == {"wide map": (), "narrow map": (1,)}
+    assert ranks_of(allocate_within(layers, 30, 2000)) == {"wide map": (1,), "narrow map": ()}
+    with pytest.raises(MuntinError, match=r"900 multiply-adds are out of reach with 40 parameters: 1,010 of 4,040 are left"):
+        allocate_within(layers, 40, 900)

@@ -20,7 +20,7 @@ from muntin import create_model
 from muntin.artifact import ClassInfo, Signature, open_artifact
 from muntin.compression import Change, quantize
 from muntin.deployment import infer_signature
-from muntin.deployment.export import FLOAT_LIMITS, LIMITS, golden_pairs
+from muntin.deployment.export import FLOAT_LIMITS, GOLDEN_SIDE, LIMITS, golden_pairs
 from muntin.errors import ArtifactError, ExportError, MuntinError
 from muntin.runtime import describe_hardware
 from muntin.runtime.verification import replay
@@ -370,8 +370,8 @@ def test_a_model_that_cannot_be_traced(build: type[nn.Module], pixels: Any, tmp_
 
 
 def test_a_model_of_one_size_is_told_so_before_any_work(build: type[nn.Module], pixels: Any, tmp_path: Path) -> None:
-    model = build(lambda m, x: m.conv(x) + m.conv.weight.new_zeros(1, 4, 64, 64), conv=nn.Conv2d(3, 4, 1))
-    assert "fails on pixels of shape (1, 3, 40, 56), and an artefact takes every size" in refused(model, pixels(1, 3, 64, 64), tmp_path)
+    model = build(lambda m, x: m.conv(x) + m.conv.weight.new_zeros(1, 4, 48, 48), conv=nn.Conv2d(3, 4, 1))
+    assert "fails on pixels of shape (1, 3, 30, 42), and an artefact takes every size" in refused(model, pixels(1, 3, 48, 48), tmp_path)
 
 
 def test_channels_that_the_model_does_not_take(pixels: Any, tmp_path: Path) -> None:
@@ -411,7 +411,7 @@ def test_signatures_from_answers(build: type[nn.Module], pixels: Any) -> None:
 def test_golden_pairs_are_the_models_own_answers_at_two_sizes(height: int, width: int, pixels: Any) -> None:
     model, example = tiny().eval(), pixels(2, 3, height, width)
     pairs = golden_pairs(model, example)
-    assert len(pairs) == 2 and all(max(images.shape[1:3]) <= 64 for images, _ in pairs)
+    assert len(pairs) == 2 and all(max(images.shape[1:3]) <= GOLDEN_SIDE for images, _ in pairs)
     assert height * width == 1 or pairs[0][0].shape != pairs[1][0].shape
     for images, scores in pairs:
         rows, columns = images.shape[1:3]

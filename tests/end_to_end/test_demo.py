@@ -20,6 +20,7 @@ CHANGES = (
     "model.name=hybrid-xs",
     f"model.options={TINY}",
     "quantization.calibration_images=4",
+    "compression.low_rank={parameters: 0.7, multiple: 4}",
 )
 
 
@@ -29,14 +30,14 @@ def test_the_demonstration_leaves_what_it_promises_and_goes_on_when_run_again(tm
     first = CliRunner().invoke(app, words, catch_exceptions=False)
     assert (first.exit_code, first.stderr) == (0, "")
     document = json.loads(first.stdout)
-    assert [step["name"] for step in document["steps"]] == ["fp32", "fake-quantised", "deployed"]
+    assert [step["name"] for step in document["steps"]] == ["fp32", "low-rank", "w4a8", "mixed", "deployed"]
     assert {entry["name"] for entry in document["classes"]} == {"ocean", "moist land", "steppe", "desert", "tundra", "ice"}
     directory = tmp_path / "demo"
     for name in ("report.html", "report.json", "artifact/manifest.json", "mask.png", "difference.png"):
         assert (directory / name).is_file()
     check_overlay(directory)
 
-    kept = {path: path.stat().st_mtime_ns for part in ("checkpoints", "artifact") for path in (directory / part).rglob("*")}
+    kept = {path: path.stat().st_mtime_ns for part in ("checkpoints", "compressed", "artifact") for path in (directory / part).rglob("*")}
     again = CliRunner().invoke(app, words, catch_exceptions=False)
     assert again.exit_code == 0
     assert {path: path.stat().st_mtime_ns for path in kept} == kept  # neither trained nor exported a second time

@@ -23,8 +23,8 @@ from muntin.training.checkpoint import (
     optimizer_tensors,
     read_checkpoint,
 )
-from muntin.training.trainer import make_optimizer
 from muntin.training.recipe import Recipe
+from muntin.training.trainer import make_optimizer
 
 Save = Callable[..., Path]
 

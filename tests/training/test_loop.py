@@ -19,8 +19,8 @@ from muntin.runtime.images import write_image
 from muntin.training.checkpoint import Checkpoint, checkpoints_in, read_checkpoint
 from muntin.training.config import TrainingConfig
 from muntin.training.loop import LOG_EVERY, FitProgress, FitResult, fit, require_compiler
-from muntin.training.trainer import learning_rate, make_optimizer
 from muntin.training.recipe import load_recipe
+from muntin.training.trainer import learning_rate, make_optimizer
 
 STEPS = LOG_EVERY + 4
 

@@ -145,6 +145,16 @@ def stage_checkpoints(directory: Path) -> dict[Stage, Path]:
     return found
 
 
+def stage_steps(recipe: Recipe, stage: Stage) -> int:
+    """The steps that a stage trains for by a recipe."""
+    return round(_stage_config(recipe.compression, stage).share * recipe.training.steps)
+
+
+def _stage_config(config: CompressionConfig, stage: Stage) -> StageConfig:
+    stages: dict[Stage, StageConfig] = {"low-rank": config.recover, "w4a8": config.quantize, "mixed": config.mix}
+    return stages[stage]
+
+
 def _folder(directory: Path, stage: Stage) -> Path:
     return directory / f"{STAGES.index(stage) + 1}-{stage}"
 
@@ -214,13 +224,11 @@ class _Compression:
             )
 
     def _training(self, stage: Stage) -> TrainingConfig:
-        stages: dict[Stage, StageConfig] = {"low-rank": self.config.recover, "w4a8": self.config.quantize, "mixed": self.config.mix}
-        wanted = stages[stage]
-        steps = round(wanted.share * self.recipe.training.steps)
+        steps = stage_steps(self.recipe, stage)
         return self.recipe.training.model_copy(
             update={
                 "steps": steps,
-                "learning_rate": wanted.learning_rate,
+                "learning_rate": _stage_config(self.config, stage).learning_rate,
                 "average": self.config.average,
                 "validate_every": max(1, steps),
                 "compile": False,

@@ -1,0 +1,235 @@
+"""`muntin compress`, and what the other commands make of its stages."""
+
+from __future__ import annotations
+
+import os
+import shlex
+import shutil
+import signal
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from typer.testing import CliRunner
+
+from muntin.artifact import open_artifact
+from muntin.cli import app
+from muntin.compression.stages import STAGES, changes_of, compress_checkpoint, read_model
+from muntin.deployment.counting import parameter_count
+from muntin.reporting import read_report
+from muntin.training import read_checkpoint
+from muntin.training.recipe import override_recipe
+
+Call = Callable[..., Any]
+SETTINGS = (
+    "compression.low_rank={parameters: 0.8, multiple: 2}",
+    "compression.average_bits=6",
+    "compression.recover.share=0.34",
+    "compression.quantize.share=0.5",
+    "compression.mix.share=0.34",
+)
+CHANGES = [word for setting in SETTINGS for word in ("--set", setting)]
+FOLDERS = ("1-low-rank", "2-w4a8", "3-mixed")
+
+
+@pytest.fixture(scope="module")
+def compressed(exported: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A copy of the run, compressed. Not to be changed: copy first."""
+    run = Path(shutil.copytree(exported.run, tmp_path_factory.mktemp("compress") / "run"))
+    answer = CliRunner().invoke(app, ["compress", str(run), *CHANGES], catch_exceptions=False)
+    assert (answer.exit_code, answer.stderr) == (0, "")
+    return run
+
+
+@pytest.fixture
+def copied(compressed: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(compressed, tmp_path / "run"))
+
+
+# ---- compress ----
+
+
+def test_compress_says_what_it_left(call: Call, exported: Any, tmp_path: Path) -> None:
+    answer = call("compress", exported.run, "-o", tmp_path / "out", *CHANGES)
+    assert (answer.code, answer.err) == (0, "")
+    assert [line.split()[:5] for line in answer.out.splitlines()[:3]] == [
+        ["low-rank", "2", "of", "2", "steps"],
+        ["w4a8", "3", "of", "3", "steps"],
+        ["mixed", "2", "of", "2", "steps"],
+    ]
+    assert "of 3 layers are factored" in answer.out
+    assert "layers W4A8" in answer.out
+    assert answer.out.endswith(f"wrote     {tmp_path / 'out' / '3-mixed' / 'checkpoints' / 'step-00000002'}\n")
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == list(FOLDERS)
+    assert not (exported.run / "compressed").exists()
+
+
+def test_compress_gives_one_document(call: Call, copied: Path) -> None:
+    document = call("compress", copied, *CHANGES, "--resume", "--json").document()
+    assert (Path(document["directory"]), document["interrupted"]) == (copied / "compressed", False)
+    assert Path(document["checkpoint"]) == copied / "compressed" / "3-mixed" / "checkpoints" / "step-00000002"
+    assert [(entry["stage"], entry["step"], entry["steps"]) for entry in document["stages"]] == [
+        ("low-rank", 2, 2), ("w4a8", 3, 3), ("mixed", 2, 2),
+    ]  # fmt: skip
+    for entry, folder in zip(document["stages"], FOLDERS, strict=True):
+        assert Path(entry["checkpoint"]).is_dir() and Path(entry["checkpoint"]).parts[-3] == folder
+        assert entry["seconds"] > 0
+
+
+def test_compress_does_not_overwrite(call: Call, compressed: Path, tree: Callable[[Path], Any]) -> None:
+    before = tree(compressed)
+    assert "already holds stages; --resume goes on with them" in call("compress", compressed, *CHANGES).mistake()
+    text = call("compress", compressed, *CHANGES, "--set", "compression.average_bits=7", "--resume").mistake()
+    assert "was made from another checkpoint or recipe" in text
+    assert "was made from another checkpoint or recipe" in call("compress", compressed, "--resume").mistake()
+    assert tree(compressed) == before
+
+
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        (["--set", "training.steps=9"], "the model is trained already; only compression.KEY=VALUE can be set here"),
+        (["--set", "seed=1"], "the model is trained already"),
+        (["--set", "compression.averagebits=5"], "unknown key 'compression.averagebits'; did you mean 'average_bits'?"),
+        (["--set", "compression.weight_bits=1"], "compression.weight_bits: Input should be greater than or equal to 2 (got 1)"),
+        (["--set", "compression.low_rank.rank=4"], "unknown key 'compression.low_rank.rank'"),
+        (["--set", "compression.average_bits"], "write section.key=value"),
+        (["--set", "compression.low_rank.parameters=0.001"], "out of reach"),
+        (["--set", "compression.keep=[nosuch]"], "keep names no Linear or Conv2d: nosuch; the model has"),
+        (["--until", "w8a8"], "--until 'w8a8': give one of low-rank, w4a8, mixed"),
+        (["--until", "low-rank", "--set", "compression.low_rank=null"], "compression.low_rank is null"),
+    ],
+)
+def test_a_wrong_wish_is_one_line_and_nothing_is_written(call: Call, exported: Any, tmp_path: Path, words: list[str], says: str) -> None:
+    assert says in call("compress", exported.run, "-o", tmp_path / "out", *words).mistake()
+    assert not (tmp_path / "out").exists()
+
+
+def test_what_holds_no_trained_model_is_one_line(call: Call, compressed: Path, tmp_path: Path) -> None:
+    assert "holds no checkpoint" in call("compress", tmp_path).mistake()
+    stage = compressed / "compressed" / "2-w4a8"
+    assert "is compressed already" in call("compress", stage, *CHANGES, "-o", tmp_path / "out").mistake()
+    assert not (tmp_path / "out").exists()
+
+
+def test_ctrl_c_leaves_a_checkpoint_and_the_command_that_goes_on(
+    call: Call, compressed: Path, exported: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A real SIGINT after the first stage's last step: the second ends after its first one."""
+
+    def interrupted(*arguments: Any, **named: Any) -> Any:
+        def report(stage: str, progress: Any) -> None:
+            if stage == "low-rank" and progress.kind == "validation":
+                os.kill(os.getpid(), signal.SIGINT)
+
+        return compress_checkpoint(*arguments, **(named | {"report": report}))
+
+    out = tmp_path / "a folder"
+    with monkeypatch.context() as patch:
+        patch.setattr("muntin.compression.stages.compress_checkpoint", interrupted)
+        answer = call("compress", exported.run, "-o", out, *CHANGES)
+    assert answer.code == 1
+    assert "w4a8      1 of 3 steps" in answer.out and "mixed" not in answer.out.replace(str(out), "")
+    assert answer.err.count("\n") == 1 and "interrupted; `muntin compress" in answer.err
+    again = shlex.split(answer.err.split("`")[1])
+    assert again[-1] == "--resume"
+    document = call(*again[1:], "--json").document()
+    assert [entry["step"] for entry in document["stages"]] == [2, 3, 2]
+    for name in ("average.safetensors", "model.safetensors"):
+        paths = [folder / "3-mixed" / "checkpoints" / "step-00000002" / name for folder in (out, compressed / "compressed")]
+        assert paths[0].read_bytes() == paths[1].read_bytes()
+
+
+def test_stages_one_at_a_time(call: Call, exported: Any, tmp_path: Path) -> None:
+    words = ("compress", exported.run, "-o", tmp_path / "out", *CHANGES, "--json")
+    first = call(*words, "--until", "low-rank").document()
+    assert [entry["stage"] for entry in first["stages"]] == ["low-rank"] and not first["interrupted"]
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["1-low-rank"]
+    second = call(*words, "--until", "w4a8", "--resume").document()
+    assert second["stages"][0] == first["stages"][0] and Path(second["checkpoint"]).parts[-3] == "2-w4a8"
+    described = call("compress", exported.run, "-o", tmp_path / "out", *CHANGES, "--until", "w4a8", "--resume")
+    assert "bits " not in described.out and "layers are factored" in described.out
+
+
+# ---- what the other commands make of it ----
+
+
+def test_a_stage_is_exported_and_evaluated(call: Call, copied: Path) -> None:
+    stage = copied / "compressed" / "3-mixed"
+    document = call("export", stage, "--json").document()
+    artifact = open_artifact(stage / "artifact")
+    assert Path(document["artifact"]) == stage / "artifact" and document["bytes"] == artifact.bytes
+    changes = changes_of(read_checkpoint(stage))
+    assigned = {change.layer: change.done for change in changes if change.pass_ == "mix"}
+    recorded = {record.name: f"W{record.weight_bits}A8" if record.activation_bits else "16 bits" for record in artifact.manifest.layers}
+    assert recorded == assigned and "W4A8" in assigned.values()
+    assert document["int8_layers"] == sum(done != "16 bits" for done in assigned.values())
+    assert [entry["pass"] for entry in artifact.manifest.passes if entry["pass"] in ("low_rank", "qat", "mix")]
+    taught, deployed = (call("evaluate", stage, *words, "--json").document() for words in ([], ["--artifact", stage / "artifact"]))
+    assert taught["samples"] == deployed["samples"] == 2 and taught["counted"] == 2 * 47 * 48
+    assert abs(taught["score"] - deployed["score"]) < 0.05
+    verified = call("verify", stage / "artifact", "--json").document()
+    assert verified["passed"] and sorted(entry["name"] for entry in verified["layers"]) == sorted(
+        name for name, done in assigned.items() if done != "16 bits"
+    )
+    again = call("export", stage, "--json").document()  # from the same weights: taken as it is
+    assert again["bytes"] == artifact.bytes and open_artifact(stage / "artifact").digest == artifact.digest
+
+
+def test_each_stage_is_evaluated(call: Call, compressed: Path) -> None:
+    scores = [call("evaluate", compressed / "compressed" / folder, "--json").document()["score"] for folder in FOLDERS]
+    assert all(0 <= score <= 1 for score in scores)
+
+
+def test_a_report_tells_the_stages(call: Call, copied: Path) -> None:
+    document = call("report", copied, "--json").document()
+    steps = {step["name"]: step for step in document["steps"]}
+    assert list(steps) == ["fp32", "low-rank", "w4a8", "mixed", "deployed"]
+    parameters = {stage: parameter_count(read_model(read_checkpoint(copied / "compressed" / FOLDERS[n]))) for n, stage in enumerate(STAGES)}
+    assert steps["low-rank"]["params"] == parameters["low-rank"] < steps["fp32"]["params"]
+    assert steps["fp32"]["bytes"] > steps["w4a8"]["bytes"] and steps["w4a8"]["bytes"] < steps["low-rank"]["bytes"]
+    assert steps["mixed"]["bytes"] == steps["deployed"]["bytes"] == open_artifact(copied / "artifact").bytes
+    assert steps["w4a8"]["latency_ms"] is None and steps["deployed"]["latency_ms"] > 0
+    assert {layer["weight_bits"] for layer in document["layers"]} <= {4, 8, 16}
+    looked = [change for change in changes_of(read_checkpoint(copied / "compressed" / FOLDERS[0])) if change.pass_ == "low_rank"]
+    assert {row["name"]: tuple(row["ranks"]) for row in document["ranks"]} == {change.layer: change.ranks for change in looked}
+    assert all(bool(row["ranks"]) != bool(row["reason"]) for row in document["ranks"])
+    assert {f"train {stage}" for stage in STAGES} <= document["seconds"].keys()
+    assert document["agreement"] > 0.9
+    page = (copied / "report.html").read_text()
+    assert all(f">{name}<" in page for name in ("low-rank", "w4a8", "mixed"))
+    assert read_report(copied).task == "segment"
+
+
+def test_a_report_of_a_run_whose_compression_is_not_done_tells_plain_int8(call: Call, copied: Path) -> None:
+    shutil.rmtree(copied / "compressed" / "3-mixed")
+    document = call("report", copied, "--json").document()
+    assert [step["name"] for step in document["steps"]] == ["fp32", "fake-quantised", "deployed"]
+    assert document["ranks"] == []
+
+
+def test_stages_that_were_interrupted_are_not_reported_as_done(call: Call, exported: Any, tmp_path: Path) -> None:
+    run = Path(shutil.copytree(exported.run, tmp_path / "run"))
+
+    def report(stage: str, progress: Any) -> None:
+        if stage == "w4a8" and progress.kind == "validation":
+            os.kill(os.getpid(), signal.SIGINT)  # the last stage ends after its first step
+
+    checkpoint = read_checkpoint(run)
+    config = override_recipe(checkpoint.recipe, SETTINGS).compression
+    assert compress_checkpoint(checkpoint, run / "compressed", config=config, report=report).interrupted
+    document = call("report", run, "--json").document()
+    assert [step["name"] for step in document["steps"]] == ["fp32", "fake-quantised", "deployed"]
+
+
+def test_stages_of_another_checkpoint_are_not_reported(call: Call, copied: Path) -> None:
+    older = copied / "checkpoints" / "step-00000003"
+    document = call("report", older, "--json", "-o", copied / "older").document()
+    assert [step["name"] for step in document["steps"]] == ["fp32", "fake-quantised", "deployed"]
+
+
+def test_a_report_of_a_stage_is_refused_in_one_line(call: Call, compressed: Path, tmp_path: Path) -> None:
+    text = call("report", compressed / "compressed" / "3-mixed", "-o", tmp_path / "out").mistake()
+    assert "holds a compressed model: give the checkpoint of `muntin fit` that it was made from" in text
+    assert not (tmp_path / "out" / "report.html").exists()

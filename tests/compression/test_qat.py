@@ -1,0 +1,614 @@
+"""Quantisation-aware training: each operation against integers in float64, whole networks against their frozen forms, what goes wrong.
+
+Axes: B images, C channels, H W map, O output and I input channels, N entries of a softmax.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+from collections.abc import Callable, Iterable
+from typing import Any, cast
+
+import pytest
+import torch
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+from torch import Tensor, nn
+from torch.nn import functional as F  # noqa: N812 - the field's usual name
+
+from muntin import create_model
+from muntin.compression import Change, fold, freeze, prepare_qat, set_bits
+from muntin.compression.fake_quantization import along
+from muntin.compression.observer import ActivationGrid, Observer, usable
+from muntin.compression.qat import (
+    FLOAT,
+    LearnedGrid,
+    QATConv2d,
+    QATLinear,
+    QATProduct,
+    QATSoftmaxProduct,
+    apply_qat,
+    bits_of,
+    qat_operations,
+    qat_structure,
+)
+from muntin.compression.quantization import sqnr_db
+from muntin.compression.quantized import InputGrid, QuantizedConv2d, QuantizedLinear, QuantizedProduct, QuantizedSoftmaxProduct
+from muntin.errors import MuntinError
+from muntin.layers import Product, SoftmaxProduct
+
+SMALL = {"depths": (1,), "dims": (32,), "head_dim": 16, "window": 4, "latents": 4, "decoder": 16}
+WEIGHTED = (nn.Linear, nn.Conv2d)
+QAT = (QATLinear, QATConv2d, QATProduct, QATSoftmaxProduct)
+FROZEN = (QuantizedLinear, QuantizedConv2d, QuantizedProduct, QuantizedSoftmaxProduct)
+MODELS: dict[str, Callable[[], nn.Module]] = {
+    "hybrid": lambda: create_model("hybrid-xs", classes=4, options=SMALL),
+    "convnet of timm": lambda: create_model("timm:mobilenetv3_small_050", task="classify", classes=4),
+}
+
+
+def pixels(*shape: int) -> Tensor:
+    return torch.randint(0, 256, shape).float()
+
+
+def answer(model: nn.Module, x: Tensor) -> Tensor:
+    with torch.inference_mode():
+        scores: Tensor = model.eval()(x)
+    return scores
+
+
+def names(model: nn.Module, *kinds: type[nn.Module]) -> list[str]:
+    return [name for name, module in model.named_modules() if isinstance(module, kinds)]
+
+
+def by_layer(changes: list[Change], kind: str = "qat") -> dict[str, Change]:
+    found = [change for change in changes if change.pass_ == kind]
+    assert len({change.layer for change in found}) == len(found)  # exactly one each
+    return {change.layer: change for change in found}
+
+
+def settled(model: nn.Module, x: Tensor) -> nn.Module:
+    """A model whose norms have seen data."""
+    model.train()
+    with torch.no_grad():
+        for _ in range(3):
+            model(x)
+    return model.eval()
+
+
+def grid_of(x: Tensor) -> ActivationGrid:
+    observer = Observer()
+    observer.see_range(x)
+    observer.see_values(x)
+    return observer.grid()
+
+
+def grid_at(scale: float, *, unsigned: bool) -> ActivationGrid:
+    return ActivationGrid(scale=scale, zero_point=0, unsigned=unsigned, low=0.0, high=1.0, clipped=0.0)
+
+
+GRIDS = st.builds(grid_at, st.floats(1e-3, 10), unsigned=st.booleans())
+BITS = st.integers(2, 8)
+SEEDS = st.integers(0, 2**16)
+
+
+class Perceptron(nn.Module):
+    """Three Linears over the channels of raw pixels."""
+
+    def __init__(self, **more: nn.Module) -> None:
+        super().__init__()
+        self.first, self.second, self.third = nn.Linear(3, 16), nn.Linear(16, 16), nn.Linear(16, 4)
+        for name, part in more.items():
+            self.add_module(name, part)
+
+    def forward(self, x: Tensor) -> Tensor:
+        hidden = torch.relu(self.second(torch.relu(self.first((x / 64 - 2).permute(0, 2, 3, 1)))))
+        out: Tensor = self.third(hidden).permute(0, 3, 1, 2)
+        return out
+
+
+# ---- whole networks ----
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_every_layer_and_product_trains_quantised(name: str) -> None:
+    model, x = MODELS[name](), pixels(4, 3, 32, 32)
+    settled(model, x)
+    layers, products = names(model, *WEIGHTED), names(model, Product, SoftmaxProduct)
+    found = by_layer(prepare_qat([x], bits=4)(model))
+    assert sorted(found) == sorted([*layers, *products])
+    assert sorted(qat_operations(model)) == sorted(found) == sorted(names(model, *QAT))
+    assert {found[layer].done for layer in layers} == {"W4A8"} and {found[product].done for product in products} <= {"A8"}
+    assert not names(model, *WEIGHTED, Product, SoftmaxProduct)
+    assert bits_of(model) == dict.fromkeys(layers, 4)
+    assert bool(products) == (name == "hybrid")
+    assert any(isinstance(module, QATConv2d) and module.weight.shape[1] == 1 for module in model.modules())  # depthwise
+
+
+@pytest.mark.parametrize("bits", [2, 4, 8])
+@pytest.mark.parametrize("name", MODELS)
+def test_what_was_trained_is_what_is_deployed(name: str, bits: int) -> None:
+    model, x = MODELS[name](), pixels(2, 3, 32, 32)
+    settled(model, x)
+    exact = answer(model, x)
+    prepare_qat([x], bits=bits)(model)
+    taught = answer(model, x)
+    structure = qat_structure(model)
+    changes = by_layer(freeze([x])(model), "quantize")
+    deployed = answer(model, x)
+    assert sorted(names(model, *FROZEN)) == sorted(structure) == sorted(changes)
+    assert not names(model, *QAT)
+    noise = (taught - exact).square().mean().sqrt()  # of quantisation, of which what freezing adds is next to nothing
+    assert 0 < noise < float("inf")
+    assert (deployed - taught).square().mean().sqrt() < 0.1 * noise  # a Linear's sum has another order now, and may tip a value over
+
+
+@settings(deadline=None, max_examples=60)
+@given(st.floats(1e-4, 100), st.booleans(), SEEDS)
+@example(1.0, False, 0)
+def test_values_half_way_between_levels_fall_as_deployed(scale: float, unsigned: bool, seed: int) -> None:
+    torch.manual_seed(seed)
+    grid = LearnedGrid(grid_at(usable(scale), unsigned=unsigned))
+    step = grid.log_scale.detach().exp()
+    x = (torch.randint(-130, 257, (500,)) + 0.5) * step
+    assert torch.equal(grid(x).detach(), InputGrid(grid.frozen())(x))
+
+
+def test_more_bits_are_closer_to_the_float_model() -> None:
+    model, x = MODELS["hybrid"](), pixels(2, 3, 32, 32)
+    settled(model, x)
+    exact = answer(model, x)
+    kept = []
+    for bits in (2, 4, 8):
+        trained = copy.deepcopy(model)
+        prepare_qat([x], bits=bits)(trained)
+        kept.append(sqnr_db(exact, answer(trained, x)))
+    assert kept[0] < kept[1] < kept[2] and kept[2] > 25
+
+
+def test_gradients_reach_weights_and_both_kinds_of_scales() -> None:
+    model, x = MODELS["hybrid"](), pixels(2, 3, 32, 32)
+    settled(model, x)
+    prepare_qat([x])(model)
+    model.train()
+    model(x).square().mean().backward()
+    for name, parameter in model.named_parameters():
+        assert parameter.grad is not None and torch.isfinite(parameter.grad).all(), name
+    for name, operation in qat_operations(model).items():
+        grids = [module for module in operation.modules() if isinstance(module, LearnedGrid)]
+        assert len(grids) == (2 if isinstance(operation, QATProduct) else 1)
+        learned: dict[str, nn.Parameter] = {f"grid {n}": grid.log_scale for n, grid in enumerate(grids)}
+        if isinstance(operation, QATLinear | QATConv2d):
+            learned |= {"weight": cast(nn.Parameter, operation.weight), "scale": operation.log_scale}
+        for kind, parameter in learned.items():
+            assert parameter.grad is not None and parameter.grad.any(), f"{name}: {kind}"
+
+
+def test_training_makes_up_for_two_bits() -> None:
+    model, x = Perceptron().eval(), pixels(4, 3, 8, 8)
+    exact = answer(model, x).clone()
+    prepare_qat([x], bits=2)(model)
+    before = (answer(model, x) - exact).square().mean()
+    optimizer = torch.optim.Adam(model.parameters(), lr=0.01)
+    for _ in range(60):
+        optimizer.zero_grad()
+        (model(x) - exact).square().mean().backward()
+        optimizer.step()
+    freeze([x])(model)
+    assert (answer(model, x) - exact).square().mean() < before / 2
+
+
+def test_half_precision_trains_too() -> None:
+    model, x = MODELS["hybrid"](), pixels(2, 3, 32, 32)
+    settled(model, x)
+    prepare_qat([x], bits=8)(model)
+    single = answer(model, x)
+    with torch.autocast("cpu", torch.bfloat16):
+        scores = model(x)
+    assert sqnr_db(single, scores.detach().float()) > 15
+    scores.float().square().mean().backward()
+    for name, parameter in model.named_parameters():
+        assert parameter.grad is not None and torch.isfinite(parameter.grad).all(), name
+        assert parameter.dtype == parameter.grad.dtype == torch.float32, name
+
+
+def test_a_percentile_ends_the_grids_where_it_says() -> None:
+    x = torch.rand(2, 3, 32, 32) * 255
+    whole, half = Perceptron().eval(), Perceptron().eval()
+    half.load_state_dict(whole.state_dict())
+    for model, percentile in ((whole, 100.0), (half, 50.0)):
+        prepare_qat([x], percentile=percentile)(model)
+    scales = [float(model.get_parameter("first.input.log_scale").detach().exp()) for model in (whole, half)]
+    assert scales[0] == pytest.approx(2 / 127, rel=0.01)  # x / 64 - 2 of uniform bytes: -2..1.98
+    assert scales[1] == pytest.approx(1 / 127, rel=0.05)
+
+
+# ---- one operation ----
+
+
+def away_from_borders(shape: Iterable[int], low: int, high: int) -> tuple[Tensor, Tensor]:
+    """Levels from beyond both ends of a grid, and values in units of its step that are rounded to them whatever float arithmetic does."""
+    levels = torch.randint(low - 9, high + 10, tuple(shape)).double()
+    return levels.clamp(low, high), levels + torch.rand(tuple(shape)).double() * 0.9 - 0.45
+
+
+def settle_weight(layer: QATLinear | QATConv2d) -> Tensor:
+    """Gives a layer a weight away from the borders of its levels; the rounded weight, in float64."""
+    limit = 2 ** (layer.bits - 1) - 1
+    q, v = away_from_borders(layer.weight.shape, -limit, limit)
+    scale = along(layer.log_scale.detach().exp(), layer.weight.ndim, 0)
+    with torch.no_grad():
+        layer.weight.copy_(v * scale)
+    return q * scale
+
+
+def inputs_of(grid: ActivationGrid, *shape: int) -> tuple[Tensor, Tensor]:
+    """Inputs `(*shape)`, and what a grid makes of them, in float64."""
+    q, v = away_from_borders(shape, *((0, 255) if grid.unsigned else (-128, 127)))
+    scale = float(torch.tensor(grid.scale, dtype=torch.float32).log().exp())
+    return (v * scale).float(), q * scale
+
+
+def assert_as_deployed(layer: Any, x: tuple[Tensor, ...], expected: Tensor, magnitude: Tensor) -> None:
+    frozen = layer.frozen().eval()
+    for form in (layer, frozen):
+        out = form(*x).detach().double()
+        assert out.shape == expected.shape
+        assert bool(((out - expected).abs() <= 1e-5 * magnitude + 1e-9).all()), type(form).__name__
+    assert not list(frozen.parameters())
+
+
+@settings(deadline=None, max_examples=60)
+@given(st.lists(st.integers(1, 5), max_size=3), st.integers(1, 9), st.integers(1, 9), BITS, st.booleans(), GRIDS, SEEDS)
+def test_a_linear_trains_as_the_integers_that_it_becomes(
+    lead: list[int], inputs: int, outputs: int, bits: int, bias: bool, grid: ActivationGrid, seed: int
+) -> None:
+    torch.manual_seed(seed)
+    layer = QATLinear(nn.Linear(inputs, outputs, bias=bias), grid, bits)
+    weight_OI = settle_weight(layer)
+    x, rounded = inputs_of(grid, *lead, inputs)
+    shift = 0 if layer.bias is None else layer.bias.detach().double()
+    assert_as_deployed(layer, (x,), F.linear(rounded, weight_OI) + shift, F.linear(rounded.abs(), weight_OI.abs()) + 1)
+    assert int(layer.frozen().weight.abs().max()) <= 2 ** (bits - 1) - 1
+
+
+@settings(deadline=None, max_examples=60)
+@given(
+    groups=st.sampled_from([(1, 3, 5), (2, 4, 6), (4, 4, 4), (4, 4, 8)]),  # groups, input and output channels
+    kernel=st.sampled_from([(1, 1), (3, 3), (2, 3)]),
+    stride=st.sampled_from([(1, 1), (2, 2), (1, 3)]),
+    padding=st.sampled_from([(0, 0), (1, 1), (2, 0)]),
+    dilation=st.sampled_from([(1, 1), (2, 1)]),
+    size=st.tuples(st.integers(5, 8), st.integers(5, 8)),
+    bits=BITS,
+    bias=st.booleans(),
+    grid=GRIDS,
+    seed=SEEDS,
+)
+def test_a_convolution_trains_as_the_integers_that_it_becomes(
+    groups: tuple[int, int, int],
+    kernel: tuple[int, int],
+    stride: tuple[int, int],
+    padding: tuple[int, int],
+    dilation: tuple[int, int],
+    size: tuple[int, int],
+    bits: int,
+    bias: bool,
+    grid: ActivationGrid,
+    seed: int,
+) -> None:
+    torch.manual_seed(seed)
+    count, inputs, outputs = groups
+    layer = QATConv2d(nn.Conv2d(inputs, outputs, kernel, stride, padding, dilation, count, bias), grid, bits)
+    weight_OIHW = settle_weight(layer)
+    x, rounded = inputs_of(grid, 2, inputs, *size)
+    shift = 0 if layer.bias is None else layer.bias.detach().double().reshape(-1, 1, 1)
+    how = (None, stride, padding, dilation, count)
+    expected = F.conv2d(rounded, weight_OIHW, *how) + shift
+    assert_as_deployed(layer, (x,), expected, F.conv2d(rounded.abs(), weight_OIHW.abs(), *how) + 1)
+
+
+@settings(deadline=None, max_examples=30)
+@given(st.integers(1, 3), st.integers(1, 6), st.integers(1, 6), st.integers(1, 6), GRIDS, GRIDS, SEEDS)
+def test_a_product_trains_as_the_integers_that_it_becomes(
+    heads: int, rows: int, between: int, columns: int, left: ActivationGrid, right: ActivationGrid, seed: int
+) -> None:
+    torch.manual_seed(seed)
+    (a, rounded_a), (b, rounded_b) = inputs_of(left, heads, rows, between), inputs_of(right, heads, between, columns)
+    layer = QATProduct(left, right)
+    assert_as_deployed(layer, (a, b), rounded_a @ rounded_b, rounded_a.abs() @ rounded_b.abs())
+
+
+@settings(deadline=None, max_examples=30)
+@given(st.integers(1, 3), st.integers(1, 40), st.integers(1, 5), GRIDS, st.booleans(), SEEDS)
+def test_a_softmax_product_trains_as_the_integers_that_it_becomes(
+    rows: int, entries: int, columns: int, grid: ActivationGrid, biased: bool, seed: int
+) -> None:
+    torch.manual_seed(seed)
+    levels_RN, steps_RN = away_from_borders((rows, entries), 0, 255)
+    levels_RN[:, 0], steps_RN[:, 0] = 255, 255  # the largest logit, whose exponential is 1
+    logits_RN = (steps_RN.clamp(0.01, 255) / 255).log()
+    bias_RN = torch.randn(rows, entries).double() if biased else torch.zeros(rows, entries).double()
+    values, rounded = inputs_of(grid, entries, columns)
+    expected = levels_RN @ rounded / levels_RN.sum(-1, keepdim=True)
+    x = ((logits_RN - bias_RN).float(), values, bias_RN.float() if biased else None)
+    assert_as_deployed(QATSoftmaxProduct(grid), x, expected, rounded.abs().amax(0).expand_as(expected))  # type: ignore[arg-type]
+
+
+# ---- softmax ----
+
+ENTRIES = (16, 256, 4096, 16384)
+
+
+@pytest.mark.parametrize("spread", [0.0, 1.0, 2.0])
+def test_a_softmax_over_many_entries_does_not_vanish_in_eight_bits(spread: float) -> None:
+    errors, vanished = {}, {}
+    for entries in ENTRIES:
+        torch.manual_seed(entries)
+        logits_RN, values_ND = spread * torch.randn(32, entries), 1 + torch.randn(entries, 8)
+        product = QATSoftmaxProduct(grid_of(values_ND))
+        shares_RN = torch.softmax(logits_RN, -1)
+        exact_RD = shares_RN @ values_ND
+        size = exact_RD.square().mean().sqrt()
+        errors[entries] = float((product(logits_RN, values_ND) - exact_RD).detach().square().mean().sqrt() / size)
+        plain_RN = (shares_RN * 255).round() / 255  # the softmax itself on the grid of its range 0..1
+        vanished[entries] = float((plain_RN @ values_ND - exact_RD).square().mean().sqrt() / size)
+    assert max(errors.values()) < 0.1
+    assert errors[16384] < 3 * max(errors[16], 0.005)
+    assert vanished[16384] > 0.5 and vanished[16384] > 10 * errors[16384]
+
+
+@pytest.mark.parametrize("entries", ENTRIES)
+@pytest.mark.parametrize("value", [0.3, -40.0])
+def test_the_weights_of_a_softmax_sum_to_one(entries: int, value: float) -> None:
+    logits_RN, values_ND = 3 * torch.randn(4, entries), torch.full((entries, 2), value)
+    product = QATSoftmaxProduct(grid_of(values_ND))
+    for form in (product, product.frozen()):
+        torch.testing.assert_close(form(logits_RN, values_ND).detach(), torch.full((4, 2), value), rtol=1e-5, atol=0)
+
+
+def test_a_bias_hides_entries() -> None:
+    logits_RN, values_ND = torch.randn(3, 20), torch.randn(20, 4)
+    bias_1N = torch.zeros(1, 20)
+    bias_1N[:, 8:] = -1e4
+    product = QATSoftmaxProduct(grid_of(values_ND))
+    for form in (product, product.frozen()):
+        hidden = form(logits_RN, values_ND, bias_1N)
+        torch.testing.assert_close(hidden, form(logits_RN[:, :8], values_ND[:8]))
+        logits_RN[:, 8:], values_ND[8:] = 50.0, 3.0
+        torch.testing.assert_close(form(logits_RN, values_ND, bias_1N), hidden)
+        assert not torch.allclose(form(logits_RN, values_ND), hidden)
+
+
+# ---- other widths ----
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4, 6])
+def test_a_wider_layer_goes_on_from_what_it_had_rounded_to(bits: int) -> None:
+    model, x = Perceptron().eval(), pixels(2, 3, 8, 8)
+    prepare_qat([x], bits=bits)(model)
+    second = model.second
+    assert isinstance(second, QATLinear)
+    with torch.no_grad():
+        second.log_scale.add_(0.1)  # as training leaves it: not the scale that its weight would give
+    rounded, before = second.rounded().detach(), answer(model, x)
+    others = {key: value.clone() for key, value in model.state_dict().items() if not key.startswith("second.")}
+    set_bits(model, {"first": bits, "second": 8})
+    assert model.second is second and bits_of(model) == {"first": bits, "second": 8, "third": bits}
+    assert all(torch.equal(value, model.state_dict()[key]) for key, value in others.items())
+    step_O1 = second.log_scale.detach().exp()[:, None]  # of 8 bits
+    assert ((second.rounded() - rounded).detach().abs() <= step_O1 / 2 * (1 + 1e-4)).all()
+    assert sqnr_db(before, answer(model, x)) > 35
+    assert by_layer(freeze([x])(model), "quantize")["second"].done == "W8A8"
+
+
+def test_float_is_the_plain_layer_with_the_rounded_weight() -> None:
+    model, x = create_model("hybrid-xs", options=SMALL), pixels(2, 3, 32, 32)
+    settled(model, x)
+    prepare_qat([x])(model)
+    name = "stages.0.position.conv"  # depthwise
+    layer = model.get_submodule(name)
+    assert isinstance(layer, QATConv2d)
+    rounded = layer.rounded().detach().clone()
+    set_bits(model, {name: FLOAT})
+    plain = model.get_submodule(name)
+    assert type(plain) is nn.Conv2d and torch.equal(plain.weight, rounded) and plain.bias is layer.bias
+    assert isinstance(plain.weight, nn.Parameter) and plain.weight.requires_grad and not plain.training
+    like = layer.shape_of[0]
+    assert isinstance(like, nn.Conv2d)
+    assert (plain.stride, plain.padding, plain.groups) == (like.stride, like.padding, like.groups)
+    assert name not in bits_of(model) and torch.isfinite(answer(model, x)).all()
+    changes = by_layer(freeze([x])(model), "quantize")
+    assert (changes[name].done, changes[name].reason) == ("kept", "16 bits, as assigned")
+    assert torch.equal(plain.weight, plain.weight.half().float())
+
+
+def test_freezing_measures_each_layer() -> None:
+    x, kept = pixels(2, 3, 8, 8), {}
+    torch.manual_seed(1)
+    model = Perceptron().eval()
+    for bits in (2, 4, 8):
+        trained = copy.deepcopy(model)
+        prepare_qat([x], bits=bits)(trained)
+        changes = by_layer(freeze([x])(trained), "quantize")
+        assert {change.done for change in changes.values()} == {f"W{bits}A8"}
+        kept[bits] = [change.sqnr_db or 0 for change in changes.values()]
+    assert all(two < four < eight for two, four, eight in zip(kept[2], kept[4], kept[8], strict=True))
+    assert min(kept[8]) > 30 and max(kept[2]) < 20
+
+
+# ---- structure, for checkpoints ----
+
+
+def test_a_structure_and_its_numbers_make_the_model_again() -> None:
+    torch.manual_seed(3)
+    model, x = create_model("hybrid-xs", options=SMALL), pixels(2, 3, 32, 32)
+    settled(model, x)
+    prepare_qat([x], keep=("head.conv",))(model)
+    set_bits(model, {"stem.0.conv": 8, "stem.1.conv": FLOAT, "stages.0.blocks.0.mlp.expand": 2})
+    structure = json.loads(json.dumps(qat_structure(model)))  # as a checkpoint holds it
+    again = create_model("hybrid-xs", options=SMALL).eval()
+    fold(again)
+    apply_qat(again, structure)
+    again.load_state_dict(model.state_dict())
+    assert qat_structure(again) == structure and bits_of(again) == bits_of(model)
+    assert structure["stem.0.conv"] == [8, 0] and structure["stages.0.blocks.0.mlp.reduce"] == [4, 1]  # behind a ReLU: unsigned
+    assert structure["stages.0.blocks.0.attention.local.scores"] == [0, 0, 0]
+    assert structure.keys().isdisjoint({"stem.1.conv", "head.conv"})
+    assert torch.equal(answer(again, x), answer(model, x))
+
+
+# ---- what goes wrong, and what is odd ----
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_a_broken_weight_is_named(bad: float) -> None:
+    model = Perceptron().eval()
+    with torch.no_grad():
+        model.second.weight[3, 2] = bad
+    with pytest.raises(MuntinError, match=r"layer 'second': the weight holds NaN or infinity") as caught:
+        prepare_qat([pixels(1, 3, 8, 8)])(model)
+    assert "\n" not in str(caught.value)
+    assert type(model.second) is nn.Linear
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_a_broken_image_is_named(bad: float) -> None:
+    model, x = Perceptron().eval(), pixels(2, 3, 8, 8)
+    x[1, 0, 3, 3] = bad
+    with pytest.raises(MuntinError, match=r"NaN or infinity at the input of layer 'first'") as caught:
+        prepare_qat([x])(model)
+    assert "\n" not in str(caught.value)
+    assert not names(model, *QAT)
+
+
+def test_no_batch_is_an_error() -> None:
+    nothings: list[Iterable[Tensor]] = [[], iter(())]
+    for nothing in nothings:
+        with pytest.raises(MuntinError, match="no batch came"):
+            prepare_qat(nothing)(Perceptron())
+
+
+def test_an_unknown_name_in_keep_is_an_error_and_nothing_changes() -> None:
+    model = create_model("hybrid-xs", options=SMALL).eval()
+    before = copy.deepcopy(model.state_dict())
+    with pytest.raises(MuntinError, match=r"keep names no Linear or Conv2d: nosuch; the model has stem\.0\.conv") as caught:
+        prepare_qat([pixels(1, 3, 32, 32)], keep=("stem.0.conv", "nosuch"))(model)
+    assert "\n" not in str(caught.value)
+    assert before.keys() == model.state_dict().keys()
+    assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
+
+
+def test_layers_named_in_keep_stay_in_float() -> None:
+    model, x = Perceptron().eval(), pixels(1, 3, 8, 8)
+    second = model.second
+    found = by_layer(prepare_qat([x], keep=("second",))(model))
+    assert [(change.layer, change.reason) for change in found.values() if change.kept] == [("second", "named in keep")]
+    assert model.second is second and sorted(bits_of(model)) == ["first", "third"]
+
+
+def test_what_no_image_reaches_is_kept_and_said_so() -> None:
+    model = Perceptron(spare=nn.Conv2d(3, 3, 1), product=Product(), attention=SoftmaxProduct()).eval()
+    found = by_layer(prepare_qat([pixels(1, 3, 8, 8)])(model))
+    for name in ("spare", "product", "attention"):
+        assert found[name].kept and found[name].reason == "no calibration image reached it"
+    assert sorted(names(model, *QAT)) == ["first", "second", "third"]
+    assert all(by_layer(prepare_qat([torch.zeros(0, 3, 8, 8)])(Perceptron()))[name].kept for name in ("first", "second", "third"))
+
+
+def test_layers_with_arithmetic_of_their_own_are_kept() -> None:
+    class Padding(nn.Conv2d):
+        def forward(self, input: Tensor) -> Tensor:
+            return super().forward(F.pad(input, (0, 1, 0, 1)))
+
+    class Verbose(nn.Conv2d):
+        def forward(self, input: Tensor) -> Tensor:
+            return F.conv2d(input, self.weight, self.bias)
+
+    reflected = nn.Conv2d(8, 8, 3, padding=1, padding_mode="reflect")
+    model = nn.Sequential(Padding(3, 8, 2), nn.Conv2d(8, 8, 3, padding="same"), reflected, Verbose(8, 4, 1)).eval()
+    x = pixels(1, 3, 8, 8)
+    before = answer(model, x)
+    found = by_layer(prepare_qat([x], bits=8)(model))
+    assert {name: change.reason for name, change in found.items() if change.kept} == {
+        "0": "it does not compute what its kind does: no integer form",
+        "1": "padding 'same' has no integer form here",
+        "2": "padding 'reflect' has no integer form here",
+    }
+    assert isinstance(model[3], QATConv2d) and sqnr_db(before, answer(model, x)) > 30
+
+
+def test_pytorchs_own_encoder_calls_its_layers_in_training_form() -> None:
+    layer = nn.TransformerEncoderLayer(32, 4, 64, batch_first=True, dropout=0.0)
+    model = nn.Sequential(nn.Conv2d(3, 32, 8, 8), nn.Flatten(2), nn.TransformerEncoder(layer, 1, enable_nested_tensor=False)).eval()
+    model[1] = type("Tokens", (nn.Module,), {"forward": lambda self, x: x.flatten(2).transpose(1, 2)})()
+    x = pixels(2, 3, 32, 32) / 64
+    found = by_layer(prepare_qat([x], bits=2)(model))
+    assert [name for name, change in found.items() if not change.kept] == ["0", "2.layers.0.linear1", "2.layers.0.linear2"]
+    before = answer(model, x)
+    with torch.no_grad():
+        model.get_parameter("2.layers.0.linear2.log_scale").add_(1.0)
+    assert not torch.allclose(answer(model, x), before)  # else the layer was not called
+
+
+def test_a_shared_layer_trains_once_and_stays_shared() -> None:
+    shared = nn.Conv2d(4, 4, 3, padding=1)
+    model = nn.Sequential(nn.Conv2d(3, 4, 1), shared, nn.ReLU(), shared).eval()
+    x = pixels(1, 3, 8, 8)
+    assert list(by_layer(prepare_qat([x])(model))) == ["0", "1"]
+    assert isinstance(model[1], QATConv2d) and model[3] is model[1]
+    set_bits(model, {"1": 8})
+    freeze([x])(model)
+    assert isinstance(model[1], QuantizedConv2d) and model[3] is model[1] and model[1].bits == 8
+
+
+def test_constant_activations() -> None:
+    model, x = Perceptron().eval(), pixels(2, 3, 8, 8)
+    with torch.no_grad():
+        model.first.bias.fill_(-1e4)  # ReLU gives zeros
+        model.second.weight.zero_()  # and its bias alone reaches the third
+    before = answer(model, x)
+    prepare_qat([x], bits=8)(model)
+    torch.testing.assert_close(answer(model, x), before, rtol=0.02, atol=0.02 * float(before.abs().max()))
+    model(x).square().mean().backward()
+    assert all(p.grad is not None and torch.isfinite(p.grad).all() for p in model.parameters())
+    taught = answer(model, x)
+    freeze([x])(model)
+    torch.testing.assert_close(answer(model, x), taught, rtol=1e-4, atol=1e-5)
+
+
+def test_one_pixel_calibrates() -> None:
+    model = Perceptron().eval()
+    assert len(by_layer(prepare_qat([pixels(1, 3, 1, 1)])(model))) == 3
+    x = pixels(2, 3, 9, 9)
+    taught = answer(model, x)
+    assert torch.isfinite(taught).all()
+    freeze([pixels(1, 3, 1, 1)])(model)
+    torch.testing.assert_close(answer(model, x), taught, rtol=1e-4, atol=1e-4)
+
+
+def test_dead_channels_stay_zero_and_trainable() -> None:
+    model, x = Perceptron().eval(), pixels(2, 3, 8, 8)
+    with torch.no_grad():
+        model.second.weight[3:6] = 0
+        model.third.weight.zero_()
+    before = answer(model, x)
+    prepare_qat([x])(model)
+    assert torch.equal(answer(model, x), before)  # the bias of the third alone
+    model(x).sum().backward()
+    assert all(p.grad is not None and torch.isfinite(p.grad).all() for p in model.parameters())
+    second = model.second
+    assert isinstance(second, QATLinear) and not second.rounded()[3:6].any() and second.rounded()[:3].any()
+    freeze([x])(model)
+    assert not model.get_buffer("second.weight")[:, 3:6].any()
+    assert torch.equal(answer(model, x), before)
+
+
+def test_bytes_calibrate_as_floats_do() -> None:
+    x = torch.randint(0, 256, (2, 3, 8, 8), dtype=torch.uint8)
+    one, other = Perceptron().eval(), Perceptron().eval()
+    other.load_state_dict(one.state_dict())
+    prepare_qat([x.float()])(one)
+    prepare_qat(batch for batch in (x,))(other)
+    assert all(torch.equal(value, other.state_dict()[key]) for key, value in one.state_dict().items())

@@ -1,0 +1,406 @@
+"""The three stages on a tiny recipe: what they leave, what they refuse, and that an interruption changes no bit."""
+
+from __future__ import annotations
+
+import copy
+import os
+import shutil
+import signal
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from muntin.compression import stages
+from muntin.compression.change import Change
+from muntin.compression.factored import FactoredConv2d, FactoredLinear
+from muntin.compression.qat import FLOAT, bits_of, qat_operations
+from muntin.compression.stages import (
+    STAGES,
+    CompressionRun,
+    Stage,
+    changes_of,
+    compress_checkpoint,
+    read_model,
+    stage_checkpoints,
+)
+from muntin.errors import CheckpointError, MuntinError, RecipeError
+from muntin.layers import Product, SoftmaxProduct
+from muntin.training.checkpoint import AVERAGE, MODEL, OPTIMIZER, Checkpoint, read_checkpoint
+from muntin.training.config import CompressionConfig
+from muntin.training.loop import LOG_EVERY, FitProgress, fit
+from muntin.training.trainer import Trainer
+
+STEPS = LOG_EVERY + 1
+FULL = {"share": 1.0, "learning_rate": 1e-3}
+COMPRESSION = {
+    "low_rank": {"parameters": 0.6, "multiple": 4},
+    "average_bits": 6,
+    "recover": FULL,
+    "quantize": FULL,
+    "mix": FULL,
+    "average": 0.5,
+}
+ONE_STAGE = {"dims": [32], "depths": [1]}
+Report = Callable[[Stage, FitProgress], None]
+
+
+@dataclass(frozen=True)
+class Compressed:
+    """A trained run, what compressing it without a break left, and the trainers' averaged models. Not to be changed: copy first."""
+
+    origin: Checkpoint
+    run: CompressionRun
+    averages: dict[Stage, nn.Module]
+
+    def stage(self, stage: Stage) -> Checkpoint:
+        return read_checkpoint(self.run.directory / f"{STAGES.index(stage) + 1}-{stage}")
+
+
+def train(write_tiny: Callable[..., Any], root: Path, **sections: Any) -> Checkpoint:
+    tiny = write_tiny(root / "data")
+    options = tiny.content["model"]["options"] | ONE_STAGE
+    shutil.rmtree(root / "data")
+    training = {"steps": STEPS, "validate_every": 100, "checkpoint_every": 100}
+    tiny = write_tiny(root / "data", **{"compression": COMPRESSION, "model": {"options": options}, "training": training} | sections)
+    return read_checkpoint(fit(tiny.recipe, directory=root / "run").checkpoint)
+
+
+@pytest.fixture(scope="module")
+def compressed(tmp_path_factory: pytest.TempPathFactory, write_tiny: Callable[..., Any]) -> Compressed:
+    root = tmp_path_factory.mktemp("compressed")
+    origin = train(write_tiny, root)
+    trainers: list[Trainer] = []
+
+    class Watched(Trainer):
+        def __init__(self, *arguments: Any, **named: Any) -> None:
+            super().__init__(*arguments, **named)
+            trainers.append(self)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(stages, "Trainer", Watched)
+        run = compress_checkpoint(origin, root / "run" / "compressed")
+    return Compressed(origin, run, dict(zip(STAGES, (trainer.average.model for trainer in trainers), strict=True)))
+
+
+def pixels(*shape: int) -> Tensor:
+    return torch.randint(0, 256, shape).float()
+
+
+def answer(model: nn.Module, x: Tensor) -> Tensor:
+    with torch.inference_mode():
+        scores: Tensor = model.eval()(x)
+    return scores
+
+
+def names(model: nn.Module, *kinds: type[nn.Module]) -> list[str]:
+    return [name for name, module in model.named_modules() if isinstance(module, kinds)]
+
+
+def count(model: nn.Module) -> int:
+    return sum(parameter.numel() for parameter in model.parameters())
+
+
+def by_layer(changes: list[Change], pass_: str) -> dict[str, Change]:
+    found = [change for change in changes if change.pass_ == pass_]
+    assert len({change.layer for change in found}) == len(found)
+    return {change.layer: change for change in found}
+
+
+def told(error: pytest.ExceptionInfo[MuntinError]) -> str:
+    assert "\n" not in str(error.value)
+    return str(error.value)
+
+
+def tree(root: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(root)): path.read_bytes() for path in sorted(root.rglob("*")) if path.is_file()}
+
+
+# ---- what is left behind ----
+
+
+def test_three_stages_leave_a_folder_each(compressed: Compressed) -> None:
+    run = compressed.run
+    assert not run.interrupted
+    assert [(result.stage, result.step, result.steps) for result in run.stages] == [(stage, STEPS, STEPS) for stage in STAGES]
+    assert all(result.seconds > 0 for result in run.stages)
+    folders = [run.directory / name for name in ("1-low-rank", "2-w4a8", "3-mixed")]
+    assert sorted(run.directory.iterdir()) == folders
+    for folder, result in zip(folders, run.stages, strict=True):
+        assert result.checkpoint == folder / "checkpoints" / f"step-{STEPS:08d}"
+        assert (folder / "metrics.jsonl").is_file()
+    assert stage_checkpoints(run.directory) == {result.stage: result.checkpoint for result in run.stages}
+    assert run.checkpoint == folders[-1] / "checkpoints" / f"step-{STEPS:08d}"
+
+
+def test_the_budget_of_parameters_is_kept_and_used(compressed: Compressed) -> None:
+    dense, factored = count(compressed.origin.model()), read_model(compressed.stage("low-rank"))
+    assert 0.5 * dense < count(factored) <= 0.6 * dense
+    assert len(names(factored, FactoredLinear, FactoredConv2d)) > 5
+
+
+def test_every_layer_is_accounted_for_in_every_stage(compressed: Compressed) -> None:
+    layers = names(compressed.origin.model(), nn.Linear, nn.Conv2d)
+    first, second, third = (compressed.stage(stage) for stage in STAGES)
+    low_rank = by_layer(changes_of(first), "low_rank")
+    assert sorted(low_rank) == sorted(layers) and len(changes_of(first)) == len(low_rank)
+    factored = read_model(first)
+    ranks = {name: getattr(factored.get_submodule(name), "ranks", ()) for name in layers}
+    assert {name: change.ranks for name, change in low_rank.items()} == ranks
+    assert all(bool(change.reason) == change.kept for change in low_rank.values())
+
+    assert changes_of(second)[: len(low_rank)] == changes_of(first)
+    qat = by_layer(changes_of(second), "qat")
+    assert sorted(qat) == sorted(names(factored, nn.Linear, nn.Conv2d, Product, SoftmaxProduct))
+    in_training = qat_operations(read_model(second))
+    assert sorted(name for name, change in qat.items() if not change.kept) == sorted(in_training)
+    assert {change.pass_ for change in changes_of(second)} == {"low_rank", "fold", "qat"}
+
+    assert changes_of(third)[: len(changes_of(second))] == changes_of(second)
+    mix, bits = by_layer(changes_of(third), "mix"), bits_of(read_model(third))
+    assert sorted(mix) == sorted(bits_of(read_model(second)))
+    for name, change in mix.items():
+        assert change.done == (f"W{bits[name]}A8" if name in bits else "16 bits")
+        assert "of the rounding error away" in change.reason
+
+
+def test_bits_are_four_and_then_within_the_average(compressed: Compressed) -> None:
+    second, third = read_model(compressed.stage("w4a8")), read_model(compressed.stage("mixed"))
+    before, after = bits_of(second), bits_of(third)
+    assert set(before.values()) == {4}
+    weights = {name: second.get_parameter(f"{name}.weight").numel() for name in before}
+    spent = sum(min(16, after.get(name, FLOAT)) * number for name, number in weights.items())
+    assert 4 * sum(weights.values()) < spent <= 6 * sum(weights.values())
+    measured = compressed.stage("w4a8").state.compression
+    assert measured is not None and sorted(measured["sensitivity"]) == sorted(before)
+
+
+def test_what_is_read_is_the_model_that_was_trained(compressed: Compressed) -> None:
+    x = pixels(2, 3, 32, 32)
+    assert list(compressed.averages) == list(STAGES)
+    for stage, trained in compressed.averages.items():
+        model = read_model(compressed.stage(stage))
+        assert not any(module.training for module in model.modules())
+        state = trained.state_dict()
+        assert model.state_dict().keys() == state.keys()
+        assert all(torch.equal(value, state[name]) for name, value in model.state_dict().items())
+        assert bits_of(model) == bits_of(trained)
+        torch.testing.assert_close(answer(model, x), answer(copy.deepcopy(trained), x), rtol=1e-4, atol=1e-5)
+
+
+def test_the_model_of_a_run_is_read_too(compressed: Compressed) -> None:
+    x = pixels(1, 3, 32, 32)
+    assert torch.equal(answer(read_model(compressed.origin), x), answer(compressed.origin.model(), x))
+    assert changes_of(compressed.origin) == []
+
+
+def test_stages_train(compressed: Compressed) -> None:
+    for stage in STAGES:
+        checkpoint = compressed.stage(stage)
+        assert [point["step"] for point in checkpoint.state.training] == [LOG_EVERY, STEPS]
+        assert [point["step"] for point in checkpoint.state.validation] == [STEPS]
+        assert any(value.any() for name, value in checkpoint.tensors[OPTIMIZER].items() if name.startswith("exp_avg."))
+    low_rank, quantised = (compressed.stage(stage).tensors[MODEL] for stage in ("low-rank", "w4a8"))
+    scales = [name for name in quantised if name.endswith("input.log_scale")]
+    assert scales and not any(name in low_rank for name in scales)
+
+
+def test_a_compressed_checkpoint_gives_no_model_of_its_recipe(compressed: Compressed) -> None:
+    for stage in STAGES:
+        with pytest.raises(CheckpointError, match="holds a compressed model: give the checkpoint of `muntin fit`") as error:
+            compressed.stage(stage).model()
+        told(error)
+
+
+# ---- interrupted and resumed ----
+
+
+def ctrl_c_in(stage: Stage) -> Report:
+    """A real SIGINT of this process while a step of a stage is reported."""
+
+    def report(at: Stage, progress: FitProgress) -> None:
+        if at == stage and progress.kind == "step" and progress.step == LOG_EVERY:
+            os.kill(os.getpid(), signal.SIGINT)
+
+    return report
+
+
+def assert_same_state(one: Checkpoint, other: Checkpoint) -> None:
+    assert one.state.step == other.state.step and one.state.compression == other.state.compression
+    assert one.tensors.keys() == other.tensors.keys() == {MODEL, AVERAGE, OPTIMIZER}
+    for file, tensors in one.tensors.items():
+        assert tensors.keys() == other.tensors[file].keys()
+        for name, value in tensors.items():
+            assert torch.equal(value, other.tensors[file][name]), f"{file}: {name}"
+
+
+def test_interrupted_in_every_stage_it_ends_in_the_same_bits(compressed: Compressed, tmp_path: Path) -> None:
+    for number, stage in enumerate(STAGES):
+        run = compress_checkpoint(compressed.origin, tmp_path / "again", resume=number > 0, report=ctrl_c_in(stage))
+        assert run.interrupted
+        assert [(result.stage, result.step) for result in run.stages] == [
+            *((before, STEPS) for before in STAGES[:number]),
+            (stage, LOG_EVERY),
+        ]
+        read_model(read_checkpoint(run.checkpoint))
+        torch.manual_seed(number)  # whatever else the process draws
+    run = compress_checkpoint(compressed.origin, tmp_path / "again", resume=True)
+    assert not run.interrupted and len(run.stages) == 3
+    for stage, result in zip(STAGES, run.stages, strict=True):
+        assert_same_state(compressed.stage(stage), read_checkpoint(result.checkpoint))
+
+
+def test_what_is_finished_stays_as_it_is_when_resumed(compressed: Compressed) -> None:
+    before = tree(compressed.run.directory)
+    again = compress_checkpoint(compressed.origin, compressed.run.directory, resume=True)
+    assert again == compressed.run
+    assert tree(compressed.run.directory) == before
+
+
+def test_stages_may_come_one_at_a_time(compressed: Compressed, tmp_path: Path) -> None:
+    for number, stage in enumerate(STAGES):
+        run = compress_checkpoint(compressed.origin, tmp_path / "stages", until=stage, resume=number > 0)
+        assert not run.interrupted
+        assert [result.stage for result in run.stages] == list(STAGES[: number + 1])
+        assert_same_state(compressed.stage(stage), read_checkpoint(run.checkpoint))
+
+
+# ---- what is refused ----
+
+
+def test_a_folder_with_stages_is_not_overwritten(compressed: Compressed) -> None:
+    before = tree(compressed.run.directory)
+    with pytest.raises(CheckpointError, match="already holds stages; --resume goes on with them") as error:
+        compress_checkpoint(compressed.origin, compressed.run.directory)
+    told(error)
+    assert tree(compressed.run.directory) == before
+
+
+def test_another_recipe_is_refused(compressed: Compressed) -> None:
+    before = tree(compressed.run.directory)
+    config = compressed.origin.recipe.compression.model_copy(update={"average_bits": 7.0})
+    with pytest.raises(CheckpointError, match="was made from another checkpoint or recipe: give another --output, or remove") as error:
+        compress_checkpoint(compressed.origin, compressed.run.directory, config=config, resume=True)
+    told(error)
+    assert tree(compressed.run.directory) == before
+
+
+def test_another_origin_is_refused(compressed: Compressed, tmp_path: Path) -> None:
+    recipe = compressed.origin.recipe
+    other = read_checkpoint(fit(recipe, root=compressed.origin.state.root, directory=tmp_path / "run", report=stop_at_once).checkpoint)
+    assert other.recipe == recipe and other.state.step < STEPS
+    before = tree(compressed.run.directory)
+    with pytest.raises(CheckpointError, match="was made from another checkpoint or recipe") as error:
+        compress_checkpoint(other, compressed.run.directory, resume=True)
+    told(error)
+    assert tree(compressed.run.directory) == before
+
+
+def stop_at_once(progress: FitProgress) -> None:
+    if progress.kind == "step" and progress.step == LOG_EVERY:
+        os.kill(os.getpid(), signal.SIGINT)
+
+
+def test_what_is_compressed_already_is_refused(compressed: Compressed, tmp_path: Path) -> None:
+    for stage in STAGES:
+        with pytest.raises(CheckpointError, match="is compressed already: give the checkpoint of `muntin fit`") as error:
+            compress_checkpoint(compressed.stage(stage), tmp_path / "twice")
+        told(error)
+    assert not (tmp_path / "twice").exists()
+
+
+def test_a_budget_that_cannot_be_met_leaves_nothing(compressed: Compressed, tmp_path: Path) -> None:
+    config = CompressionConfig.model_validate(COMPRESSION | {"low_rank": {"parameters": 0.01, "multiple": 4}})
+    with pytest.raises(MuntinError, match="out of reach") as error:
+        compress_checkpoint(compressed.origin, tmp_path / "none", config=config)
+    told(error)
+    assert not (tmp_path / "none").exists()
+
+
+# ---- other configurations ----
+
+
+def short(**changes: Any) -> CompressionConfig:
+    """No training in any stage: what a stage does to a model is all there."""
+    none = {"share": 0, "learning_rate": 1e-3}
+    return CompressionConfig.model_validate(COMPRESSION | {"recover": none, "quantize": none, "mix": none} | changes)
+
+
+def test_stages_without_training_go_on_too(compressed: Compressed, tmp_path: Path) -> None:
+    run = compress_checkpoint(compressed.origin, tmp_path / "short", config=short())
+    assert [(result.stage, result.step, result.steps) for result in run.stages] == [(stage, 0, 0) for stage in STAGES]
+    assert not run.interrupted
+    assert compress_checkpoint(compressed.origin, tmp_path / "short", config=short(), resume=True) == run
+    assert torch.isfinite(answer(read_model(read_checkpoint(run.checkpoint)), pixels(1, 3, 32, 32))).all()
+
+
+def test_without_low_rank_there_is_no_such_stage(compressed: Compressed, tmp_path: Path) -> None:
+    config = short(low_rank=None)
+    run = compress_checkpoint(compressed.origin, tmp_path / "dense", config=config)
+    assert [result.stage for result in run.stages] == ["w4a8", "mixed"]
+    assert sorted(path.name for path in (tmp_path / "dense").iterdir()) == ["2-w4a8", "3-mixed"]
+    assert list(stage_checkpoints(tmp_path / "dense")) == ["w4a8", "mixed"]
+    last = read_checkpoint(run.checkpoint)
+    assert not names(read_model(last), FactoredLinear, FactoredConv2d)
+    assert {change.pass_ for change in changes_of(last)} == {"fold", "qat", "mix"}
+    with pytest.raises(RecipeError, match=r"compression\.low_rank is null, so there is no stage before 'w4a8'") as error:
+        compress_checkpoint(compressed.origin, tmp_path / "none", config=config, until="low-rank")
+    told(error)
+
+
+@pytest.mark.parametrize("bits", [2, 8])
+def test_the_stage_of_quantisation_has_the_bits_that_the_recipe_says(compressed: Compressed, tmp_path: Path, bits: int) -> None:
+    run = compress_checkpoint(compressed.origin, tmp_path / "bits", config=short(weight_bits=bits, average_bits=bits), until="w4a8")
+    assert set(bits_of(read_model(read_checkpoint(run.checkpoint))).values()) == {bits}
+
+
+def test_layers_named_in_keep_stay_as_they_are(compressed: Compressed, tmp_path: Path) -> None:
+    kept = ("head.conv", "stages.0.blocks.0.mlp.expand")
+    run = compress_checkpoint(compressed.origin, tmp_path / "keep", config=short(keep=kept))
+    model = read_model(read_checkpoint(run.checkpoint))
+    assert {type(model.get_submodule(name)) for name in kept} == {nn.Conv2d, nn.Linear}
+    changes = changes_of(read_checkpoint(run.checkpoint))
+    for name in kept:
+        assert by_layer(changes, "low_rank")[name].reason == by_layer(changes, "qat")[name].reason == "named in keep"
+    with pytest.raises(MuntinError, match="keep names no Linear or Conv2d: nosuch") as error:
+        compress_checkpoint(compressed.origin, tmp_path / "unknown", config=short(keep=("nosuch",)))
+    told(error)
+    assert not (tmp_path / "unknown").exists()
+
+
+USED_TWICE = """
+from torch import nn
+
+class UsedTwice(nn.Module):
+    def __init__(self, classes, channels):
+        super().__init__()
+        self.stem, self.norm = nn.Conv2d(channels, 8, 3, padding=1), nn.BatchNorm2d(8)
+        self.body, self.head = nn.Conv2d(8, 8, 3, padding=1), nn.Conv2d(8, classes, 1)
+
+    def forward(self, x):
+        x = self.stem(x / 64 - 2)
+        return self.head((self.body(self.norm(x).relu()) + x).relu())
+
+def make(*, task, classes, channels):
+    return UsedTwice(classes, channels)
+"""
+
+
+def test_a_model_whose_batch_norm_cannot_be_folded_is_read_again(
+    tmp_path: Path, write_tiny: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "used_twice.py").write_text(USED_TWICE)
+    monkeypatch.syspath_prepend(tmp_path)
+    tiny = write_tiny(tmp_path / "data", model={"name": "used_twice:make", "options": {}}, training={"steps": 3})
+    origin = read_checkpoint(fit(tiny.recipe, directory=tmp_path / "run").checkpoint)
+    run = compress_checkpoint(origin, tmp_path / "compressed", config=short(low_rank=None))
+    last = read_checkpoint(run.checkpoint)
+    (kept,) = [change for change in changes_of(last) if change.pass_ == "fold"]
+    assert kept.kept and "changes its answer" in kept.reason
+    model = read_model(last)
+    assert isinstance(model.get_submodule("norm"), nn.BatchNorm2d)
+    assert all(torch.equal(value, last.tensors[AVERAGE][name]) for name, value in model.state_dict().items())

@@ -1,0 +1,166 @@
+"""Weights of fewer than 8 bits in an artefact: what is stored, what is recorded, what runs. Axes: B images, C channels, H W map."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from safetensors.numpy import load_file
+from torch import Tensor, nn
+
+import muntin
+from muntin import create_model
+from muntin.artifact import Artifact
+from muntin.compression import QuantizedConv2d, QuantizedLinear, freeze, prepare_qat, set_bits
+from muntin.compression.qat import FLOAT
+from muntin.deployment.counting import stored_bytes
+from muntin.runtime import describe_hardware
+
+INTEGER_CPU = {"avx512_vnni", "avx_vnni", "amx_int8"}
+LAYERS = ("stem", "depthwise", "body", "expand", "head")
+MIXED = {"depthwise": 8, "body": 2, "expand": FLOAT}
+
+
+def network(build: type[nn.Module]) -> nn.Module:
+    """A convolution, a depthwise one, one of odd length (its last byte is not full), and two Linears."""
+
+    def run(m: Any, x: Tensor) -> Any:
+        y = torch.relu(m.depthwise(torch.relu(m.stem(x / 60 - 2))))
+        y = torch.relu(m.body(y)).permute(0, 2, 3, 1)
+        return m.head(torch.relu(m.expand(y))).permute(0, 3, 1, 2)
+
+    return build(
+        run,
+        stem=nn.Conv2d(3, 32, 3, padding=1),
+        depthwise=nn.Conv2d(32, 32, 3, padding=1, groups=32),
+        body=nn.Conv2d(32, 33, 3, padding=1),
+        expand=nn.Linear(33, 65),
+        head=nn.Linear(65, 5),
+    )
+
+
+class Deployed:
+    """A network in integers of so many bits, and its artefact."""
+
+    def __init__(self, model: nn.Module, example: Tensor, path: Path, *, bits: int, widths: dict[str, int] | None = None) -> None:
+        changes = prepare_qat([example], bits=bits)(model)
+        set_bits(model, widths or {})
+        changes += freeze([example])(model)
+        self.model = model
+        self.artifact: Artifact = muntin.export(model, example, path, changes=changes)
+
+    @property
+    def records(self) -> dict[str, Any]:
+        return {record.name: record for record in self.artifact.manifest.layers}
+
+
+@pytest.fixture(scope="module")
+def deployed(tmp_path_factory: pytest.TempPathFactory, build: type[nn.Module], pixels: Callable[..., Tensor]) -> dict[str, Deployed]:
+    """The same network in three widths."""
+    root, made = tmp_path_factory.mktemp("bits"), {}
+    for name, bits, widths in (("w8", 8, None), ("w4", 4, None), ("mixed", 4, MIXED)):
+        torch.manual_seed(0)
+        made[name] = Deployed(network(build).eval(), pixels(2, 3, 48, 64), root / name, bits=bits, widths=widths)
+    return made
+
+
+def integers(model: nn.Module) -> dict[str, QuantizedConv2d | QuantizedLinear]:
+    return {name: module for name, module in model.named_modules() if isinstance(module, QuantizedConv2d | QuantizedLinear)}
+
+
+def stored(artifact: Artifact, like: Tensor) -> Any:
+    """How the initializer of a shape that no other has is stored."""
+    shape = tuple(like.shape)
+    found = [record for record in artifact.manifest.tensors.values() if record.shape == shape and record.packing == "int"]
+    assert len(found) == 1
+    return found[0]
+
+
+def test_four_bits_are_stored_as_four_bits(deployed: dict[str, Deployed]) -> None:
+    low = deployed["w4"]
+    layers = integers(low.model)
+    assert list(layers) == list(LAYERS)
+    for layer in layers.values():
+        assert layer.bits == 4 and layer.weight.dtype == torch.int8 and 3 < int(layer.weight.abs().max()) <= 7
+        assert stored(low.artifact, layer.weight).bits == 4
+    data = load_file(low.artifact.path / "weights.safetensors")
+    packed = sorted(array.size for name, array in data.items() if low.artifact.manifest.tensors[name].packing == "int")
+    assert packed == sorted((layer.weight.numel() + 1) // 2 for layer in layers.values())  # bytes
+
+
+def test_each_layer_says_how_many_bits_it_has(deployed: dict[str, Deployed]) -> None:
+    assert {name: (r.weight_bits, r.activation_bits) for name, r in deployed["w4"].records.items()} == dict.fromkeys(LAYERS, (4, 8))
+    assert {name: (r.weight_bits, r.activation_bits) for name, r in deployed["mixed"].records.items()} == {
+        "stem": (4, 8), "depthwise": (8, 8), "body": (2, 8), "expand": (16, None), "head": (4, 8),
+    }  # fmt: skip
+    assert deployed["mixed"].records["expand"].note == "16 bits, as assigned"
+    passes = {entry["layer"]: entry["done"] for entry in deployed["mixed"].artifact.manifest.passes if entry["pass"] == "quantize"}
+    assert passes == {"stem": "W4A8", "depthwise": "W8A8", "body": "W2A8", "expand": "kept", "head": "W4A8"}
+
+
+def test_mixed_widths_are_stored_as_they_are(deployed: dict[str, Deployed]) -> None:
+    mixed = deployed["mixed"]
+    bits = {name: stored(mixed.artifact, layer.weight).bits for name, layer in integers(mixed.model).items()}
+    assert bits == {"stem": 4, "depthwise": 8, "body": 2, "head": 4}
+    halves = [record for record in mixed.artifact.manifest.tensors.values() if record.packing == "f16"]
+    assert any(record.shape in ((33, 65), (65, 33)) for record in halves)
+
+
+def test_fewer_bits_are_a_smaller_artefact(deployed: dict[str, Deployed]) -> None:
+    sizes = {name: (made.artifact.path / "weights.safetensors").stat().st_size for name, made in deployed.items()}
+    weights = sum(layer.weight.numel() for layer in integers(deployed["w8"].model).values())
+    saved = sizes["w8"] - sizes["w4"]
+    assert saved == pytest.approx(weights / 2, abs=600)  # what a file's header says may differ in length
+    assert deployed["w4"].artifact.bytes < deployed["w8"].artifact.bytes - 0.9 * saved
+    for made in deployed.values():
+        assert stored_bytes(made.model) < made.artifact.bytes
+    assert stored_bytes(deployed["w8"].model) - stored_bytes(deployed["w4"].model) == sum(
+        layer.weight.numel() - (layer.weight.numel() + 1) // 2 for layer in integers(deployed["w8"].model).values()
+    )
+
+
+@pytest.mark.skipif(INTEGER_CPU.isdisjoint(describe_hardware()["features"]), reason="this CPU has no 8-bit dot products (VNNI, AMX)")
+def test_low_bits_run_on_integers(deployed: dict[str, Deployed]) -> None:
+    for made in (deployed["w4"], deployed["mixed"]):
+        session = muntin.load(made.artifact.path, precision="f32", threads=1)
+        executed = {layer.name: layer.precision for layer in session.layers() if layer.compute}
+        assert executed == {name: "i8" if record.activation_bits else "f32" for name, record in made.records.items()}
+        result = muntin.verify(made.artifact.path, threads=1, layers=True)
+        assert result.passed, result.problems
+        assert len(result.checks) == len(integers(made.model))
+
+
+@pytest.mark.parametrize("name", ["w4", "mixed"])
+def test_the_runtime_computes_the_frozen_model(deployed: dict[str, Deployed], name: str, pictures: Any) -> None:
+    made = deployed[name]
+    session = muntin.load(made.artifact.path, precision="f32", threads=1)
+    images = pictures(2, 41, 60, 3)
+    expected = muntin.TorchSession(made.model, made.artifact.manifest.signature)(images)
+    error = np.abs(session(images) - expected)
+    step = (expected.max() - expected.min()) / 255  # of an 8-bit grid over the scores
+    assert error.max() <= step and error.mean() <= step / 20
+
+
+def test_attention_is_recorded_and_runs_in_eight_bits(trained: Any, pixels: Any, tmp_path: Path) -> None:
+    options = {"depths": (1,), "dims": (64,), "head_dim": 32, "stem": (16, 16, 32), "latents": 8, "decoder": 16}
+    model, example = trained(create_model("hybrid-xs", classes=4, options=options)), pixels(2, 3, 48, 48)
+    made = Deployed(model, example, tmp_path / "artifact", bits=4)
+    attention = "stages.0.blocks.0.attention"
+    kinds = {name: record.kind for name, record in made.records.items() if record.kind in ("Product", "SoftmaxProduct")}
+    assert kinds == {
+        f"{attention}.local.scores": "Product",
+        f"{attention}.local.values": "SoftmaxProduct",
+        f"{attention}.latent.read": "SoftmaxProduct",
+        f"{attention}.latent.write": "SoftmaxProduct",
+    }
+    for name in kinds:
+        record = made.records[name]
+        assert (record.weight_bits, record.activation_bits, record.parameters) == (8, 8, 0) and record.macs and record.macs > 0
+    assert {record.weight_bits for name, record in made.records.items() if name not in kinds} == {4}
+    result = muntin.verify(made.artifact.path, threads=1, layers=True)
+    assert result.passed, result.problems
+    assert set(kinds) <= {check.name for check in result.checks}
