@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -51,3 +55,15 @@ def test_threads_may_share_a_session(convolutions: Any, images_of: Callable[...,
     with ThreadPoolExecutor(3) as pool:
         for one, other in zip(alone, pool.map(session, batches), strict=True):
             np.testing.assert_array_equal(one, other)
+
+
+LOAD = "import sys; from muntin.runtime import load; load(sys.argv[1], engine='onnxruntime')"
+
+
+def test_leaves_nothing_in_the_users_home(per_pixel: Any, tmp_path: Path) -> None:
+    hidden = ("CI", "TF_BUILD", "JENKINS_URL", "ORT_DISABLE_TELEMETRY", "XDG_CACHE_HOME")
+    environment = {key: value for key, value in os.environ.items() if key not in hidden}
+    home = environment | {"HOME": str(tmp_path), "LOCALAPPDATA": str(tmp_path)}
+    run = subprocess.run([sys.executable, "-c", LOAD, str(per_pixel.path)], env=home, capture_output=True, text=True, check=False)
+    assert (run.returncode, run.stderr) == (0, "")
+    assert list(tmp_path.iterdir()) == []

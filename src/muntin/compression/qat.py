@@ -11,6 +11,7 @@ Axes: O output and I input channels of a weight.
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from typing import cast
 
@@ -78,11 +79,12 @@ class _LearnedWeight(nn.Module):
         self.shape_of = [copy.deepcopy(layer).to("meta")]  # in a list: no submodule, only the structure to go back to
 
     def set_bits(self, bits: int) -> None:
-        """Another width: the weight and its scale start from what the old width rounded the weight to."""
+        """Another width. A wider one starts from the weight as it was rounded, on a grid that holds all of its values exactly."""
         with torch.no_grad():
             self.weight.copy_(self.rounded())
+            finer = weight_limit(bits) // weight_limit(self.bits)
+            self.log_scale.copy_(self.log_scale - math.log(finer) if finer else weight_scale(self.weight, 0, bits).log())
             self.bits = bits
-            self.log_scale.copy_(weight_scale(self.weight, 0, bits).log())
 
     def rounded(self) -> Tensor:
         """The weight on its grid, with gradients for the weight and for the scales."""

@@ -130,7 +130,8 @@ def allocate_within(layers: Mapping[str, Sequence[Choice]], budget: int, macs: f
 
     def priced(price: float) -> dict[str, Choice]:
         menus = {name: [replace(c, loss=c.loss + price * c.macs) for c in options] for name, options in layers.items()}
-        return allocate(menus, budget, fixed=fixed)
+        found = allocate(menus, budget, fixed=fixed)
+        return {name: options[menus[name].index(found[name])] for name, options in layers.items()}
 
     def spent(picked: Mapping[str, Choice]) -> float:
         return math.fsum(choice.macs for choice in picked.values())

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import onnx
@@ -24,9 +24,6 @@ from onnx import numpy_helper
 from muntin.artifact import Artifact
 from muntin.runtime.graph import COMPUTE
 from muntin.runtime.signals import signal_stack_kept
-
-if TYPE_CHECKING:
-    import onnxruntime
 
 TOLERANCE = 1.0
 """Largest error of a layer, in steps: a value that lies between two levels may be rounded either way, and moves one input by one step."""
@@ -138,9 +135,9 @@ def _fed(name: str) -> str:
     return f"fed:{name}"
 
 
-def _alone(model: onnx.ModelProto, layers: Sequence[_Layer]) -> onnxruntime.InferenceSession:
+def _alone(model: onnx.ModelProto, layers: Sequence[_Layer]) -> Any:
     """All layers side by side in one graph, each from its unrounded inputs to its output: no layer reads another."""
-    import onnxruntime  # an engine is loaded where it is used: a machine that serves with one needs no other
+    from muntin.runtime.quiet import onnxruntime  # an engine is loaded where it is used: a machine that serves with one needs no other
 
     nodes: dict[str, onnx.NodeProto] = {}
     for layer in layers:

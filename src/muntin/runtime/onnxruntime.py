@@ -12,16 +12,16 @@ from typing import Any
 
 import numpy as np
 import onnx
-import onnxruntime
 from numpy.typing import NDArray
-from onnxruntime.capi import onnxruntime_pybind11_state as states
 
 from muntin.artifact import Artifact
 from muntin.errors import ArtifactError, DependencyError
 from muntin.runtime.graph import ComputeNodes, compute_nodes
 from muntin.runtime.hardware import physical_cores
+from muntin.runtime.quiet import onnxruntime
 from muntin.runtime.session import ExecutedLayer, Session
 
+states = onnxruntime.capi.onnxruntime_pybind11_state
 _PROVIDERS = ["CPUExecutionProvider"]
 _INTEGER = frozenset(
     {"QLinearConv", "ConvInteger", "QLinearMatMul", "MatMulInteger", "MatMulIntegerToFloat", "QGemm", "DynamicQuantizeMatMul"}

@@ -1,17 +1,31 @@
-"""OpenVINO, imported so that it tells nobody.
+"""The engines' libraries, imported so that they tell nobody.
 
 On import, `openvino` starts a process that reports to Google Analytics, and writes a client identifier into the user's home, unless
 `openvino_telemetry` cannot be imported: then it takes an empty stub of its own. That package is hidden while `openvino` is imported here,
-and visible again afterwards for whoever else in the process wants it. Import `openvino` from this module and nowhere else.
+and visible again afterwards for whoever else in the process wants it. `onnxruntime` writes a device identifier and a database
+below the user's cache unless ORT_DISABLE_TELEMETRY is set before it is imported. Import either from this module and nowhere else; each is
+loaded when it is first asked for, so that a machine that serves with one needs no other.
 """
 
 from __future__ import annotations
 
 import importlib
+import os
 import sys
 from typing import Any
 
 _TELEMETRY = "openvino_telemetry"
+
+openvino: Any
+onnxruntime: Any
+
+
+def __getattr__(name: str) -> Any:
+    importers = {"openvino": _import_openvino, "onnxruntime": _import_onnxruntime}
+    if name not in importers:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    module = globals()[name] = importers[name]()
+    return module
 
 
 def _import_openvino() -> Any:
@@ -26,4 +40,6 @@ def _import_openvino() -> Any:
         sys.modules.update(hidden)
 
 
-openvino: Any = _import_openvino()
+def _import_onnxruntime() -> Any:
+    os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
+    return importlib.import_module("onnxruntime")

@@ -118,3 +118,11 @@ class CompressionConfig(BaseModel):
     distillation: Annotated[float, Field(ge=0, le=100, description="weight of the distance to the FP32 model's answers in the loss")] = 1.0
     average: Annotated[float, Field(ge=0, lt=1, description="decay a step of the averaged weights in these stages")] = 0.98
     keep: Annotated[tuple[str, ...], Field(description="layers to leave as they are, by dotted name")] = ()
+
+    @model_validator(mode="after")
+    def _affordable(self) -> Self:
+        if self.average_bits < self.weight_bits:
+            raise ValueError(
+                f"average_bits {self.average_bits:g} is less than the {self.weight_bits} weight_bits that every layer has at least"
+            )
+        return self
