@@ -311,8 +311,8 @@ def factorize(layer: Dense, ranks: tuple[int, ...], root_II: Tensor | None = Non
     """The factored form of a Linear or Conv2d at `ranks`, which approximates it best for inputs whose moment has the square root given.
 
     Without a root all inputs count alike. At full ranks (`full_ranks`) it computes what the layer does. The layer itself is not changed.
-    Weights of a matrix are split as √σ on both sides, so that neither part has an outsized range; Tucker-2's outer parts are
-    orthonormal over whitened channels.
+    The scale of each component is split as √σ between neighbouring parts, so that none has an outsized range: training moves small
+    weights too far, and 8 bits hold only the loudest channel.
     """
     made, whitened = shell(layer, ranks), _whiten(layer, root_II)
     if len(ranks) == 2:
@@ -338,11 +338,20 @@ def _fill_product(made: FactoredLayer, whitened: _Whitened) -> None:
 
 def _fill_tucker(made: FactoredConv2d, whitened: _Whitened) -> None:
     rank_in, rank_out = made.ranks
-    basis_IR = torch.linalg.eigh(whitened.gram_in()).eigenvectors.flip(1)[:, :rank_in]
-    basis_OP = torch.linalg.eigh(whitened.gram_out()).eigenvectors.flip(1)[:, :rank_out]
-    made.reduce.weight.copy_(whitened.back(basis_IR.T).reshape(made.reduce.weight.shape))
-    made.core.weight.copy_(torch.einsum("oihw,op,ir->prhw", whitened.weight, basis_OP, basis_IR))
-    made.expand.weight.copy_(basis_OP.reshape(made.expand.weight.shape))
+    basis_IR, half_R = _mode(whitened.gram_in(), rank_in)
+    basis_OP, half_P = _mode(whitened.gram_out(), rank_out)
+    core_PRHW = torch.einsum("oihw,op,ir->prhw", whitened.weight, basis_OP / half_P, basis_IR / half_R)
+    made.reduce.weight.copy_(whitened.back((basis_IR * half_R).T).reshape(made.reduce.weight.shape))
+    made.core.weight.copy_(core_PRHW)
+    made.expand.weight.copy_((basis_OP * half_P).reshape(made.expand.weight.shape))
+
+
+def _mode(gram: Tensor, rank: int) -> tuple[Tensor, Tensor]:
+    """The first `rank` components of an unfolding, and the root of what each carries, which is how its scale is split."""
+    values, vectors = torch.linalg.eigh(gram)
+    sigma = values.flip(0)[:rank].clamp_min(0).sqrt()
+    largest = float(sigma.max())
+    return vectors.flip(1)[:, :rank], torch.where(sigma > 1e-6 * largest, sigma, torch.full_like(sigma, largest or 1.0)).sqrt()
 
 
 # Structure, for checkpoints
