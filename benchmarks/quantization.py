@@ -88,14 +88,14 @@ def score(checkpoint: Checkpoint, model: Any) -> float:
     return muntin.evaluate(session, source.split("test"), tile=tile_of(checkpoint.recipe.data.crop)).score
 
 
-def quantised(way: str, checkpoint: Checkpoint, folder: Path) -> Any:
+def quantised(task: str, way: str, checkpoint: Checkpoint, folder: Path) -> Any:
     """The frozen model that a way of quantising makes of the checkpoint."""
     calibration = calibration_of(checkpoint, source_of(checkpoint))
     if way == "direct":
         model = checkpoint.model()
         prepare_qat(calibration, percentile=PERCENTILE)(model)
     else:
-        share = SHARES[checkpoint.recipe.name if checkpoint.recipe.name in SHARES else "earth"]
+        share = SHARES[task]
         mixed = share / 3 if way == "three stages" else 0.0
         config = CompressionConfig(
             low_rank=None,
@@ -120,7 +120,7 @@ def rows_of(task: str, seed: int, output: Path) -> dict[str, Any]:
     source = source_of(checkpoint)
     example = calibration_of(checkpoint, source)[0]
     for way in WAYS:
-        model = quantised(way, checkpoint, folder)
+        model = quantised(task, way, checkpoint, folder)
         simulated = score(checkpoint, model)
         artifact = muntin.export(
             model, example, folder / f"artifact-{way.replace(' ', '-')}", signature=signature_of(checkpoint.recipe, source)

@@ -65,12 +65,12 @@ def observe(model: nn.Module, operations: Mapping[str, nn.Module], batches: Sequ
     return observers
 
 
-def check_weights(layers: Mapping[str, nn.Module]) -> None:
+def check_weights(layers: Mapping[str, nn.Module], *, done: str = "quantised") -> None:
     """Raises `MuntinError` for a layer whose weight holds NaN or infinity."""
     for name, layer in layers.items():
         weight = layer.weight
         assert isinstance(weight, Tensor)
         if not torch.isfinite(weight).all():
             raise MuntinError(
-                f"layer '{name}': the weight holds NaN or infinity; nothing can be quantised from it, train again or restore a checkpoint"
+                f"layer '{name}': the weight holds NaN or infinity; nothing can be {done} from it, train again or restore a checkpoint"
             )

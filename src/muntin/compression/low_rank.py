@@ -24,7 +24,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from muntin.compression.calibration import calibration_list
+from muntin.compression.calibration import calibration_list, check_weights
 from muntin.compression.change import Change, Pass
 from muntin.compression.factored import (
     FactoredConv2d,
@@ -71,7 +71,7 @@ def low_rank(calibration: Iterable[Tensor], config: LowRankConfig | None = None)
         batches = calibration_list(calibration)
         layers: dict[str, Dense] = dict(named(model.eval(), nn.Linear, nn.Conv2d))
         check_kept(config.keep, layers)
-        _check_weights(layers)
+        check_weights(layers, done="factored")
         reasons = _reasons_to_keep(model, layers, config)
         free = {name: layer for name, layer in layers.items() if name not in reasons}
         moments = input_moments(model, batches, free)
@@ -103,14 +103,6 @@ def _change(name: str, layer: Dense, reason: str | None, picked: Mapping[str, Ch
 
 def _ranks_of(ranks: tuple[int, ...], full: tuple[int, ...]) -> str:
     return f"rank{'s' if len(ranks) > 1 else ''} {', '.join(map(str, ranks))} of {', '.join(map(str, full))}"
-
-
-def _check_weights(layers: Mapping[str, Dense]) -> None:
-    for name, layer in layers.items():
-        if not torch.isfinite(layer.weight).all():
-            raise MuntinError(
-                f"layer '{name}': the weight holds NaN or infinity; nothing can be factored from it, train again or restore a checkpoint"
-            )
 
 
 # Which layers stay

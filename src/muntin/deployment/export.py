@@ -184,7 +184,10 @@ def layer_records(model: nn.Module, example: Tensor, changes: Iterable[Change]) 
     The 8 `weight_bits` of a product are those of its second operand.
     """
     macs = layer_macs(model, example)
-    notes = {c.layer: c.reason for c in changes if c.pass_ in ("quantize", "mix") and c.reason}
+    notes: dict[str, str] = {}
+    for change in changes:  # the pass that decided comes before the one that carried it out, and knows the reason
+        if change.pass_ in ("qat", "mix", "quantize") and change.reason:
+            notes.setdefault(change.layer, change.reason)
     records = []
     for name, layer in named(model, *WEIGHTED):
         integer = isinstance(layer, QuantizedLinear | QuantizedConv2d)
