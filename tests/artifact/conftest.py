@@ -68,7 +68,7 @@ def write(model: onnx.ModelProto, golden: list[tuple[np.ndarray, np.ndarray]]) -
             "model": model,
             "signature": SIGNATURE,
             "golden": golden,
-            "golden_tolerance": {"f32": GoldenTolerance(max_error=1e-3, label_agreement=0.999)},
+            "golden_tolerance": {"openvino": {"f32": GoldenTolerance(max_error=1e-3, label_agreement=0.999)}},
             "packing": {"wide": 4, "narrow": "f16", "unsigned": 2},
             "layers": [LayerRecord(name="wide", kind="Conv2d", weight_bits=4, activation_bits=None, parameters=120)],
             "passes": [{"name": "quantise", "bits": 4, "share": 0.5}],

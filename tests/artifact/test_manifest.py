@@ -24,7 +24,7 @@ def manifest(**changes: Any) -> Manifest:
         "created": "2026-11-24T16:00:00+00:00",
         "signature": Signature(task="segment", channels=3, classes=CLASSES),
         "measured": {"miou": 0.61, "cpu": "Änderung", "rows": [1, None, True]},
-        "golden_tolerance": {"bf16": GoldenTolerance(max_error=0.1, label_agreement=0.99)},
+        "golden_tolerance": {"openvino": {"bf16": GoldenTolerance(max_error=0.1, label_agreement=0.99)}},
     }
     return Manifest(**(fields | changes))
 

@@ -181,7 +181,7 @@ def write_small() -> Callable[..., Path]:
             model=helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=10),
             signature=Signature(task=task, channels=3, classes=tuple(ClassInfo(name=n, color=(9 * k, 0, 0)) for k, n in enumerate(names))),
             golden=[(images, scores)],
-            golden_tolerance={"f32": GoldenTolerance(max_error=0.01, label_agreement=0.9)},
+            golden_tolerance={"openvino": {"f32": GoldenTolerance(max_error=0.01, label_agreement=0.9)}},
         )
         return path
 

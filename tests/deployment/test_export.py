@@ -194,7 +194,13 @@ def test_a_float_hybrid_of_any_size_is_the_pytorch_model(hybrid_float: Any, size
     for engine in ("openvino", "onnxruntime"):
         scores = muntin.load(hybrid_float.artifact.path, engine=engine, precision="f32", threads=1)(images)
         assert np.abs(scores - expected).max() <= 1e-4 * expected.std()
-    assert hybrid_float.artifact.manifest.golden_tolerance == FLOAT_LIMITS
+    assert hybrid_float.artifact.manifest.golden_tolerance == {"openvino": FLOAT_LIMITS, "onnxruntime": FLOAT_LIMITS}
+
+
+def test_an_artefact_names_the_shape_that_it_is_opened_for(tmp_path: Path) -> None:
+    model, example = nn.Conv2d(3, 2, 3, padding=1), torch.randint(0, 256, (2, 3, 20, 24))
+    assert muntin.export(model, example, tmp_path / "a").manifest.example == (1, 20, 24)
+    assert muntin.export(model, example, tmp_path / "b", shape=(4, 16, 8)).manifest.example == (4, 16, 8)
 
 
 @pytest.mark.slow

@@ -156,8 +156,11 @@ def write_layers() -> Callable[..., Written]:
             ),
             "golden": [(images, reference(layers, images).astype(np.float32))],
             "golden_tolerance": {
-                "f32": GoldenTolerance(max_error=0.05, label_agreement=0.97),
-                "bf16": GoldenTolerance(max_error=0.1, label_agreement=0.95),
+                "openvino": {
+                    "f32": GoldenTolerance(max_error=0.05, label_agreement=0.97),
+                    "bf16": GoldenTolerance(max_error=0.1, label_agreement=0.95),
+                },
+                "onnxruntime": {"f32": GoldenTolerance(max_error=0.05, label_agreement=0.97)},
             },
             "layers": [
                 LayerRecord(name=layer.name, kind="Conv2d", weight_bits=8, activation_bits=8, parameters=layer.weight.size)

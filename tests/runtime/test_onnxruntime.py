@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+import warnings
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -15,6 +16,8 @@ import pytest
 
 from muntin.errors import DependencyError
 from muntin.runtime import describe_hardware, load
+from muntin.runtime.onnxruntime import OnnxRuntimeSession, Provider
+from muntin.runtime.quiet import onnxruntime
 
 
 def test_equals_the_integer_reference_to_a_step(convolutions: Any, images_of: Callable[..., Any]) -> None:
@@ -67,3 +70,28 @@ def test_leaves_nothing_in_the_users_home(per_pixel: Any, tmp_path: Path) -> Non
     run = subprocess.run([sys.executable, "-c", LOAD, str(per_pixel.path)], env=home, capture_output=True, text=True, check=False)
     assert (run.returncode, run.stderr) == (0, "")
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.skipif("CUDAExecutionProvider" in onnxruntime.get_available_providers(), reason="this onnxruntime has a GPU's provider")
+@pytest.mark.parametrize(
+    ("engine", "provider"), [("onnxruntime-cuda", "CUDAExecutionProvider"), ("onnxruntime-tensorrt", "TensorrtExecutionProvider")]
+)
+def test_without_a_gpu_it_is_said_what_to_install(convolutions: Any, engine: str, provider: str) -> None:
+    with pytest.raises(DependencyError, match=f"needs the {provider}.*CPUExecutionProvider.*pip install onnxruntime-gpu") as caught:
+        load(convolutions.path, engine=engine)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("engine", ["onnxruntime-cuda", "onnxruntime-tensorrt"])
+def test_a_precision_that_a_gpu_provider_lacks_is_refused_first(convolutions: Any, engine: str) -> None:
+    with pytest.raises(DependencyError, match="no bf16 kernels"):
+        load(convolutions.path, engine=engine, precision="bf16")
+
+
+def test_a_provider_that_does_not_start_is_no_silent_fallback(convolutions: Any) -> None:
+    """ONNX Runtime goes on with its CPU provider; AzureExecutionProvider, where a build lists it, runs no local model either."""
+    provider = Provider(engine="onnxruntime-cuda", name="CUDAExecutionProvider")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # onnxruntime's own, about the same thing
+        with pytest.raises(DependencyError, match="could not start it"):
+            OnnxRuntimeSession(convolutions.artifact, provider=provider, threads=1, streams=1)

@@ -89,8 +89,8 @@ def test_every_size_gives_what_the_dynamic_model_gives(convolutions: Any, images
         scores = static(images)
         assert scores.shape == (1, 5, height, width)
         np.testing.assert_allclose(scores, dynamic(images), atol=1e-4)
-    assert len(static._requests) == STATIC_SHAPES
-    assert list(dynamic._requests) == [None]
+    assert len(static._compiled) == STATIC_SHAPES
+    assert list(dynamic._compiled) == [None]
 
 
 def test_scores_are_the_callers_own(per_pixel: Any, images_of: Callable[..., Any]) -> None:

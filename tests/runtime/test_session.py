@@ -5,6 +5,7 @@ from __future__ import annotations
 import subprocess
 import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -12,10 +13,11 @@ import onnx
 import pytest
 
 from muntin.errors import ArtifactError, DataError
-from muntin.runtime import ENGINES, load
+from muntin.runtime import load
+from muntin.runtime.session import Session
 
 
-@pytest.mark.parametrize("engine", list(ENGINES))
+@pytest.mark.parametrize("engine", ["openvino", "onnxruntime"])
 def test_scores_have_the_signatures_shape(convolutions: Any, images_of: Callable[..., Any], engine: str) -> None:
     session = load(convolutions.path, engine=engine)
     assert (session.engine, session.signature) == (engine, convolutions.artifact.manifest.signature)
@@ -48,7 +50,15 @@ def test_views_are_read_right(per_pixel: Any, images_of: Callable[..., Any]) -> 
 
 @pytest.mark.parametrize(
     ("options", "message"),
-    [({"engine": "tensorrt"}, "openvino, onnxruntime"), ({"precision": "int8"}, "recorded, f32"), ({"threads": 0}, "threads=0")],
+    [
+        ({"engine": "tensorrt"}, "openvino, onnxruntime"),
+        ({"precision": "int8"}, "recorded, f32"),
+        ({"threads": 0}, "threads=0"),
+        ({"streams": 0}, "streams=0"),
+        ({"streams": "many"}, "streams='many'"),
+        ({"shapes": [(1, 8)]}, r"shape \(1, 8\)"),
+        ({"shapes": [(1, 8, 0)]}, r"shape \(1, 8, 0\)"),
+    ],
 )
 def test_unknown_options(convolutions: Any, options: dict[str, Any], message: str) -> None:
     with pytest.raises(DataError, match=message):
@@ -67,13 +77,13 @@ except DependencyError as error:
 """
 
 
-@pytest.mark.parametrize("engine", list(ENGINES))
+@pytest.mark.parametrize("engine", ["openvino", "onnxruntime"])
 def test_an_engine_that_is_not_installed_is_named(convolutions: Any, engine: str) -> None:
     code = f"{MISSING}sys.exit(1)"
     assert subprocess.run([sys.executable, "-c", code, str(convolutions.path), engine], check=False).returncode == 0
 
 
-@pytest.mark.parametrize("engine", list(ENGINES))
+@pytest.mark.parametrize("engine", ["openvino", "onnxruntime"])
 def test_a_model_that_the_engine_cannot_read(
     write_layers: Callable[..., Any], layer_maker: Callable[..., Any], tmp_path: Any, engine: str
 ) -> None:
@@ -86,7 +96,7 @@ def test_a_model_that_the_engine_cannot_read(
     assert "\n" not in str(caught.value)
 
 
-@pytest.mark.parametrize("engine", list(ENGINES))
+@pytest.mark.parametrize("engine", ["openvino", "onnxruntime"])
 def test_a_model_that_is_not_what_its_signature_says(
     write_layers: Callable[..., Any], layer_maker: Callable[..., Any], images_of: Callable[..., Any], tmp_path: Any, engine: str
 ) -> None:
@@ -95,3 +105,67 @@ def test_a_model_that_is_not_what_its_signature_says(
     write_layers(tmp_path / "five", [layer_maker("pixel", 5, 4, 5, 1, scale=0.9, relu=False)], model=model)
     with pytest.raises(ArtifactError, match=r"\(1, 6, 3, 3\).*\(1, 5, 3, 3\)"):
         load(tmp_path / "five", engine=engine)(images_of(4, batch=1, height=3, width=3))
+
+
+@pytest.mark.parametrize("engine", ["openvino", "onnxruntime"])
+@pytest.mark.parametrize("streams", [1, 2])
+def test_map_answers_in_order_what_single_calls_answer(convolutions: Any, images_of: Callable[..., Any], engine: str, streams: int) -> None:
+    session = load(convolutions.path, engine=engine, precision="f32", threads=2, streams=streams)
+    assert session.streams == streams
+    batches = [images_of(3, batch=1 + seed % 2, height=6 + seed % 3, width=7, seed=seed) for seed in range(9)]
+    alone = [session(images) for images in batches]
+    mapped = list(session.map(iter(batches)))
+    assert len(mapped) == len(alone)
+    for one, other in zip(alone, mapped, strict=True):
+        np.testing.assert_allclose(one, other, atol=1e-5)
+
+
+def test_map_reads_no_further_ahead_than_it_says(convolutions: Any, images_of: Callable[..., Any]) -> None:
+    session = load(convolutions.path, threads=2, streams=2)
+    read = []
+
+    def batches() -> Any:
+        for index in range(100):
+            read.append(index)
+            yield images_of(3, batch=1, height=4, width=4)
+
+    answers = session.map(batches())
+    for done in range(1, 5):
+        next(answers)
+        assert len(read) <= done + session.streams
+
+
+def test_map_raises_in_its_place_and_forgets_the_rest(convolutions: Any, images_of: Callable[..., Any]) -> None:
+    session = load(convolutions.path)
+    good = images_of(3, batch=1, height=4, width=4)
+    answers = session.map([good, good.astype(np.float32), good])
+    assert next(answers).shape == (1, 5, 4, 4)
+    with pytest.raises(DataError, match="float32"):
+        next(answers)
+
+
+def calls_of(session: Session) -> list[tuple[int, ...]]:
+    """Shapes of the images that a session computes from now on."""
+    seen: list[tuple[int, ...]] = []
+    infer = session._infer
+
+    def noting(images_BHWC: Any) -> Any:
+        seen.append(images_BHWC.shape)
+        return infer(images_BHWC)
+
+    session._infer = noting  # type: ignore[method-assign]
+    return seen
+
+
+def test_warming_up_computes_each_shape_in_every_stream(convolutions: Any) -> None:
+    session = load(convolutions.path, threads=2, streams=2)
+    seen = calls_of(session)
+    session.warm_up([(1, 4, 4), (2, 5, 6)])
+    assert sorted(seen) == [(1, 4, 4, 3)] * 2 + [(2, 5, 6, 3)] * 2
+
+
+def test_load_compiles_the_shape_that_the_artefact_names(write_layers: Callable[..., Any], convolutions: Any, tmp_path: Path) -> None:
+    written = write_layers(tmp_path / "a", convolutions.layers, example=(1, 8, 10))
+    assert list(load(written.path)._compiled) == [(1, 8, 10, 3)]  # type: ignore[attr-defined]
+    assert list(load(written.path, shapes=())._compiled) == []  # type: ignore[attr-defined]
+    assert list(load(written.path, shapes=[(2, 4, 4), (1, 4, 4)])._compiled) == [(2, 4, 4, 3), (1, 4, 4, 3)]  # type: ignore[attr-defined]

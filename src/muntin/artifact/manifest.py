@@ -19,6 +19,8 @@ FORMAT: Literal[1] = 1
 
 Task = Literal["segment", "classify", "restore"]
 FloatPrecision = Literal["f32", "bf16", "f16"]
+EngineFamily = Literal["openvino", "onnxruntime"]
+Side = Annotated[int, Field(ge=1)]
 Sha256 = Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
 FileName = Literal["model.onnx", "weights.safetensors", "golden.safetensors"]
 
@@ -100,7 +102,11 @@ class GoldenTolerance(_Frozen):
 
 
 class Manifest(_Frozen):
-    """All that an artefact says about itself. `precision` is what its float layers were measured in; `sha256` is its own digest."""
+    """All that an artefact says about itself.
+
+    `precision` is what its float layers were measured in; `golden_tolerance` is by engine, then by precision; `example` is the (B, H, W) that
+    it is opened for unless a user says otherwise; `sha256` is its own digest.
+    """
 
     format: Literal[1] = FORMAT
     muntin: str
@@ -112,9 +118,16 @@ class Manifest(_Frozen):
     plan: dict[str, JsonValue] | None = None
     precision: FloatPrecision = "f32"
     measured: dict[str, JsonValue] = {}
-    golden_tolerance: dict[FloatPrecision, GoldenTolerance] = {}
+    golden_tolerance: dict[EngineFamily, dict[FloatPrecision, GoldenTolerance]] = {}
+    example: tuple[Side, Side, Side] | None = None
     files: dict[FileName, Sha256] = {}
     sha256: str = ""
+
+    def tolerance(self, engine: str, precision: str) -> GoldenTolerance | None:
+        """What is allowed of an engine in a precision; None where nothing is recorded. A provider ("onnxruntime-cuda") is its family's."""
+        family = self.golden_tolerance.get(engine.partition("-")[0], {})  # type: ignore[call-overload]
+        found: GoldenTolerance | None = family.get(precision)
+        return found
 
 
 def render_manifest(manifest: Manifest) -> tuple[Manifest, bytes]:

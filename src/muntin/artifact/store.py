@@ -30,6 +30,7 @@ from safetensors.numpy import save as save_tensors
 
 from muntin.artifact.directory import refuse_foreign, replace_directory
 from muntin.artifact.manifest import (
+    EngineFamily,
     FileName,
     FloatPrecision,
     GoldenTolerance,
@@ -117,7 +118,8 @@ def write_artifact(
     model: onnx.ModelProto,
     signature: Signature,
     golden: Sequence[GoldenPair],
-    golden_tolerance: Mapping[FloatPrecision, GoldenTolerance],
+    golden_tolerance: Mapping[EngineFamily, Mapping[FloatPrecision, GoldenTolerance]],
+    example: tuple[int, int, int] | None = None,
     packing: Packing | None = None,
     layers: Iterable[LayerRecord] = (),
     passes: Iterable[Mapping[str, Any]] = (),
@@ -153,7 +155,8 @@ def write_artifact(
             plan=None if plan is None else dict(plan),
             precision=precision,
             measured=dict(measured or {}),
-            golden_tolerance=dict(golden_tolerance),
+            golden_tolerance={engine: dict(limits) for engine, limits in golden_tolerance.items()},
+            example=example,
             files={name: hashlib.sha256(data).hexdigest() for name, data in contents.items()},
         )
     except ValidationError as error:

@@ -81,9 +81,11 @@ def export_checkpoint(checkpoint: Checkpoint, path: Path, *, integer: bool = Tru
         model, changes = integer_model(checkpoint, calibration)
     else:
         model, changes = checkpoint.model(), []
+    side = tile_of(checkpoint.recipe.data.crop) if checkpoint.recipe.task != "classify" else checkpoint.recipe.data.crop
     return export(
-        model, calibration[0], path, signature=signature_of(checkpoint.recipe, source), changes=changes, measured={"origin": origin}
-    )
+        model, calibration[0], path, signature=signature_of(checkpoint.recipe, source), changes=changes, measured={"origin": origin},
+        shape=(1, side, side),
+    )  # fmt: skip
 
 
 def finished_stages(checkpoint: Checkpoint) -> dict[Stage, Checkpoint]:

@@ -1,6 +1,6 @@
 """From a PyTorch model to an artefact: quantise if asked to, emit, write, open in the real runtime, and record what it does there.
 
-    model -> (quantize) -> to_onnx -> artefact -> OpenVINO, f32 and 16-bit -> deviation from the model -> recorded tolerance
+    model -> (quantize) -> to_onnx -> artefact -> OpenVINO, f32 and 16-bit; ONNX Runtime -> deviation from the model -> recorded tolerance
 
 The golden scores are the PyTorch model's own, so replaying them later checks the whole way from the model that was evaluated
 to the kernels that answer.
@@ -24,7 +24,7 @@ from pydantic import ValidationError
 from torch import Tensor, nn
 
 from muntin.artifact import Artifact, ClassInfo, GoldenTolerance, LayerRecord, Signature, check_target, write_artifact
-from muntin.artifact.manifest import FloatPrecision
+from muntin.artifact.manifest import EngineFamily, FloatPrecision
 from muntin.artifact.packing import BITS, value_range
 from muntin.compression import Change, QuantizedConv2d, QuantizedLinear, quantize
 from muntin.compression.rewrite import named
@@ -56,13 +56,15 @@ def export(
     signature: Signature | None = None,
     changes: Iterable[Change] = (),
     measured: dict[str, Any] | None = None,
+    shape: tuple[int, int, int] | None = None,
 ) -> Artifact:
     """Write `model` as an artefact directory that runs without PyTorch; an artefact that is there is replaced, and only as a whole.
 
     `example`: raw pixels `(B, C, H, W)`, 0-255, real ones: the golden pairs are cut from them. `calibration`: input batches; with them the
     model is quantised first (a copy; yours is left as it is). `signature`: task and classes; without it they follow from the
     shape of the answer and the classes are numbered. `changes`: what earlier passes did, kept in the manifest. `measured`: plain
-    figures to keep there. Every batch size, height and width will work. Raises `ExportError` when the model cannot be exported, or
+    figures to keep there. `shape`: the (B, H, W) that `load` compiles for unasked, one image of the example's size unless given; every batch
+    size, height and width will work. Raises `ExportError` when the model cannot be exported, or
     when the runtime does not compute what PyTorch does; nothing is left behind then.
     """
     check_target(path)
@@ -83,24 +85,35 @@ def export(
         "layers": [_in_graph(record, proto) for record in layer_records(model, example, changes)],
         "passes": [{"pass": c.pass_, "layer": c.layer, "done": c.done, "reason": c.reason, "sqnr_db": _finite(c.sqnr_db)} for c in changes],
         "measured": {"hardware": describe_hardware(), **(measured or {})},
+        "example": shape or (1, *example.shape[2:]),
     }
     return _write_checked(Path(path), content)
 
 
 def _write_checked(path: Path, content: dict[str, Any]) -> Artifact:
-    """Write elsewhere, open in the runtime, compare, and only then write in place with the precision that was measured."""
+    """Write elsewhere, open in the runtime, compare, and only then write in place with the precision that was measured.
+
+    What OpenVINO computes has to be what PyTorch does. Where ONNX Runtime does not agree, its tolerance is left out and a note says why.
+    """
     limits = LIMITS if any(record.activation_bits for record in content["layers"]) else FLOAT_LIMITS
     with tempfile.TemporaryDirectory(prefix="muntin-") as scratch:
         draft = Path(scratch) / "draft"
-        write_artifact(draft, **content, golden_tolerance=limits, precision="bf16")
-        exact, recorded = load(draft, precision="f32"), load(draft)  # the second in bf16 where the CPU has it
+        write_artifact(draft, **content, golden_tolerance={"openvino": limits}, precision="bf16")
+        exact, recorded = (
+            load(draft, precision=asked, shapes=()) for asked in ("f32", "recorded")
+        )  # the second in bf16 where there is any
         problems = [*deviations(exact, content["golden"], limits), *_floating(exact, content["layers"])]
         if problems:
             raise ExportError(f"{exact.engine} does not compute what PyTorch does: {problems[0]}; nothing was written")
         notes = deviations(recorded, content["golden"], limits) if recorded.precision != exact.precision else []
         precision: FloatPrecision = precision_of(exact if notes else recorded)
-        content["measured"]["notes"] = [f"recorded in {precision}, for {note}" for note in notes]
-    return write_artifact(path, **content, golden_tolerance=limits, precision=precision)
+        portable = load(draft, engine="onnxruntime", shapes=())
+        unlike = deviations(portable, content["golden"], limits)
+    content["measured"]["notes"] = [f"recorded in {precision}, for {note}" for note in notes] + [
+        f"{portable.engine} is not checked against: in it, {line}" for line in unlike
+    ]
+    tolerances: dict[EngineFamily, Limits] = {"openvino": limits} if unlike else {"openvino": limits, "onnxruntime": limits}
+    return write_artifact(path, **content, golden_tolerance=tolerances, precision=precision)
 
 
 def precision_of(session: Session) -> FloatPrecision:

@@ -2,46 +2,74 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Literal
 
 from muntin.artifact import Artifact, open_artifact
 from muntin.errors import DataError, DependencyError
-from muntin.runtime.session import Session, check_threads
+from muntin.runtime.session import Session, Shape, check_shape, check_streams, check_threads
 
-EngineName = Literal["openvino", "onnxruntime"]
+EngineName = Literal["openvino", "onnxruntime", "onnxruntime-cuda", "onnxruntime-tensorrt"]
 Precision = Literal["recorded", "f32", "bf16", "f16"]
-Engine = Callable[[Artifact, str, int | None], Session]
+Engine = Callable[[Artifact, str, int | None, int], Session]
+"""(artefact, precision, threads, streams) -> session"""
 
 DEFAULT_ENGINE: EngineName = "openvino"
 PRECISIONS = ("recorded", "f32", "bf16", "f16")
 
 
 # An engine's library is loaded when a session is opened with it: a machine that serves with one needs no other.
-def _openvino(artifact: Artifact, precision: str, threads: int | None) -> Session:
+def _openvino(artifact: Artifact, precision: str, threads: int | None, streams: int) -> Session:
     from muntin.runtime.openvino import open_openvino
 
-    return open_openvino(artifact, precision, threads)
+    return open_openvino(artifact, precision, threads, streams)
 
 
-def _onnxruntime(artifact: Artifact, precision: str, threads: int | None) -> Session:
+def _onnxruntime(artifact: Artifact, precision: str, threads: int | None, streams: int) -> Session:
     from muntin.runtime.onnxruntime import open_onnxruntime
 
-    return open_onnxruntime(artifact, precision, threads)
+    return open_onnxruntime(artifact, precision, threads, streams)
 
 
-ENGINES: dict[str, Engine] = {"openvino": _openvino, "onnxruntime": _onnxruntime}
+def _cuda(artifact: Artifact, precision: str, threads: int | None, streams: int) -> Session:
+    from muntin.runtime.onnxruntime import open_cuda
+
+    return open_cuda(artifact, precision, threads, streams)
 
 
-def load(path: str | Path, *, engine: str = DEFAULT_ENGINE, precision: str = "recorded", threads: int | None = None) -> Session:
+def _tensorrt(artifact: Artifact, precision: str, threads: int | None, streams: int) -> Session:
+    from muntin.runtime.onnxruntime import open_tensorrt
+
+    return open_tensorrt(artifact, precision, threads, streams)
+
+
+ENGINES: dict[str, Engine] = {
+    "openvino": _openvino,
+    "onnxruntime": _onnxruntime,
+    "onnxruntime-cuda": _cuda,
+    "onnxruntime-tensorrt": _tensorrt,
+}
+
+
+def load(
+    path: str | Path,
+    *,
+    engine: str = DEFAULT_ENGINE,
+    precision: str = "recorded",
+    threads: int | None = None,
+    streams: int = 1,
+    shapes: Iterable[Shape] | None = None,
+) -> Session:
     """Opens an artefact directory as a session, after checking every digest.
 
     `engine`: a name in `ENGINES`. `precision`: "recorded" (what the manifest's figures were measured in, or f32 where the machine has no
-    such kernels), "f32", "bf16" or "f16". `threads`: None for the usable physical cores.
+    such kernels), "f32", "bf16" or "f16". `threads`: None for the usable physical cores. `streams`: how many calls compute at the same
+    time: 1 for the lowest latency, as many as threads for the most images a second (with `Session.map`). `shapes`: the (B, H, W) to compile for
+    and to compute once now, so that no call of these shapes pays for it later; None: the manifest's `example`, (): nothing.
 
-    Raises ArtifactError for an altered artefact, DataError for an unknown engine, precision or number of threads, DependencyError when the
-    engine is not installed or the machine lacks the precision asked for.
+    Raises ArtifactError for an altered artefact, DataError for an unknown engine, precision or number of threads, streams or shape,
+    DependencyError when the engine is not installed or the machine lacks the precision or the device asked for.
     """
     opener = ENGINES.get(engine)
     if opener is None:
@@ -49,8 +77,15 @@ def load(path: str | Path, *, engine: str = DEFAULT_ENGINE, precision: str = "re
     if precision not in PRECISIONS:
         raise DataError(f'precision="{precision}": give one of {", ".join(PRECISIONS)}')
     check_threads(threads)
+    check_streams(streams)
+    shapes = None if shapes is None else tuple(shapes)
+    for shape in shapes or ():
+        check_shape(shape)
     artifact = open_artifact(path)
     try:
-        return opener(artifact, precision, threads)
+        session = opener(artifact, precision, threads, streams)
     except ModuleNotFoundError as error:
         raise DependencyError(f'engine="{engine}" needs the package {error.name}: pip install {error.name}') from error
+    example = artifact.manifest.example
+    session.warm_up(shapes if shapes is not None else [example] if example is not None else [])
+    return session

@@ -71,39 +71,99 @@ def cpu_features(cpuinfo: str) -> tuple[str, ...]:
     return tuple(feature for feature in FEATURES if feature in flags)
 
 
+def cpu_identity() -> str:
+    """Name and all feature flags of the CPU, one line: what code that was compiled for it depends on."""
+    cpuinfo = _text(Path("/proc/cpuinfo"))
+    flags = re.search(r"^(?:flags|Features)\s*:\s*(.+)$", cpuinfo, re.MULTILINE)
+    return f"{cpu_model(cpuinfo) or platform.processor() or platform.machine()} {' '.join(sorted(flags[1].split())) if flags else ''}"
+
+
 def usable_cores() -> int:
     """Logical cores that this process may use: its affinity, and a container's CPU quota rounded up."""
-    quota = _cpu_quota()
-    return len(_affinity()) if quota is None else max(1, min(len(_affinity()), ceil(quota)))
+    quota = cpu_quota()
+    return len(affinity()) if quota is None else max(1, min(len(affinity()), ceil(quota)))
 
 
 def physical_cores() -> int:
     """Physical cores among the usable ones: what an engine's threads are best counted by."""
-    siblings = {_text(Path(f"/sys/devices/system/cpu/cpu{cpu}/topology/thread_siblings_list")) or str(cpu) for cpu in _affinity()}
+    siblings = {_text(Path(f"/sys/devices/system/cpu/cpu{cpu}/topology/thread_siblings_list")) or str(cpu) for cpu in affinity()}
     return min(len(siblings), usable_cores())
 
 
 def memory_gib() -> float | None:
     """Memory that this process may use, in GiB; None where the system does not say."""
-    limits = [int(text) for text in _cgroup_values("memory", "memory.max", "memory.limit_in_bytes") if text.isdigit()]
-    with suppress(AttributeError, ValueError, OSError):  # names that sysconf has on POSIX only
-        limits.append(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
-    return round(min(limits) / 2**30, 2) if limits else None
+    sizes = [size for size in (_memory_limit(), _machine_memory()) if size is not None]
+    return round(min(sizes) / 2**30, 2) if sizes else None
 
 
-def _affinity() -> set[int]:
+def memory_limit_gib() -> float | None:
+    """A container's memory limit, in GiB; None where there is none below the machine's memory."""
+    limit, machine = _memory_limit(), _machine_memory()
+    return None if limit is None or (machine is not None and limit >= machine) else round(limit / 2**30, 2)
+
+
+def available_memory_gib(meminfo: str) -> float | None:
+    """Memory of the machine that can be had without swapping, in GiB, from the text of /proc/meminfo; None when it does not say."""
+    match = re.search(r"^MemAvailable:\s*(\d+) kB$", meminfo, re.MULTILINE)
+    return round(int(match[1]) / 2**20, 2) if match else None
+
+
+def cpu_governors() -> tuple[str, ...]:
+    """What sets the clock of our CPUs ("performance", "powersave", ...), each once; empty where the system does not say."""
+    files = (Path(f"/sys/devices/system/cpu/cpu{cpu}/cpufreq/scaling_governor") for cpu in affinity())
+    return tuple(sorted({text for file in files if (text := _text(file))}))
+
+
+def numa_nodes() -> int:
+    """How many NUMA nodes our CPUs belong to; 1 where the system does not say."""
+    ours = affinity()
+    lists = (_text(file) for file in Path("/sys/devices/system/node").glob("node[0-9]*/cpulist"))
+    return max(1, sum(bool(parse_cpus(text) & ours) for text in lists))
+
+
+def last_level_cache() -> int | None:
+    """Bytes of the outermost caches of our CPUs, each counted once; None where the system does not say."""
+    sizes: dict[str, int] = {}
+    for cpu in affinity():
+        levels = Path(f"/sys/devices/system/cpu/cpu{cpu}/cache").glob("index[0-9]*")
+        outermost = max(levels, key=lambda folder: int(_text(folder / "level") or 0), default=None)
+        match = None if outermost is None else re.fullmatch(r"(\d+)([KM]?)", _text(outermost / "size"))
+        if outermost is not None and match:
+            sizes[_text(outermost / "shared_cpu_list") or str(cpu)] = int(match[1]) << {"": 0, "K": 10, "M": 20}[match[2]]
+    return sum(sizes.values()) or None
+
+
+def parse_cpus(text: str) -> set[int]:
+    """The CPUs of a list as Linux writes it: "0-2,8" is 0, 1, 2 and 8."""
+    ranges = (part.partition("-") for part in text.split(",") if part)
+    return {cpu for first, _, last in ranges for cpu in range(int(first), int(last or first) + 1)}
+
+
+def affinity() -> set[int]:
+    """The numbers of the logical CPUs that this thread, and those that it starts, may run on."""
     if hasattr(os, "sched_getaffinity"):
         return set(os.sched_getaffinity(0))
     return set(range(os.cpu_count() or 1))
 
 
-def _cpu_quota() -> float | None:
+def cpu_quota() -> float | None:
+    """CPU time that a container's limit allows, in cores' worth; None where there is no limit."""
     quotas = []
     for text in _cgroup_values("cpu", "cpu.max", "cpu.cfs_quota_us"):
         quota, _, period = text.partition(" ")
         if quota.isdigit():  # "max" in version 2 and -1 in version 1: no limit; version 1's period is 100 ms unless set otherwise
             quotas.append(int(quota) / int(period or 100_000))
     return min(quotas, default=None)
+
+
+def _memory_limit() -> int | None:
+    return min((int(text) for text in _cgroup_values("memory", "memory.max", "memory.limit_in_bytes") if text.isdigit()), default=None)
+
+
+def _machine_memory() -> int | None:
+    with suppress(AttributeError, ValueError, OSError):  # names that sysconf has on POSIX only
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    return None
 
 
 def _cgroup_values(controller: str, unified: str, legacy: str) -> Iterator[str]:

@@ -1,12 +1,14 @@
-"""The ONNX Runtime engine: portable, on its CPU provider, float layers in FP32.
+"""The ONNX Runtime engine: portable, on its CPU provider, or on a GPU by its CUDA and TensorRT providers.
 
-It has no BF16 matrix product on CPUs. A QDQ layer runs on integers only where its pattern fuses (seen with 1.32): MatMul always; Conv and
+Float layers run in FP32, in TensorRT in FP16 if asked for: it has no BF16 matrix product on CPUs. A QDQ layer runs on integers only where its pattern fuses (seen with 1.32): MatMul always; Conv and
 Gemm only when their output, after at most a ReLU with zero point 0, is quantised again at once. `layers()` says what did.
 """
 
 from __future__ import annotations
 
 import tempfile
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -16,13 +18,13 @@ from numpy.typing import NDArray
 
 from muntin.artifact import Artifact
 from muntin.errors import ArtifactError, DependencyError
+from muntin.runtime.cache import compiled_folder
 from muntin.runtime.graph import ComputeNodes, compute_nodes
 from muntin.runtime.hardware import physical_cores
 from muntin.runtime.quiet import onnxruntime
 from muntin.runtime.session import ExecutedLayer, Session
 
 states = onnxruntime.capi.onnxruntime_pybind11_state
-_PROVIDERS = ["CPUExecutionProvider"]
 _INTEGER = frozenset(
     {"QLinearConv", "ConvInteger", "QLinearMatMul", "MatMulInteger", "MatMulIntegerToFloat", "QGemm", "DynamicQuantizeMatMul"}
 )
@@ -39,19 +41,45 @@ _FAILURES = (
 )
 
 
-class OnnxRuntimeSession(Session):
-    """A model in ONNX Runtime's CPU provider. Threads may call it at the same time."""
+@dataclass(frozen=True, kw_only=True)
+class Provider:
+    """Where ONNX Runtime computes: the engine's name in muntin, the provider's name and options, and what its float layers run in."""
 
-    def __init__(self, artifact: Artifact, *, threads: int) -> None:
+    engine: str
+    name: str
+    precision: str = "f32"
+    options: Mapping[str, str] = field(default_factory=dict)
+
+
+CPU = Provider(engine="onnxruntime", name="CPUExecutionProvider")
+
+
+class OnnxRuntimeSession(Session):
+    """A model in ONNX Runtime. Threads may call it at the same time; `streams` is how many `map` has in flight."""
+
+    def __init__(self, artifact: Artifact, *, provider: Provider, threads: int, streams: int) -> None:
         self._artifact = artifact
-        self._session = _open(artifact, artifact.model_bytes(), _options(threads))
+        self._provider = provider
+        self._session = self._open(artifact.model_bytes(), _options(max(1, threads // streams)))
         super().__init__(
             signature=artifact.manifest.signature,
-            engine="onnxruntime",
-            precision="f32",
+            engine=provider.engine,
+            precision=provider.precision,
             threads=threads,
+            streams=min(streams, threads),
             plan=artifact.manifest.plan,
         )
+
+    def _open(self, data: bytes, options: Any) -> Any:
+        session = _open(self._artifact, data, options, self._provider)
+        used = session.get_providers()[0]
+        if used != self._provider.name:  # it goes on with the CPU, and only logs that it does
+            raise DependencyError(
+                f'engine="{self._provider.engine}": ONNX Runtime has the {self._provider.name} and could not start it (it would use '
+                f"{used}): check the GPU's driver and that its CUDA, cuDNN and TensorRT are the versions that onnxruntime-gpu "
+                f"{onnxruntime.__version__} was built for"
+            )
+        return session
 
     def _infer(self, images_BHWC: NDArray[np.uint8]) -> NDArray[np.float32]:
         (name,) = (item.name for item in self._session.get_inputs())
@@ -65,19 +93,58 @@ class OnnxRuntimeSession(Session):
             file = Path(folder) / "optimized.onnx"
             options = _options(self.threads)
             options.optimized_model_filepath = str(file)
-            _open(self._artifact, data, options)
+            self._open(data, options)
             optimized = onnx.load(str(file))
         return _executed(optimized, compute_nodes(data))
 
 
-def open_onnxruntime(artifact: Artifact, precision: str = "recorded", threads: int | None = None) -> OnnxRuntimeSession:
+def open_onnxruntime(artifact: Artifact, precision: str = "recorded", threads: int | None = None, streams: int = 1) -> OnnxRuntimeSession:
     """Opens an artefact in ONNX Runtime on the CPU. "recorded" runs in f32, which the session's `.precision` says; a 16-bit type asked for
-    by name is a DependencyError. `threads` None: the usable physical cores."""
-    if precision not in ("recorded", "f32"):
+    by name is a DependencyError. `threads` None: the usable physical cores; `streams` share them."""
+    _check_precision(precision, ("f32",), "on CPUs")
+    return OnnxRuntimeSession(artifact, provider=CPU, threads=threads or physical_cores(), streams=streams)
+
+
+def open_cuda(artifact: Artifact, precision: str = "recorded", threads: int | None = None, streams: int = 1) -> OnnxRuntimeSession:
+    """Opens an artefact on a GPU by the CUDA provider: float layers in f32 (no TF32), quantised ones in float too, since it has no integer
+    kernels for them. Raises DependencyError without onnxruntime-gpu or a GPU."""
+    provider = Provider(engine="onnxruntime-cuda", name="CUDAExecutionProvider", options={"use_tf32": "0"})
+    _check_precision(precision, ("f32",), "in its CUDA provider for an FP32 graph")
+    _require(provider)
+    return OnnxRuntimeSession(artifact, provider=provider, threads=threads or physical_cores(), streams=streams)
+
+
+def open_tensorrt(artifact: Artifact, precision: str = "recorded", threads: int | None = None, streams: int = 1) -> OnnxRuntimeSession:
+    """Opens an artefact on a GPU by the TensorRT provider: quantised layers in INT8, float ones in f16 ("recorded": if a 16-bit type was)
+    or f32. Its engines are kept in the user's cache. Raises DependencyError without onnxruntime-gpu, TensorRT or a GPU."""
+    _check_precision(precision, ("f32", "f16"), "in its TensorRT provider")
+    recorded = "f32" if artifact.manifest.precision == "f32" else "f16"
+    chosen = recorded if precision == "recorded" else precision
+    quantised = any(record.activation_bits for record in artifact.manifest.layers)
+    options = {"trt_fp16_enable": str(int(chosen == "f16")), "trt_int8_enable": str(int(quantised))}
+    cache = compiled_folder("tensorrt", onnxruntime.__version__, artifact.manifest.sha256)
+    if cache is not None:
+        options |= {"trt_engine_cache_enable": "1", "trt_engine_cache_path": str(cache)}
+    provider = Provider(engine="onnxruntime-tensorrt", name="TensorrtExecutionProvider", precision=chosen, options=options)
+    _require(provider)
+    return OnnxRuntimeSession(artifact, provider=provider, threads=threads or physical_cores(), streams=streams)
+
+
+def _check_precision(precision: str, allowed: tuple[str, ...], where: str) -> None:
+    if precision not in ("recorded", *allowed):
         raise DependencyError(
-            f'precision="{precision}": ONNX Runtime has no {precision} kernels on CPUs: ask for "recorded" or "f32", or engine="openvino"'
+            f'precision="{precision}": ONNX Runtime has no {precision} kernels {where}: ask for "recorded" or '
+            f'{" or ".join(allowed)}, or engine="openvino"'
         )
-    return OnnxRuntimeSession(artifact, threads=threads or physical_cores())
+
+
+def _require(provider: Provider) -> None:
+    available = onnxruntime.get_available_providers()
+    if provider.name not in available:
+        raise DependencyError(
+            f'engine="{provider.engine}" needs the {provider.name}, and this onnxruntime has {", ".join(available)}: on a machine with '
+            "a CUDA GPU, pip uninstall onnxruntime, then pip install onnxruntime-gpu (one in place of the other)"
+        )
 
 
 def _options(threads: int) -> Any:
@@ -88,10 +155,10 @@ def _options(threads: int) -> Any:
     return options
 
 
-def _open(artifact: Artifact, data: bytes, options: Any) -> Any:
+def _open(artifact: Artifact, data: bytes, options: Any, provider: Provider) -> Any:
     onnxruntime.disable_telemetry_events()
     try:
-        return onnxruntime.InferenceSession(data, options, providers=_PROVIDERS)
+        return onnxruntime.InferenceSession(data, options, providers=[(provider.name, dict(provider.options))])
     except _FAILURES as error:
         text = " ".join(str(error).split())
         raise ArtifactError(f"{artifact.path}: ONNX Runtime {onnxruntime.__version__} cannot open its model: {text}") from error

@@ -2,7 +2,11 @@
 
 The graph has dynamic sizes. A kernel compiled for one size is faster (a crude hybrid at 512 x 512: 7.6 ms against 8.6), so each size that
 comes is compiled when it first comes, which takes a few tenths of a second, and the last few are kept. With `static_shapes=0` one
-dynamic model serves every size instead: better where no two images are alike.
+dynamic model serves every size instead: better where no two images are alike. What was compiled is kept in the user's cache too
+(`muntin.runtime.cache`), where the next process finds it: opening hybrid-s at 512 x 512 then takes a third of the time.
+
+With one stream all threads work on one image: the lowest latency. With several, each works on an image of its own with its share of the
+threads: more images a second, and each of them later.
 
 What a QDQ graph must look like to run on integers (seen with OpenVINO 2026.4): weights symmetric int8 (uint8 with a zero point runs in
 float), a Linear's input of rank 2 or 3 (at rank 4 its bias, activation and requantisation become a pass of their own), and on the
@@ -12,6 +16,7 @@ uint8 image no quantiser of scale 1 and zero point 0 (it is removed as a no-op, 
 from __future__ import annotations
 
 from collections import OrderedDict
+from queue import LifoQueue
 from threading import Lock
 from typing import Any
 
@@ -21,6 +26,7 @@ from numpy.typing import NDArray
 from muntin.artifact import Artifact
 from muntin.errors import ArtifactError, DependencyError
 from muntin.runtime.buffers import OutputBuffers
+from muntin.runtime.cache import compiled_folder
 from muntin.runtime.graph import ComputeNodes, compute_nodes
 from muntin.runtime.hardware import physical_cores
 from muntin.runtime.quiet import openvino
@@ -37,21 +43,36 @@ _MULTIPLY = frozenset({"Convolution", "GroupConvolution", "Deconvolution", "Full
 _MAY_MULTIPLY = frozenset({"Subgraph", "MHA", "ScaledDotProductAttention"})
 _LEFT_OUT = frozenset({"Const", "Input", "Output"})
 
-Shape = tuple[int, ...]
+InputShape = tuple[int, ...]
+
+
+class _Compiled:
+    """A model compiled for one input shape, and its inference requests, as many as there are streams."""
+
+    def __init__(self, model: Any, streams: int) -> None:
+        self.model = model
+        self.free: LifoQueue[Any] = LifoQueue()  # the request that computed last has its memory in the caches
+        for _ in range(streams):
+            self.free.put(model.create_infer_request())
 
 
 class OpenVinoSession(Session):
-    """A model in OpenVINO's CPU plugin. One call computes at a time (threads wait for each other); all `threads` work on it."""
+    """A model in OpenVINO's CPU plugin. `streams` calls compute at a time, further ones wait for them."""
 
-    def __init__(self, artifact: Artifact, *, precision: str, threads: int | None, static_shapes: int) -> None:
+    def __init__(self, artifact: Artifact, *, precision: str, threads: int | None, streams: int, static_shapes: int) -> None:
         self._core = openvino.Core()
         hint = _choose_precision(self._core, precision, artifact.manifest.precision)
         data = artifact.model_bytes()
+        threads = threads or physical_cores()
         self._options: dict[str, Any] = {
             "INFERENCE_PRECISION_HINT": hint,
-            "INFERENCE_NUM_THREADS": threads or physical_cores(),
-            "PERFORMANCE_HINT": "LATENCY",
+            "INFERENCE_NUM_THREADS": threads,
+            "PERFORMANCE_HINT": "LATENCY" if streams == 1 else "THROUGHPUT",
+            "NUM_STREAMS": min(streams, threads),
         }
+        cache = compiled_folder("openvino", openvino.__version__, artifact.manifest.sha256)
+        if cache is not None:
+            self._options["CACHE_DIR"] = str(cache)
         try:
             self._model = self._core.read_model(model=data, weights=b"")
         except RuntimeError as error:
@@ -61,54 +82,62 @@ class OpenVinoSession(Session):
         self._static_shapes = static_shapes
         self._lock = Lock()
         self._outputs = OutputBuffers()
-        self._requests: OrderedDict[Shape | None, Any] = OrderedDict()  # by input shape; None is the dynamic model
+        self._compiled: OrderedDict[InputShape | None, _Compiled] = OrderedDict()  # by input shape; None is the dynamic model
         super().__init__(
             signature=artifact.manifest.signature,
             engine="openvino",
             precision=hint,
-            threads=int(self._options["INFERENCE_NUM_THREADS"]),
+            threads=threads,
+            streams=min(streams, threads),
             plan=artifact.manifest.plan,
         )
 
     def _infer(self, images_BHWC: NDArray[np.uint8]) -> NDArray[np.float32]:
         with self._lock:
-            request = self._request(images_BHWC.shape if self._static_shapes else None)
-            # Nothing is copied: the call returns after the input was read, and the output is written where the caller gets it.
-            scores = self._outputs.take(self.signature.scores_shape(*images_BHWC.shape[:3]))
-            try:
-                request.set_output_tensor(openvino.Tensor(scores, shared_memory=True))
-            except RuntimeError as error:
-                came = tuple(request.get_output_tensor(0).shape)
-                raise ArtifactError(
-                    f"{self._path}: the model gives {came} where its signature says float32 {scores.shape}: export the artefact again"
-                ) from error
+            free = self._compiled_for(images_BHWC.shape if self._static_shapes else None).free
+        # Nothing is copied: the call returns after the input was read, and the output is written where the caller gets it.
+        scores = self._outputs.take(self.signature.scores_shape(*images_BHWC.shape[:3]))
+        request = free.get()
+        try:
+            self._write_to(request, scores)
             request.infer([images_BHWC], share_inputs=True, share_outputs=True)
-            return scores
+        finally:
+            free.put(request)
+        return scores
+
+    def _write_to(self, request: Any, scores: NDArray[np.float32]) -> None:
+        try:
+            request.set_output_tensor(openvino.Tensor(scores, shared_memory=True))
+        except RuntimeError as error:
+            came = tuple(request.get_output_tensor(0).shape)
+            raise ArtifactError(
+                f"{self._path}: the model gives {came} where its signature says float32 {scores.shape}: export the artefact again"
+            ) from error
 
     def layers(self) -> list[ExecutedLayer]:
         """As compiled for the size that came last; before any call, for dynamic sizes."""
         with self._lock:
-            last = next(reversed(self._requests), None)
-            compiled = self._request(last).get_compiled_model()
-        return _executed(compiled.get_runtime_model(), self._nodes)
+            last = next(reversed(self._compiled), None)
+            compiled = self._compiled_for(last)
+        return _executed(compiled.model.get_runtime_model(), self._nodes)
 
-    def _request(self, shape: Shape | None) -> Any:
-        """The inference request for an input shape, compiled if it is new; the one used longest ago makes room."""
-        if shape not in self._requests:
-            while len(self._requests) >= max(self._static_shapes, 1):
-                self._requests.popitem(last=False)
-            self._requests[shape] = self._compile(shape)
-        self._requests.move_to_end(shape)
-        return self._requests[shape]
+    def _compiled_for(self, shape: InputShape | None) -> _Compiled:
+        """The model for an input shape, compiled if it is new; the one used longest ago makes room."""
+        if shape not in self._compiled:
+            while len(self._compiled) >= max(self._static_shapes, 1):
+                self._compiled.popitem(last=False)
+            self._compiled[shape] = self._compile(shape)
+        self._compiled.move_to_end(shape)
+        return self._compiled[shape]
 
-    def _compile(self, shape: Shape | None) -> Any:
+    def _compile(self, shape: InputShape | None) -> _Compiled:
         model = self._model
         try:
             if shape is not None:
                 model = model.clone()
                 model.reshape(list(shape))
             with signal_stack_kept():
-                return self._core.compile_model(model, "CPU", self._options).create_infer_request()
+                return _Compiled(self._core.compile_model(model, "CPU", self._options), self.streams)
         except RuntimeError as error:
             size = "dynamic sizes" if shape is None else f"images of shape {shape}"
             raise ArtifactError(
@@ -117,15 +146,21 @@ class OpenVinoSession(Session):
 
 
 def open_openvino(
-    artifact: Artifact, precision: str = "recorded", threads: int | None = None, *, static_shapes: int = STATIC_SHAPES
+    artifact: Artifact,
+    precision: str = "recorded",
+    threads: int | None = None,
+    streams: int = 1,
+    *,
+    static_shapes: int = STATIC_SHAPES,
 ) -> OpenVinoSession:
     """Opens an artefact in OpenVINO on the CPU.
 
     `precision` "recorded": the manifest's, or f32 on a CPU without it (the session's `.precision` says which). Asked for by name, a type
-    that the CPU lacks is a DependencyError. `threads` None: the usable physical cores. `static_shapes`: how many input sizes stay compiled.
+    that the CPU lacks is a DependencyError. `threads` None: the usable physical cores. `streams`: how many calls compute at the same time,
+    at most one a thread. `static_shapes`: how many input sizes stay compiled.
     """
     with signal_stack_kept():
-        return OpenVinoSession(artifact, precision=precision, threads=threads, static_shapes=static_shapes)
+        return OpenVinoSession(artifact, precision=precision, threads=threads, streams=streams, static_shapes=static_shapes)
 
 
 def _choose_precision(core: Any, asked: str, recorded: str) -> str:

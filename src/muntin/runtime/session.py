@@ -6,6 +6,9 @@ Axis letters: B images, H and W rows and columns, C channels of an image, K chan
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections import deque
+from collections.abc import Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,6 +17,9 @@ from numpy.typing import NDArray
 
 from muntin.artifact import Signature
 from muntin.errors import ArtifactError, DataError
+
+Shape = tuple[int, int, int]
+"""(B, H, W) of a batch of images."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,15 +40,18 @@ class ExecutedLayer:
 class Session(ABC):
     """An opened artefact that computes. Threads may share one; what they get are arrays of their own.
 
-    `precision` is what float layers really run in ("f32", "bf16", "f16"), `threads` how many the engine uses, `plan` the manifest's plan
-    for exact tiles or None.
+    `precision` is what float layers really run in ("f32", "bf16", "f16"), `threads` how many the engine uses, `streams` how many calls it
+    computes at the same time, each on its share of the threads, `plan` the manifest's plan for exact tiles or None.
     """
 
-    def __init__(self, *, signature: Signature, engine: str, precision: str, threads: int, plan: dict[str, Any] | None = None) -> None:
+    def __init__(
+        self, *, signature: Signature, engine: str, precision: str, threads: int, streams: int = 1, plan: dict[str, Any] | None = None
+    ) -> None:
         self.signature = signature
         self.engine = engine
         self.precision = precision
         self.threads = threads
+        self.streams = streams
         self.plan = plan
 
     def __call__(self, images_BHWC: NDArray[np.uint8]) -> NDArray[np.float32]:
@@ -58,6 +67,33 @@ class Session(ABC):
                 f"the model gave {scores.dtype} {scores.shape} where its signature says float32 {expected}: export the artefact again"
             )
         return scores
+
+    def map(self, batches: Iterable[NDArray[np.uint8]]) -> Iterator[NDArray[np.float32]]:
+        """Scores of each batch, in their order; the next batches are read and computed while the caller works on the last answer.
+
+        At most `streams` + 1 batches are in flight, whatever the length of `batches`. What computing one raises is raised where its answer
+        would have come.
+        """
+        with ThreadPoolExecutor(max_workers=self.streams, thread_name_prefix="muntin-session") as pool:
+            pending: deque[Future[NDArray[np.float32]]] = deque()
+            try:
+                for images_BHWC in batches:
+                    pending.append(pool.submit(self, images_BHWC))
+                    if len(pending) > self.streams:
+                        yield pending.popleft().result()
+                while pending:
+                    yield pending.popleft().result()
+            finally:
+                for future in pending:
+                    future.cancel()
+
+    def warm_up(self, shapes: Iterable[Shape]) -> None:
+        """Computes once for each shape (B, H, W), in every stream, so that the first real call of that shape costs what later ones do."""
+        for shape in shapes:
+            check_shape(shape)
+            images_BHWC = np.zeros((*shape, self.signature.channels), np.uint8)
+            for _ in self.map([images_BHWC] * self.streams):
+                pass
 
     @abstractmethod
     def _infer(self, images_BHWC: NDArray[np.uint8]) -> NDArray[np.float32]:
@@ -79,7 +115,19 @@ def check_images(images: object, signature: Signature) -> None:
         raise DataError(f"images of shape {images.shape}: give {wanted}, with no side of 0")
 
 
+def check_shape(shape: object) -> None:
+    """Raises DataError unless `shape` is (B, H, W), whole numbers from 1."""
+    if not (isinstance(shape, tuple | list) and len(shape) == 3 and all(isinstance(n, int) and n >= 1 for n in shape)):
+        raise DataError(f"shape {shape!r}: give (B, H, W), three whole numbers from 1")
+
+
 def check_threads(threads: int | None) -> None:
     """Raises DataError unless `threads` is None (the engine gets the usable physical cores) or at least 1."""
     if threads is not None and (isinstance(threads, bool) or not isinstance(threads, int) or threads < 1):
         raise DataError(f"threads={threads!r}: give a whole number from 1, or None for the usable physical cores")
+
+
+def check_streams(streams: object) -> None:
+    """Raises DataError unless `streams` is a whole number from 1."""
+    if isinstance(streams, bool) or not isinstance(streams, int) or streams < 1:
+        raise DataError(f"streams={streams!r}: give 1 for the lowest latency, more for several images at the same time")

@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from muntin.artifact import GoldenTolerance, LayerRecord, open_artifact
+from muntin.artifact import GoldenTolerance, LayerRecord, Manifest, open_artifact
 from muntin.runtime.engines import DEFAULT_ENGINE, load
 from muntin.runtime.layerwise import TOLERANCE, LayerCheck, verify_layers
 from muntin.runtime.session import ExecutedLayer, Session
@@ -89,9 +89,9 @@ def verify(
     """
     artifact = open_artifact(path)
     manifest = artifact.manifest
-    session = load(path, engine=engine, precision=precision, threads=threads)
-    tolerance = manifest.golden_tolerance.get(session.precision)  # type: ignore[call-overload]
-    problems = [] if tolerance else [_no_tolerance(session.precision, tuple(manifest.golden_tolerance))]
+    session = load(path, engine=engine, precision=precision, threads=threads, shapes=())
+    tolerance = manifest.tolerance(session.engine, session.precision)
+    problems = [] if tolerance else [_no_tolerance(session, manifest)]
     golden = tuple(
         replay(session, images, scores, tolerance, classes=manifest.signature.task != "restore") for images, scores in artifact.golden()
     )
@@ -177,6 +177,9 @@ def _check_problem(check: LayerCheck) -> str:
     )
 
 
-def _no_tolerance(precision: str, recorded: tuple[str, ...]) -> str:
-    there = ", ".join(recorded) or "none"
-    return f"no golden tolerance is recorded for {precision} (there is: {there}): verify in a recorded precision, or export again"
+def _no_tolerance(session: Session, manifest: Manifest) -> str:
+    there = ", ".join(f"{engine} in {name}" for engine, found in manifest.golden_tolerance.items() for name in found) or "none"
+    return (
+        f"no golden tolerance is recorded for {session.engine} in {session.precision} (there is: {there}): verify in what is recorded, or "
+        "export again"
+    )

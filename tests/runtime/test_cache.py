@@ -1,0 +1,92 @@
+"""What engines compile is kept for the next process, by artefact, engine and CPU, by its owner alone, and never without bound."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from muntin.runtime import cache, load
+from muntin.runtime.cache import cache_folder, compiled_folder
+
+
+@pytest.fixture(autouse=True)
+def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("MUNTIN_CACHE", str(tmp_path / "cache"))
+    return tmp_path / "cache"
+
+
+def test_whose_folder_it_is(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    assert cache_folder() == tmp_path / "cache"
+    monkeypatch.delenv("MUNTIN_CACHE")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "xdg"))
+    assert cache_folder() == tmp_path / "xdg" / "muntin"
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    assert cache_folder() == Path.home() / ".cache" / "muntin"
+
+
+def test_a_second_session_takes_what_the_first_compiled(convolutions: Any, images_of: Callable[..., Any], own_cache: Path) -> None:
+    images = images_of(3)
+    first = load(convolutions.path, precision="f32")
+    scores = first(images)
+    blobs = [file for file in own_cache.rglob("*") if file.is_file()]
+    assert blobs
+    second = load(convolutions.path, precision="f32")
+    np.testing.assert_array_equal(second(images), scores)
+    assert second._compiled[images.shape].model.get_property("LOADED_FROM_CACHE")  # type: ignore[attr-defined]
+    computed = [{layer.name: layer.precision for layer in session.layers() if layer.compute} for session in (first, second)]
+    assert computed[0] == computed[1]
+    assert set(own_cache.rglob("*")) >= set(blobs)
+
+
+def test_artefacts_versions_and_cpus_share_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    folders = [
+        compiled_folder("openvino", "1", "a" * 64),
+        compiled_folder("openvino", "2", "a" * 64),
+        compiled_folder("openvino", "1", "b" * 64),
+    ]
+    monkeypatch.setattr(cache, "cpu_identity", lambda: "another CPU")
+    folders.append(compiled_folder("openvino", "1", "a" * 64))
+    assert len(set(folders)) == 4
+    assert all(folder is not None and folder.is_dir() for folder in folders)
+
+
+def test_a_version_is_no_path(own_cache: Path) -> None:
+    folder = compiled_folder("openvino", "../../1/2", "a" * 64)
+    assert folder is not None
+    assert folder.parent == own_cache / "compiled"
+
+
+@pytest.mark.skipif(not hasattr(os, "getuid"), reason="owners and modes of POSIX")
+def test_what_others_can_write_is_not_used(own_cache: Path, convolutions: Any) -> None:
+    folder = compiled_folder("openvino", "1", "a" * 64)
+    assert folder is not None
+    assert folder.stat().st_mode & 0o777 == 0o700
+    folder.chmod(0o777)
+    assert compiled_folder("openvino", "1", "a" * 64) is None
+    (own_cache / "compiled").chmod(0o777)
+    assert compiled_folder("openvino", "1", "b" * 64) is None
+    assert load(convolutions.path) is not None  # opened without a cache
+
+
+def test_a_cache_that_cannot_be_made_changes_nothing(own_cache: Path, convolutions: Any, images_of: Callable[..., Any]) -> None:
+    own_cache.write_text("a file where the folder should be")
+    assert compiled_folder("openvino", "1", "a" * 64) is None
+    assert load(convolutions.path)(images_of(3)).shape[1] == 5
+
+
+def test_what_was_not_used_for_the_longest_goes_first(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cache, "LIMIT", 250)
+    folders = []
+    for index in range(3):
+        folder = compiled_folder("openvino", str(index), "a" * 64)
+        assert folder is not None
+        (folder / "blob").write_bytes(bytes(100))
+        os.utime(folder, (1000 + index, 1000 + index))
+        folders.append(folder)
+    compiled_folder("openvino", "0", "a" * 64)  # used again
+    assert [folder.is_dir() for folder in folders] == [True, False, True]
