@@ -10,7 +10,20 @@ import numpy as np
 import onnxruntime
 
 from muntin.runtime import describe_hardware
-from muntin.runtime.hardware import cpu_features, cpu_model, usable_cores
+from muntin.runtime.hardware import (
+    affinity,
+    available_memory_gib,
+    cpu_features,
+    cpu_governors,
+    cpu_model,
+    cpu_quota,
+    last_level_cache,
+    memory_gib,
+    memory_limit_gib,
+    numa_nodes,
+    parse_cpus,
+    usable_cores,
+)
 
 X86 = """processor\t: 0
 vendor_id\t: GenuineIntel
@@ -52,3 +65,20 @@ def test_affinity_counts() -> None:
         assert describe_hardware()["physical_cores"] == 1
     finally:
         os.sched_setaffinity(0, before)
+
+
+def test_reads_lists_of_cpus_and_free_memory() -> None:
+    assert parse_cpus("0-2,8,10-11") == {0, 1, 2, 8, 10, 11}
+    assert (parse_cpus("5"), parse_cpus("")) == ({5}, set())
+    assert available_memory_gib("MemTotal:  8388608 kB\nMemFree: 1 kB\nMemAvailable:    3145728 kB\n") == 3.0
+    assert available_memory_gib("") is None
+
+
+def test_limits_are_those_of_this_machine() -> None:
+    cpus, quota, limit, memory = affinity(), cpu_quota(), memory_limit_gib(), memory_gib()
+    assert cpus <= set(range(os.cpu_count() or 1))
+    assert quota is None or quota > 0
+    assert limit is None or limit == memory
+    assert 1 <= numa_nodes() <= len(cpus)
+    assert (last_level_cache() or 1 << 20) >= 1 << 16
+    assert all(name and "\n" not in name for name in cpu_governors())

@@ -1,0 +1,203 @@
+"""How fast can this machine multiply and copy, measured here and now?
+
+A layer's speed means something beside what the machine can do at all: the ceilings of the roofline model (Williams et al., 2009). They
+are taken with the kernels that artefacts run on, OpenVINO's, on graphs of two products of one kind, one after the other:
+
+    x (side, side) @ w (side, side) @ w            a Linear of many tokens
+    x (1, 256, side, side) * w (256, 256, 3, 3) * w   a convolution of many channels
+
+The first product's output is what the second takes, bfloat16 or uint8, as inside a model. Only the kernels that multiply are timed, by
+the engine itself; of the two products and the two kinds the fastest counts. A product that did not run in the precision asked for counts
+not at all: a precision that the CPU lacks is absent, never emulated.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from statistics import median
+from threading import Barrier
+from typing import Any, Literal
+
+import numpy as np
+import onnx
+from numpy.typing import NDArray
+from onnx import TensorProto, helper, numpy_helper
+
+from muntin.errors import DataError
+from muntin.runtime.contention import watch_cpu
+from muntin.runtime.hardware import last_level_cache, memory_gib, physical_cores
+from muntin.runtime.quiet import openvino
+from muntin.runtime.session import check_threads
+from muntin.runtime.signals import signal_stack_kept
+
+Kind = Literal["MatMul", "Conv"]
+
+# What a precision needs among the CPU's capabilities, OpenVINO's hint for it, and its name of what a product then runs in
+PRECISIONS: dict[str, tuple[str, str, frozenset[str]]] = {
+    "f32": ("FP32", "f32", frozenset({"f32"})),
+    "bf16": ("BF16", "bf16", frozenset({"bf16"})),
+    "f16": ("FP16", "f16", frozenset({"f16"})),
+    "i8": ("INT8", "f32", frozenset({"u8", "i8"})),
+}
+_MULTIPLY = frozenset({"FullyConnected", "MatMul", "Convolution"})
+_CHANNELS = 256
+_REPEATS = 3
+
+
+@dataclass(frozen=True, kw_only=True)
+class Ceilings:
+    """What this machine reached.
+
+    `gmacs`: 1e9 multiply-adds a second of a large product, by "f32", "bf16", "f16", "i8"; a precision that the CPU has no kernels for is
+    absent. `copy_gb_s`: 1e9 bytes read and written a second by a copy far larger than the caches. `threads`: how many worked. `others`:
+    cores' worth of CPU time that other processes used meanwhile, None where unknown: these are a busy machine's ceilings if it is not
+    near 0.
+    """
+
+    gmacs: Mapping[str, float]
+    copy_gb_s: float
+    threads: int
+    others: float | None
+
+
+def measure_ceilings(*, threads: int | None = None, seconds: float = 1.0) -> Ceilings:
+    """Measures every precision that the CPU has, and the copy: medians of repeated runs after a warm-up.
+
+    `threads`: None for the usable physical cores. Costs about `seconds` for each precision, and half a second more for compiling, and
+    `seconds` for the copy; memory of a few hundred megabytes, an eighth of the machine's at most. Raises DataError for a number of threads
+    or seconds that is not positive, ModuleNotFoundError where OpenVINO is not installed.
+    """
+    check_threads(threads)
+    if not seconds > 0:
+        raise DataError(f"seconds={seconds!r}: give a positive number")
+    threads = threads or physical_cores()
+    with watch_cpu() as watch, signal_stack_kept():
+        core = openvino.Core()
+        capabilities = core.get_property("CPU", "OPTIMIZATION_CAPABILITIES")
+        rates = {
+            precision: [measure_product(core, kind, precision, threads=threads, seconds=seconds / 2) for kind in ("MatMul", "Conv")]
+            for precision, (capability, _, _) in PRECISIONS.items()
+            if capability in capabilities
+        }
+        copy_gb_s = measure_copy(threads, seconds)
+    gmacs = {precision: max(found) for precision, kinds in rates.items() if (found := [rate for rate in kinds if rate is not None])}
+    return Ceilings(gmacs=gmacs, copy_gb_s=copy_gb_s, threads=threads, others=watch.others)
+
+
+def measure_product(core: Any, kind: Kind, precision: str, *, threads: int, seconds: float) -> float | None:
+    """1e9 multiply-adds a second of the faster of two products; None when there are no kernels for it, or none ran in the precision.
+
+    `core`: an `openvino.Core`. Runs for `seconds`, and at least three times.
+    """
+    _, hint, names = PRECISIONS[precision]
+    side = _side(kind, min(threads, physical_cores()))
+    options = {"INFERENCE_PRECISION_HINT": hint, "INFERENCE_NUM_THREADS": threads, "PERFORMANCE_HINT": "LATENCY", "PERF_COUNT": True}
+    model = core.read_model(model=product_graph(kind, side, integer=precision == "i8"), weights=b"")
+    try:
+        compiled = core.compile_model(model, "CPU", options)
+    except RuntimeError:  # a capability of the CPU whose kernels are switched off by ONEDNN_MAX_CPU_ISA: OpenVINO does not fall back
+        return None
+    ran = {name for name, ran_in in executed_products(compiled.get_runtime_model()).items() if ran_in in names}
+    if not ran:
+        return None
+    request = compiled.create_infer_request()
+    x = np.random.default_rng(0).standard_normal(compiled.input(0).shape, np.float32)
+    request.infer([x], share_inputs=True, share_outputs=True)  # the first call packs the weights
+    times: dict[str, list[float]] = {name: [] for name in ran}
+    start = time.perf_counter()
+    while time.perf_counter() - start < seconds or len(min(times.values(), key=len)) < _REPEATS:
+        request.infer([x], share_inputs=True, share_outputs=True)
+        for node in request.get_profiling_info():
+            if node.node_name in times:
+                times[node.node_name].append(node.real_time.total_seconds())
+    macs = side**3 if kind == "MatMul" else side**2 * _CHANNELS**2 * 9
+    return max(macs / max(median(values), 1e-6) / 1e9 for values in times.values())  # the engine counts whole microseconds
+
+
+def executed_products(runtime_model: Any) -> dict[str, str]:
+    """The kernels of a compiled model that multiply matrices or convolve: the engine's name -> what it runs in, in OpenVINO's words."""
+    products = {}
+    for node in runtime_model.get_ordered_ops():
+        info = node.get_rt_info()
+        if "layerType" in info and info["layerType"].astype(str) in _MULTIPLY:
+            products[node.get_friendly_name()] = str(info["runtimePrecision"].astype(str))
+    return products
+
+
+def product_graph(kind: Kind, side: int, *, integer: bool) -> bytes:
+    """A serialised ONNX model of two products with the same weights, float32 in and out, all sizes static; `integer`: in QDQ form.
+
+    Weights are so small that values keep about their size from one product to the next.
+    """
+    shape, weight_shape = ([side, side], (side, side)) if kind == "MatMul" else ([1, _CHANNELS, side, side], (_CHANNELS, _CHANNELS, 3, 3))
+    axis, inputs = (1, side) if kind == "MatMul" else (0, 9 * _CHANNELS)
+    generator = np.random.default_rng(1)
+    nodes, x = [], "x"
+    constants: dict[str, NDArray[Any]] = {}
+    if integer:
+        constants["weight"] = generator.integers(-127, 128, weight_shape, np.int8)
+        constants["weight_scale"] = np.full(weight_shape[axis], 1 / (73 * inputs**0.5), np.float32)  # 73: their standard deviation
+        constants["weight_zero"] = np.zeros(weight_shape[axis], np.int8)
+        constants["scale"], constants["zero"] = np.array(4 / 128, np.float32), np.array(128, np.uint8)
+        nodes.append(helper.make_node("DequantizeLinear", ["weight", "weight_scale", "weight_zero"], ["w"], axis=axis))
+    else:
+        constants["w"] = generator.standard_normal(weight_shape, np.float32) / np.float32(inputs**0.5)
+    for step in ("first", "second"):
+        if integer:
+            nodes.append(helper.make_node("QuantizeLinear", [x, "scale", "zero"], [f"{step}_q"]))
+            nodes.append(helper.make_node("DequantizeLinear", [f"{step}_q", "scale", "zero"], [f"{step}_dq"]))
+            x = f"{step}_dq"
+        pads = {"pads": [1, 1, 1, 1]} if kind == "Conv" else {}
+        nodes.append(helper.make_node(kind, [x, "w"], [step], name=step, **pads))
+        x = step
+    graph = helper.make_graph(
+        nodes,
+        "products",
+        [helper.make_tensor_value_info("x", TensorProto.FLOAT, shape)],
+        [helper.make_tensor_value_info(x, TensorProto.FLOAT, shape)],
+        [numpy_helper.from_array(value, name) for name, value in constants.items()],
+    )
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 19)], ir_version=10)
+    onnx.checker.check_model(model)
+    return bytes(model.SerializeToString())
+
+
+def measure_copy(threads: int, seconds: float) -> float:
+    """1e9 bytes a second, read and written, that `threads` threads copy together, each its part of an array far beyond the caches.
+
+    As the STREAM benchmark counts: what a cache reads only in order to overwrite it does not count. Runs for `seconds`, and at least three
+    times.
+    """
+    size, barrier = _copy_bytes() // threads, Barrier(threads)
+    with ThreadPoolExecutor(threads) as pool:
+        copies = [future.result() for future in [pool.submit(_copy, size, barrier, seconds) for _ in range(threads)]]
+    return sum(2 * size / median(times) for times in copies) / 1e9
+
+
+def _copy(size: int, barrier: Barrier, seconds: float) -> list[float]:
+    """Seconds of each copy. The arrays are the thread's own and written by it first: they lie in the memory next to its core."""
+    source, target = np.full(size, 1, np.uint8), np.full(size, 2, np.uint8)
+    barrier.wait()
+    times: list[float] = []
+    start = time.perf_counter()
+    while time.perf_counter() - start < seconds or len(times) < _REPEATS:
+        began = time.perf_counter()
+        np.copyto(target, source)
+        times.append(time.perf_counter() - began)
+    return times
+
+
+def _copy_bytes() -> int:
+    """Half of what a copy touches: four times the caches, within an eighth of the memory."""
+    wanted = max(128 << 20, 2 * (last_level_cache() or 0))
+    memory = memory_gib()
+    return wanted if memory is None else min(wanted, int(memory * 2**30) // 16)
+
+
+def _side(kind: Kind, cores: int) -> int:
+    """Large enough that every core has milliseconds of work, small enough for a second of repeats on a slow core."""
+    factor = 1 if cores <= 4 else 2 if cores <= 32 else 4
+    return factor * (1024 if kind == "MatMul" else 64)

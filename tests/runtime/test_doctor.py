@@ -1,0 +1,287 @@
+from __future__ import annotations
+
+import dataclasses
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from muntin.errors import DataError
+from muntin.runtime import quiet
+from muntin.runtime.cache import cache_folder
+from muntin.runtime.ceilings import Ceilings
+from muntin.runtime.contention import CpuShare
+from muntin.runtime.doctor import (
+    GPU_INSTALL,
+    Check,
+    EngineFound,
+    check_arithmetic,
+    check_cache,
+    check_ceilings,
+    check_engines,
+    check_gpu,
+    check_machine,
+    check_share,
+    check_thread_counts,
+    check_untested,
+    check_variables,
+    examine,
+    explain_features,
+    find_engine,
+    find_extras,
+    read_machine,
+)
+from muntin.runtime.exactness import RUNNERS, IntegerCheck, run_onnxruntime
+
+OPENVINO = EngineFound(name="openvino", version="2026.4.1", providers=(), error=None)
+ORT = EngineFound(name="onnxruntime", version="1.32.0", providers=("CPUExecutionProvider",), error=None)
+ORT_GPU = dataclasses.replace(ORT, providers=("CUDAExecutionProvider", "CPUExecutionProvider"))
+
+
+def lost(engine: EngineFound, error: str) -> EngineFound:
+    return dataclasses.replace(engine, version=None, providers=(), error=error)
+
+
+def machine(**changes: Any) -> Any:
+    """This machine as if it were quiet, plain and large, with what the test changes."""
+    plain: dict[str, Any] = {
+        "affinity": (0, 1, 2, 3), "cpu_quota": None, "memory_limit_gib": None, "available_gib": 8.0, "numa_nodes": 1, "governors": (),
+        "nvidia": False,
+    }  # fmt: skip
+    return dataclasses.replace(read_machine(), **(plain | changes))
+
+
+def layer(**changes: Any) -> IntegerCheck:
+    return IntegerCheck(**({"layer": "matrix product", "outputs": 100, "wrong": 0, "error": 0.0, "integer": True} | changes))
+
+
+def told(checks: Any) -> list[tuple[str, str]]:
+    found = list(checks)
+    assert all(isinstance(check, Check) and check.text and "\n" not in check.text for check in found)
+    return [(check.name, check.status) for check in found]
+
+
+# ---- this machine ----
+
+
+def test_looking_without_measuring() -> None:
+    diagnosis = examine(self_test=False, environment={"HOME": "/", "OMP_PLACES": "cores"})
+    assert [engine.name for engine in diagnosis.engines] == ["openvino", "onnxruntime"]
+    assert all(engine.version and engine.error is None for engine in diagnosis.engines)
+    assert "CPUExecutionProvider" in diagnosis.engines[1].providers
+    assert diagnosis.problems == ()
+    assert diagnosis.environment == {"OMP_PLACES": "cores"}
+    assert diagnosis.threads == diagnosis.machine.physical_cores <= diagnosis.machine.cores <= diagnosis.machine.cpus
+    assert (diagnosis.ceilings, diagnosis.share, dict(diagnosis.integers)) == (None, None, {})
+    assert diagnosis.cache == cache_folder()
+    assert diagnosis.packages["numpy"]
+    assert told(diagnosis.checks)[0] == ("engines", "ok")
+
+
+def test_nothing_heavy_is_imported_and_yet_named() -> None:
+    code = """
+import importlib.metadata, sys
+from muntin.runtime.doctor import examine
+found = examine(self_test=False)
+heavy = {"torch", "torchvision", "timm", "onnxscript", "openvino_telemetry"} & set(sys.modules)
+assert not heavy, heavy
+assert found.packages["torch"] == importlib.metadata.version("torch")
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=False)
+    assert (done.returncode, done.stderr) == (0, "")
+
+
+def test_without_any_engine_nothing_can_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("openvino", "onnxruntime"):
+        monkeypatch.delitem(vars(quiet), name, raising=False)
+        monkeypatch.setitem(sys.modules, name, None)
+    diagnosis = examine()
+    (problem,) = diagnosis.problems
+    assert problem.startswith("engines: no engine, so nothing can run: ")
+    assert "pip install openvino" in problem
+    assert "pip install onnxruntime" in problem
+    assert (diagnosis.ceilings, dict(diagnosis.integers)) == (None, {})
+    assert diagnosis.share is not None
+
+
+def test_a_broken_installation_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "onnxruntime").mkdir()
+    (tmp_path / "onnxruntime" / "__init__.py").write_text("raise ImportError('libgomp.so.1: cannot open shared object file')")
+    monkeypatch.delitem(vars(quiet), "onnxruntime", raising=False)
+    for name in [name for name in sys.modules if name.partition(".")[0] == "onnxruntime"]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.syspath_prepend(tmp_path)
+    found = find_engine("onnxruntime")
+    assert found.version is None
+    assert found.error == "cannot be loaded: libgomp.so.1: cannot open shared object file"
+
+
+@pytest.mark.slow
+def test_an_engine_that_cannot_run_is_a_problem_and_the_rest_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(RUNNERS, "onnxruntime", lambda model, x: run_onnxruntime(b"no model", x))
+    diagnosis = examine(threads=1)
+    assert any(problem.startswith("INT8 in onnxruntime: ONNX Runtime ") for problem in diagnosis.problems)
+    assert list(diagnosis.integers) == ["openvino"]
+    assert diagnosis.ceilings is not None
+    assert diagnosis.ceilings.threads == 1
+
+
+@pytest.mark.parametrize("threads", [0, -2, 1.5, "4"])
+def test_nonsense_is_refused(threads: Any) -> None:
+    with pytest.raises(DataError, match=r"^threads=.*: give a whole number"):
+        examine(threads=threads, self_test=False)
+
+
+# ---- facts from texts ----
+
+
+def test_features_are_explained() -> None:
+    found = {feature.name: feature for feature in explain_features(["avx2", "avx512f"], "x86_64")}
+    assert {name for name, feature in found.items() if feature.present} == {"AVX2", "AVX-512"}
+    assert "saturate in 16 bits" in found["VNNI"].meaning
+    assert "FP32" in found["AVX512-BF16"].meaning
+    assert "saturate" not in {f.name: f for f in explain_features(["avx_vnni"], "AMD64")}["VNNI"].meaning
+    arm = {feature.name: feature.present for feature in explain_features(["asimddp", "bf16"], "aarch64")}
+    assert arm == {"I8MM": False, "DotProd": True, "BF16": True, "SVE": False}
+    assert explain_features([], "x86_64") == ()
+
+
+def test_extras_say_what_is_missing_and_how_to_get_it() -> None:
+    requirements = [
+        "numpy>=1.26",
+        "torch>=2.9; extra == 'train'",
+        'Torch_Metrics>=1 ; python_version > "3" and extra == "train"',
+        "onnxruntime-gpu>=1.20; extra == 'gpu'",
+        "pytest>=8; extra == 'dev'",
+    ]
+    train, gpu = sorted(find_extras(requirements, frozenset({"numpy", "torch"})), key=lambda extra: extra.name, reverse=True)
+    assert (train.name, train.missing, train.install) == ("train", ("torch-metrics",), "pip install 'muntin[train]'")
+    assert (gpu.name, gpu.missing, gpu.install) == ("gpu", ("onnxruntime-gpu",), GPU_INSTALL)
+    assert [extra.missing for extra in find_extras(requirements, frozenset({"torch", "torch-metrics", "onnxruntime-gpu"}))] == [(), ()]
+
+
+# ---- checks ----
+
+
+def test_one_engine_is_enough() -> None:
+    assert told(check_engines([OPENVINO, ORT])) == [("engines", "ok")]
+    missing = list(check_engines([lost(OPENVINO, "not installed: pip install openvino"), ORT]))
+    assert told(missing) == [("engines", "ok"), ("openvino", "note")]
+    assert 'give engine="onnxruntime"' in missing[1].text
+
+
+def test_wrong_integers_are_a_problem_and_float_ones_a_note() -> None:
+    assert check_arithmetic(OPENVINO, [layer(), layer()], {}).status == "ok"
+    floating = check_arithmetic(ORT, [layer(), layer(layer="convolution", integer=False)], {})
+    assert floating.status == "note"
+    assert floating.text.endswith("convolution")
+    wrong = check_arithmetic(OPENVINO, [layer(wrong=1, error=1.0), layer(layer="convolution", wrong=7, error=float("inf"))], {})
+    assert (wrong.name, wrong.status) == ("INT8 in openvino", "problem")
+    assert "7 of 100 sums of a convolution differ, by up to inf" in wrong.text
+    assert "unset ONEDNN_MAX_CPU_ISA=AVX2, or" in check_arithmetic(OPENVINO, [layer(wrong=1)], {"ONEDNN_MAX_CPU_ISA": "AVX2"}).text
+
+
+def test_a_cpu_without_vnni_is_named_where_nothing_was_tried() -> None:
+    assert told(check_untested(machine(features=explain_features(["avx2"], "x86_64")))) == [("VNNI", "note")]
+    assert told(check_untested(machine(features=explain_features(["avx2", "avx_vnni"], "x86_64")))) == []
+    assert told(check_untested(machine(features=()))) == []
+
+
+@pytest.mark.parametrize(
+    ("threads", "variables", "says"),
+    [
+        (None, {}, "4 on 4 usable physical cores"),
+        (2, {"OMP_NUM_THREADS": "4"}, "2 on 4 usable"),
+        (64, {}, "threads=64 is more than the 4 usable physical cores"),
+        (None, {"OMP_NUM_THREADS": "64"}, "OMP_NUM_THREADS=64 is more than the 4"),
+        (None, {"OPENBLAS_NUM_THREADS": "5"}, "OPENBLAS_NUM_THREADS=5 is more than the 4"),
+        (None, {"OMP_NUM_THREADS": "8,2"}, "OMP_NUM_THREADS=8,2 is more than"),
+        (None, {"OMP_NUM_THREADS": "4,2"}, "4 on 4"),
+        (None, {"MKL_NUM_THREADS": "many"}, "MKL_NUM_THREADS=many is no number"),
+        (None, {"OMP_PLACES": "cores"}, "4 on 4"),
+    ],
+)
+def test_more_threads_than_cores_are_noted(threads: int | None, variables: dict[str, str], says: str) -> None:
+    (check,) = check_thread_counts(threads, variables, 4)
+    assert says in check.text
+    assert check.status == ("ok" if " on 4 usable" in check.text else "note")
+
+
+def test_every_count_of_threads_is_judged() -> None:
+    notes = list(check_thread_counts(9, {"OMP_NUM_THREADS": "8", "MKL_NUM_THREADS": "4"}, 4))
+    assert [note.text.partition(" ")[0] for note in notes] == ["OMP_NUM_THREADS=8", "threads=9"]
+
+
+def test_variables_that_cost_speed_are_noted() -> None:
+    assert told(check_variables({"ONEDNN_MAX_CPU_ISA": "AVX2", "ONEDNN_VERBOSE": "1", "OMP_PLACES": "cores"})) == [("kernels", "note")] * 2
+    assert told(check_variables({"ONEDNN_MAX_CPU_ISA": "ALL", "ONEDNN_VERBOSE": "0"})) == []
+
+
+@pytest.mark.parametrize(
+    ("share", "others", "quota", "status", "says"),
+    [
+        (0.99, 0.05, None, "ok", "4 busy threads got 99% of their time, other processes use 0.1 of our 4 CPUs"),
+        (0.97, None, None, "ok", "4 busy threads got 97% of their time"),
+        (0.55, 2.0, None, "note", "other processes use 2.0 of our 4 CPUs"),
+        (0.98, 0.4, None, "note", "other processes use 0.4 of our 4 CPUs"),
+        (0.38, 0.0, 1.5, "note", "quota of 1.5 cores holds them back: use 1 threads"),
+        (0.12, None, 0.5, "note", "quota of 0.5 cores holds them back: use 1 threads"),
+        (0.60, 0.0, None, "note", "another guest of the host"),
+        (0.60, 0.0, 8.0, "note", "another guest of the host"),
+    ],
+)
+def test_what_keeps_our_threads_waiting_is_named(share: float, others: float | None, quota: float | None, status: str, says: str) -> None:
+    check = check_share(CpuShare(threads=4, share=share, others=others), 4, quota)
+    assert check.status == status
+    assert says in check.text
+
+
+def test_ceilings_say_where_int8_brings_nothing_and_where_others_took_part() -> None:
+    quiet_machine = Ceilings(gmacs={"f32": 98.4, "i8": 391.0}, copy_gb_s=14.25, threads=2, others=0.02)
+    assert check_ceilings(quiet_machine) == Check(
+        name="ceilings", status="ok", text="f32 98, i8 391 GMAC/s, copy 14.2 GB/s, with 2 threads"
+    )
+    busy = check_ceilings(dataclasses.replace(quiet_machine, others=1.5))
+    assert (busy.status, "while others used 1.5 cores" in busy.text) == ("note", True)
+    floating = check_ceilings(dataclasses.replace(quiet_machine, gmacs={"f32": 98.4}))
+    assert (floating.status, "INT8 layers run in float" in floating.text) == ("note", True)
+
+
+def test_a_machine_s_limits_are_noted() -> None:
+    assert told(check_machine(machine())) == [("memory", "ok")]
+    assert told(check_machine(machine(available_gib=None))) == []
+    assert told(check_machine(machine(memory_limit_gib=0.5))) == [("memory", "note")]
+    assert told(check_machine(machine(cpu_quota=2.5))) == [("quota", "note"), ("memory", "ok")]
+    assert told(check_machine(machine(cpu_quota=4.0))) == [("memory", "ok")]
+    assert told(check_machine(machine(numa_nodes=2, governors=("performance", "powersave")))) == [
+        ("memory", "ok"),
+        ("NUMA", "note"),
+        ("clock", "note"),
+    ]
+
+
+def test_a_gpu_that_lies_idle_is_noted() -> None:
+    assert told(check_gpu(machine(), [OPENVINO, ORT], frozenset({"onnxruntime"}), cuda_starts=None)) == []
+    (idle,) = check_gpu(machine(nvidia=True), [OPENVINO, ORT], frozenset({"onnxruntime"}), cuda_starts=None)
+    assert (idle.status, idle.text.endswith(GPU_INSTALL)) == ("note", True)
+    (works,) = check_gpu(machine(nvidia=True), [ORT_GPU], frozenset(), cuda_starts=True)
+    assert (works.status, works.text) == ("ok", "an NVIDIA driver, and ONNX Runtime with CUDA")
+    (fails,) = check_gpu(machine(nvidia=True), [ORT_GPU], frozenset(), cuda_starts=False)
+    assert (fails.status, "cannot start it" in fails.text) == ("note", True)
+    (driver,) = check_gpu(machine(), [ORT_GPU], frozenset(), cuda_starts=None)
+    assert (driver.status, "no NVIDIA driver" in driver.text) == ("note", True)
+    both = list(check_gpu(machine(), [ORT], frozenset({"onnxruntime", "onnxruntime-gpu"}), cuda_starts=None))
+    assert told(both) == [("onnxruntime", "note")]
+
+
+def test_a_cache_that_cannot_be_written_is_noted(tmp_path: Path) -> None:
+    assert check_cache(tmp_path / "new" / "muntin") == Check(name="cache", status="ok", text=str(tmp_path / "new" / "muntin"))
+    assert not (tmp_path / "new").exists()
+    (tmp_path / "file").write_text("")
+    assert check_cache(tmp_path / "file" / "muntin").status == "note"
+    if os.name == "posix" and os.getuid() != 0:
+        (tmp_path / "closed").mkdir(mode=0o500)
+        assert check_cache(tmp_path / "closed" / "muntin").status == "note"
