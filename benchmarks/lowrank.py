@@ -29,9 +29,9 @@ from muntin.compression.factored import full_ranks
 from muntin.compression.low_rank import factorize
 from muntin.compression.stages import calibration_of, compress_checkpoint, read_model, source_of
 from muntin.deployment.counting import parameter_count
-from muntin.deployment.latency import interleaved_latency
 from muntin.models import TorchSession
 from muntin.runtime import describe_hardware
+from muntin.runtime.latency import interleaved_latency
 from muntin.training import Checkpoint, read_checkpoint
 from muntin.training.checkpoint import checkpoints_in
 from muntin.training.config import LowRankConfig
@@ -88,8 +88,8 @@ def layer_rows(folder: Path, rounds: int = 40) -> list[dict[str, Any]]:
         for kind, middle in (("dense", layer), ("factored", factorize(layer, ranks))):
             model = nn.Sequential(ends[0], nn.ReLU(), middle, nn.ReLU(), ends[1]).eval()
             sessions[kind] = muntin.load(muntin.export(model, example, folder / f"layer-{kind}", calibration=[example]).path)
-        measured = interleaved_latency(sessions, example[0].permute(1, 2, 0).to(torch.uint8).numpy(), rounds=rounds)
-        dense, factored = (measured[kind]["median_ms"] for kind in ("dense", "factored"))
+        measured = interleaved_latency(sessions, example.permute(0, 2, 3, 1).to(torch.uint8).numpy(), rounds=rounds)
+        dense, factored = (measured[kind].median_ms for kind in ("dense", "factored"))
         rows.append(
             {"layer": name, "full": full_ranks(layer), "ranks": ranks, "dense_ms": dense, "factored_ms": factored, "gain": dense / factored}
         )

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any
 
 import numpy as np
 import pytest
@@ -14,14 +15,21 @@ from torch import nn
 
 from muntin import TorchSession
 from muntin.artifact import ClassInfo, Signature
-from muntin.deployment.latency import interleaved_latency, latency_report
 from muntin.errors import DataError
+from muntin.runtime import load
+from muntin.runtime.latency import BATCHES, interleaved_latency, interleaved_throughput, latency_report
 
 SIGNATURE = Signature(task="segment", channels=3, classes=(ClassInfo(name="a", color=(0, 0, 0)), ClassInfo(name="b", color=(9, 9, 9))))
 
 
+def pictures(*shape: int) -> NDArray[np.uint8]:
+    return np.random.default_rng(0).integers(0, 256, shape, dtype=np.uint8)
+
+
 class Counting:
     """A session that counts its calls, in a list shared with others, and may wait first."""
+
+    streams = 1
 
     def __init__(self, name: str, calls: list[str], *, wait_s: float = 0) -> None:
         torch.manual_seed(0)
@@ -37,27 +45,30 @@ class Counting:
         time.sleep(self.wait_s)
         return self.session(images_BHWC)
 
+    def map(self, batches: Iterable[NDArray[np.uint8]]) -> Iterator[NDArray[np.float32]]:
+        return map(self, batches)
 
-def test_every_session_is_called_alike_in_turns(pictures: Callable[..., NDArray[np.uint8]]) -> None:
+
+def test_every_session_is_called_alike_in_turns() -> None:
     calls: list[str] = []
     one, other = Counting("one", calls), Counting("other", calls)
-    image = pictures(1, 16, 24, 3)[0].transpose(1, 0, 2)  # not contiguous
-    figures = interleaved_latency({"one": one, "other": other}, image, rounds=3)
+    images = pictures(1, 16, 24, 3).transpose(0, 2, 1, 3)  # not contiguous
+    figures = interleaved_latency({"one": one, "other": other}, images, rounds=3)
     assert calls == ["one", "other"] + 3 * ["one", "one", "other", "other"]
     assert one.shapes == other.shapes == {(1, 24, 16, 3)}
     assert figures.keys() == {"one", "other"}
     for row in figures.values():
-        assert math.isfinite(row["median_ms"]) and 0 < row["median_ms"] <= row["p90_ms"]
+        assert math.isfinite(row.median_ms) and 0 < row.median_ms <= row.p90_ms <= row.p99_ms and row.calls == 3
 
 
-def test_a_session_that_waits_takes_as_much_longer(pictures: Callable[..., NDArray[np.uint8]]) -> None:
+def test_a_session_that_waits_takes_as_much_longer() -> None:
     sessions = {"quick": Counting("quick", []), "slow": Counting("slow", [], wait_s=0.02)}
-    figures = interleaved_latency(sessions, pictures(1, 8, 8, 3)[0], rounds=3)
-    assert figures["slow"]["median_ms"] >= 20
-    assert figures["quick"]["median_ms"] < figures["slow"]["median_ms"]
+    figures = interleaved_latency(sessions, pictures(1, 8, 8, 3), rounds=3)
+    assert figures["slow"].median_ms >= 20
+    assert figures["quick"].median_ms < figures["slow"].median_ms
 
 
-def test_the_report_names_engines_and_keeps_the_baseline_first(pictures: Callable[..., NDArray[np.uint8]]) -> None:
+def test_the_report_names_engines_and_keeps_the_baseline_first() -> None:
     rows = {"fp32": ("PyTorch eager", Counting("fp32", [])), "deployed": ("openvino INT8", Counting("deployed", []))}
     report = latency_report(rows, pictures(1, 16, 24, 3)[0], rounds=2)
     assert (report["height"], report["width"], report["rounds"]) == (16, 24, 2)
@@ -65,6 +76,33 @@ def test_the_report_names_engines_and_keeps_the_baseline_first(pictures: Callabl
     assert all(row["median_ms"] > 0 for row in report["rows"])
 
 
-def test_an_error_of_a_session_is_not_swallowed(pictures: Callable[..., NDArray[np.uint8]]) -> None:
+def test_an_error_of_a_session_is_not_swallowed() -> None:
     with pytest.raises(DataError, match="shape"):
-        interleaved_latency({"one": Counting("one", [])}, pictures(1, 8, 8, 4)[0], rounds=1)
+        interleaved_latency({"one": Counting("one", [])}, pictures(1, 8, 8, 4), rounds=1)
+
+
+def test_throughput_keeps_every_stream_busy(convolutions: Any, images_of: Callable[..., Any]) -> None:
+    sessions = {"one": load(convolutions.path, threads=2), "two": load(convolutions.path, threads=2, streams=2)}
+    called: dict[str, int] = dict.fromkeys(sessions, 0)
+    for name, session in sessions.items():
+        infer = session._infer
+
+        def counting(images_BHWC: Any, name: str = name, infer: Any = infer) -> Any:
+            called[name] += 1
+            return infer(images_BHWC)
+
+        session._infer = counting  # type: ignore[method-assign]
+    rates = interleaved_throughput(sessions, images_of(3, batch=2, height=8, width=8), rounds=2)
+    assert called == {"one": 3 * BATCHES, "two": 3 * BATCHES * 2}
+    assert all(rate > 0 for rate in rates.values())
+
+
+def test_throughput_of_a_session_that_waits() -> None:
+    rates = interleaved_throughput({"slow": Counting("slow", [], wait_s=0.01)}, pictures(2, 8, 8, 3), rounds=1)
+    assert 0 < rates["slow"] <= 200
+
+
+@pytest.mark.parametrize("measure", [interleaved_latency, interleaved_throughput])
+def test_no_rounds_no_median(measure: Any) -> None:
+    with pytest.raises(ValueError, match="rounds=0"):
+        measure({"one": Counting("one", [])}, pictures(1, 8, 8, 3), rounds=0)

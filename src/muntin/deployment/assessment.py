@@ -30,12 +30,12 @@ from muntin.compression.stages import FOLDER, Stage, calibration_of, changes_of,
 from muntin.data import EarthSource, Sample
 from muntin.deployment.counting import image_macs, parameter_count, stored_bytes
 from muntin.deployment.export import export
-from muntin.deployment.latency import latency_report
 from muntin.deployment.layers import layer_rows, rank_rows
 from muntin.deployment.pictures import write_examples, write_whole
 from muntin.errors import ArtifactError, VerificationError
 from muntin.models import TorchSession
 from muntin.runtime import Session, describe_hardware, load, verify
+from muntin.runtime.latency import latency_report
 from muntin.runtime.tiles import Predictor
 from muntin.training.checkpoint import AVERAGE, Checkpoint, read_checkpoint
 from muntin.training.evaluation import IGNORED, Evaluation, Labels, predictions, score, tile_of

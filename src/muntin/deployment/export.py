@@ -63,8 +63,8 @@ def export(
     `example`: raw pixels `(B, C, H, W)`, 0-255, real ones: the golden pairs are cut from them. `calibration`: input batches; with them the
     model is quantised first (a copy; yours is left as it is). `signature`: task and classes; without it they follow from the
     shape of the answer and the classes are numbered. `changes`: what earlier passes did, kept in the manifest. `measured`: plain
-    figures to keep there. `shape`: the (B, H, W) that `load` compiles for unasked, one image of the example's size unless given; every batch
-    size, height and width will work. Raises `ExportError` when the model cannot be exported, or
+    figures to keep there. `shape`: the (B, H, W) that `load` compiles for unasked, one image of the example's size unless given.
+    Every batch size, height and width will work. Raises `ExportError` when the model cannot be exported, or
     when the runtime does not compute what PyTorch does; nothing is left behind then.
     """
     check_target(path)

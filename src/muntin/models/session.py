@@ -5,29 +5,39 @@ Axes: B images, H W map, C channels, K scores.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable, Iterator
+
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import nn
+from torch import Tensor, nn
 
 from muntin.artifact import Signature
+from muntin.models.compiler import require_compiler
+from muntin.models.transfer import pipelined
 from muntin.runtime.session import check_images
 
 
 class TorchSession:
     """Calls a model on `(B, H, W, C)` uint8 images, returns float32 scores; the reference beside every engine.
 
-    `dtype`: what products run in (autocast), None for FP32. The model is used as it is and put in `eval` mode for each call.
+    `dtype`: what products run in (autocast), None for FP32. `compile`: by `torch.compile`, at the first call of each shape (a minute
+    or more). The model is used as it is, on the device where it is, and put in `eval` mode for each call. Raises `DependencyError` for
+    `compile` without a compiler.
     """
 
-    engine = "pytorch eager"
+    streams = 1
 
-    def __init__(self, model: nn.Module, signature: Signature, *, dtype: torch.dtype | None = None) -> None:
+    def __init__(self, model: nn.Module, signature: Signature, *, dtype: torch.dtype | None = None, compile: bool = False) -> None:
         self.model = model
         self.signature = signature
         self.dtype = dtype
         first = next(iter(model.parameters()), None)
         self.device = torch.device("cpu") if first is None else first.device
+        if compile:
+            require_compiler(self.device.type)
+        self.engine = "pytorch compile" if compile else "pytorch eager"
+        self._forward: Callable[[Tensor], Tensor] = torch.compile(model) if compile else model
 
     @property
     def precision(self) -> str:
@@ -40,9 +50,22 @@ class TorchSession:
         return torch.get_num_threads()
 
     def __call__(self, images_BHWC: NDArray[np.uint8], /) -> NDArray[np.float32]:
+        """Scores of one batch."""
         check_images(images_BHWC, self.signature)
+        scores: NDArray[np.float32] = self._compute(torch.from_numpy(np.ascontiguousarray(images_BHWC)).to(self.device)).cpu().numpy()
+        return scores
+
+    def map(self, batches: Iterable[NDArray[np.uint8]]) -> Iterator[NDArray[np.float32]]:
+        """Scores of each batch, in their order; on a GPU the next batch is read and copied while this one is computed."""
+        return pipelined(self._checked(batches), self._compute, self.device)
+
+    def _checked(self, batches: Iterable[NDArray[np.uint8]]) -> Iterator[NDArray[np.uint8]]:
+        for images_BHWC in batches:
+            check_images(images_BHWC, self.signature)
+            yield images_BHWC
+
+    def _compute(self, images_BHWC: Tensor) -> Tensor:
+        """Images on the device to scores on the device."""
         self.model.eval()
         with torch.inference_mode(), torch.autocast(self.device.type, self.dtype, enabled=self.dtype is not None):
-            images = torch.from_numpy(np.ascontiguousarray(images_BHWC)).to(self.device).permute(0, 3, 1, 2).to(torch.float32)
-            scores: NDArray[np.float32] = self.model(images).float().cpu().numpy()
-        return scores
+            return self._forward(images_BHWC.permute(0, 3, 1, 2).to(torch.float32)).float()

@@ -1,26 +1,49 @@
-"""Latency of several sessions in one run: interleaved, so that a machine that drifts drifts for all of them."""
+"""Latency and throughput of several sessions in one run: interleaved, so that a machine that drifts drifts for all of them."""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
 from muntin.runtime.tiles import Predictor
 
+BATCHES = 8
+"""Batches that a throughput is measured over, for each stream of the session."""
 
-def interleaved_latency(sessions: Mapping[str, Predictor], image_HWC: NDArray[np.uint8], *, rounds: int) -> dict[str, dict[str, float]]:
-    """Median and 90th percentile, in ms, of one call on one image, for each session.
+
+class Mapper(Predictor, Protocol):
+    """A session that can keep several batches in flight: every engine's, and a live model's."""
+
+    @property
+    def streams(self) -> int: ...
+
+    def map(self, batches: Iterable[NDArray[np.uint8]], /) -> Iterator[NDArray[np.float32]]: ...
+
+
+@dataclass(frozen=True, kw_only=True)
+class Latency:
+    """Of one call, in ms, over `calls` of them."""
+
+    median_ms: float
+    p90_ms: float
+    p99_ms: float
+    calls: int
+
+
+def interleaved_latency(sessions: Mapping[str, Predictor], images_BHWC: NDArray[np.uint8], *, rounds: int) -> dict[str, Latency]:
+    """The time of one call on a batch, for each session.
 
     Each of `rounds` rounds calls every session twice and times the second call: the first brings its weights back into the caches
     that the others filled, as in a process that runs one model. Raises `ValueError` for less than one round.
     """
     if rounds < 1:
         raise ValueError(f"rounds={rounds}: a median needs at least 1")
-    images = np.ascontiguousarray(image_HWC[None])
+    images = np.ascontiguousarray(images_BHWC)
     times: dict[str, list[float]] = {name: [] for name in sessions}
     for session in sessions.values():
         session(images)
@@ -30,15 +53,43 @@ def interleaved_latency(sessions: Mapping[str, Predictor], image_HWC: NDArray[np
             started = time.perf_counter()
             session(images)
             times[name].append((time.perf_counter() - started) * 1e3)
-    return {name: {"median_ms": float(np.median(v)), "p90_ms": float(np.percentile(v, 90))} for name, v in times.items()}
+    return {name: _latency(v) for name, v in times.items()}
+
+
+def _latency(times_ms: list[float]) -> Latency:
+    median, p90, p99 = (float(np.percentile(times_ms, q)) for q in (50, 90, 99))
+    return Latency(median_ms=median, p90_ms=p90, p99_ms=p99, calls=len(times_ms))
+
+
+def interleaved_throughput(sessions: Mapping[str, Mapper], images_BHWC: NDArray[np.uint8], *, rounds: int) -> dict[str, float]:
+    """Images a second with every stream busy: the median of `rounds` rounds, in which each session maps some batches in its turn.
+
+    Raises `ValueError` for less than one round.
+    """
+    if rounds < 1:
+        raise ValueError(f"rounds={rounds}: a median needs at least 1")
+    images = np.ascontiguousarray(images_BHWC)
+    rates: dict[str, list[float]] = {name: [] for name in sessions}
+    for round_ in range(rounds + 1):  # the first does not count
+        for name, session in sessions.items():
+            batches = [images] * (BATCHES * session.streams)
+            started = time.perf_counter()
+            for _ in session.map(batches):
+                pass
+            if round_:
+                rates[name].append(len(batches) * len(images) / (time.perf_counter() - started))
+    return {name: float(np.median(v)) for name, v in rates.items()}
 
 
 def latency_report(rows: Mapping[str, tuple[str, Predictor]], image_HWC: NDArray[np.uint8], *, rounds: int) -> dict[str, Any]:
     """The `latency` part of a report: `rows` maps a name to its engine's description and its session; the first is the baseline."""
-    measured = interleaved_latency({name: session for name, (_, session) in rows.items()}, image_HWC, rounds=rounds)
+    measured = interleaved_latency({name: session for name, (_, session) in rows.items()}, image_HWC[None], rounds=rounds)
     return {
         "height": image_HWC.shape[0],
         "width": image_HWC.shape[1],
         "rounds": rounds,
-        "rows": [{"name": name, "engine": engine, **measured[name]} for name, (engine, _) in rows.items()],
+        "rows": [
+            {"name": name, "engine": engine, "median_ms": measured[name].median_ms, "p90_ms": measured[name].p90_ms}
+            for name, (engine, _) in rows.items()
+        ],
     }

@@ -11,7 +11,6 @@ Axes: B images, C channels, H W map.
 from __future__ import annotations
 
 import json
-import shutil
 import time
 import warnings
 from collections.abc import Callable
@@ -23,8 +22,9 @@ import torch
 
 from muntin.artifact import Signature
 from muntin.data import Crops, Source, open_source, prefetch
-from muntin.errors import CheckpointError, DependencyError, RecipeError
+from muntin.errors import CheckpointError, RecipeError
 from muntin.models import TorchSession
+from muntin.models.compiler import require_compiler
 from muntin.training.checkpoint import Checkpoint, build_model, checkpoints_in, read_checkpoint, write_checkpoint
 from muntin.training.config import TrainingConfig
 from muntin.training.evaluation import evaluate, tile_of
@@ -264,17 +264,3 @@ def signature_of(recipe: Recipe, source: Source) -> Signature:
     """What goes in and comes out of a model trained by a recipe."""
     side = recipe.data.crop if recipe.task == "classify" else None
     return Signature(task=recipe.task, channels=recipe.data.channels, scale=recipe.model.scale, classes=tuple(source.classes), side=side)
-
-
-def require_compiler(device: str) -> None:
-    """Raises `DependencyError` where `torch.compile` would find no C++ compiler."""
-    if device != "cpu":
-        return
-    from torch._inductor import config  # takes most of a second, and only compiling needs it
-
-    found = config.cpp.cxx  # what PyTorch will call: the variable CXX, or its own choice
-    names = [found] if isinstance(found, str) else [name for name in found if name]
-    if not any(shutil.which(name) for name in names):
-        raise DependencyError(
-            f"training.compile needs a C++ compiler on CPUs and there is no {' or '.join(names)}: install it, or set compile: false"
-        )

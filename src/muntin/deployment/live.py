@@ -1,0 +1,134 @@
+"""A live PyTorch model measured beside what is deployed: as a baseline of `bench`, and layer by layer in PyTorch's own profiler.
+
+Every layer is a range of its dotted name there, and on CUDA an NVTX range too: Nsight Systems shows muntin's names over the kernels.
+
+Axes: B images, H W map, C channels.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import nn
+from torch.profiler import ProfilerActivity, profile, record_function
+
+from muntin.compression.stages import read_model, source_of
+from muntin.models import TorchSession
+from muntin.runtime.bench import Opener
+from muntin.runtime.session import Shape
+from muntin.training import Checkpoint
+from muntin.training.loop import signature_of
+
+PREFIX = "muntin:"
+"""What the names of layers begin with in a trace: PyTorch's own operators have names without it."""
+
+
+def checkpoint_session(checkpoint: Checkpoint, *, compile: bool = False) -> TorchSession:
+    """A checkpoint's model in FP32, compressed or not, as a session on the best device there is."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    return TorchSession(read_model(checkpoint).to(device), signature_of(checkpoint.recipe, source_of(checkpoint)), compile=compile)
+
+
+def checkpoint_opener(checkpoint: Checkpoint, *, compile: bool = False) -> Opener:
+    """How to open a checkpoint as a candidate of `muntin.runtime.bench`; it has one stream, and PyTorch's threads are set for all."""
+
+    def opener(threads: int, streams: int, shapes: tuple[Shape, ...]) -> TorchSession:
+        torch.set_num_threads(threads)
+        session = checkpoint_session(checkpoint, compile=compile)
+        for shape in shapes:
+            session(np.zeros((*shape, session.signature.channels), np.uint8))
+        return session
+
+    return opener
+
+
+@contextmanager
+def named_ranges(model: nn.Module) -> Iterator[None]:
+    """Inside the block every layer that the model calls is a range of its dotted name: in `torch.profiler`, and on CUDA by NVTX.
+
+    For Nsight Systems: `with named_ranges(model): ...` in a script that `nsys profile --trace=cuda,nvtx` starts. Costs some microseconds a
+    layer. The hooks are gone after the block.
+    """
+    open_ranges: list[record_function] = []
+    on_gpu = torch.cuda.is_available()
+
+    def enter(name: str) -> Callable[..., None]:
+        def hook(module: nn.Module, inputs: tuple[Any, ...]) -> None:
+            if on_gpu:
+                torch.cuda.nvtx.range_push(f"{PREFIX}{name}")  # type: ignore[no-untyped-call]
+            open_ranges.append(record_function(f"{PREFIX}{name}"))
+            open_ranges[-1].__enter__()  # type: ignore[no-untyped-call]
+
+        return hook
+
+    def leave(module: nn.Module, inputs: tuple[Any, ...], output: Any) -> None:
+        open_ranges.pop().__exit__(None, None, None)
+        if on_gpu:
+            torch.cuda.nvtx.range_pop()  # type: ignore[no-untyped-call]
+
+    handles = []
+    for name, module in model.named_modules():
+        if name:
+            handles += [module.register_forward_pre_hook(enter(name)), module.register_forward_hook(leave, always_call=True)]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+@dataclass(frozen=True, kw_only=True)
+class LiveLayer:
+    """A layer without layers of its own: its time in ms, the median over the rounds of all its calls in one forward pass."""
+
+    name: str
+    kind: str
+    ms: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class LiveProfile:
+    """Where a live model's time goes. `whole_ms`: of a forward pass with the profiler on, median; `trace`: the Chrome trace's file."""
+
+    engine: str
+    precision: str
+    threads: int
+    shape: Shape
+    whole_ms: float
+    layers: tuple[LiveLayer, ...]
+    trace: Path
+
+
+def profile_live(session: TorchSession, images_BHWC: NDArray[np.uint8], trace: Path, *, rounds: int = 10) -> LiveProfile:
+    """Profiles a session's model on some images and writes a Chrome trace of the last round. On a GPU a layer's time is the device's."""
+    activities = [ProfilerActivity.CPU] + ([ProfilerActivity.CUDA] if session.device.type == "cuda" else [])
+    kinds = {name: type(module).__name__ for name, module in session.model.named_modules() if name and not any(module.children())}
+    times: dict[str, list[float]] = {name: [] for name in kinds}
+    whole: list[float] = []
+    with named_ranges(session.model):
+        session(images_BHWC)
+        for round_ in range(rounds):
+            with profile(activities=activities) as profiler, record_function(f"{PREFIX}whole"):
+                session(images_BHWC)
+            found = {event.key: event for event in profiler.key_averages() if event.key.startswith(PREFIX)}
+            field = "device_time_total" if session.device.type == "cuda" else "cpu_time_total"
+            whole.append(found[f"{PREFIX}whole"].cpu_time_total / 1e3)
+            for name in kinds:
+                event = found.get(f"{PREFIX}{name}")
+                times[name].append(getattr(event, field) / 1e3 if event is not None else 0.0)
+            if round_ == rounds - 1:
+                trace.parent.mkdir(parents=True, exist_ok=True)
+                profiler.export_chrome_trace(str(trace))
+    layers = [LiveLayer(name=name, kind=kinds[name], ms=median(values)) for name, values in times.items() if any(values)]
+    return LiveProfile(
+        engine=session.engine, precision=session.precision, threads=session.threads, shape=images_BHWC.shape[:3], whole_ms=median(whole),
+        layers=tuple(sorted(layers, key=lambda layer: -layer.ms)), trace=trace,
+    )  # fmt: skip

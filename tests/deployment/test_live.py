@@ -1,0 +1,58 @@
+"""A live model beside what is deployed: its layers go by their names in PyTorch's profiler, and it is a baseline of bench."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+from torch.profiler import ProfilerActivity, profile
+
+from muntin.artifact import ClassInfo, Signature
+from muntin.deployment.live import PREFIX, named_ranges, profile_live
+from muntin.models import TorchSession
+
+SIGNATURE = Signature(task="segment", channels=3, classes=(ClassInfo(name="a", color=(0, 0, 0)), ClassInfo(name="b", color=(9, 9, 9))))
+
+
+@pytest.fixture
+def model() -> nn.Sequential:
+    return nn.Sequential(nn.Conv2d(3, 32, 3, padding=1), nn.Sequential(nn.ReLU(), nn.Conv2d(32, 32, 7, padding=3)), nn.Conv2d(32, 2, 1))
+
+
+def names_in(profiler: Any) -> set[str]:
+    return {event.key for event in profiler.key_averages() if event.key.startswith(PREFIX)}
+
+
+def test_layers_go_by_their_names_inside_the_block_only(model: nn.Sequential) -> None:
+    image = torch.zeros(1, 3, 8, 8)
+    with profile(activities=[ProfilerActivity.CPU]) as inside, named_ranges(model):
+        model(image)
+    assert names_in(inside) == {f"{PREFIX}{name}" for name in ("0", "1", "1.0", "1.1", "2")}
+    with profile(activities=[ProfilerActivity.CPU]) as outside:
+        model(image)
+    assert names_in(outside) == set()
+
+
+def test_a_layer_that_raises_leaves_no_range_open(model: nn.Sequential) -> None:
+    with named_ranges(model):
+        with pytest.raises(RuntimeError):
+            model(torch.zeros(1, 4, 8, 8))
+        with profile(activities=[ProfilerActivity.CPU]) as profiler:
+            model(torch.zeros(1, 3, 8, 8))
+    assert f"{PREFIX}2" in names_in(profiler)
+
+
+def test_a_live_profile_finds_the_slow_layer_and_writes_a_trace(model: nn.Sequential, tmp_path: Path) -> None:
+    images = np.zeros((1, 96, 96, 3), np.uint8)
+    result = profile_live(TorchSession(model, SIGNATURE), images, tmp_path / "new" / "trace.json", rounds=3)
+    assert {layer.name: layer.kind for layer in result.layers} == {"0": "Conv2d", "1.0": "ReLU", "1.1": "Conv2d", "2": "Conv2d"}
+    assert [layer.ms for layer in result.layers] == sorted((layer.ms for layer in result.layers), reverse=True)
+    assert sum(layer.ms for layer in result.layers) <= result.whole_ms * 1.05
+    assert result.shape == (1, 96, 96)
+    events = json.loads(result.trace.read_text())["traceEvents"]
+    assert {f"{PREFIX}1.1", f"{PREFIX}whole"} <= {event.get("name") for event in events}

@@ -1,0 +1,91 @@
+"""bench: every combination is a row, the baseline beside it in the same run, and what makes the times doubtful is said."""
+
+from __future__ import annotations
+
+import math
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from muntin.errors import DataError
+from muntin.runtime.bench import artifact_opener, bench
+from muntin.runtime.hardware import physical_cores
+
+
+def test_every_combination_is_a_row(convolutions: Any) -> None:
+    done: list[tuple[int, int]] = []
+    result = bench(
+        convolutions.path, batches=(1, 3), threads=(1, 2), streams=(1, 2), size=(16, 24), rounds=3, report=lambda *at: done.append(at)
+    )
+    found = [(row.threads, row.streams, row.shape) for row in result.rows]
+    # two streams of one thread are one stream: no row twice
+    assert found == [(t, s, (b, 16, 24)) for t, s in ((1, 1), (2, 1), (2, 2)) for b in (1, 3)]
+    for row in result.rows:
+        assert (row.name, row.engine, row.precision) == (convolutions.path.name, "openvino", "f32")
+        assert 0 < row.latency.median_ms <= row.latency.p90_ms <= row.latency.p99_ms and row.latency.calls == 3
+        assert row.images_per_s > 0 and row.load_s > 0 and row.ratio is None
+        assert row.peak_mib is None or row.peak_mib >= 0
+    assert done == [(0, 3), (1, 3), (2, 3), (3, 3)]
+
+
+def test_a_baseline_is_measured_in_turns_and_every_row_says_the_ratio(convolutions: Any) -> None:
+    opener = artifact_opener(convolutions.path, engine="onnxruntime")
+    result = bench(convolutions.path, baseline=("ort", opener), batches=(1, 2), size=(8, 8), rounds=3)
+    assert [row.name for row in result.rows] == ["baseline ort", convolutions.path.name] * 2
+    assert [row.engine for row in result.rows] == ["onnxruntime", "openvino"] * 2
+    for base, row in zip(result.rows[::2], result.rows[1::2], strict=True):
+        assert base.ratio == 1
+        assert row.ratio == pytest.approx(base.latency.median_ms / row.latency.median_ms)
+        assert math.isfinite(row.ratio)
+
+
+def test_it_measures_what_the_artefact_was_exported_for(write_layers: Callable[..., Any], convolutions: Any, tmp_path: Path) -> None:
+    written = write_layers(tmp_path / "a", convolutions.layers, example=(1, 12, 20))
+    assert bench(written.path, batches=(2,), rounds=1).rows[0].shape == (2, 12, 20)
+
+
+def test_plain_values(convolutions: Any) -> None:
+    document = bench(convolutions.path, size=(8, 8), rounds=1).as_dict()
+    assert document["rows"][0]["latency"]["calls"] == 1
+    assert document["hardware"]["physical_cores"] == physical_cores()
+
+
+def test_too_many_threads_are_named(convolutions: Any) -> None:
+    many = physical_cores() + 3
+    notes = bench(convolutions.path, size=(8, 8), threads=(many,), rounds=1).notes
+    assert any(f"{many} threads on {physical_cores()} physical cores" in note for note in notes)
+
+
+@pytest.mark.skipif(not Path("/proc/stat").exists(), reason="the system does not say what others use")
+def test_others_at_work_are_named(convolutions: Any) -> None:
+    spin = "import time\nprint('up', flush=True)\nend = time.monotonic() + 30\nwhile time.monotonic() < end: pass"
+    with subprocess.Popen([sys.executable, "-c", spin], stdout=subprocess.PIPE, text=True) as other:
+        try:
+            assert other.stdout is not None and other.stdout.readline() == "up\n"
+            result = bench(convolutions.path, size=(64, 64), rounds=200)
+        finally:
+            other.kill()
+    assert result.others is not None and result.others > 0.1
+    assert any("other processes used" in note and "measure alone" in note for note in result.notes)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"batches": (0,)}, r"shape \(0, 1, 1\)"),
+        ({"batches": ()}, "batches=()"),
+        ({"threads": (0,)}, "threads=0"),
+        ({"streams": (0,)}, "streams=0"),
+        ({"size": (0, 4)}, r"shape \(1, 0, 4\)"),
+        ({"rounds": 0}, "rounds=0"),
+        ({"engine": "abacus"}, "openvino"),
+    ],
+)
+def test_what_is_not_allowed(convolutions: Any, options: dict[str, Any], message: str) -> None:
+    with pytest.raises(DataError, match=message) as caught:
+        bench(convolutions.path, **options)
+    assert "\n" not in str(caught.value)

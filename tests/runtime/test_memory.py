@@ -1,0 +1,36 @@
+"""Memory of a block: what it holds at its end and what it had at the most, on a real process."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from muntin.runtime.memory import resident, watch_memory
+
+pytestmark = pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="the system does not count resident pages for us")
+MIB = 1 << 20
+
+
+def test_what_is_dropped_counts_at_the_peak_only() -> None:
+    with watch_memory() as watch:
+        kept = np.ones(20 * MIB, np.uint8)
+        dropped = np.ones(60 * MIB, np.uint8)
+        del dropped
+    assert watch.held is not None and watch.peak is not None
+    assert 15 * MIB <= watch.held <= 45 * MIB
+    assert 75 * MIB <= watch.peak <= 110 * MIB
+    assert kept.nbytes == 20 * MIB
+
+
+def test_a_peak_of_long_ago_does_not_count() -> None:
+    np.ones(100 * MIB, np.uint8)
+    with watch_memory() as watch:
+        pass
+    assert watch.peak is not None and watch.peak < 20 * MIB
+
+
+def test_resident_is_never_more_than_the_peak() -> None:
+    now, peak = resident()
+    assert now is not None and peak is not None and 0 < now <= peak
