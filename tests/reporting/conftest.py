@@ -275,6 +275,86 @@ def _world(seed: int, height: int, width: int) -> tuple[np.ndarray, np.ndarray, 
     return np.clip(photo, 0, 255).astype(np.uint8), truth, guess
 
 
+PROFILED = (
+    # name, kind, implementation, precision, ms, MACs, bytes
+    ("image", "quantise / convert", "Reorder, ref_any", "i8", 0.021, None, 1_572_864),
+    ("stem.conv", "convolution", "Convolution, brgconv_avx512_amx_i8", "i8", 0.412, 75_497_472, 1_067_008),
+    ("stages.0.blocks.0.attention.project", "matrix product", "FullyConnected, brgemm_avx512_amx_i8", "i8", 0.633, 167_772_160, 1_739_264),
+    ("stages.0.blocks.0.attention.scores", "matrix product", "MatMul, brgemm_avx512_amx_bf16", "bf16", 0.204, 4_194_304, 401_408),
+    ("stages.0.blocks.0.softmax", "element-wise", "Subgraph, jit_avx512_f32", "f32", 0.310, None, 2_097_152),
+    ("stages.0.blocks.0.reorder", "layout change", "Reorder, jit_uni_f32", "f32", 0.188, None, 2_097_152),
+    ("stages.0.blocks.0.view", "layout change", "Reshape, unknown", "i8", 0.0, None, None),
+    ("decoder.lateral", "convolution", "Convolution, brgconv_avx512_amx_i8", "i8", 0.121, 16_777_216, 4_300_000),
+    ("decoder.smooth", "convolution", "Convolution, brgconv_avx512_amx_i8", "i8", 1.912, 603_979_776, 2_134_016),
+    ("scores", "layout change", "DepthToSpace, jit_avx512_f32", "f32", 0.540, None, 12_582_912),
+)
+GMACS = {"f32": 110.0, "bf16": 420.0, "i8": 900.0}
+COPY_GB_S = 25.0
+
+
+def _kernel(row: tuple[Any, ...], whole: float) -> Row:
+    name, kind, implementation, precision, ms, macs, size = row
+    least = None if size is None else max((macs or 0) / GMACS[precision] / 1e6, size / COPY_GB_S / 1e6)
+    return {
+        "name": name,
+        "kind": kind,
+        "implementation": implementation,
+        "precision": precision,
+        "compute": macs is not None,
+        "layer": name if macs else None,
+        "ms": ms,
+        "share": ms / whole,
+        "macs": macs,
+        "bytes": size,
+        "attainable_ms": least,
+        "ceiling_share": least / ms if least and ms else None,
+    }
+
+
+def sample_profile() -> Row:
+    """Ten kernels of a segmentation, two of them bound by memory, and 0.3 ms between them."""
+    total = sum(row[4] for row in PROFILED)
+    profiled = total + 0.3
+    kernels = [_kernel(row, profiled) for row in PROFILED]
+    kinds: list[Row] = []
+    for kind in dict.fromkeys(row["kind"] for row in kernels):
+        own = [row["ms"] for row in kernels if row["kind"] == kind]
+        kinds.append({"kind": kind, "ms": sum(own), "share": sum(own) / profiled, "count": len(own)})
+    kinds.append({"kind": "between kernels", "ms": 0.3, "share": 0.3 / profiled, "count": 0})
+    return {
+        "format": 1,
+        "title": "earth, INT8: 1 × 512 × 512",
+        "created": "2026-11-24T16:30:00+00:00",
+        "muntin": "0.1.0",
+        "hardware": {"cpu": "Intel Xeon Platinum 8481C", "cores": 2, "memory_gib": 7.8, "features": ["amx_int8"], "openvino": "2026.4.1"},
+        "artifact": {"path": "runs/earth/artifact", "bytes": 812_304, "sha256": "3f" * 32},
+        "engine": "openvino",
+        "precision": "bf16",
+        "threads": 2,
+        "shape": [1, 512, 512],
+        "rounds": 30,
+        "whole_ms": 4.5,
+        "profiled_ms": profiled,
+        "kernels_ms": total,
+        "ceilings": {"gmacs": dict(GMACS), "copy_gb_s": COPY_GB_S},
+        "kernels": kernels,
+        "kinds": kinds,
+        "findings": [
+            {"kind": "layout", "words": "4% of the time is layout changes: a Reorder before the softmax", "saves_ms": 0.19},
+            {"kind": "output", "words": "12% of the time is writing the scores; labels of one byte would be 0.26 MB", "saves_ms": 0.5},
+            {"kind": "float", "words": "one product runs in BF16", "saves_ms": 0.1},
+            {"kind": "busy", "words": "other processes were at work", "saves_ms": None},
+            {"kind": "small", "words": "one product is small", "saves_ms": 0.05},
+        ],
+        "notes": ["an inference with counters on is slower than one without"],
+    }
+
+
+@pytest.fixture
+def profile() -> Row:
+    return sample_profile()
+
+
 @pytest.fixture
 def report() -> Row:
     return sample_report()

@@ -27,17 +27,7 @@ def write_report(directory: Path, report: Report | Mapping[str, Any]) -> Path:
     checked = parse_report(report)
     page = render_html(checked, directory)
     values = json.dumps(report_values(checked), indent=1, ensure_ascii=False, allow_nan=False)
-    contents = {JSON_NAME: f"{values}\n", HTML_NAME: page}
-    try:
-        directory.mkdir(parents=True, exist_ok=True)
-        with _complete_copies(directory, contents) as copies:
-            for name, copy in copies.items():
-                copy.replace(directory / name)
-        _sync(directory)
-    except OSError as error:
-        raise MuntinError(
-            f"cannot write the report into {directory} ({error.strerror or error}): free some space there or name another folder"
-        ) from None
+    write_files(directory, {JSON_NAME: f"{values}\n", HTML_NAME: page}, what="report")
     return directory / HTML_NAME
 
 
@@ -57,6 +47,23 @@ def read_report(path: Path) -> Report:
         return parse_report(values)
     except MuntinError as error:
         raise MuntinError(f"{file}: {error}") from None
+
+
+def write_files(directory: Path, contents: Mapping[str, str], *, what: str) -> None:
+    """Writes texts by file name into `directory` (made if absent): all are complete on the disk before any takes its name.
+
+    Raises MuntinError that says the `what` could not be written, and leaves what was there before.
+    """
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        with _complete_copies(directory, contents) as copies:
+            for name, copy in copies.items():
+                copy.replace(directory / name)
+        _sync(directory)
+    except OSError as error:
+        raise MuntinError(
+            f"cannot write the {what} into {directory} ({error.strerror or error}): free some space there or name another folder"
+        ) from None
 
 
 @contextlib.contextmanager

@@ -10,14 +10,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from jinja2 import Environment, PackageLoader, StrictUndefined
-
 from muntin.artifact.classes import ClassInfo
 from muntin.reporting import charts, histograms, text
 from muntin.reporting.lanes import lane_figure
 from muntin.reporting.layers import layer_table
 from muntin.reporting.pictures import EXAMPLE_EDGES, EXAMPLES_LIMIT, OVERLAY_EDGES, OVERLAY_LIMIT, Preview, preview
+from muntin.reporting.profile_schema import Profile
 from muntin.reporting.schema import Example, Report, Step, parse_report
+from muntin.reporting.templating import template
 
 MOST_EXAMPLES = 24
 EXAMPLE_PARTS = {"image": "picture", "truth": "truth", "prediction": "prediction", "difference": "difference"}
@@ -74,14 +74,21 @@ class ExampleRow:
 def render_html(report: Report | Mapping[str, Any], directory: Path) -> str:
     """The page as text; the pictures it shows are read from `directory`. Raises MuntinError (DataError for a picture), one line."""
     checked = parse_report(report)
-    environment = Environment(
-        loader=PackageLoader("muntin.reporting", "templates"),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    return environment.get_template("report.html.j2").render(_context(checked, directory))
+    return template("report.html.j2").render(_context(checked, directory))
+
+
+def page_frame(record: Report | Profile, *, headline: str, json: str) -> dict[str, Any]:
+    """What `base.html.j2` lays out around any page: head, notes, machine and footer; `json` is the file that holds the numbers."""
+    return {
+        "title": record.title,
+        "headline": headline,
+        "muntin": record.muntin,
+        "created": record.created,
+        "moment": text.moment(record.created),
+        "notes": record.notes,
+        "facts": text.machine_facts(record.hardware, record.muntin),
+        "json": json,
+    }
 
 
 def _context(report: Report, directory: Path) -> dict[str, Any]:
@@ -90,9 +97,8 @@ def _context(report: Report, directory: Path) -> dict[str, Any]:
     overlay = None if report.pictures is None else report.pictures.overlay
     return {
         "report": report,
-        "headline": text.headline(report),
+        **page_frame(report, headline=text.headline(report), json="report.json"),
         "headline_parts": text.headline_parts(report),
-        "created": text.moment(report.created),
         "metric": metric,
         "panes": panes(report),
         "overlay": None if overlay is None else preview(directory, overlay, edges=OVERLAY_EDGES, limit=OVERLAY_LIMIT),
@@ -110,7 +116,6 @@ def _context(report: Report, directory: Path) -> dict[str, Any]:
         "worst_left": max(0, sum(layer.histogram is not None for layer in report.layers) - histograms.MOST_WORST),
         "histogram": histograms,
         "layers": layer_table(report.layers),
-        "facts": _facts(report),
         "train_time": text.duration(report.seconds["train"]) if "train" in report.seconds else None,
         "seconds": [(name.replace("_", " "), text.duration(value)) for name, value in report.seconds.items()],
     }
@@ -174,8 +179,8 @@ def latency_bars(report: Report) -> list[Bar]:
             note=row.engine,
             figure=text.milliseconds(row.median_ms),
             against="baseline" if index == 0 else text.ratio(rows[0].median_ms, row.median_ms, less="faster", more="slower") or "",
-            length=_percent_of(row.median_ms, longest),
-            mark=_percent_of(row.p90_ms, longest),
+            length=percent_of(row.median_ms, longest),
+            mark=percent_of(row.p90_ms, longest),
         )
         for index, row in enumerate(rows)
     ]
@@ -198,7 +203,7 @@ def class_rows(report: Report) -> list[ClassRow]:
                 name=entry.name,
                 color=css_color(entry),
                 figures=tuple("–" if value is None else metric(value) for value in values),
-                lengths=tuple(None if value is None else _percent_of(value, whole) for value in values),
+                lengths=tuple(None if value is None else percent_of(value, whole) for value in values),
                 change=text.change(first, last, metric.digits) if both and first is not None and last is not None else "",
             )
         )
@@ -208,6 +213,11 @@ def class_rows(report: Report) -> list[ClassRow]:
 def css_color(entry: ClassInfo) -> str:
     """A class's colour as CSS writes it."""
     return f"rgb({', '.join(map(str, entry.color))})"
+
+
+def percent_of(value: float, whole: float) -> float:
+    """A length in percent of the `whole`, as CSS takes it."""
+    return round(100 * value / whole, 2)
 
 
 def _examples(directory: Path, examples: tuple[Example, ...]) -> list[ExampleRow]:
@@ -227,23 +237,9 @@ def _examples(directory: Path, examples: tuple[Example, ...]) -> list[ExampleRow
     ]
 
 
-def _facts(report: Report) -> list[tuple[str, str]]:
-    hardware = report.hardware
-    facts = [("CPU", hardware.cpu), ("cores", str(hardware.cores)), ("memory", f"{hardware.memory_gib:.1f} GiB")]
-    if hardware.features:
-        facts.append(("features", ", ".join(hardware.features)))
-    facts.append(("muntin", report.muntin))
-    facts += [(name.replace("_", " "), str(value)) for name, value in (hardware.model_extra or {}).items() if value is not None]
-    return facts
-
-
 def _timed_at(report: Report) -> str:
     return "" if report.latency is None else f"at {report.latency.height} × {report.latency.width}"
 
 
 def _from_to(first: str, last: str) -> str:
     return first if first == last else f"{first} {text.ARROW} {last}"
-
-
-def _percent_of(value: float, whole: float) -> float:
-    return round(100 * value / whole, 2)

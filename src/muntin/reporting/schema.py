@@ -1,20 +1,15 @@
-"""The shape of `report.json`, and the one line a report that has another shape is answered with.
-
-Everything measured is a finite number or null: a report with a NaN in it is a bug to see now, not an empty cell to explain later.
-"""
+"""The shape of `report.json`."""
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Mapping
-from datetime import datetime
 from pathlib import PurePosixPath
-from typing import Annotated, Any, Literal, Self, get_args
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import AfterValidator, Field, model_validator
 
 from muntin.artifact.classes import ClassInfo
-from muntin.errors import MuntinError
+from muntin.reporting.records import Amount, Count, Hardware, Moment, Record, Share, Text, parse_record, unique
 
 FORMAT = 1
 
@@ -28,39 +23,8 @@ def _relative(path: str) -> str:
     return path
 
 
-def _iso(moment: str) -> str:
-    try:
-        datetime.fromisoformat(moment)
-    except ValueError:
-        raise ValueError("a moment is written as in 2026-11-24T16:30:00+00:00 (ISO 8601)") from None
-    return moment
-
-
-Text = Annotated[str, Field(min_length=1)]
-Count = Annotated[int, Field(ge=0)]
 Rank = Annotated[int, Field(ge=1)]
-Amount = Annotated[float, Field(ge=0)]
-Share = Annotated[float, Field(ge=0, le=1)]
 RelativePath = Annotated[str, Field(min_length=1), AfterValidator(_relative)]
-Moment = Annotated[str, AfterValidator(_iso)]
-
-
-class Record(BaseModel):
-    """What every part of a report is: frozen, without unknown keys, without NaN or infinity."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
-
-
-class Hardware(Record):
-    """The machine that measured, and the versions it measured with; keys beyond these four are free, plain values."""
-
-    model_config = ConfigDict(frozen=True, extra="allow", allow_inf_nan=False)
-    __pydantic_extra__: dict[str, str | int | float | bool | None]
-
-    cpu: Text
-    cores: Annotated[int, Field(ge=1)]
-    memory_gib: Amount
-    features: tuple[str, ...]
 
 
 class Step(Record):
@@ -214,9 +178,9 @@ class Report(Record):
     @model_validator(mode="after")
     def _consistent(self) -> Self:
         names = [entry.name for entry in self.classes]
-        _unique("classes", names)
-        _unique("steps", [step.name for step in self.steps])
-        _unique("ranks", [row.name for row in self.ranks])
+        unique("classes", names)
+        unique("steps", [step.name for step in self.steps])
+        unique("ranks", [row.name for row in self.ranks])
         rows: list[tuple[str, Step | ValidationRow]] = [(f"steps[{index}]", step) for index, step in enumerate(self.steps)]
         rows += [(f"validation[{index}]", row) for index, row in enumerate(self.validation)]
         for where, row in rows:
@@ -235,17 +199,7 @@ def parse_report(report: Report | Mapping[str, Any]) -> Report:
 
     Raises MuntinError, in one line, with the place of the first mistake, what is allowed there and how many more mistakes there are.
     """
-    if isinstance(report, Report):
-        return report
-    if not isinstance(report, Mapping):
-        raise MuntinError(f"a report is an object with the keys {', '.join(Report.model_fields)}; this one is a {type(report).__name__}")
-    came = report.get("format", FORMAT)
-    if isinstance(came, int) and came > FORMAT:
-        raise MuntinError(f"report format {came} is newer than this muntin reads ({FORMAT}): upgrade muntin")
-    try:
-        return Report.model_validate(dict(report))
-    except ValidationError as error:
-        raise MuntinError(_one_line(error)) from None
+    return parse_record(Report, report, what="report", newest=FORMAT)
 
 
 def report_values(report: Report) -> dict[str, Any]:
@@ -263,55 +217,3 @@ def report_values(report: Report) -> dict[str, Any]:
         for key in {"clipped", "histogram", "note"} - layer.model_fields_set:
             del row[key]
     return values
-
-
-def _unique(where: str, names: list[str]) -> None:
-    twice = sorted({name for name in names if names.count(name) > 1})
-    if twice:
-        raise ValueError(f"{where} holds the name {twice[0]!r} twice; names are unique")
-
-
-def _one_line(error: ValidationError) -> str:
-    found = error.errors(include_url=False)
-    first, more = found[0], len(found) - 1
-    location, came = first["loc"], _short(first["input"])
-    if first["type"] == "missing":
-        text = f"{_place(location)} is missing"
-    elif first["type"] == "extra_forbidden":
-        allowed = list(_record_at(location[:-1]).model_fields)
-        near = difflib.get_close_matches(str(location[-1]), allowed, n=1)
-        hint = f"did you mean {near[0]!r}?" if near else f"allowed here: {', '.join(allowed)}"
-        text = f"{_place(location)} is an unknown key; {hint}"
-    elif first["type"] == "finite_number":
-        text = f"{_place(location)} is {came}; a report holds finite numbers only, and null for what was not measured"
-    elif first["type"] == "value_error" and not location:
-        text = first["msg"].removeprefix("Value error, ")
-    else:
-        reason = first["msg"].removeprefix("Value error, ")
-        text = f"{_place(location)} is {came}; {reason[:1].lower()}{reason[1:]}"
-    suffix = f" (and {more} more)" if more else ""
-    return " ".join(f"the report does not fit: {text}{suffix}".split())
-
-
-def _place(location: tuple[int | str, ...]) -> str:
-    parts = [f"[{part}]" if isinstance(part, int) else f".{part}" if part.isidentifier() else f"[{part!r}]" for part in location]
-    return "".join(parts).removeprefix(".") or "the report"
-
-
-def _record_at(location: tuple[int | str, ...]) -> type[BaseModel]:
-    record: type[BaseModel] = Report
-    for part in location:
-        if isinstance(part, str) and part in record.model_fields:
-            record = _record_in(record.model_fields[part].annotation) or record
-    return record
-
-
-def _record_in(annotation: Any) -> type[BaseModel] | None:
-    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
-        return annotation
-    return next((record for part in get_args(annotation) if (record := _record_in(part))), None)
-
-
-def _short(value: object, limit: int = 60) -> str:
-    text = repr(value)
-    return text if len(text) <= limit else f"{text[: limit - 1]}…"

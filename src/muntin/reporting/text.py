@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from datetime import datetime
 
+from muntin.reporting.records import Hardware
 from muntin.reporting.schema import Report, Step, Task
 
 MINUS = "\N{MINUS SIGN}"
@@ -41,7 +42,7 @@ def size(count: int) -> str:
         value /= 1000
         if value < 999.5 or unit == "GB":
             break
-    return f"{_three(value)} {unit}"
+    return f"{three_digits(value)} {unit}"
 
 
 def amount(value: float) -> str:
@@ -54,13 +55,13 @@ def amount(value: float) -> str:
 
 def milliseconds(value: float) -> str:
     """Milliseconds: 41.23 -> '41.2 ms', 0.345 -> '0.34 ms', 1786.2 -> '1,786 ms'."""
-    return f"{_three(value)} ms"
+    return f"{three_digits(value)} ms"
 
 
 def duration(seconds: float) -> str:
     """Seconds a person reads: 133.2 -> '2 min 13 s'."""
     if seconds < 60:
-        return f"{_three(seconds)} s"
+        return f"{three_digits(seconds)} s"
     minutes, rest = divmod(round(seconds), 60)
     if minutes < 60:
         return f"{minutes} min {rest} s"
@@ -101,6 +102,17 @@ def moment(iso: str) -> str:
     return f"{when.day} {when:%B %Y}, {when:%H:%M}{zone}"
 
 
+def machine_facts(hardware: Hardware, muntin: str) -> list[tuple[str, str]]:
+    """The machine and the versions as names with values, for the end of a page; what is not known is left out."""
+    facts = [("CPU", hardware.cpu), ("cores", str(hardware.cores))]
+    if hardware.memory_gib is not None:
+        facts.append(("memory", f"{hardware.memory_gib:.1f} GiB"))
+    if hardware.features:
+        facts.append(("features", ", ".join(hardware.features)))
+    facts.append(("muntin", muntin))
+    return facts + [(name.replace("_", " "), str(value)) for name, value in (hardware.model_extra or {}).items() if value is not None]
+
+
 def headline(report: Report) -> str:
     """The report in one sentence, computed from its first and last steps."""
     parts, closing = headline_parts(report)
@@ -118,13 +130,13 @@ def headline_parts(report: Report) -> tuple[list[str], str]:
     return parts, "measured on the deployed artefact" if last.name == "deployed" else ""
 
 
+def three_digits(value: float) -> str:
+    """About three significant digits: more would promise a precision that timings on a shared machine do not have."""
+    return f"{value:,.{0 if value >= 99.95 else 1 if value >= 0.995 else 2}f}"
+
+
 def _pair(first: str, last: str, first_step: Step, last_step: Step) -> str:
     return first if first_step is last_step else f"{first} {ARROW} {last}"
-
-
-def _three(value: float) -> str:
-    # About three significant digits: more would promise a precision that timings on a shared machine do not have.
-    return f"{value:,.{0 if value >= 99.95 else 1 if value >= 0.995 else 2}f}"
 
 
 def _ratio_digits(factor: float) -> str:

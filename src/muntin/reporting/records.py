@@ -1,0 +1,125 @@
+"""What the files of this room are made of, and the one line a file that has another shape is answered with.
+
+Everything measured is a finite number or null: a report with a NaN in it is a bug to see now, not an empty cell to explain later.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Mapping
+from datetime import datetime
+from typing import Annotated, Any, TypeVar, get_args
+
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
+
+from muntin.errors import MuntinError
+
+
+def _iso(moment: str) -> str:
+    try:
+        datetime.fromisoformat(moment)
+    except ValueError:
+        raise ValueError("a moment is written as in 2026-11-24T16:30:00+00:00 (ISO 8601)") from None
+    return moment
+
+
+Text = Annotated[str, Field(min_length=1)]
+Count = Annotated[int, Field(ge=0)]
+Amount = Annotated[float, Field(ge=0)]
+Share = Annotated[float, Field(ge=0, le=1)]
+Moment = Annotated[str, AfterValidator(_iso)]
+
+
+class Record(BaseModel):
+    """What every part of a file is: frozen, without unknown keys, without NaN or infinity."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+
+class Hardware(Record):
+    """The machine that measured, and the versions it measured with; keys beyond these four are free, plain values.
+
+    `memory_gib` is null where the system does not say.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="allow", allow_inf_nan=False)
+    __pydantic_extra__: dict[str, str | int | float | bool | None]
+
+    cpu: Text
+    cores: Annotated[int, Field(ge=1)]
+    memory_gib: Amount | None
+    features: tuple[str, ...]
+
+
+AnyRecord = TypeVar("AnyRecord", bound=Record)
+
+
+def parse_record(record: type[AnyRecord], values: AnyRecord | Mapping[str, Any], *, what: str, newest: int) -> AnyRecord:
+    """`values` as a checked `record`; `what` is what a file of it is called, `newest` the highest format that is read.
+
+    Raises MuntinError, in one line, with the place of the first mistake, what is allowed there and how many more mistakes there are.
+    """
+    if isinstance(values, record):
+        return values
+    if not isinstance(values, Mapping):
+        raise MuntinError(f"a {what} is an object with the keys {', '.join(record.model_fields)}; this one is a {type(values).__name__}")
+    came = values.get("format", newest)
+    if isinstance(came, int) and came > newest:
+        raise MuntinError(f"{what} format {came} is newer than this muntin reads ({newest}): upgrade muntin")
+    try:
+        return record.model_validate(dict(values))
+    except ValidationError as error:
+        raise MuntinError(_one_line(error, record, what)) from None
+
+
+def unique(where: str, names: list[str]) -> None:
+    """Raises ValueError where `names`, found at `where`, has one twice."""
+    twice = sorted({name for name in names if names.count(name) > 1})
+    if twice:
+        raise ValueError(f"{where} holds the name {twice[0]!r} twice; names are unique")
+
+
+def _one_line(error: ValidationError, record: type[BaseModel], what: str) -> str:
+    found = error.errors(include_url=False)
+    first, more = found[0], len(found) - 1
+    location, came = first["loc"], _short(first["input"])
+    place = _place(location) or f"the {what}"
+    if first["type"] == "missing":
+        text = f"{place} is missing"
+    elif first["type"] == "extra_forbidden":
+        allowed = list(_record_at(record, location[:-1]).model_fields)
+        near = difflib.get_close_matches(str(location[-1]), allowed, n=1)
+        hint = f"did you mean {near[0]!r}?" if near else f"allowed here: {', '.join(allowed)}"
+        text = f"{place} is an unknown key; {hint}"
+    elif first["type"] == "finite_number":
+        text = f"{place} is {came}; a {what} holds finite numbers only, and null for what was not measured"
+    elif first["type"] == "value_error" and not location:
+        text = first["msg"].removeprefix("Value error, ")
+    else:
+        reason = first["msg"].removeprefix("Value error, ")
+        text = f"{place} is {came}; {reason[:1].lower()}{reason[1:]}"
+    suffix = f" (and {more} more)" if more else ""
+    return " ".join(f"the {what} does not fit: {text}{suffix}".split())
+
+
+def _place(location: tuple[int | str, ...]) -> str:
+    parts = [f"[{part}]" if isinstance(part, int) else f".{part}" if part.isidentifier() else f"[{part!r}]" for part in location]
+    return "".join(parts).removeprefix(".")
+
+
+def _record_at(record: type[BaseModel], location: tuple[int | str, ...]) -> type[BaseModel]:
+    for part in location:
+        if isinstance(part, str) and part in record.model_fields:
+            record = _record_in(record.model_fields[part].annotation) or record
+    return record
+
+
+def _record_in(annotation: Any) -> type[BaseModel] | None:
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return annotation
+    return next((record for part in get_args(annotation) if (record := _record_in(part))), None)
+
+
+def _short(value: object, limit: int = 60) -> str:
+    text = repr(value)
+    return text if len(text) <= limit else f"{text[: limit - 1]}…"
