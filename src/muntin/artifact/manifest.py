@@ -104,8 +104,8 @@ class GoldenTolerance(_Frozen):
 class Manifest(_Frozen):
     """All that an artefact says about itself.
 
-    `precision` is what its float layers were measured in; `golden_tolerance` is by engine, then by precision; `example` is the (B, H, W) that
-    it is opened for unless a user says otherwise; `sha256` is its own digest.
+    `precision` is what its float layers were measured in; `golden_tolerance` is by engine, then by precision; `example` is the (B, H, W)
+    that it is opened for unless a user says otherwise; `sha256` is its own digest.
     """
 
     format: Literal[1] = FORMAT

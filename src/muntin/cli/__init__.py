@@ -7,10 +7,13 @@ from collections.abc import Callable
 
 import typer
 
+from muntin.cli.bench import bench_command
 from muntin.cli.compress import compress_command
 from muntin.cli.console import say
 from muntin.cli.deploy import export_command, predict_command, verify_command
+from muntin.cli.machine import doctor_command
 from muntin.cli.models import init_command, models_command
+from muntin.cli.profile import profile_command
 from muntin.cli.report import demo_command, report_command
 from muntin.cli.train import evaluate_command, fit_command
 from muntin.errors import MuntinError
@@ -28,11 +31,14 @@ CTRL_C = 130
 COMMANDS: dict[str, Callable[..., None]] = {
     "demo": demo_command,
     "init": init_command,
+    "doctor": doctor_command,
     "fit": fit_command,
     "evaluate": evaluate_command,
     "compress": compress_command,
     "export": export_command,
     "verify": verify_command,
+    "bench": bench_command,
+    "profile": profile_command,
     "predict": predict_command,
     "report": report_command,
     "models": models_command,

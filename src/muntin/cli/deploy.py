@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
     from muntin.runtime import Session
 
-Engine = Annotated[str, typer.Option(help="openvino or onnxruntime.")]
+Engine = Annotated[str, typer.Option(help="openvino, onnxruntime, onnxruntime-cuda or onnxruntime-tensorrt.")]
 Precision = Annotated[str, typer.Option(help="recorded, f32, bf16 or f16: what the float layers run in.")]
 Threads = Annotated[int | None, typer.Option(min=1, help="Threads of the engine; the usable physical cores by default.")]
 ArtifactPath = Annotated[Path, typer.Argument(help="An artefact's folder, written by `muntin export`.")]

@@ -379,9 +379,10 @@ def _name(kernel: KernelRow, limit: int) -> str:
 
 def _ticks(span: tuple[float, float], at: Callable[[float], float]) -> tuple[Tick, ...]:
     """Decades with a label (in a short span 2 and 5 times them too); the other whole multiples are lines without one."""
-    labelled = (1,) if math.log10(span[1] / span[0]) > 2 else (1, 2, 5)
+    decades = math.log10(span[1] / span[0])
+    labelled = (1,) if decades > 2 else (1, 2, 5)
     ticks = []
-    for value in map(float, LogLocator(subs=range(1, 10), numticks=20).tick_values(*span)):
+    for value in map(float, LogLocator(subs=range(1, 10), numticks=20 + math.ceil(decades)).tick_values(*span)):
         if span[0] <= value <= span[1]:
             told = round(value / 10 ** math.floor(math.log10(value) + 1e-9)) in labelled
             ticks.append(Tick(at=at(value), label=(f"{value:,.0f}" if value >= 1 else f"{value:g}") if told else ""))

@@ -65,8 +65,8 @@ def load(
 
     `engine`: a name in `ENGINES`. `precision`: "recorded" (what the manifest's figures were measured in, or f32 where the machine has no
     such kernels), "f32", "bf16" or "f16". `threads`: None for the usable physical cores. `streams`: how many calls compute at the same
-    time: 1 for the lowest latency, as many as threads for the most images a second (with `Session.map`). `shapes`: the (B, H, W) to compile for
-    and to compute once now, so that no call of these shapes pays for it later; None: the manifest's `example`, (): nothing.
+    time: 1 for the lowest latency, as many as threads for the most images a second (with `Session.map`). `shapes`: the (B, H, W) to
+    compile for and to compute once now, so that no call of these shapes pays for it later; None: the manifest's `example`, (): nothing.
 
     Raises ArtifactError for an altered artefact, DataError for an unknown engine, precision or number of threads, streams or shape,
     DependencyError when the engine is not installed or the machine lacks the precision or the device asked for.

@@ -1,7 +1,8 @@
 """The ONNX Runtime engine: portable, on its CPU provider, or on a GPU by its CUDA and TensorRT providers.
 
-Float layers run in FP32, in TensorRT in FP16 if asked for: it has no BF16 matrix product on CPUs. A QDQ layer runs on integers only where its pattern fuses (seen with 1.32): MatMul always; Conv and
-Gemm only when their output, after at most a ReLU with zero point 0, is quantised again at once. `layers()` says what did.
+Float layers run in FP32, in TensorRT in FP16 if asked for: it has no BF16 matrix product on CPUs. On CPUs a QDQ layer runs on integers only
+where its pattern fuses (seen with 1.32): MatMul always; Conv and Gemm only when their output, after at most a ReLU with zero point 0, is
+quantised again at once. `layers()` says what did.
 """
 
 from __future__ import annotations
@@ -25,13 +26,13 @@ from muntin.runtime.quiet import onnxruntime
 from muntin.runtime.session import ExecutedLayer, Session
 
 states = onnxruntime.capi.onnxruntime_pybind11_state
-_INTEGER = frozenset(
+INTEGER = frozenset(
     {"QLinearConv", "ConvInteger", "QLinearMatMul", "MatMulInteger", "MatMulIntegerToFloat", "QGemm", "DynamicQuantizeMatMul"}
 )
 # Not quantised, but no float either: what only moves 8-bit values would need type inference to tell, so it is not claimed.
-_INTEGER_ELEMENTWISE = frozenset({"QLinearAdd", "QLinearMul", "QLinearConcat", "QLinearAveragePool", "QLinearGlobalAveragePool"})
-_MULTIPLY = frozenset({"Conv", "FusedConv", "ConvTranspose", "MatMul", "FusedMatMul", "Gemm", "FusedGemm"}) | _INTEGER
-_FAILURES = (
+INTEGER_ELEMENTWISE = frozenset({"QLinearAdd", "QLinearMul", "QLinearConcat", "QLinearAveragePool", "QLinearGlobalAveragePool"})
+MULTIPLY = frozenset({"Conv", "FusedConv", "ConvTranspose", "MatMul", "FusedMatMul", "Gemm", "FusedGemm"}) | INTEGER
+FAILURES = (
     states.Fail,
     states.InvalidGraph,
     states.InvalidArgument,
@@ -159,7 +160,7 @@ def _open(artifact: Artifact, data: bytes, options: Any, provider: Provider) -> 
     onnxruntime.disable_telemetry_events()
     try:
         return onnxruntime.InferenceSession(data, options, providers=[(provider.name, dict(provider.options))])
-    except _FAILURES as error:
+    except FAILURES as error:
         text = " ".join(str(error).split())
         raise ArtifactError(f"{artifact.path}: ONNX Runtime {onnxruntime.__version__} cannot open its model: {text}") from error
 
@@ -167,12 +168,12 @@ def _open(artifact: Artifact, data: bytes, options: Any, provider: Provider) -> 
 def _executed(optimized: onnx.ModelProto, nodes: ComputeNodes) -> list[ExecutedLayer]:
     layers = []
     for node in optimized.graph.node:
-        found = nodes.find([node.name, *node.output], derived=True) if node.op_type in _MULTIPLY else None
+        found = nodes.find([node.name, *node.output], derived=True) if node.op_type in MULTIPLY else None
         layers.append(
             ExecutedLayer(
                 name=found or node.name or node.output[0],
                 kind=node.op_type,
-                precision="i8" if node.op_type in _INTEGER | _INTEGER_ELEMENTWISE else "f32",
+                precision="i8" if node.op_type in INTEGER | INTEGER_ELEMENTWISE else "f32",
                 compute=found is not None,
             )
         )

@@ -36,11 +36,11 @@ from muntin.runtime.signals import signal_stack_kept
 STATIC_SHAPES = 4
 
 # OpenVINO's names of types -> ours; a CPU's capability -> the precision it allows
-_PRECISIONS = {"u8": "i8", "f16": "f16", "bf16": "bf16", "f32": "f32", "i8": "i8"}
+PRECISIONS = {"u8": "i8", "f16": "f16", "bf16": "bf16", "f32": "f32", "i8": "i8"}
 _CAPABILITIES = {"f32": "FP32", "bf16": "BF16", "f16": "FP16"}
 # Layer types that multiply. A Subgraph (fused attention) may, so it counts only for nodes that it names outright.
-_MULTIPLY = frozenset({"Convolution", "GroupConvolution", "Deconvolution", "FullyConnected", "MatMul"})
-_MAY_MULTIPLY = frozenset({"Subgraph", "MHA", "ScaledDotProductAttention"})
+MULTIPLY = frozenset({"Convolution", "GroupConvolution", "Deconvolution", "FullyConnected", "MatMul"})
+MAY_MULTIPLY = frozenset({"Subgraph", "MHA", "ScaledDotProductAttention"})
 _LEFT_OUT = frozenset({"Const", "Input", "Output"})
 
 InputShape = tuple[int, ...]
@@ -61,7 +61,7 @@ class OpenVinoSession(Session):
 
     def __init__(self, artifact: Artifact, *, precision: str, threads: int | None, streams: int, static_shapes: int) -> None:
         self._core = openvino.Core()
-        hint = _choose_precision(self._core, precision, artifact.manifest.precision)
+        hint = choose_precision(self._core, precision, artifact.manifest.precision)
         data = artifact.model_bytes()
         threads = threads or physical_cores()
         self._options: dict[str, Any] = {
@@ -76,7 +76,7 @@ class OpenVinoSession(Session):
         try:
             self._model = self._core.read_model(model=data, weights=b"")
         except RuntimeError as error:
-            raise ArtifactError(f"{artifact.path}: OpenVINO {openvino.__version__} cannot read its model: {_one_line(error)}") from error
+            raise ArtifactError(f"{artifact.path}: OpenVINO {openvino.__version__} cannot read its model: {one_line(error)}") from error
         self._path = artifact.path
         self._nodes: ComputeNodes = compute_nodes(data)
         self._static_shapes = static_shapes
@@ -140,9 +140,7 @@ class OpenVinoSession(Session):
                 return _Compiled(self._core.compile_model(model, "CPU", self._options), self.streams)
         except RuntimeError as error:
             size = "dynamic sizes" if shape is None else f"images of shape {shape}"
-            raise ArtifactError(
-                f"{self._path}: OpenVINO {openvino.__version__} cannot compile it for {size}: {_one_line(error)}"
-            ) from error
+            raise ArtifactError(f"{self._path}: OpenVINO {openvino.__version__} cannot compile it for {size}: {one_line(error)}") from error
 
 
 def open_openvino(
@@ -163,7 +161,7 @@ def open_openvino(
         return OpenVinoSession(artifact, precision=precision, threads=threads, streams=streams, static_shapes=static_shapes)
 
 
-def _choose_precision(core: Any, asked: str, recorded: str) -> str:
+def choose_precision(core: Any, asked: str, recorded: str) -> str:
     capabilities = tuple(core.get_property("CPU", "OPTIMIZATION_CAPABILITIES"))
     if asked == "recorded":
         return recorded if _CAPABILITIES[recorded] in capabilities else "f32"
@@ -184,19 +182,19 @@ def _executed(runtime_model: Any, nodes: ComputeNodes) -> list[ExecutedLayer]:
         if kind in _LEFT_OUT:
             continue
         originals = [name for name in info.get("originalLayersNames", "").split(",") if name]
-        multiplies = kind in _MULTIPLY
-        node = nodes.find(originals, derived=multiplies) if multiplies or kind in _MAY_MULTIPLY else None
+        multiplies = kind in MULTIPLY
+        node = nodes.find(originals, derived=multiplies) if multiplies or kind in MAY_MULTIPLY else None
         if node is None and multiplies and op.get_input_size() > 1:  # a MatMul that lost its name in a fusion: its weight kept it
             node = nodes.find([op.input_value(1).get_node().get_friendly_name()], derived=True)
         precision = info.get("runtimePrecision", "")
         layer = ExecutedLayer(
             name=node or (originals[0] if originals else op.get_friendly_name()),
             kind=kind,
-            precision=_PRECISIONS.get(precision, precision),
+            precision=PRECISIONS.get(precision, precision),
             compute=node is not None,
         )
         if node is not None and node in seen:  # a fused neighbour that kept the node's name: the layer that multiplies is the one
-            if multiplies and layers[seen[node]].kind not in _MULTIPLY:
+            if multiplies and layers[seen[node]].kind not in MULTIPLY:
                 layers[seen[node]] = layer
             continue
         if node is not None:
@@ -208,7 +206,7 @@ def _executed(runtime_model: Any, nodes: ComputeNodes) -> list[ExecutedLayer]:
 _INFO = frozenset({"layerType", "originalLayersNames", "runtimePrecision"})
 
 
-def _one_line(error: RuntimeError) -> str:
+def one_line(error: RuntimeError) -> str:
     """What OpenVINO says, without the places in its own source that it starts with."""
     lines = [line.strip() for line in str(error).splitlines()]
     return " ".join(line for line in lines if line and not line.startswith(("Exception from", "Check 'false' failed")))[:600]

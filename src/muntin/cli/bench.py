@@ -1,0 +1,112 @@
+"""`muntin bench`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+from rich.table import Table
+
+from muntin.cli.console import Json, out, print_json, progress_bar
+from muntin.cli.deploy import ArtifactPath, Engine, Precision
+from muntin.cli.profile import parse_size
+from muntin.errors import DataError
+
+if TYPE_CHECKING:
+    from muntin.runtime.bench import Bench, Opener
+
+
+WIDTH = 100
+"""Columns that a table takes, at least."""
+
+
+def bench_command(
+    artifact: ArtifactPath,
+    baseline: Annotated[
+        Path | None,
+        typer.Option(
+            help="Another artefact, or a run or checkpoint (PyTorch FP32, needs the extra `train`), measured in turns with this one."
+        ),
+    ] = None,
+    size: Annotated[
+        str | None, typer.Option(help="Height and width in pixels, 512 or 512x768; what it was exported for by default.")
+    ] = None,
+    batch: Annotated[str, typer.Option(help="Images a call; several separated by commas.")] = "1",
+    threads: Annotated[str | None, typer.Option(help="Threads, several separated by commas; the usable physical cores by default.")] = None,
+    streams: Annotated[str, typer.Option(help="Calls computed at the same time: 1 for latency, as many as threads for throughput.")] = "1",
+    rounds: Annotated[int, typer.Option(min=1, max=10_000, help="Timed calls a row.")] = 50,
+    compile: Annotated[bool, typer.Option("--compile", help="Compile a PyTorch baseline by torch.compile.")] = False,
+    engine: Engine = "openvino",
+    precision: Precision = "recorded",
+    json: Json = False,
+) -> None:
+    """Measure an artefact: latency, images a second, memory, loading; beside a baseline if one is given."""
+    from muntin.runtime.bench import bench
+
+    with progress_bar("measuring") as advance:
+        result = bench(
+            artifact,
+            baseline=None if baseline is None else (baseline.name, _opener(baseline, compile)),
+            engine=engine,
+            precision=precision,
+            batches=_numbers("--batch", batch),
+            threads=[None] if threads is None else _numbers("--threads", threads),
+            streams=_numbers("--streams", streams),
+            size=None if size is None else parse_size(size),
+            rounds=rounds,
+            report=advance,
+        )
+    if json:
+        print_json(result.as_dict())
+        return
+    _print(result)
+
+
+def _numbers(option: str, text: str) -> list[int]:
+    try:
+        return [int(part) for part in text.split(",")]
+    except ValueError:
+        raise DataError(f"{option} {text}: give whole numbers separated by commas, as in 1,4") from None
+
+
+def _opener(path: Path, compile: bool) -> Opener:
+    from muntin.artifact.store import MANIFEST
+    from muntin.runtime.bench import artifact_opener
+
+    if (path / MANIFEST).is_file():
+        if compile:
+            raise DataError(f"--compile is for a PyTorch baseline, and {path} is an artefact: leave it out")
+        return artifact_opener(path)
+    from muntin.deployment.live import checkpoint_opener
+    from muntin.training import read_checkpoint
+
+    return checkpoint_opener(read_checkpoint(path), compile=compile)
+
+
+def _print(result: Bench) -> None:
+    names = list(dict.fromkeys(row.name for row in result.rows))
+    letters = dict(zip(names, "AB", strict=False))
+    for name, letter in letters.items():
+        row = next(row for row in result.rows if row.name == name)
+        out.print(f"{letter}  {name}: {row.engine}, float layers in {row.precision}", markup=False)
+    with_ratio = len(names) > 1
+    table = Table(box=None, padding=(0, 1, 0, 0))
+    headings = ("", "batch", "size", "threads", "streams", "median ms", "p90", "p99", "images/s", "load s", "MiB")
+    for heading in (*headings, *(["faster"] if with_ratio else [])):
+        table.add_column(heading, justify="right", no_wrap=True, min_width=len(heading))
+    for row in result.rows:
+        (B, H, W), latency = row.shape, row.latency
+        cells = [
+            letters[row.name], f"{B}", f"{H}x{W}", f"{row.threads}", f"{row.streams}", f"{latency.median_ms:.2f}", f"{latency.p90_ms:.2f}",
+            f"{latency.p99_ms:.2f}", f"{row.images_per_s:.1f}", f"{row.load_s:.2f}", "-" if row.peak_mib is None else f"{row.peak_mib:.0f}",
+        ]  # fmt: skip
+        table.add_row(*cells, *([f"{row.ratio:.2f}x"] if row.ratio is not None else []))
+    out.print(table, width=max(WIDTH, out.width))  # a narrow terminal wraps lines: better than numbers that are cut
+    out.print(
+        "images/s: all streams busy. load s: opening, and a first call of every batch. MiB: what opening added, at the most", markup=False
+    )
+    hardware = result.hardware
+    out.print(f"{hardware['cpu']}, {hardware['cores']} cores, {', '.join(hardware['features'])}; {result.created}", markup=False)
+    for note in result.notes:
+        out.print(f"note      {note}", markup=False)

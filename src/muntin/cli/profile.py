@@ -1,0 +1,145 @@
+"""`muntin profile`: why is it slow?"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.table import Table
+from rich.text import Text
+
+from muntin.cli.console import Json, out, print_json, status
+from muntin.errors import DataError
+
+Shape = tuple[int, int, int]
+
+WINS = 3
+TOP = 12
+"""Kernels in the table: the others are in the files."""
+TRACE = "trace.json"
+
+
+def profile_command(
+    artifact: Annotated[Path, typer.Argument(help="An artefact's folder, written by `muntin export`.")],
+    size: Annotated[
+        str | None, typer.Option(help="Of the image, in pixels: HxW, or N for a square; by default the size that it was exported with.")
+    ] = None,
+    batch: Annotated[int | None, typer.Option(min=1, help="Images in a call.")] = None,
+    engine: Annotated[str, typer.Option(help="openvino or onnxruntime.")] = "openvino",
+    precision: Annotated[str, typer.Option(help="recorded, f32, bf16 or f16: what the float layers run in.")] = "recorded",
+    threads: Annotated[int | None, typer.Option(min=1, help="Threads of the engine; the usable physical cores by default.")] = None,
+    rounds: Annotated[int, typer.Option(min=1, max=1000, help="Calls that are measured.")] = 30,
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", help="Folder of the results; ARTIFACT-profile beside the artefact by default.")
+    ] = None,
+    json: Json = False,
+) -> None:
+    """Find out why an artefact is slow: every kernel that the engine executes, against what this machine can reach."""
+    from muntin.reporting import write_profile
+    from muntin.reporting.files import write_files
+    from muntin.runtime.chrome_trace import chrome_trace
+    from muntin.runtime.profile import profile
+    from muntin.runtime.profile_document import profile_dict
+
+    target = _target(artifact, output)
+    shape = _shape(artifact, size, batch)
+    with status("profiling"):
+        measured = profile(artifact, engine=engine, precision=precision, threads=threads, shape=shape, rounds=rounds)
+    document = profile_dict(measured)
+    page = write_profile(target, document)
+    write_files(target, {TRACE: _text(chrome_trace(measured))}, what="trace")
+    if json:
+        print_json(document | {"files": sorted(str(file) for file in target.iterdir())})
+        return
+    _print(document)
+    out.print(f"wrote     {page}, and {TRACE} for chrome://tracing or ui.perfetto.dev", markup=False)
+
+
+def _target(artifact: Path, output: Path | None) -> Path:
+    there = artifact.resolve()
+    target = output if output is not None else artifact.parent / f"{there.name}-profile"
+    if there in (target.resolve(), *target.resolve().parents):
+        raise DataError(f"--output {target}: that is in the artefact, which holds its own files only: name a folder elsewhere")
+    return target
+
+
+def _shape(artifact: Path, size: str | None, batch: int | None) -> Shape | None:
+    """(B, H, W) of what was asked for; what was not is the artefact's. None when nothing was."""
+    from muntin.artifact import open_artifact
+    from muntin.runtime.profile import default_shape
+
+    if size is None and batch is None:
+        return None
+    B, H, W = default_shape(open_artifact(artifact))
+    if size is not None:
+        H, W = parse_size(size)
+    return (B if batch is None else batch, H, W)
+
+
+def parse_size(size: str) -> tuple[int, int]:
+    """(H, W) of "HxW", or of "N" for a square. Raises DataError for anything else."""
+    match = re.fullmatch(r"([1-9]\d{0,5})(?:x([1-9]\d{0,5}))?", size)
+    if match is None:
+        raise DataError(f"--size {size}: give rows x columns in pixels as in 512x768, or one number for a square")
+    return int(match[1]), int(match[2] or match[1])
+
+
+def _text(document: Mapping[str, Any]) -> str:
+    return json.dumps(document, ensure_ascii=False, allow_nan=False) + "\n"
+
+
+def _print(document: Mapping[str, Any]) -> None:
+    B, H, W = document["shape"]
+    out.print(
+        f"whole     {document['whole_ms']:.2f} ms for {B} x {H} x {W} in {document['engine']}, float layers in {document['precision']}, "
+        f"{document['threads']} thread{'' if document['threads'] == 1 else 's'} (median of {document['rounds']} calls)",
+        markup=False,
+    )
+    wins = [finding for finding in document["findings"] if finding["saves_ms"] is not None]
+    for number, finding in enumerate(wins[:WINS], 1):
+        out.print(f"win {number}     up to {finding['saves_ms']:.2f} ms: {finding['words']}", markup=False)
+    if not wins:
+        out.print("win       none: no part of it is far from what this machine can reach", markup=False)
+    for finding in document["findings"]:
+        if finding["saves_ms"] is None:
+            out.print(f"mind      {finding['words']}", markup=False)
+    for note in document["notes"]:
+        out.print(f"note      {note}", markup=False)
+    out.print(kinds_table(document))
+    out.print(kernels_table(document))
+
+
+def kinds_table(document: Mapping[str, Any]) -> Table:
+    """Where the time goes, by kind."""
+    rows = [[row["kind"], f"{row['ms']:.2f}", f"{row['share']:.0%}", str(row["count"] or "")] for row in document["kinds"]]
+    return _table("by kind", ("kind", "ms", "share", "kernels"), rows)
+
+
+def kernels_table(document: Mapping[str, Any]) -> Table:
+    """The kernels that take longest, the share of its ceiling that each reaches, and the precision that it computes in."""
+    longest = sorted(document["kernels"], key=lambda kernel: -kernel["ms"])[:TOP]
+    rows = [
+        [
+            kernel["layer"] or kernel["name"],
+            f"{kernel['ms']:.2f}",
+            f"{kernel['share']:.0%}",
+            "" if kernel["ceiling_share"] is None else f"{kernel['ceiling_share']:.0%}",
+            kernel["precision"],
+        ]
+        for kernel in longest
+    ]
+    return _table(f"the longest {len(rows)} of {len(document['kernels'])} kernels", ("kernel", "ms", "share", "ceiling", "in"), rows)
+
+
+def _table(title: str, columns: Iterable[str], rows: Iterable[list[str]]) -> Table:
+    # Text, not str: names are the user's, and rich would read "[red]" in them as markup.
+    table = Table(title=Text(title), title_justify="left")
+    for number, column in enumerate(columns):
+        table.add_column(column, justify="left" if number == 0 else "right", overflow="fold")
+    for row in rows:
+        table.add_row(*(Text(cell) for cell in row))
+    return table

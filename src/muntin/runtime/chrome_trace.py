@@ -1,0 +1,79 @@
+"""A profile in the Trace Event Format, for chrome://tracing and https://ui.perfetto.dev.
+
+The format: https://docs.google.com/document/d/1CvAClvFfyA5R-PhYUmn5OOQtYMH4h6I0nSsKchNAySU, complete events ("X"), times in microseconds.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+from muntin.runtime.kernels import Kernel
+from muntin.runtime.profile import Profile
+
+WHOLE, KERNELS = 0, 1
+"""The two rows of the trace."""
+
+
+def chrome_trace(profile: Profile) -> dict[str, Any]:
+    """One inference as a trace: a row for the whole and one for its kernels, each with its work and the share of its ceiling.
+
+    Kernels begin when the engine says; where it gives no time stamps, as OpenVINO, they stand end to end in the order of execution, and the
+    metadata say so.
+    """
+    stamped = all(kernel.start_ms is not None for kernel in profile.kernels)
+    return {
+        "displayTimeUnit": "ms",
+        "traceEvents": [
+            _named("process_name", WHOLE, f"{profile.engine}, {profile.threads} threads, {profile.precision}"),
+            _named("thread_name", WHOLE, "inference"),
+            _named("thread_name", KERNELS, "kernels"),
+            _complete("inference", "whole", WHOLE, 0.0, profile.profiled_ms, {"whole_ms without counters": profile.whole_ms}),
+            *(
+                _complete(kernel.label, kernel.words, KERNELS, start, kernel.ms, _arguments(kernel, profile))
+                for kernel, start in _starts(profile.kernels, stamped)
+            ),
+        ],
+        "otherData": {
+            "muntin": importlib.metadata.version("muntin"),
+            "artifact": str(profile.artifact.path),
+            "shape": " x ".join(map(str, profile.shape)),
+            "created": profile.created,
+            "times": "median durations; "
+            + (
+                "median starts, as the engine stamps them"
+                if stamped
+                else "the engine gives no time stamps: kernels are laid end to end in the order of execution"
+            ),
+        },
+    }
+
+
+def _starts(kernels: Iterable[Kernel], stamped: bool) -> Iterator[tuple[Kernel, float]]:
+    """Every kernel and when it starts, in ms."""
+    end = 0.0
+    for kernel in kernels:
+        yield kernel, kernel.start_ms if stamped and kernel.start_ms is not None else end
+        end += kernel.ms
+
+
+def _complete(name: str, category: str, row: int, start_ms: float, ms: float, arguments: dict[str, Any]) -> dict[str, Any]:
+    return {"name": name, "cat": category, "ph": "X", "ts": start_ms * 1e3, "dur": ms * 1e3, "pid": 1, "tid": row, "args": arguments}
+
+
+def _named(what: str, row: int, name: str) -> dict[str, Any]:
+    return {"name": what, "ph": "M", "pid": 1, "tid": row, "args": {"name": name}}
+
+
+def _arguments(kernel: Kernel, profile: Profile) -> dict[str, Any]:
+    attainable = kernel.attainable_ms(profile.ceilings)
+    return {
+        "kernel": kernel.name,
+        "kind": kernel.kind,
+        "implementation": kernel.implementation,
+        "precision": kernel.precision,
+        "macs": kernel.macs,
+        "bytes": kernel.bytes,
+        "ceiling_share": None if attainable is None or kernel.ms == 0 else attainable / kernel.ms,
+    }

@@ -1,0 +1,240 @@
+"""Where the time of an artefact goes: every kernel that the engine executes, against what the machine can reach.
+
+whole       one call of a plain session, no counters
+profiled    one inference with counters on
+kernel      its own time, multiply-adds and bytes; the ceilings say what the two would take at least
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from muntin.artifact import Artifact, Manifest, open_artifact
+from muntin.errors import DataError, DependencyError
+from muntin.runtime.contention import watch_cpu
+from muntin.runtime.engines import DEFAULT_ENGINE, PRECISIONS, load
+from muntin.runtime.hardware import describe_hardware, physical_cores
+from muntin.runtime.kernels import Ceilings, Execution, Kernel
+from muntin.runtime.session import Session, check_threads
+
+ImagesShape = tuple[int, int, int]
+"""(B, H, W)"""
+
+SIDE = 512
+"""Side of the image, in pixels, for an artefact that names no example."""
+WARM_UP = 2
+BUSY = 0.1
+"""Cores' worth of other processes' CPU time above which a time is not to be believed."""
+TOLERANCE = 0.1
+"""How far the kernels' sum may be from the whole, as a share of it, before a note says so."""
+
+Profiler = Callable[..., Execution]
+
+
+# An engine's library is loaded when something is profiled with it.
+def _openvino(artifact: Artifact, images_BHWC: NDArray[np.uint8], **options: Any) -> Execution:
+    from muntin.runtime.openvino_kernels import openvino_kernels
+
+    return openvino_kernels(artifact, images_BHWC, **options)
+
+
+def _onnxruntime(artifact: Artifact, images_BHWC: NDArray[np.uint8], **options: Any) -> Execution:
+    from muntin.runtime.onnxruntime_kernels import onnxruntime_kernels
+
+    return onnxruntime_kernels(artifact, images_BHWC, **options)
+
+
+PROFILERS: dict[str, Profiler] = {"openvino": _openvino, "onnxruntime": _onnxruntime}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Fewer:
+    """The same call with as many threads as there are physical cores, where more were asked for."""
+
+    threads: int
+    whole_ms: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class Profile:
+    """What one call on images of a shape (B, H, W) costs, and where.
+
+    `whole_ms`: median latency of a plain session. `profiled_ms`: median of an inference with counters, `between_ms` of what no kernel of
+    the same inference accounts for. `kernels`: in the order of execution. `physical_cores`: those that this process may use. `others`:
+    cores' worth of CPU time that other processes used while it was measured, None where the system does not say. `fewer`: the call with
+    one thread a physical core, None unless more were asked for. `notes`: what a reader must know, a line each.
+    """
+
+    artifact: Artifact
+    bytes: int
+    engine: str
+    precision: str
+    threads: int
+    shape: ImagesShape
+    rounds: int
+    whole_ms: float
+    profiled_ms: float
+    between_ms: float
+    kernels: tuple[Kernel, ...]
+    ceilings: Ceilings
+    physical_cores: int
+    others: float | None
+    fewer: Fewer | None
+    notes: tuple[str, ...]
+    created: str
+    hardware: dict[str, Any]
+
+    @property
+    def kernels_ms(self) -> float:
+        """The kernels' sum; what of `profiled_ms` is beyond it is a row of its own."""
+        return sum(kernel.ms for kernel in self.kernels)
+
+
+def profile(
+    path: str | Path,
+    *,
+    engine: str = DEFAULT_ENGINE,
+    precision: str = "recorded",
+    threads: int | None = None,
+    shape: ImagesShape | None = None,
+    rounds: int = 30,
+    ceilings: Ceilings | None = None,
+) -> Profile:
+    """Measures an artefact on one shape (B, H, W): the whole call, and every kernel that the engine executes.
+
+    `shape` None: the manifest's example, or one image of 512 x 512 (of the recorded side for "classify"). The images are the artefact's
+    first golden ones, mirrored until they fill the shape. `ceilings` None: measured now, which takes some seconds. Costs opening twice
+    and twice `rounds` inferences, a third time where `threads` is more than the physical cores.
+
+    Raises what `load` raises, and DataError for an engine that cannot be profiled, a shape or a number of rounds out of range.
+    """
+    profiler = _check(engine, precision, threads, shape, rounds)
+    artifact = open_artifact(path)
+    shape = default_shape(artifact) if shape is None else shape
+    images_BHWC = fill(artifact.golden()[0][0], shape)
+    cores = physical_cores()
+    with watch_cpu() as watch:
+        session = load(path, engine=engine, precision=precision, threads=threads)
+        whole_ms = latency(session, images_BHWC, rounds)
+        used = session.threads
+        del session  # its threads and memory are not those that are profiled next
+        execution = profiler(artifact, images_BHWC, precision=precision, threads=threads, rounds=rounds)
+        fewer = None
+        if used > cores:
+            fewer = Fewer(
+                threads=cores, whole_ms=latency(load(path, engine=engine, precision=precision, threads=cores), images_BHWC, rounds)
+            )
+    if ceilings is None:
+        ceilings, said = _measured_ceilings(execution.threads)
+    else:
+        said = []
+    return Profile(
+        artifact=artifact,
+        bytes=artifact.bytes,
+        engine=engine,
+        precision=execution.precision,
+        threads=execution.threads,
+        shape=shape,
+        rounds=rounds,
+        whole_ms=whole_ms,
+        profiled_ms=execution.profiled_ms,
+        between_ms=execution.between_ms,
+        kernels=execution.kernels,
+        ceilings=ceilings,
+        physical_cores=cores,
+        others=watch.others,
+        fewer=fewer,
+        notes=(*notes(artifact.manifest, execution, whole_ms), *said, *above(execution.kernels, ceilings)),
+        created=datetime.now(UTC).isoformat(timespec="seconds"),
+        hardware=describe_hardware(),
+    )
+
+
+def _measured_ceilings(threads: int) -> tuple[Ceilings, list[str]]:
+    """The ceilings of now, and a note where others were at work meanwhile."""
+    try:
+        from muntin.runtime.ceilings import measure_ceilings  # OpenVINO's kernels measure them, whichever engine is profiled
+    except ModuleNotFoundError as error:
+        raise DependencyError(f"a machine's ceilings are measured with the package {error.name}: pip install {error.name}") from error
+    measured = measure_ceilings(threads=threads)
+    if measured.others is None or measured.others < BUSY:
+        return measured, []
+    return measured, [f"other processes used {measured.others:.1f} cores while the ceilings were measured: the ceilings are too low"]
+
+
+def _check(engine: str, precision: str, threads: int | None, shape: ImagesShape | None, rounds: int) -> Profiler:
+    if engine not in PROFILERS:
+        raise DataError(f'engine="{engine}": a profile is made in one of {", ".join(PROFILERS)}')
+    if precision not in PRECISIONS:
+        raise DataError(f'precision="{precision}": give one of {", ".join(PRECISIONS)}')
+    check_threads(threads)
+    if shape is not None and (len(shape) != 3 or any(isinstance(side, bool) or not isinstance(side, int) or side < 1 for side in shape)):
+        raise DataError(f"shape={shape!r}: give three whole numbers from 1: images, rows, columns")
+    if isinstance(rounds, bool) or not isinstance(rounds, int) or not 1 <= rounds <= 1000:
+        raise DataError(f"rounds={rounds!r}: give a whole number from 1 to 1000")
+    return PROFILERS[engine]
+
+
+def default_shape(artifact: Artifact) -> ImagesShape:
+    """(B, H, W) of the manifest's example; without one a picture of the recorded side for "classify", of its golden one where none is
+    recorded, and 512 x 512 for every other task."""
+    manifest = artifact.manifest
+    if manifest.example is not None:
+        return manifest.example
+    if manifest.signature.task != "classify":
+        return (1, SIDE, SIDE)
+    side = manifest.signature.side
+    return (1, side, side) if side is not None else (1, *artifact.golden()[0][0].shape[1:3])
+
+
+def fill(images_BHWC: NDArray[np.uint8], shape: ImagesShape) -> NDArray[np.uint8]:
+    """Images of another shape (B, H, W), from these: repeated to the batch, mirrored to the size, cut where they are larger."""
+    B, H, W = shape
+    rows, columns = (max(0, wanted - there) for wanted, there in zip((H, W), images_BHWC.shape[1:3], strict=True))
+    chosen = images_BHWC[np.arange(B) % len(images_BHWC)]
+    mirrored = np.pad(chosen, ((0, 0), (0, rows), (0, columns), (0, 0)), mode="symmetric")
+    return np.ascontiguousarray(mirrored[:, :H, :W])
+
+
+def latency(session: Session, images_BHWC: NDArray[np.uint8], rounds: int) -> float:
+    """Median time of a call in ms, after two that do not count."""
+    times = []
+    for _ in range(WARM_UP + rounds):
+        started = time.perf_counter()
+        session(images_BHWC)
+        times.append((time.perf_counter() - started) * 1e3)
+    return median(times[WARM_UP:])
+
+
+def notes(manifest: Manifest, execution: Execution, whole_ms: float) -> Iterable[str]:
+    """What a reader must know before believing the kernels' times."""
+    profiled, total = execution.profiled_ms, sum(kernel.ms for kernel in execution.kernels)
+    if abs(total - profiled) > TOLERANCE * profiled:
+        yield (
+            f"the kernels' medians sum to {total:.2f} of {profiled:.2f} ms, of which {execution.between_ms:.2f} ms are between kernels: "
+            "the others are interruptions that fell now into one kernel, now into another; measure on a quiet machine"
+        )
+    if abs(profiled - whole_ms) > 2 * TOLERANCE * whole_ms:
+        yield f"an inference with counters on took {profiled:.2f} ms, one without {whole_ms:.2f}: believe the shares more than the times"
+    found = {kernel.layer for kernel in execution.kernels}
+    if missing := [record.name for record in manifest.layers if record.name not in found]:
+        yield f"{len(missing)} recorded layers have no kernel of their name: {', '.join(missing[:3])}{', ...' if missing[3:] else ''}"
+
+
+def above(kernels: Iterable[Kernel], ceilings: Ceilings) -> Iterable[str]:
+    """Which products are faster than what the machine was measured to reach. Bytes do not count: a cache gives them faster than a copy."""
+    faster = [kernel for kernel in kernels if kernel.macs and (kernel.bounds_ms(ceilings)[0] or 0.0) > (1 + TOLERANCE) * kernel.ms]
+    if faster:
+        yield (
+            f"{len(faster)} products are faster than the ceiling of their precision, {faster[0].label} for one: "
+            "the ceilings are too low, so every share of them is too high"
+        )

@@ -1,0 +1,89 @@
+"""`muntin profile`: what it prints, what it writes, and what it refuses."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from muntin.artifact import open_artifact
+from muntin.cli.profile import parse_size
+from muntin.errors import DataError
+
+Call = Callable[..., Any]
+Write = Callable[..., Path]
+QUICK = ("--size", "24x40", "--rounds", "2", "--threads", "1", "--precision", "f32")
+
+
+def test_profile_says_why_and_writes_the_page(call: Call, exported: Any, tmp_path: Path) -> None:
+    answer = call("profile", exported.artifact, *QUICK, "-o", tmp_path / "out")
+    assert (answer.code, answer.err) == (0, "")
+    assert answer.out.startswith("whole     ")
+    assert "ms for 1 x 24 x 40 in openvino, float layers in f32, 1 thread (median of 2 calls)" in answer.out
+    assert "by kind" in answer.out
+    assert "kernels" in answer.out
+    assert "win " in answer.out
+    assert f"wrote     {tmp_path / 'out' / 'profile.html'}, and trace.json" in answer.out
+    assert {"profile.html", "profile.json", "trace.json"} <= {file.name for file in (tmp_path / "out").iterdir()}
+    document = json.loads((tmp_path / "out" / "profile.json").read_text())
+    trace = json.loads((tmp_path / "out" / "trace.json").read_text())
+    assert len([event for event in trace["traceEvents"] if event["ph"] == "X"]) == len(document["kernels"]) + 1
+
+
+def test_profile_counts_the_work_that_the_manifest_records(call: Call, exported: Any, tmp_path: Path) -> None:
+    """An exported model: multiply-adds as executed are those recorded at the example's size, scaled by the area."""
+    document = call("profile", exported.artifact, *QUICK, "--batch", "2", "-o", tmp_path / "out", "--json").document()
+    assert document["shape"] == [2, 24, 40]
+    recorded = {layer.name: layer.macs for layer in open_artifact(exported.artifact).manifest.layers}
+    executed: dict[str, int] = {}
+    for kernel in document["kernels"]:
+        if kernel["layer"] is not None:
+            executed[kernel["layer"]] = executed.get(kernel["layer"], 0) + kernel["macs"]
+    assert executed.keys() == recorded.keys()
+    ratios = {executed[name] / macs for name, macs in recorded.items() if macs}
+    assert len(ratios) == 1  # all layers of this model keep the image's size
+    assert [Path(file).name for file in document["files"]] == sorted(file.name for file in (tmp_path / "out").iterdir())
+
+
+def test_profile_writes_beside_the_artefact_and_leaves_it_alone(
+    call: Call, tmp_path: Path, write_small: Write, tree: Callable[[Path], dict[str, bytes]]
+) -> None:
+    path = write_small(tmp_path / "artefact")
+    before = tree(path)
+    call("profile", path, "--size", "16", "--rounds", "1", "--engine", "onnxruntime", "--json").document()
+    assert tree(path) == before
+    assert (tmp_path / "artefact-profile" / "profile.html").is_file()
+    text = call("profile", path, "--rounds", "1", "-o", path / "profile").mistake()
+    assert "that is in the artefact, which holds its own files only" in text
+    assert tree(path) == before
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (("--size", "0"), "--size 0: give rows x columns in pixels"),
+        (("--size", "24x"), "--size 24x: give rows x columns"),
+        (("--size", "-3"), "--size -3: give rows x columns"),
+        (("--engine", "tensorrt"), 'engine="tensorrt": a profile is made in one of openvino, onnxruntime'),
+        (("--precision", "int8"), 'precision="int8": give one of recorded'),
+    ],
+)
+def test_what_it_cannot_profile_is_one_line(call: Call, tmp_path: Path, write_small: Write, words: tuple[str, ...], said: str) -> None:
+    path = write_small(tmp_path / "artefact")
+    assert said in call("profile", path, *words).mistake()
+    assert not (tmp_path / "artefact-profile").exists()
+
+
+def test_a_folder_without_an_artefact_is_one_line(call: Call, tmp_path: Path) -> None:
+    assert "no such artefact directory" in call("profile", tmp_path / "none").mistake()
+
+
+def test_sizes() -> None:
+    assert parse_size("512") == (512, 512)
+    assert parse_size("24x40") == (24, 40)
+    for size in ("", "x", "1x2x3", "1.5", "0x5", "12345678"):
+        with pytest.raises(DataError, match="one number for a square"):
+            parse_size(size)

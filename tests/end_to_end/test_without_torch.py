@@ -1,0 +1,69 @@
+"""Installed without extras in an environment of its own: everything that a server or an engineer at a small machine needs works there."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+import muntin
+from muntin.runtime.images import write_image
+
+ROOT = Path(muntin.__file__).parents[2]
+INSTALL = ("-m", "pip", "install", "--quiet", "--disable-pip-version-check")
+
+
+@pytest.fixture(scope="module")
+def python(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The interpreter of a new environment that holds muntin and what it depends on, and nothing else."""
+    if not (ROOT / "pyproject.toml").is_file():
+        pytest.skip("muntin is installed, not checked out: there is nothing to install from")
+    folder = tmp_path_factory.mktemp("environment")
+    subprocess.run([sys.executable, "-m", "venv", str(folder)], check=True)
+    interpreter = folder / "bin" / "python"
+    subprocess.run([str(interpreter), *INSTALL, str(ROOT)], check=True)
+    return interpreter
+
+
+@pytest.fixture(scope="module")
+def artifact(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A small quantised network, exported here, where there is torch."""
+    torch.manual_seed(0)
+    layers = [nn.Conv2d(3, 16, 3, padding=1), nn.ReLU(), nn.Conv2d(16, 16, 3, padding=1), nn.ReLU(), nn.Conv2d(16, 4, 1)]
+    example = torch.randint(0, 256, (2, 3, 64, 64)).float()
+    return muntin.export(nn.Sequential(*layers), example, tmp_path_factory.mktemp("artifact") / "a", calibration=[example]).path
+
+
+def run(python: Path, *words: object) -> Any:
+    """A command's JSON document in the environment."""
+    done = subprocess.run([str(python), "-m", "muntin", *map(str, words), "--json"], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr) == (0, "")
+    return json.loads(done.stdout)
+
+
+@pytest.mark.slow
+def test_what_needs_no_torch_works_where_there_is_none(python: Path, artifact: Path, tmp_path: Path) -> None:
+    missing = subprocess.run([str(python), "-c", "import torch"], capture_output=True, text=True, check=False)
+    assert "ModuleNotFoundError" in missing.stderr
+    write_image(tmp_path / "image.png", np.random.default_rng(0).integers(0, 256, (70, 90, 3), dtype=np.uint8))
+
+    assert run(python, "verify", artifact)["passed"]
+    (predicted,) = run(python, "predict", artifact, tmp_path / "image.png", "-o", tmp_path / "out", "--tile", 64)["results"]
+    assert Path(predicted["mask"]).is_file()
+    rows = run(python, "bench", artifact, "--baseline", artifact, "--rounds", 2)["rows"]
+    assert [row["shape"] for row in rows] == [[1, 64, 64]] * 2
+    profile = run(python, "profile", artifact, "--rounds", 2, "-o", tmp_path / "profile")
+    assert profile["kernels"] and (tmp_path / "profile" / "profile.html").is_file()
+    doctor = run(python, "doctor")
+    assert {engine["name"] for engine in doctor["engines"] if engine["version"]} >= {"openvino", "onnxruntime"}
+
+    asked = subprocess.run([str(python), "-m", "muntin", "fit", "recipe.yaml"], capture_output=True, text=True, check=False, cwd=tmp_path)
+    assert asked.returncode == 1
+    assert "pip install 'muntin[train]'" in asked.stderr and len(asked.stderr.splitlines()) == 1

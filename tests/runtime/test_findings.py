@@ -1,0 +1,219 @@
+"""Planted faults are named: a layer that fell back to float, a transposed layout, a busy machine, too many threads."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import pytest
+from onnx import TensorProto, helper, numpy_helper
+
+from muntin.runtime import describe_hardware
+from muntin.runtime.ceilings import Ceilings
+from muntin.runtime.contention import read_cpu_times
+from muntin.runtime.findings import Finding, findings
+from muntin.runtime.hardware import physical_cores
+from muntin.runtime.kernels import LAYOUT, PRODUCTS, Operand
+from muntin.runtime.profile import Fewer, Profile, profile
+
+CEILINGS = Ceilings(gmacs={"f32": 100.0, "bf16": 200.0, "i8": 400.0}, copy_gb_s=10.0, threads=1, others=0.0)
+needs_dot_products = pytest.mark.skipif(
+    not {"avx512_vnni", "avx_vnni", "amx_int8", "asimddp", "i8mm"} & set(describe_hardware()["features"]),
+    reason="this CPU has no 8-bit dot products (VNNI, AMX, dotprod): integer kernels may be missing",
+)
+
+
+def of_kind(result: Profile, kind: str) -> list[Finding]:
+    return [finding for finding in findings(result) if finding.kind == kind]
+
+
+@pytest.fixture(scope="module")
+def small(convolutions: Any) -> Profile:
+    return profile(convolutions.path, precision="f32", threads=1, shape=(1, 48, 48), rounds=3, ceilings=CEILINGS)
+
+
+# ---- planted faults ----
+
+
+@needs_dot_products
+def test_a_layer_recorded_as_integer_that_ran_in_float_is_named(
+    write_layers: Callable[..., Any], layer_maker: Callable[..., Any], tmp_path: Path
+) -> None:
+    layers = [
+        layer_maker("stem", 0, 3, 32, 3, scale=0.9),
+        layer_maker("body", 1, 32, 32, 3, scale=1.0),
+        layer_maker("head", 2, 32, 4, 1, scale=1.0),
+    ]
+    layers[1] = replace(layers[1], quantized=False)
+    written = write_layers(tmp_path / "a", layers)
+    result = profile(written.path, precision="f32", threads=1, shape=(1, 64, 64), rounds=3, ceilings=CEILINGS)
+    (finding,) = of_kind(result, "fallback")
+    assert finding.words.startswith("body, recorded with 8-bit activations, ran in f32: ")
+    assert "; on integer kernels about " in finding.words
+    assert finding.kernels == ("body",)
+    (body,) = (kernel for kernel in result.kernels if kernel.name == "body")
+    assert finding.saves_ms == pytest.approx(body.ms * (1 - 100 / 400))
+    assert not any("body" in other.kernels for kind in ("ceiling", "float") for other in of_kind(result, kind))
+
+
+def transposed(write_layers: Callable[..., Any], layer_maker: Callable[..., Any], path: Path) -> Path:
+    """Two convolutions, and channels brought last and back between them for an activation that does not care."""
+    rng = np.random.default_rng(0)
+    weights = {"w1": rng.normal(size=(32, 3, 3, 3)).astype(np.float32), "w2": rng.normal(size=(4, 32, 3, 3)).astype(np.float32)}
+    nodes = [
+        helper.make_node("Cast", ["images"], ["float"], name="cast", to=TensorProto.FLOAT),
+        helper.make_node("Transpose", ["float"], ["x"], name="to_nchw", perm=[0, 3, 1, 2]),
+        helper.make_node("Conv", ["x", "w1"], ["a"], name="first", pads=[1] * 4),
+        helper.make_node("Transpose", ["a"], ["b"], name="there", perm=[0, 2, 3, 1]),
+        helper.make_node("Relu", ["b"], ["c"], name="relu"),
+        helper.make_node("Transpose", ["c"], ["d"], name="back", perm=[0, 3, 1, 2]),
+        helper.make_node("Conv", ["d", "w2"], ["scores"], name="second", pads=[1] * 4),
+    ]
+    graph = helper.make_graph(
+        nodes,
+        "transposed",
+        [helper.make_tensor_value_info("images", TensorProto.UINT8, ["B", "H", "W", 3])],
+        [helper.make_tensor_value_info("scores", TensorProto.FLOAT, ["B", 4, "H", "W"])],
+        [numpy_helper.from_array(value, name) for name, value in weights.items()],
+    )
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=10)
+    onnx.checker.check_model(model)
+    written: Path = write_layers(path, [layer_maker("only", 0, 3, 4, 1, scale=1.0)], model=model).path
+    return written
+
+
+def test_a_transposed_layout_is_named_with_its_place(
+    write_layers: Callable[..., Any], layer_maker: Callable[..., Any], tmp_path: Path
+) -> None:
+    path = transposed(write_layers, layer_maker, tmp_path / "a")
+    result = profile(path, precision="f32", threads=1, shape=(1, 128, 128), rounds=3, ceilings=CEILINGS)
+    executed = {kernel.name for kernel in result.kernels if kernel.group == LAYOUT and kernel.ms > 0}
+    assert {"there", "back"} <= executed, "the engine removed them: this test plants nothing"
+    (finding,) = of_kind(result, "layout")
+    assert "layout changes" in finding.words
+    assert "a Transpose between first and second (" in finding.words
+    assert {"there", "back"} <= set(finding.kernels)
+    assert finding.saves_ms == pytest.approx(sum(kernel.ms for kernel in result.kernels if kernel.name in finding.kernels))
+
+
+@contextmanager
+def busy(processes: int) -> Iterator[None]:
+    """So many other processes that use all the CPU time that they get."""
+    started = [subprocess.Popen([sys.executable, "-c", "while True: pass"]) for _ in range(processes)]
+    time.sleep(0.3)  # until they run
+    try:
+        yield
+    finally:
+        for process in started:
+            process.kill()
+            process.wait()
+
+
+@pytest.mark.skipif(not read_cpu_times(), reason="this system does not say who uses its CPUs")
+def test_another_busy_process_is_named(convolutions: Any) -> None:
+    with busy(physical_cores()):
+        result = profile(convolutions.path, threads=1, shape=(1, 256, 256), rounds=40, ceilings=CEILINGS)
+    (finding,) = of_kind(result, "contention")
+    assert finding.words.startswith("another process used ")
+    assert "while this was measured: the times are too long; run it alone" in finding.words
+    assert finding.saves_ms is None
+    assert of_kind(replace(result, others=0.0), "contention") == []
+    assert of_kind(replace(result, others=None), "contention") == []
+
+
+def test_too_many_threads_are_named(convolutions: Any) -> None:
+    threads, cores = 8 * physical_cores(), physical_cores()
+    result = profile(convolutions.path, threads=threads, shape=(1, 48, 48), rounds=3, ceilings=CEILINGS)
+    (finding,) = of_kind(result, "threads")
+    assert finding.words.startswith(
+        f"{threads} threads on {cores} physical core{'s' if cores > 1 else ''}: with {cores} the same image takes "
+    )
+
+
+# ---- each rule ----
+
+
+@needs_dot_products
+def test_layers_that_ran_as_recorded_are_no_finding(small: Profile) -> None:
+    assert of_kind(small, "fallback") == []
+    assert of_kind(small, "float") == []
+
+
+def test_threads_that_win_or_lose(small: Profile) -> None:
+    slower = replace(small, threads=8, physical_cores=2, whole_ms=30.0, fewer=Fewer(threads=2, whole_ms=6.9))
+    (finding,) = of_kind(slower, "threads")
+    assert finding.words == "8 threads on 2 physical cores: with 2 the same image takes 6.9 ms instead of 30"
+    assert finding.saves_ms == pytest.approx(23.1)
+    (finding,) = of_kind(replace(slower, fewer=Fewer(threads=2, whole_ms=31.0)), "threads")
+    assert (
+        finding.words
+        == "8 threads on 2 physical cores: with 2 the same image takes 31 ms, with 8 30: threads beyond the cores gain nothing reliable"
+    )
+    assert finding.saves_ms is None
+    assert of_kind(small, "threads") == []
+
+
+def test_findings_are_sorted_by_what_they_save(small: Profile) -> None:
+    saves = [finding.saves_ms for finding in findings(replace(small, others=1.0))]
+    known = [ms for ms in saves if ms is not None]
+    assert known == sorted(known, reverse=True)
+    assert saves[len(known) :] == [None] * (len(saves) - len(known))
+    assert None in saves
+
+
+def test_a_kernel_far_from_its_ceiling_says_how_far_and_why(small: Profile) -> None:
+    body = next(kernel for kernel in small.kernels if kernel.name == "body")
+    value = Operand(shape=(1, 32, 48, 48), type="f32", bytes=4, layout="acdb")
+    slow = replace(body, precision="i8", ms=10.0, macs=400_000_000, inputs=(value, *body.inputs[1:]), outputs=(value,))
+    (finding,) = of_kind(replace(small, profiled_ms=12.0, kernels=(slow,)), "ceiling")
+    assert finding.words.startswith(
+        "body reaches 10% of the INT8 ceiling: 10 ms where 1.0 would do (few channels: 32 in, 32 out; it writes "
+    )
+    assert finding.saves_ms == pytest.approx(9.0, rel=1e-3)
+    assert of_kind(replace(small, profiled_ms=12.0, kernels=(replace(slow, ms=1.5),)), "ceiling") == []
+
+
+def test_equal_layers_of_repeated_blocks_are_one_finding(small: Profile) -> None:
+    body = next(kernel for kernel in small.kernels if kernel.name == "body")
+    blocks = tuple(replace(body, name=f"blocks.{i}.mlp", layer=None, precision="i8", ms=10.0, macs=400_000_000) for i in range(3))
+    (finding,) = of_kind(replace(small, profiled_ms=40.0, kernels=blocks), "ceiling")
+    assert finding.words.startswith("blocks.*.mlp (3 alike) reach 10% of the INT8 ceiling: 30 ms where 3.0 would do")
+    assert len(finding.kernels) == 3
+
+
+def test_products_in_float_say_what_other_precisions_would_take(small: Profile) -> None:
+    body = next(kernel for kernel in small.kernels if kernel.name == "body")
+    floating = replace(body, layer=None, precision="f32", ms=10.0, macs=400_000_000, group=PRODUCTS)
+    (finding,) = of_kind(replace(small, profiled_ms=20.0, kernels=(floating,)), "float")
+    assert finding.words.startswith("50% of the time (10 of 20 ms) is 1 products in FP32")
+    assert "in INT8 about 2.5 ms, in BF16 about 5.0" in finding.words
+    assert finding.saves_ms == pytest.approx(7.5)
+
+
+def test_what_writes_the_scores_is_one_finding(small: Profile) -> None:
+    head = next(kernel for kernel in small.kernels if kernel.name == "head")
+    last = Operand(shape=(1, 5, 48, 48), type="f32", bytes=4, source="head")
+    writing = replace(head, name="scores", kind="Reorder", compute=False, layer=None, macs=0, group=LAYOUT, inputs=(last,), ms=5.0)
+    kernels = tuple(kernel for kernel in small.kernels if kernel.name != "scores")
+    result = replace(small, profiled_ms=10.0, kernels=(*kernels, writing))
+    (finding,) = of_kind(result, "output")
+    assert "is writing the scores, 0.046 MB of float32 (1, 5, 48, 48), after the last layer: Reorder scores (5.0 ms)" in finding.words
+    assert "labels of one byte would be 0.0023 MB" in finding.words
+    assert not any("scores" in other.kernels for other in of_kind(result, "layout"))
+
+
+def test_what_passes_between_kernels_is_a_finding_on_a_quiet_machine(small: Profile) -> None:
+    overhead = replace(small, profiled_ms=10.0, between_ms=4.0, others=0.0)
+    (finding,) = of_kind(overhead, "between")
+    assert finding.words.startswith("40% of the time (4.0 of 10 ms) passes between the ")
+    assert finding.saves_ms == 4.0
+    assert of_kind(replace(overhead, between_ms=0.1), "between") == []
+    assert of_kind(replace(overhead, others=1.0), "between") == []  # then it is others' time

@@ -1,0 +1,159 @@
+"""What OpenVINO really executes: names, work, bytes and connections of its kernels."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import pytest
+from onnx import TensorProto, helper, numpy_helper
+
+from muntin.errors import ArtifactError, DependencyError
+from muntin.runtime import describe_hardware
+from muntin.runtime.kernels import CONVERT, IMAGES, PRODUCTS
+from muntin.runtime.openvino_kernels import openvino_kernels
+from muntin.runtime.quiet import openvino
+
+CAPABILITIES = openvino.Core().get_property("CPU", "OPTIMIZATION_CAPABILITIES")
+needs_dot_products = pytest.mark.skipif(
+    not {"avx512_vnni", "avx_vnni", "amx_int8", "asimddp", "i8mm"} & set(describe_hardware()["features"]),
+    reason="this CPU has no 8-bit dot products (VNNI, AMX, dotprod): integer kernels may be missing",
+)
+OPTIONS: dict[str, Any] = {"precision": "f32", "threads": 1, "rounds": 3}
+H, W = 24, 40
+
+
+def images(channels: int, batch: int = 1) -> Any:
+    return np.random.default_rng(0).integers(0, 256, (batch, H, W, channels)).astype(np.uint8)
+
+
+@needs_dot_products
+def test_kernels_are_the_layers_with_their_work_and_precision(convolutions: Any) -> None:
+    execution = openvino_kernels(convolutions.artifact, images(3, batch=2), **OPTIONS)
+    computed = {kernel.name: kernel for kernel in execution.kernels if kernel.compute}
+    pixels = 2 * H * W
+    assert {name: kernel.macs for name, kernel in computed.items()} == {
+        "stem": pixels * 3 * 32 * 9, "body": pixels * 32 * 32 * 9, "depthwise": pixels * 32 * 9, "head": pixels * 32 * 5,
+    }  # fmt: skip
+    assert all(kernel.precision == "i8" and kernel.group == PRODUCTS and kernel.layer == name for name, kernel in computed.items())
+    assert all(kernel.implementation for kernel in computed.values())
+    assert (execution.precision, execution.threads) == ("f32", 1)
+    assert execution.profiled_ms > 0
+
+
+@needs_dot_products
+def test_bytes_are_what_is_read_and_written_as_executed(convolutions: Any) -> None:
+    execution = openvino_kernels(convolutions.artifact, images(3), **OPTIONS)
+    body = next(kernel for kernel in execution.kernels if kernel.name == "body")
+    assert body.inputs[0].type == "u8"
+    assert body.inputs[1].bytes == 32 * 32 * 9
+    assert body.inputs[0].bytes == 32 * H * W
+    assert body.bytes == sum(operand.bytes for operand in (*body.inputs, *body.outputs))
+    assert body.inputs[0].shape == (1, 32, H, W)
+    assert body.inputs[0].layout
+
+
+def test_kernels_name_their_sources_back_to_the_image(convolutions: Any) -> None:
+    execution = openvino_kernels(convolutions.artifact, images(3), **OPTIONS)
+    names = [kernel.name for kernel in execution.kernels]
+    assert len(set(names)) == len(names)
+    sources = {kernel.name: [operand.source for operand in kernel.inputs if operand.source] for kernel in execution.kernels}
+    assert all(source == IMAGES or source in names[: names.index(name)] for name, found in sources.items() for source in found)
+    reached, front = set(), ["head"]
+    while front:
+        name = front.pop()
+        reached.add(name)
+        front += [source for source in sources.get(name, []) if source not in reached]
+    assert {"stem", "body", "depthwise", IMAGES} <= reached
+
+
+def write_model(
+    write_layers: Callable[..., Any], layer_maker: Callable[..., Any], path: Path, nodes: list[Any], values: dict[str, Any], classes: int
+) -> Any:
+    """An artefact whose graph is these nodes from "x" (float, (B, 4, H, W)) to "scores"."""
+    first = [
+        helper.make_node("Cast", ["images"], ["float"], name="cast", to=TensorProto.FLOAT),
+        helper.make_node("Transpose", ["float"], ["x"], name="to_nchw", perm=[0, 3, 1, 2]),
+    ]
+    graph = helper.make_graph(
+        [*first, *nodes],
+        "graph",
+        [helper.make_tensor_value_info("images", TensorProto.UINT8, ["B", "H", "W", 4])],
+        [helper.make_tensor_value_info("scores", TensorProto.FLOAT, ["B", classes, "H", "W"])],
+        [numpy_helper.from_array(np.asarray(value), name) for name, value in values.items()],
+    )
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=10)
+    onnx.checker.check_model(model)
+    layer = layer_maker("only", 0, 4, classes, 1, scale=1.0)
+    return write_layers(path, [layer], model=model).artifact
+
+
+def attention(rng: np.random.Generator) -> tuple[list[Any], dict[str, Any]]:
+    """Scores and values over the H x W tokens of 4 channels: two products of which neither operand is a constant."""
+    nodes = [
+        helper.make_node("Reshape", ["x", "flat"], ["k"], name="flatten"),  # (B, 4, HW)
+        helper.make_node("Transpose", ["k"], ["q"], name="tokens", perm=[0, 2, 1]),
+        helper.make_node("MatMul", ["q", "k"], ["logits"], name="attention.scores"),
+        helper.make_node("Softmax", ["logits"], ["weights"], name="softmax", axis=-1),
+        helper.make_node("MatMul", ["weights", "q"], ["mixed"], name="attention.values"),
+        helper.make_node("Transpose", ["mixed"], ["back"], name="channels", perm=[0, 2, 1]),
+        helper.make_node("Reshape", ["back", "map"], ["image"], name="unflatten"),
+        helper.make_node("Conv", ["image", "w"], ["scores"], name="head"),
+    ]
+    weight = rng.normal(size=(5, 4, 1, 1)).astype(np.float32)
+    return nodes, {"flat": np.array([0, 4, -1]), "map": np.array([0, 4, H, W]), "w": weight}
+
+
+def test_the_products_of_an_attention_are_counted_fused_or_not(
+    write_layers: Callable[..., Any], layer_maker: Callable[..., Any], tmp_path: Path
+) -> None:
+    nodes, values = attention(np.random.default_rng(1))
+    artifact = write_model(write_layers, layer_maker, tmp_path / "a", nodes, values, 5)
+    execution = openvino_kernels(artifact, images(4), **OPTIONS)
+    tokens = H * W
+    assert sum(kernel.macs for kernel in execution.kernels) == 2 * tokens * tokens * 4 + tokens * 4 * 5
+    assert all(kernel.compute for kernel in execution.kernels if kernel.macs)
+
+
+def test_a_transposed_convolution_is_counted(write_layers: Callable[..., Any], layer_maker: Callable[..., Any], tmp_path: Path) -> None:
+    rng = np.random.default_rng(2)
+    nodes = [
+        helper.make_node("Conv", ["x", "down"], ["small"], name="down", strides=[2, 2]),
+        helper.make_node("ConvTranspose", ["small", "up"], ["scores"], name="up", strides=[2, 2]),
+    ]
+    values = {"down": rng.normal(size=(8, 4, 2, 2)).astype(np.float32), "up": rng.normal(size=(8, 5, 2, 2)).astype(np.float32)}
+    artifact = write_model(write_layers, layer_maker, tmp_path / "a", nodes, values, 5)
+    macs = {kernel.name: kernel.macs for kernel in openvino_kernels(artifact, images(4), **OPTIONS).kernels if kernel.compute}
+    quarter = H * W // 4
+    assert macs == {"down": quarter * 8 * 4 * 4, "up": quarter * 8 * 5 * 4}
+
+
+@needs_dot_products
+def test_a_pass_that_only_quantises_is_said_to(write_layers: Callable[..., Any], layer_maker: Callable[..., Any], tmp_path: Path) -> None:
+    """The first layer is in float, so the second's quantiser reads what a kernel before it wrote."""
+    layers = [layer_maker("a", 0, 3, 32, 3, scale=0.9), layer_maker("b", 1, 32, 4, 1, scale=1.0, relu=False)]
+    layers[0] = type(layers[0])(**(vars(layers[0]) | {"quantized": False}))
+    execution = openvino_kernels(write_layers(tmp_path / "a", layers).artifact, images(3), **OPTIONS)
+    assert {kernel.name: kernel.precision for kernel in execution.kernels if kernel.compute} == {"a": "f32", "b": "i8"}
+    assert any(kernel.group == CONVERT for kernel in execution.kernels)
+
+
+def test_a_precision_that_the_cpu_lacks_is_refused(convolutions: Any) -> None:
+    lacking = next((name for name, capability in {"f16": "FP16", "bf16": "BF16"}.items() if capability not in CAPABILITIES), None)
+    if lacking is None:
+        pytest.skip("this CPU has every precision")
+    with pytest.raises(DependencyError, match=f'precision="{lacking}"'):
+        openvino_kernels(convolutions.artifact, images(3), **(OPTIONS | {"precision": lacking}))
+
+
+def test_a_size_that_the_graph_does_not_take_is_one_line(
+    write_layers: Callable[..., Any], layer_maker: Callable[..., Any], tmp_path: Path
+) -> None:
+    nodes = [helper.make_node("Add", ["x", "fixed"], ["scores"], name="add")]
+    artifact = write_model(write_layers, layer_maker, tmp_path / "a", nodes, {"fixed": np.zeros((1, 4, 7, 7), np.float32)}, 4)
+    with pytest.raises(ArtifactError, match="cannot compile it for images of shape") as caught:
+        openvino_kernels(artifact, images(4), **OPTIONS)
+    assert "\n" not in str(caught.value)
