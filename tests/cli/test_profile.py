@@ -87,3 +87,17 @@ def test_sizes() -> None:
     for size in ("", "x", "1x2x3", "1.5", "0x5", "12345678"):
         with pytest.raises(DataError, match="one number for a square"):
             parse_size(size)
+
+
+def test_a_run_is_profiled_live_in_pytorch(call: Call, exported: Any, tmp_path: Path) -> None:
+    words = ("profile", exported.run, "--size", "24", "--rounds", "2", "-o", tmp_path / "out")
+    answer = call(*words)
+    assert (answer.code, answer.err) == (0, "")
+    assert "ms for 1 x 24 x 24 in pytorch eager f32" in answer.out
+    assert "the longest" in answer.out and "Conv2d" in answer.out
+    document = call(*words, "--json").document()
+    kinds = [layer["kind"] for layer in document["layers"]]
+    assert kinds.count("Conv2d") == 3
+    events = json.loads((tmp_path / "out" / "trace.json").read_text())["traceEvents"]
+    assert {f"muntin:{layer['name']}" for layer in document["layers"]} <= {event.get("name") for event in events}
+    assert "--engine" in call(*words, "--engine", "onnxruntime").mistake()

@@ -24,7 +24,9 @@ TRACE = "trace.json"
 
 
 def profile_command(
-    artifact: Annotated[Path, typer.Argument(help="An artefact's folder, written by `muntin export`.")],
+    artifact: Annotated[
+        Path, typer.Argument(help="An artefact's folder, written by `muntin export`; or a run, whose live model PyTorch then profiles.")
+    ],
     size: Annotated[
         str | None, typer.Option(help="Of the image, in pixels: HxW, or N for a square; by default the size that it was exported with.")
     ] = None,
@@ -39,6 +41,7 @@ def profile_command(
     json: Json = False,
 ) -> None:
     """Find out why an artefact is slow: every kernel that the engine executes, against what this machine can reach."""
+    from muntin.artifact.store import MANIFEST
     from muntin.reporting import write_profile
     from muntin.reporting.files import write_files
     from muntin.runtime.chrome_trace import chrome_trace
@@ -46,6 +49,11 @@ def profile_command(
     from muntin.runtime.profile_document import profile_dict
 
     target = _target(artifact, output)
+    if artifact.is_dir() and not (artifact / MANIFEST).exists():
+        if engine != "openvino" or precision != "recorded":
+            raise DataError(f"{artifact} is no artefact but a run, whose live model has no --engine and no --precision: leave them out")
+        _profile_run(artifact, target, size=size, batch=batch, threads=threads, rounds=rounds, json=json)
+        return
     shape = _shape(artifact, size, batch)
     with status("profiling"):
         measured = profile(artifact, engine=engine, precision=precision, threads=threads, shape=shape, rounds=rounds)
@@ -57,6 +65,39 @@ def profile_command(
         return
     _print(document)
     out.print(f"wrote     {page}, and {TRACE} for chrome://tracing or ui.perfetto.dev", markup=False)
+
+
+def _profile_run(run: Path, target: Path, *, size: str | None, batch: int | None, threads: int | None, rounds: int, json: bool) -> None:
+    """The live model of a run's newest checkpoint, layer by layer in PyTorch's own profiler (NVTX ranges on CUDA)."""
+    from dataclasses import asdict
+
+    import torch
+
+    from muntin.compression.stages import source_of
+    from muntin.deployment.live import checkpoint_session, profile_live
+    from muntin.runtime.profile import fill
+    from muntin.training import read_checkpoint
+
+    checkpoint = read_checkpoint(run)
+    if threads is not None:
+        torch.set_num_threads(threads)
+    crop = checkpoint.recipe.data.crop
+    H, W = (crop, crop) if size is None else parse_size(size)
+    images = fill(source_of(checkpoint).split("train")[0].image[None], (batch or 1, H, W))
+    with status("profiling"):
+        measured = profile_live(checkpoint_session(checkpoint), images, target / TRACE, rounds=rounds)
+    if json:
+        print_json(asdict(measured))
+        return
+    out.print(
+        f"whole     {measured.whole_ms:.2f} ms for {batch or 1} x {H} x {W} in {measured.engine} {measured.precision}, {measured.threads} "
+        f"threads, the profiler on (median of {rounds} calls)",
+        markup=False,
+    )
+    rows = [[layer.name, layer.kind, f"{layer.ms:.2f}", f"{layer.ms / measured.whole_ms:.0%}"] for layer in measured.layers[:TOP]]
+    title = f"the longest {len(rows)} of {len(measured.layers)} layers"
+    out.print(_table(title, ("layer", "kind", "ms", "share"), rows))
+    out.print(f"wrote     {measured.trace} for chrome://tracing or ui.perfetto.dev", markup=False)
 
 
 def _target(artifact: Path, output: Path | None) -> Path:
