@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -114,3 +116,21 @@ def test_fallbacks_are_matched_by_name() -> None:
     assert names == ("a.b", "c")
     assert "MatMul in bf16" in reasons[0]
     assert "no node of its name" in reasons[1]
+
+
+WITHOUT = """
+import sys
+from muntin.errors import DependencyError
+from muntin.runtime import verify
+sys.modules["openvino"] = None  # as if it were not installed
+assert verify(sys.argv[1], engine="onnxruntime").passed
+try:
+    verify(sys.argv[1], engine="onnxruntime", layers=True)
+except DependencyError as error:
+    sys.exit(0 if "pip install openvino, or leave it out" in str(error) else 2)
+sys.exit(1)
+"""
+
+
+def test_checking_layers_without_openvino_says_what_to_install(convolutions: Any) -> None:
+    assert subprocess.run([sys.executable, "-c", WITHOUT, str(convolutions.path)], check=False).returncode == 0

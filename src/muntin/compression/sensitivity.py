@@ -16,6 +16,7 @@ from muntin.compression.fake_quantization import weight_scale
 from muntin.compression.qat import FLOAT, QATConv2d, QATLinear
 from muntin.compression.ranks import Choice, allocate
 from muntin.compression.rewrite import named, replace
+from muntin.errors import MuntinError
 from muntin.training.loss import distillation_loss
 
 LEAST = 1e-3
@@ -96,5 +97,10 @@ def assign_bits(sensitivity: Mapping[str, Sensitivity], average_bits: float) -> 
             Choice(ranks=(width,), parameters=STORED.get(width, width) * layer.weights, loss=most - gain) for width, gain in key.items()
         ]
     weights = sum(layer.weights for layer in sensitivity.values())
+    least = sum(layer.bits * layer.weights for layer in sensitivity.values())
+    if least > average_bits * weights:
+        raise MuntinError(
+            f"average_bits {average_bits:g} is out of reach: the layers have {least / weights:.3g} already; give at least as many"
+        )
     picked = allocate(menus, int(average_bits * weights))
     return {name: choice.ranks[0] for name, choice in picked.items()}

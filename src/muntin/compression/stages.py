@@ -40,7 +40,8 @@ Stage = Literal["low-rank", "w4a8", "mixed"]
 STAGES: tuple[Stage, ...] = ("low-rank", "w4a8", "mixed")
 FOLDER = "compressed"
 SENSITIVITY_IMAGES = 8
-"""Calibration crops that each layer's need for bits is measured on."""
+"""Calibration crops that each layer's need for bits is measured on: every pixel answers. Of a classifier, which has one answer for a
+picture, it is measured on all of them."""
 Report = Callable[[Stage, FitProgress], None]
 
 
@@ -247,7 +248,8 @@ class _Compression:
         return self._mix(model, _sensitivity_of(made))
 
     def _measure(self, model: nn.Module) -> dict[str, Any]:
-        batches = self.calibration[: max(1, SENSITIVITY_IMAGES // len(self.calibration[0]))]
+        enough = len(self.calibration) if self.recipe.task == "classify" else max(1, SENSITIVITY_IMAGES // len(self.calibration[0]))
+        batches = self.calibration[:enough]
         measured = measure_sensitivity(model, self.checkpoint.model(), batches, task=self.recipe.task)
         return {name: asdict(entry) for name, entry in measured.items()}
 

@@ -15,7 +15,8 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from muntin.artifact import GoldenTolerance, LayerRecord, Manifest, open_artifact
+from muntin.artifact import Artifact, GoldenTolerance, LayerRecord, Manifest, open_artifact
+from muntin.errors import DependencyError
 from muntin.runtime.engines import DEFAULT_ENGINE, load
 from muntin.runtime.layerwise import TOLERANCE, LayerCheck, verify_layers
 from muntin.runtime.session import ExecutedLayer, Session
@@ -100,7 +101,7 @@ def verify(
     fallbacks, reasons = find_fallbacks(manifest.layers, ran)
     if not (engine != DEFAULT_ENGINE if allow_fallbacks is None else allow_fallbacks):
         problems += [f"{reason}: export for this engine and CPU, or allow fallbacks" for reason in reasons]
-    checks = verify_layers(artifact, [images for images, _ in artifact.golden()]) if layers else ()
+    checks = _checked_layers(artifact) if layers else ()
     problems += [_check_problem(check) for check in checks if not check.passed]
     evaluation = None if evaluate is None else float(evaluate(session))
     if evaluation is not None and not isfinite(evaluation):
@@ -118,6 +119,15 @@ def verify(
         checks=checks,
         problems=tuple(problems),
     )
+
+
+def _checked_layers(artifact: Artifact) -> tuple[LayerCheck, ...]:
+    try:
+        return verify_layers(artifact, [images for images, _ in artifact.golden()])
+    except ModuleNotFoundError as error:
+        raise DependencyError(
+            f"layers=True compares OpenVINO with ONNX Runtime, and there is no {error.name}: pip install {error.name}, or leave it out"
+        ) from error
 
 
 def replay(
