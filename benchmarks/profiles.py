@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Any
 
 from engines import artifacts, demonstration
-
 from muntin.reporting import roofline_svg, write_profile
 from muntin.runtime.ceilings import measure_ceilings
 from muntin.runtime.profile import profile
