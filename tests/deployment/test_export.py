@@ -21,7 +21,7 @@ from muntin.artifact import ClassInfo, Signature, open_artifact
 from muntin.compression import Change, quantize
 from muntin.deployment import infer_signature
 from muntin.deployment.export import FLOAT_LIMITS, GOLDEN_SIDE, LIMITS, golden_pairs
-from muntin.errors import ArtifactError, ExportError, MuntinError
+from muntin.errors import ArtifactError, DataError, ExportError, MuntinError
 from muntin.runtime import describe_hardware
 from muntin.runtime.verification import replay
 
@@ -201,6 +201,9 @@ def test_an_artefact_names_the_shape_that_it_is_opened_for(tmp_path: Path) -> No
     model, example = nn.Conv2d(3, 2, 3, padding=1), torch.randint(0, 256, (2, 3, 20, 24))
     assert muntin.export(model, example, tmp_path / "a").manifest.example == (1, 20, 24)
     assert muntin.export(model, example, tmp_path / "b", shape=(4, 16, 8)).manifest.example == (4, 16, 8)
+    with pytest.raises(DataError, match=r"shape \(True, 3, 3\)"):
+        muntin.export(model, example, tmp_path / "c", shape=(True, 3, 3))
+    assert not (tmp_path / "c").exists()
 
 
 @pytest.mark.slow

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+from collections import OrderedDict
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +15,8 @@ from torch import nn
 from torch.profiler import ProfilerActivity, profile
 
 from muntin.artifact import ClassInfo, Signature
-from muntin.deployment.live import PREFIX, named_ranges, profile_live
+from muntin.deployment.live import PREFIX, WHOLE, named_ranges, profile_live
+from muntin.errors import DataError
 from muntin.models import TorchSession
 
 SIGNATURE = Signature(task="segment", channels=3, classes=(ClassInfo(name="a", color=(0, 0, 0)), ClassInfo(name="b", color=(9, 9, 9))))
@@ -55,4 +58,30 @@ def test_a_live_profile_finds_the_slow_layer_and_writes_a_trace(model: nn.Sequen
     assert sum(layer.ms for layer in result.layers) <= result.whole_ms * 1.05
     assert result.shape == (1, 96, 96)
     events = json.loads(result.trace.read_text())["traceEvents"]
-    assert {f"{PREFIX}1.1", f"{PREFIX}whole"} <= {event.get("name") for event in events}
+    assert {f"{PREFIX}1.1", WHOLE} <= {event.get("name") for event in events}
+
+
+def test_threads_share_a_model_and_not_their_ranges(model: nn.Sequential) -> None:
+    images = torch.zeros(1, 3, 16, 16)
+    with named_ranges(model), ThreadPoolExecutor(4) as pool:
+        assert len(list(pool.map(lambda _: model(images), range(80)))) == 80
+
+
+def test_odd_models_have_layers_too(tmp_path: Path) -> None:
+    images = np.zeros((1, 8, 8, 3), np.uint8)
+    alone = profile_live(TorchSession(nn.Conv2d(3, 2, 1), SIGNATURE), images, tmp_path / "a.json", rounds=1)
+    assert [(layer.name, layer.kind) for layer in alone.layers] == [("Conv2d", "Conv2d")]
+    named = nn.Sequential(OrderedDict(whole=nn.Conv2d(3, 8, 3, padding=1), last=nn.Conv2d(8, 2, 1)))
+    result = profile_live(TorchSession(named, SIGNATURE), images, tmp_path / "b.json", rounds=1)
+    assert {layer.name for layer in result.layers} == {"whole", "last"}
+    assert result.whole_ms > sum(layer.ms for layer in result.layers) / 2
+
+
+def test_what_cannot_be_profiled_is_said(model: nn.Sequential, tmp_path: Path) -> None:
+    images = np.zeros((1, 8, 8, 3), np.uint8)
+    with pytest.raises(DataError, match="rounds=0"):
+        profile_live(TorchSession(model, SIGNATURE), images, tmp_path / "a.json", rounds=0)
+    compiled = TorchSession(model, SIGNATURE)
+    compiled.engine = "pytorch compile"  # as where there is a compiler
+    with pytest.raises(DataError, match="without compile=True"):
+        profile_live(compiled, images, tmp_path / "a.json")

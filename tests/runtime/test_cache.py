@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -11,7 +12,7 @@ import numpy as np
 import pytest
 
 from muntin.runtime import cache, load
-from muntin.runtime.cache import cache_folder, compiled_folder
+from muntin.runtime.cache import CompiledModels, cache_folder, compiled_folder
 
 
 @pytest.fixture(autouse=True)
@@ -37,7 +38,8 @@ def test_a_second_session_takes_what_the_first_compiled(convolutions: Any, image
     assert blobs
     second = load(convolutions.path, precision="f32")
     np.testing.assert_array_equal(second(images), scores)
-    assert second._compiled[images.shape].model.get_property("LOADED_FROM_CACHE")  # type: ignore[attr-defined]
+    assert not first._compiled[images.shape].kept  # type: ignore[attr-defined]
+    assert second._compiled[images.shape].kept  # type: ignore[attr-defined]
     computed = [{layer.name: layer.precision for layer in session.layers() if layer.compute} for session in (first, second)]
     assert computed[0] == computed[1]
     assert set(own_cache.rglob("*")) >= set(blobs)
@@ -79,14 +81,53 @@ def test_a_cache_that_cannot_be_made_changes_nothing(own_cache: Path, convolutio
     assert load(convolutions.path)(images_of(3)).shape[1] == 5
 
 
-def test_what_was_not_used_for_the_longest_goes_first(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cache, "LIMIT", 250)
-    folders = []
-    for index in range(3):
+def test_what_was_not_used_for_the_longest_goes_first(own_cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cache, "LIMIT", 300)
+    models = [CompiledModels("openvino", str(index), "a" * 64) for index in range(3)]
+    for index, model in enumerate(models[:2]):
+        model.write("key", bytes(100))
         folder = compiled_folder("openvino", str(index), "a" * 64)
         assert folder is not None
-        (folder / "blob").write_bytes(bytes(100))
         os.utime(folder, (1000 + index, 1000 + index))
-        folders.append(folder)
-    compiled_folder("openvino", "0", "a" * 64)  # used again
-    assert [folder.is_dir() for folder in folders] == [True, False, True]
+    assert models[0].read("key") is not None  # used again
+    models[2].write("key", bytes(100))
+    assert [model.read("key") for model in models] == [bytes(100), None, bytes(100)]
+
+
+@pytest.mark.parametrize(
+    "damage", [lambda data: data[:-1], lambda data: data[:100] + b"x" + data[101:], lambda data: b"", lambda data: data[1:]]
+)
+def test_what_was_damaged_is_not_run(
+    convolutions: Any, images_of: Callable[..., Any], own_cache: Path, damage: Callable[[bytes], bytes]
+) -> None:
+    images = images_of(3)
+    scores = load(convolutions.path, precision="f32")(images)
+    (file,) = (file for file in own_cache.rglob("*") if file.is_file())
+    whole = file.read_bytes()
+    file.write_bytes(damage(whole))
+    session = load(convolutions.path, precision="f32")
+    np.testing.assert_array_equal(session(images), scores)
+    assert not session._compiled[images.shape].kept  # type: ignore[attr-defined]
+    assert len(file.read_bytes()) == len(whole)  # kept anew
+
+
+def test_what_the_engine_does_not_take_back_is_compiled_anew(convolutions: Any, images_of: Callable[..., Any], own_cache: Path) -> None:
+    images = images_of(3)
+    scores = load(convolutions.path, precision="f32")(images)
+    (file,) = (file for file in own_cache.rglob("*") if file.is_file())
+    nonsense = b"not a compiled model"
+    file.write_bytes(hashlib.sha256(nonsense).digest() + nonsense)
+    np.testing.assert_array_equal(load(convolutions.path, precision="f32")(images), scores)
+
+
+def test_other_options_are_other_models(convolutions: Any, images_of: Callable[..., Any], own_cache: Path) -> None:
+    for options in ({"threads": 1}, {"threads": 2}, {"threads": 2, "streams": 2}):
+        session = load(convolutions.path, precision="f32", **options)
+        session(images_of(3))
+        assert not session._compiled[images_of(3).shape].kept  # type: ignore[attr-defined]
+    assert len([file for file in own_cache.rglob("*") if file.is_file()]) == 3
+
+
+def test_without_the_cache_nothing_is_kept(convolutions: Any, images_of: Callable[..., Any], own_cache: Path) -> None:
+    load(convolutions.path, cache=False)(images_of(3))
+    assert not own_cache.exists()

@@ -15,8 +15,9 @@ import pytest
 
 from muntin.errors import DependencyError
 from muntin.runtime import describe_hardware, load
-from muntin.runtime.openvino import STATIC_SHAPES, open_openvino
+from muntin.runtime.openvino import open_openvino
 from muntin.runtime.quiet import openvino
+from muntin.runtime.session import STATIC_SHAPES
 
 CAPABILITIES = openvino.Core().get_property("CPU", "OPTIMIZATION_CAPABILITIES")
 needs_dot_products = pytest.mark.skipif(

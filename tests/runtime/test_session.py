@@ -58,6 +58,8 @@ def test_views_are_read_right(per_pixel: Any, images_of: Callable[..., Any]) -> 
         ({"streams": "many"}, "streams='many'"),
         ({"shapes": [(1, 8)]}, r"shape \(1, 8\)"),
         ({"shapes": [(1, 8, 0)]}, r"shape \(1, 8, 0\)"),
+        ({"shapes": [(True, 8, 8)]}, r"shape \(True, 8, 8\)"),
+        ({"shapes": 5}, "shapes=5"),
     ],
 )
 def test_unknown_options(convolutions: Any, options: dict[str, Any], message: str) -> None:
@@ -169,3 +171,36 @@ def test_load_compiles_the_shape_that_the_artefact_names(write_layers: Callable[
     assert list(load(written.path)._compiled) == [(1, 8, 10, 3)]  # type: ignore[attr-defined]
     assert list(load(written.path, shapes=())._compiled) == []  # type: ignore[attr-defined]
     assert list(load(written.path, shapes=[(2, 4, 4), (1, 4, 4)])._compiled) == [(2, 4, 4, 3), (1, 4, 4, 3)]  # type: ignore[attr-defined]
+
+
+def test_every_shape_asked_for_is_ready_however_many(convolutions: Any) -> None:
+    shapes = [(1, np.int64(4 + n), 4) for n in range(7)]
+    assert list(load(convolutions.path, shapes=shapes)._compiled) == [(1, 4 + n, 4, 3) for n in range(7)]  # type: ignore[attr-defined]
+
+
+def test_map_answers_what_was_read_before_reading_failed(convolutions: Any, images_of: Callable[..., Any]) -> None:
+    def batches() -> Any:
+        yield images_of(3, batch=1, height=4, width=4, seed=1)
+        yield images_of(3, batch=1, height=4, width=4, seed=2)
+        raise OSError("the disk is gone")
+
+    answers = load(convolutions.path, threads=2, streams=2).map(batches())
+    assert [next(answers).shape for _ in range(2)] == [(1, 5, 4, 4)] * 2
+    with pytest.raises(OSError, match="the disk is gone"):
+        next(answers)
+
+
+def test_a_size_that_the_model_cannot_take_is_one_line(
+    write_layers: Callable[..., Any], layer_maker: Callable[..., Any], tmp_path: Path
+) -> None:
+    """A convolution of 3 x 3 without padding has nothing to give for a single pixel."""
+    written = write_layers(tmp_path / "a", [layer_maker("pixel", 5, 4, 5, 1, scale=0.9, relu=False)])
+    model = onnx.load_model_from_string(written.artifact.model_bytes())
+    weight = next(item for item in model.graph.initializer if item.name == "pixel.weight")
+    wide = np.repeat(np.repeat(onnx.numpy_helper.to_array(weight), 3, axis=2), 3, axis=3)
+    weight.CopyFrom(onnx.numpy_helper.from_array(np.ascontiguousarray(wide), weight.name))
+    broken = write_layers(tmp_path / "b", written.layers, model=model)
+    for engine in ("openvino", "onnxruntime"):
+        with pytest.raises(ArtifactError) as caught:
+            load(broken.path, engine=engine)(np.zeros((1, 1, 1, 4), np.uint8))
+        assert "\n" not in str(caught.value)

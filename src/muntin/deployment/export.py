@@ -32,6 +32,7 @@ from muntin.deployment.counting import PRODUCTS, WEIGHTED, bias_count, layer_mac
 from muntin.deployment.graph import COMPUTE, answer_to, to_onnx
 from muntin.errors import ExportError
 from muntin.runtime import Session, describe_hardware, load
+from muntin.runtime.session import check_shape
 from muntin.runtime.verification import find_fallbacks, replay
 
 GOLDEN_SIDE = 48
@@ -68,6 +69,7 @@ def export(
     when the runtime does not compute what PyTorch does; nothing is left behind then.
     """
     check_target(path)
+    opened_for = (1, *example.shape[2:]) if shape is None else check_shape(shape)
     model = copy.deepcopy(model).eval()
     if isinstance(model, WEIGHTED):
         model = nn.Sequential(model)  # a layer goes by its name in the model, and the model itself has none
@@ -85,7 +87,7 @@ def export(
         "layers": [_in_graph(record, proto) for record in layer_records(model, example, changes)],
         "passes": [{"pass": c.pass_, "layer": c.layer, "done": c.done, "reason": c.reason, "sqnr_db": _finite(c.sqnr_db)} for c in changes],
         "measured": {"hardware": describe_hardware(), **(measured or {})},
-        "example": shape or (1, *example.shape[2:]),
+        "example": opened_for,
     }
     return _write_checked(Path(path), content)
 
@@ -100,14 +102,15 @@ def _write_checked(path: Path, content: dict[str, Any]) -> Artifact:
         draft = Path(scratch) / "draft"
         write_artifact(draft, **content, golden_tolerance={"openvino": limits}, precision="bf16")
         exact, recorded = (
-            load(draft, precision=asked, shapes=()) for asked in ("f32", "recorded")
+            load(draft, precision=asked, shapes=(), cache=False) for asked in ("f32", "recorded")
         )  # the second in bf16 where there is any
         problems = [*deviations(exact, content["golden"], limits), *_floating(exact, content["layers"])]
         if problems:
             raise ExportError(f"{exact.engine} does not compute what PyTorch does: {problems[0]}; nothing was written")
         notes = deviations(recorded, content["golden"], limits) if recorded.precision != exact.precision else []
         precision: FloatPrecision = precision_of(exact if notes else recorded)
-        portable = load(draft, engine="onnxruntime", shapes=())
+        recorded.warm_up([content["example"]])
+        portable = load(draft, engine="onnxruntime", shapes=(), cache=False)
         unlike = deviations(portable, content["golden"], limits)
     content["measured"]["notes"] = [f"recorded in {precision}, for {note}" for note in notes] + [
         f"{portable.engine} is not checked against: in it, {line}" for line in unlike

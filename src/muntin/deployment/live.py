@@ -7,6 +7,7 @@ Axes: B images, H W map, C channels.
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -21,6 +22,7 @@ from torch import nn
 from torch.profiler import ProfilerActivity, profile, record_function
 
 from muntin.compression.stages import read_model, source_of
+from muntin.errors import DataError
 from muntin.models import TorchSession
 from muntin.runtime.bench import Opener
 from muntin.runtime.session import Shape
@@ -29,6 +31,8 @@ from muntin.training.loop import signature_of
 
 PREFIX = "muntin:"
 """What the names of layers begin with in a trace: PyTorch's own operators have names without it."""
+WHOLE = "muntin, one call"
+"""The range around all layers in a trace."""
 
 
 def checkpoint_session(checkpoint: Checkpoint, *, compile: bool = False) -> TorchSession:
@@ -57,32 +61,39 @@ def named_ranges(model: nn.Module) -> Iterator[None]:
     For Nsight Systems: `with named_ranges(model): ...` in a script that `nsys profile --trace=cuda,nvtx` starts. Costs some microseconds a
     layer. The hooks are gone after the block.
     """
-    open_ranges: list[record_function] = []
+    local = threading.local()  # a model may be called by several threads, each with ranges of its own
     on_gpu = torch.cuda.is_available()
 
     def enter(name: str) -> Callable[..., None]:
         def hook(module: nn.Module, inputs: tuple[Any, ...]) -> None:
             if on_gpu:
                 torch.cuda.nvtx.range_push(f"{PREFIX}{name}")  # type: ignore[no-untyped-call]
-            open_ranges.append(record_function(f"{PREFIX}{name}"))
-            open_ranges[-1].__enter__()  # type: ignore[no-untyped-call]
+            if not hasattr(local, "ranges"):
+                local.ranges = []
+            local.ranges.append(record_function(f"{PREFIX}{name}"))
+            local.ranges[-1].__enter__()  # type: ignore[no-untyped-call]
 
         return hook
 
     def leave(module: nn.Module, inputs: tuple[Any, ...], output: Any) -> None:
-        open_ranges.pop().__exit__(None, None, None)
+        local.ranges.pop().__exit__(None, None, None)
         if on_gpu:
             torch.cuda.nvtx.range_pop()  # type: ignore[no-untyped-call]
 
     handles = []
-    for name, module in model.named_modules():
-        if name:
-            handles += [module.register_forward_pre_hook(enter(name)), module.register_forward_hook(leave, always_call=True)]
+    for name, module in _layers(model):
+        handles += [module.register_forward_pre_hook(enter(name)), module.register_forward_hook(leave, always_call=True)]
     try:
         yield
     finally:
         for handle in handles:
             handle.remove()
+
+
+def _layers(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """Every layer by its dotted name; a model without layers goes by its class."""
+    layers = [(name, module) for name, module in model.named_modules() if name]
+    yield from layers or [(type(model).__name__, model)]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -108,19 +119,26 @@ class LiveProfile:
 
 
 def profile_live(session: TorchSession, images_BHWC: NDArray[np.uint8], trace: Path, *, rounds: int = 10) -> LiveProfile:
-    """Profiles a session's model on some images and writes a Chrome trace of the last round. On a GPU a layer's time is the device's."""
+    """Profiles a session's model on some images and writes a Chrome trace of the last round. On a GPU a layer's time is the device's.
+
+    Raises DataError for a compiled session, whose layers are fused and never called, and for less than one round.
+    """
+    if session.engine != "pytorch eager":
+        raise DataError(f"a session in {session.engine} calls no layers: profile it without compile=True")
+    if rounds < 1:
+        raise DataError(f"rounds={rounds}: give a whole number from 1")
     activities = [ProfilerActivity.CPU] + ([ProfilerActivity.CUDA] if session.device.type == "cuda" else [])
-    kinds = {name: type(module).__name__ for name, module in session.model.named_modules() if name and not any(module.children())}
+    kinds = {name: type(module).__name__ for name, module in _layers(session.model) if not any(module.children())}
     times: dict[str, list[float]] = {name: [] for name in kinds}
     whole: list[float] = []
     with named_ranges(session.model):
         session(images_BHWC)
         for round_ in range(rounds):
-            with profile(activities=activities) as profiler, record_function(f"{PREFIX}whole"):
+            with profile(activities=activities) as profiler, record_function(WHOLE):
                 session(images_BHWC)
-            found = {event.key: event for event in profiler.key_averages() if event.key.startswith(PREFIX)}
+            found = {event.key: event for event in profiler.key_averages() if event.key.startswith((PREFIX, WHOLE))}
             field = "device_time_total" if session.device.type == "cuda" else "cpu_time_total"
-            whole.append(found[f"{PREFIX}whole"].cpu_time_total / 1e3)
+            whole.append(found[WHOLE].cpu_time_total / 1e3)
             for name in kinds:
                 event = found.get(f"{PREFIX}{name}")
                 times[name].append(getattr(event, field) / 1e3 if event is not None else 0.0)

@@ -1,9 +1,10 @@
 """Where engines keep what they compiled, so that the next process opens an artefact faster.
 
-    CACHE/compiled/<engine>-<version>-<digest of artefact and CPU>/...
+    CACHE/compiled/<engine>-<version>-<digest of artefact and CPU>/<digest of shape and options>.bin
 
 A folder belongs to one artefact (by its digest), one version of one engine and one kind of CPU: none of them is ever given what another
-compiled. Folders that were not used for the longest time go when all of them together grow beyond `LIMIT`.
+compiled. Every file begins with the digest of the rest: what was damaged is not run. Folders that were not used for the longest time go
+when all of them together grow beyond `LIMIT`.
 """
 
 from __future__ import annotations
@@ -11,19 +12,22 @@ from __future__ import annotations
 import hashlib
 import os
 import shutil
+import tempfile
+from contextlib import suppress
 from pathlib import Path
 
 from muntin.runtime.hardware import cpu_identity
 
 LIMIT = 2 << 30
 """Bytes of compiled models that are kept."""
+_DIGEST = hashlib.sha256().digest_size
 
 
 def cache_folder() -> Path:
     """The user's: $MUNTIN_CACHE, else $XDG_CACHE_HOME/muntin, else ~/.cache/muntin; it need not exist."""
     own, shared = os.environ.get("MUNTIN_CACHE"), os.environ.get("XDG_CACHE_HOME")
     if own:
-        return Path(own)
+        return Path(own).expanduser()
     return (Path(shared) if shared else Path.home() / ".cache") / "muntin"
 
 
@@ -33,23 +37,69 @@ def compiled_folder(engine: str, version: str, digest: str) -> Path | None:
     It can be read by its owner alone: what lies in it is executed.
     """
     key = hashlib.sha256(f"{digest}\n{cpu_identity()}".encode()).hexdigest()[:32]
-    root = cache_folder() / "compiled"
-    folder = root / f"{engine}-{''.join(c if c.isalnum() or c in '.-' else '_' for c in version)}-{key}"
     try:
+        root = cache_folder() / "compiled"
+        folder = root / f"{engine}-{''.join(c if c.isalnum() or c in '.-' else '_' for c in version)}-{key}"
         root.mkdir(mode=0o700, parents=True, exist_ok=True)
+        if not _is_own(root):
+            return None
         folder.mkdir(mode=0o700, exist_ok=True)
-        for place in (root, folder):
-            if place.is_symlink() or not _is_own(place):
-                return None
+        if not _is_own(folder):
+            return None
         os.utime(folder)
-        _prune(root, keep=folder)
-    except OSError:
-        return None  # a full disk or a read-only home slows the next opening down; it does not change what is computed
+    except (OSError, RuntimeError):  # a full disk, a read-only home or no home slows the next opening down and changes nothing else
+        return None
     return folder
+
+
+class CompiledModels:
+    """What one engine compiled of one artefact, by a text that says what for (shape, options). Without a folder nothing is kept."""
+
+    def __init__(self, engine: str, version: str, digest: str) -> None:
+        self._engine, self._version, self._digest = engine, version, digest
+
+    def read(self, key: str) -> bytes | None:
+        """What was kept under a key; None where there is nothing, or where it is not what was written."""
+        folder = compiled_folder(self._engine, self._version, self._digest)
+        if folder is None:
+            return None
+        file = folder / _name(key)
+        try:
+            data = file.read_bytes()
+        except OSError:
+            return None
+        if hashlib.sha256(data[_DIGEST:]).digest() == data[:_DIGEST]:
+            return data[_DIGEST:]
+        with suppress(OSError):
+            file.unlink()
+        return None
+
+    def write(self, key: str, data: bytes) -> None:
+        """Keeps something under a key, whole or not at all."""
+        folder = compiled_folder(self._engine, self._version, self._digest)
+        if folder is None:
+            return
+        with suppress(OSError):
+            descriptor, name = tempfile.mkstemp(dir=folder)
+            try:
+                with os.fdopen(descriptor, "wb") as file:
+                    file.write(hashlib.sha256(data).digest())
+                    file.write(data)
+                Path(name).replace(folder / _name(key))
+            except OSError:
+                Path(name).unlink(missing_ok=True)
+                raise
+            _prune(folder.parent, keep=folder)
+
+
+def _name(key: str) -> str:
+    return f"{hashlib.sha256(key.encode()).hexdigest()[:32]}.bin"
 
 
 def _is_own(folder: Path) -> bool:
     """Whether nobody but this user can have put something there."""
+    if folder.is_symlink():
+        return False
     if not hasattr(os, "getuid"):
         return True
     status = folder.stat()

@@ -8,40 +8,40 @@ from typing import Literal
 
 from muntin.artifact import Artifact, open_artifact
 from muntin.errors import DataError, DependencyError
-from muntin.runtime.session import Session, Shape, check_shape, check_streams, check_threads
+from muntin.runtime.session import STATIC_SHAPES, Session, Shape, check_shapes, check_streams, check_threads
 
 EngineName = Literal["openvino", "onnxruntime", "onnxruntime-cuda", "onnxruntime-tensorrt"]
 Precision = Literal["recorded", "f32", "bf16", "f16"]
-Engine = Callable[[Artifact, str, int | None, int], Session]
-"""(artefact, precision, threads, streams) -> session"""
+Engine = Callable[..., Session]
+"""(artefact, precision, threads, streams, *, static_shapes, cache) -> session; what an engine has no use for it leaves alone"""
 
 DEFAULT_ENGINE: EngineName = "openvino"
 PRECISIONS = ("recorded", "f32", "bf16", "f16")
 
 
 # An engine's library is loaded when a session is opened with it: a machine that serves with one needs no other.
-def _openvino(artifact: Artifact, precision: str, threads: int | None, streams: int) -> Session:
+def _openvino(artifact: Artifact, precision: str, threads: int | None, streams: int, *, static_shapes: int, cache: bool) -> Session:
     from muntin.runtime.openvino import open_openvino
 
-    return open_openvino(artifact, precision, threads, streams)
+    return open_openvino(artifact, precision, threads, streams, static_shapes=static_shapes, cache=cache)
 
 
-def _onnxruntime(artifact: Artifact, precision: str, threads: int | None, streams: int) -> Session:
+def _onnxruntime(artifact: Artifact, precision: str, threads: int | None, streams: int, *, static_shapes: int, cache: bool) -> Session:
     from muntin.runtime.onnxruntime import open_onnxruntime
 
     return open_onnxruntime(artifact, precision, threads, streams)
 
 
-def _cuda(artifact: Artifact, precision: str, threads: int | None, streams: int) -> Session:
+def _cuda(artifact: Artifact, precision: str, threads: int | None, streams: int, *, static_shapes: int, cache: bool) -> Session:
     from muntin.runtime.onnxruntime import open_cuda
 
     return open_cuda(artifact, precision, threads, streams)
 
 
-def _tensorrt(artifact: Artifact, precision: str, threads: int | None, streams: int) -> Session:
+def _tensorrt(artifact: Artifact, precision: str, threads: int | None, streams: int, *, static_shapes: int, cache: bool) -> Session:
     from muntin.runtime.onnxruntime import open_tensorrt
 
-    return open_tensorrt(artifact, precision, threads, streams)
+    return open_tensorrt(artifact, precision, threads, streams, cache=cache)
 
 
 ENGINES: dict[str, Engine] = {
@@ -60,6 +60,7 @@ def load(
     threads: int | None = None,
     streams: int = 1,
     shapes: Iterable[Shape] | None = None,
+    cache: bool = True,
 ) -> Session:
     """Opens an artefact directory as a session, after checking every digest.
 
@@ -67,6 +68,7 @@ def load(
     such kernels), "f32", "bf16" or "f16". `threads`: None for the usable physical cores. `streams`: how many calls compute at the same
     time: 1 for the lowest latency, as many as threads for the most images a second (with `Session.map`). `shapes`: the (B, H, W) to
     compile for and to compute once now, so that no call of these shapes pays for it later; None: the manifest's `example`, (): nothing.
+    `cache`: whether what the engine compiles is kept in the user's cache, and taken from it.
 
     Raises ArtifactError for an altered artefact, DataError for an unknown engine, precision or number of threads, streams or shape,
     DependencyError when the engine is not installed or the machine lacks the precision or the device asked for.
@@ -78,14 +80,13 @@ def load(
         raise DataError(f'precision="{precision}": give one of {", ".join(PRECISIONS)}')
     check_threads(threads)
     check_streams(streams)
-    shapes = None if shapes is None else tuple(shapes)
-    for shape in shapes or ():
-        check_shape(shape)
+    wanted = None if shapes is None else check_shapes(shapes)
     artifact = open_artifact(path)
+    if wanted is None:
+        wanted = () if artifact.manifest.example is None else (artifact.manifest.example,)
     try:
-        session = opener(artifact, precision, threads, streams)
+        session = opener(artifact, precision, threads, streams, static_shapes=max(STATIC_SHAPES, len(set(wanted))), cache=cache)
     except ModuleNotFoundError as error:
         raise DependencyError(f'engine="{engine}" needs the package {error.name}: pip install {error.name}') from error
-    example = artifact.manifest.example
-    session.warm_up(shapes if shapes is not None else [example] if example is not None else [])
+    session.warm_up(wanted)
     return session

@@ -84,7 +84,13 @@ class OnnxRuntimeSession(Session):
 
     def _infer(self, images_BHWC: NDArray[np.uint8]) -> NDArray[np.float32]:
         (name,) = (item.name for item in self._session.get_inputs())
-        scores: NDArray[np.float32] = self._session.run(None, {name: images_BHWC})[0]
+        try:
+            scores: NDArray[np.float32] = self._session.run(None, {name: images_BHWC})[0]
+        except FAILURES as error:
+            raise ArtifactError(
+                f"{self._artifact.path}: ONNX Runtime {onnxruntime.__version__} cannot compute images of shape {images_BHWC.shape}: "
+                f"{' '.join(str(error).split())}"
+            ) from error
         return scores
 
     def layers(self) -> list[ExecutedLayer]:
@@ -115,19 +121,21 @@ def open_cuda(artifact: Artifact, precision: str = "recorded", threads: int | No
     return OnnxRuntimeSession(artifact, provider=provider, threads=threads or physical_cores(), streams=streams)
 
 
-def open_tensorrt(artifact: Artifact, precision: str = "recorded", threads: int | None = None, streams: int = 1) -> OnnxRuntimeSession:
+def open_tensorrt(
+    artifact: Artifact, precision: str = "recorded", threads: int | None = None, streams: int = 1, *, cache: bool = True
+) -> OnnxRuntimeSession:
     """Opens an artefact on a GPU by the TensorRT provider: quantised layers in INT8, float ones in f16 ("recorded": if a 16-bit type was)
-    or f32. Its engines are kept in the user's cache. Raises DependencyError without onnxruntime-gpu, TensorRT or a GPU."""
+    or f32. With `cache` its engines are kept in the user's cache. Raises DependencyError without onnxruntime-gpu, TensorRT or a GPU."""
     _check_precision(precision, ("f32", "f16"), "in its TensorRT provider")
     recorded = "f32" if artifact.manifest.precision == "f32" else "f16"
     chosen = recorded if precision == "recorded" else precision
     quantised = any(record.activation_bits for record in artifact.manifest.layers)
     options = {"trt_fp16_enable": str(int(chosen == "f16")), "trt_int8_enable": str(int(quantised))}
-    cache = compiled_folder("tensorrt", onnxruntime.__version__, artifact.manifest.sha256)
-    if cache is not None:
-        options |= {"trt_engine_cache_enable": "1", "trt_engine_cache_path": str(cache)}
     provider = Provider(engine="onnxruntime-tensorrt", name="TensorrtExecutionProvider", precision=chosen, options=options)
     _require(provider)
+    folder = compiled_folder("tensorrt", onnxruntime.__version__, artifact.manifest.sha256) if cache else None
+    if folder is not None:
+        options |= {"trt_engine_cache_enable": "1", "trt_engine_cache_path": str(folder)}
     return OnnxRuntimeSession(artifact, provider=provider, threads=threads or physical_cores(), streams=streams)
 
 

@@ -26,14 +26,12 @@ from numpy.typing import NDArray
 from muntin.artifact import Artifact
 from muntin.errors import ArtifactError, DependencyError
 from muntin.runtime.buffers import OutputBuffers
-from muntin.runtime.cache import compiled_folder
+from muntin.runtime.cache import CompiledModels
 from muntin.runtime.graph import ComputeNodes, compute_nodes
 from muntin.runtime.hardware import physical_cores
 from muntin.runtime.quiet import openvino
-from muntin.runtime.session import ExecutedLayer, Session
+from muntin.runtime.session import STATIC_SHAPES, ExecutedLayer, Session
 from muntin.runtime.signals import signal_stack_kept
-
-STATIC_SHAPES = 4
 
 # OpenVINO's names of types -> ours; a CPU's capability -> the precision it allows
 PRECISIONS = {"u8": "i8", "f16": "f16", "bf16": "bf16", "f32": "f32", "i8": "i8"}
@@ -47,10 +45,11 @@ InputShape = tuple[int, ...]
 
 
 class _Compiled:
-    """A model compiled for one input shape, and its inference requests, as many as there are streams."""
+    """A model compiled for one input shape, and its inference requests, as many as there are streams. `kept`: it came from the cache."""
 
-    def __init__(self, model: Any, streams: int) -> None:
+    def __init__(self, model: Any, streams: int, *, kept: bool) -> None:
         self.model = model
+        self.kept = kept
         self.free: LifoQueue[Any] = LifoQueue()  # the request that computed last has its memory in the caches
         for _ in range(streams):
             self.free.put(model.create_infer_request())
@@ -59,7 +58,7 @@ class _Compiled:
 class OpenVinoSession(Session):
     """A model in OpenVINO's CPU plugin. `streams` calls compute at a time, further ones wait for them."""
 
-    def __init__(self, artifact: Artifact, *, precision: str, threads: int | None, streams: int, static_shapes: int) -> None:
+    def __init__(self, artifact: Artifact, *, precision: str, threads: int | None, streams: int, static_shapes: int, cache: bool) -> None:
         self._core = openvino.Core()
         hint = choose_precision(self._core, precision, artifact.manifest.precision)
         data = artifact.model_bytes()
@@ -70,9 +69,7 @@ class OpenVinoSession(Session):
             "PERFORMANCE_HINT": "LATENCY" if streams == 1 else "THROUGHPUT",
             "NUM_STREAMS": min(streams, threads),
         }
-        cache = compiled_folder("openvino", openvino.__version__, artifact.manifest.sha256)
-        if cache is not None:
-            self._options["CACHE_DIR"] = str(cache)
+        self._cache = CompiledModels("openvino", openvino.__version__, artifact.manifest.sha256) if cache else None
         try:
             self._model = self._core.read_model(model=data, weights=b"")
         except RuntimeError as error:
@@ -133,14 +130,33 @@ class OpenVinoSession(Session):
     def _compile(self, shape: InputShape | None) -> _Compiled:
         model = self._model
         try:
-            if shape is not None:
-                model = model.clone()
-                model.reshape(list(shape))
             with signal_stack_kept():
-                return _Compiled(self._core.compile_model(model, "CPU", self._options), self.streams)
+                kept = self._kept(shape)
+                if kept is not None:
+                    return _Compiled(kept, self.streams, kept=True)
+                if shape is not None:
+                    model = model.clone()
+                    model.reshape(list(shape))
+                compiled = self._core.compile_model(model, "CPU", self._options)
+                if self._cache is not None:
+                    self._cache.write(self._key(shape), compiled.export_model().getvalue())
+                return _Compiled(compiled, self.streams, kept=False)
         except RuntimeError as error:
             size = "dynamic sizes" if shape is None else f"images of shape {shape}"
             raise ArtifactError(f"{self._path}: OpenVINO {openvino.__version__} cannot compile it for {size}: {one_line(error)}") from error
+
+    def _kept(self, shape: InputShape | None) -> Any:
+        """What an earlier process compiled for this shape with these options, or None."""
+        data = None if self._cache is None else self._cache.read(self._key(shape))
+        if data is None:
+            return None
+        try:
+            return self._core.import_model(data, "CPU", self._options)
+        except RuntimeError:  # it compiles anew then, as if nothing had been kept
+            return None
+
+    def _key(self, shape: InputShape | None) -> str:
+        return f"{shape} {sorted(self._options.items())}"
 
 
 def open_openvino(
@@ -150,15 +166,17 @@ def open_openvino(
     streams: int = 1,
     *,
     static_shapes: int = STATIC_SHAPES,
+    cache: bool = True,
 ) -> OpenVinoSession:
     """Opens an artefact in OpenVINO on the CPU.
 
     `precision` "recorded": the manifest's, or f32 on a CPU without it (the session's `.precision` says which). Asked for by name, a type
     that the CPU lacks is a DependencyError. `threads` None: the usable physical cores. `streams`: how many calls compute at the same time,
-    at most one a thread. `static_shapes`: how many input sizes stay compiled.
+    at most one a thread. `static_shapes`: how many input sizes stay compiled. `cache`: whether
+    what is compiled is kept in the user's cache.
     """
     with signal_stack_kept():
-        return OpenVinoSession(artifact, precision=precision, threads=threads, streams=streams, static_shapes=static_shapes)
+        return OpenVinoSession(artifact, precision=precision, threads=threads, streams=streams, static_shapes=static_shapes, cache=cache)
 
 
 def choose_precision(core: Any, asked: str, recorded: str) -> str:

@@ -10,6 +10,7 @@ from collections import deque
 from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from numbers import Integral
 from typing import Any
 
 import numpy as np
@@ -18,6 +19,8 @@ from numpy.typing import NDArray
 from muntin.artifact import Signature
 from muntin.errors import ArtifactError, DataError
 
+STATIC_SHAPES = 4
+"""Input sizes that an engine which compiles for each of them keeps, at least."""
 Shape = tuple[int, int, int]
 """(B, H, W) of a batch of images."""
 
@@ -71,26 +74,28 @@ class Session(ABC):
     def map(self, batches: Iterable[NDArray[np.uint8]]) -> Iterator[NDArray[np.float32]]:
         """Scores of each batch, in their order; the next batches are read and computed while the caller works on the last answer.
 
-        At most `streams` + 1 batches are in flight, whatever the length of `batches`. What computing one raises is raised where its answer
-        would have come.
+        At most `streams` + 1 batches are in flight, whatever the length of `batches`. What reading or computing one raises is raised where
+        its answer would have come.
         """
         with ThreadPoolExecutor(max_workers=self.streams, thread_name_prefix="muntin-session") as pool:
             pending: deque[Future[NDArray[np.float32]]] = deque()
+            failed: list[Exception] = []
             try:
-                for images_BHWC in batches:
+                for images_BHWC in _until_failure(batches, failed):
                     pending.append(pool.submit(self, images_BHWC))
                     if len(pending) > self.streams:
                         yield pending.popleft().result()
                 while pending:
                     yield pending.popleft().result()
+                for error in failed:
+                    raise error
             finally:
                 for future in pending:
                     future.cancel()
 
     def warm_up(self, shapes: Iterable[Shape]) -> None:
         """Computes once for each shape (B, H, W), in every stream, so that the first real call of that shape costs what later ones do."""
-        for shape in shapes:
-            check_shape(shape)
+        for shape in check_shapes(shapes):
             images_BHWC = np.zeros((*shape, self.signature.channels), np.uint8)
             for _ in self.map([images_BHWC] * self.streams):
                 pass
@@ -104,6 +109,14 @@ class Session(ABC):
         """Every operation and the precision that it really runs in. May compile, so takes as long as opening."""
 
 
+def _until_failure(batches: Iterable[NDArray[np.uint8]], failed: list[Exception]) -> Iterator[NDArray[np.uint8]]:
+    """The batches up to one that cannot be read; why is put into `failed`, to be raised after the answers that are due before it."""
+    try:
+        yield from batches
+    except Exception as error:  # noqa: BLE001 - it is raised by the reader, in its place
+        failed.append(error)
+
+
 def check_images(images: object, signature: Signature) -> None:
     """Raises DataError unless `images` is a batch that the signature admits."""
     wanted = f"{signature.dtype} (B, H, W, {signature.channels})"
@@ -115,10 +128,20 @@ def check_images(images: object, signature: Signature) -> None:
         raise DataError(f"images of shape {images.shape}: give {wanted}, with no side of 0")
 
 
-def check_shape(shape: object) -> None:
-    """Raises DataError unless `shape` is (B, H, W), whole numbers from 1."""
-    if not (isinstance(shape, tuple | list) and len(shape) == 3 and all(isinstance(n, int) and n >= 1 for n in shape)):
-        raise DataError(f"shape {shape!r}: give (B, H, W), three whole numbers from 1")
+def check_shape(shape: object) -> Shape:
+    """The shape as (B, H, W). Raises DataError unless it is three whole numbers from 1."""
+    if isinstance(shape, tuple | list) and len(shape) == 3 and all(isinstance(n, Integral) and not isinstance(n, bool) for n in shape):
+        B, H, W = (int(n) for n in shape)
+        if min(B, H, W) >= 1:
+            return B, H, W
+    raise DataError(f"shape {shape!r}: give (B, H, W), three whole numbers from 1")
+
+
+def check_shapes(shapes: object) -> tuple[Shape, ...]:
+    """Each of them as (B, H, W). Raises DataError for what is no list of shapes."""
+    if not isinstance(shapes, Iterable):
+        raise DataError(f"shapes={shapes!r}: give a list of (B, H, W), each three whole numbers from 1")
+    return tuple(check_shape(shape) for shape in shapes)
 
 
 def check_threads(threads: int | None) -> None:
