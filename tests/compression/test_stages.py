@@ -404,3 +404,18 @@ def test_a_model_whose_batch_norm_cannot_be_folded_is_read_again(
     model = read_model(last)
     assert isinstance(model.get_submodule("norm"), nn.BatchNorm2d)
     assert all(torch.equal(value, last.tensors[AVERAGE][name]) for name, value in model.state_dict().items())
+
+
+def test_the_learning_rate_falls_once_over_both_stages_of_quantisation(write_tiny: Callable[..., Any], tmp_path: Path) -> None:
+    rates = {"quantize": {"share": 1.0, "learning_rate": 1e-3}, "mix": {"share": 1.0, "learning_rate": 4e-4}}
+    origin = train(write_tiny, tmp_path, compression={**COMPRESSION, "low_rank": None, **rates})
+    run = compress_checkpoint(origin, tmp_path / "compressed")
+    curves = {stage.stage: [point["learning_rate"] for point in read_checkpoint(stage.checkpoint).state.training] for stage in run.stages}
+    first, second = curves["w4a8"], curves["mixed"]
+    assert first[-1] == pytest.approx(4e-4, rel=0.1)
+    assert first[-1] >= 4e-4 >= second[0]
+    assert second == sorted(second, reverse=True)
+    alone = compress_checkpoint(
+        origin, tmp_path / "alone", config=CompressionConfig(low_rank=None, **rates | {"mix": {"share": 0}}), until="w4a8"
+    )
+    assert read_checkpoint(alone.checkpoint).state.training[-1]["learning_rate"] < 1e-4  # nothing follows: it falls to zero

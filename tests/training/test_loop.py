@@ -307,6 +307,15 @@ def test_the_learning_rate_rises_and_falls_along_a_cosine(steps: int, warmup: fl
     assert rates[rising:] == sorted(rates[rising:], reverse=True)
 
 
+def test_the_learning_rate_can_end_above_zero() -> None:
+    config = TrainingConfig(steps=11, warmup=0, learning_rate=0.5, final_learning_rate=0.1)
+    rates = [learning_rate(step, config) for step in range(12)]
+    assert (rates[0], rates[-1]) == (pytest.approx(0.5), pytest.approx(0.1))
+    assert rates == sorted(rates, reverse=True)
+    with pytest.raises(ValueError, match="final_learning_rate 0.5 is above learning_rate 0.1"):
+        TrainingConfig(learning_rate=0.1, final_learning_rate=0.5)
+
+
 def test_the_rate_that_is_logged_is_the_rate_that_was_used(whole: tuple[Any, FitResult]) -> None:
     _, result = whole
     checkpoint = read_checkpoint(result.checkpoint)

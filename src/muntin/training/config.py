@@ -27,6 +27,7 @@ class TrainingConfig(BaseModel):
     steps: Annotated[int, Field(ge=1, description="optimiser steps")] = 2000
     batch_size: Annotated[int, Field(ge=1, le=4096, description="crops a step")] = 8
     learning_rate: Annotated[float, Field(gt=0, le=1, description="at the end of the warm-up")] = 2e-3
+    final_learning_rate: Annotated[float, Field(ge=0, le=1, description="at the last step, where the cosine ends")] = 0.0
     warmup: Annotated[float, Field(ge=0, lt=1, description="share of the steps over which the learning rate rises")] = 0.08
     weight_decay: Annotated[float, Field(ge=0, le=1, description="AdamW's, on matrices and kernels only")] = 0.05
     clip: Annotated[float, Field(gt=0, allow_inf_nan=False, description="largest norm of the gradient")] = 1.0
@@ -42,6 +43,14 @@ class TrainingConfig(BaseModel):
     validate_every: Annotated[int, Field(ge=1, description="steps between validations")] = 250
     checkpoint_every: Annotated[int, Field(ge=1, description="steps between checkpoints")] = 250
     threads: Annotated[int | None, Field(ge=1, le=1024, description="threads of the CPU; unset: PyTorch's choice")] = None
+
+    @model_validator(mode="after")
+    def _falling(self) -> Self:
+        if self.final_learning_rate > self.learning_rate:
+            raise ValueError(
+                f"final_learning_rate {self.final_learning_rate:g} is above learning_rate {self.learning_rate:g}: it is what that falls to"
+            )
+        return self
 
 
 class QuantizationConfig(BaseModel):

@@ -25,11 +25,12 @@ from muntin.training.precision import Precision
 
 
 def learning_rate(step: int, config: TrainingConfig) -> float:
-    """Linear warm-up, then a cosine to zero; `step` counts from 0."""
+    """Linear warm-up, then a cosine to the final one; `step` counts from 0."""
     warmup = round(config.warmup * config.steps)
     if step < warmup:
         return config.learning_rate * (step + 1) / warmup
-    return config.learning_rate * 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, config.steps - warmup)))
+    falling = 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, config.steps - warmup)))
+    return config.final_learning_rate + (config.learning_rate - config.final_learning_rate) * falling
 
 
 def make_optimizer(model: nn.Module, config: TrainingConfig) -> torch.optim.AdamW:
