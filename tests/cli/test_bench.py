@@ -8,6 +8,10 @@ from typing import Any
 
 import pytest
 
+from muntin.cli.bench import table_lines
+from muntin.runtime.bench import Bench, BenchRow
+from muntin.runtime.latency import Latency
+
 Call = Callable[..., Any]
 QUICK = ("--threads", "1", "--rounds", "2")
 
@@ -18,17 +22,25 @@ def test_the_document_holds_every_row(call: Call, exported: Any) -> None:
     assert all(row["latency"]["median_ms"] > 0 and row["images_per_s"] > 0 for row in document["rows"])
 
 
+def test_engine_and_precision_are_the_baseline_s_too(call: Call, exported: Any) -> None:
+    words = ("--baseline", exported.artifact, "--engine", "onnxruntime", "--precision", "f32", "--size", "16")
+    document = call("bench", exported.artifact, *words, *QUICK, "--json").document()
+    assert [(row["engine"], row["precision"], row["cached"]) for row in document["rows"]] == [("onnxruntime", "f32", None)] * 2
+
+
 def test_a_run_is_a_baseline_in_pytorch(call: Call, exported: Any) -> None:
     document = call("bench", exported.artifact, "--baseline", exported.run, "--size", "32", *QUICK, "--json").document()
     base, row = document["rows"]
     assert (base["engine"], base["precision"], row["engine"]) == ("pytorch eager", "f32", "openvino")
+    assert base["cached"] is None and row["cached"] is not None
+    assert base["load_s"] > 0 and (base["peak_mib"] is None or base["peak_mib"] > 0)
     assert row["ratio"] == pytest.approx(base["latency"]["median_ms"] / row["latency"]["median_ms"])
 
 
 def test_the_table_shows_the_baseline_beside_it(call: Call, exported: Any) -> None:
     answer = call("bench", exported.artifact, "--baseline", exported.artifact, "--size", "16", *QUICK)
     assert (answer.code, answer.err) == (0, "")
-    for words in ("median ms", "p99", "images/s", "load s", "MiB", "faster", f"baseline {exported.artifact.name}", "1.00x"):
+    for words in ("median ms", "p99", "images/s", "load s", "cached", "MiB", "faster", f"baseline {exported.artifact.name}", "1.00x"):
         assert words in answer.out
 
 
@@ -37,7 +49,11 @@ def test_the_table_shows_the_baseline_beside_it(call: Call, exported: Any) -> No
     [
         (["--size", "big"], "--size big: give"),
         (["--batch", "1,x"], "--batch 1,x: give whole numbers"),
-        (["--threads", "0"], "threads=0"),
+        (["--threads", "0"], "--threads 0: give whole numbers from 1"),
+        (["--batch", "0"], "--batch 0: give whole numbers from 1"),
+        (["--streams", "1,-2"], "--streams 1,-2: give whole numbers from 1"),
+        (["--size", "99999", "--batch", "100"], "100 images of 99999 x 99999 pixels"),
+        (["--compile"], "--compile is for a PyTorch baseline: name a run"),
         (["--baseline", "nowhere"], "nowhere"),
     ],
 )
@@ -49,3 +65,23 @@ def test_mistakes_are_one_line(call: Call, exported: Any, words: list[str], mess
 def test_compiling_an_artefact_makes_no_sense(call: Call, exported: Any) -> None:
     text = call("bench", exported.artifact, "--baseline", exported.artifact, "--compile").mistake()
     assert "--compile is for a PyTorch baseline" in text
+
+
+def latency(ms: float) -> Latency:
+    return Latency(median_ms=ms, p90_ms=ms, p99_ms=ms, calls=1)
+
+
+def test_wide_numbers_are_whole_and_columns_stay_columns() -> None:
+    common: dict[str, Any] = {
+        "engine": "openvino", "precision": "f32", "threads": 16, "streams": 16, "held_mib": 1.0, "peak_mib": 12345.0, "cached": False,
+        "load_s": 123.25,
+    }  # fmt: skip
+    rows = [
+        BenchRow(name=name, shape=(128, 4096, 4096), latency=latency(ms), images_per_s=1e3, ratio=1.0, **common)
+        for name, ms in (("baseline a", 1.25), ("a", 123456.78))
+    ]
+    lines = table_lines(Bench(rows=tuple(rows), others=None, notes=(), created="", hardware={}), {"baseline a": "A", "a": "B"})
+    assert lines[2].split() == [
+        "B", "128", "4096x4096", "16", "16", "123456.78", "123456.78", "123456.78", "1000.0", "123.25", "no", "12345", "1.00x",
+    ]  # fmt: skip
+    assert len({len(line) for line in lines}) == 1

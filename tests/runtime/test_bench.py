@@ -12,8 +12,9 @@ from typing import Any
 import pytest
 
 from muntin.errors import DataError
-from muntin.runtime.bench import artifact_opener, bench
+from muntin.runtime.bench import bench
 from muntin.runtime.hardware import physical_cores
+from muntin.runtime.loading import ArtifactCandidate
 
 
 def test_every_combination_is_a_row(convolutions: Any) -> None:
@@ -29,13 +30,14 @@ def test_every_combination_is_a_row(convolutions: Any) -> None:
         assert 0 < row.latency.median_ms <= row.latency.p90_ms <= row.latency.p99_ms and row.latency.calls == 3
         assert row.images_per_s > 0 and row.load_s > 0 and row.ratio is None
         assert row.peak_mib is None or row.peak_mib >= 0
-    assert done == [(0, 3), (1, 3), (2, 3), (3, 3)]
+    assert done == [(n, 6) for n in range(7)]  # each setting is loaded, then timed
+    assert result.notes[-1] == "2 streams on 1 thread: a stream needs a thread, so they count as 1"
 
 
 def test_a_baseline_is_measured_in_turns_and_every_row_says_the_ratio(convolutions: Any) -> None:
-    opener = artifact_opener(convolutions.path, engine="onnxruntime")
-    result = bench(convolutions.path, baseline=("ort", opener), batches=(1, 2), size=(8, 8), rounds=3)
-    assert [row.name for row in result.rows] == ["baseline ort", convolutions.path.name] * 2
+    baseline = ArtifactCandidate(path=str(convolutions.path), engine="onnxruntime")
+    result = bench(convolutions.path, baseline=baseline, batches=(1, 2), size=(8, 8), rounds=3)
+    assert [row.name for row in result.rows] == ["baseline convolutions", "convolutions"] * 2
     assert [row.engine for row in result.rows] == ["onnxruntime", "openvino"] * 2
     for base, row in zip(result.rows[::2], result.rows[1::2], strict=True):
         assert base.ratio == 1
@@ -52,6 +54,32 @@ def test_plain_values(convolutions: Any) -> None:
     document = bench(convolutions.path, size=(8, 8), rounds=1).as_dict()
     assert document["rows"][0]["latency"]["calls"] == 1
     assert document["hardware"]["physical_cores"] == physical_cores()
+
+
+def test_the_same_takes_the_same_memory_whoever_is_opened_first_and_with_whichever_threads(
+    convolutions: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("MUNTIN_CACHE", str(tmp_path))
+    options: dict[str, Any] = {"threads": (1, 2), "size": (96, 96), "rounds": 1}
+    bench(convolutions.path, **options)  # compiles: from here on all come from the cache
+    rows = bench(convolutions.path, baseline=ArtifactCandidate(path=str(convolutions.path)), **options).rows
+    assert [row.cached for row in rows] == [True] * 4
+    peaks = [row.peak_mib for row in rows if row.peak_mib is not None]
+    if not peaks:
+        pytest.skip("the system does not say how much memory a process has")
+    assert len(peaks) == 4
+    assert min(peaks) > 5
+    assert max(peaks) - min(peaks) < max(peaks) / 4
+
+
+def test_a_baseline_of_other_channels_is_the_one_that_is_named(convolutions: Any, per_pixel: Any) -> None:
+    with pytest.raises(DataError, match=r"^baseline per_pixel takes images of 4 channels, convolutions of 3: give a baseline"):
+        bench(convolutions.path, baseline=ArtifactCandidate(path=str(per_pixel.path)), size=(8, 8), rounds=1)
+
+
+def test_images_that_no_memory_holds_are_refused_with_their_bytes(convolutions: Any) -> None:
+    with pytest.raises(DataError, match=r"^100 images of 99999 x 99999 .* 2999940000300 bytes .*: choose a smaller size or batch$"):
+        bench(convolutions.path, batches=(1, 100), size=(99999, 99999))
 
 
 def test_too_many_threads_are_named(convolutions: Any) -> None:
@@ -76,7 +104,7 @@ def test_others_at_work_are_named(convolutions: Any) -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"batches": (0,)}, r"shape \(0, 1, 1\)"),
+        ({"batches": (0,)}, "batch=0: give a whole number of images"),
         ({"batches": ()}, "batches=()"),
         ({"threads": (0,)}, "threads=0"),
         ({"streams": (0,)}, "streams=0"),

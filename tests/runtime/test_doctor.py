@@ -181,11 +181,14 @@ def test_wrong_integers_are_a_problem_and_float_ones_a_note() -> None:
     wrong = check_arithmetic(OPENVINO, [layer(wrong=1, error=1.0), layer(layer="convolution", wrong=7, error=float("inf"))], {})
     assert (wrong.name, wrong.status) == ("INT8 in openvino", "problem")
     assert "7 of 100 sums of a convolution differ, by up to inf" in wrong.text
-    assert "unset ONEDNN_MAX_CPU_ISA=AVX2, or" in check_arithmetic(OPENVINO, [layer(wrong=1)], {"ONEDNN_MAX_CPU_ISA": "AVX2"}).text
+    assert "engine=" not in wrong.text and "use a CPU with VNNI or AMX" in wrong.text
+    cured = check_arithmetic(OPENVINO, [layer(wrong=1)], {"ONEDNN_MAX_CPU_ISA": "AVX2"}, ["onnxruntime"]).text
+    assert 'unset ONEDNN_MAX_CPU_ISA=AVX2, or give engine="onnxruntime", whose integers are exact here, or' in cured
 
 
 def test_a_cpu_without_vnni_is_named_where_nothing_was_tried() -> None:
-    assert told(check_untested(machine(features=explain_features(["avx2"], "x86_64")))) == [("VNNI", "note")]
+    (lacking,) = check_untested(machine(features=explain_features(["avx2"], "x86_64")))
+    assert (lacking.name, lacking.status, 'engine="onnxruntime"' in lacking.text) == ("VNNI", "note", True)
     assert told(check_untested(machine(features=explain_features(["avx2", "avx_vnni"], "x86_64")))) == []
     assert told(check_untested(machine(features=()))) == []
 
@@ -201,6 +204,7 @@ def test_a_cpu_without_vnni_is_named_where_nothing_was_tried() -> None:
         (None, {"OMP_NUM_THREADS": "8,2"}, "OMP_NUM_THREADS=8,2 is more than"),
         (None, {"OMP_NUM_THREADS": "4,2"}, "4 on 4"),
         (None, {"MKL_NUM_THREADS": "many"}, "MKL_NUM_THREADS=many is no number"),
+        (None, {"OMP_NUM_THREADS": "0"}, "OMP_NUM_THREADS=0 is no number of threads, and goes unheeded: give 1 to 4"),
         (None, {"OMP_PLACES": "cores"}, "4 on 4"),
     ],
 )
@@ -208,6 +212,19 @@ def test_more_threads_than_cores_are_noted(threads: int | None, variables: dict[
     (check,) = check_thread_counts(threads, variables, 4)
     assert says in check.text
     assert check.status == ("ok" if " on 4 usable" in check.text else "note")
+
+
+def test_one_is_no_plural() -> None:
+    assert [check.text for check in check_thread_counts(None, {}, 1)] == ["1 on 1 usable physical core"]
+    (many,) = check_thread_counts(2, {}, 1)
+    assert many.text == "threads=2 is more than the 1 usable physical core, so threads wait for each other: give at most 1"
+    assert check_share(CpuShare(threads=1, share=0.99, others=0.0), 1, None).text == (
+        "1 busy thread got 99% of its time, other processes use 0.0 of our 1 CPU"
+    )
+    ceilings = Ceilings(gmacs={"f32": 9.0, "i8": 9.0}, copy_gb_s=1.0, threads=1, others=0.0)
+    assert check_ceilings(ceilings).text.endswith("with 1 thread")
+    (quota, _) = check_machine(machine(cpu_quota=1.0))
+    assert quota.text == "a container's quota of one core's time on 4 CPUs: more busy threads are halted: use at most 1 thread"
 
 
 def test_every_count_of_threads_is_judged() -> None:
@@ -227,8 +244,8 @@ def test_variables_that_cost_speed_are_noted() -> None:
         (0.97, None, None, "ok", "4 busy threads got 97% of their time"),
         (0.55, 2.0, None, "note", "other processes use 2.0 of our 4 CPUs"),
         (0.98, 0.4, None, "note", "other processes use 0.4 of our 4 CPUs"),
-        (0.38, 0.0, 1.5, "note", "quota of 1.5 cores holds them back: use 1 threads"),
-        (0.12, None, 0.5, "note", "quota of 0.5 cores holds them back: use 1 threads"),
+        (0.38, 0.0, 1.5, "note", "quota of 1.5 cores holds them back: use 1 thread,"),
+        (0.12, None, 0.5, "note", "quota of 0.5 cores holds them back: use 1 thread,"),
         (0.60, 0.0, None, "note", "another guest of the host"),
         (0.60, 0.0, 8.0, "note", "another guest of the host"),
     ],
@@ -277,11 +294,47 @@ def test_a_gpu_that_lies_idle_is_noted() -> None:
     assert told(both) == [("onnxruntime", "note")]
 
 
-def test_a_cache_that_cannot_be_written_is_noted(tmp_path: Path) -> None:
-    assert check_cache(tmp_path / "new" / "muntin") == Check(name="cache", status="ok", text=str(tmp_path / "new" / "muntin"))
+def cache_check(folder: object, patch: pytest.MonkeyPatch) -> Check:
+    patch.setenv("MUNTIN_CACHE", str(folder))
+    return check_cache()
+
+
+def test_a_cache_is_tried_by_its_own_rules_and_left_as_it_was(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    new = tmp_path / "new" / "muntin"
+    assert cache_check(new, monkeypatch) == Check(name="cache", status="ok", text=str(new))
     assert not (tmp_path / "new").exists()
+    (tmp_path / "used" / "compiled" / "model").mkdir(parents=True, mode=0o700)
+    (tmp_path / "used" / "compiled").chmod(0o700)
+    assert cache_check(tmp_path / "used", monkeypatch).status == "ok"
+    assert [place.name for place in (tmp_path / "used").rglob("*")] == ["compiled", "model"]
+
+
+def test_a_cache_that_cannot_be_written_is_noted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "file").write_text("")
-    assert check_cache(tmp_path / "file" / "muntin").status == "note"
-    if os.name == "posix" and os.getuid() != 0:
-        (tmp_path / "closed").mkdir(mode=0o500)
-        assert check_cache(tmp_path / "closed" / "muntin").status == "note"
+    check = cache_check(tmp_path / "file" / "muntin", monkeypatch)
+    assert (check.status, check.text.partition(":")[0]) == ("note", f"{tmp_path}/file/muntin cannot be written")
+    assert "MUNTIN_CACHE" in check.text
+
+
+@pytest.mark.skipif(not Path("/proc/self").exists(), reason="a place where not even root can write is Linux's")
+def test_where_root_cannot_write_either_is_noted(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert cache_check("/proc/nope", monkeypatch).status == "note"
+
+
+@pytest.mark.skipif(os.name != "posix", reason="modes and links are POSIX's")
+def test_a_cache_that_others_may_write_is_noted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    root = tmp_path / "open" / "compiled"
+    root.mkdir(parents=True)
+    root.chmod(0o777)
+    check = cache_check(tmp_path / "open", monkeypatch)
+    assert (check.status, check.text.partition(", ")[0]) == ("note", f"others may write {root} (mode 777): chmod go-w {root}")
+    assert list(root.iterdir()) == []
+    (tmp_path / "linked").mkdir()
+    (tmp_path / "linked" / "compiled").symlink_to(tmp_path)
+    assert "is a link" in cache_check(tmp_path / "linked", monkeypatch).text
+
+
+def test_a_user_without_a_home_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    check = cache_check("~no such user/cache", monkeypatch)
+    assert (check.status, "no home folder" in check.text) == ("note", True)
+    assert examine(self_test=False).cache is None

@@ -312,7 +312,7 @@ def test_the_learning_rate_can_end_above_zero() -> None:
     rates = [learning_rate(step, config) for step in range(12)]
     assert (rates[0], rates[-1]) == (pytest.approx(0.5), pytest.approx(0.1))
     assert rates == sorted(rates, reverse=True)
-    with pytest.raises(ValueError, match="final_learning_rate 0.5 is above learning_rate 0.1"):
+    with pytest.raises(ValueError, match=r"final_learning_rate 0\.5 is above learning_rate 0\.1"):
         TrainingConfig(learning_rate=0.1, final_learning_rate=0.5)
 
 

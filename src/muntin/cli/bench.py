@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
-from rich.table import Table
 
 from muntin.cli.console import Json, out, print_json, progress_bar
 from muntin.cli.deploy import ArtifactPath, Engine, Precision
@@ -14,11 +14,10 @@ from muntin.cli.profile import parse_size
 from muntin.errors import DataError
 
 if TYPE_CHECKING:
-    from muntin.runtime.bench import Bench, Opener
+    from muntin.runtime.bench import Bench
+    from muntin.runtime.loading import Candidate
 
-
-WIDTH = 100
-"""Columns that a table takes, at least."""
+CACHED = {True: "yes", False: "no", None: "-"}
 
 
 def bench_command(
@@ -26,7 +25,8 @@ def bench_command(
     baseline: Annotated[
         Path | None,
         typer.Option(
-            help="Another artefact, or a run or checkpoint (PyTorch FP32, needs the extra `train`), measured in turns with this one."
+            help="Another artefact, opened with the same --engine and --precision, or a run or checkpoint (PyTorch FP32, needs the extra "
+            "`train`), measured in turns with this one."
         ),
     ] = None,
     size: Annotated[
@@ -44,10 +44,12 @@ def bench_command(
     """Measure an artefact: latency, images a second, memory, loading; beside a baseline if one is given."""
     from muntin.runtime.bench import bench
 
+    if compile and baseline is None:
+        raise DataError("--compile is for a PyTorch baseline: name a run or a checkpoint with --baseline, or leave it out")
     with progress_bar("measuring") as advance:
         result = bench(
             artifact,
-            baseline=None if baseline is None else (baseline.name, _opener(baseline, compile)),
+            baseline=None if baseline is None else _candidate(baseline, compile, engine, precision),
             engine=engine,
             precision=precision,
             batches=_numbers("--batch", batch),
@@ -65,23 +67,28 @@ def bench_command(
 
 def _numbers(option: str, text: str) -> list[int]:
     try:
-        return [int(part) for part in text.split(",")]
+        numbers = [int(part) for part in text.split(",")]
     except ValueError:
-        raise DataError(f"{option} {text}: give whole numbers separated by commas, as in 1,4") from None
+        numbers = []
+    if not numbers or min(numbers) < 1:
+        raise DataError(f"{option} {text}: give whole numbers from 1, separated by commas, as in 1,4")
+    return numbers
 
 
-def _opener(path: Path, compile: bool) -> Opener:
+def _candidate(path: Path, compile: bool, engine: str, precision: str) -> Candidate:
     from muntin.artifact.store import MANIFEST
-    from muntin.runtime.bench import artifact_opener
+    from muntin.runtime.loading import ArtifactCandidate
 
     if (path / MANIFEST).is_file():
         if compile:
             raise DataError(f"--compile is for a PyTorch baseline, and {path} is an artefact: leave it out")
-        return artifact_opener(path)
-    from muntin.deployment.live import checkpoint_opener
+        return ArtifactCandidate(path=str(path), engine=engine, precision=precision)
     from muntin.training import read_checkpoint
 
-    return checkpoint_opener(read_checkpoint(path), compile=compile)
+    read_checkpoint(path)  # a mistake is told here, before anything is measured
+    from muntin.deployment.candidate import CheckpointCandidate
+
+    return CheckpointCandidate(path=str(path), compile=compile)
 
 
 def _print(result: Bench) -> None:
@@ -90,23 +97,27 @@ def _print(result: Bench) -> None:
     for name, letter in letters.items():
         row = next(row for row in result.rows if row.name == name)
         out.print(f"{letter}  {name}: {row.engine}, float layers in {row.precision}", markup=False)
-    with_ratio = len(names) > 1
-    table = Table(box=None, padding=(0, 1, 0, 0))
-    headings = ("", "batch", "size", "threads", "streams", "median ms", "p90", "p99", "images/s", "load s", "MiB")
-    for heading in (*headings, *(["faster"] if with_ratio else [])):
-        table.add_column(heading, justify="right", no_wrap=True, min_width=len(heading))
-    for row in result.rows:
-        (B, H, W), latency = row.shape, row.latency
-        cells = [
-            letters[row.name], f"{B}", f"{H}x{W}", f"{row.threads}", f"{row.streams}", f"{latency.median_ms:.2f}", f"{latency.p90_ms:.2f}",
-            f"{latency.p99_ms:.2f}", f"{row.images_per_s:.1f}", f"{row.load_s:.2f}", "-" if row.peak_mib is None else f"{row.peak_mib:.0f}",
-        ]  # fmt: skip
-        table.add_row(*cells, *([f"{row.ratio:.2f}x"] if row.ratio is not None else []))
-    out.print(table, width=max(WIDTH, out.width))  # a narrow terminal wraps lines: better than numbers that are cut
-    out.print(
-        "images/s: all streams busy. load s: opening, and a first call of every batch. MiB: what opening added, at the most", markup=False
-    )
+    for line in table_lines(result, letters):  # a narrow terminal wraps lines: better than numbers that are cut
+        out.print(line, markup=False)
+    out.print("images/s: all streams busy. load s, MiB: opening and a first call of every batch, in a process of its own", markup=False)
+    out.print("cached: whether what the engine compiled came from an earlier run, which loads faster; - where none is kept", markup=False)
     hardware = result.hardware
     out.print(f"{hardware['cpu']}, {hardware['cores']} cores, {', '.join(hardware['features'])}; {result.created}", markup=False)
     for note in result.notes:
         out.print(f"note      {note}", markup=False)
+
+
+def table_lines(result: Bench, letters: Mapping[str, str]) -> list[str]:
+    """Lines of columns, each as wide as its widest number."""
+    headings = ["", "batch", "size", "threads", "streams", "median ms", "p90", "p99", "images/s", "load s", "cached", "MiB"]
+    lines = [headings + (["faster"] if len(letters) > 1 else [])]
+    for row in result.rows:
+        (B, H, W), latency = row.shape, row.latency
+        cells = [
+            letters[row.name], f"{B}", f"{H}x{W}", f"{row.threads}", f"{row.streams}", f"{latency.median_ms:.2f}", f"{latency.p90_ms:.2f}",
+            f"{latency.p99_ms:.2f}", f"{row.images_per_s:.1f}", f"{row.load_s:.2f}", CACHED[row.cached],
+            "-" if row.peak_mib is None else f"{row.peak_mib:.0f}",
+        ]  # fmt: skip
+        lines.append(cells + ([] if row.ratio is None else [f"{row.ratio:.2f}x"]))
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    return ["  ".join(cell.rjust(width) for cell, width in zip(line, widths, strict=True)) for line in lines]

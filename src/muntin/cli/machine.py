@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import asdict
+from itertools import zip_longest
 from math import isfinite
+from textwrap import wrap
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -17,6 +19,9 @@ from muntin.errors import VerificationError
 if TYPE_CHECKING:
     from muntin.runtime.doctor import Diagnosis, Machine
 
+LABEL, LINE = 12, 64
+"""Columns of a row's label, at least, and of a list of packages: with the margins 80 in all."""
+_GLUE = "\N{NO-BREAK SPACE}"
 _COLORS = {"ok": "green", "note": "yellow", "problem": "bold red"}
 
 
@@ -44,18 +49,20 @@ def _print(diagnosis: Diagnosis) -> None:
     _table("CPU features", _features(diagnosis.machine))
     _table("software", _software(diagnosis))
     environment = list(diagnosis.environment.items()) or [("", "none of those that change speed")]
-    _table("environment", [*environment, ("cache", str(diagnosis.cache))])
+    _table("environment", [*environment, ("cache", str(diagnosis.cache or "none"))])
     _table("checks", [(check.status, f"{check.name}: {check.text}") for check in diagnosis.checks])
 
 
 def _table(title: str, rows: Iterable[tuple[str, str]]) -> None:
     out.print(Text(title, style="bold"))
+    rows = list(rows)
     if not out.is_terminal:  # a row stays a line in a pipe, however long
+        width = max(LABEL, *(len(label) for label, _ in rows))
         for label, text in rows:
-            out.print(f"  {label:<12}  {text}", markup=False)
+            out.print(f"  {label:<{width}}  {text}", markup=False)
         return
     table = Table.grid(padding=(0, 2))
-    table.add_column(min_width=14)
+    table.add_column(min_width=2 + LABEL)
     table.add_column()
     for label, text in rows:  # Text, not str: rich would read "[train]" as markup
         table.add_row(Text(f"  {label}", style=_COLORS.get(label, "")), Text(text))
@@ -92,8 +99,9 @@ def _software(diagnosis: Diagnosis) -> list[tuple[str, str]]:
     for engine in diagnosis.engines:
         providers = ", ".join(provider.removesuffix("ExecutionProvider") for provider in engine.providers)
         rows.append((engine.name, f"{engine.version or engine.error}{f' ({providers})' if providers else ''}"))
-    versions = [f"{name} {version}" for name, version in diagnosis.packages.items() if version is not None]
-    rows.append(("packages", ", ".join(versions)))
+    versions = [f"{name}{_GLUE}{version}" for name, version in diagnosis.packages.items() if version is not None]
+    lines = [line.replace(_GLUE, " ") for line in wrap(", ".join(versions), LINE)]
+    rows += zip_longest(["packages"], lines, fillvalue="")
     for extra in diagnosis.extras:
         lacking = f"without {', '.join(extra.missing)}: {extra.install}"
         rows.append((f"[{extra.name}]", "complete" if not extra.missing else lacking))

@@ -24,7 +24,6 @@ from torch.profiler import ProfilerActivity, profile, record_function
 from muntin.compression.stages import read_model, source_of
 from muntin.errors import DataError
 from muntin.models import TorchSession
-from muntin.runtime.bench import Opener
 from muntin.runtime.session import Shape
 from muntin.training import Checkpoint
 from muntin.training.loop import signature_of
@@ -39,19 +38,6 @@ def checkpoint_session(checkpoint: Checkpoint, *, compile: bool = False) -> Torc
     """A checkpoint's model in FP32, compressed or not, as a session on the best device there is."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
     return TorchSession(read_model(checkpoint).to(device), signature_of(checkpoint.recipe, source_of(checkpoint)), compile=compile)
-
-
-def checkpoint_opener(checkpoint: Checkpoint, *, compile: bool = False) -> Opener:
-    """How to open a checkpoint as a candidate of `muntin.runtime.bench`; it has one stream, and PyTorch's threads are set for all."""
-
-    def opener(threads: int, streams: int, shapes: tuple[Shape, ...]) -> TorchSession:
-        torch.set_num_threads(threads)
-        session = checkpoint_session(checkpoint, compile=compile)
-        for shape in shapes:
-            session(np.zeros((*shape, session.signature.channels), np.uint8))
-        return session
-
-    return opener
 
 
 @contextmanager
@@ -71,7 +57,7 @@ def named_ranges(model: nn.Module) -> Iterator[None]:
             if not hasattr(local, "ranges"):
                 local.ranges = []
             local.ranges.append(record_function(f"{PREFIX}{name}"))
-            local.ranges[-1].__enter__()  # type: ignore[no-untyped-call]
+            local.ranges[-1].__enter__()
 
         return hook
 

@@ -1,6 +1,7 @@
 """How fast: an artefact, and a baseline beside it, over batches, threads and streams, in one run.
 
-    for each number of threads and streams: open every candidate (time and memory of it)
+    for each number of threads and streams: open every candidate in a process of its own (time and memory of it)
+    for each number of threads and streams: open all candidates here
         for each batch: latency, one call after the other, interleaved; images a second, all streams busy, interleaved
 
 Medians, and the ratios between rows of the same run, are what to quote: a machine's absolute times drift.
@@ -8,36 +9,36 @@ Medians, and the ratios between rows of the same run, are what to quote: a machi
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
+from math import prod
 from pathlib import Path
 from typing import Any
 
-from muntin.artifact import Artifact, open_artifact
+import numpy as np
+from numpy.typing import NDArray
+
+from muntin.artifact import open_artifact
 from muntin.errors import DataError
 from muntin.runtime.contention import watch_cpu
-from muntin.runtime.engines import DEFAULT_ENGINE, load
-from muntin.runtime.hardware import describe_hardware, physical_cores
+from muntin.runtime.engines import DEFAULT_ENGINE
+from muntin.runtime.hardware import describe_hardware, memory_gib, physical_cores
 from muntin.runtime.latency import Latency, Mapper, interleaved_latency, interleaved_throughput
-from muntin.runtime.memory import watch_memory
+from muntin.runtime.loading import ArtifactCandidate, Candidate, Loading, measure_loading, too_large
 from muntin.runtime.profile import BUSY, default_shape, fill
 from muntin.runtime.session import Shape, check_shape, check_streams, check_threads
 
 ROUNDS = 50
 """Timed calls a row; the 99th percentile of fewer says little."""
-Opener = Callable[[int, int, tuple[Shape, ...]], Mapper]
-"""(threads, streams, shapes to be ready for) -> session"""
 
 
 @dataclass(frozen=True, kw_only=True)
 class BenchRow:
     """One candidate with so many threads and streams on batches of one shape.
 
-    `images_per_s`: with every stream busy. `load_s`: opening it, compilation or the cache's copy and a first call of every batch included.
-    `held_mib`, `peak_mib`: resident memory that opening and calling it added, after and at the most; None where the system does not say.
-    `ratio`: the baseline's median latency over this one, None without a baseline.
+    `images_per_s`: with every stream busy. `load_s`, `held_mib`, `peak_mib`, `cached`: of opening it with these threads and streams for all
+    batches of the run, in a process of its own (`Loading`). `ratio`: the baseline's median latency over this one, None without a baseline.
     """
 
     name: str
@@ -51,6 +52,7 @@ class BenchRow:
     load_s: float
     held_mib: float | None
     peak_mib: float | None
+    cached: bool | None
     ratio: float | None = None
 
 
@@ -69,10 +71,16 @@ class Bench:
         return asdict(self)
 
 
+@dataclass(frozen=True, kw_only=True)
+class _Setting:
+    threads: int
+    streams: int
+
+
 def bench(
     path: str | Path,
     *,
-    baseline: tuple[str, Opener] | None = None,
+    baseline: Candidate | None = None,
     engine: str = DEFAULT_ENGINE,
     precision: str = "recorded",
     batches: Sequence[int] = (1,),
@@ -82,62 +90,74 @@ def bench(
     rounds: int = ROUNDS,
     report: Callable[[int, int], None] = lambda done, total: None,
 ) -> Bench:
-    """Measures an artefact, interleaved with a baseline if one is given (its name, and how to open it: see `artifact_opener`).
+    """Measures an artefact, interleaved with a baseline if one is given (`ArtifactCandidate(path=..., engine=..., precision=...)`).
 
     `batches`, `threads`, `streams`: every combination is a row (None threads: the usable physical cores; more streams than threads count as
-    so many). `size`: height and width in pixels, those of the manifest's example unless given. `rounds`: timed calls a row. The
-    images are the artefact's golden ones, mirrored up to the size. `report` is called with (rows done, rows in all).
+    so many, which `notes` says). `size`: height and width in pixels, those of the manifest's example unless given. `rounds`: timed calls a
+    row. The images are the artefact's golden ones, mirrored up to the size. `report` is called with (steps done, steps in all).
 
-    Raises what `load` raises, and DataError for a value out of range.
+    Raises what `load` raises, and DataError for a value out of range, for images that no memory holds and for a baseline that takes
+    images of other channels.
     """
     _check(batches, threads, streams, size, rounds)
     artifact = open_artifact(path)
+    channels = artifact.manifest.signature.channels
     _, height, width = default_shape(artifact)
     shapes = tuple((batch, *(size or (height, width))) for batch in batches)
-    candidates: dict[str, Opener] = {} if baseline is None else {f"baseline {baseline[0]}": baseline[1]}
-    candidates[Path(path).name or str(path)] = artifact_opener(path, engine=engine, precision=precision)
-    settings = list(dict.fromkeys((n or physical_cores(), min(s, n or physical_cores())) for n in threads for s in streams))
-    rows: list[BenchRow] = []
-    with watch_cpu() as watch:
-        for done, (n, s) in enumerate(settings):
-            report(done, len(settings))
-            rows += _measure(artifact, candidates, shapes, threads=n, streams=s, rounds=rounds)
-        report(len(settings), len(settings))
+    _check_room(shapes, channels)
+    measured = ArtifactCandidate(path=str(path), engine=engine, precision=precision)
+    candidates = ({} if baseline is None else {f"baseline {baseline.name}": baseline}) | {measured.name: measured}
+    asked = [(n or physical_cores(), s) for n in threads for s in streams]
+    settings = list(dict.fromkeys(_Setting(threads=n, streams=min(s, n)) for n, s in asked))
+    try:
+        loadings: list[dict[str, Loading]] = []
+        for done, setting in enumerate(settings):
+            report(done, 2 * len(settings))
+            loadings.append({name: _load(candidate, setting, shapes) for name, candidate in candidates.items()})
+            _check_channels(loadings[-1], measured.name, channels)
+        images = [fill(artifact.golden()[0][0], shape) for shape in shapes]
+        rows: list[BenchRow] = []
+        with watch_cpu() as watch:  # after the processes that loaded: they would count as others
+            for done, (setting, loading) in enumerate(zip(settings, loadings, strict=True), len(settings)):
+                report(done, 2 * len(settings))
+                rows += _measure(images, candidates, loading, setting, shapes, rounds=rounds)
+    except MemoryError:
+        raise too_large(shapes, channels) from None
+    report(2 * len(settings), 2 * len(settings))
     return Bench(
         rows=tuple(rows if baseline is None else _with_ratios(rows)),
         others=watch.others,
-        notes=tuple(_notes(watch.others, max(n for n, _ in settings))),
+        notes=tuple(_notes(watch.others, asked)),
         created=datetime.now(UTC).isoformat(timespec="seconds"),
         hardware=describe_hardware(),
     )
 
 
-def artifact_opener(path: str | Path, *, engine: str = DEFAULT_ENGINE, precision: str = "recorded") -> Opener:
-    """How to open an artefact in an engine: a candidate for `bench`."""
-    return lambda threads, streams, shapes: load(path, engine=engine, precision=precision, threads=threads, streams=streams, shapes=shapes)
+def _load(candidate: Candidate, setting: _Setting, shapes: tuple[Shape, ...]) -> Loading:
+    return measure_loading(candidate, threads=setting.threads, streams=setting.streams, shapes=shapes)
 
 
 def _measure(
-    artifact: Artifact, candidates: Mapping[str, Opener], shapes: tuple[Shape, ...], *, threads: int, streams: int, rounds: int
+    images: Sequence[NDArray[np.uint8]],
+    candidates: Mapping[str, Candidate],
+    loading: Mapping[str, Loading],
+    setting: _Setting,
+    shapes: tuple[Shape, ...],
+    *,
+    rounds: int,
 ) -> list[BenchRow]:
-    sessions: dict[str, Mapper] = {}
-    opened: dict[str, dict[str, float | None]] = {}
-    for name, opener in candidates.items():
-        started = time.perf_counter()
-        with watch_memory() as watch:
-            sessions[name] = opener(threads, streams, shapes)
-        opened[name] = {"load_s": time.perf_counter() - started, "held_mib": _mib(watch.held), "peak_mib": _mib(watch.peak)}
+    sessions: dict[str, Mapper] = {n: candidate.open(setting.threads, setting.streams, shapes) for n, candidate in candidates.items()}
     rows = []
-    for shape in shapes:
-        images_BHWC = fill(artifact.golden()[0][0], shape)
+    for shape, images_BHWC in zip(shapes, images, strict=True):
         latencies = interleaved_latency(sessions, images_BHWC, rounds=rounds)
         rates = interleaved_throughput(sessions, images_BHWC, rounds=max(1, rounds // 10))
         for name, session in sessions.items():
-            described: Any = {key: getattr(session, key) for key in ("engine", "precision")} | opened[name]
+            described: Any = {key: getattr(session, key) for key in ("engine", "precision")}
+            described |= {key: getattr(loading[name], key) for key in ("load_s", "held_mib", "peak_mib", "cached")}
             rows.append(
                 BenchRow(
                     name=name,
-                    threads=threads,
+                    threads=setting.threads,
                     streams=session.streams,
                     shape=shape,
                     latency=latencies[name],
@@ -157,17 +177,34 @@ def _with_ratios(rows: Sequence[BenchRow]) -> list[BenchRow]:
     return found
 
 
-def _notes(others: float | None, threads: int) -> list[str]:
-    notes, cores = [], physical_cores()
+def _notes(others: float | None, asked: Sequence[tuple[int, int]]) -> list[str]:
+    notes, cores, threads = [], physical_cores(), max(n for n, _ in asked)
     if others is not None and others >= BUSY:
         notes.append(f"other processes used {others:.1f} of the cores meanwhile: the times are too long; measure alone")
     if threads > cores:
-        notes.append(f"{threads} threads on {cores} physical cores: they wait for each other; compare with --threads {cores}")
+        notes.append(f"{_threads(threads)} on {cores} physical cores: they wait for each other; compare with --threads {cores}")
+    for n, s in dict.fromkeys(asked):
+        if s > n:
+            notes.append(f"{s} streams on {_threads(n)}: a stream needs a thread, so they count as {n}")
     return notes
 
 
-def _mib(count: int | None) -> float | None:
-    return None if count is None else count / 2**20
+def _threads(count: int) -> str:
+    return f"{count} thread{'' if count == 1 else 's'}"
+
+
+def _check_room(shapes: tuple[Shape, ...], channels: int) -> None:
+    there = memory_gib()
+    if there is not None and max(map(prod, shapes)) * channels > there * 2**30:
+        raise too_large(shapes, channels)
+
+
+def _check_channels(loadings: Mapping[str, Loading], name: str, channels: int) -> None:
+    for other, loading in loadings.items():
+        if loading.channels != channels:
+            raise DataError(
+                f"{other} takes images of {loading.channels} channels, {name} of {channels}: give a baseline that takes the same images"
+            )
 
 
 def _check(
@@ -177,7 +214,10 @@ def _check(
         if not values:
             raise DataError(f"{name}={values!r}: give at least one number")
     for batch in batches:
-        check_shape((batch, *(size or (1, 1))))
+        if isinstance(batch, bool) or not isinstance(batch, int) or batch < 1:
+            raise DataError(f"batch={batch!r}: give a whole number of images from 1")
+    if size is not None:
+        check_shape((1, *size))
     for number in threads:
         check_threads(number)
     for number in streams:

@@ -18,14 +18,16 @@ import platform
 import re
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from math import floor
 from pathlib import Path
+from stat import S_ISLNK
 from typing import TYPE_CHECKING, Any, Literal
 
 from muntin.errors import DependencyError
 from muntin.runtime import quiet
-from muntin.runtime.cache import cache_folder
+from muntin.runtime.cache import cache_folder, compiled_folder
 from muntin.runtime.contention import CpuShare, measure_cpu_share
 from muntin.runtime.engines import DEFAULT_ENGINE
 from muntin.runtime.exactness import RUNNERS, IntegerCheck, check_integers, provider_starts
@@ -120,15 +122,19 @@ class Machine:
 
 @dataclass(frozen=True, kw_only=True)
 class Diagnosis:
-    """All that was found. `packages`: versions, None where not installed. `threads`: what an engine is asked for. The self-test's measures
-    are None, and `integers` empty, where it was left out; an engine that is missing or cannot run is not in `integers`."""
+    """All that was found.
+
+    `packages`: versions, None where not installed. `cache`: None without a home folder. `threads`: what an engine is asked for. The
+    self-test's measures are None, and `integers` empty, where it was left out; an engine that is missing or cannot run is not in
+    `integers`.
+    """
 
     machine: Machine
     engines: tuple[EngineFound, ...]
     packages: Mapping[str, str | None]
     extras: tuple[Extra, ...]
     environment: Mapping[str, str]
-    cache: Path
+    cache: Path | None
     threads: int
     ceilings: Ceilings | None
     share: CpuShare | None
@@ -176,9 +182,10 @@ def examine(
             stage("ceilings")
             ceilings = measure_ceilings(threads=working)
     variables = {name: value for name, value in sorted(environment.items()) if name.startswith(VARIABLES)}
+    exact = [name for name, layers in integers.items() if not any(layer.wrong for layer in layers)]
     checks = [
         *check_engines(engines),
-        *(check_arithmetic(engine, integers[engine.name], variables) for engine in engines if engine.name in integers),
+        *(check_arithmetic(engine, integers[engine.name], variables, exact) for engine in engines if engine.name in integers),
         *failures,
         *([] if self_test else check_untested(machine)),
         *check_thread_counts(threads, variables, machine.physical_cores),
@@ -187,7 +194,7 @@ def examine(
         *([] if ceilings is None else [check_ceilings(ceilings)]),
         *check_machine(machine),
         *check_gpu(machine, engines, _distributions(), cuda_starts=_cuda_starts(machine, engines) if self_test else None),
-        check_cache(cache_folder()),
+        check_cache(),
     ]
     return Diagnosis(
         machine=machine,
@@ -195,7 +202,7 @@ def examine(
         packages={name: _version(name) for name in PACKAGES},
         extras=find_extras(_requirements(), _distributions()),
         environment=variables,
-        cache=cache_folder(),
+        cache=_cache(),
         threads=asked,
         ceilings=ceilings,
         share=share,
@@ -336,20 +343,24 @@ def check_engines(engines: Sequence[EngineFound]) -> Iterator[Check]:
             yield Check(name=engine.name, status="note", text=f"{engine.error}{fallback}")
 
 
-def check_arithmetic(engine: EngineFound, layers: Sequence[IntegerCheck], variables: Mapping[str, str]) -> Check:
-    """A problem where INT8 sums are wrong; a note where INT8 layers run in float."""
+def check_arithmetic(engine: EngineFound, layers: Sequence[IntegerCheck], variables: Mapping[str, str], exact: Sequence[str] = ()) -> Check:
+    """A problem where INT8 sums are wrong; a note where INT8 layers run in float. `exact`: the engines whose sums came out right here."""
     name = f"INT8 in {engine.name}"
     wrong = [layer for layer in layers if layer.wrong]
     if wrong:
         worst = max(wrong, key=lambda layer: layer.wrong / layer.outputs)
         limit = next((f"{key}={variables[key]}" for key in ("ONEDNN_MAX_CPU_ISA", "DNNL_MAX_CPU_ISA") if variables.get(key)), None)
-        cure = f"unset {limit}, or " if limit else ""
+        cures = [
+            *([f"unset {limit}"] if limit else []),
+            *(f'give engine="{other}", whose integers are exact here' for other in exact),
+            "use a CPU with VNNI or AMX",
+            "`muntin export --float`",
+        ]
         return Check(
             name=name,
             status="problem",
             text=f"wrong integers: {worst.wrong} of {worst.outputs} sums of a {worst.layer} differ, by up to {worst.error:.0f} "
-            f"(without VNNI sums saturate in 16 bits): {cure}use an engine whose integers are exact, or `muntin export --float`; "
-            "`muntin verify` says what an artefact suffers",
+            f"(without VNNI sums saturate in 16 bits): {', or '.join(cures)}; `muntin verify` says what an artefact suffers",
         )
     floating = [layer.layer for layer in layers if not layer.integer]
     if floating:
@@ -360,7 +371,11 @@ def check_arithmetic(engine: EngineFound, layers: Sequence[IntegerCheck], variab
 def check_untested(machine: Machine) -> Iterator[Check]:
     """What the features let fear where the self-test was left out."""
     if any(feature.name == "VNNI" and not feature.present for feature in machine.features):
-        yield Check(name="VNNI", status="note", text="this CPU has none, and INT8 sums may be wrong: run the self-test")
+        text = (
+            "this CPU has none, so OpenVINO's INT8 sums may be wrong: the self-test (without --quick) says whether they are, "
+            'and whether engine="onnxruntime" is exact here'
+        )
+        yield Check(name="VNNI", status="note", text=text)
 
 
 def check_thread_counts(threads: int | None, variables: Mapping[str, str], cores: int) -> Iterator[Check]:
@@ -372,16 +387,22 @@ def check_thread_counts(threads: int | None, variables: Mapping[str, str], cores
     for text in wrong:
         yield Check(name="threads", status="note", text=text)
     if not wrong:
-        yield Check(name="threads", status="ok", text=f"{threads or cores} on {cores} usable physical cores")
+        yield Check(name="threads", status="ok", text=f"{threads or cores} on {count(cores, 'usable physical core')}")
 
 
 def _thread_count(name: str, value: str, cores: int) -> str:
     first = value.partition(",")[0].strip()  # OpenMP takes a list: a number for each level of nested threads
-    if not first.isdigit():
-        return f"{name}={value} is no number, and goes unheeded: give 1 to {cores}"
+    if not first.isdecimal() or int(first) < 1:
+        return f"{name}={value} is no number of threads, and goes unheeded: give {'1' if cores == 1 else f'1 to {cores}'}"
     if int(first) > cores:
-        return f"{name}={value} is more than the {cores} usable physical cores, so threads wait for each other: give at most {cores}"
+        there = count(cores, "usable physical core")
+        return f"{name}={value} is more than the {there}, so threads wait for each other: give at most {cores}"
     return ""
+
+
+def count(number: int, noun: str) -> str:
+    """The number with its noun: 1 thread, 2 threads."""
+    return f"{number} {noun}{'' if number == 1 else 's'}"
 
 
 def check_variables(variables: Mapping[str, str]) -> Iterator[Check]:
@@ -395,39 +416,48 @@ def check_variables(variables: Mapping[str, str]) -> Iterator[Check]:
 
 def check_share(share: CpuShare, cpus: int, quota: float | None) -> Check:
     """A note where our threads do not get the CPU time that they could use."""
-    got = f"{share.threads} busy threads got {share.share:.0%} of their time"
+    whose = "its" if share.threads == 1 else "their"
+    got = f"{count(share.threads, 'busy thread')} got {share.share:.0%} of {whose} time"
     if share.others is not None and share.others >= BUSY:
         text = (
-            f"other processes use {share.others:.1f} of our {cpus} CPUs, and {got}: timings say little now: "
+            f"other processes use {share.others:.1f} of our {count(cpus, 'CPU')}, and {got}: timings say little now: "
             "stop what runs beside (see `top`), or use fewer threads"
         )
         return Check(name="contention", status="note", text=text)
     if share.share < HELD_BACK:
         if quota is not None and quota < share.threads:
-            why = f"the container's quota of {quota:g} cores holds them back: use {max(1, floor(quota))} threads, or raise the quota"
+            cores = f"{quota:g} core{'' if quota == 1 else 's'}"
+            why = f"the container's quota of {cores} holds them back: use {_whole(quota)}, or raise the quota"
         else:
             why = "no other process here does that: a quota, or another guest of the host: time elsewhere, or use fewer threads"
         return Check(name="contention", status="note", text=f"{got}; {why}")
-    others = "" if share.others is None else f", other processes use {share.others:.1f} of our {cpus} CPUs"
+    others = "" if share.others is None else f", other processes use {share.others:.1f} of our {count(cpus, 'CPU')}"
     return Check(name="contention", status="ok", text=f"{got}{others}")
+
+
+def _whole(quota: float) -> str:
+    return count(max(1, floor(quota)), "thread")
 
 
 def check_ceilings(ceilings: Ceilings) -> Check:
     """A note where INT8 brings no speed on this CPU."""
     rates = ", ".join(f"{precision} {rate:.0f}" for precision, rate in ceilings.gmacs.items()) or "none"
-    text = f"{rates} GMAC/s, copy {ceilings.copy_gb_s:.1f} GB/s, with {ceilings.threads} threads"
+    text = f"{rates} GMAC/s, copy {ceilings.copy_gb_s:.1f} GB/s, with {count(ceilings.threads, 'thread')}"
     if "i8" not in ceilings.gmacs:
         return Check(name="ceilings", status="note", text=f"{text}; INT8 layers run in float here: a float artefact is as fast")
     if ceilings.others is not None and ceilings.others >= BUSY:
-        return Check(name="ceilings", status="note", text=f"{text}, while others used {ceilings.others:.1f} cores: more on a quiet machine")
+        return Check(
+            name="ceilings", status="note", text=f"{text}, while others used {ceilings.others:.1f} cores' time: more on a quiet machine"
+        )
     return Check(name="ceilings", status="ok", text=text)
 
 
 def check_machine(machine: Machine) -> Iterator[Check]:
     """Notes on quota, memory, NUMA and the clock."""
     if machine.cpu_quota is not None and machine.cpu_quota < len(machine.affinity):
-        text = f"a container's quota of {machine.cpu_quota:g} cores' time on {len(machine.affinity)} CPUs: more busy threads are halted"
-        yield Check(name="quota", status="note", text=f"{text}: use at most {max(1, floor(machine.cpu_quota))} threads")
+        cores = "one core's" if machine.cpu_quota == 1 else f"{machine.cpu_quota:g} cores'"
+        text = f"a container's quota of {cores} time on {count(len(machine.affinity), 'CPU')}: more busy threads are halted"
+        yield Check(name="quota", status="note", text=f"{text}: use at most {_whole(machine.cpu_quota)}")
     sizes = [size for size in (machine.available_gib, machine.memory_limit_gib) if size is not None]
     if sizes:
         small = min(sizes) < SMALL_MEMORY
@@ -460,10 +490,45 @@ def check_gpu(machine: Machine, engines: Sequence[EngineFound], installed: froze
         yield Check(name="GPU", status="note", text=f"ONNX Runtime has {' and '.join(there)}, and there is no NVIDIA driver: install it")
 
 
-def check_cache(folder: Path) -> Check:
-    """A note where what engines compile cannot be kept."""
-    nearest = next((place for place in (folder, *folder.parents) if place.exists()), folder)
-    if nearest.is_dir() and os.access(nearest, os.W_OK | os.X_OK):
+def check_cache() -> Check:
+    """A note where what engines compile cannot be kept: a folder is made by the cache's own rules, and what was made is taken away."""
+    folder = _cache()
+    if folder is None:
+        return Check(
+            name="cache", status="note", text="this user has no home folder, so models are compiled anew each time: set MUNTIN_CACHE"
+        )
+    root = folder / "compiled"
+    missing = [place for place in (root, *root.parents) if not os.path.lexists(place)]
+    kept = compiled_folder("doctor", "0", "0" * 64)
+    for made in [*root.glob("doctor-0-*"), *missing]:
+        with suppress(OSError):  # another process may keep something there by now
+            made.rmdir()
+    if kept is not None:
         return Check(name="cache", status="ok", text=str(folder))
-    text = f"{folder} cannot be written, so models are compiled anew each time: set MUNTIN_CACHE to a folder that can"
-    return Check(name="cache", status="note", text=text)
+    return Check(
+        name="cache",
+        status="note",
+        text=f"{_refusal(folder)}, or set MUNTIN_CACHE to another; until then models are compiled anew each time",
+    )
+
+
+def _refusal(folder: Path) -> str:
+    root = folder / "compiled"
+    try:
+        status = root.lstat()
+    except OSError:
+        return f"{folder} cannot be written: make it a folder that can"
+    if S_ISLNK(status.st_mode):
+        return f"{root} is a link, which is not followed: put a folder there"
+    if hasattr(os, "getuid") and status.st_uid != os.getuid():
+        return f"{root} belongs to another user: remove it"
+    if status.st_mode & 0o022:
+        return f"others may write {root} (mode {status.st_mode & 0o777:o}): chmod go-w {root}"
+    return f"{root} cannot be written: make it a folder that can"
+
+
+def _cache() -> Path | None:
+    try:
+        return cache_folder()
+    except RuntimeError:  # how pathlib says that there is no home
+        return None

@@ -1,0 +1,31 @@
+"""A run or one of its checkpoints as a candidate of `muntin.runtime.bench`: the live PyTorch model beside what is deployed."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from muntin.deployment.live import checkpoint_session
+from muntin.runtime.latency import Mapper
+from muntin.runtime.loading import Candidate
+from muntin.runtime.session import Shape
+from muntin.training import read_checkpoint
+
+
+@dataclass(frozen=True, kw_only=True)
+class CheckpointCandidate(Candidate):
+    """A run's folder or a checkpoint, in PyTorch FP32 on the best device there is. It has one stream. `compile`: by `torch.compile`."""
+
+    compile: bool = False
+
+    def prepare(self) -> None:
+        torch.nn.Conv2d(1, 1, 1)(torch.zeros(1, 1, 1, 1))  # PyTorch's kernels have libraries of their own, loaded when first used
+
+    def open(self, threads: int, streams: int, shapes: tuple[Shape, ...]) -> Mapper:
+        torch.set_num_threads(threads)
+        session = checkpoint_session(read_checkpoint(self.path), compile=self.compile)
+        for shape in shapes:
+            session(np.zeros((*shape, session.signature.channels), np.uint8))
+        return session

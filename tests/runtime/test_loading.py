@@ -1,0 +1,102 @@
+"""Loading is measured in a process of its own: fairly, and with the errors of opening."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from muntin.errors import ArtifactError, DataError, MuntinError
+from muntin.runtime.loading import ArtifactCandidate, Candidate, measure_loading
+
+SETTING: dict[str, Any] = {"threads": 1, "streams": 1, "shapes": ((1, 16, 16), (2, 8, 8))}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Ending(Candidate):
+    """What goes wrong while opening."""
+
+    def prepare(self) -> None:
+        os.write(1, b"a library's own words\n")
+
+    def open(self, threads: int, streams: int, shapes: Any) -> Any:
+        if self.path == "killed":
+            os.kill(os.getpid(), signal.SIGKILL)
+        if self.path == "memory":
+            raise MemoryError
+        if self.path == "mistake":
+            raise ArtifactError("one line")
+        raise RuntimeError("first\nlast")
+
+
+@pytest.fixture
+def importable(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(Path(__file__).parent)  # as a user's own module, found by name in the new process
+    monkeypatch.setattr(Ending, "__module__", "test_loading")
+
+
+def test_what_is_compiled_comes_from_the_cache_the_second_time(convolutions: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MUNTIN_CACHE", str(tmp_path))
+    candidate = ArtifactCandidate(path=str(convolutions.path))
+    first, second = (measure_loading(candidate, **SETTING) for _ in range(2))
+    assert (first.cached, second.cached) == (False, True)
+    assert measure_loading(candidate, **(SETTING | {"shapes": ((1, 16, 16), (1, 24, 24))})).cached is False  # half of it is new
+    assert first.load_s > 0
+    assert first.channels == 3
+    assert measure_loading(ArtifactCandidate(path=str(convolutions.path), engine="onnxruntime"), **SETTING).cached is None
+
+
+def test_without_a_cache_all_is_compiled(convolutions: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("MUNTIN_CACHE", str(tmp_path / "file"))
+    found = [measure_loading(ArtifactCandidate(path=str(convolutions.path)), **SETTING).cached for _ in range(2)]
+    assert found == [False, False]
+
+
+@pytest.mark.parametrize(
+    ("fields", "kind", "message"),
+    [({"engine": "abacus"}, DataError, "openvino"), ({"path": "nowhere"}, ArtifactError, "nowhere")],
+)
+def test_what_opening_raises_is_raised(convolutions: Any, fields: dict[str, str], kind: type[MuntinError], message: str) -> None:
+    with pytest.raises(kind, match=message):
+        measure_loading(ArtifactCandidate(**({"path": str(convolutions.path)} | fields)), **SETTING)
+
+
+@pytest.mark.skipif(os.name != "posix", reason="signals are POSIX's")
+@pytest.mark.parametrize(
+    ("name", "kind", "message"),
+    [
+        (
+            "killed",
+            DataError,
+            "killed: opening it for images of 1x16x16, 2x8x8 was ended by signal 9, as when memory runs out: choose a smaller",
+        ),
+        ("memory", DataError, "memory: no memory to open it for images of 1x16x16, 2x8x8: choose a smaller size or batch"),
+        ("mistake", ArtifactError, "one line"),
+        ("broken", DataError, "broken cannot be opened in a process of its own: last"),
+    ],
+)
+def test_a_process_that_gives_no_answer_is_one_line(importable: None, name: str, kind: type[MuntinError], message: str) -> None:
+    with pytest.raises(kind) as caught:
+        measure_loading(Ending(path=name), **SETTING)
+    assert str(caught.value).startswith(message)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_script_without_a_guard_can_measure(convolutions: Any, tmp_path: Path) -> None:
+    script = tmp_path / "script.py"
+    script.write_text(f"""
+import json
+from muntin.runtime.loading import ArtifactCandidate, measure_loading
+found = measure_loading(ArtifactCandidate(path={str(convolutions.path)!r}), threads=1, streams=1, shapes=((1, 8, 8),))
+print(json.dumps(found.channels))
+""")
+    done = subprocess.run([sys.executable, str(script)], capture_output=True, text=True, timeout=120, check=False)
+    assert (done.returncode, done.stderr, json.loads(done.stdout)) == (0, "", 3)
