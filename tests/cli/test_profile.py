@@ -61,6 +61,19 @@ def test_profile_writes_beside_the_artefact_and_leaves_it_alone(
     assert tree(path) == before
 
 
+def test_profile_of_this_folder_writes_beside_it(
+    call: Call, tmp_path: Path, write_small: Write, monkeypatch: pytest.MonkeyPatch, tree: Callable[[Path], dict[str, bytes]]
+) -> None:
+    path = write_small(tmp_path / "artefact")
+    before = tree(path)
+    monkeypatch.chdir(path)
+    answer = call("profile", ".", "--size", "16", "--rounds", "1", "--threads", "1")
+    assert (answer.code, answer.err) == (0, "")
+    assert "1 thread (median of 1 call)" in answer.out
+    assert (tmp_path / "artefact-profile" / "profile.html").is_file()
+    assert tree(path) == before
+
+
 @pytest.mark.parametrize(
     ("words", "said"),
     [
@@ -69,6 +82,7 @@ def test_profile_writes_beside_the_artefact_and_leaves_it_alone(
         (("--size", "-3"), "--size -3: give rows x columns"),
         (("--engine", "tensorrt"), 'engine="tensorrt": a profile is made in one of openvino, onnxruntime'),
         (("--precision", "int8"), 'precision="int8": give one of recorded'),
+        (("--size", "999999", "--engine", "onnxruntime"), "their scores alone take 2.3e+04 GB"),
     ],
 )
 def test_what_it_cannot_profile_is_one_line(call: Call, tmp_path: Path, write_small: Write, words: tuple[str, ...], said: str) -> None:

@@ -112,6 +112,15 @@ def test_labels_of_equal_roofs_do_not_overlap(profile: dict[str, Any]) -> None:
     assert all(below - above >= 12 for above, below in itertools.pairwise(heights))
 
 
+def test_labels_of_roofs_do_not_lie_on_the_lines_of_others(profile: dict[str, Any]) -> None:
+    profile["ceilings"]["gmacs"] = {"f32": 100.0, "bf16": 108.0, "i8": 420.0}
+    panel = only(picture(profile))
+    assert panel.roofs[0].y - panel.roofs[1].y > 4  # far enough apart for a label between them, not for its whole height
+    assert not [
+        (label.label, line.label) for label in panel.roofs for line in panel.roofs if label.label_y - 12 < line.y < label.label_y + 3
+    ]
+
+
 def test_profiles_side_by_side_share_one_scale(profile: dict[str, Any]) -> None:
     before = copy.deepcopy(profile)
     for row in before["kernels"]:

@@ -151,7 +151,7 @@ def test_threads_that_win_or_lose(small: Profile) -> None:
     slower = replace(small, threads=8, physical_cores=2, whole_ms=30.0, fewer=Fewer(threads=2, whole_ms=6.9))
     (finding,) = of_kind(slower, "threads")
     assert finding.words == "8 threads on 2 physical cores: with 2 the same image takes 6.9 ms instead of 30"
-    assert finding.saves_ms == pytest.approx(23.1)
+    assert finding.saves_ms == pytest.approx(23.1 / 30 * slower.profiled_ms)  # of the profiled time, as every saving
     (finding,) = of_kind(replace(slower, fewer=Fewer(threads=2, whole_ms=31.0)), "threads")
     assert (
         finding.words
@@ -193,7 +193,9 @@ def test_products_in_float_say_what_other_precisions_would_take(small: Profile) 
     body = next(kernel for kernel in small.kernels if kernel.name == "body")
     floating = replace(body, layer=None, precision="f32", ms=10.0, macs=400_000_000, group=PRODUCTS)
     (finding,) = of_kind(replace(small, profiled_ms=20.0, kernels=(floating,)), "float")
-    assert finding.words.startswith("50% of the time (10 of 20 ms) is 1 products in FP32")
+    assert finding.words.startswith(
+        "50% of the time (10 of 20 ms) is 1 product in FP32 that the artefact does not quantise: body (10 ms); "
+    )
     assert "in INT8 about 2.5 ms, in BF16 about 5.0" in finding.words
     assert finding.saves_ms == pytest.approx(7.5)
 
@@ -208,6 +210,57 @@ def test_what_writes_the_scores_is_one_finding(small: Profile) -> None:
     assert "is writing the scores, 0.046 MB of float32 (1, 5, 48, 48), after the last layer: Reorder scores (5.0 ms)" in finding.words
     assert "labels of one byte would be 0.0023 MB" in finding.words
     assert not any("scores" in other.kernels for other in of_kind(result, "layout"))
+
+
+def test_nothing_is_the_output_where_a_layer_was_not_found(small: Profile) -> None:
+    """The head is not recognised: what follows the last layer that is may hold it."""
+    lost = [replace(kernel, compute=False, layer=None, macs=0) if kernel.name == "head" else kernel for kernel in small.kernels]
+    last = Operand(shape=(1, 5, 48, 48), type="f32", bytes=4, source="head")
+    writing = replace(lost[-1], name="writing", kind="Reorder", compute=False, layer=None, macs=0, group=LAYOUT, inputs=(last,), ms=5.0)
+    result = replace(small, profiled_ms=10.0, kernels=(*lost, writing))
+    assert of_kind(result, "output") == []
+    assert any("writing" in finding.kernels for finding in of_kind(result, "layout"))
+
+
+def test_what_follows_a_product_that_no_record_names_is_not_the_output(small: Profile) -> None:
+    head = next(kernel for kernel in small.kernels if kernel.name == "head")
+    further = replace(head, name="further", compute=False, layer=None, inputs=(replace(head.outputs[0], source="head"),))
+    writing = replace(
+        further, name="writing", kind="Reorder", macs=0, group=LAYOUT, inputs=(replace(head.outputs[0], source="further"),), ms=5.0
+    )
+    kernels = tuple(kernel for kernel in small.kernels if kernel.name != "scores")
+    result = replace(small, profiled_ms=10.0, kernels=(*kernels, further, writing))
+    assert of_kind(result, "output") == []
+    assert "between further and the scores" in of_kind(result, "layout")[0].words
+
+
+def test_a_layer_alone_keeps_its_name_and_nothing_is_not_told(small: Profile) -> None:
+    body = next(kernel for kernel in small.kernels if kernel.name == "body")
+    one, other = (replace(body, name=name, layer=name, precision="f32", ms=10.0, macs=400_000_000) for name in ("d.0", "e.1"))
+    (finding,) = of_kind(replace(small, profiled_ms=20.0, kernels=(one, other)), "float")
+    assert "is 2 products in FP32" in finding.words
+    assert "d.0 (10 ms), e.1 (10 ms)" in finding.words
+    tiny = replace(body, precision="i8", ms=0.0002, macs=10, inputs=body.inputs[:1], outputs=body.outputs)
+    assert of_kind(replace(small, profiled_ms=0.0004, kernels=(tiny,)), "ceiling") == []
+    passes = tuple(replace(one, name=f"pass {i}", compute=False, layer=None, macs=0, group=LAYOUT, ms=0.002) for i in range(5))
+    (finding,) = of_kind(replace(small, profiled_ms=0.02, kernels=passes), "layout")
+    assert finding.words == "50% of the time (0.01 of 0.02 ms) is layout changes: 5 short passes"
+
+
+def test_no_saving_is_more_than_the_whole(small: Profile) -> None:
+    body = next(kernel for kernel in small.kernels if kernel.name == "body")
+    passes = tuple(replace(body, name=f"pass {i}", compute=False, layer=None, macs=0, group=LAYOUT, ms=1.0) for i in range(3))
+    (finding,) = of_kind(replace(small, profiled_ms=2.5, kernels=passes), "layout")  # medians need not sum up
+    assert finding.saves_ms == 2.5
+
+
+def test_channels_last_are_not_taken_for_the_height(convolutions: Any) -> None:
+    """ONNX Runtime runs the quantised convolution on (B, H, W, C): 5 rows are no channels."""
+    result = profile(convolutions.path, engine="onnxruntime", threads=1, shape=(1, 5, 40), rounds=2, ceilings=CEILINGS)
+    (stem,) = (kernel for kernel in result.kernels if kernel.name == "stem")
+    assert stem.kind == "QLinearConv"
+    (finding,) = of_kind(replace(result, profiled_ms=10.0, kernels=(replace(stem, ms=10.0),)), "ceiling")
+    assert "few channels: 3 in, 32 out" in finding.words
 
 
 def test_what_passes_between_kernels_is_a_finding_on_a_quiet_machine(small: Profile) -> None:

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import onnx
 import pytest
+from onnx import TensorProto, helper, numpy_helper
 
 from muntin.errors import ArtifactError, DependencyError
 from muntin.runtime.kernels import IMAGES, PRODUCTS
@@ -86,4 +87,112 @@ def test_a_model_that_it_cannot_open_is_one_line(write_layers: Callable[..., Any
     broken = write_layers(tmp_path / "broken", written.layers, model=model).artifact
     with pytest.raises(ArtifactError, match="cannot open its model") as caught:
         onnxruntime_kernels(broken, images(), **OPTIONS)
+    assert "\n" not in str(caught.value)
+
+
+def float_model() -> onnx.ModelProto:
+    """Float convolutions named after the norms that were folded into them, with what ONNX Runtime fuses: activations, a sum of two.
+
+    3 channels -> 12 -> depthwise -> 12 -> 16 -> sum of two products -> 16 -> a function with a product of its own -> 5 classes.
+    """
+    rng, node, values = np.random.default_rng(0), helper.make_node, {"low": np.float32(0), "high": np.float32(6)}
+
+    def conv(x: str, y: str, layer: str, channels: int, outputs: int, k: int, groups: int = 1) -> onnx.NodeProto:
+        values[f"model.{layer}.weight"] = rng.normal(size=(outputs, channels // groups, k, k)).astype(np.float32)
+        values[f"model.{layer}.bias"] = rng.normal(size=outputs).astype(np.float32)
+        weights = [f"model.{layer}.weight", f"model.{layer}.bias"]
+        return node("Conv", [x, *weights], [y], name=f"{layer}.norm", pads=[k // 2] * 4, group=groups)
+
+    values["own"] = rng.normal(size=(3, 16, 1, 1)).astype(np.float32)
+    nodes = [
+        node("Cast", ["images"], ["float"], name="cast", to=TensorProto.FLOAT),
+        node("Transpose", ["float"], ["x"], name="to_nchw", perm=[0, 3, 1, 2]),
+        conv("x", "a", "first", 3, 12, 3),
+        node("Relu", ["a"], ["b"], name="relu"),
+        conv("b", "c", "depthwise", 12, 12, 3, groups=12),
+        node("Clip", ["c", "low", "high"], ["d"], name="relu6"),
+        conv("d", "e", "wide", 12, 16, 1),
+        conv("d", "f", "shortcut", 12, 16, 1),
+        node("Add", ["e", "f"], ["g"], name="add"),
+        node("Relu", ["g"], ["h"], name="relu_of_sum"),
+        node("Project", ["h", "own"], ["i"], name="project", domain="local"),
+        conv("i", "scores", "head", 3, 5, 1),
+    ]
+    function = helper.make_function(
+        "local", "Project", ["x", "w"], ["y"], [node("Conv", ["x", "w"], ["y"], name="inner")], [helper.make_opsetid("", 17)]
+    )
+    graph = helper.make_graph(
+        nodes,
+        "float",
+        [helper.make_tensor_value_info("images", TensorProto.UINT8, ["B", "H", "W", 3])],
+        [helper.make_tensor_value_info("scores", TensorProto.FLOAT, ["B", 5, "H", "W"])],
+        [numpy_helper.from_array(np.asarray(value), name) for name, value in values.items()],
+    )
+    opsets = [helper.make_opsetid("", 17), helper.make_opsetid("local", 1)]
+    return helper.make_model(graph, opset_imports=opsets, ir_version=10, functions=[function])
+
+
+FLOAT_MACS = {"first": 3 * 12 * 9, "depthwise": 12 * 9, "wide": 12 * 16, "shortcut": 12 * 16, "head": 3 * 5}
+
+
+@pytest.fixture
+def floating(write_layers: Callable[..., Any], layer_maker: Callable[..., Any], tmp_path: Path) -> Any:
+    recorded = [layer_maker(name, 0, 3 if name == "first" else 5, 5, 1, scale=0.9) for name in FLOAT_MACS]
+    return write_layers(tmp_path / "float", recorded, model=float_model()).artifact
+
+
+def test_float_layers_are_found_whatever_was_fused_into_them(floating: Any) -> None:
+    kernels = onnxruntime_kernels(floating, images(), **OPTIONS).kernels
+    assert {kernel.layer: kernel.macs for kernel in kernels if kernel.layer} == {name: H * W * macs for name, macs in FLOAT_MACS.items()}
+    assert all(kernel.compute and kernel.group == PRODUCTS for kernel in kernels if kernel.layer)
+
+
+def test_channels_that_fill_up_blocks_are_neither_shown_nor_counted(floating: Any) -> None:
+    kernels = onnxruntime_kernels(floating, images(), **OPTIONS).kernels
+    first = next(kernel for kernel in kernels if kernel.layer == "first")
+    assert first.implementation == "com.microsoft.nchwc", "the engine did not lay channels out in blocks: this test plants nothing"
+    assert (first.inputs[0].shape, first.outputs[0].shape) == ((1, 3, H, W), (1, 12, H, W))
+    (own,) = (kernel for kernel in kernels if kernel.macs and not kernel.compute)  # a product that is no node of the graph
+    assert own.macs == H * W * 16 * 3
+    assert own.outputs[0].shape == (1, 3, H, W)
+
+
+def test_shapes_of_channels_last_are_logical(convolutions: Any) -> None:
+    kernels = onnxruntime_kernels(convolutions.artifact, images(batch=2), **OPTIONS).kernels
+    body = next(kernel for kernel in kernels if kernel.name == "body")
+    assert body.kind == "QLinearConv"
+    for value in (body.inputs[0], body.outputs[0]):
+        assert (value.shape, value.layout) == ((2, 32, H, W), "acdb")
+
+
+def test_nodes_that_the_engine_adds_without_a_name_are_kernels_too(
+    write_layers: Callable[..., Any], layer_maker: Callable[..., Any], tmp_path: Path
+) -> None:
+    """HardSwish of what is read once more becomes two nodes without a name."""
+    written = write_layers(tmp_path / "a", [layer_maker("a", 0, 3, 8, 3, scale=0.9), layer_maker("b", 1, 8, 4, 1, scale=1.0, relu=False)])
+    model = onnx.load_model_from_string(written.artifact.model_bytes())
+    for node in model.graph.node:
+        if node.op_type == "Relu":
+            node.op_type = "HardSwish"
+    swish = write_layers(tmp_path / "swish", written.layers, model=model).artifact
+    kernels = onnxruntime_kernels(swish, images(), **OPTIONS).kernels
+    assert {"HardSigmoid", "Mul"} <= {kernel.kind for kernel in kernels}, "the engine has a kernel of its own: this test plants nothing"
+    sources = {kernel.name: [operand.source for operand in kernel.inputs if operand.source] for kernel in kernels}
+    reached, front = set(), ["b"]
+    while front:
+        reached.add(front[-1])
+        front += [source for source in sources.get(front.pop(), []) if source not in reached]
+    assert {"a", IMAGES} <= reached
+
+
+def test_images_that_the_model_does_not_take_are_one_line(
+    write_layers: Callable[..., Any], layer_maker: Callable[..., Any], tmp_path: Path
+) -> None:
+    written = write_layers(tmp_path / "a", [layer_maker("a", 0, 3, 8, 3, scale=0.9)])
+    model = onnx.load_model_from_string(written.artifact.model_bytes())
+    (conv,) = (node for node in model.graph.node if node.op_type == "Conv")
+    del conv.attribute[[attribute.name for attribute in conv.attribute].index("pads")]
+    strict = write_layers(tmp_path / "strict", written.layers, model=model).artifact
+    with pytest.raises(ArtifactError, match=r"cannot run it on images of shape \(1, 2, 2, 3\)") as caught:
+        onnxruntime_kernels(strict, images()[:, :2, :2].copy(), **OPTIONS)
     assert "\n" not in str(caught.value)

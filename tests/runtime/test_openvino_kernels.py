@@ -118,6 +118,41 @@ def test_the_products_of_an_attention_are_counted_fused_or_not(
     assert all(kernel.compute for kernel in execution.kernels if kernel.macs)
 
 
+def normalised(path: Path, write_layers: Callable[..., Any], layer_maker: Callable[..., Any]) -> Any:
+    """Float convolutions, one of them depthwise, named after the norms that were folded into them."""
+    rng = np.random.default_rng(4)
+    nodes = [
+        helper.make_node("Conv", ["x", "model.a.0.weight"], ["a"], name="a.1", pads=[1] * 4),
+        helper.make_node("Relu", ["a"], ["b"], name="relu"),
+        helper.make_node("Conv", ["b", "model.b.0.weight"], ["c"], name="b.1", pads=[1] * 4, group=16),
+        helper.make_node("Conv", ["c", "model.head.weight"], ["scores"], name="head"),
+    ]
+    shapes = {"model.a.0.weight": (16, 4, 3, 3), "model.b.0.weight": (16, 1, 3, 3), "model.head.weight": (5, 16, 1, 1)}
+    values = {name: rng.normal(size=shape).astype(np.float32) for name, shape in shapes.items()}
+    plain = write_model(write_layers, layer_maker, path / "plain", nodes, values, 5)
+    model = onnx.load_model_from_string(plain.model_bytes())
+    recorded = [layer_maker(name, 0, channels, 5, 1, scale=1.0) for name, channels in (("a.0", 4), ("b.0", 5), ("head", 5))]
+    return write_layers(path / "recorded", recorded, model=model).artifact
+
+
+def test_layers_are_found_under_the_names_of_their_norms(
+    write_layers: Callable[..., Any], layer_maker: Callable[..., Any], tmp_path: Path
+) -> None:
+    kernels = openvino_kernels(normalised(tmp_path, write_layers, layer_maker), images(4), **OPTIONS).kernels
+    assert {kernel.name: kernel.layer for kernel in kernels if kernel.compute} == {"a.1": "a.0", "b.1": "b.0", "head": "head"}
+
+
+@pytest.mark.skipif("BF16" not in CAPABILITIES, reason="this CPU has no BF16")
+def test_weights_of_a_16_bit_product_are_two_bytes_each(
+    write_layers: Callable[..., Any], layer_maker: Callable[..., Any], tmp_path: Path
+) -> None:
+    artifact = normalised(tmp_path, write_layers, layer_maker)
+    execution = openvino_kernels(artifact, images(4), **(OPTIONS | {"precision": "bf16"}))
+    sizes = {kernel.layer: (kernel.precision, kernel.inputs[1].bytes) for kernel in execution.kernels if kernel.layer}
+    assert sizes["b.0"] == ("bf16", 2 * 16 * 9)
+    assert sizes["head"] == ("bf16", 2 * 16 * 5)
+
+
 def test_a_transposed_convolution_is_counted(write_layers: Callable[..., Any], layer_maker: Callable[..., Any], tmp_path: Path) -> None:
     rng = np.random.default_rng(2)
     nodes = [

@@ -119,6 +119,13 @@ def test_what_cannot_be_profiled_is_one_line(convolutions: Any, options: dict[st
     assert "\n" not in str(caught.value)
 
 
+@pytest.mark.parametrize("engine", ["openvino", "onnxruntime"])
+def test_images_that_no_memory_holds_are_one_line(convolutions: Any, engine: str) -> None:
+    with pytest.raises(DataError, match=r"their scores alone take 3.5e\+05 GB, and this machine has .* GB: give a smaller shape") as caught:
+        profile(convolutions.path, engine=engine, shape=(100, 999_999, 99_999), ceilings=CEILINGS)
+    assert "\n" not in str(caught.value)
+
+
 def test_a_folder_without_an_artefact_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ArtifactError, match="no such artefact"):
         profile(tmp_path / "none", ceilings=CEILINGS)
@@ -136,7 +143,7 @@ def test_notes_say_what_to_doubt(convolutions: Any) -> None:
     assert any("the kernels' medians sum to" in note and "interruptions" in note for note in told(3 * total, 0.0, 3 * total))
     assert any("an inference with counters on took" in note for note in told(total, 0.0, 2 * total))
     (missing,) = told(total, 0.0, total, tuple(kernel for kernel in result.kernels if kernel.layer != "body"))[-1:]
-    assert missing == "1 recorded layers have no kernel of their name: body"
+    assert missing == "1 recorded layer has no kernel of its name: body"
 
 
 def test_products_above_their_ceiling_are_a_note(convolutions: Any) -> None:
@@ -144,4 +151,6 @@ def test_products_above_their_ceiling_are_a_note(convolutions: Any) -> None:
     low, high = (replace(CEILINGS, gmacs=dict.fromkeys(CEILINGS.gmacs, rate)) for rate in (1e-3, 1e9))
     (note,) = above(result.kernels, low)
     assert note.startswith("4 products are faster than the ceiling of their precision, stem for one")
+    (note,) = above([kernel for kernel in result.kernels if kernel.name == "stem"], low)
+    assert note.startswith("1 product is faster than the ceiling of its precision, stem: ")
     assert list(above(result.kernels, high)) == []

@@ -90,8 +90,8 @@ def _profile_run(run: Path, target: Path, *, size: str | None, batch: int | None
         print_json(asdict(measured))
         return
     out.print(
-        f"whole     {measured.whole_ms:.2f} ms for {batch or 1} x {H} x {W} in {measured.engine} {measured.precision}, {measured.threads} "
-        f"threads, the profiler on (median of {rounds} calls)",
+        f"whole     {measured.whole_ms:.2f} ms for {batch or 1} x {H} x {W} in {measured.engine} {measured.precision}, "
+        f"{_count(measured.threads, 'thread')}, the profiler on (median of {_count(rounds, 'call')})",
         markup=False,
     )
     rows = [[layer.name, layer.kind, f"{layer.ms:.2f}", f"{layer.ms / measured.whole_ms:.0%}"] for layer in measured.layers[:TOP]]
@@ -102,7 +102,7 @@ def _profile_run(run: Path, target: Path, *, size: str | None, batch: int | None
 
 def _target(artifact: Path, output: Path | None) -> Path:
     there = artifact.resolve()
-    target = output if output is not None else artifact.parent / f"{there.name}-profile"
+    target = output if output is not None else there.parent / f"{there.name}-profile"
     if there in (target.resolve(), *target.resolve().parents):
         raise DataError(f"--output {target}: that is in the artefact, which holds its own files only: name a folder elsewhere")
     return target
@@ -129,6 +129,10 @@ def parse_size(size: str) -> tuple[int, int]:
     return int(match[1]), int(match[2] or match[1])
 
 
+def _count(count: int, what: str) -> str:
+    return f"{count} {what}{'' if count == 1 else 's'}"
+
+
 def _text(document: Mapping[str, Any]) -> str:
     return json.dumps(document, ensure_ascii=False, allow_nan=False) + "\n"
 
@@ -137,7 +141,7 @@ def _print(document: Mapping[str, Any]) -> None:
     B, H, W = document["shape"]
     out.print(
         f"whole     {document['whole_ms']:.2f} ms for {B} x {H} x {W} in {document['engine']}, float layers in {document['precision']}, "
-        f"{document['threads']} thread{'' if document['threads'] == 1 else 's'} (median of {document['rounds']} calls)",
+        f"{_count(document['threads'], 'thread')} (median of {_count(document['rounds'], 'call')})",
         markup=False,
     )
     wins = [finding for finding in document["findings"] if finding["saves_ms"] is not None]

@@ -98,7 +98,7 @@ class KernelCells:
 
 @dataclass(frozen=True, kw_only=True)
 class Win:
-    """What could be won: how much, of which part of the latency, and the words, in parts between which a line may break."""
+    """What could be won: how much, which part of the profiled time it is, and the words, in parts between which a line may break."""
 
     figure: str
     share: str
@@ -156,12 +156,17 @@ def headline_parts(profile: Profile) -> tuple[list[str], str]:
     images = "an image" if profile.shape[0] == 1 else f"{profile.shape[0]} images"
     least = least_ms(profile.kernels)
     told = [f"{text.milliseconds(profile.whole_ms)} for {images} of {_size(profile)}"]
-    return told, f"at {text.percent(least / profile.whole_ms, 0)} of the machine's ceiling" if least and not beyond(profile) else ""
+    return told, f"at {text.percent(least / profile.whole_ms, 0)} of the machine's ceiling" if least and not _doubtful(profile) else ""
 
 
 def least_ms(kernels: tuple[KernelRow, ...] | list[KernelRow]) -> float:
     """Milliseconds that `kernels` would take at the ceilings; one whose ceiling is not known counts nothing."""
     return sum(kernel.attainable_ms or 0.0 for kernel in kernels)
+
+
+def _doubtful(profile: Profile) -> bool:
+    """Whether the ceilings were measured too low: kernels, or the whole call, are faster than they allow."""
+    return bool(beyond(profile)) or least_ms(profile.kernels) > profile.whole_ms
 
 
 def by_gain(findings: tuple[Finding, ...]) -> list[Finding]:
@@ -175,9 +180,9 @@ def panes(profile: Profile) -> list[Pane]:
     found = [Pane(label="Latency", figure=text.milliseconds(profile.whole_ms), detail=f"{_size(profile)}, {rounds}")]
     least = least_ms(profile.kernels)
     if least:
-        share = text.percent(least / profile.whole_ms, 0)
-        doubt = "; the ceilings are too low" if beyond(profile) else ""
-        found.append(Pane(label="At the ceilings", figure=text.milliseconds(least), detail=f"{share} of the latency{doubt}"))
+        share = "more than" if least > profile.whole_ms else f"{text.percent(least / profile.whole_ms, 0)} of"
+        doubt = "; the ceilings are too low" if _doubtful(profile) else ""
+        found.append(Pane(label="At the ceilings", figure=text.milliseconds(least), detail=f"{share} the latency{doubt}"))
     if profile.kinds:
         first = _by_time(profile)[0]
         detail = f"{first.kind or '–'}, {text.milliseconds(first.ms)}"
@@ -266,7 +271,8 @@ def _cells(kernel: KernelRow, profile: Profile, longest: float) -> KernelCells:
 def _win(finding: Finding, profile: Profile) -> Win:
     if finding.saves_ms is None:
         return Win(figure="", share="", words=breakable(finding.words))
-    share = f"{text.percent(finding.saves_ms / profile.whole_ms)} of the latency"
+    # Findings are told of the call with counters on, as in their words; without, it is shorter.
+    share = f"{text.percent(min(1.0, finding.saves_ms / profile.profiled_ms))} of the time"
     return Win(figure=f"up to {text.milliseconds(finding.saves_ms)}", share=share, words=breakable(finding.words))
 
 

@@ -268,10 +268,14 @@ def _dot(kernel: KernelRow, scale: _Scale) -> Dot:
 
 def _roofs(ceilings: Ceilings, used: set[str], scale: _Scale) -> tuple[Roof, ...]:
     roofs, above = [], math.inf
-    # Lowest first: a label that would lie on the one below moves up.
+    lines = sorted((scale.y(roof) for roof in ceilings.gmacs.values()), reverse=True)
+    # Lowest first: a label that would lie on the one below, or on the line of a higher roof, moves up.
     for precision, roof in sorted(ceilings.gmacs.items(), key=lambda pair: pair[1]):
         y = scale.y(roof)
         above = min(y - 5, above - FONT - 2)
+        for line in lines:
+            if above - FONT - 1 < line < above + 4:
+                above = line - 5
         label = f"{printable(precision)} {text.three_digits(roof)} GMAC/s"
         left = scale.x(roof / ceilings.copy_gb_s)
         roofs.append(Roof(family=family_of(precision), used=precision in used, left=left, y=y, label=label, label_y=round(above, 1)))

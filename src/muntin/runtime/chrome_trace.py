@@ -26,7 +26,11 @@ def chrome_trace(profile: Profile) -> dict[str, Any]:
     return {
         "displayTimeUnit": "ms",
         "traceEvents": [
-            _named("process_name", WHOLE, f"{profile.engine}, {profile.threads} threads, {profile.precision}"),
+            _named(
+                "process_name",
+                WHOLE,
+                f"{profile.engine}, {profile.threads} thread{'' if profile.threads == 1 else 's'}, {profile.precision}",
+            ),
             _named("thread_name", WHOLE, "inference"),
             _named("thread_name", KERNELS, "kernels"),
             _complete("inference", "whole", WHOLE, 0.0, profile.profiled_ms, {"whole_ms without counters": profile.whole_ms}),

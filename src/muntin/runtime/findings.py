@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import prod
 
 from muntin.runtime.kernels import CONVERT, COPIES, ELEMENTWISE, IMAGES, LAYOUT, PRECISIONS, PRODUCTS, Kernel, macs_ms
@@ -23,6 +23,8 @@ BETWEEN_SHARE = 0.05
 """Of the time: what passes between kernels is worth a line from here."""
 NAMED = 3
 """Kernels that a finding names; the others are counted."""
+SHOWN = 0.005
+"""In ms: from here a kernel is named."""
 FEW_CHANNELS = 64
 """Up to here a product's blocks are not full: vector units take 16 to 64 8-bit channels at a time, and several such blocks at once."""
 LITTLE_WORK = 5e6
@@ -33,8 +35,8 @@ LITTLE_WORK = 5e6
 class Finding:
     """One reason for the time that a call takes.
 
-    `kind`: one word for the rule that found it. `saves_ms`: at most so much less of `profiled_ms`, None where it is not known or not the
-    artefact's doing. `kernels`: the names of those that it is about, longest first.
+    `kind`: one word for the rule that found it. `saves_ms`: at most so much less of `profiled_ms`, and never more than that; None where
+    it is not known or not the artefact's doing. `kernels`: the names of those that it is about, longest first.
     """
 
     kind: str
@@ -46,10 +48,15 @@ class Finding:
 def findings(profile: Profile) -> tuple[Finding, ...]:
     """All findings, those that save most first, those that save nothing by themselves last."""
     graph = _Graph(profile)
-    found = [finding for rule in RULES for finding in rule(profile, graph)]
+    found = [_within(finding, profile.profiled_ms) for rule in RULES for finding in rule(profile, graph)]
     least = LEAST_SHARE * profile.profiled_ms
     worth = [finding for finding in found if finding.saves_ms is None or finding.saves_ms >= least or finding.kind in _ALWAYS]
     return tuple(sorted(worth, key=lambda finding: (finding.saves_ms is None, -(finding.saves_ms or 0.0))))
+
+
+def _within(finding: Finding, profiled_ms: float) -> Finding:
+    """Medians of kernels may sum to more than the median of the whole."""
+    return finding if finding.saves_ms is None else replace(finding, saves_ms=min(finding.saves_ms, profiled_ms))
 
 
 class _Graph:
@@ -61,10 +68,19 @@ class _Graph:
         for kernel in profile.kernels:
             for source in self._sources(kernel.name):
                 self._readers.setdefault(source, []).append(kernel.name)
-        computed = [kernel.name for kernel in profile.kernels if kernel.compute]
-        after = [kernel for kernel in profile.kernels if computed and not kernel.compute and not self._nearest(kernel.name, self._reading)]
-        self.tail = frozenset(kernel.name for kernel in after if self._nearest(kernel.name, self._sources))
-        """Kernels after the last layer: they only bring the scores to where they are wanted."""
+        self.tail = frozenset(self._tail(profile))
+        """Kernels after the last layer: they only bring the scores to where they are wanted. None where a layer was not found among the
+        kernels, since it may be in them."""
+
+    def _tail(self, profile: Profile) -> Iterator[str]:
+        found = {kernel.layer for kernel in profile.kernels}
+        if not found.issuperset(record.name for record in profile.artifact.manifest.layers):
+            return
+        for kernel in profile.kernels:
+            if not _is_product(kernel) and self._nearest(kernel.name, self._reading) is None:
+                last = self._nearest(kernel.name, self._sources)
+                if last is not None and last.layer is not None:
+                    yield kernel.name
 
     def _sources(self, name: str) -> list[str]:
         return [operand.source for operand in self.kernels[name].inputs if operand.source in self.kernels]
@@ -73,13 +89,13 @@ class _Graph:
         return self._readers.get(name, [])
 
     def _nearest(self, name: str, step: Callable[[str], list[str]]) -> Kernel | None:
-        """The nearest compute kernel in one direction, in the order of the graph where several are as near."""
+        """The nearest product in one direction, in the order of the graph where several are as near."""
         seen, front = {name}, [name]
         while front:
             front = [further for near in front for further in step(near) if further not in seen]
             seen.update(front)
             for found in front:
-                if self.kernels[found].compute:
+                if _is_product(self.kernels[found]):
                     return self.kernels[found]
         return None
 
@@ -134,12 +150,13 @@ def _passes(kind: str, what: str, profile: Profile, graph: _Graph, kernels: Sequ
     kernels = _longest(kernels)
     total = _sum(kernels)
     largest = [
-        f"{_article(kernel.kind)} {kernel.kind}{_layouts(kernel)} {graph.place(kernel)} ({_ms(kernel.ms)} ms)" for kernel in kernels[:NAMED]
+        f"{_article(kernel.kind)} {kernel.kind}{_layouts(kernel)} {graph.place(kernel)} ({_ms(kernel.ms)} ms)" for kernel in _named(kernels)
     ]
-    verb = "the largest are" if len(kernels) > 1 else "it is"
+    verb = "it is" if len(kernels) == 1 else "the largest is" if len(largest) == 1 else "the largest are"
+    places = f"{verb} {', '.join(largest)}{_more(len(kernels) - len(largest))}" if largest else f"{_count(len(kernels), 'short pass')}"
     return Finding(
         kind=kind,
-        words=f"{_share(total, profile)} {what}: {verb} {', '.join(largest)}{_more(len(kernels) - NAMED)}",
+        words=f"{_share(total, profile)} {what}: {places}",
         saves_ms=saves,
         kernels=_names(kernels),
     )
@@ -159,12 +176,13 @@ def _output(profile: Profile, graph: _Graph) -> Iterator[Finding]:
     shape = signature.scores_shape(*profile.shape)
     pixels = prod(shape) if signature.task == "restore" else prod(shape) // signature.outputs
     wanted = "an image of bytes" if signature.task == "restore" else "labels of one byte"
-    ways = ", ".join(f"{kernel.kind} {kernel.name} ({_ms(kernel.ms)} ms)" for kernel in kernels[:NAMED])
+    named = _named(kernels) or kernels[:1]
+    ways = ", ".join(f"{kernel.kind} {kernel.name} ({_ms(kernel.ms)} ms)" for kernel in named)
     total = _sum(kernels)
     yield Finding(
         kind="output",
         words=f"{_share(total, profile)} is writing the scores, "
-        f"{_bytes(4 * prod(shape))} of float32 {shape}, after the last layer: {ways}{_more(len(kernels) - NAMED)}; {wanted} would be "
+        f"{_bytes(4 * prod(shape))} of float32 {shape}, after the last layer: {ways}{_more(len(kernels) - len(named))}; {wanted} would be "
         f"{_bytes(pixels)}",
         saves_ms=max(0.0, total - (4 * prod(shape) + pixels) / profile.ceilings.copy_gb_s / 1e6),
         kernels=_names(kernels),
@@ -223,14 +241,14 @@ def _float_layers(profile: Profile, graph: _Graph) -> Iterator[Finding]:
     for kernel in kernels:
         groups.setdefault(_pattern(kernel.label), []).append(kernel)
     longest = sorted(groups.items(), key=lambda group: -_sum(group[1]))
-    names = ", ".join(f"{name} ({_ms(_sum(group))} ms)" for name, group in longest[:NAMED])
+    names = ", ".join(f"{name if len(group) > 1 else group[0].label} ({_ms(_sum(group))} ms)" for name, group in longest[:NAMED])
     kinds = " and ".join(sorted({PRECISIONS.get(kernel.precision, kernel.precision) for kernel in kernels}))
     half = _all_in_precision(kernels, "bf16", profile) if profile.precision == "f32" else None
     ways = f"in INT8 about {_ms(least)} ms" + (f", in BF16 about {_ms(half)}" if half is not None and half < 0.9 * total else "")
     yield Finding(
         kind="float",
-        words=f"{_share(total, profile)} is {len(kernels)} products in {kinds} that the artefact does not quantise: "
-        f"{names}{_more(len(longest) - NAMED)}; {ways}, at a cost in accuracy to be measured",
+        words=f"{_share(total, profile)} is {_count(len(kernels), 'product')} in {kinds} that the artefact does not "
+        f"quantise: {names}{_more(len(longest) - NAMED)}; {ways}, at a cost in accuracy to be measured",
         saves_ms=total - least,
         kernels=_names(kernels),
     )
@@ -246,7 +264,8 @@ def _ceilings(profile: Profile, graph: _Graph) -> Iterator[Finding]:
             shapes = tuple(operand.shape for operand in (*kernel.inputs, *kernel.outputs))
             alike.setdefault((_pattern(kernel.label), kernel.precision, shapes), []).append(kernel)
     for kernels in alike.values():
-        yield _far_from_ceiling(_longest(kernels), profile)
+        if _ms(_sum(kernels)) != _ms(_attainable(profile, kernels)):  # otherwise too short for the engine's clock
+            yield _far_from_ceiling(_longest(kernels), profile)
 
 
 def _far_from_ceiling(kernels: list[Kernel], profile: Profile) -> Finding:
@@ -268,6 +287,8 @@ def _far_from_ceiling(kernels: list[Kernel], profile: Profile) -> Finding:
 
 def _reasons(kernel: Kernel) -> list[str]:
     """What of a product's shape and types is known to keep kernels from their ceiling."""
+    if not kernel.inputs or not kernel.outputs:
+        return []
     entry, output = kernel.inputs[0], kernel.outputs[0]
     axis = 1 if "Conv" in kernel.kind or kernel.kind == "Deconvolution" else -1
     channels, outputs = entry.shape[axis], output.shape[axis]
@@ -280,7 +301,8 @@ def _reasons(kernel: Kernel) -> list[str]:
     if kernel.precision == "i8" and output.type not in ("u8", "i8"):
         reasons.append(f"it writes {_bytes(output.bytes)} of {output.type}, since what follows takes no integers")
     if kernel.macs < LITTLE_WORK:
-        reasons.append(f"little work, {kernel.macs / 1e6:.1f} million multiply-adds")
+        work = f"{kernel.macs / 1e6:.1f} million" if kernel.macs >= 5e4 else f"{kernel.macs:,}"
+        reasons.append(f"little work, {work} multiply-adds")
     return reasons
 
 
@@ -309,7 +331,7 @@ def _threads(profile: Profile, graph: _Graph) -> Iterator[Finding]:
             if faster
             else f"{_ms(then)} ms, with {profile.threads} {_ms(now)}: threads beyond the cores gain nothing reliable"
         ),
-        saves_ms=now - then if faster else None,
+        saves_ms=(now - then) / now * profile.profiled_ms if faster else None,
     )
 
 
@@ -345,6 +367,15 @@ def _of(profile: Profile, graph: _Graph, group: str) -> list[Kernel]:
     return [kernel for kernel in profile.kernels if kernel.group == group and kernel.name not in graph.tail and kernel.ms > 0]
 
 
+def _is_product(kernel: Kernel) -> bool:
+    return kernel.compute or kernel.macs > 0
+
+
+def _named(kernels: Sequence[Kernel]) -> list[Kernel]:
+    """The first few of sorted kernels, without those whose time is nothing in the digits that are shown."""
+    return [kernel for kernel in kernels[:NAMED] if kernel.ms >= SHOWN]
+
+
 def _longest(kernels: Iterable[Kernel]) -> list[Kernel]:
     return sorted(kernels, key=lambda kernel: -kernel.ms)
 
@@ -374,12 +405,18 @@ def _more(count: int) -> str:
     return f", and {count} more" if count > 0 else ""
 
 
+def _count(count: int, what: str) -> str:
+    return f"{count} {what}{'' if count == 1 else 'es' if what.endswith('s') else 's'}"
+
+
 def _article(word: str) -> str:
     return "an" if word[:1] in "AEIOU" else "a"
 
 
 def _ms(ms: float) -> str:
-    return f"{ms:.0f}" if ms >= 9.95 else f"{ms:.1f}" if ms >= 0.95 else f"{ms:.2f}"
+    if ms < 0.0005:
+        return "0"
+    return f"{ms:.0f}" if ms >= 9.95 else f"{ms:.1f}" if ms >= 0.95 else f"{ms:.2f}" if ms >= 0.0095 else f"{ms:.3f}"
 
 
 def _bytes(count: int) -> str:

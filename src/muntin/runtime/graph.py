@@ -8,43 +8,74 @@ it must not make it pass for that layer.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from collections.abc import Collection, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
 
 import onnx
 
 COMPUTE = frozenset({"Conv", "ConvTranspose", "MatMul", "Gemm"})
 AFFINE = frozenset({"Mul", "Add", "Sub", "Div", "BatchNormalization"})
+ACTIVATIONS = frozenset({"Relu", "Clip", "LeakyRelu", "PRelu", "Elu", "Sigmoid", "HardSigmoid", "HardSwish", "Tanh", "Gelu"})
+
+
+@dataclass(frozen=True)
+class Weight:
+    """The constant that a node multiplies by: its name and shape as stored in the model; `groups` of a convolution, otherwise 1."""
+
+    name: str
+    shape: tuple[int, ...]
+    groups: int = 1
 
 
 @dataclass(frozen=True)
 class ComputeNodes:
-    """The names of the nodes that multiply, and what else engines call them by: the graph output they give, a scale merged into them."""
+    """The names of the nodes that multiply, and what else engines call them by.
+
+    `outputs`: the graph output that a node gives, a scale merged into it. `fused`: what an engine that fuses more names its kernel by,
+    the node's own output and those of a sum and an activation that alone read it; a sum of two products may be either's. `weights`:
+    of the nodes that multiply by a constant.
+    """
 
     names: frozenset[str]
     outputs: dict[str, str]
+    fused: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    weights: Mapping[str, Weight] = field(default_factory=dict)
 
-    def find(self, reported: Iterable[str], *, derived: bool) -> str | None:
+    def find(self, reported: Iterable[str], *, derived: bool, taken: Collection[str] = frozenset()) -> str | None:
         """The compute node that a kernel's reported names belong to; None when there is none.
 
-        `derived`: names that the engine made by adding to a node's ("conv1/WithoutBiases", "conv1_token_0", "fused conv1") count too.
+        `derived`: names that the engine made by adding to a node's ("conv1/WithoutBiases", "conv1_token_0", "fused conv1", "relu1_nchwc")
+        count too. `taken`: nodes that are other kernels' already, which tells whose a sum of two products is.
         """
-        for name in reported:
+        names = list(reported)
+        for name in names:
             if (found := self._exact(name)) is not None:
                 return found
             if not derived:
                 continue
-            shorter = re.sub(r"_token_\d+$", "", name.removeprefix("fused "))
+            shorter = _plain(name)
             while True:
                 if (found := self._exact(shorter)) is not None:
                     return found
                 shorter, slash, _ = shorter.rpartition("/")
                 if not slash:
                     break
-        return None
+        return self._fused(names, taken) if derived else None
 
     def _exact(self, name: str) -> str | None:
         return name if name in self.names else self.outputs.get(name)
+
+    def _fused(self, names: Iterable[str], taken: Collection[str]) -> str | None:
+        for name in names:
+            left = [node for node in self.fused.get(_plain(name), ()) if node not in taken]
+            if len(left) == 1:
+                return left[0]
+        return None
+
+
+def _plain(name: str) -> str:
+    """A name without what ONNX Runtime adds: to tell copies apart, to say that it fused, or laid channels out in blocks ("NCHWc")."""
+    return re.sub(r"_token_\d+$", "", name.removeprefix("fused ")).removesuffix("_nchwc")
 
 
 def compute_nodes(model: bytes) -> ComputeNodes:
@@ -53,6 +84,7 @@ def compute_nodes(model: bytes) -> ComputeNodes:
     names = {node.name or node.output[0]: node for node in graph.node if node.op_type in COMPUTE}
     outputs = {output.name for output in graph.output}
     aliases = {node.output[0]: name for name, node in names.items() if node.output[0] in outputs}
+    fused: dict[str, tuple[str, ...]] = {}
     readers: dict[str, list[onnx.NodeProto]] = {}
     for node in graph.node:
         for tensor in node.input:
@@ -61,18 +93,35 @@ def compute_nodes(model: bytes) -> ComputeNodes:
     for name, node in names.items():
         for follower in _affine_followers(node, readers, constants):
             aliases |= {called: name for called in (follower.name, follower.output[0]) if called}
-    return ComputeNodes(names=frozenset(names), outputs=aliases)
+        for called in _fused_names(node, readers, constants):
+            fused[called] = (*fused.get(called, ()), name)
+    return ComputeNodes(names=frozenset(names), outputs=aliases, fused=fused, weights=_weights(graph, names))
 
 
 def _affine_followers(node: onnx.NodeProto, readers: dict[str, list[onnx.NodeProto]], constants: set[str]) -> Iterator[onnx.NodeProto]:
     """What an engine merges into a product and may name it by: scales and biases that alone read it, one after the other."""
-    while len(found := readers.get(node.output[0], [])) == 1:
-        (follower,) = found
+    while (follower := _only_reader(node, readers)) is not None:
         others = [tensor for tensor in follower.input if tensor != node.output[0]]
         if follower.op_type not in AFFINE or not constants.issuperset(others):
             return
         yield follower
         node = follower
+
+
+def _fused_names(node: onnx.NodeProto, readers: dict[str, list[onnx.NodeProto]], constants: set[str]) -> Iterator[str]:
+    """The outputs that a kernel of this product may give: its own, and after scales and biases those of one sum and one activation."""
+    yield node.output[0]
+    last = [node, *_affine_followers(node, readers, constants)][-1]
+    for allowed in (frozenset({"Add"}), ACTIVATIONS):
+        follower = _only_reader(last, readers)
+        if follower is not None and follower.op_type in allowed:
+            yield follower.output[0]
+            last = follower
+
+
+def _only_reader(node: onnx.NodeProto, readers: dict[str, list[onnx.NodeProto]]) -> onnx.NodeProto | None:
+    found = readers.get(node.output[0], [])
+    return found[0] if len(found) == 1 else None
 
 
 def _constants(graph: onnx.GraphProto) -> set[str]:
@@ -82,3 +131,20 @@ def _constants(graph: onnx.GraphProto) -> set[str]:
         if constants.issuperset(node.input):
             constants.update(node.output)
     return constants
+
+
+def _weights(graph: onnx.GraphProto, names: Mapping[str, onnx.NodeProto]) -> dict[str, Weight]:
+    """The stored constant behind the second input of each compute node, dequantised or not."""
+    stored = {initializer.name: initializer for initializer in graph.initializer}
+    for node in graph.node:
+        if node.op_type in ("DequantizeLinear", "Cast", "Identity") and node.input[0] in stored:
+            stored[node.output[0]] = stored[node.input[0]]
+    return {
+        name: Weight(name=stored[node.input[1]].name, shape=tuple(stored[node.input[1]].dims), groups=_groups(node))
+        for name, node in names.items()
+        if len(node.input) > 1 and node.input[1] in stored
+    }
+
+
+def _groups(node: onnx.NodeProto) -> int:
+    return next((int(attribute.i) for attribute in node.attribute if attribute.name == "group"), 1)

@@ -145,7 +145,8 @@ def macs_ms(macs: int, precision: str, ceilings: Ceilings) -> float | None:
 def layer_of(node: str | None, weight: str, records: Sequence[LayerRecord]) -> str | None:
     """The recorded layer of a compute node: of its name, or of a prefix of it before a "/".
 
-    A float convolution may carry the name of a norm that was folded into it; then the layer is that of its weight's name.
+    A float convolution may carry the name of a norm that was folded into it; then the layer is that of its weight's name in the model,
+    which an engine may have changed.
     """
     if node is None:
         return None

@@ -48,7 +48,7 @@ _GRAPH_DECONVOLUTIONS = frozenset({"ConvolutionBackpropData", "GroupConvolutionB
 def openvino_kernels(artifact: Artifact, images_BHWC: NDArray[np.uint8], *, precision: str, threads: int | None, rounds: int) -> Execution:
     """Compiles an artefact for these images with counters on, runs it `rounds` times and reads what was executed.
 
-    Costs a compilation and `rounds` + 2 inferences. Raises ArtifactError for a model that OpenVINO cannot read or compile.
+    Costs a compilation and `rounds` + 2 inferences. Raises ArtifactError for a model that OpenVINO cannot read, compile or run.
     """
     core = openvino.Core()
     hint = choose_precision(core, precision, artifact.manifest.precision)
@@ -72,10 +72,19 @@ def openvino_kernels(artifact: Artifact, images_BHWC: NDArray[np.uint8], *, prec
             f"{artifact.path}: OpenVINO {openvino.__version__} cannot compile it for images of shape {images_BHWC.shape}: {one_line(error)}"
         ) from error
     with signal_stack_kept():
-        times = _measure(compiled.create_infer_request(), images_BHWC, rounds)
+        try:
+            times = _measure(compiled.create_infer_request(), images_BHWC, rounds)
+        except RuntimeError as error:
+            shape = images_BHWC.shape
+            raise ArtifactError(
+                f"{artifact.path}: OpenVINO {openvino.__version__} cannot run it on images of shape {shape}: {one_line(error)}"
+            ) from error
         ops = _executed_ops(compiled.get_runtime_model(), set(times.kernels))
-    names = _Names(ops, compute_nodes(data), {node.name: node.op_type for node in onnx.load_model_from_string(data).graph.node})
-    kernels = tuple(_kernel(op, names, macs, times.kernels[op.name], artifact) for op in ops)
+    nodes = compute_nodes(data)
+    names = _Names(ops, nodes, {node.name: node.op_type for node in onnx.load_model_from_string(data).graph.node})
+    weights = {name: weight.name for name, weight in nodes.weights.items()}
+    layers = {name: layer_of(name, weights.get(name, ""), artifact.manifest.layers) for name in nodes.names}
+    kernels = tuple(_kernel(op, names, macs, times.kernels[op.name], layers) for op in ops)
     return Execution(kernels=kernels, profiled_ms=times.whole, between_ms=times.between, precision=hint, threads=used)
 
 
@@ -192,7 +201,7 @@ class _Names:
         claimed: set[str] = set()
         for op in (op for op in ops if op.kind in MULTIPLY):
             # a MatMul that lost its name in a fusion: its weight kept it
-            node = nodes.find(op.originals, derived=True) or nodes.find([op.second], derived=True)
+            node = nodes.find(op.originals, derived=True, taken=claimed) or nodes.find([op.second], derived=True, taken=claimed)
             if node is not None:
                 self.nodes[op.name] = (node,)
                 claimed.add(node)
@@ -218,11 +227,12 @@ class _Names:
         return [self._types.get(name) or re.sub(r"_?\d*$", "", name) for name in op.originals]
 
 
-def _kernel(op: _Op, names: _Names, graph: Mapping[str, int], ms: float, artifact: Artifact) -> Kernel:
+def _kernel(op: _Op, names: _Names, graph: Mapping[str, int], ms: float, layers: Mapping[str, str | None]) -> Kernel:
     nodes = names.nodes.get(op.name, ())
     macs = _macs(op) if op.kind in MULTIPLY else sum(graph.get(node, 0) for node in nodes)
     inputs = tuple(
-        replace(value, source=None if value.source is None else names.shown.get(value.source, value.source)) for value in op.inputs
+        replace(value, source=None if value.source is None else names.shown.get(value.source, value.source))
+        for value in (_constants_as_read(op) if op.kind in MULTIPLY else op.inputs)
     )
     return Kernel(
         name=names.shown[op.name],
@@ -230,12 +240,22 @@ def _kernel(op: _Op, names: _Names, graph: Mapping[str, int], ms: float, artifac
         implementation=op.implementation,
         precision=op.precision,
         compute=bool(nodes),
-        layer=layer_of(nodes[0], op.second, artifact.manifest.layers) if nodes else None,
+        layer=layers.get(nodes[0]) if nodes else None,
         ms=ms,
         macs=macs,
         inputs=inputs,
         outputs=op.outputs,
         group=group_of(op.kind, macs, names.operations(op), inputs, op.outputs),
+    )
+
+
+def _constants_as_read(op: _Op) -> tuple[Operand, ...]:
+    """The inputs of a product. One in 16 bits keeps its constants in 16 bits too, though the compiled model still shows them in float32."""
+    if op.precision not in ("bf16", "f16"):
+        return op.inputs
+    return tuple(
+        replace(value, type=op.precision, bytes=2 * prod(value.shape)) if value.source is None and value.type == "f32" else value
+        for value in op.inputs
     )
 
 

@@ -8,9 +8,11 @@ kernel      its own time, multiply-adds and bytes; the ceilings say what the two
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from math import prod
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -18,11 +20,11 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from muntin.artifact import Artifact, Manifest, open_artifact
+from muntin.artifact import Artifact, Manifest, Signature, open_artifact
 from muntin.errors import DataError, DependencyError
 from muntin.runtime.contention import watch_cpu
 from muntin.runtime.engines import DEFAULT_ENGINE, PRECISIONS, load
-from muntin.runtime.hardware import describe_hardware, physical_cores
+from muntin.runtime.hardware import describe_hardware, memory_gib, physical_cores
 from muntin.runtime.kernels import Ceilings, Execution, Kernel
 from muntin.runtime.session import Session, check_threads
 
@@ -112,17 +114,18 @@ def profile(
     """Measures an artefact on one shape (B, H, W): the whole call, and every kernel that the engine executes.
 
     `shape` None: the manifest's example, or one image of 512 x 512 (of the recorded side for "classify"). The images are the artefact's
-    first golden ones, mirrored until they fill the shape. `ceilings` None: measured now, which takes some seconds. Costs opening twice
-    and twice `rounds` inferences, a third time where `threads` is more than the physical cores.
+    first golden ones, mirrored until they fill the shape. `ceilings` None: measured now, which takes some seconds. Costs opening two
+    or three times (ONNX Runtime), twice `rounds` inferences, a third time where `threads` is more than the physical cores.
 
-    Raises what `load` raises, and DataError for an engine that cannot be profiled, a shape or a number of rounds out of range.
+    Raises what `load` and its session raise, and DataError for an engine that cannot be profiled, a shape or a number of rounds out of
+    range, images that do not fit into memory.
     """
     profiler = _check(engine, precision, threads, shape, rounds)
     artifact = open_artifact(path)
     shape = default_shape(artifact) if shape is None else shape
-    images_BHWC = fill(artifact.golden()[0][0], shape)
     cores = physical_cores()
-    with watch_cpu() as watch:
+    with watch_cpu() as watch, _enough_memory(artifact.manifest.signature, shape):
+        images_BHWC = fill(artifact.golden()[0][0], shape)
         session = load(path, engine=engine, precision=precision, threads=threads)
         whole_ms = latency(session, images_BHWC, rounds)
         used = session.threads
@@ -157,6 +160,20 @@ def profile(
         created=datetime.now(UTC).isoformat(timespec="seconds"),
         hardware=describe_hardware(),
     )
+
+
+@contextmanager
+def _enough_memory(signature: Signature, shape: ImagesShape) -> Iterator[None]:
+    """Refuses images that do not fit into this machine's memory with their scores, and says how much these take where it runs out."""
+    needed = (1 + 4) * prod(shape) * signature.channels + 4 * prod(signature.scores_shape(*shape))
+    told = f"shape={shape}: the images, in bytes and in float32, and their scores alone take {needed / 1e9:.3g} GB"
+    there = memory_gib()
+    if there is not None and needed > there * 2**30:
+        raise DataError(f"{told}, and this machine has {there * 2**30 / 1e9:.3g} GB: give a smaller shape")
+    try:
+        yield
+    except MemoryError as error:
+        raise DataError(f"{told}, and there was not enough memory for the call: give a smaller shape") from error
 
 
 def _measured_ceilings(threads: int) -> tuple[Ceilings, list[str]]:
@@ -227,14 +244,17 @@ def notes(manifest: Manifest, execution: Execution, whole_ms: float) -> Iterable
         yield f"an inference with counters on took {profiled:.2f} ms, one without {whole_ms:.2f}: believe the shares more than the times"
     found = {kernel.layer for kernel in execution.kernels}
     if missing := [record.name for record in manifest.layers if record.name not in found]:
-        yield f"{len(missing)} recorded layers have no kernel of their name: {', '.join(missing[:3])}{', ...' if missing[3:] else ''}"
+        who = "1 recorded layer has no kernel of its" if len(missing) == 1 else f"{len(missing)} recorded layers have no kernel of their"
+        yield f"{who} name: {', '.join(missing[:3])}{', ...' if missing[3:] else ''}"
 
 
 def above(kernels: Iterable[Kernel], ceilings: Ceilings) -> Iterable[str]:
     """Which products are faster than what the machine was measured to reach. Bytes do not count: a cache gives them faster than a copy."""
     faster = [kernel for kernel in kernels if kernel.macs and (kernel.bounds_ms(ceilings)[0] or 0.0) > (1 + TOLERANCE) * kernel.ms]
     if faster:
-        yield (
-            f"{len(faster)} products are faster than the ceiling of their precision, {faster[0].label} for one: "
-            "the ceilings are too low, so every share of them is too high"
+        who = (
+            f"1 product is faster than the ceiling of its precision, {faster[0].label}"
+            if len(faster) == 1
+            else f"{len(faster)} products are faster than the ceiling of their precision, {faster[0].label} for one"
         )
+        yield f"{who}: the ceilings are too low, so every share of them is too high"
