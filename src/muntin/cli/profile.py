@@ -75,12 +75,12 @@ def _profile_run(run: Path, target: Path, *, size: str | None, batch: int | None
 
     from muntin.compression.stages import source_of
     from muntin.deployment.live import checkpoint_session, profile_live
+    from muntin.runtime.hardware import physical_cores
     from muntin.runtime.profile import fill
     from muntin.training import read_checkpoint
 
     checkpoint = read_checkpoint(run)
-    if threads is not None:
-        torch.set_num_threads(threads)
+    torch.set_num_threads(threads or physical_cores())
     crop = checkpoint.recipe.data.crop
     H, W = (crop, crop) if size is None else parse_size(size)
     images = fill(source_of(checkpoint).split("train")[0].image[None], (batch or 1, H, W))

@@ -160,7 +160,7 @@ def _options(threads: int) -> Any:
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = threads
     options.inter_op_num_threads = 1
-    options.log_severity_level = 3  # errors; a warning that an optimised file is of this machine only would be about our own temporary one
+    options.log_severity_level = 4  # errors come as exceptions, and as one line of ours
     return options
 
 
