@@ -419,16 +419,3 @@ def test_the_learning_rate_falls_once_over_both_stages_of_quantisation(write_tin
         origin, tmp_path / "alone", config=CompressionConfig(low_rank=None, **rates | {"mix": {"share": 0}}), until="w4a8"
     )
     assert read_checkpoint(alone.checkpoint).state.training[-1]["learning_rate"] < 1e-4  # nothing follows: it falls to zero
-
-
-def test_mixed_precision_goes_on_with_the_moments_of_the_stage_before(compressed: Compressed) -> None:
-    before, after = (compressed.stage(stage).tensors[OPTIMIZER] for stage in ("w4a8", "mixed"))
-    steps = {
-        name.removeprefix("step."): (float(value), float(after[name]))
-        for name, value in before.items()
-        if f"{name}" in after and name.startswith("step.")
-    }
-    assert steps  # layers that got floats have lost their grids, all other parameters are there
-    assert all(second == first + STEPS for first, second in steps.values())
-    grids = {name for name in after if name.startswith("step.")} - {f"step.{name}" for name in steps}
-    assert not grids

@@ -206,8 +206,6 @@ class _Compression:
             model, config, task=self.recipe.task, precision=self.precision, teacher=self.checkpoint.model(),
             distillation=self.config.distillation,
         )  # fmt: skip
-        if stage == "mixed" and start is None:
-            trainer.go_on_from(before)
         training = Training(
             trainer, self.recipe, self.source, directory=folder, root=Path(self.checkpoint.state.root), start=start,
             report=lambda progress: self.report(stage, progress), seed=self.recipe.seed + 7919 * (STAGES.index(stage) + 1),
@@ -227,8 +225,9 @@ class _Compression:
             )
 
     def _training(self, stage: Stage) -> TrainingConfig:
-        """Quantisation-aware training is one fall of the learning rate over both of its stages: the second goes on where the first ends,
-        with the optimiser's moments. A restart throws a network off the grids that it has just settled on (docs/log.md).
+        """Quantisation-aware training is one fall of the learning rate over both of its stages: the second goes on where the first ends.
+
+        Restarted from zero, the rate throws a network off the grids that it has just settled on (docs/log.md).
         """
         steps, rate = stage_steps(self.recipe, stage), _stage_config(self.config, stage).learning_rate
         both = stage_steps(self.recipe, "w4a8") > 0 and stage_steps(self.recipe, "mixed") > 0

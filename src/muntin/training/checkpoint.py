@@ -210,21 +210,6 @@ def optimizer_tensors(model: nn.Module, optimizer: torch.optim.Optimizer, scaler
     return tensors
 
 
-def inherit_moments(model: nn.Module, optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor]) -> None:
-    """Take over AdamW's state of the parameters that `model` shares, by name and shape, with the one it was saved of."""
-    parameters = dict(model.named_parameters())
-    for name, value in tensors.items():
-        key, _, parameter = name.partition(".")
-        moment = tensors.get(f"exp_avg.{parameter}")
-        if moment is not None and parameter in parameters and moment.shape == parameters[parameter].shape:
-            _load_moment(optimizer, parameters[parameter], key, value)
-
-
-def _load_moment(optimizer: torch.optim.Optimizer, like: nn.Parameter, key: str, value: Tensor) -> None:
-    state = value if value.ndim == 0 else value.to(like.device).to(memory_format=torch.preserve_format)
-    optimizer.state[like][key] = state.clone() if value.ndim == 0 else torch.empty_like(like).copy_(state)
-
-
 def load_optimizer(model: nn.Module, optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler, tensors: dict[str, Tensor]) -> None:
     """Undo `optimizer_tensors`."""
     parameters = dict(model.named_parameters())
@@ -235,4 +220,6 @@ def load_optimizer(model: nn.Module, optimizer: torch.optim.Optimizer, scaler: t
         elif key == "scaler":
             scaler.load_state_dict(scaler.state_dict() | {parameter: value.item()})
         else:
-            _load_moment(optimizer, parameters[parameter], key, value)
+            like = parameters[parameter]
+            state = value if value.ndim == 0 else value.to(like.device).to(memory_format=torch.preserve_format)
+            optimizer.state[like][key] = state.clone() if value.ndim == 0 else torch.empty_like(like).copy_(state)

@@ -18,16 +18,7 @@ from torch import Tensor, nn
 from muntin.errors import DependencyError, MuntinError, RecipeError
 from muntin.layers import ChannelGate
 from muntin.training.average import WeightAverage
-from muntin.training.checkpoint import (
-    AVERAGE,
-    MODEL,
-    OPTIMIZER,
-    Checkpoint,
-    inherit_moments,
-    load_optimizer,
-    load_weights,
-    optimizer_tensors,
-)
+from muntin.training.checkpoint import AVERAGE, MODEL, OPTIMIZER, Checkpoint, load_optimizer, load_weights, optimizer_tensors
 from muntin.training.config import TrainingConfig
 from muntin.training.loss import distillation_loss, task_loss
 from muntin.training.precision import Precision
@@ -78,10 +69,6 @@ class Trainer:
         load_weights(self.model, tensors[MODEL], checkpoint.path / MODEL)
         load_weights(self.average.model, tensors[AVERAGE], checkpoint.path / AVERAGE)
         load_optimizer(self.model, self.optimizer, self.scaler, tensors[OPTIMIZER])
-
-    def go_on_from(self, checkpoint: Checkpoint) -> None:
-        """Take over the optimiser's moments of another stage's checkpoint, for the parameters that this model still has."""
-        inherit_moments(self.model, self.optimizer, checkpoint.tensors[OPTIMIZER])
 
     def tensors(self) -> dict[str, dict[str, Tensor]]:
         """The state that a checkpoint holds, by file."""
