@@ -64,6 +64,7 @@ class Ceilings:
     others: float | None
 
 
+@signal_stack_kept()
 def measure_ceilings(*, threads: int | None = None, seconds: float = 1.0) -> Ceilings:
     """Measures every precision that the CPU has, and the copy: the best of repeated runs after a warm-up.
 
@@ -77,7 +78,7 @@ def measure_ceilings(*, threads: int | None = None, seconds: float = 1.0) -> Cei
     if not seconds > 0:
         raise DataError(f"seconds={seconds!r}: give a positive number")
     threads = threads or physical_cores()
-    with watch_cpu() as watch, signal_stack_kept():
+    with watch_cpu() as watch:
         core = openvino.Core()
         capabilities = core.get_property("CPU", "OPTIMIZATION_CAPABILITIES")
         rates = {
@@ -90,6 +91,7 @@ def measure_ceilings(*, threads: int | None = None, seconds: float = 1.0) -> Cei
     return Ceilings(gmacs=gmacs, copy_gb_s=copy_gb_s, threads=threads, others=watch.others)
 
 
+@signal_stack_kept()
 def measure_product(core: Any, kind: Kind, precision: str, *, threads: int, seconds: float) -> float | None:
     """1e9 multiply-adds a second of the faster of two products; None when there are no kernels for it, or none ran in the precision.
 

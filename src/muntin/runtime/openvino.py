@@ -54,6 +54,10 @@ class _Compiled:
         for _ in range(streams):
             self.free.put(model.create_infer_request())
 
+    def __del__(self) -> None:
+        with signal_stack_kept():  # a model that goes puts back the stack that it found, on whichever thread lets go of it
+            self.__dict__.clear()
+
 
 class OpenVinoSession(Session):
     """A model in OpenVINO's CPU plugin. `streams` calls compute at a time, further ones wait for them."""

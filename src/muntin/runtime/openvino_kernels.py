@@ -13,6 +13,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from math import prod
 from statistics import median
+from traceback import clear_frames
 from typing import Any
 
 import numpy as np
@@ -50,6 +51,16 @@ def openvino_kernels(artifact: Artifact, images_BHWC: NDArray[np.uint8], *, prec
 
     Costs a compilation and `rounds` + 2 inferences. Raises ArtifactError for a model that OpenVINO cannot read, compile or run.
     """
+    with signal_stack_kept():
+        try:
+            return _kernels(artifact, images_BHWC, precision=precision, threads=threads, rounds=rounds)
+        except ArtifactError as error:
+            for raised in (error, error.__cause__):  # their frames hold the model, which has to go inside this block
+                clear_frames(None if raised is None else raised.__traceback__)
+            raise
+
+
+def _kernels(artifact: Artifact, images_BHWC: NDArray[np.uint8], *, precision: str, threads: int | None, rounds: int) -> Execution:
     core = openvino.Core()
     hint = choose_precision(core, precision, artifact.manifest.precision)
     used = threads or physical_cores()
@@ -65,21 +76,19 @@ def openvino_kernels(artifact: Artifact, images_BHWC: NDArray[np.uint8], *, prec
         model = core.read_model(model=data, weights=b"")
         model.reshape(list(images_BHWC.shape))
         macs = graph_macs(model)
-        with signal_stack_kept():
-            compiled = core.compile_model(model, "CPU", options)
+        compiled = core.compile_model(model, "CPU", options)
     except RuntimeError as error:
         raise ArtifactError(
             f"{artifact.path}: OpenVINO {openvino.__version__} cannot compile it for images of shape {images_BHWC.shape}: {one_line(error)}"
         ) from error
-    with signal_stack_kept():
-        try:
-            times = _measure(compiled.create_infer_request(), images_BHWC, rounds)
-        except RuntimeError as error:
-            shape = images_BHWC.shape
-            raise ArtifactError(
-                f"{artifact.path}: OpenVINO {openvino.__version__} cannot run it on images of shape {shape}: {one_line(error)}"
-            ) from error
-        ops = _executed_ops(compiled.get_runtime_model(), set(times.kernels))
+    try:
+        times = _measure(compiled.create_infer_request(), images_BHWC, rounds)
+    except RuntimeError as error:
+        shape = images_BHWC.shape
+        raise ArtifactError(
+            f"{artifact.path}: OpenVINO {openvino.__version__} cannot run it on images of shape {shape}: {one_line(error)}"
+        ) from error
+    ops = _executed_ops(compiled.get_runtime_model(), set(times.kernels))
     nodes = compute_nodes(data)
     names = _Names(ops, nodes, {node.name: node.op_type for node in onnx.load_model_from_string(data).graph.node})
     weights = {name: weight.name for name, weight in nodes.weights.items()}
