@@ -153,7 +153,7 @@ def test_compiling_without_a_compiler_is_one_line(call_process: Call, tiny: Any,
     words = ("fit", tiny.recipe, "-o", tmp_path / "run", "--set", "training.compile=true")
     text = call_process(*words, env={"PATH": str(tmp_path), "HOME": str(tmp_path), "OMP_NUM_THREADS": "1"}).mistake()
     assert "needs a C++ compiler on CPUs" in text
-    assert "set compile: false" in text
+    assert "leave `compile` false" in text
     assert not (tmp_path / "run").exists()
 
 
