@@ -3,7 +3,7 @@
 The graph has dynamic sizes. A kernel compiled for one size is faster (a crude hybrid at 512 x 512: 7.6 ms against 8.6), so each size that
 comes is compiled when it first comes, which takes a few tenths of a second, and the last few are kept. With `static_shapes=0` one
 dynamic model serves every size instead: better where no two images are alike. What was compiled is kept in the user's cache too
-(`muntin.runtime.cache`), where the next process finds it: opening hybrid-s at 512 x 512 then takes a third of the time.
+(`muntin.runtime.cache`), where the next process finds it: opening hybrid-s at 512 x 512 then takes 0.34 to 0.39 of the time.
 
 With one stream all threads work on one image: the lowest latency. With several, each works on an image of its own with its share of the
 threads: more images a second, and each of them later.
