@@ -5,7 +5,8 @@
 From the run of `muntin demo` (made if it is not there, about seven minutes), three artefacts: FP32 layers, plain INT8, compressed (low
 rank, W4A8, mixed). For each, in each engine that this machine can open:
     score, agree    test mIoU, and the share of the test split's labels that are those of the same model in PyTorch
-    ms              one call at 512 x 512, all rows of an artefact and eager FP32 PyTorch interleaved: median, 90th and 99th percentile
+    ms              one call at 512 x 512, each engine interleaved with eager FP32 PyTorch: median, 90th and 99th percentile. For the
+                    compressed artefact that baseline is the simulation of the same small model, not the float model it came from
     images/s        `Session.map` with one stream, and with as many as there are threads
     bare ms, over   the engine called directly with the same options, interleaved with the Session; the Session's extra, in percent
     bare images/s   OpenVINO's own AsyncInferQueue with as many requests, beside `Session.map`
