@@ -38,8 +38,8 @@ def test_a_second_session_takes_what_the_first_compiled(convolutions: Any, image
     assert blobs
     second = load(convolutions.path, precision="f32")
     np.testing.assert_array_equal(second(images), scores)
-    assert not first._compiled[images.shape].kept  # type: ignore[attr-defined]
-    assert second._compiled[images.shape].kept  # type: ignore[attr-defined]
+    assert not first._compiled[images.shape, False].kept  # type: ignore[attr-defined]
+    assert second._compiled[images.shape, False].kept  # type: ignore[attr-defined]
     computed = [{layer.name: layer.precision for layer in session.layers() if layer.compute} for session in (first, second)]
     assert computed[0] == computed[1]
     assert set(own_cache.rglob("*")) >= set(blobs)
@@ -107,7 +107,7 @@ def test_what_was_damaged_is_not_run(
     file.write_bytes(damage(whole))
     session = load(convolutions.path, precision="f32")
     np.testing.assert_array_equal(session(images), scores)
-    assert not session._compiled[images.shape].kept  # type: ignore[attr-defined]
+    assert not session._compiled[images.shape, False].kept  # type: ignore[attr-defined]
     assert len(file.read_bytes()) == len(whole)  # kept anew
 
 
@@ -124,7 +124,7 @@ def test_other_options_are_other_models(convolutions: Any, images_of: Callable[.
     for options in ({"threads": 1}, {"threads": 2}, {"threads": 2, "streams": 2}):
         session = load(convolutions.path, precision="f32", **options)
         session(images_of(3))
-        assert not session._compiled[images_of(3).shape].kept  # type: ignore[attr-defined]
+        assert not session._compiled[images_of(3).shape, False].kept  # type: ignore[attr-defined]
     assert len([file for file in own_cache.rglob("*") if file.is_file()]) == 3
 
 

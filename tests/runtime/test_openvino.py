@@ -91,7 +91,7 @@ def test_every_size_gives_what_the_dynamic_model_gives(convolutions: Any, images
         assert scores.shape == (1, 5, height, width)
         np.testing.assert_allclose(scores, dynamic(images), atol=1e-4)
     assert len(static._compiled) == STATIC_SHAPES
-    assert list(dynamic._compiled) == [None]
+    assert list(dynamic._compiled) == [(None, False)]
 
 
 def test_scores_are_the_callers_own(per_pixel: Any, images_of: Callable[..., Any]) -> None:

@@ -168,14 +168,14 @@ def test_warming_up_computes_each_shape_in_every_stream(convolutions: Any) -> No
 
 def test_load_compiles_the_shape_that_the_artefact_names(write_layers: Callable[..., Any], convolutions: Any, tmp_path: Path) -> None:
     written = write_layers(tmp_path / "a", convolutions.layers, example=(1, 8, 10))
-    assert list(load(written.path)._compiled) == [(1, 8, 10, 3)]  # type: ignore[attr-defined]
+    assert list(load(written.path)._compiled) == [((1, 8, 10, 3), False)]  # type: ignore[attr-defined]
     assert list(load(written.path, shapes=())._compiled) == []  # type: ignore[attr-defined]
-    assert list(load(written.path, shapes=[(2, 4, 4), (1, 4, 4)])._compiled) == [(2, 4, 4, 3), (1, 4, 4, 3)]  # type: ignore[attr-defined]
+    assert list(load(written.path, shapes=[(2, 4, 4), (1, 4, 4)])._compiled) == [((2, 4, 4, 3), False), ((1, 4, 4, 3), False)]  # type: ignore[attr-defined]
 
 
 def test_every_shape_asked_for_is_ready_however_many(convolutions: Any) -> None:
     shapes = [(1, np.int64(4 + n), 4) for n in range(7)]
-    assert list(load(convolutions.path, shapes=shapes)._compiled) == [(1, 4 + n, 4, 3) for n in range(7)]  # type: ignore[attr-defined]
+    assert list(load(convolutions.path, shapes=shapes)._compiled) == [((1, 4 + n, 4, 3), False) for n in range(7)]  # type: ignore[attr-defined]
 
 
 def test_map_answers_what_was_read_before_reading_failed(convolutions: Any, images_of: Callable[..., Any]) -> None:
@@ -204,3 +204,35 @@ def test_a_size_that_the_model_cannot_take_is_one_line(
         with pytest.raises(ArtifactError) as caught:
             load(broken.path, engine=engine)(np.zeros((1, 1, 1, 4), np.uint8))
         assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("engine", ["openvino", "onnxruntime"])
+def test_labels_are_the_highest_scores(convolutions: Any, images_of: Callable[..., Any], engine: str) -> None:
+    session = load(convolutions.path, engine=engine, precision="f32")
+    for batch, height, width in ((1, 33, 20), (2, 6, 7), (1, 1, 1)):
+        images = images_of(3, batch=batch, height=height, width=width)
+        labels = session.labels(images)
+        assert (labels.shape, labels.dtype) == ((batch, height, width), np.uint8)
+        np.testing.assert_array_equal(labels, session(images).argmax(axis=1))
+
+
+@pytest.mark.parametrize("engine", ["openvino", "onnxruntime"])
+def test_of_equal_scores_the_first_is_the_label(
+    write_layers: Callable[..., Any], layer_maker: Callable[..., Any], images_of: Callable[..., Any], tmp_path: Any, engine: str
+) -> None:
+    layer = layer_maker("pixel", 5, 4, 6, 1, scale=0.9, relu=False)
+    equal = type(layer)(**(vars(layer) | {"weight": np.zeros_like(layer.weight), "bias": np.float32([0, 3, 1, 3, 3, 2])}))
+    session = load(write_layers(tmp_path / "equal", [equal]).path, engine=engine)
+    for batch, height, width in ((1, 64, 48), (3, 5, 7)):
+        assert (session.labels(images_of(4, batch=batch, height=height, width=width)) == 1).all()
+
+
+def test_labels_are_checked_as_scores_are(convolutions: Any) -> None:
+    with pytest.raises(DataError, match="dtype float32"):
+        load(convolutions.path).labels(np.zeros((1, 4, 4, 3), np.float32))  # type: ignore[arg-type]
+
+
+def test_warming_up_for_labels_compiles_what_labels_need(convolutions: Any) -> None:
+    session = load(convolutions.path, shapes=())
+    session.warm_up([(1, 8, 8)], labels=True)
+    assert list(session._compiled) == [((1, 8, 8, 3), True)]  # type: ignore[attr-defined]

@@ -42,6 +42,8 @@ MAY_MULTIPLY = frozenset({"Subgraph", "MHA", "ScaledDotProductAttention"})
 _LEFT_OUT = frozenset({"Const", "Input", "Output"})
 
 InputShape = tuple[int, ...]
+Variant = tuple[InputShape | None, bool]
+"""Of the model: the input shape that it is compiled for (None: dynamic sizes), and whether it ends in labels instead of scores."""
 
 
 class _Compiled:
@@ -83,7 +85,7 @@ class OpenVinoSession(Session):
         self._static_shapes = static_shapes
         self._lock = Lock()
         self._outputs = OutputBuffers()
-        self._compiled: OrderedDict[InputShape | None, _Compiled] = OrderedDict()  # by input shape; None is the dynamic model
+        self._compiled: OrderedDict[Variant, _Compiled] = OrderedDict()
         super().__init__(
             signature=artifact.manifest.signature,
             engine="openvino",
@@ -94,64 +96,75 @@ class OpenVinoSession(Session):
         )
 
     def _infer(self, images_BHWC: NDArray[np.uint8]) -> NDArray[np.float32]:
-        with self._lock:
-            free = self._compiled_for(images_BHWC.shape if self._static_shapes else None).free
-        # Nothing is copied: the call returns after the input was read, and the output is written where the caller gets it.
         scores = self._outputs.take(self.signature.scores_shape(*images_BHWC.shape[:3]))
+        self._run(images_BHWC, scores, labels=False)
+        return scores
+
+    def _infer_labels(self, images_BHWC: NDArray[np.uint8]) -> NDArray[np.uint8]:
+        B, _, *sides = self.signature.scores_shape(*images_BHWC.shape[:3])
+        labels = np.empty((B, *sides), np.uint8)
+        self._run(images_BHWC, labels, labels=True)
+        return labels
+
+    def _run(self, images_BHWC: NDArray[np.uint8], answer: NDArray[Any], *, labels: bool) -> None:
+        with self._lock:
+            free = self._compiled_for((images_BHWC.shape if self._static_shapes else None, labels)).free
+        # Nothing is copied: the call returns after the input was read, and the output is written where the caller gets it.
         request = free.get()
         try:
-            self._write_to(request, scores)
+            self._write_to(request, answer)
             request.infer([images_BHWC], share_inputs=True, share_outputs=True)
         finally:
             free.put(request)
-        return scores
 
-    def _write_to(self, request: Any, scores: NDArray[np.float32]) -> None:
+    def _write_to(self, request: Any, answer: NDArray[Any]) -> None:
         try:
-            request.set_output_tensor(openvino.Tensor(scores, shared_memory=True))
+            request.set_output_tensor(openvino.Tensor(answer, shared_memory=True))
         except RuntimeError as error:
             came = tuple(request.get_output_tensor(0).shape)
             raise ArtifactError(
-                f"{self._path}: the model gives {came} where its signature says float32 {scores.shape}: export the artefact again"
+                f"{self._path}: the model gives {came} where its signature says {answer.dtype} {answer.shape}: export the artefact again"
             ) from error
 
     def layers(self) -> list[ExecutedLayer]:
         """As compiled for the size that came last; before any call, for dynamic sizes."""
         with self._lock:
-            last = next(reversed(self._compiled), None)
+            last = next(reversed(self._compiled), (None, False))
             compiled = self._compiled_for(last)
         return _executed(compiled.model.get_runtime_model(), self._nodes)
 
-    def _compiled_for(self, shape: InputShape | None) -> _Compiled:
+    def _compiled_for(self, variant: Variant) -> _Compiled:
         """The model for an input shape, compiled if it is new; the one used longest ago makes room."""
-        if shape not in self._compiled:
+        if variant not in self._compiled:
             while len(self._compiled) >= max(self._static_shapes, 1):
                 self._compiled.popitem(last=False)
-            self._compiled[shape] = self._compile(shape)
-        self._compiled.move_to_end(shape)
-        return self._compiled[shape]
+            self._compiled[variant] = self._compile(variant)
+        self._compiled.move_to_end(variant)
+        return self._compiled[variant]
 
-    def _compile(self, shape: InputShape | None) -> _Compiled:
-        model = self._model
+    def _compile(self, variant: Variant) -> _Compiled:
+        shape, labels = variant
         try:
             with signal_stack_kept():
-                kept = self._kept(shape)
+                kept = self._kept(variant)
                 if kept is not None:
                     return _Compiled(kept, self.streams, kept=True)
+                model = self._model if shape is None and not labels else self._model.clone()
+                if labels:
+                    model = _ending_in_labels(model)
                 if shape is not None:
-                    model = model.clone()
                     model.reshape(list(shape))
                 compiled = self._core.compile_model(model, "CPU", self._options)
                 if self._cache is not None:
-                    self._cache.write(self._key(shape), compiled.export_model().getvalue())
+                    self._cache.write(self._key(variant), compiled.export_model().getvalue())
                 return _Compiled(compiled, self.streams, kept=False)
         except RuntimeError as error:
             size = "dynamic sizes" if shape is None else f"images of shape {shape}"
             raise ArtifactError(f"{self._path}: OpenVINO {openvino.__version__} cannot compile it for {size}: {one_line(error)}") from error
 
-    def _kept(self, shape: InputShape | None) -> Any:
+    def _kept(self, variant: Variant) -> Any:
         """What an earlier process compiled for this shape with these options, or None."""
-        data = None if self._cache is None else self._cache.read(self._key(shape))
+        data = None if self._cache is None else self._cache.read(self._key(variant))
         if data is None:
             return None
         try:
@@ -159,8 +172,18 @@ class OpenVinoSession(Session):
         except RuntimeError:  # it compiles anew then, as if nothing had been kept
             return None
 
-    def _key(self, shape: InputShape | None) -> str:
-        return f"{shape} {sorted(self._options.items())}"
+    def _key(self, variant: Variant) -> str:
+        shape, labels = variant
+        return f"{shape} {'labels ' if labels else ''}{sorted(self._options.items())}"
+
+
+def _ending_in_labels(model: Any) -> Any:
+    """The model with the index of the highest score as its output, uint8, in place of the scores."""
+    opset = openvino.opset13
+    scores = model.outputs[0].get_node().input_value(0)
+    best = opset.topk(scores, opset.constant(np.int64(1)), 1, "max", "value", "i32", stable=True)
+    labels = opset.convert(opset.squeeze(best.output(1), opset.constant(np.int64(1))), "u8")
+    return openvino.Model([labels], model.get_parameters(), model.get_friendly_name())
 
 
 def open_openvino(

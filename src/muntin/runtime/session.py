@@ -71,6 +71,17 @@ class Session(ABC):
             )
         return scores
 
+    def labels(self, images_BHWC: NDArray[np.uint8]) -> NDArray[np.uint8]:
+        """The class of the highest score, of equal ones the first: (B, scale*H, scale*W), or (B,) for "classify", uint8.
+
+        The same as `argmax` of the scores; an engine that finds it itself writes a byte for each pixel instead of 4 K, and at 512 x 512
+        with six classes saves several milliseconds. Raises as a call does, and DataError for "restore", which has no classes.
+        """
+        check_images(images_BHWC, self.signature)
+        if self.signature.task == "restore":
+            raise DataError('labels of a model for "restore": it has no classes, ask for its scores')
+        return self._infer_labels(np.ascontiguousarray(images_BHWC))
+
     def map(self, batches: Iterable[NDArray[np.uint8]]) -> Iterator[NDArray[np.float32]]:
         """Scores of each batch, in their order; the next batches are read and computed while the caller works on the last answer.
 
@@ -93,16 +104,25 @@ class Session(ABC):
                 for future in pending:
                     future.cancel()
 
-    def warm_up(self, shapes: Iterable[Shape]) -> None:
-        """Computes once for each shape (B, H, W), in every stream, so that the first real call of that shape costs what later ones do."""
+    def warm_up(self, shapes: Iterable[Shape], *, labels: bool = False) -> None:
+        """Computes once for each shape (B, H, W), in every stream, so that the first real call of that shape costs what later ones do.
+
+        `labels`: the calls that will come are `labels`, which an engine compiles apart from scores.
+        """
+        call = self.labels if labels else self
         for shape in check_shapes(shapes):
             images_BHWC = np.zeros((*shape, self.signature.channels), np.uint8)
-            for _ in self.map([images_BHWC] * self.streams):
-                pass
+            with ThreadPoolExecutor(max_workers=self.streams, thread_name_prefix="muntin-warm-up") as pool:
+                list(pool.map(call, [images_BHWC] * self.streams))
 
     @abstractmethod
     def _infer(self, images_BHWC: NDArray[np.uint8]) -> NDArray[np.float32]:
         """Scores of a checked, contiguous batch, in an array of their own."""
+
+    def _infer_labels(self, images_BHWC: NDArray[np.uint8]) -> NDArray[np.uint8]:
+        """Labels of a checked, contiguous batch, in an array of their own."""
+        labels: NDArray[np.uint8] = self._infer(images_BHWC).argmax(axis=1).astype(np.uint8)
+        return labels
 
     @abstractmethod
     def layers(self) -> list[ExecutedLayer]:
