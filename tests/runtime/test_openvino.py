@@ -83,7 +83,7 @@ def test_threads_are_what_was_asked(convolutions: Any) -> None:
 
 
 def test_every_size_gives_what_the_dynamic_model_gives(convolutions: Any, images_of: Callable[..., Any]) -> None:
-    static, dynamic = open_openvino(convolutions.artifact, "f32"), open_openvino(convolutions.artifact, "f32", static_shapes=0)
+    static, dynamic = open_openvino(convolutions.artifact, "f32"), open_openvino(convolutions.artifact, "f32", dynamic=True)
     sizes = [(1, 1), (1, 7), (8, 8), (9, 3), (16, 5), (8, 8)]
     for height, width in sizes:
         images = images_of(3, batch=1, height=height, width=width)
@@ -92,6 +92,25 @@ def test_every_size_gives_what_the_dynamic_model_gives(convolutions: Any, images
         np.testing.assert_allclose(scores, dynamic(images), atol=1e-4)
     assert len(static._compiled) == STATIC_SHAPES
     assert list(dynamic._compiled) == [(None, False)]
+
+
+def test_what_was_warmed_up_for_stays_and_is_used(convolutions: Any, images_of: Callable[..., Any]) -> None:
+    session = load(convolutions.path, dynamic=True, shapes=[(1, 4 + n, 4) for n in range(STATIC_SHAPES + 2)])
+    session.warm_up([(2, 3, 3)], labels=True)
+    asked = {((1, 4 + n, 4, 3), False) for n in range(STATIC_SHAPES + 2)} | {((2, 3, 3, 3), True)}
+    assert set(session._compiled) == asked  # type: ignore[attr-defined]
+    session(images_of(3, batch=1, height=5, width=4))
+    assert set(session._compiled) == asked  # type: ignore[attr-defined]
+    session.labels(images_of(3, batch=1, height=30, width=4))
+    assert set(session._compiled) == asked | {(None, True)}  # type: ignore[attr-defined]
+
+
+def test_calls_go_on_while_a_size_is_compiled(convolutions: Any, images_of: Callable[..., Any]) -> None:
+    session = load(convolutions.path, dynamic=True, shapes=[(1, 8, 8)])
+    session(images_of(3, batch=1, height=9, width=9))
+    with session._compiling:  # type: ignore[attr-defined]
+        assert session(images_of(3, batch=1, height=8, width=8)).shape == (1, 5, 8, 8)
+        assert session(images_of(3, batch=1, height=30, width=7)).shape == (1, 5, 30, 7)
 
 
 def test_scores_are_the_callers_own(per_pixel: Any, images_of: Callable[..., Any]) -> None:

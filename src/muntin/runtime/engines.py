@@ -8,37 +8,37 @@ from typing import Literal
 
 from muntin.artifact import Artifact, open_artifact
 from muntin.errors import DataError, DependencyError
-from muntin.runtime.session import STATIC_SHAPES, Session, Shape, check_shapes, check_streams, check_threads
+from muntin.runtime.session import Session, Shape, check_shapes, check_streams, check_threads
 
 EngineName = Literal["openvino", "onnxruntime", "onnxruntime-cuda", "onnxruntime-tensorrt"]
 Precision = Literal["recorded", "f32", "bf16", "f16"]
 Engine = Callable[..., Session]
-"""(artefact, precision, threads, streams, *, static_shapes, cache) -> session; what an engine has no use for it leaves alone"""
+"""(artefact, precision, threads, streams, *, dynamic, cache) -> session; what an engine has no use for it leaves alone"""
 
 DEFAULT_ENGINE: EngineName = "openvino"
 PRECISIONS = ("recorded", "f32", "bf16", "f16")
 
 
 # An engine's library is loaded when a session is opened with it: a machine that serves with one needs no other.
-def _openvino(artifact: Artifact, precision: str, threads: int | None, streams: int, *, static_shapes: int, cache: bool) -> Session:
+def _openvino(artifact: Artifact, precision: str, threads: int | None, streams: int, *, dynamic: bool, cache: bool) -> Session:
     from muntin.runtime.openvino import open_openvino
 
-    return open_openvino(artifact, precision, threads, streams, static_shapes=static_shapes, cache=cache)
+    return open_openvino(artifact, precision, threads, streams, dynamic=dynamic, cache=cache)
 
 
-def _onnxruntime(artifact: Artifact, precision: str, threads: int | None, streams: int, *, static_shapes: int, cache: bool) -> Session:
+def _onnxruntime(artifact: Artifact, precision: str, threads: int | None, streams: int, *, dynamic: bool, cache: bool) -> Session:
     from muntin.runtime.onnxruntime import open_onnxruntime
 
     return open_onnxruntime(artifact, precision, threads, streams)
 
 
-def _cuda(artifact: Artifact, precision: str, threads: int | None, streams: int, *, static_shapes: int, cache: bool) -> Session:
+def _cuda(artifact: Artifact, precision: str, threads: int | None, streams: int, *, dynamic: bool, cache: bool) -> Session:
     from muntin.runtime.onnxruntime import open_cuda
 
     return open_cuda(artifact, precision, threads, streams)
 
 
-def _tensorrt(artifact: Artifact, precision: str, threads: int | None, streams: int, *, static_shapes: int, cache: bool) -> Session:
+def _tensorrt(artifact: Artifact, precision: str, threads: int | None, streams: int, *, dynamic: bool, cache: bool) -> Session:
     from muntin.runtime.onnxruntime import open_tensorrt
 
     return open_tensorrt(artifact, precision, threads, streams, cache=cache)
@@ -60,6 +60,7 @@ def load(
     threads: int | None = None,
     streams: int = 1,
     shapes: Iterable[Shape] | None = None,
+    dynamic: bool = False,
     cache: bool = True,
 ) -> Session:
     """Opens an artefact directory as a session, after checking every digest.
@@ -85,7 +86,7 @@ def load(
     if wanted is None:
         wanted = () if artifact.manifest.example is None else (artifact.manifest.example,)
     try:
-        session = opener(artifact, precision, threads, streams, static_shapes=max(STATIC_SHAPES, len(set(wanted))), cache=cache)
+        session = opener(artifact, precision, threads, streams, dynamic=dynamic, cache=cache)
     except ModuleNotFoundError as error:
         raise DependencyError(f'engine="{engine}" needs the package {error.name}: pip install {error.name}') from error
     session.warm_up(wanted)

@@ -1,9 +1,10 @@
 """The OpenVINO engine: integer kernels for QDQ layers, BF16 or FP16 for the rest where the CPU has it.
 
 The graph has dynamic sizes. A kernel compiled for one size is faster (a crude hybrid at 512 x 512: 7.6 ms against 8.6), so each size that
-comes is compiled when it first comes, which takes a few tenths of a second, and the last few are kept. With `static_shapes=0` one
-dynamic model serves every size instead: better where no two images are alike. What was compiled is kept in the user's cache too
-(`muntin.runtime.cache`), where the next process finds it: opening hybrid-s at 512 x 512 then takes 0.34 to 0.39 of the time.
+comes is compiled when it first comes, which takes a few tenths of a second, and the last few are kept. With `dynamic` only the sizes that
+`warm_up` names are: one model of dynamic sizes serves all others, better where no two images are alike and where nobody may wait. What
+was compiled is kept in the user's cache too (`muntin.runtime.cache`), where the next process finds it: opening hybrid-s at 512 x 512 then
+takes 0.34 to 0.39 of the time.
 
 With one stream all threads work on one image: the lowest latency. With several, each works on an image of its own with its share of the
 threads: more images a second, and each of them later.
@@ -16,6 +17,7 @@ uint8 image no quantiser of scale 1 and zero point 0 (it is removed as a no-op, 
 from __future__ import annotations
 
 from collections import OrderedDict
+from collections.abc import Iterable
 from queue import LifoQueue
 from threading import Lock
 from typing import Any
@@ -30,7 +32,7 @@ from muntin.runtime.cache import CompiledModels
 from muntin.runtime.graph import ComputeNodes, compute_nodes
 from muntin.runtime.hardware import physical_cores
 from muntin.runtime.quiet import openvino
-from muntin.runtime.session import STATIC_SHAPES, ExecutedLayer, Session
+from muntin.runtime.session import STATIC_SHAPES, ExecutedLayer, Session, Shape, check_shapes
 from muntin.runtime.signals import signal_stack_kept
 
 # OpenVINO's names of types -> ours; a CPU's capability -> the precision it allows
@@ -64,7 +66,7 @@ class _Compiled:
 class OpenVinoSession(Session):
     """A model in OpenVINO's CPU plugin. `streams` calls compute at a time, further ones wait for them."""
 
-    def __init__(self, artifact: Artifact, *, precision: str, threads: int | None, streams: int, static_shapes: int, cache: bool) -> None:
+    def __init__(self, artifact: Artifact, *, precision: str, threads: int | None, streams: int, dynamic: bool, cache: bool) -> None:
         self._core = openvino.Core()
         hint = choose_precision(self._core, precision, artifact.manifest.precision)
         data = artifact.model_bytes()
@@ -82,10 +84,12 @@ class OpenVinoSession(Session):
             raise ArtifactError(f"{artifact.path}: OpenVINO {openvino.__version__} cannot read its model: {one_line(error)}") from error
         self._path = artifact.path
         self._nodes: ComputeNodes = compute_nodes(data)
-        self._static_shapes = static_shapes
-        self._lock = Lock()
+        self._dynamic = dynamic
+        self._lock = Lock()  # around what is compiled
+        self._compiling = Lock()  # around compiling, which takes long: calls that need nothing new go on meanwhile
         self._outputs = OutputBuffers()
         self._compiled: OrderedDict[Variant, _Compiled] = OrderedDict()
+        self._asked_for: set[Variant] = set()  # by `warm_up`
         super().__init__(
             signature=artifact.manifest.signature,
             engine="openvino",
@@ -107,8 +111,7 @@ class OpenVinoSession(Session):
         return labels
 
     def _run(self, images_BHWC: NDArray[np.uint8], answer: NDArray[Any], *, labels: bool) -> None:
-        with self._lock:
-            free = self._compiled_for((images_BHWC.shape if self._static_shapes else None, labels)).free
+        free = self._compiled_for((images_BHWC.shape, labels), new=not self._dynamic).free
         # Nothing is copied: the call returns after the input was read, and the output is written where the caller gets it.
         request = free.get()
         try:
@@ -130,17 +133,46 @@ class OpenVinoSession(Session):
         """As compiled for the size that came last; before any call, for dynamic sizes."""
         with self._lock:
             last = next(reversed(self._compiled), (None, False))
-            compiled = self._compiled_for(last)
+        compiled = self._compiled_for(last, new=True)
         return _executed(compiled.model.get_runtime_model(), self._nodes)
 
-    def _compiled_for(self, variant: Variant) -> _Compiled:
-        """The model for an input shape, compiled if it is new; the one used longest ago makes room."""
-        if variant not in self._compiled:
-            while len(self._compiled) >= max(self._static_shapes, 1):
-                self._compiled.popitem(last=False)
-            self._compiled[variant] = self._compile(variant)
-        self._compiled.move_to_end(variant)
-        return self._compiled[variant]
+    def warm_up(self, shapes: Iterable[Shape], *, labels: bool = False) -> None:
+        shapes = check_shapes(shapes)
+        for shape in shapes:
+            variant = ((*shape, self.signature.channels), labels)
+            with self._lock:
+                self._asked_for.add(variant)
+            self._compiled_for(variant, new=True)
+        super().warm_up(shapes, labels=labels)
+
+    def _compiled_for(self, variant: Variant, *, new: bool) -> _Compiled:
+        """The model for an input shape: compiled if it is not and `new` allows it, otherwise the one of dynamic sizes."""
+        found = self._kept_compiled(variant)
+        if found is None and not new:
+            variant = (None, variant[1])
+            found = self._kept_compiled(variant)
+        if found is not None:
+            return found
+        with self._compiling:
+            found = self._kept_compiled(variant)  # another thread may have compiled it meanwhile
+            if found is None:
+                found = self._compile(variant)
+                self._keep(variant, found)
+        return found
+
+    def _kept_compiled(self, variant: Variant) -> _Compiled | None:
+        with self._lock:
+            if variant in self._compiled:
+                self._compiled.move_to_end(variant)
+            return self._compiled.get(variant)
+
+    def _keep(self, variant: Variant, compiled: _Compiled) -> None:
+        """Of the sizes that merely came, the one used longest ago makes room."""
+        with self._lock:
+            self._compiled[variant] = compiled
+            came = [kept for kept in self._compiled if kept[0] is not None and kept not in self._asked_for]
+            gone = [self._compiled.pop(kept) for kept in came[:-STATIC_SHAPES]]
+        del gone  # outside of the lock: what goes takes its time
 
     def _compile(self, variant: Variant) -> _Compiled:
         shape, labels = variant
@@ -192,18 +224,18 @@ def open_openvino(
     threads: int | None = None,
     streams: int = 1,
     *,
-    static_shapes: int = STATIC_SHAPES,
+    dynamic: bool = False,
     cache: bool = True,
 ) -> OpenVinoSession:
     """Opens an artefact in OpenVINO on the CPU.
 
     `precision` "recorded": the manifest's, or f32 on a CPU without it (the session's `.precision` says which). Asked for by name, a type
     that the CPU lacks is a DependencyError. `threads` None: the usable physical cores. `streams`: how many calls compute at the same time,
-    at most one a thread. `static_shapes`: how many input sizes stay compiled. `cache`: whether
-    what is compiled is kept in the user's cache.
+    at most one a thread. `dynamic`: compile for no size that
+    `warm_up` did not name. `cache`: whether what is compiled is kept in the user's cache.
     """
     with signal_stack_kept():
-        return OpenVinoSession(artifact, precision=precision, threads=threads, streams=streams, static_shapes=static_shapes, cache=cache)
+        return OpenVinoSession(artifact, precision=precision, threads=threads, streams=streams, dynamic=dynamic, cache=cache)
 
 
 def choose_precision(core: Any, asked: str, recorded: str) -> str:

@@ -20,7 +20,7 @@ from muntin.artifact import Signature
 from muntin.errors import ArtifactError, DataError
 
 STATIC_SHAPES = 4
-"""Input sizes that an engine which compiles for each of them keeps, at least."""
+"""Input sizes that an engine which compiles for each of them keeps, beside those that `warm_up` was given."""
 Shape = tuple[int, int, int]
 """(B, H, W) of a batch of images."""
 
