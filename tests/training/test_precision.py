@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from muntin.errors import DependencyError
-from muntin.training.precision import Precision, cpu_computes_bf16, resolve_precision
+from muntin.training.precision import PAYS, Precision, bf16_gain, cpu_computes_bf16, resolve_precision
 
 
 def product_dtype(precision: Precision) -> torch.dtype:
@@ -18,11 +18,28 @@ def test_fp32_stays_fp32() -> None:
     assert product_dtype(precision) == torch.float32
 
 
-def test_auto_is_what_the_hardware_has_and_says_why() -> None:
+@pytest.mark.parametrize("gain", [PAYS + 0.1, PAYS - 0.1])
+def test_auto_is_what_is_faster_here_and_says_why(gain: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("muntin.training.precision.bf16_gain", lambda: gain)
     precision = resolve_precision("auto", "cpu")
-    assert precision.dtype == (torch.bfloat16 if cpu_computes_bf16() else None)
-    assert product_dtype(precision) == (torch.bfloat16 if cpu_computes_bf16() else torch.float32)
+    wanted = torch.bfloat16 if cpu_computes_bf16() and gain > PAYS else None
+    assert precision.dtype == wanted
+    assert product_dtype(precision) == (wanted or torch.float32)
     assert "BF16" in precision.reason
+
+
+def test_what_is_faster_is_measured() -> None:
+    assert 0.02 < bf16_gain() < 50
+    assert bf16_gain() == bf16_gain()  # once a process
+
+
+@pytest.mark.parametrize("gain", [10.0, 0.1])
+@pytest.mark.parametrize("begun", ["fp32", "bf16"])
+def test_a_run_goes_on_as_it_was_begun(begun: str, gain: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("muntin.training.precision.bf16_gain", lambda: gain)
+    precision = resolve_precision("auto", "cpu", begun=begun)
+    assert precision.name == (begun if cpu_computes_bf16() else "fp32")
+    assert resolve_precision("fp32", "cpu", begun=begun).name == "fp32"
 
 
 def test_a_type_that_the_hardware_lacks_is_refused_in_one_line() -> None:

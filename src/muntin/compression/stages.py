@@ -166,7 +166,7 @@ class _Compression:
         self.config = self.recipe.compression
         if not resume and stage_checkpoints(directory):
             raise CheckpointError(f"{directory} already holds stages; --resume goes on with them, another --output starts anew")
-        self.precision = prepare_hardware(self.recipe.training)
+        self.precision = prepare_hardware(self.recipe.training, begun=checkpoint.state.precision)
         self.source = source_of(checkpoint)
         self.calibration = calibration_of(checkpoint, self.source)
         self.origin = checkpoint.state.sha256[AVERAGE]

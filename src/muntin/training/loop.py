@@ -89,7 +89,7 @@ def fit(
     directory, root = Path(directory or Path("runs") / recipe.name), Path(root or ".").resolve()
     report = report or (lambda progress: None)
     start = _find_checkpoint(directory, recipe, resume)
-    precision = prepare_hardware(recipe.training)
+    precision = prepare_hardware(recipe.training, begun=None if start is None else start.state.precision)
     source = open_source(recipe.data, root=root)
     if source.task != recipe.task:
         raise RecipeError(f"task: the data are for '{source.task}' and the recipe says '{recipe.task}'; make them agree")
@@ -106,14 +106,17 @@ def fit(
     )  # fmt: skip
 
 
-def prepare_hardware(config: TrainingConfig) -> Precision:
-    """Set the threads that a recipe asks for and say what will be computed in; raises `DependencyError` for what this machine lacks."""
+def prepare_hardware(config: TrainingConfig, *, begun: str | None) -> Precision:
+    """Set the threads that a recipe asks for and say what will be computed in; `begun`: what a run that goes on was computed in so far.
+
+    Raises `DependencyError` for what this machine lacks.
+    """
     if config.threads is not None:
         torch.set_num_threads(config.threads)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     if config.compile:
         require_compiler(device)
-    return resolve_precision(config.precision, device)
+    return resolve_precision(config.precision, device, begun=begun)
 
 
 def _find_checkpoint(directory: Path, recipe: Recipe, resume: bool) -> Checkpoint | None:
