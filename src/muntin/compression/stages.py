@@ -225,9 +225,10 @@ class _Compression:
             )
 
     def _training(self, stage: Stage) -> TrainingConfig:
-        """Quantisation-aware training is one fall of the learning rate over both of its stages: the second goes on where the first ends.
+        """Quantisation-aware training is one fall of the learning rate over both of its stages: the first ends where the second goes on.
 
-        Restarted from zero, the rate throws a network off the grids that it has just settled on (docs/log.md).
+        The second warms up all the same: its optimiser is new, and the first steps of a new one, each as long as the learning rate allows,
+        throw a network off the grids that it has just settled on (docs/log.md).
         """
         steps, rate = stage_steps(self.recipe, stage), _stage_config(self.config, stage).learning_rate
         both = stage_steps(self.recipe, "w4a8") > 0 and stage_steps(self.recipe, "mixed") > 0
@@ -236,7 +237,6 @@ class _Compression:
                 "steps": steps,
                 "learning_rate": rate,
                 "final_learning_rate": min(rate, self.config.mix.learning_rate) if both and stage == "w4a8" else 0.0,
-                "warmup": 0.0 if both and stage == "mixed" else self.recipe.training.warmup,
                 "average": self.config.average,
                 "validate_every": max(1, steps),
                 "compile": False,
