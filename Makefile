@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 # Tests and checks run small things on many threads badly: one thread each.
 ONE_THREAD := OMP_NUM_THREADS=1
 
-.PHONY: demo test check fix wheel clean
+.PHONY: demo test check soak fix wheel clean
 
 demo: $(VENV)/.demo
 	$(BIN)/muntin demo
@@ -17,7 +17,10 @@ check: $(VENV)/.dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	$(ONE_THREAD) $(BIN)/python -m pytest -m "not slow"
+	$(ONE_THREAD) $(BIN)/python -m pytest -m "not slow and not soak"
+
+soak: $(VENV)/.dev
+	$(ONE_THREAD) $(BIN)/python -m pytest -m soak -s
 
 fix: $(VENV)/.dev
 	$(BIN)/ruff check --fix .

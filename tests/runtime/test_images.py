@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import io
 import os
 import struct
 import subprocess
@@ -17,7 +18,18 @@ from PIL import Image
 
 from muntin.artifact.classes import ClassInfo
 from muntin.errors import DataError
-from muntin.runtime.images import colorize, image_size, overlay, read_image, read_mask, to_rgb, write_image, write_whole
+from muntin.runtime.images import (
+    colorize,
+    decode_image,
+    encode_png,
+    image_size,
+    overlay,
+    read_image,
+    read_mask,
+    to_rgb,
+    write_image,
+    write_whole,
+)
 
 CLASSES = (ClassInfo(name="sea", color=(0, 0, 200)), ClassInfo(name="land", color=(0, 200, 0)))
 pictures = arrays.arrays(np.uint8, st.tuples(st.integers(1, 9), st.integers(1, 9), st.sampled_from([1, 3, 4])))
@@ -275,3 +287,33 @@ def test_to_rgb() -> None:
 def test_reading_needs_no_torch() -> None:
     program = "import sys, muntin.runtime.images; sys.exit('torch' in sys.modules)"
     subprocess.run([sys.executable, "-c", program], check=True)
+
+
+def test_a_picture_from_bytes_is_what_it_is_from_a_file(tmp_path: Path) -> None:
+    pixels = np.random.default_rng(5).integers(0, 256, (21, 34, 3)).astype(np.uint8)
+    for suffix in (".png", ".jpg", ".webp"):
+        write_image(tmp_path / f"a{suffix}", pixels)
+        content = (tmp_path / f"a{suffix}").read_bytes()
+        np.testing.assert_array_equal(decode_image(content), read_image(tmp_path / f"a{suffix}"))
+        np.testing.assert_array_equal(decode_image(content, 1), read_image(tmp_path / f"a{suffix}", 1))
+        with pytest.raises(DataError, match="limit of 713"):
+            decode_image(content, max_pixels=713)
+        with pytest.raises(DataError, match="the picture"):
+            decode_image(content[: len(content) // 2])
+
+
+@pytest.mark.parametrize("content", [b"", b"\x89PNG", b"BM" + b"x" * 90, b"II*\x00" + b"x" * 90, b"\x93NUMPY", b"RIFF0000WAVE"])
+def test_other_bytes_are_no_picture(content: bytes) -> None:
+    with pytest.raises(DataError) as caught:
+        decode_image(content)
+    assert "\n" not in str(caught.value)
+
+
+def test_encoded_labels_keep_their_numbers() -> None:
+    labels = np.random.default_rng(6).integers(0, 3, (9, 11)).astype(np.uint8)
+    colors = [(255, 0, 0), (0, 255, 0), (0, 0, 255)]
+    with Image.open(io.BytesIO(encode_png(labels, colors))) as picture:
+        assert picture.mode == "P"
+        np.testing.assert_array_equal(np.array(picture), labels)
+        np.testing.assert_array_equal(np.array(picture.convert("RGB")), np.array(colors, np.uint8)[labels])
+    np.testing.assert_array_equal(decode_image(encode_png(labels), 1)[:, :, 0], labels)

@@ -15,6 +15,7 @@ from muntin.cli.machine import doctor_command
 from muntin.cli.models import init_command, models_command
 from muntin.cli.profile import profile_command
 from muntin.cli.report import demo_command, report_command
+from muntin.cli.serve import serve_command
 from muntin.cli.train import evaluate_command, fit_command
 from muntin.errors import MuntinError
 
@@ -25,6 +26,11 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 
+_EXTRAS = {
+    "train": ("torch", "torchvision", "onnxscript", "timm", "torchmetrics", "tensorboard"),
+    "serve": ("uvicorn", "httptools", "starlette", "orjson", "grpc", "google", "prometheus_client"),
+}
+"""What brings the packages that a command may lack."""
 CTRL_C = 130
 """What typer turns a KeyboardInterrupt into."""
 
@@ -40,6 +46,7 @@ COMMANDS: dict[str, Callable[..., None]] = {
     "bench": bench_command,
     "profile": profile_command,
     "predict": predict_command,
+    "serve": serve_command,
     "report": report_command,
     "models": models_command,
 }
@@ -55,9 +62,11 @@ def main() -> None:
         say(f"muntin: {error}")
         sys.exit(1)
     except ModuleNotFoundError as error:
-        if (error.name or "").split(".")[0] not in ("torch", "torchvision", "onnxscript", "timm", "torchmetrics", "tensorboard"):
+        package = (error.name or "").split(".")[0]
+        extra = next((extra for extra, packages in _EXTRAS.items() if package in packages), None)
+        if extra is None:
             raise
-        say(f"muntin: this command needs the package {error.name}: pip install 'muntin[train]'")
+        say(f"muntin: this command needs the package {package}: pip install 'muntin[{extra}]'")
         sys.exit(1)
     except OSError as error:
         where = f"{error.filename}: " if error.filename else ""

@@ -84,6 +84,33 @@ def read_image(path: Path | str, channels: int | None = 3, *, max_pixels: int = 
     return image_HWC if image_HWC.ndim == 3 else image_HWC[:, :, None]
 
 
+def decode_image(content: bytes, channels: int | None = 3, *, max_pixels: int = MAX_PIXELS) -> UInt8:
+    """The picture in the bytes of a PNG, JPEG or WebP file, as `read_image` gives it. Raises DataError as that does.
+
+    The size is checked in the header, before anything is decoded: a small file that would unpack into a huge picture costs nothing.
+    """
+    name, head = Path("the picture"), content[:_HEAD_BYTES]
+    if not (head.startswith((b"\x89PNG", b"\xff\xd8\xff")) or (head[:4] == b"RIFF" and head[8:12] == b"WEBP")):
+        raise DataError(f"{len(content):,} bytes that are no PNG, JPEG or WebP picture: send the bytes of such a file")
+    with _picture(name, io.BytesIO(content), head, max_pixels) as picture:
+        mode = _target_mode(name, picture, channels)
+        image_HWC = np.array(_converted(_upright(picture), mode), dtype=np.uint8)
+    return image_HWC if image_HWC.ndim == 3 else image_HWC[:, :, None]
+
+
+def encode_png(image: npt.NDArray[Any], colors: Sequence[tuple[int, int, int]] = ()) -> bytes:
+    """A PNG file of (H, W) or (H, W, 1, 3 or 4) uint8.
+
+    `colors`: makes labels (H, W) a palette picture: their numbers stay, a person sees them in colours, and those beyond are black.
+    """
+    picture = Image.fromarray(np.ascontiguousarray(image[:, :, 0] if image.ndim == 3 and image.shape[2] == 1 else image))
+    if colors:
+        picture.putpalette([value for color in colors for value in color])
+    buffer = io.BytesIO()
+    picture.save(buffer, format="PNG", compress_level=3)
+    return buffer.getvalue()
+
+
 def read_mask(path: Path | str, *, colors: bool = False, max_pixels: int = MAX_PIXELS) -> npt.NDArray[Any]:
     """The labels in a file: integers (H, W), or colours (H, W, 3) uint8 where the file holds colours.
 

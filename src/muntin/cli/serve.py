@@ -1,0 +1,105 @@
+"""`muntin serve`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from muntin.cli.console import Json, print_json, say, status
+from muntin.cli.deploy import Engine, Precision, Threads
+from muntin.errors import DataError
+
+if TYPE_CHECKING:
+    from muntin.serving.config import ServeConfig
+
+_MEGABYTE = 1 << 20
+
+
+def serve_command(
+    artifact: Annotated[Path, typer.Argument(help="An artefact's folder, or a folder of numbered ones: 1, 2, 3, ...")],
+    host: Annotated[str, typer.Option(help="Address to listen on. Others than this machine reach it only if this says so.")] = "127.0.0.1",
+    http_port: Annotated[int, typer.Option(min=0, max=65535, help="0: any that is free.")] = 8000,
+    grpc_port: Annotated[int, typer.Option(min=0, max=65535, help="0: any that is free.")] = 8001,
+    no_grpc: Annotated[bool, typer.Option("--no-grpc", help="HTTP only.")] = False,
+    name: Annotated[str | None, typer.Option(help="Name of the model; the folder's by default.")] = None,
+    objective_ms: Annotated[
+        float | None,
+        typer.Option(help="Answer every admitted request within so many milliseconds; refuse early what cannot be. No promise by default."),
+    ] = None,
+    max_batch: Annotated[int, typer.Option(min=1, max=1024, help="Images that are computed in one call at most.")] = 8,
+    queue: Annotated[int, typer.Option(min=1, help="Images that may wait.")] = 512,
+    streams: Annotated[int, typer.Option(min=1, help="Batches that compute at the same time, each with its share of the threads.")] = 1,
+    watch: Annotated[
+        bool,
+        typer.Option("--watch", help="Load versions that come to the folder while serving; a broken one is told, and changes nothing."),
+    ] = False,
+    canary: Annotated[float, typer.Option(min=0, max=1, help="Share of requests that a new version answers before it takes over.")] = 0.0,
+    shadow: Annotated[float, typer.Option(min=0, max=1, help="Share of requests that a new version computes too, to be compared.")] = 0.0,
+    trial: Annotated[int, typer.Option(min=1, help="Images that a new version has to stand before, and again after, it takes over.")] = 100,
+    max_body: Annotated[int, typer.Option(min=1, max=4096, help="Megabytes of one request.")] = 64,
+    max_connections: Annotated[int, typer.Option(min=1, max=65535, help="Connections at the same time.")] = 512,
+    token_file: Annotated[Path | None, typer.Option(help="File of bearer tokens, one a line; a request must carry one of them.")] = None,
+    tls_certificate: Annotated[Path | None, typer.Option(help="PEM file; with --tls-key: HTTPS and gRPC over TLS.")] = None,
+    tls_key: Annotated[Path | None, typer.Option(help="PEM file.")] = None,
+    access_log: Annotated[bool, typer.Option("--access-log", help="A line of JSON for each request, on standard output.")] = False,
+    trace: Annotated[
+        bool,
+        typer.Option("--trace", help="A span of OpenTelemetry for each request (extra `otel`; OTEL_EXPORTER_OTLP_ENDPOINT says where to)."),
+    ] = False,
+    engine: Engine = "openvino",
+    precision: Precision = "recorded",
+    threads: Threads = None,
+    json: Json = False,
+) -> None:
+    """Serve an artefact over HTTP and gRPC: the Open Inference Protocol, and pictures in, pictures out."""
+    from pydantic import ValidationError
+
+    from muntin.serving.config import Bounds, ServeConfig
+    from muntin.serving.rollout import Rollout
+    from muntin.serving.server import Server
+
+    try:
+        config = ServeConfig(
+            host=host, http_port=http_port, grpc_port=None if no_grpc else grpc_port, name=name, engine=engine, precision=precision,
+            threads=threads, streams=streams, objective_ms=objective_ms, max_batch=max_batch, queue_rows=queue, watch=watch,
+            rollout=Rollout(canary=canary, shadow=shadow, for_requests=trial),
+            bounds=Bounds(body_bytes=max_body * _MEGABYTE, held_bytes=max(512, 4 * max_body) * _MEGABYTE, connections=max_connections),
+            tokens=_tokens(token_file), tls_certificate=tls_certificate, tls_key=tls_key, access_log=access_log, trace=trace,
+        )  # fmt: skip
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        where = "".join(f"--{str(part).replace('_', '-')}: " for part in first["loc"][:1])
+        raise DataError(f"{where}{first['msg']}") from error
+    server = Server(artifact, config, notify=lambda line: say(f"muntin: {line}"))
+    with status(f"loading {artifact}") as stage:
+        stage("verifying, compiling")
+    server.run(up=lambda: _tell(server, config, json))
+    say("muntin: stopped; every request that was admitted has been answered")
+
+
+def _tokens(path: Path | None) -> tuple[str, ...]:
+    if path is None:
+        return ()
+    found = tuple(line.strip() for line in path.read_text(encoding="utf-8").splitlines() if line.strip())
+    if not found:
+        raise DataError(f"{path} holds no token: write one a line, or leave --token-file out")
+    return found
+
+
+def _tell(server: Any, config: ServeConfig, json: bool) -> None:
+    scheme = "http" if config.tls_certificate is None else "https"
+    host = f"[{config.host}]" if ":" in config.host else config.host
+    current = server.slot.current
+    document = {
+        "model": server.slot.name,
+        "version": None if current is None else current.name,
+        "http": f"{scheme}://{host}:{server.http_port}",
+        "grpc": None if config.grpc_port is None else f"{host}:{server.grpc_port}",
+    }
+    if json:
+        print_json(document)
+        return
+    over = "" if document["grpc"] is None else f", gRPC on {document['grpc']}"
+    say(f"muntin: {document['model']} on {document['http']}{over}; Ctrl-C ends it")

@@ -1,0 +1,77 @@
+"""Compiling for the sizes that come often, while requests go on.
+
+A session that was opened with `dynamic` computes a size that nobody foresaw as it comes, some per cent slower. After a few of them it is
+compiled for: first by another process of low priority, which leaves what it compiled in the user's cache, then here, where it only has to
+be read. The threads that an engine starts keep the priority of whoever compiled, so a thread of low priority here would answer slowly for
+ever.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from contextlib import suppress
+from dataclasses import replace
+from pathlib import Path
+from queue import SimpleQueue
+from threading import Event, Lock, Thread
+
+from muntin.errors import MuntinError
+from muntin.serving.probation import Limits, Probation, probe
+from muntin.serving.version import Call, Opening, Version, open_version
+
+OFTEN = 8
+"""Batches of one size after which it is compiled for."""
+COMPILED = 48
+"""Sizes that a version is compiled for at most, and sizes that are counted."""
+
+
+class Compiler:
+    """Counts batches by size, and compiles for those that come often, one after the other. `opening`: as the versions were opened."""
+
+    def __init__(self, opening: Opening) -> None:
+        self._opening = replace(opening, calls=())
+        self._lock = Lock()
+        self._seen: OrderedDict[tuple[str, Call], int] = OrderedDict()
+        self._compiled: dict[str, int] = {}
+        """By digest of a version: for how many sizes."""
+        self._queue: SimpleQueue[tuple[Version, Call] | None] = SimpleQueue()
+        self._thread: Thread | None = None
+        self._closed = Event()
+
+    def note(self, version: Version, call: Call) -> None:
+        """Counts a batch; the `OFTEN`th of its size is the reason to compile for it. Takes microseconds."""
+        key = version.digest, call
+        with self._lock:
+            self._seen[key] = self._seen.get(key, 0) + 1
+            self._seen.move_to_end(key)
+            if len(self._seen) > COMPILED:
+                self._seen.popitem(last=False)
+            if self._seen[key] != OFTEN or self._compiled.get(version.digest, 0) >= COMPILED:
+                return
+            self._compiled[version.digest] = self._compiled.get(version.digest, 0) + 1
+            if self._thread is None:
+                self._thread = Thread(target=self._run, name="muntin-compile", daemon=True)
+                self._thread.start()
+        self._queue.put((version, call))
+
+    def close(self) -> None:
+        """Ends what it is at, and its thread."""
+        self._closed.set()
+        self._queue.put(None)
+        if self._thread is not None:
+            self._thread.join()
+
+    def _run(self) -> None:
+        while (item := self._queue.get()) is not None and not self._closed.is_set():
+            version, call = item
+            # What fails here failed for nobody: the size is then computed as before.
+            with suppress(MuntinError, RuntimeError, OSError):
+                probe(version.path, self._opening, [call], limits=Limits(), stopped=self._closed.is_set, examine=compile_for)
+                version.session.warm_up([call.shape], labels=call.labels)
+            del version, item
+
+
+def compile_for(path: Path, opening: Opening, lately: tuple[Call, ...]) -> Probation:
+    """Opens an artefact and warms it up, which leaves what was compiled in the user's cache. What a `Compiler` asks of its process."""
+    opened = open_version(path, opening, lately)
+    return Probation(digest=opened.digest, signature=opened.signature, open_s=0.0, latency_ms={}, peak_mib=None)

@@ -1,0 +1,69 @@
+"""What a server is told: where it listens, what it promises, what it refuses. Each field states its unit and range."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Self
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+from muntin.serving.rollout import Rollout
+
+MEGABYTE = 1 << 20
+
+
+class _Frozen(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+
+class Bounds(_Frozen):
+    """What one client, and all of them together, may take of the server. Beyond them a request is refused, never served by halves."""
+
+    body_bytes: Annotated[int, Field(ge=1024, description="of one request")] = 64 * MEGABYTE
+    header_bytes: Annotated[int, Field(ge=1024, description="of one request's line and headers together")] = 16 * 1024
+    image_pixels: Annotated[int, Field(ge=1, description="height times width of one picture, decoded")] = 1 << 26
+    held_bytes: Annotated[int, Field(ge=1024, description="of the bodies of all requests that are being received or answered")] = (
+        512 * MEGABYTE
+    )
+    connections: Annotated[int, Field(ge=1, description="open at the same time")] = 512
+    header_seconds: Annotated[float, Field(gt=0, description="from a connection's or request's first byte to the end of its headers")] = (
+        10.0
+    )
+    body_seconds: Annotated[float, Field(gt=0, description="from the end of the headers to the end of the body")] = 60.0
+    idle_seconds: Annotated[float, Field(gt=0, description="that a connection may stay open between two requests")] = 75.0
+
+
+class ServeConfig(_Frozen):
+    """All that `muntin serve` is told."""
+
+    host: Annotated[str, Field(description="address to listen on; others than this machine's own reach it only if this says so")] = (
+        "127.0.0.1"
+    )
+    http_port: Annotated[int, Field(ge=0, le=65535, description="0: any that is free")] = 8000
+    grpc_port: Annotated[int | None, Field(ge=0, le=65535, description="0: any that is free; None: no gRPC")] = 8001
+    name: Annotated[str | None, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,99}$", description="of the model; None: its folder's")] = None
+    engine: str = "openvino"
+    precision: str = "recorded"
+    threads: Annotated[int | None, Field(ge=1, description="of the engine; None: the usable physical cores")] = None
+    streams: Annotated[int, Field(ge=1, description="batches that compute at the same time, each with its share of the threads")] = 1
+    objective_ms: Annotated[float | None, Field(gt=0, description="within which an admitted request is answered; None: no promise")] = None
+    max_batch: Annotated[int, Field(ge=1, le=1024, description="rows (images) that are computed in one call")] = 8
+    queue_rows: Annotated[int, Field(ge=1, description="rows that may wait")] = 512
+    watch: Annotated[bool, Field(description="load versions that come to the directory while it serves")] = False
+    watch_seconds: Annotated[float, Field(gt=0, description="between two looks at it")] = 2.0
+    rollout: Annotated[Rollout, Field(description="how a new version takes over from the one that serves")] = Rollout()
+    bounds: Bounds = Bounds()
+    tokens: Annotated[tuple[str, ...], Field(description="bearer tokens, one of which a request must carry; none: open to all")] = ()
+    tls_certificate: Path | None = None
+    tls_key: Path | None = None
+    access_log: Annotated[bool, Field(description="a line of JSON for each request on standard output")] = False
+    trace: Annotated[bool, Field(description="a span of OpenTelemetry for each request, exported as the environment says")] = False
+    drain_seconds: Annotated[float, Field(ge=0, description="that requests in flight get after SIGTERM")] = 30.0
+
+    @model_validator(mode="after")
+    def _pairs(self) -> Self:
+        if (self.tls_certificate is None) != (self.tls_key is None):
+            raise ValueError("TLS needs both a certificate and its key")
+        if any(not token or not token.isascii() or any(c.isspace() for c in token) for token in self.tokens):
+            raise ValueError("a bearer token is ASCII without spaces, and not empty")
+        return self

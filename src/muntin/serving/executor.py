@@ -1,0 +1,137 @@
+"""A batch through a version's session: rows put together, computed, taken apart; and what is done where memory is short.
+
+    batch of jobs -> one array (the request's own bytes where it is alone) -> session -> a share of the answer for each job
+
+Where the engine finds no memory for a batch, its rows are computed one at a time, and where that fails too, in tiles: what was done is said
+in the answers and counted. Whatever else an engine raises is the slot's to handle: it names another version that can compute the batch.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from muntin.errors import MuntinError
+from muntin.runtime import Session, predict
+from muntin.serving.batcher import Batch
+from muntin.serving.compiler import Compiler
+from muntin.serving.rollout import label_agreement
+from muntin.serving.slot import Lease, Slot
+from muntin.serving.version import Call, Version
+
+TILE = 512
+"""Pixels of the side of the tiles that an image is computed in when there is no memory for it in one piece."""
+_NO_MEMORY = ("bad_alloc", "out of memory", "failed to allocate", "cannot allocate", "not enough memory")
+
+
+class Group(NamedTuple):
+    """What has to be equal for images to be computed in one call. `labels`: labels are wanted, and no scores."""
+
+    version: Version
+    height: int
+    width: int
+    labels: bool
+
+
+@dataclass(slots=True, kw_only=True, eq=False)
+class Work:
+    """A request's images (rows, H, W, C) and the lease on its version; once computed, how that went. Times are seconds of the clock."""
+
+    images: NDArray[np.uint8]
+    lease: Lease
+    started: float = 0.0
+    """When its batch began to be computed."""
+    computed: float = 0.0
+    """How long that took."""
+    batch_rows: int = 0
+    version: str = ""
+    recovered: str = ""
+    """What was done for want of memory; empty: nothing."""
+
+
+@dataclass(kw_only=True)
+class Recoveries:
+    """How often memory was short, and what was done: rows one at a time, an image in tiles."""
+
+    rows: int = 0
+    tiles: int = 0
+
+
+class Executor:
+    """Computes batches for a `Runner`, on any of its threads. `clock`: seconds, the batcher's.
+
+    `compiler`: is told of every batch, to compile for the sizes that come often.
+    """
+
+    def __init__(self, slot: Slot, *, compiler: Compiler | None = None, clock: Callable[[], float] = time.monotonic) -> None:
+        self.recoveries = Recoveries()
+        self._slot, self._clock = slot, clock
+        self._compiler = compiler
+
+    def __call__(self, batch: Batch) -> Sequence[NDArray[Any]]:
+        """An answer for each job: labels uint8 (rows, sH, sW) or scores float32 (rows, K, ...), views of one array."""
+        works: list[Work] = [job.payload for job in batch.jobs]
+        group = batch.group
+        assert isinstance(group, Group)
+        started = self._clock()
+        images = works[0].images if len(works) == 1 else np.concatenate([work.images for work in works])
+        call = Call((len(images), group.height, group.width), group.labels)
+        (answer, recovered), version = self._slot.compute(
+            group.version, lambda session: self._compute(session, images, labels=group.labels), rows=len(images), call=call
+        )
+        computed = self._clock() - started
+        if self._compiler is not None:
+            self._compiler.note(version, call)
+        answers, first = [], 0
+        for job, work in zip(batch.jobs, works, strict=True):
+            work.started, work.computed, work.batch_rows = started, computed, len(images)
+            work.version, work.recovered = version.name, recovered
+            answers.append(answer[first : first + job.rows])
+            first += job.rows
+        return answers
+
+    def shadow(self, candidate: Version, images: NDArray[np.uint8], answer: NDArray[Any], *, labels: bool) -> None:
+        """Computes images that were answered once more, by a candidate that the caller has a lease on, and tells the slot how far both
+        agree."""
+        call = Call((images.shape[0], images.shape[1], images.shape[2]), labels)
+        started = self._clock()
+        try:
+            again = _call(candidate.session, images, labels=labels)
+        except Exception as error:  # noqa: BLE001 - the slot counts it, and judges
+            self._slot.observe_shadow(candidate, agreement=None, seconds=self._clock() - started, rows=len(images), error=error, call=call)
+            return
+        agreement = label_agreement(answer, again, candidate.signature, labels=labels)
+        self._slot.observe_shadow(candidate, agreement=agreement, seconds=self._clock() - started, rows=len(images), call=call)
+
+    def _compute(self, session: Session, images: NDArray[np.uint8], *, labels: bool) -> tuple[NDArray[Any], str]:
+        try:
+            return _call(session, images, labels=labels), ""
+        except Exception as error:
+            if not no_memory(error):
+                raise
+        if len(images) > 1:
+            self.recoveries.rows += 1
+            parts = [self._compute(session, images[n : n + 1], labels=labels) for n in range(len(images))]
+            return np.concatenate([part for part, _ in parts]), max((said for _, said in parts), key=len) or "one row at a time"
+        height, width = images.shape[1:3]
+        if session.signature.task == "classify" or max(height, width) == 1:
+            raise MuntinError(f"no memory for one image of {width}x{height}: send smaller ones")
+        self.recoveries.tiles += 1
+        tile = min(TILE, (max(height, width) + 1) // 2)
+        answer = predict(session, images[0], tile=tile, output="labels" if labels else "scores")
+        return answer[None], f"in tiles of {tile} pixels"
+
+
+def no_memory(error: BaseException) -> bool:
+    """Whether an engine failed for want of memory. OpenVINO and ONNX Runtime say it in words alone."""
+    text = str(error).lower()
+    return isinstance(error, MemoryError) or any(words in text for words in _NO_MEMORY)
+
+
+def _call(session: Session, images: NDArray[np.uint8], *, labels: bool) -> NDArray[Any]:
+    return session.labels(images) if labels else session(images)

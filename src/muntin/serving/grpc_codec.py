@@ -1,0 +1,227 @@
+"""The gRPC face's messages, to and from the same values as the HTTP face's bodies.
+
+Tensors come raw (`raw_input_contents`, one for each input, in their order) or as numbers in the input's own `contents`, in the list that
+its datatype takes; never both. They go back raw. protobuf hands the bytes of a tensor out, and takes them in, as copies: so this face
+costs some memory traffic that the HTTP face does not.
+
+By the time a message is here protobuf has made it: `wire.parse` is what bounds the memory for that.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from muntin.serving import open_inference_pb2 as messages
+from muntin.serving.description import (
+    IndexEntry,
+    ModelDescription,
+    Statistics,
+    configuration_document,
+    index_document,
+    metadata_document,
+    server_document,
+    statistics_document,
+)
+from muntin.serving.protocol import (
+    InferInput,
+    InferRequest,
+    InferResponse,
+    Limits,
+    Parameter,
+    ProtocolError,
+    RequestedOutput,
+    Tensor,
+    check_count,
+    check_id,
+    check_name,
+    check_repository_parameters,
+    check_request_parameters,
+    check_requested,
+    check_shape,
+    check_tensor_parameters,
+    check_unique,
+    shown,
+)
+from muntin.serving.selection import select
+from muntin.serving.tensors import DATATYPES, check_datatype, check_range, datatype_of, from_binary, strings_array, to_binary
+
+SERVICE = "inference.GRPCInferenceService"
+"""The service's full name; the path of a method is /SERVICE/NAME."""
+
+
+class Method(NamedTuple):
+    """One method of the service: its name, its messages' classes, and whether both sides send a stream of them."""
+
+    name: str
+    request: type[messages.Message]
+    response: type[messages.Message]
+    streams: bool = False
+
+
+METHODS = (
+    Method("ServerLive", messages.ServerLiveRequest, messages.ServerLiveResponse),
+    Method("ServerReady", messages.ServerReadyRequest, messages.ServerReadyResponse),
+    Method("ModelReady", messages.ModelReadyRequest, messages.ModelReadyResponse),
+    Method("ServerMetadata", messages.ServerMetadataRequest, messages.ServerMetadataResponse),
+    Method("ModelMetadata", messages.ModelMetadataRequest, messages.ModelMetadataResponse),
+    Method("ModelInfer", messages.ModelInferRequest, messages.ModelInferResponse),
+    Method("ModelStreamInfer", messages.ModelInferRequest, messages.ModelStreamInferResponse, streams=True),
+    Method("ModelConfig", messages.ModelConfigRequest, messages.ModelConfigResponse),
+    Method("ModelStatistics", messages.ModelStatisticsRequest, messages.ModelStatisticsResponse),
+    Method("RepositoryIndex", messages.RepositoryIndexRequest, messages.RepositoryIndexResponse),
+    Method("RepositoryModelLoad", messages.RepositoryModelLoadRequest, messages.RepositoryModelLoadResponse),
+    Method("RepositoryModelUnload", messages.RepositoryModelUnloadRequest, messages.RepositoryModelUnloadResponse),
+)
+"""Every method; what they need to be registered as generic handlers."""
+
+_CONTENTS: dict[str, tuple[str, type[np.generic]]] = {
+    "BOOL": ("bool_contents", np.bool_),
+    "UINT8": ("uint_contents", np.uint32),
+    "UINT16": ("uint_contents", np.uint32),
+    "UINT32": ("uint_contents", np.uint32),
+    "UINT64": ("uint64_contents", np.uint64),
+    "INT8": ("int_contents", np.int32),
+    "INT16": ("int_contents", np.int32),
+    "INT32": ("int_contents", np.int32),
+    "INT64": ("int64_contents", np.int64),
+    "FP32": ("fp32_contents", np.float32),
+    "FP64": ("fp64_contents", np.float64),
+    "BYTES": ("bytes_contents", np.object_),
+}
+
+
+def decode_infer(message: messages.ModelInferRequest, limits: Limits) -> InferRequest:
+    """An inference request's message. Arrays that came raw are read-only views of the message's bytes. Raises ProtocolError."""
+    check_count(len(message.inputs), "inputs", limits)
+    check_count(len(message.outputs), "outputs", limits)
+    if not len(message.inputs):
+        raise ProtocolError("the request has no inputs: give at least one tensor")
+    check_unique((item.name for item in message.inputs), "inputs")
+    check_unique((item.name for item in message.outputs), "outputs")
+    return InferRequest(
+        id=check_id(message.id, limits),
+        parameters=check_request_parameters(_parameters(message.parameters, "the request", limits), limits),
+        inputs=tuple(_input(item, raw, limits) for item, raw in zip(message.inputs, _raw(message, limits), strict=True)),
+        outputs=tuple(_requested(item, limits) for item in message.outputs),
+    )
+
+
+def encode_infer(response: InferResponse, requested: tuple[RequestedOutput, ...]) -> messages.ModelInferResponse:
+    """The message with what a request asked for, of what the model answered. Raises ProtocolError for an output it does not give."""
+    message = messages.ModelInferResponse(model_name=response.model, model_version=response.version, id=response.id)
+    for name, value in response.parameters.items():
+        setattr(message.parameters[name], _choice(value), value)
+    for output in select(response, requested, binary_default=True):
+        datatype = datatype_of(output.data, output.name)
+        message.outputs.add(name=output.name, datatype=datatype, shape=output.data.shape)
+        message.raw_output_contents.append(bytes(to_binary(output.data, datatype)))
+    return message
+
+
+def repository_parameters(
+    message: messages.RepositoryModelLoadRequest | messages.RepositoryModelUnloadRequest, limits: Limits
+) -> dict[str, Parameter]:
+    """The parameters of a request to load or to unload a model. Raises ProtocolError for a model that comes with it."""
+    return check_repository_parameters(_parameters(message.parameters, "the request", limits), limits)
+
+
+def server_message(name: str, version: str) -> messages.ServerMetadataResponse:
+    """The server's metadata."""
+    return messages.from_document(server_document(name, version), messages.ServerMetadataResponse)
+
+
+def metadata_message(model: ModelDescription) -> messages.ModelMetadataResponse:
+    """The model's metadata."""
+    return messages.from_document(metadata_document(model), messages.ModelMetadataResponse)
+
+
+def configuration_message(model: ModelDescription) -> messages.ModelConfigResponse:
+    """The model's configuration."""
+    return messages.from_document({"config": configuration_document(model)}, messages.ModelConfigResponse)
+
+
+def statistics_message(statistics: Iterable[Statistics]) -> messages.ModelStatisticsResponse:
+    """The statistics of some versions."""
+    return messages.from_document(statistics_document(statistics), messages.ModelStatisticsResponse)
+
+
+def index_message(entries: Iterable[IndexEntry]) -> messages.RepositoryIndexResponse:
+    """The repository's index."""
+    return messages.from_document({"models": index_document(entries)}, messages.RepositoryIndexResponse)
+
+
+def _raw(message: messages.ModelInferRequest, limits: Limits) -> list[bytes] | list[None]:
+    """The raw bytes of each input, or None for each where they come as numbers."""
+    count = len(message.raw_input_contents)
+    if not count:
+        return [None] * len(message.inputs)
+    if count != len(message.inputs):
+        raise ProtocolError(f"{count:,} raw_input_contents for {len(message.inputs)} inputs: give one for each, in their order, or none")
+    raw = list(message.raw_input_contents)
+    size = sum(map(len, raw))
+    if size > limits.body_bytes:
+        raise ProtocolError(f"{size:,} bytes of tensors: this server takes at most {limits.body_bytes:,}", status=413)
+    return raw
+
+
+def _input(item: messages.ModelInferRequest.InferInputTensor, raw: bytes | None, limits: Limits) -> InferInput:
+    name = check_name(item.name, "one of inputs", limits)
+    datatype = check_datatype(item.datatype, name)
+    shape, elements = check_shape(item.shape, name, limits)
+    check_tensor_parameters(_parameters(item.parameters, f"input {shown(name)}", limits), name, limits)
+    if raw is None:
+        data = _from_contents(item.contents, datatype, shape, elements, name, limits)
+    elif item.HasField("contents"):
+        raise ProtocolError(f"input {shown(name)} has contents, and the request raw_input_contents: give one of them")
+    else:
+        data = from_binary(raw, datatype, shape, elements, name, limits)
+    return InferInput(name=name, datatype=datatype, shape=shape, data=data)
+
+
+def _from_contents(
+    contents: messages.InferTensorContents, datatype: str, shape: tuple[int, ...], elements: int, name: str, limits: Limits
+) -> Tensor:
+    if datatype not in _CONTENTS:
+        raise ProtocolError(f"input {shown(name)} is {datatype}, which has no contents: send it in raw_input_contents")
+    wanted, wire = _CONTENTS[datatype]
+    filled = [field.name for field, _ in contents.ListFields()]
+    if any(field != wanted for field in filled):
+        raise ProtocolError(f"input {shown(name)} has {', '.join(filled)}: {datatype} goes into {wanted}, or into raw_input_contents")
+    values = getattr(contents, wanted)
+    if datatype == "BYTES":
+        return strings_array(values, shape, elements, name, limits)
+    if len(values) != elements:
+        raise ProtocolError(f"input {shown(name)} came with {len(values):,} values: shape {list(shape)} takes {elements:,}")
+    array: Tensor = np.fromiter(values, wire, elements)
+    dtype = DATATYPES[datatype]
+    if elements and dtype.itemsize < array.itemsize:
+        check_range(int(array.min()), int(array.max()), datatype, name)
+    return array.astype(dtype, copy=False).reshape(shape)
+
+
+def _requested(item: messages.ModelInferRequest.InferRequestedOutputTensor, limits: Limits) -> RequestedOutput:
+    name = check_name(item.name, "one of outputs", limits)
+    return check_requested(name, _parameters(item.parameters, f"output {shown(name)}", limits), binary_default=True, limits=limits)
+
+
+def _parameters(parameters: Mapping[str, Any], where: str, limits: Limits) -> dict[str, object]:
+    """The values in a message's parameters. Counted here, because copying them out is what costs."""
+    if len(parameters) > limits.parameters:
+        raise ProtocolError(f"{where} has {len(parameters):,} parameters: this server takes at most {limits.parameters}")
+    return {name: _value(parameter) for name, parameter in parameters.items()}
+
+
+def _value(parameter: Any) -> object:
+    choice = parameter.WhichOneof("parameter_choice")
+    return None if choice is None else getattr(parameter, choice)
+
+
+def _choice(value: Parameter) -> str:
+    if isinstance(value, bool):
+        return "bool_param"
+    if isinstance(value, int):
+        return "int64_param"
+    return "string_param" if isinstance(value, str) else "double_param"

@@ -1,0 +1,262 @@
+"""What a batch of n rows takes, learned from the batches that finished.
+
+A group's latency is a line, fixed + each * n, through one remembered figure for each size of batch that was seen (sizes above eight share
+buckets, a quarter of an octave wide): a machine that ran full batches for an hour still knows what a lone row takes.
+
+Two things change. The machine becomes faster or slower, at once and for every size: another process, a lower clock. So a batch moves the
+figures of all sizes, by a sixteenth of its own deviation, and its deviation counts as a quarter at most: one hiccup, however long, moves
+them by a sixty-fourth. When the median deviation of the last nine batches is a fifth, that is no hiccup, and all figures jump by it. The
+proportion of one size to another is the engine's and lasts: a batch moves its own size's share of it eight times more slowly, so that
+sizes which are not seen keep their proportion to those that are.
+
+What may be promised is `safe`: the line times the spread of the last 128 batches around it, their 97th percentile stretched to the 99th as
+for a normal distribution. Three hiccups among 128 batches therefore do not count, a fourth does.
+
+Nothing here knows a clock or a lock. Observing costs some 10 µs.
+"""
+
+from __future__ import annotations
+
+import math
+from bisect import bisect_left, insort
+from collections import OrderedDict, deque
+from collections.abc import Hashable
+from typing import NamedTuple
+
+GROUPS = 128
+"""Groups that are remembered; the one that was not used for the longest time goes first."""
+_WINDOW = 128  # deviations that the spread is taken from
+_OUTLIERS = 4  # of a full window, the largest that do not count: 97th percentile
+_STRETCH = 1.24  # from the 97th to the 99th percentile of a normal distribution: 2.33 / 1.88
+_RECENT = 9  # batches whose median says whether the machine changed
+_SHIFT, _CLIP = 0.2, 0.25
+_GAIN, _OWN_GAIN = 1 / 16, 1 / 128  # of one batch, in the figures of all sizes and in those of its own
+_ROUGH, _EARLY = 8, 16  # batches that the line is still too rough for, and before which a percentile means nothing
+_LEAST_SPREAD, _EARLY_SPREAD = 0.03, 0.15
+_SETTLED = 4  # batches after which a size's own figure is what the next one is held against
+_FORGET, _FADED = 1024, 0.02  # batches after which a size that is not seen any more counts for no more than this
+_FIRM, _STALE = 8, 512  # see `Line.firm`: batches of a larger size, and how many batches ago at most
+_ANY = 1 << 30  # rows, where their number makes no difference
+
+
+class Line(NamedTuple):
+    """Seconds of a batch of n rows: at least `least`, otherwise `fixed` + `each` * n. `spread` >= 1 leads to what may be promised.
+
+    `largest`: rows of the largest batch that this rests on; beyond it the line is a guess. `seen`: how many batches it rests on.
+    `firm`: whether batches of several sizes were seen often enough, and lately enough, to tell what larger ones gain.
+    """
+
+    fixed: float
+    each: float
+    least: float
+    spread: float
+    largest: int
+    seen: int
+    firm: bool
+
+    def expected(self, rows: int) -> float:
+        """Seconds that a batch takes as a rule."""
+        return max(self.least, self.fixed + self.each * rows)
+
+    def safe(self, rows: int) -> float:
+        """Seconds that about 99 of 100 batches keep, as far as recent ones tell."""
+        return max(self.least, self.fixed + self.each * rows) * self.spread
+
+    def rows_within(self, seconds: float) -> int:
+        """The most rows whose `safe` seconds are within these; 0 where not even one is."""
+        left = seconds / self.spread
+        if left < self.least or left < self.fixed + self.each:
+            return 0
+        return int((left - self.fixed) / self.each) if left < self.fixed + self.each * _ANY else _ANY
+
+    def scaled(self, factor: float) -> Line:
+        """The line of a machine that is this many times slower."""
+        return self._replace(fixed=self.fixed * factor, each=self.each * factor, least=self.least * factor)
+
+
+UNKNOWN = Line(0.0, 0.0, 0.0, 1.0, 0, 0, False)
+
+
+class LatencyModel:
+    """Latency of batches by group and rows. At most `groups` groups and, for each, a bounded number of samples are kept.
+
+    A `cost` is what a row of a group costs in comparison with a row of another, in any unit (pixels, for pictures). It gives a group that
+    was never measured the figures of the measured group whose cost is nearest, scaled by the quotient of the costs.
+    """
+
+    def __init__(self, *, groups: int = GROUPS) -> None:
+        if groups < 1:
+            raise ValueError(f"groups={groups}: at least 1 must be remembered")
+        self._limit = groups
+        self._groups: OrderedDict[Hashable, _Group] = OrderedDict()
+
+    def __len__(self) -> int:
+        return len(self._groups)
+
+    def observe(self, group: Hashable, rows: int, seconds: float, *, cost: float | None = None) -> None:
+        """Learns from one finished batch. Raises `ValueError` for less than one row or for seconds that are not positive and finite."""
+        if rows < 1 or not 0 < seconds < math.inf:
+            raise ValueError(f"rows={rows}, seconds={seconds}: a finished batch has at least 1 row and took a positive, finite time")
+        found = self._groups.get(group)
+        if found is None:
+            found = self._groups[group] = _Group()
+            if len(self._groups) > self._limit:
+                self._groups.popitem(last=False)
+        else:
+            self._groups.move_to_end(group)
+        if cost is not None:
+            found.cost = cost
+        found.observe(rows, seconds)
+
+    def line(self, group: Hashable, *, cost: float | None = None) -> Line | None:
+        """What is known of a group: its own line, else by `cost` that of another, else None."""
+        found = self._groups.get(group)
+        if found is not None:
+            return found.line
+        return None if cost is None else self._nearest(cost)
+
+    def expected(self, group: Hashable, rows: int, *, cost: float | None = None) -> float | None:
+        """Seconds that a batch takes as a rule; None where nothing is known."""
+        line = self.line(group, cost=cost)
+        return None if line is None else line.expected(rows)
+
+    def safe(self, group: Hashable, rows: int, *, cost: float | None = None) -> float | None:
+        """Seconds that may be promised for a batch; None where nothing is known."""
+        line = self.line(group, cost=cost)
+        return None if line is None else line.safe(rows)
+
+    def _nearest(self, cost: float) -> Line | None:
+        """The line of the group with the nearest cost, scaled to this one."""
+        best, distance = None, math.inf
+        for found in self._groups.values():
+            if found.cost is not None and cost > 0 < found.cost:
+                apart = abs(math.log(cost / found.cost))
+                if apart < distance:
+                    best, distance = found, apart
+        if best is None or best.cost is None:
+            return None
+        return best.line.scaled(cost / best.cost)
+
+
+class _Size:
+    """One size of batch: mean rows and seconds, how many were seen and which was the last."""
+
+    __slots__ = ("count", "last", "rows", "seconds")
+
+    def __init__(self, rows: int, seconds: float) -> None:
+        self.rows, self.seconds = float(rows), seconds
+        self.count = self.last = 0
+
+
+class _Group:
+    """What is remembered of one group; `line` is what it comes to, renewed by every batch."""
+
+    __slots__ = ("_count", "_deviations", "_largest", "_ordered", "_recent", "_sizes", "cost", "line")
+
+    def __init__(self) -> None:
+        self.cost: float | None = None
+        self.line = UNKNOWN
+        self._count = 0
+        self._largest = 0
+        self._sizes: dict[int, _Size] = {}
+        self._recent: deque[tuple[int, float]] = deque(maxlen=_RECENT)  # rows, seconds
+        self._deviations: deque[float] = deque()  # seconds / line
+        self._ordered: list[float] = []  # the same
+
+    def observe(self, rows: int, seconds: float) -> None:
+        self._count += 1
+        self._largest = max(self._largest, rows)
+        self._recent.append((rows, seconds))
+        if self._count > 1:
+            self._follow(rows, seconds)
+        self._remember(rows, seconds)
+        fixed, each, least = self._fit()
+        self.line = Line(fixed, each, least, self._spread(), self._largest, self._count, self._firm())
+
+    def _follow(self, rows: int, seconds: float) -> None:
+        """Moves the figures of all sizes, and puts the deviation from the line into the window of the spread."""
+        deviations = sorted(took / self._reference(n) for n, took in self._recent)
+        median = deviations[(len(deviations) - 1) // 2]  # of two the lower: the first call of all may have compiled
+        if abs(median - 1) > _SHIFT:
+            self._scale(median)
+            self._renew(median)
+            return
+        deviation = min(max(seconds / self._reference(rows), 1 - _CLIP), 1 + _CLIP) - 1
+        if self._count > _ROUGH:
+            self._push(seconds / self.line.expected(rows))
+        self._scale(1 + deviation * max(_GAIN, 1 / self._count))
+
+    def _reference(self, rows: int) -> float:
+        """Seconds to hold a batch against: its own size's, where enough of it were seen, so that a crooked line does not pass for speed."""
+        size = self._sizes.get(_key(rows))
+        if size is None or size.count < _SETTLED:
+            return self.line.expected(rows)
+        return size.seconds * self.line.expected(rows) / (self.line.fixed + self.line.each * size.rows)
+
+    def _scale(self, factor: float) -> None:
+        for size in self._sizes.values():
+            size.seconds *= factor
+
+    def _push(self, deviation: float) -> None:
+        self._deviations.append(deviation)
+        insort(self._ordered, deviation)
+        if len(self._deviations) > _WINDOW:
+            del self._ordered[bisect_left(self._ordered, self._deviations.popleft())]
+
+    def _renew(self, factor: float) -> None:
+        """After a jump: what the last batches deviate by now, so that the jump itself does not count as spread."""
+        for _ in range(min(len(self._recent) - 1, len(self._deviations))):
+            del self._ordered[bisect_left(self._ordered, self._deviations.pop())]
+        if self._count > _ROUGH:
+            for rows, seconds in self._recent:
+                self._push(seconds / (self.line.expected(rows) * factor))
+
+    def _remember(self, rows: int, seconds: float) -> None:
+        key = _key(rows)
+        size = self._sizes.get(key)
+        if size is None:
+            size = self._sizes[key] = _Size(rows, seconds)
+        size.count += 1
+        size.last = self._count
+        least, most = size.seconds * (1 - _CLIP), size.seconds * (1 + _CLIP)
+        gain = max(_OWN_GAIN, 1 / size.count)
+        size.seconds += (min(max(seconds, least), most) - size.seconds) * gain
+        size.rows += (rows - size.rows) * gain
+
+    def _fit(self) -> tuple[float, float, float]:
+        """The line of the least relative error through the sizes, with neither part below 0: `fixed`, `each`, `least`."""
+        if len(self._sizes) == 1:
+            (only,) = self._sizes.values()
+            # A single size says nothing of the fixed part: smaller batches are taken to be as slow, larger ones to gain nothing.
+            return 0.0, only.seconds / only.rows, only.seconds
+        s0 = s1 = s2 = t0 = t1 = 0.0
+        for size in self._sizes.values():
+            weight = min(size.count, 32) * max(_FADED, 1 - (self._count - size.last) / _FORGET) / size.seconds**2
+            s0 += weight
+            s1 += weight * size.rows
+            s2 += weight * size.rows**2
+            t0 += weight * size.seconds
+            t1 += weight * size.seconds * size.rows
+        determinant = s0 * s2 - s1 * s1
+        if determinant <= 1e-9 * s0 * s2:  # the same rows, but for rounding
+            return 0.0, t1 / s2, 0.0
+        fixed, each = (t0 * s2 - t1 * s1) / determinant, (s0 * t1 - s1 * t0) / determinant
+        if fixed < 0:
+            return 0.0, t1 / s2, 0.0
+        return (fixed, each, 0.0) if each >= 0 else (t0 / s0, 0.0, 0.0)
+
+    def _spread(self) -> float:
+        count = len(self._ordered)
+        if count < _EARLY:
+            return 1 + _EARLY_SPREAD
+        outliers = (_OUTLIERS * count + _WINDOW // 2) // _WINDOW
+        return 1 + max(_LEAST_SPREAD, (self._ordered[count - 1 - outliers] - 1) * _STRETCH)
+
+    def _firm(self) -> bool:
+        smallest = min(self._sizes)
+        return any(key > smallest and size.count >= _FIRM and self._count - size.last < _STALE for key, size in self._sizes.items())
+
+
+def _key(rows: int) -> int:
+    """Of the bucket that a size falls into."""
+    return rows if rows <= 8 else int(4 * math.log2(rows))

@@ -1,0 +1,306 @@
+"""A new version on trial, in a process of its own, before it may come near the one that serves.
+
+An engine is native code that runs whatever graph it is given: it may crash, hang, or take all memory, and no `try` holds that back. So a
+fresh process goes first. It is niced, has a time and a memory limit, and is the one that the system kills if memory runs out. There the
+whole of `muntin.runtime.verify` is done, and the model is opened and warmed up as the server will do it. That is not thrown away: what
+the engine compiles lands in the user's cache, so that opening it in the server is quick and takes little time from its requests.
+
+Question and answer are JSON over pipes. What the process prints otherwise is kept aside and named if it dies.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import suppress
+from dataclasses import asdict, dataclass, field
+from importlib import import_module
+from pathlib import Path
+from statistics import median
+from tempfile import TemporaryFile
+from typing import IO, Any, Protocol
+
+import numpy as np
+
+from muntin import errors
+from muntin.artifact import Signature
+from muntin.errors import MuntinError, RecipeError, VerificationError
+from muntin.runtime.hardware import memory_gib
+from muntin.runtime.memory import resident
+from muntin.runtime.session import Session
+from muntin.runtime.verification import verify
+from muntin.serving.version import Call, NotReadyError, Opened, Opening, open_version
+
+ROUNDS = 5
+"""Calls of each kind that are timed."""
+OFTEN = 4
+"""Batches of a kind after which the next version is warmed up for it though it need not be."""
+_POLL_S = 0.02
+_START = "import sys; sys.path[:] = {path!r}; from muntin.serving.probation import answer; answer()"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Limits:
+    """What the process of a trial may take.
+
+    `seconds`: until it is ended, above 0. `memory_gib`: resident memory at which it is ended, above 0; None: half of what this process
+    may use, since during a swap two versions are in memory. Watched on Linux. `niceness`: 0 to 19, how much it stands back for the server.
+    """
+
+    seconds: float = 300.0
+    memory_gib: float | None = None
+    niceness: int = 10
+
+    def __post_init__(self) -> None:
+        if not self.seconds > 0:
+            raise RecipeError(f"seconds={self.seconds!r}: give the seconds that a trial may take, above 0")
+        if self.memory_gib is not None and not self.memory_gib > 0:
+            raise RecipeError(f"memory_gib={self.memory_gib!r}: give GiB above 0, or None for half of the memory")
+        if self.niceness not in range(20):
+            raise RecipeError(f"niceness={self.niceness!r}: give a whole number from 0 to 19")
+
+    @property
+    def memory_bytes(self) -> float | None:
+        if self.memory_gib is not None:
+            return self.memory_gib * 2**30
+        whole = memory_gib()
+        return None if whole is None else whole * 2**30 / 2
+
+
+@dataclass(frozen=True, kw_only=True)
+class Probation:
+    """What was found of a version that passed.
+
+    `digest` and `signature` are of what was tried. `open_s`: opening and warming up, with what verification had compiled. `latency_ms`:
+    the median of a few calls of each kind, taken at low priority. `peak_mib`: resident memory of the process at its peak, None where the
+    system does not say.
+    """
+
+    digest: str
+    signature: Signature
+    open_s: float
+    latency_ms: dict[Call, float]
+    peak_mib: float | None
+
+
+Examine = Callable[[Path, Opening, tuple[Call, ...]], Probation]
+"""What a trial consists of: a function of a module that can be imported."""
+
+
+def examine(path: Path, opening: Opening, lately: tuple[Call, ...]) -> Probation:
+    """Verifies an artefact, opens it as the server will, and times it. Raises what these raise, VerificationError for a failed check."""
+    result = verify(
+        path, engine=opening.engine, precision=opening.precision, threads=opening.threads, allow_fallbacks=opening.allow_fallbacks
+    )
+    if not result.passed:
+        more = f" (and {len(result.problems) - 1} more)" if len(result.problems) > 1 else ""
+        raise VerificationError(f"{path}: {result.problems[0]}{more}")
+    started = time.perf_counter()
+    opened = open_version(path, opening, lately)
+    open_s = time.perf_counter() - started
+    if opened.digest != result.digests["manifest.json"]:
+        raise _replaced(path)
+    _, peak = resident()
+    return Probation(
+        digest=opened.digest,
+        signature=opened.signature,
+        open_s=open_s,
+        latency_ms={call: _milliseconds(opened.session, call) for call in opened.calls},
+        peak_mib=None if peak is None else peak / 2**20,
+    )
+
+
+def _milliseconds(session: Session, call: Call) -> float:
+    images_BHWC = np.zeros((*call.shape, session.signature.channels), np.uint8)
+    times = []
+    for _ in range(ROUNDS):
+        started = time.perf_counter()
+        (session.labels if call.labels else session)(images_BHWC)
+        times.append((time.perf_counter() - started) * 1e3)
+    return median(times)
+
+
+def _replaced(path: Path) -> VerificationError:
+    return VerificationError(f"{path}: it was replaced while it was being opened: load it again")
+
+
+def _never() -> bool:
+    return False
+
+
+def probe(
+    path: Path,
+    opening: Opening,
+    lately: Iterable[Call],
+    *,
+    limits: Limits,
+    stopped: Callable[[], bool] = _never,
+    examine: Examine = examine,
+) -> Probation:
+    """Tries an artefact in a new process of this Python, which takes about a second longer than verifying and opening it there.
+
+    `lately`: calls to warm up beside the opening's. `stopped`: asked many times a second; once it is true the trial ends. Raises what
+    `examine` raises, VerificationError naming what happened where the process dies, hangs or takes too much memory, NotReadyError where
+    stopped.
+    """
+    question = {
+        "examine": [examine.__module__, examine.__qualname__],
+        "path": str(path),
+        "opening": asdict(opening),
+        "lately": list(lately),
+        "limits": asdict(limits),
+    }
+    with (
+        TemporaryFile() as printed,  # not a pipe: who prints without end must not fill the server's memory
+        subprocess.Popen(  # noqa: S603 - this Python, and a text of ours
+            [sys.executable, "-c", _START.format(path=sys.path)],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=printed,
+            start_new_session=True,  # Ctrl-C at the terminal is for the server, which ends its trials itself
+        ) as process,
+    ):
+        try:
+            answer = _await_answer(process, json.dumps(question).encode(), path, limits, stopped)
+        finally:
+            process.kill()
+        if process.returncode:
+            raise VerificationError(f"{path}: {_how_it_ended(process.returncode, printed)}")
+        return _read(answer, path)
+
+
+def _await_answer(process: subprocess.Popen[bytes], question: bytes, path: Path, limits: Limits, stopped: Callable[[], bool]) -> bytes:
+    deadline, most = time.monotonic() + limits.seconds, limits.memory_bytes
+    given: bytes | None = question
+    while True:
+        try:
+            answer: bytes = process.communicate(given, timeout=_POLL_S)[0]
+            return answer
+        except subprocess.TimeoutExpired:
+            given = None  # it was sent, or is being sent, and must not be given again
+        if stopped():
+            raise NotReadyError(f"{path}: its trial was ended with the server")
+        if time.monotonic() > deadline:
+            raise VerificationError(
+                f"{path}: it was not open, verified and warm after {limits.seconds:g} s: it hangs, or needs a longer limit"
+            )
+        taken = _resident_bytes(process.pid)
+        if most is not None and taken is not None and taken > most:
+            raise VerificationError(
+                f"{path}: opening it took {taken / 2**30:.2f} GiB of memory (allowed: {most / 2**30:.2f}): "
+                "warm it up for smaller images or batches, or allow more"
+            )
+
+
+def _resident_bytes(pid: int) -> int | None:
+    """Resident memory of a process; None where the system does not say, or it has ended."""
+    try:
+        pages = int(Path(f"/proc/{pid}/statm").read_text(encoding="ascii").split()[1])
+    except (OSError, IndexError):
+        return None
+    return pages * os.sysconf("SC_PAGE_SIZE")
+
+
+def _how_it_ended(returncode: int, printed: IO[bytes]) -> str:
+    if returncode < 0:
+        what = signal.strsignal(-returncode)
+        return f"its engine ended the process that tried it, by signal {-returncode}" + (f" ({what})" if what else "")
+    printed.seek(max(0, printed.seek(0, os.SEEK_END) - 4096))
+    lines = printed.read().decode(errors="replace").strip().splitlines() or [f"exit code {returncode}"]
+    return f"the process that tried it failed: {lines[-1][:300]}"
+
+
+def _read(answer: bytes, path: Path) -> Probation:
+    try:
+        found = json.loads(answer)
+    except ValueError as error:
+        raise VerificationError(f"{path}: the process that tried it ended without an answer") from error
+    if "error" in found:
+        kind: type[MuntinError] = getattr(errors, found["error"], VerificationError)
+        raise kind(found["text"])
+    latency_ms = {_call(call): milliseconds for call, milliseconds in found.pop("latency_ms")}
+    return Probation(signature=Signature.model_validate(found.pop("signature")), latency_ms=latency_ms, **found)
+
+
+def _call(values: list[Any]) -> Call:
+    (B, H, W), labels = values
+    return Call((B, H, W), labels)
+
+
+# ---- from a path to a version that is open here ----
+
+
+class Loader(Protocol):
+    """Opens versions for a slot: `probe` where it can do no harm, `open` where it serves. `lately`: what the predecessor was asked, and how
+    often."""
+
+    def probe(self, path: Path, lately: Mapping[Call, int], stopped: Callable[[], bool]) -> Probation: ...
+
+    def open(self, path: Path, lately: Mapping[Call, int], found: Probation) -> Opened: ...
+
+
+@dataclass(frozen=True, kw_only=True)
+class ArtifactLoader:
+    """Artefacts, tried in a process of their own first.
+
+    Each is warmed up for all that its predecessor was asked lately; with `dynamic`, where other sizes need no compiling, for
+    what it was asked `OFTEN`.
+    """
+
+    opening: Opening = field(default_factory=Opening)
+    limits: Limits = field(default_factory=Limits)
+
+    def probe(self, path: Path, lately: Mapping[Call, int], stopped: Callable[[], bool]) -> Probation:
+        return probe(path, self.opening, self._calls(lately), limits=self.limits, stopped=stopped)
+
+    def open(self, path: Path, lately: Mapping[Call, int], found: Probation) -> Opened:
+        # Not at a lower priority: threads that the engine starts here would keep it, and answer requests with it later.
+        opened = open_version(path, self.opening, self._calls(lately))
+        if opened.digest != found.digest:
+            raise _replaced(path)
+        return opened
+
+    def _calls(self, lately: Mapping[Call, int]) -> tuple[Call, ...]:
+        return tuple(call for call, count in lately.items() if count >= OFTEN or not self.opening.dynamic)
+
+
+# ---- in the new process ----
+
+
+def answer() -> None:
+    """Reads from standard input what to try, tries it, writes a `Probation` or an error, as JSON, to standard output."""
+    with os.fdopen(os.dup(1), "w", encoding="utf-8") as answers:
+        os.dup2(2, 1)  # standard output is for the answer alone: what libraries print there goes to standard error from now on
+        question = json.load(sys.stdin)
+        _confine(Limits(**question["limits"]))
+        module, name = question["examine"]
+        fields = question["opening"]
+        opening = Opening(**(fields | {"calls": tuple(_call(call) for call in fields["calls"])}))
+        try:
+            examined: Examine = getattr(import_module(module), name)
+            found = examined(Path(question["path"]), opening, tuple(_call(call) for call in question["lately"]))
+            said = asdict(found) | {"signature": found.signature.model_dump(mode="json"), "latency_ms": list(found.latency_ms.items())}
+        except MuntinError as error:
+            said = {"error": type(error).__name__, "text": str(error)}
+        except MemoryError:
+            said = {"error": "VerificationError", "text": f"{question['path']}: there is no memory to open it"}
+        json.dump(said, answers)
+
+
+def _confine(limits: Limits) -> None:
+    """Stands back for the server, is the first to go where memory runs out, and goes by itself if the server is gone."""
+    if hasattr(os, "nice"):
+        os.nice(limits.niceness)
+    with suppress(OSError):
+        Path("/proc/self/oom_score_adj").write_text("1000", encoding="ascii")
+    if hasattr(signal, "setitimer"):
+        signal.signal(signal.SIGALRM, signal.SIG_DFL)
+        signal.setitimer(signal.ITIMER_REAL, limits.seconds + 5)
+    with suppress(ImportError, OSError, ValueError):
+        resource = import_module("resource")  # POSIX's: no file as large as the process is written where it crashes
+        resource.setrlimit(resource.RLIMIT_CORE, (0, 0))

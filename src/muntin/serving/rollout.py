@@ -1,0 +1,129 @@
+"""How a new version comes to serve, and what sends it back: bounds, what was counted, and the judgement.
+
+Before the flip a candidate may be tried beside the version that serves: as a canary it answers a share of the requests, in its shadow it
+computes a share of them again and its answers are only compared. After the flip the old version stays warm for a while. Both
+are judged alike: failures, disagreement and slowness, each as soon as it can be told. Times are compared between batches of one kind alone,
+by their medians: a canary's batches are smaller, and one slow call says nothing.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from math import inf
+from statistics import median
+from typing import Any
+
+from numpy.typing import NDArray
+
+from muntin.artifact import Signature
+from muntin.errors import RecipeError
+from muntin.serving.version import Latencies
+
+ENOUGH = 20
+"""Batches, or compared images, before slowness or disagreement is told from chance."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Rollout:
+    """Bounds for a new version.
+
+    `canary`: the share, 0 to 1, of requests that a candidate answers before it takes over. `shadow`: the share that it computes again
+    after the answer. With neither it takes over as soon as it is verified and warm.
+    `for_requests`: images that it is judged by, from 1, before the flip and again after it. `for_seconds`: the longest that either
+    takes; then it is judged by what came, and passes where nothing came. With 0 the old version goes at once, and nothing is tried.
+    `max_error_rate`: the share of its images, 0 to 1, that may fail. `min_agreement`: the share of equal labels, 0 to 1, that its shadow
+    needs. `max_slowdown`: how many times as long as its predecessor it may take, from 1.
+    """
+
+    canary: float = 0.0
+    shadow: float = 0.0
+    for_requests: int = 100
+    for_seconds: float = 60.0
+    max_error_rate: float = 0.0
+    min_agreement: float = 0.8
+    max_slowdown: float = 3.0
+
+    def __post_init__(self) -> None:
+        for name, low, high in (
+            ("canary", 0, 1),
+            ("shadow", 0, 1),
+            ("for_requests", 1, inf),
+            ("for_seconds", 0, inf),
+            ("max_error_rate", 0, 1),
+            ("min_agreement", 0, 1),
+            ("max_slowdown", 1, inf),
+        ):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, int | float) or not low <= value <= high:
+                raise RecipeError(f"{name}={value!r}: give a number from {low}" + ("" if high == inf else f" to {high}"))
+        if self.tried and not self.for_seconds:
+            raise RecipeError("for_seconds=0 with a canary or a shadow: give the seconds that a candidate is tried for")
+
+    @property
+    def tried(self) -> bool:
+        """Whether a version is tried beside the one that serves before it takes over."""
+        return self.canary > 0 or self.shadow > 0
+
+
+@dataclass(kw_only=True)
+class Tally:
+    """What was seen of a version since `since`, a time of the slot's clock: `batches`; of their images `rows` computed or failed, and
+    `failed`; and of those whose labels were compared, `compared` and the sum of their shares of equal labels, `agreed`."""
+
+    since: float
+    batches: int = 0
+    rows: int = 0
+    failed: int = 0
+    compared: int = 0
+    agreed: float = 0.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Verdict:
+    """The end of a trial: whether the version passed, and a line that says by what."""
+
+    passed: bool
+    reason: str
+
+
+def judge(rollout: Rollout, tally: Tally, latencies: Latencies, base: Latencies, *, now: float) -> Verdict | None:
+    """Whether a trial is over and how; None: it goes on. `latencies`: the version's, `base`: its predecessor's."""
+    over = tally.rows >= rollout.for_requests or now - tally.since >= rollout.for_seconds
+    # Before the end only what all the images still to come could not make good.
+    if tally.failed > rollout.max_error_rate * (tally.rows if over else max(tally.rows, rollout.for_requests)):
+        return Verdict(passed=False, reason=f"{tally.failed} of its {tally.rows} images failed (allowed: {rollout.max_error_rate:.2%})")
+    if tally.compared and (over or tally.compared >= ENOUGH):
+        agreement = tally.agreed / tally.compared
+        if agreement < rollout.min_agreement:
+            return Verdict(passed=False, reason=f"it agrees on {agreement:.1%} of the labels (needed: {rollout.min_agreement:.1%})")
+    # Now and then: medians take long enough to be missed by requests.
+    slowdown = compare_latencies(latencies, base) if over or tally.batches % ENOUGH == 0 else None
+    if slowdown is not None and slowdown > rollout.max_slowdown:
+        return Verdict(passed=False, reason=f"it takes {slowdown:.1f} times as long (allowed: {rollout.max_slowdown:g})")
+    if not over:
+        return None
+    return Verdict(passed=True, reason=f"{tally.rows} images in {now - tally.since:.0f} s, {tally.failed} failed")
+
+
+def compare_latencies(latencies: Latencies, base: Latencies) -> float | None:
+    """How many times as long batches take as those of the same kind took the other; None before `ENOUGH` batches can be compared."""
+    compared, ours, theirs = 0, 0.0, 0.0
+    for kind in latencies.kinds:
+        mine, other = latencies.of(kind), base.of(kind)
+        count = min(len(mine), len(other))
+        if count:
+            compared += count
+            ours += count * median(mine)
+            theirs += count * median(other)
+    return ours / theirs if compared >= ENOUGH and theirs > 0 else None
+
+
+def label_agreement(answer: NDArray[Any], shadow: NDArray[Any], signature: Signature, *, labels: bool) -> float | None:
+    """The share of pixels (or images) that two answers give the same label. `labels`: they are labels, not scores.
+
+    None for "restore", which has none: of its candidates failures and times alone are judged. The number of classes may differ.
+    """
+    if signature.task == "restore":
+        return None
+    ours, theirs = (answer, shadow) if labels else (answer.argmax(axis=1), shadow.argmax(axis=1))
+    return float((ours == theirs).mean())

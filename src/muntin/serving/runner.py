@@ -1,0 +1,179 @@
+"""The live side of a batcher: worker threads that ask it what to do, compute that, and answer.
+
+    submit -> [lock] Batcher.submit -> notify a worker that is idle -> [lock] Batcher.poll -> execute -> [lock] Batcher.done -> answers
+
+Whatever is decided is decided by the batcher, under the one lock, which is never held while something is computed or answered. Answers are
+delivered by the thread that computed them, before it asks for more.
+"""
+
+from __future__ import annotations
+
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import CancelledError
+from typing import Any
+
+from muntin.errors import MuntinError
+from muntin.serving.batcher import Batch, Batcher, Job, Refusal, Snapshot
+
+Answer = Any
+"""What `execute` gave for a job, a `Refusal`, or an `Exception`."""
+Done = Callable[[Answer], None]
+Execute = Callable[[Batch], Sequence[Answer]]
+"""(batch) -> an answer for each job, in their order; one may be an Exception, for that job alone"""
+
+
+class EngineError(MuntinError):
+    """The engine broke its contract: another number of answers than of requests, or it tried to end the thread that it ran on."""
+
+
+class Runner:
+    """Runs a batcher on `workers` threads, from now until `close`. Any thread may call it.
+
+    `execute` is called by all of the threads at the same time. `clock`: seconds, never going back, the same that deadlines are given in.
+
+    Where `execute` raises for a batch of several jobs, each of them is computed once more alone, so that one bad request fails alone.
+    Not so for MemoryError, which every job of the batch gets: computing the same rows again would press a machine without memory further.
+    Raises ValueError for another number of workers than the batcher counts on.
+    """
+
+    def __init__(self, batcher: Batcher, execute: Execute, *, workers: int = 1, clock: Callable[[], float] = time.monotonic) -> None:
+        if workers != batcher.workers:
+            raise ValueError(f"workers={workers}: the batcher reckons with {batcher.workers}, give both the same")
+        self._batcher, self._execute, self._clock = batcher, execute, clock
+        self._changed = threading.Condition(threading.Lock())
+        self._done: dict[Job, Done] = {}  # of every job that was admitted and not answered
+        self._idle = 0
+        self._closing = False
+        self._threads = [threading.Thread(target=self._work, name=f"muntin-engine-{n}", daemon=True) for n in range(workers)]
+        for thread in self._threads:
+            thread.start()
+
+    def submit(self, job: Job, done: Done) -> None:
+        """Hands a job in. `done` is called once with its answer: by a worker, or by this call where the job is refused at once.
+
+        What `done` raises is reported as what a thread raises is (`threading.excepthook`), and ends nothing. Raises ValueError, and will
+        not call `done`, for a job that the batcher finds meaningless.
+        """
+        with self._changed:
+            refusal = self._batcher.submit(job, self._clock())
+            if refusal is None:
+                self._done[job] = done
+                if self._idle:
+                    self._changed.notify()
+        if refusal is not None:
+            _deliver(done, refusal)
+
+    def cancel(self, job: Job) -> bool:
+        """Takes back a job that still waits: its answer is a CancelledError, given by this call. False: too late, it is or was answered."""
+        with self._changed:
+            if not self._batcher.cancel(job):
+                return False
+            done = self._done.pop(job)
+        _deliver(done, CancelledError("the request was taken back"))
+        return True
+
+    def snapshot(self) -> Snapshot:
+        """The batcher's counts."""
+        with self._changed:
+            return self._batcher.snapshot()
+
+    def close(self, timeout: float | None = None) -> bool:
+        """Refuses new jobs, serves what waits, and ends the threads; True once they have ended.
+
+        After `timeout` seconds what still waits is refused, and False is returned: what is being computed then is answered when it is done.
+        """
+        with self._changed:
+            self._batcher.drain()
+            self._closing = True
+            self._changed.notify_all()
+        end = None if timeout is None else time.monotonic() + timeout
+        for thread in self._threads:
+            if thread is not threading.current_thread():
+                thread.join(None if end is None else max(0.0, end - time.monotonic()))
+        with self._changed:
+            given_up = self._taken(self._batcher.discard())
+            self._changed.notify_all()
+        _deliver_all(given_up)
+        return not any(thread.is_alive() for thread in self._threads)
+
+    # ---- the threads
+
+    def _work(self) -> None:
+        while self._turn():
+            pass
+
+    def _turn(self) -> bool:
+        """One round: waits for something to do and does it. No local name of it outlives that: an idle thread holds no request."""
+        batch, dropped = self._next()
+        _deliver_all(dropped)
+        if batch is not None:
+            self._compute(batch)
+        return batch is not None or bool(dropped)
+
+    def _next(self) -> tuple[Batch | None, list[tuple[Done, Answer]]]:
+        """What to compute and what to answer; neither: the end."""
+        with self._changed:
+            while True:
+                now = self._clock()
+                step = self._batcher.poll(now)
+                if step.batch is not None or step.dropped:
+                    return step.batch, self._taken(step.dropped)
+                if self._closing and not self._batcher.waiting:
+                    return None, []
+                self._idle += 1
+                self._changed.wait(None if step.wake is None else max(0.0, step.wake - now))
+                self._idle -= 1
+
+    def _taken(self, refused: Iterable[tuple[Job, Refusal]]) -> list[tuple[Done, Answer]]:
+        return [(self._done.pop(job), refusal) for job, refusal in refused]
+
+    def _compute(self, batch: Batch) -> None:
+        started = self._clock()
+        answers, learn = self._answers(batch)
+        with self._changed:
+            now = self._clock()
+            self._batcher.done(batch, now, now - started if learn and now > started else None)
+            dones = [self._done.pop(job) for job in batch.jobs]
+            if self._idle:
+                self._changed.notify()
+        _deliver_all(zip(dones, answers, strict=True))
+
+    def _answers(self, batch: Batch) -> tuple[Sequence[Answer], bool]:
+        """An answer for each job, and whether all of them came from one call of the engine."""
+        answers, error = self._call(batch)
+        if error is None:
+            return answers, True
+        if len(batch.jobs) == 1 or isinstance(error, MemoryError | EngineError):
+            return [error] * len(batch.jobs), False
+        return [self._alone(batch, job) for job in batch.jobs], False
+
+    def _alone(self, batch: Batch, job: Job) -> Answer:
+        answers, error = self._call(Batch((job,), batch.group, job.rows))
+        return answers[0] if error is None else error
+
+    def _call(self, batch: Batch) -> tuple[Sequence[Answer], Exception | None]:
+        try:
+            answers = self._execute(batch)
+            given, wanted = len(answers), len(batch.jobs)
+        except Exception as error:  # noqa: BLE001 - it is the answer
+            return (), error
+        except BaseException as error:  # noqa: BLE001 - whoever waits must hear of it, and the thread has others to serve
+            return (), EngineError(f"the engine raised {type(error).__name__}, which is not an answer: {error}")
+        if given != wanted:
+            return (), EngineError(f"the engine gave {given} answers for {wanted} requests: none of them can be told whose it is")
+        return answers, None
+
+
+def _deliver_all(answers: Iterable[tuple[Done, Answer]]) -> None:
+    for done, answer in answers:
+        _deliver(done, answer)
+
+
+def _deliver(done: Done, answer: Answer) -> None:
+    try:
+        done(answer)
+    except Exception:  # noqa: BLE001 - reported where the exceptions of threads are; others wait for their answers
+        threading.excepthook(threading.ExceptHookArgs((*sys.exc_info(), threading.current_thread())))

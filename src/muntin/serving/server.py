@@ -1,0 +1,336 @@
+"""`muntin serve`: the parts put together, from a directory to a port, and taken down again in order.
+
+    start           the first version is loaded -> HTTP and gRPC listen -> others are watched for
+    SIGTERM, Ctrl-C not ready, nobody new -> what is in flight is answered -> gRPC, pictures, runner, slot
+
+One event loop answers for both faces, and batches are computed on the runner's threads, which hold the interpreter's lock for
+microseconds: an engine computes without it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import gc
+import logging
+import signal
+import socket
+import ssl
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+from types import TracebackType
+from typing import Self
+
+import uvicorn
+
+from muntin.artifact import open_artifact
+from muntin.errors import ArtifactError, DataError, MuntinError
+from muntin.serving.access_log import AccessLog
+from muntin.serving.batcher import Batcher
+from muntin.serving.compiler import Compiler
+from muntin.serving.config import ServeConfig
+from muntin.serving.connection import BoundedConnection, Ledger
+from muntin.serving.control import Control
+from muntin.serving.executor import Executor
+from muntin.serving.grpc import GrpcFace
+from muntin.serving.http import HttpFace
+from muntin.serving.latency import LatencyModel
+from muntin.serving.metrics import Metrics
+from muntin.serving.pictures import Pictures
+from muntin.serving.probation import ArtifactLoader
+from muntin.serving.protocol import Limits
+from muntin.serving.repository import Repository, Watcher
+from muntin.serving.runner import Runner
+from muntin.serving.service import Service
+from muntin.serving.slot import Slot
+from muntin.serving.tracing import Tracing
+from muntin.serving.version import Call, Opening
+
+Notify = Callable[[str], None]
+
+
+def _nobody(line: str) -> None:
+    return
+
+
+class Server:
+    """One artefact, or a directory of numbered versions of one, behind HTTP and gRPC.
+
+    `path`: the artefact, or the directory. `notify` is told in a line of every version that comes or goes and why. `run` serves on the
+    calling thread until it is told to stop; `start` and `stop`, or a `with` block, do so on a thread of its own. Raises what loading the
+    first version raises, DataError for an address that cannot be had.
+    """
+
+    def __init__(self, path: str | Path, config: ServeConfig, *, notify: Notify = _nobody) -> None:
+        self.config, self._notify = config, notify
+        self._repository = Repository(path)
+        self.http_port, self.grpc_port = config.http_port, config.grpc_port
+        """Where it listens, once it does."""
+        self._up = threading.Event()
+        self._failed: BaseException | None = None
+        self._http: uvicorn.Server | None = None
+        self._thread: threading.Thread | None = None
+        opening = self._opening()
+        self._compiler = Compiler(opening)
+        self.slot = Slot(config.name or _name_of(Path(path)), ArtifactLoader(opening=opening), rollout=config.rollout, notify=self._notify)
+
+    # ---- from outside ----
+
+    def run(self, *, up: Callable[[], None] = lambda: None) -> None:
+        """Serves until SIGTERM, Ctrl-C or `stop`. `up` is called once it listens."""
+        with asyncio.Runner(loop_factory=_loop_factory()) as runner, _signals_end_quietly():
+            runner.run(self._serve(up))
+
+    def start(self) -> None:
+        """Serves on a thread of its own; returns once it listens."""
+        self._thread = threading.Thread(target=self._run_apart, name="muntin-server", daemon=True)
+        self._thread.start()
+        self._up.wait()
+        if self._failed is not None:
+            self._thread.join()
+            raise self._failed
+
+    def stop(self) -> None:
+        """Ends it as SIGTERM does, and waits until it has ended."""
+        if self._http is not None:
+            self._http.should_exit = True
+        if self._thread is not None:
+            self._thread.join()
+
+    def __enter__(self) -> Self:
+        self.start()
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self.stop()
+
+    def _run_apart(self) -> None:
+        try:
+            self.run(up=self._up.set)
+        except BaseException as error:  # noqa: BLE001 - `start` raises it
+            self._failed = error
+        finally:
+            self._up.set()
+
+    # ---- inside ----
+
+    def _opening(self) -> Opening:
+        config = self.config
+        return Opening(
+            engine=config.engine,
+            precision=config.precision,
+            threads=config.threads,
+            streams=config.streams,
+            dynamic=True,
+            calls=self._calls(),
+        )
+
+    def _newest(self) -> tuple[str, Path] | None:
+        return next(reversed(self._repository.scan().items()), None)
+
+    def _calls(self) -> tuple[Call, ...]:
+        """What every version is compiled for: the size that the first one was exported with, in batches of 1, 2, 4, ... images."""
+        newest = self._newest()
+        if newest is None:
+            return ()
+        manifest = open_artifact(newest[1]).manifest
+        if manifest.example is None:
+            return ()
+        _, height, width = manifest.example
+        sizes = [1 << n for n in range(self.config.max_batch.bit_length())]
+        return tuple(Call((size, height, width), manifest.signature.task == "segment") for size in sizes)
+
+    async def _serve(self, up: Callable[[], None]) -> None:
+        config = self.config
+        await asyncio.to_thread(self._load_first)
+        metrics = Metrics()
+        executor = Executor(self.slot, compiler=self._compiler)
+        objective = None if config.objective_ms is None else config.objective_ms / 1e3
+        batcher = Batcher(
+            LatencyModel(),
+            objective=objective,
+            max_rows=config.max_batch,
+            queue_rows=config.queue_rows,
+            queue_bytes=config.bounds.held_bytes,
+            workers=config.streams,
+        )
+        runner = Runner(batcher, executor, workers=config.streams)
+        service = Service(
+            self.slot, runner, executor, metrics=metrics, objective=objective, max_rows=config.max_batch,
+            max_pixels=config.bounds.image_pixels,
+        )  # fmt: skip
+        ledger = Ledger(config.bounds)
+        _expose(metrics, service, runner, ledger)
+        control = Control(self.slot, self._repository)
+        pictures = Pictures(service)
+        limits = Limits(body_bytes=config.bounds.body_bytes)
+        log = AccessLog() if config.access_log else None
+        tracing = Tracing() if config.trace else None
+        face = HttpFace(service, control, pictures, limits=limits, tokens=config.tokens, log=log, tracing=tracing)
+        http_config = self._uvicorn_config(face, ledger)
+        watcher = None
+        grpc_face = None
+        try:
+            if config.grpc_port is not None:
+                grpc_face = GrpcFace(
+                    service, control, limits=limits, tokens=config.tokens, log=log, in_flight=config.bounds.connections, tls=self._tls(),
+                    tracing=tracing,
+                )  # fmt: skip
+                await self._listen_grpc(grpc_face)
+            sock = self._listen()
+            self._http = _Http(http_config, service, up)
+            if config.watch:
+                watcher = Watcher(self._repository, self.slot, notify=self._notify, interval_s=config.watch_seconds)
+                watcher.start()
+            gc.collect()
+            gc.freeze()  # what was made until here stays: later collections need not look at it
+            await asyncio.gather(self._http.serve(sockets=[sock]))
+        finally:
+            service.draining = True
+            if grpc_face is not None:
+                await grpc_face.stop(config.drain_seconds)
+            self.slot.close()
+            if watcher is not None:
+                await asyncio.to_thread(watcher.stop)
+            if tracing is not None:
+                await asyncio.to_thread(tracing.close)
+            await asyncio.to_thread(self._end, pictures, runner, service)
+            gc.unfreeze()
+
+    def _load_first(self) -> None:
+        newest = self._newest()
+        if newest is None:
+            if not self.config.watch:
+                raise ArtifactError(f"{self._repository.path}: neither an artefact nor a directory of numbered ones: name one")
+            self._notify(f"{self._repository.path}: no version yet; the first that comes is served")
+            return
+        name, path = newest
+        try:
+            self.slot.load(path, name)
+        except MuntinError as error:
+            if not self.config.watch:
+                raise
+            self._notify(f"version {name} is not loaded: {error}")
+
+    def _end(self, pictures: Pictures, runner: Runner, service: Service) -> None:
+        pictures.close()
+        runner.close(self.config.drain_seconds)
+        service.close()
+        self._compiler.close()
+
+    def _listen(self) -> socket.socket:
+        host, port = self.config.host, self.config.http_port
+        try:
+            family = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0][0]
+            sock = socket.create_server((host, port), family=family, backlog=1024)
+        except OSError as error:
+            raise DataError(f"cannot listen on {host}:{port} ({error.strerror or error}): choose another --http-port or --host") from error
+        self.http_port = sock.getsockname()[1]
+        return sock
+
+    async def _listen_grpc(self, face: GrpcFace) -> None:
+        host, port = self.config.host, self.config.grpc_port
+        try:
+            await face.start(f"[{host}]:{port}" if ":" in host else f"{host}:{port}")
+        except OSError as error:
+            raise DataError(f"cannot listen on {host}:{port} for gRPC: choose another --grpc-port or --host") from error
+        self.grpc_port = face.port
+
+    def _tls(self) -> tuple[bytes, bytes] | None:
+        if self.config.tls_certificate is None or self.config.tls_key is None:
+            return None
+        return self.config.tls_certificate.read_bytes(), self.config.tls_key.read_bytes()
+
+    def _uvicorn_config(self, face: HttpFace, ledger: Ledger) -> uvicorn.Config:
+        config = self.config
+        logging.getLogger("uvicorn.error").setLevel(logging.ERROR)  # a line for every piece of nonsense that is sent would fill a disk
+        made = uvicorn.Config(
+            face,
+            http=partial(BoundedConnection, ledger=ledger),  # type: ignore[arg-type]
+            ws="none",
+            lifespan="off",
+            loop="none",
+            interface="asgi3",
+            log_config=None,
+            access_log=False,
+            proxy_headers=False,
+            server_header=False,
+            timeout_keep_alive=max(1, round(config.bounds.idle_seconds)),
+            timeout_graceful_shutdown=max(1, round(config.drain_seconds)),
+            ssl_certfile=config.tls_certificate,
+            ssl_keyfile=config.tls_key,
+        )
+        try:
+            made.load()
+        except (OSError, ssl.SSLError) as error:
+            raise DataError(f"the TLS certificate or its key cannot be used ({error}): give both in PEM") from error
+        return made
+
+
+class _Http(uvicorn.Server):
+    """uvicorn, which tells when it listens and when it begins to go down."""
+
+    def __init__(self, config: uvicorn.Config, service: Service, up: Callable[[], None]) -> None:
+        super().__init__(config)
+        self._service, self._tell_up = service, up
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        await super().startup(sockets)
+        self._tell_up()
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        self._service.draining = True
+        await super().shutdown(sockets)
+
+
+def _expose(metrics: Metrics, service: Service, runner: Runner, ledger: Ledger) -> None:
+    """What lies with others, for Prometheus."""
+    metrics.gauge("muntin_ready", "Whether a request would be admitted.", lambda: float(service.ready))
+    metrics.gauge("muntin_body_bytes", "Bytes of request bodies that are held.", lambda: float(ledger.held))
+    metrics.gauge("muntin_rows_one_by_one", "Batches computed row by row for want of memory.", lambda: service.executor.recoveries.rows)
+    metrics.gauge("muntin_images_in_tiles", "Images computed in tiles for want of memory.", lambda: service.executor.recoveries.tiles)
+    metrics.gauge("muntin_waiting_rows", "Images that wait for their batch.", lambda: float(runner.snapshot().waiting_rows))
+    metrics.gauge("muntin_backlog_seconds", "Computation that waits.", lambda: runner.snapshot().backlog_s)
+    metrics.read(
+        "counter", "muntin_refused", "Requests that were refused, by reason.", ("reason",),
+        lambda: [((kind,), float(count)) for kind, count in runner.snapshot().refused.items()],
+    )  # fmt: skip
+    metrics.read(
+        "gauge", "muntin_version_ready", "Versions that can answer.", ("version",),
+        lambda: [((entry.version,), 1.0) for entry in service.slot.index() if entry.state == "ready"],
+    )  # fmt: skip
+    metrics.read(
+        "counter", "muntin_connections_refused", "Requests that were refused before they were whole, by status.", ("status",),
+        lambda: [((str(status),), float(count)) for status, count in ledger.refused.items()],
+    )  # fmt: skip
+
+
+def _name_of(path: Path) -> str:
+    """The name of a model from its folder's, with what a name in a URL cannot have replaced."""
+    name = "".join(c if c.isascii() and (c.isalnum() or c in "._-") else "-" for c in path.resolve().name).lstrip("._-")
+    return name[:100] or "model"
+
+
+def _loop_factory() -> Callable[[], asyncio.AbstractEventLoop] | None:
+    try:
+        import uvloop
+    except ModuleNotFoundError:  # there is none for Windows
+        return None
+    factory: Callable[[], asyncio.AbstractEventLoop] = uvloop.new_event_loop
+    return factory
+
+
+@contextmanager
+def _signals_end_quietly() -> Iterator[None]:
+    """uvicorn raises the signal that stopped it once more when all is done; then it is to end nothing."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = {number: signal.signal(number, lambda *_: None) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

@@ -1,0 +1,294 @@
+"""What both faces do: a request is held against the model, admitted, computed with others, and answered.
+
+    InferRequest -> lease on a version -> rows of one size -> runner -> labels, scores -> InferResponse
+       404, 400          503                 400               503
+
+A service knows neither HTTP nor gRPC. Its coroutines run on one event loop; batches are computed on the runner's threads.
+
+Outputs, by task (which of them a request names decides what is computed; none named: all):
+    segment    labels UINT8 (B, sH, sW)         scores FP32 (B, K, sH, sW)
+    classify   labels UINT8 (B,)                scores FP32 (B, K)
+    restore    image UINT8 (B, sH, sW, C)       scores FP32 (B, C, sH, sW)
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from muntin.artifact import Signature
+from muntin.errors import DataError
+from muntin.serving.account import Account
+from muntin.serving.batcher import Job, Refusal
+from muntin.serving.description import ModelDescription, Statistics, TensorSpec
+from muntin.serving.executor import Executor, Group, Work
+from muntin.serving.metrics import Metrics
+from muntin.serving.protocol import InferOutput, InferRequest, InferResponse, ProtocolError, shown
+from muntin.serving.runner import Runner
+from muntin.serving.slot import Lease, Slot
+from muntin.serving.version import NotReadyError, UnknownVersionError
+
+INPUT = "images"
+SHADOWS = 4
+"""Shadow computations that may wait; beyond, an answer is not compared."""
+PRIORITY = 2
+"""What a request without a priority has, of 1, the most urgent, and more."""
+
+
+class RefusedRequestError(ProtocolError):
+    """A request that is not served now. `retry_after`: seconds after which it may be worth another try."""
+
+    def __init__(self, message: str, *, status: int = 503, retry_after: float = 1.0) -> None:
+        super().__init__(message, status=status)
+        self.retry_after = retry_after
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Answered:
+    """An answer and how it came about, in seconds: waiting for its batch, computing that, all of it."""
+
+    response: InferResponse
+    queued: float
+    computed: float
+    total: float
+    batch_rows: int
+
+
+class Service:
+    """One model behind a name. `clock`: seconds, the runner's. `objective`: seconds or None; what misses it is counted."""
+
+    def __init__(
+        self,
+        slot: Slot,
+        runner: Runner,
+        executor: Executor,
+        *,
+        metrics: Metrics,
+        objective: float | None = None,
+        max_rows: int,
+        max_pixels: int,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self.slot, self.runner, self.executor, self.metrics = slot, runner, executor, metrics
+        self.objective, self.max_rows, self.max_pixels = objective, max_rows, max_pixels
+        self.draining = False
+        self._clock = clock
+        self._shadows = ThreadPoolExecutor(max_workers=1, thread_name_prefix="muntin-shadow")
+        self._shadowing = 0
+        self._accounts: dict[str, Account] = {}
+        """By version: what it was asked. Only the event loop touches them."""
+
+    @property
+    def name(self) -> str:
+        return self.slot.name
+
+    @property
+    def ready(self) -> bool:
+        """Whether a request would be admitted, if there is room for it."""
+        return self.slot.ready and not self.draining
+
+    def describe(self, model: str | None, version: str | None) -> ModelDescription:
+        """The model, by the version that is named or the one that serves. Raises ProtocolError as `lease` does."""
+        with self.lease(model or self.name, version) as lease:
+            signature, name = lease.version.signature, lease.version.name
+        ready = tuple(entry.version for entry in self.slot.index() if entry.state == "ready")
+        B, K, C = -1, signature.outputs, signature.channels
+        scores = (B, K) if signature.task == "classify" else (B, K, -1, -1)
+        labels = {"segment": (B, -1, -1), "classify": (B,), "restore": (B, -1, -1, C)}[signature.task]
+        first, second = output_names(signature)
+        return ModelDescription(
+            name=self.name,
+            versions=(version,) if version else ready or (name,),
+            inputs=(TensorSpec(name=INPUT, datatype="UINT8", shape=(B, -1, -1, C)),),
+            outputs=(TensorSpec(name=first, datatype="UINT8", shape=labels), TensorSpec(name=second, datatype="FP32", shape=scores)),
+            max_batch=self.max_rows,
+        )
+
+    def statistics(self, model: str | None, version: str | None) -> list[Statistics]:
+        """What each version that was asked anything has done. Raises ProtocolError for another model, 404 for a version never asked."""
+        if model is not None and model != self.name:
+            raise ProtocolError(f"model {shown(model)}: this server has {self.name}", status=404)
+        if version is None:
+            current = self.slot.current
+            asked = dict.fromkeys((*self._accounts, *(() if current is None else (current.name,))))
+            return [self._accounts.get(name, Account()).statistics(self.name, name) for name in asked]
+        if version not in self._accounts:
+            self.lease(self.name, version).release()
+        return [self._accounts.get(version, Account()).statistics(self.name, version)]
+
+    async def infer(self, request: InferRequest, *, model: str, version: str | None, arrived: float | None = None) -> Answered:
+        """The answer. `arrived`: when the request's last byte came, of the clock; None: now.
+
+        Raises ProtocolError: 404 for another model or version, 400 for what the model does not take, 503 (`RefusedRequestError`) where it
+        cannot be answered in time, 500 where computing it failed. Cancelled, it takes the request back if that still waits.
+        """
+        arrived = self._clock() if arrived is None else arrived
+        lease = self.lease(model, version)
+        try:
+            signature = lease.version.signature
+            images = self._images(request, signature)
+            wanted = _wanted(request, signature)
+            deadline = None if request.timeout_us is None else arrived + request.timeout_us / 1e6
+            priority = request.priority or PRIORITY
+        except BaseException:
+            lease.release()
+            raise
+        labels = wanted == ("labels",)
+        account = self._accounts.setdefault(lease.version.name, Account())
+        try:
+            answer, work = await self.compute(images, lease, labels=labels, priority=priority, deadline=deadline)
+        except BaseException:
+            account.failed(self._clock() - arrived)
+            raise
+        response = InferResponse(
+            model=self.name,
+            version=work.version,
+            id=request.id,
+            outputs=_outputs(answer, wanted, labels, signature),
+            parameters={"recovered": work.recovered} if work.recovered else {},
+        )
+        total = self._clock() - arrived
+        account.answered(rows=len(images), batch_rows=work.batch_rows, total=total, queued=work.started - arrived, computed=work.computed)
+        self.metrics.total.observe(total)
+        if self.objective is not None and total > self.objective:
+            self.metrics.late.inc()
+        return Answered(
+            response=response, queued=max(work.started - arrived, 0.0), computed=work.computed, total=total, batch_rows=work.batch_rows
+        )
+
+    def lease(self, model: str, version: str | None) -> Lease:
+        """A lease on the version that a request names. Raises ProtocolError: 404, or 503 where none is ready."""
+        if model != self.name:
+            raise ProtocolError(f"model {shown(model)}: this server has {self.name}", status=404)
+        try:
+            return self.slot.lease(version or None)
+        except UnknownVersionError as error:
+            raise ProtocolError(str(error), status=404) from error
+        except NotReadyError as error:
+            raise RefusedRequestError(str(error)) from error
+
+    async def compute(
+        self, images: NDArray[np.uint8], lease: Lease, *, labels: bool, priority: int = PRIORITY, deadline: float | None = None
+    ) -> tuple[NDArray[Any], Work]:
+        """The labels, or the scores, of images (rows, H, W, C) through the runner. Takes over the lease."""
+        loop = asyncio.get_running_loop()
+        done: asyncio.Future[Any] = loop.create_future()
+        rows, height, width, _ = images.shape
+        work = Work(images=images, lease=lease)
+        job = Job(
+            group=Group(lease.version, height, width, labels),
+            rows=rows,
+            nbytes=images.nbytes,
+            priority=priority,
+            deadline=deadline,
+            cost=float(height * width),
+            payload=work,
+        )
+
+        def answered(answer: Any) -> None:
+            lease.release()
+            loop.call_soon_threadsafe(_settle, done, answer)
+
+        self.runner.submit(job, answered)
+        try:
+            answer = await done
+        except asyncio.CancelledError:
+            self.runner.cancel(job)
+            raise
+        if isinstance(answer, Refusal):
+            raise RefusedRequestError(f"{answer.message}", retry_after=answer.retry_after or 1.0)
+        if isinstance(answer, DataError):
+            raise ProtocolError(str(answer)) from answer
+        if isinstance(answer, BaseException):
+            raise ProtocolError(f"the model failed: {answer}", status=500) from answer
+        self.metrics.rows.labels(work.version).inc(rows)
+        self.metrics.queue.observe(work.started - job.arrived)
+        self.metrics.compute.observe(work.computed)
+        self.metrics.batch.observe(work.batch_rows)
+        self._shadow(images, answer, labels)
+        return answer, work
+
+    def close(self) -> None:
+        """Ends what runs beside the requests. The runner and the slot are the caller's to close."""
+        self._shadows.shutdown(wait=True, cancel_futures=True)
+
+    def _images(self, request: InferRequest, signature: Signature) -> NDArray[np.uint8]:
+        form = f"UINT8 (rows, height, width, {signature.channels})"
+        if len(request.inputs) != 1 or request.inputs[0].name != INPUT:
+            names = ", ".join(shown(given.name) for given in request.inputs[:4])
+            raise ProtocolError(f'inputs {names}: the model has one, "{INPUT}", {form}')
+        given = request.inputs[0]
+        if given.datatype != "UINT8" or len(given.shape) != 4 or given.shape[3] != signature.channels or 0 in given.shape:
+            raise ProtocolError(f'input "{INPUT}" is {given.datatype} {given.shape}: give {form}, raw pixels, no side of 0')
+        rows, height, width, _ = given.shape
+        if rows > self.max_rows:
+            raise ProtocolError(f"{rows} rows: this server computes at most {self.max_rows} at once; send them in several requests")
+        if height * width > self.max_pixels:
+            raise ProtocolError(f"images of {width}x{height} pixels: this server takes at most {self.max_pixels:,}", status=413)
+        return given.data
+
+    def _shadow(self, images: NDArray[np.uint8], answer: NDArray[Any], labels: bool) -> None:
+        lease = self.slot.shadow()
+        if lease is None:
+            return
+        if self._shadowing >= SHADOWS:
+            lease.release()
+            self.metrics.shadow_dropped.inc()
+            return
+        self._shadowing += 1
+
+        def compute() -> None:
+            try:
+                with lease:
+                    self.executor.shadow(lease.version, images, answer, labels=labels)
+            finally:
+                self._shadowing -= 1
+
+        self._shadows.submit(compute)
+
+
+def output_names(signature: Signature) -> tuple[str, ...]:
+    """The outputs of a model."""
+    return ("image", "scores") if signature.task == "restore" else ("labels", "scores")
+
+
+def _wanted(request: InferRequest, signature: Signature) -> tuple[str, ...]:
+    names = output_names(signature)
+    wanted = tuple(output.name for output in request.outputs) or names
+    for name in wanted:
+        if name not in names:
+            raise ProtocolError(f"output {shown(name)}: the model gives {' and '.join(names)}")
+    return wanted
+
+
+def _outputs(answer: NDArray[Any], wanted: tuple[str, ...], labels: bool, signature: Signature) -> tuple[InferOutput, ...]:
+    if labels:
+        return (InferOutput(name="labels", data=answer),)
+    classes = tuple(entry.name for entry in signature.classes)
+    found = []
+    for name in wanted:
+        if name == "scores":
+            found.append(InferOutput(name=name, data=answer, labels=classes if signature.task == "classify" else ()))
+        elif name == "labels":
+            found.append(InferOutput(name=name, data=answer.argmax(axis=1).astype(np.uint8)))
+        else:
+            found.append(InferOutput(name=name, data=pixels(answer)))
+    return tuple(found)
+
+
+def pixels(scores_BCHW: NDArray[np.float32]) -> NDArray[np.uint8]:
+    """Images (B, H, W, C) of the scores of a model that restores."""
+    rounded = np.clip(np.rint(scores_BCHW), 0, 255).astype(np.uint8)
+    return np.ascontiguousarray(rounded.transpose(0, 2, 3, 1))
+
+
+def _settle(done: asyncio.Future[Any], answer: Any) -> None:
+    if not done.done():
+        done.set_result(answer)

@@ -1,0 +1,505 @@
+"""The slot: which version of a model answers, and how one takes another's place without anybody noticing.
+
+    load:  probe elsewhere -> open here -> same contract? -> canary, shadow -> flip -> the old one stays warm -> it drains, it goes
+                                                                |                        |
+                                                             refused                 rolled back
+
+The flip changes one reference under a lock. Requests hold leases, so those that were admitted before it are answered by the old version
+and those after it by the new one; nothing waits, nothing is closed under anybody. While the old version stays warm, a batch that fails on
+the new one is computed by it (`compute`): a version whose engine dies is sent back, and no request is lost by it. A slot knows no HTTP;
+what it decides by is in `rollout`. Threads may share it.
+"""
+
+from __future__ import annotations
+
+import random
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from threading import Condition, Event, Lock, Thread
+from types import TracebackType
+from typing import NamedTuple, Self, TypeVar
+
+from muntin.artifact import Signature
+from muntin.errors import DataError, MuntinError, VerificationError
+from muntin.runtime.session import Session
+from muntin.serving.probation import Loader
+from muntin.serving.rollout import Rollout, Tally, Verdict, judge
+from muntin.serving.version import (
+    Call,
+    NotReadyError,
+    Opened,
+    RefusedError,
+    State,
+    UnknownVersionError,
+    Version,
+    contract_difference,
+)
+
+HISTORY = 8
+"""Versions that failed or went, that `index` still shows."""
+_POLL_S = 0.05
+
+Answer = TypeVar("Answer")
+
+
+class Lease:
+    """The right to use a version until it is given back. A context manager; giving it back twice is the same as once."""
+
+    def __init__(self, version: Version, release: Callable[[Version], None]) -> None:
+        self.version = version
+        self._release: Callable[[Version], None] | None = release
+        self._lock = Lock()
+
+    def release(self) -> None:
+        with self._lock:
+            release, self._release = self._release, None
+        if release is not None:
+            release(self.version)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self.release()
+
+
+class _Failure(NamedTuple):
+    """What a version could not compute, after how many seconds, and why."""
+
+    version: Version
+    seconds: float
+    error: Exception
+
+
+@dataclass(frozen=True, kw_only=True)
+class IndexEntry:
+    """One version of the model `name`. `reason`: what part it has now, or why it has none."""
+
+    name: str
+    version: str
+    state: State
+    reason: str
+
+
+def _tell_nobody(line: str) -> None:
+    return
+
+
+class Slot:
+    """The versions of one model: the current one, perhaps a candidate for its place, and perhaps the previous one, still warm.
+
+    `loader`: opens versions. `other_classes`: a new version may have other classes in place of those that are served. `clock`: seconds.
+    `random`: a number from 0 up to 1, by which requests are drawn for a candidate. `notify` is told in a line what the slot
+    does by itself: who takes over, who is sent back and why. It is called on the thread that came by, and must not call the slot.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        loader: Loader,
+        *,
+        rollout: Rollout,
+        other_classes: bool = False,
+        clock: Callable[[], float] = time.monotonic,
+        random: Callable[[], float] = random.random,
+        notify: Callable[[str], None] = _tell_nobody,
+    ) -> None:
+        self.name = name
+        self.rollout = rollout
+        self._loader = loader
+        self._other_classes = other_classes
+        self._clock = clock
+        self._random = random
+        self._notify = notify
+        self._one_load = Lock()
+        self._closed = Event()
+        self._changed = Condition(Lock())  # its lock guards what follows, and all that its versions hold
+        self._versions: list[Version] = []
+        self._current: Version | None = None
+        self._candidate: Version | None = None
+        self._previous: Version | None = None
+        self._trial: Tally | None = None  # of the candidate
+        self._probation: Tally | None = None  # of the current version, as long as there is a previous one
+        self._gone: list[Session] = []
+        self._lines: list[str] = []
+
+    # ---- requests ----
+
+    def lease(self, version: str | None = None) -> Lease:
+        """A lease on the version that a new request is for: the current one, for a canary's share of requests the candidate.
+
+        `version`: on this one instead. Raises UnknownVersionError where there is none of this name, NotReadyError where it cannot answer.
+        """
+        with self._changing():
+            self._settle_by_time()
+            if version is not None:
+                return self._lend(self._named(version))
+            if self._candidate is not None and self._random() < self.rollout.canary:
+                return self._lend(self._candidate)
+            if self._current is None:
+                raise NotReadyError(f"{self.name}: no version is ready: load one, or ask again when it is open")
+            return self._lend(self._current)
+
+    def shadow(self) -> Lease | None:
+        """After an answer was sent: a lease on the candidate, for its share of requests. `observe_shadow` takes what came of it."""
+        with self._changing():
+            if self._candidate is None or self._random() >= self.rollout.shadow:
+                return None
+            return self._lend(self._candidate)
+
+    def fallback(self, version: Version) -> Lease | None:
+        """A lease on a version that can compute what failed on this one; None where there is none.
+
+        From a candidate, or a version that is going, to the current one, from that to the previous one: never back, so whoever goes on
+        until there is none comes to an end.
+        """
+        with self._changing():
+            if version is self._previous:
+                return None
+            other = self._previous if version is self._current else self._current
+            return None if other is None else self._lend(other)
+
+    def compute(
+        self, version: Version, work: Callable[[Session], Answer], *, rows: int, call: Call | None = None
+    ) -> tuple[Answer, Version]:
+        """`work(session)` of a version that the caller has a lease on, or of one that can where this one fails; and which one did.
+
+        Counts it (`observe`). A failure counts against a version only if another one could compute the same: what none can is the
+        images' fault, and a client must not be able to send a version back with them. Raises what `work` raised first, and
+        DataError at once.
+        """
+        failures: list[_Failure] = []
+        try:
+            with ExitStack() as held:
+                while True:
+                    started = self._clock()
+                    try:
+                        answer = work(version.session)
+                    except DataError:
+                        raise
+                    except Exception as error:  # noqa: BLE001 - whatever an engine raises is raised below, if no version can do it
+                        failures.append(_Failure(version, self._clock() - started, error))
+                    else:
+                        self.observe(version, seconds=self._clock() - started, rows=rows, call=call)
+                        self._count(failures, rows, call)
+                        return answer, version
+                    lease = self.fallback(version)
+                    if lease is None:
+                        break
+                    version = held.enter_context(lease).version
+            self._count(failures[-1:], rows, call)
+            raise failures[0].error
+        finally:
+            failures.clear()  # an error holds this frame by its traceback, and with it the images
+
+    def _count(self, failures: list[_Failure], rows: int, call: Call | None) -> None:
+        for failure in failures:
+            self.observe(failure.version, seconds=failure.seconds, rows=rows, error=failure.error, call=call)
+
+    def observe(self, version: Version, *, seconds: float, rows: int, error: BaseException | None = None, call: Call | None = None) -> None:
+        """Counts a batch of `rows` images that took `seconds`, and failed with `error`; judges the version if it is on trial.
+
+        `call`: what was computed. Times are compared among equal calls (without it: among batches of as many images), and the next version
+        is warmed up for the last of them. A DataError is the caller's, and no failure.
+        """
+        failed = error is not None and not isinstance(error, DataError)
+        with self._changing():
+            done = version.statistics
+            done.batches += 1
+            done.rows += rows
+            done.seconds += seconds
+            done.failed += rows if failed else 0
+            if error is None:
+                version.latencies.add(rows if call is None else call, seconds)
+            if (tally := self._tally(version)) is not None:
+                tally.batches += 1
+                tally.rows += rows
+                tally.failed += rows if failed else 0
+            self._settle()
+
+    def observe_shadow(
+        self,
+        version: Version,
+        *,
+        agreement: float | None,
+        seconds: float,
+        rows: int,
+        error: BaseException | None = None,
+        call: Call | None = None,
+    ) -> None:
+        """Counts what a candidate made of images that were answered already. `agreement`: `label_agreement` of the two, None where
+        there is none to tell."""
+        with self._changing():
+            if version is self._candidate and self._trial is not None and agreement is not None and error is None:
+                self._trial.compared += rows
+                self._trial.agreed += agreement * rows
+        self.observe(version, seconds=seconds, rows=rows, error=error, call=call)
+
+    # ---- versions ----
+
+    @property
+    def ready(self) -> bool:
+        """Whether a request can be admitted."""
+        return self._current is not None
+
+    @property
+    def current(self) -> Version | None:
+        """The version that answers, for what describes the model; to compute with it, take a lease."""
+        return self._current
+
+    def index(self) -> tuple[IndexEntry, ...]:
+        """Every version there is, and the last that failed or went; those that came last at the end."""
+        with self._changing():
+            self._settle_by_time()
+            return tuple(
+                IndexEntry(name=self.name, version=version.name, state=version.state, reason=self._part(version))
+                for version in self._versions
+            )
+
+    def load(self, path: str | Path, name: str) -> Version:
+        """Brings a version to serve: blocks until it does, on whichever thread calls; a second call waits for the first.
+
+        It is tried in another process, opened here, warmed up for what the current version is asked, compared by contract, and, where the
+        rollout says so, tried beside the current version. Whatever fails raises a MuntinError that names it, and the current version
+        goes on as if nothing had been. After it takes over it may still be rolled back.
+        """
+        with self._one_load:
+            version = Version(name=name, path=Path(path))
+            lately = self._begin(version)
+            try:
+                self._open(version, lately)
+                self._await_verdict(version)
+            except BaseException as error:
+                with self._changing():
+                    if version.state == "loading":
+                        self._fail(version, str(error) or type(error).__name__)
+                if isinstance(error, MuntinError) or not isinstance(error, Exception):
+                    raise
+                raise VerificationError(f"{path}: it cannot be opened here ({type(error).__name__}: {_first_line(error)})") from error
+            return version
+
+    def unload(self, name: str | None = None) -> None:
+        """Takes a version out of service; None: all of them. Who has a lease is still answered.
+
+        In the place of the current one comes the previous one if it is still warm, else the candidate, else none: then the slot is not
+        ready. Raises UnknownVersionError where there is none of this name, NotReadyError where it is not in service.
+        """
+        with self._changing():
+            if name is None:
+                for version in (self._candidate, self._current, self._previous):
+                    if version is not None:
+                        self._take_out(version)
+                return
+            self._take_out(self._named(name))
+
+    def settle(self) -> None:
+        """Ends what time has ended. All that requests call does so too: this is for quiet hours."""
+        with self._changing():
+            self._settle_by_time()
+
+    def close(self) -> None:
+        """Ends a load in progress and admits nobody any more. Sessions go with their last leases."""
+        self._closed.set()
+        self.unload()
+
+    # ---- under the lock ----
+
+    @contextmanager
+    def _changing(self) -> Iterator[None]:
+        """The lock. After it, what happened is told, and the sessions that nobody uses are dropped."""
+        try:
+            with self._changed:
+                yield
+        finally:
+            if self._gone or self._lines:
+                self._finish()
+
+    def _finish(self) -> None:
+        with self._changed:
+            gone, self._gone = self._gone, []
+            lines, self._lines = self._lines, []
+        for line in lines:
+            self._notify(f"{self.name}: {line}")
+        if gone:
+            # Freeing a model takes milliseconds, and the last lease may be given back by an event loop.
+            with suppress(RuntimeError):  # there may be no new threads any more, at the end of the process: then it goes here
+                Thread(target=gone.clear, name="muntin-unload").start()
+
+    def _lend(self, version: Version) -> Lease:
+        version.leases += 1
+        version.statistics.leases += 1
+        return Lease(version, self._take_back)
+
+    def _take_back(self, version: Version) -> None:
+        with self._changing():
+            version.leases -= 1
+            self._close_unused(version)
+
+    def _in_service(self) -> tuple[Version, ...]:
+        return tuple(version for version in (self._current, self._candidate, self._previous) if version is not None)
+
+    def _named(self, name: str) -> Version:
+        for version in self._in_service():
+            if version.name == name:
+                return version
+        for version in reversed(self._versions):
+            if version.name == name:
+                reason = f" ({version.reason})" if version.reason else ""
+                raise NotReadyError(f"{self.name}: version {name} is {version.state}{reason}: ask for one that is ready")
+        there = ", ".join(version.name for version in self._in_service()) or "none"
+        raise UnknownVersionError(f"{self.name}: no version {ascii(name)[:60]}: there is {there}")
+
+    def _part(self, version: Version) -> str:
+        """What a version has to do with requests now."""
+        if version is self._candidate:
+            return f"candidate: canary {self.rollout.canary:.0%}, shadow {self.rollout.shadow:.0%}"
+        if version is self._previous:
+            return "previous: kept warm"
+        if version is self._current:
+            return "current" if self._probation is None else "current, on probation"
+        return version.reason
+
+    def _tally(self, version: Version) -> Tally | None:
+        if version is self._candidate:
+            return self._trial
+        return self._probation if version is self._current else None
+
+    def _settle_by_time(self) -> None:
+        """What time has ended, and nothing else: for those who come by and bring nothing to judge by."""
+        now = self._clock()
+        if any(tally is not None and now - tally.since >= self.rollout.for_seconds for tally in (self._trial, self._probation)):
+            self._settle()
+
+    def _settle(self) -> None:
+        """Judges the candidate, then the current version, if they are on trial, and does what follows."""
+        now = self._clock()
+        if self._candidate is not None and self._trial is not None and self._current is not None:
+            verdict = judge(self.rollout, self._trial, self._candidate.latencies, self._current.latencies, now=now)
+            if verdict is not None:
+                self._end_trial(self._candidate, verdict)
+        if self._current is not None and self._probation is not None and self._previous is not None:
+            verdict = judge(self.rollout, self._probation, self._current.latencies, self._previous.latencies, now=now)
+            if verdict is not None:
+                self._end_probation(self._current, self._previous, verdict)
+
+    def _end_trial(self, candidate: Version, verdict: Verdict) -> None:
+        self._candidate = self._trial = None
+        if verdict.passed:
+            self._flip(candidate, verdict.reason)
+        else:
+            self._fail(candidate, f"refused on trial: {verdict.reason}")
+        self._changed.notify_all()
+
+    def _end_probation(self, current: Version, previous: Version, verdict: Verdict) -> None:
+        self._previous = self._probation = None
+        if verdict.passed:
+            self._lines.append(f"version {current.name} stays ({verdict.reason}), {previous.name} goes")
+            self._drain(previous)
+            return
+        self._current = previous
+        self._lines.append(f"version {current.name} is rolled back to {previous.name}: {verdict.reason}")
+        self._fail(current, f"rolled back: {verdict.reason}")
+
+    def _flip(self, version: Version, how: str) -> None:
+        """From now on `version` answers. What stays warm is the last version that has proved itself."""
+        old, self._current = self._current, version
+        if old is None:
+            self._lines.append(f"version {version.name} serves")
+            return
+        self._lines.append(f"version {version.name} takes over from {old.name}" + (f" ({how})" if how else ""))
+        if self._previous is None:
+            self._previous = old
+        else:  # the old one is on probation itself: the one before it is the safe one
+            self._drain(old)
+        self._probation = Tally(since=self._clock())
+        self._settle()
+
+    def _take_out(self, version: Version) -> None:
+        if version is self._candidate:
+            self._candidate = self._trial = None
+        elif version is self._previous:
+            self._previous = self._probation = None
+        else:
+            self._current, self._previous, self._probation = self._previous, None, None
+            if self._current is None and self._candidate is not None:
+                self._current, self._candidate, self._trial = self._candidate, None, None
+        self._drain(version)
+        self._changed.notify_all()
+
+    def _drain(self, version: Version) -> None:
+        version.state = "draining"
+        self._close_unused(version)
+
+    def _fail(self, version: Version, reason: str) -> None:
+        version.state, version.reason = "failed", reason
+        self._close_unused(version)
+
+    def _close_unused(self, version: Version) -> None:
+        if version.leases or version.state not in ("draining", "failed"):
+            return
+        session = version.close()
+        if session is not None:
+            self._gone.append(session)
+        if version.state == "draining":
+            version.state = "unloaded"
+
+    # ---- loading ----
+
+    def _begin(self, version: Version) -> dict[Call, int]:
+        """Puts a version on the index; what the current one was asked lately."""
+        with self._changing():
+            self._require_open()
+            past = [one for one in self._versions if one.state in ("failed", "unloaded") and not one.open]
+            shown = [one for one in past if one.name != version.name][-HISTORY:]
+            self._versions = [one for one in self._versions if one not in past or one in shown] + [version]
+            return {} if self._current is None else self._current.latencies.calls
+
+    def _open(self, version: Version, lately: Mapping[Call, int]) -> None:
+        found = self._loader.probe(version.path, lately, self._closed.is_set)
+        with self._changing():
+            # Before it is opened here, which might be in vain. What is current when it is open may be the previous one, of which
+            # the current one kept the contract.
+            self._require_contract(version, found.signature)
+        self._admit(version, self._loader.open(version.path, lately, found))
+
+    def _require_open(self) -> None:
+        if self._closed.is_set():
+            raise NotReadyError(f"{self.name}: it is closed and loads nothing any more")
+
+    def _require_contract(self, version: Version, signature: Signature) -> None:
+        if self._current is None:
+            return
+        difference = contract_difference(signature, self._current.signature, other_classes=self._other_classes)
+        if difference:
+            raise RefusedError(f"{self.name}: version {version.name} has another contract ({difference}): serve it under another name")
+
+    def _admit(self, version: Version, opened: Opened) -> None:
+        """On trial where the rollout says so, else at once to the place of the current one."""
+        with self._changing():
+            self._require_open()
+            version.opened(opened)
+            if self._current is None or not self.rollout.tried:
+                self._flip(version, "")
+            else:
+                self._candidate, self._trial = version, Tally(since=self._clock())
+                self._lines.append(f"version {version.name} is on trial beside {self._current.name}")
+
+    def _await_verdict(self, version: Version) -> None:
+        """Returns when a version on trial has taken over. Raises RefusedError where it may not, NotReadyError where it was unloaded."""
+        while True:
+            with self._changing():
+                self._settle_by_time()
+                if version is not self._candidate:
+                    break
+                self._changed.wait(_POLL_S)  # also for the clock: time may end a trial that nobody asks anything of
+        if version.state == "failed":
+            raise RefusedError(f"{self.name}: version {version.name} is {version.reason}")
+        if version.state != "ready":
+            raise NotReadyError(f"{self.name}: version {version.name} was unloaded while it was on trial")
+
+
+def _first_line(error: BaseException) -> str:
+    return str(error).partition("\n")[0][:300]

@@ -1,0 +1,88 @@
+"""A span of OpenTelemetry for each inference, a child of the client's where its request carries one (`traceparent`).
+
+Needs the extra `otel`. Where spans go is the environment's to say, as everywhere with OpenTelemetry: OTEL_EXPORTER_OTLP_ENDPOINT,
+OTEL_SERVICE_NAME, OTEL_TRACES_SAMPLER.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from importlib.metadata import version
+from typing import Any
+
+from muntin.errors import DependencyError
+from muntin.serving.service import Answered
+
+SERVICE = "muntin"
+
+
+class Tracing:
+    """Makes spans. `provider`: an OpenTelemetry TracerProvider; None: one that exports as the environment says.
+
+    Raises DependencyError where OpenTelemetry is not installed.
+    """
+
+    def __init__(self, provider: Any = None) -> None:
+        try:
+            from opentelemetry import propagate, trace
+            from opentelemetry.sdk.resources import SERVICE_NAME, Resource
+            from opentelemetry.sdk.trace import TracerProvider
+        except ModuleNotFoundError as error:
+            raise _missing(error) from error
+        self._trace, self._extract = trace, propagate.extract
+        self._own = provider is None
+        # `create` lets OTEL_SERVICE_NAME and OTEL_RESOURCE_ATTRIBUTES win over a default that is merged first
+        resource = Resource({SERVICE_NAME: SERVICE}).merge(Resource.create()) if provider is None else None
+        self._provider = TracerProvider(resource=resource) if provider is None else provider
+        if self._own:
+            self._provider.add_span_processor(_exporting())
+        self._tracer = self._provider.get_tracer("muntin.serving", version("muntin"))
+
+    @contextmanager
+    def inference(self, face: str, model: str, carrier: Mapping[str, str]) -> Iterator[Inference]:
+        """A span around the block. `carrier`: the request's header fields, names in lower case. What the block raises is recorded too."""
+        with self._tracer.start_as_current_span(
+            f"infer {model}",
+            context=self._extract(carrier),
+            kind=self._trace.SpanKind.SERVER,
+            attributes={"rpc.system": face, "muntin.model": model},
+        ) as span:
+            yield Inference(span)
+
+    def close(self) -> None:
+        """Sends what was not sent yet."""
+        if self._own:
+            self._provider.shutdown()
+
+
+class Inference:
+    """The span of one request."""
+
+    def __init__(self, span: Any) -> None:
+        self._span = span
+
+    def answered(self, answered: Answered) -> None:
+        """What is known once the answer is there."""
+        self._span.set_attributes(
+            {
+                "muntin.version": answered.response.version,
+                "muntin.request_id": answered.response.id,
+                "muntin.queue_ms": answered.queued * 1e3,
+                "muntin.compute_ms": answered.computed * 1e3,
+                "muntin.batch_rows": answered.batch_rows,
+            }
+        )
+
+
+def _exporting() -> Any:
+    try:
+        from opentelemetry.exporter.otlp.proto.http.trace_exporter import OTLPSpanExporter
+        from opentelemetry.sdk.trace.export import BatchSpanProcessor
+    except ModuleNotFoundError as error:
+        raise _missing(error) from error
+    return BatchSpanProcessor(OTLPSpanExporter())
+
+
+def _missing(error: ModuleNotFoundError) -> DependencyError:
+    return DependencyError(f"tracing needs the package {error.name}: pip install 'muntin[otel]', or leave --trace out")

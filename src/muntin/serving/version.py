@@ -1,0 +1,233 @@
+"""A version: one artefact, how it is opened, who is using it and how it has done.
+
+    loading -> ready -> draining -> unloaded
+       |         |
+       +---------+--> failed
+
+A request takes a lease on a version when it is admitted and gives it back when it is answered. A version that is not wanted any more
+drains: it admits nobody new, and its session goes with the last lease. So no answer ever comes from a session that was closed under
+it, and none waits for another version to be opened.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict, deque
+from collections.abc import Hashable, Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal, NamedTuple
+
+from muntin.artifact import Artifact, Signature, open_artifact
+from muntin.errors import DataError, MuntinError, VerificationError
+from muntin.runtime.engines import DEFAULT_ENGINE, ENGINES, PRECISIONS, load
+from muntin.runtime.session import Session, Shape, check_shape, check_streams, check_threads
+from muntin.runtime.verification import replay
+
+State = Literal["loading", "ready", "draining", "unloaded", "failed"]
+CALLS = 16
+"""Kinds of calls that a version remembers: those that came last."""
+TIMES = 64
+"""Times that it remembers of each."""
+
+
+class UnknownVersionError(MuntinError):
+    """A version was asked for that there is not."""
+
+
+class NotReadyError(MuntinError):
+    """There is no version, or not this one now, that could answer."""
+
+
+class RefusedError(MuntinError):
+    """A sound version may not take over: it has another contract, or did worse than the one that serves."""
+
+
+class Call(NamedTuple):
+    """What a session is asked to compute: images of a shape (B, H, W), and of them scores or labels."""
+
+    shape: Shape
+    labels: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class Opening:
+    """How versions are opened: all of a server alike.
+
+    `engine`, `precision`, `threads`, `streams`, `dynamic`: as in `muntin.load`. `calls`: what every version is warmed up for, beside what
+    its predecessor was asked lately; without any of these, scores and labels of the shape that its manifest names.
+    `allow_fallbacks`: whether a layer recorded as 8-bit may run in float; None: only in engines other than the default one.
+    """
+
+    engine: str = DEFAULT_ENGINE
+    precision: str = "recorded"
+    threads: int | None = None
+    streams: int = 1
+    dynamic: bool = False
+    calls: tuple[Call, ...] = ()
+    allow_fallbacks: bool | None = None
+
+    def __post_init__(self) -> None:
+        if self.engine not in ENGINES:
+            raise DataError(f'engine="{self.engine}": give one of {", ".join(ENGINES)}')
+        if self.precision not in PRECISIONS:
+            raise DataError(f'precision="{self.precision}": give one of {", ".join(PRECISIONS)}')
+        check_threads(self.threads)
+        check_streams(self.streams)
+        for call in self.calls:
+            check_shape(call.shape)
+
+    def wanted(self, lately: Iterable[Call], artifact: Artifact) -> tuple[Call, ...]:
+        """What a version is warmed up for, each once."""
+        calls = tuple(dict.fromkeys((*self.calls, *lately)))
+        example, restores = artifact.manifest.example, artifact.manifest.signature.task == "restore"
+        if calls or example is None:
+            return calls
+        return (Call(example),) if restores else (Call(example), Call(example, labels=True))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Opened:
+    """A session that has answered a golden pair and is warm, and the artefact that it is of."""
+
+    session: Session
+    signature: Signature
+    digest: str
+    calls: tuple[Call, ...]
+
+
+def open_version(path: Path, opening: Opening, lately: Iterable[Call]) -> Opened:
+    """Opens an artefact in this process, replays its smallest golden pair, and warms it up for the opening's calls and those of `lately`.
+
+    With `dynamic` the models of dynamic sizes are compiled as well: a size that nobody foresaw is computed as it comes. Takes what
+    compiling takes, or, where the user's cache has what is compiled, a fraction of it. Raises what `load` raises, and
+    VerificationError where the golden scores do not come out.
+    """
+    session = load(
+        path,
+        engine=opening.engine,
+        precision=opening.precision,
+        threads=opening.threads,
+        streams=opening.streams,
+        shapes=(),
+        dynamic=opening.dynamic,
+    )
+    artifact = open_artifact(path)  # after it: had the directory been replaced meanwhile, its digest would say so
+    calls = opening.wanted(lately, artifact)
+    images_BHWC, scores = min(artifact.golden(), key=lambda pair: pair[0].size)
+    tolerance = artifact.manifest.tolerance(session.engine, session.precision)
+    classes = session.signature.task != "restore"
+    result = replay(session, images_BHWC, scores, tolerance, classes=classes)
+    if not result.passed:
+        allowed = "nothing is recorded" if tolerance is None else f"{tolerance.max_error:g}"
+        raise VerificationError(
+            f"{path}: {session.engine} in {session.precision} is {result.max_error:.3g} standard deviations off a golden pair "
+            f"(allowed: {allowed}): export the artefact again"
+        )
+    for labels in (False, True):
+        session.warm_up([call.shape for call in calls if call.labels is labels], labels=labels)
+    if opening.dynamic and classes:
+        session.labels(images_BHWC)  # the model for scores came with the replay
+    return Opened(session=session, signature=session.signature, digest=artifact.digest, calls=calls)
+
+
+def contract_difference(new: Signature, old: Signature, *, other_classes: bool = False) -> str:
+    """In which way a client of `old` would be misled by `new`; empty where it would not.
+
+    Task, channels, type and scale must be the same. Classes may be added at the end: a client that knows the first ones reads
+    their numbers as before. Fewer, others or another order would be read as what they are not, so they need `other_classes`.
+    """
+    for name in ("task", "channels", "dtype", "scale"):
+        ours, theirs = getattr(new, name), getattr(old, name)
+        if ours != theirs:
+            return f"{name} {ours} where {theirs} is served"
+    names, served = ([entry.name for entry in signature.classes] for signature in (new, old))
+    if other_classes or names[: len(served)] == served:
+        return ""
+    number = next((number for number, (ours, theirs) in enumerate(zip(names, served, strict=False)) if ours != theirs), len(names))
+    found = f'"{names[number]}"' if number < len(names) else "none"
+    return f'class {number} is {found} where "{served[number]}" is served'
+
+
+class Latencies:
+    """Seconds of the last batches, by what was computed: the last `TIMES` of each of the last `CALLS` kinds."""
+
+    def __init__(self) -> None:
+        self._seconds: OrderedDict[Hashable, deque[float]] = OrderedDict()
+
+    def add(self, kind: Hashable, seconds: float) -> None:
+        if kind not in self._seconds:
+            self._seconds[kind] = deque(maxlen=TIMES)
+            if len(self._seconds) > CALLS:
+                self._seconds.popitem(last=False)
+        self._seconds[kind].append(seconds)
+        self._seconds.move_to_end(kind)
+
+    def of(self, kind: Hashable) -> tuple[float, ...]:
+        return tuple(self._seconds.get(kind, ()))
+
+    @property
+    def kinds(self) -> tuple[Hashable, ...]:
+        """The one that came last at the end."""
+        return tuple(self._seconds)
+
+    @property
+    def calls(self) -> dict[Call, int]:
+        """Those kinds that a session can be warmed up for, and how many batches of each are remembered."""
+        return {kind: len(seconds) for kind, seconds in self._seconds.items() if isinstance(kind, Call)}
+
+
+@dataclass(kw_only=True)
+class Statistics:
+    """What a version has done: images computed, batches, images that failed, seconds spent on all of them, leases given."""
+
+    rows: int = 0
+    batches: int = 0
+    failed: int = 0
+    seconds: float = 0.0
+    leases: int = 0
+
+
+@dataclass(eq=False, kw_only=True)
+class Version:
+    """One artefact under the name of its version. Its slot alone changes it, and guards it with its lock.
+
+    `leases`: given and not yet back. `reason`: why it failed, otherwise empty. `digest` and `signature` are known once it is open, and
+    remain when it is closed.
+    """
+
+    name: str
+    path: Path
+    state: State = "loading"
+    reason: str = ""
+    digest: str = ""
+    leases: int = 0
+    statistics: Statistics = field(default_factory=Statistics)
+    latencies: Latencies = field(default_factory=Latencies, repr=False)
+    _signature: Signature | None = field(default=None, repr=False)
+    _session: Session | None = field(default=None, repr=False)
+
+    @property
+    def session(self) -> Session:
+        """Who has a lease finds it open. Raises NotReadyError where it is not."""
+        if self._session is None:
+            raise NotReadyError(f"version {self.name} is {self.state}: take a lease on one that is ready")
+        return self._session
+
+    @property
+    def signature(self) -> Signature:
+        """Raises NotReadyError before it is open."""
+        if self._signature is None:
+            raise NotReadyError(f"version {self.name} is {self.state}: its signature is known once it is open")
+        return self._signature
+
+    @property
+    def open(self) -> bool:
+        return self._session is not None
+
+    def opened(self, opened: Opened) -> None:
+        self._session, self._signature, self.digest, self.state = opened.session, opened.signature, opened.digest, "ready"
+
+    def close(self) -> Session | None:
+        """Lets go of the session, and returns it: to be dropped where nobody waits for it."""
+        session, self._session = self._session, None
+        return session

@@ -1,0 +1,152 @@
+"""`muntin serve` as a process: it says where it listens, answers, and ends when it is told to."""
+
+from __future__ import annotations
+
+import json
+import signal
+import subprocess
+import sys
+import threading
+import urllib.request
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from onnx import TensorProto, helper, numpy_helper
+
+from muntin.artifact import ClassInfo, GoldenTolerance, Signature, write_artifact
+
+
+@pytest.fixture(scope="module")
+def artifact(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Segments by the brighter channel of two, with a few convolutions that take a while on a large image."""
+    weights = np.zeros((2, 2, 1, 1), np.float32)
+    weights[0, 0] = weights[1, 1] = 1
+    idle = np.zeros((2, 2, 7, 7), np.float32)
+    idle[0, 0, 3, 3] = idle[1, 1, 3, 3] = 1
+    nodes = [
+        helper.make_node("Cast", ["images"], ["float"], name="cast", to=TensorProto.FLOAT),
+        helper.make_node("Transpose", ["float"], ["x0"], name="to_nchw", perm=[0, 3, 1, 2]),
+        *(helper.make_node("Conv", [f"x{n}", "idle"], [f"x{n + 1}"], name=f"body{n}", pads=[3] * 4) for n in range(6)),
+        helper.make_node("Conv", ["x6", "weights"], ["scores"], name="head"),
+    ]
+    graph = helper.make_graph(
+        nodes,
+        "brighter",
+        [helper.make_tensor_value_info("images", TensorProto.UINT8, ["B", "H", "W", 2])],
+        [helper.make_tensor_value_info("scores", TensorProto.FLOAT, ["B", 2, "H", "W"])],
+        [numpy_helper.from_array(weights, "weights"), numpy_helper.from_array(idle, "idle")],
+    )
+    images = np.random.default_rng(1).integers(0, 256, (1, 6, 8, 2)).astype(np.uint8)
+    path = tmp_path_factory.mktemp("serve") / "brighter"
+    write_artifact(
+        path,
+        model=helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=10),
+        signature=Signature(task="segment", channels=2, classes=tuple(ClassInfo(name=name, color=(0, 0, 0)) for name in "ab")),
+        golden=[(images, images.transpose(0, 3, 1, 2).astype(np.float32))],
+        golden_tolerance={"openvino": {name: GoldenTolerance(max_error=0.1, label_agreement=0.9) for name in ("f32", "bf16")}},
+        example=(1, 8, 8),
+    )
+    return path
+
+
+@contextmanager
+def serving(path: Path, *options: str) -> Iterator[tuple[subprocess.Popen[str], dict[str, Any]]]:
+    command = [
+        sys.executable,
+        "-m",
+        "muntin",
+        "serve",
+        str(path),
+        "--http-port",
+        "0",
+        "--grpc-port",
+        "0",
+        "--threads",
+        "1",
+        "--json",
+        *options,
+    ]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        try:
+            lines = ""
+            assert process.stdout is not None
+            while not lines.endswith("}\n"):
+                line = process.stdout.readline()
+                assert line, process.communicate()[1]
+                lines += line
+            yield process, json.loads(lines)
+        finally:
+            if process.poll() is None:
+                process.kill()
+
+
+def ask(address: str, images: np.ndarray[Any, np.dtype[np.uint8]]) -> bytes:
+    tensor = {"name": "images", "datatype": "UINT8", "shape": images.shape, "parameters": {"binary_data_size": images.nbytes}}
+    outputs = [{"name": "labels", "parameters": {"binary_data": True}}]
+    head = json.dumps({"inputs": [tensor], "outputs": outputs}).encode()
+    headers = {"Inference-Header-Content-Length": str(len(head))}
+    request = urllib.request.Request(f"{address}/v2/models/brighter/infer", head + images.tobytes(), headers)  # noqa: S310
+    with urllib.request.urlopen(request) as answer:  # noqa: S310
+        length = int(answer.headers["Inference-Header-Content-Length"])
+        body: bytes = answer.read()
+        return body[length:]
+
+
+@pytest.mark.parametrize("stop", [signal.SIGTERM, signal.SIGINT])
+def test_it_answers_and_ends_when_it_is_told_to(artifact: Path, stop: signal.Signals) -> None:
+    with serving(artifact, "--access-log", "--objective-ms", "60000") as (process, said):
+        assert said["model"] == "brighter"
+        assert said["version"] == "1"
+        assert said["http"].startswith("http://127.0.0.1:")
+        small = np.random.default_rng(2).integers(0, 256, (1, 30, 40, 2)).astype(np.uint8)
+        assert ask(said["http"], small) == small.argmax(3).astype(np.uint8).tobytes()
+        large = np.random.default_rng(3).integers(0, 256, (1, 1500, 1500, 2)).astype(np.uint8)
+        found: list[bytes] = []
+        thread = threading.Thread(target=lambda: found.append(ask(said["http"], large)))
+        thread.start()
+        while b"muntin_body_bytes 0.0" in urllib.request.urlopen(f"{said['http']}/metrics").read():  # noqa: S310
+            pass
+        process.send_signal(stop)
+        out, err = process.communicate(timeout=60)
+        thread.join()
+    assert found == [large.argmax(3).astype(np.uint8).tobytes()]  # what was admitted is answered
+    assert process.returncode == 0, err
+    assert "stopped" in err
+    assert "Traceback" not in err
+    logged = [json.loads(line) for line in out.splitlines()]
+    assert [entry["status"] for entry in logged if entry["path"].endswith("/infer")] == [200, 200]
+    assert logged[0]["version"] == "1"
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--objective-ms", "0"], "--objective-ms"),
+        (["--name", "a/b"], "--name"),
+        (["--tls-key", "key.pem"], "certificate and its key"),
+        (["--token-file", "{empty}"], "holds no token"),
+        (["--engine", "nonsense"], "openvino, onnxruntime"),
+    ],
+)
+def test_what_it_may_not_be_told_is_one_line(artifact: Path, tmp_path: Path, options: list[str], message: str) -> None:
+    (tmp_path / "empty").write_text("\n")
+    command = [sys.executable, "-m", "muntin", "serve", str(artifact), *(option.format(empty=tmp_path / "empty") for option in options)]
+    ended = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert ended.returncode == 1
+    assert message in ended.stderr
+    assert ended.stderr.count("\n") == 1
+
+
+def test_an_altered_artefact_is_not_served(artifact: Path, tmp_path: Path) -> None:
+    (tmp_path / "altered").mkdir()
+    for file in artifact.iterdir():
+        (tmp_path / "altered" / file.name).write_bytes(file.read_bytes())
+    weights = tmp_path / "altered" / "weights.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-1] + b"x")
+    ended = subprocess.run([sys.executable, "-m", "muntin", "serve", str(weights.parent)], capture_output=True, text=True, check=False)
+    assert (ended.returncode, ended.stderr.count("\n")) == (1, 1)
+    assert "weights.safetensors" in ended.stderr

@@ -1,0 +1,251 @@
+"""Tiny artefacts whose answers say which version gave them, and versions without an engine, for what a slot decides."""
+
+from __future__ import annotations
+
+import importlib.util
+import sys
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import pytest
+from numpy.typing import NDArray
+from onnx import TensorProto, helper, numpy_helper
+
+from muntin.artifact import ClassInfo, GoldenTolerance, LayerRecord, Signature, open_artifact, write_artifact
+from muntin.errors import MuntinError
+from muntin.runtime.session import ExecutedLayer, Session
+from muntin.serving.probation import ArtifactLoader, Probation
+from muntin.serving.version import Call, Opened, Opening
+
+NAMES = ("sea", "field", "roof", "road", "tree")
+
+
+def make_signature(channels: int = 3, classes: tuple[str, ...] = NAMES[:4], **changes: Any) -> Signature:
+    named = tuple(ClassInfo(name=name, color=(number, number, number)) for number, name in enumerate(classes))
+    return Signature(**({"task": "segment", "channels": channels, "classes": named} | changes))
+
+
+def make_model(label: int, channels: int, classes: int) -> onnx.ModelProto:
+    """uint8 (B, H, W, C) -> float32 (B, K, H, W): a 1 x 1 convolution that gives every pixel the same label."""
+    weight = np.random.default_rng(label).normal(size=(classes, channels, 1, 1)).astype(np.float32) * 0.01
+    bias = np.zeros(classes, np.float32)
+    bias[label] = 100
+    nodes = [
+        helper.make_node("Cast", ["images"], ["float"], name="cast", to=TensorProto.FLOAT),
+        helper.make_node("Transpose", ["float"], ["nchw"], name="to_nchw", perm=[0, 3, 1, 2]),
+        helper.make_node("Conv", ["nchw", "weight", "bias"], ["scores"], name="head"),
+    ]
+    graph = helper.make_graph(
+        nodes,
+        "constant",
+        [helper.make_tensor_value_info("images", TensorProto.UINT8, ["B", "H", "W", channels])],
+        [helper.make_tensor_value_info("scores", TensorProto.FLOAT, ["B", classes, "H", "W"])],
+        [numpy_helper.from_array(weight, "weight"), numpy_helper.from_array(bias, "bias")],
+    )
+    return helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=10)
+
+
+def golden_of(model: onnx.ModelProto, images_BHWC: NDArray[np.uint8]) -> NDArray[np.float32]:
+    weight, bias = (numpy_helper.to_array(item).astype(np.float64) for item in model.graph.initializer)
+    scores = np.einsum("bhwc,kc->bkhw", images_BHWC.astype(np.float64), weight[:, :, 0, 0]) + bias[:, None, None]
+    return np.asarray(scores, np.float32)
+
+
+def write(
+    path: Path,
+    label: int = 0,
+    *,
+    signature: Signature | None = None,
+    model: onnx.ModelProto | None = None,
+    shift: float = 0.0,
+    activation_bits: int | None = None,
+) -> Path:
+    """An artefact that answers `label` everywhere. `shift`: of its golden scores, in their own unit. `activation_bits`: what its one layer
+    is recorded with; it is a float layer."""
+    signature = signature or make_signature()
+    answers = make_model(label, signature.channels, len(signature.classes))
+    images = np.random.default_rng(1).integers(0, 256, (1, 6, 8, signature.channels)).astype(np.uint8)
+    write_artifact(
+        path,
+        model=model or answers,
+        signature=signature,
+        golden=[(images, golden_of(answers, images) + np.float32(shift))],
+        golden_tolerance={"openvino": {name: GoldenTolerance(max_error=0.05, label_agreement=1) for name in ("f32", "bf16")}},
+        example=(1, 8, 8),
+        layers=[LayerRecord(name="head", kind="Conv2d", weight_bits=32, activation_bits=activation_bits)],
+    )
+    return path
+
+
+@dataclass(frozen=True, kw_only=True)
+class InProcess(ArtifactLoader):
+    """Opens artefacts as a server does, without the process that goes first: for tests that open many."""
+
+    def probe(self, path: Path, lately: Mapping[Call, int], stopped: Callable[[], bool]) -> Probation:
+        manifest = open_artifact(path).manifest
+        return Probation(digest=manifest.sha256, signature=manifest.signature, open_s=0.0, latency_ms={}, peak_mib=None)
+
+
+class Constant(Session):
+    """Answers its label everywhere, without an engine."""
+
+    def __init__(self, signature: Signature, label: int) -> None:
+        super().__init__(signature=signature, engine="none", precision="f32", threads=1)
+        self.label = label
+
+    def _infer(self, images_BHWC: NDArray[np.uint8]) -> NDArray[np.float32]:
+        scores = np.zeros(self.signature.scores_shape(*images_BHWC.shape[:3]), np.float32)
+        scores[:, self.label] = 1
+        return scores
+
+    def layers(self) -> list[ExecutedLayer]:
+        return []
+
+
+@dataclass
+class Shelf:
+    """A loader of versions without engines: "3" answers label 3. `trouble`: what opening one raises; `signatures`: where not the usual."""
+
+    trouble: dict[str, Exception] = field(default_factory=dict)
+    signatures: dict[str, Signature] = field(default_factory=dict)
+    probed: list[str] = field(default_factory=list)
+    opened: list[str] = field(default_factory=list)
+    lately: dict[Call, int] = field(default_factory=dict)
+
+    def probe(self, path: Path, lately: Mapping[Call, int], stopped: Callable[[], bool]) -> Probation:
+        self.probed.append(path.name)
+        self.lately = dict(lately)
+        error = self.trouble.get(path.name)
+        if isinstance(error, MuntinError):
+            raise error
+        return Probation(digest=digest_of(path), signature=self.signature_of(path), open_s=0.0, latency_ms={}, peak_mib=None)
+
+    def open(self, path: Path, lately: Mapping[Call, int], found: Probation) -> Opened:
+        if path.name in self.trouble:
+            raise self.trouble[path.name]
+        self.opened.append(path.name)
+        signature = self.signature_of(path)
+        label = int(path.name) % len(signature.classes) if path.name.isdecimal() else 0
+        return Opened(session=Constant(signature, label), signature=signature, digest=found.digest, calls=())
+
+    def signature_of(self, path: Path) -> Signature:
+        return self.signatures.get(path.name, make_signature())
+
+
+def digest_of(path: Path) -> str:
+    return open_artifact(path).digest if path.is_dir() else f"digest of {path.name}"
+
+
+class Clock:
+    """Seconds that pass only when told to."""
+
+    def __init__(self) -> None:
+        self.now = 1000.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+def eventually(done: Callable[[], object], seconds: float = 20.0) -> None:
+    """Waits until `done`."""
+    deadline = time.monotonic() + seconds
+    while not done():
+        assert time.monotonic() < deadline, "it did not come to pass"
+        time.sleep(0.005)
+
+
+@pytest.fixture(scope="session")
+def signature_of() -> Callable[..., Signature]:
+    """`signature_of(channels, classes, ...)`: of a segmenting model."""
+    return make_signature
+
+
+@pytest.fixture(scope="session")
+def write_version() -> Callable[..., Path]:
+    """`write_version(path, label, ...)`: an artefact that answers `label` everywhere."""
+    return write
+
+
+@pytest.fixture(scope="session")
+def hostile() -> Any:
+    """The module `hostile.py` beside this file."""
+    return beside("hostile")
+
+
+@pytest.fixture(scope="session")
+def simulation() -> Any:
+    """The module `simulation.py` beside this file."""
+    return beside("simulation")
+
+
+def beside(name: str) -> Any:
+    spec = importlib.util.spec_from_file_location(f"serving_{name}", Path(__file__).with_name(f"{name}.py"))
+    assert spec is not None
+    assert spec.loader is not None
+    module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)  # where its dataclasses look for their module
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture
+def in_process() -> ArtifactLoader:
+    """Opens artefacts without a process that goes first."""
+    return InProcess(opening=Opening(threads=1))
+
+
+@pytest.fixture
+def shelf() -> Shelf:
+    """Versions without an engine."""
+    return Shelf()
+
+
+@pytest.fixture
+def clock() -> Clock:
+    return Clock()
+
+
+@pytest.fixture(scope="session")
+def wait_until() -> Callable[..., None]:
+    """`wait_until(condition)`."""
+    return eventually
+
+
+@pytest.fixture(scope="session")
+def write_pixels() -> Callable[..., Path]:
+    """`write_pixels(path, task=...)`: an artefact whose scores are the channels of the pixels, or of a classifier their means."""
+
+    def write_it(path: Path, *, task: str = "segment") -> Path:
+        signature = make_signature(classes=NAMES[:3], task=task)
+        nodes = [
+            helper.make_node("Cast", ["images"], ["float"], name="cast", to=TensorProto.FLOAT),
+            helper.make_node("Transpose", ["float"], ["nchw" if task == "classify" else "scores"], name="to_nchw", perm=[0, 3, 1, 2]),
+        ]
+        shape: list[str | int] = ["B", 3, "H", "W"]
+        if task == "classify":
+            nodes.append(helper.make_node("ReduceMean", ["nchw", "axes"], ["scores"], name="mean", keepdims=0))
+            shape = ["B", 3]
+        graph = helper.make_graph(
+            nodes,
+            "pixels",
+            [helper.make_tensor_value_info("images", TensorProto.UINT8, ["B", "H", "W", 3])],
+            [helper.make_tensor_value_info("scores", TensorProto.FLOAT, shape)],
+            [numpy_helper.from_array(np.array([2, 3], np.int64), "axes")] if task == "classify" else [],
+        )
+        images = np.random.default_rng(1).integers(0, 256, (1, 6, 8, 3)).astype(np.uint8)
+        scores = images.transpose(0, 3, 1, 2).astype(np.float32)
+        write_artifact(
+            path,
+            model=helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=10),
+            signature=signature,
+            golden=[(images, scores.mean((2, 3)) if task == "classify" else scores)],
+            golden_tolerance={"openvino": {name: GoldenTolerance(max_error=0.05, label_agreement=0.9) for name in ("f32", "bf16")}},
+            example=(1, 8, 8),
+        )
+        return path
+
+    return write_it

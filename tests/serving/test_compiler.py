@@ -1,0 +1,70 @@
+"""Compiling beside the requests: when, how often, and that what is compiled is then used."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from muntin.serving import compiler as module
+from muntin.serving.compiler import COMPILED, OFTEN, Compiler
+from muntin.serving.probation import ArtifactLoader
+from muntin.serving.rollout import Rollout
+from muntin.serving.slot import Slot
+from muntin.serving.version import Call, Opening, Version
+
+OPENING = Opening(threads=1, dynamic=True)
+
+
+@pytest.fixture
+def version(write_version: Callable[..., Path], in_process: ArtifactLoader, tmp_path: Path) -> Version:
+    loader = type(in_process)(opening=OPENING)
+    return Slot("m", loader, rollout=Rollout()).load(write_version(tmp_path / "1"), "1")
+
+
+def test_a_size_that_comes_often_is_compiled_for(version: Version, wait_until: Callable[..., None]) -> None:
+    call, compiler = Call((3, 11, 7), labels=True), Compiler(OPENING)
+    compiled: Any = version.session
+    for _ in range(OFTEN - 1):
+        compiler.note(version, call)
+    assert not any(thread.name == "muntin-compile" for thread in threading.enumerate())
+    compiler.note(version, call)
+    wait_until(lambda: ((3, 11, 7, 3), True) in compiled._compiled, 60)
+    assert compiled._compiled[(3, 11, 7, 3), True].kept  # the other process had compiled it
+    compiler.close()
+    assert not any(thread.name == "muntin-compile" for thread in threading.enumerate())
+
+
+def test_each_size_once_and_not_without_end(version: Version, monkeypatch: pytest.MonkeyPatch, wait_until: Callable[..., None]) -> None:
+    asked: list[Call] = []
+    monkeypatch.setattr(module, "probe", lambda path, opening, lately, **_: asked.extend(lately))
+    monkeypatch.setattr(version.session, "warm_up", lambda shapes, *, labels: None)
+    compiler = Compiler(OPENING)
+    calls = [Call((1, 1 + n, 3)) for n in range(COMPILED + 20)]
+    for call in calls:
+        for _ in range(3 * OFTEN):
+            compiler.note(version, call)
+    wait_until(lambda: len(asked) == COMPILED)
+    compiler.close()
+    assert asked == calls[:COMPILED]
+
+
+def test_what_cannot_be_compiled_changes_nothing(
+    version: Version, monkeypatch: pytest.MonkeyPatch, wait_until: Callable[..., None]
+) -> None:
+    tried: list[Call] = []
+
+    def fail(path: Path, opening: Opening, lately: list[Call], **_: Any) -> None:
+        tried.extend(lately)
+        raise RuntimeError("no")
+
+    monkeypatch.setattr(module, "probe", fail)
+    compiler = Compiler(OPENING)
+    for call in (Call((1, 5, 5)), Call((1, 6, 6))):
+        for _ in range(OFTEN):
+            compiler.note(version, call)
+    wait_until(lambda: len(tried) == 2)
+    compiler.close()

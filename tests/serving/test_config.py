@@ -1,0 +1,39 @@
+"""What a server may be told."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from pydantic import ValidationError
+
+from muntin.serving.config import Bounds, ServeConfig
+
+
+def test_the_defaults_reach_nobody_else() -> None:
+    assert ServeConfig().host == "127.0.0.1"
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"objective_ms": 0}, "objective_ms"),
+        ({"max_batch": 0}, "max_batch"),
+        ({"name": "../etc"}, "name"),
+        ({"name": ""}, "name"),
+        ({"http_port": 70000}, "http_port"),
+        ({"tls_key": Path("key.pem")}, "certificate and its key"),
+        ({"tokens": ("two words",)}, "without spaces"),
+        ({"tokens": ("",)}, "not empty"),
+        ({"bounds": {"body_bytes": 5}}, "body_bytes"),
+        ({"port": 5}, "port"),
+    ],
+)
+def test_what_it_may_not_be_told(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValidationError, match=message):
+        ServeConfig.model_validate(options)
+
+
+def test_bounds_are_in_their_own_units() -> None:
+    assert Bounds(body_bytes=2048).body_bytes == 2048

@@ -1,0 +1,244 @@
+"""Connections: sizes that lie, clients that are slow or gone, and what is held meanwhile. Raw sockets against a real server."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import socket
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import closing
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import pytest
+import uvicorn
+
+from muntin.serving.config import Bounds
+from muntin.serving.connection import BoundedConnection, Ledger
+
+BOUNDS = Bounds(
+    body_bytes=100_000, header_bytes=2048, held_bytes=250_000, connections=8, header_seconds=0.4, body_seconds=0.4, idle_seconds=30
+)
+
+
+class Echo:
+    """Answers a body's length and its first bytes; /slow when it is told to, /large with many megabytes."""
+
+    def __init__(self) -> None:
+        self.release = threading.Event()
+        self.begun: list[str] = []
+        self.cancelled = 0
+
+    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+        try:
+            message = await receive()
+            assert not message.get("more_body")
+            self.begun.append(scope["path"])
+            while scope["path"] == "/slow" and not self.release.is_set():
+                await asyncio.sleep(0.005)
+            body = (
+                b"x" * (64 << 20)
+                if scope["path"] == "/large"
+                else json.dumps([len(message["body"]), message["body"][:9].decode()]).encode()
+            )
+            await send({"type": "http.response.start", "status": 200, "headers": [(b"content-length", b"%d" % len(body))]})
+            await send({"type": "http.response.body", "body": body})
+        except asyncio.CancelledError:
+            self.cancelled += 1
+
+
+@dataclass(frozen=True, kw_only=True)
+class Served:
+    port: int
+    app: Echo
+    ledger: Ledger
+    server: uvicorn.Server
+
+    def connect(self) -> socket.socket:
+        return socket.create_connection(("127.0.0.1", self.port), timeout=10)
+
+    def ask(self, *pieces: bytes) -> bytes:
+        """What comes back until the server closes, or the answer is whole."""
+        with closing(self.connect()) as client:
+            for piece in pieces:
+                client.sendall(piece)
+            return read(client)
+
+
+def read(client: socket.socket) -> bytes:
+    found = b""
+    while True:
+        try:
+            piece = client.recv(65536)
+        except ConnectionResetError:
+            return found
+        if not piece:
+            return found
+        found += piece
+        head, gap, body = found.partition(b"\r\n\r\n")
+        if gap and b"content-length: %d\r\n" % len(body) in head.lower() + b"\r\n":
+            return found
+
+
+@pytest.fixture
+def served() -> Iterator[Served]:
+    app, ledger = Echo(), Ledger(BOUNDS)
+    http: Any = partial(BoundedConnection, ledger=ledger)
+    config = uvicorn.Config(
+        app, http=http, ws="none", lifespan="off", log_config=None, access_log=False, interface="asgi3", timeout_graceful_shutdown=1
+    )
+    server = uvicorn.Server(config)
+    with socket.create_server(("127.0.0.1", 0)) as listening:
+        port = listening.getsockname()[1]
+        thread = threading.Thread(target=lambda: asyncio.run(server.serve(sockets=[listening])))
+        thread.start()
+        while not server.started:
+            time.sleep(0.005)
+        yield Served(port=port, app=app, ledger=ledger, server=server)
+        app.release.set()
+        server.should_exit = True
+        thread.join()
+
+
+def post(body: bytes, path: str = "/", *, length: int | None = None, more: bytes = b"") -> bytes:
+    size = len(body) if length is None else length
+    return b"POST %s HTTP/1.1\r\nHost: a\r\nContent-Length: %d\r\n%s\r\n" % (path.encode(), size, more) + body
+
+
+def test_a_body_arrives_in_one_piece_however_it_was_sent(served: Served) -> None:
+    whole = post(b"muntin " * 10_000)
+    assert read_json(served.ask(whole)) == [70_000, "muntin mu"]
+    assert read_json(served.ask(*(whole[n : n + 7919] for n in range(0, len(whole), 7919)))) == [70_000, "muntin mu"]
+    chunks = b"".join(b"%x\r\n%s\r\n" % (len(part), part) for part in (b"mun", b"tin" * 5000, b"!")) + b"0\r\n\r\n"
+    chunked = b"POST / HTTP/1.1\r\nHost: a\r\nTransfer-Encoding: chunked\r\n\r\n" + chunks
+    assert read_json(served.ask(chunked)) == [15_004, "muntintin"]
+    wait(lambda: served.ledger.held == 0)
+
+
+def test_several_requests_on_one_connection_are_answered_in_order(served: Served) -> None:
+    with closing(served.connect()) as client:
+        for number in range(3):
+            client.sendall(post(b"%d" % number))
+            assert read_json(read(client)) == [1, str(number)]
+        client.sendall(post(b"a") + post(b"b") + post(b"c" * 5))  # without waiting for answers
+        found = b""
+        while found.count(b"HTTP/1.1 200") < 3 or not found.endswith(b"]"):
+            found += client.recv(65536)
+    assert [found.index(text) for text in (b'[1, "a"]', b'[1, "b"]', b'[5, "ccccc"]')] == sorted(
+        found.index(text) for text in (b'[1, "a"]', b'[1, "b"]', b'[5, "ccccc"]')
+    )
+    wait(lambda: served.ledger.held == 0)
+
+
+@pytest.mark.parametrize(
+    ("request_", "status"),
+    [
+        (post(b"", length=100_001), 413),
+        (post(b"", length=10**14), 413),
+        (b"POST / HTTP/1.1\r\nContent-Length: 99999999999999999999999\r\n\r\n", 400),
+        (b"POST / HTTP/1.1\r\nContent-Length: -5\r\n\r\n", 400),
+        (b"POST / HTTP/1.1\r\nContent-Length: 5\r\nContent-Length: 6\r\n\r\nhello", 400),
+        (b"POST / HTTP/1.1\r\nContent-Length: 5\r\nTransfer-Encoding: chunked\r\n\r\n0\r\n\r\n", 400),
+        (b"POST / HTTP/1.1\r\nTransfer-Encoding: chunked\r\n\r\nzz\r\n", 400),
+        (b"POST / HTTP/1.1\r\nTransfer-Encoding: chunked\r\n\r\n" + b"ffffffffffffffffff\r\n", 400),
+        (
+            b"POST / HTTP/1.1\r\nTransfer-Encoding: chunked\r\n\r\n" + b"c350\r\n" + b"x" * 50_000 + b"\r\n" + b"c351\r\n" + b"x" * 50_001,
+            413,
+        ),
+        (b"GET /" + b"a" * 5000 + b" HTTP/1.1\r\n\r\n", 431),
+        (b"GET / HTTP/1.1\r\n" + b"a: b\r\n" * 1000 + b"\r\n", 431),
+        (b"GET / HTTP/1.1\r\na: " + b"b" * 300_000, 431),
+        (b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03", 400),
+        (b"NONSENSE\r\n\r\n", 400),
+        (b"GET / HTTP/1.1\r\n", 408),
+        (post(b"too little", length=50), 408),
+    ],
+)
+def test_what_is_wrong_or_never_ends_is_refused(served: Served, request_: bytes, status: int) -> None:
+    answer = served.ask(request_)
+    assert answer.startswith(b"HTTP/1.1 %d " % status), answer[:200]
+    assert set(json.loads(answer.partition(b"\r\n\r\n")[2])) == {"error"}
+    wait(lambda: served.ledger.held == 0)
+    assert served.app.begun == []
+    assert read_json(served.ask(post(b"fine"))) == [4, "fine"]
+
+
+def test_a_header_that_trickles_in_is_cut_off(served: Served) -> None:
+    with closing(served.connect()) as client:
+        client.sendall(post(b"first"))
+        assert read_json(read(client)) == [5, "first"]
+        began = time.monotonic()
+        with pytest.raises(OSError):
+            for _ in range(1000):
+                client.sendall(b"GET / HTTP/1.1\r\n"[:1] if time.monotonic() == began else b"G")
+                time.sleep(0.05)
+    assert read_json(served.ask(post(b"fine"))) == [4, "fine"]
+
+
+def test_who_connects_and_says_nothing_is_let_go(served: Served) -> None:
+    with closing(served.connect()) as client:
+        assert client.recv(100) == b""
+
+
+def test_bodies_together_are_bounded(served: Served) -> None:
+    with closing(served.connect()) as one, closing(served.connect()) as two:
+        for client in (one, two):
+            client.sendall(post(b"x" * 99_000, "/slow"))
+        wait(lambda: len(served.app.begun) == 2)
+        assert served.ledger.held == 198_000
+        answer = served.ask(post(b"x" * 99_000))
+        assert answer.startswith(b"HTTP/1.1 503 ")
+        assert b"retry-after: 1" in answer
+        served.app.release.set()
+        assert read_json(read(one))[0] == read_json(read(two))[0] == 99_000
+    wait(lambda: served.ledger.held == 0)
+    assert served.ledger.refused == {503: 1}
+
+
+def test_connections_are_bounded(served: Served) -> None:
+    clients = [served.connect() for _ in range(BOUNDS.connections)]
+    wait(lambda: len(served.server.server_state.connections) == BOUNDS.connections)
+    assert served.ask(post(b"")).startswith(b"HTTP/1.1 503 ")
+    for client in clients:
+        client.close()
+    wait(lambda: not served.server.server_state.connections)
+    assert read_json(served.ask(post(b"fine"))) == [4, "fine"]
+
+
+def test_who_goes_away_is_not_computed_for(served: Served) -> None:
+    with closing(served.connect()) as client:
+        client.sendall(post(b"x" * 1000, "/slow"))
+        wait(lambda: served.app.begun)
+    wait(lambda: served.app.cancelled == 1)
+    wait(lambda: served.ledger.held == 0)
+
+
+def test_who_does_not_read_its_answer_is_cut_off(served: Served) -> None:
+    with closing(served.connect()) as client:
+        client.sendall(post(b"", "/large"))
+        wait(lambda: served.app.begun)
+        wait(lambda: not served.server.server_state.connections)
+
+
+def test_more_time_than_allowed_may_pass_while_an_answer_is_computed(served: Served) -> None:
+    with closing(served.connect()) as client:
+        client.sendall(post(b"x", "/slow"))
+        time.sleep(3 * BOUNDS.body_seconds)
+        served.app.release.set()
+        assert read_json(read(client)) == [1, "x"]
+
+
+def read_json(answer: bytes) -> list[Any]:
+    assert answer.startswith(b"HTTP/1.1 200 "), answer[:200]
+    found: list[Any] = json.loads(answer.partition(b"\r\n\r\n")[2])
+    return found
+
+
+def wait(done: Callable[[], object]) -> None:
+    end = time.monotonic() + 10
+    while not done():
+        assert time.monotonic() < end, "it did not come to pass"
+        time.sleep(0.005)

@@ -1,0 +1,68 @@
+"""What the repository API may do: it names versions that are listed, and nothing else."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from muntin.serving.control import Control
+from muntin.serving.probation import ArtifactLoader
+from muntin.serving.protocol import ProtocolError
+from muntin.serving.repository import Repository
+from muntin.serving.rollout import Rollout
+from muntin.serving.slot import Slot
+
+
+@pytest.fixture
+def control(write_version: Callable[..., Path], in_process: ArtifactLoader, tmp_path: Path) -> Control:
+    """Of versions 1 and 10, and a 2 whose golden answers are not what it computes."""
+    for name in ("1", "2", "10"):
+        write_version(tmp_path / name, shift=50.0 * (name == "2"))
+    return Control(Slot("m", in_process, rollout=Rollout()), Repository(tmp_path))
+
+
+def states(control: Control, *, ready: bool = False) -> dict[str, str]:
+    return {entry.version: entry.state for entry in control.index(ready=ready)}
+
+
+def test_the_newest_or_the_one_that_is_named(control: Control) -> None:
+    assert states(control) == {"1": "UNAVAILABLE", "2": "UNAVAILABLE", "10": "UNAVAILABLE"}
+    assert control.load("m", {}) == "10"
+    assert control.load("m", {"version": "1"}) == "1"
+    assert states(control, ready=True) == {"10": "READY", "1": "READY"}
+    control.unload("m", {"version": "1"})
+    assert states(control)["1"] == "UNAVAILABLE"
+    control.unload("m", {})
+    assert states(control, ready=True) == {}
+
+
+@pytest.mark.parametrize(
+    ("model", "parameters", "status", "message"),
+    [
+        ("n", {}, 404, "this server has m"),
+        ("../m", {}, 404, "this server has m"),
+        ("m", {"version": "3"}, 404, "there is 1, 2, 10"),
+        ("m", {"version": "../10"}, 404, "no version"),
+        ("m", {"version": 10}, 400, "give a string"),
+        ("m", {"path": "/etc"}, 400, "'path'"),
+        ("m", {"version": "2"}, 409, "what served goes on: .*golden pair"),
+    ],
+)
+def test_what_it_may_not_do(control: Control, model: str, parameters: dict[str, Any], status: int, message: str) -> None:
+    with pytest.raises(ProtocolError, match=message) as caught:
+        control.load(model, parameters)
+    assert caught.value.status == status
+
+
+def test_what_cannot_be_unloaded(control: Control) -> None:
+    control.load("m", {"version": "1"})
+    for parameters, status in (({"version": "7"}, 404), ({"version": 7}, 400)):
+        with pytest.raises(ProtocolError) as caught:
+            control.unload("m", parameters)
+        assert caught.value.status == status
+    with pytest.raises(ProtocolError) as caught:
+        control.unload("other", {})
+    assert caught.value.status == 404

@@ -1,0 +1,174 @@
+"""Batches through sessions: rows to their owners, and what happens when memory is short or an engine dies."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+
+from muntin.artifact import ClassInfo, Signature
+from muntin.errors import MuntinError
+from muntin.runtime.session import ExecutedLayer, Session
+from muntin.serving.batcher import Batch, Job
+from muntin.serving.compiler import Compiler
+from muntin.serving.executor import Executor, Group, Work, no_memory
+from muntin.serving.rollout import Rollout
+from muntin.serving.slot import Slot
+from muntin.serving.version import Call, Opening, Version
+
+CLASSES = tuple(ClassInfo(name=name, color=(0, 0, 0)) for name in ("a", "b", "c", "d"))
+
+
+class Pixels(Session):
+    """Scores of a pixel are its channels, so its label is its brightest one. `most`: rows times pixels that there is memory for."""
+
+    def __init__(self, task: str = "segment", most: int = 10**9) -> None:
+        super().__init__(signature=Signature(task=task, channels=4, classes=CLASSES), engine="none", precision="f32", threads=1)
+        self.most = most
+        self.calls: list[tuple[int, ...]] = []
+        self.error: Exception | None = None
+
+    def _infer(self, images_BHWC: NDArray[np.uint8]) -> NDArray[np.float32]:
+        self.calls.append(images_BHWC.shape)
+        if self.error is not None:
+            raise self.error
+        if images_BHWC.size // 4 > self.most:
+            raise RuntimeError("Exception from src/inference: std::bad_alloc")
+        scores = images_BHWC.transpose(0, 3, 1, 2).astype(np.float32)
+        return scores.mean((2, 3)) if self.signature.task == "classify" else scores
+
+    def layers(self) -> list[ExecutedLayer]:
+        return []
+
+
+def images_of(rows: int, seed: int, height: int = 6, width: int = 5) -> NDArray[np.uint8]:
+    return np.random.default_rng(seed).integers(0, 256, (rows, height, width, 4)).astype(np.uint8)
+
+
+@pytest.fixture
+def serving(shelf: Any, monkeypatch: pytest.MonkeyPatch) -> Callable[..., tuple[Slot, list[Any]]]:
+    """`serving(session, ...)`: a slot that has taken one after the other over, and its versions."""
+
+    def make(*sessions: Session) -> tuple[Slot, list[Any]]:
+        slot = Slot("m", shelf, rollout=Rollout())
+        versions = []
+        for number, session in enumerate(sessions, 1):
+            shelf.signatures[str(number)] = session.signature
+            version = slot.load(Path(str(number)), str(number))
+            monkeypatch.setattr(version, "_session", session)
+            versions.append(version)
+        return slot, versions
+
+    return make
+
+
+def batch_of(slot: Slot, images: list[NDArray[np.uint8]], *, labels: bool, version: str | None = None) -> Batch:
+    jobs = []
+    for rows in images:
+        lease = slot.lease(version)
+        group = Group(lease.version, rows.shape[1], rows.shape[2], labels)
+        jobs.append(Job(group=group, rows=len(rows), payload=Work(images=rows, lease=lease)))
+        jobs[-1].arrived = 0.0
+    return Batch(tuple(jobs), jobs[0].group, sum(map(len, images)))
+
+
+@pytest.mark.parametrize("labels", [True, False])
+def test_every_job_gets_its_own_rows(serving: Any, labels: bool) -> None:
+    session = Pixels()
+    slot, _ = serving(session)
+    images = [images_of(rows, seed) for seed, rows in enumerate((1, 3, 2))]
+    batch = batch_of(slot, images, labels=labels)
+    answers = Executor(slot)(batch)
+    assert session.calls == [(6, 6, 5, 4)]
+    for job, rows, answer in zip(batch.jobs, images, answers, strict=True):
+        np.testing.assert_array_equal(answer, rows.argmax(3) if labels else rows.transpose(0, 3, 1, 2))
+        assert (job.payload.batch_rows, job.payload.version, job.payload.recovered) == (6, "1", "")
+
+
+def test_a_request_alone_is_computed_from_its_own_bytes(serving: Any) -> None:
+    session = Pixels()
+    slot, _ = serving(session)
+    images = images_of(2, 1)
+    seen = []
+    session._infer_labels = lambda given: seen.append(given) or given.argmax(3).astype(np.uint8)  # type: ignore[method-assign, func-returns-value]
+    Executor(slot)(batch_of(slot, [images], labels=True))
+    assert seen[0] is images
+
+
+def test_without_memory_for_a_batch_its_rows_are_computed_one_by_one(serving: Any) -> None:
+    session = Pixels(most=30)
+    slot, _ = serving(session)
+    images = [images_of(2, 1), images_of(1, 2)]
+    batch = batch_of(slot, images, labels=False)
+    executor = Executor(slot)
+    answers = executor(batch)
+    for rows, answer in zip(images, answers, strict=True):
+        np.testing.assert_array_equal(answer, rows.transpose(0, 3, 1, 2))
+    assert session.calls == [(3, 6, 5, 4)] + [(1, 6, 5, 4)] * 3
+    assert {job.payload.recovered for job in batch.jobs} == {"one row at a time"}
+    assert (executor.recoveries.rows, executor.recoveries.tiles) == (1, 0)
+
+
+@pytest.mark.parametrize("labels", [True, False])
+def test_without_memory_for_an_image_it_is_computed_in_tiles(serving: Any, labels: bool) -> None:
+    session = Pixels(most=400)
+    slot, _ = serving(session)
+    images = [images_of(1, 1, 30, 34), images_of(2, 2, 30, 34)]
+    batch = batch_of(slot, images, labels=labels)
+    executor = Executor(slot)
+    answers = executor(batch)
+    for rows, answer in zip(images, answers, strict=True):
+        wanted = rows.argmax(3) if labels else rows.transpose(0, 3, 1, 2)
+        np.testing.assert_allclose(answer, wanted, atol=1e-3)
+    assert {job.payload.recovered for job in batch.jobs} == {"in tiles of 17 pixels"}
+    assert (executor.recoveries.rows, executor.recoveries.tiles) == (1, 3)
+    assert slot.current.statistics.failed == 0
+
+
+def test_a_picture_that_cannot_be_computed_in_parts_is_refused(serving: Any) -> None:
+    slot, _ = serving(Pixels("classify", most=20))
+    with pytest.raises(MuntinError, match="no memory for one image of 5x6"):
+        Executor(slot)(batch_of(slot, [images_of(1, 1)], labels=False))
+
+
+def test_another_failure_is_the_slots(serving: Any) -> None:
+    good, dead = Pixels(), Pixels()
+    slot, _ = serving(good, dead)
+    dead.error = RuntimeError("engine died")
+    batch = batch_of(slot, [images_of(1, 1)], labels=True)
+    np.testing.assert_array_equal(Executor(slot)(batch)[0], images_of(1, 1).argmax(3))
+    assert batch.jobs[0].payload.version == "1"
+    good.error = RuntimeError("this one too")
+    with pytest.raises(RuntimeError):
+        Executor(slot)(batch_of(slot, [images_of(1, 1)], labels=True))
+
+
+@pytest.mark.parametrize(
+    ("error", "short"),
+    [
+        (MemoryError(), True),
+        (RuntimeError("std::bad_alloc"), True),
+        (RuntimeError("Failed to allocate memory for requested buffer of size 5"), True),
+        (RuntimeError("CUDA out of memory"), True),
+        (RuntimeError("shape mismatch"), False),
+        (ValueError("x"), False),
+    ],
+)
+def test_want_of_memory_is_recognised(error: Exception, short: bool) -> None:
+    assert no_memory(error) is short
+
+
+def test_a_compiler_is_told_what_was_computed(serving: Any) -> None:
+    told: list[Any] = []
+
+    class Told(Compiler):
+        def note(self, version: Version, call: Call) -> None:
+            told.append((version.name, call))
+
+    slot, _ = serving(Pixels())
+    Executor(slot, compiler=Told(Opening()))(batch_of(slot, [images_of(2, 1), images_of(1, 2)], labels=True))
+    assert told == [("1", Call((3, 6, 5), True))]

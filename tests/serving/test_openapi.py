@@ -1,0 +1,41 @@
+"""The description of the HTTP face: it names every route that there is, and no other."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+from starlette.routing import Route
+
+from muntin.serving.http import HttpFace
+from muntin.serving.openapi import openapi
+
+
+def test_every_route_is_described_and_no_other() -> None:
+    routes = {route.path: route.methods or set() for route in HttpFace._table(object.__new__(HttpFace)) if isinstance(route, Route)}
+    infer = {f"/v2/models/{{model}}{middle}/infer": {"POST"} for middle in ("", "/versions/{version}")}
+    wanted = {path: methods for path, methods in (routes | infer).items() if path != "/openapi.json"}
+    described: dict[str, dict[str, Any]] = openapi("m")["paths"]
+    assert set(described) == set(wanted)
+    for path, operations in described.items():
+        assert {method.upper() for method in operations if method != "parameters"} <= wanted[path] | {"POST"}
+        named = {part[1:-1] for part in path.split("/") if part.startswith("{")}
+        assert named == {parameter["name"] for parameter in operations.get("parameters", []) if parameter["in"] == "path"}
+
+
+def test_it_is_json_and_its_references_lead_somewhere() -> None:
+    document = json.loads(json.dumps(openapi("m")))
+    assert document["openapi"].startswith("3.1")
+
+    def references(part: Any) -> list[str]:
+        if isinstance(part, dict):
+            own = [part["$ref"]] if "$ref" in part else []
+            return own + [found for value in part.values() for found in references(value)]
+        return [found for value in part for found in references(value)] if isinstance(part, list) else []
+
+    found = references(document)
+    assert found
+    for reference in found:
+        place = document
+        for step in reference.removeprefix("#/").split("/"):
+            place = place[step]

@@ -1,0 +1,123 @@
+"""What a version on trial is judged by, and when."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from muntin.errors import RecipeError
+from muntin.serving.rollout import ENOUGH, Rollout, Tally, compare_latencies, judge, label_agreement
+from muntin.serving.version import Call, Latencies
+
+SMALL, LARGE = Call((1, 8, 8)), Call((4, 8, 8))
+
+
+def times(**kinds: list[float]) -> Latencies:
+    latencies = Latencies()
+    for name, values in kinds.items():
+        for seconds in values:
+            latencies.add({"small": SMALL, "large": LARGE}[name], seconds)
+    return latencies
+
+
+def verdict(rollout: Rollout, *, after: float = 1.0, ours: Latencies | None = None, base: Latencies | None = None, **seen: Any) -> Any:
+    return judge(rollout, Tally(since=10.0, **seen), ours or Latencies(), base or Latencies(), now=10.0 + after)
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        {"canary": 1.1},
+        {"shadow": -0.1},
+        {"for_requests": 0},
+        {"for_seconds": -1},
+        {"max_error_rate": float("nan")},
+        {"min_agreement": "all"},
+        {"max_slowdown": 0.5},
+        {"canary": 0.1, "for_seconds": 0},
+    ],
+)
+def test_bounds_are_checked_when_they_are_made(values: dict[str, Any]) -> None:
+    with pytest.raises(RecipeError, match=next(iter(values)) if len(values) == 1 else "for_seconds=0"):
+        Rollout(**values)
+
+
+def test_a_trial_goes_on_until_there_was_enough_to_see() -> None:
+    rollout = Rollout(for_requests=50, for_seconds=30)
+    assert verdict(rollout, rows=49) is None
+    assert verdict(rollout, rows=50).passed
+    assert verdict(rollout, rows=3, after=30).passed
+    assert verdict(rollout, rows=0, after=30).passed  # nobody asked anything: it is judged by what came
+
+
+def test_a_failure_counts_as_soon_as_nothing_can_make_it_good() -> None:
+    assert not verdict(Rollout(), rows=1, failed=1).passed
+    rollout = Rollout(for_requests=100, max_error_rate=0.05)
+    assert verdict(rollout, rows=5, failed=5) is None  # 95 good ones may follow
+    assert not verdict(rollout, rows=6, failed=6).passed
+    assert verdict(rollout, rows=100, failed=5).passed
+    late = verdict(rollout, rows=5, failed=5, after=60)
+    assert not late.passed
+    assert late.reason == "5 of its 5 images failed (allowed: 5.00%)"
+
+
+def test_disagreement_is_told_from_chance() -> None:
+    rollout = Rollout(shadow=1, min_agreement=0.9)
+    assert verdict(rollout, rows=3, compared=3, agreed=0.0) is None
+    found = verdict(rollout, rows=ENOUGH, compared=ENOUGH, agreed=0.5 * ENOUGH)
+    assert (found.passed, found.reason) == (False, "it agrees on 50.0% of the labels (needed: 90.0%)")
+    assert not verdict(rollout, rows=3, compared=3, agreed=2.0, after=60).passed
+    assert verdict(rollout, rows=100, compared=100, agreed=91.0).passed
+
+
+def test_batches_are_compared_with_batches_of_their_kind() -> None:
+    base = times(small=[1.0] * 30, large=[4.0] * 30)
+    assert compare_latencies(times(small=[1.1] * 30), base) == pytest.approx(1.1)
+    assert compare_latencies(times(large=[4.0] * 30), base) == pytest.approx(1.0)
+    assert compare_latencies(times(small=[1.0] * (ENOUGH - 1)), base) is None
+    assert compare_latencies(times(small=[9.0] * 30), times(large=[1.0] * 30)) is None
+    assert compare_latencies(times(small=[2.0] * 10, large=[8.0] * 10), base) == pytest.approx(2.0)
+    assert compare_latencies(times(small=[1.0] * 29 + [500.0]), base) == pytest.approx(1.0)  # one slow call says nothing
+    assert compare_latencies(times(small=[1.0] * 30), times(small=[1.0] * 29 + [0.001])) == pytest.approx(1.0)  # nor does a quick one
+
+
+def test_slowness_is_found_before_the_end() -> None:
+    base, slow = times(small=[1.0] * 30), times(small=[4.0] * 30)
+    found = verdict(Rollout(max_slowdown=3), rows=2 * ENOUGH, batches=2 * ENOUGH, ours=slow, base=base)
+    assert (found.passed, found.reason) == (False, "it takes 4.0 times as long (allowed: 3)")
+    assert verdict(Rollout(max_slowdown=5), rows=2 * ENOUGH, batches=2 * ENOUGH, ours=slow, base=base) is None
+    assert not verdict(Rollout(max_slowdown=3), rows=3, batches=3, ours=slow, base=base, after=60).passed
+
+
+@given(
+    rows=st.integers(0, 300),
+    failed=st.integers(0, 300),
+    after=st.floats(0, 200),
+    rate=st.floats(0, 1),
+    requests=st.integers(1, 200),
+)
+def test_a_verdict_stands_whatever_follows(rows: int, failed: int, after: float, rate: float, requests: int) -> None:
+    """A refusal before the end would also be one at the end, had everything else gone well; and a trial has an end."""
+    rollout = Rollout(max_error_rate=rate, for_requests=requests)
+    found = verdict(rollout, rows=rows, failed=min(failed, rows), after=after)
+    if found is None:
+        assert rows < requests
+        assert after < rollout.for_seconds
+    elif not found.passed and rows < requests:
+        assert not verdict(rollout, rows=requests, failed=min(failed, rows), after=after).passed or after >= rollout.for_seconds
+
+
+def test_agreement_is_the_share_of_equal_labels(signature_of: Callable[..., Any]) -> None:
+    signature = signature_of(classes=("a", "b"))
+    scores = np.zeros((1, 2, 2, 2), np.float32)
+    scores[:, 1, 0] = 1
+    other = np.concatenate([scores, scores - 1], axis=1)  # two more classes that are never the best
+    other[0, 3, 1, 1] = 9
+    assert label_agreement(scores, other, signature, labels=False) == 0.75
+    assert label_agreement(scores.argmax(axis=1), other.argmax(axis=1), signature, labels=True) == 0.75
+    assert label_agreement(scores, scores, signature_of(task="restore", classes=()), labels=False) is None

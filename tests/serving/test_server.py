@@ -1,0 +1,512 @@
+"""The whole server, as its users meet it: real clients of the protocol, real sockets, a real engine."""
+
+from __future__ import annotations
+
+import asyncio
+import http.server
+import io
+import json
+import shutil
+import ssl
+import subprocess
+import threading
+import urllib.error
+import urllib.request
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import tritonclient.grpc as triton_grpc
+import tritonclient.http as triton_http
+import tritonclient.http.aio as triton_aio
+from numpy.typing import NDArray
+from PIL import Image
+from tritonclient.utils import InferenceServerException
+
+from muntin.errors import ArtifactError, DataError
+from muntin.serving.config import Bounds, ServeConfig
+from muntin.serving.rollout import Rollout
+from muntin.serving.server import Server
+
+# geventhttpclient, which tritonclient's HTTP client is built on, warns of its own imports and leaves sockets to the collector
+pytestmark = pytest.mark.filterwarnings("ignore::ResourceWarning", "ignore::DeprecationWarning")
+
+
+def images_of(rows: int, seed: int, height: int = 20, width: int = 24) -> NDArray[np.uint8]:
+    return np.random.default_rng(seed).integers(0, 256, (rows, height, width, 3)).astype(np.uint8)
+
+
+def served(path: Path, **options: Any) -> Server:
+    return Server(path, ServeConfig(**({"http_port": 0, "grpc_port": 0, "threads": 1} | options)))
+
+
+@pytest.fixture(scope="module")
+def pixels(write_pixels: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    """A model whose labels are the brightest channel of each pixel."""
+    with served(write_pixels(tmp_path_factory.mktemp("serving") / "pixels"), max_batch=4) as server:
+        yield server
+
+
+@pytest.fixture(scope="module")
+def classes(write_pixels: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    with served(write_pixels(tmp_path_factory.mktemp("serving") / "classes", task="classify")) as server:
+        yield server
+
+
+@pytest.fixture(params=["http", "grpc"])
+def face(request: pytest.FixtureRequest) -> str:
+    return str(request.param)
+
+
+class Client:
+    """The same questions through either of tritonclient's clients."""
+
+    def __init__(self, server: Server, face: str) -> None:
+        self.library: Any = triton_http if face == "http" else triton_grpc
+        port = server.http_port if face == "http" else server.grpc_port
+        self.client = self.library.InferenceServerClient(f"127.0.0.1:{port}")
+        self.http = face == "http"
+
+    def ask(
+        self, images: NDArray[Any], *outputs: str, name: str = "images", model: str = "pixels", **options: Any
+    ) -> dict[str, NDArray[Any]]:
+        datatype = {"uint8": "UINT8", "float32": "FP32"}[images.dtype.name]
+        given = self.library.InferInput(name, images.shape, datatype)
+        given.set_data_from_numpy(images)
+        wanted = [self.library.InferRequestedOutput(output) for output in outputs] or None
+        result = self.client.infer(model, [given], outputs=wanted, **options)
+        document = result.get_response() if self.http else result.get_response(as_json=True)
+        return {output["name"]: result.as_numpy(output["name"]) for output in document["outputs"]}
+
+
+@pytest.fixture
+def client(pixels: Server, face: str) -> Iterator[Client]:
+    made = Client(pixels, face)
+    yield made
+    made.client.close()
+
+
+def test_labels_and_scores_are_the_models(client: Client) -> None:
+    images = images_of(3, 1)
+    found = client.ask(images)
+    assert set(found) == {"labels", "scores"}
+    np.testing.assert_array_equal(found["labels"], images.argmax(3))
+    np.testing.assert_allclose(found["scores"], images.transpose(0, 3, 1, 2), rtol=0.01)
+    only = client.ask(images, "labels")
+    assert set(only) == {"labels"}
+    assert only["labels"].dtype == np.uint8
+    np.testing.assert_array_equal(only["labels"], found["labels"])
+
+
+@pytest.mark.parametrize(("height", "width"), [(1, 1), (7, 300), (129, 65)])
+def test_any_size_is_taken(client: Client, height: int, width: int) -> None:
+    images = images_of(2, 2, height, width)
+    np.testing.assert_array_equal(client.ask(images, "labels")["labels"], images.argmax(3))
+
+
+@pytest.mark.parametrize(
+    ("images", "options", "message"),
+    [
+        (images_of(5, 1), {}, "5 rows.*at most 4"),
+        (images_of(1, 1)[..., :2], {}, r"UINT8 \(1, 20, 24, 2\).*height, width, 3"),
+        (images_of(1, 1)[0], {}, r"UINT8 \(20, 24, 3\)"),
+        (images_of(1, 1).astype(np.float32), {}, "FP32"),
+        (images_of(1, 1), {"name": "picture"}, "'picture'.*images"),
+        (images_of(1, 1), {"model": "other"}, "'other'.*this server has pixels"),
+        (images_of(1, 1), {"model_version": "9"}, "no version '9': there is 1"),
+        (images_of(1, 1), {"sequence_id": 4}, "sequence"),
+    ],
+)
+def test_what_the_model_does_not_take_is_named(client: Client, images: Any, options: dict[str, Any], message: str) -> None:
+    with pytest.raises(InferenceServerException, match=message):
+        client.ask(images, **options)
+
+
+def test_an_output_that_is_not_there_is_named(client: Client) -> None:
+    with pytest.raises(InferenceServerException, match=r"'masks'.*labels and scores"):
+        client.ask(images_of(1, 1), "masks")
+
+
+def test_what_clients_ask_of_a_server(client: Client) -> None:
+    asked = client.client
+    assert asked.is_server_live()
+    assert asked.is_server_ready()
+    assert asked.is_model_ready("pixels")
+    assert asked.is_model_ready("pixels", "1")
+    options = {} if client.http else {"as_json": True}
+    metadata = asked.get_model_metadata("pixels", **options)
+    assert [(o["name"], o["datatype"], [int(n) for n in o["shape"]]) for o in metadata["outputs"]] == [
+        ("labels", "UINT8", [-1, -1, -1]),
+        ("scores", "FP32", [-1, 3, -1, -1]),
+    ]
+    configuration = asked.get_model_config("pixels", **options)
+    configuration = configuration if client.http else configuration["config"]
+    assert configuration["max_batch_size"] == 4
+    before = asked.get_inference_statistics("pixels", **options)["model_stats"][0]
+    client.ask(images_of(2, 5))
+    after = asked.get_inference_statistics("pixels", **options)["model_stats"][0]
+    assert int(after["inference_count"]) - int(before.get("inference_count", 0)) == 2
+    index = asked.get_model_repository_index(**options)
+    assert (index if client.http else index["models"])[0]["state"] == "READY"
+
+
+def test_clients_that_speak_json_alone(pixels: Server) -> None:
+    images = images_of(1, 3, 4, 5)
+    request = {"id": "a1", "inputs": [{"name": "images", "datatype": "UINT8", "shape": images.shape, "data": images.tolist()}]}
+    answer = json.loads(fetch(pixels, "/v2/models/pixels/versions/1/infer", json.dumps(request).encode())[2])
+    assert (answer["id"], answer["model_name"], answer["model_version"]) == ("a1", "pixels", "1")
+    labels = next(output for output in answer["outputs"] if output["name"] == "labels")
+    assert labels["data"] == images.argmax(3).ravel().tolist()
+
+
+def test_an_image_without_json(pixels: Server) -> None:
+    images = images_of(1, 3, 16, 16)
+    status, headers, body = fetch(pixels, "/v2/models/pixels/infer", images.tobytes(), {"Inference-Header-Content-Length": "0"})
+    assert status == 200
+    at = int(headers["inference-header-content-length"])
+    names = [output["name"] for output in json.loads(body[:at])["outputs"]]
+    assert names == ["labels", "scores"]
+    assert body[at : at + 256] == images.argmax(3).astype(np.uint8).tobytes()
+
+
+def test_many_at_once_get_their_own_answers(pixels: Server, face: str) -> None:
+    wrong: list[int] = []
+
+    def ask(number: int) -> None:
+        client = Client(pixels, face)
+        for turn in range(25):
+            seed = 1000 * number + turn
+            images = images_of(1 + turn % 3, seed, 16 + 8 * (turn % 2), 20)
+            if not np.array_equal(client.ask(images, "labels", request_id=str(seed))["labels"], images.argmax(3)):
+                wrong.append(seed)
+        client.client.close()
+
+    threads = [threading.Thread(target=ask, args=(number,)) for number in range(6)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert wrong == []
+
+
+def test_the_asynchronous_client(pixels: Server) -> None:
+    images = images_of(2, 9)
+
+    async def ask() -> NDArray[Any]:
+        async with triton_aio.InferenceServerClient(f"127.0.0.1:{pixels.http_port}") as client:
+            given = triton_aio.InferInput("images", images.shape, "UINT8")
+            given.set_data_from_numpy(images)
+            results = await asyncio.gather(*(client.infer("pixels", [given]) for _ in range(5)))
+            return np.stack([result.as_numpy("labels") for result in results])
+
+    np.testing.assert_array_equal(asyncio.run(ask()), np.stack([images.argmax(3)] * 5))
+
+
+def test_grpc_streams(pixels: Server) -> None:
+    found: list[Any] = []
+    client = triton_grpc.InferenceServerClient(f"127.0.0.1:{pixels.grpc_port}")
+    client.start_stream(lambda result, error: found.append(error or result.as_numpy("labels")))
+    images = images_of(1, 4)
+    given = triton_grpc.InferInput("images", images.shape, "UINT8")
+    given.set_data_from_numpy(images)
+    client.async_stream_infer("pixels", [given])
+    client.async_stream_infer("other", [given])
+    client.stop_stream()
+    client.close()
+    np.testing.assert_array_equal(found[0], images.argmax(3))
+    assert "this server has pixels" in str(found[1])
+
+
+def test_classes_come_as_labels_scores_and_names(classes: Server, face: str) -> None:
+    client = Client(classes, face)
+    images = images_of(2, 1)
+    images[0, :, :, 2] = 255
+    images[1, :, :, 0] = 255
+    found = client.ask(images, model="classes")
+    np.testing.assert_array_equal(found["labels"], [2, 0])
+    assert found["scores"].shape == (2, 3)
+    wanted = client.library.InferRequestedOutput("scores", class_count=1)
+    given = client.library.InferInput("images", images.shape, "UINT8")
+    given.set_data_from_numpy(images)
+    best = client.client.infer("classes", [given], outputs=[wanted]).as_numpy("scores")
+    assert [text.decode().split(":")[1:] for text in best.ravel()] == [["2", "roof"], ["0", "sea"]]
+    client.client.close()
+
+
+# ---- pictures ----
+
+
+def encoded(image: NDArray[np.uint8], kind: str) -> bytes:
+    buffer = io.BytesIO()
+    Image.fromarray(image).save(buffer, kind)
+    return buffer.getvalue()
+
+
+def test_a_picture_becomes_a_mask(pixels: Server) -> None:
+    image = images_of(1, 7, 40, 50)[0]
+    status, headers, body = fetch(pixels, "/predict", encoded(image, "PNG"))
+    assert (status, headers["content-type"], headers["x-model-version"]) == (200, "image/png", "1")
+    mask = Image.open(io.BytesIO(body))
+    assert mask.mode == "P"
+    np.testing.assert_array_equal(np.array(mask), image.argmax(2))
+    grey = np.array(Image.open(io.BytesIO(fetch(pixels, "/predict?output=labels", encoded(image, "PNG"))[2])))
+    np.testing.assert_array_equal(grey, image.argmax(2))
+    shares = json.loads(fetch(pixels, "/predict?output=json", encoded(image, "PNG"))[2])
+    assert [entry["share"] for entry in shares["classes"]] == pytest.approx([float((image.argmax(2) == k).mean()) for k in range(3)])
+    over = np.array(Image.open(io.BytesIO(fetch(pixels, "/predict?output=overlay", encoded(image, "WEBP"))[2])))
+    assert over.shape == image.shape
+
+
+def test_a_large_picture_is_computed_in_tiles(pixels: Server) -> None:
+    image = images_of(1, 7, 1100, 1300)[0]
+    mask = np.array(Image.open(io.BytesIO(fetch(pixels, "/predict", encoded(image, "PNG"))[2])))
+    assert (mask == image.argmax(2)).mean() > 0.999
+
+
+def test_a_picture_becomes_a_class(classes: Server) -> None:
+    image = np.zeros((30, 30, 3), np.uint8)
+    image[:, :, 1] = 9
+    answer = json.loads(fetch(classes, "/predict", encoded(image, "JPEG"))[2])
+    assert answer["classes"][0]["name"] == "field"
+    assert sum(entry["probability"] for entry in answer["classes"]) == pytest.approx(1)
+
+
+@pytest.mark.parametrize(
+    ("path", "body", "status", "message"),
+    [
+        ("/predict", b"no picture", 400, "PNG, JPEG or WebP"),
+        ("/predict", b"", 400, "PNG, JPEG or WebP"),
+        ("/predict", b"\x89PNG\r\n\x1a\n" + b"x" * 50, 400, "the picture"),
+        ("/predict", b"MM\x00*" + b"x" * 50, 400, "PNG, JPEG or WebP"),
+        ("/predict?output=poem", b"x", 400, "mask, overlay, labels, json"),
+        ("/predict?path=/etc/passwd", b"x", 400, "path"),
+        ("/v2/models/pixels/infer", b"", 400, "JSON"),
+        ("/v2/models/pixels/infer", b"[" * 100_000, 400, ""),
+        (
+            "/v2/models/pixels/infer",
+            b'{"inputs":[{"name":"images","datatype":"UINT8","shape":[1,99999999,99999999,3],"data":[]}]}',
+            413,
+            "",
+        ),
+        ("/v2/models/pixels/infer", b'{"inputs":[{"name":"images","datatype":"FP32","shape":[1,1,1,3],"data":[NaN,1,1]}]}', 400, ""),
+        ("/v2/nowhere", b"x", 404, "openapi.json"),
+        ("/v2/repository/models/..%2f..%2fetc/load", b"{}", 404, ""),
+        ("/v2/repository/models/pixels/load", b'{"parameters":{"version":"../../etc"}}', 404, "no version"),
+        ("/v2/repository/models/pixels/load", b'{"parameters":{"config":"{}"}}', 501, "no model from a request"),
+        ("/v2/repository/models/pixels/load", b'{"parameters":{"file:1/model.onnx":"AAAA"}}', 501, "no model from a request"),
+    ],
+)
+def test_what_is_wrong_is_named_and_changes_nothing(pixels: Server, path: str, body: bytes, status: int, message: str) -> None:
+    found, headers, answer = fetch(pixels, path, body)
+    assert found == status, answer
+    assert headers["content-type"].startswith("application/json")
+    assert message in json.loads(answer)["error"]
+    assert fetch(pixels, "/v2/health/ready")[0] == 200
+
+
+def test_a_bomb_is_not_unpacked(write_pixels: Callable[..., Path], tmp_path: Path) -> None:
+    bomb = encoded(np.zeros((3000, 3000, 3), np.uint8), "PNG")
+    assert len(bomb) < 100_000
+    with served(write_pixels(tmp_path / "pixels"), grpc_port=None, bounds=Bounds(image_pixels=1_000_000)) as server:
+        status, _, answer = fetch(server, "/predict", bomb)
+        assert (status, "1000000" in answer.decode().replace(",", "")) == (400, True)
+        images = np.zeros((1, 1001, 1000, 3), np.uint8)
+        with pytest.raises(InferenceServerException, match=r"1000x1001 pixels"):
+            Client(server, "http").ask(images)
+
+
+# ---- versions ----
+
+
+def test_versions_change_under_load_and_nobody_notices(write_version: Callable[..., Path], tmp_path: Path, wait_until: Any) -> None:
+    """Versions come through the watched folder and through both faces, sound ones and broken ones; every answer is whole and of the
+    version that it names."""
+    models = tmp_path / "models"
+    write_version(models / "1", label=1)
+    told: list[str] = []
+    config = ServeConfig(
+        http_port=0, grpc_port=0, threads=1, watch=True, watch_seconds=0.05, rollout=Rollout(for_seconds=0.2), name="m", max_batch=4
+    )
+    wrong: list[Any] = []
+    seen: set[str] = set()
+    stop = threading.Event()
+
+    def ask(face: str, seed: int) -> None:
+        client = Client(server, face)
+        while not stop.is_set():
+            images = images_of(1 + seed % 2, seed, 8, 8)
+            given = client.library.InferInput("images", images.shape, "UINT8")
+            given.set_data_from_numpy(images)
+            try:
+                result = client.client.infer("m", [given], outputs=[client.library.InferRequestedOutput("labels")])
+            except InferenceServerException as error:
+                wrong.append(str(error))
+                continue
+            response = result.get_response()
+            version = response["model_version"] if client.http else response.model_version
+            seen.add(version)
+            if set(np.unique(result.as_numpy("labels"))) != {int(version) % 4} or len(result.as_numpy("labels")) != len(images):
+                wrong.append((version, result.as_numpy("labels")))
+        client.client.close()
+
+    with Server(models, config, notify=told.append) as server:
+        threads = [threading.Thread(target=ask, args=(("http", "grpc")[n % 2], n)) for n in range(4)]
+        for thread in threads:
+            thread.start()
+        try:
+            wait_until(lambda: "1" in seen)
+            (tmp_path / "new").mkdir()
+            write_version(tmp_path / "new" / "2", label=2).rename(models / "2")
+            wait_until(lambda: "2" in seen)
+            broken = write_version(tmp_path / "new" / "3", label=3)
+            weights = broken / "weights.safetensors"
+            weights.write_bytes(weights.read_bytes()[:-1] + b"x")
+            broken.rename(models / "3")
+            wait_until(lambda: any("version 3 is not loaded" in line for line in told))
+            write_version(tmp_path / "new" / "4", label=0, shift=50.0).rename(models / "4")
+            wait_until(lambda: any("version 4 is not loaded" in line for line in told))
+            write_version(tmp_path / "new" / "5", label=1).rename(models / "5")
+            wait_until(lambda: "5" in seen)
+            for face, version in (("http", "2"), ("grpc", "1")):
+                asked = Client(server, face)
+                load_version(asked, version)
+                assert server.slot.current is not None
+                assert server.slot.current.name == version
+                with pytest.raises(InferenceServerException, match=r"not loaded.*what served goes on"):
+                    load_version(asked, "4")
+                assert server.slot.current.name == version
+                asked.client.close()
+        finally:
+            stop.set()
+            for thread in threads:
+                thread.join()
+    assert wrong == []
+    assert seen == {"1", "2", "5"}
+
+
+def load_version(client: Client, version: str) -> None:
+    """Through the repository API; neither of tritonclient's methods for it takes a version."""
+    if client.http:
+        body = json.dumps({"parameters": {"version": version}})
+        answer = client.client._post("v2/repository/models/m/load", body, None, None)  # as `load_model` sends it
+        if answer.status_code != 200:
+            raise InferenceServerException(json.loads(answer.read())["error"])
+        return
+    request = triton_grpc.service_pb2.RepositoryModelLoadRequest(model_name="m")
+    request.parameters["version"].string_param = version
+    try:
+        client.client._client_stub.RepositoryModelLoad(request)
+    except Exception as error:
+        raise InferenceServerException(str(error)) from error
+
+
+def test_tokens_are_asked_for(write_pixels: Callable[..., Path], tmp_path: Path) -> None:
+    images = images_of(1, 1)
+    with served(write_pixels(tmp_path / "pixels"), tokens=("secret",)) as server:
+        assert fetch(server, "/v2/health/ready")[0] == 200
+        for path in ("/v2", "/metrics", "/v2/models/pixels", "/openapi.json"):
+            status, headers, _ = fetch(server, path)
+            assert (status, headers["www-authenticate"]) == (401, "Bearer")
+            assert fetch(server, path, None, {"Authorization": "Bearer secret"})[0] == 200
+        for face in ("http", "grpc"):
+            client = Client(server, face)
+            with pytest.raises(InferenceServerException, match="TOKEN"):
+                client.ask(images)
+            found = client.ask(images, "labels", headers={"authorization": "Bearer secret"})["labels"]
+            np.testing.assert_array_equal(found, images.argmax(3))
+            client.client.close()
+
+
+@pytest.mark.skipif(shutil.which("openssl") is None, reason="no openssl to make a certificate with")
+def test_tls(write_pixels: Callable[..., Path], tmp_path: Path) -> None:
+    certificate, key = tmp_path / "certificate.pem", tmp_path / "key.pem"
+    subject = ["-subj", "/CN=localhost", "-addext", "subjectAltName=DNS:localhost,IP:127.0.0.1"]
+    command = ["openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-days", "2", "-keyout", str(key), "-out", str(certificate)]
+    subprocess.run([*command, *subject], check=True, capture_output=True)
+    path = write_pixels(tmp_path / "pixels")
+    with served(path, tls_certificate=certificate, tls_key=key) as server:
+        context = ssl.create_default_context(cafile=str(certificate))
+        with urllib.request.urlopen(f"https://127.0.0.1:{server.http_port}/v2/health/ready", context=context) as answer:
+            assert answer.status == 200
+        client = triton_grpc.InferenceServerClient(f"localhost:{server.grpc_port}", ssl=True, root_certificates=str(certificate))
+        assert client.is_server_ready()
+        client.close()
+    with pytest.raises(DataError, match="TLS certificate"), served(path, tls_certificate=key, tls_key=certificate):
+        pass
+
+
+def test_a_port_that_is_taken_is_named(pixels: Server, write_pixels: Callable[..., Path], tmp_path: Path) -> None:
+    path = write_pixels(tmp_path / "pixels")
+    with pytest.raises(DataError, match=rf"127\.0\.0\.1:{pixels.http_port}.*--http-port"), served(path, http_port=pixels.http_port):
+        pass
+    with pytest.raises(DataError, match=rf"127\.0\.0\.1:{pixels.grpc_port}.*--grpc-port"), served(path, grpc_port=pixels.grpc_port):
+        pass
+
+
+def test_what_is_no_artefact_is_named(tmp_path: Path) -> None:
+    with pytest.raises(ArtifactError, match="no such directory"):
+        served(tmp_path / "nowhere")
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(ArtifactError, match="neither an artefact nor"), served(tmp_path / "empty"):
+        pass
+
+
+def test_metrics_count_what_happened(write_pixels: Callable[..., Path], tmp_path: Path) -> None:
+    with served(write_pixels(tmp_path / "pixels"), objective_ms=10_000) as server:
+        for face in ("http", "grpc"):
+            client = Client(server, face)
+            client.ask(images_of(3, 1))
+            client.client.close()
+        fetch(server, "/v2/models/pixels/infer", b"{}")
+        text = fetch(server, "/metrics")[2].decode()
+    for line in (
+        'muntin_requests_total{face="http",outcome="answered"} 1.0',
+        'muntin_requests_total{face="grpc",outcome="answered"} 1.0',
+        'muntin_requests_total{face="http",outcome="wrong"} 1.0',
+        'muntin_rows_total{version="1"} 6.0',
+        "muntin_ready 1.0",
+        "muntin_request_seconds_count 2.0",
+        "muntin_objective_missed_total 0.0",
+    ):
+        assert line in text.splitlines(), line
+
+
+def test_spans_reach_a_collector(write_pixels: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    received: list[bytes] = []
+
+    class Collector(http.server.BaseHTTPRequestHandler):
+        def do_POST(self) -> None:
+            received.append(self.rfile.read(int(self.headers["Content-Length"])))
+            self.send_response(200)
+            self.end_headers()
+
+        def log_message(self, *_: Any) -> None:
+            return
+
+    collector = http.server.HTTPServer(("127.0.0.1", 0), Collector)
+    threading.Thread(target=collector.serve_forever, daemon=True).start()
+    monkeypatch.setenv("OTEL_EXPORTER_OTLP_ENDPOINT", f"http://127.0.0.1:{collector.server_port}")
+    monkeypatch.setenv("OTEL_EXPORTER_OTLP_COMPRESSION", "none")
+    traces = [f"{number:032x}" for number in (0xABC, 0xDEF)]
+    with served(write_pixels(tmp_path / "pixels"), trace=True) as server:
+        for face, trace in zip(("http", "grpc"), traces, strict=True):
+            client = Client(server, face)
+            client.ask(images_of(1, 1), headers={"traceparent": f"00-{trace}-00000000000000ff-01"})
+            client.client.close()
+    collector.shutdown()
+    collector.server_close()
+    for trace in traces:
+        assert any(bytes.fromhex(trace) in body for body in received)
+    assert any(b"infer pixels" in body for body in received)
+
+
+def fetch(server: Server, path: str, body: bytes | None = None, headers: dict[str, str] | None = None) -> tuple[int, dict[str, str], bytes]:
+    request = urllib.request.Request(f"http://127.0.0.1:{server.http_port}{path}", body, headers or {})
+    try:
+        with urllib.request.urlopen(request) as answer:  # noqa: S310
+            return answer.status, {name.lower(): value for name, value in answer.headers.items()}, answer.read()
+    except urllib.error.HTTPError as error:
+        with error:
+            return error.code, {name.lower(): value for name, value in error.headers.items()}, error.read()

@@ -1,0 +1,696 @@
+"""The slot: who answers, how a version takes over, and that no request notices."""
+
+from __future__ import annotations
+
+import gc
+import random
+import sys
+import threading
+import weakref
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from math import inf
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import settings
+from hypothesis import strategies as st
+from hypothesis.stateful import Bundle, RuleBasedStateMachine, invariant, precondition, rule, run_state_machine_as_test
+
+from muntin.errors import ArtifactError, DataError, MuntinError, VerificationError
+from muntin.runtime.memory import resident
+from muntin.runtime.session import Session
+from muntin.runtime.signals import signal_stack
+from muntin.serving.probation import ArtifactLoader, Limits
+from muntin.serving.rollout import Rollout
+from muntin.serving.slot import HISTORY, Lease, Slot
+from muntin.serving.version import Call, NotReadyError, Opening, RefusedError, UnknownVersionError, Version
+
+IMAGES = np.zeros((1, 8, 8, 3), np.uint8)
+CALL = Call((1, 8, 8), labels=True)
+
+
+def label_of(session: Session) -> int:
+    found = np.unique(session.labels(IMAGES))
+    assert found.size == 1
+    return int(found[0])
+
+
+@pytest.fixture
+def told() -> list[str]:
+    return []
+
+
+@pytest.fixture
+def make_slot(shelf: Any, clock: Any, told: list[str]) -> Callable[..., Slot]:
+    """`make_slot(canary=..., ...)`: versions without an engine, a clock that stands still."""
+
+    def make(*, random: Callable[[], float] = lambda: 0.0, **bounds: Any) -> Slot:
+        return Slot("model", shelf, rollout=Rollout(**bounds), clock=clock, random=random, notify=told.append)
+
+    return make
+
+
+def states(slot: Slot) -> dict[str, tuple[str, str]]:
+    return {entry.version: (entry.state, entry.reason) for entry in slot.index()}
+
+
+def observe(slot: Slot, version: Version, count: int = 1, **seen: Any) -> None:
+    for _ in range(count):
+        slot.observe(version, **({"seconds": 0.01, "rows": 1, "call": CALL} | seen))
+
+
+@contextmanager
+def loading(slot: Slot, path: str, name: str) -> Iterator[list[Any]]:
+    """A load on a thread of its own, as a watcher's, once its version is on trial; afterwards the list holds what came of it."""
+    outcome: list[Any] = []
+
+    def load() -> None:
+        try:
+            outcome.append(slot.load(path, name))
+        except MuntinError as error:
+            outcome.append(error)
+
+    thread = threading.Thread(target=load)
+    thread.start()
+    try:
+        while not outcome and not states(slot).get(name, ("", ""))[1].startswith("candidate"):
+            pass
+        yield outcome
+    except BaseException:
+        slot.close()  # a load that nobody waits for any more would wait for its verdict
+        raise
+    finally:
+        thread.join(20)
+        assert not thread.is_alive()
+
+
+# ---- one version after the other ----
+
+
+def test_a_slot_serves_what_is_loaded(make_slot: Callable[..., Slot], told: list[str]) -> None:
+    slot = make_slot()
+    assert not slot.ready
+    with pytest.raises(NotReadyError, match="model: no version is ready"):
+        slot.lease()
+    version = slot.load("1", "1")
+    assert slot.ready
+    assert slot.current is version
+    with slot.lease() as lease, slot.lease("1") as named:
+        assert lease.version is named.version is version
+        assert (version.leases, label_of(lease.version.session)) == (2, 1)
+    assert version.leases == 0
+    assert states(slot) == {"1": ("ready", "current")}
+    assert told == ["model: version 1 serves"]
+
+
+def test_a_lease_is_given_back_once(make_slot: Callable[..., Slot]) -> None:
+    slot = make_slot()
+    version = slot.load("1", "1")
+    first, second = slot.lease(), slot.lease()
+    for _ in range(3):
+        first.release()
+    assert version.leases == 1
+    second.release()
+    assert (version.leases, version.statistics.leases) == (0, 2)
+
+
+def test_an_old_version_goes_with_its_last_lease(make_slot: Callable[..., Slot], wait_until: Callable[..., None]) -> None:
+    slot = make_slot(for_seconds=0)
+    old = slot.load("1", "1")
+    gone = weakref.ref(old.session)
+    first, second = slot.lease(), slot.lease()
+    slot.load("2", "2")
+    assert old.state == "draining"
+    assert label_of(first.version.session) == 1
+    first.release()
+    assert (old.state, old.open) == ("draining", True)
+    with pytest.raises(NotReadyError, match="version 1 is draining"):
+        slot.lease("1")
+    second.release()
+    assert (old.state, old.open) == ("unloaded", False)
+    wait_until(lambda: gone() is None)
+    assert slot.lease().version.name == "2"
+
+
+def test_a_name_is_only_looked_up(make_slot: Callable[..., Slot]) -> None:
+    slot = make_slot()
+    slot.load("1", "1")
+    for name in ("2", "../1", "/etc/passwd", "1\0", "1\n", "\u0661", "", "x" * 10_000):
+        with pytest.raises(UnknownVersionError, match=r"no version .*: there is 1") as caught:
+            slot.lease(name)
+        assert str(caught.value).isascii()
+        assert str(caught.value).isprintable()
+        assert len(str(caught.value)) < 200
+
+
+def test_what_cannot_be_loaded_changes_nothing(make_slot: Callable[..., Slot], shelf: Any, signature_of: Callable[..., Any]) -> None:
+    slot = make_slot()
+    current = slot.load("1", "1")
+    shelf.trouble = {"2": ArtifactError("2: altered"), "3": RuntimeError("no kernel\nfor this")}
+    shelf.signatures = {"4": signature_of(channels=1)}
+    with pytest.raises(ArtifactError, match="2: altered"):
+        slot.load("2", "2")
+    with pytest.raises(VerificationError, match=r"3: it cannot be opened here \(RuntimeError: no kernel\)"):
+        slot.load("3", "3")
+    with pytest.raises(RefusedError, match=r"version 4 has another contract \(channels 1 where 3 is served\)"):
+        slot.load("4", "4")
+    assert shelf.opened == ["1"]  # the other contract was known before it was opened here
+    assert slot.current is current
+    found = states(slot)
+    assert found["1"] == ("ready", "current")
+    assert found["2"] == ("failed", "2: altered")
+    assert [found[name][0] for name in ("3", "4")] == ["failed", "failed"]
+    with pytest.raises(NotReadyError, match=r"version 2 is failed \(2: altered\)"):
+        slot.lease("2")
+
+
+def test_classes_may_be_added(make_slot: Callable[..., Slot], shelf: Any, signature_of: Callable[..., Any], clock: Any) -> None:
+    shelf.signatures = {"2": signature_of(classes=("sea", "field", "roof", "road", "tree")), "3": signature_of(classes=("tree", "sea"))}
+    slot = make_slot()
+    slot.load("1", "1")
+    slot.load("2", "2")
+    with pytest.raises(RefusedError, match="class 0"):
+        slot.load("3", "3")
+    lenient = Slot("model", shelf, rollout=Rollout(), other_classes=True, clock=clock)
+    lenient.load("1", "1")
+    assert lenient.load("3", "3").state == "ready"
+
+
+def test_a_new_version_is_warmed_up_for_what_the_old_one_was_asked(make_slot: Callable[..., Slot], shelf: Any) -> None:
+    slot = make_slot()
+    version = slot.load("1", "1")
+    observe(slot, version, 3)
+    observe(slot, version, call=None)
+    slot.load("2", "2")
+    assert shelf.lately == {CALL: 3}
+
+
+def test_the_index_forgets_what_is_long_gone(make_slot: Callable[..., Slot], shelf: Any) -> None:
+    slot = make_slot(for_seconds=0)
+    shelf.trouble = {"0": ArtifactError("broken")}
+    for number in range(1, 3 * HISTORY):
+        slot.load(str(number), str(number))
+    for _ in range(3):
+        with pytest.raises(ArtifactError):
+            slot.load("0", "0")
+    names = [entry.version for entry in slot.index()]
+    assert len(names) <= HISTORY + 2
+    assert names.count("0") == 1
+    assert str(3 * HISTORY - 1) in names
+
+
+def test_one_loads_at_a_time(make_slot: Callable[..., Slot], shelf: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    slot = make_slot()
+    inside: list[int] = []
+    most: list[int] = []
+    probe = type(shelf).probe
+
+    def counting(*arguments: Any) -> Any:
+        inside.append(1)
+        most.append(len(inside))
+        threading.Event().wait(0.02)
+        inside.pop()
+        return probe(*arguments)
+
+    monkeypatch.setattr(type(shelf), "probe", counting)
+    threads = [threading.Thread(target=slot.load, args=(str(n), str(n))) for n in range(1, 5)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert most == [1] * 4
+
+
+# ---- after the flip ----
+
+
+def test_the_old_version_stays_warm_until_the_new_one_has_proved_itself(make_slot: Callable[..., Slot], told: list[str]) -> None:
+    slot = make_slot(for_requests=10)
+    old, new = slot.load("1", "1"), slot.load("2", "2")
+    assert states(slot) == {"1": ("ready", "previous: kept warm"), "2": ("ready", "current, on probation")}
+    observe(slot, new, 9)
+    assert old.open
+    observe(slot, new)
+    assert states(slot) == {"1": ("unloaded", ""), "2": ("ready", "current")}
+    assert told[1:] == ["model: version 2 takes over from 1", "model: version 2 stays (10 images in 0 s, 0 failed), 1 goes"]
+
+
+def test_in_quiet_hours_time_ends_a_probation(make_slot: Callable[..., Slot], clock: Any) -> None:
+    slot = make_slot(for_seconds=30)
+    old, _ = slot.load("1", "1"), slot.load("2", "2")
+    clock.now += 29
+    slot.settle()
+    assert old.open
+    clock.now += 1
+    slot.settle()
+    assert not old.open
+
+
+def test_a_version_that_fails_is_rolled_back(make_slot: Callable[..., Slot], told: list[str]) -> None:
+    slot = make_slot()
+    old, new = slot.load("1", "1"), slot.load("2", "2")
+    held = slot.lease()
+    observe(slot, new, error=RuntimeError("the engine is gone"))
+    assert slot.current is old
+    assert states(slot) == {
+        "1": ("ready", "current"),
+        "2": ("failed", "rolled back: 1 of its 1 images failed (allowed: 0.00%)"),
+    }
+    assert told[-1] == "model: version 2 is rolled back to 1: 1 of its 1 images failed (allowed: 0.00%)"
+    assert new.open  # somebody has it still
+    held.release()
+    assert not new.open
+    assert new.statistics.failed == 1
+
+
+def test_a_version_that_is_slow_is_rolled_back(make_slot: Callable[..., Slot]) -> None:
+    slot = make_slot(max_slowdown=2)
+    old = slot.load("1", "1")
+    observe(slot, old, 40, seconds=0.01)
+    new = slot.load("2", "2")
+    observe(slot, new, 40, seconds=0.03)
+    assert slot.current is old
+    assert "it takes 3.0 times as long" in new.reason
+
+
+def test_what_the_caller_got_wrong_is_no_failure(make_slot: Callable[..., Slot]) -> None:
+    slot = make_slot()
+    slot.load("1", "1")
+    new = slot.load("2", "2")
+    observe(slot, new, error=DataError("images of dtype float32"))
+    assert slot.current is new
+    with pytest.raises(DataError):
+        slot.compute(new, lambda session: session(IMAGES[0]), rows=1)
+    assert new.statistics.failed == 0
+
+
+def test_the_proven_version_is_kept_where_one_follows_the_other(make_slot: Callable[..., Slot]) -> None:
+    slot = make_slot()
+    first, second, third = (slot.load(name, name) for name in "123")
+    assert (first.state, second.state, third.state) == ("ready", "unloaded", "ready")
+    observe(slot, third, error=RuntimeError())
+    assert slot.current is first
+
+
+def test_where_what_failed_can_be_computed(make_slot: Callable[..., Slot]) -> None:
+    slot = make_slot(canary=1)
+    first = slot.load("1", "1")
+    assert slot.fallback(first) is None
+    with loading(slot, "2", "2"):
+        candidate = slot.lease().version
+        lease = slot.fallback(candidate)
+        assert lease is not None
+        assert lease.version is first
+        lease.release()
+        observe(slot, candidate, 100)  # it takes over
+        assert slot.current is candidate
+        lease = slot.fallback(candidate)
+        assert lease is not None
+        assert lease.version is first
+        lease.release()
+        assert slot.fallback(first) is None  # never back
+        observe(slot, candidate, error=RuntimeError())
+        assert slot.current is first
+        lease = slot.fallback(candidate)  # for the requests that it still has
+        assert lease is not None
+        assert lease.version is first
+        lease.release()
+
+
+class DeadError(Exception):
+    """What an engine raises."""
+
+
+def break_engine(version: Version) -> None:
+    def die(images_BHWC: Any) -> Any:
+        raise DeadError
+
+    version.session._infer = die  # type: ignore[method-assign]
+
+
+def test_a_batch_that_fails_is_computed_by_the_version_that_can(make_slot: Callable[..., Slot]) -> None:
+    slot = make_slot()
+    old, new = slot.load("1", "1"), slot.load("2", "2")
+    with slot.lease() as lease:
+        assert lease.version is new
+        break_engine(new)
+        assert slot.compute(new, label_of, rows=1) == (1, old)
+        assert slot.current is old
+        assert slot.compute(new, label_of, rows=1) == (1, old)  # the rest of what was admitted before
+    assert not new.open
+    assert (new.statistics.failed, old.statistics.failed, old.statistics.rows) == (2, 0, 2)
+    assert (old.leases, new.leases) == (0, 0)
+
+
+def test_images_that_no_version_can_compute_send_none_back(make_slot: Callable[..., Slot]) -> None:
+    slot = make_slot()
+    old, new = slot.load("1", "1"), slot.load("2", "2")
+
+    def impossible(session: Session) -> None:
+        raise DeadError(session.label)  # type: ignore[attr-defined]
+
+    for _ in range(20):
+        with pytest.raises(DeadError, match="2"):  # what the version said that was asked
+            slot.compute(new, impossible, rows=1)
+    assert slot.current is new
+    assert (new.statistics.failed, old.statistics.failed, old.leases) == (0, 20, 0)
+
+
+def test_an_answer_holds_no_images_after_a_failure(make_slot: Callable[..., Slot]) -> None:
+    slot = make_slot()
+    old, new = slot.load("1", "1"), slot.load("2", "2")
+    break_engine(new)
+    images = np.zeros((1, 4, 4, 3), np.uint8)
+    gone = weakref.ref(images)
+    gc.disable()
+    try:
+        assert slot.compute(new, lambda session, images=images: session.labels(images).shape, rows=1) == ((1, 4, 4), old)
+        del images
+        assert gone() is None
+    finally:
+        gc.enable()
+
+
+# ---- before the flip ----
+
+
+def test_a_canary_answers_its_share(make_slot: Callable[..., Slot], told: list[str]) -> None:
+    slot = make_slot(canary=0.25, for_requests=200, random=random.Random(3).random)  # noqa: S311
+    old = slot.load("1", "1")
+    with loading(slot, "2", "2") as outcome:
+        assert states(slot)["2"] == ("ready", "candidate: canary 25%, shadow 0%")
+        with slot.lease("2") as lease:  # by name it can be had already
+            candidate = lease.version
+        leases = [slot.lease().version for _ in range(400)]
+        assert 70 <= sum(version is candidate for version in leases) <= 130
+        for version in leases:
+            observe(slot, version)
+            if version is candidate:
+                assert not outcome
+        assert slot.current is old
+        observe(slot, candidate, 200 - candidate.statistics.rows)
+    assert outcome == [candidate]
+    assert slot.current is candidate
+    assert "model: version 2 takes over from 1 (200 images in 0 s, 0 failed)" in told
+
+
+def test_a_canary_that_fails_is_refused(make_slot: Callable[..., Slot]) -> None:
+    slot = make_slot(canary=0.5)
+    old = slot.load("1", "1")
+    with loading(slot, "2", "2") as outcome:
+        candidate = slot.lease().version
+        break_engine(candidate)
+        assert slot.compute(candidate, label_of, rows=1) == (1, old)
+    assert isinstance(outcome[0], RefusedError)
+    assert str(outcome[0]) == "model: version 2 is refused on trial: 1 of its 1 images failed (allowed: 0.00%)"
+    assert slot.current is old
+    assert slot.lease().version is old
+
+
+def test_a_shadow_is_compared_and_never_answers(make_slot: Callable[..., Slot]) -> None:
+    numbers = iter([0.0, 0.9, 0.1, 0.5])
+    slot = make_slot(shadow=0.5, min_agreement=0.9, for_requests=30, random=lambda: next(numbers, 0.0))
+    old = slot.load("1", "1")
+    assert slot.shadow() is None
+    with loading(slot, "2", "2") as outcome:
+        assert slot.lease().version is old  # draws 0.0: below no canary
+        drawn = [slot.shadow() for _ in range(3)]
+        assert [lease is not None for lease in drawn] == [False, True, False]
+        with drawn[1] as lease:  # type: ignore[union-attr]
+            for _ in range(30):
+                slot.observe_shadow(lease.version, agreement=0.95, seconds=0.01, rows=1)
+    assert outcome == [slot.current]
+    with loading(slot, "3", "3") as outcome, slot.shadow() as lease:  # type: ignore[union-attr]
+        for _ in range(20):
+            slot.observe_shadow(lease.version, agreement=0.5, seconds=0.01, rows=1)
+        slot.observe_shadow(lease.version, agreement=0.5, seconds=0.01, rows=1)  # one that was on its way
+    assert "it agrees on 50.0% of the labels" in str(outcome[0])
+    assert slot.current is not None
+    assert slot.current.name == "2"
+
+
+def test_a_trial_that_nobody_takes_part_in_ends_by_time(make_slot: Callable[..., Slot], clock: Any) -> None:
+    slot = make_slot(canary=0.1, for_seconds=60)
+    slot.load("1", "1")
+    with loading(slot, "2", "2") as outcome:
+        clock.now += 61
+    assert outcome == [slot.current]
+
+
+# ---- out of service ----
+
+
+def test_unloading(make_slot: Callable[..., Slot]) -> None:
+    slot = make_slot()
+    first, second = slot.load("1", "1"), slot.load("2", "2")
+    slot.unload("2")
+    assert slot.current is first  # it was still warm
+    assert second.state == "unloaded"
+    with pytest.raises(UnknownVersionError):
+        slot.unload("9")
+    with pytest.raises(NotReadyError, match="version 2 is unloaded"):
+        slot.unload("2")
+    slot.load("3", "3")
+    slot.unload()
+    assert not slot.ready
+    assert {state for state, _ in states(slot).values()} == {"unloaded"}
+    slot.load("4", "4")
+    assert slot.ready
+
+
+def test_unloading_what_is_on_trial_and_beside_it(make_slot: Callable[..., Slot]) -> None:
+    slot = make_slot(canary=1)
+    slot.load("1", "1")
+    with loading(slot, "2", "2") as outcome:
+        slot.unload("2")
+    assert isinstance(outcome[0], NotReadyError)
+    with loading(slot, "3", "3") as outcome:
+        slot.unload("1")
+    assert outcome == [slot.current]
+    assert outcome[0].name == "3"
+
+
+def test_a_closed_slot_admits_nobody_and_answers_who_is_in(make_slot: Callable[..., Slot]) -> None:
+    slot = make_slot(canary=0.5)
+    slot.load("1", "1")
+    lease = slot.lease("1")
+    with loading(slot, "2", "2") as outcome:
+        slot.close()
+    assert isinstance(outcome[0], NotReadyError)
+    for refused in (slot.lease, lambda: slot.load("3", "3")):
+        with pytest.raises(NotReadyError):
+            refused()
+    assert label_of(lease.version.session) == 1
+    lease.release()
+    assert not lease.version.open
+    slot.close()
+
+
+class AnyOrder(RuleBasedStateMachine):
+    """Whatever happens in whichever order: who has a lease can compute, and what nobody has or needs is closed."""
+
+    leases = Bundle("leases")
+    new_shelf: Any
+    new_clock: Any
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.clock = self.new_clock()
+        self.slot = Slot("model", self.new_shelf(), rollout=Rollout(for_requests=5, for_seconds=30), clock=self.clock)
+        self.loaded: list[Version] = []
+        self.held: list[Lease] = []
+
+    @rule()
+    def load(self) -> None:
+        name = str(len(self.loaded) + 1)
+        self.loaded.append(self.slot.load(name, name))
+
+    @precondition(lambda self: self.slot.ready)
+    @rule(target=leases)
+    def lease(self) -> Lease:
+        self.held.append(self.slot.lease())
+        return self.held[-1]
+
+    @rule(lease=leases)
+    def release(self, lease: Lease) -> None:
+        lease.release()
+        if lease in self.held:
+            self.held.remove(lease)
+
+    @rule(lease=leases, fails=st.booleans())
+    def observe(self, lease: Lease, fails: bool) -> None:
+        self.slot.observe(lease.version, seconds=0.1, rows=2, error=RuntimeError() if fails else None)
+
+    @rule(lease=leases)
+    def fall_back(self, lease: Lease) -> None:
+        version, steps = lease.version, 0
+        while (other := self.slot.fallback(version)) is not None:
+            assert other.version.open
+            assert other.version is not version
+            other.release()
+            version, steps = other.version, steps + 1
+        assert steps <= 2
+
+    @rule(seconds=st.integers(1, 31))
+    def wait(self, seconds: int) -> None:
+        self.clock.now += seconds
+        self.slot.settle()
+
+    @precondition(lambda self: self.slot.ready)
+    @rule(everything=st.booleans())
+    def unload(self, everything: bool) -> None:
+        current = self.slot.current
+        self.slot.unload(None if everything or current is None else current.name)
+
+    @invariant()
+    def whoever_has_a_lease_can_compute(self) -> None:
+        assert all(lease.version.open for lease in self.held)
+        for version in self.loaded:
+            assert version.leases == sum(lease.version is version for lease in self.held)
+
+    @invariant()
+    def what_nobody_has_or_needs_is_closed(self) -> None:
+        needed = [entry.version for entry in self.slot.index() if entry.reason.startswith(("current", "previous"))]
+        assert len(needed) <= 2
+        assert [version for version in self.loaded if version.open and not version.leases and version.name not in needed] == []
+        assert all(version.open and version.state == "ready" for version in self.loaded if version.name in needed)
+
+
+def test_any_order_of_events(shelf: Any, clock: Any) -> None:
+    machine = type("Machine", (AnyOrder,), {"new_shelf": type(shelf), "new_clock": type(clock)})
+    run_state_machine_as_test(machine, settings=settings(max_examples=60, stateful_step_count=40, deadline=None))  # type: ignore[no-untyped-call]
+
+
+# ---- with artefacts ----
+
+
+@contextmanager
+def crowd(slot: Slot, names: dict[str, int], *, threads: int = 4) -> Iterator[list[int]]:
+    """Threads that take leases, compute and compare: an answer must be that of the version that gave it. Yields a count of answers."""
+    over, answers, problems = threading.Event(), [0] * threads, []
+
+    def ask(number: int) -> None:
+        try:
+            while not over.is_set():
+                with slot.lease() as lease:
+                    session = lease.version.session
+                    label, version = slot.compute(lease.version, label_of, rows=1, call=CALL)
+                    if label != names[version.name] or lease.version.session is not session:
+                        problems.append((label, version.name))
+                answers[number] += 1
+        except BaseException as error:
+            problems.append(error)
+            raise
+
+    crowd = [threading.Thread(target=ask, args=(number,)) for number in range(threads)]
+    for thread in crowd:
+        thread.start()
+    try:
+        yield answers
+    finally:
+        over.set()
+        for thread in crowd:
+            thread.join()
+        assert problems == []
+
+
+def test_versions_change_under_load(
+    in_process: ArtifactLoader, write_version: Callable[..., Path], tmp_path: Path, wait_until: Callable[..., None]
+) -> None:
+    names = {str(number): number % 4 for number in range(1, 9)}
+    paths = {name: write_version(tmp_path / name, label) for name, label in names.items()}
+    slot = Slot("model", in_process, rollout=Rollout(for_requests=20, max_slowdown=inf))
+    slot.load(paths["1"], "1")
+    sessions = []
+    with crowd(slot, names):
+        for name in list(names)[1:]:
+            version = slot.load(paths[name], name)
+            sessions.append(weakref.ref(version.session))
+            wait_until(lambda version=version: version.statistics.rows > 20)
+    slot.settle()
+    current = slot.current
+    assert current is not None
+    assert current.name == "8"
+    wait_until(lambda: [session() is not None for session in sessions] == [False] * 6 + [True])
+
+
+def test_an_engine_that_dies_after_the_flip_costs_no_request(
+    in_process: ArtifactLoader, write_version: Callable[..., Path], tmp_path: Path, wait_until: Callable[..., None], told: list[str]
+) -> None:
+    names = {"1": 1, "2": 2}
+    paths = {name: write_version(tmp_path / name, label) for name, label in names.items()}
+    slot = Slot("model", in_process, rollout=Rollout(for_requests=10**9, max_slowdown=inf), notify=told.append)
+    old = slot.load(paths["1"], "1")
+    with crowd(slot, names) as answers:
+        new = slot.load(paths["2"], "2")
+        wait_until(lambda: new.statistics.rows > 20)
+        with slot.lease("2"):
+            break_labels(new)
+            wait_until(lambda: slot.current is old)
+        before = sum(answers)
+        wait_until(lambda: sum(answers) > before + 20)
+    assert not new.open
+    assert len([line for line in told if "rolled back to 1" in line]) == 1
+
+
+def break_labels(version: Version) -> None:
+    def die(images_BHWC: Any) -> Any:
+        raise RuntimeError("Exception from src/inference: the primitive is gone")
+
+    version.session._infer_labels = die  # type: ignore[method-assign]
+
+
+def test_a_broken_artefact_never_takes_over(
+    write_version: Callable[..., Path], signature_of: Callable[..., Any], tmp_path: Path, told: list[str]
+) -> None:
+    """The whole way, the other process included."""
+    loader = ArtifactLoader(opening=Opening(threads=1), limits=Limits(seconds=60))
+    slot = Slot("model", loader, rollout=Rollout(), notify=told.append)
+    first = slot.load(write_version(tmp_path / "1", 1), "1")
+    altered, wrong = write_version(tmp_path / "2", 2), write_version(tmp_path / "3", 3, shift=30)
+    other = write_version(tmp_path / "4", 0, signature=signature_of(channels=4))
+    incomplete = write_version(tmp_path / "5", 0)
+    (altered / "weights.safetensors").write_bytes((altered / "weights.safetensors").read_bytes()[:-1] + b"?")
+    (incomplete / "weights.safetensors").unlink()
+    for path, kind, message in (
+        (altered, ArtifactError, "content is not what"),
+        (wrong, VerificationError, "golden pair"),
+        (other, RefusedError, "channels 4 where 3"),
+        (incomplete, ArtifactError, "missing"),
+    ):
+        with pytest.raises(kind, match=message):
+            slot.load(path, path.name)
+        assert slot.current is first
+    with slot.lease() as lease:
+        assert label_of(lease.version.session) == 1
+    second = slot.load(write_version(tmp_path / "6", 2), "6")
+    assert slot.current is second
+    assert [state for state, _ in states(slot).values()] == ["ready", "failed", "failed", "failed", "failed", "ready"]
+
+
+def swap(slot: Slot, paths: list[Path], count: int, wait_until: Callable[..., None]) -> int:
+    """Loads `count` versions one after the other; resident bytes once the old ones are gone."""
+    for number in range(count):
+        slot.load(paths[number % len(paths)], str(number))
+        with slot.lease() as lease:
+            label_of(lease.version.session)
+    wait_until(lambda: not any(thread.name == "muntin-unload" for thread in threading.enumerate()))
+    now, _ = resident()
+    assert now is not None
+    return now
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="resident memory is read in Linux's form")
+def test_twenty_swaps_take_no_more_memory(
+    in_process: ArtifactLoader, write_version: Callable[..., Path], tmp_path: Path, wait_until: Callable[..., None]
+) -> None:
+    slot = Slot("model", in_process, rollout=Rollout(for_seconds=0))
+    paths = [write_version(tmp_path / str(label), label) for label in range(4)]
+    stack = signal_stack()
+    before = swap(slot, paths, 8, wait_until)
+    after = swap(slot, paths, 20, wait_until)
+    assert (after - before) / 20 < 256 << 10
+    assert signal_stack() == stack  # of this thread, on which all of them were opened

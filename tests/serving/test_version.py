@@ -1,0 +1,110 @@
+"""A version: how it is opened and warmed up, what its clients may rely on, what it remembers."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from muntin.artifact import open_artifact
+from muntin.errors import ArtifactError, DataError, VerificationError
+from muntin.serving.version import CALLS, TIMES, Call, Latencies, NotReadyError, Opening, Version, contract_difference, open_version
+
+SCORES, LABELS = Call((2, 8, 8)), Call((1, 4, 8), labels=True)
+
+
+def compiled(session: Any) -> set[tuple[Any, bool]]:
+    return set(session._compiled)
+
+
+def test_a_version_is_open_and_warm_for_what_is_asked_of_it(write_version: Callable[..., Path], tmp_path: Path) -> None:
+    path = write_version(tmp_path / "1", 2)
+    opened = open_version(path, Opening(threads=1, calls=(SCORES,)), [LABELS, SCORES])
+    assert opened.calls == (SCORES, LABELS)
+    assert opened.digest == open_artifact(path).digest
+    assert compiled(opened.session) == {
+        ((1, 6, 8, 3), False),
+        ((2, 8, 8, 3), False),
+        ((1, 4, 8, 3), True),
+    }  # the first is the golden pair's
+    assert (opened.session.labels(np.zeros((1, 4, 8, 3), np.uint8)) == 2).all()
+
+
+def test_without_calls_it_is_warm_for_its_example(write_version: Callable[..., Path], tmp_path: Path) -> None:
+    opened = open_version(write_version(tmp_path / "1"), Opening(threads=1), [])
+    assert opened.calls == (Call((1, 8, 8)), Call((1, 8, 8), labels=True))
+
+
+def test_a_dynamic_version_is_warm_for_sizes_that_nobody_foresaw(write_version: Callable[..., Path], tmp_path: Path) -> None:
+    session = open_version(write_version(tmp_path / "1"), Opening(threads=1, dynamic=True, calls=(SCORES,)), []).session
+    assert compiled(session) == {(None, False), (None, True), ((2, 8, 8, 3), False)}
+
+
+def test_what_does_not_compute_its_golden_pair_is_not_opened(write_version: Callable[..., Path], tmp_path: Path) -> None:
+    path = write_version(tmp_path / "1", shift=30)
+    with pytest.raises(VerificationError, match=r"1: openvino in \w+ is .* standard deviations off a golden pair \(allowed: 0.05\)"):
+        open_version(path, Opening(), [])
+    (path / "weights.safetensors").unlink()
+    with pytest.raises(ArtifactError, match="missing"):
+        open_version(path, Opening(), [])
+
+
+@pytest.mark.parametrize(
+    "values", [{"engine": "abacus"}, {"precision": "f8"}, {"threads": 0}, {"streams": 0}, {"calls": (Call((1, 0, 4)),)}]
+)
+def test_an_opening_is_checked_when_it_is_made(values: dict[str, Any]) -> None:
+    with pytest.raises(DataError):
+        Opening(**values)
+
+
+@pytest.mark.parametrize(
+    ("changes", "difference"),
+    [
+        ({}, ""),
+        ({"classes": ("sea", "field", "roof", "road", "tree")}, ""),  # one more at the end
+        ({"classes": ("sea", "field", "roof")}, 'class 3 is none where "road" is served'),
+        ({"classes": ("field", "sea", "roof", "road")}, 'class 0 is "field" where "sea" is served'),
+        ({"channels": 4}, "channels 4 where 3 is served"),
+        ({"scale": 2}, "scale 2 where 1 is served"),
+        ({"task": "classify"}, "task classify where segment is served"),
+    ],
+)
+def test_a_contract_is_what_a_client_would_notice(signature_of: Callable[..., Any], changes: dict[str, Any], difference: str) -> None:
+    assert contract_difference(signature_of(**changes), signature_of()) == difference
+
+
+def test_other_classes_can_be_allowed(signature_of: Callable[..., Any]) -> None:
+    assert contract_difference(signature_of(classes=("a", "b")), signature_of(), other_classes=True) == ""
+    assert contract_difference(signature_of(channels=1), signature_of(), other_classes=True) != ""
+
+
+def test_latencies_remember_the_last_of_each_kind_and_the_last_kinds() -> None:
+    latencies = Latencies()
+    for seconds in range(TIMES + 5):
+        latencies.add(SCORES, seconds)
+    assert latencies.of(SCORES) == tuple(range(5, TIMES + 5))
+    latencies.add(7, 1.0)  # batches of seven images of whatever kind
+    assert latencies.calls == {SCORES: TIMES}
+    for batch in range(CALLS - 2):
+        latencies.add(Call((batch + 3, 8, 8)), 1.0)
+    latencies.add(SCORES, 1.0)
+    latencies.add(LABELS, 1.0)
+    assert len(latencies.kinds) == CALLS
+    assert latencies.of(7) == ()  # the one that came longest ago
+    assert latencies.kinds[-2:] == (SCORES, LABELS)
+
+
+def test_a_version_is_used_only_while_it_is_open(write_version: Callable[..., Path], tmp_path: Path) -> None:
+    version = Version(name="1", path=write_version(tmp_path / "1"))
+    for part in ("session", "signature"):
+        with pytest.raises(NotReadyError, match="version 1 is loading"):
+            getattr(version, part)
+    opened = open_version(version.path, Opening(threads=1), [])
+    version.opened(opened)
+    assert (version.state, version.session, version.digest) == ("ready", opened.session, opened.digest)
+    assert version.close() is opened.session
+    assert not version.open
+    assert version.signature == opened.signature  # what was answered by it can still be described
