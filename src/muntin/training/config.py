@@ -120,9 +120,9 @@ class CompressionConfig(BaseModel):
         float, Field(ge=2, le=32, description="bits that a weight may have on average after key layers got more of them")
     ] = 4.8
     recover: Annotated[StageConfig, Field(description="training after low rank")] = StageConfig(share=0.2, learning_rate=1e-3)
-    quantize: Annotated[StageConfig, Field(description="quantisation-aware training")] = StageConfig(share=0.1, learning_rate=4e-4)
+    quantize: Annotated[StageConfig, Field(description="quantisation-aware training")] = StageConfig(share=0.05, learning_rate=4e-4)
     mix: Annotated[StageConfig, Field(description="training with the bits of every layer fixed")] = StageConfig(
-        share=0.3, learning_rate=4e-4
+        share=0.25, learning_rate=4e-4
     )
     distillation: Annotated[float, Field(ge=0, le=100, description="weight of the distance to the FP32 model's answers in the loss")] = 1.0
     average: Annotated[float, Field(ge=0, lt=1, description="decay a step of the averaged weights in these stages")] = 0.98
