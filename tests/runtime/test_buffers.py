@@ -6,7 +6,7 @@ import numpy as np
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from muntin.runtime.buffers import KEPT, OutputBuffers
+from muntin.runtime.buffers import KEPT, Buffers
 
 
 def address(array: np.ndarray) -> int:
@@ -14,7 +14,7 @@ def address(array: np.ndarray) -> int:
 
 
 def test_memory_comes_back_when_the_array_is_dropped() -> None:
-    buffers = OutputBuffers()
+    buffers = Buffers()
     first = buffers.take((2, 3))
     where = address(first)
     del first
@@ -22,7 +22,7 @@ def test_memory_comes_back_when_the_array_is_dropped() -> None:
 
 
 def test_a_view_keeps_the_memory() -> None:
-    buffers = OutputBuffers()
+    buffers = Buffers()
     array = buffers.take((4, 4))
     array[:] = 7
     view = array[1:, ::2].T[0]
@@ -35,7 +35,7 @@ def test_a_view_keeps_the_memory() -> None:
 
 
 def test_a_slice_of_a_slice_keeps_the_memory() -> None:
-    buffers = OutputBuffers()
+    buffers = Buffers()
     row = buffers.take((4, 4))[2]
     row[:] = 5
     element = row.reshape(2, 2)[1:]
@@ -47,7 +47,7 @@ def test_a_slice_of_a_slice_keeps_the_memory() -> None:
 @settings(max_examples=50, deadline=None)
 @given(st.lists(st.tuples(st.integers(1, 3), st.booleans()), max_size=40))
 def test_arrays_that_are_held_never_share_memory(takes: list[tuple[int, bool]]) -> None:
-    buffers, held = OutputBuffers(), []
+    buffers, held = Buffers(), []
     for number, (size, keep) in enumerate(takes):
         array = buffers.take((size, 8))
         array[:] = number
@@ -58,7 +58,7 @@ def test_arrays_that_are_held_never_share_memory(takes: list[tuple[int, bool]]) 
 
 
 def test_threads_never_share_memory() -> None:
-    buffers, wrong = OutputBuffers(), []
+    buffers, wrong = Buffers(), []
 
     def work(number: int) -> None:
         for _ in range(300):
@@ -73,3 +73,10 @@ def test_threads_never_share_memory() -> None:
     for thread in threads:
         thread.join()
     assert not wrong
+
+
+def test_memory_of_one_type_serves_another() -> None:
+    buffers = Buffers()
+    where = address(buffers.take((8,)))
+    labels = buffers.take((4, 8), np.uint8)
+    assert (labels.dtype, labels.shape, address(labels)) == (np.uint8, (4, 8), where)

@@ -42,7 +42,7 @@ class Echo:
             body = (
                 b"x" * (64 << 20)
                 if scope["path"] == "/large"
-                else json.dumps([len(message["body"]), message["body"][:9].decode()]).encode()
+                else json.dumps([len(message["body"]), bytes(message["body"][:9]).decode()]).encode()
             )
             await send({"type": "http.response.start", "status": 200, "headers": [(b"content-length", b"%d" % len(body))]})
             await send({"type": "http.response.body", "body": body})

@@ -11,29 +11,30 @@ import weakref
 from collections import OrderedDict
 from math import prod
 from threading import Lock
+from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
+from numpy.typing import DTypeLike, NDArray
 
 KEPT = 4
 
 
-class OutputBuffers:
-    """Gives float32 arrays; keeps the memory of at most `KEPT` dropped ones. Safe to use from several threads."""
+class Buffers:
+    """Gives arrays; keeps the memory of at most `KEPT` dropped ones, of whatever type. Safe to use from several threads."""
 
     def __init__(self) -> None:
         self._free: OrderedDict[int, NDArray[np.uint8]] = OrderedDict()
         self._lock = Lock()
 
-    def take(self, shape: tuple[int, ...]) -> NDArray[np.float32]:
+    def take(self, shape: tuple[int, ...], dtype: DTypeLike = np.float32) -> NDArray[Any]:
         """An array of this shape with arbitrary values, that nobody else holds."""
-        size = 4 * prod(shape)
+        size = np.dtype(dtype).itemsize * prod(shape)
         with self._lock:
             key = next((key for key, memory in reversed(self._free.items()) if memory.nbytes == size), None)
             memory = np.empty(size, np.uint8) if key is None else self._free.pop(key)
         # An array over a buffer ends numpy's chain of bases: every view of it keeps this one alive, so that the memory comes back
         # only when the last of them is gone.
-        flat = np.frombuffer(memory.data, np.float32)
+        flat = np.frombuffer(memory.data, dtype)
         weakref.finalize(flat, self._give_back, memory).atexit = False
         return flat.reshape(shape)
 

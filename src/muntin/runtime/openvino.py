@@ -27,7 +27,7 @@ from numpy.typing import NDArray
 
 from muntin.artifact import Artifact
 from muntin.errors import ArtifactError, DependencyError
-from muntin.runtime.buffers import OutputBuffers
+from muntin.runtime.buffers import Buffers
 from muntin.runtime.cache import CompiledModels
 from muntin.runtime.graph import ComputeNodes, compute_nodes
 from muntin.runtime.hardware import physical_cores
@@ -87,7 +87,7 @@ class OpenVinoSession(Session):
         self._dynamic = dynamic
         self._lock = Lock()  # around what is compiled
         self._compiling = Lock()  # around compiling, which takes long: calls that need nothing new go on meanwhile
-        self._outputs = OutputBuffers()
+        self._outputs = Buffers()
         self._compiled: OrderedDict[Variant, _Compiled] = OrderedDict()
         self._asked_for: set[Variant] = set()  # by `warm_up`
         super().__init__(
@@ -100,13 +100,13 @@ class OpenVinoSession(Session):
         )
 
     def _infer(self, images_BHWC: NDArray[np.uint8]) -> NDArray[np.float32]:
-        scores = self._outputs.take(self.signature.scores_shape(*images_BHWC.shape[:3]))
+        scores = self._outputs.take(self.signature.scores_shape(*images_BHWC.shape[:3]), np.float32)
         self._run(images_BHWC, scores, labels=False)
         return scores
 
     def _infer_labels(self, images_BHWC: NDArray[np.uint8]) -> NDArray[np.uint8]:
         B, _, *sides = self.signature.scores_shape(*images_BHWC.shape[:3])
-        labels = np.empty((B, *sides), np.uint8)
+        labels = self._outputs.take((B, *sides), np.uint8)
         self._run(images_BHWC, labels, labels=True)
         return labels
 

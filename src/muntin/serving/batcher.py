@@ -49,7 +49,7 @@ PRIORITIES = 1 << 32
 _LEVELS = 16  # priorities whose load is told apart
 _EASY = 1.5  # times the backlog: who is in time even then is admitted without a forecast
 _BUSIEST = 0.9  # of the engines, that more urgent jobs are taken to use at most
-PART=.5
+_FLOOD = 2  # times what full batches get through: arrivals of which most are refused
 _PASSED = 64  # jobs that a batch passes over at most
 _PROBE, _PROBES = 0.25, 8  # s, and times its latency: pause between two jobs of a group that would be late even alone
 _standing = attrgetter("standing")
@@ -130,6 +130,8 @@ class Batcher:
         self._last = -math.inf  # no waiting job stands behind this
         self._expiring: list[tuple[float, int, Job]] = []  # heap, by the moment from which on a job may be too late
         self._owed = Peak()  # seconds that jobs which were refused would have needed for their batch
+        self._forecast: Forecast | None = None  # as things are; None: they changed
+        self._holds_until = -math.inf
         self._busy = Rate()
         self._work: dict[int, Rate] = {}  # seconds of engine time that were admitted, by priority
         self._draining = False
@@ -202,6 +204,7 @@ class Batcher:
 
     def _reckon(self, lane: Lane) -> None:
         """Brings the backlog up to date with a lane that changed."""
+        self._forecast = None
         self._backlog -= lane.seconds
         lane.seconds = lane.span(lane.rows)
         self._backlog = self._backlog + lane.seconds if self._jobs else 0.0  # no rounding error outlives the queue
@@ -245,22 +248,30 @@ class Batcher:
         job.promised = True
         reserve, owed = self._reserve(lane, time, now)
         stretch = self._stretch(job.priority, now)
-        free = self._free(now)
-        easy = sum(left for left, _ in free) + _EASY * self._backlog + max(reserve, owed, line.safe(min(lane.most, lane.rows + job.rows)))
+        ends = sum(run.left(now) for run in self._running)
+        easy = ends + _EASY * self._backlog + max(reserve, owed, line.safe(min(lane.most, lane.rows + job.rows)))
         if stretch * easy <= time and job.standing >= self._last:
             return 0.0
-        forecast = Forecast(self._active.values(), free, now=now, margin=self.margin, backlog=self._backlog)
+        forecast = self._foresee(now)
         place = forecast.place(job, lane)
         own = line.expected(place.rows)
         own += math.sqrt(place.variance + (own * (line.spread - 1)) ** 2)
         least = max(reserve, owed)
         if least > line.safe(place.rows):
             own = max(own, least + math.sqrt(place.variance))
-        late = stretch * place.start + own - time
+        late = stretch * max(0.0, place.start - now) + own - time
         if late > 0:
             self._owed.raise_to(reserve, now)
             return late
         return forecast.harm(place, job.priority)
+
+    def _foresee(self, now: float) -> Forecast:
+        """The forecast; made once for all the jobs that are refused until something happens, or ought to have."""
+        if self._forecast is None or now >= self._holds_until:
+            free = [run.free(now) for run in self._running] + [(now, 0.0)] * (self.workers - len(self._running))
+            self._holds_until = min(free)[0]
+            self._forecast = Forecast(self._active.values(), free, margin=self.margin, backlog=self._backlog)
+        return self._forecast
 
     def _may_probe(self, job: Job, lane: Lane, now: float) -> bool:
         """Whether a job that would be late even alone is let through: where nothing else is to do, if the objective is what it would miss;
@@ -274,11 +285,15 @@ class Batcher:
 
         Both as far as two batches, one after the other, keep the objective: whoever arrives when one has just begun waits for it.
         """
-        whole = time if self.objective is None else self.objective
         line, sustaining = lane.line, self._sustaining(lane, now)
-        share = PART if lane.arrivals.per_second(now) * line.expected(self.max_rows) > self.workers * self.max_rows else 0.5
-        aim = max(1, min(lane.worth(sustaining, self.max_rows), sustaining, line.rows_within(whole * share)))
-        return line.safe(aim), min(self._owed.value(now), whole * share)
+        part = (time if self.objective is None else self.objective) * self._part(lane, now)
+        aim = max(1, min(lane.worth(sustaining, self.max_rows), sustaining, line.rows_within(part)))
+        return line.safe(aim), min(self._owed.value(now), part)
+
+    def _part(self, lane: Lane, now: float) -> float:
+        """Of an objective, what a batch may take: more where most requests are refused anyway, such as those early in a long batch."""
+        flood = lane.arrivals.per_second(now) * lane.line.expected(self.max_rows) > _FLOOD * self.workers * self.max_rows
+        return 0.6 if flood else 0.5
 
     def _sustaining(self, lane: Lane, now: float) -> int:
         others = self._busy.per_second(now) - lane.busy.per_second(now)
@@ -289,15 +304,11 @@ class Batcher:
         urgent = sum(work.per_second(now) for level, work in self._work.items() if level < priority)
         return 1 / (1 - min(_BUSIEST, urgent / self.workers)) if urgent else 1.0
 
-    def _free(self, now: float) -> list[tuple[float, float]]:
-        """For each worker, seconds until it is free and their variance."""
-        return [run.left(now) for run in self._running] + [(0.0, 0.0)] * (self.workers - len(self._running))
-
     # ---- out
 
     def poll(self, now: float) -> Step:
         """What a free worker does now."""
-        dropped = self._expire(now)
+        dropped = self._expire(now) if self._expiring and self._expiring[0][0] < now else ()
         if not self._active or len(self._running) >= self.workers:
             return Step(None, dropped, None)
         lane = next(iter(self._active.values())) if len(self._active) == 1 else min(self._active.values(), key=_standing)
@@ -337,7 +348,7 @@ class Batcher:
         """When a batch of this lane has to end for the sake of the most urgent job of each other group, where that can be met at all."""
         if len(self._active) == 1 or len(self._running) + 1 < self.workers:
             return math.inf
-        sooner = min((run.left(now)[0] for run in self._running), default=math.inf)  # another worker is free then
+        sooner = min((run.left(now) for run in self._running), default=math.inf)  # another worker is free then
         least, latest, ahead = lane.line.safe(lane.head.rows), math.inf, 0.0
         for other in sorted(self._active.values(), key=_standing):
             if other is lane:

@@ -49,6 +49,7 @@ from muntin.serving.openapi import openapi
 from muntin.serving.pictures import Pictures
 from muntin.serving.protocol import InferRequest, Limits, ProtocolError
 from muntin.serving.service import INPUT, Answered, RefusedRequestError, Service
+from muntin.serving.tensors import Buffer
 from muntin.serving.tokens import Tokens
 from muntin.serving.tracing import Tracing
 
@@ -60,6 +61,8 @@ _INFER = re.compile(r"/v2/models/([^/]+)(?:/versions/([^/]+))?/infer")
 _HEADER_LENGTH = HEADER_LENGTH.lower().encode()
 _JSON = (b"content-type", b"application/json")
 _OCTETS = (b"content-type", b"application/octet-stream")
+_SMALL = 1 << 14
+"""Bytes of an answer below which its parts are put together: copying them costs less than sending them one by one."""
 _OPEN = ("/v2/health/live", "/v2/health/ready")
 """What needs no token: whoever starts and stops servers asks for it."""
 
@@ -137,7 +140,7 @@ class HttpFace:
         exchange.answered, exchange.request_id = answered, request.id
         await exchange.reply(200, headers, parts)
 
-    def _decode(self, body: bytes, header_length: int | None, model: str, version: str | None) -> InferRequest:
+    def _decode(self, body: Buffer, header_length: int | None, model: str, version: str | None) -> InferRequest:
         if header_length != 0:
             return decode_request(body, header_length, self._limits)
         with self._service.lease(model, version) as lease:
@@ -249,6 +252,8 @@ class _Exchange:
 
     async def reply(self, status: int, headers: list[tuple[bytes, bytes]], parts: list[Any]) -> None:
         self.status, self.sent = status, sum(map(len, parts))
+        if self.sent <= _SMALL:
+            parts = [b"".join(parts)]
         await self._send({"type": "http.response.start", "status": status, "headers": headers})
         for number, part in enumerate(parts, 1):
             await self._send({"type": "http.response.body", "body": part, "more_body": number < len(parts)})
@@ -302,13 +307,13 @@ def _named(request: Request) -> tuple[str | None, str | None]:
     return request.path_params.get("model"), request.path_params.get("version")
 
 
-async def _body(receive: Receive) -> bytes:
-    """The whole body: the connection gives it in one piece, other servers in several."""
+async def _body(receive: Receive) -> Buffer:
+    """The whole body: a `BoundedConnection` gives it in one piece, other servers in several."""
     message = await receive()
-    body: bytes = message.get("body", b"")
     if not message.get("more_body"):
+        body: Buffer = message.get("body", b"")
         return body
-    parts = [body]
+    parts = [message["body"]]
     while message.get("more_body"):
         message = await receive()
         parts.append(message.get("body", b""))

@@ -175,16 +175,19 @@ class _Group:
 
     def _follow(self, rows: int, seconds: float) -> None:
         """Moves the figures of all sizes, and puts the deviation from the line into the window of the spread."""
-        deviations = sorted(took / self._reference(n) for n, took in self._recent)
-        median = deviations[(len(deviations) - 1) // 2]  # of two the lower: the first call of all may have compiled
-        if abs(median - 1) > _SHIFT:
+        deviation = seconds / self._reference(rows) - 1
+        if abs(deviation) > _SHIFT and abs((median := self._median()) - 1) > _SHIFT:
             self._scale(median)
             self._renew(median)
             return
-        deviation = min(max(seconds / self._reference(rows), 1 - _CLIP), 1 + _CLIP) - 1
         if self._count > _ROUGH:
             self._push(seconds / self.line.expected(rows))
-        self._scale(1 + deviation * max(_GAIN, 1 / self._count))
+        self._scale(1 + min(max(deviation, -_CLIP), _CLIP) * max(_GAIN, 1 / self._count))
+
+    def _median(self) -> float:
+        """Of what the last few batches deviate; of two the lower, since the first call of all may have compiled."""
+        deviations = sorted(seconds / self._reference(rows) for rows, seconds in self._recent)
+        return deviations[(len(deviations) - 1) // 2]
 
     def _reference(self, rows: int) -> float:
         """Seconds to hold a batch against: its own size's, where enough of it were seen, so that a crooked line does not pass for speed."""
