@@ -11,10 +11,10 @@ from typing import Any
 import numpy as np
 import pytest
 
-from muntin.artifact import GoldenTolerance, LayerRecord
+from muntin.artifact import ClassInfo, GoldenTolerance, LayerRecord, Signature
 from muntin.errors import ArtifactError
-from muntin.runtime import ExecutedLayer, verify
-from muntin.runtime.verification import find_fallbacks
+from muntin.runtime import ExecutedLayer, Session, verify
+from muntin.runtime.verification import find_fallbacks, replay
 
 
 @pytest.fixture
@@ -134,3 +134,31 @@ sys.exit(1)
 
 def test_checking_layers_without_openvino_says_what_to_install(convolutions: Any) -> None:
     assert subprocess.run([sys.executable, "-c", WITHOUT, str(convolutions.path)], check=False).returncode == 0
+
+
+class Answers(Session):
+    """A classifier that gives the scores it was made with."""
+
+    def __init__(self, scores: list[list[float]]) -> None:
+        classes = tuple(ClassInfo(name=name, color=(0, 0, 0)) for name in "abc")
+        super().__init__(signature=Signature(task="classify", channels=3, classes=classes), engine="none", precision="f32", threads=1)
+        self.scores = np.array(scores, np.float32)
+
+    def _infer(self, images_BHWC: Any) -> Any:
+        return self.scores
+
+    def layers(self) -> list[ExecutedLayer]:
+        return []
+
+
+@pytest.mark.parametrize(
+    ("given", "agreement"),
+    [([2.0, 2.02, -1.0], 1.0), ([2.02, 2.0, -1.0], 1.0), ([2.0, 1.9, 2.05], 0.0), ([-1.0, 2.0, 2.1], 0.0)],
+)
+def test_between_classes_that_are_as_good_as_equal_rounding_decides(given: list[float], agreement: float) -> None:
+    """The golden scores say a, b is less than the allowed error below it, and c far."""
+    golden = np.array([[2.01, 2.0, -1.0]], np.float32)
+    tolerance = GoldenTolerance(max_error=0.05, label_agreement=0.95)
+    result = replay(Answers([given]), np.zeros((1, 4, 4, 3), np.uint8), golden, tolerance, classes=True)
+    assert result.label_agreement == agreement
+    assert result.passed == (agreement == 1)
