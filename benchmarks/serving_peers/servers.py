@@ -1,0 +1,257 @@
+"""The servers: how each is started around an artefact, and stopped again. Tuned a little each; what was tried is said beside it.
+
+All have one process with an engine on the same cores, the same threads and batches of at most the same size. Each kind is one function
+from what is wanted to a command line; a new one is a function and a line in `SERVERS`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shutil
+import signal
+import socket
+import string
+import subprocess
+import sys
+import sysconfig
+import tempfile
+import time
+import urllib.request
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from serving_peers.environments import site_packages
+from serving_peers.load import HOST
+from serving_peers.models import Workload
+
+HERE = Path(__file__).resolve().parent
+READY_S = 180.0
+STOP_S = 20.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Wanted:
+    """A server that is to be started. `environment`: of the peer. `scratch`: a short path of its own, removed when it has stopped.
+
+    `objective_ms`: what is promised, for those that can be told. `wait_ms`: how long a batch is waited for, None for no batches.
+    """
+
+    workload: Workload
+    artifact: Path
+    environment: Path
+    scratch: Path
+    port: int
+    threads: int
+    objective_ms: float | None
+    wait_ms: float | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Launch:
+    """A command line, variables beside this process's, the signal that ends it, and the path that answers 200 when it is ready; None: it
+    is as soon as it takes connections."""
+
+    command: list[str]
+    ready: str | None = None
+    variables: dict[str, str] = field(default_factory=dict)
+    stop: signal.Signals = signal.SIGTERM
+
+
+@dataclass(frozen=True, kw_only=True)
+class Server:
+    """One row of the table: a kind of server and how it batches. `tensors`: it speaks the Open Inference Protocol."""
+
+    launch: Callable[[Wanted], Launch]
+    peer: str | None = None
+    tensors: bool = False
+    wait_ms: float | None = None
+
+    def path(self, workload: Workload) -> str:
+        return f"/v2/models/{workload.name}/infer" if self.tensors else "/predict"
+
+
+def muntin(wanted: Wanted) -> Launch:
+    promise = [] if wanted.objective_ms is None else ["--objective-ms", f"{wanted.objective_ms:g}"]
+    return Launch(
+        command=[
+            sys.executable, "-m", "muntin", "serve", str(wanted.artifact), "--host", HOST, "--http-port", str(wanted.port), "--no-grpc",
+            "--name", wanted.workload.name, "--threads", str(wanted.threads), "--max-batch", str(wanted.workload.max_rows), *promise,
+        ],
+        ready="/v2/health/ready",
+    )  # fmt: skip
+
+
+def litserve(wanted: Wanted) -> Launch:
+    """Its ZeroMQ queues (`fast_queue`) were within the noise of the default ones, and are not used."""
+    return Launch(command=_app(wanted, "litserve_app.py"), ready="/health", stop=signal.SIGINT)
+
+
+def ray(wanted: Wanted) -> Launch:
+    """With HAProxy in place of the Python proxy (four to five times the rate), and one event loop in the replica in place of three."""
+    folder = wanted.scratch
+    return Launch(
+        command=[*_app(wanted, "ray_app.py"), "--scratch", str(folder)],
+        ready="/-/healthz",
+        variables={
+            "HOME": str(folder),
+            "RAY_SERVE_ENABLE_HA_PROXY": "1",
+            "RAY_SERVE_HAPROXY_NBTHREAD": "1",
+            "RAY_SERVE_HAPROXY_METRICS_ENABLED": "0",
+            "RAY_SERVE_HAPROXY_CONFIG_FILE_LOC": str(folder / "haproxy.cfg"),
+            "RAY_SERVE_HAPROXY_SOCKET_PATH": str(folder / "admin.sock"),
+            "RAY_SERVE_HAPROXY_SERVER_STATE_BASE": str(folder),
+            "RAY_SERVE_HAPROXY_SERVER_STATE_FILE": str(folder / "server-state"),
+            "RAY_SERVE_RUN_USER_CODE_IN_SEPARATE_THREAD": "0",
+            "RAY_SERVE_RUN_ROUTER_IN_SEPARATE_LOOP": "0",
+            "RAY_SERVE_LOG_TO_STDERR": "0",
+            "RAY_SERVE_REQUEST_PATH_LOG_BUFFER_SIZE": "1000",
+            "RAY_USAGE_STATS_ENABLED": "0",
+        },
+    )
+
+
+def triton(wanted: Wanted) -> Launch:
+    """The dynamic batcher with a fixed delay."""
+    delay = None if wanted.wait_ms is None else f"max_queue_delay_microseconds: {wanted.wait_ms * 1e3:.0f}"
+    return _triton(wanted, "" if delay is None else f"dynamic_batching {{ {delay} }}")
+
+
+def triton_rejecting(wanted: Wanted) -> Launch:
+    """The same, and what has waited for half of the objective is rejected: the other half is for computing it."""
+    policy = ""
+    if wanted.objective_ms is not None:
+        policy = f"default_queue_policy {{ timeout_action: REJECT default_timeout_microseconds: {wanted.objective_ms * 500:.0f} }}"
+    return _triton(wanted, f"dynamic_batching {{ max_queue_delay_microseconds: {(wanted.wait_ms or 0) * 1e3:.0f} {policy} }}")
+
+
+SERVERS: dict[str, Server] = {
+    "muntin": Server(launch=muntin, tensors=True),
+    "litserve": Server(launch=litserve, peer="litserve"),
+    "litserve 2 ms": Server(launch=litserve, peer="litserve", wait_ms=2),
+    "ray": Server(launch=ray, peer="ray"),
+    "ray 2 ms": Server(launch=ray, peer="ray", wait_ms=2),
+    "triton": Server(launch=triton, peer="triton", tensors=True),
+    "triton 0 ms": Server(launch=triton, peer="triton", tensors=True, wait_ms=0),
+    "triton 1 ms": Server(launch=triton, peer="triton", tensors=True, wait_ms=1),
+    "triton 5 ms": Server(launch=triton, peer="triton", tensors=True, wait_ms=5),
+    "triton 20 ms": Server(launch=triton, peer="triton", tensors=True, wait_ms=20),
+    "triton 0 ms, rejecting": Server(launch=triton_rejecting, peer="triton", tensors=True, wait_ms=0),
+}
+
+
+def _app(wanted: Wanted, file: str) -> list[str]:
+    rows = 1 if wanted.wait_ms is None else wanted.workload.max_rows
+    options = {"port": wanted.port, "side": wanted.workload.side, "threads": wanted.threads, "max-rows": rows}
+    command = [str(wanted.environment / "bin" / "python"), str(HERE / file), str(wanted.artifact)]
+    command += [part for name, value in options.items() for part in (f"--{name}", str(value))]
+    return [*command, "--batch-timeout", f"{(wanted.wait_ms or 0) / 1e3:g}"]
+
+
+def _triton(wanted: Wanted, batching: str) -> Launch:
+    packages = site_packages(wanted.environment)
+    home = packages / "pytriton" / "tritonserver"
+    backends = wanted.scratch / "backends" / "python"
+    backends.mkdir(parents=True)
+    stub = home / "python_backend_stubs" / f"{sys.version_info.major}.{sys.version_info.minor}" / "triton_python_backend_stub"
+    for file in (*(home / "backends" / "python").iterdir(), stub):
+        (backends / file.name).symlink_to(file)
+    _write_repository(wanted, batching)
+    variables = {
+        "VIRTUAL_ENV": str(wanted.environment),
+        "PATH": f"{wanted.environment / 'bin'}{os.pathsep}{os.environ.get('PATH', '')}",
+        "LD_LIBRARY_PATH": f"{packages / 'nvidia_pytriton.libs'}{os.pathsep}{sysconfig.get_config_var('LIBDIR')}",
+    }
+    options = {
+        "model-repository": wanted.scratch / "models",
+        "backend-directory": wanted.scratch / "backends",
+        "http-address": HOST,
+        "http-port": wanted.port,
+        "allow-grpc": "false",
+        "allow-metrics": "false",
+    }
+    command = [str(home / "bin" / "tritonserver"), *(f"--{name}={value}" for name, value in options.items())]
+    return Launch(command=command, ready="/v2/health/ready", variables=variables)
+
+
+def _write_repository(wanted: Wanted, batching: str) -> None:
+    folder, workload = wanted.scratch / "models" / wanted.workload.name, wanted.workload
+    (folder / "1").mkdir(parents=True)
+    shutil.copyfile(HERE / "triton" / "model.py", folder / "1" / "model.py")
+    template = string.Template((HERE / "triton" / "config.pbtxt").read_text(encoding="utf-8"))
+    text = template.substitute(
+        name=workload.name,
+        max_rows=workload.max_rows,
+        side=workload.side,
+        output=workload.output,
+        data_type={"uint8": "TYPE_UINT8", "float32": "TYPE_FP32"}[workload.dtype],
+        dims=", ".join(map(str, workload.answer_shape)),
+        artifact=wanted.artifact,
+        threads=wanted.threads,
+        batching=batching,
+    )
+    (folder / "config.pbtxt").write_text(text, encoding="utf-8")
+
+
+@contextmanager
+def running(launch: Launch, port: int, *, cores: set[int], log: Path, variables: dict[str, str]) -> Iterator[subprocess.Popen[bytes]]:
+    """The server, ready, on these cores, with its output in `log`; stopped on leaving, with all that it started.
+
+    Raises RuntimeError where it ends, or is not ready within `READY_S` seconds.
+    """
+    with log.open("w", encoding="utf-8") as file:
+        process = subprocess.Popen(  # noqa: S603 - our own command
+            launch.command,
+            env=os.environ | variables | launch.variables,
+            stdout=file,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+            preexec_fn=lambda: os.sched_setaffinity(0, cores),
+        )
+    try:
+        _wait_until_ready(process, port, launch.ready, log)
+        yield process
+    finally:
+        process.send_signal(launch.stop)
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.wait(STOP_S)
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+
+
+@contextmanager
+def scratch() -> Iterator[Path]:
+    """A folder of its own with a short name (the path of a Unix socket has at most 107 bytes), removed afterwards."""
+    path = Path(tempfile.mkdtemp(prefix="peer-"))
+    try:
+        yield path
+    finally:
+        shutil.rmtree(path, ignore_errors=True)
+
+
+def _wait_until_ready(process: subprocess.Popen[bytes], port: int, path: str | None, log: Path) -> None:
+    end = time.monotonic() + READY_S
+    while time.monotonic() < end:
+        if process.poll() is not None:
+            raise RuntimeError(f"it ended with {process.returncode}: {_last_lines(log)}")
+        with contextlib.suppress(OSError):
+            if _is_ready(port, path):
+                return
+        time.sleep(0.2)
+    raise RuntimeError(f"not ready within {READY_S:g} s: {_last_lines(log)}")
+
+
+def _is_ready(port: int, path: str | None) -> bool:
+    if path is None:
+        socket.create_connection((HOST, port), timeout=1).close()
+        return True
+    with urllib.request.urlopen(f"http://{HOST}:{port}{path}", timeout=1) as answer:
+        return bool(answer.status == 200)
+
+
+def _last_lines(log: Path) -> str:
+    lines = [line for line in log.read_text(encoding="utf-8", errors="replace").splitlines() if line.strip()]
+    return " | ".join(lines[-2:])[-300:]

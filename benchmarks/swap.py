@@ -1,0 +1,314 @@
+"""Versions that change under load: does anybody notice?
+
+    python benchmarks/swap.py [--output runs/benchmark-swap] [--share 0.5] [--memory-swaps 200] [--json]
+
+One server (`muntin serve`, one thread, on the first core), one load generator (on the last core): Poisson arrivals of 512 x 512
+pictures at `--share` of what the server can do. First without swaps, for what is normal; then with 20 versions that are loaded through
+the repository API one after the other. Sixteen are sound, and each answers differently; one has an altered file, one does not compute
+its golden answers, one lacks its weights; and one passes every check, takes over, and then its engine fails at every request. Every
+answer is compared with what the versions answer. Goal: none failed, none wrong, none later than the normal p99 + 50 ms.
+
+Then a small classifier is swapped `--memory-swaps` times under light load while the server's resident memory is read: by how much does
+it grow over the second half? A part that is there already is not run again. Time: about ten minutes for the first part, fifteen for the
+second. Run it alone.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shutil
+import sys
+import threading
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Callable
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from itertools import combinations
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+from onnx import TensorProto, helper, numpy_helper
+
+import muntin
+from muntin.artifact import open_artifact, write_artifact
+from muntin.runtime import describe_hardware
+from serving_peers.load import HOST, Exchange, Load
+from serving_peers.models import WORKLOADS, Workload, exchange, make_artifact, pictures
+from serving_peers.servers import Launch, running
+
+PORT = 8765
+SOUND, LATER_MS = 4, 50.0
+MARK = 7
+"""The first byte of every picture that is sent: what the engine of the version that dies fails at."""
+PLAN = [kind for broken in ("altered", "golden", "dies", "missing") for kind in ("sound", "sound", "sound", broken)] + ["sound"] * 4
+Row = dict[str, Any]
+
+
+@dataclass(frozen=True, kw_only=True)
+class AnyVersion(Exchange):
+    """An answer is right if one of the versions gives it."""
+
+    versions: tuple[tuple[bytes, ...], ...]
+
+    def alike(self, which: int, came: bytes) -> bool:
+        found = np.frombuffer(came, self.dtype)
+        dues = (np.frombuffer(answers[which], self.dtype) for answers in self.versions)
+        if self.dtype == "uint8":
+            return any(len(due) == len(found) and float((found == due).mean()) >= 0.99 for due in dues)
+        return any(len(due) == len(found) and np.abs(found - due).max() <= 0.02 * np.ptp(due) for due in dues)
+
+
+def make_dying(sound: Path, path: Path) -> Path:
+    """The same model with a reshape behind it that cannot be done where a picture starts with `MARK`; golden and warm-up pictures pass."""
+    artifact = open_artifact(sound)
+    model = onnx.load_model_from_string(artifact.model_bytes())
+    graph, manifest = model.graph, artifact.manifest
+    output = graph.output[0].name
+    for node in graph.node:
+        node.output[:] = ["sound" if name == output else name for name in node.output]
+        node.input[:] = ["sound" if name == output else name for name in node.input]
+    constants = {"zeros": [0] * 4, "ones": [1] * 4, "one": [1], "mark": [MARK], "rest": [-1], "two": [2], "three": [3]}
+    graph.initializer.extend(numpy_helper.from_array(np.array(value, np.int64), f"trap.{name}") for name, value in constants.items())
+    graph.node.extend(
+        [
+            helper.make_node("Slice", [graph.input[0].name, "trap.zeros", "trap.ones"], ["trap.first"]),
+            helper.make_node("Cast", ["trap.first"], ["trap.wide"], to=TensorProto.INT64),
+            helper.make_node("Reshape", ["trap.wide", "trap.one"], ["trap.byte"]),
+            helper.make_node("Equal", ["trap.byte", "trap.mark"], ["trap.is"]),
+            helper.make_node("Cast", ["trap.is"], ["trap.flag"], to=TensorProto.INT64),
+            helper.make_node("Shape", ["sound"], ["trap.shape"]),
+            helper.make_node("Gather", ["trap.shape", "trap.two"], ["trap.height"]),
+            helper.make_node("Gather", ["trap.shape", "trap.three"], ["trap.width"]),
+            helper.make_node("Mul", ["trap.height", "trap.width"], ["trap.pixels"]),
+            helper.make_node("Add", ["trap.pixels", "trap.flag"], ["trap.off"]),
+            helper.make_node("Concat", ["trap.rest", "trap.off"], ["trap.target"], axis=0),
+            helper.make_node("Reshape", ["sound", "trap.target"], ["trap.flat"]),
+            helper.make_node("Reshape", ["trap.flat", "trap.shape"], [output]),
+        ]
+    )
+    write_artifact(
+        path, model=model, signature=manifest.signature, layers=manifest.layers, golden=list(artifact.golden()),
+        golden_tolerance=manifest.golden_tolerance, precision=manifest.precision, example=manifest.example,
+    )  # fmt: skip
+    return path
+
+
+def place(kind: str, sound: Path, models: Path, number: int) -> None:
+    """Version `number`, whole, into the directory of versions."""
+    new = models.parent / "new" / str(number)
+    shutil.rmtree(new, ignore_errors=True)
+    new.parent.mkdir(exist_ok=True)
+    if kind == "dies":
+        make_dying(sound, new)
+    else:
+        shutil.copytree(sound, new)
+    weights = new / "weights.safetensors"
+    if kind == "altered":
+        weights.write_bytes(weights.read_bytes()[:-1] + b"x")
+    elif kind == "missing":
+        weights.unlink()
+    elif kind == "golden":
+        artifact = open_artifact(sound)
+        shutil.rmtree(new)
+        shifted = [(images, np.roll(scores, 1, axis=1)) for images, scores in artifact.golden()]
+        manifest = artifact.manifest
+        write_artifact(
+            new, model=onnx.load_model_from_string(artifact.model_bytes()), signature=manifest.signature, layers=manifest.layers,
+            golden=shifted, golden_tolerance=manifest.golden_tolerance, precision=manifest.precision, example=manifest.example,
+        )  # fmt: skip
+    new.rename(models / str(number))
+
+
+def load_version(name: str, number: int) -> tuple[int, float]:
+    """(status, seconds) of loading it through the repository API."""
+    body = json.dumps({"parameters": {"version": str(number)}}).encode()
+    request = urllib.request.Request(f"http://{HOST}:{PORT}/v2/repository/models/{name}/load", body)
+    began = time.monotonic()
+    try:
+        with urllib.request.urlopen(request, timeout=600) as answer:  # noqa: S310
+            status = answer.status
+    except urllib.error.HTTPError as error:
+        with error:
+            status = error.code
+    return status, time.monotonic() - began
+
+
+def sound_versions(workload: Workload, folder: Path, count: int) -> list[Path]:
+    """Artefacts of the same model with weights of their own, made where they are not there yet."""
+    paths = [folder / str(seed) for seed in range(count)]
+    for seed, path in enumerate(paths):
+        make_artifact(workload, path, seed=seed)
+    return paths
+
+
+def any_version(workload: Workload, paths: list[Path]) -> AnyVersion:
+    """What is sent, and what each version answers. Raises ValueError where two answer alike: a wrong one could not be told."""
+    images = pictures(workload.side).copy()
+    images[:, 0, 0, 0] = MARK
+    versions = []
+    for path in paths:
+        session = muntin.load(path, threads=1, shapes=())
+        call = session.labels if workload.output == "labels" else session
+        answers = np.concatenate([call(images[n : n + 1]) for n in range(len(images))])
+        versions.append(exchange(workload, images, answers, path=f"/v2/models/{workload.name}/infer", tensors=True))
+    for one, other in combinations(versions, 2):
+        if any(one.alike(n, came) for n, came in enumerate(other.answers)):
+            raise ValueError("two versions answer alike: make others")
+    first = versions[0]
+    return AnyVersion(
+        requests=first.requests, answers=first.answers, dtype=first.dtype, versions=tuple(found.answers for found in versions)
+    )
+
+
+def swaps(output: Path, share: float, cores: tuple[set[int], set[int]]) -> Row:
+    workload = WORKLOADS["segment"]
+    sound = sound_versions(workload, output / "sound", SOUND)
+    found = any_version(workload, sound)
+    models = _empty(output / "models")
+    place("sound", sound[0], models, 1)
+    loads: list[Row] = []
+
+    def change(stop: threading.Event) -> None:
+        for number, kind in enumerate(PLAN, 2):
+            place(kind, sound[number % SOUND], models, number)
+            status, seconds = load_version(workload.name, number)
+            loads.append({"version": number, "kind": kind, "status": status, "seconds": seconds})
+            print(f"  version {number:>2} {kind:<8} {status} {seconds:.1f} s", file=sys.stderr)
+            stop.wait(2.0)
+        stop.set()
+
+    os.sched_setaffinity(0, cores[1])
+    server = running(_server(workload, models), PORT, cores=cores[0], log=output / "server.log", variables=_cache(output))
+    with server, Load(PORT, found) as load:
+        most = load.closed(concurrency=4, seconds=6)["answers_per_s"]
+        rate = share * most
+        normal = load.open(rate=rate, seconds=40, objective_ms=1000)
+        stop = threading.Event()
+        thread = threading.Thread(target=change, args=(stop,))
+        thread.start()
+        parts = []
+        while thread.is_alive():
+            parts.append(load.open(rate=rate, seconds=20, objective_ms=normal["p99_ms"] + LATER_MS, seed=len(parts) + 1, warm=0.0))
+        thread.join()
+        index = json.loads(urllib.request.urlopen(f"http://{HOST}:{PORT}/v2/repository/index", b"{}").read())
+    failures: dict[str, int] = {}
+    for part in parts:
+        for status, count in part["failures"].items():
+            failures[status] = failures.get(status, 0) + count
+    answered = sum(part["requests"] - sum(part["failures"].values()) for part in parts)
+    inside = sum(round(part["goodput_per_s"] * part["seconds"]) for part in parts)
+    return {
+        "saturation_per_s": most, "rate": rate, "normal": normal, "loads": loads, "index": index,
+        "requests": sum(part["requests"] for part in parts), "failures": failures, "later": answered - inside,
+        "p99_ms": max(part["p99_ms"] for part in parts), "worst_ms": max(part["worst_ms"] for part in parts),
+    }  # fmt: skip
+
+
+def memory(output: Path, count: int, cores: tuple[set[int], set[int]]) -> Row:
+    workload = WORKLOADS["classify"]
+    sound = sound_versions(workload, output / "small", 2)
+    found = any_version(workload, sound)
+    models = _empty(output / "small-models")
+    place("sound", sound[0], models, 1)
+    resident: list[float] = []
+
+    def change(pid: int) -> None:
+        for number in range(2, count + 2):
+            place("sound", sound[number % 2], models, number)
+            status, _ = load_version(workload.name, number)
+            assert status == 200, status
+            shutil.rmtree(models / str(number - 1))
+            pages = int(Path(f"/proc/{pid}/statm").read_text(encoding="ascii").split()[1])
+            resident.append(pages * os.sysconf("SC_PAGE_SIZE") / 2**20)
+
+    os.sched_setaffinity(0, cores[1])
+    server = running(_server(workload, models), PORT, cores=cores[0], log=output / "server-small.log", variables=_cache(output))
+    with server as process, Load(PORT, found) as load:
+        thread = threading.Thread(target=change, args=(process.pid,))
+        thread.start()
+        failed: dict[str, int] = {}
+        asked = 0
+        while thread.is_alive():
+            part = load.open(rate=20, seconds=20, objective_ms=1000, warm=0.0, seed=asked)
+            asked += part["requests"]
+            for status, number in part["failures"].items():
+                failed[status] = failed.get(status, 0) + number
+        thread.join()
+    half = resident[len(resident) // 2 :]
+    slope = float(np.polyfit(np.arange(len(half)), half, 1)[0])
+    return {"swaps": count, "requests": asked, "failures": failed, "resident_mib": resident, "mib_per_swap": slope}
+
+
+def _empty(folder: Path) -> Path:
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+    return folder
+
+
+def _server(workload: Workload, models: Path) -> Launch:
+    command = [
+        sys.executable, "-m", "muntin", "serve", str(models), "--host", HOST, "--http-port", str(PORT), "--no-grpc",
+        "--name", workload.name, "--threads", "1", "--max-batch", "4", "--trial", "50",
+    ]  # fmt: skip
+    return Launch(command=command, ready="/v2/health/ready")
+
+
+def _cache(output: Path) -> dict[str, str]:
+    return {"MUNTIN_CACHE": str((output / "cache").resolve())}
+
+
+def once(path: Path, measure: Callable[[], Row]) -> Row:
+    if path.is_file():
+        return dict(json.loads(path.read_text(encoding="utf-8")))
+    row: Row = {**measure(), "created": datetime.now(UTC).isoformat(timespec="seconds"), "hardware": describe_hardware()}
+    path.write_text(json.dumps(row, indent=1), encoding="utf-8")
+    return row
+
+
+def print_table(row: Row, held: Row | None) -> None:
+    normal = row["normal"]
+    print(f"{len(row['loads'])} versions at {row['rate']:.1f} requests/s ({row['saturation_per_s']:.1f} is the most):")
+    for load in row["loads"]:
+        outcome = "took over" if load["status"] == 200 else f"refused, {load['status']}"
+        print(f"  {load['version']:>3}  {load['kind']:<8} {outcome:<14} {load['seconds']:>6.1f} s")
+    print(f"normal: p50 {normal['p50_ms']:.1f} ms, p99 {normal['p99_ms']:.1f} ms, worst {normal['worst_ms']:.1f} ms")
+    print(f"swapping: p99 {row['p99_ms']:.1f} ms at most, worst {row['worst_ms']:.1f} ms")
+    wrong = row["failures"].get("wrong", 0)
+    failed = sum(row["failures"].values()) - wrong
+    print(f"{row['requests']} requests (goal 0 each): {failed} failed, {wrong} wrong, {row['later']} later than p99 + {LATER_MS:g} ms")
+    if held is not None:
+        half, last = held["resident_mib"][len(held["resident_mib"]) // 2], held["resident_mib"][-1]
+        print(
+            f"{held['swaps']} swaps of a small model: {half:.1f} MiB at half of them, {last:.1f} at the end, "
+            f"{held['mib_per_swap'] * 1024:+.1f} KiB a swap over the second half; {held['requests']} requests, failures: "
+            f"{held['failures'] or 'none'}"
+        )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--output", type=Path, default=Path("runs/benchmark-swap"))
+    parser.add_argument("--share", type=float, default=0.5, help="of what the server can do, that is asked of it")
+    parser.add_argument("--memory-swaps", type=int, default=200, help="swaps of the second part; 0: leave it out")
+    parser.add_argument("--json", action="store_true", help="print one JSON document instead of the table")
+    arguments = parser.parse_args()
+    output = arguments.output.resolve()
+    output.mkdir(parents=True, exist_ok=True)
+    usable = sorted(os.sched_getaffinity(0))
+    cores = ({usable[0]}, {usable[-1]})
+    row = once(output / "swaps.json", lambda: swaps(output, arguments.share, cores))
+    held = once(output / "memory.json", lambda: memory(output, arguments.memory_swaps, cores)) if arguments.memory_swaps else None
+    if arguments.json:
+        print(json.dumps({"benchmark": "swap", "swaps": row, "memory": held}, indent=1))
+    else:
+        print_table(row, held)
+
+
+if __name__ == "__main__":
+    main()
