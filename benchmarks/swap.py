@@ -1,12 +1,13 @@
 """Versions that change under load: does anybody notice?
 
-    python benchmarks/swap.py [--output runs/benchmark-swap] [--share 0.5] [--memory-swaps 200] [--json]
+    python benchmarks/swap.py [--output runs/benchmark-swap] [--share 0.4] [--memory-swaps 200] [--json]
 
-One server (`muntin serve`, one thread, on the first core), one load generator (on the last core): Poisson arrivals of 512 x 512
-pictures at `--share` of what the server can do. First without swaps, for what is normal; then with 20 versions that are loaded through
-the repository API one after the other. Sixteen are sound, and each answers differently; one has an altered file, one does not compute
-its golden answers, one lacks its weights; and one passes every check, takes over, and then its engine fails at every request. Every
-answer is compared with what the versions answer. Goal: none failed, none wrong, none later than the normal p99 + 50 ms.
+One server (`muntin serve`, two threads, on all cores: with one thread OpenVINO 2026.4 does not raise what it fails at), one load
+generator (on the last core): Poisson arrivals of 512 x 512 pictures at `--share` of what the server can do. First without swaps, for
+what is normal; then with 20 versions that are loaded through the repository API one after the other. Sixteen are sound, and each answers
+differently; one has an altered file, one does not compute its golden answers, one lacks its weights; and one passes every check, takes
+over, and then its engine fails at every request. Every answer is compared with what the versions answer. Goal: none failed, none wrong,
+none later than the normal p99 + 50 ms.
 
 Then a small classifier is swapped `--memory-swaps` times under light load while the server's resident memory is read: by how much does
 it grow over the second half? A part that is there already is not run again. Time: about ten minutes for the first part, fifteen for the
@@ -65,7 +66,7 @@ class AnyVersion(Exchange):
 
 
 def make_dying(sound: Path, path: Path) -> Path:
-    """The same model with a reshape behind it that cannot be done where a picture starts with `MARK`; golden and warm-up pictures pass."""
+    """The same model with a step behind it that cannot be done where a picture starts with `MARK`; golden and warm-up pictures pass."""
     artifact = open_artifact(sound)
     model = onnx.load_model_from_string(artifact.model_bytes())
     graph, manifest = model.graph, artifact.manifest
@@ -73,23 +74,23 @@ def make_dying(sound: Path, path: Path) -> Path:
     for node in graph.node:
         node.output[:] = ["sound" if name == output else name for name in node.output]
         node.input[:] = ["sound" if name == output else name for name in node.input]
-    constants = {"zeros": [0] * 4, "ones": [1] * 4, "one": [1], "mark": [MARK], "rest": [-1], "two": [2], "three": [3]}
+    constants = {"zero": [0], "one": [1], "mark": [MARK], "all": [-1]}
     graph.initializer.extend(numpy_helper.from_array(np.array(value, np.int64), f"trap.{name}") for name, value in constants.items())
+    graph.initializer.append(numpy_helper.from_array(np.float32(1e-6), "trap.little"))
     graph.node.extend(
         [
-            helper.make_node("Slice", [graph.input[0].name, "trap.zeros", "trap.ones"], ["trap.first"]),
+            helper.make_node("Reshape", [graph.input[0].name, "trap.all"], ["trap.bytes"]),
+            helper.make_node("Slice", ["trap.bytes", "trap.zero", "trap.one"], ["trap.first"]),
             helper.make_node("Cast", ["trap.first"], ["trap.wide"], to=TensorProto.INT64),
-            helper.make_node("Reshape", ["trap.wide", "trap.one"], ["trap.byte"]),
-            helper.make_node("Equal", ["trap.byte", "trap.mark"], ["trap.is"]),
+            helper.make_node("Equal", ["trap.wide", "trap.mark"], ["trap.is"]),
             helper.make_node("Cast", ["trap.is"], ["trap.flag"], to=TensorProto.INT64),
-            helper.make_node("Shape", ["sound"], ["trap.shape"]),
-            helper.make_node("Gather", ["trap.shape", "trap.two"], ["trap.height"]),
-            helper.make_node("Gather", ["trap.shape", "trap.three"], ["trap.width"]),
-            helper.make_node("Mul", ["trap.height", "trap.width"], ["trap.pixels"]),
-            helper.make_node("Add", ["trap.pixels", "trap.flag"], ["trap.off"]),
-            helper.make_node("Concat", ["trap.rest", "trap.off"], ["trap.target"], axis=0),
-            helper.make_node("Reshape", ["sound", "trap.target"], ["trap.flat"]),
-            helper.make_node("Reshape", ["trap.flat", "trap.shape"], [output]),
+            helper.make_node("Add", ["trap.flag", "trap.one"], ["trap.count"]),
+            helper.make_node("Slice", ["trap.bytes", "trap.zero", "trap.count"], ["trap.one_or_two"]),
+            helper.make_node("Squeeze", ["trap.one_or_two", "trap.zero"], ["trap.single"]),
+            # it has to count for the answer, if ever so little, or an engine takes it out
+            helper.make_node("Cast", ["trap.single"], ["trap.float"], to=TensorProto.FLOAT),
+            helper.make_node("Mul", ["trap.float", "trap.little"], ["trap.nothing"]),
+            helper.make_node("Add", ["sound", "trap.nothing"], [output]),
         ]
     )
     write_artifact(
@@ -254,7 +255,7 @@ def _empty(folder: Path) -> Path:
 def _server(workload: Workload, models: Path) -> Launch:
     command = [
         sys.executable, "-m", "muntin", "serve", str(models), "--host", HOST, "--http-port", str(PORT), "--no-grpc",
-        "--name", workload.name, "--threads", "1", "--max-batch", "4", "--trial", "50",
+        "--name", workload.name, "--threads", "2", "--max-batch", "4", "--trial", "50",
     ]  # fmt: skip
     return Launch(command=command, ready="/v2/health/ready")
 
@@ -294,14 +295,14 @@ def print_table(row: Row, held: Row | None) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, default=Path("runs/benchmark-swap"))
-    parser.add_argument("--share", type=float, default=0.5, help="of what the server can do, that is asked of it")
+    parser.add_argument("--share", type=float, default=0.4, help="of what the server can do, that is asked of it")
     parser.add_argument("--memory-swaps", type=int, default=200, help="swaps of the second part; 0: leave it out")
     parser.add_argument("--json", action="store_true", help="print one JSON document instead of the table")
     arguments = parser.parse_args()
     output = arguments.output.resolve()
     output.mkdir(parents=True, exist_ok=True)
     usable = sorted(os.sched_getaffinity(0))
-    cores = ({usable[0]}, {usable[-1]})
+    cores = (set(usable), {usable[-1]})
     row = once(output / "swaps.json", lambda: swaps(output, arguments.share, cores))
     held = once(output / "memory.json", lambda: memory(output, arguments.memory_swaps, cores)) if arguments.memory_swaps else None
     if arguments.json:
