@@ -199,15 +199,17 @@ class Batcher:
                 return
 
     def _learn(self, lane: Lane) -> None:
-        lane.line = self._latencies.line(lane.group, cost=lane.cost) or UNKNOWN
-        self._reckon(lane)
+        line = self._latencies.line(lane.group, cost=lane.cost) or UNKNOWN
+        if line != lane.line:
+            lane.line = line
+            self._reckon(lane)
 
     def _reckon(self, lane: Lane) -> None:
         """Brings the backlog up to date with a lane that changed."""
         self._forecast = None
         self._backlog -= lane.seconds
         lane.seconds = lane.span(lane.rows)
-        self._backlog = self._backlog + lane.seconds if self._jobs else 0.0  # no rounding error outlives the queue
+        self._backlog = max(self._backlog + lane.seconds, 0.0) if self._jobs else 0.0  # no rounding error outlives the queue
 
     def _enter(self, job: Job, lane: Lane, now: float) -> None:
         self._admitted += 1
@@ -246,6 +248,8 @@ class Batcher:
         if line.safe(job.rows) > time:
             return 0.0 if self._may_probe(job, lane, now) else math.inf
         job.promised = True
+        if not self._jobs and len(self._running) < self.workers:
+            return 0.0
         reserve, owed = self._reserve(lane, time, now)
         stretch = self._stretch(job.priority, now)
         ends = sum(run.left(now) for run in self._running)
@@ -269,7 +273,7 @@ class Batcher:
         """The forecast; made once for all the jobs that are refused until something happens, or ought to have."""
         if self._forecast is None or now >= self._holds_until:
             free = [run.free(now) for run in self._running] + [(now, 0.0)] * (self.workers - len(self._running))
-            self._holds_until = min(free)[0]
+            self._holds_until = min(end - math.sqrt(variance) for end, variance in free)
             self._forecast = Forecast(self._active.values(), free, margin=self.margin, backlog=self._backlog)
         return self._forecast
 
@@ -374,8 +378,9 @@ class Batcher:
             return now
         if lane.lingers is None:
             lane.lingers = now
+        gaps = 2 / lane.arrivals.per_second(lane.arrivals.at)
         saved = line.fixed or line.least / 4  # with one size measured, it is anybody's guess
-        return min(due - self.margin - line.safe(rows), lane.lingers + saved, max(lane.lingers, lane.arrivals.at) + 2 / rate)
+        return min(due - self.margin - line.safe(rows), lane.lingers + saved, max(lane.lingers, lane.arrivals.at) + gaps)
 
     def _expire(self, now: float) -> tuple[tuple[Job, Refusal], ...]:
         """Drops what cannot be met any more. A job that nobody waits behind gets its chance until its time has passed."""

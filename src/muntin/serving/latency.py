@@ -36,6 +36,7 @@ _LEAST_SPREAD, _EARLY_SPREAD = 0.03, 0.15
 _SETTLED = 4  # batches after which a size's own figure is what the next one is held against
 _FORGET, _FADED = 1024, 0.02  # batches after which a size that is not seen any more counts for no more than this
 _FIRM, _STALE = 8, 512  # see `Line.firm`: batches of a larger size, and how many batches ago at most
+_LEAST, _MOST = 1e-9, 1e9  # s
 _ANY = 1 << 30  # rows, where their number makes no difference
 
 
@@ -56,11 +57,12 @@ class Line(NamedTuple):
 
     def expected(self, rows: int) -> float:
         """Seconds that a batch takes as a rule."""
-        return max(self.least, self.fixed + self.each * rows)
+        seconds = self.fixed + self.each * rows
+        return seconds if seconds > self.least else self.least
 
     def safe(self, rows: int) -> float:
         """Seconds that about 99 of 100 batches keep, as far as recent ones tell."""
-        return max(self.least, self.fixed + self.each * rows) * self.spread
+        return self.expected(rows) * self.spread
 
     def rows_within(self, seconds: float) -> int:
         """The most rows whose `safe` seconds are within these; 0 where not even one is."""
@@ -94,9 +96,11 @@ class LatencyModel:
         return len(self._groups)
 
     def observe(self, group: Hashable, rows: int, seconds: float, *, cost: float | None = None) -> None:
-        """Learns from one finished batch. Raises `ValueError` for less than one row or for seconds that are not positive and finite."""
-        if rows < 1 or not 0 < seconds < math.inf:
-            raise ValueError(f"rows={rows}, seconds={seconds}: a finished batch has at least 1 row and took a positive, finite time")
+        """Learns from one finished batch; below a nanosecond it counts as that. Raises `ValueError` for less than one row, and for no time
+        or more than 30 years of it."""
+        if rows < 1 or not 0 < seconds < _MOST:
+            raise ValueError(f"rows={rows}, seconds={seconds}: a finished batch has at least 1 row and took a positive, sensible time")
+        seconds = max(seconds, _LEAST)
         found = self._groups.get(group)
         if found is None:
             found = self._groups[group] = _Group()
@@ -141,11 +145,30 @@ class LatencyModel:
 class _Size:
     """One size of batch: mean rows and seconds, how many were seen and which was the last."""
 
-    __slots__ = ("count", "last", "rows", "seconds")
+    __slots__ = ("_early", "count", "last", "rows", "seconds")
 
     def __init__(self, rows: int, seconds: float) -> None:
         self.rows, self.seconds = float(rows), seconds
         self.count = self.last = 0
+        self._early: list[float] = []
+
+    def add(self, rows: int, seconds: float, number: int) -> None:
+        """Counts batch `number` of the group."""
+        self.count += 1
+        self.last = number
+        gain = max(_OWN_GAIN, 1 / self.count)
+        self.rows += (rows - self.rows) * gain
+        if self.count <= _SETTLED:  # the lower median: the first may have compiled
+            insort(self._early, seconds)
+            self.seconds = self._early[(self.count - 1) // 2]
+            return
+        least, most = self.seconds * (1 - _CLIP), self.seconds * (1 + _CLIP)
+        self.seconds += (min(max(seconds, least), most) - self.seconds) * gain
+
+    def scale(self, factor: float) -> None:
+        self.seconds = min(max(self.seconds * factor, _LEAST), _MOST)
+        if self.count < _SETTLED:
+            self._early = [seconds * factor for seconds in self._early]
 
 
 class _Group:
@@ -166,15 +189,18 @@ class _Group:
     def observe(self, rows: int, seconds: float) -> None:
         self._count += 1
         self._largest = max(self._largest, rows)
-        self._recent.append((rows, seconds))
-        if self._count > 1:
-            self._follow(rows, seconds)
-        self._remember(rows, seconds)
+        size = self._sizes.get(_key(rows))
+        if size is None:  # nothing to hold it against but a guess
+            size = self._sizes[_key(rows)] = _Size(rows, seconds)
+        else:
+            self._follow(size, rows, seconds)
+        size.add(rows, seconds, self._count)
         fixed, each, least = self._fit()
         self.line = Line(fixed, each, least, self._spread(), self._largest, self._count, self._firm())
 
-    def _follow(self, rows: int, seconds: float) -> None:
+    def _follow(self, size: _Size, rows: int, seconds: float) -> None:
         """Moves the figures of all sizes, and puts the deviation from the line into the window of the spread."""
+        self._recent.append((rows, seconds))
         deviation = seconds / self._reference(rows) - 1
         if abs(deviation) > _SHIFT and abs((median := self._median()) - 1) > _SHIFT:
             self._scale(median)
@@ -182,12 +208,14 @@ class _Group:
             return
         if self._count > _ROUGH:
             self._push(seconds / self.line.expected(rows))
-        self._scale(1 + min(max(deviation, -_CLIP), _CLIP) * max(_GAIN, 1 / self._count))
+        if size.count >= _SETTLED:  # before that, the line may be to blame
+            self._scale(1 + min(max(deviation, -_CLIP), _CLIP) * _GAIN)
 
     def _median(self) -> float:
-        """Of what the last few batches deviate; of two the lower, since the first call of all may have compiled."""
+        """Of what the last few batches deviate. One or two say nothing unless they are faster: then the first call of all compiled."""
         deviations = sorted(seconds / self._reference(rows) for rows, seconds in self._recent)
-        return deviations[(len(deviations) - 1) // 2]
+        median = deviations[(len(deviations) - 1) // 2]
+        return median if len(deviations) > 2 else min(median, 1.0)
 
     def _reference(self, rows: int) -> float:
         """Seconds to hold a batch against: its own size's, where enough of it were seen, so that a crooked line does not pass for speed."""
@@ -198,7 +226,7 @@ class _Group:
 
     def _scale(self, factor: float) -> None:
         for size in self._sizes.values():
-            size.seconds *= factor
+            size.scale(factor)
 
     def _push(self, deviation: float) -> None:
         self._deviations.append(deviation)
@@ -213,18 +241,6 @@ class _Group:
         if self._count > _ROUGH:
             for rows, seconds in self._recent:
                 self._push(seconds / (self.line.expected(rows) * factor))
-
-    def _remember(self, rows: int, seconds: float) -> None:
-        key = _key(rows)
-        size = self._sizes.get(key)
-        if size is None:
-            size = self._sizes[key] = _Size(rows, seconds)
-        size.count += 1
-        size.last = self._count
-        least, most = size.seconds * (1 - _CLIP), size.seconds * (1 + _CLIP)
-        gain = max(_OWN_GAIN, 1 / size.count)
-        size.seconds += (min(max(seconds, least), most) - size.seconds) * gain
-        size.rows += (rows - size.rows) * gain
 
     def _fit(self) -> tuple[float, float, float]:
         """The line of the least relative error through the sizes, with neither part below 0: `fixed`, `each`, `least`."""

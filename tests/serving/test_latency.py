@@ -1,0 +1,239 @@
+"""What is learned of batches: a line by group, robust to single hiccups, quick to follow a machine that changed, bounded in memory."""
+
+from __future__ import annotations
+
+import math
+import random
+from collections.abc import Callable, Sequence
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from muntin.serving.latency import GROUPS, LatencyModel, Line
+
+FIXED, EACH = 0.001, 0.00015
+
+
+def engine(rows: int) -> float:
+    return FIXED + EACH * rows
+
+
+def taught(
+    batches: int,
+    *,
+    sizes: Sequence[int] = (1, 2, 5, 12, 20, 32),
+    seconds: Callable[[int], float] = engine,
+    sigma: float = 0.07,
+    seed: int = 0,
+) -> tuple[LatencyModel, random.Random]:
+    generator = random.Random(seed)  # noqa: S311 - no secret
+    model = LatencyModel()
+    teach(model, generator, batches, sizes=sizes, seconds=seconds, sigma=sigma)
+    return model, generator
+
+
+def teach(
+    model: LatencyModel,
+    generator: random.Random,
+    batches: int,
+    *,
+    sizes: Sequence[int] = (1, 2, 5, 12, 20, 32),
+    seconds: Callable[[int], float] = engine,
+    sigma: float = 0.07,
+) -> None:
+    for _ in range(batches):
+        rows = generator.choice(sizes)
+        model.observe("g", rows, seconds(rows) * math.exp(generator.gauss(0, sigma)))
+
+
+def expected(model: LatencyModel, rows: int) -> float:
+    found = model.expected("g", rows)
+    assert found is not None
+    return found
+
+
+def safe(model: LatencyModel, rows: int) -> float:
+    found = model.safe("g", rows)
+    assert found is not None
+    return found
+
+
+def test_nothing_is_known_of_a_group_that_was_never_seen() -> None:
+    model, _ = taught(50)
+    assert model.expected("other", 1) is None
+    assert model.safe("other", 1) is None
+    assert model.line("other") is None
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_the_line_is_learned_between_and_beyond_the_sizes_that_were_seen(seed: int) -> None:
+    model, _ = taught(200, sizes=(1, 4, 16), seed=seed)
+    for rows in (1, 2, 8, 16, 32):
+        assert expected(model, rows) == pytest.approx(engine(rows), rel=0.08)
+
+
+def test_an_engine_without_a_fixed_part_and_one_without_a_cost_by_row() -> None:
+    model, _ = taught(100, seconds=lambda rows: 0.012 * rows, sigma=0.0)
+    line = model.line("g")
+    assert line is not None
+    assert (line.fixed, line.each) == (pytest.approx(0, abs=1e-4), pytest.approx(0.012, rel=0.01))
+    model, _ = taught(100, seconds=lambda rows: 0.02 - 0.0001 * rows, sigma=0.0)
+    line = model.line("g")
+    assert line is not None
+    assert line.each == 0
+    assert line.expected(1000) == pytest.approx(0.02, rel=0.2)
+
+
+def test_one_size_alone_promises_no_gain() -> None:
+    model, _ = taught(20, sizes=(8,), sigma=0.0)
+    assert expected(model, 1) == pytest.approx(engine(8))
+    assert expected(model, 16) == pytest.approx(2 * engine(8))
+    line = model.line("g")
+    assert line is not None
+    assert (line.largest, line.seen, line.firm) == (8, 20, False)
+
+
+def test_safe_covers_about_99_of_100_batches() -> None:
+    for sigma in (0.05, 0.1):
+        model, generator = taught(400, sigma=sigma)
+        kept = 0
+        for _ in range(2000):
+            rows = generator.choice((1, 5, 20))
+            seconds = engine(rows) * math.exp(generator.gauss(0, sigma))
+            kept += seconds <= safe(model, rows)
+            model.observe("g", rows, seconds)
+        assert 0.975 < kept / 2000 < 0.9999
+        assert safe(model, 5) < expected(model, 5) * math.exp(4 * sigma)
+
+
+def test_a_hiccup_changes_next_to_nothing() -> None:
+    model, generator = taught(200)
+    before = expected(model, 5), safe(model, 5)
+    model.observe("g", 5, 0.3)
+    assert expected(model, 5) < before[0] * 1.03
+    assert safe(model, 5) < before[1] * 1.15
+    teach(model, generator, 30)
+    assert safe(model, 5) < before[1] * 1.15
+
+
+def test_a_first_call_that_compiled_is_forgotten_by_the_second() -> None:
+    model = LatencyModel()
+    model.observe("g", 1, 0.3)
+    model.observe("g", 1, 0.012)
+    assert expected(model, 1) == pytest.approx(0.012, rel=0.3)
+    for _ in range(20):
+        model.observe("g", 1, 0.012)
+    assert expected(model, 1) == pytest.approx(0.012, rel=0.05)
+    assert safe(model, 1) < 0.015
+
+
+@pytest.mark.parametrize("factor", [2.0, 0.5, 10.0])
+def test_a_machine_that_changes_is_followed_within_a_dozen_batches(factor: float) -> None:
+    model, generator = taught(300)
+    teach(model, generator, 12, seconds=lambda rows: factor * engine(rows))
+    for rows in (1, 5, 20):
+        assert expected(model, rows) == pytest.approx(factor * engine(rows), rel=0.2)
+        assert safe(model, rows) < factor * engine(rows) * 1.5
+
+
+def test_a_slow_drift_is_followed_too() -> None:
+    model, generator = taught(300)
+    for step in range(200):
+        teach(model, generator, 1, seconds=lambda rows, step=step: engine(rows) * (1 + step / 200))  # type: ignore[misc]
+    assert expected(model, 5) == pytest.approx(2 * engine(5), rel=0.15)
+
+
+def test_sizes_that_are_not_seen_keep_their_proportion() -> None:
+    """Thousands of lone rows, then a machine twice as slow: what 32 rows take is still known."""
+    model, generator = taught(200)
+    teach(model, generator, 5000, sizes=(1,))
+    assert expected(model, 32) == pytest.approx(engine(32), rel=0.25)
+    teach(model, generator, 100, sizes=(1,), seconds=lambda rows: 2 * engine(rows))
+    assert expected(model, 32) == pytest.approx(2 * engine(32), rel=0.25)
+
+
+def test_a_crooked_engine_is_covered_by_the_spread() -> None:
+    """Full multiples of 8 are what it likes: a line misses, and `safe` makes up for it."""
+    model, _ = taught(500, sizes=(1, 3, 8, 9, 12, 16), seconds=lambda rows: 0.004 * math.ceil(rows / 8), sigma=0.02)
+    for rows in (8, 9, 12, 16):
+        assert safe(model, rows) > 0.004 * math.ceil(rows / 8) * 0.98
+
+
+def test_rows_within_is_the_inverse_of_safe() -> None:
+    for line in (
+        Line(0.001, 0.0002, 0.0, 1.2, 8, 9, True),
+        Line(0.0, 0.012, 0.012, 1.1, 1, 9, False),
+        Line(0.01, 0.0, 0.0, 1.1, 8, 9, True),
+    ):
+        for seconds in (0.0, 0.001, 0.0101, 0.0123, 0.1):
+            rows = line.rows_within(seconds)
+            assert rows == 0 or line.safe(rows) <= seconds * (1 + 1e-9)
+            assert rows > 10_000 or line.safe(rows + 1) > seconds
+    assert Line(0.01, 0.0, 0.0, 1.0, 1, 1, True).rows_within(math.inf) > 1_000_000
+    assert Line(0.01, 0.1, 0.0, 1.0, 1, 1, True).rows_within(math.inf) > 1_000_000
+
+
+def test_a_group_that_was_never_seen_is_scaled_by_cost_from_the_nearest_one() -> None:
+    model = LatencyModel()
+    for _ in range(10):
+        model.observe("small", 1, 0.01, cost=100)
+        model.observe("large", 1, 0.15, cost=1000)
+    assert model.expected("new", 1, cost=200) == pytest.approx(0.02, rel=0.01)
+    assert model.expected("new", 1, cost=2000) == pytest.approx(0.3, rel=0.01)
+    assert model.safe("new", 2, cost=200) == pytest.approx(0.04 * 1.15, rel=0.01)
+    assert model.expected("new", 1) is None
+    assert model.expected("small", 1, cost=5000) == pytest.approx(0.01)
+
+
+def test_cost_helps_nobody_where_no_measured_group_has_one() -> None:
+    model, _ = taught(10)
+    assert model.expected("new", 1, cost=5) is None
+
+
+def test_groups_are_bounded_and_the_least_used_goes_first() -> None:
+    model = LatencyModel(groups=3)
+    for group in "abcd":
+        model.observe(group, 1, 0.01)
+        model.observe("a", 1, 0.01)
+    assert len(model) == 3
+    assert model.expected("b", 1) is None
+    assert model.expected("a", 1) is not None
+    many = LatencyModel()
+    for group in range(1000):
+        many.observe(group, 1, 0.01)
+    assert len(many) == GROUPS
+
+
+@pytest.mark.parametrize(("rows", "seconds"), [(0, 0.1), (-1, 0.1), (1, 0.0), (1, -0.1), (1, math.inf), (1, math.nan), (1, 1e9)])
+def test_what_no_batch_can_have_taken(rows: int, seconds: float) -> None:
+    with pytest.raises(ValueError, match=f"rows={rows}, seconds={seconds}"):
+        LatencyModel().observe("g", rows, seconds)
+    with pytest.raises(ValueError, match="groups=0"):
+        LatencyModel(groups=0)
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    st.lists(
+        st.tuples(st.integers(1, 64), st.floats(1e-5, 10.0) | st.floats(0, 1e9, exclude_min=True, exclude_max=True)),
+        min_size=1,
+        max_size=150,
+    )
+)
+def test_whatever_is_observed_the_line_is_sound(batches: list[tuple[int, float]]) -> None:
+    model = LatencyModel()
+    for rows, seconds in batches:
+        model.observe("g", rows, seconds)
+        line = model.line("g")
+        assert line is not None
+        assert min(line.fixed, line.each, line.least) >= 0
+        assert 1 < line.spread < math.inf
+        before = 0.0
+        for n in (1, 2, 7, 64, 1000):
+            assert before <= line.expected(n) < line.safe(n) < math.inf
+            assert line.expected(n) > 0
+            before = line.expected(n)
+    group = model._groups["g"]
+    assert len(group._deviations) == len(group._ordered) <= 128
+    assert len(group._sizes) <= 40
