@@ -25,6 +25,7 @@ from muntin.compression.change import Change, Pass
 from muntin.compression.fake_quantization import along, round_to_grid, weight_limit, weight_scale
 from muntin.compression.fold import fold
 from muntin.compression.observer import ActivationGrid, Observer, usable
+from muntin.compression.pixel_grid import align_with_pixels
 from muntin.compression.quantization import (
     call_every_layer,
     check_kept,
@@ -301,6 +302,7 @@ def freeze(batches: Sequence[Tensor]) -> Pass:
         for name, layer in named(model, nn.Linear, nn.Conv2d):
             round_to_half(layer)
             changes.append(Change(layer=name, pass_="quantize", done="kept", reason="16 bits, as assigned"))
+        align_with_pixels(model, batches[0])
         return changes
 
     return pass_

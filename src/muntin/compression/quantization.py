@@ -19,6 +19,7 @@ from muntin.compression.calibration import calibration_list, check_weights, obse
 from muntin.compression.change import Change, Pass
 from muntin.compression.fold import fold
 from muntin.compression.observer import Observer
+from muntin.compression.pixel_grid import align_with_pixels
 from muntin.compression.quantized import QuantizedConv2d, QuantizedLayer, QuantizedLinear
 from muntin.compression.rewrite import named, replace
 from muntin.errors import MuntinError
@@ -125,6 +126,7 @@ def _replace_layers(model: nn.Module, layers: dict[str, nn.Module], batches: Seq
             round_to_half(layers[name])
             changes.append(Change(layer=name, pass_="quantize", done="kept", reason=reason or "", sqnr_db=sqnr.get(name)))
     call_every_layer(model)
+    align_with_pixels(model, batches[0])
     return changes
 
 

@@ -27,6 +27,9 @@ from muntin.runtime.signals import signal_stack_kept
 
 TOLERANCE = 1.0
 """Largest error of a layer, in steps: a value that lies between two levels may be rounded either way, and moves one input by one step."""
+NUDGE = 1e-4
+"""Steps. A picture has few distinct values, and where one of them lies between two levels, all of its pixels are rounded the way that the
+engine's last bit says: an output is compared with what its inputs give as they are, and with all of them this much higher, and lower."""
 FLOAT_ERROR = 1e-5
 """What the order of a sum may change, relative to the layer's largest output."""
 
@@ -71,22 +74,32 @@ def verify_layers(artifact: Artifact, images: Sequence[NDArray[np.uint8]]) -> tu
     worst: dict[str, float] = {layer.name: 0.0 for layer in layers}
     for images_BHWC in images:
         taps = _run_tapped(model, layers, images_BHWC)
-        wanted = alone.run(None, {_fed(name): taps[name] for layer in layers for name in layer.inputs})
-        answers = dict(zip([output.name for output in alone.get_outputs()], wanted, strict=True))
+        answers = [_answers(alone, layers, taps, nudge) for nudge in (0.0, NUDGE, -NUDGE)]
         for layer in layers:
             worst[layer.name] = max(worst[layer.name], _error(layer, answers, taps[layer.output]))
     return tuple(LayerCheck(name=name, error=error) for name, error in worst.items())
 
 
-def _error(layer: _Layer, answers: dict[str, NDArray[Any]], got: NDArray[Any]) -> float:
-    wanted = answers[layer.output]
-    left, right = (answers[name] for name in layer.operands)
+def _answers(alone: Any, layers: Sequence[_Layer], taps: dict[str, NDArray[Any]], nudge: float) -> dict[str, NDArray[Any]]:
+    """What every layer should have given, and its operands, where its unrounded inputs are all `nudge` steps higher."""
+    fed: dict[str, NDArray[Any]] = {}
+    for layer in layers:
+        for name, scale in zip(layer.inputs, layer.scales, strict=True):
+            fed[_fed(name)] = (taps[name] + np.float32(nudge * scale)).astype(np.float32)
+    return dict(zip([output.name for output in alone.get_outputs()], alone.run(None, fed), strict=True))
+
+
+def _error(layer: _Layer, answers: list[dict[str, NDArray[Any]]], got: NDArray[Any]) -> float:
+    """Of each output the difference from the nearest of the answers."""
+    wanted = answers[0][layer.output]
+    left, right = (answers[0][name] for name in layer.operands)
     step = layer.scales[0] * float(np.abs(right).max(initial=0))
     if len(layer.scales) > 1:
         step += layer.scales[1] * float(np.abs(left).max(initial=0))
     if not np.isfinite(got).all():
         return float("inf")
-    difference = float(np.abs(got.astype(np.float64) - wanted).max(initial=0)) - FLOAT_ERROR * float(np.abs(wanted).max(initial=0))
+    differences = [np.abs(got.astype(np.float64) - answer[layer.output]) for answer in answers]
+    difference = float(np.minimum.reduce(differences).max(initial=0)) - FLOAT_ERROR * float(np.abs(wanted).max(initial=0))
     return max(0.0, difference) / step if step > 0 else (0.0 if difference <= 0 else float("inf"))
 
 
