@@ -20,7 +20,7 @@ from muntin.serving.config import Bounds
 from muntin.serving.connection import BoundedConnection, Ledger
 
 BOUNDS = Bounds(
-    body_bytes=100_000, header_bytes=2048, held_bytes=250_000, connections=8, header_seconds=0.4, body_seconds=0.4, idle_seconds=30
+    body_bytes=100_000, header_bytes=2048, held_bytes=250_000, connections=8, header_seconds=0.8, body_seconds=0.8, idle_seconds=30
 )
 
 
