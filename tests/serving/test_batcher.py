@@ -144,7 +144,7 @@ def test_a_job_is_refused_as_soon_as_the_backlog_leaves_it_too_little_time() -> 
     occupy(batcher, 0.0)  # until 0.01
     admitted(batcher, 0.0, *(job_of() for _ in range(4)))  # until 0.05
     refusal = refused(batcher, job_of(), 0.0, "late")
-    assert "4 requests before it" in refusal.message
+    assert "4 requests wait" in refusal.message
     assert refusal.retry_after is not None
     assert 0.004 < refusal.retry_after < 0.007
     admitted(batcher, refusal.retry_after + 0.0005, job_of())
@@ -763,7 +763,7 @@ class Anything(RuleBasedStateMachine):
         assert snapshot.waiting_bytes == sum(job.nbytes for job in self.waiting) <= 200
         assert snapshot.waiting_groups == len({job.group for job in self.waiting})
         assert snapshot.running_batches == len(self.running)
-        assert snapshot.backlog_s >= -1e-9
+        assert snapshot.backlog_s >= 0
         assert len(self.outcomes) + len(self.waiting) + sum(len(batch.jobs) for batch in self.running) == self.submitted
 
     def teardown(self) -> None:
@@ -782,5 +782,5 @@ class Anything(RuleBasedStateMachine):
         assert self.batcher.waiting == 0
 
 
-Anything.TestCase.settings = settings(max_examples=200, stateful_step_count=40, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+Anything.TestCase.settings = settings(max_examples=100, stateful_step_count=40, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 TestAnything = Anything.TestCase

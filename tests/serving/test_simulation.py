@@ -49,7 +49,8 @@ def best_refusal(*, service: float, objective: float, load: float, requests: int
 
 
 @pytest.mark.parametrize(
-    ("name", "requests", "refused"), [("segmentation", 20_000, 0.085), ("classifier", 60_000, 0.05), ("sizes", 30_000, 0.01)]
+    ("name", "requests", "refused"),
+    [("segmentation", 20_000, 0.085), pytest.param("classifier", 60_000, 0.05, marks=pytest.mark.slow), ("sizes", 30_000, 0.01)],
 )
 def test_at_90_percent_of_saturation_what_is_admitted_is_answered_in_time(
     simulation: Any, scenarios: dict[str, Any], name: str, requests: int, refused: float
@@ -137,6 +138,7 @@ def test_a_hiccup_of_300_ms_closes_the_server_for_as_long_as_it_lasts(simulation
     assert summary.dropped + summary.late < 12
 
 
+@pytest.mark.slow
 def test_more_urgent_requests_hardly_notice_an_overload(simulation: Any, scenarios: dict[str, Any]) -> None:
     for name in ("segmentation", "classifier", "sizes"):
         scenario = at(scenarios[name], 1.5, priorities=(0.2, 0.8), hiccups=0)
