@@ -7,6 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from muntin.serving import compiler as module
@@ -68,3 +69,6 @@ def test_what_cannot_be_compiled_changes_nothing(
             compiler.note(version, call)
     wait_until(lambda: len(tried) == 2)
     compiler.close()
+    compiled: Any = version.session
+    assert not any(shape in ((1, 5, 5, 3), (1, 6, 6, 3)) for shape, _ in compiled._compiled)
+    assert version.session.labels(np.zeros((1, 5, 5, 3), np.uint8)).shape == (1, 5, 5)

@@ -33,6 +33,8 @@ def test_ten_million_hostile_inputs(hostile: Any) -> None:
 
 def test_a_million_requests_in_simulated_time(simulation: Any) -> None:
     summary = simulation.simulate(1_000_000, seed=1)
+    assert summary.answered > 0
+    assert summary.requests <= 1_000_000
     print(summary)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -73,9 +74,14 @@ def serve_command(
         where = "".join(f"--{str(part).replace('_', '-')}: " for part in first["loc"][:1])
         raise DataError(f"{where}{first['msg']}") from error
     server = Server(artifact, config, notify=lambda line: say(f"muntin: {line}"))
-    with status(f"loading {artifact}") as stage:
-        stage("verifying, compiling")
-    server.run(up=lambda: _tell(server, config, json))
+    with ExitStack() as loading:
+        loading.enter_context(status(f"loading {artifact}: verifying, compiling"))
+
+        def up() -> None:
+            loading.close()
+            _tell(server, config, json)
+
+        server.run(up=up)
     say("muntin: stopped; every request that was admitted has been answered")
 
 

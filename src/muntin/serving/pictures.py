@@ -23,7 +23,7 @@ from muntin.runtime import predict
 from muntin.runtime.images import decode_image, encode_png, overlay
 from muntin.serving.json_codec import encode_json
 from muntin.serving.protocol import ProtocolError, shown
-from muntin.serving.service import PRIORITY, Service
+from muntin.serving.service import PRIORITY, RefusedRequestError, Service
 from muntin.serving.slot import Lease
 from muntin.serving.version import Version
 
@@ -66,7 +66,7 @@ class Pictures:
             if name != "output":
                 raise ProtocolError(f'query parameter {shown(name)}: there is "output"')
         if self._pending >= WAITING:
-            raise ProtocolError(f"{WAITING} pictures are in the works: try again", status=503)
+            raise RefusedRequestError(f"{WAITING} pictures are in the works: try again")
         self._pending += 1
         try:
             with self._service.lease(self._service.name, None) as lease:
