@@ -17,20 +17,46 @@ import pytest
 import uvicorn
 
 from muntin.serving.config import Bounds
-from muntin.serving.connection import BoundedConnection, Ledger
+from muntin.serving.connection import BoundedConnection, Ledger, Reply
 
 BOUNDS = Bounds(
     body_bytes=100_000, header_bytes=2048, held_bytes=250_000, connections=8, header_seconds=0.8, body_seconds=0.8, idle_seconds=30
 )
 
 
+LARGE = 64 << 20
+
+
 class Echo:
-    """Answers a body's length and its first bytes; /slow when it is told to, /large with many megabytes."""
+    """Answers a body's length and its first bytes; /slow when it is told to, /large with many megabytes. By ASGI, or without it."""
 
     def __init__(self) -> None:
         self.release = threading.Event()
         self.begun: list[str] = []
         self.cancelled = 0
+
+    def takes(self, scope: Any) -> bool:
+        return True
+
+    def begin(self, scope: Any, body: Any, reply: Reply) -> Callable[[], object]:
+        self.begun.append(scope["path"])
+        if scope["path"] == "/large":
+            reply(200, [], [b"x" * (LARGE // 2), b"x" * (LARGE // 2)])
+            return lambda: None
+        if scope["path"] != "/slow":
+            reply(200, [], [answer(body)])
+            return lambda: None
+        task = asyncio.get_running_loop().create_task(self._reply_slowly(body, reply))
+        return task.cancel
+
+    async def _reply_slowly(self, body: Any, reply: Reply) -> None:
+        try:
+            while not self.release.is_set():
+                await asyncio.sleep(0.005)
+        except asyncio.CancelledError:
+            self.cancelled += 1
+        else:
+            reply(200, [], [answer(body)])
 
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
         try:
@@ -39,15 +65,15 @@ class Echo:
             self.begun.append(scope["path"])
             while scope["path"] == "/slow" and not self.release.is_set():
                 await asyncio.sleep(0.005)
-            body = (
-                b"x" * (64 << 20)
-                if scope["path"] == "/large"
-                else json.dumps([len(message["body"]), bytes(message["body"][:9]).decode()]).encode()
-            )
+            body = b"x" * LARGE if scope["path"] == "/large" else answer(message["body"])
             await send({"type": "http.response.start", "status": 200, "headers": [(b"content-length", b"%d" % len(body))]})
             await send({"type": "http.response.body", "body": body})
         except asyncio.CancelledError:
             self.cancelled += 1
+
+
+def answer(body: Any) -> bytes:
+    return json.dumps([len(body), bytes(body[:9]).decode()]).encode()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -83,10 +109,10 @@ def read(client: socket.socket) -> bytes:
             return found
 
 
-@pytest.fixture
-def served() -> Iterator[Served]:
+@pytest.fixture(params=["asgi", "direct"])
+def served(request: pytest.FixtureRequest) -> Iterator[Served]:
     app, ledger = Echo(), Ledger(BOUNDS)
-    http: Any = partial(BoundedConnection, ledger=ledger)
+    http: Any = partial(BoundedConnection, ledger=ledger, direct=app if request.param == "direct" else None)
     config = uvicorn.Config(
         app, http=http, ws="none", lifespan="off", log_config=None, access_log=False, interface="asgi3", timeout_graceful_shutdown=1
     )
@@ -229,6 +255,96 @@ def test_more_time_than_allowed_may_pass_while_an_answer_is_computed(served: Ser
         time.sleep(3 * BOUNDS.body_seconds)
         served.app.release.set()
         assert read_json(read(client)) == [1, "x"]
+
+
+def test_many_requests_at_once_are_answered_in_order_and_the_connection_stays(served: Served) -> None:
+    with closing(served.connect()) as client:
+        client.sendall(b"".join(post(b"%d" % n) for n in range(20)))
+        found = b""
+        while found.count(b"\r\n\r\n") < 20 or not found.endswith(b"]"):
+            found += client.recv(65536)
+        answers = [json.loads(part[: part.index(b"]") + 1]) for part in found.split(b"\r\n\r\n")[1:]]
+        assert answers == [[len(str(n)), str(n)] for n in range(20)]
+        client.sendall(post(b"again"))
+        assert read_json(read(client)) == [5, "again"]
+
+
+def test_who_asks_before_sending_is_told_to_go_on(served: Served) -> None:
+    with closing(served.connect()) as client:
+        head, body = post(b"body", more=b"Expect: 100-continue\r\n").split(b"\r\n\r\n")
+        client.sendall(head + b"\r\n\r\n")
+        assert client.recv(1024) == b"HTTP/1.1 100 Continue\r\n\r\n"
+        client.sendall(body)
+        assert read_json(read(client)) == [4, "body"]
+
+
+def test_who_sends_many_requests_and_reads_no_answer_is_cut_off(served: Served) -> None:
+    with closing(served.connect()) as client:
+        client.sendall(post(b"", "/large") * 20)
+        wait(lambda: not served.server.server_state.connections)
+        assert len(served.app.begun) < 20
+
+
+def test_a_head_that_came_before_is_known_whatever_way_its_body_comes(served: Served) -> None:
+    one, two = post(b"first body"), post(b"other body")
+    head = one.partition(b"\r\n\r\n")[0] + b"\r\n\r\n"
+    with closing(served.connect()) as client:
+        client.sendall(one)
+        assert read_json(read(client)) == [10, "first bod"]
+        assert set(served.ledger.known) <= {head}
+        for cut in (0, 5, len(head) - 2, len(head), len(head) + 1, len(two) - 1):
+            for piece in (two[:cut], two[cut:]):
+                client.sendall(piece)
+                time.sleep(0.02)
+            assert read_json(read(client)) == [10, "other bod"]
+        client.sendall(two + one + post(b"third", "/other") + two)
+        found = b""
+        while found.count(b"]") < 4:
+            found += client.recv(65536)
+        assert [part[: part.index(b"]") + 1] for part in found.split(b"\r\n\r\n")[1:]] == [
+            b'[10, "other bod"]', b'[10, "first bod"]', b'[5, "third"]', b'[10, "other bod"]',
+        ]  # fmt: skip
+    wait(lambda: served.ledger.held == 0)
+
+
+def test_a_known_head_whose_body_never_comes_is_cut_off_and_what_it_held_is_free(served: Served) -> None:
+    assert read_json(served.ask(post(b"first body"))) == [10, "first bod"]
+    with closing(served.connect()) as client:
+        client.sendall(post(b"first body")[:-4])
+        assert b" 408 " in read(client)
+    with closing(served.connect()) as client:
+        client.sendall(post(b"first body")[:-4])
+        wait(lambda: served.ledger.held)
+    wait(lambda: served.ledger.held == 0)
+
+
+@pytest.mark.parametrize("more", [b"Connection: close\r\n", b"Expect: 100-continue\r\n", b"Content-Length: 4\r\n"])
+def test_a_head_that_says_more_than_a_length_is_parsed_each_time(served: Served, more: bytes) -> None:
+    for _ in range(2):
+        answered = served.ask(post(b"body", more=more))
+        if more.startswith(b"Content"):
+            assert b" 400 " in answered
+        elif more.startswith(b"Connection"):
+            assert b"connection: close" in answered
+            assert read_json(answered) == [4, "body"]
+        else:
+            assert answered.startswith(b"HTTP/1.1 100 Continue")
+    assert not served.ledger.known
+
+
+def test_a_head_with_bare_line_feeds_is_not_remembered(served: Served) -> None:
+    crooked = b"POST / HTTP/1.1\nHost: a\nContent-Length: 6\n\nab\r\n\r\n"
+    for _ in range(2):
+        served.ask(crooked)
+    assert not served.ledger.known
+
+
+def test_known_heads_are_bounded(served: Served) -> None:
+    with closing(served.connect()) as client:
+        for n in range(300):
+            client.sendall(post(b"body", more=b"X-Number: %d\r\n" % n))
+            assert read_json(read(client)) == [4, "body"]
+    assert len(served.ledger.known) <= 256
 
 
 def read_json(answer: bytes) -> list[Any]:

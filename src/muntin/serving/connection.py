@@ -5,14 +5,18 @@ reading of an answer may take, how large headers and a body may be, how many byt
 there are. A body is handed to the application in one piece once it is whole: an image of a megabyte would wake it a dozen times otherwise.
 Where its length was announced it lies in memory that bodies before it lay in: fresh memory costs a page fault for every 4 KiB.
 
-A client that goes away while its answer is computed cancels the task that waits for it.
+What answers some requests without ASGI (`Direct`) is called when the body is whole, without a task, and its answer is written in one piece.
+A client sends it the same head, byte for byte, with every image of a size: one that was parsed before is known by its bytes, and what
+follows it is its body (`Known`). Whoever computes an answer is told when the client goes away.
 """
 
 from __future__ import annotations
 
 import asyncio
+from collections import OrderedDict
+from collections.abc import Callable, MutableMapping
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
@@ -20,8 +24,38 @@ from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
 from muntin.runtime.buffers import Buffers
 from muntin.serving.config import Bounds
 
+Reply = Callable[[int, list[tuple[bytes, bytes]], list[Any]], None]
+"""(status, header fields without the length, the body's parts): an answer. Called once, on the event loop."""
 _DIGITS = 15
 """Of a body's length, at most: more than any bound."""
+_CHANGING = frozenset({b"transfer-encoding", b"upgrade", b"expect", b"connection"})
+"""Headers by which a head is more than the length of its body."""
+_SMALL = 1 << 14
+"""Bytes of an answer below which its parts are put together: copying them costs less than sending them one by one."""
+_MAPPED = 1 << 17
+"""Bytes from which memory comes from the system, a fault for every page, and is worth keeping."""
+
+
+_HEADS, _HEAD_BYTES = 256, 1024  # that are known, and their length at most
+
+
+class Known(NamedTuple):
+    """What a request's head said: the ASGI scope, but for the client, and the length of the body."""
+
+    scope: dict[str, Any]
+    length: int
+
+
+class Direct(Protocol):
+    """What answers some requests without ASGI."""
+
+    def takes(self, scope: MutableMapping[str, Any], /) -> bool:
+        """Whether it answers a request, of which the headers are there."""
+        ...
+
+    def begin(self, scope: MutableMapping[str, Any], body: Any, reply: Reply, /) -> Callable[[], object]:
+        """Has it answered, now or later. Returns what is called if the client goes before."""
+        ...
 
 
 class Ledger:
@@ -34,23 +68,58 @@ class Ledger:
         """Bytes of bodies that are being received or answered."""
         self.refused: dict[int, int] = {}
         """Requests that no application saw, by status."""
+        self.known: OrderedDict[bytes, Known] = OrderedDict()
+        """Heads of requests for the short way, by their bytes."""
+
+    def learn(self, head: bytes, known: Known) -> None:
+        self.known[head] = known
+        if len(self.known) > _HEADS:
+            self.known.popitem(last=False)
+
+
+class _Turn:
+    """A request with a known head, as uvicorn's cycle is one whose head it parsed."""
+
+    class _Nobody:
+        def set(self) -> None:
+            return
+
+    __slots__ = ("body", "disconnected", "keep_alive", "response_complete", "response_started", "scope", "whole")
+    message_event = _Nobody()
+    """Nobody waits for it."""
+
+    def __init__(self, scope: dict[str, Any], whole: memoryview) -> None:
+        self.scope, self.whole = scope, whole
+        self.keep_alive = True
+        self.disconnected = self.response_started = self.response_complete = False
 
 
 class BoundedConnection(HttpToolsProtocol):
-    """One connection. `ledger` is shared by all of a server."""
+    """One connection. `ledger` is shared by all of a server. `direct`: what answers beside the application."""
 
-    def __init__(self, *, ledger: Ledger, config: Any, server_state: Any, app_state: Any, _loop: Any = None) -> None:
+    def __init__(
+        self, *, ledger: Ledger, config: Any, server_state: Any, app_state: Any, direct: Direct | None = None, _loop: Any = None
+    ) -> None:
         super().__init__(config=config, server_state=server_state, app_state=app_state, _loop=_loop)
-        self._ledger, self._bounds = ledger, ledger.bounds
+        self._ledger, self._bounds, self._direct = ledger, ledger.bounds, direct
         self._timer: asyncio.TimerHandle | None = None
+        """Until when what is arriving has to be there."""
+        self._unread: asyncio.TimerHandle | None = None
+        """Until when what was written has to be read."""
         self._head: int | None = None
         """Bytes of the headers that are arriving; None where none are."""
+        self._parsing = False
+        """Whether the parser is in the middle of a request."""
+        self._raw = b""
+        """The head that is being parsed, if all of it came at once."""
+        self._turn: _Turn | None = None
+        """The request with a known head of which the body is arriving."""
         self._body = 0
         """Bytes of the body that is arriving, as far as they have come."""
         self._held: dict[Any, int] = {}
         """By cycle (a request and its answer; several where a client does not wait for answers): what the ledger holds for it."""
-        self._running: tuple[Any, asyncio.Task[None]] | None = None
-        """The cycle that is being answered."""
+        self._running: tuple[Any, Callable[[], object] | None] | None = None
+        """The cycle that is being answered, and how to stop that; None: its body is awaited."""
 
     # ---- the transport's events ----
 
@@ -62,8 +131,19 @@ class BoundedConnection(HttpToolsProtocol):
             self._expect(self._bounds.header_seconds)
 
     def data_received(self, data: bytes) -> None:
-        if self.transport.is_closing():
-            return
+        while data and not self.transport.is_closing():
+            data = self._take(data)
+
+    def _take(self, data: bytes) -> bytes:
+        """What is left of the data: what comes behind a known request's body."""
+        if self._turn is not None:
+            return self._fill(self._turn, memoryview(data))
+        if self._direct is not None and not self._parsing and (self.cycle is None or self.cycle.response_complete):
+            end = data.find(b"\r\n\r\n", 0, _HEAD_BYTES) + 4
+            self._raw = data[:end] if end > 4 else b""
+            known = self._ledger.known.get(self._raw)
+            if known is not None and self._may_hold(known.length):
+                return self._start_known(known, memoryview(data)[end:])
         super().data_received(data)
         if self._head is not None and not self.transport.is_closing():  # still incomplete
             self._head += len(data)
@@ -71,19 +151,22 @@ class BoundedConnection(HttpToolsProtocol):
                 self._refuse_head()
             elif self._timer is None:
                 self._expect(self._bounds.header_seconds)
+        return b""
 
     def connection_lost(self, exc: Exception | None) -> None:
         self._stop_timer()
+        self._stop_unread()
         self._abandon()
         super().connection_lost(exc)
 
     def pause_writing(self) -> None:
         super().pause_writing()
-        self._expect(self._bounds.body_seconds)
+        self._stop_unread()
+        self._unread = self.loop.call_later(self._bounds.body_seconds, self._not_read)
 
     def resume_writing(self) -> None:
         super().resume_writing()
-        self._stop_timer()
+        self._stop_unread()
 
     def send_400_response(self, msg: str) -> None:
         self._refuse(400, "no valid HTTP request")
@@ -92,7 +175,8 @@ class BoundedConnection(HttpToolsProtocol):
 
     def on_message_begin(self) -> None:
         super().on_message_begin()
-        self._head, self._body = 0, 0
+        self._unset_keepalive_if_required()  # the answer before may have gone out in the middle of what is parsed
+        self._head, self._body, self._parsing = 0, 0, True
 
     def on_headers_complete(self) -> None:
         self._head = None
@@ -111,7 +195,7 @@ class BoundedConnection(HttpToolsProtocol):
             self._hold(int(length))
             if int(length):
                 cycle: Any = self.cycle
-                cycle.whole = self._ledger.buffers.take((int(length),), np.uint8).data
+                cycle.whole = self._memory(int(length))
                 cycle.receive = partial(_receive, cycle)  # in place of uvicorn's, which copies what came into a new object
 
     def on_body(self, body: bytes) -> None:
@@ -135,9 +219,12 @@ class BoundedConnection(HttpToolsProtocol):
         self.cycle.body += body
 
     def on_message_complete(self) -> None:
+        self._parsing, self._raw = False, b""
         if not self.transport.is_closing():
             self._stop_timer()
             super().on_message_complete()
+            if self._running == (self.cycle, None):
+                self._begin(self.cycle)
 
     def on_response_complete(self) -> None:
         if self._running is not None:
@@ -146,10 +233,95 @@ class BoundedConnection(HttpToolsProtocol):
         super().on_response_complete()
 
     def _start_asgi_task(self, cycle: Any, app: Any) -> None:
+        if self._direct is not None and self._direct.takes(cycle.scope):
+            self._running = cycle, None
+            if cycle.waiting_for_100_continue:
+                _say_continue(cycle)
+            elif self._raw and cycle.more_body:
+                self._learn(cycle)
+            if not cycle.more_body:  # it waited behind another one; not from inside that one's end, for there may be a thousand
+                self.loop.call_soon(self._begin, cycle)
+            return
         task = self.loop.create_task(cycle.run_asgi(app))
-        self._running = cycle, task
+        self._running = cycle, task.cancel
         task.add_done_callback(self.tasks.discard)
         self.tasks.add(task)
+
+    # ---- the short way ----
+
+    def _learn(self, cycle: Any) -> None:
+        """Remembers the head that was just parsed, if whatever has the same bytes is a request with a body of the same length."""
+        head, scope = self._raw, cycle.scope
+        lengths = [value for name, value in scope["headers"] if name == b"content-length"]
+        plain = cycle.keep_alive and scope["http_version"] == "1.1" and not any(name in _CHANGING for name, _ in scope["headers"])
+        # With no line feed alone in it, the first empty line ends it, for this parser and for any other.
+        if plain and len(lengths) == 1 and int(lengths[0]) and head.count(b"\n") == head.count(b"\r\n"):
+            self._ledger.learn(head, Known(dict(scope), int(lengths[0])))
+
+    def _start_known(self, known: Known, came: memoryview) -> bytes:
+        self._unset_keepalive_if_required()
+        self._stop_timer()
+        turn = _Turn({**known.scope, "client": self.client, "server": self.server}, self._memory(known.length))
+        self.cycle, self._turn, self._body = turn, turn, 0  # type: ignore[assignment]
+        self._hold(known.length)
+        if len(came) < known.length:
+            self._expect(self._bounds.body_seconds)
+        return self._fill(turn, came)
+
+    def _fill(self, turn: _Turn, came: memoryview) -> bytes:
+        """Takes more of a known request's body, and returns what comes behind it: another request."""
+        part = came[: len(turn.whole) - self._body]
+        turn.whole[self._body : self._body + len(part)] = part
+        self._body += len(part)
+        if self._body < len(turn.whole):
+            return b""
+        self._turn = None
+        self._stop_timer()
+        self._running = turn, None
+        self._begin(turn)
+        return bytes(came[len(part) :])
+
+    def _begin(self, cycle: Any) -> None:
+        assert self._direct is not None
+        if cycle.disconnected or self.transport.is_closing():
+            return
+        body = cycle.whole if hasattr(cycle, "whole") else cycle.body
+        cycle.whole = cycle.body = memoryview(b"")  # whoever answers holds it as long as it is wanted
+        cancel = self._direct.begin(cycle.scope, body, partial(self._reply, cycle))
+        if self._running == (cycle, None):  # it is not answered yet
+            self._running = cycle, cancel
+
+    def _reply(self, cycle: Any, status: int, headers: list[tuple[bytes, bytes]], parts: list[Any]) -> None:
+        if cycle.disconnected or self.transport.is_closing():
+            return
+        if self.flow.write_paused:  # the answer before was not read yet: this one waits, or answers would pile up
+            task = self.loop.create_task(self._reply_later(cycle, status, headers, parts))
+            task.add_done_callback(self.tasks.discard)
+            self.tasks.add(task)
+            return
+        lines = [STATUS_LINE[status]]
+        for name, value in (*self.server_state.default_headers, *headers):
+            lines += (name, b": ", value, b"\r\n")
+        length = sum(map(len, parts))
+        lines.append(b"content-length: %d\r\n%s\r\n" % (length, b"" if cycle.keep_alive else b"connection: close\r\n"))
+        cycle.response_started = True
+        if length <= _SMALL:
+            self.transport.write(b"".join((*lines, *parts)))
+        else:
+            self.transport.write(b"".join(lines))
+            for part in parts:
+                self.transport.write(part)
+        cycle.response_complete = True
+        if not cycle.keep_alive:
+            self.transport.close()
+        self.on_response_complete()
+
+    async def _reply_later(self, cycle: Any, *answer: Any) -> None:
+        await self.flow.drain()
+        self._reply(cycle, *answer)
+
+    def _memory(self, size: int) -> memoryview:
+        return memoryview(bytearray(size)) if size < _MAPPED else self._ledger.buffers.take((size,), np.uint8).data
 
     # ---- bounds ----
 
@@ -162,12 +334,19 @@ class BoundedConnection(HttpToolsProtocol):
             self._timer.cancel()
             self._timer = None
 
+    def _stop_unread(self) -> None:
+        if self._unread is not None:
+            self._unread.cancel()
+            self._unread = None
+
+    def _not_read(self) -> None:
+        self._unread = None
+        self._abandon()
+        self.transport.abort()  # it does not read its answer, and nothing more can be said to it
+
     def _too_slow(self) -> None:
         self._timer = None
-        if self.flow.write_paused:
-            self._abandon()
-            self.transport.abort()  # it does not read its answer, and nothing more can be said to it
-        elif self._head is None and not self._held:
+        if self._head is None and not self._held:
             self.transport.close()  # it never said a word
         else:
             self._refuse(408, "the request did not arrive in time")
@@ -187,8 +366,10 @@ class BoundedConnection(HttpToolsProtocol):
         for cycle in list(self._held):
             self._release(cycle)
         if self._running is not None and not self._running[0].response_complete:
-            self._running[0].disconnected = True
-            self._running[1].cancel()
+            cycle, stop = self._running
+            cycle.disconnected = True
+            if stop is not None:
+                stop()
 
     def _refuse_head(self) -> None:
         self._refuse(431, f"the request's line and headers are longer than {self._bounds.header_bytes:,} bytes")
@@ -207,11 +388,15 @@ class BoundedConnection(HttpToolsProtocol):
         self.transport.close()
 
 
+def _say_continue(cycle: Any) -> None:
+    cycle.transport.write(b"HTTP/1.1 100 Continue\r\n\r\n")
+    cycle.waiting_for_100_continue = False
+
+
 async def _receive(cycle: Any) -> dict[str, Any]:
     """ASGI's `receive` for a request whose body has a place of its own: the body when it is whole, and then what comes after it."""
     if cycle.waiting_for_100_continue and not cycle.transport.is_closing():
-        cycle.transport.write(b"HTTP/1.1 100 Continue\r\n\r\n")
-        cycle.waiting_for_100_continue = False
+        _say_continue(cycle)
     if not cycle.disconnected and not cycle.response_complete:
         cycle.flow.resume_reading()
         await cycle.message_event.wait()

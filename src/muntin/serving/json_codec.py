@@ -6,7 +6,8 @@ A binary tensor is the entry's `parameters.binary_data_size` bytes long. Request
 header field is absent and the body is JSON alone. A body whose header field is 0 is one raw tensor without JSON (`decode_raw_request`).
 
 Reading one image of 512 x 512 in binary costs some microseconds whatever its size: the JSON is short and the array is a view of the body.
-JSON numbers cost a Python object each, some 50 ns and as many bytes: `Limits.json_bytes` is what bounds them.
+A client says the same of every image of a size, so what such a JSON said is remembered (`Heads`) and read once. JSON numbers cost a Python
+object each, some 50 ns and as many bytes: `Limits.json_bytes` is what bounds them.
 
 Where the protocol leaves something open:
 - `data` is flat, or nested exactly as `shape` says; a FP16 tensor may come and go as JSON numbers, which Triton refuses;
@@ -17,10 +18,11 @@ Where the protocol leaves something open:
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from collections.abc import Mapping
 from itertools import chain
 from math import prod
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import orjson
@@ -51,6 +53,51 @@ from muntin.serving.tensors import DATATYPES, Buffer, check_datatype, datatype_o
 HEADER_LENGTH = "Inference-Header-Content-Length"
 """The HTTP header field that says how many bytes of a body are JSON."""
 _DIGITS = 12
+_HEADS, _HEAD_BYTES = 64, 2048  # that are remembered, and their length at most
+
+
+class Announced(NamedTuple):
+    """An input as a request's JSON has it. `data`: its values, or None where `size` bytes of them follow the JSON."""
+
+    name: str
+    datatype: str
+    shape: tuple[int, ...]
+    elements: int
+    size: int
+    data: Tensor | None
+
+
+class Head(NamedTuple):
+    """What the JSON of a request says, checked; whether it fits the bytes behind it is not known yet."""
+
+    id: str
+    inputs: tuple[Announced, ...]
+    outputs: tuple[RequestedOutput, ...]
+    parameters: Mapping[str, Parameter]
+
+
+class Heads:
+    """The heads of requests that came lately, by their bytes. Only those whose tensors all follow the JSON, and short ones."""
+
+    def __init__(self) -> None:
+        self._known: OrderedDict[bytes, Head] = OrderedDict()
+
+    def __len__(self) -> int:
+        return len(self._known)
+
+    def read(self, header: memoryview, limits: Limits) -> Head:
+        """What a JSON says. Raises ProtocolError as `decode_request` does. `limits` are the same at every call."""
+        if len(header) > _HEAD_BYTES:
+            return _head(header, limits)
+        key = header.tobytes()
+        head = self._known.get(key)
+        if head is None:
+            head = _head(header, limits)
+            if all(announced.data is None for announced in head.inputs):
+                self._known[key] = head
+                if len(self._known) > _HEADS:
+                    self._known.popitem(last=False)
+        return head
 
 
 def parse_header_length(text: str | None) -> int | None:
@@ -62,19 +109,18 @@ def parse_header_length(text: str | None) -> int | None:
     return int(text)
 
 
-def decode_request(body: Buffer, header_length: int | None, limits: Limits) -> InferRequest:
-    """An inference request's body. `header_length`: how many bytes of it are JSON, None for all.
+def decode_request(body: Buffer, header_length: int | None, limits: Limits, heads: Heads | None = None) -> InferRequest:
+    """An inference request's body. `header_length`: how many bytes of it are JSON, None for all. `heads`: those that are remembered.
 
     Arrays of binary tensors are views of `body` (read-only where it is), copies only where they would not be aligned.
     """
     header, tail = _split(body, header_length, limits)
-    document = _parse(header)
-    parameters = check_request_parameters(_object(document, "parameters", "the request"), limits)
+    head = _head(header, limits) if heads is None else heads.read(header, limits)
     return InferRequest(
-        id=check_id(document.get("id"), limits),
-        inputs=_inputs(document.get("inputs"), None if header_length is None else tail, limits),
-        outputs=_outputs(document.get("outputs"), binary_default=parameters.get("binary_data_output") is True, limits=limits),
-        parameters=parameters,
+        id=head.id,
+        inputs=_tensors(head.inputs, None if header_length is None else tail, limits),
+        outputs=head.outputs,
+        parameters=head.parameters,
     )
 
 
@@ -199,44 +245,65 @@ def _entries(value: object, what: str, limits: Limits) -> list[tuple[str, dict[s
     return entries
 
 
-def _inputs(value: object, tail: memoryview | None, limits: Limits) -> tuple[InferInput, ...]:
+def _head(header: memoryview, limits: Limits) -> Head:
+    document = _parse(header)
+    parameters = check_request_parameters(_object(document, "parameters", "the request"), limits)
+    return Head(
+        id=check_id(document.get("id"), limits),
+        inputs=_inputs(document.get("inputs"), limits),
+        outputs=_outputs(document.get("outputs"), binary_default=parameters.get("binary_data_output") is True, limits=limits),
+        parameters=parameters,
+    )
+
+
+def _inputs(value: object, limits: Limits) -> tuple[Announced, ...]:
     entries = _entries(value, "inputs", limits)
     if not entries:
         raise ProtocolError('"inputs" is empty: give at least one tensor')
+    return tuple(_announced(name, entry, limits) for name, entry in entries)
+
+
+def _announced(name: str, entry: dict[str, Any], limits: Limits) -> Announced:
+    datatype = check_datatype(entry.get("datatype"), name)
+    axes = entry.get("shape")
+    if type(axes) is not list:
+        raise ProtocolError(f"input {shown(name)} has the shape {shown(axes)}: give an array of whole numbers")
+    shape, elements = check_shape(axes, name, limits)
+    parameters = check_tensor_parameters(_object(entry, "parameters", f"input {shown(name)}"), name, limits)
+    size, values = parameters.get("binary_data_size"), entry.get("data")
+    if size is None:
+        if values is None:
+            raise ProtocolError(f'input {shown(name)} has no tensor: give "data", or the parameter "binary_data_size" and its bytes')
+        return Announced(
+            name, datatype, shape, elements, 0, from_values(_flat(values, shape, name), datatype, shape, elements, name, limits)
+        )
+    if values is not None:
+        raise ProtocolError(f'input {shown(name)} has "data" and a binary_data_size: give one of them')
+    if type(size) is not int or size < 0:
+        raise ProtocolError(f"input {shown(name)} has a binary_data_size of {shown(size)}: give its number of bytes")
+    return Announced(name, datatype, shape, elements, size, None)
+
+
+def _tensors(announced: tuple[Announced, ...], tail: memoryview | None, limits: Limits) -> tuple[InferInput, ...]:
+    """The inputs, with the bytes of those that follow the JSON."""
     inputs: list[InferInput] = []
     start = 0
-    for name, entry in entries:
-        datatype = check_datatype(entry.get("datatype"), name)
-        axes = entry.get("shape")
-        if type(axes) is not list:
-            raise ProtocolError(f"input {shown(name)} has the shape {shown(axes)}: give an array of whole numbers")
-        shape, elements = check_shape(axes, name, limits)
-        parameters = check_tensor_parameters(_object(entry, "parameters", f"input {shown(name)}"), name, limits)
-        size = parameters.get("binary_data_size")
-        if size is None:
-            if entry.get("data") is None:
-                raise ProtocolError(f'input {shown(name)} has no tensor: give "data", or the parameter "binary_data_size" and its bytes')
-            data = from_values(_flat(entry["data"], shape, name), datatype, shape, elements, name, limits)
-        else:
-            raw = _binary_part(tail, start, size, entry, name)
-            start += len(raw)
-            data = from_binary(raw, datatype, shape, elements, name, limits)
+    for name, datatype, shape, elements, size, data in announced:
+        if data is None:
+            if tail is None:
+                raise ProtocolError(
+                    f"input {shown(name)} has a binary_data_size, and the request no {HEADER_LENGTH}: say where its JSON ends"
+                )
+            if size > len(tail) - start:
+                raise ProtocolError(
+                    f"input {shown(name)} has a binary_data_size of {size:,}: {len(tail) - start:,} bytes are left in the body"
+                )
+            data = from_binary(tail[start : start + size], datatype, shape, elements, name, limits)
+            start += size
         inputs.append(InferInput(name=name, datatype=datatype, shape=shape, data=data))
     if tail is not None and start != len(tail):
         raise ProtocolError(f"{len(tail) - start:,} bytes follow the last tensor: give each binary tensor its binary_data_size")
     return tuple(inputs)
-
-
-def _binary_part(tail: memoryview | None, start: int, size: object, entry: Mapping[str, Any], name: str) -> memoryview:
-    if tail is None:
-        raise ProtocolError(f"input {shown(name)} has a binary_data_size, and the request no {HEADER_LENGTH}: say where its JSON ends")
-    if entry.get("data") is not None:
-        raise ProtocolError(f'input {shown(name)} has "data" and a binary_data_size: give one of them')
-    if type(size) is not int or size < 0:
-        raise ProtocolError(f"input {shown(name)} has a binary_data_size of {shown(size)}: give its number of bytes")
-    if size > len(tail) - start:
-        raise ProtocolError(f"input {shown(name)} has a binary_data_size of {size:,}: {len(tail) - start:,} bytes are left in the body")
-    return tail[start : start + size]
 
 
 def _outputs(value: object, *, binary_default: bool, limits: Limits) -> tuple[RequestedOutput, ...]:

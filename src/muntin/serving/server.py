@@ -248,7 +248,7 @@ class Server:
         logging.getLogger("uvicorn.error").setLevel(logging.ERROR)  # a line for every piece of nonsense that is sent would fill a disk
         made = uvicorn.Config(
             face,
-            http=partial(BoundedConnection, ledger=ledger),  # type: ignore[arg-type]
+            http=partial(BoundedConnection, ledger=ledger, direct=face),  # type: ignore[arg-type]
             ws="none",
             lifespan="off",
             loop="none",

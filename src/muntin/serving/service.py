@@ -3,7 +3,7 @@
     InferRequest -> lease on a version -> rows of one size -> runner -> labels, scores -> InferResponse
        404, 400          503                 400               503
 
-A service knows neither HTTP nor gRPC. Its coroutines run on one event loop; batches are computed on the runner's threads.
+A service knows neither HTTP nor gRPC. It is called, and calls back, on one event loop; batches are computed on the runner's threads.
 
 Outputs, by task (which of them a request names decides what is computed; none named: all):
     segment    labels UINT8 (B, sH, sW)         scores FP32 (B, K, sH, sW)
@@ -18,6 +18,7 @@ import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -29,6 +30,7 @@ from muntin.serving.account import Account
 from muntin.serving.batcher import Job, Refusal
 from muntin.serving.description import ModelDescription, Statistics, TensorSpec
 from muntin.serving.executor import Executor, Group, Work
+from muntin.serving.mailbox import Mailbox
 from muntin.serving.metrics import Metrics
 from muntin.serving.protocol import InferOutput, InferRequest, InferResponse, ProtocolError, shown
 from muntin.serving.runner import Runner
@@ -61,6 +63,10 @@ class Answered:
     batch_rows: int
 
 
+Done = Callable[[Answered | Exception], None]
+Cancel = Callable[[], object]
+
+
 class Service:
     """One model behind a name. `clock`: seconds, the runner's. `objective`: seconds or None; what misses it is counted."""
 
@@ -82,6 +88,7 @@ class Service:
         self._clock = clock
         self._shadows = ThreadPoolExecutor(max_workers=1, thread_name_prefix="muntin-shadow")
         self._shadowing = 0
+        self._mailbox: Mailbox | None = None
         self._accounts: dict[str, Account] = {}
         """By version: what it was asked. Only the event loop touches them."""
 
@@ -124,10 +131,18 @@ class Service:
         return [self._accounts.get(version, Account()).statistics(self.name, version)]
 
     async def infer(self, request: InferRequest, *, model: str, version: str | None, arrived: float | None = None) -> Answered:
-        """The answer. `arrived`: when the request's last byte came, of the clock; None: now.
+        """The answer. Raises ProtocolError as `submit` raises and answers. Cancelled, it takes the request back if that still waits."""
+        answered: Answered = await _awaited(lambda done: self.submit(request, model=model, version=version, arrived=arrived, done=done))
+        return answered
 
-        Raises ProtocolError: 404 for another model or version, 400 for what the model does not take, 503 (`RefusedRequestError`) where it
-        cannot be answered in time, 500 where computing it failed. Cancelled, it takes the request back if that still waits.
+    def submit(self, request: InferRequest, *, model: str, version: str | None, done: Done, arrived: float | None = None) -> Cancel:
+        """Asks for an answer. `done` is called once with it, or with a ProtocolError; maybe before this returns.
+
+        `arrived`: when the request's last byte came, of the clock; None: now. The function that is returned takes the request back: `done`
+        is not called any more.
+
+        Raises ProtocolError: 404 for another model or version, 400 for what the model does not take, 503 (`RefusedRequestError`) where no
+        version is ready. Answers 503 where it cannot be answered in time, 500 where computing it failed.
         """
         arrived = self._clock() if arrived is None else arrived
         lease = self.lease(model, version)
@@ -142,26 +157,37 @@ class Service:
             raise
         labels = wanted == ("labels",)
         account = self._accounts.setdefault(lease.version.name, Account())
-        try:
-            answer, work = await self.compute(images, lease, labels=labels, priority=priority, deadline=deadline)
-        except BaseException:
-            account.failed(self._clock() - arrived)
-            raise
-        response = InferResponse(
-            model=self.name,
-            version=work.version,
-            id=request.id,
-            outputs=_outputs(answer, wanted, labels, signature),
-            parameters={"recovered": work.recovered} if work.recovered else {},
-        )
-        total = self._clock() - arrived
-        account.answered(rows=len(images), batch_rows=work.batch_rows, total=total, queued=work.started - arrived, computed=work.computed)
-        self.metrics.total.observe(total)
-        if self.objective is not None and total > self.objective:
-            self.metrics.late.inc()
-        return Answered(
-            response=response, queued=max(work.started - arrived, 0.0), computed=work.computed, total=total, batch_rows=work.batch_rows
-        )
+
+        def computed(found: tuple[NDArray[Any], Work] | Exception) -> None:
+            total = self._clock() - arrived
+            if isinstance(found, Exception):
+                account.failed(total)
+                done(found)
+                return
+            answer, work = found
+            account.answered(
+                rows=len(images), batch_rows=work.batch_rows, total=total, queued=work.started - arrived, computed=work.computed
+            )
+            self.metrics.total.observe(total)
+            if self.objective is not None and total > self.objective:
+                self.metrics.late.inc()
+            response = InferResponse(
+                model=self.name,
+                version=work.version,
+                id=request.id,
+                outputs=_outputs(answer, wanted, labels, signature),
+                parameters={"recovered": work.recovered} if work.recovered else {},
+            )
+            queued = max(work.started - arrived, 0.0)
+            done(Answered(response=response, queued=queued, computed=work.computed, total=total, batch_rows=work.batch_rows))
+
+        cancel = self._begin(images, lease, labels=labels, priority=priority, deadline=deadline, done=computed)
+
+        def take_back() -> None:
+            if cancel():
+                account.failed(self._clock() - arrived)
+
+        return take_back
 
     def lease(self, model: str, version: str | None) -> Lease:
         """A lease on the version that a request names. Raises ProtocolError: 404, or 503 where none is ready."""
@@ -177,9 +203,23 @@ class Service:
     async def compute(
         self, images: NDArray[np.uint8], lease: Lease, *, labels: bool, priority: int = PRIORITY, deadline: float | None = None
     ) -> tuple[NDArray[Any], Work]:
-        """The labels, or the scores, of images (rows, H, W, C) through the runner. Takes over the lease."""
-        loop = asyncio.get_running_loop()
-        done: asyncio.Future[Any] = loop.create_future()
+        """The labels, or the scores, of images (rows, H, W, C) through the runner. Takes over the lease. Raises as `infer` does."""
+        found: tuple[NDArray[Any], Work] = await _awaited(
+            partial(self._begin, images, lease, labels=labels, priority=priority, deadline=deadline)
+        )
+        return found
+
+    def _begin(
+        self,
+        images: NDArray[np.uint8],
+        lease: Lease,
+        done: Callable[[tuple[NDArray[Any], Work] | Exception], None],
+        *,
+        labels: bool,
+        priority: int,
+        deadline: float | None,
+    ) -> Callable[[], bool]:
+        """As `compute`. What it returns tells `done` to stay silent: False where that has been called already."""
         rows, height, width, _ = images.shape
         work = Work(images=images, lease=lease)
         job = Job(
@@ -191,29 +231,42 @@ class Service:
             cost=float(height * width),
             payload=work,
         )
+        mailbox = self._box()
+        silent = False
+
+        def settle(answer: Any) -> None:
+            nonlocal silent
+            if silent:
+                return
+            silent = True
+            if isinstance(answer, BaseException | Refusal):
+                done(_error(answer))
+                return
+            self.metrics.rows.labels(work.version).inc(rows)
+            self.metrics.queue.observe(work.started - job.arrived)
+            self.metrics.compute.observe(work.computed)
+            self.metrics.batch.observe(work.batch_rows)
+            self._shadow(images, answer, labels)
+            done((answer, work))
 
         def answered(answer: Any) -> None:
             lease.release()
-            loop.call_soon_threadsafe(_settle, done, answer)
+            mailbox.put(settle, answer)
+
+        def cancel() -> bool:
+            nonlocal silent
+            before, silent = silent, True
+            self.runner.cancel(job)
+            return not before
 
         self.runner.submit(job, answered)
-        try:
-            answer = await done
-        except asyncio.CancelledError:
-            self.runner.cancel(job)
-            raise
-        if isinstance(answer, Refusal):
-            raise RefusedRequestError(f"{answer.message}", retry_after=answer.retry_after or 1.0)
-        if isinstance(answer, DataError):
-            raise ProtocolError(str(answer)) from answer
-        if isinstance(answer, BaseException):
-            raise ProtocolError(f"the model failed: {answer}", status=500) from answer
-        self.metrics.rows.labels(work.version).inc(rows)
-        self.metrics.queue.observe(work.started - job.arrived)
-        self.metrics.compute.observe(work.computed)
-        self.metrics.batch.observe(work.batch_rows)
-        self._shadow(images, answer, labels)
-        return answer, work
+        return cancel
+
+    def _box(self) -> Mailbox:
+        loop = asyncio.get_running_loop()
+        if self._mailbox is None or self._mailbox.loop is not loop:
+            self._mailbox = Mailbox(loop)
+        return self._mailbox
 
     def close(self) -> None:
         """Ends what runs beside the requests. The runner and the slot are the caller's to close."""
@@ -289,6 +342,29 @@ def pixels(scores_BCHW: NDArray[np.float32]) -> NDArray[np.uint8]:
     return np.ascontiguousarray(rounded.transpose(0, 2, 3, 1))
 
 
-def _settle(done: asyncio.Future[Any], answer: Any) -> None:
-    if not done.done():
-        done.set_result(answer)
+def _error(answer: BaseException | Refusal) -> ProtocolError:
+    """What a client is told of what the runner gave instead of an answer."""
+    if isinstance(answer, Refusal):
+        return RefusedRequestError(answer.message, retry_after=answer.retry_after or 1.0)
+    error = ProtocolError(str(answer)) if isinstance(answer, DataError) else ProtocolError(f"the model failed: {answer}", status=500)
+    error.__cause__ = answer
+    return error
+
+
+async def _awaited(begin: Callable[[Callable[[Any], None]], Cancel]) -> Any:
+    """What is begun with a function to call when it is done, and gives back one to cancel it, for who can wait."""
+    found: asyncio.Future[Any] = asyncio.get_running_loop().create_future()
+
+    def settle(answer: Any) -> None:
+        if not found.done():  # it was cancelled, and is about to say so
+            found.set_result(answer)
+
+    cancel = begin(settle)
+    try:
+        answer = await found
+    except asyncio.CancelledError:
+        cancel()
+        raise
+    if isinstance(answer, Exception):
+        raise answer
+    return answer

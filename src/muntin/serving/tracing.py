@@ -39,16 +39,26 @@ class Tracing:
             self._provider.add_span_processor(_exporting())
         self._tracer = self._provider.get_tracer("muntin.serving", version("muntin"))
 
-    @contextmanager
-    def inference(self, face: str, model: str, carrier: Mapping[str, str]) -> Iterator[Inference]:
-        """A span around the block. `carrier`: the request's header fields, names in lower case. What the block raises is recorded too."""
-        with self._tracer.start_as_current_span(
+    def begin(self, face: str, model: str, carrier: Mapping[str, str]) -> Inference:
+        """A span, until its `end`. `carrier`: the request's header fields, names in lower case."""
+        span = self._tracer.start_span(
             f"infer {model}",
             context=self._extract(carrier),
             kind=self._trace.SpanKind.SERVER,
             attributes={"rpc.system": face, "muntin.model": model},
-        ) as span:
-            yield Inference(span)
+        )
+        return Inference(span, self._trace)
+
+    @contextmanager
+    def inference(self, face: str, model: str, carrier: Mapping[str, str]) -> Iterator[Inference]:
+        """A span around the block. What the block raises is recorded too."""
+        span = self.begin(face, model, carrier)
+        try:
+            yield span
+        except BaseException as error:
+            span.end(error)
+            raise
+        span.end()
 
     def close(self) -> None:
         """Sends what was not sent yet."""
@@ -59,8 +69,8 @@ class Tracing:
 class Inference:
     """The span of one request."""
 
-    def __init__(self, span: Any) -> None:
-        self._span = span
+    def __init__(self, span: Any, trace: Any) -> None:
+        self._span, self._trace = span, trace
 
     def answered(self, answered: Answered) -> None:
         """What is known once the answer is there."""
@@ -73,6 +83,13 @@ class Inference:
                 "muntin.batch_rows": answered.batch_rows,
             }
         )
+
+    def end(self, error: BaseException | None = None) -> None:
+        """Ends it. `error`: what came in place of an answer."""
+        if error is not None:
+            self._span.record_exception(error)
+            self._span.set_status(self._trace.Status(self._trace.StatusCode.ERROR, f"{type(error).__name__}: {error}"))
+        self._span.end()
 
 
 def _exporting() -> Any:
