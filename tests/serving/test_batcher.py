@@ -178,6 +178,27 @@ def test_a_deadline_counts_where_it_is_before_the_objective() -> None:
     refused(batcher, job_of(deadline=100.0), 0.0, "late")
 
 
+def test_the_objective_counts_from_when_a_job_came() -> None:
+    batcher = batcher_of({"g": LINEAR}, objective=0.055)
+    running = occupy(batcher, 0.0)
+    early, late = job_of(came=-0.02), job_of(came=5.0)
+    admitted(batcher, 0.0, early, late)
+    assert early.due == pytest.approx(0.035)
+    assert late.due == pytest.approx(0.055)  # nothing comes after it is submitted
+    batcher.done(running, 0.01, 0.01)
+    assert jobs_of(batcher, 0.01) == [early]
+
+
+def test_what_was_read_after_its_objective_is_refused_and_worth_another_try() -> None:
+    batcher = batcher_of({"g": LINEAR}, objective=0.055)
+    occupy(batcher, 0.0)
+    admitted(batcher, 0.0, job_of())
+    refusal = refused(batcher, job_of(came=-0.06), 0.0, "late")
+    assert "read in time" in refusal.message
+    assert refusal.retry_after == pytest.approx(0.01)
+    assert "give it more" in refused(batcher, job_of(came=-0.06, deadline=-0.01), 0.0, "late").message  # it was the client's own time
+
+
 def test_a_deadline_that_the_engine_alone_exceeds() -> None:
     batcher = batcher_of({"g": LINEAR})
     occupy(batcher, 0.0)

@@ -17,7 +17,7 @@ import pytest
 import uvicorn
 
 from muntin.serving.config import Bounds
-from muntin.serving.connection import BoundedConnection, Ledger, Reply
+from muntin.serving.connection import BoundedConnection, Ledger, Pulse, Reply
 
 BOUNDS = Bounds(
     body_bytes=100_000, header_bytes=2048, held_bytes=250_000, connections=8, header_seconds=0.8, body_seconds=0.8, idle_seconds=30
@@ -38,7 +38,8 @@ class Echo:
     def takes(self, scope: Any) -> bool:
         return True
 
-    def begin(self, scope: Any, body: Any, reply: Reply) -> Callable[[], object]:
+    def begin(self, scope: Any, body: Any, came: float, reply: Reply) -> Callable[[], object]:
+        assert 0 <= time.monotonic() - came < 1
         self.begun.append(scope["path"])
         if scope["path"] == "/large":
             reply(200, [], [b"x" * (LARGE // 2), b"x" * (LARGE // 2)])
@@ -345,6 +346,31 @@ def test_known_heads_are_bounded(served: Served) -> None:
             client.sendall(post(b"body", more=b"X-Number: %d\r\n" % n))
             assert read_json(read(client)) == [4, "body"]
     assert len(served.ledger.known) <= 256
+
+
+def test_what_is_read_late_came_when_the_loop_looked_last() -> None:
+    async def run() -> list[float]:
+        loop, pulse, found = asyncio.get_running_loop(), Pulse(), list[float]()
+
+        def read(seconds: float) -> None:
+            found.extend((pulse.came(loop), time.monotonic()))
+            time.sleep(seconds)
+            found.append(pulse.came(loop))
+
+        await asyncio.sleep(0.01)
+        read(0.02)  # after sleep
+        loop.call_soon(read, 0.02)  # in the round after, without sleep
+        await asyncio.sleep(0.06)
+        read(0.0)
+        return found
+
+    came, now, again, busy, busy_now, busy_again, last, last_now, _ = asyncio.run(run())
+    assert 0 <= now - came < 0.005
+    assert again == came  # the same round: it was there when the round began
+    assert busy == came  # it may have come while the round before was at work
+    assert busy_now - busy >= 0.02
+    assert busy_again == busy
+    assert 0 <= last_now - last < 0.005
 
 
 def read_json(answer: bytes) -> list[Any]:

@@ -147,12 +147,14 @@ class Batcher:
             return refusal
         lane = self._lane(job)
         lane.arrivals.add(job.rows, now)
-        due = math.inf if self.objective is None else now + self.objective
+        due = math.inf if self.objective is None else (now if job.came is None else min(job.came, now)) + self.objective
         if job.deadline is not None and job.deadline < due:
             due = job.deadline
         job.arrived, job.due, job.promised = now, due, False
         job.standing = (due if due < math.inf else now + self.patience) + job.priority * self.patience
         if due < math.inf and (late := self._lateness(job, lane, now)) > 0:
+            if late == math.inf and job.due <= now and (job.deadline is None or job.deadline > job.due):
+                return self._refuse("late", "more requests come than can be read in time: try again", self._backlog / self.workers or None)
             if late == math.inf:
                 return self._refuse("late", "the time until its deadline does not suffice even for the engine alone: give it more")
             return self._refuse(

@@ -13,6 +13,7 @@ follows it is its body (`Known`). Whoever computes an answer is told when the cl
 from __future__ import annotations
 
 import asyncio
+import time
 from collections import OrderedDict
 from collections.abc import Callable, MutableMapping
 from functools import partial
@@ -32,6 +33,8 @@ _CHANGING = frozenset({b"transfer-encoding", b"upgrade", b"expect", b"connection
 """Headers by which a head is more than the length of its body."""
 _SMALL = 1 << 14
 """Bytes of an answer below which its parts are put together: copying them costs less than sending them one by one."""
+_ASLEEP = 0.0002
+"""Seconds between two rounds of a loop from which on it slept."""
 _MAPPED = 1 << 17
 """Bytes from which memory comes from the system, a fault for every page, and is worth keeping."""
 
@@ -53,9 +56,34 @@ class Direct(Protocol):
         """Whether it answers a request, of which the headers are there."""
         ...
 
-    def begin(self, scope: MutableMapping[str, Any], body: Any, reply: Reply, /) -> Callable[[], object]:
-        """Has it answered, now or later. Returns what is called if the client goes before."""
+    def begin(self, scope: MutableMapping[str, Any], body: Any, came: float, reply: Reply, /) -> Callable[[], object]:
+        """Has it answered, now or later. `came`: when its last byte did (`Pulse`). Returns what is called if the client goes before."""
         ...
+
+
+class Pulse:
+    """When the bytes that a loop reads came. A loop reads in rounds, and one that does not sleep between them reads what may have come at
+    any time since it looked last: at many requests a second that is far more than what a request is worth."""
+
+    def __init__(self) -> None:
+        self._reading: float | None = None
+        """Since when the present round of reading goes on."""
+        self._before = self._looked = self._came = -1.0
+
+    def came(self, loop: asyncio.AbstractEventLoop) -> float:
+        """For bytes that were just read: since when they may have been there, of `time.monotonic`."""
+        if self._reading is None:
+            now = time.monotonic()
+            self._came = self._before if now - self._looked < _ASLEEP else now
+            self._reading = now
+            loop.call_soon(self._read)
+        return self._came
+
+    def _read(self) -> None:
+        """The round is over."""
+        assert self._reading is not None
+        self._before, self._reading = self._reading, None
+        self._looked = time.monotonic()
 
 
 class Ledger:
@@ -64,6 +92,7 @@ class Ledger:
     def __init__(self, bounds: Bounds) -> None:
         self.bounds = bounds
         self.buffers = Buffers()
+        self.pulse = Pulse()
         self.held = 0
         """Bytes of bodies that are being received or answered."""
         self.refused: dict[int, int] = {}
@@ -287,7 +316,7 @@ class BoundedConnection(HttpToolsProtocol):
             return
         body = cycle.whole if hasattr(cycle, "whole") else cycle.body
         cycle.whole = cycle.body = memoryview(b"")  # whoever answers holds it as long as it is wanted
-        cancel = self._direct.begin(cycle.scope, body, partial(self._reply, cycle))
+        cancel = self._direct.begin(cycle.scope, body, self._ledger.pulse.came(self.loop), partial(self._reply, cycle))
         if self._running == (cycle, None):  # it is not answered yet
             self._running = cycle, cancel
 

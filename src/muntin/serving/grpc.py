@@ -133,7 +133,7 @@ class GrpcFace:
             outcome, status = "cancelled", "CANCELLED"
             raise
         finally:
-            self._service.metrics.requests.labels("grpc", outcome).inc()
+            self._service.metrics.requests["grpc", outcome] += 1
             if self._log is not None:
                 self._log.write(
                     face="grpc",

@@ -94,9 +94,9 @@ class HttpFace:
         """Whether `begin` answers a request."""
         return _INFER.fullmatch(scope["path"]) is not None
 
-    def begin(self, scope: Scope, body: Buffer, reply: Reply) -> Cancel:
-        """Answers a request for inference whose body is whole, now or later. Returns what to call when nobody waits for it any more."""
-        inference = _Inference(self, scope, reply)
+    def begin(self, scope: Scope, body: Buffer, came: float, reply: Reply) -> Cancel:
+        """Answers a request for inference whose body is whole since `came`, now or later. Returns what to call if nobody waits any more."""
+        inference = _Inference(self, scope, reply, came)
         try:
             self._authorise(scope)
             inference.cancel = self._ask(inference, scope, body)
@@ -110,7 +110,6 @@ class HttpFace:
     def _ask(self, inference: _Inference, scope: Scope, body: Buffer) -> Cancel:
         if scope["method"] != "POST":
             raise ProtocolError(f"{scope['method']} {scope['path'][:100]}: use POST", status=405)
-        arrived = time.monotonic()
         found = _INFER.fullmatch(scope["path"])
         assert found is not None
         model, version = found.groups()
@@ -124,7 +123,7 @@ class HttpFace:
             elif name == b"content-encoding" and value not in (b"", b"identity"):
                 raise ProtocolError(f"content-encoding {value.decode('latin-1')[:40]}: send the body as it is", status=415)
         inference.request = request = self._decode(body, header_length, model, version)
-        return self._service.submit(request, model=model, version=version, arrived=arrived, done=inference.done)
+        return self._service.submit(request, model=model, version=version, arrived=inference.began, done=inference.done)
 
     def _authorise(self, scope: Scope) -> None:
         if self._tokens and scope["path"] not in _OPEN:
@@ -132,7 +131,7 @@ class HttpFace:
 
     def finish(self, inference: _Inference) -> None:
         """Counts and writes down an inference that came to its end."""
-        self._service.metrics.requests.labels("http", inference.outcome).inc()
+        self._service.metrics.requests["http", inference.outcome] += 1
         if self._log is not None:
             self._write(inference.scope, inference.status, inference.sent, inference.began, inference)
 
@@ -269,13 +268,13 @@ class HttpFace:
 
 
 class _Inference:
-    """One request for inference, from its last byte to its answer."""
+    """One request for inference, from its last byte, which came at `began`, to its answer."""
 
     __slots__ = ("_face", "_reply", "answered", "began", "cancel", "outcome", "request", "scope", "sent", "span", "status")
 
-    def __init__(self, face: HttpFace, scope: Scope, reply: Reply) -> None:
+    def __init__(self, face: HttpFace, scope: Scope, reply: Reply, began: float) -> None:
         self._face, self.scope, self._reply = face, scope, reply
-        self.began = time.monotonic()
+        self.began = began
         self.status, self.sent = 0, 0
         self.outcome = ""
         """Empty as long as it goes on."""

@@ -15,8 +15,8 @@ class Job:
     """One request, as far as batching is concerned. Equal only to itself, and submitted once.
 
     `group`: only equal groups share a batch. `rows` >= 1: what batches are counted in. `nbytes`: what it holds while it waits. `priority`:
-    0 is the most urgent. `deadline`: seconds of the batcher's clock, or None. `cost`: of a row, relative to other groups (`LatencyModel`).
-    The rest is the batcher's.
+    0 is the most urgent. `deadline`: seconds of the batcher's clock, or None. `came`: from when on its objective counts, where it was not
+    submitted at once. `cost`: of a row, relative to other groups (`LatencyModel`). The rest is the batcher's.
     """
 
     group: Hashable
@@ -24,6 +24,7 @@ class Job:
     nbytes: int = 0
     priority: int = 0
     deadline: float | None = None
+    came: float | None = None
     cost: float | None = None
     payload: Any = None
     arrived: float = field(default=math.nan, init=False)

@@ -181,7 +181,7 @@ class Service:
             queued = max(work.started - arrived, 0.0)
             done(Answered(response=response, queued=queued, computed=work.computed, total=total, batch_rows=work.batch_rows))
 
-        cancel = self._begin(images, lease, labels=labels, priority=priority, deadline=deadline, done=computed)
+        cancel = self._begin(images, lease, labels=labels, priority=priority, deadline=deadline, came=arrived, done=computed)
 
         def take_back() -> None:
             if cancel():
@@ -218,6 +218,7 @@ class Service:
         labels: bool,
         priority: int,
         deadline: float | None,
+        came: float | None = None,
     ) -> Callable[[], bool]:
         """As `compute`. What it returns tells `done` to stay silent: False where that has been called already."""
         rows, height, width, _ = images.shape
@@ -228,6 +229,7 @@ class Service:
             nbytes=images.nbytes,
             priority=priority,
             deadline=deadline,
+            came=came,
             cost=float(height * width),
             payload=work,
         )
@@ -242,7 +244,7 @@ class Service:
             if isinstance(answer, BaseException | Refusal):
                 done(_error(answer))
                 return
-            self.metrics.rows.labels(work.version).inc(rows)
+            self.metrics.rows[work.version] += rows
             self.metrics.queue.observe(work.started - job.arrived)
             self.metrics.compute.observe(work.computed)
             self.metrics.batch.observe(work.batch_rows)
