@@ -51,7 +51,7 @@ def test_fit_does_not_overwrite_and_goes_on_when_asked(call: Call, exported: Any
     before = tree(exported.run)
     assert "--resume goes on with it" in call("fit", exported.recipe, "-o", exported.run).mistake()
     words = ("fit", exported.recipe, "-o", exported.run, "--resume", "--set", "seed=4")
-    assert "another recipe" in call(*words).mistake()
+    assert "another recipe (seed was 0, is 4)" in call(*words).mistake()
     assert tree(exported.run) == before
 
 

@@ -128,9 +128,18 @@ def _find_checkpoint(directory: Path, recipe: Recipe, resume: bool) -> Checkpoin
     checkpoint = read_checkpoint(folder)
     if checkpoint.recipe != recipe:
         raise CheckpointError(
-            f"{checkpoint.path} was trained by another recipe; give its recipe to resume, or another --output to start anew"
+            f"{checkpoint.path} was trained by another recipe ({_difference(checkpoint.recipe.model_dump(), recipe.model_dump())}); "
+            "give its recipe to resume, or another --output to start anew"
         )
     return checkpoint
+
+
+def _difference(trained: Any, given: Any, where: str = "") -> str:
+    """The first values that two recipes disagree in, at most three."""
+    if isinstance(trained, dict) and isinstance(given, dict):
+        keys = [key for key in {**trained, **given} if trained.get(key) != given.get(key)]
+        return ", ".join(_difference(trained.get(key), given.get(key), f"{where}.{key}".lstrip(".")) for key in keys[:3])
+    return f"{where} was {trained!r:.60}, is {given!r:.60}"
 
 
 class Training:
