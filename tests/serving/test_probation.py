@@ -68,7 +68,7 @@ def prints_and_looks_around(path: Path, opening: Opening, lately: Any) -> Probat
         os.write(descriptor, b"a library's own words\n" * 50_000)  # more than a pipe holds
     adjusted = Path("/proc/self/oom_score_adj").read_text().strip()
     alarm = round(signal.getitimer(signal.ITIMER_REAL)[0])
-    raise DataError(f"{os.nice(0)} {adjusted} {alarm} {resource.getrlimit(resource.RLIMIT_CORE)[0]} {os.getsid(0) == os.getpid()}")
+    raise DataError(f"{os.nice(0)} {adjusted} {alarm} {resource.getrlimit(resource.RLIMIT_CORE)[0]} {os.getpgid(0) == os.getpid() != os.getsid(0)}")
 
 
 @pytest.fixture
@@ -178,8 +178,8 @@ def test_whatever_an_engine_does_is_one_line_here(
 def test_it_stands_back_and_goes_by_itself(importable: None, tmp_path: Path) -> None:
     with pytest.raises(DataError) as caught:
         probe(tmp_path, OPENING, [], limits=Limits(niceness=7, seconds=100), examine=prints_and_looks_around)
-    nice, adjusted, alarm, core, own_session = str(caught.value).split()
-    assert (nice, adjusted, core, own_session) == (str(min(19, os.nice(0) + 7)), "1000", "0", "True")
+    nice, adjusted, alarm, core, own_group = str(caught.value).split()
+    assert (nice, adjusted, core, own_group) == (str(min(19, os.nice(0) + 7)), "1000", "0", "True")
     assert 95 <= int(alarm) <= 105
 
 

@@ -66,7 +66,7 @@ class Compiler:
             version, call = item
             # What fails here failed for nobody: the size is then computed as before.
             with suppress(MuntinError, RuntimeError, OSError):
-                probe(version.path, self._opening, [call], limits=Limits(), stopped=self._closed.is_set, examine=compile_for)
+                probe(version.path, self._opening, [call], limits=Limits(niceness=19), stopped=self._closed.is_set, examine=compile_for)
                 version.session.warm_up([call.shape], labels=call.labels)
             del version, item
 

@@ -34,6 +34,7 @@ from muntin.runtime.hardware import memory_gib
 from muntin.runtime.memory import resident
 from muntin.runtime.session import Session
 from muntin.runtime.verification import verify
+from muntin.serving.scheduling import take_short_turns
 from muntin.serving.version import Call, NotReadyError, Opened, Opening, open_version
 
 ROUNDS = 5
@@ -162,7 +163,9 @@ def probe(
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=printed,
-            start_new_session=True,  # Ctrl-C at the terminal is for the server, which ends its trials itself
+            # Ctrl-C at the terminal is for the server, which ends its trials itself. A group and no session of its own: where Linux groups
+            # threads by session (sched_autogroup) niceness counts only inside one, and a trial would take half of the server's core.
+            process_group=0,
         ) as process,
     ):
         try:
@@ -296,6 +299,7 @@ def _confine(limits: Limits) -> None:
     """Stands back for the server, is the first to go where memory runs out, and goes by itself if the server is gone."""
     if hasattr(os, "nice"):
         os.nice(limits.niceness)
+        take_short_turns()
     with suppress(OSError):
         Path("/proc/self/oom_score_adj").write_text("1000", encoding="ascii")
     if hasattr(signal, "setitimer"):

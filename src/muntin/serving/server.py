@@ -43,6 +43,7 @@ from muntin.serving.probation import ArtifactLoader
 from muntin.serving.protocol import Limits
 from muntin.serving.repository import Repository, Watcher
 from muntin.serving.runner import Runner
+from muntin.serving.scheduling import take_short_turns
 from muntin.serving.service import Service
 from muntin.serving.slot import Slot
 from muntin.serving.tracing import Tracing
@@ -186,6 +187,7 @@ class Server:
                 watcher.start()
             gc.collect()
             gc.freeze()  # what was made until here stays: later collections need not look at it
+            take_short_turns()  # the engines' threads are there, and keep theirs
             await asyncio.gather(self._http.serve(sockets=[sock]))
         finally:
             service.draining = True

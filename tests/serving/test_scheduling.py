@@ -1,0 +1,50 @@
+"""Short turns: given by this kernel or not, and never to a thread that has a policy of its own."""
+
+from __future__ import annotations
+
+import os
+import platform
+import sys
+import threading
+
+import pytest
+
+from muntin.serving.scheduling import take_short_turns
+
+LINUX = sys.platform.startswith("linux") and platform.machine() in ("x86_64", "aarch64")
+
+
+def in_thread(*before: object) -> list[bool]:
+    found: list[bool] = []
+
+    def run() -> None:
+        for call in before:
+            assert callable(call)
+            call()
+        found.append(take_short_turns())
+
+    thread = threading.Thread(target=run)
+    thread.start()
+    thread.join()
+    return found
+
+
+@pytest.mark.skipif(not LINUX, reason="no such system call")
+def test_it_is_given_where_the_kernel_has_turns_of_a_length() -> None:
+    (given,) = in_thread()
+    release = tuple(int(part) for part in platform.release().split("-")[0].split(".")[:2])
+    assert given or release < (6, 12)
+
+
+@pytest.mark.skipif(not LINUX, reason="no such system call")
+def test_the_policy_and_the_niceness_of_a_thread_stay() -> None:
+    found: list[int] = []
+    given = in_thread(lambda: os.nice(3), take_short_turns, lambda: found.append(os.nice(0)))
+    assert found == [os.nice(0) + 3]
+    assert len(given) == 1
+    assert in_thread(lambda: os.sched_setscheduler(0, os.SCHED_BATCH, os.sched_param(0))) == [False]
+
+
+def test_elsewhere_nothing_changes(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "platform", "win32")
+    assert in_thread() == [False]
