@@ -68,7 +68,8 @@ def prints_and_looks_around(path: Path, opening: Opening, lately: Any) -> Probat
         os.write(descriptor, b"a library's own words\n" * 50_000)  # more than a pipe holds
     adjusted = Path("/proc/self/oom_score_adj").read_text().strip()
     alarm = round(signal.getitimer(signal.ITIMER_REAL)[0])
-    raise DataError(f"{os.nice(0)} {adjusted} {alarm} {resource.getrlimit(resource.RLIMIT_CORE)[0]} {os.getpgid(0) == os.getpid() != os.getsid(0)}")
+    own_group = os.getpgid(0) == os.getpid() != os.getsid(0)
+    raise DataError(f"{os.nice(0)} {adjusted} {alarm} {resource.getrlimit(resource.RLIMIT_CORE)[0]} {own_group}")
 
 
 @pytest.fixture
