@@ -25,16 +25,20 @@ PERCENTILE = 99.99
 """Of a layer's inputs: where W4A8 without training clips them."""
 
 
-def demo_recipe(seed: int, steps: int, model: str, options: Mapping[str, Any]) -> Recipe:
-    """The demonstration's recipe with another model and number of steps."""
-    changes = {"seed": seed, "training.steps": steps, "model.name": model, "model.options": dict(options)}
+def demo_recipe(changes: Mapping[str, Any]) -> Recipe:
+    """The demonstration's recipe with some values replaced, by `section.key`."""
     overrides = [f"{key}={json.dumps(value)}" for key, value in changes.items()]
     return load_recipe(Path(muntin.__file__).parent / "recipes" / "demo.yaml", overrides)
 
 
 def trained(recipe: Recipe, folder: Path) -> Checkpoint:
     """The recipe's last checkpoint: trained from where it stands. Ctrl-C leaves one in between, which is no result: it ends the program."""
-    result = muntin.fit(recipe, directory=folder, root=Path.cwd(), resume=bool(checkpoints_in(folder / "checkpoints")))
+    begun = bool(checkpoints_in(folder / "checkpoints"))
+    if begun:
+        checkpoint = read_checkpoint(folder)
+        if checkpoint.recipe == recipe and checkpoint.state.step == recipe.training.steps:
+            return checkpoint
+    result = muntin.fit(recipe, directory=folder, root=Path.cwd(), resume=begun)
     if result.interrupted:
         raise SystemExit(f"interrupted at step {result.step} of {result.steps} in {folder}: the same command goes on from there")
     return read_checkpoint(folder)

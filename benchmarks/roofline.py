@@ -87,7 +87,8 @@ def kind_rows(profiled: Profile) -> list[dict[str, Any]]:
 
 
 def measure(preset: str, side: int, folder: Path, threads: int, rounds: int) -> Row:
-    checkpoint, shape = trained(demo_recipe(0, STEPS, preset, {}), folder / "trained"), (1, side, side)
+    shape = (1, side, side)
+    checkpoint = trained(demo_recipe({"training.steps": STEPS, "model.name": preset}), folder / "trained")
     floats, integers = float_artifact(checkpoint, folder / "float"), integer_artifact(checkpoint, folder / "int8")
     gmac = image_macs(checkpoint.model().to("meta"), torch.empty(1, 3, side, side, device="meta")) / 1e9
     images = fill(floats.golden()[0][0], shape)

@@ -1,0 +1,348 @@
+"""What each part of hybrid-s is worth: the network without it, or with another choice, trained alike and deployed.
+
+    python benchmarks/ablation.py [--seeds 0 1 2] [--steps 700] [--precision bf16] [--variants serial ...] [--threads N] [--rounds 20]
+                                  [--output runs/benchmark-ablation] [--json]
+
+Each variant is hybrid-s with one change, trained by the demonstration's recipe (source earth, averaged weights) for the same steps on the
+same crops, seed by seed, and in one precision (the recipe's `auto` measures the machine, and may answer differently from one variant to
+the next). That recipe was tuned with hybrid-s, which favours it. What hybrid-s has: attention in windows of 8 and through 32 latents,
+parallel blocks, gates, a depthwise convolution for position, foldable norms, ReLU, a decoder of stages.
+    local only, global only   the other half of the heads gone over to windows, to latents
+    serial                    attention, then the perceptron, instead of both at once
+    no gate, no depthwise     without it
+    window, latents           another number: a window's side and the latents of a head; a window larger than the map is padded and computed
+    LayerNorm, GELU           in the blocks, in place of norms that fold away and of ReLU, which fuses
+    one-step decoder          all maps to stride 4 by one bilinear step, summed, smoothed once; the same projections
+The configuration has no option for a network without depthwise convolutions, for another norm, activation or decoder: these are
+factories (`ablation_models.py`) that a recipe can name as its model, and no part of the product.
+
+    GMAC, M     multiply-adds at 512 x 512, millions of parameters
+    mIoU        of the test split, the FP32 model deployed in OpenVINO: mean over seeds ± standard deviation
+    points      100 x (variant - base), seed by seed: mean ± standard error
+    ms          512 x 512, deployed in floats with norms and gates folded: mean over seeds of medians, all variants of a seed in turns
+    slower      variant over base in the precision that is faster here, seed by seed, as for points
+    verdict     on what hybrid-s has in this place: a difference counts where it is more than twice its standard error. By score first;
+                where that tells nothing, by speed. Three seeds make a weak test: by chance alone one difference in five passes it.
+
+Then parallel blocks against serial ones of the same multiply-adds (the article claims +30 %): eager PyTorch, torch.compile, deployed in
+FP32, BF16 and W4A8, each pair in turns; serial over parallel as the median of five passes and their range.
+
+Gates that are trained with a cost until channels close, which are then cut out, are not measured: `training.gate_cost` trains them, but
+there is no pass yet that removes a closed channel, so nothing could be faster.
+
+Rows that are there already are not made again, and training goes on where it was interrupted. Time on two cores: three to five minutes a
+variant and seed (windows of 32 several times that), so about four hours for all, two minutes a seed of timing, ten for the blocks. Scores
+do not suffer from other work; for the timings run it alone.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from math import sqrt
+from pathlib import Path
+from statistics import fmean, median, stdev
+from typing import Any
+
+import torch
+
+import muntin
+from muntin.artifact import open_artifact
+from muntin.compression.stages import source_of
+from muntin.deployment import image_macs
+from muntin.deployment.counting import parameter_count
+from muntin.errors import DependencyError, MuntinError
+from muntin.models import TorchSession
+from muntin.runtime import load
+from muntin.runtime.contention import watch_cpu
+from muntin.runtime.hardware import physical_cores
+from muntin.runtime.latency import interleaved_latency
+from muntin.runtime.profile import BUSY, fill
+from muntin.training import Checkpoint
+from muntin.training.evaluation import tile_of
+from muntin.training.loop import signature_of
+from resumed import Row, demo_recipe, float_artifact, integer_artifact, kept_row, print_machines, trained
+
+SIDE = 512
+PASSES = 5
+WAYS = ("eager f32", "compile f32", "deployed f32", "deployed bf16", "deployed i8")
+"""Of running parallel and serial blocks."""
+SURE = 2.0
+"""Standard errors beyond which a difference counts."""
+GOALS = {"parallel_over_serial": 1.3}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Variant:
+    """A model by its name in a recipe, and what it changes in the configuration."""
+
+    model: str = "hybrid-s"
+    options: dict[str, Any] = field(default_factory=dict)
+
+
+VARIANTS = {
+    "base": Variant(),
+    "local only": Variant(options={"attention": "local"}),
+    "global only": Variant(options={"attention": "global"}),
+    "serial": Variant(options={"block": "serial"}),
+    "no gate": Variant(options={"gate": False}),
+    "no depthwise": Variant(model="ablation_models:without_position"),
+    **{f"window {window}": Variant(options={"window": window}) for window in (4, 16, 32)},
+    **{f"latents {latents}": Variant(options={"latents": latents}) for latents in (8, 16, 64)},
+    "LayerNorm": Variant(model="ablation_models:with_layer_norm"),
+    "GELU": Variant(model="ablation_models:with_gelu"),
+    "one-step decoder": Variant(model="ablation_models:with_one_step_decoder"),
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Setting:
+    """What every row of a run has in common."""
+
+    output: Path
+    steps: int
+    precision: str
+    threads: int
+    rounds: int
+
+    def folder(self, name: str, seed: int) -> Path:
+        return self.output / f"seed-{seed}" / slug(name)
+
+    def checkpoint(self, name: str, seed: int) -> Checkpoint:
+        variant = VARIANTS[name]
+        changes = {"seed": seed, "training.steps": self.steps, "training.precision": self.precision}
+        recipe = demo_recipe({**changes, "model.name": variant.model, "model.options": variant.options})
+        return trained(recipe, self.folder(name, seed))
+
+    def float_path(self, name: str, seed: int) -> Path:
+        return float_artifact(self.checkpoint(name, seed), self.folder(name, seed) / "float").path
+
+
+def slug(name: str) -> str:
+    return name.lower().replace(" ", "-")
+
+
+def macs_of(checkpoint: Checkpoint) -> int:
+    return image_macs(checkpoint.model().to("meta"), torch.empty(1, 3, SIDE, SIDE, device="meta"))
+
+
+def score_row(setting: Setting, name: str, seed: int) -> Row:
+    checkpoint = setting.checkpoint(name, seed)
+    session = load(setting.float_path(name, seed), precision="f32", threads=setting.threads)
+    test = source_of(checkpoint).split("test")
+    return {
+        "variant": name,
+        "seed": seed,
+        "miou": muntin.evaluate(session, test, tile=tile_of(checkpoint.recipe.data.crop)).score,
+        "gmac": macs_of(checkpoint) / 1e9,
+        "parameters": parameter_count(checkpoint.model()),
+        "train_s": checkpoint.state.seconds,
+    }
+
+
+def float_precisions(path: Path) -> list[str]:
+    """The types that a float artefact can be opened in here."""
+    try:
+        load(path, precision="bf16", shapes=(), cache=False)
+    except DependencyError:
+        return ["f32"]
+    return ["f32", "bf16"]
+
+
+def latency_row(setting: Setting, names: Sequence[str], seed: int) -> Row:
+    """Medians of all variants of a seed, timed in turns in one process; of a variant by its precision."""
+    paths = {name: setting.float_path(name, seed) for name in names}
+    base = paths[names[0]]
+    precisions = float_precisions(base)
+    sessions = {
+        f"{name}|{precision}": load(path, precision=precision, threads=setting.threads, shapes=[(1, SIDE, SIDE)])
+        for name, path in paths.items()
+        for precision in precisions
+    }
+    with watch_cpu() as watch:
+        measured = interleaved_latency(sessions, pictures(base), rounds=setting.rounds)
+    ms = {name: {precision: measured[f"{name}|{precision}"].median_ms for precision in precisions} for name in names}
+    return {"seed": seed, "ms": ms, "others": watch.others}
+
+
+def pictures(path: Path) -> Any:
+    """One picture of the size that is timed, from an artefact's golden ones."""
+    return fill(open_artifact(path).golden()[0][0], (1, SIDE, SIDE))
+
+
+def blocks_row(setting: Setting, way: str, seed: int) -> Row:
+    """Parallel and serial blocks in one way of running them; one that this machine has not says why."""
+    checkpoints = {"parallel": setting.checkpoint("base", seed), "serial": setting.checkpoint("serial", seed)}
+    folders = {"parallel": setting.folder("base", seed), "serial": setting.folder("serial", seed)}
+    macs = {kind: macs_of(checkpoint) for kind, checkpoint in checkpoints.items()}
+    if macs["parallel"] != macs["serial"]:
+        raise SystemExit(f"multiply-adds {macs}: blocks of different size cannot be compared")
+    row: Row = {"way": way, "seed": seed, "gmac": macs["parallel"] / 1e9}
+    images = pictures(setting.float_path("base", seed))
+    try:
+        sessions = {kind: open_way(way, checkpoints[kind], folders[kind], setting.threads) for kind in checkpoints}
+        with watch_cpu() as watch:
+            passes = [interleaved_latency(sessions, images, rounds=setting.rounds) for _ in range(PASSES)]
+    except (MuntinError, RuntimeError) as error:  # no such type here; a network that PyTorch cannot compile, or that W4A8 spoils
+        return row | {"cannot": " ".join(str(error).split())[:200]}
+    ratios = [found["serial"].median_ms / found["parallel"].median_ms for found in passes]
+    times = {f"{kind}_ms": median(found[kind].median_ms for found in passes) for kind in sessions}
+    return row | times | {"gain": median(ratios), "range": [min(ratios), max(ratios)], "others": watch.others}
+
+
+def open_way(way: str, checkpoint: Checkpoint, folder: Path, threads: int) -> Any:
+    kind, precision = way.split()
+    if kind != "deployed":
+        torch.set_num_threads(threads)
+        signature = signature_of(checkpoint.recipe, source_of(checkpoint))
+        return TorchSession(checkpoint.model(), signature, compile=kind == "compile")
+    artifact = integer_artifact(checkpoint, folder / "int8") if precision == "i8" else float_artifact(checkpoint, folder / "float")
+    return load(artifact.path, precision="recorded" if precision == "i8" else precision, threads=threads, shapes=[(1, SIDE, SIDE)])
+
+
+@dataclass(frozen=True, kw_only=True)
+class Difference:
+    """Paired, over seeds. `error`: the standard error, None for one seed."""
+
+    mean: float
+    error: float | None
+
+    @property
+    def sign(self) -> int:
+        """1 or -1 where the difference counts, otherwise 0."""
+        if self.error is None or abs(self.mean) <= SURE * self.error:
+            return 0
+        return 1 if self.mean > 0 else -1
+
+    def text(self, form: str) -> str:
+        return format(self.mean, f"+{form}") + ("" if self.error is None else f" ±{format(self.error, form)}")
+
+
+def difference(values: Sequence[float]) -> Difference:
+    return Difference(mean=fmean(values), error=stdev(values) / sqrt(len(values)) if len(values) > 1 else None)
+
+
+def verdict(points: Difference, slower: Difference) -> str:
+    """On what the base has where the variant has something else."""
+    if points.error is None:
+        return "one seed: none"
+    if points.sign:
+        return "earns its place" if points.sign < 0 else "costs score"
+    if slower.sign:
+        return "earns its place by speed" if slower.sign > 0 else "slower, no better"
+    return "not told apart"
+
+
+def summary(scores: list[Row], latencies: list[Row]) -> dict[str, dict[str, Any]]:
+    """Of each variant the means over seeds, the paired differences to the base and the verdict."""
+    ms = {row["seed"]: row["ms"] for row in latencies}
+    first = next(iter(ms.values()))["base"]
+    fastest = min(first, key=lambda precision: fmean(entry["base"][precision] for entry in ms.values()))
+    base = {row["seed"]: row["miou"] for row in scores if row["variant"] == "base"}
+    found: dict[str, dict[str, Any]] = {}
+    for name in dict.fromkeys(row["variant"] for row in scores):
+        mine = [row for row in scores if row["variant"] == name]
+        values = [row["miou"] for row in mine]
+        points = difference([100 * (row["miou"] - base[row["seed"]]) for row in mine])
+        slower = difference([100 * (entry[name][fastest] / entry["base"][fastest] - 1) for entry in ms.values()])
+        found[name] = {
+            "gmac": mine[0]["gmac"], "parameters": mine[0]["parameters"], "miou": fmean(values),
+            "miou_spread": stdev(values) if len(values) > 1 else None, "points": points.mean, "points_error": points.error,
+            "ms": {precision: fmean(entry[name][precision] for entry in ms.values()) for precision in first},
+            "slower_percent": slower.mean, "slower_error": slower.error, "slower_in": fastest,
+            "verdict": "" if name == "base" else verdict(points, slower),
+        }  # fmt: skip
+    return found
+
+
+def print_summary(found: dict[str, dict[str, Any]], seeds: int) -> None:
+    precisions = list(found["base"]["ms"])
+    times = "".join(f"{'ms ' + precision:>10}" for precision in precisions)
+    print(f"{'variant':<18}{'GMAC':>7}{'M':>7}{'mIoU':>16}{'points':>16}{times}{'slower %':>16}  verdict")
+    for name, row in found.items():
+        spread = "" if row["miou_spread"] is None else f" ±{row['miou_spread']:.4f}"
+        times = "".join(f"{row['ms'][precision]:>10.2f}" for precision in precisions)
+        points, slower = (
+            "" if name == "base" else Difference(mean=row[mean], error=row[error]).text(form)
+            for mean, error, form in (("points", "points_error", ".2f"), ("slower_percent", "slower_error", ".1f"))
+        )
+        print(
+            f"{name:<18}{row['gmac']:>7.2f}{row['parameters'] / 1e6:>7.2f}{format(row['miou'], '.4f') + spread:>16}{points:>16}{times}"
+            f"{slower:>16}  {row['verdict']}"
+        )
+    print(f"{seeds} seeds; slower: in {found['base']['slower_in']}")
+
+
+def print_blocks(rows: list[Row]) -> None:
+    claim = GOALS["parallel_over_serial"]
+    print(f"\nparallel against serial blocks, {rows[0]['gmac']:.2f} GMAC each, seed {rows[0]['seed']} (the article claims {claim:g})")
+    print(f"{'':<16}{'parallel ms':>13}{'serial ms':>11}{'gain':>7}{'range':>14}{'others':>8}")
+    for row in rows:
+        if "cannot" in row:
+            print(f"{row['way']:<16}  cannot: {row['cannot']}")
+            continue
+        low, high = row["range"]
+        others = "–" if row["others"] is None else f"{row['others']:.2f}"
+        times = f"{row['parallel_ms']:>13.2f}{row['serial_ms']:>11.2f}{row['gain']:>7.2f}"
+        print(f"{row['way']:<16}{times}{f'{low:.2f} to {high:.2f}':>14}{others:>8}  {'met' if row['gain'] >= claim else 'MISSED'}")
+
+
+def notes(latencies: list[Row]) -> list[str]:
+    """What makes the times doubtful."""
+    return [
+        f"seed {row['seed']}: other processes used {row['others']:.1f} cores while it was timed"
+        for row in latencies
+        if row["others"] is not None and row["others"] >= BUSY
+    ]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--steps", type=int, default=700, help="of training, the same for all")
+    parser.add_argument("--precision", choices=["fp32", "bf16"], default="fp32", help="of training, the same for all")
+    parser.add_argument(
+        "--variants", nargs="+", choices=list(VARIANTS), default=list(VARIANTS), help="the base comes first, asked for or not"
+    )
+    parser.add_argument("--threads", type=int, default=physical_cores(), help="of what is timed; the usable physical cores unless given")
+    parser.add_argument("--rounds", type=int, default=20, help="timed calls of each variant and seed")
+    parser.add_argument("--output", type=Path, default=Path("runs/benchmark-ablation"))
+    parser.add_argument("--json", action="store_true", help="print one JSON document instead of the tables")
+    arguments = parser.parse_args()
+    training = {"steps": arguments.steps, "precision": arguments.precision}
+    timing = {**training, "threads": arguments.threads, "rounds": arguments.rounds}
+    setting = Setting(output=arguments.output, **timing)
+    names = list(dict.fromkeys(["base", *arguments.variants]))
+    scores: list[Row] = []
+    latencies: list[Row] = []
+    for seed in arguments.seeds:
+        for name in names:
+            done = setting.folder(name, seed) / "row.json"
+            scores.append(kept_row(done, training, partial(score_row, setting, name, seed)))
+            print(f"seed {seed}, {name}: {scores[-1]['miou']:.4f}", file=sys.stderr)
+        timed = setting.output / f"seed-{seed}" / f"latency-{'+'.join(map(slug, names))}.json"  # in turns: another set is another row
+        latencies.append(kept_row(timed, timing, partial(latency_row, setting, names, seed)))
+    blocks: list[Row] = []
+    if "serial" in names:
+        seed = arguments.seeds[0]
+        folder = setting.output / f"seed-{seed}" / "blocks"
+        blocks = [kept_row(folder / f"{slug(way)}.json", timing, partial(blocks_row, setting, way, seed)) for way in WAYS]
+    found = summary(scores, latencies)
+    if arguments.json:
+        document = {"scores": scores, "latencies": latencies, "blocks": blocks, "summary": found, "goals": GOALS}
+        print(json.dumps({"benchmark": "ablation", **document, "notes": notes(latencies)}, indent=1))
+        return
+    print_summary(found, len(arguments.seeds))
+    if blocks:
+        print_blocks(blocks)
+    for line in notes(latencies):
+        print(f"note: {line}")
+    print_machines(scores + latencies + blocks)
+
+
+if __name__ == "__main__":
+    main()
