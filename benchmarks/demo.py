@@ -20,10 +20,10 @@ from typing import Any
 
 import muntin
 from muntin.compression.stages import source_of
-from muntin.training import read_checkpoint
 from muntin.training.evaluation import tile_of
 from muntin.training.loop import signature_of
 from muntin.training.recipe import load_recipe
+from resumed import trained
 
 
 def run(seed: int, directory: Path) -> dict[str, Any]:
@@ -40,8 +40,7 @@ def reference(seed: int, directory: Path) -> float:
     made = recipe.compression
     steps = recipe.training.steps + sum(round(stage.share * recipe.training.steps) for stage in (made.recover, made.quantize, made.mix))
     longer = recipe.model_copy(update={"training": recipe.training.model_copy(update={"steps": steps})})
-    muntin.fit(longer, directory=directory, root=Path.cwd(), resume=(directory / "checkpoints").is_dir())
-    checkpoint = read_checkpoint(directory)
+    checkpoint = trained(longer, directory)
     source = source_of(checkpoint)
     session = muntin.TorchSession(checkpoint.model(), signature_of(longer, source))
     return muntin.evaluate(session, source.split("test"), tile=tile_of(longer.data.crop)).score

@@ -33,11 +33,11 @@ from muntin.models import TorchSession
 from muntin.runtime import describe_hardware
 from muntin.runtime.latency import interleaved_latency
 from muntin.training import Checkpoint, read_checkpoint
-from muntin.training.checkpoint import checkpoints_in
 from muntin.training.config import LowRankConfig
 from muntin.training.evaluation import tile_of
 from muntin.training.loop import signature_of
 from muntin.training.recipe import load_recipe
+from resumed import trained
 
 CRITERIA = ("cumulative", "energy", "activation")
 LAYERS: dict[str, tuple[nn.Linear | nn.Conv2d, tuple[int, int], tuple[int, ...]]] = {
@@ -68,10 +68,10 @@ def row(checkpoint: Checkpoint, seed: int, share: float, criterion: Any, folder:
     at_once = score(checkpoint, model)
     stages = checkpoint.recipe.compression.model_copy(update={"low_rank": config})
     run = compress_checkpoint(checkpoint, folder / f"{criterion}-{share}", config=stages, until="low-rank", resume=True)
-    trained = score(checkpoint, read_model(read_checkpoint(run.stages[0].checkpoint)))
+    after = score(checkpoint, read_model(read_checkpoint(run.stages[0].checkpoint)))
     result = {
         "seed": seed, "criterion": criterion, "share": share, "parameters": parameter_count(model) / before, "at_once": at_once,
-        "trained": trained, "created": datetime.now(UTC).isoformat(timespec="seconds"),
+        "trained": after, "created": datetime.now(UTC).isoformat(timespec="seconds"),
     }  # fmt: skip
     done.write_text(json.dumps(result, indent=1), encoding="utf-8")
     return result
@@ -107,8 +107,7 @@ def main() -> None:
     for seed in arguments.seeds:
         folder = arguments.output / f"seed-{seed}"
         recipe = load_recipe(Path(muntin.__file__).parent / "recipes" / "demo.yaml", [f"seed={seed}"])
-        muntin.fit(recipe, directory=folder, root=Path.cwd(), resume=bool(checkpoints_in(folder / "checkpoints")))
-        checkpoint = read_checkpoint(folder)
+        checkpoint = trained(recipe, folder)
         rows.append({"seed": seed, "criterion": "none", "share": 1.0, "parameters": 1.0, "at_once": score(checkpoint, checkpoint.model())})
         rows += [row(checkpoint, seed, share, criterion, folder) for share in arguments.shares for criterion in CRITERIA]
     layers = layer_rows(arguments.output)
@@ -118,8 +117,8 @@ def main() -> None:
         return
     print(f"{'seed':<6}{'criterion':<14}{'parameters':>12}{'at once':>10}{'trained':>10}")
     for entry in rows:
-        trained = f"{entry['trained']:>10.4f}" if "trained" in entry else f"{'–':>10}"
-        print(f"{entry['seed']:<6}{entry['criterion']:<14}{entry['parameters']:>12.1%}{entry['at_once']:>10.4f}{trained}")
+        after = f"{entry['trained']:>10.4f}" if "trained" in entry else f"{'–':>10}"
+        print(f"{entry['seed']:<6}{entry['criterion']:<14}{entry['parameters']:>12.1%}{entry['at_once']:>10.4f}{after}")
     print(f"\n{'layer, INT8, dense against factored':<44}{'dense ms':>10}{'factored':>10}{'gain':>8}")
     for entry in layers:
         print(f"{entry['layer']:<44}{entry['dense_ms']:>10.3f}{entry['factored_ms']:>10.3f}{entry['gain']:>8.2f}")

@@ -38,11 +38,11 @@ from muntin.compression.stages import calibration_of, compress_checkpoint, read_
 from muntin.models import TorchSession
 from muntin.runtime import describe_hardware
 from muntin.training import Checkpoint, read_checkpoint
-from muntin.training.checkpoint import checkpoints_in
 from muntin.training.config import CompressionConfig, StageConfig
 from muntin.training.evaluation import tile_of
 from muntin.training.loop import signature_of
 from muntin.training.recipe import Recipe, load_recipe, parse_recipe
+from resumed import trained
 
 PERCENTILE = 99.99
 SHARES = {"earth": 0.3, "digits": 0.25}
@@ -83,12 +83,6 @@ def digits(seed: int, folder: Path) -> Recipe:
 
 
 TASKS: dict[str, Callable[[int, Path], Recipe]] = {"earth": earth, "digits": digits}
-
-
-def fp32(recipe: Recipe, folder: Path) -> Checkpoint:
-    """The trained model, taken as it is where it was trained before."""
-    muntin.fit(recipe, directory=folder, root=Path.cwd(), resume=bool(checkpoints_in(folder / "checkpoints")))
-    return read_checkpoint(folder)
 
 
 def score(checkpoint: Checkpoint, model: Any) -> float:
@@ -136,7 +130,7 @@ def rows_of(task: str, seed: int, output: Path) -> dict[str, Any]:
     done = folder / "row.json"
     if done.is_file():
         return dict(json.loads(done.read_text(encoding="utf-8")))
-    checkpoint = fp32(TASKS[task](seed, output), folder)
+    checkpoint = trained(TASKS[task](seed, output), folder)
     row: dict[str, Any] = {"task": task, "seed": seed, "fp32": score(checkpoint, checkpoint.model())}
     source = source_of(checkpoint)
     example = calibration_of(checkpoint, source)[0]

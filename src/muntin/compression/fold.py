@@ -111,7 +111,7 @@ def _fold_serial(block: SerialBlock) -> str | None:
 
 
 def _fold_perceptron(mlp: Perceptron) -> str | None:
-    if not isinstance(mlp.gate, ChannelGate) or not isinstance(mlp.expand, LINEAR):
+    if not isinstance(mlp.gate, ChannelGate) or not isinstance(mlp.expand, LINEAR) or not isinstance(mlp.activation, nn.ReLU):
         return None
     fold_gate(mlp.expand, mlp.gate)
     mlp.gate = nn.Identity()
