@@ -53,6 +53,17 @@ def test_each_size_once_and_not_without_end(version: Version, monkeypatch: pytes
     assert asked == calls[:COMPILED]
 
 
+def test_what_it_was_opened_for_is_not_compiled_again(version: Version, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "probe", lambda *_, **__: pytest.fail("it was compiled already"))
+    compiler = Compiler(OPENING)
+    assert version.warm
+    for call in version.warm:
+        for _ in range(2 * OFTEN):
+            compiler.note(version, call)
+    assert not any(thread.name == "muntin-compile" for thread in threading.enumerate())
+    compiler.close()
+
+
 def test_what_cannot_be_compiled_changes_nothing(
     version: Version, monkeypatch: pytest.MonkeyPatch, wait_until: Callable[..., None]
 ) -> None:

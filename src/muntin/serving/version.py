@@ -192,7 +192,7 @@ class Version:
     """One artefact under the name of its version. Its slot alone changes it, and guards it with its lock.
 
     `leases`: given and not yet back. `reason`: why it failed, otherwise empty. `digest` and `signature` are known once it is open, and
-    remain when it is closed.
+    remain when it is closed. `warm`: the calls that it was compiled for when it was opened.
     """
 
     name: str
@@ -201,6 +201,7 @@ class Version:
     reason: str = ""
     digest: str = ""
     leases: int = 0
+    warm: frozenset[Call] = frozenset()
     statistics: Statistics = field(default_factory=Statistics)
     latencies: Latencies = field(default_factory=Latencies, repr=False)
     _signature: Signature | None = field(default=None, repr=False)
@@ -226,6 +227,7 @@ class Version:
 
     def opened(self, opened: Opened) -> None:
         self._session, self._signature, self.digest, self.state = opened.session, opened.signature, opened.digest, "ready"
+        self.warm = frozenset(opened.calls)
 
     def close(self) -> Session | None:
         """Lets go of the session, and returns it: to be dropped where nobody waits for it."""
