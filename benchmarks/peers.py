@@ -1,0 +1,286 @@
+"""muntin's hybrids beside the segmenters that users reach for: the same data, crops, loop and budget, each deployed by its own best way.
+
+    python benchmarks/peers.py [--sources earth earth:climate earth:shore] [--models NAME ...] [--seeds 0 1 2] [--minutes 4]
+                               [--samples N] [--output runs/benchmark-peers] [--json]
+
+Peers: segmentation_models_pytorch's Linknet-resnet18, PAN-mobilenet_v2, Unet-resnet18, FPN-efficientvit_b0, FPN-mobilenetv4_conv_small,
+Segformer-mit_b0 and DeepLabV3+-efficientnet-b0. All models start from random weights and are trained by `muntin fit` with the
+demonstration's recipe: crops, augmentation, loss, AdamW, schedule, averaged weights and BF16 are literally the same code. Two budgets,
+each with tables of its own (either or both may be given):
+    --minutes   wall-clock minutes of training; a run's steps follow from a short timed one before it, and what it took is in the table
+    --samples   crops seen
+A hybrid's stages of compression (low rank, W4A8, mixed precision) are inside its budget, so its FP32 training is shorter than a peer's;
+hybrid-s-ptq spends all of the budget on FP32 training and is quantised afterwards, as the peers are. Quantising after training and export
+count for none. The learning rate is tuned alike for each model and source: three of them, a quarter of the budget in FP32 each, seed 0,
+on the validation split.
+
+Deployed: OpenVINO in f32 and in bf16; peers in INT8 by NNCF too, hybrids in W4A8 after the stages or in muntin's own INT8. Of these a seed
+takes the fastest at the first of --sides that is within half a point of f32 on the validation split; calibration sees training crops only,
+and the test split chooses nothing. Columns:
+    test mIoU   of the deployed models, whole test split, mean ± standard deviation over the seeds
+    ms SIDE     median latency of one image, pixels in and scores out: all models of a seed in one process, in turns; mean over the seeds
+    min, crops  what training really took and saw; im/s of FP32 training; M parameters as trained; MB on disk as deployed; rate as tuned
+Below it the IoU of each class, every variant (a hybrid's float ones, too), and the goals. Beside the rows lies a picture of each source.
+
+A row that is there already is not run again, and training that was interrupted by Ctrl-C goes on where it stood. Rows of another machine,
+or of other threads, crops or batches, are refused. A model that fails is left out with the reason, and is tried again the next time.
+Needs `pip install 'muntin[bench]'`. Time: a model and a source take 3.75 times --minutes for three seeds (three rates at a quarter, three
+trainings), and a few minutes for timing, NNCF and scoring. Run it alone.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.metadata
+import json
+import shutil
+import sys
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import get_args
+
+import torch
+
+from muntin.data.config import SourceName
+from muntin.errors import MuntinError
+from muntin.runtime import describe_hardware
+from muntin.training.precision import resolve_precision
+from segmentation_peers.budget import Budget, Interrupted, Pace, Setting, measure_pace, recipe_for, steps_of, train, train_whole
+from segmentation_peers.deployment import Variant, deploy, parameters_of, score_variants
+from segmentation_peers.latency import measure_latency
+from segmentation_peers.models import ENTRIES, Entry
+from segmentation_peers.report import Row, admitted, draw, judge, print_tables, summarise
+
+SOURCES = tuple(name for name in get_args(SourceName) if name != "folders")
+RATES = (5e-4, 1e-3, 2e-3)
+SEARCH_SHARE, SEARCH_SEED = 1 / 4, 0
+"""Of the budget, for each rate; and the seed that it is trained with."""
+OFF = 0.1
+"""How far the minutes of training may be from the budget's without a remark."""
+PACKAGES = ("segmentation-models-pytorch", "timm", "nncf")
+
+
+class Refused(Exception):  # noqa: N818 - of a row, said in one line
+    """A row cannot be compared with what this run measures."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Comparison:
+    """One source under one budget, and the folder of its rows. `rounds`: timed calls of each model and size."""
+
+    setting: Setting
+    budget: Budget
+    sides: tuple[int, ...]
+    rounds: int
+    folder: Path
+
+    def row(self, name: str, make: Callable[[], Row]) -> Row:
+        """The row that is there, or a new one. Raises `Refused` for one of another machine or setting."""
+        path = self.folder / f"{name}.json"
+        if path.is_file():
+            row: Row = json.loads(path.read_text(encoding="utf-8"))
+            now = json.loads(json.dumps(self._machine()))
+            changed = [f"{key} {row['machine'].get(key)} (now {value})" for key, value in now.items() if row["machine"].get(key) != value]
+            if changed:
+                raise Refused(f"{path} was measured with {'; '.join(changed)}: give another --output")
+            return row
+        row = {**make(), "created": datetime.now(UTC).isoformat(timespec="seconds"), "machine": self._machine()}
+        path.parent.mkdir(parents=True, exist_ok=True)
+        scratch = path.with_suffix(".part")
+        scratch.write_text(json.dumps(row, indent=1), encoding="utf-8")
+        scratch.replace(path)
+        return row
+
+    def _machine(self) -> Row:
+        hardware = describe_hardware()
+        return {**{key: hardware[key] for key in ("cpu", "cores", "features", "openvino", "torch")}, **asdict(self.setting)}
+
+    def pace(self, entry: Entry, seed: int) -> Pace | None:
+        """Measured where the budget is one of minutes, right before what it is for."""
+        if self.budget.minutes is None:
+            return None
+        recipe = recipe_for(entry, self.setting, seed=seed, steps=1, learning_rate=RATES[0])
+        name = f"pace-{entry.name}-{seed}"
+        row = self.row(name, lambda: asdict(measure_pace(entry, recipe, self.folder / name)))
+        return Pace(**{key: row[key] for key in Pace.__dataclass_fields__})
+
+    def rate(self, entry: Entry) -> float:
+        """The best learning rate on the validation split. Entries that train the same model share the search."""
+        return max(RATES, key=lambda rate: float(self._tried(entry, rate)["validation"]))
+
+    def _tried(self, entry: Entry, rate: float) -> Row:
+        name = f"rate-{entry.model.rpartition(':')[2]}-{rate:g}"
+        place = self.folder / name
+
+        def make() -> Row:
+            recipe = recipe_for(entry, self.setting, seed=SEARCH_SEED, steps=1, learning_rate=rate)
+            steps = steps_of(self.budget.part(SEARCH_SHARE), self.pace(entry, SEARCH_SEED), recipe, stages=False)
+            recipe = recipe_for(entry, self.setting, seed=SEARCH_SEED, steps=steps, learning_rate=rate)
+            row = {"model": entry.model, "learning_rate": rate, "steps": steps}
+            try:
+                return {**row, "validation": train(recipe, place).state.validation[-1]["score"]}
+            except MuntinError as error:
+                if type(error) is not MuntinError:  # its kinds are other troubles than a loss that is no longer finite
+                    raise
+                return {**row, "validation": 0.0, "failed": str(error)}
+
+        row = self.row(name, make)
+        shutil.rmtree(place, ignore_errors=True)  # its weights are of no use any more
+        return row
+
+    def model(self, entry: Entry, seed: int) -> Row:
+        """Trained, deployed in every form, and scored; the forms stay on disk, to be timed beside the other models'."""
+        name = f"model-{entry.name}-{seed}"
+        place = self.folder / name
+
+        def make() -> Row:
+            rate = self.rate(entry)
+            recipe = recipe_for(entry, self.setting, seed=seed, steps=1, learning_rate=rate)
+            steps = steps_of(self.budget, self.pace(entry, seed), recipe, stages=entry.way == "stages")
+            recipe = recipe_for(entry, self.setting, seed=seed, steps=steps, learning_rate=rate)
+            checkpoint, compressed, figures = train_whole(entry, recipe, place / "run")
+            forms = deploy(entry, checkpoint, compressed, place)
+            return {
+                "model": entry.name, "source": self.setting.source, "budget": self.budget.name, "seed": seed, "learning_rate": rate,
+                **figures,
+                "parameters": parameters_of(checkpoint), "forms": {form: str(path.relative_to(place)) for form, path in forms.items()},
+                "variants": score_variants(forms, checkpoint, threads=self.setting.threads),
+            }  # fmt: skip
+
+        row = self.row(name, make)
+        shutil.rmtree(place / "run", ignore_errors=True)  # several times what is deployed, and many runs come together
+        return row
+
+    def latency(self, rows: list[Row], seed: int) -> Row:
+        """Every variant of a seed's models at the first size, and at all sizes the one that is deployed: timed together or not at all."""
+        models = [row["model"] for row in rows]
+        path = self.folder / f"latency-{seed}.json"
+        if path.is_file():
+            there = json.loads(path.read_text(encoding="utf-8"))
+            if not set(models) <= set(there["chosen"]) or list(there["ms"]) != [str(side) for side in self.sides]:
+                path.unlink()
+        return self.row(path.stem, lambda: self._timed(rows, seed))
+
+    def _timed(self, rows: list[Row], seed: int) -> Row:
+        variants = {}
+        for row in rows:
+            place = self.folder / f"model-{row['model']}-{seed}"
+            for name, variant in row["variants"].items():
+                variants[row["model"], name] = Variant(path=place / row["forms"][variant["form"]], precision=variant["precision"])
+        first, *others = self.sides
+        all_ms = measure_latency(variants, first, threads=self.setting.threads, rounds=self.rounds)
+        chosen = {row["model"]: min(admitted(row["variants"]), key=lambda name: all_ms[row["model"], name]) for row in rows}
+        ms = {str(first): {model: all_ms[model, name] for model, name in chosen.items()}}
+        for side in others:
+            timed = measure_latency(
+                {item: variants[item] for item in chosen.items()}, side, threads=self.setting.threads, rounds=self.rounds
+            )
+            ms[str(side)] = {model: value for (model, _), value in timed.items()}
+        by_model = {row["model"]: {name: all_ms[row["model"], name] for name in row["variants"]} for row in rows}
+        return {"seed": seed, "chosen": chosen, "ms": ms, "variants": by_model}
+
+    def run(self, entries: list[Entry], seeds: list[int]) -> Row:
+        """All rows, what they say, and a picture of it."""
+        rows: list[Row] = []
+        latencies: dict[int, Row] = {}
+        left_out: list[str] = []
+        for seed in seeds:
+            mine = []
+            for entry in entries:
+                print(f"{self.budget.name}, {self.setting.source}, seed {seed}: {entry.name}", file=sys.stderr)
+                try:
+                    mine.append(self.model(entry, seed))
+                except (MuntinError, RuntimeError, ValueError) as error:  # the last two as PyTorch, OpenVINO and NNCF raise them
+                    left_out.append(f"{entry.name}, seed {seed}: {error}")
+                    print(f"left out  {left_out[-1]}", file=sys.stderr)
+            if mine:
+                latencies[seed] = self.latency(mine, seed)
+            rows += mine
+        summary = summarise(rows, latencies)
+        picture = self.folder / "pareto.png"
+        if summary:
+            draw(summary, picture, title=f"{self.setting.source}, {self.budget.told}, seeds {', '.join(map(str, seeds))}")
+        rates = [self._tried(entry, rate) for entry in {row["model"]: ENTRIES[row["model"]] for row in rows}.values() for rate in RATES]
+        return {
+            "source": self.setting.source, "budget": asdict(self.budget), "summary": summary, "goals": judge(summary, self.setting.source),
+            "rates": rates, "rows": rows, "latencies": list(latencies.values()), "left_out": left_out, "picture": str(picture),
+        }  # fmt: skip
+
+
+def precision_of(output: Path) -> str:
+    """What all training below `output` computes in: as measured when the first of it began.
+
+    "auto" measures a CPU in every process, so under load it might find another answer for one model than for the rest.
+    """
+    path = output / "precision.json"
+    if not path.is_file():
+        name = "auto" if torch.cuda.is_available() else resolve_precision("auto", "cpu").name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(name), encoding="utf-8")
+    return str(json.loads(path.read_text(encoding="utf-8")))
+
+
+def print_comparison(found: Row, budget: Budget) -> None:
+    print(f"\n{found['source']}, {budget.told}")
+    print_tables(found["summary"], found["goals"])
+    edges = sorted({row["model"] for row in found["summary"] if row["learning_rate"] in (RATES[0], RATES[-1])})
+    if edges:
+        print(f"{'':<12}the best rate is at an end of the grid ({', '.join(f'{rate:g}' for rate in RATES)}): {', '.join(edges)}")
+    off = [row["model"] for row in found["summary"] if budget.minutes is not None and abs(row["minutes"] / budget.minutes - 1) > OFF]
+    if off:
+        print(f"{'':<12}minutes that are off the budget by more than {OFF:.0%}, so not equal: {', '.join(off)}")
+    for line in found["left_out"]:
+        print(f"{'left out':<12}{line}")
+    print(f"{'picture':<12}{found['picture']}")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--sources", nargs="+", choices=SOURCES, default=list(SOURCES))
+    parser.add_argument("--models", nargs="+", choices=list(ENTRIES), default=list(ENTRIES))
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--minutes", type=float, help="wall-clock minutes of training (4 unless --samples is given)")
+    parser.add_argument("--samples", type=int, help="crops seen in training")
+    parser.add_argument("--sides", type=int, nargs="+", default=[512, 1024], help="of the images that latency is measured on, pixels")
+    parser.add_argument("--rounds", type=int, default=30, help="timed calls of each model and size")
+    parser.add_argument("--threads", type=int, default=2, help="of training and of the deployed models")
+    parser.add_argument("--crop", type=int, default=256, help="side of the training crops, pixels (from 128: PAN takes no smaller ones)")
+    parser.add_argument("--batch", type=int, default=8, help="crops a step")
+    parser.add_argument("--output", type=Path, default=Path("runs/benchmark-peers"))
+    parser.add_argument("--json", action="store_true", help="print one JSON document instead of the tables")
+    given = parser.parse_args()
+    minutes = 4.0 if given.minutes is None and given.samples is None else given.minutes
+    budgets = [Budget(minutes=minutes)] if minutes is not None else []
+    budgets += [Budget(samples=given.samples)] if given.samples is not None else []
+    entries = [ENTRIES[name] for name in dict.fromkeys(given.models)]
+    precision = precision_of(given.output)
+    results: list[Row] = []
+    for budget in budgets:
+        for source in given.sources:
+            comparison = Comparison(
+                setting=Setting(
+                    source=source, crop=given.crop, batch_size=given.batch, precision=precision, threads=given.threads
+                ),
+                budget=budget, sides=tuple(given.sides), rounds=given.rounds,
+                folder=given.output / budget.name / source.replace(":", "-"),
+            )  # fmt: skip
+            try:
+                results.append(comparison.run(entries, list(dict.fromkeys(given.seeds))))
+            except Interrupted:
+                sys.exit("interrupted; the same command goes on")
+            except Refused as error:
+                sys.exit(f"{parser.prog}: {error}")
+            if not given.json:
+                print_comparison(results[-1], budget)
+    hardware = {**describe_hardware(), **{name: importlib.metadata.version(name) for name in PACKAGES}}
+    hardware["created"] = datetime.now(UTC).isoformat(timespec="seconds")
+    if given.json:
+        print(json.dumps({"benchmark": "peers", "hardware": hardware, "comparisons": results}, indent=1))
+    else:
+        print(f"\n{hardware['cpu']}, {hardware['physical_cores']} cores, {', '.join(hardware['features'])}; {hardware['created']}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,221 @@
+"""Every model in the forms that it can be deployed in, and each form scored on the validation and the test split.
+
+    way             forms
+    nncf            float: OpenVINO's own conversion; int8 and the like: NNCF post-training quantisation of that, by each of the
+                    entry's schemes
+    post-training   float: the artefact of `muntin export`; int8: the same after muntin's post-training quantisation
+    stages          float: the artefact of the FP32 model that the stages begin with; w4a8: of the last stage's, W4A8 in mixed precision
+
+Each form runs with its float layers in f32 and, where the CPU has it, in bf16: a variant, "int8 bf16" for one. The pixels go in as they are
+(uint8, B H W C), the scores come out in float32, and normalisation is part of the graph, for all alike.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import logging
+import sys
+import warnings
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import nn
+
+import muntin
+from muntin.artifact import Signature
+from muntin.compression.stages import source_of
+from muntin.data import calibration_batches
+from muntin.deployment.assessment import export_checkpoint
+from muntin.runtime.quiet import openvino
+from muntin.runtime.session import check_images
+from muntin.runtime.signals import signal_stack_kept
+from muntin.runtime.tiles import Predictor
+from muntin.training import Checkpoint
+from muntin.training.evaluation import tile_of
+from muntin.training.loop import signature_of
+from segmentation_peers.models import STRIDE, Entry, Padded, Scheme
+
+REFERENCE = "float f32"
+"""The variant that the others' scores are held against."""
+CALIBRATION = 300
+"""Training crops that NNCF is given: its own default. muntin takes 64, its own."""
+CHECKED = ((1, 4 * STRIDE, 6 * STRIDE), (2, 8 * STRIDE, 5 * STRIDE))
+"""Shapes that a converted peer is compared with PyTorch in. PAN takes no side below 128."""
+ALLOWED_ERROR = 0.01
+"""In standard deviations of the scores: in f32 only the order of sums differs."""
+SIGNATURE = "signature.json"
+_TELEMETRY = "openvino_telemetry"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Variant:
+    """A form on disk (an artefact, or an OpenVINO model with its signature beside it) and what its float layers run in."""
+
+    path: Path
+    precision: str
+
+    def open(self, threads: int) -> Predictor:
+        """Nothing is taken from a cache: what was compiled elsewhere would open another model than what is here."""
+        if self.path.suffix == ".xml":
+            return PeerSession(self.path, precision=self.precision, threads=threads)
+        return muntin.load(self.path, precision=self.precision, threads=threads, shapes=(), cache=False)
+
+
+class PeerSession:
+    """A peer in OpenVINO with the options of muntin's own sessions: compiled for each size, nothing copied on the way in or out.
+
+    The scores are those of the last call until the next one.
+    """
+
+    def __init__(self, path: Path, *, precision: str, threads: int) -> None:
+        self.signature = Signature.model_validate_json((path.parent / SIGNATURE).read_text(encoding="utf-8"))
+        self._options = {
+            "INFERENCE_PRECISION_HINT": precision, "INFERENCE_NUM_THREADS": threads, "PERFORMANCE_HINT": "LATENCY", "NUM_STREAMS": 1
+        }  # fmt: skip
+        self._core = openvino.Core()
+        self._model = self._core.read_model(path)
+        self._compiled: dict[tuple[int, ...], _Compiled] = {}
+
+    def __call__(self, images_BHWC: NDArray[np.uint8], /) -> NDArray[np.float32]:
+        check_images(images_BHWC, self.signature)
+        H, W = images_BHWC.shape[1:3]
+        if H % STRIDE or W % STRIDE:
+            images_BHWC = np.pad(images_BHWC, ((0, 0), (0, -H % STRIDE), (0, -W % STRIDE), (0, 0)), mode="edge")
+        shape = images_BHWC.shape
+        if shape not in self._compiled:
+            with signal_stack_kept():
+                model = self._model.clone()
+                model.reshape(list(shape))
+                self._compiled[shape] = _Compiled(self._core.compile_model(model, "CPU", self._options))
+        scores: NDArray[np.float32] = self._compiled[shape].request.infer([images_BHWC], share_inputs=True, share_outputs=True)[0]
+        return scores[:, :, :H, :W]
+
+
+class _Compiled:
+    def __init__(self, model: Any) -> None:
+        self.model, self.request = model, model.create_infer_request()
+
+    def __del__(self) -> None:
+        with signal_stack_kept():  # a model that goes puts back the signal stack that it found, which may be another model's
+            self.__dict__.clear()
+
+
+def precisions() -> tuple[str, ...]:
+    """What this CPU's float layers can run in."""
+    return ("f32", "bf16") if "BF16" in openvino.Core().get_property("CPU", "OPTIMIZATION_CAPABILITIES") else ("f32",)
+
+
+def deploy(entry: Entry, checkpoint: Checkpoint, compressed: Checkpoint | None, folder: Path) -> dict[str, Path]:
+    """Write every form of a trained model below `folder`; where each of them is. Forms that are there are written anew."""
+    if entry.way == "nncf":
+        return _deploy_peer(entry, checkpoint, folder)
+    paths = {"float": export_checkpoint(checkpoint, folder / "float", integer=False).path}
+    if compressed is not None:
+        return paths | {"w4a8": export_checkpoint(compressed, folder / "w4a8").path}
+    return paths | {"int8": export_checkpoint(checkpoint, folder / "int8").path}
+
+
+def score_variants(forms: dict[str, Path], checkpoint: Checkpoint, *, threads: int) -> dict[str, dict[str, Any]]:
+    """Each variant's mean IoU on both splits, its IoU of each class on the test split, and its bytes on disk."""
+    source, tile = source_of(checkpoint), tile_of(checkpoint.recipe.data.crop)
+    rows = {}
+    for form, path in forms.items():
+        for precision in precisions():
+            session = Variant(path=path, precision=precision).open(threads)
+            validation, test = (muntin.evaluate(session, source.split(name), tile=tile) for name in ("validation", "test"))
+            rows[f"{form} {precision}"] = {
+                "form": form, "precision": precision, "validation": validation.miou, "test": test.miou, "iou": test.iou,
+                "bytes": _bytes(path),
+            }  # fmt: skip
+    return rows
+
+
+def parameters_of(checkpoint: Checkpoint) -> int:
+    return sum(parameter.numel() for parameter in checkpoint.model().parameters())
+
+
+def _deploy_peer(entry: Entry, checkpoint: Checkpoint, folder: Path) -> dict[str, Path]:
+    source, recipe = source_of(checkpoint), checkpoint.recipe
+    model = checkpoint.model()
+    assert isinstance(model, Padded)
+    crops = calibration_batches(source.split("train"), crop=recipe.data.crop, count=CALIBRATION, batch_size=1, seed=recipe.seed)
+    images = [np.ascontiguousarray(crop_BCHW.permute(0, 2, 3, 1).numpy()) for crop_BCHW in crops]
+    signature = signature_of(recipe, source)
+    paths = {"float": _write(_converted(model.model, signature.channels), folder / "float", signature)}
+    _check(paths["float"], model)
+    nncf = _nncf()
+    for form in entry.schemes:
+        with signal_stack_kept():  # NNCF compiles models to calibrate them
+            with contextlib.redirect_stdout(sys.stderr):  # its bars; what this benchmark prints may be one JSON document
+                quantised = nncf.quantize(
+                    openvino.Core().read_model(paths["float"]), nncf.Dataset(images), subset_size=len(images), **_options(nncf, form)
+                )
+            paths[form] = _write(quantised, folder / form, signature)
+            del quantised
+    return paths
+
+
+def _converted(model: nn.Module, channels: int) -> Any:
+    """The peer as OpenVINO converts it, for every size: without what pads, for a session pads its images itself."""
+    example = torch.zeros(1, channels, 4 * STRIDE, 4 * STRIDE)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of what tracing makes constant; `_check` finds what matters of it
+        converted = openvino.convert_model(model, example_input=example, input=[openvino.PartialShape([-1, channels, -1, -1])])
+    pixels = openvino.preprocess.PrePostProcessor(converted)
+    pixels.input().tensor().set_element_type(openvino.Type.u8).set_layout(openvino.Layout("NHWC"))
+    pixels.input().model().set_layout(openvino.Layout("NCHW"))
+    return pixels.build()
+
+
+def _options(nncf: Any, scheme: Scheme) -> dict[str, Any]:
+    options: dict[str, Any] = {"model_type": nncf.ModelType.TRANSFORMER} if "attention" in scheme else {}
+    if "tensor" in scheme:
+        advanced = importlib.import_module("nncf.quantization.advanced_parameters")
+        whole = advanced.QuantizationParameters(per_channel=False)
+        options["advanced_parameters"] = advanced.AdvancedQuantizationParameters(activations_quantization_params=whole)
+    return options
+
+
+def _nncf() -> Any:
+    """NNCF, imported so that it tells nobody: it reports to Google Analytics unless `openvino_telemetry` cannot be imported."""
+    hidden = {name: module for name, module in sys.modules.items() if name.partition(".")[0] == _TELEMETRY}
+    for name in hidden:
+        del sys.modules[name]
+    sys.modules[_TELEMETRY] = None  # type: ignore[assignment]  # documented: makes the import raise ModuleNotFoundError
+    try:
+        nncf = importlib.import_module("nncf")
+    finally:
+        del sys.modules[_TELEMETRY]
+        sys.modules.update(hidden)
+    nncf.set_log_level(logging.ERROR)
+    return nncf
+
+
+def _write(model: Any, folder: Path, signature: Signature) -> Path:
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / SIGNATURE).write_text(signature.model_dump_json(), encoding="utf-8")
+    openvino.save_model(model, folder / "model.xml", compress_to_fp16=False)
+    return folder / "model.xml"
+
+
+def _check(path: Path, model: nn.Module) -> None:
+    """Raises RuntimeError unless a converted peer computes what PyTorch does, whatever the size."""
+    session = PeerSession(path, precision="f32", threads=torch.get_num_threads())
+    random = np.random.default_rng(0)
+    for shape in CHECKED:
+        images_BHWC = random.integers(0, 256, (*shape, session.signature.channels), dtype=np.uint8)
+        with torch.inference_mode():
+            wanted = model(torch.from_numpy(images_BHWC).permute(0, 3, 1, 2).float()).numpy()
+        error = float(np.abs(session(images_BHWC) - wanted).max() / wanted.std())
+        if not error <= ALLOWED_ERROR:
+            raise RuntimeError(f"{path}: at {shape} it differs from PyTorch by {error:.2g} standard deviations (allowed: {ALLOWED_ERROR})")
+
+
+def _bytes(path: Path) -> int:
+    folder = path.parent if path.suffix == ".xml" else path
+    return sum(file.stat().st_size for file in folder.iterdir())
