@@ -73,7 +73,7 @@ def export(
     opened_for = (1, *example.shape[2:]) if shape is None else check_shape(shape)
     model = copy.deepcopy(model).eval()
     if isinstance(model, WEIGHTED):
-        model = nn.Sequential(model)  # a layer goes by its name in the model, and the model itself has none
+        model = nn.Sequential(model).eval()  # a layer goes by its name in the model, and the model itself has none
     signature = signature or infer_signature(model, example)
     changes = list(changes)
     changes += fold(model) if calibration is None else quantize(calibration)(model)
