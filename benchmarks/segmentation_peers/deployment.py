@@ -31,7 +31,7 @@ from muntin.artifact import Signature
 from muntin.compression.stages import source_of
 from muntin.data import calibration_batches
 from muntin.deployment.assessment import export_checkpoint
-from muntin.runtime.quiet import openvino
+from muntin.runtime.quiet import import_without_telemetry, openvino
 from muntin.runtime.session import check_images
 from muntin.runtime.signals import signal_stack_kept
 from muntin.runtime.tiles import Predictor
@@ -49,7 +49,6 @@ CHECKED = ((1, 4 * STRIDE, 6 * STRIDE), (2, 8 * STRIDE, 5 * STRIDE))
 ALLOWED_ERROR = 0.01
 """In standard deviations of the scores: in f32 only the order of sums differs."""
 SIGNATURE = "signature.json"
-_TELEMETRY = "openvino_telemetry"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -182,16 +181,7 @@ def _options(nncf: Any, scheme: Scheme) -> dict[str, Any]:
 
 
 def _nncf() -> Any:
-    """NNCF, imported so that it tells nobody: it reports to Google Analytics unless `openvino_telemetry` cannot be imported."""
-    hidden = {name: module for name, module in sys.modules.items() if name.partition(".")[0] == _TELEMETRY}
-    for name in hidden:
-        del sys.modules[name]
-    sys.modules[_TELEMETRY] = None  # type: ignore[assignment]  # documented: makes the import raise ModuleNotFoundError
-    try:
-        nncf = importlib.import_module("nncf")
-    finally:
-        del sys.modules[_TELEMETRY]
-        sys.modules.update(hidden)
+    nncf = import_without_telemetry("nncf")
     nncf.set_log_level(logging.ERROR)
     return nncf
 

@@ -12,6 +12,7 @@ from muntin import create_model
 from muntin.compression import fold
 from muntin.compression.fold import Folded, fold_after, fold_before, fold_gate
 from muntin.layers import ChannelGate, ConvUnit, MapNorm, TokenNorm
+from muntin.layers.block import Perceptron
 from muntin.layers.windows import Grid
 
 SMALL = {"depths": (1, 1), "dims": (32, 32), "head_dim": 16, "window": 4, "latents": 4, "decoder": 16}
@@ -59,6 +60,18 @@ def test_each_unit_that_folds_is_named_once() -> None:
     blocks = {f"stages.{stage}.blocks.0{part}" for stage in (0, 1) for part in ("", ".mlp")}
     names = [change.layer for change in fold(model)]
     assert sorted(names) == sorted(units | blocks)
+
+
+def test_a_gate_stays_behind_what_is_not_linear_in_a_scale() -> None:
+    model = as_trained(create_model("hybrid-xs", options=SMALL))
+    for module in model.modules():
+        if isinstance(module, Perceptron):
+            module.activation = nn.GELU()  # type: ignore[assignment]
+    x = torch.rand(2, 3, 37, 50) * 255
+    before = answer(model, x)
+    fold(model)
+    assert (answer(model, x) - before).abs().max() <= 1e-5 * before.abs().max()
+    assert [module for module in model.modules() if isinstance(module, ChannelGate)]
 
 
 def test_a_second_fold_finds_nothing_to_do() -> None:

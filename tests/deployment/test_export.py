@@ -195,6 +195,7 @@ def test_a_float_hybrid_of_any_size_is_the_pytorch_model(hybrid_float: Any, size
         scores = muntin.load(hybrid_float.artifact.path, engine=engine, precision="f32", threads=1)(images)
         assert np.abs(scores - expected).max() <= 1e-4 * expected.std()
     assert hybrid_float.artifact.manifest.golden_tolerance == {"openvino": FLOAT_LIMITS, "onnxruntime": FLOAT_LIMITS}
+    assert {entry["pass"] for entry in hybrid_float.artifact.manifest.passes} == {"fold"}  # no norm and no gate is computed there
 
 
 def test_an_artefact_names_the_shape_that_it_is_opened_for(tmp_path: Path) -> None:

@@ -181,6 +181,12 @@ def test_damage_is_a_data_error_or_another_picture(tmp_path: Path, data: st.Data
             assert "\n" not in str(error)
 
 
+def test_a_tiff_beyond_pillows_limit_is_read_without_a_warning(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_image(tmp_path / "a.tif", photo(9, 9))
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 60)
+    assert np.array_equal(read_image(tmp_path / "a.tif"), photo(9, 9))
+
+
 def test_the_limit_of_pixels_is_ours_and_settable(tmp_path: Path) -> None:
     png(tmp_path / "bomb.png", width=30000, height=30000, depth=8, kind=0, rows=b"")
     with pytest.raises(DataError) as error:

@@ -19,7 +19,7 @@ from muntin.errors import RecipeError
 from muntin.models import create_model
 from muntin.runtime.images import write_image
 from muntin.training.config import ModelChoice, QuantizationConfig, TrainingConfig
-from muntin.training.recipe import Recipe, load_recipe, parse_recipe
+from muntin.training.recipe import Recipe, load_recipe, parse_recipe, recipe_text
 
 FOLDERS: dict[str, Any] = {
     "data": {
@@ -245,7 +245,12 @@ def test_a_recipe_that_is_written_out_reads_back(tmp_path: Path, recipe: Recipe,
     values = recipe.model_dump(mode="json", exclude_defaults=not defaults)
     assert Recipe.model_validate(json.loads(json.dumps(values))) == recipe
     if values:
-        assert load_recipe(write(tmp_path, text=yaml.safe_dump(values, allow_unicode=True))) == recipe
+        assert load_recipe(write(tmp_path, text=recipe_text(recipe, defaults=defaults))) == recipe
+
+
+def test_a_line_break_that_yaml_would_fold_reads_back(tmp_path: Path) -> None:
+    recipe = parse_recipe({**FOLDERS, "quantization": {"keep": ["a\x85b", "ä"]}}, where="test")
+    assert load_recipe(write(tmp_path, text=recipe_text(recipe))) == recipe
 
 
 def test_a_recipe_is_frozen() -> None:

@@ -20,7 +20,6 @@ from typing import Any
 
 import numpy as np
 import torch
-import yaml
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
@@ -40,6 +39,7 @@ from muntin.runtime.tiles import Predictor
 from muntin.training.checkpoint import AVERAGE, Checkpoint, read_checkpoint
 from muntin.training.evaluation import IGNORED, Evaluation, Labels, predictions, score, tile_of
 from muntin.training.loop import signature_of
+from muntin.training.recipe import recipe_text
 
 LATENCY_SIDE = 512
 Announce = Callable[[str], None]
@@ -217,7 +217,7 @@ class _Assessment:
                 *kept,
                 *self.source.notes,
             ],
-            "recipe": yaml.safe_dump(self.recipe.model_dump(mode="json", exclude_defaults=True), sort_keys=False, allow_unicode=True),
+            "recipe": recipe_text(self.recipe),
         }
 
     def _pictures(self, session: Session) -> dict[str, Any] | None:

@@ -19,6 +19,7 @@ import warnings
 import zlib
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from math import prod
 from pathlib import Path
 from typing import IO, Any
 
@@ -285,6 +286,9 @@ def _picture(path: Path, stream: IO[bytes], head: bytes, max_pixels: int) -> Ite
             picture = decoder(stream)
         with picture:
             _check_pixels(path, picture.size, max_pixels)
+            if prod(picture.size) > (Image.MAX_IMAGE_PIXELS or max_pixels):  # Pillow's limit of a TIFF is not ours, and it would warn
+                with _quiet():
+                    picture.load_prepare()
             yield picture
     except _DAMAGE as error:
         raise _damaged(path, error) from error

@@ -21,25 +21,25 @@ onnxruntime: Any
 
 
 def __getattr__(name: str) -> Any:
-    importers = {"openvino": _import_openvino, "onnxruntime": _import_onnxruntime}
-    if name not in importers:
+    if name == "openvino":
+        module = import_without_telemetry(name)
+    elif name == "onnxruntime":
+        os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
+        module = importlib.import_module(name)
+    else:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    module = globals()[name] = importers[name]()
+    globals()[name] = module
     return module
 
 
-def _import_openvino() -> Any:
+def import_without_telemetry(name: str) -> Any:
+    """A module of OpenVINO's family, which reports nothing where `openvino_telemetry` cannot be imported: imported as if it could not."""
     hidden = {name: module for name, module in sys.modules.items() if name.partition(".")[0] == _TELEMETRY}
     for name in hidden:
         del sys.modules[name]
     sys.modules[_TELEMETRY] = None  # type: ignore[assignment]  # documented: makes the import raise ModuleNotFoundError
     try:
-        return importlib.import_module("openvino")
+        return importlib.import_module(name)
     finally:
         del sys.modules[_TELEMETRY]
         sys.modules.update(hidden)
-
-
-def _import_onnxruntime() -> Any:
-    os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
-    return importlib.import_module("onnxruntime")

@@ -29,16 +29,14 @@ Reply = Callable[[int, list[tuple[bytes, bytes]], list[Any]], None]
 """(status, header fields without the length, the body's parts): an answer. Called once, on the event loop."""
 _DIGITS = 15
 """Of a body's length, at most: more than any bound."""
-_CHANGING = frozenset({b"transfer-encoding", b"upgrade", b"expect", b"connection"})
-"""Headers by which a head is more than the length of its body."""
+_CHANGING = frozenset({b"transfer-encoding", b"upgrade", b"expect"})
+"""Headers by which a head is more than the length of its body; `connection` too, if it says more than that it stays open."""
 _SMALL = 1 << 14
 """Bytes of an answer below which its parts are put together: copying them costs less than sending them one by one."""
 _ASLEEP = 0.0002
 """Seconds between two rounds of a loop from which on it slept."""
 _MAPPED = 1 << 17
 """Bytes from which memory comes from the system, a fault for every page, and is worth keeping."""
-
-
 _HEADS, _HEAD_BYTES = 256, 1024  # that are known, and their length at most
 
 
@@ -282,7 +280,11 @@ class BoundedConnection(HttpToolsProtocol):
         """Remembers the head that was just parsed, if whatever has the same bytes is a request with a body of the same length."""
         head, scope = self._raw, cycle.scope
         lengths = [value for name, value in scope["headers"] if name == b"content-length"]
-        plain = cycle.keep_alive and scope["http_version"] == "1.1" and not any(name in _CHANGING for name, _ in scope["headers"])
+        plain = (
+            cycle.keep_alive
+            and scope["http_version"] == "1.1"
+            and not any(name in _CHANGING or (name == b"connection" and value.lower() != b"keep-alive") for name, value in scope["headers"])
+        )
         # With no line feed alone in it, the first empty line ends it, for this parser and for any other.
         if plain and len(lengths) == 1 and int(lengths[0]) and head.count(b"\n") == head.count(b"\r\n"):
             self._ledger.learn(head, Known(dict(scope), int(lengths[0])))

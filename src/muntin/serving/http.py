@@ -102,9 +102,8 @@ class HttpFace:
             inference.cancel = self._ask(inference, scope, body)
         except ProtocolError as error:
             inference.fail(error)
-        except Exception as error:
+        except Exception as error:  # noqa: BLE001 - the connection is in the middle of reading, and has others to answer
             inference.fail(_fault(error))
-            raise
         return inference.abandon
 
     def _ask(self, inference: _Inference, scope: Scope, body: Buffer) -> Cancel:
@@ -295,9 +294,9 @@ class _Inference:
         except ProtocolError as error:
             self.fail(error)
             return
-        except Exception as error:
+        except Exception as error:  # noqa: BLE001 - as in `begin`
             self.fail(_fault(error))
-            raise
+            return
         headers = [_OCTETS if length is not None else _JSON]
         if length is not None:
             headers.append((_HEADER_LENGTH, b"%d" % length))
@@ -336,7 +335,8 @@ class _Inference:
 
 
 def _fault(error: Exception) -> ProtocolError:
-    """What a client is told of an error that nobody foresaw: no more than its kind."""
+    """What a client is told of an error that nobody foresaw: no more than its kind. All of it is reported to the loop."""
+    asyncio.get_running_loop().call_exception_handler({"message": "an inference failed", "exception": error})
     return ProtocolError(f"the server failed ({type(error).__name__})", status=500)
 
 

@@ -37,6 +37,16 @@ class Recipe(BaseModel):
     compression: CompressionConfig = CompressionConfig()
 
 
+def recipe_text(recipe: Recipe, *, defaults: bool = False) -> str:
+    """A recipe as YAML that `load_recipe` reads back; without the values that are defaults anyway, unless asked for.
+
+    PyYAML folds a line at U+0085 as it stands in a text, and reads blanks back: then all beyond ASCII is escaped.
+    """
+    values = recipe.model_dump(mode="json", exclude_defaults=not defaults)
+    text = yaml.safe_dump(values, sort_keys=False, allow_unicode=True)
+    return text if "\x85" not in text else yaml.safe_dump(values, sort_keys=False)
+
+
 def load_recipe(path: Path | str, overrides: Iterable[str] = ()) -> Recipe:
     """Read and check a YAML recipe; `overrides` are `section.key=value` with YAML values, later ones winning.
 
