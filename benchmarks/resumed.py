@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 import muntin
 from muntin.artifact import Artifact, open_artifact
-from muntin.compression import Change, fold, freeze, prepare_qat
+from muntin.compression import Change, fold, freeze, prepare_qat, remove_closed_channels
 from muntin.compression.stages import calibration_of, source_of
 from muntin.runtime import describe_hardware
 from muntin.training import Checkpoint, read_checkpoint
@@ -61,7 +61,7 @@ def _exported(checkpoint: Checkpoint, path: Path, rewrite: Callable[[nn.Module, 
         return open_artifact(path)
     source = source_of(checkpoint)
     calibration, model = calibration_of(checkpoint, source), checkpoint.model()
-    changes = rewrite(model, calibration)
+    changes = remove_closed_channels(model) + rewrite(model, calibration)
     return muntin.export(model, calibration[0], path, signature=signature_of(checkpoint.recipe, source), changes=changes)
 
 

@@ -19,6 +19,7 @@ from muntin.compression import stages
 from muntin.compression.change import Change
 from muntin.compression.factored import FactoredConv2d, FactoredLinear
 from muntin.compression.qat import FLOAT, bits_of, qat_operations
+from muntin.compression.slimming import MULTIPLE, widths_of
 from muntin.compression.stages import (
     STAGES,
     CompressionRun,
@@ -419,3 +420,17 @@ def test_the_learning_rate_falls_once_over_both_stages_of_quantisation(write_tin
         origin, tmp_path / "alone", config=CompressionConfig(low_rank=None, **rates | {"mix": {"share": 0}}), until="w4a8"
     )
     assert read_checkpoint(alone.checkpoint).state.training[-1]["learning_rate"] < 1e-4  # nothing follows: it falls to zero
+
+
+def test_closed_channels_are_cut_before_the_first_stage(tmp_path: Path, write_tiny: Callable[..., Any]) -> None:
+    origin = train(write_tiny, tmp_path, training={"steps": STEPS, "validate_every": 100, "checkpoint_every": 100, "gate_cost": 10})
+    hidden = widths_of(origin.model())["stages.0.blocks.0.mlp"]
+    run = compress_checkpoint(origin, tmp_path / "run" / "compressed")
+    cut = {stage: read_checkpoint(run.directory / f"{n}-{stage}") for n, stage in enumerate(STAGES, 1)}
+    for stage, checkpoint in cut.items():
+        made = checkpoint.state.compression
+        assert made is not None and made["widths"]["stages.0.blocks.0.mlp"] == MULTIPLE < hidden
+        read_model(checkpoint)  # refuses weights of another shape
+        found = by_layer(changes_of(checkpoint), "slim")
+        assert found["stages.0.blocks.0.mlp"].done == f"{MULTIPLE} of {hidden} channels", stage
+    assert widths_of(read_model(cut["low-rank"])) == cut["mixed"].state.compression["widths"]  # type: ignore[index]

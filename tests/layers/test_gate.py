@@ -8,6 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from muntin.layers import ChannelGate
+from muntin.layers.gate import SHUT
 
 LOGIT = st.floats(-(2.0**99), 2.0**99, width=32, allow_subnormal=False) | st.floats(-2, 2, width=32, allow_subnormal=False)
 
@@ -26,13 +27,12 @@ def test_openness_is_the_clamped_logit_exactly(logits: list[float]) -> None:
     openness_C = gate.openness()
     assert torch.equal(openness_C, torch.tensor(logits).clamp(0, 1))
     assert torch.equal(gate.open_channels(), openness_C > 0)
-    assert 0 <= float(gate.cost().detach()) <= 1 + 1e-6
 
 
 def test_a_new_gate_is_open_and_changes_nothing() -> None:
     gate = ChannelGate(5)
     x = torch.randn(2, 3, 5)
-    assert torch.equal(gate(x), x) and gate.open_channels().all() and gate.cost() == 1
+    assert torch.equal(gate(x), x) and gate.open_channels().all()
 
 
 def test_a_closed_channel_contributes_nothing_and_its_neighbours_are_weighed() -> None:
@@ -44,12 +44,19 @@ def test_a_closed_channel_contributes_nothing_and_its_neighbours_are_weighed() -
     assert torch.equal(gate(changed), gate(x))
 
 
-def test_cost_is_the_mean_openness_and_pushes_every_gate_down_alike() -> None:
-    gate = gate_of(-1.0, 0.5, 1.0, 3.0)
-    cost = gate.cost()
-    assert cost.item() == pytest.approx((0 + 0.5 + 1 + 1) / 4)
-    cost.backward()
-    assert torch.equal(gate.logit.grad, torch.full((4,), 0.25))
+def test_closing_takes_the_same_from_every_gate_and_drives_none_far_beyond_shut() -> None:
+    gate = gate_of(-1.0, 0.05, 0.5, 1.0, 3.0)
+    gate.close(0.25)
+    torch.testing.assert_close(gate.logit.detach(), torch.tensor([-SHUT, -SHUT, 0.25, 0.75, 1 + SHUT]))
+    assert gate.logit.requires_grad
+
+
+def test_the_channels_of_maps_are_weighed_along_their_own_axis() -> None:
+    gate = ChannelGate(3, axis=-3)
+    with torch.no_grad():
+        gate.logit.copy_(torch.tensor([0.5, -1, 1]))
+    x = torch.randn(2, 3, 4, 5)
+    torch.testing.assert_close(gate(x), x * torch.tensor([0.5, 0, 1]).reshape(1, 3, 1, 1), rtol=0, atol=0)
 
 
 def test_a_closed_gate_opens_again_when_its_channel_is_needed() -> None:
@@ -71,3 +78,8 @@ def test_the_type_of_the_input_stays() -> None:
 def test_a_gate_without_channels_is_refused() -> None:
     with pytest.raises(ValueError, match="dim=0: a gate needs at least 1 channel"):
         ChannelGate(0)
+
+
+def test_an_axis_counted_from_the_start_is_refused() -> None:
+    with pytest.raises(ValueError, match="axis=1: it counts from the end"):
+        ChannelGate(4, axis=1)

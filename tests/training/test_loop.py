@@ -20,7 +20,7 @@ from muntin.training.checkpoint import Checkpoint, checkpoints_in, read_checkpoi
 from muntin.training.config import TrainingConfig
 from muntin.training.loop import LOG_EVERY, FitProgress, FitResult, fit
 from muntin.training.recipe import load_recipe
-from muntin.training.trainer import learning_rate, make_optimizer
+from muntin.training.trainer import GATE_RATE, learning_rate, make_optimizer
 
 STEPS = LOG_EVERY + 4
 
@@ -335,13 +335,25 @@ def test_vectors_are_not_decayed() -> None:
 def test_a_cost_closes_gates(tmp_path: Path, tiny: Any) -> None:
     def openness(result: FitResult) -> float:
         gates: Sequence[Any] = [m for m in read_checkpoint(result.checkpoint).model().modules() if isinstance(m, ChannelGate)]
-        return sum(float(gate.cost().detach()) for gate in gates) / len(gates)
+        return sum(float(gate.openness().detach().mean()) for gate in gates) / len(gates)
 
     free, costly = (
         openness(train(tiny, tmp_path / str(cost), f"training.gate_cost={cost}", "training.average=0", "training.learning_rate=0.01"))
         for cost in (0, 10)
     )
     assert costly < free
+
+
+def test_gates_that_cost_something_learn_faster_and_the_rest_as_before() -> None:
+    model = nn.Sequential(nn.Linear(3, 4), ChannelGate(4))
+
+    def rates(cost: float) -> list[float]:
+        groups = make_optimizer(model, TrainingConfig(gate_cost=cost)).param_groups
+        found = {id(p): group["rate"] for group in groups for p in group["params"]}
+        return [found[id(p)] for p in model.parameters()]
+
+    assert rates(0.0) == [1.0, 1.0, 1.0]
+    assert rates(0.1) == [1.0, 1.0, GATE_RATE]
 
 
 def test_classes_of_pictures_that_are_easy_to_tell_apart_are_told_apart(tmp_path: Path, write_tiny: Callable[..., Any]) -> None:

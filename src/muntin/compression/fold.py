@@ -1,4 +1,4 @@
-"""Folding what is affine after training into the layer beside it: norms into convolutions and projections, gates into Linears.
+"""Folding what is affine after training into the layer beside it: norms into convolutions and projections, gates into the layer before.
 
 Folding changes nothing in exact arithmetic, takes the norms out of the deployed graph, and has to come before
 quantisation, so that what is quantised is what will run.
@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from muntin.compression.change import Change
 from muntin.compression.factored import FactoredConv2d, FactoredLinear
 from muntin.compression.rewrite import named
-from muntin.layers import ChannelGate, ConvUnit, MapNorm, TokenNorm
+from muntin.layers import ChannelGate, ConvUnit, MapNorm, ResidualPair, TokenNorm
 from muntin.layers.attention import Attention
 from muntin.layers.block import ParallelBlock, Perceptron, SerialBlock
 from muntin.layers.windows import Grid
@@ -65,12 +65,12 @@ def fold_before(norm: TokenNorm, layer: nn.Module) -> None:
 
 
 def fold_gate(layer: nn.Module, gate: ChannelGate) -> None:
-    """gate(relu(linear(x))) becomes relu(linear(x)): gates are not negative, so ReLU lets them pass."""
-    linear = _last(layer)
-    assert isinstance(linear, nn.Linear)
+    """gate(relu(layer(x))) becomes relu(layer(x)): gates are not negative, so ReLU lets them pass. `layer` may be a norm."""
+    last = _last(layer)
+    assert isinstance(last, nn.Linear | nn.Conv2d | MapNorm)
     g_O = gate.openness()
-    linear.weight.mul_(g_O.reshape(-1, 1))
-    _bias(linear).mul_(g_O)
+    last.weight.mul_(g_O.reshape(-1, *(1,) * (last.weight.ndim - 1)))
+    (last.bias if isinstance(last, MapNorm) else _bias(last)).mul_(g_O)
 
 
 def _fold_unit(unit: ConvUnit) -> str | None:
@@ -118,11 +118,24 @@ def _fold_perceptron(mlp: Perceptron) -> str | None:
     return "gate folded into the projection before it"
 
 
+def _fold_pair(pair: ResidualPair) -> str | None:
+    unit = pair.first
+    before = unit.norm if isinstance(unit.norm, MapNorm) else unit.conv
+    if not isinstance(pair.gate, ChannelGate) or not isinstance(before, MapNorm | nn.Conv2d | FactoredConv2d):
+        return None
+    if not isinstance(unit.activation, nn.ReLU):
+        return None
+    fold_gate(before, pair.gate)
+    pair.gate = nn.Identity()
+    return "gate folded into the convolution before it"
+
+
 RULES: dict[type[nn.Module], Callable[..., str | None]] = {
     ConvUnit: _fold_unit,
     ParallelBlock: _fold_parallel,
     SerialBlock: _fold_serial,
     Perceptron: _fold_perceptron,
+    ResidualPair: _fold_pair,
 }
 """How each kind of unit folds: returns what was done, or None where there is nothing left to fold."""
 

@@ -3,8 +3,8 @@
     FP32 checkpoint -> low rank, recover -> quantisation-aware training in W4A8 -> measure, give key layers more bits, train on
                                      every stage learns from the labels and from the FP32 model's answers
 
-A stage starts from the averaged weights of the one before and writes checkpoints of its own, so that compression that was
-interrupted goes on where it stood and ends in the same bits.
+The first stage begins by cutting out the channels that gates have closed. A stage starts from the averaged weights of the one before and
+writes checkpoints of its own, so that compression that was interrupted goes on where it stood and ends in the same bits.
 
     RUN/compressed/1-low-rank/checkpoints/step-...     2-w4a8/...     3-mixed/...
 
@@ -27,6 +27,7 @@ from muntin.compression.fold import fold
 from muntin.compression.low_rank import apply_structure, low_rank, structure_of
 from muntin.compression.qat import FLOAT, apply_qat, bits_of, prepare_qat, qat_structure, set_bits
 from muntin.compression.sensitivity import Sensitivity, assign_bits, measure_sensitivity
+from muntin.compression.slimming import apply_widths, remove_closed_channels, widths_of
 from muntin.data import Source, calibration_batches, open_source
 from muntin.errors import CheckpointError, RecipeError
 from muntin.training.checkpoint import AVERAGE, Checkpoint, build_model, checkpoints_in, load_weights, read_checkpoint
@@ -119,6 +120,7 @@ def read_model(checkpoint: Checkpoint) -> nn.Module:
     model = build_model(state.recipe, state.classes).eval()
     made = state.compression
     if made is not None:
+        apply_widths(model, made["widths"])
         apply_structure(model, made["ranks"])
         if made["qat"] is not None:
             side = state.recipe.data.crop
@@ -197,9 +199,13 @@ class _Compression:
         else:
             torch.manual_seed(self.recipe.seed)
             model = read_model(before)
-            changes = [*changes_of(before), *self._prepare(stage, before, model)]
+            changes, widths = changes_of(before), (before.state.compression or {}).get("widths")
+            if widths is None:
+                changes += remove_closed_channels(model)
+                widths = widths_of(model)
+            changes += self._prepare(stage, before, model)
             made = {
-                "stage": stage, "origin": self.origin, "ranks": structure_of(model), "qat": qat_structure(model) or None,
+                "stage": stage, "origin": self.origin, "widths": widths, "ranks": structure_of(model), "qat": qat_structure(model) or None,
                 "changes": [asdict(change) for change in changes], "sensitivity": self._measure(model) if stage == "w4a8" else {},
             }  # fmt: skip
         trainer = Trainer(
@@ -238,6 +244,7 @@ class _Compression:
                 "learning_rate": rate,
                 "final_learning_rate": min(rate, self.config.mix.learning_rate) if both and stage == "w4a8" else 0.0,
                 "average": self.config.average,
+                "gate_cost": 0.0,  # what closed in FP32 is cut out; no stage after that would cut again
                 "validate_every": max(1, steps),
                 "compile": False,
             }

@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from muntin.artifact import Artifact, ClassInfo, GoldenTolerance, LayerRecord, Signature, check_target, write_artifact
 from muntin.artifact.manifest import EngineFamily, FloatPrecision
 from muntin.artifact.packing import BITS, value_range
-from muntin.compression import Change, QuantizedConv2d, QuantizedLinear, fold, quantize
+from muntin.compression import Change, QuantizedConv2d, QuantizedLinear, fold, quantize, remove_closed_channels
 from muntin.compression.rewrite import named
 from muntin.deployment.counting import PRODUCTS, WEIGHTED, bias_count, layer_macs, weight_count
 from muntin.deployment.graph import COMPUTE, answer_to, to_onnx
@@ -62,10 +62,10 @@ def export(
     """Write `model` as an artefact directory that runs without PyTorch; an artefact that is there is replaced, and only as a whole.
 
     `example`: raw pixels `(B, C, H, W)`, 0-255, real ones: the golden pairs are cut from them. `calibration`: input batches; with them the
-    model is quantised first (a copy; yours is left as it is), without them muntin's own norms and gates are folded. `signature`: task
-    and classes; without it they follow from the shape of the answer and the classes are numbered. `changes`: what earlier passes did,
-    kept in the manifest. `measured`: plain figures to keep there. `shape`: the (B, H, W) that `load` compiles for unasked, one image of
-    the example's size unless given.
+    model is quantised first (a copy; yours is left as it is), without them muntin's own norms and gates are folded. Channels that gates
+    have closed are cut out before that. `signature`: task and classes; without it they follow from the shape of the answer and the classes
+    are numbered. `changes`: what earlier passes did, kept in the manifest. `measured`: plain figures to keep there. `shape`: the (B, H, W)
+    that `load` compiles for unasked, one image of the example's size unless given.
     Every batch size, height and width will work. Raises `ExportError` when the model cannot be exported, or
     when the runtime does not compute what PyTorch does; nothing is left behind then.
     """
@@ -76,6 +76,7 @@ def export(
         model = nn.Sequential(model).eval()  # a layer goes by its name in the model, and the model itself has none
     signature = signature or infer_signature(model, example)
     changes = list(changes)
+    changes += remove_closed_channels(model)
     changes += fold(model) if calibration is None else quantize(calibration)(model)
     golden = golden_pairs(model, example)  # first: it is quick, and finds a model that does not take every size
     proto = to_onnx(model, example, signature)

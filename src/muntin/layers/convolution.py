@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
+from muntin.layers.gate import ChannelGate
 from muntin.layers.norm import MapNorm
 from muntin.layers.ops import Sum
 
@@ -26,17 +27,18 @@ class ConvUnit(nn.Module):
 
 
 class ResidualPair(nn.Module):
-    """x + conv(conv(x)), then ReLU: the basic block of ResNet (He et al., 1512.03385), `(B, C, H, W)` to the same shape."""
+    """x + conv(gate(conv(x))), then ReLU: the basic block of ResNet (He et al., 1512.03385), `(B, C, H, W)` to the same shape."""
 
-    def __init__(self, channels: int) -> None:
+    def __init__(self, channels: int, *, gate: bool = True) -> None:
         super().__init__()
         self.first = ConvUnit(channels, channels)
+        self.gate = ChannelGate(channels, axis=-3) if gate else nn.Identity()
         self.second = ConvUnit(channels, channels, activation=False)
         self.sum = Sum()
         self.activation = nn.ReLU()
 
     def forward(self, x_BCHW: Tensor) -> Tensor:
-        out: Tensor = self.activation(self.sum(x_BCHW, self.second(self.first(x_BCHW))))
+        out: Tensor = self.activation(self.sum(x_BCHW, self.second(self.gate(self.first(x_BCHW)))))
         return out
 
 

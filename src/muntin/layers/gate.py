@@ -1,6 +1,6 @@
 """ChannelGate: one learned weight a channel, trained to close, then cut away.
 
-Axes: ... any leading axes, C channels.
+Axes: B images, C channels, H W map; ... any leading axes.
 """
 
 from __future__ import annotations
@@ -8,23 +8,32 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+SHUT = 0.1
+"""How far below 0 a closed gate may be driven (and above 1 an open one): far enough that an average over time closes, too."""
+
 
 class ChannelGate(nn.Module):
-    """Weighs each channel by a learned gate in [0, 1]: `(..., C) -> (..., C)`, one multiplication an element.
+    """Weighs each channel by a learned gate in [0, 1], one multiplication an element: `(..., C) -> (..., C)`.
+
+    `axis`: where the channels are, counted from the end: -1, or -3 for maps `(B, C, H, W)`.
 
     The gate is a parameter and not a function of the input: a gate that is exactly 0 stays 0 for every image, so its channel can be
-    removed and the saving is real, where input-dependent masks compute what they then hide. At export a gate after
-    ReLU folds into the layer before it (see `muntin.compression.fold`) and costs nothing. `cost()` is the mean openness, to be
-    added to a loss; `open_channels()` tells which channels still count.
-    Source: the scaling factors of Network Slimming (Liu et al., 1708.06519, section 3), bounded to [0, 1] so that they
-    close at exactly 0.
+    removed and the saving is real (`muntin.compression.remove_closed_channels`), where input-dependent masks compute what they then
+    hide. At export a gate after ReLU folds into the layer before it (see `muntin.compression.fold`) and costs nothing. `close()` is
+    what a cost on open gates does to them after each step of an optimiser; `open_channels()` tells which channels still count.
+    Source: the scaling factors of Network Slimming (Liu et al., 1708.06519, section 3), bounded to [0, 1] so that they close at
+    exactly 0. Deviation: the L1 cost is a step of its own, the proximal operator, and not a gradient: an optimiser that divides
+    gradients by their size (Adam) would make of it a step of any size.
     """
 
-    def __init__(self, dim: int) -> None:
+    def __init__(self, dim: int, *, axis: int = -1) -> None:
         super().__init__()
         if dim < 1:
             raise ValueError(f"dim={dim}: a gate needs at least 1 channel")
+        if axis >= 0:
+            raise ValueError(f"axis={axis}: it counts from the end: -1 for the last, -3 for the channels of (B, C, H, W)")
         self.dim = dim
+        self.axis = axis
         self.logit = nn.Parameter(torch.ones(dim))
 
     def openness(self) -> Tensor:
@@ -33,11 +42,12 @@ class ChannelGate(nn.Module):
         return self.logit.detach().clamp(0, 1) + (self.logit - self.logit.detach())
 
     def forward(self, x: Tensor) -> Tensor:
-        return x * self.openness().to(x.dtype)
+        return x * self.openness().reshape(-1, *(1,) * (-self.axis - 1)).to(x.dtype)
 
-    def cost(self) -> Tensor:
-        """Mean openness, a scalar in [0, 1]."""
-        return self.openness().mean()
+    @torch.no_grad()
+    def close(self, amount: float) -> None:
+        """Take `amount` from every gate. One that is shut stays within `SHUT` of 0, so that it opens again soon if it is needed."""
+        self.logit.sub_(amount).clamp_(-SHUT, 1 + SHUT)
 
     def open_channels(self) -> Tensor:
         """Boolean `(C,)`: False where the gate is closed."""

@@ -96,8 +96,8 @@ class HybridNet(nn.Module):
         c2, c4, c8 = config.stem
         self.normalize = Normalize()
         self.stem = nn.Sequential(ConvUnit(config.channels, c2, stride=2), ConvUnit(c2, c4, stride=2))
-        self.stage4 = nn.Sequential(*(ResidualPair(c4) for _ in range(config.pairs[0])))
-        self.stage8 = nn.Sequential(ConvUnit(c4, c8, stride=2), *(ResidualPair(c8) for _ in range(config.pairs[1])))
+        self.stage4 = nn.Sequential(*(ResidualPair(c4, gate=config.gate) for _ in range(config.pairs[0])))
+        self.stage8 = nn.Sequential(ConvUnit(c4, c8, stride=2), *(ResidualPair(c8, gate=config.gate) for _ in range(config.pairs[1])))
         inputs = (c8, *config.dims)
         self.stages = nn.ModuleList(
             AttentionStage(config, c, dim, depth) for c, dim, depth in zip(inputs[:-1], config.dims, config.depths, strict=True)

@@ -1,0 +1,121 @@
+"""Removing channels that a gate has closed: the layer before and the layer behind become narrower, and compute less.
+
+    Perceptron     expand (I -> hidden), ReLU, gate, reduce (hidden -> O)
+    ResidualPair   convolution, norm, ReLU, gate, convolution
+
+A gate that is closed is 0 for every image, so nothing changes in exact arithmetic.
+
+Axes: C hidden channels, those that the gate weighs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+
+import torch
+from torch import Tensor, nn
+
+from muntin.compression.change import Change
+from muntin.compression.factored import FactoredConv2d, FactoredLinear
+from muntin.compression.rewrite import named
+from muntin.errors import MuntinError
+from muntin.layers import ChannelGate, MapNorm, ResidualPair
+from muntin.layers.block import Perceptron
+
+MULTIPLE = 16
+"""Widths are multiples of it, as engines compute channels in blocks: below one, what was removed would be computed as padding."""
+Gated = Perceptron | ResidualPair
+
+
+@torch.no_grad()
+def remove_closed_channels(model: nn.Module) -> list[Change]:
+    """Cut the channels that gates have closed out of `model`, in place, before norms and gates are folded.
+
+    `training.gate_cost` makes training close them. Of a unit's closed channels as many stay as make its width a multiple of `MULTIPLE`;
+    layers may be factored already. Gives one `Change` a gate that is not all open. Costs a copy of the weights that stay.
+    """
+    changes = []
+    for name, unit in _units(model):
+        gate = unit.gate
+        if not isinstance(gate, ChannelGate) or gate.open_channels().all():
+            continue
+        kept = _kept(gate)
+        shut = int((~gate.open_channels()).sum())
+        if len(kept) == gate.dim:
+            reason = f"{shut} of {gate.dim} channels are closed: the rest fills as many blocks of {MULTIPLE}"
+            changes.append(Change(layer=name, pass_="slim", done="kept", reason=reason))
+            continue
+        changes.append(Change(layer=name, pass_="slim", done=f"{len(kept)} of {gate.dim} channels", reason=f"{shut} are closed"))
+        _cut(unit, kept)
+    return changes
+
+
+def widths_of(model: nn.Module) -> dict[str, int]:
+    """The hidden channels of each unit that has them, by dotted name: what a checkpoint has to say beside its weights."""
+    return {name: _width(unit) for name, unit in _units(model)}
+
+
+def apply_widths(model: nn.Module, widths: Mapping[str, int]) -> None:
+    """Make units as narrow as `widths` says, whatever is cut: load the weights of a checkpoint next.
+
+    Raises `MuntinError` for a name that is no such unit of the model, or a width that it does not have.
+    """
+    units = dict(_units(model))
+    for name, width in widths.items():
+        unit = units.get(name)
+        if unit is None or not 0 < width <= _width(unit):
+            what = "is not in the model" if unit is None else f"has {_width(unit)} hidden channels, not {width}"
+            raise MuntinError(f"widths: '{name}' {what}: build the model that the checkpoint was made of")
+    for name, width in widths.items():
+        if width < _width(units[name]):
+            _cut(units[name], torch.arange(width))
+
+
+def _units(model: nn.Module) -> Iterator[tuple[str, Gated]]:
+    return named(model, Perceptron, ResidualPair)
+
+
+def _kept(gate: ChannelGate) -> Tensor:
+    """The channels that stay, in their order: the open ones, and those next to opening."""
+    still = int(gate.open_channels().sum())
+    wanted = min(gate.dim, max(1, -(-still // MULTIPLE)) * MULTIPLE)
+    return gate.logit.topk(wanted).indices.sort().values
+
+
+def _width(unit: Gated) -> int:
+    before, _ = _ends(unit)
+    return before.weight.shape[0]
+
+
+def _ends(unit: Gated) -> tuple[nn.Linear | nn.Conv2d, nn.Linear | nn.Conv2d]:
+    """The layer that gives the hidden channels and the one that reads them."""
+    before, behind = (unit.expand, unit.reduce) if isinstance(unit, Perceptron) else (unit.first.conv, unit.second.conv)
+    before = before.last if isinstance(before, FactoredLinear | FactoredConv2d) else before
+    behind = behind.first if isinstance(behind, FactoredLinear | FactoredConv2d) else behind
+    assert isinstance(before, nn.Linear | nn.Conv2d) and isinstance(behind, nn.Linear | nn.Conv2d)
+    return before, behind
+
+
+def _cut(unit: Gated, kept_C: Tensor) -> None:
+    before, behind = _ends(unit)
+    kept_C = kept_C.to(before.weight.device)
+    before.weight = nn.Parameter(before.weight[kept_C])
+    if before.bias is not None:
+        before.bias = nn.Parameter(before.bias[kept_C])
+    behind.weight = nn.Parameter(behind.weight[:, kept_C])
+    _narrow(before, len(kept_C), output=True)
+    _narrow(behind, len(kept_C), output=False)
+    if isinstance(unit, ResidualPair) and isinstance(norm := unit.first.norm, MapNorm):
+        norm.dim = len(kept_C)
+        norm.weight, norm.bias = nn.Parameter(norm.weight[kept_C]), nn.Parameter(norm.bias[kept_C])
+        norm.running_mean, norm.running_var = norm.running_mean[kept_C], norm.running_var[kept_C]
+    if isinstance(unit.gate, ChannelGate):
+        unit.gate.dim = len(kept_C)
+        unit.gate.logit = nn.Parameter(unit.gate.logit[kept_C])
+
+
+def _narrow(layer: nn.Linear | nn.Conv2d, width: int, *, output: bool) -> None:
+    if isinstance(layer, nn.Linear):
+        setattr(layer, "out_features" if output else "in_features", width)
+    else:
+        setattr(layer, "out_channels" if output else "in_channels", width)
