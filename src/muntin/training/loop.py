@@ -25,6 +25,7 @@ from muntin.data import Crops, Source, open_source, prefetch
 from muntin.errors import CheckpointError, RecipeError
 from muntin.models import TorchSession
 from muntin.models.compiler import require_compiler
+from muntin.training.allocator import keep_freed_memory
 from muntin.training.checkpoint import Checkpoint, build_model, checkpoints_in, read_checkpoint, write_checkpoint
 from muntin.training.config import TrainingConfig
 from muntin.training.evaluation import evaluate, tile_of
@@ -186,7 +187,7 @@ class Training:
         )  # fmt: skip
         validation = self.source.split("validation")
         path = None if self.start is None else self.start.path
-        with MetricsLog(self.directory, self.step, self.curve, self.validation) as log:
+        with keep_freed_memory(), MetricsLog(self.directory, self.step, self.curve, self.validation) as log:
             started, first = time.perf_counter(), self.step
             before = self.seconds
             for step, (images, target) in prefetch(crops, self.step, config.steps):
