@@ -17,7 +17,7 @@ import pytest
 import uvicorn
 
 from muntin.serving.config import Bounds
-from muntin.serving.connection import BoundedConnection, Ledger, Pulse, Reply
+from muntin.serving.connection import Ledger, Pulse, Receiver, Reply
 
 BOUNDS = Bounds(
     body_bytes=100_000, header_bytes=2048, held_bytes=250_000, connections=8, header_seconds=0.8, body_seconds=0.8, idle_seconds=30
@@ -114,7 +114,7 @@ def read(client: socket.socket) -> bytes:
 @pytest.fixture(params=["asgi", "direct"])
 def served(request: pytest.FixtureRequest) -> Iterator[Served]:
     app, ledger = Echo(), Ledger(BOUNDS)
-    http: Any = partial(BoundedConnection, ledger=ledger, direct=app if request.param == "direct" else None)
+    http: Any = partial(Receiver, ledger=ledger, direct=app if request.param == "direct" else None)
     config = uvicorn.Config(
         app, http=http, ws="none", lifespan="off", log_config=None, access_log=False, interface="asgi3", timeout_graceful_shutdown=1
     )

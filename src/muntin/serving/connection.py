@@ -7,7 +7,8 @@ Where its length was announced it lies in memory that bodies before it lay in: f
 
 What answers some requests without ASGI (`Direct`) is called when the body is whole, without a task, and its answer is written in one piece.
 A client sends it the same head, byte for byte, with every image of a size: one that was parsed before is known by its bytes, and what
-follows it is its body (`Known`). Whoever computes an answer is told when the client goes away.
+follows it is its body (`Known`), which the system writes to where it is to lie (`Receiver`). Whoever computes an answer is told when
+the client goes away.
 """
 
 from __future__ import annotations
@@ -38,6 +39,8 @@ _ASLEEP = 0.0002
 _MAPPED = 1 << 17
 """Bytes from which memory comes from the system, a fault for every page, and is worth keeping."""
 _HEADS, _HEAD_BYTES = 256, 1024  # that are known, and their length at most
+_READ = 1 << 16
+"""Bytes that are read at once where it is not known yet what comes."""
 
 
 class Known(NamedTuple):
@@ -91,6 +94,8 @@ class Ledger:
         self.bounds = bounds
         self.buffers = Buffers()
         self.pulse = Pulse()
+        self.scratch = memoryview(bytearray(_READ))
+        """Where heads are read to, of any connection: they are taken out before anything else is read."""
         self.held = 0
         """Bytes of bodies that are being received or answered."""
         self.refused: dict[int, int] = {}
@@ -119,6 +124,20 @@ class _Turn:
         self.scope, self.whole = scope, whole
         self.keep_alive = True
         self.disconnected = self.response_started = self.response_complete = False
+
+
+class Receiver(asyncio.BufferedProtocol):
+    """What the event loop sees of a connection: says where the next bytes are to be written, so that nobody copies a body."""
+
+    def __init__(self, **settings: Any) -> None:
+        self._connection = BoundedConnection(**settings)
+        self.connection_made = self._connection.connection_made  # type: ignore[method-assign, assignment]
+        self.connection_lost = self._connection.connection_lost  # type: ignore[method-assign]
+        self.eof_received = self._connection.eof_received  # type: ignore[method-assign]
+        self.pause_writing = self._connection.pause_writing  # type: ignore[method-assign]
+        self.resume_writing = self._connection.resume_writing  # type: ignore[method-assign]
+        self.get_buffer = self._connection.room  # type: ignore[method-assign, assignment]
+        self.buffer_updated = self._connection.written  # type: ignore[method-assign, assignment]
 
 
 class BoundedConnection(HttpToolsProtocol):
@@ -157,14 +176,24 @@ class BoundedConnection(HttpToolsProtocol):
         else:
             self._expect(self._bounds.header_seconds)
 
+    def room(self, wanted: int) -> memoryview:
+        """Where the bytes that come next are to be written: to their place in a known request's body, and to no more than its end."""
+        return self._ledger.scratch if self._turn is None else self._turn.whole[self._body :]
+
+    def written(self, count: int) -> None:
+        """So many bytes lie there now."""
+        if self._turn is None:
+            self.data_received(bytes(self._ledger.scratch[:count]))
+        elif not self.transport.is_closing():
+            self._body += count
+            self._check_whole(self._turn)
+
     def data_received(self, data: bytes) -> None:
         while data and not self.transport.is_closing():
             data = self._take(data)
 
     def _take(self, data: bytes) -> bytes:
         """What is left of the data: what comes behind a known request's body."""
-        if self._turn is not None:
-            return self._fill(self._turn, memoryview(data))
         if self._direct is not None and not self._parsing and (self.cycle is None or self.cycle.response_complete):
             end = data.find(b"\r\n\r\n", 0, _HEAD_BYTES) + 4
             self._raw = data[:end] if end > 4 else b""
@@ -297,20 +326,18 @@ class BoundedConnection(HttpToolsProtocol):
         self._hold(known.length)
         if len(came) < known.length:
             self._expect(self._bounds.body_seconds)
-        return self._fill(turn, came)
-
-    def _fill(self, turn: _Turn, came: memoryview) -> bytes:
-        """Takes more of a known request's body, and returns what comes behind it: another request."""
-        part = came[: len(turn.whole) - self._body]
-        turn.whole[self._body : self._body + len(part)] = part
-        self._body += len(part)
-        if self._body < len(turn.whole):
-            return b""
-        self._turn = None
-        self._stop_timer()
-        self._running = turn, None
-        self._begin(turn)
+        part = came[: known.length]
+        turn.whole[: len(part)] = part
+        self._body = len(part)
+        self._check_whole(turn)
         return bytes(came[len(part) :])
+
+    def _check_whole(self, turn: _Turn) -> None:
+        if self._body == len(turn.whole):
+            self._turn = None
+            self._stop_timer()
+            self._running = turn, None
+            self._begin(turn)
 
     def _begin(self, cycle: Any) -> None:
         assert self._direct is not None

@@ -31,7 +31,7 @@ from muntin.serving.access_log import AccessLog
 from muntin.serving.batcher import Batcher
 from muntin.serving.compiler import Compiler
 from muntin.serving.config import ServeConfig
-from muntin.serving.connection import BoundedConnection, Ledger
+from muntin.serving.connection import Ledger, Receiver
 from muntin.serving.control import Control
 from muntin.serving.executor import Executor
 from muntin.serving.grpc import GrpcFace
@@ -262,7 +262,7 @@ class Server:
         logging.getLogger("uvicorn.error").setLevel(logging.ERROR)  # a line for every piece of nonsense that is sent would fill a disk
         made = uvicorn.Config(
             face,
-            http=partial(BoundedConnection, ledger=ledger, direct=face),  # type: ignore[arg-type]
+            http=partial(Receiver, ledger=ledger, direct=face),  # type: ignore[arg-type]
             ws="none",
             lifespan="off",
             loop="none",
