@@ -69,6 +69,8 @@ def prints_and_looks_around(path: Path, opening: Opening, lately: Any) -> Probat
     adjusted = Path("/proc/self/oom_score_adj").read_text().strip()
     alarm = round(signal.getitimer(signal.ITIMER_REAL)[0])
     own_group = os.getpgid(0) == os.getpid() != os.getsid(0)
+    if os.sched_getscheduler(0) == os.SCHED_IDLE:
+        time.sleep(100)  # it gets nothing done
     raise DataError(f"{os.nice(0)} {adjusted} {alarm} {resource.getrlimit(resource.RLIMIT_CORE)[0]} {own_group}")
 
 
@@ -176,9 +178,10 @@ def test_whatever_an_engine_does_is_one_line_here(
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="read in Linux's form")
-def test_it_stands_back_and_goes_by_itself(importable: None, tmp_path: Path) -> None:
+@pytest.mark.parametrize("idle", [0.0, 1.5])
+def test_it_stands_back_and_goes_by_itself(importable: None, tmp_path: Path, idle: float) -> None:
     with pytest.raises(DataError) as caught:
-        probe(tmp_path, OPENING, [], limits=Limits(niceness=7, seconds=100), examine=prints_and_looks_around)
+        probe(tmp_path, OPENING, [], limits=Limits(niceness=7, seconds=100, idle_seconds=idle), examine=prints_and_looks_around)
     nice, adjusted, alarm, core, own_group = str(caught.value).split()
     assert (nice, adjusted, core, own_group) == (str(min(19, os.nice(0) + 7)), "1000", "0", "True")
     assert 95 <= int(alarm) <= 105
@@ -266,7 +269,17 @@ def test_a_real_model_that_asks_too_much_is_ended(
     assert message in str(caught.value)
 
 
-@pytest.mark.parametrize("values", [{"seconds": 0}, {"memory_gib": 0}, {"niceness": 20}, {"niceness": -1}])
+def looks_at_its_policy(path: Path, opening: Opening, lately: Any) -> Probation:
+    raise DataError(f"policy {os.sched_getscheduler(0)}")
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="a policy of Linux")
+def test_at_first_it_takes_only_what_is_idle(importable: None, tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=f"policy {os.SCHED_IDLE}"):
+        probe(tmp_path, OPENING, [], limits=Limits(), examine=looks_at_its_policy)
+
+
+@pytest.mark.parametrize("values", [{"seconds": 0}, {"idle_seconds": -1}, {"memory_gib": 0}, {"niceness": 20}, {"niceness": -1}])
 def test_limits_are_checked_when_they_are_made(values: dict[str, Any]) -> None:
     with pytest.raises(RecipeError, match=next(iter(values))):
         Limits(**values)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ import pytest
 
 from muntin.artifact import open_artifact
 from muntin.errors import ArtifactError, DataError, VerificationError
+from muntin.runtime.openvino import OpenVinoSession
 from muntin.serving.version import CALLS, TIMES, Call, Latencies, NotReadyError, Opening, Version, contract_difference, open_version
 
 SCORES, LABELS = Call((2, 8, 8)), Call((1, 4, 8), labels=True)
@@ -18,6 +20,26 @@ SCORES, LABELS = Call((2, 8, 8)), Call((1, 4, 8), labels=True)
 
 def compiled(session: Any) -> set[tuple[Any, bool]]:
     return set(session._compiled)
+
+
+def test_with_rest_everything_is_compiled_and_only_the_smallest_call_computed(
+    write_version: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    large = Call((2, 24, 24))
+    seen: list[Any] = []
+    slept: list[float] = []
+    real = OpenVinoSession._infer
+
+    def watched(self: OpenVinoSession, images_BHWC: Any) -> Any:
+        seen.append(images_BHWC.shape[:3])
+        return real(self, images_BHWC)
+
+    monkeypatch.setattr(OpenVinoSession, "_infer", watched)
+    monkeypatch.setattr(time, "sleep", slept.append)
+    opened = open_version(write_version(tmp_path / "1"), Opening(threads=1, calls=(large, SCORES)), [], rest=3.0)
+    assert large.shape not in seen and SCORES.shape in seen
+    assert len(slept) == 4 and all(seconds > 0 for seconds in slept)  # loading, the replay, two calls
+    assert ((*large.shape, 3), False) in compiled(opened.session)
 
 
 def test_a_version_is_open_and_warm_for_what_is_asked_of_it(write_version: Callable[..., Path], tmp_path: Path) -> None:

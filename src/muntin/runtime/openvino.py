@@ -136,14 +136,14 @@ class OpenVinoSession(Session):
         compiled = self._compiled_for(last, new=True)
         return _executed(compiled.model.get_runtime_model(), self._nodes)
 
-    def warm_up(self, shapes: Iterable[Shape], *, labels: bool = False) -> None:
+    def warm_up(self, shapes: Iterable[Shape], *, labels: bool = False, compute: bool = True) -> None:
         shapes = check_shapes(shapes)
         for shape in shapes:
             variant = ((*shape, self.signature.channels), labels)
             with self._lock:
                 self._asked_for.add(variant)
             self._compiled_for(variant, new=True)
-        super().warm_up(shapes, labels=labels)
+        super().warm_up(shapes, labels=labels, compute=compute)
 
     def _compiled_for(self, variant: Variant, *, new: bool) -> _Compiled:
         """The model for an input shape: compiled if it is not and `new` allows it, otherwise the one of dynamic sizes."""

@@ -1,9 +1,10 @@
 """A new version on trial, in a process of its own, before it may come near the one that serves.
 
 An engine is native code that runs whatever graph it is given: it may crash, hang, or take all memory, and no `try` holds that back. So a
-fresh process goes first. It is niced, has a time and a memory limit, and is the one that the system kills if memory runs out. There the
-whole of `muntin.runtime.verify` is done, and the model is opened and warmed up as the server will do it. That is not thrown away: what
-the engine compiles lands in the user's cache, so that opening it in the server is quick and takes little time from its requests.
+fresh process goes first. It takes what the server leaves of the cores, has a time and a memory limit, and is the one that the system kills
+if memory runs out. There the whole of `muntin.runtime.verify` is done, and the model is opened and warmed up as the server will do it.
+That is not thrown away: what the engine compiles lands in the user's cache, so that opening it in the server is quick and takes little
+time from its requests.
 
 Question and answer are JSON over pipes. What the process prints otherwise is kept aside and named if it dies.
 """
@@ -39,6 +40,9 @@ from muntin.serving.version import Call, NotReadyError, Opened, Opening, open_ve
 
 ROUNDS = 5
 """Calls of each kind that are timed."""
+REST = 3.0
+"""How many times as long as a step of opening took nothing is done after it where requests come: compiling and warming up at one go would
+keep them waiting for as long as all of it takes."""
 OFTEN = 4
 """Batches of a kind after which the next version is warmed up for it though it need not be."""
 _POLL_S = 0.02
@@ -49,17 +53,22 @@ _START = "import sys; sys.path[:] = {path!r}; from muntin.serving.probation impo
 class Limits:
     """What the process of a trial may take.
 
-    `seconds`: until it is ended, above 0. `memory_gib`: resident memory at which it is ended, above 0; None: half of what this process
-    may use, since during a swap two versions are in memory. Watched on Linux. `niceness`: 0 to 19, how much it stands back for the server.
+    `seconds`: until it is ended, above 0. `idle_seconds`: for so long, but no more than half of `seconds`, it computes only while a core
+    has nothing else to do (Linux), which nobody notices. On a server that is never idle it does not come to an end that way: then it is
+    begun anew with `niceness`, 0 to 19, that is with a small share of the cores. `memory_gib`: resident memory at which it is ended, above
+    0; None: half of what this process may use, since during a swap two versions are in memory. Watched on Linux.
     """
 
     seconds: float = 300.0
+    idle_seconds: float = 60.0
     memory_gib: float | None = None
     niceness: int = 10
 
     def __post_init__(self) -> None:
         if not self.seconds > 0:
             raise RecipeError(f"seconds={self.seconds!r}: give the seconds that a trial may take, above 0")
+        if not self.idle_seconds >= 0:
+            raise RecipeError(f"idle_seconds={self.idle_seconds!r}: give seconds from 0")
         if self.memory_gib is not None and not self.memory_gib > 0:
             raise RecipeError(f"memory_gib={self.memory_gib!r}: give GiB above 0, or None for half of the memory")
         if self.niceness not in range(20):
@@ -156,6 +165,18 @@ def probe(
         "lately": list(lately),
         "limits": asdict(limits),
     }
+    idle = min(limits.idle_seconds, limits.seconds / 2) if hasattr(os, "SCHED_IDLE") else 0.0
+    if idle:
+        with suppress(_StarvedError):
+            return _try(path, question | {"idle": True}, limits, idle, stopped)
+    return _try(path, question | {"idle": False}, limits, limits.seconds - idle, stopped)
+
+
+class _StarvedError(Exception):
+    """A trial that takes only idle time did not come to an end."""
+
+
+def _try(path: Path, question: dict[str, Any], limits: Limits, seconds: float, stopped: Callable[[], bool]) -> Probation:
     with (
         TemporaryFile() as printed,  # not a pipe: who prints without end must not fill the server's memory
         subprocess.Popen(  # noqa: S603 - this Python, and a text of ours
@@ -169,7 +190,7 @@ def probe(
         ) as process,
     ):
         try:
-            answer = _await_answer(process, json.dumps(question).encode(), path, limits, stopped)
+            answer = _await_answer(process, question, path, limits, seconds, stopped)
         finally:
             process.kill()
         if process.returncode:
@@ -177,9 +198,11 @@ def probe(
         return _read(answer, path)
 
 
-def _await_answer(process: subprocess.Popen[bytes], question: bytes, path: Path, limits: Limits, stopped: Callable[[], bool]) -> bytes:
-    deadline, most = time.monotonic() + limits.seconds, limits.memory_bytes
-    given: bytes | None = question
+def _await_answer(
+    process: subprocess.Popen[bytes], question: dict[str, Any], path: Path, limits: Limits, seconds: float, stopped: Callable[[], bool]
+) -> bytes:
+    deadline, most = time.monotonic() + seconds, limits.memory_bytes
+    given: bytes | None = json.dumps(question).encode()
     while True:
         try:
             answer: bytes = process.communicate(given, timeout=_POLL_S)[0]
@@ -188,6 +211,8 @@ def _await_answer(process: subprocess.Popen[bytes], question: bytes, path: Path,
             given = None  # it was sent, or is being sent, and must not be given again
         if stopped():
             raise NotReadyError(f"{path}: its trial was ended with the server")
+        if time.monotonic() > deadline and question["idle"]:
+            raise _StarvedError
         if time.monotonic() > deadline:
             raise VerificationError(
                 f"{path}: it was not open, verified and warm after {limits.seconds:g} s: it hangs, or needs a longer limit"
@@ -263,7 +288,7 @@ class ArtifactLoader:
 
     def open(self, path: Path, lately: Mapping[Call, int], found: Probation) -> Opened:
         # Not at a lower priority: threads that the engine starts here would keep it, and answer requests with it later.
-        opened = open_version(path, self.opening, self._calls(lately))
+        opened = open_version(path, self.opening, self._calls(lately), rest=REST if lately else 0.0)
         if opened.digest != found.digest:
             raise _replaced(path)
         return opened
@@ -280,7 +305,7 @@ def answer() -> None:
     with os.fdopen(os.dup(1), "w", encoding="utf-8") as answers:
         os.dup2(2, 1)  # standard output is for the answer alone: what libraries print there goes to standard error from now on
         question = json.load(sys.stdin)
-        _confine(Limits(**question["limits"]))
+        _confine(Limits(**question["limits"]), idle=question["idle"])
         module, name = question["examine"]
         fields = question["opening"]
         opening = Opening(**(fields | {"calls": tuple(_call(call) for call in fields["calls"])}))
@@ -295,9 +320,11 @@ def answer() -> None:
         json.dump(said, answers)
 
 
-def _confine(limits: Limits) -> None:
+def _confine(limits: Limits, *, idle: bool) -> None:
     """Stands back for the server, is the first to go where memory runs out, and goes by itself if the server is gone."""
-    if hasattr(os, "nice"):
+    if idle:
+        os.sched_setscheduler(0, os.SCHED_IDLE, os.sched_param(0))
+    elif hasattr(os, "nice"):
         os.nice(limits.niceness)
         take_short_turns()
     with suppress(OSError):

@@ -11,9 +11,13 @@ it, and none waits for another version to be opened.
 
 from __future__ import annotations
 
+import math
+import time
 from collections import OrderedDict, deque
-from collections.abc import Hashable, Iterable
+from collections.abc import Hashable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Literal, NamedTuple
 
@@ -95,39 +99,52 @@ class Opened:
     calls: tuple[Call, ...]
 
 
-def open_version(path: Path, opening: Opening, lately: Iterable[Call]) -> Opened:
+def open_version(path: Path, opening: Opening, lately: Iterable[Call], *, rest: float = 0.0) -> Opened:
     """Opens an artefact in this process, replays its smallest golden pair, and warms it up for the opening's calls and those of `lately`.
 
     With `dynamic` the models of dynamic sizes are compiled as well: a size that nobody foresaw is computed as it comes. Takes what
-    compiling takes, or, where the user's cache has what is compiled, a fraction of it. Raises what `load` raises, and
-    VerificationError where the golden scores do not come out.
+    compiling takes, or, where the user's cache has what is compiled, a fraction of it. `rest`, above 0 where requests are answered
+    meanwhile: after each step nothing is done for so many times as long as it took, and only the smallest call is computed. Raises what
+    `load` raises, and VerificationError where the golden scores do not come out.
     """
-    session = load(
-        path,
-        engine=opening.engine,
-        precision=opening.precision,
-        threads=opening.threads,
-        streams=opening.streams,
-        shapes=(),
-        dynamic=opening.dynamic,
-    )
+    step = partial(_step, rest=rest)
+    with step():
+        session = load(
+            path,
+            engine=opening.engine,
+            precision=opening.precision,
+            threads=opening.threads,
+            streams=opening.streams,
+            shapes=(),
+            dynamic=opening.dynamic,
+        )
     artifact = open_artifact(path)  # after it: had the directory been replaced meanwhile, its digest would say so
     calls = opening.wanted(lately, artifact)
     images_BHWC, scores = min(artifact.golden(), key=lambda pair: pair[0].size)
     tolerance = artifact.manifest.tolerance(session.engine, session.precision)
     classes = session.signature.task != "restore"
-    result = replay(session, images_BHWC, scores, tolerance, classes=classes)
+    with step():
+        result = replay(session, images_BHWC, scores, tolerance, classes=classes)
     if not result.passed:
         allowed = "nothing is recorded" if tolerance is None else f"{tolerance.max_error:g}"
         raise VerificationError(
             f"{path}: {session.engine} in {session.precision} is {result.max_error:.3g} standard deviations off a golden pair "
             f"(allowed: {allowed}): export the artefact again"
         )
-    for labels in (False, True):
-        session.warm_up([call.shape for call in calls if call.labels is labels], labels=labels)
+    smallest = min(calls, key=lambda call: math.prod(call.shape), default=None)
+    for call in sorted(calls, key=lambda call: call.labels):
+        with step():
+            session.warm_up([call.shape], labels=call.labels, compute=not rest or call == smallest)
     if opening.dynamic and classes:
         session.labels(images_BHWC)  # the model for scores came with the replay
     return Opened(session=session, signature=session.signature, digest=artifact.digest, calls=calls)
+
+
+@contextmanager
+def _step(rest: float) -> Iterator[None]:
+    started = time.perf_counter()
+    yield
+    time.sleep(rest * (time.perf_counter() - started))
 
 
 def contract_difference(new: Signature, old: Signature, *, other_classes: bool = False) -> str:
