@@ -15,7 +15,7 @@ import math
 import time
 from collections import OrderedDict, deque
 from collections.abc import Hashable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -26,6 +26,7 @@ from muntin.errors import DataError, MuntinError, VerificationError
 from muntin.runtime.engines import DEFAULT_ENGINE, ENGINES, PRECISIONS, load
 from muntin.runtime.session import Session, Shape, check_shape, check_streams, check_threads
 from muntin.runtime.verification import replay
+from muntin.serving.scheduling import only_idle_time
 
 State = Literal["loading", "ready", "draining", "unloaded", "failed"]
 CALLS = 16
@@ -143,7 +144,8 @@ def open_version(path: Path, opening: Opening, lately: Iterable[Call], *, rest: 
 @contextmanager
 def _step(rest: float) -> Iterator[None]:
     started = time.perf_counter()
-    yield
+    with only_idle_time() if rest else nullcontext():
+        yield
     time.sleep(rest * (time.perf_counter() - started))
 
 
