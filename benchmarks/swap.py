@@ -100,9 +100,8 @@ def make_dying(sound: Path, path: Path) -> Path:
     return path
 
 
-def place(kind: str, sound: Path, models: Path, number: int) -> None:
-    """Version `number`, whole, into the directory of versions."""
-    new = models.parent / "new" / str(number)
+def make(kind: str, sound: Path, new: Path) -> Path:
+    """A version of one kind beside the directory of versions."""
     shutil.rmtree(new, ignore_errors=True)
     new.parent.mkdir(exist_ok=True)
     if kind == "dies":
@@ -123,7 +122,7 @@ def place(kind: str, sound: Path, models: Path, number: int) -> None:
             new, model=onnx.load_model_from_string(artifact.model_bytes()), signature=manifest.signature, layers=manifest.layers,
             golden=shifted, golden_tolerance=manifest.golden_tolerance, precision=manifest.precision, example=manifest.example,
         )  # fmt: skip
-    new.rename(models / str(number))
+    return new
 
 
 def load_version(name: str, number: int) -> tuple[int, float]:
@@ -172,12 +171,14 @@ def swaps(output: Path, share: float, cores: tuple[set[int], set[int]]) -> Row:
     sound = sound_versions(workload, output / "sound", SOUND)
     found = any_version(workload, sound)
     models = _empty(output / "models")
-    place("sound", sound[0], models, 1)
+    make("sound", sound[0], models / "1")
+    # Before the load: it is this process that sends requests, and one that is sent late would count as answered late.
+    made = [make(kind, sound[number % SOUND], output / "new" / str(number)) for number, kind in enumerate(PLAN, 2)]
     loads: list[Row] = []
 
     def change(stop: threading.Event) -> None:
-        for number, kind in enumerate(PLAN, 2):
-            place(kind, sound[number % SOUND], models, number)
+        for number, (kind, new) in enumerate(zip(PLAN, made, strict=True), 2):
+            new.rename(models / str(number))
             status, seconds = load_version(workload.name, number)
             loads.append({"version": number, "kind": kind, "status": status, "seconds": seconds})
             print(f"  version {number:>2} {kind:<8} {status} {seconds:.1f} s", file=sys.stderr)
@@ -216,12 +217,12 @@ def memory(output: Path, count: int, cores: tuple[set[int], set[int]]) -> Row:
     sound = sound_versions(workload, output / "small", 2)
     found = any_version(workload, sound)
     models = _empty(output / "small-models")
-    place("sound", sound[0], models, 1)
+    make("sound", sound[0], models / "1")
     resident: list[float] = []
 
     def change(pid: int) -> None:
         for number in range(2, count + 2):
-            place("sound", sound[number % 2], models, number)
+            make("sound", sound[number % 2], output / "new" / str(number)).rename(models / str(number))
             status, _ = load_version(workload.name, number)
             assert status == 200, status
             shutil.rmtree(models / str(number - 1))

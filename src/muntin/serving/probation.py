@@ -189,6 +189,9 @@ def _try(path: Path, question: dict[str, Any], limits: Limits, seconds: float, s
             process_group=0,
         ) as process,
     ):
+        if question["idle"]:
+            with suppress(OSError):  # it has ended already
+                os.sched_setscheduler(process.pid, os.SCHED_IDLE, os.sched_param(0))  # from here: starting Python takes a second of a core
         try:
             answer = _await_answer(process, question, path, limits, seconds, stopped)
         finally:
@@ -322,9 +325,7 @@ def answer() -> None:
 
 def _confine(limits: Limits, *, idle: bool) -> None:
     """Stands back for the server, is the first to go where memory runs out, and goes by itself if the server is gone."""
-    if idle:
-        os.sched_setscheduler(0, os.SCHED_IDLE, os.sched_param(0))
-    elif hasattr(os, "nice"):
+    if hasattr(os, "nice") and not idle:
         os.nice(limits.niceness)
         take_short_turns()
     with suppress(OSError):

@@ -43,8 +43,8 @@ def take_short_turns() -> bool:
 def only_idle_time() -> Iterator[None]:
     """Inside the block the calling thread computes only while a core has nothing else to do, where it may do otherwise again afterwards.
 
-    Threads that are started meanwhile, by an engine that is opened, inherit that: at the end of the block they are as others are. Where Linux
-    does not allow the way back (it wants CAP_SYS_NICE or a limit on niceness for it), and elsewhere, nothing changes.
+    Threads that are started meanwhile, by an engine that is opened, inherit that: at the end of the block they are as others are. Where
+    Linux does not allow the way back (it wants CAP_SYS_NICE or a limit on niceness for it), and elsewhere, nothing changes.
     """
     if not _may_come_back():
         yield
