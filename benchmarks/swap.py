@@ -2,15 +2,15 @@
 
     python benchmarks/swap.py [--output runs/benchmark-swap] [--share 0.4] [--memory-swaps 200] [--json]
 
-One server (`muntin serve`, two threads, on all cores: with one thread OpenVINO 2026.4 does not raise what it fails at), one load
-generator (on the last core): Poisson arrivals of 512 x 512 pictures at `--share` of what the server can do. First without swaps, for
-what is normal; then with 20 versions that are loaded through the repository API one after the other. Sixteen are sound, and each answers
-differently; one has an altered file, one does not compute its golden answers, one lacks its weights; and one passes every check, takes
-over, and then its engine fails at every request. Every answer is compared with what the versions answer. Goal: none failed, none wrong,
-none later than the normal p99 + 50 ms.
+One server (`muntin serve`, two threads, on all cores: with one thread OpenVINO 2026.4 does not raise what it fails at), one load generator
+(on the last core): Poisson arrivals of 512 x 512 pictures at `--share` of what the server can do. First without swaps, for what is normal,
+for 40 s, and for two minutes more, in which Poisson's bursts make some answers late without any swap; then with 20 versions that are
+loaded through the repository API one after the other. Sixteen are sound, and each answers differently; one has an altered file, one does
+not compute its golden answers, one lacks its weights; and one passes every check, takes over, and then its engine fails at every request.
+Every answer is compared with what the versions answer. Goal: none failed, none wrong, none later than the normal p99 + 50 ms.
 
 Then a small classifier is swapped `--memory-swaps` times under light load while the server's resident memory is read: by how much does
-it grow over the second half? A part that is there already is not run again. Time: about ten minutes for the first part, fifteen for the
+it grow over the second half? A part that is there already is not run again. Time: about nine minutes for the first part, fifteen for the
 second. Run it alone.
 """
 
@@ -44,7 +44,7 @@ from serving_peers.models import WORKLOADS, Workload, exchange, make_artifact, p
 from serving_peers.servers import Launch, running
 
 PORT = 8765
-SOUND, LATER_MS = 4, 50.0
+SOUND, LATER_MS, CONTROL = 4, 50.0, 6
 MARK = 7
 """The first byte of every picture that is sent: what the engine of the version that dies fails at."""
 PLAN = [kind for broken in ("altered", "golden", "dies", "missing") for kind in ("sound", "sound", "sound", broken)] + ["sound"] * 4
@@ -191,23 +191,31 @@ def swaps(output: Path, share: float, cores: tuple[set[int], set[int]]) -> Row:
         most = load.closed(concurrency=4, seconds=6)["answers_per_s"]
         rate = share * most
         normal = load.open(rate=rate, seconds=40, objective_ms=1000)
+        late_ms = normal["p99_ms"] + LATER_MS
+        control = _together([load.open(rate=rate, seconds=20, objective_ms=late_ms, seed=101 + n, warm=0.0) for n in range(CONTROL)])
         stop = threading.Event()
         thread = threading.Thread(target=change, args=(stop,))
         thread.start()
         parts = []
         while thread.is_alive():
-            parts.append(load.open(rate=rate, seconds=20, objective_ms=normal["p99_ms"] + LATER_MS, seed=len(parts) + 1, warm=0.0))
+            parts.append(load.open(rate=rate, seconds=20, objective_ms=late_ms, seed=len(parts) + 1, warm=0.0))
         thread.join()
         index = json.loads(urllib.request.urlopen(f"http://{HOST}:{PORT}/v2/repository/index", b"{}").read())
+    return {
+        "saturation_per_s": most, "rate": rate, "normal": normal, "control": control, "loads": loads, "index": index, **_together(parts)
+    }  # fmt: skip
+
+
+def _together(parts: list[Row]) -> Row:
+    """What several loads with one objective came to; `later`: answers beyond it."""
     failures: dict[str, int] = {}
     for part in parts:
         for status, count in part["failures"].items():
             failures[status] = failures.get(status, 0) + count
-    answered = sum(part["requests"] - sum(part["failures"].values()) for part in parts)
+    requests = sum(part["requests"] for part in parts)
     inside = sum(round(part["goodput_per_s"] * part["seconds"]) for part in parts)
     return {
-        "saturation_per_s": most, "rate": rate, "normal": normal, "loads": loads, "index": index,
-        "requests": sum(part["requests"] for part in parts), "failures": failures, "later": answered - inside,
+        "requests": requests, "failures": failures, "later": requests - sum(failures.values()) - inside,
         "p99_ms": max(part["p99_ms"] for part in parts), "worst_ms": max(part["worst_ms"] for part in parts),
     }  # fmt: skip
 
@@ -280,6 +288,11 @@ def print_table(row: Row, held: Row | None) -> None:
         outcome = "took over" if load["status"] == 200 else f"refused, {load['status']}"
         print(f"  {load['version']:>3}  {load['kind']:<8} {outcome:<14} {load['seconds']:>6.1f} s")
     print(f"normal: p50 {normal['p50_ms']:.1f} ms, p99 {normal['p99_ms']:.1f} ms, worst {normal['worst_ms']:.1f} ms")
+    control = row["control"]
+    print(
+        f"no swaps: {control['later']} of {control['requests']} later than p99 + {LATER_MS:g} ms, worst {control['worst_ms']:.1f} ms, "
+        f"failures: {control['failures'] or 'none'}"
+    )
     print(f"swapping: p99 {row['p99_ms']:.1f} ms at most, worst {row['worst_ms']:.1f} ms")
     wrong = row["failures"].get("wrong", 0)
     failed = sum(row["failures"].values()) - wrong
