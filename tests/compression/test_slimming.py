@@ -16,7 +16,7 @@ from muntin.compression.low_rank import apply_structure, structure_of
 from muntin.compression.slimming import MULTIPLE, apply_widths, remove_closed_channels, widths_of
 from muntin.deployment import image_macs
 from muntin.errors import MuntinError
-from muntin.layers import ChannelGate, MapNorm
+from muntin.layers import ChannelGate, MapNorm, ResidualPair
 from muntin.training.config import LowRankConfig
 
 OPTIONS = {"stem": (16, 48, 48), "depths": (1, 1), "dims": (64, 64), "head_dim": 32, "window": 4, "latents": 4, "decoder": 16}
@@ -140,10 +140,26 @@ def test_what_is_exported_is_cut_and_answers_the_same(tmp_path: Path) -> None:
     assert alike(torch.from_numpy(scores), answer(model, x))
 
 
-def test_a_cut_model_is_quantised_like_another() -> None:
+def test_quantising_cuts_first() -> None:
     model, x = closed(0.5), pixels(4, 3, 64, 64)
     before = answer(model, x)
-    remove_closed_channels(model)
-    quantize([x])(model)
+    changes = quantize([x])(model)
+    assert [change.layer for change in changes if change.pass_ == "slim"] == list(GATED)
+    assert model.get_submodule("stages.0.blocks.0.mlp.expand").weight.shape[0] == 64
     after = answer(model, x)
     assert (after - before).square().mean() < 0.02 * before.var()
+
+
+def test_a_pair_with_a_norm_of_another_kind_is_left_alone_and_so_is_its_gate() -> None:
+    model, x = closed(0.5), pixels(2, 3, 37, 50)
+    pair = model.get_submodule("stage4.0")
+    assert isinstance(pair, ResidualPair)
+    pair.first.norm = nn.BatchNorm2d(48).eval()
+    with torch.no_grad():
+        pair.first.norm.running_mean.normal_(0, 0.5)
+        pair.first.norm.bias.normal_(0, 0.5)
+    before = answer(model, x)
+    (change,) = (change for change in remove_closed_channels(model) if change.layer == "stage4.0")
+    assert change.kept and change.reason == "a BatchNorm2d stands before the gate: it cannot be cut"
+    fold(model)
+    assert isinstance(pair.gate, ChannelGate) and alike(answer(model, x), before)

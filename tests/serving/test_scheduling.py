@@ -1,4 +1,4 @@
-"""Short turns: given by this kernel or not, and never to a thread that has a policy of its own."""
+"""Short turns: given by this kernel or not, and never to a thread that has a policy of its own. Standing back: there and back."""
 
 from __future__ import annotations
 
@@ -9,7 +9,8 @@ import threading
 
 import pytest
 
-from muntin.serving.scheduling import take_short_turns
+from muntin.serving import scheduling
+from muntin.serving.scheduling import BACK, standing_back, take_short_turns
 
 LINUX = sys.platform.startswith("linux") and platform.machine() in ("x86_64", "aarch64")
 
@@ -48,3 +49,44 @@ def test_the_policy_and_the_niceness_of_a_thread_stay() -> None:
 def test_elsewhere_nothing_changes(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "platform", "win32")
     assert in_thread() == [False]
+
+
+def niceness_of_threads() -> list[int]:
+    """Of a thread inside the block, of one that it starts there, and of both after it, beyond this one's."""
+    found: list[int] = []
+    inside, end = threading.Event(), threading.Event()
+
+    def look() -> None:
+        found.append(os.getpriority(os.PRIO_PROCESS, 0) - os.getpriority(os.PRIO_PROCESS, threading.main_thread().native_id or 0))
+
+    def child() -> None:
+        look()
+        inside.set()
+        end.wait()
+        look()
+
+    def run() -> None:
+        with standing_back():
+            look()
+            other = threading.Thread(target=child)
+            other.start()
+            inside.wait()
+        look()
+        end.set()
+        other.join()
+
+    thread = threading.Thread(target=run)
+    thread.start()
+    thread.join()
+    return found
+
+
+@pytest.mark.skipif(not LINUX or not scheduling._may_come_back(), reason="the way back is not allowed here")
+def test_standing_back_ends_with_the_block_for_threads_that_were_started_in_it_too() -> None:
+    assert niceness_of_threads() == [BACK, BACK, 0, 0]
+
+
+@pytest.mark.skipif(not LINUX, reason="each thread has its own niceness on Linux")
+def test_where_there_is_no_way_back_nobody_goes(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(scheduling, "_may_come_back", lambda: False)
+    assert niceness_of_threads() == [0, 0, 0, 0]

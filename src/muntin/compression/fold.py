@@ -120,7 +120,7 @@ def _fold_perceptron(mlp: Perceptron) -> str | None:
 
 def _fold_pair(pair: ResidualPair) -> str | None:
     unit = pair.first
-    before = unit.norm if isinstance(unit.norm, MapNorm) else unit.conv
+    before = unit.conv if isinstance(unit.norm, nn.Identity) else unit.norm
     if not isinstance(pair.gate, ChannelGate) or not isinstance(before, MapNorm | nn.Conv2d | FactoredConv2d):
         return None
     if not isinstance(unit.activation, nn.ReLU):

@@ -22,6 +22,7 @@ from muntin.compression.observer import Observer
 from muntin.compression.pixel_grid import align_with_pixels
 from muntin.compression.quantized import QuantizedConv2d, QuantizedLayer, QuantizedLinear
 from muntin.compression.rewrite import named, replace
+from muntin.compression.slimming import remove_closed_channels
 from muntin.errors import MuntinError
 from muntin.training.config import QuantizationConfig
 
@@ -90,16 +91,18 @@ def quantize(calibration: Iterable[Tensor], config: QuantizationConfig | None = 
     """A pass that quantises Linear and Conv2d to static INT8 (W8A8) in place; see the head of this file.
 
     `calibration`: input batches `(B, C, H, W)` of raw pixels, any integer or float type; images of training, never of a test. Costs three
-    forward passes over them. Weights of layers that stay are rounded to the FP16 they are stored in. The pass folds norms and
-    gates first and raises `MuntinError` if there is no calibration batch, if NaN or infinity turns up, or if `keep` names no layer.
+    forward passes over them. Weights of layers that stay are rounded to the FP16 they are stored in. The pass cuts out channels that gates
+    have closed and folds norms and gates first. It raises `MuntinError` if there is no calibration batch, if NaN or infinity turns up, or
+    if `keep` names no layer.
     """
     config = config or QuantizationConfig()
 
     def pass_(model: nn.Module) -> list[Change]:
         batches = calibration_list(calibration)
-        layers: dict[str, nn.Module] = dict(named(model.eval(), nn.Linear, nn.Conv2d))
+        changes = remove_closed_channels(model.eval())
+        layers: dict[str, nn.Module] = dict(named(model, nn.Linear, nn.Conv2d))
         check_kept(config.keep, layers)
-        changes = fold(model) + fold_batch_norms(model, batches[0])
+        changes += fold(model) + fold_batch_norms(model, batches[0])
         check_weights(layers)
         return changes + _replace_layers(model, layers, batches, config)
 

@@ -41,6 +41,10 @@ def remove_closed_channels(model: nn.Module) -> list[Change]:
             continue
         kept = _kept(gate)
         shut = int((~gate.open_channels()).sum())
+        if isinstance(unit, ResidualPair) and not isinstance(unit.first.norm, MapNorm | nn.Identity):
+            reason = f"a {type(unit.first.norm).__name__} stands before the gate: it cannot be cut"
+            changes.append(Change(layer=name, pass_="slim", done="kept", reason=reason))
+            continue
         if len(kept) == gate.dim:
             reason = f"{shut} of {gate.dim} channels are closed: the rest fills as many blocks of {MULTIPLE}"
             changes.append(Change(layer=name, pass_="slim", done="kept", reason=reason))

@@ -120,7 +120,7 @@ def read_model(checkpoint: Checkpoint) -> nn.Module:
     model = build_model(state.recipe, state.classes).eval()
     made = state.compression
     if made is not None:
-        apply_widths(model, made["widths"])
+        apply_widths(model, made.get("widths", {}))  # there are none in checkpoints from before channels were cut
         apply_structure(model, made["ranks"])
         if made["qat"] is not None:
             side = state.recipe.data.crop
@@ -199,10 +199,12 @@ class _Compression:
         else:
             torch.manual_seed(self.recipe.seed)
             model = read_model(before)
-            changes, widths = changes_of(before), (before.state.compression or {}).get("widths")
-            if widths is None:
+            changes = changes_of(before)
+            if before.state.compression is None:
                 changes += remove_closed_channels(model)
                 widths = widths_of(model)
+            else:
+                widths = before.state.compression.get("widths", {})
             changes += self._prepare(stage, before, model)
             made = {
                 "stage": stage, "origin": self.origin, "widths": widths, "ranks": structure_of(model), "qat": qat_structure(model) or None,

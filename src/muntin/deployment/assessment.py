@@ -150,7 +150,7 @@ class _Assessment:
             "steps": [step.row for step in steps],
             "latency": latency,
             "agreement": self._agreement(steps[-2].labels, steps[-1].labels),
-            "ranks": rank_rows(model, changes) if self.stages else [],
+            "ranks": rank_rows(model, changes, (last.state.compression or {}).get("widths", {})) if self.stages else [],
             "layers": layer_rows(artifact, session, simulated, changes, calibration[:2]),
             "pictures": self._pictures(session),
             "seconds": self.seconds,

@@ -76,8 +76,7 @@ def export(
         model = nn.Sequential(model).eval()  # a layer goes by its name in the model, and the model itself has none
     signature = signature or infer_signature(model, example)
     changes = list(changes)
-    changes += remove_closed_channels(model)
-    changes += fold(model) if calibration is None else quantize(calibration)(model)
+    changes += remove_closed_channels(model) + fold(model) if calibration is None else quantize(calibration)(model)
     golden = golden_pairs(model, example)  # first: it is quick, and finds a model that does not take every size
     proto = to_onnx(model, example, signature)
     content: dict[str, Any] = {

@@ -5,7 +5,8 @@ Axes: B images, C channels, H W map.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+import copy
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -18,6 +19,7 @@ from muntin.compression.factored import factored_parameters, full_ranks
 from muntin.compression.observer import Observer
 from muntin.compression.quantized import InputGrid
 from muntin.compression.rewrite import named
+from muntin.compression.slimming import apply_widths
 from muntin.runtime import Session
 
 WORST = 6
@@ -73,13 +75,20 @@ def _clipping(observer: Observer, grid: nn.Module) -> tuple[float | None, dict[s
     }
 
 
-def rank_rows(model: nn.Module, changes: Iterable[Change]) -> list[dict[str, Any]]:
-    """A row a Linear and Conv2d of the model as it was trained: its ranks after the low-rank pass, or why it stayed dense."""
+def rank_rows(model: nn.Module, changes: Iterable[Change], widths: Mapping[str, int]) -> list[dict[str, Any]]:
+    """A row a Linear and Conv2d of the model as it was trained: its ranks after the low-rank pass, or why it stayed dense.
+
+    `widths`: of units whose closed channels were cut out before that pass (`widths_of`).
+    """
+    cut = copy.deepcopy(model)
+    apply_widths(cut, widths)
     done = {change.layer: change for change in changes if change.pass_ == "low_rank"}
     rows = []
     layers: dict[str, nn.Linear | nn.Conv2d] = dict(named(model, nn.Linear, nn.Conv2d))
     for name, layer in layers.items():
         dense = sum(parameter.numel() for parameter in layer.parameters())
+        left = cut.get_submodule(name)
+        assert isinstance(left, nn.Linear | nn.Conv2d)
         change = done.get(name)
         kept = change is None or change.kept
         ranks = () if change is None or kept else change.ranks
@@ -87,10 +96,10 @@ def rank_rows(model: nn.Module, changes: Iterable[Change]) -> list[dict[str, Any
             {
                 "name": name,
                 "kind": type(layer).__name__,
-                "full": list(full_ranks(layer)),
+                "full": list(full_ranks(left)),
                 "ranks": list(ranks),
                 "parameters_before": dense,
-                "parameters_after": factored_parameters(layer, ranks) if ranks else dense,
+                "parameters_after": factored_parameters(left, ranks) if ranks else sum(p.numel() for p in left.parameters()),
                 "reason": "" if change is None else change.reason,
             }
         )

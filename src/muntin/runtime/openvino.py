@@ -143,7 +143,8 @@ class OpenVinoSession(Session):
             with self._lock:
                 self._asked_for.add(variant)
             self._compiled_for(variant, new=True)
-        super().warm_up(shapes, labels=labels, compute=compute)
+        if compute:
+            super().warm_up(shapes, labels=labels)
 
     def _compiled_for(self, variant: Variant, *, new: bool) -> _Compiled:
         """The model for an input shape: compiled if it is not and `new` allows it, otherwise the one of dynamic sizes."""

@@ -46,7 +46,17 @@ keep them waiting for as long as all of it takes."""
 OFTEN = 4
 """Batches of a kind after which the next version is warmed up for it though it need not be."""
 _POLL_S = 0.02
-_START = "import sys; sys.path[:] = {path!r}; from muntin.serving.probation import answer; answer()"
+_START = """
+import os, sys
+if {idle!r}:  # before anything is imported: that alone takes most of a second of a core
+    try:
+        os.sched_setscheduler(0, os.SCHED_IDLE, os.sched_param(0))
+    except OSError:
+        pass
+sys.path[:] = {path!r}
+from muntin.serving.probation import answer
+answer()
+"""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -180,7 +190,7 @@ def _try(path: Path, question: dict[str, Any], limits: Limits, seconds: float, s
     with (
         TemporaryFile() as printed,  # not a pipe: who prints without end must not fill the server's memory
         subprocess.Popen(  # noqa: S603 - this Python, and a text of ours
-            [sys.executable, "-c", _START.format(path=sys.path)],
+            [sys.executable, "-c", _START.format(path=sys.path, idle=question["idle"])],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=printed,
@@ -189,9 +199,6 @@ def _try(path: Path, question: dict[str, Any], limits: Limits, seconds: float, s
             process_group=0,
         ) as process,
     ):
-        if question["idle"]:
-            with suppress(OSError):  # it has ended already
-                os.sched_setscheduler(process.pid, os.SCHED_IDLE, os.sched_param(0))  # from here: starting Python takes a second of a core
         try:
             answer = _await_answer(process, question, path, limits, seconds, stopped)
         finally:
@@ -290,7 +297,6 @@ class ArtifactLoader:
         return probe(path, self.opening, self._calls(lately), limits=self.limits, stopped=stopped)
 
     def open(self, path: Path, lately: Mapping[Call, int], found: Probation) -> Opened:
-        # Not at a lower priority: threads that the engine starts here would keep it, and answer requests with it later.
         opened = open_version(path, self.opening, self._calls(lately), rest=REST if lately else 0.0)
         if opened.digest != found.digest:
             raise _replaced(path)
@@ -308,7 +314,7 @@ def answer() -> None:
     with os.fdopen(os.dup(1), "w", encoding="utf-8") as answers:
         os.dup2(2, 1)  # standard output is for the answer alone: what libraries print there goes to standard error from now on
         question = json.load(sys.stdin)
-        _confine(Limits(**question["limits"]), idle=question["idle"])
+        _confine(Limits(**question["limits"]))
         module, name = question["examine"]
         fields = question["opening"]
         opening = Opening(**(fields | {"calls": tuple(_call(call) for call in fields["calls"])}))
@@ -323,9 +329,9 @@ def answer() -> None:
         json.dump(said, answers)
 
 
-def _confine(limits: Limits, *, idle: bool) -> None:
+def _confine(limits: Limits) -> None:
     """Stands back for the server, is the first to go where memory runs out, and goes by itself if the server is gone."""
-    if hasattr(os, "nice") and not idle:
+    if hasattr(os, "nice") and not (hasattr(os, "SCHED_IDLE") and os.sched_getscheduler(0) == os.SCHED_IDLE):
         os.nice(limits.niceness)
         take_short_turns()
     with suppress(OSError):

@@ -15,6 +15,8 @@ from threading import Thread, get_native_id
 
 SLICE_S = 0.0001
 """The shortest that Linux takes."""
+BACK = 10
+"""How much nicer a thread is that stands back: a tenth of the usual weight (kernel/sched/core.c, sched_prio_to_weight)."""
 _SET, _GET = {"x86_64": (314, 315), "aarch64": (274, 275)}.get(platform.machine(), (None, None))
 _ATTRIBUTES = struct.Struct("=IIQiIQQQ")  # sched_attr: size, policy, flags, nice, priority, runtime, deadline, period
 
@@ -40,45 +42,59 @@ def take_short_turns() -> bool:
 
 
 @contextmanager
-def only_idle_time() -> Iterator[None]:
-    """Inside the block the calling thread computes only while a core has nothing else to do, where it may do otherwise again afterwards.
+def standing_back() -> Iterator[None]:
+    """Inside the block the calling thread gets a tenth of a core that others want, where it may have its full share again afterwards.
 
-    Threads that are started meanwhile, by an engine that is opened, inherit that: at the end of the block they are as others are. Where
-    Linux does not allow the way back (it wants CAP_SYS_NICE or a limit on niceness for it), and elsewhere, nothing changes.
+    Threads that are started meanwhile, by an engine that is opened, inherit that; at the end of the block they are as others are. No less
+    than a tenth, since it runs Python, too, and the server's other threads wait where it is kept from going on. Where Linux does not allow
+    the way back (it wants CAP_SYS_NICE or a limit on niceness for it), and elsewhere, nothing changes.
     """
     if not _may_come_back():
         yield
         return
-    before = _threads()
-    os.sched_setscheduler(0, os.SCHED_IDLE, os.sched_param(0))
+    before, usual = _threads(), os.getpriority(os.PRIO_PROCESS, 0)
+    _be_nice(0, usual + BACK)
     try:
         yield
     finally:
-        for thread in {get_native_id(), *(_threads() - before)}:
-            with suppress(OSError):  # it has ended
-                if os.sched_getscheduler(thread) == os.SCHED_IDLE:
-                    os.sched_setscheduler(thread, os.SCHED_OTHER, os.sched_param(0))
+        back = {get_native_id()}
+        while back:
+            for thread in back:
+                _be_nice(thread, usual)
+            before |= back
+            back = {thread for thread in _threads() - before if _niceness(thread) != usual}  # one of them may have started others
 
 
 def _threads() -> set[int]:
     return {int(path.name) for path in Path("/proc/self/task").iterdir()}
 
 
+def _niceness(thread: int) -> int | None:
+    """None where it has ended. On Linux each thread has its own."""
+    with suppress(OSError):
+        return os.getpriority(os.PRIO_PROCESS, thread)
+    return None
+
+
+def _be_nice(thread: int, niceness: int) -> None:
+    with suppress(OSError):  # it has ended
+        os.setpriority(os.PRIO_PROCESS, thread, niceness)
+
+
 @cache
 def _may_come_back() -> bool:
     """Tried in a thread that ends after it."""
-    if not hasattr(os, "SCHED_IDLE") or not Path("/proc/self/task").is_dir():
-        return False
     came: list[bool] = []
 
     def there_and_back() -> None:
         with suppress(OSError):
-            if os.sched_getscheduler(0) == os.SCHED_OTHER:
-                os.sched_setscheduler(0, os.SCHED_IDLE, os.sched_param(0))
-                os.sched_setscheduler(0, os.SCHED_OTHER, os.sched_param(0))
-                came.append(True)
+            usual = os.getpriority(os.PRIO_PROCESS, 0)
+            os.setpriority(os.PRIO_PROCESS, 0, usual + 1)
+            os.setpriority(os.PRIO_PROCESS, 0, usual)
+            came.append(True)
 
-    thread = Thread(target=there_and_back)
-    thread.start()
-    thread.join()
+    if sys.platform.startswith("linux") and Path("/proc/self/task").is_dir():
+        thread = Thread(target=there_and_back)
+        thread.start()
+        thread.join()
     return bool(came)

@@ -26,11 +26,13 @@ from muntin.errors import DataError, MuntinError, VerificationError
 from muntin.runtime.engines import DEFAULT_ENGINE, ENGINES, PRECISIONS, load
 from muntin.runtime.session import Session, Shape, check_shape, check_streams, check_threads
 from muntin.runtime.verification import replay
-from muntin.serving.scheduling import only_idle_time
+from muntin.serving.scheduling import standing_back
 
 State = Literal["loading", "ready", "draining", "unloaded", "failed"]
 CALLS = 16
 """Kinds of calls that a version remembers: those that came last."""
+LONGEST_REST_S = 1.0
+"""After a step of opening: on a core that others keep busy, a step takes long without having done much."""
 TIMES = 64
 """Times that it remembers of each."""
 
@@ -144,9 +146,9 @@ def open_version(path: Path, opening: Opening, lately: Iterable[Call], *, rest: 
 @contextmanager
 def _step(rest: float) -> Iterator[None]:
     started = time.perf_counter()
-    with only_idle_time() if rest else nullcontext():
+    with standing_back() if rest else nullcontext():
         yield
-    time.sleep(rest * (time.perf_counter() - started))
+    time.sleep(min(LONGEST_REST_S, rest * (time.perf_counter() - started)))
 
 
 def contract_difference(new: Signature, old: Signature, *, other_classes: bool = False) -> str:

@@ -10,7 +10,7 @@ from contextlib import contextmanager
 
 _TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3  # mallopt(3)
 _KEPT = 1 << 30
-"""Bytes: larger tensors are still given back at once."""
+"""Bytes: larger tensors are still given back at once (with older glibcs those from 32 MiB)."""
 _USUAL = {_MMAP_THRESHOLD: 32 << 20, _TRIM_THRESHOLD: 64 << 20}
 """Where glibc's own thresholds end in a process that has freed large blocks (malloc.c, DEFAULT_MMAP_THRESHOLD_MAX)."""
 
@@ -27,8 +27,9 @@ def keep_freed_memory() -> Iterator[None]:
         yield
         return
     libc = ctypes.CDLL(None)
-    for option in _USUAL:
-        libc.mallopt(option, _KEPT)
+    if not libc.mallopt(_MMAP_THRESHOLD, _KEPT):  # older ones take no more than where their own thresholds end
+        libc.mallopt(_MMAP_THRESHOLD, _USUAL[_MMAP_THRESHOLD])
+    libc.mallopt(_TRIM_THRESHOLD, _KEPT)
     try:
         yield
     finally:
