@@ -71,9 +71,9 @@ class _RoundToGrid(torch.autograd.Function):
 def round_to_grid(x: Tensor, scale: Tensor, low: int, high: int) -> Tensor:
     """`x` on the grid scale · q, q in low..high, with gradients for both: fake quantisation while training.
 
-    `scale`: a scalar or of the shape of `x` with ones where it is shared; float32, > 0. Computed in the dtype of `x`. Costs four passes over
-    `x` forward and five backward. Source: LSQ (Esser et al., 1902.08153, section 2.1); the scale's gradient is divided by √(values that
-    share it · high), section 2.2.
+    `scale`: a scalar or of the shape of `x` with ones where it is shared; float32, > 0. Computed in the dtype of `x`. Costs four passes
+    over `x` forward and five backward. Source: LSQ (Esser et al., 1902.08153, section 2.1); the scale's gradient is divided by √(values
+    that share it · high), section 2.2.
     """
     factor = (scale.numel() / (x.numel() * high)) ** 0.5
     # Written so that the scale stays the same to the last bit: a value between two levels falls as it will when deployed.

@@ -107,8 +107,8 @@ class Session(ABC):
     def warm_up(self, shapes: Iterable[Shape], *, labels: bool = False, compute: bool = True) -> None:
         """Computes once for each shape (B, H, W), in every stream, so that the first real call of that shape costs what later ones do.
 
-        `labels`: the calls that will come are `labels`, which an engine compiles apart from scores. Without `compute` an engine that compiles
-        apart from computing only compiles, and the first call takes a little longer.
+        `labels`: the calls that will come are `labels`, which an engine compiles apart from scores. Without `compute` an engine that
+        compiles apart from computing only compiles, and the first call takes a little longer.
         """
         call = self.labels if labels else self
         for shape in check_shapes(shapes):
