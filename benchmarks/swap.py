@@ -200,7 +200,8 @@ def swaps(output: Path, share: float, cores: tuple[set[int], set[int]]) -> Row:
         while thread.is_alive():
             parts.append(load.open(rate=rate, seconds=20, objective_ms=late_ms, seed=len(parts) + 1, warm=0.0))
         thread.join()
-        index = json.loads(urllib.request.urlopen(f"http://{HOST}:{PORT}/v2/repository/index", b"{}").read())
+        told = urllib.request.urlopen(f"http://{HOST}:{PORT}/v2/repository/index", b"{}").read().decode()
+        index = json.loads(told.replace(f"{output}/", ""))
     return {
         "saturation_per_s": most, "rate": rate, "normal": normal, "control": control, "loads": loads, "index": index, **_together(parts)
     }  # fmt: skip
