@@ -83,7 +83,8 @@ def niceness_of_threads() -> list[int]:
 
 @pytest.mark.skipif(not LINUX or not scheduling._may_come_back(), reason="the way back is not allowed here")
 def test_standing_back_ends_with_the_block_for_threads_that_were_started_in_it_too() -> None:
-    assert niceness_of_threads() == [BACK, BACK, 0, 0]
+    back = min(BACK, 19 - os.nice(0))  # nobody is nicer than 19
+    assert niceness_of_threads() == [back, back, 0, 0]
 
 
 @pytest.mark.skipif(not LINUX, reason="each thread has its own niceness on Linux")
