@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 # Tests and checks run small things on many threads badly: one thread each.
 ONE_THREAD := OMP_NUM_THREADS=1
 
-.PHONY: demo test check soak fix wheel clean
+.PHONY: demo test lint check soak fix wheel clean
 
 demo: $(VENV)/.demo
 	$(BIN)/muntin demo
@@ -13,10 +13,12 @@ demo: $(VENV)/.demo
 test: $(VENV)/.dev
 	$(ONE_THREAD) $(BIN)/python -m pytest
 
-check: $(VENV)/.dev
+lint: $(VENV)/.dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+check: lint
 	$(ONE_THREAD) $(BIN)/python -m pytest -m "not slow and not soak"
 
 soak: $(VENV)/.dev

@@ -13,10 +13,11 @@ import muntin
 from muntin import create_model
 from muntin.compression import fold, low_rank, quantize
 from muntin.compression.low_rank import apply_structure, structure_of
-from muntin.compression.slimming import MULTIPLE, apply_widths, remove_closed_channels, widths_of
+from muntin.compression.slimming import apply_widths, remove_closed_channels, widths_of
 from muntin.deployment import image_macs
 from muntin.errors import MuntinError
 from muntin.layers import ChannelGate, MapNorm, ResidualPair
+from muntin.layers.gate import BLOCK
 from muntin.training.config import LowRankConfig
 
 OPTIONS = {"stem": (16, 48, 48), "depths": (1, 1), "dims": (64, 64), "head_dim": 32, "window": 4, "latents": 4, "decoder": 16}
@@ -111,7 +112,7 @@ def test_where_all_is_closed_a_block_stays() -> None:
     model, x = closed(1.0), pixels(1, 3, 33, 40)
     before = answer(model, x)
     remove_closed_channels(model)
-    assert set(widths_of(model).values()) == {MULTIPLE}
+    assert set(widths_of(model).values()) == {BLOCK}
     assert alike(answer(model, x), before)
 
 

@@ -19,7 +19,7 @@ from muntin.compression import stages
 from muntin.compression.change import Change
 from muntin.compression.factored import FactoredConv2d, FactoredLinear
 from muntin.compression.qat import FLOAT, bits_of, qat_operations
-from muntin.compression.slimming import MULTIPLE, widths_of
+from muntin.compression.slimming import widths_of
 from muntin.compression.stages import (
     STAGES,
     CompressionRun,
@@ -31,6 +31,7 @@ from muntin.compression.stages import (
 )
 from muntin.errors import CheckpointError, MuntinError, RecipeError
 from muntin.layers import Product, SoftmaxProduct
+from muntin.layers.gate import BLOCK
 from muntin.training.checkpoint import AVERAGE, MODEL, OPTIMIZER, Checkpoint, read_checkpoint
 from muntin.training.config import CompressionConfig
 from muntin.training.loop import LOG_EVERY, FitProgress, fit
@@ -423,14 +424,14 @@ def test_the_learning_rate_falls_once_over_both_stages_of_quantisation(write_tin
 
 
 def test_closed_channels_are_cut_before_the_first_stage(tmp_path: Path, write_tiny: Callable[..., Any]) -> None:
-    origin = train(write_tiny, tmp_path, training={"steps": STEPS, "validate_every": 100, "checkpoint_every": 100, "gate_cost": 10})
+    origin = train(write_tiny, tmp_path, training={"steps": STEPS, "validate_every": 100, "checkpoint_every": 100, "gate_budget": 0.2})
     hidden = widths_of(origin.model())["stages.0.blocks.0.mlp"]
     run = compress_checkpoint(origin, tmp_path / "run" / "compressed")
     cut = {stage: read_checkpoint(run.directory / f"{n}-{stage}") for n, stage in enumerate(STAGES, 1)}
     for stage, checkpoint in cut.items():
         made = checkpoint.state.compression
-        assert made is not None and made["widths"]["stages.0.blocks.0.mlp"] == MULTIPLE < hidden
+        assert made is not None and made["widths"]["stages.0.blocks.0.mlp"] == BLOCK < hidden
         read_model(checkpoint)  # refuses weights of another shape
         found = by_layer(changes_of(checkpoint), "slim")
-        assert found["stages.0.blocks.0.mlp"].done == f"{MULTIPLE} of {hidden} channels", stage
+        assert found["stages.0.blocks.0.mlp"].done == f"{BLOCK} of {hidden} channels", stage
     assert widths_of(read_model(cut["low-rank"])) == cut["mixed"].state.compression["widths"]  # type: ignore[index]

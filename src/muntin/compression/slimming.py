@@ -19,11 +19,9 @@ from muntin.compression.change import Change
 from muntin.compression.factored import FactoredConv2d, FactoredLinear
 from muntin.compression.rewrite import named
 from muntin.errors import MuntinError
-from muntin.layers import ChannelGate, MapNorm, ResidualPair
-from muntin.layers.block import Perceptron
+from muntin.layers import ChannelGate, MapNorm, Perceptron, ResidualPair
+from muntin.layers.gate import BLOCK
 
-MULTIPLE = 16
-"""Widths are multiples of it, as engines compute channels in blocks: below one, what was removed would be computed as padding."""
 Gated = Perceptron | ResidualPair
 
 
@@ -31,7 +29,7 @@ Gated = Perceptron | ResidualPair
 def remove_closed_channels(model: nn.Module) -> list[Change]:
     """Cut the channels that gates have closed out of `model`, in place, before norms and gates are folded.
 
-    `training.gate_cost` makes training close them. Of a unit's closed channels as many stay as make its width a multiple of `MULTIPLE`;
+    `training.gate_budget` makes training close them. Of a unit's closed channels as many stay as make its width a multiple of `BLOCK`;
     layers may be factored already. Gives one `Change` a gate that is not all open. Costs a copy of the weights that stay.
     """
     changes = []
@@ -46,7 +44,7 @@ def remove_closed_channels(model: nn.Module) -> list[Change]:
             changes.append(Change(layer=name, pass_="slim", done="kept", reason=reason))
             continue
         if len(kept) == gate.dim:
-            reason = f"{shut} of {gate.dim} channels are closed: the rest fills as many blocks of {MULTIPLE}"
+            reason = f"{shut} of {gate.dim} channels are closed: the rest fills as many blocks of {BLOCK}"
             changes.append(Change(layer=name, pass_="slim", done="kept", reason=reason))
             continue
         changes.append(Change(layer=name, pass_="slim", done=f"{len(kept)} of {gate.dim} channels", reason=f"{shut} are closed"))
@@ -82,7 +80,7 @@ def _units(model: nn.Module) -> Iterator[tuple[str, Gated]]:
 def _kept(gate: ChannelGate) -> Tensor:
     """The channels that stay, in their order: the open ones, and those next to opening."""
     still = int(gate.open_channels().sum())
-    wanted = min(gate.dim, max(1, -(-still // MULTIPLE)) * MULTIPLE)
+    wanted = min(gate.dim, max(1, -(-still // BLOCK)) * BLOCK)
     return gate.logit.topk(wanted).indices.sort().values
 
 

@@ -246,7 +246,7 @@ class _Compression:
                 "learning_rate": rate,
                 "final_learning_rate": min(rate, self.config.mix.learning_rate) if both and stage == "w4a8" else 0.0,
                 "average": self.config.average,
-                "gate_cost": 0.0,  # what closed in FP32 is cut out; no stage after that would cut again
+                "gate_budget": 1.0,  # what closed in FP32 is cut out; no stage after that would cut again
                 "validate_every": max(1, steps),
                 "compile": False,
             }

@@ -1,7 +1,7 @@
 """What a model is made of: layers that map `(B, H, W, C)` to the same shape on one device, and know no policy."""
 
 from muntin.layers.attention import Attention
-from muntin.layers.block import ParallelBlock, SerialBlock
+from muntin.layers.block import ParallelBlock, Perceptron, SerialBlock
 from muntin.layers.convolution import ConvUnit, PositionUnit, ResidualPair
 from muntin.layers.gate import ChannelGate
 from muntin.layers.hybrid import DenseAttention, HybridAttention
@@ -14,6 +14,6 @@ from muntin.layers.windows import Grid, merge, partition
 
 __all__ = [
     "Attention", "ChannelGate", "ConvUnit", "DenseAttention", "GlobalAttention", "Grid", "HybridAttention", "LocalAttention",
-    "MapNorm", "ParallelBlock", "PixelHead", "PositionUnit", "Product", "ProgressiveUpsampler", "ResidualPair", "SerialBlock",
-    "SoftmaxProduct", "Sum", "TokenNorm", "merge", "partition",
+    "MapNorm", "ParallelBlock", "Perceptron", "PixelHead", "PositionUnit", "Product", "ProgressiveUpsampler", "ResidualPair",
+    "SerialBlock", "SoftmaxProduct", "Sum", "TokenNorm", "merge", "partition",
 ]  # fmt: skip

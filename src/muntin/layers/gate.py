@@ -8,8 +8,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-SHUT = 0.1
-"""How far below 0 a closed gate may be driven (and above 1 an open one): far enough that an average over time closes, too."""
+BLOCK = 16
+"""Channels that engines compute together: part of a block costs as much as all of it."""
 
 
 class ChannelGate(nn.Module):
@@ -19,11 +19,10 @@ class ChannelGate(nn.Module):
 
     The gate is a parameter and not a function of the input: a gate that is exactly 0 stays 0 for every image, so its channel can be
     removed and the saving is real (`muntin.compression.remove_closed_channels`), where input-dependent masks compute what they then
-    hide. At export a gate after ReLU folds into the layer before it (see `muntin.compression.fold`) and costs nothing. `close()` is
-    what a cost on open gates does to them after each step of an optimiser; `open_channels()` tells which channels still count.
-    Source: the scaling factors of Network Slimming (Liu et al., 1708.06519, section 3), bounded to [0, 1] so that they close at
-    exactly 0. Deviation: the L1 cost is a step of its own, the proximal operator, and not a gradient: an optimiser that divides
-    gradients by their size (Adam) would make of it a step of any size.
+    hide. At export a gate after ReLU folds into the layer before it (see `muntin.compression.fold`) and costs nothing.
+    `open_channels()` tells which channels still count. Source: the scaling factors of Network Slimming (Liu et al., 1708.06519,
+    section 3), bounded to [0, 1] so that they close at exactly 0. Deviation: no L1 cost, which shrinks all gates alike while the
+    weights behind them grow; `muntin.training.closing` closes those that the loss needs least.
     """
 
     def __init__(self, dim: int, *, axis: int = -1) -> None:
@@ -45,9 +44,9 @@ class ChannelGate(nn.Module):
         return x * self.openness().reshape(-1, *(1,) * (-self.axis - 1)).to(x.dtype)
 
     @torch.no_grad()
-    def close(self, amount: float) -> None:
-        """Take `amount` from every gate. One that is shut stays within `SHUT` of 0, so that it opens again soon if it is needed."""
-        self.logit.sub_(amount).clamp_(-SHUT, 1 + SHUT)
+    def close(self, channels_C: Tensor) -> None:
+        """Close the channels for which the boolean `channels_C` is true."""
+        self.logit.masked_fill_(channels_C, 0.0)
 
     def open_channels(self) -> Tensor:
         """Boolean `(C,)`: False where the gate is closed."""

@@ -35,9 +35,9 @@ class TrainingConfig(BaseModel):
         float, Field(ge=0, lt=1, description="decay a step of the averaged weights, which are what is kept; 0: no averaging")
     ] = 0.995
     overlap_loss: Annotated[float, Field(ge=0, le=10, description="weight of the soft IoU loss beside cross-entropy; segment only")] = 1.0
-    gate_cost: Annotated[
-        float, Field(ge=0, le=10, description="by how much each step closes every channel gate, as a share of the gates' learning rate")
-    ] = 0.0
+    gate_budget: Annotated[
+        float, Field(gt=0, le=1, description="share of the multiply-adds behind channel gates to keep: gates close, their channels are cut")
+    ] = 1.0
     precision: Annotated[
         Literal["auto", "fp32", "bf16", "fp16"], Field(description="auto: 16 bits where the hardware computes in them")
     ] = "auto"

@@ -17,15 +17,12 @@ import torch
 from torch import Tensor, nn
 
 from muntin.errors import DependencyError, MuntinError, RecipeError
-from muntin.layers import ChannelGate
 from muntin.training.average import WeightAverage
 from muntin.training.checkpoint import AVERAGE, MODEL, OPTIMIZER, Checkpoint, load_optimizer, load_weights, optimizer_tensors
+from muntin.training.closing import GateClosing
 from muntin.training.config import TrainingConfig
 from muntin.training.loss import distillation_loss, task_loss
 from muntin.training.precision import Precision
-
-GATE_RATE = 10.0
-"""The learning rate of gates that cost something, over that of the rest: they have all the way from 1 to 0 to go, weights have not."""
 
 
 def learning_rate(step: int, config: TrainingConfig) -> float:
@@ -37,22 +34,12 @@ def learning_rate(step: int, config: TrainingConfig) -> float:
     return config.final_learning_rate + (config.learning_rate - config.final_learning_rate) * falling
 
 
-def gates_of(model: nn.Module) -> list[ChannelGate]:
-    return [module for module in model.modules() if isinstance(module, ChannelGate)]
-
-
 def make_optimizer(model: nn.Module, config: TrainingConfig) -> torch.optim.AdamW:
-    """AdamW (Loshchilov & Hutter, 1711.05101); vectors (biases, norms, gates, scales) are not decayed.
-
-    Gates that cost something learn `GATE_RATE` times as fast as the rest (`rate` of a group).
-    """
-    gates = [gate.logit for gate in gates_of(model)] if config.gate_cost else []
-    apart = {id(p) for p in gates}
-    others = [p for p in model.parameters() if id(p) not in apart]
+    """AdamW (Loshchilov & Hutter, 1711.05101); vectors (biases, norms, gates, scales) are not decayed."""
+    parameters = list(model.parameters())
     groups: list[dict[str, Any]] = [
-        {"params": [p for p in others if p.ndim > 1], "weight_decay": config.weight_decay, "rate": 1.0},
-        {"params": [p for p in others if p.ndim <= 1], "weight_decay": 0.0, "rate": 1.0},
-        {"params": gates, "weight_decay": 0.0, "rate": GATE_RATE},
+        {"params": [p for p in parameters if p.ndim > 1], "weight_decay": config.weight_decay},
+        {"params": [p for p in parameters if p.ndim <= 1], "weight_decay": 0.0},
     ]
     return torch.optim.AdamW([g for g in groups if g["params"]], lr=config.learning_rate, fused=True)
 
@@ -76,7 +63,7 @@ class Trainer:
         self.average = WeightAverage(self.model, config.average)
         self.optimizer = make_optimizer(self.model, config)
         self.scaler = precision.scaler()
-        self.gates = gates_of(self.model)
+        self.closing: GateClosing | None = None
         self.forward: Callable[[Tensor], Tensor] = torch.compile(self.model) if config.compile else self.model
 
     def restore(self, checkpoint: Checkpoint) -> None:
@@ -112,7 +99,7 @@ class Trainer:
     def _update(self, step: int, images: Tensor, target: Tensor) -> float:
         rate = learning_rate(step, self.config)
         for group in self.optimizer.param_groups:
-            group["lr"] = rate * group["rate"]
+            group["lr"] = rate
         self.model.train()
         images = images.to(self.precision.device, torch.float32, memory_format=torch.channels_last)
         scores = self._scores(images)
@@ -133,10 +120,11 @@ class Trainer:
         self.scaler.step(self.optimizer)
         self.scaler.update()
         self.optimizer.zero_grad()
-        if self.config.gate_cost:
-            for gate in self.gates:
-                gate.close(self.config.gate_cost * GATE_RATE * rate)
         self.average.update(self.model, step)
+        if self.config.gate_budget < 1:
+            if self.closing is None:
+                self.closing = GateClosing(self.model, images[:1], keep=self.config.gate_budget, steps=self.config.steps)
+            self.closing.update(step, self.optimizer, average=self.average.model)
         return value
 
     def _scores(self, images: Tensor) -> Tensor:
