@@ -8,11 +8,13 @@ same crops, seed by seed, and in one precision (the recipe's `auto` measures the
 the next). That recipe was tuned with hybrid-s, which favours it. What hybrid-s has: attention in windows of 8 and through 32 latents,
 parallel blocks, gates, a depthwise convolution for position, foldable norms, ReLU, a decoder of stages.
     local only, global only   the other half of the heads gone over to windows, to latents
+    convolutions              no attention: two 3 x 3 convolutions of as many multiply-adds in place of a block
     serial                    attention, then the perceptron, instead of both at once
     no gate, no depthwise     without it
     window, latents           another number: a window's side and the latents of a head; a window larger than the map is padded and computed
     LayerNorm, GELU           in the blocks, in place of norms that fold away and of ReLU, which fuses
     one-step decoder          all maps to stride 4 by one bilinear step, summed, smoothed once; the same projections
+    UPerNet head              a pyramid with a global context whose levels are fused at stride 4, half as wide: as many multiply-adds
 The configuration has no option for a network without depthwise convolutions, for another norm, activation or decoder: these are
 factories (`ablation_models.py`) that a recipe can name as its model, and no part of the product.
 
@@ -93,6 +95,7 @@ VARIANTS = {
     "base": Variant(),
     "local only": Variant(options={"attention": "local"}),
     "global only": Variant(options={"attention": "global"}),
+    "convolutions": Variant(model="ablation_models:with_convolutions"),
     "serial": Variant(options={"block": "serial"}),
     "no gate": Variant(options={"gate": False}),
     "no depthwise": Variant(model="ablation_models:without_position"),
@@ -101,6 +104,7 @@ VARIANTS = {
     "LayerNorm": Variant(model="ablation_models:with_layer_norm"),
     "GELU": Variant(model="ablation_models:with_gelu"),
     "one-step decoder": Variant(model="ablation_models:with_one_step_decoder"),
+    "UPerNet head": Variant(model="ablation_models:with_uper_decoder"),
     **{f"gate budget {share}": Variant(gate_budget=share) for share in (0.5, 0.25)},
 }
 
@@ -299,7 +303,13 @@ def print_pair(rows: list[Row], names: tuple[str, str], claim: float) -> None:
         low, high = row["range"]
         others = "–" if row["others"] is None else f"{row['others']:.2f}"
         times = f"{row['ms'][0]:>17.2f}{row['ms'][1]:>11.2f}{row['gain']:>7.2f}"
-        print(f"{row['way']:<16}{times}{f'{low:.2f} to {high:.2f}':>14}{others:>8}  {'met' if row['gain'] >= claim else 'MISSED'}")
+        print(f"{row['way']:<16}{times}{f'{low:.2f} to {high:.2f}':>14}{others:>8}  {met(row['range'], claim)}")
+
+
+def met(between: Sequence[float], claim: float) -> str:
+    """A goal is met where all passes are, and missed where none is."""
+    low, high = between
+    return "met" if low >= claim else "MISSED" if high < claim else "within the range"
 
 
 def notes(latencies: list[Row]) -> list[str]:

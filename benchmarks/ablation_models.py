@@ -10,12 +10,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import cast
 
+import torch
 from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812 - the field's usual name
 
-from muntin.layers import ConvUnit, Grid, ParallelBlock, ProgressiveUpsampler, Sum, TokenNorm
-from muntin.layers.block import Perceptron
+from muntin.layers import ConvUnit, Grid, ParallelBlock, Perceptron, PixelHead, ProgressiveUpsampler, Sum, TokenNorm
 from muntin.models import HybridNet, Task, create_model
+from muntin.models.hybridnet import FINEST, AttentionStage
 
 
 class LayerNorm(nn.Module):
@@ -39,6 +40,21 @@ class GeluPerceptron(Perceptron):
         self.activation = cast(nn.ReLU, nn.GELU())
 
 
+class ConvolutionBlock(nn.Module):
+    """x + conv(conv(x)), 3 x 3, `hidden` channels in between, then ReLU: `(B, C, H, W)` to the same shape."""
+
+    def __init__(self, channels: int, hidden: int) -> None:
+        super().__init__()
+        self.first = ConvUnit(channels, hidden)
+        self.second = ConvUnit(hidden, channels, activation=False)
+        self.sum = Sum()
+        self.activation = nn.ReLU()
+
+    def forward(self, x_BCHW: Tensor) -> Tensor:
+        out: Tensor = self.activation(self.sum(x_BCHW, self.second(self.first(x_BCHW))))
+        return out
+
+
 class OneStepUpsampler(nn.Module):
     """Every map to the size of the finest by one bilinear step, summed, then smoothed once: a decoder without stages.
 
@@ -59,6 +75,34 @@ class OneStepUpsampler(nn.Module):
         return out
 
 
+class UperDecoder(nn.Module):
+    """A head like UPerNet's (Xiao et al., 1807.10221, section 3.1): a pyramid with a global context, all of its levels fused at the finest.
+
+    `(B, C_i, H_i, W_i)` coarse to fine -> `(B, dim, H, W)` of the finest. Deviation: of the pyramid pooling only the global mean, since
+    pooling to a fixed number of bins does not export with free sizes.
+    """
+
+    def __init__(self, channels: Sequence[int], dim: int) -> None:
+        super().__init__()
+        self.lateral = nn.ModuleList(ConvUnit(c, dim, kernel=1) for c in channels)
+        self.context = nn.Conv2d(dim, dim, 1)
+        self.smooth = nn.ModuleList(ConvUnit(dim, dim) for _ in channels)
+        self.sum = nn.ModuleList(Sum() for _ in channels)
+        self.fuse = ConvUnit(len(channels) * dim, dim)
+
+    def forward(self, maps: Sequence[Tensor]) -> Tensor:
+        x_BCHW = self.lateral[0](maps[0])
+        x_BCHW = self.sum[0](x_BCHW, self.context(x_BCHW.mean((2, 3), keepdim=True)))
+        levels = [self.smooth[0](x_BCHW)]
+        for skip, lateral, smooth, add in zip(maps[1:], self.lateral[1:], self.smooth[1:], self.sum[1:], strict=True):
+            x_BCHW = add(lateral(skip), F.interpolate(x_BCHW, skip.shape[2:], mode="bilinear"))
+            levels.append(smooth(x_BCHW))
+        size = levels[-1].shape[2:]
+        coarse = [F.interpolate(level, size, mode="bilinear") for level in levels[:-1]]
+        out: Tensor = self.fuse(torch.cat([*coarse, levels[-1]], dim=1))
+        return out
+
+
 def _hybrid(task: Task, classes: int, channels: int) -> HybridNet:
     return cast(HybridNet, create_model("hybrid-s", task=task, classes=classes, channels=channels))
 
@@ -72,6 +116,21 @@ def without_position(*, task: Task, classes: int, channels: int) -> nn.Module:
     model = _hybrid(task, classes, channels)
     for stage in model.stages:
         stage.position = nn.Identity()
+    return model
+
+
+def with_convolutions(*, task: Task, classes: int, channels: int) -> nn.Module:
+    """No attention: each block is two 3 x 3 convolutions of as many multiply-adds."""
+    model = _hybrid(task, classes, channels)
+    for number, stage in enumerate(cast("list[AttentionStage]", list(model.stages))):
+        dim, config = model.config.dims[number], model.config
+        local = dim - dim // config.head_dim // 2 * config.head_dim
+        global_heads = (dim - local) // config.head_dim
+        projections = dim * (3 * local + (dim - local) + 2 * global_heads * config.latents) + dim**2
+        products = 2 * config.window**2 * local + 2 * config.latents * (dim - local)
+        hidden = round((projections + products + 2 * config.mlp_ratio * dim**2) / (18 * dim) / 16) * 16
+        blocks = (ConvolutionBlock(dim, hidden) for _ in stage.blocks)
+        model.stages[number] = nn.Sequential(stage.reduce, *blocks)
     return model
 
 
@@ -95,4 +154,14 @@ def with_one_step_decoder(*, task: Task, classes: int, channels: int) -> nn.Modu
     """A decoder without stages; the last step to the pixel stays."""
     model = _hybrid(task, classes, channels)
     model.decoder = cast(ProgressiveUpsampler, OneStepUpsampler(model.decoder.lateral, model.config.decoder))
+    return model
+
+
+def with_uper_decoder(*, task: Task, classes: int, channels: int) -> nn.Module:
+    """A head like UPerNet's, half as wide, which has as many multiply-adds; the last step to the pixel stays."""
+    model = _hybrid(task, classes, channels)
+    config = model.config
+    maps = [*reversed(config.dims), config.stem[2], config.stem[1]]
+    model.decoder = cast(ProgressiveUpsampler, UperDecoder(maps, config.decoder // 2))
+    model.head = PixelHead(config.decoder // 2, config.outputs, FINEST * config.scale)
     return model

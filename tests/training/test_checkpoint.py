@@ -147,6 +147,14 @@ def test_a_newer_format_says_upgrade(tmp_path: Path, save_step: Save) -> None:
     assert "format 2 is newer than this muntin reads (1): upgrade muntin" in mistake(path)
 
 
+def test_a_field_that_is_not_known_here_is_named(tmp_path: Path, save_step: Save, recipe: Recipe) -> None:
+    path = save_step(tmp_path, 1)
+    other = recipe.model_dump(mode="json")
+    other["training"]["gate_cost"] = 0.0
+    rewrite(path, recipe=other)
+    assert "recipe.training.gate_cost: Extra inputs are not permitted: corrupted, or written by another version of muntin" in mistake(path)
+
+
 def test_weights_of_another_model_are_told(tmp_path: Path, save_step: Save, recipe: Recipe) -> None:
     path = save_step(tmp_path, 1)
     other = recipe.model_dump(mode="json")

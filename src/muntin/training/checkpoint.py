@@ -166,7 +166,14 @@ def read_checkpoint(path: Path | str) -> Checkpoint:
         state = CheckpointState.model_validate(content)
     except OSError as error:
         raise CheckpointError(f"{path / STATE}: {error.strerror}") from error
-    except (json.JSONDecodeError, UnicodeDecodeError, RecursionError, ValidationError) as error:
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        place = ".".join(map(str, first["loc"])) or "all of it"
+        raise CheckpointError(
+            f"{path / STATE}: {place}: {first['msg']}: corrupted, or written by another version of muntin: use that one, an older step "
+            "beside it, or train again"
+        ) from error
+    except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
         raise CheckpointError(f"{path / STATE}: corrupted ({type(error).__name__}); use an older step beside it, or train again") from error
     if state.sha256.get(STATE) != digest_of(content):
         raise CheckpointError(
