@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import pytest
 import torch
+from torch import Tensor
 
+from muntin.deployment import image_macs
+from muntin.layers import Grid, ParallelBlock
 from muntin.models import PRESETS, HybridNet, ModelConfig, create_model
 
 
@@ -29,3 +32,15 @@ def test_they_grow_from_xs_to_m() -> None:
     with torch.device("meta"):
         sizes = [sum(p.numel() for p in create_model(name).parameters()) for name in ("hybrid-xs", "hybrid-s", "hybrid-m")]
     assert sizes == sorted(sizes) and sizes[-1] > 2 * sizes[0]
+
+
+@pytest.mark.parametrize("name", [name for name in PRESETS if name.startswith("hybrid-")])
+def test_attention_blocks_are_at_least_a_quarter_of_the_work(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    def skip(block: ParallelBlock, t_STC: Tensor, grid: Grid) -> Tensor:
+        return t_STC
+
+    with torch.device("meta"):
+        model, image = create_model(name, classes=6), torch.empty(1, 3, 512, 512)
+    whole = image_macs(model, image)
+    monkeypatch.setattr(ParallelBlock, "attend", skip)
+    assert (whole - image_macs(model, image)) / whole >= 0.25

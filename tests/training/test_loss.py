@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.nn import functional as F  # noqa: N812
 
-from muntin.training.loss import IGNORED, segment_loss, soft_iou_loss, task_loss
+from muntin.training.loss import IGNORED, distillation_loss, segment_loss, soft_iou_loss, task_loss
 
 
 def example(seed: int, batch: int = 2, classes: int = 4, height: int = 5, width: int = 3) -> tuple[torch.Tensor, torch.Tensor]:
@@ -55,6 +55,31 @@ def test_cross_entropy_is_the_mean_over_the_pixels_that_count() -> None:
     assert float(segment_loss(scores, target, 0)) == pytest.approx(sum(naive) / len(naive), rel=1e-5)
     whole = float(segment_loss(scores, target, 0.5))
     assert whole == pytest.approx(sum(naive) / len(naive) + 0.5 * naive_soft_iou(scores, target), rel=1e-5)
+
+
+def plain_loss(scores: torch.Tensor, target: torch.Tensor, overlap: float) -> torch.Tensor:
+    """The same by PyTorch's own operations, whose gradient is its own, too."""
+    counted = (target != IGNORED).unsqueeze(1)
+    p = scores.softmax(1) * counted
+    truth = F.one_hot(target.masked_fill(target == IGNORED, 0), scores.shape[1]).permute(0, 3, 1, 2) * counted
+    both, sizes = (p * truth).sum((0, 2, 3)), truth.sum((0, 2, 3))
+    losses = 1 - (both + 1) / (p.sum((0, 2, 3)) + sizes - both + 1)
+    entropy = F.cross_entropy(scores, target, ignore_index=IGNORED)
+    return entropy + overlap * losses[sizes > 0].mean()
+
+
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize("overlap", [0.0, 1.0, 2.5])
+@pytest.mark.parametrize("seed", range(3))
+def test_the_gradient_is_that_of_plain_operations(seed: int, overlap: float, layout: torch.memory_format) -> None:
+    scores, target = example(seed, batch=3, classes=5, height=6, width=7)
+    target[target == 4] = 1  # a class that is absent
+    one, other = (scores.double().to(memory_format=layout).requires_grad_() for _ in range(2))
+    loss, expected = segment_loss(one, target, overlap), plain_loss(other, target, overlap)
+    torch.testing.assert_close(loss, expected)
+    (3 * loss).backward()  # as a scaler of losses does
+    (3 * expected).backward()
+    torch.testing.assert_close(one.grad, other.grad)
 
 
 def test_ignored_pixels_change_neither_value_nor_gradient() -> None:
@@ -136,3 +161,26 @@ def test_a_task_has_its_loss_in_fp32() -> None:
     truth = torch.tensor([0, 1])
     naive = [-math.log(math.exp(float(row[k])) / sum(math.exp(float(s)) for s in row)) for row, k in zip(classes, truth, strict=True)]
     assert float(task_loss("classify", classes, truth, overlap=1)) == pytest.approx(sum(naive) / 2, rel=1e-6)
+
+
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+def test_the_distance_to_a_teacher_is_the_divergence_and_so_is_its_gradient(layout: torch.memory_format) -> None:
+    scores, wanted = (torch.randn(2, 5, 6, 7, generator=torch.Generator().manual_seed(n)).to(memory_format=layout) for n in (0, 1))
+    one, other = scores.clone().requires_grad_(), scores.double().requires_grad_()
+    loss = distillation_loss("segment", one, wanted)
+    expected = F.kl_div(other.log_softmax(1), wanted.double().softmax(1), reduction="sum") / (2 * 6 * 7)
+    assert loss.item() == pytest.approx(expected.item(), rel=1e-5)
+    (3 * loss).backward()
+    (3 * expected).backward()
+    torch.testing.assert_close(one.grad, other.grad.float() if other.grad is not None else None)
+
+
+def test_one_s_own_answers_are_at_no_distance() -> None:
+    scores = torch.randn(3, 4, requires_grad=True)
+    loss = distillation_loss("classify", scores, scores.detach())
+    (gradient,) = torch.autograd.grad(loss, scores)
+    assert loss.item() == pytest.approx(0, abs=1e-6) and gradient.abs().max() < 1e-6
+
+
+def test_a_picture_s_distance_is_squared_and_in_units_of_64_levels() -> None:
+    assert float(distillation_loss("restore", torch.full((1, 3, 2, 2), 96.0), torch.full((1, 3, 2, 2), 32.0))) == 1.0

@@ -31,7 +31,7 @@ class GateClosing:
 
     def __init__(self, model: nn.Module, image_BCHW: Tensor, *, keep: float, steps: int) -> None:
         self.keep, self.first, self.last = keep, FIRST * steps, LAST * steps
-        units = {module.gate: module for module in model.modules() if isinstance(module, Gated) and isinstance(module.gate, ChannelGate)}
+        units = _gated(model)
         self.costs = {gate: _weights(units[gate]) * n for gate, n in _positions(model, list(units), image_BCHW).items()}
         self.closed = {gate: ~gate.open_channels() for gate in units}
 
@@ -59,10 +59,14 @@ class GateClosing:
             left -= self.costs[gate] * len(channels)
             if left < 0:
                 self.closed[gate][channels] = True
-        averaged = [module for module in average.modules() if isinstance(module, Gated) and isinstance(module.gate, ChannelGate)]
-        for (gate, closed_C), unit in zip(self.closed.items(), averaged, strict=True):
+        for (gate, closed_C), averaged in zip(self.closed.items(), _gated(average), strict=True):
             gate.close(closed_C)
-            unit.gate.close(closed_C)
+            averaged.close(closed_C)
+
+
+def _gated(model: nn.Module) -> dict[ChannelGate, Gated]:
+    """The gates of a model and the units that they are in."""
+    return {module.gate: module for module in model.modules() if isinstance(module, Gated) and isinstance(module.gate, ChannelGate)}
 
 
 def _weights(unit: Gated) -> int:

@@ -5,10 +5,62 @@ Axes: B images, K classes, H W map.
 
 from __future__ import annotations
 
+from typing import Any
+
+import torch
 from torch import Tensor
 from torch.nn import functional as F  # noqa: N812 - the field's usual name
 
 IGNORED = 255
+
+
+class _SegmentLoss(torch.autograd.Function):
+    """`ce` times the cross-entropy plus `overlap` times the soft IoU loss; scores `(B, K, N)` of N pixels, their classes `(B, N)`.
+
+    The gradient is written out: PyTorch's own would pass some thirty times over the full-size scores, which are the largest tensors of a
+    small network's training step; this passes ten times.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, scores_BKN: Tensor, target_BN: Tensor, ce: float, overlap: float) -> Tensor:
+        counted_BN = target_BN != IGNORED
+        target_BN = target_BN.masked_fill(~counted_BN, 0)
+        log_BKN = scores_BKN.log_softmax(1)
+        weight_BN = counted_BN.to(log_BKN.dtype)
+        count = weight_BN.sum().clamp_min(1)
+        entropy = -(_of_class(log_BKN, target_BN) * weight_BN).sum() / count
+        p_BKN = log_BKN.exp_()
+        true_BN = _of_class(p_BKN, target_BN)
+        zeros_K = weight_BN.new_zeros(scores_BKN.shape[1])
+        both_K, truth_K = (zeros_K.scatter_add(0, target_BN.flatten(), values.flatten()) for values in (true_BN * weight_BN, weight_BN))
+        either_K = (p_BKN @ weight_BN.unsqueeze(2)).sum((0, 2)) + truth_K - both_K
+        present_K = (truth_K > 0).to(truth_K.dtype)
+        present_K /= present_K.sum().clamp_min(1)
+        ctx.save_for_backward(p_BKN, true_BN, target_BN, weight_BN, both_K, either_K, present_K, count)
+        ctx.factors = ce, overlap
+        return ce * entropy + overlap * ((1 - (both_K + 1) / (either_K + 1)) @ present_K)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
+        p_BKN, true_BN, target_BN, weight_BN, both_K, either_K, present_K, count = ctx.saved_tensors
+        ce, overlap = ctx.factors
+        any_K = overlap * present_K * (both_K + 1) / (either_K + 1).square()  # of the loss by a pixel's p, whichever class is true
+        true_K = any_K + overlap * present_K / (either_K + 1)  # less this, where the class is the true one
+        pulled_BN = true_K[target_BN] * true_BN + ce / count
+        grad_BKN = any_K[:, None] + (pulled_BN - any_K @ p_BKN).unsqueeze(1)
+        grad_BKN *= p_BKN
+        grad_BKN.scatter_add_(1, target_BN.unsqueeze(1), -pulled_BN.unsqueeze(1))
+        grad_BKN *= (weight_BN * grad).unsqueeze(1)
+        return grad_BKN, None, None, None
+
+
+def _of_class(values_BKN: Tensor, target_BN: Tensor) -> Tensor:
+    return values_BKN.gather(1, target_BN.unsqueeze(1)).squeeze(1)
+
+
+def _loss(scores_BKHW: Tensor, target_BHW: Tensor, ce: float, overlap: float) -> Tensor:
+    loss: Tensor = _SegmentLoss.apply(scores_BKHW.contiguous().flatten(2), target_BHW.flatten(1), ce, overlap)  # type: ignore[no-untyped-call]
+    return loss
 
 
 def soft_iou_loss(scores_BKHW: Tensor, target_BHW: Tensor) -> Tensor:
@@ -18,23 +70,15 @@ def soft_iou_loss(scores_BKHW: Tensor, target_BHW: Tensor) -> Tensor:
     "Optimizing Intersection-Over-Union in Deep Neural Networks for Image Segmentation" (ISVC 2016), equation 3; the deviation: sums run
     over the batch, and 1 is added to both sides so that a class of a few pixels has no wild gradient.
     """
-    classes = scores_BKHW.shape[1]
-    counted_B1HW = (target_BHW != IGNORED).unsqueeze(1)
-    truth_BKHW = F.one_hot(target_BHW.masked_fill(target_BHW == IGNORED, 0), classes).permute(0, 3, 1, 2) * counted_B1HW
-    probability_BKHW = scores_BKHW.softmax(1) * counted_B1HW
-    both_K = (probability_BKHW * truth_BKHW).sum((0, 2, 3))
-    truth_K = truth_BKHW.sum((0, 2, 3))
-    either_K = probability_BKHW.sum((0, 2, 3)) + truth_K - both_K
-    present_K = truth_K > 0
-    loss_K = 1 - (both_K + 1) / (either_K + 1)
-    return (loss_K * present_K).sum() / present_K.sum().clamp_min(1)
+    return _loss(scores_BKHW, target_BHW, 0.0, 1.0)
 
 
 def segment_loss(scores_BKHW: Tensor, target_BHW: Tensor, overlap: float) -> Tensor:
-    """Cross-entropy over the pixels that count, plus `overlap` times the soft IoU loss. Zero where every pixel is ignored."""
-    counted = (target_BHW != IGNORED).sum().clamp_min(1)
-    loss = F.cross_entropy(scores_BKHW, target_BHW, ignore_index=IGNORED, reduction="sum") / counted
-    return loss + overlap * soft_iou_loss(scores_BKHW, target_BHW) if overlap else loss
+    """Cross-entropy over the pixels that count, plus `overlap` times the soft IoU loss. Zero where every pixel is ignored.
+
+    Its gradient has no gradient of its own.
+    """
+    return _loss(scores_BKHW, target_BHW, 1.0, overlap)
 
 
 def task_loss(task: str, scores: Tensor, target: Tensor, *, overlap: float) -> Tensor:
@@ -43,6 +87,26 @@ def task_loss(task: str, scores: Tensor, target: Tensor, *, overlap: float) -> T
     if task == "segment":
         return segment_loss(scores, target, overlap)
     return F.cross_entropy(scores, target)
+
+
+class _Divergence(torch.autograd.Function):
+    """The Kullback-Leibler divergence of what `scores` say from what `wanted` says, `(B, K, ...)`, a sum. `wanted` gets no gradient.
+
+    The gradient is the difference of the probabilities: written out for the same reason as in `_SegmentLoss`.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, scores: Tensor, wanted: Tensor) -> Tensor:
+        log, wanted_log = scores.log_softmax(1), wanted.log_softmax(1)
+        wanted_p = wanted_log.exp()
+        total = torch.dot((wanted_log - log).flatten(), wanted_p.flatten())
+        ctx.save_for_backward(log.exp_().sub_(wanted_p))
+        return total
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        (difference,) = ctx.saved_tensors
+        return difference * grad, None
 
 
 def distillation_loss(task: str, scores: Tensor, wanted: Tensor) -> Tensor:
@@ -54,5 +118,5 @@ def distillation_loss(task: str, scores: Tensor, wanted: Tensor) -> Tensor:
     scores, wanted = scores.float(), wanted.float()
     if task == "restore":
         return F.mse_loss(scores / 64, wanted / 64)
-    divergence = F.kl_div(scores.log_softmax(1), wanted.log_softmax(1), reduction="sum", log_target=True)
+    divergence: Tensor = _Divergence.apply(scores.contiguous(), wanted.contiguous())  # type: ignore[no-untyped-call]
     return divergence * scores.shape[1] / scores.numel()
