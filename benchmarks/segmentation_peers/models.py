@@ -83,6 +83,7 @@ ENTRIES = {
         Entry(name="hybrid-xs", model="hybrid-xs", way="stages"),
         Entry(name="hybrid-s", model="hybrid-s", way="stages"),
         Entry(name="hybrid-m", model="hybrid-m", way="stages"),
+        Entry(name="hybrid-xs-ptq", model="hybrid-xs", way="post-training"),
         Entry(name="hybrid-s-ptq", model="hybrid-s", way="post-training"),
         _entry("linknet_resnet18"),
         _entry("pan_mobilenet_v2"),

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from muntin.errors import RecipeError
-from muntin.models import HybridNet, create_model
+from muntin.models import PRESETS, HybridNet, create_model
 
 
 @pytest.mark.parametrize(
@@ -40,7 +40,8 @@ def test_a_mistake_is_one_line_that_says_what_to_do(name: str, arguments: dict[s
 def test_options_replace_the_presets() -> None:
     model = create_model("hybrid-xs", options={"window": 5, "attention": "local"})
     assert isinstance(model, HybridNet)
-    assert (model.config.window, model.config.attention, model.config.decoder) == (5, "local", 48)
+    assert (model.config.window, model.config.attention) == (5, "local")
+    assert model.config.decoder == PRESETS["hybrid-xs"]["decoder"]
 
 
 def test_the_seed_decides_the_weights() -> None:
