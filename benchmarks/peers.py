@@ -10,9 +10,9 @@ each with tables of its own (either or both may be given):
     --minutes   wall-clock minutes of training; a run's steps follow from a short timed one before it, and what it took is in the table
     --samples   crops seen
 A hybrid's stages of compression (low rank, W4A8, mixed precision) are inside its budget, so its FP32 training is shorter than a peer's;
-the entries ending in -ptq spend all of the budget on FP32 training and are quantised afterwards, as the peers are. Quantising after training and export
-count for none. The learning rate is tuned alike for each model and source: three of them, a quarter of the budget in FP32 each, seed 0,
-on the validation split.
+the entries ending in -ptq spend all of it on FP32 training and are quantised afterwards, as the peers are. Quantising after training and
+export count for none. The learning rate is tuned alike for each model and source: three of them, a quarter of the budget in FP32 each,
+seed 0, on the validation split.
 
 Deployed: OpenVINO in f32 and in bf16; peers in INT8 by NNCF too, hybrids in W4A8 after the stages or in muntin's own INT8. Of these a seed
 takes the fastest at the first of --sides that is within half a point of f32 on the validation split; calibration sees training crops only,
