@@ -15,7 +15,7 @@ from muntin.layers import ChannelGate, ConvUnit, MapNorm, TokenNorm
 from muntin.layers.block import Perceptron
 from muntin.layers.windows import Grid
 
-SMALL = {"depths": (1, 1), "dims": (32, 32), "head_dim": 16, "window": 4, "latents": 4, "decoder": 16}
+SMALL = {"depths": (1, 1), "dims": (32, 32), "head_dim": 16, "window": 4, "latents": 4, "decoder": 16, "pairs": (1, 1)}
 GRID = Grid(batch=2, height=1, width=5, window=None, rows=1, columns=1, bias_S1T=None)
 
 

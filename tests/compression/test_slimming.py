@@ -20,7 +20,16 @@ from muntin.layers import ChannelGate, MapNorm, ResidualPair
 from muntin.layers.gate import BLOCK
 from muntin.training.config import LowRankConfig
 
-OPTIONS = {"stem": (16, 48, 48), "depths": (1, 1), "dims": (64, 64), "head_dim": 32, "window": 4, "latents": 4, "decoder": 16}
+OPTIONS = {
+    "stem": (16, 48, 48),
+    "depths": (1, 1),
+    "dims": (64, 64),
+    "head_dim": 32,
+    "window": 4,
+    "latents": 4,
+    "decoder": 16,
+    "pairs": (1, 1),
+}
 GATED = {"stage4.0": 48, "stage8.1": 48, "stages.0.blocks.0.mlp": 128, "stages.1.blocks.0.mlp": 128}
 
 

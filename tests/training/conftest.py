@@ -16,7 +16,7 @@ from muntin.training.recipe import Recipe, parse_recipe
 from muntin.training.trainer import make_optimizer
 
 CLASSES = tuple(ClassInfo(name=name, color=(9, 9, 9)) for name in ("sea", "field", "roof"))
-SMALL = {"stem": [8, 8, 16], "dims": [32], "depths": [1], "head_dim": 16, "window": 4, "latents": 4, "decoder": 16}
+SMALL = {"stem": [8, 8, 16], "dims": [32], "depths": [1], "head_dim": 16, "window": 4, "latents": 4, "decoder": 16, "pairs": [1, 1]}
 
 
 @pytest.fixture(scope="session")

@@ -17,7 +17,16 @@ from muntin.training.closing import FIRST, LAST, GateClosing
 from muntin.training.config import TrainingConfig
 from muntin.training.trainer import make_optimizer
 
-OPTIONS = {"stem": (16, 48, 48), "depths": (1, 1), "dims": (64, 64), "head_dim": 32, "window": 4, "latents": 4, "decoder": 16}
+OPTIONS = {
+    "stem": (16, 48, 48),
+    "depths": (1, 1),
+    "dims": (64, 64),
+    "head_dim": 32,
+    "window": 4,
+    "latents": 4,
+    "decoder": 16,
+    "pairs": (1, 1),
+}
 STEPS = 20
 IMAGE = torch.zeros(1, 3, 64, 64)
 
