@@ -424,7 +424,7 @@ def test_the_learning_rate_falls_once_over_both_stages_of_quantisation(write_tin
 
 
 def test_closed_channels_are_cut_before_the_first_stage(tmp_path: Path, write_tiny: Callable[..., Any]) -> None:
-    origin = train(write_tiny, tmp_path, training={"steps": STEPS, "validate_every": 100, "checkpoint_every": 100, "gate_budget": 0.2})
+    origin = train(write_tiny, tmp_path, training={"steps": STEPS, "validate_every": 100, "checkpoint_every": 100, "gate_budget": 0.775})
     hidden = widths_of(origin.model())["stages.0.blocks.0.mlp"]
     run = compress_checkpoint(origin, tmp_path / "run" / "compressed")
     cut = {stage: read_checkpoint(run.directory / f"{n}-{stage}") for n, stage in enumerate(STAGES, 1)}

@@ -332,7 +332,7 @@ def test_vectors_are_not_decayed() -> None:
     assert [decayed[id(p)] for p in model.parameters()] == [0.3 if p.ndim > 1 else 0.0 for p in model.parameters()]
 
 
-BUDGET = ("training.gate_budget=0.3", "training.steps=12", "training.validate_every=4", "training.checkpoint_every=1000")
+BUDGET = ("training.gate_budget=0.66", "training.steps=12", "training.validate_every=4", "training.checkpoint_every=1000")
 
 
 def test_gates_close_under_a_budget(tmp_path: Path, tiny: Any) -> None:

@@ -82,6 +82,25 @@ def test_the_gradient_is_that_of_plain_operations(seed: int, overlap: float, lay
     torch.testing.assert_close(one.grad, other.grad)
 
 
+def test_sums_over_many_pixels_are_exact_enough() -> None:
+    target = torch.zeros(1, 2048, 2048, dtype=torch.long)
+    target[:, :100] = 1
+    scores = torch.zeros(1, 2, 2048, 2048)
+    scores[:, 0] = 3.0
+    scores[:, 0, :100] = -3.0
+    p = 1 / (1 + math.exp(-3.0))
+    share = 100 / 2048
+    expected = [1 - p * n / (p * n + (1 - p) * n + (1 - p) * (1 - n)) for n in (share, 1 - share)]
+    assert float(soft_iou_loss(scores, target)) == pytest.approx(sum(expected) / 2, abs=2e-6)
+
+
+def test_a_second_derivative_is_refused() -> None:
+    scores, target = example(6)
+    (gradient,) = torch.autograd.grad(segment_loss(scores.requires_grad_(), target, 1).square(), scores, create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        gradient.sum().backward()
+
+
 def test_ignored_pixels_change_neither_value_nor_gradient() -> None:
     scores, target = example(2)
     ignored = (target == IGNORED).unsqueeze(1).expand_as(scores)

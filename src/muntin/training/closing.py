@@ -8,6 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from muntin.errors import RecipeError
 from muntin.layers import ChannelGate, Perceptron, ResidualPair
 from muntin.layers.gate import BLOCK
 
@@ -20,20 +21,32 @@ class GateClosing:
     """Closes gates of a model in training, those first whose channels the answer needs least for what they cost.
 
     `keep`: share of the multiply-adds of gated channels that may be left from `LAST` of the `steps` on; until then it falls as the cube
-    of the way that is left (Zhu & Gupta, 1710.01878, section 3). `image_BCHW`: one image of the size that is trained on.
+    of the way that is left (Zhu & Gupta, 1710.01878, section 3). `average`: the model's averaged copy, which closes alike. `image_BCHW`:
+    one image of the size that is trained on. Raises `RecipeError` for a model without gates, and for less than what stays: one block of
+    each gate.
 
-    A channel's importance is the change of the loss without it, to first order: the root mean square of gate · ∂loss/∂gate (Molchanov et
-    al., 1906.10771, section 3.1), over its multiply-adds; all gates are ranked together. Deviations: the mean square is the second moment
-    that Adam keeps, so that a run that is gone on with knows it, too; channels close in blocks of `BLOCK`, the least important ones of a
-    gate together. One block of each gate stays open, and what is closed stays closed. Costs a forward pass at the start and a sort of the
-    gates a step.
+    A channel's importance is the change of the loss without it, to first order: gate · ∂loss/∂gate (Molchanov et al., 1906.10771, section
+    3.1), over its multiply-adds; all gates are ranked together. Deviations: the gate of now times the root of the second moment that Adam
+    keeps of its gradient, which is a mean over the run so far, so that a run that is gone on with knows it, too; channels close in blocks
+    of `BLOCK`, the least important ones of a gate together; what is closed stays closed, its logit exactly 0. Costs a forward pass at the
+    start; while gates close, a sort of them a step.
     """
 
-    def __init__(self, model: nn.Module, image_BCHW: Tensor, *, keep: float, steps: int) -> None:
+    def __init__(self, model: nn.Module, average: nn.Module, image_BCHW: Tensor, *, keep: float, steps: int) -> None:
         self.keep, self.first, self.last = keep, FIRST * steps, LAST * steps
-        units = _gated(model)
+        units = {gate: unit for gate, unit in _gated(model).items() if gate.logit.requires_grad}
         self.costs = {gate: _weights(units[gate]) * n for gate, n in _positions(model, list(units), image_BCHW).items()}
-        self.closed = {gate: ~gate.open_channels() for gate in units}
+        self.averaged = dict(zip(_gated(model), _gated(average), strict=True))
+        self.closed = {gate: gate.logit.detach() == 0 for gate in self.costs}
+        self.total = sum(cost * gate.dim for gate, cost in self.costs.items())
+        floor = sum(cost * min(BLOCK, gate.dim) for gate, cost in self.costs.items())
+        if not self.costs:
+            raise RecipeError(f"training.gate_budget {keep:g}: this model has no channel gates to close; leave it at 1")
+        if keep * self.total < floor:
+            raise RecipeError(
+                f"training.gate_budget {keep:g}: one block of {BLOCK} channels of each gate stays open, which is {floor / self.total:.3f} "
+                "of the multiply-adds behind gates: give at least that"
+            )
 
     def share(self, step: int) -> float:
         """Of the multiply-adds of gated channels, what may be open after `step` (from 0)."""
@@ -43,25 +56,34 @@ class GateClosing:
         return self.keep + (1 - self.keep) * (1 - way) ** 3
 
     @torch.no_grad()
-    def update(self, step: int, optimizer: torch.optim.Optimizer, *, average: nn.Module) -> None:
+    def update(self, step: int, optimizer: torch.optim.Optimizer) -> None:
         """Close what has to be closed after `step`, and again what the optimiser has moved since; in the averaged model as well."""
-        if any("exp_avg_sq" not in optimizer.state[gate.logit] for gate in self.costs):
-            return  # FP16: a scaler that still looks for its scale has left out all steps so far
-        left = self.share(step) * sum(cost * gate.dim for gate, cost in self.costs.items())
-        blocks: list[tuple[float, ChannelGate, Tensor]] = []
-        for gate, cost in self.costs.items():
-            self.closed[gate] |= ~gate.open_channels()
-            importance_C = gate.openness() * optimizer.state[gate.logit]["exp_avg_sq"].sqrt() / cost
-            first, *others = importance_C.masked_fill(self.closed[gate], -1.0).argsort(descending=True, stable=True).split(BLOCK)
-            left -= cost * len(first)
-            blocks += [(float(importance_C[channels].mean()), gate, channels) for channels in others]
-        for _, gate, channels in sorted(blocks, key=lambda block: block[0], reverse=True):
-            left -= self.costs[gate] * len(channels)
-            if left < 0:
-                self.closed[gate][channels] = True
-        for (gate, closed_C), averaged in zip(self.closed.items(), _gated(average), strict=True):
+        still = sum(self.costs[gate] * int((~closed_C).sum()) for gate, closed_C in self.closed.items())
+        over = still - self.share(step) * self.total
+        if over > 0 and all(float(optimizer.state[gate.logit].get("step", 0)) for gate in self.costs):  # FP16 leaves first steps out
+            self._close(over, optimizer)
+        for gate, closed_C in self.closed.items():
             gate.close(closed_C)
-            averaged.close(closed_C)
+            self.averaged[gate].close(closed_C)
+
+    def _close(self, over: float, optimizer: torch.optim.Optimizer) -> None:
+        """Close blocks, the least important one first, until what is open costs `over` less."""
+        found: list[tuple[ChannelGate, Tensor]] = []
+        values: list[Tensor] = []
+        for gate, closed_C in self.closed.items():
+            importance_C = gate.openness() * optimizer.state[gate.logit]["exp_avg_sq"].sqrt() / self.costs[gate]
+            open_C = (~closed_C).nonzero().squeeze(1)
+            order = open_C[importance_C[open_C].argsort(descending=True, stable=True)]
+            for channels in torch.split(order, BLOCK)[1:]:
+                found.append((gate, channels))
+                values.append(importance_C[channels].mean())
+        ranked = sorted(zip(torch.stack(values).tolist(), range(len(found)), strict=True))
+        for _, number in ranked:
+            if over <= 0:
+                break
+            gate, channels = found[number]
+            self.closed[gate][channels] = True
+            over -= self.costs[gate] * len(channels)
 
 
 def _gated(model: nn.Module) -> dict[ChannelGate, Gated]:
@@ -86,8 +108,10 @@ def _positions(model: nn.Module, gates: list[ChannelGate], image_BCHW: Tensor) -
 
     hooks = [gate.register_forward_pre_hook(note) for gate in gates]
     training = model.training
-    model.eval()(image_BCHW)
-    model.train(training)
-    for hook in hooks:
-        hook.remove()
+    try:
+        model.eval()(image_BCHW)
+    finally:
+        model.train(training)
+        for hook in hooks:
+            hook.remove()
     return found

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 from torch.nn import functional as F  # noqa: N812 - the field's usual name
 
 IGNORED = 255
@@ -18,7 +19,7 @@ class _SegmentLoss(torch.autograd.Function):
     """`ce` times the cross-entropy plus `overlap` times the soft IoU loss; scores `(B, K, N)` of N pixels, their classes `(B, N)`.
 
     The gradient is written out: PyTorch's own would pass some thirty times over the full-size scores, which are the largest tensors of a
-    small network's training step; this passes ten times.
+    small network's training step; this passes ten times. There are no matrix products in it, which lower precisions would get at.
     """
 
     @staticmethod
@@ -30,27 +31,28 @@ class _SegmentLoss(torch.autograd.Function):
         count = weight_BN.sum().clamp_min(1)
         entropy = -(_of_class(log_BKN, target_BN) * weight_BN).sum() / count
         p_BKN = log_BKN.exp_()
+        p_BKN *= weight_BN.unsqueeze(1)  # 0 where ignored, so that nothing below counts it
         true_BN = _of_class(p_BKN, target_BN)
-        zeros_K = weight_BN.new_zeros(scores_BKN.shape[1])
-        both_K, truth_K = (zeros_K.scatter_add(0, target_BN.flatten(), values.flatten()) for values in (true_BN * weight_BN, weight_BN))
-        either_K = (p_BKN @ weight_BN.unsqueeze(2)).sum((0, 2)) + truth_K - both_K
+        zeros_BK = torch.zeros(scores_BKN.shape[:2], dtype=torch.float64, device=scores_BKN.device)  # it is summed one after the other
+        both_K, truth_K = (zeros_BK.scatter_add(1, target_BN, values.double()).sum(0).to(p_BKN.dtype) for values in (true_BN, weight_BN))
+        either_K = p_BKN.sum((0, 2)) + truth_K - both_K
         present_K = (truth_K > 0).to(truth_K.dtype)
         present_K /= present_K.sum().clamp_min(1)
         ctx.save_for_backward(p_BKN, true_BN, target_BN, weight_BN, both_K, either_K, present_K, count)
         ctx.factors = ce, overlap
-        return ce * entropy + overlap * ((1 - (both_K + 1) / (either_K + 1)) @ present_K)
+        return ce * entropy + overlap * ((1 - (both_K + 1) / (either_K + 1)) * present_K).sum()
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
         p_BKN, true_BN, target_BN, weight_BN, both_K, either_K, present_K, count = ctx.saved_tensors
-        ce, overlap = ctx.factors
+        ce, overlap = (factor * grad for factor in ctx.factors)
         any_K = overlap * present_K * (both_K + 1) / (either_K + 1).square()  # of the loss by a pixel's p, whichever class is true
         true_K = any_K + overlap * present_K / (either_K + 1)  # less this, where the class is the true one
-        pulled_BN = true_K[target_BN] * true_BN + ce / count
-        grad_BKN = any_K[:, None] + (pulled_BN - any_K @ p_BKN).unsqueeze(1)
-        grad_BKN *= p_BKN
+        pulled_BN = true_K[target_BN] * true_BN + weight_BN * (ce / count)
+        grad_BKN = p_BKN * any_K[:, None]
+        grad_BKN.addcmul_(p_BKN, (pulled_BN - grad_BKN.sum(1)).unsqueeze(1))
         grad_BKN.scatter_add_(1, target_BN.unsqueeze(1), -pulled_BN.unsqueeze(1))
-        grad_BKN *= (weight_BN * grad).unsqueeze(1)
         return grad_BKN, None, None, None
 
 
@@ -76,7 +78,7 @@ def soft_iou_loss(scores_BKHW: Tensor, target_BHW: Tensor) -> Tensor:
 def segment_loss(scores_BKHW: Tensor, target_BHW: Tensor, overlap: float) -> Tensor:
     """Cross-entropy over the pixels that count, plus `overlap` times the soft IoU loss. Zero where every pixel is ignored.
 
-    Its gradient has no gradient of its own.
+    Its gradient has no gradient of its own, nor has that of the other losses here: PyTorch says so to who asks.
     """
     return _loss(scores_BKHW, target_BHW, 1.0, overlap)
 
@@ -99,11 +101,12 @@ class _Divergence(torch.autograd.Function):
     def forward(ctx: Any, scores: Tensor, wanted: Tensor) -> Tensor:
         log, wanted_log = scores.log_softmax(1), wanted.log_softmax(1)
         wanted_p = wanted_log.exp()
-        total = torch.dot((wanted_log - log).flatten(), wanted_p.flatten())
+        total = ((wanted_log - log) * wanted_p).sum()
         ctx.save_for_backward(log.exp_().sub_(wanted_p))
         return total
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
         (difference,) = ctx.saved_tensors
         return difference * grad, None

@@ -102,6 +102,9 @@ class Trainer:
             group["lr"] = rate
         self.model.train()
         images = images.to(self.precision.device, torch.float32, memory_format=torch.channels_last)
+        if self.config.gate_budget < 1 and self.closing is None:  # before a step moves what was closed when a run is gone on with
+            keep, steps = self.config.gate_budget, self.config.steps
+            self.closing = GateClosing(self.model, self.average.model, images[:1], keep=keep, steps=steps)
         scores = self._scores(images)
         loss = task_loss(self.task, scores, target.to(self.precision.device), overlap=self.config.overlap_loss)
         if self.teacher is not None:
@@ -121,10 +124,8 @@ class Trainer:
         self.scaler.update()
         self.optimizer.zero_grad()
         self.average.update(self.model, step)
-        if self.config.gate_budget < 1:
-            if self.closing is None:
-                self.closing = GateClosing(self.model, images[:1], keep=self.config.gate_budget, steps=self.config.steps)
-            self.closing.update(step, self.optimizer, average=self.average.model)
+        if self.closing is not None:
+            self.closing.update(step, self.optimizer)
         return value
 
     def _scores(self, images: Tensor) -> Tensor:
