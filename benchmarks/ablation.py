@@ -14,7 +14,7 @@ parallel blocks, gates, a depthwise convolution for position, foldable norms, Re
     window, latents           another number: a window's side and the latents of a head; a window larger than the map is padded and computed
     LayerNorm, GELU           in the blocks, in place of norms that fold away and of ReLU, which fuses
     one-step decoder          all maps to stride 4 by one bilinear step, summed, smoothed once; the same projections
-    UPerNet head              a pyramid with a global context whose levels are fused at stride 4, half as wide: as many multiply-adds
+    UPerNet head              a pyramid with a global context whose levels are fused at stride 4, half as wide: about as many multiply-adds
 The configuration has no option for a network without depthwise convolutions, for another norm, activation or decoder: these are
 factories (`ablation_models.py`) that a recipe can name as its model, and no part of the product.
 
@@ -35,7 +35,7 @@ their multiply-adds; what closed is cut out before GMAC, M, mIoU and ms are take
 lost. Their speed is shown in each way of running, too.
 
 Rows that are there already are not made again, and training goes on where it was interrupted. Time on two cores: three to five minutes a
-variant and seed (windows of 32 several times that), so about four hours for all, two minutes a seed of timing, ten for the blocks. Scores
+variant and seed (windows of 32 several times that), so about five hours for all, two minutes a seed of timing, ten for the blocks. Scores
 do not suffer from other work; for the timings run it alone.
 """
 

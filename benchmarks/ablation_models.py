@@ -120,7 +120,7 @@ def without_position(*, task: Task, classes: int, channels: int) -> nn.Module:
 
 
 def with_convolutions(*, task: Task, classes: int, channels: int) -> nn.Module:
-    """No attention: each block is two 3 x 3 convolutions of as many multiply-adds."""
+    """No attention: each block is two 3 x 3 convolutions of as many multiply-adds; they know positions, so no `PositionUnit` either."""
     model = _hybrid(task, classes, channels)
     for number, stage in enumerate(cast("list[AttentionStage]", list(model.stages))):
         dim, config = model.config.dims[number], model.config
@@ -158,7 +158,7 @@ def with_one_step_decoder(*, task: Task, classes: int, channels: int) -> nn.Modu
 
 
 def with_uper_decoder(*, task: Task, classes: int, channels: int) -> nn.Module:
-    """A head like UPerNet's, half as wide, which has as many multiply-adds; the last step to the pixel stays."""
+    """A head like UPerNet's, half as wide, which has about as many multiply-adds; the last step to the pixel stays."""
     model = _hybrid(task, classes, channels)
     config = model.config
     maps = [*reversed(config.dims), config.stem[2], config.stem[1]]

@@ -78,7 +78,7 @@ def _units(model: nn.Module) -> Iterator[tuple[str, Gated]]:
 
 
 def _kept(gate: ChannelGate) -> Tensor:
-    """The channels that stay, in their order: the open ones, and those next to opening."""
+    """The channels that stay, in their order: the open ones, and as many closed ones as fill a block."""
     still = int(gate.open_channels().sum())
     wanted = min(gate.dim, max(1, -(-still // BLOCK)) * BLOCK)
     return gate.logit.topk(wanted).indices.sort().values
