@@ -198,7 +198,9 @@ def main() -> None:
         folder = arguments.output / preset
         structure = json.loads(json.dumps(PRESETS[preset]))  # a row is of this network, whatever the name comes to mean
         for side in arguments.sides:
-            rows.append(kept_row(folder / f"{side}.json", {**settings, "model": structure}, partial(measure, preset, side, folder, **settings)))
+            rows.append(
+                kept_row(folder / f"{side}.json", {**settings, "model": structure}, partial(measure, preset, side, folder, **settings))
+            )
     if arguments.json:
         judgements = [{"preset": row["preset"], "side": row["side"], "met": judged(row)} for row in rows]
         print(json.dumps({"benchmark": "roofline", "rows": rows, "goals": GOALS, "judged": judgements}, indent=1))
