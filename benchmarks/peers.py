@@ -45,6 +45,7 @@ import torch
 
 from muntin.data.config import SourceName
 from muntin.errors import MuntinError
+from muntin.models.presets import PRESETS
 from muntin.runtime import describe_hardware
 from muntin.training.precision import resolve_precision
 from segmentation_peers.budget import Budget, Interrupted, Pace, Setting, measure_pace, recipe_for, steps_of, train, train_whole
@@ -76,26 +77,27 @@ class Comparison:
     rounds: int
     folder: Path
 
-    def row(self, name: str, make: Callable[[], Row]) -> Row:
-        """The row that is there, or a new one. Raises `Refused` for one of another machine or setting."""
+    def row(self, name: str, make: Callable[[], Row], entry: Entry | None = None) -> Row:
+        """The row that is there, or a new one. Raises `Refused` for one of another machine, setting, or preset of that name."""
         path = self.folder / f"{name}.json"
         if path.is_file():
             row: Row = json.loads(path.read_text(encoding="utf-8"))
-            now = json.loads(json.dumps(self._machine()))
+            now = json.loads(json.dumps(self._machine(entry)))
             changed = [f"{key} {row['machine'].get(key)} (now {value})" for key, value in now.items() if row["machine"].get(key) != value]
             if changed:
                 raise Refused(f"{path} was measured with {'; '.join(changed)}: give another --output")
             return row
-        row = {**make(), "created": datetime.now(UTC).isoformat(timespec="seconds"), "machine": self._machine()}
+        row = {**make(), "created": datetime.now(UTC).isoformat(timespec="seconds"), "machine": self._machine(entry)}
         path.parent.mkdir(parents=True, exist_ok=True)
         scratch = path.with_suffix(".part")
         scratch.write_text(json.dumps(row, indent=1), encoding="utf-8")
         scratch.replace(path)
         return row
 
-    def _machine(self) -> Row:
+    def _machine(self, entry: Entry | None) -> Row:
         hardware = describe_hardware()
-        return {**{key: hardware[key] for key in ("cpu", "cores", "features", "openvino", "torch")}, **asdict(self.setting)}
+        structure = {"structure": PRESETS[entry.model]} if entry is not None and entry.model in PRESETS else {}
+        return {**{key: hardware[key] for key in ("cpu", "cores", "features", "openvino", "torch")}, **asdict(self.setting), **structure}
 
     def pace(self, entry: Entry, seed: int) -> Pace | None:
         """Measured where the budget is one of minutes, right before what it is for."""
@@ -103,7 +105,7 @@ class Comparison:
             return None
         recipe = recipe_for(entry, self.setting, seed=seed, steps=1, learning_rate=RATES[0])
         name = f"pace-{entry.name}-{seed}"
-        row = self.row(name, lambda: asdict(measure_pace(entry, recipe, self.folder / name)))
+        row = self.row(name, lambda: asdict(measure_pace(entry, recipe, self.folder / name)), entry)
         return Pace(**{key: row[key] for key in Pace.__dataclass_fields__})
 
     def rate(self, entry: Entry) -> float:
@@ -126,7 +128,7 @@ class Comparison:
                     raise
                 return {**row, "validation": 0.0, "failed": str(error)}
 
-        row = self.row(name, make)
+        row = self.row(name, make, entry)
         shutil.rmtree(place, ignore_errors=True)  # its weights are of no use any more
         return row
 
@@ -149,7 +151,7 @@ class Comparison:
                 "variants": score_variants(forms, checkpoint, threads=self.setting.threads),
             }  # fmt: skip
 
-        row = self.row(name, make)
+        row = self.row(name, make, entry)
         shutil.rmtree(place / "run", ignore_errors=True)  # several times what is deployed, and many runs come together
         return row
 
