@@ -78,7 +78,7 @@ def soft_iou_loss(scores_BKHW: Tensor, target_BHW: Tensor) -> Tensor:
 def segment_loss(scores_BKHW: Tensor, target_BHW: Tensor, overlap: float) -> Tensor:
     """Cross-entropy over the pixels that count, plus `overlap` times the soft IoU loss. Zero where every pixel is ignored.
 
-    Its gradient has no gradient of its own, nor has that of the other losses here: PyTorch says so to who asks.
+    Its gradient has no gradient of its own, nor has that of `soft_iou_loss`: PyTorch says so to who asks.
     """
     return _loss(scores_BKHW, target_BHW, 1.0, overlap)
 
@@ -91,27 +91,6 @@ def task_loss(task: str, scores: Tensor, target: Tensor, *, overlap: float) -> T
     return F.cross_entropy(scores, target)
 
 
-class _Divergence(torch.autograd.Function):
-    """The Kullback-Leibler divergence of what `scores` say from what `wanted` says, `(B, K, ...)`, a sum. `wanted` gets no gradient.
-
-    The gradient is the difference of the probabilities: written out for the same reason as in `_SegmentLoss`.
-    """
-
-    @staticmethod
-    def forward(ctx: Any, scores: Tensor, wanted: Tensor) -> Tensor:
-        log, wanted_log = scores.log_softmax(1), wanted.log_softmax(1)
-        wanted_p = wanted_log.exp()
-        total = ((wanted_log - log) * wanted_p).sum()
-        ctx.save_for_backward(log.exp_().sub_(wanted_p))
-        return total
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        (difference,) = ctx.saved_tensors
-        return difference * grad, None
-
-
 def distillation_loss(task: str, scores: Tensor, wanted: Tensor) -> Tensor:
     """Distance to a teacher's scores, a scalar in FP32: for classes the divergence of its probabilities from ours, a mean over pixels
     or images; for restore the mean squared difference in units of 64 grey levels.
@@ -121,5 +100,5 @@ def distillation_loss(task: str, scores: Tensor, wanted: Tensor) -> Tensor:
     scores, wanted = scores.float(), wanted.float()
     if task == "restore":
         return F.mse_loss(scores / 64, wanted / 64)
-    divergence: Tensor = _Divergence.apply(scores.contiguous(), wanted.contiguous())  # type: ignore[no-untyped-call]
+    divergence = F.kl_div(scores.log_softmax(1), wanted.log_softmax(1), reduction="sum", log_target=True)
     return divergence * scores.shape[1] / scores.numel()
