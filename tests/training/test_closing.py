@@ -48,7 +48,7 @@ def macs(model: nn.Module) -> int:
 
 
 def closing_of(model: nn.Module, keep: float, average: nn.Module | None = None) -> GateClosing:
-    return GateClosing(model, copy.deepcopy(model) if average is None else average, IMAGE, keep=keep, steps=STEPS)
+    return GateClosing(model, copy.deepcopy(model) if average is None else average, IMAGE, keep=keep)
 
 
 def stepped(model: nn.Module, mean_square: Callable[[ChannelGate], Tensor]) -> torch.optim.Optimizer:
@@ -73,7 +73,7 @@ def trained(model: nn.Module, closing: GateClosing, average: WeightAverage, *, u
         optimizer.step()
         optimizer.zero_grad()
         average.update(model, step)
-        closing.update(step, optimizer)
+        closing.update((step + 0.5) / STEPS, optimizer)
 
 
 @pytest.mark.parametrize("keep", [0.6, 0.35])
@@ -100,7 +100,7 @@ def test_the_channels_that_the_loss_needs_least_close_first() -> None:
         needed[gate] = torch.zeros(gate.dim, dtype=torch.bool)
         needed[gate][torch.randperm(gate.dim)[: gate.dim // 2 // BLOCK * BLOCK]] = True
     # Alike for what they cost: every gate has as many that are needed.
-    closing.update(STEPS - 1, stepped(model, lambda gate: (torch.where(needed[gate], 2.0, 1.0) * closing.costs[gate]) ** 2))
+    closing.update(1, stepped(model, lambda gate: (torch.where(needed[gate], 2.0, 1.0) * closing.costs[gate]) ** 2))
     assert 0.5 - BLOCK * max(closing.costs.values()) / closing.total < open_share(closing) <= 0.5
     unneeded_open = any(bool((gate.open_channels() & ~needed[gate]).any()) for gate in needed)
     needed_closed = any(bool((~gate.open_channels() & needed[gate]).any()) for gate in needed)
@@ -113,7 +113,7 @@ def test_the_channels_that_the_loss_needs_least_close_first() -> None:
 def test_a_channel_that_costs_more_closes_before_one_that_is_needed_as_much() -> None:
     model = network()
     closing = closing_of(model, 0.5)
-    closing.update(STEPS - 1, stepped(model, lambda gate: torch.ones(gate.dim)))
+    closing.update(1, stepped(model, lambda gate: torch.ones(gate.dim)))
     shares = {cost: float(gate.open_channels().float().mean()) for gate, cost in closing.costs.items()}
     dearest, cheapest = max(shares), min(shares)
     assert dearest > cheapest
@@ -123,13 +123,13 @@ def test_a_channel_that_costs_more_closes_before_one_that_is_needed_as_much() ->
 def test_what_is_closed_stays_closed_whatever_the_optimiser_does_and_costs_the_others_nothing() -> None:
     model = network()
     closing = closing_of(model, 0.5)
-    closing.update(STEPS - 1, stepped(model, lambda gate: torch.rand(gate.dim)))
+    closing.update(1, stepped(model, lambda gate: torch.rand(gate.dim)))
     before = [gate.open_channels() for gate in gates_of(model)]
     assert not all(open_C.all() for open_C in before)
     with torch.no_grad():
         for gate in gates_of(model):
             gate.logit.masked_fill_(~gate.open_channels(), 0.3)  # the optimiser has opened them, and they seem important
-    closing.update(STEPS - 1, stepped(model, lambda gate: torch.full((gate.dim,), 1e6)))
+    closing.update(1, stepped(model, lambda gate: torch.full((gate.dim,), 1e6)))
     assert all(gate.open_channels().equal(open_C) for gate, open_C in zip(gates_of(model), before, strict=True))
 
 
@@ -153,12 +153,12 @@ def test_before_its_time_nothing_closes() -> None:
 
 
 def test_the_budget_falls_from_all_to_what_is_kept_before_the_end() -> None:
-    closing = GateClosing(network(), network(), IMAGE, keep=0.4, steps=1000)
-    shares = [closing.share(step) for step in range(1000)]
+    closing = GateClosing(network(), network(), IMAGE, keep=0.4)
+    shares = [closing.share((step + 0.5) / 1000) for step in range(1000)]
     first, last = int(FIRST * 1000), int(LAST * 1000)
     assert set(shares[:first]) == {1.0}
     assert shares[first:last] == sorted(shares[first:last], reverse=True) and shares[first] < 1
-    assert shares[last - 1 :] == pytest.approx([0.4] * (1001 - last))
+    assert shares[last:] == pytest.approx([0.4] * (1000 - last))
 
 
 @pytest.mark.parametrize("made", [0, None])
@@ -171,7 +171,7 @@ def test_before_an_optimiser_has_made_a_step_nothing_closes(made: float | None) 
             optimizer.state[gate.logit].clear()
         else:
             optimizer.state[gate.logit]["step"] = torch.tensor(float(made))
-    closing.update(STEPS - 1, optimizer)
+    closing.update(1, optimizer)
     assert open_share(closing) == 1
 
 
@@ -188,6 +188,6 @@ def test_a_budget_below_what_stays_open_is_refused() -> None:
 def test_finding_what_channels_cost_changes_nothing_of_the_model() -> None:
     model = network().train()
     before = {name: value.clone() for name, value in model.state_dict().items()}
-    GateClosing(model, copy.deepcopy(model), torch.rand(1, 3, 64, 64) * 255, keep=0.4, steps=STEPS)
+    GateClosing(model, copy.deepcopy(model), torch.rand(1, 3, 64, 64) * 255, keep=0.4)
     assert model.training and all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
     assert not any(gate._forward_pre_hooks for gate in gates_of(model))

@@ -1,7 +1,6 @@
 from __future__ import annotations
 
 import json
-import math
 import os
 import signal
 from collections.abc import Callable
@@ -20,7 +19,8 @@ from muntin.training.checkpoint import Checkpoint, checkpoints_in, read_checkpoi
 from muntin.training.config import TrainingConfig
 from muntin.training.loop import LOG_EVERY, FitProgress, FitResult, fit
 from muntin.training.recipe import load_recipe
-from muntin.training.trainer import learning_rate, make_optimizer
+from muntin.training.schedule import learning_rate
+from muntin.training.trainer import make_optimizer
 
 STEPS = LOG_EVERY + 4
 
@@ -289,31 +289,45 @@ def test_what_a_model_cannot_learn_is_noted(tmp_path: Path, tiny: Any) -> None:
     assert result.notes == ("no training picture holds field, roof: a model cannot learn what it does not see",)
 
 
+# ---- a limit in time ----
+
+
+TIMED = ("training.minutes=0.05", "training.steps=1000000", "training.validate_every=1000000", "training.checkpoint_every=1000000")
+
+
+def test_a_run_ends_with_its_minutes_and_its_schedule_with_it(tmp_path: Path, tiny: Any) -> None:
+    seen: list[FitProgress] = []
+    result = fit(load_recipe(tiny.recipe, list(TIMED)), directory=tmp_path / "run", root=tiny.root, report=seen.append)
+    assert not result.interrupted and result.seconds >= 3
+    assert 1 < result.step == result.steps < 1_000_000
+    curve = read_checkpoint(result.checkpoint).state.training
+    assert curve[-1]["step"] == result.step and curve[-1]["seconds"] >= 3 > curve[-2]["seconds"]
+    rates = [point["learning_rate"] for point in curve]
+    assert rates[-1] < 0.01 * max(rates) < rates[0]
+    assert [point["step"] for point in result.validation] == [result.step]
+    expected = [progress.steps for progress in seen if progress.kind == "step"]
+    assert all(progress.step <= progress.steps for progress in seen if progress.kind == "step")
+    assert expected[-1] == result.step < 1_000_000
+
+
+def test_a_run_whose_minutes_are_used_up_does_not_go_on(tmp_path: Path, tiny: Any) -> None:
+    first = train(tiny, tmp_path / "run", *TIMED)
+    again = train(tiny, tmp_path / "run", *TIMED, resume=True)
+    assert (again.step, again.interrupted, again.checkpoint) == (first.step, False, first.checkpoint)
+    assert read_checkpoint(again.checkpoint).state == read_checkpoint(first.checkpoint).state
+
+
+def test_what_an_interrupted_run_took_counts(tmp_path: Path, tiny: Any) -> None:
+    options = [*TIMED[:2], "training.validate_every=3", "training.checkpoint_every=1000000"]
+    first = train(tiny, tmp_path / "run", *options, report=ctrl_c_at(3))
+    assert first.interrupted and first.step == 3 and first.steps > 3
+    again = train(tiny, tmp_path / "run", *options, resume=True)
+    seconds = [point["seconds"] for point in read_checkpoint(again.checkpoint).state.training]
+    assert not again.interrupted and seconds == sorted(seconds)
+    assert again.seconds >= 3 > seconds[-2] > first.seconds
+
+
 # ---- parts ----
-
-
-@pytest.mark.parametrize(("steps", "warmup"), [(100, 0.1), (10, 0.0), (1, 0.5), (7, 0.9)])
-def test_the_learning_rate_rises_and_falls_along_a_cosine(steps: int, warmup: float) -> None:
-    config = TrainingConfig(steps=steps, warmup=warmup, learning_rate=0.5)
-    rates = [learning_rate(step, config) for step in range(steps)]
-    rising = round(warmup * steps)
-    for step, rate in enumerate(rates):
-        if step < rising:
-            assert rate == pytest.approx(0.5 * (step + 1) / rising)
-        else:
-            assert rate == pytest.approx(0.25 * (1 + math.cos(math.pi * (step - rising) / max(1, steps - rising))))
-    assert max(rates) == pytest.approx(0.5)
-    assert all(rate > 0 for rate in rates)
-    assert rates[rising:] == sorted(rates[rising:], reverse=True)
-
-
-def test_the_learning_rate_can_end_above_zero() -> None:
-    config = TrainingConfig(steps=11, warmup=0, learning_rate=0.5, final_learning_rate=0.1)
-    rates = [learning_rate(step, config) for step in range(12)]
-    assert (rates[0], rates[-1]) == (pytest.approx(0.5), pytest.approx(0.1))
-    assert rates == sorted(rates, reverse=True)
-    with pytest.raises(ValueError, match=r"final_learning_rate 0\.5 is above learning_rate 0\.1"):
-        TrainingConfig(learning_rate=0.1, final_learning_rate=0.5)
 
 
 def test_the_rate_that_is_logged_is_the_rate_that_was_used(whole: tuple[Any, FitResult]) -> None:
@@ -321,7 +335,7 @@ def test_the_rate_that_is_logged_is_the_rate_that_was_used(whole: tuple[Any, Fit
     checkpoint = read_checkpoint(result.checkpoint)
     config = checkpoint.recipe.training
     assert [point["learning_rate"] for point in checkpoint.state.training] == [
-        learning_rate(step - 1, config) for step in (LOG_EVERY, STEPS)
+        learning_rate((step - 0.5) / STEPS, config) for step in (LOG_EVERY, STEPS)
     ]
 
 

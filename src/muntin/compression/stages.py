@@ -35,6 +35,7 @@ from muntin.training.config import CompressionConfig, StageConfig, TrainingConfi
 from muntin.training.interrupt import Interruption
 from muntin.training.loop import FitProgress, Training, prepare_hardware
 from muntin.training.recipe import Recipe
+from muntin.training.schedule import share_done, steps_expected
 from muntin.training.trainer import Trainer
 
 Stage = Literal["low-rank", "w4a8", "mixed"]
@@ -56,6 +57,7 @@ class StageResult:
     steps: int
     seconds: float
     """Of its training."""
+    finished: bool
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -182,10 +184,10 @@ class _Compression:
         for stage in wanted:
             result = self._stage(stage, before, interruption)
             results.append(result)
-            if result.step < result.steps:
+            if not result.finished:
                 break
             before = read_checkpoint(result.checkpoint)
-        return CompressionRun(directory=self.directory, stages=tuple(results), interrupted=results[-1].step < results[-1].steps)
+        return CompressionRun(directory=self.directory, stages=tuple(results), interrupted=not results[-1].finished)
 
     def _stage(self, stage: Stage, before: Checkpoint, interruption: Interruption) -> StageResult:
         folder = _folder(self.directory, stage)
@@ -193,9 +195,10 @@ class _Compression:
         start = read_checkpoint(folder) if checkpoints_in(folder / "checkpoints") else None
         if start is not None:
             self._check_origin(start)
-            model, made = read_model(start), start.state.compression
-            if start.state.step >= config.steps:
-                return self._result(stage, start.path, config.steps, config.steps, start.state.seconds)
+            state = start.state
+            if share_done(config, state.step, state.seconds) >= 1:
+                return self._result(stage, config, start.path, state.step, state.seconds)
+            model, made = read_model(start), state.compression
         else:
             torch.manual_seed(self.recipe.seed)
             model = read_model(before)
@@ -220,10 +223,13 @@ class _Compression:
             compression=made,
         )  # fmt: skip
         path = training.run(interruption)
-        return self._result(stage, path, training.step, config.steps, training.seconds)
+        return self._result(stage, config, path, training.step, training.seconds)
 
-    def _result(self, stage: Stage, path: Path, step: int, steps: int, seconds: float) -> StageResult:
-        return StageResult(stage=stage, checkpoint=path, step=step, steps=steps, seconds=seconds)
+    def _result(self, stage: Stage, config: TrainingConfig, path: Path, step: int, seconds: float) -> StageResult:
+        return StageResult(
+            stage=stage, checkpoint=path, step=step, steps=steps_expected(config, step, seconds), seconds=seconds,
+            finished=share_done(config, step, seconds) >= 1,
+        )  # fmt: skip
 
     def _check_origin(self, start: Checkpoint) -> None:
         made = start.state.compression
@@ -238,11 +244,12 @@ class _Compression:
         The second warms up all the same: its optimiser is new, and the first steps of a new one, each as long as the learning rate allows,
         throw a network off the grids that it has just settled on (docs/log.md).
         """
-        steps, rate = stage_steps(self.recipe, stage), _stage_config(self.config, stage).learning_rate
+        steps, rate, minutes = stage_steps(self.recipe, stage), _stage_config(self.config, stage).learning_rate, self.recipe.training.minutes
         both = stage_steps(self.recipe, "w4a8") > 0 and stage_steps(self.recipe, "mixed") > 0
         return self.recipe.training.model_copy(
             update={
                 "steps": steps,
+                "minutes": None if minutes is None else minutes * _stage_config(self.recipe.compression, stage).share,
                 "learning_rate": rate,
                 "final_learning_rate": min(rate, self.config.mix.learning_rate) if both and stage == "w4a8" else 0.0,
                 "average": self.config.average,

@@ -62,6 +62,7 @@ class TrainingRow(Record):
     """One logged optimiser step."""
 
     step: Count
+    seconds: Amount | None = None
     loss: float
     learning_rate: Amount
     images_per_s: Amount | None = None

@@ -13,14 +13,14 @@ from muntin.layers import ChannelGate, Perceptron, ResidualPair
 from muntin.layers.gate import BLOCK
 
 FIRST, LAST = 0.1, 0.6
-"""Where closing begins and ends, as shares of the steps: gradients tell little before; what stays open learns to do alone after it."""
+"""Where closing begins and ends, as shares of the run: gradients tell little before; what stays open learns to do alone after it."""
 Gated = Perceptron | ResidualPair
 
 
 class GateClosing:
     """Closes gates of a model in training, those first whose channels the answer needs least for what they cost.
 
-    `keep`: share of the multiply-adds of gated channels that may be left from `LAST` of the `steps` on; until then it falls as the cube
+    `keep`: share of the multiply-adds of gated channels that may be left from `LAST` of the run on; until then it falls as the cube
     of the way that is left (Zhu & Gupta, 1710.01878, section 3). `average`: the model's averaged copy, which closes alike. `image_BCHW`:
     one image of the size that is trained on. Raises `RecipeError` for a model without gates, and for less than what stays: one block of
     each gate.
@@ -32,8 +32,8 @@ class GateClosing:
     start; while gates close, a sort of them a step.
     """
 
-    def __init__(self, model: nn.Module, average: nn.Module, image_BCHW: Tensor, *, keep: float, steps: int) -> None:
-        self.keep, self.first, self.last = keep, FIRST * steps, LAST * steps
+    def __init__(self, model: nn.Module, average: nn.Module, image_BCHW: Tensor, *, keep: float) -> None:
+        self.keep = keep
         units = {gate: unit for gate, unit in _gated(model).items() if gate.logit.requires_grad}
         self.costs = {gate: _weights(units[gate]) * n for gate, n in _positions(model, list(units), image_BCHW).items()}
         self.averaged = dict(zip(_gated(model), _gated(average), strict=True))
@@ -48,18 +48,16 @@ class GateClosing:
                 "of the multiply-adds behind gates: give at least that"
             )
 
-    def share(self, step: int) -> float:
-        """Of the multiply-adds of gated channels, what may be open after `step` (from 0)."""
-        if step < self.first:
-            return 1.0
-        way = min(1.0, (step + 1 - self.first) / max(1.0, self.last - self.first))
+    def share(self, done: float) -> float:
+        """Of the multiply-adds of gated channels, what may be open where `done` of the run is behind."""
+        way = min(1.0, max(0.0, (done - FIRST) / (LAST - FIRST)))
         return self.keep + (1 - self.keep) * (1 - way) ** 3
 
     @torch.no_grad()
-    def update(self, step: int, optimizer: torch.optim.Optimizer) -> None:
-        """Close what has to be closed after `step`, and again what the optimiser has moved since; in the averaged model as well."""
+    def update(self, done: float, optimizer: torch.optim.Optimizer) -> None:
+        """Close what has to be closed by now, and again what the optimiser has moved since; in the averaged model as well."""
         still = sum(self.costs[gate] * int((~closed_C).sum()) for gate, closed_C in self.closed.items())
-        over = still - self.share(step) * self.total
+        over = still - self.share(done) * self.total
         if over > 0 and all(float(optimizer.state[gate.logit].get("step", 0)) for gate in self.costs):  # FP16 leaves first steps out
             self._close(over, optimizer)
         for gate, closed_C in self.closed.items():

@@ -24,11 +24,14 @@ class TrainingConfig(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    steps: Annotated[int, Field(ge=1, description="optimiser steps")] = 2000
+    steps: Annotated[int, Field(ge=1, description="optimiser steps at most")] = 2000
+    minutes: Annotated[
+        float | None, Field(gt=0, allow_inf_nan=False, description="wall-clock minutes at most: the nearer of both limits drives the schedule")
+    ] = None
     batch_size: Annotated[int, Field(ge=1, le=4096, description="crops a step")] = 8
     learning_rate: Annotated[float, Field(gt=0, le=1, description="at the end of the warm-up")] = 2e-3
-    final_learning_rate: Annotated[float, Field(ge=0, le=1, description="at the last step, where the cosine ends")] = 0.0
-    warmup: Annotated[float, Field(ge=0, lt=1, description="share of the steps over which the learning rate rises")] = 0.08
+    final_learning_rate: Annotated[float, Field(ge=0, le=1, description="at the end of the run, where the cosine ends")] = 0.0
+    warmup: Annotated[float, Field(ge=0, lt=1, description="share of the run over which the learning rate rises")] = 0.08
     weight_decay: Annotated[float, Field(ge=0, le=1, description="AdamW's, on matrices and kernels only")] = 0.05
     clip: Annotated[float, Field(gt=0, allow_inf_nan=False, description="largest norm of the gradient")] = 1.0
     average: Annotated[
@@ -107,7 +110,7 @@ class StageConfig(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    share: Annotated[float, Field(ge=0, le=10, description="steps, as a share of training.steps; 0: no training")] = 0.2
+    share: Annotated[float, Field(ge=0, le=10, description="steps (and minutes), as a share of training's; 0: no training")] = 0.2
     learning_rate: Annotated[float, Field(gt=0, le=1, description="at the end of the stage's warm-up")] = 1e-3
 
 

@@ -32,7 +32,8 @@ from muntin.training.evaluation import evaluate, tile_of
 from muntin.training.interrupt import Interruption
 from muntin.training.precision import Precision, resolve_precision
 from muntin.training.recipe import Recipe, load_recipe
-from muntin.training.trainer import Trainer, learning_rate
+from muntin.training.schedule import share_done, steps_expected
+from muntin.training.trainer import Trainer
 
 LOG_EVERY = 10
 """Steps between two points of the training curve."""
@@ -62,6 +63,7 @@ class FitResult:
     checkpoint: Path
     step: int
     steps: int
+    """Of the whole run: the recipe's, or fewer where its minutes end first."""
     interrupted: bool
     precision: str
     seconds: float
@@ -101,8 +103,7 @@ def fit(
     with Interruption() as interruption:
         path = training.run(interruption)
     return FitResult(
-        directory=directory, checkpoint=path, step=training.step, steps=recipe.training.steps,
-        interrupted=training.step < recipe.training.steps, precision=f"{precision.name} on {precision.device}: {precision.reason}",
+        directory=directory, checkpoint=path, step=training.step, steps=training.steps, interrupted=not training.finished, precision=f"{precision.name} on {precision.device}: {precision.reason}",
         seconds=training.seconds, validation=training.validation, notes=notes,
     )  # fmt: skip
 
@@ -178,8 +179,18 @@ class Training:
             self.curve, self.validation = list(state.training), list(state.validation)
         self.session = TorchSession(trainer.average.model, signature_of(recipe, source), dtype=trainer.precision.dtype)
 
+    @property
+    def finished(self) -> bool:
+        """Nothing is left of the run's steps, or of its minutes."""
+        return share_done(self.config, self.step, self.seconds) >= 1
+
+    @property
+    def steps(self) -> int:
+        """Of the whole run, as far as can be told now."""
+        return steps_expected(self.config, self.step, self.seconds)
+
     def run(self, interruption: Interruption) -> Path:
-        """Train to the last step, or to the one in which an interruption is asked for; the newest checkpoint."""
+        """Train to the end, or to the one in which an interruption is asked for; the newest checkpoint."""
         config, data = self.config, self.recipe.data
         crops = Crops(
             self.source.split("train"), task=self.recipe.task, crop=data.crop, batch_size=config.batch_size, seed=self.seed,
@@ -190,17 +201,19 @@ class Training:
         with keep_freed_memory(), MetricsLog(self.directory, self.step, self.curve, self.validation) as log:
             started, first = time.perf_counter(), self.step
             before = self.seconds
-            for step, (images, target) in prefetch(crops, self.step, config.steps):
-                self.losses.append(self.trainer.update(step, images, target))
+            for step, (images, target) in prefetch(crops, self.step, self.step if self.finished else config.steps):
+                done = share_done(config, step + 0.5, before + time.perf_counter() - started)
+                self.losses.append(self.trainer.update(step, images, target, done=done))
                 self.step, self.seconds = step + 1, before + time.perf_counter() - started
-                if self.step % LOG_EVERY == 0 or self.step == config.steps:
+                ended = self.finished
+                if self.step % LOG_EVERY == 0 or ended:
                     rate = (self.step - first) * config.batch_size / (time.perf_counter() - started)
                     self._log_step(log, sum(self.losses) / len(self.losses), rate)
                     self.losses = []
-                if self.step % config.validate_every == 0 or self.step == config.steps:
+                if self.step % config.validate_every == 0 or ended:
                     self._validate(log, validation)
                     self.seconds = before + time.perf_counter() - started
-                last = self.step == config.steps or interruption.asked  # read once: a checkpoint follows for sure
+                last = ended or interruption.asked  # read once: a checkpoint follows for sure
                 if last or self.step % config.checkpoint_every == 0:
                     path = self._write()
                 if last:
@@ -209,15 +222,16 @@ class Training:
 
     def _log_step(self, log: MetricsLog, loss: float, rate: float) -> None:
         point = {
-            "step": self.step, "loss": loss, "learning_rate": learning_rate(self.step - 1, self.config), "images_per_s": rate
+            "step": self.step, "seconds": self.seconds, "loss": loss, "learning_rate": self.trainer.optimizer.param_groups[0]["lr"],
+            "images_per_s": rate,
         }  # fmt: skip
         self.curve.append(point)
         log.write("training", point)
-        left = (self.config.steps - self.step) * self.config.batch_size / rate
+        left = (self.steps - self.step) * self.config.batch_size / rate
         score = self.validation[-1]["score"] if self.validation else None
         self.report(
             FitProgress(
-                kind="step", step=self.step, steps=self.config.steps, loss=loss, score=score, images_per_second=rate, seconds_left=left
+                kind="step", step=self.step, steps=self.steps, loss=loss, score=score, images_per_second=rate, seconds_left=left
             )
         )
 
@@ -228,7 +242,7 @@ class Training:
             point["miou"] = result.miou
         self.validation.append(point)
         log.write("validation", point)
-        self.report(FitProgress(kind="validation", step=self.step, steps=self.config.steps, score=result.score))
+        self.report(FitProgress(kind="validation", step=self.step, steps=self.steps, score=result.score))
 
     def _write(self) -> Path:
         state = {

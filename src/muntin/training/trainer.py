@@ -23,15 +23,7 @@ from muntin.training.closing import GateClosing
 from muntin.training.config import TrainingConfig
 from muntin.training.loss import distillation_loss, task_loss
 from muntin.training.precision import Precision
-
-
-def learning_rate(step: int, config: TrainingConfig) -> float:
-    """Linear warm-up, then a cosine to the final one; `step` counts from 0."""
-    warmup = round(config.warmup * config.steps)
-    if step < warmup:
-        return config.learning_rate * (step + 1) / warmup
-    falling = 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, config.steps - warmup)))
-    return config.final_learning_rate + (config.learning_rate - config.final_learning_rate) * falling
+from muntin.training.schedule import learning_rate
 
 
 def make_optimizer(model: nn.Module, config: TrainingConfig) -> torch.optim.AdamW:
@@ -81,14 +73,14 @@ class Trainer:
             OPTIMIZER: optimizer_tensors(self.model, self.optimizer, self.scaler),
         }
 
-    def update(self, step: int, images: Tensor, target: Tensor) -> float:
-        """One optimiser step. Raises `MuntinError` when the loss is no longer finite; weights are then as they were."""
+    def update(self, step: int, images: Tensor, target: Tensor, *, done: float) -> float:
+        """One optimiser step, `done` of the run in. Raises `MuntinError` when the loss is no longer finite; weights are then as they were."""
         if not self.config.compile:
-            return self._update(step, images, target)
+            return self._update(step, images, target, done)
         from torch._dynamo.exc import TorchDynamoException  # takes seconds, and what compiles has loaded it
 
         try:
-            return self._update(step, images, target)
+            return self._update(step, images, target, done)
         except TorchDynamoException as error:
             reason = str(error).strip().partition("\n")[0]
             raise DependencyError(
@@ -96,15 +88,14 @@ class Trainer:
                 "set compile: false, or another precision"
             ) from error
 
-    def _update(self, step: int, images: Tensor, target: Tensor) -> float:
-        rate = learning_rate(step, self.config)
+    def _update(self, step: int, images: Tensor, target: Tensor, done: float) -> float:
+        rate = learning_rate(done, self.config)
         for group in self.optimizer.param_groups:
             group["lr"] = rate
         self.model.train()
         images = images.to(self.precision.device, torch.float32, memory_format=torch.channels_last)
         if self.config.gate_budget < 1 and self.closing is None:  # before a step moves what was closed when a run is gone on with
-            keep, steps = self.config.gate_budget, self.config.steps
-            self.closing = GateClosing(self.model, self.average.model, images[:1], keep=keep, steps=steps)
+            self.closing = GateClosing(self.model, self.average.model, images[:1], keep=self.config.gate_budget)
         scores = self._scores(images)
         loss = task_loss(self.task, scores, target.to(self.precision.device), overlap=self.config.overlap_loss)
         if self.teacher is not None:
@@ -125,7 +116,7 @@ class Trainer:
         self.optimizer.zero_grad()
         self.average.update(self.model, step)
         if self.closing is not None:
-            self.closing.update(step, self.optimizer)
+            self.closing.update(done, self.optimizer)
         return value
 
     def _scores(self, images: Tensor) -> Tensor:
