@@ -7,19 +7,19 @@ Peers: segmentation_models_pytorch's Linknet-resnet18, PAN-mobilenet_v2, Unet-re
 Segformer-mit_b0 and DeepLabV3+-efficientnet-b0. All models start from random weights and are trained by `muntin fit` with the
 demonstration's recipe: crops, augmentation, loss, AdamW, schedule, averaged weights and BF16 are literally the same code. Two budgets,
 each with tables of its own (either or both may be given):
-    --minutes   wall-clock minutes of training; a run's steps follow from a short timed one before it, and what it took is in the table
+    --minutes   wall-clock minutes of training; the learning rate falls with the time that is left
     --samples   crops seen
 A hybrid's stages of compression (low rank, W4A8, mixed precision) are inside its budget, so its FP32 training is shorter than a peer's;
 the entries ending in -ptq spend all of it on FP32 training and are quantised afterwards, as the peers are. Quantising after training and
 export count for none. The learning rate is tuned alike for each model and source: three of them, a quarter of the budget in FP32 each,
-seed 0, on the validation split.
+seed 0, on strips of the training split that are held out for it (`segmentation_peers/tuning.py`).
 
 Deployed: OpenVINO in f32 and in bf16; peers in INT8 by NNCF too, hybrids in W4A8 after the stages or in muntin's own INT8. Of these a seed
 takes the fastest at the first of --sides that is within half a point of f32 on the validation split; calibration sees training crops only,
 and the test split chooses nothing. Columns:
     test mIoU   of the deployed models, whole test split, mean ± standard deviation over the seeds
     ms SIDE     median latency of one image, pixels in and scores out: all models of a seed in one process, in turns; mean over the seeds
-    min, crops  what training really took and saw; im/s of FP32 training; M parameters as trained; MB on disk as deployed; rate as tuned
+    min, crops  what training took and saw; im/s of FP32 training; M parameters as trained; MB on disk as deployed; rate as tuned
 Below it the IoU of each class, every variant (a hybrid's float ones, too), and the goals. Beside the rows lies a picture of each source.
 
 A row that is there already is not run again, and training that was interrupted by Ctrl-C goes on where it stood. Rows of another machine,
@@ -48,18 +48,17 @@ from muntin.errors import MuntinError
 from muntin.models.presets import PRESETS
 from muntin.runtime import describe_hardware
 from muntin.training.precision import resolve_precision
-from segmentation_peers.budget import Budget, Interrupted, Pace, Setting, measure_pace, recipe_for, steps_of, train, train_whole
+from segmentation_peers.budget import Budget, Interrupted, Setting, recipe_for, train_whole
 from segmentation_peers.deployment import Variant, deploy, parameters_of, score_variants
 from segmentation_peers.latency import measure_latency
 from segmentation_peers.models import ENTRIES, Entry
 from segmentation_peers.report import Row, admitted, draw, judge, print_tables, summarise
+from segmentation_peers.tuning import held_out_score
 
 SOURCES = tuple(name for name in get_args(SourceName) if name != "folders")
 RATES = (5e-4, 1e-3, 2e-3)
 SEARCH_SHARE, SEARCH_SEED = 1 / 4, 0
 """Of the budget, for each rate; and the seed that it is trained with."""
-OFF = 0.1
-"""How far the minutes of training may be from the budget's without a remark."""
 PACKAGES = ("segmentation-models-pytorch", "timm", "nncf")
 
 
@@ -99,34 +98,26 @@ class Comparison:
         structure = {"structure": PRESETS[entry.model]} if entry is not None and entry.model in PRESETS else {}
         return {**{key: hardware[key] for key in ("cpu", "cores", "features", "openvino", "torch")}, **asdict(self.setting), **structure}
 
-    def pace(self, entry: Entry, seed: int) -> Pace | None:
-        """Measured where the budget is one of minutes, right before what it is for."""
-        if self.budget.minutes is None:
-            return None
-        recipe = recipe_for(entry, self.setting, seed=seed, steps=1, learning_rate=RATES[0])
-        name = f"pace-{entry.name}-{seed}"
-        row = self.row(name, lambda: asdict(measure_pace(entry, recipe, self.folder / name)), entry)
-        return Pace(**{key: row[key] for key in Pace.__dataclass_fields__})
-
     def rate(self, entry: Entry) -> float:
-        """The best learning rate on the validation split. Entries that train the same model share the search."""
-        return max(RATES, key=lambda rate: float(self._tried(entry, rate)["validation"]))
+        """The best learning rate on what is held out for it. Entries that train the same model share the search."""
+        return max(RATES, key=lambda rate: float(self._tried(entry, rate)["held_out"]))
 
     def _tried(self, entry: Entry, rate: float) -> Row:
         name = f"rate-{entry.model.rpartition(':')[2]}-{rate:g}"
         place = self.folder / name
 
         def make() -> Row:
-            recipe = recipe_for(entry, self.setting, seed=SEARCH_SEED, steps=1, learning_rate=rate)
-            steps = steps_of(self.budget.part(SEARCH_SHARE), self.pace(entry, SEARCH_SEED), recipe, stages=False)
-            recipe = recipe_for(entry, self.setting, seed=SEARCH_SEED, steps=steps, learning_rate=rate)
-            row = {"model": entry.model, "learning_rate": rate, "steps": steps}
+            budget = self.budget.part(SEARCH_SHARE)
+            recipe = recipe_for(entry, self.setting, budget, seed=SEARCH_SEED, learning_rate=rate, stages=False)
+            row = {"model": entry.model, "learning_rate": rate}
+            shutil.rmtree(place, ignore_errors=True)  # of a search that was interrupted
             try:
-                return {**row, "validation": train(recipe, place).state.validation[-1]["score"]}
+                score, steps = held_out_score(recipe, place)
             except MuntinError as error:
                 if type(error) is not MuntinError:  # its kinds are other troubles than a loss that is no longer finite
                     raise
-                return {**row, "validation": 0.0, "failed": str(error)}
+                return {**row, "held_out": 0.0, "failed": str(error)}
+            return {**row, "held_out": score, "steps": steps}
 
         row = self.row(name, make, entry)
         shutil.rmtree(place, ignore_errors=True)  # its weights are of no use any more
@@ -139,9 +130,7 @@ class Comparison:
 
         def make() -> Row:
             rate = self.rate(entry)
-            recipe = recipe_for(entry, self.setting, seed=seed, steps=1, learning_rate=rate)
-            steps = steps_of(self.budget, self.pace(entry, seed), recipe, stages=entry.way == "stages")
-            recipe = recipe_for(entry, self.setting, seed=seed, steps=steps, learning_rate=rate)
+            recipe = recipe_for(entry, self.setting, self.budget, seed=seed, learning_rate=rate, stages=entry.way == "stages")
             checkpoint, compressed, figures = train_whole(entry, recipe, place / "run")
             forms = deploy(entry, checkpoint, compressed, place)
             return {
@@ -230,9 +219,6 @@ def print_comparison(found: Row, budget: Budget) -> None:
     edges = sorted({row["model"] for row in found["summary"] if row["learning_rate"] in (RATES[0], RATES[-1])})
     if edges:
         print(f"{'':<12}the best rate is at an end of the grid ({', '.join(f'{rate:g}' for rate in RATES)}): {', '.join(edges)}")
-    off = [row["model"] for row in found["summary"] if budget.minutes is not None and abs(row["minutes"] / budget.minutes - 1) > OFF]
-    if off:
-        print(f"{'':<12}minutes that are off the budget by more than {OFF:.0%}, so not equal: {', '.join(off)}")
     for line in found["left_out"]:
         print(f"{'left out':<12}{line}")
     print(f"{'picture':<12}{found['picture']}")

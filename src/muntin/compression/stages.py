@@ -244,7 +244,11 @@ class _Compression:
         The second warms up all the same: its optimiser is new, and the first steps of a new one, each as long as the learning rate allows,
         throw a network off the grids that it has just settled on (docs/log.md).
         """
-        steps, rate, minutes = stage_steps(self.recipe, stage), _stage_config(self.config, stage).learning_rate, self.recipe.training.minutes
+        steps, rate, minutes = (
+            stage_steps(self.recipe, stage),
+            _stage_config(self.config, stage).learning_rate,
+            self.recipe.training.minutes,
+        )
         both = stage_steps(self.recipe, "w4a8") > 0 and stage_steps(self.recipe, "mixed") > 0
         return self.recipe.training.model_copy(
             update={

@@ -230,9 +230,7 @@ class Training:
         left = (self.steps - self.step) * self.config.batch_size / rate
         score = self.validation[-1]["score"] if self.validation else None
         self.report(
-            FitProgress(
-                kind="step", step=self.step, steps=self.steps, loss=loss, score=score, images_per_second=rate, seconds_left=left
-            )
+            FitProgress(kind="step", step=self.step, steps=self.steps, loss=loss, score=score, images_per_second=rate, seconds_left=left)
         )
 
     def _validate(self, log: MetricsLog, samples: Any) -> None:
