@@ -150,6 +150,57 @@ def test_a_job_is_refused_as_soon_as_the_backlog_leaves_it_too_little_time() -> 
     admitted(batcher, refusal.retry_after + 0.0005, job_of())
 
 
+def test_as_long_as_a_refusal_holds_an_equal_job_is_refused() -> None:
+    batcher = batcher_of({"g": LINEAR}, objective=0.055)
+    occupy(batcher, 0.0)
+    admitted(batcher, 0.0, *(job_of() for _ in range(4)))
+    holds = refused(batcher, job_of(), 0.0, "late").holds
+    assert 0.004 < holds < 0.007
+    refused(batcher, job_of(), 0.9 * holds, "late")
+    admitted(batcher, holds + 0.0005, job_of())
+
+
+def test_a_refusal_holds_no_longer_than_until_a_worker_is_free() -> None:
+    batcher = batcher_of({"g": LINEAR}, objective=0.035)
+    running = occupy(batcher, 0.0)  # until 0.01
+    admitted(batcher, 0.0, job_of())
+    refusal = refused(batcher, job_of(rows=3), 0.0, "late")
+    assert refusal.retry_after is not None and refusal.retry_after > 0.012
+    assert 0.009 < refusal.holds < 0.01
+    batcher.done(running, 0.002, None)
+    assert refused(batcher, job_of(rows=3), 0.002, "late").holds == 0  # a worker is free, and what it takes changes everything
+
+
+def test_a_request_of_many_rows_is_promised_by_its_own_time() -> None:
+    batcher = batcher_of({"g": LINEAR}, objective=0.035)
+    admitted(batcher, 0.0, job_of())
+    refused(batcher, job_of(rows=3), 0.0, "late")  # rows gain nothing from sharing, so batches have one row: this one takes 30 ms
+
+
+def test_what_is_no_matter_of_time_holds_for_nobody() -> None:
+    batcher = batcher_of({"g": LINEAR}, objective=0.055)
+    occupy(batcher, 0.0)
+    assert refused(batcher, job_of(deadline=0.005), 0.0, "late").holds == 0  # not even alone
+    assert refused(batcher, job_of(rows=33), 0.0, "too large").holds == 0
+
+
+def test_jobs_that_were_refused_unseen_count_as_arrivals() -> None:
+    batcher = batcher_of({"g": STEEP}, objective=0.1)
+    admitted(batcher, 1.0, job_of(rows=2, unseen=9))
+    assert batcher._lanes["g"].arrivals.per_second(1.0) == pytest.approx(20)
+
+
+def test_what_answers_take_beyond_the_engine_is_not_promised() -> None:
+    batcher = batcher_of({"g": LINEAR}, objective=0.055, margin=0.001)
+    jobs = [job_of() for _ in range(20)]
+    assert sum(batcher.submit(job, 0.0) is None for job in jobs) == 5
+    batcher.discard()
+    for _ in range(128):
+        batcher.delivered(0.02)
+    assert batcher.margin == 0.02
+    assert sum(batcher.submit(job_of(), 0.0) is None for _ in range(20)) == 3
+
+
 def test_what_is_admitted_is_met() -> None:
     batcher = batcher_of({"g": LINEAR}, objective=0.055)
     jobs = [job_of() for _ in range(20)]

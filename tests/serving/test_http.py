@@ -1,17 +1,28 @@
-"""The short way of inference, where it goes wrong in ways that nobody foresaw."""
+"""The short way of inference: where it goes wrong in ways that nobody foresaw, and what a flood gets of it."""
 
 from __future__ import annotations
 
 import asyncio
 import json
+import time
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
 from typing import Any, cast
 
 import pytest
 
+from muntin.serving.batcher import Batch, Batcher
+from muntin.serving.executor import Executor
 from muntin.serving.http import HttpFace
+from muntin.serving.latency import LatencyModel
 from muntin.serving.metrics import Metrics
 from muntin.serving.protocol import InferResponse, Limits
-from muntin.serving.service import Answered
+from muntin.serving.rollout import Rollout
+from muntin.serving.runner import Runner
+from muntin.serving.service import Answered, Service
+from muntin.serving.slot import Slot
 
 HEAD = json.dumps(
     {"inputs": [{"name": "images", "datatype": "UINT8", "shape": [1, 1, 1, 3], "parameters": {"binary_data_size": 3}}]}
@@ -27,6 +38,9 @@ class Broken:
 
     def __init__(self, *, at_once: bool) -> None:
         self.metrics, self.at_once = Metrics(), at_once
+
+    def check_time(self, arrived: float, like: Any) -> None:
+        return
 
     def submit(self, request: Any, *, done: Any, **_: Any) -> Any:
         if self.at_once:
@@ -53,3 +67,84 @@ def test_a_fault_is_answered_and_reported_and_goes_no_further(at_once: bool) -> 
     assert b"secret" not in b"".join(parts)
     assert len(reported) == 1
     assert dict(service.metrics.requests) == {("http", "failed"): 1}
+
+
+# ---- a flood
+
+ENGINE_S, OBJECTIVE_S = 0.02, 0.1
+
+
+@contextmanager
+def slow_service(shelf: Any) -> Iterator[tuple[Service, Runner]]:
+    """A model whose batches, of one row, take 20 ms."""
+    slot = Slot("m", shelf, rollout=Rollout())
+    slot.load(Path("1"), "1")
+    executor = Executor(slot)
+
+    def execute(batch: Batch) -> Any:
+        time.sleep(ENGINE_S)
+        return executor(batch)
+
+    batcher = Batcher(LatencyModel(), objective=OBJECTIVE_S, max_rows=1, queue_rows=1000, queue_bytes=1 << 20)
+    runner = Runner(batcher, execute)
+    service = Service(slot, runner, executor, metrics=Metrics(), objective=OBJECTIVE_S, max_rows=1, max_pixels=100)
+    try:
+        yield service, runner
+    finally:
+        runner.close()
+        service.close()
+        slot.close()
+
+
+def test_a_flood_is_refused_without_being_read_and_every_request_is_counted(shelf: Any) -> None:
+    async def run() -> None:
+        with slow_service(shelf) as (service, runner):
+            face = HttpFace(service, cast(Any, None), cast(Any, None), limits=Limits(), tokens=(), log=None)
+            replies: Counter[int] = Counter()
+            sent = 0
+
+            def send(body: bytes = HEAD + b"abc") -> None:
+                nonlocal sent
+                sent += 1
+                face.begin(SCOPE, body, time.monotonic(), lambda status, headers, parts: replies.update([status]))
+
+            for _ in range(3):  # one after the other: the model's time is learned
+                send()
+                while sum(replies.values()) < sent:
+                    await asyncio.sleep(0.001)
+            assert set(replies) == {200}
+            began = time.monotonic()
+            while time.monotonic() < began + 0.5:
+                for _ in range(20):
+                    send()
+                await asyncio.sleep(0.001)
+            other = HEAD.replace(b"UINT8", b"UINT9")
+            face.begin({**SCOPE, "headers": [(b"inference-header-content-length", b"%d" % len(other))]}, other + b"abc", time.monotonic(),
+                       lambda status, headers, parts: replies.update([status]))  # fmt: skip
+            while sum(replies.values()) < sent + 1:
+                await asyncio.sleep(0.001)
+            refused = runner.snapshot().refused["late"]
+            assert set(replies) == {200, 503, 400}
+            assert replies[400] == 1  # what is wrong is said, flood or no flood
+            assert 15 < replies[200] < 40  # the engine was busy all the time
+            assert refused + runner.snapshot().dropped + service.turnstile.count == replies[503]
+            assert service.turnstile.count > 4 * refused
+            assert service.metrics.requests["http", "refused"] == replies[503]
+            (statistics,) = service.statistics("m", None)
+            assert statistics.fail.count == replies[503]
+
+    asyncio.run(run())
+
+
+def test_what_was_read_after_its_objective_is_refused_unread(shelf: Any) -> None:
+    async def run() -> None:
+        with slow_service(shelf) as (service, _):
+            face = HttpFace(service, cast(Any, None), cast(Any, None), limits=Limits(), tokens=(), log=None)
+            replies: list[Any] = []
+            face.begin(SCOPE, b"nonsense", time.monotonic() - OBJECTIVE_S, lambda *reply: replies.append(reply))
+            ((status, headers, parts),) = replies
+            assert status == 503
+            assert (b"retry-after", b"1") in headers
+            assert b"than can be read in time" in b"".join(parts)
+
+    asyncio.run(run())

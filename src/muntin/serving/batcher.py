@@ -40,6 +40,7 @@ from muntin.serving.forecast import Forecast, Run
 from muntin.serving.job import Batch, Job, Refusal, RefusalKind
 from muntin.serving.lane import LOAD, PAYS, Lane, Peak, Rate
 from muntin.serving.latency import UNKNOWN, LatencyModel
+from muntin.serving.overhead import Overhead
 
 __all__ = ["LANES", "PRIORITIES", "Batch", "Batcher", "Job", "Refusal", "RefusalKind", "Snapshot", "Step"]
 
@@ -89,7 +90,8 @@ class Batcher:
     """Admits jobs, and forms batches for `workers` engines that run side by side.
 
     `objective`: seconds from arrival to answer that every admitted job keeps, or None. `max_rows`: of a batch. `queue_rows`, `queue_bytes`:
-    bounds of what waits. `patience`: seconds that a step of priority is worth. `margin`: seconds that an answer takes beyond the engine.
+    bounds of what waits. `patience`: seconds that a step of priority is worth. `margin`: seconds that an answer takes beyond the engine at
+    the least; `delivered` tells what it really takes.
 
     Calls come from one thread at a time, with a `now` that never goes back. With 1,000 jobs waiting `submit` costs some 10 µs, `poll` as
     much and 1 µs for each job that it takes; groups with waiting jobs add to both. Raises DataError for a bound that means nothing.
@@ -120,7 +122,8 @@ class Batcher:
             raise DataError(f"patience={patience}, margin={margin}: give seconds, patience above 0 and margin from 0")
         self.objective, self.max_rows, self.workers = objective, max_rows, workers
         self.queue_rows, self.queue_bytes = queue_rows, queue_bytes
-        self.patience, self.margin = patience, margin
+        self.patience = patience
+        self._overhead = Overhead(margin)
         self._latencies = latencies
         self._lanes: OrderedDict[Hashable, Lane] = OrderedDict()  # the least recently used first
         self._active: dict[Hashable, Lane] = {}  # those with waiting jobs
@@ -146,7 +149,7 @@ class Batcher:
         if refusal := self._bounds(job):
             return refusal
         lane = self._lane(job)
-        lane.arrivals.add(job.rows, now)
+        lane.arrivals.add(job.rows * (1 + job.unseen), now)
         due = math.inf if self.objective is None else (now if job.came is None else min(job.came, now)) + self.objective
         if job.deadline is not None and job.deadline < due:
             due = job.deadline
@@ -157,9 +160,8 @@ class Batcher:
                 return self._refuse("late", "more requests come than can be read in time: try again", self._backlog / self.workers or None)
             if late == math.inf:
                 return self._refuse("late", "the time until its deadline does not suffice even for the engine alone: give it more")
-            return self._refuse(
-                "late", f"{self._jobs} requests wait and leave it too little time: try again in {max(late * 1e3, 1):.0f} ms", late
-            )
+            message = f"{self._jobs} requests wait and leave it too little time: try again in {max(late * 1e3, 1):.0f} ms"
+            return self._refuse("late", message, late, holds=max(0.0, min(late, self._holds_until - now)))
         self._enter(job, lane, now)
         return None
 
@@ -176,9 +178,9 @@ class Batcher:
         excess = max(1 - self.queue_rows / rows, 1 - self.queue_bytes / max(size, 1))
         return self._refuse("full", f"{what}: try again later", excess * self._backlog / self.workers if self._backlog else None)
 
-    def _refuse(self, kind: RefusalKind, message: str, retry_after: float | None = None) -> Refusal:
+    def _refuse(self, kind: RefusalKind, message: str, retry_after: float | None = None, holds: float = 0.0) -> Refusal:
         self._refused[kind] += 1
-        return Refusal(kind, message, retry_after)
+        return Refusal(kind, message, retry_after, holds)
 
     def _lane(self, job: Job) -> Lane:
         """The job's group, made if it is new. As long as it was not measured itself, what is known of it may change any time."""
@@ -257,7 +259,8 @@ class Batcher:
         reserve, owed = self._reserve(lane, time, now)
         stretch = self._stretch(job.priority, now)
         ends = sum(run.left(now) for run in self._running)
-        easy = ends + _EASY * self._backlog + max(reserve, owed, line.safe(min(lane.most, lane.rows + job.rows)))
+        batch = max(job.rows, min(lane.most, lane.rows + job.rows))
+        easy = ends + _EASY * self._backlog + max(reserve, owed, line.safe(batch))
         if stretch * easy <= time and job.standing >= self._last:
             return 0.0
         forecast = self._foresee(now)
@@ -421,6 +424,15 @@ class Batcher:
         if seconds is not None:
             self._latencies.observe(batch.group, batch.rows, seconds, cost=lane.cost)
             self._learn(lane)
+
+    @property
+    def margin(self) -> float:
+        """Seconds that an answer is taken to need beyond the engine."""
+        return self._overhead.seconds
+
+    def delivered(self, seconds: float) -> None:
+        """An answer went out so long after its batch was done."""
+        self._overhead.add(seconds)
 
     def cancel(self, job: Job) -> bool:
         """Takes back a job that waits; False for one that runs, was answered or was never admitted."""

@@ -64,6 +64,8 @@ _INFER = re.compile(r"/v2/models/([^/]+)(?:/versions/([^/]+))?/infer")
 _HEADER_LENGTH = HEADER_LENGTH.lower().encode()
 _JSON = (b"content-type", b"application/json")
 _OCTETS = (b"content-type", b"application/octet-stream")
+_LIKE_BYTES = 2048
+"""Of a request's JSON, at most, that it is held against others by."""
 _OPEN = ("/v2/health/live", "/v2/health/ready")
 """What needs no token: whoever starts and stops servers asks for it."""
 
@@ -121,8 +123,11 @@ class HttpFace:
                 header_length = parse_header_length(value.decode("latin-1"))
             elif name == b"content-encoding" and value not in (b"", b"identity"):
                 raise ProtocolError(f"content-encoding {value.decode('latin-1')[:40]}: send the body as it is", status=415)
+        like = (scope["path"], bytes(body[:header_length])) if header_length and header_length <= _LIKE_BYTES else None
+        if self._tracing is None:  # which is told of every request, and of its model
+            self._service.check_time(inference.began, like)
         inference.request = request = self._decode(body, header_length, model, version)
-        return self._service.submit(request, model=model, version=version, arrived=inference.began, done=inference.done)
+        return self._service.submit(request, model=model, version=version, arrived=inference.began, like=like, done=inference.done)
 
     def _authorise(self, scope: Scope) -> None:
         if self._tokens and scope["path"] not in _OPEN:

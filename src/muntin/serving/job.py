@@ -16,7 +16,8 @@ class Job:
 
     `group`: only equal groups share a batch. `rows` >= 1: what batches are counted in. `nbytes`: what it holds while it waits. `priority`:
     0 is the most urgent. `deadline`: seconds of the batcher's clock, or None. `came`: from when on its objective counts, where it was not
-    submitted at once. `cost`: of a row, relative to other groups (`LatencyModel`). The rest is the batcher's.
+    submitted at once. `cost`: of a row, relative to other groups (`LatencyModel`). `unseen`: equal jobs refused since the last
+    one without asking the batcher (`Refusal.holds`). The rest is the batcher's.
     """
 
     group: Hashable
@@ -26,6 +27,7 @@ class Job:
     deadline: float | None = None
     came: float | None = None
     cost: float | None = None
+    unseen: int = 0
     payload: Any = None
     arrived: float = field(default=math.nan, init=False)
     """When it was submitted."""
@@ -51,8 +53,12 @@ class Batch:
 
 @dataclass(frozen=True, slots=True)
 class Refusal:
-    """Why a job is not computed. `retry_after`: seconds after which it might be, None where that is unknown or never."""
+    """Why a job is not computed. `retry_after`: seconds after which it might be, None where that is unknown or never.
+
+    `holds`: seconds for which an equal job would be refused as well, as far as can be told.
+    """
 
     kind: RefusalKind
     message: str
     retry_after: float | None = None
+    holds: float = 0.0

@@ -75,6 +75,11 @@ class Runner:
         _deliver(done, CancelledError("the request was taken back"))
         return True
 
+    def delivered(self, seconds: float) -> None:
+        """An answer went out so long after the engine was done with it: who tells of every one gets promises that count with it."""
+        with self._changed:
+            self._batcher.delivered(seconds)
+
     def snapshot(self) -> Snapshot:
         """The batcher's counts."""
         with self._changed:

@@ -309,7 +309,10 @@ def _expose(metrics: Metrics, service: Service, runner: Runner, ledger: Ledger) 
     metrics.gauge("muntin_backlog_seconds", "Computation that waits.", lambda: runner.snapshot().backlog_s)
     metrics.read(
         "counter", "muntin_refused", "Requests that were refused, by reason.", ("reason",),
-        lambda: [((kind,), float(count)) for kind, count in runner.snapshot().refused.items()],
+        lambda: [
+            ((kind,), float(count + (service.turnstile.count if kind == "late" else 0)))
+            for kind, count in runner.snapshot().refused.items()
+        ],
     )  # fmt: skip
     metrics.read(
         "gauge", "muntin_version_ready", "Versions that can answer.", ("version",),

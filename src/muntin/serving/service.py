@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
@@ -35,6 +35,7 @@ from muntin.serving.metrics import Metrics
 from muntin.serving.protocol import InferOutput, InferRequest, InferResponse, ProtocolError, shown
 from muntin.serving.runner import Runner
 from muntin.serving.slot import Lease, Slot
+from muntin.serving.turnstile import Turnstile
 from muntin.serving.version import NotReadyError, UnknownVersionError
 
 INPUT = "images"
@@ -45,11 +46,14 @@ PRIORITY = 2
 
 
 class RefusedRequestError(ProtocolError):
-    """A request that is not served now. `retry_after`: seconds after which it may be worth another try."""
+    """A request that is not served now. `retry_after`: seconds after which it may be worth another try.
 
-    def __init__(self, message: str, *, status: int = 503, retry_after: float = 1.0) -> None:
+    `holds`: seconds for which an equal one would be refused as well, as far as can be told.
+    """
+
+    def __init__(self, message: str, *, status: int = 503, retry_after: float = 1.0, holds: float = 0.0) -> None:
         super().__init__(message, status=status)
-        self.retry_after = retry_after
+        self.retry_after, self.holds = retry_after, holds
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -85,6 +89,7 @@ class Service:
         self.slot, self.runner, self.executor, self.metrics = slot, runner, executor, metrics
         self.objective, self.max_rows, self.max_pixels = objective, max_rows, max_pixels
         self.draining = False
+        self.turnstile = Turnstile()
         self._clock = clock
         self._shadows = ThreadPoolExecutor(max_workers=1, thread_name_prefix="muntin-shadow")
         self._shadowing = 0
@@ -130,16 +135,41 @@ class Service:
             self.lease(self.name, version).release()
         return [self._accounts.get(version, Account()).statistics(self.name, version)]
 
+    def check_time(self, arrived: float, like: Hashable | None = None) -> None:
+        """Raises `RefusedRequestError` for a request that will be refused, whatever is in it: one that was read too late, or one that is
+        `like` one that was refused a moment ago. Costs next to nothing: at a flood this is all that most requests are given.
+        """
+        if self.objective is not None and self._clock() - arrived >= self.objective:
+            self.turnstile.turn_away(like)
+            reason = "more requests come than can be read in time: try again"
+        elif like is not None and (left := self.turnstile.left(like, arrived)):
+            reason = f"others like it wait and leave it too little time: try again in {max(left * 1e3, 1):.0f} ms"
+        else:
+            return
+        current = self.slot.current
+        if current is not None and current.name in self._accounts:
+            self._accounts[current.name].failed(self._clock() - arrived)
+        raise RefusedRequestError(reason)
+
     async def infer(self, request: InferRequest, *, model: str, version: str | None, arrived: float | None = None) -> Answered:
         """The answer. Raises ProtocolError as `submit` raises and answers. Cancelled, it takes the request back if that still waits."""
         answered: Answered = await _awaited(lambda done: self.submit(request, model=model, version=version, arrived=arrived, done=done))
         return answered
 
-    def submit(self, request: InferRequest, *, model: str, version: str | None, done: Done, arrived: float | None = None) -> Cancel:
+    def submit(
+        self,
+        request: InferRequest,
+        *,
+        model: str,
+        version: str | None,
+        done: Done,
+        arrived: float | None = None,
+        like: Hashable | None = None,
+    ) -> Cancel:
         """Asks for an answer. `done` is called once with it, or with a ProtocolError; maybe before this returns.
 
         `arrived`: when the request's last byte came, of the clock; None: now. The function that is returned takes the request back: `done`
-        is not called any more.
+        is not called any more. `like`: equal for requests that differ in their pixels alone (`check_time`).
 
         Raises ProtocolError: 404 for another model or version, 400 for what the model does not take, 503 (`RefusedRequestError`) where no
         version is ready. Answers 503 where it cannot be answered in time, 500 where computing it failed.
@@ -161,6 +191,8 @@ class Service:
         def computed(found: tuple[NDArray[Any], Work] | Exception) -> None:
             total = self._clock() - arrived
             if isinstance(found, Exception):
+                if like is not None and isinstance(found, RefusedRequestError) and found.holds:
+                    self.turnstile.shut(like, arrived + found.holds)
                 account.failed(total)
                 done(found)
                 return
@@ -181,7 +213,8 @@ class Service:
             queued = max(work.started - arrived, 0.0)
             done(Answered(response=response, queued=queued, computed=work.computed, total=total, batch_rows=work.batch_rows))
 
-        cancel = self._begin(images, lease, labels=labels, priority=priority, deadline=deadline, came=arrived, done=computed)
+        unseen = 0 if like is None else self.turnstile.unseen(like)
+        cancel = self._begin(images, lease, labels=labels, priority=priority, deadline=deadline, came=arrived, unseen=unseen, done=computed)
 
         def take_back() -> None:
             if cancel():
@@ -219,6 +252,7 @@ class Service:
         priority: int,
         deadline: float | None,
         came: float | None = None,
+        unseen: int = 0,
     ) -> Callable[[], bool]:
         """As `compute`. What it returns tells `done` to stay silent: False where that has been called already."""
         rows, height, width, _ = images.shape
@@ -231,6 +265,7 @@ class Service:
             deadline=deadline,
             came=came,
             cost=float(height * width),
+            unseen=unseen,
             payload=work,
         )
         mailbox = self._box()
@@ -250,6 +285,7 @@ class Service:
             self.metrics.batch.observe(work.batch_rows)
             self._shadow(images, answer, labels)
             done((answer, work))
+            self.runner.delivered(self._clock() - work.started - work.computed)
 
         def answered(answer: Any) -> None:
             lease.release()
@@ -347,7 +383,7 @@ def pixels(scores_BCHW: NDArray[np.float32]) -> NDArray[np.uint8]:
 def _error(answer: BaseException | Refusal) -> ProtocolError:
     """What a client is told of what the runner gave instead of an answer."""
     if isinstance(answer, Refusal):
-        return RefusedRequestError(answer.message, retry_after=answer.retry_after or 1.0)
+        return RefusedRequestError(answer.message, retry_after=answer.retry_after or 1.0, holds=answer.holds)
     error = ProtocolError(str(answer)) if isinstance(answer, DataError) else ProtocolError(f"the model failed: {answer}", status=500)
     error.__cause__ = answer
     return error

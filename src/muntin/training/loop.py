@@ -103,7 +103,8 @@ def fit(
     with Interruption() as interruption:
         path = training.run(interruption)
     return FitResult(
-        directory=directory, checkpoint=path, step=training.step, steps=training.steps, interrupted=not training.finished, precision=f"{precision.name} on {precision.device}: {precision.reason}",
+        directory=directory, checkpoint=path, step=training.step, steps=training.steps, interrupted=not training.finished,
+        precision=f"{precision.name} on {precision.device}: {precision.reason}",
         seconds=training.seconds, validation=training.validation, notes=notes,
     )  # fmt: skip
 

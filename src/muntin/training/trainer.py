@@ -74,7 +74,8 @@ class Trainer:
         }
 
     def update(self, step: int, images: Tensor, target: Tensor, *, done: float) -> float:
-        """One optimiser step, `done` of the run in. Raises `MuntinError` when the loss is no longer finite; weights are then as they were."""
+        """One optimiser step; `done`: share of the run that is behind. Raises `MuntinError` when the loss is no longer finite; weights are
+        then as they were."""
         if not self.config.compile:
             return self._update(step, images, target, done)
         from torch._dynamo.exc import TorchDynamoException  # takes seconds, and what compiles has loaded it
