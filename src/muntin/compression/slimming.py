@@ -19,10 +19,8 @@ from muntin.compression.change import Change
 from muntin.compression.factored import FactoredConv2d, FactoredLinear
 from muntin.compression.rewrite import named
 from muntin.errors import MuntinError
-from muntin.layers import ChannelGate, MapNorm, Perceptron, ResidualPair
+from muntin.layers import ChannelGate, Gated, MapNorm, Perceptron, ResidualPair
 from muntin.layers.gate import BLOCK
-
-Gated = Perceptron | ResidualPair
 
 
 @torch.no_grad()
@@ -91,7 +89,7 @@ def _width(unit: Gated) -> int:
 
 def _ends(unit: Gated) -> tuple[nn.Linear | nn.Conv2d, nn.Linear | nn.Conv2d]:
     """The layer that gives the hidden channels and the one that reads them."""
-    before, behind = (unit.expand, unit.reduce) if isinstance(unit, Perceptron) else (unit.first.conv, unit.second.conv)
+    before, behind = unit.ends
     before = before.last if isinstance(before, FactoredLinear | FactoredConv2d) else before
     behind = behind.first if isinstance(behind, FactoredLinear | FactoredConv2d) else behind
     assert isinstance(before, nn.Linear | nn.Conv2d) and isinstance(behind, nn.Linear | nn.Conv2d)

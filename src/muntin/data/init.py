@@ -127,7 +127,7 @@ TAIL = [
     "  name: hybrid-s  # hybrid-xs is faster, hybrid-m more accurate; `muntin models` lists them all",
     "",
     "training:",
-    "  steps: 2000  # batches to train on",
+    "  steps: 2000  # batches to train on; `minutes: 30` beside it ends the run then, if it has not ended before",
     "  batch_size: 16  # crops in a batch; halve it if memory runs out",
     "  learning_rate: 0.0015  # the highest; it warms up to it and falls along a cosine",
     "  precision: auto  # 16-bit where this machine is fast at it; fp32 to switch that off",

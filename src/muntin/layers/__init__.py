@@ -12,8 +12,11 @@ from muntin.layers.ops import Product, SoftmaxProduct, Sum
 from muntin.layers.upsample import PixelHead, ProgressiveUpsampler
 from muntin.layers.windows import Grid, merge, partition
 
+Gated = Perceptron | ResidualPair
+"""What has a gate inside, between its two `ends`."""
+
 __all__ = [
-    "Attention", "ChannelGate", "ConvUnit", "DenseAttention", "GlobalAttention", "Grid", "HybridAttention", "LocalAttention",
+    "Attention", "ChannelGate", "ConvUnit", "DenseAttention", "Gated", "GlobalAttention", "Grid", "HybridAttention", "LocalAttention",
     "MapNorm", "ParallelBlock", "Perceptron", "PixelHead", "PositionUnit", "Product", "ProgressiveUpsampler", "ResidualPair",
     "SerialBlock", "SoftmaxProduct", "Sum", "TokenNorm", "merge", "partition",
 ]  # fmt: skip

@@ -29,6 +29,11 @@ class Perceptron(nn.Module):
         self.gate = ChannelGate(hidden) if gate else nn.Identity()
         self.reduce = nn.Linear(hidden, dim)
 
+    @property
+    def ends(self) -> tuple[nn.Module, nn.Module]:
+        """The layer that gives the channels of the gate, and the one that reads them."""
+        return self.expand, self.reduce
+
     def forward(self, t: Tensor) -> Tensor:
         out: Tensor = self.reduce(self.gate(self.activation(self.expand(t))))
         return out

@@ -37,6 +37,11 @@ class ResidualPair(nn.Module):
         self.sum = Sum()
         self.activation = nn.ReLU()
 
+    @property
+    def ends(self) -> tuple[nn.Module, nn.Module]:
+        """The layer that gives the channels of the gate, and the one that reads them."""
+        return self.first.conv, self.second.conv
+
     def forward(self, x_BCHW: Tensor) -> Tensor:
         out: Tensor = self.activation(self.sum(x_BCHW, self.second(self.gate(self.first(x_BCHW)))))
         return out

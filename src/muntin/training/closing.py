@@ -9,12 +9,11 @@ import torch
 from torch import Tensor, nn
 
 from muntin.errors import RecipeError
-from muntin.layers import ChannelGate, Perceptron, ResidualPair
+from muntin.layers import ChannelGate, Gated
 from muntin.layers.gate import BLOCK
 
 FIRST, LAST = 0.1, 0.6
 """Where closing begins and ends, as shares of the run: gradients tell little before; what stays open learns to do alone after it."""
-Gated = Perceptron | ResidualPair
 
 
 class GateClosing:
@@ -91,8 +90,8 @@ def _gated(model: nn.Module) -> dict[ChannelGate, Gated]:
 
 def _weights(unit: Gated) -> int:
     """That one channel has, in the layer that gives it and in the one that reads it."""
-    before, behind = (unit.expand, unit.reduce) if isinstance(unit, Perceptron) else (unit.first.conv, unit.second.conv)
-    return before.weight[0].numel() + behind.weight[:, 0].numel()
+    before, behind = (end.get_parameter("weight") for end in unit.ends)
+    return before[0].numel() + behind[:, 0].numel()
 
 
 @torch.no_grad()
