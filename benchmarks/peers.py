@@ -22,8 +22,9 @@ and the test split chooses nothing. Columns:
     min, crops  what training took and saw; im/s of FP32 training; M parameters as trained; MB on disk as deployed; rate as tuned
 Below it the IoU of each class, every variant (a hybrid's float ones, too), and the goals. Beside the rows lies a picture of each source.
 
-A row that is there already is not run again, and training that was interrupted by Ctrl-C goes on where it stood. Rows of another machine,
-or of other threads, crops or batches, are refused. A model that fails is left out with the reason, and is tried again the next time.
+A row that is there already is not run again, and training that was interrupted by Ctrl-C goes on where it stood (a search begins anew).
+Rows of another machine, or of other threads, crops or batches, are refused. A model that fails is left out with the reason, and is tried
+again the next time.
 Needs `pip install 'muntin[bench]'`. Time: a model and a source take 3.75 times --minutes for three seeds (three rates at a quarter, three
 trainings), and a few minutes for timing, NNCF and scoring. Run it alone.
 """
@@ -59,6 +60,8 @@ SOURCES = tuple(name for name in get_args(SourceName) if name != "folders")
 RATES = (5e-4, 1e-3, 2e-3)
 SEARCH_SHARE, SEARCH_SEED = 1 / 4, 0
 """Of the budget, for each rate; and the seed that it is trained with."""
+PROTOCOL = 2
+"""Of rows: 2 since minutes are kept by the schedule, and rates chosen on strips of the training split."""
 PACKAGES = ("segmentation-models-pytorch", "timm", "nncf")
 
 
@@ -96,7 +99,12 @@ class Comparison:
     def _machine(self, entry: Entry | None) -> Row:
         hardware = describe_hardware()
         structure = {"structure": PRESETS[entry.model]} if entry is not None and entry.model in PRESETS else {}
-        return {**{key: hardware[key] for key in ("cpu", "cores", "features", "openvino", "torch")}, **asdict(self.setting), **structure}
+        return {
+            "protocol": PROTOCOL,
+            **{key: hardware[key] for key in ("cpu", "cores", "features", "openvino", "torch")},
+            **asdict(self.setting),
+            **structure,
+        }
 
     def rate(self, entry: Entry) -> float:
         """The best learning rate on what is held out for it. Entries that train the same model share the search."""

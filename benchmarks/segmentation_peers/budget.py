@@ -3,7 +3,7 @@
 A budget of minutes is wall-clock time of training (`training.minutes`): the learning rate falls with the time that is left, so every
 model uses its minutes up, whatever pace the machine is in. Where a hybrid goes through the stages of compression their training counts,
 too. What comes between and after does not, for any model: the validation at the end of each training, a hybrid's low rank, calibration
-and measuring of bits, NNCF and export. What that takes in training is in a row as `other_minutes`.
+and measuring of bits, NNCF and export. What of that belongs to training is in a row as `other_minutes` (not where it was interrupted).
 """
 
 from __future__ import annotations
@@ -104,7 +104,7 @@ def compress(checkpoint: Checkpoint, folder: Path) -> CompressionRun:
 
 def train_whole(entry: Entry, recipe: Recipe, folder: Path) -> tuple[Checkpoint, Checkpoint | None, dict[str, Any]]:
     """The FP32 model, what the stages made of it where the entry goes through them, and what both used of the budget."""
-    started = time.perf_counter()
+    begun, started = folder.exists(), time.perf_counter()
     checkpoint = train(recipe, folder)
     trained = [checkpoint]
     if entry.way == "stages":
@@ -116,7 +116,7 @@ def train_whole(entry: Entry, recipe: Recipe, folder: Path) -> tuple[Checkpoint,
         "stage_steps": steps[1:],
         "samples": recipe.training.batch_size * sum(steps),
         "minutes": seconds / 60,
-        "other_minutes": max(0.0, time.perf_counter() - started - seconds) / 60,
+        "other_minutes": None if begun else (time.perf_counter() - started - seconds) / 60,
         "images_per_s": checkpoint.state.training[-1]["images_per_s"],
     }
     return checkpoint, trained[-1] if len(trained) > 1 else None, figures

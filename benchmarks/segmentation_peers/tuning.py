@@ -1,7 +1,7 @@
 """Choosing a learning rate: on parts of `earth` that training may see, and not on its validation split.
 
 That split is a strip of ocean with hardly any desert, and could not tell 5e-4 from 2e-3 for a model that ends four points apart
-(docs/log.md). For the search, and for it alone, a strip of each training stretch is held out in its place.
+(docs/log.md). For the search, and for it alone, four strips of the training split are held out in its place.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from muntin.training.trainer import Trainer
 from segmentation_peers.budget import Interrupted
 
 HELD_OUT = ((-90.0, -75.0), (-22.5, -7.5), (30.0, 45.0), (90.0, 105.0))
-"""Degrees east: the end of each training stretch that lies at another split (the Americas, West Africa, Arabia, China)."""
+"""Degrees east, each beside another split, so that what is left is in four pieces (the Americas, West Africa, Arabia, China)."""
 
 
 class Held:

@@ -195,10 +195,32 @@ def test_what_answers_take_beyond_the_engine_is_not_promised() -> None:
     jobs = [job_of() for _ in range(20)]
     assert sum(batcher.submit(job, 0.0) is None for job in jobs) == 5
     batcher.discard()
-    for _ in range(128):
-        batcher.delivered(0.02)
-    assert batcher.margin == 0.02
+    for batch in range(128):
+        batcher.delivered(batch, 0.015)
+    assert batcher.margin == 0.015
     assert sum(batcher.submit(job_of(), 0.0) is None for _ in range(20)) == 3
+
+
+def test_answers_that_are_very_slow_do_not_shut_the_door() -> None:
+    batcher = batcher_of({"g": LINEAR}, objective=0.055, margin=0.001)
+    for batch in range(128):
+        batcher.delivered(batch, 10.0)
+    assert sum(batcher.submit(job_of(), 0.0) is None for _ in range(20)) == 3
+
+
+def test_a_less_urgent_jobs_refusal_holds_as_much_shorter_as_it_is_overtaken() -> None:
+    batcher = batcher_of({"g": LINEAR}, objective=0.055)
+    for number in range(100):  # more urgent ones keep the engine half busy
+        now = number * 0.02
+        admitted(batcher, now, job_of())
+        batcher.done(batch_of(batcher, now), now + 0.01, 0.01)
+    occupy(batcher, 2.0)
+    admitted(batcher, 2.0, *(job_of(priority=1) for _ in range(2)))
+    refusal = refused(batcher, job_of(priority=1), 2.0, "late")
+    assert refusal.retry_after is not None
+    assert 0 < refusal.holds < 0.8 * refusal.retry_after
+    refused(batcher, job_of(priority=1), 2.0 + 0.95 * refusal.holds, "late")
+    admitted(batcher, 2.0005 + refusal.holds, job_of(priority=1))
 
 
 def test_what_is_admitted_is_met() -> None:

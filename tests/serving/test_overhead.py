@@ -3,36 +3,45 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Iterable
 
 import pytest
 
 from muntin.serving.overhead import Overhead
 
 
+def overhead_of(batches: Iterable[float], **bounds: float) -> Overhead:
+    """Of batches of one answer, and one that goes on."""
+    overhead = Overhead(**({"least": 0.0, "most": 1.0} | bounds))
+    for number, seconds in enumerate([*batches, 0.0]):
+        overhead.add(number, seconds)
+    return overhead
+
+
 def test_before_an_answer_and_below_the_least_it_is_the_least() -> None:
-    overhead = Overhead(0.001)
-    assert overhead.seconds == 0.001
-    overhead.add(0.0004)
-    assert overhead.seconds == 0.001
+    assert overhead_of([], least=0.001).seconds == 0.001
+    assert overhead_of([0.0004] * 10, least=0.001).seconds == 0.001
 
 
-def test_it_is_what_nearly_all_answers_kept() -> None:
-    overhead, chance = Overhead(0.0), random.Random(0)  # noqa: S311 - no secret
-    for _ in range(1000):
-        overhead.add(chance.random())
-    assert 0.95 < overhead.seconds < 1.0
+def test_it_is_what_nearly_all_answers_kept_and_never_more_than_the_most() -> None:
+    chance = random.Random(0)  # noqa: S311 - no secret
+    batches = [chance.random() for _ in range(1000)]
+    assert 0.95 < overhead_of(batches).seconds < 1.0
+    assert overhead_of(batches, most=0.3).seconds == 0.3
 
 
-@pytest.mark.parametrize(("answers", "hiccups", "counts"), [(10, 1, True), (100, 2, False), (100, 3, True), (128, 2, False)])
-def test_two_hiccups_among_many_answers_do_not_count(answers: int, hiccups: int, counts: bool) -> None:
-    overhead = Overhead(0.0)
-    for number in range(answers):
-        overhead.add(0.5 if number < hiccups else 0.002)
-    assert overhead.seconds == (0.5 if counts else 0.002)
+@pytest.mark.parametrize(("batches", "hiccups", "counts"), [(10, 1, True), (100, 2, False), (100, 3, True), (128, 2, False)])
+def test_two_hiccups_among_many_batches_do_not_count(batches: int, hiccups: int, counts: bool) -> None:
+    assert overhead_of([0.5] * hiccups + [0.002] * (batches - hiccups)).seconds == (0.5 if counts else 0.002)
 
 
 def test_what_was_long_ago_does_not_count() -> None:
-    overhead = Overhead(0.0)
-    for seconds in [0.5] * 200 + [0.002] * 128:
-        overhead.add(seconds)
-    assert overhead.seconds == 0.002
+    assert overhead_of([0.5] * 200 + [0.002] * 128).seconds == 0.002
+
+
+def test_a_batch_counts_once_with_its_slowest_answer() -> None:
+    overhead = Overhead(0.0, 1.0)
+    for batch in range(100):
+        for seconds in (0.001, 0.004, 0.002):
+            overhead.add(batch, 0.5 if batch == 50 else seconds)
+    assert overhead.seconds == 0.004

@@ -454,6 +454,22 @@ def test_a_port_that_is_taken_is_named(pixels: Server, write_pixels: Callable[..
         pass
 
 
+@pytest.mark.parametrize("trouble", ["certificate", "port"])
+def test_a_server_that_cannot_start_leaves_no_thread_behind(
+    pixels: Server, write_pixels: Callable[..., Path], tmp_path: Path, trouble: str, wait_until: Any
+) -> None:
+    path, before = write_pixels(tmp_path / "pixels"), set(threading.enumerate())
+    nothing = tmp_path / "nothing.pem"
+    options = {"tls_certificate": nothing, "tls_key": nothing} if trouble == "certificate" else {"http_port": pixels.http_port}
+    with pytest.raises(DataError), served(path, **options):
+        pass
+
+    def left() -> set[threading.Thread]:
+        return {thread for thread in set(threading.enumerate()) - before if thread.name.startswith("muntin")}
+
+    wait_until(lambda: not left())
+
+
 def test_what_is_no_artefact_is_named(tmp_path: Path) -> None:
     with pytest.raises(ArtifactError, match="no such directory"):
         served(tmp_path / "nowhere")

@@ -34,6 +34,12 @@ def test_the_nearer_limit_says_how_far_a_run_is(step: int, seconds: float, done:
     assert share_done(TrainingConfig(steps=100, minutes=2), step, seconds) == pytest.approx(done)
 
 
+def test_a_stage_of_no_steps_or_no_minutes_is_done() -> None:
+    config = TrainingConfig(steps=100, minutes=2)
+    for nothing in ({"steps": 0, "minutes": 0.0}, {"minutes": 0.0}, {"steps": 0}):
+        assert share_done(config.model_copy(update=nothing), 0, 0) == 1
+
+
 def test_without_minutes_time_says_nothing() -> None:
     assert share_done(TrainingConfig(steps=100), 10, 1e9) == pytest.approx(0.1)
 

@@ -51,6 +51,7 @@ _LEVELS = 16  # priorities whose load is told apart
 _EASY = 1.5  # times the backlog: who is in time even then is admitted without a forecast
 _BUSIEST = 0.9  # of the engines, that more urgent jobs are taken to use at most
 _FLOOD = 2  # times what full batches get through: arrivals of which most are refused
+_BEYOND, _BEYOND_S = 0.3, 0.01  # of an objective, or seconds without one, that answers may be taken to need beyond the engine
 _PASSED = 64  # jobs that a batch passes over at most
 _PROBE, _PROBES = 0.25, 8  # s, and times its latency: pause between two jobs of a group that would be late even alone
 _standing = attrgetter("standing")
@@ -123,7 +124,7 @@ class Batcher:
         self.objective, self.max_rows, self.workers = objective, max_rows, workers
         self.queue_rows, self.queue_bytes = queue_rows, queue_bytes
         self.patience = patience
-        self._overhead = Overhead(margin)
+        self._overhead = Overhead(margin, max(margin, _BEYOND * objective if objective else _BEYOND_S))
         self._latencies = latencies
         self._lanes: OrderedDict[Hashable, Lane] = OrderedDict()  # the least recently used first
         self._active: dict[Hashable, Lane] = {}  # those with waiting jobs
@@ -155,13 +156,14 @@ class Batcher:
             due = job.deadline
         job.arrived, job.due, job.promised = now, due, False
         job.standing = (due if due < math.inf else now + self.patience) + job.priority * self.patience
-        if due < math.inf and (late := self._lateness(job, lane, now)) > 0:
+        late, holds = self._lateness(job, lane, now) if due < math.inf else (0.0, 0.0)
+        if late > 0:
             if late == math.inf and job.due <= now and (job.deadline is None or job.deadline > job.due):
                 return self._refuse("late", "more requests come than can be read in time: try again", self._backlog / self.workers or None)
             if late == math.inf:
                 return self._refuse("late", "the time until its deadline does not suffice even for the engine alone: give it more")
             message = f"{self._jobs} requests wait and leave it too little time: try again in {max(late * 1e3, 1):.0f} ms"
-            return self._refuse("late", message, late, holds=max(0.0, min(late, self._holds_until - now)))
+            return self._refuse("late", message, late, holds)
         self._enter(job, lane, now)
         return None
 
@@ -244,25 +246,28 @@ class Batcher:
 
     # ---- promises
 
-    def _lateness(self, job: Job, lane: Lane, now: float) -> float:
-        """By how many seconds the job would be late, or make late another that may not be; at most 0: in time; inf: not even alone."""
+    def _lateness(self, job: Job, lane: Lane, now: float) -> tuple[float, float]:
+        """By how many seconds the job would be late, or make late another that may not be; at most 0: in time; inf: not even alone.
+
+        And the seconds for which that is so for any equal job: until its batch begins so much later, or a worker is free.
+        """
         if job.due <= now:
-            return math.inf
+            return math.inf, 0.0
         if not lane.known:
-            return 0.0
+            return 0.0, 0.0
         line, time = lane.line, job.due - now - self.margin
         if line.safe(job.rows) > time:
-            return 0.0 if self._may_probe(job, lane, now) else math.inf
+            return (0.0 if self._may_probe(job, lane, now) else math.inf), 0.0
         job.promised = True
         if not self._jobs and len(self._running) < self.workers:
-            return 0.0
+            return 0.0, 0.0
         reserve, owed = self._reserve(lane, time, now)
         stretch = self._stretch(job.priority, now)
         ends = sum(run.left(now) for run in self._running)
         batch = max(job.rows, min(lane.most, lane.rows + job.rows))
         easy = ends + _EASY * self._backlog + max(reserve, owed, line.safe(batch))
         if stretch * easy <= time and job.standing >= self._last:
-            return 0.0
+            return 0.0, 0.0
         forecast = self._foresee(now)
         place = forecast.place(job, lane)
         own = line.expected(place.rows)
@@ -273,8 +278,8 @@ class Batcher:
         late = stretch * max(0.0, place.start - now) + own - time
         if late > 0:
             self._owed.raise_to(reserve, now)
-            return late
-        return forecast.harm(place, job.priority)
+            return late, max(0.0, min(late / stretch, self._holds_until - now))
+        return forecast.harm(place, job.priority), 0.0
 
     def _foresee(self, now: float) -> Forecast:
         """The forecast; made once for all the jobs that are refused until something happens, or ought to have."""
@@ -430,9 +435,9 @@ class Batcher:
         """Seconds that an answer is taken to need beyond the engine."""
         return self._overhead.seconds
 
-    def delivered(self, seconds: float) -> None:
-        """An answer went out so long after its batch was done."""
-        self._overhead.add(seconds)
+    def delivered(self, batch: object, seconds: float) -> None:
+        """An answer went out so long after its batch was computed. `batch`: equal for answers of one."""
+        self._overhead.add(batch, seconds)
 
     def cancel(self, job: Job) -> bool:
         """Takes back a job that waits; False for one that runs, was answered or was never admitted."""

@@ -123,9 +123,10 @@ class HttpFace:
                 header_length = parse_header_length(value.decode("latin-1"))
             elif name == b"content-encoding" and value not in (b"", b"identity"):
                 raise ProtocolError(f"content-encoding {value.decode('latin-1')[:40]}: send the body as it is", status=415)
-        like = (scope["path"], bytes(body[:header_length])) if header_length and header_length <= _LIKE_BYTES else None
-        if self._tracing is None:  # which is told of every request, and of its model
-            self._service.check_time(inference.began, like)
+        like = None
+        if header_length and header_length <= _LIKE_BYTES and self._tracing is None:  # which is told of every request
+            like = scope["path"], bytes(body[:header_length])
+            self._service.check_time(inference.began, like, model=model, version=version)
         inference.request = request = self._decode(body, header_length, model, version)
         return self._service.submit(request, model=model, version=version, arrived=inference.began, like=like, done=inference.done)
 

@@ -1,7 +1,8 @@
 """What an answer takes beyond the engine, learned from the answers that went out.
 
-Between the end of a batch and the last byte of its answers lie a thread's waking, encoding, and whatever else the event loop is busy with:
-at a thousand requests a second on a core that the engine shares, milliseconds. A promise that counts the engine alone is broken by them.
+Between the end of a batch and the writing of its last answer lie a thread's waking, encoding, and whatever else the event loop is busy
+with: at a thousand requests a second on a core that the engine shares, milliseconds. A promise that counts the engine alone is broken by
+them. (Of gRPC, which encodes and writes by itself, it is what the loop takes to hear of an answer.)
 """
 
 from __future__ import annotations
@@ -9,25 +10,40 @@ from __future__ import annotations
 from bisect import bisect_left, insort
 from collections import deque
 
-_WINDOW = 128  # answers that it is taken from
+_WINDOW = 128  # batches that it is taken from
 _OUTLIERS, _OUTLIER = 2, 32  # the longest that do not count: one for so many, up to two
 
 
 class Overhead:
-    """`seconds`: all but two of the last 128 answers kept them; `least` at the least. Adding one costs about a microsecond."""
+    """`seconds`: within them the answers of all but two of the last 128 batches were written; between `least` and `most`.
 
-    __slots__ = ("_least", "_ordered", "_recent", "seconds")
+    `most` bounds what a few very slow answers can do to everybody else's promises. Adding one costs about a microsecond.
+    """
 
-    def __init__(self, least: float) -> None:
-        self._least = self.seconds = least
+    __slots__ = ("_batch", "_least", "_longest", "_most", "_ordered", "_recent", "seconds")
+
+    def __init__(self, least: float, most: float) -> None:
+        self._least, self._most = least, most
+        self.seconds = least
         self._recent: deque[float] = deque()
         self._ordered: list[float] = []
+        self._batch: object = None
+        self._longest = 0.0
+        """Of the answers of the present batch."""
 
-    def add(self, seconds: float) -> None:
-        """An answer went out so many seconds after the engine was done with it."""
+    def add(self, batch: object, seconds: float) -> None:
+        """An answer of a batch was written so many seconds after it was computed. `batch`: equal for answers of one."""
+        if batch == self._batch:
+            self._longest = max(self._longest, seconds)
+            return
+        if self._batch is not None:
+            self._count(self._longest)
+        self._batch, self._longest = batch, seconds
+
+    def _count(self, seconds: float) -> None:
         self._recent.append(seconds)
         insort(self._ordered, seconds)
         if len(self._recent) > _WINDOW:
             del self._ordered[bisect_left(self._ordered, self._recent.popleft())]
         outliers = min(_OUTLIERS, len(self._recent) // _OUTLIER)
-        self.seconds = max(self._least, self._ordered[-1 - outliers])
+        self.seconds = max(self._least, min(self._ordered[-1 - outliers], self._most))

@@ -75,10 +75,11 @@ class Runner:
         _deliver(done, CancelledError("the request was taken back"))
         return True
 
-    def delivered(self, seconds: float) -> None:
-        """An answer went out so long after the engine was done with it: who tells of every one gets promises that count with it."""
+    def delivered(self, batch: object, seconds: float) -> None:
+        """An answer went out so long after it was given: who tells of every one gets promises that count with it. `batch`: equal for the
+        answers of one."""
         with self._changed:
-            self._batcher.delivered(seconds)
+            self._batcher.delivered(batch, seconds)
 
     def snapshot(self) -> Snapshot:
         """The batcher's counts."""

@@ -17,7 +17,7 @@ import socket
 import ssl
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AsyncExitStack, contextmanager
 from functools import partial
 from pathlib import Path
 from types import TracebackType
@@ -155,8 +155,14 @@ class Server:
         return tuple(Call((size, height, width), manifest.signature.task == "segment") for size in sizes)
 
     async def _serve(self, up: Callable[[], None]) -> None:
+        """What is made is ended in the opposite order, whatever of it there is when something fails."""
+        async with AsyncExitStack() as ending:
+            ending.push_async_callback(asyncio.to_thread, self._compiler.close)
+            await asyncio.to_thread(self._load_first)
+            await self._answer(up, ending)
+
+    async def _answer(self, up: Callable[[], None], ending: AsyncExitStack) -> None:
         config = self.config
-        await asyncio.to_thread(self._load_first)
         metrics = Metrics()
         executor = Executor(self.slot, compiler=self._compiler)
         objective = None if config.objective_ms is None else config.objective_ms / 1e3
@@ -178,40 +184,35 @@ class Server:
         _expose(metrics, service, runner, ledger)
         control = Control(self.slot, self._repository)
         pictures = Pictures(service)
+        ending.push_async_callback(asyncio.to_thread, self._end, pictures, runner, service)
         limits = Limits(body_bytes=config.bounds.body_bytes)
         log = AccessLog() if config.access_log else None
         tracing = Tracing() if config.trace else None
+        if tracing is not None:
+            ending.push_async_callback(asyncio.to_thread, tracing.close)
         face = HttpFace(service, control, pictures, limits=limits, tokens=config.tokens, log=log, tracing=tracing)
         http_config = self._uvicorn_config(face, ledger)
-        watcher = None
-        grpc_face = None
-        try:
-            if config.grpc_port is not None:
-                grpc_face = GrpcFace(
-                    service, control, limits=limits, tokens=config.tokens, log=log, in_flight=config.bounds.connections, tls=self._tls(),
-                    tracing=tracing,
-                )  # fmt: skip
-                await self._listen_grpc(grpc_face)
-            sock = self._listen()
-            self._http = _Http(http_config, service, up)
-            if config.watch:
-                watcher = Watcher(self._repository, self.slot, notify=self._notify, interval_s=config.watch_seconds)
-                watcher.start()
-            gc.collect()
-            gc.freeze()  # what was made until here stays: later collections need not look at it
-            take_short_turns()  # the engines' threads are there, and keep theirs
-            await asyncio.gather(self._http.serve(sockets=[sock]))
-        finally:
-            service.draining = True
-            if grpc_face is not None:
-                await grpc_face.stop(config.drain_seconds)
-            self.slot.close()
-            if watcher is not None:
-                await asyncio.to_thread(watcher.stop)
-            if tracing is not None:
-                await asyncio.to_thread(tracing.close)
-            await asyncio.to_thread(self._end, pictures, runner, service)
-            gc.unfreeze()
+        if config.watch:
+            watcher = Watcher(self._repository, self.slot, notify=self._notify, interval_s=config.watch_seconds)
+            ending.push_async_callback(asyncio.to_thread, watcher.stop)
+        ending.callback(self.slot.close)
+        if config.grpc_port is not None:
+            grpc_face = GrpcFace(
+                service, control, limits=limits, tokens=config.tokens, log=log, in_flight=config.bounds.connections, tls=self._tls(),
+                tracing=tracing,
+            )  # fmt: skip
+            ending.push_async_callback(grpc_face.stop, config.drain_seconds)
+            await self._listen_grpc(grpc_face)
+        ending.callback(setattr, service, "draining", True)
+        sock = self._listen()
+        self._http = _Http(http_config, service, up)
+        if config.watch:
+            watcher.start()
+        gc.collect()
+        gc.freeze()  # what was made until here stays: later collections need not look at it
+        ending.callback(gc.unfreeze)
+        take_short_turns()  # the engines' threads are there, and keep theirs
+        await self._http.serve(sockets=[sock])
 
     def _load_first(self) -> None:
         newest = self._newest()
@@ -232,7 +233,6 @@ class Server:
         pictures.close()
         runner.close(self.config.drain_seconds)
         service.close()
-        self._compiler.close()
 
     def _listen(self) -> socket.socket:
         host, port = self.config.host, self.config.http_port

@@ -135,21 +135,24 @@ class Service:
             self.lease(self.name, version).release()
         return [self._accounts.get(version, Account()).statistics(self.name, version)]
 
-    def check_time(self, arrived: float, like: Hashable | None = None) -> None:
+    def check_time(self, arrived: float, like: Hashable, *, model: str, version: str | None) -> None:
         """Raises `RefusedRequestError` for a request that will be refused, whatever is in it: one that was read too late, or one that is
         `like` one that was refused a moment ago. Costs next to nothing: at a flood this is all that most requests are given.
         """
-        if self.objective is not None and self._clock() - arrived >= self.objective:
-            self.turnstile.turn_away(like)
-            reason = "more requests come than can be read in time: try again"
-        elif like is not None and (left := self.turnstile.left(like, arrived)):
-            reason = f"others like it wait and leave it too little time: try again in {max(left * 1e3, 1):.0f} ms"
+        now = self._clock()
+        if self.objective is not None and now - arrived >= self.objective:
+            self.turnstile.turn_away(like, arrived)
+            error = RefusedRequestError("more requests come than can be read in time: try again")
+        elif left := self.turnstile.left(like, arrived):
+            told = f"others like it wait and leave it too little time: try again in {max(left * 1e3, 1):.0f} ms"
+            error = RefusedRequestError(told, retry_after=left)
         else:
             return
         current = self.slot.current
-        if current is not None and current.name in self._accounts:
-            self._accounts[current.name].failed(self._clock() - arrived)
-        raise RefusedRequestError(reason)
+        name = version or (None if current is None else current.name)
+        if model == self.name and name in self._accounts:
+            self._accounts[name].failed(now - arrived)
+        raise error
 
     async def infer(self, request: InferRequest, *, model: str, version: str | None, arrived: float | None = None) -> Answered:
         """The answer. Raises ProtocolError as `submit` raises and answers. Cancelled, it takes the request back if that still waits."""
@@ -191,8 +194,9 @@ class Service:
         def computed(found: tuple[NDArray[Any], Work] | Exception) -> None:
             total = self._clock() - arrived
             if isinstance(found, Exception):
-                if like is not None and isinstance(found, RefusedRequestError) and found.holds:
-                    self.turnstile.shut(like, arrived + found.holds)
+                # A candidate's refusal says nothing of the version that most requests are for.
+                if like is not None and isinstance(found, RefusedRequestError) and found.holds and lease.version is self.slot.current:
+                    self.turnstile.shut(like, arrived + found.holds, arrived + found.retry_after)
                 account.failed(total)
                 done(found)
                 return
@@ -213,7 +217,7 @@ class Service:
             queued = max(work.started - arrived, 0.0)
             done(Answered(response=response, queued=queued, computed=work.computed, total=total, batch_rows=work.batch_rows))
 
-        unseen = 0 if like is None else self.turnstile.unseen(like)
+        unseen = 0 if like is None else self.turnstile.unseen(like, arrived)
         cancel = self._begin(images, lease, labels=labels, priority=priority, deadline=deadline, came=arrived, unseen=unseen, done=computed)
 
         def take_back() -> None:
@@ -270,12 +274,15 @@ class Service:
         )
         mailbox = self._box()
         silent = False
+        given = 0.0
 
         def settle(answer: Any) -> None:
             nonlocal silent
             if silent:
                 return
             silent = True
+            if not isinstance(answer, Refusal):
+                self.turnstile.open()
             if isinstance(answer, BaseException | Refusal):
                 done(_error(answer))
                 return
@@ -285,9 +292,11 @@ class Service:
             self.metrics.batch.observe(work.batch_rows)
             self._shadow(images, answer, labels)
             done((answer, work))
-            self.runner.delivered(self._clock() - work.started - work.computed)
+            self.runner.delivered(work.started, self._clock() - given)
 
         def answered(answer: Any) -> None:
+            nonlocal given
+            given = self._clock()
             lease.release()
             mailbox.put(settle, answer)
 
@@ -295,6 +304,7 @@ class Service:
             nonlocal silent
             before, silent = silent, True
             self.runner.cancel(job)
+            self.turnstile.open()
             return not before
 
         self.runner.submit(job, answered)

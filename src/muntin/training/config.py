@@ -27,7 +27,11 @@ class TrainingConfig(BaseModel):
     steps: Annotated[int, Field(ge=1, description="optimiser steps at most")] = 2000
     minutes: Annotated[
         float | None,
-        Field(gt=0, allow_inf_nan=False, description="wall-clock minutes at most: the nearer of both limits drives the schedule"),
+        Field(
+            gt=0,
+            allow_inf_nan=False,
+            description="wall-clock minutes at most: the nearer limit drives the schedule; no two such runs are alike",
+        ),
     ] = None
     batch_size: Annotated[int, Field(ge=1, le=4096, description="crops a step")] = 8
     learning_rate: Annotated[float, Field(gt=0, le=1, description="at the end of the warm-up")] = 2e-3

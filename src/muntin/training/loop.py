@@ -3,7 +3,8 @@
     batch(step) -> autocast forward -> loss -> backward -> clip -> AdamW -> averaged weights -> (validate, checkpoint)
 
 A batch depends on nothing but the recipe's seed and the step, and a checkpoint holds all other state, so a run that was interrupted
-and resumed ends in the same bits as one that was not (on the same machine, with the same number of threads).
+and resumed ends in the same bits as one that was not (on the same machine, with the same number of threads). Not where `training.minutes`
+limits it: then the learning rate depends on the clock.
 
 Axes: B images, C channels, H W map.
 """
@@ -214,6 +215,7 @@ class Training:
                 if self.step % config.validate_every == 0 or ended:
                     self._validate(log, validation)
                     self.seconds = before + time.perf_counter() - started
+                    ended = self.finished  # by what validating took, maybe
                 last = ended or interruption.asked  # read once: a checkpoint follows for sure
                 if last or self.step % config.checkpoint_every == 0:
                     path = self._write()

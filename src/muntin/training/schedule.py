@@ -14,8 +14,9 @@ from muntin.training.config import TrainingConfig
 def share_done(config: TrainingConfig, step: float, seconds: float) -> float:
     """Of the run, 0 to 1, after `step` steps that took `seconds`."""
     in_steps = step / config.steps if config.steps else 1.0
-    in_time = 0.0 if config.minutes is None else seconds / (60 * config.minutes)
-    return min(1.0, max(in_steps, in_time))
+    if config.minutes is None:
+        return min(1.0, in_steps)
+    return min(1.0, max(in_steps, seconds / (60 * config.minutes) if config.minutes else 1.0))
 
 
 def steps_expected(config: TrainingConfig, step: int, seconds: float) -> int:
