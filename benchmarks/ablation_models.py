@@ -16,7 +16,7 @@ from torch.nn import functional as F  # noqa: N812 - the field's usual name
 
 from muntin.layers import ConvUnit, Grid, ParallelBlock, Perceptron, PixelHead, ProgressiveUpsampler, Sum, TokenNorm
 from muntin.models import HybridNet, Task, create_model
-from muntin.models.hybridnet import FINEST, AttentionStage
+from muntin.models.hybridnet import FINEST, GAIN, AttentionStage
 
 
 class LayerNorm(nn.Module):
@@ -163,5 +163,5 @@ def with_uper_decoder(*, task: Task, classes: int, channels: int) -> nn.Module:
     config = model.config
     maps = [*reversed(config.dims), config.stem[2], config.stem[1]]
     model.decoder = cast(ProgressiveUpsampler, UperDecoder(maps, config.decoder // 2))
-    model.head = PixelHead(config.decoder // 2, config.outputs, FINEST * config.scale)
+    model.head = PixelHead(config.decoder // 2, config.outputs, FINEST * config.scale, GAIN)
     return model

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from muntin import create_model
 from muntin.compression import fold
 from muntin.compression.fold import Folded, fold_after, fold_before, fold_gate
-from muntin.layers import ChannelGate, ConvUnit, MapNorm, TokenNorm
+from muntin.layers import ChannelGate, ConvUnit, Gain, MapNorm, TokenNorm
 from muntin.layers.block import Perceptron
 from muntin.layers.windows import Grid
 
@@ -50,7 +50,7 @@ def test_the_answer_stays_and_the_norms_and_gates_go(block: str, attention: str)
     changes = fold(model)
     after = answer(model, x)
     assert (after - before).abs().max() <= 1e-5 * before.abs().max()
-    assert not [name for name, module in model.named_modules() if isinstance(module, MapNorm | TokenNorm | ChannelGate)]
+    assert not [name for name, module in model.named_modules() if isinstance(module, MapNorm | TokenNorm | ChannelGate | Gain)]
     assert all(change.pass_ == "fold" and not change.kept for change in changes)
 
 
@@ -60,7 +60,7 @@ def test_each_unit_that_folds_is_named_once() -> None:
     blocks = {f"stages.{stage}.blocks.0{part}" for stage in (0, 1) for part in ("", ".mlp")}
     pairs = {"stage4.0", "stage8.1"}  # whose gates fold
     names = [change.layer for change in fold(model)]
-    assert sorted(names) == sorted(units | blocks | pairs)
+    assert sorted(names) == sorted(units | blocks | pairs | {"head"})
 
 
 def test_a_gate_stays_behind_what_is_not_linear_in_a_scale() -> None:

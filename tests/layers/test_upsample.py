@@ -83,6 +83,22 @@ def test_a_new_head_gives_one_constant_for_a_constant() -> None:
     torch.testing.assert_close(out, out[:, :, :1, :1].expand_as(out))
 
 
+def test_a_gain_changes_nothing_at_the_start_and_lets_the_scores_grow_as_much_faster() -> None:
+    x = torch.randn(2, 5, 4, 6)
+    heads = []
+    for gain in (1.0, 32.0):
+        torch.manual_seed(0)
+        heads.append(PixelHead(5, 3, 4, gain))
+    before = [head(x) for head in heads]
+    torch.testing.assert_close(before[1], before[0])
+    for head in heads:
+        optimizer = torch.optim.AdamW(head.parameters(), lr=1e-3, weight_decay=0.0)
+        head(x).mean().backward()
+        optimizer.step()
+    slow, fast = (head(x) - first for head, first in zip(heads, before, strict=True))
+    torch.testing.assert_close(fast, 32 * slow, rtol=1e-2, atol=1e-4)
+
+
 def test_a_trained_head_spreads_its_channels_row_by_row() -> None:
     head = PixelHead(5, 3, 2).double()
     with torch.no_grad():

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from muntin.compression.change import Change
 from muntin.compression.factored import FactoredConv2d, FactoredLinear
 from muntin.compression.rewrite import named
-from muntin.layers import ChannelGate, ConvUnit, MapNorm, ResidualPair, TokenNorm
+from muntin.layers import ChannelGate, ConvUnit, Gain, MapNorm, PixelHead, ResidualPair, TokenNorm
 from muntin.layers.attention import Attention
 from muntin.layers.block import ParallelBlock, Perceptron, SerialBlock
 from muntin.layers.windows import Grid
@@ -130,19 +130,31 @@ def _fold_pair(pair: ResidualPair) -> str | None:
     return "gate folded into the convolution before it"
 
 
+def _fold_head(head: PixelHead) -> str | None:
+    conv = _last(head.conv)
+    if not isinstance(head.gain, Gain) or not isinstance(conv, nn.Conv2d):
+        return None
+    conv.weight.mul_(head.gain.factor)
+    if conv.bias is not None:
+        conv.bias.mul_(head.gain.factor)
+    head.gain = nn.Identity()
+    return "gain folded into the convolution before it"
+
+
 RULES: dict[type[nn.Module], Callable[..., str | None]] = {
     ConvUnit: _fold_unit,
     ParallelBlock: _fold_parallel,
     SerialBlock: _fold_serial,
     Perceptron: _fold_perceptron,
     ResidualPair: _fold_pair,
+    PixelHead: _fold_head,
 }
 """How each kind of unit folds: returns what was done, or None where there is nothing left to fold."""
 
 
 @torch.no_grad()
 def fold(model: nn.Module) -> list[Change]:
-    """Fold every norm and gate of muntin's layers, in place; the model must be in `eval` mode. Idempotent.
+    """Fold every norm, gate and gain of muntin's layers, in place; the model must be in `eval` mode. Idempotent.
 
     Layers of other libraries are left as they are: `fold_batch_norms` is for those.
     """

@@ -8,7 +8,7 @@ from muntin.layers.hybrid import DenseAttention, HybridAttention
 from muntin.layers.latent import GlobalAttention
 from muntin.layers.local import LocalAttention
 from muntin.layers.norm import MapNorm, TokenNorm
-from muntin.layers.ops import Product, SoftmaxProduct, Sum
+from muntin.layers.ops import Gain, Product, SoftmaxProduct, Sum
 from muntin.layers.upsample import PixelHead, ProgressiveUpsampler
 from muntin.layers.windows import Grid, merge, partition
 
@@ -16,7 +16,7 @@ Gated = Perceptron | ResidualPair
 """What has a gate inside, between its two `ends`."""
 
 __all__ = [
-    "Attention", "ChannelGate", "ConvUnit", "DenseAttention", "Gated", "GlobalAttention", "Grid", "HybridAttention", "LocalAttention",
-    "MapNorm", "ParallelBlock", "Perceptron", "PixelHead", "PositionUnit", "Product", "ProgressiveUpsampler", "ResidualPair",
-    "SerialBlock", "SoftmaxProduct", "Sum", "TokenNorm", "merge", "partition",
+    "Attention", "ChannelGate", "ConvUnit", "DenseAttention", "Gain", "Gated", "GlobalAttention", "Grid", "HybridAttention",
+    "LocalAttention", "MapNorm", "ParallelBlock", "Perceptron", "PixelHead", "PositionUnit", "Product", "ProgressiveUpsampler",
+    "ResidualPair", "SerialBlock", "SoftmaxProduct", "Sum", "TokenNorm", "merge", "partition",
 ]  # fmt: skip

@@ -30,6 +30,19 @@ class SoftmaxProduct(nn.Module):
         return torch.matmul(torch.softmax(logits, -1), values)
 
 
+class Gain(nn.Module):
+    """A fixed factor. What it scales is learned so many times faster: Adam's steps are as long as the learning rate, whatever they move."""
+
+    factor: Tensor
+
+    def __init__(self, factor: float) -> None:
+        super().__init__()
+        self.register_buffer("factor", torch.tensor(float(factor)))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * self.factor
+
+
 class Sum(nn.Module):
     """The sum of a residual stream and its branches, all of one shape."""
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812 - the field's usual name
 
 from muntin.layers.convolution import ConvUnit
-from muntin.layers.ops import Sum
+from muntin.layers.ops import Gain, Sum
 
 
 def upsample_to(x_BCHW: Tensor, like_BCHW: Tensor) -> Tensor:
@@ -53,17 +53,23 @@ class PixelHead(nn.Module):
     `(B, C, h, w) -> (B, K, factor·h, factor·w)`, to be cut to the picture's size. C·K·factor² multiply-adds a position at low
     resolution: nothing heavy runs at full resolution. Source: sub-pixel convolution (Shi et al., 1609.05158, section 3.2),
     started at repetition (ICNR, Aitken et al., 1707.02937), so that training begins without a checkerboard.
+
+    `gain`: a factor of the scores, with weights that start as many times smaller, so that the untrained layer is the same. Adam moves every
+    weight by about the learning rate, so scores grow with the number of channels that they are a sum over: those of a narrow decoder
+    lag behind, and the loss with them. A gain lets them keep up; it is folded into the weights for deployment. The idea of learning
+    rates by width is Yang & Hu's (2011.14522); the number was found by trial (docs/log.md).
     """
 
-    def __init__(self, channels: int, outputs: int, factor: int) -> None:
+    def __init__(self, channels: int, outputs: int, factor: int, gain: float = 1.0) -> None:
         super().__init__()
         self.conv = nn.Conv2d(channels, outputs * factor**2, 1)
         self.factor = factor
+        self.gain: nn.Module = nn.Identity() if gain == 1 else Gain(gain)
         self.shuffle: nn.Module = nn.PixelShuffle(factor) if factor > 1 else nn.Identity()
         with torch.no_grad():
-            self.conv.weight.copy_(self.conv.weight[:outputs].repeat_interleave(factor**2, dim=0))
+            self.conv.weight.copy_(self.conv.weight[:outputs].repeat_interleave(factor**2, dim=0) / gain)
             self.conv.get_parameter("bias").zero_()
 
     def forward(self, x_BCHW: Tensor) -> Tensor:
-        out: Tensor = self.shuffle(self.conv(x_BCHW))
+        out: Tensor = self.shuffle(self.gain(self.conv(x_BCHW)))
         return out

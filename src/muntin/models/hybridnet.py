@@ -37,6 +37,8 @@ from muntin.models.config import ModelConfig
 
 FINEST = 4
 """Stride at which the decoder ends and `PixelHead` begins."""
+GAIN = 32.0
+"""Of the class scores: see `PixelHead`."""
 
 
 def build_attention(config: ModelConfig, dim: int) -> Attention:
@@ -106,7 +108,8 @@ class HybridNet(nn.Module):
             self.head: nn.Module = nn.Linear(config.dims[-1], config.classes)
         else:
             self.decoder = ProgressiveUpsampler([*reversed(config.dims), c8, c4], config.decoder)
-            self.head = PixelHead(config.decoder, config.outputs, FINEST * config.scale)
+            gain = GAIN if config.task == "segment" else 1.0
+            self.head = PixelHead(config.decoder, config.outputs, FINEST * config.scale, gain)
         if config.task == "restore":
             self.enlarge = nn.Upsample(scale_factor=config.scale, mode="bilinear") if config.scale > 1 else nn.Identity()
             self.sum = Sum()
