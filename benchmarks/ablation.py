@@ -63,6 +63,7 @@ from muntin.deployment import image_macs
 from muntin.deployment.counting import parameter_count
 from muntin.errors import DependencyError, MuntinError
 from muntin.models import TorchSession
+from muntin.models.hybridnet import GAIN
 from muntin.runtime import load
 from muntin.runtime.contention import watch_cpu
 from muntin.runtime.hardware import physical_cores
@@ -334,9 +335,10 @@ def main() -> None:
     parser.add_argument("--output", type=Path, default=Path("runs/benchmark-ablation"))
     parser.add_argument("--json", action="store_true", help="print one JSON document instead of the tables")
     arguments = parser.parse_args()
-    training = {"steps": arguments.steps, "precision": arguments.precision}
-    timing = {**training, "threads": arguments.threads, "rounds": arguments.rounds}
-    setting = Setting(output=arguments.output, **timing)
+    measured = {"steps": arguments.steps, "precision": arguments.precision, "threads": arguments.threads, "rounds": arguments.rounds}
+    setting = Setting(output=arguments.output, **measured)
+    training = {"steps": arguments.steps, "precision": arguments.precision, "gain": GAIN}  # rows from before the gain are another network's
+    timing = {**measured, **training}
     names = list(dict.fromkeys(["base", *arguments.variants]))
     scores: list[Row] = []
     latencies: list[Row] = []

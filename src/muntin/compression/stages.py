@@ -4,7 +4,8 @@
                                      every stage learns from the labels and from the FP32 model's answers
 
 The first stage begins by cutting out the channels that gates have closed. A stage starts from the averaged weights of the one before and
-writes checkpoints of its own, so that compression that was interrupted goes on where it stood and ends in the same bits.
+writes checkpoints of its own, so that compression that was interrupted goes on where it stood and ends in the same bits
+(where no `training.minutes` limit the run and its stages).
 
     RUN/compressed/1-low-rank/checkpoints/step-...     2-w4a8/...     3-mixed/...
 

@@ -18,10 +18,12 @@ Nothing here knows a clock or a lock. Observing costs some 20 µs.
 from __future__ import annotations
 
 import math
-from bisect import bisect_left, insort
+from bisect import insort
 from collections import OrderedDict, deque
 from collections.abc import Hashable
 from typing import NamedTuple
+
+from muntin.serving.window import Window
 
 GROUPS = 128
 """Groups that are remembered; the one that was not used for the longest time goes first."""
@@ -174,7 +176,7 @@ class _Size:
 class _Group:
     """What is remembered of one group; `line` is what it comes to, renewed by every batch."""
 
-    __slots__ = ("_count", "_deviations", "_largest", "_ordered", "_recent", "_sizes", "cost", "line")
+    __slots__ = ("_count", "_deviations", "_largest", "_recent", "_sizes", "cost", "line")
 
     def __init__(self) -> None:
         self.cost: float | None = None
@@ -183,8 +185,7 @@ class _Group:
         self._largest = 0
         self._sizes: dict[int, _Size] = {}
         self._recent: deque[tuple[int, float]] = deque(maxlen=_RECENT)  # rows, seconds
-        self._deviations: deque[float] = deque()  # seconds / line
-        self._ordered: list[float] = []  # the same
+        self._deviations = Window(_WINDOW)  # seconds / line
 
     def observe(self, rows: int, seconds: float) -> None:
         self._count += 1
@@ -207,7 +208,7 @@ class _Group:
             self._renew(median)
             return
         if self._count > _ROUGH:
-            self._push(seconds / self.line.expected(rows))
+            self._deviations.add(seconds / self.line.expected(rows))
         if size.count >= _SETTLED:  # before that, the line may be to blame
             self._scale(1 + min(max(deviation, -_CLIP), _CLIP) * _GAIN)
 
@@ -228,19 +229,12 @@ class _Group:
         for size in self._sizes.values():
             size.scale(factor)
 
-    def _push(self, deviation: float) -> None:
-        self._deviations.append(deviation)
-        insort(self._ordered, deviation)
-        if len(self._deviations) > _WINDOW:
-            del self._ordered[bisect_left(self._ordered, self._deviations.popleft())]
-
     def _renew(self, factor: float) -> None:
         """After a jump: what the last batches deviate by now, so that the jump itself does not count as spread."""
-        for _ in range(min(len(self._recent) - 1, len(self._deviations))):
-            del self._ordered[bisect_left(self._ordered, self._deviations.pop())]
+        self._deviations.drop(len(self._recent) - 1)
         if self._count > _ROUGH:
             for rows, seconds in self._recent:
-                self._push(seconds / (self.line.expected(rows) * factor))
+                self._deviations.add(seconds / (self.line.expected(rows) * factor))
 
     def _fit(self) -> tuple[float, float, float]:
         """The line of the least relative error through the sizes, with neither part below 0: `fixed`, `each`, `least`."""
@@ -265,11 +259,11 @@ class _Group:
         return (fixed, each, 0.0) if each >= 0 else (t0 / s0, 0.0, 0.0)
 
     def _spread(self) -> float:
-        count = len(self._ordered)
+        count = len(self._deviations)
         if count < _EARLY:
             return 1 + _EARLY_SPREAD
         outliers = (_OUTLIERS * count + _WINDOW // 2) // _WINDOW
-        return 1 + max(_LEAST_SPREAD, (self._ordered[count - 1 - outliers] - 1) * _STRETCH)
+        return 1 + max(_LEAST_SPREAD, (self._deviations.largest(outliers) - 1) * _STRETCH)
 
     def _firm(self) -> bool:
         smallest = min(self._sizes)

@@ -7,8 +7,7 @@ them. (Of gRPC, which encodes and writes by itself, it is what the loop takes to
 
 from __future__ import annotations
 
-from bisect import bisect_left, insort
-from collections import deque
+from muntin.serving.window import Window
 
 _WINDOW = 128  # batches that it is taken from
 _OUTLIERS, _OUTLIER = 2, 32  # the longest that do not count: one for so many, up to two
@@ -20,13 +19,12 @@ class Overhead:
     `most` bounds what a few very slow answers can do to everybody else's promises. Adding one costs about a microsecond.
     """
 
-    __slots__ = ("_batch", "_least", "_longest", "_most", "_ordered", "_recent", "seconds")
+    __slots__ = ("_batch", "_least", "_longest", "_most", "_recent", "seconds")
 
     def __init__(self, least: float, most: float) -> None:
         self._least, self._most = least, most
         self.seconds = least
-        self._recent: deque[float] = deque()
-        self._ordered: list[float] = []
+        self._recent = Window(_WINDOW)
         self._batch: object = None
         self._longest = 0.0
         """Of the answers of the present batch."""
@@ -41,9 +39,6 @@ class Overhead:
         self._batch, self._longest = batch, seconds
 
     def _count(self, seconds: float) -> None:
-        self._recent.append(seconds)
-        insort(self._ordered, seconds)
-        if len(self._recent) > _WINDOW:
-            del self._ordered[bisect_left(self._ordered, self._recent.popleft())]
+        self._recent.add(seconds)
         outliers = min(_OUTLIERS, len(self._recent) // _OUTLIER)
-        self.seconds = max(self._least, min(self._ordered[-1 - outliers], self._most))
+        self.seconds = max(self._least, min(self._recent.largest(outliers), self._most))

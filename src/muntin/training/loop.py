@@ -192,7 +192,7 @@ class Training:
         return steps_expected(self.config, self.step, self.seconds)
 
     def run(self, interruption: Interruption) -> Path:
-        """Train to the end, or to the one in which an interruption is asked for; the newest checkpoint."""
+        """Train to the end, or to the step in which an interruption is asked for; the newest checkpoint."""
         config, data = self.config, self.recipe.data
         crops = Crops(
             self.source.split("train"), task=self.recipe.task, crop=data.crop, batch_size=config.batch_size, seed=self.seed,
