@@ -12,8 +12,8 @@ import torch
 from muntin.artifact.classes import ClassInfo
 from muntin.training.average import WeightAverage
 from muntin.training.checkpoint import AVERAGE, MODEL, OPTIMIZER, build_model, optimizer_tensors, write_checkpoint
+from muntin.training.optimizer import make_optimizer
 from muntin.training.recipe import Recipe, parse_recipe
-from muntin.training.trainer import make_optimizer
 
 CLASSES = tuple(ClassInfo(name=name, color=(9, 9, 9)) for name in ("sea", "field", "roof"))
 SMALL = {"stem": [8, 8, 16], "dims": [32], "depths": [1], "head_dim": 16, "window": 4, "latents": 4, "decoder": 16, "pairs": [1, 1]}

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import dataclasses
 import json
 import shutil
 from collections.abc import Callable
@@ -23,8 +24,10 @@ from muntin.training.checkpoint import (
     optimizer_tensors,
     read_checkpoint,
 )
+from muntin.training.optimizer import make_optimizer
+from muntin.training.precision import resolve_precision
 from muntin.training.recipe import Recipe
-from muntin.training.trainer import make_optimizer
+from muntin.training.trainer import Trainer
 
 Save = Callable[..., Path]
 
@@ -207,3 +210,13 @@ def test_a_place_that_cannot_be_written_leaves_the_older_checkpoint(tmp_path: Pa
     assert "artefact" not in str(error.value).split("(")[0]
     assert sorted(p.name for p in folder.iterdir()) == ["step-00000001", "step-00000002"]
     read_checkpoint(folder / "step-00000001")
+
+
+def test_the_state_of_another_optimizer_is_refused(tmp_path: Path, save_step: Save, recipe: Recipe) -> None:
+    checkpoint = read_checkpoint(save_step(tmp_path, 3))
+    model, precision = build_model(recipe, checkpoint.state.classes), resolve_precision("fp32", "cpu")
+    trainer = Trainer(model, recipe.training, task="segment", precision=precision)
+    trainer.restore(checkpoint)
+    renamed = {name.replace("momentum.", "exp_avg."): value for name, value in checkpoint.tensors[OPTIMIZER].items()}
+    with pytest.raises(CheckpointError, match="another optimiser"):
+        trainer.restore(dataclasses.replace(checkpoint, tensors={**checkpoint.tensors, OPTIMIZER: renamed}))

@@ -18,7 +18,7 @@ from muntin.layers.gate import BLOCK
 from muntin.training.average import WeightAverage
 from muntin.training.closing import FIRST, LAST, GateClosing
 from muntin.training.config import TrainingConfig
-from muntin.training.trainer import make_optimizer
+from muntin.training.optimizer import make_optimizer
 
 OPTIONS = {
     "stem": (16, 48, 48),

@@ -19,9 +19,9 @@ from muntin.runtime.images import write_image
 from muntin.training.checkpoint import Checkpoint, checkpoints_in, read_checkpoint
 from muntin.training.config import TrainingConfig
 from muntin.training.loop import LOG_EVERY, FitProgress, FitResult, fit
+from muntin.training.optimizer import make_optimizer
 from muntin.training.recipe import load_recipe
 from muntin.training.schedule import learning_rate
-from muntin.training.trainer import make_optimizer
 
 STEPS = LOG_EVERY + 4
 

@@ -129,7 +129,7 @@ TAIL = [
     "training:",
     "  steps: 2000  # batches to train on; `minutes: 30` beside it ends the run then, if it has not ended before",
     "  batch_size: 16  # crops in a batch; halve it if memory runs out",
-    "  learning_rate: 0.0015  # the highest; it warms up to it and falls along a cosine",
+    "  learning_rate: 0.003  # the highest; it warms up to it and falls along a cosine",
     "  precision: auto  # 16-bit where this machine is fast at it; fp32 to switch that off",
     "",
     "quantization:",

@@ -2,7 +2,7 @@
 
     RUN/checkpoints/step-00000250/model.safetensors      the weights that are trained
                                   average.safetensors    the averaged weights: what is evaluated, compressed and exported
-                                  optimizer.safetensors  AdamW's moments and the state of the random generators
+                                  optimizer.safetensors  the optimiser's moments and the state of the random generators
                                   checkpoint.json        recipe, step, history, sha256 of the files above and of itself
 
 A directory is written beside its place and renamed into it, and only then is an older one removed: there is always a
@@ -203,7 +203,7 @@ def _read(path: Path, name: str, state: CheckpointState) -> dict[str, Tensor]:
 
 
 def optimizer_tensors(model: nn.Module, optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler) -> dict[str, Tensor]:
-    """AdamW's state by parameter name, the generators' states, and the loss scale where one is used (FP16)."""
+    """The optimiser's state by parameter name, the generators' states, and the loss scale where one is used (FP16)."""
     names = {id(p): name for name, p in model.named_parameters()}
     tensors = {"rng.cpu": torch.get_rng_state()}
     if torch.cuda.is_available():

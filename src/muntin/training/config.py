@@ -20,7 +20,7 @@ class ModelChoice(BaseModel):
 
 
 class TrainingConfig(BaseModel):
-    """The loop: AdamW with warm-up and a cosine, weights averaged over time, gradients clipped."""
+    """The loop: Muon and AdamW with warm-up and a cosine, weights averaged over time, gradients clipped."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -34,10 +34,10 @@ class TrainingConfig(BaseModel):
         ),
     ] = None
     batch_size: Annotated[int, Field(ge=1, le=4096, description="crops a step")] = 8
-    learning_rate: Annotated[float, Field(gt=0, le=1, description="at the end of the warm-up")] = 2e-3
+    learning_rate: Annotated[float, Field(gt=0, le=1, description="at the end of the warm-up")] = 4e-3
     final_learning_rate: Annotated[float, Field(ge=0, le=1, description="at the end of the run, where the cosine ends")] = 0.0
     warmup: Annotated[float, Field(ge=0, lt=1, description="share of the run over which the learning rate rises")] = 0.08
-    weight_decay: Annotated[float, Field(ge=0, le=1, description="AdamW's, on matrices and kernels only")] = 0.05
+    weight_decay: Annotated[float, Field(ge=0, le=1, description="of matrices and kernels, by AdamW's rule")] = 0.05
     clip: Annotated[float, Field(gt=0, allow_inf_nan=False, description="largest norm of the gradient")] = 1.0
     average: Annotated[
         float, Field(ge=0, lt=1, description="decay a step of the averaged weights, which are what is kept; 0: no averaging")

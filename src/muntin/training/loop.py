@@ -1,6 +1,6 @@
 """The training loop: a recipe in, a checkpoint out.
 
-    batch(step) -> autocast forward -> loss -> backward -> clip -> AdamW -> averaged weights -> (validate, checkpoint)
+    batch(step) -> autocast forward -> loss -> backward -> clip -> step -> averaged weights -> (validate, checkpoint)
 
 A batch depends on nothing but the recipe's seed and the step, and a checkpoint holds all other state, so a run that was interrupted
 and resumed ends in the same bits as one that was not (on the same machine, with the same number of threads). Not where `training.minutes`

@@ -1,6 +1,6 @@
 """One model in training: what a step does to it, and the state that a checkpoint has to hold.
 
-    images -> autocast forward -> loss (labels, and a teacher's answer where there is one) -> backward -> clip -> AdamW -> averaged weights
+    images -> autocast forward -> loss (labels, and a teacher's answer where there is one) -> backward -> clip -> step -> averaged weights
 
 The loop of `muntin fit` and every stage of `muntin compress` train with this and nothing else.
 
@@ -11,29 +11,19 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from muntin.errors import DependencyError, MuntinError, RecipeError
+from muntin.errors import CheckpointError, DependencyError, MuntinError, RecipeError
 from muntin.training.average import WeightAverage
 from muntin.training.checkpoint import AVERAGE, MODEL, OPTIMIZER, Checkpoint, load_optimizer, load_weights, optimizer_tensors
 from muntin.training.closing import GateClosing
 from muntin.training.config import TrainingConfig
 from muntin.training.loss import distillation_loss, task_loss
+from muntin.training.optimizer import make_optimizer
 from muntin.training.precision import Precision
 from muntin.training.schedule import learning_rate
-
-
-def make_optimizer(model: nn.Module, config: TrainingConfig) -> torch.optim.AdamW:
-    """AdamW (Loshchilov & Hutter, 1711.05101); vectors (biases, norms, gates, scales) are not decayed."""
-    parameters = list(model.parameters())
-    groups: list[dict[str, Any]] = [
-        {"params": [p for p in parameters if p.ndim > 1], "weight_decay": config.weight_decay},
-        {"params": [p for p in parameters if p.ndim <= 1], "weight_decay": 0.0},
-    ]
-    return torch.optim.AdamW([g for g in groups if g["params"]], lr=config.learning_rate, fused=True)
 
 
 class Trainer:
@@ -53,7 +43,7 @@ class Trainer:
         self.model = model.to(precision.device).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         self.teacher = None if teacher is None else teacher.to(precision.device).eval().requires_grad_(False)
         self.average = WeightAverage(self.model, config.average)
-        self.optimizer = make_optimizer(self.model, config)
+        self.optimizer = make_optimizer(self.model, config, precision.dtype or torch.float32)
         self.scaler = precision.scaler()
         self.closing: GateClosing | None = None
         self.forward: Callable[[Tensor], Tensor] = torch.compile(self.model) if config.compile else self.model
@@ -64,6 +54,8 @@ class Trainer:
         load_weights(self.model, tensors[MODEL], checkpoint.path / MODEL)
         load_weights(self.average.model, tensors[AVERAGE], checkpoint.path / AVERAGE)
         load_optimizer(self.model, self.optimizer, self.scaler, tensors[OPTIMIZER])
+        if not self.optimizer.suits():
+            raise CheckpointError(f"{checkpoint.path}: an earlier version wrote it, which trained with another optimiser: train anew")
 
     def tensors(self) -> dict[str, dict[str, Tensor]]:
         """The state that a checkpoint holds, by file."""

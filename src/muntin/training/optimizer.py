@@ -1,0 +1,123 @@
+"""What a step makes of the gradients: Muon for the matrices, AdamW for the rest.
+
+    weights of linear layers and convolutions     Muon     every direction that the gradient has is gone along by as much
+    vectors, depthwise kernels, tables            AdamW    every number is moved by about as much
+
+Adam moves single numbers, and so mostly along the few directions that a gradient is long in; a matrix learns the others slowly.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import defaultdict
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from muntin.training.config import TrainingConfig
+
+MOMENTUM = 0.95
+LENGTH = 0.2
+"""Root of the mean square of a matrix's update, in learning rates: about what AdamW's is, so that one rate serves both."""
+_POLYNOMIALS = (8.0934, -23.6205, 17.4462), (3.6366, -2.7220, 0.5365), (2.6614, -1.9772, 0.4526)
+"""a, b, c of a·x + b·x³ + c·x⁵, one after the other: each is the nearest to 1 where the one before leads to, from 0.01 to 1."""
+
+
+class Muon(torch.optim.Optimizer):
+    """Muon for `matrices`, PyTorch's AdamW for `others` and `vectors`, which are not decayed. Learning rates are set by group.
+
+    The update of a matrix is its momentum with all singular values brought to about 1, times `LENGTH` and the root of its longer side; a
+    convolution's kernel `(O, I, h, w)` is a matrix `(O, I·h·w)`. Weights are decayed as by AdamW. A matrix has one state, the momentum,
+    where AdamW has two. Cost of a step: 6·m²·n + 3·m³ multiply-adds for a matrix of m x n, m <= n; those of one shape go together.
+    `dtype`: what is computed in there; 16 bits suffice. `torch.optim.Muon` takes matrices only, one by one, in BF16, which many CPUs do
+    not compute in.
+
+    Source: Jordan et al., Muon (kellerjordan.github.io/posts/muon, 2024), convolutions and AdamW for the rest included; the length and
+    the decay are Liu et al.'s (2502.16982, section 2.2); polynomials of a step each are Amsel et al.'s idea (2505.16932, section 3.2).
+    Deviations: three of them (0.73 to 1.27 for singular values from a hundredth of the norm on) in place of five times the same one, two
+    fifths of the cost for the same loss (docs/log.md); the first and the last layer are matrices like any other.
+    """
+
+    def __init__(
+        self,
+        matrices: list[nn.Parameter],
+        others: list[nn.Parameter],
+        vectors: list[nn.Parameter],
+        *,
+        config: TrainingConfig,
+        dtype: torch.dtype = torch.float32,
+    ) -> None:
+        groups: list[dict[str, Any]] = [
+            {"params": matrices, "weight_decay": config.weight_decay},
+            {"params": others, "weight_decay": config.weight_decay},
+            {"params": vectors, "weight_decay": 0.0},
+        ]
+        super().__init__([group for group in groups if group["params"]], {"lr": config.learning_rate})
+        self._dtype = dtype
+        rest = self.param_groups[1:] if matrices else self.param_groups
+        self._matrices = self.param_groups[:1] if matrices else []
+        self._adamw = torch.optim.AdamW(rest, fused=True) if rest else None
+        if self._adamw is not None:
+            self._adamw.state = self.state  # one state of it all, as one list of groups
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
+        """One step; parameters without a gradient stay as they are."""
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        for group in self._matrices:
+            self._update(group["params"], group["lr"], group["weight_decay"])
+        if self._adamw is not None:
+            self._adamw.step()
+        return loss
+
+    def suits(self) -> bool:
+        """Whether the state that was loaded is of this optimiser: a matrix has its momentum and nothing else."""
+        return all(not self.state[p] or set(self.state[p]) == {"momentum"} for group in self._matrices for p in group["params"])
+
+    def _update(self, parameters: list[nn.Parameter], rate: float, decay: float) -> None:
+        alike: dict[tuple[int, int], list[tuple[nn.Parameter, Tensor]]] = defaultdict(list)
+        for parameter in parameters:
+            if parameter.grad is None:
+                continue
+            state = self.state[parameter]
+            if not state:
+                state["momentum"] = torch.zeros_like(parameter)
+            momentum = state["momentum"].mul_(MOMENTUM).add_(parameter.grad)
+            ahead = parameter.grad.add(momentum, alpha=MOMENTUM).flatten(1)  # Nesterov's
+            alike[ahead.shape[0], ahead.shape[1]].append((parameter, ahead))
+        for (rows, columns), entries in alike.items():
+            updates = orthogonalised(torch.stack([ahead for _, ahead in entries]), self._dtype)
+            length = rate * LENGTH * math.sqrt(max(rows, columns))
+            for (parameter, _), update in zip(entries, updates, strict=True):
+                parameter.mul_(1 - rate * decay).sub_(update.view(parameter.shape), alpha=length)
+
+
+def orthogonalised(x_NRC: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
+    """N matrices with their own singular vectors and all singular values near 1; what is below a hundredth of the norm stays below 1."""
+    wide = x_NRC.shape[1] <= x_NRC.shape[2]
+    x = (x_NRC if wide else x_NRC.mT).float()
+    x = (x / x.norm(dim=(1, 2), keepdim=True).mul(1.01).clamp(min=1e-12)).to(dtype)  # beyond 1 the first polynomial is steep
+    for a, b, c in _POLYNOMIALS:
+        square = x @ x.mT
+        x = torch.baddbmm(x, torch.baddbmm(square, square, square, beta=b, alpha=c), x, beta=a)
+    return (x if wide else x.mT).to(x_NRC.dtype)
+
+
+def make_optimizer(model: nn.Module, config: TrainingConfig, dtype: torch.dtype = torch.float32) -> Muon:
+    """Muon for the weights of linear layers and convolutions (quantised and factored ones too), AdamW for the rest."""
+    matrices, others, vectors = [], [], []
+    owners = dict(model.named_modules())
+    for name, parameter in model.named_parameters():
+        owner, _, last = name.rpartition(".")
+        if parameter.ndim < 2:
+            vectors.append(parameter)
+        elif last.endswith("weight") and parameter.shape[1] > 1 and not isinstance(owners[owner], nn.Embedding):  # 1: depthwise
+            matrices.append(parameter)
+        else:
+            others.append(parameter)
+    return Muon(matrices, others, vectors, config=config, dtype=dtype)

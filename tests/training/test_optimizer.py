@@ -1,0 +1,122 @@
+"""Muon for matrices, AdamW for the rest: against the singular value decomposition and PyTorch's AdamW."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from muntin.compression.qat import prepare_qat
+from muntin.models import create_model
+from muntin.training.config import TrainingConfig
+from muntin.training.optimizer import LENGTH, MOMENTUM, Muon, make_optimizer, orthogonalised
+
+
+@pytest.mark.parametrize("shape", [(3, 5, 40), (2, 40, 5), (1, 24, 16), (4, 1, 7)])
+def test_all_directions_become_about_as_long_and_stay_where_they_were(shape: tuple[int, int, int]) -> None:
+    torch.manual_seed(0)
+    x_NRC = torch.randn(shape)
+    u, s, v = torch.linalg.svd(orthogonalised(x_NRC), full_matrices=False)
+    assert float(s.min()) > 0.7 and float(s.max()) < 1.3
+    turned = x_NRC @ (u @ v).mT  # its own polar factor: symmetric, positive
+    assert torch.allclose(turned, turned.mT, atol=0.02 * float(x_NRC.norm()))
+    assert float(torch.linalg.eigvalsh(turned).min()) > -1e-4
+
+
+def test_matrices_of_a_stack_do_not_know_of_each_other() -> None:
+    torch.manual_seed(0)
+    x_NRC = torch.randn(3, 6, 9) * torch.tensor([1e-6, 1.0, 1e6]).reshape(3, 1, 1)
+    together = orthogonalised(x_NRC)
+    assert all(torch.allclose(together[i], orthogonalised(x_NRC[i : i + 1])[0], atol=1e-5) for i in range(3))
+    assert not orthogonalised(torch.zeros(1, 4, 4)).any()
+
+
+def test_weights_are_matrices_and_the_rest_is_not() -> None:
+    model = nn.ModuleDict(
+        {
+            "conv": nn.Conv2d(3, 8, 3), "depthwise": nn.Conv2d(8, 8, 3, groups=8), "linear": nn.Linear(4, 5),
+            "attention": nn.MultiheadAttention(8, 2), "table": nn.Embedding(9, 4), "norm": nn.BatchNorm2d(8),
+        }
+    )  # fmt: skip
+    model.register_parameter("position", nn.Parameter(torch.zeros(1, 7, 4)))
+    optimizer = make_optimizer(model, TrainingConfig(weight_decay=0.3))
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    matrices, others, vectors = ({names[id(p)] for p in group["params"]} for group in optimizer.param_groups)
+    assert matrices == {"conv.weight", "linear.weight", "attention.in_proj_weight", "attention.out_proj.weight"}
+    assert others == {"depthwise.weight", "table.weight", "position"}
+    assert matrices | others | vectors == set(names.values()) and all("bias" in name or name == "norm.weight" for name in vectors)
+    assert [group["weight_decay"] for group in optimizer.param_groups] == [0.3, 0.3, 0.0]
+
+
+def test_quantised_weights_are_matrices_too() -> None:
+    model = create_model("hybrid-xs", task="classify", classes=3)
+    expected = _matrices(make_optimizer(model, TrainingConfig()), model)
+    model.eval()
+    prepare_qat([torch.rand(2, 3, 64, 64) * 255], bits=4)(model)
+    found = _matrices(make_optimizer(model, TrainingConfig()), model)
+    assert expected == found and "head.weight" in found
+
+
+def _matrices(optimizer: Muon, model: nn.Module) -> set[str]:
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    return {names[id(parameter)] for parameter in optimizer.param_groups[0]["params"]}
+
+
+def test_a_step_of_a_matrix_is_what_it_says() -> None:
+    torch.manual_seed(0)
+    layer = nn.Conv2d(4, 6, 3, bias=False).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    optimizer = make_optimizer(layer, TrainingConfig(learning_rate=0.01, weight_decay=0.5))
+    expected, momentum = layer.weight.detach().clone(), torch.zeros(6, 4, 3, 3)
+    for _ in range(3):
+        gradient = torch.randn(6, 4, 3, 3)
+        layer.weight.grad = gradient.clone()
+        optimizer.step()
+        momentum = MOMENTUM * momentum + gradient
+        update = orthogonalised((gradient + MOMENTUM * momentum).reshape(1, 6, 36)).reshape(6, 4, 3, 3)
+        expected = expected * (1 - 0.01 * 0.5) - 0.01 * LENGTH * math.sqrt(36) * update
+        assert torch.allclose(layer.weight, expected, atol=1e-6)
+
+
+def test_the_rest_is_adamw_at_the_rate_that_its_group_has_now() -> None:
+    torch.manual_seed(0)
+    depthwise, norm, linear = nn.Conv2d(3, 3, 3, groups=3), nn.BatchNorm2d(3), nn.Linear(4, 4)
+    optimizer = make_optimizer(nn.Sequential(depthwise, norm, linear), TrainingConfig(learning_rate=1.0, weight_decay=0.1))
+    kernel, *vectors = mine = [depthwise.weight, *(p for p in (depthwise.bias, *norm.parameters(), linear.bias) if p is not None)]
+    twins = [parameter.detach().clone().requires_grad_() for parameter in mine]
+    groups: list[dict[str, Any]] = [{"params": twins[:1], "weight_decay": 0.1}, {"params": twins[1:], "weight_decay": 0.0}]
+    plain = torch.optim.AdamW(groups)
+    for rate in (0.1, 0.01):
+        for group in (*optimizer.param_groups, *plain.param_groups):
+            group["lr"] = rate
+        for parameter, twin in zip(mine, twins, strict=True):
+            parameter.grad = torch.randn_like(parameter)
+            twin.grad = parameter.grad.clone()
+        optimizer.step()
+        plain.step()
+    assert kernel.ndim == 4 and len(vectors) == 4
+    assert all(torch.allclose(parameter, twin, atol=1e-7) for parameter, twin in zip(mine, twins, strict=True))
+
+
+def test_a_model_without_matrices_or_without_anything_else_is_trained() -> None:
+    for model in (nn.BatchNorm1d(4), nn.Linear(4, 4, bias=False)):
+        before = [parameter.detach().clone() for parameter in model.parameters()]
+        optimizer = make_optimizer(model, TrainingConfig(learning_rate=0.1))
+        (model(torch.randn(8, 4)) * torch.randn(8, 4)).sum().backward()
+        optimizer.step()
+        assert all(not torch.equal(old, new) for old, new in zip(before, model.parameters(), strict=True))
+
+
+def test_gradients_that_are_not_finite_change_nothing_under_a_loss_scale() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4))
+    optimizer = make_optimizer(model, TrainingConfig())
+    scaler = torch.amp.GradScaler("cpu", init_scale=4.0)
+    before = [parameter.detach().clone() for parameter in model.parameters()]
+    scaler.scale((model(torch.randn(8, 4)) * torch.inf).sum()).backward()
+    scaler.unscale_(optimizer)
+    scaler.step(optimizer)
+    scaler.update()
+    assert all(torch.equal(old, new) for old, new in zip(before, model.parameters(), strict=True)) and scaler.get_scale() == 2.0
