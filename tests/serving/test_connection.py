@@ -17,7 +17,7 @@ import pytest
 import uvicorn
 
 from muntin.serving.config import Bounds
-from muntin.serving.connection import Ledger, Pulse, Receiver, Reply
+from muntin.serving.connection import Answer, Ledger, Pulse, Receiver, Reply
 
 BOUNDS = Bounds(
     body_bytes=100_000, header_bytes=2048, held_bytes=250_000, connections=8, header_seconds=0.8, body_seconds=0.8, idle_seconds=30
@@ -34,6 +34,16 @@ class Echo:
         self.release = threading.Event()
         self.begun: list[str] = []
         self.cancelled = 0
+        self.full = b"nothing"
+        """What a body begins with that is refused at once."""
+
+    def learn(self, scope: Any) -> None:
+        scope["learned"] = True
+
+    def refusal(self, scope: Any, body: memoryview, came: float) -> Answer | None:
+        assert 0 <= time.monotonic() - came < 1
+        assert scope["learned"]
+        return (503, [(b"retry-after", b"1")], [b"fu", b"ll"]) if bytes(body).startswith(self.full) else None
 
     def takes(self, scope: Any) -> bool:
         return True
@@ -307,6 +317,63 @@ def test_a_head_that_came_before_is_known_whatever_way_its_body_comes(served: Se
             b'[10, "other bod"]', b'[10, "first bod"]', b'[5, "third"]', b'[10, "other bod"]',
         ]  # fmt: skip
     wait(lambda: served.ledger.held == 0)
+
+
+def test_what_is_refused_at_once_is_not_begun_and_the_connection_goes_on(served: Served) -> None:
+    served.app.full = b"f"
+    with closing(served.connect()) as client:
+        client.sendall(post(b"first"))
+        assert read_json(read(client)) == [5, "first"]  # its head was not known yet
+        client.sendall(post(b"flood") + post(b"other") + post(b"f5678") + post(b"fewer", "/else"))
+        found = b""
+        while found.count(b"HTTP/1.1 ") < 4 or not found.endswith((b"]", b"full")):
+            found += client.recv(65536)
+        statuses = [int(part[:3]) for part in found.split(b"HTTP/1.1 ")[1:]]
+        assert statuses == ([503, 200, 503, 200] if served.direct else [200] * 4)
+        assert found.count(b"retry-after: 1\r\n") == found.count(b"content-length: 4\r\n") == (2 if served.direct else 0)
+        begun = len(served.app.begun)
+        client.sendall(post(b"flood")[:-2])  # what comes in pieces is begun, and may be refused there
+        time.sleep(0.05)
+        client.sendall(b"od")
+        assert read_json(read(client)) == [5, "flood"]
+        assert len(served.app.begun) == begun + 1
+    wait(lambda: served.ledger.held == 0)
+
+
+def test_who_is_refused_at_once_waits_for_the_answer_before(served: Served) -> None:
+    served.app.full = b"f"
+    with closing(served.connect()) as client:
+        client.sendall(post(b"slow ", "/slow") + post(b"first", "/slow"))
+        time.sleep(0.05)
+        served.app.release.set()
+        found = b""
+        while found.count(b"HTTP/1.1 200") < 2 or not found.endswith(b"]"):
+            found += client.recv(65536)
+        assert found.index(b"slow") < found.index(b"first")
+        served.app.release.clear()
+        client.sendall(post(b"slow ", "/slow"))
+        time.sleep(0.05)
+        client.sendall(post(b"flood", "/slow"))
+        time.sleep(0.05)
+        served.app.release.set()
+        found = b""
+        while found.count(b"HTTP/1.1 ") < 2 or not found.endswith((b"]", b"full")):
+            found += client.recv(65536)
+        assert found.startswith(b"HTTP/1.1 200")
+
+
+def test_a_connection_that_is_refused_time_and_again_stays_open_and_is_counted(served: Served) -> None:
+    served.app.full = b"f"
+    with closing(served.connect()) as client:
+        client.sendall(post(b"first"))
+        read(client)
+        for _ in range(3):
+            client.sendall(post(b"flood"))
+            assert (b" 503 " in read(client)) == served.direct
+        before = served.server.server_state.total_requests
+        client.sendall(post(b"flood"))
+        read(client)
+        assert served.server.server_state.total_requests == before + 1
 
 
 def test_a_known_head_whose_body_never_comes_is_cut_off_and_what_it_held_is_free(served: Served) -> None:

@@ -13,6 +13,7 @@ from typing import Any, cast
 
 import pytest
 
+from muntin.serving.access_log import AccessLog
 from muntin.serving.batcher import Batch, Batcher
 from muntin.serving.executor import Executor
 from muntin.serving.http import HttpFace
@@ -40,7 +41,7 @@ class Broken:
     def __init__(self, *, at_once: bool) -> None:
         self.metrics, self.at_once = Metrics(), at_once
 
-    def check_time(self, arrived: float, like: Any, **_: Any) -> None:
+    def refusal(self, arrived: float, like: Any, **_: Any) -> None:
         return
 
     def submit(self, request: Any, *, done: Any, **_: Any) -> Any:
@@ -97,17 +98,26 @@ def slow_service(shelf: Any) -> Iterator[tuple[Service, Runner]]:
         slot.close()
 
 
-def test_a_flood_is_refused_without_being_read_and_every_request_is_counted(shelf: Any) -> None:
+@pytest.mark.parametrize("known", [False, True])  # the head: a connection then asks for a refusal before it begins anything
+def test_a_flood_is_refused_without_being_read_and_every_request_is_counted(shelf: Any, known: bool) -> None:
     async def run() -> None:
         with slow_service(shelf) as (service, runner):
             face = HttpFace(service, cast(Any, None), cast(Any, None), limits=Limits(), tokens=(), log=None)
             replies: Counter[int] = Counter()
             sent = 0
+            scope = dict(SCOPE)
+            if known:
+                face.learn(scope)
 
             def send(body: bytes = HEAD + b"abc") -> None:
                 nonlocal sent
                 sent += 1
-                face.begin(SCOPE, body, time.monotonic(), lambda status, headers, parts: replies.update([status]))
+                if (answer := face.refusal(scope, memoryview(body), time.monotonic())) is not None:
+                    assert known
+                    assert (b"retry-after", b"1") in answer[1]
+                    replies.update([answer[0]])
+                    return
+                face.begin(scope, body, time.monotonic(), lambda status, headers, parts: replies.update([status]))
 
             for _ in range(3):  # one after the other: the model's time is learned
                 send()
@@ -135,6 +145,25 @@ def test_a_flood_is_refused_without_being_read_and_every_request_is_counted(shel
             assert statistics.fail.count == replies[503]
 
     asyncio.run(run())
+
+
+@pytest.mark.parametrize(
+    ("more", "tokens", "log"),
+    [((b"content-encoding", b"gzip"), (), None), ((b"authorization", b"Bearer no"), ("yes",), None), ((b"a", b"b"), (), AccessLog())],
+)
+def test_nothing_is_refused_at_once_that_is_wrong_or_written_down(
+    shelf: Any, more: tuple[bytes, bytes], tokens: tuple[str, ...], log: AccessLog | None
+) -> None:
+    with slow_service(shelf) as (service, _):
+        face = HttpFace(service, cast(Any, None), cast(Any, None), limits=Limits(), tokens=tokens, log=log)
+        scope = {**SCOPE, "headers": [*SCOPE["headers"], more]}
+        face.learn(scope)
+        assert face.refusal(scope, memoryview(HEAD), time.monotonic() - OBJECTIVE_S) is None
+        other, plain = HttpFace(service, cast(Any, None), cast(Any, None), limits=Limits(), tokens=(), log=None), dict(SCOPE)
+        other.learn(plain)
+        answer = other.refusal(plain, memoryview(HEAD), time.monotonic() - OBJECTIVE_S)
+        assert answer is not None
+        assert answer[0] == 503
 
 
 def test_what_was_read_after_its_objective_is_refused_unread(shelf: Any) -> None:

@@ -26,8 +26,11 @@ from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
 from muntin.runtime.buffers import Buffers
 from muntin.serving.config import Bounds
 
-Reply = Callable[[int, list[tuple[bytes, bytes]], list[Any]], None]
-"""(status, header fields without the length, the body's parts): an answer. Called once, on the event loop."""
+Fields = list[tuple[bytes, bytes]]
+Answer = tuple[int, Fields, list[Any]]
+"""Status, header fields without the length, the body's parts."""
+Reply = Callable[[int, Fields, list[Any]], None]
+"""Is given the parts of an `Answer`. Called once, on the event loop."""
 _DIGITS = 15
 """Of a body's length, at most: more than any bound."""
 _CHANGING = frozenset({b"transfer-encoding", b"upgrade", b"expect"})
@@ -55,6 +58,15 @@ class Direct(Protocol):
 
     def takes(self, scope: MutableMapping[str, Any], /) -> bool:
         """Whether it answers a request, of which the headers are there."""
+        ...
+
+    def learn(self, scope: MutableMapping[str, Any], /) -> None:
+        """The head of a request that it takes: what it finds in there it may write into the scope, which all requests with the same head,
+        byte for byte, share."""
+        ...
+
+    def refusal(self, scope: MutableMapping[str, Any], body: memoryview, came: float, /) -> Answer | None:
+        """The answer to a request that `learn` saw the head of, if it is refused whatever is in it; then it is not asked about it again."""
         ...
 
     def begin(self, scope: MutableMapping[str, Any], body: Any, came: float, reply: Reply, /) -> Callable[[], object]:
@@ -199,7 +211,10 @@ class BoundedConnection(HttpToolsProtocol):
             self._raw = data[:end] if end > 4 else b""
             known = self._ledger.known.get(self._raw)
             if known is not None and self._may_hold(known.length):
-                return self._start_known(known, memoryview(data)[end:])
+                came = memoryview(data)[end:]
+                if len(came) >= known.length and self._turned_away(known, came[: known.length]):
+                    return data[end + known.length :]
+                return self._start_known(known, came)
         super().data_received(data)
         if self._head is not None and not self.transport.is_closing():  # still incomplete
             self._head += len(data)
@@ -316,7 +331,23 @@ class BoundedConnection(HttpToolsProtocol):
         )
         # With no line feed alone in it, the first empty line ends it, for this parser and for any other.
         if plain and len(lengths) == 1 and int(lengths[0]) and head.count(b"\n") == head.count(b"\r\n"):
-            self._ledger.learn(head, Known(dict(scope), int(lengths[0])))
+            known = Known(dict(scope), int(lengths[0]))
+            assert self._direct is not None
+            self._direct.learn(known.scope)
+            self._ledger.learn(head, known)
+
+    def _turned_away(self, known: Known, body: memoryview) -> bool:
+        """Whether a request that came in one piece was refused at once: of a flood, most are, and nothing is made for them."""
+        assert self._direct is not None
+        if self.flow.write_paused:
+            return False
+        answer = self._direct.refusal(known.scope, body, self._ledger.pulse.came(self.loop))
+        if answer is None:
+            return False
+        self._stop_timer()
+        self._write(*answer, keep_alive=True)
+        self.on_response_complete()
+        return True
 
     def _start_known(self, known: Known, came: memoryview) -> bytes:
         self._unset_keepalive_if_required()
@@ -349,7 +380,7 @@ class BoundedConnection(HttpToolsProtocol):
         if self._running == (cycle, None):  # it is not answered yet
             self._running = cycle, cancel
 
-    def _reply(self, cycle: Any, status: int, headers: list[tuple[bytes, bytes]], parts: list[Any]) -> None:
+    def _reply(self, cycle: Any, status: int, headers: Fields, parts: list[Any]) -> None:
         if cycle.disconnected or self.transport.is_closing():
             return
         if self.flow.write_paused:  # the answer before was not read yet: this one waits, or answers would pile up
@@ -357,22 +388,25 @@ class BoundedConnection(HttpToolsProtocol):
             task.add_done_callback(self.tasks.discard)
             self.tasks.add(task)
             return
+        cycle.response_started = True
+        self._write(status, headers, parts, keep_alive=cycle.keep_alive)
+        cycle.response_complete = True
+        if not cycle.keep_alive:
+            self.transport.close()
+        self.on_response_complete()
+
+    def _write(self, status: int, headers: Fields, parts: list[Any], *, keep_alive: bool) -> None:
         lines = [STATUS_LINE[status]]
         for name, value in (*self.server_state.default_headers, *headers):
             lines += (name, b": ", value, b"\r\n")
         length = sum(map(len, parts))
-        lines.append(b"content-length: %d\r\n%s\r\n" % (length, b"" if cycle.keep_alive else b"connection: close\r\n"))
-        cycle.response_started = True
+        lines.append(b"content-length: %d\r\n%s\r\n" % (length, b"" if keep_alive else b"connection: close\r\n"))
         if length <= _SMALL:
             self.transport.write(b"".join((*lines, *parts)))
         else:
             self.transport.write(b"".join(lines))
             for part in parts:
                 self.transport.write(part)
-        cycle.response_complete = True
-        if not cycle.keep_alive:
-            self.transport.close()
-        self.on_response_complete()
 
     async def _reply_later(self, cycle: Any, *answer: Any) -> None:
         await self.flow.drain()

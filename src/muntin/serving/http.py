@@ -16,9 +16,10 @@ import asyncio
 import math
 import re
 import time
-from collections.abc import Awaitable, Callable, MutableMapping
+from collections.abc import Awaitable, Callable, Hashable, MutableMapping
+from contextlib import suppress
 from importlib.metadata import version
-from typing import Any
+from typing import Any, NamedTuple
 from urllib.parse import parse_qs
 
 from starlette.applications import Starlette
@@ -28,7 +29,7 @@ from starlette.responses import Response
 from starlette.routing import Route
 
 from muntin.serving.access_log import AccessLog
-from muntin.serving.connection import Reply
+from muntin.serving.connection import Answer, Fields, Reply
 from muntin.serving.control import Control
 from muntin.serving.description import (
     configuration_document,
@@ -64,6 +65,8 @@ _INFER = re.compile(r"/v2/models/([^/]+)(?:/versions/([^/]+))?/infer")
 _HEADER_LENGTH = HEADER_LENGTH.lower().encode()
 _JSON = (b"content-type", b"application/json")
 _OCTETS = (b"content-type", b"application/octet-stream")
+_HEAD = "muntin.head"
+"""In a scope: what `_read_head` found, where all requests with the same head share it."""
 _LIKE_BYTES = 2048
 """Of a request's JSON, at most, that it is held against others by."""
 _OPEN = ("/v2/health/live", "/v2/health/ready")
@@ -108,27 +111,42 @@ class HttpFace:
             inference.fail(_fault(error))
         return inference.abandon
 
+    def learn(self, scope: Scope) -> None:
+        """As `Direct` says: the head, if there is nothing wrong in it."""
+        with suppress(ProtocolError):
+            self._authorise(scope)
+            scope[_HEAD] = _read_head(scope)
+
+    def refusal(self, scope: Scope, body: memoryview, came: float) -> Answer | None:
+        """As `Direct` says. None where every request is written down, or traced."""
+        head: _Head | None = scope.get(_HEAD)
+        if head is None or self._log is not None:
+            return None
+        like = self._like(scope, head, body)
+        error = None if like is None else self._service.refusal(came, like, model=head.model, version=head.version)
+        if error is None:
+            return None
+        self._service.metrics.requests["http", "refused"] += 1
+        return error_answer(error)
+
     def _ask(self, inference: _Inference, scope: Scope, body: Buffer) -> Cancel:
-        if scope["method"] != "POST":
-            raise ProtocolError(f"{scope['method']} {scope['path'][:100]}: use POST", status=405)
-        found = _INFER.fullmatch(scope["path"])
-        assert found is not None
-        model, version = found.groups()
+        head: _Head = scope.get(_HEAD) or _read_head(scope)
         if self._tracing is not None:
             carrier = {name.decode("latin-1"): value.decode("latin-1") for name, value in scope["headers"]}
-            inference.span = self._tracing.begin("http", model, carrier)
-        header_length = None
-        for name, value in scope["headers"]:
-            if name == _HEADER_LENGTH:
-                header_length = parse_header_length(value.decode("latin-1"))
-            elif name == b"content-encoding" and value not in (b"", b"identity"):
-                raise ProtocolError(f"content-encoding {value.decode('latin-1')[:40]}: send the body as it is", status=415)
-        like = None
-        if header_length and header_length <= _LIKE_BYTES and self._tracing is None:  # which is told of every request
-            like = scope["path"], bytes(body[:header_length])
-            self._service.check_time(inference.began, like, model=model, version=version)
-        inference.request = request = self._decode(body, header_length, model, version)
-        return self._service.submit(request, model=model, version=version, arrived=inference.began, like=like, done=inference.done)
+            inference.span = self._tracing.begin("http", head.model, carrier)
+        like = self._like(scope, head, body)
+        if like is not None and (error := self._service.refusal(inference.began, like, model=head.model, version=head.version)):
+            raise error
+        inference.request = request = self._decode(body, head)
+        return self._service.submit(
+            request, model=head.model, version=head.version, arrived=inference.began, like=like, done=inference.done
+        )
+
+    def _like(self, scope: Scope, head: _Head, body: Buffer) -> Hashable | None:
+        """Equal for requests that differ in their pixels alone. None where that is not known, or nothing is to be refused unread."""
+        if not head.length or head.length > _LIKE_BYTES or self._tracing is not None:  # which is told of every request
+            return None
+        return scope["path"], bytes(body[: head.length])
 
     def _authorise(self, scope: Scope) -> None:
         if self._tokens and scope["path"] not in _OPEN:
@@ -156,10 +174,10 @@ class HttpFace:
             answered=None if inference is None else inference.answered,
         )
 
-    def _decode(self, body: Buffer, header_length: int | None, model: str, version: str | None) -> InferRequest:
-        if header_length != 0:
-            return decode_request(body, header_length, self._limits, self._heads)
-        with self._service.lease(model, version) as lease:
+    def _decode(self, body: Buffer, head: _Head) -> InferRequest:
+        if head.length != 0:
+            return decode_request(body, head.length, self._limits, self._heads)
+        with self._service.lease(head.model, head.version) as lease:
             channels = lease.version.signature.channels
         side = math.isqrt(len(body) // channels)
         if not body or side * side * channels != len(body):
@@ -272,6 +290,29 @@ class HttpFace:
         return _json(openapi(self._service.name))
 
 
+class _Head(NamedTuple):
+    """What a request's line and headers say. `length`: bytes of the JSON before the tensors; None: all of the body is JSON."""
+
+    model: str
+    version: str | None
+    length: int | None
+
+
+def _read_head(scope: Scope) -> _Head:
+    if scope["method"] != "POST":
+        raise ProtocolError(f"{scope['method']} {scope['path'][:100]}: use POST", status=405)
+    found = _INFER.fullmatch(scope["path"])
+    assert found is not None
+    model, version = found.groups()
+    length = None
+    for name, value in scope["headers"]:
+        if name == _HEADER_LENGTH:
+            length = parse_header_length(value.decode("latin-1"))
+        elif name == b"content-encoding" and value not in (b"", b"identity"):
+            raise ProtocolError(f"content-encoding {value.decode('latin-1')[:40]}: send the body as it is", status=415)
+    return _Head(model, version, length)
+
+
 class _Inference:
     """One request for inference, from its last byte, which came at `began`, to its answer."""
 
@@ -315,8 +356,7 @@ class _Inference:
         """There is no answer but this error. An inference that came to its end stays as it was."""
         if not self.outcome:
             outcome = "refused" if error.status == 503 else "failed" if error.status >= 500 else "wrong"
-            headers = [_JSON, *((name.encode(), value.encode()) for name, value in error_headers(error).items())]
-            self._end(outcome, error.status, headers, [encode_json({"error": str(error)})], error)
+            self._end(outcome, *error_answer(error), error)
 
     def abandon(self) -> None:
         """Nobody waits for the answer."""
@@ -327,9 +367,7 @@ class _Inference:
         self.outcome = "cancelled"
         self._close(None)
 
-    def _end(
-        self, outcome: str, status: int, headers: list[tuple[bytes, bytes]], parts: list[Any], error: ProtocolError | None = None
-    ) -> None:
+    def _end(self, outcome: str, status: int, headers: Fields, parts: list[Any], error: ProtocolError | None = None) -> None:
         self.outcome, self.status, self.sent = outcome, status, sum(map(len, parts))
         self._reply(status, headers, parts)
         self._close(error)
@@ -359,6 +397,12 @@ async def _error_response(request: Request, error: Exception) -> Response:
 
 def _error_answer(error: ProtocolError) -> Response:
     return Response(encode_json({"error": str(error)}), error.status, error_headers(error), "application/json")
+
+
+def error_answer(error: ProtocolError) -> Answer:
+    """What a client is told of an error, without ASGI."""
+    headers = [_JSON, *((name.encode(), value.encode()) for name, value in error_headers(error).items())]
+    return error.status, headers, [encode_json({"error": str(error)})]
 
 
 def error_headers(error: ProtocolError) -> dict[str, str]:

@@ -135,9 +135,10 @@ class Service:
             self.lease(self.name, version).release()
         return [self._accounts.get(version, Account()).statistics(self.name, version)]
 
-    def check_time(self, arrived: float, like: Hashable, *, model: str, version: str | None) -> None:
-        """Raises `RefusedRequestError` for a request that will be refused, whatever is in it: one that was read too late, or one that is
-        `like` one that was refused a moment ago. Costs next to nothing: at a flood this is all that most requests are given.
+    def refusal(self, arrived: float, like: Hashable, *, model: str, version: str | None) -> RefusedRequestError | None:
+        """Of a request that is refused whatever is in it, since it was read too late or is `like` one that was refused a moment ago.
+
+        Costs next to nothing: at a flood this is all that most requests are given.
         """
         now = self._clock()
         if self.objective is not None and now - arrived >= self.objective:
@@ -147,12 +148,12 @@ class Service:
             told = f"others like it wait and leave it too little time: try again in {max(left * 1e3, 1):.0f} ms"
             error = RefusedRequestError(told, retry_after=left)
         else:
-            return
+            return None
         current = self.slot.current
         name = version or (None if current is None else current.name)
         if model == self.name and name in self._accounts:
             self._accounts[name].failed(now - arrived)
-        raise error
+        return error
 
     async def infer(self, request: InferRequest, *, model: str, version: str | None, arrived: float | None = None) -> Answered:
         """The answer. Raises ProtocolError as `submit` raises and answers. Cancelled, it takes the request back if that still waits."""
@@ -172,7 +173,7 @@ class Service:
         """Asks for an answer. `done` is called once with it, or with a ProtocolError; maybe before this returns.
 
         `arrived`: when the request's last byte came, of the clock; None: now. The function that is returned takes the request back: `done`
-        is not called any more. `like`: equal for requests that differ in their pixels alone (`check_time`).
+        is not called any more. `like`: equal for requests that differ in their pixels alone (`refusal`).
 
         Raises ProtocolError: 404 for another model or version, 400 for what the model does not take, 503 (`RefusedRequestError`) where no
         version is ready. Answers 503 where it cannot be answered in time, 500 where computing it failed.
