@@ -160,15 +160,16 @@ def test_as_long_as_a_refusal_holds_an_equal_job_is_refused() -> None:
     admitted(batcher, holds + 0.0005, job_of())
 
 
-def test_a_refusal_holds_no_longer_than_until_a_worker_is_free() -> None:
+def test_a_refusal_holds_for_as_long_as_it_would_be_late_while_the_workers_are_busy() -> None:
     batcher = batcher_of({"g": LINEAR}, objective=0.035)
     running = occupy(batcher, 0.0)  # until 0.01
     admitted(batcher, 0.0, job_of())
     refusal = refused(batcher, job_of(rows=3), 0.0, "late")
     assert refusal.retry_after is not None and refusal.retry_after > 0.012
-    assert 0.009 < refusal.holds < 0.01
-    batcher.done(running, 0.002, None)
-    assert refused(batcher, job_of(rows=3), 0.002, "late").holds == 0  # a worker is free, and what it takes changes everything
+    assert refusal.holds == refusal.retry_after
+    refused(batcher, job_of(rows=3), 0.9 * refusal.holds, "late")  # the batch goes on for longer than foreseen
+    batcher.done(running, 0.012, None)
+    assert refused(batcher, job_of(rows=3), 0.012, "late").holds == 0  # a worker is free, and what it takes changes everything
 
 
 def test_a_request_of_many_rows_is_promised_by_its_own_time() -> None:
@@ -177,10 +178,18 @@ def test_a_request_of_many_rows_is_promised_by_its_own_time() -> None:
     refused(batcher, job_of(rows=3), 0.0, "late")  # rows gain nothing from sharing, so batches have one row: this one takes 30 ms
 
 
+def test_what_would_be_late_even_alone_is_refused_until_it_is_tried_again() -> None:
+    batcher = batcher_of({"g": LINEAR}, objective=0.055)
+    running = occupy(batcher, 0.0)
+    assert 0.005 < refused(batcher, job_of(deadline=0.005), 0.0, "late").holds < 0.01  # the engine alone takes 10 ms
+    batcher.done(running, 0.01, None)
+    assert 0.005 < refused(batcher, job_of(deadline=0.015), 0.01, "late").holds < 0.01
+    assert refused(batcher, job_of(deadline=0.25), 0.2495, "late").holds == pytest.approx(0.0005)  # it is tried a quarter of a second on
+    admitted(batcher, 0.2501, job_of(deadline=0.2506))
+
+
 def test_what_is_no_matter_of_time_holds_for_nobody() -> None:
     batcher = batcher_of({"g": LINEAR}, objective=0.055)
-    occupy(batcher, 0.0)
-    assert refused(batcher, job_of(deadline=0.005), 0.0, "late").holds == 0  # not even alone
     assert refused(batcher, job_of(rows=33), 0.0, "too large").holds == 0
 
 

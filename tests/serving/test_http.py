@@ -44,6 +44,9 @@ class Broken:
     def refusal(self, arrived: float, like: Any, **_: Any) -> None:
         return
 
+    def deliver(self) -> None:
+        return
+
     def submit(self, request: Any, *, done: Any, **_: Any) -> Any:
         if self.at_once:
             raise ZeroDivisionError("a secret")

@@ -41,6 +41,23 @@ def test_on_the_loop_itself_it_is_called_at_once() -> None:
     assert asyncio.run(run()) == [1]
 
 
+def test_a_loop_that_is_busy_may_look_in_between() -> None:
+    async def run() -> list[int]:
+        box, found = Mailbox(asyncio.get_running_loop()), list[int]()
+        thread = threading.Thread(target=lambda: [box.put(found.append, n) for n in range(3)])
+        thread.start()
+        thread.join()
+        assert found == []  # the loop has had no turn
+        box.empty()
+        assert found == [0, 1, 2]
+        await asyncio.to_thread(box.put, found.append, 3)
+        while len(found) < 4:
+            await asyncio.sleep(0.001)
+        return found
+
+    assert asyncio.run(asyncio.wait_for(run(), 30)) == [0, 1, 2, 3]
+
+
 def test_a_call_that_fails_is_reported_and_the_next_is_made() -> None:
     async def run() -> tuple[list[Any], list[int]]:
         loop, reported, found = asyncio.get_running_loop(), list[Any](), list[int]()

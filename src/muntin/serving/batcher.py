@@ -54,6 +54,7 @@ _FLOOD = 2  # times what full batches get through: arrivals of which most are re
 _BEYOND, _BEYOND_S = 0.3, 0.01  # of an objective, or seconds without one, that answers may be taken to need beyond the engine
 _PASSED = 64  # jobs that a batch passes over at most
 _PROBE, _PROBES = 0.25, 8  # s, and times its latency: pause between two jobs of a group that would be late even alone
+_FRESH = 0.02  # of an objective: how long a forecast is kept when the batch that it waits for ought to have ended
 _standing = attrgetter("standing")
 
 
@@ -135,7 +136,7 @@ class Batcher:
         self._expiring: list[tuple[float, int, Job]] = []  # heap, by the moment from which on a job may be too late
         self._owed = Peak()  # seconds that jobs which were refused would have needed for their batch
         self._forecast: Forecast | None = None  # as things are; None: they changed
-        self._holds_until = -math.inf
+        self._outdated = -math.inf
         self._busy = Rate()
         self._work: dict[int, Rate] = {}  # seconds of engine time that were admitted, by priority
         self._draining = False
@@ -161,7 +162,8 @@ class Batcher:
             if late == math.inf and job.due <= now and (job.deadline is None or job.deadline > job.due):
                 return self._refuse("late", "more requests come than can be read in time: try again", self._backlog / self.workers or None)
             if late == math.inf:
-                return self._refuse("late", "the time until its deadline does not suffice even for the engine alone: give it more")
+                message = "the time until its deadline does not suffice even for the engine alone: give it more"
+                return self._refuse("late", message, holds=holds)
             message = f"{self._jobs} requests wait and leave it too little time: try again in {max(late * 1e3, 1):.0f} ms"
             return self._refuse("late", message, late, holds)
         self._enter(job, lane, now)
@@ -249,7 +251,7 @@ class Batcher:
     def _lateness(self, job: Job, lane: Lane, now: float) -> tuple[float, float]:
         """By how many seconds the job would be late, or make late another that may not be; at most 0: in time; inf: not even alone.
 
-        And the seconds for which that is so for any equal job: until its batch begins so much later, or a worker is free.
+        And the seconds for which that is so for any equal job, unless something happens before: a batch ends, a job is taken back.
         """
         if job.due <= now:
             return math.inf, 0.0
@@ -257,7 +259,8 @@ class Batcher:
             return 0.0, 0.0
         line, time = lane.line, job.due - now - self.margin
         if line.safe(job.rows) > time:
-            return (0.0 if self._may_probe(job, lane, now) else math.inf), 0.0
+            wait = self._until_probe(job, lane, now)
+            return (math.inf, min(line.safe(job.rows) - time, wait)) if wait > 0 else (0.0, 0.0)
         job.promised = True
         if not self._jobs and len(self._running) < self.workers:
             return 0.0, 0.0
@@ -278,23 +281,26 @@ class Batcher:
         late = stretch * max(0.0, place.start - now) + own - time
         if late > 0:
             self._owed.raise_to(reserve, now)
-            return late, max(0.0, min(late / stretch, self._holds_until - now))
+            free = len(self._running) < self.workers  # what it takes in a moment changes everything
+            return late, 0.0 if free else late / stretch
         return forecast.harm(place, job.priority), 0.0
 
     def _foresee(self, now: float) -> Forecast:
         """The forecast; made once for all the jobs that are refused until something happens, or ought to have."""
-        if self._forecast is None or now >= self._holds_until:
+        if self._forecast is None or now >= self._outdated:
             free = [run.free(now) for run in self._running] + [(now, 0.0)] * (self.workers - len(self._running))
-            self._holds_until = min(end - math.sqrt(variance) for end, variance in free)
+            self._outdated = max(min(end for end, _ in free), now + (self.objective or 0.0) * _FRESH)
             self._forecast = Forecast(self._active.values(), free, margin=self.margin, backlog=self._backlog)
         return self._forecast
 
-    def _may_probe(self, job: Job, lane: Lane, now: float) -> bool:
-        """Whether a job that would be late even alone is let through: where nothing else is to do, if the objective is what it would miss;
-        otherwise now and then."""
+    def _until_probe(self, job: Job, lane: Lane, now: float) -> float:
+        """Seconds until a job that would be late even alone is let through, if nothing happens before: at once where nothing else is to do,
+        if the objective is what it would miss; otherwise now and then."""
         if not self._jobs and not self._running and (job.deadline is None or job.deadline > job.due):
-            return True
-        return not lane.outstanding and now - lane.tried > max(_PROBE, _PROBES * lane.line.expected(job.rows))
+            return 0.0
+        if lane.outstanding:
+            return math.inf
+        return lane.tried + max(_PROBE, _PROBES * lane.line.expected(job.rows)) - now
 
     def _reserve(self, lane: Lane, time: float, now: float) -> tuple[float, float]:
         """Seconds that a batch of the size that the arrivals call for needs, and those that are owed to other groups.

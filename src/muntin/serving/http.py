@@ -102,6 +102,7 @@ class HttpFace:
     def begin(self, scope: Scope, body: Buffer, came: float, reply: Reply) -> Cancel:
         """Answers a request for inference whose body is whole since `came`, now or later. Returns what to call if nobody waits any more."""
         inference = _Inference(self, scope, reply, came)
+        self._service.deliver()  # in a flood a round of the loop is hundreds of requests, and answers would wait for its end
         try:
             self._authorise(scope)
             inference.cancel = self._ask(inference, scope, body)
@@ -119,6 +120,7 @@ class HttpFace:
 
     def refusal(self, scope: Scope, body: memoryview, came: float) -> Answer | None:
         """As `Direct` says. None where every request is written down, or traced."""
+        self._service.deliver()
         head: _Head | None = scope.get(_HEAD)
         if head is None or self._log is not None:
             return None

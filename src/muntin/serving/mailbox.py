@@ -1,7 +1,7 @@
 """From the threads that compute to the event loop that answers, many at a time.
 
 Waking a loop takes a system call and costs it a round. A batch is answered by one thread in one go, so its answers are put down together
-and the loop is woken once.
+and the loop is woken once. A loop that reads many requests in one round comes to what woke it only after them: it may look in between.
 """
 
 from __future__ import annotations
@@ -34,10 +34,14 @@ class Mailbox:
         self._waiting.append((call, argument))
         if not self._woken:  # set before the loop is woken, cleared before it looks: what is put in between is seen
             self._woken = True
-            self.loop.call_soon_threadsafe(self._empty)
+            self.loop.call_soon_threadsafe(self._woke)
 
-    def _empty(self) -> None:
+    def _woke(self) -> None:
         self._woken = False
+        self.empty()
+
+    def empty(self) -> None:
+        """Calls what was put in so far, on the loop's thread; it will be woken all the same."""
         with suppress(IndexError):
             while True:
                 call, argument = self._waiting.popleft()

@@ -279,11 +279,11 @@ class Service:
 
         def settle(answer: Any) -> None:
             nonlocal silent
+            if job.ticket:  # it was admitted: a batch ended, or a job that waited was dropped
+                self.turnstile.open()
             if silent:
                 return
             silent = True
-            if not isinstance(answer, Refusal):
-                self.turnstile.open()
             if isinstance(answer, BaseException | Refusal):
                 done(_error(answer))
                 return
@@ -310,6 +310,11 @@ class Service:
 
         self.runner.submit(job, answered)
         return cancel
+
+    def deliver(self) -> None:
+        """Gives the answers that are there, on the event loop: for whoever keeps it busy with many requests at once."""
+        if self._mailbox is not None:
+            self._mailbox.empty()
 
     def _box(self) -> Mailbox:
         loop = asyncio.get_running_loop()
