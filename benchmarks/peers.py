@@ -57,11 +57,11 @@ from segmentation_peers.report import Row, admitted, draw, judge, print_tables, 
 from segmentation_peers.tuning import held_out_score
 
 SOURCES = tuple(name for name in get_args(SourceName) if name != "folders")
-RATES = (5e-4, 1e-3, 2e-3)
+RATES = (2e-3, 4e-3, 8e-3)
 SEARCH_SHARE, SEARCH_SEED = 1 / 4, 0
 """Of the budget, for each rate; and the seed that it is trained with."""
-PROTOCOL = 2
-"""Of rows: 2 since minutes are kept by the schedule, and rates chosen on strips of the training split."""
+PROTOCOL = 3
+"""Of rows: 2 since minutes are kept by the schedule, and rates chosen on strips of the training split; 3 since Muon trains."""
 PACKAGES = ("segmentation-models-pytorch", "timm", "nncf")
 
 
