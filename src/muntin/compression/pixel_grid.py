@@ -3,7 +3,8 @@
 Behind the normalisation of a model an image still has 256 levels, one step apart. A layer that reads it on an 8-bit grid which is almost as
 fine loses by rounding what it need not lose; and OpenVINO takes a grid within about 1 % of the pixels' own to be the same, and leaves the
 rounding out (seen with 2026.4): each value is then up to two levels from what was trained. On the very grid of the pixels nothing is
-rounded, and leaving it out changes nothing.
+rounded, and leaving it out changes nothing. Where the pixels lie on no grid that has a 0, half a step beside it as HybridNet's do, there is
+no such grid, and a coarser one is taken that is far enough from theirs.
 """
 
 from __future__ import annotations
@@ -18,16 +19,17 @@ from muntin.compression.quantized import QuantizedConv2d, QuantizedLinear
 from muntin.compression.rewrite import named
 
 NEAR = 0.02
-"""How far, as a share, a layer's scale may be from the pixels' step to be set to it."""
+"""How far, as a share, a layer's scale may be from the pixels' step to be set to it; farther than OpenVINO confuses them."""
 
 
 @torch.no_grad()
 def align_with_pixels(model: nn.Module, images: Tensor) -> list[str]:
-    """Sets the scale of every layer that reads the image, and is within `NEAR` of it, to the step of the pixels; the names of these layers.
+    """Sets the scale of every layer that reads the image, and is within `NEAR` of the pixels' step, to that step, or to `NEAR` beyond it
+    where the pixels lie beside the grid; the names of these layers.
 
     `images`: raw pixels `(B, C, H, W)`, for their shape. Found by asking: three images of one value each, 0, 1 and 255, must come to the
-    layer as values that lie on one line, and 0 as a whole number of steps. Signed grids only: without an offset OpenVINO would take the
-    quantiser out of the graph, and the layer would run in float. Costs three forward passes.
+    layer as values that lie on one line; they lie on the grid if 0 comes as a whole number of steps. Signed grids only: without an offset
+    OpenVINO would take the quantiser out of the graph, and the layer would run in float. Costs three forward passes.
     """
     layers: dict[str, nn.Module] = dict(named(model, QuantizedConv2d, QuantizedLinear))
     seen = [_inputs(model, layers, torch.full_like(images[:1], value, dtype=torch.float32)) for value in (0.0, 1.0, 255.0)]
@@ -36,9 +38,9 @@ def align_with_pixels(model: nn.Module, images: Tensor) -> list[str]:
         assert isinstance(layer, QuantizedConv2d | QuantizedLinear)
         if any(name not in inputs for inputs in seen) or layer.input.zero_point.dtype != torch.int8:
             continue
-        step = _step(*(inputs[name] for inputs in seen))
-        if step is not None and abs(float(layer.input.scale) / step - 1) <= NEAR:
-            layer.input.scale.fill_(step)
+        step, on_grid = _step(*(inputs[name] for inputs in seen))
+        if step and abs(float(layer.input.scale) / step - 1) <= NEAR:
+            layer.input.scale.fill_(step if on_grid else step * (1 + NEAR))
             aligned.append(name)
     return aligned
 
@@ -53,14 +55,13 @@ def _inputs(model: nn.Module, layers: Mapping[str, nn.Module], images: Tensor) -
     return found
 
 
-def _step(black: Tensor, one: Tensor, white: Tensor) -> float | None:
-    """The step of the pixels in a layer's input, or None where that is no image: not a line, or not on a grid with 0."""
+def _step(black: Tensor, one: Tensor, white: Tensor) -> tuple[float, bool]:
+    """The step of the pixels in a layer's input, and whether they lie on a grid that has a 0. Step 0 where that is no image: not a line."""
     if black.shape != white.shape:
-        return None
+        return 0.0, False
     step = float((white - black).mean()) / 255
-    if step <= 0:
-        return None
     near = 1e-3 * step
-    line = (one - black - step).abs().max() <= near and (white - black - 255 * step).abs().max() <= near
+    if step <= 0 or (one - black - step).abs().max() > near or (white - black - 255 * step).abs().max() > near:
+        return 0.0, False
     offset = black / step
-    return step if line and (offset - offset.round()).abs().max() <= 1e-3 else None
+    return step, bool((offset - offset.round()).abs().max() <= 1e-3)
