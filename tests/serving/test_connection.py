@@ -340,6 +340,32 @@ def test_what_is_refused_at_once_is_not_begun_and_the_connection_goes_on(served:
     wait(lambda: served.ledger.held == 0)
 
 
+def test_a_request_that_waited_is_not_remembered_by_the_head_of_another(served: Served) -> None:
+    """Else whoever sends that head next is taken for the one that waited, with its length and its path."""
+    with closing(served.connect()) as client:
+        client.sendall(post(b"first", "/slow")[:-1])  # in two pieces: its head is remembered
+        time.sleep(0.05)
+        client.sendall(b"t")
+        time.sleep(0.05)
+        served.app.release.set()
+        read(client)
+        served.app.release.clear()
+        client.sendall(post(b"12345", "/slow"))  # known, and not answered yet
+        time.sleep(0.05)
+        client.sendall(post(b"nine bytes", "/other")[:-4])  # behind it, and not whole yet
+        time.sleep(0.05)
+        served.app.release.set()
+        assert read_json(read(client)) == [5, "12345"]
+        client.sendall(b"ytes")
+        assert read_json(read(client)) == [10, "nine byte"]
+    for head, known in served.ledger.known.items():
+        assert b" %s " % known.scope["path"].encode() in head
+        assert b"Content-Length: %d\r\n" % known.length in head
+    served.app.begun.clear()
+    assert read_json(served.ask(post(b"again", "/slow"))) == [5, "again"]
+    assert served.app.begun == ["/slow"]
+
+
 def test_who_is_refused_at_once_waits_for_the_answer_before(served: Served) -> None:
     served.app.full = b"f"
     with closing(served.connect()) as client:

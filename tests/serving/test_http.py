@@ -198,7 +198,61 @@ def test_what_a_candidate_refuses_is_not_refused_by_the_version_that_serves(shel
                 while not runner.snapshot().running_batches:  # with a worker free a refusal holds for nobody
                     await asyncio.sleep(0.0005)
             assert any(isinstance(error, RefusedRequestError) and error.holds for error in errors)
-            assert service.turnstile.left("like this", time.monotonic()) == 0
+            assert service.turnstile.refused("like this", time.monotonic()) is None
             assert runner.snapshot().refused["late"] > 0
+
+    asyncio.run(run())
+
+
+def test_what_one_version_refused_is_asked_of_the_next(shelf: Any) -> None:
+    async def run() -> None:
+        with slow_service(shelf) as (service, _):
+            service.turnstile.shut("like this", time.monotonic() + 60, time.monotonic() + 60, "too slow")
+            error = service.refusal(time.monotonic(), "like this", model="m", version=None)
+            assert error is not None
+            assert str(error) == "too slow"
+            assert 59 < error.retry_after <= 60
+            service.slot.load(Path("2"), "2")
+            assert service.refusal(time.monotonic(), "like this", model="m", version=None) is None
+
+    asyncio.run(run())
+
+
+def test_a_job_that_is_dropped_or_whose_client_has_gone_opens_the_turnstile(shelf: Any) -> None:
+    async def run() -> None:
+        with slow_service(shelf) as (service, runner):
+            request = decode_request(HEAD + b"abc", len(HEAD), Limits())
+            await service.infer(request, model="m", version=None)
+            answers: list[Any] = []
+            take_back = service.submit(request, model="m", version=None, done=answers.append)
+            while not runner.snapshot().running_batches:
+                await asyncio.sleep(0.0005)
+            take_back()  # too late: it runs
+            service.turnstile.shut("like this", time.monotonic() + 60, time.monotonic() + 60)
+            while service.turnstile.refused("like this", time.monotonic()):
+                await asyncio.sleep(0.0005)
+            assert answers == []
+
+    asyncio.run(asyncio.wait_for(run(), 30))
+
+
+def test_answers_go_out_while_the_loop_refuses(shelf: Any) -> None:
+    async def run() -> None:
+        with slow_service(shelf) as (service, _):
+            face = HttpFace(service, cast(Any, None), cast(Any, None), limits=Limits(), tokens=(), log=None)
+            replies: list[int] = []
+            scope = dict(SCOPE)
+            face.learn(scope)
+            face.begin(scope, HEAD + b"abc", time.monotonic(), lambda status, headers, parts: replies.append(status))
+            end = time.monotonic() + 10
+            while not replies and time.monotonic() < end:  # the loop never gets its turn
+                face.refusal(scope, memoryview(HEAD), time.monotonic() - OBJECTIVE_S)
+                time.sleep(0.001)
+            assert replies == [200]
+            face.begin(scope, HEAD + b"abc", time.monotonic(), lambda status, headers, parts: replies.append(status))
+            while len(replies) < 2 and time.monotonic() < end:
+                face.begin(scope, b"nonsense", time.monotonic(), lambda status, headers, parts: None)
+                time.sleep(0.001)
+            assert replies == [200, 200]
 
     asyncio.run(run())

@@ -15,15 +15,20 @@ from muntin.training.config import TrainingConfig
 from muntin.training.optimizer import LENGTH, MOMENTUM, Muon, make_optimizer, orthogonalised
 
 
+@pytest.mark.parametrize(("dtype", "least", "most"), [(torch.float32, 0.7, 1.3), (torch.bfloat16, 0.6, 1.5)])
 @pytest.mark.parametrize("shape", [(3, 5, 40), (2, 40, 5), (1, 24, 16), (4, 1, 7)])
-def test_all_directions_become_about_as_long_and_stay_where_they_were(shape: tuple[int, int, int]) -> None:
+def test_all_directions_become_about_as_long_and_stay_where_they_were(
+    shape: tuple[int, int, int], dtype: torch.dtype, least: float, most: float
+) -> None:
     torch.manual_seed(0)
     x_NRC = torch.randn(shape)
-    u, s, v = torch.linalg.svd(orthogonalised(x_NRC), full_matrices=False)
-    assert float(s.min()) > 0.7 and float(s.max()) < 1.3
+    found = orthogonalised(x_NRC, dtype)
+    assert found.dtype == torch.float32
+    u, s, v = torch.linalg.svd(found, full_matrices=False)
+    assert float(s.min()) > least and float(s.max()) < most
     turned = x_NRC @ (u @ v).mT  # its own polar factor: symmetric, positive
-    assert torch.allclose(turned, turned.mT, atol=0.02 * float(x_NRC.norm()))
-    assert float(torch.linalg.eigvalsh(turned).min()) > -1e-4
+    assert torch.allclose(turned, turned.mT, atol=0.03 * float(x_NRC.norm()))
+    assert float(torch.linalg.eigvalsh(turned).min()) > -0.02
 
 
 def test_matrices_of_a_stack_do_not_know_of_each_other() -> None:
@@ -37,8 +42,8 @@ def test_matrices_of_a_stack_do_not_know_of_each_other() -> None:
 def test_weights_are_matrices_and_the_rest_is_not() -> None:
     model = nn.ModuleDict(
         {
-            "conv": nn.Conv2d(3, 8, 3), "depthwise": nn.Conv2d(8, 8, 3, groups=8), "linear": nn.Linear(4, 5),
-            "attention": nn.MultiheadAttention(8, 2), "table": nn.Embedding(9, 4), "norm": nn.BatchNorm2d(8),
+            "conv": nn.Conv2d(1, 8, 3), "grouped": nn.Conv2d(8, 8, 3, groups=2), "depthwise": nn.Conv2d(8, 8, 3, groups=8),
+            "linear": nn.Linear(4, 5), "attention": nn.MultiheadAttention(8, 2), "table": nn.Embedding(9, 4), "norm": nn.BatchNorm2d(8),
         }
     )  # fmt: skip
     model.register_parameter("position", nn.Parameter(torch.zeros(1, 7, 4)))
@@ -46,7 +51,7 @@ def test_weights_are_matrices_and_the_rest_is_not() -> None:
     names = {id(parameter): name for name, parameter in model.named_parameters()}
     matrices, others, vectors = ({names[id(p)] for p in group["params"]} for group in optimizer.param_groups)
     assert matrices == {"conv.weight", "linear.weight", "attention.in_proj_weight", "attention.out_proj.weight"}
-    assert others == {"depthwise.weight", "table.weight", "position"}
+    assert others == {"depthwise.weight", "grouped.weight", "table.weight", "position"}
     assert matrices | others | vectors == set(names.values()) and all("bias" in name or name == "norm.weight" for name in vectors)
     assert [group["weight_decay"] for group in optimizer.param_groups] == [0.3, 0.3, 0.0]
 
@@ -120,3 +125,9 @@ def test_gradients_that_are_not_finite_change_nothing_under_a_loss_scale() -> No
     scaler.step(optimizer)
     scaler.update()
     assert all(torch.equal(old, new) for old, new in zip(before, model.parameters(), strict=True)) and scaler.get_scale() == 2.0
+
+
+def test_its_state_is_not_taken_from_where_it_would_be_lost() -> None:
+    optimizer = make_optimizer(nn.Linear(4, 4), TrainingConfig())
+    with pytest.raises(TypeError, match="load_optimizer"):
+        optimizer.load_state_dict(optimizer.state_dict())

@@ -76,6 +76,7 @@ class _LearnedWeight(nn.Module):
         self.weight, self.bias = layer.weight, layer.bias
         self.input = LearnedGrid(grid)
         self.bits = bits
+        self.groups = getattr(layer, "groups", 1)
         self.log_scale = nn.Parameter(weight_scale(layer.weight, 0, bits).log())
         self.shape_of = [copy.deepcopy(layer).to("meta")]  # in a list: no submodule, only the structure to go back to
 

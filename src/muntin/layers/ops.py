@@ -31,7 +31,7 @@ class SoftmaxProduct(nn.Module):
 
 
 class Gain(nn.Module):
-    """A fixed factor. What it scales is learned so many times faster: Adam's steps are as long as the learning rate, whatever they move."""
+    """A fixed factor. What it scales is learned so many times faster: an optimiser's steps are as long as the rate, whatever they move."""
 
     factor: Tensor
 

@@ -54,10 +54,10 @@ class PixelHead(nn.Module):
     resolution: nothing heavy runs at full resolution. Source: sub-pixel convolution (Shi et al., 1609.05158, section 3.2),
     started at repetition (ICNR, Aitken et al., 1707.02937), so that training begins without a checkerboard.
 
-    `gain`: a factor of the scores, with weights that start as many times smaller, so that the untrained layer is the same. Adam moves every
-    weight by about the learning rate, so scores grow with the number of channels that they are a sum over: those of a narrow decoder
-    lag behind, and the loss with them. A gain lets them keep up; it is folded into the weights for deployment. The idea of learning
-    rates by width is Yang & Hu's (2011.14522); the number was found by trial (docs/log.md).
+    `gain`: a factor of the scores, with weights that start as many times smaller, so that the untrained layer is the same. An optimiser
+    moves every weight by about the learning rate, so scores grow with the number of channels that they are a sum over: those of a narrow
+    decoder lag behind, and the loss with them. A gain lets them keep up; it is folded into the weights for deployment. The idea of learning
+    rates by width is Yang & Hu's (2011.14522); the number was found by trial, with Adam (docs/log.md).
     """
 
     def __init__(self, channels: int, outputs: int, factor: int, gain: float = 1.0) -> None:

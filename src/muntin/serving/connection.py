@@ -206,6 +206,7 @@ class BoundedConnection(HttpToolsProtocol):
 
     def _take(self, data: bytes) -> bytes:
         """What is left of the data: what comes behind a known request's body."""
+        self._raw = b""  # of whatever came before: what is started after a wait must not be remembered by another one's head
         if self._direct is not None and not self._parsing and (self.cycle is None or self.cycle.response_complete):
             end = data.find(b"\r\n\r\n", 0, _HEAD_BYTES) + 4
             self._raw = data[:end] if end > 4 else b""

@@ -132,10 +132,10 @@ class HttpFace:
         return error_answer(error)
 
     def _ask(self, inference: _Inference, scope: Scope, body: Buffer) -> Cancel:
-        head: _Head = scope.get(_HEAD) or _read_head(scope)
-        if self._tracing is not None:
+        if self._tracing is not None and (found := _INFER.fullmatch(scope["path"])):
             carrier = {name.decode("latin-1"): value.decode("latin-1") for name, value in scope["headers"]}
-            inference.span = self._tracing.begin("http", head.model, carrier)
+            inference.span = self._tracing.begin("http", found[1], carrier)
+        head: _Head = scope.get(_HEAD) or _read_head(scope)
         like = self._like(scope, head, body)
         if like is not None and (error := self._service.refusal(inference.began, like, model=head.model, version=head.version)):
             raise error

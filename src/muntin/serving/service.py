@@ -90,6 +90,7 @@ class Service:
         self.objective, self.max_rows, self.max_pixels = objective, max_rows, max_pixels
         self.draining = False
         self.turnstile = Turnstile()
+        self._current = slot.current
         self._clock = clock
         self._shadows = ThreadPoolExecutor(max_workers=1, thread_name_prefix="muntin-shadow")
         self._shadowing = 0
@@ -140,16 +141,17 @@ class Service:
 
         Costs next to nothing: at a flood this is all that most requests are given.
         """
-        now = self._clock()
+        now, current = self._clock(), self.slot.current
+        if current is not self._current:  # what was refused was another version's
+            self._current = current
+            self.turnstile.open()
         if self.objective is not None and now - arrived >= self.objective:
             self.turnstile.turn_away(like, arrived)
             error = RefusedRequestError("more requests come than can be read in time: try again")
-        elif left := self.turnstile.left(like, arrived):
-            told = f"others like it wait and leave it too little time: try again in {max(left * 1e3, 1):.0f} ms"
-            error = RefusedRequestError(told, retry_after=left)
+        elif refused := self.turnstile.refused(like, arrived):
+            error = RefusedRequestError(refused[1], retry_after=refused[0])
         else:
             return None
-        current = self.slot.current
         name = version or (None if current is None else current.name)
         if model == self.name and name in self._accounts:
             self._accounts[name].failed(now - arrived)
@@ -197,7 +199,7 @@ class Service:
             if isinstance(found, Exception):
                 # A candidate's refusal says nothing of the version that most requests are for.
                 if like is not None and isinstance(found, RefusedRequestError) and found.holds and lease.version is self.slot.current:
-                    self.turnstile.shut(like, arrived + found.holds, arrived + found.retry_after)
+                    self.turnstile.shut(like, arrived + found.holds, arrived + found.retry_after, str(found))
                 account.failed(total)
                 done(found)
                 return

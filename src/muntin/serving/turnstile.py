@@ -17,10 +17,11 @@ _GATES = 64
 
 
 class _Gate:
-    __slots__ = ("again", "last", "round", "unseen", "until")
+    __slots__ = ("again", "last", "round", "unseen", "until", "why")
 
     def __init__(self) -> None:
         self.until = self.again = 0.0
+        self.why = ""
         self.round = -1
         """In which it was shut."""
         self.unseen = 0
@@ -38,9 +39,9 @@ class Turnstile:
         self._round = 0
         self.count = 0
 
-    def shut(self, what: Hashable, until: float, again: float) -> None:
+    def shut(self, what: Hashable, until: float, again: float, why: str = "") -> None:
         """A request was refused, and so will be every equal one that comes before `until`, or before the next `open`. `again`: from when on
-        it is worth another try."""
+        it is worth another try, not before `until`. `why`: what it was told."""
         gate = self._gates.get(what)
         if gate is None:
             gate = self._gates[what] = _Gate()
@@ -48,19 +49,19 @@ class Turnstile:
                 self._gates.popitem(last=False)
         else:
             self._gates.move_to_end(what)
-        gate.until, gate.again, gate.round = until, again, self._round
+        gate.until, gate.again, gate.round, gate.why = until, max(until, again), self._round, why
 
     def open(self) -> None:
         """Something happened that nobody foresaw to the moment: everybody is let through once more."""
         self._round += 1
 
-    def left(self, what: Hashable, came: float) -> float:
-        """Seconds after which a request that is refused, and counted, is worth another try; 0: it is let through."""
+    def refused(self, what: Hashable, came: float) -> tuple[float, str] | None:
+        """Of a request that is refused, and counted: seconds after which it is worth another try, and why. None: it is let through."""
         gate = self._gates.get(what)
         if gate is None or gate.round != self._round or came >= gate.until:
-            return 0.0
+            return None
         self.turn_away(what, came)
-        return gate.again - came
+        return gate.again - came, gate.why
 
     def turn_away(self, what: Hashable, came: float) -> None:
         """A request is refused for another reason."""

@@ -228,5 +228,5 @@ def load_optimizer(model: nn.Module, optimizer: torch.optim.Optimizer, scaler: t
             scaler.load_state_dict(scaler.state_dict() | {parameter: value.item()})
         else:
             like = parameters[parameter]
-            state = value if value.ndim == 0 else value.to(like.device).to(memory_format=torch.preserve_format)
+            state = value.to(like.device)
             optimizer.state[like][key] = state.clone() if value.ndim == 0 else torch.empty_like(like).copy_(state)

@@ -1,7 +1,7 @@
 """What a step makes of the gradients: Muon for the matrices, AdamW for the rest.
 
     weights of linear layers and convolutions     Muon     every direction that the gradient has is gone along by as much
-    vectors, depthwise kernels, tables            AdamW    every number is moved by about as much
+    vectors, kernels in groups, tables            AdamW    every number is moved by about as much
 
 Adam moves single numbers, and so mostly along the few directions that a gradient is long in; a matrix learns the others slowly.
 """
@@ -31,13 +31,14 @@ class Muon(torch.optim.Optimizer):
     The update of a matrix is its momentum with all singular values brought to about 1, times `LENGTH` and the root of its longer side; a
     convolution's kernel `(O, I, h, w)` is a matrix `(O, I·h·w)`. Weights are decayed as by AdamW. A matrix has one state, the momentum,
     where AdamW has two. Cost of a step: 6·m²·n + 3·m³ multiply-adds for a matrix of m x n, m <= n; those of one shape go together.
-    `dtype`: what is computed in there; 16 bits suffice. `torch.optim.Muon` takes matrices only, one by one, in BF16, which many CPUs do
-    not compute in.
+    `dtype`: what is computed in there; in 16 bits the singular values scatter a little more. `torch.optim.Muon` takes matrices only, one
+    by one, in BF16, which many CPUs do not compute in.
 
     Source: Jordan et al., Muon (kellerjordan.github.io/posts/muon, 2024), convolutions and AdamW for the rest included; the length and
     the decay are Liu et al.'s (2502.16982, section 2.2); polynomials of a step each are Amsel et al.'s idea (2505.16932, section 3.2).
-    Deviations: three of them (0.73 to 1.27 for singular values from a hundredth of the norm on) in place of five times the same one, two
-    fifths of the cost for the same loss (docs/log.md); the first and the last layer are matrices like any other.
+    Deviations: three of them (0.73 to 1.27 for singular values from a hundredth of the norm on) in place of five times the same one, three
+    fifths of the cost for the same loss (docs/log.md); the first and the last layer are matrices like any other, and so are the three
+    projections of PyTorch's own attention together.
     """
 
     def __init__(
@@ -50,17 +51,16 @@ class Muon(torch.optim.Optimizer):
         dtype: torch.dtype = torch.float32,
     ) -> None:
         groups: list[dict[str, Any]] = [
-            {"params": matrices, "weight_decay": config.weight_decay},
+            {"params": matrices, "weight_decay": config.weight_decay, "matrices": True},
             {"params": others, "weight_decay": config.weight_decay},
             {"params": vectors, "weight_decay": 0.0},
         ]
-        super().__init__([group for group in groups if group["params"]], {"lr": config.learning_rate})
+        super().__init__([group for group in groups if group["params"]], {"lr": config.learning_rate, "matrices": False})
         self._dtype = dtype
-        rest = self.param_groups[1:] if matrices else self.param_groups
-        self._matrices = self.param_groups[:1] if matrices else []
-        self._adamw = torch.optim.AdamW(rest, fused=True) if rest else None
+        rest = [group for group in self.param_groups if not group["matrices"]]
+        self._adamw = torch.optim.AdamW(rest, fused=True) if rest else None  # it has the very same groups
         if self._adamw is not None:
-            self._adamw.state = self.state  # one state of it all, as one list of groups
+            self._adamw.state = self.state
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
@@ -69,15 +69,21 @@ class Muon(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        for group in self._matrices:
-            self._update(group["params"], group["lr"], group["weight_decay"])
+        for group in self.param_groups:
+            if group["matrices"]:
+                self._update(group["params"], group["lr"], group["weight_decay"])
         if self._adamw is not None:
             self._adamw.step()
         return loss
 
+    def load_state_dict(self, state_dict: Any) -> None:
+        """Not to be had: raises TypeError. A checkpoint's state is loaded parameter by parameter (`load_optimizer`)."""
+        raise TypeError("Muon's state is loaded by muntin.training.checkpoint.load_optimizer")
+
     def suits(self) -> bool:
         """Whether the state that was loaded is of this optimiser: a matrix has its momentum and nothing else."""
-        return all(not self.state[p] or set(self.state[p]) == {"momentum"} for group in self._matrices for p in group["params"])
+        matrices = [parameter for group in self.param_groups if group["matrices"] for parameter in group["params"]]
+        return all(not self.state[parameter] or set(self.state[parameter]) == {"momentum"} for parameter in matrices)
 
     def _update(self, parameters: list[nn.Parameter], rate: float, decay: float) -> None:
         alike: dict[tuple[int, int], list[tuple[nn.Parameter, Tensor]]] = defaultdict(list)
@@ -109,15 +115,20 @@ def orthogonalised(x_NRC: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
 
 
 def make_optimizer(model: nn.Module, config: TrainingConfig, dtype: torch.dtype = torch.float32) -> Muon:
-    """Muon for the weights of linear layers and convolutions (quantised and factored ones too), AdamW for the rest."""
+    """Muon for the weights of linear layers and of convolutions without groups (quantised and factored ones too), AdamW for the rest."""
     matrices, others, vectors = [], [], []
     owners = dict(model.named_modules())
     for name, parameter in model.named_parameters():
         owner, _, last = name.rpartition(".")
         if parameter.ndim < 2:
             vectors.append(parameter)
-        elif last.endswith("weight") and parameter.shape[1] > 1 and not isinstance(owners[owner], nn.Embedding):  # 1: depthwise
+        elif last.endswith("weight") and not _is_table(owners[owner]):
             matrices.append(parameter)
         else:
             others.append(parameter)
     return Muon(matrices, others, vectors, config=config, dtype=dtype)
+
+
+def _is_table(owner: nn.Module) -> bool:
+    """Whether the rows of a layer's weight have nothing to do with each other: an embedding's, or a convolution's of several groups."""
+    return isinstance(owner, nn.Embedding | nn.EmbeddingBag) or getattr(owner, "groups", 1) > 1
