@@ -4,7 +4,7 @@ Behind the normalisation of a model an image still has 256 levels, one step apar
 fine loses by rounding what it need not lose; and OpenVINO takes a grid within about 1 % of the pixels' own to be the same, and leaves the
 rounding out (seen with 2026.4): each value is then up to two levels from what was trained. On the very grid of the pixels nothing is
 rounded, and leaving it out changes nothing. Where the pixels lie on no grid that has a 0, half a step beside it as HybridNet's do, there is
-no such grid, and a coarser one is taken that is far enough from theirs.
+no such grid; there it confuses what is within 0.2 %, and a slightly coarser one is taken.
 """
 
 from __future__ import annotations
@@ -19,13 +19,17 @@ from muntin.compression.quantized import QuantizedConv2d, QuantizedLinear
 from muntin.compression.rewrite import named
 
 NEAR = 0.02
-"""How far, as a share, a layer's scale may be from the pixels' step to be set to it; farther than OpenVINO confuses them."""
+"""How far, as a share, a layer's scale may be from the pixels' step to be set to it."""
+BESIDE = 0.0035
+"""The same where the pixels lie beside the grid."""
+_COARSER = 127.5 / 127
+"""On such a grid the lightest and the darkest of 256 levels around 0 lie on its ends: what calibration finds for them."""
 
 
 @torch.no_grad()
 def align_with_pixels(model: nn.Module, images: Tensor) -> list[str]:
-    """Sets the scale of every layer that reads the image, and is within `NEAR` of the pixels' step, to that step, or to `NEAR` beyond it
-    where the pixels lie beside the grid; the names of these layers.
+    """Sets the scale of every layer that reads the image, and is within `NEAR` of the pixels' step, to that step; where the pixels lie
+    beside the grid, and the scale is within `BESIDE` of their step, to a coarser one. The names of these layers.
 
     `images`: raw pixels `(B, C, H, W)`, for their shape. Found by asking: three images of one value each, 0, 1 and 255, must come to the
     layer as values that lie on one line; they lie on the grid if 0 comes as a whole number of steps. Signed grids only: without an offset
@@ -39,8 +43,8 @@ def align_with_pixels(model: nn.Module, images: Tensor) -> list[str]:
         if any(name not in inputs for inputs in seen) or layer.input.zero_point.dtype != torch.int8:
             continue
         step, on_grid = _step(*(inputs[name] for inputs in seen))
-        if step and abs(float(layer.input.scale) / step - 1) <= NEAR:
-            layer.input.scale.fill_(step if on_grid else step * (1 + NEAR))
+        if step and abs(float(layer.input.scale) / step - 1) <= (NEAR if on_grid else BESIDE):
+            layer.input.scale.fill_(step if on_grid else step * _COARSER)
             aligned.append(name)
     return aligned
 
