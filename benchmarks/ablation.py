@@ -337,7 +337,8 @@ def main() -> None:
     arguments = parser.parse_args()
     measured = {"steps": arguments.steps, "precision": arguments.precision, "threads": arguments.threads, "rounds": arguments.rounds}
     setting = Setting(output=arguments.output, **measured)
-    training = {"steps": arguments.steps, "precision": arguments.precision, "gain": GAIN}  # rows from before the gain are another network's
+    # Rows from before the gain, and from before Muon, are another network's.
+    training = {"steps": arguments.steps, "precision": arguments.precision, "gain": GAIN, "optimizer": "muon"}
     timing = {**measured, **training}
     names = list(dict.fromkeys(["base", *arguments.variants]))
     scores: list[Row] = []
