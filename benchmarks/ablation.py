@@ -1,17 +1,17 @@
-"""What each part of hybrid-s is worth: the network without it, or with another choice, trained alike and deployed.
+"""What each part of a hybrid is worth: the network without it, or with another choice, trained alike and deployed.
 
-    python benchmarks/ablation.py [--seeds 0 1 2] [--steps 700] [--precision bf16] [--variants serial ...] [--threads N] [--rounds 20]
-                                  [--output runs/benchmark-ablation] [--json]
+    python benchmarks/ablation.py [--model hybrid-s] [--seeds 0 1 2] [--steps 700] [--precision bf16] [--variants serial ...]
+                                  [--threads N] [--rounds 20] [--output runs/benchmark-ablation] [--json]
 
-Each variant is hybrid-s with one change, trained by the demonstration's recipe (source earth, averaged weights) for the same steps on the
+Each variant is the preset with one change, trained by the demonstration's recipe (source earth, averaged weights) for the same steps on the
 same crops, seed by seed, and in one precision (the recipe's `auto` measures the machine, and may answer differently from one variant to
-the next). That recipe was tuned with hybrid-s, which favours it. What hybrid-s has: attention in windows of 8 and through 32 latents,
+the next). That recipe was tuned with hybrid-s, which favours it. What a preset has: attention in windows of 8 and through 8 to 32 latents,
 parallel blocks, gates, a depthwise convolution for position, foldable norms, ReLU, a decoder of stages.
     local only, global only   the other half of the heads gone over to windows, to latents
     convolutions              no attention: two 3 x 3 convolutions of as many multiply-adds in place of a block
     serial                    attention, then the perceptron, instead of both at once
     no gate, no depthwise     without it
-    window, latents           another number: a window's side and the latents of a head; a window larger than the map is padded and computed
+    window, latents           another number than the preset's: a window's side, which may be larger than the map; a head's latents
     LayerNorm, GELU           in the blocks, in place of norms that fold away and of ReLU, which fuses
     one-step decoder          all maps to stride 4 by one bilinear step, summed, smoothed once; the same projections
     UPerNet head              a pyramid with a global context whose levels are fused at stride 4, half as wide: about as many multiply-adds
@@ -23,7 +23,7 @@ factories (`ablation_models.py`) that a recipe can name as its model, and no par
     points      100 x (variant - base), seed by seed: mean ± standard error
     ms          512 x 512, deployed in floats with norms and gates folded: mean over seeds of medians, all variants of a seed in turns
     slower      variant over base in the precision that is faster here, seed by seed, as for points
-    verdict     on what hybrid-s has in this place: a difference counts where it is more than twice its standard error. By score first;
+    verdict     on what the preset has in this place: a difference counts where it is more than twice its standard error. By score first;
                 where that tells nothing, by speed. Three seeds make a weak test: by chance alone one difference in five passes it.
 
 Then parallel blocks against serial ones of the same multiply-adds (the article claims +30 %), and networks whose closed channels are cut
@@ -56,13 +56,14 @@ import torch
 from torch import nn
 
 import muntin
+from ablation_models import BASES, factory_name
 from muntin.artifact import open_artifact
 from muntin.compression import remove_closed_channels
 from muntin.compression.stages import source_of
 from muntin.deployment import image_macs
 from muntin.deployment.counting import parameter_count
 from muntin.errors import DependencyError, MuntinError
-from muntin.models import TorchSession
+from muntin.models import PRESETS, ModelConfig, TorchSession
 from muntin.models.hybridnet import GAIN
 from muntin.runtime import load
 from muntin.runtime.contention import watch_cpu
@@ -85,9 +86,9 @@ GOALS = {"parallel_over_serial": 1.3, "cut_over_base": 1.3, "cut_points_lost": 0
 
 @dataclass(frozen=True, kw_only=True)
 class Variant:
-    """A model by its name in a recipe, what it changes in the configuration, and the share of gated channels that training keeps."""
+    """What it changes in the configuration, or the factory of `ablation_models`; and the share of gated channels that training keeps."""
 
-    model: str = "hybrid-s"
+    factory: str | None = None
     options: dict[str, Any] = field(default_factory=dict)
     gate_budget: float = 1.0
 
@@ -96,16 +97,16 @@ VARIANTS = {
     "base": Variant(),
     "local only": Variant(options={"attention": "local"}),
     "global only": Variant(options={"attention": "global"}),
-    "convolutions": Variant(model="ablation_models:with_convolutions"),
+    "convolutions": Variant(factory="with_convolutions"),
     "serial": Variant(options={"block": "serial"}),
     "no gate": Variant(options={"gate": False}),
-    "no depthwise": Variant(model="ablation_models:without_position"),
-    **{f"window {window}": Variant(options={"window": window}) for window in (4, 16, 32)},
-    **{f"latents {latents}": Variant(options={"latents": latents}) for latents in (8, 16, 64)},
-    "LayerNorm": Variant(model="ablation_models:with_layer_norm"),
-    "GELU": Variant(model="ablation_models:with_gelu"),
-    "one-step decoder": Variant(model="ablation_models:with_one_step_decoder"),
-    "UPerNet head": Variant(model="ablation_models:with_uper_decoder"),
+    "no depthwise": Variant(factory="without_position"),
+    **{f"window {window}": Variant(options={"window": window}) for window in (4, 8, 16, 32)},
+    **{f"latents {latents}": Variant(options={"latents": latents}) for latents in (8, 16, 32, 64)},
+    "LayerNorm": Variant(factory="with_layer_norm"),
+    "GELU": Variant(factory="with_gelu"),
+    "one-step decoder": Variant(factory="with_one_step_decoder"),
+    "UPerNet head": Variant(factory="with_uper_decoder"),
     **{f"gate budget {share}": Variant(gate_budget=share) for share in (0.5, 0.25)},
 }
 
@@ -114,6 +115,7 @@ VARIANTS = {
 class Setting:
     """What every row of a run has in common."""
 
+    model: str
     output: Path
     steps: int
     precision: str
@@ -123,11 +125,18 @@ class Setting:
     def folder(self, name: str, seed: int) -> Path:
         return self.output / f"seed-{seed}" / slug(name)
 
+    def differs(self, name: str) -> bool:
+        """Whether a variant changes this preset at all."""
+        options = VARIANTS[name].options
+        config = ModelConfig(**PRESETS[self.model])
+        return not options or any(getattr(config, key) != value for key, value in options.items())
+
     def checkpoint(self, name: str, seed: int) -> Checkpoint:
         variant = VARIANTS[name]
         training = {"training.steps": self.steps, "training.precision": self.precision, "training.gate_budget": variant.gate_budget}
         changes = {"seed": seed, **training}
-        recipe = demo_recipe({**changes, "model.name": variant.model, "model.options": variant.options})
+        name = self.model if variant.factory is None else f"ablation_models:{factory_name(variant.factory, self.model)}"
+        recipe = demo_recipe({**changes, "model.name": name, "model.options": variant.options})
         return trained(recipe, self.folder(name, seed))
 
     def model(self, name: str, seed: int) -> nn.Module:
@@ -324,6 +333,7 @@ def notes(latencies: list[Row]) -> list[str]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", choices=BASES, default="hybrid-s", help="the base: a preset")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--steps", type=int, default=700, help="of training, the same for all")
     parser.add_argument("--precision", choices=["fp32", "bf16"], default="fp32", help="of training, the same for all")
@@ -335,12 +345,13 @@ def main() -> None:
     parser.add_argument("--output", type=Path, default=Path("runs/benchmark-ablation"))
     parser.add_argument("--json", action="store_true", help="print one JSON document instead of the tables")
     arguments = parser.parse_args()
-    measured = {"steps": arguments.steps, "precision": arguments.precision, "threads": arguments.threads, "rounds": arguments.rounds}
-    setting = Setting(output=arguments.output, **measured)
+    chosen = {"model": arguments.model, "steps": arguments.steps, "precision": arguments.precision}
+    timed = {"threads": arguments.threads, "rounds": arguments.rounds}
+    setting = Setting(output=arguments.output, **chosen, **timed)
     # Rows from before the gain, and from before Muon, are another network's.
-    training = {"steps": arguments.steps, "precision": arguments.precision, "gain": GAIN, "optimizer": "muon"}
-    timing = {**measured, **training}
-    names = list(dict.fromkeys(["base", *arguments.variants]))
+    training = {**chosen, "gain": GAIN, "optimizer": "muon"}
+    timing = {**timed, **training}
+    names = [name for name in dict.fromkeys(["base", *arguments.variants]) if setting.differs(name)]
     scores: list[Row] = []
     latencies: list[Row] = []
     for seed in arguments.seeds:
@@ -348,8 +359,8 @@ def main() -> None:
             done = setting.folder(name, seed) / "row.json"
             scores.append(kept_row(done, training, partial(score_row, setting, name, seed)))
             print(f"seed {seed}, {name}: {scores[-1]['miou']:.4f}", file=sys.stderr)
-        timed = setting.output / f"seed-{seed}" / f"latency-{'+'.join(map(slug, names))}.json"  # in turns: another set is another row
-        latencies.append(kept_row(timed, timing, partial(latency_row, setting, names, seed)))
+        path = setting.output / f"seed-{seed}" / f"latency-{'+'.join(map(slug, names))}.json"  # in turns: another set is another row
+        latencies.append(kept_row(path, timing, partial(latency_row, setting, names, seed)))
     pairs: dict[str, list[Row]] = {}
     seed = arguments.seeds[0]
     for name in names:

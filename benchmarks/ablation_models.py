@@ -1,6 +1,7 @@
-"""What `ablation.py` replaces in hybrid-s where its configuration has no option: factories that a recipe names as its model.
+"""What `ablation.py` replaces in a preset where its configuration has no option: factories that a recipe names as its model.
 
-Each takes hybrid-s as it is made, the same random numbers in every layer that stays, and changes one thing.
+Each takes the preset as it is made, the same random numbers in every layer that stays, and changes one thing. A recipe passes a factory
+no options, so there is one of each kind for each preset: `without_position_hybrid_s`, `with_gelu_hybrid_xs`, ... (`factory_name`).
 
 Axes: B images, C channels, H W map, S windows, T tokens a window.
 """
@@ -8,6 +9,7 @@ Axes: B images, C channels, H W map, S windows, T tokens a window.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from typing import cast
 
 import torch
@@ -16,7 +18,7 @@ from torch.nn import functional as F  # noqa: N812 - the field's usual name
 
 from muntin.layers import ConvUnit, Grid, ParallelBlock, Perceptron, PixelHead, ProgressiveUpsampler, Sum, TokenNorm
 from muntin.models import HybridNet, Task, create_model
-from muntin.models.hybridnet import FINEST, GAIN, AttentionStage
+from muntin.models.hybridnet import GAIN, AttentionStage
 
 
 class LayerNorm(nn.Module):
@@ -103,25 +105,25 @@ class UperDecoder(nn.Module):
         return out
 
 
-def _hybrid(task: Task, classes: int, channels: int) -> HybridNet:
-    return cast(HybridNet, create_model("hybrid-s", task=task, classes=classes, channels=channels))
+def _hybrid(preset: str, task: Task, classes: int, channels: int) -> HybridNet:
+    return cast(HybridNet, create_model(preset, task=task, classes=classes, channels=channels))
 
 
 def _blocks(model: HybridNet) -> list[ParallelBlock]:
     return [module for module in model.modules() if isinstance(module, ParallelBlock)]
 
 
-def without_position(*, task: Task, classes: int, channels: int) -> nn.Module:
+def without_position(preset: str, *, task: Task, classes: int, channels: int) -> nn.Module:
     """No depthwise convolution before the blocks: nothing tells tokens where they stand."""
-    model = _hybrid(task, classes, channels)
+    model = _hybrid(preset, task, classes, channels)
     for stage in model.stages:
         stage.position = nn.Identity()
     return model
 
 
-def with_convolutions(*, task: Task, classes: int, channels: int) -> nn.Module:
+def with_convolutions(preset: str, *, task: Task, classes: int, channels: int) -> nn.Module:
     """No attention: each block is two 3 x 3 convolutions of as many multiply-adds; they know positions, so no `PositionUnit` either."""
-    model = _hybrid(task, classes, channels)
+    model = _hybrid(preset, task, classes, channels)
     for number, stage in enumerate(cast("list[AttentionStage]", list(model.stages))):
         dim, config = model.config.dims[number], model.config
         local = dim - dim // config.head_dim // 2 * config.head_dim
@@ -134,34 +136,48 @@ def with_convolutions(*, task: Task, classes: int, channels: int) -> nn.Module:
     return model
 
 
-def with_layer_norm(*, task: Task, classes: int, channels: int) -> nn.Module:
+def with_layer_norm(preset: str, *, task: Task, classes: int, channels: int) -> nn.Module:
     """LayerNorm in the blocks; the convolutions keep their norms."""
-    model = _hybrid(task, classes, channels)
+    model = _hybrid(preset, task, classes, channels)
     for block in _blocks(model):
         block.norm = cast(TokenNorm, LayerNorm(block.norm.dim))
     return model
 
 
-def with_gelu(*, task: Task, classes: int, channels: int) -> nn.Module:
+def with_gelu(preset: str, *, task: Task, classes: int, channels: int) -> nn.Module:
     """GELU in the blocks' perceptrons; the convolutions keep ReLU."""
-    model = _hybrid(task, classes, channels)
+    model = _hybrid(preset, task, classes, channels)
     for block in _blocks(model):
         block.mlp = GeluPerceptron(block.mlp)
     return model
 
 
-def with_one_step_decoder(*, task: Task, classes: int, channels: int) -> nn.Module:
+def with_one_step_decoder(preset: str, *, task: Task, classes: int, channels: int) -> nn.Module:
     """A decoder without stages; the last step to the pixel stays."""
-    model = _hybrid(task, classes, channels)
+    model = _hybrid(preset, task, classes, channels)
     model.decoder = cast(ProgressiveUpsampler, OneStepUpsampler(model.decoder.lateral, model.config.decoder))
     return model
 
 
-def with_uper_decoder(*, task: Task, classes: int, channels: int) -> nn.Module:
+def with_uper_decoder(preset: str, *, task: Task, classes: int, channels: int) -> nn.Module:
     """A head like UPerNet's, half as wide, which has about as many multiply-adds; the last step to the pixel stays."""
-    model = _hybrid(task, classes, channels)
+    model = _hybrid(preset, task, classes, channels)
     config = model.config
-    maps = [*reversed(config.dims), config.stem[2], config.stem[1]]
+    maps = [lateral.conv.in_channels for lateral in cast("list[ConvUnit]", list(model.decoder.lateral))]
     model.decoder = cast(ProgressiveUpsampler, UperDecoder(maps, config.decoder // 2))
-    model.head = PixelHead(config.decoder // 2, config.outputs, FINEST * config.scale, GAIN)
+    model.head = PixelHead(config.decoder // 2, config.outputs, config.finest * config.scale, GAIN)
     return model
+
+
+BASES = ("hybrid-xxs", "hybrid-xs", "hybrid-s")
+"""Presets that can be taken apart."""
+KINDS = (without_position, with_convolutions, with_layer_norm, with_gelu, with_one_step_decoder, with_uper_decoder)
+
+
+def factory_name(kind: str, preset: str) -> str:
+    return f"{kind}_{preset.replace('-', '_')}"
+
+
+for _kind in KINDS:
+    for _preset in BASES:
+        globals()[factory_name(_kind.__name__, _preset)] = partial(_kind, _preset)

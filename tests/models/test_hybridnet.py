@@ -24,6 +24,8 @@ VARIANTS: list[dict[str, Any]] = [
     {"attention": "dense"},
     {"block": "serial"},
     {"gate": False},
+    {"finest": 8},
+    {"finest": 8, "dims": (128,), "depths": (2,), "pairs": (1, 0)},
     {"pairs": (0, 0), "dims": (128,), "depths": (1,)},
     {"dims": (128, 192, 128), "depths": (1, 2, 1), "window": 3, "latents": 7},
 ]

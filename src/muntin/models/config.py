@@ -36,6 +36,8 @@ class ModelConfig(BaseModel):
     gate: bool = True
     decoder: Positive = 64
     """Channels of the decoder."""
+    finest: Literal[4, 8] = 4
+    """Stride at which the decoder ends and the last layer, `PixelHead`, begins; unused by classify, as `decoder` is."""
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:

@@ -35,8 +35,6 @@ from muntin.layers import (
 )
 from muntin.models.config import ModelConfig
 
-FINEST = 4
-"""Stride at which the decoder ends and `PixelHead` begins."""
 GAIN = 32.0
 """Of the class scores: see `PixelHead`."""
 
@@ -107,13 +105,18 @@ class HybridNet(nn.Module):
         if config.task == "classify":
             self.head: nn.Module = nn.Linear(config.dims[-1], config.classes)
         else:
-            self.decoder = ProgressiveUpsampler([*reversed(config.dims), c8, c4], config.decoder)
+            self.decoder = ProgressiveUpsampler([*reversed(config.dims), c8, c4][: self._levels], config.decoder)
             gain = GAIN if config.task == "segment" else 1.0
-            self.head = PixelHead(config.decoder, config.outputs, FINEST * config.scale, gain)
+            self.head = PixelHead(config.decoder, config.outputs, config.finest * config.scale, gain)
         if config.task == "restore":
             self.enlarge = nn.Upsample(scale_factor=config.scale, mode="bilinear") if config.scale > 1 else nn.Identity()
             self.sum = Sum()
             nn.init.zeros_(self.head.conv.weight)  # type: ignore[arg-type, union-attr]  # training starts from the image itself
+
+    @property
+    def _levels(self) -> int:
+        """Maps that the decoder reads, from the coarsest."""
+        return len(self.config.dims) + (2 if self.config.finest == 4 else 1)
 
     def forward(self, image_BCHW: Tensor) -> Tensor:
         height, width = image_BCHW.shape[2:]
@@ -125,7 +128,7 @@ class HybridNet(nn.Module):
             scores_BK: Tensor = self.head(maps[-1].mean((2, 3)))
             return scores_BK
         scale = self.config.scale
-        scores: Tensor = self.head(self.decoder(maps[::-1]))[:, :, : scale * height, : scale * width]
+        scores: Tensor = self.head(self.decoder(maps[::-1][: self._levels]))[:, :, : scale * height, : scale * width]
         if self.config.task == "restore":
             scores = self.sum(self.enlarge(image_BCHW), scores * 64)  # the head's unit is the normalised one
         return scores
