@@ -80,9 +80,11 @@ def _entry(factory: str, *schemes: Scheme) -> Entry:
 ENTRIES = {
     entry.name: entry
     for entry in (
+        Entry(name="hybrid-xxs", model="hybrid-xxs", way="stages"),
         Entry(name="hybrid-xs", model="hybrid-xs", way="stages"),
         Entry(name="hybrid-s", model="hybrid-s", way="stages"),
         Entry(name="hybrid-m", model="hybrid-m", way="stages"),
+        Entry(name="hybrid-xxs-ptq", model="hybrid-xxs", way="post-training"),
         Entry(name="hybrid-xs-ptq", model="hybrid-xs", way="post-training"),
         Entry(name="hybrid-s-ptq", model="hybrid-s", way="post-training"),
         _entry("linknet_resnet18"),

@@ -15,8 +15,8 @@ from muntin.models import PRESETS, HybridNet, create_model
 @pytest.mark.parametrize(
     ("name", "arguments", "message"),
     [
-        ("hybrid-ss", {}, "unknown model 'hybrid-ss': did you mean 'hybrid-s'? known: hybrid-xs, "),
-        ("resnet", {}, "unknown model 'resnet': known: hybrid-xs, "),
+        ("hybrid-ss", {}, "unknown model 'hybrid-ss': did you mean 'hybrid-s'? known: hybrid-xxs, hybrid-xs, "),
+        ("resnet", {}, "unknown model 'resnet': known: hybrid-xxs, hybrid-xs, "),
         ("hybrid-s", {"options": {"windows": 8}}, "unknown option 'windows': did you mean 'window'? known: "),
         ("hybrid-s", {"options": {"classes": 3}}, "'classes' is not an option: give it beside the model's name"),
         ("hybrid-s", {"options": {"task": "restore"}}, "'task' is not an option"),

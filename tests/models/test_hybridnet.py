@@ -157,7 +157,7 @@ def macs(name: str, side: int) -> int:
     return counter.get_total_flops() // 2
 
 
-@pytest.mark.parametrize("name", ["hybrid-xs", "hybrid-s", "hybrid-m"])
+@pytest.mark.parametrize("name", ["hybrid-xxs", "hybrid-xs", "hybrid-s", "hybrid-m"])
 def test_cost_is_linear_in_the_pixels(name: str) -> None:
     assert macs(name, 1024) / macs(name, 512) == pytest.approx(4, rel=0.01)
 

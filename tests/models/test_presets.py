@@ -12,7 +12,7 @@ from muntin.models import PRESETS, HybridNet, ModelConfig, create_model
 
 
 def test_the_names_of_the_contract_are_there() -> None:
-    assert {"hybrid-xs", "hybrid-s", "hybrid-m", "dense-s"} <= set(PRESETS)
+    assert {"hybrid-xxs", "hybrid-xs", "hybrid-s", "hybrid-m", "dense-s"} <= set(PRESETS)
 
 
 @pytest.mark.parametrize("name", PRESETS)
@@ -28,9 +28,9 @@ def test_dense_s_is_hybrid_s_but_for_its_attention() -> None:
     assert dense["attention"] == "dense"
 
 
-def test_they_grow_from_xs_to_m() -> None:
+def test_they_grow_from_xxs_to_m() -> None:
     with torch.device("meta"):
-        sizes = [sum(p.numel() for p in create_model(name).parameters()) for name in ("hybrid-xs", "hybrid-s", "hybrid-m")]
+        sizes = [sum(p.numel() for p in create_model(name).parameters()) for name in ("hybrid-xxs", "hybrid-xs", "hybrid-s", "hybrid-m")]
     assert sizes == sorted(sizes) and sizes[-1] > 2 * sizes[0]
 
 

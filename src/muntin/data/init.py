@@ -124,7 +124,7 @@ def _classify_layout(base: Path, others: dict[str, Path | None]) -> Layout | Non
 TAIL = [
     "",
     "model:",
-    "  name: hybrid-s  # hybrid-xs is faster, hybrid-m more accurate; `muntin models` lists them all",
+    "  name: hybrid-s  # hybrid-xs and hybrid-xxs are faster, hybrid-m more accurate; `muntin models` lists them all",
     "",
     "training:",
     "  steps: 2000  # batches to train on; `minutes: 30` beside it ends the run then, if it has not ended before",
