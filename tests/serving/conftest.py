@@ -183,6 +183,12 @@ def simulation() -> Any:
     return beside("simulation")
 
 
+@pytest.fixture(scope="session")
+def one_core() -> Any:
+    """The module `one_core.py` beside this file."""
+    return beside("one_core")
+
+
 def beside(name: str) -> Any:
     spec = importlib.util.spec_from_file_location(f"serving_{name}", Path(__file__).with_name(f"{name}.py"))
     assert spec is not None
