@@ -6,7 +6,8 @@ is looked at as numbers, since kernels for several rows round elsewhere than tho
 
     closed    `concurrency` connections, each sends when its answer has come: what a server can do at most, or its latency at 1
     open      Poisson arrivals at `rate`, sent whether or not earlier ones are answered; latency counts from the moment at which a request
-              was due, so a server that stalls is charged for everything that should have been sent meanwhile
+              was due, so a server that stalls is charged for everything that should have been sent meanwhile. That charges it for what this
+              program is behind, too: `client_behind_p99_ms` says by how much
 
 Shortly before an arrival is due the loop polls without sleeping, epoll's clock ticks in milliseconds.
 """
@@ -78,6 +79,7 @@ class Load:
         self._idle: list[_Connection] = []
         self._sent = 0
         self._done: list[tuple[float, float, str]] = []  # due, finished, status; the clock is time.perf_counter
+        self._behind: list[float] = []  # seconds after it was due that a request went out
 
     def __enter__(self) -> Load:
         return self
@@ -131,14 +133,16 @@ class Load:
             self._settle(grace)
         begin = started + warm
         row = _summary([d for d in self._done if begin <= d[0] < begin + seconds], seconds, objective_ms)
-        return {"load": "open", "rate": rate, **row, "client_cpu": used}
+        behind = 1e3 * float(np.percentile(self._behind, 99)) if self._behind else None
+        return {"load": "open", "rate": rate, **row, "client_cpu": used, "client_behind_p99_ms": behind}
 
     def _reset(self) -> None:
         for _ in self._events(0):  # servers hang up on connections that have been idle for some seconds
             pass
-        self._done = []
+        self._done, self._behind = [], []
 
     def _arrive(self, due: float) -> None:
+        self._behind.append(time.perf_counter() - due)
         if not self._idle and len(self._all) >= CONNECTIONS:
             self._done.append((due, due, "not sent"))
             return
