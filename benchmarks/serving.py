@@ -410,8 +410,8 @@ def print_table(table: list[Line], rows: list[Row], goals: list[Row], hardware: 
     busy = max((line.client_cpu for line in table), default=0.0)
     behind = max((line.client_behind_ms for line in table), default=0.0)
     print(
-        f"The load generator used {busy:.0%} of its core at the most (it polls without sleep when an arrival is near); 99 of 100 requests went out "
-        f"within {behind:.2f} ms of when they were due."
+        f"The load generator used {busy:.0%} of its core at the most (it polls without sleep when an arrival is near); 99 of 100 "
+        f"requests went out within {behind:.2f} ms of when they were due."
     )
     print(f"{hardware['cpu']}, one core for the servers, one for the load; {hardware['created']}")
 
