@@ -135,8 +135,8 @@ class Setting:
         variant = VARIANTS[name]
         training = {"training.steps": self.steps, "training.precision": self.precision, "training.gate_budget": variant.gate_budget}
         changes = {"seed": seed, **training}
-        name = self.model if variant.factory is None else f"ablation_models:{factory_name(variant.factory, self.model)}"
-        recipe = demo_recipe({**changes, "model.name": name, "model.options": variant.options})
+        model = self.model if variant.factory is None else f"ablation_models:{factory_name(variant.factory, self.model)}"
+        recipe = demo_recipe({**changes, "model.name": model, "model.options": variant.options})
         return trained(recipe, self.folder(name, seed))
 
     def model(self, name: str, seed: int) -> nn.Module:

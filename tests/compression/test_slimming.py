@@ -104,6 +104,13 @@ def test_a_cut_model_trains_on() -> None:
     assert all(p.grad is not None and p.grad.shape == p.shape for p in model.parameters())
 
 
+def test_what_is_frozen_stays_frozen() -> None:
+    model = closed(0.5)
+    model.requires_grad_(False)
+    remove_closed_channels(model)
+    assert not any(parameter.requires_grad for parameter in model.parameters())
+
+
 def test_open_gates_are_left_alone() -> None:
     model = closed(0)
     assert remove_closed_channels(model) == []

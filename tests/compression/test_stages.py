@@ -21,6 +21,7 @@ from muntin.compression.factored import FactoredConv2d, FactoredLinear
 from muntin.compression.qat import FLOAT, bits_of, qat_operations
 from muntin.compression.slimming import widths_of
 from muntin.compression.stages import (
+    FOLDER,
     STAGES,
     CompressionRun,
     Stage,
@@ -28,7 +29,10 @@ from muntin.compression.stages import (
     compress_checkpoint,
     read_model,
     stage_checkpoints,
+    stage_finished,
+    stage_steps,
 )
+from muntin.deployment.assessment import finished_stages
 from muntin.errors import CheckpointError, MuntinError, RecipeError
 from muntin.layers import Product, SoftmaxProduct
 from muntin.layers.gate import BLOCK
@@ -421,6 +425,16 @@ def test_the_learning_rate_falls_once_over_both_stages_of_quantisation(write_tin
         origin, tmp_path / "alone", config=CompressionConfig(low_rank=None, **rates | {"mix": {"share": 0}}), until="w4a8"
     )
     assert read_checkpoint(alone.checkpoint).state.training[-1]["learning_rate"] < 1e-4  # nothing follows: it falls to zero
+
+
+def test_a_stage_that_ended_by_the_clock_is_finished(write_tiny: Callable[..., Any], tmp_path: Path) -> None:
+    limits = {"steps": 10**6, "minutes": 0.02, "validate_every": 10**6, "checkpoint_every": 10**6}
+    origin = train(write_tiny, tmp_path, training=limits, compression={**COMPRESSION, "low_rank": None})
+    run = compress_checkpoint(origin, origin.path.parent.parent / FOLDER)
+    last = read_checkpoint(run.stages[-1].checkpoint)
+    assert not run.interrupted and last.state.step < stage_steps(last.recipe, "mixed")
+    assert stage_finished(last, "mixed")
+    assert set(finished_stages(origin)) == {"w4a8", "mixed"}
 
 
 def test_closed_channels_are_cut_before_the_first_stage(tmp_path: Path, write_tiny: Callable[..., Any]) -> None:

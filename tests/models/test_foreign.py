@@ -9,6 +9,7 @@ import re
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -100,6 +101,19 @@ def test_pixels_are_normalised_as_the_model_was_made_for() -> None:
 def test_scores_are_brought_to_the_size_of_the_image(named: bool, size: tuple[int, int]) -> None:
     model = ForeignModel(Recorder(named=named), mean=(0.5,) * 3, std=(0.5,) * 3, task="segment")
     assert model(torch.rand(2, 3, *size) * 255).shape == (2, 2, *size)
+
+
+def test_of_several_answers_in_training_the_first_counts() -> None:
+    """GoogLeNet's way, in miniature: while it trains, layers on the way answer, too."""
+
+    class Branching(nn.Linear):
+        def forward(self, input: Tensor) -> Any:
+            out = super().forward(input.mean((2, 3)))
+            return (out, out + 1, None) if self.training else out
+
+    model = ForeignModel(Branching(3, 4), mean=(0.5,) * 3, std=(0.5,) * 3, task="classify")
+    x_BCHW = torch.rand(2, 3, 8, 8) * 255
+    assert torch.equal(model.train()(x_BCHW), model.eval()(x_BCHW))
 
 
 def test_its_state_is_the_wrapped_models_alone() -> None:

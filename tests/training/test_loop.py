@@ -224,6 +224,70 @@ def test_a_loss_that_is_not_finite_ends_the_run_and_keeps_its_checkpoint(
     assert train(tiny, tmp_path / "run", resume=True).step == 6
 
 
+STEEP = """
+import torch
+from torch import nn
+
+class Steep(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, steep):
+        ctx.steep = steep
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx, gradient):
+        return gradient * (float("inf") if ctx.steep else 1), None
+
+class Model(nn.Module):
+    def __init__(self, classes, channels):
+        super().__init__()
+        self.layer, self.calls = nn.Conv2d(channels, classes, 1), 0
+
+    def forward(self, x):
+        self.calls += self.training
+        return Steep.apply(self.layer(x / 255), self.calls == 3)
+
+def make(*, task, classes, channels):
+    return Model(classes, channels)
+"""
+
+
+def test_a_gradient_that_is_not_finite_changes_no_weight(
+    tmp_path: Path, write_tiny: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "steep_model.py").write_text(STEEP)
+    monkeypatch.syspath_prepend(tmp_path)
+    tiny = write_tiny(tmp_path / "data", model={"name": "steep_model:make", "options": {}})
+    with pytest.raises(
+        MuntinError, match=r"the gradient is (nan|inf) at step 3, and the loss [0-9.]+: lower training\.learning_rate"
+    ) as error:
+        train(tiny, tmp_path / "run", "training.checkpoint_every=1")
+    told(error)
+    checkpoint = read_checkpoint(tmp_path / "run")
+    assert checkpoint.state.step == 2
+    assert all(value.isfinite().all() for tensors in checkpoint.tensors.values() for value in tensors.values())
+
+
+SHARED = """
+from torch import nn
+
+def make(*, task, classes, channels):
+    twice = nn.Conv2d(8, 8, 3, padding=1)
+    return nn.Sequential(nn.Conv2d(channels, 8, 1), twice, nn.ReLU(), twice, nn.Conv2d(8, classes, 1))
+"""
+
+
+def test_a_layer_that_is_used_twice_is_kept_and_gone_on_with(
+    tmp_path: Path, write_tiny: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "shared_model.py").write_text(SHARED)
+    monkeypatch.syspath_prepend(tmp_path)
+    tiny = write_tiny(tmp_path / "data", model={"name": "shared_model:make", "options": {}})
+    train(tiny, tmp_path / "run")
+    model = read_checkpoint(tmp_path / "run").model()
+    assert torch.equal(model[1].weight, model[3].weight) and model[1] is model[3]  # type: ignore[index]
+
+
 @pytest.mark.parametrize("kind", ["images", "masks"])
 def test_data_are_checked_before_anything_is_written(tmp_path: Path, tiny: Any, kind: str) -> None:
     path = tiny.root / "test" / kind / "test-1.png"  # the split that training never touches

@@ -44,6 +44,7 @@ def test_weights_are_matrices_and_the_rest_is_not() -> None:
         {
             "conv": nn.Conv2d(1, 8, 3), "grouped": nn.Conv2d(8, 8, 3, groups=2), "depthwise": nn.Conv2d(8, 8, 3, groups=8),
             "linear": nn.Linear(4, 5), "attention": nn.MultiheadAttention(8, 2), "table": nn.Embedding(9, 4), "norm": nn.BatchNorm2d(8),
+            "wide_norm": nn.LayerNorm([4, 5]),
         }
     )  # fmt: skip
     model.register_parameter("position", nn.Parameter(torch.zeros(1, 7, 4)))
@@ -52,7 +53,7 @@ def test_weights_are_matrices_and_the_rest_is_not() -> None:
     matrices, others, vectors = ({names[id(p)] for p in group["params"]} for group in optimizer.param_groups)
     assert matrices == {"conv.weight", "linear.weight", "attention.in_proj_weight", "attention.out_proj.weight"}
     assert others == {"depthwise.weight", "grouped.weight", "table.weight", "position"}
-    assert matrices | others | vectors == set(names.values()) and all("bias" in name or name == "norm.weight" for name in vectors)
+    assert matrices | others | vectors == set(names.values()) and all("bias" in name or "norm" in name for name in vectors)
     assert [group["weight_decay"] for group in optimizer.param_groups] == [0.3, 0.3, 0.0]
 
 

@@ -111,8 +111,9 @@ def _fold(conv: nn.Conv2d, norm: nn.BatchNorm2d) -> None:
     if norm.affine:
         a_C = a_C * norm.weight
     bias_C = (0 if conv.bias is None else conv.bias * a_C) - mean_C * a_C
-    conv.weight = nn.Parameter(conv.weight * a_C.reshape(-1, 1, 1, 1))
-    conv.bias = nn.Parameter(bias_C + norm.bias if norm.affine else bias_C)
+    trained = conv.weight.requires_grad
+    conv.weight = nn.Parameter(conv.weight * a_C.reshape(-1, 1, 1, 1), requires_grad=trained)
+    conv.bias = nn.Parameter(bias_C + norm.bias if norm.affine else bias_C, requires_grad=trained)
 
 
 def _same(before: Any, after: Any) -> bool:

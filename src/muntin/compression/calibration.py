@@ -26,6 +26,14 @@ def calibration_list(calibration: Iterable[Tensor]) -> list[Tensor]:
     return batches
 
 
+def as_input(model: nn.Module, batch: Tensor) -> Tensor:
+    """The batch where and as the model's weights are."""
+    for parameter in model.parameters():
+        if parameter.is_floating_point():
+            return batch.to(parameter.device, parameter.dtype)
+    return batch.to(torch.float32)
+
+
 def watch_inputs(model: nn.Module, operations: Mapping[str, nn.Module], batches: Sequence[Tensor], watch: Watch) -> None:
     """Run the batches `(B, C, H, W)`, raw pixels, through the model without gradients, and show `watch` what each operation is given."""
 
@@ -36,7 +44,7 @@ def watch_inputs(model: nn.Module, operations: Mapping[str, nn.Module], batches:
     try:
         with torch.inference_mode():
             for batch in batches:
-                model(batch.to(torch.float32))
+                model(as_input(model, batch))
     finally:
         for handle in handles:
             handle.remove()

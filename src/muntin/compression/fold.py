@@ -31,7 +31,8 @@ class Folded(nn.Module):
 
 def _bias(layer: nn.Linear | nn.Conv2d) -> Tensor:
     if layer.bias is None:
-        layer.bias = nn.Parameter(torch.zeros(layer.weight.shape[0], dtype=layer.weight.dtype, device=layer.weight.device))
+        zeros = torch.zeros(layer.weight.shape[0], dtype=layer.weight.dtype, device=layer.weight.device)
+        layer.bias = nn.Parameter(zeros, requires_grad=layer.weight.requires_grad)
     return layer.bias
 
 

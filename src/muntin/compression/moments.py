@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from muntin.compression.calibration import as_input
 from muntin.errors import MuntinError
 
 POSITIONS = 65_536
@@ -90,7 +91,7 @@ def input_moments(model: nn.Module, batches: Sequence[Tensor], layers: Mapping[s
     try:
         with torch.inference_mode():
             for batch in batches:
-                model(_as_input(model, batch))
+                model(as_input(model, batch))
     finally:
         for handle in handles:
             handle.remove()
@@ -131,7 +132,7 @@ def answer_sensitivity(model: nn.Module, batches: Sequence[Tensor], layers: Mapp
         with _evaluating(model), torch.inference_mode(False), torch.enable_grad():
             for batch in batches:
                 probes.clear()
-                answer = _checked_answer(model(_as_input(model, batch.clone())))
+                answer = _checked_answer(model(as_input(model, batch.clone())))
                 scores.add(answer)
                 direction = torch.randn(answer.shape, generator=generator).to(answer.device, answer.dtype)
                 gradients = torch.autograd.grad((answer * direction).sum(), [zero for _, zero in probes], allow_unused=True)
@@ -181,14 +182,6 @@ def _checked_answer(answer: Any) -> Tensor:
             "the model's answer depends smoothly on none of its Linear and Conv2d layers (labels, detached?): make it return scores"
         )
     return answer
-
-
-def _as_input(model: nn.Module, batch: Tensor) -> Tensor:
-    """The batch where and as the model's weights are."""
-    for parameter in model.parameters():
-        if parameter.is_floating_point():
-            return batch.to(parameter.device, parameter.dtype)
-    return batch.to(torch.float32)
 
 
 @contextmanager

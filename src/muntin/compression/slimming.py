@@ -99,19 +99,24 @@ def _ends(unit: Gated) -> tuple[nn.Linear | nn.Conv2d, nn.Linear | nn.Conv2d]:
 def _cut(unit: Gated, kept_C: Tensor) -> None:
     before, behind = _ends(unit)
     kept_C = kept_C.to(before.weight.device)
-    before.weight = nn.Parameter(before.weight[kept_C])
+    before.weight = _part(before.weight, kept_C)
     if before.bias is not None:
-        before.bias = nn.Parameter(before.bias[kept_C])
-    behind.weight = nn.Parameter(behind.weight[:, kept_C])
+        before.bias = _part(before.bias, kept_C)
+    behind.weight = _part(behind.weight, kept_C, axis=1)
     _narrow(before, len(kept_C), output=True)
     _narrow(behind, len(kept_C), output=False)
     if isinstance(unit, ResidualPair) and isinstance(norm := unit.first.norm, MapNorm):
         norm.dim = len(kept_C)
-        norm.weight, norm.bias = nn.Parameter(norm.weight[kept_C]), nn.Parameter(norm.bias[kept_C])
+        norm.weight, norm.bias = _part(norm.weight, kept_C), _part(norm.bias, kept_C)
         norm.running_mean, norm.running_var = norm.running_mean[kept_C], norm.running_var[kept_C]
     if isinstance(unit.gate, ChannelGate):
         unit.gate.dim = len(kept_C)
-        unit.gate.logit = nn.Parameter(unit.gate.logit[kept_C])
+        unit.gate.logit = _part(unit.gate.logit, kept_C)
+
+
+def _part(parameter: Tensor, kept: Tensor, *, axis: int = 0) -> nn.Parameter:
+    """Those channels of a parameter; frozen where it was."""
+    return nn.Parameter(parameter.index_select(axis, kept), requires_grad=parameter.requires_grad)
 
 
 def _narrow(layer: nn.Linear | nn.Conv2d, width: int, *, output: bool) -> None:

@@ -156,6 +156,35 @@ def stage_steps(recipe: Recipe, stage: Stage) -> int:
     return round(_stage_config(recipe.compression, stage).share * recipe.training.steps)
 
 
+def stage_training(recipe: Recipe, stage: Stage) -> TrainingConfig:
+    """How a stage trains by a recipe.
+
+    Quantisation-aware training is one fall of the learning rate over both of its stages: the first ends where the second goes on.
+    The second warms up all the same: its optimiser is new, and the first steps of a new one, each as long as the learning rate allows,
+    throw a network off the grids that it has just settled on (docs/log.md).
+    """
+    config, minutes, steps = recipe.compression, recipe.training.minutes, stage_steps(recipe, stage)
+    mine = _stage_config(config, stage)
+    both = stage_steps(recipe, "w4a8") > 0 and stage_steps(recipe, "mixed") > 0
+    return recipe.training.model_copy(
+        update={
+            "steps": steps,
+            "minutes": None if minutes is None else minutes * mine.share,
+            "learning_rate": mine.learning_rate,
+            "final_learning_rate": min(mine.learning_rate, config.mix.learning_rate) if both and stage == "w4a8" else 0.0,
+            "average": config.average,
+            "gate_budget": 1.0,  # what closed in FP32 is cut out; no stage after that would cut again
+            "validate_every": max(1, steps),
+            "compile": False,
+        }
+    )
+
+
+def stage_finished(checkpoint: Checkpoint, stage: Stage) -> bool:
+    """Whether a checkpoint of a stage is its last one."""
+    return share_done(stage_training(checkpoint.recipe, stage), checkpoint.state.step, checkpoint.state.seconds) >= 1
+
+
 def _stage_config(config: CompressionConfig, stage: Stage) -> StageConfig:
     stages: dict[Stage, StageConfig] = {"low-rank": config.recover, "w4a8": config.quantize, "mixed": config.mix}
     return stages[stage]
@@ -192,7 +221,7 @@ class _Compression:
 
     def _stage(self, stage: Stage, before: Checkpoint, interruption: Interruption) -> StageResult:
         folder = _folder(self.directory, stage)
-        config = self._training(stage)
+        config = stage_training(self.recipe, stage)
         start = read_checkpoint(folder) if checkpoints_in(folder / "checkpoints") else None
         if start is not None:
             self._check_origin(start)
@@ -238,31 +267,6 @@ class _Compression:
             raise CheckpointError(
                 f"{start.path} was made from another checkpoint or recipe: give another --output, or remove {self.directory}"
             )
-
-    def _training(self, stage: Stage) -> TrainingConfig:
-        """Quantisation-aware training is one fall of the learning rate over both of its stages: the first ends where the second goes on.
-
-        The second warms up all the same: its optimiser is new, and the first steps of a new one, each as long as the learning rate allows,
-        throw a network off the grids that it has just settled on (docs/log.md).
-        """
-        steps, rate, minutes = (
-            stage_steps(self.recipe, stage),
-            _stage_config(self.config, stage).learning_rate,
-            self.recipe.training.minutes,
-        )
-        both = stage_steps(self.recipe, "w4a8") > 0 and stage_steps(self.recipe, "mixed") > 0
-        return self.recipe.training.model_copy(
-            update={
-                "steps": steps,
-                "minutes": None if minutes is None else minutes * _stage_config(self.recipe.compression, stage).share,
-                "learning_rate": rate,
-                "final_learning_rate": min(rate, self.config.mix.learning_rate) if both and stage == "w4a8" else 0.0,
-                "average": self.config.average,
-                "gate_budget": 1.0,  # what closed in FP32 is cut out; no stage after that would cut again
-                "validate_every": max(1, steps),
-                "compile": False,
-            }
-        )
 
     def _prepare(self, stage: Stage, before: Checkpoint, model: nn.Module) -> list[Change]:
         if stage == "low-rank":

@@ -25,7 +25,7 @@ from torch import Tensor, nn
 
 from muntin.artifact import Artifact, Signature, open_artifact
 from muntin.compression import Change, freeze, quantize
-from muntin.compression.stages import FOLDER, Stage, calibration_of, changes_of, read_model, source_of, stage_checkpoints, stage_steps
+from muntin.compression.stages import FOLDER, Stage, calibration_of, changes_of, read_model, source_of, stage_checkpoints, stage_finished
 from muntin.data import EarthSource, Sample
 from muntin.deployment.counting import image_macs, parameter_count, stored_bytes
 from muntin.deployment.export import export
@@ -93,7 +93,7 @@ def finished_stages(checkpoint: Checkpoint) -> dict[Stage, Checkpoint]:
     found = {stage: read_checkpoint(path) for stage, path in stage_checkpoints(checkpoint.path.parent.parent / FOLDER).items()}
     made = [stage.state.compression or {} for stage in found.values()]
     same = all(entry.get("origin") == checkpoint.state.sha256[AVERAGE] for entry in made)
-    done = "mixed" in found and found["mixed"].state.step >= stage_steps(found["mixed"].recipe, "mixed")
+    done = "mixed" in found and stage_finished(found["mixed"], "mixed")
     return found if done and same else {}
 
 

@@ -71,12 +71,14 @@ def export(
     """
     check_target(path)
     opened_for = (1, *example.shape[2:]) if shape is None else check_shape(shape)
-    model = copy.deepcopy(model).eval()
+    model, example = copy.deepcopy(model).cpu().eval(), example.cpu()  # what is written is checked against runtimes on the CPU
     if isinstance(model, WEIGHTED):
         model = nn.Sequential(model).eval()  # a layer goes by its name in the model, and the model itself has none
     signature = signature or infer_signature(model, example)
     changes = list(changes)
-    changes += remove_closed_channels(model) + fold(model) if calibration is None else quantize(calibration)(model)
+    changes += (
+        remove_closed_channels(model) + fold(model) if calibration is None else quantize([batch.cpu() for batch in calibration])(model)
+    )
     golden = golden_pairs(model, example)  # first: it is quick, and finds a model that does not take every size
     proto = to_onnx(model, example, signature)
     content: dict[str, Any] = {

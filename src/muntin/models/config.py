@@ -23,7 +23,7 @@ class ModelConfig(BaseModel):
     """Channels of the convolutional stages at strides 2, 4 and 8."""
     pairs: tuple[Annotated[int, Field(ge=0)], Annotated[int, Field(ge=0)]] = (1, 1)
     """Residual pairs at strides 4 and 8."""
-    dims: tuple[Positive, ...] = (256, 256)
+    dims: Annotated[tuple[Positive, ...], Field(min_length=1)] = (256, 256)
     """Channels of the attention stages at strides 16, 32, ..."""
     depths: tuple[Positive, ...] = (4, 2)
     """Blocks of each attention stage."""

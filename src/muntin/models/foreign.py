@@ -38,6 +38,8 @@ class ForeignModel(nn.Module):
 
     def forward(self, image_BCHW: Tensor) -> Tensor:
         out = self.model(image_BCHW * self.factor - self.shift)
+        if isinstance(out, tuple):  # GoogLeNet's and Inception's in training: the answer, and those of layers on the way
+            out = out[0]
         scores: Tensor = out["out"] if isinstance(out, dict) else out
         if self.task == "segment" and scores.shape[2:] != image_BCHW.shape[2:]:
             scores = F.interpolate(scores, image_BCHW.shape[2:], mode="bilinear")

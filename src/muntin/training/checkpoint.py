@@ -115,7 +115,7 @@ def write_checkpoint(folder: Path, state: dict[str, Any], tensors: dict[str, dic
 
     Raises `CheckpointError` when it cannot be written, a full disk for one; the older ones are then as they were.
     """
-    files = {name: save({k: v.detach().contiguous().cpu() for k, v in group.items()}) for name, group in tensors.items()}
+    files = {name: save(_apart(group)) for name, group in tensors.items()}
     digests = {name: hashlib.sha256(data).hexdigest() for name, data in files.items()}
     checked = CheckpointState(format=FORMAT, sha256=digests, **state)
     content = checked.model_dump(mode="json")
@@ -133,6 +133,17 @@ def write_checkpoint(folder: Path, state: dict[str, Any], tensors: dict[str, dic
     for old in checkpoints_in(folder)[:-KEPT]:
         shutil.rmtree(old)
     return path
+
+
+def _apart(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """On the CPU, each in memory of its own: layers may share a weight, which goes by both of their names then."""
+    found, places = {}, set()
+    for name, tensor in tensors.items():
+        own = tensor.detach().contiguous().cpu()
+        place = own.untyped_storage().data_ptr()
+        found[name] = own.clone() if place in places else own
+        places.add(place)
+    return found
 
 
 def checkpoints_in(folder: Path) -> list[Path]:

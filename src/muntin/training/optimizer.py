@@ -1,7 +1,7 @@
 """What a step makes of the gradients: Muon for the matrices, AdamW for the rest.
 
     weights of linear layers and convolutions     Muon     every direction that the gradient has is gone along by as much
-    vectors, kernels in groups, tables            AdamW    every number is moved by about as much
+    vectors, norms, kernels in groups, tables     AdamW    every number is moved by about as much
 
 Adam moves single numbers, and so mostly along the few directions that a gradient is long in; a matrix learns the others slowly.
 """
@@ -81,9 +81,9 @@ class Muon(torch.optim.Optimizer):
         raise TypeError("Muon's state is loaded by muntin.training.checkpoint.load_optimizer")
 
     def suits(self) -> bool:
-        """Whether the state that was loaded is of this optimiser: a matrix has its momentum and nothing else."""
-        matrices = [parameter for group in self.param_groups if group["matrices"] for parameter in group["params"]]
-        return all(not self.state[parameter] or set(self.state[parameter]) == {"momentum"} for parameter in matrices)
+        """Whether the state that was loaded is of this optimiser: matrices have their momentum, and nothing else has one."""
+        found = [(group["matrices"], set(self.state[p])) for group in self.param_groups for p in group["params"] if self.state[p]]
+        return all(state == {"momentum"} if matrix else "momentum" not in state for matrix, state in found)
 
     def _update(self, parameters: list[nn.Parameter], rate: float, decay: float) -> None:
         alike: dict[tuple[int, int], list[tuple[nn.Parameter, Tensor]]] = defaultdict(list)
@@ -120,7 +120,7 @@ def make_optimizer(model: nn.Module, config: TrainingConfig, dtype: torch.dtype 
     owners = dict(model.named_modules())
     for name, parameter in model.named_parameters():
         owner, _, last = name.rpartition(".")
-        if parameter.ndim < 2:
+        if parameter.ndim < 2 or isinstance(owners[owner], nn.LayerNorm | nn.RMSNorm):  # a norm's weight scales, over however many axes
             vectors.append(parameter)
         elif last.endswith("weight") and not _is_table(owners[owner]):
             matrices.append(parameter)

@@ -66,8 +66,8 @@ class Trainer:
         }
 
     def update(self, step: int, images: Tensor, target: Tensor, *, done: float) -> float:
-        """One optimiser step; `done`: share of the run that is behind. Raises `MuntinError` when the loss is no longer finite; weights are
-        then as they were."""
+        """One optimiser step; `done`: share of the run that is behind. Raises `MuntinError` when the loss or its gradient is no longer
+        finite; weights are then as they were."""
         if not self.config.compile:
             return self._update(step, images, target, done)
         from torch._dynamo.exc import TorchDynamoException  # takes seconds, and what compiles has loaded it
@@ -103,7 +103,13 @@ class Trainer:
             )
         self.scaler.scale(loss).backward()  # type: ignore[no-untyped-call]
         self.scaler.unscale_(self.optimizer)
-        nn.utils.clip_grad_norm_(self.model.parameters(), self.config.clip)
+        length = nn.utils.clip_grad_norm_(self.model.parameters(), self.config.clip)
+        if not (self.scaler.is_enabled() or length.isfinite()):  # where it is enabled, it leaves such a step out
+            self.optimizer.zero_grad()
+            raise MuntinError(
+                f"the gradient is {float(length)} at step {step + 1}, and the loss {value:g}: lower training.learning_rate (now "
+                f"{self.config.learning_rate:g}) and go on from the last checkpoint"
+            )
         self.scaler.step(self.optimizer)
         self.scaler.update()
         self.optimizer.zero_grad()
