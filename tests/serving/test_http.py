@@ -20,10 +20,10 @@ from muntin.serving.http import HttpFace
 from muntin.serving.json_codec import decode_request
 from muntin.serving.latency import LatencyModel
 from muntin.serving.metrics import Metrics
-from muntin.serving.protocol import InferResponse, Limits
+from muntin.serving.protocol import Limits
 from muntin.serving.rollout import Rollout
 from muntin.serving.runner import Runner
-from muntin.serving.service import Answered, RefusedRequestError, Service
+from muntin.serving.service import RefusedRequestError, Service
 from muntin.serving.slot import Slot
 
 HEAD = json.dumps(
@@ -50,8 +50,7 @@ class Broken:
     def submit(self, request: Any, *, done: Any, **_: Any) -> Any:
         if self.at_once:
             raise ZeroDivisionError("a secret")
-        nonsense: Any = "no outputs"
-        done(Answered(response=InferResponse(model="m", version="1", id="", outputs=nonsense), queued=0, computed=0, total=0, batch_rows=1))
+        done(ZeroDivisionError("a secret"))
         return lambda: None
 
 

@@ -8,11 +8,13 @@ import io
 import json
 import math
 import shutil
+import socket
 import ssl
 import subprocess
 import threading
 import urllib.error
 import urllib.request
+import zlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -161,6 +163,76 @@ def test_what_clients_ask_of_a_server(client: Client) -> None:
     assert (index if client.http else index["models"])[0]["state"] == "READY"
 
 
+def test_statistics_of_all_models(client: Client) -> None:
+    client.ask(images_of(1, 5))
+    found = client.client.get_inference_statistics(**({} if client.http else {"as_json": True}))["model_stats"]
+    assert [entry["name"] for entry in found] == ["pixels"]
+
+
+def test_health_in_json(pixels: Server) -> None:
+    """As KServe's own client reads it."""
+    found = [json.loads(fetch(pixels, path)[2]) for path in ("/v2/health/live", "/v2/health/ready", "/v2/models/pixels/ready")]
+    assert found == [{"live": True}, {"live": True, "ready": True}, {"name": "pixels", "ready": True}]
+
+
+@pytest.mark.parametrize("algorithm", ["gzip", "deflate"])
+def test_requests_may_come_packed(pixels: Server, algorithm: str) -> None:
+    client, images = Client(pixels, "http"), images_of(3, 7)
+    for _ in range(3):
+        found = client.ask(images, "labels", request_compression_algorithm=algorithm)["labels"]
+        np.testing.assert_array_equal(found, images.argmax(3))
+    client.client.close()
+
+
+@pytest.mark.parametrize(
+    ("packed", "status", "message"),
+    [
+        (zlib.compress(b"x" * 3_000_000), 413, "2,000,000"),
+        (zlib.compress(b"{}")[:-3], 400, "ends too early"),
+        (zlib.compress(b"{}") + b"more", 400, "something follows"),
+        (b"no zip", 400, "neither gzip nor deflate"),
+    ],
+)
+def test_what_is_packed_wrongly_is_named(
+    write_pixels: Callable[..., Path], tmp_path: Path, packed: bytes, status: int, message: str
+) -> None:
+    with served(write_pixels(tmp_path / "pixels"), grpc_port=None, bounds=Bounds(body_bytes=2_000_000)) as server:
+        found, _, answer = fetch(server, "/v2/models/pixels/infer", packed, {"Content-Encoding": "deflate"})
+        assert found == status and message in json.loads(answer)["error"]
+        found, _, answer = fetch(server, "/v2/models/pixels/infer", b"x", {"Content-Encoding": "br"})
+        assert found == 415 and "gzip, deflate" in json.loads(answer)["error"]
+
+
+def test_large_answers_are_put_into_form_without_keeping_others_waiting(pixels: Server) -> None:
+    images = images_of(1, 8, 600, 700)
+    asked = {"inputs": [{"name": "images", "datatype": "UINT8", "shape": images.shape, "parameters": {"binary_data_size": images.size}}]}
+    head = json.dumps(asked).encode()
+    status, headers, body = fetch(
+        pixels, "/v2/models/pixels/infer", head + images.tobytes(), {"Inference-Header-Content-Length": str(len(head))}
+    )
+    assert status == 200 and headers["content-type"] == "application/json"
+    outputs = {output["name"]: output for output in json.loads(body)["outputs"]}
+    np.testing.assert_array_equal(np.array(outputs["labels"]["data"]).reshape(600, 700), images[0].argmax(2))
+    assert len(outputs["scores"]["data"]) == images.size
+
+
+def test_a_priority_that_no_number_of_32_bits_holds_is_refused_and_holds_no_version(client: Client) -> None:
+    with pytest.raises(InferenceServerException, match="priority"):
+        client.ask(images_of(1, 1), priority=1 << 32)
+    client.ask(images_of(1, 1), priority=(1 << 32) - 1)
+
+
+def test_other_methods_are_told_what_to_use(pixels: Server) -> None:
+    with socket.create_connection(("127.0.0.1", pixels.http_port), timeout=10) as connection:
+        connection.sendall(b"HEAD /v2/models/pixels/infer HTTP/1.1\r\nHost: a\r\n\r\nGET /v2/health/live HTTP/1.1\r\nHost: a\r\n\r\n")
+        found = b""
+        while not found.endswith(b"}"):
+            found += connection.recv(65536)
+    first, second = found.split(b"\r\n\r\n", 1)
+    assert first.startswith(b"HTTP/1.1 405 ") and b"allow: POST" in first
+    assert second.startswith(b"HTTP/1.1 200 ")  # what answers HEAD has no body
+
+
 def test_clients_that_speak_json_alone(pixels: Server) -> None:
     images = images_of(1, 3, 4, 5)
     request = {"id": "a1", "inputs": [{"name": "images", "datatype": "UINT8", "shape": images.shape, "data": images.tolist()}]}
@@ -291,6 +363,8 @@ def test_a_picture_becomes_a_class(classes: Server) -> None:
         ("/predict", b"MM\x00*" + b"x" * 50, 400, "PNG, JPEG or WebP"),
         ("/predict?output=poem", b"x", 400, "mask, overlay, labels, json"),
         ("/predict?path=/etc/passwd", b"x", 400, "path"),
+        ("/predict?" + "a=1&" * 20, b"x", 400, "16 fields"),
+        ("/predict?output=%FF%FE", b"x", 400, "mask, overlay, labels, json"),
         ("/v2/models/pixels/infer", b"", 400, "JSON"),
         ("/v2/models/pixels/infer", b"[" * 100_000, 400, ""),
         (
@@ -423,7 +497,7 @@ def test_tokens_are_asked_for(write_pixels: Callable[..., Path], tmp_path: Path)
             client = Client(server, face)
             with pytest.raises(InferenceServerException, match="TOKEN"):
                 client.ask(images)
-            found = client.ask(images, "labels", headers={"authorization": "Bearer secret"})["labels"]
+            found = client.ask(images, "labels", headers={"authorization": "bearer secret"})["labels"]
             np.testing.assert_array_equal(found, images.argmax(3))
             client.client.close()
 

@@ -39,6 +39,9 @@ def serve_command(
     canary: Annotated[float, typer.Option(min=0, max=1, help="Share of requests that a new version answers before it takes over.")] = 0.0,
     shadow: Annotated[float, typer.Option(min=0, max=1, help="Share of requests that a new version computes too, to be compared.")] = 0.0,
     trial: Annotated[int, typer.Option(min=1, help="Images that a new version has to stand before, and again after, it takes over.")] = 100,
+    max_json: Annotated[
+        int, typer.Option(min=1, max=1024, help="Megabytes of one request's JSON; tensors in binary are no part of it.")
+    ] = 4,
     max_body: Annotated[int, typer.Option(min=1, max=4096, help="Megabytes of one request.")] = 64,
     max_connections: Annotated[int, typer.Option(min=1, max=65535, help="Connections at the same time.")] = 512,
     token_file: Annotated[Path | None, typer.Option(help="File of bearer tokens, one a line; a request must carry one of them.")] = None,
@@ -66,7 +69,10 @@ def serve_command(
             host=host, http_port=http_port, grpc_port=None if no_grpc else grpc_port, name=name, engine=engine, precision=precision,
             threads=threads, streams=streams, objective_ms=objective_ms, max_batch=max_batch, queue_rows=queue, watch=watch,
             rollout=Rollout(canary=canary, shadow=shadow, for_requests=trial),
-            bounds=Bounds(body_bytes=max_body * _MEGABYTE, held_bytes=max(512, 4 * max_body) * _MEGABYTE, connections=max_connections),
+            bounds=Bounds(
+                body_bytes=max_body * _MEGABYTE, json_bytes=max_json * _MEGABYTE, held_bytes=max(512, 4 * max_body) * _MEGABYTE,
+                connections=max_connections,
+            ),
             tokens=_tokens(token_file), tls_certificate=tls_certificate, tls_key=tls_key, access_log=access_log, trace=trace,
         )  # fmt: skip
     except ValidationError as error:

@@ -20,6 +20,9 @@ class Bounds(_Frozen):
     """What one client, and all of them together, may take of the server. Beyond them a request is refused, never served by halves."""
 
     body_bytes: Annotated[int, Field(ge=1024, description="of one request")] = 64 * MEGABYTE
+    json_bytes: Annotated[
+        int, Field(ge=1024, description="of one request's JSON, which takes 13 to 50 times as much memory when it is read")
+    ] = 4 * MEGABYTE
     header_bytes: Annotated[int, Field(ge=1024, description="of one request's line and headers together")] = 16 * 1024
     image_pixels: Annotated[int, Field(ge=1, description="height times width of one picture, decoded")] = 1 << 26
     held_bytes: Annotated[int, Field(ge=1024, description="of the bodies of all requests that are being received or answered")] = (

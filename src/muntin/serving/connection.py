@@ -2,8 +2,10 @@
 
 uvicorn parses (httptools, the parser of Node.js) and speaks ASGI; what it leaves open is bounded here: how long headers, a body and the
 reading of an answer may take, how large headers and a body may be, how many bytes all bodies may hold together, and how many connections
-there are. A body is handed to the application in one piece once it is whole: an image of a megabyte would wake it a dozen times otherwise.
-Where its length was announced it lies in memory that bodies before it lay in: fresh memory costs a page fault for every 4 KiB.
+there are. What is refused is answered, and what its sender still sends is taken and dropped for a moment: a connection that is closed on
+unread bytes is reset, and the answer with it. A body is handed to the application in one piece once it is whole: an image of a megabyte
+would wake it a dozen times otherwise. Where its length was announced it lies in memory that bodies before it lay in: fresh memory costs a
+page fault for every 4 KiB.
 
 What answers some requests without ASGI (`Direct`) is called when the body is whole, without a task, and its answer is written in one piece.
 A client sends it the same head, byte for byte, with every image of a size: one that was parsed before is known by its bytes, and what
@@ -44,6 +46,10 @@ _MAPPED = 1 << 17
 _HEADS, _HEAD_BYTES = 256, 1024  # that are known, and their length at most
 _READ = 1 << 16
 """Bytes that are read at once where it is not known yet what comes."""
+_FRAMES = 16
+"""Bytes that a byte of a body may take on the wire where it comes in chunks; one byte a chunk takes six."""
+_LINGER_S = 2.0
+"""How long what is sent after a refusal is dropped before the connection is closed."""
 
 
 class Known(NamedTuple):
@@ -58,6 +64,10 @@ class Direct(Protocol):
 
     def takes(self, scope: MutableMapping[str, Any], /) -> bool:
         """Whether it answers a request, of which the headers are there."""
+        ...
+
+    def barred(self, scope: MutableMapping[str, Any], /) -> Answer | None:
+        """The answer to a request that its headers alone are wrong with: its body is not waited for."""
         ...
 
     def learn(self, scope: MutableMapping[str, Any], /) -> None:
@@ -174,6 +184,10 @@ class BoundedConnection(HttpToolsProtocol):
         """The request with a known head of which the body is arriving."""
         self._body = 0
         """Bytes of the body that is arriving, as far as they have come."""
+        self._wire = 0
+        """Bytes that came since the headers of a body in chunks."""
+        self._left = 0
+        """Bytes that are still dropped of what is sent after a refusal."""
         self._held: dict[Any, int] = {}
         """By cycle (a request and its answer; several where a client does not wait for answers): what the ledger holds for it."""
         self._running: tuple[Any, Callable[[], object] | None] | None = None
@@ -184,24 +198,25 @@ class BoundedConnection(HttpToolsProtocol):
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
         if len(self.connections) > self._bounds.connections:
-            self._refuse(503, f"{self._bounds.connections} connections are open already")
+            self._refuse(503, f"{self._bounds.connections} connections are open already", linger=False)
         else:
             self._expect(self._bounds.header_seconds)
 
     def room(self, wanted: int) -> memoryview:
         """Where the bytes that come next are to be written: to their place in a known request's body, and to no more than its end."""
-        return self._ledger.scratch if self._turn is None else self._turn.whole[self._body :]
+        return self._ledger.scratch if self._turn is None or self._left else self._turn.whole[self._body :]
 
     def written(self, count: int) -> None:
         """So many bytes lie there now."""
-        if self._turn is None:
+        if self._left:
+            self._drop(count)
+        elif self._turn is None:
             self.data_received(bytes(self._ledger.scratch[:count]))
-        elif not self.transport.is_closing():
-            self._body += count
+        elif not self._over and self._arrives(count):
             self._check_whole(self._turn)
 
     def data_received(self, data: bytes) -> None:
-        while data and not self.transport.is_closing():
+        while data and not self._over:
             data = self._take(data)
 
     def _take(self, data: bytes) -> bytes:
@@ -216,20 +231,42 @@ class BoundedConnection(HttpToolsProtocol):
                 if len(came) >= known.length and self._turned_away(known, came[: known.length]):
                     return data[end + known.length :]
                 return self._start_known(known, came)
+        begun, chunks = self._head is not None, self._wire
         super().data_received(data)
-        if self._head is not None and not self.transport.is_closing():  # still incomplete
-            self._head += len(data)
+        if self._over:
+            return b""
+        if self._head is not None:  # still incomplete; what came before its first byte was another request's
+            self._head += len(data) if begun else 0
             if self._head > self._bounds.header_bytes:
                 self._refuse_head()
             elif self._timer is None:
                 self._expect(self._bounds.header_seconds)
+        elif self._wire and self._parsing:
+            self._wire += len(data) if chunks else 0
+            if self._wire > self._bounds.header_bytes + _FRAMES * self._body:
+                self._refuse(431, "the chunks' extensions and trailers are longer than the headers may be")
+        idle = self.cycle is None or self.cycle.response_complete
+        if idle and self._timer is None and self.timeout_keep_alive_task is None and not self._over:
+            self._expect(self._bounds.header_seconds)  # that was no request, and uvicorn has stopped its timer for it
         return b""
+
+    @property
+    def _over(self) -> bool:
+        """Whether nothing more is read here."""
+        return self._left > 0 or self.transport.is_closing()
+
+    def _drop(self, count: int) -> None:
+        self._left = max(0, self._left - count)
+        if not self._left:
+            self.transport.close()
 
     def connection_lost(self, exc: Exception | None) -> None:
         self._stop_timer()
         self._stop_unread()
-        self._abandon()
-        super().connection_lost(exc)
+        try:
+            self._abandon()
+        finally:
+            super().connection_lost(exc)
 
     def pause_writing(self) -> None:
         super().pause_writing()
@@ -248,7 +285,7 @@ class BoundedConnection(HttpToolsProtocol):
     def on_message_begin(self) -> None:
         super().on_message_begin()
         self._unset_keepalive_if_required()  # the answer before may have gone out in the middle of what is parsed
-        self._head, self._body, self._parsing = 0, 0, True
+        self._head, self._body, self._wire, self._parsing = 0, 0, 0, True
 
     def on_headers_complete(self) -> None:
         self._head = None
@@ -263,36 +300,41 @@ class BoundedConnection(HttpToolsProtocol):
             self._refuse(503, "the bodies of other requests fill what this server holds: try again")
         else:
             self._expect(self._bounds.body_seconds)
+            self._wire = int(any(name == b"transfer-encoding" for name, _ in self.headers))
             super().on_headers_complete()
-            self._hold(int(length))
-            if int(length):
+            if int(length) and not self._over:
                 cycle: Any = self.cycle
                 cycle.whole = self._memory(int(length))
                 cycle.receive = partial(_receive, cycle)  # in place of uvicorn's, which copies what came into a new object
 
+    def on_header(self, name: bytes, value: bytes) -> None:
+        if self._head is not None:  # not those behind the last chunk, which nobody asks for
+            super().on_header(name, value)
+
     def on_body(self, body: bytes) -> None:
-        if self.transport.is_closing() or self.cycle.response_complete:
+        if self._over or self.cycle.response_complete:
             return
-        whole = getattr(self.cycle, "whole", None)
-        if whole is not None:  # no more than was announced can come: the parser sees to that
-            whole[self._body : self._body + len(body)] = body
-            self._body += len(body)
-            return
-        self._body += len(body)
-        more = self._body - self._held.get(self.cycle, 0)
-        if more > 0:  # in chunks: no length was given
-            if self._body > self._bounds.body_bytes:
-                self._refuse(413, f"a body of more than {self._bounds.body_bytes:,} bytes")
-                return
-            if not self._may_hold(more):
-                self._refuse(503, "the bodies of other requests fill what this server holds: try again")
-                return
-            self._hold(more)
-        self.cycle.body += body
+        whole, start = getattr(self.cycle, "whole", None), self._body
+        if whole is None and start + len(body) > self._bounds.body_bytes:  # in chunks: no length was given
+            self._refuse(413, f"a body of more than {self._bounds.body_bytes:,} bytes")
+        elif self._arrives(len(body)):
+            if whole is None:
+                self.cycle.body += body
+            else:  # no more than was announced can come: the parser sees to that
+                whole[start : self._body] = body
+
+    def _arrives(self, count: int) -> bool:
+        """Counts bytes of a body; whether they can be held. What is only announced holds nothing: a few heads would shut everybody out."""
+        if not self._may_hold(count):
+            self._refuse(503, "the bodies of other requests fill what this server holds: try again")
+            return False
+        self._body += count
+        self._hold(count)
+        return True
 
     def on_message_complete(self) -> None:
         self._parsing, self._raw = False, b""
-        if not self.transport.is_closing():
+        if not self._over:
             self._stop_timer()
             super().on_message_complete()
             if self._running == (self.cycle, None):
@@ -307,6 +349,9 @@ class BoundedConnection(HttpToolsProtocol):
     def _start_asgi_task(self, cycle: Any, app: Any) -> None:
         if self._direct is not None and self._direct.takes(cycle.scope):
             self._running = cycle, None
+            if barred := self._direct.barred(cycle.scope):
+                self._bar(cycle, barred)
+                return
             if cycle.waiting_for_100_continue:
                 _say_continue(cycle)
             elif self._raw and cycle.more_body:
@@ -318,6 +363,17 @@ class BoundedConnection(HttpToolsProtocol):
         self._running = cycle, task.cancel
         task.add_done_callback(self.tasks.discard)
         self.tasks.add(task)
+
+    def _bar(self, cycle: Any, answer: Answer) -> None:
+        """Answers a request by its headers, and closes the connection where its body is still to come."""
+        if not cycle.more_body:  # it waited behind another one; not from inside that one's end
+            self.loop.call_soon(self._reply, cycle, *answer)
+            return
+        self._stop_timer()
+        self._write(*answer, keep_alive=False)
+        cycle.response_started = cycle.response_complete = True
+        self._running = None
+        self._linger()
 
     # ---- the short way ----
 
@@ -355,13 +411,12 @@ class BoundedConnection(HttpToolsProtocol):
         self._stop_timer()
         turn = _Turn({**known.scope, "client": self.client, "server": self.server}, self._memory(known.length))
         self.cycle, self._turn, self._body = turn, turn, 0  # type: ignore[assignment]
-        self._hold(known.length)
         if len(came) < known.length:
             self._expect(self._bounds.body_seconds)
         part = came[: known.length]
-        turn.whole[: len(part)] = part
-        self._body = len(part)
-        self._check_whole(turn)
+        if self._arrives(len(part)):
+            turn.whole[: len(part)] = part
+            self._check_whole(turn)
         return bytes(came[len(part) :])
 
     def _check_whole(self, turn: _Turn) -> None:
@@ -373,7 +428,7 @@ class BoundedConnection(HttpToolsProtocol):
 
     def _begin(self, cycle: Any) -> None:
         assert self._direct is not None
-        if cycle.disconnected or self.transport.is_closing():
+        if cycle.disconnected or self._over:
             return
         body = cycle.whole if hasattr(cycle, "whole") else cycle.body
         cycle.whole = cycle.body = memoryview(b"")  # whoever answers holds it as long as it is wanted
@@ -382,7 +437,7 @@ class BoundedConnection(HttpToolsProtocol):
             self._running = cycle, cancel
 
     def _reply(self, cycle: Any, status: int, headers: Fields, parts: list[Any]) -> None:
-        if cycle.disconnected or self.transport.is_closing():
+        if cycle.disconnected or self._over:
             return
         if self.flow.write_paused:  # the answer before was not read yet: this one waits, or answers would pile up
             task = self.loop.create_task(self._reply_later(cycle, status, headers, parts))
@@ -439,8 +494,8 @@ class BoundedConnection(HttpToolsProtocol):
 
     def _too_slow(self) -> None:
         self._timer = None
-        if self._head is None and not self._held:
-            self.transport.close()  # it never said a word
+        if self._left or (self._head is None and not self._parsing and self._turn is None):
+            self.transport.close()  # it never said a word, or it was told already
         else:
             self._refuse(408, "the request did not arrive in time")
 
@@ -467,7 +522,7 @@ class BoundedConnection(HttpToolsProtocol):
     def _refuse_head(self) -> None:
         self._refuse(431, f"the request's line and headers are longer than {self._bounds.header_bytes:,} bytes")
 
-    def _refuse(self, status: int, reason: str) -> None:
+    def _refuse(self, status: int, reason: str, *, linger: bool = True) -> None:
         """Answer on the connection itself, without the application, and close it."""
         self._stop_timer()
         answering = self._running is not None and self._running[0].response_started
@@ -478,7 +533,17 @@ class BoundedConnection(HttpToolsProtocol):
             retry = b"retry-after: 1\r\n" if status == 503 else b""
             head = b"content-type: application/json\r\ncontent-length: %d\r\n%sconnection: close\r\n\r\n" % (len(body), retry)
             self.transport.write(STATUS_LINE[status] + head + body)
-        self.transport.close()
+        if linger:
+            self._linger()
+        else:
+            self.transport.close()
+
+    def _linger(self) -> None:
+        """Closes the connection when its client has stopped sending, or in a moment."""
+        if self.transport.can_write_eof():
+            self.transport.write_eof()
+        self._left = 2 * self._bounds.body_bytes
+        self._expect(_LINGER_S)
 
 
 def _say_continue(cycle: Any) -> None:

@@ -16,8 +16,10 @@ import asyncio
 import math
 import re
 import time
+import zlib
 from collections.abc import Awaitable, Callable, Hashable, MutableMapping
 from contextlib import suppress
+from functools import partial
 from importlib.metadata import version
 from typing import Any, NamedTuple
 from urllib.parse import parse_qs
@@ -28,6 +30,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Route
 
+from muntin.errors import MuntinError
 from muntin.serving.access_log import AccessLog
 from muntin.serving.connection import Answer, Fields, Reply
 from muntin.serving.control import Control
@@ -51,7 +54,7 @@ from muntin.serving.json_codec import (
 )
 from muntin.serving.openapi import openapi
 from muntin.serving.pictures import Pictures
-from muntin.serving.protocol import InferRequest, Limits, ProtocolError
+from muntin.serving.protocol import InferRequest, Limits, ProtocolError, shown
 from muntin.serving.service import INPUT, Answered, Cancel, RefusedRequestError, Service
 from muntin.serving.tensors import Buffer
 from muntin.serving.tokens import Tokens
@@ -69,6 +72,8 @@ _HEAD = "muntin.head"
 """In a scope: what `_read_head` found, where all requests with the same head share it."""
 _LIKE_BYTES = 2048
 """Of a request's JSON, at most, that it is held against others by."""
+_INFLATE = zlib.MAX_WBITS | 32
+"""zlib's word for gzip and deflate alike: the data say which it is."""
 _OPEN = ("/v2/health/live", "/v2/health/ready")
 """What needs no token: whoever starts and stops servers asks for it."""
 
@@ -91,13 +96,26 @@ class HttpFace:
         self._limits, self._log, self._tracing = limits, log, tracing
         self._tokens = Tokens(tokens)
         self._heads = Heads()
-        self._routes = Starlette(routes=self._table(), exception_handlers={ProtocolError: _error_response, HTTPException: _error_response})
+        answers = dict.fromkeys((ProtocolError, HTTPException, MuntinError, Exception), _error_response)
+        self._routes = Starlette(routes=self._table(), exception_handlers=answers)
 
     # ---- inference ----
 
     def takes(self, scope: Scope) -> bool:
         """Whether `begin` answers a request."""
-        return _INFER.fullmatch(scope["path"]) is not None
+        return scope["method"] == "POST" and _INFER.fullmatch(scope["path"]) is not None
+
+    def barred(self, scope: Scope) -> Answer | None:
+        """The answer to a request that its headers alone are wrong with."""
+        try:
+            self._authorise(scope)
+            _read_head(scope)
+        except ProtocolError as error:
+            self._service.metrics.requests["http", "wrong"] += 1
+            if self._log is not None:
+                self._write(scope, error.status, 0, time.monotonic())
+            return error_answer(error)
+        return None
 
     def begin(self, scope: Scope, body: Buffer, came: float, reply: Reply) -> Cancel:
         """Answers a request for inference whose body is whole since `came`, now or later. Returns what to call if nobody waits any more."""
@@ -105,7 +123,11 @@ class HttpFace:
         self._service.deliver()  # in a flood a round of the loop is hundreds of requests, and answers would wait for its end
         try:
             self._authorise(scope)
-            inference.cancel = self._ask(inference, scope, body)
+            head: _Head = scope.get(_HEAD) or _read_head(scope)
+            if head.encoded:
+                self._inflate(inference, head, body)
+            else:
+                inference.cancel = self._ask(inference, head, body)
         except ProtocolError as error:
             inference.fail(error)
         except Exception as error:  # noqa: BLE001 - the connection is in the middle of reading, and has others to answer
@@ -131,22 +153,38 @@ class HttpFace:
         self._service.metrics.requests["http", "refused"] += 1
         return error_answer(error)
 
-    def _ask(self, inference: _Inference, scope: Scope, body: Buffer) -> Cancel:
+    def _inflate(self, inference: _Inference, head: _Head, body: Buffer) -> None:
+        """Asks when the body is unpacked, on a thread: a bomb's sixty megabytes take long enough to keep everybody else waiting."""
+
+        def unpacked(found: asyncio.Future[bytes]) -> None:
+            if inference.outcome:  # nobody waits any more
+                return
+            try:
+                inference.cancel = self._ask(inference, head, found.result())
+            except ProtocolError as error:
+                inference.fail(error)
+            except Exception as error:  # noqa: BLE001 - as in `begin`
+                inference.fail(_fault(error))
+
+        asyncio.get_running_loop().run_in_executor(None, _inflated, body, self._limits.body_bytes).add_done_callback(unpacked)
+
+    def _ask(self, inference: _Inference, head: _Head, body: Buffer) -> Cancel:
+        scope = inference.scope
         if self._tracing is not None and (found := _INFER.fullmatch(scope["path"])):
             carrier = {name.decode("latin-1"): value.decode("latin-1") for name, value in scope["headers"]}
             inference.span = self._tracing.begin("http", found[1], carrier)
-        head: _Head = scope.get(_HEAD) or _read_head(scope)
         like = self._like(scope, head, body)
         if like is not None and (error := self._service.refusal(inference.began, like, model=head.model, version=head.version)):
             raise error
         inference.request = request = self._decode(body, head)
         return self._service.submit(
-            request, model=head.model, version=head.version, arrived=inference.began, like=like, done=inference.done
-        )
+            request, model=head.model, version=head.version, arrived=inference.began, like=like, done=inference.done,
+            encode=partial(encode_response, requested=request.outputs, binary_default=request.binary_default),
+        )  # fmt: skip
 
     def _like(self, scope: Scope, head: _Head, body: Buffer) -> Hashable | None:
         """Equal for requests that differ in their pixels alone. None where that is not known, or nothing is to be refused unread."""
-        if not head.length or head.length > _LIKE_BYTES or self._tracing is not None:  # which is told of every request
+        if not head.length or head.length > _LIKE_BYTES or head.encoded or self._tracing is not None:  # which is told of every request
             return None
         return scope["path"], bytes(body[: head.length])
 
@@ -207,6 +245,8 @@ class HttpFace:
 
         try:
             self._authorise(scope)
+            if scope["method"] != "POST" and _INFER.fullmatch(scope["path"]):
+                raise ProtocolError(f"{scope['method']} {scope['path'][:100]}: use POST", status=405)
             await self._routes(scope, receive, counted)
         except ProtocolError as error:
             await _error_answer(error)(scope, receive, counted)
@@ -224,6 +264,7 @@ class HttpFace:
             Route("/v2/repository/index", self._index, methods=["POST", "GET"]),
             Route("/v2/repository/models/{model}/load", self._load, methods=["POST"]),
             Route("/v2/repository/models/{model}/unload", self._unload, methods=["POST"]),
+            Route("/v2/models/stats", self._statistics),  # before the model of that name
             *(
                 Route(f"/v2/models/{{model}}{middle}{end}", handler)
                 for end, handler in (
@@ -234,7 +275,6 @@ class HttpFace:
                 )
                 for middle in ("", "/versions/{version}")
             ),
-            Route("/v2/models/stats", self._statistics),
             Route("/predict", self._predict, methods=["POST"]),
             Route("/metrics", self._metrics),
             Route("/openapi.json", self._openapi),
@@ -244,20 +284,20 @@ class HttpFace:
         return _json(server_document("muntin", version("muntin")))
 
     async def _live(self, request: Request) -> Response:
-        return Response(status_code=200)
+        return _json({"live": True})
 
     async def _ready(self, request: Request) -> Response:
-        return Response(status_code=200 if self._service.ready else 503)
+        return _json({"live": True, "ready": self._service.ready}, 200 if self._service.ready else 503)
 
     async def _metadata(self, request: Request) -> Response:
         return _json(metadata_document(self._service.describe(*_named(request))))
 
     async def _model_ready(self, request: Request) -> Response:
         try:
-            self._service.describe(*_named(request))
+            ready = bool(self._service.describe(*_named(request)).versions) and self._service.ready
         except RefusedRequestError:
-            return Response(status_code=503)
-        return Response(status_code=200 if self._service.ready else 503)
+            ready = False
+        return _json({"name": self._service.name, "ready": ready}, 200 if ready else 503)
 
     async def _config(self, request: Request) -> Response:
         return _json(configuration_document(self._service.describe(*_named(request))))
@@ -281,7 +321,11 @@ class HttpFace:
         return _json({})
 
     async def _predict(self, request: Request) -> Response:
-        query = {name: values[-1] for name, values in parse_qs(request.url.query, max_num_fields=16).items()}
+        try:
+            fields = parse_qs(request.scope["query_string"].decode("latin-1"), max_num_fields=16)
+        except ValueError as error:
+            raise ProtocolError(f"the query has more than 16 fields: there is {shown('output')}") from error
+        query = {name: values[-1] for name, values in fields.items()}
         answer = await self._pictures.answer(await request.body(), query)
         return Response(answer.content, media_type=answer.media_type, headers=answer.headers)
 
@@ -293,26 +337,44 @@ class HttpFace:
 
 
 class _Head(NamedTuple):
-    """What a request's line and headers say. `length`: bytes of the JSON before the tensors; None: all of the body is JSON."""
+    """What a request's line and headers say. `length`: bytes of the JSON before the tensors; None: all of the body is JSON. `encoded`: the
+    body is packed by gzip or deflate."""
 
     model: str
     version: str | None
     length: int | None
+    encoded: bool
 
 
 def _read_head(scope: Scope) -> _Head:
-    if scope["method"] != "POST":
-        raise ProtocolError(f"{scope['method']} {scope['path'][:100]}: use POST", status=405)
     found = _INFER.fullmatch(scope["path"])
     assert found is not None
     model, version = found.groups()
-    length = None
+    length, encoded = None, False
     for name, value in scope["headers"]:
         if name == _HEADER_LENGTH:
             length = parse_header_length(value.decode("latin-1"))
         elif name == b"content-encoding" and value not in (b"", b"identity"):
-            raise ProtocolError(f"content-encoding {value.decode('latin-1')[:40]}: send the body as it is", status=415)
-    return _Head(model, version, length)
+            if encoded or value.lower() not in (b"gzip", b"deflate"):
+                raise ProtocolError(
+                    f"content-encoding {shown(value.decode('latin-1'))}: send gzip, deflate, or the body as it is", status=415
+                )
+            encoded = True
+    return _Head(model, version, length, encoded)
+
+
+def _inflated(body: Buffer, most: int) -> bytes:
+    """What was packed, if it is all there and no more than so many bytes; no more than that is ever unpacked."""
+    unpacking = zlib.decompressobj(_INFLATE)
+    try:
+        found = unpacking.decompress(body, most + 1)
+    except zlib.error as error:
+        raise ProtocolError(f"the body is neither gzip nor deflate ({error})") from error
+    if len(found) > most:
+        raise ProtocolError(f"a body of more than {most:,} bytes, unpacked: this server takes no more", status=413)
+    if not unpacking.eof or unpacking.unused_data:
+        raise ProtocolError("the packed body ends too early, or something follows it: send one whole gzip or deflate stream")
+    return found
 
 
 class _Inference:
@@ -336,16 +398,7 @@ class _Inference:
         if isinstance(found, Exception):
             self.fail(found if isinstance(found, ProtocolError) else _fault(found))
             return
-        request = self.request
-        assert request is not None
-        try:
-            parts, length = encode_response(found.response, request.outputs, binary_default=request.binary_default)
-        except ProtocolError as error:
-            self.fail(error)
-            return
-        except Exception as error:  # noqa: BLE001 - as in `begin`
-            self.fail(_fault(error))
-            return
+        parts, length = found.encoded
         headers = [_OCTETS if length is not None else _JSON]
         if length is not None:
             headers.append((_HEADER_LENGTH, b"%d" % length))
@@ -387,13 +440,15 @@ def _fault(error: Exception) -> ProtocolError:
 
 
 async def _error_response(request: Request, error: Exception) -> Response:
-    assert isinstance(error, ProtocolError | HTTPException)
     if isinstance(error, HTTPException):
         allowed = (error.headers or {}).get("Allow")
-        text = f"{request.method} {request.url.path[:100]}: {error.detail}" + (
+        text = f"{request.method} {shown(request.scope['path'])}: {error.detail}" + (
             f", use {allowed}" if allowed else "; /openapi.json lists the routes"
         )
         return Response(encode_json({"error": text}), error.status_code, error.headers, "application/json")
+    if not isinstance(error, ProtocolError):
+        text = str(error) if isinstance(error, MuntinError) else f"the server failed ({type(error).__name__})"
+        error = ProtocolError(text, status=500)
     return _error_answer(error)
 
 
@@ -411,11 +466,11 @@ def error_headers(error: ProtocolError) -> dict[str, str]:
     """The header fields that go with an error."""
     if isinstance(error, RefusedRequestError):
         return {"retry-after": str(max(1, math.ceil(error.retry_after)))}
-    return {"www-authenticate": "Bearer"} if error.status == 401 else {}
+    return {401: {"www-authenticate": "Bearer"}, 405: {"allow": "POST"}}.get(error.status, {})
 
 
-def _json(document: object) -> Response:
-    return Response(encode_json(document), media_type="application/json")
+def _json(document: object, status: int = 200) -> Response:
+    return Response(encode_json(document), status, media_type="application/json")
 
 
 def _named(request: Request) -> tuple[str | None, str | None]:

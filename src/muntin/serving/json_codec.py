@@ -52,6 +52,8 @@ from muntin.serving.tensors import DATATYPES, Buffer, check_datatype, datatype_o
 
 HEADER_LENGTH = "Inference-Header-Content-Length"
 """The HTTP header field that says how many bytes of a body are JSON."""
+JSON_ELEMENTS = 1 << 23
+"""Numbers of an answer that go into JSON at most, some ten bytes each."""
 _DIGITS = 12
 _HEADS, _HEAD_BYTES = 64, 2048  # that are remembered, and their length at most
 
@@ -162,7 +164,8 @@ def encode_response(
     """(parts of the body in their order, value for `HEADER_LENGTH` or None): what a request asked for, of what the model answered.
 
     `requested` and `binary_default` are the request's. Binary tensors are views of the outputs' arrays, which must stay as they are until
-    the parts are sent. Raises ProtocolError for an output that the model does not give or that JSON cannot carry.
+    the parts are sent. Raises ProtocolError for an output that the model does not give, and for one that JSON cannot carry: 413 where it
+    has more than `JSON_ELEMENTS`.
     """
     entries: list[dict[str, Any]] = []
     tensors: list[bytes | memoryview] = []
@@ -342,6 +345,11 @@ def _inferred(shape: tuple[int, ...], elements: int, name: str) -> list[int]:
 
 
 def _json_data(array: Tensor, datatype: str, name: str) -> Any:
+    if array.size > JSON_ELEMENTS:
+        raise ProtocolError(
+            f"output {shown(name)} has {array.size:,} elements, and JSON carries at most {JSON_ELEMENTS:,}: ask for it as binary data",
+            status=413,
+        )
     if datatype == "BYTES":
         try:
             return [item.decode() for item in array.reshape(-1)]

@@ -236,6 +236,9 @@ def check_shape(shape: Sequence[object], tensor: str, limits: Limits) -> tuple[t
     return tuple(sizes), elements
 
 
+_HIGHEST = {"priority": (1 << 32) - 1, "timeout": (1 << 63) - 1}
+
+
 def check_request_parameters(parameters: Mapping[str, object], limits: Limits) -> dict[str, Parameter]:
     """The parameters of a request. Raises ProtocolError for sequences, for too many, and for a value of a wrong type or out of range."""
     checked = _check_parameters(parameters, "the request", limits)
@@ -244,8 +247,8 @@ def check_request_parameters(parameters: Mapping[str, object], limits: Limits) -
             raise ProtocolError(f'parameter "{name}": this server keeps no state between requests; send each request without it')
     for name, unit in (("priority", "a level from 1, 0 for the default"), ("timeout", "microseconds, 0 for none")):
         value = checked.get(name, 0)
-        if type(value) is not int or value < 0:
-            raise ProtocolError(f'parameter "{name}" is {shown(value)}: give a whole number from 0 ({unit})')
+        if type(value) is not int or not 0 <= value <= _HIGHEST[name]:
+            raise ProtocolError(f'parameter "{name}" is {shown(value)}: give a whole number from 0 to {_HIGHEST[name]} ({unit})')
     _check_flag(checked, "binary_data_output", "the request")
     return checked
 

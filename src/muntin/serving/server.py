@@ -185,7 +185,7 @@ class Server:
         control = Control(self.slot, self._repository)
         pictures = Pictures(service)
         ending.push_async_callback(asyncio.to_thread, self._end, pictures, runner, service)
-        limits = Limits(body_bytes=config.bounds.body_bytes)
+        limits = Limits(body_bytes=config.bounds.body_bytes, json_bytes=config.bounds.json_bytes)
         log = AccessLog() if config.access_log else None
         tracing = Tracing() if config.trace else None
         if tracing is not None:

@@ -41,6 +41,9 @@ from muntin.serving.version import NotReadyError, UnknownVersionError
 INPUT = "images"
 SHADOWS = 4
 """Shadow computations that may wait; beyond, an answer is not compared."""
+INLINE = 1 << 16
+"""Numbers of an answer up to which it is put into its form on the event loop; beyond, on a thread, so that nobody else waits for it."""
+ENCODERS = 2
 PRIORITY = 2
 """What a request without a priority has, of 1, the most urgent, and more."""
 
@@ -61,6 +64,8 @@ class Answered:
     """An answer and how it came about, in seconds: waiting for its batch, computing that, all of it."""
 
     response: InferResponse
+    encoded: Any
+    """What `encode` made of the response, None without one."""
     queued: float
     computed: float
     total: float
@@ -94,6 +99,7 @@ class Service:
         self._clock = clock
         self._shadows = ThreadPoolExecutor(max_workers=1, thread_name_prefix="muntin-shadow")
         self._shadowing = 0
+        self._encoders = ThreadPoolExecutor(max_workers=ENCODERS, thread_name_prefix="muntin-encode")
         self._mailbox: Mailbox | None = None
         self._accounts: dict[str, Account] = {}
         """By version: what it was asked. Only the event loop touches them."""
@@ -171,11 +177,13 @@ class Service:
         done: Done,
         arrived: float | None = None,
         like: Hashable | None = None,
+        encode: Callable[[InferResponse], Any] | None = None,
     ) -> Cancel:
         """Asks for an answer. `done` is called once with it, or with a ProtocolError; maybe before this returns.
 
         `arrived`: when the request's last byte came, of the clock; None: now. The function that is returned takes the request back: `done`
-        is not called any more. `like`: equal for requests that differ in their pixels alone (`refusal`).
+        is not called any more. `like`: equal for requests that differ in their pixels alone (`refusal`). `encode`: makes the response what
+        goes out; for a large one on a thread of its own.
 
         Raises ProtocolError: 404 for another model or version, 400 for what the model does not take, 503 (`RefusedRequestError`) where no
         version is ready. Answers 503 where it cannot be answered in time, 500 where computing it failed.
@@ -193,6 +201,7 @@ class Service:
             raise
         labels = wanted == ("labels",)
         account = self._accounts.setdefault(lease.version.name, Account())
+        gone = False
 
         def computed(found: tuple[NDArray[Any], Work] | Exception) -> None:
             total = self._clock() - arrived
@@ -210,24 +219,49 @@ class Service:
             self.metrics.total.observe(total)
             if self.objective is not None and total > self.objective:
                 self.metrics.late.inc()
-            response = InferResponse(
-                model=self.name,
-                version=work.version,
-                id=request.id,
-                outputs=_outputs(answer, wanted, labels, signature),
-                parameters={"recovered": work.recovered} if work.recovered else {},
-            )
-            queued = max(work.started - arrived, 0.0)
-            done(Answered(response=response, queued=queued, computed=work.computed, total=total, batch_rows=work.batch_rows))
+
+            def form() -> Answered | Exception:
+                response = InferResponse(
+                    model=self.name,
+                    version=work.version,
+                    id=request.id,
+                    outputs=_outputs(answer, wanted, labels, signature),
+                    parameters={"recovered": work.recovered} if work.recovered else {},
+                )
+                try:
+                    encoded = None if encode is None else encode(response)
+                except Exception as error:  # noqa: BLE001 - it is the answer
+                    return error
+                queued = max(work.started - arrived, 0.0)
+                return Answered(
+                    response=response, encoded=encoded, queued=queued, computed=work.computed, total=total, batch_rows=work.batch_rows
+                )  # fmt: skip
+
+            if answer.size <= INLINE or _as_it_is(request, wanted, labels):
+                done(form())
+            else:
+                self._form(form, lambda found: None if gone else done(found))
 
         unseen = 0 if like is None else self.turnstile.unseen(like, arrived)
         cancel = self._begin(images, lease, labels=labels, priority=priority, deadline=deadline, came=arrived, unseen=unseen, done=computed)
 
         def take_back() -> None:
+            nonlocal gone
+            gone = True
             if cancel():
                 account.failed(self._clock() - arrived)
 
         return take_back
+
+    def _form(self, form: Callable[[], Answered | Exception], done: Done) -> None:
+        """Puts a large answer into its form beside the event loop."""
+        forming = asyncio.get_running_loop().run_in_executor(self._encoders, form)
+
+        def formed(found: asyncio.Future[Answered | Exception]) -> None:
+            if not found.cancelled():
+                done(found.result())
+
+        forming.add_done_callback(formed)
 
     def lease(self, model: str, version: str | None) -> Lease:
         """A lease on the version that a request names. Raises ProtocolError: 404, or 503 where none is ready."""
@@ -293,9 +327,9 @@ class Service:
             self.metrics.queue.observe(work.started - job.arrived)
             self.metrics.compute.observe(work.computed)
             self.metrics.batch.observe(work.batch_rows)
-            self._shadow(images, answer, labels)
             done((answer, work))
             self.runner.delivered(work.started, self._clock() - given)
+            self._shadow(images, answer, labels)
 
         def answered(answer: Any) -> None:
             nonlocal given
@@ -310,7 +344,11 @@ class Service:
             self.turnstile.open()
             return not before
 
-        self.runner.submit(job, answered)
+        try:
+            self.runner.submit(job, answered)
+        except BaseException:
+            lease.release()
+            raise
         return cancel
 
     def deliver(self) -> None:
@@ -327,6 +365,7 @@ class Service:
     def close(self) -> None:
         """Ends what runs beside the requests. The runner and the slot are the caller's to close."""
         self._shadows.shutdown(wait=True, cancel_futures=True)
+        self._encoders.shutdown(wait=True, cancel_futures=True)
 
     def _images(self, request: InferRequest, signature: Signature) -> NDArray[np.uint8]:
         form = f"UINT8 (rows, height, width, {signature.channels})"
@@ -375,6 +414,14 @@ def _wanted(request: InferRequest, signature: Signature) -> tuple[str, ...]:
         if name not in names:
             raise ProtocolError(f"output {shown(name)}: the model gives {' and '.join(names)}")
     return wanted
+
+
+def _as_it_is(request: InferRequest, wanted: tuple[str, ...], labels: bool) -> bool:
+    """Whether the answer goes out as it was computed: in binary, and nothing made of it."""
+    binary = (
+        all(output.binary and output.classification is None for output in request.outputs) if request.outputs else request.binary_default
+    )
+    return binary and (labels or wanted == ("scores",))
 
 
 def _outputs(answer: NDArray[Any], wanted: tuple[str, ...], labels: bool, signature: Signature) -> tuple[InferOutput, ...]:
