@@ -146,6 +146,8 @@ def test_what_clients_ask_of_a_server(client: Client) -> None:
     assert asked.is_server_ready()
     assert asked.is_model_ready("pixels")
     assert asked.is_model_ready("pixels", "1")
+    assert not asked.is_model_ready("other")
+    assert not asked.is_model_ready("pixels", "9")
     options = {} if client.http else {"as_json": True}
     metadata = asked.get_model_metadata("pixels", **options)
     assert [(o["name"], o["datatype"], [int(n) for n in o["shape"]]) for o in metadata["outputs"]] == [

@@ -18,6 +18,7 @@ import grpc
 from muntin.serving import open_inference_pb2 as messages
 from muntin.serving.access_log import AccessLog
 from muntin.serving.control import Control
+from muntin.serving.description import ModelDescription
 from muntin.serving.grpc_codec import (
     METHODS,
     SERVICE,
@@ -179,18 +180,23 @@ class GrpcFace:
     async def model_ready(self, request: Any, context: Context) -> Any:
         try:
             self._service.lease(request.name, request.version or None).release()
-        except RefusedRequestError:
+        except ProtocolError:  # there is no such model or version, or none that can answer
             return messages.ModelReadyResponse(ready=False)
-        return messages.ModelReadyResponse(ready=True)
+        return messages.ModelReadyResponse(ready=self._service.ready)
 
     async def server_metadata(self, request: Any, context: Context) -> Any:
         return server_message("muntin", version("muntin"))
 
+    def _described(self, request: Any) -> ModelDescription:
+        if not request.name:  # which the service takes for its only model
+            raise ProtocolError(f"no model is named: this server has {self._service.name}", status=404)
+        return self._service.describe(request.name, request.version or None)
+
     async def metadata(self, request: Any, context: Context) -> Any:
-        return metadata_message(self._service.describe(request.name, request.version or None))
+        return metadata_message(self._described(request))
 
     async def configuration(self, request: Any, context: Context) -> Any:
-        return configuration_message(self._service.describe(request.name, request.version or None))
+        return configuration_message(self._described(request))
 
     async def statistics(self, request: Any, context: Context) -> Any:
         return statistics_message(self._service.statistics(request.name or None, request.version or None))
