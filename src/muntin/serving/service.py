@@ -14,6 +14,7 @@ Outputs, by task (which of them a request names decides what is computed; none n
 from __future__ import annotations
 
 import asyncio
+import math
 import time
 from collections.abc import Callable, Hashable
 from concurrent.futures import ThreadPoolExecutor
@@ -163,9 +164,13 @@ class Service:
             self._accounts[name].failed(now - arrived)
         return error
 
-    async def infer(self, request: InferRequest, *, model: str, version: str | None, arrived: float | None = None) -> Answered:
+    async def infer(
+        self, request: InferRequest, *, model: str, version: str | None, arrived: float | None = None, deadline: float | None = None
+    ) -> Answered:
         """The answer. Raises ProtocolError as `submit` raises and answers. Cancelled, it takes the request back if that still waits."""
-        answered: Answered = await _awaited(lambda done: self.submit(request, model=model, version=version, arrived=arrived, done=done))
+        answered: Answered = await _awaited(
+            lambda done: self.submit(request, model=model, version=version, arrived=arrived, deadline=deadline, done=done)
+        )
         return answered
 
     def submit(
@@ -176,14 +181,16 @@ class Service:
         version: str | None,
         done: Done,
         arrived: float | None = None,
+        deadline: float | None = None,
         like: Hashable | None = None,
         encode: Callable[[InferResponse], Any] | None = None,
     ) -> Cancel:
         """Asks for an answer. `done` is called once with it, or with a ProtocolError; maybe before this returns.
 
-        `arrived`: when the request's last byte came, of the clock; None: now. The function that is returned takes the request back: `done`
-        is not called any more. `like`: equal for requests that differ in their pixels alone (`refusal`). `encode`: makes the response what
-        goes out; for a large one on a thread of its own.
+        `arrived`: when the request's last byte came, of the clock; None: now. `deadline`: of the clock, until when its client waits; it
+        counts where it is before the request's own. The function that is returned takes the request back: `done` is not called any more.
+        `like`: equal for requests that differ in their pixels alone (`refusal`). `encode`: makes the response what goes out; for a large one
+        on a thread of its own.
 
         Raises ProtocolError: 404 for another model or version, 400 for what the model does not take, 503 (`RefusedRequestError`) where no
         version is ready. Answers 503 where it cannot be answered in time, 500 where computing it failed.
@@ -194,7 +201,8 @@ class Service:
             signature = lease.version.signature
             images = self._images(request, signature)
             wanted = _wanted(request, signature)
-            deadline = None if request.timeout_us is None else arrived + request.timeout_us / 1e6
+            if request.timeout_us is not None:
+                deadline = min(arrived + request.timeout_us / 1e6, math.inf if deadline is None else deadline)
             priority = request.priority or PRIORITY
         except BaseException:
             lease.release()
