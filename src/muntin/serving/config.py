@@ -28,12 +28,12 @@ class Bounds(_Frozen):
     held_bytes: Annotated[int, Field(ge=1024, description="of the bodies of all requests that are being received or answered")] = (
         512 * MEGABYTE
     )
-    connections: Annotated[int, Field(ge=1, description="open at the same time")] = 512
+    connections: Annotated[int, Field(ge=1, description="open at the same time; over gRPC: calls")] = 512
     header_seconds: Annotated[float, Field(gt=0, description="from a connection's or request's first byte to the end of its headers")] = (
         10.0
     )
     body_seconds: Annotated[float, Field(gt=0, description="from the end of the headers to the end of the body")] = 60.0
-    idle_seconds: Annotated[float, Field(gt=0, description="that a connection may stay open between two requests")] = 75.0
+    idle_seconds: Annotated[float, Field(gt=0, description="that a connection may stay open between requests, a stream stand still")] = 75.0
 
 
 class ServeConfig(_Frozen):

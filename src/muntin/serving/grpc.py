@@ -1,7 +1,9 @@
 """The gRPC face: the same service, on the same event loop, for `tritonclient.grpc` and `perf_analyzer -i grpc`.
 
 Handlers are registered by name, no generated service code is needed. What a client may send is bounded before it is read: grpc counts a
-message's bytes, `wire` what protobuf would make of them, and this server the messages that are being answered.
+message's bytes, `wire` what protobuf would make of them, and this server the messages that are being answered. So is the time it may take:
+a call is held against the tokens when its headers are there, and its message has to come within `Bounds.body_seconds`. For that every
+method is registered as one whose requests stream, which is the same on the wire: of others grpc shows nothing before the message is whole.
 """
 
 from __future__ import annotations
@@ -9,14 +11,16 @@ from __future__ import annotations
 import asyncio
 import math
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import Awaitable, Callable, Coroutine, Iterator
+from contextlib import contextmanager
 from importlib.metadata import version
-from typing import Any
+from typing import Any, NamedTuple
 
 import grpc
 
 from muntin.serving import open_inference_pb2 as messages
 from muntin.serving.access_log import AccessLog
+from muntin.serving.connection import Ledger
 from muntin.serving.control import Control
 from muntin.serving.description import ModelDescription
 from muntin.serving.grpc_codec import (
@@ -39,14 +43,29 @@ from muntin.serving.tracing import Tracing
 from muntin.serving.wire import parse
 
 Context = Any
-Handler = Callable[[Any, Context], Awaitable[Any]]
 _ENVELOPE = 1 << 16
 """Bytes that a message may have beside its tensors."""
 _OPEN = ("ServerLive", "ServerReady")
+"""What needs no token: whoever starts and stops servers asks for it. Nothing is in their messages, so none is waited for."""
+_STREAM_REQUESTS = 32
+"""Of one stream, that are computed or whose answers are not sent yet."""
+
+
+class _Call(NamedTuple):
+    """What a handler is told beside the message. `began`: when that came."""
+
+    context: Context
+    began: float
+
+
+Handler = Callable[[Any, _Call], Awaitable[Any]]
 
 
 class GrpcFace:
-    """Serves on `address` ("127.0.0.1:8001"; port 0: any that is free, see `port`). `tls`: (certificate, key) in PEM."""
+    """Serves on an address ("127.0.0.1:8001"; port 0: any that is free, see `port`). `tls`: (certificate, key) in PEM.
+
+    `ledger`: of the HTTP face. What both hold is counted together; of calls as many are answered at once as that has connections.
+    """
 
     def __init__(
         self,
@@ -56,15 +75,17 @@ class GrpcFace:
         limits: Limits,
         tokens: tuple[str, ...],
         log: AccessLog | None,
-        in_flight: int,
+        ledger: Ledger,
         tls: tuple[bytes, bytes] | None = None,
         tracing: Tracing | None = None,
     ) -> None:
         self._service, self._control, self._limits, self._log = service, control, limits, log
-        self._tokens = Tokens(tokens)
         self._tls, self._tracing = tls, tracing
+        self._ledger, self._bounds = ledger, ledger.bounds
+        self._calls = 0
+        """That are received or answered; those that need no token are not counted, so nothing keeps them from being answered."""
         self._server = grpc.aio.server(
-            maximum_concurrent_rpcs=in_flight,
+            interceptors=(_Doorkeeper(Tokens(tokens)),),
             options=[
                 ("grpc.max_receive_message_length", limits.body_bytes + _ENVELOPE),
                 ("grpc.max_send_message_length", -1),
@@ -99,33 +120,77 @@ class GrpcFace:
                 handlers[method.name] = grpc.stream_stream_rpc_method_handler(self._stream, response_serializer=write)
             else:
                 handler = self._guarded(method, _METHODS[method.name](self))
-                handlers[method.name] = grpc.unary_unary_rpc_method_handler(handler, response_serializer=write)
+                handlers[method.name] = grpc.stream_unary_rpc_method_handler(handler, response_serializer=write)
         return grpc.method_handlers_generic_handler(SERVICE, handlers)
 
-    def _guarded(self, method: Method, handler: Handler) -> Handler:
-        """The handler of a method behind the token, with what it is asked read from the wire, and its errors as gRPC statuses."""
+    def _guarded(self, method: Method, handler: Handler) -> Callable[[Any, Context], Awaitable[Any]]:
+        """The handler of a method with what it is asked read from the wire, and its errors as gRPC statuses."""
 
-        async def handle(wire: bytes, context: Context) -> Any:
+        async def handle(_: Any, context: Context) -> Any:
             try:
-                if method.name not in _OPEN:
-                    self._authorise(context)
-                return await handler(parse(wire, method.request, self._limits), context)
-            except ProtocolError as error:
-                await _abort(context, error)
+                if method.name in _OPEN:
+                    return await handler(method.request(), _Call(context, time.monotonic()))
+                with self._counted():
+                    wire = await self._message(context)
+                    call = _Call(context, time.monotonic())
+                    with self._holding(wire):
+                        return await handler(parse(wire, method.request, self._limits), call)
+            except grpc.aio.BaseError:  # the call is over
+                raise
+            except Exception as error:  # noqa: BLE001 - what grpc makes of it tells the client too much, and the loop nothing
+                await _abort(context, error if isinstance(error, ProtocolError) else _fault(error))
 
         return handle
 
-    def _authorise(self, context: Context) -> None:
-        if self._tokens:
-            given = next((value for name, value in context.invocation_metadata() or () if name == "authorization"), b"")
-            self._tokens.check(given.encode() if isinstance(given, str) else given)
+    @contextmanager
+    def _counted(self) -> Iterator[None]:
+        """Around a call. Raises ProtocolError 429 where there are too many."""
+        most = self._bounds.connections
+        if self._calls >= most:
+            raise self._unread(ProtocolError(f"this server answers at most {most} calls at once: try again", status=429))
+        self._calls += 1
+        try:
+            yield
+        finally:
+            self._calls -= 1
 
-    async def infer(self, request: messages.ModelInferRequest, context: Context) -> messages.ModelInferResponse:
-        began, outcome, status, response, answered = time.monotonic(), "answered", "OK", None, None
+    @contextmanager
+    def _holding(self, wire: bytes) -> Iterator[None]:
+        """Around the answer to a message. Raises RefusedRequestError where those that are being answered fill what may be held."""
+        if self._ledger.held + len(wire) > self._bounds.held_bytes:
+            raise self._unread(RefusedRequestError("the bodies of other requests fill what this server holds: try again"))
+        self._ledger.held += len(wire)
+        try:
+            yield
+        finally:
+            self._ledger.held -= len(wire)
+
+    def _unread(self, error: ProtocolError) -> ProtocolError:
+        """Counts what is refused without being read, beside what the HTTP face's connections refuse so."""
+        self._ledger.refused[error.status] = self._ledger.refused.get(error.status, 0) + 1
+        return error
+
+    async def _message(self, context: Context) -> bytes:
+        """The one message of a call. Raises ProtocolError where it does not come in time, or not at all."""
+        try:
+            async with asyncio.timeout(self._bounds.body_seconds):
+                wire = await context.read()
+        except TimeoutError:
+            raise self._unread(ProtocolError("the request did not arrive in time", status=408)) from None
+        if wire is grpc.aio.EOF:
+            raise ProtocolError("the call ended without a message: send one")
+        assert isinstance(wire, bytes)
+        return wire
+
+    async def infer(self, request: messages.ModelInferRequest, call: _Call) -> messages.ModelInferResponse:
+        """Raises ProtocolError alone. Counted and written down whatever becomes of it."""
+        outcome, status, response, answered = "failed", "INTERNAL", None, None
+        client = "" if self._log is None else call.context.peer()
         try:
             decoded = decode_infer(request, self._limits)
-            answered = await self._answered(decoded, request, context, began)
+            answered = await self._answered(decoded, request, call)
             response = encode_infer(answered.response, decoded.outputs)
+            outcome, status = "answered", "OK"
             return response
         except ProtocolError as error:
             outcome, status = ("refused" if error.status == 503 else "failed" if error.status >= 500 else "wrong"), error.grpc_code
@@ -133,58 +198,71 @@ class GrpcFace:
         except asyncio.CancelledError:
             outcome, status = "cancelled", "CANCELLED"
             raise
+        except Exception as error:
+            raise _fault(error) from error
         finally:
             self._service.metrics.requests["grpc", outcome] += 1
             if self._log is not None:
                 self._log.write(
                     face="grpc",
-                    client=context.peer(),
+                    client=client,
                     method="ModelInfer",
                     path=request.model_name,
                     status=status,
                     sent=0 if response is None else sum(map(len, response.raw_output_contents)),
-                    seconds=time.monotonic() - began,
+                    seconds=time.monotonic() - call.began,
                     request_id=request.id,
                     answered=answered,
                 )
 
-    async def _answered(self, decoded: InferRequest, request: messages.ModelInferRequest, context: Context, began: float) -> Answered:
-        model, version_ = request.model_name, request.model_version or None
+    async def _answered(self, decoded: InferRequest, request: messages.ModelInferRequest, call: _Call) -> Answered:
+        model, version_, context = request.model_name, request.model_version or None, call.context
+        left = context.time_remaining()
+        deadline = None if left is None else time.monotonic() + left
         if self._tracing is None:
-            return await self._service.infer(decoded, model=model, version=version_, arrived=began)
+            return await self._service.infer(decoded, model=model, version=version_, arrived=call.began, deadline=deadline)
         carrier = {name: value for name, value in context.invocation_metadata() or () if isinstance(value, str)}
         with self._tracing.inference("grpc", model, carrier) as span:
-            answered = await self._service.infer(decoded, model=model, version=version_, arrived=began)
+            answered = await self._service.infer(decoded, model=model, version=version_, arrived=call.began, deadline=deadline)
             span.answered(answered)
         return answered
 
-    async def _stream(self, requests: AsyncIterator[Any], context: Context) -> AsyncIterator[Any]:
+    async def _stream(self, _: Any, context: Context) -> None:
         try:
-            self._authorise(context)
+            with self._counted():
+                await _Stream(self._streamed, context, self._bounds.idle_seconds).run()
         except ProtocolError as error:
             await _abort(context, error)
-        async for wire in requests:
-            try:
-                response = await self.infer(parse(wire, messages.ModelInferRequest, self._limits), context)
-            except ProtocolError as error:
-                yield messages.ModelStreamInferResponse(error_message=str(error))
-            else:
-                yield messages.ModelStreamInferResponse(infer_response=response)
 
-    async def live(self, request: Any, context: Context) -> Any:
+    async def _streamed(self, wire: bytes, call: _Call) -> messages.ModelStreamInferResponse:
+        """The answer to one message of a stream, or the error, which ends nothing but this request."""
+        request = messages.ModelInferRequest()
+        try:
+            with self._holding(wire):
+                request = parse(wire, messages.ModelInferRequest, self._limits)
+                answer = messages.ModelStreamInferResponse(infer_response=await self.infer(request, call))
+        except Exception as error:  # noqa: BLE001 - the stream has other requests
+            told = error if isinstance(error, ProtocolError) else _fault(error)
+            answer = messages.ModelStreamInferResponse(
+                error_message=str(told), infer_response=messages.ModelInferResponse(id=request.id, model_name=request.model_name)
+            )
+        answer.infer_response.parameters["triton_final_response"].bool_param = True
+        return answer  # the only one to its request, so the last
+
+    async def live(self, request: Any, call: _Call) -> Any:
         return messages.ServerLiveResponse(live=True)
 
-    async def ready(self, request: Any, context: Context) -> Any:
+    async def ready(self, request: Any, call: _Call) -> Any:
         return messages.ServerReadyResponse(ready=self._service.ready)
 
-    async def model_ready(self, request: Any, context: Context) -> Any:
+    async def model_ready(self, request: Any, call: _Call) -> Any:
         try:
             self._service.lease(request.name, request.version or None).release()
         except ProtocolError:  # there is no such model or version, or none that can answer
             return messages.ModelReadyResponse(ready=False)
         return messages.ModelReadyResponse(ready=self._service.ready)
 
-    async def server_metadata(self, request: Any, context: Context) -> Any:
+    async def server_metadata(self, request: Any, call: _Call) -> Any:
         return server_message("muntin", version("muntin"))
 
     def _described(self, request: Any) -> ModelDescription:
@@ -192,23 +270,23 @@ class GrpcFace:
             raise ProtocolError(f"no model is named: this server has {self._service.name}", status=404)
         return self._service.describe(request.name, request.version or None)
 
-    async def metadata(self, request: Any, context: Context) -> Any:
+    async def metadata(self, request: Any, call: _Call) -> Any:
         return metadata_message(self._described(request))
 
-    async def configuration(self, request: Any, context: Context) -> Any:
+    async def configuration(self, request: Any, call: _Call) -> Any:
         return configuration_message(self._described(request))
 
-    async def statistics(self, request: Any, context: Context) -> Any:
+    async def statistics(self, request: Any, call: _Call) -> Any:
         return statistics_message(self._service.statistics(request.name or None, request.version or None))
 
-    async def index(self, request: Any, context: Context) -> Any:
+    async def index(self, request: Any, call: _Call) -> Any:
         return index_message(self._control.index(ready=request.ready))
 
-    async def load(self, request: Any, context: Context) -> Any:
+    async def load(self, request: Any, call: _Call) -> Any:
         await asyncio.to_thread(self._control.load, request.model_name, repository_parameters(request, self._limits))
         return messages.RepositoryModelLoadResponse()
 
-    async def unload(self, request: Any, context: Context) -> Any:
+    async def unload(self, request: Any, call: _Call) -> Any:
         await asyncio.to_thread(self._control.unload, request.model_name, repository_parameters(request, self._limits))
         return messages.RepositoryModelUnloadResponse()
 
@@ -226,6 +304,104 @@ _METHODS: dict[str, Callable[[GrpcFace], Handler]] = {
     "RepositoryModelLoad": lambda face: face.load,
     "RepositoryModelUnload": lambda face: face.unload,
 }
+
+
+class _Doorkeeper(grpc.aio.ServerInterceptor):  # type: ignore[misc]
+    """Holds a call against the tokens as soon as its headers are there."""
+
+    def __init__(self, tokens: Tokens) -> None:
+        self._tokens = tokens
+
+    async def intercept_service(self, continuation: Callable[[Any], Awaitable[Any]], details: Any) -> Any:
+        if self._tokens and details.method not in _OPEN_PATHS:
+            given = next((value for name, value in details.invocation_metadata or () if name == "authorization"), b"")
+            try:
+                self._tokens.check(given.encode() if isinstance(given, str) else given)
+            except ProtocolError as error:
+                return _refusing(error)
+        return await continuation(details)
+
+
+_OPEN_PATHS = frozenset(f"/{SERVICE}/{name}" for name in _OPEN)
+
+
+def _refusing(error: ProtocolError) -> grpc.RpcMethodHandler:
+    """A handler that answers with the error, whatever comes."""
+
+    async def refuse(_: Any, context: Context) -> None:
+        await _abort(context, error)
+
+    return grpc.stream_unary_rpc_method_handler(refuse)
+
+
+class _Stream:
+    """One stream: its requests are begun as they come, and answered in that order. `idle`: seconds that it may stand still.
+
+    It stands still while nothing is being computed and neither a message comes nor an answer goes.
+    """
+
+    def __init__(
+        self, answer: Callable[[bytes, _Call], Coroutine[Any, Any, messages.ModelStreamInferResponse]], context: Context, idle: float
+    ) -> None:
+        self._answer, self._context, self._idle = answer, context, idle
+        self._room = asyncio.Semaphore(_STREAM_REQUESTS)
+        self._begun: asyncio.Queue[asyncio.Task[messages.ModelStreamInferResponse] | None] = asyncio.Queue()
+        self._computing: set[asyncio.Task[messages.ModelStreamInferResponse]] = set()
+        self._patience = asyncio.timeout(None)
+        self._going = False
+
+    async def run(self) -> None:
+        """Until the client has sent all and has its answers. Cancelled, it takes back what is computed. Raises ProtocolError (408)."""
+        writing = asyncio.create_task(self._write())
+        writing.add_done_callback(lambda _: self._room.release())  # it failed: whoever waits for room is to see that
+        try:
+            async with self._patience:
+                self._going = True
+                self._moved()
+                await self._read(writing)
+                await writing
+        except TimeoutError:
+            raise ProtocolError(f"the stream stood still for {self._idle:g} s", status=408) from None
+        finally:
+            self._going = False
+            left = [writing, *self._computing]
+            for task in left:
+                task.cancel()
+            await asyncio.gather(*left, return_exceptions=True)
+
+    async def _read(self, writing: asyncio.Task[None]) -> None:
+        while not writing.done():
+            await self._room.acquire()
+            wire = await self._context.read()
+            if wire is grpc.aio.EOF:
+                break
+            task = asyncio.create_task(self._answer(wire, _Call(self._context, time.monotonic())))
+            self._computing.add(task)
+            task.add_done_callback(self._computed)
+            self._begun.put_nowait(task)
+            self._moved()
+        self._begun.put_nowait(None)
+
+    def _computed(self, task: asyncio.Task[messages.ModelStreamInferResponse]) -> None:
+        self._computing.discard(task)
+        self._moved()
+
+    async def _write(self) -> None:
+        while (task := await self._begun.get()) is not None:
+            await self._context.write(await task)
+            self._room.release()
+            self._moved()
+
+    def _moved(self) -> None:
+        """It does not stand still: its time begins anew, or, where something is computed, later."""
+        if self._going and not self._patience.expired():
+            self._patience.reschedule(None if self._computing else asyncio.get_running_loop().time() + self._idle)
+
+
+def _fault(error: Exception) -> ProtocolError:
+    """What a client is told of an error that nobody foresaw: no more than its kind. All of it is reported to the loop."""
+    asyncio.get_running_loop().call_exception_handler({"message": "a call failed", "exception": error})
+    return ProtocolError(f"the server failed ({type(error).__name__})", status=500)
 
 
 async def _abort(context: Context, error: ProtocolError) -> None:

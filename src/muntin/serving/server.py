@@ -198,9 +198,8 @@ class Server:
         ending.callback(self.slot.close)
         if config.grpc_port is not None:
             grpc_face = GrpcFace(
-                service, control, limits=limits, tokens=config.tokens, log=log, in_flight=config.bounds.connections, tls=self._tls(),
-                tracing=tracing,
-            )  # fmt: skip
+                service, control, limits=limits, tokens=config.tokens, log=log, ledger=ledger, tls=self._tls(), tracing=tracing
+            )
             ending.push_async_callback(grpc_face.stop, config.drain_seconds)
             await self._listen_grpc(grpc_face)
         ending.callback(setattr, service, "draining", True)

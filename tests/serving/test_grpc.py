@@ -1,0 +1,414 @@
+"""The gRPC face, as clients meet it: calls over a socket, those that mean well and those that do not."""
+
+from __future__ import annotations
+
+import math
+import os
+import re
+import subprocess
+import sys
+import threading
+import time
+import urllib.request
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import grpc
+import numpy as np
+import pytest
+
+from muntin.serving import open_inference_pb2 as messages
+from muntin.serving.config import Bounds, ServeConfig
+from muntin.serving.executor import Executor
+from muntin.serving.grpc_codec import METHODS, SERVICE
+from muntin.serving.runner import Runner
+from muntin.serving.server import Server
+
+Code = grpc.StatusCode
+CALLS = 8
+"""Calls that a server of these tests answers at once."""
+
+
+class Client:
+    """Every method of the service, by its name."""
+
+    def __init__(self, port: int, *options: tuple[str, Any]) -> None:
+        self.port = port
+        self.channel = grpc.insecure_channel(f"127.0.0.1:{port}", options=[("grpc.use_local_subchannel_pool", 1), *options])
+
+    def __call__(self, name: str, request: Any = None, *, timeout: float | None = 30.0, **options: Any) -> Any:
+        method = next(method for method in METHODS if method.name == name)
+        message = method.request() if request is None else request
+        call = self.channel.unary_unary(f"/{SERVICE}/{name}", lambda m: m.SerializeToString(), method.response.FromString)
+        return call(message, timeout=timeout, **options)
+
+    def stream(self, requests: Iterator[Any], **options: Any) -> Any:
+        call = self.channel.stream_stream(
+            f"/{SERVICE}/ModelStreamInfer", lambda m: m.SerializeToString(), messages.ModelStreamInferResponse.FromString
+        )
+        return call(requests, **({"timeout": 30.0} | options))
+
+    def stalled(self, name: str, release: threading.Event, **options: Any) -> Any:
+        """A call whose message does not come."""
+        call = self.channel.stream_unary(f"/{SERVICE}/{name}", lambda m: m)
+        return call.future(waiting(release), **({"timeout": 30.0} | options))
+
+    def failure(self, name: str, request: Any = None, **options: Any) -> tuple[Any, str]:
+        """(status, text) of a call that fails."""
+        with pytest.raises(grpc.RpcError) as caught:
+            self(name, request, **options)
+        return caught.value.code(), caught.value.details()
+
+    def code(self, name: str, request: Any = None, **options: Any) -> Any:
+        return self.failure(name, request, **options)[0]
+
+
+def waiting(release: threading.Event) -> Iterator[bytes]:
+    release.wait(30)
+    yield from ()
+
+
+@contextmanager
+def served(path: Path, **options: Any) -> Iterator[tuple[Server, Client]]:
+    with Server(path, ServeConfig(**({"http_port": 0, "grpc_port": 0, "threads": 1, "name": "pixels"} | options))) as server:
+        assert server.grpc_port is not None
+        client = Client(server.grpc_port)
+        yield server, client
+        client.channel.close()
+
+
+@pytest.fixture(scope="module")
+def path(write_pixels: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_pixels(tmp_path_factory.mktemp("serving") / "pixels")
+
+
+@pytest.fixture(scope="module")
+def running(path: Path) -> Iterator[tuple[Server, Client]]:
+    with served(path) as found:
+        yield found
+
+
+@pytest.fixture(scope="module")
+def strict(path: Path) -> Iterator[Client]:
+    """Of a server that answers few calls at once, and has little patience."""
+    with served(path, bounds=Bounds(connections=CALLS, body_seconds=3.0)) as (_, client):
+        yield client
+
+
+@pytest.fixture(scope="module")
+def hasty(path: Path) -> Iterator[Client]:
+    """Of a server that has one place, where a stream may not stand still."""
+    with served(path, bounds=Bounds(idle_seconds=0.5, connections=1)) as (_, client):
+        yield client
+
+
+@pytest.fixture(scope="module")
+def small(path: Path) -> Iterator[Client]:
+    """Of a server that holds little."""
+    with served(path, bounds=Bounds(held_bytes=50_000, body_bytes=100_000)) as (_, client):
+        yield client
+
+
+@pytest.fixture
+def client(running: tuple[Server, Client]) -> Client:
+    return running[1]
+
+
+def infer(seed: int = 1, *, model: str = "pixels", side: int = 8, identity: str = "") -> messages.ModelInferRequest:
+    """A request for the labels of one image."""
+    request = messages.ModelInferRequest(model_name=model, id=identity)
+    request.inputs.add(name="images", datatype="UINT8", shape=[1, side, side, 3])
+    request.raw_input_contents.append(pixels(seed, side).tobytes())
+    request.outputs.add(name="labels")
+    return request
+
+
+def pixels(seed: int, side: int = 8) -> Any:
+    return np.random.default_rng(seed).integers(0, 256, (1, side, side, 3)).astype(np.uint8)
+
+
+def labels(seed: int, side: int = 8) -> bytes:
+    return bytes(pixels(seed, side).argmax(3).astype(np.uint8).tobytes())
+
+
+def outcomes(server: Server) -> Counter[str]:
+    """How many requests came to what, by the metrics."""
+    with urllib.request.urlopen(f"http://127.0.0.1:{server.http_port}/metrics") as answer:
+        text = answer.read().decode()
+    found = re.findall(r'muntin_requests_total\{face="grpc",outcome="(\w+)"\} (\d+)', text)
+    return Counter({outcome: int(count) for outcome, count in found})
+
+
+@contextmanager
+def slow(monkeypatch: pytest.MonkeyPatch, seconds: float) -> Iterator[list[int]]:
+    """Every batch takes so long. Yields the rows of those that were begun."""
+    begun: list[int] = []
+    compute = Executor.__call__
+
+    def slowly(self: Executor, batch: Any) -> Any:
+        begun.append(sum(job.rows for job in batch.jobs))
+        time.sleep(seconds)
+        return compute(self, batch)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Executor, "__call__", slowly)
+        yield begun
+
+
+# ---- what never comes ----
+
+
+def test_a_token_is_asked_for_before_the_message(path: Path) -> None:
+    with served(path, tokens=("secret",)) as (_, client):
+        release = threading.Event()
+        for name in ("ModelInfer", "ModelStreamInfer", "NoSuchMethod"):
+            call = client.stalled(name, release, timeout=10.0)
+            assert call.code() is Code.UNAUTHENTICATED, name
+            assert "TOKEN" in call.details()
+            wrong = client.stalled(name, release, timeout=10.0, metadata=(("authorization", "Bearer other"),))
+            assert wrong.code() is Code.UNAUTHENTICATED
+        release.set()
+        assert client("ServerLive").live
+        assert client("ServerReady").ready
+        assert client.code("ModelReady", messages.ModelReadyRequest(name="pixels")) is Code.UNAUTHENTICATED
+        found = client("ModelInfer", infer(), metadata=(("authorization", "Bearer secret"),))
+        assert found.raw_output_contents[0] == labels(1)
+
+
+def test_a_message_that_does_not_end_is_given_up(strict: Client) -> None:
+    release = threading.Event()
+    for call in [strict.stalled(name, release) for name in ("ModelInfer", "RepositoryIndex")]:
+        assert (call.code(), call.details()) == (Code.DEADLINE_EXCEEDED, "the request did not arrive in time")
+    release.set()
+    assert strict.stalled("ModelInfer", release).code() is Code.INVALID_ARGUMENT
+    assert strict("ModelInfer", infer()).raw_output_contents[0] == labels(1)
+
+
+def test_calls_that_stall_leave_the_server_alive(strict: Client) -> None:
+    release, hostile = threading.Event(), Client(strict.port)
+    calls = [hostile.stalled("ModelInfer", release) for _ in range(2 * CALLS)]
+    assert hostile.stalled("ServerLive", release).code() is Code.OK
+    assert strict("ServerLive", timeout=2.0).live
+    assert strict("ServerReady", timeout=2.0).ready
+    assert strict.code("ModelInfer", infer()) is Code.RESOURCE_EXHAUSTED
+    codes = [call.code() for call in calls]
+    assert codes.count(Code.RESOURCE_EXHAUSTED) == codes.count(Code.DEADLINE_EXCEEDED) == CALLS
+    assert strict("ModelInfer", infer()).raw_output_contents[0] == labels(1)
+    release.set()
+    hostile.channel.close()
+
+
+def test_what_needs_no_message_is_answered_each_time(client: Client) -> None:
+    for _ in range(300):
+        assert client("ServerLive").live
+
+
+def test_a_stream_that_stands_still_is_ended(hasty: Client, monkeypatch: pytest.MonkeyPatch) -> None:
+    release = threading.Event()
+    with slow(monkeypatch, 1.2):
+        began = time.monotonic()
+        found = hasty.stream(then_nothing([infer(3)], release))
+        assert next(found).infer_response.raw_output_contents[0] == labels(3)  # what is computed does not stand still
+        with pytest.raises(grpc.RpcError) as caught:
+            next(found)
+        assert caught.value.code() is Code.DEADLINE_EXCEEDED
+        assert 1.7 <= time.monotonic() - began < 10
+    release.set()
+
+
+def test_a_stream_whose_answers_nobody_reads_is_ended(hasty: Client, wait_until: Any) -> None:
+    wait_until(lambda: free(hasty))
+    release = threading.Event()
+    deaf = Client(hasty.port, ("grpc.http2.bdp_probe", 0), ("grpc.http2.lookahead_bytes", 1 << 16))
+    found = deaf.stream(then_nothing([infer(n, side=512) for n in range(64)], release))
+    next(found)
+    assert not free(hasty)
+    wait_until(lambda: free(hasty))
+    release.set()
+    got = 1
+    with pytest.raises(grpc.RpcError):
+        for _ in found:
+            got += 1
+    assert got < 64
+    deaf.channel.close()
+
+
+def free(client: Client) -> bool:
+    """Whether the server has a place for one more call."""
+    try:
+        return bool(client("ModelReady", messages.ModelReadyRequest(name="pixels")).ready)
+    except grpc.RpcError:
+        return False
+
+
+def then_nothing(requests: list[Any], release: threading.Event) -> Iterator[Any]:
+    yield from requests
+    release.wait(30)
+
+
+# ---- what is too much ----
+
+
+def test_what_is_held_is_bounded(small: Client, monkeypatch: pytest.MonkeyPatch, wait_until: Any) -> None:
+    with slow(monkeypatch, 1.0) as begun:
+        first = threading.Thread(target=lambda: small("ModelInfer", infer(side=100)))
+        first.start()
+        wait_until(lambda: begun)
+        assert small.code("ModelInfer", infer(side=100)) is Code.UNAVAILABLE
+        answers = list(small.stream(iter([infer(side=100, identity="a"), infer(2)])))
+        assert "fill what this server holds" in answers[0].error_message
+        assert answers[1].infer_response.raw_output_contents[0] == labels(2)
+        first.join()
+    assert small("ModelInfer", infer(side=100)).raw_output_contents[0] == labels(1, 100)
+
+
+def test_a_message_above_the_limit_is_refused(small: Client) -> None:
+    assert small.code("ModelInfer", infer(side=300)) is Code.RESOURCE_EXHAUSTED
+    assert small("ModelInfer", infer()).raw_output_contents[0] == labels(1)
+
+
+@pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="memory is read from /proc")
+def test_a_compressed_message_is_not_inflated_beyond_the_limit(small: Client) -> None:
+    """The client is a process of its own: the message is large there."""
+    assert small("ServerLive").live
+    before = peak = resident()
+    command = [sys.executable, "-c", BOMB, str(small.port), str(256 << 20)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as hostile:
+        while hostile.poll() is None:
+            peak = max(peak, resident())
+            time.sleep(0.001)
+        assert hostile.stdout is not None
+        assert hostile.stdout.read().strip() == "RESOURCE_EXHAUSTED"
+    assert peak - before < 64 << 20
+    assert small("ModelInfer", infer()).raw_output_contents[0] == labels(1)
+
+
+BOMB = f"""
+import sys, grpc
+channel = grpc.insecure_channel("127.0.0.1:" + sys.argv[1], options=[("grpc.max_send_message_length", -1)])
+call = channel.unary_unary("/{SERVICE}/ModelInfer")
+try:
+    call(bytes(int(sys.argv[2])), compression=grpc.Compression.Gzip, timeout=60)
+except grpc.RpcError as error:
+    print(error.code().name)
+"""
+
+
+def resident() -> int:
+    """Bytes of this process's memory."""
+    return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+
+# ---- streams ----
+
+
+def test_a_streams_requests_are_computed_together_and_answered_in_order(
+    running: tuple[Server, Client], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    server, client = running
+    before = outcomes(server)
+    with slow(monkeypatch, 0.3) as begun:
+        sent = [infer(n, identity=str(n), model="other" if n == 5 else "pixels") for n in range(40)]
+        answers = list(client.stream(iter(sent)))
+    assert max(begun) > 1
+    assert [answer.infer_response.id for answer in answers] == [str(n) for n in range(40)]
+    for number, answer in enumerate(answers):
+        if number != 5:
+            assert answer.error_message == ""
+            assert answer.infer_response.raw_output_contents[0] == labels(number)
+    assert "this server has pixels" in answers[5].error_message
+    assert answers[5].infer_response.model_name == "other"
+    assert all(answer.infer_response.parameters["triton_final_response"].bool_param for answer in answers)
+    assert outcomes(server) - before == {"answered": 39, "wrong": 1}
+
+
+def test_a_client_that_goes_takes_its_requests_back(
+    running: tuple[Server, Client], monkeypatch: pytest.MonkeyPatch, wait_until: Any
+) -> None:
+    server, client = running
+    before = outcomes(server)
+    with slow(monkeypatch, 0.5) as begun:
+        found = client.stream(infer(n) for n in range(100))
+        wait_until(lambda: len(begun) == 2)
+        found.cancel()
+        wait_until(lambda: (outcomes(server) - before)["cancelled"] > 0)
+        time.sleep(1.5)
+        counted = outcomes(server) - before
+        assert 32 - 8 <= counted["cancelled"] <= 32  # of a stream so many are taken at once
+        assert counted.total() - counted["cancelled"] <= 16
+        assert len(begun) <= 3  # what waited was taken back
+
+
+# ---- errors and deadlines ----
+
+
+@pytest.mark.parametrize("face", ["unary", "stream"])
+def test_what_nobody_foresaw_is_told_by_its_kind(
+    running: tuple[Server, Client], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, face: str
+) -> None:
+    def fail(*_: Any) -> None:
+        raise LookupError("secret")
+
+    server, client = running
+    before = outcomes(server)
+    monkeypatch.setattr("muntin.serving.grpc.encode_infer", fail)
+    if face == "unary":
+        assert client.failure("ModelInfer", infer()) == (Code.INTERNAL, "the server failed (LookupError)")
+    else:
+        answer = next(client.stream(iter([infer(identity="x")])))
+        assert (answer.error_message, answer.infer_response.id) == ("the server failed (LookupError)", "x")
+    assert outcomes(server) - before == {"failed": 1}
+    assert [record.message for record in caplog.records if record.name == "asyncio"] == ["a call failed"]
+    monkeypatch.setattr("muntin.serving.grpc.index_message", fail)
+    assert client.failure("RepositoryIndex") == (Code.INTERNAL, "the server failed (LookupError)")
+
+
+@pytest.mark.parametrize(
+    ("call_s", "request_s", "least", "most"),
+    [(20.0, 60, 5.0, 21.0), (60.0, 20, 19.9, 20.1), (20.0, None, 5.0, 21.0), (None, 20, 19.9, 20.1), (None, None, math.inf, math.inf)],
+)
+def test_the_earlier_of_a_calls_and_a_requests_deadline_counts(
+    client: Client, monkeypatch: pytest.MonkeyPatch, call_s: float | None, request_s: int | None, least: float, most: float
+) -> None:
+    given: list[float] = []
+    submit = Runner.submit
+
+    def watched(self: Runner, job: Any, done: Any) -> None:
+        given.append(math.inf if job.deadline is None else job.deadline - job.came)
+        submit(self, job, done)
+
+    monkeypatch.setattr(Runner, "submit", watched)
+    request = infer()
+    if request_s is not None:
+        request.parameters["timeout"].int64_param = request_s * 1_000_000
+    client("ModelInfer", request, timeout=call_s)
+    assert least <= given[0] <= most
+
+
+# ---- what is asked of a model ----
+
+
+def test_whether_a_model_is_ready_is_said_of_any(running: tuple[Server, Client]) -> None:
+    _, client = running
+    ask = messages.ModelReadyRequest
+    assert client("ModelReady", ask(name="pixels")).ready
+    assert client("ModelReady", ask(name="pixels", version="1")).ready
+    for other in (ask(name="other"), ask(name="pixels", version="9"), ask()):
+        assert not client("ModelReady", other).ready
+
+
+def test_a_server_that_goes_down_is_not_ready(client: Client, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("muntin.serving.service.Service.ready", False)
+    assert not client("ServerReady").ready
+    assert not client("ModelReady", messages.ModelReadyRequest(name="pixels")).ready
+
+
+def test_only_statistics_are_given_without_a_name(client: Client) -> None:
+    assert client.code("ModelMetadata") is Code.NOT_FOUND
+    assert client.code("ModelConfig") is Code.NOT_FOUND
+    assert client.code("ModelInfer", infer(model="")) is Code.NOT_FOUND
+    assert [model.name for model in client("ModelStatistics").model_stats] == ["pixels"]
+    assert client("ModelMetadata", messages.ModelMetadataRequest(name="pixels")).name == "pixels"
