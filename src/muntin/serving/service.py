@@ -189,8 +189,8 @@ class Service:
 
         `arrived`: when the request's last byte came, of the clock; None: now. `deadline`: of the clock, until when its client waits; it
         counts where it is before the request's own. The function that is returned takes the request back: `done` is not called any more.
-        `like`: equal for requests that differ in their pixels alone (`refusal`). `encode`: makes the response what goes out; for a large one
-        on a thread of its own.
+        `like`: equal for requests that differ in their pixels alone (`refusal`). `encode`: makes the response what goes out; for a large
+        one on a thread of its own.
 
         Raises ProtocolError: 404 for another model or version, 400 for what the model does not take, 503 (`RefusedRequestError`) where no
         version is ready. Answers 503 where it cannot be answered in time, 500 where computing it failed.
