@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from math import inf
 from typing import Any
 
 import numpy as np
@@ -11,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from muntin.errors import RecipeError
-from muntin.serving.rollout import ENOUGH, Rollout, Tally, compare_latencies, judge, label_agreement
+from muntin.serving.rollout import ENOUGH, FEW, Rollout, Tally, compare_latencies, judge, label_agreement
 from muntin.serving.version import Call, Latencies
 
 SMALL, LARGE = Call((1, 8, 8)), Call((4, 8, 8))
@@ -92,6 +93,38 @@ def test_slowness_is_found_before_the_end() -> None:
     assert (found.passed, found.reason) == (False, "it takes 4.0 times as long (allowed: 3)")
     assert verdict(Rollout(max_slowdown=5), rows=2 * ENOUGH, batches=2 * ENOUGH, ours=slow, base=base) is None
     assert not verdict(Rollout(max_slowdown=3), rows=3, batches=3, ours=slow, base=base, after=60).passed
+
+
+def test_full_batches_are_too_few_to_be_judged_by_their_images_alone() -> None:
+    """100 images in batches of 8 are 13 batches: the trial goes on to `ENOUGH`, or to the end of its time."""
+    rollout, base = Rollout(for_requests=100, max_slowdown=3), times(large=[1.0] * 30)
+
+    def seen(batches: int, seconds: float, after: float = 1.0) -> Any:
+        return verdict(rollout, rows=8 * batches, batches=batches, ours=times(large=[seconds] * batches), base=base, after=after)
+
+    assert seen(13, 50.0) is None
+    assert seen(13, 1.0) is None
+    assert not seen(ENOUGH, 50.0).passed
+    assert seen(ENOUGH, 1.0).passed
+    for batches in (13, FEW):
+        assert seen(batches, 50.0, after=60).reason == "it takes 50.0 times as long (allowed: 3)"
+        assert seen(batches, 1.0, after=60).passed
+    assert seen(FEW - 1, 50.0, after=60).passed  # that may be chance
+
+
+def test_a_short_trial_waits_for_times_where_there_are_any_to_wait_for() -> None:
+    ours, base = times(small=[50.0] * 5), times(small=[1.0] * 30)
+    assert verdict(Rollout(for_requests=5), rows=5, batches=5, ours=ours, base=base) is None
+    assert verdict(Rollout(for_requests=5), rows=5, batches=5, ours=ours).passed  # nobody asked the other anything
+    assert verdict(Rollout(for_requests=5, max_slowdown=inf), rows=5, batches=5, ours=ours, base=base).passed
+
+
+def test_of_few_batches_one_slow_call_says_nothing() -> None:
+    base = times(small=[1.0] * 30, large=[4.0] * 30)
+    assert compare_latencies(times(small=[1.0] * 2, large=[400.0]), base, least=FEW) == pytest.approx(1.0)
+    assert compare_latencies(times(small=[9.0] * 2, large=[36.0]), base, least=FEW) == pytest.approx(9.0)
+    assert compare_latencies(times(small=[9.0] * 2), base, least=FEW) is None
+    assert compare_latencies(times(small=[9.0] * 3), times(small=[0.0] * 3), least=FEW) is None
 
 
 @given(

@@ -3,11 +3,13 @@
 Before the flip a candidate may be tried beside the version that serves: as a canary it answers a share of the requests, in its shadow it
 computes a share of them again and its answers are only compared. After the flip the old version stays warm for a while. Both
 are judged alike: failures, disagreement and slowness, each as soon as it can be told. Times are compared between batches of one kind alone,
-by their medians: a canary's batches are smaller, and one slow call says nothing.
+by their medians: a canary's batches are smaller, and one slow call says nothing. A trial whose images came in a few large batches goes on
+until there are times enough to compare, or its time is up; then those that there are have to do.
 """
 
 from __future__ import annotations
 
+from collections.abc import Hashable
 from dataclasses import dataclass
 from math import inf
 from statistics import median
@@ -21,6 +23,8 @@ from muntin.serving.version import Latencies
 
 ENOUGH = 20
 """Batches, or compared images, before slowness or disagreement is told from chance."""
+FEW = 3
+"""Batches that slowness is told by where the time of a trial is up and there are no more."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,8 +33,9 @@ class Rollout:
 
     `canary`: the share, 0 to 1, of requests that a candidate answers before it takes over. `shadow`: the share that it computes again
     after the answer. With neither it takes over as soon as it is verified and warm.
-    `for_requests`: images that it is judged by, from 1, before the flip and again after it. `for_seconds`: the longest that either
-    takes; then it is judged by what came, and passes where nothing came. With 0 the old version goes at once, and nothing is tried.
+    `for_requests`: images that it is judged by, from 1, before the flip and again after it; more of them, until `ENOUGH` batches can be
+    compared with its predecessor's. `for_seconds`: the longest that either takes; then it is judged by what came, and passes where nothing
+    came. With 0 the old version goes at once, and nothing is tried.
     `max_error_rate`: the share of its images, 0 to 1, that may fail. `min_agreement`: the share of equal labels, 0 to 1, that its shadow
     needs. `max_slowdown`: how many times as long as its predecessor it may take, from 1.
     """
@@ -88,7 +93,7 @@ class Verdict:
 
 def judge(rollout: Rollout, tally: Tally, latencies: Latencies, base: Latencies, *, now: float) -> Verdict | None:
     """Whether a trial is over and how; None: it goes on. `latencies`: the version's, `base`: its predecessor's."""
-    over = tally.rows >= rollout.for_requests or now - tally.since >= rollout.for_seconds
+    over = now - tally.since >= rollout.for_seconds or (tally.rows >= rollout.for_requests and _timed(rollout, latencies, base))
     # Before the end only what all the images still to come could not make good.
     if tally.failed > rollout.max_error_rate * (tally.rows if over else max(tally.rows, rollout.for_requests)):
         return Verdict(passed=False, reason=f"{tally.failed} of its {tally.rows} images failed (allowed: {rollout.max_error_rate:.2%})")
@@ -97,7 +102,7 @@ def judge(rollout: Rollout, tally: Tally, latencies: Latencies, base: Latencies,
         if agreement < rollout.min_agreement:
             return Verdict(passed=False, reason=f"it agrees on {agreement:.1%} of the labels (needed: {rollout.min_agreement:.1%})")
     # Now and then: medians take long enough to be missed by requests.
-    slowdown = compare_latencies(latencies, base) if over or tally.batches % ENOUGH == 0 else None
+    slowdown = compare_latencies(latencies, base, least=FEW if over else ENOUGH) if over or tally.batches % ENOUGH == 0 else None
     if slowdown is not None and slowdown > rollout.max_slowdown:
         return Verdict(passed=False, reason=f"it takes {slowdown:.1f} times as long (allowed: {rollout.max_slowdown:g})")
     if not over:
@@ -105,17 +110,29 @@ def judge(rollout: Rollout, tally: Tally, latencies: Latencies, base: Latencies,
     return Verdict(passed=True, reason=f"{tally.rows} images in {now - tally.since:.0f} s, {tally.failed} failed")
 
 
-def compare_latencies(latencies: Latencies, base: Latencies) -> float | None:
-    """How many times as long batches take as those of the same kind took the other; None before `ENOUGH` batches can be compared."""
-    compared, ours, theirs = 0, 0.0, 0.0
-    for kind in latencies.kinds:
-        mine, other = latencies.of(kind), base.of(kind)
-        count = min(len(mine), len(other))
-        if count:
-            compared += count
-            ours += count * median(mine)
-            theirs += count * median(other)
-    return ours / theirs if compared >= ENOUGH and theirs > 0 else None
+def _timed(rollout: Rollout, latencies: Latencies, base: Latencies) -> bool:
+    """Whether no more batches need be timed. A predecessor that nobody asked anything has no times to wait for."""
+    return rollout.max_slowdown == inf or not base.kinds or sum(count for _, count in _comparable(latencies, base)) >= ENOUGH
+
+
+def _comparable(latencies: Latencies, base: Latencies) -> list[tuple[Hashable, int]]:
+    """The kinds that both have times of, and how many batches of each can be compared."""
+    counts = [(kind, min(len(latencies.of(kind)), len(base.of(kind)))) for kind in latencies.kinds]
+    return [(kind, count) for kind, count in counts if count]
+
+
+def compare_latencies(latencies: Latencies, base: Latencies, *, least: int = ENOUGH) -> float | None:
+    """How many times as long batches take as those of the same kind took the other; None before `least` batches can be compared.
+
+    Below `ENOUGH` it is the median over the batches and not over their seconds: of so few, one slow call may be all that a kind has.
+    """
+    pairs = [(count, median(latencies.of(kind)), median(base.of(kind))) for kind, count in _comparable(latencies, base)]
+    compared = sum(count for count, _, _ in pairs)
+    if compared < max(least, 1) or not all(theirs > 0 for _, _, theirs in pairs):
+        return None
+    if compared < ENOUGH:
+        return median([ours / theirs for count, ours, theirs in pairs for _ in range(count)])
+    return sum(count * ours for count, ours, _ in pairs) / sum(count * theirs for count, _, theirs in pairs)
 
 
 def label_agreement(answer: NDArray[Any], shadow: NDArray[Any], signature: Signature, *, labels: bool) -> float | None:
