@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 import urllib.request
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -120,6 +121,25 @@ def test_it_answers_and_ends_when_it_is_told_to(artifact: Path, stop: signal.Sig
     logged = [json.loads(line) for line in out.splitlines()]
     assert [entry["status"] for entry in logged if entry["path"].endswith("/infer")] == [200, 200]
     assert logged[0]["version"] == "1"
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="children are listed in Linux's form")
+@pytest.mark.parametrize("stop", [signal.SIGTERM, signal.SIGINT])
+def test_it_ends_when_it_is_told_to_while_it_loads(artifact: Path, stop: signal.Signals) -> None:
+    command = [sys.executable, "-m", "muntin", "serve", str(artifact), "--http-port", "0", "--no-grpc", "--threads", "1", "--json"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        try:
+            tasks = Path(f"/proc/{process.pid}/task")
+            while not any(children.read_text() for children in tasks.glob("*/children")):  # the process that tries the version first
+                assert process.poll() is None
+                time.sleep(0.01)
+            process.send_signal(stop)
+            out, err = process.communicate(timeout=30)
+        finally:
+            process.kill()
+    assert (process.returncode, out) == (0, ""), err
+    assert "stopped" in err
+    assert "Traceback" not in err
 
 
 @pytest.mark.parametrize(

@@ -125,7 +125,7 @@ class Shelf:
             raise error
         return Probation(digest=digest_of(path), signature=self.signature_of(path), open_s=0.0, latency_ms={}, peak_mib=None)
 
-    def open(self, path: Path, lately: Mapping[Call, int], found: Probation) -> Opened:
+    def open(self, path: Path, lately: Mapping[Call, int], found: Probation, stopped: Callable[[], bool]) -> Opened:
         if path.name in self.trouble:
             raise self.trouble[path.name]
         self.opened.append(path.name)

@@ -30,8 +30,10 @@ from tritonclient.utils import InferenceServerException
 
 from muntin.errors import ArtifactError, DataError
 from muntin.serving.config import Bounds, ServeConfig
+from muntin.serving.probation import ArtifactLoader
 from muntin.serving.rollout import Rollout
 from muntin.serving.server import Server, batch_sizes
+from muntin.serving.version import Call, NotReadyError
 
 # geventhttpclient, which tritonclient's HTTP client is built on, warns of its own imports and leaves sockets to the collector
 pytestmark = pytest.mark.filterwarnings("ignore::ResourceWarning", "ignore::DeprecationWarning")
@@ -469,6 +471,45 @@ def test_versions_change_under_load_and_nobody_notices(write_version: Callable[.
                 thread.join()
     assert wrong == []
     assert seen == {"1", "2", "5"}
+
+
+def test_with_watch_the_newest_sound_version_serves(write_version: Callable[..., Path], tmp_path: Path) -> None:
+    models, told = tmp_path / "models", list[str]()
+    write_version(models / "1", label=1)
+    write_version(models / "2", label=2)
+    write_version(models / "3", label=3, shift=50.0)  # whole, and wrong
+    weights = write_version(models / "4", label=0) / "weights.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-1])
+    (models / "5").mkdir()
+    config = ServeConfig(http_port=0, grpc_port=None, threads=1, watch=True, watch_seconds=600)
+    with Server(models, config, notify=told.append) as server:
+        assert server.slot.current is not None
+        assert (server.slot.current.name, server.slot.ready) == ("2", True)
+        assert server.slot.current.warm >= {Call((rows, 8, 8), labels=True) for rows in range(1, 9)}
+    assert [line.split(":")[0] for line in told[:4]] == [*(f"version {name} is not loaded" for name in "543"), "models"]
+    with pytest.raises(ArtifactError), served(models):
+        pass
+
+
+def test_a_server_that_is_stopped_while_it_loads_has_ended(
+    write_version: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    server, loading = served(write_version(tmp_path / "1")), threading.Event()
+
+    def hang(path: Path, lately: Any, stopped: Callable[[], bool]) -> None:
+        loading.set()
+        while not stopped():
+            pass
+        raise NotReadyError("ended")
+
+    monkeypatch.setattr(ArtifactLoader, "probe", lambda self, *given: hang(*given))
+    thread = threading.Thread(target=server.start)
+    thread.start()
+    assert loading.wait(60)
+    server.stop()
+    thread.join(60)
+    assert not thread.is_alive()
+    assert server.http_port == 0  # it never listened
 
 
 def load_version(client: Client, version: str) -> None:

@@ -42,6 +42,13 @@ def test_with_rest_everything_is_compiled_and_only_the_smallest_call_computed(
     assert ((*large.shape, 3), False) in compiled(opened.session)
 
 
+def test_opening_ends_between_two_steps(write_version: Callable[..., Path], tmp_path: Path) -> None:
+    asked = iter([False, False, True])
+    with pytest.raises(NotReadyError, match="was ended with the server"):
+        open_version(write_version(tmp_path / "1"), Opening(threads=1, calls=(SCORES,)), [], stopped=lambda: next(asked))
+    assert next(asked, None) is None
+
+
 def test_a_version_is_open_and_warm_for_what_is_asked_of_it(write_version: Callable[..., Path], tmp_path: Path) -> None:
     path = write_version(tmp_path / "1", 2)
     opened = open_version(path, Opening(threads=1, calls=(SCORES,)), [LABELS, SCORES])

@@ -275,11 +275,11 @@ def _call(values: list[Any]) -> Call:
 
 class Loader(Protocol):
     """Opens versions for a slot: `probe` where it can do no harm, `open` where it serves. `lately`: what the predecessor was asked, and how
-    often."""
+    often. `stopped`: asked now and then; once it is true both end with a NotReadyError."""
 
     def probe(self, path: Path, lately: Mapping[Call, int], stopped: Callable[[], bool]) -> Probation: ...
 
-    def open(self, path: Path, lately: Mapping[Call, int], found: Probation) -> Opened: ...
+    def open(self, path: Path, lately: Mapping[Call, int], found: Probation, stopped: Callable[[], bool]) -> Opened: ...
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -296,8 +296,8 @@ class ArtifactLoader:
     def probe(self, path: Path, lately: Mapping[Call, int], stopped: Callable[[], bool]) -> Probation:
         return probe(path, self.opening, self._calls(lately), limits=self.limits, stopped=stopped)
 
-    def open(self, path: Path, lately: Mapping[Call, int], found: Probation) -> Opened:
-        opened = open_version(path, self.opening, self._calls(lately), rest=REST if lately else 0.0)
+    def open(self, path: Path, lately: Mapping[Call, int], found: Probation, stopped: Callable[[], bool] = _never) -> Opened:
+        opened = open_version(path, self.opening, self._calls(lately), rest=REST if lately else 0.0, stopped=stopped)
         if opened.digest != found.digest:
             raise _replaced(path)
         return opened

@@ -1,7 +1,8 @@
 """`muntin serve`: the parts put together, from a directory to a port, and taken down again in order.
 
     start           the first version is loaded -> HTTP and gRPC listen -> others are watched for
-    SIGTERM, Ctrl-C not ready, nobody new -> what is in flight is answered -> gRPC, pictures, runner, slot
+    SIGTERM, Ctrl-C before it listens: the load ends, and all of it
+                    not ready, nobody new -> what is in flight is answered -> gRPC, pictures, runner, slot
 
 One event loop answers for both faces, and batches are computed on the runner's threads, which hold the interpreter's lock for
 microseconds: an engine computes without it.
@@ -25,7 +26,7 @@ from typing import Self
 
 import uvicorn
 
-from muntin.artifact import open_artifact
+from muntin.artifact import Manifest, open_artifact
 from muntin.errors import ArtifactError, DataError, MuntinError
 from muntin.serving.access_log import AccessLog
 from muntin.serving.batcher import Batcher
@@ -81,6 +82,8 @@ class Server:
         self.http_port, self.grpc_port = config.http_port, config.grpc_port
         """Where it listens, once it does."""
         self._up = threading.Event()
+        self._ending = False
+        """It was told to stop."""
         self._failed: BaseException | None = None
         self._http: uvicorn.Server | None = None
         self._thread: threading.Thread | None = None
@@ -91,9 +94,12 @@ class Server:
     # ---- from outside ----
 
     def run(self, *, up: Callable[[], None] = lambda: None) -> None:
-        """Serves until SIGTERM, Ctrl-C or `stop`. `up` is called once it listens."""
-        with asyncio.Runner(loop_factory=_loop_factory()) as runner, _signals_end_quietly():
-            runner.run(self._serve(up))
+        """Serves until SIGTERM, Ctrl-C or `stop`, which end it before it listens, too. `up` is called once it listens."""
+        with asyncio.Runner(loop_factory=_loop_factory()) as runner:
+            loop = runner.get_loop()
+            # In a handler nothing may be waited for: whoever it interrupts may hold the slot's lock.
+            with _on_signals(lambda: loop.call_soon_threadsafe(self._tell_to_end)):
+                runner.run(self._serve(up))
 
     def start(self) -> None:
         """Serves on a thread of its own; returns once it listens."""
@@ -106,8 +112,7 @@ class Server:
 
     def stop(self) -> None:
         """Ends it as SIGTERM does, and waits until it has ended."""
-        if self._http is not None:
-            self._http.should_exit = True
+        self._tell_to_end()
         if self._thread is not None:
             self._thread.join()
 
@@ -128,6 +133,14 @@ class Server:
 
     # ---- inside ----
 
+    def _tell_to_end(self) -> None:
+        """From uvicorn's start on that is its business; it raises the signal that stopped it once more when all is done, to no effect."""
+        self._ending = True
+        if self._http is None:
+            self.slot.close()  # which ends a load
+        else:
+            self._http.should_exit = True
+
     def _opening(self) -> Opening:
         config = self.config
         return Opening(
@@ -136,19 +149,22 @@ class Server:
             threads=config.threads,
             streams=config.streams,
             dynamic=True,
-            calls=self._calls(),
+            calls=self._calls(self._manifest()),
         )
 
-    def _newest(self) -> tuple[str, Path] | None:
-        return next(reversed(self._repository.scan().items()), None)
+    def _manifest(self) -> Manifest | None:
+        """Of the newest version; with `watch`, where that may still be being copied, of the newest that is whole. None: there is none."""
+        for path in reversed(self._repository.scan().values()):
+            try:
+                return open_artifact(path).manifest
+            except (ArtifactError, OSError):  # told when it is loaded
+                if not self.config.watch:
+                    raise
+        return None
 
-    def _calls(self) -> tuple[Call, ...]:
+    def _calls(self, manifest: Manifest | None) -> tuple[Call, ...]:
         """What every version is compiled for: images of the size that the first one was exported with."""
-        newest = self._newest()
-        if newest is None:
-            return ()
-        manifest = open_artifact(newest[1]).manifest
-        if manifest.example is None:
+        if manifest is None or manifest.example is None:
             return ()
         _, height, width = manifest.example
         sizes = batch_sizes(self.config.max_batch, height * width)
@@ -159,7 +175,8 @@ class Server:
         async with AsyncExitStack() as ending:
             ending.push_async_callback(asyncio.to_thread, self._compiler.close)
             await asyncio.to_thread(self._load_first)
-            await self._answer(up, ending)
+            if not self._ending:
+                await self._answer(up, ending)
 
     async def _answer(self, up: Callable[[], None], ending: AsyncExitStack) -> None:
         config = self.config
@@ -204,6 +221,9 @@ class Server:
             await self._listen_grpc(grpc_face)
         ending.callback(setattr, service, "draining", True)
         sock = self._listen()
+        if self._ending:
+            sock.close()
+            return
         self._http = _Http(http_config, service, up)
         if config.watch:
             watcher.start()
@@ -214,19 +234,23 @@ class Server:
         await self._http.serve(sockets=[sock])
 
     def _load_first(self) -> None:
-        newest = self._newest()
-        if newest is None:
+        """The newest version; with `watch` an older one where that cannot be loaded. Returns with none where it was told to end."""
+        versions = self._repository.scan()
+        if not versions:
             if not self.config.watch:
                 raise ArtifactError(f"{self._repository.path}: neither an artefact nor a directory of numbered ones: name one")
             self._notify(f"{self._repository.path}: no version yet; the first that comes is served")
-            return
-        name, path = newest
-        try:
-            self.slot.load(path, name)
-        except MuntinError as error:
-            if not self.config.watch:
-                raise
-            self._notify(f"version {name} is not loaded: {error}")
+        for name, path in reversed(versions.items()):
+            try:
+                self.slot.load(path, name)
+            except MuntinError as error:
+                if self._ending:
+                    return
+                if not self.config.watch:
+                    raise
+                self._notify(f"version {name} is not loaded: {error}")
+            else:
+                return
 
     def _end(self, pictures: Pictures, runner: Runner, service: Service) -> None:
         pictures.close()
@@ -339,12 +363,12 @@ def _loop_factory() -> Callable[[], asyncio.AbstractEventLoop] | None:
 
 
 @contextmanager
-def _signals_end_quietly() -> Iterator[None]:
-    """uvicorn raises the signal that stopped it once more when all is done; then it is to end nothing."""
+def _on_signals(tell: Callable[[], object]) -> Iterator[None]:
+    """SIGTERM and Ctrl-C do this and no more: on the main thread, the only one that may say so."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    before = {number: signal.signal(number, lambda *_: None) for number in (signal.SIGINT, signal.SIGTERM)}
+    before = {number: signal.signal(number, lambda *_: tell()) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
         yield
     finally:

@@ -476,7 +476,7 @@ class Slot:
             # Before it is opened here, which might be in vain. What is current when it is open may be the previous one, of which
             # the current one kept the contract.
             self._require_contract(version, found.signature)
-        self._admit(version, self._loader.open(version.path, lately, found))
+        self._admit(version, self._loader.open(version.path, lately, found, self._closed.is_set))
 
     def _require_open(self) -> None:
         if self._closed.is_set():

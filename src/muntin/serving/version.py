@@ -14,7 +14,7 @@ from __future__ import annotations
 import math
 import time
 from collections import OrderedDict, deque
-from collections.abc import Hashable, Iterable, Iterator
+from collections.abc import Callable, Hashable, Iterable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
@@ -102,15 +102,22 @@ class Opened:
     calls: tuple[Call, ...]
 
 
-def open_version(path: Path, opening: Opening, lately: Iterable[Call], *, rest: float = 0.0) -> Opened:
+def _never() -> bool:
+    return False
+
+
+def open_version(
+    path: Path, opening: Opening, lately: Iterable[Call], *, rest: float = 0.0, stopped: Callable[[], bool] = _never
+) -> Opened:
     """Opens an artefact in this process, replays its smallest golden pair, and warms it up for the opening's calls and those of `lately`.
 
     With `dynamic` the models of dynamic sizes are compiled as well: a size that nobody foresaw is computed as it comes. Takes what
     compiling takes, or, where the user's cache has what is compiled, a fraction of it. `rest`, above 0 where requests are answered
-    meanwhile: after each step nothing is done for so many times as long as it took, and only the smallest call is computed. Raises what
-    `load` raises, and VerificationError where the golden scores do not come out.
+    meanwhile: after each step nothing is done for so many times as long as it took, and only the smallest call is computed. `stopped`:
+    asked before each step. Raises what `load` raises, VerificationError where the golden scores do not come out, NotReadyError where
+    stopped.
     """
-    step = partial(_step, rest=rest)
+    step = partial(_step, path, rest=rest, stopped=stopped)
     with step():
         session = load(
             path,
@@ -144,7 +151,9 @@ def open_version(path: Path, opening: Opening, lately: Iterable[Call], *, rest: 
 
 
 @contextmanager
-def _step(rest: float) -> Iterator[None]:
+def _step(path: Path, *, rest: float, stopped: Callable[[], bool]) -> Iterator[None]:
+    if stopped():
+        raise NotReadyError(f"{path}: opening it was ended with the server")
     started = time.perf_counter()
     with standing_back() if rest else nullcontext():
         yield
