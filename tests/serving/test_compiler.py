@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -53,6 +54,25 @@ def test_each_size_once_and_not_without_end(version: Version, monkeypatch: pytes
     assert asked == calls[:COMPILED]
 
 
+def test_what_is_compiled_for_is_bounded_in_pixels(
+    version: Version, monkeypatch: pytest.MonkeyPatch, wait_until: Callable[..., None]
+) -> None:
+    """No more than the budget allows, what the version was warmed up for beside the start included; smaller ones that fit still are."""
+    asked: list[Call] = []
+    monkeypatch.setattr(module, "probe", lambda path, opening, lately, **_: asked.extend(lately))
+    monkeypatch.setattr(version.session, "warm_up", lambda shapes, *, labels: None)
+    before, start = Call((1, 10, 10)), Call((8, 100, 100))
+    version.warm = frozenset({before, start})
+    compiler = Compiler(replace(OPENING, calls=(start,)), budget=1000)
+    first, second, third, last = Call((2, 10, 30)), Call((1, 20, 20)), Call((3, 10, 10), labels=True), Call((1, 1, 1))
+    for call in (first, second, third, last):
+        for _ in range(2 * OFTEN):
+            compiler.note(version, call)
+    wait_until(lambda: len(asked) == 2)
+    compiler.close()
+    assert asked == [first, third]  # 100 + 600 + 300 of 1000
+
+
 def test_what_it_was_opened_for_is_not_compiled_again(version: Version, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "probe", lambda *_, **__: pytest.fail("it was compiled already"))
     compiler = Compiler(OPENING)
@@ -64,14 +84,15 @@ def test_what_it_was_opened_for_is_not_compiled_again(version: Version, monkeypa
     compiler.close()
 
 
+@pytest.mark.parametrize("kind", [RuntimeError, MemoryError])
 def test_what_cannot_be_compiled_changes_nothing(
-    version: Version, monkeypatch: pytest.MonkeyPatch, wait_until: Callable[..., None]
+    version: Version, monkeypatch: pytest.MonkeyPatch, wait_until: Callable[..., None], kind: type[Exception]
 ) -> None:
     tried: list[Call] = []
 
     def fail(path: Path, opening: Opening, lately: list[Call], **_: Any) -> None:
         tried.extend(lately)
-        raise RuntimeError("no")
+        raise kind("no")
 
     monkeypatch.setattr(module, "probe", fail)
     compiler = Compiler(OPENING)

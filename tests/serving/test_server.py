@@ -32,7 +32,7 @@ from muntin.errors import ArtifactError, DataError
 from muntin.serving.config import Bounds, ServeConfig
 from muntin.serving.probation import ArtifactLoader
 from muntin.serving.rollout import Rollout
-from muntin.serving.server import Server, batch_sizes
+from muntin.serving.server import Server, batch_sizes, largest_request
 from muntin.serving.version import Call, NotReadyError
 
 # geventhttpclient, which tritonclient's HTTP client is built on, warns of its own imports and leaves sockets to the collector
@@ -53,6 +53,12 @@ def test_small_batches_are_all_compiled_for_and_large_ones_by_powers() -> None:
     assert batch_sizes(8, 512 * 512) == [1, 2, 3, 4, 8]
     assert batch_sizes(6, 4096 * 4096) == [1, 2, 4]
     assert batch_sizes(1, 1) == [1]
+
+
+def test_the_largest_request_is_bounded_by_bytes_and_by_rows() -> None:
+    bounds = Bounds(body_bytes=6000, image_pixels=100)
+    assert largest_request(ServeConfig(max_batch=8, bounds=bounds), 3) == 800
+    assert largest_request(ServeConfig(max_batch=64, bounds=bounds), 3) == 2000
 
 
 @pytest.fixture(scope="module")

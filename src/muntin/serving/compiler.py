@@ -4,6 +4,8 @@ A session that was opened with `dynamic` computes a size that nobody foresaw as 
 compiled for: first by another process of low priority, which leaves what it compiled in the user's cache, then here, where it only has to
 be read. The threads that an engine starts keep the priority of whoever compiled, so a thread of low priority here would answer slowly for
 ever.
+
+What is compiled stays, and takes memory by its pixels. Clients choose the sizes, so their sum is bounded.
 """
 
 from __future__ import annotations
@@ -11,6 +13,7 @@ from __future__ import annotations
 from collections import OrderedDict
 from contextlib import suppress
 from dataclasses import replace
+from math import inf
 from pathlib import Path
 from queue import SimpleQueue
 from threading import Event, Lock, Thread
@@ -23,17 +26,24 @@ OFTEN = 8
 """Batches of one size after which it is compiled for."""
 COMPILED = 48
 """Sizes that a version is compiled for at most, and sizes that are counted."""
+BUDGET = 4
+"""Times the largest single request: the pixels that a version may be compiled for beside those of the start."""
 
 
 class Compiler:
-    """Counts batches by size, and compiles for those that come often, one after the other. `opening`: as the versions were opened."""
+    """Counts batches by size, and compiles for those that come often, one after the other.
 
-    def __init__(self, opening: Opening) -> None:
+    `opening`: as the versions were opened. `budget`: pixels (rows x height x width), summed over the sizes that a version is compiled for
+    beside the opening's; what would go beyond it is computed as it comes.
+    """
+
+    def __init__(self, opening: Opening, *, budget: float = inf) -> None:
         self._opening = replace(opening, calls=())
+        self._start, self._budget = frozenset(opening.calls), budget
         self._lock = Lock()
         self._seen: OrderedDict[tuple[str, Call], int] = OrderedDict()
-        self._compiled: dict[str, int] = {}
-        """By digest of a version: for how many sizes."""
+        self._compiled: dict[str, list[int]] = {}
+        """By digest of a version: pixels of each size."""
         self._queue: SimpleQueue[tuple[Version, Call] | None] = SimpleQueue()
         self._thread: Thread | None = None
         self._closed = Event()
@@ -48,13 +58,20 @@ class Compiler:
             self._seen.move_to_end(key)
             if len(self._seen) > COMPILED:
                 self._seen.popitem(last=False)
-            if self._seen[key] != OFTEN or self._compiled.get(version.digest, 0) >= COMPILED:
+            if self._seen[key] != OFTEN or not self._granted(version, call):
                 return
-            self._compiled[version.digest] = self._compiled.get(version.digest, 0) + 1
             if self._thread is None:
                 self._thread = Thread(target=self._run, name="muntin-compile", daemon=True)
                 self._thread.start()
         self._queue.put((version, call))
+
+    def _granted(self, version: Version, call: Call) -> bool:
+        compiled = self._compiled.setdefault(version.digest, [])
+        before = sum(one.pixels for one in version.warm - self._start)  # what its predecessor was asked
+        if len(compiled) >= COMPILED or before + sum(compiled) + call.pixels > self._budget:
+            return False
+        compiled.append(call.pixels)
+        return True
 
     def close(self) -> None:
         """Ends what it is at, and its thread."""
@@ -67,7 +84,7 @@ class Compiler:
         while (item := self._queue.get()) is not None and not self._closed.is_set():
             version, call = item
             # What fails here failed for nobody: the size is then computed as before.
-            with suppress(MuntinError, RuntimeError, OSError):
+            with suppress(MuntinError, RuntimeError, OSError, MemoryError):
                 probe(version.path, self._opening, [call], limits=Limits(niceness=19), stopped=self._closed.is_set, examine=compile_for)
                 version.session.warm_up([call.shape], labels=call.labels)
             del version, item

@@ -21,6 +21,7 @@ from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from importlib import import_module
+from math import inf
 from pathlib import Path
 from statistics import median
 from tempfile import TemporaryFile
@@ -287,11 +288,12 @@ class ArtifactLoader:
     """Artefacts, tried in a process of their own first.
 
     Each is warmed up for all that its predecessor was asked lately; with `dynamic`, where other sizes need no compiling, for
-    what it was asked `OFTEN`.
+    what it was asked `OFTEN`. `budget`: pixels of these together, beside the opening's, as of a `Compiler`; what was asked most goes first.
     """
 
     opening: Opening = field(default_factory=Opening)
     limits: Limits = field(default_factory=Limits)
+    budget: float = inf
 
     def probe(self, path: Path, lately: Mapping[Call, int], stopped: Callable[[], bool]) -> Probation:
         return probe(path, self.opening, self._calls(lately), limits=self.limits, stopped=stopped)
@@ -303,7 +305,13 @@ class ArtifactLoader:
         return opened
 
     def _calls(self, lately: Mapping[Call, int]) -> tuple[Call, ...]:
-        return tuple(call for call, count in lately.items() if count >= OFTEN or not self.opening.dynamic)
+        asked = {call: count for call, count in lately.items() if count >= OFTEN or not self.opening.dynamic}
+        left, kept = self.budget, set(self.opening.calls)
+        for call in sorted(asked.keys() - kept, key=lambda call: (-asked[call], call.pixels)):
+            if call.pixels <= left:
+                left -= call.pixels
+                kept.add(call)
+        return tuple(call for call in asked if call in kept)
 
 
 # ---- in the new process ----

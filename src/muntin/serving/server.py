@@ -30,7 +30,7 @@ from muntin.artifact import Manifest, open_artifact
 from muntin.errors import ArtifactError, DataError, MuntinError
 from muntin.serving.access_log import AccessLog
 from muntin.serving.batcher import Batcher
-from muntin.serving.compiler import Compiler
+from muntin.serving.compiler import BUDGET, Compiler
 from muntin.serving.config import ServeConfig
 from muntin.serving.connection import Ledger, Receiver
 from muntin.serving.control import Control
@@ -64,6 +64,11 @@ def batch_sizes(most: int, pixels: int) -> list[int]:
     return sorted({*range(1, small + 1), *(1 << n for n in range(most.bit_length()))})
 
 
+def largest_request(config: ServeConfig, channels: int) -> int:
+    """Pixels of all images of the largest request that is taken: as many as its bytes or its rows allow."""
+    return min(config.bounds.body_bytes // channels, config.max_batch * config.bounds.image_pixels)
+
+
 def _nobody(line: str) -> None:
     return
 
@@ -87,9 +92,12 @@ class Server:
         self._failed: BaseException | None = None
         self._http: uvicorn.Server | None = None
         self._thread: threading.Thread | None = None
-        opening = self._opening()
-        self._compiler = Compiler(opening)
-        self.slot = Slot(config.name or _name_of(Path(path)), ArtifactLoader(opening=opening), rollout=config.rollout, notify=self._notify)
+        manifest = self._manifest()
+        opening = self._opening(manifest)
+        budget = BUDGET * largest_request(config, 1 if manifest is None else manifest.signature.channels)
+        self._compiler = Compiler(opening, budget=budget)
+        loader = ArtifactLoader(opening=opening, budget=budget)
+        self.slot = Slot(config.name or _name_of(Path(path)), loader, rollout=config.rollout, notify=self._notify)
 
     # ---- from outside ----
 
@@ -141,7 +149,7 @@ class Server:
         else:
             self._http.should_exit = True
 
-    def _opening(self) -> Opening:
+    def _opening(self, manifest: Manifest | None) -> Opening:
         config = self.config
         return Opening(
             engine=config.engine,
@@ -149,7 +157,7 @@ class Server:
             threads=config.threads,
             streams=config.streams,
             dynamic=True,
-            calls=self._calls(self._manifest()),
+            calls=self._calls(manifest),
         )
 
     def _manifest(self) -> Manifest | None:

@@ -55,6 +55,11 @@ class Call(NamedTuple):
     shape: Shape
     labels: bool = False
 
+    @property
+    def pixels(self) -> int:
+        """Of all images together."""
+        return math.prod(self.shape)
+
 
 @dataclass(frozen=True, kw_only=True)
 class Opening:
@@ -141,7 +146,7 @@ def open_version(
             f"{path}: {session.engine} in {session.precision} is {result.max_error:.3g} standard deviations off a golden pair "
             f"(allowed: {allowed}): export the artefact again"
         )
-    smallest = min(calls, key=lambda call: math.prod(call.shape), default=None)
+    smallest = min(calls, key=lambda call: call.pixels, default=None)
     for call in sorted(calls, key=lambda call: call.labels):
         with step():
             session.warm_up([call.shape], labels=call.labels, compute=not rest or call == smallest)
