@@ -66,3 +66,18 @@ def test_what_cannot_be_unloaded(control: Control) -> None:
     with pytest.raises(ProtocolError) as caught:
         control.unload("other", {})
     assert caught.value.status == 404
+
+
+def test_an_artefact_that_is_loaded_again(write_version: Callable[..., Path], in_process: ArtifactLoader, tmp_path: Path) -> None:
+    path = write_version(tmp_path / "single")
+    control = Control(Slot("m", in_process, rollout=Rollout()), Repository(path))
+    assert control.load("m", {}) == "1"
+    write_version(path, shift=50.0)
+    with pytest.raises(ProtocolError, match="what served goes on"):
+        control.load("m", {})
+    assert states(control) == states(control, ready=True) == {"1": "READY"}
+    write_version(path, label=1)
+    control.load("m", {})
+    assert [(entry.version, entry.state) for entry in control.index(ready=True)] == [("1", "READY")]
+    control.unload("m", {"version": "1"})
+    assert states(control, ready=True) == {}

@@ -489,6 +489,27 @@ def test_a_closed_slot_admits_nobody_and_answers_who_is_in(make_slot: Callable[.
     slot.close()
 
 
+def test_a_reload_that_fails_hides_nothing(make_slot: Callable[..., Slot], shelf: Any) -> None:
+    """An artefact that is loaded again has the name that it had."""
+    slot = make_slot()
+    slot.load("1", "1")
+    shelf.trouble["1"] = ArtifactError("no such file")
+    with pytest.raises(ArtifactError):
+        slot.load("1", "1")
+    assert [(entry.version, entry.state, entry.reason) for entry in slot.index()] == [("1", "ready", "current")]
+
+
+def test_what_is_unloaded_after_a_reload_does_not_come_back(make_slot: Callable[..., Slot]) -> None:
+    slot = make_slot()
+    old, new = slot.load("1", "1"), slot.load("1", "1")
+    assert (old.state, slot.current) == ("ready", new)
+    assert [(entry.version, entry.state, entry.reason) for entry in slot.index()] == [("1", "ready", "current, on probation")]
+    slot.unload("1")
+    assert (old.state, new.state, slot.current) == ("unloaded", "unloaded", None)
+    with pytest.raises(NotReadyError):
+        slot.unload("1")
+
+
 class AnyOrder(RuleBasedStateMachine):
     """Whatever happens in whichever order: who has a lease can compute, and what nobody has or needs is closed."""
 

@@ -267,12 +267,15 @@ class Slot:
         return self._current
 
     def index(self) -> tuple[IndexEntry, ...]:
-        """Every version there is, and the last that failed or went; those that came last at the end."""
+        """Every version there is, and the last that failed or went; those that came last at the end.
+
+        One of a name, since an artefact that is loaded again keeps its own: the one in service, the current one first, else the last.
+        """
         with self._changing():
             self._settle_by_time()
+            shown = {version.name: version for version in (*self._versions, *reversed(self._in_service()))}
             return tuple(
-                IndexEntry(name=self.name, version=version.name, state=version.state, reason=self._part(version))
-                for version in self._versions
+                IndexEntry(name=self.name, version=name, state=version.state, reason=self._part(version)) for name, version in shown.items()
             )
 
     def load(self, path: str | Path, name: str) -> Version:
@@ -298,18 +301,18 @@ class Slot:
             return version
 
     def unload(self, name: str | None = None) -> None:
-        """Takes a version out of service; None: all of them. Who has a lease is still answered.
+        """Takes every version of a name out of service; None: all of them. Who has a lease is still answered.
 
         In the place of the current one comes the previous one if it is still warm, else the candidate, else none: then the slot is not
         ready. Raises UnknownVersionError where there is none of this name, NotReadyError where it is not in service.
         """
         with self._changing():
-            if name is None:
-                for version in (self._candidate, self._current, self._previous):
-                    if version is not None:
-                        self._take_out(version)
-                return
-            self._take_out(self._named(name))
+            if name is not None:
+                self._named(name)
+            # What would come in the current one's place goes before it.
+            for version in (self._candidate, self._previous, self._current):
+                if version is not None and name in (None, version.name):
+                    self._take_out(version)
 
     def settle(self) -> None:
         """Ends what time has ended. All that requests call does so too: this is for quiet hours."""
