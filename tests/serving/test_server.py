@@ -404,7 +404,7 @@ def test_a_bomb_is_not_unpacked(write_pixels: Callable[..., Path], tmp_path: Pat
     assert len(bomb) < 100_000
     with served(write_pixels(tmp_path / "pixels"), grpc_port=None, bounds=Bounds(image_pixels=1_000_000)) as server:
         status, _, answer = fetch(server, "/predict", bomb)
-        assert (status, "1000000" in answer.decode().replace(",", "")) == (400, True)
+        assert (status, "1000000" in answer.decode().replace(",", "")) == (413, True)
         images = np.zeros((1, 1001, 1000, 3), np.uint8)
         with pytest.raises(InferenceServerException, match=r"1000x1001 pixels"):
             Client(server, "http").ask(images)

@@ -62,6 +62,10 @@ _DAMAGE = (
 _quiet_lock = threading.Lock()
 
 
+class TooManyPixelsError(DataError):
+    """A picture has more pixels than are allowed."""
+
+
 def read_image(path: Path | str, channels: int | None = 3, *, max_pixels: int = MAX_PIXELS) -> UInt8:
     """The picture in a file as uint8 (H, W, C), turned upright as its EXIF orientation says.
 
@@ -321,7 +325,7 @@ def _check_pixels(path: Path, size: tuple[int, int], max_pixels: int) -> None:
     if width * height == 0:
         raise DataError(f"{path} has no pixels ({width}×{height}): replace it or remove it")
     if width * height > max_pixels:
-        raise DataError(f"{path} has {width}×{height} pixels, more than the limit of {max_pixels:,}: cut it into smaller pictures")
+        raise TooManyPixelsError(f"{path} has {width}×{height} pixels, more than the limit of {max_pixels:,}: cut it into smaller pictures")
 
 
 def _damaged(path: Path, error: BaseException) -> DataError:

@@ -3,14 +3,16 @@
     PNG, JPEG, WebP --decode--> uint8 (H, W, C) --tiles through the runner--> labels --encode--> PNG
 
 A picture up to `TILE` pixels a side is one image like any other; a larger one is computed in overlapping tiles, as `muntin predict` does
-it, each of which waits for its turn beside other requests: a large picture makes nobody else late.
+it, each of which waits for its turn beside other requests: a large picture makes nobody else late. Where its client gives a picture up, no
+further tile of it is computed; it counts, and holds its version, until its thread has seen that.
 """
 
 from __future__ import annotations
 
 import asyncio
+import threading
 from collections.abc import Mapping
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import CancelledError, Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -20,7 +22,7 @@ from numpy.typing import NDArray
 from muntin.artifact import Signature
 from muntin.errors import DataError
 from muntin.runtime import predict
-from muntin.runtime.images import decode_image, encode_png, overlay
+from muntin.runtime.images import TooManyPixelsError, decode_image, encode_png, overlay
 from muntin.serving.json_codec import encode_json
 from muntin.serving.protocol import ProtocolError, shown
 from muntin.serving.service import PRIORITY, RefusedRequestError, Service
@@ -53,7 +55,7 @@ class Pictures:
         self._service, self._tile = service, tile
         self._threads = ThreadPoolExecutor(max_workers=WAITING, thread_name_prefix="muntin-picture")
         self._decoding = asyncio.Semaphore(DECODERS)
-        self._pending = 0
+        self._pending: set[_Through] = set()
 
     async def answer(self, content: bytes, query: Mapping[str, str]) -> PictureAnswer:
         """The answer to a picture file. `query`: `output`, of those that `OUTPUTS` has for the task.
@@ -65,30 +67,54 @@ class Pictures:
         for name in query:
             if name != "output":
                 raise ProtocolError(f'query parameter {shown(name)}: there is "output"')
-        if self._pending >= WAITING:
+        if len(self._pending) >= WAITING:
             raise RefusedRequestError(f"{WAITING} pictures are in the works: try again")
-        self._pending += 1
+        lease = self._service.lease(self._service.name, None)
         try:
-            with self._service.lease(self._service.name, None) as lease:
-                version = lease.version
-                output = _output(query.get("output"), version.signature)
-                return await self._computed(content, output, version)
-        finally:
-            self._pending -= 1
+            output = _output(query.get("output"), lease.version.signature)
+        except ProtocolError:
+            lease.release()
+            raise
+        through = _Through(self._service, lease.version, asyncio.get_running_loop())
+        self._pending.add(through)
+        task = asyncio.create_task(self._held(content, output, lease, through))
+        try:
+            await asyncio.wait((task,))  # which does not cancel it
+        except asyncio.CancelledError:
+            through.give_up()
+            task.add_done_callback(lambda task: task.cancelled() or task.exception())  # nobody else asks what came of it
+            raise
+        return task.result()
 
     def close(self) -> None:
+        """Gives up what is in the works, and waits for its threads: no longer than decoding, encoding or a tile's end takes."""
+        for through in tuple(self._pending):
+            through.give_up()
         self._threads.shutdown(wait=True, cancel_futures=True)
 
-    async def _computed(self, content: bytes, output: str, version: Version) -> PictureAnswer:
+    async def _held(self, content: bytes, output: str, lease: Lease, through: _Through) -> PictureAnswer:
+        """The answer, by a task that nobody cancels: it ends when its threads have."""
+        try:
+            with lease:
+                return await self._computed(content, output, through)
+        finally:
+            self._pending.discard(through)
+
+    async def _computed(self, content: bytes, output: str, through: _Through) -> PictureAnswer:
         loop = asyncio.get_running_loop()
-        signature = version.signature
+        version = through.version
         try:
             async with self._decoding:
-                image = await loop.run_in_executor(self._threads, _decoded, content, signature.channels, self._service.max_pixels)
-            through = _Through(self._service, version, loop)
+                through.check()
+                image = await loop.run_in_executor(self._threads, _decoded, content, version.signature.channels, self._service.max_pixels)
             answer = await loop.run_in_executor(self._threads, self._predicted, through, image)
             async with self._decoding:
+                through.check()
                 return await loop.run_in_executor(self._threads, _encoded, image, answer, output, version)
+        except _GivenUpError as error:
+            raise RefusedRequestError("the server is shutting down: send the picture to another one") from error
+        except TooManyPixelsError as error:
+            raise ProtocolError(str(error), status=413) from error
         except DataError as error:
             raise ProtocolError(str(error)) from error
 
@@ -103,12 +129,23 @@ class Pictures:
         return predict(through, image)
 
 
+class _GivenUpError(Exception):
+    """Nobody waits for the picture any more."""
+
+
 class _Through:
-    """A session as `predict` wants it, whose calls wait for their turn beside the other requests. For threads outside the event loop."""
+    """A session as `predict` wants it, whose calls wait for their turn beside the other requests. For threads outside the event loop.
+
+    After `give_up`, which any thread may call, every call raises `_GivenUpError`: the one in progress does not wait for its answer.
+    """
 
     def __init__(self, service: Service, version: Version, loop: asyncio.AbstractEventLoop) -> None:
         self.signature: Signature = version.signature
-        self._service, self._version, self._loop = service, version, loop
+        self.version = version
+        self._service, self._loop = service, loop
+        self._lock = threading.Lock()
+        self._given_up = False
+        self._asked: Future[NDArray[Any]] | None = None
 
     def __call__(self, images_BHWC: NDArray[np.uint8], /) -> NDArray[np.float32]:
         return self._run(images_BHWC, labels=False)
@@ -116,11 +153,28 @@ class _Through:
     def labels(self, images_BHWC: NDArray[np.uint8]) -> NDArray[np.uint8]:
         return self._run(images_BHWC, labels=True)
 
+    def give_up(self) -> None:
+        with self._lock:
+            self._given_up, asked = True, self._asked
+        if asked is not None:
+            asked.cancel()
+
+    def check(self) -> None:
+        """Raises `_GivenUpError` if it was given up."""
+        if self._given_up:
+            raise _GivenUpError("the picture was given up")
+
     def _run(self, images: NDArray[np.uint8], *, labels: bool) -> NDArray[Any]:
-        return asyncio.run_coroutine_threadsafe(self._computed(np.ascontiguousarray(images), labels), self._loop).result()
+        with self._lock:
+            self.check()
+            asked = self._asked = asyncio.run_coroutine_threadsafe(self._computed(np.ascontiguousarray(images), labels), self._loop)
+        try:
+            return asked.result()
+        except CancelledError as error:
+            raise _GivenUpError("the picture was given up") from error
 
     async def _computed(self, images: NDArray[np.uint8], labels: bool) -> NDArray[Any]:
-        lease = Lease(self._version, _keep)  # whoever answers the picture holds the real one until the last of its tiles
+        lease = Lease(self.version, _keep)  # whoever answers the picture holds the real one until the last of its tiles
         answer, _ = await self._service.compute(images, lease, labels=labels, priority=PRIORITY)
         return answer
 

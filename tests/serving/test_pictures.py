@@ -1,0 +1,131 @@
+"""Pictures that nobody waits for any more. What pictures give is in `test_server`."""
+
+from __future__ import annotations
+
+import asyncio
+import io
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from muntin.serving.pictures import Pictures
+from muntin.serving.probation import ArtifactLoader
+from muntin.serving.protocol import ProtocolError
+from muntin.serving.rollout import Rollout
+from muntin.serving.service import RefusedRequestError
+from muntin.serving.slot import Slot
+
+TILES = 9
+"""Of a picture of 20 pixels a side, in tiles of 8 with 2 shared."""
+
+
+class Stuck:
+    """Of a service what pictures need of it; a call waits until it is let go."""
+
+    name, max_pixels = "m", 10_000
+
+    def __init__(self, slot: Slot) -> None:
+        self.slot, self.calls, self.cancelled = slot, 0, 0
+        self.entered, self.free = asyncio.Event(), asyncio.Event()
+
+    def lease(self, model: str, version: str | None) -> Any:
+        return self.slot.lease(version)
+
+    async def compute(self, images: Any, lease: Any, **_: Any) -> tuple[Any, None]:
+        self.calls += 1
+        self.entered.set()
+        try:
+            await self.free.wait()
+        except asyncio.CancelledError:
+            self.cancelled += 1
+            raise
+        return lease.version.session(images), None
+
+
+@pytest.fixture
+def slot(write_version: Callable[..., Path], in_process: ArtifactLoader, tmp_path: Path) -> Slot:
+    made = Slot("m", in_process, rollout=Rollout())
+    made.load(write_version(tmp_path / "1"), "1")
+    return made
+
+
+def picture(side: int = 20) -> bytes:
+    buffer = io.BytesIO()
+    Image.fromarray(np.zeros((side, side, 3), np.uint8)).save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+@pytest.mark.parametrize("by", ["the client", "the server"])
+def test_no_tile_is_computed_that_nobody_waits_for(slot: Slot, by: str) -> None:
+    async def give_up() -> None:
+        service: Any = Stuck(slot)
+        pictures = Pictures(service, tile=8)
+        task = asyncio.create_task(pictures.answer(picture(), {}))
+        await asyncio.wait_for(service.entered.wait(), 60)
+        assert (len(pictures._pending), slot.current.leases) == (1, 1)  # type: ignore[union-attr]
+        if by == "the client":
+            task.cancel()
+        else:
+            await asyncio.wait_for(asyncio.to_thread(pictures.close), 60)
+        with pytest.raises(asyncio.CancelledError if by == "the client" else RefusedRequestError):
+            await task
+        while pictures._pending:  # until its thread has ended
+            await asyncio.sleep(0.01)
+        assert (service.calls, service.cancelled, slot.current.leases) == (1, 1, 0)  # type: ignore[union-attr]
+        service.free.set()
+        if by == "the client":
+            assert (await pictures.answer(picture(), {})).media_type == "image/png"  # the next is answered
+            assert service.calls > TILES
+            pictures.close()
+
+    asyncio.run(give_up())
+
+
+def test_what_goes_on_counts_and_holds_its_version(slot: Slot) -> None:
+    """A thread that decodes cannot be stopped: until it has ended the picture is in the works."""
+
+    async def give_up(monkeypatch: pytest.MonkeyPatch) -> None:
+        decoding, let_go = asyncio.Event(), threading.Event()
+        loop = asyncio.get_running_loop()
+
+        def decode(*_: Any, **__: Any) -> Any:
+            loop.call_soon_threadsafe(decoding.set)
+            assert let_go.wait(60)
+            return np.zeros((8, 8, 3), np.uint8)
+
+        monkeypatch.setattr("muntin.serving.pictures.decode_image", decode)
+        service: Any = Stuck(slot)
+        pictures = Pictures(service)
+        task = asyncio.create_task(pictures.answer(b"", {}))
+        await asyncio.wait_for(decoding.wait(), 60)
+        task.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await task
+        assert (len(pictures._pending), slot.current.leases) == (1, 1)  # type: ignore[union-attr]
+        let_go.set()
+        while pictures._pending:
+            await asyncio.sleep(0.01)
+        assert (service.calls, slot.current.leases) == (0, 0)  # type: ignore[union-attr]
+        pictures.close()
+
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        asyncio.run(give_up(monkeypatch))
+
+
+def test_too_many_pixels_are_told_apart(slot: Slot) -> None:
+    async def ask(content: bytes) -> int:
+        service: Any = Stuck(slot)
+        pictures = Pictures(service)
+        with pytest.raises(ProtocolError) as caught:
+            await pictures.answer(content, {})
+        pictures.close()
+        assert not pictures._pending
+        return caught.value.status
+
+    assert asyncio.run(ask(picture(101))) == 413
+    assert asyncio.run(ask(b"x")) == 400
