@@ -308,3 +308,15 @@ def test_a_real_version_that_is_renamed_into_place(
         assert watcher.step() == name
     assert told == []
     slot.close()
+
+
+def test_who_cannot_be_told_does_not_end_the_watching(models: Path, slot: Slot, monkeypatch: pytest.MonkeyPatch) -> None:
+    reported: list[Any] = []
+    monkeypatch.setattr(threading, "excepthook", reported.append)
+
+    def broken(line: str) -> None:
+        raise BrokenPipeError(line)
+
+    (models / "latest").mkdir()
+    assert Watcher(Repository(models), slot, notify=broken).step() is None
+    assert "its name is no whole number" in str(reported[0].exc_value)

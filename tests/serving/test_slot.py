@@ -489,6 +489,20 @@ def test_a_closed_slot_admits_nobody_and_answers_who_is_in(make_slot: Callable[.
     slot.close()
 
 
+def test_who_cannot_be_told_costs_no_batch(shelf: Any, clock: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    reported: list[Any] = []
+    monkeypatch.setattr(threading, "excepthook", reported.append)
+
+    def broken(line: str) -> None:
+        raise BrokenPipeError(line)
+
+    slot = Slot("model", shelf, rollout=Rollout(), clock=clock, notify=broken)
+    old, new = slot.load("1", "1"), slot.load("2", "2")
+    break_engine(new)
+    assert slot.compute(new, label_of, rows=1) == (1, old)
+    assert "rolled back to 1" in str(reported[-1].exc_value)
+
+
 def test_a_reload_that_fails_hides_nothing(make_slot: Callable[..., Slot], shelf: Any) -> None:
     """An artefact that is loaded again has the name that it had."""
     slot = make_slot()

@@ -19,6 +19,7 @@ from muntin.artifact import open_artifact
 from muntin.artifact.store import MANIFEST
 from muntin.errors import ArtifactError, MuntinError, RecipeError
 from muntin.serving.slot import Slot
+from muntin.serving.telling import told_safely
 from muntin.serving.version import NotReadyError, UnknownVersionError
 
 SINGLE = "1"
@@ -93,7 +94,8 @@ def fingerprint(path: Path) -> Fingerprint | None:
 class Watcher:
     """Looks every `interval_s` seconds, above 0, and loads what is newer than what serves.
 
-    `notify` is told in a line what was not loaded and why. `wait`: waits for so many seconds, and says whether to stop instead.
+    `notify` is told in a line what was not loaded and why; what it raises is reported, and does not end the watching. `wait`: waits for so
+    many seconds, and says whether to stop instead.
     """
 
     def __init__(
@@ -109,7 +111,7 @@ class Watcher:
             raise RecipeError(f"interval_s={interval_s!r}: give seconds above 0")
         self._repository = repository
         self._slot = slot
-        self._notify = notify
+        self._notify = told_safely(notify)
         self._interval_s = interval_s
         self._stopped = Event()
         self._wait = self._stopped.wait if wait is None else wait

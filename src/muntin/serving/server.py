@@ -47,10 +47,10 @@ from muntin.serving.runner import Runner
 from muntin.serving.scheduling import take_short_turns
 from muntin.serving.service import Service
 from muntin.serving.slot import Slot
+from muntin.serving.telling import Notify, told_safely
 from muntin.serving.tracing import Tracing
 from muntin.serving.version import Call, Opening
 
-Notify = Callable[[str], None]
 DENSE_ROWS, DENSE_PIXELS = 16, 1 << 20
 """Up to so many images, and so many pixels together, a batch is small: compiling for one takes 0.4 s and 17 MiB at 64 x 64."""
 MARGIN_S, MARGIN_SHARE = 0.001, 0.05
@@ -82,7 +82,7 @@ class Server:
     """
 
     def __init__(self, path: str | Path, config: ServeConfig, *, notify: Notify = _nobody) -> None:
-        self.config, self._notify = config, notify
+        self.config, self._notify = config, told_safely(notify)
         self._repository = Repository(path)
         self.http_port, self.grpc_port = config.http_port, config.grpc_port
         """Where it listens, once it does."""
@@ -206,12 +206,12 @@ class Server:
             max_pixels=config.bounds.image_pixels,
         )  # fmt: skip
         ledger = Ledger(config.bounds)
-        _expose(metrics, service, runner, ledger)
+        log = AccessLog() if config.access_log else None
+        _expose(metrics, service, runner, ledger, log)
         control = Control(self.slot, self._repository)
         pictures = Pictures(service)
         ending.push_async_callback(asyncio.to_thread, self._end, pictures, runner, service)
         limits = Limits(body_bytes=config.bounds.body_bytes, json_bytes=config.bounds.json_bytes)
-        log = AccessLog() if config.access_log else None
         tracing = Tracing() if config.trace else None
         if tracing is not None:
             ending.push_async_callback(asyncio.to_thread, tracing.close)
@@ -330,8 +330,13 @@ class _Http(uvicorn.Server):
         await super().shutdown(sockets)
 
 
-def _expose(metrics: Metrics, service: Service, runner: Runner, ledger: Ledger) -> None:
+def _expose(metrics: Metrics, service: Service, runner: Runner, ledger: Ledger, log: AccessLog | None) -> None:
     """What lies with others, for Prometheus."""
+    if log is not None:
+        metrics.read(
+            "counter", "muntin_access_log_lost", "Lines of the access log that could not be written.", (),
+            lambda: [((), float(log.lost))],
+        )  # fmt: skip
     metrics.gauge("muntin_ready", "Whether a request would be admitted.", lambda: float(service.ready))
     metrics.gauge("muntin_body_bytes", "Bytes of request bodies that are held.", lambda: float(ledger.held))
     metrics.gauge("muntin_rows_one_by_one", "Batches computed row by row for want of memory.", lambda: service.executor.recoveries.rows)

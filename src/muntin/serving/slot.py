@@ -27,6 +27,7 @@ from muntin.errors import DataError, MuntinError, VerificationError
 from muntin.runtime.session import Session
 from muntin.serving.probation import Loader
 from muntin.serving.rollout import Rollout, Tally, Verdict, judge
+from muntin.serving.telling import told_safely
 from muntin.serving.version import (
     Call,
     NotReadyError,
@@ -109,7 +110,8 @@ class Slot:
 
     `loader`: opens versions. `other_classes`: a new version may have other classes in place of those that are served. `clock`: seconds.
     `random`: a number from 0 up to 1, by which requests are drawn for a candidate. `notify` is told in a line what the slot
-    does by itself: who takes over, who is sent back and why. It is called on the thread that came by, and must not call the slot.
+    does by itself: who takes over, who is sent back and why. It is called on the thread that came by, and must not call the slot; what it
+    raises is reported (`told_safely`), and nothing else.
     """
 
     def __init__(
@@ -129,7 +131,7 @@ class Slot:
         self._other_classes = other_classes
         self._clock = clock
         self._random = random
-        self._notify = notify
+        self._notify = told_safely(notify)
         self._one_load = Lock()
         self._closed = Event()
         self._changed = Condition(Lock())  # its lock guards what follows, and all that its versions hold
