@@ -662,6 +662,22 @@ def test_only_what_waits_can_be_taken_back() -> None:
     assert jobs_of(batcher, 0.01) == [other]
 
 
+def test_what_expires_can_be_told_while_no_worker_is_free() -> None:
+    batcher = batcher_of()
+    assert batcher.expiry == math.inf
+    occupy(batcher, 0.0)
+    early, late, never = job_of(deadline=1.0), job_of(deadline=2.0), job_of()
+    admitted(batcher, 0.0, early, late, never)
+    assert batcher.expiry == 1.0
+    assert batcher.expire(1.0) == ()
+    assert [(job, refusal.kind) for job, refusal in batcher.expire(1.5)] == [(early, "late")]
+    assert batcher.expiry == 2.0
+    batcher.cancel(late)
+    assert batcher.expire(1.6) == ()
+    assert batcher.expiry == math.inf  # what does not wait any more is not waited for
+    assert batcher.snapshot().waiting_jobs == 1
+
+
 def test_what_cannot_be_met_any_more_is_dropped_but_a_lone_job_gets_its_chance() -> None:
     batcher = batcher_of({"g": LINEAR}, objective=0.03)
     batch = occupy(batcher, 0.0)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import math
 import random
 import threading
 import time
@@ -17,7 +18,7 @@ import pytest
 
 from muntin.serving.batcher import Batch, Batcher, Job, Refusal
 from muntin.serving.latency import LatencyModel
-from muntin.serving.runner import Answer, EngineError, Runner
+from muntin.serving.runner import LOOK_S, Answer, EngineError, Runner
 
 LONG = 30.0
 """Seconds after which something that should happen has failed to."""
@@ -297,6 +298,61 @@ def test_dropped_jobs_are_told() -> None:
     answers.wait(2)
     assert answers.of(first) == 0
     assert answers.of(second).kind == "late"
+    assert runner.close(LONG)
+
+
+def test_a_job_whose_time_passes_while_every_engine_is_busy_is_told_then() -> None:
+    gate, answers = Gate(), Answers()
+    with running(gate, workers=2) as runner:
+        busy, waiting = jobs_of(2, group="a"), jobs_of(3, group="b", deadline=time.monotonic() + 0.3)
+        for job in busy:
+            answers.submit(runner, job)
+            assert gate.entered.acquire(timeout=LONG)
+        answers.submit(runner, *waiting)
+        answers.wait(3)  # with the gate closed
+        assert [answers.of(job).kind for job in waiting] == ["late"] * 3
+        assert time.monotonic() > waiting[0].deadline  # type: ignore[operator]
+        gate.open.set()
+        answers.wait(5)
+        assert [answers.of(job) for job in busy] == [0, 2]
+
+
+def test_nobody_is_woken_for_what_does_not_expire() -> None:
+    """A thousand jobs that are answered in time, on a clock that stands still: one of them sets the time of the first look."""
+    runner = Runner(batcher_of(objective=1.0), doubled, clock=lambda: 0.0)
+    woken, notify = [0], runner._expiry.notify
+
+    def counted(n: int = 1) -> None:
+        woken[0] += 1
+        notify(n)
+
+    runner._expiry.notify = counted  # type: ignore[method-assign]
+    answers = Answers()
+    for job in jobs_of(1000):
+        answers.submit(runner, job)
+    answers.wait(1000)
+    assert woken[0] <= 1
+    assert runner._looked == -math.inf
+    assert runner.close(LONG)
+    assert not runner._timer.is_alive()
+
+
+def test_a_flood_of_late_jobs_is_looked_at_now_and_then() -> None:
+    """Each expires earlier than the one before it: a look for each would cost more than it tells."""
+    now, gate, answers = [1000.0], Gate(), Answers()
+    runner = Runner(batcher_of(), gate, clock=lambda: now[0])
+    looks: list[float] = []
+    expire = runner._batcher.expire
+    runner._batcher.expire = lambda at: looks.append(at) or expire(at)  # type: ignore[method-assign, func-returns-value]
+    answers.submit(runner, *jobs_of(1))
+    assert gate.entered.acquire(timeout=LONG)
+    for number in range(100):
+        now[0] += LOOK_S / 20
+        answers.submit(runner, *jobs_of(1, deadline=now[0] + LOOK_S / (20 + number)))
+        time.sleep(0.001)
+    assert len(looks) <= 100 / 20 + 1
+    gate.open.set()
+    now[0] += 1
     assert runner.close(LONG)
 
 

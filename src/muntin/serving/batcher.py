@@ -330,7 +330,7 @@ class Batcher:
 
     def poll(self, now: float) -> Step:
         """What a free worker does now."""
-        dropped = self._expire(now) if self._expiring and self._expiring[0][0] < now else ()
+        dropped = self.expire(now) if self._expiring and self._expiring[0][0] < now else ()
         if not self._active or len(self._running) >= self.workers:
             return Step(None, dropped, None)
         lane = next(iter(self._active.values())) if len(self._active) == 1 else min(self._active.values(), key=_standing)
@@ -403,10 +403,18 @@ class Batcher:
         saved = line.fixed or line.least / 4  # with one size measured, it is anybody's guess
         return min(due - self.margin - line.safe(rows), lane.lingers + saved, max(lane.lingers, lane.arrivals.at) + gaps)
 
-    def _expire(self, now: float) -> tuple[tuple[Job, Refusal], ...]:
-        """Drops what cannot be met any more. A job that nobody waits behind gets its chance until its time has passed."""
+    @property
+    def expiry(self) -> float:
+        """The moment before which `expire` finds nothing; inf: there is none."""
+        return self._expiring[0][0] if self._expiring else math.inf
+
+    def expire(self, now: float) -> tuple[tuple[Job, Refusal], ...]:
+        """Drops what cannot be met any more. A job that nobody waits behind gets its chance until its time has passed.
+
+        `poll` does so too: this is for the time that no worker is free.
+        """
         dropped = []
-        while self._expiring and self._expiring[0][0] < now:
+        while self._expiring and (self._expiring[0][0] < now or not self._expiring[0][2].waiting):
             _, ticket, job = heappop(self._expiring)
             if not job.waiting:
                 continue

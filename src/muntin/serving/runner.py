@@ -3,11 +3,13 @@
     submit -> [lock] Batcher.submit -> notify a worker that is idle -> [lock] Batcher.poll -> execute -> [lock] Batcher.done -> answers
 
 Whatever is decided is decided by the batcher, under the one lock, which is never held while something is computed or answered. Answers are
-delivered by the thread that computed them, before it asks for more.
+delivered by the thread that computed them, before it asks for more. Jobs whose time passes while all of the workers compute are told by a
+thread that sleeps until the first of them may be too late: most jobs are answered before, so it is hardly ever woken.
 """
 
 from __future__ import annotations
 
+import math
 import sys
 import threading
 import time
@@ -23,6 +25,9 @@ Answer = Any
 Done = Callable[[Answer], None]
 Execute = Callable[[Batch], Sequence[Answer]]
 """(batch) -> an answer for each job, in their order; one may be an Exception, for that job alone"""
+
+LOOK_S = 0.02
+"""Seconds between two looks for jobs whose time has passed, at the least: who is late hears of it so much later."""
 
 
 class EngineError(MuntinError):
@@ -43,10 +48,14 @@ class Runner:
         if workers != batcher.workers:
             raise ValueError(f"workers={workers}: the batcher reckons with {batcher.workers}, give both the same")
         self._batcher, self._execute, self._clock = batcher, execute, clock
-        self._changed = threading.Condition(threading.Lock())
+        lock = threading.Lock()
+        self._changed, self._expiry = threading.Condition(lock), threading.Condition(lock)
         self._done: dict[Job, Done] = {}  # of every job that was admitted and not answered
         self._idle = 0
-        self._closing = False
+        self._closing = self._ended = False
+        self._looked, self._look_at = -math.inf, math.inf  # when it was looked for what has expired, and will be
+        self._timer = threading.Thread(target=self._tell_expired, name="muntin-expiry", daemon=True)
+        self._timer.start()
         self._threads = [threading.Thread(target=self._work, name=f"muntin-engine-{n}", daemon=True) for n in range(workers)]
         for thread in self._threads:
             thread.start()
@@ -63,6 +72,8 @@ class Runner:
                 self._done[job] = done
                 if self._idle:
                     self._changed.notify()
+                else:
+                    self._mind_expiry()
         if refusal is not None:
             _deliver(done, refusal)
 
@@ -102,7 +113,11 @@ class Runner:
         with self._changed:
             given_up = self._taken(self._batcher.discard())
             self._changed.notify_all()
+            self._ended = True
+            self._expiry.notify()
         _deliver_all(given_up)
+        if self._timer is not threading.current_thread():
+            self._timer.join()
         return not any(thread.is_alive() for thread in self._threads)
 
     # ---- the threads
@@ -126,12 +141,42 @@ class Runner:
                 now = self._clock()
                 step = self._batcher.poll(now)
                 if step.batch is not None or step.dropped:
+                    self._mind_expiry()
                     return step.batch, self._taken(step.dropped)
                 if self._closing and not self._batcher.waiting:
                     return None, []
                 self._idle += 1
                 self._changed.wait(None if step.wake is None else max(0.0, step.wake - now))
                 self._idle -= 1
+
+    def _mind_expiry(self) -> None:
+        """Under the lock: sees to it that it is looked when the first job that waits may be too late."""
+        when = max(self._batcher.expiry, self._looked + LOOK_S)
+        if when < self._look_at:
+            self._look_at = when
+            self._expiry.notify()
+
+    def _tell_expired(self) -> None:
+        while self._look():
+            pass
+
+    def _look(self) -> bool:
+        """Waits until a job may be too late, and tells those that are; False: the end. As of `_turn`, no local name outlives it."""
+        dropped = self._expired()
+        if dropped is not None:
+            _deliver_all(dropped)
+        return dropped is not None
+
+    def _expired(self) -> list[tuple[Done, Answer]] | None:
+        with self._changed:
+            while not self._ended and (now := self._clock()) < self._look_at:
+                self._expiry.wait(None if self._look_at == math.inf else self._look_at - now)
+            if self._ended:
+                return None
+            self._looked = now
+            dropped = self._taken(self._batcher.expire(now))
+            self._look_at = max(self._batcher.expiry, now + LOOK_S)
+            return dropped
 
     def _taken(self, refused: Iterable[tuple[Job, Refusal]]) -> list[tuple[Done, Answer]]:
         return [(self._done.pop(job), refusal) for job, refusal in refused]
