@@ -115,7 +115,7 @@ VARIANTS = {
 class Setting:
     """What every row of a run has in common."""
 
-    model: str
+    preset: str
     output: Path
     steps: int
     precision: str
@@ -128,14 +128,14 @@ class Setting:
     def differs(self, name: str) -> bool:
         """Whether a variant changes this preset at all."""
         options = VARIANTS[name].options
-        config = ModelConfig(**PRESETS[self.model])
+        config = ModelConfig(**PRESETS[self.preset])
         return not options or any(getattr(config, key) != value for key, value in options.items())
 
     def checkpoint(self, name: str, seed: int) -> Checkpoint:
         variant = VARIANTS[name]
         training = {"training.steps": self.steps, "training.precision": self.precision, "training.gate_budget": variant.gate_budget}
         changes = {"seed": seed, **training}
-        model = self.model if variant.factory is None else f"ablation_models:{factory_name(variant.factory, self.model)}"
+        model = self.preset if variant.factory is None else f"ablation_models:{factory_name(variant.factory, self.preset)}"
         recipe = demo_recipe({**changes, "model.name": model, "model.options": variant.options})
         return trained(recipe, self.folder(name, seed))
 
@@ -345,7 +345,7 @@ def main() -> None:
     parser.add_argument("--output", type=Path, default=Path("runs/benchmark-ablation"))
     parser.add_argument("--json", action="store_true", help="print one JSON document instead of the tables")
     arguments = parser.parse_args()
-    chosen = {"model": arguments.model, "steps": arguments.steps, "precision": arguments.precision}
+    chosen = {"preset": arguments.model, "steps": arguments.steps, "precision": arguments.precision}
     timed = {"threads": arguments.threads, "rounds": arguments.rounds}
     setting = Setting(output=arguments.output, **chosen, **timed)
     # Rows from before the gain, and from before Muon, are another network's.

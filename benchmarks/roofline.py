@@ -1,6 +1,6 @@
 """The presets deployed in BF16 and in INT8: what share of the machine's measured ceilings they reach, and which kinds of layers do.
 
-    python benchmarks/roofline.py [--presets hybrid-xs hybrid-s hybrid-m] [--sides 512 1024] [--threads N] [--rounds 40]
+    python benchmarks/roofline.py [--presets hybrid-xxs hybrid-xs hybrid-s hybrid-m] [--sides 512 1024] [--threads N] [--rounds 40]
                                   [--output runs/benchmark-roofline] [--json]
 
 Each preset is trained for 30 steps (speed does not depend on the weights' values, but an artefact of a random network is refused: its

@@ -315,7 +315,7 @@ class Line:
     refused: float | None = None
     wrong: int = 0
     client_cpu: float = 0.0
-    client_behind_ms: float = 0.0
+    client_behind_ms: float | None = None
 
 
 def lines(rows: list[Row]) -> list[Line]:
@@ -347,7 +347,7 @@ def _line(model: str, server: str, found: dict[str, Row], floor: Row) -> Line:
         refused=overload["refused"] / overload["requests"] if overload else None,
         wrong=sum(row["failures"].get("wrong", 0) for row in found.values()),
         client_cpu=max((row["client_cpu"] for row in found.values()), default=0.0),
-        client_behind_ms=max((row.get("client_behind_p99_ms") or 0.0 for row in found.values()), default=0.0),
+        client_behind_ms=best(row.get("client_behind_p99_ms") for row in found.values()),
     )
 
 
@@ -408,11 +408,9 @@ def print_table(table: list[Line], rows: list[Row], goals: list[Row], hardware: 
         found, wanted = ("–" if value is None else f"{value:.4g}" for value in (goal["found"], goal["wanted"]))
         print(f"{ {True: 'met', False: 'MISSED', None: 'not measured'}[goal['met']]:<14}{goal['goal']}: {found} (wanted {wanted})")
     busy = max((line.client_cpu for line in table), default=0.0)
-    behind = max((line.client_behind_ms for line in table), default=0.0)
-    print(
-        f"The load generator used {busy:.0%} of its core at the most (it polls without sleep when an arrival is near); 99 of 100 "
-        f"requests went out within {behind:.2f} ms of when they were due."
-    )
+    print(f"The load generator used {busy:.0%} of its core at the most (it polls without sleep when an arrival is near).")
+    if (behind := best(line.client_behind_ms for line in table)) is not None:
+        print(f"99 of 100 requests went out within {behind:.2f} ms of when they were due.")
     print(f"{hardware['cpu']}, one core for the servers, one for the load; {hardware['created']}")
 
 

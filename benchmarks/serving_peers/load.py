@@ -79,7 +79,7 @@ class Load:
         self._idle: list[_Connection] = []
         self._sent = 0
         self._done: list[tuple[float, float, str]] = []  # due, finished, status; the clock is time.perf_counter
-        self._behind: list[float] = []  # seconds after it was due that a request went out
+        self._behind: list[tuple[float, float]] = []  # due, seconds after that it went out
 
     def __enter__(self) -> Load:
         return self
@@ -133,7 +133,8 @@ class Load:
             self._settle(grace)
         begin = started + warm
         row = _summary([d for d in self._done if begin <= d[0] < begin + seconds], seconds, objective_ms)
-        behind = 1e3 * float(np.percentile(self._behind, 99)) if self._behind else None
+        late = [after for moment, after in self._behind if begin <= moment < begin + seconds]
+        behind = 1e3 * float(np.percentile(late, 99)) if late else None
         return {"load": "open", "rate": rate, **row, "client_cpu": used, "client_behind_p99_ms": behind}
 
     def _reset(self) -> None:
@@ -142,11 +143,11 @@ class Load:
         self._done, self._behind = [], []
 
     def _arrive(self, due: float) -> None:
-        self._behind.append(time.perf_counter() - due)
         if not self._idle and len(self._all) >= CONNECTIONS:
             self._done.append((due, due, "not sent"))
             return
         self._send(self._free(), due)
+        self._behind.append((due, time.perf_counter() - due))
 
     def _free(self) -> _Connection:
         if self._idle:

@@ -36,15 +36,18 @@ def models_command(
                     "attention": config.attention,
                     "dims": config.dims,
                     "depths": config.depths,
+                    "decoder": config.decoder,
+                    "finest": config.finest,
                 }
             )
             advance(done, len(PRESETS))
     if json:
         print_json({"size": size, "models": rows, "others": ["timm:NAME", "torchvision:NAME", "package.module:factory"]})
         return
-    table = Table("name", "M params", f"GMACs at {size}²", "attention", "channels", "blocks", title="6 classes, 3 channels")
+    table = Table("name", "M params", f"GMACs at {size}²", "attention", "channels", "blocks", "decoder", title="6 classes, 3 channels")
     for row in rows:
         lists = [" + ".join(str(v) for v in row[key]) for key in ("dims", "depths")]  # type: ignore[attr-defined]
+        lists.append(f"{row['decoder']} /{row['finest']}")
         table.add_row(str(row["name"]), f"{row['params'] / 1e6:.2f}", f"{row['gmacs']:.2f}", str(row["attention"]), *lists)  # type: ignore[operator]
     out.print(table)
     out.print("also timm:NAME, torchvision:NAME and package.module:factory", markup=False)

@@ -8,7 +8,7 @@ caller has dropped it, and every view of it, its memory serves the next call.
 from __future__ import annotations
 
 import weakref
-from collections import OrderedDict
+from collections import deque
 from math import prod
 from threading import Lock
 from typing import Any
@@ -23,26 +23,39 @@ class Buffers:
     """Gives arrays; keeps the memory of at most `KEPT` dropped ones, of whatever type. Safe to use from several threads."""
 
     def __init__(self) -> None:
-        self._free: OrderedDict[int, NDArray[np.uint8]] = OrderedDict()
+        self._free: deque[NDArray[np.uint8]] = deque(maxlen=KEPT)
+        """What came back last at the end; what came first makes room."""
         self._lock = Lock()
 
     def take(self, shape: tuple[int, ...], dtype: DTypeLike = np.float32) -> NDArray[Any]:
         """An array of this shape with arbitrary values, that nobody else holds."""
         size = np.dtype(dtype).itemsize * prod(shape)
         with self._lock:
-            key = next((key for key, memory in reversed(self._free.items()) if memory.nbytes == size), None)
-            memory = np.empty(size, np.uint8) if key is None else self._free.pop(key)
+            memory = self._kept(size)
+        if memory is None:
+            memory = np.empty(size, np.uint8)
         # An array over a buffer ends numpy's chain of bases: every view of it keeps this one alive, so that the memory comes back
         # only when the last of them is gone.
         flat = np.frombuffer(memory.data, dtype)
         weakref.finalize(flat, self._give_back, memory).atexit = False
         return flat.reshape(shape)
 
-    def _give_back(self, memory: NDArray[np.uint8]) -> None:
-        # No lock: a finaliser may run inside `take`, in the thread that holds it. Single operations of an OrderedDict are atomic.
-        self._free[id(memory)] = memory
-        while len(self._free) > KEPT:
+    def _kept(self, size: int) -> NDArray[np.uint8] | None:
+        """Takes memory of this size out, if there is any. Piece by piece, for others may come back meanwhile, from any thread."""
+        others = []
+        found = None
+        while found is None:
             try:
-                self._free.popitem(last=False)
-            except KeyError:
-                return
+                memory = self._free.pop()
+            except IndexError:
+                break
+            if memory.nbytes == size:
+                found = memory
+            else:
+                others.append(memory)
+        self._free.extend(reversed(others))
+        return found
+
+    def _give_back(self, memory: NDArray[np.uint8]) -> None:
+        # No lock: a finaliser may run inside `take`, in the thread that holds it. Single operations of a deque are atomic.
+        self._free.append(memory)

@@ -42,8 +42,8 @@ class Compiler:
         self._start, self._budget = frozenset(opening.calls), budget
         self._lock = Lock()
         self._seen: OrderedDict[tuple[str, Call], int] = OrderedDict()
-        self._compiled: dict[str, list[int]] = {}
-        """By digest of a version: pixels of each size."""
+        self._compiled: dict[str, set[Call]] = {}
+        """By digest of a version: for which sizes."""
         self._queue: SimpleQueue[tuple[Version, Call] | None] = SimpleQueue()
         self._thread: Thread | None = None
         self._closed = Event()
@@ -66,11 +66,11 @@ class Compiler:
         self._queue.put((version, call))
 
     def _granted(self, version: Version, call: Call) -> bool:
-        compiled = self._compiled.setdefault(version.digest, [])
-        before = sum(one.pixels for one in version.warm - self._start)  # what its predecessor was asked
-        if len(compiled) >= COMPILED or before + sum(compiled) + call.pixels > self._budget:
+        compiled = self._compiled.setdefault(version.digest, set())
+        beside = compiled | (version.warm - self._start)  # the latter: what its predecessor was asked
+        if len(compiled) >= COMPILED or sum(one.pixels for one in beside) + call.pixels > self._budget:
             return False
-        compiled.append(call.pixels)
+        compiled.add(call)
         return True
 
     def close(self) -> None:

@@ -186,6 +186,8 @@ class BoundedConnection(HttpToolsProtocol):
         """Bytes of the body that is arriving, as far as they have come."""
         self._wire = 0
         """Bytes that came since the headers of a body in chunks."""
+        self._begun = 0
+        """Requests whose first byte was parsed."""
         self._left = 0
         """Bytes that are still dropped of what is sent after a refusal."""
         self._held: dict[Any, int] = {}
@@ -231,18 +233,19 @@ class BoundedConnection(HttpToolsProtocol):
                 if len(came) >= known.length and self._turned_away(known, came[: known.length]):
                     return data[end + known.length :]
                 return self._start_known(known, came)
-        begun, chunks = self._head is not None, self._wire
+        begun, chunks = self._begun, self._wire
         super().data_received(data)
         if self._over:
             return b""
-        if self._head is not None:  # still incomplete; what came before its first byte was another request's
-            self._head += len(data) if begun else 0
+        more = len(data) if self._begun == begun else 0  # where a request begins in there, what is before it is another one's
+        if self._head is not None:  # still incomplete
+            self._head += more
             if self._head > self._bounds.header_bytes:
                 self._refuse_head()
             elif self._timer is None:
                 self._expect(self._bounds.header_seconds)
-        elif self._wire and self._parsing:
-            self._wire += len(data) if chunks else 0
+        elif self._wire and self._parsing and not self.cycle.response_complete:
+            self._wire += more if chunks else 0
             if self._wire > self._bounds.header_bytes + _FRAMES * self._body:
                 self._refuse(431, "the chunks' extensions and trailers are longer than the headers may be")
         idle = self.cycle is None or self.cycle.response_complete
@@ -278,6 +281,8 @@ class BoundedConnection(HttpToolsProtocol):
         self._stop_unread()
 
     def send_400_response(self, msg: str) -> None:
+        if self._over:  # the parser goes on behind what was refused
+            return
         self._refuse(400, "no valid HTTP request")
 
     # ---- the parser's events ----
@@ -286,8 +291,11 @@ class BoundedConnection(HttpToolsProtocol):
         super().on_message_begin()
         self._unset_keepalive_if_required()  # the answer before may have gone out in the middle of what is parsed
         self._head, self._body, self._wire, self._parsing = 0, 0, 0, True
+        self._begun += 1
 
     def on_headers_complete(self) -> None:
+        if self._over:
+            return
         self._head = None
         self._stop_timer()
         if len(self.url) + sum(len(name) + len(value) + 4 for name, value in self.headers) > self._bounds.header_bytes:
@@ -526,6 +534,7 @@ class BoundedConnection(HttpToolsProtocol):
         """Answer on the connection itself, without the application, and close it."""
         self._stop_timer()
         answering = self._running is not None and self._running[0].response_started
+        answering = answering or (self._parsing and self._head is None and self.cycle is not None and self.cycle.response_complete)
         self._abandon()
         self._ledger.refused[status] = self._ledger.refused.get(status, 0) + 1
         if not answering:  # in the middle of another answer there is no place for this one
@@ -540,6 +549,7 @@ class BoundedConnection(HttpToolsProtocol):
 
     def _linger(self) -> None:
         """Closes the connection when its client has stopped sending, or in a moment."""
+        self.flow.resume_reading()
         if self.transport.can_write_eof():
             self.transport.write_eof()
         self._left = 2 * self._bounds.body_bytes

@@ -85,7 +85,8 @@ class GrpcFace:
         self._calls = 0
         """That are received or answered; those that need no token are not counted, so nothing keeps them from being answered."""
         self._server = grpc.aio.server(
-            interceptors=(_Doorkeeper(Tokens(tokens)),),
+            interceptors=(_Doorkeeper(Tokens(tokens)),) if tokens else (),
+            maximum_concurrent_rpcs=2 * ledger.bounds.connections,  # `_calls`, and those whose answers nobody reads
             options=[
                 ("grpc.max_receive_message_length", limits.body_bytes + _ENVELOPE),
                 ("grpc.max_send_message_length", -1),
@@ -230,7 +231,7 @@ class GrpcFace:
     async def _stream(self, _: Any, context: Context) -> None:
         try:
             with self._counted():
-                await _Stream(self._streamed, context, self._bounds.idle_seconds).run()
+                await _Stream(self._streamed, context, self._bounds.idle_seconds, self._ledger).run()
         except ProtocolError as error:
             await _abort(context, error)
 
@@ -313,7 +314,7 @@ class _Doorkeeper(grpc.aio.ServerInterceptor):  # type: ignore[misc]
         self._tokens = tokens
 
     async def intercept_service(self, continuation: Callable[[Any], Awaitable[Any]], details: Any) -> Any:
-        if self._tokens and details.method not in _OPEN_PATHS:
+        if details.method not in _OPEN_PATHS:
             given = next((value for name, value in details.invocation_metadata or () if name == "authorization"), b"")
             try:
                 self._tokens.check(given.encode() if isinstance(given, str) else given)
@@ -337,13 +338,20 @@ def _refusing(error: ProtocolError) -> grpc.RpcMethodHandler:
 class _Stream:
     """One stream: its requests are begun as they come, and answered in that order. `idle`: seconds that it may stand still.
 
-    It stands still while nothing is being computed and neither a message comes nor an answer goes.
+    It stands still while nothing is being computed and neither a message comes nor an answer goes. `ledger`: where answers count as held
+    until they are sent.
     """
 
     def __init__(
-        self, answer: Callable[[bytes, _Call], Coroutine[Any, Any, messages.ModelStreamInferResponse]], context: Context, idle: float
+        self,
+        answer: Callable[[bytes, _Call], Coroutine[Any, Any, messages.ModelStreamInferResponse]],
+        context: Context,
+        idle: float,
+        ledger: Ledger,
     ) -> None:
-        self._answer, self._context, self._idle = answer, context, idle
+        self._answer, self._context, self._idle, self._ledger = answer, context, idle, ledger
+        self._unsent = 0
+        """Bytes of answers."""
         self._room = asyncio.Semaphore(_STREAM_REQUESTS)
         self._begun: asyncio.Queue[asyncio.Task[messages.ModelStreamInferResponse] | None] = asyncio.Queue()
         self._computing: set[asyncio.Task[messages.ModelStreamInferResponse]] = set()
@@ -368,6 +376,7 @@ class _Stream:
             for task in left:
                 task.cancel()
             await asyncio.gather(*left, return_exceptions=True)
+            self._hold(-self._unsent)
 
     async def _read(self, writing: asyncio.Task[None]) -> None:
         while not writing.done():
@@ -384,11 +393,19 @@ class _Stream:
 
     def _computed(self, task: asyncio.Task[messages.ModelStreamInferResponse]) -> None:
         self._computing.discard(task)
+        if self._going and not task.cancelled() and task.exception() is None:
+            self._hold(task.result().ByteSize())
         self._moved()
+
+    def _hold(self, count: int) -> None:
+        self._unsent += count
+        self._ledger.held += count
 
     async def _write(self) -> None:
         while (task := await self._begun.get()) is not None:
-            await self._context.write(await task)
+            answer = await task
+            await self._context.write(answer)
+            self._hold(-min(self._unsent, answer.ByteSize()))
             self._room.release()
             self._moved()
 

@@ -18,6 +18,7 @@ import re
 import time
 import zlib
 from collections.abc import Awaitable, Callable, Hashable, MutableMapping
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from functools import partial
 from importlib.metadata import version
@@ -74,6 +75,8 @@ _LIKE_BYTES = 2048
 """Of a request's JSON, at most, that it is held against others by."""
 _INFLATE = zlib.MAX_WBITS | 32
 """zlib's word for gzip and deflate alike: the data say which it is."""
+UNPACKED = 8
+"""Packed bodies that may wait to be unpacked; beyond, they are refused. Each becomes as large as a body may be."""
 _OPEN = ("/v2/health/live", "/v2/health/ready")
 """What needs no token: whoever starts and stops servers asks for it."""
 
@@ -96,6 +99,8 @@ class HttpFace:
         self._limits, self._log, self._tracing = limits, log, tracing
         self._tokens = Tokens(tokens)
         self._heads = Heads()
+        self._unpackers = ThreadPoolExecutor(max_workers=1, thread_name_prefix="muntin-unpack")
+        self._unpacking = 0
         answers = dict.fromkeys((ProtocolError, HTTPException, MuntinError, Exception), _error_response)
         self._routes = Starlette(routes=self._table(), exception_handlers=answers)
 
@@ -109,13 +114,18 @@ class HttpFace:
         """The answer to a request that its headers alone are wrong with."""
         try:
             self._authorise(scope)
-            _read_head(scope)
+            scope[_HEAD] = _read_head(scope)
         except ProtocolError as error:
             self._service.metrics.requests["http", "wrong"] += 1
+            answer = error_answer(error)
             if self._log is not None:
-                self._write(scope, error.status, 0, time.monotonic())
-            return error_answer(error)
+                self._write(scope, error.status, sum(map(len, answer[2])), time.monotonic())
+            return answer
         return None
+
+    def close(self) -> None:
+        """Ends the thread that unpacks."""
+        self._unpackers.shutdown(wait=True, cancel_futures=True)
 
     def begin(self, scope: Scope, body: Buffer, came: float, reply: Reply) -> Cancel:
         """Answers a request for inference whose body is whole since `came`, now or later. Returns what to call if nobody waits any more."""
@@ -157,16 +167,24 @@ class HttpFace:
         """Asks when the body is unpacked, on a thread: a bomb's sixty megabytes take long enough to keep everybody else waiting."""
 
         def unpacked(found: asyncio.Future[bytes]) -> None:
+            self._unpacking -= 1
+            if not found.cancelled():
+                found.exception()  # looked at, whoever still waits for it
             if inference.outcome:  # nobody waits any more
                 return
             try:
+                if self._service.objective is not None and time.monotonic() - inference.began >= self._service.objective:
+                    raise RefusedRequestError("it could not be unpacked in time: try again")
                 inference.cancel = self._ask(inference, head, found.result())
             except ProtocolError as error:
                 inference.fail(error)
             except Exception as error:  # noqa: BLE001 - as in `begin`
                 inference.fail(_fault(error))
 
-        asyncio.get_running_loop().run_in_executor(None, _inflated, body, self._limits.body_bytes).add_done_callback(unpacked)
+        if self._unpacking >= UNPACKED:
+            raise RefusedRequestError(f"{UNPACKED} bodies are being unpacked: try again")
+        self._unpacking += 1
+        asyncio.get_running_loop().run_in_executor(self._unpackers, _inflated, body, self._limits.body_bytes).add_done_callback(unpacked)
 
     def _ask(self, inference: _Inference, head: _Head, body: Buffer) -> Cancel:
         scope = inference.scope

@@ -170,7 +170,7 @@ class Runner:
     def _expired(self) -> list[tuple[Done, Answer]] | None:
         with self._changed:
             while not self._ended and (now := self._clock()) < self._look_at:
-                self._expiry.wait(None if self._look_at == math.inf else self._look_at - now)
+                self._expiry.wait(min(self._look_at - now, threading.TIMEOUT_MAX))
             if self._ended:
                 return None
             self._looked = now

@@ -43,8 +43,10 @@ INPUT = "images"
 SHADOWS = 4
 """Shadow computations that may wait; beyond, an answer is not compared."""
 INLINE = 1 << 16
-"""Numbers of an answer up to which it is put into its form on the event loop; beyond, on a thread, so that nobody else waits for it."""
-ENCODERS = 2
+"""Numbers of an answer up to which it is put into its form on the event loop; beyond, on a thread, beside which others are answered (but
+while its JSON is written, which lets nobody else go on)."""
+ENCODERS, FORMS = 2, 16
+"""Answers that are put into form at the same time, and that may wait for it; beyond, they are refused."""
 PRIORITY = 2
 """What a request without a priority has, of 1, the most urgent, and more."""
 
@@ -65,12 +67,12 @@ class Answered:
     """An answer and how it came about, in seconds: waiting for its batch, computing that, all of it."""
 
     response: InferResponse
-    encoded: Any
-    """What `encode` made of the response, None without one."""
     queued: float
     computed: float
     total: float
     batch_rows: int
+    encoded: Any = None
+    """What `encode` made of the response, None without one."""
 
 
 Done = Callable[[Answered | Exception], None]
@@ -101,6 +103,7 @@ class Service:
         self._shadows = ThreadPoolExecutor(max_workers=1, thread_name_prefix="muntin-shadow")
         self._shadowing = 0
         self._encoders = ThreadPoolExecutor(max_workers=ENCODERS, thread_name_prefix="muntin-encode")
+        self._forming = 0
         self._mailbox: Mailbox | None = None
         self._accounts: dict[str, Account] = {}
         """By version: what it was asked. Only the event loop touches them."""
@@ -229,6 +232,14 @@ class Service:
                 self.metrics.late.inc()
 
             def form() -> Answered | Exception:
+                if gone:
+                    return ProtocolError("nobody waits for it", status=499)
+                try:
+                    return formed()
+                except Exception as error:  # noqa: BLE001 - it is the answer
+                    return error
+
+            def formed() -> Answered:
                 response = InferResponse(
                     model=self.name,
                     version=work.version,
@@ -236,10 +247,7 @@ class Service:
                     outputs=_outputs(answer, wanted, labels, signature),
                     parameters={"recovered": work.recovered} if work.recovered else {},
                 )
-                try:
-                    encoded = None if encode is None else encode(response)
-                except Exception as error:  # noqa: BLE001 - it is the answer
-                    return error
+                encoded = None if encode is None else encode(response)
                 queued = max(work.started - arrived, 0.0)
                 return Answered(
                     response=response, encoded=encoded, queued=queued, computed=work.computed, total=total, batch_rows=work.batch_rows
@@ -263,11 +271,19 @@ class Service:
 
     def _form(self, form: Callable[[], Answered | Exception], done: Done) -> None:
         """Puts a large answer into its form beside the event loop."""
-        forming = asyncio.get_running_loop().run_in_executor(self._encoders, form)
+        if self._forming >= FORMS:
+            done(RefusedRequestError(f"{FORMS} large answers are being put into form: try again, or ask for binary data"))
+            return
+        try:
+            forming = asyncio.get_running_loop().run_in_executor(self._encoders, form)
+        except RuntimeError:  # the service was closed
+            done(RefusedRequestError("the server is shutting down"))
+            return
+        self._forming += 1
 
         def formed(found: asyncio.Future[Answered | Exception]) -> None:
-            if not found.cancelled():
-                done(found.result())
+            self._forming -= 1
+            done(RefusedRequestError("the server is shutting down") if found.cancelled() else found.result())
 
         forming.add_done_callback(formed)
 
