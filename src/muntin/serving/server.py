@@ -216,6 +216,7 @@ class Server:
         if tracing is not None:
             ending.push_async_callback(asyncio.to_thread, tracing.close)
         face = HttpFace(service, control, pictures, limits=limits, tokens=config.tokens, log=log, tracing=tracing)
+        ending.push_async_callback(asyncio.to_thread, face.close)
         http_config = self._uvicorn_config(face, ledger)
         if config.watch:
             watcher = Watcher(self._repository, self.slot, notify=self._notify, interval_s=config.watch_seconds)
