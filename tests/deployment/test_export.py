@@ -200,6 +200,19 @@ def test_a_float_hybrid_of_any_size_is_the_pytorch_model(hybrid_float: Any, size
     assert {entry["pass"] for entry in hybrid_float.artifact.manifest.passes} == {"slim", "fold"}  # no norm and no gate is computed there
 
 
+@pytest.mark.parametrize("attention", ["global", "dense"])
+def test_a_session_of_dynamic_sizes_computes_the_same(attention: str, export_model: Any, trained: Any, pictures: Any) -> None:
+    """But for values that lie half-way between two levels."""
+    torch.manual_seed(0)
+    options = {"attention": attention, "depths": (1,)}
+    artifact = export_model(trained(create_model("hybrid-xxs", classes=5, options=options)), quantized=True).artifact
+    images = pictures(2, 70, 50, 3)
+    scores = muntin.load(artifact.path, precision="f32", threads=1)(images)
+    found = muntin.load(artifact.path, precision="f32", threads=1, dynamic=True)(images)
+    assert np.abs(found - scores).max() <= 0.05 * scores.std()
+    assert np.abs(found - scores).mean() <= 0.005 * scores.std()
+
+
 def test_an_artefact_names_the_shape_that_it_is_opened_for(tmp_path: Path) -> None:
     model, example = nn.Conv2d(3, 2, 3, padding=1), torch.randint(0, 256, (2, 3, 20, 24))
     assert muntin.export(model, example, tmp_path / "a").manifest.example == (1, 20, 24)

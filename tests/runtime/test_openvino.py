@@ -92,6 +92,8 @@ def test_every_size_gives_what_the_dynamic_model_gives(convolutions: Any, images
         np.testing.assert_allclose(scores, dynamic(images), atol=1e-4)
     assert len(static._compiled) == STATIC_SHAPES
     assert list(dynamic._compiled) == [(None, False)]
+    # With batch, height and width free at once OpenVINO 2026.4 computes some trained networks wrongly (docs/log.md).
+    assert dynamic._compiled[None, False].model.input(0).partial_shape[0].get_length() == 1
 
 
 def test_what_was_warmed_up_for_stays_and_is_used(convolutions: Any, images_of: Callable[..., Any]) -> None:

@@ -2,9 +2,9 @@
 
 The graph has dynamic sizes. A kernel compiled for one size is faster (a crude hybrid at 512 x 512: 7.6 ms against 8.6), so each size that
 comes is compiled when it first comes, which takes a few tenths of a second, and the last few are kept. With `dynamic` only the sizes that
-`warm_up` names are: one model of dynamic sizes serves all others, better where no two images are alike and where nobody may wait. What
-was compiled is kept in the user's cache too (`muntin.runtime.cache`), where the next process finds it: opening hybrid-s at 512 x 512 then
-takes 0.34 to 0.39 of the time.
+`warm_up` names are: one model for one image of any size serves all others, image by image, better where no two are alike and where nobody
+may wait. What was compiled is kept in the user's cache too (`muntin.runtime.cache`), where the next process finds it: opening hybrid-s at
+512 x 512 then takes 0.34 to 0.39 of the time.
 
 With one stream all threads work on one image: the lowest latency. With several, each works on an image of its own with its share of the
 threads: more images a second, and each of them later.
@@ -49,10 +49,13 @@ Variant = tuple[InputShape | None, bool]
 
 
 class _Compiled:
-    """A model compiled for one input shape, and its inference requests, as many as there are streams. `kept`: it came from the cache."""
+    """A model compiled for one input shape, and its inference requests, as many as there are streams.
 
-    def __init__(self, model: Any, streams: int, *, kept: bool) -> None:
-        self.model = model
+    `shape` None: for one image of any size. `kept`: it came from the cache.
+    """
+
+    def __init__(self, model: Any, shape: InputShape | None, streams: int, *, kept: bool) -> None:
+        self.model, self.shape = model, shape
         self.kept = kept
         self.free: LifoQueue[Any] = LifoQueue()  # the request that computed last has its memory in the caches
         for _ in range(streams):
@@ -111,14 +114,16 @@ class OpenVinoSession(Session):
         return labels
 
     def _run(self, images_BHWC: NDArray[np.uint8], answer: NDArray[Any], *, labels: bool) -> None:
-        free = self._compiled_for((images_BHWC.shape, labels), new=not self._dynamic).free
+        compiled = self._compiled_for((images_BHWC.shape, labels), new=not self._dynamic)
+        step = 1 if compiled.shape is None else len(images_BHWC)
         # Nothing is copied: the call returns after the input was read, and the output is written where the caller gets it.
-        request = free.get()
+        request = compiled.free.get()
         try:
-            self._write_to(request, answer)
-            request.infer([images_BHWC], share_inputs=True, share_outputs=True)
+            for first in range(0, len(images_BHWC), step):
+                self._write_to(request, answer[first : first + step])
+                request.infer([images_BHWC[first : first + step]], share_inputs=True, share_outputs=True)
         finally:
-            free.put(request)
+            compiled.free.put(request)
 
     def _write_to(self, request: Any, answer: NDArray[Any]) -> None:
         try:
@@ -181,16 +186,16 @@ class OpenVinoSession(Session):
             with signal_stack_kept():
                 kept = self._kept(variant)
                 if kept is not None:
-                    return _Compiled(kept, self.streams, kept=True)
-                model = self._model if shape is None and not labels else self._model.clone()
+                    return _Compiled(kept, shape, self.streams, kept=True)
+                model = self._model.clone()
                 if labels:
                     model = _ending_in_labels(model)
-                if shape is not None:
-                    model.reshape(list(shape))
+                # One image: with the number of images free, too, OpenVINO 2026.4 computes some networks wrongly (docs/log.md).
+                model.reshape([1, -1, -1, self.signature.channels] if shape is None else list(shape))
                 compiled = self._core.compile_model(model, "CPU", self._options)
                 if self._cache is not None:
                     self._cache.write(self._key(variant), compiled.export_model().getvalue())
-                return _Compiled(compiled, self.streams, kept=False)
+                return _Compiled(compiled, shape, self.streams, kept=False)
         except RuntimeError as error:
             size = "dynamic sizes" if shape is None else f"images of shape {shape}"
             raise ArtifactError(f"{self._path}: OpenVINO {openvino.__version__} cannot compile it for {size}: {one_line(error)}") from error
@@ -207,7 +212,7 @@ class OpenVinoSession(Session):
 
     def _key(self, variant: Variant) -> str:
         shape, labels = variant
-        return f"{shape} {'labels ' if labels else ''}{sorted(self._options.items())}"
+        return f"{shape or 'one image'} {'labels ' if labels else ''}{sorted(self._options.items())}"
 
 
 def _ending_in_labels(model: Any) -> Any:
