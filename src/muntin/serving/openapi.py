@@ -16,8 +16,8 @@ def openapi(model: str) -> dict[str, Any]:
     number = _parameter("version", "path", "one of the model's versions", {"type": "string", "example": "1"})
     paths: dict[str, Any] = {
         "/v2": _get("Name, version and extensions of the server."),
-        "/v2/health/live": _get("200 as long as the process answers.", body=False),
-        "/v2/health/ready": _get("200 when a model is ready, 503 before, and once the server is going down.", body=False),
+        "/v2/health/live": _get("200 as long as the process answers."),
+        "/v2/health/ready": _get("200 when a model is ready, 503 before, and once the server is going down."),
         "/v2/models/stats": _get("Counts and durations of every version."),
         "/v2/repository/index": {"post": _operation("The versions there are, and their states.", body=_schema("Index"))},
         "/v2/repository/models/{model}/load": {
@@ -49,7 +49,7 @@ def openapi(model: str) -> dict[str, Any]:
     for middle, parameters in (("", [name]), ("/versions/{version}", [name, number])):
         at = f"/v2/models/{{model}}{middle}"
         paths[at] = _get("Inputs and outputs: names, types, shapes.") | {"parameters": parameters}
-        paths[f"{at}/ready"] = _get("200 when it can answer, 503 otherwise.", body=False) | {"parameters": parameters}
+        paths[f"{at}/ready"] = _get("200 when it can answer, 503 otherwise.") | {"parameters": parameters}
         paths[f"{at}/config"] = _get("The configuration, in Triton's form.") | {"parameters": parameters}
         paths[f"{at}/stats"] = _get("Counts and durations.") | {"parameters": parameters}
         paths[f"{at}/infer"] = {"parameters": parameters, "post": _infer()}
@@ -61,8 +61,8 @@ def openapi(model: str) -> dict[str, Any]:
             "schemas": _SCHEMAS,
             "responses": {
                 "Error": {
-                    "description": "400 wrong request, 401 no token, 404 unknown model or version, 413 too large, 503 cannot be answered "
-                    "in time (Retry-After says when to try again).",
+                    "description": "400 wrong request, 401 no token, 404 unknown model or version, 413 too large, 415 packed by neither "
+                    "gzip nor deflate, 503 cannot be answered in time (Retry-After says when to try again).",
                     "content": {"application/json": {"schema": {"type": "object", "properties": {"error": {"type": "string"}}}}},
                 }
             },
@@ -83,8 +83,8 @@ def _infer() -> dict[str, Any]:
     return operation
 
 
-def _get(summary: str, *, body: bool = True) -> dict[str, Any]:
-    return {"get": _operation(summary, content={"application/json": {}} if body else {})}
+def _get(summary: str) -> dict[str, Any]:
+    return {"get": _operation(summary)}
 
 
 def _operation(summary: str, *, body: dict[str, Any] | None = None, content: dict[str, Any] | None = None) -> dict[str, Any]:
