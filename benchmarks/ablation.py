@@ -8,13 +8,13 @@ same crops, seed by seed, and in one precision (the recipe's `auto` measures the
 the next). That recipe was tuned with hybrid-s, which favours it. What a preset has: attention in windows of 8 and through 8 to 32 latents,
 parallel blocks, gates, a depthwise convolution for position, foldable norms, ReLU, a decoder of stages.
     local only, global only   the other half of the heads gone over to windows, to latents
-    convolutions              no attention: two 3 x 3 convolutions of as many multiply-adds in place of a block
+    convolutions              no attention: two 3 x 3 convolutions of about as many multiply-adds in place of a block
     serial                    attention, then the perceptron, instead of both at once
     no gate, no depthwise     without it
     window, latents           another number than the preset's: a window's side, which may be larger than the map; a head's latents
     LayerNorm, GELU           in the blocks, in place of norms that fold away and of ReLU, which fuses
-    one-step decoder          all maps to stride 4 by one bilinear step, summed, smoothed once; the same projections
-    UPerNet head              a pyramid with a global context whose levels are fused at stride 4, half as wide: about as many multiply-adds
+    one-step decoder          all maps to the finest by one bilinear step, summed, smoothed once; the same projections
+    UPerNet head              a pyramid with a global context fused at the finest, half as wide: about as many multiply-adds
 The configuration has no option for a network without depthwise convolutions, for another norm, activation or decoder: these are
 factories (`ablation_models.py`) that a recipe can name as its model, and no part of the product.
 

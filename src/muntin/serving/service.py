@@ -235,19 +235,16 @@ class Service:
                 if gone:
                     return ProtocolError("nobody waits for it", status=499)
                 try:
-                    return formed()
+                    response = InferResponse(
+                        model=self.name,
+                        version=work.version,
+                        id=request.id,
+                        outputs=_outputs(answer, wanted, labels, signature),
+                        parameters={"recovered": work.recovered} if work.recovered else {},
+                    )
+                    encoded = None if encode is None else encode(response)
                 except Exception as error:  # noqa: BLE001 - it is the answer
                     return error
-
-            def formed() -> Answered:
-                response = InferResponse(
-                    model=self.name,
-                    version=work.version,
-                    id=request.id,
-                    outputs=_outputs(answer, wanted, labels, signature),
-                    parameters={"recovered": work.recovered} if work.recovered else {},
-                )
-                encoded = None if encode is None else encode(response)
                 queued = max(work.started - arrived, 0.0)
                 return Answered(
                     response=response, encoded=encoded, queued=queued, computed=work.computed, total=total, batch_rows=work.batch_rows
