@@ -22,7 +22,7 @@ def lane_of(*rows: int, line: Line | None = None) -> Lane:
     return lane
 
 
-def line(fixed: float, each: float, *, least: float = 0.0, largest: int = 64, seen: int = 100, firm: bool = True) -> Line:
+def line(fixed: float, each: float, *, least: float = 0.0, largest: int = 64, seen: int = 100, firm: int = 64) -> Line:
     return Line(fixed, each, least, 1.1, largest, seen, firm)
 
 
@@ -86,12 +86,22 @@ def test_the_size_that_sustains_arrivals() -> None:
 
 
 def test_what_is_worth_a_batch() -> None:
-    assert lane_of(1, line=line(2.0, 1.0)).worth(3, 32) == 32  # the fixed part outweighs a row
-    assert lane_of(1, line=line(0.5, 1.0)).worth(3, 32) == 3  # it gains a third: as many as arrivals call for
-    assert lane_of(1, line=line(0.01, 1.0)).worth(3, 32) == 1  # nothing to gain
-    assert lane_of(1, line=line(0.01, 1.0, firm=False)).worth(3, 32) == 2  # but who knows
-    assert lane_of(1, line=line(0.01, 1.0, firm=False)).worth(3, 1) == 1
-    assert lane_of(1, line=line(0.0, 1.0, least=1.0)).worth(3, 32) == 32  # one size measured: to be found out
+    assert lane_of(1, line=line(2.0, 1.0)).worth(3, 32, 64) == 32  # the fixed part outweighs a row
+    assert lane_of(1, line=line(0.5, 1.0)).worth(3, 32, 64) == 3  # it gains a third: as many as arrivals call for
+    assert lane_of(1, line=line(0.01, 1.0)).worth(3, 32, 64) == 1  # nothing to gain
+    assert lane_of(1, line=line(0.01, 1.0, firm=0)).worth(1, 32, 64) == 1
+    assert lane_of(1, line=line(0.0, 1.0, least=1.0)).worth(3, 32, 64) == 32  # one size measured: to be found out
+
+
+def test_that_batches_gain_nothing_is_believed_of_sizes_that_were_seen() -> None:
+    flat = lane_of(1, line=line(0.0, 1.0, firm=0))
+    assert flat.worth(16, 16, 64) == 16  # nothing but single rows, often enough that there is a line: who knows
+    flat.line = line(0.0, 1.0, firm=4)
+    assert flat.worth(16, 16, 64) == 16  # what four rows took says little of sixteen
+    assert flat.worth(8, 16, 64) == 1
+    assert flat.worth(16, 16, 8) == 1  # larger ones would not keep the objective
+    flat.line = line(0.0, 1.0, firm=8)
+    assert flat.worth(16, 16, 64) == 1
 
 
 def test_batches_grow_by_steps() -> None:

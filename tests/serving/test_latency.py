@@ -91,7 +91,7 @@ def test_one_size_alone_promises_no_gain() -> None:
     assert expected(model, 16) == pytest.approx(2 * engine(8))
     line = model.line("g")
     assert line is not None
-    assert (line.largest, line.seen, line.firm) == (8, 20, False)
+    assert (line.largest, line.seen, line.firm) == (8, 20, 0)
 
 
 def test_safe_covers_about_99_of_100_batches() -> None:

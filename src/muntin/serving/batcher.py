@@ -307,10 +307,8 @@ class Batcher:
 
         Both as far as two batches, one after the other, keep the objective: whoever arrives when one has just begun waits for it.
         """
-        line, sustaining = lane.line, self._sustaining(lane, now)
         part = (time if self.objective is None else self.objective) * self._part(lane, now)
-        aim = max(1, min(lane.worth(sustaining, self.max_rows), sustaining, line.rows_within(part)))
-        return line.safe(aim), min(self._owed.value(now), part)
+        return lane.line.safe(self._aim(lane, part, now)), min(self._owed.value(now), part)
 
     def _part(self, lane: Lane, now: float) -> float:
         """Of an objective, what a batch may take: more where most requests are refused anyway, such as those early in a long batch."""
@@ -320,6 +318,11 @@ class Batcher:
     def _sustaining(self, lane: Lane, now: float) -> int:
         others = self._busy.per_second(now) - lane.busy.per_second(now)
         return lane.sustaining(max(0.0, self.workers - others), now, self.max_rows)
+
+    def _aim(self, lane: Lane, seconds: float, now: float) -> int:
+        """Rows of a batch that the arrivals call for and that are worth it, as far as it takes no longer than so many seconds."""
+        sustaining, reach = self._sustaining(lane, now), lane.line.rows_within(seconds)
+        return max(1, min(lane.worth(sustaining, self.max_rows, reach), sustaining, reach))
 
     def _stretch(self, priority: int, now: float) -> float:
         """How many times longer a job waits because more urgent ones arrive and overtake it, if they go on as they did."""
@@ -334,7 +337,8 @@ class Batcher:
         if not self._active or len(self._running) >= self.workers:
             return Step(None, dropped, None)
         lane = next(iter(self._active.values())) if len(self._active) == 1 else min(self._active.values(), key=_standing)
-        most = lane.explored(lane.worth(self._sustaining(lane, now), self.max_rows))
+        part = math.inf if self.objective is None else self.objective * self._part(lane, now)
+        most = lane.explored(lane.worth(self._sustaining(lane, now), self.max_rows, lane.line.rows_within(part)))
         if most != lane.most:
             lane.most = most
             self._reckon(lane)
@@ -391,9 +395,7 @@ class Batcher:
         rate = lane.arrivals.per_second(now)
         if self._draining or not lane.known or rate * line.expected(rows) < LOAD * rows or rows > lane.peak.value(now) - 0.5:
             return now
-        sustaining = self._sustaining(lane, now)
-        half = (due - now if self.objective is None else self.objective) / 2
-        target = min(lane.worth(sustaining, self.max_rows), sustaining, line.rows_within(half))
+        target = self._aim(lane, (due - now if self.objective is None else self.objective) / 2, now)
         gains = line.least or target * line.expected(rows) >= PAYS * rows * line.expected(target)
         if rows >= target or not gains:
             return now

@@ -15,7 +15,7 @@ LOAD = 0.8
 """Of an engine's throughput: arrivals below it call for no larger batch."""
 PAYS = 1.05
 """A batch that gets through less than this many times more is no gain."""
-_EXPLORE = 2  # a batch has at most this many times the rows of the largest one measured
+_EXPLORE = 2  # a batch has at most this many times the rows of the largest one measured, and what was measured tells of no larger one
 _ENDLESS = 1 << 62
 
 
@@ -140,19 +140,20 @@ class Lane:
             return max_rows
         return max(1, min(max_rows, math.ceil(rate * max(line.fixed, line.least) / spare)))
 
-    def worth(self, sustaining: int, max_rows: int) -> int:
-        """Rows that are worth a batch, if that many wait.
+    def worth(self, sustaining: int, max_rows: int, reach: int) -> int:
+        """Rows that are worth a batch, if that many wait. `reach`: those that batches can have which keep the objective.
 
         Every row, where the fixed part of a batch outweighs a row: everybody's latency gains. One, where larger batches get no more
-        through, or two now and then to see whether that is still so. In between, a batch delays its first rows for the sake of its last:
-        as many as the arrivals call for.
+        through. In between, a batch delays its first rows for the sake of its last: as many as the arrivals call for.
+
+        That larger batches gain nothing is believed only of sizes that were seen: what a line through single rows and a few pairs says of
+        sixteen is mostly noise, and an engine that is believed to gain nothing computes single rows, from which nothing else is learned.
         """
         line = self.line
         if line.least or line.fixed >= line.each:
             return max_rows
-        if (line.fixed + line.each) * max_rows < PAYS * (line.fixed + line.each * max_rows):
-            return 1 if line.firm else min(2, max_rows)
-        return sustaining
+        gains = (line.fixed + line.each) * max_rows >= PAYS * (line.fixed + line.each * max_rows)
+        return sustaining if gains or min(sustaining, reach) > _EXPLORE * line.firm else 1
 
     def explored(self, worth: int) -> int:
         """Of the rows that are worth a batch, as many as may be tried: batches grow by steps, so that no promise rests on a wild guess."""

@@ -46,7 +46,7 @@ class Line(NamedTuple):
     """Seconds of a batch of n rows: at least `least`, otherwise `fixed` + `each` * n. `spread` >= 1 leads to what may be promised.
 
     `largest`: rows of the largest batch that this rests on; beyond it the line is a guess. `seen`: how many batches it rests on.
-    `firm`: whether batches of several sizes were seen often enough, and lately enough, to tell what larger ones gain.
+    `firm`: rows of the largest batches that were seen often enough, and lately enough, to tell what they gain over smaller ones; 0: none.
     """
 
     fixed: float
@@ -55,7 +55,7 @@ class Line(NamedTuple):
     spread: float
     largest: int
     seen: int
-    firm: bool
+    firm: int
 
     def expected(self, rows: int) -> float:
         """Seconds that a batch takes as a rule."""
@@ -78,7 +78,7 @@ class Line(NamedTuple):
         return self._replace(fixed=self.fixed * factor, each=self.each * factor, least=self.least * factor)
 
 
-UNKNOWN = Line(0.0, 0.0, 0.0, 1.0, 0, 0, False)
+UNKNOWN = Line(0.0, 0.0, 0.0, 1.0, 0, 0, 0)
 
 
 class LatencyModel:
@@ -265,9 +265,13 @@ class _Group:
         outliers = (_OUTLIERS * count + _WINDOW // 2) // _WINDOW
         return 1 + max(_LEAST_SPREAD, (self._deviations.largest(outliers) - 1) * _STRETCH)
 
-    def _firm(self) -> bool:
+    def _firm(self) -> int:
         smallest = min(self._sizes)
-        return any(key > smallest and size.count >= _FIRM and self._count - size.last < _STALE for key, size in self._sizes.items())
+        enough = (size.rows for key, size in self._sizes.items() if key > smallest and self._is_firm(size))
+        return round(max(enough, default=0))
+
+    def _is_firm(self, size: _Size) -> bool:
+        return size.count >= _FIRM and self._count - size.last < _STALE
 
 
 def _key(rows: int) -> int:
