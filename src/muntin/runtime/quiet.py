@@ -34,9 +34,9 @@ def __getattr__(name: str) -> Any:
 
 def import_without_telemetry(name: str) -> Any:
     """A module of OpenVINO's family, which reports nothing where `openvino_telemetry` cannot be imported: imported as if it could not."""
-    hidden = {name: module for name, module in sys.modules.items() if name.partition(".")[0] == _TELEMETRY}
-    for name in hidden:
-        del sys.modules[name]
+    hidden = {loaded: module for loaded, module in sys.modules.items() if loaded.partition(".")[0] == _TELEMETRY}
+    for loaded in hidden:
+        del sys.modules[loaded]
     sys.modules[_TELEMETRY] = None  # type: ignore[assignment]  # documented: makes the import raise ModuleNotFoundError
     try:
         return importlib.import_module(name)
