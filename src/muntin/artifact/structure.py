@@ -163,8 +163,7 @@ def _all_tensors(model: onnx.ModelProto) -> Iterator[onnx.TensorProto]:
 
 def _graph_tensors(graph: onnx.GraphProto) -> Iterator[onnx.TensorProto]:
     yield from graph.initializer
-    for sparse in graph.sparse_initializer:
-        yield from (sparse.values, sparse.indices)
+    yield from _sparse_tensors(graph.sparse_initializer)
     yield from _node_tensors(graph.node)
 
 
@@ -172,5 +171,11 @@ def _node_tensors(nodes: Iterable[onnx.NodeProto]) -> Iterator[onnx.TensorProto]
     for node in nodes:
         for attribute in node.attribute:
             yield from (attribute.t, *attribute.tensors)
+            yield from _sparse_tensors((attribute.sparse_tensor, *attribute.sparse_tensors))
             for inner in (attribute.g, *attribute.graphs):
                 yield from _graph_tensors(inner)
+
+
+def _sparse_tensors(tensors: Iterable[onnx.SparseTensorProto]) -> Iterator[onnx.TensorProto]:
+    for sparse in tensors:
+        yield from (sparse.values, sparse.indices)
