@@ -150,7 +150,8 @@ def full_disk() -> Callable[[int], AbstractContextManager[None]]:
 def write_small() -> Callable[..., Path]:
     """`write_small(path, task="classify", golden=1.0, nan=True)`: an artefact of one product a pixel, made without torch.
 
-    The scores of class k are the mean of channels 0..k over 255. `golden` is added to the recorded scores; `nan` to the real ones.
+    The scores of class k are the mean of channels 0..k over 255; "restore" needs three of them. `golden` is added to the recorded
+    scores; `nan` to the real ones.
     """
 
     def write(path: Path, *, task: str = "segment", names: tuple[str, ...] = ("a", "b"), golden: float = 0.0, nan: bool = False) -> Path:
@@ -160,12 +161,12 @@ def write_small() -> Callable[..., Path]:
             helper.make_node("Cast", ["images"], ["float"], to=TensorProto.FLOAT),
             helper.make_node("Transpose", ["float"], ["planes"], perm=[0, 3, 1, 2]),
             helper.make_node("Conv", ["planes", "weights"], ["products"], name="product"),
-            helper.make_node("Add", ["products", "shift"], ["scores" if task == "segment" else "map"]),
+            helper.make_node("Add", ["products", "shift"], ["map" if task == "classify" else "scores"]),
         ]
         if task == "classify":
             nodes.append(helper.make_node("ReduceMean", ["map", "axes"], ["scores"], keepdims=0))
         values = {"weights": weights[:, :, None, None], "shift": shift, "axes": np.array([2, 3])}
-        shape = ["B", len(names), "H", "W"][: 4 if task == "segment" else 2]
+        shape = ["B", len(names), "H", "W"][: 2 if task == "classify" else 4]
         graph = helper.make_graph(
             nodes,
             "small",
@@ -174,12 +175,13 @@ def write_small() -> Callable[..., Path]:
             [numpy_helper.from_array(value, name) for name, value in values.items() if name != "axes" or task == "classify"],
         )
         images = np.random.default_rng(0).integers(0, 256, (1, 5, 6, 3)).astype(np.uint8)
+        classes = tuple(ClassInfo(name=name, color=(9 * k, 0, 0)) for k, name in enumerate(names))
         scores = np.einsum("bhwc,kc->bkhw", images.astype(np.float32), weights)
-        scores = np.ascontiguousarray(scores if task == "segment" else scores.mean((2, 3))) + np.float32(golden)
+        scores = np.ascontiguousarray(scores.mean((2, 3)) if task == "classify" else scores) + np.float32(golden)
         write_artifact(
             path,
             model=helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=10),
-            signature=Signature(task=task, channels=3, classes=tuple(ClassInfo(name=n, color=(9 * k, 0, 0)) for k, n in enumerate(names))),
+            signature=Signature(task=task, channels=3, classes=() if task == "restore" else classes),
             golden=[(images, scores)],
             golden_tolerance={"openvino": {"f32": GoldenTolerance(max_error=0.01, label_agreement=0.9)}},
         )

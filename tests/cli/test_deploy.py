@@ -175,6 +175,32 @@ def test_predict_takes_a_folder(call: Call, exported: Any, tmp_path: Path) -> No
     assert len(list((tmp_path / "out").glob("*.mask.png"))) == 2
 
 
+def test_a_restored_image_lies_beside_its_own(call: Call, tmp_path: Path, write_small: Write) -> None:
+    artifact = write_small(tmp_path / "restore", task="restore", names=("r", "g", "b"))
+    (tmp_path / "photos").mkdir()
+    write_image(tmp_path / "photos" / "x.png", np.full((5, 4, 3), 200, np.uint8))
+    before = (tmp_path / "photos" / "x.png").read_bytes()
+    (result,) = call("predict", artifact, tmp_path / "photos" / "x.png", "-o", tmp_path / "photos", "--json").document()["results"]
+    assert Path(result["image"]) == tmp_path / "photos" / "x.restored.png"
+    assert read_image(result["image"]).shape == (5, 4, 3)
+    assert (tmp_path / "photos" / "x.png").read_bytes() == before
+
+
+def test_predict_replaces_no_file_that_it_was_given(call: Call, tmp_path: Path, write_small: Write, tree: Tree) -> None:
+    artifact, photos = write_small(tmp_path / "segment"), tmp_path / "photos"
+    photos.mkdir()
+    write_image(photos / "x.png", np.full((5, 4, 3), 200, np.uint8))
+    write_image(photos / "x.mask.png", np.ones((5, 4), np.uint8))
+    before = tree(photos)
+    words = ("predict", artifact, photos / "x.png", "--truth", photos / "x.mask.png")
+    assert "x.mask.png, a result of" in (text := call(*words, "-o", photos).mistake())
+    assert "give another folder by --output" in text
+    assert "is the folder of the images" in call("predict", artifact, photos, "-o", photos / ".." / "photos").mistake()
+    assert tree(photos) == before
+    assert call(*words, "-o", tmp_path / "out").code == 0
+    assert tree(photos) == before
+
+
 def test_predict_names_the_class_of_a_picture(call: Call, tmp_path: Path, write_small: Write) -> None:
     artifact = write_small(tmp_path / "classify", task="classify", names=("red", "any"))
     write_image(tmp_path / "x.png", np.full((5, 4, 3), (200, 0, 0), np.uint8))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from math import isfinite
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -128,13 +129,17 @@ def predict_command(
     threads: Threads = None,
     json: Json = False,
 ) -> None:
-    """Segment or classify images: a mask and an overlay for each, or a class."""
+    """Segment, restore or classify images: a mask and an overlay for each, a restored image, or a class."""
     from muntin.runtime import load
 
     images = _images(image)
     if truth is not None and len(images) != 1:
         raise DataError(f"--truth goes with one image, and {image} holds {len(images)}: name one")
+    if image.is_dir() and output.resolve() == image.resolve():
+        raise DataError(f"--output {output} is the folder of the images, whose results would be taken for images next time: give another")
     session = load(artifact, engine=engine, precision=precision, threads=threads)
+    if session.signature.task != "classify":
+        _refuse_overwriting(images, output, truth, session.signature.task)
     results = []
     with progress_bar("predicting") as advance:
         for done, path in enumerate(images, 1):
@@ -167,6 +172,21 @@ def _images(path: Path) -> list[Path]:
     return found
 
 
+def _results(path: Path, output: Path, task: str) -> dict[str, Path]:
+    """Where each result of an image goes: no image's own name, since people keep results beside their images."""
+    kinds = {"image": "restored"} if task == "restore" else {"mask": "mask", "overlay": "overlay", "difference": "difference"}
+    return {kind: output / f"{path.stem}.{name}.png" for kind, name in kinds.items()}
+
+
+def _refuse_overwriting(images: Iterable[Path], output: Path, truth: Path | None, task: str) -> None:
+    """Raises DataError, before anything is computed, where a result would replace an image or the truth."""
+    kept = {path.resolve() for path in (*images, *([] if truth is None else [truth]))}
+    for path in images:
+        for target in _results(path, output, task).values():
+            if target.resolve() in kept:
+                raise DataError(f"{target}, a result of {path}, would replace a file that was given: give another folder by --output")
+
+
 def _classify(session: Session, path: Path) -> dict[str, Any]:
     import numpy as np
 
@@ -187,20 +207,21 @@ def _segment(session: Session, path: Path, output: Path, truth: Path | None, til
     known = None if truth is None else _read_truth(truth, image.shape[:2], len(session.signature.classes))
     answer = predict(session, image, **tiles)
     output.mkdir(parents=True, exist_ok=True)
+    targets = _results(path, output, session.signature.task)
     if session.signature.task == "restore":
-        write_image(output / f"{path.stem}.png", answer)
-        return {"source": str(path), "image": str(output / f"{path.stem}.png")}
+        write_image(targets["image"], answer)
+        return {"source": str(path), "image": str(targets["image"])}
     classes = session.signature.classes
-    result: dict[str, Any] = {"source": str(path), "mask": str(output / f"{path.stem}.mask.png")}
-    write_image(output / f"{path.stem}.mask.png", answer)
+    result: dict[str, Any] = {"source": str(path), "mask": str(targets["mask"])}
+    write_image(targets["mask"], answer)
     if image.shape[2] in (1, 3, 4):
-        result["overlay"] = str(output / f"{path.stem}.overlay.png")
-        write_image(output / f"{path.stem}.overlay.png", overlay(image, answer, classes))
+        result["overlay"] = str(targets["overlay"])
+        write_image(targets["overlay"], overlay(image, answer, classes))
     else:
         say(f"{path}: {image.shape[2]} channels cannot be shown: no overlay")
     if known is not None:
-        result["difference"] = str(output / f"{path.stem}.difference.png")
-        result["agreement"] = _write_difference(output / f"{path.stem}.difference.png", answer, known)
+        result["difference"] = str(targets["difference"])
+        result["agreement"] = _write_difference(targets["difference"], answer, known)
     total = answer.size
     result["shares"] = {c.name: float((answer == k).sum() / total) for k, c in enumerate(classes)}
     return result
