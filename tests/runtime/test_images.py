@@ -14,10 +14,11 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
-from PIL import Image
+from PIL import Image, ImageFile
 
 from muntin.artifact.classes import ClassInfo
 from muntin.errors import DataError
+from muntin.runtime import images
 from muntin.runtime.images import (
     colorize,
     decode_image,
@@ -83,12 +84,13 @@ def test_palette_with_transparency_reads_as_colors(tmp_path: Path) -> None:
     assert read_image(tmp_path / "p.png").tolist() == [[[10, 20, 30], [200, 100, 50]], [[200, 100, 50], [10, 20, 30]]]
 
 
+@pytest.mark.parametrize("suffix", [".png", ".webp", ".tif"])
 @pytest.mark.parametrize("orientation", range(1, 9))
-def test_exif_orientation_is_applied(tmp_path: Path, orientation: int) -> None:
-    stored = photo(4, 6)
+def test_exif_orientation_is_applied(tmp_path: Path, orientation: int, suffix: str) -> None:
+    stored, file = photo(4, 6), tmp_path / f"a{suffix}"
     exif = Image.Exif()
     exif[0x0112] = orientation
-    Image.fromarray(stored).save(tmp_path / "a.png", exif=exif)
+    Image.fromarray(stored).save(file, exif=exif, lossless=True)
     upright = {  # what the standard says that a viewer does to the stored rows
         1: stored,
         2: stored[:, ::-1],
@@ -99,8 +101,43 @@ def test_exif_orientation_is_applied(tmp_path: Path, orientation: int) -> None:
         7: stored.transpose(1, 0, 2)[::-1, ::-1],
         8: np.rot90(stored),
     }[orientation]
-    np.testing.assert_array_equal(read_image(tmp_path / "a.png"), upright)
-    assert image_size(tmp_path / "a.png") == upright.shape[:2]
+    np.testing.assert_array_equal(read_image(file), upright)
+    assert image_size(file) == upright.shape[:2]
+
+
+def test_an_orientation_behind_the_pixels_is_applied(tmp_path: Path) -> None:
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    Image.fromarray(stored := photo(4, 6)).save(tmp_path / "a.png")
+    body = b"eXIf" + exif.tobytes().removeprefix(b"Exif\0\0")
+    chunk = struct.pack(">I", len(body) - 4) + body + struct.pack(">I", zlib.crc32(body))
+    content = (tmp_path / "a.png").read_bytes()
+    (tmp_path / "a.png").write_bytes(content[:-12] + chunk + content[-12:])
+    np.testing.assert_array_equal(read_image(tmp_path / "a.png"), np.rot90(stored, -1))
+
+
+def test_a_size_is_read_without_the_pixels(tmp_path: Path) -> None:
+    png(tmp_path / "a.png", width=5, height=4, depth=8, kind=0, rows=b"")
+    assert image_size(tmp_path / "a.png") == (4, 5)
+    with pytest.raises(DataError):
+        read_image(tmp_path / "a.png")
+
+
+@pytest.mark.parametrize("suffix", [".png", ".jpg", ".webp", ".tif", ".bmp"])
+def test_pictures_are_decoded_beside_each_other(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, suffix: str) -> None:
+    load, alone = ImageFile.ImageFile.load, []
+
+    def watched(picture: ImageFile.ImageFile) -> Any:
+        alone.append(images._quiet_lock.locked())
+        return load(picture)
+
+    monkeypatch.setattr(ImageFile.ImageFile, "load", watched)
+    write_image(tmp_path / f"a{suffix}", photo(9, 9))
+    alone.clear()
+    for read in (read_image, read_mask):
+        read(tmp_path / f"a{suffix}")
+    assert alone
+    assert not any(alone)
 
 
 def test_many_channels_come_from_npy(tmp_path: Path) -> None:
@@ -252,6 +289,7 @@ def test_a_full_disk_leaves_the_old_file_and_nothing_else(tmp_path: Path) -> Non
 import resource, numpy as np
 from muntin.runtime.images import write_image
 from muntin.errors import DataError
+from muntin.runtime import images
 resource.setrlimit(resource.RLIMIT_FSIZE, (4096, 4096))
 try:
     write_image({str(tmp_path / "a.npy")!r}, np.zeros((99, 99, 3), np.uint8))

@@ -25,7 +25,7 @@ from typing import IO, Any
 
 import numpy as np
 import numpy.typing as npt
-from PIL import BmpImagePlugin, Image, ImageFile, ImageOps, JpegImagePlugin, PngImagePlugin, TiffImagePlugin, WebPImagePlugin
+from PIL import BmpImagePlugin, Image, ImageFile, JpegImagePlugin, PngImagePlugin, TiffImagePlugin, WebPImagePlugin
 
 from muntin.artifact.classes import ClassInfo
 from muntin.errors import DataError
@@ -41,6 +41,15 @@ IGNORED_COLOR = (0, 0, 0)
 _NPY = b"\x93NUMPY"
 _HEAD_BYTES = 16
 _ORIENTATION_TAG = 0x0112
+_TURNS = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}  # what makes a picture of that EXIF orientation upright
 _DEEP = (";16B", ";16L", ";16N")  # endings of Pillow's raw modes of 16-bit channels, which it would cut to 8 without a word
 _MODES = {1: "L", 2: "LA", 3: "RGB", 4: "RGBA"}
 # What Pillow's and numpy's parsers raise on damaged bytes (fuzzed in the tests); Pillow's own `open` catches such a list too.
@@ -140,14 +149,17 @@ def read_mask(path: Path | str, *, colors: bool = False, max_pixels: int = MAX_P
 
 
 def image_size(path: Path | str, *, max_pixels: int = MAX_PIXELS) -> tuple[int, int]:
-    """(height, width) of the picture in a file, upright, from its header alone: well under a millisecond. Raises DataError."""
+    """(height, width) of the picture in a file, upright, from its header alone: well under a millisecond. Raises DataError.
+
+    A PNG may name its orientation behind its pixels (few do), where this does not look.
+    """
     path = Path(path)
     with _opened(path) as (stream, head):
         if head.startswith(_NPY):
             shape = _npy_mapped(path, stream, max_pixels).shape
             return int(shape[0]), int(shape[1])
         with _picture(path, stream, head, max_pixels) as picture:
-            width, height = picture.size
+            width, height = _stored_size(picture)
             return (width, height) if _orientation(picture) >= 5 else (height, width)
 
 
@@ -290,9 +302,6 @@ def _picture(path: Path, stream: IO[bytes], head: bytes, max_pixels: int) -> Ite
             picture = decoder(stream)
         with picture:
             _check_pixels(path, picture.size, max_pixels)
-            if prod(picture.size) > (Image.MAX_IMAGE_PIXELS or max_pixels):  # Pillow's limit of a TIFF is not ours, and it would warn
-                with _quiet():
-                    picture.load_prepare()
             yield picture
     except _DAMAGE as error:
         raise _damaged(path, error) from error
@@ -340,17 +349,28 @@ def _reason(error: BaseException) -> str:
 # ---- pictures ----
 
 
+def _stored_size(picture: Image.Image) -> tuple[int, int]:
+    """(width, height) as it lies in the file: of a TIFF, Pillow's `size` may be the upright one already."""
+    if isinstance(picture, TiffImagePlugin.TiffImageFile):
+        return picture.tag_v2[TiffImagePlugin.IMAGEWIDTH], picture.tag_v2[TiffImagePlugin.IMAGELENGTH]
+    return picture.size
+
+
 def _orientation(picture: Image.Image) -> int:
+    """By what has been read of the file so far: a PNG's own `getexif` would decode it, to look behind its pixels."""
     with _quiet():
-        value = picture.getexif().get(_ORIENTATION_TAG, 1)
+        value = Image.Image.getexif(picture).get(_ORIENTATION_TAG, 1)
     return value if isinstance(value, int) and 1 <= value <= 8 else 1
 
 
-def _upright(picture: Image.Image) -> Image.Image:
-    if _orientation(picture) == 1:
-        return picture
-    with _quiet():
-        return ImageOps.exif_transpose(picture)
+def _upright(picture: ImageFile.ImageFile) -> Image.Image:
+    """The picture decoded, which takes no lock, and turned as its EXIF orientation says."""
+    if prod(picture.size) > (Image.MAX_IMAGE_PIXELS or MAX_PIXELS):  # Pillow's limit of a TIFF is not ours, and it would warn
+        with _quiet():
+            picture.load_prepare()
+    picture.load()
+    turn = _TURNS.get(_orientation(picture))  # 1 for a TIFF, which Pillow has turned by now
+    return picture if turn is None else picture.transpose(turn)
 
 
 def _target_mode(path: Path, picture: ImageFile.ImageFile, channels: int | None) -> str:
