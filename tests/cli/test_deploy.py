@@ -204,10 +204,28 @@ def test_predict_replaces_no_file_that_it_was_given(call: Call, tmp_path: Path, 
 def test_predict_names_the_class_of_a_picture(call: Call, tmp_path: Path, write_small: Write) -> None:
     artifact = write_small(tmp_path / "classify", task="classify", names=("red", "any"))
     write_image(tmp_path / "x.png", np.full((5, 4, 3), (200, 0, 0), np.uint8))
-    (result,) = call("predict", artifact, tmp_path / "x.png", "-o", tmp_path / "out", "--json").document()["results"]
+    (result,) = call("predict", artifact, tmp_path / "x.png", "--json").document()["results"]
     assert result["class"] == "red"
     assert result["probability"] == pytest.approx(1 / (1 + np.exp(-100 / 255)), rel=1e-4)
     assert f"{tmp_path / 'x.png'} -> red" in call("predict", artifact, tmp_path / "x.png").out
+
+
+@pytest.mark.parametrize(
+    ("task", "options", "says"),
+    [
+        ("classify", ["--tile", "512"], "--tile: the artefact's task is classify"),
+        ("classify", ["--overlap", "0"], "leave out --overlap"),
+        ("classify", ["--exact", "-o", "out"], "leave out --output, --exact"),
+        ("classify", ["--truth", "mask.png"], "leave out --truth"),
+        ("restore", ["--truth", "mask.png"], "--truth: the artefact's task is restore"),
+    ],
+)
+def test_predict_refuses_what_the_task_has_no_use_for(
+    call: Call, tmp_path: Path, write_small: Write, task: str, options: list[str], says: str
+) -> None:
+    artifact = write_small(tmp_path / "artifact", task=task, names=("a", "b", "c"))
+    write_image(tmp_path / "x.png", np.full((5, 4, 3), 200, np.uint8))
+    assert says in call("predict", artifact, tmp_path / "x.png", *options).mistake()
 
 
 def spoiled(tmp_path: Path, exported: Any, kind: str) -> list[Any]:

@@ -21,6 +21,8 @@ if TYPE_CHECKING:
 Engine = Annotated[str, typer.Option(help="openvino, onnxruntime, onnxruntime-cuda or onnxruntime-tensorrt.")]
 Precision = Annotated[str, typer.Option(help="recorded, f32, bf16 or f16: what the float layers run in.")]
 Threads = Annotated[int | None, typer.Option(min=1, help="Threads of the engine; the usable physical cores by default.")]
+TILE = 512
+"""Side of the tiles that `predict` computes in unless told otherwise, pixels."""
 ArtifactPath = Annotated[Path, typer.Argument(help="An artefact's folder, written by `muntin export`.")]
 
 
@@ -113,11 +115,11 @@ def verify_command(
 def predict_command(
     artifact: ArtifactPath,
     image: Annotated[Path, typer.Argument(help="An image, or a folder of them.")],
-    output: Annotated[Path, typer.Option("--output", "-o", help="Folder of the results.")] = Path("predictions"),
+    output: Annotated[Path | None, typer.Option("--output", "-o", help="Folder of the results; predictions by default.")] = None,
     truth: Annotated[
         Path | None, typer.Option(help="A mask of class numbers, 255 ignored: also writes a difference picture. One image only.")
     ] = None,
-    tile: Annotated[int, typer.Option(min=1, help="Side of the blended tiles, pixels.")] = 512,
+    tile: Annotated[int | None, typer.Option(min=1, help="Side of the blended tiles, pixels; 512 by default.")] = None,
     overlap: Annotated[
         int | None, typer.Option(min=0, help="Pixels that neighbouring tiles share; a quarter of the tile by default.")
     ] = None,
@@ -135,18 +137,20 @@ def predict_command(
     images = _images(image)
     if truth is not None and len(images) != 1:
         raise DataError(f"--truth goes with one image, and {image} holds {len(images)}: name one")
-    if image.is_dir() and output.resolve() == image.resolve():
-        raise DataError(f"--output {output} is the folder of the images, whose results would be taken for images next time: give another")
     session = load(artifact, engine=engine, precision=precision, threads=threads)
-    if session.signature.task != "classify":
-        _refuse_overwriting(images, output, truth, session.signature.task)
+    task = session.signature.task
+    given = {"--output": output, "--truth": truth, "--tile": tile, "--overlap": overlap, "--exact": exact or None}
+    _refuse_unused(task, [option for option, value in given.items() if value is not None])
+    folder = output or Path("predictions")
+    if task != "classify":
+        _refuse_overwriting(image, images, folder, truth, task)
     results = []
     with progress_bar("predicting") as advance:
         for done, path in enumerate(images, 1):
-            if session.signature.task == "classify":
+            if task == "classify":
                 results.append(_classify(session, path))
             else:
-                results.append(_segment(session, path, output, truth, {"tile": tile, "overlap": overlap, "exact": exact}))
+                results.append(_segment(session, path, folder, truth, {"tile": tile or TILE, "overlap": overlap, "exact": exact}))
             advance(done, len(images))
     if json:
         print_json({"artifact": artifact, "engine": session.engine, "precision": session.precision, "results": results})
@@ -178,8 +182,18 @@ def _results(path: Path, output: Path, task: str) -> dict[str, Path]:
     return {kind: output / f"{path.stem}.{name}.png" for kind, name in kinds.items()}
 
 
-def _refuse_overwriting(images: Iterable[Path], output: Path, truth: Path | None, task: str) -> None:
-    """Raises DataError, before anything is computed, where a result would replace an image or the truth."""
+def _refuse_unused(task: str, given: Iterable[str]) -> None:
+    """Raises DataError for an option that the artefact's task has no use for."""
+    useless = {"classify": ("--output", "--truth", "--tile", "--overlap", "--exact"), "restore": ("--truth",)}.get(task, ())
+    if unused := [option for option in given if option in useless]:
+        answers = "the name of a class, which is printed" if task == "classify" else "an image, which no mask is the truth of"
+        raise DataError(f"{unused[0]}: the artefact's task is {task}, and its answer {answers}: leave out {', '.join(unused)}")
+
+
+def _refuse_overwriting(image: Path, images: Iterable[Path], output: Path, truth: Path | None, task: str) -> None:
+    """Raises DataError, before anything is computed, where a result would replace an image or the truth, or be an image next time."""
+    if image.is_dir() and output.resolve() == image.resolve():
+        raise DataError(f"--output {output} is the folder of the images, whose results would be taken for images next time: give another")
     kept = {path.resolve() for path in (*images, *([] if truth is None else [truth]))}
     for path in images:
         for target in _results(path, output, task).values():
