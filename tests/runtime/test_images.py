@@ -48,7 +48,7 @@ def one_line(error: pytest.ExceptionInfo[DataError], *words: str) -> None:
 
 
 @given(image=pictures, suffix=st.sampled_from([".png", ".tif", ".bmp", ".npy"]))
-@settings(max_examples=40, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_lossless_formats_give_back_what_was_written(tmp_path: Path, image: np.ndarray[Any, np.dtype[np.uint8]], suffix: str) -> None:
     path = tmp_path / f"a{suffix}"
     if suffix == ".bmp" and image.shape[2] == 4:
