@@ -94,6 +94,25 @@ def test_what_was_not_used_for_the_longest_goes_first(own_cache: Path, monkeypat
     assert [model.read("key") for model in models] == [bytes(100), None, bytes(100)]
 
 
+def test_the_shapes_of_one_artefact_do_not_grow_without_bound(own_cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    models = CompiledModels("openvino", "1", "a" * 64)
+    folder = compiled_folder("openvino", "1", "a" * 64)
+    assert folder is not None
+    for age, key in enumerate(("first", "second", "third")):
+        models.write(key, bytes(100))
+        for file in folder.iterdir():
+            os.utime(file, (1000 - age, 1000 - age))  # the last written is the oldest
+    assert models.read("first") is not None  # used again
+    monkeypatch.setattr(cache, "LIMIT", 300)
+    models.write("fourth", bytes(100))
+    assert sum(file.stat().st_size for file in own_cache.rglob("*") if file.is_file()) <= 300
+    assert [key for key in ("first", "second", "third", "fourth") if models.read(key) is not None] == ["first", "fourth"]
+    monkeypatch.setattr(cache, "LIMIT", 50)
+    models.write("fifth", bytes(100))
+    assert len(list(folder.iterdir())) == 1
+    assert models.read("fifth") is not None  # what was just written stays, however large
+
+
 @pytest.mark.parametrize(
     "damage", [lambda data: data[:-1], lambda data: data[:100] + b"x" + data[101:], lambda data: b"", lambda data: data[1:]]
 )

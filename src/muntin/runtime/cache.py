@@ -3,8 +3,8 @@
     CACHE/compiled/<engine>-<version>-<digest of artefact and CPU>/<digest of shape and options>.bin
 
 A folder belongs to one artefact (by its digest), one version of one engine and one kind of CPU: none of them is ever given what another
-compiled. Every file begins with the digest of the rest: what was damaged is not run. Folders that were not used for the longest time go
-when all of them together grow beyond `LIMIT`.
+compiled. Every file begins with the digest of the rest: what was damaged is not run. When all of it grows beyond `LIMIT`, those folders go
+that were not used for the longest time, then such files of the folder in use, which has one for each shape.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import hashlib
 import os
 import shutil
 import tempfile
+import time
 from contextlib import suppress
 from pathlib import Path
 
@@ -69,6 +70,8 @@ class CompiledModels:
         except OSError:
             return None
         if hashlib.sha256(data[_DIGEST:]).digest() == data[:_DIGEST]:
+            with suppress(OSError):
+                os.utime(file, ns=(time.time_ns(), file.stat().st_mtime_ns))  # used now, by a clock that file systems may not keep
             return data[_DIGEST:]
         with suppress(OSError):
             file.unlink()
@@ -79,17 +82,18 @@ class CompiledModels:
         folder = compiled_folder(self._engine, self._version, self._digest)
         if folder is None:
             return
+        file = folder / _name(key)
         with suppress(OSError):
             descriptor, name = tempfile.mkstemp(dir=folder)
             try:
-                with os.fdopen(descriptor, "wb") as file:
-                    file.write(hashlib.sha256(data).digest())
-                    file.write(data)
-                Path(name).replace(folder / _name(key))
+                with os.fdopen(descriptor, "wb") as stream:
+                    stream.write(hashlib.sha256(data).digest())
+                    stream.write(data)
+                Path(name).replace(file)
             except OSError:
                 Path(name).unlink(missing_ok=True)
                 raise
-            _prune(folder.parent, keep=folder)
+            _prune(folder.parent, keep=file)
 
 
 def _name(key: str) -> str:
@@ -107,11 +111,19 @@ def _is_own(folder: Path) -> bool:
 
 
 def _prune(root: Path, *, keep: Path) -> None:
+    """Removes what was not used for the longest, until the rest is within `LIMIT`: whole folders, then of the one of `keep` all but it."""
     sizes = {folder: sum(file.stat().st_size for file in folder.rglob("*") if file.is_file()) for folder in root.iterdir()}
     total = sum(sizes.values())
     for folder in sorted(sizes, key=lambda folder: folder.stat().st_mtime):
         if total <= LIMIT:
             return
-        if folder != keep:
+        if folder != keep.parent:
             shutil.rmtree(folder, ignore_errors=True)
             total -= sizes[folder]
+    for file in sorted(keep.parent.iterdir(), key=lambda file: file.stat().st_atime):
+        if total <= LIMIT:
+            return
+        if file != keep:
+            size = file.stat().st_size
+            file.unlink()
+            total -= size
