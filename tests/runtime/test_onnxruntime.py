@@ -12,9 +12,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnx
 import pytest
 
-from muntin.errors import DependencyError
+from muntin.errors import ArtifactError, DependencyError
 from muntin.runtime import describe_hardware, load
 from muntin.runtime.onnxruntime import OnnxRuntimeSession, Provider
 from muntin.runtime.quiet import onnxruntime
@@ -37,6 +38,17 @@ def test_layers_are_named_and_told_apart(convolutions: Any) -> None:
     assert computed.keys() == {"stem", "body", "depthwise", "head"}
     assert computed["body"] == ("QLinearConv", "i8")
     assert computed["head"] == ("Conv", "f32")  # its output is not quantised again, so the pattern does not fuse
+
+
+def test_a_model_of_two_inputs_is_an_error_of_the_artefact(convolutions: Any, write_layers: Callable[..., Any], tmp_path: Path) -> None:
+    model = onnx.load_model_from_string(convolutions.artifact.model_bytes())
+    model.graph.input.append(onnx.helper.make_tensor_value_info("more", onnx.TensorProto.FLOAT, [1]))
+    model.graph.node[-1].output[0] = "before"
+    model.graph.node.append(onnx.helper.make_node("Add", ["before", "more"], ["scores"]))
+    written = write_layers(tmp_path / "a", convolutions.layers, model=model)
+    for engine in ("onnxruntime", "openvino"):
+        with pytest.raises(ArtifactError):
+            load(written.path, engine=engine, precision="f32", shapes=[(1, 4, 4)])
 
 
 def test_floats_run_in_f32_and_it_says_so(convolutions: Any) -> None:

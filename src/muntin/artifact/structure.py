@@ -94,7 +94,7 @@ def _store(initializer: onnx.TensorProto, how: int | Literal["f16"] | None) -> t
 
 def _expand(initializer: onnx.TensorProto, stored: NDArray[Any], record: TensorRecord) -> bytes:
     """The raw data of an emptied initializer, in the type and shape that it kept."""
-    dtype = np.dtype(onnx.helper.tensor_dtype_to_np_dtype(initializer.data_type))
+    dtype = _numpy_type(initializer)
     values: NDArray[Any]
     if record.packing == "int" and record.bits < 8:
         values = unpack(stored, record.bits, record.shape, signed=dtype == np.int8)
@@ -108,6 +108,15 @@ def _expand(initializer: onnx.TensorProto, stored: NDArray[Any], record: TensorR
             "export the artefact again"
         )
     return values.astype(dtype.newbyteorder("<"), copy=False).tobytes()
+
+
+def _numpy_type(initializer: onnx.TensorProto) -> np.dtype[Any]:
+    try:
+        return np.dtype(onnx.helper.tensor_dtype_to_np_dtype(initializer.data_type))
+    except KeyError as error:
+        raise ArtifactError(
+            f"initializer {initializer.name} has the type {initializer.data_type}, which is none of ONNX's: export the artefact again"
+        ) from error
 
 
 def _strip(model: onnx.ModelProto) -> None:
@@ -143,7 +152,7 @@ def _strip_nodes(nodes: Iterable[onnx.NodeProto]) -> None:
 
 
 def _refuse_large(initializers: Iterable[onnx.TensorProto]) -> None:
-    size = sum(math.prod(item.dims) * onnx.helper.tensor_dtype_to_np_dtype(item.data_type).itemsize for item in initializers)
+    size = sum(math.prod(item.dims) * _numpy_type(item).itemsize for item in initializers)
     if size > LARGEST:
         raise ArtifactError(f"the model expands to {size / 2**30:.1f} GiB: ONNX holds less than 2 GiB in one file, make it smaller")
 

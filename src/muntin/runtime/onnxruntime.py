@@ -62,6 +62,10 @@ class OnnxRuntimeSession(Session):
         self._artifact = artifact
         self._provider = provider
         self._session = self._open(artifact.model_bytes(), _options(max(1, threads // streams)))
+        names = [item.name for item in self._session.get_inputs()]
+        if len(names) != 1:
+            raise ArtifactError(f"{artifact.path}: its model takes {names} where images alone are allowed: export the artefact again")
+        self._input = names[0]
         super().__init__(
             signature=artifact.manifest.signature,
             engine=provider.engine,
@@ -83,9 +87,8 @@ class OnnxRuntimeSession(Session):
         return session
 
     def _infer(self, images_BHWC: NDArray[np.uint8]) -> NDArray[np.float32]:
-        (name,) = (item.name for item in self._session.get_inputs())
         try:
-            scores: NDArray[np.float32] = self._session.run(None, {name: images_BHWC})[0]
+            scores: NDArray[np.float32] = self._session.run(None, {self._input: images_BHWC})[0]
         except FAILURES as error:
             raise ArtifactError(
                 f"{self._artifact.path}: ONNX Runtime {onnxruntime.__version__} cannot compute images of shape {images_BHWC.shape}: "
