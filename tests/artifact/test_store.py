@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import subprocess
 import sys
@@ -12,9 +13,10 @@ import numpy as np
 import onnx
 import pytest
 from onnx import TensorProto, helper, numpy_helper
-from safetensors.numpy import load_file
+from safetensors.numpy import load_file, save_file
 
 from muntin.artifact import Artifact, open_artifact
+from muntin.artifact.manifest import parse_manifest, render_manifest
 from muntin.artifact.store import FILES, MANIFEST
 from muntin.errors import ArtifactError
 
@@ -217,6 +219,42 @@ def test_golden_pairs_must_fit_the_signature(write: Write, golden: list[tuple[np
     for pairs in ([], [(images.astype(np.float32), scores)], [(images, scores[:, :1])], [(images, scores * np.float32("nan"))]):
         with pytest.raises(ArtifactError, match="golden"):
             write(tmp_path / "a", golden=pairs)
+
+
+def tampered(path: Path, name: str) -> Artifact:
+    """The artefact at `path` after one of its files was changed, with digests that agree: as whoever means to could make it."""
+    manifest = parse_manifest((path / MANIFEST).read_bytes(), MANIFEST)
+    files = manifest.files | {name: hashlib.sha256((path / name).read_bytes()).hexdigest()}
+    (path / MANIFEST).write_bytes(render_manifest(manifest.model_copy(update={"files": files}))[1])
+    return open_artifact(path)
+
+
+def test_golden_pairs_that_would_check_nothing_are_refused(write: Write, tmp_path: Path) -> None:
+    write(tmp_path / "a")
+    file = tmp_path / "a" / "golden.safetensors"
+    whole = load_file(file)
+    pair = {name: whole[name] for name in ("images_0", "scores_0")}
+    changes = {
+        "0 tensors": {},
+        "3 tensors": pair | {"images_1": whole["images_1"]},
+        "it has no images_1": pair | {"more": whole["images_1"], "scores_1": whole["scores_1"]},
+        "golden scores 0": pair | {"scores_0": whole["scores_0"][:, :1]},
+        "golden images 0": pair | {"images_0": whole["images_0"][..., :2]},
+    }
+    for says, tensors in changes.items():
+        save_file({name: np.ascontiguousarray(value) for name, value in tensors.items()}, file)
+        with pytest.raises(ArtifactError, match=rf"golden\.safetensors: .*{says}.*export the artefact again"):
+            tampered(tmp_path / "a", "golden.safetensors").golden()
+
+
+def test_an_initializer_of_an_unknown_type(write: Write, tmp_path: Path) -> None:
+    write(tmp_path / "a")
+    file = tmp_path / "a" / "model.onnx"
+    structure = onnx.load_model_from_string(file.read_bytes())
+    next(item for item in structure.graph.initializer if item.name == "wide").data_type = 99
+    file.write_bytes(structure.SerializeToString())
+    with pytest.raises(ArtifactError, match="wide has the type 99"):
+        tampered(tmp_path / "a", "model.onnx").model_bytes()
 
 
 @pytest.mark.parametrize("value", [np.float32(0.5), float("nan"), {"deep": [float("inf")]}])

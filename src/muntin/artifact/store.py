@@ -75,12 +75,22 @@ class Artifact:
             raise ArtifactError(f"{self.path}: {error}") from error
 
     def golden(self) -> tuple[GoldenPair, ...]:
-        """The recorded (images uint8 (B, H, W, C), scores float32) pairs, in order."""
+        """The recorded (images uint8 (B, H, W, C), scores float32) pairs, in order: at least one. Raises ArtifactError for others."""
         tensors = _read_tensors(self.path, "golden.safetensors", self.manifest)
+        count, odd = divmod(len(tensors), 2)
+        if odd or not count:
+            raise ArtifactError(
+                f"{self.path / 'golden.safetensors'}: {len(tensors)} tensors, where pairs of images and scores are needed, at least one: "
+                "export the artefact again"
+            )
         try:
-            return tuple((tensors[f"images_{i}"], tensors[f"scores_{i}"]) for i in range(len(tensors) // 2))
+            pairs = tuple((tensors[f"images_{i}"], tensors[f"scores_{i}"]) for i in range(count))
+            _check_golden(pairs, self.manifest.signature)
         except KeyError as error:
             raise ArtifactError(f"{self.path / 'golden.safetensors'}: it has no {error.args[0]}: export the artefact again") from error
+        except ArtifactError as error:
+            raise ArtifactError(f"{self.path / 'golden.safetensors'}: {error}: export the artefact again") from error
+        return pairs
 
 
 def open_artifact(path: str | Path) -> Artifact:
@@ -171,15 +181,20 @@ def write_artifact(
 def _golden_tensors(golden: Sequence[GoldenPair], signature: Signature) -> dict[str, NDArray[Any]]:
     if not golden:
         raise ArtifactError("no golden pairs: give at least one (images, scores) pair, or nothing can be verified later")
+    _check_golden(golden, signature)
     tensors: dict[str, NDArray[Any]] = {}
     for index, (images, scores) in enumerate(golden):
-        if images.dtype != np.uint8 or images.ndim != 4 or images.shape[3] != signature.channels:
+        tensors[f"images_{index}"], tensors[f"scores_{index}"] = np.ascontiguousarray(images), np.ascontiguousarray(scores)
+    return tensors
+
+
+def _check_golden(golden: Iterable[GoldenPair], signature: Signature) -> None:
+    for index, (images, scores) in enumerate(golden):
+        if images.dtype != np.uint8 or images.ndim != 4 or images.shape[3] != signature.channels or 0 in images.shape:
             raise ArtifactError(f"golden images {index}: {images.dtype} {images.shape}: uint8 (B, H, W, {signature.channels}) is needed")
         expected = signature.scores_shape(*images.shape[:3])
         if scores.dtype != np.float32 or scores.shape != expected or not np.isfinite(scores).all():
             raise ArtifactError(f"golden scores {index}: {scores.dtype} {scores.shape}: finite float32 {expected} is needed")
-        tensors[f"images_{index}"], tensors[f"scores_{index}"] = np.ascontiguousarray(images), np.ascontiguousarray(scores)
-    return tensors
 
 
 def _read(file: Path) -> bytes:
