@@ -224,6 +224,15 @@ def test_a_tiff_beyond_pillows_limit_is_read_without_a_warning(tmp_path: Path, m
     assert np.array_equal(read_image(tmp_path / "a.tif"), photo(9, 9))
 
 
+@pytest.mark.parametrize("suffix", [".tif", ".webp"])
+def test_pillows_own_limit_is_no_damage(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, suffix: str) -> None:
+    write_image(tmp_path / f"a{suffix}", photo(9, 9))
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 30)
+    with pytest.raises(images.TooManyPixelsError) as error:
+        read_image(tmp_path / f"a{suffix}")
+    one_line(error, f"a{suffix} has more pixels than the 60", "cut it up")
+
+
 def test_the_limit_of_pixels_is_ours_and_settable(tmp_path: Path) -> None:
     png(tmp_path / "bomb.png", width=30000, height=30000, depth=8, kind=0, rows=b"")
     with pytest.raises(DataError) as error:

@@ -66,7 +66,6 @@ _DAMAGE = (
     struct.error,
     tokenize.TokenError,
     zlib.error,
-    Image.DecompressionBombError,
 )
 _quiet_lock = threading.Lock()
 
@@ -303,6 +302,11 @@ def _picture(path: Path, stream: IO[bytes], head: bytes, max_pixels: int) -> Ite
         with picture:
             _check_pixels(path, picture.size, max_pixels)
             yield picture
+    except Image.DecompressionBombError as error:
+        limit = 2 * (Image.MAX_IMAGE_PIXELS or 0)
+        raise TooManyPixelsError(
+            f"{path} has more pixels than the {limit:,} that Pillow reads of a TIFF or WebP picture: cut it up, or store a PNG"
+        ) from error
     except _DAMAGE as error:
         raise _damaged(path, error) from error
 
