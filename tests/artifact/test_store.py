@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import os
 import subprocess
@@ -15,7 +16,7 @@ import pytest
 from onnx import TensorProto, helper, numpy_helper
 from safetensors.numpy import load_file, save_file
 
-from muntin.artifact import Artifact, open_artifact
+from muntin.artifact import Artifact, directory, open_artifact
 from muntin.artifact.manifest import parse_manifest, render_manifest
 from muntin.artifact.store import FILES, MANIFEST
 from muntin.errors import ArtifactError
@@ -296,6 +297,21 @@ def test_a_full_disk_leaves_nothing_and_keeps_the_old(write: Write, tmp_path: Pa
         assert "cannot be written (File too large)" in run.stdout
     assert [entry.name for entry in tmp_path.iterdir()] == ["a"]
     assert open_artifact(tmp_path / "a").digest == old.digest
+
+
+def test_what_is_in_place_is_not_said_to_be_missing(write: Write, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    old, sync = write(tmp_path / "a"), directory._sync_directory
+
+    def failing(folder: Path) -> None:
+        if folder == tmp_path:
+            raise OSError(errno.EIO, "Input/output error")
+        sync(folder)
+
+    monkeypatch.setattr(directory, "_sync_directory", failing)
+    with pytest.raises(ArtifactError, match="in place, but the disk does not confirm it"):
+        write(tmp_path / "a", packing={"wide": 8})
+    assert open_artifact(tmp_path / "a").digest != old.digest
+    assert [entry.name for entry in tmp_path.iterdir()] == ["a"]
 
 
 def test_needs_no_torch() -> None:

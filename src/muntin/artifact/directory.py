@@ -28,14 +28,20 @@ def replace_directory(path: Path, contents: Mapping[str, bytes], *, marker: str)
             _write(fresh / name, data)
         _sync_directory(fresh)
         _swap(fresh, target, aside)
-        _sync_directory(target.parent)
     except OSError as error:
         raise ArtifactError(
             f"{path}: the artefact cannot be written ({error.strerror or error}): make room or name another place; nothing was left behind"
         ) from error
     finally:
         shutil.rmtree(fresh, ignore_errors=True)
-    shutil.rmtree(aside, ignore_errors=True)
+    try:
+        _sync_directory(target.parent)
+    except OSError as error:
+        raise ArtifactError(
+            f"{path}: the artefact is in place, but the disk does not confirm it ({error.strerror or error}): check the disk, write it again"
+        ) from error
+    finally:
+        shutil.rmtree(aside, ignore_errors=True)
 
 
 def refuse_foreign(path: Path, names: Iterable[str], *, marker: str) -> Path:
