@@ -16,7 +16,7 @@ import pytest
 from onnx import TensorProto, helper, numpy_helper
 from safetensors.numpy import load_file, save_file
 
-from muntin.artifact import Artifact, directory, open_artifact
+from muntin.artifact import Artifact, check_target, directory, open_artifact
 from muntin.artifact.manifest import parse_manifest, render_manifest
 from muntin.artifact.store import FILES, MANIFEST
 from muntin.errors import ArtifactError
@@ -152,6 +152,18 @@ def test_what_is_no_artefact_is_not_replaced(write: Write, tmp_path: Path) -> No
         write(tmp_path / "file")
     assert (tmp_path / "photos" / "cat.jpg").read_bytes() == b"cat"
     assert sorted(entry.name for entry in tmp_path.iterdir()) == ["file", "photos"]
+
+
+def test_a_place_where_nothing_can_be_written_is_found_before_the_work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "file").write_bytes(b"text")
+    for place in ("file/a", "file/deep/er/a"):
+        with pytest.raises(ArtifactError, match="file is a file: name a directory below a directory"):
+            check_target(tmp_path / place)
+    check_target(tmp_path / "deep" / "er" / "a")
+    monkeypatch.setattr(os, "access", lambda path, mode: path != tmp_path)  # permissions do not bind whom the tests may run as
+    with pytest.raises(ArtifactError, match="nothing may be written in"):
+        check_target(tmp_path / "deep" / "er" / "a")
+    assert [entry.name for entry in tmp_path.iterdir()] == ["file"]
 
 
 def test_an_artefact_with_notes_in_it_is_not_replaced(write: Write, tmp_path: Path) -> None:

@@ -60,6 +60,12 @@ def test_export_in_float_goes_where_it_is_told(call: Call, exported: Any, tmp_pa
     assert weights[0] < weights[1]
 
 
+def test_export_looks_at_its_target_before_the_data(call: Call, exported: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("muntin.deployment.assessment.source_of", lambda checkpoint: pytest.fail("the data were opened"))
+    (tmp_path / "file").touch()
+    assert "file is a file" in call("export", exported.run, "-o", tmp_path / "file" / "artifact").mistake()
+
+
 def test_export_to_a_full_disk_leaves_nothing(call: Call, exported: Any, tmp_path: Path, full_disk: FullDisk, tree: Tree) -> None:
     before = tree(exported.run)
     with full_disk(20_000):

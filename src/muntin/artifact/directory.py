@@ -38,7 +38,7 @@ def replace_directory(path: Path, contents: Mapping[str, bytes], *, marker: str)
         _sync_directory(target.parent)
     except OSError as error:
         raise ArtifactError(
-            f"{path}: the artefact is in place, but the disk does not confirm it ({error.strerror or error}): check the disk, write it again"
+            f"{path}: it is in place, but the disk does not confirm it ({error.strerror or error}): check the disk, then write again"
         ) from error
     finally:
         shutil.rmtree(aside, ignore_errors=True)
@@ -49,6 +49,11 @@ def refuse_foreign(path: Path, names: Iterable[str], *, marker: str) -> Path:
     target = path.resolve()  # a link to an artefact stays a link
     if not target.name:
         raise ArtifactError(f"{path}: cannot be an artefact: name a directory of its own")
+    above = next(parent for parent in target.parents if os.path.lexists(parent))  # what is missing below it will be made
+    if not above.is_dir():
+        raise ArtifactError(f"{path}: {above} is a file: name a directory below a directory")
+    if not os.access(above, os.W_OK | os.X_OK):
+        raise ArtifactError(f"{path}: nothing may be written in {above}: change its permissions or name another place")
     if not os.path.lexists(target):
         return target
     if not target.is_dir():

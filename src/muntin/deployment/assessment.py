@@ -23,7 +23,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from muntin.artifact import Artifact, Signature, open_artifact
+from muntin.artifact import Artifact, Signature, check_target, open_artifact
 from muntin.compression import Change, freeze, quantize
 from muntin.compression.stages import FOLDER, Stage, calibration_of, changes_of, read_model, source_of, stage_checkpoints, stage_finished
 from muntin.data import EarthSource, Sample
@@ -75,6 +75,7 @@ def export_checkpoint(checkpoint: Checkpoint, path: Path, *, integer: bool = Tru
         existing = None
     if existing is not None and existing.manifest.measured.get("origin") == origin and existing.manifest.muntin == version("muntin"):
         return existing
+    check_target(path)
     source = source_of(checkpoint)
     calibration = calibration_of(checkpoint, source)
     if integer or checkpoint.state.compression is not None:
