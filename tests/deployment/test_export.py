@@ -443,3 +443,11 @@ def test_golden_pairs_are_the_models_own_answers_at_two_sizes(height: int, width
         assert np.array_equal(images[0].transpose(2, 0, 1), example[0, :, :rows, :columns].numpy())
         session = muntin.TorchSession(model, infer_signature(model, example))
         assert replay(session, images, scores, FLOAT_LIMITS["f32"], classes=True).max_error < 1e-6  # type: ignore[arg-type]
+
+
+def test_an_example_without_a_batch_is_refused_with_a_signature_too(tmp_path: Path) -> None:
+    signature = Signature(task="segment", channels=3, classes=(ClassInfo(name="any", color=(0, 0, 0)),))
+    for shape in ((3, 8, 8), (0, 3, 8, 8)):
+        with pytest.raises(ExportError, match=r"give raw pixels \(B, C, H, W\)"):
+            muntin.export(nn.Conv2d(3, 1, 1), torch.zeros(shape), tmp_path / "a", signature=signature)
+    assert list(tmp_path.iterdir()) == []

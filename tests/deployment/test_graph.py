@@ -18,7 +18,7 @@ from torch.nn import functional as F  # noqa: N812 - the field's usual name
 
 from muntin.artifact import ClassInfo, Signature
 from muntin.compression import quantize
-from muntin.deployment.graph import COMPUTE, PixelInput, canonical_names, to_onnx
+from muntin.deployment.graph import COMPUTE, PixelInput, _traced_example, canonical_names, to_onnx
 from muntin.errors import ExportError
 
 
@@ -192,3 +192,9 @@ def test_a_model_in_training_is_exported_as_deployed(
     proto = to_onnx(model, pixels(2, 3, 32, 32), signature(4))
     images = pictures(1, 9, 8, 3)
     np.testing.assert_allclose(run(proto, images), torch_answer(model.eval(), images), rtol=1e-4, atol=1e-5)
+
+
+def test_the_callers_random_numbers_stay_what_they_were() -> None:
+    before = torch.get_rng_state()
+    _traced_example(torch.zeros(1, 3, 8, 8))
+    assert torch.equal(torch.get_rng_state(), before)

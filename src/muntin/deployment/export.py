@@ -70,6 +70,7 @@ def export(
     when the runtime does not compute what PyTorch does; nothing is left behind then.
     """
     check_target(path)
+    _check_example(example)
     opened_for = (1, *example.shape[2:]) if shape is None else check_shape(shape)
     model, example = copy.deepcopy(model).cpu().eval(), example.cpu()  # what is written is checked against runtimes on the CPU
     if isinstance(model, WEIGHTED):
@@ -148,8 +149,7 @@ def _floating(session: Session, layers: Iterable[LayerRecord]) -> list[str]:
 
 def infer_signature(model: nn.Module, example: Tensor) -> Signature:
     """Task and number of classes from the shape of the answer: `(B, K)` is classify, `(B, K, H, W)` segment."""
-    if example.ndim != 4 or 0 in example.shape:
-        raise ExportError(f"example of shape {tuple(example.shape)}: give raw pixels (B, C, H, W)")
+    _check_example(example)
     answer = answer_to(model, example[:1])
     if answer.ndim not in (2, 4):
         raise ExportError(f"the model answers {tuple(answer.shape)}; (B, K) or (B, K, H, W) is expected: wrap it")
@@ -159,6 +159,11 @@ def infer_signature(model: nn.Module, example: Tensor) -> Signature:
     except ValidationError as error:
         first = error.errors(include_url=False)[0]
         raise ExportError(f"the model takes {example.shape[1]} channels and gives {len(classes)} classes: {first['msg']}") from error
+
+
+def _check_example(example: Tensor) -> None:
+    if example.ndim != 4 or 0 in example.shape:
+        raise ExportError(f"example of shape {tuple(example.shape)}: give raw pixels (B, C, H, W)")
 
 
 def _shade(k: int) -> tuple[int, int, int]:

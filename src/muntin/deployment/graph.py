@@ -155,7 +155,8 @@ def _check(model: nn.Module, example: Tensor, signature: Signature) -> None:
 def _traced_example(example: Tensor) -> Tensor:
     """Two images with sides that are no multiples of anything: a size of 1, or one that a stride divides, could be baked in."""
     height, width = (max(96, side) // 32 * 32 + 8 for side in example.shape[2:])
-    return torch.randint(0, 256, (2, height, width + 64, example.shape[1]), dtype=torch.uint8)
+    generator = torch.Generator().manual_seed(0)  # of its own: the caller's random numbers stay what they were
+    return torch.randint(0, 256, (2, height, width + 64, example.shape[1]), dtype=torch.uint8, generator=generator)
 
 
 def canonical_names(model: nn.Module) -> dict[str, str]:
