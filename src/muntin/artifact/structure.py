@@ -112,11 +112,12 @@ def _expand(initializer: onnx.TensorProto, stored: NDArray[Any], record: TensorR
 
 def _numpy_type(initializer: onnx.TensorProto) -> np.dtype[Any]:
     try:
-        return np.dtype(onnx.helper.tensor_dtype_to_np_dtype(initializer.data_type))
+        dtype: np.dtype[Any] = np.dtype(onnx.helper.tensor_dtype_to_np_dtype(initializer.data_type))
     except KeyError as error:
         raise ArtifactError(
             f"initializer {initializer.name} has the type {initializer.data_type}, which is none of ONNX's: export the artefact again"
         ) from error
+    return dtype
 
 
 def _strip(model: onnx.ModelProto) -> None:
