@@ -177,6 +177,11 @@ def test_a_stage_is_exported_and_evaluated(call: Call, copied: Path) -> None:
     assert again["bytes"] == artifact.bytes and open_artifact(stage / "artifact").digest == artifact.digest
 
 
+def test_what_is_quantised_already_has_no_float_form(call: Call, compressed: Path, tmp_path: Path) -> None:
+    assert "leave out --float" in call("export", compressed / "compressed" / "3-mixed", "--float", "-o", tmp_path / "a").mistake()
+    assert not (tmp_path / "a").exists()
+
+
 def test_each_stage_is_evaluated(call: Call, compressed: Path) -> None:
     scores = [call("evaluate", compressed / "compressed" / folder, "--json").document()["score"] for folder in FOLDERS]
     assert all(0 <= score <= 1 for score in scores)
@@ -207,6 +212,7 @@ def test_a_report_of_a_run_whose_compression_is_not_done_tells_plain_int8(call: 
     document = call("report", copied, "--json").document()
     assert [step["name"] for step in document["steps"]] == ["fp32", "fake-quantised", "deployed"]
     assert document["ranks"] == []
+    assert [note for note in document["notes"] if "are not done; `muntin compress --resume` goes on with them" in note]
 
 
 def test_stages_that_were_interrupted_are_not_reported_as_done(call: Call, exported: Any, tmp_path: Path) -> None:

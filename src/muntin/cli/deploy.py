@@ -29,7 +29,9 @@ ArtifactPath = Annotated[Path, typer.Argument(help="An artefact's folder, writte
 def export_command(
     checkpoint: Annotated[Path, typer.Argument(help="A run's folder or one of its checkpoints.")],
     output: Annotated[Path | None, typer.Option("--output", "-o", help="Folder of the artefact; RUN/artifact by default.")] = None,
-    floating: Annotated[bool, typer.Option("--float", help="Do not quantise: all layers in floating point.")] = False,
+    floating: Annotated[
+        bool, typer.Option("--float", help="Do not quantise: all layers in floating point. Not for what is quantised already.")
+    ] = False,
     json: Json = False,
 ) -> None:
     """Quantise a checkpoint to INT8 and write it as an artefact that runs without PyTorch."""

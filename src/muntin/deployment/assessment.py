@@ -31,7 +31,7 @@ from muntin.deployment.counting import image_macs, parameter_count, stored_bytes
 from muntin.deployment.export import export
 from muntin.deployment.layers import layer_rows, rank_rows
 from muntin.deployment.pictures import write_examples, write_whole
-from muntin.errors import ArtifactError, VerificationError
+from muntin.errors import ArtifactError, ExportError, VerificationError
 from muntin.models import TorchSession
 from muntin.runtime import Session, describe_hardware, load, verify
 from muntin.runtime.latency import latency_report
@@ -65,8 +65,13 @@ def integer_model(checkpoint: Checkpoint, calibration: list[Tensor]) -> tuple[nn
 def export_checkpoint(checkpoint: Checkpoint, path: Path, *, integer: bool = True) -> Artifact:
     """Quantise (unless `integer` is False) and write a checkpoint's artefact; one that is there from the same weights is taken as it is.
 
-    A compressed checkpoint is in integers whatever `integer` says, but for the layers that its stages left in 16 bits.
+    Raises ExportError for a checkpoint whose stages have quantised it already, where `integer` is False.
     """
+    if not integer and (checkpoint.state.compression or {}).get("qat"):
+        raise ExportError(
+            f"{checkpoint.path} is quantised already and has no float form: leave out --float (integer=False), or export the checkpoint of "
+            "`muntin fit` or of the low-rank stage"
+        )
     how = checkpoint.recipe.quantization.model_dump_json() if integer else "float"
     origin = f"{checkpoint.state.sha256[AVERAGE]}:{how}"
     try:
@@ -89,6 +94,18 @@ def export_checkpoint(checkpoint: Checkpoint, path: Path, *, integer: bool = Tru
     )  # fmt: skip
 
 
+def _why_plain(checkpoint: Checkpoint) -> str:
+    """Why a report tells plain INT8, where `finished_stages` gives none."""
+    found = {stage: read_checkpoint(path) for stage, path in stage_checkpoints(checkpoint.path.parent.parent / FOLDER).items()}
+    if not found:
+        return f"Plain INT8: the run's folder {FOLDER} holds no stages of `muntin compress` (one elsewhere is not looked at)."
+    if any((stage.state.compression or {}).get("origin") != checkpoint.state.sha256[AVERAGE] for stage in found.values()):
+        return (
+            f"Plain INT8: the stages in the run's folder {FOLDER} were made from another checkpoint; compress this one to have them told."
+        )
+    return f"Plain INT8: the stages in the run's folder {FOLDER} are not done; `muntin compress --resume` goes on with them."
+
+
 def finished_stages(checkpoint: Checkpoint) -> dict[Stage, Checkpoint]:
     """The stages that a run's folder holds, if the last of them is done and they were made from this very checkpoint; otherwise none."""
     found = {stage: read_checkpoint(path) for stage, path in stage_checkpoints(checkpoint.path.parent.parent / FOLDER).items()}
@@ -101,8 +118,8 @@ def finished_stages(checkpoint: Checkpoint) -> dict[Stage, Checkpoint]:
 def assess(checkpoint: Checkpoint, directory: Path, *, stage: Announce = lambda name: None, rounds: int = 30) -> dict[str, Any]:
     """Everything that a report of a run says, as plain values (see `muntin.reporting`); writes the artefact and the pictures beside it.
 
-    Where `muntin compress` has been through the run, the report tells its stages, otherwise plain INT8. Costs a prediction of the test
-    split in PyTorch for each step and in the runtime once, an export, and the timing. Raises `VerificationError` when the artefact
+    Where `muntin compress` has been through the run, the report tells its stages, otherwise plain INT8 and a note why. Costs a
+    prediction of the test split in PyTorch for each step and in the runtime once, an export, and the timing. Raises `VerificationError` when the artefact
     does not compute what was recorded.
     """
     return _Assessment(checkpoint, directory, stage).run(rounds)
@@ -215,6 +232,7 @@ class _Assessment:
             "validation": [{"step": v["step"], "miou": v["score"], "iou": v["iou"]} for v in state.validation],
             "notes": [
                 f"Trained in {state.precision}; scores are of the test split, which nothing was chosen by.",
+                *([] if self.stages else [_why_plain(self.checkpoint)]),
                 *kept,
                 *self.source.notes,
             ],
