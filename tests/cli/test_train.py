@@ -197,6 +197,10 @@ def test_evaluate_takes_a_split_a_checkpoint_and_tiles(call: Call, exported: Any
     assert "split 'tset': give one of train, validation, test" in call("evaluate", exported.run, "--split", "tset").mistake()
 
 
+def test_evaluate_refuses_an_engine_for_a_checkpoint(call: Call, exported: Any) -> None:
+    assert "--engine openvino is an artefact's" in call("evaluate", exported.run, "--engine", "openvino").mistake()
+
+
 def test_evaluate_scores_an_artefact_alike(call: Call, exported: Any) -> None:
     live, deployed = (call("evaluate", exported.run, *words, "--json").document() for words in ([], ["--artifact", exported.artifact]))
     assert deployed["engine"] == "openvino"

@@ -93,7 +93,7 @@ def evaluate_command(
     checkpoint: Annotated[Path, typer.Argument(help="A run's folder or one of its checkpoints.")],
     split: Annotated[str, typer.Option(help="train, validation or test.")] = "test",
     artifact: Annotated[Path | None, typer.Option(help="Evaluate this artefact instead, on the checkpoint's data.")] = None,
-    engine: Annotated[str, typer.Option(help="The artefact's engine: openvino or onnxruntime.")] = "openvino",
+    engine: Annotated[str | None, typer.Option(help="The artefact's engine, openvino by default, or onnxruntime.")] = None,
     tile: Annotated[int | None, typer.Option(min=1, help="Side of the tiles, pixels; twice the training crop by default.")] = None,
     json: Json = False,
 ) -> None:
@@ -103,16 +103,19 @@ def evaluate_command(
     from muntin.errors import ArtifactError, RecipeError
     from muntin.models import TorchSession
     from muntin.runtime import load
+    from muntin.runtime.engines import DEFAULT_ENGINE
     from muntin.training import evaluate, read_checkpoint
     from muntin.training.evaluation import tile_of
     from muntin.training.loop import signature_of
 
     if split not in SPLITS:
         raise RecipeError(f"split '{split}': give one of {', '.join(SPLITS)}")
+    if engine is not None and artifact is None:
+        raise RecipeError(f"--engine {engine} is an artefact's, and a checkpoint runs in PyTorch: give --artifact too, or leave it out")
     loaded = read_checkpoint(checkpoint)
     source = source_of(loaded)
     wanted = signature_of(loaded.recipe, source)
-    session: Any = load(artifact, engine=engine) if artifact else TorchSession(read_model(loaded), wanted)
+    session: Any = load(artifact, engine=engine or DEFAULT_ENGINE) if artifact else TorchSession(read_model(loaded), wanted)
     if session.signature != wanted:
         raise ArtifactError(
             f"{artifact} is not for this run's data (another task, channels or classes): give one that `muntin export {checkpoint}` writes"
