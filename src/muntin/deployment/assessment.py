@@ -119,8 +119,8 @@ def assess(checkpoint: Checkpoint, directory: Path, *, stage: Announce = lambda 
     """Everything that a report of a run says, as plain values (see `muntin.reporting`); writes the artefact and the pictures beside it.
 
     Where `muntin compress` has been through the run, the report tells its stages, otherwise plain INT8 and a note why. Costs a
-    prediction of the test split in PyTorch for each step and in the runtime once, an export, and the timing. Raises `VerificationError` when the artefact
-    does not compute what was recorded.
+    prediction of the test split in PyTorch for each step and in the runtime once, an export, and the timing. Raises `VerificationError`
+    when the artefact does not compute what was recorded.
     """
     return _Assessment(checkpoint, directory, stage).run(rounds)
 
