@@ -94,16 +94,16 @@ def export_checkpoint(checkpoint: Checkpoint, path: Path, *, integer: bool = Tru
     )  # fmt: skip
 
 
-def _why_plain(checkpoint: Checkpoint) -> str:
-    """Why a report tells plain INT8, where `finished_stages` gives none."""
+def _why_plain(checkpoint: Checkpoint) -> tuple[str, ...]:
+    """Why a report tells plain INT8 although the run's folder holds stages of compression; nothing where it holds none."""
     found = {stage: read_checkpoint(path) for stage, path in stage_checkpoints(checkpoint.path.parent.parent / FOLDER).items()}
     if not found:
-        return f"Plain INT8: the run's folder {FOLDER} holds no stages of `muntin compress` (one elsewhere is not looked at)."
+        return ()
     if any((stage.state.compression or {}).get("origin") != checkpoint.state.sha256[AVERAGE] for stage in found.values()):
         return (
-            f"Plain INT8: the stages in the run's folder {FOLDER} were made from another checkpoint; compress this one to have them told."
+            f"Plain INT8: the stages in the run's folder {FOLDER} were made from another checkpoint; compress this one to have them told.",
         )
-    return f"Plain INT8: the stages in the run's folder {FOLDER} are not done; `muntin compress --resume` goes on with them."
+    return (f"Plain INT8: the stages in the run's folder {FOLDER} are not done; `muntin compress --resume` goes on with them.",)
 
 
 def finished_stages(checkpoint: Checkpoint) -> dict[Stage, Checkpoint]:
@@ -232,7 +232,7 @@ class _Assessment:
             "validation": [{"step": v["step"], "miou": v["score"], "iou": v["iou"]} for v in state.validation],
             "notes": [
                 f"Trained in {state.precision}; scores are of the test split, which nothing was chosen by.",
-                *([] if self.stages else [_why_plain(self.checkpoint)]),
+                *(() if self.stages else _why_plain(self.checkpoint)),
                 *kept,
                 *self.source.notes,
             ],
