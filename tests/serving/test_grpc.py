@@ -23,7 +23,7 @@ import pytest
 from muntin.serving import open_inference_pb2 as messages
 from muntin.serving.config import Bounds, ServeConfig
 from muntin.serving.executor import Executor
-from muntin.serving.grpc_codec import METHODS, SERVICE
+from muntin.serving.grpc_codec import METHODS, SERVICE, encode_infer
 from muntin.serving.runner import Runner
 from muntin.serving.server import Server
 
@@ -340,6 +340,32 @@ def test_a_client_that_goes_takes_its_requests_back(
         assert 32 - 8 <= counted["cancelled"] <= 32  # of a stream so many are taken at once
         assert counted.total() - counted["cancelled"] <= 16
         assert len(begun) <= 3  # what waited was taken back
+
+
+# ---- answers ----
+
+
+@pytest.mark.parametrize(
+    ("side", "classes", "apart"),
+    [(8, None, False), (8, 64, False), (20, 1000, True), (512, None, False), (1100, None, True)],
+)
+def test_large_answers_are_put_into_form_beside_the_event_loop(
+    client: Client, monkeypatch: pytest.MonkeyPatch, side: int, classes: int | None, apart: bool
+) -> None:
+    threads: list[str] = []
+
+    def watched(*given: Any, **named: Any) -> Any:
+        threads.append(threading.current_thread().name)
+        return encode_infer(*given, **named)
+
+    monkeypatch.setattr("muntin.serving.grpc.encode_infer", watched)
+    request = infer(3, side=side)
+    if classes is not None:
+        request.outputs[0].name = "scores"
+        request.outputs[0].parameters["classification"].int64_param = classes
+    answer = client("ModelInfer", request).raw_output_contents[0]
+    assert classes is not None or answer == labels(3, side)
+    assert [name.startswith("muntin-encode") for name in threads] == [apart]
 
 
 # ---- errors and deadlines ----

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from decimal import Decimal
 from typing import Any
 
 import numpy as np
@@ -68,6 +69,14 @@ def test_the_example_of_the_extension() -> None:
 )
 def test_best_classes(values: Any, count: int, expected: list[Any]) -> None:
     assert best_classes(output(values), count).tolist() == expected
+
+
+@pytest.mark.parametrize("kind", ["f2", "f4", "f8", ">f4"])
+def test_a_value_has_as_many_digits_as_tell_it_from_its_neighbours(kind: str) -> None:
+    values = np.array([3.3, 1e-5, -2.5e-3, 16777216 if kind != "f2" else 2048, 0.1 + 0.2], kind)
+    for text in best_classes(output(values), 9):
+        digits, index = text.decode().split(":")
+        assert Decimal(digits) == Decimal(str(values[int(index)]))  # numpy's are the fewest
 
 
 def test_labels_end_where_the_model_has_no_more() -> None:

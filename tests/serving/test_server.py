@@ -33,6 +33,7 @@ from muntin.serving.config import Bounds, ServeConfig
 from muntin.serving.probation import ArtifactLoader
 from muntin.serving.rollout import Rollout
 from muntin.serving.server import Server, batch_sizes, largest_request
+from muntin.serving.service import CLASSES
 from muntin.serving.version import Call, NotReadyError
 
 # geventhttpclient, which tritonclient's HTTP client is built on, warns of its own imports and leaves sockets to the collector
@@ -323,6 +324,23 @@ def test_classes_come_as_labels_scores_and_names(classes: Server, face: str) -> 
     given.set_data_from_numpy(images)
     best = client.client.infer("classes", [given], outputs=[wanted]).as_numpy("scores")
     assert [text.decode().split(":")[1:] for text in best.ravel()] == [["2", "roof"], ["0", "sea"]]
+    client.client.close()
+
+
+def test_the_best_classes_of_an_answer_are_bounded(pixels: Server, face: str) -> None:
+    client, images = Client(pixels, face), images_of(4, 1, 80, 100)
+
+    def ask(count: int) -> Any:
+        given = client.library.InferInput("images", images.shape, "UINT8")
+        given.set_data_from_numpy(images)
+        wanted = client.library.InferRequestedOutput("scores", class_count=count)
+        return client.client.infer("pixels", [given], outputs=[wanted]).as_numpy("scores")
+
+    found = ask(CLASSES // 4).reshape(4, -1)
+    assert found.shape == (4, CLASSES // 4)
+    assert [text.split(b":")[0] for text in found[:, 0]] == [b"255.0"] * 4
+    with pytest.raises(InferenceServerException, match=r"4 rows asks for 65,540 classes: .* at most 65,536"):
+        ask(CLASSES // 4 + 1)
     client.client.close()
 
 

@@ -13,6 +13,7 @@ import math
 import time
 from collections.abc import Awaitable, Callable, Coroutine, Iterator
 from contextlib import contextmanager
+from functools import partial
 from importlib.metadata import version
 from typing import Any, NamedTuple
 
@@ -185,12 +186,14 @@ class GrpcFace:
 
     async def infer(self, request: messages.ModelInferRequest, call: _Call) -> messages.ModelInferResponse:
         """Raises ProtocolError alone. Counted and written down whatever becomes of it."""
-        outcome, status, response, answered = "failed", "INTERNAL", None, None
+        outcome, status, answered = "failed", "INTERNAL", None
+        response: messages.ModelInferResponse | None = None
         client = "" if self._log is None else call.context.peer()
         try:
             decoded = decode_infer(request, self._limits)
             answered = await self._answered(decoded, request, call)
-            response = encode_infer(answered.response, decoded.outputs)
+            response = answered.encoded
+            assert response is not None
             outcome, status = "answered", "OK"
             return response
         except ProtocolError as error:
@@ -219,12 +222,16 @@ class GrpcFace:
     async def _answered(self, decoded: InferRequest, request: messages.ModelInferRequest, call: _Call) -> Answered:
         model, version_, context = request.model_name, request.model_version or None, call.context
         left = context.time_remaining()
-        deadline = None if left is None else time.monotonic() + left
+        infer = partial(
+            self._service.infer, decoded, model=model, version=version_, arrived=call.began,
+            deadline=None if left is None else time.monotonic() + left,
+            encode=lambda response: encode_infer(response, decoded.outputs), copies=True,
+        )  # fmt: skip
         if self._tracing is None:
-            return await self._service.infer(decoded, model=model, version=version_, arrived=call.began, deadline=deadline)
+            return await infer()
         carrier = {name: value for name, value in context.invocation_metadata() or () if isinstance(value, str)}
         with self._tracing.inference("grpc", model, carrier) as span:
-            answered = await self._service.infer(decoded, model=model, version=version_, arrived=call.began, deadline=deadline)
+            answered = await infer()
             span.answered(answered)
         return answered
 

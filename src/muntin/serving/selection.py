@@ -9,8 +9,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import numpy as np
+import orjson
 
 from muntin.serving.protocol import InferOutput, InferResponse, ProtocolError, RequestedOutput, Tensor, shown
+
+_SHORTEST = 4
+"""Bytes of a float from which on orjson writes no more digits than it needs."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
@@ -52,9 +56,10 @@ def best_classes(output: InferOutput, count: int) -> Tensor:
     count = min(count, rows.shape[1])
     strings = np.empty((len(rows), count), object)
     for row, values in enumerate(rows):
-        for place, index in enumerate(_highest(values, count)):
+        best = _highest(values, count)
+        for place, (index, value) in enumerate(zip(best, _written(values[best]), strict=True)):
             label = f":{output.labels[index]}" if index < len(output.labels) else ""
-            strings[row, place] = f"{values[index]!s}:{index}{label}".encode()
+            strings[row, place] = f"{value}:{index}{label}".encode()
     if data.ndim <= 1:
         return strings.reshape(count)
     return strings if data.size else np.empty((data.shape[0], 0), object)
@@ -68,4 +73,13 @@ def _highest(values: Tensor, count: int) -> list[int]:
     candidates = np.flatnonzero(order >= least)
     # A stable sort of the reversed candidates, reversed: highest first, and the lower index first among equals.
     highest = candidates[::-1][np.argsort(order[candidates][::-1], kind="stable")][::-1]
-    return [int(index) for index in highest[:count]]
+    found: list[int] = highest[:count].tolist()
+    return found
+
+
+def _written(values: Tensor) -> list[str]:
+    """Each value in digits: one text of a whole row is made a dozen times as fast as one of each number."""
+    if values.size and (values.dtype.kind in "ui" or (values.dtype.itemsize >= _SHORTEST and np.isfinite(values).all())):
+        native = np.ascontiguousarray(values, values.dtype.newbyteorder("="))
+        return orjson.dumps(native, option=orjson.OPT_SERIALIZE_NUMPY)[1:-1].decode().split(",")
+    return [str(value) for value in values]

@@ -47,6 +47,11 @@ INLINE = 1 << 16
 while its JSON is written, which lets nobody else go on)."""
 ENCODERS, FORMS = 2, 16
 """Answers that are put into form at the same time, and that may wait for it; beyond, they are refused."""
+CLASSES, LISTED = 1 << 16, 256
+"""Best classes of all rows and outputs of an answer together, each a string: what may be asked for, and up to how many are written on the
+event loop."""
+COPIED = 1 << 20
+"""Bytes of an answer that are copied on the event loop at most, where it goes out as it was computed."""
 PRIORITY = 2
 """What a request without a priority has, of 1, the most urgent, and more."""
 
@@ -168,11 +173,21 @@ class Service:
         return error
 
     async def infer(
-        self, request: InferRequest, *, model: str, version: str | None, arrived: float | None = None, deadline: float | None = None
+        self,
+        request: InferRequest,
+        *,
+        model: str,
+        version: str | None,
+        arrived: float | None = None,
+        deadline: float | None = None,
+        encode: Callable[[InferResponse], Any] | None = None,
+        copies: bool = False,
     ) -> Answered:
         """The answer. Raises ProtocolError as `submit` raises and answers. Cancelled, it takes the request back if that still waits."""
         answered: Answered = await _awaited(
-            lambda done: self.submit(request, model=model, version=version, arrived=arrived, deadline=deadline, done=done)
+            lambda done: self.submit(
+                request, model=model, version=version, arrived=arrived, deadline=deadline, done=done, encode=encode, copies=copies
+            )
         )
         return answered
 
@@ -187,16 +202,18 @@ class Service:
         deadline: float | None = None,
         like: Hashable | None = None,
         encode: Callable[[InferResponse], Any] | None = None,
+        copies: bool = False,
     ) -> Cancel:
         """Asks for an answer. `done` is called once with it, or with a ProtocolError; maybe before this returns.
 
         `arrived`: when the request's last byte came, of the clock; None: now. `deadline`: of the clock, until when its client waits; it
         counts where it is before the request's own. The function that is returned takes the request back: `done` is not called any more.
         `like`: equal for requests that differ in their pixels alone (`refusal`). `encode`: makes the response what goes out; for a large
-        one on a thread of its own.
+        one on a thread of its own. `copies`: it does not hand out what was computed, but a copy of that.
 
-        Raises ProtocolError: 404 for another model or version, 400 for what the model does not take, 503 (`RefusedRequestError`) where no
-        version is ready. Answers 503 where it cannot be answered in time, 500 where computing it failed.
+        Raises ProtocolError: 404 for another model or version, 400 for what the model does not take and for more best classes than
+        `CLASSES`, 503 (`RefusedRequestError`) where no version is ready. Answers 503 where it cannot be answered in time, 500 where
+        computing it failed.
         """
         arrived = self._clock() if arrived is None else arrived
         lease = self.lease(model, version)
@@ -204,6 +221,7 @@ class Service:
             signature = lease.version.signature
             images = self._images(request, signature)
             wanted = _wanted(request, signature)
+            listed = self._listed(request, images, signature)
             if request.timeout_us is not None:
                 deadline = min(arrived + request.timeout_us / 1e6, math.inf if deadline is None else deadline)
             priority = request.priority or PRIORITY
@@ -250,7 +268,8 @@ class Service:
                     response=response, encoded=encoded, queued=queued, computed=work.computed, total=total, batch_rows=work.batch_rows
                 )  # fmt: skip
 
-            if answer.size <= INLINE or _as_it_is(request, wanted, labels):
+            plain = answer.size <= INLINE or (not (copies and answer.nbytes > COPIED) and _as_it_is(request, wanted, labels))
+            if plain and listed <= LISTED:
                 done(form())
             else:
                 self._form(form, lambda found: None if gone else done(found))
@@ -402,6 +421,20 @@ class Service:
         if height * width > self.max_pixels:
             raise ProtocolError(f"images of {width}x{height} pixels: this server takes at most {self.max_pixels:,}", status=413)
         return given.data
+
+    def _listed(self, request: InferRequest, images: NDArray[np.uint8], signature: Signature) -> int:
+        """Best classes that are to be written for a request, at most. Raises ProtocolError for more than `CLASSES`."""
+        asked = [output.classification for output in request.outputs if output.classification]
+        if not asked:
+            return 0
+        rows, *row = signature.scores_shape(*images.shape[:3])
+        count = sum(rows * min(most, math.prod(row)) for most in asked)
+        if count > CLASSES:
+            raise ProtocolError(
+                f"classification of {rows} rows asks for {count:,} classes: this server writes at most {CLASSES:,} in one answer; "
+                "ask for fewer, or for the output itself"
+            )
+        return count
 
     def _shadow(self, images: NDArray[np.uint8], answer: NDArray[Any], labels: bool) -> None:
         lease = self.slot.shadow()
