@@ -45,8 +45,11 @@ SHADOWS = 4
 INLINE = 1 << 16
 """Numbers of an answer up to which it is put into its form on the event loop; beyond, on a thread, beside which others are answered (but
 while its JSON is written, which lets nobody else go on)."""
-ENCODERS, FORMS = 2, 16
-"""Answers that are put into form at the same time, and that may wait for it; beyond, they are refused."""
+ENCODERS = 2
+"""Answers that are put into form at the same time."""
+FORM_BYTES = 1 << 30
+"""Of answers that are to be put into form beside the event loop, from their requests' admission until that is done: a request whose answer
+would go beyond is refused, unless there is no other."""
 CLASSES, LISTED = 1 << 16, 256
 """Best classes of all rows and outputs of an answer together, each a string: what may be asked for, and up to how many are written on the
 event loop."""
@@ -109,6 +112,7 @@ class Service:
         self._shadowing = 0
         self._encoders = ThreadPoolExecutor(max_workers=ENCODERS, thread_name_prefix="muntin-encode")
         self._forming = 0
+        """Bytes, of those that `FORM_BYTES` bounds."""
         self._mailbox: Mailbox | None = None
         self._accounts: dict[str, Account] = {}
         """By version: what it was asked. Only the event loop touches them."""
@@ -221,20 +225,21 @@ class Service:
             signature = lease.version.signature
             images = self._images(request, signature)
             wanted = _wanted(request, signature)
-            listed = self._listed(request, images, signature)
+            labels = wanted == ("labels",)
+            apart = self._apart(request, images, signature, wanted, labels, copies)
             if request.timeout_us is not None:
                 deadline = min(arrived + request.timeout_us / 1e6, math.inf if deadline is None else deadline)
             priority = request.priority or PRIORITY
         except BaseException:
             lease.release()
             raise
-        labels = wanted == ("labels",)
         account = self._accounts.setdefault(lease.version.name, Account())
         gone = False
 
         def computed(found: tuple[NDArray[Any], Work] | Exception) -> None:
             total = self._clock() - arrived
             if isinstance(found, Exception):
+                self._forming -= apart
                 # A candidate's refusal says nothing of the version that most requests are for.
                 if like is not None and isinstance(found, RefusedRequestError) and found.holds and lease.version is self.slot.current:
                     self.turnstile.shut(like, arrived + found.holds, arrived + found.retry_after, str(found))
@@ -242,12 +247,6 @@ class Service:
                 done(found)
                 return
             answer, work = found
-            account.answered(
-                rows=len(images), batch_rows=work.batch_rows, total=total, queued=work.started - arrived, computed=work.computed
-            )
-            self.metrics.total.observe(total)
-            if self.objective is not None and total > self.objective:
-                self.metrics.late.inc()
 
             def form() -> Answered | Exception:
                 if gone:
@@ -268,37 +267,53 @@ class Service:
                     response=response, encoded=encoded, queued=queued, computed=work.computed, total=total, batch_rows=work.batch_rows
                 )  # fmt: skip
 
-            plain = answer.size <= INLINE or (not (copies and answer.nbytes > COPIED) and _as_it_is(request, wanted, labels))
-            if plain and listed <= LISTED:
-                done(form())
+            def formed(found: Answered | Exception) -> None:
+                self._forming -= apart
+                if gone or isinstance(found, Exception):
+                    account.failed(total)
+                else:
+                    account.answered(
+                        rows=len(images), batch_rows=work.batch_rows, total=total, queued=work.started - arrived, computed=work.computed
+                    )
+                    self.metrics.total.observe(total)
+                    if self.objective is not None and total > self.objective:
+                        self.metrics.late.inc()
+                if not gone:
+                    done(found)
+
+            if apart:
+                self._form(form, formed)
             else:
-                self._form(form, lambda found: None if gone else done(found))
+                formed(form())
 
         unseen = 0 if like is None else self.turnstile.unseen(like, arrived)
-        cancel = self._begin(images, lease, labels=labels, priority=priority, deadline=deadline, came=arrived, unseen=unseen, done=computed)
+        self._forming += apart
+        try:
+            cancel = self._begin(
+                images, lease, labels=labels, priority=priority, deadline=deadline, came=arrived, unseen=unseen, done=computed
+            )
+        except BaseException:
+            self._forming -= apart
+            raise
 
         def take_back() -> None:
             nonlocal gone
             gone = True
             if cancel():
+                self._forming -= apart
                 account.failed(self._clock() - arrived)
 
         return take_back
 
     def _form(self, form: Callable[[], Answered | Exception], done: Done) -> None:
         """Puts a large answer into its form beside the event loop."""
-        if self._forming >= FORMS:
-            done(RefusedRequestError(f"{FORMS} large answers are being put into form: try again, or ask for binary data"))
-            return
         try:
             forming = asyncio.get_running_loop().run_in_executor(self._encoders, form)
         except RuntimeError:  # the service was closed
             done(RefusedRequestError("the server is shutting down"))
             return
-        self._forming += 1
 
         def formed(found: asyncio.Future[Answered | Exception]) -> None:
-            self._forming -= 1
             done(RefusedRequestError("the server is shutting down") if found.cancelled() else found.result())
 
         forming.add_done_callback(formed)
@@ -422,13 +437,35 @@ class Service:
             raise ProtocolError(f"images of {width}x{height} pixels: this server takes at most {self.max_pixels:,}", status=413)
         return given.data
 
+    def _apart(
+        self, request: InferRequest, images: NDArray[np.uint8], signature: Signature, wanted: tuple[str, ...], labels: bool, copies: bool
+    ) -> int:
+        """Bytes of the answer that is to be put into form beside the event loop; 0: not beside it.
+
+        Raises ProtocolError for more best classes than `CLASSES`, RefusedRequestError where `FORM_BYTES` wait already.
+        """
+        rows, height, width, _ = images.shape
+        numbers: int = rows if labels else rows * signature.outputs
+        if signature.task != "classify":
+            numbers *= height * width * signature.scale * signature.scale
+        few = True
+        for output in request.outputs:
+            if output.classification:
+                few = self._listed(request, images, signature) <= LISTED
+                break
+        if few and numbers <= INLINE:
+            return 0
+        nbytes = numbers if labels else 4 * numbers
+        if few and not (copies and nbytes > COPIED) and _as_it_is(request, wanted, labels):
+            return 0
+        if self._forming and self._forming + nbytes > FORM_BYTES:
+            raise RefusedRequestError("large answers fill what this server puts into form: try again, or ask for one output in binary")
+        return nbytes
+
     def _listed(self, request: InferRequest, images: NDArray[np.uint8], signature: Signature) -> int:
         """Best classes that are to be written for a request, at most. Raises ProtocolError for more than `CLASSES`."""
-        asked = [output.classification for output in request.outputs if output.classification]
-        if not asked:
-            return 0
         rows, *row = signature.scores_shape(*images.shape[:3])
-        count = sum(rows * min(most, math.prod(row)) for most in asked)
+        count = sum(rows * min(output.classification or 0, math.prod(row)) for output in request.outputs)
         if count > CLASSES:
             raise ProtocolError(
                 f"classification of {rows} rows asks for {count:,} classes: this server writes at most {CLASSES:,} in one answer; "

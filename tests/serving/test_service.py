@@ -1,0 +1,110 @@
+"""What becomes of answers that are put into form beside the event loop. What both faces answer is in `test_server`."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from muntin.serving.batcher import Batcher
+from muntin.serving.executor import Executor
+from muntin.serving.latency import LatencyModel
+from muntin.serving.metrics import Metrics
+from muntin.serving.protocol import InferInput, InferRequest
+from muntin.serving.rollout import Rollout
+from muntin.serving.runner import Runner
+from muntin.serving.service import INLINE, RefusedRequestError, Service
+from muntin.serving.slot import Slot
+
+SIDE = 150
+"""Pixels of an image of which the scores are put into form beside the event loop."""
+
+
+@contextmanager
+def made(shelf: Any) -> Iterator[Service]:
+    slot = Slot("m", shelf, rollout=Rollout())
+    slot.load(Path("1"), "1")
+    executor = Executor(slot)
+    runner = Runner(Batcher(LatencyModel(), objective=None, max_rows=32, queue_rows=1000, queue_bytes=1 << 30), executor)
+    service = Service(slot, runner, executor, metrics=Metrics(), max_rows=32, max_pixels=SIDE**2)
+    try:
+        yield service
+    finally:
+        runner.close()
+        service.close()
+        slot.close()
+
+
+def request_for_all(side: int = SIDE) -> InferRequest:
+    data = np.zeros((1, side, side, 3), np.uint8)
+    return InferRequest(
+        id="", inputs=(InferInput(name="images", datatype="UINT8", shape=data.shape, data=data),), outputs=(), parameters={}
+    )
+
+
+def counted(service: Service) -> tuple[int, int]:
+    """(answered, failed) of version 1."""
+    found = service.statistics("m", "1")[0]
+    return found.success.count, found.fail.count
+
+
+def test_what_was_computed_is_put_into_form_however_much_of_it_there_is(shelf: Any) -> None:
+    async def ask() -> None:
+        with made(shelf) as service:
+            held = threading.Event()
+            asked = [
+                asyncio.create_task(service.infer(request_for_all(), model="m", version=None, encode=lambda _: held.wait(60)))
+                for _ in range(40)
+            ]
+            while service.runner.snapshot().finished < len(asked):
+                await asyncio.sleep(0.01)
+            assert counted(service) == (0, 0)
+            held.set()
+            answers = await asyncio.gather(*asked)
+            assert all(answer.encoded for answer in answers)
+            assert counted(service) == (40, 0)
+
+    asyncio.run(ask())
+
+
+@pytest.mark.parametrize("end", ["answered", "failed", "cancelled"])
+def test_what_is_to_be_put_into_form_is_bounded_before_it_is_computed(shelf: Any, monkeypatch: pytest.MonkeyPatch, end: str) -> None:
+    monkeypatch.setattr("muntin.serving.service.FORM_BYTES", 4 * INLINE)
+
+    async def ask() -> None:
+        with made(shelf) as service:
+            held = threading.Event()
+
+            def encode(_: Any) -> None:
+                held.wait(60)
+                if end == "failed":
+                    raise ZeroDivisionError
+
+            def infer() -> Any:
+                return service.infer(request_for_all(), model="m", version=None, encode=encode)
+
+            first = asyncio.create_task(infer())  # alone it may go beyond the bound
+            while service.runner.snapshot().finished < 1:
+                await asyncio.sleep(0.01)
+            with pytest.raises(RefusedRequestError, match="fill what this server puts"):
+                await infer()
+            assert service.runner.snapshot().admitted == 1
+            if end == "cancelled":
+                await asyncio.sleep(0.05)  # until it is being put into form
+                first.cancel()
+            held.set()
+            await service.infer(request_for_all(8), model="m", version=None)  # which is done on the event loop
+            await asyncio.wait([first])
+            while service._forming:
+                await asyncio.sleep(0.01)
+            assert counted(service) == ((2, 0) if end == "answered" else (1, 1))
+            (following,) = await asyncio.gather(infer(), return_exceptions=True)  # there is room again
+            assert isinstance(following, ZeroDivisionError) == (end == "failed")
+
+    asyncio.run(ask())
