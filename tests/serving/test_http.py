@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import gzip
 import json
 import time
+import zlib
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -13,6 +15,7 @@ from typing import Any, cast
 
 import pytest
 
+from muntin.serving import http
 from muntin.serving.access_log import AccessLog
 from muntin.serving.batcher import Batch, Batcher
 from muntin.serving.executor import Executor
@@ -20,7 +23,7 @@ from muntin.serving.http import HttpFace
 from muntin.serving.json_codec import decode_request
 from muntin.serving.latency import LatencyModel
 from muntin.serving.metrics import Metrics
-from muntin.serving.protocol import Limits
+from muntin.serving.protocol import Limits, ProtocolError
 from muntin.serving.rollout import Rollout
 from muntin.serving.runner import Runner
 from muntin.serving.service import RefusedRequestError, Service
@@ -71,6 +74,79 @@ def test_a_fault_is_answered_and_reported_and_goes_no_further(at_once: bool) -> 
     assert b"secret" not in b"".join(parts)
     assert len(reported) == 1
     assert dict(service.metrics.requests) == {("http", "failed"): 1}
+
+
+# ---- packed bodies
+
+
+class Asked(Broken):
+    """A service that has no such model, and knows how many bodies it was asked about."""
+
+    objective: float | None = None
+
+    def __init__(self) -> None:
+        super().__init__(at_once=False)
+        self.count = 0
+
+    def submit(self, request: Any, *, done: Any, **_: Any) -> Any:
+        self.count += 1
+        done(ProtocolError("there is no such model", status=404))
+        return lambda: None
+
+
+@pytest.mark.parametrize("large", [False, True])
+def test_packed_bodies_are_unpacked_however_many_come_at_once(large: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    waiting: list[int] = []  # how many were unpacked, and not asked about
+    inflate = http._inflated
+
+    def unpack(*given: Any) -> Any:
+        found = inflate(*given)
+        waiting.append(len(waiting) + 1 - service.count)
+        return found
+
+    async def run() -> None:
+        face = HttpFace(cast(Any, service), cast(Any, None), cast(Any, None), limits=Limits(), tokens=(), log=None)
+        replies: list[int] = []
+        goes = [face.begin(scope, body, time.monotonic(), lambda status, *_: replies.append(status)) for _ in range(40)]
+        if large:
+            assert not replies
+            goes[20]()
+        while len(replies) < 40 - large:
+            await asyncio.sleep(0.001)
+        assert set(replies) == {404}
+        assert len(waiting) == 40 - large
+        face.close()
+
+    head = HEAD + b" " * (http.SMALL if large else 0)
+    scope = SCOPE | {"headers": [(b"inference-header-content-length", b"%d" % len(head)), (b"content-encoding", b"gzip")]}
+    body = gzip.compress(head + b"abc", compresslevel=0)
+    service = Asked()
+    with monkeypatch.context() as patch:
+        patch.setattr(http, "_inflated", unpack)
+        asyncio.run(run())
+    assert max(waiting) == 1
+
+
+def test_a_packed_body_that_waits_too_long_or_until_the_end_is_refused() -> None:
+    async def run(*, closed: bool) -> list[int]:
+        face = HttpFace(cast(Any, service), cast(Any, None), cast(Any, None), limits=Limits(), tokens=(), log=None)
+        replies: list[int] = []
+        if closed:
+            face.close()
+        for _ in range(3):
+            face.begin(scope, body, time.monotonic(), lambda status, *_: replies.append(status))
+        while len(replies) < 3:
+            await asyncio.sleep(0.001)
+        face.close()
+        return replies
+
+    scope = SCOPE | {"headers": [(b"content-encoding", b"deflate")]}
+    body = zlib.compress(bytes(http.SMALL + 1))
+    service = Asked()
+    assert asyncio.run(run(closed=True)) == [503] * 3
+    service.objective = 0.0
+    assert asyncio.run(run(closed=False)) == [503] * 3
+    assert service.count == 0
 
 
 # ---- a flood

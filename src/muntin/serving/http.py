@@ -17,6 +17,7 @@ import math
 import re
 import time
 import zlib
+from collections import deque
 from collections.abc import Awaitable, Callable, Hashable, MutableMapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
@@ -75,8 +76,8 @@ _LIKE_BYTES = 2048
 """Of a request's JSON, at most, that it is held against others by."""
 _INFLATE = zlib.MAX_WBITS | 32
 """zlib's word for gzip and deflate alike: the data say which it is."""
-UNPACKED = 8
-"""Packed bodies that may wait to be unpacked; beyond, they are refused. Each becomes as large as a body may be."""
+SMALL_PACKED, SMALL = 1 << 16, 1 << 18
+"""Bytes of a body, packed and unpacked, up to which it is unpacked on the event loop: half a millisecond at most."""
 _OPEN = ("/v2/health/live", "/v2/health/ready")
 """What needs no token: whoever starts and stops servers asks for it."""
 
@@ -100,7 +101,9 @@ class HttpFace:
         self._tokens = Tokens(tokens)
         self._heads = Heads()
         self._unpackers = ThreadPoolExecutor(max_workers=1, thread_name_prefix="muntin-unpack")
-        self._unpacking = 0
+        self._packed: deque[tuple[_Inference, _Head, Buffer]] = deque()
+        self._unpacking = False
+        """One of them is being unpacked."""
         answers = dict.fromkeys((ProtocolError, HTTPException, MuntinError, Exception), _error_response)
         self._routes = Starlette(routes=self._table(), exception_handlers=answers)
 
@@ -164,27 +167,54 @@ class HttpFace:
         return error_answer(error)
 
     def _inflate(self, inference: _Inference, head: _Head, body: Buffer) -> None:
-        """Asks when the body is unpacked, on a thread: a bomb's sixty megabytes take long enough to keep everybody else waiting."""
+        """Asks when the body is unpacked: a small one at once, others on a thread, since a bomb's sixty megabytes take long enough to keep
+        everybody else waiting.
 
-        def unpacked(found: asyncio.Future[bytes]) -> None:
-            self._unpacking -= 1
-            if not found.cancelled():
-                found.exception()  # looked at, whoever still waits for it
+        They wait packed, as the ledger counts them, and one is asked about before the next is unpacked: so what they become is never held
+        for more than one at a time, beside what waits for its batch.
+        """
+        if len(body) <= SMALL_PACKED and (found := _inflated(body, self._limits.body_bytes, SMALL)) is not None:
+            inference.cancel = self._ask(inference, head, found)
+            return
+        self._packed.append((inference, head, body))
+        self._unpack()
+
+    def _unpack(self) -> None:
+        """Has the next body unpacked whose client still waits, if none is being unpacked."""
+        while self._packed and not self._unpacking:
+            inference, head, body = self._packed.popleft()
             if inference.outcome:  # nobody waits any more
-                return
+                continue
             try:
-                if self._service.objective is not None and time.monotonic() - inference.began >= self._service.objective:
-                    raise RefusedRequestError("it could not be unpacked in time: try again")
-                inference.cancel = self._ask(inference, head, found.result())
+                self._check_time(inference)
+                unpacking = asyncio.get_running_loop().run_in_executor(self._unpackers, _inflated, body, self._limits.body_bytes)
             except ProtocolError as error:
                 inference.fail(error)
-            except Exception as error:  # noqa: BLE001 - as in `begin`
-                inference.fail(_fault(error))
+            except RuntimeError:  # the face was closed
+                inference.fail(RefusedRequestError("the server is shutting down"))
+            else:
+                self._unpacking = True
+                unpacking.add_done_callback(partial(self._unpacked, inference, head))
 
-        if self._unpacking >= UNPACKED:
-            raise RefusedRequestError(f"{UNPACKED} bodies are being unpacked: try again")
-        self._unpacking += 1
-        asyncio.get_running_loop().run_in_executor(self._unpackers, _inflated, body, self._limits.body_bytes).add_done_callback(unpacked)
+    def _unpacked(self, inference: _Inference, head: _Head, found: asyncio.Future[bytes | None]) -> None:
+        self._unpacking = False
+        try:
+            if found.cancelled():
+                raise RefusedRequestError("the server is shutting down")
+            body = found.result()
+            if not inference.outcome:
+                self._check_time(inference)
+                assert body is not None
+                inference.cancel = self._ask(inference, head, body)
+        except ProtocolError as error:
+            inference.fail(error)
+        except Exception as error:  # noqa: BLE001 - as in `begin`
+            inference.fail(_fault(error))
+        self._unpack()
+
+    def _check_time(self, inference: _Inference) -> None:
+        if self._service.objective is not None and time.monotonic() - inference.began >= self._service.objective:
+            raise RefusedRequestError("it could not be unpacked in time: try again")
 
     def _ask(self, inference: _Inference, head: _Head, body: Buffer) -> Cancel:
         scope = inference.scope
@@ -381,13 +411,16 @@ def _read_head(scope: Scope) -> _Head:
     return _Head(model, version, length, encoded)
 
 
-def _inflated(body: Buffer, most: int) -> bytes:
-    """What was packed, if it is all there and no more than so many bytes; no more than that is ever unpacked."""
+def _inflated(body: Buffer, most: int, few: int | None = None) -> bytes | None:
+    """What was packed, if it is all there and no more than `most` bytes; no more than that is ever unpacked. None: more than `few`."""
     unpacking = zlib.decompressobj(_INFLATE)
+    bound = most if few is None else min(few, most)
     try:
-        found = unpacking.decompress(body, most + 1)
+        found = unpacking.decompress(body, bound + 1)
     except zlib.error as error:
         raise ProtocolError(f"the body is neither gzip nor deflate ({error})") from error
+    if bound < len(found) <= most:
+        return None
     if len(found) > most:
         raise ProtocolError(f"a body of more than {most:,} bytes, unpacked: this server takes no more", status=413)
     if not unpacking.eof or unpacking.unused_data:
