@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+import asyncio
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from muntin.serving.control import Control
+from muntin.errors import VerificationError
+from muntin.serving.control import LOADS, Control
 from muntin.serving.probation import ArtifactLoader
 from muntin.serving.protocol import ProtocolError
 from muntin.serving.repository import Repository
 from muntin.serving.rollout import Rollout
+from muntin.serving.service import RefusedRequestError
 from muntin.serving.slot import Slot
+from muntin.serving.version import NotReadyError
 
 
 @pytest.fixture
@@ -81,3 +86,45 @@ def test_an_artefact_that_is_loaded_again(write_version: Callable[..., Path], in
     assert [(entry.version, entry.state) for entry in control.index(ready=True)] == [("1", "READY")]
     control.unload("m", {"version": "1"})
     assert states(control, ready=True) == {}
+
+
+class Stuck:
+    """A loader of versions whose trial goes on until it is let go, or the slot is closed."""
+
+    def __init__(self) -> None:
+        self.begun, self.free = 0, threading.Event()
+
+    def probe(self, path: Path, lately: Any, stopped: Callable[[], bool]) -> Any:
+        self.begun += 1
+        while not self.free.wait(0.01):
+            if stopped():
+                raise NotReadyError("its trial was ended")
+        raise VerificationError("it is broken")
+
+
+def test_loads_that_wait_are_bounded_and_keep_no_unload_waiting(shelf: Any, tmp_path: Path) -> None:
+    async def ask() -> None:
+        for name in "12":
+            (tmp_path / name).mkdir()
+        slot, stuck = Slot("m", shelf, rollout=Rollout()), Stuck()
+        slot.load("1", "1")
+        slot._loader = stuck  # type: ignore[assignment]
+        control = Control(slot, Repository(tmp_path))
+        loads = [asyncio.create_task(control.loaded("m", {"version": "2"})) for _ in range(LOADS + 1)]
+        while not stuck.begun:
+            await asyncio.sleep(0.001)
+        with pytest.raises(RefusedRequestError, match=f"{LOADS} loads wait"):
+            await control.loaded("m", {"version": "2"})
+        await control.unloaded("m", {"version": "1"})
+        loads.pop().cancel()
+        await asyncio.sleep(0)
+        stuck.free.set()
+        for load in loads:
+            with pytest.raises(ProtocolError, match="it is broken"):
+                await load
+        assert stuck.begun == LOADS  # the one that was taken back was not begun
+        await asyncio.to_thread(control.close)
+        with pytest.raises(RefusedRequestError, match="shutting down"):
+            await control.loaded("m", {})
+
+    asyncio.run(ask())

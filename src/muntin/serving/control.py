@@ -5,25 +5,56 @@ A name in a request is compared with the model's, and a version with those that 
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
 
 from muntin.errors import MuntinError
 from muntin.serving.description import IndexEntry
 from muntin.serving.protocol import Parameter, ProtocolError, shown
 from muntin.serving.repository import Repository
+from muntin.serving.service import RefusedRequestError
 from muntin.serving.slot import Slot
 from muntin.serving.version import NotReadyError, UnknownVersionError
 
 _STATES = {"loading": "LOADING", "ready": "READY", "draining": "UNLOADING", "unloaded": "UNAVAILABLE", "failed": "UNAVAILABLE"}
+LOADS = 4
+"""Requests to load that may wait until those before them have ended; beyond, they are refused."""
 VERSION = "version"
 """The parameter of a request to load or unload that names one."""
 
 
 class Control:
-    """Loads and unloads versions of the one model. `load` and `unload` block: call them on a thread of their own."""
+    """Loads and unloads versions of the one model. `load` and `unload` block: event loops ask with `loaded` and `unloaded`."""
 
     def __init__(self, slot: Slot, repository: Repository) -> None:
         self._slot, self._repository = slot, repository
+        self._loads = ThreadPoolExecutor(max_workers=1, thread_name_prefix="muntin-load")
+        self._loading = 0
+
+    def close(self) -> None:
+        """Ends the thread that loads. What it loads is the slot's to end before."""
+        self._loads.shutdown(wait=True)
+
+    async def loaded(self, model: str, parameters: Mapping[str, Parameter]) -> str:
+        """As `load`, one after the other, on a thread that does nothing else: what waits there keeps nothing else waiting, least of all an
+        unload. Raises RefusedRequestError where `LOADS` wait. Cancelled, it takes back a load that has not begun."""
+        self._check(model)
+        if self._loading > LOADS:
+            raise RefusedRequestError(f"{LOADS} loads wait for the one that goes on: try again when it has ended")
+        try:
+            loading = asyncio.get_running_loop().run_in_executor(self._loads, self.load, model, parameters)
+        except RuntimeError as error:  # it was closed
+            raise RefusedRequestError("the server is shutting down") from error
+        self._loading += 1
+        try:
+            return await loading
+        finally:
+            self._loading -= 1
+
+    async def unloaded(self, model: str, parameters: Mapping[str, Parameter]) -> None:
+        """As `unload`, on some thread."""
+        await asyncio.to_thread(self.unload, model, parameters)
 
     def index(self, *, ready: bool) -> list[IndexEntry]:
         """Every version that is listed or served; those that wait in the repository are "UNAVAILABLE". `ready`: only those that answer."""

@@ -291,11 +291,11 @@ class GrpcFace:
         return index_message(self._control.index(ready=request.ready))
 
     async def load(self, request: Any, call: _Call) -> Any:
-        await asyncio.to_thread(self._control.load, request.model_name, repository_parameters(request, self._limits))
+        await self._control.loaded(request.model_name, repository_parameters(request, self._limits))
         return messages.RepositoryModelLoadResponse()
 
     async def unload(self, request: Any, call: _Call) -> Any:
-        await asyncio.to_thread(self._control.unload, request.model_name, repository_parameters(request, self._limits))
+        await self._control.unloaded(request.model_name, repository_parameters(request, self._limits))
         return messages.RepositoryModelUnloadResponse()
 
 

@@ -360,12 +360,12 @@ class HttpFace:
 
     async def _load(self, request: Request) -> Response:
         parameters = decode_repository_request(await request.body(), self._limits)
-        await asyncio.to_thread(self._control.load, request.path_params["model"], parameters)
+        await self._control.loaded(request.path_params["model"], parameters)
         return _json({})
 
     async def _unload(self, request: Request) -> Response:
         parameters = decode_repository_request(await request.body(), self._limits)
-        await asyncio.to_thread(self._control.unload, request.path_params["model"], parameters)
+        await self._control.unloaded(request.path_params["model"], parameters)
         return _json({})
 
     async def _predict(self, request: Request) -> Response:

@@ -209,6 +209,7 @@ class Server:
         log = AccessLog() if config.access_log else None
         _expose(metrics, service, runner, ledger, log)
         control = Control(self.slot, self._repository)
+        ending.push_async_callback(asyncio.to_thread, control.close)
         pictures = Pictures(service)
         ending.push_async_callback(asyncio.to_thread, self._end, pictures, runner, service)
         limits = Limits(body_bytes=config.bounds.body_bytes, json_bytes=config.bounds.json_bytes)
