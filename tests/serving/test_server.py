@@ -30,6 +30,8 @@ from tritonclient.utils import InferenceServerException
 
 from muntin.errors import ArtifactError, DataError
 from muntin.serving.config import Bounds, ServeConfig
+from muntin.serving.executor import Executor
+from muntin.serving.pictures import Pictures
 from muntin.serving.probation import ArtifactLoader
 from muntin.serving.rollout import Rollout
 from muntin.serving.server import Server, batch_sizes, largest_request
@@ -534,6 +536,77 @@ def test_a_server_that_is_stopped_while_it_loads_has_ended(
     thread.join(60)
     assert not thread.is_alive()
     assert server.http_port == 0  # it never listened
+
+
+def test_a_server_that_goes_down_ends_loads_and_both_faces_at_once(
+    write_version: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, wait_until: Any
+) -> None:
+    loading, held, computing = threading.Event(), threading.Event(), threading.Event()
+    compute = Executor.__call__
+
+    def hang(path: Path, lately: Any, stopped: Callable[[], bool]) -> None:
+        loading.set()
+        while not stopped():
+            pass
+        raise NotReadyError("ended")
+
+    def hold(self: Executor, batch: Any) -> Any:
+        computing.set()
+        assert held.wait(60)
+        return compute(self, batch)
+
+    told: dict[str, Any] = {}
+
+    def ask(name: str, path: str, body: bytes) -> threading.Thread:
+        thread = threading.Thread(target=lambda: told.update({name: fetch(server, path, body)}))
+        thread.start()
+        return thread
+
+    with served(write_version(tmp_path / "m"), drain_seconds=60) as server:
+        monkeypatch.setattr(ArtifactLoader, "probe", lambda self, *given: hang(*given))
+        monkeypatch.setattr(Executor, "__call__", hold)
+        asked = [ask("load", "/v2/repository/models/m/load", b"{}"), ask("wait", "/v2/repository/models/m/load", b"{}")]
+        image = {"name": "images", "datatype": "UINT8", "shape": [1, 1, 1, 3], "data": [1, 2, 3]}
+        asked.append(ask("infer", "/v2/models/m/infer", json.dumps({"inputs": [image]}).encode()))
+        assert loading.wait(60) and computing.wait(60)
+        stop = threading.Thread(target=server.stop)
+        stop.start()
+        for load in asked[:2]:
+            load.join(60)
+        for name in ("load", "wait"):
+            assert told[name][0] == 503 and "shutting down" in json.loads(told[name][2])["error"]
+        wait_until(lambda: not listens(server.grpc_port))
+        assert "infer" not in told and stop.is_alive()
+        held.set()
+        for thread in (*asked, stop):
+            thread.join(60)
+        assert told["infer"][0] == 200
+
+
+def listens(port: int | None) -> bool:
+    with socket.socket() as asked:
+        return asked.connect_ex(("127.0.0.1", port)) == 0
+
+
+def test_what_takes_longer_than_there_is_time_at_the_end_is_told_so(
+    write_pixels: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    begun = threading.Event()
+
+    async def slow(self: Pictures, *_: Any) -> Any:
+        begun.set()
+        await asyncio.sleep(60)
+
+    monkeypatch.setattr(Pictures, "answer", slow)
+    told: list[Any] = []
+
+    with served(write_pixels(tmp_path / "m"), grpc_port=None, drain_seconds=0) as server:
+        thread = threading.Thread(target=lambda: told.append(fetch(server, "/predict", b"x")))
+        thread.start()
+        assert begun.wait(60)
+    thread.join(60)
+    ((status, headers, body),) = told
+    assert (status, headers["retry-after"], json.loads(body)) == (503, "1", {"error": "the server is shutting down"})
 
 
 def load_version(client: Client, version: str) -> None:

@@ -489,6 +489,24 @@ def test_a_closed_slot_admits_nobody_and_answers_who_is_in(make_slot: Callable[.
     slot.close()
 
 
+def test_loads_end_and_what_serves_goes_on(make_slot: Callable[..., Slot]) -> None:
+    slot = make_slot(canary=1)
+    first = slot.load("1", "1")
+    with loading(slot, "2", "2") as outcome:
+        candidate = slot.lease()
+        slot.end_loads()
+        slot.end_loads()
+    assert isinstance(outcome[0], NotReadyError)
+    assert label_of(candidate.version.session) == 2  # who is in is answered
+    candidate.release()
+    with slot.lease() as lease:
+        assert lease.version is first
+    with pytest.raises(NotReadyError):
+        slot.load("3", "3")
+    assert (slot.ready, slot.closed) == (True, True)
+    slot.close()
+
+
 def test_who_cannot_be_told_costs_no_batch(shelf: Any, clock: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     reported: list[Any] = []
     monkeypatch.setattr(threading, "excepthook", reported.append)

@@ -69,7 +69,8 @@ class Control:
         return list(entries.values())
 
     def load(self, model: str, parameters: Mapping[str, Parameter]) -> str:
-        """Loads the version that is named, or the newest there is; its name. Raises ProtocolError where it does not come to serve."""
+        """Loads the version that is named, or the newest there is; its name. Raises ProtocolError where it does not come to serve,
+        RefusedRequestError where the slot ends its loads."""
         self._check(model)
         asked = self._version(parameters)
         try:
@@ -83,6 +84,8 @@ class Control:
         except MuntinError as error:
             if isinstance(error, ProtocolError):
                 raise
+            if self._slot.closed:
+                raise RefusedRequestError(f"not loaded, the server is shutting down: {error}") from error
             raise ProtocolError(f"not loaded, what served goes on: {error}", status=409) from error
         return name
 

@@ -96,6 +96,7 @@ class GrpcFace:
             ],
         )
         self._server.add_generic_rpc_handlers((self._handlers(),))
+        self._stopping: asyncio.Task[None] | None = None
         self.port = 0
 
     async def start(self, address: str) -> None:
@@ -110,9 +111,15 @@ class GrpcFace:
             raise OSError(None, f"cannot listen on it ({error})", address) from error
         await self._server.start()
 
+    def begin_stop(self, seconds: float) -> asyncio.Task[None]:
+        """Takes no new calls, and gives those in flight so long, from the first time on that it is told so. Ended: nobody is answered."""
+        if self._stopping is None:
+            self._stopping = asyncio.create_task(self._server.stop(seconds))
+        return self._stopping
+
     async def stop(self, seconds: float) -> None:
-        """Takes no new calls, and gives those in flight so long."""
-        await self._server.stop(seconds)
+        """As `begin_stop`, until it has ended."""
+        await self.begin_stop(seconds)
 
     def _handlers(self) -> grpc.GenericRpcHandler:
         handlers = {}

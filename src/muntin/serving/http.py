@@ -299,7 +299,8 @@ class HttpFace:
         except ProtocolError as error:
             await _error_answer(error)(scope, receive, counted)
         except asyncio.CancelledError:
-            pass  # the client has gone: nobody is left to tell
+            if not status and self._service.draining:  # and it had all the time that there is; where the client has gone nobody hears it
+                await _error_answer(RefusedRequestError("the server is shutting down"))(scope, receive, counted)
         finally:
             if self._log is not None:
                 self._write(scope, status, sent, began)

@@ -2,7 +2,7 @@
 
     start           the first version is loaded -> HTTP and gRPC listen -> others are watched for
     SIGTERM, Ctrl-C before it listens: the load ends, and all of it
-                    not ready, nobody new -> what is in flight is answered -> gRPC, pictures, runner, slot
+                    not ready, nobody new, loads end -> what is in flight over HTTP and gRPC is answered -> slot, pictures, runner
 
 One event loop answers for both faces, and batches are computed on the runner's threads, which hold the interpreter's lock for
 microseconds: an engine computes without it.
@@ -17,6 +17,7 @@ import signal
 import socket
 import ssl
 import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import AsyncExitStack, contextmanager
 from functools import partial
@@ -90,6 +91,8 @@ class Server:
         self._ending = False
         """It was told to stop."""
         self._failed: BaseException | None = None
+        self._drained_at: float | None = None
+        """Until when what is in flight has time, of `time.monotonic`, once it goes down."""
         self._http: uvicorn.Server | None = None
         self._thread: threading.Thread | None = None
         manifest = self._manifest()
@@ -223,18 +226,20 @@ class Server:
             watcher = Watcher(self._repository, self.slot, notify=self._notify, interval_s=config.watch_seconds)
             ending.push_async_callback(asyncio.to_thread, watcher.stop)
         ending.callback(self.slot.close)
+        grpc_face: GrpcFace | None = None
         if config.grpc_port is not None:
             grpc_face = GrpcFace(
                 service, control, limits=limits, tokens=config.tokens, log=log, ledger=ledger, tls=self._tls(), tracing=tracing
             )
             ending.push_async_callback(grpc_face.stop, config.drain_seconds)
             await self._listen_grpc(grpc_face)
-        ending.callback(setattr, service, "draining", True)
+        go_down = partial(self._go_down, service, grpc_face)
+        ending.callback(go_down)
         sock = self._listen()
         if self._ending:
             sock.close()
             return
-        self._http = _Http(http_config, service, up)
+        self._http = _Http(http_config, up, go_down)
         if config.watch:
             watcher.start()
         gc.collect()
@@ -262,9 +267,19 @@ class Server:
             else:
                 return
 
+    def _go_down(self, service: Service, grpc_face: GrpcFace | None) -> None:
+        """Nobody new comes and no version, and what is in flight, over HTTP or gRPC, has the same time. On the event loop."""
+        if self._drained_at is not None:
+            return
+        self._drained_at = time.monotonic() + self.config.drain_seconds
+        service.draining = True
+        self.slot.end_loads()
+        if grpc_face is not None:
+            grpc_face.begin_stop(self.config.drain_seconds)
+
     def _end(self, pictures: Pictures, runner: Runner, service: Service) -> None:
         pictures.close()
-        runner.close(self.config.drain_seconds)
+        runner.close(self.config.drain_seconds if self._drained_at is None else max(0.0, self._drained_at - time.monotonic()))
         service.close()
 
     def _listen(self) -> socket.socket:
@@ -319,16 +334,16 @@ class Server:
 class _Http(uvicorn.Server):
     """uvicorn, which tells when it listens and when it begins to go down."""
 
-    def __init__(self, config: uvicorn.Config, service: Service, up: Callable[[], None]) -> None:
+    def __init__(self, config: uvicorn.Config, up: Callable[[], None], go_down: Callable[[], None]) -> None:
         super().__init__(config)
-        self._service, self._tell_up = service, up
+        self._tell_up, self._go_down = up, go_down
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         await super().startup(sockets)
         self._tell_up()
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
-        self._service.draining = True
+        self._go_down()
         await super().shutdown(sockets)
 
 

@@ -321,6 +321,18 @@ class Slot:
         with self._changing():
             self._settle_by_time()
 
+    @property
+    def closed(self) -> bool:
+        """Whether it loads nothing any more."""
+        return self._closed.is_set()
+
+    def end_loads(self) -> None:
+        """Ends a load in progress, a trial too, and begins none any more. The version that serves goes on."""
+        self._closed.set()
+        with self._changing():
+            if self._candidate is not None and self._current is not None:
+                self._take_out(self._candidate)
+
     def close(self) -> None:
         """Ends a load in progress and admits nobody any more. Sessions go with their last leases."""
         self._closed.set()
