@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import io
 import os
+import re
 import struct
 import subprocess
 import sys
@@ -25,6 +26,7 @@ from muntin.runtime.images import (
     encode_png,
     image_size,
     overlay,
+    pixel_count,
     read_image,
     read_mask,
     to_rgb,
@@ -349,8 +351,10 @@ def test_a_picture_from_bytes_is_what_it_is_from_a_file(tmp_path: Path) -> None:
         content = (tmp_path / f"a{suffix}").read_bytes()
         np.testing.assert_array_equal(decode_image(content), read_image(tmp_path / f"a{suffix}"))
         np.testing.assert_array_equal(decode_image(content, 1), read_image(tmp_path / f"a{suffix}", 1))
-        with pytest.raises(DataError, match="limit of 713"):
-            decode_image(content, max_pixels=713)
+        assert pixel_count(content) == 714
+        for read in (decode_image, pixel_count):
+            with pytest.raises(DataError, match="limit of 713"):
+                read(content, max_pixels=713)
         with pytest.raises(DataError, match="the picture"):
             decode_image(content[: len(content) // 2])
 
@@ -359,6 +363,8 @@ def test_a_picture_from_bytes_is_what_it_is_from_a_file(tmp_path: Path) -> None:
 def test_other_bytes_are_no_picture(content: bytes) -> None:
     with pytest.raises(DataError) as caught:
         decode_image(content)
+    with pytest.raises(DataError, match=re.escape(str(caught.value))):
+        pixel_count(content)
     assert "\n" not in str(caught.value)
 
 

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from muntin.serving.pictures import Pictures
+from muntin.serving.pictures import Pictures, _Room
 from muntin.serving.probation import ArtifactLoader
 from muntin.serving.protocol import ProtocolError
 from muntin.serving.rollout import Rollout
@@ -101,7 +101,7 @@ def test_what_goes_on_counts_and_holds_its_version(slot: Slot) -> None:
         monkeypatch.setattr("muntin.serving.pictures.decode_image", decode)
         service: Any = Stuck(slot)
         pictures = Pictures(service)
-        task = asyncio.create_task(pictures.answer(b"", {}))
+        task = asyncio.create_task(pictures.answer(picture(), {}))
         await asyncio.wait_for(decoding.wait(), 60)
         task.cancel()
         with pytest.raises(asyncio.CancelledError):
@@ -129,3 +129,43 @@ def test_too_many_pixels_are_told_apart(slot: Slot) -> None:
 
     assert asyncio.run(ask(picture(101))) == 413
     assert asyncio.run(ask(b"x")) == 400
+
+
+@pytest.mark.parametrize("by", ["the client", "the server"])
+def test_pictures_wait_until_there_is_room_for_their_pixels(slot: Slot, by: str) -> None:
+    async def ask() -> None:
+        service: Any = Stuck(slot)
+        pictures = Pictures(service, tile=64)
+        tasks = [asyncio.create_task(pictures.answer(picture(side), {})) for side in (100, 100, 100, 70)]
+        while service.calls < 2 or len(pictures._room._waiting) < 2:  # the last would fit, and waits behind the third
+            await asyncio.sleep(0.01)
+        assert service.calls == 2
+        if by == "the server":
+            await asyncio.wait_for(asyncio.to_thread(pictures.close), 60)
+            for task in tasks:
+                with pytest.raises(RefusedRequestError):
+                    await task
+        else:
+            tasks[2].cancel()
+            service.free.set()
+            assert [(await task).media_type for task in (tasks[0], tasks[1], tasks[3])] == ["image/png"] * 3
+            while pictures._pending:
+                await asyncio.sleep(0.01)
+            assert service.calls == 3 * 4  # tiles, none of the one that was given up
+            pictures.close()
+        assert (pictures._room._taken, slot.current.leases) == (0, 0)  # type: ignore[union-attr]
+
+    asyncio.run(ask())
+
+
+def test_a_picture_that_is_alone_has_room(slot: Slot) -> None:
+    async def ask() -> None:
+        service: Any = Stuck(slot)
+        service.free.set()
+        pictures = Pictures(service, tile=8)
+        pictures._room = _Room(1)
+        answers = await asyncio.gather(*(pictures.answer(picture(), {}) for _ in range(3)))
+        assert [answer.media_type for answer in answers] == ["image/png"] * 3
+        pictures.close()
+
+    asyncio.run(ask())

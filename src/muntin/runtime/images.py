@@ -40,6 +40,8 @@ IGNORED_COLOR = (0, 0, 0)
 
 _NPY = b"\x93NUMPY"
 _HEAD_BYTES = 16
+_SENT = Path("the picture")
+"""What errors call bytes that have no file."""
 _ORIENTATION_TAG = 0x0112
 _TURNS = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
@@ -102,13 +104,16 @@ def decode_image(content: bytes, channels: int | None = 3, *, max_pixels: int = 
 
     The size is checked in the header, before anything is decoded: a small file that would unpack into a huge picture costs nothing.
     """
-    name, head = Path("the picture"), content[:_HEAD_BYTES]
-    if not (head.startswith((b"\x89PNG", b"\xff\xd8\xff")) or (head[:4] == b"RIFF" and head[8:12] == b"WEBP")):
-        raise DataError(f"{len(content):,} bytes that are no PNG, JPEG or WebP picture: send the bytes of such a file")
-    with _picture(name, io.BytesIO(content), head, max_pixels) as picture:
-        mode = _target_mode(name, picture, channels)
+    with _sent(content, max_pixels) as picture:
+        mode = _target_mode(_SENT, picture, channels)
         image_HWC = np.array(_converted(_upright(picture), mode), dtype=np.uint8)
     return image_HWC if image_HWC.ndim == 3 else image_HWC[:, :, None]
+
+
+def pixel_count(content: bytes, *, max_pixels: int = MAX_PIXELS) -> int:
+    """Height times width of what `decode_image` would give, from the header alone. Raises DataError for what is wrong there."""
+    with _sent(content, max_pixels) as picture:
+        return prod(picture.size)
 
 
 def encode_png(image: npt.NDArray[Any], colors: Sequence[tuple[int, int, int]] = ()) -> bytes:
@@ -288,6 +293,16 @@ def _opened(path: Path) -> Iterator[tuple[IO[bytes], bytes]]:
         if not head:
             raise DataError(f"{path} is empty (0 bytes): replace it or remove it")
         yield stream, head
+
+
+@contextmanager
+def _sent(content: bytes, max_pixels: int) -> Iterator[ImageFile.ImageFile]:
+    """As `_picture`, of bytes in one of the formats that may be sent."""
+    head = content[:_HEAD_BYTES]
+    if not (head.startswith((b"\x89PNG", b"\xff\xd8\xff")) or (head[:4] == b"RIFF" and head[8:12] == b"WEBP")):
+        raise DataError(f"{len(content):,} bytes that are no PNG, JPEG or WebP picture: send the bytes of such a file")
+    with _picture(_SENT, io.BytesIO(content), head, max_pixels) as picture:
+        yield picture
 
 
 @contextmanager

@@ -3,16 +3,19 @@
     PNG, JPEG, WebP --decode--> uint8 (H, W, C) --tiles through the runner--> labels --encode--> PNG
 
 A picture up to `TILE` pixels a side is one image like any other; a larger one is computed in overlapping tiles, as `muntin predict` does
-it, each of which waits for its turn beside other requests: a large picture makes nobody else late. Where its client gives a picture up, no
-further tile of it is computed; it counts, and holds its version, until its thread has seen that.
+it, each of which waits for its turn beside other requests: a large picture makes nobody else late. A small file may hold a large picture:
+before it is decoded it waits until there is room for its pixels beside those of the pictures that are not answered yet. Where its client
+gives a picture up, no further tile of it is computed; it counts, and holds its version, until its thread has seen that.
 """
 
 from __future__ import annotations
 
 import asyncio
 import threading
-from collections.abc import Mapping
+from collections import deque
+from collections.abc import AsyncIterator, Mapping
 from concurrent.futures import CancelledError, Future, ThreadPoolExecutor
+from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -22,7 +25,7 @@ from numpy.typing import NDArray
 from muntin.artifact import Signature
 from muntin.errors import DataError
 from muntin.runtime import predict
-from muntin.runtime.images import TooManyPixelsError, decode_image, encode_png, overlay
+from muntin.runtime.images import TooManyPixelsError, decode_image, encode_png, overlay, pixel_count
 from muntin.serving.json_codec import encode_json
 from muntin.serving.protocol import ProtocolError, shown
 from muntin.serving.service import PRIORITY, RefusedRequestError, Service
@@ -35,6 +38,8 @@ DECODERS = 2
 """Pictures that are decoded, or whose answers are encoded, at the same time."""
 WAITING = 16
 """Pictures that may be in the works; beyond, they are refused."""
+LARGEST = 2
+"""So many of the largest pictures that are taken are as many pixels as all that are decoded and not answered may have together."""
 OUTPUTS = {"segment": ("mask", "overlay", "labels", "json"), "classify": ("json",), "restore": ("image",)}
 """What may be asked of a task; the first is what it gives unasked."""
 
@@ -55,6 +60,7 @@ class Pictures:
         self._service, self._tile = service, tile
         self._threads = ThreadPoolExecutor(max_workers=WAITING, thread_name_prefix="muntin-picture")
         self._decoding = asyncio.Semaphore(DECODERS)
+        self._room = _Room(LARGEST * service.max_pixels)
         self._pending: set[_Through] = set()
 
     async def answer(self, content: bytes, query: Mapping[str, str]) -> PictureAnswer:
@@ -106,11 +112,17 @@ class Pictures:
         try:
             async with self._decoding:
                 through.check()
-                image = await loop.run_in_executor(self._threads, _decoded, content, version.signature.channels, self._service.max_pixels)
-            answer = await loop.run_in_executor(self._threads, self._predicted, through, image)
-            async with self._decoding:
-                through.check()
-                return await loop.run_in_executor(self._threads, _encoded, image, answer, output, version)
+                count = await loop.run_in_executor(self._threads, _counted, content, self._service.max_pixels)
+            async with self._room.taken(count * version.signature.scale**2):
+                async with self._decoding:
+                    through.check()
+                    image = await loop.run_in_executor(
+                        self._threads, _decoded, content, version.signature.channels, self._service.max_pixels
+                    )
+                answer = await loop.run_in_executor(self._threads, self._predicted, through, image)
+                async with self._decoding:
+                    through.check()
+                    return await loop.run_in_executor(self._threads, _encoded, image, answer, output, version)
         except _GivenUpError as error:
             raise RefusedRequestError("the server is shutting down: send the picture to another one") from error
         except TooManyPixelsError as error:
@@ -127,6 +139,34 @@ class Pictures:
             labels: NDArray[np.uint8] = through.labels(image[None])[0]
             return labels
         return predict(through, image)
+
+
+class _Room:
+    """Room for pixels. What does not fit waits, in the order in which it came; alone, everything fits."""
+
+    def __init__(self, most: int) -> None:
+        self._most, self._taken = most, 0
+        self._waiting: deque[tuple[int, asyncio.Future[None]]] = deque()
+
+    @asynccontextmanager
+    async def taken(self, count: int) -> AsyncIterator[None]:
+        """While it is held, there is so much less."""
+        turn = asyncio.get_running_loop().create_future()
+        self._waiting.append((count, turn))
+        self._admit()
+        await turn
+        try:
+            yield
+        finally:
+            self._taken -= count
+            self._admit()
+
+    def _admit(self) -> None:
+        while self._waiting and (not self._taken or self._taken + self._waiting[0][0] <= self._most):
+            count, turn = self._waiting.popleft()
+            if not turn.done():  # else it was cancelled, with its loop
+                self._taken += count
+                turn.set_result(None)
 
 
 class _GivenUpError(Exception):
@@ -188,6 +228,10 @@ def _output(asked: str | None, signature: Signature) -> str:
     if asked is not None and asked not in allowed:
         raise ProtocolError(f"output={shown(asked)}: this model gives {', '.join(allowed)}")
     return asked or allowed[0]
+
+
+def _counted(content: bytes, max_pixels: int) -> int:
+    return pixel_count(content, max_pixels=max_pixels)
 
 
 def _decoded(content: bytes, channels: int, max_pixels: int) -> NDArray[np.uint8]:
