@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import os
 import re
@@ -369,6 +370,22 @@ def test_large_answers_are_put_into_form_beside_the_event_loop(
 
 
 # ---- errors and deadlines ----
+
+
+def test_what_cannot_be_read_is_counted_and_written_down(path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with served(path, access_log=True, bounds=Bounds(json_bytes=2000)) as (server, client):
+        for message, code in ((b"\xff", Code.INVALID_ARGUMENT), (b"\x0a\xff\x7f" + b"x" * 0x3FFF, Code.RESOURCE_EXHAUSTED)):
+            with pytest.raises(grpc.RpcError) as caught:
+                client.channel.unary_unary(f"/{SERVICE}/ModelInfer")(message, timeout=30)
+            assert caught.value.code() is code
+            stream = client.channel.stream_stream(f"/{SERVICE}/ModelStreamInfer", None, messages.ModelStreamInferResponse.FromString)
+            (answer,) = stream(iter([message]), timeout=30)
+            assert answer.error_message == caught.value.details()
+        assert outcomes(server) == {"wrong": 4}
+        lines = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    found = [(line["method"], line["status"]) for line in lines if line["face"] == "grpc"]
+    assert found == [("ModelInfer", status) for status in ("INVALID_ARGUMENT", "RESOURCE_EXHAUSTED") for _ in range(2)]
+    assert all(line["client"] for line in lines)
 
 
 @pytest.mark.parametrize("face", ["unary", "stream"])

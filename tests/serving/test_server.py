@@ -699,12 +699,14 @@ def test_metrics_count_what_happened(write_pixels: Callable[..., Path], tmp_path
             client.ask(images_of(3, 1))
             client.client.close()
         fetch(server, "/v2/models/pixels/infer", b"{}")
+        fetch(server, "/predict", encoded(images_of(1, 1)[0], "PNG"))
+        fetch(server, "/predict?more=1", b"")
         text = fetch(server, "/metrics")[2].decode()
     for line in (
-        'muntin_requests_total{face="http",outcome="answered"} 1.0',
+        'muntin_requests_total{face="http",outcome="answered"} 2.0',
         'muntin_requests_total{face="grpc",outcome="answered"} 1.0',
-        'muntin_requests_total{face="http",outcome="wrong"} 1.0',
-        'muntin_rows_total{version="1"} 6.0',
+        'muntin_requests_total{face="http",outcome="wrong"} 2.0',
+        'muntin_rows_total{version="1"} 7.0',
         "muntin_ready 1.0",
         "muntin_request_seconds_count 2.0",
         "muntin_objective_missed_total 0.0",

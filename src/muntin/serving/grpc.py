@@ -143,7 +143,8 @@ class GrpcFace:
                     wire = await self._message(context)
                     call = _Call(context, time.monotonic())
                     with self._holding(wire):
-                        return await handler(parse(wire, method.request, self._limits), call)
+                        infers = method.request is messages.ModelInferRequest
+                        return await handler(self._asked(wire, call) if infers else parse(wire, method.request, self._limits), call)
             except grpc.aio.BaseError:  # the call is over
                 raise
             except Exception as error:  # noqa: BLE001 - what grpc makes of it tells the client too much, and the loop nothing
@@ -191,11 +192,47 @@ class GrpcFace:
         assert isinstance(wire, bytes)
         return wire
 
+    def _asked(self, wire: bytes, call: _Call) -> messages.ModelInferRequest:
+        """A request for inference. Raises ProtocolError where the bytes are none; that is counted, and written down."""
+        try:
+            return parse(wire, messages.ModelInferRequest, self._limits)
+        except ProtocolError as error:
+            self._finish(messages.ModelInferRequest(), call, error.outcome, error.grpc_code, self._client(call))
+            raise
+
+    def _client(self, call: _Call) -> str:
+        return "" if self._log is None else str(call.context.peer())
+
+    def _finish(
+        self,
+        request: messages.ModelInferRequest,
+        call: _Call,
+        outcome: str,
+        status: str,
+        client: str,
+        answered: Answered | None = None,
+        response: messages.ModelInferResponse | None = None,
+    ) -> None:
+        """Counts and writes down a request for inference that came to its end."""
+        self._service.metrics.requests["grpc", outcome] += 1
+        if self._log is not None:
+            self._log.write(
+                face="grpc",
+                client=client,
+                method="ModelInfer",
+                path=request.model_name,
+                status=status,
+                sent=0 if response is None else sum(map(len, response.raw_output_contents)),
+                seconds=time.monotonic() - call.began,
+                request_id=request.id,
+                answered=answered,
+            )
+
     async def infer(self, request: messages.ModelInferRequest, call: _Call) -> messages.ModelInferResponse:
         """Raises ProtocolError alone. Counted and written down whatever becomes of it."""
         outcome, status, answered = "failed", "INTERNAL", None
         response: messages.ModelInferResponse | None = None
-        client = "" if self._log is None else call.context.peer()
+        client = self._client(call)
         try:
             decoded = decode_infer(request, self._limits)
             answered = await self._answered(decoded, request, call)
@@ -204,7 +241,7 @@ class GrpcFace:
             outcome, status = "answered", "OK"
             return response
         except ProtocolError as error:
-            outcome, status = ("refused" if error.status == 503 else "failed" if error.status >= 500 else "wrong"), error.grpc_code
+            outcome, status = error.outcome, error.grpc_code
             raise
         except asyncio.CancelledError:
             outcome, status = "cancelled", "CANCELLED"
@@ -212,19 +249,7 @@ class GrpcFace:
         except Exception as error:
             raise _fault(error) from error
         finally:
-            self._service.metrics.requests["grpc", outcome] += 1
-            if self._log is not None:
-                self._log.write(
-                    face="grpc",
-                    client=client,
-                    method="ModelInfer",
-                    path=request.model_name,
-                    status=status,
-                    sent=0 if response is None else sum(map(len, response.raw_output_contents)),
-                    seconds=time.monotonic() - call.began,
-                    request_id=request.id,
-                    answered=answered,
-                )
+            self._finish(request, call, outcome, status, client, answered, response)
 
     async def _answered(self, decoded: InferRequest, request: messages.ModelInferRequest, call: _Call) -> Answered:
         model, version_, context = request.model_name, request.model_version or None, call.context
@@ -254,7 +279,7 @@ class GrpcFace:
         request = messages.ModelInferRequest()
         try:
             with self._holding(wire):
-                request = parse(wire, messages.ModelInferRequest, self._limits)
+                request = self._asked(wire, call)
                 answer = messages.ModelStreamInferResponse(infer_response=await self.infer(request, call))
         except Exception as error:  # noqa: BLE001 - the stream has other requests
             told = error if isinstance(error, ProtocolError) else _fault(error)

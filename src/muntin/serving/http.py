@@ -28,7 +28,7 @@ from urllib.parse import parse_qs
 
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
-from starlette.requests import Request
+from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
 from starlette.routing import Route
 
@@ -55,7 +55,7 @@ from muntin.serving.json_codec import (
     parse_header_length,
 )
 from muntin.serving.openapi import openapi
-from muntin.serving.pictures import Pictures
+from muntin.serving.pictures import PictureAnswer, Pictures
 from muntin.serving.protocol import InferRequest, Limits, ProtocolError, shown
 from muntin.serving.service import INPUT, Answered, Cancel, RefusedRequestError, Service
 from muntin.serving.tensors import Buffer
@@ -370,13 +370,28 @@ class HttpFace:
         return _json({})
 
     async def _predict(self, request: Request) -> Response:
+        """Counted as inference is."""
+        outcome = "failed"
+        try:
+            answer = await self._picture(request)
+            outcome = "answered"
+            return Response(answer.content, media_type=answer.media_type, headers=answer.headers)
+        except ProtocolError as error:
+            outcome = error.outcome
+            raise
+        except (asyncio.CancelledError, ClientDisconnect):
+            outcome = "cancelled"
+            raise
+        finally:
+            self._service.metrics.requests["http", outcome] += 1
+
+    async def _picture(self, request: Request) -> PictureAnswer:
         try:
             fields = parse_qs(request.scope["query_string"].decode("latin-1"), max_num_fields=16)
         except ValueError as error:
             raise ProtocolError(f"the query has more than 16 fields: there is {shown('output')}") from error
         query = {name: values[-1] for name, values in fields.items()}
-        answer = await self._pictures.answer(await request.body(), query)
-        return Response(answer.content, media_type=answer.media_type, headers=answer.headers)
+        return await self._pictures.answer(await request.body(), query)
 
     async def _metrics(self, request: Request) -> Response:
         return Response(self._service.metrics.render(), media_type="text/plain; version=0.0.4; charset=utf-8")
@@ -462,8 +477,7 @@ class _Inference:
     def fail(self, error: ProtocolError) -> None:
         """There is no answer but this error. An inference that came to its end stays as it was."""
         if not self.outcome:
-            outcome = "refused" if error.status == 503 else "failed" if error.status >= 500 else "wrong"
-            self._end(outcome, *error_answer(error), error)
+            self._end(error.outcome, *error_answer(error), error)
 
     def abandon(self) -> None:
         """Nobody waits for the answer."""

@@ -30,7 +30,7 @@ class Metrics:
         self.requests: Counts[tuple[str, str]] = Counts()
         self.rows: Counts[str] = Counts()
         self.read(
-            "counter", "muntin_requests", "Requests for inference, by face (http, grpc) and outcome.", ("face", "outcome"),
+            "counter", "muntin_requests", "Requests for inference, pictures too, by face (http, grpc) and outcome.", ("face", "outcome"),
             lambda: [(key, float(count)) for key, count in self.requests.items()],
         )  # fmt: skip
         self.read(

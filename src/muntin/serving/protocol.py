@@ -70,6 +70,11 @@ class ProtocolError(MuntinError):
         """Name of the member of `grpc.StatusCode` that goes with the status."""
         return GRPC_CODES[self.status]
 
+    @property
+    def outcome(self) -> str:
+        """What a request that ends with it is counted as."""
+        return "refused" if self.status == 503 else "failed" if self.status >= 500 else "wrong"
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Limits:
