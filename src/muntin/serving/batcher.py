@@ -21,8 +21,9 @@ time is owed it by the others for a while: else the one with the smallest batche
 not make late what was promised to its own or a more urgent priority. A less urgent one is promised as if more urgent ones went on arriving
 at their present rate; if more of them come, it is dropped.
 
-A promise needs figures. Jobs of a group that was measured less than twice are admitted without one. So is, now and then, one of a group
-that would be late even alone: nobody would find out otherwise that the engine has recovered.
+A promise needs figures. Jobs of a group that was measured less than twice are admitted without one. So is one of a group that would be late
+even alone: whenever nothing waits or runs, if it is the objective that it would miss and no deadline of its own, since an engine that
+cannot keep the objective would answer nobody; otherwise now and then, or nobody would find out that the engine has recovered.
 """
 
 from __future__ import annotations
