@@ -4,6 +4,10 @@ Handlers are registered by name, no generated service code is needed. What a cli
 message's bytes, `wire` what protobuf would make of them, and this server the messages that are being answered. So is the time it may take:
 a call is held against the tokens when its headers are there, and its message has to come within `Bounds.body_seconds`. For that every
 method is registered as one whose requests stream, which is the same on the wire: of others grpc shows nothing before the message is whole.
+
+A message counts as held from when it is whole. Until then grpc holds what has come, and neither shows it nor bounds it for all calls
+together (a resource quota is the C library's, and Python cannot make one): at most as many of the largest messages as calls are answered at
+once.
 """
 
 from __future__ import annotations
