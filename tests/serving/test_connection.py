@@ -500,6 +500,49 @@ def test_a_head_that_says_it_stays_open_is_known(served: Served) -> None:
     assert len(served.ledger.known) == served.direct
 
 
+OFFER = b"Connection: Upgrade, HTTP2-Settings\r\nUpgrade: h2c\r\nHTTP2-Settings: AAMAAABkAAQAAP__\r\n"
+
+
+@pytest.mark.parametrize("chunked", [False, True])
+@pytest.mark.parametrize("cut", [None, 10, 60, -45, -1])
+def test_who_offers_another_protocol_is_answered_in_this_one(served: Served, chunked: bool, cut: int | None) -> None:
+    """And what is sent behind the head is its body, not another request."""
+    inner = b"GET /smuggled HTTP/1.1\r\nHost: a\r\n\r\n"
+    if chunked:
+        whole = b"POST / HTTP/1.1\r\nTransfer-Encoding: chunked\r\n%s\r\n%x\r\n%s\r\n0\r\n\r\n" % (OFFER, len(inner), inner)
+    else:
+        whole = post(inner, more=OFFER)
+    with closing(served.connect()) as client:
+        for piece in (whole, b"") if cut is None else (whole[:cut], whole[cut:]):
+            client.sendall(piece)
+            time.sleep(0.02)
+        assert read_json(read(client)) == [len(inner), "GET /smug"]
+        client.sendall(whole + post(b"after") + whole)
+        found = b""
+        while found.count(b"]") < 3:
+            found += client.recv(65536)
+        assert found.index(b"smug") < found.index(b"after") < found.rindex(b"smug")
+    assert served.app.begun == ["/"] * 4
+    assert all(b"h2c" not in head for head in served.ledger.known)
+    wait(lambda: served.ledger.held == 0)
+
+
+@pytest.mark.parametrize(
+    ("request_", "status"),
+    [
+        (post(b"", length=100_001, more=OFFER), 413),
+        (post(b"too little", length=50, more=OFFER), 408),
+        (b"CONNECT a:80 HTTP/1.1\r\nHost: a:80\r\nContent-Length: 5\r\n\r\nhello", 400),
+        (b"POST / HTTP/1.1\r\nTransfer-Encoding: chunked\r\n" + OFFER + b"\r\nzz\r\n", 400),
+        (b"GET / HTTP/1.1\r\nHost: a\r\n" + OFFER + b"a: b\r\n" * 1000 + b"\r\n", 431),
+    ],
+)
+def test_bounds_hold_for_who_offers_another_protocol(served: Served, request_: bytes, status: int) -> None:
+    assert served.ask(request_).startswith(b"HTTP/1.1 %d " % status)
+    assert served.app.begun == []
+    wait(lambda: served.ledger.held == 0)
+
+
 def test_a_head_with_bare_line_feeds_is_not_remembered(served: Served) -> None:
     crooked = b"POST / HTTP/1.1\nHost: a\nContent-Length: 6\n\nab\r\n\r\n"
     for _ in range(2):

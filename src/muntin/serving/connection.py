@@ -22,6 +22,7 @@ from collections.abc import Callable, MutableMapping
 from functools import partial
 from typing import Any, NamedTuple, Protocol
 
+import httptools
 import numpy as np
 from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
 
@@ -234,7 +235,7 @@ class BoundedConnection(HttpToolsProtocol):
                     return data[end + known.length :]
                 return self._start_known(known, came)
         begun, chunks = self._begun, self._wire
-        super().data_received(data)
+        self._parse(data)
         if self._over:
             return b""
         more = len(data) if self._begun == begun else 0  # where a request begins in there, what is before it is another one's
@@ -252,6 +253,28 @@ class BoundedConnection(HttpToolsProtocol):
         if idle and self._timer is None and self.timeout_keep_alive_task is None and not self._over:
             self._expect(self._bounds.header_seconds)  # that was no request, and uvicorn has stopped its timer for it
         return b""
+
+    def _parse(self, data: bytes) -> None:
+        self._unset_keepalive_if_required()
+        try:
+            while data and not self._over:
+                try:
+                    self.parser.feed_data(data)
+                    return
+                except httptools.HttpParserUpgrade as offer:
+                    data = self._without_offer() + data[offer.args[0] :]
+        except httptools.HttpParserError:
+            self.send_400_response("")
+
+    def _without_offer(self) -> bytes:
+        """The head that ended just now, without its offer to go on in another protocol, for a parser that has seen nothing: this one would
+        take the body for the other protocol's bytes. Nothing obliges a server to accept (RFC 9110, 7.8)."""
+        version = self.parser.get_http_version().encode()
+        lines = [b"%s %s HTTP/%s\r\n" % (self.parser.get_method(), self.url, version)]
+        lines += [b"%s: %s\r\n" % field for field in self.headers if field[0] != b"upgrade"]
+        self.parser = httptools.HttpRequestParser(self)
+        self.parser.set_dangerous_leniencies(lenient_data_after_close=True)  # as uvicorn does
+        return b"".join((*lines, b"\r\n"))
 
     @property
     def _over(self) -> bool:
@@ -296,6 +319,10 @@ class BoundedConnection(HttpToolsProtocol):
     def on_headers_complete(self) -> None:
         if self._over:
             return
+        if self.parser.should_upgrade():
+            if self.parser.get_method() == b"CONNECT":
+                self._refuse(400, "CONNECT: this server is no proxy; ask for a path of its own")
+            return  # it is parsed again, without the offer
         self._head = None
         self._stop_timer()
         if len(self.url) + sum(len(name) + len(value) + 4 for name, value in self.headers) > self._bounds.header_bytes:
@@ -341,12 +368,19 @@ class BoundedConnection(HttpToolsProtocol):
         return True
 
     def on_message_complete(self) -> None:
+        if self._head is not None:  # of an offer to go on in another protocol only the head is over
+            return
         self._parsing, self._raw = False, b""
-        if not self._over:
-            self._stop_timer()
-            super().on_message_complete()
-            if self._running == (self.cycle, None):
-                self._begin(self.cycle)
+        if self._over:
+            return
+        whole = getattr(self.cycle, "whole", None)
+        if whole is not None and self._body != len(whole) and not self.cycle.response_complete:
+            self._refuse(400, f"a body of {self._body:,} bytes: {len(whole):,} were announced")  # what it lacks is other clients' bytes
+            return
+        self._stop_timer()
+        super().on_message_complete()
+        if self._running == (self.cycle, None):
+            self._begin(self.cycle)
 
     def on_response_complete(self) -> None:
         if self._running is not None:
