@@ -550,6 +550,15 @@ def test_a_head_with_bare_line_feeds_is_not_remembered(served: Served) -> None:
     assert not served.ledger.known
 
 
+@pytest.mark.parametrize("before", [b"\r\r\n\r\n", b"\r\n\r\n", b"\n\r\n\r\n", b"\r\n"])
+def test_empty_lines_before_a_request_are_not_remembered_as_its_head(served: Served, before: bytes) -> None:
+    """Else whoever sends them next, before whatever request, is taken for the one that came behind them."""
+    assert read_json(served.ask(before + post(b"x" * 60, "/first"))) == [60, "xxxxxxxxx"]
+    assert all(head.startswith(b"POST /first ") for head in served.ledger.known)
+    assert read_json(served.ask(before + post(b"second", "/other" + "a" * 60))) == [6, "second"]
+    assert served.app.begun == ["/first", "/other" + "a" * 60]
+
+
 def test_known_heads_are_bounded(served: Served) -> None:
     with closing(served.connect()) as client:
         for n in range(300):

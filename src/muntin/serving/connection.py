@@ -428,8 +428,11 @@ class BoundedConnection(HttpToolsProtocol):
             and scope["http_version"] == "1.1"
             and not any(name in _CHANGING or (name == b"connection" and value.lower() != b"keep-alive") for name, value in scope["headers"])
         )
-        # With no line feed alone in it, the first empty line ends it, for this parser and for any other.
-        if plain and len(lengths) == 1 and int(lengths[0]) and head.count(b"\n") == head.count(b"\r\n"):
+        # A parser passes over empty lines before a request, and what is remembered must be one whole head: it begins with the
+        # method and has a line for every header. With no line feed alone in it, the first empty line ends it, for any parser.
+        whole = head.startswith(b"%s %s HTTP/1.1\r\n" % (scope["method"].encode(), self.url))
+        whole = whole and head.count(b"\n") == head.count(b"\r\n") == len(scope["headers"]) + 2
+        if plain and whole and len(lengths) == 1 and int(lengths[0]):
             known = Known(dict(scope), int(lengths[0]))
             assert self._direct is not None
             self._direct.learn(known.scope)
