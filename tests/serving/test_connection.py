@@ -207,6 +207,28 @@ def test_what_is_wrong_or_never_ends_is_refused(served: Served, request_: bytes,
     assert read_json(served.ask(post(b"fine"))) == [4, "fine"]
 
 
+@pytest.mark.parametrize(
+    ("request_", "status"),
+    [
+        (post(b"", length=100_001), 413),
+        (b"GET / HTTP/1.1\r\n" + b"a: b\r\n" * 1000 + b"\r\n", 431),
+        (b"GET http://[::1 HTTP/1.1\r\n\r\n", 400),
+        (b"NONSENSE\r\n\r\n", 400),
+        (post(b"x" * 99_000, "/other"), 503),
+    ],
+)
+def test_who_is_refused_on_a_connection_that_was_answered_before_is_told(served: Served, request_: bytes, status: int) -> None:
+    with closing(served.connect()) as client:
+        client.sendall(post(b"first"))
+        assert read_json(read(client)) == [5, "first"]
+        if status == 503:
+            served.ledger.held += BOUNDS.held_bytes
+        client.sendall(request_)
+        answered = read(client)
+    assert answered.startswith(b"HTTP/1.1 %d " % status), answered
+    assert served.app.begun == ["/"]
+
+
 def test_a_header_that_trickles_in_is_cut_off(served: Served) -> None:
     with closing(served.connect()) as client:
         client.sendall(post(b"first"))

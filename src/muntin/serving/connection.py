@@ -176,7 +176,7 @@ class BoundedConnection(HttpToolsProtocol):
         self._unread: asyncio.TimerHandle | None = None
         """Until when what was written has to be read."""
         self._head: int | None = None
-        """Bytes of the headers that are arriving; None where none are."""
+        """Bytes of the headers that are arriving, or are over but refused; None where none are."""
         self._parsing = False
         """Whether the parser is in the middle of a request."""
         self._raw = b""
@@ -323,7 +323,6 @@ class BoundedConnection(HttpToolsProtocol):
             if self.parser.get_method() == b"CONNECT":
                 self._refuse(400, "CONNECT: this server is no proxy; ask for a path of its own")
             return  # it is parsed again, without the offer
-        self._head = None
         self._stop_timer()
         if len(self.url) + sum(len(name) + len(value) + 4 for name, value in self.headers) > self._bounds.header_bytes:
             self._refuse_head()
@@ -337,6 +336,7 @@ class BoundedConnection(HttpToolsProtocol):
             self._expect(self._bounds.body_seconds)
             self._wire = int(any(name == b"transfer-encoding" for name, _ in self.headers))
             super().on_headers_complete()
+            self._head = None  # not before: what is refused until here has no cycle yet, and the last one is of an answer that is out
             if int(length) and not self._over:
                 cycle: Any = self.cycle
                 cycle.whole = self._memory(int(length))
