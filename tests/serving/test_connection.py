@@ -429,6 +429,56 @@ def test_what_is_refused_at_once_is_not_begun_and_the_connection_goes_on(served:
     wait(lambda: served.ledger.held == 0)
 
 
+@pytest.mark.parametrize(
+    ("second", "status"),
+    [
+        (b"NONSENSE\r\n\r\n", 400),
+        (post(b"", length=100_001), 413),
+        (post(b"queued") + post(b"", length=100_001), 413),
+        (b"GET / HTTP/1.1\r\n" + b"a: b\r\n" * 1000 + b"\r\n", 431),
+        (b"POST / HTTP/1.1\r\nTransfer-Encoding: chunked\r\n\r\nzz\r\n", 400),
+        (b"POST / HTTP/1.1\r\nTransfer-Encoding: chunked\r\n\r\n186a1\r\n" + b"x" * 100_001, 413),
+        (b"GET / HTTP/1.1\r\n", 408),
+        (post(b"too little", length=50), 408),
+    ],
+)
+@pytest.mark.parametrize("apart", [False, True])
+def test_a_refusal_waits_for_the_answers_to_the_requests_before(served: Served, second: bytes, status: int, apart: bool) -> None:
+    with closing(served.connect()) as client:
+        for piece in (post(b"first", "/slow"), second) if apart else (post(b"first", "/slow") + second,):
+            client.sendall(piece)
+            wait(lambda: served.app.begun)
+        time.sleep(0.1 if status != 408 else 1.5 * BOUNDS.header_seconds)
+        served.app.release.set()
+        found = b""
+        while piece := client.recv(65536):
+            found += piece
+        statuses = [int(part[:3]) for part in found.split(b"HTTP/1.1 ")[1:]]
+        assert statuses == [200] * (len(statuses) - 1) + [status], found
+        assert len(statuses) == (3 if b"queued" in second else 2)
+        assert b'[5, "first"]' in found
+    wait(lambda: served.ledger.held == 0)
+
+
+def test_a_request_that_waits_unread_behind_another_is_not_too_slow(served: Served) -> None:
+    with closing(served.connect()) as client:
+        client.sendall(post(b"first", "/slow"))
+        wait(lambda: served.app.begun)
+        second = post(b"y" * 90_000)
+        for piece in (second[:100], second[100:]):
+            client.sendall(piece)
+            time.sleep(0.05)
+        time.sleep(2 * BOUNDS.body_seconds)
+        served.app.release.set()
+        found = b""
+        while not found.endswith(b'[90000, "yyyyyyyyy"]'):
+            piece = client.recv(65536)
+            assert piece, found
+            found += piece
+        assert b'[5, "first"]' in found
+    assert served.app.cancelled == 0
+
+
 def test_a_request_that_waited_is_not_remembered_by_the_head_of_another(served: Served) -> None:
     """Else whoever sends that head next is taken for the one that waited, with its length and its path."""
     with closing(served.connect()) as client:

@@ -191,6 +191,8 @@ class BoundedConnection(HttpToolsProtocol):
         """Requests whose first byte was parsed."""
         self._left = 0
         """Bytes that are still dropped of what is sent after a refusal."""
+        self._last: bytes | None = None
+        """A refusal that waits for the answers to the requests before it."""
         self._held: dict[Any, int] = {}
         """By cycle (a request and its answer; several where a client does not wait for answers): what the ledger holds for it."""
         self._running: tuple[Any, Callable[[], object] | None] | None = None
@@ -243,7 +245,7 @@ class BoundedConnection(HttpToolsProtocol):
             self._head += more
             if self._head > self._bounds.header_bytes:
                 self._refuse_head()
-            elif self._timer is None:
+            elif self._timer is None and not self.flow.read_paused:
                 self._expect(self._bounds.header_seconds)
         elif self._wire and self._parsing and not self.cycle.response_complete:
             self._wire += more if chunks else 0
@@ -279,6 +281,11 @@ class BoundedConnection(HttpToolsProtocol):
     @property
     def _over(self) -> bool:
         """Whether nothing more is read here."""
+        return self._last is not None or self._ended
+
+    @property
+    def _ended(self) -> bool:
+        """Whether nothing more is written here."""
         return self._left > 0 or self.transport.is_closing()
 
     def _drop(self, count: int) -> None:
@@ -333,7 +340,6 @@ class BoundedConnection(HttpToolsProtocol):
         elif not self._may_hold(int(length)):
             self._refuse(503, "the bodies of other requests fill what this server holds: try again")
         else:
-            self._expect(self._bounds.body_seconds)
             self._wire = int(any(name == b"transfer-encoding" for name, _ in self.headers))
             super().on_headers_complete()
             self._head = None  # not before: what is refused until here has no cycle yet, and the last one is of an answer that is out
@@ -387,8 +393,17 @@ class BoundedConnection(HttpToolsProtocol):
             self._release(self._running[0])
             self._running = None
         super().on_response_complete()
+        if self._last is not None:
+            if self._running is None and not self._ended:
+                self._unset_keepalive_if_required()
+                self.transport.write(self._last)
+                self._linger()
+        elif self._head is not None and self._timer is None:  # it came in part behind that request, and is waited for from now on
+            self._expect(self._bounds.header_seconds)
 
     def _start_asgi_task(self, cycle: Any, app: Any) -> None:
+        if cycle.more_body:  # until now it may have waited behind another, and nothing was read of it
+            self._expect(self._bounds.body_seconds)
         if self._direct is not None and self._direct.takes(cycle.scope):
             self._running = cycle, None
             if barred := self._direct.barred(cycle.scope):
@@ -473,7 +488,7 @@ class BoundedConnection(HttpToolsProtocol):
 
     def _begin(self, cycle: Any) -> None:
         assert self._direct is not None
-        if cycle.disconnected or self._over:
+        if cycle.disconnected or self._ended:
             return
         body = cycle.whole if hasattr(cycle, "whole") else cycle.body
         cycle.whole = cycle.body = memoryview(b"")  # whoever answers holds it as long as it is wanted
@@ -482,7 +497,7 @@ class BoundedConnection(HttpToolsProtocol):
             self._running = cycle, cancel
 
     def _reply(self, cycle: Any, status: int, headers: Fields, parts: list[Any]) -> None:
-        if cycle.disconnected or self._over:
+        if cycle.disconnected or self._ended:
             return
         if self.flow.write_paused:  # the answer before was not read yet: this one waits, or answers would pile up
             task = self.loop.create_task(self._reply_later(cycle, status, headers, parts))
@@ -568,17 +583,26 @@ class BoundedConnection(HttpToolsProtocol):
         self._refuse(431, f"the request's line and headers are longer than {self._bounds.header_bytes:,} bytes")
 
     def _refuse(self, status: int, reason: str, *, linger: bool = True) -> None:
-        """Answer on the connection itself, without the application, and close it."""
+        """Answer on the connection itself, without the application, and close it: once the requests before were answered."""
         self._stop_timer()
-        answering = self._running is not None and self._running[0].response_started
-        answering = answering or (self._parsing and self._head is None and self.cycle is not None and self.cycle.response_complete)
-        self._abandon()
         self._ledger.refused[status] = self._ledger.refused.get(status, 0) + 1
+        body = b'{"error":"' + reason.encode("ascii", "replace") + b'"}'
+        retry = b"retry-after: 1\r\n" if status == 503 else b""
+        head = b"content-type: application/json\r\ncontent-length: %d\r\n%sconnection: close\r\n\r\n" % (len(body), retry)
+        answer = STATUS_LINE[status] + head + body
+        has_cycle = self._parsing and self._head is None  # the last one
+        queued = has_cycle and len(self.pipeline) > 0
+        if queued:
+            self._release(self.pipeline.popleft()[0])
+        if self._running is not None and (queued or not has_cycle):
+            self._last = answer
+            self.flow.pause_reading()
+            return
+        answering = self._running is not None and self._running[0].response_started
+        answering = answering or (has_cycle and self.cycle.response_complete)
+        self._abandon()
         if not answering:  # in the middle of another answer there is no place for this one
-            body = b'{"error":"' + reason.encode("ascii", "replace") + b'"}'
-            retry = b"retry-after: 1\r\n" if status == 503 else b""
-            head = b"content-type: application/json\r\ncontent-length: %d\r\n%sconnection: close\r\n\r\n" % (len(body), retry)
-            self.transport.write(STATUS_LINE[status] + head + body)
+            self.transport.write(answer)
         if linger:
             self._linger()
         else:
