@@ -24,7 +24,7 @@ BOUNDS = Bounds(
 )
 
 
-LARGE = 64 << 20
+LARGE, MEDIUM = 64 << 20, b"x" * 20_000
 
 
 class Echo:
@@ -57,6 +57,9 @@ class Echo:
         if scope["path"] == "/large":
             reply(200, [], [b"x" * (LARGE // 2), b"x" * (LARGE // 2)])
             return lambda: None
+        if scope["path"] == "/medium":
+            reply(200, [], [MEDIUM])
+            return lambda: None
         if scope["path"] != "/slow":
             reply(200, [], [answer(body)])
             return lambda: None
@@ -79,7 +82,7 @@ class Echo:
             self.begun.append(scope["path"])
             while scope["path"] == "/slow" and not self.release.is_set():
                 await asyncio.sleep(0.005)
-            body = b"x" * LARGE if scope["path"] == "/large" else answer(message["body"])
+            body = {"/large": b"x" * LARGE, "/medium": MEDIUM}.get(scope["path"]) or answer(message["body"])
             await send({"type": "http.response.start", "status": 200, "headers": [(b"content-length", b"%d" % len(body))]})
             await send({"type": "http.response.body", "body": body})
         except asyncio.CancelledError:
@@ -347,6 +350,27 @@ def test_who_does_not_read_its_answer_is_cut_off(served: Served) -> None:
     with closing(served.connect()) as client:
         client.sendall(post(b"", "/large"))
         wait(lambda: served.app.begun)
+        wait(lambda: not served.server.server_state.connections)
+
+
+@pytest.mark.parametrize(("more", "half_closed"), [(b"", False), (b"", True), (b"Connection: close\r\n", False)])
+def test_who_leaves_a_little_of_its_answers_unread_is_cut_off(served: Served, more: bytes, half_closed: bool) -> None:
+    """Less than a server stops writing at: but the connection would wait for it to be read for good."""
+
+    served.server.config.timeout_keep_alive = 1
+    with closing(socket.socket()) as client:
+        client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        client.connect(("127.0.0.1", served.port))
+        wait(lambda: served.server.server_state.connections)
+        transport = next(iter(served.server.server_state.connections)).transport
+        assert isinstance(transport, asyncio.Transport)
+        transport.get_extra_info("socket").setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4096)
+        while not transport.get_write_buffer_size():
+            client.sendall(post(b"", "/medium"))
+            time.sleep(0.02)
+        client.sendall(post(b"", "/medium", more=more))
+        if half_closed:
+            client.shutdown(socket.SHUT_WR)
         wait(lambda: not served.server.server_state.connections)
 
 

@@ -291,7 +291,7 @@ class BoundedConnection(HttpToolsProtocol):
     def _drop(self, count: int) -> None:
         self._left = max(0, self._left - count)
         if not self._left:
-            self.transport.close()
+            self._close()
 
     def connection_lost(self, exc: Exception | None) -> None:
         self._stop_timer()
@@ -309,6 +309,19 @@ class BoundedConnection(HttpToolsProtocol):
     def resume_writing(self) -> None:
         super().resume_writing()
         self._stop_unread()
+        if self.transport.is_closing():  # a little is left
+            self._await_reader()
+
+    def eof_received(self) -> None:
+        self._await_reader()  # the loop closes the connection now
+
+    def timeout_keep_alive_handler(self) -> None:
+        self._close()
+
+    def shutdown(self) -> None:
+        super().shutdown()
+        if self.transport.is_closing():
+            self._await_reader()
 
     def send_400_response(self, msg: str) -> None:
         if self._over:  # the parser goes on behind what was refused
@@ -390,8 +403,11 @@ class BoundedConnection(HttpToolsProtocol):
 
     def on_response_complete(self) -> None:
         if self._running is not None:
-            self._release(self._running[0])
+            cycle = self._running[0]
+            self._release(cycle)
             self._running = None
+            if not cycle.keep_alive:
+                self._close()
         super().on_response_complete()
         if self._last is not None:
             if self._running is None and not self._ended:
@@ -418,8 +434,13 @@ class BoundedConnection(HttpToolsProtocol):
             return
         task = self.loop.create_task(cycle.run_asgi(app))
         self._running = cycle, task.cancel
-        task.add_done_callback(self.tasks.discard)
+        task.add_done_callback(self._asgi_ended)
         self.tasks.add(task)
+
+    def _asgi_ended(self, task: asyncio.Task[None]) -> None:
+        self.tasks.discard(task)
+        if self.transport.is_closing():  # uvicorn closes it where the application failed
+            self._await_reader()
 
     def _bar(self, cycle: Any, answer: Answer) -> None:
         """Answers a request by its headers, and closes the connection where its body is still to come."""
@@ -507,8 +528,6 @@ class BoundedConnection(HttpToolsProtocol):
         cycle.response_started = True
         self._write(status, headers, parts, keep_alive=cycle.keep_alive)
         cycle.response_complete = True
-        if not cycle.keep_alive:
-            self.transport.close()
         self.on_response_complete()
 
     def _write(self, status: int, headers: Fields, parts: list[Any], *, keep_alive: bool) -> None:
@@ -547,6 +566,15 @@ class BoundedConnection(HttpToolsProtocol):
             self._unread.cancel()
             self._unread = None
 
+    def _close(self) -> None:
+        self.transport.close()
+        self._await_reader()
+
+    def _await_reader(self) -> None:
+        """A connection that is closed stays until its client has read the rest: for so long, and not for good."""
+        if self._unread is None and self.transport.get_write_buffer_size():
+            self._unread = self.loop.call_later(self._bounds.body_seconds, self._not_read)
+
     def _not_read(self) -> None:
         self._unread = None
         self._abandon()
@@ -555,7 +583,7 @@ class BoundedConnection(HttpToolsProtocol):
     def _too_slow(self) -> None:
         self._timer = None
         if self._left or (self._head is None and not self._parsing and self._turn is None):
-            self.transport.close()  # it never said a word, or it was told already
+            self._close()  # it never said a word, or it was told already
         else:
             self._refuse(408, "the request did not arrive in time")
 
@@ -606,7 +634,7 @@ class BoundedConnection(HttpToolsProtocol):
         if linger:
             self._linger()
         else:
-            self.transport.close()
+            self._close()
 
     def _linger(self) -> None:
         """Closes the connection when its client has stopped sending, or in a moment."""
