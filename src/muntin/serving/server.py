@@ -210,6 +210,8 @@ class Server:
         )  # fmt: skip
         ledger = Ledger(config.bounds)
         log = AccessLog() if config.access_log else None
+        if log is not None:
+            ending.push_async_callback(asyncio.to_thread, log.close)
         _expose(metrics, service, runner, ledger, log)
         control = Control(self.slot, self._repository)
         ending.push_async_callback(asyncio.to_thread, control.close)
