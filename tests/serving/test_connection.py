@@ -353,6 +353,35 @@ def test_who_does_not_read_its_answer_is_cut_off(served: Served) -> None:
         wait(lambda: not served.server.server_state.connections)
 
 
+def test_answers_that_are_not_read_count_in_what_is_held(served: Served) -> None:
+    with closing(served.connect()) as client:
+        client.sendall(post(b"", "/large"))
+        wait(lambda: served.ledger.held > LARGE // 2)
+        assert served.ledger.held <= LARGE + 1000
+        assert b" 503 " in served.ask(post(b"other"))
+    wait(lambda: served.ledger.held == 0)
+    with closing(socket.socket()) as client:
+        client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        client.connect(("127.0.0.1", served.port))
+        wait(lambda: served.server.server_state.connections)
+        transport = next(iter(served.server.server_state.connections)).transport
+        assert isinstance(transport, asyncio.Transport)
+        transport.set_write_buffer_limits(high=1000)  # few bytes are many, so that they are read in time on any machine
+        transport.get_extra_info("socket").setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4096)
+        asked, found = 0, b""
+        while not served.ledger.held:
+            client.sendall(post(b"", "/medium"))
+            asked += 1
+            time.sleep(0.02)
+        while found.count(MEDIUM) < asked:
+            piece = client.recv(65536)
+            assert piece, len(found)
+            found += piece
+        wait(lambda: served.ledger.held == 0)
+        client.sendall(post(b"again"))
+        assert read_json(read(client)) == [5, "again"]
+
+
 @pytest.mark.parametrize(("more", "half_closed"), [(b"", False), (b"", True), (b"Connection: close\r\n", False)])
 def test_who_leaves_a_little_of_its_answers_unread_is_cut_off(served: Served, more: bytes, half_closed: bool) -> None:
     """Less than a server stops writing at: but the connection would wait for it to be read for good."""

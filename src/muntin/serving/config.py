@@ -25,9 +25,9 @@ class Bounds(_Frozen):
     ] = 4 * MEGABYTE
     header_bytes: Annotated[int, Field(ge=1024, description="of one request's line and headers together")] = 16 * 1024
     image_pixels: Annotated[int, Field(ge=1, description="height times width of one picture, decoded")] = 1 << 26
-    held_bytes: Annotated[int, Field(ge=1024, description="of the bodies of all requests that are being received or answered")] = (
-        512 * MEGABYTE
-    )
+    held_bytes: Annotated[
+        int, Field(ge=1024, description="of the bodies of all requests that are being received or answered, and of answers not read yet")
+    ] = 512 * MEGABYTE
     connections: Annotated[int, Field(ge=1, description="open at the same time; over gRPC: calls")] = 512
     header_seconds: Annotated[float, Field(gt=0, description="from a connection's or request's first byte to the end of its headers")] = (
         10.0

@@ -120,7 +120,7 @@ class Ledger:
         self.scratch = memoryview(bytearray(_READ))
         """Where heads are read to, of any connection: they are taken out before anything else is read."""
         self.held = 0
-        """Bytes of bodies that are being received or answered."""
+        """Bytes of bodies that are being received or answered, and of answers that their clients do not read."""
         self.refused: dict[int, int] = {}
         """Requests that no application saw, by status."""
         self.known: OrderedDict[bytes, Known] = OrderedDict()
@@ -195,6 +195,8 @@ class BoundedConnection(HttpToolsProtocol):
         """A refusal that waits for the answers to the requests before it."""
         self._held: dict[Any, int] = {}
         """By cycle (a request and its answer; several where a client does not wait for answers): what the ledger holds for it."""
+        self._owed = 0
+        """Bytes of answers that the ledger holds, because their client reads slowly."""
         self._running: tuple[Any, Callable[[], object] | None] | None = None
         """The cycle that is being answered, and how to stop that; None: its body is awaited."""
 
@@ -296,6 +298,7 @@ class BoundedConnection(HttpToolsProtocol):
     def connection_lost(self, exc: Exception | None) -> None:
         self._stop_timer()
         self._stop_unread()
+        self._owe(0)
         try:
             self._abandon()
         finally:
@@ -305,10 +308,12 @@ class BoundedConnection(HttpToolsProtocol):
         super().pause_writing()
         self._stop_unread()
         self._unread = self.loop.call_later(self._bounds.body_seconds, self._not_read)
+        self._owe(self.transport.get_write_buffer_size())
 
     def resume_writing(self) -> None:
         super().resume_writing()
         self._stop_unread()
+        self._owe(0)
         if self.transport.is_closing():  # a little is left
             self._await_reader()
 
@@ -542,6 +547,8 @@ class BoundedConnection(HttpToolsProtocol):
             self.transport.write(b"".join(lines))
             for part in parts:
                 self.transport.write(part)
+            if self.flow.write_paused:  # since one of the parts
+                self._owe(self.transport.get_write_buffer_size())
 
     async def _reply_later(self, cycle: Any, *answer: Any) -> None:
         await self.flow.drain()
@@ -593,6 +600,10 @@ class BoundedConnection(HttpToolsProtocol):
     def _hold(self, count: int) -> None:
         self._held[self.cycle] = self._held.get(self.cycle, 0) + count
         self._ledger.held += count
+
+    def _owe(self, count: int) -> None:
+        self._ledger.held += count - self._owed
+        self._owed = count
 
     def _release(self, cycle: Any) -> None:
         self._ledger.held -= self._held.pop(cycle, 0)

@@ -357,7 +357,7 @@ def _expose(metrics: Metrics, service: Service, runner: Runner, ledger: Ledger, 
             lambda: [((), float(log.lost))],
         )  # fmt: skip
     metrics.gauge("muntin_ready", "Whether a request would be admitted.", lambda: float(service.ready))
-    metrics.gauge("muntin_body_bytes", "Bytes of request bodies that are held.", lambda: float(ledger.held))
+    metrics.gauge("muntin_body_bytes", "Bytes held: of request bodies, and of answers not read yet.", lambda: float(ledger.held))
     metrics.gauge("muntin_rows_one_by_one", "Batches computed row by row for want of memory.", lambda: service.executor.recoveries.rows)
     metrics.gauge("muntin_images_in_tiles", "Images computed in tiles for want of memory.", lambda: service.executor.recoveries.tiles)
     metrics.gauge("muntin_waiting_rows", "Images that wait for their batch.", lambda: float(runner.snapshot().waiting_rows))
