@@ -125,3 +125,27 @@ def test_multiply_adds_are_those_that_are_counted(layer: nn.Linear | nn.Conv2d, 
     with FlopCounterMode(display=False) as counter:
         shell(layer, ranks)(x)
     assert factored_macs(layer, ranks, positions) == counter.get_total_flops() / 2
+
+
+@pytest.mark.parametrize("name", CONVS)
+def test_the_weight_is_what_the_chain_computes_with(name: str) -> None:
+    layer, ranks = CONVS[name]
+    made = shell(layer, ranks)
+    with torch.no_grad():
+        for parameter in made.parameters():
+            parameter.normal_()
+    plain = nn.Conv2d(layer.in_channels, layer.out_channels, layer.kernel_size, layer.stride, layer.padding, layer.dilation, bias=False)
+    plain.weight, plain.bias = nn.Parameter(made.weight.detach()), made.last.bias
+    x = torch.randn(2, layer.in_channels, 17, 22)
+    assert made.weight.shape == layer.weight.shape
+    torch.testing.assert_close(made(x), plain(x), rtol=1e-4, atol=1e-4)
+
+
+def test_the_weight_of_a_linear_is_the_product() -> None:
+    made = shell(nn.Linear(7, 12), (4,))
+    with torch.no_grad():
+        for parameter in made.parameters():
+            parameter.normal_()
+    x = torch.randn(3, 7)
+    assert made.weight.shape == (12, 7)
+    torch.testing.assert_close(made(x), nn.functional.linear(x, made.weight, made.last.bias))

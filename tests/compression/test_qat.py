@@ -270,7 +270,7 @@ def test_a_linear_trains_as_the_integers_that_it_becomes(
     x, rounded = inputs_of(grid, *lead, inputs)
     shift = 0 if layer.bias is None else layer.bias.detach().double()
     assert_as_deployed(layer, (x,), F.linear(rounded, weight_OI) + shift, F.linear(rounded.abs(), weight_OI.abs()) + 1)
-    assert int(layer.frozen().weight.abs().max()) <= 2 ** (bits - 1) - 1
+    assert int(layer.frozen().integers.abs().max()) <= 2 ** (bits - 1) - 1
 
 
 @settings(deadline=None, max_examples=60)
@@ -601,7 +601,7 @@ def test_dead_channels_stay_zero_and_trainable() -> None:
     second = model.second
     assert isinstance(second, QATLinear) and not second.rounded()[3:6].any() and second.rounded()[:3].any()
     freeze([x])(model)
-    assert not model.get_buffer("second.weight")[:, 3:6].any()
+    assert not model.get_buffer("second.integers")[:, 3:6].any()
     assert torch.equal(answer(model, x), before)
 
 

@@ -41,8 +41,8 @@ def test_a_linear_is_its_integers(lead: list[int], inputs: int, outputs: int, bi
     x = torch.randn(*lead, inputs) * 3
     grid = grid_of(x.abs() if unsigned else x)
     quantized = QuantizedLinear(layer, grid)
-    q_x, q_IO = integers(x, grid).reshape(-1, inputs), quantized.weight.numpy().astype(np.int64)
-    assert quantized.weight.dtype == torch.int8 and q_IO.shape == (inputs, outputs)
+    q_x, q_IO = integers(x, grid).reshape(-1, inputs), quantized.integers.numpy().astype(np.int64)
+    assert quantized.integers.dtype == torch.int8 and q_IO.shape == (inputs, outputs)
     scale_O = quantized.weight_scale.double().numpy() * np.float32(grid.scale).astype(np.float64)
     out = quantized(x)
     assert out.shape == (*lead, outputs)
@@ -98,7 +98,7 @@ def test_a_convolution_is_its_integers(
     x_BIHW = torch.randn(2, inputs, *size) * 3
     grid = grid_of(x_BIHW.abs() if unsigned else x_BIHW)
     quantized = QuantizedConv2d(layer, grid)
-    q_x, q_OIHW = integers(x_BIHW, grid), quantized.weight.numpy().astype(np.int64)
+    q_x, q_OIHW = integers(x_BIHW, grid), quantized.integers.numpy().astype(np.int64)
     scale = (quantized.weight_scale.double() * float(np.float32(grid.scale))).numpy()[:, None, None]
     out = quantized(x_BIHW)
     assert out.shape == layer(x_BIHW).shape
@@ -119,7 +119,7 @@ def test_it_stands_in_for_the_float_layer(bias: bool) -> None:
         error = (quantized(input=inputs) - expected).square().mean() / expected.square().mean()  # by keyword, as models may
         assert error < 1e-3
         assert not list(quantized.parameters())  # nothing left to train by accident
-        assert quantized.state_dict().keys() == {"weight", "weight_scale", "input.scale", "input.zero_point"} | (
+        assert quantized.state_dict().keys() == {"integers", "weight_scale", "input.scale", "input.zero_point"} | (
             {"bias"} if bias else set()
         )
 
@@ -137,3 +137,14 @@ def test_the_original_layer_is_not_touched() -> None:
     assert quantized.bias is not None
     quantized.bias.add_(1)
     assert torch.equal(layer.weight, before) and not torch.equal(layer.bias, quantized.bias)
+
+
+def test_the_weight_is_a_float_of_the_layers_own_shape() -> None:
+    """Some models ask a layer's weight for the type and the device of what they give it."""
+    linear, conv = nn.Linear(8, 4), nn.Conv2d(8, 4, 3, groups=2)
+    for layer, quantized in (
+        (linear, QuantizedLinear(linear, grid_of(torch.randn(3, 8)))),
+        (conv, QuantizedConv2d(conv, grid_of(torch.randn(1, 8, 5, 5)))),
+    ):
+        assert quantized.weight.dtype == torch.float32
+        torch.testing.assert_close(quantized.weight, layer.weight.detach(), rtol=0, atol=0.01)

@@ -85,11 +85,11 @@ def test_four_bits_are_stored_as_four_bits(deployed: dict[str, Deployed]) -> Non
     layers = integers(low.model)
     assert list(layers) == list(LAYERS)
     for layer in layers.values():
-        assert layer.bits == 4 and layer.weight.dtype == torch.int8 and 3 < int(layer.weight.abs().max()) <= 7
-        assert stored(low.artifact, layer.weight).bits == 4
+        assert layer.bits == 4 and layer.integers.dtype == torch.int8 and 3 < int(layer.integers.abs().max()) <= 7
+        assert stored(low.artifact, layer.integers).bits == 4
     data = load_file(low.artifact.path / "weights.safetensors")
     packed = sorted(array.size for name, array in data.items() if low.artifact.manifest.tensors[name].packing == "int")
-    assert packed == sorted((layer.weight.numel() + 1) // 2 for layer in layers.values())  # bytes
+    assert packed == sorted((layer.integers.numel() + 1) // 2 for layer in layers.values())  # bytes
 
 
 def test_each_layer_says_how_many_bits_it_has(deployed: dict[str, Deployed]) -> None:
@@ -104,7 +104,7 @@ def test_each_layer_says_how_many_bits_it_has(deployed: dict[str, Deployed]) -> 
 
 def test_mixed_widths_are_stored_as_they_are(deployed: dict[str, Deployed]) -> None:
     mixed = deployed["mixed"]
-    bits = {name: stored(mixed.artifact, layer.weight).bits for name, layer in integers(mixed.model).items()}
+    bits = {name: stored(mixed.artifact, layer.integers).bits for name, layer in integers(mixed.model).items()}
     assert bits == {"stem": 4, "depthwise": 8, "body": 2, "head": 4}
     halves = [record for record in mixed.artifact.manifest.tensors.values() if record.packing == "f16"]
     assert any(record.shape in ((33, 65), (65, 33)) for record in halves)
@@ -112,14 +112,14 @@ def test_mixed_widths_are_stored_as_they_are(deployed: dict[str, Deployed]) -> N
 
 def test_fewer_bits_are_a_smaller_artefact(deployed: dict[str, Deployed]) -> None:
     sizes = {name: (made.artifact.path / "weights.safetensors").stat().st_size for name, made in deployed.items()}
-    weights = sum(layer.weight.numel() for layer in integers(deployed["w8"].model).values())
+    weights = sum(layer.integers.numel() for layer in integers(deployed["w8"].model).values())
     saved = sizes["w8"] - sizes["w4"]
     assert saved == pytest.approx(weights / 2, abs=600)  # what a file's header says may differ in length
     assert deployed["w4"].artifact.bytes < deployed["w8"].artifact.bytes - 0.9 * saved
     for made in deployed.values():
         assert stored_bytes(made.model) < made.artifact.bytes
     assert stored_bytes(deployed["w8"].model) - stored_bytes(deployed["w4"].model) == sum(
-        layer.weight.numel() - (layer.weight.numel() + 1) // 2 for layer in integers(deployed["w8"].model).values()
+        layer.integers.numel() - (layer.integers.numel() + 1) // 2 for layer in integers(deployed["w8"].model).values()
     )
 
 

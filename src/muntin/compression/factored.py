@@ -16,6 +16,7 @@ import itertools
 import math
 from typing import Any, Self, TypeVar
 
+import torch
 from torch import Tensor, nn
 
 SPATIAL_FROM = 5
@@ -60,6 +61,12 @@ class FactoredLinear(nn.Module):
     def last(self) -> nn.Linear:
         """The part that gives the output and has the bias: what is affine after the layer folds into it."""
         return self.expand
+
+    @property
+    def weight(self) -> Tensor:
+        """The weight that the parts stand for, `(O, I)`, r·I·O multiply-adds at each reading: some models ask a layer's weight for its type
+        and device."""
+        return self.expand.weight @ self.reduce.weight
 
     def forward(self, input: Tensor) -> Tensor:  # the parameter's name is nn.Linear's: models may call it by keyword
         out: Tensor = self.expand(self.reduce(input))
@@ -133,6 +140,14 @@ class FactoredConv2d(nn.Module):
     def last(self) -> nn.Conv2d:
         """The part that gives the output and has the bias: what is affine after the layer folds into it."""
         return self.expand
+
+    @property
+    def weight(self) -> Tensor:
+        """The weight that the chain stands for, `(O, I, H, W)`, multiplied out at each reading; see `FactoredLinear.weight`."""
+        core = getattr(self, "core", None)
+        if core is None:
+            return torch.einsum("orhw,rihw->oihw", self.expand.weight, self.reduce.weight)  # a side that only one of them has is broadcast
+        return torch.einsum("opyx,prhw,rizv->oihw", self.expand.weight, core.weight, self.reduce.weight)
 
     def forward(self, input: Tensor) -> Tensor:
         core = getattr(self, "core", None)

@@ -38,11 +38,11 @@ class InputGrid(nn.Module):
 class QuantizedLinear(nn.Module):
     """A Linear with integer weights per output channel and 8-bit inputs; `(..., I) -> (..., O)`.
 
-    Weights of fewer than 8 bits lie in int8 too: the same numbers at the speed of integers; only the artefact packs them. The weight is
+    Weights of fewer than 8 bits lie in int8 too: the same numbers at the speed of integers; only the artefact packs them. `integers` are
     kept as `(I, O)`: the product that runtimes take as it is, without a transposition between its integers and its use.
     """
 
-    weight: Tensor
+    integers: Tensor
     weight_scale: Tensor
     bias: Tensor | None
 
@@ -51,12 +51,19 @@ class QuantizedLinear(nn.Module):
         q_OI, scale_O = quantize_weight(layer.weight, 0, bits, scale)
         self.bits = bits
         self.input = InputGrid(grid)
-        self.register_buffer("weight", q_OI.t().contiguous())
+        self.register_buffer("integers", q_OI.t().contiguous())
         self.register_buffer("weight_scale", scale_O)
         self.register_buffer("bias", None if layer.bias is None else layer.bias.detach().clone())
 
+    @property
+    def weight(self) -> Tensor:
+        """The weight that the integers stand for, float `(O, I)`, made anew at each reading: some models ask a layer's weight for its type
+        and device."""
+        weight_IO: Tensor = dequantize_weight(self.integers, self.weight_scale, 1)
+        return weight_IO.t()
+
     def forward(self, input: Tensor) -> Tensor:  # the parameter's name is nn.Linear's: models may call it by keyword
-        weight_IO = dequantize_weight(self.weight, self.weight_scale, 1)
+        weight_IO = dequantize_weight(self.integers, self.weight_scale, 1)
         out = torch.matmul(self.input(input), weight_IO.to(input.dtype))
         return out if self.bias is None else out + self.bias.to(input.dtype)
 
@@ -64,7 +71,7 @@ class QuantizedLinear(nn.Module):
 class QuantizedConv2d(nn.Module):
     """A Conv2d (groups and depthwise included) with integer weights per output channel and 8-bit inputs; zero padding."""
 
-    weight: Tensor
+    integers: Tensor
     weight_scale: Tensor
     bias: Tensor | None
 
@@ -74,12 +81,18 @@ class QuantizedConv2d(nn.Module):
         self.bits = bits
         self.input = InputGrid(grid)
         self.stride, self.padding, self.dilation, self.groups = layer.stride, layer.padding, layer.dilation, layer.groups
-        self.register_buffer("weight", q_OIHW)
+        self.register_buffer("integers", q_OIHW)
         self.register_buffer("weight_scale", scale_O)
         self.register_buffer("bias", None if layer.bias is None else layer.bias.detach().clone())
 
+    @property
+    def weight(self) -> Tensor:
+        """The weight that the integers stand for, float `(O, I, H, W)`, made anew at each reading; see `QuantizedLinear.weight`."""
+        weight_OIHW: Tensor = dequantize_weight(self.integers, self.weight_scale, 0)
+        return weight_OIHW
+
     def forward(self, input: Tensor) -> Tensor:
-        weight_OIHW = dequantize_weight(self.weight, self.weight_scale, 0).to(input.dtype)
+        weight_OIHW = self.weight.to(input.dtype)
         bias = None if self.bias is None else self.bias.to(input.dtype)
         return F.conv2d(self.input(input), weight_OIHW, bias, self.stride, self.padding, self.dilation, self.groups)
 

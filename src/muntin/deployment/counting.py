@@ -51,9 +51,7 @@ def layer_macs(model: nn.Module, example: Tensor) -> dict[str, int]:
 
 def weight_count(layer: nn.Module) -> int:
     """Entries of a layer's weight."""
-    weight = layer.weight
-    assert isinstance(weight, Tensor)
-    return weight.numel()
+    return _stored(layer).numel()
 
 
 def bias_count(layer: nn.Module) -> int:
@@ -63,10 +61,14 @@ def bias_count(layer: nn.Module) -> int:
 
 
 def output_channels(layer: nn.Module) -> int:
-    """Channels that a layer with weights gives: the quantised Linear keeps its weight as (I, O), the others as (O, ...)."""
-    weight = layer.weight
+    """Channels that a layer with weights gives: the quantised Linear keeps its integers as (I, O), the others as (O, ...)."""
+    return _stored(layer).shape[1 if isinstance(layer, QuantizedLinear) else 0]
+
+
+def _stored(layer: nn.Module) -> Tensor:
+    weight = layer.integers if isinstance(layer, QuantizedLinear | QuantizedConv2d) else layer.weight
     assert isinstance(weight, Tensor)
-    return weight.shape[1] if isinstance(layer, QuantizedLinear) else weight.shape[0]
+    return weight
 
 
 def parameter_count(model: nn.Module) -> int:
