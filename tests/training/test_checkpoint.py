@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from muntin.errors import CheckpointError
+from muntin.models import create_model
 from muntin.training.checkpoint import (
     AVERAGE,
     MODEL,
@@ -21,6 +22,7 @@ from muntin.training.checkpoint import (
     digest_of,
     find_checkpoint,
     load_optimizer,
+    load_weights,
     optimizer_tensors,
     read_checkpoint,
 )
@@ -164,6 +166,13 @@ def test_weights_of_another_model_are_told(tmp_path: Path, save_step: Save, reci
     other["model"]["options"]["decoder"] = 24
     rewrite(path, recipe=other)
     assert "weights of another model than its recipe makes" in mistake(path)
+
+
+def test_weights_of_a_model_that_asks_for_its_version_are_read(tmp_path: Path) -> None:
+    model = create_model("torchvision:mnasnet0_5", task="classify", classes=2)
+    other = create_model("torchvision:mnasnet0_5", task="classify", classes=2)
+    load_weights(other, dict(model.state_dict()), tmp_path)
+    assert all(torch.equal(value, model.state_dict()[name]) for name, value in other.state_dict().items())
 
 
 def test_files_of_two_checkpoints_do_not_mix(tmp_path: Path, save_step: Save) -> None:

@@ -15,6 +15,7 @@ import hashlib
 import json
 import re
 import shutil
+from collections import OrderedDict
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -103,8 +104,11 @@ def build_model(recipe: Recipe, classes: tuple[ClassInfo, ...]) -> nn.Module:
 
 def load_weights(model: nn.Module, tensors: dict[str, Tensor], where: Path) -> None:
     """Copy tensors into a model. Raises `CheckpointError` when they are of another one."""
+    own: Any = model.state_dict()
+    weights: Any = OrderedDict(tensors)
+    weights._metadata = own._metadata  # safetensors keeps no versions of modules, and some (MNASNet) do not load without
     try:
-        model.load_state_dict(tensors)
+        model.load_state_dict(weights)
     except RuntimeError as error:
         reason = " ".join(str(error).split())[:200]
         raise CheckpointError(f"{where}: weights of another model than its recipe makes: {reason}") from error
