@@ -354,6 +354,12 @@ def test_what_a_model_cannot_learn_is_noted(tmp_path: Path, tiny: Any) -> None:
     assert result.notes == ("no training picture holds field, roof: a model cannot learn what it does not see",)
 
 
+def test_what_a_data_set_leaves_out_is_noted(tmp_path: Path, tiny: Any) -> None:
+    write_image(tiny.root / "train" / "masks" / "lonely.png", np.zeros((48, 48), np.uint8))
+    result = train(tiny, tmp_path / "run", "training.steps=1")
+    assert any("masks have no image and are not used" in note for note in result.notes)
+
+
 # ---- a limit in time ----
 
 

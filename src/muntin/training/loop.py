@@ -97,7 +97,8 @@ def fit(
     source = open_source(recipe.data, root=root)
     if source.task != recipe.task:
         raise RecipeError(f"task: the data are for '{source.task}' and the recipe says '{recipe.task}'; make them agree")
-    notes = tuple(source.check(lambda done, total: report(FitProgress(kind="check", step=done, steps=total))))
+    checked = source.check(lambda done, total: report(FitProgress(kind="check", step=done, steps=total)))
+    notes = (*source.notes, *checked)
     torch.manual_seed(recipe.seed)
     trainer = Trainer(build_model(recipe, tuple(source.classes)), recipe.training, task=recipe.task, precision=precision)
     training = Training(trainer, recipe, source, directory=directory, root=root, start=start, report=report)
