@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812 - the field's usual name
 
 from muntin import create_model
-from muntin.compression import Change, fold, freeze, prepare_qat, set_bits
+from muntin.compression import Change, Pass, fold, freeze, prepare_qat, quantize, set_bits
 from muntin.compression.fake_quantization import along
 from muntin.compression.observer import ActivationGrid, Observer, usable
 from muntin.compression.qat import (
@@ -537,6 +537,21 @@ def test_layers_with_arithmetic_of_their_own_are_kept() -> None:
         "2": "padding 'reflect' has no integer form here",
     }
     assert isinstance(model[3], QATConv2d) and sqnr_db(before, answer(model, x)) > 30
+
+
+@pytest.mark.parametrize("prepare", [prepare_qat, quantize])
+def test_layers_whose_weight_is_computed_are_kept(prepare: Callable[[Iterable[Tensor]], Pass]) -> None:
+    """What is learned are the parameters that the weight is made of: taken as a weight of its own it would be in no checkpoint."""
+    normed = nn.utils.parametrizations.weight_norm(nn.Conv2d(3, 8, 3))
+    model = nn.Sequential(normed, nn.BatchNorm2d(8), nn.Conv2d(8, 4, 1)).eval()
+    x, names = pixels(2, 3, 8, 8), list(model.state_dict())
+    before = answer(model, x)
+    found = {change.layer: change for change in prepare([x])(model)}
+    assert {name: change.reason for name, change in found.items() if change.kept} == {
+        "0": "its weight is computed (weight norm, spectral norm): remove that first"
+    }
+    assert model[0] is normed and set(names[:3]) <= model.state_dict().keys()
+    assert isinstance(model[1], nn.BatchNorm2d) and sqnr_db(before, answer(model, x)) > 15
 
 
 def test_pytorchs_own_encoder_calls_its_layers_in_training_form() -> None:

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from muntin.compression.change import Change
-from muntin.compression.rewrite import named, replace
+from muntin.compression.rewrite import computed_weight, named, replace
 
 TOLERANCE = 1e-3
 """Largest change of the model's answer, relative to its largest value, that rounding may explain."""
@@ -26,7 +26,8 @@ def fold_batch_norms(model: nn.Module, batch: Tensor) -> list[Change]:
     """Fold every `BatchNorm2d` that directly follows a `Conv2d` (timm's norm with an activation included), in place.
 
     `batch`: `(B, C, H, W)` raw pixels; the model is run on its first image twice. The model must be in `eval` mode. Where the answer
-    would change, all of them are left as they are, and the changes say so. Idempotent.
+    would change, all of them are left as they are, and the changes say so. Behind a convolution whose weight is computed (weight norm) a
+    norm stays: there is no weight of its own to fold it into. Idempotent.
     """
     if model.training:
         raise ValueError("folding needs the statistics of a trained model: call model.eval() first")
@@ -76,7 +77,7 @@ def _find_pairs(model: nn.Module, image: Tensor) -> tuple[list[Pair], Any]:
 
         return hook
 
-    handles = [conv.register_forward_hook(conv_hook(name)) for name, conv in named(model, nn.Conv2d)]
+    handles = [conv.register_forward_hook(conv_hook(name)) for name, conv in named(model, nn.Conv2d) if computed_weight(conv) is None]
     handles += [norm.register_forward_pre_hook(norm_hook(name)) for name, norm in named(model, nn.BatchNorm2d)]
     try:
         with torch.inference_mode():

@@ -40,7 +40,7 @@ from muntin.compression.moments import Moment, answer_sensitivity, input_moments
 from muntin.compression.quantization import call_every_layer, check_kept
 from muntin.compression.quantized import QuantizedConv2d, QuantizedLinear
 from muntin.compression.ranks import Choice, Floats, allocate, allocate_within, choices, ladder, largest_threshold, rank_at
-from muntin.compression.rewrite import named, replace
+from muntin.compression.rewrite import computed_weight, named, replace
 from muntin.errors import MuntinError
 from muntin.training.config import LowRankConfig
 
@@ -131,8 +131,8 @@ def _reasons_to_keep(model: nn.Module, layers: Mapping[str, Dense], config: LowR
 def _no_form(layer: Dense) -> str | None:
     if type(layer) not in (nn.Linear, nn.Conv2d):
         return f"{type(layer).__name__} may compute something else than its kind: no factored form"
-    if "weight" not in layer._parameters:
-        return "its weight is computed (weight norm, spectral norm): remove that first"
+    if (reason := computed_weight(layer)) is not None:
+        return reason
     if isinstance(layer, nn.Conv2d):
         if layer.groups != 1:
             return f"{'depthwise' if layer.groups == layer.in_channels else 'grouped'} convolution: no factored form here"

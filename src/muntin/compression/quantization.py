@@ -21,7 +21,7 @@ from muntin.compression.fold import fold
 from muntin.compression.observer import Observer
 from muntin.compression.pixel_grid import align_with_pixels
 from muntin.compression.quantized import QuantizedConv2d, QuantizedLayer, QuantizedLinear
-from muntin.compression.rewrite import named, replace
+from muntin.compression.rewrite import computed_weight, named, replace
 from muntin.compression.slimming import remove_closed_channels
 from muntin.errors import MuntinError
 from muntin.training.config import QuantizationConfig
@@ -42,6 +42,8 @@ def no_integer_form(layer: nn.Module, observer: Observer) -> str | None:
     """Why a Linear or Conv2d cannot be quantised; None where it can."""
     if not observer.seen:
         return "no calibration image reached it"
+    if (reason := computed_weight(layer)) is not None:
+        return reason
     if isinstance(layer, nn.Conv2d) and (layer.padding_mode != "zeros" or isinstance(layer.padding, str)):
         return f"padding '{layer.padding if isinstance(layer.padding, str) else layer.padding_mode}' has no integer form here"
     return None

@@ -17,6 +17,11 @@ def named(model: nn.Module, *kinds: type[M]) -> Iterator[tuple[str, M]]:
             yield name, module
 
 
+def computed_weight(layer: nn.Module) -> str | None:
+    """Why a layer cannot be rewritten whose weight is made of other parameters at each call; None for one that owns its weight."""
+    return None if "weight" in layer._parameters else "its weight is computed (weight norm, spectral norm): remove that first"
+
+
 def replace(model: nn.Module, name: str, layer: nn.Module) -> None:
     """Put `layer` where `name` is, in every place that holds the same module (shared layers stay shared)."""
     old = model.get_submodule(name)
