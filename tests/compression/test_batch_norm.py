@@ -36,6 +36,15 @@ def test_the_answer_stays_and_the_norms_go(name: str) -> None:
     assert fold_batch_norms(model, images) == []
 
 
+def test_a_model_in_double_precision_is_folded() -> None:
+    model = trained_norms(nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4))).double()
+    images = torch.randint(0, 256, (2, 3, 8, 8), dtype=torch.uint8)
+    with torch.no_grad():
+        before = model(images.double())
+        assert [change.kept for change in fold_batch_norms(model, images)] == [False]
+        torch.testing.assert_close(model(images.double()), before)
+
+
 class Shared(nn.Module):
     """The convolution's output is read by its norm and by a sum."""
 

@@ -65,3 +65,8 @@ def test_it_says_what_it_runs_in() -> None:
 def test_other_images_are_refused(wrong: object) -> None:
     with pytest.raises(DataError):
         TorchSession(create_model("hybrid-xs"), SEGMENT)(wrong)  # type: ignore[arg-type]
+
+
+def test_a_model_without_parameters_is_used_where_its_buffers_are() -> None:
+    norm = torch.nn.BatchNorm2d(3, affine=False, device="meta")
+    assert TorchSession(norm, SEGMENT).device.type == "meta"

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from muntin.compression.calibration import as_input
 from muntin.compression.change import Change
 from muntin.compression.rewrite import computed_weight, named, replace
 
@@ -31,7 +32,7 @@ def fold_batch_norms(model: nn.Module, batch: Tensor) -> list[Change]:
     """
     if model.training:
         raise ValueError("folding needs the statistics of a trained model: call model.eval() first")
-    image = batch[:1].to(torch.float32)
+    image = as_input(model, batch[:1])
     pairs, before = _find_pairs(model, image)
     if not pairs:
         return []

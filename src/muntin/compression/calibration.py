@@ -5,6 +5,7 @@ Axes: B images, C channels, H W map.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
@@ -27,10 +28,10 @@ def calibration_list(calibration: Iterable[Tensor]) -> list[Tensor]:
 
 
 def as_input(model: nn.Module, batch: Tensor) -> Tensor:
-    """The batch where and as the model's weights are."""
-    for parameter in model.parameters():
-        if parameter.is_floating_point():
-            return batch.to(parameter.device, parameter.dtype)
+    """The batch where and as the model's weights are, or its buffers: a model whose layers are all quantised has no parameters."""
+    for tensor in itertools.chain(model.parameters(), model.buffers()):
+        if tensor.is_floating_point():
+            return batch.to(tensor.device, tensor.dtype)
     return batch.to(torch.float32)
 
 

@@ -5,6 +5,7 @@ Axes: B images, H W map, C channels, K scores.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterable, Iterator
 
 import numpy as np
@@ -32,7 +33,7 @@ class TorchSession:
         self.model = model
         self.signature = signature
         self.dtype = dtype
-        first = next(iter(model.parameters()), None)
+        first = next(itertools.chain(model.parameters(), model.buffers()), None)  # a quantised model may have buffers alone
         self.device = torch.device("cpu") if first is None else first.device
         if compile:
             require_compiler(self.device.type)
