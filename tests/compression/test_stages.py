@@ -225,11 +225,11 @@ def test_a_compressed_checkpoint_gives_no_model_of_its_recipe(compressed: Compre
 # ---- interrupted and resumed ----
 
 
-def ctrl_c_in(stage: Stage) -> Report:
+def ctrl_c_in(stage: Stage, step: int = LOG_EVERY) -> Report:
     """A real SIGINT of this process while a step of a stage is reported."""
 
     def report(at: Stage, progress: FitProgress) -> None:
-        if at == stage and progress.kind == "step" and progress.step == LOG_EVERY:
+        if at == stage and progress.kind == "step" and progress.step == step:
             os.kill(os.getpid(), signal.SIGINT)
 
     return report
@@ -258,6 +258,13 @@ def test_interrupted_in_every_stage_it_ends_in_the_same_bits(compressed: Compres
     assert not run.interrupted and len(run.stages) == 3
     for stage, result in zip(STAGES, run.stages, strict=True):
         assert_same_state(compressed.stage(stage), read_checkpoint(result.checkpoint))
+
+
+def test_interrupted_in_a_stages_last_step_it_begins_no_other(compressed: Compressed, tmp_path: Path) -> None:
+    run = compress_checkpoint(compressed.origin, tmp_path / "again", until="w4a8", report=ctrl_c_in("low-rank", STEPS))
+    assert run.interrupted and [(result.stage, result.step, result.finished) for result in run.stages] == [("low-rank", STEPS, True)]
+    run = compress_checkpoint(compressed.origin, tmp_path / "again", until="w4a8", resume=True, report=ctrl_c_in("w4a8", STEPS))
+    assert not run.interrupted and len(run.stages) == 2  # nothing was left to do
 
 
 def test_what_is_finished_stays_as_it_is_when_resumed(compressed: Compressed) -> None:

@@ -214,10 +214,11 @@ class _Compression:
         for stage in wanted:
             result = self._stage(stage, before, interruption)
             results.append(result)
-            if not result.finished:
+            if not result.finished or interruption.asked:  # asked in a stage's last step: that one is finished, and the next not begun
                 break
             before = read_checkpoint(result.checkpoint)
-        return CompressionRun(directory=self.directory, stages=tuple(results), interrupted=not results[-1].finished)
+        interrupted = len(results) < len(wanted) or not results[-1].finished
+        return CompressionRun(directory=self.directory, stages=tuple(results), interrupted=interrupted)
 
     def _stage(self, stage: Stage, before: Checkpoint, interruption: Interruption) -> StageResult:
         folder = _folder(self.directory, stage)
