@@ -163,6 +163,15 @@ def test_a_finished_run_that_is_resumed_stays_as_it_is(tmp_path: Path, tiny: Any
     assert again.validation == first.validation
 
 
+def test_a_recipe_with_tuples_is_gone_on_with(tmp_path: Path, tiny: Any) -> None:
+    recipe = load_recipe(tiny.recipe, ["training.steps=1"])
+    options = {key: tuple(value) if isinstance(value, list) else value for key, value in recipe.model.options.items()}
+    assert options != recipe.model.options
+    recipe = recipe.model_copy(update={"model": recipe.model.model_copy(update={"options": options})})
+    for resume in (False, True):
+        assert fit(recipe, root=tiny.root, directory=tmp_path / "run", resume=resume).step == 1
+
+
 def test_a_run_is_not_overwritten(tmp_path: Path, whole: tuple[Any, FitResult], plan: list[str]) -> None:
     tiny, result = whole
     before = sorted(result.directory.rglob("*"))

@@ -264,7 +264,8 @@ class _Compression:
 
     def _check_origin(self, start: Checkpoint) -> None:
         made = start.state.compression
-        if start.recipe != self.recipe or made is None or made["origin"] != self.origin:
+        same = start.recipe.model_dump(mode="json") == self.recipe.model_dump(mode="json")  # where a tuple is the list it is read as
+        if not same or made is None or made["origin"] != self.origin:
             raise CheckpointError(
                 f"{start.path} was made from another checkpoint or recipe: give another --output, or remove {self.directory}"
             )

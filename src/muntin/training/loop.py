@@ -131,9 +131,10 @@ def _find_checkpoint(directory: Path, recipe: Recipe, resume: bool) -> Checkpoin
     if not resume:
         raise CheckpointError(f"{directory} already holds a run; --resume goes on with it, another --output starts anew")
     checkpoint = read_checkpoint(folder)
-    if checkpoint.recipe != recipe:
+    trained, given = checkpoint.recipe.model_dump(mode="json"), recipe.model_dump(mode="json")  # where a tuple is the list it is read as
+    if trained != given:
         raise CheckpointError(
-            f"{checkpoint.path} was trained by another recipe ({_difference(checkpoint.recipe.model_dump(), recipe.model_dump())}); "
+            f"{checkpoint.path} was trained by another recipe ({_difference(trained, given)}); "
             "give its recipe to resume, or another --output to start anew"
         )
     return checkpoint
