@@ -363,6 +363,12 @@ def test_what_a_model_cannot_learn_is_noted(tmp_path: Path, tiny: Any) -> None:
     assert result.notes == ("no training picture holds field, roof: a model cannot learn what it does not see",)
 
 
+def test_resuming_what_is_not_there_is_noted(tmp_path: Path, tiny: Any) -> None:
+    result = train(tiny, tmp_path / "run", "training.steps=1", resume=True)
+    assert result.step == 1 and result.notes == (f"{tmp_path / 'run'} held no checkpoint to go on from: trained from the start",)
+    assert train(tiny, tmp_path / "run", "training.steps=1", resume=True).notes == ()
+
+
 def test_what_a_data_set_leaves_out_is_noted(tmp_path: Path, tiny: Any) -> None:
     write_image(tiny.root / "train" / "masks" / "lonely.png", np.zeros((48, 48), np.uint8))
     result = train(tiny, tmp_path / "run", "training.steps=1")

@@ -83,8 +83,8 @@ def fit(
     """Train by a recipe: a `Recipe`, or the path of a YAML file.
 
     `directory`: where the run goes, `runs/NAME` unless given. `root`: the folder that the recipe's relative paths start at (the
-    file's own, or the current one). `resume`: go on from the newest checkpoint; without it, a directory that already holds a run
-    is refused. Ctrl-C ends after the step in progress and leaves a checkpoint.
+    file's own, or the current one). `resume`: go on from the newest checkpoint, or begin where there is none, which is noted; without
+    it, a directory that already holds a run is refused. Ctrl-C ends after the step in progress and leaves a checkpoint.
     Writes `checkpoints/`, `metrics.jsonl` and TensorBoard events; raises kinds of `MuntinError`.
     """
     if not isinstance(recipe, Recipe):
@@ -98,7 +98,8 @@ def fit(
     if source.task != recipe.task:
         raise RecipeError(f"task: the data are for '{source.task}' and the recipe says '{recipe.task}'; make them agree")
     checked = source.check(lambda done, total: report(FitProgress(kind="check", step=done, steps=total)))
-    notes = (*source.notes, *checked)
+    anew = (f"{directory} held no checkpoint to go on from: trained from the start",) if resume and start is None else ()
+    notes = (*anew, *source.notes, *checked)
     torch.manual_seed(recipe.seed)
     trainer = Trainer(build_model(recipe, tuple(source.classes)), recipe.training, task=recipe.task, precision=precision)
     training = Training(trainer, recipe, source, directory=directory, root=root, start=start, report=report)
