@@ -15,12 +15,13 @@ from torch import nn
 
 from muntin.errors import CheckpointError, DataError, DependencyError, MuntinError, RecipeError
 from muntin.layers import ChannelGate
+from muntin.models import create_model
 from muntin.runtime.images import write_image
 from muntin.training.checkpoint import Checkpoint, checkpoints_in, read_checkpoint
 from muntin.training.config import TrainingConfig
-from muntin.training.loop import LOG_EVERY, FitProgress, FitResult, fit
+from muntin.training.loop import LOG_EVERY, FitProgress, FitResult, check_crop, fit
 from muntin.training.optimizer import make_optimizer
-from muntin.training.recipe import load_recipe
+from muntin.training.recipe import load_recipe, parse_recipe
 from muntin.training.schedule import learning_rate
 
 STEPS = LOG_EVERY + 4
@@ -343,6 +344,14 @@ def test_a_batch_too_small_to_normalise_by_is_told(tmp_path: Path, tiny: Any, mo
     foreign = ("model.name=batch_norm_model:make", "model.options={}", "training.batch_size=1")
     with pytest.raises(RecipeError, match=r"training\.batch_size 1 with data\.crop 32: .* raise either of them") as error:
         train(tiny, tmp_path / "foreign", *foreign)
+    told(error)
+
+
+def test_crops_of_a_size_that_the_model_does_not_take_are_told() -> None:
+    name = "timm:vit_tiny_patch16_224"
+    recipe = parse_recipe({"task": "classify", "data": {"crop": 32}, "model": {"name": name}}, where="test")
+    with pytest.raises(RecipeError, match=rf"data\.crop 32: '{name}' takes pictures of another size \(.*224.*\)") as error:
+        check_crop(create_model(name, task="classify", classes=2), recipe)
     told(error)
 
 

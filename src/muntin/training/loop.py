@@ -20,12 +20,14 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from torch import nn
 
 from muntin.artifact import Signature
 from muntin.data import Crops, Source, open_source, prefetch
 from muntin.errors import CheckpointError, RecipeError
 from muntin.models import TorchSession
 from muntin.models.compiler import require_compiler
+from muntin.models.foreign import ForeignModel
 from muntin.training.allocator import keep_freed_memory
 from muntin.training.checkpoint import Checkpoint, build_model, checkpoints_in, read_checkpoint, write_checkpoint
 from muntin.training.config import TrainingConfig
@@ -101,7 +103,9 @@ def fit(
     anew = (f"{directory} held no checkpoint to go on from: trained from the start",) if resume and start is None else ()
     notes = (*anew, *source.notes, *checked)
     torch.manual_seed(recipe.seed)
-    trainer = Trainer(build_model(recipe, tuple(source.classes)), recipe.training, task=recipe.task, precision=precision)
+    model = build_model(recipe, tuple(source.classes))
+    check_crop(model, recipe)
+    trainer = Trainer(model, recipe.training, task=recipe.task, precision=precision)
     training = Training(trainer, recipe, source, directory=directory, root=root, start=start, report=report)
     with Interruption() as interruption:
         path = training.run(interruption)
@@ -123,6 +127,23 @@ def prepare_hardware(config: TrainingConfig, *, begun: str | None) -> Precision:
     if config.compile:
         require_compiler(device)
     return resolve_precision(config.precision, device, begun=begun)
+
+
+def check_crop(model: nn.Module, recipe: Recipe) -> None:
+    """Raises `RecipeError` where a foreign model is made for pictures of another size than the recipe's crops. Costs a forward pass."""
+    side = recipe.data.crop
+    if not isinstance(model, ForeignModel):
+        return
+    try:
+        with torch.inference_mode():
+            model.eval()(torch.zeros(1, recipe.data.channels, side, side))
+    except AssertionError as error:  # how timm and torchvision refuse a size
+        reason = " ".join(str(error).split())
+        raise RecipeError(
+            f"data.crop {side}: '{recipe.model.name}' takes pictures of another size ({reason}): set data.crop to it, or choose a model "
+            "that takes any"
+        ) from error
+    model.train()
 
 
 def _find_checkpoint(directory: Path, recipe: Recipe, resume: bool) -> Checkpoint | None:
