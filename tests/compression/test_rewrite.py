@@ -2,10 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
+
+import pytest
 import torch
 from torch import Tensor, nn
 
+from muntin.compression import low_rank, prepare_qat, quantize
+from muntin.compression.change import Pass
 from muntin.compression.rewrite import named, replace
+from muntin.training.config import LowRankConfig
 
 
 class Shared(nn.Module):
@@ -48,3 +55,18 @@ def test_only_the_named_layer_is_replaced() -> None:
     kept = model[0]
     replace(model, "1", nn.Identity())
     assert model[0] is kept and isinstance(model[1], nn.Identity)
+
+
+def upsampler() -> nn.Module:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Conv2d(3, 16, 3, padding=1), nn.ReLU(), nn.ConvTranspose2d(16, 16, 2, stride=2), nn.Conv2d(16, 4, 1))
+
+
+@pytest.mark.parametrize("make", [quantize, prepare_qat, partial(low_rank, config=LowRankConfig(parameters=1.0))])
+def test_a_kind_that_no_pass_rewrites_is_told(make: Callable[[list[Tensor]], Pass]) -> None:
+    model = upsampler()
+    changes = make([torch.randint(0, 256, (4, 3, 16, 16))])(model)
+    told = [change for change in changes if change.layer == "2"]
+    assert [change.kept for change in told] == [True]
+    assert told[0].reason.startswith("ConvTranspose2d: no ")
+    assert type(model.get_submodule("2")) is nn.ConvTranspose2d

@@ -40,7 +40,7 @@ from muntin.compression.moments import Moment, answer_sensitivity, input_moments
 from muntin.compression.quantization import call_every_layer, check_kept
 from muntin.compression.quantized import QuantizedConv2d, QuantizedLinear
 from muntin.compression.ranks import Choice, Floats, allocate, allocate_within, choices, ladder, largest_threshold, rank_at
-from muntin.compression.rewrite import computed_weight, named, replace
+from muntin.compression.rewrite import computed_weight, named, out_of_reach, replace
 from muntin.errors import MuntinError
 from muntin.training.config import LowRankConfig
 
@@ -90,7 +90,8 @@ def low_rank(calibration: Iterable[Tensor], config: LowRankConfig | None = None)
             else:
                 replace(model, name, factorize(layer, picked[name].ranks, roots.get(name)))
         call_every_layer(model)
-        return [_change(name, layer, reasons.get(name), picked) for name, layer in layers.items()]
+        changes = [_change(name, layer, reasons.get(name), picked) for name, layer in layers.items()]
+        return changes + out_of_reach(model, "low_rank", "factored form")
 
     return pass_
 

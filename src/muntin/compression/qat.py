@@ -42,7 +42,7 @@ from muntin.compression.quantized import (
     QuantizedSoftmaxProduct,
     exponentials,
 )
-from muntin.compression.rewrite import named, replace
+from muntin.compression.rewrite import named, out_of_reach, replace
 from muntin.layers import Product, SoftmaxProduct
 
 
@@ -192,7 +192,7 @@ def prepare_qat(calibration: Iterable[Tensor], *, bits: int = 4, keep: Sequence[
             else:
                 changes.append(Change(layer=name, pass_="qat", done="kept", reason=reason))
         call_every_layer(model)
-        return changes
+        return changes + out_of_reach(model, "qat", "integer form")
 
     return pass_
 

@@ -21,7 +21,7 @@ from muntin.compression.fold import fold
 from muntin.compression.observer import Observer
 from muntin.compression.pixel_grid import align_with_pixels
 from muntin.compression.quantized import QuantizedConv2d, QuantizedLayer, QuantizedLinear
-from muntin.compression.rewrite import computed_weight, named, replace
+from muntin.compression.rewrite import computed_weight, named, out_of_reach, replace
 from muntin.compression.slimming import remove_closed_channels
 from muntin.errors import MuntinError
 from muntin.training.config import QuantizationConfig
@@ -106,7 +106,7 @@ def quantize(calibration: Iterable[Tensor], config: QuantizationConfig | None = 
         check_kept(config.keep, layers)
         changes += fold(model) + fold_batch_norms(model, batches[0])
         check_weights(layers)
-        return changes + _replace_layers(model, layers, batches, config)
+        return changes + _replace_layers(model, layers, batches, config) + out_of_reach(model, "quantize", "integer form")
 
     return pass_
 

@@ -7,6 +7,8 @@ from typing import TypeVar
 
 from torch import nn
 
+from muntin.compression.change import Change
+
 M = TypeVar("M", bound=nn.Module)
 
 
@@ -20,6 +22,19 @@ def named(model: nn.Module, *kinds: type[M]) -> Iterator[tuple[str, M]]:
 def computed_weight(layer: nn.Module) -> str | None:
     """Why a layer cannot be rewritten whose weight is made of other parameters at each call; None for one that owns its weight."""
     return None if "weight" in layer._parameters else "its weight is computed (weight norm, spectral norm): remove that first"
+
+
+_OTHERS = (
+    nn.Conv1d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d, nn.MultiheadAttention, nn.RNNBase, nn.RNNCellBase,
+    nn.Bilinear,
+)  # fmt: skip
+"""What has weights to multiply by, and no form but this one. (Of an attention, its projection of queries, keys and values.)"""
+
+
+def out_of_reach(model: nn.Module, pass_: str, form: str) -> list[Change]:
+    """Layers with weights of kinds that no pass rewrites, each kept: so that nobody takes them for done. `form`: what they do not have."""
+    found = named(model, *_OTHERS)
+    return [Change(layer=name, pass_=pass_, done="kept", reason=f"{type(layer).__name__}: no {form}") for name, layer in found]
 
 
 def replace(model: nn.Module, name: str, layer: nn.Module) -> None:
