@@ -158,6 +158,34 @@ def test_pictures_wait_until_there_is_room_for_their_pixels(slot: Slot, by: str)
     asyncio.run(ask())
 
 
+@pytest.mark.parametrize("admitted", [False, True])
+def test_who_gives_up_while_waiting_for_room_takes_none(admitted: bool) -> None:
+    async def scene() -> None:
+        room = _Room(10)
+
+        async def hold(count: int, until: asyncio.Event) -> None:
+            async with room.taken(count):
+                await until.wait()
+
+        end, never = asyncio.Event(), asyncio.Event()
+        first = asyncio.create_task(hold(8, end))
+        second = asyncio.create_task(hold(8, never))
+        third = asyncio.create_task(hold(2, never))
+        await asyncio.sleep(0.01)
+        if admitted:  # in the very moment that its turn comes
+            end.set()
+            await first
+        second.cancel()
+        await asyncio.sleep(0.01)
+        assert room._taken == (2 if admitted else 10)  # the third, which waited behind it
+        for task in (first, third):
+            task.cancel()
+        await asyncio.gather(first, second, third, return_exceptions=True)
+        assert room._taken == 0
+
+    asyncio.run(scene())
+
+
 def test_a_picture_that_is_alone_has_room(slot: Slot) -> None:
     async def ask() -> None:
         service: Any = Stuck(slot)

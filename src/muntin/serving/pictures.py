@@ -154,7 +154,13 @@ class _Room:
         turn = asyncio.get_running_loop().create_future()
         self._waiting.append((count, turn))
         self._admit()
-        await turn
+        try:
+            await turn
+        except BaseException:
+            if turn.done() and not turn.cancelled():  # it had its turn in the moment that it was given up
+                self._taken -= count
+            self._admit()  # those behind it may fit
+            raise
         try:
             yield
         finally:
@@ -162,11 +168,14 @@ class _Room:
             self._admit()
 
     def _admit(self) -> None:
-        while self._waiting and (not self._taken or self._taken + self._waiting[0][0] <= self._most):
-            count, turn = self._waiting.popleft()
-            if not turn.done():  # else it was cancelled, with its loop
+        while self._waiting:
+            count, turn = self._waiting[0]
+            if not turn.done():  # else it was given up
+                if self._taken and self._taken + count > self._most:
+                    return
                 self._taken += count
                 turn.set_result(None)
+            self._waiting.popleft()
 
 
 class _GivenUpError(Exception):
