@@ -116,7 +116,7 @@ def test_what_holds_no_trained_model_is_one_line(call: Call, compressed: Path, t
 def test_ctrl_c_leaves_a_checkpoint_and_the_command_that_goes_on(
     call: Call, compressed: Path, exported: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A real SIGINT after the first stage's last step: the second ends after its first one."""
+    """A real SIGINT after the first stage's last step: the second is not begun."""
 
     def interrupted(*arguments: Any, **named: Any) -> Any:
         def report(stage: str, progress: Any) -> None:
@@ -130,7 +130,8 @@ def test_ctrl_c_leaves_a_checkpoint_and_the_command_that_goes_on(
         patch.setattr("muntin.compression.stages.compress_checkpoint", interrupted)
         answer = call("compress", exported.run, "-o", out, *CHANGES)
     assert answer.code == 1
-    assert "w4a8      1 of 3 steps" in answer.out and "mixed" not in answer.out.replace(str(out), "")
+    assert "low-rank  2 of 2 steps" in answer.out and "w4a8" not in answer.out.replace(str(out), "")
+    assert [path.name for path in out.iterdir()] == ["1-low-rank"]
     assert answer.err.count("\n") == 1 and "interrupted; `muntin compress" in answer.err
     again = shlex.split(answer.err.split("`")[1])
     assert again[-1] == "--resume"
