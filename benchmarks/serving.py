@@ -290,6 +290,8 @@ def measure(setting: Setting, models: list[str], servers: list[str]) -> None:
     for workload in (WORKLOADS[model] for model in models):
         with Bare(setting, workload) as bare:
             floor = rows.once(workload.name, "bare", "floor", measure=partial(measure_floor, setting, workload, bare))
+            if "objective_ms" not in floor:
+                sys.exit(f"{setting.rows()}: its rows are of a fixed objective, not of so many calls; give another --output")
             for name in servers:
                 try:
                     measure_closed(setting, workload, name, bare, rows, floor["rows"])

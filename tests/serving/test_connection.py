@@ -8,7 +8,7 @@ import socket
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import closing
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -353,6 +353,19 @@ def test_who_does_not_read_its_answer_is_cut_off(served: Served) -> None:
         wait(lambda: not served.server.server_state.connections)
 
 
+@contextmanager
+def narrow(served: Served) -> Iterator[tuple[socket.socket, asyncio.Transport]]:
+    """A client of which the system keeps little on either side, and the server's end of it."""
+    with closing(socket.socket()) as client:
+        client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        client.connect(("127.0.0.1", served.port))
+        wait(lambda: served.server.server_state.connections)
+        transport = next(iter(served.server.server_state.connections)).transport
+        assert isinstance(transport, asyncio.Transport)
+        transport.get_extra_info("socket").setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4096)
+        yield client, transport
+
+
 def test_answers_that_are_not_read_count_in_what_is_held(served: Served) -> None:
     with closing(served.connect()) as client:
         client.sendall(post(b"", "/large"))
@@ -360,14 +373,8 @@ def test_answers_that_are_not_read_count_in_what_is_held(served: Served) -> None
         assert served.ledger.held <= LARGE + 1000
         assert b" 503 " in served.ask(post(b"other"))
     wait(lambda: served.ledger.held == 0)
-    with closing(socket.socket()) as client:
-        client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
-        client.connect(("127.0.0.1", served.port))
-        wait(lambda: served.server.server_state.connections)
-        transport = next(iter(served.server.server_state.connections)).transport
-        assert isinstance(transport, asyncio.Transport)
+    with narrow(served) as (client, transport):
         transport.set_write_buffer_limits(high=1000)  # few bytes are many, so that they are read in time on any machine
-        transport.get_extra_info("socket").setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4096)
         asked, found = 0, b""
         while not served.ledger.held:
             client.sendall(post(b"", "/medium"))
@@ -387,13 +394,7 @@ def test_who_leaves_a_little_of_its_answers_unread_is_cut_off(served: Served, mo
     """Less than a server stops writing at: but the connection would wait for it to be read for good."""
 
     served.server.config.timeout_keep_alive = 1
-    with closing(socket.socket()) as client:
-        client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
-        client.connect(("127.0.0.1", served.port))
-        wait(lambda: served.server.server_state.connections)
-        transport = next(iter(served.server.server_state.connections)).transport
-        assert isinstance(transport, asyncio.Transport)
-        transport.get_extra_info("socket").setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4096)
+    with narrow(served) as (client, transport):
         while not transport.get_write_buffer_size():
             client.sendall(post(b"", "/medium"))
             time.sleep(0.02)
