@@ -10,7 +10,7 @@ import threading
 import pytest
 
 from muntin.serving import scheduling
-from muntin.serving.scheduling import BACK, standing_back, take_short_turns
+from muntin.serving.scheduling import BACK, stand_back, standing_back, take_short_turns
 
 LINUX = sys.platform.startswith("linux") and platform.machine() in ("x86_64", "aarch64")
 
@@ -91,3 +91,21 @@ def test_standing_back_ends_with_the_block_for_threads_that_were_started_in_it_t
 def test_where_there_is_no_way_back_nobody_goes(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(scheduling, "_may_come_back", lambda: False)
     assert niceness_of_threads() == [0, 0, 0, 0]
+
+
+@pytest.mark.skipif(not LINUX, reason="threads of other systems have no niceness of their own")
+def test_a_thread_that_stands_back_for_good_changes_nobody_else() -> None:
+    def niceness() -> int:
+        return os.getpriority(os.PRIO_PROCESS, threading.get_native_id())
+
+    found: list[int] = []
+
+    def run() -> None:
+        stand_back()
+        found.append(niceness())
+
+    thread = threading.Thread(target=run)
+    before = niceness()
+    thread.start()
+    thread.join()
+    assert (found, niceness()) == ([min(before + BACK, 19)], before)

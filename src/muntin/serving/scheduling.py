@@ -41,6 +41,15 @@ def take_short_turns() -> bool:
     return bool(libc.syscall(_SET, 0, ctypes.create_string_buffer(wanted, len(wanted)), 0) == 0)
 
 
+def stand_back() -> None:
+    """From now on the calling thread, and those that it starts, get a tenth of a core that others want (Linux; elsewhere nothing changes).
+
+    For a thread that ends with what it does: the way back is not always allowed (`standing_back`).
+    """
+    if sys.platform.startswith("linux"):
+        _be_nice(0, os.getpriority(os.PRIO_PROCESS, 0) + BACK)
+
+
 @contextmanager
 def standing_back() -> Iterator[None]:
     """Inside the block the calling thread gets a tenth of a core that others want, where it may have its full share again afterwards.

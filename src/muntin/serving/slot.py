@@ -27,6 +27,7 @@ from muntin.errors import DataError, MuntinError, VerificationError
 from muntin.runtime.session import Session
 from muntin.serving.probation import Loader
 from muntin.serving.rollout import Rollout, Tally, Verdict, judge
+from muntin.serving.scheduling import stand_back
 from muntin.serving.telling import told_safely
 from muntin.serving.version import (
     Call,
@@ -354,9 +355,9 @@ class Slot:
         for line in lines:
             self._notify(f"{self.name}: {line}")
         if gone:
-            # Freeing a model takes milliseconds, and the last lease may be given back by an event loop.
+            # Freeing a model takes up to a fifth of a second, and the last lease may be given back by an event loop.
             with suppress(RuntimeError):  # there may be no new threads any more, at the end of the process: then it goes here
-                Thread(target=gone.clear, name="muntin-unload").start()
+                Thread(target=_let_go, args=(gone,), name="muntin-unload").start()
 
     def _lend(self, version: Version) -> Lease:
         version.leases += 1
@@ -529,6 +530,12 @@ class Slot:
             raise RefusedError(f"{self.name}: version {version.name} is {version.reason}")
         if version.state != "ready":
             raise NotReadyError(f"{self.name}: version {version.name} was unloaded while it was on trial")
+
+
+def _let_go(sessions: list[Session]) -> None:
+    """Frees what they hold, in what time the cores have left: an engine whose threads have to share one waits at each of its layers."""
+    stand_back()
+    sessions.clear()
 
 
 def _first_line(error: BaseException) -> str:
