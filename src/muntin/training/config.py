@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
@@ -17,6 +18,9 @@ class ModelChoice(BaseModel):
     )
     scale: Annotated[int, Field(ge=1, le=4, description="output size over input size; restore only")] = 1
     options: Annotated[dict[str, Any], Field(description="fields of ModelConfig that replace the preset's")] = {}
+    weights: Annotated[Path | None, Field(description="a .safetensors file of weights that training begins with; unset: random ones")] = (
+        None
+    )
 
 
 class TrainingConfig(BaseModel):

@@ -37,6 +37,7 @@ from muntin.training.precision import Precision, resolve_precision
 from muntin.training.recipe import Recipe, load_recipe
 from muntin.training.schedule import share_done, steps_expected
 from muntin.training.trainer import Trainer
+from muntin.training.weights import begin_with
 
 LOG_EVERY = 10
 """Steps between two points of the training curve."""
@@ -101,10 +102,12 @@ def fit(
         raise RecipeError(f"task: the data are for '{source.task}' and the recipe says '{recipe.task}'; make them agree")
     checked = source.check(lambda done, total: report(FitProgress(kind="check", step=done, steps=total)))
     anew = (f"{directory} held no checkpoint to go on from: trained from the start",) if resume and start is None else ()
-    notes = (*anew, *source.notes, *checked)
     torch.manual_seed(recipe.seed)
     model = build_model(recipe, tuple(source.classes))
     check_crop(model, recipe)
+    weights = None if start is not None else recipe.model.weights
+    begun = () if weights is None else begin_with(model, root / weights)
+    notes = (*anew, *source.notes, *checked, *begun)
     trainer = Trainer(model, recipe.training, task=recipe.task, precision=precision)
     training = Training(trainer, recipe, source, directory=directory, root=root, start=start, report=report)
     with Interruption() as interruption:

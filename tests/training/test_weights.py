@@ -1,0 +1,114 @@
+from __future__ import annotations
+
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from muntin.errors import RecipeError
+from muntin.models import create_model
+from muntin.training.checkpoint import read_checkpoint
+from muntin.training.loop import fit
+from muntin.training.recipe import load_recipe
+from muntin.training.weights import begin_with
+
+NAME = "torchvision:shufflenet_v2_x0_5"
+
+
+def model(seed: int, classes: int = 4) -> Any:
+    torch.manual_seed(seed)
+    return create_model(NAME, task="classify", classes=classes)
+
+
+def apart(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    return {key: tensor.clone() for key, tensor in tensors.items()}
+
+
+def alike(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> list[str]:
+    return [key for key in one if torch.equal(one[key], other[key])]
+
+
+@pytest.mark.parametrize("prefix", ["model.", "", "module.", "_orig_mod.module.", "module.model."])
+def test_tensors_are_found_by_the_names_that_packages_give_them(tmp_path: Path, prefix: str) -> None:
+    trained, fresh = model(0), model(1)
+    path = tmp_path / "weights.safetensors"
+    save_file({prefix + key.removeprefix("model."): tensor for key, tensor in apart(trained.state_dict()).items()}, path)
+    notes = begin_with(fresh, path)
+    own = trained.state_dict()
+    assert alike(own, fresh.state_dict()) == list(own)
+    assert notes == (f"weights.safetensors: {len(own)} of the model's {len(own)} tensors are from it",)
+
+
+def test_a_last_layer_for_other_classes_and_what_the_model_has_not_are_noted(tmp_path: Path) -> None:
+    trained, fresh = model(0, classes=10), model(1)
+    before = apart(fresh.state_dict())
+    path = tmp_path / "weights.safetensors"
+    save_file(apart(trained.state_dict()) | {"auxiliary.weight": torch.ones(2)}, path)
+    notes = begin_with(fresh, path)
+    kept = [
+        key
+        for key in before
+        if key not in alike(fresh.state_dict(), trained.state_dict())
+        if before[key].shape != trained.state_dict()[key].shape
+    ]
+    assert kept == ["model.fc.weight", "model.fc.bias"]
+    assert all(torch.equal(before[key], fresh.state_dict()[key]) for key in kept)
+    assert notes[0].startswith(f"weights.safetensors: {len(before) - 2} of the model's {len(before)} tensors")
+    assert notes[1].endswith("begun at random: model.fc.weight (10 for 4), model.fc.bias (10 for 4)")
+    assert notes[2].endswith("not in the model, left out: auxiliary.weight")
+
+
+def test_weights_that_lack_something_or_fit_another_model_change_nothing(tmp_path: Path) -> None:
+    fresh, path = model(1), tmp_path / "weights.safetensors"
+    before, trained = apart(fresh.state_dict()), apart(model(0).state_dict())
+    save_file({key: tensor for key, tensor in trained.items() if "conv1" not in key}, path)
+    with pytest.raises(RecipeError, match=r"it lacks model\.conv1\.0\.weight, .* of the recipe's model, and holds model\."):
+        begin_with(fresh, path)
+    save_file(trained | {"model.conv1.0.weight": torch.ones(24, 3, 5, 5)}, path)
+    with pytest.raises(RecipeError, match=r"model\.conv1\.0\.weight has the shape \(24, 3, 5, 5\), in the recipe's model \(24, 3, 3, 3\)"):
+        begin_with(fresh, path)
+    save_file(trained | {"conv1.0.weight": trained["model.conv1.0.weight"].clone()}, path)
+    with pytest.raises(RecipeError, match="one name with and without a prefix"):
+        begin_with(fresh, path)
+    assert alike(before, fresh.state_dict()) == list(before)
+
+
+def test_files_that_are_none_are_named(tmp_path: Path) -> None:
+    with pytest.raises(RecipeError, match=r"nowhere\.safetensors: there is no such file"):
+        begin_with(model(0), tmp_path / "nowhere.safetensors")
+    (tmp_path / "torn.safetensors").write_bytes(b"\x08\x00\x00\x00\x00\x00\x00\x00{")
+    with pytest.raises(RecipeError, match=r"torn\.safetensors: .*header"):
+        begin_with(model(0), tmp_path / "torn.safetensors")
+
+
+def test_a_pickle_is_refused_with_the_command_that_makes_weights_of_it(tmp_path: Path) -> None:
+    trained = model(0)
+    torch.save(trained.state_dict(), tmp_path / "best.pth")
+    with pytest.raises(RecipeError, match="reads no pickles") as error:
+        begin_with(model(1), tmp_path / "best.pth")
+    command = shlex.split(str(error.value).partition("by: ")[2])
+    subprocess.run([sys.executable, *command[1:]], cwd=tmp_path, check=True)
+    fresh = model(1)
+    begin_with(fresh, tmp_path / "best.safetensors")
+    assert alike(trained.state_dict(), fresh.state_dict()) == list(trained.state_dict())
+
+
+def test_training_begins_with_the_recipes_weights_and_goes_on_with_its_own(tiny: Any, tmp_path: Path) -> None:
+    steps = ["training.steps=2", "training.validate_every=100", "training.checkpoint_every=100"]
+    first = read_checkpoint(fit(load_recipe(tiny.recipe, steps), root=tiny.root, directory=tmp_path / "first").checkpoint)
+    weights = tiny.root / "mine.safetensors"
+    save_file(apart(first.tensors["model.safetensors"]), weights)
+    slow = [*steps, "seed=7", "training.learning_rate=1e-9", "model.weights=mine.safetensors"]
+    result = fit(load_recipe(tiny.recipe, slow), root=tiny.root, directory=tmp_path / "second")
+    second = read_checkpoint(result.checkpoint)
+    assert any("mine.safetensors" in note for note in result.notes)
+    for name, tensor in first.tensors["model.safetensors"].items():
+        if tensor.is_floating_point() and "running" not in name:
+            torch.testing.assert_close(second.tensors["model.safetensors"][name], tensor, rtol=1e-4, atol=1e-5)
+    weights.unlink()  # a run that goes on has weights of its own
+    fit(load_recipe(tiny.recipe, slow), root=tiny.root, directory=tmp_path / "second", resume=True)
