@@ -23,8 +23,10 @@ import torch
 from torch import nn
 
 from muntin.artifact import Signature
-from muntin.data import Crops, Source, open_source, prefetch
+from muntin.data import Crops, Source, calibration_batches, open_source, prefetch
+from muntin.data.source import Samples
 from muntin.errors import CheckpointError, RecipeError
+from muntin.layers.norm import GROUP
 from muntin.models import TorchSession
 from muntin.models.compiler import require_compiler
 from muntin.models.foreign import ForeignModel
@@ -36,6 +38,7 @@ from muntin.training.interrupt import Interruption
 from muntin.training.precision import Precision, resolve_precision
 from muntin.training.recipe import Recipe, load_recipe
 from muntin.training.schedule import share_done, steps_expected
+from muntin.training.statistics import IMAGES, has_statistics, renew_statistics
 from muntin.training.trainer import Trainer
 from muntin.training.weights import begin_with
 
@@ -221,8 +224,9 @@ class Training:
     def run(self, interruption: Interruption) -> Path:
         """Train to the end, or to the step in which an interruption is asked for; the newest checkpoint."""
         config, data = self.config, self.recipe.data
+        samples = self.source.split("train")
         crops = Crops(
-            self.source.split("train"), task=self.recipe.task, crop=data.crop, batch_size=config.batch_size, seed=self.seed,
+            samples, task=self.recipe.task, crop=data.crop, batch_size=config.batch_size, seed=self.seed,
             augmentation=data.augmentation, rare=data.rare,
         )  # fmt: skip
         validation = self.source.split("validation")
@@ -240,6 +244,7 @@ class Training:
                     self._log_step(log, sum(self.losses) / len(self.losses), rate)
                     self.losses = []
                 if self.step % config.validate_every == 0 or ended:
+                    self._renew_statistics(samples)
                     self._validate(log, validation)
                     self.seconds = before + time.perf_counter() - started
                     ended = self.finished  # by what validating took, maybe
@@ -262,6 +267,15 @@ class Training:
         self.report(
             FitProgress(kind="step", step=self.step, steps=self.steps, loss=loss, score=score, images_per_second=rate, seconds_left=left)
         )
+
+    def _renew_statistics(self, samples: Samples) -> None:
+        """Of the averaged weights' norms, whenever they are judged: after the last step, too."""
+        model, data = self.trainer.average.model, self.recipe.data
+        if has_statistics(model):
+            seen = self.step * self.config.batch_size
+            count = max(GROUP, min(IMAGES, seen) // GROUP * GROUP)
+            batches = calibration_batches(samples, crop=data.crop, count=count, batch_size=GROUP, seed=self.seed, task=self.recipe.task)
+            renew_statistics(model, batches, self.trainer.precision)
 
     def _validate(self, log: MetricsLog, samples: Any) -> None:
         result = evaluate(self.session, samples, tile=tile_of(self.recipe.data.crop))

@@ -1,0 +1,59 @@
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from muntin.layers.norm import GROUP, MapNorm
+from muntin.training.checkpoint import AVERAGE, read_checkpoint
+from muntin.training.loop import fit
+from muntin.training.precision import resolve_precision
+from muntin.training.recipe import load_recipe
+from muntin.training.statistics import has_statistics, renew_statistics
+
+FP32 = resolve_precision("fp32", "cpu", begun=None)
+
+
+@pytest.mark.parametrize("make", [lambda: nn.BatchNorm2d(3, momentum=0.01), lambda: nn.BatchNorm2d(3, momentum=None), lambda: MapNorm(3)])
+def test_the_statistics_are_the_plain_average_over_all_batches(make: Any) -> None:
+    torch.manual_seed(0)
+    norm = make()
+    model = nn.Sequential(norm, nn.Dropout(0.5)).eval()
+    batches = [torch.randint(0, 256, (GROUP, 3, 6, 5), dtype=torch.uint8) for _ in range(5)]
+    momentum = norm.momentum
+    renew_statistics(model, batches, FP32)
+    images = torch.stack(batches).double()
+    torch.testing.assert_close(norm.running_mean.double(), images.mean((0, 1, 3, 4)), rtol=1e-5, atol=0)
+    torch.testing.assert_close(norm.running_var.double(), images.transpose(1, 2).flatten(2).var(2).mean(0), rtol=1e-5, atol=0)
+    assert (norm.momentum, norm.training, model[1].training) == (momentum, False, False)
+
+
+def test_what_fails_on_the_way_leaves_the_norms_as_they_were_set() -> None:
+    norm = nn.BatchNorm2d(3, momentum=0.01)
+    model = nn.Sequential(norm).eval()
+    with pytest.raises(RuntimeError, match="running_mean should contain 4"):
+        renew_statistics(model, [torch.zeros(GROUP, 4, 2, 2)], FP32)
+    assert (norm.momentum, norm.training) == (0.01, False)
+
+
+def test_a_model_without_norms_has_none() -> None:
+    assert has_statistics(nn.Sequential(nn.BatchNorm1d(2)))
+    assert not has_statistics(nn.Sequential(nn.LayerNorm(2), nn.BatchNorm1d(2, track_running_stats=False)))
+
+
+def slow_norms(*, task: str, classes: int, channels: int) -> nn.Module:
+    """Norms that take in a thousandth of a batch, as EfficientNets of some packages do a hundredth."""
+    return nn.Sequential(nn.Conv2d(channels, 8, 3, padding=1), nn.BatchNorm2d(8, momentum=1e-3), nn.ReLU(), nn.Conv2d(8, classes, 1))
+
+
+def test_a_short_training_of_slow_norms_is_kept_with_statistics_of_its_pixels(tiny: Any, tmp_path: Path) -> None:
+    steps = ["training.steps=3", "training.validate_every=100", "training.checkpoint_every=100", "model.options={}"]
+    recipe = load_recipe(tiny.recipe, [*steps, f"model.name={__name__}:slow_norms"])
+    kept = read_checkpoint(fit(recipe, root=tiny.root, directory=tmp_path / "run").checkpoint)
+    variance = kept.tensors[AVERAGE]["1.running_var"]
+    assert variance.median() > 10  # of pixels up to 255; it begins at 1, and three steps of a thousandth leave it near there
+    trained = kept.tensors["model.safetensors"]["1.running_var"]
+    assert (variance / trained).median() > 10
