@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from muntin.serving.executor import Work
 from muntin.serving.pictures import Pictures, _Room
 from muntin.serving.probation import ArtifactLoader
 from muntin.serving.protocol import ProtocolError
@@ -36,7 +37,7 @@ class Stuck:
     def lease(self, model: str, version: str | None) -> Any:
         return self.slot.lease(version)
 
-    async def compute(self, images: Any, lease: Any, **_: Any) -> tuple[Any, None]:
+    async def compute(self, images: Any, lease: Any, **_: Any) -> tuple[Any, Work]:
         self.calls += 1
         self.entered.set()
         try:
@@ -44,7 +45,7 @@ class Stuck:
         except asyncio.CancelledError:
             self.cancelled += 1
             raise
-        return lease.version.session(images), None
+        return lease.version.session(images), Work(images=images, lease=lease, by=lease.version)
 
 
 @pytest.fixture

@@ -1,8 +1,10 @@
-"""What becomes of answers that are put into form beside the event loop. What both faces answer is in `test_server`."""
+"""What becomes of answers that are put into form beside the event loop, and who computes while a version is tried. What both faces answer
+is in `test_server`."""
 
 from __future__ import annotations
 
 import asyncio
+import math
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -12,12 +14,15 @@ from typing import Any
 import numpy as np
 import pytest
 
+from muntin.errors import MuntinError
+from muntin.runtime.images import encode_png
 from muntin.serving.batcher import Batcher
 from muntin.serving.executor import Executor
 from muntin.serving.latency import LatencyModel
 from muntin.serving.metrics import Metrics
+from muntin.serving.pictures import Pictures
 from muntin.serving.protocol import InferInput, InferRequest
-from muntin.serving.rollout import Rollout
+from muntin.serving.rollout import ENOUGH, Rollout
 from muntin.serving.runner import Runner
 from muntin.serving.service import INLINE, RefusedRequestError, Service
 from muntin.serving.slot import Slot
@@ -27,8 +32,8 @@ SIDE = 150
 
 
 @contextmanager
-def made(shelf: Any) -> Iterator[Service]:
-    slot = Slot("m", shelf, rollout=Rollout())
+def made(shelf: Any, rollout: Rollout | None = None) -> Iterator[Service]:
+    slot = Slot("m", shelf, rollout=rollout or Rollout())
     slot.load(Path("1"), "1")
     executor = Executor(slot)
     runner = Runner(Batcher(LatencyModel(), objective=None, max_rows=32, queue_rows=1000, queue_bytes=1 << 30), executor)
@@ -106,5 +111,69 @@ def test_what_is_to_be_put_into_form_is_bounded_before_it_is_computed(shelf: Any
             assert counted(service) == ((2, 0) if end == "answered" else (1, 1))
             (following,) = await asyncio.gather(infer(), return_exceptions=True)  # there is room again
             assert isinstance(following, ZeroDivisionError) == (end == "failed")
+
+    asyncio.run(ask())
+
+
+@contextmanager
+def trying(service: Service, wait_until: Any) -> Iterator[list[str]]:
+    """While version 2 is tried; gives what loading it raised, if it did."""
+    outcome: list[str] = []
+
+    def load() -> None:
+        try:
+            service.slot.load(Path("2"), "2")
+        except MuntinError as error:
+            outcome.append(str(error))
+
+    thread = threading.Thread(target=load)
+    thread.start()
+    wait_until(lambda: len(service.slot.index()) == 2 and service.slot.index()[1].state == "ready")
+    try:
+        yield outcome
+    finally:
+        service.slot.end_loads()
+        thread.join()
+
+
+def test_a_candidate_is_compared_with_what_the_current_version_answers(shelf: Any, wait_until: Any) -> None:
+    """Version 2 labels everything otherwise. As a canary it answers half of the requests, and some name it: those say nothing of it."""
+    rollout = Rollout(canary=0.5, shadow=1.0, for_requests=10_000, max_slowdown=math.inf)
+
+    async def ask(service: Service, version: str | None) -> str:
+        return (await service.infer(request_for_all(8), model="m", version=version)).response.version
+
+    async def try_it() -> None:
+        with made(shelf, rollout) as service, trying(service, wait_until) as outcome:
+            trial = service.slot._trial
+            assert trial is not None
+            assert {await ask(service, "2") for _ in range(10)} == {"2"}
+            answered: list[str] = []
+            while not outcome and len(answered) < 500:
+                answered.append(await ask(service, None))
+                while service._shadowing:
+                    await asyncio.sleep(0.001)
+                await asyncio.sleep(0)
+            assert "it agrees on 0.0% of the labels" in outcome[0]
+            assert trial.compared == ENOUGH
+            assert "2" in answered
+
+    asyncio.run(try_it())
+
+
+def test_a_picture_names_the_version_that_computed_it(shelf: Any, wait_until: Any) -> None:
+    """A canary whose engine dies: the current version computes what it was to compute."""
+    content = encode_png(np.zeros((8, 8, 3), np.uint8))
+
+    async def ask() -> None:
+        with made(shelf, Rollout(canary=1.0)) as service, trying(service, wait_until) as outcome:
+            pictures = Pictures(service)
+            try:
+                assert (await pictures.answer(content, {})).headers == {"x-model-version": "2"}
+                service.slot.lease().version.session._infer = None  # type: ignore[method-assign, assignment]
+                assert (await pictures.answer(content, {})).headers == {"x-model-version": "1"}
+                await asyncio.to_thread(wait_until, lambda: outcome)
+            finally:
+                await asyncio.to_thread(pictures.close)
 
     asyncio.run(ask())

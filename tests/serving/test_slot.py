@@ -414,16 +414,19 @@ def test_a_shadow_is_compared_and_never_answers(make_slot: Callable[..., Slot]) 
     numbers = iter([0.0, 0.9, 0.1, 0.5])
     slot = make_slot(shadow=0.5, min_agreement=0.9, for_requests=30, random=lambda: next(numbers, 0.0))
     old = slot.load("1", "1")
-    assert slot.shadow() is None
+    assert slot.shadow(old) is None
     with loading(slot, "2", "2") as outcome:
+        candidate = slot.lease("2").version
         assert slot.lease().version is old  # draws 0.0: below no canary
-        drawn = [slot.shadow() for _ in range(3)]
+        assert slot.shadow(candidate) is None  # with itself
+        drawn = [slot.shadow(old) for _ in range(3)]
         assert [lease is not None for lease in drawn] == [False, True, False]
         with drawn[1] as lease:  # type: ignore[union-attr]
             for _ in range(30):
                 slot.observe_shadow(lease.version, agreement=0.95, seconds=0.01, rows=1)
     assert outcome == [slot.current]
-    with loading(slot, "3", "3") as outcome, slot.shadow() as lease:  # type: ignore[union-attr]
+    assert slot.shadow(old) is None  # the previous one says nothing of the place of the current one
+    with loading(slot, "3", "3") as outcome, slot.shadow(candidate) as lease:  # type: ignore[union-attr]
         for _ in range(20):
             slot.observe_shadow(lease.version, agreement=0.5, seconds=0.01, rows=1)
         slot.observe_shadow(lease.version, agreement=0.5, seconds=0.01, rows=1)  # one that was on its way

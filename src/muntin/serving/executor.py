@@ -49,9 +49,15 @@ class Work:
     computed: float = 0.0
     """How long that took."""
     batch_rows: int = 0
-    version: str = ""
+    by: Version | None = None
+    """The version that computed it: another one than the lease's where that failed."""
     recovered: str = ""
     """What was done for want of memory; empty: nothing."""
+
+    @property
+    def version(self) -> str:
+        """Name of the version that computed it."""
+        return "" if self.by is None else self.by.name
 
 
 @dataclass(kw_only=True)
@@ -90,7 +96,7 @@ class Executor:
         answers, first = [], 0
         for job, work in zip(batch.jobs, works, strict=True):
             work.started, work.computed, work.batch_rows = started, computed, len(images)
-            work.version, work.recovered = version.name, recovered
+            work.by, work.recovered = version, recovered
             answers.append(answer[first : first + job.rows])
             first += job.rows
         return answers

@@ -46,7 +46,7 @@ OUTPUTS = {"segment": ("mask", "overlay", "labels", "json"), "classify": ("json"
 
 @dataclass(frozen=True, kw_only=True)
 class PictureAnswer:
-    """A file and its type. `headers`: of which version it is."""
+    """A file and its type. `headers`: which version computed it; several where one failed between two tiles."""
 
     content: bytes
     media_type: str
@@ -122,7 +122,7 @@ class Pictures:
                 answer = await loop.run_in_executor(self._threads, self._predicted, through, image)
                 async with self._decoding:
                     through.check()
-                    return await loop.run_in_executor(self._threads, _encoded, image, answer, output, version)
+                    return await loop.run_in_executor(self._threads, _encoded, image, answer, output, through)
         except _GivenUpError as error:
             raise RefusedRequestError("the server is shutting down: send the picture to another one") from error
         except TooManyPixelsError as error:
@@ -186,6 +186,7 @@ class _Through:
     """A session as `predict` wants it, whose calls wait for their turn beside the other requests. For threads outside the event loop.
 
     After `give_up`, which any thread may call, every call raises `_GivenUpError`: the one in progress does not wait for its answer.
+    `computed`: names of the versions that computed, in the order in which they came: others than its own where that failed.
     """
 
     def __init__(self, service: Service, version: Version, loop: asyncio.AbstractEventLoop) -> None:
@@ -195,6 +196,7 @@ class _Through:
         self._lock = threading.Lock()
         self._given_up = False
         self._asked: Future[NDArray[Any]] | None = None
+        self.computed: dict[str, None] = {}
 
     def __call__(self, images_BHWC: NDArray[np.uint8], /) -> NDArray[np.float32]:
         return self._run(images_BHWC, labels=False)
@@ -224,7 +226,8 @@ class _Through:
 
     async def _computed(self, images: NDArray[np.uint8], labels: bool) -> NDArray[Any]:
         lease = Lease(self.version, _keep)  # whoever answers the picture holds the real one until the last of its tiles
-        answer, _ = await self._service.compute(images, lease, labels=labels, priority=PRIORITY)
+        answer, work = await self._service.compute(images, lease, labels=labels, priority=PRIORITY)
+        self.computed[work.version] = None
         return answer
 
 
@@ -247,10 +250,11 @@ def _decoded(content: bytes, channels: int, max_pixels: int) -> NDArray[np.uint8
     return decode_image(content, channels, max_pixels=max_pixels)
 
 
-def _encoded(image: NDArray[np.uint8], answer: NDArray[Any], output: str, version: Version) -> PictureAnswer:
-    classes, headers = version.signature.classes, {"x-model-version": version.name}
+def _encoded(image: NDArray[np.uint8], answer: NDArray[Any], output: str, through: _Through) -> PictureAnswer:
+    signature, headers = through.signature, {"x-model-version": ", ".join(through.computed)}
+    classes = signature.classes
     if output == "json":
-        if version.signature.task == "classify":
+        if signature.task == "classify":
             weights = np.exp(answer - answer.max())
             found = sorted(zip((weights / weights.sum()).tolist(), classes, strict=True), key=lambda pair: -pair[0])
             document: dict[str, Any] = {"classes": [{"name": entry.name, "probability": share} for share, entry in found]}
@@ -262,11 +266,7 @@ def _encoded(image: NDArray[np.uint8], answer: NDArray[Any], output: str, versio
             ]
         return PictureAnswer(content=encode_json(document), media_type="application/json", headers=headers)
     if output == "overlay":
-        scaled = (
-            image
-            if image.shape[:2] == answer.shape
-            else np.repeat(np.repeat(image, version.signature.scale, 0), version.signature.scale, 1)
-        )
+        scaled = image if image.shape[:2] == answer.shape else np.repeat(np.repeat(image, signature.scale, 0), signature.scale, 1)
         png = encode_png(overlay(scaled, answer, classes))
     elif output == "mask":
         png = encode_png(answer, [entry.color for entry in classes])

@@ -1,10 +1,10 @@
 """How a new version comes to serve, and what sends it back: bounds, what was counted, and the judgement.
 
 Before the flip a candidate may be tried beside the version that serves: as a canary it answers a share of the requests, in its shadow it
-computes a share of them again and its answers are only compared. After the flip the old version stays warm for a while. Both
-are judged alike: failures, disagreement and slowness, each as soon as it can be told. Times are compared between batches of one kind alone,
-by their medians: a canary's batches are smaller, and one slow call says nothing. A trial whose images came in a few large batches goes on
-until there are times enough to compare, or its time is up; then those that there are have to do.
+computes a share of those that the other answered again, and its answers are only compared. After the flip the old version stays warm for
+a while. Both are judged alike: failures, disagreement and slowness, each as soon as it can be told. Times are compared between batches of
+one kind alone, by their medians: a canary's batches are smaller, and one slow call says nothing. A trial whose images came in a few large
+batches goes on until there are times enough to compare, or its time is up; then those that there are have to do.
 """
 
 from __future__ import annotations
@@ -31,8 +31,8 @@ FEW = 3
 class Rollout:
     """Bounds for a new version.
 
-    `canary`: the share, 0 to 1, of requests that a candidate answers before it takes over. `shadow`: the share that it computes again
-    after the answer. With neither it takes over as soon as it is verified and warm.
+    `canary`: the share, 0 to 1, of requests that a candidate answers before it takes over. `shadow`: the share, of those that the version
+    that serves answers, that it computes again after the answer. With neither it takes over as soon as it is verified and warm.
     `for_requests`: images that it is judged by, from 1, before the flip and again after it; more of them, until `ENOUGH` batches can be
     compared with its predecessor's. `for_seconds`: the longest that either takes; then it is judged by what came, and passes where nothing
     came. With 0 the old version goes at once, and nothing is tried.

@@ -37,7 +37,7 @@ from muntin.serving.protocol import InferOutput, InferRequest, InferResponse, Pr
 from muntin.serving.runner import Runner
 from muntin.serving.slot import Lease, Slot
 from muntin.serving.turnstile import Turnstile
-from muntin.serving.version import NotReadyError, UnknownVersionError
+from muntin.serving.version import NotReadyError, UnknownVersionError, Version
 
 INPUT = "images"
 SHADOWS = 4
@@ -384,7 +384,7 @@ class Service:
             self.metrics.batch.observe(work.batch_rows)
             done((answer, work))
             self.runner.delivered(work.started, self._clock() - given)
-            self._shadow(images, answer, labels)
+            self._shadow(images, answer, labels, work.by)
 
         def answered(answer: Any) -> None:
             nonlocal given
@@ -473,8 +473,8 @@ class Service:
             )
         return count
 
-    def _shadow(self, images: NDArray[np.uint8], answer: NDArray[Any], labels: bool) -> None:
-        lease = self.slot.shadow()
+    def _shadow(self, images: NDArray[np.uint8], answer: NDArray[Any], labels: bool, by: Version | None) -> None:
+        lease = self.slot.shadow(by)
         if lease is None:
             return
         if self._shadowing >= SHADOWS:

@@ -162,10 +162,14 @@ class Slot:
                 raise NotReadyError(f"{self.name}: no version is ready: load one, or ask again when it is open")
             return self._lend(self._current)
 
-    def shadow(self) -> Lease | None:
-        """After an answer was sent: a lease on the candidate, for its share of requests. `observe_shadow` takes what came of it."""
+    def shadow(self, answered: Version | None) -> Lease | None:
+        """After an answer was sent: a lease on the candidate, for its share of requests. `observe_shadow` takes what came of it.
+
+        `answered`: the version that computed the answer. None unless that is the current one: what a candidate computed as a canary
+        would be compared with itself, and what another one did says nothing of whether the candidate can take the current one's place.
+        """
         with self._changing():
-            if self._candidate is None or self._random() >= self.rollout.shadow:
+            if self._candidate is None or answered is not self._current or self._random() >= self.rollout.shadow:
                 return None
             return self._lend(self._candidate)
 
