@@ -359,6 +359,36 @@ def test_a_picture_from_bytes_is_what_it_is_from_a_file(tmp_path: Path) -> None:
             decode_image(content[: len(content) // 2])
 
 
+def progressive(scans: int, **options: Any) -> bytes:
+    """A JPEG whose last scan comes again and again."""
+    buffer = io.BytesIO()
+    Image.fromarray(photo(40, 24)).save(buffer, "JPEG", progressive=True, **options)
+    whole = buffer.getvalue()
+    last = whole[whole.rfind(b"\xff\xda") : -2]
+    return whole[:-2] + last * (scans - whole.count(b"\xff\xda")) + whole[-2:]
+
+
+def test_a_jpeg_of_too_many_scans_is_not_decoded() -> None:
+    assert decode_image(progressive(64)).shape == (40, 24, 3)
+    hidden = progressive(1000).replace(b"\xff\xda", b"\xff\x01\xff\xff\xff\xda")  # a decoder passes over what has no length
+    for read in (decode_image, pixel_count):
+        with pytest.raises(DataError, match="1,000 scans"):
+            read(hidden)
+        with pytest.raises(DataError, match=r"the picture has 1,000 scans, more than the limit of 64: store it anew"):
+            read(progressive(1000))
+        with pytest.raises(DataError, match="65 scans"):
+            read(progressive(65))
+
+
+def test_what_looks_like_a_scan_in_a_jpegs_metadata_or_behind_it_is_none() -> None:
+    many = b"\xff\xda" * 1000
+    exif = b"Exif\0\0MM\0*\0\0\0\x08\0\0\0\0\0\0" + many
+    plain = progressive(10)
+    np.testing.assert_array_equal(decode_image(progressive(10) + many), decode_image(plain))
+    with_exif = plain[:2] + b"\xff\xe1" + (2 + len(exif)).to_bytes(2, "big") + exif + plain[2:]
+    np.testing.assert_array_equal(decode_image(with_exif), decode_image(plain))
+
+
 @pytest.mark.parametrize("content", [b"", b"\x89PNG", b"BM" + b"x" * 90, b"II*\x00" + b"x" * 90, b"\x93NUMPY", b"RIFF0000WAVE"])
 def test_other_bytes_are_no_picture(content: bytes) -> None:
     with pytest.raises(DataError) as caught:

@@ -609,6 +609,31 @@ def test_what_takes_longer_than_there_is_time_at_the_end_is_told_so(
     assert (status, headers["retry-after"], json.loads(body)) == (503, "1", {"error": "the server is shutting down"})
 
 
+def test_a_server_does_not_wait_for_a_decoder_beyond_the_time_at_the_end(
+    write_pixels: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    decoding, let_go = threading.Event(), threading.Event()
+
+    def decode(*_: Any, **__: Any) -> Any:
+        decoding.set()
+        assert let_go.wait(60)
+
+    monkeypatch.setattr("muntin.serving.pictures.decode_image", decode)
+    body = encoded(images_of(1, 1)[0], "PNG")
+    try:
+        with served(write_pixels(tmp_path / "m"), grpc_port=None, drain_seconds=1) as server:
+            with socket.create_connection(("127.0.0.1", server.http_port)) as client:
+                client.sendall(b"POST /predict HTTP/1.1\r\nhost: x\r\ncontent-length: %d\r\n\r\n" % len(body) + body)
+                assert decoding.wait(60)
+            stop = threading.Thread(target=server.stop)
+            stop.start()
+            stop.join(20)
+            assert not stop.is_alive()
+            assert all(thread.daemon for thread in threading.enumerate() if thread.name == "muntin-picture")  # nor does the process
+    finally:
+        let_go.set()
+
+
 def load_version(client: Client, version: str) -> None:
     """Through the repository API; neither of tritonclient's methods for it takes a version."""
     if client.http:

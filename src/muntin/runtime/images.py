@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import io
 import os
+import re
 import struct
 import threading
 import tokenize
@@ -35,11 +36,16 @@ UInt8 = npt.NDArray[np.uint8]
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".tif", ".tiff", ".bmp", ".npy")
 MAX_PIXELS = 1 << 28  # 16384 x 16384: 0.8 GB as RGB
 MAX_CHANNELS = 16
+MAX_SCANS = 64
+"""Of a JPEG that was sent. Each is decoded over all of the picture, and an empty one takes some 10 bytes; encoders write about 10."""
 IGNORED = 255  # the label of pixels that count neither in the loss nor in a metric
 IGNORED_COLOR = (0, 0, 0)
 
 _NPY = b"\x93NUMPY"
 _HEAD_BYTES = 16
+_SCAN = b"\xff\xda"
+_MARKER = re.compile(rb"\xff[^\x00\x01\xd0-\xd7\xff]")
+"""Of a part of a JPEG that tells its length. Behind 255 a zero says that this is a scan's own byte; the others stand alone."""
 _SENT = Path("the picture")
 """What errors call bytes that have no file."""
 _ORIENTATION_TAG = 0x0112
@@ -102,7 +108,8 @@ def read_image(path: Path | str, channels: int | None = 3, *, max_pixels: int = 
 def decode_image(content: bytes, channels: int | None = 3, *, max_pixels: int = MAX_PIXELS) -> UInt8:
     """The picture in the bytes of a PNG, JPEG or WebP file, as `read_image` gives it. Raises DataError as that does.
 
-    The size is checked in the header, before anything is decoded: a small file that would unpack into a huge picture costs nothing.
+    The size is checked in the header, before anything is decoded: a small file that would unpack into a huge picture costs nothing. So
+    are a JPEG's scans: more than `MAX_SCANS` are a DataError.
     """
     with _sent(content, max_pixels) as picture:
         mode = _target_mode(_SENT, picture, channels)
@@ -301,8 +308,22 @@ def _sent(content: bytes, max_pixels: int) -> Iterator[ImageFile.ImageFile]:
     head = content[:_HEAD_BYTES]
     if not (head.startswith((b"\x89PNG", b"\xff\xd8\xff")) or (head[:4] == b"RIFF" and head[8:12] == b"WEBP")):
         raise DataError(f"{len(content):,} bytes that are no PNG, JPEG or WebP picture: send the bytes of such a file")
+    if head.startswith(b"\xff\xd8\xff") and (marks := content.count(_SCAN)) > MAX_SCANS and _has_scans(content, MAX_SCANS + 1):
+        raise DataError(f"{_SENT} has {marks:,} scans, more than the limit of {MAX_SCANS}: store it anew")
     with _picture(_SENT, io.BytesIO(content), head, max_pixels) as picture:
         yield picture
+
+
+def _has_scans(content: bytes, wanted: int) -> bool:
+    """Whether a JPEG has so many scans. The same two bytes in its metadata, and in what follows its end, are none."""
+    place, found = 2, 0
+    while (mark := _MARKER.search(content, place)) and mark.group() != b"\xff\xd9":
+        place = mark.end()
+        found += mark.group() == _SCAN
+        if found == wanted:
+            return True
+        place += int.from_bytes(content[place : place + 2], "big")
+    return False
 
 
 @contextmanager

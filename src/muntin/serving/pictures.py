@@ -13,8 +13,8 @@ from __future__ import annotations
 import asyncio
 import threading
 from collections import deque
-from collections.abc import AsyncIterator, Mapping
-from concurrent.futures import CancelledError, Future, ThreadPoolExecutor
+from collections.abc import AsyncIterator, Callable, Mapping
+from concurrent.futures import CancelledError, Executor, Future, wait
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -58,7 +58,7 @@ class Pictures:
 
     def __init__(self, service: Service, *, tile: int = TILE) -> None:
         self._service, self._tile = service, tile
-        self._threads = ThreadPoolExecutor(max_workers=WAITING, thread_name_prefix="muntin-picture")
+        self._threads = _Threads()
         self._decoding = asyncio.Semaphore(DECODERS)
         self._room = _Room(LARGEST * service.max_pixels)
         self._pending: set[_Through] = set()
@@ -92,11 +92,11 @@ class Pictures:
             raise
         return task.result()
 
-    def close(self) -> None:
-        """Gives up what is in the works, and waits for its threads: no longer than decoding, encoding or a tile's end takes."""
+    def close(self, timeout: float | None = None) -> None:
+        """Gives up what is in the works, and waits for its threads: as long as decoding or encoding takes, `timeout` seconds at most."""
         for through in tuple(self._pending):
             through.give_up()
-        self._threads.shutdown(wait=True, cancel_futures=True)
+        self._threads.join(timeout)
 
     async def _held(self, content: bytes, output: str, lease: Lease, through: _Through) -> PictureAnswer:
         """The answer, by a task that nobody cancels: it ends when its threads have."""
@@ -139,6 +139,35 @@ class Pictures:
             labels: NDArray[np.uint8] = through.labels(image[None])[0]
             return labels
         return predict(through, image)
+
+
+class _Threads(Executor):
+    """A thread for each call. No decoder can be stopped: one that goes on when the process ends, ends with it; a pool's is waited for."""
+
+    def __init__(self) -> None:
+        self._running: set[Future[Any]] = set()
+
+    def submit(self, fn: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Future[Any]:
+        future: Future[Any] = Future()
+        self._running.add(future)
+        future.add_done_callback(self._running.discard)
+
+        def run() -> None:
+            if not future.set_running_or_notify_cancel():
+                return
+            try:
+                answer = fn(*args, **kwargs)
+            except BaseException as error:  # noqa: BLE001 - whoever waits raises it
+                future.set_exception(error)
+            else:
+                future.set_result(answer)
+
+        threading.Thread(target=run, name="muntin-picture", daemon=True).start()
+        return future
+
+    def join(self, timeout: float | None) -> None:
+        """Waits for the calls that go on, so many seconds at most."""
+        wait(tuple(self._running), timeout)
 
 
 class _Room:

@@ -280,9 +280,13 @@ class Server:
             grpc_face.begin_stop(self.config.drain_seconds)
 
     def _end(self, pictures: Pictures, runner: Runner, service: Service) -> None:
-        pictures.close()
-        runner.close(self.config.drain_seconds if self._drained_at is None else max(0.0, self._drained_at - time.monotonic()))
+        pictures.close(self._left())
+        runner.close(self._left())
         service.close()
+
+    def _left(self) -> float:
+        """Seconds that what is in flight still has."""
+        return self.config.drain_seconds if self._drained_at is None else max(0.0, self._drained_at - time.monotonic())
 
     def _listen(self) -> socket.socket:
         host, port = self.config.host, self.config.http_port
