@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 import math
 import os
 import re
+import socket
 import subprocess
 import sys
 import threading
@@ -37,7 +39,7 @@ class Client:
     """Every method of the service, by its name."""
 
     def __init__(self, port: int, *options: tuple[str, Any]) -> None:
-        self.port = port
+        self.port, self.http_port = port, 0
         self.channel = grpc.insecure_channel(f"127.0.0.1:{port}", options=[("grpc.use_local_subchannel_pool", 1), *options])
 
     def __call__(self, name: str, request: Any = None, *, timeout: float | None = 30.0, **options: Any) -> Any:
@@ -95,7 +97,8 @@ def running(path: Path) -> Iterator[tuple[Server, Client]]:
 @pytest.fixture(scope="module")
 def strict(path: Path) -> Iterator[Client]:
     """Of a server that answers few calls at once, and has little patience."""
-    with served(path, bounds=Bounds(connections=CALLS, body_seconds=3.0)) as (_, client):
+    with served(path, bounds=Bounds(connections=CALLS, body_seconds=3.0)) as (server, client):
+        client.http_port = server.http_port
         yield client
 
 
@@ -235,6 +238,44 @@ def test_a_stream_whose_answers_nobody_reads_is_ended(hasty: Client, wait_until:
             got += 1
     assert got < 64
     deaf.channel.close()
+
+
+@pytest.mark.skipif(not Path("/dev/fd").exists(), reason="open connections are found there")
+def test_answers_that_nobody_reads_count_and_their_connection_is_ended(strict: Client, wait_until: Any) -> None:
+    def held() -> float:
+        with urllib.request.urlopen(f"http://127.0.0.1:{strict.http_port}/metrics") as answer:
+            return float(re.findall(r"\nmuntin_body_bytes (\S+)", answer.read().decode())[0])
+
+    assert held() == 0
+    with deaf(strict.port, [infer(side=512)] * 3) as connection:
+        wait_until(lambda: held() > 3 * 512 * 512)
+        assert strict("ModelInfer", infer()).raw_output_contents[0] == labels(1)
+        began = time.monotonic()
+        while connection.recv(1 << 16):  # until the server ends it
+            assert time.monotonic() - began < 30
+        wait_until(lambda: held() == 0)
+
+
+@contextmanager
+def deaf(port: int, requests: list[Any]) -> Iterator[socket.socket]:
+    """A connection that asks, and whose HTTP/2 window lets no byte of an answer through."""
+
+    def frame(kind: int, flags: int, stream: int, content: bytes) -> bytes:
+        return len(content).to_bytes(3, "big") + bytes([kind, flags]) + stream.to_bytes(4, "big") + content
+
+    head = {":method": "POST", ":scheme": "http", ":path": f"/{SERVICE}/ModelInfer", ":authority": "x", "te": "trailers"}
+    fields = {**head, "content-type": "application/grpc", "grpc-encoding": "gzip"}
+    block = b"".join(bytes([0, len(name)]) + name.encode() + bytes([len(value)]) + value.encode() for name, value in fields.items())
+    with socket.create_connection(("127.0.0.1", port), timeout=30) as connection:
+        connection.sendall(b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + frame(4, 0, 0, bytes([0, 4, 0, 0, 0, 0])) + frame(4, 1, 0, b""))
+        for number, request in enumerate(requests):
+            black = messages.ModelInferRequest()
+            black.CopyFrom(request)
+            black.raw_input_contents[0] = bytes(len(request.raw_input_contents[0]))  # which packs into one frame
+            packed = gzip.compress(black.SerializeToString())
+            stream = 2 * number + 1
+            connection.sendall(frame(1, 4, stream, block) + frame(0, 1, stream, b"\1" + len(packed).to_bytes(4, "big") + packed))
+        yield connection
 
 
 def free(client: Client) -> bool:

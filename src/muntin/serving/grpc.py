@@ -8,18 +8,24 @@ method is registered as one whose requests stream, which is the same on the wire
 A message counts as held from when it is whole. Until then grpc holds what has come, and neither shows it nor bounds it for all calls
 together (a resource quota is the C library's, and Python cannot make one): at most as many of the largest messages as calls are answered at
 once.
+
+An answer counts as held, and its call in its place, until the client has taken it. grpc cannot drop what it was given to send, nor end
+such a call (an abort waits behind the answer): who does not read for `Bounds.body_seconds` loses the connection, with all calls on it.
 """
 
 from __future__ import annotations
 
 import asyncio
 import math
+import socket
 import time
 from collections.abc import Awaitable, Callable, Coroutine, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import partial
 from importlib.metadata import version
+from pathlib import Path
 from typing import Any, NamedTuple
+from urllib.parse import unquote
 
 import grpc
 
@@ -52,6 +58,8 @@ _ENVELOPE = 1 << 16
 """Bytes that a message may have beside its tensors."""
 _OPEN = ("ServerLive", "ServerReady")
 """What needs no token: whoever starts and stops servers asks for it. Nothing is in their messages, so none is waited for."""
+_DESCRIPTORS = Path("/dev/fd")
+"""Where a POSIX system lists the open files of the process that asks."""
 _STREAM_REQUESTS = 32
 """Of one stream, that are computed or whose answers are not sent yet."""
 
@@ -91,7 +99,7 @@ class GrpcFace:
         """That are received or answered; those that need no token are not counted, so nothing keeps them from being answered."""
         self._server = grpc.aio.server(
             interceptors=(_Doorkeeper(Tokens(tokens)),) if tokens else (),
-            maximum_concurrent_rpcs=2 * ledger.bounds.connections,  # `_calls`, and those whose answers nobody reads
+            maximum_concurrent_rpcs=2 * ledger.bounds.connections,  # `_calls`, and those that need no place
             options=[
                 ("grpc.max_receive_message_length", limits.body_bytes + _ENVELOPE),
                 ("grpc.max_send_message_length", -1),
@@ -133,22 +141,24 @@ class GrpcFace:
                 handlers[method.name] = grpc.stream_stream_rpc_method_handler(self._stream, response_serializer=write)
             else:
                 handler = self._guarded(method, _METHODS[method.name](self))
-                handlers[method.name] = grpc.stream_unary_rpc_method_handler(handler, response_serializer=write)
+                handlers[method.name] = grpc.stream_stream_rpc_method_handler(handler, response_serializer=write)
         return grpc.method_handlers_generic_handler(SERVICE, handlers)
 
-    def _guarded(self, method: Method, handler: Handler) -> Callable[[Any, Context], Awaitable[Any]]:
-        """The handler of a method with what it is asked read from the wire, and its errors as gRPC statuses."""
+    def _guarded(self, method: Method, handler: Handler) -> Callable[[Any, Context], Awaitable[None]]:
+        """The handler of a method with what it is asked read from the wire, its answer sent, and its errors as gRPC statuses."""
 
-        async def handle(_: Any, context: Context) -> Any:
+        async def handle(_: Any, context: Context) -> None:
             try:
                 if method.name in _OPEN:
-                    return await handler(method.request(), _Call(context, time.monotonic()))
+                    await self._send(await handler(method.request(), _Call(context, time.monotonic())), context)
+                    return
                 with self._counted():
                     wire = await self._message(context)
                     call = _Call(context, time.monotonic())
                     with self._holding(wire):
                         infers = method.request is messages.ModelInferRequest
-                        return await handler(self._asked(wire, call) if infers else parse(wire, method.request, self._limits), call)
+                        answer = await handler(self._asked(wire, call) if infers else parse(wire, method.request, self._limits), call)
+                    await self._send(answer, context)
             except grpc.aio.BaseError:  # the call is over
                 raise
             except Exception as error:  # noqa: BLE001 - what grpc makes of it tells the client too much, and the loop nothing
@@ -178,6 +188,17 @@ class GrpcFace:
             yield
         finally:
             self._ledger.held -= len(wire)
+
+    async def _send(self, answer: Any, context: Context) -> None:
+        """Returns when the client has taken the answer: it counts as held until then."""
+        size = answer.ByteSize()
+        patience = asyncio.get_running_loop().call_later(self._bounds.body_seconds, _hang_up, context, self.port)
+        self._ledger.held += size
+        try:
+            await context.write(answer)
+        finally:
+            self._ledger.held -= size
+            patience.cancel()
 
     def _unread(self, error: ProtocolError) -> ProtocolError:
         """Counts what is refused without being read, beside what the HTTP face's connections refuse so."""
@@ -274,7 +295,7 @@ class GrpcFace:
     async def _stream(self, _: Any, context: Context) -> None:
         try:
             with self._counted():
-                await _Stream(self._streamed, context, self._bounds.idle_seconds, self._ledger).run()
+                await _Stream(self._streamed, context, self._bounds.idle_seconds, self._ledger, self.port).run()
         except ProtocolError as error:
             await _abort(context, error)
 
@@ -382,7 +403,7 @@ class _Stream:
     """One stream: its requests are begun as they come, and answered in that order. `idle`: seconds that it may stand still.
 
     It stands still while nothing is being computed and neither a message comes nor an answer goes. `ledger`: where answers count as held
-    until they are sent.
+    until they are sent. `port`: the server's.
     """
 
     def __init__(
@@ -391,8 +412,9 @@ class _Stream:
         context: Context,
         idle: float,
         ledger: Ledger,
+        port: int,
     ) -> None:
-        self._answer, self._context, self._idle, self._ledger = answer, context, idle, ledger
+        self._answer, self._context, self._idle, self._ledger, self._port = answer, context, idle, ledger, port
         self._unsent = 0
         """Bytes of answers."""
         self._room = asyncio.Semaphore(_STREAM_REQUESTS)
@@ -412,6 +434,8 @@ class _Stream:
                 await self._read(writing)
                 await writing
         except TimeoutError:
+            if self._unsent:  # its client does not read
+                _hang_up(self._context, self._port)
             raise ProtocolError(f"the stream stood still for {self._idle:g} s", status=408) from None
         finally:
             self._going = False
@@ -456,6 +480,21 @@ class _Stream:
         """It does not stand still: its time begins anew, or, where something is computed, later."""
         if self._going and not self._patience.expired():
             self._patience.reschedule(None if self._computing else asyncio.get_running_loop().time() + self._idle)
+
+
+def _hang_up(context: Context, port: int) -> None:
+    """Ends the connection that a call came on, which grpc has no way to: to the port `port`, from where the call says that it is from.
+
+    Where the system lists no open files nothing is done, and what that client does not read goes on to count as held.
+    """
+    peer = unquote(context.peer())
+    for entry in tuple(_DESCRIPTORS.iterdir()) if _DESCRIPTORS.is_dir() else ():
+        # A copy, of whatever it is, with room for the longer addresses. What is no connection between two raises one of these.
+        with suppress(OSError, ValueError), socket.fromfd(int(entry.name), socket.AF_INET6, socket.SOCK_STREAM) as found:
+            host, from_port = found.getpeername()[:2]
+            names = f"ipv4:{host.removeprefix('::ffff:')}:{from_port}", f"ipv6:[{host}]:{from_port}"
+            if found.getsockname()[1] == port and peer in names:
+                found.shutdown(socket.SHUT_RDWR)
 
 
 def _fault(error: Exception) -> ProtocolError:
