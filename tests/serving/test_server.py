@@ -667,12 +667,30 @@ def test_tokens_are_asked_for(write_pixels: Callable[..., Path], tmp_path: Path)
             client.client.close()
 
 
-@pytest.mark.skipif(shutil.which("openssl") is None, reason="no openssl to make a certificate with")
-def test_tls(write_pixels: Callable[..., Path], tmp_path: Path) -> None:
-    certificate, key = tmp_path / "certificate.pem", tmp_path / "key.pem"
+@pytest.fixture(scope="module")
+def pair(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """A certificate and its key."""
+    if shutil.which("openssl") is None:
+        pytest.skip("no openssl to make a certificate with")
+    made = tmp_path_factory.mktemp("tls")
+    certificate, key = made / "certificate.pem", made / "key.pem"
     subject = ["-subj", "/CN=localhost", "-addext", "subjectAltName=DNS:localhost,IP:127.0.0.1"]
     command = ["openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-days", "2", "-keyout", str(key), "-out", str(certificate)]
     subprocess.run([*command, *subject], check=True, capture_output=True)
+    return certificate, key
+
+
+def test_who_connects_and_shakes_no_hands_is_let_go(write_pixels: Callable[..., Path], tmp_path: Path, pair: tuple[Path, Path]) -> None:
+    certificate, key = pair
+    bounds = Bounds(header_seconds=0.5)
+    with served(write_pixels(tmp_path / "pixels"), tls_certificate=certificate, tls_key=key, bounds=bounds) as server:
+        for port in (server.http_port, server.grpc_port):
+            with socket.create_connection(("127.0.0.1", port), timeout=20) as client:
+                assert client.recv(1) == b""  # within the time out, and not at the end of a minute
+
+
+def test_tls(write_pixels: Callable[..., Path], tmp_path: Path, pair: tuple[Path, Path]) -> None:
+    certificate, key = pair
     path = write_pixels(tmp_path / "pixels")
     with served(path, tls_certificate=certificate, tls_key=key) as server:
         context = ssl.create_default_context(cafile=str(certificate))

@@ -29,9 +29,9 @@ class Bounds(_Frozen):
         int, Field(ge=1024, description="of the bodies of all requests that are being received or answered, and of answers not read yet")
     ] = 512 * MEGABYTE
     connections: Annotated[int, Field(ge=1, description="open at the same time; over gRPC: calls")] = 512
-    header_seconds: Annotated[float, Field(gt=0, description="from a connection's or request's first byte to the end of its headers")] = (
-        10.0
-    )
+    header_seconds: Annotated[
+        float, Field(gt=0, description="of a TLS handshake; then from a connection's or request's first byte to the end of its headers")
+    ] = 10.0
     body_seconds: Annotated[float, Field(gt=0, description="from the end of the headers to the end of the body")] = 60.0
     idle_seconds: Annotated[float, Field(gt=0, description="that a connection may stay open between requests, a stream stand still")] = 75.0
 

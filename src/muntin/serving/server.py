@@ -23,7 +23,7 @@ from contextlib import AsyncExitStack, contextmanager
 from functools import partial
 from pathlib import Path
 from types import TracebackType
-from typing import Self
+from typing import Any, Self
 
 import uvicorn
 
@@ -241,7 +241,7 @@ class Server:
         if self._ending:
             sock.close()
             return
-        self._http = _Http(http_config, up, go_down)
+        self._http = _Http(http_config, up, go_down, handshake=config.bounds.header_seconds)
         if config.watch:
             watcher.start()
         gc.collect()
@@ -338,15 +338,27 @@ class Server:
 
 
 class _Http(uvicorn.Server):
-    """uvicorn, which tells when it listens and when it begins to go down."""
+    """uvicorn, which tells when it listens and when it begins to go down. `handshake`: seconds that a TLS handshake may take, which uvicorn
+    leaves at the loop's minute."""
 
-    def __init__(self, config: uvicorn.Config, up: Callable[[], None], go_down: Callable[[], None]) -> None:
+    def __init__(self, config: uvicorn.Config, up: Callable[[], None], go_down: Callable[[], None], *, handshake: float) -> None:
         super().__init__(config)
-        self._tell_up, self._go_down = up, go_down
+        self._tell_up, self._go_down, self._handshake = up, go_down, handshake
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
-        await super().startup(sockets)
+        await super().startup([])
+        loop, tls = asyncio.get_running_loop(), self.config.ssl
+        for sock in sockets or ():
+            listening = await loop.create_server(
+                self._connection, sock=sock, ssl=tls, backlog=self.config.backlog, ssl_handshake_timeout=self._handshake if tls else None
+            )
+            self.servers.append(listening)
         self._tell_up()
+
+    def _connection(self) -> asyncio.BaseProtocol:
+        made: Any = self.config.http_protocol_class
+        connection: asyncio.BaseProtocol = made(config=self.config, server_state=self.server_state, app_state=self.lifespan.state)
+        return connection
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         self._go_down()
