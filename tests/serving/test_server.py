@@ -680,6 +680,19 @@ def pair(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     return certificate, key
 
 
+def test_bodies_may_be_larger_than_grpc_can_count(write_pixels: Callable[..., Path], tmp_path: Path) -> None:
+    bounds = Bounds(body_bytes=3 << 30, held_bytes=4 << 30)
+    with served(write_pixels(tmp_path / "pixels"), bounds=bounds) as server:
+        for face in ("http", "grpc"):
+            client = Client(server, face)
+            np.testing.assert_array_equal(client.ask(images_of(1, 1), "labels")["labels"], images_of(1, 1).argmax(3))
+            client.client.close()
+        image = {"name": "images", "datatype": "UINT8", "shape": [1, 10_000, 10_000, 3], "parameters": {"binary_data_size": 1}}
+        body = json.dumps({"inputs": [image]}).encode()
+        status, _, answer = fetch(server, "/v2/models/pixels/infer", body + b"x", {"inference-header-content-length": str(len(body))})
+        assert (status, "takes 300,000,000" in json.loads(answer)["error"]) == (400, True)  # it might have come
+
+
 def test_who_connects_and_shakes_no_hands_is_let_go(write_pixels: Callable[..., Path], tmp_path: Path, pair: tuple[Path, Path]) -> None:
     certificate, key = pair
     bounds = Bounds(header_seconds=0.5)

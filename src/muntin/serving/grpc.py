@@ -56,6 +56,8 @@ from muntin.serving.wire import parse
 Context = Any
 _ENVELOPE = 1 << 16
 """Bytes that a message may have beside its tensors."""
+_LONGEST = (1 << 31) - 1
+"""Bytes of a message, that grpc and protobuf can count."""
 _OPEN = ("ServerLive", "ServerReady")
 """What needs no token: whoever starts and stops servers asks for it. Nothing is in their messages, so none is waited for."""
 _DESCRIPTORS = Path("/dev/fd")
@@ -101,7 +103,7 @@ class GrpcFace:
             interceptors=(_Doorkeeper(Tokens(tokens)),) if tokens else (),
             maximum_concurrent_rpcs=2 * ledger.bounds.connections,  # `_calls`, and those that need no place
             options=[
-                ("grpc.max_receive_message_length", limits.body_bytes + _ENVELOPE),
+                ("grpc.max_receive_message_length", min(limits.body_bytes + _ENVELOPE, _LONGEST)),
                 ("grpc.max_send_message_length", -1),
                 ("grpc.so_reuseport", 0),  # a port that is taken is an error
                 ("grpc.max_metadata_size", 16 * 1024),

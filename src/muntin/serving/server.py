@@ -217,7 +217,8 @@ class Server:
         ending.push_async_callback(asyncio.to_thread, control.close)
         pictures = Pictures(service)
         ending.push_async_callback(asyncio.to_thread, self._end, pictures, runner, service)
-        limits = Limits(body_bytes=config.bounds.body_bytes, json_bytes=config.bounds.json_bytes)
+        largest = config.bounds.body_bytes
+        limits = Limits(body_bytes=largest, json_bytes=config.bounds.json_bytes, elements=largest)  # none takes less than a byte
         tracing = Tracing() if config.trace else None
         if tracing is not None:
             ending.push_async_callback(asyncio.to_thread, tracing.close)
