@@ -240,6 +240,27 @@ def test_a_stream_whose_answers_nobody_reads_is_ended(hasty: Client, wait_until:
     deaf.channel.close()
 
 
+@pytest.mark.parametrize("busy", [False, True])
+def test_a_stream_does_not_hold_up_the_servers_end(path: Path, monkeypatch: pytest.MonkeyPatch, wait_until: Any, busy: bool) -> None:
+    release = threading.Event()
+    with served(path, drain_seconds=60.0) as (server, client), slow(monkeypatch, 0.5) as begun:
+        found = client.stream(then_nothing([infer(1)], release))
+        assert next(found).infer_response.raw_output_contents[0] == labels(1)
+        asking = client.stream(then_nothing([infer(2), infer(3)], release)) if busy else iter(())
+        wait_until(lambda: len(begun) == 1 + busy)
+        began = time.monotonic()
+        server.stop()
+        assert time.monotonic() - began < 20
+        with pytest.raises(grpc.RpcError) as caught:
+            next(found)
+        assert (caught.value.code(), "shutting down" in caught.value.details()) == (Code.UNAVAILABLE, True)
+        if busy:  # what had come is answered
+            assert next(asking).infer_response.raw_output_contents[0] == labels(2)
+            with pytest.raises(grpc.RpcError):
+                list(asking)
+        release.set()
+
+
 @pytest.mark.skipif(not Path("/dev/fd").exists(), reason="open connections are found there")
 def test_answers_that_nobody_reads_count_and_their_connection_is_ended(strict: Client, wait_until: Any) -> None:
     def held() -> float:

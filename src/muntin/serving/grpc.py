@@ -112,6 +112,7 @@ class GrpcFace:
         )
         self._server.add_generic_rpc_handlers((self._handlers(),))
         self._stopping: asyncio.Task[None] | None = None
+        self._streams: set[_Stream] = set()
         self.port = 0
 
     async def start(self, address: str) -> None:
@@ -127,9 +128,14 @@ class GrpcFace:
         await self._server.start()
 
     def begin_stop(self, seconds: float) -> asyncio.Task[None]:
-        """Takes no new calls, and gives those in flight so long, from the first time on that it is told so. Ended: nobody is answered."""
+        """Takes no new calls, and gives those in flight so long, from the first time on that it is told so. Ended: nobody is answered.
+
+        Of a stream what has come is answered, and it ends: its client may leave it open for hours.
+        """
         if self._stopping is None:
             self._stopping = asyncio.create_task(self._server.stop(seconds))
+            for stream in self._streams:
+                stream.end()
         return self._stopping
 
     async def stop(self, seconds: float) -> None:
@@ -298,7 +304,12 @@ class GrpcFace:
     async def _stream(self, _: Any, context: Context) -> None:
         try:
             with self._counted():
-                await _Stream(self._streamed, context, self._bounds.idle_seconds, self._ledger, self.port).run()
+                stream = _Stream(self._streamed, context, self._bounds.idle_seconds, self._ledger, self.port)
+                self._streams.add(stream)
+                try:
+                    await stream.run(ended=self._stopping is not None)
+                finally:
+                    self._streams.discard(stream)
         except ProtocolError as error:
             await _abort(context, error)
 
@@ -425,24 +436,40 @@ class _Stream:
         self._computing: set[asyncio.Task[messages.ModelStreamInferResponse]] = set()
         self._patience = asyncio.timeout(None)
         self._going = False
+        self._reading: asyncio.Task[None] | None = None
 
-    async def run(self) -> None:
-        """Until the client has sent all and has its answers. Cancelled, it takes back what is computed. Raises ProtocolError (408)."""
+    def end(self) -> None:
+        """From now on nothing more is read: once what has come is answered, `run` raises RefusedRequestError."""
+        if self._reading is not None:
+            self._reading.cancel()
+
+    async def run(self, *, ended: bool = False) -> None:
+        """Until the client has sent all and has its answers. Cancelled, it takes back what is computed. `ended`: as if `end` were called.
+
+        Raises ProtocolError: 408 where it stands still, 503 after `end`.
+        """
         writing = asyncio.create_task(self._write())
         writing.add_done_callback(lambda _: self._room.release())  # it failed: whoever waits for room is to see that
+        reading = self._reading = asyncio.create_task(self._read(writing))
+        if ended:
+            self.end()
         try:
             async with self._patience:
                 self._going = True
                 self._moved()
-                await self._read(writing)
+                await asyncio.wait((reading,))  # which tells its end from this call's
+                self._begun.put_nowait(None)
                 await writing
+                if reading.cancelled():
+                    raise RefusedRequestError("the server is shutting down: go on in a stream to another one")
+                await reading
         except TimeoutError:
             if self._unsent:  # its client does not read
                 _hang_up(self._context, self._port)
             raise ProtocolError(f"the stream stood still for {self._idle:g} s", status=408) from None
         finally:
             self._going = False
-            left = [writing, *self._computing]
+            left = [reading, writing, *self._computing]
             for task in left:
                 task.cancel()
             await asyncio.gather(*left, return_exceptions=True)
@@ -459,7 +486,6 @@ class _Stream:
             task.add_done_callback(self._computed)
             self._begun.put_nowait(task)
             self._moved()
-        self._begun.put_nowait(None)
 
     def _computed(self, task: asyncio.Task[messages.ModelStreamInferResponse]) -> None:
         self._computing.discard(task)
