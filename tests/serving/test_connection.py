@@ -25,6 +25,7 @@ BOUNDS = Bounds(
 
 
 LARGE, MEDIUM = 64 << 20, b"x" * 20_000
+OFFER = b"Connection: Upgrade, HTTP2-Settings\r\nUpgrade: h2c\r\nHTTP2-Settings: AAMAAABkAAQAAP__\r\n"
 
 
 class Echo:
@@ -182,16 +183,21 @@ def test_several_requests_on_one_connection_are_answered_in_order(served: Served
     [
         (post(b"", length=100_001), 413),
         (post(b"", length=10**14), 413),
-        (b"POST / HTTP/1.1\r\nContent-Length: 99999999999999999999999\r\n\r\n", 400),
-        (b"POST / HTTP/1.1\r\nContent-Length: -5\r\n\r\n", 400),
-        (b"POST / HTTP/1.1\r\nContent-Length: 5\r\nContent-Length: 6\r\n\r\nhello", 400),
-        (b"POST / HTTP/1.1\r\nContent-Length: 5\r\nTransfer-Encoding: chunked\r\n\r\n0\r\n\r\n", 400),
-        (b"POST / HTTP/1.1\r\nTransfer-Encoding: chunked\r\n\r\nzz\r\n", 400),
-        (b"POST / HTTP/1.1\r\nTransfer-Encoding: chunked\r\n\r\n" + b"ffffffffffffffffff\r\n", 400),
+        (b"POST / HTTP/1.1\r\nHost: a\r\nContent-Length: 99999999999999999999999\r\n\r\n", 400),
+        (b"POST / HTTP/1.1\r\nHost: a\r\nContent-Length: -5\r\n\r\n", 400),
+        (b"POST / HTTP/1.1\r\nHost: a\r\nContent-Length: 5\r\nContent-Length: 6\r\n\r\nhello", 400),
+        (b"POST / HTTP/1.1\r\nHost: a\r\nContent-Length: 5\r\nTransfer-Encoding: chunked\r\n\r\n0\r\n\r\n", 400),
+        (b"POST / HTTP/1.1\r\nHost: a\r\nTransfer-Encoding: chunked\r\n\r\nzz\r\n", 400),
+        (b"POST / HTTP/1.1\r\nHost: a\r\nTransfer-Encoding: chunked\r\n\r\n" + b"ffffffffffffffffff\r\n", 400),
         (
-            b"POST / HTTP/1.1\r\nTransfer-Encoding: chunked\r\n\r\n" + b"c350\r\n" + b"x" * 50_000 + b"\r\n" + b"c351\r\n" + b"x" * 50_001,
+            b"POST / HTTP/1.1\r\nHost: a\r\nTransfer-Encoding: chunked\r\n\r\n"
+            + (b"c350\r\n" + b"x" * 50_000 + b"\r\n" + b"c351\r\n" + b"x" * 50_001),
             413,
         ),
+        (b"GET / HTTP/1.1\r\n\r\n", 400),
+        (b"GET / HTTP/1.1\r\n" + OFFER + b"\r\n", 400),
+        (post(b"hello", more=b"host: a\r\n"), 400),
+        (b"POST / HTTP/1.0\r\nHost: a\r\nHost: b\r\nContent-Length: 5\r\n\r\nhello", 400),
         (b"GET /" + b"a" * 5000 + b" HTTP/1.1\r\n\r\n", 431),
         (b"GET / HTTP/1.1\r\n" + b"a: b\r\n" * 1000 + b"\r\n", 431),
         (b"GET / HTTP/1.1\r\na: " + b"b" * 300_000, 431),
@@ -216,6 +222,7 @@ def test_what_is_wrong_or_never_ends_is_refused(served: Served, request_: bytes,
         (post(b"", length=100_001), 413),
         (b"GET / HTTP/1.1\r\n" + b"a: b\r\n" * 1000 + b"\r\n", 431),
         (b"GET http://[::1 HTTP/1.1\r\n\r\n", 400),
+        (b"GET / HTTP/1.1\r\n\r\n", 400),
         (b"NONSENSE\r\n\r\n", 400),
         (post(b"x" * 99_000, "/other"), 503),
     ],
@@ -230,6 +237,10 @@ def test_who_is_refused_on_a_connection_that_was_answered_before_is_told(served:
         answered = read(client)
     assert answered.startswith(b"HTTP/1.1 %d " % status), answered
     assert served.app.begun == ["/"]
+
+
+def test_only_the_older_protocol_knows_no_host(served: Served) -> None:
+    assert read_json(served.ask(b"POST / HTTP/1.0\r\nContent-Length: 4\r\n\r\nfine")) == [4, "fine"]
 
 
 def test_a_header_that_trickles_in_is_cut_off(served: Served) -> None:
@@ -490,8 +501,8 @@ def test_what_is_refused_at_once_is_not_begun_and_the_connection_goes_on(served:
         (post(b"", length=100_001), 413),
         (post(b"queued") + post(b"", length=100_001), 413),
         (b"GET / HTTP/1.1\r\n" + b"a: b\r\n" * 1000 + b"\r\n", 431),
-        (b"POST / HTTP/1.1\r\nTransfer-Encoding: chunked\r\n\r\nzz\r\n", 400),
-        (b"POST / HTTP/1.1\r\nTransfer-Encoding: chunked\r\n\r\n186a1\r\n" + b"x" * 100_001, 413),
+        (b"POST / HTTP/1.1\r\nHost: a\r\nTransfer-Encoding: chunked\r\n\r\nzz\r\n", 400),
+        (b"POST / HTTP/1.1\r\nHost: a\r\nTransfer-Encoding: chunked\r\n\r\n186a1\r\n" + b"x" * 100_001, 413),
         (b"GET / HTTP/1.1\r\n", 408),
         (post(b"too little", length=50), 408),
     ],
@@ -626,16 +637,13 @@ def test_a_head_that_says_it_stays_open_is_known(served: Served) -> None:
     assert len(served.ledger.known) == served.direct
 
 
-OFFER = b"Connection: Upgrade, HTTP2-Settings\r\nUpgrade: h2c\r\nHTTP2-Settings: AAMAAABkAAQAAP__\r\n"
-
-
 @pytest.mark.parametrize("chunked", [False, True])
 @pytest.mark.parametrize("cut", [None, 10, 60, -45, -1])
 def test_who_offers_another_protocol_is_answered_in_this_one(served: Served, chunked: bool, cut: int | None) -> None:
     """And what is sent behind the head is its body, not another request."""
     inner = b"GET /smuggled HTTP/1.1\r\nHost: a\r\n\r\n"
     if chunked:
-        whole = b"POST / HTTP/1.1\r\nTransfer-Encoding: chunked\r\n%s\r\n%x\r\n%s\r\n0\r\n\r\n" % (OFFER, len(inner), inner)
+        whole = b"POST / HTTP/1.1\r\nHost: a\r\nTransfer-Encoding: chunked\r\n%s\r\n%x\r\n%s\r\n0\r\n\r\n" % (OFFER, len(inner), inner)
     else:
         whole = post(inner, more=OFFER)
     with closing(served.connect()) as client:
@@ -659,7 +667,7 @@ def test_who_offers_another_protocol_is_answered_in_this_one(served: Served, chu
         (post(b"", length=100_001, more=OFFER), 413),
         (post(b"too little", length=50, more=OFFER), 408),
         (b"CONNECT a:80 HTTP/1.1\r\nHost: a:80\r\nContent-Length: 5\r\n\r\nhello", 400),
-        (b"POST / HTTP/1.1\r\nTransfer-Encoding: chunked\r\n" + OFFER + b"\r\nzz\r\n", 400),
+        (b"POST / HTTP/1.1\r\nHost: a\r\nTransfer-Encoding: chunked\r\n" + OFFER + b"\r\nzz\r\n", 400),
         (b"GET / HTTP/1.1\r\nHost: a\r\n" + OFFER + b"a: b\r\n" * 1000 + b"\r\n", 431),
     ],
 )

@@ -349,8 +349,15 @@ class BoundedConnection(HttpToolsProtocol):
                 self._refuse(400, "CONNECT: this server is no proxy; ask for a path of its own")
             return  # it is parsed again, without the offer
         self._stop_timer()
-        if len(self.url) + sum(len(name) + len(value) + 4 for name, value in self.headers) > self._bounds.header_bytes:
+        size, hosts = len(self.url), 0
+        for name, value in self.headers:
+            size += len(name) + len(value) + 4
+            hosts += name == b"host"
+        if size > self._bounds.header_bytes:
             self._refuse_head()
+            return
+        if hosts != 1 and (hosts or self.parser.get_http_version() != "1.0"):  # RFC 9112, 3.2
+            self._refuse(400, f"{hosts} Host headers: name one")
             return
         length = next((value for name, value in self.headers if name == b"content-length"), b"0")
         if len(length) > _DIGITS or int(length) > self._bounds.body_bytes:
