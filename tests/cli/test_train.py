@@ -17,6 +17,7 @@ import pytest
 import torch
 from PIL import Image
 
+from muntin.deployment.live import checkpoint_session
 from muntin.runtime.images import write_image
 from muntin.training import fit, load_recipe, read_checkpoint
 
@@ -244,3 +245,33 @@ def test_data_that_changed_since_are_one_line(call: Call, tiny: Any, tmp_path: P
     assert "they must be of one size" in call("evaluate", tmp_path / "run").mistake()
     shutil.rmtree(tiny.root)
     assert "does not exist" in call("evaluate", tmp_path / "run").mistake()
+
+
+def write_pets(root: Path, small: Any) -> Path:
+    """Pictures in a folder a class, which the recipe does not name, and the recipe."""
+    for label, name in enumerate(("cat", "dog")):
+        (root / "pets" / name).mkdir(parents=True)
+        for number in range(8):
+            picture = np.random.default_rng(number).integers(0, 100, (20, 20, 3)) + 100 * label
+            write_image(root / "pets" / name / f"{number}.png", picture.astype(np.uint8))
+    content = {
+        "task": "classify",
+        "data": {"source": "folders", "images": "pets", "validation": 0.3, "test": 0.3, "seed": 1, "crop": 16},
+        "model": small,
+        "training": {"steps": 2, "batch_size": 4, "learning_rate": 0.001, "threads": 1},
+    }
+    (root / "recipe.yaml").write_text(json.dumps(content))  # JSON is YAML
+    return root / "recipe.yaml"
+
+
+def test_class_folders_that_were_renamed_are_one_line(call: Call, tiny: Any, tmp_path: Path) -> None:
+    run, recipe = tmp_path / "run", write_pets(tmp_path, tiny.content["model"])
+    call("fit", recipe, "-o", run, "--json").document()
+    (tmp_path / "pets" / "dog").rename(tmp_path / "pets" / "ape")
+    for words in (["evaluate", run], ["export", run], ["compress", run], ["report", run], ["fit", recipe, "-o", run, "--resume"]):
+        assert call(*words).mistake() == (
+            f"{run}/checkpoints/step-00000002 was trained on the classes cat, dog, and its data are now of ape, cat: "
+            "give their folders the old names again, or train anew"
+        )
+    assert not (run / "artifact").exists()
+    assert checkpoint_session(read_checkpoint(run)).signature.classes == read_checkpoint(run).state.classes  # without the data

@@ -106,7 +106,6 @@ def evaluate_command(
     from muntin.runtime.engines import DEFAULT_ENGINE
     from muntin.training import evaluate, read_checkpoint
     from muntin.training.evaluation import tile_of
-    from muntin.training.loop import signature_of
 
     if split not in SPLITS:
         raise RecipeError(f"split '{split}': give one of {', '.join(SPLITS)}")
@@ -114,7 +113,7 @@ def evaluate_command(
         raise RecipeError(f"--engine {engine} is an artefact's, and a checkpoint runs in PyTorch: give --artifact too, or leave it out")
     loaded = read_checkpoint(checkpoint)
     source = source_of(loaded)
-    wanted = signature_of(loaded.recipe, source)
+    wanted = loaded.signature
     session: Any = load(artifact, engine=engine or DEFAULT_ENGINE) if artifact else TorchSession(read_model(loaded), wanted)
     if session.signature != wanted:
         raise ArtifactError(

@@ -31,7 +31,7 @@ from muntin.compression.sensitivity import Sensitivity, assign_bits, measure_sen
 from muntin.compression.slimming import apply_widths, remove_closed_channels, widths_of
 from muntin.data import Source, calibration_batches, open_source
 from muntin.errors import CheckpointError, RecipeError
-from muntin.training.checkpoint import AVERAGE, Checkpoint, build_model, checkpoints_in, load_weights, read_checkpoint
+from muntin.training.checkpoint import AVERAGE, Checkpoint, build_model, check_classes, checkpoints_in, load_weights, read_checkpoint
 from muntin.training.config import CompressionConfig, StageConfig, TrainingConfig
 from muntin.training.interrupt import Interruption
 from muntin.training.loop import FitProgress, Training, prepare_hardware
@@ -76,8 +76,10 @@ class CompressionRun:
 
 
 def source_of(checkpoint: Checkpoint) -> Source:
-    """The data that a checkpoint was trained on."""
-    return open_source(checkpoint.recipe.data, root=Path(checkpoint.state.root))
+    """The data that a checkpoint was trained on. Raises `DataError` where their classes are no longer its own."""
+    source = open_source(checkpoint.recipe.data, root=Path(checkpoint.state.root))
+    check_classes(checkpoint, source)
+    return source
 
 
 def calibration_of(checkpoint: Checkpoint, source: Source) -> list[Tensor]:

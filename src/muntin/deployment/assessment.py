@@ -38,7 +38,6 @@ from muntin.runtime.latency import latency_report
 from muntin.runtime.tiles import Predictor
 from muntin.training.checkpoint import AVERAGE, Checkpoint, read_checkpoint
 from muntin.training.evaluation import IGNORED, Evaluation, Labels, predictions, score, tile_of
-from muntin.training.loop import signature_of
 from muntin.training.recipe import recipe_text
 
 LATENCY_SIDE = 512
@@ -89,7 +88,7 @@ def export_checkpoint(checkpoint: Checkpoint, path: Path, *, integer: bool = Tru
         model, changes = checkpoint.model(), []
     side = tile_of(checkpoint.recipe.data.crop) if checkpoint.recipe.task != "classify" else checkpoint.recipe.data.crop
     return export(
-        model, calibration[0], path, signature=signature_of(checkpoint.recipe, source), changes=changes, measured={"origin": origin},
+        model, calibration[0], path, signature=checkpoint.signature, changes=changes, measured={"origin": origin},
         shape=(1, side, side),
     )  # fmt: skip
 
@@ -131,7 +130,7 @@ class _Assessment:
         self.recipe = checkpoint.recipe
         self.source = source_of(checkpoint)
         self.test = self.source.split("test")
-        self.signature: Signature = signature_of(self.recipe, self.source)
+        self.signature: Signature = checkpoint.signature
         self.tile = tile_of(self.recipe.data.crop)
         self.stages = finished_stages(checkpoint)
         self.seconds = {"train": checkpoint.state.seconds}

@@ -21,12 +21,11 @@ from numpy.typing import NDArray
 from torch import nn
 from torch.profiler import ProfilerActivity, profile, record_function
 
-from muntin.compression.stages import read_model, source_of
+from muntin.compression.stages import read_model
 from muntin.errors import DataError
 from muntin.models import TorchSession
 from muntin.runtime.session import Shape
 from muntin.training import Checkpoint
-from muntin.training.loop import signature_of
 
 PREFIX = "muntin:"
 """What the names of layers begin with in a trace: PyTorch's own operators have names without it."""
@@ -37,7 +36,7 @@ WHOLE = "muntin, one call"
 def checkpoint_session(checkpoint: Checkpoint, *, compile: bool = False) -> TorchSession:
     """A checkpoint's model in FP32, compressed or not, as a session on the best device there is."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    return TorchSession(read_model(checkpoint).to(device), signature_of(checkpoint.recipe, source_of(checkpoint)), compile=compile)
+    return TorchSession(read_model(checkpoint).to(device), checkpoint.signature, compile=compile)
 
 
 @contextmanager

@@ -26,9 +26,11 @@ from safetensors import SafetensorError
 from safetensors.torch import load, save
 from torch import Tensor, nn
 
+from muntin.artifact import Signature
 from muntin.artifact.classes import ClassInfo
 from muntin.artifact.directory import replace_directory
-from muntin.errors import ArtifactError, CheckpointError
+from muntin.data.source import Source
+from muntin.errors import ArtifactError, CheckpointError, DataError
 from muntin.models import create_model
 from muntin.training.recipe import Recipe
 
@@ -76,6 +78,11 @@ class Checkpoint:
         return self.state.recipe
 
     @property
+    def signature(self) -> Signature:
+        """What goes in and comes out of its model, with the classes that it was trained on."""
+        return make_signature(self.recipe, self.state.classes)
+
+    @property
     def bytes(self) -> int:
         """Size of the FP32 weights that a user would deploy without muntin."""
         return (self.path / AVERAGE).stat().st_size
@@ -100,6 +107,25 @@ def build_model(recipe: Recipe, classes: tuple[ClassInfo, ...]) -> nn.Module:
         scale=choice.scale,
         options=choice.options,
     )
+
+
+def make_signature(recipe: Recipe, classes: tuple[ClassInfo, ...]) -> Signature:
+    """What goes in and comes out of a model trained by a recipe."""
+    side = recipe.data.crop if recipe.task == "classify" else None
+    return Signature(task=recipe.task, channels=recipe.data.channels, scale=recipe.model.scale, classes=classes, side=side)
+
+
+def check_classes(checkpoint: Checkpoint, source: Source) -> None:
+    """Raises `DataError` where the data have other classes than the model was trained on, or the same in another order.
+
+    Where a recipe names no classes they are the folders of the day: a model's labels would go by the names of others without a word.
+    """
+    trained, found = ([entry.name for entry in classes] for classes in (checkpoint.state.classes, source.classes))
+    if trained != found:
+        raise DataError(
+            f"{checkpoint.path} was trained on the classes {', '.join(trained)}, and its data are now of {', '.join(found)}: "
+            "give their folders the old names again, or train anew"
+        )
 
 
 def load_weights(model: nn.Module, tensors: dict[str, Tensor], where: Path) -> None:

@@ -31,7 +31,15 @@ from muntin.models import TorchSession
 from muntin.models.compiler import require_compiler
 from muntin.models.foreign import ForeignModel
 from muntin.training.allocator import keep_freed_memory
-from muntin.training.checkpoint import Checkpoint, build_model, checkpoints_in, read_checkpoint, write_checkpoint
+from muntin.training.checkpoint import (
+    Checkpoint,
+    build_model,
+    check_classes,
+    checkpoints_in,
+    make_signature,
+    read_checkpoint,
+    write_checkpoint,
+)
 from muntin.training.config import TrainingConfig
 from muntin.training.evaluation import evaluate, tile_of
 from muntin.training.interrupt import Interruption
@@ -103,6 +111,8 @@ def fit(
     source = open_source(recipe.data, root=root)
     if source.task != recipe.task:
         raise RecipeError(f"task: the data are for '{source.task}' and the recipe says '{recipe.task}'; make them agree")
+    if start is not None:
+        check_classes(start, source)
     checked = source.check(lambda done, total: report(FitProgress(kind="check", step=done, steps=total)))
     anew = (f"{directory} held no checkpoint to go on from: trained from the start",) if resume and start is None else ()
     torch.manual_seed(recipe.seed)
@@ -330,6 +340,5 @@ class MetricsLog:
 
 
 def signature_of(recipe: Recipe, source: Source) -> Signature:
-    """What goes in and comes out of a model trained by a recipe."""
-    side = recipe.data.crop if recipe.task == "classify" else None
-    return Signature(task=recipe.task, channels=recipe.data.channels, scale=recipe.model.scale, classes=tuple(source.classes), side=side)
+    """What goes in and comes out of a model trained by a recipe on a source; a checkpoint has its own, `Checkpoint.signature`."""
+    return make_signature(recipe, tuple(source.classes))
