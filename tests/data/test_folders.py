@@ -219,6 +219,17 @@ def test_classify_folders_and_classes_must_agree(tmp_path: Path) -> None:
     one_line(error, "`test` must name masks exactly where")
 
 
+def test_folders_that_are_no_named_class_are_left_aside_and_noted(tmp_path: Path) -> None:
+    pair = make_classes(tmp_path / "pets", ("cat", "dog", "runs"))
+    source = open_pair(pair, classes=(ClassSpec(name="cat"), ClassSpec(name="dog")))
+    assert source.notes == (f"{tmp_path}/pets: the folders runs are no classes of the recipe and are not used",)
+    assert sum(len(source.split(name)) for name in SPLITS) == 20
+    own = make_classes(tmp_path / "own", ("cat", "cow"))
+    with pytest.raises(DataError) as error:  # without `classes` every folder is one: another split has to have the same
+        open_pair(pair, classes=(), test=own)
+    one_line(error, "cow, dog, runs differ")
+
+
 def test_mapping_of_integers_and_colors(tmp_path: Path) -> None:
     path = tmp_path / "m.png"
     numbers = MaskMapping([ClassSpec(name="a", value=300), ClassSpec(name="b", value=4)], 0)

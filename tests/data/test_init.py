@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -59,6 +60,19 @@ def test_every_line_of_values_is_explained(tmp_path: Path) -> None:
         key, _, value = line.strip().partition(": ")
         if value and not key.startswith(("#", "- {")):
             assert "  # " in line
+
+
+def test_a_run_inside_the_class_folders_is_no_class(tmp_path: Path) -> None:
+    for name in ("cat", "dog"):
+        fill(tmp_path, masks_of([0, 1]), (name, "unused"))
+    shutil.rmtree(tmp_path / "unused")
+    path = write_recipe(tmp_path)
+    (tmp_path / "runs" / "pets" / "checkpoints").mkdir(parents=True)  # where `fit` of that recipe puts its run
+    recipe, source = opened(path)
+    assert [entry["name"] for entry in recipe["data"]["classes"]] == [entry.name for entry in source.classes] == ["cat", "dog"]
+    assert source.notes == (f"{tmp_path}: the folders runs are no classes of the recipe and are not used",)
+    path.unlink()
+    assert opened(write_recipe(tmp_path))[0] == recipe
 
 
 def test_binary_masks_of_0_and_255(tmp_path: Path) -> None:

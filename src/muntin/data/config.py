@@ -62,7 +62,7 @@ class DataConfig(BaseModel):
         default=0.15, description="folders: share of the pictures in `images`, 0-1, or {images, masks} of its own"
     )
     classes: tuple[ClassSpec, ...] = Field(
-        default=(), max_length=255, description="folders: the classes in order; for `classify` by default the folders' names"
+        default=(), max_length=255, description="folders: the classes in order; for `classify` names of folders, by default all"
     )
     ignore: MaskValue | None = Field(
         default=IGNORED, description="folders: mask value, or [red, green, blue], that counts as nothing; null: none"

@@ -67,9 +67,9 @@ class FolderSource:
     """Folders as a `Source`; making one lists the folders and reads no picture.
 
     `base` holds the training pictures. `validation` and `test` are either folders of their own or the share (0-1) of the base
-    folder's pictures that they take. With masks the task is `segment` and `classes` names them; without, it is `classify`, and
-    the classes are the names of the base folder's folders, in the order of `classes` where given. `ignore` is the mask value
-    or colour that counts as nothing. Decoded pictures are kept up to `cache_bytes`.
+    folder's pictures that they take. With masks the task is `segment` and `classes` names them; without, it is `classify`, and `classes`
+    are names of the base folder's folders (others are left aside and noted) or, where none is given, all of them. `ignore` is the mask
+    value or colour that counts as nothing. Decoded pictures are kept up to `cache_bytes`.
 
     Raises DataError: folder missing or empty, mask missing, a stem twice, an empty split, classes and folders that differ.
     """
@@ -89,6 +89,7 @@ class FolderSource:
         self.task: Task = "classify" if base.masks is None else "segment"
         self.channels = channels
         self._notes: list[str] = []
+        self._named = bool(classes)
         if self.task == "classify" and not classes:
             classes = [ClassSpec(name=folder.name) for folder in _class_folders(base.images)]
         self.classes = class_infos(classes)
@@ -141,11 +142,14 @@ class FolderSource:
             return self._pairs(pair.images, pair.masks)
         names = [entry.name for entry in self.classes]
         folders = {folder.name: folder for folder in _class_folders(pair.images)}
-        if set(folders) != set(names):
-            odd = sorted(set(folders) ^ set(names))
+        odd = sorted(set(folders) ^ set(names)) if not self._named or set(names) - set(folders) else []
+        if odd:
             raise DataError(
                 f"{pair.images} holds the folders {_some(sorted(folders))}, the classes are {_some(names)}: {_some(odd)} differ"
             )
+        others = sorted(set(folders) - set(names))
+        if others:
+            self._notes.append(f"{pair.images}: the folders {_some(others)} are no classes of the recipe and are not used")
         return [
             Item(key=f"{name}/{stem}", image=path, label=label)
             for label, name in enumerate(names)

@@ -292,7 +292,7 @@ def _seed(layout: Layout) -> int:
 
 
 def _folder_classes(folder: Path) -> list[FoundClass]:
-    names = [path.name for path in _folders(folder)]
+    names = [path.name for path in _folders(folder) if _pictures(path)]  # a run's folder, `runs`, holds none
     return [FoundClass(name=name, color=color) for name, color in zip(names, distinct_colors(len(names)), strict=True)]
 
 
