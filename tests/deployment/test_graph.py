@@ -6,6 +6,7 @@ import copy
 import logging
 from collections import Counter
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -18,8 +19,10 @@ from torch.nn import functional as F  # noqa: N812 - the field's usual name
 
 from muntin.artifact import ClassInfo, Signature
 from muntin.compression import quantize
+from muntin.deployment.export import export
 from muntin.deployment.graph import COMPUTE, PixelInput, _traced_example, canonical_names, to_onnx
 from muntin.errors import ExportError
+from muntin.runtime import load
 
 
 def signature(classes: int, task: Any = "segment", channels: int = 3) -> Signature:
@@ -150,6 +153,30 @@ def cases() -> dict[str, tuple[Callable[[Any, Tensor], Any], str]]:
         "smaller": (lambda m, x: m.conv(x)[:, :, ::2, ::2], r"answers \(1, 4, 32, 32\) .* it must be \(1, 4, 64, 64\)"),
         "classes": (lambda m, x: m.conv(x)[:, :3], r"answers \(1, 3, 64, 64\) .* it must be \(1, 4, 64, 64\)"),
     }
+
+
+POOLS = {
+    "mean": nn.AvgPool2d(2, 2, ceil_mode=True),
+    "mean of overlapping windows": nn.AvgPool2d(3, (2, 1), (1, 1), ceil_mode=True, count_include_pad=False),
+    "maximum": nn.MaxPool2d(2, 2, ceil_mode=True),
+    "maximum of overlapping windows": nn.MaxPool2d(3, 2, 1, ceil_mode=True),
+    "a window that PyTorch drops": nn.AvgPool2d(1, 2, ceil_mode=True),
+}
+
+
+@pytest.mark.parametrize("kind", POOLS)
+def test_partial_windows_are_pooled_at_every_size(kind: str, pixels: Callable[..., Tensor], tmp_path: Path) -> None:
+    model = nn.Sequential(nn.Conv2d(3, 8, 3, 2, 1), POOLS[kind], POOLS[kind], nn.Conv2d(8, 4, 1), nn.AdaptiveAvgPool2d(1), nn.Flatten())
+    export(model, pixels(1, 3, 64, 64), tmp_path / "a")
+    sessions = [load(tmp_path / "a", precision="f32", shapes=(), cache=False, dynamic=dynamic) for dynamic in (False, True)]
+    sessions.append(load(tmp_path / "a", engine="onnxruntime", shapes=()))
+    for height, width in ((1, 1), (2, 9), (5, 64), (64, 3), (33, 31)):
+        images = pixels(1, 3, height, width)
+        with torch.inference_mode():
+            expected = model.eval()(images.float()).numpy()
+        for session in sessions:
+            scores = session(np.ascontiguousarray(images.permute(0, 2, 3, 1).numpy().astype(np.uint8)))
+            np.testing.assert_allclose(scores, expected, rtol=1e-4, atol=1e-4 * expected.std())
 
 
 @pytest.mark.parametrize("case", cases())

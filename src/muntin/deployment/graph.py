@@ -88,6 +88,7 @@ def to_onnx(model: nn.Module, example: Tensor, signature: Signature) -> onnx.Mod
         raise ExportError("the exporter returned no graph for this model")
     proto: onnx.ModelProto = program.model_proto
     _name_layers(proto, canonical_names(model))
+    _whole_windows(proto)
     return proto
 
 
@@ -177,6 +178,32 @@ def _name_layers(proto: onnx.ModelProto, canonical: Mapping[str, str]) -> None:
         if node.op_type in COMPUTE and scope:
             uses[scope] = uses.get(scope, 0) + 1
             node.name = scope if uses[scope] == 1 else f"{scope}/{uses[scope]}"
+
+
+def _whole_windows(proto: onnx.ModelProto) -> None:
+    """Pooling that counts a last, partial window (`ceil_mode`) becomes pooling over a map that is padded to whole windows, exactly.
+
+    stride - 1 more below and to the right: floor((H + stride - 1 - kernel) / stride) = ceil((H - kernel) / stride), and a mean without its
+    padding is over the pixels that are there. With `ceil_mode` OpenVINO refuses a map that is smaller than the window, or where sizes are
+    dynamic reads outside it. Left as it is where a window could begin outside the map, which PyTorch drops, or where padding counts in a
+    mean.
+    """
+    for node in proto.graph.node:
+        if node.op_type not in ("AveragePool", "MaxPool"):
+            continue
+        found = {entry.name: onnx.helper.get_attribute_value(entry) for entry in node.attribute}
+        kernel = found["kernel_shape"]
+        strides, pads = found.get("strides", [1] * len(kernel)), found.get("pads", [0] * 2 * len(kernel))
+        before, after = pads[: len(kernel)], pads[len(kernel) :]
+        counted = node.op_type == "AveragePool" and found.get("count_include_pad", 0) and any(pads)
+        plain = before == after and all(side == 1 for side in found.get("dilations", []))
+        inside = all(pad + stride <= size for pad, stride, size in zip(after, strides, kernel, strict=True))
+        if not found.get("ceil_mode", 0) or counted or not plain or not inside:
+            continue
+        found |= {"ceil_mode": 0, "pads": [*before, *(pad + stride - 1 for pad, stride in zip(after, strides, strict=True))]}
+        found |= {"count_include_pad": 0} if node.op_type == "AveragePool" else {}
+        del node.attribute[:]
+        node.attribute.extend(onnx.helper.make_attribute(name, value) for name, value in found.items())
 
 
 def _scope(node: onnx.NodeProto) -> str:
