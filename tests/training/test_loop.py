@@ -355,6 +355,14 @@ def test_crops_of_a_size_that_the_model_does_not_take_are_told() -> None:
     told(error)
 
 
+@pytest.mark.parametrize("name", ["torchvision:alexnet", "timm:coatnet_0_rw_224"])
+def test_crops_that_a_model_fails_on_are_told(name: str) -> None:
+    recipe = parse_recipe({"task": "classify", "data": {"crop": 32}, "model": {"name": name}}, where="test")
+    with pytest.raises(RecipeError, match=rf"data\.crop 32: '{name}' takes pictures of another size \(.+\): set data\.crop") as error:
+        check_crop(create_model(name, task="classify", classes=2), recipe)
+    told(error)
+
+
 def test_compiling_without_a_compiler_is_refused_before_anything_is_written(
     tmp_path: Path, tiny: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -146,15 +146,15 @@ def prepare_hardware(config: TrainingConfig, *, begun: str | None) -> Precision:
 
 
 def check_crop(model: nn.Module, recipe: Recipe) -> None:
-    """Raises `RecipeError` where a foreign model is made for pictures of another size than the recipe's crops. Costs a forward pass."""
+    """Raises `RecipeError` where a foreign model does not take pictures of the size of the recipe's crops. Costs a forward pass."""
     side = recipe.data.crop
     if not isinstance(model, ForeignModel):
         return
     try:
         with torch.inference_mode():
             model.eval()(torch.zeros(1, recipe.data.channels, side, side))
-    except AssertionError as error:  # how timm and torchvision refuse a size
-        reason = " ".join(str(error).split())
+    except (AssertionError, RuntimeError, ValueError) as error:  # a size refused; or none left on the way, or one that does not fit
+        reason = " ".join(str(error).split())[:200]
         raise RecipeError(
             f"data.crop {side}: '{recipe.model.name}' takes pictures of another size ({reason}): set data.crop to it, or choose a model "
             "that takes any"
