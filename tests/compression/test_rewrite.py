@@ -35,6 +35,14 @@ def test_each_layer_is_named_once_by_its_first_name() -> None:
     assert list(named(Shared(), nn.Embedding)) == []
 
 
+@pytest.mark.parametrize("pass_", [quantize([torch.rand(2, 3, 8, 8)]), prepare_qat([torch.rand(2, 3, 8, 8)])])
+def test_a_layer_that_is_the_whole_model_is_kept_and_told(pass_: Pass) -> None:
+    changes = pass_(nn.Conv2d(3, 8, 3))
+    assert [(change.layer, change.reason) for change in changes if change.pass_ != "fold"] == [
+        ("", "it is the whole model: put it into an nn.Sequential")
+    ]
+
+
 def test_a_shared_layer_is_replaced_under_all_of_its_names() -> None:
     model = Shared()
     other = nn.Linear(4, 4)

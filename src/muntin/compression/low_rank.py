@@ -40,7 +40,7 @@ from muntin.compression.moments import Moment, answer_sensitivity, input_moments
 from muntin.compression.quantization import call_every_layer, check_kept
 from muntin.compression.quantized import QuantizedConv2d, QuantizedLinear
 from muntin.compression.ranks import Choice, Floats, allocate, allocate_within, choices, ladder, largest_threshold, rank_at
-from muntin.compression.rewrite import computed_weight, named, out_of_reach, replace
+from muntin.compression.rewrite import WHOLE_MODEL, computed_weight, named, out_of_reach, replace
 from muntin.errors import MuntinError
 from muntin.training.config import LowRankConfig
 
@@ -123,7 +123,7 @@ def _reasons_to_keep(model: nn.Module, layers: Mapping[str, Dense], config: LowR
         elif quantized:
             reasons[name] = "the model is quantised already: factor it before"
         elif layer is model:
-            reasons[name] = "it is the whole model: put it into an nn.Sequential"
+            reasons[name] = WHOLE_MODEL
         elif (reason := _no_form(layer) or _tied(layer, users)) is not None:
             reasons[name] = reason
     return reasons

@@ -42,7 +42,7 @@ from muntin.compression.quantized import (
     QuantizedSoftmaxProduct,
     exponentials,
 )
-from muntin.compression.rewrite import named, out_of_reach, replace
+from muntin.compression.rewrite import WHOLE_MODEL, named, out_of_reach, replace
 from muntin.layers import Product, SoftmaxProduct
 
 
@@ -181,7 +181,7 @@ def prepare_qat(calibration: Iterable[Tensor], *, bits: int = 4, keep: Sequence[
         check_kept(keep, layers)
         changes = fold(model) + fold_batch_norms(model, batches[0])
         check_weights(layers)
-        reasons = dict.fromkeys(keep, "named in keep") | _unusual(model, layers, batches)
+        reasons = {"": WHOLE_MODEL} | dict.fromkeys(keep, "named in keep") | _unusual(model, layers, batches)
         products = dict(named(model, Product, SoftmaxProduct))
         for name, observers in observe(model, {**layers, **products}, batches).items():
             operation = model.get_submodule(name)

@@ -21,7 +21,7 @@ from muntin.compression.fold import fold
 from muntin.compression.observer import Observer
 from muntin.compression.pixel_grid import align_with_pixels
 from muntin.compression.quantized import QuantizedConv2d, QuantizedLayer, QuantizedLinear
-from muntin.compression.rewrite import computed_weight, named, out_of_reach, replace
+from muntin.compression.rewrite import WHOLE_MODEL, computed_weight, named, out_of_reach, replace
 from muntin.compression.slimming import remove_closed_channels
 from muntin.errors import MuntinError
 from muntin.training.config import QuantizationConfig
@@ -144,6 +144,8 @@ def call_every_layer(model: nn.Module) -> None:
 def _reason_to_keep(name: str, form: QuantizedLayer | str, sqnr: dict[str, float | None], config: QuantizationConfig) -> str | None:
     if isinstance(form, str):
         return form
+    if not name:
+        return WHOLE_MODEL
     if name in config.keep:
         return "named in keep"
     measured = sqnr[name]

@@ -24,6 +24,10 @@ def computed_weight(layer: nn.Module) -> str | None:
     return None if "weight" in layer._parameters else "its weight is computed (weight norm, spectral norm): remove that first"
 
 
+WHOLE_MODEL = "it is the whole model: put it into an nn.Sequential"
+"""Why a layer cannot be rewritten that is in no other module: there is nowhere to put the new one."""
+
+
 _OTHERS = (
     nn.Conv1d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d, nn.MultiheadAttention, nn.RNNBase, nn.RNNCellBase,
     nn.Bilinear,
