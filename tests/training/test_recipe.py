@@ -302,3 +302,16 @@ def test_what_init_writes_loads(tmp_path: Path, task: str, folder: str) -> None:
     assert recipe.task == task
     assert recipe.data.source == "folders"
     assert len(recipe.data.classes) >= 2
+
+
+@pytest.mark.parametrize("value", ["2024-13-45", "[" * 5000])
+def test_values_that_yaml_cannot_build_are_one_line(tmp_path: Path, value: str) -> None:
+    path = tmp_path / "recipe.yaml"
+    path.write_text(f"name: {value}")
+    with pytest.raises(RecipeError, match="not YAML: ") as error:
+        load_recipe(path)
+    assert "\n" not in str(error.value) and len(str(error.value)) < 500
+    path.write_text("{}")
+    with pytest.raises(RecipeError, match=r"^'name=.* is not a YAML value") as error:
+        load_recipe(path, [f"name={value}"])
+    assert "\n" not in str(error.value) and len(str(error.value)) < 500

@@ -59,7 +59,7 @@ def load_recipe(path: Path | str, overrides: Iterable[str] = ()) -> Recipe:
         raise RecipeError(
             f"recipe {path}: {error.strerror or error}; give the path of a YAML file, or write one with `muntin init DIR`"
         ) from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+    except (yaml.YAMLError, ValueError, RecursionError) as error:  # ValueError: not UTF-8, or a date that is none (2024-13-45)
         raise RecipeError(f"recipe {path}: not YAML: {' '.join(str(error).split())}") from error
     if not isinstance(content, dict):
         raise RecipeError(f"recipe {path}: holds {type(content).__name__}, not keys and values; `muntin init DIR` writes an example")
@@ -95,8 +95,8 @@ def _override(content: dict[str, Any], override: str) -> None:
             raise RecipeError(f"'{override}': '{key}' holds a value, not keys")
     try:
         content[last] = yaml.safe_load(value)
-    except yaml.YAMLError as error:
-        raise RecipeError(f"'{override}': '{value}' is not a YAML value") from error
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
+        raise RecipeError(f"'{override:.80}': '{value:.80}' is not a YAML value") from error
 
 
 def _explain(error: ValidationError) -> str:
