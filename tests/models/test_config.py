@@ -27,6 +27,7 @@ def test_it_cannot_be_changed() -> None:
         ({"dims": (128,)}, "dims names 1 attention stages and depths 2: give as many of each"),
         ({"dims": (128, 100)}, "dim 100 must be a multiple of head_dim 64 and at least 128"),
         ({"dims": (128, 64)}, "dim 64 must be a multiple of head_dim 64 and at least 128"),
+        ({"mlp_ratio": 0.001}, "mlp_ratio=0.001 leaves nothing of dim 256: give at least 0.00390625"),
         ({"dims": (), "depths": ()}, "at least 1 item"),
         ({"finest": 16}, "4 or 8"),
         ({"depths": (1, 0)}, "greater than or equal to 1"),

@@ -49,6 +49,8 @@ class ModelConfig(BaseModel):
         for dim in self.dims:
             if dim % self.head_dim or dim < smallest:
                 raise ValueError(f"dim {dim} must be a multiple of head_dim {self.head_dim} and at least {smallest}")
+            if round(dim * self.mlp_ratio) < 1:
+                raise ValueError(f"mlp_ratio={self.mlp_ratio:g} leaves nothing of dim {dim}: give at least {1 / dim:g}")
         return self
 
     @property
