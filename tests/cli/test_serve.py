@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -159,6 +160,18 @@ def test_what_it_may_not_be_told_is_one_line(artifact: Path, tmp_path: Path, opt
     assert ended.returncode == 1
     assert message in ended.stderr
     assert ended.stderr.count("\n") == 1
+
+
+@pytest.mark.parametrize("face", ["http", "grpc"])
+def test_a_port_that_is_taken_is_one_line(artifact: Path, face: str) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        ports = {"http": "0", "grpc": "0"} | {face: str(taken.getsockname()[1])}
+        command = [sys.executable, "-m", "muntin", "serve", str(artifact), "--http-port", ports["http"], "--grpc-port", ports["grpc"]]
+        ended = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert ended.returncode == 1
+    assert (ended.stdout, ended.stderr.count("\n")) == ("", 1), ended.stderr
+    assert ended.stderr.startswith(f"muntin: cannot listen on 127.0.0.1:{ports[face]} (Address already in use")
+    assert ended.stderr.endswith(f": choose another --{face}-port or --host\n")
 
 
 def test_an_altered_artefact_is_not_served(artifact: Path, tmp_path: Path) -> None:

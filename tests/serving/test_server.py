@@ -16,6 +16,7 @@ import urllib.error
 import urllib.request
 import zlib
 from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -724,15 +725,37 @@ def test_a_port_that_is_taken_is_named(pixels: Server, write_pixels: Callable[..
         pass
 
 
+@pytest.mark.parametrize("face", ["http", "grpc", "both the same"])
+def test_a_port_that_is_taken_is_found_before_anything_is_loaded(write_pixels: Callable[..., Path], tmp_path: Path, face: str) -> None:
+    told: list[str] = []
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        if face == "both the same":
+            taken.close()
+        ports = {"http_port": 0 if face == "grpc" else port, "grpc_port": 0 if face == "http" else port}
+        config = ServeConfig(threads=1, **ports)
+        with pytest.raises(DataError, match="Address already in use"), Server(write_pixels(tmp_path / "m"), config, notify=told.append):
+            pass
+    assert told == []
+
+
 @pytest.mark.parametrize("trouble", ["certificate", "port"])
 def test_a_server_that_cannot_start_leaves_no_thread_behind(
-    pixels: Server, write_pixels: Callable[..., Path], tmp_path: Path, trouble: str, wait_until: Any
+    write_pixels: Callable[..., Path], tmp_path: Path, trouble: str, wait_until: Any
 ) -> None:
     path, before = write_pixels(tmp_path / "pixels"), set(threading.enumerate())
     nothing = tmp_path / "nothing.pem"
-    options = {"tls_certificate": nothing, "tls_key": nothing} if trouble == "certificate" else {"http_port": pixels.http_port}
-    with pytest.raises(DataError), served(path, **options):
-        pass
+    with ExitStack() as taken:
+        port = taken.enter_context(socket.create_server(("127.0.0.1", 0))).getsockname()[1]
+        taken.pop_all().close()  # somebody takes it while it loads
+        options = {"tls_certificate": nothing, "tls_key": nothing} if trouble == "certificate" else {}
+        server = Server(
+            path,
+            ServeConfig(http_port=port, grpc_port=0, threads=1, **options),
+            notify=lambda line: taken.enter_context(socket.create_server(("127.0.0.1", port))),
+        )
+        with pytest.raises(DataError, match="certificate" if trouble == "certificate" else "--http-port"), server:
+            pass
 
     def left() -> set[threading.Thread]:
         return {thread for thread in set(threading.enumerate()) - before if thread.name.startswith("muntin")}

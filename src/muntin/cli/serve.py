@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -60,6 +61,7 @@ def serve_command(
     """Serve an artefact over HTTP and gRPC: the Open Inference Protocol, and pictures in, pictures out."""
     from pydantic import ValidationError
 
+    os.environ.setdefault("GRPC_VERBOSITY", "NONE")  # before grpc is imported: its C library writes to standard error what is told here
     from muntin.serving.config import Bounds, ServeConfig
     from muntin.serving.rollout import Rollout
     from muntin.serving.server import Server

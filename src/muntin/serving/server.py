@@ -1,6 +1,6 @@
 """`muntin serve`: the parts put together, from a directory to a port, and taken down again in order.
 
-    start           the first version is loaded -> HTTP and gRPC listen -> others are watched for
+    start           are the ports free? -> the first version is loaded -> HTTP and gRPC listen -> others are watched for
     SIGTERM, Ctrl-C before it listens: the load ends, and all of it
                     not ready, nobody new, loads end -> what is in flight over HTTP and gRPC is answered -> slot, pictures, runner
 
@@ -185,6 +185,7 @@ class Server:
         """What is made is ended in the opposite order, whatever of it there is when something fails."""
         async with AsyncExitStack() as ending:
             ending.push_async_callback(asyncio.to_thread, self._compiler.close)
+            self._look_at_ports()
             await asyncio.to_thread(self._load_first)
             if not self._ending:
                 await self._answer(up, ending)
@@ -289,13 +290,27 @@ class Server:
         """Seconds that what is in flight still has."""
         return self.config.drain_seconds if self._drained_at is None else max(0.0, self._drained_at - time.monotonic())
 
-    def _listen(self) -> socket.socket:
-        host, port = self.config.host, self.config.http_port
+    def _look_at_ports(self) -> None:
+        """Raises DataError where one cannot be had: before a model is loaded in vain, and before grpc, which does not say why.
+
+        They are closed again: who connects while it loads is refused, and not left to wait.
+        """
+        with self._socket("http", self.config.http_port):  # open meanwhile: the two may be the same
+            if self.config.grpc_port is not None:
+                self._socket("grpc", self.config.grpc_port).close()
+
+    def _socket(self, face: str, port: int) -> socket.socket:
+        host = self.config.host
         try:
             family = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0][0]
-            sock = socket.create_server((host, port), family=family, backlog=1024)
+            return socket.create_server((host, port), family=family, backlog=1024)
         except OSError as error:
-            raise DataError(f"cannot listen on {host}:{port} ({error.strerror or error}): choose another --http-port or --host") from error
+            raise DataError(
+                f"cannot listen on {host}:{port} ({error.strerror or error}): choose another --{face}-port or --host"
+            ) from error
+
+    def _listen(self) -> socket.socket:
+        sock = self._socket("http", self.config.http_port)
         self.http_port = sock.getsockname()[1]
         return sock
 
