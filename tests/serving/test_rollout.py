@@ -56,6 +56,20 @@ def test_a_trial_goes_on_until_there_was_enough_to_see() -> None:
     assert verdict(rollout, rows=0, after=30).passed  # nobody asked anything: it is judged by what came
 
 
+def test_where_nobody_asks_anything_there_is_nothing_to_wait_for() -> None:
+    rollout = Rollout(canary=0.1, for_seconds=60)
+
+    def asked(when: float, now: float) -> Any:
+        return judge(rollout, Tally(since=10.0), Latencies(), Latencies(), now=now, asked=when)
+
+    assert asked(-inf, 10.0).reason == "untried: nobody asked anything in the last 60 s"
+    assert asked(-50.0, 10.0).passed
+    assert asked(-40.0, 19.9) is None
+    assert asked(-40.0, 20.0).passed
+    assert asked(11.0, 69.9) is None  # somebody does: the trial has all of its time
+    assert asked(11.0, 70.0).reason == "0 images in 60 s, 0 failed"
+
+
 def test_a_failure_counts_as_soon_as_nothing_can_make_it_good() -> None:
     assert not verdict(Rollout(), rows=1, failed=1).passed
     rollout = Rollout(for_requests=100, max_error_rate=0.05)

@@ -66,6 +66,8 @@ def observe(slot: Slot, version: Version, count: int = 1, **seen: Any) -> None:
 def loading(slot: Slot, path: str, name: str) -> Iterator[list[Any]]:
     """A load on a thread of its own, as a watcher's, once its version is on trial; afterwards the list holds what came of it."""
     outcome: list[Any] = []
+    if slot.current is not None:
+        observe(slot, slot.current, error=DataError())  # beside a version that nobody asks anything there is no trial
 
     def load() -> None:
         try:
@@ -441,6 +443,42 @@ def test_a_trial_that_nobody_takes_part_in_ends_by_time(make_slot: Callable[...,
     with loading(slot, "2", "2") as outcome:
         clock.now += 61
     assert outcome == [slot.current]
+
+
+def test_there_is_no_trial_where_nobody_asks_anything(make_slot: Callable[..., Slot], clock: Any, told: list[str]) -> None:
+    slot = make_slot(canary=0.1, for_seconds=60)
+    old, new = slot.load("1", "1"), slot.load("2", "2")
+    assert told[1:] == ["model: version 2 takes over from 1 (untried: nobody asked anything in the last 60 s)"]
+    assert states(slot)["1"] == ("ready", "previous: kept warm")
+    observe(slot, new, error=RuntimeError())
+    assert slot.current is old  # it is on probation as any other
+    clock.now += 60
+    assert slot.load("3", "3") is slot.current
+
+
+def test_a_trial_counts_its_time_from_the_last_image_before_it(make_slot: Callable[..., Slot], clock: Any, told: list[str]) -> None:
+    slot = make_slot(canary=0.1, for_seconds=60, random=lambda: 0.5)
+    old = slot.load("1", "1")
+    with loading(slot, "2", "2") as outcome:  # it observes an image
+        assert told[-1] == "model: version 2 is on trial beside 1: until 100 images, 60 s at most"
+        clock.now += 59
+        slot.settle()
+        assert slot.current is old
+        observe(slot, old)
+        clock.now += 1
+    assert outcome == [slot.current]
+    assert told[-1] == "model: version 2 takes over from 1 (0 images in 60 s, 0 failed)"
+    slot = make_slot(canary=0.1, for_seconds=60)
+    observe(slot, slot.load("1", "1"))
+    clock.now += 59
+    thread = threading.Thread(target=slot.load, args=("2", "2"))
+    thread.start()
+    while "2" not in states(slot) or not states(slot)["2"][1]:
+        pass
+    assert states(slot)["1"] == ("ready", "current")
+    clock.now += 1
+    thread.join(20)
+    assert states(slot)["2"] == ("ready", "current, on probation")
 
 
 # ---- out of service ----

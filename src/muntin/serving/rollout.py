@@ -35,7 +35,8 @@ class Rollout:
     that serves answers, that it computes again after the answer. With neither it takes over as soon as it is verified and warm.
     `for_requests`: images that it is judged by, from 1, before the flip and again after it; more of them, until `ENOUGH` batches can be
     compared with its predecessor's. `for_seconds`: the longest that either takes; then it is judged by what came, and passes where nothing
-    came. With 0 the old version goes at once, and nothing is tried.
+    came. Where nobody has asked anything for so long, before its trial or in it, it does not wait for what would not come. With 0 the old
+    version goes at once, and nothing is tried.
     `max_error_rate`: the share of its images, 0 to 1, that may fail. `min_agreement`: the share of equal labels, 0 to 1, that its shadow
     needs. `max_slowdown`: how many times as long as its predecessor it may take, from 1.
     """
@@ -91,8 +92,13 @@ class Verdict:
     reason: str
 
 
-def judge(rollout: Rollout, tally: Tally, latencies: Latencies, base: Latencies, *, now: float) -> Verdict | None:
-    """Whether a trial is over and how; None: it goes on. `latencies`: the version's, `base`: its predecessor's."""
+def judge(rollout: Rollout, tally: Tally, latencies: Latencies, base: Latencies, *, now: float, asked: float = inf) -> Verdict | None:
+    """Whether a trial is over and how; None: it goes on. `latencies`: the version's, `base`: its predecessor's.
+
+    `asked`: when a batch was last computed for anybody; before a trial that was `for_seconds` ago, there is nothing to wait for.
+    """
+    if asked < tally.since and now - asked >= rollout.for_seconds:
+        return Verdict(passed=True, reason=f"untried: nobody asked anything in the last {rollout.for_seconds:g} s")
     over = now - tally.since >= rollout.for_seconds or (tally.rows >= rollout.for_requests and _timed(rollout, latencies, base))
     # Before the end only what all the images still to come could not make good.
     if tally.failed > rollout.max_error_rate * (tally.rows if over else max(tally.rows, rollout.for_requests)):

@@ -17,6 +17,7 @@ import time
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass
+from math import inf
 from pathlib import Path
 from threading import Condition, Event, Lock, Thread
 from types import TracebackType
@@ -142,6 +143,7 @@ class Slot:
         self._previous: Version | None = None
         self._trial: Tally | None = None  # of the candidate
         self._probation: Tally | None = None  # of the current version, as long as there is a previous one
+        self._asked = -inf  # when a batch was last computed
         self._gone: list[Session] = []
         self._lines: list[str] = []
 
@@ -230,6 +232,7 @@ class Slot:
         """
         failed = error is not None and not isinstance(error, DataError)
         with self._changing():
+            self._asked = self._clock()
             done = version.statistics
             done.batches += 1
             done.rows += rows
@@ -289,8 +292,8 @@ class Slot:
         """Brings a version to serve: blocks until it does, on whichever thread calls; a second call waits for the first.
 
         It is tried in another process, opened here, warmed up for what the current version is asked, compared by contract, and, where the
-        rollout says so, tried beside the current version. Whatever fails raises a MuntinError that names it, and the current version
-        goes on as if nothing had been. After it takes over it may still be rolled back.
+        rollout says so and anybody asks anything, tried beside the current version. Whatever fails raises a MuntinError that names it, and
+        the current version goes on as if nothing had been. After it takes over it may still be rolled back.
         """
         with self._one_load:
             version = Version(name=name, path=Path(path))
@@ -404,15 +407,16 @@ class Slot:
 
     def _settle_by_time(self) -> None:
         """What time has ended, and nothing else: for those who come by and bring nothing to judge by."""
-        now = self._clock()
-        if any(tally is not None and now - tally.since >= self.rollout.for_seconds for tally in (self._trial, self._probation)):
+        now, seconds = self._clock(), self.rollout.for_seconds
+        tried = self._trial is not None and now - min(self._trial.since, self._asked) >= seconds
+        if tried or (self._probation is not None and now - self._probation.since >= seconds):
             self._settle()
 
     def _settle(self) -> None:
         """Judges the candidate, then the current version, if they are on trial, and does what follows."""
         now = self._clock()
         if self._candidate is not None and self._trial is not None and self._current is not None:
-            verdict = judge(self.rollout, self._trial, self._candidate.latencies, self._current.latencies, now=now)
+            verdict = judge(self.rollout, self._trial, self._candidate.latencies, self._current.latencies, now=now, asked=self._asked)
             if verdict is not None:
                 self._end_trial(self._candidate, verdict)
         if self._current is not None and self._probation is not None and self._previous is not None:
@@ -520,7 +524,11 @@ class Slot:
                 self._flip(version, "")
             else:
                 self._candidate, self._trial = version, Tally(since=self._clock())
-                self._lines.append(f"version {version.name} is on trial beside {self._current.name}")
+                beside = self._current.name
+                self._settle_by_time()
+                if self._candidate is version:
+                    bounds = f"until {self.rollout.for_requests} images, {self.rollout.for_seconds:g} s at most"
+                    self._lines.append(f"version {version.name} is on trial beside {beside}: {bounds}")
 
     def _await_verdict(self, version: Version) -> None:
         """Returns when a version on trial has taken over. Raises RefusedError where it may not, NotReadyError where it was unloaded."""
