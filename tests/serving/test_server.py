@@ -385,6 +385,19 @@ def test_a_picture_becomes_a_class(classes: Server) -> None:
     assert sum(entry["probability"] for entry in answer["classes"]) == pytest.approx(1)
 
 
+@pytest.mark.parametrize("format", ["PNG", "JPEG", "TIFF"])
+def test_a_picture_that_curl_sent_as_a_form_is_told_how(pixels: Server, format: str) -> None:
+    form = {"content-type": "application/x-www-form-urlencoded"}
+    content = encoded(images_of(1, 7)[0], format)
+    stripped = content.translate(None, b"\r\n\0")  # by `curl -d @FILE`
+    status, _, answer = fetch(pixels, "/predict", stripped, form)
+    assert (status, b"--data-binary @FILE" in answer, b".npy" in answer) == (400, True, False), answer
+    assert b"PNG, JPEG or WebP" in answer or format == "JPEG"  # whose head is whole
+    status, _, answer = fetch(pixels, "/predict", content, form)  # by --data-binary, of the same type
+    assert status == (400 if format == "TIFF" else 200)
+    assert b"--data-binary" not in answer
+
+
 @pytest.mark.parametrize(
     ("path", "body", "status", "message"),
     [

@@ -306,7 +306,7 @@ def _opened(path: Path) -> Iterator[tuple[IO[bytes], bytes]]:
 def _sent(content: bytes, max_pixels: int) -> Iterator[ImageFile.ImageFile]:
     """As `_picture`, of bytes in one of the formats that may be sent."""
     head = content[:_HEAD_BYTES]
-    if not (head.startswith((b"\x89PNG", b"\xff\xd8\xff")) or (head[:4] == b"RIFF" and head[8:12] == b"WEBP")):
+    if _decoder(head) not in (PngImagePlugin.PngImageFile, JpegImagePlugin.JpegImageFile, WebPImagePlugin.WebPImageFile):
         raise DataError(f"{len(content):,} bytes that are no PNG, JPEG or WebP picture: send the bytes of such a file")
     if head.startswith(b"\xff\xd8\xff") and (marks := content.count(_SCAN)) > MAX_SCANS and _has_scans(content, MAX_SCANS + 1):
         raise DataError(f"{_SENT} has {marks:,} scans, more than the limit of {MAX_SCANS}: store it anew")

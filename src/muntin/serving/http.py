@@ -32,7 +32,7 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
 from starlette.routing import Route
 
-from muntin.errors import MuntinError
+from muntin.errors import DataError, MuntinError
 from muntin.serving.access_log import AccessLog
 from muntin.serving.connection import Answer, Fields, Reply
 from muntin.serving.control import Control
@@ -391,7 +391,15 @@ class HttpFace:
         except ValueError as error:
             raise ProtocolError(f"the query has more than 16 fields: there is {shown('output')}") from error
         query = {name: values[-1] for name, values in fields.items()}
-        return await self._pictures.answer(await request.body(), query)
+        body = await request.body()
+        try:
+            return await self._pictures.answer(body, query)
+        except ProtocolError as error:
+            # curl names this type for --data-binary, too; -d drops line ends.
+            form = request.headers.get("content-type", "").startswith("application/x-www-form-urlencoded")
+            if not (form and isinstance(error.__cause__, DataError) and error.status == 400 and not re.search(rb"[\r\n]", body)):
+                raise
+            raise ProtocolError(f"{error}; curl changes a file that -d sends: give --data-binary @FILE") from error
 
     async def _metrics(self, request: Request) -> Response:
         return Response(self._service.metrics.render(), media_type="text/plain; version=0.0.4; charset=utf-8")
