@@ -39,3 +39,18 @@ def test_it_is_json_and_its_references_lead_somewhere() -> None:
         place = document
         for step in reference.removeprefix("#/").split("/"):
             place = place[step]
+
+
+def test_every_route_says_which_errors_it_may_answer_and_who_may_ask() -> None:
+    paths: dict[str, dict[str, Any]] = openapi("m")["paths"]
+    for path, methods in paths.items():
+        for operation in (methods[method] for method in ("get", "post") if method in methods):
+            errors = set(operation["responses"]) - {"200", "default"}
+            assert errors >= {"408", "413", "431", "500", "503"}, path
+            if path.startswith("/v2/health"):
+                assert "security" not in operation
+                assert "401" not in errors
+            else:
+                assert {"token": []} in operation["security"], path
+                assert "401" in errors
+    assert "409" in paths["/v2/repository/models/{model}/unload"]["post"]["responses"]

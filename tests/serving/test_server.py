@@ -784,6 +784,32 @@ def test_what_is_no_artefact_is_named(tmp_path: Path) -> None:
         pass
 
 
+_ASKED = b'{"inputs": [{"name": "images", "datatype": "UINT8", "shape": [1, 1, 1, 3], "data": [0, 0, 0]}]}'
+
+
+@pytest.mark.parametrize(
+    ("path", "described", "body", "headers", "status"),
+    [
+        ("/predict", "/predict", b"no picture", {}, 400),
+        ("/v2/models/pixels/infer", "/v2/models/{model}/infer", b"{}", {}, 400),
+        ("/v2/models/pixels/infer", "/v2/models/{model}/infer", b"{}", {"content-encoding": "br"}, 415),
+        ("/v2/models/other/infer", "/v2/models/{model}/infer", _ASKED, {}, 404),
+        ("/v2/models/other", "/v2/models/{model}", None, {}, 404),
+        ("/v2/models/pixels", "/v2/models/{model}", None, {"more": "x" * 20_000}, 431),
+        ("/v2/repository/models/pixels/load", "/v2/repository/models/{model}/load", b'{"parameters": {"config": "{}"}}', {}, 501),
+        ("/v2/repository/models/pixels/load", "/v2/repository/models/{model}/load", b'{"parameters": {"version": "9"}}', {}, 404),
+        ("/v2/repository/index", "/v2/repository/index", b'{"ready": 1}', {}, 400),
+    ],
+)
+def test_an_error_that_a_route_answers_is_described(
+    pixels: Server, path: str, described: str, body: bytes | None, headers: dict[str, str], status: int
+) -> None:
+    found, _, answer = fetch(pixels, path, body, headers)
+    assert found == status, answer
+    document = json.loads(fetch(pixels, "/openapi.json")[2])
+    assert str(status) in document["paths"][described]["get" if body is None else "post"]["responses"]
+
+
 def test_metrics_count_what_happened(write_pixels: Callable[..., Path], tmp_path: Path) -> None:
     with served(write_pixels(tmp_path / "pixels"), objective_ms=10_000) as server:
         for face in ("http", "grpc"):

@@ -7,7 +7,21 @@ from typing import Any
 
 from muntin.serving.json_codec import HEADER_LENGTH
 
-_ERROR = {"$ref": "#/components/responses/Error"}
+_ERRORS = {
+    400: "wrong request",
+    401: "no token",
+    404: "unknown model or version",
+    408: "the headers or the body did not come in time",
+    409: "not loaded, what served goes on; or not in service",
+    413: "too large",
+    415: "packed by neither gzip nor deflate",
+    431: "the line and the headers are too long",
+    500: "the model failed",
+    501: "a model that comes with the request",
+    503: "cannot be answered in time, or the server is full or going down (Retry-After says when to try again)",
+}
+_ANY = (401, 408, 413, 431, 500, 503)
+"""What every route may answer."""
 
 
 def openapi(model: str) -> dict[str, Any]:
@@ -16,42 +30,36 @@ def openapi(model: str) -> dict[str, Any]:
     number = _parameter("version", "path", "one of the model's versions", {"type": "string", "example": "1"})
     paths: dict[str, Any] = {
         "/v2": _get("Name, version and extensions of the server."),
-        "/v2/health/live": _get("200 as long as the process answers."),
-        "/v2/health/ready": _get("200 when a model is ready, 503 before, and once the server is going down."),
+        "/v2/health/live": _open("200 as long as the process answers."),
+        "/v2/health/ready": _open("200 when a model is ready, 503 before, and once the server is going down."),
         "/v2/models/stats": _get("Counts and durations of every version."),
-        "/v2/repository/index": {"post": _operation("The versions there are, and their states.", body=_schema("Index"))},
+        "/v2/repository/index": {"post": _operation("The versions there are, and their states.", 400, body=_schema("Index"))},
         "/v2/repository/models/{model}/load": {
             "parameters": [name],
-            "post": _operation("Load the newest version, or that of `parameters.version`; answers when it serves.", body=_schema("Load")),
+            "post": _operation(
+                "Load the newest version, or that of `parameters.version`; answers when it serves.",
+                400,
+                404,
+                409,
+                501,
+                body=_schema("Load"),
+            ),
         },
         "/v2/repository/models/{model}/unload": {
             "parameters": [name],
-            "post": _operation("Take all versions, or the one in `parameters.version`, out of service.", body=_schema("Load")),
+            "post": _operation(
+                "Take all versions, or the one in `parameters.version`, out of service.", 400, 404, 409, 501, body=_schema("Load")
+            ),
         },
-        "/predict": {
-            "post": {
-                "summary": "A picture file in; a mask, an overlay, an image or JSON out.",
-                "parameters": [
-                    _parameter(
-                        "output",
-                        "query",
-                        "segment: mask (default), overlay, labels, json; classify: json; restore: image",
-                        {"type": "string", "enum": ["mask", "overlay", "labels", "json", "image"]},
-                        required=False,
-                    )
-                ],
-                "requestBody": {"required": True, "content": {kind: {} for kind in ("image/png", "image/jpeg", "image/webp")}},
-                "responses": _responses({"image/png": {}, "application/json": {}}),
-            }
-        },
+        "/predict": {"post": _predict()},
         "/metrics": {"get": _operation("What Prometheus scrapes.", content={"text/plain": {}})},
     }
     for middle, parameters in (("", [name]), ("/versions/{version}", [name, number])):
         at = f"/v2/models/{{model}}{middle}"
-        paths[at] = _get("Inputs and outputs: names, types, shapes.") | {"parameters": parameters}
-        paths[f"{at}/ready"] = _get("200 when it can answer, 503 otherwise.") | {"parameters": parameters}
-        paths[f"{at}/config"] = _get("The configuration, in Triton's form.") | {"parameters": parameters}
-        paths[f"{at}/stats"] = _get("Counts and durations.") | {"parameters": parameters}
+        paths[at] = _get("Inputs and outputs: names, types, shapes.", 404) | {"parameters": parameters}
+        paths[f"{at}/ready"] = _get("200 when it can answer, 503 otherwise.", 404) | {"parameters": parameters}
+        paths[f"{at}/config"] = _get("The configuration, in Triton's form.", 404) | {"parameters": parameters}
+        paths[f"{at}/stats"] = _get("Counts and durations.", 404) | {"parameters": parameters}
         paths[f"{at}/infer"] = {"parameters": parameters, "post": _infer()}
     return {
         "openapi": "3.1.0",
@@ -60,43 +68,70 @@ def openapi(model: str) -> dict[str, Any]:
         "components": {
             "schemas": _SCHEMAS,
             "responses": {
-                "Error": {
-                    "description": "400 wrong request, 401 no token, 404 unknown model or version, 413 too large, 415 packed by neither "
-                    "gzip nor deflate, 503 cannot be answered in time (Retry-After says when to try again).",
-                    "content": {"application/json": {"schema": {"type": "object", "properties": {"error": {"type": "string"}}}}},
-                }
+                "Error": _error("405 for a method that is not described here; else as the status says."),
+                **{f"Error{status}": _error(text) for status, text in _ERRORS.items()},
             },
             "securitySchemes": {"token": {"type": "http", "scheme": "bearer"}},
         },
     }
 
 
+def _predict() -> dict[str, Any]:
+    operation = _operation(
+        "A picture file in; a mask, an overlay, an image or JSON out.",
+        400,
+        body={kind: {} for kind in ("image/png", "image/jpeg", "image/webp")},
+        content={"image/png": {}, "application/json": {}},
+    )
+    text = "segment: mask (default: class numbers, coloured by a palette), overlay, labels (the same numbers as grey values), json; "
+    schema = {"type": "string", "enum": ["mask", "overlay", "labels", "json", "image"]}
+    operation["parameters"] = [_parameter("output", "query", f"{text}classify: json; restore: image", schema, required=False)]
+    operation["requestBody"]["required"] = True
+    return operation
+
+
 def _infer() -> dict[str, Any]:
     operation = _operation(
-        "Infer: images UINT8 (rows, height, width, channels) in; labels, scores or images out.",
+        "Infer: images UINT8 (rows, height, width, channels) in; labels, scores or images out. The body may be packed (Content-Encoding).",
+        400,
+        404,
+        415,
         body={"application/json": {"schema": {"$ref": "#/components/schemas/InferRequest"}}, "application/octet-stream": {}},
         content={"application/json": {"schema": {"$ref": "#/components/schemas/InferResponse"}}, "application/octet-stream": {}},
     )
     operation["parameters"] = [
         _parameter(HEADER_LENGTH, "header", "bytes of JSON before the binary tensors", {"type": "integer"}, required=False)
     ]
+    operation["requestBody"]["required"] = True
     return operation
 
 
-def _get(summary: str) -> dict[str, Any]:
-    return {"get": _operation(summary)}
+def _get(summary: str, *errors: int) -> dict[str, Any]:
+    return {"get": _operation(summary, *errors)}
 
 
-def _operation(summary: str, *, body: dict[str, Any] | None = None, content: dict[str, Any] | None = None) -> dict[str, Any]:
-    given = {"application/json": {}} if content is None else content
-    operation: dict[str, Any] = {"summary": summary, "responses": _responses(given), "security": [{}, {"token": []}]}
+def _open(summary: str) -> dict[str, Any]:
+    """Of what needs no token."""
+    operation = _operation(summary)
+    del operation["security"], operation["responses"]["401"]
+    return {"get": operation}
+
+
+def _operation(summary: str, *errors: int, body: dict[str, Any] | None = None, content: dict[str, Any] | None = None) -> dict[str, Any]:
+    """`errors`: the statuses that it may answer beside `_ANY`."""
+    responses: dict[str, Any] = {"200": {"description": "done", "content": {"application/json": {}} if content is None else content}}
+    for status in sorted({*_ANY, *errors}):
+        responses[str(status)] = {"$ref": f"#/components/responses/Error{status}"}
+    responses["default"] = {"$ref": "#/components/responses/Error"}
+    operation: dict[str, Any] = {"summary": summary, "responses": responses, "security": [{}, {"token": []}]}
     if body is not None:
         operation["requestBody"] = {"content": body}
     return operation
 
 
-def _responses(content: dict[str, Any]) -> dict[str, Any]:
-    return {"200": {"description": "done", "content": content}, "default": _ERROR}
+def _error(text: str) -> dict[str, Any]:
+    schema = {"type": "object", "properties": {"error": {"type": "string"}}}
+    return {"description": text, "content": {"application/json": {"schema": schema}}}
 
 
 def _schema(name: str) -> dict[str, Any]:
