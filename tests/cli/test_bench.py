@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -42,6 +45,16 @@ def test_the_table_shows_the_baseline_beside_it(call: Call, exported: Any) -> No
     assert (answer.code, answer.err) == (0, "")
     for words in ("median ms", "p99", "images/s", "load s", "cached", "MiB", "faster", f"baseline {exported.artifact.name}", "1.00x"):
         assert words in answer.out
+
+
+@pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="a process cannot be given one core")
+def test_one_core_is_one(exported: Any) -> None:
+    cpu = min(os.sched_getaffinity(0))
+    start = f"import os; os.sched_setaffinity(0, {{{cpu}}}); from muntin.cli import main; main()"
+    words = ("bench", str(exported.artifact), "--size", "16", "--threads", "2", "--rounds", "2")
+    ended = subprocess.run([sys.executable, "-c", start, *words], capture_output=True, text=True, check=True)
+    assert ", 1 core, " in ended.stdout
+    assert "2 threads on 1 physical core: " in ended.stdout
 
 
 @pytest.mark.parametrize(

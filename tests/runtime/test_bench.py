@@ -13,6 +13,7 @@ import pytest
 
 from muntin.errors import DataError
 from muntin.runtime.bench import bench
+from muntin.runtime.doctor import count
 from muntin.runtime.hardware import physical_cores
 from muntin.runtime.loading import ArtifactCandidate
 
@@ -85,7 +86,7 @@ def test_images_that_no_memory_holds_are_refused_with_their_bytes(convolutions: 
 def test_too_many_threads_are_named(convolutions: Any) -> None:
     many = physical_cores() + 3
     notes = bench(convolutions.path, size=(8, 8), threads=(many,), rounds=1).notes
-    assert any(f"{many} threads on {physical_cores()} physical cores" in note for note in notes)
+    assert any(f"{many} threads on {count(physical_cores(), 'physical core')}:" in note for note in notes)
 
 
 @pytest.mark.skipif(not Path("/proc/stat").exists(), reason="the system does not say what others use")

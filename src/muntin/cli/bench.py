@@ -92,6 +92,8 @@ def _candidate(path: Path, compile: bool, engine: str, precision: str) -> Candid
 
 
 def _print(result: Bench) -> None:
+    from muntin.runtime.doctor import count
+
     names = list(dict.fromkeys(row.name for row in result.rows))
     letters = dict(zip(names, "AB", strict=False))
     for name, letter in letters.items():
@@ -102,7 +104,8 @@ def _print(result: Bench) -> None:
     out.print("images/s: all streams busy. load s, MiB: opening and a first call of every batch, in a process of its own", markup=False)
     out.print("cached: whether what the engine compiled came from an earlier run, which loads faster; - where none is kept", markup=False)
     hardware = result.hardware
-    out.print(f"{hardware['cpu']}, {hardware['cores']} cores, {', '.join(hardware['features'])}; {result.created}", markup=False)
+    cores = count(hardware["cores"], "core")
+    out.print(f"{hardware['cpu']}, {cores}, {', '.join(hardware['features'])}; {result.created}", markup=False)
     for note in result.notes:
         out.print(f"note      {note}", markup=False)
 

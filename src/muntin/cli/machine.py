@@ -71,7 +71,8 @@ def _table(title: str, rows: Iterable[tuple[str, str]]) -> None:
 
 def _machine(machine: Machine) -> list[tuple[str, str]]:
     hidden = f" of {machine.cpus}" if machine.cores < machine.cpus else ""
-    quota = "" if machine.cpu_quota is None else f", a quota of {machine.cpu_quota:g} cores' time"
+    whose = "core's" if machine.cpu_quota == 1 else "cores'"
+    quota = "" if machine.cpu_quota is None else f", a quota of {machine.cpu_quota:g} {whose} time"
     sizes = {"usable": machine.memory_gib, "available now": machine.available_gib, "container's limit": machine.memory_limit_gib}
     memory = ", ".join(f"{size:.1f} GiB {what}" for what, size in sizes.items() if size is not None)
     rows = [

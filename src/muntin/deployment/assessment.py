@@ -34,6 +34,7 @@ from muntin.deployment.pictures import write_examples, write_whole
 from muntin.errors import ArtifactError, ExportError, VerificationError
 from muntin.models import TorchSession
 from muntin.runtime import Session, describe_hardware, load, verify
+from muntin.runtime.doctor import count
 from muntin.runtime.latency import latency_report
 from muntin.runtime.tiles import Predictor
 from muntin.training.checkpoint import AVERAGE, Checkpoint, read_checkpoint
@@ -153,10 +154,10 @@ class _Assessment:
         name, told = ("mixed", "simulated integers") if self.stages else ("fake-quantised", "simulated INT8")
         steps.append(self._step(name, f"PyTorch FP32, {told}", TorchSession(simulated, self.signature), simulated, bytes=artifact.bytes))
         self._verify(artifact)
-        engine = f"{session.engine} INT8 + {session.precision.upper()}, {session.threads} threads"
+        engine = f"{session.engine} INT8 + {session.precision.upper()}, {count(session.threads, 'thread')}"
         steps.append(self._step("deployed", engine, session, simulated, bytes=artifact.bytes))
         self.stage("latency")
-        torch_engine = f"PyTorch {torch.__version__} eager FP32, {torch.get_num_threads()} threads"
+        torch_engine = f"PyTorch {torch.__version__} eager FP32, {count(torch.get_num_threads(), 'thread')}"
         latency = latency_report(
             {"fp32": (torch_engine, reference), "deployed": (engine, session)}, _window(self.test[0].image, self.side), rounds=rounds
         )

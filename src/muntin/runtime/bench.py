@@ -22,6 +22,7 @@ from numpy.typing import NDArray
 from muntin.artifact import open_artifact
 from muntin.errors import DataError
 from muntin.runtime.contention import watch_cpu
+from muntin.runtime.doctor import count
 from muntin.runtime.engines import DEFAULT_ENGINE
 from muntin.runtime.hardware import describe_hardware, memory_gib, physical_cores
 from muntin.runtime.latency import Latency, Mapper, interleaved_latency, interleaved_throughput
@@ -182,15 +183,13 @@ def _notes(others: float | None, asked: Sequence[tuple[int, int]]) -> list[str]:
     if others is not None and others >= BUSY:
         notes.append(f"other processes used {others:.1f} of the cores meanwhile: the times are too long; measure alone")
     if threads > cores:
-        notes.append(f"{_threads(threads)} on {cores} physical cores: they wait for each other; compare with --threads {cores}")
+        notes.append(
+            f"{count(threads, 'thread')} on {count(cores, 'physical core')}: they wait for each other; compare with --threads {cores}"
+        )
     for n, s in dict.fromkeys(asked):
         if s > n:
-            notes.append(f"{s} streams on {_threads(n)}: a stream needs a thread, so they count as {n}")
+            notes.append(f"{s} streams on {count(n, 'thread')}: a stream needs a thread, so they count as {n}")
     return notes
-
-
-def _threads(count: int) -> str:
-    return f"{count} thread{'' if count == 1 else 's'}"
 
 
 def _check_room(shapes: tuple[Shape, ...], channels: int) -> None:
