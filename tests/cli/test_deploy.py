@@ -9,10 +9,11 @@ from typing import Any
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from muntin.artifact import open_artifact
 from muntin.runtime import load, predict
-from muntin.runtime.images import read_image, read_mask, write_image
+from muntin.runtime.images import colorize, read_image, read_mask, write_image
 
 Call = Callable[..., Any]
 Write = Callable[..., Path]
@@ -165,6 +166,21 @@ def test_predict_writes_a_mask_an_overlay_and_a_difference(call: Call, exported:
     assert result["shares"]["sea"] == pytest.approx((mask == 0).mean())
     assert read_image(result["overlay"]).shape == (48, 48, 3)
     assert len(np.unique(read_image(result["difference"])[~counted], axis=0)) == 1
+
+
+def test_a_mask_holds_class_numbers_and_shows_their_colours(call: Call, exported: Any, tmp_path: Path) -> None:
+    (result,) = call("predict", exported.artifact, exported.image, "-o", tmp_path / "out", "--json").document()["results"]
+    classes = load(exported.artifact).signature.classes
+    labels = predict(load(exported.artifact), read_image(exported.image))
+    with Image.open(result["mask"]) as picture:
+        assert picture.mode == "P"
+        assert np.array_equal(np.array(picture), labels)
+    assert len(np.unique(labels)) > 1
+    assert np.array_equal(read_mask(result["mask"]), labels)
+    assert np.array_equal(read_mask(result["mask"], colors=True), colorize(labels, classes))  # as a recipe of colours reads it
+    words = ("predict", exported.artifact, exported.image, "--truth", result["mask"], "-o", tmp_path / "again", "--json")
+    (again,) = call(*words).document()["results"]
+    assert again["agreement"] == 1
 
 
 def test_predict_in_tiles_is_what_the_library_does_in_tiles(call: Call, exported: Any, tmp_path: Path) -> None:

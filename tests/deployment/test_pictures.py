@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from muntin.artifact import ClassInfo, Signature
 from muntin.data.source import Sample
 from muntin.deployment.pictures import draw_borders, example_windows, write_examples, write_whole
-from muntin.runtime.images import IGNORED, RIGHT, WRONG, read_image, read_mask
+from muntin.runtime.images import IGNORED, RIGHT, WRONG, colorize, read_image, read_mask
 
 CLASSES = (ClassInfo(name="sea", color=(0, 0, 200)), ClassInfo(name="field", color=(0, 160, 0)), ClassInfo(name="roof", color=(200, 60, 0)))
 SIDE = 16
@@ -110,6 +110,7 @@ def test_the_whole_picture_in_tiles(tmp_path: Path) -> None:
     write_whole(tmp_path, Reads(), whole.image, labels, borders, CLASSES, tile=32)
     assert sorted(file.name for file in tmp_path.iterdir()) == ["difference.png", "mask.png", "overlay.png"]
     assert np.array_equal(read_mask(tmp_path / "mask.png"), labels)  # drawn on by nobody
+    assert np.array_equal(read_mask(tmp_path / "mask.png", colors=True), colorize(labels, CLASSES))
     overlay, difference = read_image(tmp_path / "overlay.png"), read_image(tmp_path / "difference.png")
     assert overlay.shape == difference.shape == (70, 90, 3)
     assert (overlay[:, 40:45] == 20).all() and (difference[:, 40:45] == 20).all()

@@ -133,7 +133,7 @@ def predict_command(
     threads: Threads = None,
     json: Json = False,
 ) -> None:
-    """Segment, restore or classify images: a mask and an overlay for each, a restored image, or a class."""
+    """Segment, restore or classify images: a coloured mask of class numbers and an overlay for each, a restored image, or a class."""
     from muntin.runtime import load
 
     images = _images(image)
@@ -217,7 +217,7 @@ def _classify(session: Session, path: Path) -> dict[str, Any]:
 
 def _segment(session: Session, path: Path, output: Path, truth: Path | None, tiles: dict[str, Any]) -> dict[str, Any]:
     from muntin.runtime import predict
-    from muntin.runtime.images import overlay, read_image, write_image
+    from muntin.runtime.images import encode_png, overlay, read_image, write_image, write_whole
 
     image = read_image(path, channels=session.signature.channels)
     known = None if truth is None else _read_truth(truth, image.shape[:2], len(session.signature.classes))
@@ -229,7 +229,7 @@ def _segment(session: Session, path: Path, output: Path, truth: Path | None, til
         return {"source": str(path), "image": str(targets["image"])}
     classes = session.signature.classes
     result: dict[str, Any] = {"source": str(path), "mask": str(targets["mask"])}
-    write_image(targets["mask"], answer)
+    write_whole(targets["mask"], encode_png(answer, [entry.color for entry in classes]))
     if image.shape[2] in (1, 3, 4):
         result["overlay"] = str(targets["overlay"])
         write_image(targets["overlay"], overlay(image, answer, classes))

@@ -14,6 +14,7 @@ from PIL import Image, ImageDraw, ImageFont
 
 from muntin.artifact.classes import ClassInfo
 from muntin.data.source import Sample
+from muntin.runtime import images
 from muntin.runtime.images import IGNORED, colorize, difference, overlay, write_image
 from muntin.runtime.tiles import Predictor, predict
 
@@ -88,7 +89,7 @@ def write_whole(
 ) -> None:
     """The whole picture in blended tiles: `mask.png`, `overlay.png` with the borders of the splits drawn, `difference.png`."""
     labels = predict(session, image, tile=tile)
-    write_image(directory / "mask.png", labels)
+    images.write_whole(directory / "mask.png", images.encode_png(labels, [entry.color for entry in classes]))
     write_image(directory / "overlay.png", draw_borders(overlay(image, labels, classes), borders))
     write_image(directory / "difference.png", draw_borders(difference(labels, truth), borders))
 
