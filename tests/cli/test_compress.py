@@ -188,14 +188,27 @@ def test_each_stage_is_evaluated(call: Call, compressed: Path) -> None:
     assert all(0 <= score <= 1 for score in scores)
 
 
-def test_a_report_tells_the_stages(call: Call, copied: Path) -> None:
+def test_export_says_what_it_replaces(call: Call, copied: Path) -> None:
+    weights = read_checkpoint(copied).state.sha256["average.safetensors"]
+    created = open_artifact(copied / "artifact").manifest.created
+    words = ("export", copied / "compressed" / "3-mixed", "-o", copied / "artifact")
+    assert f"replaced  what was there, plain INT8 of weights {weights[:8]}, exported {created}\n" in call(*words).out
+    assert call(*words, "--json").document()["replaced"] is None  # its own: taken as it is
+    assert call("export", copied, "--json").document()["replaced"].startswith("mixed INT8 of weights ")
+    assert "replaced  what was there, plain INT8 of these weights" in call("export", copied, "--float").out
+
+
+def test_a_report_tells_the_stages(call: Call, copied: Path, tree: Callable[[Path], Any]) -> None:
+    before = tree(copied / "artifact")
     document = call("report", copied, "--json").document()
+    assert tree(copied / "artifact") == before  # exported as plain INT8: only an export replaces it
+    assert any("artifact holds another artefact (plain INT8 of" in note and "is artifact-report" in note for note in document["notes"])
     steps = {step["name"]: step for step in document["steps"]}
     assert list(steps) == ["fp32", "low-rank", "w4a8", "mixed", "deployed"]
     parameters = {stage: parameter_count(read_model(read_checkpoint(copied / "compressed" / FOLDERS[n]))) for n, stage in enumerate(STAGES)}
     assert steps["low-rank"]["params"] == parameters["low-rank"] < steps["fp32"]["params"]
     assert steps["fp32"]["bytes"] > steps["w4a8"]["bytes"] and steps["w4a8"]["bytes"] < steps["low-rank"]["bytes"]
-    assert steps["mixed"]["bytes"] == steps["deployed"]["bytes"] == open_artifact(copied / "artifact").bytes
+    assert steps["mixed"]["bytes"] == steps["deployed"]["bytes"] == open_artifact(copied / "artifact-report").bytes
     assert steps["w4a8"]["latency_ms"] is None and steps["deployed"]["latency_ms"] > 0
     assert {layer["weight_bits"] for layer in document["layers"]} <= {4, 8, 16}
     looked = [change for change in changes_of(read_checkpoint(copied / "compressed" / FOLDERS[0])) if change.pass_ == "low_rank"]

@@ -24,6 +24,7 @@ def test_a_report_of_a_run_in_a_place_of_its_own(call: Call, run: Path, tmp_path
     out = tmp_path / "out"
     shutil.copytree(run / "artifact", out / "artifact")
     document = call("report", run / "checkpoints" / "step-00000006", "-o", out, "--json").document()
+    assert sorted(path.name for path in out.iterdir() if "artifact" in path.name) == ["artifact"]  # of the same weights: taken as it is
     assert Path(document.pop("report")) == out / "report.html"
     assert not list(run.glob("*report*"))
     assert "<html" in (out / "report.html").read_text()

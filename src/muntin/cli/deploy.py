@@ -35,13 +35,15 @@ def export_command(
     json: Json = False,
 ) -> None:
     """Quantise a checkpoint to INT8 and write it as an artefact that runs without PyTorch."""
-    from muntin.deployment.assessment import export_checkpoint
+    from muntin.deployment.assessment import ARTIFACT, export_checkpoint, other_artifact
     from muntin.training import find_checkpoint, read_checkpoint
 
     found = find_checkpoint(checkpoint)
-    target = output or found.parent.parent / "artifact"
+    target = output or found.parent.parent / ARTIFACT
     with status("exporting"):
-        artifact = export_checkpoint(read_checkpoint(found), target, integer=not floating)
+        trained = read_checkpoint(found)
+        replaced = other_artifact(trained, target, integer=not floating)
+        artifact = export_checkpoint(trained, target, integer=not floating)
     manifest = artifact.manifest
     integers = [layer for layer in manifest.layers if layer.activation_bits == 8]
     kept = {layer.name: layer.note for layer in manifest.layers if layer.activation_bits is None}
@@ -52,6 +54,7 @@ def export_command(
             {
                 "artifact": target,
                 "bytes": artifact.bytes,
+                "replaced": replaced,
                 "precision": manifest.precision,
                 "int8_layers": len(integers),
                 "kept": kept,
@@ -62,6 +65,8 @@ def export_command(
     out.print(
         f"wrote     {target}: {artifact.bytes / 1e6:.2f} MB, {len(integers)} layers in INT8, others in {manifest.precision}", markup=False
     )
+    if replaced is not None:
+        out.print(f"replaced  what was there, {replaced}", markup=False)
     for name, reason in kept.items():
         out.print(f"kept      {name}: {reason or 'not quantised'}", markup=False)
     for note in notes:

@@ -24,6 +24,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from muntin.artifact import Artifact, Signature, check_target, open_artifact
+from muntin.artifact.store import MANIFEST
 from muntin.compression import Change, freeze, quantize
 from muntin.compression.stages import FOLDER, Stage, calibration_of, changes_of, read_model, source_of, stage_checkpoints, stage_finished
 from muntin.data import EarthSource, Sample
@@ -41,6 +42,8 @@ from muntin.training.checkpoint import AVERAGE, Checkpoint, read_checkpoint
 from muntin.training.evaluation import IGNORED, Evaluation, Labels, predictions, score, tile_of
 from muntin.training.recipe import recipe_text
 
+ARTIFACT = "artifact"
+"""The folder of a run's artefact, unless told otherwise."""
 LATENCY_SIDE = 512
 Announce = Callable[[str], None]
 
@@ -72,8 +75,7 @@ def export_checkpoint(checkpoint: Checkpoint, path: Path, *, integer: bool = Tru
             f"{checkpoint.path} is quantised already and has no float form: leave out --float (integer=False), or export the checkpoint of "
             "`muntin fit` or of the low-rank stage"
         )
-    how = checkpoint.recipe.quantization.model_dump_json() if integer else "float"
-    origin = f"{checkpoint.state.sha256[AVERAGE]}:{how}"
+    origin = _origin_of(checkpoint, integer)
     try:
         existing = open_artifact(path)
     except ArtifactError:
@@ -92,6 +94,33 @@ def export_checkpoint(checkpoint: Checkpoint, path: Path, *, integer: bool = Tru
         model, calibration[0], path, signature=checkpoint.signature, changes=changes, measured={"origin": origin},
         shape=(1, side, side),
     )  # fmt: skip
+
+
+def other_artifact(checkpoint: Checkpoint, path: Path, *, integer: bool = True) -> str | None:
+    """The artefact at `path` that `export_checkpoint` would replace by one of other weights or another kind, in words; None without one."""
+    if not (path / MANIFEST).is_file():
+        return None
+    try:
+        manifest = open_artifact(path).manifest
+    except ArtifactError as error:
+        return f"unreadable: {error}"
+    origin = manifest.measured.get("origin")
+    if origin == _origin_of(checkpoint, integer):
+        return None
+    passes = {entry.get("pass") for entry in manifest.passes}
+    stage = next((name for made, name in (("mix", "mixed"), ("qat", "w4a8"), ("low_rank", "low-rank")) if made in passes), "plain")
+    numbers = "INT8" if any(layer.activation_bits == 8 for layer in manifest.layers) else "float"
+    weights = origin.partition(":")[0] if isinstance(origin, str) else None
+    whose = (
+        "these weights" if weights == checkpoint.state.sha256[AVERAGE] else f"weights {weights[:8]}" if weights else "weights not recorded"
+    )
+    return f"{stage} {numbers} of {whose}, exported {manifest.created}"
+
+
+def _origin_of(checkpoint: Checkpoint, integer: bool) -> str:
+    """What an artefact records of where it came from: the weights, and how they were quantised."""
+    how = checkpoint.recipe.quantization.model_dump_json() if integer else "float"
+    return f"{checkpoint.state.sha256[AVERAGE]}:{how}"
 
 
 def _why_plain(checkpoint: Checkpoint) -> tuple[str, ...]:
@@ -118,6 +147,8 @@ def finished_stages(checkpoint: Checkpoint) -> dict[Stage, Checkpoint]:
 def assess(checkpoint: Checkpoint, directory: Path, *, stage: Announce = lambda name: None, rounds: int = 30) -> dict[str, Any]:
     """Everything that a report of a run says, as plain values (see `muntin.reporting`); writes the artefact and the pictures beside it.
 
+    The artefact goes to `directory/artifact`, or to `artifact-report` where that is another one's place, with a note: only an export
+    replaces what somebody exported.
     Where `muntin compress` has been through the run, the report tells its stages, otherwise plain INT8 and a note why. Costs a
     prediction of the test split in PyTorch for each step and in the runtime once, an export, and the timing. Raises `VerificationError`
     when the artefact does not compute what was recorded.
@@ -135,6 +166,7 @@ class _Assessment:
         self.tile = tile_of(self.recipe.data.crop)
         self.stages = finished_stages(checkpoint)
         self.seconds = {"train": checkpoint.state.seconds}
+        self.notes: list[str] = []
         self.side = LATENCY_SIDE if self.recipe.task == "segment" else self.recipe.data.crop
 
     def run(self, rounds: int) -> dict[str, Any]:
@@ -149,7 +181,11 @@ class _Assessment:
             self.seconds[f"train {done}"] = stage.state.seconds
         last = self.stages.get("mixed", self.checkpoint)
         simulated, changes = self._timed("quantise", lambda: integer_model(last, calibration))
-        artifact = self._timed("export", lambda: export_checkpoint(last, self.directory / "artifact"))
+        place, other = self.directory / ARTIFACT, other_artifact(last, self.directory / ARTIFACT)
+        if other is not None:
+            place = self.directory / f"{ARTIFACT}-report"
+            self.notes.append(f"The folder {ARTIFACT} holds another artefact ({other}) and stays: the one told here is {place.name}.")
+        artifact = self._timed("export", lambda: export_checkpoint(last, place))
         session = load(artifact.path)
         name, told = ("mixed", "simulated integers") if self.stages else ("fake-quantised", "simulated INT8")
         steps.append(self._step(name, f"PyTorch FP32, {told}", TorchSession(simulated, self.signature), simulated, bytes=artifact.bytes))
@@ -234,6 +270,7 @@ class _Assessment:
                 f"Trained in {state.precision}; scores are of the test split, which nothing was chosen by.",
                 *(() if self.stages else _why_plain(self.checkpoint)),
                 *kept,
+                *self.notes,
                 *self.source.notes,
             ],
             "recipe": recipe_text(self.recipe),
