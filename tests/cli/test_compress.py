@@ -153,6 +153,15 @@ def test_stages_one_at_a_time(call: Call, exported: Any, tmp_path: Path) -> None
     assert "bits " not in described.out and "layers are factored" in described.out
 
 
+def test_stages_that_no_step_is_left_for_are_told(call: Call, exported: Any, tmp_path: Path) -> None:
+    """The fit had 6 steps: a share of 0.05 is none of them, and a share of 0 asks for none."""
+    shares = [word for key in ("recover", "mix") for word in ("--set", f"compression.{key}.share=0")]
+    answer = call("compress", exported.run, "-o", tmp_path / "out", *CHANGES, "--set", "compression.quantize.share=0.05", *shares)
+    assert "note      no training in w4a8: fit had 6 steps, of which a share of 0.05 leaves none: set training.steps" in answer.out
+    document = call("compress", exported.run, "-o", tmp_path / "more", *CHANGES, *shares[:2], "--until", "low-rank", "--json").document()
+    assert document["notes"] == []
+
+
 # ---- what the other commands make of it ----
 
 

@@ -45,6 +45,7 @@ def compress_command(
                 "interrupted": run.interrupted,
                 "checkpoint": run.checkpoint,
                 "stages": [asdict(stage) for stage in run.stages],
+                "notes": run.notes,
             }
         )
     else:
@@ -87,4 +88,6 @@ def describe_compression(run: CompressionRun) -> None:
     bits = [change.done for change in changes if change.pass_ == "mix"]
     if bits:
         out.print("bits      " + ", ".join(f"{bits.count(kind)} layers {kind}" for kind in sorted(set(bits))), markup=False)
+    for note in run.notes:
+        out.print(f"note      {note}", markup=False)
     out.print(f"wrote     {run.checkpoint}", markup=False)

@@ -68,6 +68,8 @@ class CompressionRun:
     directory: Path
     stages: tuple[StageResult, ...]
     interrupted: bool
+    notes: tuple[str, ...]
+    """What makes the result less than it could be."""
 
     @property
     def checkpoint(self) -> Path:
@@ -220,7 +222,17 @@ class _Compression:
                 break
             before = read_checkpoint(result.checkpoint)
         interrupted = len(results) < len(wanted) or not results[-1].finished
-        return CompressionRun(directory=self.directory, stages=tuple(results), interrupted=interrupted)
+        return CompressionRun(directory=self.directory, stages=tuple(results), interrupted=interrupted, notes=tuple(self._idle(wanted)))
+
+    def _idle(self, wanted: list[Stage]) -> list[str]:
+        idle = [stage for stage in wanted if stage_steps(self.recipe, stage) == 0 < _stage_config(self.config, stage).share]
+        if not idle:
+            return []
+        steps, shares = self.recipe.training.steps, ", ".join(f"{_stage_config(self.config, stage).share:g}" for stage in idle)
+        return [
+            f"no training in {', '.join(idle)}: fit had {steps} step{'' if steps == 1 else 's'}, of which a share of {shares} leaves none: "
+            "set training.steps, or that share (compression.recover, .quantize, .mix), higher"
+        ]
 
     def _stage(self, stage: Stage, before: Checkpoint, interruption: Interruption) -> StageResult:
         folder = _folder(self.directory, stage)
