@@ -162,6 +162,18 @@ def test_stages_that_no_step_is_left_for_are_told(call: Call, exported: Any, tmp
     assert document["notes"] == []
 
 
+def test_what_is_made_of_a_training_that_was_broken_off_says_so(call: Call, exported: Any, tmp_path: Path) -> None:
+    run, note = tmp_path / "run", "step 3 of 6: `muntin fit --resume` goes on"
+    shutil.copytree(exported.run / "checkpoints" / "step-00000003", run / "checkpoints" / "step-00000003")
+    assert f"note      {note}\n" in call("evaluate", run).out
+    assert note in call("export", run, "--json").document()["notes"]
+    assert note in call("report", run, "--json").document()["notes"]
+    assert note in call("compress", run, *CHANGES, "--until", "low-rank", "--json").document()["notes"]
+    older = call("evaluate", exported.run / "checkpoints" / "step-00000003", "--json").document()
+    assert older["notes"] == ["step 3 of 6: step-00000006 is there, too"]
+    assert call("evaluate", exported.run, "--json").document()["notes"] == []
+
+
 # ---- what the other commands make of it ----
 
 

@@ -35,6 +35,7 @@ def export_command(
     json: Json = False,
 ) -> None:
     """Quantise a checkpoint to INT8 and write it as an artefact that runs without PyTorch."""
+    from muntin.compression.stages import broken_off
     from muntin.deployment.assessment import ARTIFACT, export_checkpoint, other_artifact
     from muntin.training import find_checkpoint, read_checkpoint
 
@@ -48,7 +49,7 @@ def export_command(
     integers = [layer for layer in manifest.layers if layer.activation_bits == 8]
     kept = {layer.name: layer.note for layer in manifest.layers if layer.activation_bits is None}
     recorded_notes = manifest.measured.get("notes")
-    notes = recorded_notes if isinstance(recorded_notes, list) else []
+    notes = [*broken_off(trained), *(recorded_notes if isinstance(recorded_notes, list) else [])]
     if json:
         print_json(
             {

@@ -98,7 +98,7 @@ def evaluate_command(
     json: Json = False,
 ) -> None:
     """Score a checkpoint, or an artefact made of it, on a split of its data."""
-    from muntin.compression.stages import read_model, source_of
+    from muntin.compression.stages import broken_off, read_model, source_of
     from muntin.data.source import SPLITS
     from muntin.errors import ArtifactError, RecipeError
     from muntin.models import TorchSession
@@ -121,10 +121,13 @@ def evaluate_command(
         )
     with progress_bar(f"evaluating {split}") as advance:
         result = evaluate(session, source.split(split), tile=tile or tile_of(loaded.recipe.data.crop), progress=advance)
+    notes = broken_off(loaded)
     if json:
-        print_json({"split": split, "engine": session.engine, "score": result.score, **asdict(result)})
+        print_json({"split": split, "engine": session.engine, "score": result.score, **asdict(result), "notes": notes})
         return
     metric = "mIoU" if result.task == "segment" else "accuracy"
     out.print(f"{metric} {result.score:.4f} on {split} ({result.samples} samples), {session.engine} {session.precision}", markup=False)
     for name, value in result.iou.items():
         out.print(f"  {name:<20} {'-' if value is None else f'{value:.4f}'}", markup=False)
+    for note in notes:
+        out.print(f"note      {note}", markup=False)

@@ -189,6 +189,18 @@ def stage_finished(checkpoint: Checkpoint, stage: Stage) -> bool:
     return share_done(stage_training(checkpoint.recipe, stage), checkpoint.state.step, checkpoint.state.seconds) >= 1
 
 
+def broken_off(checkpoint: Checkpoint) -> tuple[str, ...]:
+    """A note on a checkpoint that is not the last one of its training, `fit`'s or a stage's: what is missing, and what goes on."""
+    made, state = checkpoint.state.compression, checkpoint.state
+    config = checkpoint.recipe.training if made is None else stage_training(checkpoint.recipe, made["stage"])
+    if share_done(config, state.step, state.seconds) >= 1:
+        return ()
+    newest = checkpoints_in(checkpoint.path.parent)[-1]
+    goes_on = f"`muntin {'fit' if made is None else 'compress'} --resume` goes on"
+    rest = goes_on if newest.name == checkpoint.path.name else f"{newest.name} is there, too"
+    return (f"step {state.step} of {steps_expected(config, state.step, state.seconds)}: {rest}",)
+
+
 def _stage_config(config: CompressionConfig, stage: Stage) -> StageConfig:
     stages: dict[Stage, StageConfig] = {"low-rank": config.recover, "w4a8": config.quantize, "mixed": config.mix}
     return stages[stage]
@@ -222,7 +234,8 @@ class _Compression:
                 break
             before = read_checkpoint(result.checkpoint)
         interrupted = len(results) < len(wanted) or not results[-1].finished
-        return CompressionRun(directory=self.directory, stages=tuple(results), interrupted=interrupted, notes=tuple(self._idle(wanted)))
+        notes = (*broken_off(self.checkpoint), *self._idle(wanted))
+        return CompressionRun(directory=self.directory, stages=tuple(results), interrupted=interrupted, notes=notes)
 
     def _idle(self, wanted: list[Stage]) -> list[str]:
         idle = [stage for stage in wanted if stage_steps(self.recipe, stage) == 0 < _stage_config(self.config, stage).share]

@@ -26,7 +26,17 @@ from torch import Tensor, nn
 from muntin.artifact import Artifact, Signature, check_target, open_artifact
 from muntin.artifact.store import MANIFEST
 from muntin.compression import Change, freeze, quantize
-from muntin.compression.stages import FOLDER, Stage, calibration_of, changes_of, read_model, source_of, stage_checkpoints, stage_finished
+from muntin.compression.stages import (
+    FOLDER,
+    Stage,
+    broken_off,
+    calibration_of,
+    changes_of,
+    read_model,
+    source_of,
+    stage_checkpoints,
+    stage_finished,
+)
 from muntin.data import EarthSource, Sample
 from muntin.deployment.counting import image_macs, parameter_count, stored_bytes
 from muntin.deployment.export import export
@@ -268,6 +278,7 @@ class _Assessment:
             "validation": [{"step": v["step"], "miou": v["score"], "iou": v["iou"]} for v in state.validation],
             "notes": [
                 f"Trained in {state.precision}; scores are of the test split, which nothing was chosen by.",
+                *broken_off(self.checkpoint),
                 *(() if self.stages else _why_plain(self.checkpoint)),
                 *kept,
                 *self.notes,
