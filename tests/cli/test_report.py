@@ -50,3 +50,10 @@ def test_a_report_onto_a_full_disk_leaves_none(call: Call, run: Path, full_disk:
         text = call("report", run).mistake()
     assert "File too large" in text
     assert not list(run.glob("*report*"))
+
+
+def test_a_report_says_on_the_terminal_what_its_page_notes(call: Call, run: Path) -> None:
+    answer = call("report", run)
+    assert (answer.code, answer.err) == (0, "")
+    notes = [line.removeprefix("note      ") for line in answer.out.splitlines() if line.startswith("note ")]
+    assert notes == list(read_report(run).notes) and "Trained in fp32" in notes[0]

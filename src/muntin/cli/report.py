@@ -65,4 +65,6 @@ def _finish(checkpoint: Path, directory: Path, json: bool) -> None:
     out.print(terminal_table(report))
     if report["agreement"] is not None:
         out.print(f"agreement {report['agreement']:.3%} of the test labels are the same deployed and simulated", markup=False)
+    for note in report["notes"]:
+        out.print(f"note      {note}", markup=False)
     out.print(f"wrote     {page}", markup=False)
