@@ -1,7 +1,10 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from pathlib import Path
@@ -56,4 +59,20 @@ def test_a_report_says_on_the_terminal_what_its_page_notes(call: Call, run: Path
     answer = call("report", run)
     assert (answer.code, answer.err) == (0, "")
     notes = [line.removeprefix("note      ") for line in answer.out.splitlines() if line.startswith("note ")]
-    assert notes == list(read_report(run).notes) and "Trained in fp32" in notes[0]
+    assert notes == list(read_report(run).notes) and "Trained in" in notes[0]
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="/proc/stat is Linux's")
+def test_a_report_notes_who_used_the_cores_while_it_timed(call: Call, run: Path) -> None:
+    """Another process that wants all of a CPU of ours, while the report is made on that one alone."""
+    before, cpu = os.sched_getaffinity(0), min(os.sched_getaffinity(0))
+    with subprocess.Popen([sys.executable, "-c", f"import os\nos.sched_setaffinity(0, {{{cpu}}})\nwhile True: pass"]) as process:
+        try:
+            os.sched_setaffinity(0, {cpu})
+            answer = call("report", run)
+        finally:
+            os.sched_setaffinity(0, before)
+            process.kill()
+    told = "of the cores meanwhile: the times are too long; measure alone"
+    assert "note      Latency: other processes used " in answer.out and f" {told}.\n" in answer.out
+    assert any(told in note for note in read_report(run).notes) and told in (run / "report.html").read_text()

@@ -45,6 +45,7 @@ from muntin.deployment.pictures import write_examples, write_whole
 from muntin.errors import ArtifactError, ExportError, VerificationError
 from muntin.models import TorchSession
 from muntin.runtime import Session, describe_hardware, load, verify
+from muntin.runtime.contention import notes_on, watch_cpu
 from muntin.runtime.doctor import count
 from muntin.runtime.latency import latency_report
 from muntin.runtime.tiles import Predictor
@@ -204,9 +205,11 @@ class _Assessment:
         steps.append(self._step("deployed", engine, session, simulated, bytes=artifact.bytes))
         self.stage("latency")
         torch_engine = f"PyTorch {torch.__version__} eager FP32, {count(torch.get_num_threads(), 'thread')}"
-        latency = latency_report(
-            {"fp32": (torch_engine, reference), "deployed": (engine, session)}, _window(self.test[0].image, self.side), rounds=rounds
-        )
+        with watch_cpu() as watch:
+            latency = latency_report(
+                {"fp32": (torch_engine, reference), "deployed": (engine, session)}, _window(self.test[0].image, self.side), rounds=rounds
+            )
+        self.notes += [f"Latency: {note}." for note in notes_on(watch.others)]
         for step, row in ((steps[0], latency["rows"][0]), (steps[-1], latency["rows"][1])):
             step.row["latency_ms"] = row["median_ms"]
         return {

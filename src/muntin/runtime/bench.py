@@ -21,13 +21,13 @@ from numpy.typing import NDArray
 
 from muntin.artifact import open_artifact
 from muntin.errors import DataError
-from muntin.runtime.contention import watch_cpu
+from muntin.runtime.contention import notes_on, watch_cpu
 from muntin.runtime.doctor import count
 from muntin.runtime.engines import DEFAULT_ENGINE
 from muntin.runtime.hardware import describe_hardware, memory_gib, physical_cores
 from muntin.runtime.latency import Latency, Mapper, interleaved_latency, interleaved_throughput
 from muntin.runtime.loading import ArtifactCandidate, Candidate, Loading, measure_loading, too_large
-from muntin.runtime.profile import BUSY, default_shape, fill
+from muntin.runtime.profile import default_shape, fill
 from muntin.runtime.session import Shape, check_shape, check_streams, check_threads
 
 ROUNDS = 50
@@ -179,9 +179,7 @@ def _with_ratios(rows: Sequence[BenchRow]) -> list[BenchRow]:
 
 
 def _notes(others: float | None, asked: Sequence[tuple[int, int]]) -> list[str]:
-    notes, cores, threads = [], physical_cores(), max(n for n, _ in asked)
-    if others is not None and others >= BUSY:
-        notes.append(f"other processes used {others:.1f} of the cores meanwhile: the times are too long; measure alone")
+    notes, cores, threads = notes_on(others), physical_cores(), max(n for n, _ in asked)
     if threads > cores:
         notes.append(
             f"{count(threads, 'thread')} on {count(cores, 'physical core')}: they wait for each other; compare with --threads {cores}"

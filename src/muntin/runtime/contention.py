@@ -24,6 +24,8 @@ from muntin.errors import DataError
 from muntin.runtime.hardware import affinity
 from muntin.runtime.session import check_threads
 
+BUSY = 0.1
+"""Cores' worth of other processes' CPU time above which a time is not to be believed."""
 SHORTEST = 0.1
 """Seconds below which the system's count of CPU time, of 10 ms a step, says nothing."""
 _BLOCK = bytes(1 << 22)  # hashed without the GIL for milliseconds: taking it again costs nothing beside that
@@ -77,6 +79,13 @@ def watch_cpu() -> Iterator[CpuWatch]:
         usage = compare(before, read_cpu_times(), cpus=cpus, own=own, seconds=watch.seconds)
         if usage is not None:
             watch.others, watch.stolen = usage
+
+
+def notes_on(others: float | None) -> list[str]:
+    """What makes times doubtful that were measured while other processes used so many cores' worth of our CPUs, if anything."""
+    if others is None or others < BUSY:
+        return []
+    return [f"other processes used {others:.1f} of the cores meanwhile: the times are too long; measure alone"]
 
 
 def measure_cpu_share(threads: int, seconds: float = 0.3) -> CpuShare:

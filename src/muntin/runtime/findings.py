@@ -12,8 +12,9 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from math import prod
 
+from muntin.runtime.contention import BUSY
 from muntin.runtime.kernels import CONVERT, COPIES, ELEMENTWISE, IMAGES, LAYOUT, PRECISIONS, PRODUCTS, Kernel, macs_ms
-from muntin.runtime.profile import BUSY, Profile
+from muntin.runtime.profile import Profile
 
 LEAST_SHARE = 0.005
 """Of the time: what saves less is not worth a line."""

@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 
 from muntin.artifact import Artifact, Manifest, Signature, open_artifact
 from muntin.errors import DataError, DependencyError
-from muntin.runtime.contention import watch_cpu
+from muntin.runtime.contention import BUSY, watch_cpu
 from muntin.runtime.engines import DEFAULT_ENGINE, PRECISIONS, load
 from muntin.runtime.hardware import describe_hardware, memory_gib, physical_cores
 from muntin.runtime.kernels import Ceilings, Execution, Kernel
@@ -34,8 +34,6 @@ ImagesShape = tuple[int, int, int]
 SIDE = 512
 """Side of the image, in pixels, for an artefact that names no example."""
 WARM_UP = 2
-BUSY = 0.1
-"""Cores' worth of other processes' CPU time above which a time is not to be believed."""
 TOLERANCE = 0.1
 """How far the kernels' sum may be from the whole, as a share of it, before a note says so."""
 
