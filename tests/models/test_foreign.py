@@ -127,6 +127,19 @@ def test_a_factory_of_ones_own(mine: str) -> None:
     assert isinstance(create_model(f"{mine}:positional"), nn.Conv2d)
 
 
+def test_a_factory_in_the_current_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As an installed command finds it, on whose import path the folder is not; a module that the factory imports when it runs, too."""
+    (tmp_path / "lies_here.py").write_text("def make(*, task, classes, channels):\n    import lies_beside\n    return lies_beside.model\n")
+    (tmp_path / "lies_beside.py").write_text("from torch import nn\nmodel = nn.Conv2d(3, 2, 1)\n")
+    monkeypatch.setattr(sys, "path", [entry for entry in sys.path if entry])
+    before = list(sys.path)
+    with pytest.raises(RecipeError, match="of a package that is installed or lies in the current folder"):
+        create_model("lies_here:make")
+    monkeypatch.chdir(tmp_path)
+    assert isinstance(create_model("lies_here:make"), nn.Conv2d)
+    assert sys.path == before
+
+
 @pytest.mark.parametrize(
     ("factory", "message"),
     [

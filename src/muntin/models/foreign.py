@@ -7,7 +7,9 @@ from __future__ import annotations
 
 import importlib
 import inspect
-from collections.abc import Callable
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
@@ -88,20 +90,37 @@ def from_torchvision(name: str, *, task: Task, classes: int, channels: int) -> n
 def from_factory(name: str, *, task: Task, classes: int, channels: int) -> nn.Module:
     """The user's own: `package.module:factory` is called as `factory(task=..., classes=..., channels=...)`.
 
-    What it returns must keep the face itself: raw pixels 0-255 in, scores out.
+    The module is looked for where Python looks, and then in the current folder. What the factory returns must keep the face itself: raw
+    pixels 0-255 in, scores out.
     """
     module_name, _, attribute = name.partition(":")
     if not all(part.isidentifier() for part in (*module_name.split("."), attribute)):
         raise RecipeError(f"model '{name}': not of the form package.module:factory")
-    try:
-        factory: Callable[..., nn.Module] = getattr(importlib.import_module(module_name), attribute)
-    except (ImportError, AttributeError) as error:
-        raise RecipeError(f"model '{name}': {error}; write package.module:factory, importable from here") from error
-    _check_factory(name, factory)
-    model = factory(task=task, classes=classes, channels=channels)
+    with _current_folder():
+        try:
+            factory: Callable[..., nn.Module] = getattr(importlib.import_module(module_name), attribute)
+        except (ImportError, AttributeError) as error:
+            raise RecipeError(
+                f"model '{name}': {error}; write package.module:factory, of a package that is installed or lies in the current folder"
+            ) from error
+        _check_factory(name, factory)
+        model = factory(task=task, classes=classes, channels=channels)
     if not isinstance(model, nn.Module):
         raise RecipeError(f"model '{name}' returned {type(model).__name__}, not a torch.nn.Module")
     return model
+
+
+@contextmanager
+def _current_folder() -> Iterator[None]:
+    """The current folder on the import path, last: an installed command does not have it there, as `python -m` does."""
+    if "" in sys.path:
+        yield
+        return
+    sys.path.append("")
+    try:
+        yield
+    finally:
+        sys.path.remove("")
 
 
 def _check_factory(name: str, factory: object) -> None:
