@@ -4,10 +4,12 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import yaml
 
 from muntin.models import PRESETS, create_model
+from muntin.runtime.images import write_image
 from muntin.training import load_recipe
 
 Call = Callable[..., Any]
@@ -48,7 +50,15 @@ def tiny_options(tmp_path: Path, write_tiny: Callable[..., Any]) -> str:
 def test_init_says_what_comes_next(call: Call, pictures: Path) -> None:
     answer = call("init", pictures)
     assert answer.code == 0
-    assert f"`muntin fit {pictures / 'recipe.yaml'}`" in answer.out
+    assert f"read it, rename the classes, then `muntin fit {pictures / 'recipe.yaml'}`" in answer.out
+
+
+def test_init_does_not_advise_other_names_for_classes_that_are_folders(call: Call, tmp_path: Path) -> None:
+    for number in range(24):
+        folder = tmp_path / ("cat", "dog")[number % 2]
+        folder.mkdir(exist_ok=True)
+        write_image(folder / f"{number}.png", np.full((40, 40, 3), number, np.uint8))
+    assert f"read it, then `muntin fit {tmp_path / 'recipe.yaml'}`" in call("init", tmp_path).out
 
 
 def test_init_does_not_overwrite(call: Call, pictures: Path) -> None:

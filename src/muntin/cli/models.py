@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
+import yaml
 from rich.table import Table
 
 from muntin.cli.console import Json, out, print_json, progress_bar
@@ -68,4 +69,6 @@ def init_command(
     if json:
         print_json({"recipe": path})
         return
-    out.print(f"wrote     {path}: read it, rename the classes, then `muntin fit {path}`", markup=False)
+    # a classifier's classes are the folders, and go by their names
+    names = "rename the classes, " if yaml.safe_load(path.read_text(encoding="utf-8"))["task"] == "segment" else ""
+    out.print(f"wrote     {path}: read it, {names}then `muntin fit {path}`", markup=False)
