@@ -197,6 +197,20 @@ def test_predict_takes_a_folder(call: Call, exported: Any, tmp_path: Path) -> No
     assert len(list((tmp_path / "out").glob("*.mask.png"))) == 2
 
 
+def test_predict_takes_images_and_folders_together(call: Call, tmp_path: Path, write_small: Write) -> None:
+    artifact, photos = write_small(tmp_path / "segment"), tmp_path / "photos"
+    for name in ("a", "b", "more/c", "other/a"):
+        (photos / name).parent.mkdir(parents=True, exist_ok=True)
+        write_image(photos / f"{name}.png", np.full((5, 4, 3), 200, np.uint8))
+    words = ("predict", artifact, photos / "b.png", photos / "a.png", photos / "more", "-o", tmp_path / "out")
+    results = call(*words, "--json").document()["results"]
+    assert [Path(result["source"]).name for result in results] == ["b.png", "a.png", "c.png"]
+    assert sorted(p.name for p in (tmp_path / "out").glob("*.mask.png")) == ["a.mask.png", "b.mask.png", "c.mask.png"]
+    assert "are several images named a, whose" in call(*words, photos / "other" / "a.png").mistake()
+    assert "is the folder of the images" in call(*words[:5], "-o", photos / "more").mistake()
+    assert "--truth goes with one image, and these are 3" in call(*words, "--truth", photos / "a.png").mistake()
+
+
 def test_a_restored_image_lies_beside_its_own(call: Call, tmp_path: Path, write_small: Write) -> None:
     artifact = write_small(tmp_path / "restore", task="restore", names=("r", "g", "b"))
     (tmp_path / "photos").mkdir()
@@ -229,7 +243,8 @@ def test_predict_names_the_class_of_a_picture(call: Call, tmp_path: Path, write_
     (result,) = call("predict", artifact, tmp_path / "x.png", "--json").document()["results"]
     assert result["class"] == "red"
     assert result["probability"] == pytest.approx(1 / (1 + np.exp(-100 / 255)), rel=1e-4)
-    assert f"{tmp_path / 'x.png'} -> red" in call("predict", artifact, tmp_path / "x.png").out
+    told = f"{tmp_path / 'x.png'} -> red (probability {result['probability']:.3f})\n"
+    assert call("predict", artifact, tmp_path / "x.png").out == told
 
 
 @pytest.mark.parametrize(

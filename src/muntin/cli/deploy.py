@@ -122,7 +122,7 @@ def verify_command(
 
 def predict_command(
     artifact: ArtifactPath,
-    image: Annotated[Path, typer.Argument(help="An image, or a folder of them.")],
+    image: Annotated[list[Path], typer.Argument(help="Images, or folders of them.")],
     output: Annotated[Path | None, typer.Option("--output", "-o", help="Folder of the results; predictions by default.")] = None,
     truth: Annotated[
         Path | None, typer.Option(help="A mask of class numbers, 255 ignored: also writes a difference picture. One image only.")
@@ -144,7 +144,7 @@ def predict_command(
 
     images = _images(image)
     if truth is not None and len(images) != 1:
-        raise DataError(f"--truth goes with one image, and {image} holds {len(images)}: name one")
+        raise DataError(f"--truth goes with one image, and these are {len(images)}: name one")
     session = load(artifact, engine=engine, precision=precision, threads=threads)
     task = session.signature.task
     given = {"--output": output, "--truth": truth, "--tile": tile, "--overlap": overlap, "--exact": exact or None}
@@ -165,23 +165,29 @@ def predict_command(
         return
     for result in results:
         what = result.get("class") or ", ".join(str(v) for k, v in result.items() if k in ("mask", "image", "overlay", "difference"))
+        if "probability" in result:
+            what += f" (probability {result['probability']:.3f})"
         agreement = f" ({result['agreement']:.2%} of the pixels that count agree with the truth)" if "agreement" in result else ""
         out.print(f"{result['source']} -> {what}{agreement}", markup=False)
 
 
-def _images(path: Path) -> list[Path]:
+def _images(given: Iterable[Path]) -> list[Path]:
+    """The images that were named, and those of the folders. Raises DataError where two have the same stem, and so would their results."""
     from muntin.runtime.images import IMAGE_SUFFIXES
 
-    if not path.is_dir():
-        return [path]
-    found = sorted(p for p in path.iterdir() if p.suffix.lower() in IMAGE_SUFFIXES)
-    if not found:
-        raise DataError(f"{path} holds no image ({', '.join(IMAGE_SUFFIXES)}); name an image or a folder of them")
-    stems = [p.stem for p in found]
-    twice = next((s for s in stems if stems.count(s) > 1), None)
-    if twice is not None:
-        raise DataError(f"{path} holds several images named {twice}, whose results would overwrite each other: rename them")
-    return found
+    found: dict[str, Path] = {}
+    for path in given:
+        images = sorted(p for p in path.iterdir() if p.suffix.lower() in IMAGE_SUFFIXES) if path.is_dir() else [path]
+        if not images:
+            raise DataError(f"{path} holds no image ({', '.join(IMAGE_SUFFIXES)}); name an image or a folder of them")
+        for image in images:
+            other = found.setdefault(image.stem, image)
+            if other is not image:
+                raise DataError(
+                    f"{other} and {image} are several images named {image.stem}, whose results would overwrite each other: rename one, or "
+                    "predict them apart"
+                )
+    return list(found.values())
 
 
 def _results(path: Path, output: Path, task: str) -> dict[str, Path]:
@@ -198,9 +204,9 @@ def _refuse_unused(task: str, given: Iterable[str]) -> None:
         raise DataError(f"{unused[0]}: the artefact's task is {task}, and its answer {answers}: leave out {', '.join(unused)}")
 
 
-def _refuse_overwriting(image: Path, images: Iterable[Path], output: Path, truth: Path | None, task: str) -> None:
+def _refuse_overwriting(given: Iterable[Path], images: Iterable[Path], output: Path, truth: Path | None, task: str) -> None:
     """Raises DataError, before anything is computed, where a result would replace an image or the truth, or be an image next time."""
-    if image.is_dir() and output.resolve() == image.resolve():
+    if any(path.is_dir() and output.resolve() == path.resolve() for path in given):
         raise DataError(f"--output {output} is the folder of the images, whose results would be taken for images next time: give another")
     kept = {path.resolve() for path in (*images, *([] if truth is None else [truth]))}
     for path in images:
