@@ -183,6 +183,21 @@ def test_a_mask_holds_class_numbers_and_shows_their_colours(call: Call, exported
     assert again["agreement"] == 1
 
 
+def test_the_truth_may_be_in_the_colours_of_the_classes(call: Call, exported: Any, tmp_path: Path) -> None:
+    truth = read_mask(exported.mask)
+    truth[truth == 255] = 2
+    colors = np.array([entry.color for entry in open_artifact(exported.artifact).manifest.signature.classes], np.uint8)
+    words = ("predict", exported.artifact, exported.image, "-o", tmp_path / "out", "--truth")
+    write_image(tmp_path / "numbers.png", truth)
+    write_image(tmp_path / "colours.png", colors[truth])
+    numbers, painted = (call(*words, tmp_path / name, "--json").document()["results"][0] for name in ("numbers.png", "colours.png"))
+    assert numbers == painted and 0 < painted["agreement"] <= 1
+    write_image(tmp_path / "other.png", np.concatenate([colors[truth][:-1], np.full((1, truth.shape[1], 3), 1, np.uint8)]))
+    text = call(*words, tmp_path / "other.png").mistake()
+    assert f"no class of the artefact has its [1, 1, 1] (sea {colors[0].tolist()}, field" in text
+    assert "give it in these colours, or as class numbers, 0 to 2" in text
+
+
 def test_predict_in_tiles_is_what_the_library_does_in_tiles(call: Call, exported: Any, tmp_path: Path) -> None:
     words = ("predict", exported.artifact, exported.image, "-o", tmp_path, "--tile", "20", "--overlap", "7", "--json")
     (result,) = call(*words).document()["results"]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from math import isfinite
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
+    from muntin.artifact import ClassInfo
     from muntin.runtime import Session
 
 Engine = Annotated[str, typer.Option(help="openvino, onnxruntime, onnxruntime-cuda or onnxruntime-tensorrt.")]
@@ -125,7 +126,8 @@ def predict_command(
     image: Annotated[list[Path], typer.Argument(help="Images, or folders of them.")],
     output: Annotated[Path | None, typer.Option("--output", "-o", help="Folder of the results; predictions by default.")] = None,
     truth: Annotated[
-        Path | None, typer.Option(help="A mask of class numbers, 255 ignored: also writes a difference picture. One image only.")
+        Path | None,
+        typer.Option(help="A mask of class numbers, 255 ignored, or of the classes' colours: also writes a difference picture. One image."),
     ] = None,
     tile: Annotated[int | None, typer.Option(min=1, help="Side of the blended tiles, pixels; 512 by default.")] = None,
     overlap: Annotated[
@@ -232,7 +234,7 @@ def _segment(session: Session, path: Path, output: Path, truth: Path | None, til
     from muntin.runtime.images import encode_png, overlay, read_image, write_image, write_whole
 
     image = read_image(path, channels=session.signature.channels)
-    known = None if truth is None else _read_truth(truth, image.shape[:2], len(session.signature.classes))
+    known = None if truth is None else _read_truth(truth, image.shape[:2], session.signature.classes)
     answer = predict(session, image, **tiles)
     output.mkdir(parents=True, exist_ok=True)
     targets = _results(path, output, session.signature.task)
@@ -255,24 +257,41 @@ def _segment(session: Session, path: Path, output: Path, truth: Path | None, til
     return result
 
 
-def _read_truth(path: Path, size: tuple[int, ...], classes: int) -> NDArray[np.uint8]:
+def _read_truth(path: Path, size: tuple[int, ...], classes: Sequence[ClassInfo]) -> NDArray[np.uint8]:
     import numpy as np
 
     from muntin.runtime.images import IGNORED, read_mask
 
     mask = read_mask(path)
+    allowed = f"0 to {len(classes) - 1}, and {IGNORED} for what is ignored"
     if mask.ndim != 2:
-        raise DataError(
-            f"{path}: the mask is a colour picture; give one of class numbers, 0 to {classes - 1}, and {IGNORED} for what is ignored"
-        )
+        mask = _numbered(path, mask, classes, allowed)
     if mask.shape != tuple(size):
         raise DataError(
             f"{path}: the mask is {mask.shape[1]}x{mask.shape[0]} and the image {size[1]}x{size[0]}; give the mask of this image"
         )
-    wrong = np.setdiff1d(np.unique(mask), [*range(classes), IGNORED])
+    wrong = np.setdiff1d(np.unique(mask), [*range(len(classes)), IGNORED])
     if wrong.size:
-        raise DataError(f"{path}: the mask holds the value {wrong[0]}; allowed are 0 to {classes - 1}, and {IGNORED} for what is ignored")
+        raise DataError(f"{path}: the mask holds the value {wrong[0]}; allowed are {allowed}")
     return mask.astype(np.uint8)
+
+
+def _numbered(path: Path, mask_HWC: NDArray[np.uint8], classes: Sequence[ClassInfo], allowed: str) -> NDArray[np.uint8]:
+    """Class numbers for the colours that the artefact paints its classes in: of a recipe's `value`s it knows no more than that."""
+    import numpy as np
+
+    numbers = {entry.color: number for number, entry in enumerate(classes)}
+    colors, places = np.unique(mask_HWC.reshape(-1, 3), axis=0, return_inverse=True)
+    found = [tuple(color) for color in colors.tolist()]
+    strange = next((color for color in found if color not in numbers), None)
+    if strange is not None or len(numbers) < len(classes):
+        painted = ", ".join(f"{entry.name} {list(entry.color)}" for entry in classes[:4]) + (", ..." if len(classes) > 4 else "")
+        holds = "two classes of the artefact have one colour" if strange is None else f"no class of the artefact has its {list(strange)}"
+        raise DataError(
+            f"{path}: the mask is a colour picture, and {holds} ({painted}; a recipe's `value`s are not in it): give it in these colours, "
+            f"or as class numbers, {allowed}"
+        )
+    return np.array([numbers[color] for color in found], np.uint8)[places.reshape(mask_HWC.shape[:2])]
 
 
 def _write_difference(path: Path, labels: NDArray[np.uint8], truth: NDArray[np.uint8]) -> float:
