@@ -30,15 +30,17 @@ def test_a_report_of_a_run_in_a_place_of_its_own(call: Call, run: Path, tmp_path
     assert sorted(path.name for path in out.iterdir() if "artifact" in path.name) == ["artifact"]  # of the same weights: taken as it is
     assert Path(document.pop("report")) == out / "report.html"
     assert not list(run.glob("*report*"))
-    assert "<html" in (out / "report.html").read_text()
+    page = (out / "report.html").read_text()
+    assert all(part in page for part in ("<html", ">Weights</th>", ">On disk</th>"))
     assert json.loads((out / "report.json").read_text()) == document
     steps = document["steps"]
     assert [step["name"] for step in steps] == ["fp32", "fake-quantised", "deployed"]
     for step in steps:
-        assert set(step) == {"name", "miou", "iou", "params", "bytes", "gmacs", "latency_ms", "engine"}
+        assert set(step) == {"name", "miou", "iou", "params", "weights", "bytes", "gmacs", "latency_ms", "engine"}
         assert set(step["iou"]) == {"sea", "field", "roof"}
     assert steps[0]["latency_ms"] > 0
     assert steps[-1]["latency_ms"] > 0
+    assert steps[0]["weights"] > steps[1]["weights"] == steps[2]["weights"] < steps[2]["bytes"] and steps[1]["bytes"] is None
     assert steps[-1]["bytes"] == sum(file.stat().st_size for file in (out / "artifact").iterdir())
     assert 0.9 < document["agreement"] <= 1
     executed = {layer["executed"] for layer in document["layers"] if layer["activation_bits"] == 8}

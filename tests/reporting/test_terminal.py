@@ -27,6 +27,19 @@ def test_every_step_with_what_changed(report: dict[str, Any]) -> None:
     assert "–" in lines["w4a8"]
 
 
+def test_weights_have_a_column_beside_what_lies_on_the_disk(report: dict[str, Any]) -> None:
+    def headings() -> list[str]:
+        return next(line for line in printed(report).splitlines() if "params" in line).replace("┃", " ").split()
+
+    assert headings()[2:5] == ["params", "on", "disk"]
+    for step, weights in zip(report["steps"], (10_000_000, 5_000_000, 500_000, 700_000), strict=False):
+        step["weights"] = weights
+    report["steps"][1]["bytes"] = None
+    assert headings()[2:6] == ["params", "weights", "on", "disk"]
+    line = next(line for line in printed(report).splitlines() if f" {report['steps'][1]['name']} " in line)
+    assert [cell.strip() for cell in line.split("│")][4:6] == ["5.0 MB (2.0× less)", "–"]
+
+
 def test_no_latency_no_column(report: dict[str, Any]) -> None:
     for step in report["steps"]:
         step["latency_ms"] = None

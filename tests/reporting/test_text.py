@@ -16,6 +16,7 @@ from muntin.reporting.schema import parse_report
     ("function", "value", "shown"),
     [
         (text.size, 0, "0 B"),
+        (text.size, None, "–"),
         (text.size, 999, "999 B"),
         (text.size, 4_100_000, "4.1 MB"),
         (text.size, 999_700, "1.0 MB"),

@@ -199,7 +199,7 @@ class _Assessment:
         artifact = self._timed("export", lambda: export_checkpoint(last, place))
         session = load(artifact.path)
         name, told = ("mixed", "simulated integers") if self.stages else ("fake-quantised", "simulated INT8")
-        steps.append(self._step(name, f"PyTorch FP32, {told}", TorchSession(simulated, self.signature), simulated, bytes=artifact.bytes))
+        steps.append(self._step(name, f"PyTorch FP32, {told}", TorchSession(simulated, self.signature), simulated, bytes=None))
         self._verify(artifact)
         engine = f"{session.engine} INT8 + {session.precision.upper()}, {count(session.threads, 'thread')}"
         steps.append(self._step("deployed", engine, session, simulated, bytes=artifact.bytes))
@@ -229,9 +229,7 @@ class _Assessment:
             return self._step(name, "PyTorch FP32", TorchSession(model, self.signature), model, bytes=stage.bytes)
         frozen = copy.deepcopy(model)
         freeze(calibration)(frozen)
-        return self._step(
-            name, "PyTorch FP32, simulated integers", TorchSession(frozen, self.signature), frozen, bytes=stored_bytes(frozen)
-        )
+        return self._step(name, "PyTorch FP32, simulated integers", TorchSession(frozen, self.signature), frozen, bytes=None)
 
     def _timed(self, name: str, work: Callable[[], Any]) -> Any:
         self.stage(name)
@@ -240,8 +238,11 @@ class _Assessment:
         self.seconds[name] = perf_counter() - started
         return result
 
-    def _step(self, name: str, engine: str, session: Predictor, model: nn.Module, *, bytes: int) -> Assessed:
-        figures = {"params": parameter_count(model), "bytes": bytes, "gmacs": image_macs(model, self.probe) / 1e9}
+    def _step(self, name: str, engine: str, session: Predictor, model: nn.Module, *, bytes: int | None) -> Assessed:
+        figures = {
+            "params": parameter_count(model), "weights": stored_bytes(model), "bytes": bytes,
+            "gmacs": image_macs(model, self.probe) / 1e9,
+        }  # fmt: skip
 
         def work() -> tuple[Evaluation, list[Labels]]:
             pairs: list[tuple[Sample, Labels]] = list(predictions(session, self.test, tile=self.tile))

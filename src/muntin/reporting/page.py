@@ -104,6 +104,7 @@ def _context(report: Report, directory: Path) -> dict[str, Any]:
         "overlay": None if overlay is None else preview(directory, overlay, edges=OVERLAY_EDGES, limit=OVERLAY_LIMIT),
         "legend": [(entry.name, css_color(entry)) for entry in report.classes],
         "steps": [(step, step_cells(report, step)) for step in report.steps],
+        "weighed": any(step.weights is not None for step in report.steps),
         "timed": any(step.latency_ms is not None for step in report.steps),
         "latency": latency_bars(report),
         "class_rows": class_rows(report),
@@ -147,7 +148,7 @@ def panes(report: Report) -> list[Pane]:
 
 
 def step_cells(report: Report, step: Step) -> list[Cell]:
-    """The numbers of one row of the steps table: metric, parameters, size, GMACs and, where any step was timed, latency."""
+    """The numbers of one row of the steps table: metric, parameters, weights if known, disk, GMACs, latency if timed."""
     metric = text.METRICS[report.task]
     first = report.steps[0]
 
@@ -158,6 +159,11 @@ def step_cells(report: Report, step: Step) -> list[Cell]:
     cells = [
         Cell(figure=metric(step.miou), against="" if step is first else text.change(first.miou, step.miou, metric.digits)),
         cell(text.amount(step.params), first.params, step.params, "fewer", "more"),
+        *(
+            [cell(text.size(step.weights), first.weights, step.weights, "smaller", "larger")]
+            if any(other.weights is not None for other in report.steps)
+            else []
+        ),
         cell(text.size(step.bytes), first.bytes, step.bytes, "smaller", "larger"),
         cell(f"{step.gmacs:.2f}", first.gmacs, step.gmacs, "fewer", "more"),
     ]

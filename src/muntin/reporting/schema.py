@@ -28,13 +28,18 @@ RelativePath = Annotated[str, Field(min_length=1), AfterValidator(_relative)]
 
 
 class Step(Record):
-    """One stage of the model. `miou` is the task's metric: mean IoU, accuracy (classify) or PSNR in dB (restore)."""
+    """One stage of the model. `miou` is the task's metric: mean IoU, accuracy (classify) or PSNR in dB (restore).
+
+    `weights`: bytes of its weights alone, packed, which can be compared from step to step. `bytes`: all that lies on the disk to be used, a
+    deployed model's graph and golden pairs included; null for a step that is computed only.
+    """
 
     name: Text
     miou: float
     iou: dict[str, float | None] = Field(default_factory=dict)
     params: Count
-    bytes: Count
+    weights: Count | None = None
+    bytes: Count | None
     gmacs: Amount
     latency_ms: Amount | None = None
     engine: Text
@@ -206,14 +211,17 @@ def parse_report(report: Report | Mapping[str, Any]) -> Report:
 def report_values(report: Report) -> dict[str, Any]:
     """The report as plain values for `report.json`, in the schema's order.
 
-    A recipe only where there is one; `ranks` and a layer's `clipped`, `histogram` and `note` only where they were given, so that a report
-    without them stays the file that it was before there were such keys.
+    A recipe only where there is one; `ranks`, a step's `weights` and a layer's `clipped`, `histogram` and `note` only where they were
+    given, so that a report without them stays the file that it was before there were such keys.
     """
     values = report.model_dump(mode="json")
     if report.recipe is None:
         del values["recipe"]
     if "ranks" not in report.model_fields_set:
         del values["ranks"]
+    for row, step in zip(values["steps"], report.steps, strict=True):
+        if "weights" not in step.model_fields_set:
+            del row["weights"]
     for row, layer in zip(values["layers"], report.layers, strict=True):
         for key in {"clipped", "histogram", "note"} - layer.model_fields_set:
             del row[key]

@@ -20,24 +20,26 @@ def terminal_table(report: Report | Mapping[str, Any]) -> Table:
     checked = parse_report(report)
     metric = METRICS[checked.task]
     timed = any(step.latency_ms is not None for step in checked.steps)
+    weighed = any(step.weights is not None for step in checked.steps)
     # Text, not str: names are the user's, and rich would read "[red]" in them as markup.
     table = Table(title=Text(checked.title), title_justify="left", caption=Text(checked.hardware.cpu), caption_justify="left")
     table.add_column("step", style="bold")
-    for heading in (metric.name, "params", "size", "GMACs", *(["latency"] if timed else [])):
+    for heading in (metric.name, "params", *(["weights"] if weighed else []), "on disk", "GMACs", *(["latency"] if timed else [])):
         table.add_column(heading, justify="right")
     table.add_column("engine")
     for step in checked.steps:
-        cells = _cells(checked.steps[0], step, checked, timed)
+        cells = _cells(checked.steps[0], step, checked, timed, weighed)
         table.add_row(*(Text(cell) for cell in (step.name, *cells, step.engine)))
     return table
 
 
-def _cells(first: Step, step: Step, report: Report, timed: bool) -> list[str]:
+def _cells(first: Step, step: Step, report: Report, timed: bool, weighed: bool) -> list[str]:
     metric = METRICS[report.task]
     same = step is first
     cells = [
         metric(step.miou) + ("" if same else f" ({change(first.miou, step.miou, metric.digits)})"),
         amount(step.params) + _against(first.params, step.params, same),
+        *([size(step.weights) + _against(first.weights, step.weights, same)] if weighed else []),
         size(step.bytes) + _against(first.bytes, step.bytes, same),
         f"{step.gmacs:.2f}" + _against(first.gmacs, step.gmacs, same),
     ]

@@ -33,8 +33,10 @@ METRICS: dict[Task, Metric] = {
 }
 
 
-def size(count: int) -> str:
-    """Bytes in decimal units: 4100000 -> '4.1 MB'."""
+def size(count: int | None) -> str:
+    """Bytes in decimal units: 4100000 -> '4.1 MB'; a dash for None."""
+    if count is None:
+        return "–"
     if count < 1000:
         return f"{count} B"
     value = float(count)
