@@ -252,13 +252,13 @@ def write_pets(root: Path, small: Any) -> Path:
     for label, name in enumerate(("cat", "dog")):
         (root / "pets" / name).mkdir(parents=True)
         for number in range(8):
-            picture = np.random.default_rng(number).integers(0, 100, (20, 20, 3)) + 100 * label
+            picture = np.random.default_rng(number).integers(0, 100, (40, 40, 3)) + 100 * label
             write_image(root / "pets" / name / f"{number}.png", picture.astype(np.uint8))
     content = {
         "task": "classify",
-        "data": {"source": "folders", "images": "pets", "validation": 0.3, "test": 0.3, "seed": 1, "crop": 16},
+        "data": {"source": "folders", "images": "pets", "validation": 0.3, "test": 0.3, "seed": 1, "crop": 32},
         "model": small,
-        "training": {"steps": 2, "batch_size": 4, "learning_rate": 0.001, "threads": 1},
+        "training": {"steps": 2, "batch_size": 4, "precision": "fp32", "threads": 1},
     }
     (root / "recipe.yaml").write_text(json.dumps(content))  # JSON is YAML
     return root / "recipe.yaml"
