@@ -43,7 +43,7 @@ from muntin.training.checkpoint import (
 from muntin.training.config import TrainingConfig
 from muntin.training.evaluation import evaluate, tile_of
 from muntin.training.interrupt import Interruption
-from muntin.training.precision import Precision, resolve_precision
+from muntin.training.precision import Precision, check_maps, resolve_precision
 from muntin.training.recipe import Recipe, load_recipe
 from muntin.training.schedule import share_done, steps_expected
 from muntin.training.statistics import IMAGES, has_statistics, renew_statistics
@@ -118,6 +118,7 @@ def fit(
     torch.manual_seed(recipe.seed)
     model = build_model(recipe, tuple(source.classes))
     check_crop(model, recipe)
+    precision = check_maps(model, precision, crop=recipe.data.crop, channels=recipe.data.channels, asked=recipe.training.precision)
     weights = None if start is not None else recipe.model.weights
     begun = () if weights is None else begin_with(model, root / weights)
     notes = (*anew, *source.notes, *checked, *begun)

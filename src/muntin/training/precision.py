@@ -10,8 +10,9 @@ from functools import cache
 from typing import Literal
 
 import torch
+from torch import Tensor, nn
 
-from muntin.errors import DependencyError
+from muntin.errors import DependencyError, RecipeError
 
 PrecisionName = Literal["auto", "fp32", "bf16", "fp16"]
 PAYS = 1.2
@@ -86,6 +87,46 @@ def resolve_precision(name: PrecisionName, device: str, *, begun: str | None = N
         gain = bf16_gain()
         name, reason = ("bf16" if gain >= PAYS else "fp32"), f"this CPU multiplies {gain:.2g} times as fast in BF16 as in FP32"
     return Precision(name=name, device=device, dtype=torch.bfloat16 if name == "bf16" else None, reason=reason)
+
+
+def check_maps(model: nn.Module, precision: Precision, *, crop: int, channels: int, asked: PrecisionName) -> Precision:
+    """The precision that a model's gradients are right in: FP32 in place of "auto"'s BF16 where a kernel reaches over all of its map.
+
+    There PyTorch 2.13 on CPUs (oneDNN, AVX512-BF16) reads memory that nobody wrote: a 3 x 3 convolution of stride 2 over a map of 1 x 1 has
+    a gradient that differs from call to call, is infinite or no number. Wrong were 3 x 3 with stride 2 on a side of 1, 5 x 5
+    and 7 x 7 also with stride 1 and on sides of 2 and 3; never 3 x 3 with stride 1. Costs a forward pass of one crop, in BF16 on a CPU
+    only. Raises RecipeError where BF16 was asked for by name.
+    """
+    if precision.device != "cpu" or precision.dtype is not torch.bfloat16:
+        return precision
+    small: list[str] = []
+
+    def look(layer: nn.Conv2d, inputs: tuple[Tensor, ...], name: str) -> None:
+        sides = inputs[0].shape[-2:]
+        for side, kernel, dilation, stride in zip(sides, layer.kernel_size, layer.dilation, layer.stride, strict=True):
+            reach = (kernel - 1) * dilation + 1
+            if side <= reach // 2 and (reach > 3 or stride > 1):
+                small.append(f"the {kernel}x{kernel} convolution {name} sees maps of {sides[0]}x{sides[1]}")
+
+    hooks = [
+        layer.register_forward_pre_hook(lambda layer, inputs, name=name: look(layer, inputs, name))
+        for name, layer in model.named_modules()
+        if isinstance(layer, nn.Conv2d)
+    ]
+    training = model.training
+    try:
+        with torch.inference_mode():
+            model.eval()(torch.zeros(1, channels, crop, crop))
+    finally:
+        model.train(training)
+        for hook in hooks:
+            hook.remove()
+    if not small:
+        return precision
+    why = f"at data.crop {crop} {small[0]}, where gradients in BF16 are wrong on CPUs"
+    if asked == "bf16":
+        raise RecipeError(f"training.precision bf16: {why}: write auto or fp32, or take larger crops")
+    return Precision(name="fp32", device="cpu", dtype=None, reason=why)
 
 
 def _on_cuda(name: PrecisionName) -> Precision:
