@@ -67,14 +67,17 @@ def test_a_report_says_on_the_terminal_what_its_page_notes(call: Call, run: Path
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="/proc/stat is Linux's")
 def test_a_report_notes_who_used_the_cores_while_it_timed(call: Call, run: Path) -> None:
     """Another process that wants all of a CPU of ours, while the report is made on that one alone."""
+    told = "of the cores meanwhile: the times are too long; measure alone"
     before, cpu = os.sched_getaffinity(0), min(os.sched_getaffinity(0))
     with subprocess.Popen([sys.executable, "-c", f"import os\nos.sched_setaffinity(0, {{{cpu}}})\nwhile True: pass"]) as process:
         try:
             os.sched_setaffinity(0, {cpu})
-            answer = call("report", run)
+            for _ in range(10):  # the times of so small a model are over in a few of the system's ticks
+                answer = call("report", run)
+                if told in answer.out:
+                    break
         finally:
             os.sched_setaffinity(0, before)
             process.kill()
-    told = "of the cores meanwhile: the times are too long; measure alone"
     assert "note      Latency: other processes used " in answer.out and f" {told}.\n" in answer.out
     assert any(told in note for note in read_report(run).notes) and told in (run / "report.html").read_text()

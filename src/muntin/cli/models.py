@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-import yaml
 from rich.table import Table
 
 from muntin.cli.console import Json, out, print_json, progress_bar
@@ -60,6 +59,8 @@ def init_command(
     json: Json = False,
 ) -> None:
     """Write a commented recipe for a folder of your own images."""
+    import yaml
+
     from muntin.data.init import write_recipe
     from muntin.errors import RecipeError
 
