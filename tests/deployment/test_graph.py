@@ -164,12 +164,10 @@ POOLS = {
 }
 
 
-@pytest.mark.parametrize("kind", POOLS)
-def test_partial_windows_are_pooled_at_every_size(kind: str, pixels: Callable[..., Tensor], tmp_path: Path) -> None:
-    model = nn.Sequential(nn.Conv2d(3, 8, 3, 2, 1), POOLS[kind], POOLS[kind], nn.Conv2d(8, 4, 1), nn.AdaptiveAvgPool2d(1), nn.Flatten())
-    export(model, pixels(1, 3, 64, 64), tmp_path / "a")
-    sessions = [load(tmp_path / "a", precision="f32", shapes=(), cache=False, dynamic=dynamic) for dynamic in (False, True)]
-    sessions.append(load(tmp_path / "a", engine="onnxruntime", shapes=()))
+def answers_as_its_model_at_every_size(model: nn.Module, pixels: Callable[..., Tensor], path: Path) -> None:
+    export(model, pixels(1, 3, 64, 64), path)
+    sessions = [load(path, precision="f32", shapes=(), cache=False, dynamic=dynamic) for dynamic in (False, True)]
+    sessions.append(load(path, engine="onnxruntime", shapes=()))
     for height, width in ((1, 1), (2, 9), (5, 64), (64, 3), (33, 31)):
         images = pixels(1, 3, height, width)
         with torch.inference_mode():
@@ -177,6 +175,26 @@ def test_partial_windows_are_pooled_at_every_size(kind: str, pixels: Callable[..
         for session in sessions:
             scores = session(np.ascontiguousarray(images.permute(0, 2, 3, 1).numpy().astype(np.uint8)))
             np.testing.assert_allclose(scores, expected, rtol=1e-4, atol=1e-4 * expected.std())
+
+
+@pytest.mark.parametrize("kind", POOLS)
+def test_partial_windows_are_pooled_at_every_size(kind: str, pixels: Callable[..., Tensor], tmp_path: Path) -> None:
+    model = nn.Sequential(nn.Conv2d(3, 8, 3, 2, 1), POOLS[kind], POOLS[kind], nn.Conv2d(8, 4, 1), nn.AdaptiveAvgPool2d(1), nn.Flatten())
+    answers_as_its_model_at_every_size(model, pixels, tmp_path / "a")
+
+
+class SamePadding(nn.Conv2d):
+    """As TensorFlow pads: so much that the map is ceil(size / stride) large, with Python's idiom for it."""
+
+    def forward(self, x_BCHW: Tensor) -> Tensor:
+        height, width = ((-(-size // 2) - 1) * 2 + 3 - size for size in x_BCHW.shape[2:])
+        return super().forward(F.pad(x_BCHW, (width // 2, width - width // 2, height // 2, height - height // 2)))
+
+
+def test_sizes_are_rounded_as_python_rounds_them(pixels: Callable[..., Tensor], tmp_path: Path) -> None:
+    convolutions = [SamePadding(channels, 8, 3, 2) for channels in (3, 8, 8)]
+    model = nn.Sequential(*convolutions, nn.AdaptiveAvgPool2d(1), nn.Flatten())
+    answers_as_its_model_at_every_size(model, pixels, tmp_path / "a")
 
 
 @pytest.mark.parametrize("case", cases())

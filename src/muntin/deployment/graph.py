@@ -12,6 +12,7 @@ from __future__ import annotations
 import ast
 import io
 import logging
+import operator
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, redirect_stderr
@@ -52,10 +53,16 @@ def _dequantize_weight(q, scale, axis: int):  # type: ignore[no-untyped-def]
     return op.DequantizeLinear(q, scale, axis=axis)
 
 
+def _floor_divide(a, b):  # type: ignore[no-untyped-def]
+    # ONNX's Div of integers rounds towards zero, as ONNX Runtime does it, and Python down: -(-height // 2) is how sizes are rounded up
+    return op.Div(op.Sub(a, op.Mod(a, b)), b)
+
+
 def _translations() -> dict[Callable[..., Any], Callable[..., Any]]:
     return {
         torch.ops.muntin.quantize_dequantize.default: _quantize_dequantize,
         torch.ops.muntin.dequantize_weight.default: _dequantize_weight,
+        operator.floordiv: _floor_divide,
     }
 
 
