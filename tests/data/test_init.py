@@ -1,6 +1,8 @@
 from __future__ import annotations
 
+import os
 import shutil
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -130,6 +132,27 @@ def test_folders_of_classes(tmp_path: Path, around: str) -> None:
     assert recipe["task"] == "classify"
     assert [entry.name for entry in source.classes] == ["cat", "dog: spotted"]
     assert (recipe["data"]["channels"], recipe["data"]["crop"]) == (1, 32)
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="elsewhere names are text")
+def test_names_that_are_no_utf_8(tmp_path: Path) -> None:
+    """As an archive of another system unpacks: a class is refused by name, a picture is as good as any."""
+    for name in ("cat", "dog"):
+        for number in range(6):
+            (tmp_path / name).mkdir(exist_ok=True)
+            write_image(tmp_path / name / f"{number}.png", np.zeros((40, 50), dtype=np.uint8))
+    (tmp_path / "cat" / "0.png").rename(tmp_path / "cat" / os.fsdecode(b"caf\xe9.png"))
+    path = write_recipe(tmp_path)
+    _, source = opened(path)
+    assert sum(len(source.split(name)) for name in SPLITS) == 12
+    path.unlink()
+    (tmp_path / "dog").rename(tmp_path / os.fsdecode(b"caf\xe9"))
+    with pytest.raises(DataError, match=r"a name in it is no UTF-8 \(the recipe would say .*caf\\udce9"):
+        write_recipe(tmp_path)
+    assert not path.exists()
+    config = DataConfig(source="folders", images=tmp_path)
+    with pytest.raises(DataError, match=r"caf\\udce9': a class is named by its folder, and this name is no UTF-8: rename it"):
+        open_source(config, root=tmp_path)
 
 
 def test_it_never_overwrites(tmp_path: Path) -> None:

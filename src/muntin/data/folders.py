@@ -8,6 +8,7 @@ split is decided by a hash of its stem and the seed alone, so that adding files 
 from __future__ import annotations
 
 import hashlib
+import os
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -269,7 +270,7 @@ def read_sample(item: Item, channels: int, mapping: MaskMapping | None) -> Sampl
 
 def split_of(key: str, seed: int, shares: Mapping[SplitName, float]) -> SplitName:
     """The split of a picture: a uniform number from the hash of seed and key falls into a share or trains."""
-    digest = hashlib.sha256(f"{seed}/{key}".encode()).digest()
+    digest = hashlib.sha256(os.fsencode(f"{seed}/{key}")).digest()  # a name is bytes, and need not be text
     place, edge = int.from_bytes(digest[:8], "big") / 2**64, 0.0
     for name in ("test", "validation"):
         edge += shares.get(name, 0.0)
@@ -311,7 +312,19 @@ def _class_folders(folder: Path) -> list[Path]:
     folders = [path for path in _entries(folder) if path.is_dir()]
     if not folders:
         raise DataError(f"{folder} holds no folders: for `classify` put the images of each class into a folder of its name")
+    for path in folders:
+        if not is_text(path.name):
+            raise DataError(f"{str(path)!a}: a class is named by its folder, and this name is no UTF-8: rename it")
     return folders
+
+
+def is_text(name: str) -> bool:
+    """Whether a name from the file system, which is bytes, is UTF-8."""
+    try:
+        name.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def _empty_split(name: SplitName, keys: Sequence[str], folder: Path, seed: int, shares: Mapping[SplitName, float]) -> str:

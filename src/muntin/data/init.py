@@ -16,7 +16,7 @@ from statistics import median
 import numpy as np
 
 from muntin.data.colors import distinct_colors
-from muntin.data.folders import RGB, FolderPair, filling_seed
+from muntin.data.folders import RGB, FolderPair, filling_seed, is_text
 from muntin.data.source import MAX_CLASSES, SplitName, Task
 from muntin.errors import DataError, RecipeError
 from muntin.runtime.images import IGNORED, IMAGE_SUFFIXES, image_size, read_image, read_mask, write_whole
@@ -79,6 +79,9 @@ def write_recipe(directory: Path | str, *, task: Task | None = None) -> Path:
         crop=_crop(pictures, layout.task),
         seed=_seed(layout),
     )
+    wrong = next((line.strip() for line in text.splitlines() if not is_text(line)), None)
+    if wrong is not None:
+        raise DataError(f"{str(root)!a}: a name in it is no UTF-8 (the recipe would say {wrong!a}): rename the folder")
     write_whole(path, text.encode())
     return path
 
