@@ -18,9 +18,10 @@ from torch.nn import functional as F  # noqa: N812 - the field's usual name
 import muntin
 from muntin import create_model
 from muntin.artifact import ClassInfo, Signature, open_artifact
+from muntin.artifact.golden import GOLDEN_SIDE
 from muntin.compression import Change, quantize
 from muntin.deployment import infer_signature
-from muntin.deployment.export import FLOAT_LIMITS, GOLDEN_SIDE, LIMITS, golden_pairs
+from muntin.deployment.export import FLOAT_LIMITS, LIMITS, golden_pairs
 from muntin.errors import ArtifactError, DataError, ExportError, MuntinError
 from muntin.runtime import describe_hardware
 from muntin.runtime.verification import replay

@@ -355,6 +355,16 @@ def test_crops_of_a_size_that_the_model_does_not_take_are_told() -> None:
     told(error)
 
 
+def test_a_model_that_can_be_trained_and_not_exported_is_noted_before() -> None:
+    fixed, free = "timm:vit_tiny_patch16_224", "timm:mobilenetv3_small_050"
+    for name, crop in ((fixed, 224), (free, 32)):
+        recipe = parse_recipe({"task": "classify", "data": {"crop": crop}, "model": {"name": name}}, where="test")
+        model = create_model(name, task="classify", classes=2)
+        notes = check_crop(model, recipe)
+        assert len(notes) == (name == fixed) and model.training
+        assert all(f"'{fixed}' takes no 48 x 48 (Input height (48) doesn't match model (224)" in note for note in notes)
+
+
 @pytest.mark.parametrize("name", ["torchvision:alexnet", "timm:coatnet_0_rw_224"])
 def test_crops_that_a_model_fails_on_are_told(name: str) -> None:
     recipe = parse_recipe({"task": "classify", "data": {"crop": 32}, "model": {"name": name}}, where="test")

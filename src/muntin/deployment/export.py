@@ -24,6 +24,7 @@ from pydantic import ValidationError
 from torch import Tensor, nn
 
 from muntin.artifact import Artifact, ClassInfo, GoldenTolerance, LayerRecord, Signature, check_target, write_artifact
+from muntin.artifact.golden import golden_sizes
 from muntin.artifact.manifest import EngineFamily, FloatPrecision
 from muntin.artifact.packing import BITS, value_range
 from muntin.compression import Change, QuantizedConv2d, QuantizedLinear, fold, quantize, remove_closed_channels
@@ -35,8 +36,6 @@ from muntin.runtime import Session, describe_hardware, load
 from muntin.runtime.session import check_shape
 from muntin.runtime.verification import find_fallbacks, replay
 
-GOLDEN_SIDE = 48
-"""Largest height and width of the golden images, pixels."""
 Limits = Mapping[FloatPrecision, GoldenTolerance]
 LIMITS: Limits = {
     "f32": GoldenTolerance(max_error=0.5, label_agreement=0.95),
@@ -192,9 +191,9 @@ def _bits_for(values: NDArray[Any]) -> int:
 
 def golden_pairs(model: nn.Module, example: Tensor) -> list[tuple[NDArray[np.uint8], NDArray[np.float32]]]:
     """Two crops of the example's first image and what the model answers to them: two sizes, so that one that was baked in is found."""
-    height, width = (min(GOLDEN_SIDE, side) for side in example.shape[2:])
+    height, width = example.shape[2:]
     pairs = []
-    for rows, columns in ((height, width), (max(1, height * 5 // 8), max(1, width * 7 // 8))):
+    for rows, columns in golden_sizes(height, width):
         images_BCHW = example[:1, :, :rows, :columns].to(torch.float32).round().clamp(0, 255).to(torch.uint8)
         scores = answer_to(model, images_BCHW)
         pairs.append((np.ascontiguousarray(images_BCHW.permute(0, 2, 3, 1).numpy()), scores.numpy()))

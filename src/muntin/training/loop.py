@@ -23,6 +23,7 @@ import torch
 from torch import nn
 
 from muntin.artifact import Signature
+from muntin.artifact.golden import golden_sizes
 from muntin.data import Crops, Source, calibration_batches, open_source, prefetch
 from muntin.data.source import Samples
 from muntin.errors import CheckpointError, RecipeError
@@ -117,11 +118,11 @@ def fit(
     anew = (f"{directory} held no checkpoint to go on from: trained from the start",) if resume and start is None else ()
     torch.manual_seed(recipe.seed)
     model = build_model(recipe, tuple(source.classes))
-    check_crop(model, recipe)
+    sizes = check_crop(model, recipe)
     precision = check_maps(model, precision, crop=recipe.data.crop, channels=recipe.data.channels, asked=recipe.training.precision)
     weights = None if start is not None else recipe.model.weights
     begun = () if weights is None else begin_with(model, root / weights)
-    notes = (*anew, *source.notes, *checked, *begun)
+    notes = (*anew, *source.notes, *checked, *sizes, *begun)
     trainer = Trainer(model, recipe.training, task=recipe.task, precision=precision)
     training = Training(trainer, recipe, source, directory=directory, root=root, start=start, report=report)
     with Interruption() as interruption:
@@ -146,21 +147,37 @@ def prepare_hardware(config: TrainingConfig, *, begun: str | None) -> Precision:
     return resolve_precision(config.precision, device, begun=begun)
 
 
-def check_crop(model: nn.Module, recipe: Recipe) -> None:
-    """Raises `RecipeError` where a foreign model does not take pictures of the size of the recipe's crops. Costs a forward pass."""
+def check_crop(model: nn.Module, recipe: Recipe) -> tuple[str, ...]:
+    """A note where a foreign model takes the crops but not every size, so that it can be trained and not exported.
+
+    Raises `RecipeError` where it does not take the crops. Costs three forward passes, two of them of small pictures.
+    """
     side = recipe.data.crop
     if not isinstance(model, ForeignModel):
-        return
-    try:
-        with torch.inference_mode():
-            model.eval()(torch.zeros(1, recipe.data.channels, side, side))
-    except (AssertionError, RuntimeError, ValueError) as error:  # a size refused; or none left on the way, or one that does not fit
-        reason = " ".join(str(error).split())[:200]
+        return ()
+    model.eval()
+    reason = _refusal(model, (1, recipe.data.channels, side, side))
+    if reason:
         raise RecipeError(
             f"data.crop {side}: '{recipe.model.name}' takes pictures of another size ({reason}): set data.crop to it, or choose a model "
             "that takes any"
-        ) from error
+        )
+    failed = [(size, why) for size in golden_sizes(side, side) if (why := _refusal(model, (1, recipe.data.channels, *size)))]
     model.train()
+    if not failed:
+        return ()
+    (height, width), reason = failed[0]
+    return (f"'{recipe.model.name}' takes no {height} x {width} ({reason}), and an artefact takes every size: it cannot be exported",)
+
+
+def _refusal(model: nn.Module, shape: tuple[int, ...]) -> str:
+    """How a model refuses pictures of a shape; empty where it does not."""
+    try:
+        with torch.inference_mode():
+            model(torch.zeros(shape))
+    except (AssertionError, RuntimeError, ValueError) as error:  # a size refused; or none left on the way, or one that does not fit
+        return " ".join(str(error).split())[:200] or type(error).__name__
+    return ""
 
 
 def _find_checkpoint(directory: Path, recipe: Recipe, resume: bool) -> Checkpoint | None:
