@@ -65,14 +65,15 @@ def test_a_report_says_on_the_terminal_what_its_page_notes(call: Call, run: Path
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="/proc/stat is Linux's")
-def test_a_report_notes_who_used_the_cores_while_it_timed(call: Call, run: Path) -> None:
+def test_a_report_notes_who_used_the_cores_while_it_timed(call: Call, run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Another process that wants all of a CPU of ours, while the report is made on that one alone."""
+    monkeypatch.setattr("muntin.runtime.contention.SHORTEST", 0.0)  # so small a model is timed in a few of the system's ticks
     told = "of the cores meanwhile: the times are too long; measure alone"
     before, cpu = os.sched_getaffinity(0), min(os.sched_getaffinity(0))
     with subprocess.Popen([sys.executable, "-c", f"import os\nos.sched_setaffinity(0, {{{cpu}}})\nwhile True: pass"]) as process:
         try:
             os.sched_setaffinity(0, {cpu})
-            for _ in range(10):  # the times of so small a model are over in a few of the system's ticks
+            for _ in range(10):
                 answer = call("report", run)
                 if told in answer.out:
                     break
