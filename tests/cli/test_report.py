@@ -6,7 +6,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -66,19 +66,16 @@ def test_a_report_says_on_the_terminal_what_its_page_notes(call: Call, run: Path
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="/proc/stat is Linux's")
 def test_a_report_notes_who_used_the_cores_while_it_timed(call: Call, run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Another process that wants all of a CPU of ours, while the report is made on that one alone."""
+    """Other processes that want all of our CPUs, one for each."""
     monkeypatch.setattr("muntin.runtime.contention.SHORTEST", 0.0)  # so small a model is timed in a few of the system's ticks
     told = "of the cores meanwhile: the times are too long; measure alone"
-    before, cpu = os.sched_getaffinity(0), min(os.sched_getaffinity(0))
-    with subprocess.Popen([sys.executable, "-c", f"import os\nos.sched_setaffinity(0, {{{cpu}}})\nwhile True: pass"]) as process:
-        try:
-            os.sched_setaffinity(0, {cpu})
-            for _ in range(10):
-                answer = call("report", run)
-                if told in answer.out:
-                    break
-        finally:
-            os.sched_setaffinity(0, before)
-            process.kill()
+    with ExitStack() as stack:
+        for cpu in os.sched_getaffinity(0):
+            words = [sys.executable, "-c", f"import os\nos.sched_setaffinity(0, {{{cpu}}})\nwhile True: pass"]
+            stack.callback(stack.enter_context(subprocess.Popen(words)).kill)
+        for _ in range(5):
+            answer = call("report", run)
+            if told in answer.out:
+                break
     assert "note      Latency: other processes used " in answer.out and f" {told}.\n" in answer.out
     assert any(told in note for note in read_report(run).notes) and told in (run / "report.html").read_text()
