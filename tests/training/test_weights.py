@@ -44,6 +44,14 @@ def test_tensors_are_found_by_the_names_that_packages_give_them(tmp_path: Path, 
     assert notes == (f"weights.safetensors: {len(own)} of the model's {len(own)} tensors are from it",)
 
 
+def test_models_that_look_at_the_version_of_their_weights_take_them(tmp_path: Path) -> None:
+    """MNASNet does, and a .safetensors file holds none."""
+    trained, fresh = (create_model("torchvision:mnasnet0_5", task="classify", classes=3) for _ in range(2))
+    save_file(apart(trained.state_dict()), tmp_path / "weights.safetensors")
+    begin_with(fresh, tmp_path / "weights.safetensors")
+    assert alike(trained.state_dict(), fresh.state_dict()) == list(trained.state_dict())
+
+
 def test_a_last_layer_for_other_classes_and_what_the_model_has_not_are_noted(tmp_path: Path) -> None:
     trained, fresh = model(0, classes=10), model(1)
     before = apart(fresh.state_dict())

@@ -93,8 +93,8 @@ def check_maps(model: nn.Module, precision: Precision, *, crop: int, channels: i
     """The precision that a model's gradients are right in: FP32 in place of "auto"'s BF16 where a kernel reaches over all of its map.
 
     There PyTorch 2.13 on CPUs (oneDNN, AVX512-BF16) reads memory that nobody wrote: a 3 x 3 convolution of stride 2 over a map of 1 x 1 has
-    a gradient that differs from call to call, is infinite or no number. Wrong were 3 x 3 with stride 2 on a side of 1, 5 x 5
-    and 7 x 7 also with stride 1 and on sides of 2 and 3; never 3 x 3 with stride 1. Costs a forward pass of one crop, in BF16 on a CPU
+    a gradient that differs from call to call, is infinite or no number. Wrong were 3 x 3 with stride 2 on a side of 1, 5 x 5 on it with
+    any stride, 7 x 7 on sides of up to 3; never 3 x 3 with stride 1. Costs a forward pass of one crop, in BF16 on a CPU
     only. Raises RecipeError where BF16 was asked for by name.
     """
     if precision.device != "cpu" or precision.dtype is not torch.bfloat16:

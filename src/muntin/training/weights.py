@@ -9,6 +9,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from muntin.errors import RecipeError
+from muntin.training.checkpoint import load_weights
 
 SUFFIX = ".safetensors"
 _WRAPPERS = ("module.", "_orig_mod.")
@@ -41,7 +42,7 @@ def begin_with(model: nn.Module, path: Path) -> tuple[str, ...]:
             raise RecipeError(f"{path}: {key} has the shape {tuple(named[key].shape)}, in the recipe's model {tuple(tensor.shape)}")
         anew.append(f"{key} ({len(named.pop(key)):,} for {len(tensor):,})")
     other = [key for key in named if key not in own]
-    model.load_state_dict({key: tensor for key, tensor in named.items() if key in own}, strict=False)
+    load_weights(model, own | {key: tensor for key, tensor in named.items() if key in own}, path)
     notes = [f"{path.name}: {len(named) - len(other)} of the model's {len(own)} tensors are from it"]
     if anew:
         notes.append(f"{path.name}: of another number of classes, begun at random: {_list(anew)}")
