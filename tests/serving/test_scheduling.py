@@ -6,11 +6,12 @@ import os
 import platform
 import sys
 import threading
+import time
 
 import pytest
 
 from muntin.serving import scheduling
-from muntin.serving.scheduling import BACK, stand_back, standing_back, take_short_turns
+from muntin.serving.scheduling import BACK, standing_back, take_short_turns
 
 LINUX = sys.platform.startswith("linux") and platform.machine() in ("x86_64", "aarch64")
 
@@ -51,13 +52,14 @@ def test_elsewhere_nothing_changes(monkeypatch: pytest.MonkeyPatch) -> None:
     assert in_thread() == [False]
 
 
-def niceness_of_threads() -> list[int]:
-    """Of a thread inside the block, of one that it starts there, and of both after it, beyond this one's."""
-    found: list[int] = []
+def standing_of_threads(*, seconds: float = 0.0) -> list[tuple[int, int]]:
+    """Policy and niceness (beyond this one's) of a thread in the block after `seconds`, of one that it starts, and of both after it."""
+    found: list[tuple[int, int]] = []
     inside, end = threading.Event(), threading.Event()
 
     def look() -> None:
-        found.append(os.getpriority(os.PRIO_PROCESS, 0) - os.getpriority(os.PRIO_PROCESS, threading.main_thread().native_id or 0))
+        mine, usual = (os.getpriority(os.PRIO_PROCESS, thread or 0) for thread in (0, threading.main_thread().native_id))
+        found.append((os.sched_getscheduler(0), mine - usual))
 
     def child() -> None:
         look()
@@ -67,6 +69,7 @@ def niceness_of_threads() -> list[int]:
 
     def run() -> None:
         with standing_back():
+            time.sleep(seconds)
             look()
             other = threading.Thread(target=child)
             other.start()
@@ -83,29 +86,19 @@ def niceness_of_threads() -> list[int]:
 
 @pytest.mark.skipif(not LINUX or not scheduling._may_come_back(), reason="the way back is not allowed here")
 def test_standing_back_ends_with_the_block_for_threads_that_were_started_in_it_too() -> None:
+    idle, usual = (os.SCHED_IDLE, 0), (os.SCHED_OTHER, 0)
+    assert standing_of_threads() == [idle, idle, usual, usual]
+
+
+@pytest.mark.skipif(not LINUX or not scheduling._may_come_back(), reason="the way back is not allowed here")
+def test_who_stands_back_for_long_gets_a_share(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(scheduling, "IDLE_S", 0.01)
     back = min(BACK, 19 - os.nice(0))  # nobody is nicer than 19
-    assert niceness_of_threads() == [back, back, 0, 0]
+    nice, usual = (os.SCHED_OTHER, back), (os.SCHED_OTHER, 0)
+    assert standing_of_threads(seconds=0.5) == [nice, nice, usual, usual]
 
 
-@pytest.mark.skipif(not LINUX, reason="each thread has its own niceness on Linux")
+@pytest.mark.skipif(not LINUX, reason="each thread has its own standing on Linux")
 def test_where_there_is_no_way_back_nobody_goes(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(scheduling, "_may_come_back", lambda: False)
-    assert niceness_of_threads() == [0, 0, 0, 0]
-
-
-@pytest.mark.skipif(not LINUX, reason="threads of other systems have no niceness of their own")
-def test_a_thread_that_stands_back_for_good_changes_nobody_else() -> None:
-    def niceness() -> int:
-        return os.getpriority(os.PRIO_PROCESS, threading.get_native_id())
-
-    found: list[int] = []
-
-    def run() -> None:
-        stand_back()
-        found.append(niceness())
-
-    thread = threading.Thread(target=run)
-    before = niceness()
-    thread.start()
-    thread.join()
-    assert (found, niceness()) == ([min(before + BACK, 19)], before)
+    assert standing_of_threads() == [(os.SCHED_OTHER, 0)] * 4

@@ -17,7 +17,7 @@ uint8 image no quantiser of scale 1 and zero point 0 (it is removed as a no-op, 
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from queue import LifoQueue
 from threading import Lock
 from typing import Any
@@ -150,6 +150,15 @@ class OpenVinoSession(Session):
             self._compiled_for(variant, new=True)
         if compute:
             super().warm_up(shapes, labels=labels)
+
+    def dismantle(self) -> Iterator[None]:
+        while True:
+            with self._lock:
+                gone = self._compiled.popitem()[1] if self._compiled else None
+            if gone is None:
+                return
+            del gone  # a model of one size takes some 20 ms of a core, and gives the process's free memory back to the system
+            yield
 
     def _compiled_for(self, variant: Variant, *, new: bool) -> _Compiled:
         """The model for an input shape: compiled if it is not and `new` allows it, otherwise the one of dynamic sizes."""

@@ -116,6 +116,13 @@ class Session(ABC):
             with ThreadPoolExecutor(max_workers=self.streams, thread_name_prefix="muntin-warm-up") as pool:
                 list(pool.map(call, [images_BHWC] * self.streams))
 
+    def dismantle(self) -> Iterator[None]:
+        """Frees what the engine holds piece by piece, one each time it is asked for the next, for those that must not be kept waiting.
+
+        Nobody may call the session any more. The rest, in an engine that holds a single piece all of it, goes with the session.
+        """
+        yield from ()
+
     @abstractmethod
     def _infer(self, images_BHWC: NDArray[np.uint8]) -> NDArray[np.float32]:
         """Scores of a checked, contiguous batch, in an array of their own."""

@@ -11,12 +11,14 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from functools import cache
 from pathlib import Path
-from threading import Thread, get_native_id
+from threading import Event, Thread, get_native_id
 
 SLICE_S = 0.0001
 """The shortest that Linux takes."""
+IDLE_S = 2.0
+"""Seconds after which a thread that stands back gets a share though no core is idle."""
 BACK = 10
-"""How much nicer a thread is that stands back: a tenth of the usual weight (kernel/sched/core.c, sched_prio_to_weight)."""
+"""How much nicer it is then: a tenth of the usual weight (kernel/sched/core.c, sched_prio_to_weight)."""
 _SET, _GET = {"x86_64": (314, 315), "aarch64": (274, 275)}.get(platform.machine(), (None, None))
 _ATTRIBUTES = struct.Struct("=IIQiIQQQ")  # sched_attr: size, policy, flags, nice, priority, runtime, deadline, period
 
@@ -41,53 +43,56 @@ def take_short_turns() -> bool:
     return bool(libc.syscall(_SET, 0, ctypes.create_string_buffer(wanted, len(wanted)), 0) == 0)
 
 
-def stand_back() -> None:
-    """From now on the calling thread, and those that it starts, get a tenth of a core that others want (Linux; elsewhere nothing changes).
-
-    For a thread that ends with what it does: the way back is not always allowed (`standing_back`).
-    """
-    if sys.platform.startswith("linux"):
-        _be_nice(0, os.getpriority(os.PRIO_PROCESS, 0) + BACK)
-
-
 @contextmanager
 def standing_back() -> Iterator[None]:
-    """Inside the block the calling thread gets a tenth of a core that others want, where it may have its full share again afterwards.
+    """Inside the block the calling thread computes only while a core has nothing else to do, where it may have its share again afterwards.
 
-    Threads that are started meanwhile, by an engine that is opened, inherit that; at the end of the block they are as others are. No less
-    than a tenth, since it runs Python, too, and the server's other threads wait where it is kept from going on. Where Linux does not allow
-    the way back (it wants CAP_SYS_NICE or a limit on niceness for it), and elsewhere, nothing changes.
+    Threads that are started meanwhile, by an engine that is opened, inherit that; at the end of the block they are as others are. After
+    `IDLE_S` all of them get a tenth of what others get, so that on cores that are never idle the block comes to an end. Where Linux does
+    not allow the way back (it wants CAP_SYS_NICE or a limit on niceness for it), and elsewhere, nothing changes.
     """
     if not _may_come_back():
         yield
         return
-    before, usual = _threads(), os.getpriority(os.PRIO_PROCESS, 0)
-    _be_nice(0, usual + BACK)
+    mine, usual, left = get_native_id(), os.getpriority(os.PRIO_PROCESS, 0), Event()
+    before = _threads()
+
+    def take_a_share() -> None:
+        if not left.wait(IDLE_S):
+            _change({mine} | (_threads() - before - {get_native_id()}), os.SCHED_OTHER, usual + BACK)
+
+    waiting = Thread(target=take_a_share, name="muntin-share")
+    waiting.start()  # before this thread stands back, or it would inherit that
+    _change({mine}, os.SCHED_IDLE, usual)
     try:
         yield
     finally:
-        back = {get_native_id()}
+        left.set()
+        waiting.join()
+        back = {mine}
         while back:
-            for thread in back:
-                _be_nice(thread, usual)
+            _change(back, os.SCHED_OTHER, usual)
             before |= back
-            back = {thread for thread in _threads() - before if _niceness(thread) != usual}  # one of them may have started others
+            # one of them may have started others
+            back = {thread for thread in _threads() - before if _standing(thread) not in (None, (os.SCHED_OTHER, usual))}
 
 
 def _threads() -> set[int]:
     return {int(path.name) for path in Path("/proc/self/task").iterdir()}
 
 
-def _niceness(thread: int) -> int | None:
-    """None where it has ended. On Linux each thread has its own."""
+def _standing(thread: int) -> tuple[int, int] | None:
+    """Policy and niceness, of which each thread of Linux has its own. None where it has ended."""
     with suppress(OSError):
-        return os.getpriority(os.PRIO_PROCESS, thread)
+        return os.sched_getscheduler(thread), os.getpriority(os.PRIO_PROCESS, thread)
     return None
 
 
-def _be_nice(thread: int, niceness: int) -> None:
-    with suppress(OSError):  # it has ended
-        os.setpriority(os.PRIO_PROCESS, thread, niceness)
+def _change(threads: set[int], policy: int, niceness: int) -> None:
+    for thread in threads:
+        with suppress(OSError):  # it has ended
+            os.sched_setscheduler(thread, policy, os.sched_param(0))
+            os.setpriority(os.PRIO_PROCESS, thread, min(niceness, 19))
 
 
 @cache
@@ -98,11 +103,14 @@ def _may_come_back() -> bool:
     def there_and_back() -> None:
         with suppress(OSError):
             usual = os.getpriority(os.PRIO_PROCESS, 0)
+            os.sched_setscheduler(0, os.SCHED_IDLE, os.sched_param(0))
+            os.sched_setscheduler(0, os.SCHED_OTHER, os.sched_param(0))
             os.setpriority(os.PRIO_PROCESS, 0, usual + 1)
             os.setpriority(os.PRIO_PROCESS, 0, usual)
             came.append(True)
 
-    if sys.platform.startswith("linux") and Path("/proc/self/task").is_dir():
+    # A server that was started with another policy, idle itself maybe, keeps it.
+    if sys.platform.startswith("linux") and Path("/proc/self/task").is_dir() and os.sched_getscheduler(0) == os.SCHED_OTHER:
         thread = Thread(target=there_and_back)
         thread.start()
         thread.join()

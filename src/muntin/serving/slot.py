@@ -26,9 +26,9 @@ from typing import NamedTuple, Self, TypeVar
 from muntin.artifact import Signature
 from muntin.errors import DataError, MuntinError, VerificationError
 from muntin.runtime.session import Session
-from muntin.serving.probation import Loader
+from muntin.serving.probation import REST, Loader
 from muntin.serving.rollout import Rollout, Tally, Verdict, judge
-from muntin.serving.scheduling import stand_back
+from muntin.serving.scheduling import take_short_turns
 from muntin.serving.telling import told_safely
 from muntin.serving.version import (
     Call,
@@ -39,6 +39,7 @@ from muntin.serving.version import (
     UnknownVersionError,
     Version,
     contract_difference,
+    rest_after,
 )
 
 HISTORY = 8
@@ -364,7 +365,7 @@ class Slot:
         if gone:
             # Freeing a model takes up to a fifth of a second, and the last lease may be given back by an event loop.
             with suppress(RuntimeError):  # there may be no new threads any more, at the end of the process: then it goes here
-                Thread(target=_let_go, args=(gone,), name="muntin-unload").start()
+                Thread(target=_let_go, args=(gone, self._closed), name="muntin-unload").start()
 
     def _lend(self, version: Version) -> Lease:
         version.leases += 1
@@ -544,10 +545,18 @@ class Slot:
             raise NotReadyError(f"{self.name}: version {version.name} was unloaded while it was on trial")
 
 
-def _let_go(sessions: list[Session]) -> None:
-    """Frees what they hold, in what time the cores have left: an engine whose threads have to share one waits at each of its layers."""
-    stand_back()
-    sessions.clear()
+def _let_go(sessions: list[Session], closed: Event) -> None:
+    """Frees what they hold a piece at a time, with rests between as when a version is opened; without where nobody is served any more.
+
+    Not at low priority: the allocator's locks are held meanwhile, and who waits for one would wait for a turn of this thread.
+    """
+    take_short_turns()
+    while sessions:
+        pieces = sessions.pop().dismantle()  # a generator: it holds the session until it ends
+        started = time.perf_counter()
+        for _ in pieces:
+            closed.wait(rest_after(started, REST))
+            started = time.perf_counter()
 
 
 def _first_line(error: BaseException) -> str:

@@ -162,7 +162,12 @@ def _step(path: Path, *, rest: float, stopped: Callable[[], bool]) -> Iterator[N
     started = time.perf_counter()
     with standing_back() if rest else nullcontext():
         yield
-    time.sleep(min(LONGEST_REST_S, rest * (time.perf_counter() - started)))
+    time.sleep(rest_after(started, rest))
+
+
+def rest_after(started: float, rest: float) -> float:
+    """Seconds to do nothing for after a step that began then (`time.perf_counter`): `rest` times as long as it took, within a bound."""
+    return min(LONGEST_REST_S, rest * (time.perf_counter() - started))
 
 
 def contract_difference(new: Signature, old: Signature, *, other_classes: bool = False) -> str:
