@@ -194,9 +194,9 @@ def test_products_in_float_say_what_other_precisions_would_take(small: Profile) 
     floating = replace(body, layer=None, precision="f32", ms=10.0, macs=400_000_000, group=PRODUCTS)
     (finding,) = of_kind(replace(small, profiled_ms=20.0, kernels=(floating,)), "float")
     assert finding.words.startswith(
-        "50% of the time (10 of 20 ms) is 1 product in FP32 that the artefact does not quantise: body (10 ms); "
+        "1 product runs in FP32, since the artefact does not quantise it, and takes 50% of the time (10 of 20 ms): body (10 ms); "
     )
-    assert "in INT8 about 2.5 ms, in BF16 about 5.0" in finding.words
+    assert "in INT8 it would take about 2.5 ms, in BF16 about 5.0" in finding.words
     assert finding.saves_ms == pytest.approx(7.5)
 
 
@@ -238,7 +238,7 @@ def test_a_layer_alone_keeps_its_name_and_nothing_is_not_told(small: Profile) ->
     body = next(kernel for kernel in small.kernels if kernel.name == "body")
     one, other = (replace(body, name=name, layer=name, precision="f32", ms=10.0, macs=400_000_000) for name in ("d.0", "e.1"))
     (finding,) = of_kind(replace(small, profiled_ms=20.0, kernels=(one, other)), "float")
-    assert "is 2 products in FP32" in finding.words
+    assert finding.words.startswith("2 products run in FP32, since the artefact does not quantise them, and take ")
     assert "d.0 (10 ms), e.1 (10 ms)" in finding.words
     tiny = replace(body, precision="i8", ms=0.0002, macs=10, inputs=body.inputs[:1], outputs=body.outputs)
     assert of_kind(replace(small, profiled_ms=0.0004, kernels=(tiny,)), "ceiling") == []

@@ -245,11 +245,14 @@ def _float_layers(profile: Profile, graph: _Graph) -> Iterator[Finding]:
     names = ", ".join(f"{name if len(group) > 1 else group[0].label} ({_ms(_sum(group))} ms)" for name, group in longest[:NAMED])
     kinds = " and ".join(sorted({PRECISIONS.get(kernel.precision, kernel.precision) for kernel in kernels}))
     half = _all_in_precision(kernels, "bf16", profile) if profile.precision == "f32" else None
-    ways = f"in INT8 about {_ms(least)} ms" + (f", in BF16 about {_ms(half)}" if half is not None and half < 0.9 * total else "")
+    run, take, they, them = ("runs", "takes", "it", "it") if len(kernels) == 1 else ("run", "take", "they", "them")
+    ways = f"in INT8 {they} would take about {_ms(least)} ms" + (
+        f", in BF16 about {_ms(half)}" if half is not None and half < 0.9 * total else ""
+    )
     yield Finding(
         kind="float",
-        words=f"{_share(total, profile)} is {_count(len(kernels), 'product')} in {kinds} that the artefact does not "
-        f"quantise: {names}{_more(len(longest) - NAMED)}; {ways}, at a cost in accuracy to be measured",
+        words=f"{_count(len(kernels), 'product')} {run} in {kinds}, since the artefact does not quantise {them}, and {take} "
+        f"{_share(total, profile)}: {names}{_more(len(longest) - NAMED)}; {ways}, at a cost in accuracy to be measured",
         saves_ms=total - least,
         kernels=_names(kernels),
     )
