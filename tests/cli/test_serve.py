@@ -162,6 +162,34 @@ def test_what_it_may_not_be_told_is_one_line(artifact: Path, tmp_path: Path, opt
     assert ended.stderr.count("\n") == 1
 
 
+@pytest.mark.parametrize(
+    ("cut_off", "said"),
+    [
+        (0, "muntin: stopped; every request that was admitted has been answered\n"),
+        (1, "muntin: stopped; 1 connection or call was still busy after 7 s and cut off; --drain-seconds gives more time\n"),
+        (3, "muntin: stopped; 3 connections or calls were still busy after 7 s and cut off; --drain-seconds gives more time\n"),
+    ],
+)
+def test_it_says_at_the_end_what_was_not_answered(call: Any, monkeypatch: pytest.MonkeyPatch, cut_off: int, said: str) -> None:
+    class Ended:
+        def __init__(self, path: Path, config: Any, **_: Any) -> None:
+            assert config.drain_seconds == 7
+            self.cut_off = cut_off
+
+        def run(self, **_: Any) -> None:
+            return
+
+    monkeypatch.setattr("muntin.serving.server.Server", Ended)
+    answer = call("serve", "artefact", "--drain-seconds", "7")
+    assert (answer.code, answer.out, answer.err) == (0, "", said)
+
+
+@pytest.mark.parametrize("seconds", ["0", "-1", "nan", "1.5", "86401"])
+def test_the_time_at_the_end_is_seconds_from_1(call: Any, seconds: str) -> None:
+    answer = call("serve", "artefact", "--drain-seconds", seconds)
+    assert (answer.code, "--drain-seconds" in answer.err) == (2, True)
+
+
 @pytest.mark.parametrize("face", ["http", "grpc"])
 def test_a_port_that_is_taken_is_one_line(artifact: Path, face: str) -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken:

@@ -251,6 +251,7 @@ def test_a_stream_does_not_hold_up_the_servers_end(path: Path, monkeypatch: pyte
         began = time.monotonic()
         server.stop()
         assert time.monotonic() - began < 20
+        assert server.cut_off == 0
         with pytest.raises(grpc.RpcError) as caught:
             next(found)
         assert (caught.value.code(), "shutting down" in caught.value.details()) == (Code.UNAVAILABLE, True)
@@ -259,6 +260,20 @@ def test_a_stream_does_not_hold_up_the_servers_end(path: Path, monkeypatch: pyte
             with pytest.raises(grpc.RpcError):
                 list(asking)
         release.set()
+
+
+def test_a_call_that_takes_longer_than_there_is_time_at_the_end_is_cut_off_and_counted(
+    path: Path, monkeypatch: pytest.MonkeyPatch, wait_until: Any
+) -> None:
+    with served(path, drain_seconds=1.0) as (server, client), slow(monkeypatch, 3.0) as begun:
+        method = next(method for method in METHODS if method.name == "ModelInfer")
+        call = client.channel.unary_unary(f"/{SERVICE}/ModelInfer", lambda m: m.SerializeToString(), method.response.FromString)
+        asked = call.future(infer(1), timeout=60.0)
+        wait_until(lambda: len(begun) == 1)
+        server.stop()
+        assert server.cut_off == 1
+        with pytest.raises(grpc.RpcError):
+            asked.result()
 
 
 @pytest.mark.skipif(not Path("/dev/fd").exists(), reason="open connections are found there")

@@ -595,6 +595,7 @@ def test_a_server_that_goes_down_ends_loads_and_both_faces_at_once(
         for thread in (*asked, stop):
             thread.join(60)
         assert told["infer"][0] == 200
+        assert server.cut_off == 0
 
 
 def listens(port: int | None) -> bool:
@@ -621,6 +622,7 @@ def test_what_takes_longer_than_there_is_time_at_the_end_is_told_so(
     thread.join(60)
     ((status, headers, body),) = told
     assert (status, headers["retry-after"], json.loads(body)) == (503, "1", {"error": "the server is shutting down"})
+    assert server.cut_off == 1
 
 
 def test_a_server_does_not_wait_for_a_decoder_beyond_the_time_at_the_end(

@@ -45,6 +45,9 @@ def serve_command(
     ] = 4,
     max_body: Annotated[int, typer.Option(min=1, max=4096, help="Megabytes of one request.")] = 64,
     max_connections: Annotated[int, typer.Option(min=1, max=65535, help="Connections at the same time.")] = 512,
+    drain_seconds: Annotated[
+        int, typer.Option(min=1, max=86400, help="Seconds that requests in flight get after SIGTERM or Ctrl-C; then they are cut off.")
+    ] = 30,
     token_file: Annotated[Path | None, typer.Option(help="File of bearer tokens, one a line; a request must carry one of them.")] = None,
     tls_certificate: Annotated[Path | None, typer.Option(help="PEM file; with --tls-key: HTTPS and gRPC over TLS.")] = None,
     tls_key: Annotated[Path | None, typer.Option(help="PEM file.")] = None,
@@ -76,6 +79,7 @@ def serve_command(
                 connections=max_connections,
             ),
             tokens=_tokens(token_file), tls_certificate=tls_certificate, tls_key=tls_key, access_log=access_log, trace=trace,
+            drain_seconds=drain_seconds,
         )  # fmt: skip
     except ValidationError as error:
         first = error.errors(include_url=False)[0]
@@ -90,7 +94,14 @@ def serve_command(
             _tell(server, config, json)
 
         server.run(up=up)
-    say("muntin: stopped; every request that was admitted has been answered")
+    say(f"muntin: stopped; {_ended(server.cut_off, drain_seconds)}")
+
+
+def _ended(cut_off: int, seconds: int) -> str:
+    if not cut_off:
+        return "every request that was admitted has been answered"
+    what = "1 connection or call was" if cut_off == 1 else f"{cut_off} connections or calls were"
+    return f"{what} still busy after {seconds} s and cut off; --drain-seconds gives more time"
 
 
 def _tokens(path: Path | None) -> tuple[str, ...]:

@@ -113,6 +113,8 @@ class GrpcFace:
         self._server.add_generic_rpc_handlers((self._handlers(),))
         self._stopping: asyncio.Task[None] | None = None
         self._streams: set[_Stream] = set()
+        self.cut_off = 0
+        """Calls that were still busy when the time at the end was over."""
         self.port = 0
 
     async def start(self, address: str) -> None:
@@ -184,6 +186,9 @@ class GrpcFace:
         self._calls += 1
         try:
             yield
+        except asyncio.CancelledError:
+            self.cut_off += self._stopping is not None
+            raise
         finally:
             self._calls -= 1
 

@@ -93,7 +93,8 @@ class Server:
         self._failed: BaseException | None = None
         self._drained_at: float | None = None
         """Until when what is in flight has time, of `time.monotonic`, once it goes down."""
-        self._http: uvicorn.Server | None = None
+        self._http: _Http | None = None
+        self._grpc: GrpcFace | None = None
         self._thread: threading.Thread | None = None
         manifest = self._manifest()
         opening = self._opening(manifest)
@@ -103,6 +104,11 @@ class Server:
         self.slot = Slot(config.name or _name_of(Path(path)), loader, rollout=config.rollout, notify=self._notify)
 
     # ---- from outside ----
+
+    @property
+    def cut_off(self) -> int:
+        """Connections and calls that were still busy when `drain_seconds` were over, and were cut off. To be asked when it has ended."""
+        return (0 if self._http is None else self._http.cut_off) + (0 if self._grpc is None else self._grpc.cut_off)
 
     def run(self, *, up: Callable[[], None] = lambda: None) -> None:
         """Serves until SIGTERM, Ctrl-C or `stop`, which end it before it listens, too. `up` is called once it listens."""
@@ -232,7 +238,7 @@ class Server:
         ending.callback(self.slot.close)
         grpc_face: GrpcFace | None = None
         if config.grpc_port is not None:
-            grpc_face = GrpcFace(
+            grpc_face = self._grpc = GrpcFace(
                 service, control, limits=limits, tokens=config.tokens, log=log, ledger=ledger, tls=self._tls(), tracing=tracing
             )
             ending.push_async_callback(grpc_face.stop, config.drain_seconds)
@@ -360,6 +366,8 @@ class _Http(uvicorn.Server):
     def __init__(self, config: uvicorn.Config, up: Callable[[], None], go_down: Callable[[], None], *, handshake: float) -> None:
         super().__init__(config)
         self._tell_up, self._go_down, self._handshake = up, go_down, handshake
+        self.cut_off = 0
+        """Connections that were still busy when the time at the end was over."""
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         await super().startup([])
@@ -379,6 +387,7 @@ class _Http(uvicorn.Server):
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         self._go_down()
         await super().shutdown(sockets)
+        self.cut_off = len(self.server_state.connections)
 
 
 def _expose(metrics: Metrics, service: Service, runner: Runner, ledger: Ledger, log: AccessLog | None) -> None:
