@@ -26,7 +26,7 @@ factories (`ablation_models.py`) that a recipe can name as its model, and no par
     verdict     on what the preset has in this place: a difference counts where it is more than twice its standard error. By score first;
                 where that tells nothing, by speed. Three seeds make a weak test: by chance alone one difference in five passes it.
 
-Then parallel blocks against serial ones of the same multiply-adds (the article claims +30 %), and networks whose closed channels are cut
+Then parallel blocks against serial ones of the same multiply-adds (+30 % is claimed for them), and networks whose closed channels are cut
 out against the base: eager PyTorch, torch.compile, deployed in FP32, BF16 and W4A8, each pair in turns; the other's time over this one's
 as the median of five passes and their range.
 

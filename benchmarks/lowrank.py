@@ -4,7 +4,7 @@
 
 One FP32 model a seed (the demonstration's, hybrid-s on earth), and from that same checkpoint, for each share of parameters and
 each criterion: the score at once, and after the recovery stage (labels and distillation, as in the demonstration).
-    cumulative   the same share of Σσ of every weight (the article's criterion), the threshold found that meets the budget
+    cumulative   the same share of Σσ of every weight (the usual criterion), the threshold found that meets the budget
     energy       the same share of Σσ²
     activation   muntin's default: least harm to the answer on calibration images, ranks allocated together
 Then layer by layer: each kind of layer alone in an INT8 artefact in OpenVINO, dense against factored, interleaved in one run.

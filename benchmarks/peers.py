@@ -25,8 +25,8 @@ Below it the IoU of each class, every variant (a hybrid's float ones, too), and 
 A row that is there already is not run again, and training that was interrupted by Ctrl-C goes on where it stood (a search begins anew).
 Rows of another machine, or of other threads, crops or batches, are refused. A model that fails is left out with the reason, and is tried
 again the next time.
-Needs `pip install 'muntin[bench]'`. Time: a model and a source take 3.75 times --minutes for three seeds (three rates at a quarter, three
-trainings), and a few minutes for timing, NNCF and scoring. Run it alone.
+Needs `pip install '.[bench]'` from a checkout. Time: a model and a source take 3.75 times --minutes for three seeds (three rates at a
+quarter, three trainings), and a few minutes for timing, NNCF and scoring. Run it alone.
 """
 
 from __future__ import annotations

@@ -379,7 +379,7 @@ def test_a_threshold_is_applied_as_it_is() -> None:
     assert torch.equal(answer(smaller, x), answer(model, x))
 
 
-def test_the_articles_threshold_keeps_most_of_a_gaussian_weight() -> None:
+def test_the_usual_threshold_keeps_most_of_a_gaussian_weight() -> None:
     """Σσ >= 0.7 of a square Gaussian matrix takes about 0.44 of its rank: almost no saving."""
     layer = nn.Linear(256, 256, bias=False)
     nn.init.normal_(layer.weight)

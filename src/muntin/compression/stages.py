@@ -9,7 +9,7 @@ writes checkpoints of its own, so that compression that was interrupted goes on 
 
     RUN/compressed/1-low-rank/checkpoints/step-...     2-w4a8/...     3-mixed/...
 
-Source: three-stage quantisation-aware training as in the article; each layer's bits are measured, not named by a rule.
+Each layer's bits are measured, not named by a rule such as “the first and the last in 16 bits”.
 """
 
 from __future__ import annotations

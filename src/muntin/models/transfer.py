@@ -8,7 +8,7 @@
 Pinned memory is what makes the copies asynchronous; PyTorch keeps and reuses it. On a CPU there is nothing to overlap: streams and events
 are no-ops there, and nothing is copied.
 
-Source: M11 of the article (pipelined cudaMemcpyAsync). Axes: B images, H W map, C channels.
+Axes: B images, H W map, C channels.
 """
 
 from __future__ import annotations
