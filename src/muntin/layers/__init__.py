@@ -1,4 +1,8 @@
-"""What a model is made of: layers that map `(B, H, W, C)` to the same shape on one device, and know no policy."""
+"""What a model is made of: layers on one device that know no policy.
+
+Attention layers and blocks map `(B, H, W, C)` to the same shape, and have a windowed form, `(S, T, C)`, that a model keeps for a whole
+stage. Convolutions, the decoder and `PixelHead` take maps `(B, C, H, W)`; gates and the operations of `ops` take what they stand between.
+"""
 
 from muntin.layers.attention import Attention
 from muntin.layers.block import ParallelBlock, Perceptron, SerialBlock

@@ -217,7 +217,7 @@ def examine(
 _X86 = (
     ("AMX", {"amx_int8", "amx_bf16"}, "INT8 and BF16 on tile units", "INT8 and BF16 run on vector units, several times slower"),
     ("VNNI", {"avx512_vnni", "avx_vnni"}, "INT8 sums in 32 bits: fast, exact", "INT8 sums of u8 x s8 may saturate in 16 bits: wrong"),
-    ("AVX512-BF16", {"avx512_bf16", "amx_bf16"}, "16-bit layers in BF16, up to twice as fast as FP32", "16-bit layers run in FP32"),
+    ("AVX512-BF16", {"avx512_bf16", "amx_bf16"}, "16-bit layers in BF16, by CPU faster or slower", "16-bit layers run in FP32"),
     ("AVX-512", {"avx512f"}, "vectors of 512 bits", "vectors of 256 bits: about half the speed"),
     ("AVX2", {"avx2"}, "vectors of 256 bits", "old kernels of 128 bits, several times slower"),
 )

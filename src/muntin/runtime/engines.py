@@ -69,7 +69,9 @@ def load(
     such kernels), "f32", "bf16" or "f16". `threads`: None for the usable physical cores. `streams`: how many calls compute at the same
     time: 1 for the lowest latency, as many as threads for the most images a second (with `Session.map`). `shapes`: the (B, H, W) to
     compile for and to compute once now, so that no call of these shapes pays for it later; None: the manifest's `example`, (): nothing.
-    `cache`: whether what the engine compiles is kept in the user's cache, and taken from it.
+    `dynamic`, of OpenVINO alone: True: sizes that are not in `shapes` are computed as they come, which is slower, and no call waits while
+    the engine compiles; False: the first call of a size compiles for it. `cache`: whether what the engine compiles is kept in the user's
+    cache, and taken from it.
 
     Raises ArtifactError for an altered artefact, DataError for an unknown engine, precision or number of threads, streams or shape,
     DependencyError when the engine is not installed or the machine lacks the precision or the device asked for.
