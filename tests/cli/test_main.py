@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import importlib.metadata
 import json
 import subprocess
 import sys
@@ -20,6 +21,11 @@ def test_help_lists_every_command(call: Call) -> None:
     for name in ("demo", "init", "fit", "evaluate", "export", "verify", "predict", "report", "models"):
         assert name in COMMANDS
         assert name in answer.out
+
+
+def test_the_version_is_that_of_the_package(call: Call) -> None:
+    answer = call("--version")
+    assert (answer.code, answer.out, answer.err) == (0, f"muntin {importlib.metadata.version('muntin')}\n", "")
 
 
 @pytest.mark.parametrize("name", COMMANDS)

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable
+from typing import Annotated
 
 import typer
 
 from muntin.cli.bench import bench_command
 from muntin.cli.compress import compress_command
-from muntin.cli.console import say
+from muntin.cli.console import out, say
 from muntin.cli.deploy import export_command, predict_command, verify_command
 from muntin.cli.machine import doctor_command
 from muntin.cli.models import init_command, models_command
@@ -20,11 +21,26 @@ from muntin.cli.train import evaluate_command, fit_command
 from muntin.errors import MuntinError
 
 app = typer.Typer(
-    help="Make vision models small and fast, and prove it on what is deployed.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
 )
+
+
+def _tell_version(asked: bool) -> None:
+    if asked:
+        from importlib.metadata import version
+
+        out.print(f"muntin {version('muntin')}", markup=False)
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    version: Annotated[bool, typer.Option("--version", callback=_tell_version, is_eager=True, help="Print the version and end.")] = False,
+) -> None:
+    """Make vision models small and fast, and prove it on what is deployed."""
+
 
 _EXTRAS = {
     "train": ("torch", "torchvision", "onnxscript", "timm", "torchmetrics", "tensorboard"),
