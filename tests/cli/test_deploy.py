@@ -98,6 +98,11 @@ def test_verify_says_what_it_checked(call: Call, exported: Any) -> None:
 
 def test_verify_takes_an_engine_a_precision_and_threads(call: Call, exported: Any) -> None:
     document = call("verify", exported.artifact, "--engine", "onnxruntime", "--threads", "1", "--json").document()
+    assert document["layers"] == []
+    (note,) = document["notes"]
+    assert note == "the layers were not checked one by one, which is done in openvino only: leave out --engine for it"
+    assert f"note      {note}\n" in call("verify", exported.artifact, "--engine", "onnxruntime").out
+    assert call("verify", exported.artifact, "--json").document()["notes"] == []
     assert document["engine"].startswith("onnxruntime")
     document = call("verify", exported.artifact, "--precision", "f32", "--json").document()
     assert document["precision"] == "f32"

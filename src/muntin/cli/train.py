@@ -93,7 +93,10 @@ def evaluate_command(
     checkpoint: Annotated[Path, typer.Argument(help="A run's folder or one of its checkpoints.")],
     split: Annotated[str, typer.Option(help="train, validation or test.")] = "test",
     artifact: Annotated[Path | None, typer.Option(help="Evaluate this artefact instead, on the checkpoint's data.")] = None,
-    engine: Annotated[str | None, typer.Option(help="The artefact's engine, openvino by default, or onnxruntime.")] = None,
+    engine: Annotated[
+        str | None,
+        typer.Option(help="The artefact's engine: openvino, the default, onnxruntime, onnxruntime-cuda or onnxruntime-tensorrt."),
+    ] = None,
     tile: Annotated[int | None, typer.Option(min=1, help="Side of the tiles, pixels; twice the training crop by default.")] = None,
     json: Json = False,
 ) -> None:
