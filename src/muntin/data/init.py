@@ -127,12 +127,12 @@ def _classify_layout(base: Path, others: dict[str, Path | None]) -> Layout | Non
 TAIL = [
     "",
     "model:",
-    "  name: hybrid-s  # hybrid-xs and hybrid-xxs are faster, hybrid-m more accurate; `muntin models` lists them all",
+    "  name: hybrid-s  # hybrid-xs and hybrid-xxs are smaller and faster, hybrid-m is larger; `muntin models` lists them all",
     "",
     "training:",
     "  steps: 2000  # batches to train on; `minutes: 30` beside it ends the run then, if it has not ended before",
     "  batch_size: 16  # crops in a batch; halve it if memory runs out",
-    "  learning_rate: 0.003  # the highest; it warms up to it and falls along a cosine",
+    "  learning_rate: 0.004  # the highest; it warms up to it and falls along a cosine",
     "  precision: auto  # 16-bit where this machine is fast at it; fp32 to switch that off",
     "",
     "quantization:",
@@ -140,7 +140,7 @@ TAIL = [
     "",
     "compression:  # what `muntin compress` does after `muntin fit`: low rank, 4-bit weights, more bits where they are needed",
     "  low_rank: {parameters: 0.35}  # share of the parameters to keep; null: keep the layers as they are",
-    "  average_bits: 4.8  # of a weight; 4 is the least, more is larger and more accurate",
+    "  average_bits: 4.8  # of a weight; 4 is the least, more is larger",
     "",
 ]
 
@@ -149,7 +149,8 @@ def _head(name: str, task: str) -> list[str]:
     return [
         "# A recipe for muntin, written by `muntin init`. Check the names below, then run",
         f"#     muntin fit {RECIPE_NAME}",
-        "# Its progress line tells how long it will take. Lines can be left out: what they say is then the default.",
+        "# Its progress line tells how long it will take. What is left out has its default, which may be another value than the one here;",
+        "# docs/recipe.md lists all keys with theirs.",
         "",
         f"name: {json.dumps(name, ensure_ascii=False)}  # the run's results go to runs/ under this name",
         f"task: {task}  # segment: a class for every pixel; classify: one class for the picture",
@@ -179,7 +180,7 @@ def recipe_text(
             if layout.base.masks is None
             else [f"  masks: {_quoted(layout.base.masks, root)}  # a mask has the stem of its image: a.jpg and a.png"]
         ),
-        _split_line("validation", "compares checkpoints", layout.validation, layout, root),
+        _split_line("validation", "is scored while it trains and chooses nothing", layout.validation, layout, root),
         _split_line("test", "is looked at once, at the end", layout.test, layout, root),
     ]
     if layout.validation is None or layout.test is None:
