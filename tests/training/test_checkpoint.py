@@ -160,6 +160,17 @@ def test_a_field_that_is_not_known_here_is_named(tmp_path: Path, save_step: Save
     assert "recipe.training.gate_cost: Extra inputs are not permitted: corrupted, or written by another version of muntin" in mistake(path)
 
 
+def test_a_checkpoint_whose_recipe_has_a_scale_is_read(tmp_path: Path, save_step: Save, recipe: Recipe) -> None:
+    path = save_step(tmp_path, 1)
+    other = recipe.model_dump(mode="json")
+    other["model"]["scale"] = 1  # all that could be trained, in recipes that had the key
+    rewrite(path, recipe=other)
+    assert read_checkpoint(path).recipe == recipe
+    other["model"]["scale"] = 2
+    rewrite(path, recipe=other)
+    assert "recipe.model.scale: Extra inputs are not permitted" in mistake(path)
+
+
 def test_weights_of_another_model_are_told(tmp_path: Path, save_step: Save, recipe: Recipe) -> None:
     path = save_step(tmp_path, 1)
     other = recipe.model_dump(mode="json")

@@ -322,7 +322,7 @@ def test_the_task_of_the_data_must_be_the_recipe_s(tmp_path: Path, tiny: Any) ->
     [
         ("model.name=hybrid-sx", "did you mean 'hybrid-"),
         ("model.options={dim: [32]}", "unknown option 'dim': did you mean 'dims'?"),
-        ("model.scale=2", "scale=2"),
+        ("model.scale=2", "unknown key 'model.scale'"),
     ],
 )
 def test_a_model_that_cannot_be_made_is_told(tmp_path: Path, tiny: Any, override: str, says: str) -> None:

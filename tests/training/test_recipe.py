@@ -75,7 +75,7 @@ def test_an_unknown_key_is_told_with_the_nearest(place: str, near: str) -> None:
 
 def test_an_unknown_key_near_none_names_all() -> None:
     text = mistake(changed("model.zzz", 1))
-    assert text == "unknown key 'model.zzz'; known here: name, scale, options, weights"
+    assert text == "unknown key 'model.zzz'; known here: name, options, weights"
 
 
 def test_an_unknown_key_is_told_before_other_mistakes() -> None:
@@ -99,7 +99,6 @@ def test_an_unknown_key_is_told_before_other_mistakes() -> None:
         ("training.threads", 0, "greater than or equal to 1"),
         ("quantization.min_sqnr_db", -1, "greater than or equal to 0"),
         ("quantization.calibration_images", 0, "greater than or equal to 1"),
-        ("model.scale", 5, "less than or equal to 4"),
         ("data.source", "mars", "'earth', 'earth:climate', 'earth:shore' or 'folders' (got 'mars')"),
         ("data.validation", 2, "less than 1 (got 2)"),
         ("data.classes.1.color", [1, 2, 300], "less than or equal to 255 (got 300)"),

@@ -104,7 +104,6 @@ def build_model(recipe: Recipe, classes: tuple[ClassInfo, ...]) -> nn.Module:
         task=recipe.task,
         classes=max(1, len(classes)),
         channels=recipe.data.channels,
-        scale=choice.scale,
         options=choice.options,
     )
 
@@ -112,7 +111,7 @@ def build_model(recipe: Recipe, classes: tuple[ClassInfo, ...]) -> nn.Module:
 def make_signature(recipe: Recipe, classes: tuple[ClassInfo, ...]) -> Signature:
     """What goes in and comes out of a model trained by a recipe."""
     side = recipe.data.crop if recipe.task == "classify" else None
-    return Signature(task=recipe.task, channels=recipe.data.channels, scale=recipe.model.scale, classes=classes, side=side)
+    return Signature(task=recipe.task, channels=recipe.data.channels, classes=classes, side=side)
 
 
 def check_classes(checkpoint: Checkpoint, source: Source) -> None:
@@ -204,7 +203,7 @@ def read_checkpoint(path: Path | str) -> Checkpoint:
             raise CheckpointError(
                 f"{path}: checkpoint format {content['format']} is newer than this muntin reads ({FORMAT}): upgrade muntin"
             )
-        state = CheckpointState.model_validate(content)
+        state = CheckpointState.model_validate(_without_scale(content))
     except OSError as error:
         raise CheckpointError(f"{path / STATE}: {error.strerror}") from error
     except ValidationError as error:
@@ -221,6 +220,15 @@ def read_checkpoint(path: Path | str) -> Checkpoint:
             f"{path / STATE}: corrupted (its sha256 is not the recorded one); use an older step beside it, or train again"
         )
     return Checkpoint(path=path, state=state, tensors={name: _read(path, name, state) for name in (MODEL, AVERAGE, OPTIMIZER)})
+
+
+def _without_scale(content: Any) -> Any:
+    """What a checkpoint says, without the `model.scale: 1` that recipes had: no other value could be trained."""
+    recipe = content.get("recipe") if isinstance(content, dict) else None
+    model = recipe.get("model") if isinstance(recipe, dict) else None
+    if not isinstance(recipe, dict) or not isinstance(model, dict) or model.get("scale") != 1:
+        return content
+    return {**content, "recipe": {**recipe, "model": {key: value for key, value in model.items() if key != "scale"}}}
 
 
 def digest_of(content: dict[str, Any]) -> str:

@@ -16,7 +16,6 @@ class ModelChoice(BaseModel):
     name: Annotated[str, Field(description="a preset (`muntin models`), timm:NAME, torchvision:NAME or package.module:factory")] = (
         "hybrid-s"
     )
-    scale: Annotated[int, Field(ge=1, le=4, description="output size over input size; restore only")] = 1
     options: Annotated[dict[str, Any], Field(description="fields of ModelConfig that replace the preset's")] = {}
     weights: Annotated[Path | None, Field(description="a .safetensors file of weights that training begins with; unset: random ones")] = (
         None
