@@ -16,6 +16,7 @@ from muntin.data.init import find_layout, write_recipe
 from muntin.data.source import SPLITS
 from muntin.errors import DataError, RecipeError
 from muntin.runtime.images import write_image
+from muntin.training.config import TrainingConfig
 
 
 def fill(folder: Path, masks: list[np.ndarray[Any, np.dtype[np.uint8]]], names: tuple[str, str] = ("images", "masks")) -> None:
@@ -54,6 +55,13 @@ def test_images_and_masks(tmp_path: Path) -> None:
     assert [entry["name"] for entry in data["classes"]] == ["class-0", "class-1", "class-2"]
     assert len(source.classes) == 3
     assert sum(len(source.split(name)) for name in SPLITS) == 10
+
+
+def test_it_trains_at_the_default_rate_and_says_that_defaults_may_differ(tmp_path: Path) -> None:
+    fill(tmp_path, masks_of([0, 1]))
+    text = write_recipe(tmp_path).read_text()
+    assert yaml.safe_load(text)["training"]["learning_rate"] == TrainingConfig().learning_rate
+    assert "which may be another value than the one here" in text
 
 
 def test_every_line_of_values_is_explained(tmp_path: Path) -> None:
