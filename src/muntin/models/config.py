@@ -13,7 +13,7 @@ Positive = Annotated[int, Field(ge=1)]
 class ModelConfig(BaseModel):
     """The structure of a `HybridNet`. Strides are in input pixels; channels and depths are counts."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
 
     task: Task = "segment"
     classes: Annotated[int, Field(ge=1, le=255, description="K, the classes of segment and classify; unused by restore")] = 2
@@ -28,12 +28,19 @@ class ModelConfig(BaseModel):
     depths: tuple[Positive, ...] = (4, 2)
     """Blocks of each attention stage."""
     attention: Literal["hybrid", "local", "global", "dense"] = "hybrid"
+    """Windows and latents side by side, either of them alone, or all tokens with all."""
     block: Literal["parallel", "serial"] = "parallel"
+    """Whether attention and perceptron read one norm at once, or one after the other."""
     head_dim: Positive = 64
+    """Channels of an attention head, of which `dims` are multiples."""
     window: Positive = 8
+    """Side of the windows, tokens."""
     latents: Positive = 32
+    """Latents that exchange with the whole map."""
     mlp_ratio: Annotated[float, Field(gt=0, le=8)] = 2.0
+    """Width of the perceptrons, over that of their stage."""
     gate: bool = True
+    """Channel gates, which `training.gate_budget` closes."""
     decoder: Positive = 64
     """Channels of the decoder."""
     finest: Literal[4, 8] = 4

@@ -28,8 +28,8 @@ class Recipe(BaseModel):
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", description="names the run's folder: letters, digits, . _ -")] = (
         "run"
     )
-    task: Task = "segment"
-    seed: Annotated[int, Field(ge=0, lt=2**31)] = 0
+    task: Annotated[Task, Field(description="segment: a class for every pixel; classify: one class for a picture")] = "segment"
+    seed: Annotated[int, Field(ge=0, lt=2**31, description="of the weights, the crops and their order")] = 0
     data: DataConfig = DataConfig()
     model: ModelChoice = ModelChoice()
     training: TrainingConfig = TrainingConfig()

@@ -1,0 +1,52 @@
+"""docs/recipe.md says what the models say that check a recipe."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+from pydantic import BaseModel
+
+from muntin.data.config import Augmentation, DataConfig
+from muntin.data.folders import ClassSpec, FolderPair
+from muntin.models.config import ModelConfig
+from muntin.training.config import CompressionConfig, LowRankConfig, ModelChoice, QuantizationConfig, StageConfig, TrainingConfig
+from muntin.training.recipe import Recipe
+from muntin.training.reference import recipe_reference
+
+PAGE = Path(__file__).parents[2] / "docs" / "recipe.md"
+PARTS: tuple[type[BaseModel], ...] = (
+    *(Recipe, DataConfig, Augmentation, ClassSpec, FolderPair, ModelChoice, TrainingConfig, QuantizationConfig, CompressionConfig),
+    *(LowRankConfig, StageConfig),
+)
+
+
+def test_the_page_is_up_to_date() -> None:
+    made = recipe_reference()
+    assert PAGE.read_text(encoding="utf-8") == made, "write it anew: python -m muntin.training.reference > docs/recipe.md"
+
+
+def test_the_command_writes_the_page() -> None:
+    done = subprocess.run([sys.executable, "-m", "muntin.training.reference"], capture_output=True, text=True, check=True)
+    assert (done.stdout, done.stderr) == (recipe_reference(), "")
+
+
+def test_every_key_is_there_and_explained() -> None:
+    rows = [line.split(" | ") for line in recipe_reference().splitlines() if line.startswith("| `")]
+    told = {row[0].removeprefix("| ").strip("`") for row in rows}
+    fixed = {"task", "classes", "channels", "scale"}  # of a model: the recipe says them elsewhere
+    assert told >= {key for part in PARTS for key in part.model_fields} | (set(ModelConfig.model_fields) - fixed)
+    assert not [row for row in rows if len(row) != 4 or len(row[3].rstrip(" |")) < 5]
+
+
+def test_ranges_and_defaults_are_those_that_are_checked() -> None:
+    page = recipe_reference()
+    assert re.search(r"\| `learning_rate` \| number above 0 to 1 \| `0\.004` \|", page)
+    assert re.search(r"\| `warmup` \| number from 0 below 1 \| `0\.08` \|", page)
+    assert re.search(r"\| `images` \| path \| needed \|", page)
+    assert "| `precision` | `auto`, `fp32`, `bf16`, `fp16` |" in page
+    for stage, share in (("recover", "0.2"), ("quantize", "0.05"), ("mix", "0.25")):  # each has a default of its own
+        section = page.partition(f"## compression.{stage}\n")[2]
+        assert f"| `share` | number from 0 to 10 | `{share}` |" in section.partition("## ")[0]
