@@ -390,7 +390,11 @@ class Service:
             nonlocal given
             given = self._clock()
             lease.release()
-            mailbox.put(settle, answer)
+            try:
+                mailbox.put(settle, answer)
+            except RuntimeError:
+                if not mailbox.loop.is_closed():  # else it was computed when the time at the end was over, and nobody waits
+                    raise
 
         def cancel() -> bool:
             nonlocal silent
