@@ -158,11 +158,11 @@ class GrpcFace:
     def _guarded(self, method: Method, handler: Handler) -> Callable[[Any, Context], Awaitable[None]]:
         """The handler of a method with what it is asked read from the wire, its answer sent, and its errors as gRPC statuses."""
 
-        async def handle(_: Any, context: Context) -> None:
+        async def handled(context: Context) -> ProtocolError | None:
             try:
                 if method.name in _OPEN:
                     await self._send(await handler(method.request(), _Call(context, time.monotonic())), context)
-                    return
+                    return None
                 with self._counted():
                     wire = await self._message(context)
                     call = _Call(context, time.monotonic())
@@ -173,7 +173,13 @@ class GrpcFace:
             except grpc.aio.BaseError:  # the call is over
                 raise
             except Exception as error:  # noqa: BLE001 - what grpc makes of it tells the client too much, and the loop nothing
-                await _abort(context, error if isinstance(error, ProtocolError) else _fault(error))
+                return _told(error)
+            return None
+
+        async def handle(_: Any, context: Context) -> None:
+            error = await handled(context)
+            if error is not None:  # grpc keeps what aborts, and the frames that do, in a circle: the message is in none of them
+                await _abort(context, error)
 
         return handle
 
@@ -307,6 +313,12 @@ class GrpcFace:
         return answered
 
     async def _stream(self, _: Any, context: Context) -> None:
+        error = await self._ran(context)
+        if error is not None:
+            await _abort(context, error)
+
+    async def _ran(self, context: Context) -> ProtocolError | None:
+        """Answers a stream until it ends; the error that it ends with."""
         try:
             with self._counted():
                 stream = _Stream(self._streamed, context, self._bounds.idle_seconds, self._ledger, self.port)
@@ -316,7 +328,8 @@ class GrpcFace:
                 finally:
                     self._streams.discard(stream)
         except ProtocolError as error:
-            await _abort(context, error)
+            return _told(error)
+        return None
 
     async def _streamed(self, wire: bytes, call: _Call) -> messages.ModelStreamInferResponse:
         """The answer to one message of a stream, or the error, which ends nothing but this request."""
@@ -326,9 +339,8 @@ class GrpcFace:
                 request = self._asked(wire, call)
                 answer = messages.ModelStreamInferResponse(infer_response=await self.infer(request, call))
         except Exception as error:  # noqa: BLE001 - the stream has other requests
-            told = error if isinstance(error, ProtocolError) else _fault(error)
             answer = messages.ModelStreamInferResponse(
-                error_message=str(told), infer_response=messages.ModelInferResponse(id=request.id, model_name=request.model_name)
+                error_message=str(_told(error)), infer_response=messages.ModelInferResponse(id=request.id, model_name=request.model_name)
             )
         answer.infer_response.parameters["triton_final_response"].bool_param = True
         return answer  # the only one to its request, so the last
@@ -535,6 +547,13 @@ def _fault(error: Exception) -> ProtocolError:
     """What a client is told of an error that nobody foresaw: no more than its kind. All of it is reported to the loop."""
     asyncio.get_running_loop().call_exception_handler({"message": "a call failed", "exception": error})
     return ProtocolError(f"the server failed ({type(error).__name__})", status=500)
+
+
+def _told(error: Exception) -> ProtocolError:
+    """What a client is told of an error. Without where it was raised and why: whoever keeps that keeps the message, and what it became."""
+    told = error if isinstance(error, ProtocolError) else _fault(error)
+    told.__cause__ = told.__context__ = None
+    return told.with_traceback(None)
 
 
 async def _abort(context: Context, error: ProtocolError) -> None:

@@ -564,5 +564,8 @@ async def _awaited(begin: Callable[[Callable[[Any], None]], Cancel]) -> Any:
         cancel()
         raise
     if isinstance(answer, Exception):
-        raise answer
+        try:
+            raise answer
+        finally:
+            del answer, found  # an error holds this frame by its traceback, and with it what was asked
     return answer
