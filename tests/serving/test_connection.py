@@ -326,6 +326,24 @@ def test_empty_lines_keep_no_connection_open(served: Served) -> None:
         assert time.monotonic() - began < BOUNDS.idle_seconds / 2
 
 
+@pytest.mark.parametrize("how", ["chunks", "length", "known"])
+def test_of_a_body_that_breaks_off_nothing_is_kept(served: Served, how: str) -> None:
+    """Nor until the cyclic collector comes: a connection and its requests are circles."""
+    if how == "known":
+        served.ask(post(b"x" * 5000))
+    with closing(served.connect()) as client:
+        if how == "chunks":
+            client.sendall(b"POST / HTTP/1.1\r\nHost: a\r\nTransfer-Encoding: chunked\r\n\r\n1388\r\n" + b"x" * 4000)
+        else:
+            client.sendall(post(b"x" * 4000, length=5000))
+        wait(lambda: served.ledger.held >= 4000)
+        (connection,) = served.server.server_state.connections
+        cycle: Any = connection.cycle  # type: ignore[union-attr]
+    wait(lambda: not served.server.server_state.connections)
+    assert len(cycle.body) == len(cycle.whole) == 0
+    assert not served.ledger.held
+
+
 EXTENDED = b"1;a=bcdefghijklmnopqrst\r\nx\r\n"
 
 

@@ -619,6 +619,11 @@ class BoundedConnection(HttpToolsProtocol):
         """Nobody reads the answers of this connection any more: what computes them is told, and what they held is free."""
         for cycle in list(self._held):
             self._release(cycle)
+        for waiting in (self.cycle, *(queued for queued, _ in self.pipeline)):
+            if waiting is not None:  # in a circle with this connection: its body would stay until that is collected
+                waiting.body = waiting.whole = memoryview(b"")
+        self.pipeline.clear()
+        self._turn = None
         if self._running is not None and not self._running[0].response_complete:
             cycle, stop = self._running
             cycle.disconnected = True
