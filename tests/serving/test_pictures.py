@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import io
+import sys
 import threading
 from collections.abc import Callable
 from pathlib import Path
@@ -130,6 +132,32 @@ def test_too_many_pixels_are_told_apart(slot: Slot) -> None:
 
     assert asyncio.run(ask(picture(101))) == 413
     assert asyncio.run(ask(b"x")) == 400
+
+
+@pytest.mark.parametrize("made", [lambda: b"no picture" * 10, lambda: picture(101), lambda: picture(50)[:-30]])
+def test_a_picture_that_is_refused_is_not_kept(slot: Slot, made: Callable[[], bytes]) -> None:
+    """Nor until the cyclic collector comes."""
+    content = made()
+
+    async def ask() -> int:
+        service: Any = Stuck(slot)
+        pictures = Pictures(service)
+        try:
+            await pictures.answer(content, {})
+        except ProtocolError:
+            pass
+        else:
+            pytest.fail("it is no picture that is taken")
+        pictures.close()
+        await asyncio.sleep(0.05)  # its thread goes
+        return sys.getrefcount(content)
+
+    gc.disable()
+    try:
+        before = sys.getrefcount(content)
+        assert asyncio.run(ask()) <= before
+    finally:
+        gc.enable()
 
 
 @pytest.mark.parametrize("by", ["the client", "the server"])

@@ -47,7 +47,7 @@ from muntin.serving.grpc_codec import (
     server_message,
     statistics_message,
 )
-from muntin.serving.protocol import InferRequest, Limits, ProtocolError
+from muntin.serving.protocol import InferRequest, Limits, ProtocolError, bare
 from muntin.serving.service import Answered, RefusedRequestError, Service
 from muntin.serving.tokens import Tokens
 from muntin.serving.tracing import Tracing
@@ -550,10 +550,8 @@ def _fault(error: Exception) -> ProtocolError:
 
 
 def _told(error: Exception) -> ProtocolError:
-    """What a client is told of an error. Without where it was raised and why: whoever keeps that keeps the message, and what it became."""
-    told = error if isinstance(error, ProtocolError) else _fault(error)
-    told.__cause__ = told.__context__ = None
-    return told.with_traceback(None)
+    """What a client is told of an error."""
+    return bare(error if isinstance(error, ProtocolError) else _fault(error))
 
 
 async def _abort(context: Context, error: ProtocolError) -> None:

@@ -27,7 +27,7 @@ from muntin.errors import DataError
 from muntin.runtime import predict
 from muntin.runtime.images import TooManyPixelsError, decode_image, encode_png, overlay, pixel_count
 from muntin.serving.json_codec import encode_json
-from muntin.serving.protocol import ProtocolError, shown
+from muntin.serving.protocol import ProtocolError, bare, shown
 from muntin.serving.service import PRIORITY, RefusedRequestError, Service
 from muntin.serving.slot import Lease
 from muntin.serving.version import Version
@@ -90,7 +90,10 @@ class Pictures:
             through.give_up()
             task.add_done_callback(lambda task: task.cancelled() or task.exception())  # nobody else asks what came of it
             raise
-        return task.result()
+        try:
+            return task.result()
+        finally:
+            del task  # an error holds this frame by its traceback, and its task holds the error
 
     def close(self, timeout: float | None = None) -> None:
         """Gives up what is in the works, and waits for its threads: as long as decoding or encoding takes, `timeout` seconds at most."""
@@ -124,11 +127,11 @@ class Pictures:
                     through.check()
                     return await loop.run_in_executor(self._threads, _encoded, image, answer, output, through)
         except _GivenUpError as error:
-            raise RefusedRequestError("the server is shutting down: send the picture to another one") from error
+            raise RefusedRequestError("the server is shutting down: send the picture to another one") from bare(error)
         except TooManyPixelsError as error:
-            raise ProtocolError(str(error), status=413) from error
+            raise ProtocolError(str(error), status=413) from bare(error)
         except DataError as error:
-            raise ProtocolError(str(error)) from error
+            raise ProtocolError(str(error)) from bare(error)
 
     def _predicted(self, through: _Through, image: NDArray[np.uint8]) -> NDArray[Any]:
         if through.signature.task == "classify":
@@ -152,22 +155,25 @@ class _Threads(Executor):
         self._running.add(future)
         future.add_done_callback(self._running.discard)
 
-        def run() -> None:
-            if not future.set_running_or_notify_cancel():
-                return
-            try:
-                answer = fn(*args, **kwargs)
-            except BaseException as error:  # noqa: BLE001 - whoever waits raises it
-                future.set_exception(error)
-            else:
-                future.set_result(answer)
-
-        threading.Thread(target=run, name="muntin-picture", daemon=True).start()
+        threading.Thread(target=_run, args=(future, fn, args, kwargs), name="muntin-picture", daemon=True).start()
         return future
 
     def join(self, timeout: float | None) -> None:
         """Waits for the calls that go on, so many seconds at most."""
         wait(tuple(self._running), timeout)
+
+
+def _run(future: Future[Any], fn: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    if not future.set_running_or_notify_cancel():
+        return
+    try:
+        answer = fn(*args, **kwargs)
+    except BaseException as error:  # noqa: BLE001 - whoever waits raises it
+        future.set_exception(error)
+    else:
+        future.set_result(answer)
+    finally:
+        del future  # an error holds this frame by its traceback
 
 
 class _Room:
@@ -252,6 +258,9 @@ class _Through:
             return asked.result()
         except CancelledError as error:
             raise _GivenUpError("the picture was given up") from error
+        finally:
+            del asked  # an error holds this frame by its traceback
+            self._asked = None
 
     async def _computed(self, images: NDArray[np.uint8], labels: bool) -> NDArray[Any]:
         lease = Lease(self.version, _keep)  # whoever answers the picture holds the real one until the last of its tiles

@@ -17,7 +17,7 @@ import sys
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from types import MappingProxyType
-from typing import Any
+from typing import Any, TypeVar
 
 from numpy.typing import NDArray
 
@@ -57,6 +57,9 @@ _SHOWN = 48
 """Characters of a client's text that an error repeats."""
 
 
+Raised = TypeVar("Raised", bound=BaseException)
+
+
 class ProtocolError(MuntinError):
     """A request cannot be read, or an answer cannot be given in the form asked for. `status`: the HTTP status, a key of `GRPC_CODES`."""
 
@@ -74,6 +77,13 @@ class ProtocolError(MuntinError):
     def outcome(self) -> str:
         """What a request that ends with it is counted as."""
         return "refused" if self.status == 503 else "failed" if self.status >= 500 else "wrong"
+
+
+def bare(error: Raised) -> Raised:
+    """An error without where it was raised, and why: the frames that it was raised through hold what was asked, megabytes of it, for as
+    long as anybody keeps it."""
+    error.__cause__ = error.__context__ = None
+    return error.with_traceback(None)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
