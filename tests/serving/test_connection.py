@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
+import numpy as np
 import pytest
 import uvicorn
 
@@ -60,6 +61,9 @@ class Echo:
             return lambda: None
         if scope["path"] == "/medium":
             reply(200, [], [MEDIUM])
+            return lambda: None
+        if scope["path"] == "/row":
+            reply(200, [], [b"row: ", np.zeros((2, 100_000), np.uint8)[1:].reshape(-1).data])
             return lambda: None
         if scope["path"] != "/slow":
             reply(200, [], [answer(body)])
@@ -401,6 +405,7 @@ def test_answers_that_are_not_read_count_in_what_is_held(served: Served) -> None
         wait(lambda: served.ledger.held > LARGE // 2)
         assert served.ledger.held <= LARGE + 1000
         assert b" 503 " in served.ask(post(b"other"))
+        assert b" 200 " in served.ask(b"GET / HTTP/1.1\r\nHost: a\r\n\r\n")  # which holds nothing
     wait(lambda: served.ledger.held == 0)
     with narrow(served) as (client, transport):
         transport.set_write_buffer_limits(high=1000)  # few bytes are many, so that they are read in time on any machine
@@ -416,6 +421,32 @@ def test_answers_that_are_not_read_count_in_what_is_held(served: Served) -> None
         wait(lambda: served.ledger.held == 0)
         client.sendall(post(b"again"))
         assert read_json(read(client)) == [5, "again"]
+
+
+@pytest.mark.parametrize("leaves", [100_000, 100])
+def test_who_does_not_read_keeps_the_answer_to_all_of_a_batch(served: Served, leaves: int) -> None:
+    if not served.direct:
+        pytest.skip("what goes by ASGI is copied")
+    with narrow(served) as (client, _):
+        client.sendall(post(b"", "/row"))
+        left, found = 100_000 - leaves, b""
+        while left > len(found):
+            found += client.recv(min(1000, left - len(found)))
+        wait(lambda: served.ledger.held == 200_005 or leaves == 100)
+        while not found.endswith(bytes(100_000)):
+            assert served.ledger.held in (0, 200_005)
+            found += client.recv(65536)
+        wait(lambda: not served.ledger.held)
+
+
+def test_an_array_of_which_several_clients_are_sent_parts_counts_once() -> None:
+    ledger, array = Ledger(BOUNDS), np.zeros(1000)
+    for _ in range(3):
+        ledger.keep(array)
+    assert ledger.held == array.nbytes
+    for held in (array.nbytes, array.nbytes, 0):
+        ledger.let_go(array)
+        assert ledger.held == held
 
 
 @pytest.mark.parametrize(("more", "half_closed"), [(b"", False), (b"", True), (b"Connection: close\r\n", False)])

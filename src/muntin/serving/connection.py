@@ -18,12 +18,13 @@ from __future__ import annotations
 import asyncio
 import time
 from collections import OrderedDict
-from collections.abc import Callable, MutableMapping
+from collections.abc import Callable, MutableMapping, Sequence
 from functools import partial
 from typing import Any, NamedTuple, Protocol
 
 import httptools
 import numpy as np
+from numpy.typing import NDArray
 from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
 
 from muntin.runtime.buffers import Buffers
@@ -39,7 +40,8 @@ _DIGITS = 15
 _CHANGING = frozenset({b"transfer-encoding", b"upgrade", b"expect"})
 """Headers by which a head is more than the length of its body; `connection` too, if it says more than that it stays open."""
 _SMALL = 1 << 14
-"""Bytes of an answer below which its parts are put together: copying them costs less than sending them one by one."""
+"""Bytes of an answer below which its parts are put together: copying them costs less than sending them one by one. Whoever is sent more
+and has not taken it counts as one who reads slowly."""
 _ASLEEP = 0.0002
 """Seconds between two rounds of a loop from which on it slept."""
 _MAPPED = 1 << 17
@@ -125,6 +127,22 @@ class Ledger:
         """Requests that no application saw, by status."""
         self.known: OrderedDict[bytes, Known] = OrderedDict()
         """Heads of requests for the short way, by their bytes."""
+        self._kept: dict[int, tuple[NDArray[Any], int]] = {}
+        """Arrays by their identity, and how many connections keep each."""
+
+    def keep(self, array: NDArray[Any]) -> None:
+        """Counts all of an array as held: a part of it is still to be sent. Several clients' answers may be parts of one: it counts once."""
+        kept, count = self._kept.get(id(array), (array, 0))
+        self._kept[id(array)] = kept, count + 1
+        self.held += 0 if count else array.nbytes
+
+    def let_go(self, array: NDArray[Any]) -> None:
+        """The opposite of `keep`."""
+        kept, count = self._kept.pop(id(array))
+        if count > 1:
+            self._kept[id(array)] = kept, count - 1
+        else:
+            self.held -= array.nbytes
 
     def learn(self, head: bytes, known: Known) -> None:
         self.known[head] = known
@@ -197,6 +215,8 @@ class BoundedConnection(HttpToolsProtocol):
         """By cycle (a request and its answer; several where a client does not wait for answers): what the ledger holds for it."""
         self._owed = 0
         """Bytes of answers that the ledger holds, because their client reads slowly."""
+        self._parts: Sequence[NDArray[Any]] = ()
+        """Of what such answers are parts: where a batch had several requests, the answer to all of it is kept by the slowest."""
         self._running: tuple[Any, Callable[[], object] | None] | None = None
         """The cycle that is being answered, and how to stop that; None: its body is awaited."""
 
@@ -204,6 +224,7 @@ class BoundedConnection(HttpToolsProtocol):
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
+        transport.set_write_buffer_limits(high=_SMALL, low=0)  # what waits is known, and when none does any more
         if len(self.connections) > self._bounds.connections:
             self._refuse(503, f"{self._bounds.connections} connections are open already", linger=False)
         else:
@@ -362,7 +383,7 @@ class BoundedConnection(HttpToolsProtocol):
         length = next((value for name, value in self.headers if name == b"content-length"), b"0")
         if len(length) > _DIGITS or int(length) > self._bounds.body_bytes:
             self._refuse(413, f"a body of {length[:_DIGITS].decode()} bytes: at most {self._bounds.body_bytes:,} are taken")
-        elif not self._may_hold(int(length)):
+        elif int(length) and not self._may_hold(int(length)):  # without a body it holds nothing: health is told, however much is held
             self._refuse(503, "the bodies of other requests fill what this server holds: try again")
         else:
             self._wire = int(any(name == b"transfer-encoding" for name, _ in self.headers))
@@ -554,8 +575,13 @@ class BoundedConnection(HttpToolsProtocol):
             self.transport.write(b"".join(lines))
             for part in parts:
                 self.transport.write(part)
-            if self.flow.write_paused:  # since one of the parts
-                self._owe(self.transport.get_write_buffer_size())
+            if not self.flow.write_paused and self.transport.get_write_buffer_size():  # little waits, but it may be a part of much
+                self.transport.set_write_buffer_limits(high=0, low=0)
+                self.transport.set_write_buffer_limits(high=_SMALL, low=0)
+            if self.flow.write_paused:
+                arrays = [array for part in parts if (array := _whole(part)) is not None]
+                own = sum(len(part) for part in parts if _whole(part) is None)
+                self._owe(min(own, self.transport.get_write_buffer_size()), arrays)
 
     async def _reply_later(self, cycle: Any, *answer: Any) -> None:
         await self.flow.drain()
@@ -608,9 +634,14 @@ class BoundedConnection(HttpToolsProtocol):
         self._held[self.cycle] = self._held.get(self.cycle, 0) + count
         self._ledger.held += count
 
-    def _owe(self, count: int) -> None:
+    def _owe(self, count: int, arrays: Sequence[NDArray[Any]] = ()) -> None:
+        """What of answers waits to be read: so many bytes, and parts of these arrays, all of which stay until then."""
         self._ledger.held += count - self._owed
-        self._owed = count
+        for array in arrays:
+            self._ledger.keep(array)
+        for array in self._parts:
+            self._ledger.let_go(array)
+        self._owed, self._parts = count, arrays
 
     def _release(self, cycle: Any) -> None:
         self._ledger.held -= self._held.pop(cycle, 0)
@@ -666,6 +697,14 @@ class BoundedConnection(HttpToolsProtocol):
             self.transport.write_eof()
         self._left = 2 * self._bounds.body_bytes
         self._expect(_LINGER_S)
+
+
+def _whole(part: Any) -> NDArray[Any] | None:
+    """The array that a part of an answer keeps in memory. None where it is no part of one."""
+    array = part.obj if isinstance(part, memoryview) else None
+    while isinstance(array, np.ndarray) and isinstance(array.base, np.ndarray):
+        array = array.base
+    return array if isinstance(array, np.ndarray) else None
 
 
 def _say_continue(cycle: Any) -> None:
