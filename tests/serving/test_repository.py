@@ -5,7 +5,9 @@ from __future__ import annotations
 import os
 import shutil
 import threading
+import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +18,7 @@ from muntin.errors import ArtifactError, RecipeError
 from muntin.serving.repository import Repository, Watcher, fingerprint
 from muntin.serving.rollout import Rollout
 from muntin.serving.slot import Slot
-from muntin.serving.version import UnknownVersionError
+from muntin.serving.version import RefusedError, UnknownVersionError
 
 HOSTILE = (
     *("../1", "..", ".", "", "/etc", "1/", "1/../2", "1\0", "1 ", " 1", "1\n"),
@@ -231,6 +233,52 @@ def test_what_was_rolled_back_or_unloaded_does_not_come_back(
     assert watcher.step() is None  # who unloads everything does not want the one before either
     write_version(models / "2", 1)
     assert watcher.step() == "2"
+
+
+@pytest.mark.parametrize("then", ["serves", "was unloaded", "was refused"])
+def test_what_somebody_else_had_loaded_is_left_to_them(
+    watcher: Watcher, write_version: Callable[..., Path], models: Path, slot: Slot, shelf: Any, signature_of: Any, then: str
+) -> None:
+    """The watcher looked while it was being loaded, and waits for that."""
+    write_version(models / "1")
+    watcher.step()
+    if then == "was refused":
+        shelf.signatures["2"] = signature_of(channels=4)
+    entered, go, probe = threading.Event(), threading.Event(), shelf.probe
+
+    def slowly(*asked: Any) -> Any:
+        entered.set()
+        assert go.wait(20)
+        return probe(*asked)
+
+    shelf.probe = slowly
+    with ThreadPoolExecutor(2) as threads:
+        loading = threads.submit(slot.load, write_version(models / "2", 1), "2")
+        assert entered.wait(20)
+        watching = threads.submit(watcher.step)
+        time.sleep(0.1)  # it waits now
+        go.set()
+        assert isinstance(loading.exception(20), RefusedError if then == "was refused" else type(None))
+        if then == "was unloaded":
+            slot.unload("2")
+        assert watching.result(20) is None
+    assert shelf.probed == ["1", "2"]
+    assert serving(slot) == ("2" if then == "serves" else "1")
+    assert watcher.step() is None
+    shelf.signatures.clear()
+    write_version(models / "2", 2)
+    assert watcher.step() == "2"  # another one
+
+
+def test_what_was_loaded_and_unloaded_between_two_looks_does_not_come_back(
+    watcher: Watcher, write_version: Callable[..., Path], models: Path, slot: Slot
+) -> None:
+    write_version(models / "1")
+    watcher.step()
+    slot.load(write_version(models / "2"), "2")
+    slot.unload("2")
+    assert watcher.step() is None
+    assert serving(slot) == "1"
 
 
 def test_an_artefact_that_is_replaced_in_its_place(

@@ -131,7 +131,7 @@ class Ledger:
         """Arrays by their identity, and how many connections keep each."""
 
     def keep(self, array: NDArray[Any]) -> None:
-        """Counts all of an array as held: a part of it is still to be sent. Several clients' answers may be parts of one: it counts once."""
+        """Counts all of an array as held: a part is still to be sent. It counts once, though several clients' answers are parts of it."""
         kept, count = self._kept.get(id(array), (array, 0))
         self._kept[id(array)] = kept, count + 1
         self.held += 0 if count else array.nbytes

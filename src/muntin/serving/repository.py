@@ -20,7 +20,7 @@ from muntin.artifact.store import MANIFEST
 from muntin.errors import ArtifactError, MuntinError, RecipeError
 from muntin.serving.slot import Slot
 from muntin.serving.telling import told_safely
-from muntin.serving.version import NotReadyError, UnknownVersionError
+from muntin.serving.version import NotReadyError, UnknownVersionError, Version
 
 SINGLE = "1"
 """The name of the version of a repository that is one artefact."""
@@ -117,6 +117,7 @@ class Watcher:
         self._wait = self._stopped.wait if wait is None else wait
         self._thread: Thread | None = None
         self._tried: dict[str, Fingerprint] = {}  # by name: loaded, or told that it cannot be
+        self._seen: dict[str, Version | None] = {}  # by name: what the slot had of it when it was tried here
         self._incomplete: dict[str, Fingerprint] = {}  # seen once and not right: perhaps it is being copied
         self._told: dict[str, str] = {}
         self._newest = 0  # the highest number that has served
@@ -152,7 +153,7 @@ class Watcher:
         self._told = {name: line for name, line in self._told.items() if name in ignored}
         for name, reason in ignored.items():
             self._tell_once(name, f"{self._repository.path / name}: {reason}")
-        for known in (self._tried, self._incomplete):
+        for known in (self._tried, self._seen, self._incomplete):
             for name in set(known) - set(versions):
                 del known[name]
         return next((name for name in reversed(versions) if self._try(name, versions[name])), None)
@@ -182,20 +183,26 @@ class Watcher:
             self._notify(f"version {name} is not loaded: {error}")
             return False
         if current is not None and (name, digest) == (current.name, current.digest):
-            self._tried[name] = now
+            self._tried[name], self._seen[name] = now, current
             return False
-        return self._load(name, path, now)
+        return self._load(name, path, now, digest)
 
-    def _load(self, name: str, path: Path, now: Fingerprint) -> bool:
+    def _load(self, name: str, path: Path, now: Fingerprint, digest: str) -> bool:
+        seen = self._seen.get(name)
+
+        def loaded(last: Version | None) -> bool:
+            """Whether somebody else had the same loaded since it was tried here; what became of it is theirs to say."""
+            return last is not None and last is not seen and last.digest == digest
+
         try:
-            self._slot.load(path, name)
-        except NotReadyError:  # the slot was closed, or the version unloaded on trial: whoever did that knows
+            self._slot.load(path, name, unless=loaded)
+        except NotReadyError:  # so it was, or the slot was closed, or the version unloaded on trial: whoever did that knows
             return False
         except MuntinError as error:
             self._notify(f"version {name} is not loaded: {error}")
             return False
         finally:
-            self._tried[name] = now
+            self._tried[name], self._seen[name] = now, self._slot.last(name)
         self._newest = max(self._newest, _number(name))
         return True
 

@@ -108,6 +108,10 @@ def _tell_nobody(line: str) -> None:
     return
 
 
+def _never(version: Version | None) -> bool:
+    return False
+
+
 class Slot:
     """The versions of one model: the current one, perhaps a candidate for its place, and perhaps the previous one, still warm.
 
@@ -289,14 +293,24 @@ class Slot:
                 IndexEntry(name=self.name, version=name, state=version.state, reason=self._part(version)) for name, version in shown.items()
             )
 
-    def load(self, path: str | Path, name: str) -> Version:
+    def last(self, name: str) -> Version | None:
+        """The version of this name that was loaded last, whatever became of it, if that is not too long ago."""
+        with self._changing():
+            return self._last(name)
+
+    def load(self, path: str | Path, name: str, *, unless: Callable[[Version | None], bool] = _never) -> Version:
         """Brings a version to serve: blocks until it does, on whichever thread calls; a second call waits for the first.
 
         It is tried in another process, opened here, warmed up for what the current version is asked, compared by contract, and, where the
         rollout says so and anybody asks anything, tried beside the current version. Whatever fails raises a MuntinError that names it, and
         the current version goes on as if nothing had been. After it takes over it may still be rolled back.
+
+        `unless`: asked of the last version of this name when those that were loaded before have come to their ends, and nothing is
+        loaded where it says so: NotReadyError.
         """
         with self._one_load:
+            if unless(self.last(name)):
+                raise NotReadyError(f"{self.name}: version {name} was loaded meanwhile")
             version = Version(name=name, path=Path(path))
             lately = self._begin(version)
             try:
@@ -380,14 +394,16 @@ class Slot:
     def _in_service(self) -> tuple[Version, ...]:
         return tuple(version for version in (self._current, self._candidate, self._previous) if version is not None)
 
+    def _last(self, name: str) -> Version | None:
+        return next((version for version in reversed(self._versions) if version.name == name), None)
+
     def _named(self, name: str) -> Version:
         for version in self._in_service():
             if version.name == name:
                 return version
-        for version in reversed(self._versions):
-            if version.name == name:
-                reason = f" ({version.reason})" if version.reason else ""
-                raise NotReadyError(f"{self.name}: version {name} is {version.state}{reason}: ask for one that is ready")
+        if (last := self._last(name)) is not None:
+            reason = f" ({last.reason})" if last.reason else ""
+            raise NotReadyError(f"{self.name}: version {name} is {last.state}{reason}: ask for one that is ready")
         there = ", ".join(version.name for version in self._in_service()) or "none"
         raise UnknownVersionError(f"{self.name}: no version {ascii(name)[:60]}: there is {there}")
 
@@ -500,6 +516,7 @@ class Slot:
     def _open(self, version: Version, lately: Mapping[Call, int]) -> None:
         found = self._loader.probe(version.path, lately, self._closed.is_set)
         with self._changing():
+            version.digest = found.digest
             # Before it is opened here, which might be in vain. What is current when it is open may be the previous one, of which
             # the current one kept the contract.
             self._require_contract(version, found.signature)

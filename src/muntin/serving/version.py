@@ -231,8 +231,8 @@ class Statistics:
 class Version:
     """One artefact under the name of its version. Its slot alone changes it, and guards it with its lock.
 
-    `leases`: given and not yet back. `reason`: why it failed, otherwise empty. `digest` and `signature` are known once it is open, and
-    remain when it is closed. `warm`: the calls that it was compiled for when it was opened.
+    `leases`: given and not yet back. `reason`: why it failed, otherwise empty. `digest` is known once it was tried, `signature` once it is
+    open, and both remain when it is closed. `warm`: the calls that it was compiled for when it was opened.
     """
 
     name: str
