@@ -82,6 +82,11 @@ class Echo:
 
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
         try:
+            if scope["path"] == "/early":
+                self.begun.append(scope["path"])
+                await send({"type": "http.response.start", "status": 404, "headers": [(b"content-length", b"0")]})
+                await send({"type": "http.response.body", "body": b""})
+                return
             message = await receive()
             assert not message.get("more_body")
             self.begun.append(scope["path"])
@@ -317,6 +322,32 @@ def test_a_request_that_is_barred_by_its_headers_is_answered_without_its_body(se
             assert piece, found
             found += piece
         assert found.index(b"first") < found.index(b"who are you") < found.index(b"third")
+
+
+@pytest.mark.parametrize("more", [b"", b"Connection: close\r\n"])
+@pytest.mark.parametrize("chunked", [False, True])
+def test_an_early_answer_is_read_by_who_is_still_sending(served: Served, more: bytes, chunked: bool) -> None:
+    """An application may answer before it has read a body."""
+    if served.direct:
+        pytest.skip("the short way answers no body that is not there")
+    body = b"x" * 90_000
+    whole = post(body, "/early", more=more)
+    if chunked:
+        whole = b"POST /early HTTP/1.1\r\nHost: a\r\nTransfer-Encoding: chunked\r\n%s\r\n%x\r\n%s\r\n0\r\n\r\n" % (more, len(body), body)
+    with closing(served.connect()) as client:
+        client.sendall(whole[:1000])
+        wait(lambda: served.app.begun)
+        for n in range(1000, len(whole), 10_000):
+            client.sendall(whole[n : n + 10_000])
+            time.sleep(0.01)
+        assert b" 404 " in read(client)
+        if more:
+            assert client.recv(100) == b""
+        else:
+            client.sendall(post(b"again"))
+            assert read_json(read(client)) == [5, "again"]
+    wait(lambda: not served.server.server_state.connections)
+    assert not served.ledger.held
 
 
 def test_empty_lines_keep_no_connection_open(served: Served) -> None:

@@ -167,6 +167,14 @@ class _Turn:
         self.disconnected = self.response_started = self.response_complete = False
 
 
+class _Sending:
+    """What a cycle of uvicorn's writes to. uvicorn closes a connection behind an answer by itself; whether it is still being sent to, which
+    would reset it, and the answer with it, is known to the connection alone."""
+
+    def __init__(self, transport: asyncio.Transport, close: Callable[[], None]) -> None:
+        self.write, self.is_closing, self.close = transport.write, transport.is_closing, close
+
+
 class Receiver(asyncio.BufferedProtocol):
     """What the event loop sees of a connection: says where the next bytes are to be written, so that nobody copies a body."""
 
@@ -388,6 +396,7 @@ class BoundedConnection(HttpToolsProtocol):
         else:
             self._wire = int(any(name == b"transfer-encoding" for name, _ in self.headers))
             super().on_headers_complete()
+            self.cycle.transport = _Sending(self.transport, partial(self._close_behind, self.cycle))  # type: ignore[assignment]
             self._head = None  # not before: what is refused until here has no cycle yet, and the last one is of an answer that is out
             if int(length) and not self._over:
                 cycle: Any = self.cycle
@@ -439,7 +448,7 @@ class BoundedConnection(HttpToolsProtocol):
             cycle = self._running[0]
             self._release(cycle)
             self._running = None
-            if not cycle.keep_alive:
+            if not cycle.keep_alive and not self._left:
                 self._close()
         super().on_response_complete()
         if self._last is not None:
@@ -609,6 +618,15 @@ class BoundedConnection(HttpToolsProtocol):
     def _close(self) -> None:
         self.transport.close()
         self._await_reader()
+
+    def _close_behind(self, cycle: Any) -> None:
+        """Closes the connection behind an answer, or a part of one that failed."""
+        if cycle is self.cycle and cycle.more_body and not self._ended:
+            self._stop_timer()
+            cycle.body = cycle.whole = memoryview(b"")
+            self._linger()
+        else:
+            self._close()
 
     def _await_reader(self) -> None:
         """A connection that is closed stays until its client has read the rest: for so long, and not for good."""
