@@ -470,6 +470,21 @@ def test_who_does_not_read_keeps_the_answer_to_all_of_a_batch(served: Served, le
         wait(lambda: not served.ledger.held)
 
 
+def test_who_reads_its_answer_slowly_gets_all_of_it(served: Served) -> None:
+    if not served.direct:
+        pytest.skip("the application gives no answer of such a size")
+    with narrow(served) as (client, _):
+        client.sendall(post(b"", "/row"))
+        began, found = time.monotonic(), b""
+        while not found.endswith(bytes(100_000)):
+            time.sleep(BOUNDS.body_seconds / 8)
+            piece = client.recv(3000)
+            assert piece, len(found)
+            found += piece
+        assert time.monotonic() - began > 3 * BOUNDS.body_seconds
+    wait(lambda: not served.ledger.held)
+
+
 def test_an_array_of_which_several_clients_are_sent_parts_counts_once() -> None:
     ledger, array = Ledger(BOUNDS), np.zeros(1000)
     for _ in range(3):

@@ -1,7 +1,7 @@
 """An HTTP connection that nobody can make the server wait on, or fill its memory through.
 
-uvicorn parses (httptools, the parser of Node.js) and speaks ASGI; what it leaves open is bounded here: how long headers, a body and the
-reading of an answer may take, how large headers and a body may be, how many bytes all bodies may hold together, and how many connections
+uvicorn parses (httptools, the parser of Node.js) and speaks ASGI; what it leaves open is bounded here: how long headers and a body may
+take, and the reading of an answer stand still, how large headers and a body may be, how many bytes all bodies may hold together, and how many connections
 there are. What is refused is answered, and what its sender still sends is taken and dropped for a moment: a connection that is closed on
 unread bytes is reset, and the answer with it. A body is handed to the application in one piece once it is whole: an image of a megabyte
 would wake it a dozen times otherwise. Where its length was announced it lies in memory that bodies before it lay in: fresh memory costs a
@@ -200,7 +200,9 @@ class BoundedConnection(HttpToolsProtocol):
         self._timer: asyncio.TimerHandle | None = None
         """Until when what is arriving has to be there."""
         self._unread: asyncio.TimerHandle | None = None
-        """Until when what was written has to be read."""
+        """When it is looked whether anything of what was written has been read."""
+        self._waiting = 0
+        """Bytes that were not, when it was looked last."""
         self._head: int | None = None
         """Bytes of the headers that are arriving, or are over but refused; None where none are."""
         self._parsing = False
@@ -335,9 +337,8 @@ class BoundedConnection(HttpToolsProtocol):
 
     def pause_writing(self) -> None:
         super().pause_writing()
-        self._stop_unread()
-        self._unread = self.loop.call_later(self._bounds.body_seconds, self._not_read)
-        self._owe(self.transport.get_write_buffer_size())
+        self._watch_reader()
+        self._owe(self._waiting)
 
     def resume_writing(self) -> None:
         super().resume_writing()
@@ -588,6 +589,7 @@ class BoundedConnection(HttpToolsProtocol):
                 self.transport.set_write_buffer_limits(high=0, low=0)
                 self.transport.set_write_buffer_limits(high=_SMALL, low=0)
             if self.flow.write_paused:
+                self._watch_reader()  # since one of the parts it knew of those before
                 arrays = [array for part in parts if (array := _whole(part)) is not None]
                 own = sum(len(part) for part in parts if _whole(part) is None)
                 self._owe(min(own, self.transport.get_write_buffer_size()), arrays)
@@ -629,11 +631,19 @@ class BoundedConnection(HttpToolsProtocol):
             self._close()
 
     def _await_reader(self) -> None:
-        """A connection that is closed stays until its client has read the rest: for so long, and not for good."""
+        """A connection that is closed stays until its client has read the rest, as long as it reads."""
         if self._unread is None and self.transport.get_write_buffer_size():
-            self._unread = self.loop.call_later(self._bounds.body_seconds, self._not_read)
+            self._watch_reader()
+
+    def _watch_reader(self) -> None:
+        self._stop_unread()
+        self._waiting = self.transport.get_write_buffer_size()
+        self._unread = self.loop.call_later(self._bounds.body_seconds, self._not_read)
 
     def _not_read(self) -> None:
+        if 0 < self.transport.get_write_buffer_size() < self._waiting:  # slowly, but it reads; what it holds counts
+            self._watch_reader()
+            return
         self._unread = None
         self._abandon()
         self.transport.abort()  # it does not read its answer, and nothing more can be said to it
