@@ -20,6 +20,8 @@ import pytest
 from onnx import TensorProto, helper, numpy_helper
 
 from muntin.artifact import ClassInfo, GoldenTolerance, Signature, write_artifact
+from muntin.cli.serve import _raise_descriptors
+from muntin.serving.config import Bounds, ServeConfig
 
 
 @pytest.fixture(scope="module")
@@ -211,3 +213,27 @@ def test_an_altered_artefact_is_not_served(artifact: Path, tmp_path: Path) -> No
     ended = subprocess.run([sys.executable, "-m", "muntin", "serve", str(weights.parent)], capture_output=True, text=True, check=False)
     assert (ended.returncode, ended.stderr.count("\n")) == (1, 1)
     assert "weights.safetensors" in ended.stderr
+
+
+@pytest.mark.parametrize(
+    ("hard", "allowed", "soft", "told"),
+    [(4096, 4096, 4096, False), (4096, 1100, 1088, False), (500, 500, 500, True), (4096, 100, 256, True), (-1, 1 << 30, -1, False)],
+)
+def test_as_many_files_may_be_open_as_the_system_allows(
+    monkeypatch: pytest.MonkeyPatch, hard: int, allowed: int, soft: int, told: bool
+) -> None:
+    """`allowed`: what it allows indeed."""
+    resource = pytest.importorskip("resource")
+    limits = [256, hard]
+
+    def change(_: int, new: tuple[int, int]) -> None:
+        if new[0] > allowed or (hard >= 0 and new[0] > hard):
+            raise ValueError("not allowed to raise maximum limit")
+        limits[:] = new
+
+    monkeypatch.setattr(resource, "getrlimit", lambda _: tuple(limits))
+    monkeypatch.setattr(resource, "setrlimit", change)
+    line = _raise_descriptors(ServeConfig(bounds=Bounds(connections=512)))
+    assert limits == [soft, hard]
+    assert ("wants 1,088" in line) == told
+    assert bool(line) == told

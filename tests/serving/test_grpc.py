@@ -211,6 +211,14 @@ def test_what_needs_no_message_is_answered_each_time(client: Client) -> None:
         assert client("ServerLive").live
 
 
+def test_a_connection_without_calls_is_ended(hasty: Client) -> None:
+    with socket.create_connection(("127.0.0.1", hasty.port), timeout=20) as idle:
+        idle.sendall(b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + b"\0\0\0\4\0\0\0\0\0")
+        while idle.recv(4096):
+            pass
+    assert hasty("ServerLive").live
+
+
 def test_a_stream_that_stands_still_is_ended(hasty: Client, monkeypatch: pytest.MonkeyPatch) -> None:
     release = threading.Event()
     with slow(monkeypatch, 1.2):

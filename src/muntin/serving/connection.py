@@ -1,10 +1,10 @@
 """An HTTP connection that nobody can make the server wait on, or fill its memory through.
 
 uvicorn parses (httptools, the parser of Node.js) and speaks ASGI; what it leaves open is bounded here: how long headers and a body may
-take, and the reading of an answer stand still, how large headers and a body may be, how many bytes all bodies may hold together, and how many connections
-there are. What is refused is answered, and what its sender still sends is taken and dropped for a moment: a connection that is closed on
-unread bytes is reset, and the answer with it. A body is handed to the application in one piece once it is whole: an image of a megabyte
-would wake it a dozen times otherwise. Where its length was announced it lies in memory that bodies before it lay in: fresh memory costs a
+take, and the reading of an answer stand still, how large headers and a body may be, how many bytes all bodies may hold together, and how
+many connections there are. What is refused is answered, and what its sender still sends is taken and dropped for a moment: a connection
+that is closed on unread bytes is reset, and the answer with it. A body is handed to the application in one piece once it is whole: an
+image of a megabyte would wake it a dozen times otherwise. Where its length was announced it lies in memory that bodies before it lay in: fresh memory costs a
 page fault for every 4 KiB.
 
 What answers some requests without ASGI (`Direct`) is called when the body is whole, without a task, and its answer is written in one piece.

@@ -108,6 +108,7 @@ class GrpcFace:
                 ("grpc.so_reuseport", 0),  # a port that is taken is an error
                 ("grpc.max_metadata_size", 16 * 1024),
                 ("grpc.server_handshake_timeout_ms", math.ceil(1e3 * ledger.bounds.header_seconds)),  # of TLS, and of HTTP/2's first frame
+                ("grpc.max_connection_idle_ms", math.ceil(1e3 * ledger.bounds.idle_seconds)),  # without a call; grpc bounds no number
             ],
         )
         self._server.add_generic_rpc_handlers((self._handlers(),))
