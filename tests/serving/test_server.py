@@ -7,10 +7,12 @@ import http.server
 import io
 import json
 import math
+import os
 import shutil
 import socket
 import ssl
 import subprocess
+import sys
 import threading
 import urllib.error
 import urllib.request
@@ -579,7 +581,7 @@ def test_a_server_that_goes_down_ends_loads_and_both_faces_at_once(
     with served(write_version(tmp_path / "m"), drain_seconds=60) as server:
         monkeypatch.setattr(ArtifactLoader, "probe", lambda self, *given: hang(*given))
         monkeypatch.setattr(Executor, "__call__", hold)
-        asked = [ask("load", "/v2/repository/models/m/load", b"{}"), ask("wait", "/v2/repository/models/m/load", b"{}")]
+        asked = [ask("load", "/v2/repository/models/models/load", b"{}"), ask("wait", "/v2/repository/models/models/load", b"{}")]
         image = {"name": "images", "datatype": "UINT8", "shape": [1, 1, 1, 3], "data": [1, 2, 3]}
         asked.append(ask("infer", "/v2/models/m/infer", json.dumps({"inputs": [image]}).encode()))
         assert loading.wait(60) and computing.wait(60)
@@ -654,7 +656,7 @@ def load_version(client: Client, version: str) -> None:
     """Through the repository API; neither of tritonclient's methods for it takes a version."""
     if client.http:
         body = json.dumps({"parameters": {"version": version}})
-        answer = client.client._post("v2/repository/models/m/load", body, None, None)  # as `load_model` sends it
+        answer = client.client._post("v2/repository/models/models/load", body, None, None)  # as `load_model` sends it
         if answer.status_code != 200:
             raise InferenceServerException(json.loads(answer.read())["error"])
         return
@@ -664,6 +666,29 @@ def load_version(client: Client, version: str) -> None:
         client.client._client_stub.RepositoryModelLoad(request)
     except Exception as error:
         raise InferenceServerException(str(error)) from error
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="names are bytes there")
+def test_a_file_whose_name_is_no_text_ends_in_an_error_that_says_so(
+    write_version: Callable[..., Path], tmp_path: Path, in_process: ArtifactLoader, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("muntin.serving.server.ArtifactLoader", type(in_process))
+    (tmp_path / "models").mkdir()
+    for number in (1, 2):
+        write_version(tmp_path / "models" / str(number), number)
+    Path(os.fsdecode(os.fsencode(tmp_path) + b"/models/2/\xe9t\xe9.txt")).touch()
+    with served(tmp_path / "models", watch=True) as server:
+        grpc_client = triton_grpc.InferenceServerClient(f"127.0.0.1:{server.grpc_port}")
+        for _ in range(2):
+            status, _, body = fetch(server, "/v2/repository/models/models/load", b"{}")
+            assert status == 409
+            assert b"udce9t" in body
+            with pytest.raises(InferenceServerException, match="udce9t"):
+                grpc_client.load_model("models")
+            status, _, body = fetch(server, "/v2/repository/index", b"")
+            assert status == 200
+            assert b"udce9t" in body
+            assert any("udce9t" in entry.reason for entry in grpc_client.get_model_repository_index().models)
 
 
 def test_tokens_are_asked_for(write_pixels: Callable[..., Path], tmp_path: Path) -> None:

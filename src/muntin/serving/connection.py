@@ -4,8 +4,8 @@ uvicorn parses (httptools, the parser of Node.js) and speaks ASGI; what it leave
 take, and the reading of an answer stand still, how large headers and a body may be, how many bytes all bodies may hold together, and how
 many connections there are. What is refused is answered, and what its sender still sends is taken and dropped for a moment: a connection
 that is closed on unread bytes is reset, and the answer with it. A body is handed to the application in one piece once it is whole: an
-image of a megabyte would wake it a dozen times otherwise. Where its length was announced it lies in memory that bodies before it lay in: fresh memory costs a
-page fault for every 4 KiB.
+image of a megabyte would wake it a dozen times otherwise. Where its length was announced it lies in memory that
+bodies before it lay in: fresh memory costs a page fault for every 4 KiB.
 
 What answers some requests without ASGI (`Direct`) is called when the body is whole, without a task, and its answer is written in one piece.
 A client sends it the same head, byte for byte, with every image of a size: one that was parsed before is known by its bytes, and what

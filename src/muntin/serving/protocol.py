@@ -22,6 +22,7 @@ from typing import Any, TypeVar
 from numpy.typing import NDArray
 
 from muntin.errors import MuntinError, RecipeError
+from muntin.serving.telling import plain
 
 Parameter = bool | int | float | str
 """Value of a parameter of a request, a tensor or a response."""
@@ -65,7 +66,7 @@ class ProtocolError(MuntinError):
 
     def __init__(self, message: str, *, status: int = 400) -> None:
         assert status in GRPC_CODES
-        super().__init__(message)
+        super().__init__(plain(message))
         self.status = status
 
     @property
