@@ -54,6 +54,25 @@ def test_each_size_once_and_not_without_end(version: Version, monkeypatch: pytes
     assert asked == calls[:COMPILED]
 
 
+def test_a_size_that_was_forgotten_is_not_compiled_again(
+    version: Version, monkeypatch: pytest.MonkeyPatch, wait_until: Callable[..., None]
+) -> None:
+    asked: list[Call] = []
+    monkeypatch.setattr(module, "probe", lambda path, opening, lately, **_: asked.extend(lately))
+    monkeypatch.setattr(version.session, "warm_up", lambda shapes, *, labels: None)
+    compiler, often, last = Compiler(OPENING, budget=1000), Call((1, 20, 20)), Call((1, 10, 10))
+    for turn in range(3):
+        for _ in range(OFTEN):
+            compiler.note(version, often)
+        for n in range(COMPILED + 1):  # each of them once
+            compiler.note(version, Call((1, 1 + n, 1 + turn)))
+    for _ in range(OFTEN):
+        compiler.note(version, last)
+    wait_until(lambda: last in asked)
+    compiler.close()
+    assert asked == [often, last]
+
+
 def test_what_is_compiled_for_is_bounded_in_pixels(
     version: Version, monkeypatch: pytest.MonkeyPatch, wait_until: Callable[..., None]
 ) -> None:

@@ -67,6 +67,8 @@ class Compiler:
 
     def _granted(self, version: Version, call: Call) -> bool:
         compiled = self._compiled.setdefault(version.digest, set())
+        if call in compiled:  # it came often, was forgotten among others that came once, and comes often again
+            return False
         beside = compiled | (version.warm - self._start)  # the latter: what its predecessor was asked
         if len(compiled) >= COMPILED or sum(one.pixels for one in beside) + call.pixels > self._budget:
             return False
