@@ -20,7 +20,8 @@ import pytest
 from onnx import TensorProto, helper, numpy_helper
 
 from muntin.artifact import ClassInfo, GoldenTolerance, Signature, write_artifact
-from muntin.cli.serve import _raise_descriptors
+from muntin.cli.serve import _raise_descriptors, _tokens
+from muntin.errors import DataError
 from muntin.serving.config import Bounds, ServeConfig
 
 
@@ -237,3 +238,14 @@ def test_as_many_files_may_be_open_as_the_system_allows(
     assert limits == [soft, hard]
     assert ("wants 1,088" in line) == told
     assert bool(line) == told
+
+
+def test_a_file_of_tokens_is_text(tmp_path: Path) -> None:
+    path = tmp_path / "tokens"
+    path.write_bytes("\ufeffone\ntwo\n".encode())
+    assert _tokens(path) == ("one", "two")
+    path.write_bytes("one\ntwo\n".encode("utf-16"))
+    with pytest.raises(DataError, match=r"tokens is no UTF-8 \(byte 0\)"):
+        _tokens(path)
+    with pytest.raises(DataError, match="No such file"):
+        _tokens(tmp_path / "nothing")

@@ -132,7 +132,13 @@ def _raise_descriptors(config: ServeConfig) -> str:
 def _tokens(path: Path | None) -> tuple[str, ...]:
     if path is None:
         return ()
-    found = tuple(line.strip() for line in path.read_text(encoding="utf-8").splitlines() if line.strip())
+    try:
+        text = path.read_text(encoding="utf-8-sig")  # some editors write a mark first
+    except OSError as error:
+        raise DataError(f"--token-file {path}: {error.strerror or error}") from error
+    except UnicodeDecodeError as error:
+        raise DataError(f"--token-file {path} is no UTF-8 (byte {error.start:,}): write it as plain text, one token a line") from error
+    found = tuple(line.strip() for line in text.splitlines() if line.strip())
     if not found:
         raise DataError(f"{path} holds no token: write one a line, or leave --token-file out")
     return found
