@@ -20,6 +20,7 @@ def test_the_defaults_reach_nobody_else() -> None:
     [
         ({"objective_ms": 0}, "objective_ms"),
         ({"max_batch": 0}, "max_batch"),
+        ({"max_batch": 8, "queue_rows": 7}, "7 rows may wait.*--queue"),
         ({"name": "../etc"}, "name"),
         ({"name": ""}, "name"),
         ({"http_port": 70000}, "http_port"),

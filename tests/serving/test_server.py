@@ -779,6 +779,16 @@ def test_a_port_that_is_taken_is_found_before_anything_is_loaded(write_pixels: C
     assert told == []
 
 
+def test_a_certificate_that_cannot_be_used_is_told_before_anything_is_loaded(
+    write_pixels: Callable[..., Path], tmp_path: Path, pair: tuple[Path, Path]
+) -> None:
+    told: list[str] = []
+    config = ServeConfig(threads=1, http_port=0, grpc_port=0, tls_certificate=pair[1], tls_key=pair[0])
+    with pytest.raises(DataError, match="TLS certificate"), Server(write_pixels(tmp_path / "m"), config, notify=told.append):
+        pass
+    assert told == []
+
+
 @pytest.mark.parametrize("trouble", ["certificate", "port"])
 def test_a_server_that_cannot_start_leaves_no_thread_behind(
     write_pixels: Callable[..., Path], tmp_path: Path, trouble: str, wait_until: Any

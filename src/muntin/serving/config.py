@@ -51,7 +51,7 @@ class ServeConfig(_Frozen):
     streams: Annotated[int, Field(ge=1, description="batches that compute at the same time, each with its share of the threads")] = 1
     objective_ms: Annotated[float | None, Field(gt=0, description="within which an admitted request is answered; None: no promise")] = None
     max_batch: Annotated[int, Field(ge=1, le=1024, description="rows (images) that are computed in one call")] = 8
-    queue_rows: Annotated[int, Field(ge=1, description="rows that may wait")] = 512
+    queue_rows: Annotated[int, Field(ge=1, description="rows that may wait, as many as a batch has at least")] = 512
     watch: Annotated[bool, Field(description="load versions that come to the directory while it serves")] = False
     watch_seconds: Annotated[float, Field(gt=0, description="between two looks at it")] = 2.0
     rollout: Annotated[Rollout, Field(description="how a new version takes over from the one that serves")] = Rollout()
@@ -67,6 +67,10 @@ class ServeConfig(_Frozen):
     def _pairs(self) -> Self:
         if (self.tls_certificate is None) != (self.tls_key is None):
             raise ValueError("TLS needs both a certificate and its key")
+        if self.queue_rows < self.max_batch:
+            raise ValueError(
+                f"{self.queue_rows} rows may wait, and a request may have {self.max_batch}: let at least as many wait (--queue)"
+            )
         if any(not token or not token.isascii() or any(c.isspace() for c in token) for token in self.tokens):
             raise ValueError("a bearer token is ASCII without spaces, and not empty")
         return self

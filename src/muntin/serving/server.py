@@ -192,6 +192,7 @@ class Server:
         async with AsyncExitStack() as ending:
             ending.push_async_callback(asyncio.to_thread, self._compiler.close)
             self._look_at_ports()
+            self._look_at_certificate()
             await asyncio.to_thread(self._load_first)
             if not self._ending:
                 await self._answer(up, ending)
@@ -328,6 +329,16 @@ class Server:
             raise DataError(f"cannot listen on {host}:{port} for gRPC: choose another --grpc-port or --host") from error
         self.grpc_port = face.port
 
+    def _look_at_certificate(self) -> None:
+        """Raises DataError where it cannot be used, before a model is loaded in vain."""
+        certificate, key = self.config.tls_certificate, self.config.tls_key
+        if certificate is None:
+            return
+        try:
+            ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER).load_cert_chain(certificate, key)
+        except OSError as error:  # an SSLError is one
+            raise _unusable(error) from error
+
     def _tls(self) -> tuple[bytes, bytes] | None:
         if self.config.tls_certificate is None or self.config.tls_key is None:
             return None
@@ -354,8 +365,8 @@ class Server:
         )
         try:
             made.load()
-        except (OSError, ssl.SSLError) as error:
-            raise DataError(f"the TLS certificate or its key cannot be used ({error}): give both in PEM") from error
+        except OSError as error:  # another one than that which was looked at
+            raise _unusable(error) from error
         return made
 
 
@@ -418,6 +429,10 @@ def _expose(metrics: Metrics, service: Service, runner: Runner, ledger: Ledger, 
         "counter", "muntin_connections_refused", "Requests that were refused before they were whole, by status.", ("status",),
         lambda: [((str(status),), float(count)) for status, count in ledger.refused.items()],
     )  # fmt: skip
+
+
+def _unusable(error: OSError) -> DataError:
+    return DataError(f"the TLS certificate or its key cannot be used ({error}): give both in PEM")
 
 
 def _name_of(path: Path) -> str:
