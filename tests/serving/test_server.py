@@ -779,6 +779,42 @@ def test_a_port_that_is_taken_is_found_before_anything_is_loaded(write_pixels: C
     assert told == []
 
 
+def six() -> bool:
+    """Whether there is IPv6 on this machine."""
+    try:
+        socket.create_server(("::1", 0), family=socket.AF_INET6).close()
+    except OSError:
+        return False
+    return True
+
+
+@pytest.mark.skipif(not six(), reason="there is no IPv6")
+@pytest.mark.parametrize("host", ["two.example", "::", "127.0.0.1"])
+def test_both_faces_listen_on_every_address_of_a_host(
+    write_pixels: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, host: str
+) -> None:
+    look_up = socket.getaddrinfo
+
+    def found(name: Any, *args: Any, **options: Any) -> Any:
+        addresses = ("127.0.0.1", "::1", "192.0.2.1") if name == "two.example" else (name,)  # the last is not this machine's
+        return [entry for address in addresses for entry in look_up(address, *args, **options)]
+
+    def listening(port: int | None) -> set[str]:
+        there = set()
+        for address in ("127.0.0.1", "::1"):
+            try:
+                socket.create_connection((address, port), timeout=5).close()
+            except OSError:
+                continue
+            there.add(address)
+        return there
+
+    monkeypatch.setattr(socket, "getaddrinfo", found)
+    with served(write_pixels(tmp_path / "m"), host=host) as server:
+        wanted = {"127.0.0.1"} if host == "127.0.0.1" else {"127.0.0.1", "::1"}
+        assert listening(server.http_port) == listening(server.grpc_port) == wanted
+
+
 def test_a_certificate_that_cannot_be_used_is_told_before_anything_is_loaded(
     write_pixels: Callable[..., Path], tmp_path: Path, pair: tuple[Path, Path]
 ) -> None:

@@ -623,7 +623,8 @@ class BoundedConnection(HttpToolsProtocol):
 
     def _close_behind(self, cycle: Any) -> None:
         """Closes the connection behind an answer, or a part of one that failed."""
-        if cycle is self.cycle and cycle.more_body and not self._ended:
+        arriving = cycle is self.cycle and cycle.more_body
+        if arriving and not self._ended:
             self._stop_timer()
             cycle.body = cycle.whole = memoryview(b"")
             self._linger()
@@ -678,6 +679,7 @@ class BoundedConnection(HttpToolsProtocol):
         """Nobody reads the answers of this connection any more: what computes them is told, and what they held is free."""
         for cycle in list(self._held):
             self._release(cycle)
+        waiting: Any
         for waiting in (self.cycle, *(queued for queued, _ in self.pipeline)):
             if waiting is not None:  # in a circle with this connection: its body would stay until that is collected
                 waiting.body = waiting.whole = memoryview(b"")

@@ -77,7 +77,7 @@ Handler = Callable[[Any, _Call], Awaitable[Any]]
 
 
 class GrpcFace:
-    """Serves on an address ("127.0.0.1:8001"; port 0: any that is free, see `port`). `tls`: (certificate, key) in PEM.
+    """Serves on addresses ("127.0.0.1:8001"; port 0: any that is free, see `port`). `tls`: (certificate, key) in PEM.
 
     `ledger`: of the HTTP face. What both hold is counted together; of calls as many are answered at once as that has connections.
     """
@@ -118,16 +118,18 @@ class GrpcFace:
         """Calls that were still busy when the time at the end was over."""
         self.port = 0
 
-    async def start(self, address: str) -> None:
-        """Raises OSError where the address cannot be had."""
-        try:
-            if self._tls is None:
-                self.port = self._server.add_insecure_port(address)
-            else:
-                certificate, key = self._tls
-                self.port = self._server.add_secure_port(address, grpc.ssl_server_credentials([(key, certificate)]))
-        except RuntimeError as error:
-            raise OSError(None, f"cannot listen on it ({error})", address) from error
+    async def start(self, *addresses: str) -> None:
+        """Raises OSError where one of the addresses cannot be had. Port 0: the same for all."""
+        for address in addresses:
+            chosen = f"{address.removesuffix(':0')}:{self.port}" if address.endswith(":0") else address
+            try:
+                if self._tls is None:
+                    self.port = self._server.add_insecure_port(chosen)
+                else:
+                    certificate, key = self._tls
+                    self.port = self._server.add_secure_port(chosen, grpc.ssl_server_credentials([(key, certificate)]))
+            except RuntimeError as error:
+                raise OSError(None, f"cannot listen on it ({error})", chosen) from error
         await self._server.start()
 
     def begin_stop(self, seconds: float) -> asyncio.Task[None]:

@@ -11,6 +11,7 @@ microseconds: an engine computes without it.
 from __future__ import annotations
 
 import asyncio
+import errno
 import gc
 import logging
 import signal
@@ -19,7 +20,7 @@ import ssl
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import AsyncExitStack, contextmanager
+from contextlib import AsyncExitStack, ExitStack, contextmanager
 from functools import partial
 from pathlib import Path
 from types import TracebackType
@@ -54,6 +55,8 @@ from muntin.serving.version import Call, Opening
 
 DENSE_ROWS, DENSE_PIXELS = 16, 1 << 20
 """Up to so many images, and so many pixels together, a batch is small: compiling for one takes 0.4 s and 17 MiB at 64 x 64."""
+_NOT_HERE = frozenset({errno.EADDRNOTAVAIL, errno.EAFNOSUPPORT})
+"""What a system says of an address that a name has, and the machine has not."""
 MARGIN_S, MARGIN_SHARE = 0.001, 0.05
 """Seconds of an objective, or a share of it, that reading a request and writing its answer may take: 0.6 to 0.9 ms at 512 x 512."""
 
@@ -191,13 +194,13 @@ class Server:
         """What is made is ended in the opposite order, whatever of it there is when something fails."""
         async with AsyncExitStack() as ending:
             ending.push_async_callback(asyncio.to_thread, self._compiler.close)
-            self._look_at_ports()
+            addresses = self._look_at_ports()
             self._look_at_certificate()
             await asyncio.to_thread(self._load_first)
             if not self._ending:
-                await self._answer(up, ending)
+                await self._answer(up, ending, addresses)
 
-    async def _answer(self, up: Callable[[], None], ending: AsyncExitStack) -> None:
+    async def _answer(self, up: Callable[[], None], ending: AsyncExitStack, addresses: list[str]) -> None:
         config = self.config
         metrics = Metrics()
         executor = Executor(self.slot, compiler=self._compiler)
@@ -243,12 +246,13 @@ class Server:
                 service, control, limits=limits, tokens=config.tokens, log=log, ledger=ledger, tls=self._tls(), tracing=tracing
             )
             ending.push_async_callback(grpc_face.stop, config.drain_seconds)
-            await self._listen_grpc(grpc_face)
+            await self._listen_grpc(grpc_face, addresses)
         go_down = partial(self._go_down, service, grpc_face)
         ending.callback(go_down)
-        sock = self._listen()
+        listening = self._listen()
         if self._ending:
-            sock.close()
+            for sock in listening:
+                sock.close()
             return
         self._http = _Http(http_config, up, go_down, handshake=config.bounds.header_seconds)
         if config.watch:
@@ -257,7 +261,7 @@ class Server:
         gc.freeze()  # what was made until here stays: later collections need not look at it
         ending.callback(gc.unfreeze)
         take_short_turns()  # the engines' threads are there, and keep theirs
-        await self._http.serve(sockets=[sock])
+        await self._http.serve(sockets=listening)
 
     def _load_first(self) -> None:
         """The newest version; with `watch` an older one where that cannot be loaded. Returns with none where it was told to end."""
@@ -297,34 +301,54 @@ class Server:
         """Seconds that what is in flight still has."""
         return self.config.drain_seconds if self._drained_at is None else max(0.0, self._drained_at - time.monotonic())
 
-    def _look_at_ports(self) -> None:
-        """Raises DataError where one cannot be had: before a model is loaded in vain, and before grpc, which does not say why.
+    def _look_at_ports(self) -> list[str]:
+        """The addresses of the host. Raises DataError where one cannot be had: before a model is loaded in vain, and before grpc, which does not say why.
 
         They are closed again: who connects while it loads is refused, and not left to wait.
         """
-        with self._socket("http", self.config.http_port):  # open meanwhile: the two may be the same
+        with ExitStack() as open_:  # the first while the second is opened: the two may be the same
+            sockets = [open_.enter_context(sock) for sock in self._sockets("http", self.config.http_port)]
             if self.config.grpc_port is not None:
-                self._socket("grpc", self.config.grpc_port).close()
+                for sock in self._sockets("grpc", self.config.grpc_port):
+                    sock.close()
+            return [sock.getsockname()[0] for sock in sockets]
 
-    def _socket(self, face: str, port: int) -> socket.socket:
-        host = self.config.host
-        try:
-            family = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0][0]
-            return socket.create_server((host, port), family=family, backlog=1024)
-        except OSError as error:
-            raise DataError(
-                f"cannot listen on {host}:{port} ({error.strerror or error}): choose another --{face}-port or --host"
-            ) from error
+    def _sockets(self, face: str, port: int) -> list[socket.socket]:
+        """One for each address of the host; of `::` one for both families, as grpc's is. Addresses that this machine does not have are
+        passed over where there is another. Port 0: the same for all."""
+        host, missing = self.config.host, None
+        with ExitStack() as opened:
+            try:
+                found: list[socket.socket] = []
+                for family, _, _, _, address in socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE):
+                    both = address[0] == "::" and socket.has_dualstack_ipv6()
+                    chosen = found[0].getsockname()[1] if found else port
+                    try:
+                        sock = socket.create_server((address[0], chosen, *address[2:]), family=family, backlog=1024, dualstack_ipv6=both)
+                    except OSError as error:
+                        if error.errno not in _NOT_HERE:
+                            raise
+                        missing = error
+                    else:
+                        found.append(opened.enter_context(sock))
+                if missing is not None and not found:
+                    raise missing
+            except OSError as error:
+                raise DataError(
+                    f"cannot listen on {host}:{port} ({error.strerror or error}): choose another --{face}-port or --host"
+                ) from error
+            opened.pop_all()
+        return found
 
-    def _listen(self) -> socket.socket:
-        sock = self._socket("http", self.config.http_port)
-        self.http_port = sock.getsockname()[1]
-        return sock
+    def _listen(self) -> list[socket.socket]:
+        found = self._sockets("http", self.config.http_port)
+        self.http_port = found[0].getsockname()[1]
+        return found
 
-    async def _listen_grpc(self, face: GrpcFace) -> None:
+    async def _listen_grpc(self, face: GrpcFace, addresses: list[str]) -> None:
         host, port = self.config.host, self.config.grpc_port
         try:
-            await face.start(f"[{host}]:{port}" if ":" in host else f"{host}:{port}")
+            await face.start(*(f"[{address}]:{port}" if ":" in address else f"{address}:{port}" for address in addresses))
         except OSError as error:
             raise DataError(f"cannot listen on {host}:{port} for gRPC: choose another --grpc-port or --host") from error
         self.grpc_port = face.port
