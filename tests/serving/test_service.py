@@ -5,7 +5,9 @@ from __future__ import annotations
 
 import asyncio
 import math
+import re
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -74,6 +76,21 @@ def test_what_was_computed_is_put_into_form_however_much_of_it_there_is(shelf: A
             answers = await asyncio.gather(*asked)
             assert all(answer.encoded for answer in answers)
             assert counted(service) == (40, 0)
+
+    asyncio.run(ask())
+
+
+@pytest.mark.parametrize("side", [8, SIDE])
+def test_the_time_of_a_request_is_until_its_answer_has_its_form(shelf: Any, side: int) -> None:
+    async def ask() -> None:
+        with made(shelf) as service:
+            service.objective = 0.15  # which the engine keeps
+            answered = await service.infer(request_for_all(side), model="m", version=None, encode=lambda _: time.sleep(0.2))
+            text = service.metrics.render().decode()
+            assert answered.total > 0.2
+            assert float(re.findall(r"muntin_request_seconds_sum (\S+)", text)[0]) == answered.total
+            assert "muntin_objective_missed_total 1.0" in text
+            assert service.statistics("m", "1")[0].success.ns > 2e8
 
     asyncio.run(ask())
 

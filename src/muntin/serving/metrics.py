@@ -34,12 +34,12 @@ class Metrics:
             lambda: [(key, float(count)) for key, count in self.requests.items()],
         )  # fmt: skip
         self.read(
-            "counter", "muntin_rows", "Images answered, by version.", ("version",),
+            "counter", "muntin_rows", "Images computed, by version; of a picture that is computed in tiles, each tile.", ("version",),
             lambda: [((version,), float(count)) for version, count in self.rows.items()],
         )  # fmt: skip
         self.queue = self._histogram("muntin_queue_seconds", "From a request's admission to the start of its batch.", SECONDS)
         self.compute = self._histogram("muntin_compute_seconds", "Computation of the batch that a request was in.", SECONDS)
-        self.total = self._histogram("muntin_request_seconds", "From a request's last byte to its answer's first.", SECONDS)
+        self.total = self._histogram("muntin_request_seconds", "From a request's last byte to its answer's first; no pictures.", SECONDS)
         self.batch = self._histogram("muntin_batch_rows", "Rows of the batch that a request was in.", ROWS)
         self.late = Counter("muntin_objective_missed", "Answered requests that took longer than the objective.", registry=self.registry)
         self.shadow_dropped = Counter(

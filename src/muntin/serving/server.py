@@ -302,7 +302,8 @@ class Server:
         return self.config.drain_seconds if self._drained_at is None else max(0.0, self._drained_at - time.monotonic())
 
     def _look_at_ports(self) -> list[str]:
-        """The addresses of the host. Raises DataError where one cannot be had: before a model is loaded in vain, and before grpc, which does not say why.
+        """The addresses of the host. Raises DataError where a port cannot be had there: before a model is loaded in vain, and before grpc,
+        which does not say why.
 
         They are closed again: who connects while it loads is refused, and not left to wait.
         """

@@ -237,13 +237,12 @@ class Service:
         gone = False
 
         def computed(found: tuple[NDArray[Any], Work] | Exception) -> None:
-            total = self._clock() - arrived
             if isinstance(found, Exception):
                 self._forming -= apart
                 # A candidate's refusal says nothing of the version that most requests are for.
                 if like is not None and isinstance(found, RefusedRequestError) and found.holds and lease.version is self.slot.current:
                     self.turnstile.shut(like, arrived + found.holds, arrived + found.retry_after, str(found))
-                account.failed(total)
+                account.failed(self._clock() - arrived)
                 done(found)
                 return
             answer, work = found
@@ -262,7 +261,7 @@ class Service:
                     encoded = None if encode is None else encode(response)
                 except Exception as error:  # noqa: BLE001 - it is the answer
                     return error
-                queued = max(work.started - arrived, 0.0)
+                queued, total = max(work.started - arrived, 0.0), self._clock() - arrived  # forming it took its time, too
                 return Answered(
                     response=response, encoded=encoded, queued=queued, computed=work.computed, total=total, batch_rows=work.batch_rows
                 )  # fmt: skip
@@ -270,13 +269,17 @@ class Service:
             def formed(found: Answered | Exception) -> None:
                 self._forming -= apart
                 if gone or isinstance(found, Exception):
-                    account.failed(total)
+                    account.failed(self._clock() - arrived)
                 else:
                     account.answered(
-                        rows=len(images), batch_rows=work.batch_rows, total=total, queued=work.started - arrived, computed=work.computed
+                        rows=len(images),
+                        batch_rows=work.batch_rows,
+                        total=found.total,
+                        queued=work.started - arrived,
+                        computed=work.computed,
                     )
-                    self.metrics.total.observe(total)
-                    if self.objective is not None and total > self.objective:
+                    self.metrics.total.observe(found.total)
+                    if self.objective is not None and found.total > self.objective:
                         self.metrics.late.inc()
                 if not gone:
                     done(found)
