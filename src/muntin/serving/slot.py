@@ -28,13 +28,8 @@ from muntin.errors import DataError, MuntinError, VerificationError
 from muntin.runtime.session import Session
 from muntin.serving.probation import REST, Loader
 from muntin.serving.rollout import Rollout, Tally, Verdict, judge
-<<<<<<< HEAD
 from muntin.serving.scheduling import take_short_turns
-from muntin.serving.telling import told_safely
-=======
-from muntin.serving.scheduling import stand_back
 from muntin.serving.telling import plain, told_safely
->>>>>>> 560e700 (A file's name that is no UTF-8 is told in errors, over both faces)
 from muntin.serving.version import (
     Call,
     NotReadyError,
