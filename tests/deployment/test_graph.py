@@ -147,6 +147,8 @@ def cases() -> dict[str, tuple[Callable[[Any, Tensor], Any], str]]:
         "type": (fails_on_types, r"cannot be exported for every size: unsupported operand"),
         "adaptive": (lambda m, x: F.interpolate(F.adaptive_avg_pool2d(m.conv(x), (7, 3)), x.shape[2:]), r"adaptive pooling to 7 x 3"),
         "max": (lambda m, x: F.interpolate(F.adaptive_max_pool2d(m.conv(x), 4), x.shape[2:]), r"adaptive pooling to 4 x 4"),
+        "large": (lambda m, x: m.conv(x if x.shape[2] < 300 else -x), r"otherwise where the height is from 300 on"),
+        "small": (lambda m, x: m.conv(x if x.shape[3] > 90 else -x), r"otherwise where the width is below 91"),
         "dictionary": (lambda m, x: {"out": m.conv(x)}, r"the model answers dict .*: wrap it"),
         "labels": (lambda m, x: m.conv(x).argmax(1, keepdim=True), r"the model answers torch.int64 .*: wrap it"),
         "nan": (lambda m, x: m.conv(x) * float("nan"), r"answers NaN or infinity"),
@@ -195,6 +197,35 @@ def test_sizes_are_rounded_as_python_rounds_them(pixels: Callable[..., Tensor], 
     convolutions = [SamePadding(channels, 8, 3, 2) for channels in (3, 8, 8)]
     model = nn.Sequential(*convolutions, nn.AdaptiveAvgPool2d(1), nn.Flatten())
     answers_as_its_model_at_every_size(model, pixels, tmp_path / "a")
+
+
+class Padded(nn.Module):
+    """Pads to whole strides if it needs to and cuts the answer, as many decoders do; or brings it to the size, where it is another."""
+
+    def __init__(self, stride: int, resize: bool) -> None:
+        super().__init__()
+        self.stride, self.resize = stride, resize
+        self.down, self.up = nn.Conv2d(3, 8, stride, stride, stride // 2 if resize else 0), nn.ConvTranspose2d(8, 4, stride, stride)
+
+    def forward(self, x_BCHW: Tensor) -> Tensor:
+        height, width = x_BCHW.shape[2:]
+        if (height % self.stride or width % self.stride) and not self.resize:
+            x_BCHW = F.pad(x_BCHW, (0, -width % self.stride, 0, -height % self.stride))
+        scores: Tensor = self.up(F.relu(self.down(x_BCHW / 255)))
+        if scores.shape[2:] != (height, width) and self.resize:
+            scores = F.interpolate(scores, (height, width), mode="bilinear")
+        return scores[:, :, :height, :width]
+
+
+@pytest.mark.parametrize(("stride", "resize"), [(2, True), (2, False), (8, False)])
+def test_what_a_model_does_to_sides_that_need_it_is_in_the_graph(
+    stride: int, resize: bool, pixels: Callable[..., Tensor], pictures: Callable[..., np.ndarray]
+) -> None:
+    model = Padded(stride, resize).eval()
+    proto = to_onnx(model, pixels(1, 3, 64, 64), signature(4))
+    for height, width in ((33, 47), (64, 64), (50, 40), (48, 31)):
+        images = pictures(1, height, width, 3)
+        np.testing.assert_allclose(run(proto, images), torch_answer(model, images), rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("case", cases())

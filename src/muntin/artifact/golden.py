@@ -7,6 +7,6 @@ GOLDEN_SIDE = 48
 
 
 def golden_sizes(height: int, width: int) -> tuple[tuple[int, int], tuple[int, int]]:
-    """Two sizes no larger than an example of height x width, so that one that was baked into a model is found."""
+    """Two sizes no larger than an example of height x width, the second of odd sides: what was baked into a model is found."""
     height, width = min(GOLDEN_SIDE, height), min(GOLDEN_SIDE, width)
-    return (height, width), (max(1, height * 5 // 8), max(1, width * 7 // 8))
+    return (height, width), (height * 5 // 8 | 1, width * 7 // 8 | 1)

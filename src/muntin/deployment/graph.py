@@ -29,6 +29,8 @@ from muntin.errors import ExportError
 
 OPSET = 20
 COMPUTE = ("Conv", "ConvTranspose", "Gemm", "MatMul")
+SMALLEST = 65
+"""Sides that a traced graph may begin at, pixels: one more than all strides of a model multiplied, above which no map is of one pixel."""
 _SCOPES = "pkg.torch.onnx.name_scopes"
 _ADAPTIVE = (torch.ops.aten.adaptive_avg_pool2d.default, torch.ops.aten.adaptive_max_pool2d.default)
 
@@ -91,8 +93,9 @@ def to_onnx(model: nn.Module, example: Tensor, signature: Signature) -> onnx.Mod
             )
     except (torch.onnx.errors.OnnxExporterError, RuntimeError) as error:
         raise ExportError(f"the model cannot be exported for every size: {_reason(error.__cause__ or error)}") from error
-    if program is None:
+    if program is None or program.exported_program is None:
         raise ExportError("the exporter returned no graph for this model")
+    _check_bounds(program.exported_program)
     proto: onnx.ModelProto = program.model_proto
     _name_layers(proto, canonical_names(model))
     _whole_windows(proto)
@@ -160,11 +163,31 @@ def _check(model: nn.Module, example: Tensor, signature: Signature) -> None:
         )
 
 
+def _check_bounds(program: torch.export.ExportedProgram) -> None:
+    """Raises `ExportError` where what was traced holds for some heights or widths alone: a condition on the size took one of its branches.
+
+    The tracer bounds every size from below by itself, since it keeps maps of one pixel apart.
+    """
+    (name,) = program.graph_signature.user_inputs
+    images = next(node.meta["val"] for node in program.graph.nodes if node.name == name)
+    for side, size in zip(("height", "width"), images.shape[1:3], strict=True):
+        bounds = program.range_constraints[size.node.expr]
+        where = f"from {bounds.upper + 1} on" if bounds.upper.is_Integer else f"below {bounds.lower}" if bounds.lower > SMALLEST else ""
+        if where:
+            raise ExportError(
+                f"the model computes otherwise where the {side} is {where}, and an artefact has one graph for every size: "
+                "leave out the condition on the size, or write both of its branches in one (torch.where)"
+            )
+
+
 def _traced_example(example: Tensor) -> Tensor:
-    """Two images with sides that are no multiples of anything: a size of 1, or one that a stride divides, could be baked in."""
-    height, width = (max(96, side) // 32 * 32 + 8 for side in example.shape[2:])
+    """Two images with sides that no stride divides: what a model does to sizes that need it, padding for one, has to be in the graph.
+
+    The height is odd whenever it is halved and rounded down, the width whenever it is rounded up.
+    """
+    height, width = (max(96, side) // 32 * 32 for side in example.shape[2:])
     generator = torch.Generator().manual_seed(0)  # of its own: the caller's random numbers stay what they were
-    return torch.randint(0, 256, (2, height, width + 64, example.shape[1]), dtype=torch.uint8, generator=generator)
+    return torch.randint(0, 256, (2, height + 31, width + 65, example.shape[1]), dtype=torch.uint8, generator=generator)
 
 
 def canonical_names(model: nn.Module) -> dict[str, str]:
