@@ -10,19 +10,21 @@ from muntin.training.average import WeightAverage
 class Counting(nn.Module):
     """A parameter, a statistic and a counter."""
 
-    total: torch.Tensor
+    running_mean: torch.Tensor
+    mask: torch.Tensor
     seen: torch.Tensor
 
     def __init__(self) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.zeros(3))
-        self.register_buffer("total", torch.zeros(2))
+        self.register_buffer("running_mean", torch.zeros(2))
+        self.register_buffer("mask", torch.tensor([0, -torch.inf]))
         self.register_buffer("seen", torch.zeros((), dtype=torch.int64))
 
     def set(self, value: float) -> None:
         with torch.no_grad():
             self.weight.fill_(value)
-            self.total.fill_(10 * value)
+            self.running_mean.fill_(10 * value)
             self.seen.fill_(int(value))
 
 
@@ -36,7 +38,8 @@ def test_the_average_is_its_formula() -> None:
         decay = min(0.5, (1 + step) / (10 + step))
         expected = decay * expected + (1 - decay) * value
         assert average.model.weight.tolist() == pytest.approx([expected] * 3, rel=1e-5)
-        assert average.model.total.tolist() == pytest.approx([10 * expected] * 2, rel=1e-5)
+        assert average.model.running_mean.tolist() == pytest.approx([10 * expected] * 2, rel=1e-5)
+        assert torch.equal(average.model.mask, model.mask)  # neither averaged nor NaN
     assert decay == 0.5  # the warm-up ended within the test
 
 
@@ -49,13 +52,24 @@ def test_counters_are_copied() -> None:
     assert average.model.seen.dtype == torch.int64
 
 
+def test_buffers_that_a_size_brings_are_taken_as_they_are() -> None:
+    model = Counting()
+    average = WeightAverage(model, 0.5)
+    for size in (3, 4):
+        model.register_buffer("grid", torch.arange(float(size)), persistent=False)
+        model.mask = torch.full((size,), -torch.inf)
+        average.update(model, size)
+        assert torch.equal(average.model.grid, model.grid) and torch.equal(average.model.mask, model.mask)
+    assert "grid" not in average.model.state_dict() and not average.model.grid.data_ptr() == model.grid.data_ptr()
+
+
 def test_without_decay_the_average_is_the_model() -> None:
     model = Counting()
     average = WeightAverage(model, 0)
     model.set(3)
     average.update(model, 1000)
     assert torch.equal(average.model.weight, model.weight)
-    assert torch.equal(average.model.total, model.total)
+    assert torch.equal(average.model.running_mean, model.running_mean)
 
 
 def test_the_average_is_a_model_of_its_own() -> None:

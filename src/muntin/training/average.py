@@ -8,8 +8,12 @@ import torch
 from torch import nn
 
 
+STATISTICS = ("running_mean", "running_var")
+"""Buffers that are averaged; others (masks of -inf, counters, vectors of a spectral norm) mean nothing but as they are."""
+
+
 class WeightAverage:
-    """An exponential moving average of a model's parameters and of its norms' statistics.
+    """An exponential moving average of a model's parameters and of its norms' statistics; other buffers are the model's own of that step.
 
     The decay warms up as (1 + step) / (10 + step), so that the first steps do not weigh on the result. Costs a copy of the model and one
     pass over its parameters a step. Source: Polyak & Juditsky (1992); the warm-up is TensorFlow's ExponentialMovingAverage's.
@@ -24,8 +28,13 @@ class WeightAverage:
         """Take in the model after `step` (from 0)."""
         share = 1 - min(self.decay, (1 + step) / (10 + step)) if self.decay else 1.0
         torch._foreach_lerp_(list(self.model.parameters()), [p.detach() for p in model.parameters()], share)
-        for mine, other in zip(self.model.buffers(), model.buffers(), strict=True):
-            if mine.dtype.is_floating_point:
-                mine.lerp_(other, share)
+        own = dict(self.model.named_buffers())
+        for name, other in model.named_buffers():
+            owner, _, last = name.rpartition(".")
+            if name not in own or own[name].shape != other.shape:  # made on the way, for a size
+                passing = last in model.get_submodule(owner)._non_persistent_buffers_set
+                self.model.get_submodule(owner).register_buffer(last, other.clone(), persistent=not passing)
+            elif last in STATISTICS:
+                own[name].lerp_(other, share)
             else:
-                mine.copy_(other)
+                own[name].copy_(other)
