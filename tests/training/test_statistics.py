@@ -1,11 +1,13 @@
 from __future__ import annotations
 
+import copy
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch import nn
+from torchvision.ops.misc import FrozenBatchNorm2d
 
 from muntin.layers.norm import GROUP, MapNorm
 from muntin.training.checkpoint import AVERAGE, read_checkpoint
@@ -42,6 +44,26 @@ def test_what_fails_on_the_way_leaves_the_norms_as_they_were_set() -> None:
 def test_a_model_without_norms_has_none() -> None:
     assert has_statistics(nn.Sequential(nn.BatchNorm1d(2)))
     assert not has_statistics(nn.Sequential(nn.LayerNorm(2), nn.BatchNorm1d(2, track_running_stats=False)))
+
+
+class Frozen(nn.Sequential):
+    """A norm of the first stages as it was trained elsewhere, whatever mode the rest is in."""
+
+    def train(self, mode: bool = True) -> Frozen:
+        super().train(mode)
+        self[0].eval()
+        return self
+
+
+def test_frozen_norms_keep_their_statistics() -> None:
+    model = Frozen(nn.BatchNorm2d(3), FrozenBatchNorm2d(3), nn.BatchNorm2d(3)).eval()
+    before = copy.deepcopy(model.state_dict())
+    renew_statistics(model, [torch.rand(GROUP, 3, 6, 5) * 255], FP32)
+    after = model.state_dict()
+    changed = {name for name in before if not torch.equal(before[name], after[name])}
+    assert changed == {"2.running_mean", "2.running_var", "2.num_batches_tracked"}
+    assert not any(module.training for module in model.modules())
+    assert has_statistics(model) and not has_statistics(model[:2])
 
 
 def slow_norms(*, task: str, classes: int, channels: int) -> nn.Module:

@@ -21,10 +21,10 @@ IMAGES = 256
 def renew_statistics(model: nn.Module, batches: Iterable[Tensor], precision: Precision) -> None:
     """Sets every norm's running mean and variance to the plain average over batches (B, C, H, W) of pixels; all else stays as it was.
 
-    Whatever has a running mean counts as a norm. Costs a forward pass a batch. Source: Wu and Johnson (2021), "Rethinking 'Batch' in
+    Norms that stay in `eval` mode when their model is trained, or have no momentum, are frozen: they keep what they have. Costs a forward pass a batch. Source: Wu and Johnson (2021), "Rethinking 'Batch' in
     BatchNorm", section 3 (PreciseBN). Deviation: the variances of the batches are averaged, without the spread of their means.
     """
-    norms: list[Any] = [module for module in model.modules() if getattr(module, "running_mean", None) is not None]
+    norms = _gathering(model)
     before = [(norm.training, norm.momentum) for norm in norms]
     try:
         for norm in norms:
@@ -41,5 +41,15 @@ def renew_statistics(model: nn.Module, batches: Iterable[Tensor], precision: Pre
 
 
 def has_statistics(model: nn.Module) -> bool:
-    """Whether there is anything to renew: folded norms are gone."""
-    return any(getattr(module, "running_mean", None) is not None for module in model.modules())
+    """Whether there is anything to renew: folded norms are gone, and frozen ones stay as they are."""
+    return bool(_gathering(model))
+
+
+def _gathering(model: nn.Module) -> list[Any]:
+    """The norms whose statistics training takes."""
+    modes = [(module, module.training) for module in model.modules()]
+    model.train()
+    norms = [m for m, _ in modes if m.training and getattr(m, "running_mean", None) is not None and hasattr(m, "momentum")]
+    for module, mode in modes:
+        module.training = mode
+    return norms
