@@ -92,6 +92,23 @@ def test_dense_attention_counts_its_two_products() -> None:
     assert image_macs(Dense(), torch.zeros(1, 8, 5, 7)) == projections + 2 * tokens**2 * 8
 
 
+@pytest.mark.filterwarnings("ignore:enable_nested_tensor")
+def test_pytorchs_own_attention_counts_its_products() -> None:
+    class Encoder(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layers = nn.TransformerEncoder(nn.TransformerEncoderLayer(8, 2, 12, batch_first=True), 2, enable_nested_tensor=False)
+
+        def forward(self, x: Tensor) -> Tensor:
+            out: Tensor = self.layers(x.flatten(2).transpose(1, 2))
+            return out
+
+    tokens = 5 * 7
+    layer = tokens * 8 * (24 + 8 + 2 * 12) + 2 * tokens**2 * 8
+    assert image_macs(Encoder(), torch.zeros(1, 8, 5, 7)) == 2 * layer
+    assert torch.backends.mha.get_fastpath_enabled()
+
+
 def test_bytes_count_as_floats_do_and_the_batch_does_not(mixed: nn.Module) -> None:
     images = torch.zeros(4, 3, 20, 25, dtype=torch.uint8)
     assert image_macs(mixed, images) == image_macs(mixed, images[:1].float())

@@ -22,9 +22,14 @@ PRODUCTS = (QuantizedProduct, QuantizedSoftmaxProduct)
 
 def image_macs(model: nn.Module, example: Tensor) -> int:
     """Multiply-adds of one image of the example's size, attention products included (`torch.utils.flop_counter`, halved)."""
-    # The counter does not see the CPU's fused attention; as plain products it does.
-    with torch.inference_mode(), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
-        model.eval()(example[:1].to(torch.float32))
+    fast = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        # The counter sees neither fused attention, of the CPU and of PyTorch's own layers, nor what inference mode hides; as plain products it does.
+        with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+            model.eval()(example[:1].to(torch.float32))
+    finally:
+        torch.backends.mha.set_fastpath_enabled(fast)
     return int(counter.get_total_flops()) // 2
 
 
