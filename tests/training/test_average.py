@@ -60,7 +60,7 @@ def test_buffers_that_a_size_brings_are_taken_as_they_are() -> None:
         model.mask = torch.full((size,), -torch.inf)
         average.update(model, size)
         assert torch.equal(average.model.grid, model.grid) and torch.equal(average.model.mask, model.mask)
-    assert "grid" not in average.model.state_dict() and not average.model.grid.data_ptr() == model.grid.data_ptr()
+    assert "grid" not in average.model.state_dict() and average.model.grid.data_ptr() != model.grid.data_ptr()
 
 
 def test_without_decay_the_average_is_the_model() -> None:

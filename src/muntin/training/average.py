@@ -7,7 +7,6 @@ import copy
 import torch
 from torch import nn
 
-
 STATISTICS = ("running_mean", "running_var")
 """Buffers that are averaged; others (masks of -inf, counters, vectors of a spectral norm) mean nothing but as they are."""
 

@@ -11,6 +11,7 @@ Axes: B images, C channels, H W map.
 
 from __future__ import annotations
 
+import copy
 import json
 import time
 import warnings
@@ -20,9 +21,9 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from muntin.artifact import Signature
+from muntin.artifact import ClassInfo, Signature
 from muntin.artifact.golden import golden_sizes
 from muntin.data import Crops, Source, calibration_batches, open_source, prefetch
 from muntin.data.source import Samples
@@ -30,7 +31,7 @@ from muntin.errors import CheckpointError, RecipeError
 from muntin.layers.norm import GROUP
 from muntin.models import TorchSession
 from muntin.models.compiler import require_compiler
-from muntin.models.foreign import ForeignModel
+from muntin.models.hybridnet import HybridNet
 from muntin.training.allocator import keep_freed_memory
 from muntin.training.checkpoint import (
     Checkpoint,
@@ -118,7 +119,7 @@ def fit(
     anew = (f"{directory} held no checkpoint to go on from: trained from the start",) if resume and start is None else ()
     torch.manual_seed(recipe.seed)
     model = build_model(recipe, tuple(source.classes))
-    sizes = check_crop(model, recipe)
+    sizes = check_crop(model, recipe, tuple(source.classes))
     precision = check_maps(model, precision, crop=recipe.data.crop, channels=recipe.data.channels, asked=recipe.training.precision)
     weights = None if start is not None else recipe.model.weights
     begun = () if weights is None else begin_with(model, root / weights)
@@ -147,37 +148,82 @@ def prepare_hardware(config: TrainingConfig, *, begun: str | None) -> Precision:
     return resolve_precision(config.precision, device, begun=begun)
 
 
-def check_crop(model: nn.Module, recipe: Recipe) -> tuple[str, ...]:
-    """A note where a foreign model takes the crops but not every size, so that it can be trained and not exported.
+def check_crop(model: nn.Module, recipe: Recipe, classes: tuple[ClassInfo, ...]) -> tuple[str, ...]:
+    """A note where a model that is not ours takes what training brings but not every size, so that it can be trained and not exported.
 
-    Raises `RecipeError` where it does not take the crops. Costs three forward passes, two of them of small pictures.
+    Raises `RecipeError` where it does not take crops or, for maps, pictures of other sizes, does not answer as its task asks, or cannot be
+    copied. What it makes at its first call (lazy parameters, buffers) is there afterwards; all else is tried on a copy. Costs a few
+    forward passes.
     """
-    side = recipe.data.crop
-    if not isinstance(model, ForeignModel):
+    if isinstance(model, HybridNet):
         return ()
-    model.eval()
-    reason = _refusal(model, (1, recipe.data.channels, side, side))
+    side, name, signature = recipe.data.crop, recipe.model.name, make_signature(recipe, classes)
+    shape = (1, recipe.data.channels, side, side)
+    try:
+        copy.deepcopy(model)
+    except RuntimeError as error:  # tensors that were computed are part of it
+        raise RecipeError(
+            f"'{name}' cannot be copied ({_line(error)}), and weights are averaged in a copy: use weight_norm and "
+            "spectral_norm of torch.nn.utils.parametrizations instead of those of torch.nn.utils"
+        ) from error
+    reason = _refusal(model.eval(), shape)
     if reason:
         raise RecipeError(
-            f"data.crop {side}: '{recipe.model.name}' takes pictures of another size ({reason}): set data.crop to it, or choose a model "
-            "that takes any"
+            f"data.crop {side}: '{name}' takes pictures of another size ({reason}): set data.crop to it, or choose a model that takes any"
         )
-    failed = [(size, why) for size in golden_sizes(side, side) if (why := _refusal(model, (1, recipe.data.channels, *size)))]
+    tried = copy.deepcopy(model)  # with what the first call made
+    _check_answer(tried, shape, signature, name)
+    with torch.random.fork_rng():
+        batch = min(2, recipe.training.batch_size)
+        try:
+            _check_answer(tried.train(), (batch, *shape[1:]), signature, name)
+        except ValueError as error:
+            if batch > 1:
+                raise
+            raise RecipeError(f"training.batch_size 1 with data.crop {side}: {_line(error)}; raise either of them") from error
+    tried.eval()
+    if recipe.task != "classify":
+        odd = (1, recipe.data.channels, side | 1, (side + side // 2) | 1)
+        if reason := _refusal(tried, odd):
+            raise RecipeError(
+                f"'{name}' takes no {odd[2]} x {odd[3]} ({reason}), and validation and artefacts bring every size: let its forward pad "
+                "(h, w = x.shape[2:]; x = F.pad(x, (0, -w % 32, 0, -h % 32)); cut the answer: [:, :, :h, :w])"
+            )
+        _check_answer(tried, odd, signature, name)
+    failed = [(size, why) for size in golden_sizes(side, side) if (why := _refusal(tried, (1, recipe.data.channels, *size)))]
     model.train()
     if not failed:
         return ()
     (height, width), reason = failed[0]
-    return (f"'{recipe.model.name}' takes no {height} x {width} ({reason}), and an artefact takes every size: it cannot be exported",)
+    return (f"'{name}' takes no {height} x {width} ({reason}), and an artefact takes every size: it cannot be exported",)
+
+
+def _check_answer(model: nn.Module, shape: tuple[int, ...], signature: Signature, name: str) -> None:
+    """Raises `RecipeError` for an answer that is not what its task asks."""
+    with torch.no_grad():
+        answer = model(torch.zeros(shape))
+    wanted = signature.scores_shape(shape[0], *shape[2:])
+    if isinstance(answer, Tensor) and answer.is_floating_point() and tuple(answer.shape) == wanted:
+        return
+    came = f"{answer.dtype} of shape {tuple(answer.shape)}" if isinstance(answer, Tensor) else f"a {type(answer).__name__}"
+    raise RecipeError(
+        f"'{name}' answers {came} to pixels of shape {shape} in {'training' if model.training else 'evaluation'}; task "
+        f"'{signature.task}' with {len(signature.classes)} classes wants one float tensor of shape {wanted}: wrap it so that its forward returns that"
+    )
 
 
 def _refusal(model: nn.Module, shape: tuple[int, ...]) -> str:
     """How a model refuses pictures of a shape; empty where it does not."""
     try:
-        with torch.inference_mode():
+        with torch.no_grad():  # not inference mode: what a model makes at its first call is trained
             model(torch.zeros(shape))
     except (AssertionError, RuntimeError, ValueError) as error:  # a size refused; or none left on the way, or one that does not fit
-        return " ".join(str(error).split())[:200] or type(error).__name__
+        return _line(error)
     return ""
+
+
+def _line(error: Exception) -> str:
+    return " ".join(str(error).split())[:200] or type(error).__name__
 
 
 def _find_checkpoint(directory: Path, recipe: Recipe, resume: bool) -> Checkpoint | None:
@@ -272,8 +318,12 @@ class Training:
                     self._log_step(log, sum(self.losses) / len(self.losses), rate)
                     self.losses = []
                 if self.step % config.validate_every == 0 or ended:
-                    self._renew_statistics(samples)
-                    self._validate(log, validation)
+                    try:
+                        self._renew_statistics(samples)
+                        self._validate(log, validation)
+                    except Exception:  # of a model or of pictures: what was trained is kept
+                        self._write()
+                        raise
                     self.seconds = before + time.perf_counter() - started
                     ended = self.finished  # by what validating took, maybe
                 last = ended or interruption.asked  # read once: a checkpoint follows for sure

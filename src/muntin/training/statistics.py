@@ -21,8 +21,9 @@ IMAGES = 256
 def renew_statistics(model: nn.Module, batches: Iterable[Tensor], precision: Precision) -> None:
     """Sets every norm's running mean and variance to the plain average over batches (B, C, H, W) of pixels; all else stays as it was.
 
-    Norms that stay in `eval` mode when their model is trained, or have no momentum, are frozen: they keep what they have. Costs a forward pass a batch. Source: Wu and Johnson (2021), "Rethinking 'Batch' in
-    BatchNorm", section 3 (PreciseBN). Deviation: the variances of the batches are averaged, without the spread of their means.
+    Norms that stay in `eval` mode when their model is trained, or have no momentum, are frozen: they keep what they have. Costs a forward
+    pass a batch. Source: Wu and Johnson (2021), "Rethinking 'Batch' in BatchNorm", section 3 (PreciseBN). Deviation: the variances of the
+    batches are averaged, without the spread of their means.
     """
     norms = _gathering(model)
     before = [(norm.training, norm.momentum) for norm in norms]
