@@ -61,6 +61,13 @@ def test_export_in_float_goes_where_it_is_told(call: Call, exported: Any, tmp_pa
     assert weights[0] < weights[1]
 
 
+def test_export_keeps_the_layers_that_it_is_told_to_keep(call: Call, exported: Any, tmp_path: Path) -> None:
+    name = next(layer.name for layer in open_artifact(exported.artifact).manifest.layers if layer.activation_bits == 8)
+    document = call("export", exported.run, "--set", f"quantization.keep=['{name}']", "-o", tmp_path / "kept", "--json").document()
+    assert document["kept"][name] == "named in keep"
+    assert "only quantization.KEY=VALUE" in call("export", exported.run, "--set", "training.steps=3").mistake()
+
+
 def test_export_looks_at_its_target_before_the_data(call: Call, exported: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("muntin.deployment.assessment.source_of", lambda checkpoint: pytest.fail("the data were opened"))
     (tmp_path / "file").touch()

@@ -33,17 +33,20 @@ def export_command(
     floating: Annotated[
         bool, typer.Option("--float", help="Do not quantise: all layers in floating point. Not for what is quantised already.")
     ] = False,
+    set_: Annotated[
+        list[str] | None, typer.Option("--set", help="Replace a value, e.g. --set quantization.keep=[head.conv]; repeatable.")
+    ] = None,
     json: Json = False,
 ) -> None:
     """Quantise a checkpoint to INT8 and write it as an artefact that runs without PyTorch."""
     from muntin.compression.stages import broken_off
-    from muntin.deployment.assessment import ARTIFACT, export_checkpoint, other_artifact
+    from muntin.deployment.assessment import ARTIFACT, export_checkpoint, other_artifact, quantized_by
     from muntin.training import find_checkpoint, read_checkpoint
 
     found = find_checkpoint(checkpoint)
     target = output or found.parent.parent / ARTIFACT
     with status("exporting"):
-        trained = read_checkpoint(found)
+        trained = quantized_by(read_checkpoint(found), set_ or ())
         replaced = other_artifact(trained, target, integer=not floating)
         artifact = export_checkpoint(trained, target, integer=not floating)
     manifest = artifact.manifest

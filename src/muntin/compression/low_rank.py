@@ -37,7 +37,7 @@ from muntin.compression.factored import (
     shell,
 )
 from muntin.compression.moments import Moment, answer_sensitivity, input_moments
-from muntin.compression.quantization import call_every_layer, check_kept
+from muntin.compression.quantization import call_every_layer, check_kept, is_kept
 from muntin.compression.quantized import QuantizedConv2d, QuantizedLinear
 from muntin.compression.ranks import Choice, Floats, allocate, allocate_within, choices, ladder, largest_threshold, rank_at
 from muntin.compression.rewrite import WHOLE_MODEL, computed_weight, named, out_of_reach, replace
@@ -119,7 +119,7 @@ def _reasons_to_keep(model: nn.Module, layers: Mapping[str, Dense], config: LowR
     for name, layer in layers.items():
         if id(layer) in factored:
             reasons[name] = "already factored"
-        elif name in config.keep:
+        elif is_kept(name, config.keep):
             reasons[name] = "named in keep"
         elif quantized:
             reasons[name] = "the model is quantised already: factor it before"

@@ -30,6 +30,7 @@ from muntin.compression.quantization import (
     call_every_layer,
     check_kept,
     computes_as_usual,
+    is_kept,
     no_integer_form,
     round_to_half,
     sqnr_db,
@@ -181,7 +182,7 @@ def prepare_qat(calibration: Iterable[Tensor], *, bits: int = 4, keep: Sequence[
         check_kept(keep, layers)
         changes = fold(model) + fold_batch_norms(model, batches[0])
         check_weights(layers)
-        reasons = {"": WHOLE_MODEL} | dict.fromkeys(keep, "named in keep") | _unusual(model, layers, batches)
+        reasons = {"": WHOLE_MODEL} | {name: "named in keep" for name in layers if is_kept(name, keep)} | _unusual(model, layers, batches)
         products = dict(named(model, Product, SoftmaxProduct))
         for name, observers in observe(model, {**layers, **products}, batches).items():
             operation = model.get_submodule(name)

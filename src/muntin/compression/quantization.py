@@ -17,6 +17,7 @@ from torch.nn import functional as F  # noqa: N812 - the field's usual name
 from muntin.compression.batch_norm import fold_batch_norms
 from muntin.compression.calibration import calibration_list, check_weights, observe, watch_inputs
 from muntin.compression.change import Change, Pass
+from muntin.compression.factored import PARTS
 from muntin.compression.fold import fold
 from muntin.compression.observer import Observer
 from muntin.compression.pixel_grid import align_with_pixels
@@ -113,9 +114,14 @@ def quantize(calibration: Iterable[Tensor], config: QuantizationConfig | None = 
 
 def check_kept(keep: Sequence[str], layers: Mapping[str, nn.Module]) -> None:
     """Raises `MuntinError` for a name in `keep` that no layer has."""
-    unknown = [name for name in keep if name not in layers]
+    unknown = [entry for entry in keep if not any(is_kept(name, (entry,)) for name in layers)]
     if unknown:
         raise MuntinError(f"keep names no Linear or Conv2d: {', '.join(unknown)}; the model has {', '.join(list(layers)[:6])}, ...")
+
+
+def is_kept(name: str, keep: Sequence[str]) -> bool:
+    """Whether a layer is named in `keep`: itself, a module that it lies in, or a part that it would be factored into."""
+    return any(f"{name}.".startswith(f"{entry}.") or (name and entry in (f"{name}.{part}" for part in PARTS)) for entry in keep)
 
 
 def _replace_layers(model: nn.Module, layers: dict[str, nn.Module], batches: Sequence[Tensor], config: QuantizationConfig) -> list[Change]:
@@ -146,7 +152,7 @@ def _reason_to_keep(name: str, form: QuantizedLayer | str, sqnr: dict[str, float
         return form
     if not name:
         return WHOLE_MODEL
-    if name in config.keep:
+    if is_kept(name, config.keep):
         return "named in keep"
     measured = sqnr[name]
     if measured is None:

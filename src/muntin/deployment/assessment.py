@@ -10,8 +10,8 @@ real runtime.
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
@@ -42,7 +42,7 @@ from muntin.deployment.counting import image_macs, parameter_count, stored_bytes
 from muntin.deployment.export import export
 from muntin.deployment.layers import layer_rows, rank_rows
 from muntin.deployment.pictures import write_examples, write_whole
-from muntin.errors import ArtifactError, ExportError, VerificationError
+from muntin.errors import ArtifactError, ExportError, RecipeError, VerificationError
 from muntin.models import TorchSession
 from muntin.runtime import Session, describe_hardware, load, verify
 from muntin.runtime.contention import notes_on, watch_cpu
@@ -51,7 +51,7 @@ from muntin.runtime.latency import latency_report
 from muntin.runtime.tiles import Predictor
 from muntin.training.checkpoint import AVERAGE, Checkpoint, read_checkpoint
 from muntin.training.evaluation import IGNORED, Evaluation, Labels, predictions, score, tile_of
-from muntin.training.recipe import recipe_text
+from muntin.training.recipe import override_recipe, recipe_text
 
 ARTIFACT = "artifact"
 """The folder of a run's artefact, unless told otherwise."""
@@ -74,6 +74,18 @@ def integer_model(checkpoint: Checkpoint, calibration: list[Tensor]) -> tuple[nn
         return model, [*changes_of(checkpoint), *freeze(calibration)(model)]
     model = checkpoint.model()
     return model, quantize(calibration, checkpoint.recipe.quantization)(model)
+
+
+def quantized_by(checkpoint: Checkpoint, overrides: Iterable[str]) -> Checkpoint:
+    """The checkpoint with `quantization.KEY=VALUE` of its recipe replaced. Raises RecipeError for others, and for what `compress` made."""
+    overrides = tuple(overrides)
+    other = next((override for override in overrides if not override.startswith("quantization.")), None)
+    if other is not None:
+        raise RecipeError(f"'{other}': the model is trained already; only quantization.KEY=VALUE can be set here")
+    if overrides and checkpoint.state.compression is not None:
+        raise RecipeError(f"{checkpoint.path} was quantised by `muntin compress`: set compression.KEY=VALUE there")
+    recipe = override_recipe(checkpoint.recipe, overrides)
+    return replace(checkpoint, state=checkpoint.state.model_copy(update={"recipe": recipe}))
 
 
 def export_checkpoint(checkpoint: Checkpoint, path: Path, *, integer: bool = True) -> Artifact:

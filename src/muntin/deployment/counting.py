@@ -25,7 +25,7 @@ def image_macs(model: nn.Module, example: Tensor) -> int:
     fast = torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(False)
     try:
-        # The counter sees neither fused attention, the CPU's and that of PyTorch's own layers, nor what is inside operators in inference mode.
+        # The counter sees neither fused attention, the CPU's and PyTorch's own layers', nor what operators do in inference mode.
         with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
             model.eval()(example[:1].to(torch.float32))
     finally:

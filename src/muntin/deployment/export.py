@@ -143,7 +143,8 @@ def deviations(session: Session, golden: Iterable[tuple[NDArray[np.uint8], NDArr
 
 def _floating(session: Session, layers: Iterable[LayerRecord]) -> list[str]:
     _, reasons = find_fallbacks(tuple(layers), tuple(session.layers()))
-    return [f"{len(reasons)} of the quantised layers not on integers: {reasons[0]}; name it in keep"] if reasons else []
+    advice = "name it in quantization.keep (`muntin export --set`; of a compressed model in compression.keep, `muntin compress --set`)"
+    return [f"{len(reasons)} of the quantised layers not on integers: {reasons[0]}: {advice}"] if reasons else []
 
 
 def infer_signature(model: nn.Module, example: Tensor) -> Signature:

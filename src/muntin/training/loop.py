@@ -208,7 +208,7 @@ def _check_answer(model: nn.Module, shape: tuple[int, ...], signature: Signature
     came = f"{answer.dtype} of shape {tuple(answer.shape)}" if isinstance(answer, Tensor) else f"a {type(answer).__name__}"
     raise RecipeError(
         f"'{name}' answers {came} to pixels of shape {shape} in {'training' if model.training else 'evaluation'}; task "
-        f"'{signature.task}' with {len(signature.classes)} classes wants one float tensor of shape {wanted}: wrap it so that its forward returns that"
+        f"'{signature.task}' with {len(signature.classes)} classes wants one float tensor of shape {wanted}: wrap it"
     )
 
 
