@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
@@ -10,7 +13,11 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from muntin.compression import QuantizedConv2d, QuantizedLinear
+from muntin.compression.factored import full_ranks
+from muntin.compression.low_rank import factorize
 from muntin.compression.observer import ActivationGrid, Observer
+from muntin.compression.qat import QATConv2d, QATLinear
+from muntin.compression.quantized import GEOMETRY
 
 SIDES = st.integers(1, 7)
 
@@ -148,3 +155,18 @@ def test_the_weight_is_a_float_of_the_layers_own_shape() -> None:
     ):
         assert quantized.weight.dtype == torch.float32
         torch.testing.assert_close(quantized.weight, layer.weight.detach(), rtol=0, atol=0.01)
+
+
+LAYERS = [nn.Linear(6, 4), nn.Conv2d(4, 6, 3, 2, 1), nn.Conv2d(4, 6, 1, bias=False), nn.Conv2d(4, 6, (5, 7), (1, 2), (2, 3), 1)]
+
+
+@pytest.mark.parametrize("layer", LAYERS)
+def test_what_stands_for_a_layer_has_what_models_read_of_it(layer: nn.Linear | nn.Conv2d) -> None:
+    grid = grid_of(torch.linspace(0, 1, 9))
+    linear = isinstance(layer, nn.Linear)
+    forms: list[Any] = [QuantizedLinear(layer, grid) if linear else QuantizedConv2d(layer, grid)]
+    forms += [QATLinear(layer, grid, 4) if linear else QATConv2d(layer, grid, 4)]
+    forms += [factorize(layer, tuple(1 for _ in full_ranks(layer)))]
+    for form, name in itertools.product(forms, GEOMETRY):
+        assert not hasattr(layer, name) or getattr(form, name) == getattr(layer, name), (type(form), name)
+    assert all((form.bias is None) == (layer.bias is None) for form in forms)

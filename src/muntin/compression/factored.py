@@ -55,6 +55,11 @@ class FactoredLinear(nn.Module):
         return self.expand.out_features
 
     @property
+    def bias(self) -> Tensor | None:
+        """The last part's."""
+        return self.expand.bias
+
+    @property
     def first(self) -> nn.Linear:
         """The part that reads the input: what was affine before the layer folds into it."""
         return self.reduce
@@ -132,6 +137,39 @@ class FactoredConv2d(nn.Module):
     def out_channels(self) -> int:
         """Channels of the output."""
         return self.last.out_channels
+
+    @property
+    def bias(self) -> Tensor | None:
+        """The last part's."""
+        return self.expand.bias
+
+    @property
+    def kernel_size(self) -> tuple[int, ...]:
+        """Of all parts together, as are stride, padding and dilation: each axis is one part's."""
+        return self._along("kernel_size")
+
+    @property
+    def stride(self) -> tuple[int, ...]:
+        """Pixels."""
+        return self._along("stride")
+
+    @property
+    def padding(self) -> tuple[int, ...]:
+        """Pixels on either side."""
+        return self._along("padding")
+
+    @property
+    def dilation(self) -> tuple[int, ...]:
+        """Pixels."""
+        return self._along("dilation")
+
+    @property
+    def groups(self) -> int:
+        """What is factored has one group."""
+        return 1
+
+    def _along(self, name: str) -> tuple[int, ...]:
+        return tuple(map(max, *(getattr(part, name) for part in self.children())))
 
     @property
     def first(self) -> nn.Conv2d:

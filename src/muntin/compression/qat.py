@@ -42,6 +42,7 @@ from muntin.compression.quantized import (
     QuantizedProduct,
     QuantizedSoftmaxProduct,
     exponentials,
+    keep_geometry,
 )
 from muntin.compression.rewrite import WHOLE_MODEL, named, out_of_reach, replace
 from muntin.layers import Product, SoftmaxProduct
@@ -78,6 +79,7 @@ class _LearnedWeight(nn.Module):
         self.input = LearnedGrid(grid)
         self.bits = bits
         self.groups = getattr(layer, "groups", 1)
+        keep_geometry(self, layer)
         self.log_scale = nn.Parameter(weight_scale(layer.weight, 0, bits).log())
         self.shape_of = [copy.deepcopy(layer).to("meta")]  # in a list: no submodule, only the structure to go back to
 

@@ -35,6 +35,16 @@ class InputGrid(nn.Module):
         return rounded
 
 
+GEOMETRY = ("in_features", "out_features", "in_channels", "out_channels", "kernel_size", "stride", "padding", "dilation", "groups")
+
+
+def keep_geometry(form: nn.Module, layer: nn.Module) -> None:
+    """What models read of a layer, on the form that stands for it."""
+    for name in GEOMETRY:
+        if hasattr(layer, name):
+            setattr(form, name, getattr(layer, name))
+
+
 class QuantizedLinear(nn.Module):
     """A Linear with integer weights per output channel and 8-bit inputs; `(..., I) -> (..., O)`.
 
@@ -48,6 +58,7 @@ class QuantizedLinear(nn.Module):
 
     def __init__(self, layer: nn.Linear, grid: ActivationGrid, *, bits: int = 8, scale: Tensor | None = None) -> None:
         super().__init__()
+        keep_geometry(self, layer)
         q_OI, scale_O = quantize_weight(layer.weight, 0, bits, scale)
         self.bits = bits
         self.input = InputGrid(grid)
@@ -77,6 +88,7 @@ class QuantizedConv2d(nn.Module):
 
     def __init__(self, layer: nn.Conv2d, grid: ActivationGrid, *, bits: int = 8, scale: Tensor | None = None) -> None:
         super().__init__()
+        keep_geometry(self, layer)
         q_OIHW, scale_O = quantize_weight(layer.weight, 0, bits, scale)
         self.bits = bits
         self.input = InputGrid(grid)
