@@ -132,3 +132,12 @@ def test_its_state_is_not_taken_from_where_it_would_be_lost() -> None:
     optimizer = make_optimizer(nn.Linear(4, 4), TrainingConfig())
     with pytest.raises(TypeError, match="load_optimizer"):
         optimizer.load_state_dict(optimizer.state_dict())
+
+
+def test_complex_weights_are_trained() -> None:
+    model = nn.Linear(3, 2, dtype=torch.complex64)
+    before = model.weight.detach().clone()
+    optimizer = make_optimizer(model, TrainingConfig())
+    model(torch.ones(1, 3, dtype=torch.complex64)).abs().sum().backward()
+    optimizer.step()
+    assert not torch.equal(model.weight, before) and model.weight.isfinite().all()

@@ -58,7 +58,8 @@ class Muon(torch.optim.Optimizer):
         super().__init__([group for group in groups if group["params"]], {"lr": config.learning_rate, "matrices": False})
         self._dtype = dtype
         rest = [group for group in self.param_groups if not group["matrices"]]
-        self._adamw = torch.optim.AdamW(rest, fused=True) if rest else None  # it has the very same groups
+        fused = all(parameter.is_floating_point() for group in rest for parameter in group["params"])  # not complex
+        self._adamw = torch.optim.AdamW(rest, fused=fused) if rest else None  # it has the very same groups
         if self._adamw is not None:
             self._adamw.state = self.state
 
@@ -122,7 +123,7 @@ def make_optimizer(model: nn.Module, config: TrainingConfig, dtype: torch.dtype 
         owner, _, last = name.rpartition(".")
         if parameter.ndim < 2 or isinstance(owners[owner], nn.LayerNorm | nn.RMSNorm):  # a norm's weight scales, over however many axes
             vectors.append(parameter)
-        elif last.endswith("weight") and not _is_table(owners[owner]):
+        elif last.endswith("weight") and parameter.is_floating_point() and not _is_table(owners[owner]):
             matrices.append(parameter)
         else:
             others.append(parameter)
