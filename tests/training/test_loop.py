@@ -3,6 +3,7 @@ from __future__ import annotations
 import copy
 import json
 import os
+import random
 import signal
 import time
 from collections.abc import Callable
@@ -135,6 +136,22 @@ def test_an_interrupted_run_that_goes_on_ends_in_the_same_bits(tmp_path: Path, w
     for key in ("step", "loss", "learning_rate"):
         assert [point[key] for point in one.state.training] == [point[key] for point in other.state.training]
     assert one.state.validation == other.state.validation
+
+
+def drawing(*, task: str, classes: int, channels: int) -> nn.Module:
+    """A model that draws elsewhere than in PyTorch, as stochastic depth sometimes does."""
+
+    def answer(model: Own, x: Tensor, y: Tensor) -> Tensor:
+        return y * (random.uniform(1, 2) + np.random.rand()) if model.training else y  # noqa: S311
+
+    return Own(nn.Conv2d(channels, classes, 1), answer)
+
+
+def test_what_a_model_draws_elsewhere_is_the_same_when_a_run_goes_on(tmp_path: Path, tiny: Any) -> None:
+    plan = (f"model.name={__name__}:drawing", "model.options={}", "training.steps=4", "training.validate_every=2")
+    whole = train(tiny, tmp_path / "whole", *plan)
+    assert train(tiny, tmp_path / "run", *plan, report=ctrl_c_at(2)).interrupted
+    assert_same_state(read_checkpoint(train(tiny, tmp_path / "run", *plan, resume=True).checkpoint), read_checkpoint(whole.checkpoint))
 
 
 def test_a_resumed_run_logs_no_step_twice(tmp_path: Path, tiny: Any, plan: list[str]) -> None:

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import copy
 import json
+import random
 import time
 import warnings
 from collections.abc import Callable
@@ -20,6 +21,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -309,6 +311,8 @@ class Training:
             started, first = time.perf_counter(), self.step
             before = self.seconds
             for step, (images, target) in prefetch(crops, self.step, self.step if self.finished else config.steps):
+                random.seed(self.seed * config.steps + step)  # what a model draws outside of PyTorch is the same when a run goes on
+                np.random.seed((self.seed * config.steps + step) % 2**32)
                 done = share_done(config, step + 0.5, before + time.perf_counter() - started)
                 self.losses.append(self.trainer.update(step, images, target, done=done))
                 self.step, self.seconds = step + 1, before + time.perf_counter() - started
