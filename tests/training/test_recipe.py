@@ -314,3 +314,10 @@ def test_values_that_yaml_cannot_build_are_one_line(tmp_path: Path, value: str) 
     with pytest.raises(RecipeError, match=r"^'name=.* is not a YAML value") as error:
         load_recipe(path, [f"name={value}"])
     assert "\n" not in str(error.value) and len(str(error.value)) < 500
+
+
+def test_a_key_that_stands_twice_is_refused(tmp_path: Path) -> None:
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text("training: {steps: 7}\nseed: 1\ntraining: {precision: fp32}\n")
+    with pytest.raises(RecipeError, match=r"'training' stands in line 1 and again in line 3: keep one"):
+        load_recipe(recipe)

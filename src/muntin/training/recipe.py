@@ -54,7 +54,7 @@ def load_recipe(path: Path | str, overrides: Iterable[str] = ()) -> Recipe:
     """
     path = Path(path)
     try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+        content = yaml.load(path.read_text(encoding="utf-8"), Loader=_EachKeyOnce)  # noqa: S506 - it is a SafeLoader
     except OSError as error:
         raise RecipeError(
             f"recipe {path}: {error.strerror or error}; give the path of a YAML file, or write one with `muntin init DIR`"
@@ -66,6 +66,19 @@ def load_recipe(path: Path | str, overrides: Iterable[str] = ()) -> Recipe:
     for override in overrides:
         _override(content, override)
     return parse_recipe(content, where=f"recipe {path}")
+
+
+class _EachKeyOnce(yaml.SafeLoader):
+    """Refuses a key that stands twice, as YAML does: PyYAML would take the last."""
+
+    def construct_mapping(self, node: Any, deep: bool = False) -> Any:
+        seen: dict[str, int] = {}
+        for key, _ in node.value:
+            line = key.start_mark.line + 1
+            if isinstance(key, yaml.ScalarNode) and key.value in seen:
+                raise yaml.YAMLError(f"'{key.value}' stands in line {seen[key.value]} and again in line {line}: keep one of them")
+            seen[str(key.value)] = line
+        return super().construct_mapping(node, deep)
 
 
 def parse_recipe(content: dict[str, Any], *, where: str) -> Recipe:
