@@ -10,6 +10,7 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -196,6 +197,12 @@ def test_evaluate_takes_a_split_a_checkpoint_and_tiles(call: Call, exported: Any
     assert call("evaluate", older, "--split", "train", "--json").document()["samples"] == 4
     assert call("evaluate", exported.run, "--tile", "20", "--json").document()["counted"] == 2 * 47 * 48
     assert "split 'tset': give one of train, validation, test" in call("evaluate", exported.run, "--split", "tset").mistake()
+
+
+def test_evaluate_refuses_tiles_of_a_classifier(call: Call, exported: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    classifier = SimpleNamespace(signature=SimpleNamespace(task="classify"))
+    monkeypatch.setattr("muntin.training.read_checkpoint", lambda path: classifier)
+    assert "--tile 20: the run's task is classify" in call("evaluate", exported.run, "--tile", "20").mistake()
 
 
 def test_evaluate_refuses_an_engine_for_a_checkpoint(call: Call, exported: Any) -> None:

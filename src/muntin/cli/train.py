@@ -115,8 +115,10 @@ def evaluate_command(
     if engine is not None and artifact is None:
         raise RecipeError(f"--engine {engine} is an artefact's, and a checkpoint runs in PyTorch: give --artifact too, or leave it out")
     loaded = read_checkpoint(checkpoint)
-    source = source_of(loaded)
     wanted = loaded.signature
+    if tile is not None and wanted.task == "classify":
+        raise RecipeError(f"--tile {tile}: the run's task is classify, and its pictures are taken whole: leave it out")
+    source = source_of(loaded)
     session: Any = load(artifact, engine=engine or DEFAULT_ENGINE) if artifact else TorchSession(read_model(loaded), wanted)
     if session.signature != wanted:
         raise ArtifactError(
