@@ -173,7 +173,7 @@ def check_crop(model: nn.Module, recipe: Recipe, classes: tuple[ClassInfo, ...])
         raise RecipeError(
             f"data.crop {side}: '{name}' takes pictures of another size ({reason}): set data.crop to it, or choose a model that takes any"
         )
-    tried = copy.deepcopy(model)  # with what the first call made
+    tried: nn.Module = copy.deepcopy(model).to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # with what the call made
     _check_answer(tried, shape, signature, name)
     with torch.random.fork_rng():
         batch = min(2, recipe.training.batch_size)
@@ -202,14 +202,20 @@ def check_crop(model: nn.Module, recipe: Recipe, classes: tuple[ClassInfo, ...])
 
 def _check_answer(model: nn.Module, shape: tuple[int, ...], signature: Signature, name: str) -> None:
     """Raises `RecipeError` for an answer that is not what its task asks."""
-    with torch.no_grad():
-        answer = model(torch.zeros(shape))
+    mode = "training" if model.training else "evaluation"
+    try:
+        with torch.no_grad():
+            answer = model(torch.zeros(shape).contiguous(memory_format=torch.channels_last))
+    except RuntimeError as error:
+        raise RecipeError(
+            f"'{name}' fails in {mode} on pixels of shape {shape} in channels-last order ({_line(error)}): for view, write reshape"
+        ) from error
     wanted = signature.scores_shape(shape[0], *shape[2:])
     if isinstance(answer, Tensor) and answer.is_floating_point() and tuple(answer.shape) == wanted:
         return
     came = f"{answer.dtype} of shape {tuple(answer.shape)}" if isinstance(answer, Tensor) else f"a {type(answer).__name__}"
     raise RecipeError(
-        f"'{name}' answers {came} to pixels of shape {shape} in {'training' if model.training else 'evaluation'}; task "
+        f"'{name}' answers {came} to pixels of shape {shape} in {mode}; task "
         f"'{signature.task}' with {len(signature.classes)} classes wants one float tensor of shape {wanted}: wrap it"
     )
 
