@@ -109,6 +109,11 @@ def test_pytorchs_own_attention_counts_its_products() -> None:
     assert torch.backends.mha.get_fastpath_enabled()
 
 
+def test_counting_takes_no_memory() -> None:
+    dense = DenseAttention(8, heads=2)
+    assert image_macs(dense, torch.zeros(1, 512, 512, 8)) == 2**18 * 8 * 32 + 2 * 2**36 * 8  # its logits alone would be 512 GiB
+
+
 def test_bytes_count_as_floats_do_and_the_batch_does_not(mixed: nn.Module) -> None:
     images = torch.zeros(4, 3, 20, 25, dtype=torch.uint8)
     assert image_macs(mixed, images) == image_macs(mixed, images[:1].float())
@@ -122,3 +127,26 @@ def test_hooks_do_not_stay(mixed: nn.Module) -> None:
 @pytest.mark.parametrize(("layer", "counts"), [(nn.Linear(3, 7), (21, 7, 7)), (nn.Conv2d(4, 6, 3, groups=2, bias=False), (108, 0, 6))])
 def test_counts_of_one_layer(layer: nn.Module, counts: tuple[int, int, int]) -> None:
     assert (weight_count(layer), bias_count(layer), output_channels(layer)) == counts
+
+
+def test_a_model_that_looks_at_values_or_keeps_what_it_makes_is_counted_and_stays_as_it_is() -> None:
+    class Keeping(nn.Module):
+        grid: Tensor
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv = nn.Conv2d(3, 4, 1)
+
+        def forward(self, x: Tensor) -> Tensor:
+            self.register_buffer("grid", torch.ones(x.shape[2:]), persistent=False)
+            out: Tensor = self.conv(x) * self.grid
+            return out
+
+    class Looking(Keeping):
+        def forward(self, x: Tensor) -> Tensor:
+            return super().forward(x if float(x.sum()) < 1 else -x)
+
+    assert image_macs(Keeping(), torch.zeros(1, 3, 5, 7)) == image_macs(Looking(), torch.zeros(1, 3, 5, 7)) == 5 * 7 * 12
+    model = Keeping()
+    image_macs(model, torch.zeros(1, 3, 5, 7))
+    assert torch.isfinite(model(torch.zeros(1, 3, 5, 7))).all() and not hasattr(model.grid, "fake_mode")

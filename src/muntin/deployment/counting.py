@@ -5,11 +5,13 @@ Axes: B images, C channels, H W map.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -22,12 +24,23 @@ PRODUCTS = (QuantizedProduct, QuantizedSoftmaxProduct)
 
 def image_macs(model: nn.Module, example: Tensor) -> int:
     """Multiply-adds of one image of the example's size, attention products included (`torch.utils.flop_counter`, halved)."""
+    image = example[:1].to(torch.float32)
+    if image.is_meta:
+        return _counted(model, image)
+    try:
+        with FakeTensorMode(allow_non_fake_inputs=True) as fake:  # shapes alone: the products of attention over a picture take much memory
+            return _counted(copy.deepcopy(model), fake.from_tensor(image))  # a copy: a model may keep what it makes of a size
+    except RuntimeError:  # what it does depends on values
+        return _counted(model, image)
+
+
+def _counted(model: nn.Module, image: Tensor) -> int:
     fast = torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(False)
     try:
         # The counter sees neither fused attention, the CPU's and PyTorch's own layers', nor what operators do in inference mode.
         with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
-            model.eval()(example[:1].to(torch.float32))
+            model.eval()(image)
     finally:
         torch.backends.mha.set_fastpath_enabled(fast)
     return int(counter.get_total_flops()) // 2
