@@ -112,6 +112,8 @@ def test_pytorchs_own_attention_counts_its_products() -> None:
 def test_counting_takes_no_memory() -> None:
     dense = DenseAttention(8, heads=2)
     assert image_macs(dense, torch.zeros(1, 512, 512, 8)) == 2**18 * 8 * 32 + 2 * 2**36 * 8  # its logits alone would be 512 GiB
+    quantize([torch.rand(1, 4, 4, 8)])(dense)
+    assert image_macs(dense, torch.zeros(1, 512, 512, 8)) == 2**18 * 8 * 32 + 2 * 2**36 * 8
 
 
 def test_bytes_count_as_floats_do_and_the_batch_does_not(mixed: nn.Module) -> None:

@@ -27,9 +27,10 @@ def image_macs(model: nn.Module, example: Tensor) -> int:
     image = example[:1].to(torch.float32)
     if image.is_meta:
         return _counted(model, image)
+    tried = copy.deepcopy(model)  # a model may keep what it makes of a size
     try:
         with FakeTensorMode(allow_non_fake_inputs=True) as fake:  # shapes alone: the products of attention over a picture take much memory
-            return _counted(copy.deepcopy(model), fake.from_tensor(image))  # a copy: a model may keep what it makes of a size
+            return _counted(tried, fake.from_tensor(image))
     except RuntimeError:  # what it does depends on values
         return _counted(model, image)
 
