@@ -581,7 +581,7 @@ def test_a_server_that_goes_down_ends_loads_and_both_faces_at_once(
     with served(write_version(tmp_path / "m"), drain_seconds=60) as server:
         monkeypatch.setattr(ArtifactLoader, "probe", lambda self, *given: hang(*given))
         monkeypatch.setattr(Executor, "__call__", hold)
-        asked = [ask("load", "/v2/repository/models/models/load", b"{}"), ask("wait", "/v2/repository/models/models/load", b"{}")]
+        asked = [ask("load", "/v2/repository/models/m/load", b"{}"), ask("wait", "/v2/repository/models/m/load", b"{}")]
         image = {"name": "images", "datatype": "UINT8", "shape": [1, 1, 1, 3], "data": [1, 2, 3]}
         asked.append(ask("infer", "/v2/models/m/infer", json.dumps({"inputs": [image]}).encode()))
         assert loading.wait(60) and computing.wait(60)
@@ -656,7 +656,7 @@ def load_version(client: Client, version: str) -> None:
     """Through the repository API; neither of tritonclient's methods for it takes a version."""
     if client.http:
         body = json.dumps({"parameters": {"version": version}})
-        answer = client.client._post("v2/repository/models/models/load", body, None, None)  # as `load_model` sends it
+        answer = client.client._post("v2/repository/models/m/load", body, None, None)  # as `load_model` sends it
         if answer.status_code != 200:
             raise InferenceServerException(json.loads(answer.read())["error"])
         return
