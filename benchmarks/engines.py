@@ -2,7 +2,7 @@
 
     python benchmarks/engines.py [--run runs/demo] [--output runs/benchmark-engines] [--rounds 60] [--json]
 
-From the run of `muntin demo` (made if it is not there, seven to twelve minutes), three artefacts: FP32 layers, plain INT8, compressed (low
+From the run of `muntin demo` (made if it is not there, six to twelve minutes), three artefacts: FP32 layers, plain INT8, compressed (low
 rank, W4A8, mixed). For each, in each engine that this machine can open:
     score, agree    test mIoU, and the share of the test split's labels that are those of the same model in PyTorch
     ms              one call at 512 x 512, each engine interleaved with eager FP32 PyTorch: median, 90th and 99th percentile. For the
