@@ -207,8 +207,10 @@ def _check_answer(model: nn.Module, shape: tuple[int, ...], signature: Signature
         with torch.no_grad():
             answer = model(torch.zeros(shape).contiguous(memory_format=torch.channels_last))
     except RuntimeError as error:
+        # maps are trained in channels-last order, in which a view may have no strides to be one
+        advice = "write reshape in place of view" if "view" in str(error) else "mend its forward, or choose another data.crop"
         raise RecipeError(
-            f"'{name}' fails in {mode} on pixels of shape {shape} in channels-last order ({_line(error)}): for view, write reshape"
+            f"'{name}' fails in {mode} on pixels of shape {shape} in channels-last order ({_line(error)}): {advice}"
         ) from error
     wanted = signature.scores_shape(shape[0], *shape[2:])
     if isinstance(answer, Tensor) and answer.is_floating_point() and tuple(answer.shape) == wanted:
