@@ -1,7 +1,4 @@
-"""The models that are compared. The peers are factories for recipes (`model: {name: "segmentation_peers.models:linknet_resnet18"}`).
-
-Axes: B images, C channels, H W map, K classes.
-"""
+"""The models that are compared. The peers are factories for recipes (`model: {name: "segmentation_peers.models:linknet_resnet18"}`)."""
 
 from __future__ import annotations
 
@@ -10,10 +7,9 @@ from functools import partial
 from typing import Literal
 
 import segmentation_models_pytorch as smp
-from torch import Tensor, nn
-from torch.nn import functional as F  # noqa: N812 - the field's usual name
+from torch import nn
 
-from muntin.models.foreign import IMAGENET_MEAN, IMAGENET_STD, ForeignModel
+from muntin.models.foreign import IMAGENET_MEAN, IMAGENET_STD, DividedSides, ForeignModel
 
 STRIDE = 32
 """Pixels: the peers' encoders take sides that are multiples of it."""
@@ -39,21 +35,6 @@ class Entry:
         return self.way != "nncf"
 
 
-class Padded(nn.Module):
-    """A model for sides that are multiples of `STRIDE`, for any sides: what is missing repeats the last row and column."""
-
-    def __init__(self, model: nn.Module) -> None:
-        super().__init__()
-        self.model = model
-
-    def forward(self, image_BCHW: Tensor) -> Tensor:
-        H, W = image_BCHW.shape[2:]
-        if H % STRIDE or W % STRIDE:
-            image_BCHW = F.pad(image_BCHW, (0, -W % STRIDE, 0, -H % STRIDE), mode="replicate")
-        scores_BKHW: Tensor = self.model(image_BCHW)
-        return scores_BKHW[:, :, :H, :W]
-
-
 def _peer(architecture: str, encoder: str, *, task: str, classes: int, channels: int) -> nn.Module:
     """A model of segmentation_models_pytorch, randomly initialised, that takes raw pixels 0-255 of any size."""
     if task != "segment":
@@ -61,7 +42,7 @@ def _peer(architecture: str, encoder: str, *, task: str, classes: int, channels:
     model = smp.create_model(architecture, encoder_name=encoder, encoder_weights=None, in_channels=channels, classes=classes)
     # Photographs' statistics; of other numbers of channels, their means.
     mean, std = ((v if channels == 3 else (sum(v) / 3,) * channels) for v in (IMAGENET_MEAN, IMAGENET_STD))
-    return Padded(ForeignModel(model, mean=mean, std=std, task="segment"))
+    return DividedSides(ForeignModel(model, mean=mean, std=std, task="segment"), STRIDE)
 
 
 linknet_resnet18 = partial(_peer, "linknet", "resnet18")

@@ -23,6 +23,7 @@ from muntin.compression import Change, quantize
 from muntin.deployment import infer_signature
 from muntin.deployment.export import FLOAT_LIMITS, LIMITS, golden_pairs
 from muntin.errors import ArtifactError, DataError, ExportError, MuntinError
+from muntin.models import DividedSides
 from muntin.runtime import describe_hardware
 from muntin.runtime.verification import replay
 
@@ -398,6 +399,32 @@ def test_a_model_that_cannot_be_traced(build: type[nn.Module], pixels: Any, tmp_
 def test_a_model_of_one_size_is_told_so_before_any_work(build: type[nn.Module], pixels: Any, tmp_path: Path) -> None:
     model = build(lambda m, x: m.conv(x) + m.conv.weight.new_zeros(1, 4, 48, 48), conv=nn.Conv2d(3, 4, 1))
     assert "fails on pixels of shape (1, 3, 31, 43), and an artefact takes every size" in refused(model, pixels(1, 3, 48, 48), tmp_path)
+
+
+class Quarters(nn.Module):
+    """Refuses sides that 4 does not divide, as encoders and decoders with skips do."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.down, self.up = nn.Conv2d(3, 8, 4, stride=4), nn.Conv2d(8, 5, 3, padding=1)
+
+    def forward(self, x_BCHW: Tensor) -> Tensor:
+        if x_BCHW.shape[2] % 4 or x_BCHW.shape[3] % 4:
+            raise RuntimeError("sides that 4 divides")
+        return F.interpolate(self.up(self.down(x_BCHW / 255).relu()), scale_factor=4.0, mode="bilinear")
+
+
+def test_a_model_of_some_sizes_that_pads_is_exported_for_all(pixels: Any, pictures: Any, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model = DividedSides(Quarters().eval(), 4).eval()
+    assert "muntin.models.DividedSides pads and cuts" in refused(model.model, pixels(1, 3, 48, 48), tmp_path)
+    artifact = muntin.export(model, pixels(1, 3, 48, 48), tmp_path / "artifact")
+    session = muntin.load(artifact.path, precision="f32", threads=1)
+    for size in (*ODD_SIZES, (1, 48, 64)):
+        images = pictures(*size, 3)
+        with torch.inference_mode():
+            wanted = model(torch.from_numpy(images).permute(0, 3, 1, 2).float()).numpy()
+        assert np.abs(session(images) - wanted).max() <= 1e-4 * wanted.std()
 
 
 def test_channels_that_the_model_does_not_take(pixels: Any, tmp_path: Path) -> None:

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from muntin.errors import RecipeError
-from muntin.models import ForeignModel, Task, create_model
+from muntin.models import DividedSides, ForeignModel, Task, create_model
 
 FACTORIES = """
 from torch import nn
@@ -181,3 +181,39 @@ def test_what_others_do_not_have_is_one_line(name: str, task: Task, channels: in
     with pytest.raises(RecipeError, match=re.escape(message)) as caught:
         create_model(name, task=task, channels=channels)
     assert "\n" not in str(caught.value)
+
+
+# ---- models that refuse some sizes ----
+
+
+class Halving(nn.Module):
+    """Takes sides that 4 divides, and answers maps, or their mean."""
+
+    def __init__(self, *, mean: bool = False) -> None:
+        super().__init__()
+        self.layer, self.mean = nn.Conv2d(3, 2, 4, stride=4), mean
+
+    def forward(self, x_BCHW: Tensor) -> Tensor:
+        if x_BCHW.shape[2] % 4 or x_BCHW.shape[3] % 4:
+            raise RuntimeError("sides that 4 divides")
+        scores_BKHW: Tensor = nn.functional.interpolate(self.layer(x_BCHW), scale_factor=4.0)
+        return scores_BKHW.mean((2, 3)) if self.mean else scores_BKHW
+
+
+@pytest.mark.parametrize("size", [(1, 1), (4, 8), (5, 8), (7, 13)])
+def test_missing_rows_and_columns_repeat_the_last_and_the_answer_is_cut(size: tuple[int, int]) -> None:
+    H, W = size
+    x = torch.rand(2, 3, H, W) * 255
+    rows, columns = (torch.arange(-(-side // 4) * 4).clamp(max=side - 1) for side in size)
+    whole = x[:, :, rows][:, :, :, columns]
+    for mean in (False, True):
+        inside = Halving(mean=mean).eval()
+        wanted = inside(whole) if mean else inside(whole)[:, :, :H, :W]
+        assert torch.equal(DividedSides(inside, 4)(x), wanted)
+
+
+def test_a_size_divisor_is_for_foreign_models(mine: str, tmp_path: Path) -> None:
+    divided = create_model(f"{mine}:positional", classes=2, size_divisor=8)
+    assert isinstance(divided, DividedSides) and divided.size_divisor == 8
+    with pytest.raises(RecipeError, match="size_divisor=8 is for models that refuse some sizes; 'hybrid-xxs' takes all"):
+        create_model("hybrid-xxs", size_divisor=8)

@@ -75,7 +75,7 @@ def test_an_unknown_key_is_told_with_the_nearest(place: str, near: str) -> None:
 
 def test_an_unknown_key_near_none_names_all() -> None:
     text = mistake(changed("model.zzz", 1))
-    assert text == "unknown key 'model.zzz'; known here: name, options, weights"
+    assert text == "unknown key 'model.zzz'; known here: name, options, size_divisor, weights"
 
 
 def test_an_unknown_key_is_told_before_other_mistakes() -> None:

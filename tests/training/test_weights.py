@@ -44,6 +44,16 @@ def test_tensors_are_found_by_the_names_that_packages_give_them(tmp_path: Path, 
     assert notes == (f"weights.safetensors: {len(own)} of the model's {len(own)} tensors are from it",)
 
 
+def test_a_model_whose_pictures_are_padded_takes_the_names_of_its_package(tmp_path: Path) -> None:
+    trained = model(0)
+    fresh = create_model(NAME, task="classify", classes=4, size_divisor=32)
+    for prefix in ("model.model.", "model.", "", "module."):
+        path = tmp_path / "weights.safetensors"
+        save_file({prefix + key.removeprefix("model."): tensor for key, tensor in apart(trained.state_dict()).items()}, path)
+        begin_with(fresh, path)
+        assert all(torch.equal(tensor, fresh.state_dict()["model." + key]) for key, tensor in trained.state_dict().items())
+
+
 def test_models_that_look_at_the_version_of_their_weights_take_them(tmp_path: Path) -> None:
     """MNASNet does, and a .safetensors file holds none."""
     trained, fresh = (create_model("torchvision:mnasnet0_5", task="classify", classes=3) for _ in range(2))

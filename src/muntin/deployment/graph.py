@@ -141,7 +141,10 @@ def answer_to(model: nn.Module, images_BCHW: Tensor) -> Tensor:
         with torch.inference_mode():
             answer = model(images_BCHW.to(torch.float32))
     except (RuntimeError, ValueError, AssertionError) as error:  # what models raise for a size or a number of channels
-        raise ExportError(f"the model fails on pixels of shape {came}, and an artefact takes every size: {_reason(error)}") from error
+        raise ExportError(
+            f"the model fails on pixels of shape {came}, and an artefact takes every size: {_reason(error)}; "
+            "muntin.models.DividedSides pads and cuts where sides have to be multiples of a number"
+        ) from error
     if not isinstance(answer, Tensor) or not answer.is_floating_point():
         kind = answer.dtype if isinstance(answer, Tensor) else type(answer).__name__
         raise ExportError(f"the model answers {kind} to pixels of shape {came}; scores, a float tensor, are expected: wrap it")

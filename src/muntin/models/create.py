@@ -11,7 +11,7 @@ from torch import nn
 
 from muntin.errors import RecipeError
 from muntin.models.config import ModelConfig, Task
-from muntin.models.foreign import from_factory, from_timm, from_torchvision
+from muntin.models.foreign import DividedSides, from_factory, from_timm, from_torchvision
 from muntin.models.hybridnet import HybridNet
 from muntin.models.presets import PRESETS
 
@@ -19,12 +19,20 @@ FOREIGN: dict[str, Callable[..., nn.Module]] = {"timm": from_timm, "torchvision"
 
 
 def create_model(
-    name: str, *, task: Task = "segment", classes: int = 2, channels: int = 3, scale: int = 1, options: dict[str, Any] | None = None
+    name: str,
+    *,
+    task: Task = "segment",
+    classes: int = 2,
+    channels: int = 3,
+    scale: int = 1,
+    options: dict[str, Any] | None = None,
+    size_divisor: int = 1,
 ) -> nn.Module:
     """A model by name, randomly initialised from PyTorch's global generator.
 
     `name`: a preset (`muntin models` lists them), `timm:NAME`, `torchvision:NAME`, or `package.module:factory`.
-    `options`: fields of `ModelConfig` that replace the preset's. The model takes raw pixels, float 0-255,
+    `options`: fields of `ModelConfig` that replace the preset's. `size_divisor`: what the sides of a foreign model's pictures have to be
+    multiples of; other pictures are padded for it, and its answers cut (`DividedSides`). The model takes raw pixels, float 0-255,
     `(B, channels, H, W)` and returns scores `(B, classes, H, W)`, `(B, classes)` or an image `(B, channels, scale·H, scale·W)`.
     Raises `RecipeError` for an unknown name or impossible values.
     """
@@ -34,9 +42,11 @@ def create_model(
         if scale != 1:
             raise RecipeError(f"scale={scale} is for hybrid models; '{name}' answers at the input's size: use scale=1")
         kind, _, rest = name.partition(":")
-        if kind in FOREIGN:
-            return FOREIGN[kind](rest, task=task, classes=classes, channels=channels)
-        return from_factory(name, task=task, classes=classes, channels=channels)
+        make, called = (FOREIGN[kind], rest) if kind in FOREIGN else (from_factory, name)
+        model = make(called, task=task, classes=classes, channels=channels)
+        return model if size_divisor == 1 else DividedSides(model, size_divisor)
+    if size_divisor != 1:
+        raise RecipeError(f"size_divisor={size_divisor} is for models that refuse some sizes; '{name}' takes all: leave it out")
     if name not in PRESETS:
         known = f"{', '.join(PRESETS)}, timm:NAME, torchvision:NAME, package.module:factory"
         raise RecipeError(f"unknown model '{name}': {_nearest(name, PRESETS)}known: {known}")

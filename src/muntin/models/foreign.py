@@ -1,4 +1,4 @@
-"""Models that are not ours, in a thin wrapper that gives them our face: raw pixels 0-255 in, scores out.
+"""Models that are not ours, in thin wrappers that give them our face: raw pixels 0-255 of any size in, scores out.
 
 Axes: B images, C channels, H W map, K scores.
 """
@@ -46,6 +46,26 @@ class ForeignModel(nn.Module):
         if self.task == "segment" and scores.shape[2:] != image_BCHW.shape[2:]:
             scores = F.interpolate(scores, image_BCHW.shape[2:], mode="bilinear")
         return scores
+
+
+class DividedSides(nn.Module):
+    """A model for sides that `size_divisor` divides, for any sides: what is missing repeats the last row and column, the answer is cut.
+
+    Input and output as the wrapped model's, `(B, channels, H, W)` to `(B, K, H, W)` or `(B, K)`, any H, W >= 1. Costs a copy of the image
+    where a side is not divided. What is repeated takes part in what looks at the whole map, as the size of the map does.
+    """
+
+    def __init__(self, model: nn.Module, size_divisor: int) -> None:
+        super().__init__()
+        self.model = model
+        self.size_divisor = size_divisor
+
+    def forward(self, image_BCHW: Tensor) -> Tensor:
+        H, W = image_BCHW.shape[2:]
+        # without asking whether anything is missing: an exported graph holds no such question
+        padded = F.pad(image_BCHW, (0, -W % self.size_divisor, 0, -H % self.size_divisor), mode="replicate")
+        scores: Tensor = self.model(padded)
+        return scores[:, :, :H, :W] if isinstance(scores, Tensor) and scores.ndim == 4 else scores
 
 
 def _statistics(values: tuple[float, ...], channels: int) -> tuple[float, ...]:

@@ -105,6 +105,7 @@ def build_model(recipe: Recipe, classes: tuple[ClassInfo, ...]) -> nn.Module:
         classes=max(1, len(classes)),
         channels=recipe.data.channels,
         options=choice.options,
+        size_divisor=choice.size_divisor,
     )
 
 

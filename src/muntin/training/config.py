@@ -17,6 +17,13 @@ class ModelChoice(BaseModel):
         "hybrid-s"
     )
     options: Annotated[dict[str, Any], Field(description="fields of ModelConfig that replace the preset's")] = {}
+    size_divisor: Annotated[
+        int,
+        Field(
+            ge=1, le=1024,
+            description="of a model that is not ours: its pictures' sides have to be multiples of it; others are padded, its answers cut",
+        ),
+    ] = 1  # fmt: skip
     weights: Annotated[Path | None, Field(description="a .safetensors file of weights that training begins with; unset: random ones")] = (
         None
     )

@@ -14,8 +14,8 @@ from muntin.training.checkpoint import load_weights
 SUFFIX = ".safetensors"
 _WRAPPERS = ("module.", "_orig_mod.")
 """What DistributedDataParallel and torch.compile put before a name."""
-_OURS = "model."
-"""What `ForeignModel` puts before the names of the model that it wraps."""
+_OURS = ("model.", "model.model.")
+"""What `ForeignModel` and `DividedSides`, one of them or both, put before the names of the model that they wrap."""
 
 
 def begin_with(model: nn.Module, path: Path) -> tuple[str, ...]:
@@ -71,7 +71,7 @@ def _name(key: str, own: dict[str, Tensor]) -> str:
     bare = key
     while (prefix := next((one for one in _WRAPPERS if bare.startswith(one)), None)) is not None:
         bare = bare.removeprefix(prefix)
-    return next((name for name in (key, bare, _OURS + key, _OURS + bare) if name in own), key)
+    return next((name for ours in ("", *_OURS) for name in (ours + key, ours + bare) if name in own), key)
 
 
 def _list(names: Iterable[str]) -> str:

@@ -1,0 +1,123 @@
+"""Whether a model that is not ours suits its recipe, asked before anything is trained: sizes, answers, and that it can be copied.
+
+Axes: B images, C channels, H W map.
+"""
+
+from __future__ import annotations
+
+import copy
+
+import torch
+from torch import Tensor, nn
+
+from muntin.artifact import ClassInfo, Signature
+from muntin.artifact.golden import golden_sizes
+from muntin.errors import RecipeError
+from muntin.models.foreign import DividedSides
+from muntin.models.hybridnet import HybridNet
+from muntin.training.checkpoint import make_signature
+from muntin.training.recipe import Recipe
+
+DIVISORS = (2, 4, 8, 16, 32, 64, 128)
+"""Strides of encoders, of which the smallest that helps is advised."""
+
+
+def check_model(model: nn.Module, recipe: Recipe, classes: tuple[ClassInfo, ...]) -> tuple[str, ...]:
+    """A note where a model that is not ours takes what training brings but not every size, so that it can be trained and not exported.
+
+    Raises `RecipeError` where it does not take crops or, for maps, pictures of other sizes, does not answer as its task asks, or cannot be
+    copied. What it makes at its first call (lazy parameters, buffers) is there afterwards; all else is tried on a copy. Costs a few
+    forward passes.
+    """
+    if isinstance(model, HybridNet):
+        return ()
+    side, name, signature = recipe.data.crop, recipe.model.name, make_signature(recipe, classes)
+    shape = (1, recipe.data.channels, side, side)
+    try:
+        copy.deepcopy(model)
+    except RuntimeError as error:  # tensors that were computed are part of it
+        raise RecipeError(
+            f"'{name}' cannot be copied ({_line(error)}), and weights are averaged in a copy: use weight_norm and "
+            "spectral_norm of torch.nn.utils.parametrizations instead of those of torch.nn.utils"
+        ) from error
+    reason = _refusal(model.eval(), shape)
+    if reason:
+        raise RecipeError(
+            f"data.crop {side}: '{name}' takes pictures of another size ({reason}): "
+            f"{_divisor_advice(model, shape) or 'set data.crop to it, or choose a model that takes any'}"
+        )
+    tried: nn.Module = copy.deepcopy(model).to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # with what the call made
+    _check_answer(tried, shape, signature, name)
+    with torch.random.fork_rng():
+        batch = min(2, recipe.training.batch_size)
+        try:
+            _check_answer(tried.train(), (batch, *shape[1:]), signature, name)
+        except ValueError as error:
+            if batch > 1:
+                raise
+            raise RecipeError(f"training.batch_size 1 with data.crop {side}: {_line(error)}; raise either of them") from error
+    tried.eval()
+    if recipe.task != "classify":
+        odd = (1, recipe.data.channels, side | 1, (side + side // 2) | 1)
+        if reason := _refusal(tried, odd):
+            raise RecipeError(
+                f"'{name}' takes no {odd[2]} x {odd[3]} ({reason}), and validation and artefacts bring every size: "
+                f"{_divisor_advice(tried, odd) or 'let its forward take them'}"
+            )
+        _check_answer(tried, odd, signature, name)
+    failed = [(size, why) for size in golden_sizes(side, side) if (why := _refusal(tried, (1, recipe.data.channels, *size)))]
+    model.train()
+    if not failed:
+        return ()
+    (height, width), reason = failed[0]
+    advice = _divisor_advice(tried, (1, recipe.data.channels, height, width))
+    return (
+        f"'{name}' takes no {height} x {width} ({reason}), and an artefact takes every size: it cannot be exported"
+        + (f"; {advice}" if advice else ""),
+    )
+
+
+def _check_answer(model: nn.Module, shape: tuple[int, ...], signature: Signature, name: str) -> None:
+    """Raises `RecipeError` for an answer that is not what its task asks."""
+    mode = "training" if model.training else "evaluation"
+    try:
+        with torch.no_grad():
+            answer = model(torch.zeros(shape).contiguous(memory_format=torch.channels_last))
+    except RuntimeError as error:
+        # maps are trained in channels-last order, in which a view may have no strides to be one
+        advice = "write reshape in place of view" if "view" in str(error) else "mend its forward, or choose another data.crop"
+        raise RecipeError(
+            f"'{name}' fails in {mode} on pixels of shape {shape} in channels-last order ({_line(error)}): {advice}"
+        ) from error
+    wanted = signature.scores_shape(shape[0], *shape[2:])
+    if isinstance(answer, Tensor) and answer.is_floating_point() and tuple(answer.shape) == wanted:
+        return
+    came = f"{answer.dtype} of shape {tuple(answer.shape)}" if isinstance(answer, Tensor) else f"a {type(answer).__name__}"
+    raise RecipeError(
+        f"'{name}' answers {came} to pixels of shape {shape} in {mode}; task "
+        f"'{signature.task}' with {len(signature.classes)} classes wants one float tensor of shape {wanted}: wrap it"
+    )
+
+
+def _refusal(model: nn.Module, shape: tuple[int, ...]) -> str:
+    """How a model refuses pictures of a shape; empty where it does not."""
+    try:
+        with torch.no_grad():  # not inference mode: what a model makes at its first call is trained
+            model(torch.zeros(shape))
+    except (AssertionError, RuntimeError, ValueError) as error:  # a size refused; or none left on the way, or one that does not fit
+        return _line(error)
+    return ""
+
+
+def _divisor_advice(model: nn.Module, shape: tuple[int, ...]) -> str:
+    """What lets a model take pictures of a shape that it refuses, and larger ones, where padding does."""
+    B, C, H, W = shape
+    for divisor in DIVISORS:
+        padded = DividedSides(model, divisor)
+        if divisor <= min(H, W) and not any(_refusal(padded, (B, C, H + k * divisor, W + 2 * k * divisor)) for k in (0, 1)):
+            return f"set model.size_divisor to {divisor}, and pictures are padded for it and its answers cut"
+    return ""
+
+
+def _line(error: Exception) -> str:
+    return " ".join(str(error).split())[:200] or type(error).__name__

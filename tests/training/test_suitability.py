@@ -1,0 +1,118 @@
+"""Models that do not suit their recipe are refused before anything is trained, with what to do."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from muntin.artifact import ClassInfo
+from muntin.errors import MuntinError, RecipeError
+from muntin.models import create_model
+from muntin.training.recipe import parse_recipe
+from muntin.training.suitability import check_model
+
+TWO = (ClassInfo(name="a", color=(0, 0, 0)), ClassInfo(name="b", color=(9, 9, 9)))
+
+
+def told(error: pytest.ExceptionInfo[MuntinError]) -> str:
+    assert "\n" not in str(error.value)
+    return str(error.value)
+
+
+class Own(nn.Module):
+    """A factory's model: a layer, and what is done with its answer."""
+
+    def __init__(self, layer: nn.Module, answer: Callable[..., Any]) -> None:
+        super().__init__()
+        self.layer, self.answer = layer, answer
+
+    def forward(self, x: Tensor) -> Any:
+        return self.answer(self, x, self.layer(x / 255))
+
+
+def whole_strides(model: Own, x: Tensor, y: Tensor) -> Tensor:
+    if x.shape[2] % 8 or x.shape[3] % 8:
+        raise RuntimeError("Expected image height and width divisible by 8")
+    return y
+
+
+def only_of(side: int) -> Callable[[Own, Tensor, Tensor], Tensor]:
+    def answer(model: Own, x: Tensor, y: Tensor) -> Tensor:
+        if x.shape[2:] != (side, side):
+            raise ValueError(f"{side} only")
+        return y
+
+    return answer
+
+
+@pytest.mark.parametrize(
+    ("answer", "message"),
+    [
+        (
+            lambda m, x, y: {"out": y},
+            r"'own:make' answers a dict .* in evaluation; .* wants one float tensor of shape \(1, 2, 16, 16\): wrap",
+        ),
+        (lambda m, x, y: y[:, :1], r"answers torch.float32 of shape \(1, 1, 16, 16\)"),
+        (lambda m, x, y: y[:, :, ::2, ::2], r"answers torch.float32 of shape \(1, 2, 8, 8\)"),
+        (
+            lambda m, x, y: y[:, :, : x.shape[2] // 8 * 8],
+            r"answers torch.float32 of shape \(1, 2, 16, 25\) to pixels of shape \(1, 3, 17, 25\)",
+        ),
+        (lambda m, x, y: (y, y) if m.training else y, r"answers a tuple .* in training"),
+        (lambda m, x, y: y.view(2, -1).view(y.shape), r"fails in training .* in channels-last order \(view size .* write reshape"),
+        (whole_strides, r"takes no 17 x 25 \(Expected .* divisible by 8\), .* set model\.size_divisor to 8, and pictures are padded"),
+        (lambda m, x, y: y if x.shape[2] % 2 == 0 else y[:0, :0, 0], r"answers torch.float32 of shape \(0, 0, 25\)"),
+        (only_of(16), r"takes no 17 x 25 \(16 only\), .*: let its forward take them"),
+    ],
+)
+def test_a_model_that_does_not_answer_as_its_task_asks_is_told_before(answer: Any, message: str) -> None:
+    recipe = parse_recipe({"data": {"crop": 16}, "model": {"name": "own:make"}}, where="test")
+    with pytest.raises(RecipeError, match=message) as error:
+        check_model(Own(nn.Conv2d(3, 2, 3, padding=1), answer), recipe, TWO)
+    told(error)
+
+
+@pytest.mark.filterwarnings("ignore:`torch.nn.utils.weight_norm` is deprecated", "ignore:Lazy modules")
+def test_what_a_model_makes_at_its_first_call_is_there_before_it_is_trained() -> None:
+    recipe = parse_recipe({"data": {"crop": 16}, "model": {"name": "own:make"}}, where="test")
+    lazy = Own(nn.LazyConv2d(2, 1), lambda m, x, y: y)
+    assert check_model(lazy, recipe, TWO) == () and lazy.training
+    assert lazy.layer.weight.shape == (2, 3, 1, 1) and not lazy.layer.weight.is_inference()
+    norm = Own(nn.Sequential(nn.Conv2d(3, 2, 1), nn.BatchNorm2d(2), nn.Dropout()), lambda m, x, y: y)
+    state, before = torch.get_rng_state(), copy.deepcopy(norm.state_dict())
+    check_model(norm, recipe, TWO)
+    assert torch.equal(torch.get_rng_state(), state) and all(torch.equal(before[k], v) for k, v in norm.state_dict().items())
+    old = Own(torch.nn.utils.weight_norm(nn.Conv2d(3, 2, 1)), lambda m, x, y: y)
+    with pytest.raises(RecipeError, match=r"'own:make' cannot be copied .* of torch\.nn\.utils\.parametrizations"):
+        check_model(old, recipe, TWO)
+
+
+def test_crops_of_a_size_that_the_model_does_not_take_are_told() -> None:
+    name = "timm:vit_tiny_patch16_224"
+    recipe = parse_recipe({"task": "classify", "data": {"crop": 32}, "model": {"name": name}}, where="test")
+    with pytest.raises(RecipeError, match=rf"data\.crop 32: '{name}' takes pictures of another size \(.*224.*\)") as error:
+        check_model(create_model(name, task="classify", classes=2), recipe, TWO)
+    told(error)
+
+
+def test_a_model_that_can_be_trained_and_not_exported_is_noted_before() -> None:
+    fixed, free = "timm:vit_tiny_patch16_224", "timm:mobilenetv3_small_050"
+    for name, crop in ((fixed, 224), (free, 32)):
+        recipe = parse_recipe({"task": "classify", "data": {"crop": crop}, "model": {"name": name}}, where="test")
+        model = create_model(name, task="classify", classes=2)
+        notes = check_model(model, recipe, TWO)
+        assert len(notes) == (name == fixed) and model.training
+        assert all(f"'{fixed}' takes no 48 x 48 (Input height (48) doesn't match model (224)" in note for note in notes)
+
+
+@pytest.mark.parametrize("name", ["torchvision:alexnet", "timm:coatnet_0_rw_224"])
+def test_crops_that_a_model_fails_on_are_told(name: str) -> None:
+    recipe = parse_recipe({"task": "classify", "data": {"crop": 32}, "model": {"name": name}}, where="test")
+    with pytest.raises(RecipeError, match=rf"data\.crop 32: '{name}' takes pictures of another size \(.+\): set data\.crop") as error:
+        check_model(create_model(name, task="classify", classes=2), recipe, TWO)
+    told(error)
