@@ -18,7 +18,8 @@ import pytest
 import uvicorn
 
 from muntin.serving.config import Bounds
-from muntin.serving.connection import Answer, Ledger, Pulse, Receiver, Reply
+from muntin.serving.connection import Answer, Receiver, Reply
+from muntin.serving.ledger import Ledger, Pulse
 
 BOUNDS = Bounds(
     body_bytes=100_000, header_bytes=2048, held_bytes=250_000, connections=8, header_seconds=0.8, body_seconds=0.8, idle_seconds=30

@@ -13,10 +13,9 @@ import pytest
 from muntin.errors import VerificationError
 from muntin.serving.control import LOADS, Control
 from muntin.serving.probation import ArtifactLoader
-from muntin.serving.protocol import ProtocolError
+from muntin.serving.protocol import ProtocolError, RefusedRequestError
 from muntin.serving.repository import Repository
 from muntin.serving.rollout import Rollout
-from muntin.serving.service import RefusedRequestError
 from muntin.serving.slot import Slot
 from muntin.serving.version import NotReadyError
 

@@ -23,10 +23,10 @@ from muntin.serving.http import HttpFace
 from muntin.serving.json_codec import decode_request
 from muntin.serving.latency import LatencyModel
 from muntin.serving.metrics import Metrics
-from muntin.serving.protocol import Limits, ProtocolError
+from muntin.serving.protocol import Limits, ProtocolError, RefusedRequestError
 from muntin.serving.rollout import Rollout
 from muntin.serving.runner import Runner
-from muntin.serving.service import RefusedRequestError, Service
+from muntin.serving.service import Service
 from muntin.serving.slot import Slot
 
 HEAD = json.dumps(

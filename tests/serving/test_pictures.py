@@ -18,9 +18,8 @@ from PIL import Image
 from muntin.serving.executor import Work
 from muntin.serving.pictures import Pictures, _Room
 from muntin.serving.probation import ArtifactLoader
-from muntin.serving.protocol import ProtocolError
+from muntin.serving.protocol import ProtocolError, RefusedRequestError
 from muntin.serving.rollout import Rollout
-from muntin.serving.service import RefusedRequestError
 from muntin.serving.slot import Slot
 
 TILES = 9

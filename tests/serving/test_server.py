@@ -34,11 +34,11 @@ from tritonclient.utils import InferenceServerException
 from muntin.errors import ArtifactError, DataError
 from muntin.serving.config import Bounds, ServeConfig
 from muntin.serving.executor import Executor
+from muntin.serving.outputs import CLASSES
 from muntin.serving.pictures import Pictures
 from muntin.serving.probation import ArtifactLoader
 from muntin.serving.rollout import Rollout
 from muntin.serving.server import Server, batch_sizes, largest_request
-from muntin.serving.service import CLASSES
 from muntin.serving.version import Call, NotReadyError
 
 # geventhttpclient, which tritonclient's HTTP client is built on, warns of its own imports and leaves sockets to the collector

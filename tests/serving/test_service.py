@@ -20,13 +20,14 @@ from muntin.errors import MuntinError
 from muntin.runtime.images import encode_png
 from muntin.serving.batcher import Batcher
 from muntin.serving.executor import Executor
+from muntin.serving.forming import INLINE
 from muntin.serving.latency import LatencyModel
 from muntin.serving.metrics import Metrics
 from muntin.serving.pictures import Pictures
-from muntin.serving.protocol import InferInput, InferRequest
+from muntin.serving.protocol import InferInput, InferRequest, RefusedRequestError
 from muntin.serving.rollout import ENOUGH, Rollout
 from muntin.serving.runner import Runner
-from muntin.serving.service import INLINE, RefusedRequestError, Service
+from muntin.serving.service import Service
 from muntin.serving.slot import Slot
 
 SIDE = 150
@@ -97,7 +98,7 @@ def test_the_time_of_a_request_is_until_its_answer_has_its_form(shelf: Any, side
 
 @pytest.mark.parametrize("end", ["answered", "failed", "cancelled"])
 def test_what_is_to_be_put_into_form_is_bounded_before_it_is_computed(shelf: Any, monkeypatch: pytest.MonkeyPatch, end: str) -> None:
-    monkeypatch.setattr("muntin.serving.service.FORM_BYTES", 4 * INLINE)
+    monkeypatch.setattr("muntin.serving.forming.FORM_BYTES", 4 * INLINE)
 
     async def ask() -> None:
         with made(shelf) as service:
@@ -123,7 +124,7 @@ def test_what_is_to_be_put_into_form_is_bounded_before_it_is_computed(shelf: Any
             held.set()
             await service.infer(request_for_all(8), model="m", version=None)  # which is done on the event loop
             await asyncio.wait([first])
-            while service._forming:
+            while service.forming.held:
                 await asyncio.sleep(0.01)
             assert counted(service) == ((2, 0) if end == "answered" else (1, 1))
             (following,) = await asyncio.gather(infer(), return_exceptions=True)  # there is room again

@@ -16,19 +16,17 @@ the client goes away.
 from __future__ import annotations
 
 import asyncio
-import time
-from collections import OrderedDict
-from collections.abc import Callable, MutableMapping, Sequence
+from collections.abc import Callable, MutableMapping
 from functools import partial
-from typing import Any, NamedTuple, Protocol
+from typing import Any, Protocol
 
 import httptools
 import numpy as np
-from numpy.typing import NDArray
 from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
 
-from muntin.runtime.buffers import Buffers
-from muntin.serving.config import Bounds
+from muntin.serving.heads import HEAD_BYTES, Known, known_head
+from muntin.serving.ledger import Ledger
+from muntin.serving.unread import SMALL, Unread
 
 Fields = list[tuple[bytes, bytes]]
 Answer = tuple[int, Fields, list[Any]]
@@ -37,29 +35,12 @@ Reply = Callable[[int, Fields, list[Any]], None]
 """Is given the parts of an `Answer`. Called once, on the event loop."""
 _DIGITS = 15
 """Of a body's length, at most: more than any bound."""
-_CHANGING = frozenset({b"transfer-encoding", b"upgrade", b"expect"})
-"""Headers by which a head is more than the length of its body; `connection` too, if it says more than that it stays open."""
-_SMALL = 1 << 14
-"""Bytes of an answer below which its parts are put together: copying them costs less than sending them one by one. Whoever is sent more
-and has not taken it counts as one who reads slowly."""
-_ASLEEP = 0.0002
-"""Seconds between two rounds of a loop from which on it slept."""
 _MAPPED = 1 << 17
 """Bytes from which memory comes from the system, a fault for every page, and is worth keeping."""
-_HEADS, _HEAD_BYTES = 256, 1024  # that are known, and their length at most
-_READ = 1 << 16
-"""Bytes that are read at once where it is not known yet what comes."""
 _FRAMES = 16
 """Bytes that a byte of a body may take on the wire where it comes in chunks; one byte a chunk takes six."""
 _LINGER_S = 2.0
 """How long what is sent after a refusal is dropped before the connection is closed."""
-
-
-class Known(NamedTuple):
-    """What a request's head said: the ASGI scope, but for the client, and the length of the body."""
-
-    scope: dict[str, Any]
-    length: int
 
 
 class Direct(Protocol):
@@ -85,69 +66,6 @@ class Direct(Protocol):
     def begin(self, scope: MutableMapping[str, Any], body: Any, came: float, reply: Reply, /) -> Callable[[], object]:
         """Has it answered, now or later. `came`: when its last byte did (`Pulse`). Returns what is called if the client goes before."""
         ...
-
-
-class Pulse:
-    """When the bytes that a loop reads came. A loop reads in rounds, and one that does not sleep between them reads what may have come at
-    any time since it looked last: at many requests a second that is far more than what a request is worth."""
-
-    def __init__(self) -> None:
-        self._reading: float | None = None
-        """Since when the present round of reading goes on."""
-        self._before = self._looked = self._came = -1.0
-
-    def came(self, loop: asyncio.AbstractEventLoop) -> float:
-        """For bytes that were just read: since when they may have been there, of `time.monotonic`."""
-        if self._reading is None:
-            now = time.monotonic()
-            self._came = self._before if now - self._looked < _ASLEEP else now
-            self._reading = now
-            loop.call_soon(self._read)
-        return self._came
-
-    def _read(self) -> None:
-        """The round is over."""
-        assert self._reading is not None
-        self._before, self._reading = self._reading, None
-        self._looked = time.monotonic()
-
-
-class Ledger:
-    """What the connections of one server hold together."""
-
-    def __init__(self, bounds: Bounds) -> None:
-        self.bounds = bounds
-        self.buffers = Buffers()
-        self.pulse = Pulse()
-        self.scratch = memoryview(bytearray(_READ))
-        """Where heads are read to, of any connection: they are taken out before anything else is read."""
-        self.held = 0
-        """Bytes of bodies that are being received or answered, and of answers that their clients do not read."""
-        self.refused: dict[int, int] = {}
-        """Requests that no application saw, by status."""
-        self.known: OrderedDict[bytes, Known] = OrderedDict()
-        """Heads of requests for the short way, by their bytes."""
-        self._kept: dict[int, tuple[NDArray[Any], int]] = {}
-        """Arrays by their identity, and how many connections keep each."""
-
-    def keep(self, array: NDArray[Any]) -> None:
-        """Counts all of an array as held: a part is still to be sent. It counts once, though several clients' answers are parts of it."""
-        kept, count = self._kept.get(id(array), (array, 0))
-        self._kept[id(array)] = kept, count + 1
-        self.held += 0 if count else array.nbytes
-
-    def let_go(self, array: NDArray[Any]) -> None:
-        """The opposite of `keep`."""
-        kept, count = self._kept.pop(id(array))
-        if count > 1:
-            self._kept[id(array)] = kept, count - 1
-        else:
-            self.held -= array.nbytes
-
-    def learn(self, head: bytes, known: Known) -> None:
-        self.known[head] = known
-        if len(self.known) > _HEADS:
-            self.known.popitem(last=False)
 
 
 class _Turn:
@@ -199,10 +117,8 @@ class BoundedConnection(HttpToolsProtocol):
         self._ledger, self._bounds, self._direct = ledger, ledger.bounds, direct
         self._timer: asyncio.TimerHandle | None = None
         """Until when what is arriving has to be there."""
-        self._unread: asyncio.TimerHandle | None = None
-        """When it is looked whether anything of what was written has been read."""
-        self._waiting = 0
-        """Bytes that were not, when it was looked last."""
+        self._unread: Unread
+        """Of what was written; from when the connection is made."""
         self._head: int | None = None
         """Bytes of the headers that are arriving, or are over but refused; None where none are."""
         self._parsing = False
@@ -223,10 +139,6 @@ class BoundedConnection(HttpToolsProtocol):
         """A refusal that waits for the answers to the requests before it."""
         self._held: dict[Any, int] = {}
         """By cycle (a request and its answer; several where a client does not wait for answers): what the ledger holds for it."""
-        self._owed = 0
-        """Bytes of answers that the ledger holds, because their client reads slowly."""
-        self._parts: Sequence[NDArray[Any]] = ()
-        """Of what such answers are parts: where a batch had several requests, the answer to all of it is kept by the slowest."""
         self._running: tuple[Any, Callable[[], object] | None] | None = None
         """The cycle that is being answered, and how to stop that; None: its body is awaited."""
 
@@ -234,7 +146,7 @@ class BoundedConnection(HttpToolsProtocol):
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
-        transport.set_write_buffer_limits(high=_SMALL, low=0)  # what waits is known, and when none does any more
+        self._unread = Unread(transport, self._ledger, self.loop, self._not_read)
         if len(self.connections) > self._bounds.connections:
             self._refuse(503, f"{self._bounds.connections} connections are open already", linger=False)
         else:
@@ -261,7 +173,7 @@ class BoundedConnection(HttpToolsProtocol):
         """What is left of the data: what comes behind a known request's body."""
         self._raw = b""  # of whatever came before: what is started after a wait must not be remembered by another one's head
         if self._direct is not None and not self._parsing and (self.cycle is None or self.cycle.response_complete):
-            end = data.find(b"\r\n\r\n", 0, _HEAD_BYTES) + 4
+            end = data.find(b"\r\n\r\n", 0, HEAD_BYTES) + 4
             self._raw = data[:end] if end > 4 else b""
             known = self._ledger.known.get(self._raw)
             if known is not None and self._may_hold(known.length):
@@ -328,8 +240,7 @@ class BoundedConnection(HttpToolsProtocol):
 
     def connection_lost(self, exc: Exception | None) -> None:
         self._stop_timer()
-        self._stop_unread()
-        self._owe(0)
+        self._unread.taken()
         try:
             self._abandon()
         finally:
@@ -337,18 +248,16 @@ class BoundedConnection(HttpToolsProtocol):
 
     def pause_writing(self) -> None:
         super().pause_writing()
-        self._watch_reader()
-        self._owe(self._waiting)
+        self._unread.stalled()
 
     def resume_writing(self) -> None:
         super().resume_writing()
-        self._stop_unread()
-        self._owe(0)
+        self._unread.taken()
         if self.transport.is_closing():  # a little is left
-            self._await_reader()
+            self._unread.closing()
 
     def eof_received(self) -> None:
-        self._await_reader()  # the loop closes the connection now
+        self._unread.closing()  # the loop closes the connection now
 
     def timeout_keep_alive_handler(self) -> None:
         self._close()
@@ -356,7 +265,7 @@ class BoundedConnection(HttpToolsProtocol):
     def shutdown(self) -> None:
         super().shutdown()
         if self.transport.is_closing():
-            self._await_reader()
+            self._unread.closing()
 
     def send_400_response(self, msg: str) -> None:
         if self._over:  # the parser goes on behind what was refused
@@ -483,7 +392,7 @@ class BoundedConnection(HttpToolsProtocol):
     def _asgi_ended(self, task: asyncio.Task[None]) -> None:
         self.tasks.discard(task)
         if self.transport.is_closing():  # uvicorn closes it where the application failed
-            self._await_reader()
+            self._unread.closing()
 
     def _bar(self, cycle: Any, answer: Answer) -> None:
         """Answers a request by its headers, and closes the connection where its body is still to come."""
@@ -499,23 +408,12 @@ class BoundedConnection(HttpToolsProtocol):
     # ---- the short way ----
 
     def _learn(self, cycle: Any) -> None:
-        """Remembers the head that was just parsed, if whatever has the same bytes is a request with a body of the same length."""
-        head, scope = self._raw, cycle.scope
-        lengths = [value for name, value in scope["headers"] if name == b"content-length"]
-        plain = (
-            cycle.keep_alive
-            and scope["http_version"] == "1.1"
-            and not any(name in _CHANGING or (name == b"connection" and value.lower() != b"keep-alive") for name, value in scope["headers"])
-        )
-        # A parser passes over empty lines before a request, and what is remembered must be one whole head: it begins with the
-        # method and has a line for every header. With no line feed alone in it, the first empty line ends it, for any parser.
-        whole = head.startswith(b"%s %s HTTP/1.1\r\n" % (scope["method"].encode(), self.url))
-        whole = whole and head.count(b"\n") == head.count(b"\r\n") == len(scope["headers"]) + 2
-        if plain and whole and len(lengths) == 1 and int(lengths[0]):
-            known = Known(dict(scope), int(lengths[0]))
+        """Remembers the head that was just parsed, if its bytes alone say what it is."""
+        known = known_head(self._raw, cycle.scope, self.url) if cycle.keep_alive else None
+        if known is not None:
             assert self._direct is not None
             self._direct.learn(known.scope)
-            self._ledger.learn(head, known)
+            self._ledger.known.learn(self._raw, known)
 
     def _turned_away(self, known: Known, body: memoryview) -> bool:
         """Whether a request that came in one piece was refused at once: of a flood, most are, and nothing is made for them."""
@@ -579,20 +477,14 @@ class BoundedConnection(HttpToolsProtocol):
             lines += (name, b": ", value, b"\r\n")
         length = sum(map(len, parts))
         lines.append(b"content-length: %d\r\n%s\r\n" % (length, b"" if keep_alive else b"connection: close\r\n"))
-        if length <= _SMALL:
+        if length <= SMALL:
             self.transport.write(b"".join((*lines, *parts)))
         else:
             self.transport.write(b"".join(lines))
             for part in parts:
                 self.transport.write(part)
-            if not self.flow.write_paused and self.transport.get_write_buffer_size():  # little waits, but it may be a part of much
-                self.transport.set_write_buffer_limits(high=0, low=0)
-                self.transport.set_write_buffer_limits(high=_SMALL, low=0)
-            if self.flow.write_paused:
-                self._watch_reader()  # since one of the parts it knew of those before
-                arrays = [array for part in parts if (array := _whole(part)) is not None]
-                own = sum(len(part) for part in parts if _whole(part) is None)
-                self._owe(min(own, self.transport.get_write_buffer_size()), arrays)
+            if self.flow.write_paused or self._unread.overflows():
+                self._unread.keep(parts)
 
     async def _reply_later(self, cycle: Any, *answer: Any) -> None:
         await self.flow.drain()
@@ -612,14 +504,9 @@ class BoundedConnection(HttpToolsProtocol):
             self._timer.cancel()
             self._timer = None
 
-    def _stop_unread(self) -> None:
-        if self._unread is not None:
-            self._unread.cancel()
-            self._unread = None
-
     def _close(self) -> None:
         self.transport.close()
-        self._await_reader()
+        self._unread.closing()
 
     def _close_behind(self, cycle: Any) -> None:
         """Closes the connection behind an answer, or a part of one that failed."""
@@ -631,21 +518,7 @@ class BoundedConnection(HttpToolsProtocol):
         else:
             self._close()
 
-    def _await_reader(self) -> None:
-        """A connection that is closed stays until its client has read the rest, as long as it reads."""
-        if self._unread is None and self.transport.get_write_buffer_size():
-            self._watch_reader()
-
-    def _watch_reader(self) -> None:
-        self._stop_unread()
-        self._waiting = self.transport.get_write_buffer_size()
-        self._unread = self.loop.call_later(self._bounds.body_seconds, self._not_read)
-
     def _not_read(self) -> None:
-        if 0 < self.transport.get_write_buffer_size() < self._waiting:  # slowly, but it reads; what it holds counts
-            self._watch_reader()
-            return
-        self._unread = None
         self._abandon()
         self.transport.abort()  # it does not read its answer, and nothing more can be said to it
 
@@ -662,15 +535,6 @@ class BoundedConnection(HttpToolsProtocol):
     def _hold(self, count: int) -> None:
         self._held[self.cycle] = self._held.get(self.cycle, 0) + count
         self._ledger.held += count
-
-    def _owe(self, count: int, arrays: Sequence[NDArray[Any]] = ()) -> None:
-        """What of answers waits to be read: so many bytes, and parts of these arrays, all of which stay until then."""
-        self._ledger.held += count - self._owed
-        for array in arrays:
-            self._ledger.keep(array)
-        for array in self._parts:
-            self._ledger.let_go(array)
-        self._owed, self._parts = count, arrays
 
     def _release(self, cycle: Any) -> None:
         self._ledger.held -= self._held.pop(cycle, 0)
@@ -727,14 +591,6 @@ class BoundedConnection(HttpToolsProtocol):
             self.transport.write_eof()
         self._left = 2 * self._bounds.body_bytes
         self._expect(_LINGER_S)
-
-
-def _whole(part: Any) -> NDArray[Any] | None:
-    """The array that a part of an answer keeps in memory. None where it is no part of one."""
-    array = part.obj if isinstance(part, memoryview) else None
-    while isinstance(array, np.ndarray) and isinstance(array.base, np.ndarray):
-        array = array.base
-    return array if isinstance(array, np.ndarray) else None
 
 
 def _say_continue(cycle: Any) -> None:

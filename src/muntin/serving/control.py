@@ -11,9 +11,8 @@ from concurrent.futures import ThreadPoolExecutor
 
 from muntin.errors import MuntinError
 from muntin.serving.description import IndexEntry
-from muntin.serving.protocol import Parameter, ProtocolError, shown
+from muntin.serving.protocol import Parameter, ProtocolError, RefusedRequestError, shown
 from muntin.serving.repository import Repository
-from muntin.serving.service import RefusedRequestError
 from muntin.serving.slot import Slot
 from muntin.serving.version import NotReadyError, UnknownVersionError
 

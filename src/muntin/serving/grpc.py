@@ -31,7 +31,6 @@ import grpc
 
 from muntin.serving import open_inference_pb2 as messages
 from muntin.serving.access_log import AccessLog
-from muntin.serving.connection import Ledger
 from muntin.serving.control import Control
 from muntin.serving.description import ModelDescription
 from muntin.serving.grpc_codec import (
@@ -47,8 +46,9 @@ from muntin.serving.grpc_codec import (
     server_message,
     statistics_message,
 )
-from muntin.serving.protocol import InferRequest, Limits, ProtocolError, bare
-from muntin.serving.service import Answered, RefusedRequestError, Service
+from muntin.serving.ledger import Ledger
+from muntin.serving.protocol import InferRequest, Limits, ProtocolError, RefusedRequestError, bare
+from muntin.serving.service import Answered, Service
 from muntin.serving.tokens import Tokens
 from muntin.serving.tracing import Tracing
 from muntin.serving.wire import parse

@@ -56,8 +56,8 @@ from muntin.serving.json_codec import (
 )
 from muntin.serving.openapi import openapi
 from muntin.serving.pictures import PictureAnswer, Pictures
-from muntin.serving.protocol import InferRequest, Limits, ProtocolError, shown
-from muntin.serving.service import INPUT, Answered, Cancel, RefusedRequestError, Service
+from muntin.serving.protocol import InferRequest, Limits, ProtocolError, RefusedRequestError, shown
+from muntin.serving.service import INPUT, Answered, Cancel, Service
 from muntin.serving.tensors import Buffer
 from muntin.serving.tokens import Tokens
 from muntin.serving.tracing import Inference, Tracing

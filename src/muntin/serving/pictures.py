@@ -27,8 +27,8 @@ from muntin.errors import DataError
 from muntin.runtime import predict
 from muntin.runtime.images import TooManyPixelsError, decode_image, encode_png, overlay, pixel_count
 from muntin.serving.json_codec import encode_json
-from muntin.serving.protocol import ProtocolError, bare, shown
-from muntin.serving.service import PRIORITY, RefusedRequestError, Service
+from muntin.serving.protocol import ProtocolError, RefusedRequestError, bare, shown
+from muntin.serving.service import PRIORITY, Service
 from muntin.serving.slot import Lease
 from muntin.serving.version import Version
 

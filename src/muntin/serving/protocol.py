@@ -80,6 +80,17 @@ class ProtocolError(MuntinError):
         return "refused" if self.status == 503 else "failed" if self.status >= 500 else "wrong"
 
 
+class RefusedRequestError(ProtocolError):
+    """A request that is not served now. `retry_after`: seconds after which it may be worth another try.
+
+    `holds`: seconds for which an equal one would be refused as well, as far as can be told.
+    """
+
+    def __init__(self, message: str, *, status: int = 503, retry_after: float = 1.0, holds: float = 0.0) -> None:
+        super().__init__(message, status=status)
+        self.retry_after, self.holds = retry_after, holds
+
+
 def bare(error: Raised) -> Raised:
     """An error without where it was raised, and why: the frames that it was raised through hold what was asked, megabytes of it, for as
     long as anybody keeps it."""

@@ -34,12 +34,13 @@ from muntin.serving.access_log import AccessLog
 from muntin.serving.batcher import Batcher
 from muntin.serving.compiler import BUDGET, Compiler
 from muntin.serving.config import ServeConfig
-from muntin.serving.connection import Ledger, Receiver
+from muntin.serving.connection import Receiver
 from muntin.serving.control import Control
 from muntin.serving.executor import Executor
 from muntin.serving.grpc import GrpcFace
 from muntin.serving.http import HttpFace
 from muntin.serving.latency import LatencyModel
+from muntin.serving.ledger import Ledger
 from muntin.serving.metrics import Metrics
 from muntin.serving.pictures import Pictures
 from muntin.serving.probation import ArtifactLoader

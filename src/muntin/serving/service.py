@@ -4,11 +4,6 @@
        404, 400          503                 400               503
 
 A service knows neither HTTP nor gRPC. It is called, and calls back, on one event loop; batches are computed on the runner's threads.
-
-Outputs, by task (which of them a request names decides what is computed; none named: all):
-    segment    labels UINT8 (B, sH, sW)         scores FP32 (B, K, sH, sW)
-    classify   labels UINT8 (B,)                scores FP32 (B, K)
-    restore    image UINT8 (B, sH, sW, C)       scores FP32 (B, C, sH, sW)
 """
 
 from __future__ import annotations
@@ -31,9 +26,11 @@ from muntin.serving.account import Account
 from muntin.serving.batcher import Job, Refusal
 from muntin.serving.description import ModelDescription, Statistics, TensorSpec
 from muntin.serving.executor import Executor, Group, Work
+from muntin.serving.forming import Forming
 from muntin.serving.mailbox import Mailbox
 from muntin.serving.metrics import Metrics
-from muntin.serving.protocol import InferOutput, InferRequest, InferResponse, ProtocolError, shown
+from muntin.serving.outputs import Wanted, make_outputs, output_names, read_wanted
+from muntin.serving.protocol import InferRequest, InferResponse, ProtocolError, RefusedRequestError, shown
 from muntin.serving.runner import Runner
 from muntin.serving.slot import Lease, Slot
 from muntin.serving.turnstile import Turnstile
@@ -42,32 +39,8 @@ from muntin.serving.version import NotReadyError, UnknownVersionError, Version
 INPUT = "images"
 SHADOWS = 4
 """Shadow computations that may wait; beyond, an answer is not compared."""
-INLINE = 1 << 16
-"""Numbers of an answer up to which it is put into its form on the event loop; beyond, on a thread, beside which others are answered (but
-while its JSON is written, which lets nobody else go on)."""
-ENCODERS = 2
-"""Answers that are put into form at the same time."""
-FORM_BYTES = 1 << 30
-"""Of answers that are to be put into form beside the event loop, from their requests' admission until that is done: a request whose answer
-would go beyond is refused, unless there is no other."""
-CLASSES, LISTED = 1 << 16, 256
-"""Best classes of all rows and outputs of an answer together, each a string: what may be asked for, and up to how many are written on the
-event loop."""
-COPIED = 1 << 20
-"""Bytes of an answer that are copied on the event loop at most, where it goes out as it was computed."""
 PRIORITY = 2
 """What a request without a priority has, of 1, the most urgent, and more."""
-
-
-class RefusedRequestError(ProtocolError):
-    """A request that is not served now. `retry_after`: seconds after which it may be worth another try.
-
-    `holds`: seconds for which an equal one would be refused as well, as far as can be told.
-    """
-
-    def __init__(self, message: str, *, status: int = 503, retry_after: float = 1.0, holds: float = 0.0) -> None:
-        super().__init__(message, status=status)
-        self.retry_after, self.holds = retry_after, holds
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -107,12 +80,10 @@ class Service:
         self.draining = False
         self.turnstile = Turnstile()
         self._current = slot.current
-        self._clock = clock
+        self.clock = clock
         self._shadows = ThreadPoolExecutor(max_workers=1, thread_name_prefix="muntin-shadow")
         self._shadowing = 0
-        self._encoders = ThreadPoolExecutor(max_workers=ENCODERS, thread_name_prefix="muntin-encode")
-        self._forming = 0
-        """Bytes, of those that `FORM_BYTES` bounds."""
+        self.forming = Forming()
         self._mailbox: Mailbox | None = None
         self._accounts: dict[str, Account] = {}
         """By version: what it was asked. Only the event loop touches them."""
@@ -160,7 +131,7 @@ class Service:
 
         Costs next to nothing: at a flood this is all that most requests are given.
         """
-        now, current = self._clock(), self.slot.current
+        now, current = self.clock(), self.slot.current
         if current is not self._current:  # what was refused was another version's
             self._current = current
             self.turnstile.open()
@@ -219,107 +190,41 @@ class Service:
         `CLASSES`, 503 (`RefusedRequestError`) where no version is ready. Answers 503 where it cannot be answered in time, 500 where
         computing it failed.
         """
-        arrived = self._clock() if arrived is None else arrived
+        arrived = self.clock() if arrived is None else arrived
         lease = self.lease(model, version)
         try:
             signature = lease.version.signature
             images = self._images(request, signature)
-            wanted = _wanted(request, signature)
-            labels = wanted == ("labels",)
-            apart = self._apart(request, images, signature, wanted, labels, copies)
-            if request.timeout_us is not None:
-                deadline = min(arrived + request.timeout_us / 1e6, math.inf if deadline is None else deadline)
-            priority = request.priority or PRIORITY
+            wanted = read_wanted(request, signature, images.shape)
+            held = self.forming.hold(wanted, copies=copies)
         except BaseException:
             lease.release()
             raise
-        account = self._accounts.setdefault(lease.version.name, Account())
-        gone = False
-
-        def computed(found: tuple[NDArray[Any], Work] | Exception) -> None:
-            if isinstance(found, Exception):
-                self._forming -= apart
-                # A candidate's refusal says nothing of the version that most requests are for.
-                if like is not None and isinstance(found, RefusedRequestError) and found.holds and lease.version is self.slot.current:
-                    self.turnstile.shut(like, arrived + found.holds, arrived + found.retry_after, str(found))
-                account.failed(self._clock() - arrived)
-                done(found)
-                return
-            answer, work = found
-
-            def form() -> Answered | Exception:
-                if gone:
-                    return ProtocolError("nobody waits for it", status=499)
-                try:
-                    response = InferResponse(
-                        model=self.name,
-                        version=work.version,
-                        id=request.id,
-                        outputs=_outputs(answer, wanted, labels, signature),
-                        parameters={"recovered": work.recovered} if work.recovered else {},
-                    )
-                    encoded = None if encode is None else encode(response)
-                except Exception as error:  # noqa: BLE001 - it is the answer
-                    return error
-                queued, total = max(work.started - arrived, 0.0), self._clock() - arrived  # forming it took its time, too
-                return Answered(
-                    response=response, encoded=encoded, queued=queued, computed=work.computed, total=total, batch_rows=work.batch_rows
-                )  # fmt: skip
-
-            def formed(found: Answered | Exception) -> None:
-                self._forming -= apart
-                if gone or isinstance(found, Exception):
-                    account.failed(self._clock() - arrived)
-                else:
-                    account.answered(
-                        rows=len(images),
-                        batch_rows=work.batch_rows,
-                        total=found.total,
-                        queued=work.started - arrived,
-                        computed=work.computed,
-                    )
-                    self.metrics.total.observe(found.total)
-                    if self.objective is not None and found.total > self.objective:
-                        self.metrics.late.inc()
-                if not gone:
-                    done(found)
-
-            if apart:
-                self._form(form, formed)
-            else:
-                formed(form())
-
-        unseen = 0 if like is None else self.turnstile.unseen(like, arrived)
-        self._forming += apart
+        if request.timeout_us is not None:
+            deadline = min(arrived + request.timeout_us / 1e6, math.inf if deadline is None else deadline)
+        self.account(lease.version.name)
+        asked = _Asked(
+            self, request, lease.version, wanted, rows=len(images), arrived=arrived, held=held, like=like, encode=encode, done=done
+        )
         try:
             cancel = self._begin(
-                images, lease, labels=labels, priority=priority, deadline=deadline, came=arrived, unseen=unseen, done=computed
+                images,
+                lease,
+                labels=wanted.labels,
+                priority=request.priority or PRIORITY,
+                deadline=deadline,
+                came=arrived,
+                unseen=0 if like is None else self.turnstile.unseen(like, arrived),
+                done=asked.computed,
             )
         except BaseException:
-            self._forming -= apart
+            self.forming.let_go(held)
             raise
+        return partial(asked.take_back, cancel)
 
-        def take_back() -> None:
-            nonlocal gone
-            gone = True
-            if cancel():
-                self._forming -= apart
-                account.failed(self._clock() - arrived)
-
-        return take_back
-
-    def _form(self, form: Callable[[], Answered | Exception], done: Done) -> None:
-        """Puts a large answer into its form beside the event loop."""
-        try:
-            forming = asyncio.get_running_loop().run_in_executor(self._encoders, form)
-        except RuntimeError:  # the service was closed
-            done(RefusedRequestError("the server is shutting down"))
-            return
-
-        def formed(found: asyncio.Future[Answered | Exception]) -> None:
-            done(RefusedRequestError("the server is shutting down") if found.cancelled() else found.result())
-
-        forming.add_done_callback(formed)
+    def account(self, version: str) -> Account:
+        """What a version was asked so far."""
+        return self._accounts.setdefault(version, Account())
 
     def lease(self, model: str, version: str | None) -> Lease:
         """A lease on the version that a request names. Raises ProtocolError: 404, or 503 where none is ready."""
@@ -386,12 +291,12 @@ class Service:
             self.metrics.compute.observe(work.computed)
             self.metrics.batch.observe(work.batch_rows)
             done((answer, work))
-            self.runner.delivered(work.started, self._clock() - given)
+            self.runner.delivered(work.started, self.clock() - given)
             self._shadow(images, answer, labels, work.by)
 
         def answered(answer: Any) -> None:
             nonlocal given
-            given = self._clock()
+            given = self.clock()
             lease.release()
             try:
                 mailbox.put(settle, answer)
@@ -427,7 +332,7 @@ class Service:
     def close(self) -> None:
         """Ends what runs beside the requests. The runner and the slot are the caller's to close."""
         self._shadows.shutdown(wait=True, cancel_futures=True)
-        self._encoders.shutdown(wait=True, cancel_futures=True)
+        self.forming.close()
 
     def _images(self, request: InferRequest, signature: Signature) -> NDArray[np.uint8]:
         form = f"UINT8 (rows, height, width, {signature.channels})"
@@ -443,42 +348,6 @@ class Service:
         if height * width > self.max_pixels:
             raise ProtocolError(f"images of {width}x{height} pixels: this server takes at most {self.max_pixels:,}", status=413)
         return given.data
-
-    def _apart(
-        self, request: InferRequest, images: NDArray[np.uint8], signature: Signature, wanted: tuple[str, ...], labels: bool, copies: bool
-    ) -> int:
-        """Bytes of the answer that is to be put into form beside the event loop; 0: not beside it.
-
-        Raises ProtocolError for more best classes than `CLASSES`, RefusedRequestError where `FORM_BYTES` wait already.
-        """
-        rows, height, width, _ = images.shape
-        numbers: int = rows if labels else rows * signature.outputs
-        if signature.task != "classify":
-            numbers *= height * width * signature.scale * signature.scale
-        few = True
-        for output in request.outputs:
-            if output.classification:
-                few = self._listed(request, images, signature) <= LISTED
-                break
-        if few and numbers <= INLINE:
-            return 0
-        nbytes = numbers if labels else 4 * numbers
-        if few and not (copies and nbytes > COPIED) and _as_it_is(request, wanted, labels):
-            return 0
-        if self._forming and self._forming + nbytes > FORM_BYTES:
-            raise RefusedRequestError("large answers fill what this server puts into form: try again, or ask for one output in binary")
-        return nbytes
-
-    def _listed(self, request: InferRequest, images: NDArray[np.uint8], signature: Signature) -> int:
-        """Best classes that are to be written for a request, at most. Raises ProtocolError for more than `CLASSES`."""
-        rows, *row = signature.scores_shape(*images.shape[:3])
-        count = sum(rows * min(output.classification or 0, math.prod(row)) for output in request.outputs)
-        if count > CLASSES:
-            raise ProtocolError(
-                f"classification of {rows} rows asks for {count:,} classes: this server writes at most {CLASSES:,} in one answer; "
-                "ask for fewer, or for the output itself"
-            )
-        return count
 
     def _shadow(self, images: NDArray[np.uint8], answer: NDArray[Any], labels: bool, by: Version | None) -> None:
         lease = self.slot.shadow(by)
@@ -500,47 +369,102 @@ class Service:
         self._shadows.submit(compute)
 
 
-def output_names(signature: Signature) -> tuple[str, ...]:
-    """The outputs of a model."""
-    return ("image", "scores") if signature.task == "restore" else ("labels", "scores")
+class _Asked:
+    """One request on its way: computed, put into form, and answered or taken back. On the event loop, but for `_form`."""
 
+    def __init__(
+        self,
+        service: Service,
+        request: InferRequest,
+        version: Version,
+        wanted: Wanted,
+        *,
+        rows: int,
+        arrived: float,
+        held: int,
+        like: Hashable | None,
+        encode: Callable[[InferResponse], Any] | None,
+        done: Done,
+    ) -> None:
+        self._service, self._request, self._version, self._wanted = service, request, version, wanted
+        self._rows, self._arrived, self._like, self._encode, self._done = rows, arrived, like, encode, done
+        self._held = held
+        """Bytes of its answer, if that is put into form beside the event loop."""
+        self._gone = False
+        """Whether it was taken back."""
 
-def _wanted(request: InferRequest, signature: Signature) -> tuple[str, ...]:
-    names = output_names(signature)
-    wanted = tuple(output.name for output in request.outputs) or names
-    for name in wanted:
-        if name not in names:
-            raise ProtocolError(f"output {shown(name)}: the model gives {' and '.join(names)}")
-    return wanted
+    def computed(self, found: tuple[NDArray[Any], Work] | Exception) -> None:
+        service = self._service
+        if not isinstance(found, Exception):
+            if self._held:
+                service.forming.form(partial(self._form, *found), partial(self._formed, found[1]))
+            else:
+                self._formed(found[1], self._form(*found))
+            return
+        service.forming.let_go(self._held)
+        # A candidate's refusal says nothing of the version that most requests are for.
+        if self._like is not None and isinstance(found, RefusedRequestError) and found.holds and self._version is service.slot.current:
+            service.turnstile.shut(self._like, self._arrived + found.holds, self._arrived + found.retry_after, str(found))
+        self._failed()
+        self._done(found)
 
+    def _form(self, answer: NDArray[Any], work: Work) -> Answered | Exception:
+        if self._gone:
+            return ProtocolError("nobody waits for it", status=499)
+        try:
+            response = InferResponse(
+                model=self._service.name,
+                version=work.version,
+                id=self._request.id,
+                outputs=make_outputs(answer, self._wanted, self._version.signature),
+                parameters={"recovered": work.recovered} if work.recovered else {},
+            )
+            encoded = None if self._encode is None else self._encode(response)
+        except Exception as error:  # noqa: BLE001 - it is the answer
+            return error
+        return Answered(
+            response=response,
+            encoded=encoded,
+            queued=max(work.started - self._arrived, 0.0),
+            computed=work.computed,
+            total=self._passed(),  # forming it took its time, too
+            batch_rows=work.batch_rows,
+        )
 
-def _as_it_is(request: InferRequest, wanted: tuple[str, ...], labels: bool) -> bool:
-    """Whether the answer goes out as it was computed: in binary, and nothing made of it."""
-    binary = (
-        all(output.binary and output.classification is None for output in request.outputs) if request.outputs else request.binary_default
-    )
-    return binary and (labels or wanted == ("scores",))
-
-
-def _outputs(answer: NDArray[Any], wanted: tuple[str, ...], labels: bool, signature: Signature) -> tuple[InferOutput, ...]:
-    if labels:
-        return (InferOutput(name="labels", data=answer),)
-    classes = tuple(entry.name for entry in signature.classes)
-    found = []
-    for name in wanted:
-        if name == "scores":
-            found.append(InferOutput(name=name, data=answer, labels=classes if signature.task == "classify" else ()))
-        elif name == "labels":
-            found.append(InferOutput(name=name, data=answer.argmax(axis=1).astype(np.uint8)))
+    def _formed(self, work: Work, found: Answered | Exception) -> None:
+        service = self._service
+        service.forming.let_go(self._held)
+        if self._gone or isinstance(found, Exception):
+            self._failed()
         else:
-            found.append(InferOutput(name=name, data=pixels(answer)))
-    return tuple(found)
+            if work.version != self._version.name:  # which failed, and another one answered
+                self._failed()
+            service.account(work.version).answered(
+                rows=self._rows,
+                batch_rows=work.batch_rows,
+                total=found.total,
+                queued=work.started - self._arrived,
+                computed=work.computed,
+            )
+            service.metrics.total.observe(found.total)
+            if service.objective is not None and found.total > service.objective:
+                service.metrics.late.inc()
+        if not self._gone:
+            self._done(found)
 
+    def take_back(self, cancel: Callable[[], bool]) -> None:
+        """`cancel`: what `Service._begin` gave; kept here it would make a circle, and images stay until that is collected."""
+        self._gone = True
+        if cancel():
+            self._service.forming.let_go(self._held)
+            self._failed()
 
-def pixels(scores_BCHW: NDArray[np.float32]) -> NDArray[np.uint8]:
-    """Images (B, H, W, C) of the scores of a model that restores."""
-    rounded = np.clip(np.rint(scores_BCHW), 0, 255).astype(np.uint8)
-    return np.ascontiguousarray(rounded.transpose(0, 2, 3, 1))
+    def _failed(self) -> None:
+        self._service.account(self._version.name).failed(self._passed())
+
+    def _passed(self) -> float:
+        """Seconds since it came."""
+        return self._service.clock() - self._arrived
 
 
 def _error(answer: BaseException | Refusal) -> ProtocolError:

@@ -1,0 +1,76 @@
+"""What all connections of one server hold together, and what they share."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from typing import Any
+
+from numpy.typing import NDArray
+
+from muntin.runtime.buffers import Buffers
+from muntin.serving.config import Bounds
+from muntin.serving.heads import KnownHeads
+
+_ASLEEP = 0.0002
+"""Seconds between two rounds of a loop from which on it slept."""
+_READ = 1 << 16
+"""Bytes that are read at once where it is not known yet what comes."""
+
+
+class Pulse:
+    """When the bytes that a loop reads came. A loop reads in rounds, and one that does not sleep between them reads what may have come at
+    any time since it looked last: at many requests a second that is far more than what a request is worth."""
+
+    def __init__(self) -> None:
+        self._reading: float | None = None
+        """Since when the present round of reading goes on."""
+        self._before = self._looked = self._came = -1.0
+
+    def came(self, loop: asyncio.AbstractEventLoop) -> float:
+        """For bytes that were just read: since when they may have been there, of `time.monotonic`."""
+        if self._reading is None:
+            now = time.monotonic()
+            self._came = self._before if now - self._looked < _ASLEEP else now
+            self._reading = now
+            loop.call_soon(self._read)
+        return self._came
+
+    def _read(self) -> None:
+        """The round is over."""
+        assert self._reading is not None
+        self._before, self._reading = self._reading, None
+        self._looked = time.monotonic()
+
+
+class Ledger:
+    """What the connections of one server hold together."""
+
+    def __init__(self, bounds: Bounds) -> None:
+        self.bounds = bounds
+        self.buffers = Buffers()
+        self.pulse = Pulse()
+        self.scratch = memoryview(bytearray(_READ))
+        """Where heads are read to, of any connection: they are taken out before anything else is read."""
+        self.held = 0
+        """Bytes of bodies that are being received or answered, and of answers that their clients do not read."""
+        self.refused: dict[int, int] = {}
+        """Requests that no application saw, by status."""
+        self.known = KnownHeads()
+        """Heads of requests for the short way."""
+        self._kept: dict[int, tuple[NDArray[Any], int]] = {}
+        """Arrays by their identity, and how many connections keep each."""
+
+    def keep(self, array: NDArray[Any]) -> None:
+        """Counts all of an array as held: a part is still to be sent. It counts once, though several clients' answers are parts of it."""
+        kept, count = self._kept.get(id(array), (array, 0))
+        self._kept[id(array)] = kept, count + 1
+        self.held += 0 if count else array.nbytes
+
+    def let_go(self, array: NDArray[Any]) -> None:
+        """The opposite of `keep`."""
+        kept, count = self._kept.pop(id(array))
+        if count > 1:
+            self._kept[id(array)] = kept, count - 1
+        else:
+            self.held -= array.nbytes
