@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -26,6 +27,7 @@ from muntin.errors import ArtifactError, DataError, ExportError, MuntinError
 from muntin.models import DividedSides
 from muntin.runtime import describe_hardware
 from muntin.runtime.verification import replay
+from muntin.training.config import QuantizationConfig
 
 INTEGER_CPU = {"avx512_vnni", "avx_vnni", "amx_int8"}
 HYBRID = {"depths": (1,), "dims": (128,)}  # one attention stage: half the time of an export
@@ -364,7 +366,7 @@ def test_a_failed_export_leaves_the_artefact_that_was_there(build: type[nn.Modul
         return m.conv(x) + 100 * torch.rand_like(m.conv(x))
 
     with pytest.raises(
-        ExportError, match=r"openvino does not compute what PyTorch does: f32 gives an error of .*; nothing was written"
+        ExportError, match=r"what was traced does not compute what PyTorch does: f32 gives an error of .*; nothing was written"
     ) as caught:
         muntin.export(build(random, conv=nn.Conv2d(3, 4, 1)), pixels(1, 3, 32, 32), tmp_path / "artifact")
     assert "\n" not in str(caught.value)
@@ -427,6 +429,115 @@ def test_a_model_of_some_sizes_that_pads_is_exported_for_all(pixels: Any, pictur
         assert np.abs(session(images) - wanted).max() <= 1e-4 * wanted.std()
 
 
+@pytest.mark.parametrize(
+    "run",
+    [
+        lambda m, x: m.conv(x) * 2 if x.shape[2] > x.shape[3] else m.conv(x),
+        lambda m, x: m.conv(x) * 2 if x.shape[2] * x.shape[3] > 40_000 else m.conv(x),
+        lambda m, x: m.conv(x) * 2 if x.shape[2] == x.shape[3] else m.conv(x),
+        lambda m, x: m.conv(x) if x.shape[2] % 32 or x.shape[3] % 32 else m.conv(x) * 2,
+    ],
+)
+def test_a_model_that_asks_for_its_size(run: Callable[..., Any], build: type[nn.Module], pixels: Any, tmp_path: Path) -> None:
+    model = build(run, conv=nn.Conv2d(3, 4, 3, padding=1))
+    message = refused(model, pixels(1, 3, 64, 64), tmp_path)
+    assert "what was traced does not compute what PyTorch does" in message or "computes otherwise where the" in message
+    assert "torch.where" in message
+
+
+def test_a_branch_for_the_examples_own_size_is_found(build: type[nn.Module], pixels: Any, tmp_path: Path) -> None:
+    model = build(lambda m, x: m.conv(x) * 2 if x.shape[3] % 50 == 0 else m.conv(x), conv=nn.Conv2d(3, 4, 3, padding=1))
+    assert "on an image of 40 x 50 (allowed" in refused(model, pixels(1, 3, 40, 50), tmp_path)
+
+
+def test_a_class_alone(build: type[nn.Module], pixels: Any, tmp_path: Path) -> None:
+    for head in (lambda m, x: m.conv(x), lambda m, x: m.conv(x).mean((2, 3))):
+        message = refused(build(head, conv=nn.Conv2d(3, 1, 1)), pixels(1, 3, 32, 32), tmp_path)
+        assert "of one class every label is the same" in message
+
+
+@pytest.mark.parametrize(
+    ("example", "message"),
+    [
+        (torch.rand(1, 3, 32, 32), "example from 0.* to 1: give raw pixels, 0-255"),
+        (torch.randn(1, 3, 32, 32), "example from -.*: give raw pixels, 0-255"),
+        (torch.full((1, 3, 32, 32), 65535.0), "example from 6.55e\\+04 to"),
+        (np.zeros((1, 3, 32, 32), np.uint8), "example is of type ndarray: give a torch.Tensor"),
+    ],
+)
+def test_what_are_no_raw_pixels(example: Any, message: str, pixels: Any, tmp_path: Path) -> None:
+    assert re.search(message, refused(tiny(), example, tmp_path))
+    if isinstance(example, Tensor):
+        message = message.replace("example", "calibration batch")
+        assert re.search(message, refused(tiny(), pixels(1, 3, 32, 32), tmp_path, calibration=[example]))
+
+
+def test_calibration_that_is_no_list_of_batches(pixels: Any, tmp_path: Path) -> None:
+    example = pixels(1, 3, 32, 32)
+    assert "give a list of batches, [tensor]" in refused(tiny(), example, tmp_path, calibration=example)
+    pairs = [(example, torch.zeros(1))]
+    assert "calibration batch is of type tuple" in refused(tiny(), example, tmp_path, calibration=pairs)
+
+
+@pytest.mark.filterwarnings("ignore:`torch.nn.utils.weight_norm` is deprecated")
+def test_a_model_that_cannot_be_copied(pixels: Any, tmp_path: Path) -> None:
+    old = nn.Sequential(torch.nn.utils.weight_norm(nn.Conv2d(3, 4, 1)))
+    old(torch.zeros(1, 3, 4, 4))
+    assert "parametrizations" in refused(old, pixels(1, 3, 32, 32), tmp_path)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float64])
+def test_a_model_of_another_float_type_is_exported(dtype: torch.dtype, pixels: Any, pictures: Any, tmp_path: Path) -> None:
+    model = tiny().to(dtype)
+    artifact = muntin.export(model, pixels(1, 3, 32, 32), tmp_path / "artifact")
+    images = pictures(1, 33, 20, 3)
+    with torch.inference_mode():
+        expected = copy.deepcopy(model).float()(torch.from_numpy(images).permute(0, 3, 1, 2).float()).numpy()
+    assert np.abs(muntin.load(artifact.path, precision="f32", threads=1)(images) - expected).max() <= 1e-4 * expected.std()
+    assert next(model.parameters()).dtype == dtype
+
+
+# --- what is joined ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "joined",
+    [
+        lambda m, y, x: torch.cat([y, x], 1),
+        lambda m, y, x: torch.cat([y.relu(), m.side(x)], 1) * 1.7 + 0.3,
+        lambda m, y, x: torch.cat([y, x * 0.5], 1),
+    ],
+)
+def test_maps_with_a_sign_that_are_joined_are_computed_as_in_pytorch(
+    joined: Callable[..., Tensor], build: type[nn.Module], pixels: Any, pictures: Any, tmp_path: Path
+) -> None:
+    def run(m: Any, x: Tensor) -> Any:
+        x = (x / 255 - 0.45) / 0.225
+        return m.head(joined(m, m.body(m.stem(x).relu()), x))
+
+    torch.manual_seed(1)
+    parts = {"stem": nn.Conv2d(3, 8, 3, padding=1), "body": nn.Conv2d(8, 8, 3, padding=1), "side": nn.Conv2d(3, 3, 1)}
+    model = build(run, **parts, head=nn.Conv2d(11, 4, 1)).eval()
+    example = pixels(2, 3, 64, 64)
+    integers = copy.deepcopy(model)
+    quantize([example])(integers)
+    artifact = muntin.export(model, example, tmp_path / "artifact", calibration=[example])
+    assert all(record.activation_bits == 8 for record in artifact.manifest.layers if record.name in ("stem", "body", "head"))
+    images = pictures(1, 48, 40, 3)
+    with torch.inference_mode():
+        expected = integers(torch.from_numpy(images).permute(0, 3, 1, 2).float()).numpy()
+    for engine in ("openvino", "onnxruntime"):
+        scores = muntin.load(artifact.path, engine=engine, precision="f32", threads=1)(images)
+        assert np.abs(scores - expected).max() <= 0.05 * expected.std()
+
+
+def test_layers_that_are_kept_in_floats_by_name(pixels: Any, tmp_path: Path) -> None:
+    model, example = tiny(), pixels(1, 3, 32, 32)
+    name = next(name for name, part in model.named_modules() if isinstance(part, nn.Conv2d))
+    artifact = muntin.export(model, example, tmp_path / "artifact", calibration=[example], quantization=QuantizationConfig(keep=(name,)))
+    assert [record.activation_bits for record in artifact.manifest.layers if record.name == name] == [None]
+
+
 def test_channels_that_the_model_does_not_take(pixels: Any, tmp_path: Path) -> None:
     assert "fails on pixels of shape (1, 4, 32, 32)" in refused(tiny(), pixels(1, 4, 32, 32), tmp_path)
 
@@ -468,9 +579,16 @@ def test_golden_pairs_are_the_models_own_answers_at_two_sizes(height: int, width
     assert height * width == 1 or pairs[0][0].shape != pairs[1][0].shape
     for images, scores in pairs:
         rows, columns = images.shape[1:3]
-        assert np.array_equal(images[0].transpose(2, 0, 1), example[0, :, :rows, :columns].numpy())
+        windows = np.lib.stride_tricks.sliding_window_view(example[0].numpy(), (rows, columns), (1, 2))
+        assert (windows == images[0].transpose(2, 0, 1)[:, None, None]).all((0, 3, 4)).any()
         session = muntin.TorchSession(model, infer_signature(model, example))
         assert replay(session, images, scores, FLOAT_LIMITS["f32"], classes=True).max_error < 1e-6  # type: ignore[arg-type]
+
+
+def test_golden_images_are_cut_where_most_goes_on(pixels: Any) -> None:
+    example = torch.full((1, 3, 200, 300), 7.0)
+    example[:, :, 140:, 200:] = pixels(1, 3, 60, 100)
+    assert all(len(np.unique(images)) > 200 for images, _ in golden_pairs(tiny().eval(), example))
 
 
 def test_an_example_without_a_batch_is_refused_with_a_signature_too(tmp_path: Path) -> None:

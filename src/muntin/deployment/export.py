@@ -31,12 +31,19 @@ from muntin.compression import Change, QuantizedConv2d, QuantizedLinear, fold, q
 from muntin.compression.rewrite import named
 from muntin.deployment.counting import PRODUCTS, WEIGHTED, bias_count, layer_macs, weight_count
 from muntin.deployment.graph import COMPUTE, answer_to, to_onnx
-from muntin.errors import ExportError
+from muntin.errors import ArtifactError, ExportError
 from muntin.runtime import Session, describe_hardware, load
 from muntin.runtime.session import check_shape
 from muntin.runtime.verification import find_fallbacks, replay
+from muntin.training.config import QuantizationConfig
 
 Limits = Mapping[FloatPrecision, GoldenTolerance]
+Pairs = list[tuple[NDArray[np.uint8], NDArray[np.float32]]]
+"""Images (1, H, W, C) and what the PyTorch model answers to them."""
+LARGEST = 1 << 20
+"""Pixels of an example that is compared whole."""
+OTHER_SIZES = ((192, 64), (64, 160), (256, 256))
+"""Rows and columns of images that no golden pair is like: sides that strides divide, taller than wide, square, large."""
 LIMITS: Limits = {
     "f32": GoldenTolerance(max_error=0.5, label_agreement=0.95),
     "bf16": GoldenTolerance(max_error=0.75, label_agreement=0.9),
@@ -57,6 +64,7 @@ def export(
     changes: Iterable[Change] = (),
     measured: dict[str, Any] | None = None,
     shape: tuple[int, int, int] | None = None,
+    quantization: QuantizationConfig | None = None,
 ) -> Artifact:
     """Write `model` as an artefact directory that runs without PyTorch; an artefact that is there is replaced, and only as a whole.
 
@@ -64,22 +72,26 @@ def export(
     model is quantised first (a copy; yours is left as it is), without them muntin's own norms and gates are folded. Channels that gates
     have closed are cut out before that. `signature`: task and classes; without it they follow from the shape of the answer and the classes
     are numbered. `changes`: what earlier passes did, kept in the manifest. `measured`: plain figures to keep there. `shape`: the (B, H, W)
-    that `load` compiles for unasked, one image of the example's size unless given.
+    that `load` compiles for unasked, one image of the example's size unless given. `quantization`: which layers stay in floats, beside
+    `calibration`.
     Every batch size, height and width will work. Raises `ExportError` when the model cannot be exported, or
     when the runtime does not compute what PyTorch does; nothing is left behind then.
     """
     check_target(path)
-    _check_example(example)
+    check_pixels(example, "example")
     opened_for = (1, *example.shape[2:]) if shape is None else check_shape(shape)
-    model, example = copy.deepcopy(model).cpu().eval(), example.cpu()  # what is written is checked against runtimes on the CPU
+    model, example = _copied(model), example.cpu()
     if isinstance(model, WEIGHTED):
         model = nn.Sequential(model).eval()  # a layer goes by its name in the model, and the model itself has none
     signature = signature or infer_signature(model, example)
     changes = list(changes)
-    changes += (
-        remove_closed_channels(model) + fold(model) if calibration is None else quantize([batch.cpu() for batch in calibration])(model)
-    )
+    if calibration is None:
+        changes += remove_closed_channels(model) + fold(model)
+    else:
+        changes += quantize(_calibration(calibration), quantization)(model)
     golden = golden_pairs(model, example)  # first: it is quick, and finds a model that does not take every size
+    whole = [(H, W)] if (H := example.shape[2]) * (W := example.shape[3]) <= LARGEST else []
+    others = pairs_at(model, example, dict.fromkeys((*OTHER_SIZES, *whole)))
     proto = to_onnx(model, example, signature)
     content: dict[str, Any] = {
         "model": proto,
@@ -91,14 +103,44 @@ def export(
         "measured": {"hardware": describe_hardware(), **(measured or {})},
         "example": opened_for,
     }
-    return _write_checked(Path(path), content)
+    return _write_checked(Path(path), content, others)
 
 
-def _write_checked(path: Path, content: dict[str, Any]) -> Artifact:
+def _copied(model: nn.Module) -> nn.Module:
+    """A copy in FP32 on the CPU, where what is written is checked against runtimes."""
+    try:
+        return copy.deepcopy(model).cpu().float().eval()
+    except RuntimeError as error:  # tensors that were computed are part of it
+        raise ExportError(
+            f"the model cannot be copied ({' '.join(str(error).split())[:200]}): use weight_norm and spectral_norm of "
+            "torch.nn.utils.parametrizations instead of those of torch.nn.utils"
+        ) from error
+
+
+def _calibration(batches: Iterable[Tensor]) -> list[Tensor]:
+    if isinstance(batches, Tensor):
+        raise ExportError(f"calibration is one tensor of shape {tuple(batches.shape)}: give a list of batches, [tensor]")
+    found = list(batches)
+    for batch in found:
+        check_pixels(batch, "calibration batch")
+    return [batch.cpu() for batch in found]
+
+
+def _write_checked(path: Path, content: dict[str, Any], others: Pairs) -> Artifact:
     """Write elsewhere, open in the runtime, compare, and only then write in place with the precision that was measured.
 
     What OpenVINO computes has to be what PyTorch does. Where ONNX Runtime does not agree, its tolerance is left out and a note says why.
+    `others`: of sizes that are not recorded, which one engine is asked for: what is wrong at some sizes is so in the graph.
     """
+    try:
+        return _written(path, content, others)
+    except ArtifactError as error:  # of a draft, whose place is nobody's
+        if isinstance(error.__cause__, OSError):
+            raise
+        raise ExportError(f"no engine opens what was made of the model: {str(error).partition(': ')[2] or error}") from error
+
+
+def _written(path: Path, content: dict[str, Any], others: Pairs) -> Artifact:
     limits = LIMITS if any(record.activation_bits for record in content["layers"]) else FLOAT_LIMITS
     with tempfile.TemporaryDirectory(prefix="muntin-") as scratch:
         draft = Path(scratch) / "draft"
@@ -106,14 +148,16 @@ def _write_checked(path: Path, content: dict[str, Any]) -> Artifact:
         exact, recorded = (
             load(draft, precision=asked, shapes=(), cache=False) for asked in ("f32", "recorded")
         )  # the second in bf16 where there is any
-        problems = [*deviations(exact, content["golden"], limits), *_floating(exact, content["layers"])]
-        if problems:
-            raise ExportError(f"{exact.engine} does not compute what PyTorch does: {problems[0]}; nothing was written")
+        portable = load(draft, engine="onnxruntime", shapes=(), cache=False)
+        problems, unlike = (deviations(session, content["golden"], limits) for session in (exact, portable))
+        if not problems or (unlike and limits is FLOAT_LIMITS):  # two engines that are off alike: then it is the graph
+            _check_traced(problems or deviations(exact if unlike else portable, others, limits))
+        if problems := problems or _floating(exact, content["layers"]):
+            advice = "; layers that are named in quantization.keep stay in floats" if limits is LIMITS else ""
+            raise ExportError(f"{exact.engine} does not compute what PyTorch does: {problems[0]}; nothing was written{advice}")
         notes = deviations(recorded, content["golden"], limits) if recorded.precision != exact.precision else []
         precision: FloatPrecision = precision_of(exact if notes else recorded)
         recorded.warm_up([content["example"]])
-        portable = load(draft, engine="onnxruntime", shapes=(), cache=False)
-        unlike = deviations(portable, content["golden"], limits)
     content["measured"]["notes"] = [f"recorded in {precision}, for {note}" for note in notes] + [
         f"{portable.engine} is not checked against: in it, {line}" for line in unlike
     ]
@@ -121,22 +165,31 @@ def _write_checked(path: Path, content: dict[str, Any]) -> Artifact:
     return write_artifact(path, **content, golden_tolerance=tolerances, precision=precision)
 
 
+def _check_traced(problems: list[str]) -> None:
+    if problems:
+        raise ExportError(
+            f"what was traced does not compute what PyTorch does: {problems[0]}; it holds one branch of each condition on the size and no "
+            "random numbers: leave them out, or write all branches in one (torch.where); nothing was written"
+        )
+
+
 def precision_of(session: Session) -> FloatPrecision:
     """What a session's float layers run in, as the manifest names it."""
     return next(name for name in LIMITS if name == session.precision)
 
 
-def deviations(session: Session, golden: Iterable[tuple[NDArray[np.uint8], NDArray[np.float32]]], limits: Limits) -> list[str]:
-    """Where a session's answers leave `limits`, a line for each golden pair that does."""
+def deviations(session: Session, pairs: Pairs, limits: Limits) -> list[str]:
+    """Where a session's answers leave `limits`, a line for each pair that does."""
     tolerance = limits[precision_of(session)]
     lines = []
-    for images, scores in golden:
+    for images, scores in pairs:
         result = replay(session, images, scores, tolerance, classes=session.signature.task != "restore")
         if not result.passed:
             agreement = "" if result.label_agreement is None else f" and {result.label_agreement:.2%} of equal labels"
+            size = " x ".join(map(str, images.shape[1:3]))
             lines.append(
-                f"{session.precision} gives an error of {result.max_error:.2g} standard deviations{agreement} on a golden image (allowed: "
-                f"{tolerance.max_error:g}, {tolerance.label_agreement:.0%})"
+                f"{session.precision} gives an error of {result.max_error:.2g} standard deviations{agreement} on an image of {size} "
+                f"(allowed: {tolerance.max_error:g}, {tolerance.label_agreement:.0%})"
             )
     return lines
 
@@ -149,10 +202,15 @@ def _floating(session: Session, layers: Iterable[LayerRecord]) -> list[str]:
 
 def infer_signature(model: nn.Module, example: Tensor) -> Signature:
     """Task and number of classes from the shape of the answer: `(B, K)` is classify, `(B, K, H, W)` segment."""
-    _check_example(example)
+    check_pixels(example, "example")
     answer = answer_to(model, example[:1])
     if answer.ndim not in (2, 4):
         raise ExportError(f"the model answers {tuple(answer.shape)}; (B, K) or (B, K, H, W) is expected: wrap it")
+    if answer.shape[1] == 1:
+        raise ExportError(
+            f"the model answers {tuple(answer.shape)}, and of one class every label is the same: give two, as torch.cat([-x, x], 1) of a "
+            "logit is, or signature=Signature(task='restore', channels=1) of an image"
+        )
     classes = tuple(ClassInfo(name=f"class-{k}", color=_shade(k)) for k in range(answer.shape[1]))
     try:
         return Signature(task="classify" if answer.ndim == 2 else "segment", channels=example.shape[1], classes=classes)
@@ -161,9 +219,16 @@ def infer_signature(model: nn.Module, example: Tensor) -> Signature:
         raise ExportError(f"the model takes {example.shape[1]} channels and gives {len(classes)} classes: {first['msg']}") from error
 
 
-def _check_example(example: Tensor) -> None:
-    if example.ndim != 4 or 0 in example.shape:
-        raise ExportError(f"example of shape {tuple(example.shape)}: give raw pixels (B, C, H, W)")
+def check_pixels(images: Tensor, called: str) -> None:
+    """Raises `ExportError` for what are no raw pixels."""
+    if not isinstance(images, Tensor):
+        raise ExportError(f"{called} is of type {type(images).__name__}: give a torch.Tensor of raw pixels (B, C, H, W)")
+    if images.ndim != 4 or 0 in images.shape:
+        raise ExportError(f"{called} of shape {tuple(images.shape)}: give raw pixels (B, C, H, W)")
+    low, high = float(images.min()), float(images.max())
+    fractions = images.is_floating_point() and bool((images != images.round()).any())
+    if not (low >= 0 and high <= 255) or (fractions and high <= 1):
+        raise ExportError(f"{called} from {low:.3g} to {high:.3g}: give raw pixels, 0-255; the model normalises them itself")
 
 
 def _shade(k: int) -> tuple[int, int, int]:
@@ -190,15 +255,33 @@ def _bits_for(values: NDArray[Any]) -> int:
     return next(bits for bits in BITS if low >= value_range(bits, signed)[0] and high <= value_range(bits, signed)[1])
 
 
-def golden_pairs(model: nn.Module, example: Tensor) -> list[tuple[NDArray[np.uint8], NDArray[np.float32]]]:
+def golden_pairs(model: nn.Module, example: Tensor) -> Pairs:
     """Two crops of the example's first image and what the model answers to them: two sizes, so that one that was baked in is found."""
-    height, width = example.shape[2:]
-    pairs = []
-    for rows, columns in golden_sizes(height, width):
-        images_BCHW = example[:1, :, :rows, :columns].to(torch.float32).round().clamp(0, 255).to(torch.uint8)
-        scores = answer_to(model, images_BCHW)
-        pairs.append((np.ascontiguousarray(images_BCHW.permute(0, 2, 3, 1).numpy()), scores.numpy()))
-    return pairs
+    return pairs_at(model, example, golden_sizes(*example.shape[2:]))
+
+
+def pairs_at(model: nn.Module, example: Tensor, sizes: Iterable[tuple[int, int]]) -> Pairs:
+    """Images of some sizes, cut from the example's first one or, where it is smaller, from repetitions, and the model's answers to them."""
+    return [_pair(model, _cut(example[0], *size)) for size in sizes]
+
+
+def _pair(model: nn.Module, image_CHW: Tensor) -> tuple[NDArray[np.uint8], NDArray[np.float32]]:
+    images_BCHW = image_CHW[None].to(torch.float32).round().clamp(0, 255).to(torch.uint8)
+    scores = answer_to(model, images_BCHW)
+    return np.ascontiguousarray(images_BCHW.permute(0, 2, 3, 1).numpy()), scores.numpy()
+
+
+def _cut(image_CHW: Tensor, rows: int, columns: int) -> Tensor:
+    """The part of the image in which most goes on: borders of one colour would say little."""
+    H, W = image_CHW.shape[1:]
+    places = [(y, x) for y in _starts(H, rows) for x in _starts(W, columns)]
+    top, left = max(places, key=lambda at: float(image_CHW[:, at[0] : at[0] + rows, at[1] : at[1] + columns].float().var(correction=0)))
+    down, across = (torch.arange(start, start + size) % side for start, size, side in ((top, rows, H), (left, columns, W)))
+    return image_CHW[:, down][:, :, across]
+
+
+def _starts(side: int, size: int) -> list[int]:
+    return sorted({round(max(0, side - size) * part / 4) for part in range(5)})
 
 
 def layer_records(model: nn.Module, example: Tensor, changes: Iterable[Change]) -> list[LayerRecord]:

@@ -14,10 +14,11 @@ import io
 import logging
 import operator
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Container, Iterator, Mapping
 from contextlib import contextmanager, redirect_stderr
 from typing import Any
 
+import numpy as np
 import onnx
 import torch
 from onnxscript import opset20 as op
@@ -99,6 +100,7 @@ def to_onnx(model: nn.Module, example: Tensor, signature: Signature) -> onnx.Mod
     proto: onnx.ModelProto = program.model_proto
     _name_layers(proto, canonical_names(model))
     _whole_windows(proto)
+    _signed_concats(proto)
     return proto
 
 
@@ -237,6 +239,41 @@ def _whole_windows(proto: onnx.ModelProto) -> None:
         found |= {"count_include_pad": 0} if node.op_type == "AveragePool" else {}
         del node.attribute[:]
         node.attribute.extend(onnx.helper.make_attribute(name, value) for name, value in found.items())
+
+
+def _signed_concats(proto: onnx.ModelProto) -> None:
+    """A clip before what quantises joined maps with a sign for a convolution: it changes no integer, and OpenVINO computes them rightly.
+
+    OpenVINO 2026.4 moves such a quantiser before the Concat, through sums and products with constants, computes in unsigned integers there
+    and loses half of the range. A clip to what lies inside the outermost steps (-127.51 rounds to -128) is not taken for a part of the
+    quantiser, and stays between them. The maps are joined in floats then.
+    """
+    constants = {entry.name: entry for entry in proto.graph.initializer}
+    made = {output: node for node in proto.graph.node for output in node.output}
+    read = {name: node for node in proto.graph.node for name in node.input}
+    for index, node in reversed(list(enumerate(proto.graph.node))):
+        if node.op_type != "QuantizeLinear" or not _joined(made.get(node.input[0]), made, constants):
+            continue
+        unpacked = read[node.output[0]]
+        product = read.get(unpacked.output[0])
+        scale, zero = (onnx.numpy_helper.to_array(constants[name]) for name in node.input[1:3])
+        if zero.dtype != np.int8 or product is None or product.op_type not in ("Conv", "ConvTranspose"):
+            continue
+        names = [f"{node.output[0]}/{end}" for end in ("low", "high", "clipped")]
+        ends = [scale * (end - zero.astype(np.float32)) for end in (-127.51, 126.51)]
+        proto.graph.initializer.extend(
+            onnx.numpy_helper.from_array(np.asarray(end, np.float32), name) for end, name in zip(ends, names, strict=False)
+        )
+        proto.graph.node.insert(index, onnx.helper.make_node("Clip", [node.input[0], *names[:2]], [names[2]]))
+        node.input[0] = names[2]
+
+
+def _joined(node: onnx.NodeProto | None, made: Mapping[str, onnx.NodeProto], constants: Container[str]) -> bool:
+    """Whether a value is a Concat, or one that constants were added to or multiplied with."""
+    while node is not None and node.op_type in ("Add", "Sub", "Mul", "Div"):
+        variable = [name for name in node.input if name not in constants]
+        node = made.get(variable[0]) if len(variable) == 1 else None
+    return node is not None and node.op_type == "Concat"
 
 
 def _scope(node: onnx.NodeProto) -> str:
