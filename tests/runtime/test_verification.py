@@ -71,6 +71,18 @@ def test_other_numbers_are_found(write_layers: Callable[..., Any], pixel: list[A
     assert shifted.label_agreement == pytest.approx(1, abs=0.02)
 
 
+def test_a_map_that_is_off_everywhere_is_found_where_no_score_is_far_off(
+    write_layers: Callable[..., Any], pixel: list[Any], tmp_path: Path
+) -> None:
+    ((images, scores),) = write_layers(tmp_path / "good", pixel).artifact.golden()
+    wide = {"openvino": {"f32": GoldenTolerance(max_error=0.5, label_agreement=0)}}
+    for share, passed in ((0.1, True), (0.15, False)):
+        write_layers(tmp_path / f"{share}", pixel, golden=[(images, scores + np.float32(scores.std() * share))], golden_tolerance=wide)
+        result = verify(tmp_path / f"{share}", precision="f32", allow_fallbacks=True)
+        assert result.passed == passed and result.golden[0].rms_error == pytest.approx(share, abs=0.02)
+        assert passed or "root mean square 0.1" in result.problems[0]
+
+
 def test_no_tolerance_for_the_precision_is_a_problem(write_layers: Callable[..., Any], pixel: list[Any], tmp_path: Path) -> None:
     write_layers(tmp_path / "a", pixel, golden_tolerance={"openvino": {"bf16": GoldenTolerance(max_error=0.1, label_agreement=0.9)}})
     result = verify(tmp_path / "a", precision="f32", allow_fallbacks=True)

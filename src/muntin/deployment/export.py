@@ -188,7 +188,8 @@ def deviations(session: Session, pairs: Pairs, limits: Limits) -> list[str]:
             agreement = "" if result.label_agreement is None else f" and {result.label_agreement:.2%} of equal labels"
             size = " x ".join(map(str, images.shape[1:3]))
             lines.append(
-                f"{session.precision} gives an error of {result.max_error:.2g} standard deviations{agreement} on an image of {size} "
+                f"{session.precision} gives an error of {result.max_error:.2g} standard deviations ({result.rms_error:.2g} in the mean)"
+                f"{agreement} on an image of {size} "
                 f"(allowed: {tolerance.max_error:g}, {tolerance.label_agreement:.0%})"
             )
     return lines
