@@ -174,6 +174,35 @@ def test_what_is_no_image_is_named(tmp_path: Path) -> None:
             one_line(error, name, word)
 
 
+@pytest.mark.parametrize("suffix", ["tif", "png", "webp"])
+def test_several_pictures_in_a_file_are_refused_not_cut_to_the_first(tmp_path: Path, suffix: str) -> None:
+    path = tmp_path / f"stack.{suffix}"
+    pages = [Image.fromarray(photo() // (page + 1)) for page in range(3)]
+    pages[0].save(path, save_all=True, append_images=pages[1:])
+    for read in (read_image, read_mask, image_size):
+        with pytest.raises(DataError) as error:
+            read(path)
+        one_line(error, f"stack.{suffix} holds 3 pages or frames", "store each in a file of its own")
+    if suffix != "tif":
+        for decode in (decode_image, pixel_count):
+            with pytest.raises(DataError, match="the picture holds 3 pages or frames"):
+                decode(path.read_bytes())
+    pages[0].save(path, save_all=True, lossless=True)  # one that could have more
+    np.testing.assert_array_equal(read_image(path), photo())
+
+
+@pytest.mark.parametrize("compression", ["raw", "tiff_lzw"])
+def test_overviews_of_a_map_are_no_pictures_of_their_own(tmp_path: Path, compression: str) -> None:
+    path = tmp_path / "map.tif"
+    overview = Image.fromarray(photo()[::2, ::2])
+    overview.encoderinfo = {"tiffinfo": {254: 1}}
+    Image.fromarray(photo()).save(path, save_all=True, append_images=[overview], compression=compression)
+    with Image.open(path) as picture:
+        assert picture.n_frames == 2  # type: ignore[attr-defined]
+    assert image_size(path) == (12, 17)
+    np.testing.assert_array_equal(read_image(path), photo())
+
+
 def test_sixteen_bits_are_refused_not_cut(tmp_path: Path) -> None:
     Image.fromarray(np.full((3, 4), 70000, dtype=np.int32)).save(tmp_path / "grey.tif")
     deep = b"".join(b"\x00" + bytes(range(4 * 6)) for _ in range(3))

@@ -49,6 +49,9 @@ _MARKER = re.compile(rb"\xff[^\x00\x01\xd0-\xd7\xff]")
 _SENT = Path("the picture")
 """What errors call bytes that have no file."""
 _ORIENTATION_TAG = 0x0112
+_SUBFILE_TAG = 0x00FE
+_BESIDE = 0b101
+"""Bits of a TIFF page's kind: a smaller copy of another page, as maps have them for overviews, or its transparency."""
 _TURNS = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
@@ -89,8 +92,8 @@ def read_image(path: Path | str, channels: int | None = 3, *, max_pixels: int = 
     `channels` 3 makes RGB (grey is repeated, alpha dropped), 1 makes grey; None keeps what the file has. A `.npy` file
     is never converted: its channels must be those asked for. Costs one decode and one copy.
 
-    Raises DataError: missing, empty, damaged or truncated file, another format, more than `max_pixels` pixels, 16-bit
-    pixels (which would be cut to 8 bits silently), channels that cannot be made.
+    Raises DataError: missing, empty, damaged or truncated file, another format, several pages or frames, more than `max_pixels`
+    pixels, 16-bit pixels (which would be cut to 8 bits silently), channels that cannot be made.
     """
     path = Path(path)
     with _opened(path) as (stream, head):
@@ -337,6 +340,7 @@ def _picture(path: Path, stream: IO[bytes], head: bytes, max_pixels: int) -> Ite
             picture = decoder(stream)
         with picture:
             _check_pixels(path, picture.size, max_pixels)
+            _check_alone(path, picture)
             yield picture
     except Image.DecompressionBombError as error:
         limit = 2 * (Image.MAX_IMAGE_PIXELS or 0)
@@ -375,6 +379,21 @@ def _check_pixels(path: Path, size: tuple[int, int], max_pixels: int) -> None:
         raise DataError(f"{path} has no pixels ({width}×{height}): replace it or remove it")
     if width * height > max_pixels:
         raise TooManyPixelsError(f"{path} has {width}×{height} pixels, more than the limit of {max_pixels:,}: cut it into smaller pictures")
+
+
+def _check_alone(path: Path, picture: ImageFile.ImageFile) -> None:
+    """Raises DataError where a file holds several pictures. A TIFF's smaller copies and transparency of its first page are no others."""
+    count = getattr(picture, "n_frames", 1)
+    if count > 1 and isinstance(picture, TiffImagePlugin.TiffImageFile):
+        kinds = []
+        with _quiet():
+            for page in range(1, count):
+                picture.seek(page)
+                kinds.append(picture.tag_v2.get(_SUBFILE_TAG, 0))
+            picture.seek(0)
+        count = 1 + sum(1 for kind in kinds if not kind & _BESIDE)
+    if count > 1:
+        raise DataError(f"{path} holds {count} pages or frames, and one picture is wanted: store each in a file of its own")
 
 
 def _damaged(path: Path, error: BaseException) -> DataError:
