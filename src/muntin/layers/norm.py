@@ -1,9 +1,9 @@
 """Batch normalisation whose statistics no micro-batch and no rank can change, for maps and for tokens.
 
-Plain batch norm computes its statistics over whatever samples one call happens to hold: splitting a batch of 8 into 4 + 4
-changes the gradient, so gradient accumulation, sharding and recovery from out-of-memory would change the mathematics of a
-run. Here samples are normalised in fixed groups of `GROUP` (a batch is cut into groups in its order; the last may be smaller), so
-any split at group borders gives the same numbers. After training it is an affine map with constant coefficients that folds
+Plain batch norm computes its statistics over whatever samples one call happens to hold: `training.batch_size` is then part of what a
+network computes, and a batch of 16 that is computed as 8 + 8 has another gradient. Here samples are normalised in fixed groups of `GROUP`
+(a batch is cut into groups in its order; the last may be smaller), so that any split at group borders gives the same numbers. Nothing
+splits batches yet; whatever will, has to do it there. After training it is an affine map with constant coefficients that folds
 into its neighbour. A group that holds a single value a channel (one image left over, on a map of 1x1) has no variance: PyTorch
 raises ValueError while training.
 
