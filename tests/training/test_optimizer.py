@@ -57,6 +57,21 @@ def test_weights_are_matrices_and_the_rest_is_not() -> None:
     assert [group["weight_decay"] for group in optimizer.param_groups] == [0.3, 0.3, 0.0]
 
 
+class OwnNorm(nn.Module):
+    def __init__(self, dim: int) -> None:
+        super().__init__()
+        self.weight, self.bias = nn.Parameter(torch.ones(1, dim, 1, 1)), nn.Parameter(torch.zeros(1, dim, 1, 1))
+
+
+def test_weights_of_norms_and_layer_scales_of_ones_own_are_vectors() -> None:
+    model = nn.ModuleDict({"norm": OwnNorm(8), "conv": nn.Conv2d(8, 8, 1)})
+    model.register_parameter("layer_scale", nn.Parameter(torch.full((8, 1, 1), 1e-5)))
+    model.register_parameter("class_token", nn.Parameter(torch.zeros(1, 1, 8)))
+    optimizer = make_optimizer(model, TrainingConfig(weight_decay=0.3))
+    assert _matrices(optimizer, model) == {"conv.weight"}
+    assert [group["weight_decay"] for group in optimizer.param_groups] == [0.3, 0.0]  # and none that are decayed by AdamW
+
+
 def test_quantised_weights_are_matrices_too() -> None:
     model = create_model("hybrid-xs", task="classify", classes=3)
     expected = _matrices(make_optimizer(model, TrainingConfig()), model)

@@ -3,6 +3,8 @@
     weights of linear layers and convolutions     Muon     every direction that the gradient has is gone along by as much
     vectors, norms, kernels in groups, tables     AdamW    every number is moved by about as much
 
+What has at most one axis longer than 1 is a vector.
+
 Adam moves single numbers, and so mostly along the few directions that a gradient is long in; a matrix learns the others slowly.
 """
 
@@ -121,7 +123,8 @@ def make_optimizer(model: nn.Module, config: TrainingConfig, dtype: torch.dtype 
     owners = dict(model.named_modules())
     for name, parameter in model.named_parameters():
         owner, _, last = name.rpartition(".")
-        if parameter.ndim < 2 or isinstance(owners[owner], nn.LayerNorm | nn.RMSNorm):  # a norm's weight scales, over however many axes
+        # a norm's weight scales, over however many axes; so does one of (1, C, 1, 1), in norms and layer scales of one's own
+        if sum(side > 1 for side in parameter.shape) < 2 or isinstance(owners[owner], nn.LayerNorm | nn.RMSNorm):
             vectors.append(parameter)
         elif last.endswith("weight") and parameter.is_floating_point() and not _is_table(owners[owner]):
             matrices.append(parameter)
