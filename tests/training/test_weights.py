@@ -8,7 +8,9 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors import safe_open
+from safetensors.torch import save_file, save_model
+from torch import nn
 
 from muntin.errors import RecipeError
 from muntin.models import create_model
@@ -79,6 +81,26 @@ def test_a_last_layer_for_other_classes_and_what_the_model_has_not_are_noted(tmp
     assert notes[0].startswith(f"weights.safetensors: {len(before) - 2} of the model's {len(before)} tensors")
     assert notes[1].endswith("begun at random: model.fc.weight (10 for 4), model.fc.bias (10 for 4)")
     assert notes[2].endswith("not in the model, left out: auxiliary.weight")
+
+
+class Tied(nn.Module):
+    def __init__(self, classes: int) -> None:
+        super().__init__()
+        self.first, self.again, self.last = nn.Linear(6, 6), nn.Linear(6, 6), nn.Linear(6, classes)
+        self.again.weight = self.first.weight
+
+
+def test_weights_that_are_shared_may_be_there_by_one_name(tmp_path: Path) -> None:
+    """As safetensors itself writes them."""
+    trained, fresh, path = Tied(3), Tied(3), tmp_path / "weights.safetensors"
+    save_model(trained, str(path))
+    with safe_open(path, framework="pt") as file:
+        assert len(list(file.keys())) == 5
+    assert begin_with(fresh, path) == ("weights.safetensors: 6 of the model's 6 tensors are from it",)
+    assert alike(trained.state_dict(), fresh.state_dict()) == list(trained.state_dict())
+    save_file({"first.weight": torch.ones(6, 6)}, path)
+    with pytest.raises(RecipeError, match=r"it lacks first\.bias, again\.bias, last\.weight and 1 more of"):
+        begin_with(fresh, path)
 
 
 def test_weights_that_lack_something_or_fit_another_model_change_nothing(tmp_path: Path) -> None:

@@ -22,14 +22,15 @@ def begin_with(model: nn.Module, path: Path) -> tuple[str, ...]:
     """Copies the tensors of a .safetensors file into a model, by name, and says what it did not copy.
 
     Names may be those of the model or, for a foreign one, those of the package that it comes from; DistributedDataParallel's and
-    torch.compile's prefixes are taken off. A layer that the file has for another number of classes keeps its random weights, which is
-    noted, as is what the file holds and the model has not. Raises RecipeError for a file that cannot be read, for a tensor of the model
-    that it lacks, and for one of another shape; then the model is as it was.
+    torch.compile's prefixes are taken off. A weight that the model has by two names may be there by one. A layer that the file has for
+    another number of classes keeps its random weights, which is noted, as is what the file holds and the model has not. Raises RecipeError
+    for a file that cannot be read, for a tensor of the model that it lacks, and for one of another shape; then the model is as it was.
     """
     found, own = _read(path), model.state_dict()
     named = {_name(key, own): tensor for key, tensor in found.items()}
     if len(named) != len(found):
         raise RecipeError(f"{path}: some of its tensors have one name with and without a prefix: save the weights of one model")
+    named |= _tied(own, named)
     # a counter of batches is not a weight, and older files do without it
     missing = [key for key in own if key not in named and not key.endswith("num_batches_tracked")]
     if missing:
@@ -64,6 +65,16 @@ def _read(path: Path) -> dict[str, Tensor]:
     except (OSError, SafetensorError) as error:
         reason = "there is no such file" if isinstance(error, FileNotFoundError) else " ".join(str(error).split())
         raise RecipeError(f"model.weights {path}: {reason}") from error
+
+
+def _tied(own: dict[str, Tensor], named: dict[str, Tensor]) -> dict[str, Tensor]:
+    """What a file lacks of a model's names and holds by another one, of the same memory: safetensors writes shared weights once."""
+    places = {_place(tensor): named[key] for key, tensor in own.items() if key in named and tensor.numel()}
+    return {key: places[_place(tensor)] for key, tensor in own.items() if key not in named and _place(tensor) in places}
+
+
+def _place(tensor: Tensor) -> tuple[object, ...]:
+    return tensor.device, tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype
 
 
 def _name(key: str, own: dict[str, Tensor]) -> str:
