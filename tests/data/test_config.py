@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 from typing import Any, get_args
 
@@ -71,5 +72,7 @@ def test_relative_folders_start_at_the_recipe(tmp_path: Path) -> None:
             write_image(tmp_path / name / f"{number}.png", np.zeros((4, 4) if name == "masks" else (4, 4, 3), dtype=np.uint8))
     config = DataConfig.model_validate({**FOLDERS, "classes": [{"name": "a"}, {"name": "b"}]})
     assert sum(len(open_source(config, root=tmp_path).split(name)) for name in ("train", "validation", "test")) == 20
-    own = DataConfig.model_validate({**config.model_dump(), "test": {"images": "images", "masks": "masks"}})
+    for name in ("images", "masks"):
+        shutil.copytree(tmp_path / name, tmp_path / "own" / name)
+    own = DataConfig.model_validate({**config.model_dump(), "test": {"images": "own/images", "masks": "own/masks"}})
     assert len(open_source(own, root=tmp_path).split("test")) == 20

@@ -186,6 +186,25 @@ def test_what_is_left_aside_is_noted(tmp_path: Path) -> None:
     assert "1 masks have no image" in notes[1]
 
 
+def test_a_picture_is_in_one_split_alone(tmp_path: Path) -> None:
+    """Not in two by a folder that is named twice, by a linked folder, or by a linked picture."""
+    pair, own = make_pair(tmp_path / "a"), make_pair(tmp_path / "b")
+    with pytest.raises(DataError) as error:
+        open_pair(pair, validation=own, test=own)
+    one_line(error, "b/images/p0.png is in the validation and in the test split (and 19 more are in two splits)", "of its own")
+    (tmp_path / "linked").symlink_to(tmp_path / "a", target_is_directory=True)
+    with pytest.raises(DataError) as error:
+        open_pair(pair, validation=FolderPair(images=tmp_path / "linked/images", masks=tmp_path / "linked/masks"), test=own)
+    one_line(error, "linked/images/p0.png is in the train and in the validation split")
+    (tmp_path / "b/images/p0.png").unlink()
+    (tmp_path / "b/images/p0.png").symlink_to(tmp_path / "a/images/p3.png")
+    with pytest.raises(DataError) as error:
+        open_pair(pair, validation=own, test=make_pair(tmp_path / "c"))
+    one_line(error, "b/images/p0.png is in the train and in the validation split:")
+    (tmp_path / "b/images/p0.png").unlink()
+    assert len(open_pair(pair, validation=own, test=make_pair(tmp_path / "d")).split("train")) == 20
+
+
 def test_pictures_are_decoded_once_while_they_fit_the_cache(tmp_path: Path) -> None:
     samples = open_pair(make_pair(tmp_path)).split("train")
     assert samples[0] is samples[0]

@@ -72,7 +72,8 @@ class FolderSource:
     are names of the base folder's folders (others are left aside and noted) or, where none is given, all of them. `ignore` is the mask
     value or colour that counts as nothing. Decoded pictures are kept up to `cache_bytes`.
 
-    Raises DataError: folder missing or empty, mask missing, a stem twice, an empty split, classes and folders that differ.
+    Raises DataError: folder missing or empty, mask missing, a stem twice, an empty split, a picture in two splits, classes and folders
+    that differ.
     """
 
     def __init__(
@@ -136,6 +137,7 @@ class FolderSource:
         empty = [name for name in SPLITS if not splits[name]]
         if empty:
             raise DataError(_empty_split(empty[0], [item.key for item in found], base.images, seed, shares))
+        _check_apart(splits)
         return splits
 
     def _items(self, pair: FolderPair) -> list[Item]:
@@ -333,6 +335,31 @@ def _empty_split(name: SplitName, keys: Sequence[str], folder: Path, seed: int, 
     if better is not None:
         return f"{came}: set `seed: {better}` under data, which fills every split, add pictures, or name a folder for it"
     return f"{came}: at least {1 + len(shares)} pictures are needed; add pictures, change its share, or name a folder for it"
+
+
+def _check_apart(splits: Mapping[SplitName, Sequence[Item]]) -> None:
+    """Raises DataError where two splits hold the same picture, by another name or not: a score would say how well it was learned by heart.
+
+    Links are followed; copies are not recognised.
+    """
+    split_by_file: dict[Path, SplitName] = {}
+    folders: dict[Path, Path] = {}
+    twice: list[tuple[Path, SplitName, SplitName]] = []
+    for name, items in splits.items():
+        for item in items:
+            folder = item.image.parent
+            if folder not in folders:
+                folders[folder] = folder.resolve()
+            file = item.image.resolve() if item.image.is_symlink() else folders[folder] / item.image.name
+            first = split_by_file.setdefault(file, name)
+            if first != name:
+                twice.append((item.image, first, name))
+    if twice:
+        path, first, second = twice[0]
+        more = f" (and {len(twice) - 1} more are in two splits)" if len(twice) > 1 else ""
+        raise DataError(
+            f"{path} is in the {first} and in the {second} split{more}: give each split pictures of its own, or a share of `images`"
+        )
 
 
 def _code(value: int | RGB) -> int:
