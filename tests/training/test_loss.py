@@ -194,6 +194,19 @@ def test_the_distance_to_a_teacher_is_the_divergence_and_so_is_its_gradient(layo
     torch.testing.assert_close(one.grad, other.grad.float() if other.grad is not None else None)
 
 
+def test_a_teacher_has_no_say_where_labels_are_ignored() -> None:
+    generator = torch.Generator().manual_seed(0)
+    scores, wanted, target = *(torch.randn(2, 5, 6, 7, generator=generator) for _ in range(2)), torch.zeros(2, 6, 7, dtype=torch.long)
+    torch.testing.assert_close(distillation_loss("segment", scores, wanted, target), distillation_loss("segment", scores, wanted))
+    target[:, :4] = IGNORED
+    scores.requires_grad_()
+    loss = distillation_loss("segment", scores, wanted, target)
+    torch.testing.assert_close(loss, distillation_loss("segment", scores[:, :, 4:], wanted[:, :, 4:]))
+    (gradient,) = torch.autograd.grad(loss, scores)
+    assert not gradient[:, :, :4].any() and gradient[:, :, 4:].all()
+    assert distillation_loss("segment", scores, wanted, torch.full_like(target, IGNORED)).item() == 0
+
+
 def test_one_s_own_answers_are_at_no_distance() -> None:
     scores = torch.randn(3, 4, requires_grad=True)
     loss = distillation_loss("classify", scores, scores.detach())

@@ -91,14 +91,19 @@ def task_loss(task: str, scores: Tensor, target: Tensor, *, overlap: float) -> T
     return F.cross_entropy(scores, target)
 
 
-def distillation_loss(task: str, scores: Tensor, wanted: Tensor) -> Tensor:
+def distillation_loss(task: str, scores: Tensor, wanted: Tensor, target: Tensor | None = None) -> Tensor:
     """Distance to a teacher's scores, a scalar in FP32: for classes the divergence of its probabilities from ours, a mean over pixels
-    or images; for restore the mean squared difference in units of 64 grey levels.
+    or images; for restore the mean squared difference in units of 64 grey levels. `target`: of a segmentation, the labels; where they are
+    ignored (255), nothing counts.
 
     Source: Hinton et al., 1503.02531, section 2, at temperature 1.
     """
     scores, wanted = scores.float(), wanted.float()
     if task == "restore":
         return F.mse_loss(scores / 64, wanted / 64)
+    if task == "segment" and target is not None:
+        counted_BHW = target != IGNORED
+        divergence_BHW = F.kl_div(scores.log_softmax(1), wanted.log_softmax(1), reduction="none", log_target=True).sum(1)
+        return (divergence_BHW * counted_BHW).sum() / counted_BHW.sum().clamp_min(1)
     divergence = F.kl_div(scores.log_softmax(1), wanted.log_softmax(1), reduction="sum", log_target=True)
     return divergence * scores.shape[1] / scores.numel()

@@ -27,7 +27,8 @@ from muntin.training.schedule import learning_rate
 
 
 class Trainer:
-    """A model, its averaged copy and its optimiser. `teacher`: a model whose answers are learned too, weighted by `distillation`."""
+    """A model, its averaged copy and its optimiser. `teacher`: a model whose answers are learned too, weighted by `distillation`; with a
+    weight of 0 it is not asked."""
 
     def __init__(
         self,
@@ -41,7 +42,7 @@ class Trainer:
     ) -> None:
         self.config, self.task, self.precision, self.distillation = config, task, precision, distillation
         self.model = model.to(precision.device).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-        self.teacher = None if teacher is None else teacher.to(precision.device).eval().requires_grad_(False)
+        self.teacher = None if teacher is None or not distillation else teacher.to(precision.device).eval().requires_grad_(False)
         self.average = WeightAverage(self.model, config.average)
         self.optimizer = make_optimizer(self.model, config, precision.dtype or torch.float32)
         self.scaler = precision.scaler()
@@ -89,12 +90,13 @@ class Trainer:
         images = images.to(self.precision.device, torch.float32, memory_format=torch.channels_last)
         if self.config.gate_budget < 1 and self.closing is None:  # before a step moves what was closed when a run is gone on with
             self.closing = GateClosing(self.model, self.average.model, images[:1], keep=self.config.gate_budget)
+        target = target.to(self.precision.device)
         scores = self._scores(images)
-        loss = task_loss(self.task, scores, target.to(self.precision.device), overlap=self.config.overlap_loss)
+        loss = task_loss(self.task, scores, target, overlap=self.config.overlap_loss)
         if self.teacher is not None:
             with torch.no_grad(), self.precision.autocast():
                 wanted = self.teacher(images)
-            loss = loss + self.distillation * distillation_loss(self.task, scores, wanted)
+            loss = loss + self.distillation * distillation_loss(self.task, scores, wanted, target)
         value = float(loss.detach())
         if not math.isfinite(value):
             raise MuntinError(
