@@ -11,10 +11,8 @@ Axes: B images, C channels, H W map.
 
 from __future__ import annotations
 
-import json
 import random
 import time
-import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,7 +24,7 @@ import torch
 from muntin.artifact import Signature
 from muntin.data import Crops, Source, calibration_batches, open_source, prefetch
 from muntin.data.source import Samples
-from muntin.errors import CheckpointError, RecipeError
+from muntin.errors import RecipeError
 from muntin.layers.norm import GROUP
 from muntin.models import TorchSession
 from muntin.models.compiler import require_compiler
@@ -35,16 +33,16 @@ from muntin.training.checkpoint import (
     Checkpoint,
     build_model,
     check_classes,
-    checkpoints_in,
     make_signature,
-    read_checkpoint,
     write_checkpoint,
 )
 from muntin.training.config import TrainingConfig
 from muntin.training.evaluation import evaluate, tile_of
 from muntin.training.interrupt import Interruption
+from muntin.training.metrics_log import MetricsLog
 from muntin.training.precision import Precision, check_maps, resolve_precision
 from muntin.training.recipe import Recipe, load_recipe
+from muntin.training.resuming import find_start
 from muntin.training.schedule import share_done, steps_expected
 from muntin.training.statistics import IMAGES, has_statistics, renew_statistics
 from muntin.training.suitability import check_model
@@ -107,7 +105,7 @@ def fit(
         recipe = load_recipe(recipe)
     directory, root = Path(directory or Path("runs") / recipe.name), Path(root or ".").resolve()
     report = report or (lambda progress: None)
-    start = _find_checkpoint(directory, recipe, resume)
+    start = find_start(directory, recipe, resume=resume)
     precision = prepare_hardware(recipe.training, begun=None if start is None else start.state.precision)
     source = open_source(recipe.data, root=root)
     if source.task != recipe.task:
@@ -145,30 +143,6 @@ def prepare_hardware(config: TrainingConfig, *, begun: str | None) -> Precision:
     if config.compile:
         require_compiler(device)
     return resolve_precision(config.precision, device, begun=begun)
-
-
-def _find_checkpoint(directory: Path, recipe: Recipe, resume: bool) -> Checkpoint | None:
-    folder = directory / "checkpoints"
-    if not checkpoints_in(folder):
-        return None
-    if not resume:
-        raise CheckpointError(f"{directory} already holds a run; --resume goes on with it, another --output starts anew")
-    checkpoint = read_checkpoint(folder)
-    trained, given = checkpoint.recipe.model_dump(mode="json"), recipe.model_dump(mode="json")  # where a tuple is the list it is read as
-    if trained != given:
-        raise CheckpointError(
-            f"{checkpoint.path} was trained by another recipe ({_difference(trained, given)}); "
-            "give its recipe to resume, or another --output to start anew"
-        )
-    return checkpoint
-
-
-def _difference(trained: Any, given: Any, where: str = "") -> str:
-    """The first values that two recipes disagree in, at most three."""
-    if isinstance(trained, dict) and isinstance(given, dict):
-        keys = [key for key in {**trained, **given} if trained.get(key) != given.get(key)]
-        return ", ".join(_difference(trained.get(key), given.get(key), f"{where}.{key}".lstrip(".")) for key in keys[:3])
-    return f"{where} was {trained!r:.60}, is {given!r:.60}"
 
 
 class Training:
@@ -294,40 +268,6 @@ class Training:
             "validation": self.validation, "compression": self.compression,
         }  # fmt: skip
         return write_checkpoint(self.directory / "checkpoints", state, self.trainer.tensors())
-
-
-class MetricsLog:
-    """`metrics.jsonl` and TensorBoard events. A resumed run rewrites what was logged up to its checkpoint and goes on from there."""
-
-    def __init__(self, directory: Path, step: int, training: list[dict[str, float]], validation: list[dict[str, Any]]) -> None:
-        self.directory, self.step = directory, step
-        self.past = [("training", p) for p in training] + [("validation", p) for p in validation]
-
-    def __enter__(self) -> MetricsLog:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # tensorboard's own imports warn about what is not ours to mend
-            from torch.utils.tensorboard import SummaryWriter
-        self.directory.mkdir(parents=True, exist_ok=True)
-        self.file = (self.directory / "metrics.jsonl").open("w", encoding="utf-8")
-        self.board = SummaryWriter(self.directory / "tensorboard", purge_step=self.step)
-        for kind, point in sorted(self.past, key=lambda entry: float(entry[1]["step"])):
-            self._line(kind, point)
-        return self
-
-    def __exit__(self, *details: object) -> None:
-        self.file.close()
-        self.board.close()
-
-    def _line(self, kind: str, point: dict[str, Any]) -> None:
-        self.file.write(json.dumps({"kind": kind, **point}) + "\n")
-        self.file.flush()
-
-    def write(self, kind: str, point: dict[str, Any]) -> None:
-        """Add one point."""
-        self._line(kind, point)
-        for key, value in point.items():
-            if key != "step" and isinstance(value, int | float):
-                self.board.add_scalar(f"{kind}/{key}", value, int(point["step"]))
 
 
 def signature_of(recipe: Recipe, source: Source) -> Signature:

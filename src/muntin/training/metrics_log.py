@@ -1,0 +1,42 @@
+"""What a run logs while it trains: `metrics.jsonl`, a line a point, and TensorBoard events."""
+
+from __future__ import annotations
+
+import json
+import warnings
+from pathlib import Path
+from typing import Any
+
+
+class MetricsLog:
+    """`metrics.jsonl` and TensorBoard events. A resumed run rewrites what was logged up to its checkpoint and goes on from there."""
+
+    def __init__(self, directory: Path, step: int, training: list[dict[str, float]], validation: list[dict[str, Any]]) -> None:
+        self.directory, self.step = directory, step
+        self.past = [("training", p) for p in training] + [("validation", p) for p in validation]
+
+    def __enter__(self) -> MetricsLog:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # tensorboard's own imports warn about what is not ours to mend
+            from torch.utils.tensorboard import SummaryWriter
+        self.directory.mkdir(parents=True, exist_ok=True)
+        self.file = (self.directory / "metrics.jsonl").open("w", encoding="utf-8")
+        self.board = SummaryWriter(self.directory / "tensorboard", purge_step=self.step)
+        for kind, point in sorted(self.past, key=lambda entry: float(entry[1]["step"])):
+            self._line(kind, point)
+        return self
+
+    def __exit__(self, *details: object) -> None:
+        self.file.close()
+        self.board.close()
+
+    def _line(self, kind: str, point: dict[str, Any]) -> None:
+        self.file.write(json.dumps({"kind": kind, **point}) + "\n")
+        self.file.flush()
+
+    def write(self, kind: str, point: dict[str, Any]) -> None:
+        """Add one point."""
+        self._line(kind, point)
+        for key, value in point.items():
+            if key != "step" and isinstance(value, int | float):
+                self.board.add_scalar(f"{kind}/{key}", value, int(point["step"]))
