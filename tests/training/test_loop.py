@@ -342,13 +342,15 @@ def test_the_task_of_the_data_must_be_the_recipe_s(tmp_path: Path, tiny: Any) ->
         ("model.name=hybrid-sx", "did you mean 'hybrid-"),
         ("model.options={dim: [32]}", "unknown option 'dim': did you mean 'dims'?"),
         ("model.scale=2", "unknown key 'model.scale'"),
+        ("model.weights=none.safetensors", "there is no such file"),
     ],
 )
 def test_a_model_that_cannot_be_made_is_told(tmp_path: Path, tiny: Any, override: str, says: str) -> None:
+    seen: list[FitProgress] = []
     with pytest.raises(RecipeError) as error:
-        train(tiny, tmp_path / "run", override)
+        train(tiny, tmp_path / "run", override, report=seen.append)
     assert says in told(error)
-    assert not (tmp_path / "run").exists()
+    assert not (tmp_path / "run").exists() and not seen  # nor has any picture been looked at
 
 
 def test_a_batch_too_small_to_normalise_by_is_told(tmp_path: Path, tiny: Any, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -112,7 +112,6 @@ def fit(
         raise RecipeError(f"task: the data are for '{source.task}' and the recipe says '{recipe.task}'; make them agree")
     if start is not None:
         check_classes(start, source)
-    checked = source.check(lambda done, total: report(FitProgress(kind="check", step=done, steps=total)))
     anew = (f"{directory} held no checkpoint to go on from: trained from the start",) if resume and start is None else ()
     torch.manual_seed(recipe.seed)
     model = build_model(recipe, tuple(source.classes))
@@ -120,6 +119,7 @@ def fit(
     precision = check_maps(model, precision, crop=recipe.data.crop, channels=recipe.data.channels, asked=recipe.training.precision)
     weights = None if start is not None else recipe.model.weights
     begun = () if weights is None else begin_with(model, root / weights)
+    checked = source.check(lambda done, total: report(FitProgress(kind="check", step=done, steps=total)))  # last: it may take minutes
     notes = (*anew, *source.notes, *checked, *sizes, *begun)
     trainer = Trainer(model, recipe.training, task=recipe.task, precision=precision)
     training = Training(trainer, recipe, source, directory=directory, root=root, start=start, report=report)
