@@ -221,6 +221,13 @@ def test_a_recipe_by_its_path_finds_its_data_and_its_place(tmp_path: Path, tiny:
 
 # ---- what goes wrong ----
 
+
+@pytest.fixture(scope="module")
+def whole_of_six(tmp_path_factory: pytest.TempPathFactory, write_tiny: Callable[..., Any]) -> FitResult:
+    root = tmp_path_factory.mktemp("whole_of_six")
+    return train(write_tiny(root / "data"), root / "run", "training.checkpoint_every=100", "data.cache_mib=0")
+
+
 UNSOUND = """
 from torch import nn
 
@@ -368,14 +375,30 @@ def test_a_batch_too_small_to_normalise_by_is_told(tmp_path: Path, tiny: Any, mo
     told(error)
 
 
-def test_what_was_trained_is_kept_where_validation_fails(tmp_path: Path, tiny: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    def fails(*args: Any, **kwargs: Any) -> None:
-        raise DataError("no such picture")
+@pytest.mark.parametrize("failing", [3, 6])
+def test_what_was_trained_is_kept_where_validation_fails_and_validated_when_gone_on_with(
+    tmp_path: Path, tiny: Any, whole_of_six: FitResult, failing: int
+) -> None:
+    """A picture that is damaged while training goes on, and mended."""
+    picture = tiny.root / "validation" / "images" / "validation-1.png"
+    content = picture.read_bytes()
 
-    monkeypatch.setattr("muntin.training.loop.evaluate", fails)
-    with pytest.raises(DataError, match="no such picture"):
-        train(tiny, tmp_path / "run", "training.checkpoint_every=100")
-    assert read_checkpoint(tmp_path / "run").state.step == 3
+    def damage(progress: FitProgress) -> None:
+        if (progress.kind, progress.step) == (("check", 8) if failing == 3 else ("validation", 3)):
+            picture.write_bytes(content[:-60])
+
+    options = ("training.checkpoint_every=100", "data.cache_mib=0")
+    with pytest.raises(DataError, match=r"validation-1\.png is damaged"):
+        train(tiny, tmp_path / "run", *options, report=damage)
+    state = read_checkpoint(tmp_path / "run").state
+    assert (state.step, [point["step"] for point in state.validation]) == (failing, [3][: failing // 6])
+    picture.write_bytes(content)
+    result = train(tiny, tmp_path / "run", *options, resume=True)
+    assert (result.step, result.interrupted, [point["step"] for point in result.validation]) == (6, False, [3, 6])
+    assert [line["step"] for line in lines(tmp_path / "run") if line["kind"] == "validation"] == [3, 6]
+    one, other = read_checkpoint(whole_of_six.checkpoint), read_checkpoint(result.checkpoint)
+    assert_same_state(one, other)
+    assert one.state.validation == other.state.validation
 
 
 def test_compiling_without_a_compiler_is_refused_before_anything_is_written(

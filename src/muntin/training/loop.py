@@ -190,6 +190,12 @@ class Training:
         """Of the whole run, as far as can be told now."""
         return steps_expected(self.config, self.step, self.seconds)
 
+    @property
+    def _judgement_failed(self) -> bool:
+        """The step that is gone on from was to be validated and was not: what failed there is mended by now, maybe."""
+        due = self.start is not None and self.step > 0 and (self.finished or self.step % self.config.validate_every == 0)
+        return due and (not self.validation or self.validation[-1]["step"] != self.step)
+
     def run(self, interruption: Interruption) -> Path:
         """Train to the end, or to the step in which an interruption is asked for; the newest checkpoint."""
         config, data = self.config, self.recipe.data
@@ -201,6 +207,9 @@ class Training:
         validation = self.source.split("validation")
         path = None if self.start is None else self.start.path
         with keep_freed_memory(), MetricsLog(self.directory, self.step, self.curve, self.validation) as log:
+            if self._judgement_failed:
+                self._judge(log, samples, validation)
+                path = self._write()
             started, first = time.perf_counter(), self.step
             before = self.seconds
             for step, (images, target) in prefetch(crops, self.step, self.step if self.finished else config.steps):
@@ -215,12 +224,7 @@ class Training:
                     self._log_step(log, sum(self.losses) / len(self.losses), rate)
                     self.losses = []
                 if self.step % config.validate_every == 0 or ended:
-                    try:
-                        self._renew_statistics(samples)
-                        self._validate(log, validation)
-                    except Exception:  # of a model or of pictures: what was trained is kept
-                        self._write()
-                        raise
+                    self._judge(log, samples, validation)
                     self.seconds = before + time.perf_counter() - started
                     ended = self.finished  # by what validating took, maybe
                 last = ended or interruption.asked  # read once: a checkpoint follows for sure
@@ -243,6 +247,15 @@ class Training:
             FitProgress(kind="step", step=self.step, steps=self.steps, loss=loss, score=score, images_per_second=rate, seconds_left=left)
         )
 
+    def _judge(self, log: MetricsLog, samples: Samples, validation: Samples) -> None:
+        """Validate, norms with statistics of the weights of now. Where that fails, of a model or of pictures, what was trained is kept."""
+        try:
+            self._renew_statistics(samples)
+            self._validate(log, validation)
+        except Exception:
+            self._write()
+            raise
+
     def _renew_statistics(self, samples: Samples) -> None:
         """Of the averaged weights' norms, whenever they are judged: after the last step, too."""
         model, data = self.trainer.average.model, self.recipe.data
@@ -252,7 +265,7 @@ class Training:
             batches = calibration_batches(samples, crop=data.crop, count=count, batch_size=GROUP, seed=self.seed, task=self.recipe.task)
             renew_statistics(model, batches, self.trainer.precision)
 
-    def _validate(self, log: MetricsLog, samples: Any) -> None:
+    def _validate(self, log: MetricsLog, samples: Samples) -> None:
         result = evaluate(self.session, samples, tile=tile_of(self.recipe.data.crop))
         point: dict[str, Any] = {"step": self.step, "score": result.score, "accuracy": result.accuracy, "iou": result.iou}
         if self.recipe.task == "segment":
