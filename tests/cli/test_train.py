@@ -42,6 +42,16 @@ def test_fit_says_what_it_left(call: Call, tiny: Any, tmp_path: Path, monkeypatc
     assert "wrote     runs/tiny/checkpoints/step-00000002" in answer.out
 
 
+def test_fit_tells_its_notes_before_it_trains_and_once(call: Call, call_process: Call, tiny: Any, tmp_path: Path) -> None:
+    write_image(tiny.root / "train" / "masks" / "lonely.png", np.zeros((48, 48), np.uint8))
+    note = f"note      {tiny.root}/train/masks: 1 masks have no image and are not used\n"
+    answer = call("fit", tiny.recipe, "-o", tmp_path / "run", "--set", "training.steps=1")
+    assert (answer.code, answer.err) == (0, note) and "note " not in answer.out
+    dies = "import os\nimport muntin.training.loop as loop\nloop.Training.run = lambda *arguments: os._exit(9)"
+    broken = call_process("fit", tiny.recipe, "-o", tmp_path / "other", before=dies)
+    assert (broken.code, broken.err) == (9, note)
+
+
 def test_fit_gives_one_document(call: Call, tiny: Any, tmp_path: Path) -> None:
     document = call("fit", tiny.recipe, "-o", tmp_path / "run", "--json").document()
     assert (document["step"], document["steps"], document["interrupted"]) == (6, 6, False)

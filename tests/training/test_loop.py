@@ -426,8 +426,12 @@ def test_resuming_what_is_not_there_is_noted(tmp_path: Path, tiny: Any) -> None:
 
 def test_what_a_data_set_leaves_out_is_noted(tmp_path: Path, tiny: Any) -> None:
     write_image(tiny.root / "train" / "masks" / "lonely.png", np.zeros((48, 48), np.uint8))
-    result = train(tiny, tmp_path / "run", "training.steps=1")
+    seen: list[FitProgress] = []
+    result = train(tiny, tmp_path / "run", "training.steps=1", report=seen.append)
     assert any("masks have no image and are not used" in note for note in result.notes)
+    assert tuple(progress.note for progress in seen if progress.kind == "note") == result.notes
+    kinds = [progress.kind for progress in seen]
+    assert kinds.index("note") < kinds.index("step")
 
 
 # ---- a limit in time ----

@@ -44,11 +44,18 @@ def fit_command(
 
 
 def fit_with_progress(recipe: Recipe, *, root: Path, directory: Path | None, resume: bool) -> FitResult:
-    """`fit`, with a bar on a terminal."""
+    """`fit`, with a bar on a terminal. Notes are told at once, on standard error: there is time to think of them while it trains."""
     from muntin.training import fit
 
     with training_bar(recipe.task) as report:
-        return fit(recipe, root=root, directory=directory, resume=resume, report=lambda progress: report("training", progress))
+
+        def tell(progress: FitProgress) -> None:
+            if progress.kind == "note":
+                say(f"note      {progress.note}")
+            else:
+                report("training", progress)
+
+        return fit(recipe, root=root, directory=directory, resume=resume, report=tell)
 
 
 @contextmanager
@@ -80,10 +87,8 @@ def _figures(progress: FitProgress, task: str) -> str:
 
 
 def describe_fit(result: FitResult) -> None:
-    """Where a run ended, for a person."""
+    """Where a run ended, for a person; its notes were told before."""
     out.print(f"trained   {result.step} of {result.steps} steps in {result.seconds:.0f} s, {result.precision}", markup=False)
-    for note in result.notes:
-        out.print(f"note      {note}", markup=False)
     if result.validation:
         out.print(f"score     {result.validation[-1]['score']:.4f} on the validation split", markup=False)
     out.print(f"wrote     {result.checkpoint}", markup=False)

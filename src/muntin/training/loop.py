@@ -55,15 +55,16 @@ LOG_EVERY = 10
 
 @dataclass(frozen=True, kw_only=True)
 class FitProgress:
-    """Where a run stands: what a progress line shows."""
+    """Where a run stands: what a progress line shows. Notes (`FitResult.notes`) come before the first step."""
 
-    kind: Literal["check", "step", "validation"]
+    kind: Literal["check", "note", "step", "validation"]
     step: int
     steps: int
     loss: float | None = None
     score: float | None = None
     images_per_second: float | None = None
     seconds_left: float | None = None
+    note: str | None = None
 
 
 Report = Callable[[FitProgress], None]
@@ -123,6 +124,8 @@ def fit(
     notes = (*anew, *source.notes, *checked, *sizes, *begun)
     trainer = Trainer(model, recipe.training, task=recipe.task, precision=precision)
     training = Training(trainer, recipe, source, directory=directory, root=root, start=start, report=report)
+    for note in notes:
+        report(FitProgress(kind="note", step=training.step, steps=training.steps, note=note))
     with Interruption() as interruption:
         path = training.run(interruption)
     return FitResult(
