@@ -198,10 +198,34 @@ def test_a_run_is_not_overwritten(tmp_path: Path, whole: tuple[Any, FitResult], 
     with pytest.raises(CheckpointError, match="already holds a run; --resume goes on with it") as error:
         train(tiny, result.directory, *plan)
     told(error)
-    with pytest.raises(CheckpointError, match=r"another recipe \(training.learning_rate was .*, is 0.01\)") as error:
-        train(tiny, result.directory, *plan, "training.learning_rate=0.01", resume=True)
-    told(error)
+    for other, says in (("training.gate_budget=0.5", "training.gate_budget was 1.0, is 0.5"), ("data.crop=40", "data.crop was 32, is 40")):
+        with pytest.raises(CheckpointError, match=rf"another recipe \({says}\), and on the way only keys of training may change") as error:
+            train(tiny, result.directory, *plan, other, "training.learning_rate=0.01", resume=True)
+        told(error)
     assert sorted(result.directory.rglob("*")) == before
+
+
+def test_what_a_recipe_changes_on_the_way_is_noted_and_kept(tmp_path: Path, tiny: Any) -> None:
+    train(tiny, tmp_path / "run", report=ctrl_c_at(3))
+    changed = ("training.learning_rate=0.001", "training.clip=0.5", "training.batch_size=3", "training.average=0.9")
+    result = train(tiny, tmp_path / "run", *changed, resume=True)
+    (note,) = result.notes
+    assert note.startswith("on the way, from step 3 on: training.batch_size was 2, is 3, training.learning_rate was 0.002, is 0.001, ")
+    assert note.endswith(" and 1 more")
+    checkpoint = read_checkpoint(tmp_path / "run")
+    assert (checkpoint.state.step, checkpoint.recipe) == (6, load_recipe(tiny.recipe, changed))
+    assert checkpoint.state.training[-1]["learning_rate"] == learning_rate(5.5 / 6, checkpoint.recipe.training)
+    assert train(tiny, tmp_path / "run", *changed, resume=True).notes == ()
+
+
+@pytest.mark.parametrize(("steps", "reached"), [(9, 9), (6, 6), (4, 6)])
+def test_a_run_that_is_over_gets_more_steps_or_fewer(tmp_path: Path, tiny: Any, steps: int, reached: int) -> None:
+    train(tiny, tmp_path / "run")
+    result = train(tiny, tmp_path / "run", f"training.steps={steps}", "training.clip=0.5", resume=True)
+    assert (result.step, result.steps, result.interrupted) == (reached, reached, False)
+    assert result.validation[-1]["step"] == reached
+    checkpoint = read_checkpoint(tmp_path / "run")
+    assert (checkpoint.state.step, checkpoint.recipe.training.steps, checkpoint.recipe.training.clip) == (reached, steps, 0.5)
 
 
 def test_checkpoints_come_when_asked_and_two_are_kept(tmp_path: Path, tiny: Any) -> None:
@@ -253,11 +277,13 @@ def test_a_loss_that_is_not_finite_ends_the_run_and_keeps_its_checkpoint(
     tiny = write_tiny(tmp_path / "data", model={"name": "unsound_model:make", "options": {}})
     with pytest.raises(MuntinError, match=r"the loss is nan at step 5: lower training\.learning_rate \(now 0\.002\)") as error:
         train(tiny, tmp_path / "run")
-    told(error)
+    advised = told(error).partition(", by --resume --set ")[2].split(" --set ")
+    assert advised == ["training.learning_rate=0.0005"]
     checkpoint = read_checkpoint(tmp_path / "run")
     assert checkpoint.state.step == 3
     assert all(value.isfinite().all() for value in checkpoint.model().state_dict().values())
-    assert train(tiny, tmp_path / "run", resume=True).step == 6
+    result = train(tiny, tmp_path / "run", *advised, resume=True)  # what the line advises works
+    assert (result.step, result.notes) == (6, ("on the way, from step 3 on: training.learning_rate was 0.002, is 0.0005",))
 
 
 STEEP = """

@@ -3,8 +3,8 @@
     batch(step) -> autocast forward -> loss -> backward -> clip -> step -> averaged weights -> (validate, checkpoint)
 
 A batch depends on nothing but the recipe's seed and the step, and a checkpoint holds all other state, so a run that was interrupted
-and resumed ends in the same bits as one that was not (on the same machine, with the same number of threads). Not where `training.minutes`
-limits it: then the learning rate depends on the clock.
+and resumed ends in the same bits as one that was not (on the same machine, with the same number of threads, by the same recipe). Not where
+`training.minutes` limits it: then the learning rate depends on the clock.
 
 Axes: B images, C channels, H W map.
 """
@@ -24,7 +24,7 @@ import torch
 from muntin.artifact import Signature
 from muntin.data import Crops, Source, calibration_batches, open_source, prefetch
 from muntin.data.source import Samples
-from muntin.errors import RecipeError
+from muntin.errors import MuntinError, RecipeError
 from muntin.layers.norm import GROUP
 from muntin.models import TorchSession
 from muntin.models.compiler import require_compiler
@@ -42,11 +42,11 @@ from muntin.training.interrupt import Interruption
 from muntin.training.metrics_log import MetricsLog
 from muntin.training.precision import Precision, check_maps, resolve_precision
 from muntin.training.recipe import Recipe, load_recipe
-from muntin.training.resuming import find_start
+from muntin.training.resuming import changes, find_start
 from muntin.training.schedule import share_done, steps_expected
 from muntin.training.statistics import IMAGES, has_statistics, renew_statistics
 from muntin.training.suitability import check_model
-from muntin.training.trainer import Trainer
+from muntin.training.trainer import DivergedError, Trainer
 from muntin.training.weights import begin_with
 
 LOG_EVERY = 10
@@ -98,7 +98,8 @@ def fit(
 
     `directory`: where the run goes, `runs/NAME` unless given. `root`: the folder that the recipe's relative paths start at (the
     file's own, or the current one). `resume`: go on from the newest checkpoint, or begin where there is none, which is noted; without
-    it, a directory that already holds a run is refused. Ctrl-C ends after the step in progress and leaves a checkpoint.
+    it, a directory that already holds a run is refused. A run that goes on may have other keys of `training` than before, but
+    `gate_budget`: they are noted, and hold from there on. Ctrl-C ends after the step in progress and leaves a checkpoint.
     Writes `checkpoints/`, `metrics.jsonl` and TensorBoard events; raises kinds of `MuntinError`.
     """
     if not isinstance(recipe, Recipe):
@@ -114,6 +115,7 @@ def fit(
     if start is not None:
         check_classes(start, source)
     anew = (f"{directory} held no checkpoint to go on from: trained from the start",) if resume and start is None else ()
+    changed = () if start is None or not (what := changes(start, recipe)) else (f"on the way, from step {start.state.step} on: {what}",)
     torch.manual_seed(recipe.seed)
     model = build_model(recipe, tuple(source.classes))
     sizes = check_model(model, recipe, tuple(source.classes))
@@ -121,7 +123,7 @@ def fit(
     weights = None if start is not None else recipe.model.weights
     begun = () if weights is None else begin_with(model, root / weights)
     checked = source.check(lambda done, total: report(FitProgress(kind="check", step=done, steps=total)))  # last: it may take minutes
-    notes = (*anew, *source.notes, *checked, *sizes, *begun)
+    notes = (*anew, *changed, *source.notes, *checked, *sizes, *begun)
     trainer = Trainer(model, recipe.training, task=recipe.task, precision=precision)
     training = Training(trainer, recipe, source, directory=directory, root=root, start=start, report=report)
     for note in notes:
@@ -208,7 +210,7 @@ class Training:
             augmentation=data.augmentation, rare=data.rare,
         )  # fmt: skip
         validation = self.source.split("validation")
-        path = None if self.start is None else self.start.path
+        path = None if self.start is None or changes(self.start, self.recipe) else self.start.path
         with keep_freed_memory(), MetricsLog(self.directory, self.step, self.curve, self.validation) as log:
             if self._judgement_failed:
                 self._judge(log, samples, validation)
@@ -219,7 +221,10 @@ class Training:
                 random.seed(self.seed * config.steps + step)  # what a model draws outside of PyTorch is the same when a run goes on
                 np.random.seed((self.seed * config.steps + step) % 2**32)
                 done = share_done(config, step + 0.5, before + time.perf_counter() - started)
-                self.losses.append(self.trainer.update(step, images, target, done=done))
+                try:
+                    self.losses.append(self.trainer.update(step, images, target, done=done))
+                except DivergedError as error:
+                    raise MuntinError(f"{error}: {self._slower()}") from error
                 self.step, self.seconds = step + 1, before + time.perf_counter() - started
                 ended = self.finished
                 if self.step % LOG_EVERY == 0 or ended:
@@ -236,6 +241,16 @@ class Training:
                 if last:
                     break
         return path or self._write()
+
+    def _slower(self) -> str:
+        """What to do where training has left the numbers."""
+        rate, least = self.config.learning_rate, self.config.final_learning_rate
+        if self.compression is not None:
+            return f"lower this stage's learning_rate in compression (now {rate:g}) and compress anew, into another --output"
+        lower = f"{rate / 4:.2g}"
+        words = ["--resume", "--set", f"training.learning_rate={lower}"]
+        words += ["--set", f"training.final_learning_rate={lower}"] if least > float(lower) else []
+        return f"lower training.learning_rate (now {rate:g}) and go on from the last checkpoint, by {' '.join(words)}"
 
     def _log_step(self, log: MetricsLog, loss: float, rate: float) -> None:
         point = {

@@ -21,7 +21,7 @@ def share_done(config: TrainingConfig, step: float, seconds: float) -> float:
 
 def steps_expected(config: TrainingConfig, step: int, seconds: float) -> int:
     """Of the whole run, as far as its pace so far tells."""
-    return min(config.steps, max(step, round(step / max(share_done(config, step, seconds), 1e-9)))) if step else config.steps
+    return max(step, min(config.steps, round(step / max(share_done(config, step, seconds), 1e-9)))) if step else config.steps
 
 
 def learning_rate(done: float, config: TrainingConfig) -> float:

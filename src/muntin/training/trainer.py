@@ -26,6 +26,10 @@ from muntin.training.precision import Precision
 from muntin.training.schedule import learning_rate
 
 
+class DivergedError(MuntinError):
+    """Training has left the numbers; what to do is for who chose how it trains."""
+
+
 class Trainer:
     """A model, its averaged copy and its optimiser. `teacher`: a model whose answers are learned too, weighted by `distillation`; with a
     weight of 0 it is not asked."""
@@ -67,7 +71,7 @@ class Trainer:
         }
 
     def update(self, step: int, images: Tensor, target: Tensor, *, done: float) -> float:
-        """One optimiser step; `done`: share of the run that is behind. Raises `MuntinError` when the loss or its gradient is no longer
+        """One optimiser step; `done`: share of the run that is behind. Raises `DivergedError` when the loss or its gradient is no longer
         finite; weights are then as they were."""
         if not self.config.compile:
             return self._update(step, images, target, done)
@@ -99,19 +103,13 @@ class Trainer:
             loss = loss + self.distillation * distillation_loss(self.task, scores, wanted, target)
         value = float(loss.detach())
         if not math.isfinite(value):
-            raise MuntinError(
-                f"the loss is {value} at step {step + 1}: lower training.learning_rate (now {self.config.learning_rate:g}) and go on from "
-                "the last checkpoint"
-            )
+            raise DivergedError(f"the loss is {value} at step {step + 1}")
         self.scaler.scale(loss).backward()  # type: ignore[no-untyped-call]
         self.scaler.unscale_(self.optimizer)
         length = nn.utils.clip_grad_norm_(self.model.parameters(), self.config.clip)
         if not (self.scaler.is_enabled() or length.isfinite()):  # where it is enabled, it leaves such a step out
             self.optimizer.zero_grad()
-            raise MuntinError(
-                f"the gradient is {float(length)} at step {step + 1}, and the loss {value:g}: lower training.learning_rate (now "
-                f"{self.config.learning_rate:g}) and go on from the last checkpoint"
-            )
+            raise DivergedError(f"the gradient is {float(length)} at step {step + 1}, and the loss {value:g}")
         self.scaler.step(self.optimizer)
         self.scaler.update()
         self.optimizer.zero_grad()
