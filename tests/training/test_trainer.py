@@ -8,8 +8,8 @@ from torch import Tensor, nn
 
 from muntin.training.config import TrainingConfig
 from muntin.training.loss import IGNORED
-from muntin.training.precision import resolve_precision
-from muntin.training.trainer import Trainer
+from muntin.training.precision import Precision, resolve_precision
+from muntin.training.trainer import LEFT_OUT, DivergedError, Trainer
 
 
 def crops() -> tuple[Tensor, Tensor]:
@@ -42,3 +42,33 @@ def test_a_teacher_says_nothing_of_what_is_ignored() -> None:
     target[:] = IGNORED
     trainer = Trainer(Asked(3, 3, 1), TrainingConfig(), task="segment", precision=resolve_precision("fp32", "cpu"), teacher=Asked(3, 3, 1))
     assert trainer.update(0, images, target, done=0.5) == 0
+
+
+class Steep(nn.Conv2d):
+    """Its gradient is infinite while `steep`, and its answer a number."""
+
+    steep = True
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = super().forward(x / 255)
+        y.register_hook(lambda gradient: gradient * (float("inf") if self.steep else 1))
+        return y
+
+
+def test_fp16_leaves_steps_out_but_not_for_ever() -> None:
+    """The loss scale and its counter as on a GPU: CPUs have both."""
+    model = Steep(3, 3, 1)
+    fp16 = Precision(name="fp16", device="cpu", dtype=torch.float16, reason="")
+    trainer = Trainer(model, TrainingConfig(), task="segment", precision=fp16)
+    before = model.weight.detach().clone()
+    for step in range(LEFT_OUT):
+        trainer.update(step, *crops(), done=0.5)
+    assert torch.equal(model.weight, before) and trainer.scaler.get_scale() == 2.0**16 / 2**LEFT_OUT
+    model.steep = False
+    trainer.update(LEFT_OUT, *crops(), done=0.5)
+    assert not torch.equal(model.weight, before)
+    model.steep = True
+    for step in range(LEFT_OUT):
+        trainer.update(step, *crops(), done=0.5)
+    with pytest.raises(DivergedError, match=rf"gradient is (nan|inf) at step 21, and the loss [0-9.]+, as in the {LEFT_OUT} steps before"):
+        trainer.update(LEFT_OUT, *crops(), done=0.5)

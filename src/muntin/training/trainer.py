@@ -25,6 +25,10 @@ from muntin.training.optimizer import make_optimizer
 from muntin.training.precision import Precision
 from muntin.training.schedule import learning_rate
 
+LEFT_OUT = 20
+"""Steps in a row that FP16's loss scale leaves out for a gradient that is not finite. Each halves the scale, from 65536: after so many it
+is not the scale that is at fault."""
+
 
 class DivergedError(MuntinError):
     """Training has left the numbers; what to do is for who chose how it trains."""
@@ -50,6 +54,7 @@ class Trainer:
         self.average = WeightAverage(self.model, config.average)
         self.optimizer = make_optimizer(self.model, config, precision.dtype or torch.float32)
         self.scaler = precision.scaler()
+        self.left_out = 0
         self.closing: GateClosing | None = None
         self.forward: Callable[[Tensor], Tensor] = torch.compile(self.model) if config.compile else self.model
 
@@ -107,9 +112,11 @@ class Trainer:
         self.scaler.scale(loss).backward()  # type: ignore[no-untyped-call]
         self.scaler.unscale_(self.optimizer)
         length = nn.utils.clip_grad_norm_(self.model.parameters(), self.config.clip)
-        if not (self.scaler.is_enabled() or length.isfinite()):  # where it is enabled, it leaves such a step out
+        self.left_out = 0 if length.isfinite() else self.left_out + 1
+        if self.left_out > (LEFT_OUT if self.scaler.is_enabled() else 0):
             self.optimizer.zero_grad()
-            raise DivergedError(f"the gradient is {float(length)} at step {step + 1}, and the loss {value:g}")
+            row = f", as in the {LEFT_OUT} steps before, which were left out" if self.scaler.is_enabled() else ""
+            raise DivergedError(f"the gradient is {float(length)} at step {step + 1}, and the loss {value:g}{row}")
         self.scaler.step(self.optimizer)
         self.scaler.update()
         self.optimizer.zero_grad()
