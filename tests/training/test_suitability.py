@@ -67,6 +67,11 @@ def only_of(side: int) -> Callable[[Own, Tensor, Tensor], Tensor]:
         (lambda m, x, y: y.view(2, -1).view(y.shape), r"fails in training .* in channels-last order \(view size .* write reshape"),
         (whole_strides, r"takes no 17 x 25 \(Expected .* divisible by 8\), .* set model\.size_divisor to 8, and pictures are padded"),
         (lambda m, x, y: y if x.shape[2] % 2 == 0 else y[:0, :0, 0], r"answers torch.float32 of shape \(0, 0, 25\)"),
+        (only_of(64), r"data\.crop 16: 'own:make' takes pictures of another size \(64 only\): set data\.crop to 64, which it takes"),
+        (
+            lambda m, x, y: torch.cat([y, x.flatten(1)]),
+            r"'own:make' fails on pixels of shape \(1, 3, 16, 16\) \(Tensors must .*\), and on other sizes too: mend its forward",
+        ),
         (only_of(16), r"takes no 17 x 25 \(16 only\), .*: let its forward take them"),
     ],
 )
@@ -95,7 +100,9 @@ def test_what_a_model_makes_at_its_first_call_is_there_before_it_is_trained() ->
 def test_crops_of_a_size_that_the_model_does_not_take_are_told() -> None:
     name = "timm:vit_tiny_patch16_224"
     recipe = parse_recipe({"task": "classify", "data": {"crop": 32}, "model": {"name": name}}, where="test")
-    with pytest.raises(RecipeError, match=rf"data\.crop 32: '{name}' takes pictures of another size \(.*224.*\)") as error:
+    with pytest.raises(
+        RecipeError, match=rf"data\.crop 32: '{name}' takes pictures of another size \(.*224.*\): set data\.crop to 224"
+    ) as error:
         check_model(create_model(name, task="classify", classes=2), recipe, TWO)
     told(error)
 
@@ -113,6 +120,8 @@ def test_a_model_that_can_be_trained_and_not_exported_is_noted_before() -> None:
 @pytest.mark.parametrize("name", ["torchvision:alexnet", "timm:coatnet_0_rw_224"])
 def test_crops_that_a_model_fails_on_are_told(name: str) -> None:
     recipe = parse_recipe({"task": "classify", "data": {"crop": 32}, "model": {"name": name}}, where="test")
-    with pytest.raises(RecipeError, match=rf"data\.crop 32: '{name}' takes pictures of another size \(.+\): set data\.crop") as error:
+    with pytest.raises(
+        RecipeError, match=rf"data\.crop 32: '{name}' takes pictures of another size \(.+\): set data\.crop to \d+, which"
+    ) as error:
         check_model(create_model(name, task="classify", classes=2), recipe, TWO)
     told(error)

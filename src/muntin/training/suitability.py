@@ -22,6 +22,10 @@ DIVISORS = (2, 4, 8, 16, 32, 64, 128)
 """Strides of encoders, of which the smallest that helps is advised."""
 
 
+SIDES = (32, 64, 96, 128, 160, 192, 224, 240, 256, 288, 299, 320, 384, 448, 512)
+"""Of the pictures that models are made for, of which the smallest that is taken is advised."""
+
+
 def check_model(model: nn.Module, recipe: Recipe, classes: tuple[ClassInfo, ...]) -> tuple[str, ...]:
     """A note where a model that is not ours takes what training brings but not every size, so that it can be trained and not exported.
 
@@ -42,10 +46,10 @@ def check_model(model: nn.Module, recipe: Recipe, classes: tuple[ClassInfo, ...]
         ) from error
     reason = _refusal(model.eval(), shape)
     if reason:
-        raise RecipeError(
-            f"data.crop {side}: '{name}' takes pictures of another size ({reason}): "
-            f"{_divisor_advice(model, shape) or 'set data.crop to it, or choose a model that takes any'}"
-        )
+        advice = _divisor_advice(model, shape) or _side_advice(model, shape)
+        if not advice:
+            raise RecipeError(f"'{name}' fails on pixels of shape {shape} ({reason}), and on other sizes too: mend its forward")
+        raise RecipeError(f"data.crop {side}: '{name}' takes pictures of another size ({reason}): {advice}")
     tried: nn.Module = copy.deepcopy(model).to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # with what the call made
     _check_answer(tried, shape, signature, name)
     with torch.random.fork_rng():
@@ -116,6 +120,14 @@ def _divisor_advice(model: nn.Module, shape: tuple[int, ...]) -> str:
         padded = DividedSides(model, divisor)
         if divisor <= min(H, W) and not any(_refusal(padded, (B, C, H + k * divisor, W + 2 * k * divisor)) for k in (0, 1)):
             return f"set model.size_divisor to {divisor}, and pictures are padded for it and its answers cut"
+    return ""
+
+
+def _side_advice(model: nn.Module, shape: tuple[int, ...]) -> str:
+    """What crops to take of a model that refuses those of a shape, where it takes any."""
+    for side in SIDES:
+        if side != shape[2] and not _refusal(model, (*shape[:2], side, side)):
+            return f"set data.crop to {side}, which it takes, or choose a model that takes any"
     return ""
 
 
