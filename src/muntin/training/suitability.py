@@ -95,6 +95,12 @@ def _check_answer(model: nn.Module, shape: tuple[int, ...], signature: Signature
         ) from error
     wanted = signature.scores_shape(shape[0], *shape[2:])
     if isinstance(answer, Tensor) and answer.is_floating_point() and tuple(answer.shape) == wanted:
+        if not answer.isfinite().all():
+            odd = float(answer[~answer.isfinite()][0])
+            raise RecipeError(
+                f"'{name}' answers {odd} to a black picture in {mode}, and one such crop ends training: where it divides by what a picture "
+                "gives, as its standard deviation, add a small number (1e-6)"
+            )
         return
     came = f"{answer.dtype} of shape {tuple(answer.shape)}" if isinstance(answer, Tensor) else f"a {type(answer).__name__}"
     raise RecipeError(
