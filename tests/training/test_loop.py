@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from muntin.errors import CheckpointError, DataError, DependencyError, MuntinError, RecipeError
 from muntin.layers import ChannelGate
 from muntin.runtime.images import write_image
-from muntin.training.checkpoint import Checkpoint, checkpoints_in, read_checkpoint
+from muntin.training.checkpoint import AVERAGE, Checkpoint, checkpoints_in, read_checkpoint
 from muntin.training.config import TrainingConfig
 from muntin.training.loop import LOG_EVERY, FitProgress, FitResult, fit
 from muntin.training.optimizer import make_optimizer
@@ -348,6 +348,39 @@ def test_a_layer_that_is_used_twice_is_kept_and_gone_on_with(
     train(tiny, tmp_path / "run")
     model = read_checkpoint(tmp_path / "run").model()
     assert torch.equal(model[1].weight, model[3].weight) and model[1] is model[3]  # type: ignore[index]
+
+
+MADE_LATE = """
+import torch
+from torch import nn
+
+class Late(nn.Module):
+    def __init__(self, classes):
+        super().__init__()
+        self.layer = nn.LazyConv2d(classes, 1)
+
+    def forward(self, x):
+        if not hasattr(self, "mean"):
+            self.register_buffer("mean", torch.full((1, x.shape[1], 1, 1), 100.0))
+        return self.layer((x - self.mean) / 255)
+
+def make(*, task, classes, channels):
+    return Late(classes)
+"""
+
+
+@pytest.mark.filterwarnings("ignore:Lazy modules")
+def test_what_a_model_makes_at_its_first_call_is_read_and_gone_on_with(
+    tmp_path: Path, write_tiny: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "late_model.py").write_text(MADE_LATE)
+    monkeypatch.syspath_prepend(tmp_path)
+    tiny = write_tiny(tmp_path / "data", model={"name": "late_model:make", "options": {}})
+    train(tiny, tmp_path / "run", report=ctrl_c_at(3))
+    checkpoint = read_checkpoint(train(tiny, tmp_path / "run", resume=True).checkpoint)
+    state = checkpoint.model().state_dict()
+    assert set(state) == {"mean", "layer.weight", "layer.bias"}
+    assert all(torch.equal(value, checkpoint.tensors[AVERAGE][name]) for name, value in state.items())
 
 
 @pytest.mark.parametrize("kind", ["images", "masks"])

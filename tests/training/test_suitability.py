@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -13,8 +14,9 @@ from torch import Tensor, nn
 from muntin.artifact import ClassInfo
 from muntin.errors import MuntinError, RecipeError
 from muntin.models import create_model
+from muntin.training.checkpoint import new_model
 from muntin.training.recipe import parse_recipe
-from muntin.training.suitability import check_model
+from muntin.training.suitability import check_model, check_reading
 
 TWO = (ClassInfo(name="a", color=(0, 0, 0)), ClassInfo(name="b", color=(9, 9, 9)))
 
@@ -129,3 +131,98 @@ def test_crops_that_a_model_fails_on_are_told(name: str) -> None:
     ) as error:
         check_model(create_model(name, task="classify", classes=2), recipe, TWO)
     told(error)
+
+
+def unreadable_at_first_call(model: Own, x: Tensor, y: Tensor) -> Tensor:
+    if model.training and not hasattr(model, "seen"):
+        model.register_buffer("seen", torch.zeros(1))
+    return y
+
+
+def unreadable_by_size(model: Own, x: Tensor, y: Tensor) -> Tensor:
+    model.register_buffer("grid", torch.zeros(x.shape[2:]))
+    return y
+
+
+def keeping(model: Own, x: Tensor, y: Tensor) -> Tensor:
+    if not hasattr(model, "mean"):
+        model.register_buffer("mean", torch.zeros(2, 1, 1))
+    return y - model.get_buffer("mean")
+
+
+class Extra(nn.Conv2d):
+    def get_extra_state(self) -> dict[str, int]:
+        return {"seen": 1}
+
+    def set_extra_state(self, state: dict[str, int]) -> None:
+        pass
+
+
+class Scaled(nn.Conv2d):
+    """By what it has drawn, and keeps in no checkpoint."""
+
+    def __init__(self, *arguments: Any) -> None:
+        super().__init__(*arguments)
+        self.scale = torch.rand(1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x) * self.scale
+
+
+MADE = {
+    "training": lambda: Own(nn.Conv2d(3, 2, 1), unreadable_at_first_call),
+    "size": lambda: Own(nn.Conv2d(3, 2, 1), unreadable_by_size),
+    "extra": lambda: Own(Extra(3, 2, 1), lambda m, x, y: y),
+    "scaled": lambda: Own(Scaled(3, 2, 1), lambda m, x, y: y),
+    "depth": lambda: Own(
+        nn.Sequential(*(nn.Conv2d(3, 3, 1) for _ in range(int(torch.randint(99, ())))), nn.Conv2d(3, 2, 1)), lambda m, x, y: y
+    ),
+    "keeping": lambda: Own(nn.Conv2d(3, 2, 1), keeping),
+    "lazy": lambda: Own(nn.Sequential(nn.LazyConv2d(8, 1), nn.BatchNorm2d(8), nn.Dropout(), nn.LazyConv2d(2, 1)), lambda m, x, y: y),
+}
+
+
+def make(kind: str, *, task: str, classes: int, channels: int) -> nn.Module:
+    return MADE[kind]()
+
+
+for kind in MADE:  # a factory each, as recipes name them
+    globals()[f"make_{kind}"] = functools.partial(make, kind)
+
+
+@pytest.mark.parametrize(
+    ("kind", "message"),
+    [
+        (
+            "training",
+            r"cannot be read from its own checkpoint \(.*Unexpected key\(s\) in state_dict: \"seen\".*\): its factory has to make",
+        ),
+        ("size", r"cannot be read from its own checkpoint \(.*size mismatch for grid.*\): .* or persistent=False"),
+        ("depth", r"cannot be read from its own checkpoint \(.*state_dict.*\): its factory has to make the same model each time"),
+        (
+            "extra",
+            r"has a dict in its state \(layer\._extra_state\), and a checkpoint holds tensors: keep it in a buffer, or have no get_extra",
+        ),
+        ("scaled", r"answers otherwise when it was read from its own checkpoint: its factory has to make the same model each time"),
+    ],
+)
+def test_a_model_that_its_checkpoint_does_not_give_back_is_told_before(kind: str, message: str) -> None:
+    recipe = parse_recipe({"data": {"crop": 16}, "model": {"name": f"{__name__}:make_{kind}"}}, where="test")
+    torch.manual_seed(0)
+    model = new_model(recipe, TWO)
+    check_model(model, recipe, TWO)
+    with pytest.raises(RecipeError, match=message) as error:
+        check_reading(model, recipe, TWO)
+    told(error)
+
+
+@pytest.mark.filterwarnings("ignore:Lazy modules")
+@pytest.mark.parametrize("kind", ["keeping", "lazy"])
+def test_what_a_model_makes_at_its_first_call_is_read_from_its_checkpoint(kind: str) -> None:
+    recipe = parse_recipe({"data": {"crop": 16}, "model": {"name": f"{__name__}:make_{kind}"}}, where="test")
+    model = new_model(recipe, TWO)
+    check_model(model, recipe, TWO)
+    state, before = torch.get_rng_state(), copy.deepcopy(model.state_dict())
+    check_reading(model, recipe, TWO)
+    assert torch.equal(torch.get_rng_state(), state) and model.training
+    assert before.keys() == model.state_dict().keys() and all(torch.equal(before[k], v) for k, v in model.state_dict().items())

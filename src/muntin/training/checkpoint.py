@@ -31,7 +31,7 @@ from muntin.artifact.classes import ClassInfo
 from muntin.artifact.directory import replace_directory
 from muntin.data.source import Source
 from muntin.errors import ArtifactError, CheckpointError, DataError
-from muntin.models import create_model
+from muntin.models import HybridNet, create_model
 from muntin.training.recipe import Recipe
 
 FORMAT = 1
@@ -96,7 +96,7 @@ class Checkpoint:
         return model.eval()
 
 
-def build_model(recipe: Recipe, classes: tuple[ClassInfo, ...]) -> nn.Module:
+def new_model(recipe: Recipe, classes: tuple[ClassInfo, ...]) -> nn.Module:
     """The model that a recipe asks for, randomly initialised."""
     choice = recipe.model
     return create_model(
@@ -107,6 +107,26 @@ def build_model(recipe: Recipe, classes: tuple[ClassInfo, ...]) -> nn.Module:
         options=choice.options,
         size_divisor=choice.size_divisor,
     )
+
+
+def build_model(recipe: Recipe, classes: tuple[ClassInfo, ...]) -> nn.Module:
+    """A new model that weights can be read into: one that is not ours has been called with a crop of zeros, and so has what it makes then.
+
+    Raises `CheckpointError` for a model that fails there.
+    """
+    model = new_model(recipe, classes)
+    if isinstance(model, HybridNet):
+        return model
+    side = recipe.data.crop
+    try:
+        with torch.no_grad():
+            model.eval()(torch.zeros(1, recipe.data.channels, side, side))
+    except (AssertionError, RuntimeError, ValueError) as error:
+        reason = " ".join(str(error).split())[:200] or type(error).__name__
+        raise CheckpointError(
+            f"'{recipe.model.name}' fails on a crop of data.crop {side} ({reason}): has its code changed since?"
+        ) from error
+    return model.train()
 
 
 def make_signature(recipe: Recipe, classes: tuple[ClassInfo, ...]) -> Signature:

@@ -31,9 +31,9 @@ from muntin.models.compiler import require_compiler
 from muntin.training.allocator import keep_freed_memory
 from muntin.training.checkpoint import (
     Checkpoint,
-    build_model,
     check_classes,
     make_signature,
+    new_model,
     write_checkpoint,
 )
 from muntin.training.config import TrainingConfig
@@ -45,7 +45,7 @@ from muntin.training.recipe import Recipe, load_recipe
 from muntin.training.resuming import changes, find_start
 from muntin.training.schedule import share_done, steps_expected
 from muntin.training.statistics import IMAGES, has_statistics, renew_statistics
-from muntin.training.suitability import check_model
+from muntin.training.suitability import check_model, check_reading
 from muntin.training.trainer import DivergedError, Trainer
 from muntin.training.weights import begin_with
 
@@ -117,8 +117,9 @@ def fit(
     anew = (f"{directory} held no checkpoint to go on from: trained from the start",) if resume and start is None else ()
     changed = () if start is None or not (what := changes(start, recipe)) else (f"on the way, from step {start.state.step} on: {what}",)
     torch.manual_seed(recipe.seed)
-    model = build_model(recipe, tuple(source.classes))
+    model = new_model(recipe, tuple(source.classes))
     sizes = check_model(model, recipe, tuple(source.classes))
+    check_reading(model, recipe, tuple(source.classes))
     precision = check_maps(model, precision, crop=recipe.data.crop, channels=recipe.data.channels, asked=recipe.training.precision)
     weights = None if start is not None else recipe.model.weights
     begun = () if weights is None else begin_with(model, root / weights)

@@ -1,4 +1,5 @@
-"""Whether a model that is not ours suits its recipe, asked before anything is trained: sizes, answers, and that it can be copied.
+"""Whether a model that is not ours suits its recipe, asked before anything is trained: sizes, answers, that it can be copied, and read
+from a checkpoint.
 
 Axes: B images, C channels, H W map.
 """
@@ -6,22 +7,26 @@ Axes: B images, C channels, H W map.
 from __future__ import annotations
 
 import copy
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
 from muntin.artifact import ClassInfo, Signature
 from muntin.artifact.golden import golden_sizes
-from muntin.errors import RecipeError
+from muntin.errors import CheckpointError, RecipeError
 from muntin.models.foreign import DividedSides
 from muntin.models.hybridnet import HybridNet
-from muntin.training.checkpoint import make_signature
+from muntin.training.checkpoint import build_model, load_weights, make_signature
 from muntin.training.recipe import Recipe
 
 DIVISORS = (2, 4, 8, 16, 32, 64, 128)
 """Strides of encoders, of which the smallest that helps is advised."""
 
 
+SAME = 1e-3
+"""Of the largest score: the rounding that layouts in memory make is a thousandth of that."""
+READABLE = "its factory has to make the same model each time, with all that it keeps in parameters and buffers"
 SIDES = (32, 64, 96, 128, 160, 192, 224, 240, 256, 288, 299, 320, 384, 448, 512)
 """Of the pictures that models are made for, of which the smallest that is taken is advised."""
 
@@ -81,6 +86,44 @@ def check_model(model: nn.Module, recipe: Recipe, classes: tuple[ClassInfo, ...]
     )
 
 
+def check_reading(model: nn.Module, recipe: Recipe, classes: tuple[ClassInfo, ...]) -> None:
+    """Raises `RecipeError` where what a checkpoint holds of a model that is not ours, once it was trained and has seen pictures of other
+    sizes, does not make another one answer alike. Of a model that `check_model` found nothing against. Costs a second model, and a few
+    forward passes.
+    """
+    if isinstance(model, HybridNet):
+        return
+    side, channels, name = recipe.data.crop, recipe.data.channels, recipe.model.name
+    crop = torch.rand(1, channels, side, side, generator=torch.Generator().manual_seed(0)) * 255
+    with torch.random.fork_rng(), torch.no_grad():
+        used = copy.deepcopy(model).train()
+        used(crop.repeat(min(2, recipe.training.batch_size), 1, 1, 1))
+        used.eval()
+        if recipe.task != "classify":
+            used(torch.zeros(1, channels, side | 1, (side + side // 2) | 1))
+        state = used.state_dict()
+        other = next((key for key, value in state.items() if not isinstance(value, Tensor)), None)
+        if other is not None:
+            raise RecipeError(
+                f"'{name}' has a {type(state[other]).__name__} in its state ({other}), and a checkpoint holds tensors: keep it in a "
+                "buffer, or have no get_extra_state"
+            )
+        try:
+            read = build_model(recipe, classes)
+            load_weights(read, state, Path(name))
+        except CheckpointError as error:
+            raise RecipeError(
+                f"'{name}' cannot be read from its own checkpoint ({_line(error.__cause__ or error)}): {READABLE}, of one shape for "
+                "pictures of every size, or persistent=False"
+            ) from error
+        answers = []
+        for one in (used, read.eval()):
+            torch.manual_seed(0)
+            answers.append(one(crop))
+    if float((answers[0] - answers[1]).abs().max()) > SAME * float(answers[0].abs().max()):
+        raise RecipeError(f"'{name}' answers otherwise when it was read from its own checkpoint: {READABLE}")
+
+
 def _check_answer(model: nn.Module, shape: tuple[int, ...], signature: Signature, name: str) -> None:
     """Raises `RecipeError` for an answer that is not what its task asks."""
     mode = "training" if model.training else "evaluation"
@@ -137,5 +180,5 @@ def _side_advice(model: nn.Module, shape: tuple[int, ...]) -> str:
     return ""
 
 
-def _line(error: Exception) -> str:
+def _line(error: BaseException) -> str:
     return " ".join(str(error).split())[:200] or type(error).__name__
