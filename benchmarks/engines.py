@@ -37,11 +37,12 @@ from muntin.errors import DependencyError
 from muntin.models import TorchSession
 from muntin.runtime import ENGINES, Session, describe_hardware
 from muntin.runtime.hardware import physical_cores
+from muntin.runtime.images import IGNORED
 from muntin.runtime.latency import interleaved_latency, interleaved_throughput
 from muntin.runtime.profile import fill
 from muntin.runtime.quiet import onnxruntime, openvino
 from muntin.training import Checkpoint, read_checkpoint
-from muntin.training.evaluation import IGNORED, Labels, predictions, score, tile_of
+from muntin.training.evaluation import Labels, predictions, score, tile_of
 from muntin.training.loop import signature_of
 
 SIDE = 512

@@ -22,7 +22,8 @@ from torch import Tensor
 from torch.nn import functional as F  # noqa: N812 - the field's usual name
 
 from muntin.runtime import describe_hardware
-from muntin.training.loss import IGNORED, segment_loss
+from muntin.runtime.images import IGNORED
+from muntin.training.loss import segment_loss
 
 Loss = Callable[[Tensor], Tensor]
 

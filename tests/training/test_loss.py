@@ -8,7 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.nn import functional as F  # noqa: N812
 
-from muntin.training.loss import IGNORED, distillation_loss, segment_loss, soft_iou_loss, task_loss
+from muntin.runtime.images import IGNORED
+from muntin.training.loss import distillation_loss, segment_loss, soft_iou_loss, task_loss
 
 
 def example(seed: int, batch: int = 2, classes: int = 4, height: int = 5, width: int = 3) -> tuple[torch.Tensor, torch.Tensor]:

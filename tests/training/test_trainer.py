@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from muntin.runtime.images import IGNORED
 from muntin.training.config import TrainingConfig
-from muntin.training.loss import IGNORED
 from muntin.training.precision import Precision, resolve_precision
 from muntin.training.trainer import LEFT_OUT, DivergedError, Trainer
 

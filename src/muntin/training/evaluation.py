@@ -15,9 +15,9 @@ from torchmetrics.classification import MulticlassConfusionMatrix
 
 from muntin.data.source import Sample
 from muntin.errors import DataError
+from muntin.runtime.images import IGNORED
 from muntin.runtime.tiles import Predictor, predict
 
-IGNORED = 255
 Labels = NDArray[np.uint8]
 
 
