@@ -14,15 +14,19 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from muntin.data import open_source
 from muntin.errors import CheckpointError, DataError, DependencyError, MuntinError, RecipeError
 from muntin.layers import ChannelGate
 from muntin.runtime.images import write_image
-from muntin.training.checkpoint import AVERAGE, Checkpoint, checkpoints_in, read_checkpoint
+from muntin.training.checkpoint import AVERAGE, Checkpoint, checkpoints_in, new_model, read_checkpoint
 from muntin.training.config import TrainingConfig
-from muntin.training.loop import LOG_EVERY, FitProgress, FitResult, fit
+from muntin.training.interrupt import Interruption
+from muntin.training.loop import LOG_EVERY, FitProgress, FitResult, Training, fit
 from muntin.training.optimizer import make_optimizer
+from muntin.training.precision import resolve_precision
 from muntin.training.recipe import load_recipe
 from muntin.training.schedule import learning_rate
+from muntin.training.trainer import Trainer
 
 STEPS = LOG_EVERY + 4
 
@@ -284,6 +288,31 @@ def test_a_loss_that_is_not_finite_ends_the_run_and_keeps_its_checkpoint(
     assert all(value.isfinite().all() for value in checkpoint.model().state_dict().values())
     result = train(tiny, tmp_path / "run", *advised, resume=True)  # what the line advises works
     assert (result.step, result.notes) == (6, ("on the way, from step 3 on: training.learning_rate was 0.002, is 0.0005",))
+
+
+def test_what_is_advised_where_training_leaves_the_numbers_can_be_done(
+    tmp_path: Path, write_tiny: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A learning rate that does not fall, no checkpoint yet, and a stage of compression, which goes on by its own recipe alone."""
+    (tmp_path / "unsound_model.py").write_text(UNSOUND)
+    monkeypatch.syspath_prepend(tmp_path)
+    tiny = write_tiny(tmp_path / "data", model={"name": "unsound_model:make", "options": {}})
+    plan = ("training.final_learning_rate=0.002", "training.validate_every=100", "training.checkpoint_every=100")
+    with pytest.raises(MuntinError, match="by --resume --set") as error:
+        train(tiny, tmp_path / "run", *plan)
+    advised = told(error).partition(", by --resume --set ")[2].split(" --set ")
+    assert advised == ["training.learning_rate=0.0005", "training.final_learning_rate=0.0005"]
+    (note,) = train(tiny, tmp_path / "run", *plan, *advised, "training.steps=2", resume=True).notes
+    assert "held no checkpoint to go on from" in note
+    recipe = load_recipe(tiny.recipe)
+    source, precision = open_source(recipe.data, root=tiny.root), resolve_precision("fp32", "cpu")
+    trainer = Trainer(new_model(recipe, source.classes), recipe.training, task="segment", precision=precision)
+    stage = Training(
+        trainer, recipe, source, directory=tmp_path / "stage", root=tiny.root, start=None, report=lambda progress: None, compression={}
+    )
+    with pytest.raises(MuntinError, match=r"lower this stage's learning_rate in compression \(now 0\.002\) and compress anew") as error:
+        stage.run(Interruption())
+    told(error)
 
 
 STEEP = """
