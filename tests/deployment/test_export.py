@@ -445,6 +445,12 @@ def test_a_model_that_asks_for_its_size(run: Callable[..., Any], build: type[nn.
     assert "torch.where" in message
 
 
+def test_a_branch_is_found_among_integers(build: type[nn.Module], pixels: Any, tmp_path: Path) -> None:
+    model = build(lambda m, x: m.conv(x) * 3 if x.shape[2] > x.shape[3] else m.conv(x), conv=nn.Conv2d(3, 16, 3, padding=1))
+    example = pixels(1, 3, 64, 64)
+    assert "on an image of 192 x 64 (allowed: 1" in refused(model, example, tmp_path, calibration=[example])
+
+
 def test_a_branch_for_the_examples_own_size_is_found(build: type[nn.Module], pixels: Any, tmp_path: Path) -> None:
     model = build(lambda m, x: m.conv(x) * 2 if x.shape[3] % 50 == 0 else m.conv(x), conv=nn.Conv2d(3, 4, 3, padding=1))
     assert "on an image of 40 x 50 (allowed" in refused(model, pixels(1, 3, 40, 50), tmp_path)
