@@ -154,7 +154,15 @@ def write_small() -> Callable[..., Path]:
     scores; `nan` to the real ones.
     """
 
-    def write(path: Path, *, task: str = "segment", names: tuple[str, ...] = ("a", "b"), golden: float = 0.0, nan: bool = False) -> Path:
+    def write(
+        path: Path,
+        *,
+        task: str = "segment",
+        names: tuple[str, ...] = ("a", "b"),
+        golden: float = 0.0,
+        nan: bool = False,
+        side: int | None = None,
+    ) -> Path:
         weights = np.stack([np.where(np.arange(3) <= k, 1 / (255 * (k + 1)), 0) for k in range(len(names))]).astype(np.float32)
         shift = np.full((1, len(names), 1, 1), np.nan if nan else 0, np.float32)
         nodes = [
@@ -181,7 +189,7 @@ def write_small() -> Callable[..., Path]:
         write_artifact(
             path,
             model=helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=10),
-            signature=Signature(task=task, channels=3, classes=() if task == "restore" else classes),
+            signature=Signature(task=task, channels=3, classes=() if task == "restore" else classes, side=side),
             golden=[(images, scores)],
             golden_tolerance={"openvino": {"f32": GoldenTolerance(max_error=0.01, label_agreement=0.9)}},
         )

@@ -224,6 +224,49 @@ def test_predict_takes_a_folder(call: Call, exported: Any, tmp_path: Path) -> No
     assert len(list((tmp_path / "out").glob("*.mask.png"))) == 2
 
 
+@pytest.fixture
+def compiled(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+    """Every (B, H, W, C) that OpenVINO compiles for from now on; None: sizes as they come."""
+    from muntin.runtime.openvino import OpenVinoSession
+
+    made: list[Any] = []
+    compile_one = OpenVinoSession._compile
+    monkeypatch.setattr(OpenVinoSession, "_compile", lambda self, variant: (made.append(variant[0]), compile_one(self, variant))[1])
+    return made
+
+
+@pytest.mark.parametrize(
+    ("sizes", "tile", "wanted"),
+    [
+        ([(30, 41), (31, 40), (32, 40), (30, 41)], 512, [None]),
+        ([(30, 41), (30, 41)], 512, [(1, 30, 41, 3)]),
+        ([(150, 140), (12, 140)], 16, [(1, 16, 16, 3), None]),  # 156 tiles, and 12
+    ],
+)
+def test_a_size_is_compiled_for_where_it_comes_often(
+    call: Call, exported: Any, tmp_path: Path, compiled: list[Any], sizes: list[tuple[int, int]], tile: int, wanted: list[Any]
+) -> None:
+    (tmp_path / "photos").mkdir()
+    for number, (height, width) in enumerate(sizes):
+        write_image(
+            tmp_path / "photos" / f"{number}.png", np.random.default_rng(number).integers(0, 256, (height, width, 3)).astype(np.uint8)
+        )
+    words = ("predict", exported.artifact, tmp_path / "photos", "-o", tmp_path / "out", "--tile", tile, "--precision", "f32", "--json")
+    results = call(*words).document()["results"]
+    assert compiled == wanted
+    session = load(exported.artifact, precision="f32", shapes=())  # each size compiled
+    for result in results:
+        assert (read_mask(result["mask"]) == predict(session, read_image(result["source"]), tile=tile)).mean() > 0.999
+
+
+def test_a_classifier_of_one_side_is_compiled_for_it(call: Call, tmp_path: Path, write_small: Write, compiled: list[Any]) -> None:
+    artifact = write_small(tmp_path / "classify", task="classify", side=6)
+    for number in range(3):
+        write_image(tmp_path / f"{number}.png", np.full((7 + number, 9, 3), 200, np.uint8))
+    assert len(call("predict", artifact, *(tmp_path / f"{n}.png" for n in range(3)), "--json").document()["results"]) == 3
+    assert compiled == [(1, 6, 6, 3)]
+
+
 def test_predict_takes_images_and_folders_together(call: Call, tmp_path: Path, write_small: Write) -> None:
     artifact, photos = write_small(tmp_path / "segment"), tmp_path / "photos"
     for name in ("a", "b", "more/c", "other/a"):

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Sequence
+from contextlib import suppress
 from math import isfinite
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -16,14 +18,17 @@ if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
-    from muntin.artifact import ClassInfo
+    from muntin.artifact import ClassInfo, Signature
     from muntin.runtime import Session
+    from muntin.runtime.session import Shape
 
 Engine = Annotated[str, typer.Option(help="openvino, onnxruntime, onnxruntime-cuda or onnxruntime-tensorrt.")]
 Precision = Annotated[str, typer.Option(help="recorded, f32, bf16 or f16: what the float layers run in.")]
 Threads = Annotated[int | None, typer.Option(min=1, help="Threads of the engine; the usable physical cores by default.")]
 TILE = 512
 """Side of the tiles that `predict` computes in unless told otherwise, pixels."""
+COMPILED = 128
+"""Tiles of one size for which `predict` lets the engine compile that size; fewer are computed by a model of any size."""
 ArtifactPath = Annotated[Path, typer.Argument(help="An artefact's folder, written by `muntin export`.")]
 
 
@@ -162,13 +167,14 @@ def predict_command(
     images = _images(image)
     if truth is not None and len(images) != 1:
         raise DataError(f"--truth goes with one image, and these are {len(images)}: name one")
-    session = load(artifact, engine=engine, precision=precision, threads=threads)
+    session = load(artifact, engine=engine, precision=precision, threads=threads, shapes=(), dynamic=True)
     task = session.signature.task
     given = {"--output": output, "--truth": truth, "--tile": tile, "--overlap": overlap, "--exact": exact or None}
     _refuse_unused(task, [option for option, value in given.items() if value is not None])
     folder = output or Path("predictions")
     if task != "classify":
         _refuse_overwriting(image, images, folder, truth, task)
+    session.warm_up(_common_shapes(images, session.signature, tile or TILE, overlap), compute=False)
     results = []
     with progress_bar("predicting") as advance:
         for done, path in enumerate(images, 1):
@@ -205,6 +211,29 @@ def _images(given: Iterable[Path]) -> list[Path]:
                     "predict them apart"
                 )
     return list(found.values())
+
+
+def _common_shapes(images: Iterable[Path], signature: Signature, tile: int, overlap: int | None) -> list[Shape]:
+    """The (B, H, W) of calls that are worth a compilation of their own: of `COMPILED` calls or more, or where all calls are of one size.
+
+    By the images' headers; what is wrong with one is told when it is read.
+    """
+    from muntin.runtime.images import image_size
+    from muntin.runtime.session import STATIC_SHAPES
+    from muntin.runtime.tiles import tile_origins
+
+    if signature.side is not None:
+        return [(1, signature.side, signature.side)]
+    calls: Counter[Shape] = Counter()
+    for path in images:
+        with suppress(DataError):
+            height, width = image_size(path)
+            if signature.task == "classify":
+                calls[1, height, width] += 1
+                continue
+            rows, columns = (len(tile_origins(side, tile, tile // 4 if overlap is None else overlap)) for side in (height, width))
+            calls[1, min(tile, height), min(tile, width)] += rows * columns
+    return [shape for shape, count in calls.most_common(STATIC_SHAPES) if count >= COMPILED or len(calls) == 1]
 
 
 def _results(path: Path, output: Path, task: str) -> dict[str, Path]:
