@@ -267,6 +267,26 @@ def test_a_classifier_of_one_side_is_compiled_for_it(call: Call, tmp_path: Path,
     assert compiled == [(1, 6, 6, 3)]
 
 
+@pytest.mark.parametrize("task", ["segment", "classify"])
+def test_one_bad_image_does_not_keep_the_others_from_being_done(call: Call, tmp_path: Path, write_small: Write, task: str) -> None:
+    artifact, photos = write_small(tmp_path / "artifact", task=task), tmp_path / "photos"
+    (photos / "folder.png").mkdir(parents=True)
+    for name in ("a.png", "c.png", "._a.jpg"):  # macOS leaves the last beside a.jpg
+        write_image(photos / name, np.full((5, 4, 3), 200, np.uint8))
+    (photos / "b.png").write_bytes((photos / "a.png").read_bytes()[:50])
+    (photos / "._a.jpg").write_bytes(b"no image")
+    words = ("predict", artifact, photos, *(["-o", tmp_path / "out"] if task == "segment" else []))
+    answer = call(*words, "--json")
+    text = answer.mistake()
+    assert f"{photos / 'b.png'} is damaged or truncated" in text
+    document = json.loads(answer.out)
+    assert [Path(result["source"]).name for result in document["results"]] == ["a.png", "c.png"]
+    assert document["failures"] == [{"source": str(photos / "b.png"), "error": text}]
+    answer = call(*words)
+    assert answer.mistake() == text
+    assert answer.out.count(" -> ") == 2
+
+
 def test_predict_takes_images_and_folders_together(call: Call, tmp_path: Path, write_small: Write) -> None:
     artifact, photos = write_small(tmp_path / "segment"), tmp_path / "photos"
     for name in ("a", "b", "more/c", "other/a"):

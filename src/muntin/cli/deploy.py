@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from muntin.cli.console import Json, out, print_json, progress_bar, say, status
-from muntin.errors import DataError, VerificationError
+from muntin.errors import ArtifactError, DataError, VerificationError
 
 if TYPE_CHECKING:
     import numpy as np
@@ -28,7 +28,8 @@ Threads = Annotated[int | None, typer.Option(min=1, help="Threads of the engine;
 TILE = 512
 """Side of the tiles that `predict` computes in unless told otherwise, pixels."""
 COMPILED = 128
-"""Tiles of one size for which `predict` lets the engine compile that size; fewer are computed by a model of any size."""
+"""Tiles of one size for which `predict` lets the engine compile that size, half a second or more to save some ms each; fewer are computed by
+a model of any size."""
 ArtifactPath = Annotated[Path, typer.Argument(help="An artefact's folder, written by `muntin export`.")]
 
 
@@ -161,8 +162,12 @@ def predict_command(
     threads: Threads = None,
     json: Json = False,
 ) -> None:
-    """Segment, restore or classify images: a coloured mask of class numbers and an overlay for each, a restored image, or a class."""
+    """Segment, restore or classify images: a coloured mask of class numbers and an overlay for each, a restored image, or a class.
+
+    An image that cannot be done is told, the others are done, and the exit code is 1.
+    """
     from muntin.runtime import load
+    from muntin.runtime.tiles import check_tiles
 
     images = _images(image)
     if truth is not None and len(images) != 1:
@@ -172,20 +177,31 @@ def predict_command(
     given = {"--output": output, "--truth": truth, "--tile": tile, "--overlap": overlap, "--exact": exact or None}
     _refuse_unused(task, [option for option, value in given.items() if value is not None])
     folder = output or Path("predictions")
+    tiles: dict[str, Any] = {"tile": tile or TILE, "overlap": overlap, "exact": exact}
     if task != "classify":
         _refuse_overwriting(image, images, folder, truth, task)
+        check_tiles(session, **tiles)
     session.warm_up(_common_shapes(images, session.signature, tile or TILE, overlap), compute=False)
-    results = []
+    results, failures = [], []
     with progress_bar("predicting") as advance:
         for done, path in enumerate(images, 1):
-            if task == "classify":
-                results.append(_classify(session, path))
-            else:
-                results.append(_segment(session, path, folder, truth, {"tile": tile or TILE, "overlap": overlap, "exact": exact}))
+            try:
+                results.append(_classify(session, path) if task == "classify" else _segment(session, path, folder, truth, tiles))
+            except (DataError, ArtifactError) as error:  # of this image: the others are not worse for it
+                say(f"muntin: {error}")
+                failures.append({"source": str(path), "error": str(error)})
             advance(done, len(images))
     if json:
-        print_json({"artifact": artifact, "engine": session.engine, "precision": session.precision, "results": results})
-        return
+        print_json(
+            {"artifact": artifact, "engine": session.engine, "precision": session.precision, "results": results, "failures": failures}
+        )
+    else:
+        _print_results(results)
+    if failures:
+        raise typer.Exit(1)
+
+
+def _print_results(results: Iterable[dict[str, Any]]) -> None:
     for result in results:
         what = result.get("class") or ", ".join(str(v) for k, v in result.items() if k in ("mask", "image", "overlay", "difference"))
         if "probability" in result:
@@ -198,9 +214,13 @@ def _images(given: Iterable[Path]) -> list[Path]:
     """The images that were named, and those of the folders. Raises DataError where two have the same stem, and so would their results."""
     from muntin.runtime.images import IMAGE_SUFFIXES
 
+    def is_image(path: Path) -> bool:
+        """A hidden file is what another system left beside an image: "._a.jpg" of macOS."""
+        return path.suffix.lower() in IMAGE_SUFFIXES and not path.name.startswith(".") and path.is_file()
+
     found: dict[str, Path] = {}
     for path in given:
-        images = sorted(p for p in path.iterdir() if p.suffix.lower() in IMAGE_SUFFIXES) if path.is_dir() else [path]
+        images = sorted(p for p in path.iterdir() if is_image(p)) if path.is_dir() else [path]
         if not images:
             raise DataError(f"{path} holds no image ({', '.join(IMAGE_SUFFIXES)}); name an image or a folder of them")
         for image in images:

@@ -74,9 +74,7 @@ def predict(
         came = f"shape {image_HWC.shape}" if isinstance(image_HWC, np.ndarray) else f"type {type(image_HWC).__name__}"
         raise DataError(f"an image of {came}: give a uint8 array (H, W, {signature.channels})")
     check_images(image_HWC[None], signature)
-    tile, overlap = _check_tile(signature, tile, overlap)
-    if exact:
-        _refuse_exact(session)
+    tile, overlap = check_tiles(session, tile=tile, overlap=overlap, exact=exact)
     if signature.task == "classify":
         scores_K = _call(session, image_HWC if signature.side is None else middle_square(image_HWC, signature.side))
         if progress is not None:
@@ -209,12 +207,15 @@ def _check_output(signature: Signature, output: Output | None) -> Output:
     return output
 
 
-def _check_tile(signature: Signature, tile: int | None, overlap: int | None) -> tuple[int | None, int]:
+def check_tiles(session: Predictor, *, tile: int | None, overlap: int | None, exact: bool) -> tuple[int | None, int]:
+    """The tile's side and the overlap that `predict` computes with. Raises DataError for what it does not allow."""
+    if exact:
+        _refuse_exact(session)
     if tile is None:
         if overlap is not None:
             raise DataError(f"overlap={overlap} without tile: give the tile's side too, or leave overlap out")
         return None, 0
-    if signature.task == "classify":
+    if session.signature.task == "classify":
         raise DataError(f'tile={tile} for a "classify" model: a picture has one answer, leave tile out')
     if not _is_whole(tile) or tile < 1:
         raise DataError(f"tile={tile!r}: give a whole number of pixels from 1, or None for the whole picture in one call")
