@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from collections.abc import Callable
 from contextlib import AbstractContextManager
@@ -414,6 +415,20 @@ def test_what_cannot_be_predicted_is_one_line_and_nothing_is_written(
     words = spoiled(tmp_path, exported, kind)
     assert says in call("predict", exported.artifact, *words, "-o", tmp_path / "out").mistake()
     assert not (tmp_path / "out").exists()
+
+
+def test_where_nothing_can_be_written_is_told_before_the_work(
+    call: Call, exported: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("muntin.runtime.predict", lambda *arguments, **options: pytest.fail("it was computed"))
+    (tmp_path / "file.png").write_text("in the way")
+    words = ("predict", exported.artifact, exported.image, "-o")
+    text = call(*words, tmp_path / "file.png").mistake()
+    assert text == f"--output {tmp_path / 'file.png'}: {tmp_path / 'file.png'} is a file: name a folder"
+    assert f"{tmp_path / 'file.png'} is a file" in call(*words, tmp_path / "file.png" / "deep" / "er").mistake()
+    monkeypatch.setattr("os.access", lambda path, mode, **options: not mode & os.W_OK)  # root may write everywhere
+    assert f"nothing may be written in {tmp_path}: change its permissions" in call(*words, tmp_path / "new").mistake()
+    assert not (tmp_path / "new").exists()
 
 
 def test_predicting_onto_a_full_disk_leaves_no_half_picture(call: Call, exported: Any, tmp_path: Path, full_disk: FullDisk) -> None:

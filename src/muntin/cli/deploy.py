@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from contextlib import suppress
@@ -28,8 +29,8 @@ Threads = Annotated[int | None, typer.Option(min=1, help="Threads of the engine;
 TILE = 512
 """Side of the tiles that `predict` computes in unless told otherwise, pixels."""
 COMPILED = 128
-"""Tiles of one size for which `predict` lets the engine compile that size, half a second or more to save some ms each; fewer are computed by
-a model of any size."""
+"""Tiles of one size for which `predict` lets the engine compile that size, half a second or more to save some ms each; fewer are computed
+by a model of any size."""
 ArtifactPath = Annotated[Path, typer.Argument(help="An artefact's folder, written by `muntin export`.")]
 
 
@@ -179,6 +180,7 @@ def predict_command(
     folder = output or Path("predictions")
     tiles: dict[str, Any] = {"tile": tile or TILE, "overlap": overlap, "exact": exact}
     if task != "classify":
+        _refuse_unwritable(folder)
         _refuse_overwriting(image, images, folder, truth, task)
         check_tiles(session, **tiles)
     session.warm_up(_common_shapes(images, session.signature, tile or TILE, overlap), compute=False)
@@ -268,6 +270,16 @@ def _refuse_unused(task: str, given: Iterable[str]) -> None:
     if unused := [option for option in given if option in useless]:
         answers = "the name of a class, which is printed" if task == "classify" else "an image, which no mask is the truth of"
         raise DataError(f"{unused[0]}: the artefact's task is {task}, and its answer {answers}: leave out {', '.join(unused)}")
+
+
+def _refuse_unwritable(output: Path) -> None:
+    """Raises DataError where no folder can be made, or nothing written into it: before the work, not after it."""
+    target = output.resolve()
+    there = next(path for path in (target, *target.parents) if os.path.lexists(path))  # what is missing below it will be made
+    if not there.is_dir():
+        raise DataError(f"--output {output}: {there} is a file: name a folder")
+    if not os.access(there, os.W_OK | os.X_OK):
+        raise DataError(f"--output {output}: nothing may be written in {there}: change its permissions or name another folder")
 
 
 def _refuse_overwriting(given: Iterable[Path], images: Iterable[Path], output: Path, truth: Path | None, task: str) -> None:
