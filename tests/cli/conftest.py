@@ -65,11 +65,12 @@ def call(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) ->
 def call_process() -> Callable[..., Answer]:
     """`call_process("verify", path, before="python statements")`: a process of its own; costs seconds where torch is loaded."""
 
-    def call(*words: object, before: str = "", env: dict[str, str] | None = None, cwd: Path | None = None) -> Answer:
+    def call(
+        *words: object, before: str = "", env: dict[str, str] | None = None, cwd: Path | None = None, errors: str = "strict"
+    ) -> Answer:
         code = f"{before}\nfrom muntin.cli import main\nmain()"
-        done = subprocess.run(
-            [sys.executable, "-c", code, *map(str, words)], capture_output=True, text=True, env=env, cwd=cwd, timeout=120, check=False
-        )
+        command = [sys.executable, "-c", code, *map(str, words)]
+        done = subprocess.run(command, capture_output=True, encoding="utf-8", errors=errors, env=env, cwd=cwd, timeout=120, check=False)
         return Answer(done.returncode, done.stdout, done.stderr)
 
     return call

@@ -18,6 +18,8 @@ def test_a_line_is_printed_as_it_stands(capsys: pytest.CaptureFixture[str]) -> N
 def test_a_document_is_strict_json(capsys: pytest.CaptureFixture[str]) -> None:
     print_json({"path": Path("a/b"), "name": "über", "none": None})
     assert capsys.readouterr().out == '{\n "path": "a/b",\n "name": "über",\n "none": null\n}\n'
+    print_json({"name": "\udcffü"})
+    assert capsys.readouterr().out == '{\n "name": "\\udcff\\u00fc"\n}\n'
     with pytest.raises(ValueError, match="not JSON compliant"):
         print_json({"x": float("nan")})
 

@@ -2,6 +2,8 @@ from __future__ import annotations
 
 import importlib.metadata
 import json
+import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -97,6 +99,22 @@ def test_what_the_system_refuses_is_one_line(call: Call, exported: Any) -> None:
     name = f"{'x' * 300}.png"
     text = f"{name}: File name too long; check the path, its permissions and the free space"
     assert call("predict", exported.artifact, name).mistake() == text
+
+
+@pytest.mark.parametrize("encoding", ["utf-8:strict", "utf-8:surrogateescape", "ascii:strict"])
+def test_names_that_the_output_cannot_hold_are_written_all_the_same(
+    call_process: Call, exported: Any, tmp_path: Path, encoding: str
+) -> None:
+    image = tmp_path / os.fsdecode(b"\xff\xc3\xbc.png")
+    shutil.copy(exported.image, image)
+    words = ("predict", exported.artifact, image, "-o", tmp_path / "out")
+    environment = {**os.environ, "PYTHONIOENCODING": encoding, "PYTHONUTF8": "1"}
+    (result,) = call_process(*words, "--json", env=environment).document()["results"]
+    assert Path(result["source"]) == image
+    told = call_process(*words, env=environment, errors="surrogateescape")
+    assert (told.code, told.err) == (0, "")
+    shown = {"utf-8:strict": "\\udcffü.png", "utf-8:surrogateescape": "\udcffü.png", "ascii:strict": "\\udcff\\xfc.png"}[encoding]
+    assert f"{tmp_path}/{shown} -> " in told.out
 
 
 def test_a_reader_that_goes_away_is_no_error() -> None:

@@ -10,7 +10,7 @@ import typer
 
 from muntin.cli.bench import bench_command
 from muntin.cli.compress import compress_command
-from muntin.cli.console import out, say
+from muntin.cli.console import accept_any_name, out, say
 from muntin.cli.deploy import export_command, predict_command, verify_command
 from muntin.cli.machine import doctor_command
 from muntin.cli.models import init_command, models_command
@@ -72,6 +72,7 @@ for _name, _command in COMMANDS.items():
 
 def main() -> None:
     """Entry point: 0 done, 1 the user's input or a failed check (one line on stderr), 2 usage."""
+    accept_any_name()
     try:
         app()
     except MuntinError as error:

@@ -6,6 +6,7 @@ import json
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from io import TextIOWrapper
 from typing import Annotated, Any
 
 import typer
@@ -19,9 +20,21 @@ Json = Annotated[bool, typer.Option("--json", help="Print one JSON document as t
 
 
 def print_json(document: Any) -> None:
-    """One JSON document on standard output."""
-    sys.stdout.write(json.dumps(document, indent=1, ensure_ascii=False, allow_nan=False, default=str) + "\n")
+    """One JSON document on standard output; in ASCII where it holds what the output's encoding does not, as a name that is no UTF-8."""
+    text = json.dumps(document, indent=1, ensure_ascii=False, allow_nan=False, default=str)
+    try:
+        text.encode(sys.stdout.encoding or "utf-8")
+    except UnicodeEncodeError:
+        text = json.dumps(document, indent=1, allow_nan=False, default=str)
+    sys.stdout.write(f"{text}\n")
     sys.stdout.flush()
+
+
+def accept_any_name() -> None:
+    """Lets both outputs write names that their encoding does not have: by the numbers of their bytes, where it would be an error."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, TextIOWrapper) and stream.errors == "strict":
+            stream.reconfigure(errors="backslashreplace")
 
 
 def say(text: str) -> None:
