@@ -6,13 +6,15 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
-from muntin.runtime.memory import resident, watch_memory
+from muntin.runtime.memory import no_memory, resident, watch_memory
 
-pytestmark = pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="the system does not count resident pages for us")
+counted = pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="the system does not count resident pages for us")
 MIB = 1 << 20
 
 
+@counted
 def test_what_is_dropped_counts_at_the_peak_only() -> None:
     with watch_memory() as watch:
         kept = np.ones(20 * MIB, np.uint8)
@@ -24,6 +26,7 @@ def test_what_is_dropped_counts_at_the_peak_only() -> None:
     assert kept.nbytes == 20 * MIB
 
 
+@counted
 def test_a_peak_of_long_ago_does_not_count() -> None:
     np.ones(100 * MIB, np.uint8)
     with watch_memory() as watch:
@@ -31,6 +34,16 @@ def test_a_peak_of_long_ago_does_not_count() -> None:
     assert watch.peak is not None and watch.peak < 20 * MIB
 
 
+@counted
 def test_resident_is_never_more_than_the_peak() -> None:
     now, peak = resident()
     assert now is not None and peak is not None and 0 < now <= peak
+
+
+def test_want_of_memory_is_told_from_other_failures() -> None:
+    with pytest.raises(MemoryError) as of_numpy:
+        np.empty(1 << 60, np.uint8)
+    with pytest.raises(RuntimeError) as of_torch:
+        torch.empty(1 << 60, dtype=torch.uint8)
+    assert no_memory(of_numpy.value) and no_memory(of_torch.value)
+    assert not no_memory(RuntimeError("sizes of tensors must match"))

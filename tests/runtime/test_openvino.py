@@ -12,10 +12,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnx
 import pytest
 
 from muntin.artifact import open_artifact
-from muntin.errors import DependencyError
+from muntin.errors import ArtifactError, DependencyError
 from muntin.runtime import describe_hardware, load
 from muntin.runtime.openvino import open_openvino
 from muntin.runtime.quiet import openvino
@@ -126,6 +127,50 @@ def test_scores_are_the_callers_own(per_pixel: Any, images_of: Callable[..., Any
     np.testing.assert_array_equal(first, kept)
     first[:] = 0  # writable, and nobody else's
     np.testing.assert_array_equal(session(images_of(4, seed=1)), kept)
+
+
+@pytest.fixture
+def brittle(write_layers: Callable[..., Any], layer_maker: Callable[..., Any], tmp_path: Path) -> Any:
+    """An artefact of dynamic sizes that in truth takes 9 x 13 alone: it compiles, and fails when it computes."""
+    layers = [layer_maker("pixel", 5, 4, 6, 1, scale=0.9, relu=False)]
+    model = onnx.load_model_from_string(write_layers(tmp_path / "good", layers).artifact.model_bytes())
+    model.graph.initializer.append(onnx.numpy_helper.from_array(np.array([1, 6, 9, 13]), "sides"))
+    model.graph.node[-1].output[0] = "free"
+    model.graph.node.append(onnx.helper.make_node("Reshape", ["free", "sides"], ["fixed"]))
+    model.graph.node.append(onnx.helper.make_node("ReduceSum", ["fixed"], ["sum"], keepdims=0))
+    model.graph.node.append(onnx.helper.make_node("Add", ["free", "sum"], ["scores"]))
+    return write_layers(tmp_path / "brittle", layers, model=model).artifact
+
+
+def test_what_cannot_be_computed_is_one_line(brittle: Any, images_of: Callable[..., Any]) -> None:
+    session = open_openvino(brittle, dynamic=True)
+    with pytest.raises(ArtifactError, match=r"brittle: OpenVINO .* cannot compute images of shape \(1, 8, 13, 4\): .") as caught:
+        session(images_of(4, batch=1, height=8))
+    assert "\n" not in str(caught.value)
+
+
+NO_MEMORY = """
+import resource, sys
+import numpy as np
+from muntin.errors import ArtifactError
+from muntin.runtime import load
+from muntin.runtime.memory import no_memory
+session = load(sys.argv[1], shapes=[(1, 8, 8)], dynamic=True, cache=False)
+session(np.zeros((1, 9, 9, 3), np.uint8))
+images = np.zeros((1, 2000, 2000, 3), np.uint8)  # 512 MB for each map of 32 channels
+pages = int(open("/proc/self/statm").read().split()[0])
+resource.setrlimit(resource.RLIMIT_AS, (pages * resource.getpagesize() + (200 << 20),) * 2)
+try:
+    session(images)
+except ArtifactError as error:
+    sys.exit(0 if no_memory(error) and "\\n" not in str(error) else str(error))
+"""
+
+
+@pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="the system does not count pages for us")
+def test_want_of_memory_can_be_told_from_other_failures(convolutions: Any) -> None:
+    done = subprocess.run([sys.executable, "-c", f"{NO_MEMORY}sys.exit(3)", str(convolutions.path)], check=False, capture_output=True)
+    assert (done.returncode, done.stderr) == (0, b"")
 
 
 def test_threads_may_share_a_session(convolutions: Any, images_of: Callable[..., Any]) -> None:

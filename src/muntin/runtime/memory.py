@@ -1,4 +1,7 @@
-"""How much memory a block of work takes, as the system counts it: resident pages of this process, at the end and at the peak."""
+"""How much memory a block of work takes, as the system counts it: resident pages of this process, at the end and at the peak.
+
+And whether it failed for want of it.
+"""
 
 from __future__ import annotations
 
@@ -8,6 +11,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 _STATUS = Path("/proc/self/status")
+_NO_MEMORY = ("bad_alloc", "out of memory", "failed to allocate", "cannot allocate", "can't allocate", "not enough memory")
 _RESET_PEAK = "5"  # proc(5), clear_refs: sets the peak to what is resident now
 
 
@@ -45,3 +49,9 @@ def resident() -> tuple[int | None, int | None]:
         return None, None
     now, peak = (re.search(rf"^{name}:\s*(\d+) kB", text, re.MULTILINE) for name in ("VmRSS", "VmHWM"))
     return (int(now[1]) << 10 if now else None), (int(peak[1]) << 10 if peak else None)
+
+
+def no_memory(error: BaseException) -> bool:
+    """Whether something failed for want of memory. OpenVINO, ONNX Runtime and PyTorch say it in words alone."""
+    text = str(error).lower()
+    return isinstance(error, MemoryError) or any(words in text for words in _NO_MEMORY)

@@ -122,6 +122,10 @@ class OpenVinoSession(Session):
             for first in range(0, len(images_BHWC), step):
                 self._write_to(request, answer[first : first + step])
                 request.infer([images_BHWC[first : first + step]], share_inputs=True, share_outputs=True)
+        except RuntimeError as error:
+            raise ArtifactError(
+                f"{self._path}: OpenVINO {openvino.__version__} cannot compute images of shape {images_BHWC.shape}: {one_line(error)}"
+            ) from error
         finally:
             compiled.free.put(request)
 
