@@ -6,7 +6,7 @@ import numpy as np
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from muntin.runtime.buffers import KEPT, Buffers
+from muntin.runtime.buffers import KEPT, KEPT_BYTES, Buffers
 
 
 def address(array: np.ndarray) -> int:
@@ -80,3 +80,25 @@ def test_memory_of_one_type_serves_another() -> None:
     where = address(buffers.take((8,)))
     labels = buffers.take((4, 8), np.uint8)
     assert (labels.dtype, labels.shape, address(labels)) == (np.uint8, (4, 8), where)
+
+
+def test_what_is_kept_is_bounded_in_bytes() -> None:
+    """Memory that is never written is no memory: these arrays cost nothing."""
+    buffers = Buffers()
+
+    def kept() -> list[int]:
+        return [memory.nbytes for memory in buffers._free]
+
+    buffers.take((KEPT_BYTES + 1,), np.uint8)
+    assert kept() == []
+    half, part = KEPT_BYTES // 2, KEPT_BYTES // 8
+    for size in (part, part, half):
+        buffers.take((size,), np.uint8)
+    assert kept() == [part, half]
+    held = [buffers.take((size,), np.uint8) for size in (part, part, part, half)]
+    del held
+    assert sum(kept()) <= KEPT_BYTES
+    buffers.take((KEPT_BYTES,), np.uint8)
+    assert kept() == [KEPT_BYTES]
+    buffers.take((part,), np.uint8)
+    assert kept() == [part]  # the last ones count

@@ -17,10 +17,14 @@ import numpy as np
 from numpy.typing import DTypeLike, NDArray
 
 KEPT = 4
+KEPT_BYTES = 256 << 20
 
 
 class Buffers:
-    """Gives arrays; keeps the memory of at most `KEPT` dropped ones, of whatever type. Safe to use from several threads."""
+    """Gives arrays; keeps the memory of dropped ones, of whatever type: of the last `KEPT`, and of no more than `KEPT_BYTES` in all.
+
+    Safe to use from several threads. Where they drop arrays at the same time, more may be kept until the next one is dropped.
+    """
 
     def __init__(self) -> None:
         self._free: deque[NDArray[np.uint8]] = deque(maxlen=KEPT)
@@ -58,4 +62,18 @@ class Buffers:
 
     def _give_back(self, memory: NDArray[np.uint8]) -> None:
         # No lock: a finaliser may run inside `take`, in the thread that holds it. Single operations of a deque are atomic.
-        self._free.append(memory)
+        room = KEPT_BYTES - memory.nbytes
+        if room < 0:
+            return
+        kept = [memory]
+        while self._free:
+            try:
+                earlier = self._free.pop()
+            except IndexError:  # another thread was faster
+                break
+            room -= earlier.nbytes
+            if room < 0:
+                self._free.clear()
+                break
+            kept.append(earlier)
+        self._free.extend(reversed(kept))

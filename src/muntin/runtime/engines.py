@@ -73,6 +73,9 @@ def load(
     the engine compiles; False: the first call of a size compiles for it. `cache`: whether what the engine compiles is kept in the user's
     cache, and taken from it.
 
+    What a session keeps in memory beside its weights, in OpenVINO: a compiled model for each of `shapes`, for the last 4 sizes that came
+    beside them and for dynamic sizes; and of answers that were dropped the memory of the last 4, 256 MiB in all at most.
+
     Raises ArtifactError for an altered artefact, DataError for an unknown engine, precision or number of threads, streams or shape,
     DependencyError when the engine is not installed or the machine lacks the precision or the device asked for.
     """
