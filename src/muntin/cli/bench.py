@@ -79,6 +79,8 @@ def _candidate(path: Path, compile: bool, engine: str, precision: str) -> Candid
     from muntin.artifact.store import MANIFEST
     from muntin.runtime.loading import ArtifactCandidate
 
+    if not path.exists():
+        raise DataError(f"--baseline {path} does not exist: name another artefact, a run or a checkpoint")
     if (path / MANIFEST).is_file():
         if compile:
             raise DataError(f"--compile is for a PyTorch baseline, and {path} is an artefact: leave it out")
