@@ -10,6 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from muntin.cli import COMMANDS
@@ -93,6 +94,20 @@ def test_ctrl_c_is_one_line(call: Call, monkeypatch: pytest.MonkeyPatch, exporte
 
     monkeypatch.setattr("muntin.runtime.verify", interrupted)
     assert call("verify", exported.artifact).mistake() == "interrupted"
+
+
+def test_no_memory_is_one_line(call: Call, monkeypatch: pytest.MonkeyPatch, exported: Any, tmp_path: Path) -> None:
+    def too_large(*arguments: Any, **options: Any) -> None:
+        np.empty(1 << 60, np.uint8)
+
+    monkeypatch.setattr("muntin.runtime.verify", too_large)
+    text = call("verify", exported.artifact).mistake()
+    assert text.startswith("not enough memory (Unable to allocate 1.00 EiB for an array")
+    assert "): choose a smaller --tile, --size or --batch" in text
+    monkeypatch.setattr("muntin.runtime.predict", too_large)
+    answer = call("predict", exported.artifact, exported.image, "-o", tmp_path / "out", "--json")
+    assert answer.mistake().startswith(f"{exported.image}: not enough memory (Unable")
+    assert [failure["source"] for failure in json.loads(answer.out)["failures"]] == [str(exported.image)]
 
 
 def test_what_the_system_refuses_is_one_line(call: Call, exported: Any) -> None:

@@ -10,7 +10,7 @@ import typer
 
 from muntin.cli.bench import bench_command
 from muntin.cli.compress import compress_command
-from muntin.cli.console import accept_any_name, out, say
+from muntin.cli.console import accept_any_name, memory_advice, out, say
 from muntin.cli.deploy import export_command, predict_command, verify_command
 from muntin.cli.machine import doctor_command
 from muntin.cli.models import init_command, models_command
@@ -84,6 +84,9 @@ def main() -> None:
         if extra is None:
             raise
         say(f"muntin: this command needs the package {package}: pip install 'muntin[{extra}]'")
+        sys.exit(1)
+    except MemoryError as error:
+        say(f"muntin: {memory_advice(error)}")
         sys.exit(1)
     except OSError as error:
         where = f"{error.filename}: " if error.filename else ""

@@ -30,6 +30,12 @@ def print_json(document: Any) -> None:
     sys.stdout.flush()
 
 
+def memory_advice(error: MemoryError) -> str:
+    """What to do where memory is out; numpy says how much it wanted."""
+    wanted = f" ({error})" if str(error) else ""
+    return f"not enough memory{wanted}: choose a smaller --tile, --size or --batch where the command has it, or a machine with more"
+
+
 def accept_any_name() -> None:
     """Lets both outputs write names that their encoding does not have: by the numbers of their bytes, where it would be an error."""
     for stream in (sys.stdout, sys.stderr):

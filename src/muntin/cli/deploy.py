@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from muntin.cli.console import Json, out, print_json, progress_bar, say, status
+from muntin.cli.console import Json, memory_advice, out, print_json, progress_bar, say, status
 from muntin.errors import ArtifactError, DataError, VerificationError
 
 if TYPE_CHECKING:
@@ -189,9 +189,10 @@ def predict_command(
         for done, path in enumerate(images, 1):
             try:
                 results.append(_classify(session, path) if task == "classify" else _segment(session, path, folder, truth, tiles))
-            except (DataError, ArtifactError) as error:  # of this image: the others are not worse for it
-                say(f"muntin: {error}")
-                failures.append({"source": str(path), "error": str(error)})
+            except (DataError, ArtifactError, MemoryError) as error:  # of this image: the others are not worse for it
+                text = f"{path}: {memory_advice(error)}" if isinstance(error, MemoryError) else str(error)
+                say(f"muntin: {text}")
+                failures.append({"source": str(path), "error": text})
             advance(done, len(images))
     if json:
         print_json(
