@@ -312,14 +312,14 @@ def test_a_full_disk_leaves_nothing_and_keeps_the_old(write: Write, tmp_path: Pa
 
 
 def test_what_is_in_place_is_not_said_to_be_missing(write: Write, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    old, sync = write(tmp_path / "a"), directory._sync_directory
+    old, sync = write(tmp_path / "a"), directory.sync_directory
 
     def failing(folder: Path) -> None:
         if folder == tmp_path:
             raise OSError(errno.EIO, "Input/output error")
         sync(folder)
 
-    monkeypatch.setattr(directory, "_sync_directory", failing)
+    monkeypatch.setattr(directory, "sync_directory", failing)
     with pytest.raises(ArtifactError, match="in place, but the disk does not confirm it"):
         write(tmp_path / "a", packing={"wide": 8})
     assert open_artifact(tmp_path / "a").digest != old.digest

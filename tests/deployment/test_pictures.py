@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from muntin.artifact import ClassInfo, Signature
 from muntin.data.source import Sample
-from muntin.deployment.pictures import draw_borders, example_windows, write_examples, write_whole
+from muntin.deployment.pictures import draw_borders, example_windows, write_examples, write_picture
 from muntin.runtime.images import IGNORED, RIGHT, WRONG, colorize, read_image, read_mask
 
 CLASSES = (ClassInfo(name="sea", color=(0, 0, 200)), ClassInfo(name="field", color=(0, 160, 0)), ClassInfo(name="roof", color=(200, 60, 0)))
@@ -107,7 +107,7 @@ def test_the_whole_picture_in_tiles(tmp_path: Path) -> None:
     labels = varied(np.random.default_rng(0), 3, 70, 90)
     borders = [(0, 40, "train"), (40, 45, "left out"), (45, 90, "test")]
     whole = sample(labels)
-    write_whole(tmp_path, Reads(), whole.image, labels, borders, CLASSES, tile=32)
+    write_picture(tmp_path, Reads(), whole.image, labels, borders, CLASSES, tile=32)
     assert sorted(file.name for file in tmp_path.iterdir()) == ["difference.png", "mask.png", "overlay.png"]
     assert np.array_equal(read_mask(tmp_path / "mask.png"), labels)  # drawn on by nobody
     assert np.array_equal(read_mask(tmp_path / "mask.png", colors=True), colorize(labels, CLASSES))

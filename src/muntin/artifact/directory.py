@@ -8,6 +8,7 @@ import shutil
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
+from muntin.artifact.writing import sync_directory, write_synced
 from muntin.errors import ArtifactError
 
 
@@ -25,8 +26,8 @@ def replace_directory(path: Path, contents: Mapping[str, bytes], *, marker: str)
         target.parent.mkdir(parents=True, exist_ok=True)
         fresh.mkdir()
         for name, data in contents.items():
-            _write(fresh / name, data)
-        _sync_directory(fresh)
+            write_synced(fresh / name, data)
+        sync_directory(fresh)
         _swap(fresh, target, aside)
     except OSError as error:
         raise ArtifactError(
@@ -35,7 +36,7 @@ def replace_directory(path: Path, contents: Mapping[str, bytes], *, marker: str)
     finally:
         shutil.rmtree(fresh, ignore_errors=True)
     try:
-        _sync_directory(target.parent)
+        sync_directory(target.parent)
     except OSError as error:
         raise ArtifactError(
             f"{path}: it is in place, but the disk does not confirm it ({error.strerror or error}): check the disk, then write again"
@@ -76,20 +77,3 @@ def _swap(fresh: Path, target: Path, aside: Path) -> None:
     except OSError:
         aside.rename(target)
         raise
-
-
-def _write(file: Path, data: bytes) -> None:
-    with file.open("xb") as stream:
-        stream.write(data)
-        stream.flush()
-        os.fsync(stream.fileno())
-
-
-def _sync_directory(directory: Path) -> None:
-    if os.name != "posix":  # elsewhere a directory cannot be opened, and the rename is all there is
-        return
-    descriptor = os.open(directory, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

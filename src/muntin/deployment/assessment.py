@@ -41,7 +41,7 @@ from muntin.data import EarthSource, Sample
 from muntin.deployment.counting import image_macs, parameter_count, stored_bytes
 from muntin.deployment.export import export
 from muntin.deployment.layers import layer_rows, rank_rows
-from muntin.deployment.pictures import write_examples, write_whole
+from muntin.deployment.pictures import write_examples, write_picture
 from muntin.errors import ArtifactError, ExportError, RecipeError, VerificationError
 from muntin.models import TorchSession
 from muntin.runtime import Session, describe_hardware, load, verify
@@ -314,7 +314,7 @@ class _Assessment:
             "examples": write_examples(self.directory, session, self.test, classes, side=self.side),
         }
         if isinstance(self.source, EarthSource):
-            write_whole(self.directory, session, *self.source.picture(), self.source.borders(), classes, tile=self.tile)
+            write_picture(self.directory, session, *self.source.picture(), self.source.borders(), classes, tile=self.tile)
             pictures["overlay"] = "overlay.png"
         return pictures
 

@@ -14,8 +14,7 @@ from PIL import Image, ImageDraw, ImageFont
 
 from muntin.artifact.classes import ClassInfo
 from muntin.data.source import Sample
-from muntin.runtime import images
-from muntin.runtime.images import IGNORED, colorize, difference, overlay, write_image
+from muntin.runtime.images import IGNORED, colorize, difference, encode_png, overlay, to_rgb, write_image, write_whole
 from muntin.runtime.tiles import Predictor, predict
 
 UInt8 = NDArray[np.uint8]
@@ -71,7 +70,7 @@ def write_examples(
         image, truth = (np.ascontiguousarray(a[top : top + side, left : left + side]) for a in (sample.image, sample.labels))
         labels = predict(session, image)
         views = {
-            "image": _rgb(image),
+            "image": to_rgb(image),
             "truth": colorize(truth, classes),
             "prediction": colorize(labels, classes),
             "difference": difference(labels, truth),
@@ -84,17 +83,11 @@ def write_examples(
     return examples
 
 
-def write_whole(
+def write_picture(
     directory: Path, session: Predictor, image: UInt8, truth: UInt8, borders: Sequence[Border], classes: Sequence[ClassInfo], *, tile: int
 ) -> None:
     """The whole picture in blended tiles: `mask.png`, `overlay.png` with the borders of the splits drawn, `difference.png`."""
     labels = predict(session, image, tile=tile)
-    images.write_whole(directory / "mask.png", images.encode_png(labels, [entry.color for entry in classes]))
+    write_whole(directory / "mask.png", encode_png(labels, [entry.color for entry in classes]))
     write_image(directory / "overlay.png", draw_borders(overlay(image, labels, classes), borders))
     write_image(directory / "difference.png", draw_borders(difference(labels, truth), borders))
-
-
-def _rgb(image: UInt8) -> UInt8:
-    if image.shape[2] >= 3:
-        return np.ascontiguousarray(image[:, :, :3])
-    return np.repeat(image[:, :, :1], 3, axis=2)

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
-import os
-import secrets
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from muntin.artifact import writing
 from muntin.errors import MuntinError
 from muntin.reporting.page import render_html
 from muntin.reporting.schema import Report, parse_report, report_values
@@ -56,37 +54,8 @@ def write_files(directory: Path, contents: Mapping[str, str], *, what: str) -> N
     """
     try:
         directory.mkdir(parents=True, exist_ok=True)
-        with _complete_copies(directory, contents) as copies:
-            for name, copy in copies.items():
-                copy.replace(directory / name)
-        _sync(directory)
+        writing.write_files(directory, {name: text.encode() for name, text in contents.items()})
     except OSError as error:
         raise MuntinError(
             f"cannot write the {what} into {directory} ({error.strerror or error}): free some space there or name another folder"
         ) from None
-
-
-@contextlib.contextmanager
-def _complete_copies(directory: Path, contents: Mapping[str, str]) -> Iterator[dict[str, Path]]:
-    # Hidden siblings, so that taking the final name is a rename inside one file system; removed whatever happens.
-    copies = {name: directory / f".{name}.{secrets.token_hex(4)}" for name in contents}
-    try:
-        for name, text in contents.items():
-            with copies[name].open("x", encoding="utf-8", newline="\n") as file:
-                file.write(text)
-                file.flush()
-                os.fsync(file.fileno())
-        yield copies
-    finally:
-        for copy in copies.values():
-            copy.unlink(missing_ok=True)
-
-
-def _sync(directory: Path) -> None:
-    # Makes the renames themselves durable; Windows has no handle for a directory.
-    if os.name == "posix":
-        handle = os.open(directory, os.O_RDONLY)
-        try:
-            os.fsync(handle)
-        finally:
-            os.close(handle)

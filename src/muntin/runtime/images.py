@@ -10,12 +10,10 @@ Axis letters: H, W rows and columns, C channels. Arrays are uint8 unless a docst
 from __future__ import annotations
 
 import io
-import os
 import re
 import struct
 import threading
 import tokenize
-import uuid
 import warnings
 import zlib
 from collections.abc import Callable, Iterator, Sequence
@@ -29,6 +27,7 @@ import numpy.typing as npt
 from PIL import BmpImagePlugin, Image, ImageFile, JpegImagePlugin, PngImagePlugin, TiffImagePlugin, WebPImagePlugin
 
 from muntin.artifact.classes import ClassInfo
+from muntin.artifact.writing import write_files
 from muntin.errors import DataError
 
 UInt8 = npt.NDArray[np.uint8]
@@ -206,17 +205,9 @@ def write_image(path: Path | str, image: npt.NDArray[Any]) -> None:
 
 
 def write_whole(path: Path, content: bytes | memoryview) -> None:
-    """Writes a file whole or not at all: a temporary sibling, fsync, rename. Raises DataError when the system refuses."""
-    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex[:12]}.tmp")
+    """Writes a file whole or not at all. Raises DataError when the system refuses."""
     try:
-        try:
-            with temporary.open("xb") as stream:
-                stream.write(content)
-                stream.flush()
-                os.fsync(stream.fileno())
-            temporary.replace(path)
-        finally:
-            temporary.unlink(missing_ok=True)
+        write_files(path.parent, {path.name: content})
     except OSError as error:
         advice = "its folder does not exist" if not path.parent.is_dir() else _reason(error)
         raise DataError(f"cannot write {path}: {advice}; make room or choose another place") from error

@@ -1,0 +1,45 @@
+"""Files that are there whole or not at all."""
+
+from __future__ import annotations
+
+import errno
+import os
+from pathlib import Path
+
+import pytest
+
+from muntin.artifact.writing import write_files
+
+
+def test_all_are_there_and_nothing_else(tmp_path: Path) -> None:
+    (tmp_path / "a").write_bytes(b"before")
+    write_files(tmp_path, {"a": b"one", "b": memoryview(b"two")})
+    assert {file.name: file.read_bytes() for file in tmp_path.iterdir()} == {"a": b"one", "b": b"two"}
+
+
+def test_where_one_cannot_be_written_none_is(tmp_path: Path) -> None:
+    (tmp_path / "a").write_bytes(b"before")
+    with pytest.raises(OSError, match="No such file"):
+        write_files(tmp_path, {"a": b"one", "missing/b": b"two"})
+    assert [(file.name, file.read_bytes()) for file in tmp_path.iterdir()] == [("a", b"before")]
+
+
+@pytest.mark.skipif(os.name != "posix", reason="a directory cannot be opened elsewhere")
+@pytest.mark.parametrize(("number", "fails"), [(errno.EINVAL, False), (errno.EIO, True)])
+def test_a_file_system_that_syncs_no_directories_is_taken_as_it_is(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int, fails: bool
+) -> None:
+    sync = os.fsync
+
+    def refusing(descriptor: int) -> None:
+        if os.path.isdir(f"/proc/self/fd/{descriptor}"):
+            raise OSError(number, os.strerror(number))
+        sync(descriptor)
+
+    monkeypatch.setattr(os, "fsync", refusing)
+    if fails:
+        with pytest.raises(OSError, match="Input/output"):
+            write_files(tmp_path, {"a": b"one"})
+    else:
+        write_files(tmp_path, {"a": b"one"})
+    assert [(file.name, file.read_bytes()) for file in tmp_path.iterdir()] == [("a", b"one")]
