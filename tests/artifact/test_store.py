@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import hashlib
 import os
+import signal
 import subprocess
 import sys
 from collections.abc import Callable
@@ -309,6 +310,41 @@ def test_a_full_disk_leaves_nothing_and_keeps_the_old(write: Write, tmp_path: Pa
         assert "cannot be written (File too large)" in run.stdout
     assert [entry.name for entry in tmp_path.iterdir()] == ["a"]
     assert open_artifact(tmp_path / "a").digest == old.digest
+
+
+KILLED = """
+import os, signal, sys
+from pathlib import Path
+from muntin.artifact import directory
+def killed(*arguments):
+    os.kill(os.getpid(), signal.SIGKILL)
+if sys.argv[2] == "writing":
+    directory.sync_directory = killed
+else:  # between the two renames
+    directory._swap = lambda fresh, target, aside: (target.rename(aside), killed())
+directory.replace_directory(Path(sys.argv[1]), {"manifest.json": b"{}", "model.onnx": b""}, marker="manifest.json")
+"""
+
+
+@pytest.mark.skipif(os.name != "posix", reason="locks and signals are POSIX's")
+def test_what_killed_writes_left_goes_with_the_next_one(write: Write, tmp_path: Path) -> None:
+    directory.replace_directory(tmp_path / "a", {MANIFEST: b"{}"}, marker=MANIFEST)
+    for where in ("writing", "renaming"):
+        ended = subprocess.run([sys.executable, "-c", KILLED, str(tmp_path / "a"), where], check=False).returncode
+        assert ended == -signal.SIGKILL
+    left = {entry.name for entry in tmp_path.iterdir()}
+    assert sorted(name.rpartition(".")[2] for name in left) == ["old", "partial", "partial"]
+    others = {".a.0123abcd.partial", ".a.0123abcd.partial.txt", ".b.0123abcd.old"}  # just begun; another's; another artefact's
+    for name in others:
+        (tmp_path / name).mkdir()
+    (going_on := tmp_path / ".a.89abcdef.partial").mkdir()
+    (going_on / "model.onnx").touch()
+    with directory._locked(going_on):
+        write(tmp_path / "a")
+    assert {entry.name for entry in tmp_path.iterdir()} == {"a", going_on.name, *others}
+    open_artifact(tmp_path / "a")
+    write(tmp_path / "a")
+    assert {entry.name for entry in tmp_path.iterdir()} == {"a", *others}
 
 
 def test_what_is_in_place_is_not_said_to_be_missing(write: Write, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

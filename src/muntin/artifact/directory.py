@@ -3,13 +3,20 @@
 from __future__ import annotations
 
 import os
+import re
 import secrets
 import shutil
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from muntin.artifact.writing import sync_directory, write_synced
 from muntin.errors import ArtifactError
+
+try:
+    import fcntl
+except ImportError:  # Windows has none
+    fcntl = None  # type: ignore[assignment]
 
 
 def replace_directory(path: Path, contents: Mapping[str, bytes], *, marker: str) -> None:
@@ -17,7 +24,8 @@ def replace_directory(path: Path, contents: Mapping[str, bytes], *, marker: str)
 
     One that is there already is replaced if it is empty, or holds `marker` and no other names than `contents` has; anything else raises
     ArtifactError and stays as it is. So does a full disk, and nothing half-written is left. Between the two renames of a replacement,
-    a reader finds no directory for an instant; after a crash there the old one lies beside it, under a name that ends in ".old".
+    a reader finds no directory for an instant; after a crash there the old one lies beside it, under a name that ends in ".old". What
+    writes left beside `path` that were killed is removed once it is in place.
     """
     target = refuse_foreign(path, contents.keys(), marker=marker)
     token = secrets.token_hex(4)
@@ -25,10 +33,11 @@ def replace_directory(path: Path, contents: Mapping[str, bytes], *, marker: str)
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         fresh.mkdir()
-        for name, data in contents.items():
-            write_synced(fresh / name, data)
-        sync_directory(fresh)
-        _swap(fresh, target, aside)
+        with _locked(fresh):
+            for name, data in contents.items():
+                write_synced(fresh / name, data)
+            sync_directory(fresh)
+            _swap(fresh, target, aside)
     except OSError as error:
         raise ArtifactError(
             f"{path}: the artefact cannot be written ({error.strerror or error}): make room or name another place; nothing was left behind"
@@ -43,6 +52,7 @@ def replace_directory(path: Path, contents: Mapping[str, bytes], *, marker: str)
         ) from error
     finally:
         shutil.rmtree(aside, ignore_errors=True)
+    _remove_left(target)
 
 
 def refuse_foreign(path: Path, names: Iterable[str], *, marker: str) -> Path:
@@ -65,6 +75,40 @@ def refuse_foreign(path: Path, names: Iterable[str], *, marker: str) -> Path:
         found = foreign[0] if foreign else min(present)
         raise ArtifactError(f"{path}: it is no artefact (it holds {found}) and is not replaced: name another directory or empty it")
     return target
+
+
+def _remove_left(target: Path) -> None:
+    """Removes what writes of this target left beside it: of those that were killed, not of one that goes on."""
+    name = re.compile(rf"\.{re.escape(target.name)}\.[0-9a-f]{{8}}\.(partial|old)")
+    with suppress(OSError):  # nothing depends on it
+        for path in target.parent.iterdir():
+            found = name.fullmatch(path.name)
+            if found is None:
+                continue
+            if found[1] == "old":  # the target is in place, so that nobody needs it any more
+                shutil.rmtree(path, ignore_errors=True)
+                continue
+            with suppress(OSError), _locked(path, wait=False) as locked:
+                if locked and any(path.iterdir()):  # an empty one was just made, by a write that has not locked it yet
+                    shutil.rmtree(path, ignore_errors=True)
+
+
+@contextmanager
+def _locked(folder: Path, *, wait: bool = True) -> Iterator[bool]:
+    """Holds a folder's lock, which the system takes back however the process ends; False where another holds it or there are no locks."""
+    if fcntl is None:
+        yield False
+        return
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+            locked = True
+        except OSError:
+            locked = False
+        yield locked
+    finally:
+        os.close(descriptor)
 
 
 def _swap(fresh: Path, target: Path, aside: Path) -> None:
