@@ -32,7 +32,7 @@ def test_a_file_system_that_syncs_no_directories_is_taken_as_it_is(
     sync = os.fsync
 
     def refusing(descriptor: int) -> None:
-        if os.path.isdir(f"/proc/self/fd/{descriptor}"):
+        if Path(f"/proc/self/fd/{descriptor}").is_dir():
             raise OSError(number, os.strerror(number))
         sync(descriptor)
 

@@ -417,6 +417,27 @@ def test_what_cannot_be_predicted_is_one_line_and_nothing_is_written(
     assert not (tmp_path / "out").exists()
 
 
+def test_the_limit_of_pixels_can_be_another(call: Call, exported: Any, tmp_path: Path) -> None:
+    words = ("predict", exported.artifact, exported.image, "--truth", exported.mask, "-o", tmp_path / "out", "--max-pixels")
+    text = call(*words, 48 * 48 - 1).mistake()
+    assert (
+        text
+        == f"{exported.image} has 48×48 pixels, more than the limit of 2,303: cut it into smaller pictures, or allow more by --max-pixels"
+    )
+    assert call(*words, 48 * 48, "--json").document()["results"]
+
+
+def test_an_array_of_a_file_is_computed_as_the_picture_is(call: Call, exported: Any, tmp_path: Path) -> None:
+    image = read_image(exported.image)
+    np.save(tmp_path / "plain.npy", image)
+    np.save(tmp_path / "fortran.npy", np.asfortranarray(image))
+    images = (exported.image, tmp_path / "plain.npy", tmp_path / "fortran.npy")
+    for tile in (16, 512):
+        words = ("predict", exported.artifact, *images, "-o", tmp_path / "out", "--tile", tile, "--json")
+        masks = [read_mask(result["mask"]) for result in call(*words).document()["results"]]
+        assert all(np.array_equal(mask, masks[0]) for mask in masks)
+
+
 def test_where_nothing_can_be_written_is_told_before_the_work(
     call: Call, exported: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

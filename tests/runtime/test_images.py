@@ -156,6 +156,24 @@ def test_many_channels_come_from_npy(tmp_path: Path) -> None:
     np.testing.assert_array_equal(read_image(tmp_path / "c.npy", 1)[:, :, 0], image[:, :, 0])
 
 
+def test_a_mapped_npy_is_read_where_it_is_looked_at(tmp_path: Path) -> None:
+    """60 GB that nobody wrote: a file of holes."""
+    with (tmp_path / "a.npy").open("wb") as file:
+        np.lib.format.write_array_header_1_0(file, {"descr": "|u1", "fortran_order": False, "shape": (100_000, 200_000, 3)})
+        file.truncate(file.tell() + 60_000_000_000)
+        file.seek(-3, os.SEEK_END)
+        file.write(b"abc")
+    with pytest.raises(images.TooManyPixelsError):
+        read_image(tmp_path / "a.npy", mapped=True)
+    image = read_image(tmp_path / "a.npy", max_pixels=1 << 40, mapped=True)
+    assert image.shape == (100_000, 200_000, 3)
+    assert bytes(image[-1, -1]) == b"abc"
+    np.save(tmp_path / "grey.npy", np.asfortranarray(photo(channels=1)[:, :, 0]))
+    np.testing.assert_array_equal(read_image(tmp_path / "grey.npy", 1, mapped=True), photo(channels=1))
+    with pytest.raises(DataError, match="3 are wanted"):
+        read_image(tmp_path / "grey.npy", mapped=True)
+
+
 def test_npy_never_unpickles(tmp_path: Path) -> None:
     np.save(tmp_path / "a.npy", np.array([[{"a": 1}]], dtype=object), allow_pickle=True)
     with pytest.raises(DataError) as error:
@@ -256,12 +274,16 @@ def test_a_tiff_beyond_pillows_limit_is_read_without_a_warning(tmp_path: Path, m
 
 
 @pytest.mark.parametrize("suffix", [".tif", ".webp"])
-def test_pillows_own_limit_is_no_damage(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, suffix: str) -> None:
+def test_pillows_own_limit_is_ours(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, suffix: str) -> None:
     write_image(tmp_path / f"a{suffix}", photo(9, 9))
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 30)
-    with pytest.raises(images.TooManyPixelsError) as error:
-        read_image(tmp_path / f"a{suffix}")
-    one_line(error, f"a{suffix} has more pixels than the 60", "cut it up")
+    assert read_image(tmp_path / f"a{suffix}").shape == (9, 9, 3)
+    assert image_size(tmp_path / f"a{suffix}", max_pixels=81) == (9, 9)
+    assert Image.MAX_IMAGE_PIXELS == 30
+    for limit in (20, 80):  # below Pillow's, and above it
+        with pytest.raises(images.TooManyPixelsError) as error:
+            read_image(tmp_path / f"a{suffix}", max_pixels=limit)
+        one_line(error, f"a{suffix} has ", f"the limit of {limit}")
 
 
 def test_the_limit_of_pixels_is_ours_and_settable(tmp_path: Path) -> None:

@@ -158,6 +158,9 @@ def predict_command(
             "--exact", help="Tiles whose result equals the untiled one. Always refused so far: no artefact has the plan for it yet."
         ),
     ] = False,
+    max_pixels: Annotated[
+        int | None, typer.Option(min=1, help="Refuse pictures of more pixels; 268,435,456 by default. A .npy file is read tile by tile.")
+    ] = None,
     engine: Engine = "openvino",
     precision: Precision = "recorded",
     threads: Threads = None,
@@ -168,6 +171,7 @@ def predict_command(
     An image that cannot be done is told, the others are done, and the exit code is 1.
     """
     from muntin.runtime import load
+    from muntin.runtime.images import MAX_PIXELS, TooManyPixelsError
     from muntin.runtime.tiles import check_tiles
 
     images = _images(image)
@@ -183,14 +187,19 @@ def predict_command(
         _refuse_unwritable(folder)
         _refuse_overwriting(image, images, folder, truth, task)
         check_tiles(session, **tiles)
-    session.warm_up(_common_shapes(images, session.signature, tile or TILE, overlap), compute=False)
+    limit = max_pixels or MAX_PIXELS
+    session.warm_up(_common_shapes(images, session.signature, tile or TILE, overlap, limit), compute=False)
     results, failures = [], []
     with progress_bar("predicting") as advance:
         for done, path in enumerate(images, 1):
             try:
-                results.append(_classify(session, path) if task == "classify" else _segment(session, path, folder, truth, tiles))
+                if task == "classify":
+                    results.append(_classify(session, path, limit))
+                else:
+                    results.append(_segment(session, path, folder, truth, limit, tiles))
             except (DataError, ArtifactError, MemoryError) as error:  # of this image: the others are not worse for it
                 text = f"{path}: {memory_advice(error)}" if isinstance(error, MemoryError) else str(error)
+                text += ", or allow more by --max-pixels" if isinstance(error, TooManyPixelsError) else ""
                 say(f"muntin: {text}")
                 failures.append({"source": str(path), "error": text})
             advance(done, len(images))
@@ -236,7 +245,7 @@ def _images(given: Iterable[Path]) -> list[Path]:
     return list(found.values())
 
 
-def _common_shapes(images: Iterable[Path], signature: Signature, tile: int, overlap: int | None) -> list[Shape]:
+def _common_shapes(images: Iterable[Path], signature: Signature, tile: int, overlap: int | None, max_pixels: int) -> list[Shape]:
     """The (B, H, W) of calls that are worth a compilation of their own: of `COMPILED` calls or more, or where all calls are of one size.
 
     By the images' headers; what is wrong with one is told when it is read.
@@ -250,7 +259,7 @@ def _common_shapes(images: Iterable[Path], signature: Signature, tile: int, over
     calls: Counter[Shape] = Counter()
     for path in images:
         with suppress(DataError):
-            height, width = image_size(path)
+            height, width = image_size(path, max_pixels=max_pixels)
             if signature.task == "classify":
                 calls[1, height, width] += 1
                 continue
@@ -294,24 +303,24 @@ def _refuse_overwriting(given: Iterable[Path], images: Iterable[Path], output: P
                 raise DataError(f"{target}, a result of {path}, would replace a file that was given: give another folder by --output")
 
 
-def _classify(session: Session, path: Path) -> dict[str, Any]:
+def _classify(session: Session, path: Path, max_pixels: int) -> dict[str, Any]:
     import numpy as np
 
     from muntin.runtime import predict
     from muntin.runtime.images import read_image
 
-    scores = predict(session, read_image(path, channels=session.signature.channels))
+    scores = predict(session, read_image(path, channels=session.signature.channels, max_pixels=max_pixels, mapped=True))
     weights = np.exp(scores - scores.max())
     best = int(scores.argmax())
     return {"source": str(path), "class": session.signature.classes[best].name, "probability": float(weights[best] / weights.sum())}
 
 
-def _segment(session: Session, path: Path, output: Path, truth: Path | None, tiles: dict[str, Any]) -> dict[str, Any]:
+def _segment(session: Session, path: Path, output: Path, truth: Path | None, max_pixels: int, tiles: dict[str, Any]) -> dict[str, Any]:
     from muntin.runtime import predict
     from muntin.runtime.images import encode_png, overlay, read_image, write_image, write_whole
 
-    image = read_image(path, channels=session.signature.channels)
-    known = None if truth is None else _read_truth(truth, image.shape[:2], session.signature.classes)
+    image = read_image(path, channels=session.signature.channels, max_pixels=max_pixels, mapped=True)
+    known = None if truth is None else _read_truth(truth, image.shape[:2], session.signature.classes, max_pixels)
     answer = predict(session, image, **tiles)
     output.mkdir(parents=True, exist_ok=True)
     targets = _results(path, output, session.signature.task)
@@ -334,12 +343,12 @@ def _segment(session: Session, path: Path, output: Path, truth: Path | None, til
     return result
 
 
-def _read_truth(path: Path, size: tuple[int, ...], classes: Sequence[ClassInfo]) -> NDArray[np.uint8]:
+def _read_truth(path: Path, size: tuple[int, ...], classes: Sequence[ClassInfo], max_pixels: int) -> NDArray[np.uint8]:
     import numpy as np
 
     from muntin.runtime.images import IGNORED, read_mask
 
-    mask = read_mask(path)
+    mask = read_mask(path, max_pixels=max_pixels)
     allowed = f"0 to {len(classes) - 1}, and {IGNORED} for what is ignored"
     if mask.ndim != 2:
         mask = _numbered(path, mask, classes, allowed)

@@ -2,7 +2,8 @@
 
 Reading recognises a file by its first bytes and hands it to Pillow's decoder of that format, so that the only limit on a
 picture's size is the one stated here (`MAX_PIXELS`, an argument everywhere): `PIL.Image.open` would apply a process-wide
-limit of its own, and warn. Every failure is a `DataError` of one line that names the file.
+limit of its own, and warn. Its decoders of TIFF and WebP do so too, and are told the limit that is stated here while they look; WebP itself
+ends at 16383 pixels a side. Every failure is a `DataError` of one line that names the file.
 
 Axis letters: H, W rows and columns, C channels. Arrays are uint8 unless a docstring says otherwise.
 """
@@ -84,12 +85,13 @@ class TooManyPixelsError(DataError):
     """A picture has more pixels than are allowed."""
 
 
-def read_image(path: Path | str, channels: int | None = 3, *, max_pixels: int = MAX_PIXELS) -> UInt8:
+def read_image(path: Path | str, channels: int | None = 3, *, max_pixels: int = MAX_PIXELS, mapped: bool = False) -> UInt8:
     """The picture in a file as uint8 (H, W, C), turned upright as its EXIF orientation says.
 
     Reads PNG, JPEG, WebP, TIFF and BMP of 8 bits a channel, and `.npy` arrays (H, W) or (H, W, 1-16) of uint8.
     `channels` 3 makes RGB (grey is repeated, alpha dropped), 1 makes grey; None keeps what the file has. A `.npy` file
-    is never converted: its channels must be those asked for. Costs one decode and one copy.
+    is never converted: its channels must be those asked for. Costs one decode and one copy. `mapped`: a `.npy` file is not
+    copied but given as it lies in the file, read-only, and read where it is looked at: larger than memory if need be.
 
     Raises DataError: missing, empty, damaged or truncated file, another format, several pages or frames, more than `max_pixels`
     pixels, 16-bit pixels (which would be cut to 8 bits silently), channels that cannot be made.
@@ -100,7 +102,7 @@ def read_image(path: Path | str, channels: int | None = 3, *, max_pixels: int = 
             image_HWC = _npy_image(path, stream, max_pixels)
             if channels not in (None, image_HWC.shape[2]):
                 raise DataError(f"{path} has {image_HWC.shape[2]} channels, {channels} are wanted: set `channels` to what the files hold")
-            return image_HWC
+            return image_HWC if mapped else np.array(image_HWC, order="C", subok=False)
         with _picture(path, stream, head, max_pixels) as picture:
             mode = _target_mode(path, picture, channels)
             image_HWC = np.array(_converted(_upright(picture), mode), dtype=np.uint8)
@@ -327,17 +329,14 @@ def _picture(path: Path, stream: IO[bytes], head: bytes, max_pixels: int) -> Ite
     if decoder is None:
         raise DataError(f"{path} is no image that muntin reads: PNG, JPEG, WebP, TIFF, BMP or .npy; convert it or remove it")
     try:
-        with _quiet():
+        with _quiet(max_pixels):
             picture = decoder(stream)
         with picture:
             _check_pixels(path, picture.size, max_pixels)
             _check_alone(path, picture)
             yield picture
     except Image.DecompressionBombError as error:
-        limit = 2 * (Image.MAX_IMAGE_PIXELS or 0)
-        raise TooManyPixelsError(
-            f"{path} has more pixels than the {limit:,} that Pillow reads of a TIFF or WebP picture: cut it up, or store a PNG"
-        ) from error
+        raise TooManyPixelsError(f"{path} has more pixels than the limit of {max_pixels:,}: cut it into smaller pictures") from error
     except _DAMAGE as error:
         raise _damaged(path, error) from error
 
@@ -357,11 +356,19 @@ def _decoder(head: bytes) -> Callable[[IO[bytes]], ImageFile.ImageFile] | None:
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
-    """Pillow and numpy warn about odd headers that change no pixel. The lock is there because warning filters are process-wide."""
+def _quiet(max_pixels: int = 0) -> Iterator[None]:
+    """Pillow and numpy warn about odd headers that change no pixel. The lock is there because warning filters are process-wide.
+
+    So is Pillow's limit of a TIFF and a WebP picture, which is `max_pixels` inside the block, if that is more.
+    """
     with _quiet_lock, warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        yield
+        limit = Image.MAX_IMAGE_PIXELS
+        Image.MAX_IMAGE_PIXELS = None if limit is None else max(limit, max_pixels)
+        try:
+            yield
+        finally:
+            Image.MAX_IMAGE_PIXELS = limit
 
 
 def _check_pixels(path: Path, size: tuple[int, int], max_pixels: int) -> None:
@@ -415,8 +422,8 @@ def _orientation(picture: Image.Image) -> int:
 
 def _upright(picture: ImageFile.ImageFile) -> Image.Image:
     """The picture decoded, which takes no lock, and turned as its EXIF orientation says."""
-    if prod(picture.size) > (Image.MAX_IMAGE_PIXELS or MAX_PIXELS):  # Pillow's limit of a TIFF is not ours, and it would warn
-        with _quiet():
+    if isinstance(picture, TiffImagePlugin.TiffImageFile):  # the one that Pillow holds against its own limit here
+        with _quiet(prod(picture.size)):
             picture.load_prepare()
     picture.load()
     turn = _TURNS.get(_orientation(picture))  # 1 for a TIFF, which Pillow has turned by now
@@ -493,8 +500,7 @@ def _npy_image(path: Path, stream: IO[bytes], max_pixels: int) -> UInt8:
     array = _npy_mapped(path, stream, max_pixels)
     if array.dtype != np.uint8 or (array.ndim == 3 and not 1 <= array.shape[2] <= MAX_CHANNELS):
         raise DataError(f"{path} holds {array.dtype} of shape {array.shape}: (H, W) or (H, W, 1-{MAX_CHANNELS}) of uint8 is wanted")
-    image = np.array(array, order="C", subok=False)
-    return image if image.ndim == 3 else image[:, :, None]
+    return array if array.ndim == 3 else array[:, :, None]
 
 
 def _npy_mask(path: Path, stream: IO[bytes], max_pixels: int) -> npt.NDArray[Any]:
