@@ -131,6 +131,24 @@ def test_a_model_in_float_has_nothing_to_check(write_layers: Callable[..., Any],
 # ---- faults ----
 
 
+def test_a_recorded_layer_that_is_not_checked_is_a_problem(
+    write_layers: Callable[..., Any], layer_maker: Callable[..., Any], tmp_path: Path
+) -> None:
+    """A product of what was moved about after rounding, which is left out of the check."""
+    layers = [layer_maker("pixel", 5, 4, 6, 1, scale=0.9, relu=False)]
+    model = onnx.load_model_from_string(write_layers(tmp_path / "good", layers).artifact.model_bytes())
+    place, node = next((i, node) for i, node in enumerate(model.graph.node) if node.op_type == "Conv")
+    model.graph.node.insert(place, onnx.helper.make_node("Transpose", [node.input[0]], ["moved"], perm=[0, 1, 2, 3]))
+    model.graph.node[place + 1].input[0] = "moved"
+    written = write_layers(tmp_path / "moved", layers, model=model)
+    result = muntin.verify(written.path, precision="f32", layers=True, allow_fallbacks=True)
+    assert result.checks == ()
+    assert result.problems == (
+        "layer pixel, recorded with 8-bit activations, multiplies nothing quantised in the graph, so it is not checked: export again",
+    )
+    assert muntin.verify(written.path, precision="f32", allow_fallbacks=True).passed
+
+
 @pytest.fixture
 def engine_of(monkeypatch: pytest.MonkeyPatch) -> Callable[[Callable[[onnx.ModelProto], None]], None]:
     """`engine_of(alter)`: the engine runs a model that `alter` changed; what it is compared with stays."""
@@ -235,7 +253,8 @@ def test_verification_reports_the_checks_where_it_is_asked_to(convolutions: Any)
 
 
 def test_a_failed_check_is_a_problem_on_one_line(convolutions: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    checks = (LayerCheck(name="stem", error=0.3), LayerCheck(name="body", error=2.5))
+    errors = {"stem": 0.3, "body": 2.5, "depthwise": 0.0, "head": 1.0}
+    checks = tuple(LayerCheck(name=name, error=error) for name, error in errors.items())
     monkeypatch.setattr(verification, "verify_layers", lambda artifact, images: checks)
     result = muntin.verify(convolutions.path, layers=True)
     assert not result.passed and result.checks == checks

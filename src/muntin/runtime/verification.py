@@ -50,7 +50,7 @@ class VerifyResult:
     `digests`: the files that were compared with their sha256 (an altered one raises before anything runs). `layers`: the precision that
     every operation ran in. `fallbacks`: the layers that the manifest records with 8-bit activations (or fewer) and that did not run on
     integer kernels; problems unless they were allowed. `evaluation`: what `evaluate` returned. `checks`: each quantised layer against plain
-    float arithmetic, where that was asked for.
+    float arithmetic, where that was asked for; a recorded one without a check is a problem.
     """
 
     path: Path
@@ -108,6 +108,7 @@ def verify(
         problems += [f"{reason}: export for this engine and CPU, or allow fallbacks" for reason in reasons]
     checks = _checked_layers(artifact) if layers else ()
     problems += [_check_problem(check) for check in checks if not check.passed]
+    problems += [_unchecked_problem(name) for name in find_unchecked(manifest.layers, checks)] if layers else []
     evaluation = None if evaluate is None else float(evaluate(session))
     if evaluation is not None and not isfinite(evaluation):
         problems.append(f"evaluate returned {evaluation}: it must return a finite number, higher is better")
@@ -185,10 +186,8 @@ def find_fallbacks(records: Sequence[LayerRecord], layers: Sequence[ExecutedLaye
     A layer is the compute nodes of its name, or of its name and a "/" before more; it fell back if one of them is not "i8", or none ran.
     """
     names, reasons = [], []
-    for record in records:
-        if record.activation_bits is None or record.activation_bits > 8:
-            continue
-        ran = [layer for layer in layers if layer.compute and (layer.name == record.name or layer.name.startswith(f"{record.name}/"))]
+    for record in _integer_records(records):
+        ran = [layer for layer in layers if layer.compute and _is_of(layer.name, record)]
         if ran and all(layer.precision == "i8" for layer in ran):
             continue
         names.append(record.name)
@@ -197,6 +196,19 @@ def find_fallbacks(records: Sequence[LayerRecord], layers: Sequence[ExecutedLaye
             f"layer {record.name}, recorded with {record.activation_bits}-bit activations, ran as {found or 'no node of its name'}"
         )
     return tuple(names), tuple(reasons)
+
+
+def find_unchecked(records: Sequence[LayerRecord], checks: Sequence[LayerCheck]) -> tuple[str, ...]:
+    """The recorded layers with integer activations of which no check was made: nothing in the graph is a product of what they quantise."""
+    return tuple(record.name for record in _integer_records(records) if not any(_is_of(check.name, record) for check in checks))
+
+
+def _integer_records(records: Sequence[LayerRecord]) -> list[LayerRecord]:
+    return [record for record in records if record.activation_bits is not None and record.activation_bits <= 8]
+
+
+def _is_of(node: str, record: LayerRecord) -> bool:
+    return node == record.name or node.startswith(f"{record.name}/")
 
 
 def _golden_problem(index: int, result: GoldenResult) -> str:
@@ -214,6 +226,10 @@ def _check_problem(check: LayerCheck) -> str:
         f"layer {check.name}: OpenVINO's result is {check.error:.3g} quantisation steps from what its integers say "
         f"(allowed: {TOLERANCE:g}): report it with the CPU and OpenVINO's version"
     )
+
+
+def _unchecked_problem(name: str) -> str:
+    return f"layer {name}, recorded with 8-bit activations, multiplies nothing quantised in the graph, so it is not checked: export again"
 
 
 def _no_tolerance(session: Session, manifest: Manifest) -> str:
