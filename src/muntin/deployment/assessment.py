@@ -49,6 +49,7 @@ from muntin.runtime.contention import notes_on, watch_cpu
 from muntin.runtime.doctor import count
 from muntin.runtime.images import IGNORED
 from muntin.runtime.latency import latency_report
+from muntin.runtime.memory import no_memory
 from muntin.runtime.tiles import Predictor
 from muntin.training.checkpoint import AVERAGE, Checkpoint, read_checkpoint
 from muntin.training.evaluation import Evaluation, Labels, predictions, score, tile_of
@@ -195,8 +196,9 @@ class _Assessment:
 
     def run(self, rounds: int) -> dict[str, Any]:
         model = self.checkpoint.model()
-        self.probe = torch.from_numpy(np.ascontiguousarray(_window(self.test[0].image, self.side))).permute(2, 0, 1)[None]
         reference = TorchSession(model, self.signature)
+        self._afford(reference, "PyTorch FP32")
+        self.probe = torch.from_numpy(np.ascontiguousarray(_window(self.test[0].image, self.side))).permute(2, 0, 1)[None]
         steps = [self._step("fp32", "PyTorch FP32", reference, model, bytes=self.checkpoint.bytes)]
         calibration = calibration_of(self.checkpoint, self.source)
         for done, stage in self.stages.items():
@@ -217,6 +219,7 @@ class _Assessment:
         engine = f"{session.engine} INT8 + {session.precision.upper()}, {count(session.threads, 'thread')}"
         steps.append(self._step("deployed", engine, session, simulated, bytes=artifact.bytes))
         self.stage("latency")
+        self._afford(session, session.engine)
         torch_engine = f"PyTorch {torch.__version__} eager FP32, {count(torch.get_num_threads(), 'thread')}"
         with watch_cpu() as watch:
             latency = latency_report(
@@ -235,6 +238,12 @@ class _Assessment:
             "pictures": self._pictures(session),
             "seconds": self.seconds,
         }
+
+    def _afford(self, session: Predictor, name: str) -> None:
+        """Takes a smaller side where a session finds no memory for this one: attention among all pixels may want 64 GiB at 512."""
+        wanted, self.side = self.side, affordable_side(session, self.test[0].image, self.side, least=self.recipe.data.crop)
+        if self.side != wanted:
+            self.notes.append(f"Timed and shown at {self.side} pixels: {name} does not find the memory for an image of {wanted}.")
 
     def _stage_step(self, name: Stage, stage: Checkpoint, calibration: list[Tensor]) -> Assessed:
         model = read_model(stage)
@@ -317,6 +326,20 @@ class _Assessment:
             write_picture(self.directory, session, *self.source.picture(), self.source.borders(), classes, tile=self.tile)
             pictures["overlay"] = "overlay.png"
         return pictures
+
+
+def affordable_side(session: Predictor, image_HWC: NDArray[np.uint8], side: int, *, least: int) -> int:
+    """`side`, or half of it and so on down to `least`, at which a session finds the memory to compute a window of an image."""
+    while side > least:
+        try:
+            session(_window(image_HWC, side)[None])
+        except (MemoryError, RuntimeError, ArtifactError) as error:
+            if not no_memory(error):
+                raise
+            side = max(least, side // 2)
+        else:
+            break
+    return side
 
 
 def _window(image_HWC: NDArray[np.uint8], side: int) -> NDArray[np.uint8]:
