@@ -122,12 +122,26 @@ class OpenVinoSession(Session):
             for first in range(0, len(images_BHWC), step):
                 self._write_to(request, answer[first : first + step])
                 request.infer([images_BHWC[first : first + step]], share_inputs=True, share_outputs=True)
-        except RuntimeError as error:
-            raise ArtifactError(
-                f"{self._path}: OpenVINO {openvino.__version__} cannot compute images of shape {images_BHWC.shape}: {one_line(error)}"
-            ) from error
+        except (RuntimeError, MemoryError) as error:
+            if compiled.shape is not None or self._drop(compiled):
+                raise ArtifactError(
+                    f"{self._path}: OpenVINO {openvino.__version__} cannot compute images of shape {images_BHWC.shape}: {one_line(error)}"
+                ) from error
+        else:
+            return
         finally:
             compiled.free.put(request)
+        self._run(images_BHWC, answer, labels=labels)  # another call failed on that model, and that may be all that was wrong
+
+    def _drop(self, compiled: _Compiled) -> bool:
+        """Lets a model of dynamic sizes go that failed to compute; False where another call did so before.
+
+        After a failure, for want of memory for one, OpenVINO 2026.4 refuses the size before it, too, until another size comes.
+        """
+        with self._lock:
+            variant = next((variant for variant, kept in self._compiled.items() if kept is compiled), None)
+            gone = None if variant is None else self._compiled.pop(variant)
+        return gone is not None
 
     def _write_to(self, request: Any, answer: NDArray[Any]) -> None:
         try:
@@ -302,7 +316,7 @@ def _executed(runtime_model: Any, nodes: ComputeNodes) -> list[ExecutedLayer]:
 _INFO = frozenset({"layerType", "originalLayersNames", "runtimePrecision"})
 
 
-def one_line(error: RuntimeError) -> str:
+def one_line(error: RuntimeError | MemoryError) -> str:
     """What OpenVINO says, without the places in its own source that it starts with."""
     lines = [line.strip() for line in str(error).splitlines()]
     return " ".join(line for line in lines if line and not line.startswith(("Exception from", "Check 'false' failed")))[:600]
