@@ -299,6 +299,28 @@ def test_the_limit_of_pixels_is_ours_and_settable(tmp_path: Path) -> None:
         read_image(tmp_path / "big.png", max_pixels=10**8)
 
 
+NO_MEMORY = """
+import resource, sys
+from muntin.errors import DataError
+from muntin.runtime.images import image_size, read_image
+image_size(sys.argv[1])
+pages = int(open("/proc/self/statm").read().split()[0])
+resource.setrlimit(resource.RLIMIT_AS, (pages * resource.getpagesize() + (100 << 20),) * 2)
+try:
+    read_image(sys.argv[1])
+except DataError as error:
+    print(error)
+"""
+
+
+@pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="the system does not count pages for us")
+def test_a_picture_that_there_is_no_memory_for_is_not_said_to_be_damaged(tmp_path: Path) -> None:
+    write_image(tmp_path / "a.png", np.zeros((10_000, 10_000), np.uint8))
+    done = subprocess.run([sys.executable, "-c", NO_MEMORY, str(tmp_path / "a.png")], capture_output=True, text=True, check=True)
+    assert done.stdout.startswith(f"{tmp_path / 'a.png'} needs more memory than there is, unless its header lies: cut it")
+    assert done.stdout.count("\n") == 1
+
+
 def test_masks_give_the_numbers_in_the_file(tmp_path: Path) -> None:
     labels = np.array([[0, 1, 2], [3, 2, 255]], dtype=np.uint8)
     palette = Image.fromarray(labels)

@@ -395,6 +395,8 @@ def _check_alone(path: Path, picture: ImageFile.ImageFile) -> None:
 
 
 def _damaged(path: Path, error: BaseException) -> DataError:
+    if isinstance(error, MemoryError):
+        return DataError(f"{path} needs more memory than there is, unless its header lies: cut it into smaller pictures or replace it")
     return DataError(f"{path} is damaged or truncated ({_reason(error)}): replace it or remove it")
 
 
