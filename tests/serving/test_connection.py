@@ -16,10 +16,13 @@ from typing import Any
 import numpy as np
 import pytest
 import uvicorn
+from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
-from muntin.serving.config import Bounds
-from muntin.serving.connection import Answer, Receiver, Reply
+from muntin.errors import DependencyError
+from muntin.serving.config import Bounds, ServeConfig
+from muntin.serving.connection import Answer, Receiver, Reply, check_uvicorn
 from muntin.serving.ledger import Ledger, Pulse
+from muntin.serving.server import Server
 
 BOUNDS = Bounds(
     body_bytes=100_000, header_bytes=2048, held_bytes=250_000, connections=8, header_seconds=0.8, body_seconds=0.8, idle_seconds=30
@@ -161,6 +164,13 @@ def served(request: pytest.FixtureRequest) -> Iterator[Served]:
 def post(body: bytes, path: str = "/", *, length: int | None = None, more: bytes = b"") -> bytes:
     size = len(body) if length is None else length
     return b"POST %s HTTP/1.1\r\nHost: a\r\nContent-Length: %d\r\n%s\r\n" % (path.encode(), size, more) + body
+
+
+def test_another_uvicorn_is_told_before_it_answers_wrongly(monkeypatch: pytest.MonkeyPatch) -> None:
+    check_uvicorn()
+    monkeypatch.delattr(HttpToolsProtocol, "_start_asgi_task")
+    with pytest.raises(DependencyError, match=rf"uvicorn {uvicorn.__version__} has no _start_asgi_task.*muntin\[serve\]"):
+        Server("nowhere", ServeConfig())
 
 
 def test_a_body_arrives_in_one_piece_however_it_was_sent(served: Served) -> None:

@@ -22,8 +22,10 @@ from typing import Any, Protocol
 
 import httptools
 import numpy as np
+import uvicorn
 from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
 
+from muntin.errors import DependencyError
 from muntin.serving.heads import HEAD_BYTES, Known, known_head
 from muntin.serving.ledger import Ledger
 from muntin.serving.unread import SMALL, Unread
@@ -39,8 +41,20 @@ _MAPPED = 1 << 17
 """Bytes from which memory comes from the system, a fault for every page, and is worth keeping."""
 _FRAMES = 16
 """Bytes that a byte of a body may take on the wire where it comes in chunks; one byte a chunk takes six."""
+_OVERRIDDEN = ("_start_asgi_task", "_unset_keepalive_if_required", "timeout_keep_alive_handler", "on_response_complete")
+"""Of uvicorn's connection, which calls them, and which keeps what they are called to itself."""
 _LINGER_S = 2.0
 """How long what is sent after a refusal is dropped before the connection is closed."""
+
+
+def check_uvicorn() -> None:
+    """Raises DependencyError where the uvicorn that is installed has another connection than `BoundedConnection` is made of: what that
+    overrides would never be called, and every inference not be found."""
+    missing = [name for name in _OVERRIDDEN if not hasattr(HttpToolsProtocol, name)]
+    if missing:
+        raise DependencyError(
+            f"uvicorn {uvicorn.__version__} has no {missing[0]} in its connections, which this server needs: pip install 'muntin[serve]'"
+        )
 
 
 class Direct(Protocol):

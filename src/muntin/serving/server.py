@@ -34,7 +34,7 @@ from muntin.serving.access_log import AccessLog
 from muntin.serving.batcher import Batcher
 from muntin.serving.compiler import BUDGET, Compiler
 from muntin.serving.config import ServeConfig
-from muntin.serving.connection import Receiver
+from muntin.serving.connection import Receiver, check_uvicorn
 from muntin.serving.control import Control
 from muntin.serving.executor import Executor
 from muntin.serving.grpc import GrpcFace
@@ -83,10 +83,11 @@ class Server:
 
     `path`: the artefact, or the directory. `notify` is told in a line of every version that comes or goes and why. `run` serves on the
     calling thread until it is told to stop; `start` and `stop`, or a `with` block, do so on a thread of its own. Raises what loading the
-    first version raises, DataError for an address that cannot be had.
+    first version raises, DataError for an address that cannot be had, DependencyError for a uvicorn that it cannot build on.
     """
 
     def __init__(self, path: str | Path, config: ServeConfig, *, notify: Notify = _nobody) -> None:
+        check_uvicorn()
         self.config, self._notify = config, told_safely(notify)
         self._repository = Repository(path)
         self.http_port, self.grpc_port = config.http_port, config.grpc_port
