@@ -14,11 +14,12 @@ import ssl
 import subprocess
 import sys
 import threading
+import time
 import urllib.error
 import urllib.request
 import zlib
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -755,6 +756,57 @@ def test_tls(write_pixels: Callable[..., Path], tmp_path: Path, pair: tuple[Path
         client.close()
     with pytest.raises(DataError, match="TLS certificate"), served(path, tls_certificate=key, tls_key=certificate):
         pass
+
+
+@contextmanager
+def secure(server: Server, certificate: Path) -> Iterator[ssl.SSLSocket]:
+    """A connection over TLS that was answered, of a client that never looks at it again."""
+    context = ssl.create_default_context(cafile=str(certificate))
+    plain = socket.create_connection(("127.0.0.1", server.http_port), timeout=20)
+    with context.wrap_socket(plain, server_hostname="localhost") as client:
+        client.sendall(b"GET /v2/health/live HTTP/1.1\r\nHost: a\r\n\r\n")
+        found = b""
+        while not found.endswith(b'{"live":true}'):
+            found += client.recv(1000)
+        yield client
+
+
+def test_an_idle_connection_over_tls_does_not_outlast_its_time_or_the_server(
+    write_pixels: Callable[..., Path], tmp_path: Path, pair: tuple[Path, Path], wait_until: Any
+) -> None:
+    certificate, key = pair
+    path, files = write_pixels(tmp_path / "pixels"), {"tls_certificate": certificate, "tls_key": key}
+    with served(path, bounds=Bounds(idle_seconds=1), **files) as server, secure(server, certificate):
+        assert server._http is not None
+        wait_until(lambda: not server._http.server_state.connections, 5)
+    server = served(path, drain_seconds=20, **files)
+    server.start()
+    with secure(server, certificate):
+        began = time.monotonic()
+        server.stop()
+        assert time.monotonic() - began < 10
+    assert server.cut_off == 0
+
+
+def test_a_large_answer_over_tls_is_read_to_its_end_however_slowly(
+    write_pixels: Callable[..., Path], tmp_path: Path, pair: tuple[Path, Path]
+) -> None:
+    certificate, key = pair
+    with served(write_pixels(tmp_path / "pixels"), tls_certificate=certificate, tls_key=key) as server:
+        images = images_of(4, 1, 512, 512)
+        tensor = {"name": "images", "datatype": "UINT8", "shape": images.shape, "parameters": {"binary_data_size": images.nbytes}}
+        head = json.dumps({"inputs": [tensor], "parameters": {"binary_data_output": True}}).encode()
+        with secure(server, certificate) as client:
+            client.sendall(
+                b"POST /v2/models/pixels/infer HTTP/1.1\r\nHost: a\r\nConnection: close\r\nContent-Length: %d\r\n"
+                b"Inference-Header-Content-Length: %d\r\n\r\n" % (len(head) + images.nbytes, len(head))
+            )
+            client.sendall(head + images.tobytes())
+            time.sleep(3)
+            found = 0
+            while piece := client.recv(1 << 20):
+                found += len(piece)
+        assert found > images.nbytes * 4  # scores, and labels
 
 
 def test_a_port_that_is_taken_is_named(pixels: Server, write_pixels: Callable[..., Path], tmp_path: Path) -> None:

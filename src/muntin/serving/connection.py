@@ -254,6 +254,7 @@ class BoundedConnection(HttpToolsProtocol):
 
     def connection_lost(self, exc: Exception | None) -> None:
         self._stop_timer()
+        self._unset_keepalive_if_required()  # uvicorn's goes on where a connection ended in an error
         self._unread.taken()
         try:
             self._abandon()

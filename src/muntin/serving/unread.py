@@ -1,12 +1,17 @@
 """What one client has not read of its answers: it is counted as held, and a client that stands still is given up.
 
 How much a transport has to send is known to it alone, so this asks it; whoever reads steadily may take as long as it likes.
+
+TLS wants to hear of a connection's end from both sides, and many a client looks at one that it does not use no more: what is closed is left
+as soon as all of it has reached the client. The transport of TLS does not say what is left below it, so the system is asked.
 """
 
 from __future__ import annotations
 
 import asyncio
+import sys
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from typing import Any
 
 import numpy as np
@@ -14,9 +19,16 @@ from numpy.typing import NDArray
 
 from muntin.serving.ledger import Ledger
 
+if sys.platform == "linux":
+    import fcntl
+    import termios
+
 SMALL = 1 << 14
 """Bytes of an answer below which its parts are put together: copying them costs less than sending them one by one. Whoever is sent more
 and has not taken it counts as one who reads slowly."""
+
+_FAREWELL_S = 0.25
+"""Between two looks at what of a closed connection over TLS is on its way."""
 
 
 class Unread:
@@ -26,6 +38,7 @@ class Unread:
         self, transport: asyncio.Transport, ledger: Ledger, loop: asyncio.AbstractEventLoop, give_up: Callable[[], object]
     ) -> None:
         self._transport, self._ledger, self._loop, self._give_up = transport, ledger, loop, give_up
+        self._secure = transport.get_extra_info("sslcontext") is not None
         self._timer: asyncio.TimerHandle | None = None
         """When it is looked whether anything has been read."""
         self._waiting = 0
@@ -50,6 +63,8 @@ class Unread:
         """A connection that is closed stays until its client has read the rest, as long as it reads."""
         if self._timer is None and self._transport.get_write_buffer_size():
             self._watch()
+        elif self._timer is None and self._secure:
+            self._timer = self._loop.call_later(_FAREWELL_S, self._leave, False)
 
     def overflows(self) -> bool:
         """Has the transport say that it has something left to send, however little: it may be a part of much."""
@@ -87,10 +102,28 @@ class Unread:
         self._timer = None
         self._give_up()
 
+    def _leave(self, before: bool) -> None:
+        """`before`: nothing was on its way at the last look; that may be since the loop had no time to send more."""
+        delivered = _delivered(self._transport)
+        if before and delivered:
+            self._timer = None
+            self._transport.abort()
+        else:
+            self._timer = self._loop.call_later(_FAREWELL_S, self._leave, delivered)
+
     def _stop(self) -> None:
         if self._timer is not None:
             self._timer.cancel()
             self._timer = None
+
+
+def _delivered(transport: asyncio.Transport) -> bool:
+    """Whether the client's system has all that this one was given to send. False where the system does not say."""
+    if sys.platform != "linux" or (socket := transport.get_extra_info("socket")) is None:
+        return False
+    with suppress(OSError):
+        return not any(fcntl.ioctl(socket.fileno(), termios.TIOCOUTQ, bytes(4)))
+    return False
 
 
 def _whole(part: Any) -> NDArray[Any] | None:
