@@ -20,7 +20,7 @@ from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 from muntin.errors import DependencyError
 from muntin.serving.config import Bounds, ServeConfig
-from muntin.serving.connection import Answer, Receiver, Reply, check_uvicorn
+from muntin.serving.connection import SPARE, Answer, Receiver, Reply, check_uvicorn
 from muntin.serving.ledger import Ledger, Pulse
 from muntin.serving.server import Server
 
@@ -50,6 +50,9 @@ class Echo:
         assert 0 <= time.monotonic() - came < 1
         assert scope["learned"]
         return (503, [(b"retry-after", b"1")], [b"fu", b"ll"]) if bytes(body).startswith(self.full) else None
+
+    def essential(self, target: bytes) -> bool:
+        return target == b"/health"
 
     def takes(self, scope: Any) -> bool:
         return True
@@ -406,7 +409,24 @@ def test_what_comes_beside_the_chunks_is_bounded(served: Served, ending: bytes) 
 def test_connections_are_bounded(served: Served) -> None:
     clients = [served.connect() for _ in range(BOUNDS.connections)]
     wait(lambda: len(served.server.server_state.connections) == BOUNDS.connections)
-    assert served.ask(post(b"")).startswith(b"HTTP/1.1 503 ")
+    for body in (b"", b"x" * 90_000):
+        assert served.ask(post(body)).startswith(b"HTTP/1.1 503 ")  # and it is read, whatever was still on its way
+    with closing(served.connect()) as client:
+        client.sendall(post(b"", "/health"))
+        assert (b" 200 " in read(client)) == served.direct
+        assert client.recv(100) == b""  # others may want the place
+    wait(lambda: len(served.server.server_state.connections) == BOUNDS.connections)
+    with closing(served.connect()) as client:
+        wait(lambda: len(served.server.server_state.connections) == BOUNDS.connections + 1)
+        clients.pop().close()
+        wait(lambda: len(served.server.server_state.connections) == BOUNDS.connections)
+        for text in (b"fine", b"again"):  # there is room for it now
+            client.sendall(post(text))
+            assert read_json(read(client)) == [len(text), text.decode()]
+        clients += [served.connect() for _ in range(SPARE + 1)]
+        wait(lambda: len(served.server.server_state.connections) == BOUNDS.connections + SPARE)
+        with closing(served.connect()) as last:
+            assert read(last).startswith(b"HTTP/1.1 503 ")
     for client in clients:
         client.close()
     wait(lambda: not served.server.server_state.connections)

@@ -114,8 +114,10 @@ def _raise_descriptors(config: ServeConfig) -> str:
         import resource
     except ModuleNotFoundError:  # Windows has no such limit
         return ""
+    from muntin.serving.connection import SPARE
+
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    wanted = (1 if config.grpc_port is None else 2) * config.bounds.connections + _OTHER_FILES
+    wanted = (1 if config.grpc_port is None else 2) * config.bounds.connections + SPARE + _OTHER_FILES
     for most in (hard, wanted):  # the latter where the system allows less than it says, as macOS does
         with suppress(ValueError, OSError):
             resource.setrlimit(resource.RLIMIT_NOFILE, (most, hard))

@@ -43,6 +43,11 @@ _FRAMES = 16
 """Bytes that a byte of a body may take on the wire where it comes in chunks; one byte a chunk takes six."""
 _OVERRIDDEN = ("_start_asgi_task", "_unset_keepalive_if_required", "timeout_keep_alive_handler", "on_response_complete")
 """Of uvicorn's connection, which calls them, and which keeps what they are called to itself."""
+SPARE = 32
+"""Connections beyond the bound, on which what must always be answered is, and everything else refused: a probe that is turned away says
+that a busy server is a dead one."""
+_SPARE_S = 2.0
+"""How long the headers on one of these may take."""
 _LINGER_S = 2.0
 """How long what is sent after a refusal is dropped before the connection is closed."""
 
@@ -59,6 +64,10 @@ def check_uvicorn() -> None:
 
 class Direct(Protocol):
     """What answers some requests without ASGI."""
+
+    def essential(self, target: bytes, /) -> bool:
+        """Whether a request for this is answered, by whomever, though there are too many connections."""
+        ...
 
     def takes(self, scope: MutableMapping[str, Any], /) -> bool:
         """Whether it answers a request, of which the headers are there."""
@@ -129,6 +138,8 @@ class BoundedConnection(HttpToolsProtocol):
     ) -> None:
         super().__init__(config=config, server_state=server_state, app_state=app_state, _loop=_loop)
         self._ledger, self._bounds, self._direct = ledger, ledger.bounds, direct
+        self._spare = False
+        """Whether it is one too many."""
         self._timer: asyncio.TimerHandle | None = None
         """Until when what is arriving has to be there."""
         self._unread: Unread
@@ -161,10 +172,12 @@ class BoundedConnection(HttpToolsProtocol):
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
         self._unread = Unread(transport, self._ledger, self.loop, self._not_read)
-        if len(self.connections) > self._bounds.connections:
-            self._refuse(503, f"{self._bounds.connections} connections are open already", linger=False)
+        beyond = len(self.connections) - self._bounds.connections
+        self._spare = beyond > 0
+        if beyond > SPARE:
+            self._refuse_place(linger=False)
         else:
-            self._expect(self._bounds.header_seconds)
+            self._expect(min(self._bounds.header_seconds, _SPARE_S) if self._spare else self._bounds.header_seconds)
 
     def room(self, wanted: int) -> memoryview:
         """Where the bytes that come next are to be written: to their place in a known request's body, and to no more than its end."""
@@ -186,7 +199,7 @@ class BoundedConnection(HttpToolsProtocol):
     def _take(self, data: bytes) -> bytes:
         """What is left of the data: what comes behind a known request's body."""
         self._raw = b""  # of whatever came before: what is started after a wait must not be remembered by another one's head
-        if self._direct is not None and not self._parsing and (self.cycle is None or self.cycle.response_complete):
+        if self._direct is not None and not self._spare and not self._parsing and (self.cycle is None or self.cycle.response_complete):
             end = data.find(b"\r\n\r\n", 0, HEAD_BYTES) + 4
             self._raw = data[:end] if end > 4 else b""
             known = self._ledger.known.get(self._raw)
@@ -313,6 +326,9 @@ class BoundedConnection(HttpToolsProtocol):
         if hosts != 1 and (hosts or self.parser.get_http_version() != "1.0"):  # RFC 9112, 3.2
             self._refuse(400, f"{hosts} Host headers: name one")
             return
+        if not self._has_place():
+            self._refuse_place()
+            return
         length = next((value for name, value in self.headers if name == b"content-length"), b"0")
         if len(length) > _DIGITS or int(length) > self._bounds.body_bytes:
             self._refuse(413, f"a body of {length[:_DIGITS].decode()} bytes: at most {self._bounds.body_bytes:,} are taken")
@@ -321,6 +337,7 @@ class BoundedConnection(HttpToolsProtocol):
         else:
             self._wire = int(any(name == b"transfer-encoding" for name, _ in self.headers))
             super().on_headers_complete()
+            self.cycle.keep_alive = self.cycle.keep_alive and not self._spare
             self.cycle.transport = _Sending(self.transport, partial(self._close_behind, self.cycle))  # type: ignore[assignment]
             self._head = None  # not before: what is refused until here has no cycle yet, and the last one is of an answer that is out
             if int(length) and not self._over:
@@ -544,6 +561,11 @@ class BoundedConnection(HttpToolsProtocol):
         else:
             self._refuse(408, "the request did not arrive in time")
 
+    def _has_place(self) -> bool:
+        """Whether what is asked for here is answered: on one connection too many only what must be, as long as others have not gone."""
+        self._spare = self._spare and len(self.connections) > self._bounds.connections
+        return not self._spare or (self._direct is not None and self._direct.essential(self.url))
+
     def _may_hold(self, count: int) -> bool:
         return self._ledger.held + count <= self._bounds.held_bytes
 
@@ -572,6 +594,9 @@ class BoundedConnection(HttpToolsProtocol):
 
     def _refuse_head(self) -> None:
         self._refuse(431, f"the request's line and headers are longer than {self._bounds.header_bytes:,} bytes")
+
+    def _refuse_place(self, *, linger: bool = True) -> None:
+        self._refuse(503, f"{self._bounds.connections} connections are open already", linger=linger)
 
     def _refuse(self, status: int, reason: str, *, linger: bool = True) -> None:
         """Answer on the connection itself, without the application, and close it: once the requests before were answered."""

@@ -81,6 +81,8 @@ SMALL_PACKED, SMALL = 1 << 16, 1 << 18
 _OPEN = ("/v2/health/live", "/v2/health/ready")
 """What needs no token: whoever starts and stops servers asks for it."""
 
+_ESSENTIAL = frozenset(path.encode() for path in (*_OPEN, "/metrics"))
+
 
 class HttpFace:
     """The ASGI application, and inference beside it. `tokens`: of which a request must carry one; empty: none is asked for."""
@@ -108,6 +110,10 @@ class HttpFace:
         self._routes = Starlette(routes=self._table(), exception_handlers=answers)
 
     # ---- inference ----
+
+    def essential(self, target: bytes) -> bool:
+        """Whether a request is answered on a connection too many: by what starts, stops and watches servers it is asked."""
+        return target.partition(b"?")[0] in _ESSENTIAL
 
     def takes(self, scope: Scope) -> bool:
         """Whether `begin` answers a request."""
