@@ -233,6 +233,15 @@ def test_large_answers_are_put_into_form_without_keeping_others_waiting(pixels: 
     assert len(outputs["scores"]["data"]) == images.size
 
 
+@pytest.mark.parametrize("headers", [{"Origin": "http://evil.example", "Sec-Fetch-Site": "cross-site"}, {"Host": "evil.example"}])
+@pytest.mark.parametrize("what", ["load", "unload"])
+def test_a_web_page_does_not_change_what_is_served(pixels: Server, headers: dict[str, str], what: str) -> None:
+    """A request that a browser sends without asking before."""
+    status, _, answer = fetch(pixels, f"/v2/repository/models/pixels/{what}", b"", {"Content-Type": "text/plain", **headers})
+    assert (status, "evil.example" in json.loads(answer)["error"]) == (403, True)
+    assert fetch(pixels, "/v2/models/pixels/ready")[0] == 200
+
+
 def test_a_priority_that_no_number_of_32_bits_holds_is_refused_and_holds_no_version(client: Client) -> None:
     with pytest.raises(InferenceServerException, match="priority"):
         client.ask(images_of(1, 1), priority=1 << 32)
@@ -923,6 +932,7 @@ _ASKED = b'{"inputs": [{"name": "images", "datatype": "UINT8", "shape": [1, 1, 1
         ("/v2/models/pixels", "/v2/models/{model}", None, {"more": "x" * 20_000}, 431),
         ("/v2/repository/models/pixels/load", "/v2/repository/models/{model}/load", b'{"parameters": {"config": "{}"}}', {}, 501),
         ("/v2/repository/models/pixels/load", "/v2/repository/models/{model}/load", b'{"parameters": {"version": "9"}}', {}, 404),
+        ("/v2/repository/models/pixels/unload", "/v2/repository/models/{model}/unload", b"", {"origin": "null"}, 403),
         ("/v2/repository/index", "/v2/repository/index", b'{"ready": 1}', {}, 400),
     ],
 )

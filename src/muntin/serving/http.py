@@ -55,6 +55,7 @@ from muntin.serving.json_codec import (
     parse_header_length,
 )
 from muntin.serving.openapi import openapi
+from muntin.serving.origin import check_origin
 from muntin.serving.pictures import PictureAnswer, Pictures
 from muntin.serving.protocol import InferRequest, Limits, ProtocolError, RefusedRequestError, shown
 from muntin.serving.service import INPUT, Answered, Cancel, Service
@@ -85,7 +86,10 @@ _ESSENTIAL = frozenset(path.encode() for path in (*_OPEN, "/metrics"))
 
 
 class HttpFace:
-    """The ASGI application, and inference beside it. `tokens`: of which a request must carry one; empty: none is asked for."""
+    """The ASGI application, and inference beside it.
+
+    `tokens`: of which a request must carry one; empty: none is asked for. `local`: as `check_origin` has it.
+    """
 
     def __init__(
         self,
@@ -97,9 +101,10 @@ class HttpFace:
         tokens: tuple[str, ...],
         log: AccessLog | None,
         tracing: Tracing | None = None,
+        local: bool = False,
     ) -> None:
         self._service, self._control, self._pictures = service, control, pictures
-        self._limits, self._log, self._tracing = limits, log, tracing
+        self._limits, self._log, self._tracing, self._local = limits, log, tracing, local
         self._tokens = Tokens(tokens)
         self._heads = Heads()
         self._unpackers = ThreadPoolExecutor(max_workers=1, thread_name_prefix="muntin-unpack")
@@ -366,11 +371,13 @@ class HttpFace:
         return _json(index_document(self._control.index(ready=ready)))
 
     async def _load(self, request: Request) -> Response:
+        check_origin(request.scope["headers"], local=self._local)
         parameters = decode_repository_request(await request.body(), self._limits)
         await self._control.loaded(request.path_params["model"], parameters)
         return _json({})
 
     async def _unload(self, request: Request) -> Response:
+        check_origin(request.scope["headers"], local=self._local)
         parameters = decode_repository_request(await request.body(), self._limits)
         await self._control.unloaded(request.path_params["model"], parameters)
         return _json({})

@@ -10,6 +10,7 @@ from muntin.serving.json_codec import HEADER_LENGTH
 _ERRORS = {
     400: "wrong request",
     401: "no token",
+    403: "a web page of another site asks, or one that calls a server of this machine alone by another name",
     404: "unknown model or version",
     408: "the headers or the body did not come in time",
     409: "not loaded, what served goes on; or not in service",
@@ -39,6 +40,7 @@ def openapi(model: str) -> dict[str, Any]:
             "post": _operation(
                 "Load the newest version, or that of `parameters.version`; answers when it serves.",
                 400,
+                403,
                 404,
                 409,
                 501,
@@ -48,7 +50,7 @@ def openapi(model: str) -> dict[str, Any]:
         "/v2/repository/models/{model}/unload": {
             "parameters": [name],
             "post": _operation(
-                "Take all versions, or the one in `parameters.version`, out of service.", 400, 404, 409, 501, body=_schema("Load")
+                "Take all versions, or the one in `parameters.version`, out of service.", 400, 403, 404, 409, 501, body=_schema("Load")
             ),
         },
         "/predict": {"post": _predict()},

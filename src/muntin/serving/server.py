@@ -42,6 +42,7 @@ from muntin.serving.http import HttpFace
 from muntin.serving.latency import LatencyModel
 from muntin.serving.ledger import Ledger
 from muntin.serving.metrics import Metrics
+from muntin.serving.origin import is_loopback
 from muntin.serving.pictures import Pictures
 from muntin.serving.probation import ArtifactLoader
 from muntin.serving.protocol import Limits
@@ -235,7 +236,8 @@ class Server:
         tracing = Tracing() if config.trace else None
         if tracing is not None:
             ending.push_async_callback(asyncio.to_thread, tracing.close)
-        face = HttpFace(service, control, pictures, limits=limits, tokens=config.tokens, log=log, tracing=tracing)
+        local = not config.tokens and all(map(is_loopback, addresses))
+        face = HttpFace(service, control, pictures, limits=limits, tokens=config.tokens, log=log, tracing=tracing, local=local)
         ending.push_async_callback(asyncio.to_thread, face.close)
         http_config = self._uvicorn_config(face, ledger)
         if config.watch:
