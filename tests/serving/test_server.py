@@ -242,6 +242,11 @@ def test_a_web_page_does_not_change_what_is_served(pixels: Server, headers: dict
     assert fetch(pixels, "/v2/models/pixels/ready")[0] == 200
 
 
+def test_nobody_is_sent_to_a_host_that_the_request_names(pixels: Server) -> None:
+    status, headers, _ = fetch(pixels, "/v2/health/ready/", None, {"Host": "evil.example"})
+    assert (status, "location" in headers) == (404, False)
+
+
 def test_a_priority_that_no_number_of_32_bits_holds_is_refused_and_holds_no_version(client: Client) -> None:
     with pytest.raises(InferenceServerException, match="priority"):
         client.ask(images_of(1, 1), priority=1 << 32)
@@ -431,6 +436,7 @@ def test_a_picture_that_curl_sent_as_a_form_is_told_how(pixels: Server, format: 
         ),
         ("/v2/models/pixels/infer", b'{"inputs":[{"name":"images","datatype":"FP32","shape":[1,1,1,3],"data":[NaN,1,1]}]}', 400, ""),
         ("/v2/nowhere", b"x", 404, "openapi.json"),
+        ("/predict/", b"x", 404, "openapi.json"),
         ("/v2/repository/models/..%2f..%2fetc/load", b"{}", 404, ""),
         ("/v2/repository/models/pixels/load", b'{"parameters":{"version":"../../etc"}}', 404, "no version"),
         ("/v2/repository/models/pixels/load", b'{"parameters":{"config":"{}"}}', 501, "no model from a request"),

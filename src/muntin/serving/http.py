@@ -113,6 +113,7 @@ class HttpFace:
         """One of them is being unpacked."""
         answers = dict.fromkeys((ProtocolError, HTTPException, MuntinError, Exception), _error_response)
         self._routes = Starlette(routes=self._table(), exception_handlers=answers)
+        self._routes.router.redirect_slashes = False  # to whatever host a request names
 
     # ---- inference ----
 
