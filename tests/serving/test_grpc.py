@@ -30,6 +30,7 @@ from muntin.serving.executor import Executor
 from muntin.serving.grpc_codec import METHODS, SERVICE, encode_infer
 from muntin.serving.runner import Runner
 from muntin.serving.server import Server
+from muntin.serving.wire import parse
 
 Code = grpc.StatusCode
 CALLS = 8
@@ -374,6 +375,32 @@ def test_a_compressed_message_is_not_inflated_beyond_the_limit(small: Client) ->
         assert hostile.stdout.read().strip() == "RESOURCE_EXHAUSTED"
     assert peak - before < 64 << 20
     assert small("ModelInfer", infer()).raw_output_contents[0] == labels(1)
+
+
+@pytest.mark.parametrize("streamed", [False, True])
+def test_of_what_waits_the_tensors_alone_are_kept(client: Client, monkeypatch: pytest.MonkeyPatch, wait_until: Any, streamed: bool) -> None:
+    """Neither the message nor its bytes: a request would hold four times what it counts as."""
+    read: list[Any] = []
+
+    def reads(wire: bytes, kind: Any, limits: Any) -> Any:
+        read.extend((wire, message := parse(wire, kind, limits)))
+        return message
+
+    with slow(monkeypatch, 0.5) as begun:
+        monkeypatch.setattr("muntin.serving.grpc.parse", reads)
+        if streamed:
+            answers = client.stream(iter([infer(side=64)]))
+        else:
+            thread = threading.Thread(target=client, args=("ModelInfer", infer(side=64)))
+            thread.start()
+        wait_until(lambda: begun)
+        kept = [sys.getrefcount(read[n]) for n in range(len(read))]
+        nobody = sys.getrefcount([object()][0])
+        if streamed:
+            assert len(next(answers).infer_response.raw_output_contents[0]) == 64 * 64
+        else:
+            thread.join()
+    assert kept == [nobody + 1] * 2  # here
 
 
 @pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="memory is read from /proc")

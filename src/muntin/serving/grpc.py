@@ -66,6 +66,14 @@ _STREAM_REQUESTS = 32
 """Of one stream, that are computed or whose answers are not sent yet."""
 
 
+class _Named(NamedTuple):
+    """What a request for inference says beside its tensors: all of the message that is kept while these are computed."""
+
+    model: str
+    version: str | None
+    id: str
+
+
 class _Call(NamedTuple):
     """What a handler is told beside the message. `began`: when that came."""
 
@@ -169,9 +177,11 @@ class GrpcFace:
                 with self._counted():
                     wire = await self._message(context)
                     call = _Call(context, time.monotonic())
-                    with self._holding(wire):
+                    with self._holding(len(wire)):
                         infers = method.request is messages.ModelInferRequest
-                        answer = await handler(self._asked(wire, call) if infers else parse(wire, method.request, self._limits), call)
+                        asked = [self._asked(wire, call) if infers else parse(wire, method.request, self._limits)]
+                        del wire
+                        answer = await handler(asked.pop(), call)  # which is then the only one to have it
                     await self._send(answer, context)
             except grpc.aio.BaseError:  # the call is over
                 raise
@@ -202,15 +212,16 @@ class GrpcFace:
             self._calls -= 1
 
     @contextmanager
-    def _holding(self, wire: bytes) -> Iterator[None]:
-        """Around the answer to a message. Raises RefusedRequestError where those that are being answered fill what may be held."""
-        if self._ledger.held + len(wire) > self._bounds.held_bytes:
+    def _holding(self, size: int) -> Iterator[None]:
+        """Around the answer to a message of so many bytes. Raises RefusedRequestError where those that are being answered fill what may be
+        held."""
+        if self._ledger.held + size > self._bounds.held_bytes:
             raise self._unread(RefusedRequestError("the bodies of other requests fill what this server holds: try again"))
-        self._ledger.held += len(wire)
+        self._ledger.held += size
         try:
             yield
         finally:
-            self._ledger.held -= len(wire)
+            self._ledger.held -= size
 
     async def _send(self, answer: Any, context: Context) -> None:
         """Returns when the client has taken the answer: it counts as held until then."""
@@ -245,7 +256,7 @@ class GrpcFace:
         try:
             return parse(wire, messages.ModelInferRequest, self._limits)
         except ProtocolError as error:
-            self._finish(messages.ModelInferRequest(), call, error.outcome, error.grpc_code, self._client(call))
+            self._finish(_Named("", None, ""), call, error.outcome, error.grpc_code, self._client(call))
             raise
 
     def _client(self, call: _Call) -> str:
@@ -253,7 +264,7 @@ class GrpcFace:
 
     def _finish(
         self,
-        request: messages.ModelInferRequest,
+        named: _Named,
         call: _Call,
         outcome: str,
         status: str,
@@ -268,22 +279,26 @@ class GrpcFace:
                 face="grpc",
                 client=client,
                 method="ModelInfer",
-                path=request.model_name,
+                path=named.model,
                 status=status,
                 sent=0 if response is None else sum(map(len, response.raw_output_contents)),
                 seconds=time.monotonic() - call.began,
-                request_id=request.id,
+                request_id=named.id,
                 answered=answered,
             )
 
     async def infer(self, request: messages.ModelInferRequest, call: _Call) -> messages.ModelInferResponse:
-        """Raises ProtocolError alone. Counted and written down whatever becomes of it."""
+        """Raises ProtocolError alone. Counted and written down whatever becomes of it.
+
+        Of the message nothing is kept beyond its tensors, once, so who calls must not keep it either: that is what it counts as.
+        """
         outcome, status, answered = "failed", "INTERNAL", None
         response: messages.ModelInferResponse | None = None
-        client = self._client(call)
+        client, named = self._client(call), _Named(request.model_name, request.model_version or None, request.id)
         try:
             decoded = decode_infer(request, self._limits)
-            answered = await self._answered(decoded, request, call)
+            del request
+            answered = await self._answered(decoded, named, call)
             response = answered.encoded
             assert response is not None
             outcome, status = "answered", "OK"
@@ -297,20 +312,20 @@ class GrpcFace:
         except Exception as error:
             raise _fault(error) from error
         finally:
-            self._finish(request, call, outcome, status, client, answered, response)
+            self._finish(named, call, outcome, status, client, answered, response)
 
-    async def _answered(self, decoded: InferRequest, request: messages.ModelInferRequest, call: _Call) -> Answered:
-        model, version_, context = request.model_name, request.model_version or None, call.context
+    async def _answered(self, decoded: InferRequest, named: _Named, call: _Call) -> Answered:
+        context = call.context
         left = context.time_remaining()
         infer = partial(
-            self._service.infer, decoded, model=model, version=version_, arrived=call.began,
+            self._service.infer, decoded, model=named.model, version=named.version, arrived=call.began,
             deadline=None if left is None else time.monotonic() + left,
             encode=lambda response: encode_infer(response, decoded.outputs), copies=True,
         )  # fmt: skip
         if self._tracing is None:
             return await infer()
         carrier = {name: value for name, value in context.invocation_metadata() or () if isinstance(value, str)}
-        with self._tracing.inference("grpc", model, carrier) as span:
+        with self._tracing.inference("grpc", named.model, carrier) as span:
             answered = await infer()
             span.answered(answered)
         return answered
@@ -336,14 +351,16 @@ class GrpcFace:
 
     async def _streamed(self, wire: bytes, call: _Call) -> messages.ModelStreamInferResponse:
         """The answer to one message of a stream, or the error, which ends nothing but this request."""
-        request = messages.ModelInferRequest()
+        identity = model = ""
         try:
-            with self._holding(wire):
-                request = self._asked(wire, call)
-                answer = messages.ModelStreamInferResponse(infer_response=await self.infer(request, call))
+            with self._holding(len(wire)):
+                asked = [self._asked(wire, call)]
+                del wire
+                identity, model = asked[0].id, asked[0].model_name
+                answer = messages.ModelStreamInferResponse(infer_response=await self.infer(asked.pop(), call))
         except Exception as error:  # noqa: BLE001 - the stream has other requests
             answer = messages.ModelStreamInferResponse(
-                error_message=str(_told(error)), infer_response=messages.ModelInferResponse(id=request.id, model_name=request.model_name)
+                error_message=str(_told(error)), infer_response=messages.ModelInferResponse(id=identity, model_name=model)
             )
         answer.infer_response.parameters["triton_final_response"].bool_param = True
         return answer  # the only one to its request, so the last
@@ -502,6 +519,7 @@ class _Stream:
             if wire is grpc.aio.EOF:
                 break
             task = asyncio.create_task(self._answer(wire, _Call(self._context, time.monotonic())))
+            del wire  # or the last one would stay until the next comes
             self._computing.add(task)
             task.add_done_callback(self._computed)
             self._begun.put_nowait(task)
