@@ -567,6 +567,13 @@ def test_the_earlier_of_a_calls_and_a_requests_deadline_counts(
 # ---- what is asked of a model ----
 
 
+def test_who_is_refused_is_told_when_to_try_again(small: Client) -> None:
+    with pytest.raises(grpc.RpcError) as caught:
+        small("ModelInfer", infer(side=150))
+    assert caught.value.code() is Code.UNAVAILABLE
+    assert {("retry-after", "1"), ("grpc-retry-pushback-ms", "1000")} <= set(caught.value.trailing_metadata())
+
+
 def test_whether_a_model_is_ready_is_said_of_any(running: tuple[Server, Client]) -> None:
     _, client = running
     ask = messages.ModelReadyRequest

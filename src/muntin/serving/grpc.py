@@ -576,6 +576,8 @@ def _told(error: Exception) -> ProtocolError:
 
 
 async def _abort(context: Context, error: ProtocolError) -> None:
-    again = math.ceil(error.retry_after) if isinstance(error, RefusedRequestError) else 0
-    trailing = (("retry-after", str(max(1, again))),) if again else ()
+    trailing: tuple[tuple[str, str], ...] = ()
+    if isinstance(error, RefusedRequestError):  # the first as over HTTP, the second is what clients that try again by themselves heed
+        again = max(1, math.ceil(error.retry_after))
+        trailing = (("retry-after", str(again)), ("grpc-retry-pushback-ms", str(1000 * again)))
     await context.abort(grpc.StatusCode[error.grpc_code], str(error), trailing)
