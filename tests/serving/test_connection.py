@@ -40,6 +40,7 @@ class Echo:
         self.release = threading.Event()
         self.begun: list[str] = []
         self.cancelled = 0
+        self.refusals: list[tuple[str, str, str, int]] = []
         self.full = b"nothing"
         """What a body begins with that is refused at once."""
 
@@ -56,6 +57,9 @@ class Echo:
 
     def takes(self, scope: Any) -> bool:
         return True
+
+    def refused(self, client: str, method: str, path: str, status: int, sent: int) -> None:
+        self.refusals.append((client, method, path, status))
 
     def barred(self, scope: Any) -> Answer | None:
         return (401, [(b"www-authenticate", b"Bearer")], [b"who ", b"are you"]) if scope["path"] == "/barred" else None
@@ -260,6 +264,24 @@ def test_who_is_refused_on_a_connection_that_was_answered_before_is_told(served:
         answered = read(client)
     assert answered.startswith(b"HTTP/1.1 %d " % status), answered
     assert served.app.begun == ["/"]
+
+
+@pytest.mark.parametrize(
+    ("request_", "asked"),
+    [
+        (b"NONSENSE\r\n\r\n", ("", "", 400)),
+        (b"", ("", "", 0)),
+        (post(b"", "/large?a=b", length=100_001), ("POST", "/large", 413)),
+        (b"GET /a%20b HTTP/1.1\r\n" + b"a: b\r\n" * 1000 + b"\r\n", ("GET", "/a%20b", 431)),
+        (b"PUT /slow HTTP/1.1\r\n", ("PUT", "/slow", 408)),
+        (post(b"too little", "/a%20b", length=50), ("POST", "/a b", 408)),
+    ],
+)
+def test_what_the_connection_refuses_is_told(served: Served, request_: bytes, asked: tuple[str, str, int]) -> None:
+    if not served.direct:
+        pytest.skip("nobody is told")
+    served.ask(request_)
+    assert served.app.refusals == ([("127.0.0.1", *asked)] if asked[2] else [])
 
 
 def test_only_the_older_protocol_knows_no_host(served: Served) -> None:

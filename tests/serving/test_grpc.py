@@ -516,9 +516,35 @@ def test_what_cannot_be_read_is_counted_and_written_down(path: Path, capsys: pyt
             assert answer.error_message == caught.value.details()
         assert outcomes(server) == {"wrong": 4}
         lines = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
-    found = [(line["method"], line["status"]) for line in lines if line["face"] == "grpc"]
-    assert found == [("ModelInfer", status) for status in ("INVALID_ARGUMENT", "RESOURCE_EXHAUSTED") for _ in range(2)]
+    found = [(line["method"], line["status"], line["code"]) for line in lines if line["face"] == "grpc"]
+    assert found == [("ModelInfer", *end) for end in ((400, "INVALID_ARGUMENT"), (413, "RESOURCE_EXHAUSTED")) for _ in range(2)]
     assert all(line["client"] for line in lines)
+
+
+def test_every_call_is_written_down(path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    metadata = (("authorization", "Bearer secret"),)
+    with served(path, access_log=True, tokens=("secret",), bounds=Bounds(held_bytes=5000)) as (_, client):
+        assert client.code("ModelInfer", infer()) is Code.UNAUTHENTICATED
+        assert client.code("ModelInfer", infer(side=100), metadata=metadata) is Code.UNAVAILABLE
+        client("ModelInfer", infer(identity="x"), metadata=metadata)
+        client("ServerReady")
+        client("ModelMetadata", messages.ModelMetadataRequest(name="pixels"), metadata=metadata)
+        request = messages.RepositoryModelLoadRequest(model_name="other")
+        assert client.code("RepositoryModelLoad", request, metadata=metadata) is Code.NOT_FOUND
+        (refused,) = client.stream(iter([infer(side=100)]), metadata=metadata)
+        assert refused.error_message
+    lines = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert [(line["method"], line["path"], line["status"], line["code"]) for line in lines] == [
+        ("ModelInfer", "", 401, "UNAUTHENTICATED"),
+        ("ModelInfer", "", 503, "UNAVAILABLE"),
+        ("ModelInfer", "pixels", 200, "OK"),
+        ("ServerReady", "", 200, "OK"),
+        ("ModelMetadata", "pixels", 200, "OK"),
+        ("RepositoryModelLoad", "other", 404, "NOT_FOUND"),
+        ("ModelInfer", "", 503, "UNAVAILABLE"),
+    ]
+    assert all(line["client"].startswith("ipv4:127.0.0.1:") for line in lines)
+    assert [line.get("id") for line in lines if line["status"] == 200] == ["x", None, None]
 
 
 @pytest.mark.parametrize("face", ["unary", "stream"])

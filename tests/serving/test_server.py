@@ -973,6 +973,17 @@ def test_metrics_count_what_happened(write_pixels: Callable[..., Path], tmp_path
         assert line in text.splitlines(), line
 
 
+def test_what_no_route_sees_is_written_down(write_pixels: Callable[..., Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with served(write_pixels(tmp_path / "pixels"), access_log=True, bounds=Bounds(body_bytes=2000)) as server:
+        assert fetch(server, "/v2/models/pixels/infer", bytes(3000))[0] == 413
+        assert fetch(server, "/v2/health/live")[0] == 200
+    lines = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert [(line["method"], line["path"], line["status"]) for line in lines] == [
+        ("POST", "/v2/models/pixels/infer", 413),
+        ("GET", "/v2/health/live", 200),
+    ]
+
+
 def test_spans_reach_a_collector(write_pixels: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     received: list[bytes] = []
 

@@ -56,7 +56,9 @@ def serve_command(
     access_log: Annotated[bool, typer.Option("--access-log", help="A line of JSON for each request, on standard output.")] = False,
     trace: Annotated[
         bool,
-        typer.Option("--trace", help="A span of OpenTelemetry for each request (extra `otel`; OTEL_EXPORTER_OTLP_ENDPOINT says where to)."),
+        typer.Option(
+            "--trace", help="A span of OpenTelemetry for each inference (extra `otel`; OTEL_EXPORTER_OTLP_ENDPOINT says where to)."
+        ),
     ] = False,
     engine: Engine = "openvino",
     precision: Precision = "recorded",

@@ -53,10 +53,11 @@ class AccessLog:
             self._lines.clear()
 
     def write(
-        self, *, face: str, client: str, method: str, path: str, status: int | str, sent: int, seconds: float, request_id: str,
-        answered: Answered | None,
+        self, *, face: str, client: str, method: str, path: str, status: int, sent: int, seconds: float, code: str = "",
+        request_id: str = "", answered: Answered | None = None,
     ) -> None:  # fmt: skip
-        """`sent`: bytes of the answer. `seconds`: from the request's headers to the end of its answer. Never raises."""
+        """`status`: of HTTP, and of gRPC the one that says the same. `code`: of gRPC. `sent`: bytes of the answer. `seconds`: from the
+        request's headers to the end of its answer. Never raises."""
         entry: dict[str, object] = {
             "time": datetime.now(UTC).isoformat(timespec="milliseconds"),
             "face": face,
@@ -67,6 +68,8 @@ class AccessLog:
             "sent": sent,
             "ms": round(seconds * 1e3, 3),
         }
+        if code:
+            entry["code"] = code
         if request_id:
             entry["id"] = request_id[:100]
         if answered is not None:

@@ -77,6 +77,10 @@ class Direct(Protocol):
         """The answer to a request that its headers alone are wrong with: its body is not waited for."""
         ...
 
+    def refused(self, client: str, method: str, path: str, status: int, sent: int, /) -> None:
+        """Is told what the connection itself refused: method and path as far as they came, and bytes of the answer."""
+        ...
+
     def learn(self, scope: MutableMapping[str, Any], /) -> None:
         """The head of a request that it takes: what it finds in there it may write into the scope, which all requests with the same head,
         byte for byte, share."""
@@ -603,6 +607,8 @@ class BoundedConnection(HttpToolsProtocol):
         self._stop_timer()
         self._ledger.refused[status] = self._ledger.refused.get(status, 0) + 1
         body = b'{"error":"' + reason.encode("ascii", "replace") + b'"}'
+        if self._direct is not None:
+            self._direct.refused(self.client[0] if self.client else "", *self._asked(), status, len(body))
         retry = b"retry-after: 1\r\n" if status == 503 else b""
         head = b"content-type: application/json\r\ncontent-length: %d\r\n%sconnection: close\r\n\r\n" % (len(body), retry)
         answer = STATUS_LINE[status] + head + body
@@ -623,6 +629,14 @@ class BoundedConnection(HttpToolsProtocol):
             self._linger()
         else:
             self._close()
+
+    def _asked(self) -> tuple[str, str]:
+        """Method and path of the request that is arriving, as far as they came."""
+        if self._turn is not None or (self._parsing and self._head is None):
+            return self.cycle.scope["method"], self.cycle.scope["path"]
+        if self._parsing and self.url:
+            return self.parser.get_method().decode("ascii"), self.url.partition(b"?")[0].decode("latin-1")
+        return "", ""
 
     def _linger(self) -> None:
         """Closes the connection when its client has stopped sending, or in a moment."""

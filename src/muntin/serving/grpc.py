@@ -74,6 +74,21 @@ class _Named(NamedTuple):
     id: str
 
 
+class _End(NamedTuple):
+    """What became of a call: what it is counted as, HTTP's status for it, and gRPC's."""
+
+    outcome: str
+    status: int
+    code: str
+
+
+_ANSWERED, _CANCELLED = _End("answered", 200, "OK"), _End("cancelled", 499, "CANCELLED")
+
+
+def _failed(error: ProtocolError) -> _End:
+    return _End(error.outcome, error.status, error.grpc_code)
+
+
 class _Call(NamedTuple):
     """What a handler is told beside the message. `began`: when that came."""
 
@@ -108,7 +123,7 @@ class GrpcFace:
         self._calls = 0
         """That are received or answered; those that need no token are not counted, so nothing keeps them from being answered."""
         self._server = grpc.aio.server(
-            interceptors=(_Doorkeeper(Tokens(tokens)),) if tokens else (),
+            interceptors=(_Doorkeeper(Tokens(tokens), self._turned_away),) if tokens else (),
             maximum_concurrent_rpcs=2 * ledger.bounds.connections,  # `_calls`, and those that need no place
             options=[
                 ("grpc.max_receive_message_length", min(limits.body_bytes + _ENVELOPE, _LONGEST)),
@@ -169,24 +184,35 @@ class GrpcFace:
     def _guarded(self, method: Method, handler: Handler) -> Callable[[Any, Context], Awaitable[None]]:
         """The handler of a method with what it is asked read from the wire, its answer sent, and its errors as gRPC statuses."""
 
+        infers = method.request is messages.ModelInferRequest
+
         async def handled(context: Context) -> ProtocolError | None:
+            call, end, path, sent = _Call(context, time.monotonic()), _CANCELLED, "", 0
+            written = False
             try:
                 if method.name in _OPEN:
-                    await self._send(await handler(method.request(), _Call(context, time.monotonic())), context)
-                    return None
-                with self._counted():
-                    wire = await self._message(context)
-                    call = _Call(context, time.monotonic())
-                    with self._holding(len(wire)):
-                        infers = method.request is messages.ModelInferRequest
-                        asked = [self._asked(wire, call) if infers else parse(wire, method.request, self._limits)]
-                        del wire
-                        answer = await handler(asked.pop(), call)  # which is then the only one to have it
-                    await self._send(answer, context)
+                    sent = await self._send(await handler(method.request(), call), context)
+                else:
+                    with self._counted():
+                        wire = await self._message(context)
+                        call = _Call(context, time.monotonic())
+                        with self._holding(len(wire)):
+                            written = infers  # whatever becomes of it from here on
+                            asked = [self._asked(wire, call) if infers else parse(wire, method.request, self._limits)]
+                            del wire
+                            path = _subject(asked[0])
+                            answer = await handler(asked.pop(), call)  # which is then the only one to have it
+                        sent = await self._send(answer, context)
+                end = _ANSWERED
             except grpc.aio.BaseError:  # the call is over
                 raise
-            except Exception as error:  # noqa: BLE001 - what grpc makes of it tells the client too much, and the loop nothing
-                return _told(error)
+            except Exception as failure:  # noqa: BLE001 - what grpc makes of it tells the client too much, and the loop nothing
+                error = _told(failure)
+                end = _failed(error)
+                return error
+            finally:
+                if not written:
+                    self._write(method.name, path, call, end, sent=sent)
             return None
 
         async def handle(_: Any, context: Context) -> None:
@@ -223,8 +249,8 @@ class GrpcFace:
         finally:
             self._ledger.held -= size
 
-    async def _send(self, answer: Any, context: Context) -> None:
-        """Returns when the client has taken the answer: it counts as held until then."""
+    async def _send(self, answer: Any, context: Context) -> int:
+        """Returns how many bytes it has, when the client has taken the answer: it counts as held until then."""
         size = answer.ByteSize()
         patience = asyncio.get_running_loop().call_later(self._bounds.body_seconds, _hang_up, context, self.port)
         self._ledger.held += size
@@ -233,6 +259,7 @@ class GrpcFace:
         finally:
             self._ledger.held -= size
             patience.cancel()
+        return int(size)
 
     def _unread(self, error: ProtocolError) -> ProtocolError:
         """Counts what is refused without being read, beside what the HTTP face's connections refuse so."""
@@ -256,43 +283,47 @@ class GrpcFace:
         try:
             return parse(wire, messages.ModelInferRequest, self._limits)
         except ProtocolError as error:
-            self._finish(_Named("", None, ""), call, error.outcome, error.grpc_code, self._client(call))
+            self._finish(_Named("", None, ""), call, _failed(error), self._client(call))
             raise
 
     def _client(self, call: _Call) -> str:
         return "" if self._log is None else str(call.context.peer())
 
+    def _write(
+        self, method: str, path: str, call: _Call, end: _End, *, sent: int = 0, client: str | None = None, request_id: str = "",
+        answered: Answered | None = None,
+    ) -> None:  # fmt: skip
+        """Writes down what became of a call."""
+        if self._log is not None:
+            self._log.write(
+                face="grpc", client=self._client(call) if client is None else client, method=method, path=path, status=end.status,
+                code=end.code, sent=sent, seconds=time.monotonic() - call.began, request_id=request_id, answered=answered,
+            )  # fmt: skip
+
+    def _turned_away(self, method: str, context: Context, error: ProtocolError) -> None:
+        """Of a call that was held against the tokens."""
+        self._write(method, "", _Call(context, time.monotonic()), _failed(error))
+
     def _finish(
         self,
         named: _Named,
         call: _Call,
-        outcome: str,
-        status: str,
+        end: _End,
         client: str,
         answered: Answered | None = None,
         response: messages.ModelInferResponse | None = None,
     ) -> None:
         """Counts and writes down a request for inference that came to its end."""
-        self._service.metrics.requests["grpc", outcome] += 1
-        if self._log is not None:
-            self._log.write(
-                face="grpc",
-                client=client,
-                method="ModelInfer",
-                path=named.model,
-                status=status,
-                sent=0 if response is None else sum(map(len, response.raw_output_contents)),
-                seconds=time.monotonic() - call.began,
-                request_id=named.id,
-                answered=answered,
-            )
+        self._service.metrics.requests["grpc", end.outcome] += 1
+        sent = 0 if response is None else sum(map(len, response.raw_output_contents))
+        self._write("ModelInfer", named.model, call, end, sent=sent, client=client, request_id=named.id, answered=answered)
 
     async def infer(self, request: messages.ModelInferRequest, call: _Call) -> messages.ModelInferResponse:
         """Raises ProtocolError alone. Counted and written down whatever becomes of it.
 
         Of the message nothing is kept beyond its tensors, once, so who calls must not keep it either: that is what it counts as.
         """
-        outcome, status, answered = "failed", "INTERNAL", None
+        end, answered = _End("failed", 500, "INTERNAL"), None
         response: messages.ModelInferResponse | None = None
         client, named = self._client(call), _Named(request.model_name, request.model_version or None, request.id)
         try:
@@ -301,18 +332,18 @@ class GrpcFace:
             answered = await self._answered(decoded, named, call)
             response = answered.encoded
             assert response is not None
-            outcome, status = "answered", "OK"
+            end = _ANSWERED
             return response
         except ProtocolError as error:
-            outcome, status = error.outcome, error.grpc_code
+            end = _failed(error)
             raise
         except asyncio.CancelledError:
-            outcome, status = "cancelled", "CANCELLED"
+            end = _CANCELLED
             raise
         except Exception as error:
             raise _fault(error) from error
         finally:
-            self._finish(named, call, outcome, status, client, answered, response)
+            self._finish(named, call, end, client, answered, response)
 
     async def _answered(self, decoded: InferRequest, named: _Named, call: _Call) -> Answered:
         context = call.context
@@ -331,8 +362,10 @@ class GrpcFace:
         return answered
 
     async def _stream(self, _: Any, context: Context) -> None:
+        call = _Call(context, time.monotonic())
         error = await self._ran(context)
         if error is not None:
+            self._write("ModelStreamInfer", "", call, _failed(error))
             await _abort(context, error)
 
     async def _ran(self, context: Context) -> ProtocolError | None:
@@ -352,15 +385,20 @@ class GrpcFace:
     async def _streamed(self, wire: bytes, call: _Call) -> messages.ModelStreamInferResponse:
         """The answer to one message of a stream, or the error, which ends nothing but this request."""
         identity = model = ""
+        read = False
         try:
             with self._holding(len(wire)):
+                read = True
                 asked = [self._asked(wire, call)]
                 del wire
                 identity, model = asked[0].id, asked[0].model_name
                 answer = messages.ModelStreamInferResponse(infer_response=await self.infer(asked.pop(), call))
-        except Exception as error:  # noqa: BLE001 - the stream has other requests
+        except Exception as failure:  # noqa: BLE001 - the stream has other requests
+            error = _told(failure)
+            if not read:
+                self._write("ModelInfer", "", call, _failed(error))
             answer = messages.ModelStreamInferResponse(
-                error_message=str(_told(error)), infer_response=messages.ModelInferResponse(id=identity, model_name=model)
+                error_message=str(error), infer_response=messages.ModelInferResponse(id=identity, model_name=model)
             )
         answer.infer_response.parameters["triton_final_response"].bool_param = True
         return answer  # the only one to its request, so the last
@@ -423,10 +461,10 @@ _METHODS: dict[str, Callable[[GrpcFace], Handler]] = {
 
 
 class _Doorkeeper(grpc.aio.ServerInterceptor):  # type: ignore[misc]
-    """Holds a call against the tokens as soon as its headers are there."""
+    """Holds a call against the tokens as soon as its headers are there. `tell`: is told whom it turns away."""
 
-    def __init__(self, tokens: Tokens) -> None:
-        self._tokens = tokens
+    def __init__(self, tokens: Tokens, tell: Callable[[str, Context, ProtocolError], None]) -> None:
+        self._tokens, self._tell = tokens, tell
 
     async def intercept_service(self, continuation: Callable[[Any], Awaitable[Any]], details: Any) -> Any:
         if details.method not in _OPEN_PATHS:
@@ -434,17 +472,23 @@ class _Doorkeeper(grpc.aio.ServerInterceptor):  # type: ignore[misc]
             try:
                 self._tokens.check(given.encode() if isinstance(given, str) else given)
             except ProtocolError as error:
-                return _refusing(error)
+                return _refusing(error, partial(self._tell, details.method.rpartition("/")[2]))
         return await continuation(details)
 
 
 _OPEN_PATHS = frozenset(f"/{SERVICE}/{name}" for name in _OPEN)
 
 
-def _refusing(error: ProtocolError) -> grpc.RpcMethodHandler:
+def _subject(request: Any) -> str:
+    """The model that a request names, if it may name one."""
+    return str(getattr(request, "model_name", "") or getattr(request, "name", ""))
+
+
+def _refusing(error: ProtocolError, tell: Callable[[Context, ProtocolError], None]) -> grpc.RpcMethodHandler:
     """A handler that answers with the error, whatever comes."""
 
     async def refuse(_: Any, context: Context) -> None:
+        tell(context, error)
         await _abort(context, error)
 
     return grpc.stream_unary_rpc_method_handler(refuse)

@@ -138,6 +138,11 @@ class HttpFace:
             return answer
         return None
 
+    def refused(self, client: str, method: str, path: str, status: int, sent: int) -> None:
+        """As `Direct` says."""
+        if self._log is not None:
+            self._log.write(face="http", client=client, method=method, path=path, status=status, sent=sent, seconds=0.0)
+
     def close(self) -> None:
         """Ends the thread that unpacks."""
         self._unpackers.shutdown(wait=True, cancel_futures=True)
