@@ -28,6 +28,7 @@ from muntin.serving import open_inference_pb2 as messages
 from muntin.serving.config import Bounds, ServeConfig
 from muntin.serving.executor import Executor
 from muntin.serving.grpc_codec import METHODS, SERVICE, encode_infer
+from muntin.serving.health_pb2 import HealthCheckRequest, HealthCheckResponse
 from muntin.serving.runner import Runner
 from muntin.serving.server import Server
 from muntin.serving.wire import parse
@@ -613,6 +614,81 @@ def test_a_server_that_goes_down_is_not_ready(client: Client, monkeypatch: pytes
     monkeypatch.setattr("muntin.serving.service.Service.ready", False)
     assert not client("ServerReady").ready
     assert not client("ModelReady", messages.ModelReadyRequest(name="pixels")).ready
+
+
+def checked(client: Client, service: str, method: str = "Check") -> Any:
+    kind = client.channel.unary_stream if method == "Watch" else client.channel.unary_unary
+    call = kind(f"/grpc.health.v1.Health/{method}", lambda m: m.SerializeToString(), HealthCheckResponse.FromString)
+    return call(HealthCheckRequest(service=service), timeout=30)
+
+
+def test_grpcs_own_health(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with served(path, tokens=("secret",), bounds=Bounds(connections=1)) as (_, client):
+        release = threading.Event()
+        busy = client.stalled("ModelMetadata", release, metadata=(("authorization", "Bearer secret"),))
+        for service in ("", "pixels", SERVICE):
+            assert checked(client, service).status == 1
+            assert next(checked(client, service, "Watch")).status == 1
+        with pytest.raises(grpc.RpcError) as caught:
+            checked(client, "other")
+        assert (caught.value.code(), "'pixels'" in caught.value.details()) == (Code.NOT_FOUND, True)
+        assert next(checked(client, "other", "Watch")).status == 3
+        watch = checked(client, "", "Watch")
+        assert next(watch).status == 1
+        with monkeypatch.context() as patch:
+            patch.setattr("muntin.serving.service.Service.ready", property(lambda _: False))
+            assert checked(client, "pixels").status == 2
+            assert next(watch).status == 2
+        assert next(watch).status == 1
+        release.set()
+        assert busy.exception() is not None
+
+
+def test_who_watches_does_not_hold_up_the_servers_end(path: Path) -> None:
+    with served(path, drain_seconds=60) as (server, client):
+        watch = checked(client, "", "Watch")
+        assert next(watch).status == 1
+        began = time.monotonic()
+        server.stop()
+        assert time.monotonic() - began < 20
+        with pytest.raises(grpc.RpcError) as caught:
+            list(watch)
+        assert caught.value.code() is Code.UNAVAILABLE
+        assert server.cut_off == 0
+
+
+def test_who_watches_takes_nobodys_place(strict: Client, wait_until: Any) -> None:
+    watches = [checked(strict, "", "Watch") for _ in range(128)]
+    assert all(next(watch).status == 1 for watch in watches)
+    with pytest.raises(grpc.RpcError) as caught:
+        next(checked(strict, "", "Watch"))
+    assert caught.value.code() is Code.RESOURCE_EXHAUSTED
+    assert checked(strict, "").status == 1
+    assert strict("ModelInfer", infer()).raw_output_contents[0] == labels(1)
+    for watch in watches:
+        watch.cancel()
+
+    def watched() -> bool:
+        try:
+            return bool(next(checked(strict, "", "Watch")).status == 1)
+        except grpc.RpcError:
+            return False
+
+    wait_until(watched)
+
+
+def test_messages_to_the_health_that_do_not_come_are_bounded(strict: Client, wait_until: Any) -> None:
+    def ask() -> Any:
+        call = strict.channel.stream_unary("/grpc.health.v1.Health/Check", lambda m: m)
+        return call.future(waiting(release), timeout=30)
+
+    release = threading.Event()
+    stalled = [ask() for _ in range(17)]
+    wait_until(lambda: any(call.done() for call in stalled))
+    assert [call.code() for call in stalled if call.done()] == [Code.RESOURCE_EXHAUSTED]
+    release.set()
+    assert all(call.exception() is not None for call in stalled)
+    assert checked(strict, "").status == 1
 
 
 def test_only_statistics_are_given_without_a_name(client: Client) -> None:

@@ -1,4 +1,4 @@
-"""The gRPC face: the same service, on the same event loop, for `tritonclient.grpc` and `perf_analyzer -i grpc`.
+"""The gRPC face: the same service, on the same event loop, for `tritonclient.grpc` and `perf_analyzer -i grpc`, and gRPC's own health.
 
 Handlers are registered by name, no generated service code is needed. What a client may send is bounded before it is read: grpc counts a
 message's bytes, `wire` what protobuf would make of them, and this server the messages that are being answered. So is the time it may take:
@@ -46,6 +46,9 @@ from muntin.serving.grpc_codec import (
     server_message,
     statistics_message,
 )
+from muntin.serving.health import SERVICE as HEALTH
+from muntin.serving.health import Health
+from muntin.serving.health_pb2 import HealthCheckRequest, HealthCheckResponse
 from muntin.serving.ledger import Ledger
 from muntin.serving.protocol import InferRequest, Limits, ProtocolError, RefusedRequestError, bare
 from muntin.serving.service import Answered, Service
@@ -60,6 +63,10 @@ _LONGEST = (1 << 31) - 1
 """Bytes of a message, that grpc and protobuf can count."""
 _OPEN = ("ServerLive", "ServerReady")
 """What needs no token: whoever starts and stops servers asks for it. Nothing is in their messages, so none is waited for."""
+_CHECK = Method("Check", HealthCheckRequest, HealthCheckResponse)
+_PROBES, _WATCHES = 16, 128
+"""Calls of gRPC's health at once whose message, which needs no token, is read or answered; and those that watch, who must not take the
+places of who asks once."""
 _DESCRIPTORS = Path("/dev/fd")
 """Where a POSIX system lists the open files of the process that asks."""
 _STREAM_REQUESTS = 32
@@ -122,9 +129,11 @@ class GrpcFace:
         self._ledger, self._bounds = ledger, ledger.bounds
         self._calls = 0
         """That are received or answered; those that need no token are not counted, so nothing keeps them from being answered."""
+        self._probes = self._watches = 0
+        self._health = Health(lambda: service.ready, service.name, SERVICE)
         self._server = grpc.aio.server(
             interceptors=(_Doorkeeper(Tokens(tokens), self._turned_away),) if tokens else (),
-            maximum_concurrent_rpcs=2 * ledger.bounds.connections,  # `_calls`, and those that need no place
+            maximum_concurrent_rpcs=2 * ledger.bounds.connections + _PROBES + _WATCHES,  # and room for those that need no place
             options=[
                 ("grpc.max_receive_message_length", min(limits.body_bytes + _ENVELOPE, _LONGEST)),
                 ("grpc.max_send_message_length", -1),
@@ -134,7 +143,7 @@ class GrpcFace:
                 ("grpc.max_connection_idle_ms", math.ceil(1e3 * ledger.bounds.idle_seconds)),  # without a call; grpc bounds no number
             ],
         )
-        self._server.add_generic_rpc_handlers((self._handlers(),))
+        self._server.add_generic_rpc_handlers((self._handlers(), self._health_handlers()))
         self._stopping: asyncio.Task[None] | None = None
         self._streams: set[_Stream] = set()
         self.cut_off = 0
@@ -162,6 +171,7 @@ class GrpcFace:
         """
         if self._stopping is None:
             self._stopping = asyncio.create_task(self._server.stop(seconds))
+            self._health.end()
             for stream in self._streams:
                 stream.end()
         return self._stopping
@@ -181,6 +191,14 @@ class GrpcFace:
                 handlers[method.name] = grpc.stream_stream_rpc_method_handler(handler, response_serializer=write)
         return grpc.method_handlers_generic_handler(SERVICE, handlers)
 
+    def _health_handlers(self) -> grpc.GenericRpcHandler:
+        write = _CHECK.response.SerializeToString
+        handlers = {
+            "Check": grpc.stream_stream_rpc_method_handler(self._guarded(_CHECK, self.check), response_serializer=write),
+            "Watch": grpc.stream_stream_rpc_method_handler(self._watch, response_serializer=write),
+        }
+        return grpc.method_handlers_generic_handler(HEALTH, handlers)
+
     def _guarded(self, method: Method, handler: Handler) -> Callable[[Any, Context], Awaitable[None]]:
         """The handler of a method with what it is asked read from the wire, its answer sent, and its errors as gRPC statuses."""
 
@@ -193,10 +211,10 @@ class GrpcFace:
                 if method.name in _OPEN:
                     sent = await self._send(await handler(method.request(), call), context)
                 else:
-                    with self._counted():
+                    with self._probed() if method is _CHECK else self._counted():
                         wire = await self._message(context)
                         call = _Call(context, time.monotonic())
-                        with self._holding(len(wire)):
+                        with self._holding(0 if method is _CHECK else len(wire)):  # health is told, however much is held
                             written = infers  # whatever becomes of it from here on
                             asked = [self._asked(wire, call) if infers else parse(wire, method.request, self._limits)]
                             del wire
@@ -236,6 +254,17 @@ class GrpcFace:
             raise
         finally:
             self._calls -= 1
+
+    @contextmanager
+    def _probed(self) -> Iterator[None]:
+        """Around a call of gRPC's health. Raises ProtocolError 429 where there are too many."""
+        if self._probes >= _PROBES:
+            raise self._unread(ProtocolError(f"this server answers at most {_PROBES} calls for its health at once: try again", status=429))
+        self._probes += 1
+        try:
+            yield
+        finally:
+            self._probes -= 1
 
     @contextmanager
     def _holding(self, size: int) -> Iterator[None]:
@@ -382,6 +411,28 @@ class GrpcFace:
             return _told(error)
         return None
 
+    async def _watch(self, _: Any, context: Context) -> None:
+        call, end = _Call(context, time.monotonic()), _CANCELLED
+        error: ProtocolError
+        try:
+            with self._probed():
+                asked = parse(await self._message(context), HealthCheckRequest, self._limits)
+            if self._watches >= _WATCHES:
+                raise self._unread(ProtocolError(f"{_WATCHES} calls watch this server already: ask by Check", status=429))
+            self._watches += 1
+            try:
+                await self._health.watch(asked.service, context.write)
+            finally:
+                self._watches -= 1
+            error = RefusedRequestError("the server is shutting down: watch another one")
+            end = _failed(error)
+        except ProtocolError as failure:
+            error = _told(failure)
+            end = _failed(error)
+        finally:
+            self._write("Watch", "", call, end)
+        await _abort(context, error)
+
     async def _streamed(self, wire: bytes, call: _Call) -> messages.ModelStreamInferResponse:
         """The answer to one message of a stream, or the error, which ends nothing but this request."""
         identity = model = ""
@@ -408,6 +459,9 @@ class GrpcFace:
 
     async def ready(self, request: Any, call: _Call) -> Any:
         return messages.ServerReadyResponse(ready=self._service.ready)
+
+    async def check(self, request: Any, call: _Call) -> Any:
+        return self._health.check(request.service)
 
     async def model_ready(self, request: Any, call: _Call) -> Any:
         try:
@@ -476,7 +530,7 @@ class _Doorkeeper(grpc.aio.ServerInterceptor):  # type: ignore[misc]
         return await continuation(details)
 
 
-_OPEN_PATHS = frozenset(f"/{SERVICE}/{name}" for name in _OPEN)
+_OPEN_PATHS = frozenset((*(f"/{SERVICE}/{name}" for name in _OPEN), *(f"/{HEALTH}/{name}" for name in ("Check", "Watch"))))
 
 
 def _subject(request: Any) -> str:
