@@ -247,6 +247,22 @@ def test_nobody_is_sent_to_a_host_that_the_request_names(pixels: Server) -> None
     assert (status, "location" in headers) == (404, False)
 
 
+def test_extensions_that_are_left_out_are_refused_by_name(client: Client) -> None:
+    asked = client.client
+    for ask, name in (
+        (asked.get_trace_settings, "trace settings"),
+        (lambda: asked.update_trace_settings("pixels", {"trace_level": "OFF"}), "trace settings"),
+        (asked.get_log_settings, "log settings"),
+        (lambda: asked.update_log_settings({"log_info": False}), "log settings"),
+        (asked.get_system_shared_memory_status, "shared memory"),
+        (lambda: asked.register_system_shared_memory("a", "/a", 1), "shared memory"),
+        (asked.unregister_cuda_shared_memory, "shared memory"),
+    ):
+        with pytest.raises(InferenceServerException, match=f"{name}: this server") as caught:
+            ask()
+        assert caught.value.status() in ("501", "StatusCode.UNIMPLEMENTED")
+
+
 def test_a_priority_that_no_number_of_32_bits_holds_is_refused_and_holds_no_version(client: Client) -> None:
     with pytest.raises(InferenceServerException, match="priority"):
         client.ask(images_of(1, 1), priority=1 << 32)
@@ -437,6 +453,7 @@ def test_a_picture_that_curl_sent_as_a_form_is_told_how(pixels: Server, format: 
         ("/v2/models/pixels/infer", b'{"inputs":[{"name":"images","datatype":"FP32","shape":[1,1,1,3],"data":[NaN,1,1]}]}', 400, ""),
         ("/v2/nowhere", b"x", 404, "openapi.json"),
         ("/predict/", b"x", 404, "openapi.json"),
+        ("/v2/trace/settings", b"x", 404, "openapi.json"),
         ("/v2/repository/models/..%2f..%2fetc/load", b"{}", 404, ""),
         ("/v2/repository/models/pixels/load", b'{"parameters":{"version":"../../etc"}}', 404, "no version"),
         ("/v2/repository/models/pixels/load", b'{"parameters":{"config":"{}"}}', 501, "no model from a request"),

@@ -34,6 +34,7 @@ from muntin.serving.access_log import AccessLog
 from muntin.serving.control import Control
 from muntin.serving.description import ModelDescription
 from muntin.serving.grpc_codec import (
+    LACKING,
     METHODS,
     SERVICE,
     Method,
@@ -181,7 +182,7 @@ class GrpcFace:
         await self.begin_stop(seconds)
 
     def _handlers(self) -> grpc.GenericRpcHandler:
-        handlers = {}
+        handlers = {name: _refusing(ProtocolError(text, status=501), partial(self._turned_away, name)) for name, text in LACKING.items()}
         for method in METHODS:
             write = method.response.SerializeToString
             if method.streams:
@@ -330,7 +331,7 @@ class GrpcFace:
             )  # fmt: skip
 
     def _turned_away(self, method: str, context: Context, error: ProtocolError) -> None:
-        """Of a call that was held against the tokens."""
+        """Writes down a call that is refused whatever it says."""
         self._write(method, "", _Call(context, time.monotonic()), _failed(error))
 
     def _finish(

@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from muntin.serving import open_inference_pb2 as messages
+from muntin.serving import protocol
 from muntin.serving.description import (
     IndexEntry,
     ModelDescription,
@@ -76,6 +77,17 @@ METHODS = (
     Method("RepositoryModelUnload", messages.RepositoryModelUnloadRequest, messages.RepositoryModelUnloadResponse),
 )
 """Every method; what they need to be registered as generic handlers."""
+
+LACKING: Mapping[str, str] = {
+    "TraceSetting": protocol.LACKING["trace/setting"],
+    "LogSettings": protocol.LACKING["logging"],
+    **{
+        f"{kind}SharedMemory{what}": protocol.LACKING["sharedmemory"]
+        for kind in ("System", "Cuda")
+        for what in ("Status", "Register", "Unregister")
+    },
+}
+"""Methods of Triton's service that this one leaves out, and what a client is told of them."""
 
 _CONTENTS: dict[str, tuple[str, type[np.generic]]] = {
     "BOOL": ("bool_contents", np.bool_),

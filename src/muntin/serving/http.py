@@ -57,7 +57,7 @@ from muntin.serving.json_codec import (
 from muntin.serving.openapi import openapi
 from muntin.serving.origin import check_origin
 from muntin.serving.pictures import PictureAnswer, Pictures
-from muntin.serving.protocol import InferRequest, Limits, ProtocolError, RefusedRequestError, shown
+from muntin.serving.protocol import LACKING, InferRequest, Limits, ProtocolError, RefusedRequestError, shown
 from muntin.serving.service import INPUT, Answered, Cancel, Service
 from muntin.serving.tensors import Buffer
 from muntin.serving.tokens import Tokens
@@ -68,6 +68,8 @@ Receive = Callable[[], Awaitable[MutableMapping[str, Any]]]
 Send = Callable[[MutableMapping[str, Any]], Awaitable[None]]
 
 _INFER = re.compile(r"/v2/models/([^/]+)(?:/versions/([^/]+))?/infer")
+_EXTENSION = re.compile(r"/v2/(?:models/[^/]+/(?:versions/[^/]+/)?)?(?:system|cuda)?(trace/setting|logging|sharedmemory)(?:/.*)?")
+"""Paths of Triton's extensions that are left out."""
 _HEADER_LENGTH = HEADER_LENGTH.lower().encode()
 _JSON = (b"content-type", b"application/json")
 _OCTETS = (b"content-type", b"application/octet-stream")
@@ -533,6 +535,8 @@ def _fault(error: Exception) -> ProtocolError:
 
 
 async def _error_response(request: Request, error: Exception) -> Response:
+    if isinstance(error, HTTPException) and error.status_code == 404 and (found := _EXTENSION.fullmatch(request.scope["path"])):
+        error = ProtocolError(LACKING[found[1]], status=501)
     if isinstance(error, HTTPException):
         allowed = (error.headers or {}).get("Allow")
         text = f"{request.method} {shown(request.scope['path'])}: {error.detail}" + (

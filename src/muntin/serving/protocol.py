@@ -50,6 +50,14 @@ GRPC_CODES: Mapping[int, str] = MappingProxyType(
 )
 """HTTP status -> name of the gRPC status that says the same."""
 
+LACKING: Mapping[str, str] = MappingProxyType(
+    {
+        "trace/setting": "trace settings: this server has none; --trace and OpenTelemetry's environment say what is traced",
+        "logging": "log settings: this server has none; --access-log writes requests down",
+        "sharedmemory": "shared memory: this server shares none with its clients; send tensors in the request (as binary data for speed)",
+    }
+)
+"""Part of a path of HTTP -> what a client is told that asks for an extension of Triton's that is left out."""
 _SEQUENCE = ("sequence_id", "sequence_start", "sequence_end")
 _SHARED_MEMORY = ("shared_memory_region", "shared_memory_offset", "shared_memory_byte_size")
 _RANGES = {"name_length": (32, 1 << 20), "rank": (1, 32), "elements": (1, 1 << 48)}
