@@ -185,8 +185,9 @@ def test_a_body_arrives_in_one_piece_however_it_was_sent(served: Served) -> None
     assert read_json(served.ask(whole)) == [70_000, "muntin mu"]
     assert read_json(served.ask(*(whole[n : n + 7919] for n in range(0, len(whole), 7919)))) == [70_000, "muntin mu"]
     chunks = b"".join(b"%x\r\n%s\r\n" % (len(part), part) for part in (b"mun", b"tin" * 5000, b"!")) + b"0\r\n\r\n"
-    chunked = b"POST / HTTP/1.1\r\nHost: a\r\nTransfer-Encoding: chunked\r\n\r\n" + chunks
-    assert read_json(served.ask(chunked)) == [15_004, "muntintin"]
+    for coding in (b"chunked", b"Chunked "):
+        chunked = b"POST / HTTP/1.1\r\nHost: a\r\nTransfer-Encoding: %s\r\n\r\n" % coding + chunks
+        assert read_json(served.ask(chunked)) == [15_004, "muntintin"]
     wait(lambda: served.ledger.held == 0)
 
 
@@ -221,6 +222,8 @@ def test_several_requests_on_one_connection_are_answered_in_order(served: Served
             + (b"c350\r\n" + b"x" * 50_000 + b"\r\n" + b"c351\r\n" + b"x" * 50_001),
             413,
         ),
+        (b"POST / HTTP/1.1\r\nHost: a\r\nTransfer-Encoding: gzip, chunked\r\n\r\n0\r\n\r\n", 501),
+        (b"POST / HTTP/1.1\r\nHost: a\r\nTransfer-Encoding: gzip\r\nTransfer-Encoding: chunked\r\n\r\n0\r\n\r\n", 501),
         (b"GET / HTTP/1.1\r\n\r\n", 400),
         (b"GET / HTTP/1.1\r\n" + OFFER + b"\r\n", 400),
         (post(b"hello", more=b"host: a\r\n"), 400),

@@ -192,6 +192,25 @@ def test_health_in_json(pixels: Server) -> None:
     assert found == [{"live": True}, {"live": True, "ready": True}, {"name": "pixels", "ready": True}]
 
 
+@pytest.mark.parametrize("coding", ["gzip", "GZIP", "x-gzip", "Deflate", "Identity", ""])
+def test_codings_have_any_case_and_two_names(pixels: Server, coding: str) -> None:
+    body = zlib.compress(_ASKED, wbits=31) if "gzip" in coding.lower() else zlib.compress(_ASKED) if coding == "Deflate" else _ASKED
+    assert fetch(pixels, "/v2/models/pixels/infer", body, {"Content-Encoding": coding})[0] == 200
+
+
+@pytest.mark.parametrize(
+    ("headers", "message"),
+    [
+        ({"Content-Encoding": "gzip"}, "'gzip': only requests for inference"),
+        ({"Content-Type": "multipart/form-data; boundary=x"}, "--data-binary @FILE"),
+    ],
+)
+def test_a_picture_comes_as_it_is(pixels: Server, headers: dict[str, str], message: str) -> None:
+    status, _, answer = fetch(pixels, "/predict", b"x" * 50_000, headers)
+    assert (status, message in json.loads(answer)["error"]) == (415, True)
+    assert fetch(pixels, "/predict", encoded(images_of(1, 7)[0], "PNG"), {"Content-Encoding": "Identity"})[0] == 200
+
+
 @pytest.mark.parametrize("algorithm", ["gzip", "deflate"])
 def test_requests_may_come_packed(pixels: Server, algorithm: str) -> None:
     client, images = Client(pixels, "http"), images_of(3, 7)
@@ -950,6 +969,8 @@ _ASKED = b'{"inputs": [{"name": "images", "datatype": "UINT8", "shape": [1, 1, 1
         ("/predict", "/predict", b"no picture", {}, 400),
         ("/v2/models/pixels/infer", "/v2/models/{model}/infer", b"{}", {}, 400),
         ("/v2/models/pixels/infer", "/v2/models/{model}/infer", b"{}", {"content-encoding": "br"}, 415),
+        ("/predict", "/predict", b"x", {"content-encoding": "gzip"}, 415),
+        ("/v2/repository/index", "/v2/repository/index", b"{}", {"content-encoding": "gzip"}, 415),
         ("/v2/models/other/infer", "/v2/models/{model}/infer", _ASKED, {}, 404),
         ("/v2/models/other", "/v2/models/{model}", None, {}, 404),
         ("/v2/models/pixels", "/v2/models/{model}", None, {"more": "x" * 20_000}, 431),

@@ -320,15 +320,20 @@ class BoundedConnection(HttpToolsProtocol):
                 self._refuse(400, "CONNECT: this server is no proxy; ask for a path of its own")
             return  # it is parsed again, without the offer
         self._stop_timer()
-        size, hosts = len(self.url), 0
+        size, hosts, codings = len(self.url), 0, b""
         for name, value in self.headers:
             size += len(name) + len(value) + 4
             hosts += name == b"host"
+            if name == b"transfer-encoding":
+                codings += b"," + value.lower()
         if size > self._bounds.header_bytes:
             self._refuse_head()
             return
         if hosts != 1 and (hosts or self.parser.get_http_version() != "1.0"):  # RFC 9112, 3.2
             self._refuse(400, f"{hosts} Host headers: name one")
+            return
+        if codings and codings.replace(b" ", b"").replace(b"\t", b"").strip(b",") != b"chunked":  # RFC 9112, 6.1
+            self._refuse(501, "a transfer coding beside chunked: pack the body (content-encoding), or send it as it is")
             return
         if not self._has_place():
             self._refuse_place()
@@ -339,7 +344,7 @@ class BoundedConnection(HttpToolsProtocol):
         elif int(length) and not self._may_hold(int(length)):  # without a body it holds nothing: health is told, however much is held
             self._refuse(503, "the bodies of other requests fill what this server holds: try again")
         else:
-            self._wire = int(any(name == b"transfer-encoding" for name, _ in self.headers))
+            self._wire = int(bool(codings))
             super().on_headers_complete()
             self.cycle.keep_alive = self.cycle.keep_alive and not self._spare
             self.cycle.transport = _Sending(self.transport, partial(self._close_behind, self.cycle))  # type: ignore[assignment]

@@ -77,6 +77,8 @@ _HEAD = "muntin.head"
 """In a scope: what `_read_head` found, where all requests with the same head share it."""
 _LIKE_BYTES = 2048
 """Of a request's JSON, at most, that it is held against others by."""
+_PLAIN, _PACKED = frozenset({b"", b"identity"}), frozenset({b"gzip", b"x-gzip", b"deflate"})
+"""Content codings (RFC 9110, 8.4.1) in lower case: those that leave a body as it is, and those that are taken off."""
 _INFLATE = zlib.MAX_WBITS | 32
 """zlib's word for gzip and deflate alike: the data say which it is."""
 SMALL_PACKED, SMALL = 1 << 16, 1 << 18
@@ -375,18 +377,18 @@ class HttpFace:
         return _json(statistics_document(self._service.statistics(model, version)))
 
     async def _index(self, request: Request) -> Response:
-        ready = decode_index_request(await request.body(), self._limits)
+        ready = decode_index_request(await _plain_body(request), self._limits)
         return _json(index_document(self._control.index(ready=ready)))
 
     async def _load(self, request: Request) -> Response:
         check_origin(request.scope["headers"], local=self._local)
-        parameters = decode_repository_request(await request.body(), self._limits)
+        parameters = decode_repository_request(await _plain_body(request), self._limits)
         await self._control.loaded(request.path_params["model"], parameters)
         return _json({})
 
     async def _unload(self, request: Request) -> Response:
         check_origin(request.scope["headers"], local=self._local)
-        parameters = decode_repository_request(await request.body(), self._limits)
+        parameters = decode_repository_request(await _plain_body(request), self._limits)
         await self._control.unloaded(request.path_params["model"], parameters)
         return _json({})
 
@@ -412,7 +414,9 @@ class HttpFace:
         except ValueError as error:
             raise ProtocolError(f"the query has more than 16 fields: there is {shown('output')}") from error
         query = {name: values[-1] for name, values in fields.items()}
-        body = await request.body()
+        if request.headers.get("content-type", "").lower().startswith("multipart/form-data"):
+            raise ProtocolError("a form: send the picture alone, as curl does with --data-binary @FILE", status=415)
+        body = await _plain_body(request)
         try:
             return await self._pictures.answer(body, query)
         except ProtocolError as error:
@@ -447,13 +451,23 @@ def _read_head(scope: Scope) -> _Head:
     for name, value in scope["headers"]:
         if name == _HEADER_LENGTH:
             length = parse_header_length(value.decode("latin-1"))
-        elif name == b"content-encoding" and value not in (b"", b"identity"):
-            if encoded or value.lower() not in (b"gzip", b"deflate"):
+        elif name == b"content-encoding" and (coding := value.lower()) not in _PLAIN:
+            if encoded or coding not in _PACKED:
                 raise ProtocolError(
                     f"content-encoding {shown(value.decode('latin-1'))}: send gzip, deflate, or the body as it is", status=415
                 )
             encoded = True
     return _Head(model, version, length, encoded)
+
+
+async def _plain_body(request: Request) -> bytes:
+    """The body of what is no inference. Raises ProtocolError 415 for one that is packed."""
+    coding = request.headers.get("content-encoding", "")
+    if coding.lower().encode("latin-1") not in _PLAIN:
+        raise ProtocolError(
+            f"content-encoding {shown(coding)}: only requests for inference may be packed; send the body as it is", status=415
+        )
+    return await request.body()
 
 
 def _inflated(body: Buffer, most: int, few: int | None = None) -> bytes | None:

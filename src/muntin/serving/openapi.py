@@ -15,7 +15,7 @@ _ERRORS = {
     408: "the headers or the body did not come in time",
     409: "not loaded, what served goes on; or not in service",
     413: "too large",
-    415: "packed by neither gzip nor deflate",
+    415: "packed by neither gzip nor deflate, or packed at all where no inference is asked for; or a form",
     431: "the line and the headers are too long",
     500: "the model failed",
     501: "a model that comes with the request",
@@ -34,7 +34,7 @@ def openapi(model: str) -> dict[str, Any]:
         "/v2/health/live": _open("200 as long as the process answers."),
         "/v2/health/ready": _open("200 when a model is ready, 503 before, and once the server is going down."),
         "/v2/models/stats": _get("Counts and durations of every version."),
-        "/v2/repository/index": {"post": _operation("The versions there are, and their states.", 400, body=_schema("Index"))},
+        "/v2/repository/index": {"post": _operation("The versions there are, and their states.", 400, 415, body=_schema("Index"))},
         "/v2/repository/models/{model}/load": {
             "parameters": [name],
             "post": _operation(
@@ -43,6 +43,7 @@ def openapi(model: str) -> dict[str, Any]:
                 403,
                 404,
                 409,
+                415,
                 501,
                 body=_schema("Load"),
             ),
@@ -50,7 +51,7 @@ def openapi(model: str) -> dict[str, Any]:
         "/v2/repository/models/{model}/unload": {
             "parameters": [name],
             "post": _operation(
-                "Take all versions, or the one in `parameters.version`, out of service.", 400, 403, 404, 409, 501, body=_schema("Load")
+                "Take all versions, or the one in `parameters.version`, out of service.", 400, 403, 404, 409, 415, 501, body=_schema("Load")
             ),
         },
         "/predict": {"post": _predict()},
@@ -82,6 +83,7 @@ def _predict() -> dict[str, Any]:
     operation = _operation(
         "A picture file in; a mask, an overlay, an image or JSON out.",
         400,
+        415,
         body={kind: {} for kind in ("image/png", "image/jpeg", "image/webp")},
         content={"image/png": {}, "application/json": {}},
     )
