@@ -72,6 +72,23 @@ def test_what_cannot_be_unloaded(control: Control) -> None:
     assert caught.value.status == 404
 
 
+def test_a_directory_that_takes_its_time_keeps_no_loop_waiting(control: Control, monkeypatch: pytest.MonkeyPatch) -> None:
+    scan, go_on = control._repository.scan, threading.Event()
+
+    def slowly() -> dict[str, Path]:
+        assert go_on.wait(20)
+        return scan()
+
+    async def ask() -> list[str]:
+        listing = asyncio.create_task(control.indexed(ready=False))
+        await asyncio.sleep(0.01)
+        go_on.set()  # by a loop that goes on
+        return [entry.version for entry in await listing]
+
+    monkeypatch.setattr(control._repository, "scan", slowly)
+    assert "1" in asyncio.run(ask())
+
+
 def test_an_artefact_that_is_loaded_again(write_version: Callable[..., Path], in_process: ArtifactLoader, tmp_path: Path) -> None:
     path = write_version(tmp_path / "single")
     control = Control(Slot("m", in_process, rollout=Rollout()), Repository(path))

@@ -24,7 +24,8 @@ VERSION = "version"
 
 
 class Control:
-    """Loads and unloads versions of the one model. `load` and `unload` block: event loops ask with `loaded` and `unloaded`."""
+    """Loads and unloads versions of the one model. `load`, `unload` and `index` block: event loops ask with `loaded`, `unloaded` and
+    `indexed`."""
 
     def __init__(self, slot: Slot, repository: Repository) -> None:
         self._slot, self._repository = slot, repository
@@ -54,6 +55,10 @@ class Control:
     async def unloaded(self, model: str, parameters: Mapping[str, Parameter]) -> None:
         """As `unload`, on some thread."""
         await asyncio.to_thread(self.unload, model, parameters)
+
+    async def indexed(self, *, ready: bool) -> list[IndexEntry]:
+        """As `index`, on some thread: a directory on a network may take its time."""
+        return await asyncio.to_thread(self.index, ready=ready)
 
     def index(self, *, ready: bool) -> list[IndexEntry]:
         """Every version that is listed or served; those that wait in the repository are "UNAVAILABLE". `ready`: only those that answer."""

@@ -13,11 +13,14 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from importlib.metadata import version
 from types import MappingProxyType
 from typing import Any
 
 from muntin.serving.tensors import DATATYPES
 
+VERSION = version("muntin")
+"""Read from disk, so once."""
 PLATFORM = "muntin"
 """What this server calls its back end."""
 EXTENSIONS = (

@@ -22,7 +22,6 @@ import time
 from collections.abc import Awaitable, Callable, Coroutine, Iterator
 from contextlib import contextmanager, suppress
 from functools import partial
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any, NamedTuple
 from urllib.parse import unquote
@@ -32,7 +31,7 @@ import grpc
 from muntin.serving import open_inference_pb2 as messages
 from muntin.serving.access_log import AccessLog
 from muntin.serving.control import Control
-from muntin.serving.description import ModelDescription
+from muntin.serving.description import VERSION, ModelDescription
 from muntin.serving.grpc_codec import (
     LACKING,
     METHODS,
@@ -472,7 +471,7 @@ class GrpcFace:
         return messages.ModelReadyResponse(ready=self._service.ready)
 
     async def server_metadata(self, request: Any, call: _Call) -> Any:
-        return server_message("muntin", version("muntin"))
+        return server_message("muntin", VERSION)
 
     def _described(self, request: Any) -> ModelDescription:
         if not request.name:  # which the service takes for its only model
@@ -489,7 +488,7 @@ class GrpcFace:
         return statistics_message(self._service.statistics(request.name or None, request.version or None))
 
     async def index(self, request: Any, call: _Call) -> Any:
-        return index_message(self._control.index(ready=request.ready))
+        return index_message(await self._control.indexed(ready=request.ready))
 
     async def load(self, request: Any, call: _Call) -> Any:
         await self._control.loaded(request.model_name, repository_parameters(request, self._limits))

@@ -22,7 +22,6 @@ from collections.abc import Awaitable, Callable, Hashable, MutableMapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from functools import partial
-from importlib.metadata import version
 from typing import Any, NamedTuple
 from urllib.parse import parse_qs
 
@@ -37,6 +36,7 @@ from muntin.serving.access_log import AccessLog
 from muntin.serving.connection import Answer, Fields, Reply
 from muntin.serving.control import Control
 from muntin.serving.description import (
+    VERSION,
     configuration_document,
     index_document,
     metadata_document,
@@ -351,7 +351,7 @@ class HttpFace:
         ]
 
     async def _server(self, request: Request) -> Response:
-        return _json(server_document("muntin", version("muntin")))
+        return _json(server_document("muntin", VERSION))
 
     async def _live(self, request: Request) -> Response:
         return _json({"live": True})
@@ -378,7 +378,7 @@ class HttpFace:
 
     async def _index(self, request: Request) -> Response:
         ready = decode_index_request(await _plain_body(request), self._limits)
-        return _json(index_document(self._control.index(ready=ready)))
+        return _json(index_document(await self._control.indexed(ready=ready)))
 
     async def _load(self, request: Request) -> Response:
         check_origin(request.scope["headers"], local=self._local)

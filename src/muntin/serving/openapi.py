@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from importlib.metadata import version
 from typing import Any
 
+from muntin.serving.description import VERSION
 from muntin.serving.json_codec import HEADER_LENGTH
 
 _ERRORS = {
@@ -66,7 +66,7 @@ def openapi(model: str) -> dict[str, Any]:
         paths[f"{at}/infer"] = {"parameters": parameters, "post": _infer()}
     return {
         "openapi": "3.1.0",
-        "info": {"title": "muntin", "version": version("muntin"), "description": "An artefact behind the Open Inference Protocol."},
+        "info": {"title": "muntin", "version": VERSION, "description": "An artefact behind the Open Inference Protocol."},
         "paths": paths,
         "components": {
             "schemas": _SCHEMAS,
