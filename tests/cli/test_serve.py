@@ -187,6 +187,25 @@ def test_it_says_at_the_end_what_was_not_answered(call: Any, monkeypatch: pytest
     assert (answer.code, answer.out, answer.err) == (0, "", said)
 
 
+def test_what_it_is_told_reaches_the_server(call: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    told: list[Bounds] = []
+
+    class Ended:
+        cut_off = 0
+
+        def __init__(self, path: Path, config: Any, **_: Any) -> None:
+            told.append(config.bounds)
+
+        def run(self, **_: Any) -> None:
+            return
+
+    monkeypatch.setattr("muntin.serving.server.Server", Ended)
+    assert call("serve", "artefact").code == 0
+    assert call("serve", "artefact", "--max-pixels", "5000", "--idle-seconds", "620", "--max-body", "7").code == 0
+    changed = {"image_pixels": 5000, "idle_seconds": 620.0, "body_bytes": 7 << 20}
+    assert told == [Bounds(), Bounds().model_copy(update=changed)]
+
+
 @pytest.mark.parametrize("seconds", ["0", "-1", "nan", "1.5", "86401"])
 def test_the_time_at_the_end_is_seconds_from_1(call: Any, seconds: str) -> None:
     answer = call("serve", "artefact", "--drain-seconds", seconds)

@@ -46,6 +46,12 @@ def serve_command(
         int, typer.Option(min=1, max=1024, help="Megabytes of one request's JSON; tensors in binary are no part of it.")
     ] = 4,
     max_body: Annotated[int, typer.Option(min=1, max=4096, help="Megabytes of one request.")] = 64,
+    max_pixels: Annotated[
+        int, typer.Option(min=1, max=1 << 30, help="Pixels of one image, height times width; of a picture before it is unpacked.")
+    ] = 1 << 26,
+    idle_seconds: Annotated[
+        int, typer.Option(min=1, max=86400, help="Seconds that a connection may do nothing; more than a proxy in front keeps its own.")
+    ] = 75,
     max_connections: Annotated[int, typer.Option(min=1, max=65535, help="Connections at the same time.")] = 512,
     drain_seconds: Annotated[
         int, typer.Option(min=1, max=86400, help="Seconds that requests in flight get after SIGTERM or Ctrl-C; then they are cut off.")
@@ -80,7 +86,7 @@ def serve_command(
             rollout=Rollout(canary=canary, shadow=shadow, for_requests=trial),
             bounds=Bounds(
                 body_bytes=max_body * _MEGABYTE, json_bytes=max_json * _MEGABYTE, held_bytes=max(512, 4 * max_body) * _MEGABYTE,
-                connections=max_connections,
+                connections=max_connections, image_pixels=max_pixels, idle_seconds=idle_seconds,
             ),
             tokens=_tokens(token_file), tls_certificate=tls_certificate, tls_key=tls_key, access_log=access_log, trace=trace,
             drain_seconds=drain_seconds,
