@@ -765,7 +765,11 @@ def pair(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     """A certificate and its key."""
     if shutil.which("openssl") is None:
         pytest.skip("no openssl to make a certificate with")
-    made = tmp_path_factory.mktemp("tls")
+    return make_pair(tmp_path_factory.mktemp("tls") / "pair")
+
+
+def make_pair(made: Path) -> tuple[Path, Path]:
+    made.mkdir()
     certificate, key = made / "certificate.pem", made / "key.pem"
     subject = ["-subj", "/CN=localhost", "-addext", "subjectAltName=DNS:localhost,IP:127.0.0.1"]
     command = ["openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-days", "2", "-keyout", str(key), "-out", str(certificate)]
@@ -806,6 +810,37 @@ def test_tls(write_pixels: Callable[..., Path], tmp_path: Path, pair: tuple[Path
         assert client.is_server_ready()
         client.close()
     with pytest.raises(DataError, match="TLS certificate"), served(path, tls_certificate=key, tls_key=certificate):
+        pass
+
+
+def test_a_certificate_that_is_renewed_is_shown_by_both_faces(
+    write_pixels: Callable[..., Path], tmp_path: Path, pair: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch, wait_until: Any
+) -> None:
+    monkeypatch.setattr("muntin.serving.server.RENEW_S", 0.02)
+    certificate, key = (shutil.copy(file, tmp_path) for file in pair)
+    told: list[str] = []
+    config = ServeConfig(http_port=0, grpc_port=0, threads=1, tls_certificate=certificate, tls_key=key)
+    with Server(write_pixels(tmp_path / "pixels"), config, notify=told.append) as server:
+
+        def shown() -> set[str]:
+            return {ssl.get_server_certificate(("127.0.0.1", port or 0)) for port in (server.http_port, server.grpc_port)}
+
+        before = shown()
+        assert before == {Path(certificate).read_text()}
+        renewed = make_pair(tmp_path / "renewed")
+        shutil.copy(renewed[0], certificate)  # without its key for a moment
+        wait_until(lambda: any("still shown" in line for line in told))
+        assert shown() == before
+        shutil.copy(renewed[1], key)
+        wait_until(lambda: any("renewed" in line for line in told))
+        assert shown() == {renewed[0].read_text()}
+
+
+def test_nobody_is_asked_for_a_passphrase(write_pixels: Callable[..., Path], tmp_path: Path, pair: tuple[Path, Path]) -> None:
+    locked = tmp_path / "locked.pem"
+    command = ["openssl", "pkey", "-in", str(pair[1]), "-aes256", "-passout", "pass:secret", "-out", str(locked)]
+    subprocess.run(command, check=True, capture_output=True)
+    with pytest.raises(DataError, match="has a passphrase"), served(tmp_path, tls_certificate=pair[0], tls_key=locked):
         pass
 
 

@@ -30,6 +30,7 @@ import grpc
 
 from muntin.serving import open_inference_pb2 as messages
 from muntin.serving.access_log import AccessLog
+from muntin.serving.certificate import Certificate
 from muntin.serving.control import Control
 from muntin.serving.description import VERSION, ModelDescription
 from muntin.serving.grpc_codec import (
@@ -107,7 +108,7 @@ Handler = Callable[[Any, _Call], Awaitable[Any]]
 
 
 class GrpcFace:
-    """Serves on addresses ("127.0.0.1:8001"; port 0: any that is free, see `port`). `tls`: (certificate, key) in PEM.
+    """Serves on addresses ("127.0.0.1:8001"; port 0: any that is free, see `port`). `tls`: what they show, if anything.
 
     `ledger`: of the HTTP face. What both hold is counted together; of calls as many are answered at once as that has connections.
     """
@@ -121,7 +122,7 @@ class GrpcFace:
         tokens: tuple[str, ...],
         log: AccessLog | None,
         ledger: Ledger,
-        tls: tuple[bytes, bytes] | None = None,
+        tls: Certificate | None = None,
         tracing: Tracing | None = None,
     ) -> None:
         self._service, self._control, self._limits, self._log = service, control, limits, log
@@ -158,8 +159,7 @@ class GrpcFace:
                 if self._tls is None:
                     self.port = self._server.add_insecure_port(chosen)
                 else:
-                    certificate, key = self._tls
-                    self.port = self._server.add_secure_port(chosen, grpc.ssl_server_credentials([(key, certificate)]))
+                    self.port = self._server.add_secure_port(chosen, _credentials(self._tls))
             except RuntimeError as error:
                 raise OSError(None, f"cannot listen on it ({error})", chosen) from error
         await self._server.start()
@@ -531,6 +531,20 @@ class _Doorkeeper(grpc.aio.ServerInterceptor):  # type: ignore[misc]
 
 
 _OPEN_PATHS = frozenset((*(f"/{SERVICE}/{name}" for name in _OPEN), *(f"/{HEALTH}/{name}" for name in ("Check", "Watch"))))
+
+
+def _credentials(tls: Certificate) -> grpc.ServerCredentials:
+    """Those that a certificate has, whenever somebody connects."""
+    shown = tls.pem
+
+    def renewed() -> Any:
+        nonlocal shown
+        if shown is tls.pem:
+            return None
+        shown = tls.pem
+        return grpc.ssl_server_certificate_configuration([shown])
+
+    return grpc.dynamic_ssl_server_credentials(grpc.ssl_server_certificate_configuration([shown]), renewed)
 
 
 def _subject(request: Any) -> str:

@@ -32,6 +32,7 @@ from muntin.artifact import Manifest, open_artifact
 from muntin.errors import ArtifactError, DataError, MuntinError
 from muntin.serving.access_log import AccessLog
 from muntin.serving.batcher import Batcher
+from muntin.serving.certificate import Certificate
 from muntin.serving.compiler import BUDGET, Compiler
 from muntin.serving.config import ServeConfig
 from muntin.serving.connection import Receiver, check_uvicorn
@@ -59,6 +60,8 @@ DENSE_ROWS, DENSE_PIXELS = 16, 1 << 20
 """Up to so many images, and so many pixels together, a batch is small: compiling for one takes 0.4 s and 17 MiB at 64 x 64."""
 _NOT_HERE = frozenset({errno.EADDRNOTAVAIL, errno.EAFNOSUPPORT})
 """What a system says of an address that a name has, and the machine has not."""
+RENEW_S = 10.0
+"""Between two looks at the files of a certificate."""
 MARGIN_S, MARGIN_SHARE = 0.001, 0.05
 """Seconds of an objective, or a share of it, that reading a request and writing its answer may take: 0.6 to 0.9 ms at 512 x 512."""
 
@@ -198,12 +201,13 @@ class Server:
         async with AsyncExitStack() as ending:
             ending.push_async_callback(asyncio.to_thread, self._compiler.close)
             addresses = self._look_at_ports()
-            self._look_at_certificate()
+            certificate, key = self.config.tls_certificate, self.config.tls_key
+            tls = None if certificate is None or key is None else Certificate(certificate, key)  # before a model is loaded in vain
             await asyncio.to_thread(self._load_first)
             if not self._ending:
-                await self._answer(up, ending, addresses)
+                await self._answer(up, ending, addresses, tls)
 
-    async def _answer(self, up: Callable[[], None], ending: AsyncExitStack, addresses: list[str]) -> None:
+    async def _answer(self, up: Callable[[], None], ending: AsyncExitStack, addresses: list[str], tls: Certificate | None) -> None:
         config = self.config
         metrics = Metrics()
         executor = Executor(self.slot, compiler=self._compiler)
@@ -247,7 +251,7 @@ class Server:
         grpc_face: GrpcFace | None = None
         if config.grpc_port is not None:
             grpc_face = self._grpc = GrpcFace(
-                service, control, limits=limits, tokens=config.tokens, log=log, ledger=ledger, tls=self._tls(), tracing=tracing
+                service, control, limits=limits, tokens=config.tokens, log=log, ledger=ledger, tls=tls, tracing=tracing
             )
             ending.push_async_callback(grpc_face.stop, config.drain_seconds)
             await self._listen_grpc(grpc_face, addresses)
@@ -258,7 +262,9 @@ class Server:
             for sock in listening:
                 sock.close()
             return
-        self._http = _Http(http_config, up, go_down, handshake=config.bounds.header_seconds)
+        self._http = _Http(http_config, up, go_down, tls=None if tls is None else tls.context, handshake=config.bounds.header_seconds)
+        if tls is not None:
+            ending.callback(asyncio.create_task(self._renew(tls)).cancel)
         if config.watch:
             watcher.start()
         gc.collect()
@@ -358,20 +364,19 @@ class Server:
             raise DataError(f"cannot listen on {host}:{port} for gRPC: choose another --grpc-port or --host") from error
         self.grpc_port = face.port
 
-    def _look_at_certificate(self) -> None:
-        """Raises DataError where it cannot be used, before a model is loaded in vain."""
-        certificate, key = self.config.tls_certificate, self.config.tls_key
-        if certificate is None:
-            return
-        try:
-            ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER).load_cert_chain(certificate, key)
-        except OSError as error:  # an SSLError is one
-            raise _unusable(error) from error
-
-    def _tls(self) -> tuple[bytes, bytes] | None:
-        if self.config.tls_certificate is None or self.config.tls_key is None:
-            return None
-        return self.config.tls_certificate.read_bytes(), self.config.tls_key.read_bytes()
+    async def _renew(self, certificate: Certificate) -> None:
+        """Shows what lies in the files of a certificate whenever they have changed."""
+        while True:
+            await asyncio.sleep(RENEW_S)
+            if not await asyncio.to_thread(certificate.changed):
+                continue
+            try:
+                certificate.load()
+            except DataError as error:
+                told = f"{error}; the one before is still shown"
+            else:
+                told = "the TLS certificate was renewed"
+            await asyncio.to_thread(self._notify, told)
 
     def _uvicorn_config(self, face: HttpFace, ledger: Ledger) -> uvicorn.Config:
         config = self.config
@@ -389,13 +394,8 @@ class Server:
             server_header=False,
             timeout_keep_alive=max(1, round(config.bounds.idle_seconds)),
             timeout_graceful_shutdown=max(1, round(config.drain_seconds)),
-            ssl_certfile=config.tls_certificate,
-            ssl_keyfile=config.tls_key,
         )
-        try:
-            made.load()
-        except OSError as error:  # another one than that which was looked at
-            raise _unusable(error) from error
+        made.load()
         return made
 
 
@@ -403,15 +403,17 @@ class _Http(uvicorn.Server):
     """uvicorn, which tells when it listens and when it begins to go down. `handshake`: seconds that a TLS handshake may take, which uvicorn
     leaves at the loop's minute."""
 
-    def __init__(self, config: uvicorn.Config, up: Callable[[], None], go_down: Callable[[], None], *, handshake: float) -> None:
+    def __init__(
+        self, config: uvicorn.Config, up: Callable[[], None], go_down: Callable[[], None], *, tls: ssl.SSLContext | None, handshake: float
+    ) -> None:
         super().__init__(config)
-        self._tell_up, self._go_down, self._handshake = up, go_down, handshake
+        self._tell_up, self._go_down, self._tls, self._handshake = up, go_down, tls, handshake
         self.cut_off = 0
         """Connections that were still busy when the time at the end was over."""
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         await super().startup([])
-        loop, tls = asyncio.get_running_loop(), self.config.ssl
+        loop, tls = asyncio.get_running_loop(), self._tls
         for sock in sockets or ():
             listening = await loop.create_server(
                 self._connection, sock=sock, ssl=tls, backlog=self.config.backlog, ssl_handshake_timeout=self._handshake if tls else None
@@ -458,10 +460,6 @@ def _expose(metrics: Metrics, service: Service, runner: Runner, ledger: Ledger, 
         "counter", "muntin_connections_refused", "Requests that were refused before they were whole, by status.", ("status",),
         lambda: [((str(status),), float(count)) for status, count in ledger.refused.items()],
     )  # fmt: skip
-
-
-def _unusable(error: OSError) -> DataError:
-    return DataError(f"the TLS certificate or its key cannot be used ({error}): give both in PEM")
 
 
 def _name_of(path: Path) -> str:
