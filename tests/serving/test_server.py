@@ -844,6 +844,14 @@ def test_nobody_is_asked_for_a_passphrase(write_pixels: Callable[..., Path], tmp
         pass
 
 
+def asked(images: NDArray[np.uint8], more: bytes = b"") -> bytes:
+    """A request for everything about some images, in binary."""
+    tensor = {"name": "images", "datatype": "UINT8", "shape": images.shape, "parameters": {"binary_data_size": images.nbytes}}
+    head = json.dumps({"inputs": [tensor], "parameters": {"binary_data_output": True}}).encode()
+    line = b"POST /v2/models/pixels/infer HTTP/1.1\r\nHost: a\r\n%sContent-Length: %d\r\n" % (more, len(head) + images.nbytes)
+    return line + b"Inference-Header-Content-Length: %d\r\n\r\n" % len(head) + head + images.tobytes()
+
+
 @contextmanager
 def secure(server: Server, certificate: Path) -> Iterator[ssl.SSLSocket]:
     """A connection over TLS that was answered, of a client that never looks at it again."""
@@ -880,19 +888,30 @@ def test_a_large_answer_over_tls_is_read_to_its_end_however_slowly(
     certificate, key = pair
     with served(write_pixels(tmp_path / "pixels"), tls_certificate=certificate, tls_key=key) as server:
         images = images_of(4, 1, 512, 512)
-        tensor = {"name": "images", "datatype": "UINT8", "shape": images.shape, "parameters": {"binary_data_size": images.nbytes}}
-        head = json.dumps({"inputs": [tensor], "parameters": {"binary_data_output": True}}).encode()
         with secure(server, certificate) as client:
-            client.sendall(
-                b"POST /v2/models/pixels/infer HTTP/1.1\r\nHost: a\r\nConnection: close\r\nContent-Length: %d\r\n"
-                b"Inference-Header-Content-Length: %d\r\n\r\n" % (len(head) + images.nbytes, len(head))
-            )
-            client.sendall(head + images.tobytes())
+            client.sendall(asked(images, b"Connection: close\r\n"))
             time.sleep(3)
-            found = 0
+            found = b""
             while piece := client.recv(1 << 20):
-                found += len(piece)
-        assert found > images.nbytes * 4  # scores, and labels
+                found += piece
+        scores = images.transpose(0, 3, 1, 2).astype(np.float32)
+        assert found.endswith(images.argmax(3).astype(np.uint8).tobytes() + scores.tobytes())
+
+
+def test_what_a_client_over_tls_does_not_read_counts_and_ends_its_connection(
+    write_pixels: Callable[..., Path], tmp_path: Path, pair: tuple[Path, Path], wait_until: Any
+) -> None:
+    certificate, key = pair
+    bounds = Bounds(body_seconds=2)
+    with served(write_pixels(tmp_path / "pixels"), tls_certificate=certificate, tls_key=key, bounds=bounds) as server:
+        assert server._http is not None
+        connections = server._http.server_state.connections
+        with secure(server, certificate) as client:
+            (connection,) = connections
+            client.sendall(asked(images_of(4, 1, 512, 512)))
+            wait_until(lambda: connection._ledger.held > 4 << 20)  # type: ignore[union-attr]
+            wait_until(lambda: not connections, 10)
+            assert connection._ledger.held == 0  # type: ignore[union-attr]
 
 
 def test_a_port_that_is_taken_is_named(pixels: Server, write_pixels: Callable[..., Path], tmp_path: Path) -> None:

@@ -28,6 +28,7 @@ from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
 from muntin.errors import DependencyError
 from muntin.serving.heads import HEAD_BYTES, Known, known_head
 from muntin.serving.ledger import Ledger
+from muntin.serving.paced import Paced
 from muntin.serving.unread import SMALL, Unread
 
 Fields = list[tuple[bytes, bytes]]
@@ -125,13 +126,20 @@ class Receiver(asyncio.BufferedProtocol):
 
     def __init__(self, **settings: Any) -> None:
         self._connection = BoundedConnection(**settings)
-        self.connection_made = self._connection.connection_made  # type: ignore[method-assign, assignment]
         self.connection_lost = self._connection.connection_lost  # type: ignore[method-assign]
         self.eof_received = self._connection.eof_received  # type: ignore[method-assign]
         self.pause_writing = self._connection.pause_writing  # type: ignore[method-assign]
         self.resume_writing = self._connection.resume_writing  # type: ignore[method-assign]
         self.get_buffer = self._connection.room  # type: ignore[method-assign, assignment]
         self.buffer_updated = self._connection.written  # type: ignore[method-assign, assignment]
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        made: Any = transport
+        if made.get_extra_info("sslcontext") is not None:
+            made = Paced(made, self._connection)
+            self.connection_lost = made.connection_lost  # type: ignore[method-assign]
+            self.pause_writing, self.resume_writing = made.pause_writing, made.resume_writing  # type: ignore[method-assign]
+        self._connection.connection_made(made)
 
 
 class BoundedConnection(HttpToolsProtocol):

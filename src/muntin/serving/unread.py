@@ -2,8 +2,8 @@
 
 How much a transport has to send is known to it alone, so this asks it; whoever reads steadily may take as long as it likes.
 
-TLS wants to hear of a connection's end from both sides, and many a client looks at one that it does not use no more: what is closed is left
-as soon as all of it has reached the client. The transport of TLS does not say what is left below it, so the system is asked.
+TLS wants to hear of a connection's end from both sides, and many a client looks no more at one that it does not use: what is closed is left
+as soon as all of it has reached the client. The transport of TLS does not say what little is left below it (`paced`): the system is asked.
 """
 
 from __future__ import annotations
