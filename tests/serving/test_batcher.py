@@ -745,7 +745,7 @@ def test_counts() -> None:
     refused(batcher, job_of(rows=5), 0.0, "too large")
     refused(batcher, job_of(rows=3), 0.0, "full")
     snapshot = batcher.snapshot()
-    assert snapshot.refused == {"full": 1, "late": 1, "too large": 1, "draining": 0}
+    assert snapshot.refused == {"full": 1, "late": 1, "too large": 1, "draining": 0, "stuck": 0}
     assert (snapshot.waiting_jobs, snapshot.waiting_rows, snapshot.waiting_bytes, snapshot.waiting_groups) == (2, 2, 7, 1)
     assert (snapshot.running_batches, snapshot.running_rows, snapshot.admitted, snapshot.finished) == (1, 1, 3, 0)
     assert snapshot.backlog_s == pytest.approx(0.02, rel=0.05)

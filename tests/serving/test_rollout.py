@@ -81,6 +81,11 @@ def test_a_failure_counts_as_soon_as_nothing_can_make_it_good() -> None:
     assert late.reason == "5 of its 5 images failed (allowed: 5.00%)"
 
 
+def test_no_batch_may_fail_to_come_back() -> None:
+    found = verdict(Rollout(max_error_rate=1), rows=90, failed=3, overdue=3)
+    assert (found.passed, found.reason) == (False, "it does not come back with 3 of its images: its engine hangs")
+
+
 def test_disagreement_is_told_from_chance() -> None:
     rollout = Rollout(shadow=1, min_agreement=0.9)
     assert verdict(rollout, rows=3, compared=3, agreed=0.0) is None

@@ -17,8 +17,8 @@ from typing import Any
 import pytest
 
 from muntin.serving.batcher import Batch, Batcher, Job, Refusal
-from muntin.serving.latency import LatencyModel
-from muntin.serving.runner import LOOK_S, Answer, EngineError, Runner
+from muntin.serving.latency import OVERDUE, OVERDUE_S, OVERDUE_UNKNOWN_S, LatencyModel
+from muntin.serving.runner import HANGING, LOOK_S, Answer, EngineError, Runner
 
 LONG = 30.0
 """Seconds after which something that should happen has failed to."""
@@ -413,3 +413,109 @@ def test_an_idle_worker_holds_no_request() -> None:
 def test_the_batcher_has_to_reckon_with_as_many_workers() -> None:
     with pytest.raises(ValueError, match="workers=2"):
         Runner(batcher_of(), doubled, workers=2)
+
+
+# ---- engines that do not come back
+
+
+class Hangs:
+    """An engine that hangs with jobs whose payload is "hang" until it is let go."""
+
+    def __init__(self) -> None:
+        self.free = threading.Event()
+
+    def __call__(self, batch: Batch) -> list[Any]:
+        if any(job.payload == "hang" for job in batch.jobs):
+            assert self.free.wait(LONG)
+        return [job.payload for job in batch.jobs]
+
+
+@pytest.fixture
+def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Batches that do not come back within a moment count as such that never do."""
+    monkeypatch.setattr("muntin.serving.latency.OVERDUE_UNKNOWN_S", 0.05)
+    monkeypatch.setattr("muntin.serving.latency.OVERDUE_S", 0.05)
+    monkeypatch.setattr("muntin.serving.runner._GRACE_S", 0.0)
+
+
+@pytest.mark.usefixtures("impatient")
+@pytest.mark.parametrize("workers", [1, 2])
+def test_a_batch_that_does_not_come_back_is_answered_and_others_go_on(workers: int) -> None:
+    engine, answers = Hangs(), Answers()
+    with running(engine, workers=workers) as runner:
+        hung = Job(group="g", payload="hang")
+        following = jobs_of(3)
+        answers.submit(runner, hung, *following)
+        answers.wait(4)
+        assert isinstance(answers.of(hung), EngineError)
+        assert str(answers.of(hung)) == "the engine did not come back within 0.05 s"
+        assert [answers.of(job) for job in following] == [0, 1, 2]
+        assert runner.able
+        assert len(runner._workers) == workers
+        snapshot = runner.snapshot()
+        assert (snapshot.running_batches, snapshot.finished) == (0, 4)
+        engine.free.set()
+        while runner._hanging:
+            time.sleep(0.001)
+        assert len(runner._workers) == workers  # its place was taken
+        answers.submit(runner, *jobs_of(2))
+        answers.wait(6)
+    assert len(answers.by_job[hung]) == 1
+
+
+@pytest.mark.usefixtures("impatient")
+def test_an_engine_that_never_comes_back_is_told_and_may_still_come_back() -> None:
+    engine, answers = Hangs(), Answers()
+    with running(engine) as runner:
+        hung = [Job(group=number, payload="hang") for number in range(HANGING + 1)]
+        waiting = Job(group="waits")
+        answers.submit(runner, *hung, waiting)
+        answers.wait(HANGING + 2)
+        assert all(isinstance(answers.of(job), EngineError) for job in hung)
+        assert answers.of(waiting).kind == "stuck"
+        assert not runner.able
+        (refused,) = jobs_of(1)
+        answers.submit(runner, refused)
+        assert answers.of(refused).kind == "stuck"
+        assert runner.snapshot().refused["stuck"] == 1
+        engine.free.set()
+        while not runner.able:
+            time.sleep(0.001)
+        (good,) = jobs_of(1)
+        answers.submit(runner, good)
+        answers.wait(HANGING + 4)
+        assert answers.of(good) == 0
+        while runner._hanging:
+            time.sleep(0.001)
+        assert len(runner._workers) == 1
+
+
+@pytest.mark.usefixtures("impatient")
+def test_closing_does_not_wait_for_what_does_not_come_back() -> None:
+    engine, answers = Hangs(), Answers()
+    runner = Runner(batcher_of(), engine)
+    answers.submit(runner, Job(group="g", payload="hang"), *jobs_of(2))
+    assert runner.close(LONG)
+    answers.wait(3)
+    engine.free.set()
+
+
+def test_a_batch_has_far_more_time_than_it_ever_took() -> None:
+    batcher = batcher_of()
+    batcher.submit(Job(group="new"), 0.0)
+    batch = batcher.poll(0.0).batch
+    assert batch is not None
+    assert batch.within == OVERDUE_UNKNOWN_S
+    batcher.done(batch, 5.0, 5.0)
+    for _ in range(2):
+        batcher.submit(Job(group="new"), 10.0)
+        batch = batcher.poll(10.0).batch
+        assert batch is not None
+        batcher.done(batch, 15.0, 5.0)
+    assert batch.within > OVERDUE * 5.0
+    for _ in range(3):
+        batcher._latencies.observe("quick", 1, 0.01)
+    batcher.submit(Job(group="quick"), 20.0)
+    batch = batcher.poll(20.0).batch
+    assert batch is not None
+    assert batch.within == OVERDUE_S

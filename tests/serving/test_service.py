@@ -24,11 +24,12 @@ from muntin.serving.forming import INLINE
 from muntin.serving.latency import LatencyModel
 from muntin.serving.metrics import Metrics
 from muntin.serving.pictures import Pictures
-from muntin.serving.protocol import InferInput, InferRequest, RefusedRequestError
+from muntin.serving.protocol import InferInput, InferRequest, ProtocolError, RefusedRequestError
 from muntin.serving.rollout import ENOUGH, Rollout
-from muntin.serving.runner import Runner
+from muntin.serving.runner import HANGING, Runner
 from muntin.serving.service import Service
 from muntin.serving.slot import Slot
+from muntin.serving.version import Version
 
 SIDE = 150
 """Pixels of an image of which the scores are put into form beside the event loop."""
@@ -179,6 +180,65 @@ def test_a_candidate_is_compared_with_what_the_current_version_answers(shelf: An
             assert "2" in answered
 
     asyncio.run(try_it())
+
+
+def hang(version: Version) -> threading.Event:
+    """Its engine does not come back until this is set."""
+    free = threading.Event()
+    computes = version.session._infer
+
+    def infer(images: Any) -> Any:
+        assert free.wait(60)
+        return computes(images)
+
+    version.session._infer = infer  # type: ignore[method-assign]
+    return free
+
+
+def test_a_version_that_hangs_is_sent_back_and_others_are_answered(shelf: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("muntin.serving.latency.OVERDUE_UNKNOWN_S", 0.5)
+    monkeypatch.setattr("muntin.serving.latency.OVERDUE_S", 0.5)
+
+    async def ask() -> None:
+        with made(shelf, Rollout(for_seconds=0.4)) as service:
+            free = hang(service.slot.load(Path("2"), "2"))
+            asked = [asyncio.create_task(service.infer(request_for_all(8), model="m", version=None)) for _ in range(5)]
+            first, *others = await asyncio.gather(*asked, return_exceptions=True)
+            assert isinstance(first, ProtocolError)
+            assert first.status == 500
+            assert "the engine did not come back" in str(first)
+            assert {other.response.version for other in others} == {"1"}  # type: ignore[union-attr]
+            assert service.ready
+            current = service.slot.current
+            assert current is not None
+            assert current.name == "1"
+            free.set()
+
+    asyncio.run(ask())
+
+
+def test_a_server_whose_engine_is_dead_is_not_ready(shelf: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("muntin.serving.latency.OVERDUE_UNKNOWN_S", 0.05)
+    monkeypatch.setattr("muntin.serving.runner._GRACE_S", 0.0)
+
+    async def ask() -> None:
+        with made(shelf) as service:
+            current = service.slot.current
+            assert current is not None
+            free = hang(current)
+            asked = [asyncio.create_task(service.infer(request_for_all(8), model="m", version=None)) for _ in range(HANGING + 2)]
+            answers = await asyncio.gather(*asked, return_exceptions=True)
+            assert {getattr(answer, "status", None) for answer in answers[:-1]} == {500}
+            assert isinstance(answers[-1], RefusedRequestError)
+            assert not service.ready
+            with pytest.raises(RefusedRequestError, match="start the server again"):
+                await service.infer(request_for_all(8), model="m", version=None)
+            free.set()
+            while not service.ready:
+                await asyncio.sleep(0.01)
+            assert (await service.infer(request_for_all(8), model="m", version=None)).response.version == "1"
+
+    asyncio.run(ask())
 
 
 def test_a_picture_names_the_version_that_computed_it(shelf: Any, wait_until: Any) -> None:

@@ -26,7 +26,7 @@ from muntin.runtime.signals import signal_stack
 from muntin.serving.probation import REST, ArtifactLoader, Limits
 from muntin.serving.rollout import Rollout
 from muntin.serving.slot import HISTORY, Lease, Slot
-from muntin.serving.version import Call, NotReadyError, Opening, RefusedError, UnknownVersionError, Version
+from muntin.serving.version import Begun, Call, NotReadyError, Opening, RefusedError, UnknownVersionError, Version
 
 IMAGES = np.zeros((1, 8, 8, 3), np.uint8)
 CALL = Call((1, 8, 8), labels=True)
@@ -481,6 +481,90 @@ def test_a_trial_counts_its_time_from_the_last_image_before_it(make_slot: Callab
     assert states(slot)["2"] == ("ready", "current, on probation")
 
 
+# ---- what does not come back ----
+
+
+def test_a_version_does_not_pass_while_it_hangs(make_slot: Callable[..., Slot], clock: Any, told: list[str]) -> None:
+    slot = make_slot(for_seconds=2)
+    old, new = slot.load("1", "1"), slot.load("2", "2")
+    begun = slot.begin(new, rows=3, within=10)
+    for _ in range(9):
+        clock.now += 1
+        slot.settle()
+        assert (slot.current, old.open) == (new, True)
+    clock.now += 1
+    with slot.lease() as lease:  # whoever comes by
+        assert lease.version is old
+    reason = "it does not come back with 3 of its images: its engine hangs"
+    assert states(slot)["2"] == ("failed", f"rolled back: {reason}")
+    assert told[-2:] == ["model: version 2 did not come back with 3 images in 10 s", f"model: version 2 is rolled back to 1: {reason}"]
+    assert (new.open, new.overdue) == (True, 1)  # its thread is inside it
+    slot.observe(new, seconds=60.0, rows=3, begun=begun)
+    assert (new.open, new.overdue, new.leases) == (False, 0, 0)
+
+
+@pytest.mark.parametrize("by", ["time", "images"])
+def test_what_was_begun_before_a_version_passed_is_waited_for(make_slot: Callable[..., Slot], clock: Any, by: str) -> None:
+    """And what was begun after it is not: beside two streams there is always something."""
+    slot = make_slot(for_seconds=30, for_requests=5)
+    old, new = slot.load("1", "1"), slot.load("2", "2")
+    slow = slot.begin(new, rows=1, within=100)
+    observe(slot, new, 9 if by == "images" else 1)
+    clock.now += 29 if by == "images" else 31
+    slot.settle()
+    assert old.open
+    clock.now += 1
+    slot.begin(new, rows=1, within=100)
+    slot.observe(new, seconds=31.0, rows=1, begun=slow)
+    assert (slot.current, old.open) == (new, False)
+
+
+def test_a_candidate_whose_shadow_hangs_is_refused(make_slot: Callable[..., Slot], clock: Any) -> None:
+    slot = make_slot(shadow=1.0, for_seconds=5)
+    old = slot.load("1", "1")
+    with loading(slot, "2", "2") as outcome, slot.shadow(old) as lease:  # type: ignore[union-attr]
+        begun = slot.begin(lease.version, rows=1, within=10)
+        clock.now += 9
+        slot.settle()
+        assert not outcome
+        assert slot.current is old
+        clock.now += 1
+    assert "its engine hangs" in str(outcome[0])
+    slot.end(begun)
+    slot.end(begun)
+    assert (lease.version.leases, lease.version.open) == (0, False)
+
+
+def test_what_waits_for_a_version_that_hangs_is_computed_by_another(make_slot: Callable[..., Slot], clock: Any) -> None:
+    slot = make_slot()
+    old, new = slot.load("1", "1"), slot.load("2", "2")
+    with slot.lease() as waits:
+        begun = slot.begin(new, rows=1, within=10)
+        clock.now += 11
+        assert slot.compute(waits.version, label_of, rows=1) == (1, old)
+        assert slot.current is old
+    only = slot.begin(old, rows=1, within=10)
+    clock.now += 11
+    assert slot.compute(old, label_of, rows=1) == (1, old)  # there is no other one: it may have been this one batch
+    for one in (begun, only):
+        slot.end(one)
+    assert (old.overdue, old.leases, new.open) == (0, 0, False)
+
+
+def test_what_failed_long_after_it_was_given_up_is_computed_by_nobody(make_slot: Callable[..., Slot], clock: Any) -> None:
+    slot = make_slot()
+    old, new = slot.load("1", "1"), slot.load("2", "2")
+
+    def hang(session: Session) -> int:
+        clock.now += 11
+        slot.settle()
+        raise DeadError
+
+    with pytest.raises(DeadError):
+        slot.compute(new, hang, rows=1, within=10)
+    assert (slot.current, old.leases, new.leases, new.open) == (old, 0, 0, False)
+
+
 # ---- out of service ----
 
 
@@ -596,6 +680,7 @@ class AnyOrder(RuleBasedStateMachine):
         self.slot = Slot("model", self.new_shelf(), rollout=Rollout(for_requests=5, for_seconds=30), clock=self.clock)
         self.loaded: list[Version] = []
         self.held: list[Lease] = []
+        self.begun: list[Begun] = []
 
     @rule()
     def load(self) -> None:
@@ -617,6 +702,17 @@ class AnyOrder(RuleBasedStateMachine):
     @rule(lease=leases, fails=st.booleans())
     def observe(self, lease: Lease, fails: bool) -> None:
         self.slot.observe(lease.version, seconds=0.1, rows=2, error=RuntimeError() if fails else None)
+
+    @rule(lease=leases, seconds=st.integers(1, 31))
+    def begin(self, lease: Lease, seconds: int) -> None:
+        if lease in self.held:
+            self.begun.append(self.slot.begin(lease.version, rows=2, within=seconds))
+
+    @precondition(lambda self: self.begun)
+    @rule(data=st.data(), fails=st.booleans())
+    def end(self, data: st.DataObject, fails: bool) -> None:
+        begun = self.begun.pop(data.draw(st.integers(0, len(self.begun) - 1)))
+        self.slot.observe(begun.version, seconds=0.1, rows=2, error=RuntimeError() if fails else None, begun=begun)
 
     @rule(lease=leases)
     def fall_back(self, lease: Lease) -> None:
@@ -641,9 +737,10 @@ class AnyOrder(RuleBasedStateMachine):
 
     @invariant()
     def whoever_has_a_lease_can_compute(self) -> None:
-        assert all(lease.version.open for lease in self.held)
+        assert all(one.version.open for one in (*self.held, *self.begun))
         for version in self.loaded:
-            assert version.leases == sum(lease.version is version for lease in self.held)
+            assert version.leases == sum(one.version is version for one in (*self.held, *self.begun))
+            assert version.overdue == sum(begun.overdue for begun in version.begun)
 
     @invariant()
     def what_nobody_has_or_needs_is_closed(self) -> None:

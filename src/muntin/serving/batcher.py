@@ -56,6 +56,7 @@ _BEYOND, _BEYOND_S = 0.3, 0.01  # of an objective, or seconds without one, that 
 _PASSED = 64  # jobs that a batch passes over at most
 _PROBE, _PROBES = 0.25, 8  # s, and times its latency: pause between two jobs of a group that would be late even alone
 _FRESH = 0.02  # of an objective: how long a forecast is kept when the batch that it waits for ought to have ended
+_STUCK = "the engine does not come back, and no thread is left to compute on: start the server again, or send the request to another one"
 _standing = attrgetter("standing")
 
 
@@ -140,7 +141,7 @@ class Batcher:
         self._outdated = -math.inf
         self._busy = Rate()
         self._work: dict[int, Rate] = {}  # seconds of engine time that were admitted, by priority
-        self._draining = False
+        self._draining = self._stuck = False
         self._admitted = self._dropped = self._cancelled = self._finished = 0
         self._refused: dict[RefusalKind, int] = dict.fromkeys(get_args(RefusalKind), 0)
 
@@ -173,6 +174,8 @@ class Batcher:
     def _bounds(self, job: Job) -> Refusal | None:
         if self._draining:
             return self._refuse("draining", "the server is shutting down: send the request to another one")
+        if self._stuck:
+            return self._refuse("stuck", _STUCK)
         if job.rows > self.max_rows or job.nbytes > self.queue_bytes:
             what = f"{job.rows} rows, {job.nbytes} bytes in one request"
             return self._refuse("too large", f"{what}: send at most {self.max_rows} rows and {self.queue_bytes} bytes at once")
@@ -346,7 +349,7 @@ class Batcher:
         chosen, rows, due = self._choose(lane, now)
         if len(self._active) == 1 and len(chosen) == len(lane.jobs) and (wake := self._linger(lane, rows, due, now)) > now:
             return Step(None, dropped, wake)
-        batch = Batch(self._remove(lane, chosen), lane.group, rows)
+        batch = Batch(self._remove(lane, chosen), lane.group, rows, lane.line.overdue(rows))
         lane.lingers, lane.tried = None, now
         self._running.append(Run(batch, lane, now))
         return Step(batch, dropped, None)
@@ -470,11 +473,22 @@ class Batcher:
 
     def discard(self) -> tuple[tuple[Job, Refusal], ...]:
         """Gives up everything that waits."""
+        return self._give_up(Refusal("draining", "the server was shut down before the request was computed: send it to another one"))
+
+    def stick(self) -> tuple[tuple[Job, Refusal], ...]:
+        """No engine comes back any more: gives up everything that waits, and refuses every job until `loosen`."""
+        self._stuck = True
+        return self._give_up(Refusal("stuck", _STUCK))
+
+    def loosen(self) -> None:
+        """One came back after all."""
+        self._stuck = False
+
+    def _give_up(self, refusal: Refusal) -> tuple[tuple[Job, Refusal], ...]:
         jobs = [job for lane in self._active.values() for _, _, job in lane.jobs]
         for job in jobs:
             self._leave(job)
         self._dropped += len(jobs)
-        refusal = Refusal("draining", "the server was shut down before the request was computed: send it to another one")
         return tuple((job, refusal) for job in jobs)
 
     def _leave(self, job: Job) -> None:

@@ -11,6 +11,8 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
+from math import inf
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -51,6 +53,8 @@ class Work:
     batch_rows: int = 0
     by: Version | None = None
     """The version that computed it: another one than the lease's where that failed."""
+    within: float = inf
+    """Seconds after which its batch would have counted as one that does not come back."""
     recovered: str = ""
     """What was done for want of memory; empty: nothing."""
 
@@ -88,7 +92,11 @@ class Executor:
         images = works[0].images if len(works) == 1 else np.concatenate([work.images for work in works])
         call = Call((len(images), group.height, group.width), group.labels)
         (answer, recovered), version = self._slot.compute(
-            group.version, lambda session: self._compute(session, images, labels=group.labels), rows=len(images), call=call
+            group.version,
+            lambda session: self._compute(session, images, labels=group.labels),
+            rows=len(images),
+            call=call,
+            within=batch.within,
         )
         computed = self._clock() - started
         if self._compiler is not None:
@@ -96,23 +104,26 @@ class Executor:
         answers, first = [], 0
         for job, work in zip(batch.jobs, works, strict=True):
             work.started, work.computed, work.batch_rows = started, computed, len(images)
-            work.by, work.recovered = version, recovered
+            work.by, work.recovered, work.within = version, recovered, batch.within
             answers.append(answer[first : first + job.rows])
             first += job.rows
         return answers
 
-    def shadow(self, candidate: Version, images: NDArray[np.uint8], answer: NDArray[Any], *, labels: bool) -> None:
+    def shadow(self, candidate: Version, images: NDArray[np.uint8], answer: NDArray[Any], *, labels: bool, within: float = inf) -> None:
         """Computes images that were answered once more, by a candidate that the caller has a lease on, and tells the slot how far both
-        agree."""
+        agree. `within`: as of `Slot.begin`."""
         call = Call((images.shape[0], images.shape[1], images.shape[2]), labels)
-        started = self._clock()
+        begun = self._slot.begin(candidate, rows=len(images), within=within)
+        observe = partial(self._slot.observe_shadow, candidate, rows=len(images), call=call, begun=begun)
         try:
             again = _call(candidate.session, images, labels=labels)
         except Exception as error:  # noqa: BLE001 - the slot counts it, and judges
-            self._slot.observe_shadow(candidate, agreement=None, seconds=self._clock() - started, rows=len(images), error=error, call=call)
-            return
-        agreement = label_agreement(answer, again, candidate.signature, labels=labels)
-        self._slot.observe_shadow(candidate, agreement=agreement, seconds=self._clock() - started, rows=len(images), call=call)
+            observe(agreement=None, seconds=self._clock() - begun.at, error=error)
+        else:
+            seconds = self._clock() - begun.at
+            observe(agreement=label_agreement(answer, again, candidate.signature, labels=labels), seconds=seconds)
+        finally:
+            self._slot.end(begun)
 
     def _compute(self, session: Session, images: NDArray[np.uint8], *, labels: bool) -> tuple[NDArray[Any], str]:
         try:

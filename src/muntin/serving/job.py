@@ -7,7 +7,7 @@ from collections.abc import Hashable
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-RefusalKind = Literal["full", "late", "too large", "draining"]
+RefusalKind = Literal["full", "late", "too large", "draining", "stuck"]
 
 
 @dataclass(slots=True, eq=False, kw_only=True)
@@ -44,11 +44,12 @@ class Job:
 
 @dataclass(frozen=True, slots=True)
 class Batch:
-    """What one call of the engine computes."""
+    """What one call of the engine computes. `within`: seconds after which it counts as one that does not come back."""
 
     jobs: tuple[Job, ...]
     group: Hashable
     rows: int
+    within: float = math.inf
 
 
 @dataclass(frozen=True, slots=True)

@@ -40,6 +40,11 @@ _FORGET, _FADED = 1024, 0.02  # batches after which a size that is not seen any 
 _FIRM, _STALE = 8, 512  # see `Line.firm`: batches of a larger size, and how many batches ago at most
 _LEAST, _MOST = 1e-9, 1e9  # s
 _ANY = 1 << 30  # rows, where their number makes no difference
+OVERDUE_S, OVERDUE = 10.0, 20
+"""Seconds, and times its safe ones if those are more, after which a batch counts as one that does not come back: short of memory it may be
+computed twice, and in tiles, and a machine may stand still for seconds."""
+OVERDUE_UNKNOWN_S = 120.0
+"""The same where next to nothing was measured: a first call may compile."""
 
 
 class Line(NamedTuple):
@@ -65,6 +70,10 @@ class Line(NamedTuple):
     def safe(self, rows: int) -> float:
         """Seconds that about 99 of 100 batches keep, as far as recent ones tell."""
         return self.expected(rows) * self.spread
+
+    def overdue(self, rows: int) -> float:
+        """Seconds after which a batch counts as one that does not come back."""
+        return max(OVERDUE_S, OVERDUE * self.safe(rows)) if self.seen >= 2 else OVERDUE_UNKNOWN_S
 
     def rows_within(self, seconds: float) -> int:
         """The most rows whose `safe` seconds are within these; 0 where not even one is."""

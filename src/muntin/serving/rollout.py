@@ -2,7 +2,8 @@
 
 Before the flip a candidate may be tried beside the version that serves: as a canary it answers a share of the requests, in its shadow it
 computes a share of those that the other answered again, and its answers are only compared. After the flip the old version stays warm for
-a while. Both are judged alike: failures, disagreement and slowness, each as soon as it can be told. Times are compared between batches of
+a while. Both are judged alike: failures, disagreement and slowness, each as soon as it can be told; a batch that does not come back is a
+failure, and what was begun is waited for before a version has passed. Times are compared between batches of
 one kind alone, by their medians: a canary's batches are smaller, and one slow call says nothing. A trial whose images came in a few large
 batches goes on until there are times enough to compare, or its time is up; then those that there are have to do.
 """
@@ -34,11 +35,11 @@ class Rollout:
     `canary`: the share, 0 to 1, of requests that a candidate answers before it takes over. `shadow`: the share, of those that the version
     that serves answers, that it computes again after the answer. With neither it takes over as soon as it is verified and warm.
     `for_requests`: images that it is judged by, from 1, before the flip and again after it; more of them, until `ENOUGH` batches can be
-    compared with its predecessor's. `for_seconds`: the longest that either takes; then it is judged by what came, and passes where nothing
-    came. Where nobody has asked anything for so long, before its trial or in it, it does not wait for what would not come. With 0 the old
-    version goes at once, and nothing is tried.
-    `max_error_rate`: the share of its images, 0 to 1, that may fail. `min_agreement`: the share of equal labels, 0 to 1, that its shadow
-    needs. `max_slowdown`: how many times as long as its predecessor it may take, from 1.
+    compared with its predecessor's. `for_seconds`: the longest that either takes, but for what is being computed then, which is waited for;
+    then it is judged by what came, and passes where nothing came. Where nobody has asked anything for so long, before its trial or in it,
+    it does not wait for what would not come. With 0 the old version goes at once, and nothing is tried.
+    `max_error_rate`: the share of its images, 0 to 1, that may fail; none may keep its engine for good. `min_agreement`: the share of equal
+    labels, 0 to 1, that its shadow needs. `max_slowdown`: how many times as long as its predecessor it may take, from 1.
     """
 
     canary: float = 0.0
@@ -73,15 +74,18 @@ class Rollout:
 
 @dataclass(kw_only=True)
 class Tally:
-    """What was seen of a version since `since`, a time of the slot's clock: `batches`; of their images `rows` computed or failed, and
-    `failed`; and of those whose labels were compared, `compared` and the sum of their shares of equal labels, `agreed`."""
+    """What was seen of a version since `since`, a time of the slot's clock: `batches`; of their images `rows` computed or failed, `failed`,
+    and among these `overdue`, whose batch did not come back; and of those whose labels were compared, `compared` and the sum of their
+    shares of equal labels, `agreed`. `enough`: when it had passed but for what was still being computed."""
 
     since: float
     batches: int = 0
     rows: int = 0
     failed: int = 0
+    overdue: int = 0
     compared: int = 0
     agreed: float = 0.0
+    enough: float = inf
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -97,6 +101,8 @@ def judge(rollout: Rollout, tally: Tally, latencies: Latencies, base: Latencies,
 
     `asked`: when a batch was last computed for anybody; before a trial that was `for_seconds` ago, there is nothing to wait for.
     """
+    if tally.overdue:  # whatever share of images may fail: every batch that does not come back keeps a thread
+        return Verdict(passed=False, reason=f"it does not come back with {tally.overdue} of its images: its engine hangs")
     if asked < tally.since and now - asked >= rollout.for_seconds:
         return Verdict(passed=True, reason=f"untried: nobody asked anything in the last {rollout.for_seconds:g} s")
     over = now - tally.since >= rollout.for_seconds or (tally.rows >= rollout.for_requests and _timed(rollout, latencies, base))

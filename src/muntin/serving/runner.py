@@ -5,6 +5,10 @@
 Whatever is decided is decided by the batcher, under the one lock, which is never held while something is computed or answered. Answers are
 delivered by the thread that computed them, before it asks for more. Jobs whose time passes while all of the workers compute are told by a
 thread that sleeps until the first of them may be too late: most jobs are answered before, so it is hardly ever woken.
+
+That thread also finds calls of the engine that do not come back. No such call can be ended: its batch is answered with an error, and
+another thread takes the place of the one that it keeps. Of these there is a bound, beyond which the engine is taken for dead: then
+everything is refused.
 """
 
 from __future__ import annotations
@@ -15,6 +19,7 @@ import threading
 import time
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import CancelledError
+from itertools import count
 from typing import Any
 
 from muntin.errors import MuntinError
@@ -28,10 +33,27 @@ Execute = Callable[[Batch], Sequence[Answer]]
 
 LOOK_S = 0.02
 """Seconds between two looks for jobs whose time has passed, at the least: who is late hears of it so much later."""
+HANGING = 4
+"""Threads that hang in an engine at once for which others are begun."""
+_GRACE_S = 0.5
+"""Beyond a batch's time: whoever computes it finds out first, so that what waits for a version that hangs is computed by another one."""
 
 
 class EngineError(MuntinError):
-    """The engine broke its contract: another number of answers than of requests, or it tried to end the thread that it ran on."""
+    """The engine broke its contract: another number of answers than of requests, it tried to end the thread that it ran on, or it does not
+    come back."""
+
+
+class _Worker:
+    """A thread that computes. `due`: when what it computes, `batch`, counts as what does not come back."""
+
+    __slots__ = ("batch", "due", "hangs", "thread")
+
+    def __init__(self) -> None:
+        self.batch: Batch | None = None
+        self.due = math.inf
+        self.hangs = False
+        self.thread = threading.current_thread()  # until it has its own
 
 
 class Runner:
@@ -49,16 +71,19 @@ class Runner:
             raise ValueError(f"workers={workers}: the batcher reckons with {batcher.workers}, give both the same")
         self._batcher, self._execute, self._clock = batcher, execute, clock
         lock = threading.Lock()
-        self._changed, self._expiry = threading.Condition(lock), threading.Condition(lock)
+        self._changed, self._expiry, self._left = (threading.Condition(lock) for _ in range(3))
         self._done: dict[Job, Done] = {}  # of every job that was admitted and not answered
         self._idle = 0
         self._closing = self._ended = False
         self._looked, self._look_at = -math.inf, math.inf  # when it was looked for what has expired, and will be
         self._timer = threading.Thread(target=self._tell_expired, name="muntin-expiry", daemon=True)
         self._timer.start()
-        self._threads = [threading.Thread(target=self._work, name=f"muntin-engine-{n}", daemon=True) for n in range(workers)]
-        for thread in self._threads:
-            thread.start()
+        self._numbers = count()
+        self._workers: set[_Worker] = set()  # but for those that hang
+        self._hanging = 0
+        with self._changed:
+            for _ in range(workers):
+                self._begin_worker()
 
     def submit(self, job: Job, done: Done) -> None:
         """Hands a job in. `done` is called once with its answer: by a worker, or by this call where the job is refused at once.
@@ -92,56 +117,74 @@ class Runner:
         with self._changed:
             self._batcher.delivered(batch, seconds)
 
+    @property
+    def able(self) -> bool:
+        """Whether there is a thread to compute on that does not hang."""
+        return bool(self._workers)
+
     def snapshot(self) -> Snapshot:
         """The batcher's counts."""
         with self._changed:
             return self._batcher.snapshot()
 
     def close(self, timeout: float | None = None) -> bool:
-        """Refuses new jobs, serves what waits, and ends the threads; True once they have ended.
+        """Refuses new jobs, serves what waits, and ends the threads; True once they have ended, but for those that hang.
 
         After `timeout` seconds what still waits is refused, and False is returned: what is being computed then is answered when it is done.
         """
+        own = threading.current_thread()
         with self._changed:
             self._batcher.drain()
             self._closing = True
             self._changed.notify_all()
-        end = None if timeout is None else time.monotonic() + timeout
-        for thread in self._threads:
-            if thread is not threading.current_thread():
-                thread.join(None if end is None else max(0.0, end - time.monotonic()))
-        with self._changed:
+            workers = [worker for worker in self._workers if worker.thread is not own]
+            ended = self._left.wait_for(lambda: all(worker.thread is own for worker in self._workers), timeout)
             given_up = self._taken(self._batcher.discard())
             self._changed.notify_all()
             self._ended = True
             self._expiry.notify()
         _deliver_all(given_up)
-        if self._timer is not threading.current_thread():
+        if self._timer is not own:
             self._timer.join()
-        return not any(thread.is_alive() for thread in self._threads)
+        for worker in workers:
+            if ended and not worker.hangs:
+                worker.thread.join()
+        return ended
 
     # ---- the threads
 
-    def _work(self) -> None:
-        while self._turn():
-            pass
+    def _begin_worker(self) -> None:
+        """Under the lock."""
+        worker = _Worker()
+        worker.thread = threading.Thread(target=self._work, args=(worker,), name=f"muntin-engine-{next(self._numbers)}", daemon=True)
+        self._workers.add(worker)
+        worker.thread.start()
 
-    def _turn(self) -> bool:
+    def _work(self, worker: _Worker) -> None:
+        while self._turn(worker):
+            pass
+        with self._changed:
+            self._workers.discard(worker)
+            self._left.notify_all()
+
+    def _turn(self, worker: _Worker) -> bool:
         """One round: waits for something to do and does it. No local name of it outlives that: an idle thread holds no request."""
-        batch, dropped = self._next()
+        batch, dropped = self._next(worker)
         _deliver_all(dropped)
         if batch is not None:
-            self._compute(batch)
-        return batch is not None or bool(dropped)
+            return self._compute(worker, batch)
+        return bool(dropped)
 
-    def _next(self) -> tuple[Batch | None, list[tuple[Done, Answer]]]:
+    def _next(self, worker: _Worker) -> tuple[Batch | None, list[tuple[Done, Answer]]]:
         """What to compute and what to answer; neither: the end."""
         with self._changed:
             while True:
                 now = self._clock()
                 step = self._batcher.poll(now)
+                if step.batch is not None:
+                    worker.batch, worker.due = step.batch, now + step.batch.within + _GRACE_S
                 if step.batch is not None or step.dropped:
-                    self._mind_expiry()
+                    self._mind_expiry(worker.due)
                     return step.batch, self._taken(step.dropped)
                 if self._closing and not self._batcher.waiting:
                     return None, []
@@ -149,9 +192,9 @@ class Runner:
                 self._changed.wait(None if step.wake is None else max(0.0, step.wake - now))
                 self._idle -= 1
 
-    def _mind_expiry(self) -> None:
-        """Under the lock: sees to it that it is looked when the first job that waits may be too late."""
-        when = max(self._batcher.expiry, self._looked + LOOK_S)
+    def _mind_expiry(self, due: float = math.inf) -> None:
+        """Under the lock: sees to it that it is looked when the first job that waits may be too late, and when a batch is overdue."""
+        when = max(min(self._batcher.expiry, due), self._looked + LOOK_S)
         if when < self._look_at:
             self._look_at = when
             self._expiry.notify()
@@ -161,7 +204,8 @@ class Runner:
             pass
 
     def _look(self) -> bool:
-        """Waits until a job may be too late, and tells those that are; False: the end. As of `_turn`, no local name outlives it."""
+        """Waits until a job may be too late or a batch is overdue, and tells those that are; False: the end. As of `_turn`, no local name
+        outlives it."""
         dropped = self._expired()
         if dropped is not None:
             _deliver_all(dropped)
@@ -174,35 +218,73 @@ class Runner:
             if self._ended:
                 return None
             self._looked = now
-            dropped = self._taken(self._batcher.expire(now))
-            self._look_at = max(self._batcher.expiry, now + LOOK_S)
+            dropped = self._taken(self._batcher.expire(now)) + self._give_up_overdue(now)
+            due = min((worker.due for worker in self._workers), default=math.inf)
+            self._look_at = max(min(self._batcher.expiry, due), now + LOOK_S)
             return dropped
+
+    def _give_up_overdue(self, now: float) -> list[tuple[Done, Answer]]:
+        """Under the lock: what is told of batches that do not come back. Others take the places of the threads that compute them."""
+        answers: list[tuple[Done, Answer]] = []
+        for worker in [worker for worker in self._workers if worker.due <= now]:
+            batch, worker.batch, worker.hangs = worker.batch, None, True
+            assert batch is not None
+            self._workers.remove(worker)
+            self._hanging += 1
+            self._batcher.done(batch, now, None)
+            error = EngineError(f"the engine did not come back within {batch.within:.3g} s")
+            answers += [(self._done.pop(job), error) for job in batch.jobs]
+            if self._hanging <= HANGING:
+                self._begin_worker()
+        if answers and not self._workers:
+            answers += self._taken(self._batcher.stick())
+        if answers:
+            self._left.notify_all()
+        return answers
+
+    def _came_back(self, worker: _Worker) -> bool:
+        """Under the lock: whether a thread that hung has its place again."""
+        self._hanging -= 1
+        if len(self._workers) >= self._batcher.workers:
+            return False
+        worker.hangs = False
+        self._workers.add(worker)
+        self._batcher.loosen()
+        return True
 
     def _taken(self, refused: Iterable[tuple[Job, Refusal]]) -> list[tuple[Done, Answer]]:
         return [(self._done.pop(job), refusal) for job, refusal in refused]
 
-    def _compute(self, batch: Batch) -> None:
+    def _compute(self, worker: _Worker, batch: Batch) -> bool:
+        """False: another thread has taken the place of this one."""
         started = self._clock()
-        answers, learn = self._answers(batch)
+        answers, learn = self._answers(worker, batch)
         with self._changed:
+            worker.batch, worker.due = None, math.inf
+            if worker.hangs:  # its jobs were answered
+                return self._came_back(worker)
             now = self._clock()
             self._batcher.done(batch, now, now - started if learn and now > started else None)
             dones = [self._done.pop(job) for job in batch.jobs]
             if self._idle:
                 self._changed.notify()
         _deliver_all(zip(dones, answers, strict=True))
+        return True
 
-    def _answers(self, batch: Batch) -> tuple[Sequence[Answer], bool]:
+    def _answers(self, worker: _Worker, batch: Batch) -> tuple[Sequence[Answer], bool]:
         """An answer for each job, and whether all of them came from one call of the engine."""
         answers, error = self._call(batch)
         if error is None:
             return answers, True
-        if len(batch.jobs) == 1 or isinstance(error, MemoryError | EngineError):
+        if len(batch.jobs) == 1 or worker.hangs or isinstance(error, MemoryError | EngineError):
             return [error] * len(batch.jobs), False
-        return [self._alone(batch, job) for job in batch.jobs], False
+        return [self._alone(worker, batch, job) for job in batch.jobs], False
 
-    def _alone(self, batch: Batch, job: Job) -> Answer:
-        answers, error = self._call(Batch((job,), batch.group, job.rows))
+    def _alone(self, worker: _Worker, batch: Batch, job: Job) -> Answer:
+        if worker.hangs:  # nobody waits for the rest
+            return None
+        worker.due = self._clock() + batch.within + _GRACE_S  # each call has its time
+        answers, error = self._call(Batch((job,), batch.group, job.rows, batch.within))
         return answers[0] if error is None else error
 
     def _call(self, batch: Batch) -> tuple[Sequence[Answer], Exception | None]:

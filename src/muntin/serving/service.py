@@ -95,7 +95,7 @@ class Service:
     @property
     def ready(self) -> bool:
         """Whether a request would be admitted, if there is room for it."""
-        return self.slot.ready and not self.draining
+        return self.slot.ready and self.runner.able and not self.draining
 
     def describe(self, model: str | None, version: str | None) -> ModelDescription:
         """The model, by the version that is named or the one that serves. Raises ProtocolError as `lease` does."""
@@ -292,7 +292,7 @@ class Service:
             self.metrics.batch.observe(work.batch_rows)
             done((answer, work))
             self.runner.delivered(work.started, self.clock() - given)
-            self._shadow(images, answer, labels, work.by)
+            self._shadow(images, answer, labels, work)
 
         def answered(answer: Any) -> None:
             nonlocal given
@@ -349,8 +349,8 @@ class Service:
             raise ProtocolError(f"images of {width}x{height} pixels: this server takes at most {self.max_pixels:,}", status=413)
         return given.data
 
-    def _shadow(self, images: NDArray[np.uint8], answer: NDArray[Any], labels: bool, by: Version | None) -> None:
-        lease = self.slot.shadow(by)
+    def _shadow(self, images: NDArray[np.uint8], answer: NDArray[Any], labels: bool, work: Work) -> None:
+        lease = self.slot.shadow(work.by)
         if lease is None:
             return
         if self._shadowing >= SHADOWS:
@@ -362,7 +362,7 @@ class Service:
         def compute() -> None:
             try:
                 with lease:
-                    self.executor.shadow(lease.version, images, answer, labels=labels)
+                    self.executor.shadow(lease.version, images, answer, labels=labels, within=work.within)
             finally:
                 self._shadowing -= 1
 

@@ -6,8 +6,9 @@
 
 The flip changes one reference under a lock. Requests hold leases, so those that were admitted before it are answered by the old version
 and those after it by the new one; nothing waits, nothing is closed under anybody. While the old version stays warm, a batch that fails on
-the new one is computed by it (`compute`): a version whose engine dies is sent back, and no request is lost by it. A slot knows no HTTP;
-what it decides by is in `rollout`. Threads may share it.
+the new one is computed by it (`compute`): a version whose engine dies is sent back, and no request is lost by it. One whose engine does not
+come back is sent back, too, and what waits for it is computed by another one. A slot knows no HTTP; what it decides by is in `rollout`.
+Threads may share it.
 """
 
 from __future__ import annotations
@@ -31,6 +32,7 @@ from muntin.serving.rollout import Rollout, Tally, Verdict, judge
 from muntin.serving.scheduling import take_short_turns
 from muntin.serving.telling import plain, told_safely
 from muntin.serving.version import (
+    Begun,
     Call,
     NotReadyError,
     Opened,
@@ -148,7 +150,8 @@ class Slot:
         self._previous: Version | None = None
         self._trial: Tally | None = None  # of the candidate
         self._probation: Tally | None = None  # of the current version, as long as there is a previous one
-        self._asked = -inf  # when a batch was last computed
+        self._asked = -inf  # when a batch was last begun or computed
+        self._due = inf  # not before this a batch is overdue
         self._gone: list[Session] = []
         self._lines: list[str] = []
 
@@ -193,29 +196,37 @@ class Slot:
             return None if other is None else self._lend(other)
 
     def compute(
-        self, version: Version, work: Callable[[Session], Answer], *, rows: int, call: Call | None = None
+        self, version: Version, work: Callable[[Session], Answer], *, rows: int, call: Call | None = None, within: float = inf
     ) -> tuple[Answer, Version]:
         """`work(session)` of a version that the caller has a lease on, or of one that can where this one fails; and which one did.
 
         Counts it (`observe`). A failure counts against a version only if another one could compute the same: what none can is the
-        images' fault, and a client must not be able to send a version back with them. Raises what `work` raised first, and
-        DataError at once.
+        images' fault, and a client must not be able to send a version back with them. `within`: as of `begin`; a version that hangs is
+        not asked where there is another one. Raises what `work` raised first, and DataError at once.
         """
         failures: list[_Failure] = []
         try:
             with ExitStack() as held:
+                if self._clock() >= self._due:
+                    self.settle()
+                while version.overdue and (lease := self.fallback(version)) is not None:
+                    version = held.enter_context(lease).version
                 while True:
-                    started = self._clock()
+                    begun = self.begin(version, rows=rows, within=within)
                     try:
                         answer = work(version.session)
                     except DataError:
                         raise
-                    except Exception as error:  # noqa: BLE001 - whatever an engine raises is raised below, if no version can do it
-                        failures.append(_Failure(version, self._clock() - started, error))
+                    except Exception as error:
+                        if begun.overdue:  # it was counted, and nobody waits
+                            raise
+                        failures.append(_Failure(version, self._clock() - begun.at, error))
                     else:
-                        self.observe(version, seconds=self._clock() - started, rows=rows, call=call)
+                        self.observe(version, seconds=self._clock() - begun.at, rows=rows, call=call, begun=begun)
                         self._count(failures, rows, call)
                         return answer, version
+                    finally:
+                        self.end(begun)
                     lease = self.fallback(version)
                     if lease is None:
                         break
@@ -229,14 +240,48 @@ class Slot:
         for failure in failures:
             self.observe(failure.version, seconds=failure.seconds, rows=rows, error=failure.error, call=call)
 
-    def observe(self, version: Version, *, seconds: float, rows: int, error: BaseException | None = None, call: Call | None = None) -> None:
+    def begin(self, version: Version, *, rows: int, within: float = inf) -> Begun:
+        """A batch that is computed by a version from now on, which stays open until `end`, or `observe`, is told of it.
+
+        `within`: seconds after which it counts as one that does not come back: as failed, and its version as one that hangs.
+        """
+        now = self._clock()
+        begun = Begun(version, rows, now, now + within)
+        with self._changed:  # there is nothing to tell
+            self._asked = now
+            self._due = min(self._due, begun.due)
+            version.leases += 1
+            version.begun.add(begun)
+        return begun
+
+    def end(self, begun: Begun) -> None:
+        """It came back. Telling so again changes nothing."""
+        if not begun.ended:
+            with self._changing():
+                self._end(begun)
+
+    def observe(
+        self,
+        version: Version,
+        *,
+        seconds: float,
+        rows: int,
+        error: BaseException | None = None,
+        call: Call | None = None,
+        begun: Begun | None = None,
+    ) -> None:
         """Counts a batch of `rows` images that took `seconds`, and failed with `error`; judges the version if it is on trial.
 
         `call`: what was computed. Times are compared among equal calls (without it: among batches of as many images), and the next version
-        is warmed up for the last of them. A DataError is the caller's, and no failure.
+        is warmed up for the last of them. A DataError is the caller's, and no failure. `begun`: ends with it, and was counted already if it
+        was overdue.
         """
         failed = error is not None and not isinstance(error, DataError)
         with self._changing():
+            if begun is not None:
+                self._end(begun)
+                if begun.overdue:
+                    return
             self._asked = self._clock()
             done = version.statistics
             done.batches += 1
@@ -260,6 +305,7 @@ class Slot:
         rows: int,
         error: BaseException | None = None,
         call: Call | None = None,
+        begun: Begun | None = None,
     ) -> None:
         """Counts what a candidate made of images that were answered already. `agreement`: `label_agreement` of the two, None where
         there is none to tell."""
@@ -267,7 +313,7 @@ class Slot:
             if version is self._candidate and self._trial is not None and agreement is not None and error is None:
                 self._trial.compared += rows
                 self._trial.agreed += agreement * rows
-        self.observe(version, seconds=seconds, rows=rows, error=error, call=call)
+        self.observe(version, seconds=seconds, rows=rows, error=error, call=call, begun=begun)
 
     # ---- versions ----
 
@@ -425,21 +471,61 @@ class Slot:
     def _settle_by_time(self) -> None:
         """What time has ended, and nothing else: for those who come by and bring nothing to judge by."""
         now, seconds = self._clock(), self.rollout.for_seconds
+        if now >= self._due:
+            self._find_overdue(now)
         tried = self._trial is not None and now - min(self._trial.since, self._asked) >= seconds
         if tried or (self._probation is not None and now - self._probation.since >= seconds):
             self._settle()
 
     def _settle(self) -> None:
         """Judges the candidate, then the current version, if they are on trial, and does what follows."""
-        now = self._clock()
         if self._candidate is not None and self._trial is not None and self._current is not None:
-            verdict = judge(self.rollout, self._trial, self._candidate.latencies, self._current.latencies, now=now, asked=self._asked)
+            verdict = self._judge(self._candidate, self._trial, self._current, self._asked)
             if verdict is not None:
                 self._end_trial(self._candidate, verdict)
         if self._current is not None and self._probation is not None and self._previous is not None:
-            verdict = judge(self.rollout, self._probation, self._current.latencies, self._previous.latencies, now=now)
+            verdict = self._judge(self._current, self._probation, self._previous)
             if verdict is not None:
                 self._end_probation(self._current, self._previous, verdict)
+
+    def _judge(self, version: Version, tally: Tally, base: Version, asked: float = inf) -> Verdict | None:
+        """None also as long as a version that has passed is at what it began before: it may not come back."""
+        if not tally.failed and _waits(version, tally):
+            return None
+        now = self._clock()
+        verdict = judge(self.rollout, tally, version.latencies, base.latencies, now=now, asked=asked)
+        if verdict is None or not verdict.passed:
+            return verdict
+        tally.enough = min(tally.enough, now)
+        return None if _waits(version, tally) else verdict
+
+    def _end(self, begun: Begun) -> None:
+        if begun.ended:
+            return
+        begun.ended = True
+        version = begun.version
+        version.begun.discard(begun)
+        version.overdue -= begun.overdue
+        version.leases -= 1
+        self._close_unused(version)
+
+    def _find_overdue(self, now: float) -> None:
+        """Counts what does not come back as failed."""
+        self._due = inf
+        for version in self._versions:
+            for begun in version.begun:
+                if begun.due > now:
+                    self._due = min(self._due, begun.due)
+                elif not begun.overdue:
+                    begun.overdue = True
+                    version.overdue += 1
+                    version.statistics.failed += begun.rows
+                    self._lines.append(f"version {version.name} did not come back with {begun.rows} images in {now - begun.at:.3g} s")
+                    if (tally := self._tally(version)) is not None:
+                        tally.rows += begun.rows
+                        tally.failed += begun.rows
+                        tally.overdue += begun.rows
+        self._settle()
 
     def _end_trial(self, candidate: Version, verdict: Verdict) -> None:
         self._candidate = self._trial = None
@@ -560,6 +646,11 @@ class Slot:
             raise RefusedError(f"{self.name}: version {version.name} is {version.reason}")
         if version.state != "ready":
             raise NotReadyError(f"{self.name}: version {version.name} was unloaded while it was on trial")
+
+
+def _waits(version: Version, tally: Tally) -> bool:
+    """Whether a version is at something that it began before it had passed."""
+    return any(begun.at <= tally.enough for begun in version.begun) if tally.enough < inf else False
 
 
 def _let_go(sessions: list[Session], closed: Event) -> None:

@@ -216,6 +216,18 @@ class Latencies:
         return {kind: len(seconds) for kind, seconds in self._seconds.items() if isinstance(kind, Call)}
 
 
+@dataclass(eq=False, slots=True)
+class Begun:
+    """A batch that a version computes since `at`, of so many rows; from `due` on it counts as one that does not come back."""
+
+    version: Version
+    rows: int
+    at: float
+    due: float
+    overdue: bool = False
+    ended: bool = False
+
+
 @dataclass(kw_only=True)
 class Statistics:
     """What a version has done: images computed, batches, images that failed, seconds spent on all of them, leases given."""
@@ -232,7 +244,8 @@ class Version:
     """One artefact under the name of its version. Its slot alone changes it, and guards it with its lock.
 
     `leases`: given and not yet back. `reason`: why it failed, otherwise empty. `digest` is known once it was tried, `signature` once it is
-    open, and both remain when it is closed. `warm`: the calls that it was compiled for when it was opened.
+    open, and both remain when it is closed. `warm`: the calls that it was compiled for when it was opened. `begun`: the batches that it
+    computes, of which `overdue` do not come back.
     """
 
     name: str
@@ -244,6 +257,8 @@ class Version:
     warm: frozenset[Call] = frozenset()
     statistics: Statistics = field(default_factory=Statistics)
     latencies: Latencies = field(default_factory=Latencies, repr=False)
+    begun: set[Begun] = field(default_factory=set, repr=False)
+    overdue: int = 0
     _signature: Signature | None = field(default=None, repr=False)
     _session: Session | None = field(default=None, repr=False)
 
