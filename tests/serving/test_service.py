@@ -172,7 +172,7 @@ def test_a_candidate_is_compared_with_what_the_current_version_answers(shelf: An
             answered: list[str] = []
             while not outcome and len(answered) < 500:
                 answered.append(await ask(service, None))
-                while service._shadowing:
+                while service.shadows.pending:
                     await asyncio.sleep(0.001)
                 await asyncio.sleep(0)
             assert "it agrees on 0.0% of the labels" in outcome[0]

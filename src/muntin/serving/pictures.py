@@ -13,8 +13,8 @@ from __future__ import annotations
 import asyncio
 import threading
 from collections import deque
-from collections.abc import AsyncIterator, Callable, Mapping
-from concurrent.futures import CancelledError, Executor, Future, wait
+from collections.abc import AsyncIterator, Mapping
+from concurrent.futures import CancelledError, Future
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -30,6 +30,7 @@ from muntin.serving.json_codec import encode_json
 from muntin.serving.protocol import ProtocolError, RefusedRequestError, bare, shown
 from muntin.serving.service import PRIORITY, Service
 from muntin.serving.slot import Lease
+from muntin.serving.threads import Threads
 from muntin.serving.version import Version
 
 TILE = 1024
@@ -58,7 +59,7 @@ class Pictures:
 
     def __init__(self, service: Service, *, tile: int = TILE) -> None:
         self._service, self._tile = service, tile
-        self._threads = _Threads()
+        self._threads = Threads("muntin-picture")
         self._decoding = asyncio.Semaphore(DECODERS)
         self._room = _Room(LARGEST * service.max_pixels)
         self._pending: set[_Through] = set()
@@ -142,38 +143,6 @@ class Pictures:
             labels: NDArray[np.uint8] = through.labels(image[None])[0]
             return labels
         return predict(through, image)
-
-
-class _Threads(Executor):
-    """A thread for each call. No decoder can be stopped: one that goes on when the process ends, ends with it; a pool's is waited for."""
-
-    def __init__(self) -> None:
-        self._running: set[Future[Any]] = set()
-
-    def submit(self, fn: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Future[Any]:
-        future: Future[Any] = Future()
-        self._running.add(future)
-        future.add_done_callback(self._running.discard)
-
-        threading.Thread(target=_run, args=(future, fn, args, kwargs), name="muntin-picture", daemon=True).start()
-        return future
-
-    def join(self, timeout: float | None) -> None:
-        """Waits for the calls that go on, so many seconds at most."""
-        wait(tuple(self._running), timeout)
-
-
-def _run(future: Future[Any], fn: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-    if not future.set_running_or_notify_cancel():
-        return
-    try:
-        answer = fn(*args, **kwargs)
-    except BaseException as error:  # noqa: BLE001 - whoever waits raises it
-        future.set_exception(error)
-    else:
-        future.set_result(answer)
-    finally:
-        del future  # an error holds this frame by its traceback
 
 
 class _Room:

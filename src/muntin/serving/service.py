@@ -12,7 +12,6 @@ import asyncio
 import math
 import time
 from collections.abc import Callable, Hashable
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -32,13 +31,12 @@ from muntin.serving.metrics import Metrics
 from muntin.serving.outputs import Wanted, make_outputs, output_names, read_wanted
 from muntin.serving.protocol import InferRequest, InferResponse, ProtocolError, RefusedRequestError, shown
 from muntin.serving.runner import Runner
+from muntin.serving.shadows import Shadows
 from muntin.serving.slot import Lease, Slot
 from muntin.serving.turnstile import Turnstile
 from muntin.serving.version import NotReadyError, UnknownVersionError, Version
 
 INPUT = "images"
-SHADOWS = 4
-"""Shadow computations that may wait; beyond, an answer is not compared."""
 PRIORITY = 2
 """What a request without a priority has, of 1, the most urgent, and more."""
 
@@ -81,8 +79,7 @@ class Service:
         self.turnstile = Turnstile()
         self._current = slot.current
         self.clock = clock
-        self._shadows = ThreadPoolExecutor(max_workers=1, thread_name_prefix="muntin-shadow")
-        self._shadowing = 0
+        self.shadows = Shadows(slot, executor, metrics)
         self.forming = Forming()
         self._mailbox: Mailbox | None = None
         self._accounts: dict[str, Account] = {}
@@ -292,7 +289,7 @@ class Service:
             self.metrics.batch.observe(work.batch_rows)
             done((answer, work))
             self.runner.delivered(work.started, self.clock() - given)
-            self._shadow(images, answer, labels, work)
+            self.shadows.cast(images, answer, work, labels=labels)
 
         def answered(answer: Any) -> None:
             nonlocal given
@@ -331,7 +328,7 @@ class Service:
 
     def close(self) -> None:
         """Ends what runs beside the requests. The runner and the slot are the caller's to close."""
-        self._shadows.shutdown(wait=True, cancel_futures=True)
+        self.shadows.close()
         self.forming.close()
 
     def _images(self, request: InferRequest, signature: Signature) -> NDArray[np.uint8]:
@@ -348,25 +345,6 @@ class Service:
         if height * width > self.max_pixels:
             raise ProtocolError(f"images of {width}x{height} pixels: this server takes at most {self.max_pixels:,}", status=413)
         return given.data
-
-    def _shadow(self, images: NDArray[np.uint8], answer: NDArray[Any], labels: bool, work: Work) -> None:
-        lease = self.slot.shadow(work.by)
-        if lease is None:
-            return
-        if self._shadowing >= SHADOWS:
-            lease.release()
-            self.metrics.shadow_dropped.inc()
-            return
-        self._shadowing += 1
-
-        def compute() -> None:
-            try:
-                with lease:
-                    self.executor.shadow(lease.version, images, answer, labels=labels, within=work.within)
-            finally:
-                self._shadowing -= 1
-
-        self._shadows.submit(compute)
 
 
 class _Asked:

@@ -1,0 +1,56 @@
+"""What a candidate makes of images that were answered already, beside the requests: one call after the other, a few waiting.
+
+A candidate may hang. Its thread is left to it, and the next candidate has one of its own.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from muntin.serving.executor import Executor, Work
+from muntin.serving.metrics import Metrics
+from muntin.serving.slot import Slot
+from muntin.serving.threads import Threads
+from muntin.serving.version import Version
+
+SHADOWS = 4
+"""Computations that may wait; beyond, an answer is not compared."""
+JOIN_S = 5.0
+"""Seconds that one in progress has when the server ends."""
+
+
+class Shadows:
+    """Called on one thread, the event loop's."""
+
+    def __init__(self, slot: Slot, executor: Executor, metrics: Metrics) -> None:
+        self._slot, self._executor, self._metrics = slot, executor, metrics
+        self._of: Version | None = None
+        self._threads = Threads("muntin-shadow", most=1)
+
+    @property
+    def pending(self) -> int:
+        """Computations of the last candidate that wait or go on."""
+        return self._threads.pending
+
+    def cast(self, images: NDArray[np.uint8], answer: NDArray[Any], work: Work, *, labels: bool) -> None:
+        """After an answer: has the candidate compute the same, if there is one and it is its turn."""
+        lease = self._slot.shadow(work.by)
+        if lease is None:
+            return
+        if self._of is not lease.version:
+            self._of, self._threads = lease.version, Threads("muntin-shadow", most=1)
+        if self.pending >= SHADOWS:
+            lease.release()
+            self._metrics.shadow_dropped.inc()
+            return
+        shadow = partial(self._executor.shadow, lease.version, images, answer, labels=labels, within=work.within)
+        self._threads.submit(shadow).add_done_callback(lambda _: lease.release())
+
+    def close(self) -> None:
+        """Gives up what waits, and waits for what goes on, but not for an engine that hangs."""
+        self._threads.give_up()
+        self._threads.join(JOIN_S)

@@ -1,0 +1,78 @@
+"""Threads for calls that nobody can stop: a decoder, an engine. They are waited for as long as one likes, and end with the process.
+
+A pool of the standard library is waited for when the process ends, whatever its threads are at.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections import deque
+from collections.abc import Callable
+from concurrent.futures import Executor, Future, wait
+from typing import Any
+
+_Call = tuple[Future[Any], Callable[..., Any], tuple[Any, ...], dict[str, Any]]
+
+
+class Threads(Executor):
+    """A thread for each call, `most` at the same time: then calls wait for one of them, in their order. A thread ends when none waits."""
+
+    def __init__(self, name: str, *, most: int | None = None) -> None:
+        self._name, self._most = name, most
+        self._lock = threading.Lock()
+        self._waiting: deque[_Call] = deque()
+        self._running: set[Future[Any]] = set()
+        self._count = 0
+
+    def submit(self, fn: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Future[Any]:
+        future: Future[Any] = Future()
+        self._running.add(future)
+        future.add_done_callback(self._running.discard)
+        with self._lock:
+            self._waiting.append((future, fn, args, kwargs))
+            if self._most is not None and self._count >= self._most:
+                return future
+            self._count += 1
+        threading.Thread(target=self._run, name=self._name, daemon=True).start()
+        return future
+
+    @property
+    def pending(self) -> int:
+        """Calls that wait or go on."""
+        return len(self._running)
+
+    def give_up(self) -> None:
+        """Cancels the calls that wait."""
+        with self._lock:
+            waiting, self._waiting = self._waiting, deque()
+        for future, *_ in waiting:
+            future.cancel()
+
+    def join(self, timeout: float | None) -> None:
+        """Waits for the calls that wait or go on, so many seconds at most."""
+        wait(tuple(self._running), timeout)
+
+    def _run(self) -> None:
+        while (call := self._next()) is not None:
+            _make(*call)
+            del call
+
+    def _next(self) -> _Call | None:
+        with self._lock:
+            if self._waiting:
+                return self._waiting.popleft()
+            self._count -= 1
+            return None
+
+
+def _make(future: Future[Any], fn: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    if not future.set_running_or_notify_cancel():
+        return
+    try:
+        answer = fn(*args, **kwargs)
+    except BaseException as error:  # noqa: BLE001 - whoever waits raises it
+        future.set_exception(error)
+    else:
+        future.set_result(answer)
+    finally:
+        del future  # an error holds this frame by its traceback

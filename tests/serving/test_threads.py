@@ -1,0 +1,67 @@
+"""Threads that nobody waits for longer than he likes, the end of the process included."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import threading
+import time
+from concurrent.futures import CancelledError
+
+import pytest
+
+from muntin.serving.threads import Threads
+
+
+def test_calls_are_made_and_give_what_they_give() -> None:
+    threads = Threads("t")
+    assert threads.submit(lambda x, y: x + y, 1, y=2).result(20) == 3
+    with pytest.raises(ZeroDivisionError):
+        threads.submit(lambda: 1 / 0).result(20)
+    threads.join(20)
+
+
+@pytest.mark.parametrize("most", [1, 3, None])
+def test_so_many_run_at_the_same_time_and_the_others_wait_in_their_order(most: int | None) -> None:
+    threads, free, lock = Threads("t", most=most), threading.Event(), threading.Lock()
+    begun: list[int] = []
+
+    def call(number: int) -> int:
+        with lock:
+            begun.append(number)
+        assert free.wait(20)
+        return number
+
+    made = [threads.submit(call, number) for number in range(6)]
+    while len(begun) < (most or 6):
+        time.sleep(0.001)
+    time.sleep(0.02)
+    assert len(begun) == (most or 6)
+    free.set()
+    assert [future.result(20) for future in made] == list(range(6))
+    if most == 1:
+        assert begun == list(range(6))
+    while threads._count:  # they end when there is nothing to do
+        time.sleep(0.001)
+    assert threads.submit(call, 7).result(20) == 7
+
+
+def test_what_goes_on_is_waited_for_so_long_and_what_waits_is_given_up() -> None:
+    threads, free = Threads("t", most=1), threading.Event()
+    hung, waits = threads.submit(free.wait, 20), threads.submit(int)
+    started = time.monotonic()
+    threads.give_up()
+    threads.join(0.05)
+    assert time.monotonic() - started < 10
+    assert not hung.done()
+    assert threads.pending == 1
+    with pytest.raises(CancelledError):
+        waits.result(20)
+    free.set()
+    threads.join(None)
+    assert hung.done()
+
+
+def test_the_process_ends_all_the_same() -> None:
+    program = "import time\nfrom muntin.serving.threads import Threads\nThreads('t', most=1).submit(time.sleep, 600)\n"
+    subprocess.run([sys.executable, "-c", program], timeout=60, check=True)
