@@ -36,12 +36,12 @@ SIDE = 150
 
 
 @contextmanager
-def made(shelf: Any, rollout: Rollout | None = None) -> Iterator[Service]:
+def made(shelf: Any, rollout: Rollout | None = None, objective: float | None = None) -> Iterator[Service]:
     slot = Slot("m", shelf, rollout=rollout or Rollout())
     slot.load(Path("1"), "1")
     executor = Executor(slot)
-    runner = Runner(Batcher(LatencyModel(), objective=None, max_rows=32, queue_rows=1000, queue_bytes=1 << 30), executor)
-    service = Service(slot, runner, executor, metrics=Metrics(), max_rows=32, max_pixels=SIDE**2)
+    runner = Runner(Batcher(LatencyModel(), objective=objective, max_rows=32, queue_rows=1000, queue_bytes=1 << 30), executor)
+    service = Service(slot, runner, executor, metrics=Metrics(), objective=objective, max_rows=32, max_pixels=SIDE**2)
     try:
         yield service
     finally:
@@ -237,6 +237,47 @@ def test_a_server_whose_engine_is_dead_is_not_ready(shelf: Any, monkeypatch: pyt
             while not service.ready:
                 await asyncio.sleep(0.01)
             assert (await service.infer(request_for_all(8), model="m", version=None)).response.version == "1"
+
+    asyncio.run(ask())
+
+
+def test_a_picture_in_tiles_is_answered_beside_requests_that_have_an_objective(shelf: Any) -> None:
+    """A tile takes longer than the objective allows."""
+
+    async def ask() -> None:
+        with made(shelf, objective=0.1) as service:
+            current = service.slot.current
+            assert current is not None
+            computes = current.session._infer
+
+            def infer(images: Any) -> Any:
+                time.sleep(0.15 if images.shape[1] > 8 else 0.002)
+                return computes(images)
+
+            current.session._infer = infer  # type: ignore[method-assign]
+            pictures, over, answered = Pictures(service, tile=32), asyncio.Event(), 0
+
+            async def client() -> None:
+                nonlocal answered
+                while not over.is_set():
+                    try:
+                        await service.infer(request_for_all(8), model="m", version=None)
+                    except RefusedRequestError:
+                        await asyncio.sleep(0.005)
+                    else:
+                        answered += 1
+
+            clients = [asyncio.create_task(client()) for _ in range(2)]
+            await asyncio.sleep(0.2)
+            before, answered = answered, 0
+            try:
+                answer = await asyncio.wait_for(pictures.answer(encode_png(np.zeros((60, 60, 3), np.uint8)), {}), 60)
+                assert answer.media_type == "image/png"
+                assert min(before, answered) > 3
+            finally:
+                over.set()
+                await asyncio.gather(*clients)
+                await asyncio.to_thread(pictures.close)
 
     asyncio.run(ask())
 

@@ -1,6 +1,7 @@
 """Which requests are admitted, and what a free worker computes next: pure decisions, told the time, with no thread and no clock.
 
-**Order.** A job is due at min(arrived + objective, its own deadline); without either it counts as due `patience` seconds after it arrived.
+**Order.** A job is due at min(arrived + objective, its own deadline); without either (a patient one has no objective) it counts as due
+`patience` seconds after it arrived.
 A job of priority p counts as due p * `patience` later than it is. That moment is its standing: the earliest goes first, equal ones as they
 arrived. So within a priority strictly by due, then arrival; a more urgent priority goes first; and nothing starves, since whoever arrives
 after a job's standing has passed stands behind it.
@@ -154,7 +155,7 @@ class Batcher:
             return refusal
         lane = self._lane(job)
         lane.arrivals.add(job.rows * (1 + job.unseen), now)
-        due = math.inf if self.objective is None else (now if job.came is None else min(job.came, now)) + self.objective
+        due = math.inf if self.objective is None or job.patient else (now if job.came is None else min(job.came, now)) + self.objective
         if job.deadline is not None and job.deadline < due:
             due = job.deadline
         job.arrived, job.due, job.promised = now, due, False
@@ -180,7 +181,7 @@ class Batcher:
             what = f"{job.rows} rows, {job.nbytes} bytes in one request"
             return self._refuse("too large", f"{what}: send at most {self.max_rows} rows and {self.queue_bytes} bytes at once")
         rows, size = self._rows + job.rows, self._bytes + job.nbytes
-        if rows <= self.queue_rows and size <= self.queue_bytes:
+        if job.patient or (rows <= self.queue_rows and size <= self.queue_bytes):
             return None
         what = f"{self._rows} rows, {self._bytes} bytes wait, of at most {self.queue_rows} rows and {self.queue_bytes} bytes"
         excess = max(1 - self.queue_rows / rows, 1 - self.queue_bytes / max(size, 1))

@@ -16,8 +16,9 @@ class Job:
 
     `group`: only equal groups share a batch. `rows` >= 1: what batches are counted in. `nbytes`: what it holds while it waits. `priority`:
     0 is the most urgent. `deadline`: seconds of the batcher's clock, or None. `came`: from when on its objective counts, where it was not
-    submitted at once. `cost`: of a row, relative to other groups (`LatencyModel`). `unseen`: equal jobs refused since the last
-    one without asking the batcher (`Refusal.holds`). The rest is the batcher's.
+    submitted at once. `patient`: it has no objective, and finds room in any queue: for whoever bounds by himself how many such there are.
+    `cost`: of a row, relative to other groups (`LatencyModel`). `unseen`: equal jobs refused since the last one without asking the batcher
+    (`Refusal.holds`). The rest is the batcher's.
     """
 
     group: Hashable
@@ -26,6 +27,7 @@ class Job:
     priority: int = 0
     deadline: float | None = None
     came: float | None = None
+    patient: bool = False
     cost: float | None = None
     unseen: int = 0
     payload: Any = None

@@ -3,7 +3,8 @@
     PNG, JPEG, WebP --decode--> uint8 (H, W, C) --tiles through the runner--> labels --encode--> PNG
 
 A picture up to `TILE` pixels a side is one image like any other; a larger one is computed in overlapping tiles, as `muntin predict` does
-it, each of which waits for its turn beside other requests: a large picture makes nobody else late. A small file may hold a large picture:
+it, each of which waits for its turn beside other requests, without an objective and behind those that have one, but not for ever: a large
+picture makes nobody else late by more than a tile, and is answered however many others there are. A small file may hold a large picture:
 before it is decoded it waits until there is room for its pixels beside those of the pictures that are not answered yet. Where its client
 gives a picture up, no further tile of it is computed; it counts, and holds its version, until its thread has seen that.
 """
@@ -138,6 +139,7 @@ class Pictures:
         if through.signature.task == "classify":
             return predict(through, image)
         if max(image.shape[:2]) > self._tile:
+            through.patient = True
             return predict(through, image, tile=self._tile)
         if through.signature.task == "segment":
             labels: NDArray[np.uint8] = through.labels(image[None])[0]
@@ -190,7 +192,8 @@ class _Through:
     """A session as `predict` wants it, whose calls wait for their turn beside the other requests. For threads outside the event loop.
 
     After `give_up`, which any thread may call, every call raises `_GivenUpError`: the one in progress does not wait for its answer.
-    `computed`: names of the versions that computed, in the order in which they came: others than its own where that failed.
+    `computed`: names of the versions that computed, in the order in which they came: others than its own where that failed. `patient`:
+    its calls have no objective, and are less urgent than others.
     """
 
     def __init__(self, service: Service, version: Version, loop: asyncio.AbstractEventLoop) -> None:
@@ -201,6 +204,7 @@ class _Through:
         self._given_up = False
         self._asked: Future[NDArray[Any]] | None = None
         self.computed: dict[str, None] = {}
+        self.patient = False
 
     def __call__(self, images_BHWC: NDArray[np.uint8], /) -> NDArray[np.float32]:
         return self._run(images_BHWC, labels=False)
@@ -233,7 +237,8 @@ class _Through:
 
     async def _computed(self, images: NDArray[np.uint8], labels: bool) -> NDArray[Any]:
         lease = Lease(self.version, _keep)  # whoever answers the picture holds the real one until the last of its tiles
-        answer, work = await self._service.compute(images, lease, labels=labels, priority=PRIORITY)
+        priority = PRIORITY + 1 if self.patient else PRIORITY
+        answer, work = await self._service.compute(images, lease, labels=labels, priority=priority, patient=self.patient)
         self.computed[work.version] = None
         return answer
 

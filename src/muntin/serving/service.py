@@ -235,11 +235,19 @@ class Service:
             raise RefusedRequestError(str(error)) from error
 
     async def compute(
-        self, images: NDArray[np.uint8], lease: Lease, *, labels: bool, priority: int = PRIORITY, deadline: float | None = None
+        self,
+        images: NDArray[np.uint8],
+        lease: Lease,
+        *,
+        labels: bool,
+        priority: int = PRIORITY,
+        deadline: float | None = None,
+        patient: bool = False,
     ) -> tuple[NDArray[Any], Work]:
-        """The labels, or the scores, of images (rows, H, W, C) through the runner. Takes over the lease. Raises as `infer` does."""
+        """The labels, or the scores, of images (rows, H, W, C) through the runner. Takes over the lease. `patient`: without an objective,
+        as of a `Job`. Raises as `infer` does."""
         found: tuple[NDArray[Any], Work] = await _awaited(
-            partial(self._begin, images, lease, labels=labels, priority=priority, deadline=deadline)
+            partial(self._begin, images, lease, labels=labels, priority=priority, deadline=deadline, patient=patient)
         )
         return found
 
@@ -254,6 +262,7 @@ class Service:
         deadline: float | None,
         came: float | None = None,
         unseen: int = 0,
+        patient: bool = False,
     ) -> Callable[[], bool]:
         """As `compute`. What it returns tells `done` to stay silent: False where that has been called already."""
         rows, height, width, _ = images.shape
@@ -265,6 +274,7 @@ class Service:
             priority=priority,
             deadline=deadline,
             came=came,
+            patient=patient,
             cost=float(height * width),
             unseen=unseen,
             payload=work,
