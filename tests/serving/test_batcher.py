@@ -290,6 +290,17 @@ def test_a_deadline_that_the_engine_alone_exceeds() -> None:
     assert "give it more" in refusal.message
 
 
+def test_who_has_no_deadline_is_told_of_the_objective() -> None:
+    batcher = batcher_of({"g": LINEAR}, objective=0.05)
+    occupy(batcher, 0.0)
+    refusal = refused(batcher, job_of(rows=10), 0.0, "late")
+    assert refusal.message.startswith("the engine alone may take 103 ms for it, and answers are promised within 50 ms: send smaller images")
+    assert refusal.retry_after is None
+    assert refused(batcher, job_of(rows=10, deadline=0.2), 0.0, "late").message == refusal.message
+    assert "give it more" in refused(batcher, job_of(rows=10, deadline=0.04), 0.0, "late").message
+    assert "read in time" in refused(batcher, job_of(came=-0.045), 0.0, "late").message  # the engine needs 10 ms
+
+
 def test_a_group_that_was_measured_less_than_twice_is_admitted_without_a_promise() -> None:
     batcher = batcher_of(objective=0.01)
     first, second = job_of(), job_of()

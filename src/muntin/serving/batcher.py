@@ -162,15 +162,29 @@ class Batcher:
         job.standing = (due if due < math.inf else now + self.patience) + job.priority * self.patience
         late, holds = self._lateness(job, lane, now) if due < math.inf else (0.0, 0.0)
         if late > 0:
-            if late == math.inf and job.due <= now and (job.deadline is None or job.deadline > job.due):
-                return self._refuse("late", "more requests come than can be read in time: try again", self._backlog / self.workers or None)
             if late == math.inf:
-                message = "the time until its deadline does not suffice even for the engine alone: give it more"
-                return self._refuse("late", message, holds=holds)
+                return self._refuse_hopeless(job, lane, now, holds)
             message = f"{self._jobs} requests wait and leave it too little time: try again in {max(late * 1e3, 1):.0f} ms"
             return self._refuse("late", message, late, holds)
         self._enter(job, lane, now)
         return None
+
+    def _refuse_hopeless(self, job: Job, lane: Lane, now: float, holds: float) -> Refusal:
+        """Of a job that would be late even alone."""
+        if job.deadline is not None and job.deadline <= job.due:
+            message = "the time until its deadline does not suffice even for the engine alone: give it more"
+            return self._refuse("late", message, holds=holds)
+        assert self.objective is not None
+        seconds = lane.line.safe(job.rows)
+        if job.due <= now or seconds + self.margin <= self.objective:  # it was read too late
+            return self._refuse(
+                "late", "more requests come than can be read in time: try again", self._backlog / self.workers or None, holds
+            )
+        message = (
+            f"the engine alone may take {seconds * 1e3:.0f} ms for it, and answers are promised within {self.objective * 1e3:g} ms: "
+            "send smaller images, or fewer in a request, or have them served with a longer objective"
+        )
+        return self._refuse("late", message, holds=holds)
 
     def _bounds(self, job: Job) -> Refusal | None:
         if self._draining:
