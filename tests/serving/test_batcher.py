@@ -389,8 +389,42 @@ def test_an_objective_that_became_impossible_is_tried_again_one_by_one() -> None
     admitted(batcher, now, job_of(), job_of())
 
 
-def test_a_group_that_is_always_late_is_tried_now_and_then_beside_others() -> None:
+def test_a_huge_job_does_not_keep_away_those_that_keep_the_objective() -> None:
+    """22 megapixels, as photographs have: 2.2 s, and 10 ms of all the others. Each size comes once."""
+    batcher = batcher_of({"g": LINEAR}, objective=0.05, cost={"g": 1e5})
+    batcher.done(occupy(batcher, 0.0), 0.01, 0.01)
+    now, answered = 0.01, 0
+    for number in range(200):
+        now += 0.02
+        refusal = refused(batcher, job_of(f"huge {number}", cost=2.2e7 + number), now, "late")
+        assert "send smaller images" in refusal.message
+        assert batcher.submit(job_of(cost=1e5), now) is None
+        batcher.done(batch_of(batcher, now), now + 0.01, 0.01)
+        answered += 1
+    assert answered == 200
+    admitted(batcher, now + 0.02, job_of("large", cost=1.5e6))  # a few objectives
+    batcher.done(batch_of(batcher, now + 0.02), now + 0.17, 0.15)
+    admitted(batcher, now + 61, job_of("huge", cost=2.2e7))  # nobody was there for a minute
+
+
+def test_a_huge_job_whose_group_may_have_recovered_is_tried_once_in_a_long_while() -> None:
     batcher = batcher_of({"g": LINEAR, "slow": (1.0, 0.0)}, objective=0.05)
+    batcher._lane(job_of("slow")).tried = 0.0
+    times = []
+    now = 0.0
+    while now < 200:
+        now += 0.5
+        batcher.done(occupy(batcher, now), now + 0.01, 0.01)
+        if batcher.submit(job_of("slow"), now + 0.01) is None:
+            times.append(now)
+            batcher.done(batch_of(batcher, now + 0.01), now + 1.01, 1.0)
+            now += 1.01
+    assert len(times) == 3
+    assert times[0] > 60
+
+
+def test_a_group_that_is_always_late_is_tried_now_and_then_beside_others() -> None:
+    batcher = batcher_of({"g": LINEAR, "slow": (1.0, 0.0)}, objective=0.3)
     batch = occupy(batcher, 0.0)
     admitted(batcher, 0.0, job_of("slow"))
     batcher.done(batch, 0.01, 0.01)

@@ -24,7 +24,9 @@ at their present rate; if more of them come, it is dropped.
 
 A promise needs figures. Jobs of a group that was measured less than twice are admitted without one. So is one of a group that would be late
 even alone: whenever nothing waits or runs, if it is the objective that it would miss and no deadline of its own, since an engine that
-cannot keep the objective would answer nobody; otherwise now and then, or nobody would find out that the engine has recovered.
+cannot keep the objective would answer nobody; otherwise now and then, or nobody would find out that the engine has recovered. But where
+others keep the objective, a job that takes many times as long as that is admitted only if its group was measured itself, and hardly ever:
+while it is computed all the others are refused.
 """
 
 from __future__ import annotations
@@ -56,6 +58,9 @@ _FLOOD = 2  # times what full batches get through: arrivals of which most are re
 _BEYOND, _BEYOND_S = 0.3, 0.01  # of an objective, or seconds without one, that answers may be taken to need beyond the engine
 _PASSED = 64  # jobs that a batch passes over at most
 _PROBE, _PROBES = 0.25, 8  # s, and times its latency: pause between two jobs of a group that would be late even alone
+_HUGE = 4  # objectives: who takes longer, alone, keeps away all who come meanwhile
+_KEPT_S = 60.0  # s for which the objective counts as one that is kept
+_HUGE_PROBES = 64  # times its latency: pause between two such jobs
 _FRESH = 0.02  # of an objective: how long a forecast is kept when the batch that it waits for ought to have ended
 _STUCK = "the engine does not come back, and no thread is left to compute on: start the server again, or send the request to another one"
 _standing = attrgetter("standing")
@@ -314,12 +319,19 @@ class Batcher:
 
     def _until_probe(self, job: Job, lane: Lane, now: float) -> float:
         """Seconds until a job that would be late even alone is let through, if nothing happens before: at once where nothing else is to do,
-        if the objective is what it would miss; otherwise now and then."""
-        if not self._jobs and not self._running and (job.deadline is None or job.deadline > job.due):
+        if the objective is what it would miss; otherwise now and then; hardly ever where it would keep away others."""
+        huge = self._huge(job, lane, now)
+        if not huge and not self._jobs and not self._running and (job.deadline is None or job.deadline > job.due):
             return 0.0
-        if lane.outstanding:
+        if lane.outstanding or (huge and lane.tried == -math.inf):
             return math.inf
-        return lane.tried + max(_PROBE, _PROBES * lane.line.expected(job.rows)) - now
+        return lane.tried + max(_PROBE, (_HUGE_PROBES if huge else _PROBES) * lane.line.expected(job.rows)) - now
+
+    def _huge(self, job: Job, lane: Lane, now: float) -> bool:
+        """Whether a job takes many times the objective, which others keep."""
+        if self.objective is None or lane.line.safe(job.rows) <= _HUGE * self.objective:
+            return False
+        return any(other.kept > now - _KEPT_S for other in self._lanes.values() if other is not lane)
 
     def _reserve(self, lane: Lane, time: float, now: float) -> tuple[float, float]:
         """Seconds that a batch of the size that the arrivals call for needs, and those that are owed to other groups.
@@ -464,6 +476,8 @@ class Batcher:
         if seconds is not None:
             self._latencies.observe(batch.group, batch.rows, seconds, cost=lane.cost)
             self._learn(lane)
+            if self.objective is not None and seconds + self.margin <= self.objective:
+                lane.kept = now
 
     @property
     def margin(self) -> float:

@@ -54,7 +54,22 @@ class Peak:
 class Lane:
     """One group. What waits is kept in a sorted list: among thousands of jobs, inserting one moves some kilobytes of pointers."""
 
-    __slots__ = ("arrivals", "busy", "cost", "group", "jobs", "line", "lingers", "most", "outstanding", "peak", "rows", "seconds", "tried")
+    __slots__ = (
+        "arrivals",
+        "busy",
+        "cost",
+        "group",
+        "jobs",
+        "kept",
+        "line",
+        "lingers",
+        "most",
+        "outstanding",
+        "peak",
+        "rows",
+        "seconds",
+        "tried",
+    )
 
     def __init__(self, group: Hashable) -> None:
         self.group = group
@@ -77,6 +92,8 @@ class Lane:
         """Seconds of engine time that were used."""
         self.tried = -math.inf
         """When the last batch went."""
+        self.kept = -math.inf
+        """When a batch kept the objective."""
         self.lingers: float | None = None
         """Since when a worker has been waiting for more rows."""
 
