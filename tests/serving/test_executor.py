@@ -162,6 +162,20 @@ def test_want_of_memory_is_recognised(error: Exception, short: bool) -> None:
     assert no_memory(error) is short
 
 
+def test_a_batch_that_a_candidate_may_compute_again_is_kept_whole_once(serving: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    slot, _ = serving(Pixels())
+    batch = batch_of(slot, [images_of(2, 1), images_of(1, 2)], labels=True)
+    Executor(slot)(batch)
+    assert [job.payload.whole for job in batch.jobs] == [None, None]
+    monkeypatch.setattr(Slot, "shadowed", True)
+    Executor(slot)(batch)
+    first, second = (job.payload.whole for job in batch.jobs)
+    images, answer = first
+    assert second is None
+    np.testing.assert_array_equal(answer, images.argmax(3))
+    assert len(images) == 3
+
+
 def test_a_compiler_is_told_what_was_computed(serving: Any) -> None:
     told: list[Any] = []
 

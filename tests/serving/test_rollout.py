@@ -100,10 +100,24 @@ def test_batches_are_compared_with_batches_of_their_kind() -> None:
     assert compare_latencies(times(small=[1.1] * 30), base) == pytest.approx(1.1)
     assert compare_latencies(times(large=[4.0] * 30), base) == pytest.approx(1.0)
     assert compare_latencies(times(small=[1.0] * (ENOUGH - 1)), base) is None
-    assert compare_latencies(times(small=[9.0] * 30), times(large=[1.0] * 30)) is None
     assert compare_latencies(times(small=[2.0] * 10, large=[8.0] * 10), base) == pytest.approx(2.0)
     assert compare_latencies(times(small=[1.0] * 29 + [500.0]), base) == pytest.approx(1.0)  # one slow call says nothing
     assert compare_latencies(times(small=[1.0] * 30), times(small=[1.0] * 29 + [0.001])) == pytest.approx(1.0)  # nor does a quick one
+
+
+def test_where_no_kind_is_the_same_a_smaller_batch_may_take_as_long_as_a_larger_one() -> None:
+    """`LARGE` has four images, `SMALL` one."""
+    small, large = times(small=[1.0] * 30), times(large=[2.0] * 30)
+    assert compare_latencies(small, large) == pytest.approx(0.5)
+    assert compare_latencies(large, small) == pytest.approx(0.5)
+    assert compare_latencies(times(small=[100.0] * 30), large) == pytest.approx(50.0)
+    assert compare_latencies(times(small=[6.0] * (FEW - 1)), large, least=FEW) is None
+    scores = Latencies()
+    for _ in range(30):
+        scores.add(Call((4, 8, 8), labels=True), 0.1)
+    assert compare_latencies(small, scores) is None
+    slow = verdict(Rollout(max_slowdown=3), rows=100, batches=100, ours=times(small=[100.0] * 30), base=large)
+    assert slow.reason == "it takes 50.0 times as long (allowed: 3)"
 
 
 def test_slowness_is_found_before_the_end() -> None:

@@ -182,6 +182,38 @@ def test_a_candidate_is_compared_with_what_the_current_version_answers(shelf: An
     asyncio.run(try_it())
 
 
+def test_a_slow_candidate_is_found_beside_batches(shelf: Any, wait_until: Any) -> None:
+    """Eight clients at once, whose images share batches: version 2 takes as long for one of them as version 1 for all."""
+
+    async def ask(service: Service) -> None:
+        await service.infer(request_for_all(8), model="m", version=None)
+
+    def slow(version: Version, seconds: float, each: float) -> None:
+        computes = version.session._infer
+
+        def infer(images: Any) -> Any:
+            time.sleep(seconds + each * len(images))
+            return computes(images)
+
+        version.session._infer = infer  # type: ignore[method-assign]
+
+    async def try_it() -> None:
+        rollout = Rollout(shadow=1.0, for_requests=100, min_agreement=0.0)
+        with made(shelf, rollout) as service:
+            assert service.slot.current is not None
+            slow(service.slot.current, 0.004, 0.0)
+            for _ in range(6):  # batches grow
+                await asyncio.gather(*(ask(service) for _ in range(8)))
+            with trying(service, wait_until) as outcome:
+                with service.slot.lease("2") as lease:
+                    slow(lease.version, 0.0, 0.004)
+                while not outcome and service.slot.current.name == "1":
+                    await asyncio.gather(*(ask(service) for _ in range(8)))
+                assert "times as long" in outcome[0]
+
+    asyncio.run(try_it())
+
+
 def hang(version: Version) -> threading.Event:
     """Its engine does not come back until this is set."""
     free = threading.Event()

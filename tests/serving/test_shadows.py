@@ -52,8 +52,9 @@ def test_a_candidate_that_hangs_is_refused_and_keeps_neither_the_next_one_nor_th
     def cast(count: int) -> None:
         for _ in range(count):
             slot.observe(current, seconds=0.001, rows=1)
-            work = Work(images=IMAGES, lease=slot.lease(), by=current, within=0.5)
-            shadows.cast(IMAGES, answer, work, labels=True)
+            work = Work(images=IMAGES, lease=slot.lease(), by=current, within=0.5, whole=(IMAGES, answer))
+            shadows.cast(work, labels=True)
+            shadows.cast(work, labels=True)  # its batch had its turn
             work.lease.release()
 
     thread, outcome = begin_trial(slot, "2", wait_until)

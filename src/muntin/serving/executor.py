@@ -53,6 +53,8 @@ class Work:
     batch_rows: int = 0
     by: Version | None = None
     """The version that computed it: another one than the lease's where that failed."""
+    whole: tuple[NDArray[np.uint8], NDArray[Any]] | None = None
+    """Of its batch all images and all of the answer, for a candidate to compute once more; one request of a batch has it."""
     within: float = inf
     """Seconds after which its batch would have counted as one that does not come back."""
     recovered: str = ""
@@ -101,6 +103,8 @@ class Executor:
         computed = self._clock() - started
         if self._compiler is not None:
             self._compiler.note(version, call)
+        if self._slot.shadowed:  # the whole of it: single images take their time otherwise than batches do
+            works[0].whole = images, answer
         answers, first = [], 0
         for job, work in zip(batch.jobs, works, strict=True):
             work.started, work.computed, work.batch_rows = started, computed, len(images)

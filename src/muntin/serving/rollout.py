@@ -3,8 +3,9 @@
 Before the flip a candidate may be tried beside the version that serves: as a canary it answers a share of the requests, in its shadow it
 computes a share of those that the other answered again, and its answers are only compared. After the flip the old version stays warm for
 a while. Both are judged alike: failures, disagreement and slowness, each as soon as it can be told; a batch that does not come back is a
-failure, and what was begun is waited for before a version has passed. Times are compared between batches of
-one kind alone, by their medians: a canary's batches are smaller, and one slow call says nothing. A trial whose images came in a few large
+failure, and what was begun is waited for before a version has passed. Times are compared between batches of one kind, by their medians:
+one slow call says nothing. Where no kind is the same, as a canary's batches are smaller, they are compared by their pixels, to its favour:
+a smaller batch may take as long as a larger one, a larger one as much longer as it is larger. A trial whose images came in a few large
 batches goes on until there are times enough to compare, or its time is up; then those that there are have to do.
 """
 
@@ -14,7 +15,7 @@ from collections.abc import Hashable
 from dataclasses import dataclass
 from math import inf
 from statistics import median
-from typing import Any
+from typing import Any, NamedTuple
 
 from numpy.typing import NDArray
 
@@ -124,21 +125,41 @@ def judge(rollout: Rollout, tally: Tally, latencies: Latencies, base: Latencies,
 
 def _timed(rollout: Rollout, latencies: Latencies, base: Latencies) -> bool:
     """Whether no more batches need be timed. A predecessor that nobody asked anything has no times to wait for."""
-    return rollout.max_slowdown == inf or not base.kinds or sum(count for _, count in _comparable(latencies, base)) >= ENOUGH
+    return rollout.max_slowdown == inf or not base.kinds or sum(pair.batches for pair in _comparable(latencies, base)) >= ENOUGH
 
 
-def _comparable(latencies: Latencies, base: Latencies) -> list[tuple[Hashable, int]]:
-    """The kinds that both have times of, and how many batches of each can be compared."""
-    counts = [(kind, min(len(latencies.of(kind)), len(base.of(kind)))) for kind in latencies.kinds]
-    return [(kind, count) for kind, count in counts if count]
+class _Pair(NamedTuple):
+    """Kinds of batches that can be compared, `batches` of each: ours may take `factor` times as long as theirs."""
+
+    ours: Hashable
+    theirs: Hashable
+    batches: int
+    factor: float
+
+
+def _comparable(latencies: Latencies, base: Latencies) -> list[_Pair]:
+    """The kinds that both have times of; if there are none, for each of ours the one of theirs that is next to it."""
+    pairs = [(kind, kind, 1.0) for kind in latencies.kinds if base.of(kind)]
+    if not pairs:
+        for ours in latencies.calls:
+            others = sorted((other for other in base.calls if other.labels == ours.labels), key=lambda other: other.pixels)
+            larger = next((other for other in others if other.pixels >= ours.pixels), None)
+            if larger is not None:
+                pairs.append((ours, larger, 1.0))
+            elif others:
+                pairs.append((ours, others[-1], ours.pixels / others[-1].pixels))
+    return [_Pair(ours, theirs, min(len(latencies.of(ours)), len(base.of(theirs))), factor) for ours, theirs, factor in pairs]
 
 
 def compare_latencies(latencies: Latencies, base: Latencies, *, least: int = ENOUGH) -> float | None:
-    """How many times as long batches take as those of the same kind took the other; None before `least` batches can be compared.
+    """How many times as long batches take as those of the same kind took the other; None before `least` batches can be compared. Where no
+    kind is the same, at least so many times.
 
     Below `ENOUGH` it is the median over the batches and not over their seconds: of so few, one slow call may be all that a kind has.
     """
-    pairs = [(count, median(latencies.of(kind)), median(base.of(kind))) for kind, count in _comparable(latencies, base)]
+    pairs = [
+        (pair.batches, median(latencies.of(pair.ours)), median(base.of(pair.theirs)) * pair.factor) for pair in _comparable(latencies, base)
+    ]
     compared = sum(count for count, _, _ in pairs)
     if compared < max(least, 1) or not all(theirs > 0 for _, _, theirs in pairs):
         return None

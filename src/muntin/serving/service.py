@@ -299,7 +299,7 @@ class Service:
             self.metrics.batch.observe(work.batch_rows)
             done((answer, work))
             self.runner.delivered(work.started, self.clock() - given)
-            self.shadows.cast(images, answer, work, labels=labels)
+            self.shadows.cast(work, labels=labels)
 
         def answered(answer: Any) -> None:
             nonlocal given

@@ -6,10 +6,6 @@ A candidate may hang. Its thread is left to it, and the next candidate has one o
 from __future__ import annotations
 
 from functools import partial
-from typing import Any
-
-import numpy as np
-from numpy.typing import NDArray
 
 from muntin.serving.executor import Executor, Work
 from muntin.serving.metrics import Metrics
@@ -36,10 +32,10 @@ class Shadows:
         """Computations of the last candidate that wait or go on."""
         return self._threads.pending
 
-    def cast(self, images: NDArray[np.uint8], answer: NDArray[Any], work: Work, *, labels: bool) -> None:
-        """After an answer: has the candidate compute the same, if there is one and it is its turn."""
-        lease = self._slot.shadow(work.by)
-        if lease is None:
+    def cast(self, work: Work, *, labels: bool) -> None:
+        """After an answer: has the candidate compute its batch, if there is one and it is its turn."""
+        whole, work.whole = work.whole, None
+        if whole is None or (lease := self._slot.shadow(work.by)) is None:
             return
         if self._of is not lease.version:
             self._of, self._threads = lease.version, Threads("muntin-shadow", most=1)
@@ -47,7 +43,7 @@ class Shadows:
             lease.release()
             self._metrics.shadow_dropped.inc()
             return
-        shadow = partial(self._executor.shadow, lease.version, images, answer, labels=labels, within=work.within)
+        shadow = partial(self._executor.shadow, lease.version, *whole, labels=labels, within=work.within)
         self._threads.submit(shadow).add_done_callback(lambda _: lease.release())
 
     def close(self) -> None:

@@ -172,8 +172,13 @@ class Slot:
                 raise NotReadyError(f"{self.name}: no version is ready: load one, or ask again when it is open")
             return self._lend(self._current)
 
+    @property
+    def shadowed(self) -> bool:
+        """Whether there is a candidate that computes again what was answered."""
+        return self._candidate is not None and self.rollout.shadow > 0
+
     def shadow(self, answered: Version | None) -> Lease | None:
-        """After an answer was sent: a lease on the candidate, for its share of requests. `observe_shadow` takes what came of it.
+        """After a batch was answered: a lease on the candidate, for its share of them. `observe_shadow` takes what came of it.
 
         `answered`: the version that computed the answer. None unless that is the current one: what a candidate computed as a canary
         would be compared with itself, and what another one did says nothing of whether the candidate can take the current one's place.
