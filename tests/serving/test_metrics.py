@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import sys
+
+import pytest
 from prometheus_client import CollectorRegistry, Histogram, generate_latest
 from prometheus_client.parser import text_string_to_metric_families
 
-from muntin.serving.metrics import SECONDS, Metrics
+from muntin.serving.metrics import SECONDS, Metrics, row_bounds
 
 
 def test_what_is_counted_is_read() -> None:
@@ -36,6 +39,30 @@ def test_a_histogram_is_the_librarys_own() -> None:
         return [(s.name, s.labels, s.value) for s in families["muntin_queue_seconds"].samples if not s.name.endswith("_created")]
 
     assert sorted(map(str, samples(metrics.render()))) == sorted(map(str, samples(generate_latest(registry))))
+
+
+def test_batches_are_told_apart_up_to_the_largest() -> None:
+    assert row_bounds(1) == (1,)
+    assert row_bounds(8) == (1, 2, 4, 8)
+    assert row_bounds(12) == (1, 2, 4, 8, 12)
+    assert row_bounds(1024)[-2:] == (512, 1024)
+    metrics = Metrics(max_rows=1024)
+    metrics.batch.observe(1000)
+    assert b'muntin_batch_rows_bucket{le="1024.0"} 1.0' in metrics.render()
+    assert b'muntin_batch_rows_bucket{le="512.0"} 0.0' in metrics.render()
+
+
+def test_counters_are_told_as_such() -> None:
+    metrics = Metrics()
+    metrics.count("muntin_dropped", "Dropped.", lambda: 3)
+    assert b"# TYPE muntin_dropped_total counter\nmuntin_dropped_total 3.0" in metrics.render()
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="read from /proc")
+def test_the_process_is_measured() -> None:
+    text = Metrics().render()
+    for name in (b"process_resident_memory_bytes", b"process_cpu_seconds_total", b"process_open_fds", b"process_start_time_seconds"):
+        assert b"\n" + name in text
 
 
 def test_two_servers_in_a_process_count_apart() -> None:

@@ -16,6 +16,7 @@ import pytest
 from PIL import Image
 
 from muntin.serving.executor import Work
+from muntin.serving.metrics import Metrics
 from muntin.serving.pictures import Pictures, _Room
 from muntin.serving.probation import ArtifactLoader
 from muntin.serving.protocol import ProtocolError, RefusedRequestError
@@ -33,6 +34,7 @@ class Stuck:
 
     def __init__(self, slot: Slot) -> None:
         self.slot, self.calls, self.cancelled = slot, 0, 0
+        self.metrics = Metrics()
         self.entered, self.free = asyncio.Event(), asyncio.Event()
 
     def lease(self, model: str, version: str | None) -> Any:
@@ -212,6 +214,25 @@ def test_who_gives_up_while_waiting_for_room_takes_none(admitted: bool) -> None:
         assert room._taken == 0
 
     asyncio.run(scene())
+
+
+def test_so_many_pictures_are_in_the_works_and_one_more_is_refused(slot: Slot, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("muntin.serving.pictures.WAITING", 2)
+
+    async def ask() -> None:
+        service: Any = Stuck(slot)
+        pictures = Pictures(service, tile=8)
+        tasks = [asyncio.create_task(pictures.answer(picture(), {})) for _ in range(2)]
+        while len(pictures._pending) < 2:
+            await asyncio.sleep(0.01)
+        with pytest.raises(RefusedRequestError, match="2 pictures are in the works"):
+            await pictures.answer(picture(), {})
+        assert service.metrics.refused == {"pictures": 1}
+        service.free.set()
+        assert [answer.media_type for answer in await asyncio.gather(*tasks)] == ["image/png"] * 2
+        pictures.close()
+
+    asyncio.run(ask())
 
 
 def test_a_picture_that_is_alone_has_room(slot: Slot) -> None:

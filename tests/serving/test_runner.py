@@ -455,7 +455,7 @@ def test_a_batch_that_does_not_come_back_is_answered_and_others_go_on(workers: i
         snapshot = runner.snapshot()
         assert (snapshot.running_batches, snapshot.finished) == (0, 4)
         engine.free.set()
-        while runner._hanging:
+        while runner.hanging:
             time.sleep(0.001)
         assert len(runner._workers) == workers  # its place was taken
         answers.submit(runner, *jobs_of(2))
@@ -485,7 +485,7 @@ def test_an_engine_that_never_comes_back_is_told_and_may_still_come_back() -> No
         answers.submit(runner, good)
         answers.wait(HANGING + 4)
         assert answers.of(good) == 0
-        while runner._hanging:
+        while runner.hanging:
             time.sleep(0.001)
         assert len(runner._workers) == 1
 

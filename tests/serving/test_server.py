@@ -1052,6 +1052,9 @@ def test_metrics_count_what_happened(write_pixels: Callable[..., Path], tmp_path
         fetch(server, "/v2/models/pixels/infer", b"{}")
         fetch(server, "/predict", encoded(images_of(1, 1)[0], "PNG"))
         fetch(server, "/predict?more=1", b"")
+        server.slot.unload()
+        assert fetch(server, "/predict", b"")[0] == 503
+        server.slot.load(tmp_path / "pixels", "1")
         text = fetch(server, "/metrics")[2].decode()
     for line in (
         'muntin_requests_total{face="http",outcome="answered"} 2.0',
@@ -1061,6 +1064,16 @@ def test_metrics_count_what_happened(write_pixels: Callable[..., Path], tmp_path
         "muntin_ready 1.0",
         "muntin_request_seconds_count 2.0",
         "muntin_objective_missed_total 0.0",
+        "muntin_admitted_total 3.0",
+        "muntin_dropped_total 0.0",
+        "muntin_cancelled_total 0.0",
+        "muntin_rows_one_by_one_total 0.0",
+        "muntin_images_in_tiles_total 0.0",
+        "muntin_hanging 0.0",
+        'muntin_refused_total{reason="late"} 0.0',
+        'muntin_refused_total{reason="large answers"} 0.0',
+        'muntin_refused_total{reason="pictures"} 0.0',
+        'muntin_refused_total{reason="no version"} 1.0',
     ):
         assert line in text.splitlines(), line
 

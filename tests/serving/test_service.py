@@ -119,6 +119,7 @@ def test_what_is_to_be_put_into_form_is_bounded_before_it_is_computed(shelf: Any
             with pytest.raises(RefusedRequestError, match="fill what this server puts"):
                 await infer()
             assert service.runner.snapshot().admitted == 1
+            assert service.metrics.refused == {"large answers": 1}
             if end == "cancelled":
                 await asyncio.sleep(0.05)  # until it is being put into form
                 first.cancel()

@@ -11,22 +11,27 @@ from collections import Counter as Counts
 from collections.abc import Callable, Iterable, Iterator
 from itertools import accumulate
 
-from prometheus_client import CollectorRegistry, Counter, Gauge, generate_latest
+from prometheus_client import CollectorRegistry, Counter, Gauge, ProcessCollector, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, Metric
 from prometheus_client.registry import Collector
 from prometheus_client.utils import floatToGoString
 
 SECONDS = (0.0005, 0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0)
-ROWS = (1, 2, 4, 8, 16, 32, 64, 128)
 Reading = Callable[[], Iterable[tuple[tuple[str, ...], float]]]
 """(label values, value) for each series, read when Prometheus asks."""
 
 
 class Metrics:
-    """The server's counters and histograms. Cheap to change, for one thread; read when `render` is called, on the same."""
+    """The server's counters and histograms. Cheap to change, for one thread; read when `render` is called, on the same.
 
-    def __init__(self) -> None:
+    `max_rows`: of a batch.
+    """
+
+    def __init__(self, *, max_rows: int = 128) -> None:
         self.registry = CollectorRegistry()
+        ProcessCollector(registry=self.registry)
+        self.refused: Counts[str] = Counts()
+        """Requests that were refused without asking the batcher, by reason."""
         self.requests: Counts[tuple[str, str]] = Counts()
         self.rows: Counts[str] = Counts()
         self.read(
@@ -40,7 +45,7 @@ class Metrics:
         self.queue = self._histogram("muntin_queue_seconds", "From a request's admission to the start of its batch.", SECONDS)
         self.compute = self._histogram("muntin_compute_seconds", "Computation of the batch that a request was in.", SECONDS)
         self.total = self._histogram("muntin_request_seconds", "From a request's last byte to its answer's first; no pictures.", SECONDS)
-        self.batch = self._histogram("muntin_batch_rows", "Rows of the batch that a request was in.", ROWS)
+        self.batch = self._histogram("muntin_batch_rows", "Rows of the batch that a request was in.", row_bounds(max_rows))
         self.late = Counter("muntin_objective_missed", "Answered requests that took longer than the objective.", registry=self.registry)
         self.shadow_dropped = Counter(
             "muntin_shadow_skipped", "Shadow computations left out since the candidate was behind.", registry=self.registry
@@ -54,6 +59,10 @@ class Metrics:
         """Adds a gauge without labels."""
         Gauge(name, text, registry=self.registry).set_function(value)
 
+    def count(self, name: str, text: str, value: Callable[[], float]) -> None:
+        """Adds a counter without labels."""
+        self.read("counter", name, text, (), lambda: [((), float(value()))])
+
     def _histogram(self, name: str, text: str, bounds: tuple[float, ...]) -> Histogram:
         histogram = Histogram(name, text, bounds)
         self.registry.register(histogram)
@@ -62,6 +71,11 @@ class Metrics:
     def render(self) -> bytes:
         """The text format of Prometheus."""
         return generate_latest(self.registry)
+
+
+def row_bounds(most: int) -> tuple[int, ...]:
+    """The powers of two below the rows of the largest batch, and those."""
+    return (*(1 << n for n in range((most - 1).bit_length())), most)
 
 
 class Histogram(Collector):

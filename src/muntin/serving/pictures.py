@@ -76,6 +76,7 @@ class Pictures:
             if name != "output":
                 raise ProtocolError(f'query parameter {shown(name)}: there is "output"')
         if len(self._pending) >= WAITING:
+            self._service.metrics.refused["pictures"] += 1
             raise RefusedRequestError(f"{WAITING} pictures are in the works: try again")
         lease = self._service.lease(self._service.name, None)
         try:

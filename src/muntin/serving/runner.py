@@ -80,7 +80,8 @@ class Runner:
         self._timer.start()
         self._numbers = count()
         self._workers: set[_Worker] = set()  # but for those that hang
-        self._hanging = 0
+        self.hanging = 0
+        """Threads that an engine does not come back to."""
         with self._changed:
             for _ in range(workers):
                 self._begin_worker()
@@ -230,11 +231,11 @@ class Runner:
             batch, worker.batch, worker.hangs = worker.batch, None, True
             assert batch is not None
             self._workers.remove(worker)
-            self._hanging += 1
+            self.hanging += 1
             self._batcher.done(batch, now, None)
             error = EngineError(f"the engine did not come back within {batch.within:.3g} s")
             answers += [(self._done.pop(job), error) for job in batch.jobs]
-            if self._hanging <= HANGING:
+            if self.hanging <= HANGING:
                 self._begin_worker()
         if answers and not self._workers:
             answers += self._taken(self._batcher.stick())
@@ -244,7 +245,7 @@ class Runner:
 
     def _came_back(self, worker: _Worker) -> bool:
         """Under the lock: whether a thread that hung has its place again."""
-        self._hanging -= 1
+        self.hanging -= 1
         if len(self._workers) >= self._batcher.workers:
             return False
         worker.hangs = False

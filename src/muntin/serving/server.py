@@ -209,7 +209,7 @@ class Server:
 
     async def _answer(self, up: Callable[[], None], ending: AsyncExitStack, addresses: list[str], tls: Certificate | None) -> None:
         config = self.config
-        metrics = Metrics()
+        metrics = Metrics(max_rows=config.max_batch)
         executor = Executor(self.slot, compiler=self._compiler)
         objective = None if config.objective_ms is None else config.objective_ms / 1e3
         batcher = Batcher(
@@ -435,21 +435,29 @@ class _Http(uvicorn.Server):
 def _expose(metrics: Metrics, service: Service, runner: Runner, ledger: Ledger, log: AccessLog | None) -> None:
     """What lies with others, for Prometheus."""
     if log is not None:
-        metrics.read(
-            "counter", "muntin_access_log_lost", "Lines of the access log that could not be written.", (),
-            lambda: [((), float(log.lost))],
-        )  # fmt: skip
+        metrics.count("muntin_access_log_lost", "Lines of the access log that could not be written.", lambda: log.lost)
     metrics.gauge("muntin_ready", "Whether a request would be admitted.", lambda: float(service.ready))
     metrics.gauge("muntin_body_bytes", "Bytes held: of request bodies, and of answers not read yet.", lambda: float(ledger.held))
-    metrics.gauge("muntin_rows_one_by_one", "Batches computed row by row for want of memory.", lambda: service.executor.recoveries.rows)
-    metrics.gauge("muntin_images_in_tiles", "Images computed in tiles for want of memory.", lambda: service.executor.recoveries.tiles)
     metrics.gauge("muntin_waiting_rows", "Images that wait for their batch.", lambda: float(runner.snapshot().waiting_rows))
     metrics.gauge("muntin_backlog_seconds", "Computation that waits.", lambda: runner.snapshot().backlog_s)
+    metrics.gauge("muntin_hanging", "Threads that an engine does not come back to.", lambda: float(runner.hanging))
+    counters: dict[str, tuple[str, Callable[[], int]]] = {
+        "admitted": ("Requests, and tiles of pictures, that were admitted.", lambda: runner.snapshot().admitted),
+        "dropped": ("Of the admitted, those whose time passed, or that the end came before.", lambda: runner.snapshot().dropped),
+        "cancelled": ("Of the admitted, those that were taken back before they were computed.", lambda: runner.snapshot().cancelled),
+        "rows_one_by_one": ("Batches computed row by row for want of memory.", lambda: service.executor.recoveries.rows),
+        "images_in_tiles": ("Images computed in tiles for want of memory.", lambda: service.executor.recoveries.tiles),
+    }
+    for name, (text, count) in counters.items():
+        metrics.count(f"muntin_{name}", text, count)
     metrics.read(
-        "counter", "muntin_refused", "Requests that were refused, by reason.", ("reason",),
+        "counter", "muntin_refused", "Requests that were refused before they were admitted, by reason.", ("reason",),
         lambda: [
-            ((kind,), float(count + (service.turnstile.count if kind == "late" else 0)))
-            for kind, count in runner.snapshot().refused.items()
+            *(
+                ((kind,), float(count + (service.turnstile.count if kind == "late" else 0)))
+                for kind, count in runner.snapshot().refused.items()
+            ),
+            *(((reason,), float(metrics.refused[reason])) for reason in ("no version", "large answers", "pictures")),
         ],
     )  # fmt: skip
     metrics.read(

@@ -193,7 +193,7 @@ class Service:
             signature = lease.version.signature
             images = self._images(request, signature)
             wanted = read_wanted(request, signature, images.shape)
-            held = self.forming.hold(wanted, copies=copies)
+            held = self._hold(wanted, copies)
         except BaseException:
             lease.release()
             raise
@@ -232,7 +232,15 @@ class Service:
         except UnknownVersionError as error:
             raise ProtocolError(str(error), status=404) from error
         except NotReadyError as error:
+            self.metrics.refused["no version"] += 1
             raise RefusedRequestError(str(error)) from error
+
+    def _hold(self, wanted: Wanted, copies: bool) -> int:
+        try:
+            return self.forming.hold(wanted, copies=copies)
+        except RefusedRequestError:
+            self.metrics.refused["large answers"] += 1
+            raise
 
     async def compute(
         self,
