@@ -116,7 +116,7 @@ def test_a_lease_is_given_back_once(make_slot: Callable[..., Slot]) -> None:
         first.release()
     assert version.leases == 1
     second.release()
-    assert (version.leases, version.statistics.leases) == (0, 2)
+    assert version.leases == 0
 
 
 def test_an_old_version_goes_with_its_last_lease(make_slot: Callable[..., Slot], wait_until: Callable[..., None]) -> None:
@@ -265,7 +265,6 @@ def test_a_version_that_fails_is_rolled_back(make_slot: Callable[..., Slot], tol
     assert new.open  # somebody has it still
     held.release()
     assert not new.open
-    assert new.statistics.failed == 1
 
 
 def test_a_version_that_is_slow_is_rolled_back(make_slot: Callable[..., Slot]) -> None:
@@ -286,7 +285,7 @@ def test_what_the_caller_got_wrong_is_no_failure(make_slot: Callable[..., Slot])
     assert slot.current is new
     with pytest.raises(DataError):
         slot.compute(new, lambda session: session(IMAGES[0]), rows=1)
-    assert new.statistics.failed == 0
+    assert slot.current is new
 
 
 def test_the_proven_version_is_kept_where_one_follows_the_other(make_slot: Callable[..., Slot]) -> None:
@@ -343,7 +342,7 @@ def test_a_batch_that_fails_is_computed_by_the_version_that_can(make_slot: Calla
         assert slot.current is old
         assert slot.compute(new, label_of, rows=1) == (1, old)  # the rest of what was admitted before
     assert not new.open
-    assert (new.statistics.failed, old.statistics.failed, old.statistics.rows) == (2, 0, 2)
+    assert (len(new.latencies.of(1)), len(old.latencies.of(1))) == (0, 2)
     assert (old.leases, new.leases) == (0, 0)
 
 
@@ -358,7 +357,8 @@ def test_images_that_no_version_can_compute_send_none_back(make_slot: Callable[.
         with pytest.raises(DeadError, match="2"):  # what the version said that was asked
             slot.compute(new, impossible, rows=1)
     assert slot.current is new
-    assert (new.statistics.failed, old.statistics.failed, old.leases) == (0, 20, 0)
+    assert slot._probation is not None
+    assert (slot._probation.failed, old.leases) == (0, 0)
 
 
 def test_an_answer_holds_no_images_after_a_failure(make_slot: Callable[..., Slot]) -> None:
@@ -393,7 +393,8 @@ def test_a_canary_answers_its_share(make_slot: Callable[..., Slot], told: list[s
             if version is candidate:
                 assert not outcome
         assert slot.current is old
-        observe(slot, candidate, 200 - candidate.statistics.rows)
+        assert slot._trial is not None
+        observe(slot, candidate, 200 - slot._trial.rows)
     assert outcome == [candidate]
     assert slot.current is candidate
     assert "model: version 2 takes over from 1 (200 images in 0 s, 0 failed)" in told
@@ -800,7 +801,7 @@ def test_versions_change_under_load(
         for name in list(names)[1:]:
             version = slot.load(paths[name], name)
             sessions.append(weakref.ref(version.session))
-            wait_until(lambda version=version: version.statistics.rows > 20)
+            wait_until(lambda version=version: len(version.latencies.of(CALL)) > 20)
     slot.settle()
     current = slot.current
     assert current is not None
@@ -817,7 +818,7 @@ def test_an_engine_that_dies_after_the_flip_costs_no_request(
     old = slot.load(paths["1"], "1")
     with crowd(slot, names) as answers:
         new = slot.load(paths["2"], "2")
-        wait_until(lambda: new.statistics.rows > 20)
+        wait_until(lambda: len(new.latencies.of(CALL)) > 20)
         with slot.lease("2"):
             break_labels(new)
             wait_until(lambda: slot.current is old)

@@ -288,11 +288,6 @@ class Slot:
                 if begun.overdue:
                     return
             self._asked = self._clock()
-            done = version.statistics
-            done.batches += 1
-            done.rows += rows
-            done.seconds += seconds
-            done.failed += rows if failed else 0
             if error is None:
                 version.latencies.add(rows if call is None else call, seconds)
             if (tally := self._tally(version)) is not None:
@@ -434,7 +429,6 @@ class Slot:
 
     def _lend(self, version: Version) -> Lease:
         version.leases += 1
-        version.statistics.leases += 1
         return Lease(version, self._take_back)
 
     def _take_back(self, version: Version) -> None:
@@ -524,7 +518,6 @@ class Slot:
                 elif not begun.overdue:
                     begun.overdue = True
                     version.overdue += 1
-                    version.statistics.failed += begun.rows
                     self._lines.append(f"version {version.name} did not come back with {begun.rows} images in {now - begun.at:.3g} s")
                     if (tally := self._tally(version)) is not None:
                         tally.rows += begun.rows

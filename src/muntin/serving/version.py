@@ -1,4 +1,4 @@
-"""A version: one artefact, how it is opened, who is using it and how it has done.
+"""A version: one artefact, how it is opened, who is using it and how long it takes.
 
     loading -> ready -> draining -> unloaded
        |         |
@@ -228,17 +228,6 @@ class Begun:
     ended: bool = False
 
 
-@dataclass(kw_only=True)
-class Statistics:
-    """What a version has done: images computed, batches, images that failed, seconds spent on all of them, leases given."""
-
-    rows: int = 0
-    batches: int = 0
-    failed: int = 0
-    seconds: float = 0.0
-    leases: int = 0
-
-
 @dataclass(eq=False, kw_only=True)
 class Version:
     """One artefact under the name of its version. Its slot alone changes it, and guards it with its lock.
@@ -255,7 +244,6 @@ class Version:
     digest: str = ""
     leases: int = 0
     warm: frozenset[Call] = frozenset()
-    statistics: Statistics = field(default_factory=Statistics)
     latencies: Latencies = field(default_factory=Latencies, repr=False)
     begun: set[Begun] = field(default_factory=set, repr=False)
     overdue: int = 0
