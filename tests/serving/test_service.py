@@ -57,9 +57,9 @@ def request_for_all(side: int = SIDE) -> InferRequest:
     )
 
 
-def counted(service: Service) -> tuple[int, int]:
-    """(answered, failed) of version 1."""
-    found = service.statistics("m", "1")[0]
+def counted(service: Service, version: str = "1") -> tuple[int, int]:
+    """(answered, failed) of a version."""
+    found = service.statistics("m", version)[0]
     return found.success.count, found.fail.count
 
 
@@ -213,6 +213,23 @@ def test_a_slow_candidate_is_found_beside_batches(shelf: Any, wait_until: Any) -
                 assert "times as long" in outcome[0]
 
     asyncio.run(try_it())
+
+
+@pytest.mark.parametrize("side", [8, SIDE])
+def test_an_answer_counts_for_the_version_that_computed_it_and_a_failure_for_the_one_that_was_asked(shelf: Any, side: int) -> None:
+    async def ask() -> None:
+        with made(shelf) as service:
+            service.slot.load(Path("2"), "2").session._infer = None  # type: ignore[method-assign, assignment]
+            answered = await service.infer(request_for_all(side), model="m", version="2")
+            assert answered.response.version == "1"
+            assert (counted(service, "1"), counted(service, "2")) == ((1, 0), (0, 1))
+            (first,), (second,) = service.statistics("m", "1"), service.statistics("m", "2")
+            assert (first.inference_count, first.execution_count, first.queue.count) == (1, 1, 1)
+            assert (second.inference_count, second.execution_count, second.queue.count) == (0, 0, 0)
+            assert second.fail.ns > 0
+            assert service.metrics.rows == {"1": 1}
+
+    asyncio.run(ask())
 
 
 def hang(version: Version) -> threading.Event:
