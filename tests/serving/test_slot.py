@@ -23,7 +23,7 @@ from muntin.errors import ArtifactError, DataError, MuntinError, VerificationErr
 from muntin.runtime.memory import resident
 from muntin.runtime.session import Session
 from muntin.runtime.signals import signal_stack
-from muntin.serving.probation import REST, ArtifactLoader, Limits
+from muntin.serving.probation import ArtifactLoader, Limits
 from muntin.serving.rollout import Rollout
 from muntin.serving.slot import HISTORY, Lease, Slot
 from muntin.serving.version import Begun, Call, NotReadyError, Opening, RefusedError, UnknownVersionError, Version
@@ -886,29 +886,3 @@ def test_twenty_swaps_take_no_more_memory(
     after = swap(slot, paths, 20, wait_until)
     assert (after - before) / 20 < 256 << 10
     assert signal_stack() == stack  # of this thread, on which all of them were opened
-
-
-def test_what_an_old_version_held_goes_in_pieces_with_rests_between(
-    make_slot: Callable[..., Slot], wait_until: Callable[..., None], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    rests: list[float] = []
-    freed: list[tuple[int, str]] = []
-
-    def dismantle() -> Iterator[None]:
-        for piece in range(3):
-            freed.append((piece, threading.current_thread().name))
-            yield
-
-    def rest_after(started: float, rest: float) -> float:
-        rests.append(rest)
-        return 0.0
-
-    monkeypatch.setattr("muntin.serving.slot.rest_after", rest_after)
-    slot = make_slot(for_seconds=0)
-    old = slot.load("1", "1")
-    old.session.__dict__["dismantle"] = dismantle  # monkeypatch would hold the session
-    gone = weakref.ref(old.session)
-    slot.load("2", "2")
-    wait_until(lambda: gone() is None)
-    assert freed == [(piece, "muntin-unload") for piece in range(3)]
-    assert rests == [REST] * 3

@@ -16,20 +16,20 @@ from __future__ import annotations
 import random
 import time
 from collections.abc import Callable, Mapping
-from contextlib import ExitStack, suppress
+from contextlib import ExitStack
 from dataclasses import dataclass
 from math import inf
 from pathlib import Path
-from threading import Condition, Event, Lock, Thread
+from threading import Condition, Event, Lock
 from types import TracebackType
 from typing import NamedTuple, Self, TypeVar
 
 from muntin.artifact import Signature
 from muntin.errors import DataError, MuntinError, VerificationError
 from muntin.runtime.session import Session
-from muntin.serving.probation import REST, Loader
+from muntin.serving.disposal import dispose
+from muntin.serving.probation import Loader
 from muntin.serving.rollout import Rollout, Tally, Verdict, judge
-from muntin.serving.scheduling import take_short_turns
 from muntin.serving.telling import plain, told_safely
 from muntin.serving.version import (
     Begun,
@@ -41,7 +41,6 @@ from muntin.serving.version import (
     UnknownVersionError,
     Version,
     contract_difference,
-    rest_after,
 )
 
 HISTORY = 8
@@ -423,9 +422,7 @@ class Slot:
         for line in lines:
             self._notify(f"{self.name}: {line}")
         if gone:
-            # Freeing a model takes up to a fifth of a second, and the last lease may be given back by an event loop.
-            with suppress(RuntimeError):  # there may be no new threads any more, at the end of the process: then it goes here
-                Thread(target=_let_go, args=(gone, self._closed), name="muntin-unload").start()
+            dispose(gone, self._closed)
 
     def _lend(self, version: Version) -> Lease:
         version.leases += 1
@@ -649,20 +646,6 @@ class Slot:
 def _waits(version: Version, tally: Tally) -> bool:
     """Whether a version is at something that it began before it had passed."""
     return any(begun.at <= tally.enough for begun in version.begun) if tally.enough < inf else False
-
-
-def _let_go(sessions: list[Session], closed: Event) -> None:
-    """Frees what they hold a piece at a time, with rests between as when a version is opened; without where nobody is served any more.
-
-    Not at low priority: the allocator's locks are held meanwhile, and who waits for one would wait for a turn of this thread.
-    """
-    take_short_turns()
-    while sessions:
-        pieces = sessions.pop().dismantle()  # a generator: it holds the session until it ends
-        started = time.perf_counter()
-        for _ in pieces:
-            closed.wait(rest_after(started, REST))
-            started = time.perf_counter()
 
 
 def _first_line(error: BaseException) -> str:
