@@ -23,6 +23,7 @@ from muntin.errors import ArtifactError, DataError, MuntinError, VerificationErr
 from muntin.runtime.memory import resident
 from muntin.runtime.session import Session
 from muntin.runtime.signals import signal_stack
+from muntin.serving.executor import compute_somewhere
 from muntin.serving.probation import ArtifactLoader, Limits
 from muntin.serving.rollout import Rollout
 from muntin.serving.slot import HISTORY, Lease, Slot
@@ -284,7 +285,7 @@ def test_what_the_caller_got_wrong_is_no_failure(make_slot: Callable[..., Slot])
     observe(slot, new, error=DataError("images of dtype float32"))
     assert slot.current is new
     with pytest.raises(DataError):
-        slot.compute(new, lambda session: session(IMAGES[0]), rows=1)
+        compute_somewhere(slot, new, lambda session: session(IMAGES[0]), rows=1)
     assert slot.current is new
 
 
@@ -338,9 +339,9 @@ def test_a_batch_that_fails_is_computed_by_the_version_that_can(make_slot: Calla
     with slot.lease() as lease:
         assert lease.version is new
         break_engine(new)
-        assert slot.compute(new, label_of, rows=1) == (1, old)
+        assert compute_somewhere(slot, new, label_of, rows=1) == (1, old)
         assert slot.current is old
-        assert slot.compute(new, label_of, rows=1) == (1, old)  # the rest of what was admitted before
+        assert compute_somewhere(slot, new, label_of, rows=1) == (1, old)  # the rest of what was admitted before
     assert not new.open
     assert (len(new.latencies.of(1)), len(old.latencies.of(1))) == (0, 2)
     assert (old.leases, new.leases) == (0, 0)
@@ -355,7 +356,7 @@ def test_images_that_no_version_can_compute_send_none_back(make_slot: Callable[.
 
     for _ in range(20):
         with pytest.raises(DeadError, match="2"):  # what the version said that was asked
-            slot.compute(new, impossible, rows=1)
+            compute_somewhere(slot, new, impossible, rows=1)
     assert slot.current is new
     assert slot._probation is not None
     assert (slot._probation.failed, old.leases) == (0, 0)
@@ -369,7 +370,7 @@ def test_an_answer_holds_no_images_after_a_failure(make_slot: Callable[..., Slot
     gone = weakref.ref(images)
     gc.disable()
     try:
-        assert slot.compute(new, lambda session, images=images: session.labels(images).shape, rows=1) == ((1, 4, 4), old)
+        assert compute_somewhere(slot, new, lambda session, images=images: session.labels(images).shape, rows=1) == ((1, 4, 4), old)
         del images
         assert gone() is None
     finally:
@@ -406,7 +407,7 @@ def test_a_canary_that_fails_is_refused(make_slot: Callable[..., Slot]) -> None:
     with loading(slot, "2", "2") as outcome:
         candidate = slot.lease().version
         break_engine(candidate)
-        assert slot.compute(candidate, label_of, rows=1) == (1, old)
+        assert compute_somewhere(slot, candidate, label_of, rows=1) == (1, old)
     assert isinstance(outcome[0], RefusedError)
     assert str(outcome[0]) == "model: version 2 is refused on trial: 1 of its 1 images failed (allowed: 0.00%)"
     assert slot.current is old
@@ -542,11 +543,11 @@ def test_what_waits_for_a_version_that_hangs_is_computed_by_another(make_slot: C
     with slot.lease() as waits:
         begun = slot.begin(new, rows=1, within=10)
         clock.now += 11
-        assert slot.compute(waits.version, label_of, rows=1) == (1, old)
+        assert compute_somewhere(slot, waits.version, label_of, rows=1) == (1, old)
         assert slot.current is old
     only = slot.begin(old, rows=1, within=10)
     clock.now += 11
-    assert slot.compute(old, label_of, rows=1) == (1, old)  # there is no other one: it may have been this one batch
+    assert compute_somewhere(slot, old, label_of, rows=1) == (1, old)  # there is no other one: it may have been this one batch
     for one in (begun, only):
         slot.end(one)
     assert (old.overdue, old.leases, new.open) == (0, 0, False)
@@ -562,7 +563,7 @@ def test_what_failed_long_after_it_was_given_up_is_computed_by_nobody(make_slot:
         raise DeadError
 
     with pytest.raises(DeadError):
-        slot.compute(new, hang, rows=1, within=10)
+        compute_somewhere(slot, new, hang, rows=1, within=10)
     assert (slot.current, old.leases, new.leases, new.open) == (old, 0, 0, False)
 
 
@@ -643,7 +644,7 @@ def test_who_cannot_be_told_costs_no_batch(shelf: Any, clock: Any, monkeypatch: 
     slot = Slot("model", shelf, rollout=Rollout(), clock=clock, notify=broken)
     old, new = slot.load("1", "1"), slot.load("2", "2")
     break_engine(new)
-    assert slot.compute(new, label_of, rows=1) == (1, old)
+    assert compute_somewhere(slot, new, label_of, rows=1) == (1, old)
     assert "rolled back to 1" in str(reported[-1].exc_value)
 
 
@@ -769,7 +770,7 @@ def crowd(slot: Slot, names: dict[str, int], *, threads: int = 4) -> Iterator[li
             while not over.is_set():
                 with slot.lease() as lease:
                     session = lease.version.session
-                    label, version = slot.compute(lease.version, label_of, rows=1, call=CALL)
+                    label, version = compute_somewhere(slot, lease.version, label_of, rows=1, call=CALL)
                     if label != names[version.name] or lease.version.session is not session:
                         problems.append((label, version.name))
                 answers[number] += 1

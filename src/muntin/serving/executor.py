@@ -3,22 +3,24 @@
     batch of jobs -> one array (the request's own bytes where it is alone) -> session -> a share of the answer for each job
 
 Where the engine finds no memory for a batch, its rows are computed one at a time, and where that fails too, in tiles: what was done is said
-in the answers and counted. Whatever else an engine raises is the slot's to handle: it names another version that can compute the batch.
+in the answers and counted. Whatever else an engine raises is held against its version where another one, which the slot names, can compute
+the batch.
 """
 
 from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
 from math import inf
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
-from muntin.errors import MuntinError
+from muntin.errors import DataError, MuntinError
 from muntin.runtime import Session, predict
 from muntin.serving.batcher import Batch
 from muntin.serving.compiler import Compiler
@@ -29,6 +31,8 @@ from muntin.serving.version import Call, Version
 TILE = 512
 """Pixels of the side of the tiles that an image is computed in when there is no memory for it in one piece."""
 _NO_MEMORY = ("bad_alloc", "out of memory", "failed to allocate", "cannot allocate", "not enough memory")
+
+Answer = TypeVar("Answer")
 
 
 class Group(NamedTuple):
@@ -93,7 +97,8 @@ class Executor:
         started = self._clock()
         images = works[0].images if len(works) == 1 else np.concatenate([work.images for work in works])
         call = Call((len(images), group.height, group.width), group.labels)
-        (answer, recovered), version = self._slot.compute(
+        (answer, recovered), version = compute_somewhere(
+            self._slot,
             group.version,
             lambda session: self._compute(session, images, labels=group.labels),
             rows=len(images),
@@ -146,6 +151,51 @@ class Executor:
         tile = min(TILE, (max(height, width) + 1) // 2)
         answer = predict(session, images[0], tile=tile, output="labels" if labels else "scores")
         return answer[None], f"in tiles of {tile} pixels"
+
+
+def compute_somewhere(
+    slot: Slot, version: Version, work: Callable[[Session], Answer], *, rows: int, call: Call | None = None, within: float = inf
+) -> tuple[Answer, Version]:
+    """`work(session)` of a version that the caller has a lease on, or of one that can where this one fails; and which one did.
+
+    Counts it (`Slot.observe`). A failure counts against a version only if another one could compute the same: what none can is the
+    images' fault, and a client must not be able to send a version back with them. `within`: as of `Slot.begin`; a version that hangs is
+    not asked where there is another one. Raises what `work` raised first, and DataError at once.
+    """
+    failures: list[tuple[Version, Exception]] = []
+
+    def count(failures: list[tuple[Version, Exception]]) -> None:
+        for failed, error in failures:
+            slot.observe(failed, rows=rows, error=error, call=call)
+
+    try:
+        with ExitStack() as held:
+            while slot.hangs(version) and (lease := slot.fallback(version)) is not None:
+                version = held.enter_context(lease).version
+            while True:
+                begun = slot.begin(version, rows=rows, within=within)
+                try:
+                    answer = work(version.session)
+                except DataError:
+                    raise
+                except Exception as error:
+                    if begun.overdue:  # it was counted, and nobody waits
+                        raise
+                    failures.append((version, error))
+                else:
+                    slot.observe(version, seconds=slot.clock() - begun.at, rows=rows, call=call, begun=begun)
+                    count(failures)
+                    return answer, version
+                finally:
+                    slot.end(begun)
+                lease = slot.fallback(version)
+                if lease is None:
+                    break
+                version = held.enter_context(lease).version
+        count(failures[-1:])
+        raise failures[0][1]
+    finally:
+        failures.clear()  # an error holds this frame by its traceback, and with it the images
 
 
 def no_memory(error: BaseException) -> bool:

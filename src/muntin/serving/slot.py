@@ -6,9 +6,9 @@
 
 The flip changes one reference under a lock. Requests hold leases, so those that were admitted before it are answered by the old version
 and those after it by the new one; nothing waits, nothing is closed under anybody. While the old version stays warm, a batch that fails on
-the new one is computed by it (`compute`): a version whose engine dies is sent back, and no request is lost by it. One whose engine does not
-come back is sent back, too, and what waits for it is computed by another one. A slot knows no HTTP; what it decides by is in `rollout`.
-Threads may share it.
+the new one is computed by it (`fallback`; `executor` does so): a version whose engine dies is sent back, and no request is lost by it. One
+whose engine does not come back is sent back, too, and what waits for it is computed by another one. A slot knows no HTTP; what it decides
+by is in `rollout`. Threads may share it.
 """
 
 from __future__ import annotations
@@ -16,13 +16,12 @@ from __future__ import annotations
 import random
 import time
 from collections.abc import Callable, Mapping
-from contextlib import ExitStack
 from dataclasses import dataclass
 from math import inf
 from pathlib import Path
 from threading import Condition, Event, Lock
 from types import TracebackType
-from typing import NamedTuple, Self, TypeVar
+from typing import Self
 
 from muntin.artifact import Signature
 from muntin.errors import DataError, MuntinError, VerificationError
@@ -46,8 +45,6 @@ from muntin.serving.version import (
 HISTORY = 8
 """Versions that failed or went, that `index` still shows."""
 _POLL_S = 0.05
-
-Answer = TypeVar("Answer")
 
 
 class _Changing:
@@ -85,14 +82,6 @@ class Lease:
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         self.release()
-
-
-class _Failure(NamedTuple):
-    """What a version could not compute, after how many seconds, and why."""
-
-    version: Version
-    seconds: float
-    error: Exception
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -137,7 +126,7 @@ class Slot:
         self.rollout = rollout
         self._loader = loader
         self._other_classes = other_classes
-        self._clock = clock
+        self.clock = clock
         self._random = random
         self._notify = told_safely(notify)
         self._one_load = Lock()
@@ -199,57 +188,18 @@ class Slot:
             other = self._previous if version is self._current else self._current
             return None if other is None else self._lend(other)
 
-    def compute(
-        self, version: Version, work: Callable[[Session], Answer], *, rows: int, call: Call | None = None, within: float = inf
-    ) -> tuple[Answer, Version]:
-        """`work(session)` of a version that the caller has a lease on, or of one that can where this one fails; and which one did.
-
-        Counts it (`observe`). A failure counts against a version only if another one could compute the same: what none can is the
-        images' fault, and a client must not be able to send a version back with them. `within`: as of `begin`; a version that hangs is
-        not asked where there is another one. Raises what `work` raised first, and DataError at once.
-        """
-        failures: list[_Failure] = []
-        try:
-            with ExitStack() as held:
-                if self._clock() >= self._due:
-                    self.settle()
-                while version.overdue and (lease := self.fallback(version)) is not None:
-                    version = held.enter_context(lease).version
-                while True:
-                    begun = self.begin(version, rows=rows, within=within)
-                    try:
-                        answer = work(version.session)
-                    except DataError:
-                        raise
-                    except Exception as error:
-                        if begun.overdue:  # it was counted, and nobody waits
-                            raise
-                        failures.append(_Failure(version, self._clock() - begun.at, error))
-                    else:
-                        self.observe(version, seconds=self._clock() - begun.at, rows=rows, call=call, begun=begun)
-                        self._count(failures, rows, call)
-                        return answer, version
-                    finally:
-                        self.end(begun)
-                    lease = self.fallback(version)
-                    if lease is None:
-                        break
-                    version = held.enter_context(lease).version
-            self._count(failures[-1:], rows, call)
-            raise failures[0].error
-        finally:
-            failures.clear()  # an error holds this frame by its traceback, and with it the images
-
-    def _count(self, failures: list[_Failure], rows: int, call: Call | None) -> None:
-        for failure in failures:
-            self.observe(failure.version, seconds=failure.seconds, rows=rows, error=failure.error, call=call)
+    def hangs(self, version: Version) -> bool:
+        """Whether it computes a batch that does not come back."""
+        if self.clock() >= self._due:
+            self.settle()
+        return version.overdue > 0
 
     def begin(self, version: Version, *, rows: int, within: float = inf) -> Begun:
         """A batch that is computed by a version from now on, which stays open until `end`, or `observe`, is told of it.
 
         `within`: seconds after which it counts as one that does not come back: as failed, and its version as one that hangs.
         """
-        now = self._clock()
+        now = self.clock()
         begun = Begun(version, rows, now, now + within)
         with self._changed:  # there is nothing to tell
             self._asked = now
@@ -268,13 +218,13 @@ class Slot:
         self,
         version: Version,
         *,
-        seconds: float,
         rows: int,
+        seconds: float = 0.0,
         error: BaseException | None = None,
         call: Call | None = None,
         begun: Begun | None = None,
     ) -> None:
-        """Counts a batch of `rows` images that took `seconds`, and failed with `error`; judges the version if it is on trial.
+        """Counts a batch of `rows` images that took `seconds`, or failed with `error`; judges the version if it is on trial.
 
         `call`: what was computed. Times are compared among equal calls (without it: among batches of as many images), and the next version
         is warmed up for the last of them. A DataError is the caller's, and no failure. `begun`: ends with it, and was counted already if it
@@ -286,7 +236,7 @@ class Slot:
                 self._end(begun)
                 if begun.overdue:
                     return
-            self._asked = self._clock()
+            self._asked = self.clock()
             if error is None:
                 version.latencies.add(rows if call is None else call, seconds)
             if (tally := self._tally(version)) is not None:
@@ -466,7 +416,7 @@ class Slot:
 
     def _settle_by_time(self) -> None:
         """What time has ended, and nothing else: for those who come by and bring nothing to judge by."""
-        now, seconds = self._clock(), self.rollout.for_seconds
+        now, seconds = self.clock(), self.rollout.for_seconds
         if now >= self._due:
             self._find_overdue(now)
         tried = self._trial is not None and now - min(self._trial.since, self._asked) >= seconds
@@ -488,7 +438,7 @@ class Slot:
         """None also as long as a version that has passed is at what it began before: it may not come back."""
         if not tally.failed and _waits(version, tally):
             return None
-        now = self._clock()
+        now = self.clock()
         verdict = judge(self.rollout, tally, version.latencies, base.latencies, now=now, asked=asked)
         if verdict is None or not verdict.passed:
             return verdict
@@ -551,7 +501,7 @@ class Slot:
             self._previous = old
         else:  # the old one is on probation itself: the one before it is the safe one
             self._drain(old)
-        self._probation = Tally(since=self._clock())
+        self._probation = Tally(since=self.clock())
         self._settle()
 
     def _take_out(self, version: Version) -> None:
@@ -622,7 +572,7 @@ class Slot:
             if self._current is None or not self.rollout.tried:
                 self._flip(version, "")
             else:
-                self._candidate, self._trial = version, Tally(since=self._clock())
+                self._candidate, self._trial = version, Tally(since=self.clock())
                 beside = self._current.name
                 self._settle_by_time()
                 if self._candidate is version:
