@@ -22,6 +22,7 @@ from numpy.typing import NDArray
 
 from muntin.errors import DataError, MuntinError
 from muntin.runtime import Session, predict
+from muntin.runtime.memory import no_memory
 from muntin.serving.batcher import Batch
 from muntin.serving.compiler import Compiler
 from muntin.serving.rollout import label_agreement
@@ -30,7 +31,6 @@ from muntin.serving.version import Call, Version
 
 TILE = 512
 """Pixels of the side of the tiles that an image is computed in when there is no memory for it in one piece."""
-_NO_MEMORY = ("bad_alloc", "out of memory", "failed to allocate", "cannot allocate", "not enough memory")
 
 Answer = TypeVar("Answer")
 
@@ -196,12 +196,6 @@ def compute_somewhere(
         raise failures[0][1]
     finally:
         failures.clear()  # an error holds this frame by its traceback, and with it the images
-
-
-def no_memory(error: BaseException) -> bool:
-    """Whether an engine failed for want of memory. OpenVINO and ONNX Runtime say it in words alone."""
-    text = str(error).lower()
-    return isinstance(error, MemoryError) or any(words in text for words in _NO_MEMORY)
 
 
 def _call(session: Session, images: NDArray[np.uint8], *, labels: bool) -> NDArray[Any]:
