@@ -5,7 +5,9 @@ import torch
 from torch import Tensor, nn
 
 import muntin
-from muntin.compression import fold_batch_norms
+from muntin.compression import Change, fold_batch_norms
+from muntin.compression.batch_norm import apply_folds
+from muntin.errors import MuntinError
 
 
 def trained_norms(model: nn.Module) -> nn.Module:
@@ -89,6 +91,89 @@ def test_a_convolution_that_is_called_twice_is_left_alone() -> None:
         before = model(images)
         assert fold_batch_norms(model, images) == []
         assert torch.equal(model(images), before)
+
+
+class Standardised(nn.Sequential):
+    """Each picture by its own mean and deviation: a black one gives NaN."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = super().forward((x - x.mean((1, 2, 3), keepdim=True)) / x.std((1, 2, 3), keepdim=True))
+        return out
+
+
+class ByKeyword(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.norm = nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.norm(input=self.conv(input=x))
+        return out
+
+
+def assert_folded(model: nn.Module, batch: Tensor, kept: dict[str, bool]) -> list[Change]:
+    """That just these norms are looked at, that those which are not kept go, and that the answer stays."""
+    images = torch.randint(0, 256, (2, 3, 12, 12)).float()
+    with torch.no_grad():
+        before = model(images)
+        changes = fold_batch_norms(model, batch)
+        torch.testing.assert_close(model(images), before, rtol=1e-3, atol=1e-4)
+    assert {change.layer: change.kept for change in changes} == kept
+    for name, stays in kept.items():
+        assert isinstance(model.get_submodule(name), nn.BatchNorm2d) == stays
+    return changes
+
+
+def test_a_model_that_answers_nan_to_a_black_picture_is_folded_by_one() -> None:
+    assert_folded(trained_norms(Standardised(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4))), torch.zeros(2, 3, 12, 12), {"1": False})
+
+
+def test_an_answer_that_is_no_number_shows_nothing() -> None:
+    model = trained_norms(nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4)))
+    model[0].bias.data.fill_(float("nan"))  # type: ignore[union-attr,operator]
+    (change,) = fold_batch_norms(model, torch.rand(1, 3, 8, 8))
+    assert change.kept and change.reason.startswith("the model's answer is NaN or infinite")
+
+
+def test_layers_that_are_called_by_keyword_are_folded() -> None:
+    assert_folded(trained_norms(ByKeyword()), torch.rand(1, 3, 12, 12) * 255, {"norm": False})
+
+
+def test_a_norm_behind_what_works_in_place_is_no_pair() -> None:
+    """The tensor is the convolution's own, and no longer holds what that gave."""
+    model = trained_norms(
+        nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.Conv2d(4, 4, 3), nn.ReLU(inplace=True), nn.BatchNorm2d(4))
+    )
+    assert_folded(model, torch.rand(1, 3, 12, 12) * 255, {"1": False})
+    assert isinstance(model[4], nn.BatchNorm2d)
+
+
+def test_only_norms_whose_folding_changes_the_answer_stay() -> None:
+    def unit(inputs: int) -> nn.Sequential:
+        return nn.Sequential(nn.Conv2d(inputs, 3, 1), nn.BatchNorm2d(3), nn.ReLU())
+
+    shared = Shared()
+    model = trained_norms(nn.Sequential(unit(3), unit(3), unit(3), shared, nn.Sequential(nn.Conv2d(4, 3, 1), nn.BatchNorm2d(3)), unit(3)))
+    owned = shared.conv.weight
+    kept = {"0.1": False, "1.1": False, "2.1": False, "3.norm": True, "4.1": False, "5.1": False}
+    changes = assert_folded(model, torch.rand(1, 3, 12, 12) * 255, kept)
+    assert shared.conv.weight is owned and "elsewhere" in changes[3].reason
+
+
+def test_what_was_folded_is_made_again_without_asking_the_model() -> None:
+    def make() -> nn.Sequential:
+        return nn.Sequential(
+            nn.Conv2d(3, 4, 1, bias=False), nn.BatchNorm2d(4), nn.Conv2d(4, 4, 1, bias=False), nn.ReLU(), nn.BatchNorm2d(4)
+        )
+
+    model, other = trained_norms(make()), make().eval()
+    images = torch.rand(1, 3, 12, 12) * 255
+    norms = [change.layer for change in fold_batch_norms(model, images)]
+    apply_folds(other, norms, model.state_dict())
+    other.load_state_dict(model.state_dict())
+    assert norms == ["1"] and torch.equal(other(images), model(images))
+    with pytest.raises(MuntinError, match="fold: '0' is no BatchNorm2d of the model: build the model"):
+        apply_folds(other, ["0"], {})
 
 
 def test_training_mode_is_refused() -> None:

@@ -413,10 +413,40 @@ def test_a_model_whose_batch_norm_cannot_be_folded_is_read_again(
     run = compress_checkpoint(origin, tmp_path / "compressed", config=short(low_rank=None))
     last = read_checkpoint(run.checkpoint)
     (kept,) = [change for change in changes_of(last) if change.pass_ == "fold"]
-    assert kept.kept and "changes its answer" in kept.reason
+    assert kept.kept and "changes the model's answer" in kept.reason
     model = read_model(last)
     assert isinstance(model.get_submodule("norm"), nn.BatchNorm2d)
     assert all(torch.equal(value, last.tensors[AVERAGE][name]) for name, value in model.state_dict().items())
+
+
+STANDARDISED = """
+from torch import nn
+
+class Standardised(nn.Sequential):
+    def forward(self, x):
+        return super().forward((x - x.mean((1, 2, 3), keepdim=True)) / x.std((1, 2, 3), keepdim=True))
+
+def make(*, task, classes, channels):
+    first = nn.Conv2d(channels, 8, 3, padding=1, bias=False), nn.BatchNorm2d(8), nn.ReLU()
+    return Standardised(*first, nn.Conv2d(8, 8, 3, padding=1), nn.ReLU(inplace=True), nn.BatchNorm2d(8), nn.Conv2d(8, classes, 1))
+"""
+
+
+def test_a_model_that_answers_nan_to_a_black_picture_is_read_again(
+    tmp_path: Path, write_tiny: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "standardised.py").write_text(STANDARDISED)
+    monkeypatch.syspath_prepend(tmp_path)
+    tiny = write_tiny(tmp_path / "data", model={"name": "standardised:make", "options": {}}, training={"steps": 3})
+    origin = read_checkpoint(fit(tiny.recipe, directory=tmp_path / "run").checkpoint)
+    last = read_checkpoint(compress_checkpoint(origin, tmp_path / "compressed", config=short(low_rank=None)).checkpoint)
+    assert [(change.layer, change.kept) for change in changes_of(last) if change.pass_ == "fold"] == [("1", False)]
+    model = read_model(last)
+    assert isinstance(model.get_submodule("5"), nn.BatchNorm2d) and not isinstance(model.get_submodule("1"), nn.BatchNorm2d)
+    assert all(torch.equal(value, last.tensors[AVERAGE][name]) for name, value in model.state_dict().items())
+    kept = tuple("036")
+    unquantised = compress_checkpoint(origin, tmp_path / "kept", config=short(low_rank=None, keep=kept))
+    assert names(read_model(read_checkpoint(unquantised.checkpoint)), nn.Conv2d) == list(kept)
 
 
 def test_the_learning_rate_falls_once_over_both_stages_of_quantisation(write_tiny: Callable[..., Any], tmp_path: Path) -> None:

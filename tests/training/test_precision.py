@@ -85,6 +85,15 @@ def test_where_a_kernel_exceeds_its_map_training_is_in_fp32() -> None:
         check_maps(model, BF16, crop=16, channels=3, asked="bf16")
 
 
+def test_a_convolution_may_be_called_by_keyword() -> None:
+    class ByKeyword(nn.Conv2d):
+        def __call__(self, x: torch.Tensor) -> torch.Tensor:
+            out: torch.Tensor = super().__call__(input=x)
+            return out
+
+    assert check_maps(ByKeyword(3, 4, 3, padding=8, dilation=8), BF16, crop=8, channels=3, asked="auto").name == "fp32"
+
+
 def test_dilation_counts_and_other_types_are_not_looked_at() -> None:
     wide = nn.Conv2d(3, 4, 3, padding=8, dilation=8)
     assert check_maps(wide, BF16, crop=8, channels=3, asked="auto").name == "fp32"

@@ -22,7 +22,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from muntin.compression.batch_norm import fold_batch_norms
+from muntin.compression.batch_norm import FOLDED, apply_folds
 from muntin.compression.change import Change
 from muntin.compression.fold import fold
 from muntin.compression.low_rank import apply_structure, low_rank, structure_of
@@ -129,14 +129,19 @@ def read_model(checkpoint: Checkpoint) -> nn.Module:
     if made is not None:
         apply_widths(model, made.get("widths", {}))  # there are none in checkpoints from before channels were cut
         apply_structure(model, made["ranks"])
-        if made["qat"] is not None:
-            side = state.recipe.data.crop
+        if quantized(checkpoint):
             fold(model)
-            if not any(change.pass_ == "fold" and change.kept for change in changes_of(checkpoint)):  # all are folded or none is
-                fold_batch_norms(model, torch.zeros(1, state.recipe.data.channels, side, side))
-            apply_qat(model, made["qat"])
+            norms = [change.layer for change in changes_of(checkpoint) if change.pass_ == "fold" and change.done == FOLDED]
+            apply_folds(model, norms, checkpoint.tensors[AVERAGE])
+            apply_qat(model, made["qat"] or {})
     load_weights(model, checkpoint.tensors[AVERAGE], checkpoint.path / AVERAGE)
     return model.eval()
+
+
+def quantized(checkpoint: Checkpoint) -> bool:
+    """Whether a stage of compression has quantised it, be it to 16 bits because all of its layers are in `keep`."""
+    made = checkpoint.state.compression
+    return made is not None and made["stage"] != "low-rank"
 
 
 def changes_of(checkpoint: Checkpoint) -> list[Change]:

@@ -101,15 +101,15 @@ def check_maps(model: nn.Module, precision: Precision, *, crop: int, channels: i
         return precision
     small: list[str] = []
 
-    def look(layer: nn.Conv2d, inputs: tuple[Tensor, ...], name: str) -> None:
-        sides = inputs[0].shape[-2:]
+    def look(layer: nn.Conv2d, inputs: tuple[Tensor, ...], named_inputs: dict[str, Tensor], name: str) -> None:
+        sides = (*inputs, *named_inputs.values())[0].shape[-2:]
         for side, kernel, dilation, stride in zip(sides, layer.kernel_size, layer.dilation, layer.stride, strict=True):
             reach = (kernel - 1) * dilation + 1
             if side <= reach // 2 and (reach > 3 or stride > 1):
                 small.append(f"the {kernel}x{kernel} convolution {name} sees maps of {sides[0]}x{sides[1]}")
 
     hooks = [
-        layer.register_forward_pre_hook(lambda layer, inputs, name=name: look(layer, inputs, name))
+        layer.register_forward_pre_hook(lambda layer, inputs, by_name, name=name: look(layer, inputs, by_name, name), with_kwargs=True)
         for name, layer in model.named_modules()
         if isinstance(layer, nn.Conv2d)
     ]
