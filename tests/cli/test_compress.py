@@ -199,6 +199,17 @@ def test_a_stage_is_exported_and_evaluated(call: Call, copied: Path) -> None:
     assert again["bytes"] == artifact.bytes and open_artifact(stage / "artifact").digest == artifact.digest
 
 
+def test_the_low_rank_stage_is_exported_in_int8_as_asked(call: Call, copied: Path, tmp_path: Path) -> None:
+    stage = copied / "compressed" / "1-low-rank"
+    document = call("export", stage, "--json", "--set", "quantization.min_sqnr_db=0").document()
+    records = open_artifact(stage / "artifact").manifest.layers
+    assert any(record.name.endswith(".reduce") for record in records)
+    assert document["int8_layers"] == len(records) and document["kept"] == {}
+    assert call("verify", stage / "artifact", "--json").document()["passed"]
+    floating = call("export", stage, "--float", "-o", tmp_path / "float", "--json").document()
+    assert floating["int8_layers"] == 0 and set(floating["kept"].values()) == {"16 bits, as assigned"}
+
+
 def test_what_is_quantised_already_has_no_float_form(call: Call, compressed: Path, tmp_path: Path) -> None:
     assert "leave out --float" in call("export", compressed / "compressed" / "3-mixed", "--float", "-o", tmp_path / "a").mistake()
     assert not (tmp_path / "a").exists()

@@ -32,6 +32,7 @@ from muntin.compression.stages import (
     broken_off,
     calibration_of,
     changes_of,
+    quantized,
     read_model,
     source_of,
     stage_checkpoints,
@@ -70,12 +71,19 @@ class Assessed:
 
 
 def integer_model(checkpoint: Checkpoint, calibration: list[Tensor]) -> tuple[nn.Module, list[Change]]:
-    """A checkpoint's model in its integer form, and all that was done to it: a compressed one frozen, any other quantised to W8A8."""
-    if checkpoint.state.compression is not None:
-        model = read_model(checkpoint)
-        return model, [*changes_of(checkpoint), *freeze(calibration)(model)]
-    model = checkpoint.model()
-    return model, quantize(calibration, checkpoint.recipe.quantization)(model)
+    """A checkpoint's model in its integer form, and all that was done to it: frozen where a stage of compression has quantised it, any
+    other quantised to W8A8."""
+    model = read_model(checkpoint)
+    pass_ = freeze(calibration) if quantized(checkpoint) else quantize(calibration, checkpoint.recipe.quantization)
+    return model, [*changes_of(checkpoint), *pass_(model)]
+
+
+def float_model(checkpoint: Checkpoint, calibration: list[Tensor]) -> tuple[nn.Module, list[Change]]:
+    """A checkpoint's model in floating point, and all that was done to it: what low rank left is rounded to FP16, any other is as it is."""
+    if checkpoint.state.compression is None:
+        return checkpoint.model(), []
+    model = read_model(checkpoint)
+    return model, [*changes_of(checkpoint), *freeze(calibration)(model)]
 
 
 def quantized_by(checkpoint: Checkpoint, overrides: Iterable[str]) -> Checkpoint:
@@ -84,7 +92,7 @@ def quantized_by(checkpoint: Checkpoint, overrides: Iterable[str]) -> Checkpoint
     other = next((override for override in overrides if not override.startswith("quantization.")), None)
     if other is not None:
         raise RecipeError(f"'{other}': the model is trained already; only quantization.KEY=VALUE can be set here")
-    if overrides and checkpoint.state.compression is not None:
+    if overrides and quantized(checkpoint):
         raise RecipeError(f"{checkpoint.path} was quantised by `muntin compress`: set compression.KEY=VALUE there")
     recipe = override_recipe(checkpoint.recipe, overrides)
     return replace(checkpoint, state=checkpoint.state.model_copy(update={"recipe": recipe}))
@@ -95,7 +103,7 @@ def export_checkpoint(checkpoint: Checkpoint, path: Path, *, integer: bool = Tru
 
     Raises ExportError for a checkpoint whose stages have quantised it already, where `integer` is False.
     """
-    if not integer and (checkpoint.state.compression or {}).get("qat"):
+    if not integer and quantized(checkpoint):
         raise ExportError(
             f"{checkpoint.path} is quantised already and has no float form: leave out --float (integer=False), or export the checkpoint of "
             "`muntin fit` or of the low-rank stage"
@@ -110,10 +118,7 @@ def export_checkpoint(checkpoint: Checkpoint, path: Path, *, integer: bool = Tru
     check_target(path)
     source = source_of(checkpoint)
     calibration = calibration_of(checkpoint, source)
-    if integer or checkpoint.state.compression is not None:
-        model, changes = integer_model(checkpoint, calibration)
-    else:
-        model, changes = checkpoint.model(), []
+    model, changes = (integer_model if integer else float_model)(checkpoint, calibration)
     side = tile_of(checkpoint.recipe.data.crop) if checkpoint.recipe.task != "classify" else checkpoint.recipe.data.crop
     return export(
         model, calibration[0], path, signature=checkpoint.signature, changes=changes, measured={"origin": origin},
