@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from muntin.compression import low_rank, prepare_qat, quantize
 from muntin.compression.change import Pass
-from muntin.compression.rewrite import named, replace
+from muntin.compression.rewrite import named, number_paddings, replace
 from muntin.training.config import LowRankConfig
 
 
@@ -78,3 +78,35 @@ def test_a_kind_that_no_pass_rewrites_is_told(make: Callable[[list[Tensor]], Pas
     assert [change.kept for change in told] == [True]
     assert told[0].reason.startswith("ConvTranspose2d: no ")
     assert type(model.get_submodule("2")) is nn.ConvTranspose2d
+
+
+@pytest.mark.filterwarnings("ignore:Using padding='same'")
+def test_paddings_are_written_as_numbers_where_there_are_such() -> None:
+    model = nn.Sequential(
+        nn.Conv2d(3, 4, (3, 5), padding="same", dilation=(2, 1)),
+        nn.Conv2d(4, 4, 2, padding="same"),
+        nn.Conv2d(4, 4, 3, 2, padding="valid"),
+        nn.Conv2d(4, 4, 3, padding="same", padding_mode="reflect"),
+        nn.Conv2d(4, 4, 2, padding="same", dilation=2),
+        nn.Conv2d(4, 4, 3, padding=1),
+    )
+    x = torch.rand(2, 3, 16, 17)
+    before = model(x)
+    changes = number_paddings(model)
+    assert torch.equal(model(x), before)
+    assert {change.layer: change.done for change in changes} == {
+        "0": "padding 'same' written as 2 x 2",
+        "2": "padding 'valid' written as 0 x 0",
+        "4": "padding 'same' written as 1 x 1",
+    }
+    assert [layer.padding for layer in model] == [(2, 2), "same", (0, 0), "same", (1, 1), (1, 1)]
+    assert number_paddings(model) == []
+
+
+@pytest.mark.parametrize("make", [quantize, prepare_qat, partial(low_rank, config=LowRankConfig(parameters=0.8, multiple=1))])
+@pytest.mark.parametrize("padding", ["same", "valid"])
+def test_a_convolution_whose_padding_is_a_word_is_rewritten(make: Callable[[list[Tensor]], Pass], padding: str) -> None:
+    model = nn.Sequential(nn.Conv2d(3, 16, 3, padding=padding), nn.ReLU(), nn.Conv2d(16, 16, 3, padding=padding))
+    changes = [change for change in make([torch.randint(0, 256, (4, 3, 16, 16))])(model) if change.layer == "2"]
+    assert [(change.pass_, change.kept) for change in changes] == [("pad", False), (changes[-1].pass_, False)]
+    assert type(model[2]) is not nn.Conv2d

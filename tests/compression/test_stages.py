@@ -428,7 +428,7 @@ class Standardised(nn.Sequential):
 
 def make(*, task, classes, channels):
     first = nn.Conv2d(channels, 8, 3, padding=1, bias=False), nn.BatchNorm2d(8), nn.ReLU()
-    return Standardised(*first, nn.Conv2d(8, 8, 3, padding=1), nn.ReLU(inplace=True), nn.BatchNorm2d(8), nn.Conv2d(8, classes, 1))
+    return Standardised(*first, nn.Conv2d(8, 8, 3, padding="same"), nn.ReLU(inplace=True), nn.BatchNorm2d(8), nn.Conv2d(8, classes, 1))
 """
 
 
@@ -439,9 +439,10 @@ def test_a_model_that_answers_nan_to_a_black_picture_is_read_again(
     monkeypatch.syspath_prepend(tmp_path)
     tiny = write_tiny(tmp_path / "data", model={"name": "standardised:make", "options": {}}, training={"steps": 3})
     origin = read_checkpoint(fit(tiny.recipe, directory=tmp_path / "run").checkpoint)
-    last = read_checkpoint(compress_checkpoint(origin, tmp_path / "compressed", config=short(low_rank=None)).checkpoint)
+    last = read_checkpoint(compress_checkpoint(origin, tmp_path / "compressed", config=short()).checkpoint)
     assert [(change.layer, change.kept) for change in changes_of(last) if change.pass_ == "fold"] == [("1", False)]
     model = read_model(last)
+    assert isinstance(model.get_submodule("3"), FactoredConv2d)  # whose padding was a word
     assert isinstance(model.get_submodule("5"), nn.BatchNorm2d) and not isinstance(model.get_submodule("1"), nn.BatchNorm2d)
     assert all(torch.equal(value, last.tensors[AVERAGE][name]) for name, value in model.state_dict().items())
     kept = tuple("036")

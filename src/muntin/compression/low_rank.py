@@ -40,7 +40,7 @@ from muntin.compression.moments import Moment, answer_sensitivity, input_moments
 from muntin.compression.quantization import call_every_layer, check_kept, is_kept
 from muntin.compression.quantized import QuantizedConv2d, QuantizedLinear
 from muntin.compression.ranks import Choice, Floats, allocate, allocate_within, choices, ladder, largest_threshold, rank_at
-from muntin.compression.rewrite import WHOLE_MODEL, computed_weight, named, out_of_reach, replace
+from muntin.compression.rewrite import WHOLE_MODEL, computed_weight, named, number_paddings, out_of_reach, replace
 from muntin.errors import MuntinError
 from muntin.training.config import LowRankConfig
 
@@ -71,6 +71,7 @@ def low_rank(calibration: Iterable[Tensor], config: LowRankConfig | None = None)
     def pass_(model: nn.Module) -> list[Change]:
         batches = calibration_list(calibration)
         layers: dict[str, Dense] = dict(named(model.eval(), nn.Linear, nn.Conv2d))
+        paddings = number_paddings(model)
         check_kept(config.keep, layers)
         check_weights(layers, done="factored")
         reasons = _reasons_to_keep(model, layers, config)
@@ -92,7 +93,7 @@ def low_rank(calibration: Iterable[Tensor], config: LowRankConfig | None = None)
                 replace(model, name, factorize(layer, picked[name].ranks, roots.get(name)))
         call_every_layer(model)
         changes = [_change(name, layer, reasons.get(name), picked) for name, layer in layers.items()]
-        return changes + out_of_reach(model, "low_rank", "factored form")
+        return paddings + changes + out_of_reach(model, "low_rank", "factored form")
 
     return pass_
 

@@ -44,7 +44,7 @@ from muntin.compression.quantized import (
     exponentials,
     keep_geometry,
 )
-from muntin.compression.rewrite import WHOLE_MODEL, named, out_of_reach, replace
+from muntin.compression.rewrite import WHOLE_MODEL, named, number_paddings, out_of_reach, replace
 from muntin.layers import Product, SoftmaxProduct
 
 
@@ -182,7 +182,7 @@ def prepare_qat(calibration: Iterable[Tensor], *, bits: int = 4, keep: Sequence[
         batches = calibration_list(calibration)
         layers: dict[str, nn.Module] = dict(named(model.eval(), nn.Linear, nn.Conv2d))
         check_kept(keep, layers)
-        changes = fold(model) + fold_batch_norms(model, batches[0])
+        changes = number_paddings(model) + fold(model) + fold_batch_norms(model, batches[0])
         check_weights(layers)
         reasons = {"": WHOLE_MODEL} | {name: "named in keep" for name in layers if is_kept(name, keep)} | _unusual(model, layers, batches)
         products = dict(named(model, Product, SoftmaxProduct))

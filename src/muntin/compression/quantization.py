@@ -22,7 +22,7 @@ from muntin.compression.fold import fold
 from muntin.compression.observer import Observer
 from muntin.compression.pixel_grid import align_with_pixels
 from muntin.compression.quantized import QuantizedConv2d, QuantizedLayer, QuantizedLinear
-from muntin.compression.rewrite import WHOLE_MODEL, computed_weight, named, out_of_reach, replace
+from muntin.compression.rewrite import WHOLE_MODEL, computed_weight, named, number_paddings, out_of_reach, replace
 from muntin.compression.slimming import remove_closed_channels
 from muntin.errors import MuntinError
 from muntin.training.config import QuantizationConfig
@@ -102,7 +102,7 @@ def quantize(calibration: Iterable[Tensor], config: QuantizationConfig | None = 
 
     def pass_(model: nn.Module) -> list[Change]:
         batches = calibration_list(calibration)
-        changes = remove_closed_channels(model.eval())
+        changes = remove_closed_channels(model.eval()) + number_paddings(model)
         layers: dict[str, nn.Module] = dict(named(model, nn.Linear, nn.Conv2d))
         check_kept(config.keep, layers)
         changes += fold(model) + fold_batch_norms(model, batches[0])

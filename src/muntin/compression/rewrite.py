@@ -24,6 +24,22 @@ def computed_weight(layer: nn.Module) -> str | None:
     return None if "weight" in layer._parameters else "its weight is computed (weight norm, spectral norm): remove that first"
 
 
+def number_paddings(model: nn.Module) -> list[Change]:
+    """Write the paddings 'same' and 'valid' of convolutions as the numbers that they are, in place: only those have factored and integer
+    forms. Where 'same' is an odd number of pixels, more on one side than on the other, it stays. Idempotent; computes nothing else."""
+    changes = []
+    for name, conv in named(model, nn.Conv2d):
+        if type(conv) is not nn.Conv2d or not isinstance(conv.padding, str) or conv.padding_mode != "zeros":
+            continue
+        both = [d * (k - 1) if conv.padding == "same" else 0 for k, d in zip(conv.kernel_size, conv.dilation, strict=True)]
+        if any(pixels % 2 for pixels in both):
+            continue
+        sides = tuple(pixels // 2 for pixels in both)
+        changes.append(Change(layer=name, pass_="pad", done=f"padding '{conv.padding}' written as {' x '.join(map(str, sides))}"))
+        conv.padding = sides
+    return changes
+
+
 WHOLE_MODEL = "it is the whole model: put it into an nn.Sequential"
 """Why a layer cannot be rewritten that is in no other module: there is nowhere to put the new one."""
 

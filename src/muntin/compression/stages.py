@@ -27,6 +27,7 @@ from muntin.compression.change import Change
 from muntin.compression.fold import fold
 from muntin.compression.low_rank import apply_structure, low_rank, structure_of
 from muntin.compression.qat import FLOAT, apply_qat, bits_of, prepare_qat, qat_structure, set_bits
+from muntin.compression.rewrite import number_paddings
 from muntin.compression.sensitivity import Sensitivity, assign_bits, measure_sensitivity
 from muntin.compression.slimming import apply_widths, remove_closed_channels, widths_of
 from muntin.data import Source, calibration_batches, open_source
@@ -128,6 +129,7 @@ def read_model(checkpoint: Checkpoint) -> nn.Module:
     made = state.compression
     if made is not None:
         apply_widths(model, made.get("widths", {}))  # there are none in checkpoints from before channels were cut
+        number_paddings(model)
         apply_structure(model, made["ranks"])
         if quantized(checkpoint):
             fold(model)
