@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from muntin.compression import low_rank, prepare_qat, quantize
+from muntin.compression import freeze, low_rank, prepare_qat, quantize
 from muntin.compression.change import Pass
 from muntin.compression.rewrite import named, number_paddings, replace
 from muntin.training.config import LowRankConfig
@@ -78,6 +78,14 @@ def test_a_kind_that_no_pass_rewrites_is_told(make: Callable[[list[Tensor]], Pas
     assert [change.kept for change in told] == [True]
     assert told[0].reason.startswith("ConvTranspose2d: no ")
     assert type(model.get_submodule("2")) is nn.ConvTranspose2d
+
+
+@pytest.mark.parametrize("make", [quantize, lambda images: lambda model: prepare_qat(images)(model) + freeze(images)(model)])
+def test_a_kind_that_no_pass_rewrites_takes_16_bits_all_the_same(make: Callable[[list[Tensor]], Pass]) -> None:
+    model = upsampler()
+    make([torch.randint(0, 256, (4, 3, 16, 16))])(model)
+    weight = model.get_parameter("2.weight")
+    assert torch.equal(weight, weight.half().float())
 
 
 @pytest.mark.filterwarnings("ignore:Using padding='same'")

@@ -219,6 +219,12 @@ def test_floats_cost_the_sixteen_bits_that_they_are_stored_in() -> None:
     assert assign_bits(layer(0.1, 0.9), 7.9)["layer"] == 4
 
 
+def test_layers_that_stay_floats_are_paid_for_first() -> None:
+    layers = {"layer": Sensitivity(bits=4, weights=100, gains={8: 0.5})}
+    assert [assign_bits(layers, average, floats=100)["layer"] for average in (12, 11.9, 10, 5)] == [8, 4, 4, 4]
+    assert assign_bits({}, 4, floats=100) == {}
+
+
 def test_bits_go_where_they_gain_most_for_what_they_cost() -> None:
     layers = {
         "large": Sensitivity(bits=4, weights=900, gains={8: 0.5}),

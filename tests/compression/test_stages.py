@@ -385,6 +385,45 @@ def test_layers_named_in_keep_stay_as_they_are(compressed: Compressed, tmp_path:
     assert not (tmp_path / "unknown").exists()
 
 
+def average_bits(model: nn.Module) -> float:
+    """Of all weights, by a plain count."""
+    bits = bits_of(model)
+    spent = {name: min(16, bits.get(name.removesuffix(".weight"), FLOAT)) for name, p in model.named_parameters() if p.ndim > 1}
+    weights = {name: model.get_parameter(name).numel() for name in spent}
+    return sum(spent[name] * count for name, count in weights.items()) / sum(weights.values())
+
+
+def test_layers_that_stay_floats_count_for_the_average(
+    tmp_path: Path, write_tiny: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "with_upsampling.py").write_text(UPSAMPLING)
+    monkeypatch.syspath_prepend(tmp_path)
+    tiny = write_tiny(tmp_path / "data", model={"name": "with_upsampling:make", "options": {}, "size_divisor": 2}, training={"steps": 3})
+    origin = read_checkpoint(fit(tiny.recipe, directory=tmp_path / "run").checkpoint)
+    run = compress_checkpoint(origin, tmp_path / "met", config=short(low_rank=None, average_bits=12))
+    met = average_bits(read_model(read_checkpoint(run.checkpoint)))
+    assert 8 < met <= 12 and run.notes == ()
+    over = compress_checkpoint(origin, tmp_path / "over", config=short(low_rank=None, average_bits=5))
+    model = read_model(read_checkpoint(over.checkpoint))
+    assert set(bits_of(model).values()) == {4}
+    (note,) = over.notes
+    assert note.startswith(f"a weight has {average_bits(model):.2f} bits on average, not compression.average_bits 5: 1,024 of ")
+    assert compress_checkpoint(origin, tmp_path / "over", config=short(low_rank=None, average_bits=5), resume=True) == over
+
+
+UPSAMPLING = """
+from torch import nn
+
+class Upsampling(nn.Sequential):
+    def forward(self, x):
+        return super().forward(x / 128 - 1)
+
+def make(*, task, classes, channels):
+    up = nn.ConvTranspose2d(16, 16, 2, stride=2)
+    return Upsampling(nn.Conv2d(channels, 16, 4, 2, 1), nn.ReLU(), up, nn.ReLU(), nn.Conv2d(16, classes, 1))
+"""
+
+
 USED_TWICE = """
 from torch import nn
 

@@ -44,7 +44,7 @@ from muntin.compression.quantized import (
     exponentials,
     keep_geometry,
 )
-from muntin.compression.rewrite import WHOLE_MODEL, named, number_paddings, out_of_reach, replace
+from muntin.compression.rewrite import OTHERS, WHOLE_MODEL, named, number_paddings, out_of_reach, replace
 from muntin.layers import Product, SoftmaxProduct
 
 
@@ -237,6 +237,12 @@ def bits_of(model: nn.Module) -> dict[str, int]:
     return {name: layer.bits for name, layer in named(model, *_WEIGHTED)}
 
 
+def float_weights(model: nn.Module) -> int:
+    """Weights of the layers that are not in quantisation-aware training, those that have no integer form included."""
+    layers = (layer for _, layer in named(model, nn.Linear, nn.Conv2d, *OTHERS))
+    return sum(parameter.numel() for layer in layers for parameter in layer.parameters(recurse=False) if parameter.ndim > 1)
+
+
 def set_bits(model: nn.Module, bits: Mapping[str, int]) -> None:
     """Give layers another width: 2-8 with 8-bit inputs, or `FLOAT` for the plain layer. One that has its width already stays.
 
@@ -306,6 +312,8 @@ def freeze(batches: Sequence[Tensor]) -> Pass:
         for name, layer in named(model, nn.Linear, nn.Conv2d):
             round_to_half(layer)
             changes.append(Change(layer=name, pass_="quantize", done="kept", reason="16 bits, as assigned"))
+        for _, other in named(model, *OTHERS):
+            round_to_half(other)
         align_with_pixels(model, batches[0])
         return changes
 

@@ -22,7 +22,7 @@ from muntin.compression.fold import fold
 from muntin.compression.observer import Observer
 from muntin.compression.pixel_grid import align_with_pixels
 from muntin.compression.quantized import QuantizedConv2d, QuantizedLayer, QuantizedLinear
-from muntin.compression.rewrite import WHOLE_MODEL, computed_weight, named, number_paddings, out_of_reach, replace
+from muntin.compression.rewrite import OTHERS, WHOLE_MODEL, computed_weight, named, number_paddings, out_of_reach, replace
 from muntin.compression.slimming import remove_closed_channels
 from muntin.errors import MuntinError
 from muntin.training.config import QuantizationConfig
@@ -136,6 +136,8 @@ def _replace_layers(model: nn.Module, layers: dict[str, nn.Module], batches: Seq
         else:
             round_to_half(layers[name])
             changes.append(Change(layer=name, pass_="quantize", done="kept", reason=reason or "", sqnr_db=sqnr.get(name)))
+    for _, other in named(model, *OTHERS):
+        round_to_half(other)
     call_every_layer(model)
     align_with_pixels(model, batches[0])
     return changes
@@ -164,8 +166,8 @@ def _reason_to_keep(name: str, form: QuantizedLayer | str, sqnr: dict[str, float
 
 @torch.no_grad()
 def round_to_half(layer: nn.Module) -> None:
-    weight = layer.weight
-    assert isinstance(weight, Tensor)
-    rounded = weight.to(torch.float16).to(weight.dtype)
-    if sqnr_db(weight, rounded) > HALF_DB:
-        weight.copy_(rounded)
+    """Round a layer's weights, in place, to the FP16 that they are stored in; one that FP16 cannot hold stays."""
+    for weight in layer.parameters(recurse=False):
+        rounded = weight.to(torch.float16).to(weight.dtype)
+        if weight.ndim > 1 and sqnr_db(weight, rounded) > HALF_DB:
+            weight.copy_(rounded)

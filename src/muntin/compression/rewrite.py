@@ -44,7 +44,7 @@ WHOLE_MODEL = "it is the whole model: put it into an nn.Sequential"
 """Why a layer cannot be rewritten that is in no other module: there is nowhere to put the new one."""
 
 
-_OTHERS = (
+OTHERS = (
     nn.Conv1d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d, nn.MultiheadAttention, nn.RNNBase, nn.RNNCellBase,
     nn.Bilinear,
 )  # fmt: skip
@@ -53,7 +53,7 @@ _OTHERS = (
 
 def out_of_reach(model: nn.Module, pass_: str, form: str) -> list[Change]:
     """Layers with weights of kinds that no pass rewrites, each kept: so that nobody takes them for done. `form`: what they do not have."""
-    found = named(model, *_OTHERS)
+    found = named(model, *OTHERS)
     return [Change(layer=name, pass_=pass_, done="kept", reason=f"{type(layer).__name__}: no {form}") for name, layer in found]
 
 

@@ -79,11 +79,12 @@ def _wider(layer: QATLinear | QATConv2d, width: int) -> nn.Module:
     return wider
 
 
-def assign_bits(sensitivity: Mapping[str, Sensitivity], average_bits: float) -> dict[str, int]:
+def assign_bits(sensitivity: Mapping[str, Sensitivity], average_bits: float, *, floats: int = 0) -> dict[str, int]:
     """Bits of each layer: those that gain most for what they add, until a weight has `average_bits` on average.
 
     A width that gains less than `LEAST`, or floats that gain less than `BETTER` times what 8 bits do, are not taken, whatever is left to
-    spend. Widths are those measured; `FLOAT` counts as the 16 bits it is stored in. Raises `MuntinError` where the layers have more
+    spend. Widths are those measured; `FLOAT` counts as the 16 bits it is stored in. `floats`: weights of other layers, which stay floats
+    and count too; where they leave nothing to spend, no layer gets more bits. Raises `MuntinError` where the layers themselves have more
     than that already.
     """
     menus: dict[str, list[Choice]] = {}
@@ -102,5 +103,7 @@ def assign_bits(sensitivity: Mapping[str, Sensitivity], average_bits: float) -> 
         raise MuntinError(
             f"average_bits {average_bits:g} is out of reach: the layers have {least / weights:.3g} already; give at least as many"
         )
-    picked = allocate(menus, int(average_bits * weights))
+    fixed = STORED[FLOAT] * floats
+    budget = max(least + fixed, int(average_bits * (weights + floats)))
+    picked = allocate(menus, budget, fixed=fixed)
     return {name: choice.ranks[0] for name, choice in picked.items()}

@@ -26,7 +26,7 @@ from muntin.compression.batch_norm import FOLDED, apply_folds
 from muntin.compression.change import Change
 from muntin.compression.fold import fold
 from muntin.compression.low_rank import apply_structure, low_rank, structure_of
-from muntin.compression.qat import FLOAT, apply_qat, bits_of, prepare_qat, qat_structure, set_bits
+from muntin.compression.qat import FLOAT, apply_qat, bits_of, float_weights, prepare_qat, qat_structure, set_bits
 from muntin.compression.rewrite import number_paddings
 from muntin.compression.sensitivity import Sensitivity, assign_bits, measure_sensitivity
 from muntin.compression.slimming import apply_widths, remove_closed_channels, widths_of
@@ -241,7 +241,8 @@ class _Compression:
                 break
             before = read_checkpoint(result.checkpoint)
         interrupted = len(results) < len(wanted) or not results[-1].finished
-        notes = (*broken_off(self.checkpoint), *self._idle(wanted))
+        noted = (read_checkpoint(results[-1].checkpoint).state.compression or {}).get("notes", [])
+        notes = (*broken_off(self.checkpoint), *self._idle(wanted), *noted)
         return CompressionRun(directory=self.directory, stages=tuple(results), interrupted=interrupted, notes=notes)
 
     def _idle(self, wanted: list[Stage]) -> list[str]:
@@ -274,9 +275,11 @@ class _Compression:
             else:
                 widths = before.state.compression.get("widths", {})
             changes += self._prepare(stage, before, model)
+            notes = self._overspent(model) if stage == "mixed" else []
             made = {
                 "stage": stage, "origin": self.origin, "widths": widths, "ranks": structure_of(model), "qat": qat_structure(model) or None,
-                "changes": [asdict(change) for change in changes], "sensitivity": self._measure(model) if stage == "w4a8" else {},
+                "changes": [asdict(change) for change in changes], "notes": notes,
+                "sensitivity": self._measure(model) if stage == "w4a8" else {},
             }  # fmt: skip
         trainer = Trainer(
             model, config, task=self.recipe.task, precision=self.precision, teacher=self.checkpoint.model(),
@@ -323,7 +326,7 @@ class _Compression:
 
     def _mix(self, model: nn.Module, measured: dict[str, Sensitivity]) -> list[Change]:
         before = bits_of(model)
-        bits = assign_bits(measured, self.config.average_bits)
+        bits = assign_bits(measured, self.config.average_bits, floats=float_weights(model))
         set_bits(model, bits)
         changes = []
         for name, width in bits.items():
@@ -336,6 +339,19 @@ class _Compression:
             )  # fmt: skip
             changes.append(Change(layer=name, pass_="mix", done=done, reason=reason))
         return changes
+
+    def _overspent(self, model: nn.Module) -> list[str]:
+        """Of a model that has its bits: a note where they are more on average than they were to be."""
+        floats, widths = float_weights(model), bits_of(model)
+        spent = {name: model.get_parameter(f"{name}.weight").numel() for name in widths}
+        weights = floats + sum(spent.values())
+        average = (16 * floats + sum(widths[name] * count for name, count in spent.items())) / max(1, weights)
+        if average <= self.config.average_bits:
+            return []
+        return [
+            f"a weight has {average:.2f} bits on average, not compression.average_bits {self.config.average_bits:g}: {floats:,} of "
+            f"{weights:,} weights are in layers that stay in 16 bits (compression.keep, or no integer form)"
+        ]
 
 
 def _sensitivity_of(made: dict[str, Any]) -> dict[str, Sensitivity]:

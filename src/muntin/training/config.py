@@ -137,7 +137,8 @@ class CompressionConfig(BaseModel):
     low_rank: Annotated[LowRankConfig | None, Field(description="how to factor layers; null: keep them dense")] = LowRankConfig()
     weight_bits: Annotated[int, Field(ge=2, le=8, description="bits of weights in quantisation-aware training; activations have 8")] = 4
     average_bits: Annotated[
-        float, Field(ge=2, le=32, description="bits that a weight may have on average after key layers got more of them")
+        float,
+        Field(ge=2, le=32, description="bits that a weight may have on average after key layers got more; what stays a float counts as 16"),
     ] = 4.8
     recover: Annotated[StageConfig, Field(description="training after low rank")] = StageConfig(share=0.2, learning_rate=1e-3)
     quantize: Annotated[StageConfig, Field(description="quantisation-aware training")] = StageConfig(share=0.05, learning_rate=4e-4)
