@@ -89,7 +89,13 @@ def test_compress_does_not_overwrite(call: Call, compressed: Path, tree: Callabl
 @pytest.mark.parametrize(
     ("words", "says"),
     [
-        (["--set", "training.steps=9"], "the model is trained already; only compression.KEY=VALUE can be set here"),
+        (
+            ["--set", "training.steps=9"],
+            "the model is trained already; only compression.KEY=VALUE can be set here, and quantization.calibra",
+        ),
+        (["--set", "quantization.min_sqnr_db=9"], "'quantization.min_sqnr_db=9': the model is trained already"),
+        (["--set", "quantization.calibration_images=0"], "quantization.calibration_images: Input should be greater than or equal to 1"),
+        (["--set", "quantization.keep=[nosuch]"], "keep names no Linear or Conv2d: nosuch; the model has"),
         (["--set", "seed=1"], "the model is trained already"),
         (["--set", "compression.averagebits=5"], "unknown key 'compression.averagebits'; did you mean 'average_bits'?"),
         (["--set", "compression.weight_bits=1"], "compression.weight_bits: Input should be greater than or equal to 2 (got 1)"),
@@ -151,6 +157,13 @@ def test_stages_one_at_a_time(call: Call, exported: Any, tmp_path: Path) -> None
     assert second["stages"][0] == first["stages"][0] and Path(second["checkpoint"]).parts[-3] == "2-w4a8"
     described = call("compress", exported.run, "-o", tmp_path / "out", *CHANGES, "--until", "w4a8", "--resume")
     assert "bits " not in described.out and "layers are factored" in described.out
+
+
+def test_more_calibration_images_can_be_asked_for(call: Call, exported: Any, tmp_path: Path) -> None:
+    words = ("compress", exported.run, "-o", tmp_path / "out", *CHANGES, "--until", "low-rank", "--json")
+    call(*words, "--set", "quantization.calibration_images=5").document()
+    assert read_checkpoint(tmp_path / "out" / "1-low-rank").recipe.quantization.calibration_images == 5
+    assert "was made from another checkpoint or recipe" in call(*words, "--resume").mistake()
 
 
 def test_stages_that_no_step_is_left_for_are_told(call: Call, exported: Any, tmp_path: Path) -> None:

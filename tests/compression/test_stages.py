@@ -7,7 +7,7 @@ import os
 import shutil
 import signal
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -37,7 +37,7 @@ from muntin.errors import CheckpointError, MuntinError, RecipeError
 from muntin.layers import Product, SoftmaxProduct
 from muntin.layers.gate import BLOCK
 from muntin.training.checkpoint import AVERAGE, MODEL, OPTIMIZER, Checkpoint, read_checkpoint
-from muntin.training.config import CompressionConfig
+from muntin.training.config import CompressionConfig, QuantizationConfig
 from muntin.training.loop import LOG_EVERY, FitProgress, fit
 from muntin.training.trainer import Trainer
 
@@ -422,6 +422,28 @@ def make(*, task, classes, channels):
     up = nn.ConvTranspose2d(16, 16, 2, stride=2)
     return Upsampling(nn.Conv2d(channels, 16, 4, 2, 1), nn.ReLU(), up, nn.ReLU(), nn.Conv2d(16, classes, 1))
 """
+
+
+def test_what_quantization_says_counts_or_is_told(compressed: Compressed, tmp_path: Path) -> None:
+    origin, said = compressed.origin, QuantizationConfig(calibration_images=3, keep=("head.conv",), min_sqnr_db=20)
+    run = compress_checkpoint(origin, tmp_path / "keep", config=short(), quantization=said)
+    last = read_checkpoint(run.checkpoint)
+    assert last.recipe.quantization == said
+    head = [change.reason for name, change in by_layer(changes_of(last), "qat").items() if name.startswith("head.conv")]
+    assert head and set(head) == {"named in keep"}
+    assert by_layer(changes_of(last), "low_rank")["head.conv"].reason != "named in keep"
+    assert any(note.startswith("quantization.min_sqnr_db is for `muntin export`") for note in run.notes)
+    with pytest.raises(MuntinError, match="keep names no Linear or Conv2d: nosuch"):
+        compress_checkpoint(origin, tmp_path / "unknown", config=short(), quantization=QuantizationConfig(keep=("nosuch",)))
+    assert not (tmp_path / "unknown").exists()
+
+
+def test_that_stages_are_not_compiled_is_told(compressed: Compressed, tmp_path: Path) -> None:
+    recipe = compressed.origin.recipe
+    recipe = recipe.model_copy(update={"training": recipe.training.model_copy(update={"compile": True})})
+    origin = replace(compressed.origin, state=compressed.origin.state.model_copy(update={"recipe": recipe}))
+    run = compress_checkpoint(origin, tmp_path / "compiled", config=short(), until="low-rank")
+    assert "training.compile is for fit: the stages train without it" in run.notes
 
 
 USED_TWICE = """

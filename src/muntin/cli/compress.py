@@ -17,6 +17,10 @@ if TYPE_CHECKING:
     from muntin.training import Checkpoint
 
 
+QUANTIZATION = ("quantization.calibration_images", "quantization.keep")
+"""What of a recipe's `quantization` counts in compression."""
+
+
 def compress_command(
     checkpoint: Annotated[Path, typer.Argument(help="A run's folder or one of its checkpoints, trained by `muntin fit`.")],
     output: Annotated[Path | None, typer.Option("--output", "-o", help="Folder of the stages; RUN/compressed by default.")] = None,
@@ -65,12 +69,17 @@ def compress_with_progress(
     from muntin.errors import RecipeError
     from muntin.training.recipe import override_recipe
 
-    other = next((override for override in overrides if not override.startswith("compression.")), None)
+    here = ("compression.", *(f"{key}=" for key in QUANTIZATION))
+    other = next((override for override in overrides if not override.startswith(here)), None)
     if other is not None:
-        raise RecipeError(f"'{other}': the model is trained already; only compression.KEY=VALUE can be set here")
+        raise RecipeError(
+            f"'{other}': the model is trained already; only compression.KEY=VALUE can be set here, and {' and '.join(QUANTIZATION)}"
+        )
     recipe = override_recipe(checkpoint.recipe, overrides)
     with training_bar(recipe.task) as report:
-        return compress_checkpoint(checkpoint, directory, config=recipe.compression, until=until, resume=resume, report=report)
+        return compress_checkpoint(
+            checkpoint, directory, config=recipe.compression, quantization=recipe.quantization, until=until, resume=resume, report=report
+        )
 
 
 def describe_compression(run: CompressionRun) -> None:

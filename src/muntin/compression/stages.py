@@ -15,7 +15,7 @@ Each layer's bits are measured, not named by a rule such as “the first and the
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -27,13 +27,14 @@ from muntin.compression.change import Change
 from muntin.compression.fold import fold
 from muntin.compression.low_rank import apply_structure, low_rank, structure_of
 from muntin.compression.qat import FLOAT, apply_qat, bits_of, float_weights, prepare_qat, qat_structure, set_bits
-from muntin.compression.rewrite import number_paddings
+from muntin.compression.quantization import check_kept
+from muntin.compression.rewrite import named, number_paddings
 from muntin.compression.sensitivity import Sensitivity, assign_bits, measure_sensitivity
 from muntin.compression.slimming import apply_widths, remove_closed_channels, widths_of
 from muntin.data import Source, calibration_batches, open_source
 from muntin.errors import CheckpointError, RecipeError
 from muntin.training.checkpoint import AVERAGE, Checkpoint, build_model, check_classes, checkpoints_in, load_weights, read_checkpoint
-from muntin.training.config import CompressionConfig, StageConfig, TrainingConfig
+from muntin.training.config import CompressionConfig, QuantizationConfig, StageConfig, TrainingConfig
 from muntin.training.interrupt import Interruption
 from muntin.training.loop import FitProgress, Training, prepare_hardware
 from muntin.training.recipe import Recipe
@@ -103,21 +104,24 @@ def compress_checkpoint(
     directory: Path,
     *,
     config: CompressionConfig | None = None,
+    quantization: QuantizationConfig | None = None,
     until: Stage = "mixed",
     resume: bool = False,
     report: Report = lambda stage, progress: None,
 ) -> CompressionRun:
     """Take a trained checkpoint through the stages that `config`, or its recipe's `compression`, describes.
 
-    `directory`: where the stages go, each in a folder of its own. `until`: the last stage to go through. `resume`: go on from what is
-    there; without it, a directory that holds a stage is refused. Ctrl-C ends after the step in progress and leaves a checkpoint. Costs
-    the stages' training, each step about twice one of FP32 (every product rounds, and the FP32 model answers every batch too), and a
-    forward pass a layer and width to measure bits.
+    `quantization`: in place of the recipe's; of it `calibration_images` and `keep` count here. `directory`: where the stages go, each in a
+    folder of its own. `until`: the last stage to go through. `resume`: go on from what is there; without it, a directory that holds a
+    stage is refused. Ctrl-C ends after the step in progress and leaves a checkpoint. Costs the stages' training, each step about twice
+    one of FP32 (every product rounds, and the FP32 model answers every batch too), and a forward pass a layer and width to measure bits.
     """
     if checkpoint.state.compression is not None:
         raise CheckpointError(f"{checkpoint.path} is compressed already: give the checkpoint of `muntin fit` that it was made from")
-    recipe = checkpoint.recipe if config is None else checkpoint.recipe.model_copy(update={"compression": config})
-    run = _Compression(checkpoint, recipe, directory, resume, report)
+    given = {"compression": config, "quantization": quantization}
+    recipe = checkpoint.recipe.model_copy(update={section: value for section, value in given.items() if value is not None})
+    checkpoint = replace(checkpoint, state=checkpoint.state.model_copy(update={"recipe": recipe}))
+    run = _Compression(checkpoint, directory, resume, report)
     with Interruption() as interruption:
         return run.run(interruption, until)
 
@@ -218,12 +222,15 @@ def _folder(directory: Path, stage: Stage) -> Path:
 
 
 class _Compression:
-    def __init__(self, checkpoint: Checkpoint, recipe: Recipe, directory: Path, resume: bool, report: Report) -> None:
-        self.checkpoint, self.recipe, self.directory, self.report = checkpoint, recipe, directory, report
+    def __init__(self, checkpoint: Checkpoint, directory: Path, resume: bool, report: Report) -> None:
+        self.checkpoint, self.recipe, self.directory, self.report = checkpoint, checkpoint.recipe, directory, report
         self.config = self.recipe.compression
+        self.keep = (*self.config.keep, *self.recipe.quantization.keep)
         if not resume and stage_checkpoints(directory):
             raise CheckpointError(f"{directory} already holds stages; --resume goes on with them, another --output starts anew")
-        self.precision = prepare_hardware(self.recipe.training, begun=checkpoint.state.precision)
+        check_kept(self.keep, dict(named(checkpoint.model(), nn.Linear, nn.Conv2d)))
+        hardware = self.recipe.training.model_copy(update={"compile": False})
+        self.precision = prepare_hardware(hardware, begun=checkpoint.state.precision)
         self.source = source_of(checkpoint)
         self.calibration = calibration_of(checkpoint, self.source)
         self.origin = checkpoint.state.sha256[AVERAGE]
@@ -242,7 +249,7 @@ class _Compression:
             before = read_checkpoint(result.checkpoint)
         interrupted = len(results) < len(wanted) or not results[-1].finished
         noted = (read_checkpoint(results[-1].checkpoint).state.compression or {}).get("notes", [])
-        notes = (*broken_off(self.checkpoint), *self._idle(wanted), *noted)
+        notes = (*broken_off(self.checkpoint), *self._idle(wanted), *self._unused(), *noted)
         return CompressionRun(directory=self.directory, stages=tuple(results), interrupted=interrupted, notes=notes)
 
     def _idle(self, wanted: list[Stage]) -> list[str]:
@@ -254,6 +261,18 @@ class _Compression:
             f"no training in {', '.join(idle)}: fit had {steps} step{'' if steps == 1 else 's'}, of which a share of {shares} leaves none: "
             "set training.steps, or that share (compression.recover, .quantize, .mix), higher"
         ]
+
+    def _unused(self) -> list[str]:
+        """What the recipe says and no stage goes by."""
+        notes = []
+        if self.recipe.training.compile:
+            notes.append("training.compile is for fit: the stages train without it")
+        if self.recipe.quantization.min_sqnr_db != QuantizationConfig().min_sqnr_db:
+            notes.append(
+                "quantization.min_sqnr_db is for `muntin export` of what no stage has quantised: here bits are measured, set "
+                "compression.average_bits, or name layers in compression.keep"
+            )
+        return notes
 
     def _stage(self, stage: Stage, before: Checkpoint, interruption: Interruption) -> StageResult:
         folder = _folder(self.directory, stage)
@@ -313,7 +332,7 @@ class _Compression:
             assert config is not None
             return low_rank(self.calibration, config.model_copy(update={"keep": (*config.keep, *self.config.keep)}))(model)
         if stage == "w4a8":
-            return prepare_qat(self.calibration, bits=self.config.weight_bits, keep=self.config.keep)(model)
+            return prepare_qat(self.calibration, bits=self.config.weight_bits, keep=self.keep)(model)
         made = before.state.compression
         assert made is not None
         return self._mix(model, _sensitivity_of(made))
@@ -350,7 +369,7 @@ class _Compression:
             return []
         return [
             f"a weight has {average:.2f} bits on average, not compression.average_bits {self.config.average_bits:g}: {floats:,} of "
-            f"{weights:,} weights are in layers that stay in 16 bits (compression.keep, or no integer form)"
+            f"{weights:,} weights are in layers that stay in 16 bits (compression.keep, quantization.keep, or no integer form)"
         ]
 
 

@@ -78,11 +78,13 @@ class QuantizationConfig(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    calibration_images: Annotated[int, Field(ge=1, le=4096, description="training crops that calibrate the activations")] = 64
+    calibration_images: Annotated[
+        int, Field(ge=1, le=4096, description="training crops that calibrate the activations, and ranks by low rank")
+    ] = 64
     min_sqnr_db: Annotated[
-        float, Field(ge=0, le=60, description="a layer whose INT8 output has less signal over noise (dB) stays 16-bit")
+        float, Field(ge=0, le=60, description="a layer whose INT8 output has less signal over noise (dB) stays 16-bit; not in compression")
     ] = 15.0
-    keep: Annotated[tuple[str, ...], Field(description="layers to leave in 16 bits, by dotted name")] = ()
+    keep: Annotated[tuple[str, ...], Field(description="layers to leave in 16 bits, by dotted name; they may be factored")] = ()
 
 
 class LowRankConfig(BaseModel):
