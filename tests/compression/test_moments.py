@@ -67,6 +67,26 @@ def test_of_many_rows_a_part_is_read(monkeypatch: pytest.MonkeyPatch) -> None:
     assert part.positions == whole.positions == 1
 
 
+def test_shrinking_keeps_mean_and_power_and_ends_with_many_rows() -> None:
+    generator, layer = torch.Generator().manual_seed(0), nn.Linear(32, 1).double()
+    decay = torch.arange(1, 33).double().pow(-0.25)
+    truth_II = torch.diag(decay.square()) + torch.ones(32, 32)
+    far = []
+    for rows in (1, 16, 64, 60_000):
+        x = 1 + decay * torch.randn(rows, 32, generator=generator, dtype=torch.float64)
+        seen = input_moments(nn.Sequential(layer), [x], {"0": layer})["0"]
+        assert seen.rows == rows and torch.allclose(seen.mean, x.mean(0))
+        assert seen.fourth == pytest.approx(float((x - x.mean(0)).square().sum(1).square().mean()), abs=1e-9)
+        shrunk_II = seen.shrunk()
+        assert torch.allclose(shrunk_II.trace(), seen.matrix.trace())
+        assert torch.allclose(shrunk_II, shrunk_II.T) and torch.linalg.eigvalsh(shrunk_II).min() > -1e-9
+        centred = [float((m - torch.outer(seen.mean, seen.mean) - torch.diag(decay.square())).norm()) for m in (seen.matrix, shrunk_II)]
+        assert centred[1] < centred[0] or rows not in (16, 64)
+        far.append(float((shrunk_II - seen.matrix).norm()))
+    assert far[0] < 1e-9 < far[3] < 0.01 < far[2] < far[1]
+    assert torch.allclose(shrunk_II, truth_II, atol=0.03)
+
+
 def test_integer_pixels_and_keyword_inputs() -> None:
     class ByKeyword(nn.Module):
         def __init__(self) -> None:

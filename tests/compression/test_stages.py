@@ -433,6 +433,10 @@ def test_what_quantization_says_counts_or_is_told(compressed: Compressed, tmp_pa
     assert head and set(head) == {"named in keep"}
     assert by_layer(changes_of(last), "low_rank")["head.conv"].reason != "named in keep"
     assert any(note.startswith("quantization.min_sqnr_db is for `muntin export`") for note in run.notes)
+    few = [change for change in changes_of(last) if change.note]
+    (note,) = (note for note in run.notes if note.startswith("low rank: "))
+    assert few and note.startswith(f"low rank: {few[0].layer} was factored by {few[0].note}, and {len(few) - 1} other layer")
+    assert note.endswith("set quantization.calibration_images (now 3) higher")
     with pytest.raises(MuntinError, match="keep names no Linear or Conv2d: nosuch"):
         compress_checkpoint(origin, tmp_path / "unknown", config=short(), quantization=QuantizationConfig(keep=("nosuch",)))
     assert not (tmp_path / "unknown").exists()

@@ -20,6 +20,8 @@ class Change:
     """What the layer is now, or `kept` where it was left as it was."""
     reason: str = ""
     """Why, for a layer that was kept."""
+    note: str = ""
+    """What makes what was done less certain."""
     ranks: tuple[int, ...] = ()
     """What a layer was factored to."""
     sqnr_db: float | None = None

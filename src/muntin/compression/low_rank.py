@@ -6,6 +6,10 @@ Weights are seldom of low rank, what passes through them is: a weight is whitene
 before it is decomposed, so that what is dropped is what the calibration images use least. No layer is factored by a rule of its
 own: ranks go where a parameter saves the answer most, and a layer for which that is being dense stays.
 
+A layer that saw few rows (one an image, behind a pooling) has a moment of low rank whatever it needs. It is decomposed by a moment that is
+shrunk by the number of rows (`Moment.shrunk`), which costs other images less. Ranks are chosen by the moments as they were seen: by shrunk
+ones they went from layers before a pooling, whose harm is underestimated, to those behind it, and other images lost more (docs/log.md).
+
 Sources: SVD-LLM (Wang et al., 2403.07378, section 3) for the whitened decomposition of a matrix; Tucker-2 (Kim et al., 1511.06530,
 section 3) for kernels of 2 to 4; Jaderberg et al. (1405.3866, section 2) for larger ones. Deviations: convolutions are whitened
 over channels, as if the taps of a kernel saw uncorrelated pixels (O(C²) memory, not O(C²·k⁴)); ranks come from one
@@ -46,6 +50,8 @@ from muntin.training.config import LowRankConfig
 
 DAMPING = 1e-2
 """Added to the diagonal of a moment, relative to its mean: inputs that calibration never saw keep a little weight."""
+FEW = 4
+"""Rows a channel below which a layer's moment is told to be uncertain."""
 
 Dense = nn.Linear | nn.Conv2d
 
@@ -54,8 +60,8 @@ def low_rank(calibration: Iterable[Tensor], config: LowRankConfig | None = None)
     """A pass that replaces Linear and Conv2d by factored layers, in place; see the head of this file.
 
     `calibration`: input batches `(B, C, H, W)` of raw pixels, any integer or float type; images of training, never of a test. They should
-    bring every layer several times more rows (tokens, positions of its map) than it has channels: a rank that fewer rows need is no rank
-    that other images will.
+    bring every layer several times more rows (tokens, positions of its map) than it has channels: of fewer than `FEW` the change has a
+    note, for what rank other images need is a guess then.
     Criteria: `activation` minimises the estimated harm to the answer, noise over signal, under `config.parameters` and `config.macs`;
     `energy` and `cumulative` give every layer the least rank whose share of Σσ², of Σσ, of its weight reaches one threshold (the latter is
     the usual Σσ rule), given or the largest that meets the budget. The budget counts all parameters of the model.
@@ -90,18 +96,26 @@ def low_rank(calibration: Iterable[Tensor], config: LowRankConfig | None = None)
             if not _smaller(layer, picked[name]):
                 reasons[name] = _why_dense(layer, picked[name].ranks, config)
             else:
-                replace(model, name, factorize(layer, picked[name].ranks, roots.get(name)))
+                root = square_root(moments[name].shrunk()) if config.criterion == "activation" else None
+                replace(model, name, factorize(layer, picked[name].ranks, root))
         call_every_layer(model)
-        changes = [_change(name, layer, reasons.get(name), picked) for name, layer in layers.items()]
+        changes = [_change(name, layer, reasons.get(name), picked, _uncertain(moments.get(name), config)) for name, layer in layers.items()]
         return paddings + changes + out_of_reach(model, "low_rank", "factored form")
 
     return pass_
 
 
-def _change(name: str, layer: Dense, reason: str | None, picked: Mapping[str, Choice]) -> Change:
+def _change(name: str, layer: Dense, reason: str | None, picked: Mapping[str, Choice], note: str) -> Change:
     if reason is not None:
         return Change(layer=name, pass_="low_rank", done="kept", reason=reason)
-    return Change(layer=name, pass_="low_rank", done=_ranks_of(picked[name].ranks, full_ranks(layer)), ranks=picked[name].ranks)
+    ranks = picked[name].ranks
+    return Change(layer=name, pass_="low_rank", done=_ranks_of(ranks, full_ranks(layer)), ranks=ranks, note=note)
+
+
+def _uncertain(moment: Moment | None, config: LowRankConfig) -> str:
+    if moment is None or config.criterion != "activation" or moment.rows >= FEW * len(moment.mean):
+        return ""
+    return f"{moment.rows} rows of calibration for {len(moment.mean)} channels"
 
 
 def _ranks_of(ranks: tuple[int, ...], full: tuple[int, ...]) -> str:

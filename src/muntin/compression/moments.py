@@ -32,27 +32,64 @@ class Moment:
 
     matrix: Tensor
     """Uncentred second moment of the input, the mean of x·xᵀ over rows: float64 `(I, I)`, on the CPU."""
+    mean: Tensor
+    """Of the input over rows: float64 `(I,)`."""
+    fourth: float
+    """Mean over rows of the fourth power of their distance to the mean."""
+    rows: int
+    """Rows that were read."""
     positions: float
     """Rows of the output an image: tokens, or positions of its map, all calls of the layer together."""
+
+    def shrunk(self) -> Tensor:
+        """The second moment that is to be expected of other images, `(I, I)`: what few rows have not shown is not taken for nothing.
+
+        The covariance is drawn towards the multiple of the identity that has its trace, the further the fewer rows there are for their
+        channels. Source: Ledoit and Wolf, A well-conditioned estimator for large-dimensional covariance matrices (2004), section 3.2.
+        Deviation: the mean, which they take to be 0, is taken out before and stays: left in, it is a direction that all rows agree on, and
+        next to nothing is shrunk. Rows of one image are alike, and count as if they were not: of maps too little is shrunk, if anything.
+        """
+        spread_II = self.matrix - torch.outer(self.mean, self.mean)
+        square, level = float(spread_II.square().sum()), float(spread_II.diagonal().mean())
+        unlike = square - len(spread_II) * level**2
+        share = min(1.0, (self.fourth - square) / self.rows / unlike) if unlike > 0 else 1.0
+        return self.matrix - share * spread_II + share * level * torch.eye(len(spread_II), dtype=self.matrix.dtype)
 
 
 class _Sum:
     def __init__(self, channels: int) -> None:
         self.total_II = torch.zeros(channels, channels, dtype=torch.float64)
+        self.total_I = torch.zeros(channels, dtype=torch.float64)
+        self.cubes_I = torch.zeros(channels, dtype=torch.float64)
+        self.fourths = 0.0
         self.rows = 0
         self.positions = 0
 
     def add(self, rows_NI: Tensor, positions: int) -> None:
         step = -(-len(rows_NI) // POSITIONS) | 1  # odd, so that maps of even width are not always read at the same columns
-        total_II = torch.zeros_like(self.total_II, device=rows_NI.device)
+        sums = (self.total_II, self.total_I, self.cubes_I)
+        total_II, total_I, cubes_I = (torch.zeros_like(total, device=rows_NI.device) for total in sums)
         for part_NI in torch.split(rows_NI[::step], CHUNK):
             wide_NI = part_NI.double()
             total_II += wide_NI.T @ wide_NI
+            squares_N = wide_NI.square().sum(1)
+            total_I += wide_NI.sum(0)
+            cubes_I += squares_N @ wide_NI
+            self.fourths += float(squares_N.square().sum())
         if not torch.isfinite(total_II).all():
             raise ValueError("the activation holds NaN or infinity")
         self.total_II += total_II.cpu()
+        self.total_I += total_I.cpu()
+        self.cubes_I += cubes_I.cpu()
         self.rows += len(rows_NI[::step])
         self.positions += positions
+
+    def moment(self, images: int) -> Moment:
+        matrix_II, mean_I = self.total_II / self.rows, self.total_I / self.rows
+        far = float(mean_I.square().sum())
+        around = 4 * mean_I @ (matrix_II @ mean_I - self.cubes_I / self.rows) + 2 * far * matrix_II.trace() - 3 * far**2
+        fourth = max(0.0, self.fourths / self.rows + float(around))  # of x - mean, multiplied out
+        return Moment(matrix=matrix_II, mean=mean_I, fourth=fourth, rows=self.rows, positions=self.positions / images)
 
 
 def _rows(layer: nn.Module, x: Tensor) -> Tensor:
@@ -96,7 +133,7 @@ def input_moments(model: nn.Module, batches: Sequence[Tensor], layers: Mapping[s
         for handle in handles:
             handle.remove()
     images = sum(len(batch) for batch in batches)
-    return {name: Moment(matrix=seen.total_II / seen.rows, positions=seen.positions / images) for name, seen in sums.items()}
+    return {name: seen.moment(images) for name, seen in sums.items()}
 
 
 def answer_sensitivity(model: nn.Module, batches: Sequence[Tensor], layers: Mapping[str, nn.Module]) -> dict[str, float]:

@@ -293,8 +293,11 @@ class _Compression:
                 widths = widths_of(model)
             else:
                 widths = before.state.compression.get("widths", {})
-            changes += self._prepare(stage, before, model)
-            notes = self._overspent(model) if stage == "mixed" else []
+            prepared = self._prepare(stage, before, model)
+            changes += prepared
+            notes = [*(before.state.compression or {}).get("notes", []), *self._uncertain(prepared)]
+            if stage == "mixed":
+                notes += self._overspent(model)
             made = {
                 "stage": stage, "origin": self.origin, "widths": widths, "ranks": structure_of(model), "qat": qat_structure(model) or None,
                 "changes": [asdict(change) for change in changes], "notes": notes,
@@ -358,6 +361,17 @@ class _Compression:
             )  # fmt: skip
             changes.append(Change(layer=name, pass_="mix", done=done, reason=reason))
         return changes
+
+    def _uncertain(self, changes: list[Change]) -> list[str]:
+        noted = [change for change in changes if change.note]
+        if not noted:
+            return []
+        first, others = noted[0], len(noted) - 1
+        more = f", and {others} other layer{'' if others == 1 else 's'} by few, too" if others else ""
+        return [
+            f"low rank: {first.layer} was factored by {first.note}{more}: what rank other images need is a guess, set "
+            f"quantization.calibration_images (now {self.recipe.quantization.calibration_images}) higher"
+        ]
 
     def _overspent(self, model: nn.Module) -> list[str]:
         """Of a model that has its bits: a note where they are more on average than they were to be."""
