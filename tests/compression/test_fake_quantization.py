@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 from torch import Tensor, nn
 
-from muntin.compression.fake_quantization import dequantize_weight, quantize_dequantize, quantize_weight, round_to_grid
+from muntin.compression.fake_quantization import dequantize_weight, quantize_dequantize, quantize_weight, round_to_grid, sqnr_db
 
 SHAPES = hnp.array_shapes(min_dims=2, max_dims=4, max_side=6)
 WEIGHTS = SHAPES.flatmap(lambda shape: hnp.arrays("float32", shape, elements=st.floats(-100, 100, width=32))).map(torch.from_numpy)
@@ -121,3 +121,9 @@ def test_each_channels_scale_has_a_gradient_of_its_own() -> None:
     round_to_grid(weight, scale, -7, 7)[1].sum().backward()
     assert scale.grad is not None and scale.grad.shape == (3, 1, 1, 1)
     assert scale.grad[1] != 0 and scale.grad[0] == 0 and scale.grad[2] == 0
+
+
+def test_signal_over_noise_by_hand() -> None:
+    signal = torch.tensor([3.0, 4.0])
+    assert sqnr_db(signal, signal + torch.tensor([0.3, 0.4])) == pytest.approx(20)
+    assert sqnr_db(signal, signal) == float("inf")

@@ -18,9 +18,9 @@ from torch import Tensor, nn
 from muntin import create_model
 from muntin.compression import Change, fold, quantize
 from muntin.compression.factored import full_ranks
+from muntin.compression.fake_quantization import sqnr_db
 from muntin.compression.low_rank import DAMPING, apply_structure, factorize, low_rank, spectra, square_root, structure_of
 from muntin.compression.moments import answer_sensitivity, input_moments
-from muntin.compression.quantization import sqnr_db
 from muntin.compression.ranks import rank_at
 from muntin.errors import MuntinError
 from muntin.training.config import LowRankConfig

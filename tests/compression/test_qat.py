@@ -19,7 +19,7 @@ from torch.nn import functional as F  # noqa: N812 - the field's usual name
 
 from muntin import create_model
 from muntin.compression import Change, Pass, fold, freeze, prepare_qat, quantize, set_bits
-from muntin.compression.fake_quantization import along
+from muntin.compression.fake_quantization import along, sqnr_db
 from muntin.compression.observer import ActivationGrid, Observer, usable
 from muntin.compression.qat import (
     FLOAT,
@@ -33,7 +33,6 @@ from muntin.compression.qat import (
     qat_operations,
     qat_structure,
 )
-from muntin.compression.quantization import sqnr_db
 from muntin.compression.quantized import InputGrid, QuantizedConv2d, QuantizedLinear, QuantizedProduct, QuantizedSoftmaxProduct
 from muntin.errors import MuntinError
 from muntin.layers import Product, SoftmaxProduct

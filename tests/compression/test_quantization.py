@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from muntin import create_model
 from muntin.compression import Change, QuantizedConv2d, QuantizedLinear, quantize
-from muntin.compression.quantization import is_kept, sqnr_db
+from muntin.compression.fake_quantization import sqnr_db
 from muntin.errors import MuntinError
 from muntin.training.config import QuantizationConfig
 
@@ -334,15 +334,3 @@ def test_a_model_in_training_is_quantised_as_deployed() -> None:
     quantize([x])(model.train())
     assert not any(module.training for module in model.modules())
     assert sqnr_db(before, answer(model, x)) > 20
-
-
-def test_signal_over_noise_by_hand() -> None:
-    signal = torch.tensor([3.0, 4.0])
-    assert sqnr_db(signal, signal + torch.tensor([0.3, 0.4])) == pytest.approx(20)
-    assert sqnr_db(signal, signal) == float("inf")
-
-
-def test_keep_names_layers_modules_and_parts_of_layers() -> None:
-    for entry in ("a.b", "a", "a.b.reduce"):
-        assert is_kept("a.b", (entry,)) and not is_kept("ab.b", (entry,))
-    assert not is_kept("a.b", ("a.b.nosuch",)) and not is_kept("", ("a", "reduce"))

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from muntin.compression import freeze, low_rank, prepare_qat, quantize
 from muntin.compression.change import Pass
-from muntin.compression.rewrite import named, number_paddings, replace
+from muntin.compression.rewrite import is_kept, named, number_paddings, replace
 from muntin.training.config import LowRankConfig
 
 
@@ -118,3 +118,9 @@ def test_a_convolution_whose_padding_is_a_word_is_rewritten(make: Callable[[list
     changes = [change for change in make([torch.randint(0, 256, (4, 3, 16, 16))])(model) if change.layer == "2"]
     assert [(change.pass_, change.kept) for change in changes] == [("pad", False), (changes[-1].pass_, False)]
     assert type(model[2]) is not nn.Conv2d
+
+
+def test_keep_names_layers_modules_and_parts_of_layers() -> None:
+    for entry in ("a.b", "a", "a.b.reduce"):
+        assert is_kept("a.b", (entry,)) and not is_kept("ab.b", (entry,))
+    assert not is_kept("a.b", ("a.b.nosuch",)) and not is_kept("", ("a", "reduce"))

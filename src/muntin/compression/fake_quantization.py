@@ -11,10 +11,12 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 SHRINKS = 60
 """Candidate clipping ranges between a fifth of the observed range and all of it."""
+HALF_DB = 60.0
+"""FP16 leaves 73 dB of a weight that it can hold; one that is too large or too small for it stays in FP32."""
 
 
 @torch.library.custom_op("muntin::quantize_dequantize", mutates_args=())
@@ -127,3 +129,19 @@ def quantize_weight(weight: Tensor, axis: int, bits: int = 8, scale: Tensor | No
     limit = weight_limit(bits)
     q = torch.round(weight.detach().to(torch.float32) / along(scale, weight.ndim, axis)).clamp_(-limit, limit)
     return q.to(torch.int8), scale
+
+
+@torch.no_grad()
+def round_to_half(layer: nn.Module) -> None:
+    """Round a layer's weights, in place, to the FP16 that they are stored in; one that FP16 cannot hold stays."""
+    for weight in layer.parameters(recurse=False):
+        rounded = weight.to(torch.float16).to(weight.dtype)
+        if weight.ndim > 1 and sqnr_db(weight, rounded) > HALF_DB:
+            weight.copy_(rounded)
+
+
+def sqnr_db(reference: Tensor, approximation: Tensor) -> float:
+    """Signal over quantisation noise in decibels; infinite where nothing was lost."""
+    noise = (reference - approximation).double().square().sum()
+    signal = reference.double().square().sum()
+    return float(10 * torch.log10(signal / noise)) if noise > 0 and signal > 0 else float("inf")

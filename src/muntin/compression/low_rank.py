@@ -41,10 +41,19 @@ from muntin.compression.factored import (
     shell,
 )
 from muntin.compression.moments import Moment, answer_sensitivity, input_moments
-from muntin.compression.quantization import call_every_layer, check_kept, is_kept
 from muntin.compression.quantized import QuantizedConv2d, QuantizedLinear
 from muntin.compression.ranks import Choice, Floats, allocate, allocate_within, choices, ladder, largest_threshold, rank_at
-from muntin.compression.rewrite import WHOLE_MODEL, computed_weight, named, number_paddings, out_of_reach, replace
+from muntin.compression.rewrite import (
+    WHOLE_MODEL,
+    call_every_layer,
+    check_kept,
+    computed_weight,
+    is_kept,
+    named,
+    number_paddings,
+    out_of_reach,
+    replace,
+)
 from muntin.errors import MuntinError
 from muntin.training.config import LowRankConfig
 

@@ -22,19 +22,10 @@ from torch.nn import functional as F  # noqa: N812 - the field's usual name
 from muntin.compression.batch_norm import fold_batch_norms
 from muntin.compression.calibration import calibration_list, check_weights, observe, watch_inputs
 from muntin.compression.change import Change, Pass
-from muntin.compression.fake_quantization import along, round_to_grid, weight_limit, weight_scale
+from muntin.compression.fake_quantization import along, round_to_grid, round_to_half, sqnr_db, weight_limit, weight_scale
 from muntin.compression.fold import fold
 from muntin.compression.observer import ActivationGrid, Observer, usable
 from muntin.compression.pixel_grid import align_with_pixels
-from muntin.compression.quantization import (
-    call_every_layer,
-    check_kept,
-    computes_as_usual,
-    is_kept,
-    no_integer_form,
-    round_to_half,
-    sqnr_db,
-)
 from muntin.compression.quantized import (
     SHARES,
     QuantizedConv2d,
@@ -43,8 +34,20 @@ from muntin.compression.quantized import (
     QuantizedSoftmaxProduct,
     exponentials,
     keep_geometry,
+    no_integer_form,
 )
-from muntin.compression.rewrite import OTHERS, WHOLE_MODEL, named, number_paddings, out_of_reach, replace
+from muntin.compression.rewrite import (
+    OTHERS,
+    WHOLE_MODEL,
+    call_every_layer,
+    check_kept,
+    computes_as_usual,
+    is_kept,
+    named,
+    number_paddings,
+    out_of_reach,
+    replace,
+)
 from muntin.layers import Product, SoftmaxProduct
 
 

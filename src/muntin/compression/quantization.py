@@ -8,27 +8,32 @@ measured on calibration images, leaves less than `min_sqnr_db`, and every layer 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 
-import torch
 from torch import Tensor, nn
-from torch.nn import functional as F  # noqa: N812 - the field's usual name
 
 from muntin.compression.batch_norm import fold_batch_norms
 from muntin.compression.calibration import calibration_list, check_weights, observe, watch_inputs
 from muntin.compression.change import Change, Pass
-from muntin.compression.factored import PARTS
+from muntin.compression.fake_quantization import round_to_half, sqnr_db
 from muntin.compression.fold import fold
 from muntin.compression.observer import Observer
 from muntin.compression.pixel_grid import align_with_pixels
-from muntin.compression.quantized import QuantizedConv2d, QuantizedLayer, QuantizedLinear
-from muntin.compression.rewrite import OTHERS, WHOLE_MODEL, computed_weight, named, number_paddings, out_of_reach, replace
+from muntin.compression.quantized import QuantizedConv2d, QuantizedLayer, QuantizedLinear, no_integer_form
+from muntin.compression.rewrite import (
+    OTHERS,
+    WHOLE_MODEL,
+    call_every_layer,
+    check_kept,
+    computes_as_usual,
+    is_kept,
+    named,
+    number_paddings,
+    out_of_reach,
+    replace,
+)
 from muntin.compression.slimming import remove_closed_channels
-from muntin.errors import MuntinError
 from muntin.training.config import QuantizationConfig
-
-HALF_DB = 60.0
-"""FP16 leaves 73 dB of a weight that it can hold; one that is too large or too small for it stays in FP32."""
 
 
 def quantized_form(layer: nn.Module, observer: Observer) -> QuantizedLayer | str:
@@ -37,36 +42,6 @@ def quantized_form(layer: nn.Module, observer: Observer) -> QuantizedLayer | str
     if reason is not None:
         return reason
     return QuantizedConv2d(layer, observer.grid()) if isinstance(layer, nn.Conv2d) else QuantizedLinear(layer, observer.grid())  # type: ignore[arg-type]
-
-
-def no_integer_form(layer: nn.Module, observer: Observer) -> str | None:
-    """Why a Linear or Conv2d cannot be quantised; None where it can."""
-    if not observer.seen:
-        return "no calibration image reached it"
-    if (reason := computed_weight(layer)) is not None:
-        return reason
-    if isinstance(layer, nn.Conv2d) and (layer.padding_mode != "zeros" or isinstance(layer.padding, str)):
-        return f"padding '{layer.padding if isinstance(layer.padding, str) else layer.padding_mode}' has no integer form here"
-    return None
-
-
-def computes_as_usual(layer: nn.Module, x: Tensor, output: Tensor) -> bool:
-    """False for a subclass that pads, standardises or masks before its product: its weight and strides do not say what it computes."""
-    if type(layer) in (nn.Linear, nn.Conv2d):
-        return True
-    if isinstance(layer, nn.Conv2d):
-        usual = F.conv2d(x, layer.weight, layer.bias, layer.stride, layer.padding, layer.dilation, layer.groups)
-    else:
-        assert isinstance(layer, nn.Linear)
-        usual = F.linear(x, layer.weight, layer.bias)
-    return usual.shape == output.shape and torch.allclose(usual, output, rtol=1e-4, atol=1e-5 * float(output.abs().max()))
-
-
-def sqnr_db(reference: Tensor, approximation: Tensor) -> float:
-    """Signal over quantisation noise in decibels; infinite where nothing was lost."""
-    noise = (reference - approximation).double().square().sum()
-    signal = reference.double().square().sum()
-    return float(10 * torch.log10(signal / noise)) if noise > 0 and signal > 0 else float("inf")
 
 
 def _measure(
@@ -112,18 +87,6 @@ def quantize(calibration: Iterable[Tensor], config: QuantizationConfig | None = 
     return pass_
 
 
-def check_kept(keep: Sequence[str], layers: Mapping[str, nn.Module]) -> None:
-    """Raises `MuntinError` for a name in `keep` that no layer has."""
-    unknown = [entry for entry in keep if not any(is_kept(name, (entry,)) for name in layers)]
-    if unknown:
-        raise MuntinError(f"keep names no Linear or Conv2d: {', '.join(unknown)}; the model has {', '.join(list(layers)[:6])}, ...")
-
-
-def is_kept(name: str, keep: Sequence[str]) -> bool:
-    """Whether a layer is named in `keep`: itself, a module that it lies in, or a part that it would be factored into."""
-    return any(f"{name}.".startswith(f"{entry}.") or (name and entry in (f"{name}.{part}" for part in PARTS)) for entry in keep)
-
-
 def _replace_layers(model: nn.Module, layers: dict[str, nn.Module], batches: Sequence[Tensor], config: QuantizationConfig) -> list[Change]:
     forms = {name: quantized_form(layers[name], first) for name, (first, _) in observe(model, layers, batches).items()}
     sqnr = _measure(model, layers, batches, {name: form for name, form in forms.items() if not isinstance(form, str)})
@@ -143,12 +106,6 @@ def _replace_layers(model: nn.Module, layers: dict[str, nn.Module], batches: Seq
     return changes
 
 
-def call_every_layer(model: nn.Module) -> None:
-    """PyTorch's encoder layer has a fused path that takes the weights of its Linears without calling them: not of integer ones."""
-    for _, layer in named(model, nn.TransformerEncoderLayer):
-        layer.activation_relu_or_gelu = 0  # read by nothing but the choice of that path
-
-
 def _reason_to_keep(name: str, form: QuantizedLayer | str, sqnr: dict[str, float | None], config: QuantizationConfig) -> str | None:
     if isinstance(form, str):
         return form
@@ -162,12 +119,3 @@ def _reason_to_keep(name: str, form: QuantizedLayer | str, sqnr: dict[str, float
     if measured < config.min_sqnr_db:
         return f"INT8 leaves {measured:.1f} dB of signal over noise, less than {config.min_sqnr_db:g}: 16 bits"
     return None
-
-
-@torch.no_grad()
-def round_to_half(layer: nn.Module) -> None:
-    """Round a layer's weights, in place, to the FP16 that they are stored in; one that FP16 cannot hold stays."""
-    for weight in layer.parameters(recurse=False):
-        rounded = weight.to(torch.float16).to(weight.dtype)
-        if weight.ndim > 1 and sqnr_db(weight, rounded) > HALF_DB:
-            weight.copy_(rounded)

@@ -10,7 +10,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812 - the field's usual name
 
 from muntin.compression.fake_quantization import dequantize_weight, quantize_dequantize, quantize_weight
-from muntin.compression.observer import ActivationGrid
+from muntin.compression.observer import ActivationGrid, Observer
+from muntin.compression.rewrite import computed_weight
 
 
 class InputGrid(nn.Module):
@@ -149,3 +150,14 @@ def exponentials(logits: Tensor, bias: Tensor | None) -> Tensor:
 
 
 QuantizedLayer = QuantizedLinear | QuantizedConv2d
+
+
+def no_integer_form(layer: nn.Module, observer: Observer) -> str | None:
+    """Why a Linear or Conv2d cannot be quantised; None where it can."""
+    if not observer.seen:
+        return "no calibration image reached it"
+    if (reason := computed_weight(layer)) is not None:
+        return reason
+    if isinstance(layer, nn.Conv2d) and (layer.padding_mode != "zeros" or isinstance(layer.padding, str)):
+        return f"padding '{layer.padding if isinstance(layer.padding, str) else layer.padding_mode}' has no integer form here"
+    return None

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from typing import TypeVar
 
-from torch import nn
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F  # noqa: N812 - the field's usual name
 
 from muntin.compression.change import Change
+from muntin.compression.factored import PARTS
+from muntin.errors import MuntinError
 
 M = TypeVar("M", bound=nn.Module)
 
@@ -22,6 +26,30 @@ def named(model: nn.Module, *kinds: type[M]) -> Iterator[tuple[str, M]]:
 def computed_weight(layer: nn.Module) -> str | None:
     """Why a layer cannot be rewritten whose weight is made of other parameters at each call; None for one that owns its weight."""
     return None if "weight" in layer._parameters else "its weight is computed (weight norm, spectral norm): remove that first"
+
+
+def computes_as_usual(layer: nn.Module, x: Tensor, output: Tensor) -> bool:
+    """False for a subclass that pads, standardises or masks before its product: its weight and strides do not say what it computes."""
+    if type(layer) in (nn.Linear, nn.Conv2d):
+        return True
+    if isinstance(layer, nn.Conv2d):
+        usual = F.conv2d(x, layer.weight, layer.bias, layer.stride, layer.padding, layer.dilation, layer.groups)
+    else:
+        assert isinstance(layer, nn.Linear)
+        usual = F.linear(x, layer.weight, layer.bias)
+    return usual.shape == output.shape and torch.allclose(usual, output, rtol=1e-4, atol=1e-5 * float(output.abs().max()))
+
+
+def check_kept(keep: Sequence[str], layers: Mapping[str, nn.Module]) -> None:
+    """Raises `MuntinError` for a name in `keep` that no layer has."""
+    unknown = [entry for entry in keep if not any(is_kept(name, (entry,)) for name in layers)]
+    if unknown:
+        raise MuntinError(f"keep names no Linear or Conv2d: {', '.join(unknown)}; the model has {', '.join(list(layers)[:6])}, ...")
+
+
+def is_kept(name: str, keep: Sequence[str]) -> bool:
+    """Whether a layer is named in `keep`: itself, a module that it lies in, or a part that it would be factored into."""
+    return any(f"{name}.".startswith(f"{entry}.") or (name and entry in (f"{name}.{part}" for part in PARTS)) for entry in keep)
 
 
 def number_paddings(model: nn.Module) -> list[Change]:
@@ -65,3 +93,9 @@ def replace(model: nn.Module, name: str, layer: nn.Module) -> None:
         for key, child in list(parent._modules.items()):  # named_children() gives a module that has two names once
             if child is old:
                 setattr(parent, key, layer)
+
+
+def call_every_layer(model: nn.Module) -> None:
+    """PyTorch's encoder layer has a fused path that takes the weights of its Linears without calling them: not of integer ones."""
+    for _, layer in named(model, nn.TransformerEncoderLayer):
+        layer.activation_relu_or_gelu = 0  # read by nothing but the choice of that path

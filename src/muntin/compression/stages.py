@@ -27,8 +27,7 @@ from muntin.compression.change import Change
 from muntin.compression.fold import fold
 from muntin.compression.low_rank import apply_structure, low_rank, structure_of
 from muntin.compression.qat import FLOAT, apply_qat, bits_of, float_weights, prepare_qat, qat_structure, set_bits
-from muntin.compression.quantization import check_kept
-from muntin.compression.rewrite import named, number_paddings
+from muntin.compression.rewrite import check_kept, named, number_paddings
 from muntin.compression.sensitivity import Sensitivity, assign_bits, measure_sensitivity
 from muntin.compression.slimming import apply_widths, remove_closed_channels, widths_of
 from muntin.data import Source, calibration_batches, open_source
