@@ -6,7 +6,7 @@
 Peers: segmentation_models_pytorch's Linknet-resnet18, PAN-mobilenet_v2, Unet-resnet18, FPN-efficientvit_b0, FPN-mobilenetv4_conv_small,
 Segformer-mit_b0 and DeepLabV3+-efficientnet-b0. All models start from random weights and are trained by `muntin fit` with the
 demonstration's recipe: crops, augmentation, loss, optimiser (Muon and AdamW), schedule, averaged weights and BF16 are literally the
-same code. Two budgets, each with tables of its own (either or both may be given):
+same code (DeepLabV3+ trains in FP32 on CPUs, see `check_maps`). Two budgets, each with tables of its own (either or both may be given):
     --minutes   wall-clock minutes of training; the learning rate falls with the time that is left
     --samples   crops seen
 A hybrid's stages of compression (low rank, W4A8, mixed precision) are inside its budget, so its FP32 training is shorter than a peer's;

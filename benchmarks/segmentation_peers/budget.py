@@ -13,10 +13,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
+
 import muntin
 from muntin.compression.stages import FOLDER, CompressionRun, compress_checkpoint
+from muntin.models import create_model
 from muntin.training import Checkpoint, read_checkpoint
 from muntin.training.checkpoint import checkpoints_in
+from muntin.training.precision import check_maps, resolve_precision
 from muntin.training.recipe import Recipe, load_recipe
 from segmentation_peers.models import Entry
 
@@ -70,7 +74,7 @@ def recipe_for(entry: Entry, setting: Setting, budget: Budget, *, seed: int, lea
     changes = {
         "name": entry.name, "seed": seed, "model.name": entry.model, "data.source": setting.source, "data.crop": setting.crop,
         "training.batch_size": setting.batch_size, "training.learning_rate": learning_rate,
-        "training.precision": setting.precision, "training.threads": setting.threads,
+        "training.precision": precision_for(entry, setting), "training.threads": setting.threads,
         "training.validate_every": ENDLESS, "training.checkpoint_every": ENDLESS,
     }  # fmt: skip
     recipe = load_recipe(Path(muntin.__file__).parent / "recipes" / "demo.yaml", [f"{key}={value}" for key, value in changes.items()])
@@ -84,6 +88,15 @@ def recipe_for(entry: Entry, setting: Setting, budget: Budget, *, seed: int, lea
         assert budget.minutes is not None
         steps, minutes = ENDLESS, budget.minutes / whole
     return recipe.model_copy(update={"training": recipe.training.model_copy(update={"steps": steps, "minutes": minutes})})
+
+
+def precision_for(entry: Entry, setting: Setting) -> str:
+    """What one model trains in: FP32 in place of BF16 where `muntin fit` takes that (`check_maps`)."""
+    if setting.precision != "bf16" or torch.cuda.is_available():
+        return setting.precision
+    model = create_model(entry.model, classes=2)
+    asked = resolve_precision("bf16", "cpu")
+    return check_maps(model, asked, crop=setting.crop, channels=3, asked="auto").name
 
 
 def train(recipe: Recipe, folder: Path) -> Checkpoint:
