@@ -33,10 +33,12 @@ def demo_command(
     from muntin.cli.train import describe_fit, fit_with_progress
     from muntin.compression.stages import FOLDER
     from muntin.training import load_recipe, read_checkpoint
+    from muntin.training.checkpoint import checkpoints_in
 
     with resources.as_file(resources.files("muntin") / "recipes" / "demo.yaml") as path:
         recipe = load_recipe(path, set_ or ())
-    result = fit_with_progress(recipe, root=Path.cwd(), directory=output, resume=True)
+    begun = bool(checkpoints_in(output / "checkpoints"))
+    result = fit_with_progress(recipe, root=Path.cwd(), directory=output, resume=begun)
     if result.interrupted:
         say(f"muntin: interrupted after step {result.step} of {result.steps}; the same command goes on")
         raise typer.Exit(1)
