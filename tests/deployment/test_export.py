@@ -511,7 +511,7 @@ def test_a_model_of_another_float_type_is_exported(dtype: torch.dtype, pixels: A
     [
         lambda m, y, x: torch.cat([y, x], 1),
         lambda m, y, x: torch.cat([y.relu(), m.side(x)], 1) * 1.7 + 0.3,
-        lambda m, y, x: torch.cat([y, x * 0.5], 1),
+        lambda m, y, x: m.norm(torch.cat([y, x * 0.5], 1)),
     ],
 )
 def test_maps_with_a_sign_that_are_joined_are_computed_as_in_pytorch(
@@ -523,7 +523,10 @@ def test_maps_with_a_sign_that_are_joined_are_computed_as_in_pytorch(
 
     torch.manual_seed(1)
     parts = {"stem": nn.Conv2d(3, 8, 3, padding=1), "body": nn.Conv2d(8, 8, 3, padding=1), "side": nn.Conv2d(3, 3, 1)}
-    model = build(run, **parts, head=nn.Conv2d(11, 4, 1)).eval()
+    norm = nn.BatchNorm2d(11)
+    nn.init.normal_(norm.bias)
+    nn.init.uniform_(norm.running_mean, -1, 1)
+    model = build(run, **parts, norm=norm, head=nn.Conv2d(11, 4, 1)).eval()
     example = pixels(2, 3, 64, 64)
     integers = copy.deepcopy(model)
     quantize([example])(integers)

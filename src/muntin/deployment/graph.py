@@ -269,8 +269,8 @@ def _signed_concats(proto: onnx.ModelProto) -> None:
 
 
 def _joined(node: onnx.NodeProto | None, made: Mapping[str, onnx.NodeProto], constants: Container[str]) -> bool:
-    """Whether a value is a Concat, or one that constants were added to or multiplied with."""
-    while node is not None and node.op_type in ("Add", "Sub", "Mul", "Div"):
+    """Whether a value is a Concat, or one that constants were added to or multiplied with, as a norm does."""
+    while node is not None and node.op_type in ("Add", "Sub", "Mul", "Div", "BatchNormalization"):
         variable = [name for name in node.input if name not in constants]
         node = made.get(variable[0]) if len(variable) == 1 else None
     return node is not None and node.op_type == "Concat"
