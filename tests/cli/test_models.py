@@ -59,6 +59,9 @@ def test_init_does_not_advise_other_names_for_classes_that_are_folders(call: Cal
         folder.mkdir(exist_ok=True)
         write_image(folder / f"{number}.png", np.full((40, 40, 3), number, np.uint8))
     assert f"read it, then `muntin fit {tmp_path / 'recipe.yaml'}`" in call("init", tmp_path).out
+    spaced = tmp_path.rename(tmp_path.with_name("my photos"))
+    (spaced / "recipe.yaml").unlink()
+    assert f"then `muntin fit '{spaced / 'recipe.yaml'}'`" in call("init", spaced).out
 
 
 def test_init_does_not_overwrite(call: Call, pictures: Path) -> None:

@@ -199,7 +199,7 @@ def test_evaluate_scores_a_checkpoint(call: Call, exported: Any) -> None:
     assert document["score"] == pytest.approx(sum(present) / len(present))
     text = call("evaluate", exported.run)
     assert (text.code, text.err) == (0, "")
-    assert f"mIoU {document['score']:.4f} on test (2 samples), pytorch eager f32" in text.out
+    assert f"mIoU {document['score']:.4f} on test (2 samples), pytorch eager f32\n  IoU of each class:\n  sea " in text.out
 
 
 def test_evaluate_takes_a_split_a_checkpoint_and_tiles(call: Call, exported: Any) -> None:

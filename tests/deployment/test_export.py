@@ -448,7 +448,7 @@ def test_a_model_that_asks_for_its_size(run: Callable[..., Any], build: type[nn.
 def test_a_branch_is_found_among_integers(build: type[nn.Module], pixels: Any, tmp_path: Path) -> None:
     model = build(lambda m, x: m.conv(x) * 3 if x.shape[2] > x.shape[3] else m.conv(x), conv=nn.Conv2d(3, 16, 3, padding=1))
     example = pixels(1, 3, 64, 64)
-    assert "on an image of 192 x 64 (allowed: 1" in refused(model, example, tmp_path, calibration=[example])
+    assert "on an image of 192 x 64 (allowed: 0.25" in refused(model, example, tmp_path, calibration=[example])
 
 
 def test_a_branch_for_the_examples_own_size_is_found(build: type[nn.Module], pixels: Any, tmp_path: Path) -> None:

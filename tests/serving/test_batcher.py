@@ -294,7 +294,7 @@ def test_who_has_no_deadline_is_told_of_the_objective() -> None:
     batcher = batcher_of({"g": LINEAR}, objective=0.05)
     occupy(batcher, 0.0)
     refusal = refused(batcher, job_of(rows=10), 0.0, "late")
-    assert refusal.message.startswith("the engine alone may take 103 ms for it, and answers are promised within 50 ms: send smaller images")
+    assert refusal.message.startswith("the engine alone may take 103 ms for it (usually 100), and answers are promised within 50 ms: send")
     assert refusal.retry_after is None
     assert refused(batcher, job_of(rows=10, deadline=0.2), 0.0, "late").message == refusal.message
     assert "give it more" in refused(batcher, job_of(rows=10, deadline=0.04), 0.0, "late").message
@@ -405,6 +405,21 @@ def test_a_huge_job_does_not_keep_away_those_that_keep_the_objective() -> None:
     admitted(batcher, now + 0.02, job_of("large", cost=1.5e6))  # a few objectives
     batcher.done(batch_of(batcher, now + 0.02), now + 0.17, 0.15)
     admitted(batcher, now + 61, job_of("huge", cost=2.2e7))  # nobody was there for a minute
+
+
+def test_a_group_that_stalled_is_no_huge_one() -> None:
+    """A machine that stood still makes its spread large, and what the engine usually takes none the less small."""
+    batcher = batcher_of({"g": LINEAR}, objective=0.5)
+    batcher.done(occupy(batcher, 0.0), 0.01, 0.01)
+    now = 1.0
+    for number in range(40):
+        admitted(batcher, now, job_of("stalled"))
+        took = 1.7 if number % 6 == 5 else 0.02
+        batcher.done(batch_of(batcher, now), now + took, took)
+        now += took + 0.1
+    lane = batcher._lane(job_of("stalled"))
+    assert lane.line.safe(1) > 4 * 0.5 > 20 * lane.line.expected(1)
+    admitted(batcher, now, job_of("stalled"))
 
 
 def test_a_huge_job_whose_group_may_have_recovered_is_tried_once_in_a_long_while() -> None:

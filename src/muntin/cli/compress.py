@@ -88,7 +88,8 @@ def describe_compression(run: CompressionRun) -> None:
     from muntin.training import read_checkpoint
 
     for stage in run.stages:
-        out.print(f"{stage.stage:<9} {stage.step} of {stage.steps} steps in {stage.seconds:.0f} s", markup=False)
+        score = "" if stage.score is None else f", {stage.score:.4f} on the validation split"
+        out.print(f"{stage.stage:<9} {stage.step} of {stage.steps} steps in {stage.seconds:.0f} s{score}", markup=False)
     changes = changes_of(read_checkpoint(run.checkpoint))
     factored = sum(1 for change in changes if change.pass_ == "low_rank" and not change.kept)
     looked = sum(1 for change in changes if change.pass_ == "low_rank")

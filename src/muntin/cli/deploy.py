@@ -79,7 +79,7 @@ def export_command(
     )
     if replaced is not None:
         out.print(f"replaced  what was there, {replaced}", markup=False)
-    for name, reason in kept.items():
+    for name, reason in {}.items() if floating else kept.items():
         out.print(f"kept      {name}: {reason or 'not quantised'}", markup=False)
     for note in notes:
         out.print(f"note      {note}", markup=False)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from pathlib import Path
 from typing import Annotated
 
@@ -72,4 +73,4 @@ def init_command(
         return
     # a classifier's classes are the folders, and go by their names
     names = "rename the classes, " if yaml.safe_load(path.read_text(encoding="utf-8"))["task"] == "segment" else ""
-    out.print(f"wrote     {path}: read it, {names}then `muntin fit {path}`", markup=False)
+    out.print(f"wrote     {path}: read it, {names}then `{shlex.join(['muntin', 'fit', str(path)])}`", markup=False)

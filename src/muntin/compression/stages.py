@@ -60,6 +60,8 @@ class StageResult:
     seconds: float
     """Of its training."""
     finished: bool
+    score: float | None
+    """On the validation split, when that was last asked."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -281,7 +283,7 @@ class _Compression:
             self._check_origin(start)
             state = start.state
             if share_done(config, state.step, state.seconds) >= 1:
-                return self._result(stage, config, start.path, state.step, state.seconds)
+                return self._result(stage, config, start.path, state.step, state.seconds, state.validation)
             model, made = read_model(start), state.compression
         else:
             torch.manual_seed(self.recipe.seed)
@@ -312,12 +314,14 @@ class _Compression:
             compression=made,
         )  # fmt: skip
         path = training.run(interruption)
-        return self._result(stage, config, path, training.step, training.seconds)
+        return self._result(stage, config, path, training.step, training.seconds, training.validation)
 
-    def _result(self, stage: Stage, config: TrainingConfig, path: Path, step: int, seconds: float) -> StageResult:
+    def _result(
+        self, stage: Stage, config: TrainingConfig, path: Path, step: int, seconds: float, validation: list[dict[str, Any]]
+    ) -> StageResult:
         return StageResult(
             stage=stage, checkpoint=path, step=step, steps=steps_expected(config, step, seconds), seconds=seconds,
-            finished=share_done(config, step, seconds) >= 1,
+            finished=share_done(config, step, seconds) >= 1, score=validation[-1]["score"] if validation else None,
         )  # fmt: skip
 
     def _check_origin(self, start: Checkpoint) -> None:

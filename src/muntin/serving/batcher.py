@@ -186,8 +186,9 @@ class Batcher:
                 "late", "more requests come than can be read in time: try again", self._backlog / self.workers or None, holds
             )
         message = (
-            f"the engine alone may take {seconds * 1e3:.0f} ms for it, and answers are promised within {self.objective * 1e3:g} ms: "
-            "send smaller images, or fewer in a request, or have them served with a longer objective"
+            f"the engine alone may take {seconds * 1e3:.0f} ms for it (usually {lane.line.expected(job.rows) * 1e3:.0f}), and answers are "
+            f"promised within {self.objective * 1e3:g} ms: send smaller images, or fewer in a request, or have them served with a longer "
+            "objective"
         )
         return self._refuse("late", message, holds=holds)
 
@@ -328,8 +329,8 @@ class Batcher:
         return lane.tried + max(_PROBE, (_HUGE_PROBES if huge else _PROBES) * lane.line.expected(job.rows)) - now
 
     def _huge(self, job: Job, lane: Lane, now: float) -> bool:
-        """Whether a job takes many times the objective, which others keep."""
-        if self.objective is None or lane.line.safe(job.rows) <= _HUGE * self.objective:
+        """Whether a job usually takes many times the objective, which others keep: a stall makes none of what was quick before."""
+        if self.objective is None or lane.line.expected(job.rows) <= _HUGE * self.objective:
             return False
         return any(other.kept > now - _KEPT_S for other in self._lanes.values() if other is not lane)
 

@@ -19,7 +19,7 @@ import sys
 import time
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from importlib import import_module
 from math import inf
 from pathlib import Path
@@ -296,7 +296,8 @@ class ArtifactLoader:
     budget: float = inf
 
     def probe(self, path: Path, lately: Mapping[Call, int], stopped: Callable[[], bool]) -> Probation:
-        return probe(path, self.opening, self._calls(lately), limits=self.limits, stopped=stopped)
+        limits = self.limits if lately else replace(self.limits, idle_seconds=0.0)  # where nobody is served nobody is to be spared
+        return probe(path, self.opening, self._calls(lately), limits=limits, stopped=stopped)
 
     def open(self, path: Path, lately: Mapping[Call, int], found: Probation, stopped: Callable[[], bool] = _never) -> Opened:
         opened = open_version(path, self.opening, self._calls(lately), rest=REST if lately else 0.0, stopped=stopped)

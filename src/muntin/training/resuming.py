@@ -29,8 +29,8 @@ def find_start(directory: Path, recipe: Recipe, *, resume: bool) -> Checkpoint |
     other = _difference(_fixed(checkpoint.recipe), _fixed(recipe))
     if other:
         raise CheckpointError(
-            f"{checkpoint.path} was trained by another recipe ({other}), and on the way only keys of training may change, "
-            f"but {', '.join(FIXED)}: give its recipe to resume, or another --output to start anew"
+            f"{checkpoint.path} was trained by another recipe ({other}), and on the way only keys of training, except "
+            f"{', '.join(FIXED)}, may change: give its recipe to resume, or another --output to start anew"
         )
     return checkpoint
 
