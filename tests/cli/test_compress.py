@@ -53,6 +53,7 @@ def copied(compressed: Path, tmp_path: Path) -> Path:
 def test_compress_says_what_it_left(call: Call, exported: Any, tmp_path: Path) -> None:
     answer = call("compress", exported.run, "-o", tmp_path / "out", *CHANGES)
     assert (answer.code, answer.err) == (0, "")
+    assert all(line.endswith(" on the validation split") for line in answer.out.splitlines()[:3])
     assert [line.split()[:5] for line in answer.out.splitlines()[:3]] == [
         ["low-rank", "2", "of", "2", "steps"],
         ["w4a8", "3", "of", "3", "steps"],

@@ -203,9 +203,7 @@ def test_a_run_is_not_overwritten(tmp_path: Path, whole: tuple[Any, FitResult], 
         train(tiny, result.directory, *plan)
     told(error)
     for other, says in (("training.gate_budget=0.5", "training.gate_budget was 1.0, is 0.5"), ("data.crop=40", "data.crop was 32, is 40")):
-        with pytest.raises(
-            CheckpointError, match=rf"another recipe \({says}\), and on the way only keys of training, except gate_budget, may"
-        ) as error:
+        with pytest.raises(CheckpointError, match=rf"another recipe \({says}\), and on the way only keys of training, except") as error:
             train(tiny, result.directory, *plan, other, "training.learning_rate=0.01", resume=True)
         told(error)
     assert sorted(result.directory.rglob("*")) == before
