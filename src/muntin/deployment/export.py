@@ -136,14 +136,18 @@ def _write_checked(path: Path, content: dict[str, Any], others: Pairs) -> Artifa
     `others`: of sizes that are not recorded, which one engine is asked for: what is wrong at some sizes is so in the graph.
     """
     try:
-        return _written(path, content, others)
+        precision, tolerances, notes = _tried(content, others)
     except ArtifactError as error:  # of a draft, whose place is nobody's
         if isinstance(error.__cause__, OSError):
             raise
-        raise ExportError(f"no engine opens what was made of the model: {str(error).partition(': ')[2] or error}") from error
+        raise ExportError(f"an engine cannot run what was made of the model: {str(error).partition(': ')[2] or error}") from error
+    content["measured"]["notes"] = notes
+    return write_artifact(path, **content, golden_tolerance=tolerances, precision=precision)
 
 
-def _written(path: Path, content: dict[str, Any], others: Pairs) -> Artifact:
+def _tried(content: dict[str, Any], others: Pairs) -> tuple[FloatPrecision, dict[EngineFamily, Limits], list[str]]:
+    """What an artefact's float layers run in, what is allowed in each engine, and notes. Raises `ExportError` where a draft of it does not
+    compute what PyTorch does."""
     limits = LIMITS if any(record.activation_bits for record in content["layers"]) else FLOAT_LIMITS
     with tempfile.TemporaryDirectory(prefix="muntin-") as scratch:
         draft = Path(scratch) / "draft"
@@ -162,11 +166,9 @@ def _written(path: Path, content: dict[str, Any], others: Pairs) -> Artifact:
         notes = deviations(recorded, content["golden"], limits) if recorded.precision != exact.precision else []
         precision: FloatPrecision = precision_of(exact if notes else recorded)
         recorded.warm_up([content["example"]])
-    content["measured"]["notes"] = [f"recorded in {precision}, for {note}" for note in notes] + [
-        f"{portable.engine} is not checked against: in it, {line}" for line in unlike
-    ]
-    tolerances: dict[EngineFamily, Limits] = {"openvino": limits} if unlike else {"openvino": limits, "onnxruntime": limits}
-    return write_artifact(path, **content, golden_tolerance=tolerances, precision=precision)
+    told = [f"recorded in {precision}, for {note}" for note in notes]
+    told += [f"{portable.engine} is not checked against: in it, {line}" for line in unlike]
+    return precision, {"openvino": limits} if unlike else {"openvino": limits, "onnxruntime": limits}, told
 
 
 def _check_traced(problems: list[str]) -> None:

@@ -250,14 +250,13 @@ def _signed_concats(proto: onnx.ModelProto) -> None:
     """
     constants = {entry.name: entry for entry in proto.graph.initializer}
     made = {output: node for node in proto.graph.node for output in node.output}
-    read = {name: node for node in proto.graph.node for name in node.input}
+    convolved = {node.input[0] for node in proto.graph.node if node.op_type in ("Conv", "ConvTranspose")}
+    quantized = {node.input[0] for node in proto.graph.node if node.op_type == "DequantizeLinear" and node.output[0] in convolved}
     for index, node in reversed(list(enumerate(proto.graph.node))):
-        if node.op_type != "QuantizeLinear" or not _joined(made.get(node.input[0]), made, constants):
+        if node.op_type != "QuantizeLinear" or node.output[0] not in quantized or not _joined(made.get(node.input[0]), made, constants):
             continue
-        unpacked = read[node.output[0]]
-        product = read.get(unpacked.output[0])
         scale, zero = (onnx.numpy_helper.to_array(constants[name]) for name in node.input[1:3])
-        if zero.dtype != np.int8 or product is None or product.op_type not in ("Conv", "ConvTranspose"):
+        if zero.dtype != np.int8:
             continue
         names = [f"{node.output[0]}/{end}" for end in ("low", "high", "clipped")]
         ends = [scale * (end - zero.astype(np.float32)) for end in (-127.51, 126.51)]
