@@ -9,9 +9,9 @@ loaded through the repository API one after the other. Sixteen are sound, and ea
 not compute its golden answers, one lacks its weights; and one passes every check, takes over, and then its engine fails at every request.
 Every answer is compared with what the versions answer. Goal: none failed, none wrong, none later than the normal p99 + 50 ms.
 
-Then a small classifier is swapped `--memory-swaps` times under light load while the server's resident memory is read: by how much does
-it grow over the second half? A part that is there already is not run again. Time: about nine minutes for the first part, fifteen for the
-second. Run it alone.
+Then a small classifier is swapped `--memory-swaps` times under light load while the resident memory of the server and of its engines'
+processes is read: by how much does it grow over the second half? A part that is there already is not run again. Time: about nine minutes
+for the first part, fifteen for the second. Run it alone.
 """
 
 from __future__ import annotations
@@ -39,6 +39,7 @@ from onnx import TensorProto, helper, numpy_helper
 import muntin
 from muntin.artifact import open_artifact, write_artifact
 from muntin.runtime import describe_hardware
+from muntin.runtime.memory import resident_of
 from serving_peers.load import HOST, Exchange, Load
 from serving_peers.models import WORKLOADS, Workload, exchange, make_artifact, pictures
 from serving_peers.servers import Launch, running
@@ -235,8 +236,8 @@ def memory(output: Path, count: int, cores: tuple[set[int], set[int]]) -> Row:
             status, _ = load_version(workload.name, number)
             assert status == 200, status
             shutil.rmtree(models / str(number - 1))
-            pages = int(Path(f"/proc/{pid}/statm").read_text(encoding="ascii").split()[1])
-            resident.append(pages * os.sysconf("SC_PAGE_SIZE") / 2**20)
+            children = [int(child) for task in Path(f"/proc/{pid}/task").glob("*/children") for child in task.read_text().split()]
+            resident.append(sum(resident_of(process) or 0 for process in (pid, *children)) / 2**20)
 
     os.sched_setaffinity(0, cores[1])
     server = running(_server(workload, models), PORT, cores=cores[0], log=output / "server-small.log", variables=_cache(output))

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-import weakref
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -15,7 +14,6 @@ import numpy as np
 import onnx
 import pytest
 
-from muntin.artifact import open_artifact
 from muntin.errors import ArtifactError, DependencyError
 from muntin.runtime import describe_hardware, load
 from muntin.runtime.openvino import open_openvino
@@ -202,17 +200,6 @@ def test_threads_may_share_a_session(convolutions: Any, images_of: Callable[...,
         together = list(pool.map(session, batches))
     for one, other in zip(alone, together, strict=True):
         np.testing.assert_array_equal(one, other)
-
-
-def test_a_session_is_freed_a_compiled_model_at_a_time(convolutions: Any, images_of: Callable[..., Any]) -> None:
-    session = open_openvino(open_artifact(convolutions.path), "f32", 1, dynamic=True)
-    session.warm_up([(1, 4, 4), (2, 4, 4)])
-    session(images_of(3, batch=1, height=5, width=4))  # a size that was not named: the model of any size
-    models = [weakref.ref(compiled) for compiled in session._compiled.values()]
-    left = []
-    for _ in session.dismantle():
-        left.append(sum(model() is not None for model in models))
-    assert left == [2, 1, 0]
 
 
 SILENT = """

@@ -84,11 +84,16 @@ def write(
 
 @dataclass(frozen=True, kw_only=True)
 class InProcess(ArtifactLoader):
-    """Opens artefacts as a server does, without the process that goes first: for tests that open many."""
+    """Opens artefacts in this process, and without one that goes first: as on Windows, for tests that open many or look inside."""
 
     def probe(self, path: Path, lately: Mapping[Call, int], stopped: Callable[[], bool]) -> Probation:
         manifest = open_artifact(path).manifest
         return Probation(digest=manifest.sha256, signature=manifest.signature, open_s=0.0, latency_ms={}, peak_mib=None)
+
+    def open(self, path: Path, lately: Mapping[Call, int], found: Probation, stopped: Callable[[], bool] = lambda: False) -> Opened:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr("muntin.serving.probation.can_open_apart", lambda: False)
+            return super().open(path, lately, found, stopped)
 
 
 class Constant(Session):
@@ -200,7 +205,7 @@ def beside(name: str) -> Any:
 
 @pytest.fixture
 def in_process() -> ArtifactLoader:
-    """Opens artefacts without a process that goes first."""
+    """Opens artefacts in this process."""
     return InProcess(opening=Opening(threads=1))
 
 

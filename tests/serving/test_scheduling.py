@@ -1,17 +1,20 @@
-"""Short turns: given by this kernel or not, and never to a thread that has a policy of its own. Standing back: there and back."""
+"""Short turns: given by this kernel or not, and never to a thread that has a policy of its own. Standing back, and the way back."""
 
 from __future__ import annotations
 
 import os
 import platform
+import subprocess
 import sys
 import threading
-import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
 
 import pytest
 
 from muntin.serving import scheduling
-from muntin.serving.scheduling import BACK, standing_back, take_short_turns
+from muntin.serving.scheduling import BACK, SLICE_S, Standing, stand_back, take_short_turns, take_usual_turns
 
 LINUX = sys.platform.startswith("linux") and platform.machine() in ("x86_64", "aarch64")
 
@@ -52,53 +55,72 @@ def test_elsewhere_nothing_changes(monkeypatch: pytest.MonkeyPatch) -> None:
     assert in_thread() == [False]
 
 
-def standing_of_threads(*, seconds: float = 0.0) -> list[tuple[int, int]]:
-    """Policy and niceness (beyond this one's) of a thread in the block after `seconds`, of one that it starts, and of both after it."""
-    found: list[tuple[int, int]] = []
-    inside, end = threading.Event(), threading.Event()
+SLEEPS = """
+import os, sys, threading, time
+os.sched_setscheduler(0, os.SCHED_IDLE, os.sched_param(0))
+threading.Thread(target=time.sleep, args=(60,), daemon=True).start()
+print("ready", flush=True)
+time.sleep(60)
+"""
 
-    def look() -> None:
-        mine, usual = (os.getpriority(os.PRIO_PROCESS, thread or 0) for thread in (0, threading.main_thread().native_id))
-        found.append((os.sched_getscheduler(0), mine - usual))
+
+@contextmanager
+def standing_back() -> Iterator[int]:
+    """A process of two threads that does."""
+    with subprocess.Popen([sys.executable, "-c", SLEEPS], stdout=subprocess.PIPE) as process:
+        try:
+            assert process.stdout is not None
+            assert process.stdout.readline() == b"ready\n"
+            yield process.pid
+        finally:
+            process.kill()
+
+
+def standing_of(process: int) -> list[tuple[int, int]]:
+    """Policy of each thread, and its niceness beyond this process's."""
+    usual = os.getpriority(os.PRIO_PROCESS, 0)
+    threads = [int(entry.name) for entry in Path(f"/proc/{process}/task").iterdir()]
+    return [(os.sched_getscheduler(thread), os.getpriority(os.PRIO_PROCESS, thread) - usual) for thread in threads]
+
+
+@pytest.mark.skipif(not LINUX or not Standing.allowed(), reason="the way back is not allowed here")
+def test_a_process_that_stands_back_gets_a_share_after_a_while_and_then_all_of_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(scheduling, "IDLE_S", 0.0)
+    late = Standing()
+    monkeypatch.setattr(scheduling, "IDLE_S", 60.0)
+    early = Standing()
+    with standing_back() as process:
+        early.mind(process)
+        assert standing_of(process) == [(os.SCHED_IDLE, 0)] * 2
+        late.mind(process)
+        back = min(BACK, 19 - os.nice(0))  # nobody is nicer than 19
+        assert standing_of(process) == [(os.SCHED_OTHER, back)] * 2
+        early.usual(process)
+        assert standing_of(process) == [(os.SCHED_OTHER, 0)] * 2
+        late.mind(process)  # once is enough
+        assert standing_of(process) == [(os.SCHED_OTHER, 0)] * 2
+        stand_back(process)
+        assert standing_of(process) == [(os.SCHED_IDLE, 0)] * 2
+    stand_back(process)  # it is gone
+    early.usual(process)
+
+
+@pytest.mark.skipif(not LINUX, reason="no such system call")
+def test_short_turns_are_inherited_and_the_usual_ones_come_back() -> None:
+    found: list[int] = []
+
+    def turn() -> None:
+        text = Path(f"/proc/self/task/{threading.get_native_id()}/sched").read_text()
+        found.append(int(next(line for line in text.splitlines() if line.startswith("se.slice")).split()[-1]))
 
     def child() -> None:
-        look()
-        inside.set()
-        end.wait()
-        look()
+        thread = threading.Thread(target=turn)
+        thread.start()
+        thread.join()
 
-    def run() -> None:
-        with standing_back():
-            time.sleep(seconds)
-            look()
-            other = threading.Thread(target=child)
-            other.start()
-            inside.wait()
-        look()
-        end.set()
-        other.join()
-
-    thread = threading.Thread(target=run)
-    thread.start()
-    thread.join()
-    return found
-
-
-@pytest.mark.skipif(not LINUX or not scheduling._may_come_back(), reason="the way back is not allowed here")
-def test_standing_back_ends_with_the_block_for_threads_that_were_started_in_it_too() -> None:
-    idle, usual = (os.SCHED_IDLE, 0), (os.SCHED_OTHER, 0)
-    assert standing_of_threads() == [idle, idle, usual, usual]
-
-
-@pytest.mark.skipif(not LINUX or not scheduling._may_come_back(), reason="the way back is not allowed here")
-def test_who_stands_back_for_long_gets_a_share(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(scheduling, "IDLE_S", 0.01)
-    back = min(BACK, 19 - os.nice(0))  # nobody is nicer than 19
-    nice, usual = (os.SCHED_OTHER, back), (os.SCHED_OTHER, 0)
-    assert standing_of_threads(seconds=0.5) == [nice, nice, usual, usual]
-
-
-@pytest.mark.skipif(not LINUX, reason="each thread has its own standing on Linux")
-def test_where_there_is_no_way_back_nobody_goes(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(scheduling, "_may_come_back", lambda: False)
-    assert standing_of_threads() == [(os.SCHED_OTHER, 0)] * 4
+    if not Path("/proc/self/sched").exists() or "se.slice" not in Path("/proc/self/sched").read_text():
+        pytest.skip("this kernel does not tell")
+    (given,) = in_thread(turn, take_short_turns, child, take_usual_turns, child)
+    usual, short, again = found
+    assert short == round(SLICE_S * 1e9) if given else short == usual
+    assert again == usual

@@ -1070,12 +1070,15 @@ def test_metrics_count_what_happened(write_pixels: Callable[..., Path], tmp_path
         "muntin_rows_one_by_one_total 0.0",
         "muntin_images_in_tiles_total 0.0",
         "muntin_hanging 0.0",
+        'muntin_engine_deaths_total{version="1"} 0.0',
         'muntin_refused_total{reason="late"} 0.0',
         'muntin_refused_total{reason="large answers"} 0.0',
         'muntin_refused_total{reason="pictures"} 0.0',
         'muntin_refused_total{reason="no version"} 1.0',
     ):
         assert line in text.splitlines(), line
+    held = next(line for line in text.splitlines() if line.startswith('muntin_engine_resident_memory_bytes{version="1"}'))
+    assert float(held.split()[1]) > 10 << 20
 
 
 def test_what_no_route_sees_is_written_down(write_pixels: Callable[..., Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -553,18 +553,25 @@ def test_what_waits_for_a_version_that_hangs_is_computed_by_another(make_slot: C
     assert (old.overdue, old.leases, new.open) == (0, 0, False)
 
 
-def test_what_failed_long_after_it_was_given_up_is_computed_by_nobody(make_slot: Callable[..., Slot], clock: Any) -> None:
-    slot = make_slot()
+def test_what_is_interrupted_is_computed_by_another_and_counted_once(make_slot: Callable[..., Slot], clock: Any, told: list[str]) -> None:
+    slot = make_slot(max_error_rate=0.5)
     old, new = slot.load("1", "1"), slot.load("2", "2")
+    interrupted: list[float] = []
+    new.session.interrupt = lambda seconds: interrupted.append(seconds) or True  # type: ignore[method-assign, func-returns-value]
 
     def hang(session: Session) -> int:
-        clock.now += 11
-        slot.settle()
-        raise DeadError
+        if new.open and session is new.session:
+            clock.now += 11
+            began = clock.now - 11
+            assert slot.interrupt(began)
+            assert not slot.interrupt(clock.now + 1)
+            raise DeadError
+        return label_of(session)
 
-    with pytest.raises(DeadError):
-        compute_somewhere(slot, new, hang, rows=1, within=10)
+    assert compute_somewhere(slot, new, hang, rows=1, within=10) == (1, old)
+    assert interrupted == [10]
     assert (slot.current, old.leases, new.leases, new.open) == (old, 0, 0, False)
+    assert "1 of its images: its engine hangs" in "".join(told)
 
 
 # ---- out of service ----

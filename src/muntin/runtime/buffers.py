@@ -37,12 +37,15 @@ class Buffers:
         with self._lock:
             memory = self._kept(size)
         if memory is None:
-            memory = np.empty(size, np.uint8)
+            memory = self._new(size)
         # An array over a buffer ends numpy's chain of bases: every view of it keeps this one alive, so that the memory comes back
         # only when the last of them is gone.
         flat = np.frombuffer(memory.data, dtype)
         weakref.finalize(flat, self._give_back, memory).atexit = False
         return flat.reshape(shape)
+
+    def _new(self, size: int) -> NDArray[np.uint8]:
+        return np.empty(size, np.uint8)
 
     def _kept(self, size: int) -> NDArray[np.uint8] | None:
         """Takes memory of this size out, if there is any. Piece by piece, for others may come back meanwhile, from any thread."""

@@ -5,6 +5,7 @@ And whether it failed for want of it.
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -49,6 +50,15 @@ def resident() -> tuple[int | None, int | None]:
         return None, None
     now, peak = (re.search(rf"^{name}:\s*(\d+) kB", text, re.MULTILINE) for name in ("VmRSS", "VmHWM"))
     return (int(now[1]) << 10 if now else None), (int(peak[1]) << 10 if peak else None)
+
+
+def resident_of(process: int) -> int | None:
+    """Resident bytes of another process, shared ones among them; None where it has ended, or the system does not say."""
+    try:
+        pages = int(Path(f"/proc/{process}/statm").read_text(encoding="ascii").split()[1])
+    except (OSError, IndexError, ValueError):
+        return None
+    return pages * os.sysconf("SC_PAGE_SIZE")
 
 
 def no_memory(error: BaseException) -> bool:

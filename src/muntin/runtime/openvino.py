@@ -17,7 +17,7 @@ uint8 image no quantiser of scale 1 and zero point 0 (it is removed as a no-op, 
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from queue import LifoQueue
 from threading import Lock
 from typing import Any
@@ -27,7 +27,6 @@ from numpy.typing import NDArray
 
 from muntin.artifact import Artifact
 from muntin.errors import ArtifactError, DependencyError
-from muntin.runtime.buffers import Buffers
 from muntin.runtime.cache import CompiledModels
 from muntin.runtime.graph import ComputeNodes, compute_nodes
 from muntin.runtime.hardware import physical_cores
@@ -90,7 +89,6 @@ class OpenVinoSession(Session):
         self._dynamic = dynamic
         self._lock = Lock()  # around what is compiled
         self._compiling = Lock()  # around compiling, which takes long: calls that need nothing new go on meanwhile
-        self._outputs = Buffers()
         self._compiled: OrderedDict[Variant, _Compiled] = OrderedDict()
         self._asked_for: set[Variant] = set()  # by `warm_up`
         super().__init__(
@@ -103,13 +101,13 @@ class OpenVinoSession(Session):
         )
 
     def _infer(self, images_BHWC: NDArray[np.uint8]) -> NDArray[np.float32]:
-        scores = self._outputs.take(self.signature.scores_shape(*images_BHWC.shape[:3]), np.float32)
+        scores = self.outputs.take(self.signature.scores_shape(*images_BHWC.shape[:3]), np.float32)
         self._run(images_BHWC, scores, labels=False)
         return scores
 
     def _infer_labels(self, images_BHWC: NDArray[np.uint8]) -> NDArray[np.uint8]:
         B, _, *sides = self.signature.scores_shape(*images_BHWC.shape[:3])
-        labels = self._outputs.take((B, *sides), np.uint8)
+        labels = self.outputs.take((B, *sides), np.uint8)
         self._run(images_BHWC, labels, labels=True)
         return labels
 
@@ -168,15 +166,6 @@ class OpenVinoSession(Session):
             self._compiled_for(variant, new=True)
         if compute:
             super().warm_up(shapes, labels=labels)
-
-    def dismantle(self) -> Iterator[None]:
-        while True:
-            with self._lock:
-                gone = self._compiled.popitem()[1] if self._compiled else None
-            if gone is None:
-                return
-            del gone  # a model of one size takes some 20 ms of a core, and gives the process's free memory back to the system
-            yield
 
     def _compiled_for(self, variant: Variant, *, new: bool) -> _Compiled:
         """The model for an input shape: compiled if it is not and `new` allows it, otherwise the one of dynamic sizes."""

@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 
 from muntin.artifact import Signature
 from muntin.errors import ArtifactError, DataError
+from muntin.runtime.buffers import Buffers
 
 STATIC_SHAPES = 4
 """Input sizes that an engine which compiles for each of them keeps, beside those that `warm_up` was given."""
@@ -56,6 +57,10 @@ class Session(ABC):
         self.threads = threads
         self.streams = streams
         self.plan = plan
+        self.deaths = 0
+        """How often its engine ended, or was ended, in the midst of calls: engines that run in this process do not."""
+        self.outputs = Buffers()
+        """Where answers lie, in engines that write them where they are told to."""
 
     def __call__(self, images_BHWC: NDArray[np.uint8]) -> NDArray[np.float32]:
         """Scores of a batch of images: uint8 (B, H, W, C) -> float32 (B, K, scale*H, scale*W), or (B, K) for "classify".
@@ -63,7 +68,11 @@ class Session(ABC):
         Raises DataError for another type or shape, ArtifactError when the model does not give what its signature says.
         """
         check_images(images_BHWC, self.signature)
-        scores = self._infer(np.ascontiguousarray(images_BHWC))
+        return self.infer(np.ascontiguousarray(images_BHWC))
+
+    def infer(self, images_BHWC: NDArray[np.uint8]) -> NDArray[np.float32]:
+        """The same of a contiguous batch that was checked."""
+        scores = self._infer(images_BHWC)
         expected = self.signature.scores_shape(*images_BHWC.shape[:3])
         if scores.shape != expected or scores.dtype != np.float32:
             raise ArtifactError(
@@ -80,7 +89,11 @@ class Session(ABC):
         check_images(images_BHWC, self.signature)
         if self.signature.task == "restore":
             raise DataError('labels of a model for "restore": it has no classes, ask for its scores')
-        return self._infer_labels(np.ascontiguousarray(images_BHWC))
+        return self.infer_labels(np.ascontiguousarray(images_BHWC))
+
+    def infer_labels(self, images_BHWC: NDArray[np.uint8]) -> NDArray[np.uint8]:
+        """The same of a contiguous batch that was checked, and a model that has classes."""
+        return self._infer_labels(images_BHWC)
 
     def map(self, batches: Iterable[NDArray[np.uint8]]) -> Iterator[NDArray[np.float32]]:
         """Scores of each batch, in their order; the next batches are read and computed while the caller works on the last answer.
@@ -116,12 +129,23 @@ class Session(ABC):
             with ThreadPoolExecutor(max_workers=self.streams, thread_name_prefix="muntin-warm-up") as pool:
                 list(pool.map(call, [images_BHWC] * self.streams))
 
-    def dismantle(self) -> Iterator[None]:
-        """Frees what the engine holds piece by piece, one each time it is asked for the next, for those that must not be kept waiting.
+    @property
+    def able(self) -> bool:
+        """Whether a call may succeed: not while an engine that died again and again is left alone for a while."""
+        return True
 
-        Nobody may call the session any more. The rest, in an engine that holds a single piece all of it, goes with the session.
-        """
-        yield from ()
+    @property
+    def process_ids(self) -> tuple[int, ...]:
+        """Other processes that its engine runs in now."""
+        return ()
+
+    def interrupt(self, seconds: float) -> bool:
+        """Ends its calls if one has taken so long, where the engine runs in a process that can be ended: they fail, and later ones begin
+        another. False: it does not, or it cannot be done."""
+        return False
+
+    def close(self) -> None:  # noqa: B027 - most have nothing outside
+        """Lets go of what lies outside of this process. Nobody may call the session any more."""
 
     @abstractmethod
     def _infer(self, images_BHWC: NDArray[np.uint8]) -> NDArray[np.float32]:

@@ -27,7 +27,7 @@ from muntin.serving.batcher import Batch
 from muntin.serving.compiler import Compiler
 from muntin.serving.rollout import label_agreement
 from muntin.serving.slot import Lease, Slot
-from muntin.serving.version import Call, Version
+from muntin.serving.version import Begun, Call, Version
 
 TILE = 512
 """Pixels of the side of the tiles that an image is computed in when there is no memory for it in one piece."""
@@ -162,11 +162,11 @@ def compute_somewhere(
     images' fault, and a client must not be able to send a version back with them. `within`: as of `Slot.begin`; a version that hangs is
     not asked where there is another one. Raises what `work` raised first, and DataError at once.
     """
-    failures: list[tuple[Version, Exception]] = []
+    failures: list[tuple[Begun, Exception]] = []
 
-    def count(failures: list[tuple[Version, Exception]]) -> None:
+    def count(failures: list[tuple[Begun, Exception]]) -> None:
         for failed, error in failures:
-            slot.observe(failed, rows=rows, error=error, call=call)
+            slot.observe(failed.version, rows=rows, error=error, call=call, begun=failed)
 
     try:
         with ExitStack() as held:
@@ -178,10 +178,8 @@ def compute_somewhere(
                     answer = work(version.session)
                 except DataError:
                     raise
-                except Exception as error:
-                    if begun.overdue:  # it was counted, and nobody waits
-                        raise
-                    failures.append((version, error))
+                except Exception as error:  # noqa: BLE001 - it is raised below, if no other version can
+                    failures.append((begun, error))
                 else:
                     slot.observe(version, seconds=slot.clock() - begun.at, rows=rows, call=call, begun=begun)
                     count(failures)

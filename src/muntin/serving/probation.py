@@ -2,9 +2,9 @@
 
 An engine is native code that runs whatever graph it is given: it may crash, hang, or take all memory, and no `try` holds that back. So a
 fresh process goes first. It takes what the server leaves of the cores, has a time and a memory limit, and is the one that the system kills
-if memory runs out. There the whole of `muntin.runtime.verify` is done, and the model is opened and warmed up as the server will do it.
-That is not thrown away: what the engine compiles lands in the user's cache, so that opening it in the server is quick and takes little
-time from its requests.
+if memory runs out. There the whole of `muntin.runtime.verify` is done, and the model is opened and warmed up as it will be to serve.
+That is not thrown away: what the engine compiles lands in the user's cache, so that the process that is to serve (`engine_process`) opens
+it quickly.
 
 Question and answer are JSON over pipes. What the process prints otherwise is kept aside and named if it dies.
 """
@@ -33,9 +33,11 @@ from muntin import errors
 from muntin.artifact import Signature
 from muntin.errors import MuntinError, RecipeError, VerificationError
 from muntin.runtime.hardware import memory_gib
-from muntin.runtime.memory import resident
+from muntin.runtime.memory import resident, resident_of
 from muntin.runtime.session import Session
 from muntin.runtime.verification import verify
+from muntin.serving.engine_host import call_of, opening_of
+from muntin.serving.engine_process import can_open_apart, open_apart
 from muntin.serving.scheduling import take_short_turns
 from muntin.serving.version import Call, NotReadyError, Opened, Opening, open_version
 
@@ -228,21 +230,12 @@ def _await_answer(
             raise VerificationError(
                 f"{path}: it was not open, verified and warm after {limits.seconds:g} s: it hangs, or needs a longer limit"
             )
-        taken = _resident_bytes(process.pid)
+        taken = resident_of(process.pid)
         if most is not None and taken is not None and taken > most:
             raise VerificationError(
                 f"{path}: opening it took {taken / 2**30:.2f} GiB of memory (allowed: {most / 2**30:.2f}): "
                 "warm it up for smaller images or batches, or allow more"
             )
-
-
-def _resident_bytes(pid: int) -> int | None:
-    """Resident memory of a process; None where the system does not say, or it has ended."""
-    try:
-        pages = int(Path(f"/proc/{pid}/statm").read_text(encoding="ascii").split()[1])
-    except (OSError, IndexError):
-        return None
-    return pages * os.sysconf("SC_PAGE_SIZE")
 
 
 def _how_it_ended(returncode: int, printed: IO[bytes]) -> str:
@@ -262,13 +255,8 @@ def _read(answer: bytes, path: Path) -> Probation:
     if "error" in found:
         kind: type[MuntinError] = getattr(errors, found["error"], VerificationError)
         raise kind(found["text"])
-    latency_ms = {_call(call): milliseconds for call, milliseconds in found.pop("latency_ms")}
+    latency_ms = {call_of(call): milliseconds for call, milliseconds in found.pop("latency_ms")}
     return Probation(signature=Signature.model_validate(found.pop("signature")), latency_ms=latency_ms, **found)
-
-
-def _call(values: list[Any]) -> Call:
-    (B, H, W), labels = values
-    return Call((B, H, W), labels)
 
 
 # ---- from a path to a version that is open here ----
@@ -300,8 +288,13 @@ class ArtifactLoader:
         return probe(path, self.opening, self._calls(lately), limits=limits, stopped=stopped)
 
     def open(self, path: Path, lately: Mapping[Call, int], found: Probation, stopped: Callable[[], bool] = _never) -> Opened:
-        opened = open_version(path, self.opening, self._calls(lately), rest=REST if lately else 0.0, stopped=stopped)
+        rest, calls = REST if lately else 0.0, self._calls(lately)
+        if can_open_apart():
+            opened = open_apart(path, self.opening, calls, rest=rest, seconds=self.limits.seconds, stopped=stopped)
+        else:
+            opened = open_version(path, self.opening, calls, rest=rest, stopped=stopped)
         if opened.digest != found.digest:
+            opened.session.close()
             raise _replaced(path)
         return opened
 
@@ -325,11 +318,10 @@ def answer() -> None:
         question = json.load(sys.stdin)
         _confine(Limits(**question["limits"]))
         module, name = question["examine"]
-        fields = question["opening"]
-        opening = Opening(**(fields | {"calls": tuple(_call(call) for call in fields["calls"])}))
+        opening = opening_of(question["opening"])
         try:
             examined: Examine = getattr(import_module(module), name)
-            found = examined(Path(question["path"]), opening, tuple(_call(call) for call in question["lately"]))
+            found = examined(Path(question["path"]), opening, tuple(call_of(call) for call in question["lately"]))
             said = asdict(found) | {"signature": found.signature.model_dump(mode="json"), "latency_ms": list(found.latency_ms.items())}
         except MuntinError as error:
             said = {"error": type(error).__name__, "text": str(error)}

@@ -6,9 +6,9 @@ Whatever is decided is decided by the batcher, under the one lock, which is neve
 delivered by the thread that computed them, before it asks for more. Jobs whose time passes while all of the workers compute are told by a
 thread that sleeps until the first of them may be too late: most jobs are answered before, so it is hardly ever woken.
 
-That thread also finds calls of the engine that do not come back. No such call can be ended: its batch is answered with an error, and
-another thread takes the place of the one that it keeps. Of these there is a bound, beyond which the engine is taken for dead: then
-everything is refused.
+That thread also finds calls of the engine that do not come back. Where the engine can be interrupted it is, and whoever computes goes on
+from there. Otherwise the batch is answered with an error, and another thread takes the place of the one that it keeps. Of these there is a
+bound, beyond which the engine is taken for dead: then everything is refused.
 """
 
 from __future__ import annotations
@@ -39,20 +39,25 @@ _GRACE_S = 0.5
 """Beyond a batch's time: whoever computes it finds out first, so that what waits for a version that hangs is computed by another one."""
 
 
+def _cannot(since: float) -> bool:
+    return False
+
+
 class EngineError(MuntinError):
     """The engine broke its contract: another number of answers than of requests, it tried to end the thread that it ran on, or it does not
     come back."""
 
 
 class _Worker:
-    """A thread that computes. `due`: when what it computes, `batch`, counts as what does not come back."""
+    """A thread that computes `batch` since `since`. `due`: when it counts as one that does not come back. `again`: put off once."""
 
-    __slots__ = ("batch", "due", "hangs", "thread")
+    __slots__ = ("again", "batch", "due", "hangs", "since", "thread")
 
     def __init__(self) -> None:
         self.batch: Batch | None = None
         self.due = math.inf
-        self.hangs = False
+        self.since = math.inf
+        self.hangs = self.again = False
         self.thread = threading.current_thread()  # until it has its own
 
 
@@ -60,16 +65,26 @@ class Runner:
     """Runs a batcher on `workers` threads, from now until `close`. Any thread may call it.
 
     `execute` is called by all of the threads at the same time. `clock`: seconds, never going back, the same that deadlines are given in.
+    `interrupt(since)` is called when a batch that began then does not come back, to end calls of the engine that do not; True where any was
+    ended since: then the batch has as long again, once, for whatever computes it instead.
 
     Where `execute` raises for a batch of several jobs, each of them is computed once more alone, so that one bad request fails alone.
     Not so for MemoryError, which every job of the batch gets: computing the same rows again would press a machine without memory further.
     Raises ValueError for another number of workers than the batcher counts on.
     """
 
-    def __init__(self, batcher: Batcher, execute: Execute, *, workers: int = 1, clock: Callable[[], float] = time.monotonic) -> None:
+    def __init__(
+        self,
+        batcher: Batcher,
+        execute: Execute,
+        *,
+        workers: int = 1,
+        clock: Callable[[], float] = time.monotonic,
+        interrupt: Callable[[float], bool] = _cannot,
+    ) -> None:
         if workers != batcher.workers:
             raise ValueError(f"workers={workers}: the batcher reckons with {batcher.workers}, give both the same")
-        self._batcher, self._execute, self._clock = batcher, execute, clock
+        self._batcher, self._execute, self._clock, self._interrupt = batcher, execute, clock, interrupt
         lock = threading.Lock()
         self._changed, self._expiry, self._left = (threading.Condition(lock) for _ in range(3))
         self._done: dict[Job, Done] = {}  # of every job that was admitted and not answered
@@ -183,7 +198,8 @@ class Runner:
                 now = self._clock()
                 step = self._batcher.poll(now)
                 if step.batch is not None:
-                    worker.batch, worker.due = step.batch, now + step.batch.within + _GRACE_S
+                    worker.batch, worker.again = step.batch, False
+                    worker.since, worker.due = now, now + step.batch.within + _GRACE_S
                 if step.batch is not None or step.dropped:
                     self._mind_expiry(worker.due)
                     return step.batch, self._taken(step.dropped)
@@ -207,18 +223,29 @@ class Runner:
     def _look(self) -> bool:
         """Waits until a job may be too late or a batch is overdue, and tells those that are; False: the end. As of `_turn`, no local name
         outlives it."""
-        dropped = self._expired()
-        if dropped is not None:
-            _deliver_all(dropped)
-        return dropped is not None
+        if not self._await_look():
+            return False
+        with self._changed:
+            now = self._clock()
+            overdue = [worker.since for worker in self._workers if worker.due <= now and not worker.again]
+        interrupted = bool(overdue) and self._interrupt(min(overdue))
+        _deliver_all(self._expired(now, interrupted=interrupted))
+        return True
 
-    def _expired(self) -> list[tuple[Done, Answer]] | None:
+    def _await_look(self) -> bool:
+        """False: the end."""
         with self._changed:
             while not self._ended and (now := self._clock()) < self._look_at:
                 self._expiry.wait(min(self._look_at - now, threading.TIMEOUT_MAX))
-            if self._ended:
-                return None
+            return not self._ended
+
+    def _expired(self, now: float, *, interrupted: bool) -> list[tuple[Done, Answer]]:
+        with self._changed:
             self._looked = now
+            if interrupted:
+                for worker in self._workers:
+                    if worker.due <= now and not worker.again and worker.batch is not None:
+                        worker.due, worker.again = now + worker.batch.within, True
             dropped = self._taken(self._batcher.expire(now)) + self._give_up_overdue(now)
             due = min((worker.due for worker in self._workers), default=math.inf)
             self._look_at = max(min(self._batcher.expiry, due), now + LOOK_S)
@@ -284,7 +311,8 @@ class Runner:
     def _alone(self, worker: _Worker, batch: Batch, job: Job) -> Answer:
         if worker.hangs:  # nobody waits for the rest
             return None
-        worker.due = self._clock() + batch.within + _GRACE_S  # each call has its time
+        now = self._clock()
+        worker.since, worker.due, worker.again = now, now + batch.within + _GRACE_S, False  # each call has its time
         answers, error = self._call(Batch((job,), batch.group, job.rows, batch.within))
         return answers[0] if error is None else error
 

@@ -7,16 +7,16 @@ import os
 import platform
 import struct
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+import time
+from contextlib import suppress
 from functools import cache
 from pathlib import Path
-from threading import Event, Thread, get_native_id
+from threading import Thread
 
 SLICE_S = 0.0001
 """The shortest that Linux takes."""
-IDLE_S = 2.0
-"""Seconds after which a thread that stands back gets a share though no core is idle."""
+IDLE_S = 60.0
+"""Seconds after which a process that stands back gets a share though no core is idle."""
 BACK = 10
 """How much nicer it is then: a tenth of the usual weight (kernel/sched/core.c, sched_prio_to_weight)."""
 _SET, _GET = {"x86_64": (314, 315), "aarch64": (274, 275)}.get(platform.machine(), (None, None))
@@ -24,12 +24,23 @@ _ATTRIBUTES = struct.Struct("=IIQiIQQQ")  # sched_attr: size, policy, flags, nic
 
 
 def take_short_turns() -> bool:
-    """Asks for short turns on the core for the calling thread and those that it starts from now on; says whether they were given.
+    """Asks for short turns on the core for the calling thread and those, and the processes, that it starts from now on; says whether they
+    were given.
 
     A thread that answers need not wait then until an engine on its core has had a turn of milliseconds, and one that works in the
     background makes nobody wait so long. From Linux 6.12 on a thread that wakes and wants a shorter turn interrupts a longer one (EEVDF,
     `PREEMPT_SHORT`). It gets no more of the core by that, and needs no privilege. Elsewhere nothing changes.
     """
+    return _take_turns_of(SLICE_S)
+
+
+def take_usual_turns() -> bool:
+    """The way back from `take_short_turns`."""
+    return _take_turns_of(0.0)
+
+
+def _take_turns_of(seconds: float) -> bool:
+    """0: as the system likes."""
     if not sys.platform.startswith("linux") or _SET is None:
         return False
     libc = ctypes.CDLL(None, use_errno=True)
@@ -39,53 +50,57 @@ def take_short_turns() -> bool:
     _, policy, flags, nice, priority, _, deadline, period = _ATTRIBUTES.unpack(raw.raw)
     if policy != 0:  # whoever started this chose another one
         return False
-    wanted = _ATTRIBUTES.pack(_ATTRIBUTES.size, policy, flags, nice, priority, round(SLICE_S * 1e9), deadline, period)
+    wanted = _ATTRIBUTES.pack(_ATTRIBUTES.size, policy, flags, nice, priority, round(seconds * 1e9), deadline, period)
     return bool(libc.syscall(_SET, 0, ctypes.create_string_buffer(wanted, len(wanted)), 0) == 0)
 
 
-@contextmanager
-def standing_back() -> Iterator[None]:
-    """Inside the block the calling thread computes only while a core has nothing else to do, where it may have its share again afterwards.
+class Standing:
+    """Of a process that was started in `SCHED_IDLE`: it computes only while a core has nothing else to do, until it may do as others do.
 
-    Threads that are started meanwhile, by an engine that is opened, inherit that; at the end of the block they are as others are. After
-    `IDLE_S` all of them get a tenth of what others get, so that on cores that are never idle the block comes to an end. Where Linux does
-    not allow the way back (it wants CAP_SYS_NICE or a limit on niceness for it), and elsewhere, nothing changes.
+    To be made before it is started, where it is `allowed`.
     """
-    if not _may_come_back():
-        yield
-        return
-    mine, usual, left = get_native_id(), os.getpriority(os.PRIO_PROCESS, 0), Event()
-    before = _threads()
 
-    def take_a_share() -> None:
-        if not left.wait(IDLE_S):
-            _change({mine} | (_threads() - before - {get_native_id()}), os.SCHED_OTHER, usual + BACK)
+    def __init__(self) -> None:
+        self._usual = os.getpriority(os.PRIO_PROCESS, 0)
+        self._shares_from = time.monotonic() + IDLE_S
+        self._shares = False
 
-    waiting = Thread(target=take_a_share, name="muntin-share")
-    waiting.start()  # before this thread stands back, or it would inherit that
-    _change({mine}, os.SCHED_IDLE, usual)
-    try:
-        yield
-    finally:
-        left.set()
-        waiting.join()
-        back = {mine}
-        while back:
-            _change(back, os.SCHED_OTHER, usual)
-            before |= back
-            # one of them may have started others
-            back = {thread for thread in _threads() - before if _standing(thread) not in (None, (os.SCHED_OTHER, usual))}
+    @staticmethod
+    def allowed() -> bool:
+        """Whether there is a way back: Linux wants CAP_SYS_NICE or a limit on niceness for it."""
+        return _may_come_back()
+
+    def mind(self, process: int) -> None:
+        """To be called now and then while it stands back: after `IDLE_S` it gets a tenth of what others get, so that on cores that are
+        never idle it comes to an end."""
+        if not self._shares and time.monotonic() >= self._shares_from:
+            self._shares = True
+            self._change(process, self._usual + BACK)
+
+    def usual(self, process: int) -> None:
+        """It has its share again."""
+        self._change(process, self._usual)
+
+    def _change(self, process: int, niceness: int) -> None:
+        niceness = min(niceness, 19)
+        changed: set[int] = set()
+        while threads := _threads(process) - changed:  # one of them may have started others meanwhile
+            _change(threads, os.SCHED_OTHER, niceness)
+            changed |= threads
 
 
-def _threads() -> set[int]:
-    return {int(path.name) for path in Path("/proc/self/task").iterdir()}
+def stand_back(process: int) -> None:
+    """For good: it computes only while a core has nothing else to do. Elsewhere than on Linux nothing changes."""
+    if hasattr(os, "SCHED_IDLE"):
+        with suppress(OSError):
+            _change(_threads(process), os.SCHED_IDLE, os.getpriority(os.PRIO_PROCESS, 0))
 
 
-def _standing(thread: int) -> tuple[int, int] | None:
-    """Policy and niceness, of which each thread of Linux has its own. None where it has ended."""
+def _threads(process: int) -> set[int]:
+    """None where it has ended, or the system has no such folder."""
     with suppress(OSError):
-        return os.sched_getscheduler(thread), os.getpriority(os.PRIO_PROCESS, thread)
-    return None
+        return {int(path.name) for path in Path(f"/proc/{process}/task").iterdir()}
+    return set()
 
 
 def _change(threads: set[int], policy: int, niceness: int) -> None:

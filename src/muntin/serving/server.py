@@ -30,6 +30,7 @@ import uvicorn
 
 from muntin.artifact import Manifest, open_artifact
 from muntin.errors import ArtifactError, DataError, MuntinError
+from muntin.runtime.memory import resident_of
 from muntin.serving.access_log import AccessLog
 from muntin.serving.batcher import Batcher
 from muntin.serving.certificate import Certificate
@@ -221,7 +222,7 @@ class Server:
             workers=config.streams,
             margin=MARGIN_S if objective is None else min(MARGIN_S, MARGIN_SHARE * objective),
         )
-        runner = Runner(batcher, executor, workers=config.streams)
+        runner = Runner(batcher, executor, workers=config.streams, interrupt=self.slot.interrupt)
         service = Service(
             self.slot, runner, executor, metrics=metrics, objective=objective, max_rows=config.max_batch,
             max_pixels=config.bounds.image_pixels,
@@ -463,6 +464,17 @@ def _expose(metrics: Metrics, service: Service, runner: Runner, ledger: Ledger, 
     metrics.read(
         "gauge", "muntin_version_ready", "Versions that can answer.", ("version",),
         lambda: [((entry.version,), 1.0) for entry in service.slot.index() if entry.state == "ready"],
+    )  # fmt: skip
+    metrics.read(
+        "counter", "muntin_engine_deaths", "Processes of a version's engine that ended, or were ended since it hung.", ("version",),
+        lambda: [((version.name,), float(version.session.deaths)) for version in service.slot.open if version.open],
+    )  # fmt: skip
+    metrics.read(
+        "gauge", "muntin_engine_resident_memory_bytes", "Memory of the process of a version's engine.", ("version",),
+        lambda: [
+            ((version.name,), float(sum(resident_of(process) or 0 for process in version.session.process_ids)))
+            for version in service.slot.open if version.open
+        ],
     )  # fmt: skip
     metrics.read(
         "counter", "muntin_connections_refused", "Requests that were refused before they were whole, by status.", ("status",),

@@ -33,6 +33,7 @@ from muntin.serving.telling import plain, told_safely
 from muntin.serving.version import (
     Begun,
     Call,
+    EngineDiedError,
     NotReadyError,
     Opened,
     RefusedError,
@@ -141,6 +142,8 @@ class Slot:
         self._asked = -inf  # when a batch was last begun or computed
         self._due = inf  # not before this a batch is overdue
         self._gone: list[Session] = []
+        self._stuck: list[tuple[Session, float]] = []
+        self._interrupted_at = -inf
         self._lines: list[str] = []
 
     # ---- requests ----
@@ -194,6 +197,11 @@ class Slot:
             self.settle()
         return version.overdue > 0
 
+    def interrupt(self, since: float) -> bool:
+        """Ends calls that do not come back, where that can be done; whether any was ended since then."""
+        self.settle()
+        return self._interrupted_at >= since
+
     def begin(self, version: Version, *, rows: int, within: float = inf) -> Begun:
         """A batch that is computed by a version from now on, which stays open until `end`, or `observe`, is told of it.
 
@@ -236,6 +244,8 @@ class Slot:
                 self._end(begun)
                 if begun.overdue:
                     return
+            if isinstance(error, EngineDiedError):
+                self._lines.append(f"version {version.name}: {error}")
             self._asked = self.clock()
             if error is None:
                 version.latencies.add(rows if call is None else call, seconds)
@@ -269,12 +279,18 @@ class Slot:
     @property
     def ready(self) -> bool:
         """Whether a request can be admitted."""
-        return self._current is not None
+        current = self._current
+        return current is not None and current.able
 
     @property
     def current(self) -> Version | None:
         """The version that answers, for what describes the model; to compute with it, take a lease."""
         return self._current
+
+    @property
+    def open(self) -> tuple[Version, ...]:
+        """The versions that are in service: the current one, a candidate, the previous one."""
+        return self._in_service()
 
     def index(self) -> tuple[IndexEntry, ...]:
         """Every version there is, and the last that failed or went; those that came last at the end.
@@ -369,10 +385,14 @@ class Slot:
         with self._changed:
             gone, self._gone = self._gone, []
             lines, self._lines = self._lines, []
+            stuck, self._stuck = self._stuck, []
+        for session, within in stuck:
+            if session.interrupt(within):
+                self._interrupted_at = self.clock()
         for line in lines:
             self._notify(f"{self.name}: {line}")
         if gone:
-            dispose(gone, self._closed)
+            dispose(gone)
 
     def _lend(self, version: Version) -> Lease:
         version.leases += 1
@@ -465,6 +485,7 @@ class Slot:
                 elif not begun.overdue:
                     begun.overdue = True
                     version.overdue += 1
+                    self._stuck.append((version.session, begun.due - begun.at))
                     self._lines.append(f"version {version.name} did not come back with {begun.rows} images in {now - begun.at:.3g} s")
                     if (tally := self._tally(version)) is not None:
                         tally.rows += begun.rows

@@ -15,7 +15,7 @@ import math
 import time
 from collections import OrderedDict, deque
 from collections.abc import Callable, Hashable, Iterable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -26,7 +26,6 @@ from muntin.errors import DataError, MuntinError, VerificationError
 from muntin.runtime.engines import DEFAULT_ENGINE, ENGINES, PRECISIONS, load
 from muntin.runtime.session import Session, Shape, check_shape, check_streams, check_threads
 from muntin.runtime.verification import replay
-from muntin.serving.scheduling import standing_back
 
 State = Literal["loading", "ready", "draining", "unloaded", "failed"]
 CALLS = 16
@@ -47,6 +46,10 @@ class NotReadyError(MuntinError):
 
 class RefusedError(MuntinError):
     """A sound version may not take over: it has another contract, or did worse than the one that serves."""
+
+
+class EngineDiedError(MuntinError):
+    """The process that an engine runs in has ended, or was ended, in the midst of a call."""
 
 
 class Call(NamedTuple):
@@ -160,14 +163,8 @@ def _step(path: Path, *, rest: float, stopped: Callable[[], bool]) -> Iterator[N
     if stopped():
         raise NotReadyError(f"{path}: opening it was ended with the server")
     started = time.perf_counter()
-    with standing_back() if rest else nullcontext():
-        yield
-    time.sleep(rest_after(started, rest))
-
-
-def rest_after(started: float, rest: float) -> float:
-    """Seconds to do nothing for after a step that began then (`time.perf_counter`): `rest` times as long as it took, within a bound."""
-    return min(LONGEST_REST_S, rest * (time.perf_counter() - started))
+    yield
+    time.sleep(min(LONGEST_REST_S, rest * (time.perf_counter() - started)))
 
 
 def contract_difference(new: Signature, old: Signature, *, other_classes: bool = False) -> str:
@@ -267,6 +264,12 @@ class Version:
     @property
     def open(self) -> bool:
         return self._session is not None
+
+    @property
+    def able(self) -> bool:
+        """Whether it is open, and its engine can be asked."""
+        session = self._session
+        return session is not None and session.able
 
     def opened(self, opened: Opened) -> None:
         self._session, self._signature, self.digest, self.state = opened.session, opened.signature, opened.digest, "ready"

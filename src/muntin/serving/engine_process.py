@@ -1,0 +1,402 @@
+"""An artefact that is open in a process of its own: for the server a session like another.
+
+    call -> a lane: images into its memory -> the process computes -> the answer out of it
+
+An engine is native code. What it does wrong stays in its process: where it crashes, the call fails and the next one begins another
+process; where it does not come back, it is ended, which no thread can be. While a version is opened, and when it goes, its compiling and
+freeing take nothing of the interpreter's and the allocator's locks that requests need; and what it held goes with it, to the last byte.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections import OrderedDict
+from collections.abc import Callable, Iterable
+from contextlib import suppress
+from dataclasses import asdict, dataclass, field
+from functools import partial
+from math import inf
+from mmap import mmap
+from pathlib import Path
+from threading import Lock
+from typing import Any
+from weakref import finalize
+
+import numpy as np
+from numpy.typing import DTypeLike, NDArray
+
+from muntin.artifact import Signature
+from muntin.errors import VerificationError
+from muntin.runtime.session import ExecutedLayer, Session, Shape, check_shapes
+from muntin.serving.engine_host import CALL, DONE, FAILED, KEPT, LABELS, OTHER, SCORES, error_of, receive, remember, send
+from muntin.serving.scheduling import Standing, stand_back
+from muntin.serving.shared_memory import Shared, SharedBuffers, new_file
+from muntin.serving.version import Call, EngineDiedError, NotReadyError, Opened, Opening
+
+DEATHS = 3
+"""Deaths of an engine without an answer between, after which it is not begun again at once."""
+PAUSE_S = 2.0
+"""Then it has to wait so long, twice as long after each further one, `LONGEST_PAUSE_S` at most."""
+LONGEST_PAUSE_S = 60.0
+_POLL_S = 0.05
+_END_S = 5.0
+"""What a process has to end in after it was killed: the kernel frees its memory."""
+_START = """
+import os, sys
+if {idle!r}:  # before anything is imported
+    os.sched_setscheduler(0, os.SCHED_IDLE, os.sched_param(0))
+sys.path[:] = {path!r}
+from muntin.serving.engine_host import main
+main()
+"""
+
+
+class _Lane:
+    """One call at a time: a connection, and memory for images that both processes have mapped."""
+
+    def __init__(self, control: socket.socket) -> None:
+        self.asked_at = inf
+        """Since when the process is to answer (`time.monotonic`): then nobody else may ask. inf: it has answered."""
+        self._images: NDArray[np.uint8] | None = None
+        self._places: OrderedDict[int, None] = OrderedDict()
+        self._file = new_file()
+        self._calls, theirs = socket.socketpair()
+        with theirs:
+            send(control, {}, theirs.fileno(), self._file)
+
+    def ask(self, **question: Any) -> dict[str, Any]:
+        """Raises EOFError or ConnectionError where the process is gone, and what it raised there."""
+        self.asked_at = time.monotonic()
+        self._calls.sendall(CALL.pack(OTHER, *[0] * 8))
+        send(self._calls, question)
+        self._await_done()
+        return self._message()
+
+    def compute(self, operation: int, images_BHWC: NDArray[np.uint8], place: Shared) -> None:
+        """The answer is in its place then. Raises as `ask` does."""
+        size = self._put(images_BHWC)
+        follows = place.number not in self._places
+        self._places[place.number] = None
+        remember(self._places, place.number, place.size)
+        self.asked_at = time.monotonic()
+        self._calls.sendall(CALL.pack(operation, *images_BHWC.shape, size, place.number, place.size, follows))
+        if follows:
+            socket.send_fds(self._calls, [b"."], [place.file])
+        self._await_done()
+        self.asked_at = inf
+        if size > KEPT:
+            self._images = None
+            os.ftruncate(self._file, 0)
+
+    def _await_done(self) -> None:
+        came = self._calls.recv(1)
+        if came == FAILED:
+            raise error_of(self._message())
+        if came != DONE:
+            raise EOFError
+
+    def _message(self) -> dict[str, Any]:
+        came = receive(self._calls)
+        if came is None:
+            raise EOFError
+        self.asked_at = inf
+        return came[0]
+
+    def _put(self, images_BHWC: NDArray[np.uint8]) -> int:
+        wanted = images_BHWC.nbytes
+        if self._images is None or self._images.nbytes < wanted:
+            size = 1 << max(16, (wanted - 1).bit_length()) if wanted <= KEPT else wanted
+            self._images = None
+            os.ftruncate(self._file, size)
+            self._images = np.frombuffer(mmap(self._file, size), np.uint8)
+        self._images[:wanted] = images_BHWC.reshape(-1)
+        return self._images.nbytes
+
+    def close(self) -> None:
+        file, self._file = self._file, -1
+        if file >= 0:
+            self._calls.close()
+            os.close(file)
+
+    __del__ = close
+
+
+@dataclass(kw_only=True)
+class _Running:
+    """A process that has opened its artefact: what it said of it, its lanes that nobody uses now, and the others."""
+
+    process: subprocess.Popen[bytes]
+    control: socket.socket
+    said: dict[str, Any] = field(default_factory=dict)
+    # Each operation on these is atomic: a lock of ours would be one more thing that a call has to do.
+    lanes: list[_Lane] = field(default_factory=list)
+    busy: set[_Lane] = field(default_factory=set)
+
+    def end(self, *, gently: bool = False) -> None:
+        """`gently`: the kernel frees its memory where that keeps nobody waiting."""
+        if gently:
+            stand_back(self.process.pid)
+        self.process.kill()
+        self.control.close()
+        while self.lanes:
+            self.lanes.pop().close()
+        with suppress(subprocess.TimeoutExpired):
+            self.process.wait(_END_S)
+
+    def how_it_ended(self) -> str:
+        with suppress(subprocess.TimeoutExpired):
+            self.process.wait(_END_S)
+        code = self.process.returncode
+        if code is None:
+            return "it does not answer"
+        if code >= 0:
+            return f"exit code {code}"
+        what = signal.strsignal(-code)
+        return f"signal {-code}" + (f", {what}" if what else "")
+
+
+@dataclass
+class _Now:
+    """The process that computes for a session; None between two of them, and at the end."""
+
+    running: _Running | None
+
+    def end(self, *, gently: bool = False) -> None:
+        running, self.running = self.running, None
+        if running is not None:
+            running.end(gently=gently)
+
+
+def can_open_apart() -> bool:
+    """Whether this system can hand an open file to another process, which memory that two have mapped takes. Windows cannot."""
+    return hasattr(socket, "send_fds") and hasattr(socket, "AF_UNIX")
+
+
+def open_apart(
+    path: Path,
+    opening: Opening,
+    lately: Iterable[Call],
+    *,
+    rest: float,
+    seconds: float,
+    stopped: Callable[[], bool],
+) -> Opened:
+    """As `open_version`, in a new process; takes the second longer that Python and the engine take to start.
+
+    With `rest`, above 0 where requests are answered meanwhile, it takes only what the cores have left, where it may have its share again
+    afterwards (`Standing`), otherwise it rests between its steps. Raises what opening raises, VerificationError where the process dies or
+    is not done in `seconds`, NotReadyError where `stopped`.
+    """
+    begin = partial(_begin, path, opening, tuple(lately), seconds=seconds)
+    running = begin(rest=rest, stopped=stopped)
+    said = running.said
+    return Opened(
+        session=EngineProcess(running, partial(begin, digest=said["digest"]), path),
+        signature=Signature.model_validate(said["signature"]),
+        digest=said["digest"],
+        calls=tuple(Call((B, H, W), labels) for (B, H, W), labels in said["calls"]),
+    )
+
+
+def _never() -> bool:
+    return False
+
+
+def _begin(
+    path: Path,
+    opening: Opening,
+    lately: tuple[Call, ...],
+    *,
+    seconds: float,
+    rest: float = 0.0,
+    stopped: Callable[[], bool] = _never,
+    digest: str = "",
+) -> _Running:
+    """`digest`: what the artefact has to have still."""
+    standing = Standing() if rest and Standing.allowed() else None
+    control, theirs = socket.socketpair()
+    with theirs:
+        process = subprocess.Popen(  # noqa: S603 - this Python, and a text of ours
+            [sys.executable, "-c", _START.format(path=sys.path, idle=standing is not None)],
+            stdin=theirs.fileno(),
+            stdout=2,  # standard output may be the access log; engines print what they like
+            process_group=0,  # as a trial's (`probation`)
+        )
+    running = _Running(process=process, control=control)
+    try:
+        question = {"path": str(path), "opening": asdict(opening), "lately": lately, "rest": rest if standing is None else 0.0}
+        running.said = _ask_to_open(running, question, standing, seconds, stopped)
+        if digest and running.said["digest"] != digest:
+            raise VerificationError(f"{path}: it was replaced while it served: load it again")
+        if standing is not None:
+            standing.usual(process.pid)
+    except BaseException:
+        running.end()
+        raise
+    return running
+
+
+def _ask_to_open(
+    running: _Running, question: dict[str, Any], standing: Standing | None, seconds: float, stopped: Callable[[], bool]
+) -> dict[str, Any]:
+    path = question["path"]
+    with suppress(OSError):  # what it died of is told below
+        send(running.control, question)
+    began = time.monotonic()
+    running.control.settimeout(_POLL_S)
+    while True:
+        try:
+            first = running.control.recv(1, socket.MSG_PEEK)
+        except TimeoutError:
+            first = None
+        except ConnectionError:
+            first = b""
+        now = time.monotonic()
+        if first is not None:
+            break
+        if stopped():
+            raise NotReadyError(f"{path}: opening it was ended with the server")
+        if now - began > seconds:
+            raise VerificationError(f"{path}: it was not open and warm after {seconds:g} s: it hangs, or needs a longer limit")
+        if standing is not None:
+            standing.mind(running.process.pid)
+    running.control.settimeout(None)
+    came = receive(running.control)
+    if came is None:
+        raise VerificationError(f"{path}: its engine ended the process that opened it: {running.how_it_ended()}")
+    said = came[0]
+    if "error" in said:
+        error = error_of(said)
+        if isinstance(error, MemoryError):
+            raise VerificationError(f"{path}: there is no memory to open it") from error
+        raise error
+    return said
+
+
+class EngineProcess(Session):
+    """A session whose engine runs in a process of its own. Threads may share it; each call has a lane.
+
+    What dies with a call raises EngineDiedError there, and the next call begins another process: it takes as long as opening does. One that
+    dies `DEATHS` times without an answer between has to wait before it is begun again, and calls fail at once meanwhile.
+    """
+
+    def __init__(self, running: _Running, begin: Callable[..., _Running], path: Path) -> None:
+        said = running.said
+        super().__init__(
+            signature=Signature.model_validate(said["signature"]),
+            engine=said["engine"],
+            precision=said["precision"],
+            threads=said["threads"],
+            streams=said["streams"],
+            plan=said["plan"],
+        )
+        self._begin, self._path = begin, path
+        self._lock = Lock()  # around what follows
+        self._beginning = Lock()  # around beginning another one, which takes long
+        self._now = _Now(running)
+        finalize(self, self._now.end)  # not __del__: where a cycle goes, what this holds might go before it
+        self._closed = False
+        self._in_a_row = 0
+        self._not_before = 0.0
+        self._answers = SharedBuffers()
+
+    @property
+    def able(self) -> bool:
+        return not self._closed and time.monotonic() >= self._not_before
+
+    @property
+    def process_ids(self) -> tuple[int, ...]:
+        running = self._now.running
+        return () if running is None else (running.process.pid,)
+
+    def _infer(self, images_BHWC: NDArray[np.uint8]) -> NDArray[np.float32]:
+        return self._compute(SCORES, images_BHWC, self.signature.scores_shape(*images_BHWC.shape[:3]), np.float32)
+
+    def _infer_labels(self, images_BHWC: NDArray[np.uint8]) -> NDArray[np.uint8]:
+        B, _, *sides = self.signature.scores_shape(*images_BHWC.shape[:3])
+        return self._compute(LABELS, images_BHWC, (B, *sides), np.uint8)
+
+    def warm_up(self, shapes: Iterable[Shape], *, labels: bool = False, compute: bool = True) -> None:
+        for shape in check_shapes(shapes):
+            self._in_lane(partial(_Lane.ask, op="warm_up", shape=shape, labels=labels, compute=compute))
+
+    def layers(self) -> list[ExecutedLayer]:
+        said = self._in_lane(partial(_Lane.ask, op="layers"))
+        return [ExecutedLayer(**layer) for layer in said["layers"]]
+
+    def interrupt(self, seconds: float) -> bool:
+        with self._lock:
+            running = self._now.running
+            since = inf if running is None else min((lane.asked_at for lane in running.busy.copy()), default=inf)
+        if running is None or time.monotonic() - since < seconds:
+            return False  # what takes long is to begin another one
+        running.process.kill()
+        return True
+
+    def close(self) -> None:
+        with self._lock:
+            self._closed = True
+        self._now.end(gently=True)
+
+    def _compute(self, operation: int, images_BHWC: NDArray[np.uint8], shape: tuple[int, ...], dtype: DTypeLike) -> NDArray[Any]:
+        answer = self._answers.take(shape, dtype)
+        self._in_lane(lambda lane: lane.compute(operation, images_BHWC, self._answers.shared(answer)))
+        return answer
+
+    def _in_lane(self, work: Callable[[_Lane], Any]) -> Any:
+        running = self._now.running or self._alive()
+        lane = None
+        try:
+            try:
+                lane = running.lanes.pop()
+            except IndexError:
+                lane = _Lane(running.control)
+            running.busy.add(lane)
+            done = work(lane)
+        except (EOFError, OSError) as error:
+            if not isinstance(error, EOFError | ConnectionError) and running.process.poll() is None:
+                raise  # there are no files, or no memory, any more
+            raise self._died(running) from error
+        finally:
+            if lane is not None:
+                running.busy.discard(lane)
+                if lane.asked_at == inf:
+                    running.lanes.append(lane)
+        self._in_a_row = 0
+        return done
+
+    def _alive(self) -> _Running:
+        with self._beginning:
+            with self._lock:
+                if self._now.running is not None:
+                    return self._now.running
+                if self._closed:
+                    raise NotReadyError(f"{self._path}: it is closed")
+                left = self._not_before - time.monotonic()
+            if left > 0:
+                raise NotReadyError(f"{self._path}: its engine died {self._in_a_row} times in a row: it is begun again in {left:.0f} s")
+            begun = self._begin()
+            with self._lock:
+                if not self._closed:
+                    self._now.running = begun
+                    return begun
+            begun.end()
+            raise NotReadyError(f"{self._path}: it is closed")
+
+    def _died(self, running: _Running) -> EngineDiedError:
+        how = running.how_it_ended()
+        with self._lock:
+            if self._now.running is running:
+                self._now.running = None
+                self.deaths += 1
+                self._in_a_row += 1
+                if self._in_a_row >= DEATHS:
+                    pause = PAUSE_S * 2 ** (self._in_a_row - DEATHS)
+                    self._not_before = time.monotonic() + min(LONGEST_PAUSE_S, pause)
+        running.end()
+        return EngineDiedError(f"{self._path}: the process of its engine has ended ({how})")

@@ -1,0 +1,386 @@
+"""An engine in a process of its own: it answers as one here does, and whatever becomes of it is an error here, and no more."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from math import inf
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+
+from muntin.errors import ArtifactError, DataError, VerificationError
+from muntin.runtime.buffers import KEPT as BUFFERS
+from muntin.serving import engine_process
+from muntin.serving.batcher import Batcher, Job
+from muntin.serving.engine_host import KEPT, PLACES, error_of, said_of
+from muntin.serving.engine_process import DEATHS, EngineProcess, can_open_apart, open_apart
+from muntin.serving.executor import Executor, Group, Work
+from muntin.serving.latency import LatencyModel
+from muntin.serving.probation import ArtifactLoader
+from muntin.serving.rollout import Rollout
+from muntin.serving.runner import Runner
+from muntin.serving.scheduling import Standing
+from muntin.serving.slot import Slot
+from muntin.serving.version import Call, EngineDiedError, NotReadyError, Opening, open_version
+
+pytestmark = pytest.mark.skipif(not can_open_apart(), reason="files cannot be handed to another process here")
+LINUX = sys.platform.startswith("linux")
+OPENING = Opening(threads=1, dynamic=True, calls=(Call((1, 8, 8)),))
+
+
+def images_of(seed: int, rows: int, height: int, width: int, channels: int = 3) -> NDArray[np.uint8]:
+    return np.random.default_rng(seed).integers(0, 256, (rows, height, width, channels)).astype(np.uint8)
+
+
+def apart(path: Path, *, rest: float = 0.0, seconds: float = 60.0, stopped: Callable[[], bool] = lambda: False) -> EngineProcess:
+    session = open_apart(path, OPENING, [], rest=rest, seconds=seconds, stopped=stopped).session
+    assert isinstance(session, EngineProcess)
+    return session
+
+
+@pytest.fixture(scope="module")
+def path(write_pixels: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model whose scores are the pixels."""
+    return write_pixels(tmp_path_factory.mktemp("apart") / "pixels")
+
+
+@pytest.fixture
+def session(path: Path) -> Iterator[EngineProcess]:
+    opened = apart(path)
+    yield opened
+    opened.close()
+
+
+def pid_of(session: EngineProcess) -> int:
+    (pid,) = session.process_ids
+    return pid
+
+
+def test_it_answers_as_a_session_here_does(session: EngineProcess, path: Path) -> None:
+    here = open_version(path, OPENING, []).session
+    said = ("signature", "engine", "precision", "threads", "streams", "plan")
+    assert [getattr(session, name) for name in said] == [getattr(here, name) for name in said]
+    kept = []
+    for seed in range(4 * PLACES):  # sizes that come again, and more of them than a lane knows
+        images = images_of(seed, 1 + seed % 3, 5 + seed % (PLACES + 3), 8)
+        kept.append((session(images), here(images), session.labels(images), here.labels(images)))
+    for scores, due_scores, labels, due_labels in kept:  # arrays of their own: none was written over by a later call
+        np.testing.assert_array_equal(scores, due_scores)
+        np.testing.assert_array_equal(labels, due_labels)
+    assert session.layers() == here.layers()
+    session.warm_up([(2, 9, 9)], labels=True)
+
+
+@pytest.mark.skipif(not LINUX, reason="memory is read in Linux's form")
+def test_large_images_and_answers_leave_nothing_behind(session: EngineProcess) -> None:
+    images = images_of(1, 1, 1, KEPT // 3 + 100)
+    before = files_of(os.getpid()), files_of(pid_of(session))
+    np.testing.assert_array_equal(session.labels(images)[0], images[0].argmax(2))
+    found = session(images)
+    np.testing.assert_allclose(found[0].transpose(1, 2, 0), images[0], rtol=0.01)
+    del found
+    assert shared_bytes(pid_of(session)) < KEPT
+    for _ in range(3):
+        for width in range(1, 2 * PLACES):
+            session.labels(images[:, :, :width])
+    here, there = files_of(os.getpid()) - before[0], files_of(pid_of(session)) - before[1]
+    assert there <= 2 + 3 + PLACES  # of a lane, its images in each of two models, and its answers
+    assert here <= 2 + 1 + 2 * BUFFERS  # a mapping holds the file once more
+
+
+def files_of(pid: int) -> int:
+    return sum(1 for _ in Path(f"/proc/{pid}/fd").iterdir())
+
+
+def shared_bytes(pid: int) -> int:
+    """Resident, of memory that is shared."""
+    (line,) = [line for line in Path(f"/proc/{pid}/status").read_text().splitlines() if line.startswith("RssShmem")]
+    return int(line.split()[1]) << 10
+
+
+def test_threads_may_share_it(session: EngineProcess) -> None:
+    batches = [images_of(seed, 1 + seed % 3, 8, 8 + seed % 5) for seed in range(60)]
+    with ThreadPoolExecutor(5) as pool:
+        for images, labels in zip(batches, pool.map(session.labels, batches), strict=True):
+            np.testing.assert_array_equal(labels, images.argmax(3))
+
+
+def test_what_is_no_image_is_refused_here(session: EngineProcess) -> None:
+    pid = session.process_ids
+    wrongs: list[Any] = [images_of(1, 1, 4, 4, channels=4), np.zeros((1, 2, 2, 3), np.float32)]
+    for wrong in wrongs:
+        with pytest.raises(DataError):
+            session(wrong)
+    assert session.process_ids == pid
+
+
+@pytest.mark.parametrize("number", [signal.SIGSEGV, signal.SIGKILL])
+def test_an_engine_that_dies_fails_one_call_and_is_begun_again(session: EngineProcess, number: signal.Signals) -> None:
+    images = images_of(1, 1, 8, 8)
+    os.kill(pid_of(session), number)
+    with pytest.raises(EngineDiedError, match=rf"pixels: the process of its engine has ended \(signal {number}, "):
+        session.labels(images)
+    assert session.able
+    np.testing.assert_array_equal(session.labels(images), images.argmax(3))
+    assert session.deaths == 1
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_what_ends_a_service_as_a_whole_leaves_it_to_the_server_to_end_it(session: EngineProcess, number: signal.Signals) -> None:
+    before = session.process_ids
+    os.kill(pid_of(session), number)
+    time.sleep(0.05)
+    assert session(images_of(1, 1, 8, 8)).shape == (1, 3, 8, 8)
+    assert session.process_ids == before
+
+
+def test_one_that_dies_again_and_again_is_left_alone_for_a_while(session: EngineProcess, monkeypatch: pytest.MonkeyPatch) -> None:
+    images = images_of(1, 1, 8, 8)
+    begin = session._begin
+
+    def dying(**given: Any) -> Any:
+        running = begin(**given)
+        running.process.kill()
+        return running
+
+    monkeypatch.setattr(engine_process, "PAUSE_S", 1.5)
+    session._begin = dying
+    os.kill(pid_of(session), signal.SIGKILL)
+    for _ in range(DEATHS):
+        with pytest.raises(EngineDiedError, match="has ended"):
+            session(images)
+    assert not session.able
+    with pytest.raises(NotReadyError, match=f"died {DEATHS} times in a row: it is begun again in [12] s"):
+        session(images)
+    session._begin = begin
+    while not session.able:
+        time.sleep(0.01)
+    assert session(images).shape == (1, 3, 8, 8)
+    os.kill(pid_of(session), signal.SIGKILL)
+    with pytest.raises(EngineDiedError):
+        session(images)
+    assert session.able  # it answered between
+
+
+def test_one_that_hangs_is_interrupted(session: EngineProcess) -> None:
+    images, raised = images_of(1, 1, 8, 8), []
+    os.kill(pid_of(session), signal.SIGSTOP)
+
+    def ask() -> None:
+        with pytest.raises(EngineDiedError) as caught:
+            session(images)
+        raised.append(str(caught.value))
+
+    thread = threading.Thread(target=ask)
+    thread.start()
+    thread.join(0.2)
+    assert thread.is_alive()
+    assert not session.interrupt(60)
+    assert thread.is_alive()
+    assert session.interrupt(0.1)
+    thread.join(20)
+    assert len(raised) == 1
+    np.testing.assert_array_equal(session.labels(images), images.argmax(3))
+
+
+def test_what_took_its_place_on_disk_is_not_begun(write_version: Callable[..., Path], tmp_path: Path) -> None:
+    session = apart(write_version(tmp_path / "1", 1))
+    write_version(tmp_path / "1", 2)
+    images = images_of(1, 1, 8, 8)
+    assert (session.labels(images) == 1).all()
+    os.kill(pid_of(session), signal.SIGKILL)
+    with pytest.raises(EngineDiedError):
+        session.labels(images)
+    with pytest.raises(VerificationError, match="1: it was replaced while it served: load it again"):
+        session.labels(images)
+    session.close()
+
+
+def test_closing_ends_the_process_and_leaves_no_file(path: Path) -> None:
+    before = files_of(os.getpid()) if LINUX else 0
+    session = apart(path)
+    pid = pid_of(session)
+    session.labels(images_of(1, 1, 8, 8))
+    session.close()
+    with pytest.raises(ProcessLookupError):
+        os.kill(pid, 0)
+    assert not session.able
+    assert not session.interrupt(0)
+    with pytest.raises(NotReadyError, match="it is closed"):
+        session.labels(images_of(1, 1, 8, 8))
+    session.close()
+    session._answers._free.clear()
+    assert not LINUX or files_of(os.getpid()) == before
+
+
+ORPHAN = """
+import os, sys
+from pathlib import Path
+from muntin.serving.engine_process import open_apart
+from muntin.serving.version import Opening
+opened = open_apart(Path(sys.argv[1]), Opening(threads=1), [], rest=0.0, seconds=60.0, stopped=lambda: False)
+print(*opened.session.process_ids, flush=True)
+os._exit(0)
+"""
+
+
+def test_it_goes_with_the_process_that_began_it(path: Path, wait_until: Callable[..., None]) -> None:
+    told = subprocess.run([sys.executable, "-c", ORPHAN, str(path)], stdout=subprocess.PIPE, check=True, timeout=60)
+    wait_until(lambda: not alive(int(told.stdout)))
+
+
+def alive(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    status = Path(f"/proc/{pid}/stat")
+    return not status.exists() or status.read_text().rpartition(")")[2].split()[0] != "Z"
+
+
+def test_what_opening_raises_is_raised_here(write_version: Callable[..., Path], tmp_path: Path) -> None:
+    with pytest.raises(ArtifactError, match="nowhere: no such artefact directory"):
+        apart(tmp_path / "nowhere")
+    with pytest.raises(VerificationError, match="standard deviations off a golden pair"):
+        apart(write_version(tmp_path / "1", shift=30))
+    with pytest.raises(VerificationError, match=r"not open and warm after 0\.01 s: it hangs"):
+        apart(write_version(tmp_path / "2"), seconds=0.01)
+    with pytest.raises(NotReadyError, match="was ended with the server"):
+        apart(tmp_path / "2", stopped=lambda: True)
+
+
+def test_one_that_dies_while_it_opens(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(engine_process, "_START", "import os; os.abort()  # {path} {idle}")
+    with pytest.raises(VerificationError, match=r"ended the process that opened it: signal 6, Aborted"):
+        apart(path)
+
+
+@pytest.mark.skipif(not LINUX or not Standing.allowed(), reason="the way back is not allowed here")
+def test_it_opens_on_what_the_cores_have_left_and_then_has_its_share(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[int] = []
+    mind = Standing.mind
+
+    def watched(self: Standing, process: int) -> None:
+        seen.append(os.sched_getscheduler(process))
+        mind(self, process)
+
+    monkeypatch.setattr(Standing, "mind", watched)
+    session = apart(path, rest=3.0)
+    assert set(seen[1:]) == {os.SCHED_IDLE}  # at first it may not have said so yet
+    usual = os.getpriority(os.PRIO_PROCESS, 0)
+    threads = [int(entry.name) for entry in Path(f"/proc/{pid_of(session)}/task").iterdir()]
+    assert {(os.sched_getscheduler(thread), os.getpriority(os.PRIO_PROCESS, thread)) for thread in threads} == {(os.SCHED_OTHER, usual)}
+    session.close()
+
+
+def test_where_there_is_no_way_back_it_rests_between_its_steps(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Standing, "allowed", lambda: False)
+    session = apart(path, rest=0.1)
+    assert not LINUX or os.sched_getscheduler(pid_of(session)) == os.SCHED_OTHER
+    session.close()
+
+
+class UnheardOfError(Exception):
+    pass
+
+
+@pytest.mark.parametrize(
+    ("error", "kind", "text"),
+    [
+        (ArtifactError("a layer"), ArtifactError, "a layer"),
+        (NotReadyError("not yet"), NotReadyError, "not yet"),
+        (MemoryError("std::bad_alloc"), MemoryError, "std::bad_alloc"),
+        (RuntimeError("out of memory"), RuntimeError, "out of memory"),
+        (UnheardOfError("what"), RuntimeError, "UnheardOfError: what"),
+        (RuntimeError("x" * 10**6), RuntimeError, "x" * 4000),
+    ],
+)
+def test_errors_come_over_as_far_as_they_are_known(error: Exception, kind: type[Exception], text: str) -> None:
+    found = error_of(said_of(error))
+    assert type(found) is kind
+    assert str(found) == text
+
+
+# ---- behind a slot ----
+
+
+@pytest.fixture
+def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("muntin.serving.latency.OVERDUE_UNKNOWN_S", 2.0)
+    monkeypatch.setattr("muntin.serving.latency.OVERDUE_S", 2.0)
+    monkeypatch.setattr("muntin.serving.runner._GRACE_S", 0.05)
+
+
+def ask(runner: Runner, slot: Slot, version: str | None = None) -> Any:
+    """What a request is answered."""
+    answered, told = threading.Event(), []
+    lease = slot.lease(version)
+    images = images_of(1, 1, 8, 8)
+    job = Job(group=Group(lease.version, 8, 8, labels=True), payload=Work(images=images, lease=lease))
+
+    def done(answer: Any) -> None:
+        told.append(answer)
+        lease.release()
+        answered.set()
+
+    runner.submit(job, done)
+    assert answered.wait(30)
+    return told[0]
+
+
+@pytest.mark.usefixtures("impatient")
+@pytest.mark.parametrize("number", [signal.SIGSTOP, signal.SIGSEGV])
+def test_what_a_new_version_hangs_or_dies_with_is_answered_by_the_old_one(
+    write_version: Callable[..., Path], tmp_path: Path, wait_until: Callable[..., None], number: signal.Signals
+) -> None:
+    loader = ArtifactLoader(opening=OPENING)
+    told: list[str] = []
+    slot = Slot("m", loader, rollout=Rollout(for_requests=10**6, max_slowdown=inf), notify=told.append)
+    for name in ("1", "2"):
+        slot.load(write_version(tmp_path / name, int(name)), name)
+    batcher = Batcher(LatencyModel(), objective=None, max_rows=1, queue_rows=100, queue_bytes=1 << 20)
+    runner = Runner(batcher, Executor(slot), interrupt=slot.interrupt)
+    new = slot.current
+    assert new is not None
+    assert isinstance(new.session, EngineProcess)
+    pid = pid_of(new.session)
+    assert (ask(runner, slot) == 2).all()
+    os.kill(pid, number)
+    assert (ask(runner, slot) == 1).all()
+    assert (ask(runner, slot) == 1).all()
+    assert len([line for line in told if "rolled back to 1" in line]) == 1
+    if number == signal.SIGSEGV:
+        assert len([line for line in told if "the process of its engine has ended (signal 11, Segmentation fault)" in line]) == 1
+    wait_until(lambda: not alive(pid))
+    assert runner.hanging == 0
+    assert runner.close(30)
+    slot.close()
+
+
+@pytest.mark.usefixtures("impatient")
+def test_the_only_version_that_hangs_is_begun_again(
+    write_version: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("muntin.serving.runner.HANGING", 0)  # a thread that hung for good would be the end
+    slot = Slot("m", ArtifactLoader(opening=OPENING), rollout=Rollout())
+    session = slot.load(write_version(tmp_path / "1", 1), "1").session
+    assert isinstance(session, EngineProcess)
+    batcher = Batcher(LatencyModel(), objective=None, max_rows=1, queue_rows=100, queue_bytes=1 << 20)
+    runner = Runner(batcher, Executor(slot), interrupt=slot.interrupt)
+    for _ in range(2):
+        os.kill(pid_of(session), signal.SIGSTOP)
+        assert isinstance(ask(runner, slot), EngineDiedError)
+        assert (ask(runner, slot) == 1).all()
+    assert runner.able
+    assert runner.close(30)
+    slot.close()
