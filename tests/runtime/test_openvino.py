@@ -13,12 +13,14 @@ from typing import Any
 import numpy as np
 import onnx
 import pytest
+from onnx import TensorProto, helper, numpy_helper
 
 from muntin.errors import ArtifactError, DependencyError
 from muntin.runtime import describe_hardware, load
-from muntin.runtime.openvino import open_openvino
+from muntin.runtime.openvino import _ending_in_labels, open_openvino
 from muntin.runtime.quiet import openvino
 from muntin.runtime.session import STATIC_SHAPES
+from muntin.runtime.signals import signal_stack_kept
 
 CAPABILITIES = openvino.Core().get_property("CPU", "OPTIMIZATION_CAPABILITIES")
 needs_dot_products = pytest.mark.skipif(
@@ -200,6 +202,60 @@ def test_threads_may_share_a_session(convolutions: Any, images_of: Callable[...,
         together = list(pool.map(session, batches))
     for one, other in zip(alone, together, strict=True):
         np.testing.assert_array_equal(one, other)
+
+
+def shuffled(mode: str, *crops: tuple[int, int, int]) -> onnx.ModelProto:
+    """float32 (B, 3, H, W) -> (B, 5, 2H, 2W), of small whole numbers so that many are equal. `crops`: (axis, from, to)."""
+    weight = np.random.default_rng(3).integers(-1, 2, (20, 3, 1, 1)).astype(np.float32)
+    constants, nodes, last = {"weight": weight}, [helper.make_node("Conv", ["images", "weight"], ["wide"])], "s"
+    nodes.append(helper.make_node("DepthToSpace", ["wide"], [last], blocksize=2, mode=mode))
+    for number, bounds in enumerate(crops):
+        inputs = []
+        for name, value in zip(("starts", "ends", "axes"), (bounds[1], bounds[2], bounds[0]), strict=True):
+            constants[f"{name}{number}"] = np.array([value], np.int64)
+            inputs.append(f"{name}{number}")
+        nodes.append(helper.make_node("Slice", [last, *inputs], [f"s{number}"]))
+        last = f"s{number}"
+    nodes[-1].output[:] = ["scores"]
+    graph = helper.make_graph(
+        nodes,
+        "shuffled",
+        [helper.make_tensor_value_info("images", TensorProto.FLOAT, ["B", 3, "H", "W"])],
+        [helper.make_tensor_value_info("scores", TensorProto.FLOAT, ["B", "K", "Y", "X"])],
+        [numpy_helper.from_array(value, name) for name, value in constants.items()],
+    )
+    return helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=10)
+
+
+@pytest.mark.parametrize("static", [True, False])
+@pytest.mark.parametrize(
+    ("mode", "crops", "early"),
+    [
+        ("CRD", [], True),
+        ("CRD", [(2, 0, 9), (3, 1, 10**9)], True),
+        ("CRD", [(-1, 0, -1)], True),
+        ("CRD", [(1, 0, 4), (2, 0, 9)], False),
+        ("DCR", [(2, 0, 9)], False),
+    ],
+)
+def test_labels_are_found_before_channels_become_pixels(mode: str, crops: list[tuple[int, int, int]], early: bool, static: bool) -> None:
+    model = openvino.Core().read_model(model=shuffled(mode, *crops).SerializeToString(), weights=b"")
+    ending = _ending_in_labels(model.clone())
+    order = [node.get_type_name() for node in ending.get_ordered_ops()]
+    assert (order.index("TopK") < order.index("DepthToSpace")) == early
+    for shape in ([2, 3, 5, 6], [1, 3, 7, 2]):
+        images = np.random.default_rng(shape[2]).integers(0, 3, shape).astype(np.float32)
+        both = []
+        for one in (model.clone(), ending.clone()):
+            if static:
+                one.reshape(shape)
+            with signal_stack_kept():
+                compiled = openvino.Core().compile_model(one, "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
+                both.append(compiled([images])[0].copy())
+                del compiled
+        scores, labels = both
+        assert labels.dtype == np.uint8
+        np.testing.assert_array_equal(labels, scores.argmax(1))
 
 
 SILENT = """

@@ -228,16 +228,52 @@ class OpenVinoSession(Session):
 
     def _key(self, variant: Variant) -> str:
         shape, labels = variant
-        return f"{shape or 'one image'} {'labels ' if labels else ''}{sorted(self._options.items())}"
+        return f"{shape or 'one image'} {'labels before pixels ' if labels else ''}{sorted(self._options.items())}"
 
 
 def _ending_in_labels(model: Any) -> Any:
-    """The model with the index of the highest score as its output, uint8, in place of the scores."""
+    """The model with the index of the highest score as its output, uint8, in place of the scores.
+
+    Where channels become pixels at the very end (pixel shuffle, and perhaps a crop), that is done to the labels instead of the scores, which
+    are a byte in place of four for each class.
+    """
     opset = openvino.opset13
     scores = model.outputs[0].get_node().input_value(0)
-    best = opset.topk(scores, opset.constant(np.int64(1)), 1, "max", "value", "i32", stable=True)
-    labels = opset.convert(opset.squeeze(best.output(1), opset.constant(np.int64(1))), "u8")
+    crops, shuffle = [], scores.get_node()
+    while _crops_only(shuffle):
+        crops.append(shuffle)
+        shuffle = shuffle.input_value(0).get_node()
+    if shuffle.get_type_name() != "DepthToSpace" or shuffle.get_attributes()["mode"] != "depth_first":
+        labels = opset.squeeze(_best(scores), opset.constant(np.int64(1)))
+    else:
+        block = shuffle.get_attributes()["block_size"]
+        channels = shuffle.input_value(0)
+        shape = opset.shape_of(channels)
+        rows, columns = (opset.gather(shape, opset.constant([axis]), opset.constant(np.int64(0))) for axis in (2, 3))
+        inside = opset.constant([block * block])
+        apart = opset.concat([opset.constant([0, -1]), inside, rows, columns], 0)  # (B, K, block * block, h, w)
+        best = _best(opset.reshape(channels, apart, special_zero=True).output(0))
+        together = opset.squeeze(best, opset.constant(np.int64(1)))
+        labels = opset.depth_to_space(together, "depth_first", block)
+        for crop in reversed(crops):
+            labels = opset.slice(labels, *(crop.input_value(number) for number in range(1, 5)))
+        labels = opset.squeeze(labels, opset.constant(np.int64(1)))
     return openvino.Model([labels], model.get_parameters(), model.get_friendly_name())
+
+
+def _best(scores: Any) -> Any:
+    """The index along axis 1, uint8; of equal scores the first."""
+    opset = openvino.opset13
+    best = opset.topk(scores, opset.constant(np.int64(1)), 1, "max", "value", "i32", stable=True)
+    return opset.convert(best.output(1), "u8")
+
+
+def _crops_only(node: Any) -> bool:
+    """Whether a node takes a part of an image's rows and columns, and does nothing else."""
+    if node.get_type_name() != "Slice" or node.get_input_size() != 5:
+        return False
+    axes = node.input_value(4).get_node()
+    return axes.get_type_name() == "Constant" and set(axes.get_data().ravel().tolist()) <= {2, 3, -1, -2}
 
 
 def open_openvino(
