@@ -234,8 +234,8 @@ class OpenVinoSession(Session):
 def _ending_in_labels(model: Any) -> Any:
     """The model with the index of the highest score as its output, uint8, in place of the scores.
 
-    Where channels become pixels at the very end (pixel shuffle, and perhaps a crop), that is done to the labels instead of the scores, which
-    are a byte in place of four for each class.
+    Where channels become pixels at the very end (pixel shuffle, and perhaps a crop), that is done to the labels instead of the scores: to a
+    byte in place of four for each class.
     """
     opset = openvino.opset13
     scores = model.outputs[0].get_node().input_value(0)
