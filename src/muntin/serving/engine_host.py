@@ -168,6 +168,13 @@ class _Lane:
         self._places: OrderedDict[int, mmap.mmap] = OrderedDict()
 
     def serve(self) -> None:
+        try:
+            self._serve()
+        finally:
+            self._calls.close()
+            os.close(self._file)
+
+    def _serve(self) -> None:
         while len(head := self._calls.recv(CALL.size, socket.MSG_WAITALL)) == CALL.size:
             operation, *rest = CALL.unpack(head)
             said: dict[str, Any] | None = None
@@ -177,6 +184,7 @@ class _Lane:
                 else:
                     self._compute(self._session.infer_labels if operation == LABELS else self._session.infer, *rest)
             except Exception as error:  # noqa: BLE001 - the other end raises it
+                self._places.clear()  # as the other end does, which cannot know how far this came
                 self._calls.sendall(FAILED)
                 send(self._calls, said_of(error))
             else:
@@ -187,8 +195,10 @@ class _Lane:
     def _compute(self, call: Compute, B: int, H: int, W: int, C: int, size: int, number: int, room: int, follows: bool) -> None:
         if follows:
             _, (file,), _, _ = socket.recv_fds(self._calls, 1, 1)
-            self._places[number] = mmap.mmap(file, room)
-            os.close(file)
+            try:
+                self._places[number] = mmap.mmap(file, room)
+            finally:
+                os.close(file)
         place = self._places[number]
         remember(self._places, number, room)
         images, self._images = self._images, None

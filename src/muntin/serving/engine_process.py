@@ -16,8 +16,8 @@ import subprocess
 import sys
 import time
 from collections import OrderedDict
-from collections.abc import Callable, Iterable
-from contextlib import suppress
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from math import inf
@@ -33,7 +33,7 @@ from numpy.typing import DTypeLike, NDArray
 from muntin.artifact import Signature
 from muntin.errors import VerificationError
 from muntin.runtime.session import ExecutedLayer, Session, Shape, check_shapes
-from muntin.serving.engine_host import CALL, DONE, FAILED, KEPT, LABELS, OTHER, SCORES, error_of, receive, remember, send
+from muntin.serving.engine_host import CALL, DONE, FAILED, KEPT, LABELS, OTHER, SCORES, call_of, error_of, receive, remember, send
 from muntin.serving.scheduling import Standing, stand_back
 from muntin.serving.shared_memory import Shared, SharedBuffers, new_file
 from muntin.serving.version import Call, EngineDiedError, NotReadyError, Opened, Opening
@@ -44,8 +44,8 @@ PAUSE_S = 2.0
 """Then it has to wait so long, twice as long after each further one, `LONGEST_PAUSE_S` at most."""
 LONGEST_PAUSE_S = 60.0
 _POLL_S = 0.05
-_END_S = 5.0
-"""What a process has to end in after it was killed: the kernel frees its memory."""
+_ENDS_S, _END_S = 0.5, 5.0
+"""What a process has to end in whose connection has ended, and one that was killed: the kernel frees its memory."""
 _START = """
 import os, sys
 if {idle!r}:  # before anything is imported
@@ -64,9 +64,10 @@ class _Lane:
         """Since when the process is to answer (`time.monotonic`): then nobody else may ask. inf: it has answered."""
         self._images: NDArray[np.uint8] | None = None
         self._places: OrderedDict[int, None] = OrderedDict()
-        self._file = new_file()
+        self._file = -1
         self._calls, theirs = socket.socketpair()
         with theirs:
+            self._file = new_file()
             send(control, {}, theirs.fileno(), self._file)
 
     def ask(self, **question: Any) -> dict[str, Any]:
@@ -84,18 +85,21 @@ class _Lane:
         self._places[place.number] = None
         remember(self._places, place.number, place.size)
         self.asked_at = time.monotonic()
-        self._calls.sendall(CALL.pack(operation, *images_BHWC.shape, size, place.number, place.size, follows))
-        if follows:
-            socket.send_fds(self._calls, [b"."], [place.file])
-        self._await_done()
-        self.asked_at = inf
-        if size > KEPT:
-            self._images = None
-            os.ftruncate(self._file, 0)
+        try:
+            self._calls.sendall(CALL.pack(operation, *images_BHWC.shape, size, place.number, place.size, follows))
+            if follows:
+                socket.send_fds(self._calls, [b"."], [place.file])
+            self._await_done()
+            self.asked_at = inf
+        finally:
+            if size > KEPT:
+                self._images = None
+                os.ftruncate(self._file, 0)
 
     def _await_done(self) -> None:
         came = self._calls.recv(1)
         if came == FAILED:
+            self._places.clear()
             raise error_of(self._message())
         if came != DONE:
             raise EOFError
@@ -120,10 +124,12 @@ class _Lane:
     def close(self) -> None:
         file, self._file = self._file, -1
         if file >= 0:
-            self._calls.close()
             os.close(file)
+        self._calls.close()
 
-    __del__ = close
+    def __del__(self) -> None:
+        if hasattr(self, "_calls"):
+            self.close()
 
 
 @dataclass(kw_only=True)
@@ -143,14 +149,16 @@ class _Running:
             stand_back(self.process.pid)
         self.process.kill()
         self.control.close()
-        while self.lanes:
-            self.lanes.pop().close()
+        with suppress(IndexError):
+            while True:
+                self.lanes.pop().close()
         with suppress(subprocess.TimeoutExpired):
             self.process.wait(_END_S)
 
     def how_it_ended(self) -> str:
+        """Of one that ends, or has ended."""
         with suppress(subprocess.TimeoutExpired):
-            self.process.wait(_END_S)
+            self.process.wait(_ENDS_S)
         code = self.process.returncode
         if code is None:
             return "it does not answer"
@@ -192,25 +200,34 @@ def open_apart(
     afterwards (`Standing`), otherwise it rests between its steps. Raises what opening raises, VerificationError where the process dies or
     is not done in `seconds`, NotReadyError where `stopped`.
     """
-    begin = partial(_begin, path, opening, tuple(lately), seconds=seconds)
-    running = begin(rest=rest, stopped=stopped)
-    said = running.said
-    return Opened(
-        session=EngineProcess(running, partial(begin, digest=said["digest"]), path),
-        signature=Signature.model_validate(said["signature"]),
-        digest=said["digest"],
-        calls=tuple(Call((B, H, W), labels) for (B, H, W), labels in said["calls"]),
-    )
+    begin = partial(_begin, path, opening, seconds=seconds)
+    running = begin(lately, rest=rest, stopped=stopped)
+    session = EngineProcess(running, begin, path)
+    try:
+        session.try_out()
+    except BaseException:
+        session.close()
+        raise
+    return Opened(session=session, signature=session.signature, digest=running.said["digest"], calls=tuple(session.calls))
 
 
 def _never() -> bool:
     return False
 
 
+@contextmanager
+def _closed_on_error(sock: socket.socket) -> Iterator[None]:
+    try:
+        yield
+    except BaseException:
+        sock.close()
+        raise
+
+
 def _begin(
     path: Path,
     opening: Opening,
-    lately: tuple[Call, ...],
+    lately: Iterable[Call],
     *,
     seconds: float,
     rest: float = 0.0,
@@ -220,7 +237,7 @@ def _begin(
     """`digest`: what the artefact has to have still."""
     standing = Standing() if rest and Standing.allowed() else None
     control, theirs = socket.socketpair()
-    with theirs:
+    with theirs, _closed_on_error(control):
         process = subprocess.Popen(  # noqa: S603 - this Python, and a text of ours
             [sys.executable, "-c", _START.format(path=sys.path, idle=standing is not None)],
             stdin=theirs.fileno(),
@@ -229,7 +246,7 @@ def _begin(
         )
     running = _Running(process=process, control=control)
     try:
-        question = {"path": str(path), "opening": asdict(opening), "lately": lately, "rest": rest if standing is None else 0.0}
+        question = {"path": str(path), "opening": asdict(opening), "lately": list(lately), "rest": rest if standing is None else 0.0}
         running.said = _ask_to_open(running, question, standing, seconds, stopped)
         if digest and running.said["digest"] != digest:
             raise VerificationError(f"{path}: it was replaced while it served: load it again")
@@ -295,7 +312,9 @@ class EngineProcess(Session):
             streams=said["streams"],
             plan=said["plan"],
         )
-        self._begin, self._path = begin, path
+        self._begin, self._path, self._digest = begin, path, said["digest"]
+        self.calls = [call_of(call) for call in said["calls"]]
+        """What it was compiled for, by `warm_up` too: each process of it is."""
         self._lock = Lock()  # around what follows
         self._beginning = Lock()  # around beginning another one, which takes long
         self._now = _Now(running)
@@ -314,6 +333,13 @@ class EngineProcess(Session):
         running = self._now.running
         return () if running is None else (running.process.pid,)
 
+    def try_out(self) -> None:
+        """Computes the smallest call that it is compiled for, here and back: a sandbox may not allow what that takes."""
+        call = min(self.calls, key=lambda call: call.pixels, default=None)
+        if call is not None:
+            images_BHWC = np.zeros((*call.shape, self.signature.channels), np.uint8)
+            (self.labels if call.labels else self)(images_BHWC)
+
     def _infer(self, images_BHWC: NDArray[np.uint8]) -> NDArray[np.float32]:
         return self._compute(SCORES, images_BHWC, self.signature.scores_shape(*images_BHWC.shape[:3]), np.float32)
 
@@ -324,6 +350,8 @@ class EngineProcess(Session):
     def warm_up(self, shapes: Iterable[Shape], *, labels: bool = False, compute: bool = True) -> None:
         for shape in check_shapes(shapes):
             self._in_lane(partial(_Lane.ask, op="warm_up", shape=shape, labels=labels, compute=compute))
+            if (call := Call(shape, labels)) not in self.calls:
+                self.calls.append(call)
 
     def layers(self) -> list[ExecutedLayer]:
         said = self._in_lane(partial(_Lane.ask, op="layers"))
@@ -349,7 +377,12 @@ class EngineProcess(Session):
         return answer
 
     def _in_lane(self, work: Callable[[_Lane], Any]) -> Any:
-        running = self._now.running or self._alive()
+        running = self._now.running
+        if running is not None and running.process.poll() is not None:  # while nobody asked it anything
+            self._died(running)
+            running = None
+        if running is None:
+            running = self._alive()
         lane = None
         try:
             try:
@@ -371,32 +404,48 @@ class EngineProcess(Session):
         return done
 
     def _alive(self) -> _Running:
-        with self._beginning:
+        if not self._beginning.acquire(blocking=False):
+            raise NotReadyError(f"{self._path}: its engine died, and is being begun again")
+        try:
+            return self._begin_again()
+        finally:
+            self._beginning.release()
+
+    def _begin_again(self) -> _Running:
+        with self._lock:
+            if self._now.running is not None:
+                return self._now.running
+            if self._closed:
+                raise NotReadyError(f"{self._path}: it is closed")
+            left = self._not_before - time.monotonic()
+        if left > 0:
+            raise NotReadyError(f"{self._path}: its engine died {self._in_a_row} times in a row: it is begun again in {left:.0f} s")
+        try:
+            begun = self._begin(self.calls, digest=self._digest, stopped=lambda: self._closed)
+        except BaseException:
             with self._lock:
-                if self._now.running is not None:
-                    return self._now.running
-                if self._closed:
-                    raise NotReadyError(f"{self._path}: it is closed")
-                left = self._not_before - time.monotonic()
-            if left > 0:
-                raise NotReadyError(f"{self._path}: its engine died {self._in_a_row} times in a row: it is begun again in {left:.0f} s")
-            begun = self._begin()
-            with self._lock:
-                if not self._closed:
-                    self._now.running = begun
-                    return begun
-            begun.end()
-            raise NotReadyError(f"{self._path}: it is closed")
+                self._count_death()
+            raise
+        with self._lock:
+            if not self._closed:
+                self._now.running = begun
+                return begun
+        begun.end()
+        raise NotReadyError(f"{self._path}: it is closed")
+
+    def _count_death(self) -> None:
+        """Under the lock."""
+        self.deaths += 1
+        self._in_a_row += 1
+        if self._in_a_row >= DEATHS:
+            pause = PAUSE_S * 2 ** min(self._in_a_row - DEATHS, 10)
+            self._not_before = time.monotonic() + min(LONGEST_PAUSE_S, pause)
 
     def _died(self, running: _Running) -> EngineDiedError:
         how = running.how_it_ended()
         with self._lock:
             if self._now.running is running:
                 self._now.running = None
-                self.deaths += 1
-                self._in_a_row += 1
-                if self._in_a_row >= DEATHS:
-                    pause = PAUSE_S * 2 ** (self._in_a_row - DEATHS)
-                    self._not_before = time.monotonic() + min(LONGEST_PAUSE_S, pause)
+                self._count_death()
         running.end()
         return EngineDiedError(f"{self._path}: the process of its engine has ended ({how})")

@@ -34,24 +34,24 @@ def take_short_turns() -> bool:
     return _take_turns_of(SLICE_S)
 
 
-def take_usual_turns() -> bool:
-    """The way back from `take_short_turns`."""
-    return _take_turns_of(0.0)
+def take_usual_turns(thread: int = 0) -> bool:
+    """The way back from `take_short_turns`, for any thread; 0: the calling one."""
+    return _take_turns_of(0.0, thread)
 
 
-def _take_turns_of(seconds: float) -> bool:
-    """0: as the system likes."""
+def _take_turns_of(seconds: float, thread: int = 0) -> bool:
+    """0 seconds: as the system likes."""
     if not sys.platform.startswith("linux") or _SET is None:
         return False
     libc = ctypes.CDLL(None, use_errno=True)
     raw = ctypes.create_string_buffer(_ATTRIBUTES.size)
-    if libc.syscall(_GET, 0, raw, _ATTRIBUTES.size, 0):
+    if libc.syscall(_GET, thread, raw, _ATTRIBUTES.size, 0):
         return False
     _, policy, flags, nice, priority, _, deadline, period = _ATTRIBUTES.unpack(raw.raw)
     if policy != 0:  # whoever started this chose another one
         return False
     wanted = _ATTRIBUTES.pack(_ATTRIBUTES.size, policy, flags, nice, priority, round(seconds * 1e9), deadline, period)
-    return bool(libc.syscall(_SET, 0, ctypes.create_string_buffer(wanted, len(wanted)), 0) == 0)
+    return bool(libc.syscall(_SET, thread, ctypes.create_string_buffer(wanted, len(wanted)), 0) == 0)
 
 
 class Standing:
@@ -86,6 +86,8 @@ class Standing:
         changed: set[int] = set()
         while threads := _threads(process) - changed:  # one of them may have started others meanwhile
             _change(threads, os.SCHED_OTHER, niceness)
+            for thread in threads:
+                take_usual_turns(thread)  # those of whoever started it may be short
             changed |= threads
 
 

@@ -20,7 +20,7 @@ import ssl
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import AsyncExitStack, ExitStack, contextmanager
+from contextlib import AsyncExitStack, ExitStack, contextmanager, suppress
 from functools import partial
 from pathlib import Path
 from types import TracebackType
@@ -31,6 +31,7 @@ import uvicorn
 from muntin.artifact import Manifest, open_artifact
 from muntin.errors import ArtifactError, DataError, MuntinError
 from muntin.runtime.memory import resident_of
+from muntin.runtime.session import Session
 from muntin.serving.access_log import AccessLog
 from muntin.serving.batcher import Batcher
 from muntin.serving.certificate import Certificate
@@ -55,7 +56,7 @@ from muntin.serving.service import Service
 from muntin.serving.slot import Slot
 from muntin.serving.telling import Notify, told_safely
 from muntin.serving.tracing import Tracing
-from muntin.serving.version import Call, Opening
+from muntin.serving.version import Call, NotReadyError, Opening
 
 DENSE_ROWS, DENSE_PIXELS = 16, 1 << 20
 """Up to so many images, and so many pixels together, a batch is small: compiling for one takes 0.4 s and 17 MiB at 64 x 64."""
@@ -433,6 +434,13 @@ class _Http(uvicorn.Server):
         self.cut_off = len(self.server_state.connections)
 
 
+def _sessions(slot: Slot) -> Iterator[tuple[str, Session]]:
+    """Of the versions in service, by name."""
+    for version in slot.open:
+        with suppress(NotReadyError):  # it went meanwhile
+            yield version.name, version.session
+
+
 def _expose(metrics: Metrics, service: Service, runner: Runner, ledger: Ledger, log: AccessLog | None) -> None:
     """What lies with others, for Prometheus."""
     if log is not None:
@@ -467,13 +475,13 @@ def _expose(metrics: Metrics, service: Service, runner: Runner, ledger: Ledger, 
     )  # fmt: skip
     metrics.read(
         "counter", "muntin_engine_deaths", "Processes of a version's engine that ended, or were ended since it hung.", ("version",),
-        lambda: [((version.name,), float(version.session.deaths)) for version in service.slot.open if version.open],
+        lambda: [((name,), float(session.deaths)) for name, session in _sessions(service.slot)],
     )  # fmt: skip
     metrics.read(
         "gauge", "muntin_engine_resident_memory_bytes", "Memory of the process of a version's engine.", ("version",),
         lambda: [
-            ((version.name,), float(sum(resident_of(process) or 0 for process in version.session.process_ids)))
-            for version in service.slot.open if version.open
+            ((name,), float(sum(resident_of(process) or 0 for process in session.process_ids)))
+            for name, session in _sessions(service.slot)
         ],
     )  # fmt: skip
     metrics.read(

@@ -467,6 +467,8 @@ def _error(answer: BaseException | Refusal) -> ProtocolError:
     """What a client is told of what the runner gave instead of an answer."""
     if isinstance(answer, Refusal):
         return RefusedRequestError(answer.message, retry_after=answer.retry_after or 1.0, holds=answer.holds)
+    if isinstance(answer, NotReadyError):  # its engine died
+        return RefusedRequestError(str(answer))
     error = ProtocolError(str(answer)) if isinstance(answer, DataError) else ProtocolError(f"the model failed: {answer}", status=500)
     error.__cause__ = answer
     return error

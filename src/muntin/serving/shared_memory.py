@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import tempfile
 import weakref
+from contextlib import suppress
 from itertools import count
 from math import prod
 from mmap import mmap
@@ -32,7 +33,8 @@ class Shared(NamedTuple):
 def new_file() -> int:
     """A descriptor of a file without a name, in memory where the system has such files; empty."""
     if hasattr(os, "memfd_create"):
-        return os.memfd_create("muntin")
+        with suppress(OSError):  # a sandbox may not allow it
+            return os.memfd_create("muntin")
     with tempfile.TemporaryFile() as file:
         return os.dup(file.fileno())
 

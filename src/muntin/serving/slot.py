@@ -46,6 +46,8 @@ from muntin.serving.version import (
 HISTORY = 8
 """Versions that failed or went, that `index` still shows."""
 _POLL_S = 0.05
+_AGAIN_S = 0.1
+"""Between two tries to interrupt what does not come back."""
 
 
 class _Changing:
@@ -156,12 +158,12 @@ class Slot:
         with self._changing():
             self._settle_by_time()
             if version is not None:
-                return self._lend(self._named(version))
-            if self._candidate is not None and self._random() < self.rollout.canary:
+                return self._lend(self._able(self._named(version)))
+            if self._candidate is not None and self._candidate.able and self._random() < self.rollout.canary:
                 return self._lend(self._candidate)
             if self._current is None:
                 raise NotReadyError(f"{self.name}: no version is ready: load one, or ask again when it is open")
-            return self._lend(self._current)
+            return self._lend(self._able(self._current))
 
     @property
     def shadowed(self) -> bool:
@@ -378,7 +380,7 @@ class Slot:
         return _Changing(self._changed, self._after)
 
     def _after(self) -> None:
-        if self._gone or self._lines:
+        if self._gone or self._lines or self._stuck:
             self._finish()
 
     def _finish(self) -> None:
@@ -393,6 +395,11 @@ class Slot:
             self._notify(f"{self.name}: {line}")
         if gone:
             dispose(gone)
+
+    def _able(self, version: Version) -> Version:
+        if not version.able:
+            raise NotReadyError(f"{self.name}: the engine of version {version.name} died again and again: ask again in a minute")
+        return version
 
     def _lend(self, version: Version) -> Lease:
         version.leases += 1
@@ -482,10 +489,13 @@ class Slot:
             for begun in version.begun:
                 if begun.due > now:
                     self._due = min(self._due, begun.due)
-                elif not begun.overdue:
+                    continue
+                # Again and again: a session counts a call's time from when its engine was asked, which is later.
+                self._stuck.append((version.session, begun.due - begun.at))
+                self._due = min(self._due, now + _AGAIN_S)
+                if not begun.overdue:
                     begun.overdue = True
                     version.overdue += 1
-                    self._stuck.append((version.session, begun.due - begun.at))
                     self._lines.append(f"version {version.name} did not come back with {begun.rows} images in {now - begun.at:.3g} s")
                     if (tally := self._tally(version)) is not None:
                         tally.rows += begun.rows
