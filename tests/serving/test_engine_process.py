@@ -446,7 +446,7 @@ def test_what_a_new_version_hangs_or_dies_with_is_answered_by_the_old_one(
     assert (ask(runner, slot) == 2).all()
     os.kill(pid, signal.SIGSTOP)
     if number != signal.SIGSTOP:
-        threading.Timer(0.3, lambda: (os.kill(pid, number), os.kill(pid, signal.SIGCONT))).start()
+        threading.Timer(0.3, lambda: [os.kill(pid, each) for each in (number, signal.SIGCONT)]).start()  # type: ignore[func-returns-value]
     assert (ask(runner, slot) == 1).all()
     assert (ask(runner, slot) == 1).all()
     assert len([line for line in told if "rolled back to 1" in line]) == 1
