@@ -341,9 +341,9 @@ def test_it_opens_on_what_the_cores_have_left_and_then_has_its_share(path: Path,
     seen: list[int] = []
     mind = Standing.mind
 
-    def watched(self: Standing, process: int) -> None:
+    def watched(self: Standing, process: int, stood: float = 0.0) -> None:
         seen.append(os.sched_getscheduler(process))
-        mind(self, process)
+        mind(self, process, stood)
 
     monkeypatch.setattr(Standing, "mind", watched)
     opened: list[EngineProcess] = []

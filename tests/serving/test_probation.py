@@ -198,6 +198,13 @@ def test_it_stands_back_and_goes_by_itself(importable: None, tmp_path: Path, idl
     assert 95 <= int(alarm) <= 105
 
 
+def test_what_is_paced_has_as_much_more_time(importable: None, tmp_path: Path) -> None:
+    started = time.monotonic()
+    with pytest.raises(VerificationError, match=r"warm after 1 s: it hangs"):
+        probe(tmp_path, OPENING, [], limits=Limits(seconds=1, idle_seconds=0.9), busy=lambda: True, examine=hangs)
+    assert not sys.platform.startswith("linux") or time.monotonic() - started > 2  # half of the second was in idle time
+
+
 def test_a_trial_ends_with_the_server(importable: None, tmp_path: Path) -> None:
     stopped = threading.Event()
     timer = threading.Timer(0.2, stopped.set)

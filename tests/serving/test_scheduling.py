@@ -7,14 +7,15 @@ import platform
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 
 from muntin.serving import scheduling
-from muntin.serving.scheduling import BACK, SLICE_S, Standing, stand_back, take_short_turns, take_usual_turns
+from muntin.serving.scheduling import BACK, RUNS_S, SLICE_S, STANDS_S, Pace, Standing, stand_back, take_short_turns, take_usual_turns
 
 LINUX = sys.platform.startswith("linux") and platform.machine() in ("x86_64", "aarch64")
 
@@ -103,6 +104,34 @@ def test_a_process_that_stands_back_gets_a_share_after_a_while_and_then_all_of_i
         assert standing_of(process) == [(os.SCHED_IDLE, 0)] * 2
     stand_back(process)  # it is gone
     early.usual(process)
+
+
+def state_of(process: int) -> str:
+    return Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[0]
+
+
+@pytest.mark.skipif(not LINUX, reason="states are read in Linux's form")
+def test_a_process_is_paced_while_others_are_busy(wait_until: Callable[..., None]) -> None:
+    busy = [True]
+    with subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"]) as process:
+        with Pace(process, lambda: busy[0]) as pace:
+            for _ in range(3):
+                wait_until(lambda: state_of(process.pid) == "T")
+                wait_until(lambda: state_of(process.pid) != "T")
+            busy[0] = False
+            wait_until(lambda: state_of(process.pid) != "T")
+            time.sleep(STANDS_S)
+            stood = pace.stood
+            assert stood >= 3 * STANDS_S
+            time.sleep(3 * RUNS_S)
+            assert pace.stood == stood
+            busy[0] = True
+            wait_until(lambda: state_of(process.pid) == "T")
+        assert state_of(process.pid) != "T"  # the block has ended
+        with Pace(process, lambda: True):
+            process.kill()
+            process.wait()
+            time.sleep(2 * RUNS_S)  # it goes on without it
 
 
 @pytest.mark.skipif(not LINUX, reason="no such system call")

@@ -34,7 +34,7 @@ from muntin.artifact import Signature
 from muntin.errors import VerificationError
 from muntin.runtime.session import ExecutedLayer, Session, Shape, check_shapes
 from muntin.serving.engine_host import CALL, DONE, FAILED, KEPT, LABELS, OTHER, SCORES, call_of, error_of, receive, remember, send
-from muntin.serving.scheduling import Standing, stand_back
+from muntin.serving.scheduling import Pace, Standing, stand_back
 from muntin.serving.shared_memory import Shared, SharedBuffers, new_file
 from muntin.serving.version import Call, EngineDiedError, NotReadyError, Opened, Opening
 
@@ -193,15 +193,16 @@ def open_apart(
     rest: float,
     seconds: float,
     stopped: Callable[[], bool],
+    busy: Callable[[], bool] = lambda: True,
 ) -> Opened:
     """As `open_version`, in a new process; takes the second longer that Python and the engine take to start.
 
     With `rest`, above 0 where requests are answered meanwhile, it takes only what the cores have left, where it may have its share again
-    afterwards (`Standing`), otherwise it rests between its steps. Raises what opening raises, VerificationError where the process dies or
-    is not done in `seconds`, NotReadyError where `stopped`.
+    afterwards (`Standing`), and while the server is `busy` a quarter of that (`Pace`); elsewhere it rests between its steps. Raises what
+    opening raises, VerificationError where the process dies or is not done in `seconds`, NotReadyError where `stopped`.
     """
     begin = partial(_begin, path, opening, seconds=seconds)
-    running = begin(lately, rest=rest, stopped=stopped)
+    running = begin(lately, rest=rest, stopped=stopped, busy=busy)
     session = EngineProcess(running, begin, path)
     try:
         session.try_out()
@@ -232,6 +233,7 @@ def _begin(
     seconds: float,
     rest: float = 0.0,
     stopped: Callable[[], bool] = _never,
+    busy: Callable[[], bool] = _never,
     digest: str = "",
 ) -> _Running:
     """`digest`: what the artefact has to have still."""
@@ -247,7 +249,8 @@ def _begin(
     running = _Running(process=process, control=control)
     try:
         question = {"path": str(path), "opening": asdict(opening), "lately": list(lately), "rest": rest if standing is None else 0.0}
-        running.said = _ask_to_open(running, question, standing, seconds, stopped)
+        with Pace(process, busy if standing is not None else _never) as pace:
+            running.said = _ask_to_open(running, question, standing, pace, seconds, stopped)
         if digest and running.said["digest"] != digest:
             raise VerificationError(f"{path}: it was replaced while it served: load it again")
         if standing is not None:
@@ -259,7 +262,7 @@ def _begin(
 
 
 def _ask_to_open(
-    running: _Running, question: dict[str, Any], standing: Standing | None, seconds: float, stopped: Callable[[], bool]
+    running: _Running, question: dict[str, Any], standing: Standing | None, pace: Pace, seconds: float, stopped: Callable[[], bool]
 ) -> dict[str, Any]:
     path = question["path"]
     with suppress(OSError):  # what it died of is told below
@@ -278,10 +281,10 @@ def _ask_to_open(
             break
         if stopped():
             raise NotReadyError(f"{path}: opening it was ended with the server")
-        if now - began > seconds:
+        if now - began > seconds + pace.stood:
             raise VerificationError(f"{path}: it was not open and warm after {seconds:g} s: it hangs, or needs a longer limit")
         if standing is not None:
-            standing.mind(running.process.pid)
+            standing.mind(running.process.pid, pace.stood)
     running.control.settimeout(None)
     came = receive(running.control)
     if came is None:

@@ -38,7 +38,7 @@ from muntin.runtime.session import Session
 from muntin.runtime.verification import verify
 from muntin.serving.engine_host import call_of, opening_of
 from muntin.serving.engine_process import can_open_apart, open_apart
-from muntin.serving.scheduling import take_short_turns
+from muntin.serving.scheduling import PATIENCE, Pace, take_short_turns
 from muntin.serving.version import Call, NotReadyError, Opened, Opening, open_version
 
 ROUNDS = 5
@@ -156,6 +156,10 @@ def _never() -> bool:
     return False
 
 
+def _always() -> bool:
+    return True
+
+
 def probe(
     path: Path,
     opening: Opening,
@@ -163,11 +167,13 @@ def probe(
     *,
     limits: Limits,
     stopped: Callable[[], bool] = _never,
+    busy: Callable[[], bool] = _never,
     examine: Examine = examine,
 ) -> Probation:
     """Tries an artefact in a new process of this Python, which takes about a second longer than verifying and opening it there.
 
-    `lately`: calls to warm up beside the opening's. `stopped`: asked many times a second; once it is true the trial ends. Raises what
+    `lately`: calls to warm up beside the opening's. `stopped`: asked many times a second; once it is true the trial ends. While the server
+    is `busy` what takes only idle time runs a quarter of the time (`Pace`), and its limits are four times as long. Raises what
     `examine` raises, VerificationError naming what happened where the process dies, hangs or takes too much memory, NotReadyError where
     stopped.
     """
@@ -181,15 +187,22 @@ def probe(
     idle = min(limits.idle_seconds, limits.seconds / 2) if hasattr(os, "SCHED_IDLE") else 0.0
     if idle:
         with suppress(_StarvedError):
-            return _try(path, question | {"idle": True}, limits, idle, stopped)
-    return _try(path, question | {"idle": False}, limits, limits.seconds - idle, stopped)
+            return _try(path, question | {"idle": True}, limits, idle, stopped, busy)
+    return _try(path, question | {"idle": False}, limits, limits.seconds - idle, stopped, _never)
 
 
 class _StarvedError(Exception):
     """A trial that takes only idle time did not come to an end."""
 
 
-def _try(path: Path, question: dict[str, Any], limits: Limits, seconds: float, stopped: Callable[[], bool]) -> Probation:
+def _try(
+    path: Path,
+    question: dict[str, Any],
+    limits: Limits,
+    seconds: float,
+    stopped: Callable[[], bool],
+    busy: Callable[[], bool],
+) -> Probation:
     with (
         TemporaryFile() as printed,  # not a pipe: who prints without end must not fill the server's memory
         subprocess.Popen(  # noqa: S603 - this Python, and a text of ours
@@ -203,7 +216,8 @@ def _try(path: Path, question: dict[str, Any], limits: Limits, seconds: float, s
         ) as process,
     ):
         try:
-            answer = _await_answer(process, question, path, limits, seconds, stopped)
+            with Pace(process, busy) as pace:
+                answer = _await_answer(process, question, path, limits, seconds, stopped, pace)
         finally:
             process.kill()
         if process.returncode:
@@ -212,7 +226,13 @@ def _try(path: Path, question: dict[str, Any], limits: Limits, seconds: float, s
 
 
 def _await_answer(
-    process: subprocess.Popen[bytes], question: dict[str, Any], path: Path, limits: Limits, seconds: float, stopped: Callable[[], bool]
+    process: subprocess.Popen[bytes],
+    question: dict[str, Any],
+    path: Path,
+    limits: Limits,
+    seconds: float,
+    stopped: Callable[[], bool],
+    pace: Pace,
 ) -> bytes:
     deadline, most = time.monotonic() + seconds, limits.memory_bytes
     given: bytes | None = json.dumps(question).encode()
@@ -224,9 +244,9 @@ def _await_answer(
             given = None  # it was sent, or is being sent, and must not be given again
         if stopped():
             raise NotReadyError(f"{path}: its trial was ended with the server")
-        if time.monotonic() > deadline and question["idle"]:
+        if time.monotonic() > deadline + pace.stood and question["idle"]:
             raise _StarvedError
-        if time.monotonic() > deadline:
+        if time.monotonic() > deadline + pace.stood:
             raise VerificationError(
                 f"{path}: it was not open, verified and warm after {limits.seconds:g} s: it hangs, or needs a longer limit"
             )
@@ -277,20 +297,22 @@ class ArtifactLoader:
 
     Each is warmed up for all that its predecessor was asked lately; with `dynamic`, where other sizes need no compiling, for
     what it was asked `OFTEN`. `budget`: pixels of these together, beside the opening's, as of a `Compiler`; what was asked most goes first.
+    `busy`: whether somebody is served now, whom all this is not to keep waiting.
     """
 
     opening: Opening = field(default_factory=Opening)
     limits: Limits = field(default_factory=Limits)
     budget: float = inf
+    busy: Callable[[], bool] = _always
 
     def probe(self, path: Path, lately: Mapping[Call, int], stopped: Callable[[], bool]) -> Probation:
         limits = self.limits if lately else replace(self.limits, idle_seconds=0.0)  # where nobody is served nobody is to be spared
-        return probe(path, self.opening, self._calls(lately), limits=limits, stopped=stopped)
+        return probe(path, self.opening, self._calls(lately), limits=limits, stopped=stopped, busy=self.busy)
 
     def open(self, path: Path, lately: Mapping[Call, int], found: Probation, stopped: Callable[[], bool] = _never) -> Opened:
         rest, calls = REST if lately else 0.0, self._calls(lately)
         if can_open_apart():
-            opened = open_apart(path, self.opening, calls, rest=rest, seconds=self.limits.seconds, stopped=stopped)
+            opened = open_apart(path, self.opening, calls, rest=rest, seconds=self.limits.seconds, stopped=stopped, busy=self.busy)
         else:
             opened = open_version(path, self.opening, calls, rest=rest, stopped=stopped)
         if opened.digest != found.digest:
@@ -316,7 +338,7 @@ def answer() -> None:
     with os.fdopen(os.dup(1), "w", encoding="utf-8") as answers:
         os.dup2(2, 1)  # standard output is for the answer alone: what libraries print there goes to standard error from now on
         question = json.load(sys.stdin)
-        _confine(Limits(**question["limits"]))
+        _confine(Limits(**question["limits"]), PATIENCE if question["idle"] else 1)
         module, name = question["examine"]
         opening = opening_of(question["opening"])
         try:
@@ -330,7 +352,7 @@ def answer() -> None:
         json.dump(said, answers)
 
 
-def _confine(limits: Limits) -> None:
+def _confine(limits: Limits, patience: float) -> None:
     """Stands back for the server, is the first to go where memory runs out, and goes by itself if the server is gone."""
     if hasattr(os, "nice") and not (hasattr(os, "SCHED_IDLE") and os.sched_getscheduler(0) == os.SCHED_IDLE):
         os.nice(limits.niceness)
@@ -339,7 +361,7 @@ def _confine(limits: Limits) -> None:
         Path("/proc/self/oom_score_adj").write_text("1000", encoding="ascii")
     if hasattr(signal, "setitimer"):
         signal.signal(signal.SIGALRM, signal.SIG_DFL)
-        signal.setitimer(signal.ITIMER_REAL, limits.seconds + 5)
+        signal.setitimer(signal.ITIMER_REAL, patience * limits.seconds + 5)
     with suppress(ImportError, OSError, ValueError):
         resource = import_module("resource")  # POSIX's: no file as large as the process is written where it crashes
         resource.setrlimit(resource.RLIMIT_CORE, (0, 0))

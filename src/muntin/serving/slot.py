@@ -46,6 +46,7 @@ from muntin.serving.version import (
 HISTORY = 8
 """Versions that failed or went, that `index` still shows."""
 _POLL_S = 0.05
+_BUSY_S = 1.0
 _AGAIN_S = 0.1
 """Between two tries to interrupt what does not come back."""
 
@@ -293,6 +294,11 @@ class Slot:
     def open(self) -> tuple[Version, ...]:
         """The versions that are in service: the current one, a candidate, the previous one."""
         return self._in_service()
+
+    @property
+    def busy(self) -> bool:
+        """Whether a batch was begun or computed within the last second."""
+        return self.clock() - self._asked < _BUSY_S
 
     def index(self) -> tuple[IndexEntry, ...]:
         """Every version there is, and the last that failed or went; those that came last at the end.
