@@ -10,8 +10,8 @@ not compute its golden answers, one lacks its weights; and one passes every chec
 Every answer is compared with what the versions answer. Goal: none failed, none wrong, none later than the normal p99 + 50 ms.
 
 Then a small classifier is swapped `--memory-swaps` times under light load while the resident memory of the server and of its engines'
-processes is read: by how much does it grow over the second half? A part that is there already is not run again. Time: about nine minutes
-for the first part, fifteen for the second. Run it alone.
+processes is read: by how much does it grow over the second half? A part that is there already is not run again. Time: about a quarter
+of an hour for the first part, an hour for the second. Run it alone.
 """
 
 from __future__ import annotations
