@@ -463,7 +463,8 @@ def test_the_only_version_that_hangs_is_begun_again(
     write_version: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("muntin.serving.runner.HANGING", 0)  # a thread that hung for good would be the end
-    slot = Slot("m", ArtifactLoader(opening=OPENING), rollout=Rollout())
+    told: list[str] = []
+    slot = Slot("m", ArtifactLoader(opening=OPENING), rollout=Rollout(), notify=told.append)
     session = slot.load(write_version(tmp_path / "1", 1), "1").session
     assert isinstance(session, EngineProcess)
     batcher = Batcher(LatencyModel(), objective=None, max_rows=1, queue_rows=100, queue_bytes=1 << 20)
@@ -473,5 +474,10 @@ def test_the_only_version_that_hangs_is_begun_again(
         assert isinstance(ask(runner, slot), EngineDiedError)
         assert (ask(runner, slot) == 1).all()
     assert runner.able
+    os.kill(pid_of(session), signal.SIGSEGV)  # while nobody asks it anything
+    session._now.running.process.wait()  # type: ignore[union-attr]
+    assert (ask(runner, slot) == 1).all()
+    deaths = [line.partition("has ended ")[2] for line in told if "the process of its engine" in line]
+    assert deaths == ["(signal 9, Killed)", "(signal 9, Killed)", "(signal 11, Segmentation fault)"]
     assert runner.close(30)
     slot.close()

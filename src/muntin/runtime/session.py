@@ -58,7 +58,9 @@ class Session(ABC):
         self.streams = streams
         self.plan = plan
         self.deaths = 0
-        """How often its engine ended, or was ended, in the midst of calls: engines that run in this process do not."""
+        """How often its engine ended, or was ended, and has to be begun again: engines that run in this process do not."""
+        self.last_death = ""
+        """What is known of the last of these."""
         self.outputs = Buffers()
         """Where answers lie, in engines that write them where they are told to."""
 

@@ -425,9 +425,9 @@ class EngineProcess(Session):
             raise NotReadyError(f"{self._path}: its engine died {self._in_a_row} times in a row: it is begun again in {left:.0f} s")
         try:
             begun = self._begin(self.calls, digest=self._digest, stopped=lambda: self._closed)
-        except BaseException:
+        except BaseException as error:
             with self._lock:
-                self._count_death()
+                self._count_death(f"its engine cannot be begun again: {error}")
             raise
         with self._lock:
             if not self._closed:
@@ -436,19 +436,20 @@ class EngineProcess(Session):
         begun.end()
         raise NotReadyError(f"{self._path}: it is closed")
 
-    def _count_death(self) -> None:
+    def _count_death(self, what: str) -> None:
         """Under the lock."""
         self.deaths += 1
+        self.last_death = what
         self._in_a_row += 1
         if self._in_a_row >= DEATHS:
             pause = PAUSE_S * 2 ** min(self._in_a_row - DEATHS, 10)
             self._not_before = time.monotonic() + min(LONGEST_PAUSE_S, pause)
 
     def _died(self, running: _Running) -> EngineDiedError:
-        how = running.how_it_ended()
+        how = f"the process of its engine has ended ({running.how_it_ended()})"
         with self._lock:
             if self._now.running is running:
                 self._now.running = None
-                self._count_death()
+                self._count_death(how)
         running.end()
-        return EngineDiedError(f"{self._path}: the process of its engine has ended ({how})")
+        return EngineDiedError(f"{self._path}: {how}")

@@ -33,7 +33,6 @@ from muntin.serving.telling import plain, told_safely
 from muntin.serving.version import (
     Begun,
     Call,
-    EngineDiedError,
     NotReadyError,
     Opened,
     RefusedError,
@@ -243,12 +242,12 @@ class Slot:
         """
         failed = error is not None and not isinstance(error, DataError)
         with self._changing():
+            if death := version.new_death():
+                self._lines.append(f"version {version.name}: {death}")
             if begun is not None:
                 self._end(begun)
                 if begun.overdue:
                     return
-            if isinstance(error, EngineDiedError):
-                self._lines.append(f"version {version.name}: {error}")
             self._asked = self.clock()
             if error is None:
                 version.latencies.add(rows if call is None else call, seconds)

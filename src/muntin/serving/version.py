@@ -231,7 +231,7 @@ class Version:
 
     `leases`: given and not yet back. `reason`: why it failed, otherwise empty. `digest` is known once it was tried, `signature` once it is
     open, and both remain when it is closed. `warm`: the calls that it was compiled for when it was opened. `begun`: the batches that it
-    computes, of which `overdue` do not come back.
+    computes, of which `overdue` do not come back. `deaths`: of its engine, that were told.
     """
 
     name: str
@@ -244,6 +244,7 @@ class Version:
     latencies: Latencies = field(default_factory=Latencies, repr=False)
     begun: set[Begun] = field(default_factory=set, repr=False)
     overdue: int = 0
+    deaths: int = 0
     _signature: Signature | None = field(default=None, repr=False)
     _session: Session | None = field(default=None, repr=False)
 
@@ -274,6 +275,14 @@ class Version:
     def opened(self, opened: Opened) -> None:
         self._session, self._signature, self.digest, self.state = opened.session, opened.signature, opened.digest, "ready"
         self.warm = frozenset(opened.calls)
+
+    def new_death(self) -> str:
+        """What is known of the last death of its engine, if it was not told; empty: none was."""
+        session = self._session
+        if session is None or session.deaths == self.deaths:
+            return ""
+        self.deaths = session.deaths
+        return session.last_death
 
     def close(self) -> Session | None:
         """Lets go of the session, and returns it: to be dropped where nobody waits for it."""
