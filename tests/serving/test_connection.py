@@ -143,7 +143,8 @@ def read(client: socket.socket) -> bytes:
         if not piece:
             return found
         found += piece
-        head, gap, body = found.partition(b"\r\n\r\n")
+        last = found.removeprefix(b"HTTP/1.1 100 Continue\r\n\r\n")
+        head, gap, body = last.partition(b"\r\n\r\n")
         if gap and b"content-length: %d\r\n" % len(body) in head.lower() + b"\r\n":
             return found
 

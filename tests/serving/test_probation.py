@@ -22,6 +22,7 @@ from muntin.artifact import open_artifact
 from muntin.errors import ArtifactError, DataError, MuntinError, RecipeError, VerificationError
 from muntin.runtime.cache import cache_folder
 from muntin.serving.probation import ArtifactLoader, Limits, Probation, examine, probe
+from muntin.serving.scheduling import Demand
 from muntin.serving.version import Call, NotReadyError, Opening
 
 OPENING = Opening(threads=1, calls=(Call((1, 8, 8)),))
@@ -201,7 +202,7 @@ def test_it_stands_back_and_goes_by_itself(importable: None, tmp_path: Path, idl
 def test_what_is_paced_has_as_much_more_time(importable: None, tmp_path: Path) -> None:
     started = time.monotonic()
     with pytest.raises(VerificationError, match=r"warm after 1 s: it hangs"):
-        probe(tmp_path, OPENING, [], limits=Limits(seconds=1, idle_seconds=0.9), busy=lambda: True, examine=hangs)
+        probe(tmp_path, OPENING, [], limits=Limits(seconds=1, idle_seconds=0.9), demand=lambda: Demand.SERVED, examine=hangs)
     assert not sys.platform.startswith("linux") or time.monotonic() - started > 2  # half of the second was in idle time
 
 

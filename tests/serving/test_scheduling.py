@@ -15,7 +15,18 @@ from pathlib import Path
 import pytest
 
 from muntin.serving import scheduling
-from muntin.serving.scheduling import BACK, RUNS_S, SLICE_S, STANDS_S, Pace, Standing, stand_back, take_short_turns, take_usual_turns
+from muntin.serving.scheduling import (
+    BACK,
+    RUNS_S,
+    SLICE_S,
+    STANDS_S,
+    Demand,
+    Pace,
+    Standing,
+    stand_back,
+    take_short_turns,
+    take_usual_turns,
+)
 
 LINUX = sys.platform.startswith("linux") and platform.machine() in ("x86_64", "aarch64")
 
@@ -110,28 +121,54 @@ def state_of(process: int) -> str:
     return Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[0]
 
 
-@pytest.mark.skipif(not LINUX, reason="states are read in Linux's form")
-def test_a_process_is_paced_while_others_are_busy(wait_until: Callable[..., None]) -> None:
-    busy = [True]
+@contextmanager
+def paced(demand: Callable[[], Demand]) -> Iterator[tuple[int, Pace]]:
     with subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"]) as process:
-        with Pace(process, lambda: busy[0]) as pace:
-            for _ in range(3):
-                wait_until(lambda: state_of(process.pid) == "T")
-                wait_until(lambda: state_of(process.pid) != "T")
-            busy[0] = False
-            wait_until(lambda: state_of(process.pid) != "T")
-            time.sleep(STANDS_S)
-            stood = pace.stood
-            assert stood >= 3 * STANDS_S
-            time.sleep(3 * RUNS_S)
-            assert pace.stood == stood
-            busy[0] = True
-            wait_until(lambda: state_of(process.pid) == "T")
+        with Pace(process, demand) as pace:
+            yield process.pid, pace
         assert state_of(process.pid) != "T"  # the block has ended
-        with Pace(process, lambda: True):
-            process.kill()
-            process.wait()
-            time.sleep(2 * RUNS_S)  # it goes on without it
+        process.kill()
+
+
+@pytest.mark.skipif(not LINUX, reason="states are read in Linux's form")
+def test_a_process_is_paced_while_others_are_served(wait_until: Callable[..., None]) -> None:
+    demand = [Demand.SERVED]
+    with paced(lambda: demand[0]) as (process, pace):
+        for _ in range(3):
+            wait_until(lambda: state_of(process) == "T")
+            wait_until(lambda: state_of(process) != "T")
+        demand[0] = Demand.NONE
+        wait_until(lambda: state_of(process) != "T")
+        time.sleep(STANDS_S)
+        excused = pace.excused
+        assert excused >= 3 * STANDS_S
+        time.sleep(3 * RUNS_S)
+        assert pace.excused == excused
+        demand[0] = Demand.SERVED
+        wait_until(lambda: state_of(process) == "T")
+
+
+@pytest.mark.skipif(not LINUX, reason="states are read in Linux's form")
+def test_a_process_stands_still_while_others_wait_and_does_not_starve(wait_until: Callable[..., None]) -> None:
+    demand, began = [Demand.WAITING], time.monotonic()
+    with paced(lambda: demand[0]) as (process, pace):
+        for _ in range(3):
+            wait_until(lambda: state_of(process) == "T")
+            stands = time.monotonic()
+            wait_until(lambda: state_of(process) != "T")
+            assert time.monotonic() - stands > 2 * STANDS_S
+        assert pace.excused < (time.monotonic() - began) / 2  # a limit on its time comes to its end though somebody waits for ever
+        demand[0] = Demand.SERVED
+        wait_until(lambda: state_of(process) == "T")
+        wait_until(lambda: state_of(process) != "T")
+
+
+@pytest.mark.skipif(not LINUX, reason="states are read in Linux's form")
+def test_who_is_paced_may_end() -> None:
+    with subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"]) as process, Pace(process, lambda: Demand.SERVED):
+        process.kill()
+        process.wait()
+        time.sleep(2 * RUNS_S)  # it goes on without it
 
 
 @pytest.mark.skipif(not LINUX, reason="no such system call")

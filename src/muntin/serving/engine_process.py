@@ -34,7 +34,7 @@ from muntin.artifact import Signature
 from muntin.errors import VerificationError
 from muntin.runtime.session import ExecutedLayer, Session, Shape, check_shapes
 from muntin.serving.engine_host import CALL, DONE, FAILED, KEPT, LABELS, OTHER, SCORES, call_of, error_of, receive, remember, send
-from muntin.serving.scheduling import Pace, Standing, stand_back
+from muntin.serving.scheduling import Demand, Pace, Standing, nobody, stand_back
 from muntin.serving.shared_memory import Shared, SharedBuffers, new_file
 from muntin.serving.version import Call, EngineDiedError, NotReadyError, Opened, Opening
 
@@ -193,16 +193,16 @@ def open_apart(
     rest: float,
     seconds: float,
     stopped: Callable[[], bool],
-    busy: Callable[[], bool] = lambda: True,
+    demand: Callable[[], Demand] = lambda: Demand.SERVED,
 ) -> Opened:
     """As `open_version`, in a new process; takes the second longer that Python and the engine take to start.
 
     With `rest`, above 0 where requests are answered meanwhile, it takes only what the cores have left, where it may have its share again
-    afterwards (`Standing`), and while the server is `busy` a quarter of that (`Pace`); elsewhere it rests between its steps. Raises what
+    afterwards (`Standing`), and a quarter of that or less by the `demand` (`Pace`); elsewhere it rests between its steps. Raises what
     opening raises, VerificationError where the process dies or is not done in `seconds`, NotReadyError where `stopped`.
     """
     begin = partial(_begin, path, opening, seconds=seconds)
-    running = begin(lately, rest=rest, stopped=stopped, busy=busy)
+    running = begin(lately, rest=rest, stopped=stopped, demand=demand)
     session = EngineProcess(running, begin, path)
     try:
         session.try_out()
@@ -233,7 +233,7 @@ def _begin(
     seconds: float,
     rest: float = 0.0,
     stopped: Callable[[], bool] = _never,
-    busy: Callable[[], bool] = _never,
+    demand: Callable[[], Demand] = nobody,
     digest: str = "",
 ) -> _Running:
     """`digest`: what the artefact has to have still."""
@@ -249,7 +249,7 @@ def _begin(
     running = _Running(process=process, control=control)
     try:
         question = {"path": str(path), "opening": asdict(opening), "lately": list(lately), "rest": rest if standing is None else 0.0}
-        with Pace(process, busy if standing is not None else _never) as pace:
+        with Pace(process, demand if standing is not None else nobody) as pace:
             running.said = _ask_to_open(running, question, standing, pace, seconds, stopped)
         if digest and running.said["digest"] != digest:
             raise VerificationError(f"{path}: it was replaced while it served: load it again")
@@ -281,10 +281,10 @@ def _ask_to_open(
             break
         if stopped():
             raise NotReadyError(f"{path}: opening it was ended with the server")
-        if now - began > seconds + pace.stood:
+        if now - began > seconds + pace.excused:
             raise VerificationError(f"{path}: it was not open and warm after {seconds:g} s: it hangs, or needs a longer limit")
         if standing is not None:
-            standing.mind(running.process.pid, pace.stood)
+            standing.mind(running.process.pid, pace.excused)
     running.control.settimeout(None)
     came = receive(running.control)
     if came is None:

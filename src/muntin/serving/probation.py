@@ -38,7 +38,7 @@ from muntin.runtime.session import Session
 from muntin.runtime.verification import verify
 from muntin.serving.engine_host import call_of, opening_of
 from muntin.serving.engine_process import can_open_apart, open_apart
-from muntin.serving.scheduling import PATIENCE, Pace, take_short_turns
+from muntin.serving.scheduling import PATIENCE, Demand, Pace, nobody, take_short_turns
 from muntin.serving.version import Call, NotReadyError, Opened, Opening, open_version
 
 ROUNDS = 5
@@ -156,8 +156,8 @@ def _never() -> bool:
     return False
 
 
-def _always() -> bool:
-    return True
+def _somebody() -> Demand:
+    return Demand.SERVED
 
 
 def probe(
@@ -167,15 +167,14 @@ def probe(
     *,
     limits: Limits,
     stopped: Callable[[], bool] = _never,
-    busy: Callable[[], bool] = _never,
+    demand: Callable[[], Demand] = nobody,
     examine: Examine = examine,
 ) -> Probation:
     """Tries an artefact in a new process of this Python, which takes about a second longer than verifying and opening it there.
 
-    `lately`: calls to warm up beside the opening's. `stopped`: asked many times a second; once it is true the trial ends. While the server
-    is `busy` what takes only idle time runs a quarter of the time (`Pace`), and its limits are four times as long. Raises what
-    `examine` raises, VerificationError naming what happened where the process dies, hangs or takes too much memory, NotReadyError where
-    stopped.
+    `lately`: calls to warm up beside the opening's. `stopped`: asked many times a second; once it is true the trial ends. What takes only
+    idle time runs a quarter of it or less, by the `demand` (`Pace`), and its limits are up to four times as long. Raises what `examine`
+    raises, VerificationError naming what happened where the process dies, hangs or takes too much memory, NotReadyError where stopped.
     """
     question = {
         "examine": [examine.__module__, examine.__qualname__],
@@ -187,8 +186,8 @@ def probe(
     idle = min(limits.idle_seconds, limits.seconds / 2) if hasattr(os, "SCHED_IDLE") else 0.0
     if idle:
         with suppress(_StarvedError):
-            return _try(path, question | {"idle": True}, limits, idle, stopped, busy)
-    return _try(path, question | {"idle": False}, limits, limits.seconds - idle, stopped, _never)
+            return _try(path, question | {"idle": True}, limits, idle, stopped, demand)
+    return _try(path, question | {"idle": False}, limits, limits.seconds - idle, stopped, nobody)
 
 
 class _StarvedError(Exception):
@@ -201,7 +200,7 @@ def _try(
     limits: Limits,
     seconds: float,
     stopped: Callable[[], bool],
-    busy: Callable[[], bool],
+    demand: Callable[[], Demand],
 ) -> Probation:
     with (
         TemporaryFile() as printed,  # not a pipe: who prints without end must not fill the server's memory
@@ -216,7 +215,7 @@ def _try(
         ) as process,
     ):
         try:
-            with Pace(process, busy) as pace:
+            with Pace(process, demand) as pace:
                 answer = _await_answer(process, question, path, limits, seconds, stopped, pace)
         finally:
             process.kill()
@@ -244,9 +243,9 @@ def _await_answer(
             given = None  # it was sent, or is being sent, and must not be given again
         if stopped():
             raise NotReadyError(f"{path}: its trial was ended with the server")
-        if time.monotonic() > deadline + pace.stood and question["idle"]:
+        if time.monotonic() > deadline + pace.excused and question["idle"]:
             raise _StarvedError
-        if time.monotonic() > deadline + pace.stood:
+        if time.monotonic() > deadline + pace.excused:
             raise VerificationError(
                 f"{path}: it was not open, verified and warm after {limits.seconds:g} s: it hangs, or needs a longer limit"
             )
@@ -297,22 +296,22 @@ class ArtifactLoader:
 
     Each is warmed up for all that its predecessor was asked lately; with `dynamic`, where other sizes need no compiling, for
     what it was asked `OFTEN`. `budget`: pixels of these together, beside the opening's, as of a `Compiler`; what was asked most goes first.
-    `busy`: whether somebody is served now, whom all this is not to keep waiting.
+    `demand`: who is served now, whom all this is not to keep waiting.
     """
 
     opening: Opening = field(default_factory=Opening)
     limits: Limits = field(default_factory=Limits)
     budget: float = inf
-    busy: Callable[[], bool] = _always
+    demand: Callable[[], Demand] = _somebody
 
     def probe(self, path: Path, lately: Mapping[Call, int], stopped: Callable[[], bool]) -> Probation:
         limits = self.limits if lately else replace(self.limits, idle_seconds=0.0)  # where nobody is served nobody is to be spared
-        return probe(path, self.opening, self._calls(lately), limits=limits, stopped=stopped, busy=self.busy)
+        return probe(path, self.opening, self._calls(lately), limits=limits, stopped=stopped, demand=self.demand)
 
     def open(self, path: Path, lately: Mapping[Call, int], found: Probation, stopped: Callable[[], bool] = _never) -> Opened:
         rest, calls = REST if lately else 0.0, self._calls(lately)
         if can_open_apart():
-            opened = open_apart(path, self.opening, calls, rest=rest, seconds=self.limits.seconds, stopped=stopped, busy=self.busy)
+            opened = open_apart(path, self.opening, calls, rest=rest, seconds=self.limits.seconds, stopped=stopped, demand=self.demand)
         else:
             opened = open_version(path, self.opening, calls, rest=rest, stopped=stopped)
         if opened.digest != found.digest:

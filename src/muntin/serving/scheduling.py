@@ -12,6 +12,7 @@ import sys
 import time
 from collections.abc import Callable
 from contextlib import suppress
+from enum import IntEnum
 from functools import cache
 from pathlib import Path
 from threading import Event, Thread
@@ -23,6 +24,10 @@ IDLE_S = 60.0
 """Seconds after which a process that stands back gets a share though no core is idle."""
 RUNS_S, STANDS_S = 0.02, 0.06
 """Of a process that is paced: for so long it runs, for so long it stands still."""
+LEAST_S, STANDS_LONG_S = 0.005, 0.25
+"""The same while somebody waits: what it runs at the least, what it stands at the most."""
+LOOK_S = 0.005
+"""Between two looks whether anybody does."""
 PATIENCE = (RUNS_S + STANDS_S) / RUNS_S
 """How many times as long it takes."""
 BACK = 10
@@ -62,19 +67,37 @@ def _take_turns_of(seconds: float, thread: int = 0) -> bool:
     return bool(libc.syscall(_SET, thread, ctypes.create_string_buffer(wanted, len(wanted)), 0) == 0)
 
 
+class Demand(IntEnum):
+    """Who is served while a version is tried or opened: nobody lately, somebody, or more than are computed at once."""
+
+    NONE = 0
+    SERVED = 1
+    WAITING = 2
+
+
+def nobody() -> Demand:
+    """Of a server, or of what has none, that serves nobody."""
+    return Demand.NONE
+
+
 class Pace:
-    """A process that stands back runs a quarter of the time only, while others are `busy`; with the block that ends.
+    """A process that stands back runs a quarter of the time only while others are served, and less while they wait; the block ends that.
 
     Computing only where a core has nothing else to do keeps nobody from it, but it takes caches, and turns in which an engine's threads
-    wait for one another: beside it batches of 15 ms took 19 to 21, and requests queued up behind them. In pieces it does not add up.
+    wait for one another: beside it batches of 15 ms took 19 to 21, and requests queued up behind them. In pieces it does not add up, and
+    what queues up all the same is computed undisturbed: while anybody waits it stands still, for a quarter of a second at most.
     """
 
-    def __init__(self, process: subprocess.Popen[bytes], busy: Callable[[], bool]) -> None:
-        self._process, self._busy = process, busy
-        self.stood = 0.0
-        """Seconds that it did not run."""
+    def __init__(self, process: subprocess.Popen[bytes], demand: Callable[[], Demand]) -> None:
+        self._process, self._demand = process, demand
+        self._ran = self._stood = 0.0
         self._ended = Event()
         self._thread = Thread(target=self._keep, name="muntin-pace")
+
+    @property
+    def excused(self) -> float:
+        """Seconds that whoever bounds its time may leave out: those it stood still, but no more than `PATIENCE` allows for."""
+        return min(self._stood, self._ran * (PATIENCE - 1))
 
     def __enter__(self) -> Self:
         if hasattr(signal, "SIGSTOP"):
@@ -87,14 +110,21 @@ class Pace:
             self._thread.join()
 
     def _keep(self) -> None:
-        while not self._ended.wait(RUNS_S):
-            if not self._busy():
+        while not self._ended.is_set():
+            self._ran += self._pass(RUNS_S, lambda ran: ran >= LEAST_S and self._demand() is Demand.WAITING)
+            if self._demand() is Demand.NONE:
                 continue
-            began = time.monotonic()
             self._process.send_signal(signal.SIGSTOP)  # to nobody else if it has ended
-            self._ended.wait(STANDS_S)
+            self._stood += self._pass(STANDS_LONG_S, lambda stood: stood >= STANDS_S and self._demand() is not Demand.WAITING)
             self._process.send_signal(signal.SIGCONT)
-            self.stood += time.monotonic() - began
+
+    def _pass(self, most: float, until: Callable[[float], bool]) -> float:
+        """Lets `most` seconds pass, fewer where it has ended or `until` says so of those that have passed; and says how many did."""
+        began = time.monotonic()
+        while (passed := time.monotonic() - began) < most and not until(passed):
+            if self._ended.wait(min(LOOK_S, most - passed)):
+                break
+        return time.monotonic() - began
 
 
 class Standing:

@@ -111,7 +111,7 @@ class Server:
         opening = self._opening(manifest)
         budget = BUDGET * largest_request(config, 1 if manifest is None else manifest.signature.channels)
         self._compiler = Compiler(opening, budget=budget)
-        loader = ArtifactLoader(opening=opening, budget=budget, busy=lambda: self.slot.busy)
+        loader = ArtifactLoader(opening=opening, budget=budget, demand=lambda: self.slot.demand)
         self.slot = Slot(config.name or _name_of(Path(path)), loader, rollout=config.rollout, notify=self._notify)
 
     # ---- from outside ----
