@@ -39,6 +39,13 @@ LINUX = sys.platform.startswith("linux")
 OPENING = Opening(threads=1, dynamic=True, calls=(Call((1, 8, 8)),))
 
 
+def stop(process: int) -> None:
+    """It hangs from now on: where a core is busy, a signal takes its time."""
+    os.kill(process, signal.SIGSTOP)
+    while LINUX and Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[0] != "T":
+        time.sleep(0.001)
+
+
 def images_of(seed: int, rows: int, height: int, width: int, channels: int = 3) -> NDArray[np.uint8]:
     return np.random.default_rng(seed).integers(0, 256, (rows, height, width, channels)).astype(np.uint8)
 
@@ -128,7 +135,7 @@ def test_what_is_no_image_is_refused_here(session: EngineProcess) -> None:
 def die(session: EngineProcess, number: signal.Signals = signal.SIGKILL) -> str:
     """Ends its process in the midst of a call; what that raises."""
     pid, raised = pid_of(session), []
-    os.kill(pid, signal.SIGSTOP)
+    stop(pid)
 
     def ask() -> None:
         with pytest.raises(EngineDiedError) as caught:
@@ -244,7 +251,7 @@ def test_after_an_error_both_ends_begin_anew(session: EngineProcess) -> None:
 
 def test_one_that_hangs_is_interrupted(session: EngineProcess) -> None:
     images, raised = images_of(1, 1, 8, 8), []
-    os.kill(pid_of(session), signal.SIGSTOP)
+    stop(pid_of(session))
 
     def ask() -> None:
         with pytest.raises(EngineDiedError) as caught:
@@ -444,7 +451,7 @@ def test_what_a_new_version_hangs_or_dies_with_is_answered_by_the_old_one(
     assert isinstance(new.session, EngineProcess)
     pid = pid_of(new.session)
     assert (ask(runner, slot) == 2).all()
-    os.kill(pid, signal.SIGSTOP)
+    stop(pid)
     if number != signal.SIGSTOP:
         threading.Timer(0.3, lambda: [os.kill(pid, each) for each in (number, signal.SIGCONT)]).start()  # type: ignore[func-returns-value]
     assert (ask(runner, slot) == 1).all()
@@ -470,7 +477,7 @@ def test_the_only_version_that_hangs_is_begun_again(
     batcher = Batcher(LatencyModel(), objective=None, max_rows=1, queue_rows=100, queue_bytes=1 << 20)
     runner = Runner(batcher, Executor(slot), interrupt=slot.interrupt)
     for _ in range(2):
-        os.kill(pid_of(session), signal.SIGSTOP)
+        stop(pid_of(session))
         assert isinstance(ask(runner, slot), EngineDiedError)
         assert (ask(runner, slot) == 1).all()
     assert runner.able
