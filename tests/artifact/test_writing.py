@@ -24,6 +24,16 @@ def test_where_one_cannot_be_written_none_is(tmp_path: Path) -> None:
     assert [(file.name, file.read_bytes()) for file in tmp_path.iterdir()] == [("a", b"before")]
 
 
+def test_where_a_folder_has_the_name_of_one_none_is_written(tmp_path: Path) -> None:
+    (tmp_path / "a").write_bytes(b"before")
+    (tmp_path / "b").mkdir()
+    with pytest.raises(IsADirectoryError) as error:
+        write_files(tmp_path, {"a": b"one", "b": b"two"})
+    assert (tmp_path / "a").read_bytes() == b"before"
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["a", "b"]
+    assert error.value.filename == str(tmp_path / "b")
+
+
 @pytest.mark.skipif(os.name != "posix", reason="a directory cannot be opened elsewhere")
 @pytest.mark.parametrize(("number", "fails"), [(errno.EINVAL, False), (errno.EIO, True)])
 def test_a_file_system_that_syncs_no_directories_is_taken_as_it_is(

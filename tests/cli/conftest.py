@@ -151,8 +151,8 @@ def full_disk() -> Callable[[int], AbstractContextManager[None]]:
 def write_small() -> Callable[..., Path]:
     """`write_small(path, task="classify", golden=1.0, nan=True)`: an artefact of one product a pixel, made without torch.
 
-    The scores of class k are the mean of channels 0..k over 255; "restore" needs three of them. `golden` is added to the recorded
-    scores; `nan` to the real ones.
+    The scores of class k are the mean of channels 0..k over 255; "restore" has as many channels as names, the others three. `golden` is
+    added to the recorded scores; `nan` to the real ones. `scale`: each score stands in a square of so many pixels a side.
     """
 
     def write(
@@ -163,34 +163,42 @@ def write_small() -> Callable[..., Path]:
         golden: float = 0.0,
         nan: bool = False,
         side: int | None = None,
+        scale: int = 1,
     ) -> Path:
-        weights = np.stack([np.where(np.arange(3) <= k, 1 / (255 * (k + 1)), 0) for k in range(len(names))]).astype(np.float32)
+        channels = len(names) if task == "restore" else 3
+        weights = np.stack([np.where(np.arange(channels) <= k, 1 / (255 * (k + 1)), 0) for k in range(len(names))]).astype(np.float32)
         shift = np.full((1, len(names), 1, 1), np.nan if nan else 0, np.float32)
         nodes = [
             helper.make_node("Cast", ["images"], ["float"], to=TensorProto.FLOAT),
             helper.make_node("Transpose", ["float"], ["planes"], perm=[0, 3, 1, 2]),
             helper.make_node("Conv", ["planes", "weights"], ["products"], name="product"),
-            helper.make_node("Add", ["products", "shift"], ["map" if task == "classify" else "scores"]),
+            helper.make_node("Add", ["products", "shift"], ["map" if task == "classify" or scale > 1 else "scores"]),
         ]
+        values = {"weights": weights[:, :, None, None], "shift": shift}
         if task == "classify":
             nodes.append(helper.make_node("ReduceMean", ["map", "axes"], ["scores"], keepdims=0))
-        values = {"weights": weights[:, :, None, None], "shift": shift, "axes": np.array([2, 3])}
-        shape = ["B", len(names), "H", "W"][: 2 if task == "classify" else 4]
+            values["axes"] = np.array([2, 3])
+        elif scale > 1:
+            rounding = {"coordinate_transformation_mode": "asymmetric", "nearest_mode": "floor"}
+            nodes.append(helper.make_node("Resize", ["map", "", "sides"], ["scores"], mode="nearest", **rounding))
+            values["sides"] = np.array([1, 1, scale, scale], np.float32)
+        shape = ["B", len(names), *(("H", "W") if scale == 1 else (None, None))][: 2 if task == "classify" else 4]
         graph = helper.make_graph(
             nodes,
             "small",
-            [helper.make_tensor_value_info("images", TensorProto.UINT8, ["B", "H", "W", 3])],
+            [helper.make_tensor_value_info("images", TensorProto.UINT8, ["B", "H", "W", channels])],
             [helper.make_tensor_value_info("scores", TensorProto.FLOAT, shape)],
-            [numpy_helper.from_array(value, name) for name, value in values.items() if name != "axes" or task == "classify"],
+            [numpy_helper.from_array(value, name) for name, value in values.items()],
         )
-        images = np.random.default_rng(0).integers(0, 256, (1, 5, 6, 3)).astype(np.uint8)
+        images = np.random.default_rng(0).integers(0, 256, (1, 5, 6, channels)).astype(np.uint8)
         classes = tuple(ClassInfo(name=name, color=(9 * k, 0, 0)) for k, name in enumerate(names))
         scores = np.einsum("bhwc,kc->bkhw", images.astype(np.float32), weights)
-        scores = np.ascontiguousarray(scores.mean((2, 3)) if task == "classify" else scores) + np.float32(golden)
+        scores = scores.mean((2, 3)) if task == "classify" else scores.repeat(scale, 2).repeat(scale, 3)
+        scores = np.ascontiguousarray(scores) + np.float32(golden)
         write_artifact(
             path,
             model=helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=10),
-            signature=Signature(task=task, channels=3, classes=() if task == "restore" else classes, side=side),
+            signature=Signature(task=task, channels=channels, classes=() if task == "restore" else classes, side=side, scale=scale),
             golden=[(images, scores)],
             golden_tolerance={"openvino": {"f32": GoldenTolerance(max_error=0.01, label_agreement=0.9)}},
         )

@@ -13,8 +13,11 @@ import pytest
 from PIL import Image
 
 from muntin.artifact import open_artifact
+from muntin.deployment import assessment
+from muntin.errors import DataError
 from muntin.runtime import load, predict
 from muntin.runtime.images import colorize, read_image, read_mask, write_image
+from muntin.training import read_checkpoint
 
 Call = Callable[..., Any]
 Write = Callable[..., Path]
@@ -41,6 +44,7 @@ def test_an_artefact_that_is_there_from_the_same_weights_is_taken_as_it_is(call:
     before = tree(exported.run)
     document = call("export", exported.run, "--json").document()
     assert tree(exported.run) == before
+    assert (document["written"], document["replaced"]) == (False, None)
     artifact = open_artifact(exported.artifact)
     assert Path(document["artifact"]) == exported.artifact
     assert document["bytes"] == artifact.bytes == sum(file.stat().st_size for file in exported.artifact.iterdir())
@@ -49,12 +53,30 @@ def test_an_artefact_that_is_there_from_the_same_weights_is_taken_as_it_is(call:
     assert document["precision"] in ("f32", "bf16", "f16")
     text = call("export", exported.run)
     assert (text.code, text.err) == (0, "")
+    assert text.out.startswith(f"is there  {exported.artifact}: ")
     assert f"{document['int8_layers']} layers in INT8" in text.out
+
+
+def test_an_artefact_that_another_state_of_the_code_made_is_exported_again(
+    call: Call, exported: Any, copied: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trained = read_checkpoint(exported.run)
+    assert assessment.exported(trained, copied) == open_artifact(copied)
+    assert assessment.exported(trained, copied, integer=False) is None
+    monkeypatch.setattr(assessment, "REVISION", assessment.REVISION + 1)
+    assert assessment.exported(trained, copied) is None
+    assert (assessment.other_artifact(trained, copied) or "").startswith("plain INT8 of these weights, exported ")
+
+    def opened(checkpoint: Any) -> None:
+        raise DataError("the data were opened")  # the export itself takes a second
+
+    monkeypatch.setattr(assessment, "source_of", opened)
+    assert call("export", exported.run, "-o", copied).mistake() == "the data were opened"
 
 
 def test_export_in_float_goes_where_it_is_told(call: Call, exported: Any, tmp_path: Path) -> None:
     document = call("export", exported.run, "--float", "-o", tmp_path / "float", "--json").document()
-    assert document["int8_layers"] == 0
+    assert (document["written"], document["int8_layers"]) == (True, 0)
     image = read_image(exported.image)
     integer, floating = (predict(load(path, precision="f32"), image) for path in (exported.artifact, tmp_path / "float"))
     assert (integer == floating).mean() > 0.9
@@ -313,6 +335,29 @@ def test_a_restored_image_lies_beside_its_own(call: Call, tmp_path: Path, write_
     assert (tmp_path / "photos" / "x.png").read_bytes() == before
 
 
+def test_a_restored_image_that_no_picture_can_hold_is_an_array(call: Call, tmp_path: Path, write_small: Write) -> None:
+    artifact = write_small(tmp_path / "restore", task="restore", names=tuple("abcde"))
+    image = np.full((6, 4, 5), 255, np.uint8)
+    np.save(tmp_path / "x.npy", image)
+    (result,) = call("predict", artifact, tmp_path / "x.npy", "-o", tmp_path / "out", "--json").document()["results"]
+    assert Path(result["image"]) == tmp_path / "out" / "x.restored.npy"
+    assert np.array_equal(np.load(result["image"]), np.ones((6, 4, 5), np.uint8))
+
+
+def test_a_mask_and_its_overlay_are_as_large_as_the_answer_and_so_is_its_truth(call: Call, tmp_path: Path, write_small: Write) -> None:
+    artifact = write_small(tmp_path / "segment", scale=2)
+    image = np.random.default_rng(0).integers(0, 256, (6, 4, 3)).astype(np.uint8)
+    labels = predict(load(artifact), image)
+    for name, picture in (("x.png", image), ("truth.png", labels), ("small.png", labels[::2, ::2])):
+        write_image(tmp_path / name, picture)
+    words = ("predict", artifact, tmp_path / "x.png", "-o", tmp_path / "out", "--json", "--truth")
+    (result,) = call(*words, tmp_path / "truth.png").document()["results"]
+    assert labels.shape == (12, 8) and len(np.unique(labels)) == 2
+    assert np.array_equal(read_mask(result["mask"]), labels) and result["agreement"] == 1
+    assert read_image(result["overlay"]).shape == read_image(result["difference"]).shape == (12, 8, 3)
+    assert "the mask is 4x6 and the answer 8x12" in call(*words, tmp_path / "small.png").mistake()
+
+
 def test_predict_replaces_no_file_that_it_was_given(call: Call, tmp_path: Path, write_small: Write, tree: Tree) -> None:
     artifact, photos = write_small(tmp_path / "segment"), tmp_path / "photos"
     photos.mkdir()
@@ -401,7 +446,7 @@ def spoiled(tmp_path: Path, exported: Any, kind: str) -> list[Any]:
         ("missing", "image.png does not exist"),
         ("empty folder", "empty holds no image"),
         ("twins", "several images named image"),
-        ("other size", "the mask is 47x48 and the image 48x48"),
+        ("other size", "the mask is 47x48 and the answer 48x48"),
         ("other value", "the mask holds the value 3; allowed are 0 to 2, and 255"),
         ("colours", "the mask is a colour picture"),
         ("truth of a folder", "--truth goes with one image"),

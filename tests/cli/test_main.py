@@ -110,6 +110,20 @@ def test_no_memory_is_one_line(call: Call, monkeypatch: pytest.MonkeyPatch, expo
     assert [failure["source"] for failure in json.loads(answer.out)["failures"]] == [str(exported.image)]
 
 
+def test_no_memory_for_a_tensor_is_one_line_and_other_errors_of_pytorch_are_raised(
+    call: Call, monkeypatch: pytest.MonkeyPatch, exported: Any
+) -> None:
+    import torch
+
+    monkeypatch.setattr("muntin.runtime.verify", lambda *arguments, **options: torch.empty(1 << 60, dtype=torch.uint8))
+    text = call("verify", exported.artifact).mistake()
+    assert text.startswith("not enough memory (") and "you tried to allocate 1152921504606846976 bytes" in text
+    assert text.endswith("a smaller training.batch_size or data.crop to train, or a machine with more")
+    monkeypatch.setattr("muntin.runtime.verify", lambda *arguments, **options: torch.zeros(2) + torch.zeros(3))
+    with pytest.raises(RuntimeError, match="The size of tensor a"):
+        call("verify", exported.artifact)
+
+
 def test_what_the_system_refuses_is_one_line(call: Call, exported: Any) -> None:
     name = f"{'x' * 300}.png"
     text = f"{name}: File name too long; check the path, its permissions and the free space"

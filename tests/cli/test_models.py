@@ -50,7 +50,7 @@ def tiny_options(tmp_path: Path, write_tiny: Callable[..., Any]) -> str:
 def test_init_says_what_comes_next(call: Call, pictures: Path) -> None:
     answer = call("init", pictures)
     assert answer.code == 0
-    assert f"read it, rename the classes, then `muntin fit {pictures / 'recipe.yaml'}`" in answer.out
+    assert f"(task: segment): read it, rename the classes, then `muntin fit {pictures / 'recipe.yaml'}`" in answer.out
 
 
 def test_init_does_not_advise_other_names_for_classes_that_are_folders(call: Call, tmp_path: Path) -> None:
@@ -58,7 +58,7 @@ def test_init_does_not_advise_other_names_for_classes_that_are_folders(call: Cal
         folder = tmp_path / ("cat", "dog")[number % 2]
         folder.mkdir(exist_ok=True)
         write_image(folder / f"{number}.png", np.full((40, 40, 3), number, np.uint8))
-    assert f"read it, then `muntin fit {tmp_path / 'recipe.yaml'}`" in call("init", tmp_path).out
+    assert f"(task: classify): read it, then `muntin fit {tmp_path / 'recipe.yaml'}`" in call("init", tmp_path).out
     spaced = tmp_path.rename(tmp_path.with_name("my photos"))
     (spaced / "recipe.yaml").unlink()
     assert f"then `muntin fit '{spaced / 'recipe.yaml'}'`" in call("init", spaced).out

@@ -33,9 +33,14 @@ def test_profile_says_why_and_writes_the_page(call: Call, exported: Any, tmp_pat
     assert len([event for event in trace["traceEvents"] if event["ph"] == "X"]) == len(document["kernels"]) + 1
 
 
-def test_profile_counts_the_work_that_the_manifest_records(call: Call, exported: Any, tmp_path: Path) -> None:
+def test_profile_counts_the_work_that_the_manifest_records_and_lists_the_files_that_it_wrote(
+    call: Call, exported: Any, tmp_path: Path
+) -> None:
     """An exported model: multiply-adds as executed are those recorded at the example's size, scaled by the area."""
-    document = call("profile", exported.artifact, *QUICK, "--batch", "2", "-o", tmp_path / "out", "--json").document()
+    folder = tmp_path / "out"
+    folder.mkdir()
+    (folder / "mine.txt").touch()
+    document = call("profile", exported.artifact, *QUICK, "--batch", "2", "-o", folder, "--json").document()
     assert document["shape"] == [2, 24, 40]
     recorded = {layer.name: layer.macs for layer in open_artifact(exported.artifact).manifest.layers}
     executed: dict[str, int] = {}
@@ -45,7 +50,8 @@ def test_profile_counts_the_work_that_the_manifest_records(call: Call, exported:
     assert executed.keys() == recorded.keys()
     ratios = {executed[name] / macs for name, macs in recorded.items() if macs}
     assert len(ratios) == 1  # all layers of this model keep the image's size
-    assert [Path(file).name for file in document["files"]] == sorted(file.name for file in (tmp_path / "out").iterdir())
+    written = [str(folder / name) for name in ("profile.html", "profile.json", "roofline.svg", "trace.json")]
+    assert document["files"] == written == sorted(str(file) for file in folder.iterdir() if file.name != "mine.txt")
 
 
 def test_profile_writes_beside_the_artefact_and_leaves_it_alone(

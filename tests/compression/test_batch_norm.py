@@ -160,6 +160,17 @@ def test_only_norms_whose_folding_changes_the_answer_stay() -> None:
     assert shared.conv.weight is owned and "elsewhere" in changes[3].reason
 
 
+def test_the_norms_of_convolutions_that_share_a_weight_stay_and_so_does_the_sharing() -> None:
+    first, second = nn.Conv2d(3, 3, 3), nn.Conv2d(3, 3, 3)
+    second.weight = first.weight
+    own = nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4)
+    model = trained_norms(nn.Sequential(first, nn.BatchNorm2d(3), nn.ReLU(), second, nn.BatchNorm2d(3), *own))
+    changes = assert_folded(model, torch.rand(1, 3, 12, 12) * 255, {"1": True, "4": True, "6": False})
+    reasons = {change.layer: change.reason for change in changes if change.kept}
+    assert reasons == dict.fromkeys("14", "its convolution shares its weights with another one: folding would part them")
+    assert second.weight is first.weight
+
+
 def test_what_was_folded_is_made_again_without_asking_the_model() -> None:
     def make() -> nn.Sequential:
         return nn.Sequential(

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from functools import partial
+from typing import Any, NamedTuple
 
 import pytest
 import torch
@@ -50,6 +52,68 @@ def test_a_shared_layer_is_replaced_under_all_of_its_names() -> None:
     assert model.first is other and model.alias is other and model.inner[1] is other
     x = torch.randn(2, 4)
     assert torch.equal(model(x), other(other(other(x))))
+
+
+class Held(nn.Module):
+    """Layers that plain lists, tuples and dicts hold too."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.other = nn.Linear(4, 4), nn.Linear(4, 4)
+        self.path: list[nn.Module] = [self.first, self.other, self.first]
+        self.nested: dict[str, Any] = {"both": (self.other, [self.first]), "one": self.first, "none": {"size": 4}}
+        self.rest = (self.other, 4)
+
+
+def test_a_layer_is_replaced_in_plain_lists_tuples_and_dicts_which_stay_the_same_objects() -> None:
+    model, new = Held(), nn.Linear(4, 4)
+    path, nested, rest = model.path, model.nested, model.rest
+    inner = nested["both"][1]
+    replace(model, "first", new)
+    assert model.first is new and model.path is path and path == [new, model.other, new]
+    assert model.nested is nested and nested == {"both": (model.other, [new]), "one": new, "none": {"size": 4}}
+    assert nested["both"][1] is inner and model.rest is rest
+
+
+class Versioned(NamedTuple):
+    number: int
+    layer: nn.Module
+
+
+class Through(nn.Sequential):
+    """A chain that goes through a plain list of its layers."""
+
+    def __init__(self, *layers: nn.Module) -> None:
+        super().__init__(*layers)
+        self._path = list(layers)
+
+    def forward(self, x: Tensor) -> Tensor:
+        for layer in self._path:
+            x = layer(x)
+        return x
+
+
+@pytest.mark.parametrize("make", [quantize, prepare_qat, partial(low_rank, config=LowRankConfig(parameters=0.8, multiple=1))])
+def test_a_model_that_goes_through_a_plain_list_computes_with_its_new_layers(make: Callable[[list[Tensor]], Pass]) -> None:
+    layers = [nn.Conv2d(3, 16, 3, padding=1), nn.BatchNorm2d(16), nn.ReLU(), nn.Conv2d(16, 16, 3, padding=1)]
+    listed, plain = Through(*copy.deepcopy(layers)).eval(), nn.Sequential(*layers).eval()
+    images = torch.randint(0, 256, (4, 3, 16, 16))
+    x = images.float()
+    before = plain(x).detach()
+    assert make([images])(listed) == make([images])(plain)
+    with torch.no_grad():
+        after = plain.eval()(x)
+        assert torch.equal(listed.eval()(x), after) and not torch.allclose(after, before)
+
+
+def test_named_tuples_and_lists_that_hold_themselves_are_gone_through() -> None:
+    model, new = nn.Sequential(nn.Linear(2, 2)), nn.Linear(2, 2)
+    endless: list[Any] = [model[0]]
+    endless.append(endless)
+    model.endless, model.version = endless, Versioned(1, model[0])  # type: ignore[assignment]
+    replace(model, "0", new)
+    assert model.endless is endless and endless[0] is new
+    assert model.version == Versioned(1, new)
 
 
 def test_the_new_layer_takes_the_mode_of_the_old() -> None:

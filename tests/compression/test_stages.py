@@ -25,15 +25,17 @@ from muntin.compression.stages import (
     STAGES,
     CompressionRun,
     Stage,
+    broken_off,
     changes_of,
     compress_checkpoint,
     read_model,
+    source_of,
     stage_checkpoints,
     stage_finished,
     stage_steps,
 )
 from muntin.deployment.assessment import finished_stages
-from muntin.errors import CheckpointError, MuntinError, RecipeError
+from muntin.errors import CheckpointError, DataError, MuntinError, RecipeError
 from muntin.layers import Product, SoftmaxProduct
 from muntin.layers.gate import BLOCK
 from muntin.training.checkpoint import AVERAGE, MODEL, OPTIMIZER, Checkpoint, read_checkpoint
@@ -334,6 +336,39 @@ def test_a_budget_that_cannot_be_met_leaves_nothing(compressed: Compressed, tmp_
     assert not (tmp_path / "none").exists()
 
 
+# ---- checkpoints that lie elsewhere ----
+
+
+def at(checkpoint: Checkpoint, **state: Any) -> Checkpoint:
+    return replace(checkpoint, state=checkpoint.state.model_copy(update=state))
+
+
+def test_a_copy_under_another_name_is_broken_off_as_the_checkpoint_is(compressed: Compressed, tmp_path: Path) -> None:
+    copied = read_checkpoint(shutil.copytree(compressed.origin.path, tmp_path / "best"))
+    assert broken_off(copied) == ()
+    assert broken_off(at(copied, step=3)) == (f"step 3 of {STEPS}: `muntin fit --resume` goes on",)
+
+
+def test_data_whose_folder_is_gone_are_told_with_what_to_do(compressed: Compressed, tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=r"trained on data in .*/gone, .*: `muntin fit RECIPE --resume`") as error:
+        source_of(at(compressed.origin, root=str(tmp_path / "gone")))
+    told(error)
+    with pytest.raises(DataError, match="does not exist") as error:  # the folder is there, and what it held is not
+        source_of(at(compressed.origin, root=str(tmp_path)))
+    assert "--resume" not in told(error)
+
+
+def test_finished_stages_are_told_where_the_data_lie_now(compressed: Compressed, tmp_path: Path) -> None:
+    moved = shutil.copytree(compressed.origin.state.root, tmp_path / "moved")
+    directory = shutil.copytree(compressed.run.directory, tmp_path / "stages")
+    run = compress_checkpoint(at(compressed.origin, root=str(moved)), directory, resume=True)
+    assert [result.stage for result in run.stages] == list(STAGES)
+    for result in run.stages:
+        found = read_checkpoint(result.checkpoint)
+        assert found.state.root == str(moved)
+        assert_same_state(compressed.stage(result.stage), found)
+
+
 # ---- other configurations ----
 
 
@@ -514,6 +549,39 @@ def test_what_was_folded_is_read_again_whatever_the_model_answers(
     assert isinstance(model.get_submodule("3"), FactoredConv2d)  # whose padding was a word
     assert isinstance(model.get_submodule("5"), nn.BatchNorm2d) and not isinstance(model.get_submodule("1"), nn.BatchNorm2d)
     assert all(torch.equal(value, last.tensors[AVERAGE][name]) for name, value in model.state_dict().items())
+
+
+THROUGH_A_LIST = """
+from torch import nn
+
+class Through(nn.Sequential):
+    def __init__(self, *layers):
+        super().__init__(*layers)
+        self.path = list(layers)
+
+    def forward(self, x):
+        x = x / 128 - 1
+        for layer in self.path:
+            x = layer(x)
+        return x
+
+def make(*, task, classes, channels):
+    first = nn.Conv2d(channels, 8, 3, padding=1), nn.BatchNorm2d(8), nn.ReLU()
+    return Through(*first, nn.Conv2d(8, 8, 3, padding=1), nn.ReLU(), nn.Conv2d(8, classes, 1))
+"""
+
+
+def test_a_model_that_goes_through_a_plain_list_is_read_with_its_new_layers(
+    tmp_path: Path, write_tiny: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "through_a_list.py").write_text(THROUGH_A_LIST)
+    monkeypatch.syspath_prepend(tmp_path)
+    tiny = write_tiny(tmp_path / "data", model={"name": "through_a_list:make", "options": {}}, training={"steps": 3})
+    origin = read_checkpoint(fit(tiny.recipe, directory=tmp_path / "run").checkpoint)
+    model = read_model(read_checkpoint(compress_checkpoint(origin, tmp_path / "compressed", config=short()).checkpoint))
+    assert isinstance(model.get_submodule("3"), FactoredConv2d) and qat_operations(model)
+    x = pixels(1, 3, 16, 16)
+    assert torch.equal(answer(model, x), answer(nn.Sequential(*model.children()), x / 128 - 1))
 
 
 def test_the_learning_rate_falls_once_over_both_stages_of_quantisation(write_tiny: Callable[..., Any], tmp_path: Path) -> None:

@@ -81,6 +81,16 @@ def test_check_opens_everything_once_and_tells_how_far(tmp_path: Path) -> None:
     assert "lava" in notes[0]
 
 
+@pytest.mark.parametrize("name", SPLITS)
+def test_a_split_of_nothing_but_ignored_pixels_is_named(tmp_path: Path, name: str) -> None:
+    pairs = {split: make_pair(tmp_path / split, count) for split, count in zip(SPLITS, (3, 1, 2), strict=True)}
+    for mask in (tmp_path / name / "masks").iterdir():
+        write_image(mask, np.full((6, 8), 255, np.uint8))
+    with pytest.raises(DataError) as error:
+        open_pair(pairs["train"], validation=pairs["validation"], test=pairs["test"]).check()
+    one_line(error, f"every pixel of the masks of the {name} split is ignored")
+
+
 @given(
     keys=st.sets(st.text(min_size=1), min_size=1, max_size=30),
     more=st.sets(st.text(min_size=1), max_size=10),

@@ -189,6 +189,29 @@ def test_the_task_decides_between_readings(tmp_path: Path) -> None:
     assert find_layout(tmp_path, "classify").task == "classify"
 
 
+@pytest.mark.parametrize("folders", [("train", "trainannot", "val", "valannot"), ("images", "gt")])
+def test_folders_that_are_named_as_pictures_or_a_split_are_no_classes_unless_they_are_said_to_be(
+    tmp_path: Path, folders: tuple[str, ...]
+) -> None:
+    for pair in zip(folders[::2], folders[1::2], strict=True):
+        fill(tmp_path, masks_of([0, 1]), pair)
+    with pytest.raises(DataError, match=r"expected images/ and masks/ .*; if it is a class, say so by --task classify") as error:
+        write_recipe(tmp_path)
+    assert str(error.value).startswith(str(tmp_path / folders[0]))
+    assert not (tmp_path / "recipe.yaml").exists()
+    recipe, _ = opened(write_recipe(tmp_path, task="classify"))
+    assert sorted(entry["name"] for entry in recipe["data"]["classes"]) == sorted(folders)
+
+
+@pytest.mark.parametrize("grey", ["cat", "dog"])
+def test_grey_pictures_of_one_class_and_colour_ones_of_another_are_read_in_colour(tmp_path: Path, grey: str) -> None:
+    for name in ("cat", "dog"):
+        (tmp_path / name).mkdir()
+        for number in range(10):
+            write_image(tmp_path / name / f"{number}.png", np.zeros((40, 40) if name == grey else (40, 40, 3), np.uint8))
+    assert opened(write_recipe(tmp_path))[0]["data"]["channels"] == 3
+
+
 def test_masks_that_cannot_be_classes(tmp_path: Path) -> None:
     fill(tmp_path / "one", masks_of([4]))
     with pytest.raises(DataError, match="two classes at least"):

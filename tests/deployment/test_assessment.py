@@ -1,6 +1,10 @@
-"""The side that a run is timed at: what its model finds the memory for."""
+"""The side that a run is timed at, what its model finds the memory for; and a classifier's figures."""
 
 from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -8,8 +12,10 @@ import torch
 from torch import Tensor, nn
 
 from muntin.artifact import ClassInfo, Signature
-from muntin.deployment.assessment import affordable_side
+from muntin.deployment.assessment import _Assessment, affordable_side
 from muntin.models import TorchSession
+from muntin.runtime.images import write_image
+from muntin.training import evaluate, fit, read_checkpoint
 
 CLASSES = tuple(ClassInfo(name=name, color=(9, 9, 9)) for name in "ab")
 IMAGE = np.zeros((50, 70, 3), np.uint8)
@@ -49,3 +55,45 @@ def test_the_side_is_halved_down_to_the_crop_where_memory_is_out(most: int, side
 def test_another_error_is_no_want_of_memory() -> None:
     with pytest.raises(RuntimeError, match="sizes"):
         affordable_side(session(Greedy(16, RuntimeError("sizes of tensors must match"))), IMAGE, 64, least=24)
+
+
+CLASSIFIER = """
+from torch import nn
+
+class Classifier(nn.Sequential):
+    def forward(self, x):
+        return super().forward(x / 128 - 1).mean((2, 3))
+
+def make(*, task, classes, channels):
+    return Classifier(nn.Conv2d(channels, 8, 3, padding=1), nn.ReLU(), nn.Conv2d(8, classes, 1))
+"""
+
+
+def test_of_a_classifier_a_report_tells_the_accuracy_of_each_class(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A step and the curve of it: a whole report exports, which takes seconds."""
+    (tmp_path / "own_classifier.py").write_text(CLASSIFIER)
+    monkeypatch.syspath_prepend(tmp_path)
+    for label, name in enumerate(("cat", "dog", "emu")):
+        (tmp_path / "pets" / name).mkdir(parents=True)
+        for number in range(8):
+            picture = np.random.default_rng(number).integers(0, 100, (40, 40, 3)) + 50 * label
+            write_image(tmp_path / "pets" / name / f"{number}.png", picture.astype(np.uint8))
+    content = {
+        "task": "classify",
+        "data": {"source": "folders", "images": "pets", "validation": 0.3, "test": 0.3, "seed": 1, "crop": 32},
+        "model": {"name": "own_classifier:make"},
+        "training": {"steps": 1, "batch_size": 4, "threads": 1},
+    }
+    (tmp_path / "recipe.yaml").write_text(json.dumps(content))  # JSON is YAML
+    checkpoint = read_checkpoint(fit(tmp_path / "recipe.yaml", directory=tmp_path / "run").checkpoint)
+    work, model = _Assessment(checkpoint, tmp_path / "report", lambda name: None), checkpoint.model()
+    work.probe, session = torch.zeros(1, 3, 32, 32), TorchSession(model, checkpoint.signature)
+    on_test, on_validation = (evaluate(session, work.source.split(split), tile=64) for split in ("test", "validation"))
+    assert on_test.recall != on_test.iou and on_validation.recall != on_validation.iou, "it errs nowhere: this test plants nothing"
+    row = work._step("fp32", "PyTorch FP32", session, model, bytes=0)
+    assert (row["miou"], row["iou"]) == (on_test.accuracy, on_test.recall)
+    curve = [{"step": 1, "miou": on_validation.accuracy, "iou": on_validation.recall}]
+    assert work._about([])["validation"] == curve
+    old = [{"step": 1, "score": on_validation.accuracy, "iou": on_validation.recall}]  # as checkpoints were written before
+    work.checkpoint = replace(checkpoint, state=checkpoint.state.model_copy(update={"validation": old}))
+    assert work._about([])["validation"] == curve

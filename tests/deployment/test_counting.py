@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from muntin import create_model
 from muntin.compression import quantize
 from muntin.deployment import image_macs, layer_macs, parameter_count
-from muntin.deployment.counting import bias_count, output_channels, weight_count
+from muntin.deployment.counting import bias_count, output_channels, stored_bytes, weight_count
 from muntin.layers import DenseAttention
 from muntin.training.config import QuantizationConfig
 
@@ -129,6 +129,17 @@ def test_hooks_do_not_stay(mixed: nn.Module) -> None:
 @pytest.mark.parametrize(("layer", "counts"), [(nn.Linear(3, 7), (21, 7, 7)), (nn.Conv2d(4, 6, 3, groups=2, bias=False), (108, 0, 6))])
 def test_counts_of_one_layer(layer: nn.Module, counts: tuple[int, int, int]) -> None:
     assert (weight_count(layer), bias_count(layer), output_channels(layer)) == counts
+
+
+@pytest.mark.parametrize(
+    ("inputs", "value", "each"),
+    [(13, 0.5, 2), (13, 1 / 3, 4), (13, 1e6, 4), (13, 1e-9, 4), (12, 0.5, 4)],  # too long, too large, too small for FP16; only 60
+)
+def test_more_than_64_parameters_that_lose_nothing_in_fp16_take_two_bytes_each(inputs: int, value: float, each: int) -> None:
+    layer = nn.Linear(inputs, 5)
+    nn.init.constant_(layer.weight, value)
+    nn.init.zeros_(layer.bias)
+    assert stored_bytes(nn.Sequential(layer, nn.ReLU())) == each * inputs * 5 + 4 * 5
 
 
 def test_a_model_that_looks_at_values_or_keeps_what_it_makes_is_counted_and_stays_as_it_is() -> None:

@@ -540,6 +540,13 @@ def test_maps_with_a_sign_that_are_joined_are_computed_as_in_pytorch(
         assert np.abs(scores - expected).max() <= 0.05 * expected.std()
 
 
+def test_a_figure_that_is_no_plain_value_is_named_and_no_engine_is_blamed(pixels: Any, tmp_path: Path) -> None:
+    with pytest.raises(ArtifactError, match=r"measured\.miou.*record plain values") as error:
+        muntin.export(tiny(), pixels(1, 3, 32, 32), tmp_path / "artifact", measured={"miou": np.float32(0.7)})
+    assert "engine" not in str(error.value) and "\n" not in str(error.value)
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_layers_that_are_kept_in_floats_by_name(pixels: Any, tmp_path: Path) -> None:
     model, example = tiny(), pixels(1, 3, 32, 32)
     name = next(name for name, part in model.named_modules() if isinstance(part, nn.Conv2d))

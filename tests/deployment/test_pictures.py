@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import numpy as np
@@ -91,6 +92,12 @@ def test_examples_show_picture_truth_prediction_and_difference(tmp_path: Path, a
         assert np.array_equal(views["truth"], colors[truth])
         assert np.array_equal(views["prediction"], colors[expected])
         assert np.array_equal(views["difference"], np.where((truth == expected)[..., None], RIGHT, WRONG))
+
+
+def test_a_picture_whose_name_is_no_utf_8_is_told_by_one_that_is(tmp_path: Path) -> None:
+    named = sample(varied(np.random.default_rng(0), 3), os.fsdecode(b"caf\xe9"))
+    (example,) = write_examples(tmp_path, Reads(), [named], CLASSES, side=SIDE, count=1)
+    assert example["name"] == "caf\\udce9, rows 0-16, columns 0-16"
 
 
 def test_pictures_of_one_channel_are_shown_grey(tmp_path: Path) -> None:

@@ -14,6 +14,7 @@ import pytest
 import muntin.reporting
 from muntin.errors import MuntinError
 from muntin.reporting import parse_report, read_report, write_report
+from muntin.reporting.files import write_files
 
 
 def without_pictures(report: dict[str, Any]) -> dict[str, Any]:
@@ -89,6 +90,13 @@ def test_no_space_leaves_the_old_one(report: dict[str, Any], tmp_path: Path) -> 
     assert done.stderr.startswith("refused: cannot write the report into ")
     assert done.stderr.count("\n") == 1
     assert contents(tmp_path) == before
+
+
+def test_what_utf_8_cannot_carry_is_written_out_and_in_json_read_back(tmp_path: Path) -> None:
+    name = os.fsdecode(b"caf\xe9")
+    write_files(tmp_path, {"a.txt": f"été, {name}", "a.json": json.dumps({"path": name}, ensure_ascii=False)}, what="text")
+    assert (tmp_path / "a.txt").read_text(encoding="utf-8") == "été, caf\\udce9"
+    assert json.loads((tmp_path / "a.json").read_text(encoding="utf-8")) == {"path": name}
 
 
 def test_a_file_in_the_folders_place(report: dict[str, Any], tmp_path: Path) -> None:

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from muntin.runtime import cache, load
-from muntin.runtime.cache import CompiledModels, cache_folder, compiled_folder
+from muntin.runtime.cache import CompiledModels, cache_folder, compiled_folder, make_room
 
 
 @pytest.fixture(autouse=True)
@@ -111,6 +111,22 @@ def test_the_shapes_of_one_artefact_do_not_grow_without_bound(own_cache: Path, m
     models.write("fifth", bytes(100))
     assert len(list(folder.iterdir())) == 1
     assert models.read("fifth") is not None  # what was just written stays, however large
+
+
+def test_room_is_made_of_what_was_not_used_for_the_longest_and_never_of_the_folder_in_use(monkeypatch: pytest.MonkeyPatch) -> None:
+    folders = []
+    for age in range(4):
+        folder = compiled_folder("tensorrt", str(age), "a" * 64)
+        assert folder is not None
+        (folder / "engine").write_bytes(bytes(100))
+        os.utime(folder, (1000 + age, 1000 + age))
+        folders.append(folder)
+    used = folders[0]  # the oldest
+    for limit, left in ((400, [0, 1, 2, 3]), (250, [0, 3]), (50, [0])):
+        monkeypatch.setattr(cache, "LIMIT", limit)
+        make_room(used)
+        assert [age for age, folder in enumerate(folders) if folder.exists()] == left
+    assert (used / "engine").read_bytes() == bytes(100)
 
 
 @pytest.mark.parametrize(

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -29,6 +32,12 @@ def test_every_kernel_is_a_complete_event(convolutions: Any, engine: str) -> Non
     assert {"precision", "macs", "bytes", "ceiling_share", "implementation"} <= events[0]["args"].keys()
     (whole,) = (event for event in document["traceEvents"] if event["ph"] == "X" and event["tid"] == WHOLE)
     assert whole["dur"] == pytest.approx(1e3 * result.profiled_ms)
+
+
+def test_an_artefact_whose_name_is_no_utf_8_is_told_by_one_that_is(convolutions: Any, tmp_path: Path) -> None:
+    result = measured(convolutions, "onnxruntime")
+    document = chrome_trace(replace(result, artifact=replace(result.artifact, path=tmp_path / os.fsdecode(b"caf\xe9"))))
+    assert document["otherData"]["artifact"] == f"{tmp_path}/caf\\udce9"
 
 
 def test_without_time_stamps_kernels_stand_end_to_end_and_that_is_said(convolutions: Any) -> None:

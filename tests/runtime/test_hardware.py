@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import json
 import os
 import sys
 
 import numpy as np
 import onnxruntime
+import pytest
 
 from muntin.runtime import describe_hardware
 from muntin.runtime.hardware import (
@@ -53,6 +55,18 @@ def test_description_is_plain_and_true() -> None:
     assert 1 <= described["physical_cores"] <= described["cores"] <= (os.cpu_count() or 1)
     assert described["memory_gib"] is None or described["memory_gib"] > 0.1
     assert ("torch" in described) == ("torch" in sys.modules)
+
+
+def test_the_onnxruntime_for_gpus_goes_by_the_name_of_the_one_that_it_replaces(monkeypatch: pytest.MonkeyPatch) -> None:
+    def version(name: str) -> str:
+        if name == "onnxruntime":
+            raise importlib.metadata.PackageNotFoundError(name)
+        return "1.99" if name == "onnxruntime-gpu" else "1"
+
+    monkeypatch.setattr(importlib.metadata, "version", version)
+    described = describe_hardware()
+    assert (described["onnxruntime"], described["numpy"]) == ("1.99", "1")
+    assert "onnxruntime-gpu" not in described
 
 
 def test_affinity_counts() -> None:

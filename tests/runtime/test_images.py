@@ -231,6 +231,45 @@ def test_sixteen_bits_are_refused_not_cut(tmp_path: Path) -> None:
         one_line(error, "more than 8 bits")
 
 
+@pytest.mark.parametrize("dtype", [np.uint8, np.uint16])
+def test_a_tiff_whose_channels_lie_apart_is_read_in_8_bits_and_refused_in_16(tmp_path: Path, dtype: type[Any]) -> None:
+    image = photo().astype(dtype)
+    planar_tiff(tmp_path / "a.tif", image)
+    assert image_size(tmp_path / "a.tif") == (12, 17)
+    if dtype is np.uint8:
+        for read in (read_image, read_mask):
+            np.testing.assert_array_equal(read(tmp_path / "a.tif"), image)
+        return
+    for read, word in ((read_image, "more than 8 bits"), (read_mask, "16-bit colours")):
+        with pytest.raises(DataError) as error:
+            read(tmp_path / "a.tif")
+        one_line(error, "a.tif", word)
+
+
+def planar_tiff(path: Path, image_HWC: np.ndarray[Any, Any]) -> None:
+    """An uncompressed TIFF made by hand, a strip a channel, as Pillow does not write it."""
+    height, width, channels = image_HWC.shape
+    planes = [image_HWC[:, :, channel].astype(image_HWC.dtype.newbyteorder("<")).tobytes() for channel in range(channels)]
+    head = 8 + 2 + 10 * 12 + 4  # the file's, and a directory of ten tags; then what does not fit into these
+    strips = [head + 6 + 12 + 12 + sum(map(len, planes[:channel])) for channel in range(channels)]
+    short, long = 3, 4
+    tags = [
+        (256, long, 1, width),
+        (257, long, 1, height),
+        (258, short, 3, head),  # bits of each channel
+        (259, short, 1, 1),  # no compression
+        (262, short, 1, 2),  # RGB
+        (273, long, 3, head + 6),  # where the strips begin
+        (277, short, 1, channels),
+        (278, long, 1, height),
+        (279, long, 3, head + 18),  # their bytes
+        (284, short, 1, 2),  # the channels apart
+    ]
+    directory = struct.pack("<H", len(tags)) + b"".join(struct.pack("<HHII", *tag) for tag in tags) + struct.pack("<I", 0)
+    values = struct.pack("<3H3I3I", *[8 * image_HWC.dtype.itemsize] * 3, *strips, *map(len, planes))
+    path.write_bytes(b"II*\0" + struct.pack("<I", 8) + directory + values + b"".join(planes))
+
+
 def png(path: Path, *, width: int, height: int, depth: int, kind: int, rows: bytes) -> None:
     """A PNG made by hand, with bit depths that Pillow does not write."""
 

@@ -51,18 +51,23 @@ def test_a_transposed_convolution_multiplies_each_input() -> None:
 
 
 @pytest.mark.parametrize(
-    ("left", "output", "inner"),
+    ("left", "right", "output", "inner"),
     [
-        ((4, 5, 7), (4, 5, 3), 7),
-        ((4, 7, 5), (4, 5, 3), 7),  # transposed
-        ((5, 5), (5, 3), 5),
-        ((7,), (3,), 7),
-        ((1, 7), (1, 3), 7),
-        ((2, 3, 1, 7), (2, 3, 1, 1), 7),
+        ((4, 5, 7), (4, 7, 3), (4, 5, 3), 7),
+        ((4, 7, 5), (4, 7, 3), (4, 5, 3), 7),  # transposed
+        ((5, 5), (5, 3), (5, 3), 5),
+        ((7,), (7, 3), (3,), 7),
+        ((1, 7), (7, 3), (1, 3), 7),
+        ((2, 3, 1, 7), (2, 3, 7, 1), (2, 3, 1, 1), 7),
+        ((2, 5, 7), (7,), (2, 5), 7),
+        ((5, 7), (7,), (5,), 7),
+        ((7,), (7,), (), 7),
     ],
 )
-def test_a_product_multiplies_each_output_by_the_inner_length(left: tuple[int, ...], output: tuple[int, ...], inner: int) -> None:
-    assert product_macs(left, output) == int(np.prod(output)) * inner
+def test_a_product_multiplies_each_output_by_the_inner_length(
+    left: tuple[int, ...], right: tuple[int, ...], output: tuple[int, ...], inner: int
+) -> None:
+    assert product_macs(left, right, output) == int(np.prod(output)) * inner
 
 
 def test_the_attainable_time_is_the_larger_of_arithmetic_and_memory() -> None:

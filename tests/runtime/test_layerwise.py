@@ -121,6 +121,14 @@ def test_convolutions_of_unsigned_inputs_and_other_sizes(convolutions: Any, imag
     assert all(check.passed for check in checks), checks
 
 
+def test_layers_are_checked_with_the_threads_that_are_given(convolutions: Any) -> None:
+    checks = verify_layers(convolutions.artifact, golden(convolutions.artifact), threads=1)
+    assert [check.name for check in checks if check.passed] == ["stem", "body", "depthwise", "head"]
+    model = onnx.load_model_from_string(convolutions.artifact.model_bytes())
+    alone = layerwise._alone(model, layerwise._quantised_layers(model), 1)
+    assert alone.get_session_options().intra_op_num_threads == 1
+
+
 def test_a_model_in_float_has_nothing_to_check(write_layers: Callable[..., Any], layer_maker: Callable[..., Any], tmp_path: Path) -> None:
     layer = layer_maker("pixel", 5, 4, 6, 1, scale=0.9, relu=False)
     written = write_layers(tmp_path / "a", [type(layer)(**(vars(layer) | {"quantized": False}))])
@@ -155,10 +163,10 @@ def engine_of(monkeypatch: pytest.MonkeyPatch) -> Callable[[Callable[[onnx.Model
     run = layerwise._run_tapped
 
     def change(alter: Callable[[onnx.ModelProto], None]) -> None:
-        def altered(model: onnx.ModelProto, layers: Any, images: NDArray[np.uint8]) -> Taps:
+        def altered(model: onnx.ModelProto, layers: Any, images: NDArray[np.uint8], threads: int) -> Taps:
             other = copy.deepcopy(model)
             alter(other)
-            return run(other, layers, images)
+            return run(other, layers, images, threads)
 
         monkeypatch.setattr(layerwise, "_run_tapped", altered)
 
@@ -210,8 +218,8 @@ def test_an_output_that_is_more_than_a_step_away_is_found(
     def moved(share: float) -> list[str]:
         """What fails where one value is moved by so many times the most that a step of each operand can move it."""
 
-        def altered(model: onnx.ModelProto, layers: Any, images: NDArray[np.uint8]) -> Taps:
-            taps = run(model, layers, images)
+        def altered(model: onnx.ModelProto, layers: Any, images: NDArray[np.uint8], threads: int) -> Taps:
+            taps = run(model, layers, images, threads)
             step = 0.0
             for scale, other in zip(layer.scales, reversed(layer.inputs), strict=False):
                 step += scale * float(np.abs(taps[other]).max())
@@ -255,9 +263,10 @@ def test_verification_reports_the_checks_where_it_is_asked_to(convolutions: Any)
 def test_a_failed_check_is_a_problem_on_one_line(convolutions: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     errors = {"stem": 0.3, "body": 2.5, "depthwise": 0.0, "head": 1.0}
     checks = tuple(LayerCheck(name=name, error=error) for name, error in errors.items())
-    monkeypatch.setattr(verification, "verify_layers", lambda artifact, images: checks)
-    result = muntin.verify(convolutions.path, layers=True)
-    assert not result.passed and result.checks == checks
+    given: list[int] = []
+    monkeypatch.setattr(verification, "verify_layers", lambda artifact, images, *, threads: (given.append(threads), checks)[1])
+    result = muntin.verify(convolutions.path, layers=True, threads=1)
+    assert not result.passed and result.checks == checks and given == [1]
     (problem,) = result.problems
     assert problem.startswith("layer body: OpenVINO's result is 2.5 quantisation steps from what its integers say (allowed: 1)")
     assert "\n" not in problem

@@ -60,6 +60,11 @@ def test_without_a_cache_all_is_compiled(convolutions: Any, tmp_path: Path, monk
     assert found == [False, False]
 
 
+def test_a_user_without_a_home_has_no_cache(convolutions: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MUNTIN_CACHE", "~no such user/cache")
+    assert measure_loading(ArtifactCandidate(path=str(convolutions.path)), **SETTING).cached is False
+
+
 @pytest.mark.parametrize(
     ("fields", "kind", "message"),
     [({"engine": "abacus"}, DataError, "openvino"), ({"path": "nowhere"}, ArtifactError, "nowhere")],

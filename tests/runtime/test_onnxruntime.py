@@ -15,7 +15,7 @@ import numpy as np
 import onnx
 import pytest
 
-from muntin.errors import ArtifactError, DependencyError
+from muntin.errors import ArtifactError, DataError, DependencyError
 from muntin.runtime import describe_hardware, load
 from muntin.runtime.onnxruntime import OnnxRuntimeSession, Provider
 from muntin.runtime.quiet import onnxruntime
@@ -70,6 +70,24 @@ def test_threads_may_share_a_session(convolutions: Any, images_of: Callable[...,
     with ThreadPoolExecutor(3) as pool:
         for one, other in zip(alone, pool.map(session, batches), strict=True):
             np.testing.assert_array_equal(one, other)
+
+
+def test_a_call_that_fails_does_not_move_a_session_to_the_cpu(convolutions: Any) -> None:
+    """ONNX Runtime would, for good, and say so on standard output alone."""
+    assert load(convolutions.path, engine="onnxruntime")._session._enable_fallback is False  # type: ignore[attr-defined]
+
+
+def test_warming_up_without_computing_computes_nothing(convolutions: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    session, computed = load(convolutions.path, engine="onnxruntime", threads=1, shapes=()), []
+    infer = session._infer
+    monkeypatch.setattr(session, "_infer", lambda images: (computed.append(images.shape), infer(images))[1])
+    session.warm_up([(1, 9, 8), (2, 4, 4)], compute=False)
+    assert computed == []
+    for shape in ((1, 0, 8), (1, 8)):
+        with pytest.raises(DataError, match="three whole numbers from 1"):
+            session.warm_up([shape], compute=False)  # type: ignore[list-item]
+    session.warm_up([(1, 9, 8)])
+    assert computed == [(1, 9, 8, 3)]
 
 
 LOAD = "import sys; from muntin.runtime import load; load(sys.argv[1], engine='onnxruntime')"

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import json
+import os
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
 
+from muntin.artifact import open_artifact
 from muntin.reporting.profile_schema import parse_profile
 from muntin.runtime.ceilings import Ceilings
 from muntin.runtime.kernels import BETWEEN, INTERRUPTIONS
@@ -37,6 +40,19 @@ def test_the_document_is_json_that_the_schema_takes(result: Profile) -> None:
     assert body["macs"] == 24 * 40 * 32 * 32 * 9
     assert body["share"] == pytest.approx(body["ms"] / document["profiled_ms"])
     assert body["ceiling_share"] == pytest.approx(body["attainable_ms"] / body["ms"])
+
+
+def test_the_title_of_an_artefact_in_this_folder_has_the_folders_name(result: Profile, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(result.artifact.path)
+    document = profile_dict(replace(result, artifact=open_artifact(Path())))
+    assert (document["title"], document["artifact"]["path"]) == ("convolutions: 1 x 24 x 40", ".")
+
+
+def test_an_artefact_whose_name_is_no_utf_8_is_told_by_one_that_is(result: Profile, tmp_path: Path) -> None:
+    document = profile_dict(replace(result, artifact=replace(result.artifact, path=tmp_path / os.fsdecode(b"caf\xe9"))))
+    assert document["title"] == "caf\\udce9: 1 x 24 x 40"
+    assert document["artifact"]["path"] == f"{tmp_path}/caf\\udce9"
+    parse_profile(document)
 
 
 def test_kinds_hold_every_kernel_and_sum_to_the_whole(result: Profile) -> None:

@@ -14,6 +14,7 @@ import pytest
 from muntin.artifact import ClassInfo, GoldenTolerance, LayerRecord, Signature
 from muntin.errors import ArtifactError
 from muntin.runtime import ExecutedLayer, Session, verify
+from muntin.runtime.onnxruntime import OnnxRuntimeSession
 from muntin.runtime.verification import find_fallbacks, replay
 
 
@@ -43,6 +44,18 @@ def test_fallbacks_count_in_the_default_engine_only(convolutions: Any) -> None:
     strict = verify(convolutions.path, engine="onnxruntime", allow_fallbacks=False)
     assert not strict.passed
     assert "layer head, recorded with 8-bit activations, ran as Conv in f32" in strict.problems[0]
+
+
+def test_an_engine_that_does_not_say_what_its_layers_ran_in_has_no_fallbacks_and_is_a_problem_where_they_count(
+    convolutions: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As TensorRT, which needs a GPU."""
+    monkeypatch.setattr(OnnxRuntimeSession, "layers", lambda session: [])
+    result = verify(convolutions.path, engine="onnxruntime")
+    assert (result.layers, result.fallbacks, result.problems) == ((), (), ())
+    strict = verify(convolutions.path, engine="onnxruntime", allow_fallbacks=False)
+    assert strict.fallbacks == ()
+    assert strict.problems == ("onnxruntime does not say what its layers ran in: export for this engine and CPU, or allow fallbacks",)
 
 
 def test_a_layer_that_runs_in_float_is_found(write_layers: Callable[..., Any], layer_maker: Callable[..., Any], tmp_path: Path) -> None:

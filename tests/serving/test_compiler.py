@@ -73,6 +73,23 @@ def test_a_size_that_was_forgotten_is_not_compiled_again(
     assert asked == [often, last]
 
 
+def test_an_artefact_that_is_loaded_again_is_compiled_for_its_sizes_again(
+    version: Version, in_process: ArtifactLoader, monkeypatch: pytest.MonkeyPatch, wait_until: Callable[..., None]
+) -> None:
+    asked: list[Call] = []
+    monkeypatch.setattr(module, "probe", lambda path, opening, lately, **_: asked.extend(lately))
+    again = Slot("m", type(in_process)(opening=OPENING), rollout=Rollout()).load(version.path, "1")
+    assert again.digest == version.digest
+    compiler, call = Compiler(OPENING), Call((1, 20, 20))
+    for number, loaded in enumerate((version, again), 1):
+        monkeypatch.setattr(loaded.session, "warm_up", lambda shapes, *, labels: None)
+        for _ in range(OFTEN):
+            compiler.note(loaded, call)
+        wait_until(lambda: len(asked) == number)  # noqa: B023 - it is over before the next one
+    compiler.close()
+    assert asked == [call, call]
+
+
 def test_what_is_compiled_for_is_bounded_in_pixels(
     version: Version, monkeypatch: pytest.MonkeyPatch, wait_until: Callable[..., None]
 ) -> None:

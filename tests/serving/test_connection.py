@@ -511,6 +511,20 @@ def test_answers_that_are_not_read_count_in_what_is_held(served: Served) -> None
         assert read_json(read(client)) == [5, "again"]
 
 
+def test_nothing_is_computed_for_who_has_not_read_the_answer_before(served: Served) -> None:
+    """It would count in nothing that is held, and there may be one for each connection."""
+    with narrow(served) as (client, _):
+        client.sendall(post(b"", "/large"))
+        wait(lambda: served.ledger.held > LARGE // 2)
+        client.sendall(post(b"", "/medium"))
+        time.sleep(0.2)
+        assert served.app.begun == ["/large"]
+        left = LARGE
+        while left > 0:
+            left -= len(client.recv(1 << 20))
+        wait(lambda: served.app.begun == ["/large", "/medium"])
+
+
 @pytest.mark.parametrize("leaves", [100_000, 100])
 def test_who_does_not_read_keeps_the_answer_to_all_of_a_batch(served: Served, leaves: int) -> None:
     if not served.direct:

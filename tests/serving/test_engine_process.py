@@ -176,6 +176,19 @@ def test_who_comes_while_it_is_begun_again_need_not_wait(session: EngineProcess)
     assert session(images_of(1, 1, 8, 8)).shape == (1, 3, 8, 8)
 
 
+def test_a_call_does_not_wait_for_another_process_until_it_counts_as_one_that_hangs(
+    session: EngineProcess, monkeypatch: pytest.MonkeyPatch, wait_until: Callable[..., None]
+) -> None:
+    monkeypatch.setattr(engine_process, "_BEGIN_S", 0.01)
+    images = images_of(1, 1, 8, 8)
+    die(session)
+    with pytest.raises(NotReadyError, match="is being begun again"):
+        session(images)
+    wait_until(lambda: session.process_ids)  # it goes on without the call
+    np.testing.assert_array_equal(session.labels(images), images.argmax(3))
+    assert session.deaths == 1
+
+
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_what_ends_a_service_as_a_whole_leaves_it_to_the_server_to_end_it(session: EngineProcess, number: signal.Signals) -> None:
     before = session.process_ids

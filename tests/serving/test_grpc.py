@@ -273,6 +273,22 @@ def test_a_stream_does_not_hold_up_the_servers_end(path: Path, monkeypatch: pyte
         release.set()
 
 
+def test_a_call_that_its_client_ends_while_the_server_goes_down_was_not_cut_off(
+    path: Path, monkeypatch: pytest.MonkeyPatch, wait_until: Any
+) -> None:
+    with served(path, drain_seconds=20.0) as (server, client), slow(monkeypatch, 1.0) as begun:
+        method = next(method for method in METHODS if method.name == "ModelInfer")
+        call = client.channel.unary_unary(f"/{SERVICE}/ModelInfer", lambda m: m.SerializeToString(), method.response.FromString)
+        asked = call.future(infer(1), timeout=60.0)
+        wait_until(lambda: len(begun) == 1)
+        stopping = threading.Thread(target=server.stop)
+        stopping.start()
+        time.sleep(0.2)
+        asked.cancel()
+        stopping.join(20)
+        assert server.cut_off == 0
+
+
 def test_a_call_that_takes_longer_than_there_is_time_at_the_end_is_cut_off_and_counted(
     path: Path, monkeypatch: pytest.MonkeyPatch, wait_until: Any
 ) -> None:
@@ -367,7 +383,7 @@ def test_a_compressed_message_is_not_inflated_beyond_the_limit(small: Client) ->
     """The client is a process of its own: the message is large there."""
     assert small("ServerLive").live
     before = peak = resident()
-    command = [sys.executable, "-c", BOMB, str(small.port), str(256 << 20)]
+    command = [sys.executable, "-c", BOMB, str(small.port), str(100 << 20)]  # which is short enough packed
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as hostile:
         while hostile.poll() is None:
             peak = max(peak, resident())
@@ -689,6 +705,19 @@ def test_messages_to_the_health_that_do_not_come_are_bounded(strict: Client, wai
     release.set()
     assert all(call.exception() is not None for call in stalled)
     assert checked(strict, "").status == 1
+
+
+def test_probes_that_say_nothing_keep_no_other_one_waiting_for_long(
+    strict: Client, monkeypatch: pytest.MonkeyPatch, wait_until: Any
+) -> None:
+    monkeypatch.setattr("muntin.serving.grpc._PROBE_S", 0.2)
+    release = threading.Event()
+    for method in ("Check", "Watch"):
+        call = strict.channel.stream_unary(f"/grpc.health.v1.Health/{method}", lambda m: m)
+        stalled = [call.future(waiting(release), timeout=30) for _ in range(16)]
+        wait_until(lambda: all(call.done() for call in stalled), 5)  # noqa: B023 - it is over before the next one
+        assert checked(strict, "").status == 1
+    release.set()
 
 
 def test_only_statistics_are_given_without_a_name(client: Client) -> None:

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from muntin.serving.latency import GROUPS, LatencyModel, Line
+from muntin.serving.latency import GROUPS, OVERDUE, OVERDUE_S, OVERDUE_UNKNOWN_S, LatencyModel, Line
 
 FIXED, EACH = 0.001, 0.00015
 
@@ -126,6 +126,20 @@ def test_a_first_call_that_compiled_is_forgotten_by_the_second() -> None:
         model.observe("g", 1, 0.012)
     assert expected(model, 1) == pytest.approx(0.012, rel=0.05)
     assert safe(model, 1) < 0.015
+
+
+def test_by_a_guess_nothing_counts_as_hung_before_its_time() -> None:
+    """Attention among all pixels takes more than its share of them, and an engine may compile for a new size."""
+    model = LatencyModel()
+    for _ in range(20):
+        model.observe("small", 1, 0.002, cost=64.0)
+    own, same, larger = (model.line(group, cost=cost) for group, cost in (("small", 64.0), ("new", 64.0), ("large", 64e4)))
+    assert own is not None and same is not None and larger is not None
+    assert own.overdue(1) == same.overdue(1) == OVERDUE_S
+    assert larger.overdue(1) == max(OVERDUE_UNKNOWN_S, OVERDUE * larger.safe(1)) > OVERDUE_UNKNOWN_S
+    for _ in range(2):
+        model.observe("large", 1, 0.1, cost=64e4)
+    assert model.line("large").overdue(1) == OVERDUE_S  # type: ignore[union-attr]
 
 
 @pytest.mark.parametrize("factor", [2.0, 0.5, 10.0])

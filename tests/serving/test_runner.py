@@ -269,6 +269,17 @@ def test_what_waits_can_be_taken_back_and_what_runs_cannot() -> None:
     assert (answers.of(first), answers.of(third)) == (0, 4)
 
 
+def test_it_says_how_many_wait() -> None:
+    gate, answers = Gate(), Answers()
+    with running(gate) as runner:
+        answers.submit(runner, *jobs_of(3))
+        assert gate.entered.acquire(timeout=LONG)
+        assert runner.waiting == 2
+        gate.open.set()
+        answers.wait(3)
+        assert runner.waiting == 0
+
+
 def test_taking_back_at_random_answers_everybody_once() -> None:
     generator = random.Random(0)  # noqa: S311 - no secret
     answers = Answers()

@@ -501,9 +501,12 @@ def test_a_bomb_is_not_unpacked(write_pixels: Callable[..., Path], tmp_path: Pat
 # ---- versions ----
 
 
-def test_versions_change_under_load_and_nobody_notices(write_version: Callable[..., Path], tmp_path: Path, wait_until: Any) -> None:
+def test_versions_change_under_load_and_nobody_notices(
+    write_version: Callable[..., Path], tmp_path: Path, wait_until: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Versions come through the watched folder and through both faces, sound ones and broken ones; every answer is whole and of the
     version that it names."""
+    monkeypatch.setattr("muntin.serving.scheduling.STANDS_IN_ALL_S", 1.0)  # somebody always waits here
     models = tmp_path / "models"
     write_version(models / "1", label=1)
     told: list[str] = []
@@ -1079,6 +1082,16 @@ def test_metrics_count_what_happened(write_pixels: Callable[..., Path], tmp_path
         assert line in text.splitlines(), line
     held = next(line for line in text.splitlines() if line.startswith('muntin_engine_resident_memory_bytes{version="1"}'))
     assert float(held.split()[1]) > 10 << 20
+
+
+def test_no_series_of_the_metrics_is_there_twice(write_pixels: Callable[..., Path], tmp_path: Path) -> None:
+    """An artefact that is loaded again keeps its name, and the one before stays warm for a while."""
+    with served(write_pixels(tmp_path / "pixels")) as server:
+        server.slot.load(tmp_path / "pixels", "1")
+        assert [version.name for version in server.slot.open] == ["1", "1"]
+        lines = [line.partition(" ")[0] for line in fetch(server, "/metrics")[2].decode().splitlines() if not line.startswith("#")]
+    assert 'muntin_engine_deaths_total{version="1"}' in lines
+    assert len(lines) == len(set(lines))
 
 
 def test_what_no_route_sees_is_written_down(write_pixels: Callable[..., Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -26,7 +26,6 @@ from muntin.runtime.signals import signal_stack
 from muntin.serving.executor import compute_somewhere
 from muntin.serving.probation import ArtifactLoader, Limits
 from muntin.serving.rollout import Rollout
-from muntin.serving.scheduling import Demand
 from muntin.serving.slot import HISTORY, Lease, Slot
 from muntin.serving.version import Begun, Call, NotReadyError, Opening, RefusedError, UnknownVersionError, Version
 
@@ -121,20 +120,14 @@ def test_a_lease_is_given_back_once(make_slot: Callable[..., Slot]) -> None:
     assert version.leases == 0
 
 
-def test_who_is_served_and_who_waits(make_slot: Callable[..., Slot], clock: Any) -> None:
+def test_a_slot_is_busy_for_a_second_after_a_batch(make_slot: Callable[..., Slot], clock: Any) -> None:
     slot = make_slot(for_requests=1)
     version = slot.load("1", "1")
-    assert slot.demand is Demand.NONE  # nobody was served yet
-    with slot.lease():
-        begun = slot.begin(version, rows=1)
-        assert slot.demand is Demand.SERVED
-        with slot.lease():
-            assert slot.demand is Demand.WAITING
-        slot.observe(version, rows=1, seconds=0.01, begun=begun)
-        assert slot.demand is Demand.WAITING  # it may be computed once more
-    assert slot.demand is Demand.SERVED
+    assert not slot.busy
+    slot.observe(version, rows=1, seconds=0.01, begun=slot.begin(version, rows=1))
+    assert slot.busy
     clock.now += 2
-    assert slot.demand is Demand.NONE
+    assert not slot.busy
 
 
 def test_an_old_version_goes_with_its_last_lease(make_slot: Callable[..., Slot], wait_until: Callable[..., None]) -> None:

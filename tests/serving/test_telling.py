@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import os
 import threading
 from typing import Any
 
 import pytest
 
-from muntin.serving.telling import plain, told_safely
+from muntin.serving.telling import told_safely
 
 
 def broken(line: str) -> None:
@@ -28,9 +27,3 @@ def test_what_telling_raises_is_reported(monkeypatch: pytest.MonkeyPatch) -> Non
 def test_where_nothing_can_be_reported_it_goes_on(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(threading, "excepthook", broken)
     told_safely(broken)("version 1 serves")
-
-
-@pytest.mark.parametrize(("text", "told"), [("a.txt", "a.txt"), ("été", "été"), (os.fsdecode(b"\xe9t\xe9"), "\\udce9t\\udce9")])
-def test_a_name_that_is_no_text_is_made_one(text: str, told: str) -> None:
-    assert plain(text) == told
-    assert plain(told) == told

@@ -83,6 +83,27 @@ def test_a_run_a_folder_and_a_checkpoint_are_found(tmp_path: Path, save_step: Sa
 
 
 @pytest.mark.parametrize(
+    ("inside", "name", "step"),
+    [
+        ("checkpoints/step-00000001", ".", 1),
+        ("checkpoints/step-00000002", "../step-00000001", 1),
+        ("checkpoints", "step-00000001", 1),
+        (".", "checkpoints/step-00000001", 1),
+        ("checkpoints", ".", 2),
+    ],
+)
+def test_a_checkpoint_that_is_named_from_inside_its_run_has_the_run_above_it(
+    tmp_path: Path, save_step: Save, monkeypatch: pytest.MonkeyPatch, inside: str, name: str, step: int
+) -> None:
+    for number in (1, 2):
+        save_step(tmp_path / "run" / "checkpoints", number)
+    monkeypatch.chdir(tmp_path / "run" / inside)
+    found = find_checkpoint(name)
+    assert found.parent.parent.resolve() == tmp_path / "run"
+    assert found.name == f"step-{step:08}"
+
+
+@pytest.mark.parametrize(
     ("name", "says"),
     [("", "holds no checkpoint"), ("none", "does not exist"), ("file", "holds no checkpoint")],
 )

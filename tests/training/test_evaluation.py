@@ -102,6 +102,16 @@ def test_classify_counts_pictures() -> None:
     assert result.recall == {"sea": 0.5, "land": 1.0, "ice": None}
 
 
+@pytest.mark.parametrize("task", ["segment", "classify"])
+def test_the_figure_of_a_class_is_its_iou_and_of_a_classifier_the_share_of_its_pictures_that_were_found(task: str) -> None:
+    pairs = [(np.full((3, 4), guess, np.uint8), truth) for guess, truth in [(0, 0), (1, 1), (1, 0), (1, 1)]]
+    samples = [sample(guess, truth if task == "classify" else np.full((3, 4), truth, np.uint8)) for guess, truth in pairs]
+    result = evaluate(Painted(3, task), HeldSamples(samples), tile=8)
+    assert result.iou == {"sea": 0.5, "land": pytest.approx(2 / 3), "ice": None}
+    assert result.recall == {"sea": 0.5, "land": 1.0, "ice": None}
+    assert result.by_class == (result.iou if task == "segment" else result.recall)
+
+
 def test_pictures_are_seen_in_tiles_and_progress_is_told() -> None:
     session, told = Painted(2), []
     truth = np.zeros((20, 30), np.uint8)

@@ -3,6 +3,7 @@ from __future__ import annotations
 import json
 import os
 import random
+import shutil
 import signal
 import time
 from collections.abc import Callable
@@ -17,9 +18,11 @@ from torch import Tensor, nn
 from muntin.data import open_source
 from muntin.errors import CheckpointError, DataError, DependencyError, MuntinError, RecipeError
 from muntin.layers import ChannelGate
+from muntin.models import TorchSession
 from muntin.runtime.images import write_image
-from muntin.training.checkpoint import AVERAGE, Checkpoint, checkpoints_in, new_model, read_checkpoint
+from muntin.training.checkpoint import AVERAGE, STATE, Checkpoint, checkpoints_in, new_model, read_checkpoint
 from muntin.training.config import TrainingConfig
+from muntin.training.evaluation import evaluate
 from muntin.training.interrupt import Interruption
 from muntin.training.loop import LOG_EVERY, FitProgress, FitResult, Training, fit
 from muntin.training.optimizer import make_optimizer
@@ -84,7 +87,7 @@ def test_a_run_says_what_it_did(whole: tuple[Any, FitResult]) -> None:
     assert result.checkpoint == result.directory / "checkpoints" / f"step-{STEPS:08d}"
     assert result.precision.split()[0] in ("fp32", "bf16", "fp16", "tf32")
     assert [point["step"] for point in result.validation] == [4, 8, 12, STEPS]
-    assert set(result.validation[-1]["iou"]) == {"sea", "field", "roof"}
+    assert set(result.validation[-1]["by_class"]) == {"sea", "field", "roof"}
     assert result.seconds > 0
 
 
@@ -185,6 +188,19 @@ def test_a_finished_run_that_is_resumed_stays_as_it_is(tmp_path: Path, tiny: Any
     assert (again.step, again.interrupted, again.checkpoint) == (2, False, first.checkpoint)
     assert {path: path.read_bytes() for path in first.checkpoint.iterdir()} == before
     assert again.validation == first.validation
+
+
+def test_a_finished_run_whose_recipe_lies_elsewhere_now_is_told_so_and_stays_as_it_is(tmp_path: Path, tiny: Any) -> None:
+    first = read_checkpoint(train(tiny, tmp_path / "run", "training.steps=2").checkpoint)
+    root = Path(shutil.move(tiny.root, tmp_path / "elsewhere"))
+    recipe = load_recipe(root / tiny.recipe.name, ["training.steps=2"])
+    result = fit(recipe, root=root, directory=tmp_path / "run", resume=True)
+    again = read_checkpoint(tmp_path / "run")
+    assert (result.checkpoint, result.step, result.notes) == (first.path, 2, ())
+    assert (first.state.root, again.state.root) == (str(tiny.root), str(root))
+    assert again.state.model_dump(exclude={"root", "sha256"}) == first.state.model_dump(exclude={"root", "sha256"})
+    changed = [name for name, digest in again.state.sha256.items() if digest != first.state.sha256[name]]
+    assert changed == [STATE]
 
 
 def test_a_recipe_with_tuples_is_gone_on_with(tmp_path: Path, tiny: Any) -> None:
@@ -425,9 +441,13 @@ def test_data_are_checked_before_anything_is_written(tmp_path: Path, tiny: Any, 
 
 
 def test_the_task_of_the_data_must_be_the_recipe_s(tmp_path: Path, tiny: Any) -> None:
-    with pytest.raises(RecipeError, match="the data are for 'segment' and the recipe says 'classify'") as error:
-        train(tiny, tmp_path / "run", "task=classify")
-    told(error)
+    for overrides, says in (
+        (["task=classify"], "task: classify has no masks: leave out data.masks"),
+        (["task=classify", "data={}"], "the data are for 'segment' and the recipe says 'classify'"),
+    ):
+        with pytest.raises(RecipeError, match=says) as error:
+            train(tiny, tmp_path / "run", *overrides)
+        told(error)
     assert not (tmp_path / "run").exists()
 
 
@@ -606,22 +626,35 @@ def test_closing_goes_on_as_if_nothing_had_interrupted_it(tmp_path: Path, tiny: 
     assert_same_state(read_checkpoint(whole.checkpoint), read_checkpoint(parts.checkpoint))
 
 
-def test_classes_of_pictures_that_are_easy_to_tell_apart_are_told_apart(tmp_path: Path, write_tiny: Callable[..., Any]) -> None:
+def write_colors(root: Path, model: dict[str, Any], *, steps: int) -> Path:
+    """Pictures of a noisy colour in a folder a class, and the recipe of a classifier."""
     generator = np.random.default_rng(0)
     for name, color in (("red", (200, 40, 40)), ("green", (40, 180, 60)), ("blue", (30, 60, 200))):
-        (tmp_path / "pictures" / name).mkdir(parents=True)
+        (root / "pictures" / name).mkdir(parents=True)
         for number in range(8):
             size = tuple(generator.integers(30, 50, 2))
             noise = generator.normal(0, 30, (*size, 3))
-            write_image(tmp_path / "pictures" / name / f"{number}.png", np.clip(np.array(color) + noise, 0, 255).astype(np.uint8))
-    recipe = tmp_path / "recipe.yaml"
+            write_image(root / "pictures" / name / f"{number}.png", np.clip(np.array(color) + noise, 0, 255).astype(np.uint8))
     content = {
         "task": "classify",
         "data": {"source": "folders", "images": "pictures", "validation": 0.3, "test": 0.3, "seed": 1, "crop": 24},
-        "model": {"name": "hybrid-xs", "options": write_tiny(tmp_path / "unused").content["model"]["options"]},
-        "training": {"steps": 30, "batch_size": 8, "learning_rate": 0.01, "average": 0.8, "threads": 1},
+        "model": model,
+        "training": {"steps": steps, "batch_size": 8, "learning_rate": 0.01, "average": 0.8, "threads": 1},
     }
-    recipe.write_text(json.dumps(content))  # JSON is YAML
-    result = fit(recipe, directory=tmp_path / "run")
+    (root / "colors.yaml").write_text(json.dumps(content))  # JSON is YAML
+    return root / "colors.yaml"
+
+
+def test_classes_of_pictures_that_are_easy_to_tell_apart_are_told_apart(tmp_path: Path, tiny: Any) -> None:
+    result = fit(write_colors(tmp_path, tiny.content["model"], steps=30), directory=tmp_path / "run")
     assert result.validation[-1]["accuracy"] == result.validation[-1]["score"] > 0.9
     assert "miou" not in result.validation[-1]
+
+
+def test_a_validation_of_a_classifier_tells_the_accuracy_of_each_class(tmp_path: Path, tiny: Any) -> None:
+    result = fit(write_colors(tmp_path, tiny.content["model"], steps=1), directory=tmp_path / "run")
+    checkpoint = read_checkpoint(result.checkpoint)
+    samples = open_source(checkpoint.recipe.data, root=tmp_path).split("validation")
+    again = evaluate(TorchSession(checkpoint.model(), checkpoint.signature), samples, tile=48)
+    assert again.recall != again.iou, "it errs nowhere: this test plants nothing"
+    assert result.validation[-1]["by_class"] == again.recall

@@ -115,6 +115,17 @@ def test_a_value_out_of_range_is_told_with_its_place_and_what_is_allowed(place: 
     assert says in text
 
 
+@pytest.mark.parametrize(
+    ("place", "value", "says"),
+    [
+        ("data.masks", None, "recipe: task: segment wants data.masks; where each class has a folder of its own, write task: classify"),
+        ("task", "classify", "recipe: task: classify has no masks: leave out data.masks, or write task: segment"),
+    ],
+)
+def test_masks_are_there_where_the_task_wants_them_and_only_there(place: str, value: Any, says: str) -> None:
+    assert mistake(changed(place, value)) == says
+
+
 def test_keys_that_are_no_words() -> None:
     assert "Keys should be strings" in mistake(FOLDERS | {1: 2})
 

@@ -88,6 +88,13 @@ def test_a_model_that_does_not_answer_as_its_task_asks_is_told_before(answer: An
     told(error)
 
 
+def test_a_want_of_memory_is_no_refusal_of_a_size() -> None:
+    recipe = parse_recipe({"data": {"crop": 16}, "model": {"name": "own:make"}}, where="test")
+    greedy = Own(nn.Conv2d(3, 2, 1), lambda m, x, y: torch.empty(1 << 60, dtype=torch.uint8))
+    with pytest.raises(RuntimeError, match="you tried to allocate"):
+        check_model(greedy, recipe, TWO)
+
+
 @pytest.mark.filterwarnings("ignore:`torch.nn.utils.weight_norm` is deprecated", "ignore:Lazy modules")
 def test_what_a_model_makes_at_its_first_call_is_there_before_it_is_trained() -> None:
     recipe = parse_recipe({"data": {"crop": 16}, "model": {"name": "own:make"}}, where="test")

@@ -12,10 +12,13 @@ from pathlib import Path
 def write_files(directory: Path, contents: Mapping[str, bytes | memoryview]) -> None:
     """Writes files by name into a directory: all are complete on the disk before any takes its name.
 
-    Raises OSError, and leaves what was there before and nothing else.
+    Raises OSError, and leaves what was there before and nothing else, unless it is the last rename of several that the system refuses.
     """
     # Hidden siblings, so that taking the final name is a rename inside one file system; removed whatever happens.
     copies = {name: directory / f".{name}.{secrets.token_hex(4)}.tmp" for name in contents}
+    for name in contents:  # the one reason that a rename may have and writing beside it not
+        if (directory / name).is_dir():
+            raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(directory / name))
     try:
         for name, data in contents.items():
             write_synced(copies[name], data)
@@ -39,7 +42,10 @@ def sync_directory(directory: Path) -> None:
     """Makes renames in it durable, where the file system can."""
     if os.name != "posix":  # elsewhere a directory cannot be opened, and the rename is all there is
         return
-    descriptor = os.open(directory, os.O_RDONLY)
+    try:
+        descriptor = os.open(directory, os.O_RDONLY)
+    except PermissionError:  # one may write in it and not look into it
+        return
     try:
         os.fsync(descriptor)
     except OSError as error:

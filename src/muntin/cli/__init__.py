@@ -85,7 +85,11 @@ def main() -> None:
             raise
         say(f"muntin: this command needs the package {package}: pip install 'muntin[{extra}]'")
         sys.exit(1)
-    except MemoryError as error:
+    except (MemoryError, RuntimeError) as error:
+        from muntin.runtime.memory import no_memory  # of a module that loads much
+
+        if not no_memory(error):
+            raise
         say(f"muntin: {memory_advice(error)}")
         sys.exit(1)
     except OSError as error:

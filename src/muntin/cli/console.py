@@ -30,10 +30,13 @@ def print_json(document: Any) -> None:
     sys.stdout.flush()
 
 
-def memory_advice(error: MemoryError) -> str:
-    """What to do where memory is out; numpy says how much it wanted."""
-    wanted = f" ({error})" if str(error) else ""
-    return f"not enough memory{wanted}: choose a smaller --tile, --size or --batch where the command has it, or a machine with more"
+def memory_advice(error: BaseException) -> str:
+    """What to do where memory is out; numpy says how much it wanted, PyTorch too."""
+    wanted = f" ({' '.join(str(error).split())[:200]})" if str(error) else ""
+    return (
+        f"not enough memory{wanted}: choose a smaller --tile, --size or --batch where the command has it, a smaller training.batch_size or "
+        "data.crop to train, or a machine with more"
+    )
 
 
 def accept_any_name() -> None:

@@ -47,7 +47,7 @@ def export_command(
 ) -> None:
     """Quantise a checkpoint to INT8 and write it as an artefact that runs without PyTorch."""
     from muntin.compression.stages import broken_off
-    from muntin.deployment.assessment import ARTIFACT, export_checkpoint, other_artifact, quantized_by
+    from muntin.deployment.assessment import ARTIFACT, export_checkpoint, exported, other_artifact, quantized_by
     from muntin.training import find_checkpoint, read_checkpoint
 
     found = find_checkpoint(checkpoint)
@@ -55,6 +55,7 @@ def export_command(
     with status("exporting"):
         trained = quantized_by(read_checkpoint(found), set_ or ())
         replaced = other_artifact(trained, target, integer=not floating)
+        kept_as_it_was = exported(trained, target, integer=not floating) is not None
         artifact = export_checkpoint(trained, target, integer=not floating)
     manifest = artifact.manifest
     integers = [layer for layer in manifest.layers if layer.activation_bits == 8]
@@ -67,6 +68,7 @@ def export_command(
                 "artifact": target,
                 "bytes": artifact.bytes,
                 "replaced": replaced,
+                "written": not kept_as_it_was,
                 "precision": manifest.precision,
                 "int8_layers": len(integers),
                 "kept": kept,
@@ -74,8 +76,10 @@ def export_command(
             }
         )
         return
+    done = "is there " if kept_as_it_was else "wrote    "
     out.print(
-        f"wrote     {target}: {artifact.bytes / 1e6:.2f} MB, {len(integers)} layers in INT8, others in {manifest.precision}", markup=False
+        f"{done} {target}: {artifact.bytes / 1e6:.2f} MB, {len(integers)} layers in INT8, others in {manifest.precision}",
+        markup=False,
     )
     if replaced is not None:
         out.print(f"replaced  what was there, {replaced}", markup=False)
@@ -185,7 +189,7 @@ def predict_command(
     tiles: dict[str, Any] = {"tile": tile or TILE, "overlap": overlap, "exact": exact}
     if task != "classify":
         _refuse_unwritable(folder)
-        _refuse_overwriting(image, images, folder, truth, task)
+        _refuse_overwriting(image, images, folder, truth, session.signature)
         check_tiles(session, **tiles)
     limit = max_pixels or MAX_PIXELS
     session.warm_up(_common_shapes(images, session.signature, tile or TILE, overlap, limit), compute=False)
@@ -268,10 +272,12 @@ def _common_shapes(images: Iterable[Path], signature: Signature, tile: int, over
     return [shape for shape, count in calls.most_common(STATIC_SHAPES) if count >= COMPILED or len(calls) == 1]
 
 
-def _results(path: Path, output: Path, task: str) -> dict[str, Path]:
+def _results(path: Path, output: Path, signature: Signature) -> dict[str, Path]:
     """Where each result of an image goes: no image's own name, since people keep results beside their images."""
-    kinds = {"image": "restored"} if task == "restore" else {"mask": "mask", "overlay": "overlay", "difference": "difference"}
-    return {kind: output / f"{path.stem}.{name}.png" for kind, name in kinds.items()}
+    if signature.task == "restore":
+        suffix = ".png" if signature.channels in (1, 3, 4) else ".npy"  # which takes any number of channels
+        return {"image": output / f"{path.stem}.restored{suffix}"}
+    return {kind: output / f"{path.stem}.{kind}.png" for kind in ("mask", "overlay", "difference")}
 
 
 def _refuse_unused(task: str, given: Iterable[str]) -> None:
@@ -292,13 +298,13 @@ def _refuse_unwritable(output: Path) -> None:
         raise DataError(f"--output {output}: nothing may be written in {there}: change its permissions or name another folder")
 
 
-def _refuse_overwriting(given: Iterable[Path], images: Iterable[Path], output: Path, truth: Path | None, task: str) -> None:
+def _refuse_overwriting(given: Iterable[Path], images: Iterable[Path], output: Path, truth: Path | None, signature: Signature) -> None:
     """Raises DataError, before anything is computed, where a result would replace an image or the truth, or be an image next time."""
     if any(path.is_dir() and output.resolve() == path.resolve() for path in given):
         raise DataError(f"--output {output} is the folder of the images, whose results would be taken for images next time: give another")
     kept = {path.resolve() for path in (*images, *([] if truth is None else [truth]))}
     for path in images:
-        for target in _results(path, output, task).values():
+        for target in _results(path, output, signature).values():
             if target.resolve() in kept:
                 raise DataError(f"{target}, a result of {path}, would replace a file that was given: give another folder by --output")
 
@@ -320,10 +326,11 @@ def _segment(session: Session, path: Path, output: Path, truth: Path | None, max
     from muntin.runtime.images import encode_png, overlay, read_image, write_image, write_whole
 
     image = read_image(path, channels=session.signature.channels, max_pixels=max_pixels, mapped=True)
-    known = None if truth is None else _read_truth(truth, image.shape[:2], session.signature.classes, max_pixels)
+    size = [side * session.signature.scale for side in image.shape[:2]]
+    known = None if truth is None else _read_truth(truth, size, session.signature.classes, max_pixels * session.signature.scale**2)
     answer = predict(session, image, **tiles)
     output.mkdir(parents=True, exist_ok=True)
-    targets = _results(path, output, session.signature.task)
+    targets = _results(path, output, session.signature)
     if session.signature.task == "restore":
         write_image(targets["image"], answer)
         return {"source": str(path), "image": str(targets["image"])}
@@ -332,7 +339,7 @@ def _segment(session: Session, path: Path, output: Path, truth: Path | None, max
     write_whole(targets["mask"], encode_png(answer, [entry.color for entry in classes]))
     if image.shape[2] in (1, 3, 4):
         result["overlay"] = str(targets["overlay"])
-        write_image(targets["overlay"], overlay(image, answer, classes))
+        write_image(targets["overlay"], overlay(_scaled(image, session.signature.scale), answer, classes))
     else:
         say(f"{path}: {image.shape[2]} channels cannot be shown: no overlay")
     if known is not None:
@@ -343,7 +350,12 @@ def _segment(session: Session, path: Path, output: Path, truth: Path | None, max
     return result
 
 
-def _read_truth(path: Path, size: tuple[int, ...], classes: Sequence[ClassInfo], max_pixels: int) -> NDArray[np.uint8]:
+def _scaled(image: NDArray[np.uint8], scale: int) -> NDArray[np.uint8]:
+    """The image as large as what the artefact answers for it."""
+    return image if scale == 1 else image.repeat(scale, 0).repeat(scale, 1)
+
+
+def _read_truth(path: Path, size: Sequence[int], classes: Sequence[ClassInfo], max_pixels: int) -> NDArray[np.uint8]:
     import numpy as np
 
     from muntin.runtime.images import IGNORED, read_mask
@@ -354,7 +366,7 @@ def _read_truth(path: Path, size: tuple[int, ...], classes: Sequence[ClassInfo],
         mask = _numbered(path, mask, classes, allowed)
     if mask.shape != tuple(size):
         raise DataError(
-            f"{path}: the mask is {mask.shape[1]}x{mask.shape[0]} and the image {size[1]}x{size[0]}; give the mask of this image"
+            f"{path}: the mask is {mask.shape[1]}x{mask.shape[0]} and the answer {size[1]}x{size[0]}; give the mask of this image"
         )
     wrong = np.setdiff1d(np.unique(mask), [*range(len(classes)), IGNORED])
     if wrong.size:

@@ -72,5 +72,6 @@ def init_command(
         print_json({"recipe": path})
         return
     # a classifier's classes are the folders, and go by their names
-    names = "rename the classes, " if yaml.safe_load(path.read_text(encoding="utf-8"))["task"] == "segment" else ""
-    out.print(f"wrote     {path}: read it, {names}then `{shlex.join(['muntin', 'fit', str(path)])}`", markup=False)
+    found = yaml.safe_load(path.read_text(encoding="utf-8"))["task"]
+    names = "rename the classes, " if found == "segment" else ""
+    out.print(f"wrote     {path} (task: {found}): read it, {names}then `{shlex.join(['muntin', 'fit', str(path)])}`", markup=False)

@@ -44,6 +44,7 @@ def profile_command(
     from muntin.artifact.store import MANIFEST
     from muntin.reporting import write_profile
     from muntin.reporting.files import write_files
+    from muntin.reporting.profile_page import HTML_NAME, JSON_NAME, PICTURE_NAME
     from muntin.runtime.chrome_trace import chrome_trace
     from muntin.runtime.profile import profile
     from muntin.runtime.profile_document import profile_dict
@@ -61,7 +62,7 @@ def profile_command(
     page = write_profile(target, document)
     write_files(target, {TRACE: _text(chrome_trace(measured))}, what="trace")
     if json:
-        print_json(document | {"files": sorted(str(file) for file in target.iterdir())})
+        print_json(document | {"files": sorted(str(target / name) for name in (JSON_NAME, HTML_NAME, PICTURE_NAME, TRACE))})
         return
     _print(document)
     out.print(f"wrote     {page}, and {TRACE} for chrome://tracing or ui.perfetto.dev", markup=False)

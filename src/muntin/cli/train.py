@@ -137,9 +137,8 @@ def evaluate_command(
         return
     metric = "mIoU" if result.task == "segment" else "accuracy"
     out.print(f"{metric} {result.score:.4f} on {split} ({result.samples} samples), {session.engine} {session.precision}", markup=False)
-    by_class = result.iou if result.task == "segment" else result.recall
     out.print(f"  {'IoU' if result.task == 'segment' else 'recall'} of each class:", markup=False)
-    for name, value in by_class.items():
+    for name, value in result.by_class.items():
         out.print(f"  {name:<20} {'-' if value is None else f'{value:.4f}'}", markup=False)
     for note in notes:
         out.print(f"note      {note}", markup=False)

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from muntin.compression.calibration import as_input
 from muntin.compression.change import Change
-from muntin.compression.rewrite import computed_weight, named, replace
+from muntin.compression.rewrite import computed_weight, named, parameter_users, replace
 from muntin.errors import MuntinError
 
 TOLERANCE = 1e-3
@@ -37,7 +37,10 @@ def fold_batch_norms(model: nn.Module, batch: Tensor) -> list[Change]:
     if model.training:
         raise ValueError("folding needs the statistics of a trained model: call model.eval() first")
     image = _varied(as_input(model, batch[:1]))
-    pairs, before = _find_pairs(model, image)
+    found, before = _find_pairs(model, image)
+    users = parameter_users(model)
+    tied = [pair for pair in found if any(len(users[id(parameter)]) > 1 for parameter in pair[1].parameters())]
+    pairs = [pair for pair in found if pair not in tied]
     if not isinstance(before, Tensor):
         left, reason = pairs, f"the model answers with a {type(before).__name__}, which shows nothing: wrap it to return a tensor"
     elif not torch.isfinite(before).any():
@@ -45,7 +48,8 @@ def fold_batch_norms(model: nn.Module, batch: Tensor) -> list[Change]:
     else:
         left = _fold_where_the_answer_stays(model, pairs, lambda: _same(before, model(image)))
         reason = "folding it changes the model's answer: the convolution's output is used elsewhere too"
-    return [
+    shared = "its convolution shares its weights with another one: folding would part them"
+    return [Change(layer=pair[2], pass_="fold", done="kept", reason=shared) for pair in tied] + [
         Change(layer=pair[2], pass_="fold", done="kept", reason=reason)
         if pair in left
         else Change(layer=pair[2], pass_="fold", done=FOLDED)

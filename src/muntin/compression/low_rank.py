@@ -52,6 +52,7 @@ from muntin.compression.rewrite import (
     named,
     number_paddings,
     out_of_reach,
+    parameter_users,
     replace,
 )
 from muntin.errors import MuntinError
@@ -138,7 +139,7 @@ def _reasons_to_keep(model: nn.Module, layers: Mapping[str, Dense], config: LowR
     """Why layers stay dense whatever the budget."""
     factored = {id(part) for _, layer in named(model, FactoredLinear, FactoredConv2d) for part in layer.children()}
     quantized = any(True for _ in named(model, QuantizedLinear, QuantizedConv2d))
-    users = _users(model)
+    users = parameter_users(model)
     reasons = {}
     for name, layer in layers.items():
         if id(layer) in factored:
@@ -165,16 +166,6 @@ def _no_form(layer: Dense) -> str | None:
         if layer.padding_mode != "zeros" or isinstance(layer.padding, str):
             return f"padding '{layer.padding if isinstance(layer.padding, str) else layer.padding_mode}' has no factored form here"
     return None
-
-
-def _users(model: nn.Module) -> dict[int, list[str]]:
-    """The modules that hold each parameter, by the parameter's identity."""
-    users: dict[int, list[str]] = {}
-    for name, module in model.named_modules():
-        for parameter in module._parameters.values():
-            if parameter is not None:
-                users.setdefault(id(parameter), []).append(name)
-    return users
 
 
 def _tied(layer: Dense, users: Mapping[int, list[str]]) -> str | None:

@@ -50,7 +50,7 @@ class Observer:
         """Second pass, over the same tensors."""
         if self.high > self.low:
             counts = torch.histc(x.detach().float(), BINS, self.low, self.high)
-            self.histogram += counts.to(torch.float64)
+            self.histogram += counts.to("cpu", torch.float64)
 
     @property
     def seen(self) -> bool:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -86,13 +86,50 @@ def out_of_reach(model: nn.Module, pass_: str, form: str) -> list[Change]:
 
 
 def replace(model: nn.Module, name: str, layer: nn.Module) -> None:
-    """Put `layer` where `name` is, in every place that holds the same module (shared layers stay shared)."""
+    """Put `layer` where `name` is, in every place that holds the same module (shared layers stay shared), plain lists, tuples and dicts
+    among them: a forward that goes through one of these calls what is in it."""
     old = model.get_submodule(name)
     layer.train(old.training)
     for parent in list(model.modules()):
         for key, child in list(parent._modules.items()):  # named_children() gives a module that has two names once
             if child is old:
                 setattr(parent, key, layer)
+        for key, value in list(vars(parent).items()):
+            if key not in _OWN and isinstance(value, list | tuple | dict):
+                vars(parent)[key] = _with(value, old, layer, set())
+
+
+_OWN = frozenset(vars(nn.Module()))
+"""The attributes that PyTorch keeps for itself."""
+
+
+def _with(value: Any, old: nn.Module, new: nn.Module, seen: set[int]) -> Any:
+    """A value in which plain lists, tuples and dicts hold another module in the place of `old`; lists and dicts are changed in place.
+    `seen`: the ids of those that were looked at."""
+    if value is old:
+        return new
+    if not isinstance(value, list | tuple | dict) or id(value) in seen:
+        return value
+    seen.add(id(value))
+    if isinstance(value, tuple):
+        parts = [_with(part, old, new, seen) for part in value]
+        if all(part is was for part, was in zip(parts, value, strict=True)):
+            return value
+        return value._make(parts) if hasattr(value, "_make") else tuple(parts)
+    for key, part in list(value.items() if isinstance(value, dict) else enumerate(value)):
+        if (changed := _with(part, old, new, seen)) is not part:
+            value[key] = changed
+    return value
+
+
+def parameter_users(model: nn.Module) -> dict[int, list[str]]:
+    """The modules that hold each parameter, by the parameter's identity."""
+    users: dict[int, list[str]] = {}
+    for name, module in model.named_modules():
+        for parameter in module._parameters.values():
+            if parameter is not None:
+                users.setdefault(id(parameter), []).append(name)
+    return users
 
 
 def call_every_layer(model: nn.Module) -> None:

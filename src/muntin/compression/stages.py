@@ -31,7 +31,7 @@ from muntin.compression.rewrite import check_kept, named, number_paddings
 from muntin.compression.sensitivity import Sensitivity, assign_bits, measure_sensitivity
 from muntin.compression.slimming import apply_widths, remove_closed_channels, widths_of
 from muntin.data import Source, calibration_batches, open_source
-from muntin.errors import CheckpointError, RecipeError
+from muntin.errors import CheckpointError, DataError, RecipeError
 from muntin.training.checkpoint import AVERAGE, Checkpoint, build_model, check_classes, checkpoints_in, load_weights, read_checkpoint
 from muntin.training.config import CompressionConfig, QuantizationConfig, StageConfig, TrainingConfig
 from muntin.training.interrupt import Interruption
@@ -81,8 +81,18 @@ class CompressionRun:
 
 
 def source_of(checkpoint: Checkpoint) -> Source:
-    """The data that a checkpoint was trained on. Raises `DataError` where their classes are no longer its own."""
-    source = open_source(checkpoint.recipe.data, root=Path(checkpoint.state.root))
+    """The data that a checkpoint was trained on. Raises `DataError` where they are gone, or their classes no longer its own."""
+    root = Path(checkpoint.state.root)
+    try:
+        source = open_source(checkpoint.recipe.data, root=root)
+    except DataError as error:
+        if root.is_dir():
+            raise
+        then = "" if checkpoint.state.compression is None else ", and then `muntin compress RUN --resume` its stages"
+        raise DataError(
+            f"{checkpoint.path} was trained on data in {root}, which is no folder any more: `muntin fit RECIPE --resume` tells the run "
+            f"where its recipe lies now{then}"
+        ) from error
     check_classes(checkpoint, source)
     return source
 
@@ -207,7 +217,7 @@ def broken_off(checkpoint: Checkpoint) -> tuple[str, ...]:
     config = checkpoint.recipe.training if made is None else stage_training(checkpoint.recipe, made["stage"])
     if share_done(config, state.step, state.seconds) >= 1:
         return ()
-    newest = checkpoints_in(checkpoint.path.parent)[-1]
+    newest = (checkpoints_in(checkpoint.path.parent) or [checkpoint.path])[-1]  # a copy may have another name
     goes_on = f"`muntin {'fit' if made is None else 'compress'} --resume` goes on"
     rest = goes_on if newest.name == checkpoint.path.name else f"{newest.name} is there, too"
     return (f"step {state.step} of {steps_expected(config, state.step, state.seconds)}: {rest}",)
@@ -282,7 +292,7 @@ class _Compression:
         if start is not None:
             self._check_origin(start)
             state = start.state
-            if share_done(config, state.step, state.seconds) >= 1:
+            if share_done(config, state.step, state.seconds) >= 1 and state.root == self.checkpoint.state.root:
                 return self._result(stage, config, start.path, state.step, state.seconds, state.validation)
             model, made = read_model(start), state.compression
         else:

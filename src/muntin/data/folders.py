@@ -111,16 +111,17 @@ class FolderSource:
     def check(self, progress: Progress | None = None) -> tuple[str, ...]:
         """Decodes every image and mask once and raises the first problem (DataError); names classes that no training mask holds."""
         total, done = sum(len(samples) for samples in self._splits.values()), 0
-        seen = np.zeros(256, dtype=np.int64)
+        seen = {name: np.zeros(256, dtype=np.int64) for name in SPLITS}
         for name, samples in self._splits.items():
             for sample in samples:
-                if name == "train":
-                    labels = np.array([sample.target], dtype=np.uint8) if isinstance(sample.target, int) else sample.target.ravel()
-                    seen += np.bincount(labels, minlength=256)
+                labels = np.array([sample.target], dtype=np.uint8) if isinstance(sample.target, int) else sample.target.ravel()
+                seen[name] += np.bincount(labels, minlength=256)
                 done += 1
                 if progress is not None:
                     progress(done, total)
-        absent = [entry.name for index, entry in enumerate(self.classes) if not seen[index]]
+            if not seen[name][:IGNORED].any():
+                raise DataError(f"every pixel of the masks of the {name} split is ignored: there is nothing to learn from it or to score")
+        absent = [entry.name for index, entry in enumerate(self.classes) if not seen["train"][index]]
         return (f"no training picture holds {', '.join(absent)}: a model cannot learn what it does not see",) if absent else ()
 
     def _split_items(self, base: FolderPair, others: Mapping[SplitName, FolderPair | float], seed: int) -> dict[SplitName, list[Item]]:

@@ -100,7 +100,7 @@ def find_layout(root: Path, task: Task | None) -> Layout:
         others = {name: None if base is root else _folder(root, name) for name in ("validation", "test")}
         layout = _segment_layout(base, others) if task != "classify" else None
         if layout is None and task != "segment":
-            layout = _classify_layout(base, others)
+            layout = _classify_layout(base, others, asked=task is not None)
         if layout is not None:
             return layout
     raise DataError(f"{root} holds nothing to make {'a recipe' if task is None else f'a {task} recipe'} of: {_LAYOUT}")
@@ -117,9 +117,16 @@ def _segment_layout(base: Path, others: dict[str, Path | None]) -> Layout | None
     return Layout(task="segment", base=pair, validation=own["validation"], test=own["test"])
 
 
-def _classify_layout(base: Path, others: dict[str, Path | None]) -> Layout | None:
-    if len([folder for folder in _folders(base) if _pictures(folder)]) < 2:
+def _classify_layout(base: Path, others: dict[str, Path | None], *, asked: bool) -> Layout | None:
+    named = [folder for folder in _folders(base) if _pictures(folder)]
+    if len(named) < 2:
         return None
+    strange = next((folder for folder in named if any(folder.name.lower() in names for names in _NAMES.values())), None)
+    if strange is not None and not asked:
+        raise DataError(
+            f"{strange} has the name of a split, of images or of masks, and lies beside others that do not fit: {_LAYOUT}; if it is a "
+            "class, say so by --task classify"
+        )
     own = {name: None if folder is None else FolderPair(images=folder) for name, folder in others.items()}
     return Layout(task="classify", base=FolderPair(images=base), validation=own["validation"], test=own["test"])
 
@@ -268,7 +275,7 @@ def _sampled(pictures: dict[str, Path]) -> list[Path]:
 
 def _channels(pictures: Sequence[Path]) -> int:
     """3 unless all pictures agree on another number that muntin takes as it is: grey, or whatever .npy files hold."""
-    found = {int(read_image(path, None).shape[2]) for path in pictures[:8]}
+    found = {int(read_image(path, None).shape[2]) for path in pictures}
     if len(found) == 1 and (1 in found or all(path.suffix.lower() == ".npy" for path in pictures)):
         return found.pop()
     return 3

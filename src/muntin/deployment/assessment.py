@@ -10,8 +10,9 @@ real runtime.
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass, replace
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import replace
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
@@ -53,21 +54,15 @@ from muntin.runtime.latency import latency_report
 from muntin.runtime.memory import no_memory
 from muntin.runtime.tiles import Predictor
 from muntin.training.checkpoint import AVERAGE, Checkpoint, read_checkpoint
-from muntin.training.evaluation import Evaluation, Labels, predictions, score, tile_of
+from muntin.training.evaluation import Labels, predictions, score, tile_of
 from muntin.training.recipe import override_recipe, recipe_text
 
 ARTIFACT = "artifact"
 """The folder of a run's artefact, unless told otherwise."""
 LATENCY_SIDE = 512
+REVISION = 2
+"""Of what export makes of the same weights: to be raised where that changes, so that what is there already is exported again."""
 Announce = Callable[[str], None]
-
-
-@dataclass(frozen=True, kw_only=True)
-class Assessed:
-    """A step of the report: the row, and the labels it gave to each test sample."""
-
-    row: dict[str, Any]
-    labels: list[Labels]
 
 
 def integer_model(checkpoint: Checkpoint, calibration: list[Tensor]) -> tuple[nn.Module, list[Change]]:
@@ -108,12 +103,7 @@ def export_checkpoint(checkpoint: Checkpoint, path: Path, *, integer: bool = Tru
             f"{checkpoint.path} is quantised already and has no float form: leave out --float (integer=False), or export the checkpoint of "
             "`muntin fit` or of the low-rank stage"
         )
-    origin = _origin_of(checkpoint, integer)
-    try:
-        existing = open_artifact(path)
-    except ArtifactError:
-        existing = None
-    if existing is not None and existing.manifest.measured.get("origin") == origin and existing.manifest.muntin == version("muntin"):
+    if (existing := exported(checkpoint, path, integer=integer)) is not None:
         return existing
     check_target(path)
     source = source_of(checkpoint)
@@ -121,9 +111,19 @@ def export_checkpoint(checkpoint: Checkpoint, path: Path, *, integer: bool = Tru
     model, changes = (integer_model if integer else float_model)(checkpoint, calibration)
     side = tile_of(checkpoint.recipe.data.crop) if checkpoint.recipe.task != "classify" else checkpoint.recipe.data.crop
     return export(
-        model, calibration[0], path, signature=checkpoint.signature, changes=changes, measured={"origin": origin},
+        model, calibration[0], path, signature=checkpoint.signature, changes=changes, measured={"origin": _origin_of(checkpoint, integer)},
         shape=(1, side, side),
     )  # fmt: skip
+
+
+def exported(checkpoint: Checkpoint, path: Path, *, integer: bool = True) -> Artifact | None:
+    """The artefact at `path`, if it is what `export_checkpoint` would write."""
+    try:
+        existing = open_artifact(path)
+    except ArtifactError:
+        return None
+    same = existing.manifest.measured.get("origin") == _origin_of(checkpoint, integer) and existing.manifest.muntin == version("muntin")
+    return existing if same else None
 
 
 def other_artifact(checkpoint: Checkpoint, path: Path, *, integer: bool = True) -> str | None:
@@ -148,9 +148,9 @@ def other_artifact(checkpoint: Checkpoint, path: Path, *, integer: bool = True) 
 
 
 def _origin_of(checkpoint: Checkpoint, integer: bool) -> str:
-    """What an artefact records of where it came from: the weights, and how they were quantised."""
+    """What an artefact records of where it came from: the weights, how they were quantised, and by what state of the code."""
     how = checkpoint.recipe.quantization.model_dump_json() if integer else "float"
-    return f"{checkpoint.state.sha256[AVERAGE]}:{how}"
+    return f"{checkpoint.state.sha256[AVERAGE]}:{how}:{REVISION}"
 
 
 def _why_plain(checkpoint: Checkpoint) -> tuple[str, ...]:
@@ -197,6 +197,8 @@ class _Assessment:
         self.stages = finished_stages(checkpoint)
         self.seconds = {"train": checkpoint.state.seconds}
         self.notes: list[str] = []
+        self.labels: deque[list[Labels]] = deque(maxlen=2)
+        """What the last two steps gave to each test sample."""
         self.side = LATENCY_SIDE if self.recipe.task == "segment" else self.recipe.data.crop
 
     def run(self, rounds: int) -> dict[str, Any]:
@@ -232,12 +234,12 @@ class _Assessment:
             )
         self.notes += [f"Latency: {note}." for note in notes_on(watch.others)]
         for step, row in ((steps[0], latency["rows"][0]), (steps[-1], latency["rows"][1])):
-            step.row["latency_ms"] = row["median_ms"]
+            step["latency_ms"] = row["median_ms"]
         return {
             **self._about(changes),
-            "steps": [step.row for step in steps],
+            "steps": steps,
             "latency": latency,
-            "agreement": self._agreement(steps[-2].labels, steps[-1].labels),
+            "agreement": self._agreement(*self.labels),
             "ranks": rank_rows(model, changes, (last.state.compression or {}).get("widths", {})) if self.stages else [],
             "layers": layer_rows(artifact, session, simulated, changes, calibration[:2]),
             "pictures": self._pictures(session),
@@ -250,7 +252,7 @@ class _Assessment:
         if self.side != wanted:
             self.notes.append(f"Timed and shown at {self.side} pixels: {name} does not find the memory for an image of {wanted}.")
 
-    def _stage_step(self, name: Stage, stage: Checkpoint, calibration: list[Tensor]) -> Assessed:
+    def _stage_step(self, name: Stage, stage: Checkpoint, calibration: list[Tensor]) -> dict[str, Any]:
         model = read_model(stage)
         if name == "low-rank":
             return self._step(name, "PyTorch FP32", TorchSession(model, self.signature), model, bytes=stage.bytes)
@@ -265,19 +267,22 @@ class _Assessment:
         self.seconds[name] = perf_counter() - started
         return result
 
-    def _step(self, name: str, engine: str, session: Predictor, model: nn.Module, *, bytes: int | None) -> Assessed:
+    def _step(self, name: str, engine: str, session: Predictor, model: nn.Module, *, bytes: int | None) -> dict[str, Any]:
         figures = {
             "params": parameter_count(model), "weights": stored_bytes(model), "bytes": bytes,
             "gmacs": image_macs(model, self.probe) / 1e9,
         }  # fmt: skip
 
-        def work() -> tuple[Evaluation, list[Labels]]:
-            pairs: list[tuple[Sample, Labels]] = list(predictions(session, self.test, tile=self.tile))
-            return score(iter(pairs), session), [labels for _, labels in pairs]
+        given: list[Labels] = []
+        self.labels.append(given)
 
-        result, labels = self._timed(f"evaluate {name}", work)
-        row = {"name": name, "miou": result.score, "iou": result.iou, **figures, "latency_ms": None, "engine": engine}
-        return Assessed(row=row, labels=labels)
+        def seen() -> Iterator[tuple[Sample, Labels]]:  # one picture at a time: all of a test split need not fit into memory
+            for sample, labels in predictions(session, self.test, tile=self.tile):
+                given.append(labels)
+                yield sample, labels
+
+        result = self._timed(f"evaluate {name}", lambda: score(seen(), session))
+        return {"name": name, "miou": result.score, "iou": result.by_class, **figures, "latency_ms": None, "engine": engine}
 
     def _verify(self, artifact: Artifact) -> None:
         result = self._timed("verify", lambda: verify(artifact.path, layers=True))
@@ -306,7 +311,7 @@ class _Assessment:
             "task": self.recipe.task,
             "classes": [c.model_dump() for c in self.signature.classes],
             "training": state.training,
-            "validation": [{"step": v["step"], "miou": v["score"], "iou": v["iou"]} for v in state.validation],
+            "validation": [{"step": v["step"], "miou": v["score"], "iou": v.get("by_class", v.get("iou", {}))} for v in state.validation],
             "notes": [
                 f"Trained in {state.precision}; scores are of the test split, which nothing was chosen by.",
                 *broken_off(self.checkpoint),

@@ -98,10 +98,15 @@ def parameter_count(model: nn.Module) -> int:
     return own
 
 
+def _is_half(parameter: Tensor) -> bool:
+    """Whether an artefact stores it in FP16, as it does with more than 64 values that lose nothing by it."""
+    return parameter.numel() > 64 and torch.equal(parameter.float(), parameter.half().float())
+
+
 def stored_bytes(model: nn.Module) -> int:
     """Bytes that a model's weights, scales and biases take when packed: an artefact of it is larger by its graph and its golden pairs."""
     integer = {id(module): module for _, module in named(model, QuantizedLinear, QuantizedConv2d)}
-    total = sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())
+    total = sum(parameter.numel() * (2 if _is_half(parameter) else parameter.element_size()) for parameter in model.parameters())
     for layer in integer.values():
         assert isinstance(layer, QuantizedLinear | QuantizedConv2d)
         total += (weight_count(layer) * layer.bits + 7) // 8 + 4 * (output_channels(layer) + bias_count(layer))

@@ -135,37 +135,35 @@ def _write_checked(path: Path, content: dict[str, Any], others: Pairs) -> Artifa
     What OpenVINO computes has to be what PyTorch does. Where ONNX Runtime does not agree, its tolerance is left out and a note says why.
     `others`: of sizes that are not recorded, which one engine is asked for: what is wrong at some sizes is so in the graph.
     """
-    try:
-        precision, tolerances, notes = _tried(content, others)
-    except ArtifactError as error:  # of a draft, whose place is nobody's
-        if isinstance(error.__cause__, OSError):
-            raise
-        raise ExportError(f"an engine cannot run what was made of the model: {str(error).partition(': ')[2] or error}") from error
-    content["measured"]["notes"] = notes
-    return write_artifact(path, **content, golden_tolerance=tolerances, precision=precision)
-
-
-def _tried(content: dict[str, Any], others: Pairs) -> tuple[FloatPrecision, dict[EngineFamily, Limits], list[str]]:
-    """What an artefact's float layers run in, what is allowed in each engine, and notes. Raises `ExportError` where a draft of it does not
-    compute what PyTorch does."""
     limits = LIMITS if any(record.activation_bits for record in content["layers"]) else FLOAT_LIMITS
     with tempfile.TemporaryDirectory(prefix="muntin-") as scratch:
         draft = Path(scratch) / "draft"
         write_artifact(draft, **content, golden_tolerance={"openvino": limits}, precision="bf16")
-        exact, recorded = (
-            load(draft, precision=asked, shapes=(), cache=False) for asked in ("f32", "recorded")
-        )  # the second in bf16 where there is any
-        portable = load(draft, engine="onnxruntime", shapes=(), cache=False)
-        problems, unlike = (deviations(session, content["golden"], limits) for session in (exact, portable))
-        if not problems or (unlike and limits is FLOAT_LIMITS):  # two engines that are off alike: then it is the graph
-            elsewhere = exact if unlike else portable
-            _check_traced(problems or (far_off(elsewhere, others) if limits is LIMITS else deviations(elsewhere, others, limits)))
-        if problems := problems or _floating(exact, content["layers"]):
-            advice = "; layers that are named in quantization.keep stay in floats" if limits is LIMITS else ""
-            raise ExportError(f"{exact.engine} does not compute what PyTorch does: {problems[0]}; nothing was written{advice}")
-        notes = deviations(recorded, content["golden"], limits) if recorded.precision != exact.precision else []
-        precision: FloatPrecision = precision_of(exact if notes else recorded)
-        recorded.warm_up([content["example"]])
+        try:
+            precision, tolerances, notes = _tried(draft, content, limits, others)
+        except ArtifactError as error:  # of a draft, whose place is nobody's
+            raise ExportError(f"an engine cannot run what was made of the model: {str(error).partition(': ')[2] or error}") from error
+    content["measured"]["notes"] = notes
+    return write_artifact(path, **content, golden_tolerance=tolerances, precision=precision)
+
+
+def _tried(
+    draft: Path, content: dict[str, Any], limits: Limits, others: Pairs
+) -> tuple[FloatPrecision, dict[EngineFamily, Limits], list[str]]:
+    """What an artefact's float layers run in, what is allowed in each engine, and notes. Raises `ExportError` where a draft of it does not
+    compute what PyTorch does."""
+    exact, recorded = (load(draft, precision=asked, shapes=(), cache=False) for asked in ("f32", "recorded"))  # in bf16 where there is any
+    portable = load(draft, engine="onnxruntime", shapes=(), cache=False)
+    problems, unlike = (deviations(session, content["golden"], limits) for session in (exact, portable))
+    if not problems or (unlike and limits is FLOAT_LIMITS):  # two engines that are off alike: then it is the graph
+        elsewhere = exact if unlike else portable
+        _check_traced(problems or (far_off(elsewhere, others) if limits is LIMITS else deviations(elsewhere, others, limits)))
+    if problems := problems or _floating(exact, content["layers"]):
+        advice = "; layers that are named in quantization.keep stay in floats" if limits is LIMITS else ""
+        raise ExportError(f"{exact.engine} does not compute what PyTorch does: {problems[0]}; nothing was written{advice}")
+    notes = deviations(recorded, content["golden"], limits) if recorded.precision != exact.precision else []
+    precision: FloatPrecision = precision_of(exact if notes else recorded)
+    recorded.warm_up([content["example"]])
     told = [f"recorded in {precision}, for {note}" for note in notes]
     told += [f"{portable.engine} is not checked against: in it, {line}" for line in unlike]
     return precision, {"openvino": limits} if unlike else {"openvino": limits, "onnxruntime": limits}, told

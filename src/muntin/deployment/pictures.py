@@ -16,6 +16,7 @@ from muntin.artifact.classes import ClassInfo
 from muntin.data.source import Sample
 from muntin.runtime.images import IGNORED, colorize, difference, encode_png, overlay, to_rgb, write_image, write_whole
 from muntin.runtime.tiles import Predictor, predict
+from muntin.text import plain
 
 UInt8 = NDArray[np.uint8]
 Border = tuple[int, int, str]
@@ -75,7 +76,7 @@ def write_examples(
             "prediction": colorize(labels, classes),
             "difference": difference(labels, truth),
         }
-        example = {"name": f"{sample.name}, rows {top}-{top + truth.shape[0]}, columns {left}-{left + truth.shape[1]}"}
+        example = {"name": f"{plain(sample.name)}, rows {top}-{top + truth.shape[0]}, columns {left}-{left + truth.shape[1]}"}
         for kind, view in views.items():
             write_image(folder / f"{number}-{kind}.png", view)
             example[kind] = f"pictures/{number}-{kind}.png"

@@ -4,8 +4,8 @@ Plain batch norm computes its statistics over whatever samples one call happens 
 network computes, and a batch of 16 that is computed as 8 + 8 has another gradient. Here samples are normalised in fixed groups of `GROUP`
 (a batch is cut into groups in its order; the last may be smaller), so that any split at group borders gives the same numbers. Nothing
 splits batches yet; whatever will, has to do it there. After training it is an affine map with constant coefficients that folds
-into its neighbour. A group that holds a single value a channel (one image left over, on a map of 1x1) has no variance: PyTorch
-raises ValueError while training.
+into its neighbour. A group that holds a single value a channel (one image left over, on a map of 1x1) has no variance:
+`MuntinError` while training.
 
 Source: Ghost Batch Normalization (Hoffer et al., 1705.08741, section 4).
 Axes: B images, C channels, H W map, S windows, T tokens a window.

@@ -11,6 +11,7 @@ from muntin.artifact import writing
 from muntin.errors import MuntinError
 from muntin.reporting.page import render_html
 from muntin.reporting.schema import Report, parse_report, report_values
+from muntin.text import plain
 
 JSON_NAME = "report.json"
 HTML_NAME = "report.html"
@@ -54,7 +55,7 @@ def write_files(directory: Path, contents: Mapping[str, str], *, what: str) -> N
     """
     try:
         directory.mkdir(parents=True, exist_ok=True)
-        writing.write_files(directory, {name: text.encode() for name, text in contents.items()})
+        writing.write_files(directory, {name: plain(text).encode() for name, text in contents.items()})
     except OSError as error:
         raise MuntinError(
             f"cannot write the {what} into {directory} ({error.strerror or error}): free some space there or name another folder"

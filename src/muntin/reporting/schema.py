@@ -28,7 +28,7 @@ RelativePath = Annotated[str, Field(min_length=1), AfterValidator(_relative)]
 
 
 class Step(Record):
-    """One stage of the model. `miou` is the task's metric: mean IoU, accuracy (classify) or PSNR in dB (restore).
+    """One stage of the model. `miou` is the task's metric: mean IoU, accuracy (classify) or PSNR in dB (restore); `iou` that of each class.
 
     `weights`: bytes of its weights alone, packed, which can be compared from step to step. `bytes`: all that lies on the disk to be used, a
     deployed model's graph and golden pairs included; null for a step that is computed only.

@@ -93,7 +93,7 @@ class CompiledModels:
             except OSError:
                 Path(name).unlink(missing_ok=True)
                 raise
-            _prune(folder.parent, keep=file)
+            make_room(folder, keep=file)
 
 
 def _name(key: str) -> str:
@@ -110,17 +110,23 @@ def _is_own(folder: Path) -> bool:
     return status.st_uid == os.getuid() and not status.st_mode & 0o022
 
 
-def _prune(root: Path, *, keep: Path) -> None:
-    """Removes what was not used for the longest, until the rest is within `LIMIT`: whole folders, then of the one of `keep` all but it."""
-    sizes = {folder: sum(file.stat().st_size for file in folder.rglob("*") if file.is_file()) for folder in root.iterdir()}
+def make_room(used: Path, *, keep: Path | None = None) -> None:
+    """Removes what was not used for the longest, until the rest is within `LIMIT`: whole folders but `used`, then of this one all but the
+    file `keep`, where one is given. What cannot be removed stays."""
+    with suppress(OSError):
+        _make_room(used, keep)
+
+
+def _make_room(used: Path, keep: Path | None) -> None:
+    sizes = {folder: sum(file.stat().st_size for file in folder.rglob("*") if file.is_file()) for folder in used.parent.iterdir()}
     total = sum(sizes.values())
     for folder in sorted(sizes, key=lambda folder: folder.stat().st_mtime):
         if total <= LIMIT:
             return
-        if folder != keep.parent:
+        if folder != used:
             shutil.rmtree(folder, ignore_errors=True)
             total -= sizes[folder]
-    for file in sorted(keep.parent.iterdir(), key=lambda file: file.stat().st_atime):
+    for file in sorted(used.iterdir(), key=lambda file: file.stat().st_atime) if keep is not None else ():
         if total <= LIMIT:
             return
         if file != keep:

@@ -11,6 +11,7 @@ from typing import Any
 
 from muntin.runtime.kernels import Kernel
 from muntin.runtime.profile import Profile
+from muntin.text import plain
 
 WHOLE, KERNELS = 0, 1
 """The two rows of the trace."""
@@ -41,7 +42,7 @@ def chrome_trace(profile: Profile) -> dict[str, Any]:
         ],
         "otherData": {
             "muntin": importlib.metadata.version("muntin"),
-            "artifact": str(profile.artifact.path),
+            "artifact": plain(str(profile.artifact.path)),
             "shape": " x ".join(map(str, profile.shape)),
             "created": profile.created,
             "times": "median durations; "

@@ -50,9 +50,9 @@ def describe_hardware() -> dict[str, Any]:
         "os": platform.platform(terse=True),
         "python": platform.python_version(),
     }
-    for package in PACKAGES:
+    for name in (*PACKAGES, "onnxruntime-gpu"):  # the latter in place of onnxruntime, whose modules it has
         with suppress(importlib.metadata.PackageNotFoundError):
-            described[package] = importlib.metadata.version(package)
+            described.setdefault(name.removesuffix("-gpu"), importlib.metadata.version(name))
     if "torch" in sys.modules:
         described["torch"] = str(sys.modules["torch"].__version__)
     return described

@@ -435,7 +435,7 @@ def _upright(picture: ImageFile.ImageFile) -> Image.Image:
 def _target_mode(path: Path, picture: ImageFile.ImageFile, channels: int | None) -> str:
     """The Pillow mode to convert to; refuses what would invent or cut values."""
     mode = picture.mode
-    if mode.startswith(("I", "F")) or _raw_mode(picture).endswith(_DEEP):
+    if mode.startswith(("I", "F")) or _is_deep(picture):
         raise DataError(f"{path} has more than 8 bits a channel (mode {mode}): scale it to 8 bits first")
     held = {"1": 1, "L": 1, "P": 3, "LA": 2, "RGBA": 4, "RGBa": 4, "La": 2, "PA": 4}.get(mode, 3)
     if mode == "P" and "transparency" in picture.info:
@@ -467,9 +467,16 @@ def _mask_of(path: Path, picture: ImageFile.ImageFile, colors: bool) -> npt.NDAr
         return np.array(_upright(picture).convert("L"))
     if mode.startswith("I"):
         return np.array(_upright(picture))
-    if mode == "F" or _raw_mode(picture).endswith(_DEEP):
+    if mode == "F" or _is_deep(picture):
         raise DataError(f"{path} holds real numbers or 16-bit colours: masks are integers or colours of 8 bits")
     return np.array(_converted(_upright(picture), "RGB"))
+
+
+def _is_deep(picture: ImageFile.ImageFile) -> bool:
+    """Whether a channel has more than 8 bits, which Pillow would cut, or take for two pixels, without a word."""
+    if isinstance(picture, TiffImagePlugin.TiffImageFile):  # of one whose planes lie apart the raw mode does not tell
+        return bool(max(picture.tag_v2.get(TiffImagePlugin.BITSPERSAMPLE, (1,))) > 8)
+    return _raw_mode(picture).endswith(_DEEP)
 
 
 def _raw_mode(picture: ImageFile.ImageFile) -> str:

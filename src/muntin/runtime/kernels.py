@@ -177,8 +177,10 @@ def deconvolution_macs(entry: Shape, weight: Shape) -> int:
     return prod(entry) * prod(weight) // entry[1]
 
 
-def product_macs(left: Shape, output: Shape) -> int:
+def product_macs(left: Shape, right: Shape, output: Shape) -> int:
     """Multiply-adds of a matrix product, the left operand transposed or not: (..., M, K) x (..., K, N) is M * N * K for each matrix."""
+    if len(right) == 1:  # whose axis the output does not have
+        return prod(output) * right[0]
     if len(left) == 1:
         return prod(output) * left[0]
     rows = output[-2] if len(output) > 1 else 1

@@ -23,6 +23,7 @@ from onnx import numpy_helper
 
 from muntin.artifact import Artifact
 from muntin.runtime.graph import COMPUTE
+from muntin.runtime.hardware import physical_cores
 from muntin.runtime.signals import signal_stack_kept
 
 TOLERANCE = 1.0
@@ -61,19 +62,21 @@ class _Layer:
     output: str
 
 
-def verify_layers(artifact: Artifact, images: Sequence[NDArray[np.uint8]]) -> tuple[LayerCheck, ...]:
+def verify_layers(artifact: Artifact, images: Sequence[NDArray[np.uint8]], *, threads: int | None = None) -> tuple[LayerCheck, ...]:
     """Check every quantised layer of an artefact on some images `(B, H, W, C)`; an empty tuple where nothing is quantised.
 
     Costs a compilation a size, and memory for every layer's inputs and outputs: small images, as the golden ones, are enough.
+    `threads` None: the usable physical cores.
     """
     model = onnx.load_model_from_string(artifact.model_bytes())
     layers = _quantised_layers(model)
     if not layers:
         return ()
-    alone = _alone(model, layers)
+    threads = threads or physical_cores()
+    alone = _alone(model, layers, threads)
     worst: dict[str, float] = {layer.name: 0.0 for layer in layers}
     for images_BHWC in images:
-        taps = _run_tapped(model, layers, images_BHWC)
+        taps = _run_tapped(model, layers, images_BHWC, threads)
         answers = [_answers(alone, layers, taps, nudge) for nudge in (0.0, NUDGE, -NUDGE)]
         for layer in layers:
             worst[layer.name] = max(worst[layer.name], _error(layer, answers, taps[layer.output]))
@@ -148,7 +151,7 @@ def _fed(name: str) -> str:
     return f"fed:{name}"
 
 
-def _alone(model: onnx.ModelProto, layers: Sequence[_Layer]) -> Any:
+def _alone(model: onnx.ModelProto, layers: Sequence[_Layer], threads: int) -> Any:
     """All layers side by side in one graph, each from its unrounded inputs to its output: no layer reads another."""
     from muntin.runtime.quiet import onnxruntime  # an engine is loaded where it is used: a machine that serves with one needs no other
 
@@ -173,11 +176,12 @@ def _alone(model: onnx.ModelProto, layers: Sequence[_Layer]) -> Any:
     options = onnxruntime.SessionOptions()
     options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
     options.log_severity_level = 3
+    options.intra_op_num_threads = threads
     single = onnx.helper.make_model(graph, opset_imports=model.opset_import, ir_version=model.ir_version)
     return onnxruntime.InferenceSession(single.SerializeToString(), options, providers=["CPUExecutionProvider"])
 
 
-def _run_tapped(model: onnx.ModelProto, layers: Sequence[_Layer], images_BHWC: NDArray[np.uint8]) -> dict[str, NDArray[Any]]:
+def _run_tapped(model: onnx.ModelProto, layers: Sequence[_Layer], images_BHWC: NDArray[np.uint8], threads: int) -> dict[str, NDArray[Any]]:
     """Every layer's unrounded inputs and its output, as the engine computes them in f32."""
     from muntin.runtime.quiet import openvino
 
@@ -193,7 +197,7 @@ def _run_tapped(model: onnx.ModelProto, layers: Sequence[_Layer], images_BHWC: N
     read = core.read_model(model=tapped.SerializeToString(), weights=b"")
     read.reshape(list(images_BHWC.shape))
     with signal_stack_kept():
-        compiled = core.compile_model(read, "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
+        compiled = core.compile_model(read, "CPU", {"INFERENCE_PRECISION_HINT": "f32", "INFERENCE_NUM_THREADS": threads})
         results = compiled(images_BHWC)
     by_name = {name: np.array(value) for port, value in results.items() for name in port.get_names()}
     return {name: given[name] if name in given else by_name[name] for name in names}

@@ -181,7 +181,7 @@ def _answers_alone() -> TextIO:
 
 def _open(candidate: Candidate, threads: int, streams: int, shapes: tuple[Shape, ...]) -> Loading:
     _prepare(candidate)
-    before = _files(cache_folder() / "compiled")
+    before = _compiled()
     started = time.perf_counter()
     with watch_memory() as watch:
         session = candidate.open(threads, streams, shapes)
@@ -199,6 +199,14 @@ def _prepare(candidate: Candidate) -> None:
         candidate.prepare()
     except ImportError:
         return  # opening says what is missing, and what to install
+
+
+def _compiled() -> Files:
+    """What was compiled before. Without a home there is no cache, and nothing in it."""
+    try:
+        return _files(cache_folder() / "compiled")
+    except RuntimeError:
+        return frozenset()
 
 
 def _files(folder: Path) -> Files:

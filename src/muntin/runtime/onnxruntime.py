@@ -8,7 +8,7 @@ quantised again at once. `layers()` says what did.
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -19,11 +19,11 @@ from numpy.typing import NDArray
 
 from muntin.artifact import Artifact
 from muntin.errors import ArtifactError, DependencyError
-from muntin.runtime.cache import compiled_folder
+from muntin.runtime.cache import compiled_folder, make_room
 from muntin.runtime.graph import ComputeNodes, compute_nodes
 from muntin.runtime.hardware import physical_cores
 from muntin.runtime.quiet import onnxruntime
-from muntin.runtime.session import ExecutedLayer, Session
+from muntin.runtime.session import ExecutedLayer, Session, Shape, check_shapes
 
 states = onnxruntime.capi.onnxruntime_pybind11_state
 INTEGER = frozenset(
@@ -39,6 +39,7 @@ FAILURES = (
     states.NotImplemented,
     states.RuntimeException,
     states.InvalidProtobuf,
+    states.EPFail,
 )
 
 
@@ -52,6 +53,7 @@ class Provider:
     options: Mapping[str, str] = field(default_factory=dict)
 
 
+TENSORRT = "TensorrtExecutionProvider"
 CPU = Provider(engine="onnxruntime", name="CPUExecutionProvider")
 
 
@@ -96,8 +98,17 @@ class OnnxRuntimeSession(Session):
             ) from error
         return scores
 
+    def warm_up(self, shapes: Iterable[Shape], *, labels: bool = False, compute: bool = True) -> None:
+        if compute or self._provider.name != CPU.name:  # on the CPU nothing is compiled for a size
+            super().warm_up(shapes, labels=labels)
+        else:
+            check_shapes(shapes)
+
     def layers(self) -> list[ExecutedLayer]:
-        """Read from the optimised graph, which a second session writes to a temporary file: takes as long as opening."""
+        """Read from the optimised graph, which a second session writes to a temporary file: takes as long as opening. None of TensorRT,
+        which has no such graph."""
+        if self._provider.name == TENSORRT:  # what it has compiled cannot be written as a graph
+            return []
         data = self._artifact.model_bytes()
         with tempfile.TemporaryDirectory(prefix="muntin-") as folder:
             file = Path(folder) / "optimized.onnx"
@@ -134,10 +145,11 @@ def open_tensorrt(
     chosen = recorded if precision == "recorded" else precision
     quantised = any(record.activation_bits for record in artifact.manifest.layers)
     options = {"trt_fp16_enable": str(int(chosen == "f16")), "trt_int8_enable": str(int(quantised))}
-    provider = Provider(engine="onnxruntime-tensorrt", name="TensorrtExecutionProvider", precision=chosen, options=options)
+    provider = Provider(engine="onnxruntime-tensorrt", name=TENSORRT, precision=chosen, options=options)
     _require(provider)
     folder = compiled_folder("tensorrt", onnxruntime.__version__, artifact.manifest.sha256) if cache else None
     if folder is not None:
+        make_room(folder)
         options |= {"trt_engine_cache_enable": "1", "trt_engine_cache_path": str(folder)}
     return OnnxRuntimeSession(artifact, provider=provider, threads=threads or physical_cores(), streams=streams)
 
@@ -170,10 +182,12 @@ def _options(threads: int) -> Any:
 def _open(artifact: Artifact, data: bytes, options: Any, provider: Provider) -> Any:
     onnxruntime.disable_telemetry_events()
     try:
-        return onnxruntime.InferenceSession(data, options, providers=[(provider.name, dict(provider.options))])
+        session = onnxruntime.InferenceSession(data, options, providers=[(provider.name, dict(provider.options))])
     except FAILURES as error:
         text = " ".join(str(error).split())
         raise ArtifactError(f"{artifact.path}: ONNX Runtime {onnxruntime.__version__} cannot open its model: {text}") from error
+    session.disable_fallback()  # a call that fails would move the session to the CPU for good, and say so on standard output alone
+    return session
 
 
 def _executed(optimized: onnx.ModelProto, nodes: ComputeNodes) -> list[ExecutedLayer]:

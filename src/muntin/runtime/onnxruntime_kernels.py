@@ -270,13 +270,18 @@ def _precision(node: onnx.NodeProto, outputs: tuple[Operand, ...]) -> str:
     return "i8" if written == "u8" else written
 
 
+_RIGHT = {"QLinearMatMul": 3, "QGemm": 3}
+"""Which input is the right operand, where it is not the second: a scale and a zero point stand behind the left one."""
+
+
 def _macs(node: onnx.NodeProto, inputs: tuple[Operand, ...], outputs: tuple[Operand, ...], weight: Weight | None) -> int:
     """Multiply-adds of logical shapes: those of the model's weight, or of the weight that the engine has where its node is not known."""
     if node.op_type not in MULTIPLY or not outputs or not inputs:
         return 0
     output, entry = outputs[0].shape, inputs[0].shape
     if node.op_type not in CONVOLUTIONS | {"ConvTranspose"}:
-        return product_macs(entry, output)
+        right = inputs[_RIGHT.get(node.op_type, 1) :]
+        return product_macs(entry, right[0].shape if right else (), output)
     shape = _own_weight(node, inputs, outputs) if weight is None else weight.shape
     if not shape:
         return 0

@@ -275,7 +275,7 @@ def _macs(op: _Op) -> int:
         return deconvolution_macs(op.inputs[0].shape, op.inputs[1].shape)
     if op.kind == "FullyConnected":  # its weight is (N, K) whatever the graph had
         return prod(op.outputs[0].shape) * op.inputs[0].shape[-1]
-    return product_macs(op.inputs[0].shape, op.outputs[0].shape)
+    return product_macs(op.inputs[0].shape, op.inputs[1].shape, op.outputs[0].shape)
 
 
 def graph_macs(model: Any) -> dict[str, int]:
@@ -287,7 +287,7 @@ def graph_macs(model: Any) -> dict[str, int]:
             entry, weight = (tuple(op.input_value(index).get_shape()) for index in (0, 1))
             output = tuple(op.output(0).get_shape())
             if kind == "MatMul":
-                macs[str(op.get_friendly_name())] = product_macs(entry, output)
+                macs[str(op.get_friendly_name())] = product_macs(entry, weight, output)
             elif kind in _GRAPH_DECONVOLUTIONS:
                 macs[str(op.get_friendly_name())] = deconvolution_macs(entry, weight)
             else:

@@ -9,6 +9,7 @@ from typing import Any
 from muntin.runtime.findings import Finding, findings
 from muntin.runtime.kernels import BETWEEN, INTERRUPTIONS, Kernel
 from muntin.runtime.profile import Profile
+from muntin.text import plain
 
 FORMAT = 1
 INTERRUPTED = 0.01
@@ -20,11 +21,11 @@ def profile_dict(profile: Profile) -> dict[str, Any]:
     B, H, W = profile.shape
     return {
         "format": FORMAT,
-        "title": f"{profile.artifact.path.name}: {B} x {H} x {W}",
+        "title": f"{plain(profile.artifact.path.absolute().name)}: {B} x {H} x {W}",
         "created": profile.created,
         "muntin": importlib.metadata.version("muntin"),
         "hardware": profile.hardware,
-        "artifact": {"path": str(profile.artifact.path), "bytes": profile.bytes, "sha256": profile.artifact.digest},
+        "artifact": {"path": plain(str(profile.artifact.path)), "bytes": profile.bytes, "sha256": profile.artifact.digest},
         "engine": profile.engine,
         "precision": profile.precision,
         "threads": profile.threads,

@@ -103,10 +103,10 @@ def verify(
     )
     problems += [_golden_problem(index, result) for index, result in enumerate(golden) if tolerance and not result.passed]
     ran = tuple(session.layers())
-    fallbacks, reasons = find_fallbacks(manifest.layers, ran)
+    fallbacks, reasons = find_fallbacks(manifest.layers, ran) if ran else ((), (f"{session.engine} does not say what its layers ran in",))
     if not (engine != DEFAULT_ENGINE if allow_fallbacks is None else allow_fallbacks):
         problems += [f"{reason}: export for this engine and CPU, or allow fallbacks" for reason in reasons]
-    checks = _checked_layers(artifact) if layers else ()
+    checks = _checked_layers(artifact, session.threads) if layers else ()
     problems += [_check_problem(check) for check in checks if not check.passed]
     problems += [_unchecked_problem(name) for name in find_unchecked(manifest.layers, checks)] if layers else []
     evaluation = None if evaluate is None else float(evaluate(session))
@@ -127,9 +127,9 @@ def verify(
     )
 
 
-def _checked_layers(artifact: Artifact) -> tuple[LayerCheck, ...]:
+def _checked_layers(artifact: Artifact, threads: int) -> tuple[LayerCheck, ...]:
     try:
-        return verify_layers(artifact, [images for images, _ in artifact.golden()])
+        return verify_layers(artifact, [images for images, _ in artifact.golden()], threads=threads)
     except ModuleNotFoundError as error:
         raise DependencyError(
             f"layers=True compares OpenVINO with ONNX Runtime, and there is no {error.name}: pip install {error.name}, or leave it out"

@@ -17,6 +17,7 @@ from math import inf
 from pathlib import Path
 from queue import SimpleQueue
 from threading import Event, Lock, Thread
+from weakref import WeakKeyDictionary
 
 from muntin.errors import MuntinError
 from muntin.serving.probation import Limits, Probation, probe
@@ -41,9 +42,10 @@ class Compiler:
         self._opening = replace(opening, calls=())
         self._start, self._budget = frozenset(opening.calls), budget
         self._lock = Lock()
-        self._seen: OrderedDict[tuple[str, Call], int] = OrderedDict()
-        self._compiled: dict[str, set[Call]] = {}
-        """By digest of a version: for which sizes."""
+        # By version, and not by what it is of: an artefact that is loaded again is compiled for nothing of this.
+        self._seen: WeakKeyDictionary[Version, OrderedDict[Call, int]] = WeakKeyDictionary()
+        self._compiled: WeakKeyDictionary[Version, set[Call]] = WeakKeyDictionary()
+        """For which sizes."""
         self._queue: SimpleQueue[tuple[Version, Call] | None] = SimpleQueue()
         self._thread: Thread | None = None
         self._closed = Event()
@@ -52,13 +54,13 @@ class Compiler:
         """Counts a batch; the `OFTEN`th of its size is the reason to compile for it. Takes microseconds."""
         if call in version.warm:
             return
-        key = version.digest, call
         with self._lock:
-            self._seen[key] = self._seen.get(key, 0) + 1
-            self._seen.move_to_end(key)
-            if len(self._seen) > COMPILED:
-                self._seen.popitem(last=False)
-            if self._seen[key] != OFTEN or not self._granted(version, call):
+            seen = self._seen.setdefault(version, OrderedDict())
+            seen[call] = seen.get(call, 0) + 1
+            seen.move_to_end(call)
+            if len(seen) > COMPILED:
+                seen.popitem(last=False)
+            if seen[call] != OFTEN or not self._granted(version, call):
                 return
             if self._thread is None:
                 self._thread = Thread(target=self._run, name="muntin-compile", daemon=True)
@@ -66,7 +68,7 @@ class Compiler:
         self._queue.put((version, call))
 
     def _granted(self, version: Version, call: Call) -> bool:
-        compiled = self._compiled.setdefault(version.digest, set())
+        compiled = self._compiled.setdefault(version, set())
         if call in compiled:  # it came often, was forgotten among others that came once, and comes often again
             return False
         beside = compiled | (version.warm - self._start)  # the latter: what its predecessor was asked

@@ -433,10 +433,15 @@ class BoundedConnection(HttpToolsProtocol):
             if not cycle.more_body:  # it waited behind another one; not from inside that one's end, for there may be a thousand
                 self.loop.call_soon(self._begin, cycle)
             return
-        task = self.loop.create_task(cycle.run_asgi(app))
+        task = self.loop.create_task(self._run_asgi(cycle, app))
         self._running = cycle, task.cancel
         task.add_done_callback(self._asgi_ended)
         self.tasks.add(task)
+
+    async def _run_asgi(self, cycle: Any, app: Any) -> None:
+        if self.flow.write_paused:  # as of `_begin`
+            await self.flow.drain()
+        await cycle.run_asgi(app)
 
     def _asgi_ended(self, task: asyncio.Task[None]) -> None:
         self.tasks.discard(task)
@@ -501,6 +506,9 @@ class BoundedConnection(HttpToolsProtocol):
         assert self._direct is not None
         if cycle.disconnected or self._ended:
             return
+        if self.flow.write_paused:  # nothing is computed for who has not read what it was answered before
+            self._after_reading(partial(self._begin, cycle))
+            return
         body = cycle.whole if hasattr(cycle, "whole") else cycle.body
         cycle.whole = cycle.body = memoryview(b"")  # whoever answers holds it as long as it is wanted
         cancel = self._direct.begin(cycle.scope, body, self._ledger.pulse.came(self.loop), partial(self._reply, cycle))
@@ -511,9 +519,7 @@ class BoundedConnection(HttpToolsProtocol):
         if cycle.disconnected or self._ended:
             return
         if self.flow.write_paused:  # the answer before was not read yet: this one waits, or answers would pile up
-            task = self.loop.create_task(self._reply_later(cycle, status, headers, parts))
-            task.add_done_callback(self.tasks.discard)
-            self.tasks.add(task)
+            self._after_reading(partial(self._reply, cycle, status, headers, parts))
             return
         cycle.response_started = True
         self._write(status, headers, parts, keep_alive=cycle.keep_alive)
@@ -535,9 +541,16 @@ class BoundedConnection(HttpToolsProtocol):
             if self.flow.write_paused or self._unread.overflows():
                 self._unread.keep(parts)
 
-    async def _reply_later(self, cycle: Any, *answer: Any) -> None:
-        await self.flow.drain()
-        self._reply(cycle, *answer)
+    def _after_reading(self, call: Callable[[], None]) -> None:
+        """Calls it once the client has read what it was sent."""
+
+        async def later() -> None:
+            await self.flow.drain()
+            call()
+
+        task = self.loop.create_task(later())
+        task.add_done_callback(self.tasks.discard)
+        self.tasks.add(task)
 
     def _memory(self, size: int) -> memoryview:
         return memoryview(bytearray(size)) if size < _MAPPED else self._ledger.buffers.take((size,), np.uint8).data

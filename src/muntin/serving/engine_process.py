@@ -17,13 +17,14 @@ import sys
 import time
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from math import inf
 from mmap import mmap
 from pathlib import Path
-from threading import Lock
+from threading import Lock, Thread
 from typing import Any
 from weakref import finalize
 
@@ -44,6 +45,8 @@ PAUSE_S = 2.0
 """Then it has to wait so long, twice as long after each further one, `LONGEST_PAUSE_S` at most."""
 LONGEST_PAUSE_S = 60.0
 _POLL_S = 0.05
+_BEGIN_S = 5.0
+"""What a call waits for another process at the most."""
 _ENDS_S, _END_S = 0.5, 5.0
 """What a process has to end in whose connection has ended, and one that was killed: the kernel frees its memory."""
 _START = """
@@ -407,12 +410,26 @@ class EngineProcess(Session):
         return done
 
     def _alive(self) -> _Running:
+        """Waits for another process, but no longer than a call may take before it counts as one that hangs."""
         if not self._beginning.acquire(blocking=False):
             raise NotReadyError(f"{self._path}: its engine died, and is being begun again")
+        begun: Future[_Running] = Future()
+        Thread(target=self._begin_for, args=(begun,), name="muntin-engine-begin", daemon=True).start()
         try:
-            return self._begin_again()
+            return begun.result(_BEGIN_S)
+        except TimeoutError:
+            raise NotReadyError(f"{self._path}: its engine died, and is being begun again") from None
+        finally:
+            del begun  # it holds what it raises, and that this frame: what callers hold would stay until garbage is collected
+
+    def _begin_for(self, begun: Future[_Running]) -> None:
+        try:
+            begun.set_result(self._begin_again())
+        except BaseException as error:  # noqa: BLE001 - whoever waits raises it
+            begun.set_exception(error)
         finally:
             self._beginning.release()
+            del begun  # as above
 
     def _begin_again(self) -> _Running:
         with self._lock:

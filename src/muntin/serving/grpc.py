@@ -68,6 +68,10 @@ _CHECK = Method("Check", HealthCheckRequest, HealthCheckResponse)
 _PROBES, _WATCHES = 16, 128
 """Calls of gRPC's health at once whose message, which needs no token, is read or answered; and those that watch, who must not take the
 places of who asks once."""
+_PROBE_S = 2.0
+"""Seconds that such a call's message may take: it is a few bytes, and comes with the call."""
+_SOON_S = 0.05
+"""Before the time at the end is over: who is cancelled from then on was cut off by it."""
 _DESCRIPTORS = Path("/dev/fd")
 """Where a POSIX system lists the open files of the process that asks."""
 _STREAM_REQUESTS = 32
@@ -146,6 +150,8 @@ class GrpcFace:
         )
         self._server.add_generic_rpc_handlers((self._handlers(), self._health_handlers()))
         self._stopping: asyncio.Task[None] | None = None
+        self._cut_at = math.inf
+        """From when on calls that are in flight are cut off."""
         self._streams: set[_Stream] = set()
         self.cut_off = 0
         """Calls that were still busy when the time at the end was over."""
@@ -170,6 +176,7 @@ class GrpcFace:
         Of a stream what has come is answered, and it ends: its client may leave it open for hours.
         """
         if self._stopping is None:
+            self._cut_at = time.monotonic() + seconds - _SOON_S
             self._stopping = asyncio.create_task(self._server.stop(seconds))
             self._health.end()
             for stream in self._streams:
@@ -212,7 +219,7 @@ class GrpcFace:
                     sent = await self._send(await handler(method.request(), call), context)
                 else:
                     with self._probed() if method is _CHECK else self._counted():
-                        wire = await self._message(context)
+                        wire = await self._message(context, _PROBE_S if method is _CHECK else self._bounds.body_seconds)
                         call = _Call(context, time.monotonic())
                         with self._holding(0 if method is _CHECK else len(wire)):  # health is told, however much is held
                             written = infers  # whatever becomes of it from here on
@@ -250,7 +257,7 @@ class GrpcFace:
         try:
             yield
         except asyncio.CancelledError:
-            self.cut_off += self._stopping is not None
+            self.cut_off += time.monotonic() >= self._cut_at  # before that it is the client that ends it
             raise
         finally:
             self._calls -= 1
@@ -295,10 +302,10 @@ class GrpcFace:
         self._ledger.refused[error.status] = self._ledger.refused.get(error.status, 0) + 1
         return error
 
-    async def _message(self, context: Context) -> bytes:
-        """The one message of a call. Raises ProtocolError where it does not come in time, or not at all."""
+    async def _message(self, context: Context, seconds: float) -> bytes:
+        """The one message of a call. Raises ProtocolError where it does not come in so many seconds, or not at all."""
         try:
-            async with asyncio.timeout(self._bounds.body_seconds):
+            async with asyncio.timeout(seconds):
                 wire = await context.read()
         except TimeoutError:
             raise self._unread(ProtocolError("the request did not arrive in time", status=408)) from None
@@ -416,7 +423,7 @@ class GrpcFace:
         error: ProtocolError
         try:
             with self._probed():
-                asked = parse(await self._message(context), HealthCheckRequest, self._limits)
+                asked = parse(await self._message(context, _PROBE_S), HealthCheckRequest, self._limits)
             if self._watches >= _WATCHES:
                 raise self._unread(ProtocolError(f"{_WATCHES} calls watch this server already: ask by Check", status=429))
             self._watches += 1

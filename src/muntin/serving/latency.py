@@ -61,6 +61,8 @@ class Line(NamedTuple):
     largest: int
     seen: int
     firm: int
+    guessed: bool = False
+    """Whether it is another group's, scaled."""
 
     def expected(self, rows: int) -> float:
         """Seconds that a batch takes as a rule."""
@@ -73,7 +75,9 @@ class Line(NamedTuple):
 
     def overdue(self, rows: int) -> float:
         """Seconds after which a batch counts as one that does not come back."""
-        return max(OVERDUE_S, OVERDUE * self.safe(rows)) if self.seen >= 2 else OVERDUE_UNKNOWN_S
+        if self.seen < 2:
+            return OVERDUE_UNKNOWN_S
+        return max(OVERDUE_UNKNOWN_S if self.guessed else OVERDUE_S, OVERDUE * self.safe(rows))
 
     def rows_within(self, seconds: float) -> int:
         """The most rows whose `safe` seconds are within these; 0 where not even one is."""
@@ -150,7 +154,8 @@ class LatencyModel:
                     best, distance = found, apart
         if best is None or best.cost is None:
             return None
-        return best.line.scaled(cost / best.cost)
+        line = best.line.scaled(cost / best.cost)
+        return line if cost == best.cost else line._replace(guessed=True)  # images of one size take as long in two versions
 
 
 class _Size:

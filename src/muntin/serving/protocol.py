@@ -22,7 +22,7 @@ from typing import Any, TypeVar
 from numpy.typing import NDArray
 
 from muntin.errors import MuntinError, RecipeError
-from muntin.serving.telling import plain
+from muntin.text import plain
 
 Parameter = bool | int | float | str
 """Value of a parameter of a request, a tensor or a response."""

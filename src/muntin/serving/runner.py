@@ -138,6 +138,11 @@ class Runner:
         """Whether there is a thread to compute on that does not hang."""
         return bool(self._workers)
 
+    @property
+    def waiting(self) -> int:
+        """Jobs that wait to be computed, as of a moment ago."""
+        return self._batcher.waiting
+
     def snapshot(self) -> Snapshot:
         """The batcher's counts."""
         with self._changed:

@@ -24,8 +24,10 @@ IDLE_S = 60.0
 """Seconds after which a process that stands back gets a share though no core is idle."""
 RUNS_S, STANDS_S = 0.02, 0.06
 """Of a process that is paced: for so long it runs, for so long it stands still."""
-LEAST_S, STANDS_LONG_S = 0.005, 0.25
+LEAST_S, STANDS_LONG_S = 0.01, 0.15
 """The same while somebody waits: what it runs at the least, what it stands at the most."""
+STANDS_IN_ALL_S = 60.0
+"""What it stands still for altogether."""
 LOOK_S = 0.005
 """Between two looks whether anybody does."""
 PATIENCE = (RUNS_S + STANDS_S) / RUNS_S
@@ -85,7 +87,8 @@ class Pace:
 
     Computing only where a core has nothing else to do keeps nobody from it, but it takes caches, and turns in which an engine's threads
     wait for one another: beside it batches of 15 ms took 19 to 21, and requests queued up behind them. In pieces it does not add up, and
-    what queues up all the same is computed undisturbed: while anybody waits it stands still, for a quarter of a second at most.
+    what queues up all the same is computed undisturbed: while anybody waits it stands still, for up to 0.15 s at a time. On a server
+    where somebody always waits that would have no end: after `STANDS_IN_ALL_S` it is no longer paced.
     """
 
     def __init__(self, process: subprocess.Popen[bytes], demand: Callable[[], Demand]) -> None:
@@ -110,7 +113,7 @@ class Pace:
             self._thread.join()
 
     def _keep(self) -> None:
-        while not self._ended.is_set():
+        while not self._ended.is_set() and self._stood < STANDS_IN_ALL_S:
             self._ran += self._pass(RUNS_S, lambda ran: ran >= LEAST_S and self._demand() is Demand.WAITING)
             if self._demand() is Demand.NONE:
                 continue

@@ -51,7 +51,7 @@ from muntin.serving.probation import ArtifactLoader
 from muntin.serving.protocol import Limits
 from muntin.serving.repository import Repository, Watcher
 from muntin.serving.runner import Runner
-from muntin.serving.scheduling import take_short_turns
+from muntin.serving.scheduling import Demand, take_short_turns
 from muntin.serving.service import Service
 from muntin.serving.slot import Slot
 from muntin.serving.telling import Notify, told_safely
@@ -107,11 +107,12 @@ class Server:
         self._http: _Http | None = None
         self._grpc: GrpcFace | None = None
         self._thread: threading.Thread | None = None
+        self._runner: Runner | None = None
         manifest = self._manifest()
         opening = self._opening(manifest)
         budget = BUDGET * largest_request(config, 1 if manifest is None else manifest.signature.channels)
         self._compiler = Compiler(opening, budget=budget)
-        loader = ArtifactLoader(opening=opening, budget=budget, demand=lambda: self.slot.demand)
+        loader = ArtifactLoader(opening=opening, budget=budget, demand=self._demand)
         self.slot = Slot(config.name or _name_of(Path(path)), loader, rollout=config.rollout, notify=self._notify)
 
     # ---- from outside ----
@@ -169,6 +170,11 @@ class Server:
         else:
             self._http.should_exit = True
 
+    def _demand(self) -> Demand:
+        if self._runner is None or not self.slot.busy:
+            return Demand.NONE
+        return Demand.WAITING if self._runner.waiting else Demand.SERVED
+
     def _opening(self, manifest: Manifest | None) -> Opening:
         config = self.config
         return Opening(
@@ -223,7 +229,7 @@ class Server:
             workers=config.streams,
             margin=MARGIN_S if objective is None else min(MARGIN_S, MARGIN_SHARE * objective),
         )
-        runner = Runner(batcher, executor, workers=config.streams, interrupt=self.slot.interrupt)
+        runner = self._runner = Runner(batcher, executor, workers=config.streams, interrupt=self.slot.interrupt)
         service = Service(
             self.slot, runner, executor, metrics=metrics, objective=objective, max_rows=config.max_batch,
             max_pixels=config.bounds.image_pixels,
@@ -434,11 +440,17 @@ class _Http(uvicorn.Server):
         self.cut_off = len(self.server_state.connections)
 
 
-def _sessions(slot: Slot) -> Iterator[tuple[str, Session]]:
-    """Of the versions in service, by name."""
+def _by_version(slot: Slot, figure: Callable[[Session], float]) -> list[tuple[tuple[str], float]]:
+    """Of the versions in service, by name: an artefact that is loaded again keeps its own, so there may be two of one."""
+    found: dict[str, float] = {}
     for version in slot.open:
         with suppress(NotReadyError):  # it went meanwhile
-            yield version.name, version.session
+            found[version.name] = found.get(version.name, 0.0) + figure(version.session)
+    return [((name,), value) for name, value in found.items()]
+
+
+def _memory_of(session: Session) -> float:
+    return float(sum(resident_of(process) or 0 for process in session.process_ids))
 
 
 def _expose(metrics: Metrics, service: Service, runner: Runner, ledger: Ledger, log: AccessLog | None) -> None:
@@ -475,14 +487,11 @@ def _expose(metrics: Metrics, service: Service, runner: Runner, ledger: Ledger, 
     )  # fmt: skip
     metrics.read(
         "counter", "muntin_engine_deaths", "Processes of a version's engine that ended, or were ended since it hung.", ("version",),
-        lambda: [((name,), float(session.deaths)) for name, session in _sessions(service.slot)],
+        lambda: _by_version(service.slot, lambda session: session.deaths),
     )  # fmt: skip
     metrics.read(
         "gauge", "muntin_engine_resident_memory_bytes", "Memory of the process of a version's engine.", ("version",),
-        lambda: [
-            ((name,), float(sum(resident_of(process) or 0 for process in session.process_ids)))
-            for name, session in _sessions(service.slot)
-        ],
+        lambda: _by_version(service.slot, _memory_of),
     )  # fmt: skip
     metrics.read(
         "counter", "muntin_connections_refused", "Requests that were refused before they were whole, by status.", ("status",),

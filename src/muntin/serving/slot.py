@@ -29,8 +29,7 @@ from muntin.runtime.session import Session
 from muntin.serving.disposal import dispose
 from muntin.serving.probation import Loader
 from muntin.serving.rollout import Rollout, Tally, Verdict, judge
-from muntin.serving.scheduling import Demand
-from muntin.serving.telling import plain, told_safely
+from muntin.serving.telling import told_safely
 from muntin.serving.version import (
     Begun,
     Call,
@@ -42,6 +41,7 @@ from muntin.serving.version import (
     Version,
     contract_difference,
 )
+from muntin.text import plain
 
 HISTORY = 8
 """Versions that failed or went, that `index` still shows."""
@@ -296,13 +296,9 @@ class Slot:
         return self._in_service()
 
     @property
-    def demand(self) -> Demand:
-        """Who is served: somebody where a batch was begun or computed within the last second; who holds a lease and is at nothing waits."""
-        if self.clock() - self._asked >= _BUSY_S:
-            return Demand.NONE
-        # A batch has a lease of its own, beside those of the requests in it.
-        waiting = any(version.leases > 2 * len(version.begun) for version in self._in_service())
-        return Demand.WAITING if waiting else Demand.SERVED
+    def busy(self) -> bool:
+        """Whether a batch was begun or computed within the last second."""
+        return self.clock() - self._asked < _BUSY_S
 
     def index(self) -> tuple[IndexEntry, ...]:
         """Every version there is, and the last that failed or went; those that came last at the end.

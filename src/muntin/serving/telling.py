@@ -21,8 +21,3 @@ def told_safely(notify: Notify) -> Notify:
                 threading.excepthook(threading.ExceptHookArgs((*sys.exc_info(), threading.current_thread())))
 
     return tell
-
-
-def plain(text: str) -> str:
-    """A text as UTF-8, JSON and protobuf can carry it: of a file's name that is none, which errors repeat, the bytes are written out."""
-    return text if text.isascii() else text.encode(errors="backslashreplace").decode()

@@ -207,12 +207,17 @@ def find_checkpoint(path: Path | str) -> Path:
     """The checkpoint that a user means: a checkpoint directory itself, or the newest one of a run's directory."""
     path = Path(path)
     if (path / STATE).is_file():
-        return path
+        return _with_its_run(path)
     found = checkpoints_in(path / "checkpoints") or checkpoints_in(path)
     if not found:
         problem = "does not exist" if not path.exists() else "holds no checkpoint"
         raise CheckpointError(f"{path} {problem}; give a run's directory or one of its checkpoints/step-..., written by `muntin fit`")
-    return found[-1]
+    return _with_its_run(found[-1])
+
+
+def _with_its_run(path: Path) -> Path:
+    """A checkpoint's path by which what lies beside it, and above, is found."""
+    return path if len(path.parts) > 1 and ".." not in path.parts else path.resolve()
 
 
 def read_checkpoint(path: Path | str) -> Checkpoint:

@@ -34,6 +34,11 @@ class Evaluation:
     recall: dict[str, float | None]
 
     @property
+    def by_class(self) -> dict[str, float | None]:
+        """The figure of each class: IoU for segment, for classify the share of its images that were found."""
+        return self.iou if self.task == "segment" else self.recall
+
+    @property
     def miou(self) -> float:
         """Mean IoU over the classes that occur."""
         present = [v for v in self.iou.values() if v is not None]

@@ -211,7 +211,9 @@ class Training:
             augmentation=data.augmentation, rare=data.rare,
         )  # fmt: skip
         validation = self.source.split("validation")
-        path = None if self.start is None or changes(self.start, self.recipe) else self.start.path
+        # It is written anew where it says something else now: the recipe, or the folder that its relative paths begin at.
+        same = self.start is not None and not changes(self.start, self.recipe) and Path(self.start.state.root) == self.root
+        path = self.start.path if self.start is not None and same else None
         with keep_freed_memory(), MetricsLog(self.directory, self.step, self.curve, self.validation) as log:
             if self._judgement_failed:
                 self._judge(log, samples, validation)
@@ -286,7 +288,7 @@ class Training:
 
     def _validate(self, log: MetricsLog, samples: Samples) -> None:
         result = evaluate(self.session, samples, tile=tile_of(self.recipe.data.crop))
-        point: dict[str, Any] = {"step": self.step, "score": result.score, "accuracy": result.accuracy, "iou": result.iou}
+        point: dict[str, Any] = {"step": self.step, "score": result.score, "accuracy": result.accuracy, "by_class": result.by_class}
         if self.recipe.task == "segment":
             point["miou"] = result.miou
         self.validation.append(point)

@@ -21,7 +21,7 @@ class MetricsLog:
             from torch.utils.tensorboard import SummaryWriter
         self.directory.mkdir(parents=True, exist_ok=True)
         self.file = (self.directory / "metrics.jsonl").open("w", encoding="utf-8")
-        self.board = SummaryWriter(self.directory / "tensorboard", purge_step=self.step)
+        self.board = SummaryWriter(self.directory / "tensorboard", purge_step=self.step + 1 if self.step else 0)
         for kind, point in sorted(self.past, key=lambda entry: float(entry[1]["step"])):
             self._line(kind, point)
         return self

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Annotated, Any, get_args
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from muntin.data.config import DataConfig
 from muntin.data.source import Task
@@ -35,6 +35,14 @@ class Recipe(BaseModel):
     training: TrainingConfig = TrainingConfig()
     quantization: QuantizationConfig = QuantizationConfig()
     compression: CompressionConfig = CompressionConfig()
+
+    @model_validator(mode="after")
+    def _check_masks(self) -> Recipe:
+        if self.data.source == "folders" and (self.task == "segment") != (self.data.masks is not None):
+            if self.task == "segment":
+                raise ValueError("task: segment wants data.masks; where each class has a folder of its own, write task: classify")
+            raise ValueError(f"task: {self.task} has no masks: leave out data.masks, or write task: segment")
+        return self
 
 
 def recipe_text(recipe: Recipe, *, defaults: bool = False) -> str:

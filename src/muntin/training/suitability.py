@@ -17,6 +17,7 @@ from muntin.artifact.golden import golden_sizes
 from muntin.errors import CheckpointError, RecipeError
 from muntin.models.foreign import DividedSides
 from muntin.models.hybridnet import HybridNet
+from muntin.runtime.memory import no_memory
 from muntin.training.checkpoint import build_model, load_weights, make_signature
 from muntin.training.recipe import Recipe
 
@@ -158,6 +159,8 @@ def _refusal(model: nn.Module, shape: tuple[int, ...]) -> str:
         with torch.no_grad():  # not inference mode: what a model makes at its first call is trained
             model(torch.zeros(shape))
     except (AssertionError, RuntimeError, ValueError) as error:  # a size refused; or none left on the way, or one that does not fit
+        if no_memory(error):
+            raise
         return _line(error)
     return ""
 

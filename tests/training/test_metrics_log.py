@@ -1,0 +1,26 @@
+"""What a run logs: a run that goes on rewrites what it had logged, and loses none of it."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from muntin.training.metrics_log import MetricsLog
+
+
+def point(step: int) -> dict[str, Any]:
+    return {"step": step, "loss": step / 100}
+
+
+def test_the_points_of_the_step_that_a_log_goes_on_from_stay_and_later_ones_go(tmp_path: Path) -> None:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    with MetricsLog(tmp_path, 0, [], []) as log:
+        for step in (10, 20, 30):  # the last after the checkpoint that is gone on from
+            log.write("training", point(step))
+    with MetricsLog(tmp_path, 20, [point(10), point(20)], []) as log:
+        log.write("training", point(40))
+    lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    board = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
+    assert [line["step"] for line in lines] == [event.step for event in board.Scalars("training/loss")] == [10, 20, 40]
