@@ -17,10 +17,10 @@ import muntin
 SOURCE = Path(muntin.__file__).parent
 # From the foundations up: a module may import from its own room and from those before it.
 ROOMS = (
-    *("errors", "artifact", "runtime", "layers", "models", "data", "training", "compression", "deployment"),
+    *("errors", "text", "artifact", "runtime", "layers", "models", "data", "training", "compression", "deployment"),
     *("reporting", "serving", "cli"),
 )
-LIGHT = ("errors", "artifact", "runtime", "reporting", "serving")
+LIGHT = ("errors", "text", "artifact", "runtime", "reporting", "serving")
 WITH_TORCH = {"torch", "torchvision", "torchmetrics", "onnxscript", "timm", "tensorboard"}
 HEAVY = WITH_TORCH | {"numpy", "openvino", "onnxruntime", "onnx", "PIL", "pydantic", "yaml", "jinja2", "matplotlib", "rich", "typer"}
 

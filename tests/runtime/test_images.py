@@ -306,6 +306,15 @@ def test_damage_is_a_data_error_or_another_picture(tmp_path: Path, data: st.Data
             assert "\n" not in str(error)
 
 
+def test_a_tiff_whose_next_page_is_cut_off_is_told_in_an_error_and_no_warning(tmp_path: Path) -> None:
+    write_image(tmp_path / "a.tif", photo(9, 9))
+    content = bytearray((tmp_path / "a.tif").read_bytes())
+    content[3], content[130] = 0, 1  # where the next page would begin, its list of tags has no end
+    (tmp_path / "a.tif").write_bytes(content[:140])
+    with pytest.raises(DataError):
+        read_image(tmp_path / "a.tif", None)
+
+
 def test_a_tiff_beyond_pillows_limit_is_read_without_a_warning(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write_image(tmp_path / "a.tif", photo(9, 9))
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 60)

@@ -381,7 +381,8 @@ def _check_pixels(path: Path, size: tuple[int, int], max_pixels: int) -> None:
 
 def _check_alone(path: Path, picture: ImageFile.ImageFile) -> None:
     """Raises DataError where a file holds several pictures. A TIFF's smaller copies and transparency of its first page are no others."""
-    count = getattr(picture, "n_frames", 1)
+    with _quiet():
+        count = getattr(picture, "n_frames", 1)
     if count > 1 and isinstance(picture, TiffImagePlugin.TiffImageFile):
         kinds = []
         with _quiet():
