@@ -11,7 +11,7 @@ Every answer is compared with what the versions answer. Goal: none failed, none 
 
 Then a small classifier is swapped `--memory-swaps` times under light load while the resident memory of the server and of its engines'
 processes is read: by how much does it grow over the second half? A part that is there already is not run again. Time: about a quarter
-of an hour for the first part, longer for the second, since a version is opened slowly while requests come. Run it alone.
+of an hour for each. Run it alone.
 """
 
 from __future__ import annotations
