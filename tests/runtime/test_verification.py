@@ -9,9 +9,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnx
 import pytest
 
-from muntin.artifact import ClassInfo, GoldenTolerance, LayerRecord, Signature
+from muntin.artifact import ClassInfo, GoldenTolerance, LayerRecord, Signature, write_artifact
 from muntin.errors import ArtifactError
 from muntin.runtime import ExecutedLayer, Session, verify
 from muntin.runtime.onnxruntime import OnnxRuntimeSession
@@ -47,7 +48,7 @@ def test_fallbacks_count_in_the_default_engine_only(convolutions: Any) -> None:
 
 
 def test_an_engine_that_does_not_say_what_its_layers_ran_in_has_no_fallbacks_and_is_a_problem_where_they_count(
-    convolutions: Any, monkeypatch: pytest.MonkeyPatch
+    convolutions: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """As TensorRT, which needs a GPU."""
     monkeypatch.setattr(OnnxRuntimeSession, "layers", lambda session: [])
@@ -56,6 +57,12 @@ def test_an_engine_that_does_not_say_what_its_layers_ran_in_has_no_fallbacks_and
     strict = verify(convolutions.path, engine="onnxruntime", allow_fallbacks=False)
     assert strict.fallbacks == ()
     assert strict.problems == ("onnxruntime does not say what its layers ran in: export for this engine and CPU, or allow fallbacks",)
+    sound, manifest = convolutions.artifact, convolutions.artifact.manifest
+    floats = write_artifact(
+        tmp_path / "floats", model=onnx.load_model_from_string(sound.model_bytes()), signature=manifest.signature, layers=[],
+        golden=list(sound.golden()), golden_tolerance=manifest.golden_tolerance,
+    )  # fmt: skip
+    assert verify(floats.path, engine="onnxruntime", allow_fallbacks=False).problems == ()  # nothing has to run on integers
 
 
 def test_a_layer_that_runs_in_float_is_found(write_layers: Callable[..., Any], layer_maker: Callable[..., Any], tmp_path: Path) -> None:

@@ -103,7 +103,9 @@ def verify(
     )
     problems += [_golden_problem(index, result) for index, result in enumerate(golden) if tolerance and not result.passed]
     ran = tuple(session.layers())
-    fallbacks, reasons = find_fallbacks(manifest.layers, ran) if ran else ((), (f"{session.engine} does not say what its layers ran in",))
+    fallbacks, reasons = find_fallbacks(manifest.layers, ran)
+    if fallbacks and not ran:
+        fallbacks, reasons = (), (f"{session.engine} does not say what its layers ran in",)
     if not (engine != DEFAULT_ENGINE if allow_fallbacks is None else allow_fallbacks):
         problems += [f"{reason}: export for this engine and CPU, or allow fallbacks" for reason in reasons]
     checks = _checked_layers(artifact, session.threads) if layers else ()
