@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -98,8 +97,8 @@ def test_what_is_compiled_for_is_bounded_in_pixels(
     monkeypatch.setattr(module, "probe", lambda path, opening, lately, **_: asked.extend(lately))
     monkeypatch.setattr(version.session, "warm_up", lambda shapes, *, labels: None)
     before, start = Call((1, 10, 10)), Call((8, 100, 100))
-    version.warm = frozenset({before, start})
-    compiler = Compiler(replace(OPENING, calls=(start,)), budget=1000)
+    version.warm, version.start = frozenset({before, start}), frozenset({start})
+    compiler = Compiler(OPENING, budget=1000)
     first, second, third, last = Call((2, 10, 30)), Call((1, 20, 20)), Call((3, 10, 10), labels=True), Call((1, 1, 1))
     for call in (first, second, third, last):
         for _ in range(2 * OFTEN):

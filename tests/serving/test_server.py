@@ -39,7 +39,7 @@ from muntin.serving.outputs import CLASSES
 from muntin.serving.pictures import Pictures
 from muntin.serving.probation import ArtifactLoader
 from muntin.serving.rollout import Rollout
-from muntin.serving.server import Server, batch_sizes, largest_request
+from muntin.serving.server import Server, largest_request
 from muntin.serving.version import Call, NotReadyError
 
 # geventhttpclient, which tritonclient's HTTP client is built on, warns of its own imports and leaves sockets to the collector
@@ -52,14 +52,6 @@ def images_of(rows: int, seed: int, height: int = 20, width: int = 24) -> NDArra
 
 def served(path: Path, **options: Any) -> Server:
     return Server(path, ServeConfig(**({"http_port": 0, "grpc_port": 0, "threads": 1} | options)))
-
-
-def test_small_batches_are_all_compiled_for_and_large_ones_by_powers() -> None:
-    assert batch_sizes(16, 64 * 64) == list(range(1, 17))
-    assert batch_sizes(64, 64 * 64) == [*range(1, 17), 32, 64]
-    assert batch_sizes(8, 512 * 512) == [1, 2, 3, 4, 8]
-    assert batch_sizes(6, 4096 * 4096) == [1, 2, 4]
-    assert batch_sizes(1, 1) == [1]
 
 
 def test_the_largest_request_is_bounded_by_bytes_and_by_rows() -> None:
@@ -586,6 +578,18 @@ def test_with_watch_the_newest_sound_version_serves(write_version: Callable[...,
     assert [line.split(":")[0] for line in told[:4]] == [*(f"version {name} is not loaded" for name in "543"), "models"]
     with pytest.raises(ArtifactError), served(models):
         pass
+
+
+def test_what_comes_to_an_empty_directory_is_compiled_for_its_batches(
+    write_version: Callable[..., Path], tmp_path: Path, wait_until: Callable[..., None]
+) -> None:
+    (tmp_path / "models").mkdir()
+    config = ServeConfig(http_port=0, grpc_port=None, threads=1, watch=True, watch_seconds=0.05, max_batch=3)
+    with Server(tmp_path / "models", config) as server:
+        write_version(tmp_path / "models" / "1", label=1)
+        wait_until(lambda: server.slot.current is not None, 120)
+        assert server.slot.current is not None
+        assert server.slot.current.warm == server.slot.current.start == {Call((rows, 8, 8), labels=True) for rows in (1, 2, 3)}
 
 
 def test_a_server_that_is_stopped_while_it_loads_has_ended(

@@ -13,7 +13,18 @@ import pytest
 from muntin.artifact import open_artifact
 from muntin.errors import ArtifactError, DataError, VerificationError
 from muntin.runtime.openvino import OpenVinoSession
-from muntin.serving.version import CALLS, TIMES, Call, Latencies, NotReadyError, Opening, Version, contract_difference, open_version
+from muntin.serving.version import (
+    CALLS,
+    TIMES,
+    Call,
+    Latencies,
+    NotReadyError,
+    Opening,
+    Version,
+    batch_sizes,
+    contract_difference,
+    open_version,
+)
 
 SCORES, LABELS = Call((2, 8, 8)), Call((1, 4, 8), labels=True)
 
@@ -79,6 +90,14 @@ def test_what_does_not_compute_its_golden_pair_is_not_opened(write_version: Call
     (path / "weights.safetensors").unlink()
     with pytest.raises(ArtifactError, match="missing"):
         open_version(path, Opening(), [])
+
+
+def test_small_batches_are_all_compiled_for_and_large_ones_by_powers() -> None:
+    assert batch_sizes(16, 64 * 64) == list(range(1, 17))
+    assert batch_sizes(64, 64 * 64) == [*range(1, 17), 32, 64]
+    assert batch_sizes(8, 512 * 512) == [1, 2, 3, 4, 8]
+    assert batch_sizes(6, 4096 * 4096) == [1, 2, 4]
+    assert batch_sizes(1, 1) == [1]
 
 
 @pytest.mark.parametrize(

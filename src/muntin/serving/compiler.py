@@ -35,12 +35,11 @@ class Compiler:
     """Counts batches by size, and compiles for those that come often, one after the other.
 
     `opening`: as the versions were opened. `budget`: pixels (rows x height x width), summed over the sizes that a version is compiled for
-    beside the opening's; what would go beyond it is computed as it comes.
+    beside those of its start; what would go beyond it is computed as it comes.
     """
 
     def __init__(self, opening: Opening, *, budget: float = inf) -> None:
-        self._opening = replace(opening, calls=())
-        self._start, self._budget = frozenset(opening.calls), budget
+        self._opening, self._budget = replace(opening, calls=()), budget
         self._lock = Lock()
         # By version, and not by what it is of: an artefact that is loaded again is compiled for nothing of this.
         self._seen: WeakKeyDictionary[Version, OrderedDict[Call, int]] = WeakKeyDictionary()
@@ -71,7 +70,7 @@ class Compiler:
         compiled = self._compiled.setdefault(version, set())
         if call in compiled:  # it came often, was forgotten among others that came once, and comes often again
             return False
-        beside = compiled | (version.warm - self._start)  # the latter: what its predecessor was asked
+        beside = compiled | (version.warm - version.start)  # the latter: what its predecessor was asked
         if len(compiled) >= COMPILED or sum(one.pixels for one in beside) + call.pixels > self._budget:
             return False
         compiled.add(call)

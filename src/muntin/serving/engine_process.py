@@ -212,7 +212,9 @@ def open_apart(
     except BaseException:
         session.close()
         raise
-    return Opened(session=session, signature=session.signature, digest=running.said["digest"], calls=tuple(session.calls))
+    return Opened(
+        session=session, signature=session.signature, digest=running.said["digest"], calls=tuple(session.calls), start=opening.calls
+    )
 
 
 def _never() -> bool:

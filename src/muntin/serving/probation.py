@@ -30,7 +30,7 @@ from typing import IO, Any, Protocol
 import numpy as np
 
 from muntin import errors
-from muntin.artifact import Signature
+from muntin.artifact import Signature, open_artifact
 from muntin.errors import MuntinError, RecipeError, VerificationError
 from muntin.runtime.hardware import memory_gib
 from muntin.runtime.memory import resident, resident_of
@@ -39,7 +39,7 @@ from muntin.runtime.verification import verify
 from muntin.serving.engine_host import call_of, opening_of
 from muntin.serving.engine_process import can_open_apart, open_apart
 from muntin.serving.scheduling import PATIENCE, Demand, Pace, nobody, take_short_turns
-from muntin.serving.version import Call, NotReadyError, Opened, Opening, open_version
+from muntin.serving.version import Call, NotReadyError, Opened, Opening, open_version, starting_calls
 
 ROUNDS = 5
 """Calls of each kind that are timed."""
@@ -294,34 +294,44 @@ class Loader(Protocol):
 class ArtifactLoader:
     """Artefacts, tried in a process of their own first.
 
-    Each is warmed up for all that its predecessor was asked lately; with `dynamic`, where other sizes need no compiling, for
-    what it was asked `OFTEN`. `budget`: pixels of these together, beside the opening's, as of a `Compiler`; what was asked most goes first.
-    `demand`: who is served now, whom all this is not to keep waiting.
+    Each is warmed up for the opening's calls, for batches of up to `max_batch` images of the size that it was exported with, and for all
+    that its predecessor was asked lately; with `dynamic`, where other sizes need no compiling, for what it was asked `OFTEN`. `budget`:
+    pixels of what was asked lately and is not of its start, as of a `Compiler`; what was asked most goes first. `demand`: who is served
+    now, whom all this is not to keep waiting.
     """
 
     opening: Opening = field(default_factory=Opening)
+    max_batch: int = 0
     limits: Limits = field(default_factory=Limits)
     budget: float = inf
     demand: Callable[[], Demand] = _somebody
 
     def probe(self, path: Path, lately: Mapping[Call, int], stopped: Callable[[], bool]) -> Probation:
         limits = self.limits if lately else replace(self.limits, idle_seconds=0.0)  # where nobody is served nobody is to be spared
-        return probe(path, self.opening, self._calls(lately), limits=limits, stopped=stopped, demand=self.demand)
+        opening = self._opening(path)
+        return probe(path, opening, self._calls(opening, lately), limits=limits, stopped=stopped, demand=self.demand)
 
     def open(self, path: Path, lately: Mapping[Call, int], found: Probation, stopped: Callable[[], bool] = _never) -> Opened:
-        rest, calls = REST if lately else 0.0, self._calls(lately)
+        opening = self._opening(path)
+        rest, calls = REST if lately else 0.0, self._calls(opening, lately)
         if can_open_apart():
-            opened = open_apart(path, self.opening, calls, rest=rest, seconds=self.limits.seconds, stopped=stopped, demand=self.demand)
+            opened = open_apart(path, opening, calls, rest=rest, seconds=self.limits.seconds, stopped=stopped, demand=self.demand)
         else:
-            opened = open_version(path, self.opening, calls, rest=rest, stopped=stopped)
+            opened = open_version(path, opening, calls, rest=rest, stopped=stopped)
         if opened.digest != found.digest:
             opened.session.close()
             raise _replaced(path)
         return opened
 
-    def _calls(self, lately: Mapping[Call, int]) -> tuple[Call, ...]:
-        asked = {call: count for call, count in lately.items() if count >= OFTEN or not self.opening.dynamic}
-        left, kept = self.budget, set(self.opening.calls)
+    def _opening(self, path: Path) -> Opening:
+        if not self.max_batch:
+            return self.opening
+        started = starting_calls(open_artifact(path).manifest, self.max_batch)
+        return replace(self.opening, calls=tuple(dict.fromkeys((*self.opening.calls, *started))))
+
+    def _calls(self, opening: Opening, lately: Mapping[Call, int]) -> tuple[Call, ...]:
+        asked = {call: count for call, count in lately.items() if count >= OFTEN or not opening.dynamic}
+        left, kept = self.budget, set(opening.calls)
         for call in sorted(asked.keys() - kept, key=lambda call: (-asked[call], call.pixels)):
             if call.pixels <= left:
                 left -= call.pixels

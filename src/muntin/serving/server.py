@@ -28,7 +28,7 @@ from typing import Any, Self
 
 import uvicorn
 
-from muntin.artifact import Manifest, open_artifact
+from muntin.artifact import open_artifact
 from muntin.errors import ArtifactError, DataError, MuntinError
 from muntin.runtime.memory import resident_of
 from muntin.runtime.session import Session
@@ -56,23 +56,14 @@ from muntin.serving.service import Service
 from muntin.serving.slot import Slot
 from muntin.serving.telling import Notify, told_safely
 from muntin.serving.tracing import Tracing
-from muntin.serving.version import Call, NotReadyError, Opening
+from muntin.serving.version import NotReadyError, Opening
 
-DENSE_ROWS, DENSE_PIXELS = 16, 1 << 20
-"""Up to so many images, and so many pixels together, a batch is small: compiling for one takes 0.4 s and 17 MiB at 64 x 64."""
 _NOT_HERE = frozenset({errno.EADDRNOTAVAIL, errno.EAFNOSUPPORT})
 """What a system says of an address that a name has, and the machine has not."""
 RENEW_S = 10.0
 """Between two looks at the files of a certificate."""
 MARGIN_S, MARGIN_SHARE = 0.001, 0.05
 """Seconds of an objective, or a share of it, that reading a request and writing its answer may take: 0.6 to 0.9 ms at 512 x 512."""
-
-
-def batch_sizes(most: int, pixels: int) -> list[int]:
-    """Rows of the batches that are compiled for at the start, of images of so many pixels: every number as long as a batch is small, then
-    the powers of two, up to `most`. An engine that has to take a size as it comes was 1.2 to 1.7 times slower."""
-    small = min(most, DENSE_ROWS, max(1, DENSE_PIXELS // pixels))
-    return sorted({*range(1, small + 1), *(1 << n for n in range(most.bit_length()))})
 
 
 def largest_request(config: ServeConfig, channels: int) -> int:
@@ -108,11 +99,9 @@ class Server:
         self._grpc: GrpcFace | None = None
         self._thread: threading.Thread | None = None
         self._runner: Runner | None = None
-        manifest = self._manifest()
-        opening = self._opening(manifest)
-        budget = BUDGET * largest_request(config, 1 if manifest is None else manifest.signature.channels)
+        opening, budget = self._opening(), BUDGET * largest_request(config, self._channels())
         self._compiler = Compiler(opening, budget=budget)
-        loader = ArtifactLoader(opening=opening, budget=budget, demand=self._demand)
+        loader = ArtifactLoader(opening=opening, max_batch=config.max_batch, budget=budget, demand=self._demand)
         self.slot = Slot(config.name or _name_of(Path(path)), loader, rollout=config.rollout, notify=self._notify)
 
     # ---- from outside ----
@@ -175,7 +164,7 @@ class Server:
             return Demand.NONE
         return Demand.WAITING if self._runner.waiting else Demand.SERVED
 
-    def _opening(self, manifest: Manifest | None) -> Opening:
+    def _opening(self) -> Opening:
         config = self.config
         return Opening(
             engine=config.engine,
@@ -183,26 +172,17 @@ class Server:
             threads=config.threads,
             streams=config.streams,
             dynamic=True,
-            calls=self._calls(manifest),
         )
 
-    def _manifest(self) -> Manifest | None:
-        """Of the newest version; with `watch`, where that may still be being copied, of the newest that is whole. None: there is none."""
+    def _channels(self) -> int:
+        """Of the newest version; with `watch`, where that may still be being copied, of the newest that is whole. 1 where there is none."""
         for path in reversed(self._repository.scan().values()):
             try:
-                return open_artifact(path).manifest
+                return open_artifact(path).manifest.signature.channels
             except (ArtifactError, OSError):  # told when it is loaded
                 if not self.config.watch:
                     raise
-        return None
-
-    def _calls(self, manifest: Manifest | None) -> tuple[Call, ...]:
-        """What every version is compiled for: images of the size that the first one was exported with."""
-        if manifest is None or manifest.example is None:
-            return ()
-        _, height, width = manifest.example
-        sizes = batch_sizes(self.config.max_batch, height * width)
-        return tuple(Call((size, height, width), manifest.signature.task == "segment") for size in sizes)
+        return 1
 
     async def _serve(self, up: Callable[[], None]) -> None:
         """What is made is ended in the opposite order, whatever of it there is when something fails."""
