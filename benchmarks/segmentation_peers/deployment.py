@@ -31,6 +31,7 @@ from muntin.artifact import Signature
 from muntin.compression.stages import source_of
 from muntin.data import calibration_batches
 from muntin.deployment.assessment import export_checkpoint
+from muntin.models import DividedSides
 from muntin.runtime.quiet import import_without_telemetry, openvino
 from muntin.runtime.session import check_images
 from muntin.runtime.signals import signal_stack_kept
@@ -38,7 +39,7 @@ from muntin.runtime.tiles import Predictor
 from muntin.training import Checkpoint
 from muntin.training.evaluation import tile_of
 from muntin.training.loop import signature_of
-from segmentation_peers.models import STRIDE, Entry, Padded, Scheme
+from segmentation_peers.models import STRIDE, Entry, Scheme
 
 REFERENCE = "float f32"
 """The variant that the others' scores are held against."""
@@ -141,7 +142,7 @@ def parameters_of(checkpoint: Checkpoint) -> int:
 def _deploy_peer(entry: Entry, checkpoint: Checkpoint, folder: Path) -> dict[str, Path]:
     source, recipe = source_of(checkpoint), checkpoint.recipe
     model = checkpoint.model()
-    assert isinstance(model, Padded)
+    assert isinstance(model, DividedSides)
     crops = calibration_batches(source.split("train"), crop=recipe.data.crop, count=CALIBRATION, batch_size=1, seed=recipe.seed)
     images = [np.ascontiguousarray(crop_BCHW.permute(0, 2, 3, 1).numpy()) for crop_BCHW in crops]
     signature = signature_of(recipe, source)
