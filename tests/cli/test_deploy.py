@@ -13,6 +13,8 @@ import pytest
 from PIL import Image
 
 from muntin.artifact import open_artifact
+from muntin.artifact.classes import ClassInfo
+from muntin.cli.deploy import _read_truth
 from muntin.deployment import assessment
 from muntin.errors import DataError
 from muntin.runtime import load, predict
@@ -231,6 +233,15 @@ def test_the_truth_may_be_in_the_colours_of_the_classes(call: Call, exported: An
     text = call(*words, tmp_path / "other.png").mistake()
     assert f"no class of the artefact has its [1, 1, 1] (sea {colors[0].tolist()}, field" in text
     assert "give it in these colours, or as class numbers, 0 to 2" in text
+
+
+def test_a_truth_that_may_mean_255_for_its_second_class_is_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    classes = [ClassInfo(name="sea", color=(0, 0, 0)), ClassInfo(name="land", color=(255, 255, 255))]
+    for values, told in (([0, 255], True), ([0, 1, 255], False), ([0, 1], False)):
+        mask = np.resize(np.array(values, np.uint8), (4, 6))
+        write_image(tmp_path / "mask.png", mask)
+        assert np.array_equal(_read_truth(tmp_path / "mask.png", (4, 6), classes, 100), mask)
+        assert ("255 counts as ignored, so class 0 alone is compared; if it means land, write 1" in capsys.readouterr().err) is told
 
 
 def test_predict_in_tiles_is_what_the_library_does_in_tiles(call: Call, exported: Any, tmp_path: Path) -> None:

@@ -33,6 +33,7 @@ from PIL import Image
 from tritonclient.utils import InferenceServerException
 
 from muntin.errors import ArtifactError, DataError
+from muntin.runtime.images import encode_png
 from muntin.serving.config import Bounds, ServeConfig
 from muntin.serving.executor import Executor
 from muntin.serving.outputs import CLASSES
@@ -1125,12 +1126,14 @@ def test_spans_reach_a_collector(write_pixels: Callable[..., Path], tmp_path: Pa
     threading.Thread(target=collector.serve_forever, daemon=True).start()
     monkeypatch.setenv("OTEL_EXPORTER_OTLP_ENDPOINT", f"http://127.0.0.1:{collector.server_port}")
     monkeypatch.setenv("OTEL_EXPORTER_OTLP_COMPRESSION", "none")
-    traces = [f"{number:032x}" for number in (0xABC, 0xDEF)]
+    traces = [f"{number:032x}" for number in (0xABC, 0xDEF, 0xFED)]
     with served(write_pixels(tmp_path / "pixels"), trace=True) as server:
-        for face, trace in zip(("http", "grpc"), traces, strict=True):
+        parents = [{"traceparent": f"00-{trace}-00000000000000ff-01"} for trace in traces]
+        for face, parent in zip(("http", "grpc"), parents[:2], strict=True):
             client = Client(server, face)
-            client.ask(images_of(1, 1), headers={"traceparent": f"00-{trace}-00000000000000ff-01"})
+            client.ask(images_of(1, 1), headers=parent)
             client.client.close()
+        assert fetch(server, "/predict", encode_png(images_of(1, 1)[0]), parents[2])[0] == 200
     collector.shutdown()
     collector.server_close()
     for trace in traces:

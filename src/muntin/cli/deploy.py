@@ -368,7 +368,10 @@ def _read_truth(path: Path, size: Sequence[int], classes: Sequence[ClassInfo], m
         raise DataError(
             f"{path}: the mask is {mask.shape[1]}x{mask.shape[0]} and the answer {size[1]}x{size[0]}; give the mask of this image"
         )
-    wrong = np.setdiff1d(np.unique(mask), [*range(len(classes)), IGNORED])
+    values = np.unique(mask)
+    if values.tolist() == [0, IGNORED] and len(classes) == 2:
+        say(f"{path}: {IGNORED} counts as ignored, so class 0 alone is compared; if it means {classes[1].name}, write 1 there")
+    wrong = np.setdiff1d(values, [*range(len(classes)), IGNORED])
     if wrong.size:
         raise DataError(f"{path}: the mask holds the value {wrong[0]}; allowed are {allowed}")
     return mask.astype(np.uint8)

@@ -42,10 +42,8 @@ def serve_command(
     canary: Annotated[float, typer.Option(min=0, max=1, help="Share of requests that a new version answers before it takes over.")] = 0.0,
     shadow: Annotated[float, typer.Option(min=0, max=1, help="Share of requests that a new version computes too, to be compared.")] = 0.0,
     trial: Annotated[int, typer.Option(min=1, help="Images that a new version has to stand before, and again after, it takes over.")] = 100,
-    max_json: Annotated[
-        int, typer.Option(min=1, max=1024, help="Megabytes of one request's JSON; tensors in binary are no part of it.")
-    ] = 4,
-    max_body: Annotated[int, typer.Option(min=1, max=4096, help="Megabytes of one request.")] = 64,
+    max_json: Annotated[int, typer.Option(min=1, max=1024, help="MiB of one request's JSON; tensors in binary are no part of it.")] = 4,
+    max_body: Annotated[int, typer.Option(min=1, max=4096, help="MiB of one request.")] = 64,
     max_pixels: Annotated[
         int, typer.Option(min=1, max=1 << 30, help="Pixels of one image, height times width; of a picture before it is unpacked.")
     ] = 1 << 26,

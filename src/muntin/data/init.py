@@ -145,7 +145,7 @@ TAIL = [
     "quantization:",
     "  calibration_images: 64  # training crops that set the ranges of the 8-bit numbers",
     "",
-    "compression:  # what `muntin compress` does after `muntin fit`: low rank, 4-bit weights, more bits where they are needed",
+    "compression:  # `muntin compress` after `muntin fit`: low rank, 4-bit weights, more bits where needed; later by its --set alone",
     "  low_rank: {parameters: 0.35}  # share of the parameters to keep; null: keep the layers as they are",
     "  average_bits: 4.8  # of a weight; 4 is the least, more is larger",
     "",
@@ -155,7 +155,7 @@ TAIL = [
 def _head(name: str, task: str) -> list[str]:
     return [
         "# A recipe for muntin, written by `muntin init`. Check the names below, then run",
-        f"#     muntin fit {RECIPE_NAME}",
+        f"#     muntin fit {RECIPE_NAME}     (with the path from where you are: `runs/` is made there)",
         "# Its progress line tells how long it will take. What is left out has its default, which may be another value than the one here;",
         "# docs/recipe.md lists all keys with theirs.",
         "",

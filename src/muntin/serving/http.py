@@ -240,8 +240,7 @@ class HttpFace:
     def _ask(self, inference: _Inference, head: _Head, body: Buffer) -> Cancel:
         scope = inference.scope
         if self._tracing is not None and (found := _INFER.fullmatch(scope["path"])):
-            carrier = {name.decode("latin-1"): value.decode("latin-1") for name, value in scope["headers"]}
-            inference.span = self._tracing.begin("http", found[1], carrier)
+            inference.span = self._tracing.begin("http", found[1], _carrier(scope))
         like = self._like(scope, head, body)
         if like is not None and (error := self._service.refusal(inference.began, like, model=head.model, version=head.version)):
             raise error
@@ -393,7 +392,15 @@ class HttpFace:
         return _json({})
 
     async def _predict(self, request: Request) -> Response:
-        """Counted as inference is."""
+        """Counted as inference is, and traced."""
+        if self._tracing is None:
+            return await self._counted(request)
+        with self._tracing.inference("http", self._service.name, _carrier(request.scope)) as span:
+            response = await self._counted(request)
+            span.computed_by(response.headers["x-model-version"])
+            return response
+
+    async def _counted(self, request: Request) -> Response:
         outcome = "failed"
         try:
             answer = await self._picture(request)
@@ -431,6 +438,11 @@ class HttpFace:
 
     async def _openapi(self, request: Request) -> Response:
         return _json(openapi(self._service.name))
+
+
+def _carrier(scope: Scope) -> dict[str, str]:
+    """The header fields, as tracing wants them."""
+    return {name.decode("latin-1"): value.decode("latin-1") for name, value in scope["headers"]}
 
 
 class _Head(NamedTuple):

@@ -29,14 +29,13 @@ from typing import IO, Any, Protocol
 
 import numpy as np
 
-from muntin import errors
 from muntin.artifact import Signature, open_artifact
 from muntin.errors import MuntinError, RecipeError, VerificationError
 from muntin.runtime.hardware import memory_gib
 from muntin.runtime.memory import resident, resident_of
 from muntin.runtime.session import Session
 from muntin.runtime.verification import verify
-from muntin.serving.engine_host import call_of, opening_of
+from muntin.serving.engine_host import call_of, error_of, opening_of, said_of
 from muntin.serving.engine_process import can_open_apart, open_apart
 from muntin.serving.scheduling import PATIENCE, Demand, Pace, nobody, take_short_turns
 from muntin.serving.version import Call, NotReadyError, Opened, Opening, open_version, starting_calls
@@ -272,8 +271,8 @@ def _read(answer: bytes, path: Path) -> Probation:
     except ValueError as error:
         raise VerificationError(f"{path}: the process that tried it ended without an answer") from error
     if "error" in found:
-        kind: type[MuntinError] = getattr(errors, found["error"], VerificationError)
-        raise kind(found["text"])
+        error = error_of(found)
+        raise VerificationError(f"{path}: there is no memory to open it") if isinstance(error, MemoryError) else error
     latency_ms = {call_of(call): milliseconds for call, milliseconds in found.pop("latency_ms")}
     return Probation(signature=Signature.model_validate(found.pop("signature")), latency_ms=latency_ms, **found)
 
@@ -354,10 +353,8 @@ def answer() -> None:
             examined: Examine = getattr(import_module(module), name)
             found = examined(Path(question["path"]), opening, tuple(call_of(call) for call in question["lately"]))
             said = asdict(found) | {"signature": found.signature.model_dump(mode="json"), "latency_ms": list(found.latency_ms.items())}
-        except MuntinError as error:
-            said = {"error": type(error).__name__, "text": str(error)}
-        except MemoryError:
-            said = {"error": "VerificationError", "text": f"{question['path']}: there is no memory to open it"}
+        except (MuntinError, MemoryError) as error:  # what else comes is told by its last line, as what ends the process is
+            said = said_of(error)
         json.dump(said, answers)
 
 

@@ -1,4 +1,4 @@
-"""A span of OpenTelemetry for each inference, a child of the client's where its request carries one (`traceparent`).
+"""A span of OpenTelemetry for each inference and each picture, a child of the client's where its request carries one (`traceparent`).
 
 Needs the extra `otel`. Where spans go is the environment's to say, as everywhere with OpenTelemetry: OTEL_EXPORTER_OTLP_ENDPOINT,
 OTEL_SERVICE_NAME, OTEL_TRACES_SAMPLER.
@@ -83,6 +83,10 @@ class Inference:
                 "muntin.batch_rows": answered.batch_rows,
             }
         )
+
+    def computed_by(self, version: str) -> None:
+        """Of a picture, which may be many calls: the version that computed them; several where one failed on the way."""
+        self._span.set_attribute("muntin.version", version)
 
     def end(self, error: BaseException | None = None) -> None:
         """Ends it. `error`: what came in place of an answer."""

@@ -19,7 +19,11 @@ _HEAD = """# The keys of a recipe
 
 A recipe is YAML: the keys below, each of which may be left out and has its default then. `muntin init DIR` writes one for your own
 images, `recipes/demo.yaml` is the demonstration's. `muntin fit RECIPE --set training.steps=200` replaces a value. An unknown key or a value
-out of range is an error of one line, before anything starts. Relative paths start at the recipe's folder.
+out of range is an error of one line, before anything starts. Relative paths start at the recipe's folder; runs go to `runs/` of the current
+one.
+
+A run keeps its recipe. `compress` and `export` go by that, and not by a file that was edited since: `--set compression.average_bits=5` and
+`--set quantization.min_sqnr_db=20` change what is theirs.
 
 This page is written by `python -m muntin.training.reference > docs/recipe.md`.
 """
