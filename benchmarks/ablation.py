@@ -34,9 +34,9 @@ The variants `gate budget ...` are trained for the same steps while gates close,
 their multiply-adds; what closed is cut out before GMAC, M, mIoU and ms are taken. Goal: 1.3 times as fast at no more than half a point
 lost. Their speed is shown in each way of running, too.
 
-Rows that are there already are not made again, and training goes on where it was interrupted. Time on two cores: three to five minutes a
-variant and seed (windows of 32 several times that), so about five hours for all, two minutes a seed of timing, ten for the blocks. Scores
-do not suffer from other work; for the timings run it alone.
+Rows that are there already are not made again, and training goes on where it was interrupted; what cannot be done is tried again each
+time. Time on two cores: three to five minutes a variant and seed (windows of 32 several times that), so about five hours for all, two
+minutes a seed of timing, ten for the blocks. Scores do not suffer from other work; for the timings run it alone.
 """
 
 from __future__ import annotations
@@ -57,6 +57,7 @@ from torch import nn
 
 import muntin
 from ablation_models import BASES, factory_name
+from kept import Row, kept_row
 from muntin.artifact import open_artifact
 from muntin.compression import remove_closed_channels
 from muntin.compression.stages import source_of
@@ -73,7 +74,7 @@ from muntin.runtime.profile import BUSY, fill
 from muntin.training import Checkpoint
 from muntin.training.evaluation import tile_of
 from muntin.training.loop import signature_of
-from resumed import Row, demo_recipe, float_artifact, integer_artifact, kept_row, print_machines, trained
+from resumed import demo_recipe, float_artifact, integer_artifact, print_machines, trained
 
 SIDE = 512
 PASSES = 5
@@ -349,7 +350,7 @@ def main() -> None:
     timed = {"threads": arguments.threads, "rounds": arguments.rounds}
     setting = Setting(output=arguments.output, **chosen, **timed)
     # Rows from before the gain, and from before Muon, are another network's.
-    training = {**chosen, "gain": GAIN, "optimizer": "muon"}
+    training = {**chosen, "gain": GAIN, "optimizer": "muon", "augmentation": demo_recipe({}).data.augmentation.model_dump(mode="json")}
     timing = {**timed, **training}
     names = [name for name in dict.fromkeys(["base", *arguments.variants]) if setting.differs(name)]
     scores: list[Row] = []

@@ -3,9 +3,10 @@
     python benchmarks/demo.py --seeds 0 1 2 --output runs/benchmark-demo [--reference] [--json]
 
 Each seed is a process of its own that trains, compresses, exports, verifies and measures (six to twelve minutes on two cores). A seed
-whose report.json is there already is not run again, so an interrupted benchmark goes on. The baseline of every latency, eager FP32
-PyTorch of the same network, is measured in the same run as the deployed model. `--reference` also trains the FP32 model alone for
-as many steps as all stages have together (one more training for each seed): what the deployed model's score is to be compared with.
+whose report.json is there already is not run again, so an interrupted benchmark goes on; one of another recipe, or of another machine, is
+refused. The baseline of every latency, eager FP32 PyTorch of the same network, is measured in the same run as the deployed model.
+`--reference` also trains the FP32 model alone for as many steps as all stages have together (one more training for each seed): what the
+deployed model's score is to be compared with.
 """
 
 from __future__ import annotations
@@ -18,25 +19,36 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import yaml
+
 import muntin
+from kept import Row, refuse_other
 from muntin.compression.stages import source_of
+from muntin.runtime import describe_hardware
 from muntin.training.evaluation import tile_of
 from muntin.training.loop import signature_of
-from muntin.training.recipe import load_recipe
-from resumed import trained
+from muntin.training.recipe import Recipe, recipe_text
+from resumed import demo_recipe, trained
 
 
-def run(seed: int, directory: Path) -> dict[str, Any]:
-    report = directory / "report.json"
-    if not report.is_file():
+def run(seed: int, directory: Path, hardware: Row) -> dict[str, Any]:
+    path = directory / "report.json"
+    if not path.is_file():
         command = [sys.executable, "-m", "muntin", "demo", "--output", str(directory), "--set", f"seed={seed}", "--json"]
         subprocess.run(command, check=True, stdout=subprocess.DEVNULL)  # noqa: S603 - our own command
-    return json.loads(report.read_text(encoding="utf-8"))
+    report: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    row = {"settings": {"recipe": yaml.safe_load(report.get("recipe", ""))}, "hardware": report["hardware"]}
+    refuse_other(path, row, {"recipe": yaml.safe_load(recipe_text(recipe_of(seed)))}, hardware)
+    return report
+
+
+def recipe_of(seed: int) -> Recipe:
+    return demo_recipe({"seed": seed})
 
 
 def reference(seed: int, directory: Path) -> float:
     """Test score of the FP32 model after as many steps as the demonstration's stages have together."""
-    recipe = load_recipe(Path(muntin.__file__).parent / "recipes" / "demo.yaml", [f"seed={seed}"])
+    recipe = recipe_of(seed)
     made = recipe.compression
     steps = recipe.training.steps + sum(round(stage.share * recipe.training.steps) for stage in (made.recover, made.quantize, made.mix))
     longer = recipe.model_copy(update={"training": recipe.training.model_copy(update={"steps": steps})})
@@ -52,6 +64,7 @@ def row(seed: int, report: dict[str, Any]) -> dict[str, Any]:
     baseline, deployed = (entry["median_ms"] for entry in (report["latency"]["rows"][0], report["latency"]["rows"][-1]))
     return {
         "seed": seed,
+        "created": report["created"],
         "fp32_miou": first["miou"],
         "fp32_ocean": first["iou"]["ocean"],
         "low_rank_miou": steps["low-rank"]["miou"],
@@ -78,14 +91,15 @@ def main() -> None:
     parser.add_argument("--reference", action="store_true", help="train FP32 alone for all the steps, too")
     parser.add_argument("--json", action="store_true", help="print one JSON document instead of the table")
     arguments = parser.parse_args()
+    machine = describe_hardware()
     rows, hardware = [], {}
     for seed in arguments.seeds:
-        report = run(seed, arguments.output / f"seed-{seed}")
+        report = run(seed, arguments.output / f"seed-{seed}", machine)
         rows.append(row(seed, report))
         if arguments.reference:
             rows[-1]["reference_miou"] = reference(seed, arguments.output / f"reference-{seed}")
         hardware = {"created": report["created"], **report["hardware"]}
-    medians = {key: statistics.median(r[key] for r in rows) for key in rows[0] if key != "seed"}
+    medians = {key: statistics.median(r[key] for r in rows) for key in rows[0] if key not in ("seed", "created")}
     if arguments.json:
         print(json.dumps({"benchmark": "demo", "hardware": hardware, "rows": rows, "medians": medians, "goals": GOALS}, indent=1))
         return

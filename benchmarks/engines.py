@@ -10,7 +10,8 @@ rank, W4A8, mixed). For each, in each engine that this machine can open:
     images/s        `Session.map` with one stream, and with as many as there are threads
     bare ms, over   the engine called directly with the same options, interleaved with the Session; the Session's extra, in percent
     bare images/s   OpenVINO's own AsyncInferQueue with as many requests, beside `Session.map`
-A row that is there already is not run again. Time on two cores: about four minutes, beyond the demonstration. Run it alone.
+A row that is there already is not run again; one of other weights or settings, or of another machine, is refused. Time on two cores: about
+four minutes, beyond the demonstration. Run it alone.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
-from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -30,6 +31,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 import muntin
+from kept import Row, kept_row, now
 from muntin.artifact import open_artifact
 from muntin.compression.stages import calibration_of, read_model, source_of
 from muntin.deployment.assessment import export_checkpoint, integer_model
@@ -42,6 +44,7 @@ from muntin.runtime.latency import interleaved_latency, interleaved_throughput
 from muntin.runtime.profile import fill
 from muntin.runtime.quiet import onnxruntime, openvino
 from muntin.training import Checkpoint, read_checkpoint
+from muntin.training.checkpoint import AVERAGE
 from muntin.training.evaluation import Labels, predictions, score, tile_of
 from muntin.training.loop import signature_of
 
@@ -143,7 +146,7 @@ def queue_rate(path: Path, precision: str, images: NDArray[np.uint8], streams: i
     return median(rates["queue"]), median(rates["map"])
 
 
-def measure(name: str, checkpoint: Checkpoint, path: Path, model: Any, rounds: int) -> list[dict[str, Any]]:
+def measure(name: str, checkpoint: Checkpoint, path: Path, model: Any, rounds: int) -> Row:
     signature = signature_of(checkpoint.recipe, source_of(checkpoint))
     simulated, wanted = labels_of(checkpoint, TorchSession(model, signature))
     images = fill(open_artifact(path).golden()[0][0], (1, SIDE, SIDE))
@@ -184,7 +187,7 @@ def measure(name: str, checkpoint: Checkpoint, path: Path, model: Any, rounds: i
         if row["engine"] == "openvino":
             row["queue_images_per_s"], row["map_images_per_s"] = queue_rate(path, row["precision"], images, many.streams, many, 5)
     rows[0] |= {"median_ms": median(row["eager_ms"] for row in rows[1:])}
-    return rows
+    return {"rows": rows}
 
 
 def print_table(rows: list[dict[str, Any]], hardware: dict[str, Any]) -> None:
@@ -209,13 +212,13 @@ def main() -> None:
     arguments = parser.parse_args()
     demonstration(arguments.run)
     arguments.output.mkdir(parents=True, exist_ok=True)
-    rows: list[dict[str, Any]] = []
+    machine = describe_hardware()
+    rows: list[Row] = []
     for name, (checkpoint, path, model) in artifacts(arguments.run, arguments.output).items():
-        done = arguments.output / f"{name}.json"
-        if not done.is_file():
-            done.write_text(json.dumps(measure(name, checkpoint, path, model, arguments.rounds), indent=1), encoding="utf-8")
-        rows += json.loads(done.read_text(encoding="utf-8"))
-    hardware = {**describe_hardware(), "created": datetime.now(UTC).isoformat(timespec="seconds")}
+        settings = {"weights": checkpoint.state.sha256[AVERAGE], "side": SIDE, "rounds": arguments.rounds}
+        made = partial(measure, name, checkpoint, path, model, arguments.rounds)
+        rows += kept_row(arguments.output / f"{name}.json", settings, made, hardware=machine)["rows"]
+    hardware = {**machine, "created": now()}
     if arguments.json:
         print(json.dumps({"benchmark": "engines", "hardware": hardware, "side": SIDE, "rows": rows, "goals": GOALS}, indent=1))
     else:

@@ -9,14 +9,15 @@ each criterion: the score at once, and after the recovery stage (labels and dist
     activation   muntin's default: least harm to the answer on calibration images, ranks allocated together
 Then layer by layer: each kind of layer alone in an INT8 artefact in OpenVINO, dense against factored, interleaved in one run.
 
-A row that is there already is not run again. Time on two cores: about four minutes of FP32 training a seed, then one a row.
+A row that is there already is not run again; one of other weights or stages, or of another machine, is refused. Time on two cores: about
+four minutes of FP32 training a seed, then one a row.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,7 @@ import torch
 from torch import nn
 
 import muntin
+from kept import Row, kept_row
 from muntin.compression import low_rank
 from muntin.compression.factored import full_ranks
 from muntin.compression.low_rank import factorize
@@ -33,7 +35,8 @@ from muntin.models import TorchSession
 from muntin.runtime import describe_hardware
 from muntin.runtime.latency import interleaved_latency
 from muntin.training import Checkpoint, read_checkpoint
-from muntin.training.config import LowRankConfig
+from muntin.training.checkpoint import AVERAGE
+from muntin.training.config import CompressionConfig, LowRankConfig
 from muntin.training.evaluation import tile_of
 from muntin.training.loop import signature_of
 from muntin.training.recipe import load_recipe
@@ -57,24 +60,26 @@ def score(checkpoint: Checkpoint, model: nn.Module) -> float:
     return muntin.evaluate(session, source.split("test"), tile=tile_of(checkpoint.recipe.data.crop)).score
 
 
-def row(checkpoint: Checkpoint, seed: int, share: float, criterion: Any, folder: Path) -> dict[str, Any]:
-    done = folder / f"{criterion}-{share}.json"
-    if done.is_file():
-        return dict(json.loads(done.read_text(encoding="utf-8")))
-    config = LowRankConfig(criterion=criterion, parameters=share)
+def row(checkpoint: Checkpoint, seed: int, share: float, criterion: Any, folder: Path, hardware: Row) -> Row:
+    stages = checkpoint.recipe.compression.model_copy(update={"low_rank": LowRankConfig(criterion=criterion, parameters=share)})
+    settings = {"weights": checkpoint.state.sha256[AVERAGE], "compression": stages.model_dump(mode="json")}
+    made = partial(measure, checkpoint, seed, stages, folder / f"{criterion}-{share}")
+    return kept_row(folder / f"{criterion}-{share}.json", settings, made, hardware=hardware)
+
+
+def measure(checkpoint: Checkpoint, seed: int, stages: CompressionConfig, folder: Path) -> Row:
+    config = stages.low_rank
+    assert config is not None
     model = checkpoint.model()
     before = parameter_count(model)
     low_rank(calibration_of(checkpoint, source_of(checkpoint)), config)(model)
     at_once = score(checkpoint, model)
-    stages = checkpoint.recipe.compression.model_copy(update={"low_rank": config})
-    run = compress_checkpoint(checkpoint, folder / f"{criterion}-{share}", config=stages, until="low-rank", resume=True)
+    run = compress_checkpoint(checkpoint, folder, config=stages, until="low-rank", resume=True)
     after = score(checkpoint, read_model(read_checkpoint(run.stages[0].checkpoint)))
-    result = {
-        "seed": seed, "criterion": criterion, "share": share, "parameters": parameter_count(model) / before, "at_once": at_once,
-        "trained": after, "created": datetime.now(UTC).isoformat(timespec="seconds"),
+    return {
+        "seed": seed, "criterion": config.criterion, "share": config.parameters, "parameters": parameter_count(model) / before,
+        "at_once": at_once, "trained": after,
     }  # fmt: skip
-    done.write_text(json.dumps(result, indent=1), encoding="utf-8")
-    return result
 
 
 def layer_rows(folder: Path, rounds: int = 40) -> list[dict[str, Any]]:
@@ -103,15 +108,15 @@ def main() -> None:
     parser.add_argument("--output", type=Path, default=Path("runs/benchmark-lowrank"))
     parser.add_argument("--json", action="store_true", help="print one JSON document instead of the tables")
     arguments = parser.parse_args()
+    hardware = describe_hardware()
     rows = []
     for seed in arguments.seeds:
         folder = arguments.output / f"seed-{seed}"
         recipe = load_recipe(Path(muntin.__file__).parent / "recipes" / "demo.yaml", [f"seed={seed}"])
         checkpoint = trained(recipe, folder)
         rows.append({"seed": seed, "criterion": "none", "share": 1.0, "parameters": 1.0, "at_once": score(checkpoint, checkpoint.model())})
-        rows += [row(checkpoint, seed, share, criterion, folder) for share in arguments.shares for criterion in CRITERIA]
+        rows += [row(checkpoint, seed, share, criterion, folder, hardware) for share in arguments.shares for criterion in CRITERIA]
     layers = layer_rows(arguments.output)
-    hardware = describe_hardware()
     if arguments.json:
         print(json.dumps({"benchmark": "lowrank", "hardware": hardware, "rows": rows, "layers": layers}, indent=1))
         return

@@ -20,7 +20,8 @@ and the test split chooses nothing. Columns:
     test mIoU   of the deployed models, whole test split, mean ± standard deviation over the seeds
     ms SIDE     median latency of one image, pixels in and scores out: all models of a seed in one process, in turns; mean over the seeds
     min, crops  what training took and saw; im/s of FP32 training; M parameters as trained; MB on disk as deployed; rate as tuned
-Below it the IoU of each class, every variant (a hybrid's float ones, too), and the goals. Beside the rows lies a picture of each source.
+Below it the IoU of each class, every variant (a hybrid's float ones, too), and the goals, which are judged by the seeds that all models
+have. Beside the rows lies a picture of each source.
 
 A row that is there already is not run again, and training that was interrupted by Ctrl-C goes on where it stood (a search begins anew).
 Rows of another machine, or of other threads, crops or batches, are refused. A model that fails is left out with the reason, and is tried
@@ -60,8 +61,9 @@ SOURCES = tuple(name for name in get_args(SourceName) if name != "folders")
 RATES = (2e-3, 4e-3, 8e-3)
 SEARCH_SHARE, SEARCH_SEED = 1 / 4, 0
 """Of the budget, for each rate; and the seed that it is trained with."""
-PROTOCOL = 3
-"""Of rows: 2 since minutes are kept by the schedule, and rates chosen on strips of the training split; 3 since Muon trains."""
+PROTOCOL = 4
+"""Of rows: 2 since minutes are kept by the schedule, and rates chosen on strips of the training split; 3 since Muon trains; 4 since crops
+are flipped upside down, too."""
 PACKAGES = ("segmentation-models-pytorch", "timm", "nncf")
 
 
@@ -153,12 +155,17 @@ class Comparison:
         return row
 
     def latency(self, rows: list[Row], seed: int) -> Row:
-        """Every variant of a seed's models at the first size, and at all sizes the one that is deployed: timed together or not at all."""
+        """Every variant of a seed's models at the first size, and at all sizes the one that is deployed: timed together or not at all.
+
+        Anew where there are other models or sizes, another number of rounds, or a model that was made after it.
+        """
         models = [row["model"] for row in rows]
         path = self.folder / f"latency-{seed}.json"
         if path.is_file():
             there = json.loads(path.read_text(encoding="utf-8"))
-            if not set(models) <= set(there["chosen"]) or list(there["ms"]) != [str(side) for side in self.sides]:
+            others = not set(models) <= set(there["chosen"]) or list(there["ms"]) != [str(side) for side in self.sides]
+            older = any(row["created"] > there["created"] for row in rows)
+            if others or older or there.get("rounds") != self.rounds:
                 path.unlink()
         return self.row(path.stem, lambda: self._timed(rows, seed))
 
@@ -178,7 +185,7 @@ class Comparison:
             )
             ms[str(side)] = {model: value for (model, _), value in timed.items()}
         by_model = {row["model"]: {name: all_ms[row["model"], name] for name in row["variants"]} for row in rows}
-        return {"seed": seed, "chosen": chosen, "ms": ms, "variants": by_model}
+        return {"seed": seed, "rounds": self.rounds, "chosen": chosen, "ms": ms, "variants": by_model}
 
     def run(self, entries: list[Entry], seeds: list[int]) -> Row:
         """All rows, what they say, and a picture of it."""
@@ -198,14 +205,25 @@ class Comparison:
                 latencies[seed] = self.latency(mine, seed)
             rows += mine
         summary = summarise(rows, latencies)
+        common = seeds_of_all(rows)
+        goals = judge(summarise([row for row in rows if row["seed"] in common], latencies), self.setting.source)
         picture = self.folder / "pareto.png"
         if summary:
             draw(summary, picture, title=f"{self.setting.source}, {self.budget.told}, seeds {', '.join(map(str, seeds))}")
         rates = [self._tried(entry, rate) for entry in {row["model"]: ENTRIES[row["model"]] for row in rows}.values() for rate in RATES]
         return {
-            "source": self.setting.source, "budget": asdict(self.budget), "summary": summary, "goals": judge(summary, self.setting.source),
+            "source": self.setting.source, "budget": asdict(self.budget), "summary": summary, "goals": goals,
+            "goal_seeds": common,
             "rates": rates, "rows": rows, "latencies": list(latencies.values()), "left_out": left_out, "picture": str(picture),
         }  # fmt: skip
+
+
+def seeds_of_all(rows: list[Row]) -> list[int]:
+    """The seeds that every model has a row of: a model's mean over others says as much of the seeds as of the model."""
+    found: dict[str, set[int]] = {}
+    for row in rows:
+        found.setdefault(row["model"], set()).add(row["seed"])
+    return sorted(set.intersection(*found.values())) if found else []
 
 
 def precision_of(output: Path) -> str:
@@ -224,6 +242,8 @@ def precision_of(output: Path) -> str:
 def print_comparison(found: Row, budget: Budget) -> None:
     print(f"\n{found['source']}, {budget.told}")
     print_tables(found["summary"], found["goals"])
+    judged = ", ".join(map(str, found["goal_seeds"])) or "none, since there is none of all models"
+    print(f"{'':<12}judged by the seeds {judged}")
     edges = sorted({row["model"] for row in found["summary"] if row["learning_rate"] in (RATES[0], RATES[-1])})
     if edges:
         print(f"{'':<12}the best rate is at an end of the grid ({', '.join(f'{rate:g}' for rate in RATES)}): {', '.join(edges)}")

@@ -1,26 +1,28 @@
-"""What benchmarks that can be interrupted share: models trained once, artefacts exported once, rows measured once."""
+"""What benchmarks that can be interrupted share: models trained once, artefacts exported once. (Rows measured once: `kept`.)"""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping
-from datetime import UTC, datetime
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor, nn
 
 import muntin
+from kept import Row
 from muntin.artifact import Artifact, open_artifact
 from muntin.compression import Change, fold, freeze, prepare_qat, remove_closed_channels
 from muntin.compression.stages import calibration_of, source_of
-from muntin.runtime import describe_hardware
+from muntin.deployment.assessment import REVISION
+from muntin.errors import ArtifactError
 from muntin.training import Checkpoint, read_checkpoint
-from muntin.training.checkpoint import checkpoints_in
+from muntin.training.checkpoint import AVERAGE, checkpoints_in
 from muntin.training.loop import signature_of
 from muntin.training.recipe import Recipe, load_recipe
+from muntin.training.resuming import changes as changed
 
-Row = dict[str, Any]
 PERCENTILE = 99.99
 """Of a layer's inputs: where W4A8 without training clips them."""
 
@@ -32,57 +34,56 @@ def demo_recipe(changes: Mapping[str, Any]) -> Recipe:
 
 
 def trained(recipe: Recipe, folder: Path) -> Checkpoint:
-    """The recipe's last checkpoint: trained from where it stands. Ctrl-C leaves one in between, which is no result: it ends the program."""
+    """The recipe's last checkpoint: trained from where it stands. One of another recipe ends the program, and so does Ctrl-C, which leaves
+    one in between: neither is this recipe's result."""
     begun = bool(checkpoints_in(folder / "checkpoints"))
     if begun:
-        checkpoint = read_checkpoint(folder)
-        if checkpoint.recipe == recipe and checkpoint.state.step == recipe.training.steps:
+        checkpoint = _of_recipe(read_checkpoint(folder), recipe)  # first: `fit` would go on from it, and write it as its own recipe's
+        if checkpoint.state.step == recipe.training.steps:
             return checkpoint
     result = muntin.fit(recipe, directory=folder, root=Path.cwd(), resume=begun)
     if result.interrupted:
         raise SystemExit(f"interrupted at step {result.step} of {result.steps} in {folder}: the same command goes on from there")
-    return read_checkpoint(folder)
+    return _of_recipe(read_checkpoint(folder), recipe)
+
+
+def _of_recipe(checkpoint: Checkpoint, recipe: Recipe) -> Checkpoint:
+    if what := changed(checkpoint, recipe):
+        raise SystemExit(f"{checkpoint.path} was trained by another recipe ({what}): give another --output")
+    return checkpoint
 
 
 def float_artifact(checkpoint: Checkpoint, path: Path) -> Artifact:
     """The model in floats, its norms and gates folded first, as they are in every quantised form: a baseline at its best."""
-    return _exported(checkpoint, path, lambda model, calibration: fold(model))
+    return _exported(checkpoint, path, "folded floats", lambda model, calibration: fold(model))
 
 
 def integer_artifact(checkpoint: Checkpoint, path: Path) -> Artifact:
     """The model in W4A8 without training, attention products in 8 bits too: `direct` of `quantization.py`."""
     return _exported(
-        checkpoint, path, lambda model, calibration: prepare_qat(calibration, percentile=PERCENTILE)(model) + freeze(calibration)(model)
+        checkpoint,
+        path,
+        f"W4A8, {PERCENTILE:g}",
+        lambda model, calibration: prepare_qat(calibration, percentile=PERCENTILE)(model) + freeze(calibration)(model),
     )
 
 
-def _exported(checkpoint: Checkpoint, path: Path, rewrite: Callable[[nn.Module, list[Tensor]], list[Change]]) -> Artifact:
-    if (path / "manifest.json").is_file():  # an artefact is written whole or not at all
-        return open_artifact(path)
+def _exported(checkpoint: Checkpoint, path: Path, how: str, rewrite: Callable[[nn.Module, list[Tensor]], list[Change]]) -> Artifact:
+    """The artefact that is there, if it was made of these weights in this way, by this state of the code; otherwise a new one."""
+    origin = f"{checkpoint.state.sha256[AVERAGE]}:{how}:{REVISION}"
+    try:
+        there = open_artifact(path)
+    except ArtifactError:  # none, or an altered one
+        pass
+    else:
+        if there.manifest.measured.get("origin") == origin and there.manifest.muntin == version("muntin"):
+            return there
     source = source_of(checkpoint)
     calibration, model = calibration_of(checkpoint, source), checkpoint.model()
     changes = remove_closed_channels(model) + rewrite(model, calibration)
-    return muntin.export(model, calibration[0], path, signature=signature_of(checkpoint.recipe, source), changes=changes)
-
-
-def kept_row(path: Path, settings: Mapping[str, Any], measure: Callable[[], Row]) -> Row:
-    """The row that lies there already, or a new one, written whole or not at all. One of other settings is an error."""
-    if path.is_file():
-        row: Row = json.loads(path.read_text(encoding="utf-8"))
-        if row["settings"] != settings:
-            raise SystemExit(f"{path} was measured with {row['settings']}, and {dict(settings)} is asked for: give another --output")
-        return row
-    row = {
-        "settings": dict(settings),
-        **measure(),
-        "created": datetime.now(UTC).isoformat(timespec="seconds"),
-        "hardware": describe_hardware(),
-    }
-    path.parent.mkdir(parents=True, exist_ok=True)
-    draft = path.with_suffix(".draft")
-    draft.write_text(json.dumps(row, indent=1), encoding="utf-8")
-    draft.replace(path)
-    return row
+    return muntin.export(
+        model, calibration[0], path, signature=signature_of(checkpoint.recipe, source), changes=changes, measured={"origin": origin}
+    )
 
 
 def print_machines(rows: list[Row]) -> None:

@@ -35,6 +35,7 @@ from typing import Any
 
 import torch
 
+from kept import Row, kept_row
 from muntin.deployment import image_macs
 from muntin.models.presets import PRESETS
 from muntin.runtime import load
@@ -44,7 +45,7 @@ from muntin.runtime.hardware import physical_cores
 from muntin.runtime.kernels import BETWEEN, COPIES, Kernel, macs_ms
 from muntin.runtime.latency import interleaved_latency
 from muntin.runtime.profile import Profile, fill, profile
-from resumed import Row, demo_recipe, float_artifact, integer_artifact, kept_row, print_machines, trained
+from resumed import demo_recipe, float_artifact, integer_artifact, print_machines, trained
 
 STEPS = 30
 GOALS = {"share": 0.5, "i8_over_bf16": 1.3}

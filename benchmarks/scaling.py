@@ -7,14 +7,15 @@ notes what is resident, then computes images of the point's size.
     ms       median of a call, after one that does not count (three to twenty calls, fewer where they take long)
     MiB      resident memory at the most during these calls, beyond what was held before (the 24 bytes a pixel of float32 scores included)
 A point that does not end within --limit seconds, or for which memory does not suffice, is "cannot run", and larger ones of that kind are
-not tried. Both are trained for 30 steps (speed does not depend on the weights, but an artefact of a random network is refused). Images are
-crops of the demonstration's photograph.
+not tried; the next time it is tried again. Nothing that the engine compiles is taken from a cache, or the second time would take less
+memory than the first. Both are trained for 30 steps (speed does not depend on the weights, but an artefact of a random network is refused).
+Images are crops of the demonstration's photograph.
 
     hybrid int8, hybrid bf16, dense bf16    deployed in OpenVINO (16-bit floats where the CPU has them, else FP32)
     dense eager                             the twin in eager FP32 PyTorch, fused attention: what a user starts from
 
 `slope`: of the logarithm, between 1024 x 1024 and the largest: 1 is proportional to the pixels. A point that is there already is not
-measured again. Time on two cores: about ten minutes. Run it alone.
+measured again; one of other settings, or of another machine, is refused. Time on two cores: about ten minutes. Run it alone.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ import resource
 import subprocess
 import sys
 import time
-from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -34,6 +35,7 @@ from typing import Any
 import numpy as np
 
 import muntin
+from kept import Row, kept_row, now
 from muntin.artifact import open_artifact
 from muntin.runtime import describe_hardware
 from muntin.runtime.memory import watch_memory
@@ -51,8 +53,6 @@ def prepare(output: Path) -> None:
     from resumed import demo_recipe, float_artifact, integer_artifact, trained
 
     for name, kinds in (("hybrid-s", ("hybrid int8", "hybrid bf16")), ("dense-s", ("dense bf16",))):
-        if all((artifact_of(output, kind) / "manifest.json").is_file() for kind in kinds):
-            continue
         length = {"training.steps": STEPS, "training.validate_every": STEPS, "training.checkpoint_every": STEPS}
         checkpoint = trained(demo_recipe({"model.name": name, **length}), output / name)
         for kind in kinds:
@@ -66,7 +66,7 @@ def artifact_of(output: Path, kind: str) -> Path:
 def session_of(output: Path, kind: str) -> Any:
     if kind != "dense eager":
         precision = "bf16" if "avx512_bf16" in (features := describe_hardware()["features"]) or "amx_bf16" in features else "f32"
-        return muntin.load(artifact_of(output, kind), precision=precision, shapes=[(1, 64, 64)])
+        return muntin.load(artifact_of(output, kind), precision=precision, shapes=[(1, 64, 64)], cache=False)
     import torch
 
     torch.manual_seed(0)
@@ -92,28 +92,29 @@ def point(output: Path, kind: str, side: int) -> dict[str, Any]:
     return {"kind": kind, "side": side, "precision": session.precision, "ms": median(times), "mib": peak, "calls": len(times)}
 
 
-def measured(output: Path, kind: str, side: int, limit: float) -> dict[str, Any]:
+def measured(output: Path, kind: str, side: int, limit: float, hardware: Row) -> Row:
+    """The point that is there, or a new one."""
+    settings = {"steps": STEPS, "budget_s": BUDGET_S, "cache": False}
+    path = output / f"{kind.replace(' ', '-')}-{side}.json"
+    return kept_row(path, settings, partial(measure, output, kind, side, limit, hardware["memory_gib"]), hardware=hardware)
+
+
+def measure(output: Path, kind: str, side: int, limit: float, memory_gib: float | None) -> Row:
     """The point, measured in a new process with at most the machine's free memory; or why it cannot run."""
-    done = artifact_of(output, kind).parent / f"{kind.replace(' ', '-')}-{side}.json"
-    if done.is_file():
-        return dict(json.loads(done.read_text(encoding="utf-8")))
     command = [sys.executable, __file__, "--output", str(output), "--point", kind, str(side)]
-    memory = int((describe_hardware()["memory_gib"] or 16) * 0.85 * 2**30)
+    memory = int((memory_gib or 16) * 0.85 * 2**30)
 
     def bounded() -> None:
         resource.setrlimit(resource.RLIMIT_DATA, (memory, memory))  # an error in this process, not the system's killing of another
 
-    row: dict[str, Any] = {"kind": kind, "side": side}
+    row: Row = {"kind": kind, "side": side}
     try:
         ran = subprocess.run(command, capture_output=True, text=True, timeout=limit, preexec_fn=bounded, check=False)  # noqa: S603
         if ran.returncode == 0:
-            row = json.loads(ran.stdout.splitlines()[-1])
-        else:
-            row["cannot"] = ([line for line in ran.stderr.splitlines() if line.strip()] or [f"exit {ran.returncode}"])[-1][:200]
+            return dict(json.loads(ran.stdout.splitlines()[-1]))
+        row["cannot"] = ([line for line in ran.stderr.splitlines() if line.strip()] or [f"exit {ran.returncode}"])[-1][:200]
     except subprocess.TimeoutExpired:
         row["cannot"] = f"not within {limit:g} s"
-    row["created"] = datetime.now(UTC).isoformat(timespec="seconds")
-    done.write_text(json.dumps(row, indent=1), encoding="utf-8")
     return row
 
 
@@ -164,13 +165,14 @@ def main() -> None:
         return
     arguments.output.mkdir(parents=True, exist_ok=True)
     prepare(arguments.output)
-    rows: list[dict[str, Any]] = []
+    machine = describe_hardware()
+    rows: list[Row] = []
     for kind in KINDS:
         for side in sorted(arguments.sides):
-            rows.append(measured(arguments.output, kind, side, arguments.limit))
+            rows.append(measured(arguments.output, kind, side, arguments.limit, machine))
             if "cannot" in rows[-1]:
                 break
-    hardware = {**describe_hardware(), "created": datetime.now(UTC).isoformat(timespec="seconds")}
+    hardware = {**machine, "created": now()}
     if arguments.json:
         print(json.dumps({"benchmark": "scaling", "hardware": hardware, "rows": rows, **summary(rows), "goals": GOALS}, indent=1))
     else:

@@ -8,20 +8,23 @@ server holds it in muntin's runtime (OpenVINO), with one thread on one core; the
 the Open Inference Protocol with binary tensors, LitServe and Ray Serve are given raw bytes, which is less work. Every answer is compared
 with the one that is due. The table's columns:
     of bare     closed loop, the best of several concurrencies: answers a second as a share of the engine's own, which is called without a
-                server on the same core before and after it, with the number of rows that it is fastest with
+                server on the same core before and after it, with the number of rows that it is fastest with; all of the server's
+                processes stand still meanwhile (SIGSTOP)
     1 ms, over  concurrency 1: median latency, and what that is beyond the engine's call plus an echo of the same bytes over a raw socket
     90 %        Poisson arrivals at 90 % of the server's own saturation: share of the admitted requests that were answered inside the
                 objective, share of all of them, 99th percentile
-    same        the same at 90 % of muntin's saturation
+    same        the same at 90 % of muntin's saturation (which is measured first)
     3x          three times its own saturation: answers inside the objective, as a share of saturation, and the share of requests refused
 The objective is five calls of the bare engine with one picture of the first model, sixteen of the second. A refusal (503, 429) is one only
-if it comes inside it.
+if it comes inside it. Wrong answers and failures are those of all that a server was tried with.
 
 The peers' environments are made with pip below --output/peers (--prepare: that and the artefacts, and no more); a peer that cannot be
 installed or started is left out, and why is said. The servers run in a network namespace with a loopback and nothing else, since Ray's own
 processes listen on every interface there is; this takes Linux, `unshare`, and root or user namespaces.
 
-A row that is there already is not run again. Run it alone: it takes about an hour, and with anything else on the cores it measures that.
+Load and servers are on different physical cores where there are two; otherwise the last line says so. A row that is there already is not
+run again; one of other settings, or of another machine, is refused. Run it alone: it takes about an hour, and with anything else on the
+cores it measures that.
 """
 
 from __future__ import annotations
@@ -38,24 +41,25 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
+from contextlib import ExitStack, contextmanager
+from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from functools import partial
 from operator import ge, le
 from pathlib import Path
 from statistics import mean
-from typing import Any
 
 import numpy as np
 
+from kept import Row, kept_row, now, read_row, refuse_other
 from muntin.runtime import describe_hardware
-from muntin.runtime.hardware import affinity
-from serving_peers.environments import PEERS, make_environment, versions
-from serving_peers.load import HOST, Exchange, Load
+from muntin.runtime.hardware import affinity, parse_cpus
+from serving_peers.environments import PEERS, is_made, make_environment, versions
+from serving_peers.load import Exchange, Load
 from serving_peers.models import WORKLOADS, Workload, check_distinct, exchange, make_artifact, pictures
-from serving_peers.servers import SERVERS, Launch, Wanted, running, scratch
+from serving_peers.servers import SERVERS, Launch, Wanted, free_port, running, scratch, stopped
 
 HERE = Path(__file__).resolve().parent
 THREADS = 1
@@ -63,17 +67,19 @@ ANSWER_S = 60.0
 STEADY, OVERLOAD = 0.9, 3.0
 """Of saturation."""
 GOALS = {"saturation_of_bare": 0.95, "over_ms": 0.5, "inside_admitted": 0.999, "goodput_of_saturation": 0.9}
-Row = dict[str, Any]
 
 
 @dataclass(frozen=True, kw_only=True)
 class Setting:
-    """What all measurements share. `cores`: the servers'; this process is on another one."""
+    """What all measurements share. `cores`: the servers'; this process is on another one. `apart`: of other hardware, too, no sibling.
+    `hardware`: the machine, as it is described to a process that may run on all of it."""
 
     output: Path
     cores: set[int]
+    apart: bool
     seconds: float
     requests: int
+    hardware: Row
 
     @property
     def variables(self) -> dict[str, str]:
@@ -85,28 +91,38 @@ class Setting:
     def rows(self) -> Path:
         return self.output / "rows"
 
+    def of_rows(self, workload: Workload) -> Row:
+        """What a row has to be measured with, to be taken for one of these measurements."""
+        measured = {"seconds": self.seconds, "requests": self.requests, "threads": THREADS, "apart": self.apart}
+        return {**measured, "workload": asdict(workload)}
+
 
 class Bare:
     """The engine without a server, in a process of its own on the servers' core; asleep unless it is asked. Use as a context."""
 
     def __init__(self, setting: Setting, workload: Workload) -> None:
-        self._folder = Path(tempfile.mkdtemp(prefix="bare-"))
-        self.images = pictures(workload.side)
-        np.save(self._folder / "images.npy", self.images)
-        artifact, files = setting.artifact(workload), (self._folder / "images.npy", self._folder / "answers.npy")
-        options = (artifact, workload.side, THREADS, workload.max_rows, *files)
-        self._process = subprocess.Popen(  # noqa: S603 - our own command
-            [sys.executable, "-m", "serving_peers.bare", *map(str, options)],
-            cwd=HERE,
-            env=os.environ | setting.variables,
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            text=True,
-            preexec_fn=lambda: os.sched_setaffinity(0, setting.cores),
-        )
-        if self._line() != "ready":
-            raise RuntimeError("the bare engine did not start; what it said is above")
-        self.answers = np.load(files[1], allow_pickle=False)
+        with ExitStack() as undone:  # of one that does not start nothing is left
+            self._folder = Path(tempfile.mkdtemp(prefix="bare-"))
+            undone.callback(shutil.rmtree, self._folder, ignore_errors=True)
+            self.images = pictures(workload.side)
+            np.save(self._folder / "images.npy", self.images)
+            artifact, files = setting.artifact(workload), (self._folder / "images.npy", self._folder / "answers.npy")
+            options = (artifact, workload.side, THREADS, workload.max_rows, *files)
+            self._process = subprocess.Popen(  # noqa: S603 - our own command
+                [sys.executable, "-m", "serving_peers.bare", *map(str, options)],
+                cwd=HERE,
+                env=os.environ | setting.variables,
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                text=True,
+                preexec_fn=lambda: os.sched_setaffinity(0, setting.cores),
+            )
+            undone.callback(self._process.wait)
+            undone.callback(self._process.kill)
+            if self._line() != "ready":
+                raise RuntimeError("the bare engine did not start; what it said is above")
+            self.answers = np.load(files[1], allow_pickle=False)
+            undone.pop_all()
 
     def __enter__(self) -> Bare:
         return self
@@ -129,36 +145,34 @@ class Bare:
 
 
 class Rows:
-    """Finished measurements, a file each. One that is there is read, whatever it was measured with."""
+    """Finished measurements, a file each. One of other settings, or of another machine, ends the program."""
 
-    def __init__(self, folder: Path) -> None:
-        self._folder = folder
-        folder.mkdir(parents=True, exist_ok=True)
+    def __init__(self, setting: Setting) -> None:
+        self._setting = setting
+        self._folder = setting.rows()
+        self._folder.mkdir(parents=True, exist_ok=True)
 
     def read(self, *key: str) -> Row | None:
-        file = self._file(key)
-        return dict(json.loads(file.read_text(encoding="utf-8"))) if file.is_file() else None
+        return read_row(self._file(key), self._setting.of_rows(WORKLOADS[key[0]]), self._setting.hardware)
 
     def once(self, *key: str, measure: Callable[[], Row]) -> Row:
         """The row; measured now if it is not there. `key`: model, server, measurement."""
         row = self.read(*key)
         if row is None:
             model, server, what = key
-            row = {
-                "model": model,
-                "server": server,
-                "measurement": what,
-                **measure(),
-                "created": now(),
-            }
-            draft = self._file(key).with_suffix(".draft")
-            draft.write_text(json.dumps(row, indent=1), encoding="utf-8")
-            draft.replace(self._file(key))
+            settings, hardware = self._setting.of_rows(WORKLOADS[model]), self._setting.hardware
+            named = {"model": model, "server": server, "measurement": what}
+            row = kept_row(self._file(key), settings, lambda: {**named, **measure()}, hardware=hardware)
             print(f"{datetime.now(UTC):%H:%M:%S}  {', '.join(key)}", file=sys.stderr)
         return row
 
     def all(self) -> list[Row]:
-        return [json.loads(file.read_text(encoding="utf-8")) for file in sorted(self._folder.glob("*.json"))]
+        rows = []
+        for file in sorted(self._folder.glob("*.json")):
+            row = json.loads(file.read_text(encoding="utf-8"))
+            refuse_other(file, row, self._setting.of_rows(WORKLOADS[row["model"]]), self._setting.hardware)
+            rows.append(row)
+        return rows
 
     def _file(self, key: tuple[str, ...]) -> Path:
         return self._folder / f"{'--'.join(part.replace(' ', '-').replace(',', '') for part in key)}.json"
@@ -197,24 +211,32 @@ def measure_closed(setting: Setting, workload: Workload, name: str, bare: Bare, 
     """Latency at concurrency 1 and saturation, each with the engine alone before and after it. Without a promise: nothing is refused."""
     if all(rows.read(workload.name, name, what) for what in ("single", "saturation")):
         return
-    with served(setting, workload, name, bare, objective_ms=None) as load:
+    with served(setting, workload, name, bare, objective_ms=None) as (load, server):
+
+        def engine(count: int) -> Row:
+            """The engine alone, while the server stands still."""
+            load.closed(concurrency=1, seconds=0.5, warm=0.0)  # answered after what was given up before: nothing is under way then
+            with stopped(server):
+                return bare.measure(count, 1.0)
 
         def alone() -> Row:
-            beside = [bare.measure(1, 1.0)["call_ms"]]
+            beside = [engine(1)["call_ms"]]
             found = load.closed(concurrency=1, seconds=setting.seconds)
-            beside.append(bare.measure(1, 1.0)["call_ms"])
+            beside.append(engine(1)["call_ms"])
             return {**found, "bare_ms": beside}
 
         def saturate() -> Row:
-            beside = [bare.measure(best, 1.0)["images_per_s"]]
+            beside = [engine(best)["images_per_s"]]
             tried: list[Row] = []
+            failures: Counter[str] = Counter()
             for concurrency in workload.concurrency:
                 found = load.closed(concurrency=concurrency, seconds=setting.seconds)
-                beside.append(bare.measure(best, 1.0)["images_per_s"])
+                beside.append(engine(best)["images_per_s"])
                 tried.append({**found, "of_bare": found["answers_per_s"] / mean(beside[-2:])})
+                failures.update(found["failures"])
             fastest = max(tried, key=lambda entry: entry["of_bare"])
             shares = {str(entry["concurrency"]): entry["of_bare"] for entry in tried}
-            return {**fastest, "tried": shares, "bare_per_s": beside}
+            return {**fastest, "failures": dict(failures), "tried": shares, "bare_per_s": beside}
 
         rows.once(workload.name, name, "single", measure=alone)
         rows.once(workload.name, name, "saturation", measure=saturate)
@@ -231,7 +253,7 @@ def measure_open(setting: Setting, workload: Workload, name: str, bare: Bare, ro
         rates["same"] = STEADY * ours["answers_per_s"]
     if all(rows.read(workload.name, name, what) for what in rates):
         return
-    with served(setting, workload, name, bare, objective_ms=objective_ms) as load:
+    with served(setting, workload, name, bare, objective_ms=objective_ms) as (load, _):
         for what, rate in sorted(rates.items(), key=lambda item: item[1]):
             seconds = max(setting.seconds, setting.requests / rate)
             arrive = partial(load.open, rate=rate, seconds=seconds, objective_ms=objective_ms, warm=min(2.0, setting.seconds))
@@ -239,8 +261,8 @@ def measure_open(setting: Setting, workload: Workload, name: str, bare: Bare, ro
 
 
 @contextmanager
-def served(setting: Setting, workload: Workload, name: str, bare: Bare, *, objective_ms: float | None) -> Iterator[Load]:
-    """Load on a server that has been started, answers rightly and is warm: batches of every size have come to it."""
+def served(setting: Setting, workload: Workload, name: str, bare: Bare, *, objective_ms: float | None) -> Iterator[tuple[Load, int]]:
+    """Load on a server that has been started, answers rightly and is warm: batches of every size have come to it. And its process."""
     server, port = SERVERS[name], free_port()
     due = exchange(workload, bare.images, bare.answers, path=server.path(workload), tensors=server.tensors)
     check_distinct(due)
@@ -257,11 +279,12 @@ def served(setting: Setting, workload: Workload, name: str, bare: Bare, *, objec
             objective_ms=objective_ms,
             wait_ms=server.wait_ms,
         )
-        with running(server.launch(wanted), port, cores=setting.cores, log=log, variables=setting.variables), Load(port, due) as load:
+        started = running(server.launch(wanted), port, cores=setting.cores, log=log, variables=setting.variables)
+        with started as process, Load(port, due) as load:
             first_answer(load)
             for concurrency in (2, workload.max_rows, 2 * workload.max_rows):
                 load.closed(concurrency=concurrency, seconds=min(1.0, setting.seconds / 2), warm=0.0)
-            yield load
+            yield load, process.pid
 
 
 def first_answer(load: Load) -> None:
@@ -276,23 +299,18 @@ def first_answer(load: Load) -> None:
     raise RuntimeError(f"it does not answer as it should: {failures or 'nothing came'}")
 
 
-def now() -> str:
-    return datetime.now(UTC).isoformat(timespec="seconds")
-
-
-def free_port() -> int:
-    with socket.create_server((HOST, 0)) as listener:
-        return int(listener.getsockname()[1])
-
-
 def measure(setting: Setting, models: list[str], servers: list[str]) -> None:
-    rows = Rows(setting.rows())
+    rows = Rows(setting)
+    rows.all()  # what is refused is refused before anything is measured
     for workload in (WORKLOADS[model] for model in models):
-        with Bare(setting, workload) as bare:
+        try:
+            bare = Bare(setting, workload)
+        except (RuntimeError, OSError, ValueError) as error:
+            print(f"left out  {workload.name}: {error}", file=sys.stderr)
+            continue
+        with bare:
             floor = rows.once(workload.name, "bare", "floor", measure=partial(measure_floor, setting, workload, bare))
-            if "objective_ms" not in floor:
-                sys.exit(f"{setting.rows()}: its rows are of a fixed objective, not of so many calls; give another --output")
-            for name in servers:
+            for name in sorted(servers, key=lambda name: name != "muntin"):  # the others are asked at its rate, too
                 try:
                     measure_closed(setting, workload, name, bare, rows, floor["rows"])
                     measure_open(setting, workload, name, bare, rows, floor["objective_ms"])
@@ -415,7 +433,8 @@ def print_table(table: list[Line], rows: list[Row], goals: list[Row], hardware: 
     print(f"The load generator used {busy:.0%} of its core at the most (it polls without sleep when an arrival is near).")
     if (behind := best(line.client_behind_ms for line in table)) is not None:
         print(f"99 of 100 requests went out within {behind:.2f} ms of when they were due.")
-    print(f"{hardware['cpu']}, one core for the servers, one for the load; {hardware['created']}")
+    where = "one core for the servers, one for the load" if hardware["apart"] else "servers and load on hyper-threads of one core"
+    print(f"{hardware['cpu']}, {where}; {hardware['created']}")
 
 
 def prepare(output: Path, models: list[str], servers: list[str]) -> None:
@@ -441,6 +460,15 @@ def raise_loopback() -> None:
         fcntl.ioctl(any_socket, 0x8914, struct.pack("16sh14x", b"lo", 0x1 | 0x40))
 
 
+def siblings(cpu: int) -> set[int]:
+    """The logical CPUs of its physical core, itself among them; itself alone where the system does not say."""
+    try:
+        text = Path(f"/sys/devices/system/cpu/cpu{cpu}/topology/thread_siblings_list").read_text(encoding="ascii")
+    except OSError:
+        return {cpu}
+    return {cpu} | parse_cpus(text.strip())
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, default=Path("runs/benchmark-serving"))
@@ -454,7 +482,8 @@ def main() -> None:
     arguments = parser.parse_args()
     output = arguments.output.resolve()
     output.mkdir(parents=True, exist_ok=True)
-    hardware = {**describe_hardware(), "created": now()}
+    machine = describe_hardware()  # before this process is bound to a core
+    hardware = {**machine, "created": now()}
     if not arguments.inside:
         prepare(output, arguments.models, arguments.servers)
         if not arguments.prepare:
@@ -462,14 +491,23 @@ def main() -> None:
         return
     raise_loopback()
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # so that the server that runs is stopped too
-    there = {peer for peer in PEERS if (output / "peers" / peer / "ready.json").is_file()}
+    there = {peer for peer in PEERS if is_made(peer, output / "peers")}
     own, *others = sorted(affinity())
     if not others:
         sys.exit("serving.py needs two cores, one for the load and one for the servers")
+    elsewhere = [core for core in others if core not in siblings(own)]
+    hardware["apart"] = len(elsewhere) >= THREADS
     os.sched_setaffinity(0, {own})
-    setting = Setting(output=output, cores=set(others[:THREADS]), seconds=arguments.seconds, requests=arguments.requests)
+    setting = Setting(
+        output=output,
+        cores=set((elsewhere if hardware["apart"] else others)[:THREADS]),
+        apart=hardware["apart"],
+        seconds=arguments.seconds,
+        requests=arguments.requests,
+        hardware=machine,
+    )
     measure(setting, arguments.models, [name for name in arguments.servers if SERVERS[name].peer is None or SERVERS[name].peer in there])
-    rows = Rows(setting.rows()).all()
+    rows = Rows(setting).all()
     table = lines(rows)
     goals = judge(table)
     if arguments.json:

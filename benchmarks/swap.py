@@ -7,49 +7,58 @@ One server (`muntin serve`, two threads, on all cores: with one thread OpenVINO 
 for 40 s, and for two minutes more, in which Poisson's bursts make some answers late without any swap; then with 20 versions that are
 loaded through the repository API one after the other. Sixteen are sound, and each answers differently; one has an altered file, one does
 not compute its golden answers, one lacks its weights; and one passes every check, takes over, and then its engine fails at every request.
-Every answer is compared with what the versions answer. Goal: none failed, none wrong, none later than the normal p99 + 50 ms.
+Every answer is compared with what the versions answer. Goal: none failed, none wrong, none later than the normal p99 + 50 ms; and every
+sound version takes over, every broken one is refused, and the one that fails is sent back.
 
-Then a small classifier is swapped `--memory-swaps` times under light load while the resident memory of the server and of its engines'
-processes is read: by how much does it grow over the second half? A part that is there already is not run again. Time: about a quarter
-of an hour for each. Run it alone.
+Then a small classifier is swapped `--memory-swaps` times under light load while the resident memory of the server and of its engine's
+process is read, each time when the old version's process has ended, or after some seconds: by how much does it grow over the second half?
+That is told by the medians of the last two quarters. A part that is there already is not run again; one of other settings, or of another
+machine, is refused. Time: about a quarter of an hour for the first, half an hour for the second. Run it alone.
 """
 
 from __future__ import annotations
 
 import argparse
+import http.client
 import json
 import os
 import shutil
+import signal
 import sys
 import threading
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Callable
-from dataclasses import dataclass
-from datetime import UTC, datetime
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass
+from functools import partial
 from itertools import combinations
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import onnx
 from onnx import TensorProto, helper, numpy_helper
 
 import muntin
+from kept import Row, kept_row
 from muntin.artifact import open_artifact, write_artifact
 from muntin.runtime import describe_hardware
 from muntin.runtime.memory import resident_of
-from serving_peers.load import HOST, Exchange, Load
+from serving_peers.load import HOST, Exchange, Load, same
 from serving_peers.models import WORKLOADS, Workload, exchange, make_artifact, pictures
-from serving_peers.servers import Launch, running
+from serving_peers.servers import Launch, family, free_port, open_local, running
 
-PORT = 8765
 SOUND, LATER_MS, CONTROL = 4, 50.0, 6
+SPREAD = 0.01
+"""Of the scores: what an answer may be off a version's, and still be its own. Versions have to differ by more."""
+ENDS_S = 10.0
+"""What the process of an old version's engine has to end in before memory is read."""
+QUARTERS = 4
 MARK = 7
 """The first byte of every picture that is sent: what the engine of the version that dies fails at."""
 PLAN = [kind for broken in ("altered", "golden", "dies", "missing") for kind in ("sound", "sound", "sound", broken)] + ["sound"] * 4
-Row = dict[str, Any]
+DUE = {"sound": "took over", "altered": "refused", "golden": "refused", "missing": "refused", "dies": "sent back"}
+"""What is to become of a version of each kind."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,11 +68,7 @@ class AnyVersion(Exchange):
     versions: tuple[tuple[bytes, ...], ...]
 
     def alike(self, which: int, came: bytes) -> bool:
-        found = np.frombuffer(came, self.dtype)
-        dues = (np.frombuffer(answers[which], self.dtype) for answers in self.versions)
-        if self.dtype == "uint8":
-            return any(len(due) == len(found) and float((found == due).mean()) >= 0.99 for due in dues)
-        return any(len(due) == len(found) and np.abs(found - due).max() <= 0.02 * np.ptp(due) for due in dues)
+        return any(same(answers[which], came, self.dtype, spread=SPREAD) for answers in self.versions)
 
 
 def make_dying(sound: Path, path: Path) -> Path:
@@ -126,18 +131,41 @@ def make(kind: str, sound: Path, new: Path) -> Path:
     return new
 
 
-def load_version(name: str, number: int) -> tuple[int, float]:
-    """(status, seconds) of loading it through the repository API."""
+def load_version(port: int, name: str, number: int) -> tuple[int, float]:
+    """(status, seconds) of loading it through the repository API. Raises RuntimeError where no answer comes."""
     body = json.dumps({"parameters": {"version": str(number)}}).encode()
-    request = urllib.request.Request(f"http://{HOST}:{PORT}/v2/repository/models/{name}/load", body)
+    request = urllib.request.Request(f"http://{HOST}:{port}/v2/repository/models/{name}/load", body)
     began = time.monotonic()
     try:
-        with urllib.request.urlopen(request, timeout=600) as answer:  # noqa: S310
+        with open_local(request, timeout=600) as answer:
             status = answer.status
     except urllib.error.HTTPError as error:
         with error:
             status = error.code
+    except (OSError, http.client.HTTPException) as error:
+        waited = time.monotonic() - began
+        raise RuntimeError(f"version {number} of {name}: no answer to its loading came, after {waited:.0f} s: {error}") from error
     return status, time.monotonic() - began
+
+
+def read_index(port: int, output: Path) -> list[Row]:
+    """What the server says of its versions, without this machine's paths."""
+    with open_local(f"http://{HOST}:{port}/v2/repository/index", b"{}", timeout=60) as answer:
+        index: list[Row] = json.loads(answer.read().decode().replace(f"{output}/", ""))
+    return index
+
+
+def sent_back(index: list[Row]) -> set[str]:
+    """The versions that took over and were rolled back."""
+    return {entry["version"] for entry in index if entry["reason"].startswith("rolled back")}
+
+
+def outcome_of(load: Row, back: set[str]) -> str:
+    """What became of a version, in the words of `DUE`; "failed": the server did. `back`: those that were rolled back, which may be so early
+    that the answer to loading it says so."""
+    if str(load["version"]) in back:
+        return "sent back"
+    return "took over" if load["status"] == 200 else "refused" if 400 <= load["status"] < 500 else "failed"
 
 
 def sound_versions(workload: Workload, folder: Path, count: int) -> list[Path]:
@@ -149,7 +177,8 @@ def sound_versions(workload: Workload, folder: Path, count: int) -> list[Path]:
 
 
 def any_version(workload: Workload, paths: list[Path]) -> AnyVersion:
-    """What is sent, and what each version answers. Raises ValueError where two answer alike: a wrong one could not be told."""
+    """What is sent, and what each version answers. Raises ValueError where two answer alike: a wrong one could not be told. (Pictures may
+    be answered alike: whether answers are mixed up is `serving.py`'s to see.)"""
     images = pictures(workload.side).copy()
     images[:, 0, 0, 0] = MARK
     versions = []
@@ -158,13 +187,14 @@ def any_version(workload: Workload, paths: list[Path]) -> AnyVersion:
         call = session.labels if workload.output == "labels" else session
         answers = np.concatenate([call(images[n : n + 1]) for n in range(len(images))])
         versions.append(exchange(workload, images, answers, path=f"/v2/models/{workload.name}/infer", tensors=True))
-    for one, other in combinations(versions, 2):
-        if any(one.alike(n, came) for n, came in enumerate(other.answers)):
-            raise ValueError("two versions answer alike: make others")
     first = versions[0]
-    return AnyVersion(
-        requests=first.requests, answers=first.answers, dtype=first.dtype, versions=tuple(found.answers for found in versions)
+    found = AnyVersion(
+        requests=first.requests, answers=first.answers, dtype=first.dtype, versions=tuple(version.answers for version in versions)
     )
+    for one, other in combinations(versions, 2):
+        if any(same(due, came, first.dtype, spread=SPREAD) for due, came in zip(one.answers, other.answers, strict=True)):
+            raise ValueError("two versions answer alike: make others")
+    return found
 
 
 def swaps(output: Path, share: float, cores: tuple[set[int], set[int]]) -> Row:
@@ -176,35 +206,44 @@ def swaps(output: Path, share: float, cores: tuple[set[int], set[int]]) -> Row:
     # Before the load: it is this process that sends requests, and one that is sent late would count as answered late.
     made = [make(kind, sound[number % SOUND], output / "new" / str(number)) for number, kind in enumerate(PLAN, 2)]
     loads: list[Row] = []
+    back: set[str] = set()
+    stop, port = threading.Event(), free_port()
 
-    def change(stop: threading.Event) -> None:
+    def change() -> None:
         for number, (kind, new) in enumerate(zip(PLAN, made, strict=True), 2):
             new.rename(models / str(number))
-            status, seconds = load_version(workload.name, number)
+            status, seconds = load_version(port, workload.name, number)
             loads.append({"version": number, "kind": kind, "status": status, "seconds": seconds})
             print(f"  version {number:>2} {kind:<8} {status} {seconds:.1f} s", file=sys.stderr)
-            stop.wait(2.0)
-        stop.set()
+            if stop.wait(2.0):
+                return
+            back.update(sent_back(read_index(port, output)))  # each time: the server forgets what became of versions of long ago
 
     os.sched_setaffinity(0, cores[1])
-    server = running(_server(workload, models), PORT, cores=cores[0], log=output / "server.log", variables=_cache(output))
-    with server, Load(PORT, found) as load:
+    server = running(_server(workload, models, port), port, cores=cores[0], log=output / "server.log", variables=_cache(output))
+    # The server ends before the thread is waited for: what it asks then fails.
+    with ThreadPoolExecutor(1) as pool, server, Load(port, found) as load:
         most = load.closed(concurrency=4, seconds=6)["answers_per_s"]
         rate = share * most
         normal = load.open(rate=rate, seconds=40, objective_ms=1000)
         late_ms = normal["p99_ms"] + LATER_MS
         control = _together([load.open(rate=rate, seconds=20, objective_ms=late_ms, seed=101 + n, warm=0.0) for n in range(CONTROL)])
-        stop = threading.Event()
-        thread = threading.Thread(target=change, args=(stop,))
-        thread.start()
+        changing = pool.submit(change)
         parts = []
-        while thread.is_alive():
-            parts.append(load.open(rate=rate, seconds=20, objective_ms=late_ms, seed=len(parts) + 1, warm=0.0))
-        thread.join()
-        told = urllib.request.urlopen(f"http://{HOST}:{PORT}/v2/repository/index", b"{}").read().decode()
-        index = json.loads(told.replace(f"{output}/", ""))
+        try:
+            while not changing.done():
+                parts.append(load.open(rate=rate, seconds=20, objective_ms=late_ms, seed=len(parts) + 1, warm=0.0))
+        finally:
+            stop.set()
+        changing.result()  # raises what ended it too early
+        index = read_index(port, output)
+    back |= sent_back(index)
+    for entry in loads:
+        entry["outcome"] = outcome_of(entry, back)
+        entry["as_due"] = entry["outcome"] == DUE[entry["kind"]]
     return {
-        "saturation_per_s": most, "rate": rate, "normal": normal, "control": control, "loads": loads, "index": index, **_together(parts)
+        "saturation_per_s": most, "rate": rate, "normal": normal, "control": control, "loads": loads, "index": index,
+        "not_as_due": sum(not entry["as_due"] for entry in loads), **_together(parts),
     }  # fmt: skip
 
 
@@ -229,32 +268,53 @@ def memory(output: Path, count: int, cores: tuple[set[int], set[int]]) -> Row:
     models = _empty(output / "small-models")
     make("sound", sound[0], models / "1")
     resident: list[float] = []
+    engines: list[int] = []
+    stop, port = threading.Event(), free_port()
 
-    def change(pid: int) -> None:
+    def change(pid: int, fewest: int) -> None:
         for number in range(2, count + 2):
+            if stop.is_set():
+                return
             make("sound", sound[number % 2], output / "new" / str(number)).rename(models / str(number))
-            status, _ = load_version(workload.name, number)
-            assert status == 200, status
+            status, _ = load_version(port, workload.name, number)
+            if status != 200:
+                raise RuntimeError(f"version {number}, a sound one, was not taken: {status}")
             shutil.rmtree(models / str(number - 1))
-            children = [int(child) for task in Path(f"/proc/{pid}/task").glob("*/children") for child in task.read_text().split()]
+            children = engines_left(pid, fewest)
+            engines.append(len(children))
             resident.append(sum(resident_of(process) or 0 for process in (pid, *children)) / 2**20)
 
     os.sched_setaffinity(0, cores[1])
-    server = running(_server(workload, models), PORT, cores=cores[0], log=output / "server-small.log", variables=_cache(output))
-    with server as process, Load(PORT, found) as load:
-        thread = threading.Thread(target=change, args=(process.pid,))
-        thread.start()
+    server = running(_server(workload, models, port), port, cores=cores[0], log=output / "server-small.log", variables=_cache(output))
+    with ThreadPoolExecutor(1) as pool, server as process, Load(port, found) as load:
+        fewest = max(1, len(engines_left(process.pid, 1)))
+        changing = pool.submit(change, process.pid, fewest)
         failed: dict[str, int] = {}
         asked = 0
-        while thread.is_alive():
-            part = load.open(rate=20, seconds=20, objective_ms=1000, warm=0.0, seed=asked)
-            asked += part["requests"]
-            for status, number in part["failures"].items():
-                failed[status] = failed.get(status, 0) + number
-        thread.join()
-    half = resident[len(resident) // 2 :]
-    slope = float(np.polyfit(np.arange(len(half)), half, 1)[0])
-    return {"swaps": count, "requests": asked, "failures": failed, "resident_mib": resident, "mib_per_swap": slope}
+        try:
+            while not changing.done():
+                part = load.open(rate=20, seconds=20, objective_ms=1000, warm=0.0, seed=asked)
+                asked += part["requests"]
+                for status, number in part["failures"].items():
+                    failed[status] = failed.get(status, 0) + number
+        finally:
+            stop.set()
+        changing.result()
+    # Medians: a reading beside the old version's engine, where it takes long to end, is of another thing.
+    quarters = [float(np.median(part)) for part in np.array_split(resident, QUARTERS)]
+    return {
+        "swaps": count, "requests": asked, "failures": failed, "resident_mib": resident, "engines": engines,
+        "more_engines": sum(left > fewest for left in engines), "quarters_mib": quarters,
+        "mib_per_swap": (quarters[-1] - quarters[-2]) / (count / QUARTERS),
+    }  # fmt: skip
+
+
+def engines_left(server: int, wanted: int) -> set[int]:
+    """The processes that a server has started, when there are no more of them than wanted, or after `ENDS_S` seconds."""
+    end = time.monotonic() + ENDS_S
+    while len(started := family(server).keys() - {server}) > wanted and time.monotonic() < end:
+        time.sleep(0.2)
+    return started
 
 
 def _empty(folder: Path) -> Path:
@@ -263,9 +323,9 @@ def _empty(folder: Path) -> Path:
     return folder
 
 
-def _server(workload: Workload, models: Path) -> Launch:
+def _server(workload: Workload, models: Path, port: int) -> Launch:
     command = [
-        sys.executable, "-m", "muntin", "serve", str(models), "--host", HOST, "--http-port", str(PORT), "--no-grpc",
+        sys.executable, "-m", "muntin", "serve", str(models), "--host", HOST, "--http-port", str(port), "--no-grpc",
         "--name", workload.name, "--threads", "2", "--max-batch", "4", "--trial", "50",
     ]  # fmt: skip
     return Launch(command=command, ready="/v2/health/ready")
@@ -275,20 +335,14 @@ def _cache(output: Path) -> dict[str, str]:
     return {"MUNTIN_CACHE": str((output / "cache").resolve())}
 
 
-def once(path: Path, measure: Callable[[], Row]) -> Row:
-    if path.is_file():
-        return dict(json.loads(path.read_text(encoding="utf-8")))
-    row: Row = {**measure(), "created": datetime.now(UTC).isoformat(timespec="seconds"), "hardware": describe_hardware()}
-    path.write_text(json.dumps(row, indent=1), encoding="utf-8")
-    return row
-
-
 def print_table(row: Row, held: Row | None) -> None:
     normal = row["normal"]
     print(f"{len(row['loads'])} versions at {row['rate']:.1f} requests/s ({row['saturation_per_s']:.1f} is the most):")
     for load in row["loads"]:
-        outcome = "took over" if load["status"] == 200 else f"refused, {load['status']}"
-        print(f"  {load['version']:>3}  {load['kind']:<8} {outcome:<14} {load['seconds']:>6.1f} s")
+        outcome = load["outcome"] if load["status"] == 200 else f"{load['outcome']}, {load['status']}"
+        note = "" if load["as_due"] else f"  NOT AS DUE: {DUE[load['kind']]}"
+        print(f"  {load['version']:>3}  {load['kind']:<8} {outcome:<14} {load['seconds']:>6.1f} s{note}")
+    print(f"versions (goal 0): {row['not_as_due']} of {len(row['loads'])} not taken, refused or sent back as they should")
     print(f"normal: p50 {normal['p50_ms']:.1f} ms, p99 {normal['p99_ms']:.1f} ms, worst {normal['worst_ms']:.1f} ms")
     control = row["control"]
     print(
@@ -300,10 +354,10 @@ def print_table(row: Row, held: Row | None) -> None:
     failed = sum(row["failures"].values()) - wrong
     print(f"{row['requests']} requests (goal 0 each): {failed} failed, {wrong} wrong, {row['later']} later than p99 + {LATER_MS:g} ms")
     if held is not None:
-        half, last = held["resident_mib"][len(held["resident_mib"]) // 2], held["resident_mib"][-1]
+        quarters = ", ".join(f"{mib:.1f}" for mib in held["quarters_mib"])
         print(
-            f"{held['swaps']} swaps of a small model: {half:.1f} MiB at half of them, {last:.1f} at the end, "
-            f"{held['mib_per_swap'] * 1024:+.1f} KiB a swap over the second half; {held['requests']} requests, failures: "
+            f"{held['swaps']} swaps of a small model: {quarters} MiB (medians of quarters), {held['mib_per_swap'] * 1024:+.1f} KiB a swap "
+            f"over the second half, {held['more_engines']} readings with more engines than one; {held['requests']} requests, failures: "
             f"{held['failures'] or 'none'}"
         )
 
@@ -315,12 +369,20 @@ def main() -> None:
     parser.add_argument("--memory-swaps", type=int, default=200, help="swaps of the second part; 0: leave it out")
     parser.add_argument("--json", action="store_true", help="print one JSON document instead of the table")
     arguments = parser.parse_args()
+    if 0 < arguments.memory_swaps < QUARTERS:
+        parser.error(f"--memory-swaps {arguments.memory_swaps}: give at least {QUARTERS}, a reading for each quarter, or 0")
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # so that the server that runs is stopped too
     output = arguments.output.resolve()
     output.mkdir(parents=True, exist_ok=True)
+    hardware = describe_hardware()  # before this process is bound to a core
     usable = sorted(os.sched_getaffinity(0))
     cores = (set(usable), {usable[-1]})
-    row = once(output / "swaps.json", lambda: swaps(output, arguments.share, cores))
-    held = once(output / "memory.json", lambda: memory(output, arguments.memory_swaps, cores)) if arguments.memory_swaps else None
+    settings = {"share": arguments.share, "plan": PLAN, "later_ms": LATER_MS, "workload": asdict(WORKLOADS["segment"])}
+    row = kept_row(output / "swaps.json", settings, partial(swaps, output, arguments.share, cores), hardware=hardware)
+    held = None
+    if arguments.memory_swaps:
+        settings = {"swaps": arguments.memory_swaps, "workload": asdict(WORKLOADS["classify"])}
+        held = kept_row(output / "memory.json", settings, partial(memory, output, arguments.memory_swaps, cores), hardware=hardware)
     if arguments.json:
         print(json.dumps({"benchmark": "swap", "swaps": row, "memory": held}, indent=1))
     else:

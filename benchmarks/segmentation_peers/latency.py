@@ -33,7 +33,10 @@ def _measured(variants: dict[Name, Variant], side: int, threads: int, rounds: in
 
 
 def _image(side: int) -> NDArray[np.uint8]:
-    """The middle of the photograph."""
+    """The middle of the photograph, which is repeated where it is smaller."""
     image_HWC, _ = EarthSource("cover").picture()
+    missing = [max(0, side - length) for length in image_HWC.shape[:2]]
+    if any(missing):
+        image_HWC = np.pad(image_HWC, ((0, missing[0]), (0, missing[1]), (0, 0)), mode="wrap")
     top, left = ((length - side) // 2 for length in image_HWC.shape[:2])
     return np.ascontiguousarray(image_HWC[top : top + side, left : left + side])

@@ -106,13 +106,15 @@ def print_tables(summary: Sequence[Row], goals: Sequence[Row]) -> None:
     sides = list(summary[0]["ms"])
     width = max(len(row["model"]) for row in summary) + 2
     head = "".join(f"{f'ms {side}':>10}" for side in sides)
-    print(f"{'model':<{width}}{'deployed as':<30}{'test mIoU':>16}{head}{'min':>7}{'crops':>9}{'im/s':>7}{'M':>7}{'MB':>7}{'rate':>9}")
+    names = f"{'model':<{width}}{'deployed as':<30}{'seeds':>6}{'test mIoU':>16}{head}"
+    print(f"{names}{'min':>7}{'crops':>9}{'im/s':>7}{'M':>7}{'MB':>7}{'rate':>9}")
     for row in sorted(summary, key=_miou, reverse=True):
         times = "".join(f"{row['ms'][side]['mean']:>10.2f}" for side in sides)
         forms = ", ".join(dict.fromkeys(row["deployed"]))
         print(
-            f"{row['model']:<{width}}{forms:<30}{_shown(row['miou']):>16}{times}{row['minutes']:>7.2f}{row['samples']:>9.0f}"
-            f"{row['images_per_s']:>7.1f}{row['parameters'] / 1e6:>7.2f}{row['bytes'] / 1e6:>7.2f}{row['learning_rate']:>9.2g}"
+            f"{row['model']:<{width}}{forms:<30}{len(row['seeds']):>6}{_shown(row['miou']):>16}{times}"
+            f"{row['minutes']:>7.2f}{row['samples']:>9.0f}{row['images_per_s']:>7.1f}{row['parameters'] / 1e6:>7.2f}"
+            f"{row['bytes'] / 1e6:>7.2f}{row['learning_rate']:>9.2g}"
         )
     labels = list(summary[0]["iou"])
     print(f"\n{'test IoU':<{width}}" + "".join(f"{label:>16}" for label in labels))

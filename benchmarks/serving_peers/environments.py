@@ -8,6 +8,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+from kept import write_whole
+
 REPOSITORY = Path(__file__).resolve().parents[2]
 PEERS: dict[str, tuple[str, ...]] = {
     "litserve": ("litserve",),
@@ -22,13 +24,14 @@ print(json.dumps({name: m.version(name) for name in sys.argv[1:]}))
 
 
 def make_environment(name: str, folder: Path) -> str | None:
-    """Makes `folder/NAME` unless it is there whole; None, or the reason why it cannot be made. The first time takes a minute or two.
+    """Makes `folder/NAME` unless it `is_made`; None, or the reason why it cannot be made. The first time takes a minute or two.
 
     muntin is installed as it lies here (editable, without extras), with the engine's version of this environment.
     """
     root, ready = folder / name, folder / name / "ready.json"
-    if ready.is_file():
+    if is_made(name, folder):
         return None
+    ready.unlink(missing_ok=True)  # of another engine: what comes of a failure now is no environment
     pins = [f"{engine}=={importlib.metadata.version(engine)}" for engine in ("openvino", "onnxruntime")]
     pip = [str(root / "bin" / "python"), "-m", "pip", "install", "--quiet", "--disable-pip-version-check"]
     commands = [
@@ -45,8 +48,14 @@ def make_environment(name: str, folder: Path) -> str | None:
     main = PEERS[name][0].partition("[")[0].partition("=")[0]
     asked = [str(root / "bin" / "python"), "-c", _VERSIONS, main, "openvino", "numpy"]
     told = subprocess.run(asked, capture_output=True, text=True, check=True)  # noqa: S603
-    ready.write_text(told.stdout, encoding="utf-8")
+    write_whole(ready, json.loads(told.stdout))
     return None
+
+
+def is_made(name: str, folder: Path) -> bool:
+    """Whether an environment is there whole, with the engine that is installed here."""
+    ready = folder / name / "ready.json"
+    return ready.is_file() and versions(name, folder).get("openvino") == importlib.metadata.version("openvino")
 
 
 def versions(name: str, folder: Path) -> dict[str, str]:

@@ -36,6 +36,16 @@ REFUSED = frozenset({"429", "503"})
 """Status codes by which a server says that it will not answer. Said after the objective it is no refusal but a broken promise."""
 
 
+def same(due: bytes, came: bytes, dtype: str, *, spread: float = 0.002) -> bool:
+    """Whether two answers say the same: 99 % of the labels, or scores within a share of their spread."""
+    if len(came) != len(due):
+        return False
+    wanted, found = np.frombuffer(due, dtype), np.frombuffer(came, dtype)
+    if dtype == "uint8":
+        return bool((found == wanted).mean() >= 0.99)
+    return bool(np.abs(found - wanted).max() <= spread * np.ptp(wanted))
+
+
 @dataclass(frozen=True, kw_only=True)
 class Exchange:
     """Requests as they go over the wire, and for each the bytes that its answer's body must end with. `dtype`: of these bytes."""
@@ -45,14 +55,8 @@ class Exchange:
     dtype: str
 
     def alike(self, which: int, came: bytes) -> bool:
-        """Whether an answer that is not the same bytes says the same: 99 % of the labels, or scores within 0.2 % of their spread."""
-        due = np.frombuffer(self.answers[which], self.dtype)
-        if len(came) != len(self.answers[which]):
-            return False
-        found = np.frombuffer(came, self.dtype)
-        if self.dtype == "uint8":
-            return bool((found == due).mean() >= 0.99)
-        return bool(np.abs(found - due).max() <= 0.002 * np.ptp(due))
+        """Whether an answer that is not the same bytes says the same."""
+        return same(self.answers[which], came, self.dtype)
 
 
 @dataclass(slots=True, eq=False)

@@ -1,4 +1,4 @@
-"""The servers: how each is started around an artefact, and stopped again. Tuned a little each; what was tried is said beside it.
+"""The servers: how each is started around an artefact, stopped for a while, and ended. Tuned a little each; what was tried is said there.
 
 All have one process with an engine on the same cores, the same threads and batches of at most the same size. Each kind is one function
 from what is wanted to a command line; a new one is a function and a line in `SERVERS`.
@@ -22,6 +22,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any, NamedTuple
 
 from serving_peers.environments import site_packages
 from serving_peers.load import HOST
@@ -30,6 +31,9 @@ from serving_peers.models import Workload
 HERE = Path(__file__).resolve().parent
 READY_S = 180.0
 STOP_S = 20.0
+ENDS_S = 5.0
+"""What has been started by a server that has ended has so long to follow it."""
+_DIRECTLY = urllib.request.build_opener(urllib.request.ProxyHandler({}))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -214,12 +218,86 @@ def running(launch: Launch, port: int, *, cores: set[int], log: Path, variables:
         _wait_until_ready(process, port, launch.ready, log)
         yield process
     finally:
+        started = family(process.pid)  # now: what has left its session is not found any more when its parent has ended
         process.send_signal(launch.stop)
         with contextlib.suppress(subprocess.TimeoutExpired):
             process.wait(STOP_S)
         with contextlib.suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGKILL)
         process.wait()
+        _end(process.pid, started)
+
+
+class _Process(NamedTuple):
+    """What /proc says of one. `began`: in ticks of the clock since the system started; with its number that is one process for good."""
+
+    state: str
+    parent: int
+    session: int
+    began: int
+
+
+def _processes() -> dict[int, _Process]:
+    """All that there are, by number, but for those that have ended and that nobody has asked how."""
+    found: dict[int, _Process] = {}
+    for folder in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError):  # it ends meanwhile
+            # A name stands before this in brackets, and may hold blanks and brackets.
+            fields = (folder / "stat").read_text(encoding="utf-8", errors="replace").rpartition(")")[2].split()
+            process = _Process(state=fields[0], parent=int(fields[1]), session=int(fields[3]), began=int(fields[19]))
+            if process.state not in ("Z", "X"):
+                found[int(folder.name)] = process
+    return found
+
+
+def family(root: int) -> dict[int, int]:
+    """A server's processes by number, itself among them, and when each began: its session, and all that was started from there, whatever
+    group or session it is in."""
+    everyone = _processes()
+    members = {number for number, process in everyone.items() if root in (number, process.session)}
+    while new := {number for number, process in everyone.items() if process.parent in members} - members:
+        members |= new
+    return {number: everyone[number].began for number in members}
+
+
+def _end(root: int, started: dict[int, int]) -> None:
+    """Of a server that has ended: waits until all that it had `started` is gone, too, and kills what does not go: an engine that hangs."""
+    end = time.monotonic() + ENDS_S
+    while left := {number for number, process in _processes().items() if process.session == root or started.get(number) == process.began}:
+        if time.monotonic() >= end:
+            _signal(left, signal.SIGKILL)
+            return
+        time.sleep(0.05)
+
+
+@contextmanager
+def stopped(root: int) -> Iterator[None]:
+    """A server stands still, with all that it has started, so that none of its threads takes a turn on its core. Nothing should be under
+    way in it: what it does by the clock then goes on as if nothing had been."""
+    still: set[int] = set()
+    try:
+        while new := family(root).keys() - still:  # again: one may start another before its own turn comes
+            still |= new
+            _signal(new, signal.SIGSTOP)
+        yield
+    finally:
+        _signal(still, signal.SIGCONT)
+
+
+def _signal(processes: set[int], number: signal.Signals) -> None:
+    for process in processes:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(process, number)
+
+
+def open_local(request: str | urllib.request.Request, data: bytes | None = None, *, timeout: float) -> Any:
+    """`urlopen` without the proxy that the environment may name, which would be asked for this machine's own addresses, too."""
+    return _DIRECTLY.open(request, data, timeout)
+
+
+def free_port() -> int:
+    with socket.create_server((HOST, 0)) as listener:
+        return int(listener.getsockname()[1])
 
 
 @contextmanager
@@ -238,7 +316,7 @@ def _wait_until_ready(process: subprocess.Popen[bytes], port: int, path: str | N
         if process.poll() is not None:
             raise RuntimeError(f"it ended with {process.returncode}: {_last_lines(log)}")
         with contextlib.suppress(OSError):
-            if _is_ready(port, path):
+            if _is_ready(port, path) and process.poll() is None:  # or it is another one that has the port
                 return
         time.sleep(0.2)
     raise RuntimeError(f"not ready within {READY_S:g} s: {_last_lines(log)}")
@@ -248,7 +326,7 @@ def _is_ready(port: int, path: str | None) -> bool:
     if path is None:
         socket.create_connection((HOST, port), timeout=1).close()
         return True
-    with urllib.request.urlopen(f"http://{HOST}:{port}{path}", timeout=1) as answer:
+    with open_local(f"http://{HOST}:{port}{path}", timeout=1) as answer:
         return bool(answer.status == 200)
 
 
