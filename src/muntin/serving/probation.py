@@ -271,8 +271,8 @@ def _read(answer: bytes, path: Path) -> Probation:
     except ValueError as error:
         raise VerificationError(f"{path}: the process that tried it ended without an answer") from error
     if "error" in found:
-        error = error_of(found)
-        raise VerificationError(f"{path}: there is no memory to open it") if isinstance(error, MemoryError) else error
+        raised = error_of(found)
+        raise VerificationError(f"{path}: there is no memory to open it") if isinstance(raised, MemoryError) else raised
     latency_ms = {call_of(call): milliseconds for call, milliseconds in found.pop("latency_ms")}
     return Probation(signature=Signature.model_validate(found.pop("signature")), latency_ms=latency_ms, **found)
 
