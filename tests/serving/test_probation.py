@@ -140,6 +140,17 @@ def test_what_was_asked_most_is_compiled_within_the_budget(tmp_path: Path, monke
     assert asked == [(Call((1, 10, 10)), Call((1, 30, 30)), start)]
 
 
+def test_of_a_version_that_is_to_be_tried_the_manifest_alone_is_read_here(
+    write_version: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = write_version(tmp_path / "1")
+    (path / "weights.safetensors").write_bytes(b"?")
+    openings: list[Opening] = []
+    monkeypatch.setattr("muntin.serving.probation.probe", lambda path, opening, calls, **rest: openings.append(opening))
+    ArtifactLoader(opening=Opening(dynamic=True), max_batch=2).probe(path, {}, lambda: False)
+    assert openings[0].calls == tuple(Call((rows, 8, 8), labels=True) for rows in (1, 2))
+
+
 @pytest.mark.parametrize(
     ("changes", "kind", "message"),
     [

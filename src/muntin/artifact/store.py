@@ -99,11 +99,7 @@ def open_artifact(path: str | Path) -> Artifact:
     Raises ArtifactError, naming the file, when one is missing, added or altered, or when the format is newer than this version reads.
     """
     path = Path(path)
-    if not path.is_dir():
-        raise ArtifactError(f"{path}: no such artefact directory: name a directory that muntin exported")
-    if not (path / MANIFEST).is_file():
-        raise ArtifactError(f"{path}: it holds no {MANIFEST}: name a directory that muntin exported")
-    manifest = parse_manifest(_read(path / MANIFEST), str(path / MANIFEST))
+    manifest = read_manifest(path)
     present = {entry.name for entry in path.iterdir()}
     for name in FILES:
         if name not in manifest.files:
@@ -115,6 +111,18 @@ def open_artifact(path: str | Path) -> Artifact:
     for name in FILES:
         _read_checked(path, name, manifest)
     return Artifact(path, manifest)
+
+
+def read_manifest(path: Path) -> Manifest:
+    """What an artefact says of itself. Reads no other file: whether they are what it says is known once it is opened.
+
+    Raises ArtifactError where there is no manifest, or a newer one than this version reads.
+    """
+    if not path.is_dir():
+        raise ArtifactError(f"{path}: no such artefact directory: name a directory that muntin exported")
+    if not (path / MANIFEST).is_file():
+        raise ArtifactError(f"{path}: it holds no {MANIFEST}: name a directory that muntin exported")
+    return parse_manifest(_read(path / MANIFEST), str(path / MANIFEST))
 
 
 def check_target(path: str | Path) -> None:

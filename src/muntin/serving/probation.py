@@ -29,7 +29,8 @@ from typing import IO, Any, Protocol
 
 import numpy as np
 
-from muntin.artifact import Signature, open_artifact
+from muntin.artifact import Signature
+from muntin.artifact.store import read_manifest
 from muntin.errors import MuntinError, RecipeError, VerificationError
 from muntin.runtime.hardware import memory_gib
 from muntin.runtime.memory import resident, resident_of
@@ -325,7 +326,7 @@ class ArtifactLoader:
     def _opening(self, path: Path) -> Opening:
         if not self.max_batch:
             return self.opening
-        started = starting_calls(open_artifact(path).manifest, self.max_batch)
+        started = starting_calls(read_manifest(path), self.max_batch)  # whoever opens it reads the rest, and not in this process
         return replace(self.opening, calls=tuple(dict.fromkeys((*self.opening.calls, *started))))
 
     def _calls(self, opening: Opening, lately: Mapping[Call, int]) -> tuple[Call, ...]:
