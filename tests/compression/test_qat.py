@@ -33,7 +33,15 @@ from muntin.compression.qat import (
     qat_operations,
     qat_structure,
 )
-from muntin.compression.quantized import InputGrid, QuantizedConv2d, QuantizedLinear, QuantizedProduct, QuantizedSoftmaxProduct
+from muntin.compression.quantized import (
+    MOST,
+    InputGrid,
+    QuantizedConv2d,
+    QuantizedLinear,
+    QuantizedProduct,
+    QuantizedSoftmaxProduct,
+    exponentials,
+)
 from muntin.errors import MuntinError
 from muntin.layers import Product, SoftmaxProduct
 
@@ -365,6 +373,17 @@ def test_the_weights_of_a_softmax_sum_to_one(entries: int, value: float) -> None
     product = QATSoftmaxProduct(grid_of(values_ND))
     for form in (product, product.frozen()):
         torch.testing.assert_close(form(logits_RN, values_ND).detach(), torch.full((4, 2), value), rtol=1e-5, atol=0)
+
+
+@pytest.mark.parametrize("times", [1, 2, 6, 10, 50])
+def test_the_shares_of_many_entries_sum_up_in_32_bits(times: int) -> None:
+    entries = times * MOST
+    logits_RN, values_ND = torch.zeros(1, entries), torch.full((entries, 1), 2.0)
+    product = QATSoftmaxProduct(grid_of(torch.tensor([[0.0], [2.0]]))).frozen()
+    shares = product.shares(exponentials(logits_RN, None)) * 255
+    assert 255 * int(shares.round().long().sum()) < 2**31
+    assert shares.min() == shares.max() >= 5
+    torch.testing.assert_close(product(logits_RN, values_ND), torch.full((1, 1), 2.0), rtol=1e-2, atol=0)
 
 
 def test_a_bias_hides_entries() -> None:

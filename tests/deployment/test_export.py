@@ -20,14 +20,18 @@ import muntin
 from muntin import create_model
 from muntin.artifact import ClassInfo, Signature, open_artifact
 from muntin.artifact.golden import GOLDEN_SIDE
-from muntin.compression import Change, quantize
+from muntin.compression import Change, freeze, prepare_qat, quantize
+from muntin.compression.stages import calibration_of, source_of
 from muntin.deployment import infer_signature
 from muntin.deployment.export import FLOAT_LIMITS, LIMITS, golden_pairs
 from muntin.errors import ArtifactError, DataError, ExportError, MuntinError
 from muntin.models import DividedSides
 from muntin.runtime import describe_hardware
 from muntin.runtime.verification import replay
+from muntin.training import read_checkpoint
 from muntin.training.config import QuantizationConfig
+from muntin.training.loop import signature_of
+from muntin.training.recipe import load_recipe
 
 INTEGER_CPU = {"avx512_vnni", "avx_vnni", "amx_int8"}
 HYBRID = {"depths": (1,), "dims": (128,)}  # one attention stage: half the time of an export
@@ -155,6 +159,68 @@ def test_an_int8_hybrid_verifies_in_both_engines(hybrid_int8: Any) -> None:
         result = muntin.verify(hybrid_int8.artifact.path, engine=engine, threads=1)
         assert result.passed, result.problems
     assert len({golden.shape for golden in result.golden}) == 2  # a size that was baked in would show
+
+
+@pytest.mark.parametrize("engine", ["openvino", "onnxruntime"])
+@pytest.mark.parametrize(("form", "most"), [("int8", 0.05), ("float", 1e-4)])
+def test_an_image_gets_the_same_answer_alone_and_in_a_batch(
+    request: pytest.FixtureRequest, form: str, most: float, engine: str, pictures: Any
+) -> None:
+    """But for the last bits of floats, by which a value may fall to the other side of a grid's step."""
+    session = muntin.load(request.getfixturevalue(f"hybrid_{form}").artifact.path, engine=engine, precision="f32", threads=1)
+    images = pictures(4, 70, 50, 3)
+    together, alone = session(images), np.concatenate([session(image[None]) for image in images])
+    assert np.abs(together - alone).max() <= most * together.std()
+    assert np.abs(together - alone).mean() <= most / 50 * together.std()
+    assert not np.allclose(together[0], together[1], atol=together.std() / 10)  # they are several images
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"stem": (8, 16), "pairs": (0,), "dims": (64, 128), "depths": (1, 1), "head_dim": 32},
+        {"dims": (128, 128), "depths": (1, 1), "finest": 4},
+    ],
+)
+def test_int8_hybrids_of_several_stages_are_their_simulations_at_every_size(
+    options: dict[str, Any], export_model: Any, trained: Any, pictures: Any
+) -> None:
+    torch.manual_seed(0)
+    exported = export_model(trained(create_model("hybrid-xxs", classes=5, options=options)), quantized=True)
+    session = muntin.load(exported.artifact.path, precision="f32", threads=1)
+    for size in ODD_SIZES:
+        images = pictures(*size, 3)
+        expected = exported.expected(images)
+        error = np.abs(session(images) - expected) / max(expected.std(), 1e-6)
+        assert error.max() <= LIMITS["f32"].max_error and error.mean() <= 0.01, size
+
+
+@pytest.mark.slow
+def test_accuracy_in_8_bits_holds_at_64_times_the_area_of_what_it_was_calibrated_on(tmp_path: Path) -> None:
+    changes = [
+        "data.crop=64",
+        "model.name=hybrid-xxs",
+        "training.steps=120",
+        "training.validate_every=120",
+        "training.checkpoint_every=120",
+    ]
+    recipe = load_recipe(Path(muntin.__file__).parent / "recipes" / "demo.yaml", [*changes, "training.threads=1"])
+    muntin.fit(recipe, directory=tmp_path / "run", root=tmp_path)
+    checkpoint = read_checkpoint(tmp_path / "run")
+    source = source_of(checkpoint)
+    calibration, model = calibration_of(checkpoint, source), checkpoint.model()
+    assert all(batch.shape[2:] == (64, 64) for batch in calibration)
+    done = prepare_qat(calibration, bits=8)(model) + freeze(calibration)(model)  # products of attention over all tokens, too
+    signature = signature_of(recipe, source)
+    artifact = muntin.export(model, calibration[0], tmp_path / "artifact", signature=signature, changes=done)
+    test = source.split("test")
+    floats, integers = (
+        muntin.evaluate(session, test, tile=512).score
+        for session in (muntin.TorchSession(checkpoint.model(), signature), muntin.load(artifact.path, precision="f32", threads=1))
+    )
+    assert floats > 0.3
+    assert integers == pytest.approx(floats, abs=0.01)
 
 
 def test_one_flipped_byte_is_found(hybrid_int8: Any, tmp_path: Path) -> None:

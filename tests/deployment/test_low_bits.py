@@ -18,6 +18,7 @@ from muntin.artifact import Artifact
 from muntin.compression import QuantizedConv2d, QuantizedLinear, freeze, prepare_qat, set_bits
 from muntin.compression.qat import FLOAT
 from muntin.deployment.counting import stored_bytes
+from muntin.layers import Attention, GlobalAttention, HybridAttention
 from muntin.runtime import describe_hardware
 
 INTEGER_CPU = {"avx512_vnni", "avx_vnni", "amx_int8"}
@@ -164,3 +165,43 @@ def test_attention_is_recorded_and_runs_in_eight_bits(trained: Any, pixels: Any,
     result = muntin.verify(made.artifact.path, threads=1, layers=True)
     assert result.passed, result.problems
     assert set(kinds) <= {check.name for check in result.checks}
+
+
+class _Seeing(nn.Module):
+    """Attention over every pixel."""
+
+    def __init__(self, attention: Attention) -> None:
+        super().__init__()
+        self.patch, self.attention, self.head = nn.Conv2d(3, 64, 1), attention, nn.Conv2d(64, 4, 1)
+
+    def forward(self, x_BCHW: Tensor) -> Tensor:
+        y_BHWC: Tensor = self.attention(self.patch(x_BCHW / 60 - 2).permute(0, 2, 3, 1))
+        scores: Tensor = self.head(y_BHWC.permute(0, 3, 1, 2))
+        return scores
+
+
+@pytest.fixture(scope="module", params=["hybrid", "global"])
+def seeing(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory, pixels: Callable[..., Tensor]) -> Deployed:
+    torch.manual_seed(0)
+    hybrid = request.param == "hybrid"
+    attention = HybridAttention(64, heads=2, window=8, latents=8) if hybrid else GlobalAttention(64, heads=2, latents=8)
+    return Deployed(_Seeing(attention).eval(), pixels(2, 3, 64, 40), tmp_path_factory.mktemp("seeing") / "artifact", bits=8)
+
+
+@pytest.mark.parametrize("engine", ["openvino", "onnxruntime"])
+@pytest.mark.parametrize("value", [0, 255])
+def test_a_uniform_image_of_many_tokens_does_not_overflow(seeing: Deployed, engine: str, value: int) -> None:
+    """Each token has the same share, the largest there is, of the same value, and 255 · 127 · 262,144 needs 34 bits."""
+    session = muntin.load(seeing.artifact.path, engine=engine, precision="f32", threads=1)
+    few, many = (session(np.full((1, side, side + 24, 3), value, np.uint8))[0, :, 0, 0] for side in (16, 500))
+    np.testing.assert_allclose(many, few, atol=1e-3)
+    assert np.abs(few).max() > 0.1
+
+
+@pytest.mark.skipif(INTEGER_CPU.isdisjoint(describe_hardware()["features"]), reason="this CPU has no 8-bit dot products (VNNI, AMX)")
+def test_what_many_tokens_are_summed_by_runs_on_integers(seeing: Deployed) -> None:
+    session = muntin.load(seeing.artifact.path, precision="f32", threads=1)
+    session(np.zeros((1, 72, 56, 3), np.uint8))
+    executed = {layer.name: layer.precision for layer in session.layers() if layer.compute}
+    read = next(name for name in executed if name.endswith(".read"))
+    assert executed[read] == "i8", executed

@@ -32,6 +32,10 @@ def test_windows_do_not_see_each_other() -> None:
     assert differs_HW[4:8, 4:8].all() and differs_HW.sum() == 16
 
 
-def test_large_logits_do_not_overflow() -> None:
-    layer = LocalAttention(8, heads=2, window=4)
-    assert layer(1e3 * torch.randn(1, 5, 5, 8)).isfinite().all()
+@pytest.mark.parametrize("scale", [255, 1e3, 1e5])
+def test_large_logits_neither_overflow_nor_look_at_the_padding(scale: float, by_window: Callable[[Tensor, int, int], Tensor]) -> None:
+    layer = LocalAttention(8, heads=2, window=4).double()
+    x_BHWC = scale * torch.randn(3, 5, 5, 8, dtype=torch.float64)
+    expected = layer.out(by_window(layer.project(x_BHWC), 2, 4))
+    torch.testing.assert_close(layer(x_BHWC), expected)
+    assert layer.float()(x_BHWC.float()).isfinite().all()

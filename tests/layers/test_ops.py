@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from muntin.layers import Product, SoftmaxProduct, Sum
-from muntin.layers.windows import HIDDEN
+from muntin.layers.windows import hidden
 
 
 def test_product_is_the_matrix_product_of_the_last_two_axes() -> None:
@@ -21,7 +21,7 @@ def test_softmax_product_weighs_values_by_their_share_of_the_exponentials() -> N
 
 def test_softmax_product_ignores_what_its_bias_hides() -> None:
     logits, values = torch.randn(3, 5), torch.randn(5, 2)
-    bias = torch.tensor([0, HIDDEN, 0, 0, HIDDEN])
+    bias = torch.tensor([0, 1, 0, 0, 1]) * hidden(torch.float32)
     shown = [0, 2, 3]
     torch.testing.assert_close(SoftmaxProduct()(logits, values, bias), SoftmaxProduct()(logits[:, shown], values[shown]))
 

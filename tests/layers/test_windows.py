@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from muntin.layers import merge, partition
-from muntin.layers.windows import HIDDEN
+from muntin.layers.windows import hidden
 
 SIDE = st.integers(1, 20)
 
@@ -42,7 +42,7 @@ def test_every_token_of_a_window_is_a_pixel_of_that_window(size: tuple[int, int]
                     expected = x_BHWC[image, y, x] if inside else torch.zeros(3)
                     assert torch.equal(t_STC[index, token], expected)
                     assert grid.bias_S1T is not None
-                    assert grid.bias_S1T[index, 0, token] == (0 if inside else HIDDEN)
+                    assert grid.bias_S1T[index, 0, token] == (0 if inside else hidden(torch.float32))
 
 
 def test_the_bias_of_an_image_is_that_of_its_windows_in_a_row() -> None:

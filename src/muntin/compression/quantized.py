@@ -142,11 +142,19 @@ class QuantizedSoftmaxProduct(nn.Module):
         return mixed
 
 
+MOST = 24_000
+"""Entries that may all have the share 1 without their sum growing beyond the 32 bits that engines add up in: values have up to 255 steps, a
+share of 1 has 255, and a quarter is left over, since parts of a share are rounded up."""
+
+
 def exponentials(logits: Tensor, bias: Tensor | None) -> Tensor:
-    """exp(logits + bias - their maximum over the last dimension), in 0..1."""
+    """exp(logits + bias - their maximum over the last dimension), in 0..1; a half of it for more than `MOST` entries, a third for more than
+    twice as many, and so on: a uniform image has the share 1 at every token."""
     if bias is not None:
         logits = logits + bias
-    return torch.exp(logits - logits.amax(-1, keepdim=True))
+    found = torch.exp(logits - logits.amax(-1, keepdim=True))
+    parts = (logits.shape[-1] + MOST - 1) // MOST
+    return found if isinstance(parts, int) and parts == 1 else found / parts  # no plain int: the size is free where it is exported
 
 
 QuantizedLayer = QuantizedLinear | QuantizedConv2d

@@ -16,9 +16,6 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F  # noqa: N812 - the field's usual name
 
-HIDDEN = -1e4
-"""Added to a logit that must not count: exp(-1e4) is 0 in every float format, and the number itself fits in FP16."""
-
 
 @dataclass(frozen=True, kw_only=True)
 class Grid:
@@ -31,12 +28,18 @@ class Grid:
     rows: int
     columns: int
     bias_S1T: Tensor | None  # noqa: N815 - axis letters
-    """0 for a real token and `HIDDEN` for padding; None where there is no padding by construction (one window an image)."""
+    """0 for a real token and `hidden` for padding; None where there is no padding by construction (one window an image)."""
 
     @property
     def bias_B1N(self) -> Tensor | None:  # noqa: N802 - axis letters
         """The same bias with the windows of an image in one row."""
         return None if self.bias_S1T is None else self.bias_S1T.reshape(self.batch, 1, -1)
+
+
+def hidden(dtype: torch.dtype) -> float:
+    """Added to a logit that must not count: finite, and below every other one, whatever their scale (in FP16 above -32,752). An engine that
+    runs in a narrower type sees -inf: that is 0 after the softmax, too, since no row is all padding."""
+    return torch.finfo(dtype).min / 2
 
 
 def partition(x_BHWC: Tensor, window: int | None) -> tuple[Tensor, Grid]:
@@ -54,8 +57,8 @@ def partition(x_BHWC: Tensor, window: int | None) -> tuple[Tensor, Grid]:
     t_STC = x.reshape(batch * rows * columns, window * window, channels)
     y_inside = torch.arange(rows * window, device=x.device).reshape(rows, 1, window, 1) < height
     x_inside = torch.arange(columns * window, device=x.device).reshape(1, columns, 1, window) < width
-    hidden = torch.logical_not(y_inside & x_inside).to(x_BHWC.dtype) * HIDDEN
-    bias_1RT = hidden.reshape(1, rows * columns, window * window)
+    bias = x_BHWC.new_zeros(()).where(y_inside & x_inside, hidden(x_BHWC.dtype))
+    bias_1RT = bias.reshape(1, rows * columns, window * window)
     bias_S1T = bias_1RT.expand(batch, rows * columns, window * window).reshape(batch * rows * columns, 1, window * window)
     return t_STC, Grid(batch=batch, height=height, width=width, window=window, rows=rows, columns=columns, bias_S1T=bias_S1T)
 
