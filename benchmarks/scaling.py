@@ -1,11 +1,15 @@
-"""Latency and memory against image size: hybrid-s and its dense twin, deployed and in eager PyTorch, up to 4096 x 4096.
+"""Latency and memory against image size: a preset and its dense twin, deployed and in eager PyTorch, up to 4096 x 4096.
 
-    python benchmarks/scaling.py [--output runs/benchmark-scaling] [--sides 512 1024 2048 4096] [--limit 180] [--json]
+    python benchmarks/scaling.py [--model hybrid-s] [--answer labels] [--sides 512 1024 2048 4096] [--limit 180]
+                                 [--output runs/benchmark-scaling] [--json]
+
+The twin is the same network with attention over all tokens (`attention: dense`). Pixels go in; what comes out is each pixel's class, or
+with `--answer scores` float32 scores, 24 bytes a pixel.
 
 Every point is a process of its own, so that no point inherits memory of another: it opens the model, computes one small image (64 x 64),
 notes what is resident, then computes images of the point's size.
     ms       median of a call, after one that does not count (three to twenty calls, fewer where they take long)
-    MiB      resident memory at the most during these calls, beyond what was held before (the 24 bytes a pixel of float32 scores included)
+    MiB      resident memory at the most during these calls, beyond what was held before
 A point that does not end within --limit seconds, or for which memory does not suffice, is "cannot run", and larger ones of that kind are
 not tried; the next time it is tried again. Nothing that the engine compiles is taken from a cache, or the second time would take less
 memory than the first. Both are trained for 30 steps (speed does not depend on the weights, but an artefact of a random network is refused).
@@ -27,6 +31,7 @@ import resource
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from statistics import median
@@ -37,24 +42,30 @@ import numpy as np
 import muntin
 from kept import Row, kept_row, now
 from muntin.artifact import open_artifact
+from muntin.models import PRESETS, ModelConfig
 from muntin.runtime import describe_hardware
+from muntin.runtime.hardware import physical_cores
 from muntin.runtime.memory import watch_memory
 from muntin.runtime.profile import fill
 
 KINDS = ("hybrid int8", "hybrid bf16", "dense bf16", "dense eager")
-GOALS = {"slope": 1.05, "eager_over_hybrid_512": 20, "eager_over_hybrid_1024": 40}
+SLOPE = 1.05
+"""At the most, of time and memory."""
+RATIOS = {512: 20.0, 1024: 40.0}
+"""Goals: so many times as fast as the twin in eager FP32, by the image's side."""
+DENSE = {"attention": "dense"}
 STEPS = 30
 BUDGET_S = 20.0
 """Of one point's timed calls."""
 
 
-def prepare(output: Path) -> None:
+def prepare(output: Path, model: str) -> None:
     """Exports the three artefacts, where they are not there yet."""
     from resumed import demo_recipe, float_artifact, integer_artifact, trained
 
-    for name, kinds in (("hybrid-s", ("hybrid int8", "hybrid bf16")), ("dense-s", ("dense bf16",))):
+    for name, changes, kinds in (("hybrid", {}, ("hybrid int8", "hybrid bf16")), ("dense", DENSE, ("dense bf16",))):
         length = {"training.steps": STEPS, "training.validate_every": STEPS, "training.checkpoint_every": STEPS}
-        checkpoint = trained(demo_recipe({"model.name": name, **length}), output / name)
+        checkpoint = trained(demo_recipe({"model.name": model, "model.options": changes, **length}), output / name)
         for kind in kinds:
             (integer_artifact if kind.endswith("int8") else float_artifact)(checkpoint, artifact_of(output, kind))
 
@@ -63,28 +74,42 @@ def artifact_of(output: Path, kind: str) -> Path:
     return output / kind.replace(" ", "-")
 
 
-def session_of(output: Path, kind: str) -> Any:
+def session_of(output: Path, model: str, kind: str) -> Any:
     if kind != "dense eager":
         precision = "bf16" if "avx512_bf16" in (features := describe_hardware()["features"]) or "amx_bf16" in features else "f32"
-        return muntin.load(artifact_of(output, kind), precision=precision, shapes=[(1, 64, 64)], cache=False)
+        return muntin.load(artifact_of(output, kind), precision=precision, threads=physical_cores(), shapes=(), cache=False)
     import torch
 
+    torch.set_num_threads(physical_cores())
     torch.manual_seed(0)
     signature = open_artifact(artifact_of(output, "dense bf16")).manifest.signature
-    session = muntin.TorchSession(muntin.create_model("dense-s", classes=6), signature)
-    session(np.zeros((1, 64, 64, 3), np.uint8))
-    return session
+    return muntin.TorchSession(muntin.create_model(model, classes=len(signature.classes), options=DENSE), signature)
 
 
-def point(output: Path, kind: str, side: int) -> dict[str, Any]:
-    session = session_of(output, kind)
+def computed_by(session: Any, answer: str) -> Callable[[Any], Any]:
+    """Images to scores, or to the highest class of each pixel: by the engine, or as one writes it in PyTorch."""
+    if answer == "scores" or not isinstance(session, muntin.TorchSession):
+        return session if answer == "scores" else session.labels  # type: ignore[no-any-return]
+    import torch
+
+    def labels(images_BHWC: Any) -> Any:
+        with torch.inference_mode():
+            scores_BKHW = session.model(torch.from_numpy(images_BHWC).permute(0, 3, 1, 2).float())
+            return scores_BKHW.argmax(1).to(torch.uint8).numpy()
+
+    return labels
+
+
+def point(output: Path, model: str, answer: str, kind: str, side: int) -> Row:
+    session = session_of(output, model, kind)
     images = fill(open_artifact(artifact_of(output, "dense bf16")).golden()[0][0], (1, side, side))
-    times: list[float] = []
+    compute, times = computed_by(session, answer), list[float]()
+    compute(np.zeros((1, 64, 64, 3), np.uint8))
     with watch_memory() as watch:
-        session(images)
+        compute(images)
         while len(times) < 3 or (sum(times) < BUDGET_S * 1e3 and len(times) < 20):
             started = time.perf_counter()
-            session(images)
+            compute(images)
             times.append((time.perf_counter() - started) * 1e3)
             if sum(times) > 4 * BUDGET_S * 1e3:
                 break
@@ -92,16 +117,19 @@ def point(output: Path, kind: str, side: int) -> dict[str, Any]:
     return {"kind": kind, "side": side, "precision": session.precision, "ms": median(times), "mib": peak, "calls": len(times)}
 
 
-def measured(output: Path, kind: str, side: int, limit: float, hardware: Row) -> Row:
+def measured(output: Path, model: str, answer: str, kind: str, side: int, limit: float, hardware: Row) -> Row:
     """The point that is there, or a new one."""
-    settings = {"steps": STEPS, "budget_s": BUDGET_S, "cache": False}
-    path = output / f"{kind.replace(' ', '-')}-{side}.json"
-    return kept_row(path, settings, partial(measure, output, kind, side, limit, hardware["memory_gib"]), hardware=hardware)
+    structure = ModelConfig(**PRESETS[model]).model_dump(mode="json")
+    timing = {"budget_s": BUDGET_S, "threads": physical_cores(), "cache": False}
+    settings = {"model": model, "structure": structure, "answer": answer, "steps": STEPS, **timing}
+    path = output / f"{answer}-{kind.replace(' ', '-')}-{side}.json"
+    return kept_row(path, settings, partial(measure, output, model, answer, kind, side, limit, hardware["memory_gib"]), hardware=hardware)
 
 
-def measure(output: Path, kind: str, side: int, limit: float, memory_gib: float | None) -> Row:
+def measure(output: Path, model: str, answer: str, kind: str, side: int, limit: float, memory_gib: float | None) -> Row:
     """The point, measured in a new process with at most the machine's free memory; or why it cannot run."""
-    command = [sys.executable, __file__, "--output", str(output), "--point", kind, str(side)]
+    command = [sys.executable, __file__, "--output", str(output.parent), "--model", model, "--answer", answer]
+    command += ["--point", kind, str(side)]
     memory = int((memory_gib or 16) * 0.85 * 2**30)
 
     def bounded() -> None:
@@ -137,7 +165,21 @@ def summary(rows: list[dict[str, Any]]) -> dict[str, Any]:
     return {"slopes": slopes, "ratios": over}
 
 
-def print_tables(rows: list[dict[str, Any]], hardware: dict[str, Any]) -> None:
+def judge(found: dict[str, Any]) -> list[Row]:
+    """Each goal, what was found and whether it is met; a figure that is not there judges nothing."""
+    slopes, ratios = found["slopes"], found["ratios"]
+    wanted = [(f"slope of hybrid int8, {what}", slopes.get(f"hybrid int8, {what}"), SLOPE, False) for what in ("ms", "mib")]
+    for side, least in RATIOS.items():
+        name = f"dense eager over hybrid int8, {side}"
+        wanted.append((name, ratios.get(name), least, True))
+    return [
+        {"goal": name, "found": value, "wanted": limit, "met": None if value is None else (value >= limit if least else value <= limit)}
+        for name, value, limit, least in wanted
+    ]
+
+
+def print_tables(model: str, answer: str, rows: list[dict[str, Any]], hardware: dict[str, Any]) -> None:
+    print(f"{model} and its dense twin, pixels in and {answer} out")
     print(f"{'':<14}{'side':>6}{'precision':>11}{'ms':>11}{'MiB':>9}")
     for row in rows:
         if "cannot" in row:
@@ -145,38 +187,48 @@ def print_tables(rows: list[dict[str, Any]], hardware: dict[str, Any]) -> None:
             continue
         mib = "–" if row["mib"] is None else f"{row['mib']:,.0f}"
         print(f"{row['kind']:<14}{row['side']:>6}{row['precision']:>11}{row['ms']:>11,.1f}{mib:>9}")
-    for title, values in summary(rows).items():
+    found = summary(rows)
+    for title, values in found.items():
         print(f"\n{title}")
         for name, value in values.items():
             print(f"  {name:<36}{value:>8.2f}")
+    print()
+    for goal in judge(found):
+        told = "not measured" if goal["found"] is None else f"{goal['found']:.2f}"
+        print(f"{ {True: 'met', False: 'MISSED', None: '–'}[goal['met']]:<8}{goal['goal']}: {told} (goal {goal['wanted']:g})")
     print(f"\n{hardware['cpu']}, {hardware['physical_cores']} cores, {', '.join(hardware['features'])}; {hardware['created']}")
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", choices=[name for name in PRESETS if name.startswith("hybrid")], default="hybrid-s")
     parser.add_argument("--output", type=Path, default=Path("runs/benchmark-scaling"))
     parser.add_argument("--sides", type=int, nargs="+", default=[512, 1024, 2048, 4096])
     parser.add_argument("--limit", type=float, default=180.0, help="seconds that a point may take")
+    parser.add_argument("--answer", choices=["labels", "scores"], default="labels")
     parser.add_argument("--point", nargs=2, metavar=("KIND", "SIDE"), help="measure one point in this process and print it")
     parser.add_argument("--json", action="store_true", help="print one JSON document instead of the tables")
-    arguments = parser.parse_args()
-    if arguments.point:
-        print(json.dumps(point(arguments.output, arguments.point[0], int(arguments.point[1]))))
+    given = parser.parse_args()
+    output = given.output / given.model
+    if given.point:
+        print(json.dumps(point(output, given.model, given.answer, given.point[0], int(given.point[1]))))
         return
-    arguments.output.mkdir(parents=True, exist_ok=True)
-    prepare(arguments.output)
+    output.mkdir(parents=True, exist_ok=True)
+    prepare(output, given.model)
     machine = describe_hardware()
     rows: list[Row] = []
     for kind in KINDS:
-        for side in sorted(arguments.sides):
-            rows.append(measured(arguments.output, kind, side, arguments.limit, machine))
+        for side in sorted(set(given.sides)):
+            rows.append(measured(output, given.model, given.answer, kind, side, given.limit, machine))
             if "cannot" in rows[-1]:
                 break
     hardware = {**machine, "created": now()}
-    if arguments.json:
-        print(json.dumps({"benchmark": "scaling", "hardware": hardware, "rows": rows, **summary(rows), "goals": GOALS}, indent=1))
+    if given.json:
+        found = summary(rows)
+        document = {"model": given.model, "answer": given.answer, "hardware": hardware, "rows": rows, **found, "goals": judge(found)}
+        print(json.dumps({"benchmark": "scaling", **document}, indent=1))
     else:
-        print_tables(rows, hardware)
+        print_tables(given.model, given.answer, rows, hardware)
 
 
 if __name__ == "__main__":

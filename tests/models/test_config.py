@@ -29,6 +29,8 @@ def test_it_cannot_be_changed() -> None:
         ({"dims": (128, 64)}, "dim 64 must be a multiple of head_dim 64 and at least 128"),
         ({"mlp_ratio": 0.001}, "mlp_ratio=0.001 leaves nothing of dim 256: give at least 0.00390625"),
         ({"dims": (), "depths": ()}, "at least 1 item"),
+        ({"stem": (8, 16)}, "pairs has 2 entries for a stem of 2 stages: give one for each stage from stride 4 on, 1"),
+        ({"stem": (8,), "pairs": ()}, "at least 2 items"),
         ({"finest": 16}, "4 or 8"),
         ({"depths": (1, 0)}, "greater than or equal to 1"),
         ({"mlp_ratio": 0}, "greater than 0"),

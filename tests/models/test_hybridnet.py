@@ -28,6 +28,9 @@ VARIANTS: list[dict[str, Any]] = [
     {"finest": 8, "dims": (128,), "depths": (2,), "pairs": (1, 0)},
     {"pairs": (0, 0), "dims": (128,), "depths": (1,)},
     {"dims": (128, 192, 128), "depths": (1, 2, 1), "window": 3, "latents": 7},
+    {"stem": (8, 16), "pairs": (1,), "dims": (128,), "depths": (1,)},
+    {"stem": (8, 16), "pairs": (0,), "dims": (128,), "depths": (1,), "finest": 8},
+    {"stem": (8, 16), "pairs": (0,), "dims": (64, 128), "depths": (2, 1), "head_dim": 32, "finest": 8},
 ]
 
 

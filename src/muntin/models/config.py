@@ -19,12 +19,12 @@ class ModelConfig(BaseModel):
     classes: Annotated[int, Field(ge=1, le=255, description="K, the classes of segment and classify; unused by restore")] = 2
     channels: Annotated[int, Field(ge=1, le=16, description="channels of the input image")] = 3
     scale: Annotated[int, Field(ge=1, le=4, description="output size over input size; above 1 only for restore")] = 1
-    stem: tuple[Positive, Positive, Positive] = (16, 32, 64)
-    """Channels of the convolutional stages at strides 2, 4 and 8."""
-    pairs: tuple[Annotated[int, Field(ge=0)], Annotated[int, Field(ge=0)]] = (1, 1)
-    """Residual pairs at strides 4 and 8."""
+    stem: Annotated[tuple[Positive, ...], Field(min_length=2, max_length=3)] = (16, 32, 64)
+    """Channels of the convolutional stages at strides 2, 4 and, where it names three, 8."""
+    pairs: tuple[Annotated[int, Field(ge=0)], ...] = (1, 1)
+    """Residual pairs at stride 4 and, where there is that stage, at 8."""
     dims: Annotated[tuple[Positive, ...], Field(min_length=1)] = (256, 256)
-    """Channels of the attention stages at strides 16, 32, ..."""
+    """Channels of the attention stages at the strides that follow the stem: 16, 32, ... after three stages, 8, 16, ... after two."""
     depths: tuple[Positive, ...] = (4, 2)
     """Blocks of each attention stage."""
     attention: Literal["hybrid", "local", "global", "dense"] = "hybrid"
@@ -48,6 +48,11 @@ class ModelConfig(BaseModel):
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:
+        if len(self.pairs) != len(self.stem) - 1:
+            raise ValueError(
+                f"pairs has {len(self.pairs)} entries for a stem of {len(self.stem)} stages: give one for each stage from stride 4 on, "
+                f"{len(self.stem) - 1}"
+            )
         if len(self.dims) != len(self.depths):
             raise ValueError(f"dims names {len(self.dims)} attention stages and depths {len(self.depths)}: give as many of each")
         if self.scale != 1 and self.task != "restore":

@@ -4,6 +4,8 @@
                                               |                         |                       |
                                               +--- skips -------------> ProgressiveUpsampler <--+ -> PixelHead -> scores
 
+A stem of two stages ends at stride 4, and blocks begin at 8.
+
 An attention stage cuts its map into windows once and stays in that form for all of its blocks. Every size H, W >= 1 works:
 strided convolutions round up, the decoder cuts to its skips.
 
@@ -93,19 +95,22 @@ class HybridNet(nn.Module):
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.config = config
-        c2, c4, c8 = config.stem
+        c2, c4, *c8 = config.stem
         self.normalize = Normalize()
         self.stem = nn.Sequential(ConvUnit(config.channels, c2, stride=2), ConvUnit(c2, c4, stride=2))
         self.stage4 = nn.Sequential(*(ResidualPair(c4, gate=config.gate) for _ in range(config.pairs[0])))
-        self.stage8 = nn.Sequential(ConvUnit(c4, c8, stride=2), *(ResidualPair(c8, gate=config.gate) for _ in range(config.pairs[1])))
-        inputs = (c8, *config.dims)
+        if c8:
+            self.stage8 = nn.Sequential(
+                ConvUnit(c4, c8[0], stride=2), *(ResidualPair(c8[0], gate=config.gate) for _ in range(config.pairs[1]))
+            )
+        inputs = (config.stem[-1], *config.dims)
         self.stages = nn.ModuleList(
             AttentionStage(config, c, dim, depth) for c, dim, depth in zip(inputs[:-1], config.dims, config.depths, strict=True)
         )
         if config.task == "classify":
             self.head: nn.Module = nn.Linear(config.dims[-1], config.classes)
         else:
-            self.decoder = ProgressiveUpsampler([*reversed(config.dims), c8, c4][: self._levels], config.decoder)
+            self.decoder = ProgressiveUpsampler([*reversed(config.dims), *c8, c4][: self._levels], config.decoder)
             gain = GAIN if config.task == "segment" else 1.0
             self.head = PixelHead(config.decoder, config.outputs, config.finest * config.scale, gain)
         if config.task == "restore":
@@ -116,13 +121,12 @@ class HybridNet(nn.Module):
     @property
     def _levels(self) -> int:
         """Maps that the decoder reads, from the coarsest."""
-        return len(self.config.dims) + (2 if self.config.finest == 4 else 1)
+        return len(self.config.stem[1:]) + len(self.config.dims) - (0 if self.config.finest == 4 else 1)
 
     def forward(self, image_BCHW: Tensor) -> Tensor:
         height, width = image_BCHW.shape[2:]
         maps = [self.stage4(self.stem(self.normalize(image_BCHW)))]
-        maps.append(self.stage8(maps[-1]))
-        for stage in self.stages:
+        for stage in (*([self.stage8] if len(self.config.stem) > 2 else []), *self.stages):
             maps.append(stage(maps[-1]))
         if self.config.task == "classify":
             scores_BK: Tensor = self.head(maps[-1].mean((2, 3)))

@@ -91,7 +91,9 @@ def _value(entry: Schema, defs: dict[str, Schema]) -> str:
     if entry.get("type") == "array":
         if "prefixItems" in entry:
             return f"list of {len(entry['prefixItems'])}: {_value(entry['prefixItems'][0], defs)}"
-        return f"list: {_value(entry['items'], defs)}"
+        least, most = entry.get("minItems"), entry.get("maxItems")
+        count = "" if least is None or most is None else f" of {least} to {most}"
+        return f"list{count}: {_value(entry['items'], defs)}"
     if entry.get("format") == "path":
         return "path"
     return " ".join(filter(None, (_NAMES[entry["type"]], _range(entry))))
