@@ -169,7 +169,7 @@ def with_uper_decoder(preset: str, *, task: Task, classes: int, channels: int) -
     return model
 
 
-BASES = ("hybrid-xxs", "hybrid-xs", "hybrid-s")
+BASES = ("hybrid-xxs", "hybrid-xs", "hybrid-s", "hybrid-m")
 """Presets that can be taken apart."""
 KINDS = (without_position, with_convolutions, with_layer_norm, with_gelu, with_one_step_decoder, with_uper_decoder)
 

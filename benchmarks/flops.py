@@ -20,9 +20,11 @@ from typing import Any
 import torch
 from torch import nn
 
+from kept import now
 from muntin.deployment import image_macs
 from muntin.layers import Attention, DenseAttention, HybridAttention, ParallelBlock
 from muntin.models import create_model
+from muntin.runtime import describe_hardware
 
 CLAIM = 0.42
 HEAD, WINDOW, LATENTS = 64, 8, 32
@@ -102,7 +104,8 @@ def main() -> None:
     arguments = parser.parse_args()
     blocks, networks = block_rows(), network_rows()
     if arguments.json:
-        print(json.dumps({"benchmark": "flops", "claim": CLAIM, "blocks": blocks, "networks": networks}, indent=1))
+        hardware = {**describe_hardware(), "created": now()}
+        print(json.dumps({"benchmark": "flops", "hardware": hardware, "claim": CLAIM, "blocks": blocks, "networks": networks}, indent=1))
         return
     print(f"{'MLP':>4}{'C':>6}{'N':>8}{'dense MMAC':>13}{'hybrid MMAC':>13}{'saved':>8}   42 % from N =")
     for row in blocks:

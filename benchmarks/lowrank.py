@@ -29,7 +29,7 @@ from kept import Row, kept_row
 from muntin.compression import low_rank
 from muntin.compression.factored import full_ranks
 from muntin.compression.low_rank import factorize
-from muntin.compression.stages import calibration_of, compress_checkpoint, read_model, source_of
+from muntin.compression.stages import calibration_of, read_model, source_of
 from muntin.deployment.counting import parameter_count
 from muntin.models import TorchSession
 from muntin.runtime import describe_hardware
@@ -40,7 +40,7 @@ from muntin.training.config import CompressionConfig, LowRankConfig
 from muntin.training.evaluation import tile_of
 from muntin.training.loop import signature_of
 from muntin.training.recipe import load_recipe
-from resumed import trained
+from resumed import compressed, trained
 
 CRITERIA = ("cumulative", "energy", "activation")
 LAYERS: dict[str, tuple[nn.Linear | nn.Conv2d, tuple[int, int], tuple[int, ...]]] = {
@@ -74,7 +74,7 @@ def measure(checkpoint: Checkpoint, seed: int, stages: CompressionConfig, folder
     before = parameter_count(model)
     low_rank(calibration_of(checkpoint, source_of(checkpoint)), config)(model)
     at_once = score(checkpoint, model)
-    run = compress_checkpoint(checkpoint, folder, config=stages, until="low-rank", resume=True)
+    run = compressed(checkpoint, folder, stages, until="low-rank")
     after = score(checkpoint, read_model(read_checkpoint(run.stages[0].checkpoint)))
     return {
         "seed": seed, "criterion": config.criterion, "share": config.parameters, "parameters": parameter_count(model) / before,

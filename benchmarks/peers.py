@@ -21,7 +21,7 @@ and the test split chooses nothing. Columns:
     ms SIDE     median latency of one image, pixels in and scores out: all models of a seed in one process, in turns; mean over the seeds
     min, crops  what training took and saw; im/s of FP32 training; M parameters as trained; MB on disk as deployed; rate as tuned
 Below it the IoU of each class, every variant (a hybrid's float ones, too), and the goals, which are judged by the seeds that all models
-have. Beside the rows lies a picture of each source.
+have, those of score by two of them or more. Beside the rows lies a picture of each source.
 
 A row that is there already is not run again, and training that was interrupted by Ctrl-C goes on where it stood (a search begins anew).
 Rows of another machine, or of other threads, crops or batches, are refused. A model that fails is left out with the reason, and is tried
@@ -40,6 +40,7 @@ import sys
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
+from importlib.util import find_spec
 from pathlib import Path
 from typing import get_args
 
@@ -47,9 +48,10 @@ import torch
 
 from muntin.data.config import SourceName
 from muntin.errors import MuntinError
-from muntin.models.presets import PRESETS
+from muntin.models import PRESETS, ModelConfig
 from muntin.runtime import describe_hardware
 from muntin.training.precision import resolve_precision
+from options import at_least
 from segmentation_peers.budget import Budget, Interrupted, Setting, recipe_for, train_whole
 from segmentation_peers.deployment import Variant, deploy, parameters_of, score_variants
 from segmentation_peers.latency import measure_latency
@@ -64,7 +66,10 @@ SEARCH_SHARE, SEARCH_SEED = 1 / 4, 0
 PROTOCOL = 4
 """Of rows: 2 since minutes are kept by the schedule, and rates chosen on strips of the training split; 3 since Muon trains; 4 since crops
 are flipped upside down, too."""
-PACKAGES = ("segmentation-models-pytorch", "timm", "nncf")
+SMALLEST = 128
+"""Side in pixels, of crops and of images: PAN takes no smaller ones."""
+PACKAGES = {"segmentation-models-pytorch": "segmentation_models_pytorch", "timm": "timm", "nncf": "nncf"}
+"""Of the extra `bench`, with the modules that they bring."""
 
 
 class Refused(Exception):  # noqa: N818 - of a row, said in one line
@@ -100,7 +105,8 @@ class Comparison:
 
     def _machine(self, entry: Entry | None) -> Row:
         hardware = describe_hardware()
-        structure = {"structure": PRESETS[entry.model]} if entry is not None and entry.model in PRESETS else {}
+        preset = PRESETS.get(entry.model) if entry is not None else None
+        structure = {} if preset is None else {"structure": ModelConfig(**preset).model_dump(mode="json")}
         return {
             "protocol": PROTOCOL,
             **{key: hardware[key] for key in ("cpu", "cores", "features", "openvino", "torch")},
@@ -198,8 +204,10 @@ class Comparison:
                 print(f"{self.budget.name}, {self.setting.source}, seed {seed}: {entry.name}", file=sys.stderr)
                 try:
                     mine.append(self.model(entry, seed))
-                except (MuntinError, RuntimeError, ValueError) as error:  # the last two as PyTorch, OpenVINO and NNCF raise them
-                    left_out.append(f"{entry.name}, seed {seed}: {error}")
+                except (Interrupted, Refused):
+                    raise
+                except Exception as error:  # noqa: BLE001 - NNCF's own kinds have no other base; it is told, and other models go on
+                    left_out.append(f"{entry.name}, seed {seed}: {type(error).__name__}: {error}")
                     print(f"left out  {left_out[-1]}", file=sys.stderr)
             if mine:
                 latencies[seed] = self.latency(mine, seed)
@@ -259,14 +267,22 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--minutes", type=float, help="wall-clock minutes of training (4 unless --samples is given)")
     parser.add_argument("--samples", type=int, help="crops seen in training")
-    parser.add_argument("--sides", type=int, nargs="+", default=[512, 1024], help="of the images that latency is measured on, pixels")
-    parser.add_argument("--rounds", type=int, default=30, help="timed calls of each model and size")
-    parser.add_argument("--threads", type=int, default=2, help="of training and of the deployed models")
-    parser.add_argument("--crop", type=int, default=256, help="side of the training crops, pixels (from 128: PAN takes no smaller ones)")
-    parser.add_argument("--batch", type=int, default=8, help="crops a step")
+    parser.add_argument(
+        "--sides", type=at_least(SMALLEST), nargs="+", default=[512, 1024], help="of the images that latency is measured on, pixels"
+    )
+    parser.add_argument("--rounds", type=at_least(1), default=30, help="timed calls of each model and size")
+    parser.add_argument("--threads", type=at_least(1), default=2, help="of training and of the deployed models")
+    parser.add_argument("--crop", type=at_least(SMALLEST), default=256, help=f"side of the training crops, pixels (from {SMALLEST})")
+    parser.add_argument("--batch", type=at_least(1), default=8, help="crops a step")
     parser.add_argument("--output", type=Path, default=Path("runs/benchmark-peers"))
     parser.add_argument("--json", action="store_true", help="print one JSON document instead of the tables")
     given = parser.parse_args()
+    if given.minutes is not None and not given.minutes > 0:
+        parser.error(f"--minutes {given.minutes:g}: give more than 0")
+    if given.samples is not None and given.samples * SEARCH_SHARE < given.batch:
+        parser.error(f"--samples {given.samples}: a search takes {SEARCH_SHARE:g} of them: give at least {given.batch / SEARCH_SHARE:g}")
+    if missing := [name for name, module in PACKAGES.items() if find_spec(module) is None]:
+        sys.exit(f"{parser.prog}: {', '.join(missing)} missing: pip install '.[bench]'")
     minutes = 4.0 if given.minutes is None and given.samples is None else given.minutes
     budgets = [Budget(minutes=minutes)] if minutes is not None else []
     budgets += [Budget(samples=given.samples)] if given.samples is not None else []
@@ -279,7 +295,7 @@ def main() -> None:
                 setting=Setting(
                     source=source, crop=given.crop, batch_size=given.batch, precision=precision, threads=given.threads
                 ),
-                budget=budget, sides=tuple(given.sides), rounds=given.rounds,
+                budget=budget, sides=tuple(dict.fromkeys(given.sides)), rounds=given.rounds,
                 folder=given.output / budget.name / source.replace(":", "-"),
             )  # fmt: skip
             try:

@@ -36,7 +36,7 @@ from PIL import Image
 import muntin
 from kept import now, write_whole
 from muntin.compression import freeze, prepare_qat
-from muntin.compression.stages import calibration_of, compress_checkpoint, read_model, source_of
+from muntin.compression.stages import calibration_of, read_model, source_of
 from muntin.models import TorchSession
 from muntin.runtime import describe_hardware
 from muntin.training import Checkpoint, read_checkpoint
@@ -44,7 +44,7 @@ from muntin.training.config import CompressionConfig, StageConfig
 from muntin.training.evaluation import tile_of
 from muntin.training.loop import signature_of
 from muntin.training.recipe import Recipe, load_recipe, parse_recipe
-from resumed import trained
+from resumed import compressed, trained
 
 PERCENTILE = 99.99
 SHARES = {"earth": 0.3, "digits": 0.25}
@@ -124,7 +124,7 @@ def quantised(task: str, way: str, checkpoint: Checkpoint, folder: Path) -> Any:
             mix=StageConfig(share=mixed, learning_rate=RATES[task]),
         )
         place = folder / way.replace(" ", "-")
-        run = compress_checkpoint(checkpoint, place, config=config, resume=True)
+        run = compressed(checkpoint, place, config)
         model = read_model(read_checkpoint(run.checkpoint))
     freeze(calibration)(model)
     return model

@@ -14,11 +14,12 @@ import muntin
 from kept import Row
 from muntin.artifact import Artifact, open_artifact
 from muntin.compression import Change, fold, freeze, prepare_qat, remove_closed_channels
-from muntin.compression.stages import calibration_of, source_of
+from muntin.compression.stages import CompressionRun, Stage, calibration_of, compress_checkpoint, source_of
 from muntin.deployment.assessment import REVISION
 from muntin.errors import ArtifactError
 from muntin.training import Checkpoint, read_checkpoint
 from muntin.training.checkpoint import AVERAGE, checkpoints_in
+from muntin.training.config import CompressionConfig
 from muntin.training.loop import signature_of
 from muntin.training.recipe import Recipe, load_recipe
 from muntin.training.resuming import changes as changed
@@ -51,6 +52,14 @@ def _of_recipe(checkpoint: Checkpoint, recipe: Recipe) -> Checkpoint:
     if what := changed(checkpoint, recipe):
         raise SystemExit(f"{checkpoint.path} was trained by another recipe ({what}): give another --output")
     return checkpoint
+
+
+def compressed(checkpoint: Checkpoint, folder: Path, config: CompressionConfig, until: Stage = "mixed") -> CompressionRun:
+    """The recipe's stages on a checkpoint, gone on with where they stand. Ctrl-C ends the program: what is there is not their result."""
+    run = compress_checkpoint(checkpoint, folder, config=config, until=until, resume=True)
+    if run.interrupted:
+        raise SystemExit(f"interrupted while it compressed in {folder}: the same command goes on from there")
+    return run
 
 
 def float_artifact(checkpoint: Checkpoint, path: Path) -> Artifact:

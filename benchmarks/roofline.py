@@ -20,8 +20,8 @@ Then the kinds, by the engine's own counters (medians; whatever no kernel accoun
     of ceiling the time that the multiply-adds would take at the ceiling of the precision that each kernel ran in, over its time
     of roof    the same, where the bytes at the speed of a copy may be what takes longer (more than 100 %: they came from a cache)
 Latency includes writing float32 scores, 6 MB at 512 x 512. `others`: cores' worth of CPU time that other processes used meanwhile; a row
-is only worth something where that is near 0. A row that is there already is not measured again. Time on two cores: about a minute a
-preset to train and export, then half a minute a row. Run it alone.
+is only worth something where that is near 0. A row that is there already is not measured again; one of another machine, or of another
+structure of that name, is refused. Time on two cores: about a minute a preset to train and export, then half a minute a row. Run it alone.
 """
 
 from __future__ import annotations
@@ -37,8 +37,8 @@ import torch
 
 from kept import Row, kept_row
 from muntin.deployment import image_macs
-from muntin.models.presets import PRESETS
-from muntin.runtime import load
+from muntin.models import PRESETS, ModelConfig
+from muntin.runtime import describe_hardware, load
 from muntin.runtime.ceilings import Ceilings, measure_ceilings
 from muntin.runtime.contention import watch_cpu
 from muntin.runtime.hardware import physical_cores
@@ -194,14 +194,14 @@ def main() -> None:
     parser.add_argument("--json", action="store_true", help="print one JSON document instead of the tables")
     arguments = parser.parse_args()
     settings = {"threads": arguments.threads, "rounds": arguments.rounds}
+    machine = describe_hardware()
     rows: list[Row] = []
     for preset in arguments.presets:
         folder = arguments.output / preset
-        structure = json.loads(json.dumps(PRESETS[preset]))  # a row is of this network, whatever the name comes to mean
+        structure = ModelConfig(**PRESETS[preset]).model_dump(mode="json")  # a row is of this network, whatever the name comes to mean
         for side in arguments.sides:
-            rows.append(
-                kept_row(folder / f"{side}.json", {**settings, "model": structure}, partial(measure, preset, side, folder, **settings))
-            )
+            measured = partial(measure, preset, side, folder, **settings)
+            rows.append(kept_row(folder / f"{side}.json", {**settings, "model": structure}, measured, hardware=machine))
     if arguments.json:
         judgements = [{"preset": row["preset"], "side": row["side"], "met": judged(row)} for row in rows]
         print(json.dumps({"benchmark": "roofline", "rows": rows, "goals": GOALS, "judged": judgements}, indent=1))

@@ -5,10 +5,12 @@
 One server (`muntin serve`, two threads, on all cores: with one thread OpenVINO 2026.4 does not raise what it fails at), one load generator
 (on the last core): Poisson arrivals of 512 x 512 pictures at `--share` of what the server can do. First without swaps, for what is normal,
 for 40 s, and for two minutes more, in which Poisson's bursts make some answers late without any swap; then with 20 versions that are
-loaded through the repository API one after the other. Sixteen are sound, and each answers differently; one has an altered file, one does
-not compute its golden answers, one lacks its weights; and one passes every check, takes over, and then its engine fails at every request.
-Every answer is compared with what the versions answer. Goal: none failed, none wrong, none later than the normal p99 + 50 ms; and every
-sound version takes over, every broken one is refused, and the one that fails is sent back.
+loaded through the repository API one after the other. Fifteen are sound, and each answers differently; one has an altered file, one does
+not compute its golden answers, one lacks its weights. Two pass every check and take over: then the engine of one raises an error at every
+request, and the process of the other's is killed (SIGKILL) while it computes one (an engine that dies between two requests is begun again
+by the next, and its version stays). Requests go on all the while, and what fails or is late by it counts as at any other time. Every answer
+is compared with what the versions answer. Goal: none failed, none wrong, none later than the normal p99 + 50 ms; and every sound version
+takes over, every broken one is refused, and the two whose engines fail and die are sent back.
 
 Then a small classifier is swapped `--memory-swaps` times under light load while the resident memory of the server and of its engine's
 process is read, each time when the old version's process has ended, or after some seconds: by how much does it grow over the second half?
@@ -30,6 +32,7 @@ import time
 import urllib.error
 import urllib.request
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from functools import partial
 from itertools import combinations
@@ -54,10 +57,13 @@ SPREAD = 0.01
 ENDS_S = 10.0
 """What the process of an old version's engine has to end in before memory is read."""
 QUARTERS = 4
+COMPUTES_S, LOOK_S, LOOKS = 10.0, 0.001, 3
+"""What the engine that is to be killed has to be asked something in, the pause between two looks at it, and how many in a row have to find
+it busy: its threads may spin for a moment when a call has ended."""
 MARK = 7
-"""The first byte of every picture that is sent: what the engine of the version that dies fails at."""
-PLAN = [kind for broken in ("altered", "golden", "dies", "missing") for kind in ("sound", "sound", "sound", broken)] + ["sound"] * 4
-DUE = {"sound": "took over", "altered": "refused", "golden": "refused", "missing": "refused", "dies": "sent back"}
+"""The first byte of every picture that is sent: what the engine of the version that fails fails at."""
+PLAN = [kind for broken in ("altered", "golden", "dies", "missing", "fails") for kind in ("sound", "sound", "sound", broken)]
+DUE = {"sound": "took over", "altered": "refused", "golden": "refused", "missing": "refused", "dies": "sent back", "fails": "sent back"}
 """What is to become of a version of each kind."""
 
 
@@ -71,7 +77,7 @@ class AnyVersion(Exchange):
         return any(same(answers[which], came, self.dtype, spread=SPREAD) for answers in self.versions)
 
 
-def make_dying(sound: Path, path: Path) -> Path:
+def make_failing(sound: Path, path: Path) -> Path:
     """The same model with a step behind it that cannot be done where a picture starts with `MARK`; golden and warm-up pictures pass."""
     artifact = open_artifact(sound)
     model = onnx.load_model_from_string(artifact.model_bytes())
@@ -107,11 +113,11 @@ def make_dying(sound: Path, path: Path) -> Path:
 
 
 def make(kind: str, sound: Path, new: Path) -> Path:
-    """A version of one kind beside the directory of versions."""
+    """A version of one kind beside the directory of versions. One that dies is sound: `kill_engine` sees to the rest."""
     shutil.rmtree(new, ignore_errors=True)
     new.parent.mkdir(exist_ok=True)
-    if kind == "dies":
-        make_dying(sound, new)
+    if kind == "fails":
+        make_failing(sound, new)
     else:
         shutil.copytree(sound, new)
     weights = new / "weights.safetensors"
@@ -153,6 +159,38 @@ def read_index(port: int, output: Path) -> list[Row]:
     with open_local(f"http://{HOST}:{port}/v2/repository/index", b"{}", timeout=60) as answer:
         index: list[Row] = json.loads(answer.read().decode().replace(f"{output}/", ""))
     return index
+
+
+def kill_engine(server: int, before: set[int]) -> None:
+    """Kills the engine that a server has begun beside the processes of `before`, when it computes. Raises RuntimeError where there is none,
+    or nothing is asked of it."""
+    started = [pid for pid in family(server).keys() - before if "engine_host" in command_of(pid)]
+    if len(started) != 1:
+        raise RuntimeError(f"the engine of the version that is to die: {len(started)} processes were begun for it, not one")
+    (engine,) = started
+    end, busy = time.monotonic() + COMPUTES_S, 0
+    while busy < LOOKS:
+        if time.monotonic() > end:
+            raise RuntimeError(f"the engine of the version that is to die: it was asked nothing in {COMPUTES_S:g} s")
+        time.sleep(LOOK_S)
+        busy = busy + 1 if computes(engine) else 0
+    os.kill(engine, signal.SIGKILL)
+
+
+def command_of(process: int) -> str:
+    with suppress(OSError):
+        return Path(f"/proc/{process}/cmdline").read_text(encoding="utf-8", errors="replace")
+    return ""
+
+
+def computes(process: int) -> bool:
+    """Whether one of its threads has a core, or waits for one."""
+    with suppress(OSError):  # it ends meanwhile
+        for thread in Path(f"/proc/{process}/task").glob("[0-9]*"):
+            # A name stands before this in brackets, and may hold blanks and brackets.
+            if (thread / "stat").read_text(encoding="utf-8", errors="replace").rpartition(")")[2].split()[0] == "R":
+                return True
+    return False
 
 
 def sent_back(index: list[Row]) -> set[str]:
@@ -209,10 +247,13 @@ def swaps(output: Path, share: float, cores: tuple[set[int], set[int]]) -> Row:
     back: set[str] = set()
     stop, port = threading.Event(), free_port()
 
-    def change() -> None:
+    def change(pid: int) -> None:
         for number, (kind, new) in enumerate(zip(PLAN, made, strict=True), 2):
             new.rename(models / str(number))
+            before = set(family(pid))
             status, seconds = load_version(port, workload.name, number)
+            if kind == "dies" and status == 200:
+                kill_engine(pid, before)
             loads.append({"version": number, "kind": kind, "status": status, "seconds": seconds})
             print(f"  version {number:>2} {kind:<8} {status} {seconds:.1f} s", file=sys.stderr)
             if stop.wait(2.0):
@@ -222,13 +263,13 @@ def swaps(output: Path, share: float, cores: tuple[set[int], set[int]]) -> Row:
     os.sched_setaffinity(0, cores[1])
     server = running(_server(workload, models, port), port, cores=cores[0], log=output / "server.log", variables=_cache(output))
     # The server ends before the thread is waited for: what it asks then fails.
-    with ThreadPoolExecutor(1) as pool, server, Load(port, found) as load:
+    with ThreadPoolExecutor(1) as pool, server as process, Load(port, found) as load:
         most = load.closed(concurrency=4, seconds=6)["answers_per_s"]
         rate = share * most
         normal = load.open(rate=rate, seconds=40, objective_ms=1000)
         late_ms = normal["p99_ms"] + LATER_MS
         control = _together([load.open(rate=rate, seconds=20, objective_ms=late_ms, seed=101 + n, warm=0.0) for n in range(CONTROL)])
-        changing = pool.submit(change)
+        changing = pool.submit(change, process.pid)
         parts = []
         try:
             while not changing.done():

@@ -6,7 +6,6 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Literal
 
-import segmentation_models_pytorch as smp
 from torch import nn
 
 from muntin.models.foreign import IMAGENET_MEAN, IMAGENET_STD, DividedSides, ForeignModel
@@ -37,6 +36,8 @@ class Entry:
 
 def _peer(architecture: str, encoder: str, *, task: str, classes: int, channels: int) -> nn.Module:
     """A model of segmentation_models_pytorch, randomly initialised, that takes raw pixels 0-255 of any size."""
+    import segmentation_models_pytorch as smp
+
     if task != "segment":
         raise ValueError(f"task '{task}': {architecture} segments")
     model = smp.create_model(architecture, encoder_name=encoder, encoder_weights=None, in_channels=channels, classes=classes)

@@ -1,0 +1,486 @@
+"""What the commands under `benchmarks/` make of rows: goals, differences, what is kept and what is left out. Nothing is measured.
+
+None of it needs the extra `bench`, nor do the modules at their import.
+"""
+
+from __future__ import annotations
+
+import importlib
+import json
+import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from types import ModuleType
+from typing import Any, NoReturn
+
+import pytest
+
+Row = dict[str, Any]
+FOLDER = Path(__file__).parents[1] / "benchmarks"
+PEERS = (
+    "pan-mobilenet-v2",
+    "segformer-mit-b0",
+    "linknet-resnet18",
+    "unet-resnet18",
+    "fpn-efficientvit-b0",
+    "fpn-mobilenetv4-conv-small",
+    "deeplabv3plus-efficientnet-b0",
+)
+HERE: Row = {"cpu": "this", "cores": 2, "features": ["avx2"], "openvino": "1", "torch": "2", "memory_gib": 8}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def path_of_the_benchmarks() -> Iterator[None]:
+    """Their modules can be imported, and are forgotten afterwards."""
+    before = set(sys.modules)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(str(FOLDER))
+        yield
+    for module in set(sys.modules) - before:
+        if (getattr(sys.modules[module], "__file__", None) or "").startswith(str(FOLDER)):
+            del sys.modules[module]
+
+
+@pytest.fixture
+def report() -> ModuleType:
+    return importlib.import_module("segmentation_peers.report")
+
+
+@pytest.fixture
+def peers() -> ModuleType:
+    return importlib.import_module("peers")
+
+
+@pytest.fixture
+def ablation() -> ModuleType:
+    return importlib.import_module("ablation")
+
+
+@pytest.fixture
+def kept() -> ModuleType:
+    return importlib.import_module("kept")
+
+
+def summed(model: str, miou: float, ms: float, spread: float | None) -> Row:
+    """Of a row of `summarise` what is judged."""
+    figures = {"miou": {"mean": miou, "spread": spread}, "ms": {"512": {"mean": ms, "spread": None}}}
+    return {"model": model, "hybrid": model.startswith("hybrid"), **figures}
+
+
+def field(*, hybrid: float = 0.70, hybrid_ms: float = 4.0, best_ms: float = 20.0, spread: float | None = 0.01) -> list[Row]:
+    """A hybrid; the best peer, with .66; the fastest one, in 9 ms unless the best is faster; the others."""
+    best, fastest, *others = PEERS
+    rows = [summed("hybrid-xxs", hybrid, hybrid_ms, spread), summed(best, 0.66, best_ms, spread), summed(fastest, 0.60, 9.0, spread)]
+    return rows + [summed(name, 0.55, 12.0, spread) for name in others]
+
+
+def verdicts(goals: Sequence[Row]) -> list[bool | None]:
+    return [goal["met"] for goal in goals]
+
+
+def test_a_variant_may_be_deployed_within_half_a_point_of_floats_on_the_validation_split(report: ModuleType) -> None:
+    scores = {"float f32": 0.5, "float bf16": 0.52, "int8 f32": 0.4951, "int8 bf16": 0.4949}
+    variants = {name: {"validation": score, "test": 0.0} for name, score in scores.items()}
+    assert report.admitted(variants) == ["float f32", "float bf16", "int8 f32"]
+
+
+def trained(model: str, seed: int, **tests: float) -> Row:
+    """A row of a model with what `summarise` reads; a variant a test score."""
+    sizes = {"float": 4000, "small": 1000}
+    variants: Row = {}
+    for name, test in tests.items():
+        variants[name] = {"validation": test / 2, "test": test, "iou": {"sea": test, "ice": None}, "bytes": sizes[name]}
+    figures = {"minutes": 2.0 + seed, "samples": 100, "images_per_s": 10.0, "parameters": 5, "learning_rate": 0.004}
+    return {"model": model, "seed": seed, "variants": variants, **figures}
+
+
+def test_a_summary_is_of_the_variant_that_each_seed_deploys(report: ModuleType) -> None:
+    rows = [
+        trained("hybrid-xxs", 0, float=0.71, small=0.72),
+        trained("hybrid-xxs", 1, float=0.70, small=0.60),
+        trained("pan-mobilenet-v2", 1, float=0.66),
+    ]
+    latencies = {
+        0: {
+            "chosen": {"hybrid-xxs": "small"},
+            "ms": {"512": {"hybrid-xxs": 4.0}},
+            "variants": {"hybrid-xxs": {"float": 7.0, "small": 4.0}},
+        },
+        1: {
+            "chosen": {"hybrid-xxs": "float", "pan-mobilenet-v2": "float"},
+            "ms": {"512": {"hybrid-xxs": 6.0, "pan-mobilenet-v2": 20.0}},
+            "variants": {"hybrid-xxs": {"float": 6.0, "small": 5.0}, "pan-mobilenet-v2": {"float": 20.0}},
+        },
+    }
+    hybrid, peer = report.summarise(rows, latencies)
+    assert (hybrid["model"], hybrid["hybrid"], hybrid["seeds"], hybrid["deployed"]) == ("hybrid-xxs", True, [0, 1], ["small", "float"])
+    assert hybrid["miou"]["mean"] == pytest.approx(0.71)
+    assert hybrid["miou"]["spread"] == pytest.approx(0.02 / 2**0.5)
+    assert hybrid["iou"]["sea"]["mean"] == pytest.approx(0.71)
+    assert hybrid["iou"]["ice"] == {"mean": None, "spread": None}
+    assert hybrid["ms"]["512"]["mean"] == 5.0
+    assert hybrid["variants"]["small"]["test"]["mean"] == pytest.approx(0.66)
+    assert hybrid["variants"]["small"]["validation"]["mean"] == pytest.approx(0.33)
+    assert hybrid["variants"]["small"]["ms"]["mean"] == 4.5
+    assert (hybrid["bytes"], hybrid["minutes"]) == (2500, 2.5)
+    assert (peer["model"], peer["hybrid"], peer["seeds"]) == ("pan-mobilenet-v2", False, [1])
+    assert peer["miou"] == {"mean": 0.66, "spread": None}
+    assert peer["ms"] == {"512": {"mean": 20.0, "spread": None}}
+
+
+def test_one_seed_judges_no_score(report: ModuleType) -> None:
+    goals = report.judge(field(spread=None), "earth")
+    assert [goal["goal"] for goal in goals] == [
+        "a hybrid has the best mIoU, by more than both spreads",
+        "by at least 0.02",
+        "512²: a hybrid reaches the best peer in a quarter of its time, and half of the fastest peer's",
+    ]
+    assert verdicts(goals) == [None, None, True]
+    assert goals[0]["told"] == goals[1]["told"] == "hybrid-xxs 0.7000, pan-mobilenet-v2 0.6600: +0.0400"
+
+
+@pytest.mark.parametrize(
+    ("hybrid", "spread", "met"),
+    [
+        (0.70, 0.01, [True, True, True]),
+        (0.70, 0.03, [False, True, True]),
+        (0.67, 0.001, [True, False, True]),
+    ],
+)
+def test_several_seeds_judge_the_lead_by_both_spreads(report: ModuleType, hybrid: float, spread: float, met: list[bool]) -> None:
+    goals = report.judge(field(hybrid=hybrid, spread=spread), "earth")
+    assert verdicts(goals) == met
+    assert goals[0]["told"] == f"hybrid-xxs {hybrid:.4f} ± {spread:.4f}, pan-mobilenet-v2 0.6600 ± {spread:.4f}: {hybrid - 0.66:+.4f}"
+
+
+def test_a_lead_is_asked_on_earth_alone(report: ModuleType) -> None:
+    assert verdicts(report.judge(field(), "earth:climate")) == [True, True]
+
+
+@pytest.mark.parametrize(
+    ("hybrid_ms", "best_ms", "most", "met"),
+    [(4.4, 20.0, 4.5, True), (4.6, 20.0, 4.5, False), (4.4, 16.0, 4.0, False), (2.1, 8.0, 2.0, False), (1.9, 8.0, 2.0, True)],
+)
+def test_a_hybrid_is_to_take_a_quarter_of_the_best_and_half_of_the_fastest(
+    report: ModuleType, hybrid_ms: float, best_ms: float, most: float, met: bool
+) -> None:
+    goal = report.judge(field(hybrid_ms=hybrid_ms, best_ms=best_ms), "earth")[-1]
+    best = f"pan-mobilenet-v2 0.6600 ± 0.0100 in {best_ms:.2f} ms"
+    fastest = best if best_ms < 9 else "segformer-mit-b0 0.6000 ± 0.0100 in 9.00 ms"
+    asked = f"best peer {best}, fastest {fastest}: at most {most:.2f} ms"
+    assert goal["told"] == f"{asked}; hybrid-xxs 0.7000 ± 0.0100 in {hybrid_ms:.2f} ms"
+    assert goal["met"] is met
+
+
+def test_a_hybrid_that_is_behind_misses_everything(report: ModuleType) -> None:
+    goals = report.judge(field(hybrid=0.64), "earth")
+    assert verdicts(goals) == [False, False, False]
+    assert goals[0]["told"].endswith(": -0.0200")
+    assert goals[2]["told"].endswith(": at most 4.50 ms; no hybrid reaches the best peer")
+
+
+def test_goals_say_how_many_peers_they_are_judged_by_where_some_are_missing(report: ModuleType) -> None:
+    told = [goal["told"] for goal in report.judge(field()[:3], "earth")]
+    assert [text.rpartition("; ")[2] for text in told] == ["against 2 of 7 peers"] * 3
+    assert not any("against" in goal["told"] for goal in report.judge(field(), "earth"))
+
+
+@pytest.mark.parametrize("kind", ["hybrid", "peer"])
+def test_without_one_of_each_there_is_nothing_to_judge(report: ModuleType, kind: str) -> None:
+    alone = [row for row in field() if row["hybrid"] is (kind == "hybrid")]
+    assert report.judge(alone, "earth") == [{"goal": "hybrids against peers", "met": None, "told": "needs at least one of each"}]
+
+
+@pytest.mark.parametrize(
+    ("made", "common"),
+    [([], []), ([("a", 1), ("a", 0)], [0, 1]), ([("a", 0), ("a", 1), ("b", 1), ("b", 2)], [1]), ([("a", 0), ("b", 1)], [])],
+)
+def test_goals_are_judged_by_the_seeds_of_all_models(peers: ModuleType, made: list[tuple[str, int]], common: list[int]) -> None:
+    assert peers.seeds_of_all([{"model": model, "seed": seed} for model, seed in made]) == common
+
+
+class OddError(Exception):
+    """As NNCF raises its own: of no kind but Exception."""
+
+
+def fail(peers: ModuleType, folder: Path, monkeypatch: pytest.MonkeyPatch, error: Exception) -> Row:
+    """What a comparison of a peer over two seeds says where making a model raises an error."""
+
+    def model(self: object, entry: object, seed: int) -> NoReturn:
+        raise error
+
+    monkeypatch.setattr(peers.Comparison, "model", model)
+    setting = peers.Setting(source="earth", crop=256, batch_size=8, precision="fp32", threads=1)
+    comparison = peers.Comparison(setting=setting, budget=peers.Budget(minutes=1.0), sides=(512,), rounds=1, folder=folder)
+    found: Row = comparison.run([peers.ENTRIES["pan-mobilenet-v2"]], [0, 1])
+    return found
+
+
+@pytest.mark.parametrize("kind", [OddError, RuntimeError])
+def test_a_model_that_fails_is_left_out_with_the_kind_and_the_text(
+    peers: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: type[Exception]
+) -> None:
+    found = fail(peers, tmp_path, monkeypatch, kind("no scales"))
+    assert found["left_out"] == [f"pan-mobilenet-v2, seed {seed}: {kind.__name__}: no scales" for seed in (0, 1)]
+    assert found["rows"] == found["summary"] == found["latencies"] == []
+
+
+@pytest.mark.parametrize("kind", ["Interrupted", "Refused"])
+def test_what_ends_a_comparison_goes_through(peers: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str) -> None:
+    with pytest.raises(getattr(peers, kind)):
+        fail(peers, tmp_path, monkeypatch, getattr(peers, kind)())
+
+
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        (["--sides", "512", "64"], "argument --sides: 64: give at least 128"),
+        (["--crop", "96"], "argument --crop: 96: give at least 128"),
+        (["--rounds", "0"], "argument --rounds: 0: give at least 1"),
+        (["--threads", "0"], "argument --threads: 0: give at least 1"),
+        (["--batch", "0"], "argument --batch: 0: give at least 1"),
+        (["--minutes", "0"], "--minutes 0: give more than 0"),
+        (["--minutes", "nan"], "--minutes nan: give more than 0"),
+        (["--samples", "31"], "--samples 31: a search takes 0.25 of them: give at least 32"),
+    ],
+)
+def test_peers_refuse_impossible_numbers_at_once(
+    peers: ModuleType, words: list[str], told: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["peers.py", *words])
+    monkeypatch.setattr(peers, "find_spec", lambda module: None)  # what is not refused ends there
+    with pytest.raises(SystemExit) as ended:
+        peers.main()
+    assert ended.value.code == 2
+    assert capsys.readouterr().err.endswith(f"\npeers.py: error: {told}\n")
+
+
+def test_peers_name_the_packages_that_are_missing_at_once(peers: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "argv", ["peers.py", "--samples", "32"])
+    monkeypatch.setattr(peers, "find_spec", lambda module: None if module in ("nncf", "segmentation_models_pytorch") else module)
+    with pytest.raises(SystemExit) as ended:
+        peers.main()
+    assert ended.value.code == "peers.py: segmentation-models-pytorch, nncf missing: pip install '.[bench]'"
+
+
+def test_a_difference_has_the_standard_error_of_its_mean(ablation: ModuleType) -> None:
+    found = ablation.difference([1.0, 2.0, 3.0])
+    assert (found.mean, found.error) == (2.0, pytest.approx(3**-0.5))
+    assert ablation.difference([2.0]) == ablation.Difference(mean=2.0, error=None)
+
+
+@pytest.mark.parametrize(
+    ("points", "slower", "said"),
+    [
+        ((-3.0, None), (9.0, None), "one seed: none"),
+        ((-0.5, 0.2), (0.0, 1.0), "earns its place"),
+        ((0.5, 0.2), (9.0, 1.0), "costs score"),
+        ((0.5, 0.25), (9.0, 1.0), "earns its place by speed"),
+        ((-0.5, 0.25), (-9.0, 1.0), "slower, no better"),
+        ((0.1, 0.2), (2.0, 1.0), "not told apart"),
+    ],
+)
+def test_a_verdict_counts_what_is_beyond_two_standard_errors(
+    ablation: ModuleType, points: tuple[float, float | None], slower: tuple[float, float | None], said: str
+) -> None:
+    assert ablation.verdict(*(ablation.Difference(mean=mean, error=error) for mean, error in (points, slower))) == said
+
+
+def test_a_summary_pairs_variants_with_the_base_over_the_seeds_that_they_have(ablation: ModuleType) -> None:
+    scores = [
+        {"variant": name, "seed": seed, "miou": miou, "gmac": 2.0, "parameters": 7}
+        for name, seed, miou in [("base", 0, 0.70), ("serial", 0, 0.69), ("no gate", 0, 0.71), ("base", 1, 0.72), ("serial", 1, 0.70)]
+    ]
+    latencies = [
+        {"seed": 0, "ms": {"base": {"f32": 9.0, "bf16": 8.0}, "serial": {"f32": 9.0, "bf16": 12.0}, "no gate": {"f32": 9.0, "bf16": 4.0}}},
+        {"seed": 1, "ms": {"base": {"f32": 9.5, "bf16": 10.0}, "serial": {"f32": 11.0, "bf16": 15.0}}},
+    ]
+    found = ablation.summary(scores, latencies)
+    assert list(found) == ["base", "serial", "no gate"]
+    assert found["base"]["ms"] == {"f32": 9.25, "bf16": 9.0}
+    assert (found["base"]["points"], found["base"]["slower_percent"], found["base"]["verdict"]) == (0.0, 0.0, "")
+    serial = found["serial"]
+    assert serial["miou"] == pytest.approx(0.695)
+    assert serial["miou_spread"] == pytest.approx(0.01 / 2**0.5)
+    assert (serial["points"], serial["points_error"]) == (pytest.approx(-1.5), pytest.approx(0.5))
+    assert (serial["slower_percent"], serial["slower_error"], serial["slower_in"]) == (pytest.approx(50), pytest.approx(0), "bf16")
+    assert serial["verdict"] == "earns its place"
+    alone = found["no gate"]
+    assert alone["ms"] == {"f32": 9.0, "bf16": 4.0}
+    assert (alone["points"], alone["points_error"], alone["miou_spread"]) == (pytest.approx(1.0), None, None)
+    assert (alone["slower_percent"], alone["verdict"]) == (-50.0, "one seed: none")
+
+
+@pytest.mark.parametrize(
+    ("between", "said"), [((1.3, 1.5), "met"), ((1.0, 1.29), "MISSED"), ((1.2, 1.3), "within the range"), ((1.2, 1.4), "within the range")]
+)
+def test_a_goal_is_met_by_all_passes_and_missed_by_all(ablation: ModuleType, between: tuple[float, float], said: str) -> None:
+    assert ablation.met(between, 1.3) == said
+
+
+@pytest.mark.parametrize(
+    ("points", "error", "told"),
+    [
+        (-0.4, 0.1, "points lost +0.40 ±0.10: met (goal 0.5)"),
+        (-0.6, 0.1, "points lost +0.60 ±0.10: MISSED (goal 0.5)"),
+        (0.2, 0.1, "points lost -0.20 ±0.10: met (goal 0.5)"),
+        (-0.6, None, "points lost +0.60: one seed (goal 0.5)"),
+    ],
+)
+def test_points_lost_are_told_with_their_standard_error(ablation: ModuleType, points: float, error: float | None, told: str) -> None:
+    assert ablation.points_lost(ablation.Difference(mean=points, error=error)) == told
+
+
+def test_a_variant_that_cannot_be_trained_is_a_row_with_the_reason(
+    ablation: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def checkpoint(self: object, name: str, seed: int) -> NoReturn:
+        raise ablation.MuntinError("the loss is\n  no longer finite")
+
+    monkeypatch.setattr(ablation.Setting, "checkpoint", checkpoint)
+    setting = ablation.Setting(preset="hybrid-xxs", output=tmp_path, steps=1, precision="fp32", threads=1, rounds=1)
+    row = ablation.score_row(setting, "serial", 1)
+    assert row == {"variant": "serial", "seed": 1, "cannot": "the loss is no longer finite"}
+
+
+def without(*failing: tuple[str, int]) -> Any:
+    """A `score_row` by which some variants of some seeds fail."""
+
+    def score_row(setting: object, name: str, seed: int) -> Row:
+        row: Row = {"variant": name, "seed": seed}
+        if (name, seed) in failing:
+            return row | {"cannot": "no memory"}
+        return row | {"miou": 0.5, "gmac": 1.0, "parameters": 7}
+
+    return score_row
+
+
+def test_an_ablation_goes_on_without_a_variant_that_fails(
+    ablation: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def latency_row(setting: object, names: list[str], seed: int) -> Row:
+        return {"seed": seed, "ms": {name: {"f32": 2.0} for name in names}, "others": None}
+
+    def pair_row(*given: object) -> NoReturn:
+        raise AssertionError("the serial variant of the first seed is left out")
+
+    monkeypatch.setattr(ablation, "score_row", without(("serial", 0)))
+    monkeypatch.setattr(ablation, "latency_row", latency_row)
+    monkeypatch.setattr(ablation, "pair_row", pair_row)
+    words = ["--variants", "serial", "no gate", "--seeds", "0", "0", "1", "--output", str(tmp_path), "--json"]
+    monkeypatch.setattr(sys, "argv", ["ablation.py", *words])
+    ablation.main()
+    captured = capsys.readouterr()
+    document = json.loads(captured.out)
+    assert [(row["variant"], row["seed"], row["cannot"]) for row in document["left_out"]] == [("serial", 0, "no memory")]
+    timed = [(row["seed"], list(row["ms"])) for row in document["latencies"]]
+    assert timed == [(0, ["base", "no gate"]), (1, ["base", "serial", "no gate"])]
+    assert document["pairs"] == {}
+    assert document["summary"]["serial"]["verdict"] == "one seed: none"
+    assert "left out: serial, seed 0: no memory\n" in captured.err
+
+
+def test_an_ablation_ends_without_its_base(ablation: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ablation, "score_row", without(("base", 0)))
+    monkeypatch.setattr(sys, "argv", ["ablation.py", "--seeds", "0", "--output", str(tmp_path)])
+    with pytest.raises(SystemExit) as ended:
+        ablation.main()
+    assert ended.value.code == "the base, seed 0, cannot be trained or exported: no memory"
+
+
+@pytest.mark.parametrize("option", ["--steps", "--rounds", "--threads"])
+def test_an_ablation_refuses_impossible_numbers_at_once(
+    ablation: ModuleType, option: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def go_on() -> NoReturn:
+        raise AssertionError(f"{option} 0 was taken")
+
+    monkeypatch.setattr(ablation, "describe_hardware", go_on)
+    monkeypatch.setattr(sys, "argv", ["ablation.py", option, "0"])
+    with pytest.raises(SystemExit) as ended:
+        ablation.main()
+    assert ended.value.code == 2
+    assert capsys.readouterr().err.endswith(f"\nablation.py: error: argument {option}: 0: give at least 1\n")
+
+
+@pytest.mark.parametrize(
+    ("settings", "differs"),
+    [
+        ({"steps": 6, "training": {"rate": 0.1}, "sides": [512]}, "steps 5 (now 6)"),
+        ({"steps": 5, "training": {"rate": 0.2}, "sides": [512]}, "training.rate 0.1 (now 0.2)"),
+        ({"steps": 5, "training": {"rate": 0.1}}, "sides [512] (now None)"),
+        (
+            {"steps": 6, "training": {"rate": 0.2}, "sides": [], "x": 1, "y": 2, "z": 3},
+            "steps 5 (now 6); training.rate 0.1 (now 0.2); sides [512] (now []); x None (now 1) and 2 more",
+        ),
+    ],
+)
+def test_a_row_of_other_settings_is_refused(kept: ModuleType, tmp_path: Path, settings: Row, differs: str) -> None:
+    path = tmp_path / "row.json"
+    row: Row = {"settings": {"steps": 5, "training": {"rate": 0.1}, "sides": [512]}, "ms": 1.5}
+    kept.write_whole(path, row)
+    assert kept.read_row(path, {**row["settings"], "sides": (512,)}) == row
+    with pytest.raises(SystemExit) as ended:
+        kept.read_row(path, settings)
+    assert ended.value.code == f"{path} was measured with {differs}: give another --output"
+
+
+def test_a_row_of_another_machine_is_refused_where_that_is_asked(kept: ModuleType, tmp_path: Path) -> None:
+    path = tmp_path / "row.json"
+    row: Row = {"settings": {}, "ms": 1.5, "hardware": {**HERE, "cpu": "another", "features": []}}
+    kept.write_whole(path, row)
+    assert kept.read_row(path, {}) == row
+    assert kept.read_row(path, {}, {**row["hardware"], "memory_gib": 1}) == row
+    with pytest.raises(SystemExit) as ended:
+        kept.read_row(path, {}, HERE)
+    differs = "hardware.cpu another (now this); hardware.features [] (now ['avx2'])"
+    assert ended.value.code == f"{path} was measured with {differs}: give another --output"
+
+
+def test_a_row_that_does_not_say_its_settings_is_refused(kept: ModuleType, tmp_path: Path) -> None:
+    path = tmp_path / "row.json"
+    kept.write_whole(path, [1, 2])
+    with pytest.raises(SystemExit) as ended:
+        kept.read_row(path, {})
+    assert ended.value.code == f"{path} does not say what it was measured with: give another --output"
+
+
+def test_rows_are_kept_and_failures_measured_again(kept: ModuleType, tmp_path: Path) -> None:
+    path = tmp_path / "deep" / "row.json"
+    answers: list[Row] = [{"cannot": "no memory"}, {"ms": 1.5}]
+    measured = iter(answers)
+
+    def row() -> Row:
+        found: Row = kept.kept_row(path, {"steps": 5}, lambda: next(measured), hardware=HERE)
+        return found
+
+    assert row()["cannot"] == "no memory"
+    assert not path.exists()
+    made = row()
+    assert {key: made[key] for key in ("settings", "ms", "hardware")} == {"settings": {"steps": 5}, "ms": 1.5, "hardware": HERE}
+    assert row() == made
+    assert [file.name for file in path.parent.iterdir()] == ["row.json"]
+    assert json.loads(path.read_text(encoding="utf-8")) == made
+
+
+def test_a_failure_on_the_disk_is_no_row(kept: ModuleType, tmp_path: Path) -> None:
+    path = tmp_path / "row.json"
+    assert kept.read_row(path, {}) is None
+    kept.write_whole(path, {"settings": {"steps": 6}, "cannot": "no memory"})
+    assert kept.read_row(path, {"steps": 5}) is None
+
+
+def test_goals_of_scaling_are_judged_by_what_was_measured() -> None:
+    scaling = importlib.import_module("scaling")
+    rows = [
+        {"kind": kind, "side": side, "ms": ms, "mib": mib}
+        for kind, side, ms, mib in [
+            ("hybrid int8", 512, 4.0, 10.0), ("hybrid int8", 1024, 16.0, 40.0), ("hybrid int8", 2048, 64.0, 200.0),
+            ("dense eager", 512, 88.0, 10.0), ("dense eager", 1024, 480.0, 60.0),
+        ]
+    ]  # fmt: skip
+    found = scaling.summary([*rows, {"kind": "dense eager", "side": 2048, "cannot": "not within 180 s"}])
+    assert found["slopes"]["hybrid int8, ms"] == pytest.approx(1)
+    assert found["ratios"] == {"dense eager over hybrid int8, 512": 22.0, "dense eager over hybrid int8, 1024": 30.0}
+    assert [goal["met"] for goal in scaling.judge(found)] == [True, False, True, False]
+    assert [goal["met"] for goal in scaling.judge(scaling.summary(rows[:1]))] == [None] * 4
