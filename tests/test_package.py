@@ -23,6 +23,24 @@ ROOMS = (
 LIGHT = ("errors", "text", "artifact", "runtime", "reporting", "serving")
 WITH_TORCH = {"torch", "torchvision", "torchmetrics", "onnxscript", "timm", "tensorboard"}
 HEAVY = WITH_TORCH | {"numpy", "openvino", "onnxruntime", "onnx", "PIL", "pydantic", "yaml", "jinja2", "matplotlib", "rich", "typer"}
+# What executes the data that it reads: modules, calls, and calls that do unless an argument has this value.
+EXECUTING = {"pickle", "cPickle", "dill", "cloudpickle", "joblib", "shelve", "marshal"}
+EXECUTING_CALLS = {
+    *("builtins.eval", "builtins.exec", "builtins.compile", "builtins.__import__", "importlib.__import__", "importlib.import_module"),
+    *(f"yaml.{name}{all_}" for name in ("load", "full_load", "unsafe_load") for all_ in ("", "_all")),
+}
+SAFE_WITH = {
+    "numpy.load": ("allow_pickle", False),
+    "numpy.lib.format.read_array": ("allow_pickle", False),
+    "torch.load": ("weights_only", True),
+}
+# The rooms that read what others wrote, artefacts and requests; and the calls that they may make all the same, and why.
+EXPOSED = ("artifact", "runtime", "serving")
+EXCEPTIONS = {
+    ("serving/probation.py", "importlib.import_module"): "the function of ours that the server itself names to the process that it begins",
+    ("runtime/loading.py", "importlib.import_module"): "the class of ours that the caller itself names to the process that it begins",
+    ("runtime/quiet.py", "importlib.import_module"): "the engines' libraries, by names that are written in the source",
+}
 
 
 def loaded_by(statement: str) -> set[str]:
@@ -42,6 +60,32 @@ def imports_of(path: Path) -> Iterator[str]:
             yield node.module or ""
 
 
+def executing_calls(source: str) -> Iterator[str]:
+    """Calls of a source that may execute the data that they are given, by their full names, whatever they were imported as."""
+    tree = ast.parse(source)
+    names = {name.removeprefix("builtins."): name for name in EXECUTING_CALLS if name.startswith("builtins.")}
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            names |= {alias.asname: alias.name for alias in node.names if alias.asname}
+        elif isinstance(node, ast.ImportFrom):
+            names |= {alias.asname or alias.name: f"{node.module}.{alias.name}" for alias in node.names}
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Call):
+            first, dot, rest = ast.unparse(node.func).partition(".")
+            name = names.get(first, first) + dot + rest
+            if name.partition(".")[0] in EXECUTING or (name in EXECUTING_CALLS | SAFE_WITH.keys() and not is_safe(name, node)):
+                yield name
+
+
+def is_safe(name: str, call: ast.Call) -> bool:
+    """Whether its arguments, as they are written, keep a call from executing anything that it reads."""
+    if name == "importlib.import_module":
+        return bool(call.args) and isinstance(call.args[0], ast.Constant)
+    argument, value = SAFE_WITH.get(name, ("", None))
+    given = (keyword.value for keyword in call.keywords if keyword.arg == argument)
+    return any(isinstance(found, ast.Constant) and found.value is value for found in given)
+
+
 @pytest.mark.parametrize(
     ("name", "parameters"),
     [
@@ -54,6 +98,7 @@ def imports_of(path: Path) -> Iterator[str]:
         ("load", ("path", "engine", "precision", "threads")),
         ("predict", ("session", "image_HWC", "tile", "overlap", "exact", "output")),
         ("TorchSession", ("model", "signature")),
+        ("serve", ("path",)),
     ],
 )
 def test_the_public_names_are_there_with_their_parameters(name: str, parameters: tuple[str, ...]) -> None:
@@ -69,6 +114,16 @@ def test_every_public_name_loads_and_no_other() -> None:
     assert muntin.layers.HybridAttention
     with pytest.raises(AttributeError, match="no attribute 'nothing'"):
         muntin.nothing  # noqa: B018
+
+
+@pytest.mark.parametrize(
+    ("name", "package", "extra"), [("serve", "uvicorn", "serve"), ("fit", "torch", "train"), ("layers", "torch", "train")]
+)
+def test_what_is_not_installed_is_named_with_its_extra(name: str, package: str, extra: str) -> None:
+    use = f"try:\n    muntin.{name}\nexcept Exception as error:\n    print(error)"
+    code = f"import sys\nsys.modules['{package}'] = None\nimport muntin\n{use}"
+    ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert ran.stdout == f"muntin.{name} needs the package {package}: pip install 'muntin[{extra}]'\n"
 
 
 def test_importing_muntin_loads_nothing_heavy() -> None:
@@ -106,8 +161,35 @@ def test_no_room_imports_from_one_above_it() -> None:
 
 
 def test_nothing_that_executes_data_is_imported() -> None:
-    forbidden = {"pickle", "cPickle", "dill", "cloudpickle", "shelve", "marshal"}
-    assert not [(str(path), name) for path in SOURCE.rglob("*.py") for name in imports_of(path) if name.split(".")[0] in forbidden]
+    assert not [(str(path), name) for path in SOURCE.rglob("*.py") for name in imports_of(path) if name.split(".")[0] in EXECUTING]
+
+
+def test_what_artefacts_and_requests_hold_is_not_executed() -> None:
+    found = {
+        (path.relative_to(SOURCE).as_posix(), call)
+        for room in EXPOSED
+        for path in (SOURCE / room).rglob("*.py")
+        for call in executing_calls(path.read_text(encoding="utf-8"))
+    }
+    assert found == set(EXCEPTIONS)
+
+
+@pytest.mark.parametrize(
+    ("source", "calls"),
+    [
+        ("eval(text); builtins.exec(text); print(compile(text, '', 'eval'))", ["builtins.eval", "builtins.exec", "builtins.compile"]),
+        ("__import__(name); importlib.import_module(name)", ["builtins.__import__", "importlib.import_module"]),
+        ("import numpy as np\nnp.load(path)\nnp.load(path, allow_pickle=True)\nnp.load(path, None, False)", ["numpy.load"] * 3),
+        ("from torch import load as read\nread(path)\nread(path, weights_only=trusted)", ["torch.load"] * 2),
+        ("import yaml as y\ndef f():\n    return y.load(a, y.SafeLoader), y.unsafe_load_all(a)", ["yaml.load", "yaml.unsafe_load_all"]),
+        ("from pickle import loads\nloads(data); joblib.load(path); marshal.loads(data)", ["pickle.loads", "joblib.load", "marshal.loads"]),
+        ("import numpy as np, torch\nnp.load(path, allow_pickle=False)\ntorch.load(path, weights_only=True)\ntorch.compile(model)", []),
+        ("import re, yaml\nre.compile('a'); yaml.safe_load(text); json.loads(text); self.exec(text); onnx.load(path)", []),
+        ("from importlib import import_module\nimport_module('resource')", []),
+    ],
+)
+def test_calls_that_execute_data_are_found_in_a_source(source: str, calls: list[str]) -> None:
+    assert sorted(executing_calls(source)) == sorted(calls)
 
 
 def test_the_version_is_told_once() -> None:

@@ -8,15 +8,18 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
+from muntin.errors import DependencyError
+
 if TYPE_CHECKING:
     from muntin import layers
     from muntin.compression import quantize
     from muntin.deployment import TorchSession, export
     from muntin.models import create_model
     from muntin.runtime import load, predict, verify
+    from muntin.serving.server import serve
     from muntin.training import evaluate, fit
 
-__all__ = ["TorchSession", "create_model", "evaluate", "export", "fit", "layers", "load", "predict", "quantize", "verify"]
+__all__ = ["TorchSession", "create_model", "evaluate", "export", "fit", "layers", "load", "predict", "quantize", "serve", "verify"]
 
 _ROOMS = {
     "TorchSession": "deployment",
@@ -27,16 +30,24 @@ _ROOMS = {
     "load": "runtime",
     "predict": "runtime",
     "quantize": "compression",
+    "serve": "serving.server",  # not of its room, which the processes of engines begin with: they need neither HTTP nor gRPC
     "verify": "runtime",
 }
 
 
 def __getattr__(name: str) -> Any:
-    if name == "layers":
-        return importlib.import_module("muntin.layers")
-    if name not in _ROOMS:
+    if name != "layers" and name not in _ROOMS:
         raise AttributeError(f"module 'muntin' has no attribute '{name}'")
-    return getattr(importlib.import_module(f"muntin.{_ROOMS[name]}"), name)
+    room = _ROOMS.get(name, name)
+    try:
+        module = importlib.import_module(f"muntin.{room}")
+    except ModuleNotFoundError as error:
+        package = (error.name or "muntin").partition(".")[0]
+        if package == "muntin" or room == "runtime":  # a fault of ours, or of the installation
+            raise
+        extra = "serve" if name == "serve" else "train"
+        raise DependencyError(f"muntin.{name} needs the package {package}: pip install 'muntin[{extra}]'") from error
+    return module if name == "layers" else getattr(module, name)
 
 
 def __dir__() -> list[str]:

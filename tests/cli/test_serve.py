@@ -20,9 +20,10 @@ import pytest
 from onnx import TensorProto, helper, numpy_helper
 
 from muntin.artifact import ClassInfo, GoldenTolerance, Signature, write_artifact
-from muntin.cli.serve import _raise_descriptors, _tokens
+from muntin.cli.serve import _tokens
 from muntin.errors import DataError
 from muntin.serving.config import Bounds, ServeConfig
+from muntin.serving.descriptors import raise_descriptors
 
 
 @pytest.fixture(scope="module")
@@ -253,7 +254,7 @@ def test_as_many_files_may_be_open_as_the_system_allows(
 
     monkeypatch.setattr(resource, "getrlimit", lambda _: tuple(limits))
     monkeypatch.setattr(resource, "setrlimit", change)
-    line = _raise_descriptors(ServeConfig(bounds=Bounds(connections=512)))
+    line = raise_descriptors(ServeConfig(bounds=Bounds(connections=512)))
     assert limits == [soft, hard]
     assert ("wants 1,120" in line) == told
     assert bool(line) == told

@@ -1,8 +1,9 @@
 """Simulated time around the real batcher: arrivals, engines with noise and hiccups, failures, clients that give up.
 
 `simulate(requests, seed=..., scenario=...)` plays a scenario and sums it up; nothing of it depends on the wall clock. While it runs it
-checks what must hold whatever the numbers are, and raises AssertionError: every job has exactly one outcome, batches hold one group and no
-more rows than allowed, in order; the queue keeps its bounds; and what the batcher and the latency model hold stays bounded.
+checks what must hold whatever the numbers are, and raises AssertionError: every job has exactly one outcome, and is answered with its own
+rows in their order; batches hold one group and no more rows than allowed, in order; the queue keeps its bounds; and what the batcher and
+the latency model hold stays bounded.
 """
 
 from __future__ import annotations
@@ -13,9 +14,11 @@ from bisect import bisect_left
 from collections.abc import Callable, Hashable
 from dataclasses import dataclass, field
 from heapq import heappop, heappush
-from itertools import accumulate, pairwise
+from itertools import accumulate, chain, pairwise
+from typing import NamedTuple
 
 from muntin.serving.batcher import LANES, Batch, Batcher, Job, Refusal
+from muntin.serving.executor import taken_apart
 from muntin.serving.latency import GROUPS, LatencyModel
 
 ARRIVAL, DONE, WAKE, GIVE_UP = range(4)
@@ -152,6 +155,14 @@ CHAOS = Scenario(
 """All that can go wrong at once."""
 
 
+class Sent(NamedTuple):
+    """A job's payload: its shape's number, whether it counts in the summary, and its rows, numbers that no other job has."""
+
+    shape: int
+    counts: bool
+    rows: range
+
+
 def simulate(requests: int, *, seed: int, scenario: Scenario = CHAOS) -> Summary:
     """Plays a scenario until so many requests have come and all have an outcome."""
     return _Simulation(requests, seed, scenario).run()
@@ -174,7 +185,7 @@ class _Simulation:
         )
         self.events: list[tuple[float, int, int, object]] = []
         self.number = 0
-        self.sent = 0
+        self.sent = self.sent_rows = 0
         self.open: set[Job] = set()
         """Admitted, without an outcome."""
         self.waiting_rows = 0
@@ -226,14 +237,16 @@ class _Simulation:
         self.sent += 1
         shape = bisect_left(self.shares, random.random() * self.shares[-1]) if len(self.shares) > 1 else 0
         group: Hashable = ("once", self.sent) if scenario.strangers and random.random() < scenario.strangers else shape
+        rows = random.randint(1, scenario.rows) if scenario.rows > 1 else 1
+        first, self.sent_rows = self.sent_rows, self.sent_rows + rows
         job = Job(
             group=group,
-            rows=random.randint(1, scenario.rows) if scenario.rows > 1 else 1,
+            rows=rows,
             nbytes=1000,
             priority=bisect_left(self.weights, random.random() * self.weights[-1]) if len(self.weights) > 1 else 0,
             deadline=now + random.uniform(*scenario.deadlines) * (scenario.objective or 1.0) if scenario.deadlines else None,
             cost=scenario.shapes[shape].cost,
-            payload=(shape, self.sent > scenario.warm_up),
+            payload=Sent(shape, self.sent > scenario.warm_up, range(first, self.sent_rows)),
         )
         refusal = self.batcher.submit(job, now)
         self.count.submitted(job, refusal, now)
@@ -290,18 +303,22 @@ class _Simulation:
         assert all(one.standing <= other.standing for one, other in pairwise(jobs))
         assert scenario.objective is None or now <= jobs[0].arrived + scenario.objective + 1e-9
         self.waiting_rows -= rows
-        shape, _ = jobs[0].payload
-        seconds = scenario.shapes[shape].seconds(rows) * math.exp(random.gauss(0.0, scenario.sigma)) * scenario.slowness(now)
+        shape = scenario.shapes[jobs[0].payload.shape]
+        seconds = shape.seconds(rows) * math.exp(random.gauss(0.0, scenario.sigma)) * scenario.slowness(now)
         if random.random() < scenario.hiccups:
             seconds *= scenario.hiccup
         failed = scenario.failures > 0 and random.random() < scenario.failures
         self.count.started(batch, seconds)
-        self._at(now + seconds, DONE, (batch, seconds, failed))
+        # The engine gives each row back as it is. It computes the jobs that it was handed, whatever becomes of them meanwhile.
+        computed = list(chain.from_iterable(job.payload.rows for job in jobs))
+        assert len(computed) == rows
+        self._at(now + seconds, DONE, (batch, computed, seconds, failed))
 
-    def _done(self, now: float, batch: Batch, seconds: float, failed: bool) -> None:
+    def _done(self, now: float, batch: Batch, computed: list[int], seconds: float, failed: bool) -> None:
         self.batcher.done(batch, now, None if failed else seconds)
-        for job in batch.jobs:
+        for job, answer in zip(batch.jobs, taken_apart(computed, batch.jobs), strict=True):
             self._settle(job)
+            assert failed or answer == list(job.payload.rows), "a job is answered with rows that are not its own"
             self.count.answered(job, now, failed)
             self._again(now, self.scenario.think)
 
@@ -337,7 +354,7 @@ class _Count:
         self.shapes = [[0, 0] for _ in range(shapes)]
 
     def submitted(self, job: Job, refusal: Refusal | None, now: float) -> None:
-        shape, counts = job.payload
+        shape, counts, _ = job.payload
         if refusal is not None:
             self.late_after = now
         if not counts:
@@ -354,21 +371,21 @@ class _Count:
 
     def dropped(self, job: Job, now: float) -> None:
         self.late_after = now
-        self.counts["dropped"] += job.payload[1]
+        self.counts["dropped"] += job.payload.counts
 
     def cancelled(self, job: Job) -> None:
-        if job.payload[1]:
+        if job.payload.counts:
             self.counts["cancelled"] += 1
             self.lost[job.priority] += 1
 
     def started(self, batch: Batch, seconds: float) -> None:
-        if batch.jobs[0].payload[1]:
+        if batch.jobs[0].payload.counts:
             self.batches += 1
             self.rows += batch.rows
             self.busy += seconds
 
     def answered(self, job: Job, now: float, failed: bool) -> None:
-        shape, counts = job.payload
+        shape, counts, _ = job.payload
         if now > job.due:
             self.late_after = now
         if not counts:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import gzip
+import io
 import json
 import time
 import zlib
@@ -329,5 +330,44 @@ def test_answers_go_out_while_the_loop_refuses(shelf: Any) -> None:
                 face.begin(scope, b"nonsense", time.monotonic(), lambda status, headers, parts: None)
                 time.sleep(0.001)
             assert replies == [200, 200]
+
+    asyncio.run(run())
+
+
+# ---- clients that leave, versions that are not there
+
+
+class Silent(Broken):
+    """A service that does not answer."""
+
+    def submit(self, request: Any, *, done: Any, **_: Any) -> Any:
+        return lambda: None
+
+
+def test_an_inference_whose_client_leaves_is_written_down_as_such() -> None:
+    stream, service = io.BytesIO(), Silent(at_once=False)
+    log = AccessLog(stream)
+
+    async def leave() -> None:
+        face = HttpFace(cast(Any, service), cast(Any, None), cast(Any, None), limits=Limits(), tokens=(), log=log)
+        face.begin(SCOPE, HEAD + b"abc", time.monotonic(), lambda *_: None)()
+
+    asyncio.run(leave())
+    log.close()
+    assert dict(service.metrics.requests) == {("http", "cancelled"): 1}
+    line = json.loads(stream.getvalue())
+    assert (line["path"], line["status"], line["sent"]) == ("/v2/models/m/infer", 499, 0)
+
+
+def test_an_image_without_json_that_no_version_can_compute_is_counted(shelf: Any) -> None:
+    async def run() -> None:
+        with slow_service(shelf) as (service, _):
+            service.slot.unload()
+            face = HttpFace(service, cast(Any, None), cast(Any, None), limits=Limits(), tokens=(), log=None)
+            replies: list[int] = []
+            scope = SCOPE | {"headers": [(b"inference-header-content-length", b"0")]}
+            face.begin(scope, b"abc", time.monotonic(), lambda status, headers, parts: replies.append(status))
+            assert replies == [503]
+            assert service.metrics.refused == {"no version": 1}
 
     asyncio.run(run())

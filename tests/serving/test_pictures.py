@@ -25,6 +25,8 @@ from muntin.serving.slot import Slot
 
 TILES = 9
 """Of a picture of 20 pixels a side, in tiles of 8 with 2 shared."""
+BODY_BYTES = 3 * 100 * 100
+"""Of a request for inference."""
 
 
 class Stuck:
@@ -37,7 +39,7 @@ class Stuck:
         self.metrics = Metrics()
         self.entered, self.free = asyncio.Event(), asyncio.Event()
 
-    def lease(self, model: str, version: str | None) -> Any:
+    def lease_to_compute(self, model: str, version: str | None) -> Any:
         return self.slot.lease(version)
 
     async def compute(self, images: Any, lease: Any, **_: Any) -> tuple[Any, Work]:
@@ -68,7 +70,7 @@ def picture(side: int = 20) -> bytes:
 def test_no_tile_is_computed_that_nobody_waits_for(slot: Slot, by: str) -> None:
     async def give_up() -> None:
         service: Any = Stuck(slot)
-        pictures = Pictures(service, tile=8)
+        pictures = Pictures(service, body_bytes=BODY_BYTES, tile=8)
         task = asyncio.create_task(pictures.answer(picture(), {}))
         await asyncio.wait_for(service.entered.wait(), 60)
         assert (len(pictures._pending), slot.current.leases) == (1, 1)  # type: ignore[union-attr]
@@ -104,7 +106,7 @@ def test_what_goes_on_counts_and_holds_its_version(slot: Slot) -> None:
 
         monkeypatch.setattr("muntin.serving.pictures.decode_image", decode)
         service: Any = Stuck(slot)
-        pictures = Pictures(service)
+        pictures = Pictures(service, body_bytes=BODY_BYTES)
         task = asyncio.create_task(pictures.answer(picture(), {}))
         await asyncio.wait_for(decoding.wait(), 60)
         task.cancel()
@@ -124,7 +126,7 @@ def test_what_goes_on_counts_and_holds_its_version(slot: Slot) -> None:
 def test_too_many_pixels_are_told_apart(slot: Slot) -> None:
     async def ask(content: bytes) -> int:
         service: Any = Stuck(slot)
-        pictures = Pictures(service)
+        pictures = Pictures(service, body_bytes=BODY_BYTES)
         with pytest.raises(ProtocolError) as caught:
             await pictures.answer(content, {})
         pictures.close()
@@ -142,7 +144,7 @@ def test_a_picture_that_is_refused_is_not_kept(slot: Slot, made: Callable[[], by
 
     async def ask() -> int:
         service: Any = Stuck(slot)
-        pictures = Pictures(service)
+        pictures = Pictures(service, body_bytes=BODY_BYTES)
         try:
             await pictures.answer(content, {})
         except ProtocolError:
@@ -165,7 +167,7 @@ def test_a_picture_that_is_refused_is_not_kept(slot: Slot, made: Callable[[], by
 def test_pictures_wait_until_there_is_room_for_their_pixels(slot: Slot, by: str) -> None:
     async def ask() -> None:
         service: Any = Stuck(slot)
-        pictures = Pictures(service, tile=64)
+        pictures = Pictures(service, body_bytes=BODY_BYTES, tile=64)
         tasks = [asyncio.create_task(pictures.answer(picture(side), {})) for side in (100, 100, 100, 70)]
         while service.calls < 2 or len(pictures._room._waiting) < 2:  # the last would fit, and waits behind the third
             await asyncio.sleep(0.01)
@@ -221,7 +223,7 @@ def test_so_many_pictures_are_in_the_works_and_one_more_is_refused(slot: Slot, m
 
     async def ask() -> None:
         service: Any = Stuck(slot)
-        pictures = Pictures(service, tile=8)
+        pictures = Pictures(service, body_bytes=BODY_BYTES, tile=8)
         tasks = [asyncio.create_task(pictures.answer(picture(), {})) for _ in range(2)]
         while len(pictures._pending) < 2:
             await asyncio.sleep(0.01)
@@ -239,10 +241,30 @@ def test_a_picture_that_is_alone_has_room(slot: Slot) -> None:
     async def ask() -> None:
         service: Any = Stuck(slot)
         service.free.set()
-        pictures = Pictures(service, tile=8)
+        pictures = Pictures(service, body_bytes=BODY_BYTES, tile=8)
         pictures._room = _Room(1)
         answers = await asyncio.gather(*(pictures.answer(picture(), {}) for _ in range(3)))
         assert [answer.media_type for answer in answers] == ["image/png"] * 3
+        pictures.close()
+
+    asyncio.run(ask())
+
+
+def test_what_a_classifier_computes_in_one_piece_is_no_larger_than_a_request_could_bring(
+    write_pixels: Callable[..., Path], in_process: ArtifactLoader, tmp_path: Path
+) -> None:
+    slot = Slot("m", in_process, rollout=Rollout())
+    slot.load(write_pixels(tmp_path / "1", task="classify"), "1")
+
+    async def ask() -> None:
+        service: Any = Stuck(slot)
+        service.free.set()
+        pictures = Pictures(service, body_bytes=3 * 50 * 50)
+        with pytest.raises(ProtocolError, match=r"2,601 pixels, .* in one piece: send it smaller, of at most 2,500") as caught:
+            await pictures.answer(picture(51), {})
+        assert caught.value.status == 413
+        assert (await pictures.answer(picture(50), {})).media_type == "application/json"
+        assert (service.calls, slot.current.leases) == (1, 0)  # type: ignore[union-attr]
         pictures.close()
 
     asyncio.run(ask())

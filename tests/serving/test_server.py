@@ -18,7 +18,7 @@ import time
 import urllib.error
 import urllib.request
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
@@ -26,6 +26,7 @@ from typing import Any
 import numpy as np
 import pytest
 import tritonclient.grpc as triton_grpc
+import tritonclient.grpc.aio as triton_grpc_aio
 import tritonclient.http as triton_http
 import tritonclient.http.aio as triton_aio
 from numpy.typing import NDArray
@@ -342,6 +343,27 @@ def test_the_asynchronous_client(pixels: Server) -> None:
             return np.stack([result.as_numpy("labels") for result in results])
 
     np.testing.assert_array_equal(asyncio.run(ask()), np.stack([images.argmax(3)] * 5))
+
+
+def test_the_asynchronous_client_of_grpc(pixels: Server) -> None:
+    images = images_of(2, 9)
+    given = triton_grpc.InferInput("images", images.shape, "UINT8")
+    given.set_data_from_numpy(images)
+
+    async def requests() -> AsyncIterator[dict[str, Any]]:
+        for model in ("pixels", "other", "pixels"):
+            yield {"model_name": model, "inputs": [given]}
+
+    async def ask() -> tuple[NDArray[Any], list[Any]]:
+        async with triton_grpc_aio.InferenceServerClient(f"127.0.0.1:{pixels.grpc_port}") as client:
+            results = await asyncio.gather(*(client.infer("pixels", [given]) for _ in range(5)))
+            streamed = [error or result.as_numpy("labels") async for result, error in client.stream_infer(requests())]
+            return np.stack([result.as_numpy("labels") for result in results]), streamed
+
+    found, (first, error, last) = asyncio.run(ask())
+    np.testing.assert_array_equal(found, np.stack([images.argmax(3)] * 5))
+    np.testing.assert_array_equal([first, last], [images.argmax(3)] * 2)
+    assert "this server has pixels" in str(error)
 
 
 def test_grpc_streams(pixels: Server) -> None:
@@ -1149,3 +1171,49 @@ def fetch(server: Server, path: str, body: bytes | None = None, headers: dict[st
     except urllib.error.HTTPError as error:
         with error:
             return error.code, {name.lower(): value for name, value in error.headers.items()}, error.read()
+
+
+def test_the_best_classes_of_labels_are_asked_for_in_vain(classes: Server, face: str) -> None:
+    client, images = Client(classes, face), images_of(2, 1)
+    given = client.library.InferInput("images", images.shape, "UINT8")
+    given.set_data_from_numpy(images)
+    wanted = [client.library.InferRequestedOutput("scores"), client.library.InferRequestedOutput("labels", class_count=1)]
+    with pytest.raises(InferenceServerException, match="ask it of scores") as caught:
+        client.client.infer("classes", [given], outputs=wanted)
+    assert caught.value.status() in ("400", "StatusCode.INVALID_ARGUMENT")
+    client.client.close()
+
+
+def test_a_version_that_was_replaced_goes_though_nobody_asks_anything(
+    write_version: Callable[..., Path], tmp_path: Path, in_process: ArtifactLoader, monkeypatch: pytest.MonkeyPatch, wait_until: Any
+) -> None:
+    monkeypatch.setattr("muntin.serving.server.ArtifactLoader", type(in_process))
+    monkeypatch.setattr("muntin.serving.server.SETTLE_S", 0.02)
+    models = tmp_path / "models"
+    for number in (1, 2):
+        write_version(models / str(number), number)
+    with served(models, grpc_port=None, rollout=Rollout(for_seconds=3.0)) as server:
+        server.slot.load(models / "1", "1")
+        assert [version.name for version in server.slot.open] == ["1", "2"]
+        wait_until(lambda: [version.name for version in server.slot.open] == ["1"])
+
+
+@pytest.mark.parametrize("status", [499, 408])
+def test_who_leaves_before_the_body_is_whole_is_told_apart_from_who_is_refused(
+    write_pixels: Callable[..., Path], tmp_path: Path, capsys: pytest.CaptureFixture[str], wait_until: Any, status: int
+) -> None:
+    bounds = Bounds(body_seconds=60 if status == 499 else 0.5)
+    with served(write_pixels(tmp_path / "pixels"), grpc_port=None, access_log=True, bounds=bounds) as server:
+
+        def counted(line: bytes) -> bool:
+            return line in fetch(server, "/metrics")[2].splitlines()
+
+        with socket.create_connection(("127.0.0.1", server.http_port), timeout=20) as client:
+            client.sendall(b"POST /predict HTTP/1.1\r\nHost: a\r\nContent-Length: 50\r\n\r\nx")
+            if status == 499:
+                wait_until(lambda: counted(b"muntin_body_bytes 1.0"))  # it is being read
+            else:
+                assert client.recv(100).startswith(b"HTTP/1.1 408 ")
+        wait_until(lambda: counted(b'muntin_requests_total{face="http",outcome="cancelled"} 1.0'))
+    lines = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert [line["status"] for line in lines if line["path"] == "/predict"] == [status]

@@ -27,12 +27,14 @@ from muntin.serving.pictures import Pictures
 from muntin.serving.protocol import InferInput, InferRequest, ProtocolError, RefusedRequestError
 from muntin.serving.rollout import ENOUGH, Rollout
 from muntin.serving.runner import HANGING, Runner
-from muntin.serving.service import Service
+from muntin.serving.service import GONE, Service
 from muntin.serving.slot import Slot
 from muntin.serving.version import Version
 
 SIDE = 150
 """Pixels of an image of which the scores are put into form beside the event loop."""
+BODY_BYTES = 1 << 20
+"""Of a request."""
 
 
 @contextmanager
@@ -305,7 +307,7 @@ def test_a_picture_in_tiles_is_answered_beside_requests_that_have_an_objective(s
                 return computes(images)
 
             current.session._infer = infer  # type: ignore[method-assign]
-            pictures, over, answered = Pictures(service, tile=32), asyncio.Event(), 0
+            pictures, over, answered = Pictures(service, body_bytes=BODY_BYTES, tile=32), asyncio.Event(), 0
 
             async def client() -> None:
                 nonlocal answered
@@ -338,7 +340,7 @@ def test_a_picture_names_the_version_that_computed_it(shelf: Any, wait_until: An
 
     async def ask() -> None:
         with made(shelf, Rollout(canary=1.0)) as service, trying(service, wait_until) as outcome:
-            pictures = Pictures(service)
+            pictures = Pictures(service, body_bytes=BODY_BYTES)
             try:
                 assert (await pictures.answer(content, {})).headers == {"x-model-version": "2"}
                 service.slot.lease().version.session._infer = None  # type: ignore[method-assign, assignment]
@@ -346,5 +348,49 @@ def test_a_picture_names_the_version_that_computed_it(shelf: Any, wait_until: An
                 await asyncio.to_thread(wait_until, lambda: outcome)
             finally:
                 await asyncio.to_thread(pictures.close)
+
+    asyncio.run(ask())
+
+
+def test_only_what_is_to_be_computed_counts_as_refused_for_want_of_a_version(shelf: Any) -> None:
+    async def ask() -> None:
+        with made(shelf) as service:
+            pictures = Pictures(service, body_bytes=BODY_BYTES)
+            service.slot.unload()
+            for look in (lambda: service.describe(None, None), lambda: service.lease("m", None), lambda: service.statistics("m", "1")):
+                with pytest.raises(RefusedRequestError):
+                    look()
+            assert service.metrics.refused == {}
+            with pytest.raises(RefusedRequestError):
+                await service.infer(request_for_all(8), model="m", version=None)
+            with pytest.raises(RefusedRequestError):
+                await pictures.answer(encode_png(np.zeros((8, 8, 3), np.uint8)), {})
+            assert service.metrics.refused == {"no version": 2}
+            await asyncio.to_thread(pictures.close)
+
+    asyncio.run(ask())
+
+
+def test_a_model_is_described_by_the_version_that_serves_while_another_is_tried(shelf: Any, signature_of: Any, wait_until: Any) -> None:
+    shelf.signatures["2"] = signature_of(classes=("sea", "field", "roof", "road", "tree"))  # one more than version 1
+    with made(shelf, Rollout(canary=1.0)) as service, trying(service, wait_until):
+        assert [service.describe(None, version).outputs[1].shape[1] for version in (None, "2", "1", None)] == [4, 5, 4, 4]
+        with service.lease("m", None) as lease:  # a request to compute is the candidate's
+            assert lease.version.name == "2"
+
+
+def test_what_was_asked_of_versions_that_have_gone_is_forgotten_but_for_the_last_ones(shelf: Any) -> None:
+    async def ask() -> None:
+        with made(shelf, Rollout(for_seconds=0)) as service:
+            for number in range(2, 60):
+                await service.infer(request_for_all(8), model="m", version=None)
+                service.slot.load(Path(str(number)), str(number))
+            told = [item.version for item in service.statistics("m", None)]
+            assert told == [str(number) for number in range(int(told[0]), 60)]
+            assert set(service.metrics.rows) == set(told) - {"59"}  # which nobody has asked anything
+            listed = {entry.version for entry in service.slot.index()}
+            assert GONE <= len(set(told) - listed) <= GONE + 2  # of those one went since the last was asked
+            assert b'muntin_rows_total{version="58"} 1.0' in service.metrics.render()
+            assert b'version="1"' not in service.metrics.render()
 
     asyncio.run(ask())

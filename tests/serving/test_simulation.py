@@ -170,3 +170,10 @@ def test_all_that_can_go_wrong_at_once(simulation: Any, seed: int) -> None:
 
 def test_a_seed_gives_the_same_summary_again(simulation: Any) -> None:
     assert simulation.simulate(1000, seed=5) == simulation.simulate(1000, seed=5) != simulation.simulate(1000, seed=6)
+
+
+def test_answers_that_are_mixed_up_are_found(simulation: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    taken_apart = simulation.taken_apart
+    monkeypatch.setattr(simulation, "taken_apart", lambda computed, jobs: taken_apart(computed, jobs)[::-1])
+    with pytest.raises(AssertionError, match="rows that are not its own"):
+        simulation.simulate(1000, seed=0)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from contextlib import ExitStack, suppress
+from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -17,8 +17,6 @@ if TYPE_CHECKING:
     from muntin.serving.config import ServeConfig
 
 _MEGABYTE = 1 << 20
-_OTHER_FILES = 64
-"""Open files beside the connections: libraries, the artefact, what is loaded meanwhile."""
 
 
 def serve_command(
@@ -74,6 +72,7 @@ def serve_command(
 
     os.environ.setdefault("GRPC_VERBOSITY", "NONE")  # before grpc is imported: its C library writes to standard error what is told here
     from muntin.serving.config import Bounds, ServeConfig
+    from muntin.serving.descriptors import raise_descriptors
     from muntin.serving.rollout import Rollout
     from muntin.serving.server import Server
 
@@ -93,7 +92,7 @@ def serve_command(
         first = error.errors(include_url=False)[0]
         where = "".join(f"--{str(part).replace('_', '-')}: " for part in first["loc"][:1])
         raise DataError(f"{where}{first['msg']}") from error
-    if lack := _raise_descriptors(config):
+    if lack := raise_descriptors(config):
         say(f"muntin: {lack}")
     server = Server(artifact, config, notify=lambda line: say(f"muntin: {line}"))
     with ExitStack() as loading:
@@ -112,29 +111,6 @@ def _ended(cut_off: int, seconds: int) -> str:
         return "every request that was admitted has been answered"
     what = "1 connection or call was" if cut_off == 1 else f"{cut_off} connections or calls were"
     return f"{what} still busy after {seconds} s and cut off; --drain-seconds gives more time"
-
-
-def _raise_descriptors(config: ServeConfig) -> str:
-    """Lets this process have as many open files as the system allows it: each connection is one. Says where those are too few."""
-    try:
-        import resource
-    except ModuleNotFoundError:  # Windows has no such limit
-        return ""
-    from muntin.serving.connection import SPARE
-
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    wanted = (1 if config.grpc_port is None else 2) * config.bounds.connections + SPARE + _OTHER_FILES
-    for most in (hard, wanted):  # the latter where the system allows less than it says, as macOS does
-        with suppress(ValueError, OSError):
-            resource.setrlimit(resource.RLIMIT_NOFILE, (most, hard))
-            soft = most
-            break
-    if soft == resource.RLIM_INFINITY or soft >= wanted:
-        return ""
-    return (
-        f"this process may have {soft:,} open files, and --max-connections {config.bounds.connections} wants {wanted:,}: "
-        "connections beyond them wait; raise the limit (ulimit -Hn), or lower --max-connections"
-    )
 
 
 def _tokens(path: Path | None) -> tuple[str, ...]:

@@ -56,8 +56,8 @@ class AccessLog:
         self, *, face: str, client: str, method: str, path: str, status: int, sent: int, seconds: float, code: str = "",
         request_id: str = "", answered: Answered | None = None,
     ) -> None:  # fmt: skip
-        """`status`: of HTTP, and of gRPC the one that says the same. `code`: of gRPC. `sent`: bytes of the answer. `seconds`: from the
-        request's headers to the end of its answer. Never raises."""
+        """`status`: of HTTP, and of gRPC the one that says the same; 499 where the client did not wait for an answer. `code`: of gRPC.
+        `sent`: bytes of the answer. `seconds`: from the request's headers to the end of its answer. Never raises."""
         entry: dict[str, object] = {
             "time": datetime.now(UTC).isoformat(timespec="milliseconds"),
             "face": face,

@@ -44,6 +44,8 @@ _FRAMES = 16
 """Bytes that a byte of a body may take on the wire where it comes in chunks; one byte a chunk takes six."""
 _OVERRIDDEN = ("_start_asgi_task", "_unset_keepalive_if_required", "timeout_keep_alive_handler", "on_response_complete")
 """Of uvicorn's connection, which calls them, and which keeps what they are called to itself."""
+REFUSED = "muntin.refused"
+"""In a scope: the connection itself refused the request before all of it had come, and told `Direct.refused`."""
 SPARE = 32
 """Connections beyond the bound, on which what must always be answered is, and everything else refused: a probe that is turned away says
 that a busy server is a dead one."""
@@ -648,6 +650,8 @@ class BoundedConnection(HttpToolsProtocol):
             return
         answering = self._running is not None and self._running[0].response_started
         answering = answering or (has_cycle and self.cycle.response_complete)
+        if self._running is not None:
+            self._running[0].scope[REFUSED] = True  # whoever answers it is cancelled now, and nobody has left
         self._abandon()
         if not answering:  # in the middle of another answer there is no place for this one
             self.transport.write(answer)

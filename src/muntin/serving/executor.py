@@ -10,7 +10,7 @@ the batch.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
@@ -23,7 +23,7 @@ from numpy.typing import NDArray
 from muntin.errors import DataError, MuntinError
 from muntin.runtime import Session, predict
 from muntin.runtime.memory import no_memory
-from muntin.serving.batcher import Batch
+from muntin.serving.batcher import Batch, Job
 from muntin.serving.compiler import Compiler
 from muntin.serving.rollout import label_agreement
 from muntin.serving.slot import Lease, Slot
@@ -33,6 +33,7 @@ TILE = 512
 """Pixels of the side of the tiles that an image is computed in when there is no memory for it in one piece."""
 
 Answer = TypeVar("Answer")
+Sliced = TypeVar("Sliced", NDArray[Any], list[Any])
 
 
 class Group(NamedTuple):
@@ -68,6 +69,15 @@ class Work:
     def version(self) -> str:
         """Name of the version that computed it."""
         return "" if self.by is None else self.by.name
+
+
+def taken_apart(answer: Sliced, jobs: Iterable[Job]) -> list[Sliced]:
+    """Each job's rows of what was computed for all of them, in order."""
+    parts, first = [], 0
+    for job in jobs:
+        parts.append(answer[first : first + job.rows])
+        first += job.rows
+    return parts
 
 
 @dataclass(kw_only=True)
@@ -110,13 +120,10 @@ class Executor:
             self._compiler.note(version, call)
         if self._slot.shadowed:  # the whole of it: single images take their time otherwise than batches do
             works[0].whole = images, answer
-        answers, first = [], 0
-        for job, work in zip(batch.jobs, works, strict=True):
+        for work in works:
             work.started, work.computed, work.batch_rows = started, computed, len(images)
             work.by, work.recovered, work.within = version, recovered, batch.within
-            answers.append(answer[first : first + job.rows])
-            first += job.rows
-        return answers
+        return taken_apart(answer, batch.jobs)
 
     def shadow(self, candidate: Version, images: NDArray[np.uint8], answer: NDArray[Any], *, labels: bool, within: float = inf) -> None:
         """Computes images that were answered once more, by a candidate that the caller has a lease on, and tells the slot how far both

@@ -472,7 +472,7 @@ class GrpcFace:
 
     async def model_ready(self, request: Any, call: _Call) -> Any:
         try:
-            self._service.lease(request.name, request.version or None).release()
+            self._service.lease(request.name, request.version or None, canary=False).release()
         except ProtocolError:  # there is no such model or version, or none that can answer
             return messages.ModelReadyResponse(ready=False)
         return messages.ModelReadyResponse(ready=self._service.ready)

@@ -33,7 +33,7 @@ from starlette.routing import Route
 
 from muntin.errors import DataError, MuntinError
 from muntin.serving.access_log import AccessLog
-from muntin.serving.connection import Answer, Fields, Reply
+from muntin.serving.connection import REFUSED, Answer, Fields, Reply
 from muntin.serving.control import Control
 from muntin.serving.description import (
     VERSION,
@@ -83,6 +83,8 @@ _INFLATE = zlib.MAX_WBITS | 32
 """zlib's word for gzip and deflate alike: the data say which it is."""
 SMALL_PACKED, SMALL = 1 << 16, 1 << 18
 """Bytes of a body, packed and unpacked, up to which it is unpacked on the event loop: half a millisecond at most."""
+_LEFT = 499
+"""The status of a request whose client did not wait for its answer, as nginx has it."""
 _OPEN = ("/v2/health/live", "/v2/health/ready")
 """What needs no token: whoever starts and stops servers asks for it."""
 
@@ -285,7 +287,7 @@ class HttpFace:
     def _decode(self, body: Buffer, head: _Head) -> InferRequest:
         if head.length != 0:
             return decode_request(body, head.length, self._limits, self._heads)
-        with self._service.lease(head.model, head.version) as lease:
+        with self._service.lease_to_compute(head.model, head.version) as lease:
             channels = lease.version.signature.channels
         side = math.isqrt(len(body) // channels)
         if not body or side * side * channels != len(body):
@@ -319,10 +321,13 @@ class HttpFace:
         except ProtocolError as error:
             await _error_answer(error)(scope, receive, counted)
         except asyncio.CancelledError:
-            if not status and self._service.draining:  # and it had all the time that there is; where the client has gone nobody hears it
-                await _error_answer(RefusedRequestError("the server is shutting down"))(scope, receive, counted)
+            if not status and REFUSED not in scope:  # else it was answered
+                if self._service.draining:  # and it had all the time that there is; where the client has gone nobody hears it
+                    await _error_answer(RefusedRequestError("the server is shutting down"))(scope, receive, counted)
+                else:
+                    status = _LEFT
         finally:
-            if self._log is not None:
+            if self._log is not None and status:  # else its connection has written it down
                 self._write(scope, status, sent, began)
 
     def _table(self) -> list[Route]:
@@ -540,7 +545,7 @@ class _Inference:
             return
         if self.cancel is not None:
             self.cancel()
-        self.outcome = "cancelled"
+        self.outcome, self.status = "cancelled", _LEFT
         self._close(None)
 
     def _end(self, outcome: str, status: int, headers: Fields, parts: list[Any], error: ProtocolError | None = None) -> None:

@@ -34,7 +34,10 @@ def openapi(model: str) -> dict[str, Any]:
         "/v2/health/live": _open("200 as long as the process answers."),
         "/v2/health/ready": _open("200 when a model is ready, 503 before, and once the server is going down."),
         "/v2/models/stats": _get("Counts and durations of every version."),
-        "/v2/repository/index": {"post": _operation("The versions there are, and their states.", 400, 415, body=_schema("Index"))},
+        "/v2/repository/index": {
+            "get": _operation("The versions there are, and their states.", 400, 415),
+            "post": _operation("The same; `ready`: only those that answer.", 400, 415, body=_schema("Index")),
+        },
         "/v2/repository/models/{model}/load": {
             "parameters": [name],
             "post": _operation(
@@ -56,6 +59,7 @@ def openapi(model: str) -> dict[str, Any]:
         },
         "/predict": {"post": _predict()},
         "/metrics": {"get": _operation("What Prometheus scrapes.", content={"text/plain": {}})},
+        "/openapi.json": _get("This document."),
     }
     for middle, parameters in (("", [name]), ("/versions/{version}", [name, number])):
         at = f"/v2/models/{{model}}{middle}"

@@ -44,7 +44,8 @@ def output_names(signature: Signature) -> tuple[str, ...]:
 
 
 def read_wanted(request: InferRequest, signature: Signature, shape: tuple[int, ...]) -> Wanted:
-    """For images of a shape (rows, H, W, C). Raises ProtocolError for an output that there is not, and for more than `CLASSES`."""
+    """For images of a shape (rows, H, W, C). Raises ProtocolError for an output that there is not, for more than `CLASSES`, and for best
+    classes of a classifier's labels."""
     names = output_names(signature)
     wanted = tuple(output.name for output in request.outputs) or names
     for name in wanted:
@@ -70,6 +71,8 @@ def read_wanted(request: InferRequest, signature: Signature, shape: tuple[int, .
 
 
 def _listed(request: InferRequest, signature: Signature, shape: tuple[int, ...]) -> int:
+    if signature.task == "classify" and any(output.classification and output.name == "labels" for output in request.outputs):
+        raise ProtocolError('classification of "labels": a label is the best class of its row, and has none below it; ask it of scores')
     rows, *row = signature.scores_shape(*shape[:3])
     count = sum(rows * min(output.classification or 0, math.prod(row)) for output in request.outputs)
     if count > CLASSES:

@@ -56,10 +56,13 @@ class PictureAnswer:
 
 
 class Pictures:
-    """Answers picture files. Decoding and encoding run on threads of their own."""
+    """Answers picture files. Decoding and encoding run on threads of their own.
 
-    def __init__(self, service: Service, *, tile: int = TILE) -> None:
-        self._service, self._tile = service, tile
+    `body_bytes`: of a request for inference, at most. A picture that is computed in one piece has no more pixels than such a request could.
+    """
+
+    def __init__(self, service: Service, *, body_bytes: int, tile: int = TILE) -> None:
+        self._service, self._body_bytes, self._tile = service, body_bytes, tile
         self._threads = Threads("muntin-picture")
         self._decoding = asyncio.Semaphore(DECODERS)
         self._room = _Room(LARGEST * service.max_pixels)
@@ -78,7 +81,7 @@ class Pictures:
         if len(self._pending) >= WAITING:
             self._service.metrics.refused["pictures"] += 1
             raise RefusedRequestError(f"{WAITING} pictures are in the works: try again")
-        lease = self._service.lease(self._service.name, None)
+        lease = self._service.lease_to_compute(self._service.name, None)
         try:
             output = _output(query.get("output"), lease.version.signature)
         except ProtocolError:
@@ -119,6 +122,7 @@ class Pictures:
             async with self._decoding:
                 through.check()
                 count = await loop.run_in_executor(self._threads, _counted, content, self._service.max_pixels)
+            self._check_whole(count, version.signature)
             async with self._room.taken(count * version.signature.scale**2):
                 async with self._decoding:
                     through.check()
@@ -135,6 +139,15 @@ class Pictures:
             raise ProtocolError(str(error), status=413) from bare(error)
         except DataError as error:
             raise ProtocolError(str(error)) from bare(error)
+
+    def _check_whole(self, count: int, signature: Signature) -> None:
+        """Raises ProtocolError for a picture of too many pixels for a model that takes all of it at once."""
+        most = self._body_bytes // signature.channels
+        if signature.task == "classify" and signature.side is None and count > most:
+            raise ProtocolError(
+                f"the picture has {count:,} pixels, and this model computes it in one piece: send it smaller, of at most {most:,}",
+                status=413,
+            )
 
     def _predicted(self, through: _Through, image: NDArray[np.uint8]) -> NDArray[Any]:
         if through.signature.task == "classify":

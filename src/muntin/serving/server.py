@@ -27,6 +27,7 @@ from types import TracebackType
 from typing import Any, Self
 
 import uvicorn
+from pydantic import ValidationError
 
 from muntin.artifact import open_artifact
 from muntin.errors import ArtifactError, DataError, MuntinError
@@ -39,6 +40,7 @@ from muntin.serving.compiler import BUDGET, Compiler
 from muntin.serving.config import ServeConfig
 from muntin.serving.connection import Receiver, check_uvicorn
 from muntin.serving.control import Control
+from muntin.serving.descriptors import raise_descriptors
 from muntin.serving.executor import Executor
 from muntin.serving.grpc import GrpcFace
 from muntin.serving.http import HttpFace
@@ -62,6 +64,8 @@ _NOT_HERE = frozenset({errno.EADDRNOTAVAIL, errno.EAFNOSUPPORT})
 """What a system says of an address that a name has, and the machine has not."""
 RENEW_S = 10.0
 """Between two looks at the files of a certificate."""
+SETTLE_S = 5.0
+"""Between two looks at what time has ended, as that of the version before: every request looks, but there may be none."""
 MARGIN_S, MARGIN_SHARE = 0.001, 0.05
 """Seconds of an objective, or a share of it, that reading a request and writing its answer may take: 0.6 to 0.9 ms at 512 x 512."""
 
@@ -221,7 +225,7 @@ class Server:
         _expose(metrics, service, runner, ledger, log)
         control = Control(self.slot, self._repository)
         ending.push_async_callback(asyncio.to_thread, control.close)
-        pictures = Pictures(service)
+        pictures = Pictures(service, body_bytes=config.bounds.body_bytes)
         ending.push_async_callback(asyncio.to_thread, self._end, pictures, runner, service)
         largest = config.bounds.body_bytes
         limits = Limits(body_bytes=largest, json_bytes=config.bounds.json_bytes, elements=largest)  # none takes less than a byte
@@ -253,6 +257,7 @@ class Server:
         self._http = _Http(http_config, up, go_down, tls=None if tls is None else tls.context, handshake=config.bounds.header_seconds)
         if tls is not None:
             ending.callback(asyncio.create_task(self._renew(tls)).cancel)
+        ending.callback(asyncio.create_task(self._settle()).cancel)
         if config.watch:
             watcher.start()
         gc.collect()
@@ -366,6 +371,15 @@ class Server:
                 told = "the TLS certificate was renewed"
             await asyncio.to_thread(self._notify, told)
 
+    async def _settle(self) -> None:
+        """Ends what time has ended, and lets go of the version before, in quiet hours, too."""
+        while True:
+            await asyncio.sleep(SETTLE_S)
+            try:
+                await asyncio.to_thread(self.slot.settle)
+            except Exception as error:  # noqa: BLE001 - it is tried again, as with each request
+                await asyncio.to_thread(self._notify, f"versions: {error}")
+
     def _uvicorn_config(self, face: HttpFace, ledger: Ledger) -> uvicorn.Config:
         config = self.config
         logging.getLogger("uvicorn.error").setLevel(logging.ERROR)  # a line for every piece of nonsense that is sent would fill a disk
@@ -385,6 +399,31 @@ class Server:
         )
         made.load()
         return made
+
+
+def serve(path: str | Path, *, notify: Notify = _nobody, **settings: Any) -> int:
+    """Serves an artefact, or a directory of numbered versions of one, over HTTP and gRPC until SIGTERM or Ctrl-C: `muntin serve` in Python.
+
+    `settings`: the fields of `ServeConfig`, which says their units and defaults: the command's, over HTTP on 127.0.0.1:8000 and gRPC on
+    127.0.0.1:8001. `notify`: as of `Server`. Blocks the calling thread: the main one, which alone hears signals; on another one use a
+    `Server`, which `stop` ends. Before it listens it costs what verifying and compiling the first version takes, some seconds. Returns how
+    many connections and calls were still busy when `drain_seconds` were over, and were cut off.
+
+    Raises DataError for a setting that there is not or that is out of its range, RecipeError for one of `rollout`, and whatever `Server`
+    raises. Needs the extra `serve`.
+    """
+    try:
+        config = ServeConfig(**settings)
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        where, what = ".".join(map(str, first["loc"])), first["msg"].removeprefix("Value error, ")
+        # Not `from error`, whose text shows what it was given, tokens too.
+        raise DataError(f"serve: {where}: {what}" if where else f"serve: {what}") from None
+    if lack := raise_descriptors(config):
+        notify(lack)
+    server = Server(path, config, notify=notify)
+    server.run()
+    return server.cut_off
 
 
 class _Http(uvicorn.Server):

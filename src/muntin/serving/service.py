@@ -11,7 +11,7 @@ from __future__ import annotations
 import asyncio
 import math
 import time
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, MutableMapping
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -39,6 +39,8 @@ from muntin.serving.version import NotReadyError, UnknownVersionError, Version
 INPUT = "images"
 PRIORITY = 2
 """What a request without a priority has, of 1, the most urgent, and more."""
+GONE = 16
+"""Versions that the slot lists no more, of which what they were asked is still told: those that were asked first go first."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -95,8 +97,8 @@ class Service:
         return self.slot.ready and self.runner.able and not self.draining
 
     def describe(self, model: str | None, version: str | None) -> ModelDescription:
-        """The model, by the version that is named or the one that serves. Raises ProtocolError as `lease` does."""
-        with self.lease(model or self.name, version) as lease:
+        """The model, by the version that is named or the current one. Raises ProtocolError as `lease` does."""
+        with self.lease(model or self.name, version, canary=False) as lease:
             signature, name = lease.version.signature, lease.version.name
         ready = tuple(entry.version for entry in self.slot.index() if entry.state == "ready")
         B, K, C = -1, signature.outputs, signature.channels
@@ -188,7 +190,7 @@ class Service:
         computing it failed.
         """
         arrived = self.clock() if arrived is None else arrived
-        lease = self.lease(model, version)
+        lease = self.lease_to_compute(model, version)
         try:
             signature = lease.version.signature
             images = self._images(request, signature)
@@ -221,19 +223,39 @@ class Service:
 
     def account(self, version: str) -> Account:
         """What a version was asked so far."""
-        return self._accounts.setdefault(version, Account())
+        found = self._accounts.get(version)
+        if found is None:
+            found = self._accounts[version] = Account()
+            self._forget()
+        return found
 
-    def lease(self, model: str, version: str | None) -> Lease:
-        """A lease on the version that a request names. Raises ProtocolError: 404, or 503 where none is ready."""
+    def _forget(self) -> None:
+        """Drops what is counted of versions that the slot lists no more, but of the last `GONE`: a server may see thousands of them."""
+        listed = {entry.version for entry in self.slot.index()}
+        counts: tuple[MutableMapping[str, Any], ...] = (self._accounts, self.metrics.rows)
+        for counted in counts:
+            for version in [name for name in counted if name not in listed][:-GONE]:
+                del counted[version]
+
+    def lease(self, model: str, version: str | None, *, canary: bool = True) -> Lease:
+        """A lease on the version that a request names; `canary` as of `Slot.lease`. Raises ProtocolError: 404, or 503 where none is
+        ready."""
         if model != self.name:
             raise ProtocolError(f"model {shown(model)}: this server has {self.name}", status=404)
         try:
-            return self.slot.lease(version or None)
+            return self.slot.lease(version or None, canary=canary)
         except UnknownVersionError as error:
             raise ProtocolError(str(error), status=404) from error
         except NotReadyError as error:
-            self.metrics.refused["no version"] += 1
             raise RefusedRequestError(str(error)) from error
+
+    def lease_to_compute(self, model: str, version: str | None) -> Lease:
+        """As `lease`, for what is to be computed: that no version is ready is counted."""
+        try:
+            return self.lease(model, version)
+        except RefusedRequestError:
+            self.metrics.refused["no version"] += 1
+            raise
 
     def _hold(self, wanted: Wanted, copies: bool) -> int:
         try:
@@ -301,6 +323,8 @@ class Service:
             if isinstance(answer, BaseException | Refusal):
                 done(_error(answer))
                 return
+            if work.version not in self.metrics.rows:
+                self._forget()
             self.metrics.rows[work.version] += rows
             self.metrics.queue.observe(work.started - job.arrived)
             self.metrics.compute.observe(work.computed)

@@ -151,16 +151,17 @@ class Slot:
 
     # ---- requests ----
 
-    def lease(self, version: str | None = None) -> Lease:
+    def lease(self, version: str | None = None, *, canary: bool = True) -> Lease:
         """A lease on the version that a new request is for: the current one, for a canary's share of requests the candidate.
 
-        `version`: on this one instead. Raises UnknownVersionError where there is none of this name, NotReadyError where it cannot answer.
+        `version`: on this one instead. `canary`: False: on the current one, for who asks for nothing to be computed.
+        Raises UnknownVersionError where there is none of this name, NotReadyError where it cannot answer.
         """
         with self._changing():
             self._settle_by_time()
             if version is not None:
                 return self._lend(self._able(self._named(version)))
-            if self._candidate is not None and self._candidate.able and self._random() < self.rollout.canary:
+            if canary and self._candidate is not None and self._candidate.able and self._random() < self.rollout.canary:
                 return self._lend(self._candidate)
             if self._current is None:
                 raise NotReadyError(f"{self.name}: no version is ready: load one, or ask again when it is open")
