@@ -12,11 +12,13 @@ same code (DeepLabV3+ trains in FP32 on CPUs, see `check_maps`). Two budgets, ea
 A hybrid's stages of compression (low rank, W4A8, mixed precision) are inside its budget, so its FP32 training is shorter than a peer's;
 the entries ending in -ptq spend all of it on FP32 training and are quantised afterwards, as the peers are. Quantising after training and
 export count for none. The learning rate is tuned alike for each model and source: three of them, a quarter of the budget in FP32 each,
-seed 0, on strips of the training split that are held out for it (`segmentation_peers/tuning.py`).
+seed 0, on strips of the training split that are held out for it (`segmentation_peers/tuning.py`); as long as the best is the highest or
+the lowest, twice or half of it is tried, too, two more at the most.
 
 Deployed: OpenVINO in f32 and in bf16; peers in INT8 by NNCF too, hybrids in W4A8 after the stages or in muntin's own INT8. Of these a seed
-takes the fastest at the first of --sides that is within half a point of f32 on the validation split; calibration sees training crops only,
-and the test split chooses nothing. Columns:
+takes the fastest at the first of --sides that is within half a point of f32 where it is admitted by: the validation split, a strip of ocean
+without a desert, and those strips of the training split, which have every class. Training saw them, for f32 and the others alike.
+Calibration sees training crops only, and the test split chooses nothing. Columns:
     test mIoU   of the deployed models, whole test split, mean ± standard deviation over the seeds
     ms SIDE     median latency of one image, pixels in and scores out: all models of a seed in one process, in turns; mean over the seeds
     min, crops  what training took and saw; im/s of FP32 training; M parameters as trained; MB on disk as deployed; rate as tuned
@@ -26,8 +28,8 @@ have, those of score by two of them or more. Beside the rows lies a picture of e
 A row that is there already is not run again, and training that was interrupted by Ctrl-C goes on where it stood (a search begins anew).
 Rows of another machine, or of other threads, crops or batches, are refused. A model that fails is left out with the reason, and is tried
 again the next time.
-Needs `pip install '.[bench]'` from a checkout. Time: a model and a source take 3.75 times --minutes for three seeds (three rates at a
-quarter, three trainings), and a few minutes for timing, NNCF and scoring. Run it alone.
+Needs `pip install '.[bench]'` from a checkout. Time: a model and a source take 3.75 to 4.25 times --minutes for three seeds (three to five
+rates at a quarter, three trainings), and a few minutes for timing, NNCF and scoring. Run it alone.
 """
 
 from __future__ import annotations
@@ -61,11 +63,13 @@ from segmentation_peers.tuning import held_out_score
 
 SOURCES = tuple(name for name in get_args(SourceName) if name != "folders")
 RATES = (2e-3, 4e-3, 8e-3)
+FURTHER = 2
+"""Rates beyond an end of these, at the most, as long as the best one is there."""
 SEARCH_SHARE, SEARCH_SEED = 1 / 4, 0
 """Of the budget, for each rate; and the seed that it is trained with."""
-PROTOCOL = 4
+PROTOCOL = 5
 """Of rows: 2 since minutes are kept by the schedule, and rates chosen on strips of the training split; 3 since Muon trains; 4 since crops
-are flipped upside down, too."""
+are flipped upside down, too; 5 since a search goes on beyond an end of its rates, and variants are admitted by land, too."""
 SMALLEST = 128
 """Side in pixels, of crops and of images: PAN takes no smaller ones."""
 PACKAGES = {"segmentation-models-pytorch": "segmentation_models_pytorch", "timm": "timm", "nncf": "nncf"}
@@ -114,9 +118,16 @@ class Comparison:
             **structure,
         }
 
-    def rate(self, entry: Entry) -> float:
-        """The best learning rate on what is held out for it. Entries that train the same model share the search."""
-        return max(RATES, key=lambda rate: float(self._tried(entry, rate)["held_out"]))
+    def searched(self, entry: Entry) -> list[Row]:
+        """The learning rates that were tried, from the lowest on. Entries that train the same model share the search."""
+        rows = [self._tried(entry, rate) for rate in RATES]
+        for _ in range(FURTHER):
+            best = rows.index(best_rate(rows))
+            if best == 0:
+                rows.insert(0, self._tried(entry, rows[0]["learning_rate"] / 2))
+            elif best == len(rows) - 1:
+                rows.append(self._tried(entry, 2 * rows[-1]["learning_rate"]))
+        return rows
 
     def _tried(self, entry: Entry, rate: float) -> Row:
         name = f"rate-{entry.model.rpartition(':')[2]}-{rate:g}"
@@ -145,7 +156,7 @@ class Comparison:
         place = self.folder / name
 
         def make() -> Row:
-            rate = self.rate(entry)
+            rate = best_rate(self.searched(entry))["learning_rate"]
             recipe = recipe_for(entry, self.setting, self.budget, seed=seed, learning_rate=rate, stages=entry.way == "stages")
             checkpoint, compressed, figures = train_whole(entry, recipe, place / "run")
             forms = deploy(entry, checkpoint, compressed, place)
@@ -218,12 +229,31 @@ class Comparison:
         picture = self.folder / "pareto.png"
         if summary:
             draw(summary, picture, title=f"{self.setting.source}, {self.budget.told}, seeds {', '.join(map(str, seeds))}")
-        rates = [self._tried(entry, rate) for entry in {row["model"]: ENTRIES[row["model"]] for row in rows}.values() for rate in RATES]
+        rates = [
+            tried
+            for entry in {ENTRIES[row["model"]].model: ENTRIES[row["model"]] for row in rows}.values()
+            for tried in self.searched(entry)
+        ]
         return {
             "source": self.setting.source, "budget": asdict(self.budget), "summary": summary, "goals": goals,
             "goal_seeds": common,
             "rates": rates, "rows": rows, "latencies": list(latencies.values()), "left_out": left_out, "picture": str(picture),
         }  # fmt: skip
+
+
+def best_rate(rows: list[Row]) -> Row:
+    """Of the rates that were tried, what did best on what is held out."""
+    return max(rows, key=lambda row: float(row["held_out"]))
+
+
+def at_an_end(rates: list[Row]) -> list[str]:
+    """The models whose best rate is the lowest or the highest that was tried."""
+    found = []
+    for model in dict.fromkeys(row["model"] for row in rates):
+        tried = sorted((row for row in rates if row["model"] == model), key=lambda row: float(row["learning_rate"]))
+        if best_rate(tried) in (tried[0], tried[-1]):
+            found.append(model.rpartition(":")[2])
+    return found
 
 
 def seeds_of_all(rows: list[Row]) -> list[int]:
@@ -252,9 +282,8 @@ def print_comparison(found: Row, budget: Budget) -> None:
     print_tables(found["summary"], found["goals"])
     judged = ", ".join(map(str, found["goal_seeds"])) or "none, since there is none of all models"
     print(f"{'':<12}judged by the seeds {judged}")
-    edges = sorted({row["model"] for row in found["summary"] if row["learning_rate"] in (RATES[0], RATES[-1])})
-    if edges:
-        print(f"{'':<12}the best rate is at an end of the grid ({', '.join(f'{rate:g}' for rate in RATES)}): {', '.join(edges)}")
+    if edges := at_an_end(found["rates"]):
+        print(f"{'':<12}the best rate is the lowest or the highest that was tried: {', '.join(edges)}")
     for line in found["left_out"]:
         print(f"{'left out':<12}{line}")
     print(f"{'picture':<12}{found['picture']}")

@@ -7,13 +7,17 @@ from __future__ import annotations
 
 import importlib
 import json
+import math
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from types import ModuleType
 from typing import Any, NoReturn
 
+import numpy as np
 import pytest
+
+from muntin.data.earth import EarthSource
 
 Row = dict[str, Any]
 FOLDER = Path(__file__).parents[1] / "benchmarks"
@@ -78,9 +82,9 @@ def verdicts(goals: Sequence[Row]) -> list[bool | None]:
     return [goal["met"] for goal in goals]
 
 
-def test_a_variant_may_be_deployed_within_half_a_point_of_floats_on_the_validation_split(report: ModuleType) -> None:
+def test_a_variant_may_be_deployed_within_half_a_point_of_floats_on_what_admits_it(report: ModuleType) -> None:
     scores = {"float f32": 0.5, "float bf16": 0.52, "int8 f32": 0.4951, "int8 bf16": 0.4949}
-    variants = {name: {"validation": score, "test": 0.0} for name, score in scores.items()}
+    variants = {name: {"validation": 0.0, "admission": score, "test": 0.0} for name, score in scores.items()}
     assert report.admitted(variants) == ["float f32", "float bf16", "int8 f32"]
 
 
@@ -89,7 +93,13 @@ def trained(model: str, seed: int, **tests: float) -> Row:
     sizes = {"float": 4000, "small": 1000}
     variants: Row = {}
     for name, test in tests.items():
-        variants[name] = {"validation": test / 2, "test": test, "iou": {"sea": test, "ice": None}, "bytes": sizes[name]}
+        variants[name] = {
+            "validation": test / 2,
+            "admission": test / 3,
+            "test": test,
+            "iou": {"sea": test, "ice": None},
+            "bytes": sizes[name],
+        }
     figures = {"minutes": 2.0 + seed, "samples": 100, "images_per_s": 10.0, "parameters": 5, "learning_rate": 0.004}
     return {"model": model, "seed": seed, "variants": variants, **figures}
 
@@ -121,6 +131,7 @@ def test_a_summary_is_of_the_variant_that_each_seed_deploys(report: ModuleType) 
     assert hybrid["ms"]["512"]["mean"] == 5.0
     assert hybrid["variants"]["small"]["test"]["mean"] == pytest.approx(0.66)
     assert hybrid["variants"]["small"]["validation"]["mean"] == pytest.approx(0.33)
+    assert hybrid["variants"]["small"]["admission"]["mean"] == pytest.approx(0.22)
     assert hybrid["variants"]["small"]["ms"]["mean"] == 4.5
     assert (hybrid["bytes"], hybrid["minutes"]) == (2500, 2.5)
     assert (peer["model"], peer["hybrid"], peer["seeds"]) == ("pan-mobilenet-v2", False, [1])
@@ -201,6 +212,40 @@ def test_goals_are_judged_by_the_seeds_of_all_models(peers: ModuleType, made: li
 
 class OddError(Exception):
     """As NNCF raises its own: of no kind but Exception."""
+
+
+@pytest.mark.parametrize(
+    ("best", "tried", "at_an_end"),
+    [
+        (4e-3, [2e-3, 4e-3, 8e-3], False),
+        (1e-3, [5e-4, 1e-3, 2e-3, 4e-3, 8e-3], False),
+        (16e-3, [2e-3, 4e-3, 8e-3, 16e-3, 32e-3], False),
+        (1e-9, [5e-4, 1e-3, 2e-3, 4e-3, 8e-3], True),
+        (1.0, [2e-3, 4e-3, 8e-3, 16e-3, 32e-3], True),
+    ],
+)
+def test_a_search_goes_on_where_the_best_rate_is_at_an_end(
+    peers: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, best: float, tried: list[float], at_an_end: bool
+) -> None:
+    def tried_(self: object, entry: Any, rate: float) -> Row:
+        return {"model": entry.model, "learning_rate": rate, "held_out": -abs(math.log(rate / best))}
+
+    monkeypatch.setattr(peers.Comparison, "_tried", tried_)
+    setting = peers.Setting(source="earth", crop=256, batch_size=8, precision="fp32", threads=1)
+    comparison = peers.Comparison(setting=setting, budget=peers.Budget(minutes=1.0), sides=(512,), rounds=1, folder=tmp_path)
+    rows = comparison.searched(peers.ENTRIES["pan-mobilenet-v2"])
+    assert [row["learning_rate"] for row in rows] == pytest.approx(tried)
+    assert peers.best_rate(rows)["learning_rate"] == pytest.approx(min(tried, key=lambda rate: abs(math.log(rate / best))))
+    assert peers.at_an_end(rows) == (["pan_mobilenet_v2"] if at_an_end else [])
+
+
+def test_what_admits_a_variant_has_every_class() -> None:
+    tuning = importlib.import_module("segmentation_peers.tuning")
+    source = EarthSource("cover")
+    samples = list(tuning.admission(source))
+    assert set(np.concatenate([np.unique(sample.labels) for sample in samples]).tolist()) == set(range(len(source.classes)))
+    for tested in source.split("test"):
+        assert not any(np.shares_memory(tested.image[:1], sample.image[:1]) for sample in samples)
 
 
 def fail(peers: ModuleType, folder: Path, monkeypatch: pytest.MonkeyPatch, error: Exception) -> Row:

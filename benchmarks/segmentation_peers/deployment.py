@@ -30,6 +30,7 @@ import muntin
 from muntin.artifact import Signature
 from muntin.compression.stages import source_of
 from muntin.data import calibration_batches
+from muntin.data.earth import EarthSource
 from muntin.deployment.assessment import export_checkpoint
 from muntin.models import DividedSides
 from muntin.runtime.quiet import import_without_telemetry, openvino
@@ -40,6 +41,7 @@ from muntin.training import Checkpoint
 from muntin.training.evaluation import tile_of
 from muntin.training.loop import signature_of
 from segmentation_peers.models import STRIDE, Entry, Scheme
+from segmentation_peers.tuning import admission
 
 REFERENCE = "float f32"
 """The variant that the others' scores are held against."""
@@ -121,15 +123,17 @@ def deploy(entry: Entry, checkpoint: Checkpoint, compressed: Checkpoint | None, 
 
 
 def score_variants(forms: dict[str, Path], checkpoint: Checkpoint, *, threads: int) -> dict[str, dict[str, Any]]:
-    """Each variant's mean IoU on both splits, its IoU of each class on the test split, and its bytes on disk."""
+    """Each variant's mean IoU on both splits and on what it is admitted by, its IoU of each class on the test split, its bytes on disk."""
     source, tile = source_of(checkpoint), tile_of(checkpoint.recipe.data.crop)
+    assert isinstance(source, EarthSource)
+    splits = {"validation": source.split("validation"), "test": source.split("test"), "admission": admission(source)}
     rows = {}
     for form, path in forms.items():
         for precision in precisions():
             session = Variant(path=path, precision=precision).open(threads)
-            validation, test = (muntin.evaluate(session, source.split(name), tile=tile) for name in ("validation", "test"))
+            scores = {name: muntin.evaluate(session, split, tile=tile) for name, split in splits.items()}
             rows[f"{form} {precision}"] = {
-                "form": form, "precision": precision, "validation": validation.miou, "test": test.miou, "iou": test.iou,
+                "form": form, "precision": precision, **{name: score.miou for name, score in scores.items()}, "iou": scores["test"].iou,
                 "bytes": _bytes(path),
             }  # fmt: skip
     return rows

@@ -64,6 +64,12 @@ class Held:
         )
 
 
+def admission(source: EarthSource) -> Samples:
+    """What a quantised variant is held against f32 on: the validation split, and land that has been trained on, with every class."""
+    strips = Held(source).split("validation")
+    return HeldSamples([*source.split("validation"), *strips])
+
+
 def held_out(recipe: Recipe, folder: Path, spans: Spans = HELD_OUT) -> Training:
     """A training by a recipe on all but what is held out, over and validated on that."""
     source = open_source(DataConfig(source=recipe.data.source), root=Path.cwd())
