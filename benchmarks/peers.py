@@ -1,24 +1,26 @@
 """muntin's hybrids beside the segmenters that users reach for: the same data, crops, loop and budget, each deployed by its own best way.
 
-    python benchmarks/peers.py [--sources earth earth:climate earth:shore] [--models NAME ...] [--seeds 0 1 2] [--minutes 4]
-                               [--samples N] [--output runs/benchmark-peers] [--json]
+    python benchmarks/peers.py [--sources earth earth:climate earth:shore | --recipe RECIPE.yaml] [--models NAME ...] [--seeds 0 1 2]
+                               [--minutes 4] [--samples N] [--output runs/benchmark-peers] [--json]
 
 Peers: segmentation_models_pytorch's Linknet-resnet18, PAN-mobilenet_v2, Unet-resnet18, FPN-efficientvit_b0, FPN-mobilenetv4_conv_small,
 Segformer-mit_b0 and DeepLabV3+-efficientnet-b0. All models start from random weights and are trained by `muntin fit` with the
 demonstration's recipe: crops, augmentation, loss, optimiser (Muon and AdamW), schedule, averaged weights and BF16 are literally the
-same code (DeepLabV3+ trains in FP32 on CPUs, see `check_maps`). Two budgets, each with tables of its own (either or both may be given):
+same code (DeepLabV3+ trains in FP32 on CPUs, see `check_maps`). With --recipe it is a recipe of yours, with your own pictures
+(`muntin init` writes one): all of it but the model, the rate, the precision, the threads and the length of training, which this command
+sets. Two budgets, each with tables of its own (either or both may be given):
     --minutes   wall-clock minutes of training; the learning rate falls with the time that is left
     --samples   crops seen
 A hybrid's stages of compression (low rank, W4A8, mixed precision) are inside its budget, so its FP32 training is shorter than a peer's;
 the entries ending in -ptq spend all of it on FP32 training and are quantised afterwards, as the peers are. Quantising after training and
 export count for none. The learning rate is tuned alike for each model and source: three of them, a quarter of the budget in FP32 each,
-seed 0, on strips of the training split that are held out for it (`segmentation_peers/tuning.py`); as long as the best is the highest or
-the lowest, twice or half of it is tried, too, two more at the most.
+seed 0, on strips of the training split that are held out for it, of folders on every fifth picture (`segmentation_peers/tuning.py`); as
+long as the best is the highest or the lowest, twice or half of it is tried, too, two more at the most.
 
 Deployed: OpenVINO in f32 and in bf16; peers in INT8 by NNCF too, hybrids in W4A8 after the stages or in muntin's own INT8. Of these a seed
 takes the fastest at the first of --sides that is within half a point of f32 where it is admitted by: the validation split, a strip of ocean
-without a desert, and those strips of the training split, which have every class. Training saw them, for f32 and the others alike.
-Calibration sees training crops only, and the test split chooses nothing. Columns:
+without a desert, and those strips of the training split, which have every class (training saw them, for f32 and the others alike); the
+validation split alone, of folders. Calibration sees training crops only, and the test split chooses nothing. Columns:
     test mIoU   of the deployed models, whole test split, mean ± standard deviation over the seeds
     ms SIDE     median latency of one image, pixels in and scores out: all models of a seed in one process, in turns; mean over the seeds
     min, crops  what training took and saw; im/s of FP32 training; M parameters as trained; MB on disk as deployed; rate as tuned
@@ -26,7 +28,7 @@ Below it the IoU of each class, every variant (a hybrid's float ones, too), and 
 have, those of score by two of them or more. Beside the rows lies a picture of each source.
 
 A row that is there already is not run again, and training that was interrupted by Ctrl-C goes on where it stood (a search begins anew).
-Rows of another machine, or of other threads, crops or batches, are refused. A model that fails is left out with the reason, and is tried
+Rows of another machine, or of another recipe or other threads, are refused. A model that fails is left out with the reason, and is tried
 again the next time.
 Needs `pip install '.[bench]'` from a checkout. Time: a model and a source take 3.75 to 4.25 times --minutes for three seeds (three to five
 rates at a quarter, three trainings), and a few minutes for timing, NNCF and scoring. Run it alone.
@@ -48,15 +50,17 @@ from typing import get_args
 
 import torch
 
+from muntin.data import open_source
 from muntin.data.config import SourceName
-from muntin.errors import MuntinError
+from muntin.errors import MuntinError, RecipeError
 from muntin.models import PRESETS, ModelConfig
 from muntin.runtime import describe_hardware
 from muntin.training.precision import resolve_precision
+from muntin.training.recipe import Recipe
 from options import at_least
-from segmentation_peers.budget import Budget, Interrupted, Setting, recipe_for, train_whole
+from segmentation_peers.budget import Budget, Interrupted, Setting, base_recipe, recipe_for, train_whole
 from segmentation_peers.deployment import Variant, deploy, parameters_of, score_variants
-from segmentation_peers.latency import measure_latency
+from segmentation_peers.latency import image_of, measure_latency
 from segmentation_peers.models import ENTRIES, Entry
 from segmentation_peers.report import Row, admitted, draw, judge, print_tables, summarise
 from segmentation_peers.tuning import held_out_score
@@ -96,8 +100,7 @@ class Comparison:
         if path.is_file():
             row: Row = json.loads(path.read_text(encoding="utf-8"))
             now = json.loads(json.dumps(self._machine(entry)))
-            changed = [f"{key} {row['machine'].get(key)} (now {value})" for key, value in now.items() if row["machine"].get(key) != value]
-            if changed:
+            if changed := differences(row["machine"], now):
                 raise Refused(f"{path} was measured with {'; '.join(changed)}: give another --output")
             return row
         row = {**make(), "created": datetime.now(UTC).isoformat(timespec="seconds"), "machine": self._machine(entry)}
@@ -114,7 +117,7 @@ class Comparison:
         return {
             "protocol": PROTOCOL,
             **{key: hardware[key] for key in ("cpu", "cores", "features", "openvino", "torch")},
-            **asdict(self.setting),
+            **self.setting.identity,
             **structure,
         }
 
@@ -139,7 +142,7 @@ class Comparison:
             row = {"model": entry.model, "learning_rate": rate}
             shutil.rmtree(place, ignore_errors=True)  # of a search that was interrupted
             try:
-                score, steps = held_out_score(recipe, place)
+                score, steps = held_out_score(recipe, place, root=self.setting.root)
             except MuntinError as error:
                 if type(error) is not MuntinError:  # its kinds are other troubles than a loss that is no longer finite
                     raise
@@ -158,7 +161,7 @@ class Comparison:
         def make() -> Row:
             rate = best_rate(self.searched(entry))["learning_rate"]
             recipe = recipe_for(entry, self.setting, self.budget, seed=seed, learning_rate=rate, stages=entry.way == "stages")
-            checkpoint, compressed, figures = train_whole(entry, recipe, place / "run")
+            checkpoint, compressed, figures = train_whole(entry, recipe, place / "run", self.setting.root)
             forms = deploy(entry, checkpoint, compressed, place)
             return {
                 "model": entry.name, "source": self.setting.source, "budget": self.budget.name, "seed": seed, "learning_rate": rate,
@@ -193,12 +196,13 @@ class Comparison:
             for name, variant in row["variants"].items():
                 variants[row["model"], name] = Variant(path=place / row["forms"][variant["form"]], precision=variant["precision"])
         first, *others = self.sides
-        all_ms = measure_latency(variants, first, threads=self.setting.threads, rounds=self.rounds)
+        source = open_source(self.setting.recipe.data, root=self.setting.root)
+        all_ms = measure_latency(variants, image_of(source, first), threads=self.setting.threads, rounds=self.rounds)
         chosen = {row["model"]: min(admitted(row["variants"]), key=lambda name: all_ms[row["model"], name]) for row in rows}
         ms = {str(first): {model: all_ms[model, name] for model, name in chosen.items()}}
         for side in others:
             timed = measure_latency(
-                {item: variants[item] for item in chosen.items()}, side, threads=self.setting.threads, rounds=self.rounds
+                {item: variants[item] for item in chosen.items()}, image_of(source, side), threads=self.setting.threads, rounds=self.rounds
             )
             ms[str(side)] = {model: value for (model, _), value in timed.items()}
         by_model = {row["model"]: {name: all_ms[row["model"], name] for name in row["variants"]} for row in rows}
@@ -241,6 +245,18 @@ class Comparison:
         }  # fmt: skip
 
 
+def differences(there: Row, now: Row, where: str = "") -> list[str]:
+    """What a row that is there was measured with otherwise, of all that counts now."""
+    found: list[str] = []
+    for key, value in now.items():
+        name, before = f"{where}{key}", there.get(key)
+        if isinstance(value, dict) and isinstance(before, dict):
+            found += differences(before, value, f"{name}.")
+        elif before != value:
+            found.append(f"{name} {before} (now {value})")
+    return found
+
+
 def best_rate(rows: list[Row]) -> Row:
     """Of the rates that were tried, what did best on what is held out."""
     return max(rows, key=lambda row: float(row["held_out"]))
@@ -262,6 +278,18 @@ def seeds_of_all(rows: list[Row]) -> list[int]:
     for row in rows:
         found.setdefault(row["model"], set()).add(row["seed"])
     return sorted(set.intersection(*found.values())) if found else []
+
+
+def recipes_of(given: argparse.Namespace) -> dict[str, Recipe]:
+    """What is trained on, by what it is called. Raises RecipeError for one that these models cannot be compared with."""
+    sources = list(dict.fromkeys(given.sources)) if given.recipe is None else [given.recipe.stem]
+    made = {source: base_recipe(given.recipe, source, crop=given.crop, batch_size=given.batch) for source in sources}
+    for recipe in made.values():
+        if recipe.task != "segment":
+            raise RecipeError(f"recipe {recipe.name}: task {recipe.task}; all these models segment")
+        if recipe.data.crop < SMALLEST:
+            raise RecipeError(f"recipe {recipe.name}: data.crop {recipe.data.crop}: PAN takes no less than {SMALLEST}; give --crop")
+    return made if given.recipe is None else {f"recipe {recipe.name}": recipe for recipe in made.values()}
 
 
 def precision_of(output: Path) -> str:
@@ -292,6 +320,7 @@ def print_comparison(found: Row, budget: Budget) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--sources", nargs="+", choices=SOURCES, default=list(SOURCES))
+    parser.add_argument("--recipe", type=Path, help="of yours, in place of the demonstration's and its sources; segmentation")
     parser.add_argument("--models", nargs="+", choices=list(ENTRIES), default=list(ENTRIES))
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--minutes", type=float, help="wall-clock minutes of training (4 unless --samples is given)")
@@ -301,15 +330,22 @@ def main() -> None:
     )
     parser.add_argument("--rounds", type=at_least(1), default=30, help="timed calls of each model and size")
     parser.add_argument("--threads", type=at_least(1), default=2, help="of training and of the deployed models")
-    parser.add_argument("--crop", type=at_least(SMALLEST), default=256, help=f"side of the training crops, pixels (from {SMALLEST})")
-    parser.add_argument("--batch", type=at_least(1), default=8, help="crops a step")
+    parser.add_argument(
+        "--crop", type=at_least(SMALLEST), help=f"side of the training crops, pixels (from {SMALLEST}; as in the recipe unless given)"
+    )
+    parser.add_argument("--batch", type=at_least(1), help="crops a step (as in the recipe unless given)")
     parser.add_argument("--output", type=Path, default=Path("runs/benchmark-peers"))
     parser.add_argument("--json", action="store_true", help="print one JSON document instead of the tables")
     given = parser.parse_args()
     if given.minutes is not None and not given.minutes > 0:
         parser.error(f"--minutes {given.minutes:g}: give more than 0")
-    if given.samples is not None and given.samples * SEARCH_SHARE < given.batch:
-        parser.error(f"--samples {given.samples}: a search takes {SEARCH_SHARE:g} of them: give at least {given.batch / SEARCH_SHARE:g}")
+    try:
+        recipes = recipes_of(given)
+    except RecipeError as error:
+        parser.error(str(error))
+    batch = max(recipe.training.batch_size for recipe in recipes.values())
+    if given.samples is not None and given.samples * SEARCH_SHARE < batch:
+        parser.error(f"--samples {given.samples}: a search takes {SEARCH_SHARE:g} of them: give at least {batch / SEARCH_SHARE:g}")
     if missing := [name for name, module in PACKAGES.items() if find_spec(module) is None]:
         sys.exit(f"{parser.prog}: {', '.join(missing)} missing: pip install '.[bench]'")
     minutes = 4.0 if given.minutes is None and given.samples is None else given.minutes
@@ -319,13 +355,12 @@ def main() -> None:
     precision = precision_of(given.output)
     results: list[Row] = []
     for budget in budgets:
-        for source in given.sources:
+        for source, recipe in recipes.items():
+            root = Path.cwd() if given.recipe is None else given.recipe.parent
             comparison = Comparison(
-                setting=Setting(
-                    source=source, crop=given.crop, batch_size=given.batch, precision=precision, threads=given.threads
-                ),
+                setting=Setting(source=source, recipe=recipe, root=root, precision=precision, threads=given.threads),
                 budget=budget, sides=tuple(dict.fromkeys(given.sides)), rounds=given.rounds,
-                folder=given.output / budget.name / source.replace(":", "-"),
+                folder=given.output / budget.name / source.replace(":", "-").replace(" ", "-"),
             )  # fmt: skip
             try:
                 results.append(comparison.run(entries, list(dict.fromkeys(given.seeds))))

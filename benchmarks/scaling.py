@@ -1,10 +1,11 @@
 """Latency and memory against image size: a preset and its dense twin, deployed and in eager PyTorch, up to 4096 x 4096.
 
-    python benchmarks/scaling.py [--model hybrid-s] [--answer labels] [--sides 512 1024 2048 4096] [--limit 180]
+    python benchmarks/scaling.py [--model hybrid-s] [--options NAME=VALUE ...] [--answer labels] [--sides 512 1024 2048 4096] [--limit 180]
                                  [--output runs/benchmark-scaling] [--json]
 
-The twin is the same network with attention over all tokens (`attention: dense`). Pixels go in; what comes out is each pixel's class, or
-with `--answer scores` float32 scores, 24 bytes a pixel.
+The twin is the same network with attention over all tokens (`attention: dense`). `--options` change the preset, for both, as a recipe's
+`model.options` do (values are YAML: "stem=[8, 16]"). Pixels go in; what comes out is each pixel's class, or with `--answer scores`
+float32 scores, 24 bytes a pixel.
 
 Every point is a process of its own, so that no point inherits memory of another: it opens the model, computes one small image (64 x 64),
 notes what is resident, then computes images of the point's size.
@@ -25,6 +26,7 @@ measured again; one of other settings, or of another machine, is refused. Time o
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
 import math
 import resource
@@ -32,12 +34,14 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from statistics import median
 from typing import Any
 
 import numpy as np
+import yaml
 
 import muntin
 from kept import Row, kept_row, now
@@ -59,13 +63,36 @@ BUDGET_S = 20.0
 """Of one point's timed calls."""
 
 
-def prepare(output: Path, model: str) -> None:
+@dataclass(frozen=True, kw_only=True)
+class Network:
+    """A preset and what is changed in it; the dense twin has the same changes."""
+
+    preset: str
+    options: Row
+
+    @property
+    def name(self) -> str:
+        return self.preset + "".join(f", {key}={json.dumps(value)}" for key, value in self.options.items())
+
+    @property
+    def structure(self) -> Row:
+        return ModelConfig(**{**PRESETS[self.preset], **self.options}).model_dump(mode="json")
+
+    def folder(self, output: Path) -> Path:
+        """Below `output`: of its own for all that differ."""
+        changed = json.dumps(self.options, sort_keys=True).encode()
+        return output / (self.preset + (f"-{hashlib.sha256(changed).hexdigest()[:8]}" if self.options else ""))
+
+
+def prepare(output: Path, network: Network) -> None:
     """Exports the three artefacts, where they are not there yet."""
     from resumed import demo_recipe, float_artifact, integer_artifact, trained
 
     for name, changes, kinds in (("hybrid", {}, ("hybrid int8", "hybrid bf16")), ("dense", DENSE, ("dense bf16",))):
         length = {"training.steps": STEPS, "training.validate_every": STEPS, "training.checkpoint_every": STEPS}
-        checkpoint = trained(demo_recipe({"model.name": model, "model.options": changes, **length}), output / name)
+        checkpoint = trained(
+            demo_recipe({"model.name": network.preset, "model.options": network.options | changes, **length}), output / name
+        )
         for kind in kinds:
             (integer_artifact if kind.endswith("int8") else float_artifact)(checkpoint, artifact_of(output, kind))
 
@@ -74,7 +101,7 @@ def artifact_of(output: Path, kind: str) -> Path:
     return output / kind.replace(" ", "-")
 
 
-def session_of(output: Path, model: str, kind: str) -> Any:
+def session_of(output: Path, network: Network, kind: str) -> Any:
     if kind != "dense eager":
         precision = "bf16" if "avx512_bf16" in (features := describe_hardware()["features"]) or "amx_bf16" in features else "f32"
         return muntin.load(artifact_of(output, kind), precision=precision, threads=physical_cores(), shapes=(), cache=False)
@@ -83,7 +110,9 @@ def session_of(output: Path, model: str, kind: str) -> Any:
     torch.set_num_threads(physical_cores())
     torch.manual_seed(0)
     signature = open_artifact(artifact_of(output, "dense bf16")).manifest.signature
-    return muntin.TorchSession(muntin.create_model(model, classes=len(signature.classes), options=DENSE), signature)
+    return muntin.TorchSession(
+        muntin.create_model(network.preset, classes=len(signature.classes), options=network.options | DENSE), signature
+    )
 
 
 def computed_by(session: Any, answer: str) -> Callable[[Any], Any]:
@@ -100,8 +129,8 @@ def computed_by(session: Any, answer: str) -> Callable[[Any], Any]:
     return labels
 
 
-def point(output: Path, model: str, answer: str, kind: str, side: int) -> Row:
-    session = session_of(output, model, kind)
+def point(output: Path, network: Network, answer: str, kind: str, side: int) -> Row:
+    session = session_of(output, network, kind)
     images = fill(open_artifact(artifact_of(output, "dense bf16")).golden()[0][0], (1, side, side))
     compute, times = computed_by(session, answer), list[float]()
     compute(np.zeros((1, 64, 64, 3), np.uint8))
@@ -117,19 +146,18 @@ def point(output: Path, model: str, answer: str, kind: str, side: int) -> Row:
     return {"kind": kind, "side": side, "precision": session.precision, "ms": median(times), "mib": peak, "calls": len(times)}
 
 
-def measured(output: Path, model: str, answer: str, kind: str, side: int, limit: float, hardware: Row) -> Row:
+def measured(output: Path, network: Network, answer: str, kind: str, side: int, limit: float, hardware: Row) -> Row:
     """The point that is there, or a new one."""
-    structure = ModelConfig(**PRESETS[model]).model_dump(mode="json")
     timing = {"budget_s": BUDGET_S, "threads": physical_cores(), "cache": False}
-    settings = {"model": model, "structure": structure, "answer": answer, "steps": STEPS, **timing}
+    settings = {"model": network.preset, "structure": network.structure, "answer": answer, "steps": STEPS, **timing}
     path = output / f"{answer}-{kind.replace(' ', '-')}-{side}.json"
-    return kept_row(path, settings, partial(measure, output, model, answer, kind, side, limit, hardware["memory_gib"]), hardware=hardware)
+    return kept_row(path, settings, partial(measure, output, network, answer, kind, side, limit, hardware["memory_gib"]), hardware=hardware)
 
 
-def measure(output: Path, model: str, answer: str, kind: str, side: int, limit: float, memory_gib: float | None) -> Row:
+def measure(output: Path, network: Network, answer: str, kind: str, side: int, limit: float, memory_gib: float | None) -> Row:
     """The point, measured in a new process with at most the machine's free memory; or why it cannot run."""
-    command = [sys.executable, __file__, "--output", str(output.parent), "--model", model, "--answer", answer]
-    command += ["--point", kind, str(side)]
+    command = [sys.executable, __file__, "--output", str(output.parent), "--model", network.preset, "--answer", answer]
+    command += ["--options", *(f"{key}={json.dumps(value)}" for key, value in network.options.items()), "--point", kind, str(side)]
     memory = int((memory_gib or 16) * 0.85 * 2**30)
 
     def bounded() -> None:
@@ -178,8 +206,8 @@ def judge(found: dict[str, Any]) -> list[Row]:
     ]
 
 
-def print_tables(model: str, answer: str, rows: list[dict[str, Any]], hardware: dict[str, Any]) -> None:
-    print(f"{model} and its dense twin, pixels in and {answer} out")
+def print_tables(name: str, answer: str, rows: list[dict[str, Any]], hardware: dict[str, Any]) -> None:
+    print(f"{name} and its dense twin, pixels in and {answer} out")
     print(f"{'':<14}{'side':>6}{'precision':>11}{'ms':>11}{'MiB':>9}")
     for row in rows:
         if "cannot" in row:
@@ -199,9 +227,21 @@ def print_tables(model: str, answer: str, rows: list[dict[str, Any]], hardware: 
     print(f"\n{hardware['cpu']}, {hardware['physical_cores']} cores, {', '.join(hardware['features'])}; {hardware['created']}")
 
 
+def option(text: str) -> tuple[str, Any]:
+    """NAME=VALUE as argparse reads it."""
+    name, equals, value = text.partition("=")
+    if not equals or name not in ModelConfig.model_fields:
+        raise argparse.ArgumentTypeError(f"{text}: give NAME=VALUE, a name of {', '.join(ModelConfig.model_fields)}")
+    try:
+        return name, yaml.safe_load(value)
+    except yaml.YAMLError as error:
+        raise argparse.ArgumentTypeError(f"{text}: {error}") from error
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", choices=[name for name in PRESETS if name.startswith("hybrid")], default="hybrid-s")
+    parser.add_argument("--options", type=option, nargs="*", default=[], metavar="NAME=VALUE", help="changed in the preset; YAML values")
     parser.add_argument("--output", type=Path, default=Path("runs/benchmark-scaling"))
     parser.add_argument("--sides", type=int, nargs="+", default=[512, 1024, 2048, 4096])
     parser.add_argument("--limit", type=float, default=180.0, help="seconds that a point may take")
@@ -209,26 +249,39 @@ def main() -> None:
     parser.add_argument("--point", nargs=2, metavar=("KIND", "SIDE"), help="measure one point in this process and print it")
     parser.add_argument("--json", action="store_true", help="print one JSON document instead of the tables")
     given = parser.parse_args()
-    output = given.output / given.model
+    network = Network(preset=given.model, options=dict(given.options))
+    try:
+        network.structure  # noqa: B018 - what it cannot be is said before anything is trained
+    except ValueError as error:
+        parser.error(f"--options: {error}")
+    output = network.folder(given.output)
     if given.point:
-        print(json.dumps(point(output, given.model, given.answer, given.point[0], int(given.point[1]))))
+        print(json.dumps(point(output, network, given.answer, given.point[0], int(given.point[1]))))
         return
     output.mkdir(parents=True, exist_ok=True)
-    prepare(output, given.model)
+    prepare(output, network)
     machine = describe_hardware()
     rows: list[Row] = []
     for kind in KINDS:
         for side in sorted(set(given.sides)):
-            rows.append(measured(output, given.model, given.answer, kind, side, given.limit, machine))
+            rows.append(measured(output, network, given.answer, kind, side, given.limit, machine))
             if "cannot" in rows[-1]:
                 break
     hardware = {**machine, "created": now()}
     if given.json:
         found = summary(rows)
-        document = {"model": given.model, "answer": given.answer, "hardware": hardware, "rows": rows, **found, "goals": judge(found)}
+        document = {
+            "model": given.model,
+            "options": network.options,
+            "answer": given.answer,
+            "hardware": hardware,
+            "rows": rows,
+            **found,
+            "goals": judge(found),
+        }
         print(json.dumps({"benchmark": "scaling", **document}, indent=1))
     else:
-        print_tables(given.model, given.answer, rows, hardware)
+        print_tables(network.name, given.answer, rows, hardware)
 
 
 if __name__ == "__main__":

@@ -5,9 +5,11 @@ None of it needs the extra `bench`, nor do the modules at their import.
 
 from __future__ import annotations
 
+import argparse
 import importlib
 import json
 import math
+import re
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -16,8 +18,11 @@ from typing import Any, NoReturn
 
 import numpy as np
 import pytest
+from PIL import Image
 
-from muntin.data.earth import EarthSource
+from muntin.data import DataConfig, EarthSource, open_source
+from muntin.errors import DataError
+from muntin.training.recipe import Recipe
 
 Row = dict[str, Any]
 FOLDER = Path(__file__).parents[1] / "benchmarks"
@@ -231,12 +236,72 @@ def test_a_search_goes_on_where_the_best_rate_is_at_an_end(
         return {"model": entry.model, "learning_rate": rate, "held_out": -abs(math.log(rate / best))}
 
     monkeypatch.setattr(peers.Comparison, "_tried", tried_)
-    setting = peers.Setting(source="earth", crop=256, batch_size=8, precision="fp32", threads=1)
+    setting = peers.Setting(source="earth", recipe=Recipe(), root=Path(), precision="fp32", threads=1)
     comparison = peers.Comparison(setting=setting, budget=peers.Budget(minutes=1.0), sides=(512,), rounds=1, folder=tmp_path)
     rows = comparison.searched(peers.ENTRIES["pan-mobilenet-v2"])
     assert [row["learning_rate"] for row in rows] == pytest.approx(tried)
     assert peers.best_rate(rows)["learning_rate"] == pytest.approx(min(tried, key=lambda rate: abs(math.log(rate / best))))
     assert peers.at_an_end(rows) == (["pan_mobilenet_v2"] if at_an_end else [])
+
+
+def test_pictures_in_folders_give_every_fifth_away_for_a_choice(tmp_path: Path) -> None:
+    tuning = importlib.import_module("segmentation_peers.tuning")
+    for folder in ("images", "masks"):
+        (tmp_path / folder).mkdir()
+    for number in range(20):
+        for folder, shape in (("images", (8, 8, 3)), ("masks", (8, 8))):
+            Image.fromarray(np.full(shape, number % 2, np.uint8)).save(tmp_path / folder / f"{number}.png")
+    classes = ({"name": "dark", "value": 0}, {"name": "light", "value": 1})
+    config = DataConfig.model_validate({"source": "folders", "images": "images", "masks": "masks", "classes": classes})
+    source = open_source(config, root=tmp_path)
+    held = tuning.HeldPictures(source)
+    trained, chosen = ([sample.name for sample in held.split(name)] for name in ("train", "validation"))
+    assert len(chosen) == -(-len(source.split("train")) // 5)
+    assert sorted(trained + chosen) == sorted(sample.name for sample in source.split("train"))
+    with pytest.raises(ValueError, match="test split"):
+        held.split("test")
+    assert tuning.admission(source)[0].name == source.split("validation")[0].name
+    few = DataConfig.model_validate({**config.model_dump(), "validation": 0.4, "test": 0.4})
+    with pytest.raises(DataError, match="4 pictures to train on"):
+        tuning.HeldPictures(open_source(few, root=tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("text", "told"),
+    [
+        ("task: classify\ndata: {source: folders, images: images}", "all these models segment"),
+        ("data: {crop: 64}", "data.crop 64: PAN takes no less than 128; give --crop"),
+        ("data: {crops: 64}", "unknown key 'data.crops'"),
+    ],
+)
+def test_peers_refuse_recipes_that_they_cannot_be_compared_by(
+    peers: ModuleType, text: str, told: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "mine.yaml").write_text(text, encoding="utf-8")
+    monkeypatch.setattr(sys, "argv", ["peers.py", "--recipe", str(tmp_path / "mine.yaml"), "--output", str(tmp_path / "rows")])
+    with pytest.raises(SystemExit):
+        peers.main()
+    assert told in capsys.readouterr().err
+    assert not (tmp_path / "rows").exists()
+
+
+def test_peers_train_by_the_recipe_that_is_given(peers: ModuleType, tmp_path: Path) -> None:
+    path = tmp_path / "mine.yaml"
+    path.write_text(
+        "name: mine\nmodel: {name: hybrid-m, options: {window: 16}}\ntraining: {batch_size: 4, weight_decay: 0.5}", encoding="utf-8"
+    )
+    given = argparse.Namespace(recipe=path, sources=list(peers.SOURCES), crop=192, batch=None)
+    ((source, recipe),) = peers.recipes_of(given).items()
+    assert source == "recipe mine"
+    setting = peers.Setting(source=source, recipe=recipe, root=tmp_path, precision="fp32", threads=1)
+    assert str(tmp_path) not in json.dumps(setting.identity)
+    entry, budget = peers.ENTRIES["hybrid-xxs"], peers.Budget(samples=100)
+    made = peers.recipe_for(entry, setting, budget, seed=3, learning_rate=0.01, stages=False)
+    assert (made.model.name, made.model.options, made.seed, made.data.crop) == ("hybrid-xxs", {}, 3, 192)
+    assert (made.training.batch_size, made.training.weight_decay, made.training.learning_rate, made.training.steps) == (4, 0.5, 0.01, 25)
+    other = peers.Setting(source=source, recipe=Recipe(), root=tmp_path, precision="fp32", threads=1)
+    told = peers.differences(setting.identity, other.identity)
+    assert "recipe.training.batch_size 4 (now 8)" in told
 
 
 def test_what_admits_a_variant_has_every_class() -> None:
@@ -255,7 +320,7 @@ def fail(peers: ModuleType, folder: Path, monkeypatch: pytest.MonkeyPatch, error
         raise error
 
     monkeypatch.setattr(peers.Comparison, "model", model)
-    setting = peers.Setting(source="earth", crop=256, batch_size=8, precision="fp32", threads=1)
+    setting = peers.Setting(source="earth", recipe=Recipe(), root=Path(), precision="fp32", threads=1)
     comparison = peers.Comparison(setting=setting, budget=peers.Budget(minutes=1.0), sides=(512,), rounds=1, folder=folder)
     found: Row = comparison.run([peers.ENTRIES["pan-mobilenet-v2"]], [0, 1])
     return found
@@ -513,6 +578,25 @@ def test_a_failure_on_the_disk_is_no_row(kept: ModuleType, tmp_path: Path) -> No
     assert kept.read_row(path, {}) is None
     kept.write_whole(path, {"settings": {"steps": 6}, "cannot": "no memory"})
     assert kept.read_row(path, {"steps": 5}) is None
+
+
+def test_a_changed_preset_has_a_place_of_its_own_in_scaling(tmp_path: Path) -> None:
+    scaling = importlib.import_module("scaling")
+    options = dict(scaling.option(text) for text in ("stem=[8, 16]", "pairs=[0]", "attention=dense"))
+    assert options == {"stem": [8, 16], "pairs": [0], "attention": "dense"}
+    changed, plain = scaling.Network(preset="hybrid-xxs", options=options), scaling.Network(preset="hybrid-xxs", options={})
+    assert changed.structure["stem"] == [8, 16]
+    assert plain.structure["stem"] == [8, 16, 32]
+    assert plain.folder(tmp_path) == tmp_path / "hybrid-xxs"
+    folders = {scaling.Network(preset="hybrid-xxs", options=dict([option])).folder(tmp_path) for option in options.items()}
+    assert len(folders | {changed.folder(tmp_path), plain.folder(tmp_path)}) == 5
+    assert changed.name == 'hybrid-xxs, stem=[8, 16], pairs=[0], attention="dense"'
+
+
+@pytest.mark.parametrize("text", ["stem", "width=3", "stem=[8, 16"])
+def test_scaling_refuses_options_that_are_none(text: str) -> None:
+    with pytest.raises(argparse.ArgumentTypeError, match=re.escape(text)):
+        importlib.import_module("scaling").option(text)
 
 
 def test_goals_of_scaling_are_judged_by_what_was_measured() -> None:

@@ -21,7 +21,7 @@ from muntin.models import create_model
 from muntin.training import Checkpoint, read_checkpoint
 from muntin.training.checkpoint import checkpoints_in
 from muntin.training.precision import check_maps, resolve_precision
-from muntin.training.recipe import Recipe, load_recipe
+from muntin.training.recipe import Recipe, load_recipe, override_recipe
 from segmentation_peers.models import Entry
 
 ENDLESS = 10**7
@@ -34,13 +34,29 @@ class Interrupted(Exception):  # noqa: N818 - no error: the user asked for it
 
 @dataclass(frozen=True, kw_only=True)
 class Setting:
-    """What is the same for every model: data, crops and batches, what training computes in, threads (the deployed model's, too)."""
+    """What is the same for every model: the recipe (its data, crops, augmentation, loss, optimiser and stages), what training computes in,
+    threads (the deployed model's, too). `source`: what the comparison is called by. `root`: where the recipe's paths start."""
 
     source: str
-    crop: int
-    batch_size: int
+    recipe: Recipe
+    root: Path
     precision: str
     threads: int
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        """What a row was measured with. No path of this machine is in it, but for those that the recipe has."""
+        return {
+            "source": self.source, "recipe": self.recipe.model_dump(mode="json"), "precision": self.precision, "threads": self.threads
+        }  # fmt: skip
+
+
+def base_recipe(path: Path | None, source: str, *, crop: int | None, batch_size: int | None) -> Recipe:
+    """The user's, or the demonstration's with another source; crops and batches as in there unless others are given."""
+    changes = {} if path is not None else {"data.source": source}
+    changes |= {key: str(value) for key, value in {"data.crop": crop, "training.batch_size": batch_size}.items() if value is not None}
+    overrides = [f"{key}={value}" for key, value in changes.items()]
+    return load_recipe(Path(muntin.__file__).parent / "recipes" / "demo.yaml" if path is None else path, overrides)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,24 +82,23 @@ class Budget:
 
 
 def recipe_for(entry: Entry, setting: Setting, budget: Budget, *, seed: int, learning_rate: float, stages: bool) -> Recipe:
-    """The demonstration's recipe with another model, source and length: its crops, augmentation, loss, optimiser and averaged weights.
+    """The setting's recipe with another model and length: its crops, augmentation, loss, optimiser and averaged weights.
 
     `stages`: what the stages train for is left to them. A checkpoint is written at the end, or when the run is interrupted: a larger
     model loses no minutes to writing one.
     """
     changes = {
-        "name": entry.name, "seed": seed, "model.name": entry.model, "data.source": setting.source, "data.crop": setting.crop,
-        "training.batch_size": setting.batch_size, "training.learning_rate": learning_rate,
+        "name": entry.name, "seed": seed, "model": f"{{name: '{entry.model}'}}", "training.learning_rate": learning_rate,
         "training.precision": precision_for(entry, setting), "training.threads": setting.threads,
         "training.validate_every": ENDLESS, "training.checkpoint_every": ENDLESS,
     }  # fmt: skip
-    recipe = load_recipe(Path(muntin.__file__).parent / "recipes" / "demo.yaml", [f"{key}={value}" for key, value in changes.items()])
+    recipe = override_recipe(setting.recipe, [f"{key}={value}" for key, value in changes.items()])
     made = recipe.compression
     whole = 1 + (made.recover.share + made.quantize.share + made.mix.share if stages else 0)
     if budget.samples is not None:
-        steps, minutes = int(budget.samples / setting.batch_size / whole), None
+        steps, minutes = int(budget.samples / recipe.training.batch_size / whole), None
         if steps < 1:
-            raise ValueError(f"{recipe.name}: {budget.name} leaves no step of {setting.batch_size} crops: give it more")
+            raise ValueError(f"{recipe.name}: {budget.name} leaves no step of {recipe.training.batch_size} crops: give it more")
     else:
         assert budget.minutes is not None
         steps, minutes = ENDLESS, budget.minutes / whole
@@ -94,14 +109,15 @@ def precision_for(entry: Entry, setting: Setting) -> str:
     """What one model trains in: FP32 in place of BF16 where `muntin fit` takes that (`check_maps`)."""
     if setting.precision != "bf16" or torch.cuda.is_available():
         return setting.precision
-    model = create_model(entry.model, classes=2)
+    data = setting.recipe.data
+    model = create_model(entry.model, classes=2, channels=data.channels)
     asked = resolve_precision("bf16", "cpu")
-    return check_maps(model, asked, crop=setting.crop, channels=3, asked="auto").name
+    return check_maps(model, asked, crop=data.crop, channels=data.channels, asked="auto").name
 
 
-def train(recipe: Recipe, folder: Path) -> Checkpoint:
+def train(recipe: Recipe, folder: Path, root: Path) -> Checkpoint:
     """`muntin fit`, gone on with where it was interrupted."""
-    result = muntin.fit(recipe, directory=folder, root=Path.cwd(), resume=bool(checkpoints_in(folder / "checkpoints")))
+    result = muntin.fit(recipe, directory=folder, root=root, resume=bool(checkpoints_in(folder / "checkpoints")))
     if result.interrupted:
         raise Interrupted
     return read_checkpoint(folder)
@@ -115,10 +131,10 @@ def compress(checkpoint: Checkpoint, folder: Path) -> CompressionRun:
     return run
 
 
-def train_whole(entry: Entry, recipe: Recipe, folder: Path) -> tuple[Checkpoint, Checkpoint | None, dict[str, Any]]:
+def train_whole(entry: Entry, recipe: Recipe, folder: Path, root: Path) -> tuple[Checkpoint, Checkpoint | None, dict[str, Any]]:
     """The FP32 model, what the stages made of it where the entry goes through them, and what both used of the budget."""
     begun, started = folder.exists(), time.perf_counter()
-    checkpoint = train(recipe, folder)
+    checkpoint = train(recipe, folder, root)
     trained = [checkpoint]
     if entry.way == "stages":
         trained += [read_checkpoint(stage.checkpoint) for stage in compress(checkpoint, folder / FOLDER).stages]

@@ -30,7 +30,6 @@ import muntin
 from muntin.artifact import Signature
 from muntin.compression.stages import source_of
 from muntin.data import calibration_batches
-from muntin.data.earth import EarthSource
 from muntin.deployment.assessment import export_checkpoint
 from muntin.models import DividedSides
 from muntin.runtime.quiet import import_without_telemetry, openvino
@@ -125,7 +124,6 @@ def deploy(entry: Entry, checkpoint: Checkpoint, compressed: Checkpoint | None, 
 def score_variants(forms: dict[str, Path], checkpoint: Checkpoint, *, threads: int) -> dict[str, dict[str, Any]]:
     """Each variant's mean IoU on both splits and on what it is admitted by, its IoU of each class on the test split, its bytes on disk."""
     source, tile = source_of(checkpoint), tile_of(checkpoint.recipe.data.crop)
-    assert isinstance(source, EarthSource)
     splits = {"validation": source.split("validation"), "test": source.split("test"), "admission": admission(source)}
     rows = {}
     for form, path in forms.items():

@@ -9,7 +9,7 @@ from multiprocessing import get_context
 import numpy as np
 from numpy.typing import NDArray
 
-from muntin.data import EarthSource
+from muntin.data import EarthSource, Source
 from muntin.runtime.latency import interleaved_latency
 from segmentation_peers.deployment import Variant
 
@@ -17,24 +17,24 @@ Name = tuple[str, str]
 """A model's name and its variant's."""
 
 
-def measure_latency(variants: Mapping[Name, Variant], side: int, *, threads: int, rounds: int) -> dict[Name, float]:
-    """Median ms of each variant on one image of `side` x `side`, in a new process: none has what training left in this one.
+def measure_latency(variants: Mapping[Name, Variant], image_HWC: NDArray[np.uint8], *, threads: int, rounds: int) -> dict[Name, float]:
+    """Median ms of each variant on one image, in a new process: none has what training left in this one.
 
     In each round every model is called, one after the other, so that a machine that drifts drifts for all of them.
     """
     with ProcessPoolExecutor(max_workers=1, mp_context=get_context("spawn")) as process:
-        return process.submit(_measured, dict(variants), side, threads, rounds).result()
+        return process.submit(_measured, dict(variants), image_HWC, threads, rounds).result()
 
 
-def _measured(variants: dict[Name, Variant], side: int, threads: int, rounds: int) -> dict[Name, float]:
+def _measured(variants: dict[Name, Variant], image_HWC: NDArray[np.uint8], threads: int, rounds: int) -> dict[Name, float]:
     sessions = {" ".join(name): variant.open(threads) for name, variant in variants.items()}
-    found = interleaved_latency(sessions, _image(side)[None], rounds=rounds)
+    found = interleaved_latency(sessions, image_HWC[None], rounds=rounds)
     return {name: found[" ".join(name)].median_ms for name in variants}
 
 
-def _image(side: int) -> NDArray[np.uint8]:
-    """The middle of the photograph, which is repeated where it is smaller."""
-    image_HWC, _ = EarthSource("cover").picture()
+def image_of(source: Source, side: int) -> NDArray[np.uint8]:
+    """The middle of the photograph, or of the first picture to validate on, `side` x `side`; it is repeated where it is smaller."""
+    image_HWC = source.picture()[0] if isinstance(source, EarthSource) else source.split("validation")[0].image
     missing = [max(0, side - length) for length in image_HWC.shape[:2]]
     if any(missing):
         image_HWC = np.pad(image_HWC, ((0, missing[0]), (0, missing[1]), (0, 0)), mode="wrap")

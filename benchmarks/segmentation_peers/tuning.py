@@ -1,21 +1,23 @@
-"""Choosing how to train: on parts of `earth` that training may see, and not on its validation split.
+"""Choosing how to train: on parts of what training may see, and not on the validation split.
 
-That split is a strip of ocean with hardly any desert, and could not tell 5e-4 from 2e-3 for a model that ends four points apart
+That of `earth` is a strip of ocean with hardly any desert, and could not tell 5e-4 from 2e-3 for a model that ends four points apart
 (docs/log.md). For a choice, and for it alone, parts of the training split are held out in its place: four strips beside the rest for a
-learning rate, or a whole region, which tells more of what a change is worth in a part of the world that was never seen.
+learning rate, or a whole region, which tells more of what a change is worth in a part of the world that was never seen. Of pictures in
+folders it is every fifth that training has.
 """
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from pathlib import Path
 
 import numpy as np
 import torch
 
 from muntin.data import open_source
-from muntin.data.config import DataConfig
 from muntin.data.earth import GAP_DEGREES, EarthSource
-from muntin.data.source import HeldSamples, Sample, Samples, SplitName
+from muntin.data.source import HeldSamples, Progress, Sample, Samples, Source, SplitName
+from muntin.errors import DataError
 from muntin.training.checkpoint import build_model
 from muntin.training.interrupt import Interruption
 from muntin.training.loop import Training, prepare_hardware
@@ -32,17 +34,38 @@ REGIONS: dict[str, Spans] = {"Americas": ((-90.0, -45.0),), "Africa": ((-22.5, 4
 stays with what is trained on, and a degree lies between it and Asia."""
 
 
-class Held:
-    """A source of `earth` whose training split gives strips away to be validated on."""
+EACH = 5
+"""Pictures in folders, of which one is held out."""
 
-    def __init__(self, source: EarthSource, spans: Spans = HELD_OUT) -> None:
-        self.whole, self.task, self.channels, self.classes, self.notes = source, source.task, source.channels, source.classes, source.notes
-        self._spans = spans
+
+class Held(ABC):
+    """A source whose training split gives parts away to be validated on. Its test split is not to be had."""
+
+    def __init__(self, source: Source) -> None:
+        self.task, self.channels, self.classes, self.notes = source.task, source.channels, source.classes, source.notes
 
     def split(self, name: SplitName) -> Samples:
-        """Training without what is held out, and a degree beside it; what is held out; the test split is not to be had here."""
+        """Training without what is held out; what is held out."""
         if name == "test":
             raise ValueError("nothing is chosen on the test split")
+        return self.parted(name)
+
+    @abstractmethod
+    def parted(self, name: SplitName) -> Samples: ...
+
+    def check(self, progress: Progress | None = None) -> tuple[str, ...]:
+        """Nothing: whoever made the source has checked it."""
+        return ()
+
+
+class HeldStrips(Held):
+    """Of `earth`: strips, and a degree beside each that is left out."""
+
+    def __init__(self, source: EarthSource, spans: Spans = HELD_OUT) -> None:
+        super().__init__(source)
+        self.whole, self._spans = source, spans
+
+    def parted(self, name: SplitName) -> Samples:
         image_HWC, labels_HW = self.whole.picture()
         degree = image_HWC.shape[1] / 360
         found = []
@@ -64,21 +87,36 @@ class Held:
         )
 
 
-def admission(source: EarthSource) -> Samples:
-    """What a quantised variant is held against f32 on: the validation split, and land that has been trained on, with every class."""
-    strips = Held(source).split("validation")
-    return HeldSamples([*source.split("validation"), *strips])
+class HeldPictures(Held):
+    """Of pictures: every fifth."""
+
+    def __init__(self, source: Source) -> None:
+        super().__init__(source)
+        self._samples = source.split("train")
+        if len(self._samples) < EACH:
+            raise DataError(f"{len(self._samples)} pictures to train on: a search for the rate holds one of {EACH} out; give more")
+
+    def parted(self, name: SplitName) -> Samples:
+        return self._samples.select([index for index in range(len(self._samples)) if (index % EACH == 0) == (name == "validation")])
 
 
-def held_out(recipe: Recipe, folder: Path, spans: Spans = HELD_OUT) -> Training:
-    """A training by a recipe on all but what is held out, over and validated on that."""
-    source = open_source(DataConfig(source=recipe.data.source), root=Path.cwd())
-    assert isinstance(source, EarthSource)
-    held = Held(source, spans)
+def admission(source: Source) -> Samples:
+    """What a quantised variant is held against f32 on: the validation split; of `earth` also land that has been trained on, with every
+    class."""
+    if not isinstance(source, EarthSource):
+        return source.split("validation")
+    return HeldSamples([*source.split("validation"), *HeldStrips(source).split("validation")])
+
+
+def held_out(recipe: Recipe, folder: Path, spans: Spans = HELD_OUT, *, root: Path | None = None) -> Training:
+    """A training by a recipe on all but what is held out, over and validated on that. `root`: where the recipe's paths start."""
+    root = Path.cwd() if root is None else root
+    source = open_source(recipe.data, root=root)
+    held = HeldStrips(source, spans) if isinstance(source, EarthSource) else HeldPictures(source)
     precision = prepare_hardware(recipe.training, begun=None)
     torch.manual_seed(recipe.seed)
     trainer = Trainer(build_model(recipe, source.classes), recipe.training, task=recipe.task, precision=precision)
-    training = Training(trainer, recipe, held, directory=folder, root=Path.cwd(), start=None, report=lambda progress: None)
+    training = Training(trainer, recipe, held, directory=folder, root=root, start=None, report=lambda progress: None)
     with Interruption() as interruption:
         training.run(interruption)
     if not training.finished:
@@ -86,7 +124,7 @@ def held_out(recipe: Recipe, folder: Path, spans: Spans = HELD_OUT) -> Training:
     return training
 
 
-def held_out_score(recipe: Recipe, folder: Path) -> tuple[float, int]:
+def held_out_score(recipe: Recipe, folder: Path, *, root: Path) -> tuple[float, int]:
     """mIoU on what is held out after training on the rest by a recipe, and the steps that it took."""
-    training = held_out(recipe, folder)
+    training = held_out(recipe, folder, root=root)
     return float(training.validation[-1]["score"]), training.step

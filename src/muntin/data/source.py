@@ -70,10 +70,14 @@ class Samples(ABC, Sequence[Sample]):
     def __getitem__(self, index: slice) -> Samples: ...
     def __getitem__(self, index: int | slice) -> Sample | Samples:
         if isinstance(index, slice):
-            return _Selection(self, range(len(self))[index])
+            return self.select(range(len(self))[index])
         if not -len(self) <= index < len(self):
             raise IndexError(f"sample {index} of {len(self)}")
         return self.load(index % len(self))
+
+    def select(self, indices: Sequence[int]) -> Samples:
+        """Some of the samples, 0 <= index < len(self) each, in that order; nothing is decoded for it."""
+        return _Selection(self, indices)
 
 
 class Source(Protocol):
