@@ -18,7 +18,7 @@ from muntin.errors import ArtifactError, RecipeError
 from muntin.serving.repository import Repository, Watcher, fingerprint
 from muntin.serving.rollout import Rollout
 from muntin.serving.slot import Slot
-from muntin.serving.version import RefusedError, UnknownVersionError
+from muntin.serving.version import RefusedError, TookTooLongError, UnknownVersionError
 
 HOSTILE = (
     *("../1", "..", ".", "", "/etc", "1/", "1/../2", "1\0", "1 ", " 1", "1\n"),
@@ -177,6 +177,48 @@ def test_one_that_fails_on_trial_is_told_once(
     shelf.trouble = {}
     write_version(models / "3", 1)
     assert watcher.step() == "3"
+
+
+def test_one_that_took_too_long_is_tried_again_after_ever_longer_pauses(
+    models: Path, write_version: Callable[..., Path], slot: Slot, clock: Any, shelf: Any, told: list[str]
+) -> None:
+    watcher = Watcher(Repository(models), slot, notify=told.append, clock=clock)
+    for name in ("1", "2"):
+        write_version(models / name)
+    shelf.trouble = {"2": TookTooLongError("2: it was not open in time")}
+    assert watcher.step() == "1"
+    for pause in (60, 120, 240, 480, 960, 1920, 3600, 3600):
+        assert told.pop() == f"version 2 is not loaded: 2: it was not open in time; it is tried again in {pause} s"
+        assert told == []
+        clock.now += pause - 1
+        assert watcher.step() is None
+        assert told == []
+        clock.now += 1
+        assert watcher.step() is None
+    assert shelf.probed == ["2", "1", *["2"] * 8]
+    write_version(models / "2", 1)  # it changes, and is in time no sooner
+    assert watcher.step() is None
+    assert told[-1].endswith("; it is tried again in 60 s")
+    clock.now += 60
+    shelf.trouble = {}
+    assert watcher.step() == "2"
+    assert serving(slot) == "2"
+    clock.now += 7200
+    assert watcher.step() is None
+
+
+def test_one_that_took_too_long_and_then_fails_is_not_tried_again(
+    models: Path, write_version: Callable[..., Path], slot: Slot, clock: Any, shelf: Any, told: list[str]
+) -> None:
+    watcher = Watcher(Repository(models), slot, notify=told.append, clock=clock)
+    write_version(models / "1")
+    shelf.trouble = {"1": TookTooLongError("1: it was not open in time")}
+    assert watcher.step() is None
+    shelf.trouble = {"1": ArtifactError("1: its engine ended the process")}
+    for _ in range(3):
+        clock.now += 4000
+        assert watcher.step() is None
+    assert told[1:] == ["version 1 is not loaded: 1: its engine ended the process"]
 
 
 def test_a_copy_in_progress_is_left_alone(

@@ -37,7 +37,7 @@ from muntin.runtime.session import ExecutedLayer, Session, Shape, check_shapes
 from muntin.serving.engine_host import CALL, DONE, FAILED, KEPT, LABELS, OTHER, SCORES, call_of, error_of, receive, remember, send
 from muntin.serving.scheduling import Demand, Pace, Standing, nobody, stand_back
 from muntin.serving.shared_memory import Shared, SharedBuffers, new_file
-from muntin.serving.version import Call, EngineDiedError, NotReadyError, Opened, Opening
+from muntin.serving.version import Call, EngineDiedError, NotReadyError, Opened, Opening, TookTooLongError
 
 DEATHS = 3
 """Deaths of an engine without an answer between, after which it is not begun again at once."""
@@ -287,7 +287,7 @@ def _ask_to_open(
         if stopped():
             raise NotReadyError(f"{path}: opening it was ended with the server")
         if now - began > seconds + pace.excused:
-            raise VerificationError(f"{path}: it was not open and warm after {seconds:g} s: it hangs, or needs a longer limit")
+            raise TookTooLongError(f"{path}: it was not open and warm after {seconds:g} s: it hangs, or needs a longer limit")
         if standing is not None:
             standing.mind(running.process.pid, pace.excused)
     running.control.settimeout(None)

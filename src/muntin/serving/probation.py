@@ -39,7 +39,7 @@ from muntin.runtime.verification import verify
 from muntin.serving.engine_host import call_of, error_of, opening_of, said_of
 from muntin.serving.engine_process import can_open_apart, open_apart
 from muntin.serving.scheduling import PATIENCE, Demand, Pace, nobody, take_short_turns
-from muntin.serving.version import Call, NotReadyError, Opened, Opening, open_version, starting_calls
+from muntin.serving.version import Call, NotReadyError, Opened, Opening, TookTooLongError, open_version, starting_calls
 
 ROUNDS = 5
 """Calls of each kind that are timed."""
@@ -246,7 +246,7 @@ def _await_answer(
         if time.monotonic() > deadline + pace.excused and question["idle"]:
             raise _StarvedError
         if time.monotonic() > deadline + pace.excused:
-            raise VerificationError(
+            raise TookTooLongError(
                 f"{path}: it was not open, verified and warm after {limits.seconds:g} s: it hangs, or needs a longer limit"
             )
         taken = resident_of(process.pid)

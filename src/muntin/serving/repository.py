@@ -10,20 +10,25 @@ place is taken at once; what is broken is told once, and tried again when anythi
 
 from __future__ import annotations
 
+import math
 import re
+import time
 from collections.abc import Callable
 from pathlib import Path
 from threading import Event, Thread
+from typing import Any
 
 from muntin.artifact import open_artifact
 from muntin.artifact.store import MANIFEST
 from muntin.errors import ArtifactError, MuntinError, RecipeError
 from muntin.serving.slot import Slot
 from muntin.serving.telling import told_safely
-from muntin.serving.version import NotReadyError, UnknownVersionError, Version
+from muntin.serving.version import NotReadyError, TookTooLongError, UnknownVersionError, Version
 
 SINGLE = "1"
 """The name of the version of a repository that is one artefact."""
+PAUSE_S, LONGEST_PAUSE_S = 60.0, 3600.0
+"""After which a version that took too long is tried again."""
 _NUMBER = re.compile(r"[1-9][0-9]{0,17}")  # a 64-bit integer holds it; without leading zeros, so that no two names are one number
 
 Fingerprint = frozenset[tuple[str, int, int, int, int]]
@@ -94,8 +99,11 @@ def fingerprint(path: Path) -> Fingerprint | None:
 class Watcher:
     """Looks every `interval_s` seconds, above 0, and loads what is newer than what serves.
 
+    What cannot be loaded is tried again when its files change. What took too long, as on a busy machine, is tried again after a minute,
+    and after twice as long each further time, an hour at most.
+
     `notify` is told in a line what was not loaded and why; what it raises is reported, and does not end the watching. `wait`: waits for so
-    many seconds, and says whether to stop instead.
+    many seconds, and says whether to stop instead. `clock`: seconds.
     """
 
     def __init__(
@@ -106,6 +114,7 @@ class Watcher:
         notify: Callable[[str], None],
         interval_s: float = 2.0,
         wait: Callable[[float], bool] | None = None,
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:
         if not interval_s > 0:
             raise RecipeError(f"interval_s={interval_s!r}: give seconds above 0")
@@ -115,10 +124,12 @@ class Watcher:
         self._interval_s = interval_s
         self._stopped = Event()
         self._wait = self._stopped.wait if wait is None else wait
+        self._clock = clock
         self._thread: Thread | None = None
         self._tried: dict[str, Fingerprint] = {}  # by name: loaded, or told that it cannot be
         self._seen: dict[str, Version | None] = {}  # by name: what the slot had of it when it was tried here
         self._incomplete: dict[str, Fingerprint] = {}  # seen once and not right: perhaps it is being copied
+        self._again: dict[str, tuple[float, float]] = {}  # what took too long: when it is tried again, and the pause that was
         self._told: dict[str, str] = {}
         self._newest = 0  # the highest number that has served
 
@@ -153,7 +164,8 @@ class Watcher:
         self._told = {name: line for name, line in self._told.items() if name in ignored}
         for name, reason in ignored.items():
             self._tell_once(name, f"{self._repository.path / name}: {reason}")
-        for known in (self._tried, self._seen, self._incomplete):
+        known: dict[str, Any]
+        for known in (self._tried, self._seen, self._incomplete, self._again):
             for name in set(known) - set(versions):
                 del known[name]
         return next((name for name in reversed(versions) if self._try(name, versions[name])), None)
@@ -171,8 +183,10 @@ class Watcher:
         if _number(name) < self._newest and (current is None or name != current.name):
             return False  # nobody wants back what was served before the newest: who does asks the slot for it
         now = fingerprint(path)
-        if now is None or self._tried.get(name) == now:
+        if now is None or (self._tried.get(name) == now and self._clock() < self._again.get(name, (math.inf,))[0]):
             return False
+        if self._tried.get(name) != now:
+            self._again.pop(name, None)
         try:
             digest = open_artifact(path).digest
         except (ArtifactError, OSError) as error:  # OSError: it is being taken away
@@ -199,12 +213,22 @@ class Watcher:
         except NotReadyError:  # so it was, or the slot was closed, or the version unloaded on trial: whoever did that knows
             return False
         except MuntinError as error:
-            self._notify(f"version {name} is not loaded: {error}")
+            self._notify(f"version {name} is not loaded: {error}{self._put_off(name, error)}")
             return False
         finally:
             self._tried[name], self._seen[name] = now, self._slot.last(name)
+        self._again.pop(name, None)
         self._newest = max(self._newest, _number(name))
         return True
+
+    def _put_off(self, name: str, error: MuntinError) -> str:
+        """Whether it is tried again as it is, in words."""
+        if not isinstance(error, TookTooLongError):
+            self._again.pop(name, None)
+            return ""
+        pause = min(LONGEST_PAUSE_S, 2 * self._again[name][1]) if name in self._again else PAUSE_S
+        self._again[name] = self._clock() + pause, pause
+        return f"; it is tried again in {pause:.0f} s"
 
 
 def _number(name: str) -> int:

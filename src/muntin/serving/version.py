@@ -50,6 +50,10 @@ class RefusedError(MuntinError):
     """A sound version may not take over: it has another contract, or did worse than the one that serves."""
 
 
+class TookTooLongError(VerificationError):
+    """A version was not open, or not verified, in the time that it has. A machine that is less busy may do it."""
+
+
 class EngineDiedError(MuntinError):
     """The process that an engine runs in has ended, or was ended, in the midst of a call."""
 
