@@ -4,7 +4,8 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -200,13 +201,33 @@ def workers() -> Sequence[str]:
     return [thread.name for thread in threading.enumerate() if thread.name.startswith("muntin-prefetch")]
 
 
-def test_prefetch_gives_every_step_in_order_from_one_core() -> None:
-    crops, threads = Numbered(), torch.get_num_threads()
+@pytest.fixture
+def two_threads() -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    yield
+    torch.set_num_threads(before)
+
+
+def test_prefetch_gives_every_step_in_order_from_one_core(two_threads: None) -> None:
+    crops = Numbered()
     assert [(step, int(images)) for step, (images, _) in prefetch(crops, 3, 9)] == [(step, step) for step in range(3, 9)]
     assert list(prefetch(crops, 3, 3)) == []
     assert crops.threads == 1
-    assert torch.get_num_threads() == threads
+    assert torch.get_num_threads() == 2
     assert workers() == []
+
+
+@pytest.mark.skipif(not Path("/proc/self/task").is_dir(), reason="threads are counted on Linux")
+def test_prefetch_brings_no_team_of_threads(two_threads: None) -> None:
+    class Computed:
+        def batch(self, step: int) -> Batch:
+            whole = torch.zeros(1 << 22).exp_().to(torch.int64)  # large enough to be shared out, were there anybody
+            return whole, whole
+
+    torch.zeros(1 << 22).exp_()
+    before = len(list(Path("/proc/self/task").iterdir()))
+    assert [len(list(Path("/proc/self/task").iterdir())) - before for _ in prefetch(Computed(), 0, 3)] == [1, 1, 1]
 
 
 def test_prefetch_makes_no_more_than_its_depth_ahead() -> None:

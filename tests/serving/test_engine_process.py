@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 
 from muntin.errors import ArtifactError, DataError, VerificationError
 from muntin.runtime.buffers import KEPT as BUFFERS
-from muntin.serving import engine_process
+from muntin.serving import engine_process, engine_start
 from muntin.serving.batcher import Batcher, Job
 from muntin.serving.engine_host import KEPT, PLACES, error_of, said_of
 from muntin.serving.engine_process import DEATHS, EngineProcess, can_open_apart, open_apart
@@ -351,7 +351,7 @@ def test_what_opening_raises_is_raised_here(write_version: Callable[..., Path], 
 
 
 def test_one_that_dies_while_it_opens(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(engine_process, "_START", "import os; os.abort()  # {path} {idle}")
+    monkeypatch.setattr(engine_start, "_START", "import os; os.abort()  # {path} {idle}")
     with pytest.raises(VerificationError, match=r"ended the process that opened it: signal 6, Aborted"):
         apart(path)
 

@@ -185,7 +185,7 @@ def prefetch(crops: Batches, start: int, stop: int, depth: int = 2) -> Iterator[
     """
     threads = torch.get_num_threads()
     with ThreadPoolExecutor(max_workers=1, thread_name_prefix="muntin-prefetch") as pool:
-        pool.submit(torch.set_num_threads, 1).result()
+        pool.submit(_take_one_core).result()
         # PyTorch keeps one number a thread and one for threads that have not computed yet: give the latter back.
         torch.set_num_threads(threads)
         pending: deque[Future[Batch]] = deque()
@@ -199,6 +199,13 @@ def prefetch(crops: Batches, start: int, stop: int, depth: int = 2) -> Iterator[
         finally:
             for future in pending:
                 future.cancel()
+
+
+def _take_one_core() -> None:
+    """Of the thread that calls it. Not only for its own sake: with a second team of threads on the cores, OpenMP's let the others sleep
+    between any two loops of a training step, and waking them took a third of its time (docs/log.md)."""
+    torch.set_num_threads(1)
+    torch.get_num_threads()  # a thread takes the number over when it first asks: now, and not when it is another one again
 
 
 def calibration_batches(

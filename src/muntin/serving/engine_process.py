@@ -9,20 +9,13 @@ freeing take nothing of the interpreter's and the allocator's locks that request
 
 from __future__ import annotations
 
-import os
-import signal
 import socket
-import subprocess
-import sys
 import time
-from collections import OrderedDict
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from concurrent.futures import Future
-from contextlib import contextmanager, suppress
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass
 from functools import partial
 from math import inf
-from mmap import mmap
 from pathlib import Path
 from threading import Lock, Thread
 from typing import Any
@@ -32,150 +25,28 @@ import numpy as np
 from numpy.typing import DTypeLike, NDArray
 
 from muntin.artifact import Signature
-from muntin.errors import VerificationError
 from muntin.runtime.session import ExecutedLayer, Session, Shape, check_shapes
-from muntin.serving.engine_host import CALL, DONE, FAILED, KEPT, LABELS, OTHER, SCORES, call_of, error_of, receive, remember, send
-from muntin.serving.scheduling import Demand, Pace, Standing, nobody, stand_back
-from muntin.serving.shared_memory import Shared, SharedBuffers, new_file
-from muntin.serving.version import Call, EngineDiedError, NotReadyError, Opened, Opening, TookTooLongError
+from muntin.serving.engine_host import LABELS, SCORES, call_of
+from muntin.serving.engine_lane import Lane
+from muntin.serving.engine_start import Running, begin_in_process
+from muntin.serving.scheduling import Demand
+from muntin.serving.shared_memory import SharedBuffers
+from muntin.serving.version import Call, EngineDiedError, NotReadyError, Opened, Opening
 
 DEATHS = 3
 """Deaths of an engine without an answer between, after which it is not begun again at once."""
 PAUSE_S = 2.0
 """Then it has to wait so long, twice as long after each further one, `LONGEST_PAUSE_S` at most."""
 LONGEST_PAUSE_S = 60.0
-_POLL_S = 0.05
 _BEGIN_S = 5.0
 """What a call waits for another process at the most."""
-_ENDS_S, _END_S = 0.5, 5.0
-"""What a process has to end in whose connection has ended, and one that was killed: the kernel frees its memory."""
-_START = """
-import os, sys
-if {idle!r}:  # before anything is imported
-    os.sched_setscheduler(0, os.SCHED_IDLE, os.sched_param(0))
-sys.path[:] = {path!r}
-from muntin.serving.engine_host import main
-main()
-"""
-
-
-class _Lane:
-    """One call at a time: a connection, and memory for images that both processes have mapped."""
-
-    def __init__(self, control: socket.socket) -> None:
-        self.asked_at = inf
-        """Since when the process is to answer (`time.monotonic`): then nobody else may ask. inf: it has answered."""
-        self._images: NDArray[np.uint8] | None = None
-        self._places: OrderedDict[int, None] = OrderedDict()
-        self._file = -1
-        self._calls, theirs = socket.socketpair()
-        with theirs:
-            self._file = new_file()
-            send(control, {}, theirs.fileno(), self._file)
-
-    def ask(self, **question: Any) -> dict[str, Any]:
-        """Raises EOFError or ConnectionError where the process is gone, and what it raised there."""
-        self.asked_at = time.monotonic()
-        self._calls.sendall(CALL.pack(OTHER, *[0] * 8))
-        send(self._calls, question)
-        self._await_done()
-        return self._message()
-
-    def compute(self, operation: int, images_BHWC: NDArray[np.uint8], place: Shared) -> None:
-        """The answer is in its place then. Raises as `ask` does."""
-        size = self._put(images_BHWC)
-        follows = place.number not in self._places
-        self._places[place.number] = None
-        remember(self._places, place.number, place.size)
-        self.asked_at = time.monotonic()
-        try:
-            self._calls.sendall(CALL.pack(operation, *images_BHWC.shape, size, place.number, place.size, follows))
-            if follows:
-                socket.send_fds(self._calls, [b"."], [place.file])
-            self._await_done()
-            self.asked_at = inf
-        finally:
-            if size > KEPT:
-                self._images = None
-                os.ftruncate(self._file, 0)
-
-    def _await_done(self) -> None:
-        came = self._calls.recv(1)
-        if came == FAILED:
-            self._places.clear()
-            raise error_of(self._message())
-        if came != DONE:
-            raise EOFError
-
-    def _message(self) -> dict[str, Any]:
-        came = receive(self._calls)
-        if came is None:
-            raise EOFError
-        self.asked_at = inf
-        return came[0]
-
-    def _put(self, images_BHWC: NDArray[np.uint8]) -> int:
-        wanted = images_BHWC.nbytes
-        if self._images is None or self._images.nbytes < wanted:
-            size = 1 << max(16, (wanted - 1).bit_length()) if wanted <= KEPT else wanted
-            self._images = None
-            os.ftruncate(self._file, size)
-            self._images = np.frombuffer(mmap(self._file, size), np.uint8)
-        self._images[:wanted] = images_BHWC.reshape(-1)
-        return self._images.nbytes
-
-    def close(self) -> None:
-        file, self._file = self._file, -1
-        if file >= 0:
-            os.close(file)
-        self._calls.close()
-
-    def __del__(self) -> None:
-        if hasattr(self, "_calls"):
-            self.close()
-
-
-@dataclass(kw_only=True)
-class _Running:
-    """A process that has opened its artefact: what it said of it, its lanes that nobody uses now, and the others."""
-
-    process: subprocess.Popen[bytes]
-    control: socket.socket
-    said: dict[str, Any] = field(default_factory=dict)
-    # Each operation on these is atomic: a lock of ours would be one more thing that a call has to do.
-    lanes: list[_Lane] = field(default_factory=list)
-    busy: set[_Lane] = field(default_factory=set)
-
-    def end(self, *, gently: bool = False) -> None:
-        """`gently`: the kernel frees its memory where that keeps nobody waiting."""
-        if gently:
-            stand_back(self.process.pid)
-        self.process.kill()
-        self.control.close()
-        with suppress(IndexError):
-            while True:
-                self.lanes.pop().close()
-        with suppress(subprocess.TimeoutExpired):
-            self.process.wait(_END_S)
-
-    def how_it_ended(self) -> str:
-        """Of one that ends, or has ended."""
-        with suppress(subprocess.TimeoutExpired):
-            self.process.wait(_ENDS_S)
-        code = self.process.returncode
-        if code is None:
-            return "it does not answer"
-        if code >= 0:
-            return f"exit code {code}"
-        what = signal.strsignal(-code)
-        return f"signal {-code}" + (f", {what}" if what else "")
 
 
 @dataclass
 class _Now:
     """The process that computes for a session; None between two of them, and at the end."""
 
-    running: _Running | None
+    running: Running | None
 
     def end(self, *, gently: bool = False) -> None:
         running, self.running = self.running, None
@@ -204,7 +75,7 @@ def open_apart(
     afterwards (`Standing`), and a quarter of that or less by the `demand` (`Pace`); elsewhere it rests between its steps. Raises what
     opening raises, VerificationError where the process dies or is not done in `seconds`, NotReadyError where `stopped`.
     """
-    begin = partial(_begin, path, opening, seconds=seconds)
+    begin = partial(begin_in_process, path, opening, seconds=seconds)
     running = begin(lately, rest=rest, stopped=stopped, demand=demand)
     session = EngineProcess(running, begin, path)
     try:
@@ -217,92 +88,6 @@ def open_apart(
     )
 
 
-def _never() -> bool:
-    return False
-
-
-@contextmanager
-def _closed_on_error(sock: socket.socket) -> Iterator[None]:
-    try:
-        yield
-    except BaseException:
-        sock.close()
-        raise
-
-
-def _begin(
-    path: Path,
-    opening: Opening,
-    lately: Iterable[Call],
-    *,
-    seconds: float,
-    rest: float = 0.0,
-    stopped: Callable[[], bool] = _never,
-    demand: Callable[[], Demand] = nobody,
-    digest: str = "",
-) -> _Running:
-    """`digest`: what the artefact has to have still."""
-    standing = Standing() if rest and Standing.allowed() else None
-    control, theirs = socket.socketpair()
-    with theirs, _closed_on_error(control):
-        process = subprocess.Popen(  # noqa: S603 - this Python, and a text of ours
-            [sys.executable, "-c", _START.format(path=sys.path, idle=standing is not None)],
-            stdin=theirs.fileno(),
-            stdout=2,  # standard output may be the access log; engines print what they like
-            process_group=0,  # as a trial's (`probation`)
-        )
-    running = _Running(process=process, control=control)
-    try:
-        question = {"path": str(path), "opening": asdict(opening), "lately": list(lately), "rest": rest if standing is None else 0.0}
-        with Pace(process, demand if standing is not None else nobody) as pace:
-            running.said = _ask_to_open(running, question, standing, pace, seconds, stopped)
-        if digest and running.said["digest"] != digest:
-            raise VerificationError(f"{path}: it was replaced while it served: load it again")
-        if standing is not None:
-            standing.usual(process.pid)
-    except BaseException:
-        running.end()
-        raise
-    return running
-
-
-def _ask_to_open(
-    running: _Running, question: dict[str, Any], standing: Standing | None, pace: Pace, seconds: float, stopped: Callable[[], bool]
-) -> dict[str, Any]:
-    path = question["path"]
-    with suppress(OSError):  # what it died of is told below
-        send(running.control, question)
-    began = time.monotonic()
-    running.control.settimeout(_POLL_S)
-    while True:
-        try:
-            first = running.control.recv(1, socket.MSG_PEEK)
-        except TimeoutError:
-            first = None
-        except ConnectionError:
-            first = b""
-        now = time.monotonic()
-        if first is not None:
-            break
-        if stopped():
-            raise NotReadyError(f"{path}: opening it was ended with the server")
-        if now - began > seconds + pace.excused:
-            raise TookTooLongError(f"{path}: it was not open and warm after {seconds:g} s: it hangs, or needs a longer limit")
-        if standing is not None:
-            standing.mind(running.process.pid, pace.excused)
-    running.control.settimeout(None)
-    came = receive(running.control)
-    if came is None:
-        raise VerificationError(f"{path}: its engine ended the process that opened it: {running.how_it_ended()}")
-    said = came[0]
-    if "error" in said:
-        error = error_of(said)
-        if isinstance(error, MemoryError):
-            raise VerificationError(f"{path}: there is no memory to open it") from error
-        raise error
-    return said
-
-
 class EngineProcess(Session):
     """A session whose engine runs in a process of its own. Threads may share it; each call has a lane.
 
@@ -310,7 +95,7 @@ class EngineProcess(Session):
     dies `DEATHS` times without an answer between has to wait before it is begun again, and calls fail at once meanwhile.
     """
 
-    def __init__(self, running: _Running, begin: Callable[..., _Running], path: Path) -> None:
+    def __init__(self, running: Running, begin: Callable[..., Running], path: Path) -> None:
         said = running.said
         super().__init__(
             signature=Signature.model_validate(said["signature"]),
@@ -357,12 +142,12 @@ class EngineProcess(Session):
 
     def warm_up(self, shapes: Iterable[Shape], *, labels: bool = False, compute: bool = True) -> None:
         for shape in check_shapes(shapes):
-            self._in_lane(partial(_Lane.ask, op="warm_up", shape=shape, labels=labels, compute=compute))
+            self._in_lane(partial(Lane.ask, op="warm_up", shape=shape, labels=labels, compute=compute))
             if (call := Call(shape, labels)) not in self.calls:
                 self.calls.append(call)
 
     def layers(self) -> list[ExecutedLayer]:
-        said = self._in_lane(partial(_Lane.ask, op="layers"))
+        said = self._in_lane(partial(Lane.ask, op="layers"))
         return [ExecutedLayer(**layer) for layer in said["layers"]]
 
     def interrupt(self, seconds: float) -> bool:
@@ -384,7 +169,7 @@ class EngineProcess(Session):
         self._in_lane(lambda lane: lane.compute(operation, images_BHWC, self._answers.shared(answer)))
         return answer
 
-    def _in_lane(self, work: Callable[[_Lane], Any]) -> Any:
+    def _in_lane(self, work: Callable[[Lane], Any]) -> Any:
         running = self._now.running
         if running is not None and running.process.poll() is not None:  # while nobody asked it anything
             self._died(running)
@@ -396,7 +181,7 @@ class EngineProcess(Session):
             try:
                 lane = running.lanes.pop()
             except IndexError:
-                lane = _Lane(running.control)
+                lane = Lane(running.control)
             running.busy.add(lane)
             done = work(lane)
         except (EOFError, OSError) as error:
@@ -411,11 +196,11 @@ class EngineProcess(Session):
         self._in_a_row = 0
         return done
 
-    def _alive(self) -> _Running:
+    def _alive(self) -> Running:
         """Waits for another process, but no longer than a call may take before it counts as one that hangs."""
         if not self._beginning.acquire(blocking=False):
             raise NotReadyError(f"{self._path}: its engine died, and is being begun again")
-        begun: Future[_Running] = Future()
+        begun: Future[Running] = Future()
         Thread(target=self._begin_for, args=(begun,), name="muntin-engine-begin", daemon=True).start()
         try:
             return begun.result(_BEGIN_S)
@@ -424,7 +209,7 @@ class EngineProcess(Session):
         finally:
             del begun  # it holds what it raises, and that this frame: what callers hold would stay until garbage is collected
 
-    def _begin_for(self, begun: Future[_Running]) -> None:
+    def _begin_for(self, begun: Future[Running]) -> None:
         try:
             begun.set_result(self._begin_again())
         except BaseException as error:  # noqa: BLE001 - whoever waits raises it
@@ -433,7 +218,7 @@ class EngineProcess(Session):
             self._beginning.release()
             del begun  # as above
 
-    def _begin_again(self) -> _Running:
+    def _begin_again(self) -> Running:
         with self._lock:
             if self._now.running is not None:
                 return self._now.running
@@ -464,7 +249,7 @@ class EngineProcess(Session):
             pause = PAUSE_S * 2 ** min(self._in_a_row - DEATHS, 10)
             self._not_before = time.monotonic() + min(LONGEST_PAUSE_S, pause)
 
-    def _died(self, running: _Running) -> EngineDiedError:
+    def _died(self, running: Running) -> EngineDiedError:
         how = f"the process of its engine has ended ({running.how_it_ended()})"
         with self._lock:
             if self._now.running is running:

@@ -1,0 +1,154 @@
+"""Beginning an engine's process, in which an artefact is opened (`engine_host`), and ending it."""
+
+from __future__ import annotations
+
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from muntin.errors import VerificationError
+from muntin.serving.engine_host import error_of, receive, send
+from muntin.serving.engine_lane import Lane
+from muntin.serving.scheduling import Demand, Pace, Standing, nobody, stand_back
+from muntin.serving.version import Call, NotReadyError, Opening, TookTooLongError
+
+_POLL_S = 0.05
+_ENDS_S, _END_S = 0.5, 5.0
+"""What a process has to end in whose connection has ended, and one that was killed: the kernel frees its memory."""
+_START = """
+import os, sys
+if {idle!r}:  # before anything is imported
+    os.sched_setscheduler(0, os.SCHED_IDLE, os.sched_param(0))
+sys.path[:] = {path!r}
+from muntin.serving.engine_host import main
+main()
+"""
+
+
+@dataclass(kw_only=True)
+class Running:
+    """A process that has opened its artefact: what it said of it, its lanes that nobody uses now, and the others."""
+
+    process: subprocess.Popen[bytes]
+    control: socket.socket
+    said: dict[str, Any] = field(default_factory=dict)
+    # Each operation on these is atomic: a lock of ours would be one more thing that a call has to do.
+    lanes: list[Lane] = field(default_factory=list)
+    busy: set[Lane] = field(default_factory=set)
+
+    def end(self, *, gently: bool = False) -> None:
+        """`gently`: the kernel frees its memory where that keeps nobody waiting."""
+        if gently:
+            stand_back(self.process.pid)
+        self.process.kill()
+        self.control.close()
+        with suppress(IndexError):
+            while True:
+                self.lanes.pop().close()
+        with suppress(subprocess.TimeoutExpired):
+            self.process.wait(_END_S)
+
+    def how_it_ended(self) -> str:
+        """Of one that ends, or has ended."""
+        with suppress(subprocess.TimeoutExpired):
+            self.process.wait(_ENDS_S)
+        code = self.process.returncode
+        if code is None:
+            return "it does not answer"
+        if code >= 0:
+            return f"exit code {code}"
+        what = signal.strsignal(-code)
+        return f"signal {-code}" + (f", {what}" if what else "")
+
+
+def _never() -> bool:
+    return False
+
+
+@contextmanager
+def _closed_on_error(sock: socket.socket) -> Iterator[None]:
+    try:
+        yield
+    except BaseException:
+        sock.close()
+        raise
+
+
+def begin_in_process(
+    path: Path,
+    opening: Opening,
+    lately: Iterable[Call],
+    *,
+    seconds: float,
+    rest: float = 0.0,
+    stopped: Callable[[], bool] = _never,
+    demand: Callable[[], Demand] = nobody,
+    digest: str = "",
+) -> Running:
+    """`digest`: what the artefact has to have still."""
+    standing = Standing() if rest and Standing.allowed() else None
+    control, theirs = socket.socketpair()
+    with theirs, _closed_on_error(control):
+        process = subprocess.Popen(  # noqa: S603 - this Python, and a text of ours
+            [sys.executable, "-c", _START.format(path=sys.path, idle=standing is not None)],
+            stdin=theirs.fileno(),
+            stdout=2,  # standard output may be the access log; engines print what they like
+            process_group=0,  # as a trial's (`probation`)
+        )
+    running = Running(process=process, control=control)
+    try:
+        question = {"path": str(path), "opening": asdict(opening), "lately": list(lately), "rest": rest if standing is None else 0.0}
+        with Pace(process, demand if standing is not None else nobody) as pace:
+            running.said = _ask_to_open(running, question, standing, pace, seconds, stopped)
+        if digest and running.said["digest"] != digest:
+            raise VerificationError(f"{path}: it was replaced while it served: load it again")
+        if standing is not None:
+            standing.usual(process.pid)
+    except BaseException:
+        running.end()
+        raise
+    return running
+
+
+def _ask_to_open(
+    running: Running, question: dict[str, Any], standing: Standing | None, pace: Pace, seconds: float, stopped: Callable[[], bool]
+) -> dict[str, Any]:
+    path = question["path"]
+    with suppress(OSError):  # what it died of is told below
+        send(running.control, question)
+    began = time.monotonic()
+    running.control.settimeout(_POLL_S)
+    while True:
+        try:
+            first = running.control.recv(1, socket.MSG_PEEK)
+        except TimeoutError:
+            first = None
+        except ConnectionError:
+            first = b""
+        now = time.monotonic()
+        if first is not None:
+            break
+        if stopped():
+            raise NotReadyError(f"{path}: opening it was ended with the server")
+        if now - began > seconds + pace.excused:
+            raise TookTooLongError(f"{path}: it was not open and warm after {seconds:g} s: it hangs, or needs a longer limit")
+        if standing is not None:
+            standing.mind(running.process.pid, pace.excused)
+    running.control.settimeout(None)
+    came = receive(running.control)
+    if came is None:
+        raise VerificationError(f"{path}: its engine ended the process that opened it: {running.how_it_ended()}")
+    said = came[0]
+    if "error" in said:
+        error = error_of(said)
+        if isinstance(error, MemoryError):
+            raise VerificationError(f"{path}: there is no memory to open it") from error
+        raise error
+    return said
