@@ -12,9 +12,10 @@ from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
+from matplotlib.patheffects import withStroke
 from matplotlib.ticker import LogLocator, NullFormatter, ScalarFormatter
 
-from muntin.reporting.labels import place_labels
+from muntin.reporting.labels import Box, Label, place_labels, text_width
 from segmentation_peers.deployment import REFERENCE
 from segmentation_peers.models import ENTRIES
 
@@ -180,7 +181,7 @@ def _panel(axes: Axes, summary: Sequence[Row], side: str) -> None:
 
 
 def _label(figure: Figure, axes: Axes, summary: Sequence[Row], side: str) -> None:
-    """Names beside the dots, in pixels from the top left, as `place_labels` counts."""
+    """Names beside the dots, in pixels from the top left; where dots crowd, over the bars rather than not at all."""
     height = figure.bbox.height
 
     def at(x: float, y: float) -> tuple[float, float]:
@@ -196,19 +197,30 @@ def _label(figure: Figure, axes: Axes, summary: Sequence[Row], side: str) -> Non
     corners = [at(*point) for point in _front(summary, side)]
     bars += [(x, y - 1, right, y + 1) for (x, y), (right, _) in pairwise(corners)]
     box = axes.get_window_extent()
-    labels = place_labels(
-        [(disc, name) for name, disc in dots.items()], size=FONT, frame=(box.x0, height - box.y1, box.x1, height - box.y0),
-        taken=bars, avoid=list(dots.values()),
-    )  # fmt: skip
+    frame = (box.x0, height - box.y1, box.x1, height - box.y0)
+    discs = [(x - radius, y - radius, x + radius, y + radius) for x, y, radius in dots.values()]
+    labels: list[Label] = []
+    for obstacles in (bars, discs):
+        left = [(disc, name) for name, disc in dots.items() if name not in {label.text for label in labels}]
+        taken = [*obstacles, *(_box(label) for label in labels)]
+        labels += place_labels(left, size=FONT, frame=frame, taken=taken, avoid=list(dots.values()))
     for label in labels:
         align = {"start": "left", "end": "right", "middle": "center"}[label.anchor]
         figure.text(
-            label.x / figure.bbox.width, 1 - label.y / height, label.text, fontsize=_points(FONT), ha=align, va="baseline", color=INK
-        )
+            label.x / figure.bbox.width, 1 - label.y / height, label.text, fontsize=_points(FONT), ha=align, va="baseline", color=INK,
+            path_effects=[withStroke(linewidth=3, foreground="white")], zorder=4,
+        )  # fmt: skip
         if label.leader is not None:
             x0, y0, x1, y1 = label.leader
             ends = [x0 / figure.bbox.width, x1 / figure.bbox.width], [1 - y0 / height, 1 - y1 / height]
             figure.add_artist(Line2D(*ends, color=SOFT, linewidth=0.8))
+
+
+def _box(label: Label) -> Box:
+    """About what a label covers."""
+    width = text_width(label.text, FONT)
+    left = label.x - width * {"start": 0.0, "middle": 0.5, "end": 1.0}[label.anchor]
+    return left, label.y - FONT, left + width, label.y + FONT / 4
 
 
 def _front(summary: Sequence[Row], side: str) -> list[tuple[float, float]]:
