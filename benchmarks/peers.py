@@ -13,13 +13,13 @@ sets. Two budgets, each with tables of its own (either or both may be given):
     --samples   crops seen
 A hybrid's stages of compression (low rank, W4A8, mixed precision) are inside its budget, so its FP32 training is shorter than a peer's;
 the entries ending in -ptq spend all of it on FP32 training and are quantised afterwards, as the peers are. Quantising after training and
-export count for none. The learning rate is tuned alike for each model and source: three of them, a quarter of the budget in FP32 each,
-seed 0, on strips of the training split that are held out for it, of folders on every fifth picture (`segmentation_peers/tuning.py`); as
-long as the best is the highest or the lowest, twice or half of it is tried, too, two more at the most.
+export count for none. The learning rate is tuned alike for each model and source: three of them, the whole budget in FP32 each, seed 0,
+scored on a region of the training split that is left out for it, Africa and Europe, of folders on every fifth picture
+(`segmentation_peers/tuning.py`); as long as the best is the highest or the lowest, twice or half of it is tried, too, two more at the most.
 
 Deployed: OpenVINO in f32 and in bf16; peers in INT8 by NNCF too, hybrids in W4A8 after the stages or in muntin's own INT8. Of these a seed
 takes the fastest at the first of --sides that is within half a point of f32 where it is admitted by: the validation split, a strip of ocean
-without a desert, and those strips of the training split, which have every class (training saw them, for f32 and the others alike); the
+without a desert, and four strips of the training split, which have every class (training saw them, for f32 and the others alike); the
 validation split alone, of folders. Calibration sees training crops only, and the test split chooses nothing. Columns:
     test mIoU   of the deployed models, whole test split, mean ± standard deviation over the seeds
     ms SIDE     median latency of one image, pixels in and scores out: all models of a seed in one process, in turns; mean over the seeds
@@ -30,8 +30,8 @@ have, those of score by two of them or more. Beside the rows lies a picture of e
 A row that is there already is not run again, and training that was interrupted by Ctrl-C goes on where it stood (a search begins anew).
 Rows of another machine, or of another recipe or other threads, are refused. A model that fails is left out with the reason, and is tried
 again the next time.
-Needs `pip install '.[bench]'` from a checkout. Time: a model and a source take 3.75 to 4.25 times --minutes for three seeds (three to five
-rates at a quarter, three trainings), and a few minutes for timing, NNCF and scoring. Run it alone.
+Needs `pip install '.[bench]'` from a checkout. Time: a model and a source take six to eight times --minutes for three seeds (three to five
+rates, three trainings), and a few minutes for timing, NNCF and scoring. Run it alone.
 """
 
 from __future__ import annotations
@@ -69,11 +69,12 @@ SOURCES = tuple(name for name in get_args(SourceName) if name != "folders")
 RATES = (2e-3, 4e-3, 8e-3)
 FURTHER = 2
 """Rates beyond an end of these, at the most, as long as the best one is there."""
-SEARCH_SHARE, SEARCH_SEED = 1 / 4, 0
-"""Of the budget, for each rate; and the seed that it is trained with."""
-PROTOCOL = 5
+SEARCH_SEED = 0
+"""That rates are tried with."""
+PROTOCOL = 6
 """Of rows: 2 since minutes are kept by the schedule, and rates chosen on strips of the training split; 3 since Muon trains; 4 since crops
-are flipped upside down, too; 5 since a search goes on beyond an end of its rates, and variants are admitted by land, too."""
+are flipped upside down, too; 5 since a search goes on beyond an end of its rates, and variants are admitted by land, too; 6 since rates are
+chosen by the whole budget on a region that is left out, and no longer by a quarter of it on strips beside what is trained on."""
 SMALLEST = 128
 """Side in pixels, of crops and of images: PAN takes no smaller ones."""
 PACKAGES = {"segmentation-models-pytorch": "segmentation_models_pytorch", "timm": "timm", "nncf": "nncf"}
@@ -137,8 +138,7 @@ class Comparison:
         place = self.folder / name
 
         def make() -> Row:
-            budget = self.budget.part(SEARCH_SHARE)
-            recipe = recipe_for(entry, self.setting, budget, seed=SEARCH_SEED, learning_rate=rate, stages=False)
+            recipe = recipe_for(entry, self.setting, self.budget, seed=SEARCH_SEED, learning_rate=rate, stages=False)
             row = {"model": entry.model, "learning_rate": rate}
             shutil.rmtree(place, ignore_errors=True)  # of a search that was interrupted
             try:
@@ -344,8 +344,8 @@ def main() -> None:
     except RecipeError as error:
         parser.error(str(error))
     batch = max(recipe.training.batch_size for recipe in recipes.values())
-    if given.samples is not None and given.samples * SEARCH_SHARE < batch:
-        parser.error(f"--samples {given.samples}: a search takes {SEARCH_SHARE:g} of them: give at least {batch / SEARCH_SHARE:g}")
+    if given.samples is not None and given.samples < batch:
+        parser.error(f"--samples {given.samples}: a step takes {batch}: give more")
     if missing := [name for name, module in PACKAGES.items() if find_spec(module) is None]:
         sys.exit(f"{parser.prog}: {', '.join(missing)} missing: pip install '.[bench]'")
     minutes = 4.0 if given.minutes is None and given.samples is None else given.minutes

@@ -351,7 +351,7 @@ def test_what_ends_a_comparison_goes_through(peers: ModuleType, tmp_path: Path, 
         (["--batch", "0"], "argument --batch: 0: give at least 1"),
         (["--minutes", "0"], "--minutes 0: give more than 0"),
         (["--minutes", "nan"], "--minutes nan: give more than 0"),
-        (["--samples", "31"], "--samples 31: a search takes 0.25 of them: give at least 32"),
+        (["--samples", "7"], "--samples 7: a step takes 8: give more"),
     ],
 )
 def test_peers_refuse_impossible_numbers_at_once(
@@ -366,7 +366,7 @@ def test_peers_refuse_impossible_numbers_at_once(
 
 
 def test_peers_name_the_packages_that_are_missing_at_once(peers: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sys, "argv", ["peers.py", "--samples", "32"])
+    monkeypatch.setattr(sys, "argv", ["peers.py", "--samples", "8"])
     monkeypatch.setattr(peers, "find_spec", lambda module: None if module in ("nncf", "segmentation_models_pytorch") else module)
     with pytest.raises(SystemExit) as ended:
         peers.main()

@@ -74,12 +74,6 @@ class Budget:
     def told(self) -> str:
         return f"{self.minutes:g} min of training" if self.samples is None else f"{self.samples} crops of training"
 
-    def part(self, share: float) -> Budget:
-        return Budget(
-            minutes=None if self.minutes is None else share * self.minutes,
-            samples=None if self.samples is None else round(share * self.samples),
-        )
-
 
 def recipe_for(entry: Entry, setting: Setting, budget: Budget, *, seed: int, learning_rate: float, stages: bool) -> Recipe:
     """The setting's recipe with another model and length: its crops, augmentation, loss, optimiser and averaged weights.
