@@ -319,8 +319,9 @@ def print_comparison(found: Row, budget: Budget) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--sources", nargs="+", choices=SOURCES, default=list(SOURCES))
-    parser.add_argument("--recipe", type=Path, help="of yours, in place of the demonstration's and its sources; segmentation")
+    data = parser.add_mutually_exclusive_group()
+    data.add_argument("--sources", nargs="+", choices=SOURCES, default=list(SOURCES))
+    data.add_argument("--recipe", type=Path, help="of yours, in place of the demonstration's and its sources; segmentation")
     parser.add_argument("--models", nargs="+", choices=list(ENTRIES), default=list(ENTRIES))
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--minutes", type=float, help="wall-clock minutes of training (4 unless --samples is given)")

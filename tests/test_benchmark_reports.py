@@ -352,6 +352,7 @@ def test_what_ends_a_comparison_goes_through(peers: ModuleType, tmp_path: Path, 
         (["--minutes", "0"], "--minutes 0: give more than 0"),
         (["--minutes", "nan"], "--minutes nan: give more than 0"),
         (["--samples", "7"], "--samples 7: a step takes 8: give more"),
+        (["--sources", "earth", "--recipe", "mine.yaml"], "argument --recipe: not allowed with argument --sources"),
     ],
 )
 def test_peers_refuse_impossible_numbers_at_once(

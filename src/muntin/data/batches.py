@@ -202,8 +202,8 @@ def prefetch(crops: Batches, start: int, stop: int, depth: int = 2) -> Iterator[
 
 
 def _take_one_core() -> None:
-    """Of the thread that calls it. Not only for its own sake: with a second team of threads on the cores, OpenMP's let the others sleep
-    between any two loops of a training step, and waking them took a third of its time (docs/log.md)."""
+    """Of the thread that calls it. Not only for its own sake: with a second team of threads on the cores OpenMP lets them all sleep between
+    any two loops of a training step, and waking them took a third of its time (docs/log.md)."""
     torch.set_num_threads(1)
     torch.get_num_threads()  # a thread takes the number over when it first asks: now, and not when it is another one again
 
