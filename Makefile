@@ -40,6 +40,7 @@ $(VENV)/.demo: pyproject.toml | $(BIN)/python
 
 $(VENV)/.dev: pyproject.toml | $(BIN)/python
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[dev]'
+	-$(BIN)/python -m pip install --quiet --disable-pip-version-check 'perf-analyzer>=2.60' # no wheel for older Linux: its tests are skipped
 	touch $@ $(VENV)/.demo
 
 clean:

@@ -94,7 +94,24 @@ def test_the_time_of_a_request_is_until_its_answer_has_its_form(shelf: Any, side
             assert answered.total > 0.2
             assert float(re.findall(r"muntin_request_seconds_sum (\S+)", text)[0]) == answered.total
             assert "muntin_objective_missed_total 1.0" in text
-            assert service.statistics("m", "1")[0].success.ns > 2e8
+            found = service.statistics("m", "1")[0]
+            assert found.compute_output.ns > 2e8
+            assert found.success.ns >= found.compute_output.ns
+
+    asyncio.run(ask())
+
+
+def test_reading_a_request_is_no_part_of_its_waiting(shelf: Any) -> None:
+    async def ask() -> None:
+        with made(shelf) as service:
+            arrived = service.clock() - 5
+            answered = await service.infer(request_for_all(8), model="m", version=None, arrived=arrived)
+            assert answered.read >= 5
+            assert 0 <= answered.queued < 5
+            found = service.statistics("m", "1")[0]
+            assert found.compute_input.ns >= 5e9 > found.queue.ns
+            parts = (found.queue, found.compute_input, found.compute_infer, found.compute_output)
+            assert abs(sum(part.ns for part in parts) - found.success.ns) <= len(parts)
 
     asyncio.run(ask())
 

@@ -75,6 +75,7 @@ class AccessLog:
         if answered is not None:
             entry |= {
                 "version": answered.response.version,
+                "read_ms": round(answered.read * 1e3, 3),
                 "queue_ms": round(answered.queued * 1e3, 3),
                 "compute_ms": round(answered.computed * 1e3, 3),
                 "batch": answered.batch_rows,

@@ -83,7 +83,7 @@ class Statistics:
 
     `last_inference_ms`: when the last request came, in milliseconds since 1970, 0 for never. `inference_count`: images that were answered;
     `execution_count`: batches they went through. `success` and `fail` are whole requests; the other durations are parts of those that
-    succeeded: waiting, stacking the batch, the engine, splitting the answer.
+    succeeded: waiting, reading the request, computing its batch, putting the answer into form. Together they are `success`.
     """
 
     name: str

@@ -51,6 +51,8 @@ class Work:
 
     images: NDArray[np.uint8]
     lease: Lease
+    admitted: float = 0.0
+    """When it joined the queue."""
     started: float = 0.0
     """When its batch began to be computed."""
     computed: float = 0.0

@@ -45,9 +45,11 @@ GONE = 16
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Answered:
-    """An answer and how it came about, in seconds: waiting for its batch, computing that, all of it."""
+    """An answer and how it came about, in seconds: reading the request, waiting for its batch, computing that, all of it. What these leave
+    of it is putting the answer into form."""
 
     response: InferResponse
+    read: float
     queued: float
     computed: float
     total: float
@@ -325,6 +327,7 @@ class Service:
                 return
             if work.version not in self.metrics.rows:
                 self._forget()
+            work.admitted = job.arrived
             self.metrics.rows[work.version] += rows
             self.metrics.queue.observe(work.started - job.arrived)
             self.metrics.compute.observe(work.computed)
@@ -445,7 +448,8 @@ class _Asked:
         return Answered(
             response=response,
             encoded=encoded,
-            queued=max(work.started - self._arrived, 0.0),
+            read=max(work.admitted - self._arrived, 0.0),
+            queued=max(work.started - work.admitted, 0.0),
             computed=work.computed,
             total=self._passed(),  # forming it took its time, too
             batch_rows=work.batch_rows,
@@ -463,8 +467,9 @@ class _Asked:
                 rows=self._rows,
                 batch_rows=work.batch_rows,
                 total=found.total,
-                queued=work.started - self._arrived,
-                computed=work.computed,
+                read=found.read,
+                queued=found.queued,
+                computed=found.computed,
             )
             service.metrics.total.observe(found.total)
             if service.objective is not None and found.total > service.objective:

@@ -78,6 +78,7 @@ class Inference:
             {
                 "muntin.version": answered.response.version,
                 "muntin.request_id": answered.response.id,
+                "muntin.read_ms": answered.read * 1e3,
                 "muntin.queue_ms": answered.queued * 1e3,
                 "muntin.compute_ms": answered.computed * 1e3,
                 "muntin.batch_rows": answered.batch_rows,
