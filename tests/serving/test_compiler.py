@@ -14,6 +14,7 @@ from muntin.serving import compiler as module
 from muntin.serving.compiler import COMPILED, OFTEN, Compiler
 from muntin.serving.probation import ArtifactLoader
 from muntin.serving.rollout import Rollout
+from muntin.serving.scheduling import Demand
 from muntin.serving.slot import Slot
 from muntin.serving.version import Call, Opening, Version
 
@@ -39,6 +40,22 @@ def test_a_size_that_comes_often_is_compiled_for(version: Version, wait_until: C
     assert not any(thread.name == "muntin-compile" for thread in threading.enumerate())
 
 
+def test_who_is_served_is_not_kept_waiting_by_it(version: Version, wait_until: Callable[..., None]) -> None:
+    asked: list[Demand] = []
+
+    def demand() -> Demand:
+        asked.append(Demand.WAITING if len(asked) < 4 else Demand.SERVED)
+        return asked[-1]
+
+    call, compiler = Call((1, 9, 5)), Compiler(OPENING, demand=demand)
+    for _ in range(OFTEN):
+        compiler.note(version, call)
+    compiled: Any = version.session
+    wait_until(lambda: ((1, 9, 5, 3), False) in compiled._compiled, 60)
+    compiler.close()
+    assert Demand.SERVED in asked  # it stood still as long as somebody waited, and was asked again
+
+
 def test_each_size_once_and_not_without_end(version: Version, monkeypatch: pytest.MonkeyPatch, wait_until: Callable[..., None]) -> None:
     asked: list[Call] = []
     monkeypatch.setattr(module, "probe", lambda path, opening, lately, **_: asked.extend(lately))
@@ -59,7 +76,7 @@ def test_a_size_that_was_forgotten_is_not_compiled_again(
     asked: list[Call] = []
     monkeypatch.setattr(module, "probe", lambda path, opening, lately, **_: asked.extend(lately))
     monkeypatch.setattr(version.session, "warm_up", lambda shapes, *, labels: None)
-    compiler, often, last = Compiler(OPENING, budget=1000), Call((1, 20, 20)), Call((1, 10, 10))
+    compiler, often, last = Compiler(OPENING, budget=lambda channels: 3000 / channels), Call((1, 20, 20)), Call((1, 10, 10))
     for turn in range(3):
         for _ in range(OFTEN):
             compiler.note(version, often)
@@ -98,7 +115,7 @@ def test_what_is_compiled_for_is_bounded_in_pixels(
     monkeypatch.setattr(version.session, "warm_up", lambda shapes, *, labels: None)
     before, start = Call((1, 10, 10)), Call((8, 100, 100))
     version.warm, version.start = frozenset({before, start}), frozenset({start})
-    compiler = Compiler(OPENING, budget=1000)
+    compiler = Compiler(OPENING, budget=lambda channels: 3000 / channels)
     first, second, third, last = Call((2, 10, 30)), Call((1, 20, 20)), Call((3, 10, 10), labels=True), Call((1, 1, 1))
     for call in (first, second, third, last):
         for _ in range(2 * OFTEN):

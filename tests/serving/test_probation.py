@@ -122,21 +122,23 @@ def test_what_became_of_the_directory_meanwhile_is_not_opened(write_version: Cal
 def test_only_what_comes_often_is_compiled_where_it_need_not_be(
     write_version: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    lately = {Call((1, 8, 8)): 1, Call((2, 8, 8)): 9}
+    path, lately = write_version(tmp_path / "1"), {Call((1, 8, 8)): 1, Call((2, 8, 8)): 9}
     asked: list[Any] = []
     monkeypatch.setattr("muntin.serving.probation.probe", lambda path, opening, calls, **rest: asked.append(calls))
     for dynamic in (False, True):
-        ArtifactLoader(opening=Opening(dynamic=dynamic)).probe(tmp_path, lately, lambda: False)
+        ArtifactLoader(opening=Opening(dynamic=dynamic)).probe(path, lately, lambda: False)
     assert asked == [(Call((1, 8, 8)), Call((2, 8, 8))), (Call((2, 8, 8)),)]
 
 
-def test_what_was_asked_most_is_compiled_within_the_budget(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_was_asked_most_is_compiled_within_the_budget(
+    write_version: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     start = Call((8, 100, 100))
     lately = {Call((1, 10, 10)): 9, Call((1, 30, 30)): 40, Call((1, 20, 20)): 30, start: 5}
     asked: list[Any] = []
     monkeypatch.setattr("muntin.serving.probation.probe", lambda path, opening, calls, **rest: asked.append(calls))
-    loader = ArtifactLoader(opening=Opening(dynamic=True, calls=(start,)), budget=1000)
-    loader.probe(tmp_path, lately, lambda: False)
+    loader = ArtifactLoader(opening=Opening(dynamic=True, calls=(start,)), budget=lambda channels: 3000 / channels)
+    loader.probe(write_version(tmp_path / "1"), lately, lambda: False)
     assert asked == [(Call((1, 10, 10)), Call((1, 30, 30)), start)]
 
 

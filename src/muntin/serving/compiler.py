@@ -11,16 +11,17 @@ What is compiled stays, and takes memory by its pixels. Clients choose the sizes
 from __future__ import annotations
 
 from collections import OrderedDict
+from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import replace
-from math import inf
 from pathlib import Path
 from queue import SimpleQueue
 from threading import Event, Lock, Thread
 from weakref import WeakKeyDictionary
 
 from muntin.errors import MuntinError
-from muntin.serving.probation import Limits, Probation, probe
+from muntin.serving.probation import Limits, Probation, endless, probe
+from muntin.serving.scheduling import Demand, nobody
 from muntin.serving.version import Call, Opening, Version, open_version
 
 OFTEN = 8
@@ -34,12 +35,13 @@ BUDGET = 4
 class Compiler:
     """Counts batches by size, and compiles for those that come often, one after the other.
 
-    `opening`: as the versions were opened. `budget`: pixels (rows x height x width), summed over the sizes that a version is compiled for
-    beside those of its start; what would go beyond it is computed as it comes.
+    `opening`: as the versions were opened. `budget`: pixels (rows x height x width) for a version of so many channels, summed over the
+    sizes that it is compiled for beside those of its start; what would go beyond it is computed as it comes. `demand`: who is served now,
+    whom compiling is not to keep waiting.
     """
 
-    def __init__(self, opening: Opening, *, budget: float = inf) -> None:
-        self._opening, self._budget = replace(opening, calls=()), budget
+    def __init__(self, opening: Opening, *, budget: Callable[[int], float] = endless, demand: Callable[[], Demand] = nobody) -> None:
+        self._opening, self._budget, self._demand = replace(opening, calls=()), budget, demand
         self._lock = Lock()
         # By version, and not by what it is of: an artefact that is loaded again is compiled for nothing of this.
         self._seen: WeakKeyDictionary[Version, OrderedDict[Call, int]] = WeakKeyDictionary()
@@ -71,7 +73,7 @@ class Compiler:
         if call in compiled:  # it came often, was forgotten among others that came once, and comes often again
             return False
         beside = compiled | (version.warm - version.start)  # the latter: what its predecessor was asked
-        if len(compiled) >= COMPILED or sum(one.pixels for one in beside) + call.pixels > self._budget:
+        if len(compiled) >= COMPILED or sum(one.pixels for one in beside) + call.pixels > self._budget(version.signature.channels):
             return False
         compiled.add(call)
         return True
@@ -88,7 +90,10 @@ class Compiler:
             version, call = item
             # What fails here failed for nobody: the size is then computed as before.
             with suppress(MuntinError, RuntimeError, OSError, MemoryError):
-                probe(version.path, self._opening, [call], limits=Limits(niceness=19), stopped=self._closed.is_set, examine=compile_for)
+                probe(
+                    version.path, self._opening, [call],
+                    limits=Limits(niceness=19), stopped=self._closed.is_set, demand=self._demand, examine=compile_for,
+                )  # fmt: skip
                 version.session.warm_up([call.shape], labels=call.labels)
             del version, item
 

@@ -156,6 +156,11 @@ def _never() -> bool:
     return False
 
 
+def endless(channels: int) -> float:
+    """No budget."""
+    return inf
+
+
 def _somebody() -> Demand:
     return Demand.SERVED
 
@@ -296,24 +301,24 @@ class ArtifactLoader:
 
     Each is warmed up for the opening's calls, for batches of up to `max_batch` images of the size that it was exported with, and for all
     that its predecessor was asked lately; with `dynamic`, where other sizes need no compiling, for what it was asked `OFTEN`. `budget`:
-    pixels of what was asked lately and is not of its start, as of a `Compiler`; what was asked most goes first. `demand`: who is served
+    as of a `Compiler`, for what was asked lately and is not of its start; what was asked most goes first. `demand`: who is served
     now, whom all this is not to keep waiting.
     """
 
     opening: Opening = field(default_factory=Opening)
     max_batch: int = 0
     limits: Limits = field(default_factory=Limits)
-    budget: float = inf
+    budget: Callable[[int], float] = endless
     demand: Callable[[], Demand] = _somebody
 
     def probe(self, path: Path, lately: Mapping[Call, int], stopped: Callable[[], bool]) -> Probation:
         limits = self.limits if lately else replace(self.limits, idle_seconds=0.0)  # where nobody is served nobody is to be spared
         opening = self._opening(path)
-        return probe(path, opening, self._calls(opening, lately), limits=limits, stopped=stopped, demand=self.demand)
+        return probe(path, opening, self._calls(path, opening, lately), limits=limits, stopped=stopped, demand=self.demand)
 
     def open(self, path: Path, lately: Mapping[Call, int], found: Probation, stopped: Callable[[], bool] = _never) -> Opened:
         opening = self._opening(path)
-        rest, calls = REST if lately else 0.0, self._calls(opening, lately)
+        rest, calls = REST if lately else 0.0, self._calls(path, opening, lately)
         if can_open_apart():
             opened = open_apart(path, opening, calls, rest=rest, seconds=self.limits.seconds, stopped=stopped, demand=self.demand)
         else:
@@ -329,9 +334,12 @@ class ArtifactLoader:
         started = starting_calls(read_manifest(path), self.max_batch)  # whoever opens it reads the rest, and not in this process
         return replace(self.opening, calls=tuple(dict.fromkeys((*self.opening.calls, *started))))
 
-    def _calls(self, opening: Opening, lately: Mapping[Call, int]) -> tuple[Call, ...]:
+    def _calls(self, path: Path, opening: Opening, lately: Mapping[Call, int]) -> tuple[Call, ...]:
         asked = {call: count for call, count in lately.items() if count >= OFTEN or not opening.dynamic}
-        left, kept = self.budget, set(opening.calls)
+        kept = set(opening.calls)
+        if not asked.keys() - kept:
+            return tuple(asked)
+        left = self.budget(read_manifest(path).signature.channels)
         for call in sorted(asked.keys() - kept, key=lambda call: (-asked[call], call.pixels)):
             if call.pixels <= left:
                 left -= call.pixels

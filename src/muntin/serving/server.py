@@ -29,7 +29,6 @@ from typing import Any, Self
 import uvicorn
 from pydantic import ValidationError
 
-from muntin.artifact import open_artifact
 from muntin.errors import ArtifactError, DataError, MuntinError
 from muntin.runtime.memory import resident_of
 from muntin.runtime.session import Session
@@ -103,9 +102,9 @@ class Server:
         self._grpc: GrpcFace | None = None
         self._thread: threading.Thread | None = None
         self._runner: Runner | None = None
-        opening, budget = self._opening(), BUDGET * largest_request(config, self._channels())
-        self._compiler = Compiler(opening, budget=budget)
-        loader = ArtifactLoader(opening=opening, max_batch=config.max_batch, budget=budget, demand=self._demand)
+        opening = self._opening()
+        self._compiler = Compiler(opening, budget=self._budget, demand=self._demand)
+        loader = ArtifactLoader(opening=opening, max_batch=config.max_batch, budget=self._budget, demand=self._demand)
         self.slot = Slot(config.name or _name_of(Path(path)), loader, rollout=config.rollout, notify=self._notify)
 
     # ---- from outside ----
@@ -178,15 +177,9 @@ class Server:
             dynamic=True,
         )
 
-    def _channels(self) -> int:
-        """Of the newest version; with `watch`, where that may still be being copied, of the newest that is whole. 1 where there is none."""
-        for path in reversed(self._repository.scan().values()):
-            try:
-                return open_artifact(path).manifest.signature.channels
-            except (ArtifactError, OSError):  # told when it is loaded
-                if not self.config.watch:
-                    raise
-        return 1
+    def _budget(self, channels: int) -> float:
+        """Pixels, of the sizes that a version is compiled for beside those of its start."""
+        return BUDGET * largest_request(self.config, channels)
 
     async def _serve(self, up: Callable[[], None]) -> None:
         """What is made is ended in the opposite order, whatever of it there is when something fails."""
