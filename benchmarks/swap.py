@@ -289,7 +289,7 @@ def swaps(output: Path, share: float, cores: tuple[set[int], set[int]]) -> Row:
 
 
 def _together(parts: list[Row]) -> Row:
-    """What several loads with one objective came to; `later`: answers beyond it."""
+    """What several loads with one objective came to; `later`: answers beyond it. A load that got no answer has no times."""
     failures: dict[str, int] = {}
     for part in parts:
         for status, count in part["failures"].items():
@@ -298,8 +298,12 @@ def _together(parts: list[Row]) -> Row:
     inside = sum(round(part["goodput_per_s"] * part["seconds"]) for part in parts)
     return {
         "requests": requests, "failures": failures, "later": requests - sum(failures.values()) - inside,
-        "p99_ms": max(part["p99_ms"] for part in parts), "worst_ms": max(part["worst_ms"] for part in parts),
+        **{name: max((part[name] for part in parts if part[name] is not None), default=None) for name in ("p99_ms", "worst_ms")},
     }  # fmt: skip
+
+
+def _told(ms: float | None) -> str:
+    return "-" if ms is None else f"{ms:.1f} ms"
 
 
 def memory(output: Path, count: int, cores: tuple[set[int], set[int]]) -> Row:
@@ -387,10 +391,10 @@ def print_table(row: Row, held: Row | None) -> None:
     print(f"normal: p50 {normal['p50_ms']:.1f} ms, p99 {normal['p99_ms']:.1f} ms, worst {normal['worst_ms']:.1f} ms")
     control = row["control"]
     print(
-        f"no swaps: {control['later']} of {control['requests']} later than p99 + {LATER_MS:g} ms, worst {control['worst_ms']:.1f} ms, "
+        f"no swaps: {control['later']} of {control['requests']} later than p99 + {LATER_MS:g} ms, worst {_told(control['worst_ms'])}, "
         f"failures: {control['failures'] or 'none'}"
     )
-    print(f"swapping: p99 {row['p99_ms']:.1f} ms at most, worst {row['worst_ms']:.1f} ms")
+    print(f"swapping: p99 {_told(row['p99_ms'])} at most, worst {_told(row['worst_ms'])}")
     wrong = row["failures"].get("wrong", 0)
     failed = sum(row["failures"].values()) - wrong
     print(f"{row['requests']} requests (goal 0 each): {failed} failed, {wrong} wrong, {row['later']} later than p99 + {LATER_MS:g} ms")

@@ -614,3 +614,12 @@ def test_goals_of_scaling_are_judged_by_what_was_measured() -> None:
     assert found["ratios"] == {"dense eager over hybrid int8, 512": 22.0, "dense eager over hybrid int8, 1024": 30.0}
     assert [goal["met"] for goal in scaling.judge(found)] == [True, False, True, False]
     assert [goal["met"] for goal in scaling.judge(scaling.summary(rows[:1]))] == [None] * 4
+
+
+def test_a_load_without_answers_has_no_times_and_ends_no_run() -> None:
+    swap = importlib.import_module("swap")
+    answered = {"requests": 100, "failures": {"503": 2}, "goodput_per_s": 4.5, "seconds": 20, "p99_ms": 30.0, "worst_ms": 41.0}
+    silent = {"requests": 7, "failures": {"503": 5, "late": 2}, "goodput_per_s": 0.0, "seconds": 20, "p99_ms": None, "worst_ms": None}
+    both = swap._together([answered, silent])
+    assert both == {"requests": 107, "failures": {"503": 7, "late": 2}, "later": 8, "p99_ms": 30.0, "worst_ms": 41.0}
+    assert swap._together([silent])["worst_ms"] is None
