@@ -27,9 +27,8 @@ def test_hybrid_is_windows_and_latents_side_by_side(
     layer = HybridAttention(12, heads=heads, window=4, latents=5).double()
     x_BHWC = torch.randn(batch, *size, 12, dtype=torch.float64)
     local_dim = 12 // heads * local_heads
-    projected = layer.project(x_BHWC)
-    local = by_window(projected[..., : 3 * local_dim], local_heads, 4)
-    latent = by_latent(projected[..., 3 * local_dim :], 12 - local_dim, heads - local_heads, 5)
+    local = by_window(layer.project_local(x_BHWC), local_heads, 4)
+    latent = by_latent(layer.project_latent(x_BHWC), 12 - local_dim, heads - local_heads, 5)
     torch.testing.assert_close(layer(x_BHWC), layer.out(torch.cat([local, latent], -1)), rtol=0, atol=1e-11)
 
 

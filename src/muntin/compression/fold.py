@@ -17,7 +17,6 @@ from muntin.compression.change import Change
 from muntin.compression.factored import FactoredConv2d, FactoredLinear
 from muntin.compression.rewrite import named
 from muntin.layers import ChannelGate, ConvUnit, Gain, MapNorm, PixelHead, ResidualPair, TokenNorm
-from muntin.layers.attention import Attention
 from muntin.layers.block import ParallelBlock, Perceptron, SerialBlock
 from muntin.layers.windows import Grid
 
@@ -85,26 +84,26 @@ def _fold_unit(unit: ConvUnit) -> str | None:
 LINEAR = (nn.Linear, FactoredLinear)
 
 
-def _entrance(attention: Attention) -> nn.Module | None:
-    project = getattr(attention, "project", None)
-    return project if isinstance(project, LINEAR) else None
+def _linear(*layers: nn.Module) -> bool:
+    return all(isinstance(layer, LINEAR) for layer in layers)
 
 
 def _fold_parallel(block: ParallelBlock) -> str | None:
-    project = _entrance(block.attention)
-    if not isinstance(block.norm, TokenNorm) or project is None or not isinstance(block.mlp.expand, LINEAR):
+    readers = (*block.attention.entrances, block.mlp.expand)
+    if not isinstance(block.norm, TokenNorm) or not _linear(*readers):
         return None
-    for linear in (project, block.mlp.expand):
-        fold_before(block.norm, linear)
+    for layer in readers:
+        fold_before(block.norm, layer)
     block.norm = Folded()  # type: ignore[assignment]
-    return "norm folded into the two projections that read it"
+    return "norm folded into the projections that read it"
 
 
 def _fold_serial(block: SerialBlock) -> str | None:
-    project = _entrance(block.attention)
-    if not isinstance(block.norm_attention, TokenNorm) or project is None or not isinstance(block.mlp.expand, LINEAR):
+    entrances = block.attention.entrances
+    if not isinstance(block.norm_attention, TokenNorm) or not _linear(*entrances, block.mlp.expand):
         return None
-    fold_before(block.norm_attention, project)
+    for layer in entrances:
+        fold_before(block.norm_attention, layer)
     fold_before(block.norm_mlp, block.mlp.expand)
     block.norm_attention = Folded()  # type: ignore[assignment]
     block.norm_mlp = Folded()  # type: ignore[assignment]

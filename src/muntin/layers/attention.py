@@ -26,6 +26,11 @@ class Attention(nn.Module, ABC):
         t_STC, grid = partition(x_BHWC, self.window)
         return merge(self.attend(t_STC, grid), grid)
 
+    @property
+    @abstractmethod
+    def entrances(self) -> tuple[nn.Module, ...]:
+        """The layers that read the tokens: whatever is linear before them can be folded into all of them."""
+
     @abstractmethod
     def attend(self, t_STC: Tensor, grid: Grid) -> Tensor:
         """The same in windowed form, `(S, T, C) -> (S, T, C)`; what it writes into padding is never read."""

@@ -19,7 +19,7 @@ class HybridAttention(Attention):
     """Half of the heads look inside windows, the other half over the whole map through latents; one projection mixes them.
 
     Memory and time are O(H·W). With C_l channels in local heads and C_g, E_g in global ones:
-    C·(3·C_l + C_g + 2·E_g·M) + C² multiply-adds a token for the two projections and 2·window²·C_l + 2·M·C_g for mixing.
+    C·(3·C_l + C_g + 2·E_g·M) + C² multiply-adds a token for the three projections and 2·window²·C_l + 2·M·C_g for mixing.
     Input and output `(B, H, W, C)`, any H, W >= 1; `heads` >= 2 (an odd head goes to the windows). Splitting heads between a local
     and a global path follows HiLo (Pan et al., 2205.13213, section 3.2); its global path is quadratic, this one is not.
     """
@@ -33,12 +33,18 @@ class HybridAttention(Attention):
         global_dim = dim // heads * global_heads
         self.local = WindowMixer(dim - global_dim, heads - global_heads)
         self.latent = LatentMixer(global_dim, global_heads, check_size("latents", latents))
-        self.project = nn.Linear(dim, 3 * self.local.dim + self.latent.inputs)
+        # Two products and not one: engines copy what they split, which costs more than a second product (benchmarks/projections.py).
+        self.project_local = nn.Linear(dim, 3 * self.local.dim)
+        self.project_latent = nn.Linear(dim, self.latent.inputs)
         self.out = nn.Linear(dim, dim)
 
+    @property
+    def entrances(self) -> tuple[nn.Module, ...]:
+        return self.project_local, self.project_latent
+
     def attend(self, t_STC: Tensor, grid: Grid) -> Tensor:
-        qkv, latent = self.project(t_STC).split([3 * self.local.dim, self.latent.inputs], dim=-1)
-        mixed_STC = torch.cat([self.local(qkv, grid), self.latent(latent, grid)], dim=-1)
+        local, latent = self.local(self.project_local(t_STC), grid), self.latent(self.project_latent(t_STC), grid)
+        mixed_STC = torch.cat([local, latent], dim=-1)
         out: Tensor = self.out(mixed_STC)
         return out
 
@@ -56,6 +62,10 @@ class DenseAttention(Attention):
         super().__init__(dim, heads)
         self.project = nn.Linear(dim, 3 * dim)
         self.out = nn.Linear(dim, dim)
+
+    @property
+    def entrances(self) -> tuple[nn.Module, ...]:
+        return (self.project,)
 
     def attend(self, t_STC: Tensor, grid: Grid) -> Tensor:
         images, tokens = t_STC.shape[:2]

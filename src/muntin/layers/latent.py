@@ -66,6 +66,10 @@ class GlobalAttention(Attention):
         self.project = nn.Linear(dim, self.mixer.inputs)
         self.out = nn.Linear(dim, dim)
 
+    @property
+    def entrances(self) -> tuple[nn.Module, ...]:
+        return (self.project,)
+
     def attend(self, t_STC: Tensor, grid: Grid) -> Tensor:
         out: Tensor = self.out(self.mixer(self.project(t_STC), grid))
         return out

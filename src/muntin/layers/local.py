@@ -48,6 +48,10 @@ class LocalAttention(Attention):
         self.mixer = WindowMixer(dim, heads)
         self.out = nn.Linear(dim, dim)
 
+    @property
+    def entrances(self) -> tuple[nn.Module, ...]:
+        return (self.project,)
+
     def attend(self, t_STC: Tensor, grid: Grid) -> Tensor:
         out: Tensor = self.out(self.mixer(self.project(t_STC), grid))
         return out
