@@ -2,8 +2,10 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
-# Tests and checks run small things on many threads badly: one thread each.
+# Tests and checks run small things on many threads badly: one thread each, and a process for each core in place of it, four at the most. The
+# tests of a file stay together, since they share what it makes once.
 ONE_THREAD := OMP_NUM_THREADS=1
+TEST := $(ONE_THREAD) $(BIN)/python -m pytest --numprocesses auto --maxprocesses 4 --dist loadfile
 
 .PHONY: demo test lint check soak fix wheel clean
 
@@ -11,7 +13,7 @@ demo: $(VENV)/.demo
 	$(BIN)/muntin demo
 
 test: $(VENV)/.dev
-	$(ONE_THREAD) $(BIN)/python -m pytest
+	$(TEST)
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff check .
@@ -19,7 +21,7 @@ lint: $(VENV)/.dev
 	$(BIN)/mypy
 
 check: lint
-	$(ONE_THREAD) $(BIN)/python -m pytest -m "not slow and not soak"
+	$(TEST) -m "not slow and not soak"
 
 soak: $(VENV)/.dev
 	$(ONE_THREAD) $(BIN)/python -m pytest -m soak -s
