@@ -17,7 +17,7 @@ from onnx import TensorProto, helper, numpy_helper
 
 from muntin.errors import ArtifactError, DependencyError
 from muntin.runtime import describe_hardware, load
-from muntin.runtime.openvino import _ending_in_labels, open_openvino
+from muntin.runtime.openvino import _ending_in_labels, _ending_in_scores, open_openvino
 from muntin.runtime.quiet import openvino
 from muntin.runtime.session import STATIC_SHAPES
 from muntin.runtime.signals import signal_stack_kept
@@ -238,22 +238,26 @@ def shuffled(mode: str, *crops: tuple[int, int, int]) -> onnx.ModelProto:
         ("DCR", [(2, 0, 9)], False),
     ],
 )
-def test_labels_are_found_before_channels_become_pixels(mode: str, crops: list[tuple[int, int, int]], early: bool, static: bool) -> None:
+def test_channels_become_pixels_in_one_pass_of_scores_or_labels(
+    mode: str, crops: list[tuple[int, int, int]], early: bool, static: bool
+) -> None:
     model = openvino.Core().read_model(model=shuffled(mode, *crops).SerializeToString(), weights=b"")
-    ending = _ending_in_labels(model.clone())
+    ending, scoring = _ending_in_labels(model.clone()), _ending_in_scores(model.clone())
     order = [node.get_type_name() for node in ending.get_ordered_ops()]
     assert (order.index("TopK") < order.index("DepthToSpace")) == early
+    assert ("DepthToSpace" not in [node.get_type_name() for node in scoring.get_ordered_ops()]) == early
     for shape in ([2, 3, 5, 6], [1, 3, 7, 2]):
         images = np.random.default_rng(shape[2]).integers(0, 3, shape).astype(np.float32)
-        both = []
-        for one in (model.clone(), ending.clone()):
+        answers = []
+        for one in (model.clone(), ending.clone(), scoring.clone()):
             if static:
                 one.reshape(shape)
             with signal_stack_kept():
                 compiled = openvino.Core().compile_model(one, "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
-                both.append(compiled([images])[0].copy())
+                answers.append(compiled([images])[0].copy())
                 del compiled
-        scores, labels = both
+        scores, labels, scores_in_one_pass = answers
+        np.testing.assert_array_equal(scores_in_one_pass, scores)
         assert labels.dtype == np.uint8
         np.testing.assert_array_equal(labels, scores.argmax(1))
 

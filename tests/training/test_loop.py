@@ -652,7 +652,7 @@ def test_classes_of_pictures_that_are_easy_to_tell_apart_are_told_apart(tmp_path
 
 
 def test_a_validation_of_a_classifier_tells_the_accuracy_of_each_class(tmp_path: Path, tiny: Any) -> None:
-    result = fit(write_colors(tmp_path, tiny.content["model"], steps=1), directory=tmp_path / "run")
+    result = fit(write_colors(tmp_path, tiny.content["model"], steps=3), directory=tmp_path / "run")
     checkpoint = read_checkpoint(result.checkpoint)
     samples = open_source(checkpoint.recipe.data, root=tmp_path).split("validation")
     again = evaluate(TorchSession(checkpoint.model(), checkpoint.signature), samples, tile=48)

@@ -88,6 +88,7 @@ class OpenVinoSession(Session):
         self._nodes: ComputeNodes = compute_nodes(data)
         self._dynamic = dynamic
         self._lock = Lock()  # around what is compiled
+        self._apart = Lock()  # around calls that another one's failure may have spoilt
         self._compiling = Lock()  # around compiling, which takes long: calls that need nothing new go on meanwhile
         self._compiled: OrderedDict[Variant, _Compiled] = OrderedDict()
         self._asked_for: set[Variant] = set()  # by `warm_up`
@@ -113,23 +114,45 @@ class OpenVinoSession(Session):
 
     def _run(self, images_BHWC: NDArray[np.uint8], answer: NDArray[Any], *, labels: bool) -> None:
         compiled = self._compiled_for((images_BHWC.shape, labels), new=not self._dynamic)
-        step = 1 if compiled.shape is None else len(images_BHWC)
-        # Nothing is copied: the call returns after the input was read, and the output is written where the caller gets it.
         request = compiled.free.get()
         try:
-            for first in range(0, len(images_BHWC), step):
-                self._write_to(request, answer[first : first + step])
-                request.infer([images_BHWC[first : first + step]], share_inputs=True, share_outputs=True)
+            self._compute(compiled, request, images_BHWC, answer)
         except (RuntimeError, MemoryError) as error:
-            if compiled.shape is not None or self._drop(compiled):
-                raise ArtifactError(
-                    f"{self._path}: OpenVINO {openvino.__version__} cannot compute images of shape {images_BHWC.shape}: {one_line(error)}"
-                ) from error
+            # Whoever computes at the same time may be what failed, and this one has to suffer for it.
+            beside = compiled.free.qsize() < self.streams - 1
+            if compiled.shape is not None or (self._drop(compiled) and not beside):
+                raise self._cannot(images_BHWC, error) from error
         else:
             return
         finally:
             compiled.free.put(request)
-        self._run(images_BHWC, answer, labels=labels)  # another call failed on that model, and that may be all that was wrong
+        self._run_apart(images_BHWC, answer, labels=labels)
+
+    def _run_apart(self, images_BHWC: NDArray[np.uint8], answer: NDArray[Any], *, labels: bool) -> None:
+        """On a model of dynamic sizes that no other call has, one at a time: what fails here fails by itself."""
+        variant: Variant = (None, labels)
+        with self._apart:
+            compiled = self._compile(variant)
+            request = compiled.free.get()
+            try:
+                self._compute(compiled, request, images_BHWC, answer)
+            except (RuntimeError, MemoryError) as error:
+                raise self._cannot(images_BHWC, error) from error
+            compiled.free.put(request)
+            if self._kept_compiled(variant) is None:
+                self._keep(variant, compiled)
+
+    def _compute(self, compiled: _Compiled, request: Any, images_BHWC: NDArray[np.uint8], answer: NDArray[Any]) -> None:
+        """Nothing is copied: the call returns after the input was read, and the output is written where the caller gets it."""
+        step = 1 if compiled.shape is None else len(images_BHWC)
+        for first in range(0, len(images_BHWC), step):
+            self._write_to(request, answer[first : first + step])
+            request.infer([images_BHWC[first : first + step]], share_inputs=True, share_outputs=True)
+
+    def _cannot(self, images_BHWC: NDArray[np.uint8], error: RuntimeError | MemoryError) -> ArtifactError:
+        return ArtifactError(
+            f"{self._path}: OpenVINO {openvino.__version__} cannot compute images of shape {images_BHWC.shape}: {one_line(error)}"
+        )
 
     def _drop(self, compiled: _Compiled) -> bool:
         """Lets a model of dynamic sizes go that failed to compute; False where another call did so before.
@@ -203,9 +226,7 @@ class OpenVinoSession(Session):
                 kept = self._kept(variant)
                 if kept is not None:
                     return _Compiled(kept, shape, self.streams, kept=True)
-                model = self._model.clone()
-                if labels:
-                    model = _ending_in_labels(model)
+                model = (_ending_in_labels if labels else _ending_in_scores)(self._model.clone())
                 # One image: with the number of images free, too, OpenVINO 2026.4 computes some networks wrongly (docs/log.md).
                 model.reshape([1, -1, -1, self.signature.channels] if shape is None else list(shape))
                 compiled = self._core.compile_model(model, "CPU", self._options)
@@ -228,7 +249,7 @@ class OpenVinoSession(Session):
 
     def _key(self, variant: Variant) -> str:
         shape, labels = variant
-        return f"{shape or 'one image'} {'labels before pixels ' if labels else ''}{sorted(self._options.items())}"
+        return f"{shape or 'one image'} {'labels before pixels' if labels else 'pixels in one pass'} {sorted(self._options.items())}"
 
 
 def _ending_in_labels(model: Any) -> Any:
@@ -238,27 +259,70 @@ def _ending_in_labels(model: Any) -> Any:
     byte in place of four for each class.
     """
     opset = openvino.opset13
-    scores = model.outputs[0].get_node().input_value(0)
-    crops, shuffle = [], scores.get_node()
-    while _crops_only(shuffle):
-        crops.append(shuffle)
-        shuffle = shuffle.input_value(0).get_node()
-    if shuffle.get_type_name() != "DepthToSpace" or shuffle.get_attributes()["mode"] != "depth_first":
-        labels = opset.squeeze(_best(scores), opset.constant(np.int64(1)))
-    else:
-        block = shuffle.get_attributes()["block_size"]
-        channels = shuffle.input_value(0)
-        shape = opset.shape_of(channels)
-        rows, columns = (opset.gather(shape, opset.constant([axis]), opset.constant(np.int64(0))) for axis in (2, 3))
-        inside = opset.constant([block * block])
-        apart = opset.concat([opset.constant([0, -1]), inside, rows, columns], 0)  # (B, K, block * block, h, w)
-        best = _best(opset.reshape(channels, apart, special_zero=True).output(0))
-        together = opset.squeeze(best, opset.constant(np.int64(1)))
-        labels = opset.depth_to_space(together, "depth_first", block)
-        for crop in reversed(crops):
-            labels = opset.slice(labels, *(crop.input_value(number) for number in range(1, 5)))
-        labels = opset.squeeze(labels, opset.constant(np.int64(1)))
-    return openvino.Model([labels], model.get_parameters(), model.get_friendly_name())
+    shuffle, crops = _end(model)
+    if shuffle is None:
+        return _with_output(model, opset.squeeze(_best(_last(model)), opset.constant(np.int64(1))))
+    block, channels = shuffle.get_attributes()["block_size"], shuffle.input_value(0)
+    rows, columns = _sides(channels)
+    inside = opset.constant([block * block])
+    apart = opset.concat([opset.constant([0, -1]), inside, rows, columns], 0)  # (B, K, block * block, h, w)
+    best = _best(opset.reshape(channels, apart, special_zero=True).output(0))
+    together = opset.squeeze(best, opset.constant(np.int64(1)))
+    labels = _cropped(opset.depth_to_space(together, "depth_first", block), crops)
+    return _with_output(model, opset.squeeze(labels, opset.constant(np.int64(1))))
+
+
+def _ending_in_scores(model: Any) -> Any:
+    """The model with the same output, in one pass less over it where channels become pixels at the very end.
+
+    The engine keeps maps channels last, and brings them into the other order before it shuffles: two passes over the largest tensor there
+    is. Written as one permutation from channels last it is one. The scores are the same, bit for bit.
+    """
+    opset = openvino.opset13
+    shuffle, crops = _end(model)
+    if shuffle is None:
+        return model
+    block, channels = shuffle.get_attributes()["block_size"], shuffle.input_value(0)
+    rows, columns = _sides(channels)
+    last_BhwC = opset.transpose(channels, opset.constant([0, 2, 3, 1]))
+    apart = opset.concat([opset.constant([0]), rows, columns, opset.constant([-1, block, block])], 0)  # (B, h, w, K, block, block)
+    spread = opset.transpose(opset.reshape(last_BhwC, apart, special_zero=True), opset.constant([0, 3, 1, 4, 2, 5]))
+    spread.set_friendly_name(shuffle.get_friendly_name())
+    factor = opset.constant([block])
+    together = opset.concat([opset.constant([0, 0]), opset.multiply(rows, factor), opset.multiply(columns, factor)], 0)
+    return _with_output(model, _cropped(opset.reshape(spread, together, special_zero=True), crops))
+
+
+def _end(model: Any) -> tuple[Any | None, list[Any]]:
+    """The pixel shuffle at a model's very end, None without one, and the crops behind it, the last one first."""
+    node, crops = _last(model).get_node(), []
+    while _crops_only(node):
+        crops.append(node)
+        node = node.input_value(0).get_node()
+    shuffles = node.get_type_name() == "DepthToSpace" and node.get_attributes()["mode"] == "depth_first"
+    return (node if shuffles else None), crops
+
+
+def _last(model: Any) -> Any:
+    return model.outputs[0].get_node().input_value(0)
+
+
+def _sides(channels: Any) -> tuple[Any, Any]:
+    """Rows and columns of a map (B, C, h, w), as vectors of one number."""
+    opset = openvino.opset13
+    shape = opset.shape_of(channels)
+    rows, columns = (opset.gather(shape, opset.constant([axis]), opset.constant(np.int64(0))) for axis in (2, 3))
+    return rows, columns
+
+
+def _cropped(node: Any, crops: list[Any]) -> Any:
+    for crop in reversed(crops):
+        node = openvino.opset13.slice(node, *(crop.input_value(number) for number in range(1, 5)))
+    return node
+
+
+def _with_output(model: Any, node: Any) -> Any:
+    return openvino.Model([node], model.get_parameters(), model.get_friendly_name())
 
 
 def _best(scores: Any) -> Any:
