@@ -1,6 +1,6 @@
 """Where a block begins: two products that read the same tokens, or one product of both whose answer is split.
 
-    python benchmarks/projections.py [--dims 128 256 384] [--networks hybrid-xxs hybrid-xs hybrid-s] [--sides 512 1024] [--rounds 40]
+    python benchmarks/projections.py [--dims 128 256 384] [--networks hybrid-xxs hybrid-xs hybrid-s] [--sides 512 1024] [--rounds 20]
                                      [--threads 2] [--output runs/benchmark-projections] [--json]
 
 "Fused projections" are one of the reasons that are given for parallel residuals: attention and perceptron read the same normalised tokens,
@@ -11,7 +11,7 @@ read the same tokens, in hybrid networks with random weights: `two` is as muntin
     two, one   median milliseconds of a call on one image, pixels in and scores out, in turns
     gain       two / one: above 1 where one product is faster
 
-A row that is there already is not measured again; one of another machine is refused. Time on two cores: eight minutes. Run it alone.
+A row that is there already is not measured again; one of another machine is refused. Time on two cores: a quarter of an hour. Run it alone.
 """
 
 from __future__ import annotations
@@ -130,7 +130,7 @@ def main() -> None:
     parser.add_argument("--networks", nargs="*", choices=list(PRESETS), default=list(NETWORKS))
     parser.add_argument("--ways", nargs="+", choices=WAYS, default=list(WAYS))
     parser.add_argument("--sides", type=at_least(64), nargs="+", default=[512, 1024], help="of the image, pixels")
-    parser.add_argument("--rounds", type=at_least(1), default=40)
+    parser.add_argument("--rounds", type=at_least(1), default=20)
     parser.add_argument("--threads", type=at_least(1), default=2)
     parser.add_argument("--output", type=Path, default=Path("runs/benchmark-projections"))
     parser.add_argument("--json", action="store_true", help="print one JSON document instead of the table")

@@ -57,14 +57,17 @@ def test_from_pictures_to_a_verified_artefact(tmp_path: Path) -> None:
         "name": "slice",
         "data": write_pictures(tmp_path),
         "model": {"name": "hybrid-xs"},
-        "training": {"steps": 60, "batch_size": 6, "learning_rate": 0.003, "validate_every": 30, "checkpoint_every": 30, "average": 0.9},
+        "training": {"steps": 100, "batch_size": 6, "learning_rate": 0.003, "validate_every": 30, "checkpoint_every": 30, "average": 0.9},
         "quantization": {"calibration_images": 16},
     }
     (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(recipe, sort_keys=False))
     directory, artifact = tmp_path / "run", tmp_path / "run" / "artifact"
 
     fitted = run("fit", tmp_path / "recipe.yaml", "-o", directory)
-    assert (fitted["step"], fitted["interrupted"]) == (60, False)
+    assert (fitted["step"], fitted["interrupted"]) == (
+        100,
+        False,
+    )  # after 60 so many pixels are near a tie that deployed and simulated agree on .965
     assert fitted["validation"][-1]["score"] > 0.25  # of six classes: a sixth is what one colour everywhere reaches at best
 
     live = run("evaluate", directory)
@@ -103,7 +106,7 @@ def check_report(directory: Path, report: dict[str, Any], live: dict[str, Any], 
     assert last["miou"] == pytest.approx(deployed["score"], abs=1e-6)
     assert abs(last["miou"] - simulated["miou"]) < 0.05
     assert abs(last["miou"] - first["miou"]) < 0.1
-    assert written["agreement"] >= 0.95  # after 60 steps many pixels are near a tie: seeds gave .965 to .996
+    assert written["agreement"] >= 0.97
     assert last["bytes"] < first["bytes"] / 2.5  # of so small a model the graph and the golden pairs are a quarter
     assert (directory / "artifact" / "weights.safetensors").stat().st_size < first["bytes"] / 3.5
     assert {layer["executed"] for layer in written["layers"] if layer["activation_bits"] == 8} == {"i8"}

@@ -164,7 +164,7 @@ def test_what_fails_does_not_make_others_fail(brittle: Any, images_of: Callable[
         fails()
         np.testing.assert_array_equal(session(good), wanted)
     with ThreadPoolExecutor(4) as pool:
-        answers = [pool.submit(session, good) if number % 4 else pool.submit(fails) for number in range(40)]
+        answers = [pool.submit(session, good) if number % 4 else pool.submit(fails) for number in range(200)]
         for number, answer in enumerate(answers):
             assert not number % 4 or np.array_equal(answer.result(), wanted)
             answer.result()
