@@ -249,26 +249,23 @@ class OpenVinoSession(Session):
 
     def _key(self, variant: Variant) -> str:
         shape, labels = variant
-        return f"{shape or 'one image'} {'labels before pixels' if labels else 'pixels in one pass'} {sorted(self._options.items())}"
+        ending = "labels before pixels, classes last" if labels else "pixels in one pass"
+        return f"{shape or 'one image'} {ending} {sorted(self._options.items())}"
 
 
 def _ending_in_labels(model: Any) -> Any:
     """The model with the index of the highest score as its output, uint8, in place of the scores.
 
     Where channels become pixels at the very end (pixel shuffle, and perhaps a crop), that is done to the labels instead of the scores: to a
-    byte in place of four for each class.
+    byte in place of four for each class. The classes are compared in the order that the engine keeps maps in, channels last: in the other
+    one it brings all scores into that first, which at 4096 x 4096 are 400 MB.
     """
     opset = openvino.opset13
     shuffle, crops = _end(model)
     if shuffle is None:
-        return _with_output(model, opset.squeeze(_best(_last(model)), opset.constant(np.int64(1))))
-    block, channels = shuffle.get_attributes()["block_size"], shuffle.input_value(0)
-    rows, columns = _sides(channels)
-    inside = opset.constant([block * block])
-    apart = opset.concat([opset.constant([0, -1]), inside, rows, columns], 0)  # (B, K, block * block, h, w)
-    best = _best(opset.reshape(channels, apart, special_zero=True).output(0))
-    together = opset.squeeze(best, opset.constant(np.int64(1)))
-    labels = _cropped(opset.depth_to_space(together, "depth_first", block), crops)
+        return _with_output(model, opset.squeeze(_best(_last(model), 1), opset.constant(np.int64(1))))
+    inside = shuffle.get_attributes()["block_size"] ** 2
+    labels = _cropped(_pixels(_best(_apart(_channels_last(shuffle), shuffle, inside).output(0), 3), shuffle), crops)
     return _with_output(model, opset.squeeze(labels, opset.constant(np.int64(1))))
 
 
@@ -278,19 +275,32 @@ def _ending_in_scores(model: Any) -> Any:
     The engine keeps maps channels last, and brings them into the other order before it shuffles: two passes over the largest tensor there
     is. Written as one permutation from channels last it is one. The scores are the same, bit for bit.
     """
-    opset = openvino.opset13
     shuffle, crops = _end(model)
     if shuffle is None:
         return model
-    block, channels = shuffle.get_attributes()["block_size"], shuffle.input_value(0)
-    rows, columns = _sides(channels)
-    last_BhwC = opset.transpose(channels, opset.constant([0, 2, 3, 1]))
-    apart = opset.concat([opset.constant([0]), rows, columns, opset.constant([-1, block, block])], 0)  # (B, h, w, K, block, block)
-    spread = opset.transpose(opset.reshape(last_BhwC, apart, special_zero=True), opset.constant([0, 3, 1, 4, 2, 5]))
+    return _with_output(model, _cropped(_pixels(_channels_last(shuffle), shuffle), crops))
+
+
+def _channels_last(shuffle: Any) -> Any:
+    """What a pixel shuffle is given, (B, h, w, K * block * block)."""
+    return openvino.opset13.transpose(shuffle.input_value(0), openvino.opset13.constant([0, 2, 3, 1]))
+
+
+def _apart(map_Bhw: Any, shuffle: Any, *inside: int) -> Any:
+    """A map of a pixel shuffle's rows and columns with what is at each of them as (..., *inside)."""
+    opset = openvino.opset13
+    rows, columns = _sides(shuffle.input_value(0))
+    return opset.reshape(map_Bhw, opset.concat([opset.constant([0]), rows, columns, opset.constant([-1, *inside])], 0), special_zero=True)
+
+
+def _pixels(map_Bhw: Any, shuffle: Any) -> Any:
+    """A map (B, h, w, ...) of K * block * block values each as (B, K, block * h, block * w), by one permutation."""
+    opset = openvino.opset13
+    block = shuffle.get_attributes()["block_size"]
+    spread = opset.transpose(_apart(map_Bhw, shuffle, block, block), opset.constant([0, 3, 1, 4, 2, 5]))
     spread.set_friendly_name(shuffle.get_friendly_name())
-    factor = opset.constant([block])
-    together = opset.concat([opset.constant([0, 0]), opset.multiply(rows, factor), opset.multiply(columns, factor)], 0)
-    return _with_output(model, _cropped(opset.reshape(spread, together, special_zero=True), crops))
+    sides = [opset.multiply(side, opset.constant([block])) for side in _sides(shuffle.input_value(0))]
+    return opset.reshape(spread, opset.concat([opset.constant([0, 0]), *sides], 0), special_zero=True)
 
 
 def _end(model: Any) -> tuple[Any | None, list[Any]]:
@@ -325,10 +335,10 @@ def _with_output(model: Any, node: Any) -> Any:
     return openvino.Model([node], model.get_parameters(), model.get_friendly_name())
 
 
-def _best(scores: Any) -> Any:
-    """The index along axis 1, uint8; of equal scores the first."""
+def _best(scores: Any, axis: int) -> Any:
+    """The index along an axis, uint8; of equal scores the first."""
     opset = openvino.opset13
-    best = opset.topk(scores, opset.constant(np.int64(1)), 1, "max", "value", "i32", stable=True)
+    best = opset.topk(scores, opset.constant(np.int64(1)), axis, "max", "value", "i32", stable=True)
     return opset.convert(best.output(1), "u8")
 
 
