@@ -8,7 +8,7 @@ import socket
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import closing, contextmanager
+from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -554,6 +554,49 @@ def test_who_reads_its_answer_slowly_gets_all_of_it(served: Served) -> None:
             found += piece
         assert time.monotonic() - began > 3 * BOUNDS.body_seconds
     wait(lambda: not served.ledger.held)
+
+
+def test_who_reads_slowly_makes_room_for_others(served: Served) -> None:
+    if not served.direct:
+        pytest.skip("the application gives no answer of such a size")
+    with narrow(served) as (client, _):
+        client.sendall(post(b"", "/row"))
+        wait(lambda: served.ledger.held == 200_005)
+        assert b" 503 " in served.ask(post(b"x" * 60_000))  # it has not had its time yet
+        began = time.monotonic()
+        while time.monotonic() - began < 1.5 * BOUNDS.body_seconds:
+            time.sleep(BOUNDS.body_seconds / 8)
+            assert client.recv(3000)
+        assert served.ledger.held == 200_005
+        assert b" 200 " in served.ask(post(b"x" * 40_000))  # for which there is room beside it
+        wait(lambda: served.ledger.held == 200_005)
+        assert b" 200 " in served.ask(post(b"x" * 60_000))
+        wait(lambda: served.ledger.held == 0)
+        left = 0
+        with suppress(ConnectionResetError):
+            while piece := client.recv(65536):
+                left += len(piece)
+        assert left < 100_000
+    assert not served.ledger.readers
+
+
+def test_requests_that_wait_behind_another_count_in_what_is_held(served: Served) -> None:
+    with closing(served.connect()) as client:
+        client.sendall(post(b"x", "/slow"))
+        wait(lambda: served.app.begun)
+        client.sendall(b"GET / HTTP/1.1\r\nHost: a\r\n\r\n" * 100)
+        wait(lambda: served.ledger.held > BOUNDS.held_bytes - 5000)
+        assert served.ledger.held <= BOUNDS.held_bytes
+        assert b" 200 " in served.ask(b"GET / HTTP/1.1\r\nHost: a\r\n\r\n")  # which waits behind none
+        served.app.release.set()
+        found = b""
+        while piece := client.recv(65536):
+            found += piece
+    answered = found.count(b"HTTP/1.1 200 ")
+    assert 50 < answered < 100
+    assert found.count(b"HTTP/1.1 503 ") == 1  # behind all of them
+    assert b"HTTP/1.1 503 " in found.split(b"HTTP/1.1 200 ")[-1]
+    wait(lambda: served.ledger.held == 0)
 
 
 def test_an_array_of_which_several_clients_are_sent_parts_counts_once() -> None:

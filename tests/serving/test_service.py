@@ -118,7 +118,7 @@ def test_reading_a_request_is_no_part_of_its_waiting(shelf: Any) -> None:
 
 @pytest.mark.parametrize("end", ["answered", "failed", "cancelled"])
 def test_what_is_to_be_put_into_form_is_bounded_before_it_is_computed(shelf: Any, monkeypatch: pytest.MonkeyPatch, end: str) -> None:
-    monkeypatch.setattr("muntin.serving.forming.FORM_BYTES", 4 * INLINE)
+    monkeypatch.setattr("muntin.serving.forming.HELD_BYTES", 4 * INLINE)
 
     async def ask() -> None:
         with made(shelf) as service:
@@ -135,7 +135,7 @@ def test_what_is_to_be_put_into_form_is_bounded_before_it_is_computed(shelf: Any
             first = asyncio.create_task(infer())  # alone it may go beyond the bound
             while service.runner.snapshot().finished < 1:
                 await asyncio.sleep(0.01)
-            with pytest.raises(RefusedRequestError, match="fill what this server puts"):
+            with pytest.raises(RefusedRequestError, match="fill what this server may hold"):
                 await infer()
             assert service.runner.snapshot().admitted == 1
             assert service.metrics.refused == {"large answers": 1}

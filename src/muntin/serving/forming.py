@@ -1,4 +1,8 @@
-"""Puts answers into the form that goes out: small ones on the event loop, large ones on threads beside it, within a bound of bytes."""
+"""Puts answers into the form that goes out: small ones on the event loop, large ones on threads beside it.
+
+Of large ones a server holds no more than a bound of bytes, from the admission of their requests on: the answer to an image of a few hundred
+kilobytes may have many megabytes.
+"""
 
 from __future__ import annotations
 
@@ -17,9 +21,11 @@ LISTED = 256
 """Best classes up to which they are written on the event loop."""
 COPIED = 1 << 20
 """Bytes of an answer that are copied on the event loop at most, where it goes out as it was computed."""
-FORM_BYTES = 1 << 30
-"""Of answers that are to be put into form beside the event loop, from their requests' admission until that is done: a request whose answer
-would go beyond is refused, unless there is no other."""
+HELD_BYTES = 1 << 30
+"""Of large answers, from their requests' admission until they are in form, and whoever sends them counts what is not taken (`Ledger`): a
+request whose answer would go beyond is refused, unless there is no other."""
+TEXT = 4
+"""Bytes of JSON for each that was computed, at most or nearly: "255," for one of labels, "-12.345678, " for four of scores."""
 ENCODERS = 2
 """Answers that are put into form at the same time."""
 
@@ -31,23 +37,18 @@ class Forming:
 
     def __init__(self) -> None:
         self.held = 0
-        """Bytes, of those that `FORM_BYTES` bounds."""
+        """Bytes, of those that `HELD_BYTES` bounds."""
         self._threads = ThreadPoolExecutor(max_workers=ENCODERS, thread_name_prefix="muntin-encode")
 
-    def hold(self, wanted: Wanted, *, copies: bool) -> int:
-        """Bytes of an answer that is to be put into form beside the event loop, held until `let_go`; 0: not beside it.
-
-        `copies`: what goes out as it was computed is copied for it. Raises RefusedRequestError where `FORM_BYTES` wait already.
-        """
-        few = wanted.listed <= LISTED
-        if few and wanted.nbytes <= (INLINE if wanted.labels else 4 * INLINE):
+    def hold(self, wanted: Wanted) -> int:
+        """Bytes of a large answer, held until `let_go`; 0: it is small. Raises RefusedRequestError where `HELD_BYTES` would be exceeded."""
+        if _small(wanted):
             return 0
-        if few and wanted.as_it_is and not (copies and wanted.nbytes > COPIED):
-            return 0
-        if self.held and self.held + wanted.nbytes > FORM_BYTES:
-            raise RefusedRequestError("large answers fill what this server puts into form: try again, or ask for one output in binary")
-        self.held += wanted.nbytes
-        return wanted.nbytes
+        nbytes = wanted.nbytes if wanted.binary else TEXT * wanted.nbytes
+        if self.held and self.held + nbytes > HELD_BYTES:
+            raise RefusedRequestError("large answers fill what this server may hold of them: try again, or ask for one output in binary")
+        self.held += nbytes
+        return nbytes
 
     def let_go(self, nbytes: int) -> None:
         self.held -= nbytes
@@ -63,6 +64,17 @@ class Forming:
 
     def close(self) -> None:
         self._threads.shutdown(wait=True, cancel_futures=True)
+
+
+def formed_apart(wanted: Wanted, *, copies: bool) -> bool:
+    """Whether an answer is put into form beside the event loop. `copies`: what goes out as it was computed is copied for it."""
+    if _small(wanted):
+        return False
+    return wanted.listed > LISTED or not wanted.as_it_is or (copies and wanted.nbytes > COPIED)
+
+
+def _small(wanted: Wanted) -> bool:
+    return wanted.listed <= LISTED and wanted.nbytes <= (INLINE if wanted.labels else 4 * INLINE)
 
 
 def _closed() -> RefusedRequestError:

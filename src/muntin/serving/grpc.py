@@ -277,7 +277,7 @@ class GrpcFace:
     def _holding(self, size: int) -> Iterator[None]:
         """Around the answer to a message of so many bytes. Raises RefusedRequestError where those that are being answered fill what may be
         held."""
-        if self._ledger.held + size > self._bounds.held_bytes:
+        if not self._ledger.has_room(size):
             raise self._unread(RefusedRequestError("the bodies of other requests fill what this server holds: try again"))
         self._ledger.held += size
         try:
@@ -351,8 +351,9 @@ class GrpcFace:
     ) -> None:
         """Counts and writes down a request for inference that came to its end."""
         self._service.metrics.requests["grpc", end.outcome] += 1
-        sent = 0 if response is None else sum(map(len, response.raw_output_contents))
-        self._write("ModelInfer", named.model, call, end, sent=sent, client=client, request_id=named.id, answered=answered)
+        if self._log is not None:
+            sent = 0 if response is None else response.ByteSize()
+            self._write("ModelInfer", named.model, call, end, sent=sent, client=client, request_id=named.id, answered=answered)
 
     async def infer(self, request: messages.ModelInferRequest, call: _Call) -> messages.ModelInferResponse:
         """Raises ProtocolError alone. Counted and written down whatever becomes of it.

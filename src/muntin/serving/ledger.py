@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from typing import Any
+from typing import Any, Protocol
 
 from numpy.typing import NDArray
 
@@ -43,6 +43,14 @@ class Pulse:
         self._looked = time.monotonic()
 
 
+class Reader(Protocol):
+    """A client that has not read all of an answer."""
+
+    def give_up(self) -> None:
+        """Ends its connection. What it holds is free when this returns."""
+        ...
+
+
 class Ledger:
     """What the connections of one server hold together."""
 
@@ -58,8 +66,24 @@ class Ledger:
         """Requests that no application saw, by status."""
         self.known = KnownHeads()
         """Heads of requests for the short way."""
+        self.readers: dict[Reader, float] = {}
+        """Who has not read all of an answer, and since when (`time.monotonic`), those that began first before others."""
         self._kept: dict[int, tuple[NDArray[Any], int]] = {}
         """Arrays by their identity, and how many connections keep each."""
+
+    def has_room(self, count: int) -> bool:
+        """Whether so many bytes more may be held.
+
+        Where not, room is made: clients that have been reading an answer for longer than `Bounds.body_seconds` are given up, who began
+        first before others. As long as there is room, who reads may read slowly; it must not keep everybody else out.
+        """
+        while self.held + count > self.bounds.held_bytes:
+            reader, since = next(iter(self.readers.items()), (None, 0.0))
+            if reader is None or time.monotonic() - since < self.bounds.body_seconds:
+                return False
+            del self.readers[reader]
+            reader.give_up()
+        return True
 
     def keep(self, array: NDArray[Any]) -> None:
         """Counts all of an array as held: a part is still to be sent. It counts once, though several clients' answers are parts of it."""

@@ -34,6 +34,8 @@ class Wanted:
     """Of the labels or scores that are computed."""
     listed: int
     """Best classes that are to be written, at most."""
+    binary: bool
+    """Whether it goes out in binary, and not as text."""
     as_it_is: bool
     """Whether it goes out as it was computed: in binary, and nothing made of it."""
 
@@ -66,6 +68,7 @@ def read_wanted(request: InferRequest, signature: Signature, shape: tuple[int, .
         labels=labels,
         nbytes=numbers if labels else 4 * numbers,
         listed=listed,
+        binary=binary,
         as_it_is=binary and (labels or wanted == ("scores",)),
     )
 

@@ -25,7 +25,7 @@ from muntin.serving.account import Account
 from muntin.serving.batcher import Job, Refusal
 from muntin.serving.description import ModelDescription, Statistics, TensorSpec
 from muntin.serving.executor import Executor, Group, Work
-from muntin.serving.forming import Forming
+from muntin.serving.forming import Forming, formed_apart
 from muntin.serving.mailbox import Mailbox
 from muntin.serving.metrics import Metrics
 from muntin.serving.outputs import Wanted, make_outputs, output_names, read_wanted
@@ -197,7 +197,7 @@ class Service:
             signature = lease.version.signature
             images = self._images(request, signature)
             wanted = read_wanted(request, signature, images.shape)
-            held = self._hold(wanted, copies)
+            held = self._hold(wanted)
         except BaseException:
             lease.release()
             raise
@@ -205,8 +205,9 @@ class Service:
             deadline = min(arrived + request.timeout_us / 1e6, math.inf if deadline is None else deadline)
         self.account(lease.version.name)
         asked = _Asked(
-            self, request, lease.version, wanted, rows=len(images), arrived=arrived, held=held, like=like, encode=encode, done=done
-        )
+            self, request, lease.version, wanted, rows=len(images), arrived=arrived, held=held,
+            apart=formed_apart(wanted, copies=copies), like=like, encode=encode, done=done,
+        )  # fmt: skip
         try:
             cancel = self._begin(
                 images,
@@ -259,9 +260,9 @@ class Service:
             self.metrics.refused["no version"] += 1
             raise
 
-    def _hold(self, wanted: Wanted, copies: bool) -> int:
+    def _hold(self, wanted: Wanted) -> int:
         try:
-            return self.forming.hold(wanted, copies=copies)
+            return self.forming.hold(wanted)
         except RefusedRequestError:
             self.metrics.refused["large answers"] += 1
             raise
@@ -405,21 +406,22 @@ class _Asked:
         rows: int,
         arrived: float,
         held: int,
+        apart: bool,
         like: Hashable | None,
         encode: Callable[[InferResponse], Any] | None,
         done: Done,
     ) -> None:
         self._service, self._request, self._version, self._wanted = service, request, version, wanted
         self._rows, self._arrived, self._like, self._encode, self._done = rows, arrived, like, encode, done
-        self._held = held
-        """Bytes of its answer, if that is put into form beside the event loop."""
+        self._held, self._apart = held, apart
+        """Bytes of its answer, if that is large, and whether it is put into form beside the event loop."""
         self._gone = False
         """Whether it was taken back."""
 
     def computed(self, found: tuple[NDArray[Any], Work] | Exception) -> None:
         service = self._service
         if not isinstance(found, Exception):
-            if self._held:
+            if self._apart:
                 service.forming.form(partial(self._form, *found), partial(self._formed, found[1]))
             else:
                 self._formed(found[1], self._form(*found))

@@ -1,6 +1,7 @@
 """What one client has not read of its answers: it is counted as held, and a client that stands still is given up.
 
-How much a transport has to send is known to it alone, so this asks it; whoever reads steadily may take as long as it likes.
+How much a transport has to send is known to it alone, so this asks it; whoever reads steadily may take as long as it likes, while there is
+room for others (`Ledger.has_room`).
 
 TLS wants to hear of a connection's end from both sides, and many a client looks no more at one that it does not use: what is closed is left
 as soon as all of it has reached the client. The transport of TLS does not say what little is left below it (`paced`): the system is asked.
@@ -10,6 +11,7 @@ from __future__ import annotations
 
 import asyncio
 import sys
+import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from typing import Any
@@ -32,12 +34,10 @@ _FAREWELL_S = 0.25
 
 
 class Unread:
-    """Of one connection. `give_up` is called once, when nothing was read for `Bounds.body_seconds`."""
+    """Of one connection. `end` is called once, when nothing was read for `Bounds.body_seconds`, or what it holds is wanted by others."""
 
-    def __init__(
-        self, transport: asyncio.Transport, ledger: Ledger, loop: asyncio.AbstractEventLoop, give_up: Callable[[], object]
-    ) -> None:
-        self._transport, self._ledger, self._loop, self._give_up = transport, ledger, loop, give_up
+    def __init__(self, transport: asyncio.Transport, ledger: Ledger, loop: asyncio.AbstractEventLoop, end: Callable[[], object]) -> None:
+        self._transport, self._ledger, self._loop, self._end = transport, ledger, loop, end
         self._secure = transport.get_extra_info("sslcontext") is not None
         self._timer: asyncio.TimerHandle | None = None
         """When it is looked whether anything has been read."""
@@ -58,6 +58,11 @@ class Unread:
         """The transport has sent all it had, or it is gone."""
         self._stop()
         self._owe(0)
+
+    def give_up(self) -> None:
+        """As the ledger's `Reader`."""
+        self.taken()
+        self._end()
 
     def closing(self) -> None:
         """A connection that is closed stays until its client has read the rest, as long as it reads."""
@@ -89,6 +94,9 @@ class Unread:
         for array in self._arrays:
             self._ledger.let_go(array)
         self._owed, self._arrays = count, arrays
+        self._ledger.readers.pop(self, None)
+        if count or arrays:  # the last one now: since its newest answer
+            self._ledger.readers[self] = time.monotonic()
 
     def _watch(self) -> None:
         self._stop()
@@ -100,7 +108,7 @@ class Unread:
             self._watch()
             return
         self._timer = None
-        self._give_up()
+        self._end()
 
     def _leave(self, before: bool) -> None:
         """`before`: nothing was on its way at the last look; that may be since the loop had no time to send more."""
