@@ -32,7 +32,7 @@ from muntin.serving.rollout import Rollout
 from muntin.serving.runner import Runner
 from muntin.serving.scheduling import Standing, take_short_turns
 from muntin.serving.slot import Slot
-from muntin.serving.version import Call, EngineDiedError, NotReadyError, Opening, open_version
+from muntin.serving.version import Call, EngineDiedError, NotReadyError, Opening, TookTooLongError, open_version
 
 pytestmark = pytest.mark.skipif(not can_open_apart(), reason="files cannot be handed to another process here")
 LINUX = sys.platform.startswith("linux")
@@ -174,6 +174,40 @@ def test_who_comes_while_it_is_begun_again_need_not_wait(session: EngineProcess)
     with session._beginning, pytest.raises(NotReadyError, match="is being begun again"):
         session(images_of(1, 1, 8, 8))
     assert session(images_of(1, 1, 8, 8)).shape == (1, 3, 8, 8)
+
+
+def test_where_it_cannot_be_begun_now_the_next_call_tries_again(session: EngineProcess, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(self: threading.Thread) -> None:
+        raise RuntimeError("can't start new thread")
+
+    die(session)
+    with monkeypatch.context() as patch:
+        patch.setattr(threading.Thread, "start", refuse)
+        with pytest.raises(NotReadyError, match="cannot be begun again now"):
+            session(images_of(1, 1, 8, 8))
+    assert session(images_of(1, 1, 8, 8)).shape == (1, 3, 8, 8)
+
+
+@pytest.mark.parametrize(("seconds", "stopped", "kind"), [(0.2, False, TookTooLongError), (60.0, True, NotReadyError)])
+def test_a_first_call_that_does_not_come_back_is_ended(
+    session: EngineProcess, path: Path, seconds: float, stopped: bool, kind: type[Exception]
+) -> None:
+    running = session._now.running
+    assert running is not None
+    stop(running.process.pid)
+    began = time.monotonic()
+    with pytest.raises(kind), engine_process._ended_in_time(running, path, seconds, lambda: stopped):
+        session.try_out()
+    assert time.monotonic() - began < 30
+    assert running.process.poll() is not None
+
+
+def test_a_first_call_that_dies_is_no_late_one(session: EngineProcess, path: Path) -> None:
+    running = session._now.running
+    assert running is not None
+    with pytest.raises(EngineDiedError), engine_process._ended_in_time(running, path, 60.0, lambda: False):
+        die(session)
+        raise EngineDiedError("it died")
 
 
 def test_a_call_does_not_wait_for_another_process_until_it_counts_as_one_that_hangs(

@@ -475,6 +475,29 @@ def test_a_batch_that_does_not_come_back_is_answered_and_others_go_on(workers: i
 
 
 @pytest.mark.usefixtures("impatient")
+def test_where_no_thread_can_take_its_place_who_waits_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(self: threading.Thread) -> None:
+        raise RuntimeError("can't start new thread")
+
+    engine, answers = Hangs(), Answers()
+    with running(engine) as runner:
+        hung, waiting = Job(group="g", payload="hang"), Job(group="waits")
+        with monkeypatch.context() as patch:
+            patch.setattr(threading.Thread, "start", refuse)
+            answers.submit(runner, hung, waiting)
+            answers.wait(2)
+        assert isinstance(answers.of(hung), EngineError)
+        assert answers.of(waiting).kind == "stuck"
+        engine.free.set()
+        while not runner.able:
+            time.sleep(0.001)
+        (good,) = jobs_of(1)
+        answers.submit(runner, good)
+        answers.wait(3)
+        assert answers.of(good) == 0
+
+
+@pytest.mark.usefixtures("impatient")
 def test_an_engine_that_never_comes_back_is_told_and_may_still_come_back() -> None:
     engine, answers = Hangs(), Answers()
     with running(engine) as runner:

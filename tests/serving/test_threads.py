@@ -46,6 +46,19 @@ def test_so_many_run_at_the_same_time_and_the_others_wait_in_their_order(most: i
     assert threads.submit(call, 7).result(20) == 7
 
 
+def test_a_call_that_gets_no_thread_takes_nobodys_place(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(self: threading.Thread) -> None:
+        raise RuntimeError("can't start new thread")
+
+    threads = Threads("t", most=1)
+    with monkeypatch.context() as patch:
+        patch.setattr(threading.Thread, "start", refuse)
+        with pytest.raises(RuntimeError):
+            threads.submit(int)
+    assert threads.pending == 0
+    assert threads.submit(int).result(20) == 0
+
+
 def test_what_goes_on_is_waited_for_so_long_and_what_waits_is_given_up() -> None:
     threads, free = Threads("t", most=1), threading.Event()
     hung, waits = threads.submit(free.wait, 20), threads.submit(int)

@@ -11,13 +11,14 @@ from __future__ import annotations
 
 import socket
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from math import inf
 from pathlib import Path
-from threading import Lock, Thread
+from threading import Event, Lock, Thread
 from typing import Any
 from weakref import finalize
 
@@ -31,7 +32,7 @@ from muntin.serving.engine_lane import Lane
 from muntin.serving.engine_start import Running, begin_in_process
 from muntin.serving.scheduling import Demand
 from muntin.serving.shared_memory import SharedBuffers
-from muntin.serving.version import Call, EngineDiedError, NotReadyError, Opened, Opening
+from muntin.serving.version import Call, EngineDiedError, NotReadyError, Opened, Opening, TookTooLongError
 
 DEATHS = 3
 """Deaths of an engine without an answer between, after which it is not begun again at once."""
@@ -40,6 +41,7 @@ PAUSE_S = 2.0
 LONGEST_PAUSE_S = 60.0
 _BEGIN_S = 5.0
 """What a call waits for another process at the most."""
+_POLL_S = 0.05
 
 
 @dataclass
@@ -73,19 +75,49 @@ def open_apart(
 
     With `rest`, above 0 where requests are answered meanwhile, it takes only what the cores have left, where it may have its share again
     afterwards (`Standing`), and a quarter of that or less by the `demand` (`Pace`); elsewhere it rests between its steps. Raises what
-    opening raises, VerificationError where the process dies or is not done in `seconds`, NotReadyError where `stopped`.
+    opening raises, VerificationError where the process dies or is not done in `seconds`, or not with its first call in as many again,
+    NotReadyError where `stopped`.
     """
     begin = partial(begin_in_process, path, opening, seconds=seconds)
     running = begin(lately, rest=rest, stopped=stopped, demand=demand)
     session = EngineProcess(running, begin, path)
     try:
-        session.try_out()
+        with _ended_in_time(running, path, seconds, stopped):
+            session.try_out()
     except BaseException:
         session.close()
         raise
     return Opened(
         session=session, signature=session.signature, digest=running.said["digest"], calls=tuple(session.calls), start=opening.calls
     )
+
+
+@contextmanager
+def _ended_in_time(running: Running, path: Path, seconds: float, stopped: Callable[[], bool]) -> Iterator[None]:
+    """Around a first call, that nobody else minds yet: its process is ended where it does not come back in time, or the server ends."""
+    done, overdue = Event(), Event()
+    until = time.monotonic() + seconds
+
+    def mind() -> None:
+        while not done.wait(_POLL_S):
+            if stopped() or time.monotonic() > until:
+                overdue.set()
+                running.process.kill()
+                return
+
+    thread = Thread(target=mind, name="muntin-engine-first-call", daemon=True)
+    thread.start()
+    try:
+        yield
+    except EngineDiedError as error:
+        if not overdue.is_set():
+            raise
+        if stopped():
+            raise NotReadyError(f"{path}: opening it was ended with the server") from error
+        raise TookTooLongError(f"{path}: its first call did not come back in {seconds:g} s: it hangs, or needs a longer limit") from error
+    finally:
+        done.set()
+        thread.join()
 
 
 class EngineProcess(Session):
@@ -201,7 +233,11 @@ class EngineProcess(Session):
         if not self._beginning.acquire(blocking=False):
             raise NotReadyError(f"{self._path}: its engine died, and is being begun again")
         begun: Future[Running] = Future()
-        Thread(target=self._begin_for, args=(begun,), name="muntin-engine-begin", daemon=True).start()
+        try:
+            Thread(target=self._begin_for, args=(begun,), name="muntin-engine-begin", daemon=True).start()
+        except RuntimeError as error:  # this process may have no more threads; the next call tries again
+            self._beginning.release()
+            raise NotReadyError(f"{self._path}: its engine died, and cannot be begun again now: {error}") from error
         try:
             return begun.result(_BEGIN_S)
         except TimeoutError:

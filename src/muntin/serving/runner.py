@@ -19,6 +19,7 @@ import threading
 import time
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import CancelledError
+from contextlib import suppress
 from itertools import count
 from typing import Any
 
@@ -178,8 +179,8 @@ class Runner:
         """Under the lock."""
         worker = _Worker()
         worker.thread = threading.Thread(target=self._work, args=(worker,), name=f"muntin-engine-{next(self._numbers)}", daemon=True)
+        worker.thread.start()  # it waits for the lock
         self._workers.add(worker)
-        worker.thread.start()
 
     def _work(self, worker: _Worker) -> None:
         while self._turn(worker):
@@ -268,7 +269,8 @@ class Runner:
             error = EngineError(f"the engine did not come back within {batch.within:.3g} s")
             answers += [(self._done.pop(job), error) for job in batch.jobs]
             if self.hanging <= HANGING:
-                self._begin_worker()
+                with suppress(RuntimeError):  # this process may have no more threads; those that are there go on
+                    self._begin_worker()
         if answers and not self._workers:
             answers += self._taken(self._batcher.stick())
         if answers:

@@ -25,15 +25,25 @@ class Threads(Executor):
         self._count = 0
 
     def submit(self, fn: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Future[Any]:
+        """Raises RuntimeError where the process may have no more threads."""
         future: Future[Any] = Future()
-        self._running.add(future)
-        future.add_done_callback(self._running.discard)
+        call = future, fn, args, kwargs
         with self._lock:
-            self._waiting.append((future, fn, args, kwargs))
-            if self._most is not None and self._count >= self._most:
-                return future
-            self._count += 1
-        threading.Thread(target=self._run, name=self._name, daemon=True).start()
+            self._waiting.append(call)
+            self._running.add(future)
+            beginning = self._most is None or self._count < self._most
+            self._count += beginning
+        if beginning:
+            try:
+                threading.Thread(target=self._run, name=self._name, daemon=True).start()
+            except RuntimeError:
+                with self._lock:
+                    self._count -= 1
+                    if call in self._waiting:  # else another thread has taken it meanwhile
+                        self._waiting.remove(call)
+                        self._running.discard(future)
+                        raise
+        future.add_done_callback(self._running.discard)
         return future
 
     @property
