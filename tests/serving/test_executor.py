@@ -113,6 +113,21 @@ def test_without_memory_for_a_batch_its_rows_are_computed_one_by_one(serving: An
     assert (executor.recoveries.rows, executor.recoveries.tiles) == (1, 0)
 
 
+def test_who_is_computed_whole_is_not_told_what_another_one_of_its_batch_needed(serving: Any) -> None:
+    class Moody(Pixels):
+        def _infer(self, images_BHWC: NDArray[np.uint8]) -> NDArray[np.float32]:
+            if len(images_BHWC) > 1 or (images_BHWC.max() == 255 and images_BHWC.shape[1] > 20):
+                raise MemoryError
+            return super()._infer(images_BHWC)
+
+    slot, _ = serving(Moody())
+    easy, hard = np.full((1, 30, 34, 4), 7, np.uint8), np.full((1, 30, 34, 4), 255, np.uint8)
+    batch = batch_of(slot, [easy, np.concatenate([hard, easy])], labels=False)
+    answers = Executor(slot)(batch)
+    assert [job.payload.recovered for job in batch.jobs] == ["one row at a time", "in tiles of 17 pixels"]
+    assert [float(answer.mean()) for answer in answers] == pytest.approx([7, 131])
+
+
 @pytest.mark.parametrize("labels", [True, False])
 def test_without_memory_for_an_image_it_is_computed_in_tiles(serving: Any, labels: bool) -> None:
     session = Pixels(most=400)

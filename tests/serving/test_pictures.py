@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import gc
 import io
+import json
 import sys
 import threading
 from collections.abc import Callable
@@ -53,6 +54,22 @@ class Stuck:
         return lease.version.session(images), Work(images=images, lease=lease, by=lease.version)
 
 
+class Fallen(Stuck):
+    """Version 2 steps in for version 1 `after` so many calls; where `always`, version 1 for version 2, too."""
+
+    def __init__(self, slot: Slot, versions: dict[str, Any], *, after: int, always: bool) -> None:
+        super().__init__(slot)
+        self.versions, self.after, self.always = versions, after, always
+
+    async def compute(self, images: Any, lease: Any, *, labels: bool, **_: Any) -> tuple[Any, Work]:
+        self.calls += 1
+        asked = lease.version.name
+        falls = self.calls > self.after if asked == "1" else self.always
+        by = self.versions[{"1": "2", "2": "1"}[asked]] if falls else lease.version
+        answer = by.session.labels(images) if labels else by.session(images)
+        return answer, Work(images=images, lease=lease, by=by)
+
+
 @pytest.fixture
 def slot(write_version: Callable[..., Path], in_process: ArtifactLoader, tmp_path: Path) -> Slot:
     made = Slot("m", in_process, rollout=Rollout())
@@ -90,6 +107,32 @@ def test_no_tile_is_computed_that_nobody_waits_for(slot: Slot, by: str) -> None:
             pictures.close()
 
     asyncio.run(give_up())
+
+
+@pytest.mark.parametrize(("tile", "after"), [(64, 0), (8, 2)])
+@pytest.mark.parametrize("output", ["json", "overlay", "mask", "labels"])
+def test_a_version_of_other_classes_that_steps_in_computes_all_of_the_picture(
+    shelf: Any, signature_of: Any, tile: int, after: int, output: str
+) -> None:
+    shelf.signatures["2"] = signature_of(classes=("sea", "field", "roof", "road", "tree"))  # one more
+    slot, beside = Slot("m", shelf, rollout=Rollout()), Slot("m", shelf, rollout=Rollout())
+    versions = {"1": slot.load(Path("1"), "1"), "2": beside.load(Path("2"), "2")}
+
+    async def ask(*, always: bool) -> Any:
+        service: Any = Fallen(slot, versions, after=after, always=always)
+        pictures = Pictures(service, body_bytes=BODY_BYTES, tile=tile)
+        try:
+            return await pictures.answer(picture(), {"output": output}), service.calls
+        finally:
+            await asyncio.to_thread(pictures.close)
+
+    answer, calls = asyncio.run(ask(always=False))
+    assert calls == after + 1 + (1 if tile == 64 else TILES)
+    assert answer.headers == {"x-model-version": "2"}
+    if output == "json":
+        assert len(json.loads(answer.content)["classes"]) == 5
+    with pytest.raises(RefusedRequestError, match="change faster"):
+        asyncio.run(ask(always=True))
 
 
 def test_what_goes_on_counts_and_holds_its_version(slot: Slot) -> None:

@@ -109,7 +109,7 @@ class Executor:
         started = self._clock()
         images = works[0].images if len(works) == 1 else np.concatenate([work.images for work in works])
         call = Call((len(images), group.height, group.width), group.labels)
-        (answer, recovered), version = compute_somewhere(
+        (answer, said), version = compute_somewhere(
             self._slot,
             group.version,
             lambda session: self._compute(session, images, labels=group.labels),
@@ -122,9 +122,9 @@ class Executor:
             self._compiler.note(version, call)
         if self._slot.shadowed:  # the whole of it: single images take their time otherwise than batches do
             works[0].whole = images, answer
-        for work in works:
+        for work, rows in zip(works, taken_apart(said, batch.jobs), strict=True):
             work.started, work.computed, work.batch_rows = started, computed, len(images)
-            work.by, work.recovered, work.within = version, recovered, batch.within
+            work.by, work.recovered, work.within = version, max(rows, key=len), batch.within
         return taken_apart(answer, batch.jobs)
 
     def shadow(self, candidate: Version, images: NDArray[np.uint8], answer: NDArray[Any], *, labels: bool, within: float = inf) -> None:
@@ -143,23 +143,24 @@ class Executor:
         finally:
             self._slot.end(begun)
 
-    def _compute(self, session: Session, images: NDArray[np.uint8], *, labels: bool) -> tuple[NDArray[Any], str]:
+    def _compute(self, session: Session, images: NDArray[np.uint8], *, labels: bool) -> tuple[NDArray[Any], list[str]]:
+        """The answer, and of each row what was done for want of memory."""
         try:
-            return _call(session, images, labels=labels), ""
+            return _call(session, images, labels=labels), [""] * len(images)
         except Exception as error:
             if not no_memory(error):
                 raise
         if len(images) > 1:
             self.recoveries.rows += 1
             parts = [self._compute(session, images[n : n + 1], labels=labels) for n in range(len(images))]
-            return np.concatenate([part for part, _ in parts]), max((said for _, said in parts), key=len) or "one row at a time"
+            return np.concatenate([part for part, _ in parts]), [said or "one row at a time" for _, (said,) in parts]
         height, width = images.shape[1:3]
         if session.signature.task == "classify" or max(height, width) == 1:
             raise MuntinError(f"no memory for one image of {width}x{height}: send smaller ones")
         self.recoveries.tiles += 1
         tile = min(TILE, (max(height, width) + 1) // 2)
         answer = predict(session, images[0], tile=tile, output="labels" if labels else "scores")
-        return answer[None], f"in tiles of {tile} pixels"
+        return answer[None], [f"in tiles of {tile} pixels"]
 
 
 def compute_somewhere(

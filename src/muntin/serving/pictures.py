@@ -40,6 +40,8 @@ DECODERS = 2
 """Pictures that are decoded, or whose answers are encoded, at the same time."""
 WAITING = 16
 """Pictures that may be in the works; beyond, they are refused."""
+BEGUN = 3
+"""How often a picture is begun at the most: anew where another version steps in, of other classes."""
 LARGEST = 2
 """So many of the largest pictures that are taken are as many pixels as all that are decoded and not answered may have together."""
 OUTPUTS = {"segment": ("mask", "overlay", "labels", "json"), "classify": ("json",), "restore": ("image",)}
@@ -150,6 +152,14 @@ class Pictures:
             )
 
     def _predicted(self, through: _Through, image: NDArray[np.uint8]) -> NDArray[Any]:
+        for _ in range(BEGUN):
+            try:
+                return self._once(through, image)
+            except _OtherClassesError as other:
+                through.begin_again(other.version)
+        raise RefusedRequestError("the versions of the model change faster than the picture is computed: try again")
+
+    def _once(self, through: _Through, image: NDArray[np.uint8]) -> NDArray[Any]:
         if through.signature.task == "classify":
             return predict(through, image)
         if max(image.shape[:2]) > self._tile:
@@ -202,6 +212,14 @@ class _GivenUpError(Exception):
     """Nobody waits for the picture any more."""
 
 
+class _OtherClassesError(Exception):
+    """A version stepped in that has other classes than the one that the picture was begun with."""
+
+    def __init__(self, version: Version) -> None:
+        super().__init__(version.name)
+        self.version = version
+
+
 class _Through:
     """A session as `predict` wants it, whose calls wait for their turn beside the other requests. For threads outside the event loop.
 
@@ -232,6 +250,11 @@ class _Through:
         if asked is not None:
             asked.cancel()
 
+    def begin_again(self, version: Version) -> None:
+        """For this version, which need not be leased: where it goes, another one steps in."""
+        self.version, self.signature = version, version.signature
+        self.computed.clear()
+
     def check(self) -> None:
         """Raises `_GivenUpError` if it was given up."""
         if self._given_up:
@@ -253,6 +276,8 @@ class _Through:
         lease = Lease(self.version, _keep)  # whoever answers the picture holds the real one until the last of its tiles
         priority = PRIORITY + 1 if self.patient else PRIORITY
         answer, work = await self._service.compute(images, lease, labels=labels, priority=priority, patient=self.patient)
+        if work.by is not None and work.by.signature.outputs != self.signature.outputs:
+            raise _OtherClassesError(work.by)
         self.computed[work.version] = None
         return answer
 
