@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from muntin.errors import VerificationError
-from muntin.serving.control import LOADS, Control
+from muntin.serving.control import LISTINGS, LOADS, Control
 from muntin.serving.probation import ArtifactLoader
 from muntin.serving.protocol import ProtocolError, RefusedRequestError
 from muntin.serving.repository import Repository
@@ -87,6 +87,27 @@ def test_a_directory_that_takes_its_time_keeps_no_loop_waiting(control: Control,
 
     monkeypatch.setattr(control._repository, "scan", slowly)
     assert "1" in asyncio.run(ask())
+
+
+def test_a_directory_that_stands_still_takes_no_more_than_a_few_who_ask(control: Control, monkeypatch: pytest.MonkeyPatch) -> None:
+    go_on = threading.Event()
+
+    def stand_still() -> dict[str, Path]:
+        assert go_on.wait(20)
+        return {}
+
+    async def ask() -> None:
+        listings = [asyncio.create_task(control.indexed(ready=False)) for _ in range(LISTINGS)]
+        await asyncio.sleep(0)
+        with pytest.raises(RefusedRequestError, match="still being listed"):
+            await control.indexed(ready=False)
+        assert await asyncio.to_thread(lambda: "others") == "others"
+        go_on.set()
+        assert await asyncio.gather(*listings) == [[]] * LISTINGS
+        assert await control.indexed(ready=False) == []
+
+    monkeypatch.setattr(control._repository, "scan", stand_still)
+    asyncio.run(ask())
 
 
 def test_an_artefact_that_is_loaded_again(write_version: Callable[..., Path], in_process: ArtifactLoader, tmp_path: Path) -> None:

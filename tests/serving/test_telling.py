@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import threading
+import time
 from typing import Any
 
 import pytest
 
-from muntin.serving.telling import told_safely
+from muntin.serving.telling import WAITING, Teller, told_safely
 
 
 def broken(line: str) -> None:
@@ -27,3 +28,33 @@ def test_what_telling_raises_is_reported(monkeypatch: pytest.MonkeyPatch) -> Non
 def test_where_nothing_can_be_reported_it_goes_on(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(threading, "excepthook", broken)
     told_safely(broken)("version 1 serves")
+
+
+def test_lines_are_told_in_their_order_and_all_of_them_at_the_end() -> None:
+    heard: list[str] = []
+
+    def slowly(line: str) -> None:
+        time.sleep(0.01)
+        heard.append(line)
+
+    with Teller(slowly) as tell:
+        for number in range(20):
+            tell(str(number))
+    assert heard == [str(number) for number in range(20)]
+
+
+def test_nobody_waits_for_a_listener_that_stands_still() -> None:
+    free, heard = threading.Event(), []
+
+    def stand_still(line: str) -> None:
+        assert free.wait(20)
+        heard.append(line)
+
+    with Teller(stand_still) as tell:
+        began = time.monotonic()
+        for number in range(2 * WAITING):
+            tell(str(number))
+        assert time.monotonic() - began < 10
+        free.set()
+    assert heard[:WAITING] == [str(number) for number in range(WAITING)]
+    assert len(heard) <= WAITING + 1

@@ -109,7 +109,7 @@ def open_artifact(path: str | Path) -> Artifact:
     if extra := sorted(present - {MANIFEST, *FILES}):
         raise ArtifactError(f"{path / extra[0]}: not part of the artefact: remove it")
     for name in FILES:
-        _read_checked(path, name, manifest)
+        _check_digest(path / name, _digest(path / name), manifest.files[name])
     return Artifact(path, manifest)
 
 
@@ -214,9 +214,22 @@ def _read(file: Path) -> bytes:
 
 def _read_checked(path: Path, name: FileName, manifest: Manifest) -> bytes:
     data = _read(path / name)
-    if hashlib.sha256(data).hexdigest() != manifest.files[name]:
-        raise ArtifactError(f"{path / name}: its content is not what the manifest's sha256 says: copy or export the artefact again")
+    _check_digest(path / name, hashlib.sha256(data).hexdigest(), manifest.files[name])
     return data
+
+
+def _digest(file: Path) -> str:
+    """Of a file that need not fit into memory."""
+    try:
+        with file.open("rb") as content:
+            return hashlib.file_digest(content, "sha256").hexdigest()
+    except OSError as error:
+        raise ArtifactError(f"{file}: cannot be read ({error.strerror}): check the path and its permissions") from error
+
+
+def _check_digest(path: Path, found: str, wanted: str) -> None:
+    if found != wanted:
+        raise ArtifactError(f"{path}: its content is not what the manifest's sha256 says: copy or export the artefact again")
 
 
 def _read_tensors(path: Path, name: FileName, manifest: Manifest) -> dict[str, NDArray[Any]]:

@@ -75,6 +75,7 @@ def serve_command(
     from muntin.serving.descriptors import raise_descriptors
     from muntin.serving.rollout import Rollout
     from muntin.serving.server import Server
+    from muntin.serving.telling import Teller
 
     try:
         config = ServeConfig(
@@ -94,8 +95,8 @@ def serve_command(
         raise DataError(f"{where}{first['msg']}") from error
     if lack := raise_descriptors(config):
         say(f"muntin: {lack}")
-    server = Server(artifact, config, notify=lambda line: say(f"muntin: {line}"))
-    with ExitStack() as loading:
+    with Teller(lambda line: say(f"muntin: {line}")) as tell, ExitStack() as loading:
+        server = Server(artifact, config, notify=tell)
         loading.enter_context(status(f"loading {artifact}: verifying, compiling"))
 
         def up() -> None:

@@ -14,11 +14,14 @@ from muntin.serving.description import IndexEntry
 from muntin.serving.protocol import Parameter, ProtocolError, RefusedRequestError, shown
 from muntin.serving.repository import Repository
 from muntin.serving.slot import Slot
+from muntin.serving.threads import Threads
 from muntin.serving.version import NotReadyError, UnknownVersionError
 
 _STATES = {"loading": "LOADING", "ready": "READY", "draining": "UNLOADING", "unloaded": "UNAVAILABLE", "failed": "UNAVAILABLE"}
 LOADS = 4
 """Requests to load that may wait until those before them have ended; beyond, they are refused."""
+LISTINGS = 4
+"""Listings of the repository that may go on or wait; beyond, they are refused: a directory on a network may stand still."""
 VERSION = "version"
 """The parameter of a request to load or unload that names one."""
 
@@ -31,6 +34,7 @@ class Control:
         self._slot, self._repository = slot, repository
         self._loads = ThreadPoolExecutor(max_workers=1, thread_name_prefix="muntin-load")
         self._loading = 0
+        self._listings = Threads("muntin-listing", most=1)
 
     def close(self) -> None:
         """Ends the thread that loads. What it loads is the slot's to end before."""
@@ -57,8 +61,11 @@ class Control:
         await asyncio.to_thread(self.unload, model, parameters)
 
     async def indexed(self, *, ready: bool) -> list[IndexEntry]:
-        """As `index`, on some thread: a directory on a network may take its time."""
-        return await asyncio.to_thread(self.index, ready=ready)
+        """As `index`, on a thread that nothing else waits for: a directory on a network may take its time. Raises RefusedRequestError where
+        `LISTINGS` wait for it."""
+        if self._listings.pending >= LISTINGS:
+            raise RefusedRequestError("the repository's directory is still being listed for others: try again")
+        return await asyncio.wrap_future(self._listings.submit(self.index, ready=ready))
 
     def index(self, *, ready: bool) -> list[IndexEntry]:
         """Every version that is listed or served; those that wait in the repository are "UNAVAILABLE". `ready`: only those that answer."""

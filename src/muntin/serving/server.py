@@ -81,9 +81,10 @@ def _nobody(line: str) -> None:
 class Server:
     """One artefact, or a directory of numbered versions of one, behind HTTP and gRPC.
 
-    `path`: the artefact, or the directory. `notify` is told in a line of every version that comes or goes and why. `run` serves on the
-    calling thread until it is told to stop; `start` and `stop`, or a `with` block, do so on a thread of its own. Raises what loading the
-    first version raises, DataError for an address that cannot be had, DependencyError for a uvicorn that it cannot build on.
+    `path`: the artefact, or the directory. `notify` is told in a line of every version that comes or goes and why, now and then on the
+    thread that answers requests: where it may have to wait, give a `Teller`. `run` serves on the calling thread until it is told to stop;
+    `start` and `stop`, or a `with` block, do so on a thread of its own. Raises what loading the first version raises, DataError for an
+    address that cannot be had, DependencyError for a uvicorn that it cannot build on.
     """
 
     def __init__(self, path: str | Path, config: ServeConfig, *, notify: Notify = _nobody) -> None:
@@ -243,11 +244,11 @@ class Server:
         go_down = partial(self._go_down, service, grpc_face)
         ending.callback(go_down)
         listening = self._listen()
-        if self._ending:
+        self._http = _Http(http_config, up, go_down, tls=None if tls is None else tls.context, handshake=config.bounds.header_seconds)
+        if self._ending:  # only now: another thread that ends it tells this, if it is there
             for sock in listening:
                 sock.close()
             return
-        self._http = _Http(http_config, up, go_down, tls=None if tls is None else tls.context, handshake=config.bounds.header_seconds)
         if tls is not None:
             ending.callback(asyncio.create_task(self._renew(tls)).cancel)
         ending.callback(asyncio.create_task(self._settle()).cancel)

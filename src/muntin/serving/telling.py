@@ -6,8 +6,44 @@ import sys
 import threading
 from collections.abc import Callable
 from contextlib import suppress
+from queue import Full, Queue
+from types import TracebackType
+from typing import Self
 
 Notify = Callable[[str], None]
+WAITING = 1000
+"""Lines that may wait to be told."""
+_CLOSING_S = 2.0
+"""How long the end waits for what is still to be told."""
+
+
+class Teller:
+    """Tells lines on a thread of its own: whoever reads them may stand still, and nothing of a server waits for that.
+
+    Beyond `WAITING` lines are lost. At its end, as a context, all are told, or two seconds are over.
+    """
+
+    def __init__(self, notify: Notify) -> None:
+        self._notify = told_safely(notify)
+        self._lines: Queue[str | None] = Queue(WAITING)
+        self._thread = threading.Thread(target=self._tell, name="muntin-tell", daemon=True)
+
+    def __call__(self, line: str) -> None:
+        with suppress(Full):
+            self._lines.put_nowait(line)
+
+    def __enter__(self) -> Self:
+        self._thread.start()
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, where: TracebackType | None) -> None:
+        with suppress(Full):
+            self._lines.put(None, timeout=_CLOSING_S)
+            self._thread.join(_CLOSING_S)
+
+    def _tell(self) -> None:
+        while (line := self._lines.get()) is not None:
+            self._notify(line)
 
 
 def told_safely(notify: Notify) -> Notify:
