@@ -222,7 +222,7 @@ def print_tables(name: str, answer: str, rows: list[dict[str, Any]], hardware: d
             print(f"  {name:<36}{value:>8.2f}")
     print()
     for goal in judge(found):
-        told = "not measured" if goal["found"] is None else f"{goal['found']:.2f}"
+        told = "not measured" if goal["found"] is None else f"{goal['found']:.3f}"
         print(f"{ {True: 'met', False: 'MISSED', None: '–'}[goal['met']]:<8}{goal['goal']}: {told} (goal {goal['wanted']:g})")
     print(f"\n{hardware['cpu']}, {hardware['physical_cores']} cores, {', '.join(hardware['features'])}; {hardware['created']}")
 
