@@ -4,11 +4,11 @@
                                  [--output runs/benchmark-endings] [--json]
 
 A hybrid's channels become pixels at its very end (a pixel shuffle). OpenVINO brings the channels into another order first, and then
-shuffles: two passes over the largest tensor there is. `muntin.load` writes scores as one permutation (`one pass`), and of labels looks for
-the best class before there are pixels (`before`): a byte is shuffled where it were four for each class. Beside each stands the exported
-model itself, compiled by OpenVINO with the same options, for labels with its best class found at the end in the graph. The artefacts are
-roofline.py's: presets trained for 30 steps, in floats (run in FP32 and where the CPU has it in BF16) and in W4A8. Columns:
-    exported, muntin   median milliseconds of a call on one image, in turns
+shuffles: two passes over the largest tensor there is. `muntin.load` writes scores as one permutation, and of labels looks for the best
+class before there are pixels: a byte is shuffled where it were four for each class. Beside each stands the exported model itself, compiled
+by OpenVINO with the same options, for labels with its best class found at the end in the graph. The artefacts are roofline.py's: presets
+trained for 30 steps, in floats (run in FP32 and where the CPU has it in BF16) and in W4A8. Columns:
+    exported, muntin   milliseconds of a call on one image, in turns: medians
     gain               exported / muntin
     same               whether both give the same numbers, bit for bit, on a picture of noise
 
@@ -98,7 +98,8 @@ def rows_of(preset: str, given: argparse.Namespace, hardware: Row) -> Iterable[R
     folder = given.output / preset
     checkpoint = trained(demo_recipe({"training.steps": STEPS, "model.name": preset}), folder / "trained")
     floats, integers = float_artifact(checkpoint, folder / "float"), integer_artifact(checkpoint, folder / "int8")
-    precisions = tuple(name for name in ("f32", "bf16") if name == "f32" or "avx512_bf16" in hardware["features"])
+    capabilities = openvino.Core().get_property("CPU", "OPTIMIZATION_CAPABILITIES")
+    precisions = ("f32", "bf16") if "BF16" in capabilities else ("f32",)
     ways = [*((name, floats, name) for name in precisions), ("int8", integers, precisions[-1])]
     settings = {"structure": ModelConfig(**PRESETS[preset]).model_dump(mode="json"), "threads": given.threads, "rounds": given.rounds}
     for side in given.sides:

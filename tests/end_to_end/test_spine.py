@@ -64,10 +64,8 @@ def test_from_pictures_to_a_verified_artefact(tmp_path: Path) -> None:
     directory, artifact = tmp_path / "run", tmp_path / "run" / "artifact"
 
     fitted = run("fit", tmp_path / "recipe.yaml", "-o", directory)
-    assert (fitted["step"], fitted["interrupted"]) == (
-        100,
-        False,
-    )  # after 60 so many pixels are near a tie that deployed and simulated agree on .965
+    # After 60 steps so many pixels are near a tie that deployed and simulated agree on .965.
+    assert (fitted["step"], fitted["interrupted"]) == (100, False)
     assert fitted["validation"][-1]["score"] > 0.25  # of six classes: a sixth is what one colour everywhere reaches at best
 
     live = run("evaluate", directory)

@@ -41,7 +41,7 @@ from muntin.serving.outputs import CLASSES
 from muntin.serving.pictures import Pictures
 from muntin.serving.probation import ArtifactLoader
 from muntin.serving.rollout import Rollout
-from muntin.serving.server import Server, largest_request
+from muntin.serving.server import Server, _Http, largest_request
 from muntin.serving.version import Call, NotReadyError
 
 # geventhttpclient, which tritonclient's HTTP client is built on, warns of its own imports and leaves sockets to the collector
@@ -613,6 +613,25 @@ def test_what_comes_to_an_empty_directory_is_compiled_for_its_batches(
         wait_until(lambda: server.slot.current is not None, 120)
         assert server.slot.current is not None
         assert server.slot.current.warm == server.slot.current.start == {Call((rows, 8, 8), labels=True) for rows in (1, 2, 3)}
+
+
+def test_a_server_that_is_told_to_end_just_before_it_serves_does_not_begin(
+    write_version: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    server = served(write_version(tmp_path / "m"))
+
+    class Late(_Http):
+        def __init__(self, *given: Any, **named: Any) -> None:
+            super().__init__(*given, **named)
+            server._tell_to_end()  # as by another thread, which does not find it yet
+
+    monkeypatch.setattr("muntin.serving.server._Http", Late)
+    begun: list[bool] = []
+    thread = threading.Thread(target=lambda: server.run(up=lambda: begun.append(True)), daemon=True)
+    thread.start()
+    thread.join(60)
+    assert not thread.is_alive()
+    assert not begun
 
 
 def test_a_server_that_is_stopped_while_it_loads_has_ended(

@@ -20,17 +20,24 @@ _CLOSING_S = 2.0
 class Teller:
     """Tells lines on a thread of its own: whoever reads them may stand still, and nothing of a server waits for that.
 
-    Beyond `WAITING` lines are lost. At its end, as a context, all are told, or two seconds are over.
+    Beyond `WAITING` lines are lost, and how many is told before the next one. At its end, as a context, all are told, or two seconds are
+    over.
     """
 
     def __init__(self, notify: Notify) -> None:
         self._notify = told_safely(notify)
         self._lines: Queue[str | None] = Queue(WAITING)
+        self._lock = threading.Lock()
+        self._lost = 0
+        """Lines that nobody was told of yet."""
         self._thread = threading.Thread(target=self._tell, name="muntin-tell", daemon=True)
 
     def __call__(self, line: str) -> None:
-        with suppress(Full):
+        try:
             self._lines.put_nowait(line)
+        except Full:
+            with self._lock:
+                self._lost += 1
 
     def __enter__(self) -> Self:
         self._thread.start()
@@ -43,6 +50,10 @@ class Teller:
 
     def _tell(self) -> None:
         while (line := self._lines.get()) is not None:
+            with self._lock:
+                lost, self._lost = self._lost, 0
+            if lost:
+                self._notify(f"lines were not read for a while: {lost:,} of them are lost")
             self._notify(line)
 
 
