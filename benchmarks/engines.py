@@ -8,7 +8,8 @@ rank, W4A8, mixed). For each, in each engine that this machine can open:
     ms              one call at 512 x 512, each engine interleaved with eager FP32 PyTorch: median, 90th and 99th percentile. For the
                     compressed artefact that baseline is the simulation of the same small model, not the float model it came from
     images/s        `Session.map` with one stream, and with as many as there are threads
-    bare ms, over   the engine called directly with the same options, interleaved with the Session; the Session's extra, in percent
+    bare ms, over   the engine called directly with the same graph (for OpenVINO with the ending that a Session gives it, which endings.py
+                    measures) and the same options, interleaved with the Session; the Session's extra, in percent
     bare images/s   OpenVINO's own AsyncInferQueue with as many requests, beside `Session.map`
 A row that is there already is not run again; one of other weights or settings, or of another machine, is refused. Time on two cores: about
 four minutes, beyond the demonstration. Run it alone.
@@ -41,6 +42,7 @@ from muntin.runtime import ENGINES, Session, describe_hardware
 from muntin.runtime.hardware import physical_cores
 from muntin.runtime.images import IGNORED
 from muntin.runtime.latency import interleaved_latency, interleaved_throughput
+from muntin.runtime.openvino_endings import ending_in_scores
 from muntin.runtime.profile import fill
 from muntin.runtime.quiet import onnxruntime, openvino
 from muntin.training import Checkpoint, read_checkpoint
@@ -88,11 +90,11 @@ def settings() -> list[tuple[str, str]]:
 
 
 def bare(path: Path, engine: str, precision: str, images: NDArray[np.uint8]) -> Call | None:
-    """The engine without muntin around it, ready for images of this shape: the same options, nothing checked, nothing copied."""
+    """The engine without muntin around it, ready for images of this shape: the same graph and options, nothing checked, nothing copied."""
     data = open_artifact(path).model_bytes()
     if engine == "openvino":
         core = openvino.Core()
-        model = core.read_model(model=data, weights=b"")
+        model = ending_in_scores(core.read_model(model=data, weights=b""))
         model.reshape(list(images.shape))
         options = {"INFERENCE_PRECISION_HINT": precision, "INFERENCE_NUM_THREADS": physical_cores(), "PERFORMANCE_HINT": "LATENCY"}
         request = core.compile_model(model, "CPU", options | {"NUM_STREAMS": 1}).create_infer_request()
@@ -124,7 +126,7 @@ def overhead(session: Session, call: Call, images: NDArray[np.uint8], rounds: in
 def queue_rate(path: Path, precision: str, images: NDArray[np.uint8], streams: int, session: Session, rounds: int) -> tuple[float, float]:
     """Images a second: OpenVINO's AsyncInferQueue with `streams` requests, and `session.map`, in turns; scores are taken in both."""
     core = openvino.Core()
-    model = core.read_model(model=open_artifact(path).model_bytes(), weights=b"")
+    model = ending_in_scores(core.read_model(model=open_artifact(path).model_bytes(), weights=b""))
     model.reshape(list(images.shape))
     options = {"INFERENCE_PRECISION_HINT": precision, "INFERENCE_NUM_THREADS": physical_cores(), "PERFORMANCE_HINT": "THROUGHPUT"}
     queue = openvino.AsyncInferQueue(core.compile_model(model, "CPU", options | {"NUM_STREAMS": streams}), streams)

@@ -59,7 +59,9 @@ MISCOUNTED = 0.01
 def kind_of(kernel: Kernel) -> str:
     """A kernel's kind; of a product by what its second operand is: a kernel, a matrix of weights, another activation."""
     if not kernel.macs:
-        return "resize" if kernel.kind in RESIZE else "split, join, pad" if kernel.group == COPIES else kernel.group
+        if kernel.kind in RESIZE or (kernel.kind == "Transpose" and kernel.group == COPIES):  # which is channels that become pixels
+            return "resize"
+        return "split, join, pad" if kernel.group == COPIES else kernel.group
     weight = kernel.inputs[1]
     if kernel.kind in CONVOLUTIONS:
         if len(weight.shape) == 5:  # (groups, outputs, inputs, rows, columns): the presets group by single channels or not at all

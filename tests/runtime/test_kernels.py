@@ -108,6 +108,7 @@ def test_kinds_in_words() -> None:
     assert group_of("Reorder", 0, [], float_, bytes_) == CONVERT  # the same order, another type
     assert group_of("Transpose", 0, [], float_, bytes_[:0]) == LAYOUT
     assert group_of("Split", 0, [], float_, float_) == COPIES
+    assert group_of("Transpose", 0, ["DepthToSpace"], float_, float_) == COPIES  # channels become pixels
     assert group_of("Unheard", 0, [], float_, float_) == OTHER
 
 

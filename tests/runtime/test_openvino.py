@@ -17,7 +17,8 @@ from onnx import TensorProto, helper, numpy_helper
 
 from muntin.errors import ArtifactError, DependencyError
 from muntin.runtime import describe_hardware, load
-from muntin.runtime.openvino import _ending_in_labels, _ending_in_scores, open_openvino
+from muntin.runtime.openvino import open_openvino
+from muntin.runtime.openvino_endings import ending_in_labels, ending_in_scores
 from muntin.runtime.quiet import openvino
 from muntin.runtime.session import STATIC_SHAPES
 from muntin.runtime.signals import signal_stack_kept
@@ -242,7 +243,7 @@ def test_channels_become_pixels_in_one_pass_of_scores_or_labels(
     mode: str, crops: list[tuple[int, int, int]], early: bool, static: bool
 ) -> None:
     model = openvino.Core().read_model(model=shuffled(mode, *crops).SerializeToString(), weights=b"")
-    ending, scoring = _ending_in_labels(model.clone()), _ending_in_scores(model.clone())
+    ending, scoring = ending_in_labels(model.clone()), ending_in_scores(model.clone())
     kinds, scoring_kinds = ([node.get_type_name() for node in one.get_ordered_ops()] for one in (ending, scoring))
     assert ("DepthToSpace" not in scoring_kinds) == ("DepthToSpace" not in kinds) == early
     to_pixels = kinds[::-1].index("Transpose" if early else "DepthToSpace")  # from the end

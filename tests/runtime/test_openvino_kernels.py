@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,8 +13,8 @@ import pytest
 from onnx import TensorProto, helper, numpy_helper
 
 from muntin.errors import ArtifactError, DependencyError
-from muntin.runtime import describe_hardware
-from muntin.runtime.kernels import CONVERT, IMAGES, PRODUCTS
+from muntin.runtime import describe_hardware, load
+from muntin.runtime.kernels import CONVERT, COPIES, IMAGES, PRODUCTS
 from muntin.runtime.openvino_kernels import openvino_kernels
 from muntin.runtime.quiet import openvino
 
@@ -164,6 +165,27 @@ def test_a_transposed_convolution_is_counted(write_layers: Callable[..., Any], l
     macs = {kernel.name: kernel.macs for kernel in openvino_kernels(artifact, images(4), **OPTIONS).kernels if kernel.compute}
     quarter = H * W // 4
     assert macs == {"down": quarter * 8 * 4 * 4, "up": quarter * 8 * 5 * 4}
+
+
+def test_what_is_profiled_is_what_a_session_compiles(
+    write_layers: Callable[..., Any], layer_maker: Callable[..., Any], tmp_path: Path
+) -> None:
+    rng = np.random.default_rng(4)
+    nodes = [
+        helper.make_node("Conv", ["x", "down"], ["small"], name="down", strides=[2, 2]),
+        helper.make_node("Conv", ["small", "wide"], ["channels"], name="head"),
+        helper.make_node("DepthToSpace", ["channels"], ["scores"], name="pixels", blocksize=2, mode="CRD"),
+    ]
+    values = {"down": rng.normal(size=(8, 4, 2, 2)).astype(np.float32), "wide": rng.normal(size=(20, 8, 1, 1)).astype(np.float32)}
+    artifact = write_model(write_layers, layer_maker, tmp_path / "a", nodes, values, 5)
+    execution = openvino_kernels(artifact, images(4), **OPTIONS)
+    session = load(artifact.path, precision="f32", threads=1, cache=False)
+    session(images(4))
+    profiled, deployed = (Counter(one.kind for one in all_) for all_ in (execution.kernels, session.layers()))
+    assert profiled.pop("Reorder") <= deployed.pop("Reorder")  # weights are brought into order once
+    assert profiled == {kind: count for kind, count in deployed.items() if kind != "Reshape"}  # which computes nothing
+    assert not profiled["DepthToSpace"]
+    assert [kernel.kind for kernel in execution.kernels if kernel.group == COPIES] == ["Transpose"]
 
 
 @needs_dot_products

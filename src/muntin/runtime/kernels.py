@@ -22,6 +22,8 @@ OTHER = "other"
 BETWEEN = "between kernels"
 INTERRUPTIONS = "interruptions, of no kernel in particular"
 
+TO_PIXELS = "DepthToSpace"
+"""An operation that may run as a permutation (`openvino_endings`)."""
 IMAGES = "the image"
 """Source of what the input holds."""
 
@@ -162,6 +164,8 @@ def group_of(kind: str, macs: int, operations: Sequence[str], inputs: Sequence[O
     found = next((group for group, kinds in _KINDS.items() if kind in kinds), OTHER)
     if found == ELEMENTWISE and operations and _KINDS[CONVERT].issuperset(operations):
         return CONVERT
+    if found == LAYOUT and TO_PIXELS in operations:
+        return COPIES
     if found == LAYOUT and inputs and outputs and inputs[0].layout == outputs[0].layout != "" and inputs[0].type != outputs[0].type:
         return CONVERT
     return found

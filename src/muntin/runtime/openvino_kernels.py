@@ -26,6 +26,7 @@ from muntin.runtime.graph import ComputeNodes, compute_nodes
 from muntin.runtime.hardware import physical_cores
 from muntin.runtime.kernels import (
     IMAGES,
+    TO_PIXELS,
     Execution,
     Kernel,
     Operand,
@@ -36,6 +37,7 @@ from muntin.runtime.kernels import (
     product_macs,
 )
 from muntin.runtime.openvino import MAY_MULTIPLY, MULTIPLY, PRECISIONS, choose_precision, one_line
+from muntin.runtime.openvino_endings import ending_in_scores
 from muntin.runtime.quiet import openvino
 from muntin.runtime.signals import signal_stack_kept
 
@@ -73,7 +75,9 @@ def _kernels(artifact: Artifact, images_BHWC: NDArray[np.uint8], *, precision: s
         "PERF_COUNT": True,
     }
     try:
-        model = core.read_model(model=data, weights=b"")
+        exported = core.read_model(model=data, weights=b"")
+        shuffles = {op.get_friendly_name(): TO_PIXELS for op in exported.get_ordered_ops() if op.get_type_name() == TO_PIXELS}
+        model = ending_in_scores(exported)  # what a session compiles
         model.reshape(list(images_BHWC.shape))
         macs = graph_macs(model)
         compiled = core.compile_model(model, "CPU", options)
@@ -90,7 +94,8 @@ def _kernels(artifact: Artifact, images_BHWC: NDArray[np.uint8], *, precision: s
         ) from error
     ops = _executed_ops(compiled.get_runtime_model(), set(times.kernels))
     nodes = compute_nodes(data)
-    names = _Names(ops, nodes, {node.name: node.op_type for node in onnx.load_model_from_string(data).graph.node})
+    types = {node.name: str(node.op_type) for node in onnx.load_model_from_string(data).graph.node}
+    names = _Names(ops, nodes, types | shuffles)  # the last node of a graph goes by the output's name
     weights = {name: weight.name for name, weight in nodes.weights.items()}
     layers = {name: layer_of(name, weights.get(name, ""), artifact.manifest.layers) for name in nodes.names}
     kernels = tuple(_kernel(op, names, macs, times.kernels[op.name], layers) for op in ops)
