@@ -24,7 +24,9 @@ factories (`ablation_models.py`) that a recipe can name as its model, and no par
     ms          512 x 512, deployed in floats with norms and gates folded: mean over seeds of medians, all variants of a seed in turns
     slower      variant over base in the precision that is faster here, seed by seed, as for points
     verdict     on what the preset has in this place: a difference counts where it is more than twice its standard error. By score first;
-                where that tells nothing, by speed. Three seeds make a weak test: by chance alone one difference in five passes it.
+                where that tells nothing, by speed. Three seeds make a weak test: by chance alone one difference in five passes it. The
+                score is the test split's: who keeps or drops a part by it has looked there, and a preset so made shows itself on that
+                split at its best
 
 Then parallel blocks against serial ones of the same multiply-adds (+30 % is claimed for them), and networks whose closed channels are cut
 out against the base: eager PyTorch, torch.compile, deployed in FP32, BF16 and W4A8, each pair in turns; the other's time over this one's
@@ -48,7 +50,7 @@ import argparse
 import json
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from functools import partial
 from math import sqrt
 from pathlib import Path
@@ -376,10 +378,10 @@ def main() -> None:
     chosen = {"preset": arguments.model, "steps": arguments.steps, "precision": arguments.precision}
     timed = {"threads": arguments.threads, "rounds": arguments.rounds}
     setting = Setting(output=arguments.output, **chosen, **timed)
-    # Rows from before the gain, and from before Muon, are another network's.
+    recipe = demo_recipe({"training.steps": arguments.steps, "training.precision": arguments.precision})
     training = {
-        **chosen, "structure": ModelConfig(**PRESETS[arguments.model]).model_dump(mode="json"), "gain": GAIN, "optimizer": "muon",
-        "augmentation": demo_recipe({}).data.augmentation.model_dump(mode="json"),
+        **chosen, "structure": ModelConfig(**PRESETS[arguments.model]).model_dump(mode="json"), "gain": GAIN,
+        "data": recipe.data.model_dump(mode="json"), "training": recipe.training.model_dump(mode="json"),
     }  # fmt: skip
     timing = {**timed, **training}
     names = [name for name in dict.fromkeys(["base", *arguments.variants]) if setting.differs(name)]
@@ -391,7 +393,7 @@ def main() -> None:
         measured: list[str] = []
         for name in names:
             done = setting.folder(name, seed) / "row.json"
-            row = kept_row(done, training, partial(score_row, setting, name, seed))
+            row = kept_row(done, {**training, "variant": asdict(VARIANTS[name])}, partial(score_row, setting, name, seed))
             if "cannot" in row:
                 if name == "base":
                     sys.exit(f"the base, seed {seed}, cannot be trained or exported: {row['cannot']}")

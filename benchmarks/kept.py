@@ -14,7 +14,7 @@ from typing import Any
 from muntin.runtime import describe_hardware
 
 Row = dict[str, Any]
-MACHINE = ("cpu", "cores", "features", "openvino", "torch")
+MACHINE = ("cpu", "cores", "features", "gpus", "openvino", "torch")
 """Of the hardware, what has to be the same for two rows to be compared."""
 SHOWN = 4
 """Differences that are named."""

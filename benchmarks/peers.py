@@ -43,13 +43,13 @@ import shutil
 import sys
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
-from datetime import UTC, datetime
 from importlib.util import find_spec
 from pathlib import Path
 from typing import get_args
 
 import torch
 
+from kept import MACHINE, now, write_whole
 from muntin.data import open_source
 from muntin.data.config import SourceName
 from muntin.errors import MuntinError, RecipeError
@@ -100,15 +100,11 @@ class Comparison:
         path = self.folder / f"{name}.json"
         if path.is_file():
             row: Row = json.loads(path.read_text(encoding="utf-8"))
-            now = json.loads(json.dumps(self._machine(entry)))
-            if changed := differences(row["machine"], now):
+            if changed := differences(row["machine"], json.loads(json.dumps(self._machine(entry)))):
                 raise Refused(f"{path} was measured with {'; '.join(changed)}: give another --output")
             return row
-        row = {**make(), "created": datetime.now(UTC).isoformat(timespec="seconds"), "machine": self._machine(entry)}
-        path.parent.mkdir(parents=True, exist_ok=True)
-        scratch = path.with_suffix(".part")
-        scratch.write_text(json.dumps(row, indent=1), encoding="utf-8")
-        scratch.replace(path)
+        row = {**make(), "created": now(), "machine": self._machine(entry)}
+        write_whole(path, row)
         return row
 
     def _machine(self, entry: Entry | None) -> Row:
@@ -117,7 +113,8 @@ class Comparison:
         structure = {} if preset is None else {"structure": ModelConfig(**preset).model_dump(mode="json")}
         return {
             "protocol": PROTOCOL,
-            **{key: hardware[key] for key in ("cpu", "cores", "features", "openvino", "torch")},
+            **{key: hardware.get(key) for key in MACHINE},
+            "packages": {name: importlib.metadata.version(name) for name in PACKAGES},
             **self.setting.identity,
             **structure,
         }
@@ -289,6 +286,16 @@ def recipes_of(given: argparse.Namespace) -> dict[str, Recipe]:
             raise RecipeError(f"recipe {recipe.name}: task {recipe.task}; all these models segment")
         if recipe.data.crop < SMALLEST:
             raise RecipeError(f"recipe {recipe.name}: data.crop {recipe.data.crop}: PAN takes no less than {SMALLEST}; give --crop")
+        training, lowest = recipe.training, min(RATES) / 2**FURTHER
+        if training.gate_budget < 1:
+            raise RecipeError(f"recipe {recipe.name}: training.gate_budget {training.gate_budget:g}: peers have no gates; set it to 1")
+        if training.compile:
+            raise RecipeError(f"recipe {recipe.name}: training.compile: compiling would count as training, and differs from model to model")
+        if training.final_learning_rate > lowest:
+            raise RecipeError(
+                f"recipe {recipe.name}: training.final_learning_rate {training.final_learning_rate:g}: rates from {lowest:g} on may be "
+                "tried, and each falls to it; set it no higher"
+            )
     return made if given.recipe is None else {f"recipe {recipe.name}": recipe for recipe in made.values()}
 
 
@@ -299,9 +306,7 @@ def precision_of(output: Path) -> str:
     """
     path = output / "precision.json"
     if not path.is_file():
-        name = "auto" if torch.cuda.is_available() else resolve_precision("auto", "cpu").name
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(name), encoding="utf-8")
+        write_whole(path, resolve_precision("auto", "cuda" if torch.cuda.is_available() else "cpu").name)
     return str(json.loads(path.read_text(encoding="utf-8")))
 
 
@@ -372,11 +377,12 @@ def main() -> None:
             if not given.json:
                 print_comparison(results[-1], budget)
     hardware = {**describe_hardware(), **{name: importlib.metadata.version(name) for name in PACKAGES}}
-    hardware["created"] = datetime.now(UTC).isoformat(timespec="seconds")
+    hardware["created"] = now()
     if given.json:
         print(json.dumps({"benchmark": "peers", "hardware": hardware, "comparisons": results}, indent=1))
     else:
-        print(f"\n{hardware['cpu']}, {hardware['physical_cores']} cores, {', '.join(hardware['features'])}; {hardware['created']}")
+        where = [hardware["cpu"], f"{hardware['physical_cores']} cores", *hardware["features"], *hardware.get("gpus", ())]
+        print(f"\n{', '.join(where)}; {hardware['created']}")
 
 
 if __name__ == "__main__":

@@ -32,8 +32,9 @@ import muntin
 from kept import Row, kept_row, now
 from muntin.artifact.manifest import ClassInfo, Signature, Task
 from muntin.compression import quantize
+from muntin.errors import DependencyError
 from muntin.layers import Grid, HybridAttention
-from muntin.models import PRESETS, TorchSession, create_model
+from muntin.models import PRESETS, ModelConfig, TorchSession, create_model
 from muntin.runtime import describe_hardware
 from muntin.runtime.latency import interleaved_latency
 from muntin.training.config import QuantizationConfig
@@ -112,13 +113,16 @@ def session(model: nn.Module, way: str, side: int, folder: Path, threads: int) -
     example = torch.randint(0, 256, (2, 3, 256, 256), generator=torch.Generator().manual_seed(0)).float()
     changes = quantize([example], QuantizationConfig(min_sqnr_db=0))(model) if precision == "int8" else []
     muntin.export(model, example, folder, changes=changes)
-    return muntin.load(folder, precision="bf16" if precision == "int8" else precision, threads=threads, shapes=[(1, side, side)])
+    return muntin.load(folder, precision="recorded" if precision == "int8" else precision, threads=threads, shapes=[(1, side, side)])
 
 
 def measure(make: Callable[[str], nn.Module], way: str, side: int, folder: Path, given: argparse.Namespace) -> Row:
     torch.set_num_threads(given.threads)
     image = np.random.default_rng(0).integers(0, 256, (1, side, side, 3)).astype(np.uint8)
-    sessions = {form: session(make(form), way, side, folder / form, given.threads) for form in FORMS}
+    try:
+        sessions = {form: session(make(form), way, side, folder / form, given.threads) for form in FORMS}
+    except DependencyError as error:  # no such type on this CPU, or no compiler
+        return {"cannot": str(error)}
     found = interleaved_latency(sessions, image, rounds=given.rounds)
     two, one = (found[form].median_ms for form in FORMS)
     return {"two_ms": two, "one_ms": one, "gain": two / one}
@@ -143,9 +147,15 @@ def main() -> None:
         for way in given.ways:
             for side in given.sides:
                 place = given.output / f"{name}-{way}-{side}".replace(" ", "-")
-                settings = {"rounds": given.rounds, "threads": given.threads}
+                structure = (
+                    ModelConfig(**PRESETS[name]).model_dump(mode="json") if name in PRESETS else {"stride": STRIDE, "blocks": BLOCKS}
+                )
+                settings = {"rounds": given.rounds, "threads": given.threads, "structure": structure}
                 print(f"{name}, {way}, {side}²", file=sys.stderr)
                 row = kept_row(place / "row.json", settings, partial(measure, make, way, side, place, given), hardware=hardware)
+                if "cannot" in row:
+                    print(f"left out: {name}, {way}: {row['cannot']}", file=sys.stderr)
+                    break
                 rows.append({"subject": name, "way": way, "side": side, **{key: row[key] for key in ("two_ms", "one_ms", "gain")}})
     if given.json:
         print(json.dumps({"benchmark": "projections", "hardware": {**hardware, "created": now()}, "rows": rows}, indent=1))

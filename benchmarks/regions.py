@@ -1,11 +1,12 @@
 """What a change of the recipe is worth in a part of the world that was never seen: regions of the training split left out of training.
 
     python benchmarks/regions.py [--sources earth:climate earth earth:shore] [--variants "as it is" ...] [--model hybrid-xxs] [--steps 900]
-                                 [--seeds 0] [--threads 2] [--set KEY=VALUE ...] [--output runs/benchmark-regions] [--json]
+                                 [--seeds 0] [--threads 2] [--precision bf16] [--set KEY=VALUE ...] [--output runs/benchmark-regions]
+                                 [--json]
 
-The demonstration's recipe in BF16, with one change at a time. Each of the three regions of the training split that hold land is left out
-of a training of its own and scored, by the averaged weights in floats. The validation split is a strip of ocean, and strips beside what is
-trained on are too much like it to tell what helps elsewhere (docs/log.md); the test split is not looked at. Columns:
+The demonstration's recipe in one precision, with one change at a time. Each of the three regions of the training split that hold land is
+left out of a training of its own and scored, by the averaged weights in floats. The validation split is a strip of ocean, and strips beside
+what is trained on are too much like it to tell what helps elsewhere (docs/log.md); the test split is not looked at. Columns:
     the regions   mIoU of what was left out
     mean          of these, over the seeds
     points        100 x (variant - the first variant), region by region and seed by seed: mean +- standard error
@@ -28,10 +29,13 @@ from pathlib import Path
 from statistics import fmean, stdev
 from typing import Any, get_args
 
+import yaml
+
 from kept import Row, kept_row, now
 from muntin.data.config import SourceName
 from muntin.runtime import describe_hardware
 from muntin.training.loop import LOG_EVERY
+from muntin.training.precision import cpu_computes_bf16
 from muntin.training.recipe import Recipe
 from resumed import demo_recipe
 from segmentation_peers.budget import Interrupted
@@ -41,7 +45,7 @@ SOURCES = tuple(name for name in get_args(SourceName) if name != "folders")
 VARIANTS: dict[str, dict[str, Any]] = {
     "as it is": {},
     "not upside down": {"data.augmentation.flip_vertical": 0},
-    "zoom": {"data.augmentation.scale": "[0.7, 1.4]"},
+    "zoom": {"data.augmentation.scale": [0.7, 1.4]},
     "light": {f"data.augmentation.{what}": 0.15 for what in ("brightness", "contrast", "saturation")},
     "rare classes": {"data.rare": 0.3},
     "weight decay": {"training.weight_decay": 0.5},
@@ -53,10 +57,10 @@ VARIANTS: dict[str, dict[str, Any]] = {
 
 def recipe_of(source: str, variant: str, seed: int, given: argparse.Namespace) -> Recipe:
     never = given.steps + 1
-    asked = dict(one.split("=", 1) for one in given.set)
+    asked = {key: yaml.safe_load(value) for key, value in (one.split("=", 1) for one in given.set)}
     return demo_recipe({
         "name": "regions", "seed": seed, "model.name": given.model, "data.source": source,
-        "training.steps": given.steps, "training.precision": "bf16", "training.threads": given.threads,
+        "training.steps": given.steps, "training.precision": given.precision, "training.threads": given.threads,
         "training.validate_every": never, "training.checkpoint_every": never, **asked, **VARIANTS[variant],
     })  # fmt: skip
 
@@ -99,6 +103,9 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=900, help="of training, batches of the recipe's size")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
     parser.add_argument("--threads", type=int, default=2, help="of training")
+    parser.add_argument(
+        "--precision", choices=["fp32", "bf16"], default="bf16" if cpu_computes_bf16() else "fp32", help="of training, the same for all"
+    )
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="a key of the recipe, for all variants; repeatable")
     parser.add_argument("--output", type=Path, default=Path("runs/benchmark-regions"))
     parser.add_argument("--json", action="store_true", help="print one JSON document instead of the tables")

@@ -19,7 +19,7 @@ Images are crops of the demonstration's photograph.
     hybrid int8, hybrid bf16, dense bf16    deployed in OpenVINO (16-bit floats where the CPU has them, else FP32)
     dense eager                             the twin in eager FP32 PyTorch, fused attention: what a user starts from
 
-`slope`: of the logarithm, between 1024 x 1024 and the largest: 1 is proportional to the pixels. A point that is there already is not
+`slope`: of the logarithm, between 1024 x 1024 and 4096 x 4096: 1 is proportional to the pixels. A point that is there already is not
 measured again; one of other settings, or of another machine, is refused. Time on two cores: about ten minutes. Run it alone.
 """
 
@@ -33,7 +33,6 @@ import resource
 import subprocess
 import sys
 import time
-from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -53,11 +52,15 @@ from muntin.runtime.memory import watch_memory
 from muntin.runtime.profile import fill
 
 KINDS = ("hybrid int8", "hybrid bf16", "dense bf16", "dense eager")
+SPAN = 1024, 4096
+"""Sides between which slopes are."""
 SLOPE = 1.05
 """At the most, of time and memory."""
 RATIOS = {512: 20.0, 1024: 40.0}
 """Goals: so many times as fast as the twin in eager FP32, by the image's side."""
 DENSE = {"attention": "dense"}
+PROTOCOL = 2
+"""How a point is measured. Until 1, the eager twin's labels were computed in training mode, by each batch's own statistics: slower."""
 STEPS = 30
 BUDGET_S = 20.0
 """Of one point's timed calls."""
@@ -115,24 +118,10 @@ def session_of(output: Path, network: Network, kind: str) -> Any:
     )
 
 
-def computed_by(session: Any, answer: str) -> Callable[[Any], Any]:
-    """Images to scores, or to the highest class of each pixel: by the engine, or as one writes it in PyTorch."""
-    if answer == "scores" or not isinstance(session, muntin.TorchSession):
-        return session if answer == "scores" else session.labels  # type: ignore[no-any-return]
-    import torch
-
-    def labels(images_BHWC: Any) -> Any:
-        with torch.inference_mode():
-            scores_BKHW = session.model(torch.from_numpy(images_BHWC).permute(0, 3, 1, 2).float())
-            return scores_BKHW.argmax(1).to(torch.uint8).numpy()
-
-    return labels
-
-
 def point(output: Path, network: Network, answer: str, kind: str, side: int) -> Row:
     session = session_of(output, network, kind)
     images = fill(open_artifact(artifact_of(output, "dense bf16")).golden()[0][0], (1, side, side))
-    compute, times = computed_by(session, answer), list[float]()
+    compute, times = session if answer == "scores" else session.labels, list[float]()
     compute(np.zeros((1, 64, 64, 3), np.uint8))
     with watch_memory() as watch:
         compute(images)
@@ -148,14 +137,14 @@ def point(output: Path, network: Network, answer: str, kind: str, side: int) -> 
 
 def measured(output: Path, network: Network, answer: str, kind: str, side: int, limit: float, hardware: Row) -> Row:
     """The point that is there, or a new one."""
-    timing = {"budget_s": BUDGET_S, "threads": physical_cores(), "cache": False}
+    timing = {"budget_s": BUDGET_S, "threads": physical_cores(), "cache": False, "protocol": PROTOCOL}
     settings = {"model": network.preset, "structure": network.structure, "answer": answer, "steps": STEPS, **timing}
     path = output / f"{answer}-{kind.replace(' ', '-')}-{side}.json"
     return kept_row(path, settings, partial(measure, output, network, answer, kind, side, limit, hardware["memory_gib"]), hardware=hardware)
 
 
 def measure(output: Path, network: Network, answer: str, kind: str, side: int, limit: float, memory_gib: float | None) -> Row:
-    """The point, measured in a new process with at most the machine's free memory; or why it cannot run."""
+    """The point, measured in a new process with at most 85 % of the machine's memory; or why it cannot run."""
     command = [sys.executable, __file__, "--output", str(output.parent), "--model", network.preset, "--answer", answer]
     command += ["--options", *(f"{key}={json.dumps(value)}" for key, value in network.options.items()), "--point", kind, str(side)]
     memory = int((memory_gib or 16) * 0.85 * 2**30)
@@ -175,10 +164,11 @@ def measure(output: Path, network: Network, answer: str, kind: str, side: int, l
 
 
 def slope(rows: list[dict[str, Any]], kind: str, what: str) -> float | None:
-    mine = {row["side"]: row[what] for row in rows if row["kind"] == kind and row.get(what) and row["side"] >= 1024}
-    if len(mine) < 2:
+    """From 1024 x 1024 to 4096 x 4096; None where one of them is missing."""
+    mine = {row["side"]: row[what] for row in rows if row["kind"] == kind and row.get(what)}
+    small, large = SPAN
+    if small not in mine or large not in mine:
         return None
-    small, large = min(mine), max(mine)
     return math.log(mine[large] / mine[small]) / math.log((large / small) ** 2)
 
 

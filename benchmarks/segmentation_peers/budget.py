@@ -88,7 +88,8 @@ def recipe_for(entry: Entry, setting: Setting, budget: Budget, *, seed: int, lea
     }  # fmt: skip
     recipe = override_recipe(setting.recipe, [f"{key}={value}" for key, value in changes.items()])
     made = recipe.compression
-    whole = 1 + (made.recover.share + made.quantize.share + made.mix.share if stages else 0)
+    recover = 0.0 if made.low_rank is None else made.recover.share  # without it there is nothing to recover from
+    whole = 1 + (recover + made.quantize.share + made.mix.share if stages else 0)
     if budget.samples is not None:
         steps, minutes = int(budget.samples / recipe.training.batch_size / whole), None
         if steps < 1:

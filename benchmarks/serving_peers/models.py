@@ -7,7 +7,8 @@ answers to different pictures differ and a server that mixes them up is found ou
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+from contextlib import suppress
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -40,6 +41,13 @@ class Workload:
         return "labels" if self.name == "segment" else "scores"
 
     @property
+    def structure(self) -> dict[str, Any]:
+        """Of the preset, as it is now."""
+        from muntin.models import PRESETS, ModelConfig
+
+        return ModelConfig(**PRESETS[self.preset]).model_dump(mode="json")
+
+    @property
     def dtype(self) -> str:
         return "uint8" if self.output == "labels" else "float32"
 
@@ -57,14 +65,29 @@ WORKLOADS = {
 }
 
 
+def origin_of(path: Path) -> str | None:
+    """What an artefact was made of; None where there is none."""
+    try:
+        return str(json.loads((path / "manifest.json").read_text(encoding="utf-8"))["measured"]["origin"])
+    except (OSError, KeyError):
+        return None
+
+
 def make_artifact(workload: Workload, path: Path, *, seed: int = 0) -> None:
-    """Quantises and exports the workload's model with weights of its own, where it is not there yet: about a minute."""
-    if (path / "manifest.json").is_file():
-        return
+    """Quantises and exports the workload's model with weights of its own, where it is not there yet, or was made by another state of the
+    preset or of the export: about a minute."""
     import torch
 
     import muntin
+    from muntin.artifact import open_artifact
+    from muntin.deployment.assessment import REVISION
+    from muntin.errors import ArtifactError
     from muntin.layers import MapNorm, TokenNorm
+
+    origin = json.dumps({"workload": asdict(workload), "structure": workload.structure, "seed": seed, "revision": REVISION}, sort_keys=True)
+    with suppress(ArtifactError):  # none, or an altered one
+        if open_artifact(path).manifest.measured.get("origin") == origin:
+            return
 
     torch.manual_seed(seed)
     model = muntin.create_model(workload.preset, task=workload.name, classes=workload.classes)
@@ -76,7 +99,7 @@ def make_artifact(workload: Workload, path: Path, *, seed: int = 0) -> None:
                 norm.running_mean.normal_(0, 0.1)
                 norm.running_var.uniform_(0.5, 2)
     batch = torch.from_numpy(pictures(workload.side)[:2]).permute(0, 3, 1, 2).float()
-    muntin.export(model.eval(), batch, path, calibration=[batch])
+    muntin.export(model.eval(), batch, path, calibration=[batch], measured={"origin": origin})
 
 
 def pictures(side: int) -> NDArray[np.uint8]:

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from muntin.artifact import Signature
 from muntin.models.compiler import require_compiler
 from muntin.models.transfer import pipelined
-from muntin.runtime.session import check_images
+from muntin.runtime.session import check_classes, check_images
 
 
 class TorchSession:
@@ -55,6 +55,14 @@ class TorchSession:
         check_images(images_BHWC, self.signature)
         scores: NDArray[np.float32] = self._compute(torch.from_numpy(np.ascontiguousarray(images_BHWC)).to(self.device)).cpu().numpy()
         return scores
+
+    def labels(self, images_BHWC: NDArray[np.uint8]) -> NDArray[np.uint8]:
+        """The class of the highest score, found where the model is, as of a deployed session (`Session.labels`)."""
+        check_images(images_BHWC, self.signature)
+        check_classes(self.signature)
+        scores_BK = self._compute(torch.from_numpy(np.ascontiguousarray(images_BHWC)).to(self.device))
+        labels: NDArray[np.uint8] = scores_BK.argmax(1).to(torch.uint8).cpu().numpy()
+        return labels
 
     def map(self, batches: Iterable[NDArray[np.uint8]]) -> Iterator[NDArray[np.float32]]:
         """Scores of each batch, in their order; on a GPU the next batch is read and copied while this one is computed."""

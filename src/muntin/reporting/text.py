@@ -112,7 +112,10 @@ def machine_facts(hardware: Hardware, muntin: str) -> list[tuple[str, str]]:
     if hardware.features:
         facts.append(("features", ", ".join(hardware.features)))
     facts.append(("muntin", muntin))
-    return facts + [(name.replace("_", " "), str(value)) for name, value in (hardware.model_extra or {}).items() if value is not None]
+    for name, value in (hardware.model_extra or {}).items():
+        if value is not None:
+            facts.append((name.replace("_", " "), ", ".join(map(str, value)) if isinstance(value, list) else str(value)))
+    return facts
 
 
 def headline(report: Report) -> str:

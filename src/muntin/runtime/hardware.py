@@ -38,7 +38,7 @@ def describe_hardware() -> dict[str, Any]:
 
     `cores` are the logical cores it may run on (affinity and a container's quota considered), `physical_cores` those without
     hyper-threads; `memory_gib` is the machine's or the container's limit, whichever is less, None where unknown. A package that is not
-    installed is left out, and so is torch unless it is loaded already.
+    installed is left out, and so are torch and the `gpus` that it may use unless it is loaded already.
     """
     cpuinfo = _text(Path("/proc/cpuinfo"))
     described: dict[str, Any] = {
@@ -53,8 +53,10 @@ def describe_hardware() -> dict[str, Any]:
     for name in (*PACKAGES, "onnxruntime-gpu"):  # the latter in place of onnxruntime, whose modules it has
         with suppress(importlib.metadata.PackageNotFoundError):
             described.setdefault(name.removesuffix("-gpu"), importlib.metadata.version(name))
-    if "torch" in sys.modules:
-        described["torch"] = str(sys.modules["torch"].__version__)
+    if torch := sys.modules.get("torch"):
+        described["torch"] = str(torch.__version__)
+        if torch.cuda.is_available():
+            described["gpus"] = [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())]
     return described
 
 

@@ -89,8 +89,7 @@ class Session(ABC):
         with six classes saves several milliseconds. Raises as a call does, and DataError for "restore", which has no classes.
         """
         check_images(images_BHWC, self.signature)
-        if self.signature.task == "restore":
-            raise DataError('labels of a model for "restore": it has no classes, ask for its scores')
+        check_classes(self.signature)
         return self.infer_labels(np.ascontiguousarray(images_BHWC))
 
     def infer_labels(self, images_BHWC: NDArray[np.uint8]) -> NDArray[np.uint8]:
@@ -180,6 +179,12 @@ def check_images(images: object, signature: Signature) -> None:
         raise DataError(f"images of dtype {images.dtype}: give {wanted}; normalisation is part of the model")
     if images.ndim != 4 or images.shape[3] != signature.channels or 0 in images.shape:
         raise DataError(f"images of shape {images.shape}: give {wanted}, with no side of 0")
+
+
+def check_classes(signature: Signature) -> None:
+    """Raises DataError for a model that has no classes, of which labels are asked."""
+    if signature.task == "restore":
+        raise DataError('labels of a model for "restore": it has no classes, ask for its scores')
 
 
 def check_shape(shape: object) -> Shape:
