@@ -18,7 +18,7 @@ from PIL import Image
 
 from muntin.serving.executor import Work
 from muntin.serving.metrics import Metrics
-from muntin.serving.pictures import Pictures, _Room
+from muntin.serving.pictures import DECODERS, Pictures, _Room
 from muntin.serving.probation import ArtifactLoader
 from muntin.serving.protocol import ProtocolError, RefusedRequestError
 from muntin.serving.rollout import Rollout
@@ -204,6 +204,35 @@ def test_a_picture_that_is_refused_is_not_kept(slot: Slot, made: Callable[[], by
         assert asyncio.run(ask()) <= before
     finally:
         gc.enable()
+
+
+def test_a_picture_that_waits_for_a_decoder_goes_with_its_client(slot: Slot, monkeypatch: pytest.MonkeyPatch) -> None:
+    let_go, contents = threading.Event(), [picture(8) + bytes([number]) for number in range(DECODERS + 1)]
+
+    def count(*_: Any, **__: Any) -> int:
+        assert let_go.wait(60)
+        return 64
+
+    async def give_up() -> None:
+        service: Any = Stuck(slot)
+        pictures = Pictures(service, body_bytes=BODY_BYTES)
+        before = sys.getrefcount(contents[-1])
+        tasks = [asyncio.create_task(pictures.answer(content, {})) for content in contents]
+        await asyncio.sleep(0.05)
+        meanwhile = sys.getrefcount(contents[-1])
+        for task in tasks:
+            task.cancel()
+        await asyncio.wait(tasks)
+        assert len(pictures._pending) == DECODERS + 1
+        after = sys.getrefcount(contents[-1])
+        assert meanwhile > after == before
+        let_go.set()
+        while pictures._pending:
+            await asyncio.sleep(0.01)
+        pictures.close()
+
+    monkeypatch.setattr("muntin.serving.pictures.pixel_count", count)
+    asyncio.run(give_up())
 
 
 @pytest.mark.parametrize("by", ["the client", "the server"])

@@ -89,9 +89,10 @@ class Pictures:
         except ProtocolError:
             lease.release()
             raise
-        through = _Through(self._service, lease.version, asyncio.get_running_loop())
+        through = _Through(self._service, lease.version, asyncio.get_running_loop(), content)
         self._pending.add(through)
-        task = asyncio.create_task(self._held(content, output, lease, through))
+        del content  # where the client goes before its picture is read, nothing else holds it
+        task = asyncio.create_task(self._held(output, lease, through))
         try:
             await asyncio.wait((task,))  # which does not cancel it
         except asyncio.CancelledError:
@@ -109,28 +110,27 @@ class Pictures:
             through.give_up()
         self._threads.join(timeout)
 
-    async def _held(self, content: bytes, output: str, lease: Lease, through: _Through) -> PictureAnswer:
+    async def _held(self, output: str, lease: Lease, through: _Through) -> PictureAnswer:
         """The answer, by a task that nobody cancels: it ends when its threads have."""
         try:
             with lease:
-                return await self._computed(content, output, through)
+                return await self._computed(output, through)
         finally:
             self._pending.discard(through)
 
-    async def _computed(self, content: bytes, output: str, through: _Through) -> PictureAnswer:
+    async def _computed(self, output: str, through: _Through) -> PictureAnswer:
         loop = asyncio.get_running_loop()
         version = through.version
         try:
             async with self._decoding:
-                through.check()
-                count = await loop.run_in_executor(self._threads, _counted, content, self._service.max_pixels)
+                count = await loop.run_in_executor(self._threads, _counted, through.file(), self._service.max_pixels)
             self._check_whole(count, version.signature)
             async with self._room.taken(count * version.signature.scale**2):
                 async with self._decoding:
-                    through.check()
                     image = await loop.run_in_executor(
-                        self._threads, _decoded, content, version.signature.channels, self._service.max_pixels
+                        self._threads, _decoded, through.file(), version.signature.channels, self._service.max_pixels
                     )
+                through.decoded()
                 answer = await loop.run_in_executor(self._threads, self._predicted, through, image)
                 async with self._decoding:
                     through.check()
@@ -228,7 +228,9 @@ class _Through:
     its calls have no objective, and are less urgent than others.
     """
 
-    def __init__(self, service: Service, version: Version, loop: asyncio.AbstractEventLoop) -> None:
+    def __init__(self, service: Service, version: Version, loop: asyncio.AbstractEventLoop, content: bytes) -> None:
+        self._content = content
+        """The file; empty once it is decoded or given up."""
         self.signature: Signature = version.signature
         self.version = version
         self._service, self._loop = service, loop
@@ -246,9 +248,19 @@ class _Through:
 
     def give_up(self) -> None:
         with self._lock:
-            self._given_up, asked = True, self._asked
+            self._given_up, asked, self._content = True, self._asked, b""
         if asked is not None:
             asked.cancel()
+
+    def file(self) -> bytes:
+        """The picture's bytes. Raises `_GivenUpError` if it was given up."""
+        with self._lock:
+            self.check()
+            return self._content
+
+    def decoded(self) -> None:
+        """Nobody needs its bytes any more."""
+        self._content = b""
 
     def begin_again(self, version: Version) -> None:
         """For this version, which need not be leased: where it goes, another one steps in."""
