@@ -51,6 +51,7 @@ def test_init_says_what_comes_next(call: Call, pictures: Path) -> None:
     answer = call("init", pictures)
     assert answer.code == 0
     assert f"(task: segment): read it, rename the classes, then `muntin fit {pictures / 'recipe.yaml'}`" in answer.out
+    assert "classes   0, 1, 2; 255 in a mask counts as nothing" in answer.out
 
 
 def test_init_does_not_advise_other_names_for_classes_that_are_folders(call: Call, tmp_path: Path) -> None:
@@ -58,7 +59,9 @@ def test_init_does_not_advise_other_names_for_classes_that_are_folders(call: Cal
         folder = tmp_path / ("cat", "dog")[number % 2]
         folder.mkdir(exist_ok=True)
         write_image(folder / f"{number}.png", np.full((40, 40, 3), number, np.uint8))
-    assert f"(task: classify): read it, then `muntin fit {tmp_path / 'recipe.yaml'}`" in call("init", tmp_path).out
+    told = call("init", tmp_path).out
+    assert f"(task: classify): read it, then `muntin fit {tmp_path / 'recipe.yaml'}`" in told
+    assert "classes   cat, dog\n" in told
     spaced = tmp_path.rename(tmp_path.with_name("my photos"))
     (spaced / "recipe.yaml").unlink()
     assert f"then `muntin fit '{spaced / 'recipe.yaml'}'`" in call("init", spaced).out

@@ -225,6 +225,31 @@ def test_masks_that_cannot_be_classes(tmp_path: Path) -> None:
         write_recipe(tmp_path / "few")
 
 
+def test_masks_with_smooth_edges_are_no_classes(tmp_path: Path) -> None:
+    disc = 255 * (np.hypot(*np.mgrid[-40:40, -40:40]) < 25).astype(np.uint8)
+    small = np.asarray(Image.fromarray(disc).resize((60, 60), Image.Resampling.BICUBIC))
+    fill(tmp_path / "resized", [small] * 5)
+    with pytest.raises(DataError, match=r"their edges were smoothed, as by resizing; save them as PNG .* cut them at 128"):
+        write_recipe(tmp_path / "resized")
+    fill(tmp_path / "jpeg", [disc] * 5)
+    for path in (tmp_path / "jpeg" / "masks").iterdir():
+        Image.open(path).convert("L").save(path.with_suffix(".jpg"), quality=90)
+        path.unlink()
+    with pytest.raises(DataError, match=r"0\.jpg is a JPEG, which blurs classes into each other; save them as PNG"):
+        write_recipe(tmp_path / "jpeg")
+
+
+@pytest.mark.parametrize(
+    ("values", "ignored"),
+    [([0, 128, 255], None), ([0, 85, 170, 255], None), ([0, 1, 255], 255), ([0, 5, 255], 255), ([*range(150), 255], 255)],
+)
+def test_255_is_ignored_beside_numbers_of_classes_alone(tmp_path: Path, values: list[int], ignored: int | None) -> None:
+    fill(tmp_path, masks_of(values))
+    recipe, _ = opened(write_recipe(tmp_path))
+    assert recipe["data"]["ignore"] == ignored
+    assert [entry["value"] for entry in recipe["data"]["classes"]] == [value for value in values if value != ignored]
+
+
 def test_a_val_folder_without_masks(tmp_path: Path) -> None:
     fill(tmp_path / "train", masks_of([0, 1]))
     (tmp_path / "val").mkdir()

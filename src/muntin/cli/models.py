@@ -11,6 +11,9 @@ from rich.table import Table
 
 from muntin.cli.console import Json, out, print_json, progress_bar
 
+SHOWN = 12
+"""Classes of a new recipe that are named."""
+
 
 def models_command(
     size: Annotated[int, typer.Option(min=1, max=4096, help="Side of the image that multiply-adds are counted at, pixels.")] = 512,
@@ -71,7 +74,12 @@ def init_command(
     if json:
         print_json({"recipe": path})
         return
+    recipe = yaml.safe_load(path.read_text(encoding="utf-8"))
+    found, classes = recipe["task"], recipe["data"]["classes"]
     # a classifier's classes are the folders, and go by their names
-    found = yaml.safe_load(path.read_text(encoding="utf-8"))["task"]
     names = "rename the classes, " if found == "segment" else ""
     out.print(f"wrote     {path} (task: {found}): read it, {names}then `{shlex.join(['muntin', 'fit', str(path)])}`", markup=False)
+    told = [str(entry["name"] if found == "classify" else entry["value"]) for entry in classes]
+    shown = ", ".join(told[:SHOWN]) + (f", ... ({len(told)} in all)" if len(told) > SHOWN else "")
+    ignored = "" if recipe["data"].get("ignore") is None else f"; {recipe['data']['ignore']} in a mask counts as nothing"
+    out.print(f"classes   {shown}{ignored}", markup=False)

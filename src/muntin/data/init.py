@@ -8,10 +8,11 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
+from typing import Any
 
 import numpy as np
 
@@ -24,6 +25,8 @@ from muntin.runtime.images import IGNORED, IMAGE_SUFFIXES, image_size, read_imag
 RECIPE_NAME = "recipe.yaml"
 SHARE = 0.15  # of the pictures, for validation and for test each, where they have no folders
 _LOOKED_AT = 64  # files opened to find out what masks hold, how large pictures are
+_LOSSY = (".jpg", ".jpeg")
+_SOFT, _ENDS = 8, 0.9  # values between 0 and 255 beyond which edges are smoothed, where these two have so much of the pixels
 _NAMES: dict[str, tuple[str, ...]] = {
     "images": ("images", "image", "imgs", "img"),
     "masks": ("masks", "mask", "labels", "annotations"),
@@ -308,7 +311,7 @@ def _folder_classes(folder: Path) -> list[FoundClass]:
 
 
 def _mask_classes(folder: Path) -> tuple[list[FoundClass], int | RGB | None]:
-    """The classes that the masks hold, and which value is ignored: 255 where there is one, except in masks of 0 and 255 alone."""
+    """The classes that the masks hold, and which value is ignored: 255, where it is no class itself."""
     paths = _sampled({path.stem: path for path in _pictures(folder)})
     masks = [read_mask(path) for path in paths]
     painted = any(mask.ndim == 3 and not (mask == mask[:, :, :1]).all() for mask in masks)
@@ -316,8 +319,10 @@ def _mask_classes(folder: Path) -> tuple[list[FoundClass], int | RGB | None]:
         colors = _colors_in([read_mask(path, colors=True) for path in paths])
         _check_count(colors, folder)
         return [FoundClass(name=f"class-{index}", color=color, value=color) for index, color in enumerate(colors)], None
-    values = sorted({int(value) for mask in masks for value in np.unique(mask)})
-    ignore = None if values == [0, 255] else IGNORED
+    counts = _counts_in(masks)
+    values = sorted(counts)
+    _check_sharp(counts, paths, folder)
+    ignore = None if _is_a_class(IGNORED, values) else IGNORED
     if values[0] < 0 or values[-1] > 65535:
         raise DataError(f"the masks in {folder} hold values from {values[0]} to {values[-1]}: classes are numbers from 0 to 65535")
     values = [value for value in values if value != ignore]
@@ -326,6 +331,37 @@ def _mask_classes(folder: Path) -> tuple[list[FoundClass], int | RGB | None]:
     return [
         FoundClass(name=f"class-{index}", color=color, value=value) for index, (value, color) in enumerate(zip(values, colors, strict=True))
     ], ignore
+
+
+def _counts_in(masks: Sequence[np.ndarray[Any, Any]]) -> dict[int, int]:
+    """How many pixels have each value."""
+    counts: dict[int, int] = {}
+    for mask in masks:
+        for value, count in zip(*np.unique(mask, return_counts=True), strict=True):
+            counts[int(value)] = counts.get(int(value), 0) + int(count)
+    return counts
+
+
+def _check_sharp(counts: Mapping[int, int], paths: Sequence[Path], folder: Path) -> None:
+    """Raises DataError for masks of two classes whose edges run through all values between: each would be a class of its own."""
+    blurred = [path for path in paths if path.suffix.lower() in _LOSSY]
+    ends = counts.get(0, 0) + counts.get(255, 0)
+    between = [value for value in counts if value not in (0, 255)]
+    soft = len(between) > _SOFT and max(between) > 127 and min(between) < 128 and ends > _ENDS * sum(counts.values())
+    if soft or (blurred and between):
+        jpeg = f"{blurred[0].name} is a JPEG, which blurs classes into each other" if blurred else ""
+        which = jpeg or "their edges were smoothed, as by resizing"
+        raise DataError(
+            f"the masks in {folder} hold the values {', '.join(map(str, sorted(counts)[:4]))}, ... ({len(counts)} in all): {which}; "
+            "save them as PNG of whole class numbers, resized by nearest neighbour; if they are of two classes, cut them at 128"
+        )
+
+
+def _is_a_class(value: int, values: Sequence[int]) -> bool:
+    """Whether 255 is a class beside the others, as in masks that are to be looked at (0, 255; 0, 128, 255), where others are no numbers of
+    classes, which count up from 0."""
+    others = [other for other in values if other != value]
+    return value in values and (others == [0] or max(others, default=0) > max(127, 2 * len(others)))
 
 
 def _check_count(values: Sequence[object], folder: Path) -> None:
