@@ -509,6 +509,33 @@ def test_what_was_trained_is_kept_where_validation_fails_and_validated_when_gone
     assert one.state.validation == other.state.validation
 
 
+def test_a_second_ctrl_c_in_a_validation_loses_nothing(tmp_path: Path, tiny: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    def validate(*given: Any, **more: Any) -> None:
+        for _ in range(2):
+            os.kill(os.getpid(), signal.SIGINT)
+        time.sleep(1)  # where the second one is raised
+
+    monkeypatch.setattr("muntin.training.loop.evaluate", validate)
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # whoever started the tests may have switched Ctrl-C off
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            train(tiny, tmp_path / "run", "training.checkpoint_every=100")
+    finally:
+        signal.signal(signal.SIGINT, before)
+    state = read_checkpoint(tmp_path / "run").state
+    assert (state.step, state.validation) == (3, [])
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="this system has no file that is always full")
+def test_a_curve_that_cannot_be_logged_is_noted(tmp_path: Path, tiny: Any) -> None:
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "metrics.jsonl").symlink_to("/dev/full")
+    result = train(tiny, tmp_path / "run")
+    assert [note for note in result.notes if "metrics.jsonl" in note] == [result.notes[-1]]
+    assert "No space left on device" in result.notes[-1]
+    assert len(read_checkpoint(result.checkpoint).state.validation) == len(result.validation) == 2
+
+
 def test_compiling_without_a_compiler_is_refused_before_anything_is_written(
     tmp_path: Path, tiny: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:

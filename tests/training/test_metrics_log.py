@@ -6,11 +6,23 @@ import json
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 from muntin.training.metrics_log import MetricsLog
 
 
 def point(step: int) -> dict[str, Any]:
     return {"step": step, "loss": step / 100}
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="this system has no file that is always full")
+def test_a_full_disk_is_told_once_and_ends_nothing(tmp_path: Path) -> None:
+    (tmp_path / "metrics.jsonl").symlink_to("/dev/full")
+    with MetricsLog(tmp_path, 0, [], []) as log:
+        for step in (10, 20):
+            log.write("training", point(step))
+    place = tmp_path / "metrics.jsonl"
+    assert log.failed == f"{place} cannot be written (No space left on device): points of the curve are in checkpoints alone"
 
 
 def test_the_points_of_the_step_that_a_log_goes_on_from_stay_and_later_ones_go(tmp_path: Path) -> None:

@@ -1,6 +1,8 @@
 from __future__ import annotations
 
 import copy
+import os
+import signal
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +13,7 @@ from torchvision.ops.misc import FrozenBatchNorm2d
 
 from muntin.layers.norm import GROUP, MapNorm
 from muntin.training.checkpoint import AVERAGE, read_checkpoint
-from muntin.training.loop import fit
+from muntin.training.loop import LOG_EVERY, FitProgress, fit
 from muntin.training.precision import resolve_precision
 from muntin.training.recipe import load_recipe
 from muntin.training.statistics import has_statistics, renew_statistics
@@ -71,10 +73,19 @@ def slow_norms(*, task: str, classes: int, channels: int) -> nn.Module:
     return nn.Sequential(nn.Conv2d(channels, 8, 3, padding=1), nn.BatchNorm2d(8, momentum=1e-3), nn.ReLU(), nn.Conv2d(8, classes, 1))
 
 
-def test_a_short_training_of_slow_norms_is_kept_with_statistics_of_its_pixels(tiny: Any, tmp_path: Path) -> None:
-    steps = ["training.steps=3", "training.validate_every=100", "training.checkpoint_every=100", "model.options={}"]
-    recipe = load_recipe(tiny.recipe, [*steps, f"model.name={__name__}:slow_norms"])
-    kept = read_checkpoint(fit(recipe, root=tiny.root, directory=tmp_path / "run").checkpoint)
+@pytest.mark.parametrize("steps", [3, 30])
+def test_a_short_training_of_slow_norms_is_kept_with_statistics_of_its_pixels(tiny: Any, tmp_path: Path, steps: int) -> None:
+    """To its end, or to Ctrl-C before any validation."""
+    options = [f"training.steps={steps}", "training.validate_every=100", "training.checkpoint_every=100", "model.options={}"]
+    recipe = load_recipe(tiny.recipe, [*options, f"model.name={__name__}:slow_norms"])
+
+    def stop(progress: FitProgress) -> None:
+        if progress.kind == "step" and progress.step == LOG_EVERY:
+            os.kill(os.getpid(), signal.SIGINT)
+
+    result = fit(recipe, root=tiny.root, directory=tmp_path / "run", report=stop)
+    assert (result.step, len(result.validation)) == ((3, 1) if steps == 3 else (LOG_EVERY, 0))
+    kept = read_checkpoint(result.checkpoint)
     variance = kept.tensors[AVERAGE]["1.running_var"]
     assert variance.median() > 10  # of pixels up to 255; it begins at 1, and three steps of a thousandth leave it near there
     trained = kept.tensors["model.safetensors"]["1.running_var"]

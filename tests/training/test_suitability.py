@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import functools
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -15,7 +16,8 @@ from muntin.artifact import ClassInfo
 from muntin.errors import MuntinError, RecipeError
 from muntin.models import create_model
 from muntin.training.checkpoint import new_model
-from muntin.training.recipe import parse_recipe
+from muntin.training.loop import fit
+from muntin.training.recipe import load_recipe, parse_recipe
 from muntin.training.suitability import check_model, check_reading
 
 TWO = (ClassInfo(name="a", color=(0, 0, 0)), ClassInfo(name="b", color=(9, 9, 9)))
@@ -233,3 +235,23 @@ def test_what_a_model_makes_at_its_first_call_is_read_from_its_checkpoint(kind: 
     check_reading(model, recipe, TWO)
     assert torch.equal(torch.get_rng_state(), state) and model.training
     assert before.keys() == model.state_dict().keys() and all(torch.equal(before[k], v) for k, v in model.state_dict().items())
+
+
+def deep(*, task: str, classes: int, channels: int) -> nn.Module:
+    """A kernel over bands and space."""
+
+    class Deep(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.bands, self.head = nn.Conv3d(1, 4, 3, padding=1), nn.Conv2d(4 * channels, classes, 1)
+
+        def forward(self, x: Tensor) -> Tensor:
+            answer: Tensor = self.head(self.bands(x[:, None] / 128 - 1).flatten(1, 2))
+            return answer
+
+    return Deep()
+
+
+def test_a_kernel_of_three_dimensions_is_trained(tiny: Any, tmp_path: Path) -> None:
+    recipe = load_recipe(tiny.recipe, ["training.steps=2", f"model.name={__name__}:deep", "model.options={}"])
+    assert fit(recipe, root=tiny.root, directory=tmp_path / "run").step == 2

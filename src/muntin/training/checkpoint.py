@@ -172,16 +172,17 @@ def write_checkpoint(folder: Path, state: dict[str, Any], tensors: dict[str, dic
     content["sha256"][STATE] = digest_of(content)
     files[STATE] = json.dumps(content, indent=1, allow_nan=False).encode() + b"\n"
     path = folder / f"step-{checked.step:08d}"
-    folder.mkdir(parents=True, exist_ok=True)
     try:
+        folder.mkdir(parents=True, exist_ok=True)
         replace_directory(path, files, marker=STATE)
-    except ArtifactError as error:
-        reason = error.__cause__.strerror if isinstance(error.__cause__, OSError) else str(error)
+    except (ArtifactError, OSError) as error:
+        cause = error if isinstance(error, OSError) else error.__cause__
+        reason = cause.strerror if isinstance(cause, OSError) else str(error)
         raise CheckpointError(
             f"{path} cannot be written ({reason}): make room, then --resume goes on from the newest checkpoint that is there"
         ) from error
     for old in checkpoints_in(folder)[:-KEPT]:
-        shutil.rmtree(old)
+        shutil.rmtree(old, ignore_errors=True)  # the next one tries again
     return path
 
 

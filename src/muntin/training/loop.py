@@ -4,7 +4,7 @@
 
 A batch depends on nothing but the recipe's seed and the step, and a checkpoint holds all other state, so a run that was interrupted
 and resumed ends in the same bits as one that was not (on the same machine, with the same number of threads, by the same recipe). Not where
-`training.minutes` limits it: then the learning rate depends on the clock.
+`training.minutes` limits it, since the learning rate depends on the clock then, and not on CUDA, whose sums have no fixed order.
 
 Axes: B images, C channels, H W map.
 """
@@ -134,7 +134,7 @@ def fit(
     return FitResult(
         directory=directory, checkpoint=path, step=training.step, steps=training.steps, interrupted=not training.finished,
         precision=f"{precision.name} on {precision.device}: {precision.reason}",
-        seconds=training.seconds, validation=training.validation, notes=notes,
+        seconds=training.seconds, validation=training.validation, notes=(*notes, *training.notes),
     )  # fmt: skip
 
 
@@ -179,6 +179,8 @@ class Training:
         self.losses: list[float] = []
         self.curve: list[dict[str, float]] = []
         self.validation: list[dict[str, Any]] = []
+        self.notes: list[str] = []
+        """What went wrong on the way, and did not end it."""
         if start is not None:
             trainer.restore(start)
             state = start.state
@@ -234,11 +236,13 @@ class Training:
                     rate = (self.step - first) * config.batch_size / (time.perf_counter() - started)
                     self._log_step(log, sum(self.losses) / len(self.losses), rate)
                     self.losses = []
-                if self.step % config.validate_every == 0 or ended:
+                if judged := self.step % config.validate_every == 0 or ended:
                     self._judge(log, samples, validation)
                     self.seconds = before + time.perf_counter() - started
                     ended = self.finished  # by what validating took, maybe
                 last = ended or interruption.asked  # read once: a checkpoint follows for sure
+                if last and not judged:
+                    self._renew_statistics(samples)  # of a checkpoint that is evaluated or exported as it is
                 if last or self.step % config.checkpoint_every == 0:
                     path = self._write()
                 if last:
@@ -261,19 +265,25 @@ class Training:
             "images_per_s": rate,
         }  # fmt: skip
         self.curve.append(point)
-        log.write("training", point)
+        self._note(log, "training", point)
         left = (self.steps - self.step) * self.config.batch_size / rate
         score = self.validation[-1]["score"] if self.validation else None
         self.report(
             FitProgress(kind="step", step=self.step, steps=self.steps, loss=loss, score=score, images_per_second=rate, seconds_left=left)
         )
 
+    def _note(self, log: MetricsLog, kind: str, point: dict[str, Any]) -> None:
+        log.write(kind, point)
+        if log.failed and log.failed not in self.notes:
+            self.notes.append(log.failed)
+            self.report(FitProgress(kind="note", step=self.step, steps=self.steps, note=log.failed))
+
     def _judge(self, log: MetricsLog, samples: Samples, validation: Samples) -> None:
         """Validate, norms with statistics of the weights of now. Where that fails, of a model or of pictures, what was trained is kept."""
         try:
             self._renew_statistics(samples)
             self._validate(log, validation)
-        except Exception:
+        except BaseException:  # a second Ctrl-C, too
             self._write()
             raise
 
@@ -292,7 +302,7 @@ class Training:
         if self.recipe.task == "segment":
             point["miou"] = result.miou
         self.validation.append(point)
-        log.write("validation", point)
+        self._note(log, "validation", point)
         self.report(FitProgress(kind="validation", step=self.step, steps=self.steps, score=result.score))
 
     def _write(self) -> Path:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import warnings
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,8 @@ class MetricsLog:
 
     def __init__(self, directory: Path, step: int, training: list[dict[str, float]], validation: list[dict[str, Any]]) -> None:
         self.directory, self.step = directory, step
+        self.failed = ""
+        """Why a point could not be written, if one could not."""
         self.past = [("training", p) for p in training] + [("validation", p) for p in validation]
 
     def __enter__(self) -> MetricsLog:
@@ -27,16 +30,24 @@ class MetricsLog:
         return self
 
     def __exit__(self, *details: object) -> None:
-        self.file.close()
-        self.board.close()
+        for closing in (self.file, self.board):
+            with suppress(OSError):  # what could not be written was told, and the checkpoint has it all
+                closing.close()
 
     def _line(self, kind: str, point: dict[str, Any]) -> None:
         self.file.write(json.dumps({"kind": kind, **point}) + "\n")
         self.file.flush()
 
     def write(self, kind: str, point: dict[str, Any]) -> None:
-        """Add one point."""
-        self._line(kind, point)
-        for key, value in point.items():
-            if key != "step" and isinstance(value, int | float):
-                self.board.add_scalar(f"{kind}/{key}", value, int(point["step"]))
+        """Add one point. Where there is no room, training goes on without: a checkpoint has all points, and a run that goes on writes them
+        anew."""
+        try:
+            self._line(kind, point)
+            for key, value in point.items():
+                if key != "step" and isinstance(value, int | float):
+                    self.board.add_scalar(f"{kind}/{key}", value, int(point["step"]))
+        except OSError as error:
+            if not self.failed:
+                self.failed = (
+                    f"{self.file.name} cannot be written ({error.strerror or error}): points of the curve are in checkpoints alone"
+                )

@@ -130,8 +130,11 @@ def check_maps(model: nn.Module, precision: Precision, *, crop: int, channels: i
 
 
 def _on_cuda(name: PrecisionName) -> Precision:
+    has_bf16 = torch.cuda.is_bf16_supported(including_emulation=False)
     if name == "auto":
-        name = "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
+        name = "bf16" if has_bf16 else "fp16"
+    if name == "bf16" and not has_bf16:
+        raise DependencyError(f"training.precision bf16: {torch.cuda.get_device_name()} has none: write auto, fp16 or fp32")
     if name == "fp32":
         torch.backends.cuda.matmul.fp32_precision = "tf32"
         torch.backends.cudnn.conv.fp32_precision = "tf32"  # type: ignore[attr-defined]

@@ -19,6 +19,7 @@ from muntin.models.foreign import DividedSides
 from muntin.models.hybridnet import HybridNet
 from muntin.runtime.memory import no_memory
 from muntin.training.checkpoint import build_model, load_weights, make_signature
+from muntin.training.layout import channels_last
 from muntin.training.recipe import Recipe
 
 DIVISORS = (2, 4, 8, 16, 32, 64, 128)
@@ -56,7 +57,7 @@ def check_model(model: nn.Module, recipe: Recipe, classes: tuple[ClassInfo, ...]
         if not advice:
             raise RecipeError(f"'{name}' fails on pixels of shape {shape} ({reason}), and on other sizes too: mend its forward")
         raise RecipeError(f"data.crop {side}: '{name}' takes pictures of another size ({reason}): {advice}")
-    tried: nn.Module = copy.deepcopy(model).to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # with what the call made
+    tried = channels_last(copy.deepcopy(model))  # with what the call made
     _check_answer(tried, shape, signature, name)
     with torch.random.fork_rng():
         batch = min(2, recipe.training.batch_size)

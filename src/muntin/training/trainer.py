@@ -20,6 +20,7 @@ from muntin.training.average import WeightAverage
 from muntin.training.checkpoint import AVERAGE, MODEL, OPTIMIZER, Checkpoint, load_optimizer, load_weights, optimizer_tensors
 from muntin.training.closing import GateClosing
 from muntin.training.config import TrainingConfig
+from muntin.training.layout import channels_last
 from muntin.training.loss import distillation_loss, task_loss
 from muntin.training.optimizer import make_optimizer
 from muntin.training.precision import Precision
@@ -49,7 +50,7 @@ class Trainer:
         distillation: float = 1.0,
     ) -> None:
         self.config, self.task, self.precision, self.distillation = config, task, precision, distillation
-        self.model = model.to(precision.device).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        self.model = channels_last(model.to(precision.device))
         self.teacher = None if teacher is None or not distillation else teacher.to(precision.device).eval().requires_grad_(False)
         self.average = WeightAverage(self.model, config.average)
         self.optimizer = make_optimizer(self.model, config, precision.dtype or torch.float32)
