@@ -14,6 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from pydantic import ValidationError
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from muntin import create_model
 from muntin.compression import Change, fold, quantize
@@ -435,7 +436,7 @@ def test_no_batch_unknown_names_and_budgets_out_of_reach_are_errors() -> None:
     x = pixels(1, 3, 8, 8)
     with pytest.raises(MuntinError, match="no batch came"):
         low_rank([])(perceptron())
-    with pytest.raises(MuntinError, match="keep names no Linear or Conv2d: nosuch; the model has first, second, third"):
+    with pytest.raises(MuntinError, match="keep names no layer: nosuch; the model has first, second, third"):
         low_rank([x], LowRankConfig(keep=("nosuch",)))(perceptron())
     for criterion in ("activation", "energy", "cumulative"):
         model = perceptron()
@@ -478,6 +479,48 @@ def test_one_sample_constant_images_and_dead_channels_work(x: Tensor) -> None:
     found = by_layer(low_rank([x], LowRankConfig(parameters=0.6))(model))
     assert found["second"].done == "rank 16 of 64"
     assert sqnr_db(scores, answer(model, x)) > 20
+
+
+class Reused(nn.Module):
+    """A backbone of which the answer depends, and a way of calling it."""
+
+    def __init__(self, call: Callable[[nn.Module, Tensor], Tensor]) -> None:
+        super().__init__()
+        self.backbone = nn.Sequential(nn.Linear(3, 64), nn.ReLU(), nn.Linear(64, 64))
+        self.head = nn.Linear(64, 64)
+        self.last = nn.Linear(64, 4)
+        self.call = call
+
+    def forward(self, x: Tensor) -> Tensor:
+        found = self.call(self.backbone, (x / 64 - 2).permute(0, 2, 3, 1))
+        answer: Tensor = self.last(torch.relu(self.head(found))).permute(0, 3, 1, 2)
+        return answer
+
+
+def test_a_layer_that_the_answer_depends_on_without_a_gradient_stays_dense() -> None:
+    def frozen(backbone: nn.Module, x: Tensor) -> Tensor:
+        with torch.no_grad():
+            found: Tensor = backbone(x)
+        return found
+
+    model = Reused(frozen).eval()
+    found = by_layer(low_rank([pixels(4, 3, 16, 16)], LowRankConfig(parameters=0.8, multiple=4))(model))
+    assert found["backbone.2"].kept and found["backbone.2"].reason.startswith("the answer does not depend on it, or not smoothly")
+    assert not found["head"].kept
+
+
+def test_a_model_that_checkpoints_activations_is_factored_as_any_other() -> None:
+    def checkpointed(backbone: nn.Module, x: Tensor) -> Tensor:
+        found: Tensor = checkpoint(backbone, x, use_reentrant=False)
+        return found
+
+    torch.manual_seed(0)
+    plain = Reused(lambda backbone, x: backbone(x)).eval()
+    saving = Reused(checkpointed).eval()
+    saving.load_state_dict(plain.state_dict())
+    x = pixels(4, 3, 16, 16)
+    one, other = (by_layer(low_rank([x], LowRankConfig(parameters=0.6, multiple=4))(model)) for model in (plain, saving))
+    assert one == other and not one["backbone.2"].kept
 
 
 def test_a_weight_of_zeros_takes_the_least_rank() -> None:

@@ -30,6 +30,7 @@ from muntin.compression.qat import (
     QATSoftmaxProduct,
     apply_qat,
     bits_of,
+    float_weights,
     qat_operations,
     qat_structure,
 )
@@ -511,7 +512,7 @@ def test_no_batch_is_an_error() -> None:
 def test_an_unknown_name_in_keep_is_an_error_and_nothing_changes() -> None:
     model = create_model("hybrid-xs", options=SMALL).eval()
     before = copy.deepcopy(model.state_dict())
-    with pytest.raises(MuntinError, match=r"keep names no Linear or Conv2d: nosuch; the model has stem\.0\.conv") as caught:
+    with pytest.raises(MuntinError, match=r"keep names no layer: nosuch; the model has stem\.0\.conv") as caught:
         prepare_qat([pixels(1, 3, 32, 32)], keep=("stem.0.conv", "nosuch"))(model)
     assert "\n" not in str(caught.value)
     assert before.keys() == model.state_dict().keys()
@@ -524,6 +525,43 @@ def test_layers_named_in_keep_stay_in_float() -> None:
     found = by_layer(prepare_qat([x], keep=("second",))(model))
     assert [(change.layer, change.reason) for change in found.values() if change.kept] == [("second", "named in keep")]
     assert model.second is second and sorted(bits_of(model)) == ["first", "third"]
+
+
+@pytest.mark.parametrize("kept", ["stages.0.blocks.0.attention", "stages.0.blocks.0.attention.local.scores"])
+def test_a_module_that_is_kept_keeps_its_products(kept: str) -> None:
+    model = create_model("hybrid-xs", options=SMALL).eval()
+    before = names(model, Product, SoftmaxProduct)
+    prepare_qat([pixels(1, 3, 32, 32)], keep=(kept,))(model)
+    assert names(model, Product, SoftmaxProduct) == [name for name in before if f"{name}.".startswith(f"{kept}.")] != []
+    assert not any(name.startswith(kept) for name in qat_operations(model))
+    assert any("attention" not in name for name in qat_operations(model))
+
+
+class Equalised(nn.Module):
+    """A layer of somebody's own, whose weight is no Linear's."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.matrix = nn.Parameter(torch.randn(16, 3) / 4)
+        self.token = nn.Parameter(torch.zeros(1, 16, 1, 1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear((x / 64 - 2).movedim(1, 3), self.matrix * 0.7).movedim(3, 1) + self.token
+
+
+def test_weights_that_are_bare_parameters_are_told_counted_and_stored_in_16_bits() -> None:
+    normed = nn.utils.parametrizations.weight_norm(nn.Conv2d(16, 8, 3))
+    model, x = nn.Sequential(Equalised(), nn.ReLU(), normed, nn.Conv2d(8, 4, 1)).eval(), pixels(2, 3, 8, 8)
+    found = by_layer(prepare_qat([x])(model))
+    assert {name: change.reason for name, change in found.items() if change.kept} == {
+        "0": "Equalised: no integer form",
+        "2": "its weight is computed (weight norm, spectral norm): remove that first",
+    }
+    of_the_norm = sum(parameter.numel() for parameter in normed.parametrizations["weight"].parameters())
+    assert float_weights(model) == 16 * 3 + 16 + of_the_norm
+    freeze([x])(model)
+    matrix = model[0].matrix
+    assert torch.equal(matrix, matrix.half().float())
 
 
 def test_what_no_image_reaches_is_kept_and_said_so() -> None:

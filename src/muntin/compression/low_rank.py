@@ -60,6 +60,7 @@ from muntin.training.config import LowRankConfig
 
 DAMPING = 1e-2
 """Added to the diagonal of a moment, relative to its mean: inputs that calibration never saw keep a little weight."""
+_BLIND = "the answer does not depend on it, or not smoothly (no_grad, detach, argmax): what factoring harms cannot be estimated"
 FEW = 4
 """Rows a channel below which a layer's moment is told to be uncertain."""
 
@@ -99,7 +100,10 @@ def low_rank(calibration: Iterable[Tensor], config: LowRankConfig | None = None)
         picked: dict[str, Choice] = {}
         if free and config.criterion == "activation":
             roots = {name: square_root(moments[name].matrix) for name in free}
-            picked = _pick_by_answer(model, free, roots, moments, answer_sensitivity(model, batches, free), config)
+            sensitivity = answer_sensitivity(model, batches, free)
+            reasons |= {name: _BLIND for name in free if not sensitivity[name]}
+            free = {name: layer for name, layer in free.items() if name not in reasons}
+            picked = _pick_by_answer(model, free, roots, moments, sensitivity, config)
         elif free:
             picked = _pick_by_threshold(model, free, config)
         for name, layer in free.items():

@@ -1,6 +1,7 @@
 """What calibration images tell of a layer: which inputs it sees, and how much the model's answer listens to its output.
 
-Both are streamed over the batches: memory is O(C²) a layer, whatever the number of images.
+Both are streamed over the batches. Moments take O(C²) a layer, whatever the number of images; the answer's sensitivity what training on
+one batch takes, all activations of its images.
 
 Axes: N rows (tokens, positions of a map), I input channels.
 """
@@ -172,8 +173,9 @@ def answer_sensitivity(model: nn.Module, batches: Sequence[Tensor], layers: Mapp
                 answer = _checked_answer(model(as_input(model, batch.clone())))
                 scores.add(answer)
                 direction = torch.randn(answer.shape, generator=generator).to(answer.device, answer.dtype)
-                gradients = torch.autograd.grad((answer * direction).sum(), [zero for _, zero in probes], allow_unused=True)
-                for (name, zero), gradient in zip(probes, gradients, strict=True):
+                asked = list(probes)  # a model that checkpoints activations computes them, and calls the hooks, again for the gradient
+                gradients = torch.autograd.grad((answer * direction).sum(), [zero for _, zero in asked], allow_unused=True)
+                for (name, zero), gradient in zip(asked, gradients, strict=True):
                     counts[name] += zero.numel()
                     squares[name] += 0.0 if gradient is None else float(gradient.double().square().sum())
     finally:

@@ -9,7 +9,7 @@ no such grid; there it confuses what is within 0.2 %, and a slightly coarser one
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -33,10 +33,14 @@ def align_with_pixels(model: nn.Module, images: Tensor) -> list[str]:
 
     `images`: raw pixels `(B, C, H, W)`, for their shape. Found by asking: three images of one value each, 0, 1 and 255, must come to the
     layer as values that lie on one line; they lie on the grid if 0 comes as a whole number of steps. Signed grids only: without an offset
-    OpenVINO would take the quantiser out of the graph, and the layer would run in float. Costs three forward passes.
+    OpenVINO would take the quantiser out of the graph, and the layer would run in float. Costs six forward passes: the first three tell by
+    the inputs' means which few layers it may be, so that the inputs of no others have to be held.
     """
     layers: dict[str, nn.Module] = dict(named(model, QuantizedConv2d, QuantizedLinear))
-    seen = [_inputs(model, layers, torch.full_like(images[:1], value, dtype=torch.float32)) for value in (0.0, 1.0, 255.0)]
+    plain = [torch.full_like(images[:1], value, dtype=torch.float32) for value in (0.0, 1.0, 255.0)]
+    means = [_inputs(model, layers, image, mean=True) for image in plain]
+    layers = {name: layer for name, layer in layers.items() if all(name in inputs for inputs in means) and _is_line(name, means)}
+    seen = [_inputs(model, layers, image) for image in plain]
     aligned = []
     for name, layer in layers.items():
         assert isinstance(layer, QuantizedConv2d | QuantizedLinear)
@@ -49,11 +53,19 @@ def align_with_pixels(model: nn.Module, images: Tensor) -> list[str]:
     return aligned
 
 
-def _inputs(model: nn.Module, layers: Mapping[str, nn.Module], images: Tensor) -> dict[str, Tensor]:
+def _is_line(name: str, means: Sequence[Mapping[str, Tensor]]) -> bool:
+    black, one, white = (float(inputs[name]) for inputs in means)
+    step = (white - black) / 255
+    return step > 0 and abs(one - black - step) <= 1e-3 * step
+
+
+def _inputs(model: nn.Module, layers: Mapping[str, nn.Module], images: Tensor, *, mean: bool = False) -> dict[str, Tensor]:
+    """What comes to each layer the first time, or its mean."""
     found: dict[str, Tensor] = {}
 
     def watch(name: str, layer: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-        found.setdefault(name, inputs[0].double())
+        if name not in found:
+            found[name] = inputs[0].mean(dtype=torch.float64) if mean else inputs[0].double()
 
     watch_inputs(model, layers, [images], watch)
     return found

@@ -37,14 +37,15 @@ from muntin.compression.quantized import (
     no_integer_form,
 )
 from muntin.compression.rewrite import (
-    OTHERS,
     WHOLE_MODEL,
     call_every_layer,
     check_kept,
     computes_as_usual,
     is_kept,
+    keepable,
     named,
     number_paddings,
+    others,
     out_of_reach,
     replace,
 )
@@ -177,18 +178,19 @@ def prepare_qat(calibration: Iterable[Tensor], *, bits: int = 4, keep: Sequence[
     Linear, Conv2d and depthwise convolutions get weights of `bits` bits per output channel and 8-bit inputs; the products of muntin's
     attention get two 8-bit operands. Norms and gates are folded first. `calibration`: batches `(B, C, H, W)` of raw pixels, training
     images; grids of activations start at the least squared error over them, or at `percentile` (of 100) of their values. `keep`: layers
-    that stay in float. Costs two forward passes over the batches. Raises `MuntinError` if no batch came, for NaN and infinity, and if
-    `keep` names no layer.
+    and products that stay in float, by their names or those of modules around them. Costs two forward passes over the batches. Raises
+    `MuntinError` if no batch came, for NaN and infinity, and if `keep` names no layer.
     """
 
     def pass_(model: nn.Module) -> list[Change]:
         batches = calibration_list(calibration)
         layers: dict[str, nn.Module] = dict(named(model.eval(), nn.Linear, nn.Conv2d))
-        check_kept(keep, layers)
+        check_kept(keep, keepable(model))
         changes = number_paddings(model) + fold(model) + fold_batch_norms(model, batches[0])
         check_weights(layers)
-        reasons = {"": WHOLE_MODEL} | {name: "named in keep" for name in layers if is_kept(name, keep)} | _unusual(model, layers, batches)
         products = dict(named(model, Product, SoftmaxProduct))
+        reasons = {"": WHOLE_MODEL} | {name: "named in keep" for name in (*layers, *products) if is_kept(name, keep)}
+        reasons |= _unusual(model, layers, batches)
         for name, observers in observe(model, {**layers, **products}, batches).items():
             operation = model.get_submodule(name)
             reason = reasons.get(name) or (no_integer_form(operation, observers[0]) if name in layers else _unseen(observers[0]))
@@ -242,7 +244,7 @@ def bits_of(model: nn.Module) -> dict[str, int]:
 
 def float_weights(model: nn.Module) -> int:
     """Weights of the layers that are not in quantisation-aware training, those that have no integer form included."""
-    layers = (layer for _, layer in named(model, nn.Linear, nn.Conv2d, *OTHERS))
+    layers = (*(layer for _, layer in named(model, nn.Linear, nn.Conv2d)), *others(model).values())
     return sum(parameter.numel() for layer in layers for parameter in layer.parameters(recurse=False) if parameter.ndim > 1)
 
 
@@ -315,7 +317,7 @@ def freeze(batches: Sequence[Tensor]) -> Pass:
         for name, layer in named(model, nn.Linear, nn.Conv2d):
             round_to_half(layer)
             changes.append(Change(layer=name, pass_="quantize", done="kept", reason="16 bits, as assigned"))
-        for _, other in named(model, *OTHERS):
+        for other in others(model).values():
             round_to_half(other)
         align_with_pixels(model, batches[0])
         return changes

@@ -21,14 +21,15 @@ from muntin.compression.observer import Observer
 from muntin.compression.pixel_grid import align_with_pixels
 from muntin.compression.quantized import QuantizedConv2d, QuantizedLayer, QuantizedLinear, no_integer_form
 from muntin.compression.rewrite import (
-    OTHERS,
     WHOLE_MODEL,
     call_every_layer,
     check_kept,
     computes_as_usual,
     is_kept,
+    keepable,
     named,
     number_paddings,
+    others,
     out_of_reach,
     replace,
 )
@@ -79,7 +80,7 @@ def quantize(calibration: Iterable[Tensor], config: QuantizationConfig | None = 
         batches = calibration_list(calibration)
         changes = remove_closed_channels(model.eval()) + number_paddings(model)
         layers: dict[str, nn.Module] = dict(named(model, nn.Linear, nn.Conv2d))
-        check_kept(config.keep, layers)
+        check_kept(config.keep, keepable(model))
         changes += fold(model) + fold_batch_norms(model, batches[0])
         check_weights(layers)
         return changes + _replace_layers(model, layers, batches, config) + out_of_reach(model, "quantize", "integer form")
@@ -99,7 +100,7 @@ def _replace_layers(model: nn.Module, layers: dict[str, nn.Module], batches: Seq
         else:
             round_to_half(layers[name])
             changes.append(Change(layer=name, pass_="quantize", done="kept", reason=reason or "", sqnr_db=sqnr.get(name)))
-    for _, other in named(model, *OTHERS):
+    for other in others(model).values():
         round_to_half(other)
     call_every_layer(model)
     align_with_pixels(model, batches[0])

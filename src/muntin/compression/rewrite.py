@@ -8,10 +8,12 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812 - the field's usual name
+from torch.nn.utils.parametrize import ParametrizationList
 
 from muntin.compression.change import Change
 from muntin.compression.factored import PARTS
 from muntin.errors import MuntinError
+from muntin.layers import Product, SoftmaxProduct
 
 M = TypeVar("M", bound=nn.Module)
 
@@ -44,7 +46,12 @@ def check_kept(keep: Sequence[str], layers: Mapping[str, nn.Module]) -> None:
     """Raises `MuntinError` for a name in `keep` that no layer has."""
     unknown = [entry for entry in keep if not any(is_kept(name, (entry,)) for name in layers)]
     if unknown:
-        raise MuntinError(f"keep names no Linear or Conv2d: {', '.join(unknown)}; the model has {', '.join(list(layers)[:6])}, ...")
+        raise MuntinError(f"keep names no layer: {', '.join(unknown)}; the model has {', '.join(list(layers)[:6])}, ...")
+
+
+def keepable(model: nn.Module) -> dict[str, nn.Module]:
+    """What `keep` may name, by dotted name: layers, and the products of muntin's attention."""
+    return dict(named(model, nn.Linear, nn.Conv2d, Product, SoftmaxProduct))
 
 
 def is_kept(name: str, keep: Sequence[str]) -> bool:
@@ -79,10 +86,28 @@ OTHERS = (
 """What has weights to multiply by, and no form but this one. (Of an attention, its projection of queries, keys and values.)"""
 
 
+_NO_WEIGHTS = (nn.Embedding, nn.EmbeddingBag, nn.LayerNorm, nn.RMSNorm)
+"""What has matrices of its own, and multiplies none of them with what comes in."""
+
+
+def others(model: nn.Module) -> dict[str, nn.Module]:
+    """What holds weights and has no form but this one, by dotted name: the kinds of `OTHERS`, and modules of the model's own that multiply
+    by parameters of theirs (an equalised or a conditional convolution; the parts that a computed weight is made of)."""
+    return {name: module for name, module in model.named_modules() if isinstance(module, OTHERS) or _has_bare_weights(module)}
+
+
+def _has_bare_weights(module: nn.Module) -> bool:
+    """A token or a table of positions is none: it is (1, ...)."""
+    known = (nn.Linear, nn.Conv2d, *_NO_WEIGHTS)
+    if isinstance(module, known) or type(module).__module__.partition(".")[0] == "muntin":
+        return False
+    return any(parameter.ndim > 1 and parameter.shape[0] > 1 for parameter in module.parameters(recurse=False))
+
+
 def out_of_reach(model: nn.Module, pass_: str, form: str) -> list[Change]:
     """Layers with weights of kinds that no pass rewrites, each kept: so that nobody takes them for done. `form`: what they do not have."""
-    found = named(model, *OTHERS)
-    return [Change(layer=name, pass_=pass_, done="kept", reason=f"{type(layer).__name__}: no {form}") for name, layer in found]
+    found = {name: layer for name, layer in others(model).items() if not isinstance(layer, ParametrizationList)}  # whose layer is told
+    return [Change(layer=name, pass_=pass_, done="kept", reason=f"{type(layer).__name__}: no {form}") for name, layer in found.items()]
 
 
 def replace(model: nn.Module, name: str, layer: nn.Module) -> None:

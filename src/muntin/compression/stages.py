@@ -27,7 +27,7 @@ from muntin.compression.change import Change
 from muntin.compression.fold import fold
 from muntin.compression.low_rank import apply_structure, low_rank, structure_of
 from muntin.compression.qat import FLOAT, apply_qat, bits_of, float_weights, prepare_qat, qat_structure, set_bits
-from muntin.compression.rewrite import check_kept, named, number_paddings
+from muntin.compression.rewrite import check_kept, is_kept, keepable, named, number_paddings
 from muntin.compression.sensitivity import Sensitivity, assign_bits, measure_sensitivity
 from muntin.compression.slimming import apply_widths, remove_closed_channels, widths_of
 from muntin.data import Source, calibration_batches, open_source
@@ -36,6 +36,7 @@ from muntin.training.checkpoint import AVERAGE, Checkpoint, build_model, check_c
 from muntin.training.config import CompressionConfig, QuantizationConfig, StageConfig, TrainingConfig
 from muntin.training.interrupt import Interruption
 from muntin.training.loop import FitProgress, Training, prepare_hardware
+from muntin.training.precision import check_maps
 from muntin.training.recipe import Recipe
 from muntin.training.schedule import share_done, steps_expected
 from muntin.training.trainer import Trainer
@@ -239,9 +240,11 @@ class _Compression:
         self.keep = (*self.config.keep, *self.recipe.quantization.keep)
         if not resume and stage_checkpoints(directory):
             raise CheckpointError(f"{directory} already holds stages; --resume goes on with them, another --output starts anew")
-        check_kept(self.keep, dict(named(checkpoint.model(), nn.Linear, nn.Conv2d)))
-        hardware = self.recipe.training.model_copy(update={"compile": False})
-        self.precision = prepare_hardware(hardware, begun=checkpoint.state.precision)
+        model = checkpoint.model()
+        check_kept(self.keep, keepable(model))
+        hardware, data = self.recipe.training.model_copy(update={"compile": False}), self.recipe.data
+        precision = prepare_hardware(hardware, begun=checkpoint.state.precision)
+        self.precision = check_maps(model, precision, crop=data.crop, channels=data.channels, asked=hardware.precision)
         self.source = source_of(checkpoint)
         self.calibration = calibration_of(checkpoint, self.source)
         self.origin = checkpoint.state.sha256[AVERAGE]
@@ -346,7 +349,9 @@ class _Compression:
         if stage == "low-rank":
             config = self.config.low_rank
             assert config is not None
-            return low_rank(self.calibration, config.model_copy(update={"keep": (*config.keep, *self.config.keep)}))(model)
+            layers = dict(named(model, nn.Linear, nn.Conv2d))
+            kept = (entry for entry in self.config.keep if any(is_kept(name, (entry,)) for name in layers))  # products have no ranks
+            return low_rank(self.calibration, config.model_copy(update={"keep": (*config.keep, *kept)}))(model)
         if stage == "w4a8":
             return prepare_qat(self.calibration, bits=self.config.weight_bits, keep=self.keep)(model)
         made = before.state.compression
