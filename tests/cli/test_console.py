@@ -1,8 +1,10 @@
 from __future__ import annotations
 
+from io import StringIO
 from pathlib import Path
 
 import pytest
+from rich.console import Console
 
 from muntin.cli.console import print_json, progress_bar, say, status
 
@@ -22,6 +24,15 @@ def test_a_document_is_strict_json(capsys: pytest.CaptureFixture[str]) -> None:
     assert capsys.readouterr().out == '{\n "name": "\\udcff\\u00fc"\n}\n'
     with pytest.raises(ValueError, match="not JSON compliant"):
         print_json({"x": float("nan")})
+
+
+def test_a_terminal_sees_a_path_as_it_stands(monkeypatch: pytest.MonkeyPatch) -> None:
+    terminal = Console(file=StringIO(), force_terminal=True, width=80)
+    monkeypatch.setattr("muntin.cli.console.err", terminal)
+    with status("loading runs/[final]/a[/b]") as stage:
+        stage("[red]")
+    assert isinstance(terminal.file, StringIO)
+    assert "loading runs/[final]/a[/b]" in terminal.file.getvalue()
 
 
 def test_a_pipe_sees_no_progress(capsys: pytest.CaptureFixture[str]) -> None:

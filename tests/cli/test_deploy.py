@@ -20,6 +20,7 @@ from muntin.errors import DataError
 from muntin.runtime import load, predict
 from muntin.runtime.images import colorize, read_image, read_mask, write_image
 from muntin.training import read_checkpoint
+from muntin.training.evaluation import tile_of
 
 Call = Callable[..., Any]
 Write = Callable[..., Path]
@@ -91,6 +92,10 @@ def test_export_keeps_the_layers_that_it_is_told_to_keep(call: Call, exported: A
     document = call("export", exported.run, "--set", f"quantization.keep=['{name}']", "-o", tmp_path / "kept", "--json").document()
     assert document["kept"][name] == "named in keep"
     assert "only quantization.KEY=VALUE" in call("export", exported.run, "--set", "training.steps=3").mistake()
+
+
+def test_the_help_of_export_shows_how_a_list_is_written(call: Call) -> None:
+    assert "quantization.keep=[head.conv]" in " ".join(call("export", "--help").out.split())
 
 
 def test_export_looks_at_its_target_before_the_data(call: Call, exported: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -248,6 +253,19 @@ def test_predict_in_tiles_is_what_the_library_does_in_tiles(call: Call, exported
     words = ("predict", exported.artifact, exported.image, "-o", tmp_path, "--tile", "20", "--overlap", "7", "--json")
     (result,) = call(*words).document()["results"]
     expected = predict(load(exported.artifact), read_image(exported.image), tile=20, overlap=7)
+    assert np.array_equal(read_mask(result["mask"]), expected)
+
+
+def test_predict_computes_in_the_tiles_that_the_score_is_of(call: Call, exported: Any, tmp_path: Path) -> None:
+    example = open_artifact(exported.artifact).manifest.example
+    assert example is not None
+    picture = np.random.default_rng(5).integers(0, 256, (example[1] + 40, example[2] + 21, 3), dtype=np.uint8)
+    write_image(tmp_path / "large.png", picture)
+    words = ("predict", exported.artifact, tmp_path / "large.png", "-o", tmp_path / "out", "--precision", "f32", "--json")
+    (result,) = call(*words).document()["results"]
+    session = load(exported.artifact, precision="f32")
+    expected, whole = (predict(session, picture, tile=tile) for tile in (tile_of(read_checkpoint(exported.run).recipe.data.crop), None))
+    assert (expected != whole).any(), "its tiles give the same: this test plants nothing"
     assert np.array_equal(read_mask(result["mask"]), expected)
 
 

@@ -38,6 +38,9 @@ def test_a_report_of_a_run_in_a_place_of_its_own(call: Call, run: Path, tmp_path
     for step in steps:
         assert set(step) == {"name", "miou", "iou", "params", "weights", "bytes", "gmacs", "latency_ms", "engine"}
         assert set(step["iou"]) == {"sea", "field", "roof"}
+    assert document["counted"] == [512, 512] and "multiply-adds (MACs) are of a picture of 512 × 512" in page
+    counted = sum(layer["macs"] for layer in document["layers"])
+    assert 0.8 * steps[-1]["gmacs"] < counted / 1e9 <= steps[-1]["gmacs"]  # of the same picture
     assert steps[0]["latency_ms"] > 0
     assert steps[-1]["latency_ms"] > 0
     assert steps[0]["weights"] > steps[1]["weights"] == steps[2]["weights"] < steps[2]["bytes"] and steps[1]["bytes"] is None
@@ -48,6 +51,15 @@ def test_a_report_of_a_run_in_a_place_of_its_own(call: Call, run: Path, tmp_path
     for example in document["pictures"]["examples"]:
         assert all((out / example[kind]).is_file() for kind in ("image", "truth", "prediction", "difference"))
     assert read_report(out).task == "segment"
+
+
+def test_a_report_looks_at_its_folder_before_the_work(call: Call, run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("muntin.deployment.assessment.predictions", lambda *arguments, **options: pytest.fail("it was computed"))
+    (tmp_path / "file").touch()
+    assert f"{tmp_path / 'file'} is a file: name a folder" in call("report", run, "-o", tmp_path / "file").mistake()
+    (tmp_path / "mine" / "artifact").mkdir(parents=True)
+    (tmp_path / "mine" / "artifact" / "letters.txt").touch()
+    assert "letters.txt" in call("report", run, "-o", tmp_path / "mine").mistake()
 
 
 def test_a_report_onto_a_full_disk_leaves_none(call: Call, run: Path, full_disk: Callable[[int], AbstractContextManager[None]]) -> None:

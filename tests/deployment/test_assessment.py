@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from muntin.artifact import ClassInfo, Signature
-from muntin.deployment.assessment import _Assessment, affordable_side
+from muntin.deployment.assessment import _Assessment, affordable_side, torch_threads
 from muntin.models import TorchSession
 from muntin.runtime.images import write_image
 from muntin.training import evaluate, fit, read_checkpoint
@@ -55,6 +55,13 @@ def test_the_side_is_halved_down_to_the_crop_where_memory_is_out(most: int, side
 def test_another_error_is_no_want_of_memory() -> None:
     with pytest.raises(RuntimeError, match="sizes"):
         affordable_side(session(Greedy(16, RuntimeError("sizes of tensors must match"))), IMAGE, 64, least=24)
+
+
+def test_pytorch_is_timed_on_as_many_threads_as_what_is_beside_it() -> None:
+    before = torch.get_num_threads()
+    with torch_threads(before + 1):
+        assert torch.get_num_threads() == before + 1
+    assert torch.get_num_threads() == before
 
 
 CLASSIFIER = """

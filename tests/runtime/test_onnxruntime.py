@@ -63,6 +63,14 @@ def test_threads_are_what_was_asked(convolutions: Any) -> None:
     assert load(convolutions.path, engine="onnxruntime").threads == describe_hardware()["physical_cores"]
 
 
+@pytest.mark.parametrize(("threads", "streams", "workers"), [(4, 1, 3), (4, 2, 2), (4, 4, 0), (2, 8, 0)])
+def test_calls_at_the_same_time_have_all_threads_between_them(convolutions: Any, threads: int, streams: int, workers: int) -> None:
+    """Each computes on the thread that makes it; the others are of a pool that all calls share."""
+    session = load(convolutions.path, engine="onnxruntime", threads=threads, streams=streams, shapes=())
+    assert session._session.get_session_options().intra_op_num_threads == 1 + workers  # type: ignore[attr-defined]
+    assert min(threads, session.streams + workers) == session.threads == threads
+
+
 def test_threads_may_share_a_session(convolutions: Any, images_of: Callable[..., Any]) -> None:
     session = load(convolutions.path, engine="onnxruntime", threads=1)
     batches = [images_of(3, batch=1, height=8 + seed % 3, width=8, seed=seed) for seed in range(12)]

@@ -70,7 +70,7 @@ class LayerRecord(_Frozen):
     """One layer as it was compressed.
 
     `name` is also the name of the layer's compute node in `model.onnx` (or its prefix before a "/"): that is how verification finds
-    what the engine made of it. `activation_bits` None: its inputs are float.
+    what the engine made of it. `activation_bits` None: its inputs are float. `macs`: of one image of the manifest's `example` size.
     """
 
     name: Annotated[str, Field(min_length=1)]

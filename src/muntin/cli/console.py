@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from io import TextIOWrapper
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.text import Text
+
+from muntin.errors import DataError
 
 out = Console(highlight=False, soft_wrap=True, emoji=False)
 err = Console(stderr=True, highlight=False, soft_wrap=True, emoji=False)
@@ -69,5 +74,15 @@ def status(description: str) -> Iterator[Callable[[str], None]]:
     if not err.is_terminal:
         yield lambda name: None
         return
-    with err.status(description) as spinner:
-        yield lambda name: spinner.update(f"{description}: {name}")
+    with err.status(Text(description)) as spinner:  # as it is: a path may look like markup
+        yield lambda name: spinner.update(Text(f"{description}: {name}"))
+
+
+def refuse_unwritable(output: Path) -> None:
+    """Raises DataError where no folder can be made, or nothing written into it: before the work, not after it."""
+    target = output.resolve()
+    there = next(path for path in (target, *target.parents) if os.path.lexists(path))  # what is missing below it will be made
+    if not there.is_dir():
+        raise DataError(f"--output {output}: {there} is a file: name a folder")
+    if not os.access(there, os.W_OK | os.X_OK):
+        raise DataError(f"--output {output}: nothing may be written in {there}: change its permissions or name another folder")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from contextlib import suppress
@@ -12,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from muntin.cli.console import Json, memory_advice, out, print_json, progress_bar, say, status
+from muntin.cli.console import Json, memory_advice, out, print_json, progress_bar, refuse_unwritable, say, status
 from muntin.errors import ArtifactError, DataError, VerificationError
 
 if TYPE_CHECKING:
@@ -27,7 +26,7 @@ Engine = Annotated[str, typer.Option(help="openvino, onnxruntime, onnxruntime-cu
 Precision = Annotated[str, typer.Option(help="recorded, f32, bf16 or f16: what the float layers run in.")]
 Threads = Annotated[int | None, typer.Option(min=1, help="Threads of the engine; the usable physical cores by default.")]
 TILE = 512
-"""Side of the tiles that `predict` computes in unless told otherwise, pixels."""
+"""Side of the tiles that `predict` computes in, pixels, for an artefact that does not say what size it was exported with."""
 COMPILED = 128
 """Tiles of one size for which `predict` lets the engine compile that size, half a second or more to save some ms each; fewer are computed
 by a model of any size."""
@@ -41,7 +40,7 @@ def export_command(
         bool, typer.Option("--float", help="Do not quantise: all layers in floating point. Not for what is quantised already.")
     ] = False,
     set_: Annotated[
-        list[str] | None, typer.Option("--set", help="Replace a value, e.g. --set quantization.keep=[head.conv]; repeatable.")
+        list[str] | None, typer.Option("--set", help=r"Replace a value, e.g. --set quantization.keep=\[head.conv]; repeatable.")
     ] = None,
     json: Json = False,
 ) -> None:
@@ -109,12 +108,12 @@ def verify_command(
             "artifact": artifact, "passed": result.passed, "engine": result.engine, "precision": result.precision, "files": result.digests,
             "golden": [
                 {
-                    "shape": g.shape, "max_error": g.max_error if isfinite(g.max_error) else None, "label_agreement": g.label_agreement,
-                    "passed": g.passed,
+                    "shape": g.shape, "max_error": g.max_error if isfinite(g.max_error) else None,
+                    "rms_error": g.rms_error if isfinite(g.rms_error) else None, "label_agreement": g.label_agreement, "passed": g.passed,
                 }
                 for g in result.golden
             ],
-            "integer_layers": integers, "fallbacks": result.fallbacks, "problems": result.problems,
+            "integer_layers": integers if result.layers else None, "fallbacks": result.fallbacks, "problems": result.problems,
             "layers": [{"name": c.name, "error": c.error if isfinite(c.error) else None, "passed": c.passed} for c in result.checks],
             "notes": notes,
         }  # fmt: skip
@@ -123,19 +122,17 @@ def verify_command(
         out.print(f"files     {len(result.digests)} digests agree", markup=False)
         for golden in result.golden:
             agreement = "" if golden.label_agreement is None else f", {golden.label_agreement:.2%} of its labels agree"
-            out.print(f"golden    {golden.shape}: largest error {golden.max_error:.2g} standard deviations{agreement}", markup=False)
-        out.print(
-            f"integers  {len(integers)} layers run on INT8 kernels of {result.engine}, the others in {result.precision}", markup=False
-        )
+            errors = f"largest error {golden.max_error:.2g} standard deviations, {golden.rms_error:.2g} in the mean"
+            out.print(f"golden    {golden.shape}: {errors}{agreement}", markup=False)
+        ran = f"{len(integers)} layers run on INT8 kernels of {result.engine}, the others in {result.precision}"
+        out.print(f"integers  {ran if result.layers else f'unknown: {result.engine} does not say what its layers run in'}", markup=False)
         if result.checks:
             worst = max(result.checks, key=lambda check: check.error)
             far = f"at most {worst.error:.2g} quantisation steps off ({worst.name})" if worst.error else "exact"
             out.print(f"layers    {len(result.checks)} checked one by one: {far}", markup=False)
         if result.fallbacks and result.passed:
-            out.print(
-                f"note      {len(result.fallbacks)} INT8 layers run in float in {result.engine}: {', '.join(result.fallbacks[:3])}, ...",
-                markup=False,
-            )
+            named = ", ".join(result.fallbacks[:3]) + (", ..." if len(result.fallbacks) > 3 else "")
+            out.print(f"note      {len(result.fallbacks)} INT8 layers run in float in {result.engine}: {named}", markup=False)
         for note in notes:
             out.print(f"note      {note}", markup=False)
     if not result.passed:
@@ -152,7 +149,12 @@ def predict_command(
         Path | None,
         typer.Option(help="A mask of class numbers, 255 ignored, or of the classes' colours: also writes a difference picture. One image."),
     ] = None,
-    tile: Annotated[int | None, typer.Option(min=1, help="Side of the blended tiles, pixels; 512 by default.")] = None,
+    tile: Annotated[
+        int | None,
+        typer.Option(
+            min=1, help="Side of the blended tiles, pixels; by default that of the images it was exported with, which a run's score is of."
+        ),
+    ] = None,
     overlap: Annotated[
         int | None, typer.Option(min=0, help="Pixels that neighbouring tiles share; a quarter of the tile by default.")
     ] = None,
@@ -174,6 +176,7 @@ def predict_command(
 
     An image that cannot be done is told, the others are done, and the exit code is 1.
     """
+    from muntin.artifact import open_artifact
     from muntin.runtime import load
     from muntin.runtime.images import MAX_PIXELS, TooManyPixelsError
     from muntin.runtime.tiles import check_tiles
@@ -186,13 +189,14 @@ def predict_command(
     given = {"--output": output, "--truth": truth, "--tile": tile, "--overlap": overlap, "--exact": exact or None}
     _refuse_unused(task, [option for option, value in given.items() if value is not None])
     folder = output or Path("predictions")
-    tiles: dict[str, Any] = {"tile": tile or TILE, "overlap": overlap, "exact": exact}
+    side = tile or max((open_artifact(artifact).manifest.example or (1, TILE, TILE))[1:])
+    tiles: dict[str, Any] = {"tile": side, "overlap": overlap, "exact": exact}
     if task != "classify":
-        _refuse_unwritable(folder)
+        refuse_unwritable(folder)
         _refuse_overwriting(image, images, folder, truth, session.signature)
         check_tiles(session, **tiles)
     limit = max_pixels or MAX_PIXELS
-    session.warm_up(_common_shapes(images, session.signature, tile or TILE, overlap, limit), compute=False)
+    session.warm_up(_common_shapes(images, session.signature, side, overlap, limit), compute=False)
     results, failures = [], []
     with progress_bar("predicting") as advance:
         for done, path in enumerate(images, 1):
@@ -286,16 +290,6 @@ def _refuse_unused(task: str, given: Iterable[str]) -> None:
     if unused := [option for option in given if option in useless]:
         answers = "the name of a class, which is printed" if task == "classify" else "an image, which no mask is the truth of"
         raise DataError(f"{unused[0]}: the artefact's task is {task}, and its answer {answers}: leave out {', '.join(unused)}")
-
-
-def _refuse_unwritable(output: Path) -> None:
-    """Raises DataError where no folder can be made, or nothing written into it: before the work, not after it."""
-    target = output.resolve()
-    there = next(path for path in (target, *target.parents) if os.path.lexists(path))  # what is missing below it will be made
-    if not there.is_dir():
-        raise DataError(f"--output {output}: {there} is a file: name a folder")
-    if not os.access(there, os.W_OK | os.X_OK):
-        raise DataError(f"--output {output}: nothing may be written in {there}: change its permissions or name another folder")
 
 
 def _refuse_overwriting(given: Iterable[Path], images: Iterable[Path], output: Path, truth: Path | None, signature: Signature) -> None:

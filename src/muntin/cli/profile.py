@@ -12,7 +12,7 @@ import typer
 from rich.table import Table
 from rich.text import Text
 
-from muntin.cli.console import Json, out, print_json, status
+from muntin.cli.console import Json, out, print_json, refuse_unwritable, status
 from muntin.errors import DataError
 
 Shape = tuple[int, int, int]
@@ -50,6 +50,7 @@ def profile_command(
     from muntin.runtime.profile_document import profile_dict
 
     target = _target(artifact, output)
+    refuse_unwritable(target)
     if artifact.is_dir() and not (artifact / MANIFEST).exists():
         if engine != "openvino" or precision != "recorded":
             raise DataError(f"{artifact} is no artefact but a run, whose live model has no --engine and no --precision: leave them out")

@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
-from muntin.cli.console import Json, out, print_json, say, status
+from muntin.cli.console import Json, out, print_json, refuse_unwritable, say, status
 
 
 def report_command(
@@ -20,7 +20,9 @@ def report_command(
     from muntin.training import find_checkpoint
 
     checkpoint = find_checkpoint(run)
-    _finish(checkpoint, output or checkpoint.parent.parent, json)
+    folder = output or checkpoint.parent.parent
+    refuse_unwritable(folder)
+    _finish(checkpoint, folder, json)
 
 
 def demo_command(

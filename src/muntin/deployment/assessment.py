@@ -12,6 +12,7 @@ from __future__ import annotations
 import copy
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from datetime import UTC, datetime
 from importlib.metadata import version
@@ -40,7 +41,7 @@ from muntin.compression.stages import (
     stage_finished,
 )
 from muntin.data import EarthSource, Sample
-from muntin.deployment.counting import image_macs, parameter_count, stored_bytes
+from muntin.deployment.counting import image_macs, layer_macs, parameter_count, stored_bytes
 from muntin.deployment.export import export
 from muntin.deployment.layers import layer_rows, rank_rows
 from muntin.deployment.pictures import write_examples, write_picture
@@ -202,6 +203,12 @@ class _Assessment:
         self.side = LATENCY_SIDE if self.recipe.task == "segment" else self.recipe.data.crop
 
     def run(self, rounds: int) -> dict[str, Any]:
+        last = self.stages.get("mixed", self.checkpoint)
+        place, other = self.directory / ARTIFACT, other_artifact(last, self.directory / ARTIFACT)
+        if other is not None:
+            place = self.directory / f"{ARTIFACT}-report"
+            self.notes.append(f"The folder {ARTIFACT} holds another artefact ({other}) and stays: the one told here is {place.name}.")
+        check_target(place)  # before the work, which takes long
         model = self.checkpoint.model()
         reference = TorchSession(model, self.signature)
         self._afford(reference, "PyTorch FP32")
@@ -212,12 +219,7 @@ class _Assessment:
             if done != "mixed":
                 steps.append(self._stage_step(done, stage, calibration))
             self.seconds[f"train {done}"] = stage.state.seconds
-        last = self.stages.get("mixed", self.checkpoint)
         simulated, changes = self._timed("quantise", lambda: integer_model(last, calibration))
-        place, other = self.directory / ARTIFACT, other_artifact(last, self.directory / ARTIFACT)
-        if other is not None:
-            place = self.directory / f"{ARTIFACT}-report"
-            self.notes.append(f"The folder {ARTIFACT} holds another artefact ({other}) and stays: the one told here is {place.name}.")
         artifact = self._timed("export", lambda: export_checkpoint(last, place))
         session = load(artifact.path)
         name, told = ("mixed", "simulated integers") if self.stages else ("fake-quantised", "simulated INT8")
@@ -227,8 +229,8 @@ class _Assessment:
         steps.append(self._step("deployed", engine, session, simulated, bytes=artifact.bytes))
         self.stage("latency")
         self._afford(session, session.engine)
-        torch_engine = f"PyTorch {torch.__version__} eager FP32, {count(torch.get_num_threads(), 'thread')}"
-        with watch_cpu() as watch:
+        torch_engine = f"PyTorch {torch.__version__} eager FP32, {count(session.threads, 'thread')}"
+        with torch_threads(session.threads), watch_cpu() as watch:
             latency = latency_report(
                 {"fp32": (torch_engine, reference), "deployed": (engine, session)}, _window(self.test[0].image, self.side), rounds=rounds
             )
@@ -241,7 +243,8 @@ class _Assessment:
             "latency": latency,
             "agreement": self._agreement(*self.labels),
             "ranks": rank_rows(model, changes, (last.state.compression or {}).get("widths", {})) if self.stages else [],
-            "layers": layer_rows(artifact, session, simulated, changes, calibration[:2]),
+            "layers": layer_rows(artifact, session, simulated, changes, calibration[:2], macs=layer_macs(simulated, self.probe)),
+            "counted": list(self.probe.shape[2:]),
             "pictures": self._pictures(session),
             "seconds": self.seconds,
         }
@@ -330,12 +333,23 @@ class _Assessment:
         classes = self.signature.classes
         pictures: dict[str, Any] = {
             "overlay": None,
-            "examples": write_examples(self.directory, session, self.test, classes, side=self.side),
+            "examples": write_examples(self.directory, session, self.test, classes, side=self.side, tile=self.tile),
         }
         if isinstance(self.source, EarthSource):
             write_picture(self.directory, session, *self.source.picture(), self.source.borders(), classes, tile=self.tile)
             pictures["overlay"] = "overlay.png"
         return pictures
+
+
+@contextmanager
+def torch_threads(count: int) -> Iterator[None]:
+    """PyTorch on so many threads inside the block: as many as what it is timed beside has. Training may have left it with others."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def affordable_side(session: Predictor, image_HWC: NDArray[np.uint8], side: int, *, least: int) -> int:

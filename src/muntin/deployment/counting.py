@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -19,20 +19,26 @@ from muntin.compression import QuantizedConv2d, QuantizedLinear, QuantizedProduc
 from muntin.compression.rewrite import named
 
 WEIGHTED = (nn.Linear, nn.Conv2d, QuantizedLinear, QuantizedConv2d)
+Count = TypeVar("Count")
 PRODUCTS = (QuantizedProduct, QuantizedSoftmaxProduct)
 
 
 def image_macs(model: nn.Module, example: Tensor) -> int:
     """Multiply-adds of one image of the example's size, attention products included (`torch.utils.flop_counter`, halved)."""
+    return _of_shapes(_counted, model, example)
+
+
+def _of_shapes(count: Callable[[nn.Module, Tensor], Count], model: nn.Module, example: Tensor) -> Count:
+    """What is counted of one image, by shapes alone where the model allows it: attention over a picture takes much memory."""
     image = example[:1].to(torch.float32)
     if image.is_meta:
-        return _counted(model, image)
+        return count(model, image)
     tried = copy.deepcopy(model)  # a model may keep what it makes of a size
     try:
-        with FakeTensorMode(allow_non_fake_inputs=True) as fake:  # shapes alone: the products of attention over a picture take much memory
-            return _counted(tried, fake.from_tensor(image))
+        with FakeTensorMode(allow_non_fake_inputs=True) as fake:
+            return count(tried, fake.from_tensor(image))
     except RuntimeError:  # what it does depends on values
-        return _counted(model, image)
+        return count(model, image)
 
 
 def _counted(model: nn.Module, image: Tensor) -> int:
@@ -49,6 +55,10 @@ def _counted(model: nn.Module, image: Tensor) -> int:
 
 def layer_macs(model: nn.Module, example: Tensor) -> dict[str, int]:
     """Multiply-adds of one image of the example's size in each layer with weights and each quantised product, by dotted name."""
+    return _of_shapes(_layers_counted, model, example)
+
+
+def _layers_counted(model: nn.Module, image: Tensor) -> dict[str, int]:
     macs: dict[str, int] = {}
 
     def hook(name: str) -> Callable[[nn.Module, tuple[Any, ...], Tensor], None]:
@@ -60,8 +70,8 @@ def layer_macs(model: nn.Module, example: Tensor) -> dict[str, int]:
 
     handles = [layer.register_forward_hook(hook(name)) for name, layer in named(model, *WEIGHTED, *PRODUCTS)]
     try:
-        with torch.inference_mode():
-            model.eval()(example[:1].to(torch.float32))
+        with torch.no_grad():
+            model.eval()(image)
     finally:
         for handle in handles:
             handle.remove()

@@ -101,7 +101,7 @@ def export(
         "signature": signature,
         "packing": packing_of(proto),
         "golden": golden,
-        "layers": [_in_graph(record, proto) for record in layer_records(model, example, changes)],
+        "layers": [_in_graph(record, proto) for record in layer_records(model, example[:1], changes, size=opened_for[1:])],
         "passes": [{"pass": c.pass_, "layer": c.layer, "done": c.done, "reason": c.reason, "sqnr_db": _finite(c.sqnr_db)} for c in changes],
         "measured": {"hardware": describe_hardware(), **(measured or {})},
         "example": opened_for,
@@ -189,12 +189,11 @@ def deviations(session: Session, pairs: Pairs, limits: Limits) -> list[str]:
     for images, scores in pairs:
         result = replay(session, images, scores, tolerance, classes=session.signature.task != "restore")
         if not result.passed:
-            agreement = "" if result.label_agreement is None else f" and {result.label_agreement:.2%} of equal labels"
+            agreement = "" if result.label_agreement is None else f", label agreement {result.label_agreement:.4f}"
             size = " x ".join(map(str, images.shape[1:3]))
             lines.append(
-                f"{session.precision} gives an error of {result.max_error:.2g} standard deviations ({result.rms_error:.2g} in the mean)"
-                f"{agreement} on an image of {size} "
-                f"(allowed: {tolerance.max_error:g}, {tolerance.label_agreement:.0%})"
+                f"{session.precision} gives a largest error of {result.max_error:.4g} standard deviations, root mean square "
+                f"{result.rms_error:.4g}{agreement} on an image of {size} (allowed: {result.allowed})"
             )
     return lines
 
@@ -300,12 +299,14 @@ def _starts(side: int, size: int) -> list[int]:
     return sorted({round(max(0, side - size) * part / 4) for part in range(5)})
 
 
-def layer_records(model: nn.Module, example: Tensor, changes: Iterable[Change]) -> list[LayerRecord]:
-    """One record a layer with weights, and a quantised product: bits, parameters, multiply-adds at the example's size, and why those bits.
+def layer_records(
+    model: nn.Module, example: Tensor, changes: Iterable[Change], *, size: tuple[int, int] | None = None
+) -> list[LayerRecord]:
+    """One record a layer with weights, and a quantised product: bits, parameters, multiply-adds of one image, and why those bits.
 
-    The 8 `weight_bits` of a product are those of its second operand.
+    `size`: (H, W) of that image, the example's unless given. The 8 `weight_bits` of a product are those of its second operand.
     """
-    macs = layer_macs(model, example)
+    macs = layer_macs(model, example if size is None else example.new_zeros(1, example.shape[1], *size))
     notes: dict[str, str] = {}
     for change in changes:  # the pass that decided comes before the one that carried it out, and knows the reason
         if change.pass_ in ("qat", "mix", "quantize") and change.reason:

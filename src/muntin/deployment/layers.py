@@ -28,9 +28,10 @@ HISTOGRAM_BINS = 64
 
 
 def layer_rows(
-    artifact: Artifact, session: Session, model: nn.Module, changes: Iterable[Change], batches: Sequence[Tensor]
+    artifact: Artifact, session: Session, model: nn.Module, changes: Iterable[Change], batches: Sequence[Tensor], *, macs: Mapping[str, int]
 ) -> list[dict[str, Any]]:
     """A row a layer of an artefact. `model`: its PyTorch form; `batches`: calibration images, for the distribution of what comes in.
+    `macs`: multiply-adds by layer, of a picture of the report's size.
 
     Costs two forward passes over the batches.
     """
@@ -42,7 +43,8 @@ def layer_rows(
     rows = []
     for record in artifact.manifest.layers:
         row: dict[str, Any] = {
-            **record.model_dump(include={"name", "kind", "weight_bits", "activation_bits", "parameters", "macs", "note"}),
+            **record.model_dump(include={"name", "kind", "weight_bits", "activation_bits", "parameters", "note"}),
+            "macs": macs.get(record.name),
             "executed": executed.get(record.name),
             "sqnr_db": sqnr.get(record.name),
         }

@@ -60,16 +60,17 @@ def example_windows(samples: Sequence[Sample], *, side: int, count: int) -> list
 
 
 def write_examples(
-    directory: Path, session: Predictor, samples: Sequence[Sample], classes: Sequence[ClassInfo], *, side: int, count: int = 5
+    directory: Path, session: Predictor, samples: Sequence[Sample], classes: Sequence[ClassInfo], *, side: int, tile: int, count: int = 5
 ) -> list[dict[str, str]]:
-    """Picture, truth, prediction and difference of some windows of a split, as files under `directory/pictures`."""
+    """Picture, truth, prediction (in the tiles that it is scored in) and difference of some windows of a split, as files under
+    `directory/pictures`."""
     folder = directory / "pictures"
     folder.mkdir(parents=True, exist_ok=True)
     examples = []
     for number, (index, top, left) in enumerate(example_windows(samples, side=side, count=count), 1):
         sample = samples[index]
         image, truth = (np.ascontiguousarray(a[top : top + side, left : left + side]) for a in (sample.image, sample.labels))
-        labels = predict(session, image)
+        labels = predict(session, image, tile=tile)
         views = {
             "image": to_rgb(image),
             "truth": colorize(truth, classes),

@@ -24,6 +24,7 @@ def _relative(path: str) -> str:
 
 
 Rank = Annotated[int, Field(ge=1)]
+Side = Annotated[int, Field(ge=1)]
 RelativePath = Annotated[str, Field(min_length=1), AfterValidator(_relative)]
 
 
@@ -160,7 +161,10 @@ class Pictures(Record):
 
 
 class Report(Record):
-    """A whole report: the first step is the FP32 model, the last one what is deployed; `ranks` are of the first, `layers` of the last."""
+    """A whole report: the first step is the FP32 model, the last one what is deployed; `ranks` are of the first, `layers` of the last.
+
+    `counted`: height and width of the picture that multiply-adds are of.
+    """
 
     format: Literal[1] = 1
     title: Text
@@ -177,6 +181,7 @@ class Report(Record):
     validation: tuple[ValidationRow, ...] = ()
     ranks: tuple[RankRow, ...] = ()
     layers: tuple[LayerRow, ...] = ()
+    counted: tuple[Side, Side] | None = None
     pictures: Pictures | None = None
     notes: tuple[str, ...] = ()
     recipe: str | None = None
@@ -211,14 +216,14 @@ def parse_report(report: Report | Mapping[str, Any]) -> Report:
 def report_values(report: Report) -> dict[str, Any]:
     """The report as plain values for `report.json`, in the schema's order.
 
-    A recipe only where there is one; `ranks`, a step's `weights` and a layer's `clipped`, `histogram` and `note` only where they were
-    given, so that a report without them stays the file that it was before there were such keys.
+    A recipe only where there is one; `counted`, `ranks`, a step's `weights` and a layer's `clipped`, `histogram` and `note` only where they
+    were given, so that a report without them stays the file that it was before there were such keys.
     """
     values = report.model_dump(mode="json")
     if report.recipe is None:
         del values["recipe"]
-    if "ranks" not in report.model_fields_set:
-        del values["ranks"]
+    for key in {"counted", "ranks"} - report.model_fields_set:
+        del values[key]
     for row, step in zip(values["steps"], report.steps, strict=True):
         if "weights" not in step.model_fields_set:
             del row["weights"]

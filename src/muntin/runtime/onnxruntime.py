@@ -63,7 +63,9 @@ class OnnxRuntimeSession(Session):
     def __init__(self, artifact: Artifact, *, provider: Provider, threads: int, streams: int) -> None:
         self._artifact = artifact
         self._provider = provider
-        self._session = self._open(artifact.model_bytes(), _options(max(1, threads // streams)))
+        streams = min(streams, threads)
+        # One pool for all calls, of one worker less than this; each call computes on the thread that makes it, too: `threads` together.
+        self._session = self._open(artifact.model_bytes(), _options(threads - streams + 1))
         names = [item.name for item in self._session.get_inputs()]
         if len(names) != 1:
             raise ArtifactError(f"{artifact.path}: its model takes {names} where images alone are allowed: export the artefact again")
@@ -73,7 +75,7 @@ class OnnxRuntimeSession(Session):
             engine=provider.engine,
             precision=provider.precision,
             threads=threads,
-            streams=min(streams, threads),
+            streams=streams,
             plan=artifact.manifest.plan,
         )
 
