@@ -19,8 +19,9 @@ scored on a region of the training split that is left out for it, Africa and Eur
 
 Deployed: OpenVINO in f32 and in bf16; peers in INT8 by NNCF too, hybrids in W4A8 after the stages or in muntin's own INT8. Of these a seed
 takes the fastest at the first of --sides that is within half a point of f32 where it is admitted by: the validation split, a strip of ocean
-without a desert, and four strips of the training split, which have every class (training saw them, for f32 and the others alike); the
-validation split alone, of folders. Calibration sees training crops only, and the test split chooses nothing. Columns:
+without a desert, and four strips of the training split, which have every class (training saw them, for f32 and the others alike; a hybrid's
+stages train on, and see them longer than its f32 did); the validation split alone, of folders. Calibration sees training crops only, and
+the test split chooses nothing. Columns:
     test mIoU   of the deployed models, whole test split, mean ± standard deviation over the seeds
     ms SIDE     median latency of one image, pixels in and scores out: all models of a seed in one process, in turns; mean over the seeds
     min, crops  what training took and saw; im/s of FP32 training; M parameters as trained; MB on disk as deployed; rate as tuned

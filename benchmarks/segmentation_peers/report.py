@@ -183,7 +183,7 @@ def _panel(axes: Axes, summary: Sequence[Row], side: str) -> None:
 
 
 def _label(figure: Figure, axes: Axes, summary: Sequence[Row], side: str) -> None:
-    """Names beside the dots, in pixels from the top left; where dots crowd, over the bars rather than not at all."""
+    """Names beside the dots, in pixels from the top left; where dots crowd, over bars and dots rather than not at all."""
     height = figure.bbox.height
 
     def at(x: float, y: float) -> tuple[float, float]:
@@ -202,7 +202,7 @@ def _label(figure: Figure, axes: Axes, summary: Sequence[Row], side: str) -> Non
     frame = (box.x0, height - box.y1, box.x1, height - box.y0)
     discs = [(x - radius, y - radius, x + radius, y + radius) for x, y, radius in dots.values()]
     labels: list[Label] = []
-    for obstacles in (bars, discs):
+    for obstacles in (bars, discs, []):
         left = [(disc, name) for name, disc in dots.items() if name not in {label.text for label in labels}]
         taken = [*obstacles, *(_box(label) for label in labels)]
         labels += place_labels(left, size=FONT, frame=frame, taken=taken, avoid=list(dots.values()))

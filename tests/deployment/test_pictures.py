@@ -82,7 +82,7 @@ def test_a_picture_smaller_than_a_window_is_one_window() -> None:
 @pytest.mark.parametrize("always", [None, 2])
 def test_examples_show_picture_truth_prediction_and_difference(tmp_path: Path, always: int | None) -> None:
     samples = tiled()
-    examples = write_examples(tmp_path, Reads(always), samples, CLASSES, side=SIDE, count=2)
+    examples = write_examples(tmp_path, Reads(always), samples, CLASSES, side=SIDE, tile=SIDE, count=2)
     assert [example["name"] for example in examples] == ["second, rows 0-16, columns 16-32", "first, rows 16-32, columns 0-16"]
     colors = np.array([entry.color for entry in CLASSES], np.uint8)
     for example, truth in zip(examples, (samples[1].labels[:, SIDE:], samples[0].labels[SIDE:]), strict=True):
@@ -96,7 +96,7 @@ def test_examples_show_picture_truth_prediction_and_difference(tmp_path: Path, a
 
 def test_a_picture_whose_name_is_no_utf_8_is_told_by_one_that_is(tmp_path: Path) -> None:
     named = sample(varied(np.random.default_rng(0), 3), os.fsdecode(b"caf\xe9"))
-    (example,) = write_examples(tmp_path, Reads(), [named], CLASSES, side=SIDE, count=1)
+    (example,) = write_examples(tmp_path, Reads(), [named], CLASSES, side=SIDE, tile=SIDE, count=1)
     assert example["name"] == "caf\\udce9, rows 0-16, columns 0-16"
 
 
@@ -106,7 +106,7 @@ def test_pictures_of_one_channel_are_shown_grey(tmp_path: Path) -> None:
 
     labels = varied(np.random.default_rng(0), 3)
     grey = Sample(name="grey", image=labels[..., None], target=labels)
-    (example,) = write_examples(tmp_path, Grey(), [grey], CLASSES, side=SIDE, count=1)
+    (example,) = write_examples(tmp_path, Grey(), [grey], CLASSES, side=SIDE, tile=SIDE, count=1)
     assert np.array_equal(read_image(tmp_path / example["image"]), np.repeat(labels[..., None], 3, 2))
 
 

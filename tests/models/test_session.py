@@ -41,6 +41,9 @@ def test_a_model_in_training_answers_as_deployed_and_learns_nothing() -> None:
     session = TorchSession(model, SEGMENT)
     first = session(images(2, 33, 40, 3))
     np.testing.assert_array_equal(first, session(images(2, 33, 40, 3)))
+    labels = TorchSession(model.train(), SEGMENT).labels(images(2, 33, 40, 3))
+    assert labels.dtype == np.uint8
+    np.testing.assert_array_equal(labels, first.argmax(1))
     assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
 
 
