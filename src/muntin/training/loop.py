@@ -13,7 +13,8 @@ from __future__ import annotations
 
 import random
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -241,8 +242,9 @@ class Training:
                     self.seconds = before + time.perf_counter() - started
                     ended = self.finished  # by what validating took, maybe
                 last = ended or interruption.asked  # read once: a checkpoint follows for sure
-                if last and not judged:
-                    self._renew_statistics(samples)  # of a checkpoint that is evaluated or exported as it is
+                if last and not judged:  # the checkpoint may be evaluated or exported as it is
+                    with self._kept():
+                        self._renew_statistics(samples)
                 if last or self.step % config.checkpoint_every == 0:
                     path = self._write()
                 if last:
@@ -279,11 +281,17 @@ class Training:
             self.report(FitProgress(kind="note", step=self.step, steps=self.steps, note=log.failed))
 
     def _judge(self, log: MetricsLog, samples: Samples, validation: Samples) -> None:
-        """Validate, norms with statistics of the weights of now. Where that fails, of a model or of pictures, what was trained is kept."""
-        try:
+        """Validate, norms with statistics of the weights of now."""
+        with self._kept():
             self._renew_statistics(samples)
             self._validate(log, validation)
-        except BaseException:  # a second Ctrl-C, too
+
+    @contextmanager
+    def _kept(self) -> Iterator[None]:
+        """Where what is done with the trained model fails, of a model or of pictures, or by a second Ctrl-C, what was trained is kept."""
+        try:
+            yield
+        except BaseException:
             self._write()
             raise
 
