@@ -162,6 +162,11 @@ def slug(name: str) -> str:
     return name.lower().replace(" ", "-")
 
 
+def variants_of(names: Sequence[str]) -> Row:
+    """What variants are, for what a row was measured with."""
+    return {name: asdict(VARIANTS[name]) for name in names}
+
+
 def macs_of(model: nn.Module) -> int:
     return image_macs(model.to("meta"), torch.empty(1, 3, SIDE, SIDE, device="meta"))
 
@@ -393,7 +398,7 @@ def main() -> None:
         measured: list[str] = []
         for name in names:
             done = setting.folder(name, seed) / "row.json"
-            row = kept_row(done, {**training, "variant": asdict(VARIANTS[name])}, partial(score_row, setting, name, seed))
+            row = kept_row(done, {**training, "variants": variants_of([name])}, partial(score_row, setting, name, seed))
             if "cannot" in row:
                 if name == "base":
                     sys.exit(f"the base, seed {seed}, cannot be trained or exported: {row['cannot']}")
@@ -404,16 +409,17 @@ def main() -> None:
             measured.append(name)
             print(f"seed {seed}, {name}: {row['miou']:.4f}", file=sys.stderr)
         path = setting.output / f"seed-{seed}" / f"latency-{'+'.join(map(slug, measured))}.json"  # in turns: another set is another row
-        latencies.append(kept_row(path, timing, partial(latency_row, setting, measured, seed), hardware=machine))
+        made = partial(latency_row, setting, measured, seed)
+        latencies.append(kept_row(path, {**timing, "variants": variants_of(measured)}, made, hardware=machine))
     pairs: dict[str, list[Row]] = {}
     seed = seeds[0]
     for name in [row["variant"] for row in scores if row["seed"] == seed]:
         if name != "serial" and VARIANTS[name].gate_budget == 1:
             continue
         first, other = ("base", "serial") if name == "serial" else (name, "base")
-        folder = setting.output / f"seed-{seed}" / "pairs" / slug(name)
+        folder, of_pair = setting.output / f"seed-{seed}" / "pairs" / slug(name), {**timing, "variants": variants_of((first, other))}
         pairs[name] = [
-            kept_row(folder / f"{slug(way)}.json", timing, partial(pair_row, setting, first, other, way, seed), hardware=machine)
+            kept_row(folder / f"{slug(way)}.json", of_pair, partial(pair_row, setting, first, other, way, seed), hardware=machine)
             for way in WAYS
         ]
     found = summary(scores, latencies)

@@ -60,7 +60,7 @@ RATIOS = {512: 20.0, 1024: 40.0}
 """Goals: so many times as fast as the twin in eager FP32, by the image's side."""
 DENSE = {"attention": "dense"}
 PROTOCOL = 2
-"""How a point is measured. Until 1, the eager twin's labels were computed in training mode, by each batch's own statistics: slower."""
+"""How a point is measured. Before 2 the eager twin's labels were computed in training mode, by each batch's own statistics: slower."""
 STEPS = 30
 BUDGET_S = 20.0
 """Of one point's timed calls."""

@@ -69,7 +69,7 @@ def origin_of(path: Path) -> str | None:
     """What an artefact was made of; None where there is none."""
     try:
         return str(json.loads((path / "manifest.json").read_text(encoding="utf-8"))["measured"]["origin"])
-    except (OSError, KeyError):
+    except (OSError, ValueError, KeyError):
         return None
 
 

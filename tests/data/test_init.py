@@ -235,8 +235,14 @@ def test_masks_with_smooth_edges_are_no_classes(tmp_path: Path) -> None:
     for path in (tmp_path / "jpeg" / "masks").iterdir():
         Image.open(path).convert("L").save(path.with_suffix(".jpg"), quality=90)
         path.unlink()
-    with pytest.raises(DataError, match=r"0\.jpg is a JPEG, which blurs classes into each other; save them as PNG"):
+    with pytest.raises(DataError, match=r"p0\.jpg is a JPEG, which blurs classes into each other; save masks as PNG"):
         write_recipe(tmp_path / "jpeg")
+    fill(tmp_path / "painted", [np.stack([disc, 0 * disc, 255 - disc], -1)] * 5)
+    for path in (tmp_path / "painted" / "masks").iterdir():
+        Image.open(path).save(path.with_suffix(".jpg"), quality=95)
+        path.unlink()
+    with pytest.raises(DataError, match=r"p0\.jpg is a JPEG"):
+        write_recipe(tmp_path / "painted")
 
 
 @pytest.mark.parametrize(

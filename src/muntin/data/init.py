@@ -316,6 +316,7 @@ def _mask_classes(folder: Path) -> tuple[list[FoundClass], int | RGB | None]:
     masks = [read_mask(path) for path in paths]
     painted = any(mask.ndim == 3 and not (mask == mask[:, :, :1]).all() for mask in masks)
     if painted:
+        _refuse_lossy(paths, folder)
         colors = _colors_in([read_mask(path, colors=True) for path in paths])
         _check_count(colors, folder)
         return [FoundClass(name=f"class-{index}", color=color, value=color) for index, color in enumerate(colors)], None
@@ -344,16 +345,26 @@ def _counts_in(masks: Sequence[np.ndarray[Any, Any]]) -> dict[int, int]:
 
 def _check_sharp(counts: Mapping[int, int], paths: Sequence[Path], folder: Path) -> None:
     """Raises DataError for masks of two classes whose edges run through all values between: each would be a class of its own."""
-    blurred = [path for path in paths if path.suffix.lower() in _LOSSY]
     ends = counts.get(0, 0) + counts.get(255, 0)
     between = [value for value in counts if value not in (0, 255)]
     soft = len(between) > _SOFT and max(between) > 127 and min(between) < 128 and ends > _ENDS * sum(counts.values())
-    if soft or (blurred and between):
-        jpeg = f"{blurred[0].name} is a JPEG, which blurs classes into each other" if blurred else ""
-        which = jpeg or "their edges were smoothed, as by resizing"
+    if between:
+        _refuse_lossy(paths, folder)
+    if soft:
         raise DataError(
-            f"the masks in {folder} hold the values {', '.join(map(str, sorted(counts)[:4]))}, ... ({len(counts)} in all): {which}; "
-            "save them as PNG of whole class numbers, resized by nearest neighbour; if they are of two classes, cut them at 128"
+            f"the masks in {folder} hold the values {', '.join(map(str, sorted(counts)[:4]))}, ... ({len(counts)} in all): "
+            "their edges were smoothed, as by resizing; save them as PNG of whole class numbers, resized by nearest neighbour; "
+            "if they are of two classes, cut them at 128"
+        )
+
+
+def _refuse_lossy(paths: Sequence[Path], folder: Path) -> None:
+    """Raises DataError where a mask was stored with loss: its classes have run into each other."""
+    blurred = next((path for path in paths if path.suffix.lower() in _LOSSY), None)
+    if blurred is not None:
+        raise DataError(
+            f"{folder}: {blurred.name} is a JPEG, which blurs classes into each other; save masks as PNG "
+            "(if they are of two classes, cut them at 128)"
         )
 
 
