@@ -527,3 +527,59 @@ def test_encoded_labels_keep_their_numbers() -> None:
         np.testing.assert_array_equal(np.array(picture), labels)
         np.testing.assert_array_equal(np.array(picture.convert("RGB")), np.array(colors, np.uint8)[labels])
     np.testing.assert_array_equal(decode_image(encode_png(labels), 1)[:, :, 0], labels)
+
+
+def with_segments(count: int, kind: int = 0xE1, content: bytes = b"Exif\0\0" + bytes(12)) -> bytes:
+    """A JPEG with so many segments more."""
+    buffer = io.BytesIO()
+    Image.fromarray(photo()).save(buffer, "JPEG")
+    whole = buffer.getvalue()
+    return whole[:2] + count * (bytes([0xFF, kind]) + (2 + len(content)).to_bytes(2, "big") + content) + whole[2:]
+
+
+def with_chunks(count: int, kind: bytes = b"prVt") -> bytes:
+    whole = encode_png(photo())
+    chunk = b"\0\0\0\0" + kind + zlib.crc32(kind).to_bytes(4, "big")
+    return whole[:33] + count * chunk + whole[33:]
+
+
+@pytest.mark.parametrize(
+    ("few", "many"),
+    [
+        (with_segments(20), with_segments(65)),
+        (with_segments(200, 0xFE, b"a comment"), with_segments(257, 0xFE, b"a comment")),
+        (with_segments(0), b"\xff\xd8\xff" + bytes(1 << 20)),
+        (with_segments(0), b"\xff\xd8" + b"\xff" * (1 << 20)),
+        (with_segments(0), b"\xff\xd8" + b"\xff\x00" * (1 << 20)),
+        (with_segments(0), with_segments(0)[:2] + b"\xff\xd0" * 300 + with_segments(0)[2:]),
+        (with_chunks(200), with_chunks(300)),
+        (with_chunks(200, b"IDAT"), with_chunks(300, b"IDAT")),
+    ],
+)
+def test_metadata_without_end_is_not_read(few: bytes, many: bytes) -> None:
+    for read in (decode_image, pixel_count):
+        read(few)
+        with pytest.raises(DataError, match="more metadata than a picture has"):
+            read(many)
+
+
+def test_scans_behind_what_is_no_segment_are_counted() -> None:
+    """A decoder that looks for where it may go on passes over such bytes, and what comes behind them is a scan."""
+    whole = progressive(10)
+    scan = whole[whole.rfind(b"\xff\xda") : -2]
+    hidden = whole[:-2] + b"\xff\x02\xfe\xfe" + scan * (0xFEFE // len(scan)) + b"\xff\xd9"
+    with pytest.raises(DataError, match="scans, more than the limit"):
+        decode_image(hidden)
+
+
+@pytest.mark.parametrize("format", ["JPEG", "PNG", "WEBP"])
+@pytest.mark.parametrize("dpi", [False, True])
+def test_a_picture_whose_exif_cannot_be_read_is_sound(tmp_path: Path, format: str, dpi: bool) -> None:
+    if dpi and format == "WEBP":
+        pytest.skip("it has none")
+    path = tmp_path / f"a.{format.lower()}"
+    options: dict[str, Any] = {"dpi": (300, 300)} if dpi else {}
+    Image.fromarray(photo()).save(path, format, exif=b"Exif\0\0" + bytes(64), **options)
+    assert decode_image(path.read_bytes()).shape == photo().shape
+    assert read_image(path).shape == photo().shape
+    assert image_size(path) == photo().shape[:2]

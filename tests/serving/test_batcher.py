@@ -407,6 +407,29 @@ def test_a_huge_job_does_not_keep_away_those_that_keep_the_objective() -> None:
     admitted(batcher, now + 61, job_of("huge", cost=2.2e7))  # nobody was there for a minute
 
 
+@pytest.mark.parametrize("seconds", [0.002, 0.032])
+def test_a_guess_that_a_job_is_huge_is_tried_when_nothing_else_is_to_do(seconds: float) -> None:
+    """0.5 ms for 64 x 64 makes 32 ms of 512 x 512, which may take 2."""
+    batcher = batcher_of(objective=0.005, cost={"small": 64**2})
+    for number in range(2):
+        admitted(batcher, number, job_of("small", cost=64**2))
+        batcher.done(batch_of(batcher, number), number + 0.0005, 0.0005)
+    batch = occupy(batcher, 2.0, "small")
+    refused(batcher, job_of("large", cost=512**2), 2.0, "late")  # it is busy
+    batcher.done(batch, 2.0005, 0.0005)
+    refused(batcher, job_of("far too large", cost=2048**2), 2.001, "late")
+    now = 2.001
+    for _ in range(2):
+        admitted(batcher, now, job_of("large", cost=512**2))
+        batcher.done(batch_of(batcher, now), now + seconds, seconds)
+        now += seconds
+    if seconds < batcher.objective:  # type: ignore[operator]
+        admitted(batcher, now, job_of("other", cost=450**2))  # by a figure that is near now
+    else:
+        refused(batcher, job_of("other", cost=450**2), now, "late")  # of all sizes together one in so long
+        admitted(batcher, 2.001 + 64 * 0.033, job_of("other", cost=450**2))
+
+
 def test_a_group_that_stalled_is_no_huge_one() -> None:
     """A machine that stood still makes its spread large, and what the engine usually takes none the less small."""
     batcher = batcher_of({"g": LINEAR}, objective=0.5)
@@ -466,6 +489,34 @@ def test_the_most_urgent_first_then_by_due_then_by_arrival() -> None:
         batcher.done(batcher._running[0].batch, now, 0.01)
         order += jobs_of(batcher, now)
     assert order == [urgent, soon, same, late, lesser]
+
+
+def test_a_deadline_that_is_far_away_makes_nobody_wait_longer_than_none() -> None:
+    batcher = batcher_of({"g": LINEAR}, max_rows=1, queue_rows=1000)
+    batch = occupy(batcher, 0.0)
+    distant = job_of(deadline=3600.0)
+    admitted(batcher, 0.0, *(job_of() for _ in range(3)), distant)
+    now = 0.0
+    for _ in range(4):
+        admitted(batcher, now, job_of(), job_of())
+        now += 0.01
+        batcher.done(batch, now, 0.01)
+        batch = batch_of(batcher, now)
+    assert batch.jobs == (distant,)
+
+
+def test_a_long_objective_puts_who_has_none_before_nobody() -> None:
+    batcher = batcher_of({"g": LINEAR}, max_rows=1, queue_rows=1000, objective=5.0)
+    batch = occupy(batcher, 0.0)
+    promised = [job_of(priority=2) for _ in range(3)]
+    admitted(batcher, 0.0, *promised)
+    admitted(batcher, 0.001, tile := job_of(priority=3, patient=True))
+    order = []
+    for step in range(1, 5):
+        batcher.done(batch, 0.01 * step, 0.01)
+        batch = batch_of(batcher, 0.01 * step)
+        order += batch.jobs
+    assert order == [*promised, tile]
 
 
 def test_groups_go_by_their_most_urgent_job() -> None:

@@ -16,7 +16,7 @@ from muntin.serving.probation import ArtifactLoader
 from muntin.serving.rollout import Rollout
 from muntin.serving.scheduling import Demand
 from muntin.serving.slot import Slot
-from muntin.serving.version import Call, Opening, Version
+from muntin.serving.version import Call, Opening, TookTooLongError, Version
 
 OPENING = Opening(threads=1, dynamic=True)
 
@@ -156,3 +156,28 @@ def test_what_cannot_be_compiled_changes_nothing(
     compiled: Any = version.session
     assert not any(shape in ((1, 5, 5, 3), (1, 6, 6, 3)) for shape, _ in compiled._compiled)
     assert version.session.labels(np.zeros((1, 5, 5, 3), np.uint8)).shape == (1, 5, 5)
+
+
+def test_a_size_that_could_not_be_compiled_is_tried_once_more_and_none_of_a_version_that_went(
+    version: Version, monkeypatch: pytest.MonkeyPatch, wait_until: Callable[..., None]
+) -> None:
+    asked: list[Call] = []
+
+    def fails(path: Path, opening: Opening, lately: list[Call], **_: Any) -> None:
+        asked.extend(lately)
+        raise TookTooLongError("the machine is busy")
+
+    monkeypatch.setattr(module, "probe", fails)
+    compiler, call = Compiler(OPENING), Call((1, 20, 20))
+    for tries in (1, 2):
+        for _ in range(OFTEN):
+            compiler.note(version, call)
+        wait_until(lambda: len(asked) == tries and (tries == 2 or call not in compiler._compiled[version]))  # noqa: B023
+    for _ in range(3 * OFTEN):
+        compiler.note(version, call)
+    version.close()
+    for _ in range(OFTEN):
+        compiler.note(version, Call((1, 30, 30)))
+    wait_until(compiler._queue.empty)
+    compiler.close()
+    assert asked == [call, call]

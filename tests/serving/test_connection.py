@@ -390,6 +390,27 @@ def test_an_early_answer_is_read_by_who_is_still_sending(served: Served, more: b
     assert not served.ledger.held
 
 
+def test_a_connection_stays_open_behind_an_early_answer(served: Served) -> None:
+    if served.direct:
+        pytest.skip("the short way answers no body that is not there")
+    with closing(served.connect()) as client:
+        client.sendall(post(b"", "/early", length=50_000))
+        assert b" 404 " in read(client)
+        client.sendall(b"x" * 25_000)
+        time.sleep(0.05)
+        client.sendall(b"x" * 25_000)
+        time.sleep(1.5 * BOUNDS.header_seconds)
+        client.sendall(post(b"again"))
+        assert read_json(read(client)) == [5, "again"]
+
+
+def test_for_nothing_there_is_always_room() -> None:
+    ledger = Ledger(BOUNDS)
+    ledger.held = BOUNDS.held_bytes + 1  # by answers, which nobody asks for room for
+    assert ledger.has_room(0)
+    assert not ledger.has_room(1)
+
+
 def test_empty_lines_keep_no_connection_open(served: Served) -> None:
     """A parser passes over them before a request."""
     with closing(served.connect()) as client:

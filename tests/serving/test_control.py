@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import threading
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -165,3 +166,28 @@ def test_loads_that_wait_are_bounded_and_keep_no_unload_waiting(shelf: Any, tmp_
             await control.loaded("m", {})
 
     asyncio.run(ask())
+
+
+def test_a_directory_that_stands_still_does_not_keep_a_load_from_its_end(control: Control, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("muntin.serving.control.END_S", 0.1)
+    free, begun = threading.Event(), threading.Event()
+
+    def scan(self: Repository) -> dict[str, Path]:
+        begun.set()
+        free.wait(60)
+        return {}
+
+    async def scene() -> None:
+        monkeypatch.setattr(Repository, "scan", scan)
+        loading = asyncio.create_task(control.loaded("m", {}))
+        await asyncio.to_thread(begun.wait, 60)
+        started = time.monotonic()
+        await asyncio.to_thread(control.close)
+        assert time.monotonic() - started < 20
+        with pytest.raises(RefusedRequestError, match="shutting down"):
+            await control.loaded("m", {})
+        free.set()
+        with pytest.raises(ProtocolError):
+            await loading
+
+    asyncio.run(scene())

@@ -535,3 +535,16 @@ def test_the_only_version_that_hangs_is_begun_again(
     assert deaths == ["(signal 9, Killed)", "(signal 9, Killed)", "(signal 11, Segmentation fault)"]
     assert runner.close(30)
     slot.close()
+
+
+def test_an_engine_that_dies_before_its_first_call_is_told_as_what_could_not_be_opened(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def gone(self: EngineProcess) -> None:
+        raise NotReadyError("its engine died, and is being begun again")
+
+    monkeypatch.setattr(EngineProcess, "try_out", gone)
+    with pytest.raises(VerificationError, match="its engine died"):
+        apart(path)
+    over = threading.Event()
+    monkeypatch.setattr(EngineProcess, "try_out", lambda self: (over.set(), gone(self)))
+    with pytest.raises(NotReadyError):
+        apart(path, stopped=over.is_set)

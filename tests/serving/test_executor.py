@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -201,3 +202,43 @@ def test_a_compiler_is_told_what_was_computed(serving: Any) -> None:
     slot, _ = serving(Pixels())
     Executor(slot, compiler=Told(Opening()))(batch_of(slot, [images_of(2, 1), images_of(1, 2)], labels=True))
     assert told == [("1", Call((3, 6, 5), True))]
+
+
+def test_without_memory_to_put_a_batch_together_each_request_is_computed_alone(serving: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    def no_room(*_: Any, **__: Any) -> None:
+        raise MemoryError
+
+    session = Pixels()
+    slot, _ = serving(session)
+    images = [images_of(2, 1), images_of(1, 2)]
+    batch = batch_of(slot, images, labels=True)
+    executor = Executor(slot)
+    with monkeypatch.context() as patch:
+        patch.setattr(np, "concatenate", no_room)
+        answers = executor(batch)
+    for rows, answer in zip(images, answers, strict=True):
+        np.testing.assert_array_equal(answer, rows.argmax(3))
+    assert session.calls == [(2, 6, 5, 4), (1, 6, 5, 4)]
+    assert {job.payload.recovered for job in batch.jobs} == {"one request at a time"}
+    assert executor.recoveries.rows == 1
+
+
+def test_what_waits_for_a_version_that_was_rolled_back_is_not_asked_of_it(serving: Any) -> None:
+    good, dead = Pixels(), Pixels()
+    slot, _ = serving(good, dead)
+    first, second = (batch_of(slot, [images_of(1, seed)], labels=True) for seed in (1, 2))
+    dead.error = RuntimeError("engine died")
+    executor = Executor(slot)
+    executor(first)
+    assert slot.current.name == "1"
+    np.testing.assert_array_equal(executor(second)[0], images_of(1, 2).argmax(3))
+    assert (second.jobs[0].payload.version, len(dead.calls)) == ("1", 1)
+
+
+def test_that_this_process_lacks_files_is_held_against_no_version(serving: Any) -> None:
+    good, new = Pixels(), Pixels()
+    slot, _ = serving(good, new)
+    new.error = OSError(errno.EMFILE, "Too many open files")
+    batch = batch_of(slot, [images_of(1, 1)], labels=True)
+    np.testing.assert_array_equal(Executor(slot)(batch)[0], images_of(1, 1).argmax(3))
+    assert (batch.jobs[0].payload.version, slot.current.name) == ("1", "2")

@@ -24,11 +24,15 @@ import grpc
 import numpy as np
 import pytest
 
+from muntin.artifact import ClassInfo, Signature
+from muntin.serving import grpc as grpc_face
 from muntin.serving import open_inference_pb2 as messages
 from muntin.serving.config import Bounds, ServeConfig
 from muntin.serving.executor import Executor
-from muntin.serving.grpc_codec import METHODS, SERVICE, encode_infer
+from muntin.serving.grpc_codec import METHODS, SERVICE, decode_infer, encode_infer
 from muntin.serving.health_pb2 import HealthCheckRequest, HealthCheckResponse
+from muntin.serving.outputs import read_wanted
+from muntin.serving.protocol import InferOutput, InferResponse, Limits, ProtocolError
 from muntin.serving.runner import Runner
 from muntin.serving.server import Server
 from muntin.serving.wire import parse
@@ -726,3 +730,125 @@ def test_only_statistics_are_given_without_a_name(client: Client) -> None:
     assert client.code("ModelInfer", infer(model="")) is Code.NOT_FOUND
     assert [model.name for model in client("ModelStatistics").model_stats] == ["pixels"]
     assert client("ModelMetadata", messages.ModelMetadataRequest(name="pixels")).name == "pixels"
+
+
+# ---- what becomes of the server
+
+
+def frames_of(path: bytes) -> bytes:
+    """A connection's first bytes, and the head of a call."""
+
+    def field(name: bytes, value: bytes) -> bytes:
+        return b"\0" + bytes([len(name)]) + name + bytes([len(value)]) + value
+
+    head = {b":method": b"POST", b":scheme": b"http", b":path": path, b":authority": b"x", b"te": b"trailers"}
+    block = b"".join(field(*entry) for entry in {**head, b"content-type": b"application/grpc"}.items())
+    settings = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + b"\0\0\0\4\0\0\0\0\0"
+    return settings + len(block).to_bytes(3, "big") + b"\1\4" + (1).to_bytes(4, "big") + block
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # grpc's own task ends in what it met
+def test_a_call_whose_path_is_no_text_ends_the_face_for_nobody(path: Path, wait_until: Any) -> None:
+    told: list[str] = []
+    with Server(path, ServeConfig(http_port=0, grpc_port=0, threads=1, name="pixels"), notify=told.append) as server:
+        assert server.grpc_port is not None
+        for number in (1, 2):
+            with socket.create_connection(("127.0.0.1", server.grpc_port), timeout=30) as connection:
+                connection.sendall(frames_of(b"/inference.GRPCInferenceService/\xff\xfe"))
+                wait_until(lambda: sum("is begun again" in line for line in told) == number)  # noqa: B023
+            client = Client(server.grpc_port)
+            wait_until(lambda: free(client))  # noqa: B023
+            assert client("ModelInfer", infer()).raw_output_contents[0] == labels(1)
+            client.channel.close()
+
+
+def test_who_is_told_twice_to_end_waits_for_nothing(path: Path, wait_until: Any) -> None:
+    release = threading.Event()
+    with served(path, drain_seconds=60.0) as (server, client):
+        asked = client.stalled("ModelInfer", release)
+        wait_until(lambda: server._grpc is not None and server._grpc._calls == 1)
+        stop = threading.Thread(target=server.stop)
+        stop.start()
+        wait_until(lambda: server._served)
+        assert stop.is_alive()
+        server._tell_to_end(again=True)
+        stop.join(30)
+        assert not stop.is_alive()
+        assert (server.cut_off, server.hurried) == (1, True)
+        release.set()
+        with pytest.raises(grpc.RpcError):
+            asked.result()
+
+
+def has_ipv6() -> bool:
+    try:
+        socket.create_server(("::1", 0), family=socket.AF_INET6).close()
+    except OSError:
+        return False
+    return True
+
+
+@pytest.mark.skipif(not has_ipv6(), reason="there is no IPv6")
+def test_who_was_given_no_address_of_ipv6_answers_nobody_there(path: Path) -> None:
+    with served(path, host="0.0.0.0") as (server, client):  # noqa: S104
+        assert client("ModelInfer", infer()).raw_output_contents[0] == labels(1)
+        for name in ("ModelInfer", "ServerLive", "ModelStreamInfer"):
+            with grpc.insecure_channel(f"[::1]:{server.grpc_port}") as channel:
+                call = channel.stream_stream(f"/{SERVICE}/{name}", lambda m: m.SerializeToString())
+                with pytest.raises(grpc.RpcError) as caught:
+                    list(call(iter([infer()]), timeout=30))
+            assert caught.value.code() in (Code.PERMISSION_DENIED, Code.UNAVAILABLE)  # the latter where grpc listens to IPv4 alone
+
+
+@pytest.mark.skipif(not Path("/dev/fd").exists() or not hasattr(socket, "AF_UNIX"), reason="open connections are found there")
+def test_a_connection_is_found_behind_a_socket_with_a_name(tmp_path: Path) -> None:
+    """A service manager makes one of a server's standard output."""
+
+    class Peer:
+        def __init__(self, name: str) -> None:
+            self.name = name
+
+        def peer(self) -> str:
+            return self.name
+
+    with socket.socket(socket.AF_UNIX) as journal, socket.socket(socket.AF_UNIX) as output:
+        journal.bind(str(tmp_path / "journal"))
+        journal.listen()
+        output.connect(str(tmp_path / "journal"))
+        with socket.create_server(("127.0.0.1", 0)) as listening:
+            port = listening.getsockname()[1]
+            with socket.create_connection(("127.0.0.1", port), timeout=10) as client, listening.accept()[0]:
+                grpc_face._hang_up(Peer(f"ipv4:127.0.0.1:{client.getsockname()[1]}"), port)
+                assert client.recv(1) == b""
+
+
+def test_of_a_stream_an_answer_that_is_not_taken_ends_the_connection(path: Path, wait_until: Any) -> None:
+    """However long a stream may stand still."""
+    with served(path, bounds=Bounds(idle_seconds=600.0, body_seconds=1.0, connections=1)) as (_, client):
+        deaf = Client(client.port, ("grpc.http2.bdp_probe", 0), ("grpc.http2.lookahead_bytes", 1 << 16))
+        release = threading.Event()
+        found = deaf.stream(then_nothing([infer(n, side=512) for n in range(64)], release))
+        next(found)
+        assert not free(client)
+        wait_until(lambda: free(client))
+        release.set()
+        with pytest.raises(grpc.RpcError):
+            list(found)
+        deaf.channel.close()
+
+
+def test_an_answer_that_no_message_holds_is_refused() -> None:
+    data = np.broadcast_to(np.zeros(1, np.uint8), (1 << 31,))
+    response = InferResponse(model="m", version="1", id="", outputs=(InferOutput(name="labels", data=data),))
+    with pytest.raises(ProtocolError, match=r"2,147,483,648 bytes is longer than a gRPC message") as caught:
+        grpc_face._check_length(response)
+    assert caught.value.status == 413
+
+
+def test_what_names_no_output_goes_out_in_binary() -> None:
+    signature = Signature(task="segment", channels=3, classes=tuple(ClassInfo(name=name, color=(0, 0, 0)) for name in "abc"))
+    request = infer()
+    del request.outputs[:]
+    wanted = read_wanted(decode_infer(request, Limits()), signature, (1, 8, 8, 3))
+    assert (wanted.names, wanted.binary) == (("labels", "scores"), True)
+    assert read_wanted(decode_infer(request, Limits()), signature, (8, 4096, 4096, 3)).binary  # far more than JSON carries

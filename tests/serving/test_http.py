@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import gzip
 import io
 import json
 import time
+import weakref
 import zlib
 from collections import Counter
 from collections.abc import Iterator
@@ -371,3 +373,65 @@ def test_an_image_without_json_that_no_version_can_compute_is_counted(shelf: Any
             assert service.metrics.refused == {"no version": 1}
 
     asyncio.run(run())
+
+
+def test_of_an_inference_that_is_over_nothing_stays_until_garbage_is_collected(shelf: Any) -> None:
+    def inferences() -> list[Any]:
+        return [found for found in gc.get_objects() if isinstance(found, http._Inference)]
+
+    async def run() -> None:
+        with slow_service(shelf) as (service, _):
+            face = HttpFace(service, cast(Any, None), cast(Any, None), limits=Limits(), tokens=(), log=None)
+            replies: list[int] = []
+            for body in (HEAD + b"abc", b"nonsense", HEAD + b"abc"):
+                count = len(replies) + 1
+                face.begin(dict(SCOPE), body, time.monotonic(), lambda status, headers, parts: replies.append(status))
+                while len(replies) < count:
+                    await asyncio.sleep(0.001)
+            face.begin(dict(SCOPE), HEAD + b"abc", time.monotonic(), lambda *_: None)()  # its client has gone
+            assert replies == [200, 400, 200]
+            while service.runner.waiting:
+                await asyncio.sleep(0.001)
+            await asyncio.sleep(2 * ENGINE_S)
+            assert not inferences()
+
+    gc.collect()
+    gc.disable()
+    try:
+        asyncio.run(run())
+    finally:
+        gc.enable()
+
+
+def test_a_refusal_holds_no_body(shelf: Any) -> None:
+    """The turnstile's, of a head that is not known yet: it is raised, and an error holds the frames that it was raised through."""
+
+    class Body(bytearray):
+        """What can be looked for."""
+
+    async def run() -> None:
+        with slow_service(shelf) as (service, _):
+            face = HttpFace(service, cast(Any, None), cast(Any, None), limits=Limits(), tokens=(), log=None)
+            refused = RefusedRequestError("as others", holds=1.0)
+            service.refusal = lambda *_, **__: refused  # type: ignore[method-assign]
+            replies: list[int] = []
+            body = Body(HEAD + b"abc")
+            kept = weakref.ref(body)
+            face.begin(dict(SCOPE), body, time.monotonic(), lambda status, headers, parts: replies.append(status))
+            del body
+            assert replies == [503]
+            refused = RefusedRequestError("another one")
+            assert kept() is None
+
+    gc.collect()
+    gc.disable()
+    try:
+        asyncio.run(run())
+    finally:
+        gc.enable()
+
+
+@pytest.mark.parametrize("value", [b"gzip ", b" gzip"])
+def test_blanks_around_a_header_are_none_of_its_own(value: bytes) -> None:
+    head = http._read_head(SCOPE | {"headers": [(b"inference-header-content-length", b" 12\t"), (b"content-encoding", value)]})
+    assert (head.length, head.encoded) == (12, True)

@@ -251,3 +251,27 @@ def test_whatever_is_observed_the_line_is_sound(batches: list[tuple[int, float]]
     group = model._groups["g"]
     assert len(group._deviations) <= 128
     assert len(group._sizes) <= 40
+
+
+def test_a_group_of_the_same_cost_is_believed_until_the_second_batch() -> None:
+    """A version takes the place of another: of the same images, as fast."""
+    model = LatencyModel()
+    for _ in range(20):
+        model.observe("old", 1, 0.01, cost=64.0)
+    model.observe("new", 1, 5.0, cost=64.0)  # it compiled
+    line = model.line("new", cost=64.0)
+    assert line is not None
+    assert (line.expected(1), line.guessed) == (pytest.approx(0.01), False)
+    model.observe("new", 1, 0.02, cost=64.0)
+    assert model.expected("new", 1, cost=64.0) == pytest.approx(0.02)
+    model.observe("other", 1, 5.0, cost=640.0)  # of another size its own figure says more than a guess
+    assert model.expected("other", 1, cost=640.0) == pytest.approx(5.0)
+
+
+def test_of_groups_of_one_cost_the_last_one_used_is_the_guess() -> None:
+    model = LatencyModel()
+    for _ in range(3):
+        model.observe("long ago", 1, 0.5, cost=64.0)
+    for _ in range(3):
+        model.observe("lately", 1, 0.01, cost=64.0)
+    assert model.expected("new", 1, cost=64.0) == pytest.approx(0.01)

@@ -251,6 +251,8 @@ def test_pictures_wait_until_there_is_room_for_their_pixels(slot: Slot, by: str)
                     await task
         else:
             tasks[2].cancel()
+            while len(pictures._pending) > 3:  # though nothing is free yet
+                await asyncio.sleep(0.01)
             service.free.set()
             assert [(await task).media_type for task in (tasks[0], tasks[1], tasks[3])] == ["image/png"] * 3
             while pictures._pending:
@@ -267,8 +269,17 @@ def test_who_gives_up_while_waiting_for_room_takes_none(admitted: bool) -> None:
     async def scene() -> None:
         room = _Room(10)
 
+        class Waits:
+            def waits_for(self, turn: asyncio.Future[None]) -> None:
+                return
+
+            def check(self) -> None:
+                return
+
+        waits: Any = Waits()
+
         async def hold(count: int, until: asyncio.Event) -> None:
-            async with room.taken(count):
+            async with room.taken(count, waits):
                 await until.wait()
 
         end, never = asyncio.Event(), asyncio.Event()

@@ -78,3 +78,42 @@ def test_a_candidate_that_hangs_is_refused_and_keeps_neither_the_next_one_nor_th
     thread.join(20)
     free.set()
     wait_until(lambda: not hanging.open)
+
+
+def test_what_shadows_hold_is_bounded_in_bytes_and_given_back_where_there_is_no_thread(
+    shelf: Any, wait_until: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("muntin.serving.shadows.SHADOW_BYTES", IMAGES.nbytes)
+    slot = Slot("m", shelf, rollout=Rollout(shadow=1.0, for_seconds=60.0, for_requests=3))
+    metrics = Metrics()
+    shadows = Shadows(slot, Executor(slot), metrics)
+    current = slot.load(Path("1"), "1")
+    answer = current.session.labels(IMAGES)
+    thread, _ = begin_trial(slot, "2", wait_until)
+    let_go = threading.Event()
+    with slot.lease("2") as lease:
+        candidate = lease.version
+    infer = candidate.session._infer
+    candidate.session._infer = lambda images: infer(images) if let_go.wait(60) else images  # type: ignore[method-assign, assignment, return-value]
+
+    def cast() -> None:
+        with slot.lease() as held:
+            shadows.cast(Work(images=IMAGES, lease=held, by=current, whole=(IMAGES, answer)), labels=True)
+
+    cast()  # alone, whatever it holds
+    assert shadows.pending == 1
+    cast()
+    assert (shadows.pending, candidate.leases) == (1, 2)  # a lease, and what is begun
+    let_go.set()
+    wait_until(lambda: not shadows.pending)
+
+    def none(*_: Any) -> None:
+        raise RuntimeError("can't start new thread")
+
+    monkeypatch.setattr(shadows._threads, "submit", none)
+    cast()
+    wait_until(lambda: candidate.leases == 0)
+    assert b"muntin_shadow_skipped_total 2.0" in metrics.render()
+    shadows.close()
+    slot.close()
+    thread.join(20)

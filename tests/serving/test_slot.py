@@ -904,3 +904,17 @@ def test_twenty_swaps_take_no_more_memory(
     after = swap(slot, paths, 20, wait_until)
     assert (after - before) / 20 < 256 << 10
     assert signal_stack() == stack  # of this thread, on which all of them were opened
+
+
+def test_deaths_of_engines_are_counted_beyond_their_versions_end(make_slot: Callable[..., Slot]) -> None:
+    slot = make_slot()
+    slot.load("1", "1")
+    dying = slot.load("2", "2")
+    assert slot.deaths() == {"1": 0, "2": 0}
+    dying.session.deaths = 2
+    observe(slot, dying, error=RuntimeError("its engine died"))
+    assert (dying.state, dying.open) == ("failed", False)
+    assert slot.deaths() == {"1": 0, "2": 2}
+    again = slot.load("2", "2")
+    again.session.deaths = 1
+    assert slot.deaths()["2"] == 3

@@ -78,3 +78,20 @@ def test_what_goes_on_is_waited_for_so_long_and_what_waits_is_given_up() -> None
 def test_the_process_ends_all_the_same() -> None:
     program = "import time\nfrom muntin.serving.threads import Threads\nThreads('t', most=1).submit(time.sleep, 600)\n"
     subprocess.run([sys.executable, "-c", program], timeout=60, check=True)
+
+
+def test_calls_that_are_cancelled_while_they_wait_do_not_pile_up() -> None:
+    threads, let_go, begun = Threads("muntin-test", most=1), threading.Event(), threading.Event()
+
+    def stand_still() -> None:
+        begun.set()
+        let_go.wait(60)
+
+    first = threads.submit(stand_still)
+    assert begun.wait(60)
+    waiting = [threads.submit(int) for _ in range(3)]
+    for future in waiting[:2]:
+        assert future.cancel()
+    assert (len(threads._waiting), threads.pending) == (1, 2)
+    let_go.set()
+    assert (first.result(60), waiting[2].result(60)) == (None, 0)

@@ -104,13 +104,15 @@ def serve_command(
             _tell(server, config, json)
 
         server.run(up=up)
-    say(f"muntin: stopped; {_ended(server.cut_off, drain_seconds)}")
+    say(f"muntin: stopped; {_ended(server.cut_off, drain_seconds, hurried=server.hurried)}")
 
 
-def _ended(cut_off: int, seconds: int) -> str:
+def _ended(cut_off: int, seconds: int, *, hurried: bool = False) -> str:
     if not cut_off:
         return "every request that was admitted has been answered"
     what = "1 connection or call was" if cut_off == 1 else f"{cut_off} connections or calls were"
+    if hurried:
+        return f"{what} still busy and cut off, since it was told twice to end"
     return f"{what} still busy after {seconds} s and cut off; --drain-seconds gives more time"
 
 

@@ -44,8 +44,13 @@ IGNORED_COLOR = (0, 0, 0)
 _NPY = b"\x93NUMPY"
 _HEAD_BYTES = 16
 _SCAN = b"\xff\xda"
-_MARKER = re.compile(rb"\xff[^\x00\x01\xd0-\xd7\xff]")
-"""Of a part of a JPEG that tells its length. Behind 255 a zero says that this is a scan's own byte; the others stand alone."""
+_MARKER = re.compile(rb"\xff[^\x00-\xbf\xd0-\xd7\xff]")
+"""Of a part of a JPEG that tells its length. Behind 255 a zero says that this is a scan's own byte, up to 191 there is no such part (a
+decoder that looks for where it may go on passes them over); the others stand alone."""
+MAX_PARTS = 256
+"""Segments of a JPEG before its first scan, chunks of a PNG beside those of its pixels: Pillow, which reads them in Python, some of them
+with all that came before, would take minutes for a million."""
+_MAX_EXIF, _MAX_JUNK = 64, 1 << 16
 _SENT = Path("the picture")
 """What errors call bytes that have no file."""
 _ORIENTATION_TAG = 0x0112
@@ -306,6 +311,12 @@ def _sent(content: bytes, max_pixels: int) -> Iterator[ImageFile.ImageFile]:
         raise DataError(f"{len(content):,} bytes that are no PNG, JPEG or WebP picture: send the bytes of such a file")
     if head.startswith(b"\xff\xd8\xff") and (marks := content.count(_SCAN)) > MAX_SCANS and _has_scans(content, MAX_SCANS + 1):
         raise DataError(f"{_SENT} has {marks:,} scans, more than the limit of {MAX_SCANS}: store it anew")
+    if head.startswith(b"\xff\xd8\xff"):
+        parts_fit = content.count(b"Exif\0\0") <= _MAX_EXIF and _segments_fit(content)
+    else:
+        parts_fit = not head.startswith(b"\x89PNG") or _chunks_fit(content)
+    if not parts_fit:
+        raise DataError(f"{_SENT} has more metadata than a picture has ({MAX_PARTS} parts are taken): store it anew, without")
     with _picture(_SENT, io.BytesIO(content), head, max_pixels) as picture:
         yield picture
 
@@ -320,6 +331,45 @@ def _has_scans(content: bytes, wanted: int) -> bool:
             return True
         place += int.from_bytes(content[place : place + 2], "big")
     return False
+
+
+def _segments_fit(content: bytes) -> bool:
+    """Whether a JPEG has no more than `MAX_PARTS` segments before its first scan, and hardly a byte that is none of theirs. It is read as
+    Pillow reads it."""
+    place, parts, junk = 2, 0, 0
+    while (at := content.find(b"\xff", place)) >= 0 and at + 1 < len(content):
+        junk += at - place
+        kind = content[at + 1]
+        place = at + 2
+        if kind in (0x00, 0xFF):
+            place -= kind == 0xFF
+            junk += 1
+        else:
+            if kind == 0xDA:
+                return True
+            parts += 1
+            if not (0xD0 <= kind <= 0xD9 or 0xF0 <= kind <= 0xFD or kind == 0xC8):  # these stand alone
+                place += int.from_bytes(content[place : place + 2], "big")
+        if parts > MAX_PARTS or junk > _MAX_JUNK:
+            return False
+    return len(content) - place <= _MAX_JUNK  # without a scan
+
+
+def _chunks_fit(content: bytes) -> bool:
+    """Whether a PNG has no more than `MAX_PARTS` chunks beside those of its pixels, and these are not tiny ones without number."""
+    place, parts, pixels = len(b"\x89PNG\r\n\x1a\n"), 0, 0
+    while place + 12 <= len(content):
+        length, kind = struct.unpack_from(">I4s", content, place)
+        if kind == b"IDAT":
+            pixels += 1
+        else:
+            parts += 1
+        if parts > MAX_PARTS or pixels > MAX_PARTS + len(content) // 256:
+            return False
+        if kind == b"IEND":
+            break
+        place += 12 + length
+    return True
 
 
 @contextmanager
@@ -418,8 +468,11 @@ def _stored_size(picture: Image.Image) -> tuple[int, int]:
 
 def _orientation(picture: Image.Image) -> int:
     """By what has been read of the file so far: a PNG's own `getexif` would decode it, to look behind its pixels."""
-    with _quiet():
-        value = Image.Image.getexif(picture).get(_ORIENTATION_TAG, 1)
+    try:
+        with _quiet():
+            value = Image.Image.getexif(picture).get(_ORIENTATION_TAG, 1)
+    except _DAMAGE:  # the picture itself may be sound: whether Pillow meets this by itself hangs on other tags
+        return 1
     return value if isinstance(value, int) and 1 <= value <= 8 else 1
 
 

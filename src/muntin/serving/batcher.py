@@ -1,10 +1,9 @@
 """Which requests are admitted, and what a free worker computes next: pure decisions, told the time, with no thread and no clock.
 
-**Order.** A job is due at min(arrived + objective, its own deadline); without either (a patient one has no objective) it counts as due
-`patience` seconds after it arrived.
-A job of priority p counts as due p * `patience` later than it is. That moment is its standing: the earliest goes first, equal ones as they
-arrived. So within a priority strictly by due, then arrival; a more urgent priority goes first; and nothing starves, since whoever arrives
-after a job's standing has passed stands behind it.
+**Order.** A job is due at min(arrived + objective, its own deadline), or never (a patient one has no objective). It counts as due no later
+than max(`patience`, objective) seconds after it arrived, and with priority p p * `patience` later than that. That moment is its standing:
+the earliest goes first, equal ones as they arrived. So within a priority by due, then arrival; a more urgent priority goes first; and
+nothing starves, since whoever arrives after a job's standing has passed stands behind it, and no client says when that is.
 
 **Batches.** Only jobs of one group share a batch. A free worker takes the most urgent job's group, in order, as many rows as are worth a
 batch (`Lane.worth`), while the batch by its safe latency still ends before the earliest due moment in it, and leaves the most urgent job of
@@ -26,7 +25,8 @@ A promise needs figures. Jobs of a group that was measured less than twice are a
 even alone: whenever nothing waits or runs, if it is the objective that it would miss and no deadline of its own, since an engine that
 cannot keep the objective would answer nobody; otherwise now and then, or nobody would find out that the engine has recovered. But where
 others keep the objective, a job that takes many times as long as that is admitted only if its group was measured itself, and hardly ever:
-while it is computed all the others are refused.
+while it is computed all the others are refused. By a guess, which errs where a call's fixed part is large, it is tried as rarely, of all
+such groups together, when nothing else waits or runs, but for far too long ones.
 """
 
 from __future__ import annotations
@@ -59,6 +59,7 @@ _BEYOND, _BEYOND_S = 0.3, 0.01  # of an objective, or seconds without one, that 
 _PASSED = 64  # jobs that a batch passes over at most
 _PROBE, _PROBES = 0.25, 8  # s, and times its latency: pause between two jobs of a group that would be late even alone
 _HUGE = 4  # objectives: who takes longer, alone, keeps away all who come meanwhile
+_GUESSED = 16  # objectives: who takes longer by a guess is not tried, to see whether it is right
 _KEPT_S = 60.0  # s for which the objective counts as one that is kept
 _HUGE_PROBES = 64  # times its latency: pause between two such jobs
 _FRESH = 0.02  # of an objective: how long a forecast is kept when the batch that it waits for ought to have ended
@@ -145,6 +146,7 @@ class Batcher:
         self._owed = Peak()  # seconds that jobs which were refused would have needed for their batch
         self._forecast: Forecast | None = None  # as things are; None: they changed
         self._outdated = -math.inf
+        self._guesses_at = -math.inf  # from when on a job that is huge by a guess may be tried
         self._busy = Rate()
         self._work: dict[int, Rate] = {}  # seconds of engine time that were admitted, by priority
         self._draining = self._stuck = False
@@ -164,7 +166,7 @@ class Batcher:
         if job.deadline is not None and job.deadline < due:
             due = job.deadline
         job.arrived, job.due, job.promised = now, due, False
-        job.standing = (due if due < math.inf else now + self.patience) + job.priority * self.patience
+        job.standing = min(due, now + max(self.patience, self.objective or 0.0)) + job.priority * self.patience
         late, holds = self._lateness(job, lane, now) if due < math.inf else (0.0, 0.0)
         if late > 0:
             if late == math.inf:
@@ -324,8 +326,15 @@ class Batcher:
         huge = self._huge(job, lane, now)
         if not huge and not self._jobs and not self._running and (job.deadline is None or job.deadline > job.due):
             return 0.0
-        if lane.outstanding or (huge and lane.tried == -math.inf):
+        if lane.outstanding:
             return math.inf
+        if huge and lane.tried == -math.inf:
+            assert self.objective is not None
+            guess = lane.line.expected(job.rows)
+            if self._jobs or self._running or now < self._guesses_at or guess > _GUESSED * self.objective:
+                return math.inf
+            self._guesses_at = now + _HUGE_PROBES * guess
+            return 0.0
         return lane.tried + max(_PROBE, (_HUGE_PROBES if huge else _PROBES) * lane.line.expected(job.rows)) - now
 
     def _huge(self, job: Job, lane: Lane, now: float) -> bool:

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Callable
-from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from queue import SimpleQueue
@@ -47,6 +46,8 @@ class Compiler:
         self._seen: WeakKeyDictionary[Version, OrderedDict[Call, int]] = WeakKeyDictionary()
         self._compiled: WeakKeyDictionary[Version, set[Call]] = WeakKeyDictionary()
         """For which sizes."""
+        self._failed: WeakKeyDictionary[Version, set[Call]] = WeakKeyDictionary()
+        """Sizes for which it could not be compiled once. It is tried again when they have come as often again, and then no more."""
         self._queue: SimpleQueue[tuple[Version, Call] | None] = SimpleQueue()
         self._thread: Thread | None = None
         self._closed = Event()
@@ -88,14 +89,28 @@ class Compiler:
     def _run(self) -> None:
         while (item := self._queue.get()) is not None and not self._closed.is_set():
             version, call = item
-            # What fails here failed for nobody: the size is then computed as before.
-            with suppress(MuntinError, RuntimeError, OSError, MemoryError):
-                probe(
-                    version.path, self._opening, [call],
-                    limits=Limits(niceness=19), stopped=self._closed.is_set, demand=self._demand, examine=compile_for,
-                )  # fmt: skip
-                version.session.warm_up([call.shape], labels=call.labels)
+            try:
+                if version.open and version.state != "failed":  # else it went while it waited
+                    self._compile(version, call)
+            except (MuntinError, RuntimeError, OSError, MemoryError):  # it failed for nobody: the size is computed as before
+                self._forget(version, call)
             del version, item
+
+    def _compile(self, version: Version, call: Call) -> None:
+        probe(
+            version.path, self._opening, [call],
+            limits=Limits(niceness=19), stopped=self._closed.is_set, demand=self._demand, examine=compile_for,
+        )  # fmt: skip
+        version.session.warm_up([call.shape], labels=call.labels)
+
+    def _forget(self, version: Version, call: Call) -> None:
+        """A size was not compiled for."""
+        with self._lock:
+            failed = self._failed.setdefault(version, set())
+            if call not in failed:
+                failed.add(call)
+                self._compiled[version].discard(call)
+                self._seen[version].pop(call, None)
 
 
 def compile_for(path: Path, opening: Opening, lately: tuple[Call, ...]) -> Probation:

@@ -10,6 +10,7 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 from muntin.serving.rollout import Rollout
 
 MEGABYTE = 1 << 20
+DAY_S = 86_400.0
 
 
 class _Frozen(BaseModel):
@@ -30,10 +31,13 @@ class Bounds(_Frozen):
     ] = 512 * MEGABYTE
     connections: Annotated[int, Field(ge=1, description="open at the same time; over gRPC: calls")] = 512
     header_seconds: Annotated[
-        float, Field(gt=0, description="of a TLS handshake; then from a connection's or request's first byte to the end of its headers")
+        float,
+        Field(gt=0, le=DAY_S, description="of a TLS handshake; then from a connection's or request's first byte to the end of its headers"),
     ] = 10.0
-    body_seconds: Annotated[float, Field(gt=0, description="from the end of the headers to the end of the body")] = 60.0
-    idle_seconds: Annotated[float, Field(gt=0, description="that a connection may stay open between requests, a stream stand still")] = 75.0
+    body_seconds: Annotated[float, Field(gt=0, le=DAY_S, description="from the end of the headers to the end of the body")] = 60.0
+    idle_seconds: Annotated[
+        float, Field(gt=0, le=DAY_S, description="that a connection may stay open between requests, a stream stand still")
+    ] = 75.0
 
 
 class ServeConfig(_Frozen):
@@ -61,7 +65,7 @@ class ServeConfig(_Frozen):
     tls_key: Path | None = None
     access_log: Annotated[bool, Field(description="a line of JSON for each request on standard output")] = False
     trace: Annotated[bool, Field(description="a span of OpenTelemetry for each request, exported as the environment says")] = False
-    drain_seconds: Annotated[float, Field(ge=0, description="that requests in flight get after SIGTERM")] = 30.0
+    drain_seconds: Annotated[float, Field(ge=0, le=DAY_S, description="that requests in flight get after SIGTERM")] = 30.0
 
     @model_validator(mode="after")
     def _pairs(self) -> Self:

@@ -206,7 +206,7 @@ class BoundedConnection(HttpToolsProtocol):
             self._drop(count)
         elif self._turn is None:
             self.data_received(bytes(self._ledger.scratch[:count]))
-        elif not self._over and self._arrives(count):
+        elif not self._over and self._arrives(count) and self._turn is not None:  # making room may have given up this very connection
             self._check_whole(self._turn)
 
     def data_received(self, data: bytes) -> None:
@@ -409,11 +409,14 @@ class BoundedConnection(HttpToolsProtocol):
         super().on_message_complete()
         if self._running == (self.cycle, None):
             self._begin(self.cycle)
+        elif self.cycle.response_complete and self.timeout_keep_alive_task is None and not self._over:  # its bytes have stopped that
+            self.timeout_keep_alive_task = self.loop.call_later(self.timeout_keep_alive, self.timeout_keep_alive_handler)
 
     def on_response_complete(self) -> None:
         if self._running is not None:
             cycle = self._running[0]
             self._release(cycle)
+            cycle.body = cycle.whole = memoryview(b"")  # of which nobody may have asked
             self._running = None
             if not cycle.keep_alive and not self._left:
                 self._close()

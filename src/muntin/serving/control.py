@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Mapping
-from concurrent.futures import ThreadPoolExecutor
 
 from muntin.errors import MuntinError
 from muntin.serving.description import IndexEntry
@@ -22,6 +21,8 @@ LOADS = 4
 """Requests to load that may wait until those before them have ended; beyond, they are refused."""
 LISTINGS = 4
 """Listings of the repository that may go on or wait; beyond, they are refused: a directory on a network may stand still."""
+END_S = 5.0
+"""That a load has at the end."""
 VERSION = "version"
 """The parameter of a request to load or unload that names one."""
 
@@ -32,13 +33,15 @@ class Control:
 
     def __init__(self, slot: Slot, repository: Repository) -> None:
         self._slot, self._repository = slot, repository
-        self._loads = ThreadPoolExecutor(max_workers=1, thread_name_prefix="muntin-load")
+        self._loads = Threads("muntin-load", most=1)
         self._loading = 0
+        self._closed = False
         self._listings = Threads("muntin-listing", most=1)
 
     def close(self) -> None:
-        """Ends the thread that loads. What it loads is the slot's to end before."""
-        self._loads.shutdown(wait=True)
+        """Waits for the thread that loads, but not for a directory that stands still. What it loads is the slot's to end before."""
+        self._closed = True
+        self._loads.join(END_S)
 
     async def loaded(self, model: str, parameters: Mapping[str, Parameter]) -> str:
         """As `load`, one after the other, on a thread that does nothing else: what waits there keeps nothing else waiting, least of all an
@@ -46,13 +49,15 @@ class Control:
         self._check(model)
         if self._loading > LOADS:
             raise RefusedRequestError(f"{LOADS} loads wait for the one that goes on: try again when it has ended")
+        if self._closed:
+            raise RefusedRequestError("the server is shutting down")
         try:
-            loading = asyncio.get_running_loop().run_in_executor(self._loads, self.load, model, parameters)
-        except RuntimeError as error:  # it was closed
-            raise RefusedRequestError("the server is shutting down") from error
+            loading = self._loads.submit(self.load, model, parameters)
+        except RuntimeError as error:  # this process may have no more threads
+            raise RefusedRequestError(f"it cannot be loaded now: {error}") from error
         self._loading += 1
         try:
-            return await loading
+            return await asyncio.wrap_future(loading)
         finally:
             self._loading -= 1
 

@@ -26,6 +26,7 @@ import numpy as np
 from numpy.typing import DTypeLike, NDArray
 
 from muntin.artifact import Signature
+from muntin.errors import VerificationError
 from muntin.runtime.session import ExecutedLayer, Session, Shape, check_shapes
 from muntin.serving.engine_host import LABELS, SCORES, call_of
 from muntin.serving.engine_lane import Lane
@@ -84,8 +85,10 @@ def open_apart(
     try:
         with _ended_in_time(running, path, seconds, stopped):
             session.try_out()
-    except BaseException:
+    except BaseException as error:
         session.close()
+        if isinstance(error, NotReadyError) and not stopped():  # it died between the two, and was not there again in time
+            raise VerificationError(f"{path}: {error}") from error
         raise
     return Opened(
         session=session, signature=session.signature, digest=running.said["digest"], calls=tuple(session.calls), start=opening.calls

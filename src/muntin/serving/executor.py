@@ -107,25 +107,27 @@ class Executor:
         group = batch.group
         assert isinstance(group, Group)
         started = self._clock()
-        images = works[0].images if len(works) == 1 else np.concatenate([work.images for work in works])
-        call = Call((len(images), group.height, group.width), group.labels)
-        (answer, said), version = compute_somewhere(
+        images = _together(works)
+        call = Call((batch.rows, group.height, group.width), group.labels)
+        (answers, said), version = compute_somewhere(
             self._slot,
             group.version,
-            lambda session: self._compute(session, images, labels=group.labels),
-            rows=len(images),
+            lambda session: self._compute_for(batch.jobs, session, images, labels=group.labels),
+            rows=batch.rows,
             call=call,
             within=batch.within,
         )
         computed = self._clock() - started
         if self._compiler is not None:
             self._compiler.note(version, call)
-        if self._slot.shadowed:  # the whole of it: single images take their time otherwise than batches do
-            works[0].whole = images, answer
         for work, rows in zip(works, taken_apart(said, batch.jobs), strict=True):
-            work.started, work.computed, work.batch_rows = started, computed, len(images)
+            work.started, work.computed, work.batch_rows = started, computed, batch.rows
             work.by, work.recovered, work.within = version, max(rows, key=len), batch.within
-        return taken_apart(answer, batch.jobs)
+        if not isinstance(answers, np.ndarray):
+            return answers
+        if self._slot.shadowed and images is not None:  # the whole of it: single images take their time otherwise than batches do
+            works[0].whole = images, answers
+        return taken_apart(answers, batch.jobs)
 
     def shadow(self, candidate: Version, images: NDArray[np.uint8], answer: NDArray[Any], *, labels: bool, within: float = inf) -> None:
         """Computes images that were answered once more, by a candidate that the caller has a lease on, and tells the slot how far both
@@ -142,6 +144,16 @@ class Executor:
             observe(agreement=label_agreement(answer, again, candidate.signature, labels=labels), seconds=seconds)
         finally:
             self._slot.end(begun)
+
+    def _compute_for(
+        self, jobs: Sequence[Job], session: Session, images: NDArray[np.uint8] | None, *, labels: bool
+    ) -> tuple[NDArray[Any] | list[NDArray[Any]], list[str]]:
+        """The answer to all of the jobs' images; to each job's, where there was no memory to put them together."""
+        if images is not None:
+            return self._compute(session, images, labels=labels)
+        self.recoveries.rows += 1
+        parts = [self._compute(session, job.payload.images, labels=labels) for job in jobs]
+        return [answer for answer, _ in parts], [said or "one request at a time" for _, rows in parts for said in rows]
 
     def _compute(self, session: Session, images: NDArray[np.uint8], *, labels: bool) -> tuple[NDArray[Any], list[str]]:
         """The answer, and of each row what was done for want of memory."""
@@ -163,24 +175,37 @@ class Executor:
         return answer[None], [f"in tiles of {tile} pixels"]
 
 
+def _together(works: Sequence[Work]) -> NDArray[np.uint8] | None:
+    """The images of all of them; None where there is no memory for that."""
+    if len(works) == 1:
+        return works[0].images
+    try:
+        return np.concatenate([work.images for work in works])
+    except MemoryError:
+        return None
+
+
 def compute_somewhere(
     slot: Slot, version: Version, work: Callable[[Session], Answer], *, rows: int, call: Call | None = None, within: float = inf
 ) -> tuple[Answer, Version]:
     """`work(session)` of a version that the caller has a lease on, or of one that can where this one fails; and which one did.
 
     Counts it (`Slot.observe`). A failure counts against a version only if another one could compute the same: what none can is the
-    images' fault, and a client must not be able to send a version back with them. `within`: as of `Slot.begin`; a version that hangs is
-    not asked where there is another one. Raises what `work` raised first, and DataError at once.
+    images' fault, and a client must not be able to send a version back with them. Nor does an OSError: this process lacks files then.
+    `within`: as of `Slot.begin`; a version that hangs, or was sent back since, is not asked where there is another one. Raises what `work`
+    raised first, and DataError at once.
     """
     failures: list[tuple[Begun, Exception]] = []
 
     def count(failures: list[tuple[Begun, Exception]]) -> None:
         for failed, error in failures:
+            if isinstance(error, OSError):
+                continue
             slot.observe(failed.version, rows=rows, error=error, call=call, begun=failed)
 
     try:
         with ExitStack() as held:
-            while slot.hangs(version) and (lease := slot.fallback(version)) is not None:
+            while (slot.hangs(version) or version.state == "failed") and (lease := slot.fallback(version)) is not None:
                 version = held.enter_context(lease).version
             while True:
                 begun = slot.begin(version, rows=rows, within=within)

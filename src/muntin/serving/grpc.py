@@ -19,7 +19,7 @@ import asyncio
 import math
 import socket
 import time
-from collections.abc import Awaitable, Callable, Coroutine, Iterator
+from collections.abc import Awaitable, Callable, Coroutine, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from functools import partial
 from pathlib import Path
@@ -51,8 +51,9 @@ from muntin.serving.health import SERVICE as HEALTH
 from muntin.serving.health import Health
 from muntin.serving.health_pb2 import HealthCheckRequest, HealthCheckResponse
 from muntin.serving.ledger import Ledger
-from muntin.serving.protocol import InferRequest, Limits, ProtocolError, RefusedRequestError, bare
+from muntin.serving.protocol import InferRequest, InferResponse, Limits, ProtocolError, RefusedRequestError, bare
 from muntin.serving.service import Answered, Service
+from muntin.serving.telling import Notify, tell_nobody
 from muntin.serving.tokens import Tokens
 from muntin.serving.tracing import Tracing
 from muntin.serving.wire import parse
@@ -74,6 +75,12 @@ _SOON_S = 0.05
 """Before the time at the end is over: who is cancelled from then on was cut off by it."""
 _DESCRIPTORS = Path("/dev/fd")
 """Where a POSIX system lists the open files of the process that asks."""
+_MIND_S = 0.2
+"""Between two looks at whether grpc's server goes on."""
+_GRACE_S = 5.0
+"""That calls have of one that does not."""
+_AGAIN_S = 1.0
+"""Between two tries to have the port again."""
 _STREAM_REQUESTS = 32
 """Of one stream, that are computed or whose answers are not sent yet."""
 
@@ -99,6 +106,30 @@ _ANSWERED, _CANCELLED = _End("answered", 200, "OK"), _End("cancelled", 499, "CAN
 
 def _failed(error: ProtocolError) -> _End:
     return _End(error.outcome, error.status, error.grpc_code)
+
+
+def _encoded(response: InferResponse, request: InferRequest) -> bytes:
+    """An answer as it goes out, on whatever thread puts answers into form: protobuf writes all of it to know how long it is. Raises
+    ProtocolError where it is longer than a message can be."""
+    _check_length(response)
+    return bytes(encode_infer(response, request.outputs).SerializeToString())
+
+
+def _encoded_for_stream(response: InferResponse, request: InferRequest) -> bytes:
+    """The same as one of a stream's."""
+    _check_length(response)
+    return _final(messages.ModelStreamInferResponse(infer_response=encode_infer(response, request.outputs)))
+
+
+def _final(answer: messages.ModelStreamInferResponse) -> bytes:
+    answer.infer_response.parameters["triton_final_response"].bool_param = True  # the only one to its request, so the last
+    return bytes(answer.SerializeToString())
+
+
+def _check_length(response: InferResponse) -> None:
+    nbytes = sum(output.data.nbytes for output in response.outputs)
+    if nbytes > _LONGEST - _ENVELOPE:
+        raise ProtocolError(f"an answer of {nbytes:,} bytes is longer than a gRPC message can be: ask for less, or over HTTP", status=413)
 
 
 class _Call(NamedTuple):
@@ -128,37 +159,55 @@ class GrpcFace:
         ledger: Ledger,
         tls: Certificate | None = None,
         tracing: Tracing | None = None,
+        notify: Notify = tell_nobody,
     ) -> None:
         self._service, self._control, self._limits, self._log = service, control, limits, log
-        self._tls, self._tracing = tls, tracing
+        self._tls, self._tracing, self._tokens, self._notify = tls, tracing, Tokens(tokens), notify
         self._ledger, self._bounds = ledger, ledger.bounds
         self._calls = 0
         """That are received or answered; those that need no token are not counted, so nothing keeps them from being answered."""
         self._probes = self._watches = 0
         self._health = Health(lambda: service.ready, service.name, SERVICE)
-        self._server = grpc.aio.server(
-            interceptors=(_Doorkeeper(Tokens(tokens), self._turned_away),) if tokens else (),
-            maximum_concurrent_rpcs=2 * ledger.bounds.connections + _PROBES + _WATCHES,  # and room for those that need no place
-            options=[
-                ("grpc.max_receive_message_length", min(limits.body_bytes + _ENVELOPE, _LONGEST)),
-                ("grpc.max_send_message_length", -1),
-                ("grpc.so_reuseport", 0),  # a port that is taken is an error
-                ("grpc.max_metadata_size", 16 * 1024),
-                ("grpc.server_handshake_timeout_ms", math.ceil(1e3 * ledger.bounds.header_seconds)),  # of TLS, and of HTTP/2's first frame
-                ("grpc.max_connection_idle_ms", math.ceil(1e3 * ledger.bounds.idle_seconds)),  # without a call; grpc bounds no number
-            ],
-        )
-        self._server.add_generic_rpc_handlers((self._handlers(), self._health_handlers()))
+        self._server = self._made()
+        self._addresses: list[str] = []
+        """Where it listens, with its port."""
+        self._minding: asyncio.Task[None] | None = None
+        self._ended: set[asyncio.Task[None]] = set()
+        """grpc's servers that ended by themselves, as long as calls of theirs go on."""
         self._stopping: asyncio.Task[None] | None = None
         self._cut_at = math.inf
         """From when on calls that are in flight are cut off."""
         self._streams: set[_Stream] = set()
         self.cut_off = 0
         """Calls that were still busy when the time at the end was over."""
+        self.begun_again = 0
+        """How often grpc's server came to an end by itself."""
         self.port = 0
 
     async def start(self, *addresses: str) -> None:
         """Raises OSError where one of the addresses cannot be had. Port 0: the same for all."""
+        await self._listen(addresses)
+        self._addresses = [f"{address.rpartition(':')[0]}:{self.port}" for address in addresses]
+        self._minding = asyncio.create_task(self._mind())
+
+    def _made(self) -> grpc.aio.Server:
+        bounds = self._bounds
+        server = grpc.aio.server(
+            interceptors=(_Doorkeeper(self._tokens, self._turned_away),) if self._tokens else (),
+            maximum_concurrent_rpcs=2 * bounds.connections + _PROBES + _WATCHES,  # and room for those that need no place
+            options=[
+                ("grpc.max_receive_message_length", min(self._limits.body_bytes + _ENVELOPE, _LONGEST)),
+                ("grpc.max_send_message_length", -1),
+                ("grpc.so_reuseport", 0),  # a port that is taken is an error
+                ("grpc.max_metadata_size", 16 * 1024),
+                ("grpc.server_handshake_timeout_ms", math.ceil(1e3 * bounds.header_seconds)),  # of TLS, and of HTTP/2's first frame
+                ("grpc.max_connection_idle_ms", math.ceil(1e3 * bounds.idle_seconds)),  # without a call; grpc bounds no number
+            ],
+        )
+        server.add_generic_rpc_handlers((self._handlers(), self._health_handlers()))
+        return server
+
+    async def _listen(self, addresses: Iterable[str]) -> None:
         for address in addresses:
             chosen = f"{address.removesuffix(':0')}:{self.port}" if address.endswith(":0") else address
             try:
@@ -170,6 +219,31 @@ class GrpcFace:
                 raise OSError(None, f"cannot listen on it ({error})", chosen) from error
         await self._server.start()
 
+    async def _mind(self) -> None:
+        """Begins grpc's server again where it comes to an end by itself: a call whose path is no UTF-8 does that to grpcio (1.85), before
+        anybody here is asked about it. Calls in flight go on for a moment."""
+        while self._stopping is None:
+            try:
+                # With a limit, after which it tells what it met; without one it waits for the calls in flight, which may never end.
+                if await self._server.wait_for_termination(_MIND_S):
+                    continue
+                reason = "for no reason that it gives"
+            except Exception as error:  # noqa: BLE001 - whatever it was that it met
+                reason = f"{type(error).__name__}: {error}"
+            self.begun_again += 1
+            self._notify(f"grpc's server ended ({reason}), and is begun again")
+            ended = asyncio.create_task(self._server.stop(_GRACE_S))
+            self._ended.add(ended)
+            ended.add_done_callback(self._ended.discard)
+            while self._stopping is None:
+                self._server = self._made()
+                try:
+                    await self._listen(self._addresses)
+                    break
+                except OSError as error:
+                    self._notify(f"gRPC: {error}; it is tried again in {_AGAIN_S:g} s")
+                    await asyncio.sleep(_AGAIN_S)
+
     def begin_stop(self, seconds: float) -> asyncio.Task[None]:
         """Takes no new calls, and gives those in flight so long, from the first time on that it is told so. Ended: nobody is answered.
 
@@ -177,6 +251,8 @@ class GrpcFace:
         """
         if self._stopping is None:
             self._cut_at = time.monotonic() + seconds - _SOON_S
+            if self._minding is not None:
+                self._minding.cancel()
             self._stopping = asyncio.create_task(self._server.stop(seconds))
             self._health.end()
             for stream in self._streams:
@@ -186,23 +262,39 @@ class GrpcFace:
     async def stop(self, seconds: float) -> None:
         """As `begin_stop`, until it has ended."""
         await self.begin_stop(seconds)
+        await asyncio.gather(*self._ended, return_exceptions=True)
+
+    async def cut(self) -> None:
+        """Cuts off now what is in flight, whatever time it was given."""
+        self._cut_at = min(self._cut_at, time.monotonic())
+        await self._server.stop(0)
+
+    def _fenced(self, name: str, behaviour: Callable[[Any, Context], Awaitable[None]]) -> Callable[[Any, Context], Awaitable[None]]:
+        """A handler that takes no call over IPv6 where no address of it was asked for: of 0.0.0.0 grpc makes that of both families."""
+
+        async def fenced(requests: Any, context: Context) -> None:
+            if unquote(context.peer()).startswith("ipv6:[") and not any(address.startswith("[") for address in self._addresses):
+                error = ProtocolError("this server answers over IPv4 alone: it was given no address of IPv6", status=403)
+                self._turned_away(name, context, error)
+                await _abort(context, error)
+            else:
+                await behaviour(requests, context)
+
+        return fenced
 
     def _handlers(self) -> grpc.GenericRpcHandler:
         handlers = {name: _refusing(ProtocolError(text, status=501), partial(self._turned_away, name)) for name, text in LACKING.items()}
         for method in METHODS:
-            write = method.response.SerializeToString
-            if method.streams:
-                handlers[method.name] = grpc.stream_stream_rpc_method_handler(self._stream, response_serializer=write)
-            else:
-                handler = self._guarded(method, _METHODS[method.name](self))
-                handlers[method.name] = grpc.stream_stream_rpc_method_handler(handler, response_serializer=write)
+            handler = self._stream if method.streams else self._guarded(method, _METHODS[method.name](self))
+            handlers[method.name] = grpc.stream_stream_rpc_method_handler(self._fenced(method.name, handler))
         return grpc.method_handlers_generic_handler(SERVICE, handlers)
 
     def _health_handlers(self) -> grpc.GenericRpcHandler:
-        write = _CHECK.response.SerializeToString
         handlers = {
-            "Check": grpc.stream_stream_rpc_method_handler(self._guarded(_CHECK, self.check), response_serializer=write),
-            "Watch": grpc.stream_stream_rpc_method_handler(self._watch, response_serializer=write),
+            "Check": grpc.stream_stream_rpc_method_handler(self._fenced("Check", self._guarded(_CHECK, self.check))),
+            "Watch": grpc.stream_stream_rpc_method_handler(
+                self._fenced("Watch", self._watch), response_serializer=_CHECK.response.SerializeToString
+            ),
         }
         return grpc.method_handlers_generic_handler(HEALTH, handlers)
 
@@ -256,7 +348,7 @@ class GrpcFace:
         self._calls += 1
         try:
             yield
-        except asyncio.CancelledError:
+        except BaseException:  # cancelled, or told that its client sends nothing more, or takes nothing more: whichever comes first
             self.cut_off += time.monotonic() >= self._cut_at  # before that it is the client that ends it
             raise
         finally:
@@ -287,15 +379,14 @@ class GrpcFace:
 
     async def _send(self, answer: Any, context: Context) -> int:
         """Returns how many bytes it has, when the client has taken the answer: it counts as held until then."""
-        size = answer.ByteSize()
-        patience = asyncio.get_running_loop().call_later(self._bounds.body_seconds, _hang_up, context, self.port)
-        self._ledger.held += size
+        wire = answer if isinstance(answer, bytes) else answer.SerializeToString()
+        self._ledger.held += len(wire)
         try:
-            await context.write(answer)
+            with _patient(context, self._bounds.body_seconds, self.port):
+                await context.write(wire)
         finally:
-            self._ledger.held -= size
-            patience.cancel()
-        return int(size)
+            self._ledger.held -= len(wire)
+        return len(wire)
 
     def _unread(self, error: ProtocolError) -> ProtocolError:
         """Counts what is refused without being read, beside what the HTTP face's connections refuse so."""
@@ -347,28 +438,29 @@ class GrpcFace:
         end: _End,
         client: str,
         answered: Answered | None = None,
-        response: messages.ModelInferResponse | None = None,
+        response: bytes = b"",
     ) -> None:
         """Counts and writes down a request for inference that came to its end."""
         self._service.metrics.requests["grpc", end.outcome] += 1
         if self._log is not None:
-            sent = 0 if response is None else response.ByteSize()
-            self._write("ModelInfer", named.model, call, end, sent=sent, client=client, request_id=named.id, answered=answered)
+            self._write("ModelInfer", named.model, call, end, sent=len(response), client=client, request_id=named.id, answered=answered)
 
-    async def infer(self, request: messages.ModelInferRequest, call: _Call) -> messages.ModelInferResponse:
-        """Raises ProtocolError alone. Counted and written down whatever becomes of it.
+    async def infer(
+        self, request: messages.ModelInferRequest, call: _Call, encode: Callable[[InferResponse, InferRequest], bytes] = _encoded
+    ) -> bytes:
+        """The answer as it goes out. Raises ProtocolError alone. Counted and written down whatever becomes of it.
 
         Of the message nothing is kept beyond its tensors, once, so who calls must not keep it either: that is what it counts as.
         """
         end, answered = _End("failed", 500, "INTERNAL"), None
-        response: messages.ModelInferResponse | None = None
+        response = b""
         client, named = self._client(call), _Named(request.model_name, request.model_version or None, request.id)
         try:
             decoded = decode_infer(request, self._limits)
             del request
-            answered = await self._answered(decoded, named, call)
+            answered = await self._answered(decoded, named, call, encode)
             response = answered.encoded
-            assert response is not None
+            assert isinstance(response, bytes)
             end = _ANSWERED
             return response
         except ProtocolError as error:
@@ -382,13 +474,15 @@ class GrpcFace:
         finally:
             self._finish(named, call, end, client, answered, response)
 
-    async def _answered(self, decoded: InferRequest, named: _Named, call: _Call) -> Answered:
+    async def _answered(
+        self, decoded: InferRequest, named: _Named, call: _Call, encode: Callable[[InferResponse, InferRequest], bytes]
+    ) -> Answered:
         context = call.context
         left = context.time_remaining()
         infer = partial(
             self._service.infer, decoded, model=named.model, version=named.version, arrived=call.began,
             deadline=None if left is None else time.monotonic() + left,
-            encode=lambda response: encode_infer(response, decoded.outputs), copies=True,
+            encode=lambda response: encode(response, decoded), copies=True,
         )  # fmt: skip
         if self._tracing is None:
             return await infer()
@@ -409,7 +503,7 @@ class GrpcFace:
         """Answers a stream until it ends; the error that it ends with."""
         try:
             with self._counted():
-                stream = _Stream(self._streamed, context, self._bounds.idle_seconds, self._ledger, self.port)
+                stream = _Stream(self._streamed, context, self._ledger, self.port)
                 self._streams.add(stream)
                 try:
                     await stream.run(ended=self._stopping is not None)
@@ -441,7 +535,7 @@ class GrpcFace:
             self._write("Watch", "", call, end)
         await _abort(context, error)
 
-    async def _streamed(self, wire: bytes, call: _Call) -> messages.ModelStreamInferResponse:
+    async def _streamed(self, wire: bytes, call: _Call) -> bytes:
         """The answer to one message of a stream, or the error, which ends nothing but this request."""
         identity = model = ""
         read = False
@@ -451,7 +545,7 @@ class GrpcFace:
                 asked = [self._asked(wire, call)]
                 del wire
                 identity, model = asked[0].id, asked[0].model_name
-                answer = messages.ModelStreamInferResponse(infer_response=await self.infer(asked.pop(), call))
+                return await self.infer(asked.pop(), call, _encoded_for_stream)
         except Exception as failure:  # noqa: BLE001 - the stream has other requests
             error = _told(failure)
             if not read:
@@ -459,8 +553,7 @@ class GrpcFace:
             answer = messages.ModelStreamInferResponse(
                 error_message=str(error), infer_response=messages.ModelInferResponse(id=identity, model_name=model)
             )
-        answer.infer_response.parameters["triton_final_response"].bool_param = True
-        return answer  # the only one to its request, so the last
+            return _final(answer)
 
     async def live(self, request: Any, call: _Call) -> Any:
         return messages.ServerLiveResponse(live=True)
@@ -571,26 +664,20 @@ def _refusing(error: ProtocolError, tell: Callable[[Context, ProtocolError], Non
 
 
 class _Stream:
-    """One stream: its requests are begun as they come, and answered in that order. `idle`: seconds that it may stand still.
+    """One stream: its requests are begun as they come, and answered in that order. It may stand still for `Bounds.idle_seconds`.
 
     It stands still while nothing is being computed and neither a message comes nor an answer goes. `ledger`: where answers count as held
     until they are sent. `port`: the server's.
     """
 
-    def __init__(
-        self,
-        answer: Callable[[bytes, _Call], Coroutine[Any, Any, messages.ModelStreamInferResponse]],
-        context: Context,
-        idle: float,
-        ledger: Ledger,
-        port: int,
-    ) -> None:
-        self._answer, self._context, self._idle, self._ledger, self._port = answer, context, idle, ledger, port
+    def __init__(self, answer: Callable[[bytes, _Call], Coroutine[Any, Any, bytes]], context: Context, ledger: Ledger, port: int) -> None:
+        self._answer, self._context, self._ledger, self._port = answer, context, ledger, port
+        self._idle = ledger.bounds.idle_seconds
         self._unsent = 0
         """Bytes of answers."""
         self._room = asyncio.Semaphore(_STREAM_REQUESTS)
-        self._begun: asyncio.Queue[asyncio.Task[messages.ModelStreamInferResponse] | None] = asyncio.Queue()
-        self._computing: set[asyncio.Task[messages.ModelStreamInferResponse]] = set()
+        self._begun: asyncio.Queue[asyncio.Task[bytes] | None] = asyncio.Queue()
+        self._computing: set[asyncio.Task[bytes]] = set()
         self._patience = asyncio.timeout(None)
         self._going = False
         self._reading: asyncio.Task[None] | None = None
@@ -645,10 +732,10 @@ class _Stream:
             self._begun.put_nowait(task)
             self._moved()
 
-    def _computed(self, task: asyncio.Task[messages.ModelStreamInferResponse]) -> None:
+    def _computed(self, task: asyncio.Task[bytes]) -> None:
         self._computing.discard(task)
         if self._going and not task.cancelled() and task.exception() is None:
-            self._hold(task.result().ByteSize())
+            self._hold(len(task.result()))
         self._moved()
 
     def _hold(self, count: int) -> None:
@@ -658,8 +745,9 @@ class _Stream:
     async def _write(self) -> None:
         while (task := await self._begun.get()) is not None:
             answer = await task
-            await self._context.write(answer)
-            self._hold(-min(self._unsent, answer.ByteSize()))
+            with _patient(self._context, self._ledger.bounds.body_seconds, self._port):
+                await self._context.write(answer)
+            self._hold(-min(self._unsent, len(answer)))
             self._room.release()
             self._moved()
 
@@ -669,6 +757,16 @@ class _Stream:
             self._patience.reschedule(None if self._computing else asyncio.get_running_loop().time() + self._idle)
 
 
+@contextmanager
+def _patient(context: Context, seconds: float, port: int) -> Iterator[None]:
+    """Around the sending of an answer: who has not taken it in so many seconds loses the connection."""
+    patience = asyncio.get_running_loop().call_later(seconds, _hang_up, context, port)
+    try:
+        yield
+    finally:
+        patience.cancel()
+
+
 def _hang_up(context: Context, port: int) -> None:
     """Ends the connection that a call came on, which grpc has no way to: to the port `port`, from where the call says that it is from.
 
@@ -676,11 +774,15 @@ def _hang_up(context: Context, port: int) -> None:
     """
     peer = unquote(context.peer())
     for entry in tuple(_DESCRIPTORS.iterdir()) if _DESCRIPTORS.is_dir() else ():
-        # A copy, of whatever it is, with room for the longer addresses. What is no connection between two raises one of these.
+        # A copy, of whatever it is, with room for the longer addresses. What is no connection between two raises one of these; the
+        # name of a socket of this machine alone is text, or bytes.
         with suppress(OSError, ValueError), socket.fromfd(int(entry.name), socket.AF_INET6, socket.SOCK_STREAM) as found:
-            host, from_port = found.getpeername()[:2]
+            here, there = found.getsockname(), found.getpeername()
+            if not (isinstance(here, tuple) and isinstance(there, tuple)):
+                continue
+            host, from_port = there[:2]
             names = f"ipv4:{host.removeprefix('::ffff:')}:{from_port}", f"ipv6:[{host}]:{from_port}"
-            if found.getsockname()[1] == port and peer in names:
+            if here[1] == port and peer in names:
                 found.shutdown(socket.SHUT_RDWR)
 
 

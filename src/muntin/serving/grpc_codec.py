@@ -118,6 +118,7 @@ def decode_infer(message: messages.ModelInferRequest, limits: Limits) -> InferRe
         parameters=check_request_parameters(_parameters(message.parameters, "the request", limits), limits),
         inputs=tuple(_input(item, raw, limits) for item, raw in zip(message.inputs, _raw(message, limits), strict=True)),
         outputs=tuple(_requested(item, limits) for item in message.outputs),
+        always_binary=True,
     )
 
 

@@ -163,7 +163,7 @@ class HttpFace:
             if head.encoded:
                 self._inflate(inference, head, body)
             else:
-                inference.cancel = self._ask(inference, head, body)
+                inference.asked(self._ask(inference, head, body))
         except ProtocolError as error:
             inference.fail(error)
         except Exception as error:  # noqa: BLE001 - the connection is in the middle of reading, and has others to answer
@@ -197,7 +197,7 @@ class HttpFace:
         for more than one at a time, beside what waits for its batch.
         """
         if len(body) <= SMALL_PACKED and (found := _inflated(body, self._limits.body_bytes, SMALL)) is not None:
-            inference.cancel = self._ask(inference, head, found)
+            inference.asked(self._ask(inference, head, found))
             return
         self._packed.append((inference, head, body))
         self._unpack()
@@ -228,7 +228,7 @@ class HttpFace:
             if not inference.outcome:
                 self._check_time(inference)
                 assert body is not None
-                inference.cancel = self._ask(inference, head, body)
+                inference.asked(self._ask(inference, head, body))
         except ProtocolError as error:
             inference.fail(error)
         except Exception as error:  # noqa: BLE001 - as in `begin`
@@ -244,13 +244,21 @@ class HttpFace:
         if self._tracing is not None and (found := _INFER.fullmatch(scope["path"])):
             inference.span = self._tracing.begin("http", found[1], _carrier(scope))
         like = self._like(scope, head, body)
-        if like is not None and (error := self._service.refusal(inference.began, like, model=head.model, version=head.version)):
-            raise error
+        error = None if like is None else self._service.refusal(inference.began, like, model=head.model, version=head.version)
+        if error is not None:
+            try:
+                raise error
+            finally:
+                del error  # which holds this frame by its traceback, and with it the body
         inference.request = request = self._decode(body, head)
         return self._service.submit(
             request, model=head.model, version=head.version, arrived=inference.began, like=like, done=inference.done,
             encode=partial(encode_response, requested=request.outputs, binary_default=request.binary_default),
         )  # fmt: skip
+
+    def forget(self, inference: _Inference) -> None:
+        """Lets go of a body that waits to be unpacked for one whose client has gone."""
+        self._packed = deque(waiting for waiting in self._packed if waiting[0] is not inference)
 
     def _like(self, scope: Scope, head: _Head, body: Buffer) -> Hashable | None:
         """Equal for requests that differ in their pixels alone. None where that is not known, or nothing is to be refused unread."""
@@ -434,7 +442,7 @@ class HttpFace:
         except ProtocolError as error:
             # curl names this type for --data-binary, too; -d drops line ends.
             form = request.headers.get("content-type", "").startswith("application/x-www-form-urlencoded")
-            if not (form and isinstance(error.__cause__, DataError) and error.status == 400 and not re.search(rb"[\r\n]", body)):
+            if not (form and isinstance(error.__cause__, DataError) and error.status == 400 and not (b"\n" in body or b"\r" in body)):
                 raise
             raise ProtocolError(f"{error}; curl changes a file that -d sends: give --data-binary @FILE") from error
 
@@ -467,8 +475,8 @@ def _read_head(scope: Scope) -> _Head:
     length, encoded = None, False
     for name, value in scope["headers"]:
         if name == _HEADER_LENGTH:
-            length = parse_header_length(value.decode("latin-1"))
-        elif name == b"content-encoding" and (coding := value.lower()) not in _PLAIN:
+            length = parse_header_length(value.strip().decode("latin-1"))  # RFC 9112, 5: blanks around it are none of its own
+        elif name == b"content-encoding" and (coding := value.strip().lower()) not in _PLAIN:
             if encoded or coding not in _PACKED:
                 raise ProtocolError(
                     f"content-encoding {shown(value.decode('latin-1'))}: send gzip, deflate, or the body as it is", status=415
@@ -479,7 +487,7 @@ def _read_head(scope: Scope) -> _Head:
 
 async def _plain_body(request: Request) -> bytes:
     """The body of what is no inference. Raises ProtocolError 415 for one that is packed."""
-    coding = request.headers.get("content-encoding", "")
+    coding = request.headers.get("content-encoding", "").strip()
     if coding.lower().encode("latin-1") not in _PLAIN:
         raise ProtocolError(
             f"content-encoding {shown(coding)}: only requests for inference may be packed; send the body as it is", status=415
@@ -520,6 +528,11 @@ class _Inference:
         self.span: Inference | None = None
         self.cancel: Cancel | None = None
 
+    def asked(self, cancel: Cancel) -> None:
+        """The service was asked, and may have answered already."""
+        if not self.outcome:
+            self.cancel = cancel
+
     def done(self, found: Answered | Exception) -> None:
         """The service's word."""
         if isinstance(found, Exception):
@@ -545,6 +558,8 @@ class _Inference:
             return
         if self.cancel is not None:
             self.cancel()
+        else:
+            self._face.forget(self)
         self.outcome, self.status = "cancelled", _LEFT
         self._close(None)
 
@@ -557,6 +572,8 @@ class _Inference:
         if self.span is not None:
             self.span.end(error)
         self._face.finish(self)
+        # `cancel` leads back here, and all of it to the body and the answer: in a circle they would stay until that is collected.
+        self.cancel = self.request = self.answered = None
 
 
 def _fault(error: Exception) -> ProtocolError:

@@ -40,6 +40,7 @@ _FORGET, _FADED = 1024, 0.02  # batches after which a size that is not seen any 
 _FIRM, _STALE = 8, 512  # see `Line.firm`: batches of a larger size, and how many batches ago at most
 _LEAST, _MOST = 1e-9, 1e9  # s
 _ANY = 1 << 30  # rows, where their number makes no difference
+_RELIABLE = 2  # batches from which on a line is more than what a first call, which may have compiled, says
 OVERDUE_S, OVERDUE = 10.0, 20
 """Seconds, and times its safe ones if those are more, after which a batch counts as one that does not come back: short of memory it may be
 computed twice, and in tiles, and a machine may stand still for seconds."""
@@ -75,7 +76,7 @@ class Line(NamedTuple):
 
     def overdue(self, rows: int) -> float:
         """Seconds after which a batch counts as one that does not come back."""
-        if self.seen < 2:
+        if self.seen < _RELIABLE:
             return OVERDUE_UNKNOWN_S
         return max(OVERDUE_UNKNOWN_S if self.guessed else OVERDUE_S, OVERDUE * self.safe(rows))
 
@@ -128,11 +129,15 @@ class LatencyModel:
         found.observe(rows, seconds)
 
     def line(self, group: Hashable, *, cost: float | None = None) -> Line | None:
-        """What is known of a group: its own line, else by `cost` that of another, else None."""
+        """What is known of a group: its own line, else by `cost` that of another, else None.
+
+        Of one batch alone its own line says little: until the second it is that of another group of the same cost, if there is one.
+        """
         found = self._groups.get(group)
-        if found is not None:
+        if found is not None and (found.line.seen >= _RELIABLE or cost is None):
             return found.line
-        return None if cost is None else self._nearest(cost)
+        near = None if cost is None else self._nearest(cost, but=found)
+        return near if found is None or (near is not None and not near.guessed and near.seen >= _RELIABLE) else found.line
 
     def expected(self, group: Hashable, rows: int, *, cost: float | None = None) -> float | None:
         """Seconds that a batch takes as a rule; None where nothing is known."""
@@ -144,13 +149,13 @@ class LatencyModel:
         line = self.line(group, cost=cost)
         return None if line is None else line.safe(rows)
 
-    def _nearest(self, cost: float) -> Line | None:
-        """The line of the group with the nearest cost, scaled to this one."""
+    def _nearest(self, cost: float, *, but: _Group | None) -> Line | None:
+        """The line of the group with the nearest cost, scaled to this one; of several the one that was used last."""
         best, distance = None, math.inf
         for found in self._groups.values():
-            if found.cost is not None and cost > 0 < found.cost:
+            if found is not but and found.cost is not None and cost > 0 < found.cost:
                 apart = abs(math.log(cost / found.cost))
-                if apart < distance:
+                if apart <= distance:
                     best, distance = found, apart
         if best is None or best.cost is None:
             return None

@@ -74,10 +74,11 @@ class Ledger:
     def has_room(self, count: int) -> bool:
         """Whether so many bytes more may be held.
 
-        Where not, room is made: clients that have been reading an answer for longer than `Bounds.body_seconds` are given up, who began
-        first before others. As long as there is room, who reads may read slowly; it must not keep everybody else out.
+        For nothing there is always room. Where there is none for more, it is made: clients that have been reading an answer for longer than
+        `Bounds.body_seconds` are given up, who began first before others. As long as there is room, who reads may read slowly; it must not
+        keep everybody else out.
         """
-        while self.held + count > self.bounds.held_bytes:
+        while count and self.held + count > self.bounds.held_bytes:
             reader, since = next(iter(self.readers.items()), (None, 0.0))
             if reader is None or time.monotonic() - since < self.bounds.body_seconds:
                 return False

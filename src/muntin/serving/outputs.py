@@ -16,7 +16,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from muntin.artifact import Signature
-from muntin.serving.protocol import InferOutput, InferRequest, ProtocolError, shown
+from muntin.serving.json_codec import JSON_ELEMENTS
+from muntin.serving.protocol import InferOutput, InferRequest, ProtocolError, RequestedOutput, shown
 
 CLASSES = 1 << 16
 """Best classes of all rows and outputs of an answer together, each a string: how many may be asked for."""
@@ -46,8 +47,8 @@ def output_names(signature: Signature) -> tuple[str, ...]:
 
 
 def read_wanted(request: InferRequest, signature: Signature, shape: tuple[int, ...]) -> Wanted:
-    """For images of a shape (rows, H, W, C). Raises ProtocolError for an output that there is not, for more than `CLASSES`, and for best
-    classes of a classifier's labels."""
+    """For images of a shape (rows, H, W, C). Raises ProtocolError for an output that there is not, for more than `CLASSES`, for more
+    numbers than JSON carries, and for best classes of a classifier's labels."""
     names = output_names(signature)
     wanted = tuple(output.name for output in request.outputs) or names
     for name in wanted:
@@ -60,9 +61,16 @@ def read_wanted(request: InferRequest, signature: Signature, shape: tuple[int, .
         if any(output.classification for output in request.outputs):
             listed = _listed(request, signature, shape)
     rows, height, width, _ = shape
-    numbers = rows if labels else rows * signature.outputs
-    if signature.task != "classify":
-        numbers *= height * width * signature.scale * signature.scale
+    pixels_each = 1 if signature.task == "classify" else height * width * signature.scale * signature.scale
+    numbers = pixels_each * (rows if labels else rows * signature.outputs)
+    written = request.outputs or [RequestedOutput(name=name, binary=request.binary_default) for name in names]
+    for output in written:
+        count = rows * pixels_each * (1 if output.name == "labels" else signature.outputs)
+        if not output.binary and output.classification is None and count > JSON_ELEMENTS:
+            raise ProtocolError(
+                f"output {shown(output.name)} has {count:,} elements, and JSON carries at most {JSON_ELEMENTS:,}: ask for binary data",
+                status=413,
+            )
     return Wanted(
         names=wanted,
         labels=labels,

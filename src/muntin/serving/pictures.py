@@ -6,7 +6,8 @@ A picture up to `TILE` pixels a side is one image like any other; a larger one i
 it, each of which waits for its turn beside other requests, without an objective and behind those that have one, but not for ever: a large
 picture makes nobody else late by more than a tile, and is answered however many others there are. A small file may hold a large picture:
 before it is decoded it waits until there is room for its pixels beside those of the pictures that are not answered yet. Where its client
-gives a picture up, no further tile of it is computed; it counts, and holds its version, until its thread has seen that.
+gives a picture up, no further tile of it is computed; it counts, and holds its version, until its thread has seen that, and no longer where
+it waits for room.
 """
 
 from __future__ import annotations
@@ -125,7 +126,7 @@ class Pictures:
             async with self._decoding:
                 count = await loop.run_in_executor(self._threads, _counted, through.file(), self._service.max_pixels)
             self._check_whole(count, version.signature)
-            async with self._room.taken(count * version.signature.scale**2):
+            async with self._room.taken(count * version.signature.scale**2, through):
                 async with self._decoding:
                     image = await loop.run_in_executor(
                         self._threads, _decoded, through.file(), version.signature.channels, self._service.max_pixels
@@ -179,17 +180,20 @@ class _Room:
         self._waiting: deque[tuple[int, asyncio.Future[None]]] = deque()
 
     @asynccontextmanager
-    async def taken(self, count: int) -> AsyncIterator[None]:
-        """While it is held, there is so much less."""
+    async def taken(self, count: int, through: _Through) -> AsyncIterator[None]:
+        """While it is held, there is so much less. Raises `_GivenUpError` where the picture is given up before."""
         turn = asyncio.get_running_loop().create_future()
+        through.waits_for(turn)
         self._waiting.append((count, turn))
         self._admit()
         try:
             await turn
+            through.check()
         except BaseException:
             if turn.done() and not turn.cancelled():  # it had its turn in the moment that it was given up
                 self._taken -= count
             self._admit()  # those behind it may fit
+            through.check()
             raise
         try:
             yield
@@ -237,6 +241,7 @@ class _Through:
         self._lock = threading.Lock()
         self._given_up = False
         self._asked: Future[NDArray[Any]] | None = None
+        self._turn: asyncio.Future[None] | None = None
         self.computed: dict[str, None] = {}
         self.patient = False
 
@@ -251,6 +256,14 @@ class _Through:
             self._given_up, asked, self._content = True, self._asked, b""
         if asked is not None:
             asked.cancel()
+        if self._turn is not None:
+            self._loop.call_soon_threadsafe(self._turn.cancel)
+
+    def waits_for(self, turn: asyncio.Future[None]) -> None:
+        """Until it has its turn nothing is done, so it is given up at once."""
+        self._turn = turn
+        if self._given_up:
+            turn.cancel()
 
     def file(self) -> bytes:
         """The picture's bytes. Raises `_GivenUpError` if it was given up."""

@@ -165,6 +165,8 @@ class InferRequest:
     inputs: tuple[InferInput, ...]
     outputs: tuple[RequestedOutput, ...]
     parameters: Mapping[str, Parameter]
+    always_binary: bool = False
+    """Whether tensors go back as bytes and nothing else, as over gRPC."""
 
     @property
     def priority(self) -> int:
@@ -179,7 +181,7 @@ class InferRequest:
     @property
     def binary_default(self) -> bool:
         """Whether outputs that are not listed go back as bytes behind the JSON; for `encode_response`."""
-        return bool(self.parameters.get("binary_data_output", False))
+        return self.always_binary or bool(self.parameters.get("binary_data_output", False))
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)

@@ -14,6 +14,7 @@ import asyncio
 import errno
 import gc
 import logging
+import math
 import signal
 import socket
 import ssl
@@ -55,7 +56,7 @@ from muntin.serving.runner import Runner
 from muntin.serving.scheduling import Demand, take_short_turns
 from muntin.serving.service import Service
 from muntin.serving.slot import Slot
-from muntin.serving.telling import Notify, told_safely
+from muntin.serving.telling import Notify, tell_nobody, told_safely
 from muntin.serving.tracing import Tracing
 from muntin.serving.version import NotReadyError, Opening
 
@@ -63,6 +64,10 @@ _NOT_HERE = frozenset({errno.EADDRNOTAVAIL, errno.EAFNOSUPPORT})
 """What a system says of an address that a name has, and the machine has not."""
 RENEW_S = 10.0
 """Between two looks at the files of a certificate."""
+END_S = 5.0
+"""That the threads which look at the directory have at the end."""
+_HURRY_S = 0.1
+"""Between two looks at whether it was told twice to end."""
 SETTLE_S = 5.0
 """Between two looks at what time has ended, as that of the version before: every request looks, but there may be none."""
 MARGIN_S, MARGIN_SHARE = 0.001, 0.05
@@ -74,10 +79,6 @@ def largest_request(config: ServeConfig, channels: int) -> int:
     return min(config.bounds.body_bytes // channels, config.max_batch * config.bounds.image_pixels)
 
 
-def _nobody(line: str) -> None:
-    return
-
-
 class Server:
     """One artefact, or a directory of numbered versions of one, behind HTTP and gRPC.
 
@@ -87,7 +88,7 @@ class Server:
     address that cannot be had, DependencyError for a uvicorn that it cannot build on.
     """
 
-    def __init__(self, path: str | Path, config: ServeConfig, *, notify: Notify = _nobody) -> None:
+    def __init__(self, path: str | Path, config: ServeConfig, *, notify: Notify = tell_nobody) -> None:
         check_uvicorn()
         self.config, self._notify = config, told_safely(notify)
         self._repository = Repository(path)
@@ -97,6 +98,10 @@ class Server:
         self._ending = False
         """It was told to stop."""
         self._failed: BaseException | None = None
+        self._served = False
+        """HTTP has ended."""
+        self.hurried = False
+        """Whether it was told twice, by Ctrl-C, to end, and nothing in flight is waited for."""
         self._drained_at: float | None = None
         """Until when what is in flight has time, of `time.monotonic`, once it goes down."""
         self._http: _Http | None = None
@@ -120,7 +125,9 @@ class Server:
         with asyncio.Runner(loop_factory=_loop_factory()) as runner:
             loop = runner.get_loop()
             # In a handler nothing may be waited for: whoever it interrupts may hold the slot's lock.
-            with _on_signals(lambda: loop.call_soon_threadsafe(self._tell_to_end)):
+            with _on_signals(
+                lambda number: loop.call_soon_threadsafe(partial(self._tell_to_end, again=self._served and number == signal.SIGINT))
+            ):
                 runner.run(self._serve(up))
 
     def start(self) -> None:
@@ -155,9 +162,11 @@ class Server:
 
     # ---- inside ----
 
-    def _tell_to_end(self) -> None:
-        """From uvicorn's start on that is its business; it raises the signal that stopped it once more when all is done, to no effect."""
+    def _tell_to_end(self, *, again: bool = False) -> None:
+        """From uvicorn's start on that is its business; it raises the signals that stopped it once more when it has ended, to no effect.
+        `again`: by Ctrl-C, after that: nothing in flight is waited for."""
         self._ending = True
+        self.hurried = self.hurried or again
         if self._http is None:
             self.slot.close()  # which ends a load
         else:
@@ -189,12 +198,23 @@ class Server:
             addresses = self._look_at_ports()
             certificate, key = self.config.tls_certificate, self.config.tls_key
             tls = None if certificate is None or key is None else Certificate(certificate, key)  # before a model is loaded in vain
+            tracing = Tracing() if self.config.trace else None  # likewise
+            if tracing is not None:
+                ending.push_async_callback(asyncio.to_thread, tracing.close)
             await asyncio.to_thread(self._load_first)
             if not self._ending:
-                await self._answer(up, ending, addresses, tls)
+                await self._answer(up, ending, addresses, tls, tracing)
 
-    async def _answer(self, up: Callable[[], None], ending: AsyncExitStack, addresses: list[str], tls: Certificate | None) -> None:
+    async def _answer(
+        self, up: Callable[[], None], ending: AsyncExitStack, addresses: list[str], tls: Certificate | None, tracing: Tracing | None
+    ) -> None:
         config = self.config
+        streams = config.streams
+        if (current := self.slot.current) is not None and current.session.streams < streams:
+            streams = current.session.streams
+            self._notify(
+                f"{config.streams} streams were asked for, and there are threads for {streams}: so many batches are computed at once"
+            )
         metrics = Metrics(max_rows=config.max_batch)
         executor = Executor(self.slot, compiler=self._compiler)
         objective = None if config.objective_ms is None else config.objective_ms / 1e3
@@ -204,10 +224,10 @@ class Server:
             max_rows=config.max_batch,
             queue_rows=config.queue_rows,
             queue_bytes=config.bounds.held_bytes,
-            workers=config.streams,
+            workers=streams,
             margin=MARGIN_S if objective is None else min(MARGIN_S, MARGIN_SHARE * objective),
         )
-        runner = self._runner = Runner(batcher, executor, workers=config.streams, interrupt=self.slot.interrupt)
+        runner = self._runner = Runner(batcher, executor, workers=streams, interrupt=self.slot.interrupt)
         service = Service(
             self.slot, runner, executor, metrics=metrics, objective=objective, max_rows=config.max_batch,
             max_pixels=config.bounds.image_pixels,
@@ -223,23 +243,21 @@ class Server:
         ending.push_async_callback(asyncio.to_thread, self._end, pictures, runner, service)
         largest = config.bounds.body_bytes
         limits = Limits(body_bytes=largest, json_bytes=config.bounds.json_bytes, elements=largest)  # none takes less than a byte
-        tracing = Tracing() if config.trace else None
-        if tracing is not None:
-            ending.push_async_callback(asyncio.to_thread, tracing.close)
         local = not config.tokens and all(map(is_loopback, addresses))
         face = HttpFace(service, control, pictures, limits=limits, tokens=config.tokens, log=log, tracing=tracing, local=local)
         ending.push_async_callback(asyncio.to_thread, face.close)
         http_config = self._uvicorn_config(face, ledger)
         if config.watch:
             watcher = Watcher(self._repository, self.slot, notify=self._notify, interval_s=config.watch_seconds)
-            ending.push_async_callback(asyncio.to_thread, watcher.stop)
+            ending.push_async_callback(asyncio.to_thread, watcher.stop, END_S)  # a directory on a network may stand still
         ending.callback(self.slot.close)
         grpc_face: GrpcFace | None = None
         if config.grpc_port is not None:
             grpc_face = self._grpc = GrpcFace(
-                service, control, limits=limits, tokens=config.tokens, log=log, ledger=ledger, tls=tls, tracing=tracing
-            )
-            ending.push_async_callback(grpc_face.stop, config.drain_seconds)
+                service, control, limits=limits, tokens=config.tokens, log=log, ledger=ledger, tls=tls, tracing=tracing,
+                notify=self._notify,
+            )  # fmt: skip
+            ending.push_async_callback(self._end_grpc, grpc_face)
             await self._listen_grpc(grpc_face, addresses)
         go_down = partial(self._go_down, service, grpc_face)
         ending.callback(go_down)
@@ -259,6 +277,8 @@ class Server:
         ending.callback(gc.unfreeze)
         take_short_turns()  # the engines' threads are there, and keep theirs
         await self._http.serve(sockets=listening)
+        self.hurried = self.hurried or self._http.force_exit
+        self._served = True
 
     def _load_first(self) -> None:
         """The newest version; with `watch` an older one where that cannot be loaded. Returns with none where it was told to end."""
@@ -289,6 +309,15 @@ class Server:
         if grpc_face is not None:
             grpc_face.begin_stop(self.config.drain_seconds)
 
+    async def _end_grpc(self, face: GrpcFace) -> None:
+        """Gives its calls the time that they have; none once it was told twice to end."""
+        stopping = face.begin_stop(self.config.drain_seconds)
+        while not stopping.done() and not self.hurried:
+            await asyncio.wait((stopping,), timeout=_HURRY_S)
+        if not stopping.done():
+            await face.cut()
+        await face.stop(0)
+
     def _end(self, pictures: Pictures, runner: Runner, service: Service) -> None:
         pictures.close(self._left())
         runner.close(self._left())
@@ -296,6 +325,8 @@ class Server:
 
     def _left(self) -> float:
         """Seconds that what is in flight still has."""
+        if self.hurried:
+            return 0.0
         return self.config.drain_seconds if self._drained_at is None else max(0.0, self._drained_at - time.monotonic())
 
     def _look_at_ports(self) -> list[str]:
@@ -309,7 +340,7 @@ class Server:
             if self.config.grpc_port is not None:
                 for sock in self._sockets("grpc", self.config.grpc_port):
                     sock.close()
-            return [sock.getsockname()[0] for sock in sockets]
+            return [_address_of(sock) for sock in sockets]
 
     def _sockets(self, face: str, port: int) -> list[socket.socket]:
         """One for each address of the host; of `::` one for both families, as grpc's is. Addresses that this machine does not have are
@@ -388,14 +419,14 @@ class Server:
             access_log=False,
             proxy_headers=False,
             server_header=False,
-            timeout_keep_alive=max(1, round(config.bounds.idle_seconds)),
-            timeout_graceful_shutdown=max(1, round(config.drain_seconds)),
+            timeout_keep_alive=math.ceil(config.bounds.idle_seconds),
+            timeout_graceful_shutdown=math.ceil(config.drain_seconds),
         )
         made.load()
         return made
 
 
-def serve(path: str | Path, *, notify: Notify = _nobody, **settings: Any) -> int:
+def serve(path: str | Path, *, notify: Notify = tell_nobody, **settings: Any) -> int:
     """Serves an artefact, or a directory of numbered versions of one, over HTTP and gRPC until SIGTERM or Ctrl-C: `muntin serve` in Python.
 
     `settings`: the fields of `ServeConfig`, which says their units and defaults: the command's, over HTTP on 127.0.0.1:8000 and gRPC on
@@ -418,6 +449,12 @@ def serve(path: str | Path, *, notify: Notify = _nobody, **settings: Any) -> int
     server = Server(path, config, notify=notify)
     server.run()
     return server.cut_off
+
+
+def _address_of(sock: socket.socket) -> str:
+    """Where it listens; with the interface where that is part of it, as of fe80::1%eth0."""
+    address, _, *more = sock.getsockname()
+    return f"{address}%{socket.if_indextoname(more[1])}" if more and more[1] else str(address)
 
 
 class _Http(uvicorn.Server):
@@ -500,7 +537,7 @@ def _expose(metrics: Metrics, service: Service, runner: Runner, ledger: Ledger, 
     )  # fmt: skip
     metrics.read(
         "counter", "muntin_engine_deaths", "Processes of a version's engine that ended, or were ended since it hung.", ("version",),
-        lambda: _by_version(service.slot, lambda session: session.deaths),
+        lambda: [((version,), float(count)) for version, count in service.slot.deaths().items()],
     )  # fmt: skip
     metrics.read(
         "gauge", "muntin_engine_resident_memory_bytes", "Memory of the process of a version's engine.", ("version",),
@@ -528,12 +565,12 @@ def _loop_factory() -> Callable[[], asyncio.AbstractEventLoop] | None:
 
 
 @contextmanager
-def _on_signals(tell: Callable[[], object]) -> Iterator[None]:
-    """SIGTERM and Ctrl-C do this and no more: on the main thread, the only one that may say so."""
+def _on_signals(tell: Callable[[int], object]) -> Iterator[None]:
+    """SIGTERM and Ctrl-C do this and no more: on the main thread, the only one that may say so. `tell`: is given the signal."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    before = {number: signal.signal(number, lambda *_: tell()) for number in (signal.SIGINT, signal.SIGTERM)}
+    before = {number: signal.signal(number, lambda given, _: tell(given)) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
         yield
     finally:

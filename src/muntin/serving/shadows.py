@@ -5,16 +5,19 @@ A candidate may hang. Its thread is left to it, and the next candidate has one o
 
 from __future__ import annotations
 
+from concurrent.futures import Future
 from functools import partial
 
 from muntin.serving.executor import Executor, Work
 from muntin.serving.metrics import Metrics
-from muntin.serving.slot import Slot
+from muntin.serving.slot import Lease, Slot
 from muntin.serving.threads import Threads
 from muntin.serving.version import Version
 
 SHADOWS = 4
 """Computations that may wait; beyond, an answer is not compared."""
+SHADOW_BYTES = 256 << 20
+"""Of images and answers that they may hold together, or of a single one: nobody counts them any more, since they were answered."""
 JOIN_S = 5.0
 """Seconds that one in progress has when the server ends."""
 
@@ -26,6 +29,8 @@ class Shadows:
         self._slot, self._executor, self._metrics = slot, executor, metrics
         self._of: Version | None = None
         self._threads = Threads("muntin-shadow", most=1)
+        self._held: list[tuple[Future[None], int]] = []
+        """Computations, and the bytes of each."""
 
     @property
     def pending(self) -> int:
@@ -39,12 +44,23 @@ class Shadows:
             return
         if self._of is not lease.version:
             self._of, self._threads = lease.version, Threads("muntin-shadow", most=1)
-        if self.pending >= SHADOWS:
-            lease.release()
-            self._metrics.shadow_dropped.inc()
+        self._held = [(held, count) for held, count in self._held if not held.done()]
+        count = sum(array.nbytes for array in whole)
+        if self.pending >= SHADOWS or (self._held and count + sum(count for _, count in self._held) > SHADOW_BYTES):
+            self._drop(lease)
             return
         shadow = partial(self._executor.shadow, lease.version, *whole, labels=labels, within=work.within)
-        self._threads.submit(shadow).add_done_callback(lambda _: lease.release())
+        try:
+            computed = self._threads.submit(shadow)
+        except RuntimeError:  # this process may have no more threads
+            self._drop(lease)
+            return
+        computed.add_done_callback(lambda _: lease.release())
+        self._held.append((computed, count))
+
+    def _drop(self, lease: Lease) -> None:
+        lease.release()
+        self._metrics.shadow_dropped.inc()
 
     def close(self) -> None:
         """Gives up what waits, and waits for what goes on, but not for an engine that hangs."""

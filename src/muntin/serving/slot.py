@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import random
 import time
+from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from math import inf
@@ -29,7 +30,7 @@ from muntin.runtime.session import Session
 from muntin.serving.disposal import dispose
 from muntin.serving.probation import Loader
 from muntin.serving.rollout import Rollout, Tally, Verdict, judge
-from muntin.serving.telling import told_safely
+from muntin.serving.telling import tell_nobody, told_safely
 from muntin.serving.version import (
     Begun,
     Call,
@@ -98,10 +99,6 @@ class IndexEntry:
     reason: str
 
 
-def _tell_nobody(line: str) -> None:
-    return
-
-
 def _never(version: Version | None) -> bool:
     return False
 
@@ -124,7 +121,7 @@ class Slot:
         other_classes: bool = False,
         clock: Callable[[], float] = time.monotonic,
         random: Callable[[], float] = random.random,
-        notify: Callable[[str], None] = _tell_nobody,
+        notify: Callable[[str], None] = tell_nobody,
     ) -> None:
         self.name = name
         self.rollout = rollout
@@ -148,6 +145,7 @@ class Slot:
         self._stuck: list[tuple[Session, float]] = []
         self._interrupted_at = -inf
         self._lines: list[str] = []
+        self._deaths: Counter[str] = Counter()  # of engines of sessions that went, by version
 
     # ---- requests ----
 
@@ -295,6 +293,15 @@ class Slot:
     def open(self) -> tuple[Version, ...]:
         """The versions that are in service: the current one, a candidate, the previous one."""
         return self._in_service()
+
+    def deaths(self) -> dict[str, int]:
+        """How often engines have died, by the names of the versions in service and of those that went after a death: it never falls."""
+        with self._changed:  # there is nothing to tell
+            found = self._deaths.copy()
+            for version in self._versions:
+                if version.open:
+                    found[version.name] += version.session.deaths
+            return dict(found)
 
     @property
     def busy(self) -> bool:
@@ -568,6 +575,8 @@ class Slot:
         session = version.close()
         if session is not None:
             self._gone.append(session)
+            if session.deaths:
+                self._deaths[version.name] += session.deaths
         if version.state == "draining":
             version.state = "unloaded"
 

@@ -17,6 +17,10 @@ _CLOSING_S = 2.0
 """How long the end waits for what is still to be told."""
 
 
+def tell_nobody(line: str) -> None:
+    """Where nobody asked to be told."""
+
+
 class Teller:
     """Tells lines on a thread of its own: whoever reads them may stand still, and nothing of a server waits for that.
 

@@ -9,6 +9,7 @@ import threading
 from collections import deque
 from collections.abc import Callable
 from concurrent.futures import Executor, Future, wait
+from functools import partial
 from typing import Any
 
 _Call = tuple[Future[Any], Callable[..., Any], tuple[Any, ...], dict[str, Any]]
@@ -43,8 +44,15 @@ class Threads(Executor):
                         self._waiting.remove(call)
                         self._running.discard(future)
                         raise
-        future.add_done_callback(self._running.discard)
+        future.add_done_callback(partial(self._ended, call))
         return future
+
+    def _ended(self, call: _Call, future: Future[Any]) -> None:
+        self._running.discard(future)
+        if future.cancelled():  # while it waited: those that are given up must not pile up behind one that stands still
+            with self._lock:
+                if call in self._waiting:
+                    self._waiting.remove(call)
 
     @property
     def pending(self) -> int:
