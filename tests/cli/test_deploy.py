@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+import muntin.runtime
 from muntin.artifact import open_artifact
 from muntin.artifact.classes import ClassInfo
 from muntin.cli.deploy import _read_truth
@@ -531,3 +532,37 @@ def test_predicting_onto_a_full_disk_leaves_no_half_picture(call: Call, exported
         text = call("predict", exported.artifact, exported.image, "-o", tmp_path / "out").mistake()
     assert "File too large; make room" in text
     assert list((tmp_path / "out").iterdir()) == []
+
+
+def test_verify_and_predict_compute_on_the_engine_and_the_threads_that_are_named(
+    call: Call, exported: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[tuple[str, Any, Any, Any]] = []
+
+    def watch(name: str) -> None:
+        real = getattr(muntin.runtime, name)
+
+        def watched(*given: Any, **options: Any) -> Any:
+            asked.append((name, options["engine"], options["precision"], options["threads"]))
+            return real(*given, **options)
+
+        monkeypatch.setattr(muntin.runtime, name, watched)
+
+    watch("verify")
+    watch("load")
+    words = ("--engine", "onnxruntime", "--precision", "f32", "--threads", "1")
+    assert call("verify", exported.artifact, *words).code == 0
+    assert call("predict", exported.artifact, exported.image, "-o", tmp_path / "out", *words).code == 0
+    assert [one for one in asked if one[0] == "verify"] == [("verify", "onnxruntime", "f32", 1)]
+    assert asked[-1] == ("load", "onnxruntime", "f32", 1)
+
+
+def test_the_overlap_that_is_named_is_the_one_that_is_computed_with(call: Call, exported: Any, tmp_path: Path) -> None:
+    picture = np.random.default_rng(5).integers(0, 256, (90, 111, 3), dtype=np.uint8)
+    write_image(tmp_path / "noise.png", picture)
+    words = ("predict", exported.artifact, tmp_path / "noise.png", "--tile", "20", "--overlap", "15", "-o", tmp_path / "out", "--json")
+    (result,) = call(*words).document()["results"]
+    session = load(exported.artifact)
+    expected, usual = (predict(session, picture, tile=20, overlap=overlap) for overlap in (15, None))
+    assert (expected != usual).any(), "another overlap gives the same: this test plants nothing"
+    assert np.array_equal(read_mask(result["mask"]), expected)

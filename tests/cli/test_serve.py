@@ -24,6 +24,7 @@ from muntin.cli.serve import _tokens
 from muntin.errors import DataError
 from muntin.serving.config import Bounds, ServeConfig
 from muntin.serving.descriptors import raise_descriptors
+from muntin.serving.rollout import Rollout
 
 
 @pytest.fixture(scope="module")
@@ -207,6 +208,42 @@ def test_what_it_is_told_reaches_the_server(call: Any, monkeypatch: pytest.Monke
     assert told == [Bounds(), Bounds().model_copy(update=changed)]
 
 
+def test_every_option_reaches_the_server(call: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    told: list[ServeConfig] = []
+
+    class Ended:
+        cut_off, hurried = 0, False
+
+        def __init__(self, path: Path, config: Any, **_: Any) -> None:
+            told.append(config)
+
+        def run(self, **_: Any) -> None:
+            return
+
+    monkeypatch.setattr("muntin.serving.server.Server", Ended)
+    (tmp_path / "tokens").write_text("secret\n")
+    words = (
+        "--host ::1 --http-port 11 --grpc-port 12 --name m --objective-ms 13.5 --max-batch 14 --queue 15 --streams 3 --watch --canary 0.25 "
+        "--shadow 0.5 --trial 16 --max-json 17 --max-body 18 --max-pixels 19 --idle-seconds 20 --max-connections 21 --drain-seconds 22 "
+        f"--token-file {tmp_path / 'tokens'} --tls-certificate c.pem --tls-key k.pem --access-log --trace --engine onnxruntime "
+        "--precision f32 --threads 4"
+    ).split()
+    assert call("serve", "artefact", *words).code == 0
+    assert told == [
+        ServeConfig(
+            host="::1", http_port=11, grpc_port=12, name="m", objective_ms=13.5, max_batch=14, queue_rows=15, streams=3, watch=True,
+            rollout=Rollout(canary=0.25, shadow=0.5, for_requests=16),
+            bounds=Bounds(
+                json_bytes=17 << 20, body_bytes=18 << 20, held_bytes=512 << 20, image_pixels=19, idle_seconds=20.0, connections=21
+            ),
+            drain_seconds=22.0, tokens=("secret",), tls_certificate=Path("c.pem"), tls_key=Path("k.pem"), access_log=True, trace=True,
+            engine="onnxruntime", precision="f32", threads=4,
+        )
+    ]  # fmt: skip
+    assert call("serve", "artefact", "--no-grpc").code == 0
+    assert told[-1] == ServeConfig(grpc_port=None)
+
+
 @pytest.mark.parametrize("seconds", ["0", "-1", "nan", "1.5", "86401"])
 def test_the_time_at_the_end_is_seconds_from_1(call: Any, seconds: str) -> None:
     answer = call("serve", "artefact", "--drain-seconds", seconds)
@@ -238,7 +275,7 @@ def test_an_altered_artefact_is_not_served(artifact: Path, tmp_path: Path) -> No
 
 @pytest.mark.parametrize(
     ("hard", "allowed", "soft", "told"),
-    [(4096, 4096, 4096, False), (4096, 1130, 1120, False), (500, 500, 500, True), (4096, 100, 256, True), (-1, 1 << 30, -1, False)],
+    [(4096, 4096, 4096, False), (4096, 3178, 3168, False), (500, 500, 500, True), (4096, 100, 256, True), (-1, 1 << 30, -1, False)],
 )
 def test_as_many_files_may_be_open_as_the_system_allows(
     monkeypatch: pytest.MonkeyPatch, hard: int, allowed: int, soft: int, told: bool
@@ -256,7 +293,7 @@ def test_as_many_files_may_be_open_as_the_system_allows(
     monkeypatch.setattr(resource, "setrlimit", change)
     line = raise_descriptors(ServeConfig(bounds=Bounds(connections=512)))
     assert limits == [soft, hard]
-    assert ("wants 1,120" in line) == told
+    assert ("wants 3,168" in line) == told
     assert bool(line) == told
 
 

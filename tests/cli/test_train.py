@@ -18,9 +18,11 @@ import pytest
 import torch
 from PIL import Image
 
+import muntin.training
 from muntin.deployment.live import checkpoint_session
 from muntin.runtime.images import write_image
 from muntin.training import fit, load_recipe, read_checkpoint
+from muntin.training.evaluation import tile_of
 
 Call = Callable[..., Any]
 MUNTIN = str(Path(sys.executable).with_name("muntin"))
@@ -292,3 +294,19 @@ def test_class_folders_that_were_renamed_are_one_line(call: Call, tiny: Any, tmp
         )
     assert not (run / "artifact").exists()
     assert checkpoint_session(read_checkpoint(run)).signature.classes == read_checkpoint(run).state.classes  # without the data
+
+
+def test_evaluate_computes_in_the_tiles_and_the_engine_that_are_named(call: Call, exported: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    tiles: list[Any] = []
+    evaluate = muntin.training.evaluate
+
+    def watch(*given: Any, **options: Any) -> Any:
+        tiles.append(options["tile"])
+        return evaluate(*given, **options)
+
+    monkeypatch.setattr(muntin.training, "evaluate", watch)
+    for words in (["--tile", "20"], []):
+        assert call("evaluate", exported.run, *words).code == 0
+    assert tiles == [20, tile_of(read_checkpoint(exported.run).recipe.data.crop)]
+    words = ("--artifact", exported.artifact, "--engine", "onnxruntime", "--json")
+    assert call("evaluate", exported.run, *words).document()["engine"] == "onnxruntime"

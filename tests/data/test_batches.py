@@ -104,6 +104,36 @@ def test_photometry_changes_images_alone(channels: int) -> None:
     assert torch.equal(target, same)
 
 
+def test_contrast_and_saturation_do_what_they_say() -> None:
+    sample = coded(40, 40)
+    sample.image[...] = np.random.default_rng(0).integers(40, 200, sample.image.shape)
+
+    def made(**light: float) -> torch.Tensor:
+        return cut(sample, Draw(index=0, top=3, left=4, side=32, **light), 32)[0].float()
+
+    plain, flat, grey, dark = made(), made(contrast=0.5), made(saturation=0.5), made(brightness=0.5)
+    assert float(flat.std() / plain.std()) == pytest.approx(0.5, abs=0.02)
+    assert float(grey.std(0).mean() / plain.std(0).mean()) == pytest.approx(0.5, abs=0.02)
+    assert float(dark.mean() / plain.mean()) == pytest.approx(0.5, abs=0.02)
+
+
+@pytest.mark.parametrize("task", ["segment", "classify"])
+def test_all_that_is_wanted_is_drawn_and_over_all_of_its_range(task: Any) -> None:
+    sample = coded(400, 400)
+    samples = [sample if task == "segment" else Sample(name="a", image=sample.image, target=1)]
+    wanted = EVERYTHING.model_copy(update={"flip_horizontal": 0.5, "flip_vertical": 0.2})
+    draws = Crops(samples, task=task, crop=100, batch_size=2000, seed=0, augmentation=wanted).draws(0)
+    assert np.mean([draw.flip_horizontal for draw in draws]) == pytest.approx(0.5, abs=0.05)
+    assert np.mean([draw.flip_vertical for draw in draws]) == pytest.approx(0.2, abs=0.05)
+    for name in ("brightness", "contrast", "saturation"):
+        found = [getattr(draw, name) for draw in draws]
+        assert 0.7 <= min(found) < 0.71 and 1.29 < max(found) <= 1.3
+        assert np.mean(found) == pytest.approx(1, abs=0.02)
+    sides = [draw.side for draw in draws]
+    least, most = (50, 200) if task == "segment" else (200, 400)  # a classifier's window is no larger than the picture
+    assert (min(sides), max(sides)) == (pytest.approx(least, abs=1), pytest.approx(most, abs=1))
+
+
 @given(step=st.integers(0, 10**6), seed=st.integers(0, 2**31))
 @settings(max_examples=15, deadline=None)
 def test_a_batch_is_a_function_of_seed_and_step(step: int, seed: int) -> None:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -12,7 +14,9 @@ import torch
 from torch import Tensor, nn
 
 from muntin.artifact import ClassInfo, Signature
+from muntin.deployment import assessment
 from muntin.deployment.assessment import _Assessment, affordable_side, torch_threads
+from muntin.errors import VerificationError
 from muntin.models import TorchSession
 from muntin.runtime.images import write_image
 from muntin.training import evaluate, fit, read_checkpoint
@@ -40,6 +44,23 @@ class Greedy(nn.Module):
 
 def session(model: nn.Module) -> TorchSession:
     return TorchSession(model, Signature(task="segment", channels=3, classes=CLASSES))
+
+
+def test_agreement_is_of_the_pixels_that_count() -> None:
+    target = np.array([[0, 1], [1, 255]], np.uint8)
+    made: Any = SimpleNamespace(test=[SimpleNamespace(target=target)] * 2, recipe=SimpleNamespace(task="segment"))
+    one = [np.array([[0, 0], [1, 0]], np.uint8)] * 2
+    other = [np.array([[0, 0], [1, 1]], np.uint8), np.array([[1, 1], [1, 0]], np.uint8)]
+    assert _Assessment._agreement(made, one, other) == 4 / 6
+
+
+def test_what_does_not_verify_is_not_reported_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    result = SimpleNamespace(passed=False, problems=["layer a computes something else"])
+    monkeypatch.setattr(assessment, "verify", lambda path, *, layers: result)
+    made: Any = SimpleNamespace(_timed=lambda name, work: work())
+    artifact: Any = SimpleNamespace(path=Path("artifact"))
+    with pytest.raises(VerificationError, match="artifact: layer a computes something else"):
+        _Assessment._verify(made, artifact)
 
 
 @pytest.mark.parametrize(

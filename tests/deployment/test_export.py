@@ -22,7 +22,7 @@ from muntin.artifact import ClassInfo, Signature, open_artifact
 from muntin.artifact.golden import GOLDEN_SIDE
 from muntin.compression import Change, freeze, prepare_qat, quantize
 from muntin.compression.stages import calibration_of, source_of
-from muntin.deployment import infer_signature
+from muntin.deployment import export, infer_signature
 from muntin.deployment.export import FLOAT_LIMITS, LIMITS, golden_pairs
 from muntin.errors import ArtifactError, DataError, ExportError, MuntinError
 from muntin.models import DividedSides
@@ -611,6 +611,37 @@ def test_a_figure_that_is_no_plain_value_is_named_and_no_engine_is_blamed(pixels
         muntin.export(tiny(), pixels(1, 3, 32, 32), tmp_path / "artifact", measured={"miou": np.float32(0.7)})
     assert "engine" not in str(error.value) and "\n" not in str(error.value)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_quantised_layers_that_an_engine_runs_in_floats_are_refused(pixels: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(export, "find_fallbacks", lambda layers, executed: (["a"], ["a runs in f32"]))
+    example = pixels(1, 3, 32, 32)
+    message = refused(tiny(), example, tmp_path, calibration=[example])
+    assert "1 of the quantised layers not on integers: a runs in f32: name it in quantization.keep" in message
+
+
+@pytest.mark.parametrize("engine", ["onnxruntime", "openvino in 16 bits"])
+def test_an_engine_that_is_off_alone_is_left_out_and_noted(
+    pixels: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, engine: str
+) -> None:
+    find = export.deviations
+    sixteen = muntin.load(muntin.export(tiny(), pixels(1, 3, 32, 32), tmp_path / "before").path).precision
+
+    def off(session: Any, pairs: Any, limits: Any) -> list[str]:
+        is_off = session.engine.startswith("onnxruntime") if engine == "onnxruntime" else session.precision == "bf16"
+        return ["it is far off"] if is_off else find(session, pairs, limits)
+
+    monkeypatch.setattr(export, "deviations", off)
+    manifest = muntin.export(tiny(), pixels(1, 3, 32, 32), tmp_path / "artifact").manifest
+    notes = manifest.measured["notes"]
+    if engine == "onnxruntime":
+        assert set(manifest.golden_tolerance) == {"openvino"}
+        assert any(note.startswith("onnxruntime") and note.endswith("is not checked against: in it, it is far off") for note in notes)
+    elif sixteen == "bf16":
+        assert manifest.precision == "f32"
+        assert "recorded in f32, for it is far off" in notes
+    else:
+        assert manifest.precision == "bf16" and notes == []  # which is what is recorded where it cannot be tried
 
 
 def test_layers_that_are_kept_in_floats_by_name(pixels: Any, tmp_path: Path) -> None:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import threading
 from collections import OrderedDict
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +17,7 @@ from torch import nn
 from torch.profiler import ProfilerActivity, profile
 
 from muntin.artifact import ClassInfo, Signature
+from muntin.deployment import live
 from muntin.deployment.live import PREFIX, WHOLE, named_ranges, profile_live
 from muntin.errors import DataError
 from muntin.models import TorchSession
@@ -48,6 +51,37 @@ def test_a_layer_that_raises_leaves_no_range_open(model: nn.Sequential) -> None:
         with profile(activities=[ProfilerActivity.CPU]) as profiler:
             model(torch.zeros(1, 3, 8, 8))
     assert f"{PREFIX}2" in names_in(profiler)
+
+
+def test_every_range_is_closed_on_the_thread_that_opened_it(model: nn.Sequential, monkeypatch: pytest.MonkeyPatch) -> None:
+    opened: list[tuple[int, str]] = []
+    closed: list[tuple[int, str]] = []
+
+    class Range:
+        def __init__(self, name: str) -> None:
+            self.name = name
+
+        def __enter__(self) -> None:
+            opened.append((threading.get_ident(), self.name))
+
+        def __exit__(self, *_: object) -> None:
+            closed.append((threading.get_ident(), self.name))
+
+    monkeypatch.setattr(live, "record_function", Range)
+
+    def call(channels: int) -> None:
+        for _ in range(20):
+            with suppress(RuntimeError):
+                model(torch.zeros(1, channels, 8, 8))
+
+    with named_ranges(model):
+        threads = [threading.Thread(target=call, args=(channels,)) for channels in (3, 4, 3)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    assert len(opened) == 2 * 20 * 5 + 20  # of four channels the first layer raises
+    assert sorted(opened) == sorted(closed)
 
 
 def test_a_live_profile_finds_the_slow_layer_and_writes_a_trace(model: nn.Sequential, tmp_path: Path) -> None:

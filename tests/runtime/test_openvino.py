@@ -283,3 +283,21 @@ def test_tells_nobody_and_needs_no_torch(per_pixel: Any, tmp_path: Path) -> None
     run = subprocess.run([sys.executable, "-c", SILENT, str(per_pixel.path)], env=home, capture_output=True, text=True, check=False)
     assert (run.returncode, run.stderr) == (0, "")
     assert list(tmp_path.iterdir()) == []  # no client identifier
+
+
+def test_what_a_model_is_compiled_with_is_what_was_asked_for(
+    write_layers: Callable[..., Any], layer_maker: Callable[..., Any], images_of: Callable[..., Any], tmp_path: Path
+) -> None:
+    """By what the engine says of its own compiled model, and, of the precision, of the layer that it ran."""
+    layers = [type(layer)(**(vars(layer) | {"quantized": False})) for layer in (layer_maker("a", 0, 3, 32, 3, scale=0.9),)]
+    written = write_layers(tmp_path / "a", layers)
+    for precision, capability in (("f32", "FP32"), ("bf16", "BF16")):
+        if capability not in CAPABILITIES:
+            continue
+        session: Any = load(written.path, precision=precision, threads=2, streams=2)
+        session(images_of(3))
+        assert {layer.precision for layer in session.layers() if layer.compute} == {precision}
+        kind = openvino.Type.f32 if precision == "f32" else openvino.Type.bf16
+        wanted = {"INFERENCE_PRECISION_HINT": kind, "INFERENCE_NUM_THREADS": 2, "NUM_STREAMS": 2}
+        for compiled in session._compiled.values():
+            assert {name: compiled.model.get_property(name) for name in wanted} == wanted

@@ -120,6 +120,15 @@ def test_far_from_the_borders_a_tile_sees_what_the_whole_sees(convolutions: Any)
     session = load(convolutions.path, precision="f32")
     whole, tiled = predict(session, image, output="scores"), predict(session, image, tile=40, overlap=20, output="scores")
     np.testing.assert_allclose(tiled[:, :, :20], whole[:, :, :20], atol=0.2 * whole.std())
+    seams = predict(session, image, tile=40, overlap=0, output="scores")
+    assert np.abs(tiled - whole).max() < np.abs(seams - whole).max() / 2
+
+
+def test_the_overlap_is_a_quarter_of_the_tile_where_none_is_given() -> None:
+    image, session = picture(20, 90), PositionSession()
+    usual, quarter, none = (predict(session, image, tile=20, overlap=overlap, output="scores") for overlap in (None, 5, 0))
+    np.testing.assert_array_equal(usual, quarter)
+    assert (usual != none).any()
 
 
 def test_a_picture_smaller_than_the_tile_is_one_call() -> None:

@@ -224,6 +224,7 @@ def test_the_optimizer_comes_back(tmp_path: Path, save_step: Save, recipe: Recip
     assert again.keys() == checkpoint.tensors[OPTIMIZER].keys()
     assert all(torch.equal(again[name], value) for name, value in checkpoint.tensors[OPTIMIZER].items())
     assert any(name.startswith("exp_avg_sq.") for name in again)
+    assert "rng.cpu" in again
 
 
 def test_the_scale_of_an_fp16_loss_comes_back() -> None:

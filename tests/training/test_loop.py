@@ -20,6 +20,7 @@ from muntin.errors import CheckpointError, DataError, DependencyError, MuntinErr
 from muntin.layers import ChannelGate
 from muntin.models import TorchSession
 from muntin.runtime.images import write_image
+from muntin.training import loop
 from muntin.training.checkpoint import AVERAGE, STATE, Checkpoint, checkpoints_in, new_model, read_checkpoint
 from muntin.training.config import TrainingConfig
 from muntin.training.evaluation import evaluate
@@ -143,11 +144,11 @@ def test_an_interrupted_run_that_goes_on_ends_in_the_same_bits(tmp_path: Path, w
 
 
 class Drawing(nn.Conv2d):
-    """Draws elsewhere than in PyTorch, as stochastic depth sometimes does."""
+    """Draws in PyTorch, as dropout does, and elsewhere, as stochastic depth sometimes does."""
 
     def forward(self, x: Tensor) -> Tensor:
         y = super().forward(x / 255)
-        return y * (random.uniform(1, 2) + np.random.rand()) if self.training else y  # noqa: S311
+        return y * (random.uniform(1, 2) + np.random.rand() + torch.rand(())) if self.training else y  # noqa: S311
 
 
 def drawing(*, task: str, classes: int, channels: int) -> nn.Module:
@@ -158,6 +159,7 @@ def test_what_a_model_draws_elsewhere_is_the_same_when_a_run_goes_on(tmp_path: P
     plan = (f"model.name={__name__}:drawing", "model.options={}", "training.steps=4", "training.validate_every=2")
     whole = train(tiny, tmp_path / "whole", *plan)
     assert train(tiny, tmp_path / "run", *plan, report=ctrl_c_at(2)).interrupted
+    torch.manual_seed(99)  # whatever else the process draws
     assert_same_state(read_checkpoint(train(tiny, tmp_path / "run", *plan, resume=True).checkpoint), read_checkpoint(whole.checkpoint))
 
 
@@ -559,6 +561,45 @@ def test_resuming_what_is_not_there_is_noted(tmp_path: Path, tiny: Any) -> None:
     assert train(tiny, tmp_path / "run", "training.steps=1", resume=True).notes == ()
 
 
+def test_what_the_recipe_says_of_crops_and_threads_is_done(tmp_path: Path, tiny: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    made: list[dict[str, Any]] = []
+
+    class Watched(loop.Crops):
+        def __init__(self, samples: Any, **options: Any) -> None:
+            made.append(options)
+            super().__init__(samples, **options)
+
+    monkeypatch.setattr(loop, "Crops", Watched)
+    threads, seen = torch.get_num_threads(), []
+    options = ["data.rare=0.25", "data.augmentation.brightness=0.125", "training.threads=2", "training.steps=1", "training.batch_size=3"]
+    try:
+        result = train(tiny, tmp_path / "run", *options, report=lambda progress: seen.append(torch.get_num_threads()))
+    finally:
+        torch.set_num_threads(threads)
+    recipe = read_checkpoint(result.checkpoint).recipe
+    data = recipe.data
+    assert made[0] == {
+        "task": "segment", "crop": data.crop, "batch_size": 3, "seed": recipe.seed, "augmentation": data.augmentation, "rare": 0.25,
+    }  # fmt: skip
+    assert data.augmentation.brightness == 0.125
+    assert set(seen) == {2}
+
+
+def test_a_run_goes_on_in_the_precision_that_it_was_begun_in(tmp_path: Path, tiny: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    begun: list[Any] = []
+    resolve = loop.resolve_precision
+
+    def watch(*given: Any, **options: Any) -> Any:
+        begun.append(options["begun"])
+        return resolve(*given, **options)
+
+    monkeypatch.setattr(loop, "resolve_precision", watch)
+    plan = ["training.steps=2", "training.validate_every=1"]
+    train(tiny, tmp_path / "run", *plan, report=ctrl_c_at(1))
+    train(tiny, tmp_path / "run", *plan, resume=True)
+    assert begun == [None, "fp32"]
+
+
 def test_what_a_data_set_leaves_out_is_noted(tmp_path: Path, tiny: Any) -> None:
     write_image(tiny.root / "train" / "masks" / "lonely.png", np.zeros((48, 48), np.uint8))
     seen: list[FitProgress] = []
@@ -600,9 +641,19 @@ def test_a_run_whose_minutes_are_used_up_does_not_go_on(tmp_path: Path, tiny: An
 
 def test_what_an_interrupted_run_took_counts(tmp_path: Path, tiny: Any) -> None:
     options = [*TIMED[:2], "training.validate_every=3", "training.checkpoint_every=1000000"]
-    first = train(tiny, tmp_path / "run", *options, report=ctrl_c_at(3))
-    assert first.interrupted and first.step == 3 and first.steps > 3
+    interrupt = ctrl_c_at(3)
+
+    def slow(progress: FitProgress) -> None:
+        if progress.kind == "validation":
+            time.sleep(2)
+        interrupt(progress)
+
+    first = train(tiny, tmp_path / "run", *options, report=slow)
+    assert first.interrupted and first.step == 3 and first.seconds >= 2
     again = train(tiny, tmp_path / "run", *options, resume=True)
+    begun = read_checkpoint(first.checkpoint).state.seconds
+    assert begun == first.seconds
+    assert all(point["seconds"] > begun for point in read_checkpoint(again.checkpoint).state.training)
     seconds = [point["seconds"] for point in read_checkpoint(again.checkpoint).state.training]
     assert not again.interrupted and seconds == sorted(seconds)
     assert again.seconds >= 3 and again.seconds - first.seconds < 3 + first.seconds  # no three seconds more of its own

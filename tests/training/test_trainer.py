@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor, nn
 
 from muntin.runtime.images import IGNORED
 from muntin.training.config import TrainingConfig
+from muntin.training.loss import distillation_loss, task_loss
 from muntin.training.precision import Precision, resolve_precision
+from muntin.training.schedule import learning_rate
 from muntin.training.trainer import LEFT_OUT, DivergedError, Trainer
 
 
@@ -35,6 +39,55 @@ def test_a_teacher_without_weight_is_not_asked(weight: float, calls: int) -> Non
     )
     trainer.update(0, *crops(), done=0.5)
     assert teacher.calls == calls
+
+
+@pytest.mark.parametrize(("weight", "overlap"), [(0.0, 0.0), (0.5, 0.7), (2.0, 0.0)])
+def test_the_loss_is_made_of_labels_overlap_and_teacher(weight: float, overlap: float) -> None:
+    images, target = crops()
+    model, teacher = Asked(3, 3, 1), Asked(3, 3, 1)
+    scores, wanted = model(images).detach(), teacher(images).detach()
+    config = TrainingConfig(overlap_loss=overlap)
+    trainer = Trainer(model, config, task="segment", precision=resolve_precision("fp32", "cpu"), teacher=teacher, distillation=weight)
+    due = task_loss("segment", scores, target, overlap=overlap) + weight * distillation_loss("segment", scores, wanted, target)
+    assert trainer.update(0, images, target, done=0.5) == pytest.approx(float(due), rel=1e-5)
+    assert weight == 0 or distillation_loss("segment", scores, wanted, target) > 0.01
+    assert overlap == 0 or task_loss("segment", scores, target, overlap=0) < task_loss("segment", scores, target, overlap=overlap)
+
+
+def test_a_step_computes_in_the_precision_that_was_asked_for() -> None:
+    seen = []
+
+    class Watched(Asked):
+        def forward(self, x: Tensor) -> Tensor:
+            y = super().forward(x)
+            seen.append(y.dtype)
+            return y
+
+    for name, dtype in (("fp32", None), ("bf16", torch.bfloat16)):
+        precision = Precision(name=name, device="cpu", dtype=dtype, reason="")  # type: ignore[arg-type]
+        Trainer(Watched(3, 3, 1), TrainingConfig(), task="segment", precision=precision).update(0, *crops(), done=0.5)
+    assert seen == [torch.float32, torch.bfloat16]
+
+
+def test_the_rate_falls_for_every_parameter_and_gradients_are_clipped(monkeypatch: pytest.MonkeyPatch) -> None:
+    clipped = []
+    clip = nn.utils.clip_grad_norm_
+
+    def watch(parameters: Any, most: float) -> Tensor:
+        found = list(parameters)
+        length = clip(found, most)
+        clipped.append((most, float(torch.stack([p.grad.norm() for p in found]).norm())))
+        return length
+
+    monkeypatch.setattr(nn.utils, "clip_grad_norm_", watch)
+    config = TrainingConfig(clip=1e-3)
+    model = nn.Sequential(Asked(3, 8, 1), nn.BatchNorm2d(8), nn.Conv2d(8, 3, 1))
+    trainer = Trainer(model, config, task="segment", precision=resolve_precision("fp32", "cpu"))
+    for done in (0.01, 0.5, 0.99):
+        trainer.update(0, *crops(), done=done)
+        assert len(trainer.optimizer.param_groups) > 1
+        assert {group["lr"] for group in trainer.optimizer.param_groups} == {learning_rate(done, config)}
+    assert all(most == 1e-3 and length <= 1.001e-3 for most, length in clipped)
 
 
 def test_a_teacher_says_nothing_of_what_is_ignored() -> None:

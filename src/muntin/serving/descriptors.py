@@ -1,4 +1,4 @@
-"""How many files a process may have open: each connection is one."""
+"""How many files a process may have open: each connection is one, and an answer that it has not read is two."""
 
 from __future__ import annotations
 
@@ -7,6 +7,8 @@ from contextlib import suppress
 from muntin.serving.config import ServeConfig
 from muntin.serving.connection import SPARE
 
+_ANSWER = 2
+"""Memory that the engine's process writes to: a file, and Python's copy of it for the mapping."""
 _OTHERS = 64
 """Open files beside the connections: libraries, the artefact, what is loaded meanwhile."""
 
@@ -18,7 +20,8 @@ def raise_descriptors(config: ServeConfig) -> str:
     except ModuleNotFoundError:  # Windows has no such limit
         return ""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    wanted = (1 if config.grpc_port is None else 2) * config.bounds.connections + SPARE + _OTHERS
+    faces = 1 if config.grpc_port is None else 2
+    wanted = (1 + _ANSWER) * faces * config.bounds.connections + SPARE + _OTHERS
     for most in (hard, wanted):  # the latter where the system allows less than it says, as macOS does
         with suppress(ValueError, OSError):
             resource.setrlimit(resource.RLIMIT_NOFILE, (most, hard))
