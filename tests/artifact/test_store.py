@@ -17,7 +17,7 @@ import pytest
 from onnx import TensorProto, helper, numpy_helper
 from safetensors.numpy import load_file, save_file
 
-from muntin.artifact import Artifact, check_target, directory, open_artifact
+from muntin.artifact import Artifact, check_target, directory, open_artifact, store
 from muntin.artifact.manifest import parse_manifest, render_manifest
 from muntin.artifact.store import FILES, MANIFEST
 from muntin.errors import ArtifactError
@@ -226,6 +226,39 @@ def test_external_data_is_refused(write: Write, model: onnx.ModelProto, tmp_path
     model.graph.node.append(constant)
     with pytest.raises(ArtifactError, match="external file"):
         write(tmp_path / "a")
+
+
+def test_an_engines_compiled_form_is_not_handed_on(write: Write, model: onnx.ModelProto, tmp_path: Path) -> None:
+    inner = helper.make_graph([helper.make_node("EPContext", [], ["read"], domain="com.microsoft", embed_mode=1)], "inner", [], [])
+    model.graph.node.append(helper.make_node("If", ["condition"], ["chosen"], then_branch=inner, else_branch=inner))
+    artifact = write(tmp_path / "a")
+    with pytest.raises(ArtifactError, match="node EPContext is an engine's compiled form"):
+        artifact.model_bytes()
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="there are no pipes with names")
+@pytest.mark.parametrize("name", ["golden.safetensors", "manifest.json"])
+def test_what_is_no_file_is_not_read(write: Write, tmp_path: Path, name: str) -> None:
+    write(tmp_path / "a")
+    (tmp_path / "a" / name).unlink()
+    os.mkfifo(tmp_path / "a" / name)
+    with pytest.raises(ArtifactError, match=r"no regular file|holds no manifest"):
+        open_artifact(tmp_path / "a")
+
+
+def test_a_manifest_without_end_is_not_read(write: Write, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write(tmp_path / "a")
+    size = (tmp_path / "a" / "manifest.json").stat().st_size
+    monkeypatch.setattr(store, "LARGEST_MANIFEST", size)
+    open_artifact(tmp_path / "a")
+    monkeypatch.setattr(store, "LARGEST_MANIFEST", size - 1)
+    with pytest.raises(ArtifactError, match=f"{size:,} bytes, more than"):
+        open_artifact(tmp_path / "a")
+
+
+def test_an_example_without_end_is_refused(write: Write, tmp_path: Path) -> None:
+    with pytest.raises(ArtifactError, match="example"):
+        write(tmp_path / "a", example=(1, 60_000, 60_000))
 
 
 def test_golden_pairs_must_fit_the_signature(write: Write, golden: list[tuple[np.ndarray, np.ndarray]], tmp_path: Path) -> None:

@@ -425,6 +425,22 @@ def test_a_directory_with_other_things_is_left_alone(pixels: Any, tmp_path: Path
     assert sorted(entry.name for entry in tmp_path.iterdir()) == [".mine.draft", "mine"]
 
 
+@pytest.mark.parametrize("kind", ["norm", "mean"])
+def test_a_model_that_mixes_the_images_of_a_batch_is_refused(kind: str, build: type[nn.Module], pixels: Any, tmp_path: Path) -> None:
+    def run(m: Any, x: Tensor) -> Any:
+        y = m.stem(x / 60 - 2)
+        return m.head(torch.relu(m.norm(y) if kind == "norm" else y - y.mean(0, keepdim=True)))
+
+    parts = {"stem": nn.Conv2d(3, 16, 3, padding=1), "norm": nn.BatchNorm2d(16, track_running_stats=False), "head": nn.Conv2d(16, 4, 1)}
+    message = refused(build(run, **parts), pixels(1, 3, 48, 40), tmp_path)
+    assert "answers an image otherwise beside another one, by 0." in message
+
+
+def test_a_hybrid_that_restores_says_so_itself(pixels: Any, tmp_path: Path) -> None:
+    model = create_model("hybrid-xxs", task="restore", channels=3, depths=(1,), dims=(64,))
+    assert infer_signature(model, pixels(1, 3, 32, 32)) == Signature(task="restore", channels=3)
+
+
 def test_a_failed_export_leaves_the_artefact_that_was_there(build: type[nn.Module], pixels: Any, tmp_path: Path) -> None:
     before = muntin.export(tiny(), pixels(1, 3, 32, 32), tmp_path / "artifact")
 

@@ -129,6 +129,17 @@ def test_room_is_made_of_what_was_not_used_for_the_longest_and_never_of_the_fold
     assert (used / "engine").read_bytes() == bytes(100)
 
 
+def test_what_somebody_else_keeps_beside_it_stays(monkeypatch: pytest.MonkeyPatch) -> None:
+    used = compiled_folder("openvino", "1", "a" * 64)
+    assert used is not None
+    mine = used.parent / "my-project"
+    mine.mkdir()
+    (mine / "thesis").write_bytes(bytes(1000))
+    monkeypatch.setattr(cache, "LIMIT", 10)
+    make_room(used)
+    assert (mine / "thesis").exists()
+
+
 @pytest.mark.parametrize(
     "damage", [lambda data: data[:-1], lambda data: data[:100] + b"x" + data[101:], lambda data: b"", lambda data: data[1:]]
 )

@@ -15,6 +15,7 @@ import onnx
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 
+from muntin.artifact import ClassInfo, GoldenTolerance, Signature, write_artifact
 from muntin.errors import ArtifactError, DependencyError
 from muntin.runtime import describe_hardware, load
 from muntin.runtime.openvino import open_openvino
@@ -283,6 +284,63 @@ def test_tells_nobody_and_needs_no_torch(per_pixel: Any, tmp_path: Path) -> None
     run = subprocess.run([sys.executable, "-c", SILENT, str(per_pixel.path)], env=home, capture_output=True, text=True, check=False)
     assert (run.returncode, run.stderr) == (0, "")
     assert list(tmp_path.iterdir()) == []  # no client identifier
+
+
+def plain_model(outputs: int, *, rows: int = 0) -> onnx.ModelProto:
+    """Three channels to so many by a 1 x 1 convolution. `rows`: so many of them are left out at the end."""
+    weight = np.random.default_rng(0).normal(size=(outputs, 3, 1, 1)).astype(np.float32)
+    nodes = [
+        helper.make_node("Cast", ["images"], ["float"], to=TensorProto.FLOAT),
+        helper.make_node("Transpose", ["float"], ["nchw"], perm=[0, 3, 1, 2]),
+        helper.make_node("Conv", ["nchw", "weight"], ["scores" if not rows else "all"], name="head"),
+    ]
+    constants = [numpy_helper.from_array(weight, "weight")]
+    if rows:  # of large images alone
+        nodes += [
+            helper.make_node("Shape", ["all"], ["height"], start=2, end=3),
+            helper.make_node("Greater", ["height", "limit"], ["large"]),
+            helper.make_node("Cast", ["large"], ["count"], to=TensorProto.INT64),
+            helper.make_node("Sub", ["height", "count"], ["end"]),
+            helper.make_node("Slice", ["all", "zero", "end", "axis"], ["scores"]),
+        ]
+        constants += [
+            numpy_helper.from_array(np.array([value], np.int64), name) for name, value in {"limit": 64, "zero": 0, "axis": 2}.items()
+        ]
+    graph = helper.make_graph(
+        nodes, "plain",
+        [helper.make_tensor_value_info("images", TensorProto.UINT8, ["B", "H", "W", 3])],
+        [helper.make_tensor_value_info("scores", TensorProto.FLOAT, ["B", outputs, "H2", "W"])],
+        constants,
+    )  # fmt: skip
+    return helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=10)
+
+
+def write_plain(path: Path, model: onnx.ModelProto, classes: int = 4) -> Path:
+    signature = Signature(task="segment", channels=3, classes=tuple(ClassInfo(name=str(k), color=(k, k, k)) for k in range(classes)))
+    weight = numpy_helper.to_array(next(item for item in model.graph.initializer if item.name == "weight"))[:classes, :, 0, 0]
+    images = np.random.default_rng(1).integers(0, 256, (1, 6, 8, 3)).astype(np.uint8)
+    scores = np.einsum("bhwc,kc->bkhw", images, weight).astype(np.float32)
+    limits = {"openvino": {"f32": GoldenTolerance(max_error=0.05, label_agreement=0.9)}}
+    write_artifact(path, model=model, signature=signature, golden=[(images, scores)], golden_tolerance=limits)
+    return path
+
+
+@pytest.mark.parametrize("labels", [False, True])
+@pytest.mark.parametrize("dynamic", [False, True])
+def test_an_answer_of_another_shape_is_no_answer(tmp_path: Path, images_of: Callable[..., Any], dynamic: bool, labels: bool) -> None:
+    """What came would lie in memory beside what was there before: another one's answer, maybe."""
+    session = load(write_plain(tmp_path / "a", plain_model(4, rows=1)), precision="f32", dynamic=dynamic, shapes=())
+    call = session.labels if labels else session
+    assert call(images_of(3, batch=1, height=64, width=5)).shape[-2:] == (64, 5)
+    with pytest.raises(ArtifactError, match="where its signature says"):
+        call(images_of(3, batch=1, height=65, width=5))
+
+
+@pytest.mark.parametrize("engine", ["openvino", "onnxruntime"])
+def test_a_model_of_more_classes_than_it_names_gives_no_labels(tmp_path: Path, images_of: Callable[..., Any], engine: str) -> None:
+    path = write_plain(tmp_path / "a", plain_model(21))
+    with pytest.raises(ArtifactError, match="where its signature says"):
+        load(path, engine=engine, precision="f32", shapes=()).labels(images_of(3))
 
 
 def test_what_a_model_is_compiled_with_is_what_was_asked_for(

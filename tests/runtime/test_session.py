@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -120,6 +120,22 @@ def test_map_answers_in_order_what_single_calls_answer(convolutions: Any, images
     assert len(mapped) == len(alone)
     for one, other in zip(alone, mapped, strict=True):
         np.testing.assert_allclose(one, other, atol=1e-5)
+
+
+@pytest.mark.parametrize("engine", ["openvino", "onnxruntime"])
+def test_map_takes_batches_whose_memory_is_used_again(convolutions: Any, images_of: Callable[..., Any], engine: str) -> None:
+    """As readers of videos do."""
+    session = load(convolutions.path, engine=engine, precision="f32", threads=2, streams=2)
+    batches = [images_of(3, batch=1, height=64, width=64, seed=seed) for seed in range(12)]
+    memory = np.empty_like(batches[0])
+
+    def read() -> Iterator[Any]:
+        for images in batches:
+            memory[...] = images
+            yield memory
+
+    for images, mapped in zip(batches, session.map(read()), strict=True):
+        np.testing.assert_allclose(mapped, session(images), atol=1e-5)
 
 
 def test_map_reads_no_further_ahead_than_it_says(convolutions: Any, images_of: Callable[..., Any]) -> None:

@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, JsonValue, ValidationError, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, JsonValue, ValidationError, model_validator
 
 from muntin.artifact.classes import ClassInfo
 from muntin.errors import ArtifactError
@@ -21,6 +22,8 @@ Task = Literal["segment", "classify", "restore"]
 FloatPrecision = Literal["f32", "bf16", "f16"]
 EngineFamily = Literal["openvino", "onnxruntime"]
 Side = Annotated[int, Field(ge=1)]
+LARGEST_EXAMPLE = 1 << 28
+"""Pixels, of all its images: opening an artefact computes it."""
 Sha256 = Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
 FileName = Literal["model.onnx", "weights.safetensors", "golden.safetensors"]
 
@@ -41,7 +44,7 @@ class Signature(_Frozen):
     scale: Annotated[int, Field(ge=1, le=16)] = 1
     classes: Annotated[tuple[ClassInfo, ...], Field(max_length=255)] = ()
     dtype: Literal["uint8"] = "uint8"
-    side: Annotated[int | None, Field(ge=1)] = None
+    side: Annotated[int | None, Field(ge=1, le=1 << 14)] = None
     """For "classify": pictures are brought to their middle square of this side, in pixels, as in training; None: as they are."""
 
     @model_validator(mode="after")
@@ -101,6 +104,12 @@ class GoldenTolerance(_Frozen):
     label_agreement: Annotated[float, Field(ge=0, le=1)]
 
 
+def _small(example: tuple[int, int, int] | None) -> tuple[int, int, int] | None:
+    if example is not None and math.prod(example) > LARGEST_EXAMPLE:
+        raise ValueError(f"{math.prod(example):,} pixels, more than {LARGEST_EXAMPLE:,}")
+    return example
+
+
 class Manifest(_Frozen):
     """All that an artefact says about itself.
 
@@ -119,7 +128,7 @@ class Manifest(_Frozen):
     precision: FloatPrecision = "f32"
     measured: dict[str, JsonValue] = {}
     golden_tolerance: dict[EngineFamily, dict[FloatPrecision, GoldenTolerance]] = {}
-    example: tuple[Side, Side, Side] | None = None
+    example: Annotated[tuple[Side, Side, Side] | None, AfterValidator(_small)] = None
     files: dict[FileName, Sha256] = {}
     sha256: str = ""
 

@@ -46,6 +46,9 @@ from muntin.errors import ArtifactError
 MANIFEST = "manifest.json"
 FILES: tuple[FileName, ...] = get_args(FileName)
 
+LARGEST_MANIFEST = 1 << 26
+"""Bytes. It is read before any digest says that it is what it was, and takes many times as much memory."""
+
 GoldenPair = tuple[NDArray[np.uint8], NDArray[np.float32]]
 
 
@@ -109,6 +112,7 @@ def open_artifact(path: str | Path) -> Artifact:
     if extra := sorted(present - {MANIFEST, *FILES}):
         raise ArtifactError(f"{path / extra[0]}: not part of the artefact: remove it")
     for name in FILES:
+        _check_regular(path / name)
         _check_digest(path / name, _digest(path / name), manifest.files[name])
     return Artifact(path, manifest)
 
@@ -122,6 +126,10 @@ def read_manifest(path: Path) -> Manifest:
         raise ArtifactError(f"{path}: no such artefact directory: name a directory that muntin exported")
     if not (path / MANIFEST).is_file():
         raise ArtifactError(f"{path}: it holds no {MANIFEST}: name a directory that muntin exported")
+    if (size := (path / MANIFEST).stat().st_size) > LARGEST_MANIFEST:
+        raise ArtifactError(
+            f"{path / MANIFEST}: {size:,} bytes, more than the {LARGEST_MANIFEST:,} that are read: export the artefact again"
+        )
     return parse_manifest(_read(path / MANIFEST), str(path / MANIFEST))
 
 
@@ -203,6 +211,12 @@ def _check_golden(golden: Iterable[GoldenPair], signature: Signature) -> None:
         expected = signature.scores_shape(*images.shape[:3])
         if scores.dtype != np.float32 or scores.shape != expected or not np.isfinite(scores).all():
             raise ArtifactError(f"golden scores {index}: {scores.dtype} {scores.shape}: finite float32 {expected} is needed")
+
+
+def _check_regular(file: Path) -> None:
+    """Raises ArtifactError for a pipe or a device, or a link to one: reading it might have no end."""
+    if file.exists() and not file.is_file():
+        raise ArtifactError(f"{file}: no regular file: copy or export the artefact again")
 
 
 def _read(file: Path) -> bytes:

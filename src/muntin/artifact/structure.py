@@ -36,6 +36,7 @@ def join_model(structure: bytes, tensors: Mapping[str, NDArray[Any]], records: M
     except DecodeError as error:
         raise ArtifactError("model.onnx is no ONNX model: export the artefact again") from error
     _refuse_external(model)
+    _refuse_engines(model)
     if tensors.keys() != records.keys():
         raise ArtifactError("weights.safetensors: its tensors are not those of the manifest: export the artefact again")
     restored = set()
@@ -163,6 +164,23 @@ def _refuse_external(model: onnx.ModelProto) -> None:
     for tensor in _all_tensors(model):
         if tensor.data_location == onnx.TensorProto.EXTERNAL:
             raise ArtifactError(f"tensor {tensor.name} lies in an external file: load the model with its external data and export it again")
+
+
+def _refuse_engines(model: onnx.ModelProto) -> None:
+    """A node that holds, or names, what a device's compiler made (`EPContext`) would have an engine run code that nobody can check."""
+    for node in _all_nodes(model):
+        if node.op_type == "EPContext":
+            raise ArtifactError(f"model.onnx: node {node.name or node.op_type} is an engine's compiled form: export the model itself")
+
+
+def _all_nodes(model: onnx.ModelProto) -> Iterator[onnx.NodeProto]:
+    waiting = [*model.graph.node, *(node for function in model.functions for node in function.node)]
+    while waiting:
+        node = waiting.pop()
+        yield node
+        for attribute in node.attribute:
+            for graph in (attribute.g, *attribute.graphs):
+                waiting += graph.node
 
 
 def _all_tensors(model: onnx.ModelProto) -> Iterator[onnx.TensorProto]:

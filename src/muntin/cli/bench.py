@@ -25,8 +25,8 @@ def bench_command(
     baseline: Annotated[
         Path | None,
         typer.Option(
-            help="Another artefact, opened with the same --engine and --precision, or a run or checkpoint (PyTorch FP32, needs the extra "
-            "`train`), measured in turns with this one."
+            help="Another artefact, opened with the same --engine and --precision, or a run or checkpoint (PyTorch FP32, on a GPU where "
+            "there is one; needs the extra `train`), measured in turns with this one."
         ),
     ] = None,
     size: Annotated[

@@ -245,6 +245,8 @@ class _Compression:
         hardware, data = self.recipe.training.model_copy(update={"compile": False}), self.recipe.data
         precision = prepare_hardware(hardware, begun=checkpoint.state.precision)
         self.precision = check_maps(model, precision, crop=data.crop, channels=data.channels, asked=hardware.precision)
+        self.told = [] if self.precision.name == precision.name else [f"trained in {self.precision.name}: {self.precision.reason}"]
+        """What went otherwise than the recipe says, on the way."""
         self.source = source_of(checkpoint)
         self.calibration = calibration_of(checkpoint, self.source)
         self.origin = checkpoint.state.sha256[AVERAGE]
@@ -263,7 +265,7 @@ class _Compression:
             before = read_checkpoint(result.checkpoint)
         interrupted = len(results) < len(wanted) or not results[-1].finished
         noted = (read_checkpoint(results[-1].checkpoint).state.compression or {}).get("notes", [])
-        notes = (*broken_off(self.checkpoint), *self._idle(wanted), *self._unused(), *noted)
+        notes = (*broken_off(self.checkpoint), *self._idle(wanted), *self._unused(), *noted, *self.told)
         return CompressionRun(directory=self.directory, stages=tuple(results), interrupted=interrupted, notes=notes)
 
     def _idle(self, wanted: list[Stage]) -> list[str]:
@@ -327,6 +329,7 @@ class _Compression:
             compression=made,
         )  # fmt: skip
         path = training.run(interruption)
+        self.told += training.notes
         return self._result(stage, config, path, training.step, training.seconds, training.validation)
 
     def _result(

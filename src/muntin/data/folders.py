@@ -264,8 +264,13 @@ def read_sample(item: Item, channels: int, mapping: MaskMapping | None) -> Sampl
         mask = read_mask(item.mask, colors=mapping.colors)
         if mask.shape[:2] != image_HWC.shape[:2]:
             (height, width), (mask_height, mask_width) = image_HWC.shape[:2], mask.shape[:2]
+            turned = (
+                "; the picture is turned as its EXIF orientation says: turn the mask, too"
+                if (width, height) == (mask_height, mask_width)
+                else ""
+            )
             raise DataError(
-                f"{item.image} is {width}×{height} and its mask {item.mask} {mask_width}×{mask_height}: they must be of one size"
+                f"{item.image} is {width}×{height} and its mask {item.mask} {mask_width}×{mask_height}: they must be of one size{turned}"
             )
         target = mapping(mask, item.mask)
     return Sample(name=item.key, image=image_HWC, target=target)

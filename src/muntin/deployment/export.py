@@ -32,6 +32,7 @@ from muntin.compression.rewrite import named
 from muntin.deployment.counting import PRODUCTS, WEIGHTED, bias_count, layer_macs, weight_count
 from muntin.deployment.graph import COMPUTE, answer_to, to_onnx
 from muntin.errors import ArtifactError, ExportError
+from muntin.models import HybridNet
 from muntin.runtime import Session, describe_hardware, load
 from muntin.runtime.session import check_shape
 from muntin.runtime.verification import find_fallbacks, replay
@@ -93,6 +94,7 @@ def export(
     else:
         changes += quantize(_calibration(calibration), quantization)(model)
     golden = golden_pairs(model, example)  # first: it is quick, and finds a model that does not take every size
+    _check_batch(model, golden)
     whole = [(H, W)] if (H := example.shape[2]) * (W := example.shape[3]) <= LARGEST else []
     others = pairs_at(model, example, dict.fromkeys((*OTHER_SIZES, *whole)))
     proto = to_onnx(model, example, signature)
@@ -107,6 +109,20 @@ def export(
         "example": opened_for,
     }
     return _write_checked(Path(path), content, others)
+
+
+def _check_batch(model: nn.Module, golden: Pairs) -> None:
+    """Raises `ExportError` where an image's answer hangs on another one of its batch: who serves it puts strangers' images together."""
+    images_BHWC, _ = min(golden, key=lambda pair: pair[0].size)
+    pair_BCHW = torch.from_numpy(np.concatenate([images_BHWC, images_BHWC[:, ::-1, ::-1]])).permute(0, 3, 1, 2)
+    together = answer_to(model, pair_BCHW)
+    alone = torch.cat([answer_to(model, image[None]) for image in pair_BCHW])
+    error = float((together - alone).square().mean().sqrt()) / max(float(alone.std(correction=0)), 1e-6)
+    if not error <= FAR_OFF / 5:
+        raise ExportError(
+            f"the model answers an image otherwise beside another one, by {error:.2g} standard deviations in the mean: a norm by the "
+            "batch's own statistics (track_running_stats=False), or a mean over the batch, mixes what strangers send; compute each alone"
+        )
 
 
 def _copied(model: nn.Module) -> nn.Module:
@@ -161,7 +177,10 @@ def _tried(
     if problems := problems or _floating(exact, content["layers"]):
         advice = "; layers that are named in quantization.keep stay in floats" if limits is LIMITS else ""
         raise ExportError(f"{exact.engine} does not compute what PyTorch does: {problems[0]}; nothing was written{advice}")
-    notes = deviations(recorded, content["golden"], limits) if recorded.precision != exact.precision else []
+    notes: list[str] = []
+    if recorded.precision != exact.precision:
+        largest = max(others, key=lambda pair: pair[0].size)  # what 16 bits cost may grow with the map
+        notes = deviations(recorded, content["golden"], limits) or far_off(recorded, [largest])
     precision: FloatPrecision = precision_of(exact if notes else recorded)
     recorded.warm_up([content["example"]])
     told = [f"recorded in {precision}, for {note}" for note in notes]
@@ -216,11 +235,14 @@ def _floating(session: Session, layers: Iterable[LayerRecord]) -> list[str]:
 
 
 def infer_signature(model: nn.Module, example: Tensor) -> Signature:
-    """Task and number of classes from the shape of the answer: `(B, K)` is classify, `(B, K, H, W)` segment."""
+    """Task and number of classes from the shape of the answer: `(B, K)` is classify, `(B, K, H, W)` segment, but for a `HybridNet` that
+    restores. Of other models nothing tells an image from as many classes: give a `Signature(task="restore", channels=...)`."""
     check_pixels(example, "example")
     answer = answer_to(model, example[:1])
     if answer.ndim not in (2, 4):
         raise ExportError(f"the model answers {tuple(answer.shape)}; (B, K) or (B, K, H, W) is expected: wrap it")
+    if isinstance(model, HybridNet) and model.config.task == "restore":
+        return Signature(task="restore", channels=example.shape[1], scale=answer.shape[2] // example.shape[2])
     if answer.shape[1] == 1:
         raise ExportError(
             f"the model answers {tuple(answer.shape)}, and of one class every label is the same: give two, as torch.cat([-x, x], 1) of a "

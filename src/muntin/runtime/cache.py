@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import re
 import shutil
 import tempfile
 import time
@@ -30,6 +31,10 @@ def cache_folder() -> Path:
     if own:
         return Path(own).expanduser()
     return (Path(shared) if shared else Path.home() / ".cache") / "muntin"
+
+
+_FOLDER = re.compile(r"[a-z]+-[A-Za-z0-9._-]+-[0-9a-f]{32}")
+"""Names of folders that this made; whoever names the cache's folder may have others beside them."""
 
 
 def compiled_folder(engine: str, version: str, digest: str) -> Path | None:
@@ -118,7 +123,8 @@ def make_room(used: Path, *, keep: Path | None = None) -> None:
 
 
 def _make_room(used: Path, keep: Path | None) -> None:
-    sizes = {folder: sum(file.stat().st_size for file in folder.rglob("*") if file.is_file()) for folder in used.parent.iterdir()}
+    folders = [folder for folder in used.parent.iterdir() if folder == used or _FOLDER.fullmatch(folder.name)]  # others are not muntin's
+    sizes = {folder: sum(file.stat().st_size for file in folder.rglob("*") if file.is_file()) for folder in folders}
     total = sum(sizes.values())
     for folder in sorted(sizes, key=lambda folder: folder.stat().st_mtime):
         if total <= LIMIT:

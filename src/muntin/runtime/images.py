@@ -496,6 +496,8 @@ def _target_mode(path: Path, picture: ImageFile.ImageFile, channels: int | None)
         held = 4
     wanted = held if channels is None else channels
     if wanted not in _MODES or (wanted in (2, 4) and wanted != held):
+        if path is _SENT:
+            raise DataError(f"{path} has {held} channels, and the model takes {wanted}: send them as a tensor (/v2/models/NAME/infer)")
         raise DataError(f"{path} has {held} channels, {wanted} are wanted: set `channels` to {held}, or store the pictures as .npy arrays")
     return _MODES[wanted]
 

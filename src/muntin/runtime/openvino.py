@@ -18,6 +18,7 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Iterable
+from contextlib import suppress
 from queue import LifoQueue
 from threading import Lock
 from typing import Any
@@ -147,8 +148,11 @@ class OpenVinoSession(Session):
         """Nothing is copied: the call returns after the input was read, and the output is written where the caller gets it."""
         step = 1 if compiled.shape is None else len(images_BHWC)
         for first in range(0, len(images_BHWC), step):
-            self._write_to(request, answer[first : first + step])
+            part = answer[first : first + step]
+            self._write_to(request, part)
             request.infer([images_BHWC[first : first + step]], share_inputs=True, share_outputs=True)
+            if compiled.shape is None and (came := tuple(request.get_output_tensor(0).shape)) != part.shape:
+                raise self._another(came, part)  # where fewer numbers came the others are whatever lay in that memory
 
     def _cannot(self, images_BHWC: NDArray[np.uint8], error: RuntimeError | MemoryError) -> ArtifactError:
         return ArtifactError(
@@ -169,10 +173,12 @@ class OpenVinoSession(Session):
         try:
             request.set_output_tensor(openvino.Tensor(answer, shared_memory=True))
         except RuntimeError as error:
-            came = tuple(request.get_output_tensor(0).shape)
-            raise ArtifactError(
-                f"{self._path}: the model gives {came} where its signature says {answer.dtype} {answer.shape}: export the artefact again"
-            ) from error
+            raise self._another(tuple(request.get_output_tensor(0).shape), answer) from error
+
+    def _another(self, came: tuple[int, ...], answer: NDArray[Any]) -> ArtifactError:
+        return ArtifactError(
+            f"{self._path}: the model gives {came} where its signature says {answer.dtype} {answer.shape}: export the artefact again"
+        )
 
     def layers(self) -> list[ExecutedLayer]:
         """As compiled for the size that came last; before any call, for dynamic sizes."""
@@ -222,6 +228,8 @@ class OpenVinoSession(Session):
 
     def _compile(self, variant: Variant) -> _Compiled:
         shape, labels = variant
+        if labels:
+            self._check_classes()
         try:
             with signal_stack_kept():
                 kept = self._kept(variant)
@@ -232,11 +240,18 @@ class OpenVinoSession(Session):
                 model.reshape([1, -1, -1, self.signature.channels] if shape is None else list(shape))
                 compiled = self._core.compile_model(model, "CPU", self._options)
                 if self._cache is not None:
-                    self._cache.write(self._key(variant), compiled.export_model().getvalue())
+                    with suppress(RuntimeError, MemoryError):  # to keep it takes its memory once more, and nobody needs it kept
+                        self._cache.write(self._key(variant), compiled.export_model().getvalue())
                 return _Compiled(compiled, shape, self.streams, kept=False)
         except RuntimeError as error:
             size = "dynamic sizes" if shape is None else f"images of shape {shape}"
             raise ArtifactError(f"{self._path}: OpenVINO {openvino.__version__} cannot compile it for {size}: {one_line(error)}") from error
+
+    def _check_classes(self) -> None:
+        """Raises ArtifactError where the model gives another number of classes than its signature names: labels would not tell."""
+        given, due = self._model.output(0).partial_shape, self.signature.outputs
+        if given.rank.is_dynamic or given.rank.get_length() < 2 or given[1].is_dynamic or given[1].get_length() != due:
+            raise ArtifactError(f"{self._path}: the model gives {given} where its signature says {due} classes: export the artefact again")
 
     def _kept(self, variant: Variant) -> Any:
         """What an earlier process compiled for this shape with these options, or None."""

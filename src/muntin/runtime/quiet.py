@@ -12,9 +12,11 @@ from __future__ import annotations
 import importlib
 import os
 import sys
+from threading import RLock
 from typing import Any
 
 _TELEMETRY = "openvino_telemetry"
+_importing = RLock()  # while it is hidden; one module of the family may import another here
 
 openvino: Any
 onnxruntime: Any
@@ -34,12 +36,13 @@ def __getattr__(name: str) -> Any:
 
 def import_without_telemetry(name: str) -> Any:
     """A module of OpenVINO's family, which reports nothing where `openvino_telemetry` cannot be imported: imported as if it could not."""
-    hidden = {loaded: module for loaded, module in sys.modules.items() if loaded.partition(".")[0] == _TELEMETRY}
-    for loaded in hidden:
-        del sys.modules[loaded]
-    sys.modules[_TELEMETRY] = None  # type: ignore[assignment]  # documented: makes the import raise ModuleNotFoundError
-    try:
-        return importlib.import_module(name)
-    finally:
-        del sys.modules[_TELEMETRY]
-        sys.modules.update(hidden)
+    with _importing:
+        hidden = {loaded: module for loaded, module in sys.modules.items() if loaded.partition(".")[0] == _TELEMETRY}
+        for loaded in hidden:
+            del sys.modules[loaded]
+        sys.modules[_TELEMETRY] = None  # type: ignore[assignment]  # documented: makes the import raise ModuleNotFoundError
+        try:
+            return importlib.import_module(name)
+        finally:
+            del sys.modules[_TELEMETRY]
+            sys.modules.update(hidden)

@@ -99,15 +99,15 @@ class Session(ABC):
     def map(self, batches: Iterable[NDArray[np.uint8]]) -> Iterator[NDArray[np.float32]]:
         """Scores of each batch, in their order; the next batches are read and computed while the caller works on the last answer.
 
-        At most `streams` + 1 batches are in flight, whatever the length of `batches`. What reading or computing one raises is raised where
-        its answer would have come.
+        At most `streams` + 1 batches are in flight, whatever the length of `batches`; each is copied, so that its reader may use its memory
+        again. What reading or computing one raises is raised where its answer would have come.
         """
         with ThreadPoolExecutor(max_workers=self.streams, thread_name_prefix="muntin-session") as pool:
             pending: deque[Future[NDArray[np.float32]]] = deque()
             failed: list[Exception] = []
             try:
                 for images_BHWC in _until_failure(batches, failed):
-                    pending.append(pool.submit(self, images_BHWC))
+                    pending.append(pool.submit(self, np.array(images_BHWC)))
                     if len(pending) > self.streams:
                         yield pending.popleft().result()
                 while pending:
@@ -154,7 +154,7 @@ class Session(ABC):
 
     def _infer_labels(self, images_BHWC: NDArray[np.uint8]) -> NDArray[np.uint8]:
         """Labels of a checked, contiguous batch, in an array of their own."""
-        labels: NDArray[np.uint8] = self._infer(images_BHWC).argmax(axis=1).astype(np.uint8)
+        labels: NDArray[np.uint8] = self.infer(images_BHWC).argmax(axis=1).astype(np.uint8)
         return labels
 
     @abstractmethod

@@ -96,11 +96,12 @@ def verify(
     allow_fallbacks: bool | None = None,
     layers: bool = False,
 ) -> VerifyResult:
-    """Checks an artefact in an engine: digests, golden pairs, integer kernels, and `evaluate(session)` if it is given.
+    """Checks an artefact in an engine: digests, golden pairs, that images do not depend on others of their batch, integer kernels, and
+    `evaluate(session)` if it is given.
 
     `allow_fallbacks`: whether a layer recorded as 8-bit may run in float; None: only in engines other than the default one, for which
     the graph is written. `layers`: also check every quantised layer on its own in OpenVINO, each fed what its predecessors gave
-    there (`muntin.runtime.layerwise`). Costs opening twice, one compilation for each golden size, and what `evaluate` costs.
+    there (`muntin.runtime.layerwise`). Costs opening twice, a compilation for each golden size and two more, and what `evaluate` costs.
 
     Raises what `load` raises (ArtifactError for an altered file); a failed check is in the result.
     """
@@ -113,6 +114,7 @@ def verify(
         replay(session, images, scores, tolerance, classes=manifest.signature.task != "restore") for images, scores in artifact.golden()
     )
     problems += [_golden_problem(index, result) for index, result in enumerate(golden) if tolerance and not result.passed]
+    problems += _batch_problems(session, artifact, tolerance) if tolerance else []
     ran = tuple(session.layers())
     fallbacks, reasons = find_fallbacks(manifest.layers, ran)
     if fallbacks and not ran:
@@ -138,6 +140,20 @@ def verify(
         checks=checks,
         problems=tuple(problems),
     )
+
+
+def _batch_problems(session: Session, artifact: Artifact, tolerance: GoldenTolerance) -> list[str]:
+    """Whether the smallest golden image is answered otherwise beside another one, its mirror image, than alone."""
+    images_BHWC, _ = min(artifact.golden(), key=lambda pair: pair[0].size)
+    pair = np.concatenate([images_BHWC[:1], images_BHWC[:1, ::-1, ::-1]])
+    alone = np.concatenate([session(image[None]) for image in pair])
+    result = replay(session, pair, alone, tolerance, classes=artifact.manifest.signature.task != "restore")
+    if result.passed:
+        return []
+    return [
+        f"two images in a batch are answered otherwise than alone, by {result.max_error:.3g} standard deviations (allowed: "
+        f"{result.allowed}): what is asked together would depend on each other; export a model that computes each image by itself"
+    ]
 
 
 def _checked_layers(artifact: Artifact, threads: int) -> tuple[LayerCheck, ...]:

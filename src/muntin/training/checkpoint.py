@@ -39,6 +39,7 @@ KEPT = 2
 STATE = "checkpoint.json"
 MODEL, AVERAGE, OPTIMIZER = "model.safetensors", "average.safetensors", "optimizer.safetensors"
 _SCALER = ("scale", "_growth_tracker")
+_OLDER = "use an older step beside it (remove this one, and --resume goes on from that), or train again"
 _NAME = re.compile(r"^step-(\d{8,})$")
 
 
@@ -237,15 +238,12 @@ def read_checkpoint(path: Path | str) -> Checkpoint:
         first = error.errors(include_url=False)[0]
         place = ".".join(map(str, first["loc"])) or "all of it"
         raise CheckpointError(
-            f"{path / STATE}: {place}: {first['msg']}: corrupted, or written by another version of muntin: use that one, an older step "
-            "beside it, or train again"
+            f"{path / STATE}: {place}: {first['msg']}: corrupted, or written by another version of muntin: use that one, or {_OLDER}"
         ) from error
     except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
-        raise CheckpointError(f"{path / STATE}: corrupted ({type(error).__name__}); use an older step beside it, or train again") from error
+        raise CheckpointError(f"{path / STATE}: corrupted ({type(error).__name__}); {_OLDER}") from error
     if state.sha256.get(STATE) != digest_of(content):
-        raise CheckpointError(
-            f"{path / STATE}: corrupted (its sha256 is not the recorded one); use an older step beside it, or train again"
-        )
+        raise CheckpointError(f"{path / STATE}: corrupted (its sha256 is not the recorded one); {_OLDER}")
     return Checkpoint(path=path, state=state, tensors={name: _read(path, name, state) for name in (MODEL, AVERAGE, OPTIMIZER)})
 
 
@@ -268,9 +266,9 @@ def _read(path: Path, name: str, state: CheckpointState) -> dict[str, Tensor]:
     try:
         data = (path / name).read_bytes()
     except OSError as error:
-        raise CheckpointError(f"{path / name}: {error.strerror}; use an older step beside it, or train again") from error
+        raise CheckpointError(f"{path / name}: {error.strerror}; {_OLDER}") from error
     if hashlib.sha256(data).hexdigest() != state.sha256.get(name):
-        raise CheckpointError(f"{path / name}: corrupted (its sha256 is not the recorded one); use an older step beside it, or train again")
+        raise CheckpointError(f"{path / name}: corrupted (its sha256 is not the recorded one); {_OLDER}")
     try:
         tensors: dict[str, Tensor] = load(data)
     except SafetensorError as error:
