@@ -81,3 +81,16 @@ def test_init_of_an_empty_folder_is_one_line(call: Call, tmp_path: Path, words: 
     (tmp_path / "empty" / "images").mkdir(parents=True)
     assert says in call("init", tmp_path / "empty", *words).mistake()
     assert [p.name for p in (tmp_path / "empty").iterdir()] == ["images"]
+
+
+def test_init_says_in_how_many_masks_it_looked(call: Call, tmp_path: Path) -> None:
+    for count, said in ((8, ""), (100, "; seen in 50 of 100 masks")):
+        folder = tmp_path / str(count)
+        for number in range(count):
+            for name, value in (("images", 100), ("masks", number % 2)):
+                (folder / name).mkdir(parents=True, exist_ok=True)
+                shape = (40, 48, 3) if name == "images" else (40, 48)
+                write_image(folder / name / f"p{number}.png", np.full(shape, value, np.uint8))
+        assert call("init", folder).out.rstrip().endswith(said or "counts as nothing")
+        assert ("# seen in 50 of 100 masks: add what others hold" in (folder / "recipe.yaml").read_text()) == bool(said)
+        yaml.safe_load((folder / "recipe.yaml").read_text())

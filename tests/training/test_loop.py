@@ -561,6 +561,12 @@ def test_resuming_what_is_not_there_is_noted(tmp_path: Path, tiny: Any) -> None:
     assert train(tiny, tmp_path / "run", "training.steps=1", resume=True).notes == ()
 
 
+def test_a_budget_that_no_gate_can_keep_is_refused_before_anything_is_made(tmp_path: Path, tiny: Any) -> None:
+    with pytest.raises(RecipeError, match=r"training.gate_budget 0.001: one block of \d+ channels of each gate stays open"):
+        train(tiny, tmp_path / "run", "training.gate_budget=0.001")
+    assert not (tmp_path / "run").exists()
+
+
 def test_what_the_recipe_says_of_crops_and_threads_is_done(tmp_path: Path, tiny: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     made: list[dict[str, Any]] = []
 

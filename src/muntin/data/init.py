@@ -200,6 +200,8 @@ def recipe_text(
             f"  ignore: {_value(ignore)}  # the mask value that counts as nothing; null: there is none",
             "  classes:  # in order; `value` is what the masks hold, `color` how muntin paints it (red, green, blue): rename them",
         ]
+        if (looked := looked_at(layout.base.masks)) is not None:
+            data.append("    # seen in {} of {} masks: add what others hold".format(*looked))
     else:
         data.append("  classes:  # each has the name of its folder; `color` is how charts paint it (red, green, blue)")
     data += [
@@ -268,6 +270,13 @@ def _keyed_pictures(layout: Layout) -> dict[str, Path]:
     if layout.task == "segment":
         return {path.stem: path for path in _pictures(layout.base.images)}
     return {f"{folder.name}/{path.stem}": path for folder in _folders(layout.base.images) for path in _pictures(folder)}
+
+
+def looked_at(masks: Path | None) -> tuple[int, int] | None:
+    """In how many masks of a folder, of how many, classes are looked for; None: in all."""
+    found = [] if masks is None else list({path.stem: path for path in _pictures(masks)}.values())
+    looked = len(_sampled({path.stem: path for path in found})) if found else 0
+    return None if looked == len(found) else (looked, len(found))
 
 
 def _sampled(pictures: dict[str, Path]) -> list[Path]:

@@ -273,7 +273,9 @@ class GrpcFace:
         """A handler that takes no call over IPv6 where no address of it was asked for: of 0.0.0.0 grpc makes that of both families."""
 
         async def fenced(requests: Any, context: Context) -> None:
-            if unquote(context.peer()).startswith("ipv6:[") and not any(address.startswith("[") for address in self._addresses):
+            peer = unquote(context.peer())
+            beyond = peer.startswith("ipv6:[") and not peer.startswith("ipv6:[::ffff:")  # the latter is IPv4 on a socket of both families
+            if beyond and not any(address.startswith("[") for address in self._addresses):
                 error = ProtocolError("this server answers over IPv4 alone: it was given no address of IPv6", status=403)
                 self._turned_away(name, context, error)
                 await _abort(context, error)

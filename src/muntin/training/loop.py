@@ -37,6 +37,7 @@ from muntin.training.checkpoint import (
     new_model,
     write_checkpoint,
 )
+from muntin.training.closing import GateClosing
 from muntin.training.config import TrainingConfig
 from muntin.training.evaluation import evaluate, tile_of
 from muntin.training.interrupt import Interruption
@@ -122,6 +123,9 @@ def fit(
     sizes = check_model(model, recipe, tuple(source.classes))
     check_reading(model, recipe, tuple(source.classes))
     precision = check_maps(model, precision, crop=recipe.data.crop, channels=recipe.data.channels, asked=recipe.training.precision)
+    if recipe.training.gate_budget < 1:  # what is wrong with it is told before pictures are looked at
+        image = torch.zeros(1, recipe.data.channels, recipe.data.crop, recipe.data.crop)
+        GateClosing(model, model, image, keep=recipe.training.gate_budget)
     weights = None if start is not None else recipe.model.weights
     begun = () if weights is None else begin_with(model, root / weights)
     checked = source.check(lambda done, total: report(FitProgress(kind="check", step=done, steps=total)))  # last: it may take minutes
