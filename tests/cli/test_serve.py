@@ -179,7 +179,7 @@ def test_it_says_at_the_end_what_was_not_answered(call: Any, monkeypatch: pytest
     class Ended:
         def __init__(self, path: Path, config: Any, **_: Any) -> None:
             assert config.drain_seconds == 7
-            self.cut_off = cut_off
+            self.cut_off, self.hurried = cut_off, False
 
         def run(self, **_: Any) -> None:
             return
@@ -193,7 +193,7 @@ def test_what_it_is_told_reaches_the_server(call: Any, monkeypatch: pytest.Monke
     told: list[Bounds] = []
 
     class Ended:
-        cut_off = 0
+        cut_off, hurried = 0, False
 
         def __init__(self, path: Path, config: Any, **_: Any) -> None:
             told.append(config.bounds)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import importlib
 import re
 import shutil
 from collections.abc import Callable
@@ -22,7 +23,7 @@ from muntin.artifact import ClassInfo, Signature, open_artifact
 from muntin.artifact.golden import GOLDEN_SIDE
 from muntin.compression import Change, freeze, prepare_qat, quantize
 from muntin.compression.stages import calibration_of, source_of
-from muntin.deployment import export, infer_signature
+from muntin.deployment import infer_signature
 from muntin.deployment.export import FLOAT_LIMITS, LIMITS, golden_pairs
 from muntin.errors import ArtifactError, DataError, ExportError, MuntinError
 from muntin.models import DividedSides
@@ -33,6 +34,7 @@ from muntin.training.config import QuantizationConfig
 from muntin.training.loop import signature_of
 from muntin.training.recipe import load_recipe
 
+export = importlib.import_module("muntin.deployment.export")  # the room has a function of that name
 INTEGER_CPU = {"avx512_vnni", "avx_vnni", "amx_int8"}
 HYBRID = {"depths": (1,), "dims": (128,)}  # one attention stage: half the time of an export
 ODD_SIZES = ((1, 64, 64), (3, 65, 33), (1, 1, 37), (1, 1, 1))
@@ -433,12 +435,13 @@ def test_a_model_that_mixes_the_images_of_a_batch_is_refused(kind: str, build: t
 
     parts = {"stem": nn.Conv2d(3, 16, 3, padding=1), "norm": nn.BatchNorm2d(16, track_running_stats=False), "head": nn.Conv2d(16, 4, 1)}
     message = refused(build(run, **parts), pixels(1, 3, 48, 40), tmp_path)
-    assert "answers an image otherwise beside another one, by 0." in message
+    assert "answers an image otherwise beside another one, by " in message
 
 
 def test_a_hybrid_that_restores_says_so_itself(pixels: Any, tmp_path: Path) -> None:
-    model = create_model("hybrid-xxs", task="restore", channels=3, depths=(1,), dims=(64,))
-    assert infer_signature(model, pixels(1, 3, 32, 32)) == Signature(task="restore", channels=3)
+    for scale in (1, 2):
+        model = create_model("hybrid-xxs", task="restore", channels=3, scale=scale, options=HYBRID).eval()
+        assert infer_signature(model, pixels(1, 3, 32, 32)) == Signature(task="restore", channels=3, scale=scale)
 
 
 def test_a_failed_export_leaves_the_artefact_that_was_there(build: type[nn.Module], pixels: Any, tmp_path: Path) -> None:

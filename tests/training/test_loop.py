@@ -601,9 +601,9 @@ def test_a_run_goes_on_in_the_precision_that_it_was_begun_in(tmp_path: Path, tin
 
     monkeypatch.setattr(loop, "resolve_precision", watch)
     plan = ["training.steps=2", "training.validate_every=1"]
-    train(tiny, tmp_path / "run", *plan, report=ctrl_c_at(1))
+    assert train(tiny, tmp_path / "run", *plan, report=ctrl_c_at(1)).interrupted
     train(tiny, tmp_path / "run", *plan, resume=True)
-    assert begun == [None, "fp32"]
+    assert begun == [None, read_checkpoint(tmp_path / "run").state.precision]
 
 
 def test_what_a_data_set_leaves_out_is_noted(tmp_path: Path, tiny: Any) -> None:

@@ -114,9 +114,11 @@ def export(
 def _check_batch(model: nn.Module, golden: Pairs) -> None:
     """Raises `ExportError` where an image's answer hangs on another one of its batch: who serves it puts strangers' images together."""
     images_BHWC, _ = min(golden, key=lambda pair: pair[0].size)
-    pair_BCHW = torch.from_numpy(np.concatenate([images_BHWC, images_BHWC[:, ::-1, ::-1]])).permute(0, 3, 1, 2)
+    pair_BCHW = torch.from_numpy(np.concatenate([images_BHWC, 255 - images_BHWC // 2])).permute(0, 3, 1, 2)
     together = answer_to(model, pair_BCHW)
-    alone = torch.cat([answer_to(model, image[None]) for image in pair_BCHW])
+    alone, again = (torch.cat([answer_to(model, image[None]) for image in pair_BCHW]) for _ in range(2))
+    if not torch.equal(alone, again):  # it draws numbers, which is told where the engine's answers are compared
+        return
     error = float((together - alone).square().mean().sqrt()) / max(float(alone.std(correction=0)), 1e-6)
     if not error <= FAR_OFF / 5:
         raise ExportError(
