@@ -32,6 +32,7 @@ from muntin.runtime.cache import CompiledModels
 from muntin.runtime.graph import ComputeNodes, compute_nodes
 from muntin.runtime.hardware import physical_cores
 from muntin.runtime.openvino_endings import ending_in_labels, ending_in_scores
+from muntin.runtime.openvino_masks import with_whole_masks
 from muntin.runtime.quiet import openvino
 from muntin.runtime.session import STATIC_SHAPES, ExecutedLayer, Session, Shape, check_shapes
 from muntin.runtime.signals import signal_stack_kept
@@ -238,6 +239,8 @@ class OpenVinoSession(Session):
                 model = (ending_in_labels if labels else ending_in_scores)(self._model.clone())
                 # One image: with the number of images free, too, OpenVINO 2026.4 computes some networks wrongly (docs/log.md).
                 model.reshape([1, -1, -1, self.signature.channels] if shape is None else list(shape))
+                if self.precision != "f32":
+                    model = with_whole_masks(model)
                 compiled = self._core.compile_model(model, "CPU", self._options)
                 if self._cache is not None:
                     with suppress(RuntimeError, MemoryError):  # to keep it takes its memory once more, and nobody needs it kept
@@ -266,7 +269,8 @@ class OpenVinoSession(Session):
     def _key(self, variant: Variant) -> str:
         shape, labels = variant
         ending = "labels before pixels, classes last" if labels else "pixels in one pass"
-        return f"{shape or 'one image'} {ending} {sorted(self._options.items())}"
+        masks = "" if self.precision == "f32" else " whole masks"
+        return f"{shape or 'one image'} {ending}{masks} {sorted(self._options.items())}"
 
 
 def open_openvino(

@@ -38,6 +38,7 @@ from muntin.runtime.kernels import (
 )
 from muntin.runtime.openvino import MAY_MULTIPLY, MULTIPLY, PRECISIONS, choose_precision, one_line
 from muntin.runtime.openvino_endings import ending_in_scores
+from muntin.runtime.openvino_masks import with_whole_masks
 from muntin.runtime.quiet import openvino
 from muntin.runtime.signals import signal_stack_kept
 
@@ -79,6 +80,8 @@ def _kernels(artifact: Artifact, images_BHWC: NDArray[np.uint8], *, precision: s
         shuffles = {op.get_friendly_name(): TO_PIXELS for op in exported.get_ordered_ops() if op.get_type_name() == TO_PIXELS}
         model = ending_in_scores(exported)  # what a session compiles
         model.reshape(list(images_BHWC.shape))
+        if hint != "f32":
+            model = with_whole_masks(model)
         macs = graph_macs(model)
         compiled = core.compile_model(model, "CPU", options)
     except RuntimeError as error:
