@@ -375,6 +375,17 @@ def test_an_image_without_json_that_no_version_can_compute_is_counted(shelf: Any
     asyncio.run(run())
 
 
+@contextmanager
+def uncollected() -> Iterator[None]:
+    """Inside, what is in a circle stays."""
+    gc.collect()
+    gc.disable()
+    try:
+        yield
+    finally:
+        gc.enable()
+
+
 def test_of_an_inference_that_is_over_nothing_stays_until_garbage_is_collected(shelf: Any) -> None:
     def inferences() -> list[Any]:
         return [found for found in gc.get_objects() if type(found) is http._Inference]
@@ -395,12 +406,8 @@ def test_of_an_inference_that_is_over_nothing_stays_until_garbage_is_collected(s
             await asyncio.sleep(2 * ENGINE_S)
             assert not inferences()
 
-    gc.collect()
-    gc.disable()
-    try:
+    with uncollected():
         asyncio.run(run())
-    finally:
-        gc.enable()
 
 
 def test_a_refusal_holds_no_body(shelf: Any) -> None:
@@ -423,12 +430,8 @@ def test_a_refusal_holds_no_body(shelf: Any) -> None:
             refused = RefusedRequestError("another one")
             assert kept() is None
 
-    gc.collect()
-    gc.disable()
-    try:
+    with uncollected():
         asyncio.run(run())
-    finally:
-        gc.enable()
 
 
 @pytest.mark.parametrize("value", [b"gzip ", b" gzip"])

@@ -51,6 +51,7 @@ MAX_PARTS = 256
 """Segments of a JPEG before its first scan, chunks of a PNG beside those of its pixels: Pillow, which reads them in Python, some of them
 with all that came before, would take minutes for a million."""
 _MAX_EXIF, _MAX_JUNK = 64, 1 << 16
+"""Of a JPEG: EXIF segments, each of which Pillow joins to those before, and bytes between segments, which it reads one by one."""
 _SENT = Path("the picture")
 """What errors call bytes that have no file."""
 _ORIENTATION_TAG = 0x0112
