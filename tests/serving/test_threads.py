@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import gc
 import subprocess
 import sys
 import threading
 import time
+import weakref
 from concurrent.futures import CancelledError
 
 import pytest
@@ -95,3 +97,27 @@ def test_calls_that_are_cancelled_while_they_wait_do_not_pile_up() -> None:
     assert (len(threads._waiting), threads.pending) == (1, 2)
     let_go.set()
     assert (first.result(60), waiting[2].result(60)) == (None, 0)
+
+
+def test_who_keeps_what_came_of_a_call_does_not_keep_what_it_was_given() -> None:
+    class Given:
+        pass
+
+    def call(given: object) -> int:
+        assert free.wait(20)
+        return 1
+
+    threads, free, given = Threads("t"), threading.Event(), Given()
+    gone = weakref.ref(given)
+    gc.disable()
+    try:
+        made = threads.submit(call, given)
+        del given
+        free.set()
+        assert made.result(20) == 1
+        end = time.monotonic() + 20
+        while threads._count and time.monotonic() < end:
+            time.sleep(0.001)
+        assert gone() is None
+    finally:
+        gc.enable()

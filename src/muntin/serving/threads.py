@@ -6,13 +6,12 @@ A pool of the standard library is waited for when the process ends, whatever its
 from __future__ import annotations
 
 import threading
-from collections import deque
+from collections import OrderedDict
 from collections.abc import Callable
 from concurrent.futures import Executor, Future, wait
-from functools import partial
 from typing import Any
 
-_Call = tuple[Future[Any], Callable[..., Any], tuple[Any, ...], dict[str, Any]]
+_Call = tuple[Callable[..., Any], tuple[Any, ...], dict[str, Any]]
 
 
 class Threads(Executor):
@@ -21,16 +20,15 @@ class Threads(Executor):
     def __init__(self, name: str, *, most: int | None = None) -> None:
         self._name, self._most = name, most
         self._lock = threading.Lock()
-        self._waiting: deque[_Call] = deque()
+        self._waiting: OrderedDict[Future[Any], _Call] = OrderedDict()
         self._running: set[Future[Any]] = set()
         self._count = 0
 
     def submit(self, fn: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Future[Any]:
         """Raises RuntimeError where the process may have no more threads."""
         future: Future[Any] = Future()
-        call = future, fn, args, kwargs
         with self._lock:
-            self._waiting.append(call)
+            self._waiting[future] = fn, args, kwargs
             self._running.add(future)
             beginning = self._most is None or self._count < self._most
             self._count += beginning
@@ -40,19 +38,17 @@ class Threads(Executor):
             except RuntimeError:
                 with self._lock:
                     self._count -= 1
-                    if call in self._waiting:  # else another thread has taken it meanwhile
-                        self._waiting.remove(call)
+                    if self._waiting.pop(future, None) is not None:  # else another thread has taken it meanwhile
                         self._running.discard(future)
                         raise
-        future.add_done_callback(partial(self._ended, call))
+        future.add_done_callback(self._ended)  # which a future keeps: it must not hold what is called
         return future
 
-    def _ended(self, call: _Call, future: Future[Any]) -> None:
+    def _ended(self, future: Future[Any]) -> None:
         self._running.discard(future)
         if future.cancelled():  # while it waited: those that are given up must not pile up behind one that stands still
             with self._lock:
-                if call in self._waiting:
-                    self._waiting.remove(call)
+                self._waiting.pop(future, None)
 
     @property
     def pending(self) -> int:
@@ -62,8 +58,8 @@ class Threads(Executor):
     def give_up(self) -> None:
         """Cancels the calls that wait."""
         with self._lock:
-            waiting, self._waiting = self._waiting, deque()
-        for future, *_ in waiting:
+            waiting, self._waiting = self._waiting, OrderedDict()
+        for future in waiting:
             future.cancel()
 
     def join(self, timeout: float | None) -> None:
@@ -71,21 +67,22 @@ class Threads(Executor):
         wait(tuple(self._running), timeout)
 
     def _run(self) -> None:
-        while (call := self._next()) is not None:
-            _make(*call)
-            del call
+        while (taken := self._next()) is not None:
+            _make(*taken)
+            del taken
 
-    def _next(self) -> _Call | None:
+    def _next(self) -> tuple[Future[Any], _Call] | None:
         with self._lock:
             if self._waiting:
-                return self._waiting.popleft()
+                return self._waiting.popitem(last=False)
             self._count -= 1
             return None
 
 
-def _make(future: Future[Any], fn: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+def _make(future: Future[Any], call: _Call) -> None:
     if not future.set_running_or_notify_cancel():
         return
+    fn, args, kwargs = call
     try:
         answer = fn(*args, **kwargs)
     except BaseException as error:  # noqa: BLE001 - whoever waits raises it
