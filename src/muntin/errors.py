@@ -5,6 +5,10 @@ Every message says what came, what is allowed and what to do, on one line: the C
 
 from __future__ import annotations
 
+from typing import TypeVar
+
+Raised = TypeVar("Raised", bound=BaseException)
+
 
 class MuntinError(Exception):
     """Base of every error that is the user's to act on; its text is one line."""
@@ -36,3 +40,10 @@ class VerificationError(MuntinError):
 
 class DependencyError(MuntinError):
     """Something that must be installed is not: a package of an extra, a compiler, a device."""
+
+
+def bare(error: Raised) -> Raised:
+    """An error without where it was raised, and why: the frames that it was raised through hold what they were given, megabytes of it, for
+    as long as anybody keeps the error. Where one of them keeps it, that is until cycles are collected."""
+    error.__cause__ = error.__context__ = None
+    return error.with_traceback(None)

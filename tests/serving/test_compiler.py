@@ -56,6 +56,51 @@ def test_who_is_served_is_not_kept_waiting_by_it(version: Version, wait_until: C
     assert Demand.SERVED in asked  # it stood still as long as somebody waited, and was asked again
 
 
+def test_without_a_thread_for_it_nothing_is_compiled_and_it_is_tried_again(
+    version: Version, monkeypatch: pytest.MonkeyPatch, wait_until: Callable[..., None]
+) -> None:
+    def refuse(self: threading.Thread) -> None:
+        raise RuntimeError("can't start new thread")
+
+    asked: list[Call] = []
+    monkeypatch.setattr(module, "probe", lambda path, opening, lately, **_: asked.extend(lately))
+    monkeypatch.setattr(version.session, "warm_up", lambda shapes, *, labels: None)
+    call, compiler = Call((1, 9, 5)), Compiler(OPENING)
+    with monkeypatch.context() as patch:
+        patch.setattr(threading.Thread, "start", refuse)
+        for _ in range(OFTEN):
+            compiler.note(version, call)
+    compiler.close()
+    assert not asked
+    compiler = Compiler(OPENING)
+    with monkeypatch.context() as patch:
+        patch.setattr(threading.Thread, "start", refuse)
+        for _ in range(OFTEN):
+            compiler.note(version, call)
+    for _ in range(OFTEN):
+        compiler.note(version, call)
+    wait_until(lambda: asked == [call])
+    compiler.close()
+
+
+def test_an_engine_that_hangs_is_not_waited_for_at_the_end(version: Version, monkeypatch: pytest.MonkeyPatch) -> None:
+    entered, let_go = threading.Event(), threading.Event()
+
+    def hang(shapes: object, *, labels: bool) -> None:
+        entered.set()
+        assert let_go.wait(60)
+
+    monkeypatch.setattr(module, "END_S", 0.01)
+    monkeypatch.setattr(module, "probe", lambda *_, **__: None)
+    monkeypatch.setattr(version.session, "warm_up", hang)
+    compiler = Compiler(OPENING)
+    for _ in range(OFTEN):
+        compiler.note(version, Call((1, 9, 5)))
+    assert entered.wait(60)
+    compiler.close()
+    let_go.set()
+
+
 def test_each_size_once_and_not_without_end(version: Version, monkeypatch: pytest.MonkeyPatch, wait_until: Callable[..., None]) -> None:
     asked: list[Call] = []
     monkeypatch.setattr(module, "probe", lambda path, opening, lately, **_: asked.extend(lately))

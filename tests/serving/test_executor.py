@@ -235,6 +235,22 @@ def test_what_waits_for_a_version_that_was_rolled_back_is_not_asked_of_it(servin
     assert (second.jobs[0].payload.version, len(dead.calls)) == ("1", 1)
 
 
+def test_a_candidate_that_was_sent_back_computes_no_shadow_any_more(serving: Any) -> None:
+    """Its engine may have been ended, and would be begun again for that."""
+    good, dead = Pixels(), Pixels()
+    slot, _ = serving(good, dead)
+    batch = batch_of(slot, [images_of(1, 1)], labels=True)
+    candidate, images = batch.group.version, images_of(1, 1)
+    executor = Executor(slot)
+    executor.shadow(candidate, images, images.argmax(3), labels=True)
+    assert len(dead.calls) == 1
+    dead.error = RuntimeError("engine died")
+    executor(batch)
+    assert (candidate.state, len(dead.calls)) == ("failed", 2)
+    executor.shadow(candidate, images, images.argmax(3), labels=True)
+    assert len(dead.calls) == 2
+
+
 def test_that_this_process_lacks_files_is_held_against_no_version(serving: Any) -> None:
     good, new = Pixels(), Pixels()
     slot, _ = serving(good, new)

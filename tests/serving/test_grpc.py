@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import gc
 import gzip
 import json
@@ -16,7 +17,7 @@ import time
 import urllib.request
 from collections import Counter
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +32,7 @@ from muntin.serving.config import Bounds, ServeConfig
 from muntin.serving.executor import Executor
 from muntin.serving.grpc_codec import METHODS, SERVICE, decode_infer, encode_infer
 from muntin.serving.health_pb2 import HealthCheckRequest, HealthCheckResponse
+from muntin.serving.ledger import Ledger
 from muntin.serving.outputs import read_wanted
 from muntin.serving.protocol import InferOutput, InferResponse, Limits, ProtocolError
 from muntin.serving.runner import Runner
@@ -422,6 +424,68 @@ def test_of_what_waits_the_tensors_alone_are_kept(client: Client, monkeypatch: p
         else:
             thread.join()
     assert kept == [nobody + 1] * 2  # here
+
+
+def test_a_stream_that_waits_for_more_keeps_no_answer(client: Client, monkeypatch: pytest.MonkeyPatch, wait_until: Any) -> None:
+    """It is not counted any more once it was sent."""
+    made: list[bytes] = []
+    final, over = grpc_face._final, threading.Event()
+
+    def asked() -> Iterator[Any]:
+        yield infer(side=64)
+        assert over.wait(30)
+
+    monkeypatch.setattr(grpc_face, "_final", lambda answer: made.append(final(answer)) or made[-1])
+    answers = client.stream(asked())
+    assert len(next(answers).infer_response.raw_output_contents[0]) == 64 * 64
+    nobody = sys.getrefcount([object()][0])
+    gc.disable()
+    try:
+        wait_until(lambda: sys.getrefcount(made[0]) == nobody + 1)  # here
+    finally:
+        gc.enable()
+        over.set()
+
+
+def test_what_a_stream_holds_is_free_though_its_end_is_cut_short(monkeypatch: pytest.MonkeyPatch) -> None:
+    """grpc cancels a call whose connection ends, while it waits for its last answer to be given up."""
+
+    class Context:
+        """Of a client that sends one request, and reads nothing."""
+
+        def __init__(self) -> None:
+            self.wires = [b"wire"]
+            self.writes = asyncio.Event()
+
+        async def read(self) -> bytes:
+            if not self.wires:
+                await asyncio.Event().wait()
+            return self.wires.pop()
+
+        async def write(self, answer: bytes) -> None:
+            self.writes.set()
+            with suppress(asyncio.CancelledError):
+                await asyncio.Event().wait()
+            await asyncio.Event().wait()  # it takes its time
+
+    async def answer(wire: bytes, call: Any) -> bytes:
+        return bytes(100)
+
+    async def scene() -> None:
+        ledger, context = Ledger(Bounds(idle_seconds=0.05)), Context()
+        stream = grpc_face._Stream(answer, context, ledger, 0)
+        run = asyncio.create_task(stream.run())
+        await context.writes.wait()
+        assert ledger.held == 100
+        await asyncio.wait_for(hung_up.wait(), 30)
+        await asyncio.sleep(0.01)  # until it waits for what it gave up
+        run.cancel()
+        await asyncio.wait((run,), timeout=30)
+        assert (run.done(), ledger.held) == (True, 0)
+
+    hung_up = asyncio.Event()
+    monkeypatch.setattr(grpc_face, "_hang_up", lambda *_: hung_up.set())
+    asyncio.run(scene())
 
 
 @pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="memory is read from /proc")

@@ -434,6 +434,33 @@ def test_a_refusal_holds_no_body(shelf: Any) -> None:
         asyncio.run(run())
 
 
+@pytest.mark.parametrize("wrong", ["broken", "too large"])
+def test_a_packed_body_that_is_refused_is_not_kept(wrong: str) -> None:
+    """Nor what it was unpacked to: neither is counted any more."""
+
+    class Body(bytearray):
+        """What can be looked for."""
+
+    async def run() -> None:
+        most = Limits(body_bytes=1 << 20, elements=1 << 20)
+        face = HttpFace(cast(Any, Asked()), cast(Any, None), cast(Any, None), limits=most, tokens=(), log=None)
+        replies: list[int] = []
+        body = Body(bytes(2 * http.SMALL_PACKED) if wrong == "broken" else gzip.compress(bytes(2 << 20), compresslevel=0))
+        kept = weakref.ref(body)
+        scope = SCOPE | {"headers": [(b"content-encoding", b"gzip")]}
+        face.begin(scope, body, time.monotonic(), lambda status, *_: replies.append(status))
+        del body
+        while not replies:
+            await asyncio.sleep(0.001)
+        assert replies == [400 if wrong == "broken" else 413]
+        face.close()  # its thread has let go of it then
+        await asyncio.sleep(0)
+        assert kept() is None
+
+    with uncollected():
+        asyncio.run(run())
+
+
 @pytest.mark.parametrize("value", [b"gzip ", b" gzip"])
 def test_blanks_around_a_header_are_none_of_its_own(value: bytes) -> None:
     head = http._read_head(SCOPE | {"headers": [(b"inference-header-content-length", b" 12\t"), (b"content-encoding", value)]})

@@ -421,6 +421,43 @@ def test_an_idle_worker_holds_no_request() -> None:
         assert gone() is None
 
 
+@pytest.mark.parametrize("count", [1, 2])
+def test_of_a_batch_that_failed_nothing_is_kept_with_its_error(count: int) -> None:
+    """Not even until cycles are collected: where an engine dies, many fail at once."""
+
+    class Payload:
+        pass
+
+    def fail(batch: Batch) -> list[Any]:
+        held = [job.payload for job in batch.jobs]
+        if held == [None]:
+            return [None]
+        raise RuntimeError("the engine is broken") from ValueError(f"{len(held)} jobs")
+
+    gate, answers, payloads = Gate(fail), Answers(), [Payload() for _ in range(count)]
+    gone, errors = [weakref.ref(payload) for payload in payloads], list[Answer]()
+    gc.disable()
+    try:
+        with running(gate) as runner:
+            answers.submit(runner, Job(group="g", payload=None))
+            assert gate.entered.acquire(timeout=LONG)
+            for payload in payloads:  # one batch
+                runner.submit(Job(group="g", payload=payload), errors.append)
+            del payload
+            payloads.clear()
+            gate.open.set()
+            answers.submit(runner, Job(group="h", payload=None))  # by its answer their round is over
+            answers.wait(2)
+            gate.batches.clear()
+            assert [str(error) for error in errors] == ["the engine is broken"] * count
+            end = time.monotonic() + LONG
+            while any(one() for one in gone) and time.monotonic() < end:
+                time.sleep(0.001)  # the thread that computed them lets go of them afterwards
+            assert not any(one() for one in gone)
+    finally:
+        gc.enable()
+
+
 def test_the_batcher_has_to_reckon_with_as_many_workers() -> None:
     with pytest.raises(ValueError, match="workers=2"):
         Runner(batcher_of(), doubled, workers=2)

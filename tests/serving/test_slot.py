@@ -633,6 +633,36 @@ def test_a_closed_slot_admits_nobody_and_answers_who_is_in(make_slot: Callable[.
     slot.close()
 
 
+def test_what_was_opened_when_the_slot_closed_is_closed_again(make_slot: Callable[..., Slot], shelf: Any) -> None:
+    """It may be a process, which nobody would end."""
+    slot, closed = make_slot(), list[Session]()
+    opens = shelf.open
+
+    def last_moment(*given: Any) -> Any:
+        opened = opens(*given)
+        opened.session.close = lambda: closed.append(opened.session)
+        slot.end_loads()
+        return opened
+
+    shelf.open = last_moment
+    with pytest.raises(NotReadyError, match="closed"):
+        slot.load(Path("1"), "1")
+    assert len(closed) == 1
+
+
+def test_calls_that_nobody_waits_for_any_more_are_ended(make_slot: Callable[..., Slot], monkeypatch: pytest.MonkeyPatch) -> None:
+    slot, ended = make_slot(), list[tuple[Session, float]]()
+    monkeypatch.setattr(Session, "interrupt", lambda session, seconds: bool(ended.append((session, seconds))))
+    old, new = (slot.load(Path(name), name) for name in ("1", "2"))
+    begun = slot.begin(old, rows=1)
+    slot.end_calls()
+    assert ended == [(old.session, 0.0)]
+    slot.end(begun)
+    slot.end_calls()
+    assert len(ended) == 1
+    assert new.open
+
+
 def test_loads_end_and_what_serves_goes_on(make_slot: Callable[..., Slot]) -> None:
     slot = make_slot(canary=1)
     first = slot.load("1", "1")

@@ -27,6 +27,8 @@ OFTEN = 8
 """Batches of one size after which it is compiled for."""
 COMPILED = 48
 """Sizes that a version is compiled for at most, and sizes that are counted."""
+END_S = 5.0
+"""That the thread is waited for at the end."""
 BUDGET = 4
 """Times the largest single request: the pixels that a version may be compiled for beside those of the start."""
 
@@ -65,8 +67,14 @@ class Compiler:
             if seen[call] != OFTEN or not self._granted(version, call):
                 return
             if self._thread is None:
-                self._thread = Thread(target=self._run, name="muntin-compile", daemon=True)
-                self._thread.start()
+                thread = Thread(target=self._run, name="muntin-compile", daemon=True)
+                try:
+                    thread.start()
+                except RuntimeError:  # this process may have no more threads; it is tried again when the size has come as often again
+                    self._compiled[version].discard(call)
+                    del seen[call]
+                    return
+                self._thread = thread
         self._queue.put((version, call))
 
     def _granted(self, version: Version, call: Call) -> bool:
@@ -80,11 +88,11 @@ class Compiler:
         return True
 
     def close(self) -> None:
-        """Ends what it is at, and its thread."""
+        """Ends what it is at, and its thread, but does not wait for an engine that hangs."""
         self._closed.set()
         self._queue.put(None)
         if self._thread is not None:
-            self._thread.join()
+            self._thread.join(END_S)
 
     def _run(self) -> None:
         while (item := self._queue.get()) is not None and not self._closed.is_set():

@@ -622,7 +622,8 @@ class BoundedConnection(HttpToolsProtocol):
         for cycle in list(self._held):
             self._release(cycle)
         waiting: Any
-        for waiting in (self.cycle, *(queued for queued, _ in self.pipeline)):
+        running = None if self._running is None else self._running[0]
+        for waiting in (running, self.cycle, *(queued for queued, _ in self.pipeline)):
             if waiting is not None:  # in a circle with this connection: its body would stay until that is collected
                 waiting.body = waiting.whole = memoryview(b"")
         self.pipeline.clear()

@@ -60,6 +60,7 @@ class Control:
             return await asyncio.wrap_future(loading)
         finally:
             self._loading -= 1
+            del loading  # an error holds this frame by its traceback
 
     async def unloaded(self, model: str, parameters: Mapping[str, Parameter]) -> None:
         """As `unload`, on some thread."""

@@ -131,7 +131,9 @@ class Executor:
 
     def shadow(self, candidate: Version, images: NDArray[np.uint8], answer: NDArray[Any], *, labels: bool, within: float = inf) -> None:
         """Computes images that were answered once more, by a candidate that the caller has a lease on, and tells the slot how far both
-        agree. `within`: as of `Slot.begin`."""
+        agree. `within`: as of `Slot.begin`. Of one that was sent back meanwhile nothing more is asked."""
+        if candidate.state == "failed":  # its engine may have been ended, and would be begun again for this
+            return
         call = Call((images.shape[0], images.shape[1], images.shape[2]), labels)
         begun = self._slot.begin(candidate, rows=len(images), within=within)
         observe = partial(self._slot.observe_shadow, candidate, rows=len(images), call=call, begun=begun)

@@ -28,6 +28,7 @@ from urllib.parse import unquote
 
 import grpc
 
+from muntin.errors import bare
 from muntin.serving import open_inference_pb2 as messages
 from muntin.serving.access_log import AccessLog
 from muntin.serving.certificate import Certificate
@@ -51,7 +52,7 @@ from muntin.serving.health import SERVICE as HEALTH
 from muntin.serving.health import Health
 from muntin.serving.health_pb2 import HealthCheckRequest, HealthCheckResponse
 from muntin.serving.ledger import Ledger
-from muntin.serving.protocol import InferRequest, InferResponse, Limits, ProtocolError, RefusedRequestError, bare
+from muntin.serving.protocol import InferRequest, InferResponse, Limits, ProtocolError, RefusedRequestError
 from muntin.serving.service import Answered, Service
 from muntin.serving.telling import Notify, tell_nobody
 from muntin.serving.tokens import Tokens
@@ -715,11 +716,12 @@ class _Stream:
             raise ProtocolError(f"the stream stood still for {self._idle:g} s", status=408) from None
         finally:
             self._going = False
+            self._hold(-self._unsent)  # before what follows: this may be cancelled there once more
+            self._reading = None
             left = [reading, writing, *self._computing]
             for task in left:
                 task.cancel()
             await asyncio.gather(*left, return_exceptions=True)
-            self._hold(-self._unsent)
 
     async def _read(self, writing: asyncio.Task[None]) -> None:
         while not writing.done():
@@ -732,6 +734,7 @@ class _Stream:
             self._computing.add(task)
             task.add_done_callback(self._computed)
             self._begun.put_nowait(task)
+            del task  # as of `wire`: it holds its answer
             self._moved()
 
     def _computed(self, task: asyncio.Task[bytes]) -> None:
@@ -750,6 +753,7 @@ class _Stream:
             with _patient(self._context, self._ledger.bounds.body_seconds, self._port):
                 await self._context.write(answer)
             self._hold(-min(self._unsent, len(answer)))
+            del task, answer  # or they would stay until there is another one
             self._room.release()
             self._moved()
 

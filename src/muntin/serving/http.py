@@ -233,6 +233,8 @@ class HttpFace:
             inference.fail(error)
         except Exception as error:  # noqa: BLE001 - as in `begin`
             inference.fail(_fault(error))
+        finally:
+            del found  # an error holds this frame by its traceback, and the body by those that it was raised through
         self._unpack()
 
     def _check_time(self, inference: _Inference) -> None:

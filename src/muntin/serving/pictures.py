@@ -25,11 +25,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from muntin.artifact import Signature
-from muntin.errors import DataError
+from muntin.errors import DataError, bare
 from muntin.runtime import predict
 from muntin.runtime.images import TooManyPixelsError, decode_image, encode_png, overlay, pixel_count
 from muntin.serving.json_codec import encode_json
-from muntin.serving.protocol import ProtocolError, RefusedRequestError, bare, shown
+from muntin.serving.protocol import ProtocolError, RefusedRequestError, shown
 from muntin.serving.service import PRIORITY, Service
 from muntin.serving.slot import Lease
 from muntin.serving.threads import Threads

@@ -17,7 +17,7 @@ import sys
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from types import MappingProxyType
-from typing import Any, TypeVar
+from typing import Any
 
 from numpy.typing import NDArray
 
@@ -66,9 +66,6 @@ _SHOWN = 48
 """Characters of a client's text that an error repeats."""
 
 
-Raised = TypeVar("Raised", bound=BaseException)
-
-
 class ProtocolError(MuntinError):
     """A request cannot be read, or an answer cannot be given in the form asked for. `status`: the HTTP status, a key of `GRPC_CODES`."""
 
@@ -97,13 +94,6 @@ class RefusedRequestError(ProtocolError):
     def __init__(self, message: str, *, status: int = 503, retry_after: float = 1.0, holds: float = 0.0) -> None:
         super().__init__(message, status=status)
         self.retry_after, self.holds = retry_after, holds
-
-
-def bare(error: Raised) -> Raised:
-    """An error without where it was raised, and why: the frames that it was raised through hold what was asked, megabytes of it, for as
-    long as anybody keeps it."""
-    error.__cause__ = error.__context__ = None
-    return error.with_traceback(None)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -23,7 +23,7 @@ from contextlib import suppress
 from itertools import count
 from typing import Any
 
-from muntin.errors import MuntinError
+from muntin.errors import MuntinError, bare
 from muntin.serving.batcher import Batch, Batcher, Job, Refusal, Snapshot
 
 Answer = Any
@@ -311,7 +311,7 @@ class Runner:
         answers, error = self._call(batch)
         if error is None:
             return answers, True
-        if len(batch.jobs) == 1 or worker.hangs or isinstance(error, MemoryError | EngineError):
+        if len(batch.jobs) == 1 or worker.hangs or self._ended or isinstance(error, MemoryError | EngineError):
             return [error] * len(batch.jobs), False
         return [self._alone(worker, batch, job) for job in batch.jobs], False
 
@@ -328,7 +328,7 @@ class Runner:
             answers = self._execute(batch)
             given, wanted = len(answers), len(batch.jobs)
         except Exception as error:  # noqa: BLE001 - it is the answer
-            return (), error
+            return (), bare(error)
         except BaseException as error:  # noqa: BLE001 - whoever waits must hear of it, and the thread has others to serve
             return (), EngineError(f"the engine raised {type(error).__name__}, which is not an answer: {error}")
         if given != wanted:

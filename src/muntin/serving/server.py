@@ -320,7 +320,8 @@ class Server:
 
     def _end(self, pictures: Pictures, runner: Runner, service: Service) -> None:
         pictures.close(self._left())
-        runner.close(self._left())
+        if not runner.close(self._left()):
+            self.slot.end_calls()  # else an engine that hangs outlives the server, and whatever waits for it
         service.close()
 
     def _left(self) -> float:

@@ -20,7 +20,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from muntin.artifact import Signature
-from muntin.errors import DataError
+from muntin.errors import DataError, bare
 from muntin.serving.account import Account
 from muntin.serving.batcher import Job, Refusal
 from muntin.serving.description import ModelDescription, Statistics, TensorSpec
@@ -446,7 +446,7 @@ class _Asked:
             )
             encoded = None if self._encode is None else self._encode(response)
         except Exception as error:  # noqa: BLE001 - it is the answer
-            return error
+            return bare(error)
         return Answered(
             response=response,
             encoded=encoded,

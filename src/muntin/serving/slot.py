@@ -383,6 +383,13 @@ class Slot:
             if self._candidate is not None and self._current is not None:
                 self._take_out(self._candidate)
 
+    def end_calls(self) -> None:
+        """Ends what is still being computed, where that can be done: nobody waits for it any more."""
+        with self._changed:
+            sessions = [version.session for version in self._versions if version.open and version.begun]
+        for session in sessions:
+            session.interrupt(0.0)
+
     def close(self) -> None:
         """Ends a load in progress and admits nobody any more. Sessions go with their last leases."""
         self._closed.set()
@@ -614,7 +621,9 @@ class Slot:
     def _admit(self, version: Version, opened: Opened) -> None:
         """On trial where the rollout says so, else at once to the place of the current one."""
         with self._changing():
-            self._require_open()
+            if self._closed.is_set():
+                opened.session.close()
+                self._require_open()
             version.opened(opened)
             if self._current is None or not self.rollout.tried:
                 self._flip(version, "")
