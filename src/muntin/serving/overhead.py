@@ -10,13 +10,12 @@ from __future__ import annotations
 from muntin.serving.window import Window
 
 _WINDOW = 128  # batches that it is taken from
-_OUTLIERS, _OUTLIER = 2, 32  # the longest that do not count: one for so many, up to two
 
 
 class Overhead:
-    """`seconds`: within them the answers of all but two of the last 128 batches were written; between `least` and `most`.
+    """`seconds`: within them the answers of the last 128 batches were written; between `least` and `most`.
 
-    `most` bounds what a few very slow answers can do to everybody else's promises. Adding one costs about a microsecond.
+    `most` bounds what a very slow answer can do to everybody else's promises. Adding one costs about a microsecond.
     """
 
     __slots__ = ("_batch", "_least", "_longest", "_most", "_recent", "seconds")
@@ -40,5 +39,4 @@ class Overhead:
 
     def _count(self, seconds: float) -> None:
         self._recent.add(seconds)
-        outliers = min(_OUTLIERS, len(self._recent) // _OUTLIER)
-        self.seconds = max(self._least, min(self._recent.largest(outliers), self._most))
+        self.seconds = max(self._least, min(self._recent.largest(0), self._most))
