@@ -93,6 +93,7 @@ def test_export_keeps_the_layers_that_it_is_told_to_keep(call: Call, exported: A
     document = call("export", exported.run, "--set", f"quantization.keep=['{name}']", "-o", tmp_path / "kept", "--json").document()
     assert document["kept"][name] == "named in keep"
     assert "only quantization.KEY=VALUE" in call("export", exported.run, "--set", "training.steps=3").mistake()
+    assert "give one of them" in call("export", exported.run, "--float", "--set", "quantization.min_sqnr_db=3").mistake()
 
 
 def test_the_help_of_export_shows_how_a_list_is_written(call: Call) -> None:

@@ -724,6 +724,12 @@ def test_golden_images_are_cut_where_most_goes_on(pixels: Any) -> None:
     assert all(len(np.unique(images)) > 200 for images, _ in golden_pairs(tiny().eval(), example))
 
 
+def test_how_to_quantise_is_refused_where_nothing_is_quantised(tmp_path: Path, pixels: Any) -> None:
+    with pytest.raises(ExportError, match="without calibration nothing is"):
+        muntin.export(tiny().eval(), pixels(1, 3, 64, 64), tmp_path / "a", quantization=QuantizationConfig())
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_an_example_without_a_batch_is_refused_with_a_signature_too(tmp_path: Path) -> None:
     signature = Signature(task="segment", channels=3, classes=(ClassInfo(name="any", color=(0, 0, 0)),))
     for shape in ((3, 8, 8), (0, 3, 8, 8)):

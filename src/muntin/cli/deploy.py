@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from muntin.cli.console import Json, memory_advice, out, print_json, progress_bar, refuse_unwritable, say, status
-from muntin.errors import ArtifactError, DataError, VerificationError
+from muntin.errors import ArtifactError, DataError, RecipeError, VerificationError
 
 if TYPE_CHECKING:
     import numpy as np
@@ -49,6 +49,8 @@ def export_command(
     from muntin.deployment.assessment import ARTIFACT, export_checkpoint, exported, other_artifact, quantized_by
     from muntin.training import find_checkpoint, read_checkpoint
 
+    if floating and set_:
+        raise RecipeError("--set says how to quantise, and --float that nothing is: give one of them")
     found = find_checkpoint(checkpoint)
     target = output or found.parent.parent / ARTIFACT
     with status("exporting"):

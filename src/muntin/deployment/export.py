@@ -83,6 +83,8 @@ def export(
     """
     check_target(path)
     check_pixels(example, "example")
+    if quantization is not None and calibration is None:
+        raise ExportError("quantization says how to quantise, and without calibration nothing is: give input batches, or leave it out")
     opened_for = (1, *example.shape[2:]) if shape is None else check_shape(shape)
     model, example = _copied(model), example.cpu()
     if isinstance(model, WEIGHTED):

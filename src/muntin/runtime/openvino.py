@@ -31,6 +31,7 @@ from muntin.errors import ArtifactError, DependencyError
 from muntin.runtime.cache import CompiledModels
 from muntin.runtime.graph import ComputeNodes, compute_nodes
 from muntin.runtime.hardware import physical_cores
+from muntin.runtime.openvino_biases import with_biases
 from muntin.runtime.openvino_endings import ending_in_labels, ending_in_scores
 from muntin.runtime.openvino_masks import with_whole_masks
 from muntin.runtime.quiet import openvino
@@ -239,6 +240,8 @@ class OpenVinoSession(Session):
                 model = (ending_in_labels if labels else ending_in_scores)(self._model.clone())
                 # One image: with the number of images free, too, OpenVINO 2026.4 computes some networks wrongly (docs/log.md).
                 model.reshape([1, -1, -1, self.signature.channels] if shape is None else list(shape))
+                if shape is None:
+                    model = with_biases(model)
                 if self.precision != "f32":
                     model = with_whole_masks(model)
                 compiled = self._core.compile_model(model, "CPU", self._options)
@@ -270,7 +273,8 @@ class OpenVinoSession(Session):
         shape, labels = variant
         ending = "labels before pixels, classes last" if labels else "pixels in one pass"
         masks = "" if self.precision == "f32" else " whole masks"
-        return f"{shape or 'one image'} {ending}{masks} {sorted(self._options.items())}"
+        biases = " biases" if shape is None else ""
+        return f"{shape or 'one image'} {ending}{masks}{biases} {sorted(self._options.items())}"
 
 
 def open_openvino(
