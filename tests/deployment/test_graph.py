@@ -20,7 +20,7 @@ from torch.nn import functional as F  # noqa: N812 - the field's usual name
 from muntin.artifact import ClassInfo, Signature
 from muntin.compression import quantize
 from muntin.deployment.export import export
-from muntin.deployment.graph import COMPUTE, PixelInput, _traced_example, canonical_names, to_onnx
+from muntin.deployment.graph import COMPUTE, PixelInput, _traced_example, answer_to, canonical_names, to_onnx
 from muntin.errors import ExportError
 from muntin.runtime import load
 
@@ -146,6 +146,7 @@ def cases() -> dict[str, tuple[Callable[[Any, Tensor], Any], str]]:
         "operator": (has_no_operator, r"cannot be exported for every size: .*svd"),
         "type": (fails_on_types, r"cannot be exported for every size: unsupported operand"),
         "adaptive": (lambda m, x: F.interpolate(F.adaptive_avg_pool2d(m.conv(x), (7, 3)), x.shape[2:]), r"adaptive pooling to 7 x 3"),
+        "row": (lambda m, x: m.conv(x) + F.adaptive_avg_pool1d(m.conv(x).flatten(2), 4).mean(), r"adaptive pooling to 4 has no form"),
         "max": (lambda m, x: F.interpolate(F.adaptive_max_pool2d(m.conv(x), 4), x.shape[2:]), r"adaptive pooling to 4 x 4"),
         "large": (lambda m, x: m.conv(x if x.shape[2] < 300 else -x), r"otherwise where the height is from 300 on"),
         "small": (lambda m, x: m.conv(x if x.shape[3] > 90 else -x), r"otherwise where the width is below 91"),
@@ -177,6 +178,15 @@ def answers_as_its_model_at_every_size(model: nn.Module, pixels: Callable[..., T
         for session in sessions:
             scores = session(np.ascontiguousarray(images.permute(0, 2, 3, 1).numpy().astype(np.uint8)))
             np.testing.assert_allclose(scores, expected, rtol=1e-4, atol=1e-4 * expected.std())
+
+
+def test_who_lacks_memory_is_not_told_that_the_size_is_wrong() -> None:
+    class Hungry(nn.Module):
+        def forward(self, pixels_BCHW: Tensor) -> Tensor:
+            raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 68719476736 bytes")
+
+    with pytest.raises(ExportError, match=r"^no memory for the model's answer to pixels of shape \(1, 3, 8, 8\): Default"):
+        answer_to(Hungry(), torch.zeros(1, 3, 8, 8))
 
 
 @pytest.mark.parametrize("kind", POOLS)

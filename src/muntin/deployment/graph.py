@@ -27,13 +27,14 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from muntin.artifact import Signature
 from muntin.errors import ExportError
+from muntin.runtime.memory import no_memory
 
 OPSET = 20
 COMPUTE = ("Conv", "ConvTranspose", "Gemm", "MatMul")
 SMALLEST = 65
 """Sides that a traced graph may begin at, pixels: one more than all strides of a model multiplied, above which no map is of one pixel."""
 _SCOPES = "pkg.torch.onnx.name_scopes"
-_ADAPTIVE = (torch.ops.aten.adaptive_avg_pool2d.default, torch.ops.aten.adaptive_max_pool2d.default)
+_ADAPTIVE = tuple(getattr(torch.ops.aten, f"adaptive_{kind}_pool{axes}d").default for kind in ("avg", "max") for axes in (1, 2, 3))
 
 
 class PixelInput(nn.Module):
@@ -143,6 +144,8 @@ def answer_to(model: nn.Module, images_BCHW: Tensor) -> Tensor:
         with torch.inference_mode():
             answer = model(images_BCHW.to(torch.float32))
     except (RuntimeError, ValueError, AssertionError) as error:  # what models raise for a size or a number of channels
+        if no_memory(error):
+            raise ExportError(f"no memory for the model's answer to pixels of shape {came}: {_reason(error)}") from error
         raise ExportError(
             f"the model fails on pixels of shape {came}, and an artefact takes every size: {_reason(error)}; "
             "muntin.models.DividedSides pads and cuts where sides have to be multiples of a number"
