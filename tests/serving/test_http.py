@@ -375,17 +375,7 @@ def test_an_image_without_json_that_no_version_can_compute_is_counted(shelf: Any
     asyncio.run(run())
 
 
-@contextmanager
-def uncollected() -> Iterator[None]:
-    """Inside, what is in a circle stays."""
-    gc.collect()
-    gc.disable()
-    try:
-        yield
-    finally:
-        gc.enable()
-
-
+@pytest.mark.usefixtures("uncollected")
 def test_of_an_inference_that_is_over_nothing_stays_until_garbage_is_collected(shelf: Any) -> None:
     def inferences() -> list[Any]:
         return [found for found in gc.get_objects() if type(found) is http._Inference]
@@ -406,10 +396,10 @@ def test_of_an_inference_that_is_over_nothing_stays_until_garbage_is_collected(s
             await asyncio.sleep(2 * ENGINE_S)
             assert not inferences()
 
-    with uncollected():
-        asyncio.run(run())
+    asyncio.run(run())
 
 
+@pytest.mark.usefixtures("uncollected")
 def test_a_refusal_holds_no_body(shelf: Any) -> None:
     """The turnstile's, of a head that is not known yet: it is raised, and an error holds the frames that it was raised through."""
 
@@ -430,10 +420,10 @@ def test_a_refusal_holds_no_body(shelf: Any) -> None:
             refused = RefusedRequestError("another one")
             assert kept() is None
 
-    with uncollected():
-        asyncio.run(run())
+    asyncio.run(run())
 
 
+@pytest.mark.usefixtures("uncollected")
 @pytest.mark.parametrize("wrong", ["broken", "too large"])
 def test_a_packed_body_that_is_refused_is_not_kept(wrong: str) -> None:
     """Nor what it was unpacked to: neither is counted any more."""
@@ -457,8 +447,7 @@ def test_a_packed_body_that_is_refused_is_not_kept(wrong: str) -> None:
         await asyncio.sleep(0)
         assert kept() is None
 
-    with uncollected():
-        asyncio.run(run())
+    asyncio.run(run())
 
 
 @pytest.mark.parametrize("value", [b"gzip ", b" gzip"])

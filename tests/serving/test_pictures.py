@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import gc
 import io
 import json
 import sys
@@ -181,6 +180,7 @@ def test_too_many_pixels_are_told_apart(slot: Slot) -> None:
     assert asyncio.run(ask(b"x")) == 400
 
 
+@pytest.mark.usefixtures("uncollected")
 @pytest.mark.parametrize("made", [lambda: b"no picture" * 10, lambda: picture(101), lambda: picture(50)[:-30]])
 def test_a_picture_that_is_refused_is_not_kept(slot: Slot, made: Callable[[], bytes]) -> None:
     """Nor until the cyclic collector comes."""
@@ -197,15 +197,11 @@ def test_a_picture_that_is_refused_is_not_kept(slot: Slot, made: Callable[[], by
             pytest.fail("it is no picture that is taken")
         pictures.close()
 
-    gc.disable()
-    try:
-        before, end = sys.getrefcount(content), time.monotonic() + 60
-        asyncio.run(ask())
-        while (after := sys.getrefcount(content)) > before and time.monotonic() < end:
-            time.sleep(0.001)  # the thread that answered lets go of it afterwards
-        assert after <= before
-    finally:
-        gc.enable()
+    before, end = sys.getrefcount(content), time.monotonic() + 60
+    asyncio.run(ask())
+    while (after := sys.getrefcount(content)) > before and time.monotonic() < end:
+        time.sleep(0.001)  # the thread that answered lets go of it afterwards
+    assert after <= before
 
 
 def test_a_picture_that_waits_for_a_decoder_goes_with_its_client(slot: Slot, monkeypatch: pytest.MonkeyPatch) -> None:

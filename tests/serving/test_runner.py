@@ -421,6 +421,7 @@ def test_an_idle_worker_holds_no_request() -> None:
         assert gone() is None
 
 
+@pytest.mark.usefixtures("uncollected")
 @pytest.mark.parametrize("count", [1, 2])
 def test_of_a_batch_that_failed_nothing_is_kept_with_its_error(count: int) -> None:
     """Not even until cycles are collected: where an engine dies, many fail at once."""
@@ -436,26 +437,22 @@ def test_of_a_batch_that_failed_nothing_is_kept_with_its_error(count: int) -> No
 
     gate, answers, payloads = Gate(fail), Answers(), [Payload() for _ in range(count)]
     gone, errors = [weakref.ref(payload) for payload in payloads], list[Answer]()
-    gc.disable()
-    try:
-        with running(gate) as runner:
-            answers.submit(runner, Job(group="g", payload=None))
-            assert gate.entered.acquire(timeout=LONG)
-            for payload in payloads:  # one batch
-                runner.submit(Job(group="g", payload=payload), errors.append)
-            del payload
-            payloads.clear()
-            gate.open.set()
-            answers.submit(runner, Job(group="h", payload=None))  # by its answer their round is over
-            answers.wait(2)
-            gate.batches.clear()
-            assert [str(error) for error in errors] == ["the engine is broken"] * count
-            end = time.monotonic() + LONG
-            while any(one() for one in gone) and time.monotonic() < end:
-                time.sleep(0.001)  # the thread that computed them lets go of them afterwards
-            assert not any(one() for one in gone)
-    finally:
-        gc.enable()
+    with running(gate) as runner:
+        answers.submit(runner, Job(group="g", payload=None))
+        assert gate.entered.acquire(timeout=LONG)
+        for payload in payloads:  # one batch
+            runner.submit(Job(group="g", payload=payload), errors.append)
+        del payload
+        payloads.clear()
+        gate.open.set()
+        answers.submit(runner, Job(group="h", payload=None))  # by its answer their round is over
+        answers.wait(2)
+        gate.batches.clear()
+        assert [str(error) for error in errors] == ["the engine is broken"] * count
+        end = time.monotonic() + LONG
+        while any(one() for one in gone) and time.monotonic() < end:
+            time.sleep(0.001)  # the thread that computed them lets go of them afterwards
+        assert not any(one() for one in gone)
 
 
 def test_the_batcher_has_to_reckon_with_as_many_workers() -> None:

@@ -633,7 +633,7 @@ def test_a_closed_slot_admits_nobody_and_answers_who_is_in(make_slot: Callable[.
     slot.close()
 
 
-def test_what_was_opened_when_the_slot_closed_is_closed_again(make_slot: Callable[..., Slot], shelf: Any) -> None:
+def test_what_was_opened_when_the_slot_closed_is_closed_again(make_slot: Callable[..., Slot], shelf: Any, wait_until: Any) -> None:
     """It may be a process, which nobody would end."""
     slot, closed = make_slot(), list[Session]()
     opens = shelf.open
@@ -647,7 +647,7 @@ def test_what_was_opened_when_the_slot_closed_is_closed_again(make_slot: Callabl
     shelf.open = last_moment
     with pytest.raises(NotReadyError, match="closed"):
         slot.load(Path("1"), "1")
-    assert len(closed) == 1
+    wait_until(lambda: len(closed) == 1)
 
 
 def test_calls_that_nobody_waits_for_any_more_are_ended(make_slot: Callable[..., Slot], monkeypatch: pytest.MonkeyPatch) -> None:

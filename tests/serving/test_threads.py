@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import subprocess
 import sys
 import threading
@@ -99,6 +98,7 @@ def test_calls_that_are_cancelled_while_they_wait_do_not_pile_up() -> None:
     assert (first.result(60), waiting[2].result(60)) == (None, 0)
 
 
+@pytest.mark.usefixtures("uncollected")
 def test_who_keeps_what_came_of_a_call_does_not_keep_what_it_was_given() -> None:
     class Given:
         pass
@@ -109,15 +109,11 @@ def test_who_keeps_what_came_of_a_call_does_not_keep_what_it_was_given() -> None
 
     threads, free, given = Threads("t"), threading.Event(), Given()
     gone = weakref.ref(given)
-    gc.disable()
-    try:
-        made = threads.submit(call, given)
-        del given
-        free.set()
-        assert made.result(20) == 1
-        end = time.monotonic() + 20
-        while threads._count and time.monotonic() < end:
-            time.sleep(0.001)
-        assert gone() is None
-    finally:
-        gc.enable()
+    made = threads.submit(call, given)
+    del given
+    free.set()
+    assert made.result(20) == 1
+    end = time.monotonic() + 20
+    while threads._count and time.monotonic() < end:
+        time.sleep(0.001)
+    assert gone() is None

@@ -26,11 +26,13 @@ def with_biases(model: Any) -> Any:
         if kind not in (*_CONVOLUTIONS, "MatMul") or not _is_constant(op.input(1).get_source_output().get_node()):
             continue
         output = op.output(0)
-        shape, axis = output.get_partial_shape(), 1 if kind in _CONVOLUTIONS else output.get_partial_shape().rank.get_length() - 1
-        readers = list(output.get_target_inputs())
-        if shape[axis].is_dynamic or _has_bias(readers):
+        shape, readers = output.get_partial_shape(), list(output.get_target_inputs())
+        if output.get_element_type() != openvino.Type.f32 or shape.rank.is_dynamic or _has_bias(readers):
             continue
-        sides = [1] * shape.rank.get_length()
+        axis = 1 if kind in _CONVOLUTIONS else len(shape) - 1
+        if shape[axis].is_dynamic:
+            continue
+        sides = [1] * len(shape)
         sides[axis] = shape[axis].get_length()
         biased = openvino.opset13.add(output, openvino.opset13.constant(np.full(sides, TINY)))
         for reader in readers:

@@ -445,8 +445,10 @@ class _Asked:
                 parameters={"recovered": work.recovered} if work.recovered else {},
             )
             encoded = None if self._encode is None else self._encode(response)
-        except Exception as error:  # noqa: BLE001 - it is the answer
+        except (ProtocolError, MemoryError) as error:
             return bare(error)
+        except Exception as error:  # noqa: BLE001 - it is the answer, and nobody foresaw it: where it was raised is reported
+            return error
         return Answered(
             response=response,
             encoded=encoded,

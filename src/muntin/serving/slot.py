@@ -622,7 +622,7 @@ class Slot:
         """On trial where the rollout says so, else at once to the place of the current one."""
         with self._changing():
             if self._closed.is_set():
-                opened.session.close()
+                self._gone.append(opened.session)
                 self._require_open()
             version.opened(opened)
             if self._current is None or not self.rollout.tried:
