@@ -11,8 +11,8 @@ from torch import Tensor, nn
 from muntin import create_model
 from muntin.compression import fold
 from muntin.compression.fold import Folded, fold_after, fold_before, fold_gate
-from muntin.layers import ChannelGate, ConvUnit, Gain, MapNorm, TokenNorm
-from muntin.layers.block import Perceptron
+from muntin.layers import ChannelGate, ConvUnit, Gain, LocalAttention, MapNorm, TokenNorm
+from muntin.layers.block import ParallelBlock, Perceptron
 from muntin.layers.windows import Grid
 
 SMALL = {"depths": (1, 1), "dims": (32, 32), "head_dim": 16, "window": 4, "latents": 4, "decoder": 16, "pairs": (1, 1)}
@@ -140,3 +140,52 @@ def test_each_rule_against_what_it_replaces(bias: bool) -> None:
 def test_what_stands_where_a_norm_was_passes_tokens_on() -> None:
     t_STC = torch.randn(2, 5, 4)
     assert Folded()(t_STC, GRID) is t_STC
+
+
+class Twice(nn.Module):
+    """Parts that two units hold."""
+
+    def __init__(self, shared: str) -> None:
+        super().__init__()
+        self.shared = shared
+        if shared == "attention":
+            attention = LocalAttention(16, heads=2, window=4)
+            units: tuple[nn.Module, ...] = tuple(ParallelBlock(16, attention=attention, gate=False) for _ in range(2))
+        elif shared == "unit":
+            units = (ConvUnit(16, 16),) * 2
+        else:
+            units = (ConvUnit(16, 16), ConvUnit(16, 16))
+        self.stem, self.units = ConvUnit(3, 16), nn.ModuleList(units)
+        if shared == "weight":
+            self.units[1].conv.weight = self.units[0].conv.weight  # type: ignore[union-attr, assignment]
+        if shared == "layer":
+            self.units[1].conv = self.units[0].conv
+        if shared == "activation":
+            self.units[1].activation = self.units[0].activation
+
+    def forward(self, x_BCHW: Tensor) -> Tensor:
+        x = self.stem(x_BCHW)
+        x = x.movedim(1, -1) if self.shared == "attention" else x
+        for unit in self.units:
+            x = unit(x)
+        return x
+
+
+@pytest.mark.parametrize(("shared", "folds"), [("attention", 0), ("weight", 0), ("layer", 0), ("unit", 1), ("activation", 2)])
+def test_what_two_units_hold_is_not_folded_for_one_of_them(shared: str, folds: int) -> None:
+    model = as_trained(Twice(shared))
+    x = torch.randn(2, 3, 12, 12)
+    before = answer(model, x)
+    changes = [change for change in fold(model) if change.layer.startswith("units")]
+    assert [change.kept for change in changes] == ([False] * folds or [True] * 2)
+    assert all("used in another place" in (change.reason or "") for change in changes if change.kept)
+    torch.testing.assert_close(answer(model, x), before, rtol=1e-4, atol=1e-4)
+
+
+def test_what_a_hook_looks_at_is_not_folded() -> None:
+    model = as_trained(nn.Sequential(ConvUnit(3, 8), ConvUnit(8, 8)))
+    model[1].conv.register_forward_hook(lambda layer, inputs, output: output * 2)  # type: ignore[index, union-attr, operator]
+    x = torch.randn(2, 3, 9, 9)
+    before = answer(model, x)
+    assert [(change.layer, change.kept) for change in fold(model)] == [("0", False), ("1", True)]
+    torch.testing.assert_close(answer(model, x), before, rtol=1e-4, atol=1e-4)

@@ -188,3 +188,39 @@ def test_keep_names_layers_modules_and_parts_of_layers() -> None:
     for entry in ("a.b", "a", "a.b.reduce"):
         assert is_kept("a.b", (entry,)) and not is_kept("ab.b", (entry,))
     assert not is_kept("a.b", ("a.b.nosuch",)) and not is_kept("", ("a", "reduce"))
+
+
+def test_hooks_go_on_with_the_new_layer() -> None:
+    model = nn.Sequential(nn.Linear(4, 4), nn.ReLU())
+    seen: list[str] = []
+    model[0].register_forward_hook(lambda layer, inputs, output: output + 1)
+    model[0].register_forward_pre_hook(lambda layer, inputs, by_name: seen.append(type(layer).__name__), with_kwargs=True)
+    x = torch.randn(2, 4)
+    due = model(x)
+    replace(model, "0", nn.Sequential(model[0].__class__(4, 4)))
+    with torch.no_grad():
+        model[0][0].weight.zero_()
+        model[0][0].bias.zero_()
+    assert torch.equal(model(x), torch.ones(2, 4)) and due.shape == (2, 4)
+    assert seen == ["Linear", "Sequential"]
+
+
+class Padding(nn.Conv2d):
+    """Pads odd sides to even ones, as some checkpoints' convolutions do: of even ones it is a convolution."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        H, W = input.shape[-2:]
+        return super().forward(nn.functional.pad(input, (0, W % 2, 0, H % 2), value=1.0))
+
+
+class Renamed(nn.Conv2d):
+    """A convolution."""
+
+
+@pytest.mark.parametrize("pass_", [quantize([torch.rand(2, 3, 16, 16) * 255]), prepare_qat([torch.rand(2, 3, 16, 16) * 255])])
+def test_a_convolution_that_pads_odd_sides_only_stays(pass_: Pass) -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(Renamed(3, 16, 3, padding=1), nn.ReLU(), Padding(16, 16, 2, stride=2)).eval()
+    changes = {change.layer: change for change in pass_(model)}
+    assert not changes["0"].kept and changes["2"].kept
+    assert "does not compute what its kind does" in (changes["2"].reason or "") and isinstance(model[2], Padding)

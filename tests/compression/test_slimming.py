@@ -180,3 +180,14 @@ def test_a_pair_with_a_norm_of_another_kind_is_left_alone_and_so_is_its_gate() -
     assert change.kept and change.reason == "a BatchNorm2d stands before the gate: it cannot be cut"
     fold(model)
     assert isinstance(pair.gate, ChannelGate) and alike(answer(model, x), before)
+
+
+def test_a_layer_that_another_unit_reads_too_is_not_cut() -> None:
+    model = closed(0.5)
+    pairs = [module for module in model.modules() if isinstance(module, ResidualPair)]
+    other = nn.Sequential(pairs[0].first)  # its convolution gives the channels of the gate
+    model.other = other
+    changes = {change.layer: change for change in remove_closed_channels(model)}
+    name = next(name for name, module in model.named_modules() if module is pairs[0])
+    assert changes[name].kept and "used in another place" in (changes[name].reason or "")
+    assert sum(change.kept for change in changes.values()) == 1

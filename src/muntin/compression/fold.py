@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from muntin.compression.change import Change
 from muntin.compression.factored import FactoredConv2d, FactoredLinear
-from muntin.compression.rewrite import named
+from muntin.compression.rewrite import named, tied
 from muntin.layers import ChannelGate, ConvUnit, Gain, MapNorm, PixelHead, ResidualPair, TokenNorm
 from muntin.layers.block import ParallelBlock, Perceptron, SerialBlock
 from muntin.layers.windows import Grid
@@ -150,20 +150,26 @@ RULES: dict[type[nn.Module], Callable[..., str | None]] = {
     PixelHead: _fold_head,
 }
 """How each kind of unit folds: returns what was done, or None where there is nothing left to fold."""
+FOLDS = (MapNorm, TokenNorm, ChannelGate, Gain)
+"""What folds into the layers beside it."""
 
 
 @torch.no_grad()
 def fold(model: nn.Module) -> list[Change]:
     """Fold every norm, gate and gain of muntin's layers, in place; the model must be in `eval` mode. Idempotent.
 
-    Layers of other libraries are left as they are: `fold_batch_norms` is for those.
+    A unit whose layers or weights are used in another place, too, stays as it is, and its change says so. Layers of other libraries are
+    left as they are: `fold_batch_norms` is for those.
     """
     if model.training:
         raise ValueError("fold needs the statistics of a trained model: call model.eval() first")
     changes = []
-    for name, unit in named(model, *RULES):
-        rule = RULES.get(type(unit))  # a subclass may compute something else
-        done = rule(unit) if rule else None
-        if done is not None:
+    units = {name: unit for name, unit in named(model, *RULES) if type(unit) in RULES}  # a subclass may compute something else
+    reasons = tied(model, units)
+    for name, unit in units.items():
+        if name in reasons:
+            if any(isinstance(part, FOLDS) for part in unit.children()):
+                changes.append(Change(layer=name, pass_="fold", done="kept", reason=reasons[name]))
+        elif (done := RULES[type(unit)](unit)) is not None:
             changes.append(Change(layer=name, pass_="fold", done=done))
     return changes

@@ -56,9 +56,8 @@ def _measure(
 
     def watch(name: str, layer: nn.Module, inputs: tuple[Tensor, ...]) -> None:
         if name in candidates and name not in measured:
-            output = type(layer).forward(layer, inputs[0])
-            usual = computes_as_usual(layer, inputs[0], output)
-            measured[name] = sqnr_db(output, candidates[name](inputs[0])) if usual else None
+            usual = computes_as_usual(layer, inputs[0])
+            measured[name] = sqnr_db(type(layer).forward(layer, inputs[0]), candidates[name](inputs[0])) if usual else None
 
     for batch in batches:
         if measured.keys() != candidates.keys():

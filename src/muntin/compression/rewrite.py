@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from typing import Any, TypeVar
 
 import torch
@@ -30,16 +32,35 @@ def computed_weight(layer: nn.Module) -> str | None:
     return None if "weight" in layer._parameters else "its weight is computed (weight norm, spectral norm): remove that first"
 
 
-def computes_as_usual(layer: nn.Module, x: Tensor, output: Tensor) -> bool:
-    """False for a subclass that pads, standardises or masks before its product: its weight and strides do not say what it computes."""
+def computes_as_usual(layer: nn.Module, x: Tensor) -> bool:
+    """False for a subclass that pads, standardises or masks before its product: its weight and strides do not say what it computes.
+
+    `x`: what it was given. A convolution is given parts of its first image, too, a row, a column and a stride smaller: it may pad some
+    sizes only.
+    """
     if type(layer) in (nn.Linear, nn.Conv2d):
         return True
-    if isinstance(layer, nn.Conv2d):
-        usual = F.conv2d(x, layer.weight, layer.bias, layer.stride, layer.padding, layer.dilation, layer.groups)
-    else:
-        assert isinstance(layer, nn.Linear)
-        usual = F.linear(x, layer.weight, layer.bias)
-    return usual.shape == output.shape and torch.allclose(usual, output, rtol=1e-4, atol=1e-5 * float(output.abs().max()))
+    if isinstance(layer, nn.Linear):
+        return _alike(type(layer).forward(layer, x), F.linear(x, layer.weight, layer.bias))
+    assert isinstance(layer, nn.Conv2d)
+    if not _convolves(layer, x):
+        return False
+    rows, columns = (sorted({0, 1, max(1, stride - 1)}) for stride in layer.stride)
+    for fewer_rows, fewer_columns in itertools.product(rows, columns):
+        part = x[:1, ..., : x.shape[-2] - fewer_rows, : x.shape[-1] - fewer_columns]
+        with suppress(RuntimeError, ValueError, AssertionError):  # a size that it does not take, and is never given
+            if not _convolves(layer, part):
+                return False
+    return True
+
+
+def _convolves(layer: nn.Conv2d, x: Tensor) -> bool:
+    due = F.conv2d(x, layer.weight, layer.bias, layer.stride, layer.padding, layer.dilation, layer.groups)
+    return _alike(type(layer).forward(layer, x), due)
+
+
+def _alike(output: Tensor, due: Tensor) -> bool:
+    return due.shape == output.shape and torch.allclose(due, output, rtol=1e-4, atol=1e-5 * float(output.abs().max()))
 
 
 def check_kept(keep: Sequence[str], layers: Mapping[str, nn.Module]) -> None:
@@ -112,9 +133,11 @@ def out_of_reach(model: nn.Module, pass_: str, form: str) -> list[Change]:
 
 def replace(model: nn.Module, name: str, layer: nn.Module) -> None:
     """Put `layer` where `name` is, in every place that holds the same module (shared layers stay shared), plain lists, tuples and dicts
-    among them: a forward that goes through one of these calls what is in it."""
+    among them: a forward that goes through one of these calls what is in it. Hooks of the old one go on with the new one."""
     old = model.get_submodule(name)
     layer.train(old.training)
+    for hooks in _HOOKS:
+        vars(layer)[hooks].update(vars(old)[hooks])
     for parent in list(model.modules()):
         for key, child in list(parent._modules.items()):  # named_children() gives a module that has two names once
             if child is old:
@@ -126,6 +149,8 @@ def replace(model: nn.Module, name: str, layer: nn.Module) -> None:
 
 _OWN = frozenset(vars(nn.Module()))
 """The attributes that PyTorch keeps for itself."""
+_HOOKS = tuple(name for name in sorted(_OWN) if name.startswith(("_forward_hooks", "_forward_pre_hooks")))
+"""Those of them that say what is called around a forward pass, and how."""
 
 
 def _with(value: Any, old: nn.Module, new: nn.Module, seen: set[int]) -> Any:
@@ -155,6 +180,29 @@ def parameter_users(model: nn.Module) -> dict[int, list[str]]:
             if parameter is not None:
                 users.setdefault(id(parameter), []).append(name)
     return users
+
+
+def tied(model: nn.Module, units: Mapping[str, nn.Module]) -> dict[str, str]:
+    """Why what is inside of a unit cannot be rewritten for this unit alone, of those units where that is so, by name.
+
+    A layer or a weight that is used elsewhere, too, would change there; a hook on a part would see other numbers. A unit that is used whole
+    in several places is one, and an activation may be anybody's.
+    """
+    holders: dict[int, list[int]] = {}
+    for module in model.modules():
+        for held in (*module._modules.values(), *module._parameters.values()):
+            if held is not None:
+                holders.setdefault(id(held), []).append(id(module))
+    found = {}
+    for name, unit in units.items():
+        _, *parts = unit.modules()
+        inside = {id(unit), *map(id, parts)}
+        own = [*(part for part in parts if any(True for _ in part.parameters())), *unit.parameters()]
+        if any(len(by := holders[id(part)]) > 1 or not inside.issuperset(by) for part in own):
+            found[name] = "parts of it are used in another place, too, and would change there"
+        elif any(part._forward_hooks or part._forward_pre_hooks for part in parts):
+            found[name] = "a part of it has a hook, which would see other numbers"
+    return found
 
 
 def call_every_layer(model: nn.Module) -> None:

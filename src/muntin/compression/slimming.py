@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from muntin.compression.change import Change
 from muntin.compression.factored import FactoredConv2d, FactoredLinear
-from muntin.compression.rewrite import named
+from muntin.compression.rewrite import named, tied
 from muntin.errors import MuntinError
 from muntin.layers import ChannelGate, Gated, MapNorm, Perceptron, ResidualPair
 from muntin.layers.gate import BLOCK
@@ -28,10 +28,13 @@ def remove_closed_channels(model: nn.Module) -> list[Change]:
     """Cut the channels that gates have closed out of `model`, in place, before norms and gates are folded.
 
     `training.gate_budget` makes training close them. Of a unit's closed channels as many stay as make its width a multiple of `BLOCK`;
-    layers may be factored already. Gives one `Change` a gate that is not all open. Costs a copy of the weights that stay.
+    layers may be factored already. A unit whose layers another one holds, too, is not cut. Gives one `Change` a gate that is not all open.
+    Costs a copy of the weights that stay.
     """
     changes = []
-    for name, unit in _units(model):
+    units = dict(_units(model))
+    reasons = tied(model, units)
+    for name, unit in units.items():
         gate = unit.gate
         if not isinstance(gate, ChannelGate) or gate.open_channels().all():
             continue
@@ -40,6 +43,9 @@ def remove_closed_channels(model: nn.Module) -> list[Change]:
         if isinstance(unit, ResidualPair) and not isinstance(unit.first.norm, MapNorm | nn.Identity):
             reason = f"a {type(unit.first.norm).__name__} stands before the gate: it cannot be cut"
             changes.append(Change(layer=name, pass_="slim", done="kept", reason=reason))
+            continue
+        if name in reasons:
+            changes.append(Change(layer=name, pass_="slim", done="kept", reason=reasons[name]))
             continue
         if len(kept) == gate.dim:
             reason = f"{shut} of {gate.dim} channels are closed: the rest fills as many blocks of {BLOCK}"
