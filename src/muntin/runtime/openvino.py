@@ -3,8 +3,9 @@
 The graph has dynamic sizes. A kernel compiled for one size is faster (a crude hybrid at 512 x 512: 7.6 ms against 8.6), so each size that
 comes is compiled when it first comes, which takes a few tenths of a second, and the last few are kept. With `dynamic` only the sizes that
 `warm_up` names are: one model for one image of any size serves all others, image by image, better where no two are alike and where nobody
-may wait. What was compiled is kept in the user's cache too (`muntin.runtime.cache`), where the next process finds it: opening hybrid-s at
-512 x 512 then takes 0.34 to 0.39 of the time.
+may wait. (In 16 bits all of it computes in float32 where a model computes floats from its image's sides.) What was compiled is kept in the
+user's cache too (`muntin.runtime.cache`), where the next process finds it: opening hybrid-s at 512 x 512 then takes 0.34 to 0.39 of the
+time.
 
 With one stream all threads work on one image: the lowest latency. With several, each works on an image of its own with its share of the
 threads: more images a second, and each of them later.
@@ -19,6 +20,7 @@ from __future__ import annotations
 from collections import OrderedDict
 from collections.abc import Iterable
 from contextlib import suppress
+from functools import cached_property
 from queue import LifoQueue
 from threading import Lock
 from typing import Any
@@ -34,6 +36,7 @@ from muntin.runtime.hardware import physical_cores
 from muntin.runtime.openvino_biases import with_biases
 from muntin.runtime.openvino_endings import ending_in_labels, ending_in_scores
 from muntin.runtime.openvino_masks import with_whole_masks
+from muntin.runtime.openvino_sizes import computes_with_sizes
 from muntin.runtime.quiet import openvino
 from muntin.runtime.session import STATIC_SHAPES, ExecutedLayer, Session, Shape, check_shapes
 from muntin.runtime.signals import signal_stack_kept
@@ -244,7 +247,7 @@ class OpenVinoSession(Session):
                     model = with_biases(model)
                 if self.precision != "f32":
                     model = with_whole_masks(model)
-                compiled = self._core.compile_model(model, "CPU", self._options)
+                compiled = self._core.compile_model(model, "CPU", self._options_for(shape))
                 if self._cache is not None:
                     with suppress(RuntimeError, MemoryError):  # to keep it takes its memory once more, and nobody needs it kept
                         self._cache.write(self._key(variant), compiled.export_model().getvalue())
@@ -265,7 +268,7 @@ class OpenVinoSession(Session):
         if data is None:
             return None
         try:
-            return self._core.import_model(data, "CPU", self._options)
+            return self._core.import_model(data, "CPU", self._options_for(variant[0]))
         except RuntimeError:  # it compiles anew then, as if nothing had been kept
             return None
 
@@ -274,7 +277,16 @@ class OpenVinoSession(Session):
         ending = "labels before pixels, classes last" if labels else "pixels in one pass"
         masks = "" if self.precision == "f32" else " whole masks"
         biases = " biases" if shape is None else ""
-        return f"{shape or 'one image'} {ending}{masks}{biases} {sorted(self._options.items())}"
+        return f"{shape or 'one image'} {ending}{masks}{biases} {sorted(self._options_for(shape).items())}"
+
+    def _options_for(self, shape: InputShape | None) -> dict[str, Any]:
+        """What the model is compiled with for an input shape: in float32 where sizes are free and floats are computed from them."""
+        rounds = shape is None and self.precision != "f32" and self._computes_with_sizes
+        return {**self._options, "INFERENCE_PRECISION_HINT": "f32"} if rounds else self._options
+
+    @cached_property
+    def _computes_with_sizes(self) -> bool:
+        return computes_with_sizes(self._model)
 
 
 def open_openvino(
