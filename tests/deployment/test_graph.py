@@ -148,8 +148,14 @@ def cases() -> dict[str, tuple[Callable[[Any, Tensor], Any], str]]:
         "adaptive": (lambda m, x: F.interpolate(F.adaptive_avg_pool2d(m.conv(x), (7, 3)), x.shape[2:]), r"adaptive pooling to 7 x 3"),
         "row": (lambda m, x: m.conv(x) + F.adaptive_avg_pool1d(m.conv(x).flatten(2), 4).mean(), r"adaptive pooling to 4 has no form"),
         "max": (lambda m, x: F.interpolate(F.adaptive_max_pool2d(m.conv(x), 4), x.shape[2:]), r"adaptive pooling to 4 x 4"),
-        "large": (lambda m, x: m.conv(x if x.shape[2] < 300 else -x), r"otherwise where the height is from 300 on"),
-        "small": (lambda m, x: m.conv(x if x.shape[3] > 90 else -x), r"otherwise where the width is below 91"),
+        "large": (
+            lambda m, x: m.conv(x if x.shape[2] < 300 else -x),
+            r"where height < 300 \(.*test_graph.py:\d+ in <lambda>\), and computes",
+        ),
+        "small": (
+            lambda m, x: m.conv(x if x.shape[3] > 90 else -x),
+            r"where width > 90 .*, and computes otherwise elsewhere, as for 1 x 65 x 65",
+        ),
         "dictionary": (lambda m, x: {"out": m.conv(x)}, r"the model answers dict .*: wrap it"),
         "labels": (lambda m, x: m.conv(x).argmax(1, keepdim=True), r"the model answers torch.int64 .*: wrap it"),
         "nan": (lambda m, x: m.conv(x) * float("nan"), r"answers NaN or infinity"),

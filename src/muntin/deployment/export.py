@@ -29,21 +29,28 @@ from muntin.artifact.manifest import EngineFamily, FloatPrecision
 from muntin.artifact.packing import BITS, value_range
 from muntin.compression import Change, QuantizedConv2d, QuantizedLinear, fold, quantize, remove_closed_channels
 from muntin.compression.rewrite import named
+from muntin.deployment.answers import (
+    FAR_OFF,
+    Pairs,
+    answer_to,
+    check_batch,
+    check_rewritten,
+    check_shapes,
+    golden_pairs,
+    is_steady,
+    pairs_at,
+)
 from muntin.deployment.counting import PRODUCTS, WEIGHTED, bias_count, layer_macs, weight_count
-from muntin.deployment.graph import COMPUTE, answer_to, to_onnx
+from muntin.deployment.graph import COMPUTE, to_onnx
 from muntin.errors import ArtifactError, ExportError
 from muntin.models import HybridNet
 from muntin.runtime import Session, describe_hardware, load
+from muntin.runtime.engines import Precision
 from muntin.runtime.session import check_shape
 from muntin.runtime.verification import find_fallbacks, replay
 from muntin.training.config import QuantizationConfig
 
 Limits = Mapping[FloatPrecision, GoldenTolerance]
-Pairs = list[tuple[NDArray[np.uint8], NDArray[np.float32]]]
-"""Images (1, H, W, C) and what the PyTorch model answers to them."""
-FAR_OFF = 0.25
-"""Standard deviations, in the mean, from which integers at sizes that are not recorded are another branch's: rounding adds up over many
-pixels and layers, in a hardly trained model to 0.08."""
 LARGEST = 1 << 20
 """Pixels of an example that is compared whole."""
 OTHER_SIZES = ((192, 64), (64, 160), (256, 256))
@@ -90,15 +97,22 @@ def export(
     if isinstance(model, WEIGHTED):
         model = nn.Sequential(model).eval()  # a layer goes by its name in the model, and the model itself has none
     signature = signature or infer_signature(model, example)
+    whole = [(H, W)] if (H := example.shape[2]) * (W := example.shape[3]) <= LARGEST else []
+    sizes = dict.fromkeys((*golden_sizes(H, W), *OTHER_SIZES, *whole))
+    untouched = pairs_at(model, example, sizes)  # first: it is quick, and finds a model that does not take every size
+    check_shapes(untouched, signature)
     changes = list(changes)
     if calibration is None:
         changes += remove_closed_channels(model) + fold(model)
     else:
         changes += quantize(_calibration(calibration), quantization)(model)
-    golden = golden_pairs(model, example)  # first: it is quick, and finds a model that does not take every size
-    _check_batch(model, golden)
-    whole = [(H, W)] if (H := example.shape[2]) * (W := example.shape[3]) <= LARGEST else []
+    golden = golden_pairs(model, example)
     others = pairs_at(model, example, dict.fromkeys((*OTHER_SIZES, *whole)))
+    notes: list[str] = []
+    if is_steady(model, golden):  # of numbers that it draws is told where the engine's answers are compared
+        notes = check_rewritten(untouched, [*golden, *others], quantized=calibration is not None)
+        check_batch(model, golden)
+    del untouched  # scores of many classes are large
     proto = to_onnx(model, example, signature)
     content: dict[str, Any] = {
         "model": proto,
@@ -110,23 +124,7 @@ def export(
         "measured": {"hardware": describe_hardware(), **(measured or {})},
         "example": opened_for,
     }
-    return _write_checked(Path(path), content, others)
-
-
-def _check_batch(model: nn.Module, golden: Pairs) -> None:
-    """Raises `ExportError` where an image's answer hangs on another one of its batch: who serves it puts strangers' images together."""
-    images_BHWC, _ = min(golden, key=lambda pair: pair[0].size)
-    pair_BCHW = torch.from_numpy(np.concatenate([images_BHWC, 255 - images_BHWC // 2])).permute(0, 3, 1, 2)
-    together = answer_to(model, pair_BCHW)
-    alone, again = (torch.cat([answer_to(model, image[None]) for image in pair_BCHW]) for _ in range(2))
-    if not torch.equal(alone, again):  # it draws numbers, which is told where the engine's answers are compared
-        return
-    error = float((together - alone).square().mean().sqrt()) / max(float(alone.std(correction=0)), 1e-6)
-    if not error <= FAR_OFF / 5:
-        raise ExportError(
-            f"the model answers an image otherwise beside another one, by {error:.2g} standard deviations in the mean: a norm by the "
-            "batch's own statistics (track_running_stats=False), or a mean over the batch, mixes what strangers send; compute each alone"
-        )
+    return _write_checked(Path(path), content, others, notes)
 
 
 def _copied(model: nn.Module) -> nn.Module:
@@ -149,7 +147,7 @@ def _calibration(batches: Iterable[Tensor]) -> list[Tensor]:
     return [batch.cpu() for batch in found]
 
 
-def _write_checked(path: Path, content: dict[str, Any], others: Pairs) -> Artifact:
+def _write_checked(path: Path, content: dict[str, Any], others: Pairs, notes: list[str]) -> Artifact:
     """Write elsewhere, open in the runtime, compare, and only then write in place with the precision that was measured.
 
     What OpenVINO computes has to be what PyTorch does. Where ONNX Runtime does not agree, its tolerance is left out and a note says why.
@@ -160,10 +158,10 @@ def _write_checked(path: Path, content: dict[str, Any], others: Pairs) -> Artifa
         draft = Path(scratch) / "draft"
         write_artifact(draft, **content, golden_tolerance={"openvino": limits}, precision="bf16")
         try:
-            precision, tolerances, notes = _tried(draft, content, limits, others)
+            precision, tolerances, told = _tried(draft, content, limits, others)
         except ArtifactError as error:  # of a draft, whose place is nobody's
             raise ExportError(f"an engine cannot run what was made of the model: {str(error).partition(': ')[2] or error}") from error
-    content["measured"]["notes"] = notes
+    content["measured"]["notes"] = [*notes, *told]
     return write_artifact(path, **content, golden_tolerance=tolerances, precision=precision)
 
 
@@ -182,11 +180,19 @@ def _tried(
         advice = "; layers that are named in quantization.keep stay in floats" if limits is LIMITS else ""
         raise ExportError(f"{exact.engine} does not compute what PyTorch does: {problems[0]}; nothing was written{advice}")
     notes: list[str] = []
+    largest, example = max(others, key=lambda pair: pair[0].size), tuple(content["example"][1:])
+
+    def free(asked: Precision) -> list[str]:
+        session = load(draft, precision=asked, shapes=(), dynamic=True, cache=False)
+        lines = deviations(session, content["golden"], limits) or far_off(session, [largest])
+        return [f"where sizes are free {line}" for line in lines]
+
     if recorded.precision != exact.precision:
         # What 16 bits cost may grow with the map, and kernels are chosen by the size: of one that is large, and of the example's own.
-        largest, example = max(others, key=lambda pair: pair[0].size), tuple(content["example"][1:])
         seen = {pair[0].shape[1:3]: pair for pair in (largest, *(pair for pair in others if pair[0].shape[1:3] == example))}
-        notes = deviations(recorded, content["golden"], limits) or far_off(recorded, list(seen.values()))
+        notes = deviations(recorded, content["golden"], limits) or far_off(recorded, list(seen.values())) or free("recorded")
+    if (notes or recorded.precision == exact.precision) and (problems := free("f32")):
+        raise ExportError(f"{exact.engine} does not compute what PyTorch does: {problems[0]}; nothing was written")
     precision: FloatPrecision = precision_of(exact if notes else recorded)
     recorded.warm_up([content["example"]])
     told = [f"recorded in {precision}, for {note}" for note in notes]
@@ -296,35 +302,6 @@ def _bits_for(values: NDArray[Any]) -> int:
     low, high = (int(values.min()), int(values.max())) if values.size else (0, 0)
     signed = values.dtype.kind == "i"
     return next(bits for bits in BITS if low >= value_range(bits, signed)[0] and high <= value_range(bits, signed)[1])
-
-
-def golden_pairs(model: nn.Module, example: Tensor) -> Pairs:
-    """Two crops of the example's first image and what the model answers to them: two sizes, so that one that was baked in is found."""
-    return pairs_at(model, example, golden_sizes(*example.shape[2:]))
-
-
-def pairs_at(model: nn.Module, example: Tensor, sizes: Iterable[tuple[int, int]]) -> Pairs:
-    """Images of some sizes, cut from the example's first one or, where it is smaller, from repetitions, and the model's answers to them."""
-    return [_pair(model, _cut(example[0], *size)) for size in sizes]
-
-
-def _pair(model: nn.Module, image_CHW: Tensor) -> tuple[NDArray[np.uint8], NDArray[np.float32]]:
-    images_BCHW = image_CHW[None].to(torch.float32).round().clamp(0, 255).to(torch.uint8)
-    scores = answer_to(model, images_BCHW)
-    return np.ascontiguousarray(images_BCHW.permute(0, 2, 3, 1).numpy()), scores.numpy()
-
-
-def _cut(image_CHW: Tensor, rows: int, columns: int) -> Tensor:
-    """The part of the image in which most goes on: borders of one colour would say little."""
-    H, W = image_CHW.shape[1:]
-    places = [(y, x) for y in _starts(H, rows) for x in _starts(W, columns)]
-    top, left = max(places, key=lambda at: float(image_CHW[:, at[0] : at[0] + rows, at[1] : at[1] + columns].float().var(correction=0)))
-    down, across = (torch.arange(start, start + size) % side for start, size, side in ((top, rows, H), (left, columns, W)))
-    return image_CHW[:, down][:, :, across]
-
-
-def _starts(side: int, size: int) -> list[int]:
-    return sorted({round(max(0, side - size) * part / 4) for part in range(5)})
 
 
 def layer_records(

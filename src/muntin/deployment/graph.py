@@ -26,13 +26,13 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from muntin.artifact import Signature
+from muntin.deployment.answers import answer_to, reason_of
+from muntin.deployment.conditions import check_bounds, check_conditions
 from muntin.errors import ExportError
-from muntin.runtime.memory import no_memory
 
 OPSET = 20
 COMPUTE = ("Conv", "ConvTranspose", "Gemm", "MatMul")
-SMALLEST = 65
-"""Sides that a traced graph may begin at, pixels: one more than all strides of a model multiplied, above which no map is of one pixel."""
+_DEFERRED = "prefer_deferred_runtime_asserts_over_guards"
 _SCOPES = "pkg.torch.onnx.name_scopes"
 _ADAPTIVE = tuple(getattr(torch.ops.aten, f"adaptive_{kind}_pool{axes}d").default for kind in ("avg", "max") for axes in (1, 2, 3))
 
@@ -80,7 +80,7 @@ def to_onnx(model: nn.Module, example: Tensor, signature: Signature) -> onnx.Mod
     images = _traced_example(example)
     free = torch.export.Dim.DYNAMIC
     try:
-        with _quiet_exporter():
+        with _quiet_exporter(), _captures(lambda program: check_conditions(model, program, example)) as found:
             program = torch.onnx.export(
                 PixelInput(model).eval(),
                 (images,),
@@ -94,15 +94,47 @@ def to_onnx(model: nn.Module, example: Tensor, signature: Signature) -> onnx.Mod
                 external_data=False,
             )
     except (torch.onnx.errors.OnnxExporterError, RuntimeError) as error:
-        raise ExportError(f"the model cannot be exported for every size: {_reason(error.__cause__ or error)}") from error
+        raise ExportError(f"the model cannot be exported for every size: {reason_of(error.__cause__ or error)}") from error
     if program is None or program.exported_program is None:
         raise ExportError("the exporter returned no graph for this model")
-    _check_bounds(program.exported_program)
+    if not found:
+        check_bounds(program.exported_program)
+    elif found[-1] is not None:
+        raise found[-1]
     proto: onnx.ModelProto = program.model_proto
     _name_layers(proto, canonical_names(model))
     _whole_windows(proto)
     _signed_concats(proto)
     return proto
+
+
+@contextmanager
+def _captures(look: Callable[[torch.export.ExportedProgram], None]) -> Iterator[list[ExportError | None]]:
+    """Shows `look` each program that PyTorch captures meanwhile, and keeps what it raises.
+
+    The exporter decomposes the program in place, which no longer knows then what was asked of the sizes; and who captures a program first
+    by himself spoils the exporter's capture of some models (PyTorch 2.13; a GRU).
+    """
+    capture = torch.export.export
+    found: list[ExportError | None] = []
+
+    def looked_at(*arguments: Any, **options: Any) -> torch.export.ExportedProgram:
+        if _DEFERRED in options:  # or conditions would be assertions in the graph, and no guards
+            options[_DEFERRED] = False
+        program = capture(*arguments, **options)
+        try:
+            look(program)
+        except ExportError as error:  # once the exporter has ended: it takes what is raised for its own failure, and tries other ways
+            found.append(error)
+        else:
+            found.append(None)
+        return program
+
+    torch.export.export = looked_at
+    try:
+        yield found
+    finally:
+        torch.export.export = capture
 
 
 @contextmanager
@@ -119,11 +151,6 @@ def _quiet_exporter() -> Iterator[None]:
         logger.setLevel(level)
 
 
-def _reason(error: BaseException) -> str:
-    """An error on one line, or its kind where it says nothing."""
-    return " ".join(str(error).split())[:300] or type(error).__name__
-
-
 class _RefuseAdaptivePooling(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch's __init_subclass__
     """Adaptive pooling to more than one value: the exporter's graph of it reads outside the map at other sizes, without a warning.
 
@@ -133,29 +160,10 @@ class _RefuseAdaptivePooling(TorchDispatchMode):  # type: ignore[no-untyped-call
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None) -> Any:
         if func in _ADAPTIVE and any(side != 1 for side in args[1]):
             size = " x ".join(str(side) for side in args[1])
-            raise ExportError(f"adaptive pooling to {size} has no form that works for every size: pool to 1 x 1, or interpolate")
+            raise ExportError(
+                f"adaptive pooling to {size} has no form that works for every size: pool to 1 x 1, take an axis' mean, or interpolate"
+            )
         return func(*args, **(kwargs or {}))
-
-
-def answer_to(model: nn.Module, images_BCHW: Tensor) -> Tensor:
-    """What a model answers to raw pixels, in float32. Raises `ExportError` for a model that does not take them or gives no scores."""
-    came = tuple(images_BCHW.shape)
-    try:
-        with torch.inference_mode():
-            answer = model(images_BCHW.to(torch.float32))
-    except (RuntimeError, ValueError, AssertionError) as error:  # what models raise for a size or a number of channels
-        if no_memory(error):
-            raise ExportError(f"no memory for the model's answer to pixels of shape {came}: {_reason(error)}") from error
-        raise ExportError(
-            f"the model fails on pixels of shape {came}, and an artefact takes every size: {_reason(error)}; "
-            "muntin.models.DividedSides pads and cuts where sides have to be multiples of a number"
-        ) from error
-    if not isinstance(answer, Tensor) or not answer.is_floating_point():
-        kind = answer.dtype if isinstance(answer, Tensor) else type(answer).__name__
-        raise ExportError(f"the model answers {kind} to pixels of shape {came}; scores, a float tensor, are expected: wrap it")
-    if not torch.isfinite(answer).all():
-        raise ExportError(f"the model answers NaN or infinity to pixels of shape {came}: train again or restore a checkpoint")
-    return answer.to(torch.float32)
 
 
 def _check(model: nn.Module, example: Tensor, signature: Signature) -> None:
@@ -169,23 +177,6 @@ def _check(model: nn.Module, example: Tensor, signature: Signature) -> None:
             f"the model answers {tuple(answer.shape)} to an example of {tuple(example.shape)}; "
             f"for task '{signature.task}' it must be {expected}"
         )
-
-
-def _check_bounds(program: torch.export.ExportedProgram) -> None:
-    """Raises `ExportError` where what was traced holds for some heights or widths alone: a condition on the size took one of its branches.
-
-    The tracer bounds every size from below by itself, since it keeps maps of one pixel apart.
-    """
-    (name,) = program.graph_signature.user_inputs
-    images = next(node.meta["val"] for node in program.graph.nodes if node.name == name)
-    for side, size in zip(("height", "width"), images.shape[1:3], strict=True):
-        bounds = program.range_constraints[size.node.expr]
-        where = f"from {bounds.upper + 1} on" if bounds.upper.is_Integer else f"below {bounds.lower}" if bounds.lower > SMALLEST else ""
-        if where:
-            raise ExportError(
-                f"the model computes otherwise where the {side} is {where}, and an artefact has one graph for every size: "
-                "leave out the condition on the size, or write both of its branches in one (torch.where)"
-            )
 
 
 def _traced_example(example: Tensor) -> Tensor:
