@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 
 import muntin
+from muntin.errors import install
 
 SOURCE = Path(muntin.__file__).parent
 # From the foundations up: a module may import from its own room and from those before it.
@@ -123,7 +124,22 @@ def test_what_is_not_installed_is_named_with_its_extra(name: str, package: str, 
     use = f"try:\n    muntin.{name}\nexcept Exception as error:\n    print(error)"
     code = f"import sys\nsys.modules['{package}'] = None\nimport muntin\n{use}"
     ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert ran.stdout == f"muntin.{name} needs the package {package}: pip install 'muntin[{extra}]'\n"
+    assert ran.stdout == f"muntin.{name} needs the package {package}: {install(extra)}\n"
+
+
+@pytest.mark.parametrize(
+    ("record", "command"),
+    [
+        ('{"dir_info": {"editable": true}, "url": "file:///src/muntin"}', "pip install -e '/src/muntin[serve]'"),
+        ('{"dir_info": {}, "url": "file:///my%20src/muntin"}', "pip install '/my src/muntin[serve]'"),
+        ('{"archive_info": {}, "url": "file:///tmp/muntin-1-py3-none-any.whl"}', "pip install 'muntin[serve]'"),
+        ('{"url": "https://example.org/muntin.git", "vcs_info": {}}', "pip install 'muntin[serve]'"),
+        (None, "pip install 'muntin[serve]'"),
+    ],
+)
+def test_extras_are_installed_from_where_muntin_came(record: str | None, command: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(importlib.metadata.PathDistribution, "read_text", lambda distribution, name: record)
+    assert install("serve") == command
 
 
 def test_importing_muntin_loads_nothing_heavy() -> None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
-from muntin.errors import DependencyError
+from muntin.errors import DependencyError, install
 
 if TYPE_CHECKING:
     from muntin import layers
@@ -46,7 +46,7 @@ def __getattr__(name: str) -> Any:
         if package == "muntin" or room == "runtime":  # a fault of ours, or of the installation
             raise
         extra = "serve" if name == "serve" else "train"
-        raise DependencyError(f"muntin.{name} needs the package {package}: pip install 'muntin[{extra}]'") from error
+        raise DependencyError(f"muntin.{name} needs the package {package}: {install(extra)}") from error
     return module if name == "layers" else getattr(module, name)
 
 

@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 
 from muntin.cli import COMMANDS
+from muntin.errors import install
 
 Call = Callable[..., Any]
 
@@ -195,7 +196,7 @@ def test_what_needs_torch_says_what_to_install(words: list[str], tmp_path: Path)
     code = f"{WITHOUT_TORCH}\nfrom muntin.cli import main\nmain()"
     done = subprocess.run([sys.executable, "-c", code, *words], capture_output=True, text=True, check=False, cwd=tmp_path)
     assert (done.returncode, done.stdout) == (1, "")
-    assert done.stderr == "muntin: this command needs the package torch: pip install 'muntin[train]'\n"
+    assert done.stderr == f"muntin: this command needs the package torch: {install('train')}\n"
     assert list(tmp_path.iterdir()) == []
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -11,6 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import tritonclient.http
 from torch import nn
 
 import muntin
@@ -66,4 +68,31 @@ def test_what_needs_no_torch_works_where_there_is_none(python: Path, artifact: P
 
     asked = subprocess.run([str(python), "-m", "muntin", "fit", "recipe.yaml"], capture_output=True, text=True, check=False, cwd=tmp_path)
     assert asked.returncode == 1
-    assert "pip install 'muntin[train]'" in asked.stderr and len(asked.stderr.splitlines()) == 1
+    assert re.search(r"pip install (-e )?\S+\[train\]", asked.stderr) and len(asked.stderr.splitlines()) == 1
+
+
+@pytest.mark.slow
+def test_a_server_needs_no_torch(python: Path, artifact: Path, tmp_path: Path) -> None:
+    subprocess.run([str(python), *INSTALL, f"{ROOT}[serve]"], check=True)
+    assert subprocess.run([str(python), "-c", "import torch"], capture_output=True, check=False).returncode
+    images = np.random.default_rng(0).integers(0, 256, (1, 70, 90, 3), dtype=np.uint8)
+    due = muntin.load(artifact).labels(images)
+    command = [str(python), "-m", "muntin", "serve", str(artifact), "--http-port", "0", "--no-grpc", "--threads", "1", "--json"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as server:
+        try:
+            assert server.stdout is not None
+            lines = ""
+            while not lines.endswith("}\n"):
+                line = server.stdout.readline()
+                assert line
+                lines += line
+            with tritonclient.http.InferenceServerClient(json.loads(lines)["http"].removeprefix("http://")) as client:
+                (model,) = client.get_model_repository_index()
+                image = tritonclient.http.InferInput("images", images.shape, "UINT8")
+                image.set_data_from_numpy(images)
+                wanted = [tritonclient.http.InferRequestedOutput("labels")]
+                answer = client.infer(model["name"], [image], outputs=wanted).as_numpy("labels")
+            assert np.mean(answer == due) > 0.99
+        finally:
+            server.terminate()
+    assert server.returncode == 0

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from muntin.errors import DataError
+from muntin.errors import DataError, install
 from muntin.runtime import quiet
 from muntin.runtime.cache import cache_folder
 from muntin.runtime.ceilings import Ceilings
@@ -158,7 +158,7 @@ def test_extras_say_what_is_missing_and_how_to_get_it() -> None:
         "pytest>=8; extra == 'dev'",
     ]
     train, gpu = sorted(find_extras(requirements, frozenset({"numpy", "torch"})), key=lambda extra: extra.name, reverse=True)
-    assert (train.name, train.missing, train.install) == ("train", ("torch-metrics",), "pip install 'muntin[train]'")
+    assert (train.name, train.missing, train.install) == ("train", ("torch-metrics",), install("train"))
     assert (gpu.name, gpu.missing, gpu.install) == ("gpu", ("onnxruntime-gpu",), GPU_INSTALL)
     assert [extra.missing for extra in find_extras(requirements, frozenset({"torch", "torch-metrics", "onnxruntime-gpu"}))] == [(), ()]
 

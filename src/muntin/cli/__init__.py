@@ -18,7 +18,7 @@ from muntin.cli.profile import profile_command
 from muntin.cli.report import demo_command, report_command
 from muntin.cli.serve import serve_command
 from muntin.cli.train import evaluate_command, fit_command
-from muntin.errors import MuntinError
+from muntin.errors import MuntinError, install
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -83,7 +83,7 @@ def main() -> None:
         extra = next((extra for extra, packages in _EXTRAS.items() if package in packages), None)
         if extra is None:
             raise
-        say(f"muntin: this command needs the package {package}: pip install 'muntin[{extra}]'")
+        say(f"muntin: this command needs the package {package}: {install(extra)}")
         sys.exit(1)
     except (MemoryError, RuntimeError) as error:
         from muntin.runtime.memory import no_memory  # of a module that loads much

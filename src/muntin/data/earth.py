@@ -24,7 +24,7 @@ import numpy as np
 
 from muntin.artifact.classes import ClassInfo
 from muntin.data.source import HeldSamples, Progress, Sample, Samples, SplitName, Task, UInt8
-from muntin.errors import DataError, DependencyError
+from muntin.errors import DataError, DependencyError, install
 from muntin.runtime.images import IGNORED, read_image, read_mask
 
 Variant = Literal["cover", "climate", "shore"]
@@ -209,5 +209,5 @@ def _packaged(distribution: str, name: str) -> Path:
         files = []
     found = next((Path(str(entry.locate())) for entry in files if entry.name == name), None)
     if found is None or not found.is_file():
-        raise DependencyError(f'the demonstration data needs {name} of the package {distribution}: pip install "muntin[demo]"')
+        raise DependencyError(f"the demonstration data needs {name} of the package {distribution}: {install('demo')}")
     return found

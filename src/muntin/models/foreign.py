@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812 - the field's usual name
 
-from muntin.errors import DependencyError, RecipeError
+from muntin.errors import DependencyError, RecipeError, install
 from muntin.models.config import Task
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
@@ -77,7 +77,7 @@ def from_timm(name: str, *, task: Task, classes: int, channels: int) -> nn.Modul
     try:
         import timm
     except ImportError as error:
-        raise DependencyError(f"'timm:{name}' needs the package timm: pip install 'muntin[train]'") from error
+        raise DependencyError(f"'timm:{name}' needs the package timm: {install('train')}") from error
     if task != "classify":
         raise RecipeError(f"'timm:{name}' is a classifier, not for task '{task}': use task 'classify' or another model")
     try:
@@ -94,7 +94,7 @@ def from_torchvision(name: str, *, task: Task, classes: int, channels: int) -> n
     try:
         from torchvision import models
     except ImportError as error:
-        raise DependencyError(f"'torchvision:{name}' needs the package torchvision: pip install 'muntin[train]'") from error
+        raise DependencyError(f"'torchvision:{name}' needs the package torchvision: {install('train')}") from error
     if task == "restore":
         raise RecipeError(f"'torchvision:{name}' classifies or segments, not for task 'restore': use a hybrid model")
     known = models.list_models(module=models.segmentation if task == "segment" else models)

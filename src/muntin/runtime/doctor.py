@@ -25,7 +25,7 @@ from pathlib import Path
 from stat import S_ISLNK
 from typing import TYPE_CHECKING, Any, Literal
 
-from muntin.errors import DependencyError
+from muntin.errors import DependencyError, install
 from muntin.runtime import quiet
 from muntin.runtime.cache import cache_folder, compiled_folder
 from muntin.runtime.contention import CpuShare, measure_cpu_share
@@ -290,7 +290,7 @@ def find_extras(requirements: Sequence[str], installed: frozenset[str]) -> tuple
         Extra(
             name=name,
             missing=(missing := tuple(sorted(package for package in set(packages) if package not in installed))),
-            install=GPU_INSTALL if "onnxruntime-gpu" in missing else f"pip install 'muntin[{name}]'",
+            install=GPU_INSTALL if "onnxruntime-gpu" in missing else install(name),
         )
         for name, packages in sorted(needed.items())
     )

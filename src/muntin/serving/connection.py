@@ -25,7 +25,7 @@ import numpy as np
 import uvicorn
 from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
 
-from muntin.errors import DependencyError
+from muntin.errors import DependencyError, install
 from muntin.serving.heads import HEAD_BYTES, Known, known_head
 from muntin.serving.ledger import Ledger
 from muntin.serving.paced import Paced
@@ -64,7 +64,7 @@ def check_uvicorn() -> None:
     missing = [name for name in _OVERRIDDEN if not hasattr(HttpToolsProtocol, name)]
     if missing:
         raise DependencyError(
-            f"uvicorn {uvicorn.__version__} has no {missing[0]} in its connections, which this server needs: pip install 'muntin[serve]'"
+            f"uvicorn {uvicorn.__version__} has no {missing[0]} in its connections, which this server needs: {install('serve')}"
         )
 
 

@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from importlib.metadata import version
 from typing import Any
 
-from muntin.errors import DependencyError
+from muntin.errors import DependencyError, install
 from muntin.serving.service import Answered
 
 SERVICE = "muntin"
@@ -107,4 +107,4 @@ def _exporting() -> Any:
 
 
 def _missing(error: ModuleNotFoundError) -> DependencyError:
-    return DependencyError(f"tracing needs the package {error.name}: pip install 'muntin[otel]', or leave --trace out")
+    return DependencyError(f"tracing needs the package {error.name}: {install('otel')}, or leave --trace out")
