@@ -16,6 +16,8 @@ from typing import Any
 import numpy as np
 import pytest
 import uvicorn
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 from muntin.errors import DependencyError
@@ -111,7 +113,7 @@ class Echo:
 
 
 def answer(body: Any) -> bytes:
-    return json.dumps([len(body), bytes(body[:9]).decode()]).encode()
+    return json.dumps([len(body), bytes(body[:9]).decode(errors="replace")]).encode()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -967,3 +969,113 @@ def wait(done: Callable[[], object]) -> None:
     while not done():
         assert time.monotonic() < end, "it did not come to pass"
         time.sleep(0.005)
+
+
+BODY = st.text("abc {}[]\r\n:", max_size=60).map(str.encode) | st.integers(0, 3000).map(lambda count: b"m" * count)
+
+
+@st.composite
+def asked(draw: st.DrawFn) -> tuple[bytes, bytes]:
+    """A request, framed in one of the ways there are, and its body."""
+    body = b"" if (way := draw(st.sampled_from(["length", "chunks", "none"]))) == "none" else draw(BODY)
+    path = draw(st.sampled_from([b"/", b"/other?a=%20"]))
+    more = draw(st.sampled_from([b"", b"X-Id: 7\r\n", b"connection: Keep-Alive\r\n", b"Accept:\r\n", OFFER]))
+    if way == "length":
+        return post(body, path.decode(), more=more), body
+    if way == "none":
+        return b"GET %s HTTP/1.1\r\nhOST: a\r\n%s\r\n" % (path, more), b""
+    cuts = sorted(draw(st.lists(st.integers(0, len(body)), max_size=3)))
+    parts = [body[start:end] for start, end in zip([0, *cuts], [*cuts, len(body)], strict=True)]
+    extension = draw(st.sampled_from([b"", b";a=b"]))
+    chunks = b"".join(b"%X%s\r\n%s\r\n" % (len(part), extension, part) for part in parts if part)
+    return b"POST %s HTTP/1.1\r\nHost: a\r\nTransfer-Encoding: chunked\r\n%s\r\n%s0\r\n\r\n" % (path, more, chunks), body
+
+
+def pieces(data: bytes, cuts: list[int]) -> list[bytes]:
+    places = sorted({cut % (len(data) + 1) for cut in cuts})
+    return [data[start:end] for start, end in zip([0, *places], [*places, len(data)], strict=True) if start < end]
+
+
+def read_answers(client: socket.socket, count: int | None) -> list[tuple[int, bytes]]:
+    """So many answers, status and body, or those that come before the server closes; one that breaks off is left out."""
+    found, answers = b"", list[tuple[int, bytes]]()
+    while count is None or len(answers) < count:
+        head, gap, rest = found.partition(b"\r\n\r\n")
+        length = next((int(line[15:]) for line in head.lower().split(b"\r\n") if line.startswith(b"content-length:")), 0)
+        if gap and len(rest) >= length:
+            assert head.startswith(b"HTTP/1.1 ")
+            answers, found = [*answers, (int(head[9:12]), rest[:length])], rest[length:]
+            continue
+        try:
+            piece = client.recv(65536)
+        except ConnectionResetError:
+            return answers
+        if not piece:
+            return answers
+        found += piece
+    assert not found
+    return answers
+
+
+FRAMES = settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+
+
+@FRAMES
+@given(requests=st.lists(asked(), min_size=1, max_size=7), cuts=st.lists(st.integers(0, 1 << 14), max_size=9))
+def test_however_requests_are_framed_and_cut_each_is_answered_in_its_turn(
+    served: Served, requests: list[tuple[bytes, bytes]], cuts: list[int]
+) -> None:
+    with closing(served.connect()) as client:
+        client.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        for piece in pieces(b"".join(request for request, _ in requests), cuts):
+            client.sendall(piece)
+        assert read_answers(client, len(requests)) == [(200, answer(body)) for _, body in requests]
+
+
+@FRAMES
+@given(
+    requests=st.lists(asked(), min_size=1, max_size=5),
+    cuts=st.lists(st.integers(0, 1 << 14), max_size=4),
+    changes=st.lists(
+        st.tuples(
+            st.integers(0, 1 << 14),
+            st.integers(0, 40),
+            st.sampled_from(
+                [
+                    b"",
+                    b"\r\n",
+                    b"\r\n\r\n",
+                    b"\0",
+                    b" ",
+                    b":",
+                    b"-1",
+                    b"9" * 30,
+                    b"chunked",
+                    b"Content-Length: 3\r\n",
+                    b"\xff\xfe",
+                    b"0\r\n\r\n",
+                ]
+            ),
+        ),
+        min_size=1,
+        max_size=4,
+    ),
+)
+def test_whatever_is_sent_is_answered_or_refused_and_nothing_is_kept(
+    served: Served, requests: list[tuple[bytes, bytes]], cuts: list[int], changes: list[tuple[int, int, bytes]]
+) -> None:
+    data = b"".join(request for request, _ in requests)
+    for place, count, new in changes:
+        place %= len(data) + 1
+        data = data[:place] + new + data[place + count :]
+    with closing(served.connect()) as client:
+        with suppress(BrokenPipeError, ConnectionResetError):  # it was refused before all was sent
+            for piece in pieces(data, cuts):
+                client.sendall(piece)
+            client.shutdown(socket.SHUT_WR)
+        answers = read_answers(client, None)
+    for status, body in answers:
+        assert status in (200, 400, 404, 413, 431, 501), (status, data)
+        assert isinstance(json.loads(body), list if status == 200 else dict) or not body
+    wait(lambda: served.ledger.held == 0 and not served.server.server_state.connections)
+    assert read_json(served.ask(post(b"fine"))) == [4, "fine"]
