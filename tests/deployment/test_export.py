@@ -603,6 +603,23 @@ def test_what_quantising_spoils_at_some_sizes_is_refused(
     assert re.search(r"in integers the model answers otherwise, by .* on an image of 31 x 43 .*: name it in quantization.keep", message)
 
 
+def test_what_integers_cost_at_sizes_that_calibration_did_not_see_is_noted(build: type[nn.Module], pixels: Any, tmp_path: Path) -> None:
+    """Absolute positions: those of a larger image lie outside the grid of 8 bits."""
+
+    def run(m: Any, x: Tensor) -> Any:
+        places = (torch.arange(x.shape[2])[:, None] + torch.arange(x.shape[3])[None]) / 64
+        return m.head(torch.relu(m.stem(torch.cat([x / 60 - 2, places.expand(len(x), 1, -1, -1)], 1))))
+
+    model = build(run, stem=nn.Conv2d(4, 16, 3, padding=1), head=nn.Conv2d(16, 4, 1))
+    example = pixels(1, 3, 64, 64)
+    notes = {}
+    for name, calibration in (("small", [example]), ("both", [example, pixels(1, 3, 256, 256)]), ("floats", None)):
+        notes[name] = muntin.export(model, example, tmp_path / name, calibration=calibration).manifest.measured["notes"]
+    (note,) = notes["small"]
+    assert re.match(r"integers move the answer to an image of 256 x 256 by 0\.\d+ standard deviations in the mean", note)
+    assert notes["both"] == notes["floats"] == []
+
+
 def test_a_session_of_dynamic_sizes_that_is_off_is_refused(
     build: type[nn.Module], pixels: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

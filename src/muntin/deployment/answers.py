@@ -25,6 +25,8 @@ Pairs = list[tuple[NDArray[np.uint8], NDArray[np.float32]]]
 FAR_OFF = 0.25
 """Standard deviations, in the mean, from which integers at sizes that are not recorded are another branch's: rounding adds up over many
 pixels and layers, in a hardly trained model to 0.08."""
+NOTHING = 1.0
+"""Standard deviations, in the mean, from which an answer says no more than the mean of all answers would."""
 ELSEWHERE = 4
 """Times the error that integers make at most sizes, which may be made at others."""
 STEADY = 1e-4
@@ -107,12 +109,12 @@ def check_shapes(pairs: Pairs, signature: Signature) -> None:
 
 
 def check_rewritten(untouched: Pairs, rewritten: Pairs, *, quantized: bool) -> list[str]:
-    """Raises `ExportError` where what a model was made into is not what it computed: but for rounding where parts were only folded, and in
-    integers about as well at every size as at most. A line where integers cost much."""
+    """Raises `ExportError` where what a model was made into does not answer as it did: but for rounding where parts were only folded; in
+    integers where an answer is no better than none and far worse than at most sizes. A line where integers cost much at some size."""
     due = {images.shape: scores for images, scores in untouched}
     spread = max(float(scores.std()) for scores in due.values()) or 1.0
     errors = {images.shape: mean_error(scores, due[images.shape]) / spread for images, scores in rewritten}
-    allowed = max(FAR_OFF, ELSEWHERE * median(errors.values())) if quantized else FOLDED
+    allowed = max(NOTHING, ELSEWHERE * median(errors.values())) if quantized else FOLDED
     (_, H, W, _), worst = max(errors.items(), key=lambda entry: entry[1])
     if not worst <= allowed:
         raise ExportError(
@@ -122,7 +124,10 @@ def check_rewritten(untouched: Pairs, rewritten: Pairs, *, quantized: bool) -> l
         )
     if not quantized or worst <= FAR_OFF:
         return []
-    return [f"integers move the answer to {H} x {W} pixels by {worst:.2g} standard deviations in the mean: look at the scores"]
+    return [
+        f"integers move the answer to an image of {H} x {W} by {worst:.2g} standard deviations in the mean: look at the scores, and where "
+        "other sizes come out better, calibrate with images of such sizes, too"
+    ]
 
 
 def is_steady(model: nn.Module, golden: Pairs) -> bool:
