@@ -16,6 +16,7 @@ import operator
 import warnings
 from collections.abc import Callable, Container, Iterator, Mapping
 from contextlib import contextmanager, redirect_stderr
+from threading import Lock
 from typing import Any
 
 import numpy as np
@@ -32,6 +33,8 @@ from muntin.errors import ExportError
 
 OPSET = 20
 COMPUTE = ("Conv", "ConvTranspose", "Gemm", "MatMul")
+_ALONE = Lock()
+"""Held while PyTorch exports: what is put in the place of things of the process's meanwhile would not come out in any order."""
 _DEFERRED = "prefer_deferred_runtime_asserts_over_guards"
 _SCOPES = "pkg.torch.onnx.name_scopes"
 _ADAPTIVE = tuple(getattr(torch.ops.aten, f"adaptive_{kind}_pool{axes}d").default for kind in ("avg", "max") for axes in (1, 2, 3))
@@ -80,7 +83,7 @@ def to_onnx(model: nn.Module, example: Tensor, signature: Signature) -> onnx.Mod
     images = _traced_example(example)
     free = torch.export.Dim.DYNAMIC
     try:
-        with _quiet_exporter(), _captures(lambda program: check_conditions(model, program, example)) as found:
+        with _ALONE, _quiet_exporter(), _captures(lambda program: check_conditions(model, program, example)) as found:
             program = torch.onnx.export(
                 PixelInput(model).eval(),
                 (images,),
