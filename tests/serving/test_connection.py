@@ -179,7 +179,7 @@ def post(body: bytes, path: str = "/", *, length: int | None = None, more: bytes
 def test_another_uvicorn_is_told_before_it_answers_wrongly(monkeypatch: pytest.MonkeyPatch) -> None:
     check_uvicorn()
     monkeypatch.delattr(HttpToolsProtocol, "_start_asgi_task")
-    with pytest.raises(DependencyError, match=rf"uvicorn {uvicorn.__version__} has no _start_asgi_task.*muntin\[serve\]"):
+    with pytest.raises(DependencyError, match=rf"uvicorn {uvicorn.__version__} has no _start_asgi_task.*\[serve\]"):
         Server("nowhere", ServeConfig())
 
 

@@ -60,5 +60,5 @@ def test_what_fails_is_in_the_span_and_raised(tracing: Tracing, exporter: InMemo
 
 def test_without_the_package_it_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "opentelemetry.sdk.trace", None)
-    with pytest.raises(DependencyError, match=r"pip install 'muntin\[otel\]'"):
+    with pytest.raises(DependencyError, match=r"pip install .*\[otel\]"):
         Tracing()
