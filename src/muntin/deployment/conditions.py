@@ -10,7 +10,9 @@ from __future__ import annotations
 
 import itertools
 import math
+import traceback
 from collections.abc import Iterable
+from pathlib import Path
 from typing import Any
 
 import sympy
@@ -102,19 +104,21 @@ def _elsewhere(captured: torch.export.ExportedProgram) -> dict[Shape, list[str]]
     images = _images(captured)
     sides = [side.node.expr for side in images.shape[:3]]
     names = dict(zip(sides, sympy.symbols("batch height width", integer=True, positive=True), strict=True))
-    found: dict[Shape, dict[str, None]] = {}
+    found: dict[Shape, dict[str, bool]] = {}
     for guard in images.shape[1].node.shape_env.guards:
         if not set(sides).issuperset(guard.expr.free_symbols):
             continue
         shapes = sorted({*_ASKED, *_named_in(guard.expr)}, key=lambda shape: (math.prod(shape), shape))
         unmet = [s for s in shapes if guard.expr.xreplace(dict(zip(sides, map(sympy.Integer, s), strict=True))) != sympy.true]
         square = (shape for shape in unmet if shape[1] == shape[2])  # where what is asked of both sides comes out otherwise
+        place, own = _asked_at(guard.sloc.framework_loc)
         for shape in (*unmet[:1], *itertools.islice(square, 1)):
-            found.setdefault(shape, {})[f"{guard.expr.subs(names)} {guard.sloc}"] = None
+            found.setdefault(shape, {})[f"{guard.expr.subs(names)}{place}"] = own
     computed = [shape for shape in sorted(found, key=math.prod) if shape[1] * shape[2] <= LARGEST]
     known = {condition for shape in computed for condition in found[shape]}
     beyond = {shape: [c for c in conditions if c not in known] for shape, conditions in found.items() if shape not in computed}
-    return {shape: _own_first(found[shape]) for shape in computed} | {shape: new for shape, new in beyond.items() if new}
+    own_first = {shape: sorted(found[shape], key=found[shape].__getitem__, reverse=True) for shape in computed}
+    return own_first | {shape: new for shape, new in beyond.items() if new}
 
 
 def _named_in(expression: Any) -> Iterable[Shape]:
@@ -127,9 +131,12 @@ def _named_in(expression: Any) -> Iterable[Shape]:
                 yield 1, math.isqrt(side) + 1, math.isqrt(side) + 1
 
 
-def _own_first(conditions: Iterable[str]) -> list[str]:
-    """Those that the model's own code asks before those of PyTorch's, which name files of its own folders."""
-    return sorted(conditions, key=lambda condition: "(_" in condition)
+def _asked_at(frame: Any) -> tuple[str, bool]:
+    """Where a condition is asked, in words, and whether that is the model's own code and not PyTorch's."""
+    if not isinstance(frame, traceback.FrameSummary):
+        return "", False
+    file = Path(frame.filename)
+    return f" ({file.name}:{frame.lineno} in {frame.name})", Path(torch.__file__).parent not in file.parents
 
 
 def _images(program: torch.export.ExportedProgram) -> Any:
