@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 import torch
 
-from muntin.runtime.memory import no_memory, resident, watch_memory
+from muntin.runtime import memory
+from muntin.runtime.memory import kills_for_memory, no_memory, resident, watch_memory
 
 counted = pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="the system does not count resident pages for us")
 MIB = 1 << 20
@@ -54,3 +55,13 @@ def test_want_of_memory_is_told_from_other_failures() -> None:
         torch.empty(1 << 60, dtype=torch.uint8)
     assert no_memory(of_numpy.value) and no_memory(of_torch.value)
     assert not no_memory(RuntimeError("sizes of tensors must match"))
+
+
+@pytest.mark.parametrize(
+    ("text", "kills"), [("pgfault 7\noom_kill 12\nother 3\n", 12), ("memcg_oom_kill 5\n", None), ("", None), (None, None)]
+)
+def test_how_many_the_kernel_has_ended(text: str | None, kills: int | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(memory, "_KILLS", tmp_path / "vmstat")
+    if text is not None:
+        (tmp_path / "vmstat").write_text(text, encoding="ascii")
+    assert kills_for_memory() == kills

@@ -11,6 +11,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from math import inf
 from pathlib import Path
 from typing import Any
@@ -22,10 +23,10 @@ from numpy.typing import NDArray
 from muntin.errors import ArtifactError, DataError, VerificationError
 from muntin.runtime.buffers import KEPT as BUFFERS
 from muntin.serving import engine_process, engine_start
-from muntin.serving.batcher import Batcher, Job
+from muntin.serving.batcher import Batch, Batcher, Job
 from muntin.serving.engine_host import KEPT, PLACES, error_of, said_of
 from muntin.serving.engine_process import DEATHS, EngineProcess, can_open_apart, open_apart
-from muntin.serving.executor import Executor, Group, Work
+from muntin.serving.executor import TILE, Executor, Group, Work
 from muntin.serving.latency import LatencyModel
 from muntin.serving.probation import ArtifactLoader
 from muntin.serving.rollout import Rollout
@@ -159,6 +160,73 @@ def test_an_engine_that_dies_fails_one_call_and_is_begun_again(session: EnginePr
     assert session.able
     np.testing.assert_array_equal(session.labels(images), images.argmax(3))
     assert session.deaths == 1
+
+
+def limited(folder: Path, bytes_: int) -> None:
+    """Makes a control group whose processes may have so much memory from now on."""
+    folder.mkdir()
+    try:
+        for name in ("memory.max", "memory.limit_in_bytes"):  # of version 2 and of version 1
+            if (folder / name).exists():
+                (folder / name).write_text(str(bytes_), encoding="ascii")
+                break
+        else:
+            pytest.skip("control groups here do not limit memory")
+        swap = folder / "memory.swap.max"
+        if swap.exists():
+            swap.write_text("0", encoding="ascii")
+    except OSError as error:
+        pytest.skip(f"no limit can be set here: {error}")
+
+
+@pytest.fixture
+def control_group() -> Iterator[Path]:
+    """A place for one below this process's own. Skips where there is none to be had: few may make one."""
+    for line in Path("/proc/self/cgroup").read_text(encoding="ascii").splitlines() if LINUX else ():
+        _, controllers, path = line.split(":", 2)
+        if controllers in ("", "memory") and path:
+            folder = Path("/sys/fs/cgroup", controllers, path.lstrip("/"), f"muntin-test-{os.getpid()}")
+            try:
+                folder.mkdir()
+            except OSError:
+                continue
+            known = any((folder / name).exists() for name in ("memory.max", "memory.limit_in_bytes"))
+            folder.rmdir()
+            if known:
+                yield folder
+                with suppress(FileNotFoundError):
+                    folder.rmdir()
+                return
+    pytest.skip("no control group can be made here that limits memory")
+
+
+def test_a_picture_that_the_kernel_ends_its_engine_for_is_computed_in_tiles(
+    session: EngineProcess, control_group: Path, shelf: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Linux grants memory that it does not have, and ends a process when it is used."""
+    slot = Slot("m", shelf, rollout=Rollout())
+    shelf.signatures["1"] = session.signature
+    version = slot.load(Path("1"), "1")
+    monkeypatch.setattr(version, "_session", session)
+    executor = Executor(slot)
+    images = images_of(1, 1, 2000, 2000)
+    session.labels(images[:, :8, :8])
+    limited(control_group, 16 << 20)
+    (control_group / "cgroup.procs").write_text(str(pid_of(session)), encoding="ascii")
+    adjusted = Path(f"/proc/{pid_of(session)}/oom_score_adj").read_text(encoding="ascii")
+    assert int(adjusted) == 300
+
+    for _ in range(2):  # the second time it is known
+        lease = slot.lease()
+        work = Work(images=images, lease=lease)
+        job = Job(group=Group(version, 2000, 2000, True), rows=1, payload=work)
+        job.arrived = 0.0
+        (labels,) = executor(Batch((job,), job.group, 1))
+        lease.release()
+        np.testing.assert_array_equal(labels, images.argmax(3))
+        assert work.recovered == f"in tiles of {TILE} pixels"
+    assert session.deaths == 1
+    assert session.last_death.endswith("Killed: out of memory)")
 
 
 def test_one_that_died_while_nobody_asked_it_fails_no_call(session: EngineProcess) -> None:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import errno
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from threading import Barrier
 from typing import Any
 
 import numpy as np
@@ -16,10 +18,10 @@ from muntin.errors import MuntinError
 from muntin.runtime.session import ExecutedLayer, Session
 from muntin.serving.batcher import Batch, Job
 from muntin.serving.compiler import Compiler
-from muntin.serving.executor import Executor, Group, Work, no_memory
+from muntin.serving.executor import SHORT_S, Executor, Group, Work, no_memory
 from muntin.serving.rollout import Rollout
 from muntin.serving.slot import Slot
-from muntin.serving.version import Call, Opening, Version
+from muntin.serving.version import Call, EngineDiedError, Opening, Version
 
 CLASSES = tuple(ClassInfo(name=name, color=(0, 0, 0)) for name in ("a", "b", "c", "d"))
 
@@ -143,6 +145,58 @@ def test_without_memory_for_an_image_it_is_computed_in_tiles(serving: Any, label
     assert {job.payload.recovered for job in batch.jobs} == {"in tiles of 17 pixels"}
     assert (executor.recoveries.rows, executor.recoveries.tiles) == (1, 3)
     assert len(slot.current.latencies.of(Call((3, 30, 34), labels))) == 1  # it counts as computed
+
+
+def test_what_was_too_much_is_not_tried_again_for_a_while(serving: Any) -> None:
+    """A try may cost an engine."""
+    session = Pixels(most=70)
+    slot, _ = serving(session)
+    now = 0.0
+    executor = Executor(slot, clock=lambda: now)
+
+    def calls_for(rows: int, *, labels: bool = True) -> list[int]:
+        session.calls.clear()
+        batch = batch_of(slot, [images_of(rows, 1)], labels=labels)
+        (answer,) = executor(batch)
+        assert answer.shape[0] == rows
+        assert batch.jobs[0].payload.recovered == ("" if len(session.calls) == 1 else "one row at a time")
+        return [shape[0] for shape in session.calls]
+
+    assert calls_for(4) == [4, 1, 1, 1, 1]
+    assert calls_for(4) == [1, 1, 1, 1]
+    assert calls_for(5) == [1] * 5
+    assert calls_for(3) == [3, 1, 1, 1]  # fewer may fit, and are known not to now
+    assert calls_for(3) == [1, 1, 1]
+    assert calls_for(2) == [2]
+    assert calls_for(3, labels=False) == [3, 1, 1, 1]  # another answer needs other memory
+    now = SHORT_S
+    session.most = 10**9
+    assert calls_for(4) == [4]
+
+
+def test_what_an_engine_died_with_for_want_of_memory_is_tried_once_more_where_it_was_not_alone(serving: Any) -> None:
+    session = Pixels()
+    slot, _ = serving(session)
+    executor = Executor(slot)
+    small, large = images_of(1, 1), images_of(1, 2, 30, 34)
+    both = Barrier(2, timeout=20)
+    deaths: list[int] = []
+
+    def infer(images_BHWC: NDArray[np.uint8]) -> NDArray[np.float32]:
+        if images_BHWC.shape[1] == 30 or not deaths:
+            if not deaths:
+                both.wait()  # each is in the engine when it dies
+            deaths.append(images_BHWC.shape[1])
+            raise EngineDiedError("x: the process of its engine has ended (signal 9, Killed: out of memory)")
+        return images_BHWC.transpose(0, 3, 1, 2).astype(np.float32)
+
+    session._infer = infer  # type: ignore[method-assign]
+    batches = [batch_of(slot, [images], labels=False) for images in (small, large)]
+    with ThreadPoolExecutor(2) as pool:
+        answers = [future.result()[0] for future in [pool.submit(executor, batch) for batch in batches]]
+    for images, answer in zip((small, large), answers, strict=True):
+        np.testing.assert_allclose(answer, images.transpose(0, 3, 1, 2), atol=1e-3)
+    assert [batch.jobs[0].payload.recovered for batch in batches] == ["", "in tiles of 17 pixels"]
 
 
 def test_a_picture_that_cannot_be_computed_in_parts_is_refused(serving: Any) -> None:

@@ -13,6 +13,7 @@ from pathlib import Path
 
 _STATUS = Path("/proc/self/status")
 _NO_MEMORY = ("bad_alloc", "out of memory", "failed to allocate", "cannot allocate", "can't allocate", "not enough memory")
+_KILLS = Path("/proc/vmstat")
 _RESET_PEAK = "5"  # proc(5), clear_refs: sets the peak to what is resident now
 
 
@@ -59,6 +60,16 @@ def resident_of(process: int) -> int | None:
     except (OSError, IndexError, ValueError):
         return None
     return pages * os.sysconf("SC_PAGE_SIZE")
+
+
+def kills_for_memory() -> int | None:
+    """How many processes the kernel has ended since the machine began, for want of memory: its own or a control group's. None where it does
+    not say (Linux before 4.13, other systems)."""
+    try:
+        found = re.search(r"^oom_kill (\d+)$", _KILLS.read_text(encoding="ascii", errors="replace"), re.MULTILINE)
+    except OSError:
+        return None
+    return int(found[1]) if found else None
 
 
 def no_memory(error: BaseException) -> bool:

@@ -140,8 +140,7 @@ def main() -> None:
 def _open(control: socket.socket, question: dict[str, Any]) -> Session:
     for number in (signal.SIGINT, signal.SIGTERM):  # who ends all processes of a service at once means the server, which ends this one
         signal.signal(number, signal.SIG_IGN)
-    with suppress(OSError):  # before the server, where memory runs out: it begins another one
-        Path("/proc/self/oom_score_adj").write_text("300", encoding="ascii")
+    _go_first(600)
     opened = open_version(
         Path(question["path"]),
         opening_of(question["opening"]),
@@ -149,12 +148,20 @@ def _open(control: socket.socket, question: dict[str, Any]) -> Session:
         rest=question["rest"],
         stopped=lambda: bool(select.select([control], [], [], 0)[0]),  # nothing is sent meanwhile: its end is gone
     )
+    _go_first(300)
     session = opened.session
     said = {name: getattr(session, name) for name in ("engine", "precision", "threads", "streams", "plan")}
     said |= {"signature": opened.signature.model_dump(mode="json"), "digest": opened.digest, "calls": opened.calls}
     session.outputs = Places()
     send(control, said)
     return session
+
+
+def _go_first(much: int) -> None:
+    """Where memory runs out the kernel is to end this process, and not the server, which begins another one; of two engines the one that
+    is being opened. `much`: of 1,000 (proc(5), oom_score_adj)."""
+    with suppress(OSError):
+        Path("/proc/self/oom_score_adj").write_text(str(much), encoding="ascii")
 
 
 class _Lane:

@@ -211,6 +211,7 @@ class EngineProcess(Session):
             running = None
         if running is None:
             running = self._alive()
+        running.look()
         lane = None
         try:
             try:

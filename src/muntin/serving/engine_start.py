@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from muntin.errors import VerificationError
+from muntin.runtime.memory import kills_for_memory
 from muntin.serving.engine_host import error_of, receive, send
 from muntin.serving.engine_lane import Lane
 from muntin.serving.scheduling import Demand, Pace, Standing, nobody, stand_back
@@ -22,6 +23,8 @@ from muntin.serving.version import Call, NotReadyError, Opening, TookTooLongErro
 _POLL_S = 0.05
 _ENDS_S, _END_S = 0.5, 5.0
 """What a process has to end in whose connection has ended, and one that was killed: the kernel frees its memory."""
+_LOOK_S = 10.0
+"""Between two looks at how many processes the kernel has ended for want of memory."""
 _START = """
 import os, sys
 if {idle!r}:  # before anything is imported
@@ -42,6 +45,13 @@ class Running:
     # Each operation on these is atomic: a lock of ours would be one more thing that a call has to do.
     lanes: list[Lane] = field(default_factory=list)
     busy: set[Lane] = field(default_factory=set)
+    _kills: int | None = field(default_factory=kills_for_memory)
+    _looked: float = field(default_factory=time.monotonic)
+
+    def look(self) -> None:
+        """Now and then, while it lives: processes that the kernel has ended for want of memory until then were others."""
+        if (now := time.monotonic()) - self._looked > _LOOK_S:
+            self._looked, self._kills = now, kills_for_memory()
 
     def end(self, *, gently: bool = False) -> None:
         """`gently`: the kernel frees its memory where that keeps nobody waiting."""
@@ -65,7 +75,10 @@ class Running:
         if code >= 0:
             return f"exit code {code}"
         what = signal.strsignal(-code)
-        return f"signal {-code}" + (f", {what}" if what else "")
+        text = f"signal {-code}" + (f", {what}" if what else "")
+        kills = kills_for_memory() if code == -signal.SIGKILL else None
+        # Who was killed is in the kernel's log alone, which few may read: it was this one, if not for certain.
+        return f"{text}: out of memory" if kills is not None and self._kills is not None and kills > self._kills else text
 
 
 def _never() -> bool:

@@ -3,8 +3,8 @@
     batch of jobs -> one array (the request's own bytes where it is alone) -> session -> a share of the answer for each job
 
 Where the engine finds no memory for a batch, its rows are computed one at a time, and where that fails too, in tiles: what was done is said
-in the answers and counted. Whatever else an engine raises is held against its version where another one, which the slot names, can compute
-the batch.
+in the answers and counted. The kernel may also end the engine's process for it, as Linux does in place of refusing: that is taken alike.
+Whatever else an engine raises is held against its version where another one, which the slot names, can compute the batch.
 """
 
 from __future__ import annotations
@@ -15,7 +15,9 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
 from math import inf
+from threading import Lock
 from typing import Any, NamedTuple, TypeVar
+from weakref import WeakKeyDictionary
 
 import numpy as np
 from numpy.typing import NDArray
@@ -27,10 +29,12 @@ from muntin.serving.batcher import Batch, Job
 from muntin.serving.compiler import Compiler
 from muntin.serving.rollout import label_agreement
 from muntin.serving.slot import Lease, Slot
-from muntin.serving.version import Begun, Call, Version
+from muntin.serving.version import Begun, Call, EngineDiedError, Version
 
 TILE = 512
 """Pixels of the side of the tiles that an image is computed in when there is no memory for it in one piece."""
+SHORT_S = 60.0
+"""What was too much for the memory is not tried again before: each try may cost an engine, and seconds to begin another one."""
 
 Answer = TypeVar("Answer")
 Sliced = TypeVar("Sliced", NDArray[Any], list[Any])
@@ -90,6 +94,25 @@ class Recoveries:
     tiles: int = 0
 
 
+class Shortages:
+    """Which calls found no memory within the last `SHORT_S`, by session and answer: as many pixels are too many. `clock`: seconds."""
+
+    def __init__(self, clock: Callable[[], float]) -> None:
+        self._clock = clock
+        self._least: WeakKeyDictionary[Session, dict[bool, tuple[int, float]]] = WeakKeyDictionary()
+
+    def note(self, session: Session, pixels: int, *, labels: bool) -> None:
+        """So many pixels in one call were too many; fewer, if that is known, stay so."""
+        known = self._least.setdefault(session, {})
+        least = known[labels][0] if self.too_many(session, pixels, labels=labels) else pixels
+        known[labels] = least, self._clock()
+
+    def too_many(self, session: Session, pixels: int, *, labels: bool) -> bool:
+        """Whether a call of so many pixels is not to be tried now."""
+        least, noted = self._least.get(session, {}).get(labels, (inf, 0.0))
+        return pixels >= least and self._clock() - noted < SHORT_S
+
+
 class Executor:
     """Computes batches for a `Runner`, on any of its threads. `clock`: seconds, the batcher's.
 
@@ -99,6 +122,9 @@ class Executor:
     def __init__(self, slot: Slot, *, compiler: Compiler | None = None, clock: Callable[[], float] = time.monotonic) -> None:
         self.recoveries = Recoveries()
         self._slot, self._clock = slot, clock
+        self._shortages = Shortages(clock)
+        self._lock = Lock()  # around both of these
+        self._running = self._begun = 0  # calls now, and ever
         self._compiler = compiler
 
     def __call__(self, batch: Batch) -> Sequence[NDArray[Any]]:
@@ -159,22 +185,46 @@ class Executor:
 
     def _compute(self, session: Session, images: NDArray[np.uint8], *, labels: bool) -> tuple[NDArray[Any], list[str]]:
         """The answer, and of each row what was done for want of memory."""
-        try:
-            return _call(session, images, labels=labels), [""] * len(images)
-        except Exception as error:
-            if not no_memory(error):
-                raise
+        height, width = images.shape[1:3]
+        whole = len(images) == 1 and (session.signature.task == "classify" or max(height, width) == 1)
+        if (answer := self._whole(session, images, labels=labels, must=whole)) is not None:
+            return answer, [""] * len(images)
         if len(images) > 1:
             self.recoveries.rows += 1
             parts = [self._compute(session, images[n : n + 1], labels=labels) for n in range(len(images))]
             return np.concatenate([part for part, _ in parts]), [said or "one row at a time" for _, (said,) in parts]
-        height, width = images.shape[1:3]
-        if session.signature.task == "classify" or max(height, width) == 1:
+        if whole:
             raise MuntinError(f"no memory for one image of {width}x{height}: send smaller ones")
         self.recoveries.tiles += 1
         tile = min(TILE, (max(height, width) + 1) // 2)
         answer = predict(session, images[0], tile=tile, output="labels" if labels else "scores")
         return answer[None], [f"in tiles of {tile} pixels"]
+
+    def _whole(self, session: Session, images: NDArray[np.uint8], *, labels: bool, must: bool) -> NDArray[Any] | None:
+        """The answer in one call; None where there is no memory for that, or was none lately. `must`: it cannot be taken apart."""
+        pixels = images.size // images.shape[3]
+        if not must and self._shortages.too_many(session, pixels, labels=labels):
+            return None
+        for again in (False, True):
+            with self._lock:
+                beside = self._running
+                self._running += 1
+                self._begun += 1
+                begun = self._begun
+            try:
+                return _call(session, images, labels=labels)
+            except Exception as error:
+                if not no_memory(error):
+                    raise
+                # A call beside it may be what the kernel ended the engine for, and with it this one.
+                innocent = isinstance(error, EngineDiedError) and (beside or self._begun != begun)
+            finally:
+                with self._lock:
+                    self._running -= 1
+            if again or not innocent:
+                break
+        self._shortages.note(session, pixels, labels=labels)
+        return None
 
 
 def _together(works: Sequence[Work]) -> NDArray[np.uint8] | None:
