@@ -23,9 +23,10 @@ from numpy.typing import NDArray
 from muntin.errors import ArtifactError, DataError, VerificationError
 from muntin.runtime.buffers import KEPT as BUFFERS
 from muntin.serving import engine_process, engine_start
-from muntin.serving.batcher import Batch, Batcher, Job
+from muntin.serving.batcher import Batcher, Job
 from muntin.serving.engine_host import KEPT, PLACES, error_of, said_of
 from muntin.serving.engine_process import DEATHS, EngineProcess, can_open_apart, open_apart
+from muntin.serving.engine_start import Running
 from muntin.serving.executor import TILE, Executor, Group, Work
 from muntin.serving.latency import LatencyModel
 from muntin.serving.probation import ArtifactLoader
@@ -33,7 +34,7 @@ from muntin.serving.rollout import Rollout
 from muntin.serving.runner import Runner
 from muntin.serving.scheduling import Standing, take_short_turns
 from muntin.serving.slot import Slot
-from muntin.serving.version import Call, EngineDiedError, NotReadyError, Opening, TookTooLongError, open_version
+from muntin.serving.version import Call, EngineDiedError, NotReadyError, Opening, OutOfMemoryError, TookTooLongError, open_version
 
 pytestmark = pytest.mark.skipif(not can_open_apart(), reason="files cannot be handed to another process here")
 LINUX = sys.platform.startswith("linux")
@@ -133,7 +134,7 @@ def test_what_is_no_image_is_refused_here(session: EngineProcess) -> None:
     assert session.process_ids == pid
 
 
-def die(session: EngineProcess, number: signal.Signals = signal.SIGKILL) -> str:
+def die(session: EngineProcess, number: signal.Signals = signal.SIGKILL) -> EngineDiedError:
     """Ends its process in the midst of a call; what that raises."""
     pid, raised = pid_of(session), []
     stop(pid)
@@ -141,7 +142,7 @@ def die(session: EngineProcess, number: signal.Signals = signal.SIGKILL) -> str:
     def ask() -> None:
         with pytest.raises(EngineDiedError) as caught:
             session(images_of(1, 1, 8, 8))
-        raised.append(str(caught.value))
+        raised.append(caught.value)
 
     thread = threading.Thread(target=ask)
     thread.start()
@@ -156,77 +157,10 @@ def die(session: EngineProcess, number: signal.Signals = signal.SIGKILL) -> str:
 @pytest.mark.parametrize("number", [signal.SIGSEGV, signal.SIGKILL])
 def test_an_engine_that_dies_fails_one_call_and_is_begun_again(session: EngineProcess, number: signal.Signals) -> None:
     images = images_of(1, 1, 8, 8)
-    assert re.search(rf"pixels: the process of its engine has ended \(signal {number:d}, ", die(session, number))
+    assert re.search(rf"pixels: the process of its engine has ended \(signal {number:d}, ", str(die(session, number)))
     assert session.able
     np.testing.assert_array_equal(session.labels(images), images.argmax(3))
     assert session.deaths == 1
-
-
-def limited(folder: Path, bytes_: int) -> None:
-    """Makes a control group whose processes may have so much memory from now on."""
-    folder.mkdir()
-    try:
-        for name in ("memory.max", "memory.limit_in_bytes"):  # of version 2 and of version 1
-            if (folder / name).exists():
-                (folder / name).write_text(str(bytes_), encoding="ascii")
-                break
-        else:
-            pytest.skip("control groups here do not limit memory")
-        swap = folder / "memory.swap.max"
-        if swap.exists():
-            swap.write_text("0", encoding="ascii")
-    except OSError as error:
-        pytest.skip(f"no limit can be set here: {error}")
-
-
-@pytest.fixture
-def control_group() -> Iterator[Path]:
-    """A place for one below this process's own. Skips where there is none to be had: few may make one."""
-    for line in Path("/proc/self/cgroup").read_text(encoding="ascii").splitlines() if LINUX else ():
-        _, controllers, path = line.split(":", 2)
-        if controllers in ("", "memory") and path:
-            folder = Path("/sys/fs/cgroup", controllers, path.lstrip("/"), f"muntin-test-{os.getpid()}")
-            try:
-                folder.mkdir()
-            except OSError:
-                continue
-            known = any((folder / name).exists() for name in ("memory.max", "memory.limit_in_bytes"))
-            folder.rmdir()
-            if known:
-                yield folder
-                with suppress(FileNotFoundError):
-                    folder.rmdir()
-                return
-    pytest.skip("no control group can be made here that limits memory")
-
-
-def test_a_picture_that_the_kernel_ends_its_engine_for_is_computed_in_tiles(
-    session: EngineProcess, control_group: Path, shelf: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Linux grants memory that it does not have, and ends a process when it is used."""
-    slot = Slot("m", shelf, rollout=Rollout())
-    shelf.signatures["1"] = session.signature
-    version = slot.load(Path("1"), "1")
-    monkeypatch.setattr(version, "_session", session)
-    executor = Executor(slot)
-    images = images_of(1, 1, 2000, 2000)
-    session.labels(images[:, :8, :8])
-    limited(control_group, 16 << 20)
-    (control_group / "cgroup.procs").write_text(str(pid_of(session)), encoding="ascii")
-    adjusted = Path(f"/proc/{pid_of(session)}/oom_score_adj").read_text(encoding="ascii")
-    assert int(adjusted) == 300
-
-    for _ in range(2):  # the second time it is known
-        lease = slot.lease()
-        work = Work(images=images, lease=lease)
-        job = Job(group=Group(version, 2000, 2000, True), rows=1, payload=work)
-        job.arrived = 0.0
-        (labels,) = executor(Batch((job,), job.group, 1))
-        lease.release()
-        np.testing.assert_array_equal(labels, images.argmax(3))
-        assert work.recovered == f"in tiles of {TILE} pixels"
-    assert session.deaths == 1
-    assert session.last_death.endswith("Killed: out of memory)")
 
 
 def test_one_that_died_while_nobody_asked_it_fails_no_call(session: EngineProcess) -> None:
@@ -534,10 +468,15 @@ def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def ask(runner: Runner, slot: Slot, version: str | None = None) -> Any:
     """What a request is answered."""
+    return asked(runner, slot, images_of(1, 1, 8, 8), version)[0]
+
+
+def asked(runner: Runner, slot: Slot, images: NDArray[np.uint8], version: str | None = None) -> tuple[Any, Work]:
+    """What a request for labels is answered, and what is known of it then."""
     answered, told = threading.Event(), []
     lease = slot.lease(version)
-    images = images_of(1, 1, 8, 8)
-    job = Job(group=Group(lease.version, 8, 8, labels=True), payload=Work(images=images, lease=lease))
+    work = Work(images=images, lease=lease)
+    job = Job(group=Group(lease.version, *images.shape[1:3], labels=True), rows=len(images), payload=work)
 
     def done(answer: Any) -> None:
         told.append(answer)
@@ -545,8 +484,13 @@ def ask(runner: Runner, slot: Slot, version: str | None = None) -> Any:
         answered.set()
 
     runner.submit(job, done)
-    assert answered.wait(30)
-    return told[0]
+    assert answered.wait(60)
+    return told[0], work
+
+
+def runner_of(slot: Slot) -> Runner:
+    batcher = Batcher(LatencyModel(), objective=None, max_rows=8, queue_rows=100, queue_bytes=1 << 20)
+    return Runner(batcher, Executor(slot), interrupt=slot.interrupt)
 
 
 @pytest.mark.usefixtures("impatient")
@@ -616,3 +560,141 @@ def test_an_engine_that_dies_before_its_first_call_is_told_as_what_could_not_be_
     monkeypatch.setattr(EngineProcess, "try_out", lambda self: (over.set(), gone(self)))
     with pytest.raises(NotReadyError):
         apart(path, stopped=over.is_set)
+
+
+# ---- where there is no memory ----
+
+
+def limit(folder: Path, bytes_: int) -> None:
+    """Makes a control group whose processes may have so much memory from now on."""
+    folder.mkdir()
+    try:
+        for name in ("memory.max", "memory.limit_in_bytes"):  # of version 2 and of version 1
+            if (folder / name).exists():
+                (folder / name).write_text(str(bytes_), encoding="ascii")
+                break
+        else:
+            pytest.skip("control groups here do not limit memory")
+        swap = folder / "memory.swap.max"
+        if swap.exists():
+            swap.write_text("0", encoding="ascii")
+    except OSError as error:
+        pytest.skip(f"no limit can be set here: {error}")
+
+
+@pytest.fixture
+def control_group() -> Iterator[Path]:
+    """A place for one below this process's own. Skips where there is none to be had: few may make one."""
+    for line in Path("/proc/self/cgroup").read_text(encoding="ascii").splitlines() if LINUX else ():
+        _, controllers, path = line.split(":", 2)
+        if controllers in ("", "memory") and path:
+            folder = Path("/sys/fs/cgroup", controllers, path.lstrip("/"), f"muntin-test-{os.getpid()}")
+            try:
+                folder.mkdir()
+            except OSError:
+                continue
+            known = any((folder / name).exists() for name in ("memory.max", "memory.limit_in_bytes"))
+            folder.rmdir()
+            if known:
+                yield folder
+                while folder.exists():  # until what was in it has ended
+                    with suppress(OSError):
+                        folder.rmdir()
+                    time.sleep(0.01)
+                return
+    pytest.skip("no control group can be made here that limits memory")
+
+
+@pytest.fixture
+def bounded(control_group: Path, session: EngineProcess) -> EngineProcess:
+    """Its process, and each that is begun in its place, can have 16 MiB more and no other one is bounded so."""
+    limit(control_group, 16 << 20)
+
+    def bound(running: Running) -> Running:
+        (control_group / "cgroup.procs").write_text(str(running.process.pid), encoding="ascii")
+        return running
+
+    begin = session._begin
+    session._begin = lambda *args, **options: bound(begin(*args, **options))
+    session.labels(images_of(1, 1, 8, 8))
+    assert Path(f"/proc/{pid_of(session)}/oom_score_adj").read_text(encoding="ascii").strip() == "300"
+    assert session._now.running is not None
+    bound(session._now.running)
+    return session
+
+
+def slot_of(shelf: Any, monkeypatch: pytest.MonkeyPatch, *sessions: EngineProcess) -> Slot:
+    """One in which each has taken over from the one before."""
+    slot = Slot("m", shelf, rollout=Rollout(for_requests=10**6, max_slowdown=inf))
+    for number, session in enumerate(sessions, 1):
+        shelf.signatures[str(number)] = session.signature
+        monkeypatch.setattr(slot.load(Path(str(number)), str(number)), "_session", session)
+    return slot
+
+
+def test_a_picture_that_the_kernel_ends_the_engine_for_is_computed_in_tiles(
+    bounded: EngineProcess, shelf: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Linux grants memory that it does not have, and ends a process when it is used."""
+    slot = slot_of(shelf, monkeypatch, bounded)
+    assert slot.current is not None
+    runner = runner_of(slot)
+    images = images_of(1, 1, 2000, 2000)
+    for _ in range(2):  # the second time it is known
+        labels, work = asked(runner, slot, images)
+        np.testing.assert_array_equal(labels, images.argmax(3))
+        assert work.recovered == f"in tiles of {TILE} pixels"
+    assert bounded.deaths == 2  # a call beside it might have been to blame for the first
+    assert bounded.last_death == "the process of its engine has ended (signal 9, Killed: out of memory)"
+    assert slot.current.latencies.calls == {}  # a new version is not asked to compute it in one piece
+    small = images_of(1, 2, 8, 8)
+    labels, work = asked(runner, slot, small)
+    np.testing.assert_array_equal(labels, small.argmax(3))
+    assert work.recovered == ""
+    runner.close()
+
+
+def test_a_version_that_the_kernel_ends_is_sent_back_where_the_one_before_can_compute(
+    path: Path, bounded: EngineProcess, shelf: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before = apart(path)
+    slot = slot_of(shelf, monkeypatch, before, bounded)
+    runner = runner_of(slot)
+    images = images_of(1, 1, 2000, 2000)
+    labels, work = asked(runner, slot, images)
+    np.testing.assert_array_equal(labels, images.argmax(3))
+    assert (work.version, work.recovered, before.deaths, bounded.deaths) == ("1", "", 0, 1)
+    assert slot.current is not None
+    assert slot.current.name == "1"
+    runner.close()
+    before.close()
+
+
+def test_what_this_process_ends_did_not_lack_memory(session: EngineProcess, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever the kernel does to others meanwhile."""
+    kills = iter(range(100))
+    monkeypatch.setattr(engine_start, "kills_for_memory", lambda: next(kills))
+    running = session._now.running
+    assert running is not None
+    running.look()
+    running.interrupt()
+    assert running.how_it_ended() == "signal 9, Killed"
+    assert not running.out_of_memory
+
+
+def test_who_was_killed_while_the_kernel_ended_somebody_may_have_lacked_memory(
+    session: EngineProcess, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    kills = 5
+    monkeypatch.setattr(engine_start, "kills_for_memory", lambda: kills)
+    monkeypatch.setattr(engine_start, "_LOOK_S", 0.0)
+    session.labels(images_of(1, 1, 8, 8))
+    monkeypatch.setattr(engine_start, "_LOOK_S", 1e6)  # it has looked just now
+    kills = 6
+    died = die(session)
+    assert type(died) is OutOfMemoryError
+    assert str(died).endswith("(signal 9, Killed: out of memory)")
+    session.labels(images_of(1, 1, 8, 8))
+    died = die(session)
+    assert type(died) is EngineDiedError  # nobody more was
+    assert str(died).endswith("(signal 9, Killed)")

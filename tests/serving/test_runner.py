@@ -18,7 +18,7 @@ import pytest
 
 from muntin.serving.batcher import Batch, Batcher, Job, Refusal
 from muntin.serving.latency import OVERDUE, OVERDUE_S, OVERDUE_UNKNOWN_S, LatencyModel
-from muntin.serving.runner import HANGING, LOOK_S, Answer, EngineError, Runner
+from muntin.serving.runner import HANGING, LOOK_S, TRIES, AgainError, Answer, EngineError, Runner
 
 LONG = 30.0
 """Seconds after which something that should happen has failed to."""
@@ -187,6 +187,26 @@ def test_no_memory_is_everybodys_error_and_nothing_is_computed_again() -> None:
     answers, seen = answered_together(execute, jobs)
     assert len(seen) == 1
     assert all(isinstance(answers.of(job), MemoryError) for job in jobs)
+
+
+@pytest.mark.parametrize("count", [1, 2])
+def test_what_asks_for_it_is_computed_again_alone(count: int) -> None:
+    tries = 0
+
+    def execute(batch: Batch) -> list[Any]:
+        nonlocal tries
+        tries += 1
+        if len(batch.jobs) > 1 or tries < 3 or batch.jobs[0].payload == 1:
+            raise AgainError("once more")
+        return doubled(batch)
+
+    jobs = jobs_of(count)
+    answers, seen = answered_together(execute, jobs)
+    assert answers.of(jobs[0]) == 0
+    assert [[job.payload for job in batch.jobs] for batch in seen[:3]] == [list(range(count)), [0], [0]]
+    for job in jobs[1:]:  # it has an end
+        assert str(answers.of(job)) == "once more"
+        assert len(seen) == 3 + TRIES
 
 
 @pytest.mark.parametrize("given", [[], [1], [1, 2, 3, 4]])

@@ -26,14 +26,14 @@ import numpy as np
 from numpy.typing import DTypeLike, NDArray
 
 from muntin.artifact import Signature
-from muntin.errors import VerificationError
+from muntin.errors import MuntinError, VerificationError
 from muntin.runtime.session import ExecutedLayer, Session, Shape, check_shapes
 from muntin.serving.engine_host import LABELS, SCORES, call_of
 from muntin.serving.engine_lane import Lane
 from muntin.serving.engine_start import Running, begin_in_process
 from muntin.serving.scheduling import Demand
 from muntin.serving.shared_memory import SharedBuffers
-from muntin.serving.version import Call, EngineDiedError, NotReadyError, Opened, Opening, TookTooLongError
+from muntin.serving.version import Call, EngineDiedError, NotReadyError, Opened, Opening, OutOfMemoryError, TookTooLongError
 
 DEATHS = 3
 """Deaths of an engine without an answer between, after which it is not begun again at once."""
@@ -105,7 +105,7 @@ def _ended_in_time(running: Running, path: Path, seconds: float, stopped: Callab
         while not done.wait(_POLL_S):
             if stopped() or time.monotonic() > until:
                 overdue.set()
-                running.process.kill()
+                running.interrupt()
                 return
 
     thread = Thread(target=mind, name="muntin-engine-first-call", daemon=True)
@@ -191,8 +191,18 @@ class EngineProcess(Session):
             since = inf if running is None else min((lane.asked_at for lane in running.busy.copy()), default=inf)
         if running is None or time.monotonic() - since < seconds:
             return False  # what takes long is to begin another one
-        running.process.kill()
+        running.interrupt()
         return True
+
+    def revive(self, seconds: float) -> None:
+        until = time.monotonic() + seconds
+        while self._now.running is None and not self._closed and time.monotonic() < until:
+            try:
+                self._alive()
+            except NotReadyError:  # somebody else begins it, or it is left alone for a while
+                time.sleep(_POLL_S)
+            except MuntinError:  # it cannot be begun: the next call says why
+                return
 
     def close(self) -> None:
         with self._lock:
@@ -295,5 +305,6 @@ class EngineProcess(Session):
             if self._now.running is running:
                 self._now.running = None
                 self._count_death(how)
+        kind = OutOfMemoryError if running.out_of_memory else EngineDiedError
         running.end()
-        return EngineDiedError(f"{self._path}: {how}")
+        return kind(f"{self._path}: {how}")

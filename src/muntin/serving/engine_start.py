@@ -21,7 +21,7 @@ from muntin.serving.scheduling import Demand, Pace, Standing, nobody, stand_back
 from muntin.serving.version import Call, NotReadyError, Opening, TookTooLongError
 
 _POLL_S = 0.05
-_ENDS_S, _END_S = 0.5, 5.0
+_ENDS_S, _END_S = 2.0, 5.0
 """What a process has to end in whose connection has ended, and one that was killed: the kernel frees its memory."""
 _LOOK_S = 10.0
 """Between two looks at how many processes the kernel has ended for want of memory."""
@@ -45,19 +45,28 @@ class Running:
     # Each operation on these is atomic: a lock of ours would be one more thing that a call has to do.
     lanes: list[Lane] = field(default_factory=list)
     busy: set[Lane] = field(default_factory=set)
-    _kills: int | None = field(default_factory=kills_for_memory)
+    out_of_memory: bool = False
+    """Whether the kernel has ended it for want of memory: known with `how_it_ended`."""
+    _interrupted: bool = False
+    _how: str = ""
+    _kills: int | None = field(default_factory=lambda: kills_for_memory())
     _looked: float = field(default_factory=time.monotonic)
 
     def look(self) -> None:
-        """Now and then, while it lives: processes that the kernel has ended for want of memory until then were others."""
-        if (now := time.monotonic()) - self._looked > _LOOK_S:
+        """Now and then, while nothing is asked of it: processes that the kernel has ended for want of memory until then were others."""
+        if not self.busy and (now := time.monotonic()) - self._looked > _LOOK_S:
             self._looked, self._kills = now, kills_for_memory()
+
+    def interrupt(self) -> None:
+        """Ends whatever it is at; `end` has to follow."""
+        self._interrupted = True
+        self.process.kill()
 
     def end(self, *, gently: bool = False) -> None:
         """`gently`: the kernel frees its memory where that keeps nobody waiting."""
         if gently:
             stand_back(self.process.pid)
-        self.process.kill()
+        self.interrupt()
         self.control.close()
         with suppress(IndexError):
             while True:
@@ -66,19 +75,29 @@ class Running:
             self.process.wait(_END_S)
 
     def how_it_ended(self) -> str:
-        """Of one that ends, or has ended."""
-        with suppress(subprocess.TimeoutExpired):
-            self.process.wait(_ENDS_S)
-        code = self.process.returncode
-        if code is None:
-            return "it does not answer"
-        if code >= 0:
-            return f"exit code {code}"
-        what = signal.strsignal(-code)
-        text = f"signal {-code}" + (f", {what}" if what else "")
-        kills = kills_for_memory() if code == -signal.SIGKILL else None
-        # Who was killed is in the kernel's log alone, which few may read: it was this one, if not for certain.
-        return f"{text}: out of memory" if kills is not None and self._kills is not None and kills > self._kills else text
+        """Of one that ends, or has ended. The same for all of its calls."""
+        if not self._how:
+            with suppress(subprocess.TimeoutExpired):
+                self.process.wait(_ENDS_S)
+            if self.process.returncode is None:
+                return "it does not answer"
+            self.out_of_memory = self._ended_by_kernel()
+            self._how = _told(self.process.returncode) + (": out of memory" if self.out_of_memory else "")
+        return self._how
+
+    def _ended_by_kernel(self) -> bool:
+        """Who was ended for want of memory is in the kernel's log alone, which few may read: it was killed while their number grew."""
+        if self._interrupted or not hasattr(signal, "SIGKILL") or self.process.returncode != -signal.SIGKILL:
+            return False
+        kills = kills_for_memory()
+        return kills is not None and self._kills is not None and kills > self._kills
+
+
+def _told(code: int) -> str:
+    if code >= 0:
+        return f"exit code {code}"
+    what = signal.strsignal(-code)
+    return f"signal {-code}" + (f", {what}" if what else "")
 
 
 def _never() -> bool:

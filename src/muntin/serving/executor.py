@@ -2,9 +2,10 @@
 
     batch of jobs -> one array (the request's own bytes where it is alone) -> session -> a share of the answer for each job
 
-Where the engine finds no memory for a batch, its rows are computed one at a time, and where that fails too, in tiles: what was done is said
-in the answers and counted. The kernel may also end the engine's process for it, as Linux does in place of refusing: that is taken alike.
-Whatever else an engine raises is held against its version where another one, which the slot names, can compute the batch.
+Where the engine finds no memory for a batch, its rows are computed one at a time, and where that fails too, in tiles: what was done is
+said in the answers and counted. The kernel may also end the engine's process for it, as Linux does in place of refusing. Where no other
+version can compute the batch, its requests are asked for once more then, each alone, when the engine is there again, and at a second death
+in parts. Whatever else an engine raises is held against its version where another one, which the slot names, can compute the batch.
 """
 
 from __future__ import annotations
@@ -15,7 +16,6 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
 from math import inf
-from threading import Lock
 from typing import Any, NamedTuple, TypeVar
 from weakref import WeakKeyDictionary
 
@@ -28,13 +28,21 @@ from muntin.runtime.memory import no_memory
 from muntin.serving.batcher import Batch, Job
 from muntin.serving.compiler import Compiler
 from muntin.serving.rollout import label_agreement
+from muntin.serving.runner import AgainError
 from muntin.serving.slot import Lease, Slot
-from muntin.serving.version import Begun, Call, EngineDiedError, Version
+from muntin.serving.version import Begun, Call, OutOfMemoryError, Version
 
 TILE = 512
 """Pixels of the side of the tiles that an image is computed in when there is no memory for it in one piece."""
 SHORT_S = 60.0
 """What was too much for the memory is not tried again before: each try may cost an engine, and seconds to begin another one."""
+
+SUSPECTS = 16
+"""Calls that are remembered for having been computed when an engine was ended for want of memory."""
+REVIVE_S = 60.0
+"""What an engine that was ended so is waited for."""
+_Kind = tuple[bool, bool]
+"""Labels; one image."""
 
 Answer = TypeVar("Answer")
 Sliced = TypeVar("Sliced", NDArray[Any], list[Any])
@@ -95,22 +103,40 @@ class Recoveries:
 
 
 class Shortages:
-    """Which calls found no memory within the last `SHORT_S`, by session and answer: as many pixels are too many. `clock`: seconds."""
+    """Which calls found no memory within the last `SHORT_S`: as many pixels are too many. `clock`: seconds.
+
+    Kept by session, and apart for scores and labels, and for one image and several: only the latter can be had in rows.
+    """
 
     def __init__(self, clock: Callable[[], float]) -> None:
         self._clock = clock
-        self._least: WeakKeyDictionary[Session, dict[bool, tuple[int, float]]] = WeakKeyDictionary()
+        self._least: WeakKeyDictionary[Session, dict[_Kind, tuple[int, float]]] = WeakKeyDictionary()
+        self._died: WeakKeyDictionary[Session, dict[tuple[_Kind, int], float]] = WeakKeyDictionary()
 
-    def note(self, session: Session, pixels: int, *, labels: bool) -> None:
-        """So many pixels in one call were too many; fewer, if that is known, stay so."""
-        known = self._least.setdefault(session, {})
-        least = known[labels][0] if self.too_many(session, pixels, labels=labels) else pixels
-        known[labels] = least, self._clock()
+    def refused(self, session: Session, kind: _Kind, pixels: int) -> None:
+        """There was none for so many pixels in one call."""
+        least = self._known(session, kind)
+        if pixels < least:
+            self._least.setdefault(session, {})[kind] = pixels, self._clock()
 
-    def too_many(self, session: Session, pixels: int, *, labels: bool) -> bool:
+    def died(self, session: Session, kind: _Kind, pixels: int) -> None:
+        """The engine was ended for want of it in such a call: a second time it counts, since it may have been a call beside it that took
+        too much."""
+        now, died = self._clock(), self._died.setdefault(session, {})
+        if now - died.pop((kind, pixels), -inf) < SHORT_S:
+            self.refused(session, kind, pixels)
+            return
+        died[kind, pixels] = now
+        if len(died) > SUSPECTS:
+            died.pop(next(iter(died)), None)
+
+    def too_many(self, session: Session, kind: _Kind, pixels: int) -> bool:
         """Whether a call of so many pixels is not to be tried now."""
-        least, noted = self._least.get(session, {}).get(labels, (inf, 0.0))
-        return pixels >= least and self._clock() - noted < SHORT_S
+        return pixels >= self._known(session, kind)
+
+    def _known(self, session: Session, kind: _Kind) -> float:
+        least, noted = self._least.get(session, {}).get(kind, (inf, 0.0))
+        return least if self._clock() - noted < SHORT_S else inf
 
 
 class Executor:
@@ -123,8 +149,6 @@ class Executor:
         self.recoveries = Recoveries()
         self._slot, self._clock = slot, clock
         self._shortages = Shortages(clock)
-        self._lock = Lock()  # around both of these
-        self._running = self._begun = 0  # calls now, and ever
         self._compiler = compiler
 
     def __call__(self, batch: Batch) -> Sequence[NDArray[Any]]:
@@ -135,23 +159,28 @@ class Executor:
         started = self._clock()
         images = _together(works)
         call = Call((batch.rows, group.height, group.width), group.labels)
-        (answers, said), version = compute_somewhere(
-            self._slot,
-            group.version,
-            lambda session: self._compute_for(batch.jobs, session, images, labels=group.labels),
-            rows=batch.rows,
-            call=call,
-            within=batch.within,
-        )
-        computed = self._clock() - started
-        if self._compiler is not None:
+        try:
+            (answers, said), version = compute_somewhere(
+                self._slot,
+                group.version,
+                lambda session: self._compute_for(batch.jobs, session, images, labels=group.labels),
+                rows=batch.rows,
+                call=call,
+                within=batch.within,
+                whole=lambda found: not any(found[1]),
+            )
+        except OutOfMemoryError as error:
+            group.version.session.revive(REVIVE_S)
+            raise AgainError(str(error)) from error
+        computed, whole = self._clock() - started, not any(said)
+        if self._compiler is not None and whole:
             self._compiler.note(version, call)
         for work, rows in zip(works, taken_apart(said, batch.jobs), strict=True):
             work.started, work.computed, work.batch_rows = started, computed, batch.rows
             work.by, work.recovered, work.within = version, max(rows, key=len), batch.within
         if not isinstance(answers, np.ndarray):
             return answers
-        if self._slot.shadowed and images is not None:  # the whole of it: single images take their time otherwise than batches do
+        if self._slot.shadowed and images is not None and whole:  # the whole of it: single images take their time otherwise than batches do
             works[0].whole = images, answers
         return taken_apart(answers, batch.jobs)
 
@@ -185,46 +214,31 @@ class Executor:
 
     def _compute(self, session: Session, images: NDArray[np.uint8], *, labels: bool) -> tuple[NDArray[Any], list[str]]:
         """The answer, and of each row what was done for want of memory."""
-        height, width = images.shape[1:3]
-        whole = len(images) == 1 and (session.signature.task == "classify" or max(height, width) == 1)
-        if (answer := self._whole(session, images, labels=labels, must=whole)) is not None:
-            return answer, [""] * len(images)
+        kind, pixels = (labels, len(images) == 1), images.size // images.shape[3]
+        if not self._shortages.too_many(session, kind, pixels):
+            try:
+                return _call(session, images, labels=labels), [""] * len(images)
+            except OutOfMemoryError:
+                self._shortages.died(session, kind, pixels)
+                raise
+            except Exception as error:
+                if isinstance(error, MuntinError) or not no_memory(error):
+                    raise
+                self._shortages.refused(session, kind, pixels)
         if len(images) > 1:
             self.recoveries.rows += 1
             parts = [self._compute(session, images[n : n + 1], labels=labels) for n in range(len(images))]
             return np.concatenate([part for part, _ in parts]), [said or "one row at a time" for _, (said,) in parts]
-        if whole:
+        height, width = images.shape[1:3]
+        if session.signature.task == "classify" or max(height, width) == 1:
             raise MuntinError(f"no memory for one image of {width}x{height}: send smaller ones")
         self.recoveries.tiles += 1
         tile = min(TILE, (max(height, width) + 1) // 2)
-        answer = predict(session, images[0], tile=tile, output="labels" if labels else "scores")
+        try:
+            answer = predict(session, images[0], tile=tile, output="labels" if labels else "scores")
+        except OutOfMemoryError as error:
+            raise MuntinError(f"no memory for one image of {width}x{height}, in tiles of {tile} either: send smaller ones") from error
         return answer[None], [f"in tiles of {tile} pixels"]
-
-    def _whole(self, session: Session, images: NDArray[np.uint8], *, labels: bool, must: bool) -> NDArray[Any] | None:
-        """The answer in one call; None where there is no memory for that, or was none lately. `must`: it cannot be taken apart."""
-        pixels = images.size // images.shape[3]
-        if not must and self._shortages.too_many(session, pixels, labels=labels):
-            return None
-        for again in (False, True):
-            with self._lock:
-                beside = self._running
-                self._running += 1
-                self._begun += 1
-                begun = self._begun
-            try:
-                return _call(session, images, labels=labels)
-            except Exception as error:
-                if not no_memory(error):
-                    raise
-                # A call beside it may be what the kernel ended the engine for, and with it this one.
-                innocent = isinstance(error, EngineDiedError) and (beside or self._begun != begun)
-            finally:
-                with self._lock:
-                    self._running -= 1
-            if again or not innocent:
-                break
-        self._shortages.note(session, pixels, labels=labels)
-        return None
 
 
 def _together(works: Sequence[Work]) -> NDArray[np.uint8] | None:
@@ -238,14 +252,21 @@ def _together(works: Sequence[Work]) -> NDArray[np.uint8] | None:
 
 
 def compute_somewhere(
-    slot: Slot, version: Version, work: Callable[[Session], Answer], *, rows: int, call: Call | None = None, within: float = inf
+    slot: Slot,
+    version: Version,
+    work: Callable[[Session], Answer],
+    *,
+    rows: int,
+    call: Call | None = None,
+    within: float = inf,
+    whole: Callable[[Answer], bool] = lambda answer: True,
 ) -> tuple[Answer, Version]:
     """`work(session)` of a version that the caller has a lease on, or of one that can where this one fails; and which one did.
 
     Counts it (`Slot.observe`). A failure counts against a version only if another one could compute the same: what none can is the
     images' fault, and a client must not be able to send a version back with them. Nor does an OSError: this process lacks files then.
-    `within`: as of `Slot.begin`; a version that hangs, or was sent back since, is not asked where there is another one. Raises what `work`
-    raised first, and DataError at once.
+    `within`: as of `Slot.begin`; a version that hangs, or was sent back since, is not asked where there is another one. `whole`: whether
+    an answer came from one call. Raises what `work` raised first, and DataError at once.
     """
     failures: list[tuple[Begun, Exception]] = []
 
@@ -268,7 +289,8 @@ def compute_somewhere(
                 except Exception as error:  # noqa: BLE001 - it is raised below, if no other version can
                     failures.append((begun, error))
                 else:
-                    slot.observe(version, seconds=slot.clock() - begun.at, rows=rows, call=call, begun=begun)
+                    seconds = slot.clock() - begun.at if whole(answer) else None
+                    slot.observe(version, seconds=seconds, rows=rows, call=call, begun=begun)
                     count(failures)
                     return answer, version
                 finally:

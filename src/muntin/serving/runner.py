@@ -36,6 +36,8 @@ LOOK_S = 0.02
 """Seconds between two looks for jobs whose time has passed, at the least: who is late hears of it so much later."""
 HANGING = 4
 """Threads that hang in an engine at once for which others are begun."""
+TRIES = 6
+"""Of a job that an AgainError asks for: whole and once more, a row and once more, and that row in parts, are five."""
 _GRACE_S = 0.5
 """Beyond a batch's time: whoever computes it finds out first, so that what waits for a version that hangs is computed by another one."""
 
@@ -47,6 +49,10 @@ def _cannot(since: float) -> bool:
 class EngineError(MuntinError):
     """The engine broke its contract: another number of answers than of requests, it tried to end the thread that it ran on, or it does not
     come back."""
+
+
+class AgainError(MuntinError):
+    """What was not computed may be, if it is asked once more: whoever computes does it in another way then."""
 
 
 class _Worker:
@@ -71,6 +77,7 @@ class Runner:
 
     Where `execute` raises for a batch of several jobs, each of them is computed once more alone, so that one bad request fails alone.
     Not so for MemoryError, which every job of the batch gets: computing the same rows again would press a machine without memory further.
+    A job alone that fails with AgainError is computed again, up to `TRIES` times.
     Raises ValueError for another number of workers than the batcher counts on.
     """
 
@@ -311,16 +318,20 @@ class Runner:
         answers, error = self._call(batch)
         if error is None:
             return answers, True
-        if len(batch.jobs) == 1 or worker.hangs or self._ended or isinstance(error, MemoryError | EngineError):
+        final = len(batch.jobs) == 1 and not isinstance(error, AgainError)
+        if final or worker.hangs or self._ended or isinstance(error, MemoryError | EngineError):
             return [error] * len(batch.jobs), False
         return [self._alone(worker, batch, job) for job in batch.jobs], False
 
     def _alone(self, worker: _Worker, batch: Batch, job: Job) -> Answer:
-        if worker.hangs:  # nobody waits for the rest
-            return None
-        now = self._clock()
-        worker.since, worker.due, worker.again = now, now + batch.within + _GRACE_S, False  # each call has its time
-        answers, error = self._call(Batch((job,), batch.group, job.rows, batch.within))
+        for _ in range(TRIES):
+            if worker.hangs:  # nobody waits for the rest
+                return None
+            now = self._clock()
+            worker.since, worker.due, worker.again = now, now + batch.within + _GRACE_S, False  # each call has its time
+            answers, error = self._call(Batch((job,), batch.group, job.rows, batch.within))
+            if self._ended or not isinstance(error, AgainError):
+                break
         return answers[0] if error is None else error
 
     def _call(self, batch: Batch) -> tuple[Sequence[Answer], Exception | None]:

@@ -229,16 +229,16 @@ class Slot:
         version: Version,
         *,
         rows: int,
-        seconds: float = 0.0,
+        seconds: float | None = None,
         error: BaseException | None = None,
         call: Call | None = None,
         begun: Begun | None = None,
     ) -> None:
         """Counts a batch of `rows` images that took `seconds`, or failed with `error`; judges the version if it is on trial.
 
-        `call`: what was computed. Times are compared among equal calls (without it: among batches of as many images), and the next version
-        is warmed up for the last of them. A DataError is the caller's, and no failure. `begun`: ends with it, and was counted already if it
-        was overdue.
+        `seconds`: None where it took more than one call, from which nobody learns how long one takes. `call`: what was computed. Times are
+        compared among equal calls (without it: among batches of as many images), and the next version is warmed up for the last of them. A
+        DataError is the caller's, and no failure. `begun`: ends with it, and was counted already if it was overdue.
         """
         failed = error is not None and not isinstance(error, DataError)
         with self._changing():
@@ -249,7 +249,7 @@ class Slot:
                 if begun.overdue:
                     return
             self._asked = self.clock()
-            if error is None:
+            if error is None and seconds is not None:
                 version.latencies.add(rows if call is None else call, seconds)
             if (tally := self._tally(version)) is not None:
                 tally.batches += 1

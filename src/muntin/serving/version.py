@@ -58,6 +58,10 @@ class EngineDiedError(MuntinError):
     """The process that an engine runs in has ended, or was ended, in the midst of a call."""
 
 
+class OutOfMemoryError(EngineDiedError):
+    """The kernel has ended it for want of memory, as far as can be told: it says how many it ended, and not which."""
+
+
 class Call(NamedTuple):
     """What a session is asked to compute: images of a shape (B, H, W), and of them scores or labels."""
 
