@@ -69,6 +69,7 @@ ENTRIES = {
         Entry(name="hybrid-xxs-ptq", model="hybrid-xxs", way="post-training"),
         Entry(name="hybrid-xs-ptq", model="hybrid-xs", way="post-training"),
         Entry(name="hybrid-s-ptq", model="hybrid-s", way="post-training"),
+        Entry(name="hybrid-m-ptq", model="hybrid-m", way="post-training"),
         _entry("linknet_resnet18"),
         _entry("pan_mobilenet_v2"),
         _entry("unet_resnet18"),
