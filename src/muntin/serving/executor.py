@@ -39,8 +39,8 @@ SHORT_S = 60.0
 
 SUSPECTS = 16
 """Calls that are remembered for having been computed when an engine was ended for want of memory."""
-REVIVE_S = 60.0
-"""What an engine that was ended so is waited for."""
+REVIVE_S = 10.0
+"""What an engine that was ended so is waited for: about as long as a call may take before it counts as one that hangs."""
 _Kind = tuple[bool, bool]
 """Labels; one image."""
 
