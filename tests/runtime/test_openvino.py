@@ -179,21 +179,43 @@ from muntin.errors import ArtifactError
 from muntin.runtime import load
 from muntin.runtime.memory import no_memory
 session = load(sys.argv[1], shapes=[(1, 8, 8)], dynamic=True, cache=False)
-session(np.zeros((1, 9, 9, 3), np.uint8))
+call = session.labels if sys.argv[2] == "labels" else session
+call(np.zeros((1, 9, 9, 3), np.uint8))
 images = np.zeros((1, 2000, 2000, 3), np.uint8)  # 512 MB for each map of 32 channels
 pages = int(open("/proc/self/statm").read().split()[0])
-resource.setrlimit(resource.RLIMIT_AS, (pages * resource.getpagesize() + (200 << 20),) * 2)
+resource.setrlimit(resource.RLIMIT_AS, (pages * resource.getpagesize() + (int(sys.argv[3]) << 20),) * 2)
 try:
-    session(images)
+    call(images)
 except ArtifactError as error:
     sys.exit(0 if no_memory(error) and "\\n" not in str(error) else str(error))
 """
 
 
 @pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="the system does not count pages for us")
-def test_want_of_memory_can_be_told_from_other_failures(convolutions: Any) -> None:
-    done = subprocess.run([sys.executable, "-c", f"{NO_MEMORY}sys.exit(3)", str(convolutions.path)], check=False, capture_output=True)
+@pytest.mark.parametrize(("answer", "mebibytes"), [("scores", 200), ("scores", 300), ("labels", 60), ("labels", 200)])
+def test_want_of_memory_can_be_told_from_other_failures(convolutions: Any, answer: str, mebibytes: int) -> None:
+    """OpenVINO raises, or returns and has written nothing."""
+    command = [sys.executable, "-c", f"{NO_MEMORY}sys.exit(3)", str(convolutions.path), answer, str(mebibytes)]
+    done = subprocess.run(command, check=False, capture_output=True)
     assert (done.returncode, done.stderr) == (0, b"")
+
+
+@pytest.mark.parametrize("labels", [True, False])
+def test_what_an_engine_did_not_write_is_no_answer(
+    convolutions: Any, images_of: Callable[..., Any], monkeypatch: pytest.MonkeyPatch, labels: bool
+) -> None:
+    """It would be what lay in that memory: an answer to somebody else."""
+    session = open_openvino(convolutions.artifact, "f32", dynamic=True)
+    call = session.labels if labels else session
+    images = images_of(3, batch=1, height=9, width=7, seed=1)
+    wanted = call(images)
+    write_to, elsewhere = session._write_to, np.zeros_like(wanted)  # it stays: an engine writes there
+
+    with monkeypatch.context() as patch:
+        patch.setattr(session, "_write_to", lambda request, answer: write_to(request, elsewhere))
+        with pytest.raises(ArtifactError, match=r"returned without an answer.*out of memory"):
+            call(images)
+    np.testing.assert_array_equal(call(images), wanted)
 
 
 def test_threads_may_share_a_session(convolutions: Any, images_of: Callable[..., Any]) -> None:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import re
+import resource
 import signal
 import subprocess
 import sys
@@ -22,6 +24,7 @@ from numpy.typing import NDArray
 
 from muntin.errors import ArtifactError, DataError, VerificationError
 from muntin.runtime.buffers import KEPT as BUFFERS
+from muntin.runtime.memory import kills_for_memory
 from muntin.serving import engine_process, engine_start
 from muntin.serving.batcher import Batcher, Job
 from muntin.serving.engine_host import KEPT, PLACES, error_of, said_of
@@ -575,9 +578,9 @@ def limit(folder: Path, bytes_: int) -> None:
                 break
         else:
             pytest.skip("control groups here do not limit memory")
-        swap = folder / "memory.swap.max"
-        if swap.exists():
-            swap.write_text("0", encoding="ascii")
+        for name, value in (("memory.swap.max", 0), ("memory.memsw.limit_in_bytes", bytes_)):
+            if (folder / name).exists():
+                (folder / name).write_text(str(value), encoding="ascii")
     except OSError as error:
         pytest.skip(f"no limit can be set here: {error}")
 
@@ -585,6 +588,8 @@ def limit(folder: Path, bytes_: int) -> None:
 @pytest.fixture
 def control_group() -> Iterator[Path]:
     """A place for one below this process's own. Skips where there is none to be had: few may make one."""
+    if kills_for_memory() is None:
+        pytest.skip("the kernel does not count whom it ends for want of memory")
     for line in Path("/proc/self/cgroup").read_text(encoding="ascii").splitlines() if LINUX else ():
         _, controllers, path = line.split(":", 2)
         if controllers in ("", "memory") and path:
@@ -597,7 +602,8 @@ def control_group() -> Iterator[Path]:
             folder.rmdir()
             if known:
                 yield folder
-                while folder.exists():  # until what was in it has ended
+                until = time.monotonic() + 10
+                while folder.exists() and time.monotonic() < until:  # until what was in it has ended
                     with suppress(OSError):
                         folder.rmdir()
                     time.sleep(0.01)
@@ -640,17 +646,34 @@ def test_a_picture_that_the_kernel_ends_the_engine_for_is_computed_in_tiles(
     assert slot.current is not None
     runner = runner_of(slot)
     images = images_of(1, 1, 2000, 2000)
-    for _ in range(2):  # the second time it is known
+    for deaths in (1, 2, 2):  # from the second on it is known; a call beside it might have been to blame for the first
         labels, work = asked(runner, slot, images)
         np.testing.assert_array_equal(labels, images.argmax(3))
         assert work.recovered == f"in tiles of {TILE} pixels"
-    assert bounded.deaths == 2  # a call beside it might have been to blame for the first
+        assert bounded.deaths == deaths
     assert bounded.last_death == "the process of its engine has ended (signal 9, Killed: out of memory)"
-    assert slot.current.latencies.calls == {}  # a new version is not asked to compute it in one piece
+    assert slot.current.latencies.examples == {}  # a new version is not asked to compute it in one piece
     small = images_of(1, 2, 8, 8)
     labels, work = asked(runner, slot, small)
     np.testing.assert_array_equal(labels, small.argmax(3))
     assert work.recovered == ""
+    runner.close()
+
+
+@pytest.mark.skipif(not LINUX, reason="one process limits another by Linux's prlimit")
+def test_a_picture_that_the_system_refuses_memory_for_is_computed_in_tiles(
+    session: EngineProcess, shelf: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    slot = slot_of(shelf, monkeypatch, session)
+    runner = runner_of(slot)
+    small, large = images_of(1, 1, TILE, TILE), images_of(1, 1, 4000, 3000)
+    asked(runner, slot, small)
+    mapped = int(Path(f"/proc/{pid_of(session)}/statm").read_text(encoding="ascii").split()[0]) * os.sysconf("SC_PAGE_SIZE")
+    resource.prlimit(pid_of(session), resource.RLIMIT_AS, (mapped + large.nbytes + (32 << 20),) * 2)  # its images it has mapped, too
+    labels, work = asked(runner, slot, large)
+    np.testing.assert_array_equal(labels, large.argmax(3))
+    assert work.recovered == f"in tiles of {TILE} pixels"
+    assert session.deaths == 0
     runner.close()
 
 
@@ -672,14 +695,56 @@ def test_a_version_that_the_kernel_ends_is_sent_back_where_the_one_before_can_co
 
 def test_what_this_process_ends_did_not_lack_memory(session: EngineProcess, monkeypatch: pytest.MonkeyPatch) -> None:
     """Whatever the kernel does to others meanwhile."""
-    kills = iter(range(100))
-    monkeypatch.setattr(engine_start, "kills_for_memory", lambda: next(kills))
     running = session._now.running
     assert running is not None
-    running.look()
+    running._kills = 0
+    monkeypatch.setattr(engine_start, "kills_for_memory", lambda: 1)
     running.interrupt()
-    assert running.how_it_ended() == "signal 9, Killed"
-    assert not running.out_of_memory
+    assert running.how_it_ended() == ("signal 9, Killed", False)
+
+
+def test_two_calls_that_die_at_once_die_of_the_same(session: EngineProcess, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(engine_start, "kills_for_memory", lambda: 10**9)  # more than when it was begun
+    pid, died = pid_of(session), []
+    stop(pid)
+
+    def ask() -> None:
+        with pytest.raises(OutOfMemoryError) as caught:
+            session(images_of(1, 1, 8, 8))
+        died.append((str(caught.value), caught.value.process))
+
+    threads = [threading.Thread(target=ask) for _ in range(6)]
+    for thread in threads:
+        thread.start()
+    running = session._now.running
+    assert running is not None
+    while len([lane for lane in running.busy.copy() if lane.asked_at < inf]) < len(threads):
+        time.sleep(0.001)
+    os.kill(pid, signal.SIGKILL)
+    os.kill(pid, signal.SIGCONT)
+    for thread in threads:
+        thread.join(20)
+    assert len(died) == len(threads)
+    assert len(set(died)) == 1
+    assert died[0][1] == pid
+    assert session.deaths == 1
+
+
+def test_an_engine_is_there_again(session: EngineProcess, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert session.revive(0.0)
+    begin = session._begin
+    monkeypatch.setattr(session, "_begin", lambda *args, **options: (time.sleep(0.3), begin(*args, **options))[1])
+    die(session)
+    assert not session.revive(0.1)
+    with ThreadPoolExecutor(3) as pool:
+        assert list(pool.map(session.revive, [20.0] * 3)) == [True] * 3
+
+    def fails(*args: Any, **options: Any) -> Any:
+        raise OSError(errno.ENOMEM, "Cannot allocate memory")
+
+    monkeypatch.setattr(session, "_begin", fails)
+    die(session)
+    assert not session.revive(20.0)  # and says so at once
 
 
 def test_who_was_killed_while_the_kernel_ended_somebody_may_have_lacked_memory(

@@ -49,6 +49,8 @@ MULTIPLY = frozenset({"Convolution", "GroupConvolution", "Deconvolution", "Fully
 MAY_MULTIPLY = frozenset({"Subgraph", "MHA", "ScaledDotProductAttention"})
 _LEFT_OUT = frozenset({"Const", "Input", "Output"})
 
+_NO_LABEL, _NO_SCORE = 255, 0x7FC0BEEF
+"""No class, of which there are 255 at the most; and a NaN that no computation gives."""
 InputShape = tuple[int, ...]
 Variant = tuple[InputShape | None, bool]
 """Of the model: the input shape that it is compiled for (None: dynamic sizes), and whether it ends in labels instead of scores."""
@@ -155,9 +157,13 @@ class OpenVinoSession(Session):
         for first in range(0, len(images_BHWC), step):
             part = answer[first : first + step]
             self._write_to(request, part)
+            if compiled.shape is None:
+                _mark(part)
             request.infer([images_BHWC[first : first + step]], share_inputs=True, share_outputs=True)
             if compiled.shape is None and (came := tuple(request.get_output_tensor(0).shape)) != part.shape:
                 raise self._another(came, part)  # where fewer numbers came the others are whatever lay in that memory
+            if compiled.shape is None and _marked(part):
+                raise MemoryError("it returned without an answer, as it does where it cannot allocate what a size needs: out of memory")
 
     def _cannot(self, images_BHWC: NDArray[np.uint8], error: RuntimeError | MemoryError) -> ArtifactError:
         return ArtifactError(
@@ -319,6 +325,27 @@ def choose_precision(core: Any, asked: str, recorded: str) -> str:
             'ask for "recorded", or for "f32"'
         )
     return asked
+
+
+# With free sizes OpenVINO 2026.4 does not raise what it fails at while it makes room for a size: it returns, and has written nothing. What
+# lay in that memory, an answer to somebody else for one, would be taken for the answer.
+
+
+def _mark(answer: NDArray[Any]) -> None:
+    """Writes what no engine writes to the ends of an answer."""
+    flat, mark = _bits(answer)
+    flat[0] = flat[-1] = mark
+
+
+def _marked(answer: NDArray[Any]) -> bool:
+    flat, mark = _bits(answer)
+    return bool(mark in (flat[0], flat[-1]))
+
+
+def _bits(answer: NDArray[Any]) -> tuple[NDArray[Any], int]:
+    """An answer as numbers without a sign, and the one that marks it."""
+    flat = answer.reshape(-1)
+    return (flat, _NO_LABEL) if answer.dtype == np.uint8 else (flat.view(np.uint32), _NO_SCORE)
 
 
 def _executed(runtime_model: Any, nodes: ComputeNodes) -> list[ExecutedLayer]:

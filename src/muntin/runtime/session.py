@@ -145,8 +145,10 @@ class Session(ABC):
         another. False: it does not, or it cannot be done."""
         return False
 
-    def revive(self, seconds: float) -> None:  # noqa: B027 - most run in this process
-        """Waits until an engine that died is there again, for so long at the most. Raises nothing: a call says what is wrong."""
+    def revive(self, seconds: float) -> bool:
+        """Waits until an engine that died is there again, for so long at the most; whether it is. Raises nothing: a call says what is
+        wrong."""
+        return True
 
     def close(self) -> None:  # noqa: B027 - most have nothing outside
         """Lets go of what lies outside of this process. Nobody may call the session any more."""

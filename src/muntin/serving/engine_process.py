@@ -26,7 +26,7 @@ import numpy as np
 from numpy.typing import DTypeLike, NDArray
 
 from muntin.artifact import Signature
-from muntin.errors import MuntinError, VerificationError
+from muntin.errors import VerificationError
 from muntin.runtime.session import ExecutedLayer, Session, Shape, check_shapes
 from muntin.serving.engine_host import LABELS, SCORES, call_of
 from muntin.serving.engine_lane import Lane
@@ -194,15 +194,16 @@ class EngineProcess(Session):
         running.interrupt()
         return True
 
-    def revive(self, seconds: float) -> None:
+    def revive(self, seconds: float) -> bool:
         until = time.monotonic() + seconds
-        while self._now.running is None and not self._closed and time.monotonic() < until:
+        while self._now.running is None and not self._closed and (left := until - time.monotonic()) > 0:
             try:
-                self._alive()
+                self._alive(left)
             except NotReadyError:  # somebody else begins it, or it is left alone for a while
                 time.sleep(_POLL_S)
-            except MuntinError:  # it cannot be begun: the next call says why
-                return
+            except Exception:  # noqa: BLE001 - it cannot be begun, and the next call says why
+                break
+        return self._now.running is not None
 
     def close(self) -> None:
         with self._lock:
@@ -242,7 +243,7 @@ class EngineProcess(Session):
         self._in_a_row = 0
         return done
 
-    def _alive(self) -> Running:
+    def _alive(self, seconds: float = _BEGIN_S) -> Running:
         """Waits for another process, but no longer than a call may take before it counts as one that hangs."""
         if not self._beginning.acquire(blocking=False):
             raise NotReadyError(f"{self._path}: its engine died, and is being begun again")
@@ -253,7 +254,7 @@ class EngineProcess(Session):
             self._beginning.release()
             raise NotReadyError(f"{self._path}: its engine died, and cannot be begun again now: {error}") from error
         try:
-            return begun.result(_BEGIN_S)
+            return begun.result(min(seconds, _BEGIN_S))
         except TimeoutError:
             raise NotReadyError(f"{self._path}: its engine died, and is being begun again") from None
         finally:
@@ -300,11 +301,13 @@ class EngineProcess(Session):
             self._not_before = time.monotonic() + min(LONGEST_PAUSE_S, pause)
 
     def _died(self, running: Running) -> EngineDiedError:
-        how = f"the process of its engine has ended ({running.how_it_ended()})"
+        how, lacked_memory = running.how_it_ended()
+        told = f"the process of its engine has ended ({how})"
         with self._lock:
             if self._now.running is running:
                 self._now.running = None
-                self._count_death(how)
-        kind = OutOfMemoryError if running.out_of_memory else EngineDiedError
+                self._count_death(told)
         running.end()
-        return kind(f"{self._path}: {how}")
+        if lacked_memory:
+            return OutOfMemoryError(f"{self._path}: {told}", process=running.process.pid)
+        return EngineDiedError(f"{self._path}: {told}")

@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from threading import Lock
 from typing import Any
 
 from muntin.errors import VerificationError
@@ -45,10 +46,9 @@ class Running:
     # Each operation on these is atomic: a lock of ours would be one more thing that a call has to do.
     lanes: list[Lane] = field(default_factory=list)
     busy: set[Lane] = field(default_factory=set)
-    out_of_memory: bool = False
-    """Whether the kernel has ended it for want of memory: known with `how_it_ended`."""
     _interrupted: bool = False
-    _how: str = ""
+    _how: tuple[str, bool] | None = None
+    _deciding: Lock = field(default_factory=Lock)
     _kills: int | None = field(default_factory=lambda: kills_for_memory())
     _looked: float = field(default_factory=time.monotonic)
 
@@ -74,16 +74,18 @@ class Running:
         with suppress(subprocess.TimeoutExpired):
             self.process.wait(_END_S)
 
-    def how_it_ended(self) -> str:
-        """Of one that ends, or has ended. The same for all of its calls."""
-        if not self._how:
-            with suppress(subprocess.TimeoutExpired):
-                self.process.wait(_ENDS_S)
-            if self.process.returncode is None:
-                return "it does not answer"
-            self.out_of_memory = self._ended_by_kernel()
-            self._how = _told(self.process.returncode) + (": out of memory" if self.out_of_memory else "")
-        return self._how
+    def how_it_ended(self) -> tuple[str, bool]:
+        """Of one that ends, or has ended, in words; and whether the kernel has ended it for want of memory. The same for all of its
+        calls."""
+        with self._deciding:
+            if self._how is None:
+                with suppress(subprocess.TimeoutExpired):
+                    self.process.wait(_ENDS_S)
+                if self.process.returncode is None:
+                    return "it does not answer", False
+                lacked = self._ended_by_kernel()
+                self._how = _told(self.process.returncode) + (": out of memory" if lacked else ""), lacked
+            return self._how
 
     def _ended_by_kernel(self) -> bool:
         """Who was ended for want of memory is in the kernel's log alone, which few may read: it was killed while their number grew."""
@@ -176,7 +178,7 @@ def _ask_to_open(
     running.control.settimeout(None)
     came = receive(running.control)
     if came is None:
-        raise VerificationError(f"{path}: its engine ended the process that opened it: {running.how_it_ended()}")
+        raise VerificationError(f"{path}: its engine ended the process that opened it: {running.how_it_ended()[0]}")
     said = came[0]
     if "error" in said:
         error = error_of(said)

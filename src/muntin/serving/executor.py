@@ -4,13 +4,14 @@
 
 Where the engine finds no memory for a batch, its rows are computed one at a time, and where that fails too, in tiles: what was done is
 said in the answers and counted. The kernel may also end the engine's process for it, as Linux does in place of refusing. Where no other
-version can compute the batch, its requests are asked for once more then, each alone, when the engine is there again, and at a second death
-in parts. Whatever else an engine raises is held against its version where another one, which the slot names, can compute the batch.
+version can compute the batch then, each of its requests is asked for once more when the engine is there again, and in smaller parts after
+each death. Whatever else an engine raises is held against its version where another one, which the slot names, can compute the batch.
 """
 
 from __future__ import annotations
 
 import time
+from collections import OrderedDict
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -22,7 +23,8 @@ from weakref import WeakKeyDictionary
 import numpy as np
 from numpy.typing import NDArray
 
-from muntin.errors import DataError, MuntinError
+from muntin.artifact import Signature
+from muntin.errors import DataError, MuntinError, VerificationError
 from muntin.runtime import Session, predict
 from muntin.runtime.memory import no_memory
 from muntin.serving.batcher import Batch, Job
@@ -30,17 +32,20 @@ from muntin.serving.compiler import Compiler
 from muntin.serving.rollout import label_agreement
 from muntin.serving.runner import AgainError
 from muntin.serving.slot import Lease, Slot
-from muntin.serving.version import Begun, Call, OutOfMemoryError, Version
+from muntin.serving.version import Begun, Call, EngineDiedError, NotReadyError, OutOfMemoryError, Version
 
 TILE = 512
 """Pixels of the side of the tiles that an image is computed in when there is no memory for it in one piece."""
 SHORT_S = 60.0
 """What was too much for the memory is not tried again before: each try may cost an engine, and seconds to begin another one."""
-
 SUSPECTS = 16
 """Calls that are remembered for having been computed when an engine was ended for want of memory."""
-REVIVE_S = 10.0
-"""What an engine that was ended so is waited for: about as long as a call may take before it counts as one that hangs."""
+REVIVE_S = 5.0
+"""What an engine that was ended so is waited for at a time: less than a call may take before it counts as one that hangs."""
+WHOLE, ALONE, ROWS, TILES = range(4)
+"""How a request is to be computed: with others or alone, one row at a time, in tiles."""
+NOT_THE_CALLS = (EngineDiedError, NotReadyError, VerificationError)
+"""Errors that are no call's fault, whatever their words: an engine that cannot be begun has no memory, too."""
 _Kind = tuple[bool, bool]
 """Labels; one image."""
 
@@ -76,6 +81,8 @@ class Work:
     """Of its batch all images and all of the answer, for a candidate to compute once more; one request of a batch has it."""
     within: float = inf
     """Seconds after which its batch would have counted as one that does not come back."""
+    way: int = WHOLE
+    """In which it is to be computed: in smaller parts after each death of an engine for want of memory."""
     recovered: str = ""
     """What was done for want of memory; empty: nothing."""
 
@@ -105,30 +112,30 @@ class Recoveries:
 class Shortages:
     """Which calls found no memory within the last `SHORT_S`: as many pixels are too many. `clock`: seconds.
 
-    Kept by session, and apart for scores and labels, and for one image and several: only the latter can be had in rows.
+    Kept by session, and apart for scores and labels, and for one image and several.
     """
 
     def __init__(self, clock: Callable[[], float]) -> None:
         self._clock = clock
         self._least: WeakKeyDictionary[Session, dict[_Kind, tuple[int, float]]] = WeakKeyDictionary()
-        self._died: WeakKeyDictionary[Session, dict[tuple[_Kind, int], float]] = WeakKeyDictionary()
+        self._died: WeakKeyDictionary[Session, OrderedDict[tuple[_Kind, int], tuple[int, float]]] = WeakKeyDictionary()
 
     def refused(self, session: Session, kind: _Kind, pixels: int) -> None:
         """There was none for so many pixels in one call."""
-        least = self._known(session, kind)
-        if pixels < least:
+        if pixels < self._known(session, kind):
             self._least.setdefault(session, {})[kind] = pixels, self._clock()
 
-    def died(self, session: Session, kind: _Kind, pixels: int) -> None:
-        """The engine was ended for want of it in such a call: a second time it counts, since it may have been a call beside it that took
-        too much."""
-        now, died = self._clock(), self._died.setdefault(session, {})
-        if now - died.pop((kind, pixels), -inf) < SHORT_S:
+    def died(self, session: Session, kind: _Kind, pixels: int, process: int) -> None:
+        """The engine's `process` was ended for want of it in such a call. The second process counts: at the first it may have been a call
+        beside it that took too much."""
+        now, died = self._clock(), self._died.setdefault(session, OrderedDict())
+        before, when = died.pop((kind, pixels), (process, now))
+        if before != process and now - when < SHORT_S:
             self.refused(session, kind, pixels)
             return
-        died[kind, pixels] = now
+        died[kind, pixels] = process, now
         if len(died) > SUSPECTS:
-            died.pop(next(iter(died)), None)
+            died.popitem(last=False)
 
     def too_many(self, session: Session, kind: _Kind, pixels: int) -> bool:
         """Whether a call of so many pixels is not to be tried now."""
@@ -156,21 +163,27 @@ class Executor:
         works: list[Work] = [job.payload for job in batch.jobs]
         group = batch.group
         assert isinstance(group, Group)
-        started = self._clock()
+        started, way = self._clock(), max(work.way for work in works)
+        if way and group.version.state != "failed" and not group.version.session.revive(REVIVE_S):
+            raise AgainError(f"version {group.version.name}: its engine was ended for want of memory, and is being begun again")
         images = _together(works)
         call = Call((batch.rows, group.height, group.width), group.labels)
         try:
             (answers, said), version = compute_somewhere(
                 self._slot,
                 group.version,
-                lambda session: self._compute_for(batch.jobs, session, images, labels=group.labels),
+                lambda session: self._compute_for(batch.jobs, session, images, labels=group.labels, way=way),
                 rows=batch.rows,
                 call=call,
                 within=batch.within,
                 whole=lambda found: not any(found[1]),
             )
         except OutOfMemoryError as error:
-            group.version.session.revive(REVIVE_S)
+            alone = len(works) == batch.rows == 1
+            if way == TILES or (alone and not _has_tiles(group.version.signature, group.height, group.width)):
+                raise
+            for work in works:
+                work.way = TILES if alone or way == ROWS else (ROWS if len(works) == 1 else ALONE)
             raise AgainError(str(error)) from error
         computed, whole = self._clock() - started, not any(said)
         if self._compiler is not None and whole:
@@ -203,42 +216,46 @@ class Executor:
             self._slot.end(begun)
 
     def _compute_for(
-        self, jobs: Sequence[Job], session: Session, images: NDArray[np.uint8] | None, *, labels: bool
+        self, jobs: Sequence[Job], session: Session, images: NDArray[np.uint8] | None, *, labels: bool, way: int
     ) -> tuple[NDArray[Any] | list[NDArray[Any]], list[str]]:
         """The answer to all of the jobs' images; to each job's, where there was no memory to put them together."""
         if images is not None:
-            return self._compute(session, images, labels=labels)
+            return self._compute(session, images, labels=labels, way=way)
         self.recoveries.rows += 1
-        parts = [self._compute(session, job.payload.images, labels=labels) for job in jobs]
+        parts = [self._compute(session, job.payload.images, labels=labels, way=way) for job in jobs]
         return [answer for answer, _ in parts], [said or "one request at a time" for _, rows in parts for said in rows]
 
-    def _compute(self, session: Session, images: NDArray[np.uint8], *, labels: bool) -> tuple[NDArray[Any], list[str]]:
-        """The answer, and of each row what was done for want of memory."""
+    def _compute(self, session: Session, images: NDArray[np.uint8], *, labels: bool, way: int) -> tuple[NDArray[Any], list[str]]:
+        """The answer, and of each row what was done for want of memory. `way`: to begin with."""
         kind, pixels = (labels, len(images) == 1), images.size // images.shape[3]
-        if not self._shortages.too_many(session, kind, pixels):
+        height, width = images.shape[1:3]
+        parts = len(images) > 1 or _has_tiles(session.signature, height, width)
+        small = way >= (TILES if len(images) == 1 else ROWS) or self._shortages.too_many(session, kind, pixels)
+        if not (parts and small):
             try:
                 return _call(session, images, labels=labels), [""] * len(images)
-            except OutOfMemoryError:
-                self._shortages.died(session, kind, pixels)
+            except OutOfMemoryError as error:
+                self._shortages.died(session, kind, pixels, error.process)
                 raise
             except Exception as error:
-                if isinstance(error, MuntinError) or not no_memory(error):
+                if isinstance(error, NOT_THE_CALLS) or not no_memory(error):
                     raise
                 self._shortages.refused(session, kind, pixels)
         if len(images) > 1:
             self.recoveries.rows += 1
-            parts = [self._compute(session, images[n : n + 1], labels=labels) for n in range(len(images))]
-            return np.concatenate([part for part, _ in parts]), [said or "one row at a time" for _, (said,) in parts]
-        height, width = images.shape[1:3]
-        if session.signature.task == "classify" or max(height, width) == 1:
-            raise MuntinError(f"no memory for one image of {width}x{height}: send smaller ones")
+            rows = [self._compute(session, images[n : n + 1], labels=labels, way=way) for n in range(len(images))]
+            return np.concatenate([row for row, _ in rows]), [said or "one row at a time" for _, (said,) in rows]
+        if not parts:
+            raise MuntinError(f"no memory for one image of {width}x{height}: send smaller ones, or try again later")
         self.recoveries.tiles += 1
         tile = min(TILE, (max(height, width) + 1) // 2)
-        try:
-            answer = predict(session, images[0], tile=tile, output="labels" if labels else "scores")
-        except OutOfMemoryError as error:
-            raise MuntinError(f"no memory for one image of {width}x{height}, in tiles of {tile} either: send smaller ones") from error
+        answer = predict(session, images[0], tile=tile, output="labels" if labels else "scores")
         return answer[None], [f"in tiles of {tile} pixels"]
+
+
+def _has_tiles(signature: Signature, height: int, width: int) -> bool:
+    """Whether one image can be computed in parts."""
+    return signature.task != "classify" and max(height, width) > 1
 
 
 def _together(works: Sequence[Work]) -> NDArray[np.uint8] | None:
@@ -289,8 +306,7 @@ def compute_somewhere(
                 except Exception as error:  # noqa: BLE001 - it is raised below, if no other version can
                     failures.append((begun, error))
                 else:
-                    seconds = slot.clock() - begun.at if whole(answer) else None
-                    slot.observe(version, seconds=seconds, rows=rows, call=call, begun=begun)
+                    slot.observe(version, seconds=slot.clock() - begun.at, rows=rows, call=call, begun=begun, whole=whole(answer))
                     count(failures)
                     return answer, version
                 finally:

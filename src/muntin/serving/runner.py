@@ -36,8 +36,8 @@ LOOK_S = 0.02
 """Seconds between two looks for jobs whose time has passed, at the least: who is late hears of it so much later."""
 HANGING = 4
 """Threads that hang in an engine at once for which others are begun."""
-TRIES = 6
-"""Of a job that an AgainError asks for: whole and once more, a row and once more, and that row in parts, are five."""
+TRIES = 8
+"""Of a job that an AgainError asks for."""
 _GRACE_S = 0.5
 """Beyond a batch's time: whoever computes it finds out first, so that what waits for a version that hangs is computed by another one."""
 
@@ -330,7 +330,8 @@ class Runner:
             now = self._clock()
             worker.since, worker.due, worker.again = now, now + batch.within + _GRACE_S, False  # each call has its time
             answers, error = self._call(Batch((job,), batch.group, job.rows, batch.within))
-            if self._ended or not isinstance(error, AgainError):
+            late = job.deadline is not None and self._clock() >= job.deadline
+            if self._ended or late or not isinstance(error, AgainError):
                 break
         return answers[0] if error is None else error
 

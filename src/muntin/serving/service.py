@@ -30,7 +30,7 @@ from muntin.serving.mailbox import Mailbox
 from muntin.serving.metrics import Metrics
 from muntin.serving.outputs import Wanted, make_outputs, output_names, read_wanted
 from muntin.serving.protocol import InferRequest, InferResponse, ProtocolError, RefusedRequestError, shown
-from muntin.serving.runner import Runner
+from muntin.serving.runner import AgainError, Runner
 from muntin.serving.shadows import Shadows
 from muntin.serving.slot import Lease, Slot
 from muntin.serving.turnstile import Turnstile
@@ -500,7 +500,7 @@ def _error(answer: BaseException | Refusal) -> ProtocolError:
     """What a client is told of what the runner gave instead of an answer."""
     if isinstance(answer, Refusal):
         return RefusedRequestError(answer.message, retry_after=answer.retry_after or 1.0, holds=answer.holds)
-    if isinstance(answer, NotReadyError):  # its engine died
+    if isinstance(answer, NotReadyError | AgainError):  # its engine died
         return RefusedRequestError(str(answer))
     error = ProtocolError(str(answer)) if isinstance(answer, DataError) else ProtocolError(f"the model failed: {answer}", status=500)
     error.__cause__ = answer

@@ -229,16 +229,17 @@ class Slot:
         version: Version,
         *,
         rows: int,
-        seconds: float | None = None,
+        seconds: float = 0.0,
         error: BaseException | None = None,
         call: Call | None = None,
         begun: Begun | None = None,
+        whole: bool = True,
     ) -> None:
         """Counts a batch of `rows` images that took `seconds`, or failed with `error`; judges the version if it is on trial.
 
-        `seconds`: None where it took more than one call, from which nobody learns how long one takes. `call`: what was computed. Times are
-        compared among equal calls (without it: among batches of as many images), and the next version is warmed up for the last of them. A
-        DataError is the caller's, and no failure. `begun`: ends with it, and was counted already if it was overdue.
+        `call`: what was computed. Times are compared among equal calls (without it: among batches of as many images), and the next version
+        is warmed up for the last of them, but not where it was not computed as a `whole`. A DataError is the caller's, and no failure.
+        `begun`: ends with it, and was counted already if it was overdue.
         """
         failed = error is not None and not isinstance(error, DataError)
         with self._changing():
@@ -249,8 +250,8 @@ class Slot:
                 if begun.overdue:
                     return
             self._asked = self.clock()
-            if error is None and seconds is not None:
-                version.latencies.add(rows if call is None else call, seconds)
+            if error is None:
+                version.latencies.add(rows if call is None else call, seconds, whole=whole)
             if (tally := self._tally(version)) is not None:
                 tally.batches += 1
                 tally.rows += rows
@@ -596,7 +597,7 @@ class Slot:
             past = [one for one in self._versions if one.state in ("failed", "unloaded") and not one.open]
             shown = [one for one in past if one.name != version.name][-HISTORY:]
             self._versions = [one for one in self._versions if one not in past or one in shown] + [version]
-            return {} if self._current is None else self._current.latencies.calls
+            return {} if self._current is None else self._current.latencies.examples
 
     def _open(self, version: Version, lately: Mapping[Call, int]) -> None:
         found = self._loader.probe(version.path, lately, self._closed.is_set)

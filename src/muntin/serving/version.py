@@ -59,7 +59,11 @@ class EngineDiedError(MuntinError):
 
 
 class OutOfMemoryError(EngineDiedError):
-    """The kernel has ended it for want of memory, as far as can be told: it says how many it ended, and not which."""
+    """The kernel has ended `process` for want of memory, as far as can be told: it says how many it ended, and not which."""
+
+    def __init__(self, message: str, *, process: int = 0) -> None:
+        super().__init__(message)
+        self.process = process
 
 
 class Call(NamedTuple):
@@ -217,14 +221,17 @@ class Latencies:
 
     def __init__(self) -> None:
         self._seconds: OrderedDict[Hashable, deque[float]] = OrderedDict()
+        self._in_parts: set[Hashable] = set()  # that had to be, the last time
 
-    def add(self, kind: Hashable, seconds: float) -> None:
+    def add(self, kind: Hashable, seconds: float, *, whole: bool = True) -> None:
+        """`whole`: in one call."""
         if kind not in self._seconds:
             self._seconds[kind] = deque(maxlen=TIMES)
             if len(self._seconds) > CALLS:
-                self._seconds.popitem(last=False)
+                self._in_parts.discard(self._seconds.popitem(last=False)[0])
         self._seconds[kind].append(seconds)
         self._seconds.move_to_end(kind)
+        (self._in_parts.discard if whole else self._in_parts.add)(kind)
 
     def of(self, kind: Hashable) -> tuple[float, ...]:
         return tuple(self._seconds.get(kind, ()))
@@ -238,6 +245,11 @@ class Latencies:
     def calls(self) -> dict[Call, int]:
         """Those kinds that a session can be warmed up for, and how many batches of each are remembered."""
         return {kind: len(seconds) for kind, seconds in self._seconds.items() if isinstance(kind, Call)}
+
+    @property
+    def examples(self) -> dict[Call, int]:
+        """Those of `calls` that a session can be asked in one call, as far as is known."""
+        return {call: count for call, count in self.calls.items() if call not in self._in_parts}
 
 
 @dataclass(eq=False, slots=True)
