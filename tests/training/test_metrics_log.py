@@ -36,3 +36,19 @@ def test_the_points_of_the_step_that_a_log_goes_on_from_stay_and_later_ones_go(t
     lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     board = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
     assert [line["step"] for line in lines] == [event.step for event in board.Scalars("training/loss")] == [10, 20, 40]
+
+
+def test_what_goes_on_within_the_same_second_is_read_last_whatever_the_files_are_called(tmp_path: Path) -> None:
+    """TensorBoard reads files in the order of their names: the second, the host, the process and a counter, all as text."""
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    with MetricsLog(tmp_path, 0, [], []) as log:
+        for step in (10, 20, 30):
+            log.write("training", point(step))
+    (file,) = (tmp_path / "tensorboard").iterdir()
+    second = file.name.split(".")[3]
+    file.rename(file.with_name(f"events.out.tfevents.{second}.~"))  # after every other of this second
+    with MetricsLog(tmp_path, 20, [point(10), point(20)], []) as log:
+        log.write("training", point(40))
+    board = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
+    assert [event.step for event in board.Scalars("training/loss")] == [10, 20, 40]

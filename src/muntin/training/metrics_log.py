@@ -3,10 +3,23 @@
 from __future__ import annotations
 
 import json
+import time
 import warnings
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
+
+
+def _after_earlier_events(directory: Path) -> None:
+    """Wait, less than two seconds, until an event file that is opened now is read after those that lie in `directory`.
+
+    TensorBoard reads event files in the order of their names. These begin with the second that a file was opened in. Within one second, the
+    process's id and a counter decide, as text ("10" before "9"); what a resumed run logged would be read as older than what it replaces.
+    """
+    seconds = [name[3] for place in directory.glob("events.out.tfevents.*") if len(name := place.name.split(".")) > 3]
+    wait = max((int(second) for second in seconds if second.isdecimal()), default=-1) + 1 - time.time()
+    if 0 < wait < 2:  # a clock that was set back further than this is not waited for
+        time.sleep(wait)
 
 
 class MetricsLog:
@@ -24,6 +37,7 @@ class MetricsLog:
             from torch.utils.tensorboard import SummaryWriter
         self.directory.mkdir(parents=True, exist_ok=True)
         self.file = (self.directory / "metrics.jsonl").open("w", encoding="utf-8")
+        _after_earlier_events(self.directory / "tensorboard")
         self.board = SummaryWriter(self.directory / "tensorboard", purge_step=self.step + 1 if self.step else 0)
         for kind, point in sorted(self.past, key=lambda entry: float(entry[1]["step"])):
             self._line(kind, point)
