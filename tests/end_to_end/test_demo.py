@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -12,6 +15,7 @@ from typer.testing import CliRunner
 from muntin.cli import app
 from muntin.data import EarthSource
 from muntin.runtime.images import read_image, read_mask
+from muntin.training import FitProgress, FitResult, fit
 
 TINY = "{stem: [8, 8, 16], dims: [32], depths: [1], head_dim: 16, latents: 4, decoder: 16}"
 CHANGES = (
@@ -25,8 +29,15 @@ CHANGES = (
 
 
 @pytest.mark.slow
-def test_the_demonstration_leaves_what_it_promises_and_goes_on_when_run_again(tmp_path: Path) -> None:
+def test_the_demonstration_leaves_what_it_promises_and_goes_on_when_run_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     words = ["demo", "-o", str(tmp_path / "demo"), *(word for change in CHANGES for word in ("--set", change)), "--json"]
+    with monkeypatch.context() as patch:
+        patch.setattr("muntin.training.fit", interrupted_at_its_end)
+        stopped = CliRunner().invoke(app, words, catch_exceptions=False)
+    assert (stopped.exit_code, stopped.stdout) == (1, "")
+    assert stopped.stderr == "muntin: interrupted after step 20 of 20; the same command goes on\n"
+    assert not (tmp_path / "demo" / "compressed").exists()
+
     first = CliRunner().invoke(app, words, catch_exceptions=False)
     assert (first.exit_code, first.stderr) == (0, "")
     document = json.loads(first.stdout)
@@ -42,6 +53,16 @@ def test_the_demonstration_leaves_what_it_promises_and_goes_on_when_run_again(tm
     assert again.exit_code == 0
     assert {path: path.stat().st_mtime_ns for path in kept} == kept  # neither trained nor exported a second time
     assert [step["miou"] for step in json.loads(again.stdout)["steps"]] == [step["miou"] for step in document["steps"]]
+
+
+def interrupted_at_its_end(*arguments: Any, **named: Any) -> FitResult:
+    """`fit`, with a real Ctrl-C in the validation after its last step: nothing is left of training that could end for it."""
+
+    def report(progress: FitProgress) -> None:
+        if progress.kind == "validation" and progress.step == progress.steps:
+            os.kill(os.getpid(), signal.SIGINT)
+
+    return fit(*arguments, **(named | {"report": report}))
 
 
 def check_overlay(directory: Path) -> None:

@@ -143,6 +143,15 @@ def test_an_interrupted_run_that_goes_on_ends_in_the_same_bits(tmp_path: Path, w
     assert one.state.validation == other.state.validation
 
 
+def test_who_asks_a_run_to_stop_after_its_last_step_is_told_that_it_was_heard(tmp_path: Path, tiny: Any) -> None:
+    """Nothing is left to interrupt; but what follows a run, as in `muntin demo`, is not begun."""
+    plan = ("training.steps=2", "training.validate_every=2")
+    result = train(tiny, tmp_path / "run", *plan, report=ctrl_c_at(2))
+    assert (result.step, result.interrupted, result.asked_to_stop) == (2, False, True)
+    again = train(tiny, tmp_path / "run", *plan, resume=True)
+    assert (again.interrupted, again.asked_to_stop, again.checkpoint) == (False, False, result.checkpoint)
+
+
 class Drawing(nn.Conv2d):
     """Draws in PyTorch, as dropout does, and elsewhere, as stochastic depth sometimes does."""
 

@@ -72,6 +72,9 @@ class CompressionRun:
     directory: Path
     stages: tuple[StageResult, ...]
     interrupted: bool
+    """Steps or stages are left."""
+    asked_to_stop: bool
+    """Ctrl-C or SIGTERM came, during the last step or what follows it, too."""
     notes: tuple[str, ...]
     """What makes the result less than it could be."""
 
@@ -266,7 +269,9 @@ class _Compression:
         interrupted = len(results) < len(wanted) or not results[-1].finished
         noted = (read_checkpoint(results[-1].checkpoint).state.compression or {}).get("notes", [])
         notes = (*broken_off(self.checkpoint), *self._idle(wanted), *self._unused(), *noted, *self.told)
-        return CompressionRun(directory=self.directory, stages=tuple(results), interrupted=interrupted, notes=notes)
+        return CompressionRun(
+            directory=self.directory, stages=tuple(results), interrupted=interrupted, asked_to_stop=interruption.asked, notes=notes
+        )
 
     def _idle(self, wanted: list[Stage]) -> list[str]:
         idle = [stage for stage in wanted if stage_steps(self.recipe, stage) == 0 < _stage_config(self.config, stage).share]

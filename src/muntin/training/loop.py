@@ -82,6 +82,9 @@ class FitResult:
     steps: int
     """Of the whole run: the recipe's, or fewer where its minutes end first."""
     interrupted: bool
+    """Steps are left."""
+    asked_to_stop: bool
+    """Ctrl-C or SIGTERM came, and the run ended for it or just after its last step: whoever goes on from here does not."""
     precision: str
     seconds: float
     validation: list[dict[str, Any]]
@@ -138,7 +141,7 @@ def fit(
         path = training.run(interruption)
     return FitResult(
         directory=directory, checkpoint=path, step=training.step, steps=training.steps, interrupted=not training.finished,
-        precision=f"{precision.name} on {precision.device}: {precision.reason}",
+        asked_to_stop=interruption.asked, precision=f"{precision.name} on {precision.device}: {precision.reason}",
         seconds=training.seconds, validation=training.validation, notes=(*notes, *training.notes),
     )  # fmt: skip
 
