@@ -1,0 +1,161 @@
+"""What integers cost on images of up to 68 times the area that they were calibrated on.
+
+    python benchmarks/areas.py [--model hybrid-xs] [--crop 160] [--seeds 0 1 2] [--steps 700] [--precision bf16] [--threads N]
+                               [--output runs/benchmark-areas] [--json]
+
+A hybrid trained by the demonstration's recipe (source earth) on crops of --crop pixels, as many pixels a step as the recipe has, is
+exported in floats and in integers, which are calibrated on such crops: `INT8` and `W4A8` after training, `stages` through low rank,
+W4A8 and mixed precision. Each artefact, in OpenVINO with its float layers in f32, scores the whole test split in tiles of that crop's
+side, of twice and four times it, and without tiles: strips of 645 x 2700 pixels, 68 times the area of crops of 160. Columns:
+    area      of what is computed at once, over the area of a calibration image
+    mIoU      of the test split: mean over the seeds +- standard deviation
+    points    100 x (form - floats) at the same size, seed by seed: mean +- standard error
+    more      those points less the ones at the calibration images' own size: what size alone costs integers
+    labels    that are the same as the floats' at the same size, share of the test split's pixels: mean over the seeds
+Goal: at 64 times the area and more, no more than half a point beyond what integers cost at the calibration images' size.
+
+A row that is there already is not made again, and training goes on where it was interrupted. Time on two cores: eight minutes a seed for
+hybrid-xs. Scores do not suffer from other work.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from functools import partial
+from math import sqrt
+from pathlib import Path
+from statistics import fmean, stdev
+from typing import Any
+
+import numpy as np
+
+import muntin
+from kept import Row, kept_row, now
+from muntin.artifact import Artifact
+from muntin.compression.stages import source_of
+from muntin.deployment.assessment import REVISION, export_checkpoint
+from muntin.runtime import describe_hardware
+from muntin.training import read_checkpoint
+from muntin.training.evaluation import predictions, score
+from muntin.training.precision import cpu_computes_bf16
+from muntin.training.recipe import Recipe
+from resumed import PERCENTILE, compressed, demo_recipe, float_artifact, integer_artifact, print_machines, trained
+
+FLOATS = "floats"
+FORMS = (FLOATS, "INT8", "W4A8", "stages")
+TIMES = (1, 2, 4)
+"""Sides of tiles, over the crop's; after them comes the whole strip."""
+GOAL = 0.5
+"""Points."""
+LARGE = 64
+"""Times the area, from which the goal is asked."""
+
+
+def recipe_of(seed: int, given: argparse.Namespace) -> Recipe:
+    demo = demo_recipe({})
+    batch_size = max(1, round(demo.training.batch_size * demo.data.crop**2 / given.crop**2))
+    return demo_recipe({
+        "name": "areas", "seed": seed, "model.name": given.model, "data.crop": given.crop, "training.batch_size": batch_size,
+        "training.steps": given.steps, "training.precision": given.precision, "training.threads": given.threads,
+        "training.validate_every": given.steps, "training.checkpoint_every": given.steps,
+    })  # fmt: skip
+
+
+def measure(recipe: Recipe, folder: Path) -> Row:
+    checkpoint = trained(recipe, folder)
+    staged = read_checkpoint(compressed(checkpoint, folder / "compressed", recipe.compression).checkpoint)
+    artifacts: dict[str, Artifact] = {
+        FLOATS: float_artifact(checkpoint, folder / "floats"),
+        "INT8": export_checkpoint(checkpoint, folder / "int8"),
+        "W4A8": integer_artifact(checkpoint, folder / "w4a8"),
+        "stages": export_checkpoint(staged, folder / "stages"),
+    }
+    split = source_of(checkpoint).split("test")
+    areas = [sample.image.shape[0] * sample.image.shape[1] / recipe.data.crop**2 for sample in split]
+    whole = max(max(sample.image.shape[:2]) for sample in split)
+    sides = {float(times**2): times * recipe.data.crop for times in TIMES} | {min(areas): whole}
+    rows: Row = {}
+    for area, tile in sides.items():
+        floats: list[Any] = []
+        for form in FORMS:
+            session = muntin.load(artifacts[form].path, precision="f32", threads=recipe.training.threads, shapes=(), cache=False)
+            pairs = list(predictions(session, split, tile=tile))
+            result = score(iter(pairs), session)
+            labels = [given for _, given in pairs]
+            floats = floats or labels
+            counted = sum(found.size for found in labels)
+            same = sum(int(np.count_nonzero(found == of)) for found, of in zip(labels, floats, strict=True)) / counted
+            rows.setdefault(form, []).append({"area": area, "tile": tile, "miou": result.miou, "iou": result.iou, "labels": same})
+    return {"forms": rows}
+
+
+def figures(rows: list[Row], form: str, index: int) -> dict[str, Any]:
+    """Of one form at one size, over the seeds."""
+    scores = [row["forms"][form][index]["miou"] for row in rows]
+    points = [[100 * (row["forms"][form][at]["miou"] - row["forms"][FLOATS][at]["miou"]) for row in rows] for at in (index, 0)]
+    more = [large - small for large, small in zip(*points, strict=True)]
+    return {
+        "area": rows[0]["forms"][form][index]["area"], "miou": scores, "points": points[0], "more": more,
+        "labels": fmean(row["forms"][form][index]["labels"] for row in rows),
+    }  # fmt: skip
+
+
+def error_of(values: list[float]) -> str:
+    """Mean and standard error."""
+    return f"{fmean(values):+.2f}" + (f" +- {stdev(values) / sqrt(len(values)):.2f}" if len(values) > 1 else "")
+
+
+def spread_of(values: list[float]) -> str:
+    return f"{fmean(values):.4f}" + (f" +- {stdev(values):.4f}" if len(values) > 1 else "")
+
+
+def print_table(rows: list[Row], given: argparse.Namespace) -> None:
+    print(f"{given.model}, crops of {given.crop}, {given.steps} steps, seeds {', '.join(map(str, given.seeds))}")
+    print(f"{'form':<8}{'area':>6}{'mIoU':>20}{'points':>16}{'more':>16}{'labels':>9}")
+    for form in FORMS:
+        for index in range(len(TIMES) + 1):
+            found = figures(rows, form, index)
+            line = f"{form:<8}{found['area']:>6.0f}{spread_of(found['miou']):>20}"
+            if form != FLOATS:
+                line += f"{error_of(found['points']):>16}{error_of(found['more']) if index else '':>16}{found['labels']:>9.2%}"
+            print(line)
+    for form, met in goals(rows).items():
+        print(f"{form}: {'not asked, images are too small' if met is None else 'met' if met else 'missed'}")
+    print_machines(rows)
+
+
+def goals(rows: list[Row]) -> dict[str, bool | None]:
+    """Of each form in integers, whether it is met; None where the largest image is not large enough."""
+    return {
+        form: fmean(found["more"]) >= -GOAL if (found := figures(rows, form, len(TIMES)))["area"] >= LARGE else None for form in FORMS[1:]
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", default="hybrid-xs")
+    parser.add_argument("--crop", type=int, default=160, help="side of training crops and calibration images, pixels")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--steps", type=int, default=700, help="of FP32 training; the stages take half as many more")
+    parser.add_argument("--precision", choices=["fp32", "bf16"], default="bf16" if cpu_computes_bf16() else "fp32", help="of training")
+    parser.add_argument("--threads", type=int, default=2, help="of training and of the deployed models")
+    parser.add_argument("--output", type=Path, default=Path("runs/benchmark-areas"))
+    parser.add_argument("--json", action="store_true", help="print one JSON document instead of the table")
+    given = parser.parse_args()
+    rows = []
+    for seed in dict.fromkeys(given.seeds):
+        recipe, folder = recipe_of(seed, given), given.output / f"{given.model}-{seed}"
+        settings = {"recipe": recipe.model_dump(mode="json"), "percentile": PERCENTILE, "revision": REVISION}
+        rows.append({"seed": seed, **kept_row(folder / "row.json", settings, partial(measure, recipe, folder))})
+    if given.json:
+        print(json.dumps({
+            "benchmark": "areas", "created": now(), "hardware": describe_hardware(), "rows": rows,
+            "goal": {"more": -GOAL, "area": LARGE, "met": goals(rows)},
+        }, indent=1))  # fmt: skip
+    else:
+        print_table(rows, given)
+
+
+if __name__ == "__main__":
+    main()
