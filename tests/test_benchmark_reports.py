@@ -628,3 +628,26 @@ def test_a_load_without_answers_has_no_times_and_ends_no_run() -> None:
     both = swap._together([answered, silent])
     assert both == {"requests": 107, "failures": {"503": 7, "late": 2}, "later": 8, "p99_ms": 30.0, "worst_ms": 41.0}
     assert swap._together([silent])["worst_ms"] is None
+
+
+def test_what_size_alone_costs_integers_is_what_they_lose_beyond_the_calibration_images_own_size() -> None:
+    areas = importlib.import_module("areas")
+
+    def row(floats: Sequence[float], integers: Sequence[float], largest: float = 68.0) -> Row:
+        sizes = (1.0, 4.0, 16.0, largest)
+        forms = dict.fromkeys(areas.FORMS[1:], integers) | {areas.FLOATS: floats}
+        return {
+            "forms": {
+                form: [{"area": area, "miou": miou, "labels": 0.9} for area, miou in zip(sizes, scores, strict=True)]
+                for form, scores in forms.items()
+            }
+        }
+
+    steady = row([0.70, 0.69, 0.68, 0.60], [0.69, 0.68, 0.67, 0.588])  # loses 1.0 point everywhere, 1.2 at the largest
+    worse = row([0.70, 0.69, 0.68, 0.60], [0.69, 0.68, 0.67, 0.578])  # and 2.2 there
+    found = areas.figures([steady, worse], "INT8", 3)
+    assert (found["area"], found["miou"]) == (68.0, [0.588, 0.578])
+    assert found["points"] == pytest.approx([-1.2, -2.2]) and found["more"] == pytest.approx([-0.2, -1.2])
+    assert areas.goals([steady]) == dict.fromkeys(areas.FORMS[1:], True)
+    assert areas.goals([steady, worse]) == dict.fromkeys(areas.FORMS[1:], False)  # 0.7 in the mean
+    assert areas.goals([row([0.7] * 4, [0.7] * 4, largest=27.0)]) == dict.fromkeys(areas.FORMS[1:], None)  # no image is so large
