@@ -292,6 +292,19 @@ def test_stages_that_were_interrupted_are_not_reported_as_done(call: Call, expor
     assert [step["name"] for step in document["steps"]] == ["fp32", "fake-quantised", "deployed"]
 
 
+def test_who_asks_to_stop_when_the_last_stage_is_done_is_told_that_it_was_heard(exported: Any, tmp_path: Path) -> None:
+    def report(stage: str, progress: Any) -> None:
+        if progress.kind == "validation":
+            os.kill(os.getpid(), signal.SIGINT)
+
+    checkpoint = read_checkpoint(exported.run)
+    config = override_recipe(checkpoint.recipe, SETTINGS).compression
+    stopped = compress_checkpoint(checkpoint, tmp_path / "compressed", config=config, until="low-rank", report=report)
+    assert (len(stopped.stages), stopped.interrupted, stopped.asked_to_stop) == (1, False, True)
+    again = compress_checkpoint(checkpoint, tmp_path / "compressed", config=config, until="low-rank", resume=True)
+    assert (again.interrupted, again.asked_to_stop, again.checkpoint) == (False, False, stopped.checkpoint)
+
+
 def test_stages_of_another_checkpoint_are_not_reported(call: Call, copied: Path) -> None:
     older = copied / "checkpoints" / "step-00000003"
     document = call("report", older, "--json", "-o", copied / "older").document()
