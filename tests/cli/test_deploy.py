@@ -235,7 +235,10 @@ def test_the_truth_may_be_in_the_colours_of_the_classes(call: Call, exported: An
     write_image(tmp_path / "numbers.png", truth)
     write_image(tmp_path / "colours.png", colors[truth])
     numbers, painted = (call(*words, tmp_path / name, "--json").document()["results"][0] for name in ("numbers.png", "colours.png"))
+    assert numbers.pop("truth") == {str(value): ("sea", "field", "roof")[value] for value in np.unique(truth)}
     assert numbers == painted and 0 < painted["agreement"] <= 1
+    told = "the truth's numbers were taken for class numbers, not for a recipe's `value`s: 0 is sea, 1 is field"
+    assert told in call(*words, tmp_path / "numbers.png").out
     write_image(tmp_path / "other.png", np.concatenate([colors[truth][:-1], np.full((1, truth.shape[1], 3), 1, np.uint8)]))
     text = call(*words, tmp_path / "other.png").mistake()
     assert f"no class of the artefact has its [1, 1, 1] (sea {colors[0].tolist()}, field" in text
@@ -247,7 +250,9 @@ def test_a_truth_that_may_mean_255_for_its_second_class_is_told(tmp_path: Path, 
     for values, told in (([0, 255], True), ([0, 1, 255], False), ([0, 1], False)):
         mask = np.resize(np.array(values, np.uint8), (4, 6))
         write_image(tmp_path / "mask.png", mask)
-        assert np.array_equal(_read_truth(tmp_path / "mask.png", (4, 6), classes, 100), mask)
+        truth, taken = _read_truth(tmp_path / "mask.png", (4, 6), classes, 100)
+        assert np.array_equal(truth, mask)
+        assert taken == {value: classes[value].name for value in values if value != 255}
         assert ("255 counts as ignored, so class 0 alone is compared; if it means land, write 1" in capsys.readouterr().err) is told
 
 
@@ -351,6 +356,8 @@ def test_predict_takes_images_and_folders_together(call: Call, tmp_path: Path, w
     assert [Path(result["source"]).name for result in results] == ["b.png", "a.png", "c.png"]
     assert sorted(p.name for p in (tmp_path / "out").glob("*.mask.png")) == ["a.mask.png", "b.mask.png", "c.mask.png"]
     assert "are several images named a, whose" in call(*words, photos / "other" / "a.png").mistake()
+    twice = call(*words, photos / ".." / "photos" / "a.png", photos, "--json").document()["results"]
+    assert [Path(result["source"]).name for result in twice] == ["b.png", "a.png", "c.png"]
     assert "is the folder of the images" in call(*words[:5], "-o", photos / "more").mistake()
     assert "--truth goes with one image, and these are 3" in call(*words, "--truth", photos / "a.png").mistake()
 
@@ -410,6 +417,10 @@ def test_predict_names_the_class_of_a_picture(call: Call, tmp_path: Path, write_
     (result,) = call("predict", artifact, tmp_path / "x.png", "--json").document()["results"]
     assert result["class"] == "red"
     assert result["probability"] == pytest.approx(1 / (1 + np.exp(-100 / 255)), rel=1e-4)
+    (tmp_path / "more").mkdir()
+    shutil.copy(tmp_path / "x.png", tmp_path / "more")  # nothing is written that could lie where another's result does
+    again = call("predict", artifact, tmp_path / "x.png", tmp_path / "more", "--json").document()["results"]
+    assert [entry["source"] for entry in again] == [str(tmp_path / "x.png"), str(tmp_path / "more" / "x.png")]
     told = f"{tmp_path / 'x.png'} -> red (probability {result['probability']:.3f})\n"
     assert call("predict", artifact, tmp_path / "x.png").out == told
 

@@ -54,6 +54,16 @@ def test_init_says_what_comes_next(call: Call, pictures: Path) -> None:
     assert "classes   0, 1, 2; 255 in a mask counts as nothing" in answer.out
 
 
+def test_init_writes_elsewhere_what_trains_from_there(call: Call, pictures: Path, tmp_path: Path, tiny_options: str) -> None:
+    path = tmp_path / "my recipe.yaml"
+    answer = call("init", pictures, "-o", path)
+    assert f"wrote     {path}" in answer.out and f"`muntin fit '{path}'`" in answer.out
+    assert "#     muntin fit 'my recipe.yaml' " in path.read_text() and not (pictures / "recipe.yaml").exists()
+    changes = ["training.steps=1", "training.batch_size=2", "model.name=hybrid-xs", f"model.options={tiny_options}"]
+    words = [word for change in changes for word in ("--set", change)]
+    assert call("fit", path, "-o", tmp_path / "run", *words, "--json").document()["step"] == 1
+
+
 def test_init_does_not_advise_other_names_for_classes_that_are_folders(call: Call, tmp_path: Path) -> None:
     for number in range(24):
         folder = tmp_path / ("cat", "dog")[number % 2]

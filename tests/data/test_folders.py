@@ -259,6 +259,37 @@ def test_folders_that_are_no_named_class_are_left_aside_and_noted(tmp_path: Path
     one_line(error, "cow, dog, runs differ")
 
 
+def test_a_class_may_be_absent_from_what_is_only_scored(tmp_path: Path) -> None:
+    pair = make_classes(tmp_path / "train", ("cat", "cow", "dog"))
+    own = make_classes(tmp_path / "val", ("cat", "dog"))
+    (make_classes(tmp_path / "test", ("cow", "dog")).images / "cat").mkdir()
+    source = open_pair(pair, classes=(), validation=own, test=FolderPair(images=tmp_path / "test"))
+    said = "no picture of {}, so the {} score says nothing of it"
+    assert source.notes == (
+        f"{tmp_path}/val: {said.format('cow', 'validation')}", f"{tmp_path}/test: {said.format('cat', 'test')}",
+    )  # fmt: skip
+    assert {sample.target for sample in source.split("test")} == {1, 2}
+    (tmp_path / "none" / "cat").mkdir(parents=True)
+    with pytest.raises(DataError) as error:
+        open_pair(pair, classes=(), test=FolderPair(images=tmp_path / "none"))
+    one_line(error, "none holds no image of a class")
+    (tmp_path / "train" / "horse").mkdir()
+    with pytest.raises(DataError) as error:  # nothing could be learned of it
+        open_pair(pair, classes=())
+    one_line(error, "horse holds no images")
+
+
+def test_classes_that_a_mac_spells_otherwise_are_the_same(tmp_path: Path) -> None:
+    make_classes(tmp_path, ("cafe\u0301", "tea"))
+    source = open_pair(FolderPair(images=tmp_path), classes=(ClassSpec(name="caf\u00e9"), ClassSpec(name="tea")))
+    assert source.notes == () and {sample.target for sample in source.split("train")} == {0, 1}
+    assert [entry.name for entry in open_pair(FolderPair(images=tmp_path), classes=()).classes] == ["caf\u00e9", "tea"]
+    make_classes(tmp_path, ("caf\u00e9",))
+    with pytest.raises(DataError) as error:
+        open_pair(FolderPair(images=tmp_path), classes=())
+    one_line(error, "twice, with its accents written in two ways")
+
+
 def test_mapping_of_integers_and_colors(tmp_path: Path) -> None:
     path = tmp_path / "m.png"
     numbers = MaskMapping([ClassSpec(name="a", value=300), ClassSpec(name="b", value=4)], 0)

@@ -171,6 +171,30 @@ def test_it_never_overwrites(tmp_path: Path) -> None:
     assert (tmp_path / "recipe.yaml").read_text() == "mine"
 
 
+def test_a_recipe_may_lie_elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    fill(tmp_path / "photos", masks_of([0, 1]))
+    monkeypatch.chdir(tmp_path)
+    path = write_recipe("photos", output=Path("mine.yaml"))
+    assert path == Path("mine.yaml") and not (tmp_path / "photos" / "recipe.yaml").exists()
+    recipe, source = opened(path)
+    assert recipe["name"] == "photos" and recipe["data"]["masks"] == str(tmp_path / "photos" / "masks")
+    assert sum(len(source.split(name)) for name in SPLITS) == 10
+    with pytest.raises(RecipeError, match=r"mine\.yaml exists already"):
+        write_recipe("photos", output=Path("mine.yaml"))
+    with pytest.raises(RecipeError, match=r"none/mine\.yaml cannot be written: name a file in a folder that may be written to by --output"):
+        write_recipe("photos", output=Path("none/mine.yaml"))
+
+
+def test_names_that_a_mac_spells_otherwise_are_the_same(tmp_path: Path) -> None:
+    for number in range(10):
+        for folder, name in (("images", f"e\u0301{number}.png"), ("masks", f"\u00e9{number}.png")):
+            (tmp_path / folder).mkdir(exist_ok=True)
+            write_image(tmp_path / folder / name, masks_of([0, 1])[number])
+    _, source = opened(write_recipe(tmp_path))
+    names = [sample.name for split in SPLITS for sample in source.split(split)]
+    assert sorted(names) == [f"\u00e9{number}" for number in range(10)]
+
+
 def test_nothing_usable_tells_the_layout(tmp_path: Path) -> None:
     (tmp_path / "images").mkdir()
     for task in (None, "segment", "classify"):
@@ -247,7 +271,17 @@ def test_masks_with_smooth_edges_are_no_classes(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("values", "ignored"),
-    [([0, 128, 255], None), ([0, 85, 170, 255], None), ([0, 1, 255], 255), ([0, 5, 255], 255), ([*range(150), 255], 255)],
+    [
+        ([0, 128, 255], None),
+        ([0, 127, 255], None),
+        ([0, 100, 255], None),
+        ([0, 85, 170, 255], None),
+        ([0, 1, 255], 255),
+        ([0, 5, 255], 255),
+        ([0, 33, 255], 255),
+        ([0, 3, 8, 40, 100, 255], 255),
+        ([*range(150), 255], 255),
+    ],
 )
 def test_255_is_ignored_beside_numbers_of_classes_alone(tmp_path: Path, values: list[int], ignored: int | None) -> None:
     fill(tmp_path, masks_of(values))

@@ -116,6 +116,10 @@ def test_an_orientation_behind_the_pixels_is_applied(tmp_path: Path) -> None:
     content = (tmp_path / "a.png").read_bytes()
     (tmp_path / "a.png").write_bytes(content[:-12] + chunk + content[-12:])
     np.testing.assert_array_equal(read_image(tmp_path / "a.png"), np.rot90(stored, -1))
+    assert image_size(tmp_path / "a.png") == (6, 4)
+    sound = chunk + content[-12:]
+    (tmp_path / "b.png").write_bytes(content[:-12] + sound.replace(b"eXIf", b"eXIF"))  # of no meaning: as it lies
+    assert image_size(tmp_path / "b.png") == (4, 6)
 
 
 def test_a_size_is_read_without_the_pixels(tmp_path: Path) -> None:
@@ -244,6 +248,52 @@ def test_a_tiff_whose_channels_lie_apart_is_read_in_8_bits_and_refused_in_16(tmp
         with pytest.raises(DataError) as error:
             read(tmp_path / "a.tif")
         one_line(error, "a.tif", word)
+
+
+@pytest.mark.parametrize(
+    ("channels", "color", "said"),
+    [
+        (4, True, "has 4 channels, of which 3 would be read: store it as a .npy array"),
+        (5, True, "has 5 channels, of which 3 would be read"),
+        (2, False, "has 2 channels, of which 1 would be read"),
+        (4, False, "channels of a number or kind that is not read from TIFF: store it as a .npy array"),
+    ],
+)
+@pytest.mark.parametrize("wanted", [None, 1, 3, 4])
+def test_a_tiff_of_more_channels_than_would_be_read_is_refused(
+    tmp_path: Path, channels: int, color: bool, said: str, wanted: int | None
+) -> None:
+    image = np.dstack([photo(), photo()])[:, :, :channels]
+    chunky_tiff(tmp_path / "a.tif", image, color=color)
+    for read in (lambda path: read_image(path, wanted), read_mask, image_size):
+        with pytest.raises(DataError) as error:
+            read(tmp_path / "a.tif")
+        one_line(error, "a.tif", said)
+    chunky_tiff(tmp_path / "b.tif", image[:, :, : 3 if color else 1], color=color)
+    np.testing.assert_array_equal(read_image(tmp_path / "b.tif", None), image[:, :, : 3 if color else 1])
+
+
+def chunky_tiff(path: Path, image_HWC: np.ndarray[Any, Any], *, color: bool) -> None:
+    """An uncompressed TIFF made by hand, whose channels beyond its colours are of no kind that it names."""
+    height, width, channels = image_HWC.shape
+    beyond = channels - (3 if color else 1)
+    short, long = 3, 4
+    head = 8 + 2 + 10 * 12 + 4
+    tags = [
+        (256, long, 1, width),
+        (257, long, 1, height),
+        (258, short, channels, head if channels > 2 else 8 | 8 << 16),  # bits of each channel
+        (259, short, 1, 1),  # no compression
+        (262, short, 1, 2 if color else 1),  # RGB or grey
+        (273, long, 1, head + 2 * (channels + beyond)),  # where the pixels begin
+        (277, short, 1, channels),
+        (278, long, 1, height),
+        (279, long, 1, image_HWC.size),  # their bytes
+        (338, short, beyond, head + 2 * channels if beyond > 2 else 0) if beyond else (284, short, 1, 1),  # the kinds of those beyond
+    ]
+    directory = struct.pack("<H", len(tags)) + b"".join(struct.pack("<HHII", *tag) for tag in tags) + struct.pack("<I", 0)
+    bits = struct.pack(f"<{channels}H", *[8] * channels) + bytes(2 * beyond)
+    path.write_bytes(b"II*\0" + struct.pack("<I", 8) + directory + bits + image_HWC.tobytes())
 
 
 def planar_tiff(path: Path, image_HWC: np.ndarray[Any, Any]) -> None:

@@ -51,6 +51,10 @@ def accept_any_name() -> None:
             stream.reconfigure(errors="backslashreplace")
 
 
+SHOWN = 12
+"""Classes that are named in a line."""
+
+
 def say(text: str) -> None:
     """A line for a person, on standard error, so that standard output stays what was asked for."""
     err.print(text, markup=False)

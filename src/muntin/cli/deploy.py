@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from muntin.cli.console import Json, memory_advice, out, print_json, progress_bar, refuse_unwritable, say, status
+from muntin.cli.console import SHOWN, Json, memory_advice, out, print_json, progress_bar, refuse_unwritable, say, status
 from muntin.errors import ArtifactError, DataError, RecipeError, VerificationError
 
 if TYPE_CHECKING:
@@ -194,6 +194,7 @@ def predict_command(
     side = tile or max((open_artifact(artifact).manifest.example or (1, TILE, TILE))[1:])
     tiles: dict[str, Any] = {"tile": side, "overlap": overlap, "exact": exact}
     if task != "classify":
+        _refuse_same_results(images)
         refuse_unwritable(folder)
         _refuse_overwriting(image, images, folder, truth, session.signature)
         check_tiles(session, **tiles)
@@ -228,31 +229,42 @@ def _print_results(results: Iterable[dict[str, Any]]) -> None:
         what = result.get("class") or ", ".join(str(v) for k, v in result.items() if k in ("mask", "image", "overlay", "difference"))
         if "probability" in result:
             what += f" (probability {result['probability']:.3f})"
-        agreement = f" ({result['agreement']:.2%} of the pixels that count agree with the truth)" if "agreement" in result else ""
-        out.print(f"{result['source']} -> {what}{agreement}", markup=False)
+        if "agreement" in result:
+            what += f" ({result['agreement']:.2%} of the pixels that count agree with the truth)"
+        out.print(f"{result['source']} -> {what}", markup=False)
+        if "truth" in result:
+            taken = [f"{number} is {name}" for number, name in result["truth"].items()]
+            shown = ", ".join(taken[:SHOWN]) + (", ..." if len(taken) > SHOWN else "")
+            out.print(f"the truth's numbers were taken for class numbers, not for a recipe's `value`s: {shown}", markup=False)
 
 
 def _images(given: Iterable[Path]) -> list[Path]:
-    """The images that were named, and those of the folders. Raises DataError where two have the same stem, and so would their results."""
+    """The images that were named, and those of the folders, each once. Raises DataError for a folder without."""
     from muntin.runtime.images import IMAGE_SUFFIXES
 
     def is_image(path: Path) -> bool:
         """A hidden file is what another system left beside an image: "._a.jpg" of macOS."""
         return path.suffix.lower() in IMAGE_SUFFIXES and not path.name.startswith(".") and path.is_file()
 
-    found: dict[str, Path] = {}
+    found: dict[Path, Path] = {}
     for path in given:
         images = sorted(p for p in path.iterdir() if is_image(p)) if path.is_dir() else [path]
         if not images:
             raise DataError(f"{path} holds no image ({', '.join(IMAGE_SUFFIXES)}); name an image or a folder of them")
         for image in images:
-            other = found.setdefault(image.stem, image)
-            if other is not image:
-                raise DataError(
-                    f"{other} and {image} are several images named {image.stem}, whose results would overwrite each other: rename one, or "
-                    "predict them apart"
-                )
+            found.setdefault(image.resolve(), image)
     return list(found.values())
+
+
+def _refuse_same_results(images: Iterable[Path]) -> None:
+    found: dict[str, Path] = {}
+    for image in images:
+        other = found.setdefault(image.stem, image)
+        if other is not image:
+            raise DataError(
+                f"{other} and {image} are several images named {image.stem}, whose results would overwrite each other: rename one, or "
+                "predict them apart"
+            )
 
 
 def _common_shapes(images: Iterable[Path], signature: Signature, tile: int, overlap: int | None, max_pixels: int) -> list[Shape]:
@@ -340,7 +352,10 @@ def _segment(session: Session, path: Path, output: Path, truth: Path | None, max
         say(f"{path}: {image.shape[2]} channels cannot be shown: no overlay")
     if known is not None:
         result["difference"] = str(targets["difference"])
-        result["agreement"] = _write_difference(targets["difference"], answer, known)
+        labels, taken = known
+        result["agreement"] = _write_difference(targets["difference"], answer, labels)
+        if taken:
+            result["truth"] = taken
     total = answer.size
     result["shares"] = {c.name: float((answer == k).sum() / total) for k, c in enumerate(classes)}
     return result
@@ -351,14 +366,16 @@ def _scaled(image: NDArray[np.uint8], scale: int) -> NDArray[np.uint8]:
     return image if scale == 1 else image.repeat(scale, 0).repeat(scale, 1)
 
 
-def _read_truth(path: Path, size: Sequence[int], classes: Sequence[ClassInfo], max_pixels: int) -> NDArray[np.uint8]:
+def _read_truth(path: Path, size: Sequence[int], classes: Sequence[ClassInfo], max_pixels: int) -> tuple[NDArray[np.uint8], dict[int, str]]:
+    """Its classes, and what its numbers are taken for: class numbers, which a recipe's `value`s need not be."""
     import numpy as np
 
     from muntin.runtime.images import IGNORED, read_mask
 
     mask = read_mask(path, max_pixels=max_pixels)
     allowed = f"0 to {len(classes) - 1}, and {IGNORED} for what is ignored"
-    if mask.ndim != 2:
+    numbers = mask.ndim == 2
+    if not numbers:
         mask = _numbered(path, mask, classes, allowed)
     if mask.shape != tuple(size):
         raise DataError(
@@ -369,8 +386,8 @@ def _read_truth(path: Path, size: Sequence[int], classes: Sequence[ClassInfo], m
         say(f"{path}: {IGNORED} counts as ignored, so class 0 alone is compared; if it means {classes[1].name}, write 1 there")
     wrong = np.setdiff1d(values, [*range(len(classes)), IGNORED])
     if wrong.size:
-        raise DataError(f"{path}: the mask holds the value {wrong[0]}; allowed are {allowed}")
-    return mask.astype(np.uint8)
+        raise DataError(f"{path}: the mask holds the value {wrong[0]}; allowed are {allowed} (a recipe's `value`s are not in an artefact)")
+    return mask.astype(np.uint8), {int(value): classes[value].name for value in values if numbers and value != IGNORED}
 
 
 def _numbered(path: Path, mask_HWC: NDArray[np.uint8], classes: Sequence[ClassInfo], allowed: str) -> NDArray[np.uint8]:

@@ -9,10 +9,7 @@ from typing import Annotated
 import typer
 from rich.table import Table
 
-from muntin.cli.console import Json, out, print_json, progress_bar
-
-SHOWN = 12
-"""Classes of a new recipe that are named."""
+from muntin.cli.console import SHOWN, Json, out, print_json, progress_bar
 
 
 def models_command(
@@ -60,6 +57,10 @@ def models_command(
 def init_command(
     directory: Annotated[Path, typer.Argument(help="Your folder: images/ with masks/, or a folder of images for each class.")],
     task: Annotated[str | None, typer.Option(help="segment or classify; found out by default.")] = None,
+    output: Annotated[
+        Path | None,
+        typer.Option("--output", "-o", help="File of the recipe, which then names their whole path; recipe.yaml beside them by default."),
+    ] = None,
     json: Json = False,
 ) -> None:
     """Write a commented recipe for a folder of your own images."""
@@ -70,7 +71,7 @@ def init_command(
 
     if task not in (None, "segment", "classify"):
         raise RecipeError(f"task '{task}': give segment or classify")
-    path = write_recipe(directory, task=task)  # type: ignore[arg-type]
+    path = write_recipe(directory, task=task, output=output)  # type: ignore[arg-type]
     if json:
         print_json({"recipe": path})
         return

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import unicodedata
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -69,7 +70,8 @@ class FolderSource:
 
     `base` holds the training pictures. `validation` and `test` are either folders of their own or the share (0-1) of the base
     folder's pictures that they take. With masks the task is `segment` and `classes` names them; without, it is `classify`, and `classes`
-    are names of the base folder's folders (others are left aside and noted) or, where none is given, all of them. `ignore` is the mask
+    are names of the base folder's folders (others are left aside and noted) or, where none is given, all of them; validation and test
+    pictures may lack some, which is noted. Names are compared as `composed` gives them. `ignore` is the mask
     value or colour that counts as nothing. Decoded pictures are kept up to `cache_bytes`.
 
     Raises DataError: folder missing or empty, mask missing, a stem twice, an empty split, a picture in two splits, classes and folders
@@ -93,7 +95,7 @@ class FolderSource:
         self._notes: list[str] = []
         self._named = bool(classes)
         if self.task == "classify" and not classes:
-            classes = [ClassSpec(name=folder.name) for folder in _class_folders(base.images)]
+            classes = [ClassSpec(name=name) for name in _class_folders(base.images)]
         self.classes = class_infos(classes)
         self._mapping = None if base.masks is None else MaskMapping(classes, ignore)
         items = self._split_items(base, {"validation": validation, "test": test}, seed)
@@ -134,31 +136,39 @@ class FolderSource:
             if isinstance(other, FolderPair):
                 if (other.masks is None) != (base.masks is None):
                     raise DataError(f"`{name}` must name masks exactly where the training images have masks")
-                splits[name] = self._items(other)
+                splits[name] = self._items(other, name)
         empty = [name for name in SPLITS if not splits[name]]
         if empty:
             raise DataError(_empty_split(empty[0], [item.key for item in found], base.images, seed, shares))
         _check_apart(splits)
         return splits
 
-    def _items(self, pair: FolderPair) -> list[Item]:
+    def _items(self, pair: FolderPair, split: SplitName = "train") -> list[Item]:
+        """Of a split's folders; `train`: the base, whose pictures may be shared out."""
         if pair.masks is not None:
             return self._pairs(pair.images, pair.masks)
-        names = [entry.name for entry in self.classes]
-        folders = {folder.name: folder for folder in _class_folders(pair.images)}
-        odd = sorted(set(folders) ^ set(names)) if not self._named or set(names) - set(folders) else []
-        if odd:
-            raise DataError(
-                f"{pair.images} holds the folders {_some(sorted(folders))}, the classes are {_some(names)}: {_some(odd)} differ"
-            )
+        names = [composed(entry.name) for entry in self.classes]
+        folders = _class_folders(pair.images)
+        lacking = [name for name in names if name not in folders]
         others = sorted(set(folders) - set(names))
+        if (lacking and split == "train") or (others and not self._named):
+            raise DataError(
+                f"{pair.images} holds the folders {_some(sorted(folders))}, the classes are {_some(names)}: "
+                f"{_some(sorted([*lacking, *others]))} differ; rename a folder, or name the classes that are to be learned under `classes`"
+            )
         if others:
             self._notes.append(f"{pair.images}: the folders {_some(others)} are no classes of the recipe and are not used")
-        return [
-            Item(key=f"{name}/{stem}", image=path, label=label)
-            for label, name in enumerate(names)
-            for stem, path in self._pictures(folders[name]).items()
-        ]
+        items: list[Item] = []
+        for label, name in enumerate(names):
+            pictures = self._pictures(folders[name], needed=split == "train") if name in folders else {}
+            items += [Item(key=f"{name}/{stem}", image=path, label=label) for stem, path in pictures.items()]
+            if not pictures:
+                lacking = [*dict.fromkeys([*lacking, name])]
+        if not items:
+            raise DataError(f"{pair.images} holds no image of a class: put some into the folders of the classes there")
+        if lacking:
+            self._notes.append(f"{pair.images}: no picture of {_some(lacking)}, so the {split} score says nothing of it")
+        return items
 
     def _pairs(self, images: Path, masks: Path) -> list[Item]:
         pictures, truths = self._pictures(images), self._pictures(masks)
@@ -171,18 +181,19 @@ class FolderSource:
             self._notes.append(f"{masks}: {unused} masks have no image and are not used")
         return [Item(key=stem, image=path, mask=truths[stem]) for stem, path in pictures.items()]
 
-    def _pictures(self, folder: Path) -> dict[str, Path]:
-        """Stem -> file, by stem. Hidden files are passed over, other files that are no images noted."""
+    def _pictures(self, folder: Path, *, needed: bool = True) -> dict[str, Path]:
+        """Stem -> file, by stem. Hidden files are passed over, other files that are no images noted. None at all: an error, if `needed`."""
         pictures: dict[str, Path] = {}
         others = 0
         for path in _entries(folder):
+            stem = composed(path.stem)
             if path.suffix.lower() not in IMAGE_SUFFIXES or not path.is_file():
                 others += 1
-            elif path.stem in pictures:
-                raise DataError(f"{pictures[path.stem]} and {path.name} have the same stem: rename or remove one")
+            elif stem in pictures:
+                raise DataError(f"{pictures[stem]} and {path.name} have the same stem: rename or remove one")
             else:
-                pictures[path.stem] = path
-        if not pictures:
+                pictures[stem] = path
+        if needed and not pictures:
             raise DataError(f"{folder} holds no images: put some there ({', '.join(IMAGE_SUFFIXES)})")
         if others:
             self._notes.append(f"{folder}: {others} entries are no images and are not used")
@@ -276,6 +287,12 @@ def read_sample(item: Item, channels: int, mapping: MaskMapping | None) -> Sampl
     return Sample(name=item.key, image=image_HWC, target=target)
 
 
+def composed(name: str) -> str:
+    """A name with each accented letter as one character (Unicode's NFC): from a Mac it may come as a letter and its accent, which nobody
+    sees."""
+    return unicodedata.normalize("NFC", name)
+
+
 def split_of(key: str, seed: int, shares: Mapping[SplitName, float]) -> SplitName:
     """The split of a picture: a uniform number from the hash of seed and key falls into a share or trains."""
     digest = hashlib.sha256(os.fsencode(f"{seed}/{key}")).digest()  # a name is bytes, and need not be text
@@ -316,14 +333,18 @@ def _entries(folder: Path) -> list[Path]:
     return sorted(path for path in folder.iterdir() if not path.name.startswith("."))
 
 
-def _class_folders(folder: Path) -> list[Path]:
+def _class_folders(folder: Path) -> dict[str, Path]:
+    """By the names of the classes."""
     folders = [path for path in _entries(folder) if path.is_dir()]
     if not folders:
         raise DataError(f"{folder} holds no folders: for `classify` put the images of each class into a folder of its name")
+    found: dict[str, Path] = {}
     for path in folders:
         if not is_text(path.name):
             raise DataError(f"{str(path)!a}: a class is named by its folder, and this name is no UTF-8: rename it")
-    return folders
+        if found.setdefault(composed(path.name), path) is not path:
+            raise DataError(f"{folder} holds {path.name!r} twice, with its accents written in two ways: put the images into one folder")
+    return found
 
 
 def is_text(name: str) -> bool:

@@ -7,7 +7,9 @@ named after the classes, with or without `train/`, `val/` and `test/` around the
 from __future__ import annotations
 
 import json
+import os
 import re
+import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,7 +19,7 @@ from typing import Any
 import numpy as np
 
 from muntin.data.colors import distinct_colors
-from muntin.data.folders import RGB, FolderPair, filling_seed, is_text
+from muntin.data.folders import RGB, FolderPair, composed, filling_seed, is_text
 from muntin.data.source import MAX_CLASSES, SplitName, Task
 from muntin.errors import DataError, RecipeError
 from muntin.runtime.images import IGNORED, IMAGE_SUFFIXES, image_size, read_image, read_mask, write_whole
@@ -27,6 +29,7 @@ SHARE = 0.15  # of the pictures, for validation and for test each, where they ha
 _LOOKED_AT = 64  # files opened to find out what masks hold, how large pictures are
 _LOSSY = (".jpg", ".jpeg")
 _SOFT, _ENDS = 8, 0.9  # values between 0 and 255 beyond which edges are smoothed, where these two have so much of the pixels
+_FEW, _FAR = 4, 63  # values beside 255 that are still greys to look at where the highest is beyond it
 _NAMES: dict[str, tuple[str, ...]] = {
     "images": ("images", "image", "imgs", "img"),
     "masks": ("masks", "mask", "labels", "annotations"),
@@ -59,23 +62,27 @@ class FoundClass:
     value: int | RGB | None = None
 
 
-def write_recipe(directory: Path | str, *, task: Task | None = None) -> Path:
+def write_recipe(directory: Path | str, *, task: Task | None = None, output: Path | None = None) -> Path:
     """Writes `recipe.yaml` into the user's folder and returns its path. `task` None: segmentation where there are masks.
 
-    Opens up to 64 masks and images, no more. Raises RecipeError when the recipe is there already, DataError when the folder
-    holds nothing usable or too few pictures to split.
+    `output`: another file in place of it, that names the folders by their whole paths. Opens up to 64 masks and images, no more. Raises
+    RecipeError when the recipe is there already or may not be written, DataError when the folder holds nothing usable or too few pictures
+    to split.
     """
-    root = Path(directory)
-    path = root / RECIPE_NAME
+    root = Path(directory) if output is None else Path(directory).resolve()
+    path = root / RECIPE_NAME if output is None else output
     if path.exists():
         raise RecipeError(f"{path} exists already: edit it, or move it away and run init again")
+    if root.is_dir() and not (path.parent.is_dir() and os.access(path.parent, os.W_OK | os.X_OK)):
+        raise RecipeError(f"{path} cannot be written: name a file in a folder that may be written to by --output")
     layout = find_layout(root, task)
     pictures = _sampled(_keyed_pictures(layout))
     classes, ignore = _mask_classes(layout.base.masks) if layout.base.masks is not None else (_folder_classes(layout.base.images), None)
     text = recipe_text(
+        file=path.name,
         name=run_name(root.resolve().name),
         layout=layout,
-        root=root,
+        root=root if output is None else None,
         classes=classes,
         ignore=ignore,
         channels=_channels(pictures),
@@ -155,10 +162,10 @@ TAIL = [
 ]
 
 
-def _head(name: str, task: str) -> list[str]:
+def _head(name: str, task: str, file: str) -> list[str]:
     return [
         "# A recipe for muntin, written by `muntin init`. Check the names below, then run",
-        f"#     muntin fit {RECIPE_NAME}     (with the path from where you are: `runs/` is made there)",
+        f"#     muntin fit {shlex.quote(file)}     (with the path from where you are: `runs/` is made there)",
         "# Its progress line tells how long it will take. What is left out has its default, which may be another value than the one here;",
         "# docs/recipe.md lists all keys with theirs.",
         "",
@@ -173,16 +180,17 @@ def _head(name: str, task: str) -> list[str]:
 
 def recipe_text(
     *,
+    file: str = RECIPE_NAME,
     name: str,
     layout: Layout,
-    root: Path,
+    root: Path | None,
     classes: Sequence[FoundClass],
     ignore: int | RGB | None,
     channels: int,
     crop: int,
     seed: int,
 ) -> str:
-    """The recipe as YAML with comments; paths relative to `root`."""
+    """The recipe as YAML with comments; paths relative to `root`, or whole ones."""
     data = [
         f"  images: {_quoted(layout.base.images, root)}  # relative paths start at this file's folder",
         *(
@@ -223,10 +231,10 @@ def recipe_text(
         "    flip_vertical: 0.0  # 0.5 suits pictures taken from above: satellites, microscopes",
         "    scale: [0.8, 1.25]  # zoom between these factors",
     ]
-    return "\n".join(_head(name, layout.task) + data + TAIL)
+    return "\n".join(_head(name, layout.task, file) + data + TAIL)
 
 
-def _split_line(name: SplitName, use: str, pair: FolderPair | None, layout: Layout, root: Path) -> str:
+def _split_line(name: SplitName, use: str, pair: FolderPair | None, layout: Layout, root: Path | None) -> str:
     if pair is None:
         own = "{images: ...}" if layout.task == "classify" else "{images: ..., masks: ...}"
         return f"  {name}: {SHARE}  # share of the pictures that {use}; or {own}, folders of its own"
@@ -234,8 +242,8 @@ def _split_line(name: SplitName, use: str, pair: FolderPair | None, layout: Layo
     return f"  {name}: {{images: {_quoted(pair.images, root)}{masks}}}  # {use}"
 
 
-def _quoted(path: Path, root: Path) -> str:
-    return json.dumps(path.relative_to(root).as_posix(), ensure_ascii=False)
+def _quoted(path: Path, root: Path | None) -> str:
+    return json.dumps((path if root is None else path.relative_to(root)).as_posix(), ensure_ascii=False)
 
 
 def _value(value: int | RGB | None) -> str:
@@ -268,8 +276,8 @@ def _pictures(folder: Path) -> list[Path]:
 def _keyed_pictures(layout: Layout) -> dict[str, Path]:
     """Training pictures under the keys that decide their split, as `FolderSource` names them."""
     if layout.task == "segment":
-        return {path.stem: path for path in _pictures(layout.base.images)}
-    return {f"{folder.name}/{path.stem}": path for folder in _folders(layout.base.images) for path in _pictures(folder)}
+        return {composed(path.stem): path for path in _pictures(layout.base.images)}
+    return {f"{composed(folder.name)}/{composed(path.stem)}": path for folder in _folders(layout.base.images) for path in _pictures(folder)}
 
 
 def looked_at(masks: Path | None) -> tuple[int, int] | None:
@@ -315,7 +323,7 @@ def _seed(layout: Layout) -> int:
 
 
 def _folder_classes(folder: Path) -> list[FoundClass]:
-    names = [path.name for path in _folders(folder) if _pictures(path)]  # a run's folder, `runs`, holds none
+    names = [composed(path.name) for path in _folders(folder) if _pictures(path)]  # a run's folder, `runs`, holds none
     return [FoundClass(name=name, color=color) for name, color in zip(names, distinct_colors(len(names)), strict=True)]
 
 
@@ -379,9 +387,10 @@ def _refuse_lossy(paths: Sequence[Path], folder: Path) -> None:
 
 def _is_a_class(value: int, values: Sequence[int]) -> bool:
     """Whether 255 is a class beside the others, as in masks that are to be looked at (0, 255; 0, 128, 255), where others are no numbers of
-    classes, which count up from 0."""
+    classes, which count up from 0: a few of them may be as far apart as `_FAR` by chance, many further."""
     others = [other for other in values if other != value]
-    return value in values and (others == [0] or max(others, default=0) > max(127, 2 * len(others)))
+    far = _FAR if len(others) <= _FEW else 127
+    return value in values and (others == [0] or max(others, default=0) > max(far, 2 * len(others)))
 
 
 def _check_count(values: Sequence[object], folder: Path) -> None:

@@ -43,6 +43,8 @@ IGNORED_COLOR = (0, 0, 0)
 
 _NPY = b"\x93NUMPY"
 _HEAD_BYTES = 16
+_TAIL_BYTES = 1 << 17
+"""Of a PNG, where EXIF may lie behind the pixels: 64 KiB at most, and what else follows them."""
 _SCAN = b"\xff\xda"
 _MARKER = re.compile(rb"\xff[^\x00-\xbf\xd0-\xd7\xff]")
 """Of a part of a JPEG that tells its length. Behind 255 a zero says that this is a scan's own byte, up to 191 there is no such part (a
@@ -56,6 +58,8 @@ _SENT = Path("the picture")
 """What errors call bytes that have no file."""
 _ORIENTATION_TAG = 0x0112
 _SUBFILE_TAG = 0x00FE
+_BANDS_TAG = 0x0115
+_ARRAY = "store it as a .npy array of uint8 (height, width, channels), and set `channels`"
 _BESIDE = 0b101
 """Bits of a TIFF page's kind: a smaller copy of another page, as maps have them for overviews, or its transparency."""
 _TURNS = {
@@ -172,7 +176,7 @@ def read_mask(path: Path | str, *, colors: bool = False, max_pixels: int = MAX_P
 def image_size(path: Path | str, *, max_pixels: int = MAX_PIXELS) -> tuple[int, int]:
     """(height, width) of the picture in a file, upright, from its header alone: well under a millisecond. Raises DataError.
 
-    A PNG may name its orientation behind its pixels (few do), where this does not look.
+    A PNG that seems to name its orientation behind its pixels, as few do, is decoded.
     """
     path = Path(path)
     with _opened(path) as (stream, head):
@@ -180,6 +184,9 @@ def image_size(path: Path | str, *, max_pixels: int = MAX_PIXELS) -> tuple[int, 
             shape = _npy_mapped(path, stream, max_pixels).shape
             return int(shape[0]), int(shape[1])
         with _picture(path, stream, head, max_pixels) as picture:
+            if isinstance(picture, PngImagePlugin.PngImageFile) and _has_late_exif(stream):
+                width, height = _upright(picture).size
+                return height, width
             width, height = _stored_size(picture)
             return (width, height) if _orientation(picture) >= 5 else (height, width)
 
@@ -385,10 +392,13 @@ def _picture(path: Path, stream: IO[bytes], head: bytes, max_pixels: int) -> Ite
         with picture:
             _check_pixels(path, picture.size, max_pixels)
             _check_alone(path, picture)
+            _check_bands(path, picture)
             yield picture
     except Image.DecompressionBombError as error:
         raise TooManyPixelsError(f"{path} has more pixels than the limit of {max_pixels:,}: cut it into smaller pictures") from error
     except _DAMAGE as error:
+        if isinstance(error, SyntaxError) and "unknown pixel mode" in str(error):  # Pillow's words for a TIFF that may well be sound
+            raise DataError(f"{path} has channels of a number or kind that is not read from TIFF: {_ARRAY}") from error
         raise _damaged(path, error) from error
 
 
@@ -446,6 +456,17 @@ def _check_alone(path: Path, picture: ImageFile.ImageFile) -> None:
         raise DataError(f"{path} holds {count} pages or frames, and one picture is wanted: store each in a file of its own")
 
 
+def _check_bands(path: Path, picture: ImageFile.ImageFile) -> None:
+    """Raises DataError for a TIFF of more channels than are decoded: Pillow passes over those that the file does not name."""
+    if not isinstance(picture, TiffImagePlugin.TiffImageFile):
+        return
+    stored, decoded = picture.tag_v2.get(_BANDS_TAG, 1), len(picture.getbands())
+    if stored > decoded:
+        raise DataError(
+            f"{path} has {stored} channels, of which {decoded} would be read: {_ARRAY} to {stored}, or store those {decoded} alone"
+        )
+
+
 def _damaged(path: Path, error: BaseException) -> DataError:
     if isinstance(error, MemoryError):
         return DataError(f"{path} needs more memory than there is, unless its header lies: cut it into smaller pictures or replace it")
@@ -475,6 +496,15 @@ def _orientation(picture: Image.Image) -> int:
     except _DAMAGE:  # the picture itself may be sound: whether Pillow meets this by itself hangs on other tags
         return 1
     return value if isinstance(value, int) and 1 <= value <= 8 else 1
+
+
+def _has_late_exif(stream: IO[bytes]) -> bool:
+    """Whether the end of a PNG has the letters that EXIF begins with. Leaves the stream where it was."""
+    place = stream.tell()
+    stream.seek(max(place, stream.seek(0, io.SEEK_END) - _TAIL_BYTES))
+    found = b"eXIf" in stream.read()
+    stream.seek(place)
+    return found
 
 
 def _upright(picture: ImageFile.ImageFile) -> Image.Image:
