@@ -484,6 +484,49 @@ def test_a_model_that_cannot_be_traced(build: type[nn.Module], pixels: Any, tmp_
     assert "cannot be exported for every size" in refused(model, pixels(1, 3, 64, 64), tmp_path)
 
 
+def test_a_model_that_was_compiled_is_exported_as_it_was_written(pixels: Any, tmp_path: Path) -> None:
+    model = nn.Sequential(nn.Conv2d(3, 8, 3, padding=1), nn.ReLU(), nn.Conv2d(8, 4, 1)).eval()
+    compiled = torch.compile(model, backend="eager")
+    compiled(pixels(1, 3, 48, 48).float())
+    artifact = muntin.export(compiled, pixels(1, 3, 48, 48), tmp_path / "artifact", calibration=[pixels(2, 3, 48, 48)])
+    assert [(layer.name, layer.activation_bits) for layer in artifact.manifest.layers] == [("0", 8), ("2", 8)]
+    assert all(type(layer) in (nn.Conv2d, nn.ReLU) for layer in model)  # the caller's
+
+
+@pytest.mark.parametrize("calibrated", [False, True])
+def test_autocast_inside_a_model_is_told(build: type[nn.Module], pixels: Any, tmp_path: Path, calibrated: bool) -> None:
+    def forward(m: Any, x: Tensor) -> Tensor:
+        with torch.autocast("cpu", torch.bfloat16):
+            return m.conv(x / 255).float()  # type: ignore[no-any-return]
+
+    arguments = {"calibration": [pixels(2, 3, 48, 48)]} if calibrated else {}
+    text = refused(build(forward, conv=nn.Conv2d(3, 4, 1)), pixels(1, 3, 48, 48), tmp_path, **arguments)
+    assert "the model's forward computes in bfloat16 (torch.autocast, or .bfloat16()): leave that out of it" in text
+
+
+def test_what_is_no_model_of_one_tensor_is_told(build: type[nn.Module], pixels: Any, tmp_path: Path) -> None:
+    class Two(nn.Module):
+        def forward(self, x: Tensor, y: Tensor) -> Tensor:
+            return x + y
+
+    keyed = build(lambda m, x: x["image"], conv=nn.Conv2d(3, 4, 1))
+    named = build(lambda m, x: {"a": x}["b"], conv=nn.Conv2d(3, 4, 1))
+    for model, kind in ((Two(), "TypeError"), (keyed, "IndexError"), (named, "KeyError")):
+        text = refused(model, pixels(1, 3, 48, 48), tmp_path)
+        assert f"fails on pixels of shape (1, 3, 48, 48) ({kind}: " in text
+        assert "it is called with one tensor, raw pixels (B, C, H, W), and nothing else: wrap it" in text
+    assert "is of type OrderedDict: give a torch.nn.Module" in refused(Two().state_dict(), pixels(1, 3, 48, 48), tmp_path)  # type: ignore[arg-type]
+
+
+def test_calibration_that_the_model_does_not_take_is_told(build: type[nn.Module], pixels: Any, tmp_path: Path) -> None:
+    model = build(lambda m, x: m.conv(x), conv=nn.Conv2d(3, 4, 1))
+    text = refused(model, pixels(1, 3, 48, 48), tmp_path, calibration=[pixels(2, 3, 48, 48), pixels(2, 1, 48, 48)])
+    assert text == "calibration batch of shape (2, 1, 48, 48): the example has 3 channels"
+    large = build(lambda m, x: m.conv(x) if x.shape[2] <= 300 else m.conv(x[:, :2]), conv=nn.Conv2d(3, 4, 1))
+    text = refused(large, pixels(1, 3, 48, 48), tmp_path, calibration=[pixels(2, 3, 400, 48)])
+    assert "the model fails on pixels of shape (1, 3, 400, 48)" in text
+
+
 def test_a_model_of_one_size_is_told_so_before_any_work(build: type[nn.Module], pixels: Any, tmp_path: Path) -> None:
     model = build(lambda m, x: m.conv(x) + m.conv.weight.new_zeros(1, 4, 48, 48), conv=nn.Conv2d(3, 4, 1))
     assert "fails on pixels of shape (1, 3, 31, 43), and an artefact takes every size" in refused(model, pixels(1, 3, 48, 48), tmp_path)

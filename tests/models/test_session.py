@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from muntin.artifact import ClassInfo, Signature
-from muntin.errors import DataError
+from muntin.errors import DataError, MuntinError
 from muntin.models import TorchSession, create_model
 
 CLASSES = (ClassInfo(name="sea", color=(0, 0, 255)), ClassInfo(name="land", color=(0, 255, 0)))
@@ -26,6 +26,23 @@ def test_it_answers_what_the_model_answers_to_the_same_pixels() -> None:
     with torch.inference_mode():
         expected = model(torch.from_numpy(images_BHWC).permute(0, 3, 1, 2).float())
     np.testing.assert_array_equal(scores, expected.numpy())
+
+
+def test_a_model_in_half_precision_is_given_its_own_type() -> None:
+    model = torch.nn.Sequential(torch.nn.Conv2d(3, 2, 1)).eval()
+    images_BHWC = images(2, 9, 8, 3)
+    scores = TorchSession(model, SEGMENT)(images_BHWC)
+    half = TorchSession(model.bfloat16(), SEGMENT)(images_BHWC)
+    assert half.dtype == np.float32 and 0 < np.abs(half - scores).max() < 0.02 * np.abs(scores).max()
+
+
+def test_an_answer_that_is_no_tensor_is_told() -> None:
+    class Named(torch.nn.Module):
+        def forward(self, x: torch.Tensor) -> dict[str, torch.Tensor]:
+            return {"out": x}
+
+    with pytest.raises(MuntinError, match="the model answers with a dict: wrap it in a module that returns the tensor of its scores"):
+        TorchSession(Named(), SEGMENT)(images(1, 9, 8, 3))
 
 
 def test_images_may_lie_in_any_order_in_memory() -> None:

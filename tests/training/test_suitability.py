@@ -108,7 +108,7 @@ def test_what_a_model_makes_at_its_first_call_is_there_before_it_is_trained() ->
     check_model(norm, recipe, TWO)
     assert torch.equal(torch.get_rng_state(), state) and all(torch.equal(before[k], v) for k, v in norm.state_dict().items())
     old = Own(torch.nn.utils.weight_norm(nn.Conv2d(3, 2, 1)), lambda m, x, y: y)
-    with pytest.raises(RecipeError, match=r"'own:make' cannot be copied .* of torch\.nn\.utils\.parametrizations"):
+    with pytest.raises(RecipeError, match=r"'own:make' cannot be copied: use .* of torch\.nn\.utils\.parametrizations"):
         check_model(old, recipe, TWO)
 
 

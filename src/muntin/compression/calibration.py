@@ -43,7 +43,7 @@ def watch_inputs(model: nn.Module, operations: Mapping[str, nn.Module], batches:
 
     handles = [operation.register_forward_pre_hook(hook(name), with_kwargs=True) for name, operation in operations.items()]
     try:
-        with torch.inference_mode():
+        with torch.no_grad():  # not inference mode: what a model keeps of a call by itself is used with gradients, perhaps
             for batch in batches:
                 model(as_input(model, batch))
     finally:

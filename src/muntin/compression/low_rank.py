@@ -56,6 +56,7 @@ from muntin.compression.rewrite import (
     replace,
 )
 from muntin.errors import MuntinError
+from muntin.models.eager import check_eager
 from muntin.training.config import LowRankConfig
 
 DAMPING = 1e-2
@@ -86,6 +87,7 @@ def low_rank(calibration: Iterable[Tensor], config: LowRankConfig | None = None)
     config = config or LowRankConfig()
 
     def pass_(model: nn.Module) -> list[Change]:
+        check_eager(model)
         batches = calibration_list(calibration)
         layers: dict[str, Dense] = dict(named(model.eval(), nn.Linear, nn.Conv2d))
         paddings = number_paddings(model)

@@ -127,7 +127,7 @@ def input_moments(model: nn.Module, batches: Sequence[Tensor], layers: Mapping[s
 
     handles = [layer.register_forward_hook(hook(name), with_kwargs=True) for name, layer in layers.items()]
     try:
-        with torch.inference_mode():
+        with torch.no_grad():  # as in `watch_inputs`
             for batch in batches:
                 model(as_input(model, batch))
     finally:

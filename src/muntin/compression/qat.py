@@ -50,6 +50,7 @@ from muntin.compression.rewrite import (
     replace,
 )
 from muntin.layers import Product, SoftmaxProduct
+from muntin.models.eager import check_eager
 
 
 class LearnedGrid(nn.Module):
@@ -183,6 +184,7 @@ def prepare_qat(calibration: Iterable[Tensor], *, bits: int = 4, keep: Sequence[
     """
 
     def pass_(model: nn.Module) -> list[Change]:
+        check_eager(model)
         batches = calibration_list(calibration)
         layers: dict[str, nn.Module] = dict(named(model.eval(), nn.Linear, nn.Conv2d))
         check_kept(keep, keepable(model))

@@ -34,6 +34,7 @@ from muntin.compression.rewrite import (
     replace,
 )
 from muntin.compression.slimming import remove_closed_channels
+from muntin.models.eager import check_eager
 from muntin.training.config import QuantizationConfig
 
 
@@ -76,6 +77,7 @@ def quantize(calibration: Iterable[Tensor], config: QuantizationConfig | None = 
     config = config or QuantizationConfig()
 
     def pass_(model: nn.Module) -> list[Change]:
+        check_eager(model)
         batches = calibration_list(calibration)
         changes = remove_closed_channels(model.eval()) + number_paddings(model)
         layers: dict[str, nn.Module] = dict(named(model, nn.Linear, nn.Conv2d))

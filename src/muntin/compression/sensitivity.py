@@ -49,7 +49,7 @@ def measure_sensitivity(
     """
     model.eval()
     teacher.eval()
-    with torch.inference_mode():
+    with torch.no_grad():
         images = [batch.to(torch.float32) for batch in batches]
         wanted = [teacher(batch) for batch in images]
 

@@ -41,9 +41,14 @@ def answer_to(model: nn.Module, images_BCHW: Tensor) -> Tensor:
     try:
         with torch.inference_mode():
             answer = model(images_BCHW.to(torch.float32))
-    except (RuntimeError, ValueError, AssertionError) as error:  # what models raise for a size or a number of channels
+    except Exception as error:
         if no_memory(error):
             raise ExportError(f"no memory for the model's answer to pixels of shape {came}: {reason_of(error)}") from error
+        if not isinstance(error, RuntimeError | ValueError | AssertionError):  # by which a size or a number of channels is refused
+            raise ExportError(
+                f"the model fails on pixels of shape {came} ({type(error).__name__}: {reason_of(error)}): it is called with one tensor, "
+                "raw pixels (B, C, H, W), and nothing else: wrap it"
+            ) from error
         raise ExportError(
             f"the model fails on pixels of shape {came}, and an artefact takes every size: {reason_of(error)}; "
             "muntin.models.DividedSides pads and cuts where sides have to be multiples of a number"

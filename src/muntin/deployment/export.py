@@ -10,7 +10,6 @@ Axes: B images, H W map, C channels.
 
 from __future__ import annotations
 
-import copy
 import tempfile
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -42,8 +41,9 @@ from muntin.deployment.answers import (
 )
 from muntin.deployment.counting import PRODUCTS, WEIGHTED, bias_count, layer_macs, weight_count
 from muntin.deployment.graph import COMPUTE, to_onnx
-from muntin.errors import ArtifactError, ExportError
+from muntin.errors import ArtifactError, ExportError, MuntinError
 from muntin.models import HybridNet
+from muntin.models.eager import check_module, eager_copy
 from muntin.runtime import Session, describe_hardware, load
 from muntin.runtime.engines import Precision
 from muntin.runtime.session import check_shape
@@ -105,7 +105,7 @@ def export(
     if calibration is None:
         changes += remove_closed_channels(model) + fold(model)
     else:
-        changes += quantize(_calibration(calibration), quantization)(model)
+        changes += quantize(_calibration(calibration, model, example), quantization)(model)
     golden = golden_pairs(model, example)
     others = pairs_at(model, example, dict.fromkeys((*OTHER_SIZES, *whole)))
     notes: list[str] = []
@@ -130,20 +130,27 @@ def export(
 def _copied(model: nn.Module) -> nn.Module:
     """A copy in FP32 on the CPU, where what is written is checked against runtimes."""
     try:
-        return copy.deepcopy(model).cpu().float().eval()
-    except RuntimeError as error:  # tensors that were computed are part of it
-        raise ExportError(
-            f"the model cannot be copied ({' '.join(str(error).split())[:200]}): use weight_norm and spectral_norm of "
-            "torch.nn.utils.parametrizations instead of those of torch.nn.utils"
-        ) from error
+        check_module(model)
+    except MuntinError as error:
+        raise ExportError(str(error)) from error
+    try:
+        return eager_copy(model).cpu().float().eval()
+    except MuntinError as error:
+        raise ExportError(f"the model {error}") from error
 
 
-def _calibration(batches: Iterable[Tensor]) -> list[Tensor]:
+def _calibration(batches: Iterable[Tensor], model: nn.Module, example: Tensor) -> list[Tensor]:
     if isinstance(batches, Tensor):
         raise ExportError(f"calibration is one tensor of shape {tuple(batches.shape)}: give a list of batches, [tensor]")
     found = list(batches)
+    tried: set[torch.Size] = set()
     for batch in found:
         check_pixels(batch, "calibration batch")
+        if batch.shape[1] != example.shape[1]:
+            raise ExportError(f"calibration batch of shape {tuple(batch.shape)}: the example has {example.shape[1]} channels")
+        if batch.shape[2:] not in tried:
+            answer_to(model, batch[:1].cpu())
+            tried.add(batch.shape[2:])
     return [batch.cpu() for batch in found]
 
 

@@ -16,6 +16,7 @@ import operator
 import warnings
 from collections.abc import Callable, Container, Iterator, Mapping
 from contextlib import contextmanager, redirect_stderr
+from functools import partial
 from threading import Lock
 from typing import Any
 
@@ -83,7 +84,7 @@ def to_onnx(model: nn.Module, example: Tensor, signature: Signature) -> onnx.Mod
     images = _traced_example(example)
     free = torch.export.Dim.DYNAMIC
     try:
-        with _ALONE, _quiet_exporter(), _captures(lambda program: check_conditions(model, program, example)) as found:
+        with _ALONE, _quiet_exporter(), _captures(partial(_look, model, example)) as found:
             program = torch.onnx.export(
                 PixelInput(model).eval(),
                 (images,),
@@ -109,6 +110,18 @@ def to_onnx(model: nn.Module, example: Tensor, signature: Signature) -> onnx.Mod
     _whole_windows(proto)
     _signed_concats(proto)
     return proto
+
+
+def _look(model: nn.Module, example: Tensor, program: torch.export.ExportedProgram) -> None:
+    """Raises `ExportError` for a program that is no graph for every size, or of types that engines choose by themselves."""
+    for module in program.graph_module.modules():
+        nodes = module.graph.nodes if isinstance(module, torch.fx.GraphModule) else ()
+        if any(getattr(node.meta.get("val"), "dtype", None) is torch.bfloat16 for node in nodes):
+            raise ExportError(
+                "the model's forward computes in bfloat16 (torch.autocast, or .bfloat16()): leave that out of it, and put autocast around "
+                "the model where it is trained; engines choose 16 bits by themselves"
+            )
+    check_conditions(model, program, example)
 
 
 @contextmanager

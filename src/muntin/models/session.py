@@ -5,7 +5,6 @@ Axes: B images, H W map, C channels, K scores.
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Callable, Iterable, Iterator
 
 import numpy as np
@@ -14,6 +13,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from muntin.artifact import Signature
+from muntin.errors import MuntinError
 from muntin.models.compiler import require_compiler
 from muntin.models.transfer import pipelined
 from muntin.runtime.session import check_classes, check_images
@@ -23,8 +23,8 @@ class TorchSession:
     """Calls a model on `(B, H, W, C)` uint8 images, returns float32 scores; the reference beside every engine.
 
     `dtype`: what products run in (autocast), None for FP32. `compile`: by `torch.compile`, at the first call of each shape (a minute
-    or more). The model is used as it is, on the device where it is, and put in `eval` mode for each call. Raises `DependencyError` for
-    `compile` without a compiler.
+    or more). The model is used as it is, on the device where it is and in its weights' type, and put in `eval` mode for each call. Raises
+    `DependencyError` for `compile` without a compiler; a call raises `MuntinError` where the model answers no tensor.
     """
 
     streams = 1
@@ -33,8 +33,9 @@ class TorchSession:
         self.model = model
         self.signature = signature
         self.dtype = dtype
-        first = next(itertools.chain(model.parameters(), model.buffers()), None)  # a quantised model may have buffers alone
-        self.device = torch.device("cpu") if first is None else first.device
+        tensors = [*model.parameters(), *model.buffers()]  # a quantised model may have buffers alone
+        self.device = tensors[0].device if tensors else torch.device("cpu")
+        self._pixels = next((tensor.dtype for tensor in tensors if tensor.is_floating_point()), torch.float32)
         if compile:
             require_compiler(self.device.type)
         self.engine = "pytorch compile" if compile else "pytorch eager"
@@ -77,4 +78,9 @@ class TorchSession:
         """Images on the device to scores on the device."""
         self.model.eval()
         with torch.inference_mode(), torch.autocast(self.device.type, self.dtype, enabled=self.dtype is not None):
-            return self._forward(images_BHWC.permute(0, 3, 1, 2).to(torch.float32)).float()
+            answer = self._forward(images_BHWC.permute(0, 3, 1, 2).to(self._pixels))
+        if not isinstance(answer, Tensor):
+            raise MuntinError(
+                f"the model answers with a {type(answer).__name__}: wrap it in a module that returns the tensor of its scores"
+            )
+        return answer.float()

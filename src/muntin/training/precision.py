@@ -115,7 +115,7 @@ def check_maps(model: nn.Module, precision: Precision, *, crop: int, channels: i
     ]
     training = model.training
     try:
-        with torch.inference_mode():
+        with torch.no_grad():
             model.eval()(torch.zeros(1, channels, crop, crop))
     finally:
         model.train(training)

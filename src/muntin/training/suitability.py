@@ -14,7 +14,8 @@ from torch import Tensor, nn
 
 from muntin.artifact import ClassInfo, Signature
 from muntin.artifact.golden import golden_sizes
-from muntin.errors import CheckpointError, RecipeError
+from muntin.errors import CheckpointError, MuntinError, RecipeError
+from muntin.models.eager import check_eager, eager_copy
 from muntin.models.foreign import DividedSides
 from muntin.models.hybridnet import HybridNet
 from muntin.runtime.memory import no_memory
@@ -45,12 +46,13 @@ def check_model(model: nn.Module, recipe: Recipe, classes: tuple[ClassInfo, ...]
     side, name, signature = recipe.data.crop, recipe.model.name, make_signature(recipe, classes)
     shape = (1, recipe.data.channels, side, side)
     try:
-        copy.deepcopy(model)
-    except RuntimeError as error:  # tensors that were computed are part of it
-        raise RecipeError(
-            f"'{name}' cannot be copied ({_line(error)}), and weights are averaged in a copy: use weight_norm and "
-            "spectral_norm of torch.nn.utils.parametrizations instead of those of torch.nn.utils"
-        ) from error
+        check_eager(model)
+    except MuntinError as error:
+        raise RecipeError(f"'{name}': {error}") from error
+    try:
+        eager_copy(model)
+    except MuntinError as error:
+        raise RecipeError(f"'{name}' {error}; weights are averaged in a copy") from error
     reason = _refusal(model.eval(), shape)
     if reason:
         advice = _divisor_advice(model, shape) or _side_advice(model, shape)
@@ -159,10 +161,11 @@ def _refusal(model: nn.Module, shape: tuple[int, ...]) -> str:
     try:
         with torch.no_grad():  # not inference mode: what a model makes at its first call is trained
             model(torch.zeros(shape))
-    except (AssertionError, RuntimeError, ValueError) as error:  # a size refused; or none left on the way, or one that does not fit
+    except Exception as error:
         if no_memory(error):
             raise
-        return _line(error)
+        kind = "" if isinstance(error, AssertionError | RuntimeError | ValueError) else f"{type(error).__name__}: "
+        return f"{kind}{_line(error)}"
     return ""
 
 

@@ -1,0 +1,166 @@
+"""What models have to be, and what is said of those that are not."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn.utils import prune
+
+from muntin.compression import low_rank, prepare_qat, quantize
+from muntin.errors import MuntinError
+from muntin.models.eager import check_eager, check_module, eager_copy
+
+PASSES = [quantize, low_rank, prepare_qat]
+
+
+def small() -> nn.Sequential:
+    return nn.Sequential(nn.Conv2d(3, 8, 3, padding=1), nn.ReLU(), nn.Conv2d(8, 2, 1)).eval()
+
+
+def images() -> Tensor:
+    return torch.randint(0, 256, (2, 3, 16, 16), generator=torch.Generator().manual_seed(0)).float()
+
+
+@pytest.fixture
+def _compiler() -> Iterator[None]:
+    yield
+    torch.compiler.reset()
+
+
+def compiled_whole() -> nn.Module:
+    model = torch.compile(small(), backend="eager")
+    model(images())
+    return model
+
+
+def compiled_part() -> nn.Module:
+    model = small()
+    model[0] = torch.compile(model[0], backend="eager")  # type: ignore[assignment]
+    model(images())
+    return model
+
+
+def compiled_in_place() -> nn.Module:
+    model = small()
+    model.compile(backend="eager")
+    model(images())
+    return model
+
+
+@pytest.mark.usefixtures("_compiler")
+@pytest.mark.parametrize(
+    ("build", "said"),
+    [
+        (compiled_whole, "the model is compiled by torch.compile: give the module that it was made of (its _orig_mod"),
+        (compiled_part, "'0', a part of the model, is compiled by torch.compile"),
+        (compiled_in_place, "the model is compiled by torch.compile"),
+        (
+            lambda: torch.jit.script(small()),
+            "the model is TorchScript, which is neither rewritten nor traced: give the module it was made of",
+        ),
+        (lambda: nn.Sequential(torch.jit.trace(small(), images())), "'0', a part of the model, is TorchScript"),
+        (lambda: small().to("meta"), "the model is on the meta device, without values: load its weights first"),
+        (lambda: small().state_dict(), "the model is of type OrderedDict: give a torch.nn.Module; weights alone go into one by"),
+    ],
+)
+@pytest.mark.parametrize("pass_", PASSES)
+@pytest.mark.filterwarnings("ignore:`torch.jit", "ignore:.*torch.jit.* is deprecated")
+def test_what_cannot_be_rewritten_is_refused_before_anything_is_done(
+    build: Callable[[], Any], said: str, pass_: Callable[..., Any]
+) -> None:
+    """Compiled code runs without the hooks that look into layers: such a model came back as it was, and for a wrong reason."""
+    model = build()
+    before = [type(part) for part in model.modules()] if isinstance(model, nn.Module) else []
+    with pytest.raises(MuntinError) as error:
+        pass_([images()])(model)
+    assert said in str(error.value)
+    assert before == ([type(part) for part in model.modules()] if isinstance(model, nn.Module) else [])
+
+
+@pytest.mark.usefixtures("_compiler")
+@pytest.mark.parametrize("build", [compiled_whole, compiled_part, compiled_in_place])
+def test_a_copy_holds_no_compiled_code_and_answers_alike(build: Callable[[], nn.Module]) -> None:
+    model = build()
+    copied = eager_copy(model)
+    check_eager(copied)
+    assert list(copied.state_dict()) == list(small().state_dict())
+    torch.testing.assert_close(copied(images()), model(images()), rtol=0, atol=0)
+    assert all(a.data_ptr() != b.data_ptr() for a, b in zip(copied.parameters(), model.parameters(), strict=True))
+
+
+class Keeps(nn.Module):
+    """Keeps what its layers answered."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = small()
+        self.last: Tensor | None = None
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.last = self.layers(x)
+        return self.last + 0
+
+
+def pruned() -> nn.Module:
+    model = small()
+    prune.l1_unstructured(model[0], "weight", 0.5)
+    return model
+
+
+def called(model: nn.Module) -> nn.Module:
+    model(images())
+    return model
+
+
+def locked() -> nn.Module:
+    model = small()
+    model.lock = threading.Lock()  # type: ignore[assignment]
+    return model
+
+
+@pytest.mark.parametrize(
+    ("build", "said"),
+    [
+        (pruned, "cannot be copied: '0' is pruned by masks: call torch.nn.utils.prune.remove for it first"),
+        (lambda: called(Keeps()), "cannot be copied: it keeps a tensor that was computed with gradients, last: set it to None"),
+        (lambda: nn.Sequential(called(Keeps())), "cannot be copied: '0', a part of the model, keeps a tensor"),
+        (lambda: nn.Sequential(nn.utils.weight_norm(nn.Conv2d(3, 2, 1))), "cannot be copied: use weight_norm and spectral_norm of"),
+        (lambda: nn.Sequential(called(nn.utils.spectral_norm(nn.Conv2d(3, 2, 1)))), "use weight_norm and spectral_norm of"),
+        (locked, "cannot be copied: cannot pickle '_thread.lock' object; have its modules hold what Python can copy"),
+    ],
+)
+@pytest.mark.filterwarnings("ignore:`torch.nn.utils.weight_norm` is deprecated", "ignore:.*is deprecated")
+def test_what_cannot_be_copied_says_what_to_do(build: Callable[[], nn.Module], said: str) -> None:
+    model = build()
+    check_module(model)
+    with pytest.raises(MuntinError) as error:
+        eager_copy(model)
+    assert said in str(error.value) and "\n" not in str(error.value)
+
+
+class Grid(nn.Module):
+    """Makes a grid of the picture's width by itself, and keeps it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.grid = nn.Conv2d(3, 64, 3, padding=1), torch.zeros(0)
+        self.middle, self.last = nn.Conv2d(64, 64, 3, padding=1), nn.Conv2d(64, 3, 3, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.grid.shape[0] != x.shape[-1]:
+            self.grid = torch.linspace(0, 1, x.shape[-1])
+        return self.last(torch.relu(self.middle(torch.relu(self.first(x / 255) * self.grid))))
+
+
+@pytest.mark.parametrize("pass_", PASSES)
+def test_what_a_model_keeps_of_calibration_can_be_trained_with(pass_: Callable[..., Any]) -> None:
+    model = Grid()
+    pass_([images()])(model)
+    assert not model.grid.is_inference()
+    if pass_ is not quantize:
+        model(images()).sum().backward()
