@@ -291,6 +291,25 @@ def test_what_the_connection_refuses_is_told(served: Served, request_: bytes, as
     assert served.app.refusals == ([("127.0.0.1", *asked)] if asked[2] else [])
 
 
+@pytest.mark.parametrize(
+    ("target", "path"),
+    [
+        (b"http://host:8000/a%20b?c=http://d", "/a b"),
+        (b"http://host:8000", "/"),
+        (b"HTTP://host/", "/"),
+        (b"http://host?c=d", "/"),
+        (b"/a://b", "/a://b"),
+    ],
+)
+def test_a_target_may_name_its_host(served: Served, target: bytes, path: str) -> None:
+    head = b"POST %s HTTP/1.1\r\nHost: h\r\nContent-Length: 4\r\n\r\nfine" % target
+    with closing(served.connect()) as client:
+        for _ in range(3):  # also where the same head has come before
+            client.sendall(head)
+            assert read_json(read(client)) == [4, "fine"]
+    assert served.app.begun == [path] * 3
+
+
 def test_only_the_older_protocol_knows_no_host(served: Served) -> None:
     assert read_json(served.ask(b"POST / HTTP/1.0\r\nContent-Length: 4\r\n\r\nfine")) == [4, "fine"]
 

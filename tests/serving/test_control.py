@@ -44,6 +44,15 @@ def test_the_newest_or_the_one_that_is_named(control: Control) -> None:
     assert states(control, ready=True) == {}
 
 
+def test_only_what_answers_is_ready(control: Control, monkeypatch: pytest.MonkeyPatch) -> None:
+    control.load("m", {"version": "1"})
+    current = control._slot.current
+    assert current is not None
+    monkeypatch.setattr(type(current.session), "able", False)
+    assert states(control, ready=True) == {}
+    assert states(control)["1"] == "UNAVAILABLE"
+
+
 @pytest.mark.parametrize(
     ("model", "parameters", "status", "message"),
     [

@@ -51,6 +51,11 @@ def test_standard_parameters() -> None:
     assert request({"timeout": 0}).timeout_us is None
 
 
+def test_a_sequence_that_is_none_is_no_parameter() -> None:
+    none = {"sequence_id": 0, "sequence_start": False, "sequence_end": False}
+    assert request(none).parameters == request({"sequence_id": ""}).parameters == {}
+
+
 def test_the_clients_own_parameters_are_kept() -> None:
     own = {"a": "text", "b": 1.5, "c": True}
     assert request(own).parameters == own

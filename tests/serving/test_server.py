@@ -182,6 +182,7 @@ def test_statistics_of_all_models(client: Client) -> None:
 
 def test_health_in_json(pixels: Server) -> None:
     """As KServe's own client reads it."""
+    assert fetch(pixels, "/v2/")[::2] == fetch(pixels, "/v2")[::2]
     found = [json.loads(fetch(pixels, path)[2]) for path in ("/v2/health/live", "/v2/health/ready", "/v2/models/pixels/ready")]
     assert found == [{"live": True}, {"live": True, "ready": True}, {"name": "pixels", "ready": True}]
 

@@ -109,6 +109,17 @@ def test_a_slot_serves_what_is_loaded(make_slot: Callable[..., Slot], told: list
     assert told == ["model: version 1 serves"]
 
 
+def test_a_version_whose_engine_is_left_alone_is_not_listed_as_ready(make_slot: Callable[..., Slot], monkeypatch: Any) -> None:
+    slot = make_slot()
+    version = slot.load("1", "1")
+    with monkeypatch.context() as dying:
+        dying.setattr(type(version.session), "able", False)
+        assert states(slot) == {"1": ("unable", "current; its engine died again and again, and is left alone for a while")}
+        with pytest.raises(NotReadyError, match="died again and again"):
+            slot.lease()
+    assert states(slot) == {"1": ("ready", "current")}
+
+
 def test_a_lease_is_given_back_once(make_slot: Callable[..., Slot]) -> None:
     slot = make_slot()
     version = slot.load("1", "1")

@@ -348,6 +348,8 @@ class BoundedConnection(HttpToolsProtocol):
         if codings and codings.replace(b" ", b"").replace(b"\t", b"").strip(b",") != b"chunked":  # RFC 9112, 6.1
             self._refuse(501, "a transfer coding beside chunked: pack the body (content-encoding), or send it as it is")
             return
+        if not self.url.startswith(b"/") and b"://" in self.url:
+            self.url = _origin_form(self.url)
         if not self._has_place():
             self._refuse_place()
             return
@@ -685,6 +687,13 @@ class BoundedConnection(HttpToolsProtocol):
             self.transport.write_eof()
         self._left = 2 * self._bounds.body_bytes
         self._expect(_LINGER_S)
+
+
+def _origin_form(target: bytes) -> bytes:
+    """The path and query of a target that names its host, too, as proxies send it; of one without a path the root (RFC 9110, 4.2.3). Raises
+    httptools' errors for what is none."""
+    parts = httptools.parse_url(target)
+    return (parts.path or b"/") + (b"?" + parts.query if parts.query else b"")
 
 
 def _say_continue(cycle: Any) -> None:

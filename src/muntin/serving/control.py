@@ -16,7 +16,14 @@ from muntin.serving.slot import Slot
 from muntin.serving.threads import Threads
 from muntin.serving.version import NotReadyError, UnknownVersionError
 
-_STATES = {"loading": "LOADING", "ready": "READY", "draining": "UNLOADING", "unloaded": "UNAVAILABLE", "failed": "UNAVAILABLE"}
+_STATES = {
+    "loading": "LOADING",
+    "ready": "READY",
+    "unable": "UNAVAILABLE",
+    "draining": "UNLOADING",
+    "unloaded": "UNAVAILABLE",
+    "failed": "UNAVAILABLE",
+}
 LOADS = 4
 """Requests to load that may wait until those before them have ended; beyond, they are refused."""
 LISTINGS = 4

@@ -23,7 +23,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from functools import partial
 from typing import Any, NamedTuple
-from urllib.parse import parse_qs
+from urllib.parse import parse_qs, unquote_to_bytes
 
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
@@ -125,7 +125,7 @@ class HttpFace:
 
     def essential(self, target: bytes) -> bool:
         """Whether a request is answered on a connection too many: by what starts, stops and watches servers it is asked."""
-        return target.partition(b"?")[0] in _ESSENTIAL
+        return unquote_to_bytes(target.partition(b"?")[0]) in _ESSENTIAL
 
     def takes(self, scope: Scope) -> bool:
         """Whether `begin` answers a request."""
@@ -343,6 +343,7 @@ class HttpFace:
     def _table(self) -> list[Route]:
         return [
             Route("/v2", self._server),
+            Route("/v2/", self._server),  # as the protocol's own OpenAPI document spells it
             Route("/v2/health/live", self._live),
             Route("/v2/health/ready", self._ready),
             Route("/v2/repository/index", self._index, methods=["POST", "GET"]),

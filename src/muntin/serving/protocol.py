@@ -267,10 +267,13 @@ _HIGHEST = {"priority": (1 << 32) - 1, "timeout": (1 << 63) - 1}
 
 
 def check_request_parameters(parameters: Mapping[str, object], limits: Limits) -> dict[str, Parameter]:
-    """The parameters of a request. Raises ProtocolError for sequences, for too many, and for a value of a wrong type or out of range."""
+    """The parameters of a request. Raises ProtocolError for sequences, for too many, and for a value of a wrong type or out of range.
+
+    A sequence of number 0, and one that neither begins nor ends, is none: so clients that fill in every field say it.
+    """
     checked = _check_parameters(parameters, "the request", limits)
     for name in _SEQUENCE:
-        if name in checked:
+        if checked.pop(name, None):
             raise ProtocolError(f'parameter "{name}": this server keeps no state between requests; send each request without it')
     for name, unit in (("priority", "a level from 1, 0 for the default"), ("timeout", "microseconds, 0 for none")):
         value = checked.get(name, 0)

@@ -17,12 +17,12 @@ import random
 import time
 from collections import Counter
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import inf
 from pathlib import Path
 from threading import Condition, Event, Lock
 from types import TracebackType
-from typing import Self
+from typing import Literal, Self
 
 from muntin.artifact import Signature
 from muntin.errors import DataError, MuntinError, VerificationError
@@ -91,11 +91,12 @@ class Lease:
 
 @dataclass(frozen=True, kw_only=True)
 class IndexEntry:
-    """One version of the model `name`. `reason`: what part it has now, or why it has none."""
+    """One version of the model `name`. `state`: a version's, or "unable" where its engine cannot be asked for now. `reason`: what part it
+    has now, or why it has none."""
 
     name: str
     version: str
-    state: State
+    state: State | Literal["unable"]
     reason: str
 
 
@@ -317,9 +318,7 @@ class Slot:
         with self._changing():
             self._settle_by_time()
             shown = {version.name: version for version in (*self._versions, *reversed(self._in_service()))}
-            return tuple(
-                IndexEntry(name=self.name, version=name, state=version.state, reason=self._part(version)) for name, version in shown.items()
-            )
+            return tuple(self._entry(version) for version in shown.values())
 
     def last(self, name: str) -> Version | None:
         """The version of this name that was loaded last, whatever became of it, if that is not too long ago."""
@@ -447,6 +446,12 @@ class Slot:
             raise NotReadyError(f"{self.name}: version {name} is {last.state}{reason}: ask for one that is ready")
         there = ", ".join(version.name for version in self._in_service()) or "none"
         raise UnknownVersionError(f"{self.name}: no version {ascii(name)[:60]}: there is {there}")
+
+    def _entry(self, version: Version) -> IndexEntry:
+        entry = IndexEntry(name=self.name, version=version.name, state=version.state, reason=self._part(version))
+        if version.state != "ready" or version.able:
+            return entry
+        return replace(entry, state="unable", reason=f"{entry.reason}; its engine died again and again, and is left alone for a while")
 
     def _part(self, version: Version) -> str:
         """What a version has to do with requests now."""
