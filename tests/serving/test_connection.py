@@ -6,6 +6,7 @@ import asyncio
 import errno
 import json
 import socket
+import struct
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -308,6 +309,28 @@ def test_a_target_may_name_its_host(served: Served, target: bytes, path: str) ->
             client.sendall(head)
             assert read_json(read(client)) == [4, "fine"]
     assert served.app.begun == [path] * 3
+
+
+@pytest.mark.parametrize("times", [0, 3])
+@pytest.mark.parametrize("reset", [False, True])
+def test_who_leaves_before_the_request_has_come_is_told(served: Served, times: int, reset: bool) -> None:
+    if not served.direct:
+        pytest.skip("nobody is told")
+    with closing(served.connect()) as client:
+        for _ in range(times):  # a head that is known comes another way
+            client.sendall(post(b"x" * 50, "/a%20b"))
+            read(client)
+        client.sendall(post(b"too little", "/a%20b", length=50))
+        time.sleep(0.1)
+        assert served.app.refusals == []
+        if reset:
+            client.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+    wait(lambda: served.app.refusals == [("127.0.0.1", "POST", "/a b", 499)])
+    with closing(served.connect()) as client:
+        client.sendall(post(b"x" * 50, "/a%20b"))
+        read(client)
+    time.sleep(0.1)
+    assert len(served.app.refusals) == 1
 
 
 def test_only_the_older_protocol_knows_no_host(served: Served) -> None:

@@ -54,6 +54,8 @@ SPARE = 32
 that a busy server is a dead one."""
 _SPARE_S = 2.0
 """How long the headers on one of these may take."""
+LEFT = 499
+"""The status of a request whose client did not wait for its answer, as nginx has it."""
 _LINGER_S = 2.0
 """How long what is sent after a refusal is dropped before the connection is closed."""
 
@@ -84,7 +86,8 @@ class Direct(Protocol):
         ...
 
     def refused(self, client: str, method: str, path: str, status: int, sent: int, /) -> None:
-        """Is told what the connection itself refused: method and path as far as they came, and bytes of the answer."""
+        """Is told what the connection itself refused: method and path as far as they came, and bytes of the answer; or (499) whose client
+        left before all of it had come."""
         ...
 
     def learn(self, scope: MutableMapping[str, Any], /) -> None:
@@ -287,6 +290,8 @@ class BoundedConnection(HttpToolsProtocol):
         self._unset_keepalive_if_required()  # uvicorn's goes on where a connection ended in an error
         self._unread.taken()
         try:
+            if exc is not None:
+                self._tell_left()
             self._abandon()
         finally:
             super().connection_lost(exc)
@@ -302,6 +307,7 @@ class BoundedConnection(HttpToolsProtocol):
             self._unread.closing()
 
     def eof_received(self) -> None:
+        self._tell_left()
         self._unread.closing()  # the loop closes the connection now
 
     def timeout_keep_alive_handler(self) -> None:
@@ -635,6 +641,14 @@ class BoundedConnection(HttpToolsProtocol):
             cycle.disconnected = True
             if stop is not None:
                 stop()
+
+    def _tell_left(self) -> None:
+        """Tells `Direct` of a request of its own that did not come whole; of others their tasks know."""
+        arriving: Any = self._turn
+        if arriving is None and self._running is not None and self._running[1] is None:
+            arriving = self._running[0]
+        if self._direct is not None and arriving is not None and not (arriving.disconnected or self._last is not None or self._left):
+            self._direct.refused(self.client[0] if self.client else "", arriving.scope["method"], arriving.scope["path"], LEFT, 0)
 
     def _refuse_head(self) -> None:
         self._refuse(431, f"the request's line and headers are longer than {self._bounds.header_bytes:,} bytes")

@@ -33,7 +33,7 @@ from starlette.routing import Route
 
 from muntin.errors import DataError, MuntinError
 from muntin.serving.access_log import AccessLog
-from muntin.serving.connection import REFUSED, Answer, Fields, Reply
+from muntin.serving.connection import LEFT, REFUSED, Answer, Fields, Reply
 from muntin.serving.control import Control
 from muntin.serving.description import (
     VERSION,
@@ -83,8 +83,6 @@ _INFLATE = zlib.MAX_WBITS | 32
 """zlib's word for gzip and deflate alike: the data say which it is."""
 SMALL_PACKED, SMALL = 1 << 16, 1 << 18
 """Bytes of a body, packed and unpacked, up to which it is unpacked on the event loop: half a millisecond at most."""
-_LEFT = 499
-"""The status of a request whose client did not wait for its answer, as nginx has it."""
 _OPEN = ("/v2/health/live", "/v2/health/ready")
 """What needs no token: whoever starts and stops servers asks for it."""
 
@@ -335,7 +333,7 @@ class HttpFace:
                 if self._service.draining:  # and it had all the time that there is; where the client has gone nobody hears it
                     await _error_answer(RefusedRequestError("the server is shutting down"))(scope, receive, counted)
                 else:
-                    status = _LEFT
+                    status = LEFT
         finally:
             if self._log is not None and status:  # else its connection has written it down
                 self._write(scope, status, sent, began)
@@ -563,7 +561,7 @@ class _Inference:
             self.cancel()
         else:
             self._face.forget(self)
-        self.outcome, self.status = "cancelled", _LEFT
+        self.outcome, self.status = "cancelled", LEFT
         self._close(None)
 
     def _end(self, outcome: str, status: int, headers: Fields, parts: list[Any], error: ProtocolError | None = None) -> None:
