@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -99,3 +100,5 @@ def test_wide_numbers_are_whole_and_columns_stay_columns() -> None:
         "B", "128", "4096x4096", "16", "16", "123456.78", "123456.78", "123456.78", "1000.0", "123.25", "no", "12345", "1.00x",
     ]  # fmt: skip
     assert len({len(line) for line in lines}) == 1
+    apart = Bench(rows=(rows[0], replace(rows[1], ratio=None)), others=None, notes=(), created="", hardware={})
+    assert table_lines(apart, {"baseline a": "A", "a": "B"})[2].split()[-1] == "-"

@@ -116,6 +116,6 @@ def test_what_cannot_be_profiled_is_said(model: nn.Sequential, tmp_path: Path) -
     with pytest.raises(DataError, match="rounds=0"):
         profile_live(TorchSession(model, SIGNATURE), images, tmp_path / "a.json", rounds=0)
     compiled = TorchSession(model, SIGNATURE)
-    compiled.engine = "pytorch compile"  # as where there is a compiler
+    compiled.compiled = True  # as where there is a compiler
     with pytest.raises(DataError, match="without compile=True"):
         profile_live(compiled, images, tmp_path / "a.json")

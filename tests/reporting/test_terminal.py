@@ -10,8 +10,8 @@ from rich.console import Console
 from muntin.reporting import terminal_table
 
 
-def printed(report: dict[str, Any]) -> str:
-    console = Console(file=io.StringIO(), width=160)
+def printed(report: dict[str, Any], width: int = 160) -> str:
+    console = Console(file=io.StringIO(), width=width)
     console.print(terminal_table(report))
     assert isinstance(console.file, io.StringIO)
     return console.file.getvalue()
@@ -25,6 +25,14 @@ def test_every_step_with_what_changed(report: dict[str, Any]) -> None:
     assert "6.9 ms (6.0× faster)" in lines["deployed"]
     assert "(" not in lines["fp32"]
     assert "–" in lines["w4a8"]
+
+
+def test_a_narrow_terminal_cuts_no_name(report: dict[str, Any]) -> None:
+    shown = printed(report, 80)
+    assert "…" not in shown
+    assert all(f" {step['name']} " in shown for step in report["steps"])
+    engines = "".join(line.split("│")[-2].strip() for line in shown.splitlines() if line.startswith("│"))
+    assert all(step["engine"].replace(" ", "") in engines.replace(" ", "") for step in report["steps"])
 
 
 def test_weights_have_a_column_beside_what_lies_on_the_disk(report: dict[str, Any]) -> None:

@@ -46,6 +46,23 @@ def test_a_baseline_is_measured_in_turns_and_every_row_says_the_ratio(convolutio
         assert math.isfinite(row.ratio)
 
 
+class OneStream(ArtifactCandidate):
+    """As PyTorch is: its calls have all threads."""
+
+    def open(self, threads: int, streams: int, shapes: Any) -> Any:
+        return super().open(threads, 1, shapes)
+
+
+@pytest.mark.parametrize("streams", [1, 2])
+def test_latencies_of_other_streams_are_not_compared(convolutions: Any, streams: int) -> None:
+    baseline = OneStream(path=str(convolutions.path), engine="openvino")
+    result = bench(convolutions.path, baseline=baseline, threads=(2,), streams=(streams,), size=(8, 8), rounds=3)
+    base, row = result.rows
+    assert (base.streams, row.streams, base.ratio) == (1, streams, 1)
+    assert (row.ratio is None) == (streams > 1)
+    assert ("latencies of different streams are not compared: compare images/s" in " ".join(result.notes)) == (streams > 1)
+
+
 def test_it_measures_what_the_artefact_was_exported_for(write_layers: Callable[..., Any], convolutions: Any, tmp_path: Path) -> None:
     written = write_layers(tmp_path / "a", convolutions.layers, example=(1, 12, 20))
     assert bench(written.path, batches=(2,), rounds=1).rows[0].shape == (2, 12, 20)

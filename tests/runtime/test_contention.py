@@ -13,6 +13,7 @@ from threading import Thread
 import pytest
 
 from muntin.errors import DataError
+from muntin.runtime import contention
 from muntin.runtime.contention import CpuTime, CpuWatch, compare, measure_cpu_share, parse_cpu_times, read_cpu_times, watch_cpu
 
 linux = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="affinity and /proc/stat are Linux's")
@@ -54,12 +55,26 @@ def test_reads_what_each_cpu_did() -> None:
     assert parse_cpu_times("") == {}
 
 
+def test_what_a_quota_leaves_over_is_not_ours(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[float] = []
+    monkeypatch.setattr(contention, "compare", lambda *_, spare, **__: asked.append(spare))
+    cpus = len(contention.affinity())
+    for quota in (None, cpus + 1.0, cpus - 0.5):
+        monkeypatch.setattr(contention, "cpu_quota", lambda quota=quota: quota)
+        with watch_cpu():
+            pass
+    assert asked == [0, 0, 0.5]
+
+
 def test_others_are_what_was_used_less_our_own() -> None:
     before = {0: CpuTime(0, 0, 0), 1: CpuTime(500, 10, 900), 2: CpuTime(0, 0, 0)}
     after = {0: CpuTime(100, 0, 100), 1: CpuTime(550, 30, 1000), 2: CpuTime(100, 0, 100)}
     others, stolen = compare(before, after, cpus={0, 1}, own=0.7, seconds=1.0) or (-1, -1)
     assert others == pytest.approx(1.5 - 0.7)
     assert stolen == pytest.approx(0.1)
+    beyond, _ = compare(before, after, cpus={0, 1}, own=0.7, seconds=1.0, spare=0.5) or (-1, -1)
+    assert beyond == pytest.approx(others - 0.5)  # of CPUs that a quota leaves over nothing is taken from us
+    assert compare(before, after, cpus={0, 1}, own=0.7, seconds=1.0, spare=1.5) == (0, pytest.approx(0.1))
     assert compare(before, after, cpus={0}, own=1.02, seconds=1.0) == (0, 0)  # the system's steps are coarser than our own time
 
 

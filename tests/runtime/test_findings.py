@@ -122,7 +122,7 @@ def test_another_busy_process_is_named(convolutions: Any) -> None:
     with busy(physical_cores()):
         result = profile(convolutions.path, threads=1, shape=(1, 256, 256), rounds=40, ceilings=CEILINGS)
     (finding,) = of_kind(result, "contention")
-    assert finding.words.startswith("another process used ")
+    assert finding.words.startswith("other processes used ")
     assert "while this was measured: the times are too long; run it alone" in finding.words
     assert finding.saves_ms is None
     assert of_kind(replace(result, others=0.0), "contention") == []

@@ -52,6 +52,16 @@ def test_counters_are_copied() -> None:
     assert average.model.seen.dtype == torch.int64
 
 
+def test_indices_that_are_parameters_are_copied() -> None:
+    model = Counting()
+    model.table = torch.nn.Parameter(torch.arange(3), requires_grad=False)
+    average = WeightAverage(model, 0.99)
+    model.set(5)
+    model.table += 4
+    average.update(model, 0)
+    assert torch.equal(average.model.table, torch.tensor([4, 5, 6])) and average.model.weight.tolist() == pytest.approx([4.5] * 3)
+
+
 def test_buffers_that_a_size_brings_are_taken_as_they_are() -> None:
     model = Counting()
     average = WeightAverage(model, 0.5)

@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import copy
+import json
+import time
 from collections.abc import Callable
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -15,10 +19,13 @@ from muntin.deployment import image_macs
 from muntin.errors import RecipeError
 from muntin.layers import ChannelGate
 from muntin.layers.gate import BLOCK
+from muntin.training import fit, loop, read_checkpoint
 from muntin.training.average import WeightAverage
 from muntin.training.closing import FIRST, LAST, GateClosing
 from muntin.training.config import TrainingConfig
 from muntin.training.optimizer import make_optimizer
+from muntin.training.recipe import load_recipe
+from muntin.training.trainer import Trainer
 
 OPTIONS = {
     "stem": (16, 48, 48),
@@ -143,6 +150,31 @@ def test_what_was_closed_when_a_run_is_gone_on_with_stays_closed() -> None:
         gate.logit[:3] += 0.3
     closing.update(0, stepped(model, lambda gate: torch.ones(gate.dim)))
     assert gate.open_channels()[:3].tolist() == [False, True, True]
+
+
+@pytest.mark.parametrize("slow", ["step", "validation"])
+def test_a_run_that_its_minutes_end_early_keeps_its_budget(tmp_path: Path, tiny: Any, monkeypatch: pytest.MonkeyPatch, slow: str) -> None:
+    """Gates close along the run; where one step, or what validating takes, carries it past its end, they are closed then."""
+    update, judge = Trainer.update, loop.Training._judge
+
+    def slow_update(self: Trainer, step: int, *arguments: Any, **options: Any) -> float:
+        if slow == "step" and step == 1:
+            time.sleep(4)
+        return update(self, step, *arguments, **options)
+
+    def slow_judge(self: Any, *arguments: Any) -> None:
+        if slow == "validation" and not self.validation:
+            time.sleep(4)
+        judge(self, *arguments)
+
+    monkeypatch.setattr(Trainer, "update", slow_update)
+    monkeypatch.setattr(loop.Training, "_judge", slow_judge)
+    options = [f"model.options={json.dumps(OPTIONS)}", "training.minutes=0.06", "training.steps=1000000", "training.gate_budget=0.5"]
+    options += ["training.validate_every=2"]
+    result = fit(load_recipe(tiny.recipe, options), directory=tmp_path / "run", root=tiny.root)
+    assert result.step == 2 and [point["step"] for point in result.validation] == [2]
+    model = read_checkpoint(result.checkpoint).model()
+    assert open_share(closing_of(model, 0.5)) <= 0.5
 
 
 def test_before_its_time_nothing_closes() -> None:

@@ -79,6 +79,10 @@ def test_a_class_in_neither_truth_nor_prediction_has_no_figure_and_does_not_weig
     wrong = evaluated([(np.array([[0, 0, 1, 2]], np.uint8), truth)], 3)
     assert wrong.iou == {"sea": 1.0, "land": 0.5, "ice": 0.0}  # predicted where it is not: that counts
     assert wrong.recall["ice"] is None
+    assert result.notes == ()
+    assert wrong.notes == (
+        "the truth holds no ice, and pixels were taken for it: an IoU of 0, which counts in the mean only because of them",
+    )  # fmt: skip
 
 
 def test_ignored_pixels_change_nothing() -> None:

@@ -112,6 +112,18 @@ def test_what_a_model_makes_at_its_first_call_is_there_before_it_is_trained() ->
         check_model(old, recipe, TWO)
 
 
+def test_a_model_with_nothing_to_train_is_told() -> None:
+    recipe = parse_recipe({"data": {"crop": 16}, "model": {"name": "own:make"}}, where="test")
+    frozen = Own(nn.Conv2d(3, 2, 1), lambda m, x, y: y).requires_grad_(False)
+    with pytest.raises(RecipeError, match=r"'own:make' has no parameter that can be trained: call requires_grad_\(\) on what is to learn"):
+        check_model(frozen, recipe, TWO)
+    detached = Own(nn.Conv2d(3, 2, 1), lambda m, x, y: y.detach())
+    with pytest.raises(RecipeError, match=r"the answer of 'own:make' hangs on none of its trainable parameters: leave out detach\(\)"):
+        check_model(detached, recipe, TWO)
+    half = Own(nn.Sequential(nn.Conv2d(3, 2, 1).requires_grad_(False), nn.Conv2d(2, 2, 1)), lambda m, x, y: y)
+    assert check_model(half, recipe, TWO) == () and half.layer[1].weight.grad is None
+
+
 def test_crops_of_a_size_that_the_model_does_not_take_are_told() -> None:
     name = "timm:vit_tiny_patch16_224"
     recipe = parse_recipe({"task": "classify", "data": {"crop": 32}, "model": {"name": name}}, where="test")

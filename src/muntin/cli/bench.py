@@ -123,6 +123,6 @@ def table_lines(result: Bench, letters: Mapping[str, str]) -> list[str]:
             f"{latency.p99_ms:.2f}", f"{row.images_per_s:.1f}", f"{row.load_s:.2f}", CACHED[row.cached],
             "-" if row.peak_mib is None else f"{row.peak_mib:.0f}",
         ]  # fmt: skip
-        lines.append(cells + ([] if row.ratio is None else [f"{row.ratio:.2f}x"]))
+        lines.append(cells + ([] if len(letters) == 1 else ["-" if row.ratio is None else f"{row.ratio:.2f}x"]))
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
     return ["  ".join(cell.rjust(width) for cell, width in zip(line, widths, strict=True)) for line in lines]

@@ -106,7 +106,7 @@ def evaluate_command(
     json: Json = False,
 ) -> None:
     """Score a checkpoint, or an artefact made of it, on a split of its data."""
-    from muntin.compression.stages import broken_off, read_model, source_of
+    from muntin.compression.stages import broken_off, quantized, read_model, source_of
     from muntin.data.source import SPLITS
     from muntin.errors import ArtifactError, RecipeError
     from muntin.models import TorchSession
@@ -125,13 +125,15 @@ def evaluate_command(
         raise RecipeError(f"--tile {tile}: the run's task is classify, and its pictures are taken whole: leave it out")
     source = source_of(loaded)
     session: Any = load(artifact, engine=engine or DEFAULT_ENGINE) if artifact else TorchSession(read_model(loaded), wanted)
+    if artifact is None and quantized(loaded):
+        session.engine += ", simulating integers"
     if session.signature != wanted:
         raise ArtifactError(
             f"{artifact} is not for this run's data (another task, channels or classes): give one that `muntin export {checkpoint}` writes"
         )
     with progress_bar(f"evaluating {split}") as advance:
         result = evaluate(session, source.split(split), tile=tile or tile_of(loaded.recipe.data.crop), progress=advance)
-    notes = broken_off(loaded)
+    notes = (*broken_off(loaded), *result.notes)
     if json:
         print_json({"split": split, "engine": session.engine, "score": result.score, **asdict(result), "notes": notes})
         return

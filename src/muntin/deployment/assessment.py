@@ -222,10 +222,12 @@ class _Assessment:
         simulated, changes = self._timed("quantise", lambda: integer_model(last, calibration))
         artifact = self._timed("export", lambda: export_checkpoint(last, place))
         session = load(artifact.path)
-        name, told = ("mixed", "simulated integers") if self.stages else ("fake-quantised", "simulated INT8")
+        integers = any(layer.activation_bits for layer in artifact.manifest.layers)
+        name = "mixed" if self.stages else "fake-quantised"
+        told = "no layer in integers" if not integers else "simulated integers" if self.stages else "simulated INT8"
         steps.append(self._step(name, f"PyTorch FP32, {told}", TorchSession(simulated, self.signature), simulated, bytes=None))
         self._verify(artifact)
-        engine = f"{session.engine} INT8 + {session.precision.upper()}, {count(session.threads, 'thread')}"
+        engine = f"{session.engine} {'INT8 + ' if integers else ''}{session.precision.upper()}, {count(session.threads, 'thread')}"
         steps.append(self._step("deployed", engine, session, simulated, bytes=artifact.bytes))
         self.stage("latency")
         self._afford(session, session.engine)
@@ -285,6 +287,7 @@ class _Assessment:
                 yield sample, labels
 
         result = self._timed(f"evaluate {name}", lambda: score(seen(), session))
+        self.notes += [f"Step {name}: {note}." for note in result.notes]
         return {"name": name, "miou": result.score, "iou": result.by_class, **figures, "latency_ms": None, "engine": engine}
 
     def _verify(self, artifact: Artifact) -> None:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from muntin.deployment.live import checkpoint_session
+from muntin.deployment.live import best_device, checkpoint_session
 from muntin.runtime.latency import Mapper
 from muntin.runtime.loading import Candidate
 from muntin.runtime.session import Shape
@@ -21,7 +21,8 @@ class CheckpointCandidate(Candidate):
     compile: bool = False
 
     def prepare(self) -> None:
-        torch.nn.Conv2d(1, 1, 1)(torch.zeros(1, 1, 1, 1))  # PyTorch's kernels have libraries of their own, loaded when first used
+        # PyTorch's kernels have libraries of their own, loaded when first used, and a GPU what has to be set up once a process.
+        torch.nn.Conv2d(1, 1, 1, device=(device := best_device()))(torch.zeros(1, 1, 1, 1, device=device))
 
     def open(self, threads: int, streams: int, shapes: tuple[Shape, ...]) -> Mapper:
         torch.set_num_threads(threads)

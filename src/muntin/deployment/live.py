@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 from torch import nn
 from torch.profiler import ProfilerActivity, profile, record_function
 
-from muntin.compression.stages import read_model
+from muntin.compression.stages import quantized, read_model
 from muntin.errors import DataError
 from muntin.models import TorchSession
 from muntin.runtime.session import Shape
@@ -34,9 +34,16 @@ WHOLE = "muntin, one call"
 
 
 def checkpoint_session(checkpoint: Checkpoint, *, compile: bool = False) -> TorchSession:
-    """A checkpoint's model in FP32, compressed or not, as a session on the best device there is."""
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    return TorchSession(read_model(checkpoint).to(device), checkpoint.signature, compile=compile)
+    """A checkpoint's model in FP32, compressed or not, as a session on the best device there is. Of one that was quantised it is the
+    simulation of training, which is slower than the model in floats, and the session's `engine` says so."""
+    session = TorchSession(read_model(checkpoint).to(best_device()), checkpoint.signature, compile=compile)
+    if quantized(checkpoint):
+        session.engine += ", simulating integers"
+    return session
+
+
+def best_device() -> str:
+    return "cuda" if torch.cuda.is_available() else "cpu"
 
 
 @contextmanager
@@ -108,7 +115,7 @@ def profile_live(session: TorchSession, images_BHWC: NDArray[np.uint8], trace: P
 
     Raises DataError for a compiled session, whose layers are fused and never called, and for less than one round.
     """
-    if session.engine != "pytorch eager":
+    if session.compiled:
         raise DataError(f"a session in {session.engine} calls no layers: profile it without compile=True")
     if rounds < 1:
         raise DataError(f"rounds={rounds}: give a whole number from 1")

@@ -82,7 +82,7 @@ def from_timm(name: str, *, task: Task, classes: int, channels: int) -> nn.Modul
         raise RecipeError(f"'timm:{name}' is a classifier, not for task '{task}': use task 'classify' or another model")
     try:
         model = timm.create_model(name, pretrained=False, num_classes=classes, in_chans=channels)
-    except RuntimeError as error:
+    except (RuntimeError, OSError) as error:
         close = timm.list_models(f"*{name.split('_')[0].split('.')[0]}*")[:5]
         raise RecipeError(f"timm does not know a model '{name}'; close: {', '.join(close) or 'none'} (timm.list_models())") from error
     mean, std = model.default_cfg.get("mean", IMAGENET_MEAN), model.default_cfg.get("std", IMAGENET_STD)

@@ -38,7 +38,8 @@ class TorchSession:
         self._pixels = next((tensor.dtype for tensor in tensors if tensor.is_floating_point()), torch.float32)
         if compile:
             require_compiler(self.device.type)
-        self.engine = "pytorch compile" if compile else "pytorch eager"
+        self.compiled = compile
+        self.engine = f"pytorch {'compile' if compile else 'eager'}{'' if self.device.type == 'cpu' else f' on {self.device.type}'}"
         self._forward: Callable[[Tensor], Tensor] = torch.compile(model) if compile else model
 
     @property

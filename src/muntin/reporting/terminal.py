@@ -23,10 +23,10 @@ def terminal_table(report: Report | Mapping[str, Any]) -> Table:
     weighed = any(step.weights is not None for step in checked.steps)
     # Text, not str: names are the user's, and rich would read "[red]" in them as markup.
     table = Table(title=Text(checked.title), title_justify="left", caption=Text(checked.hardware.cpu), caption_justify="left")
-    table.add_column("step", style="bold")
+    table.add_column("step", style="bold", no_wrap=True)
     for heading in (metric.name, "params", *(["weights"] if weighed else []), "on disk", "GMACs", *(["latency"] if timed else [])):
         table.add_column(heading, justify="right")
-    table.add_column("engine")
+    table.add_column("engine", overflow="fold")
     for step in checked.steps:
         cells = _cells(checked.steps[0], step, checked, timed, weighed)
         table.add_row(*(Text(cell) for cell in (step.name, *cells, step.engine)))

@@ -39,7 +39,8 @@ class BenchRow:
     """One candidate with so many threads and streams on batches of one shape.
 
     `images_per_s`: with every stream busy. `load_s`, `held_mib`, `peak_mib`, `cached`: of opening it with these threads and streams for all
-    batches of the run, in a process of its own (`Loading`). `ratio`: the baseline's median latency over this one, None without a baseline.
+    batches of the run, in a process of its own (`Loading`). `ratio`: the baseline's median latency over this one, None without a baseline
+    and where it has another number of streams: a call has the threads of its stream.
     """
 
     name: str
@@ -125,10 +126,15 @@ def bench(
     except MemoryError:
         raise too_large(shapes, channels) from None
     report(2 * len(settings), 2 * len(settings))
+    notes = _notes(watch.others, asked)
+    if baseline is not None:
+        rows = _with_ratios(rows)
+        if any(row.ratio is None for row in rows):
+            notes.append("a call has the threads of its stream, so latencies of different streams are not compared: compare images/s")
     return Bench(
-        rows=tuple(rows if baseline is None else _with_ratios(rows)),
+        rows=tuple(rows),
         others=watch.others,
-        notes=tuple(_notes(watch.others, asked)),
+        notes=tuple(notes),
         created=datetime.now(UTC).isoformat(timespec="seconds"),
         hardware=describe_hardware(),
     )
@@ -174,7 +180,8 @@ def _with_ratios(rows: Sequence[BenchRow]) -> list[BenchRow]:
     found, base = [], rows[0]
     for row in rows:
         base = row if row.name == rows[0].name else base
-        found.append(replace(row, ratio=base.latency.median_ms / row.latency.median_ms))
+        alike = row.streams == base.streams
+        found.append(replace(row, ratio=base.latency.median_ms / row.latency.median_ms if alike else None))
     return found
 
 

@@ -5,7 +5,8 @@ threads of ours receive, and how much do others use meanwhile on the CPUs that w
 processes, a container's quota, a hypervisor), the second names the commonest.
 
     share    CPU time received / wall time, of threads that would use all of it
-    others   busy time of our CPUs in /proc/stat, less this process's own, as so many cores' worth
+    others   busy time of our CPUs in /proc/stat, less this process's own, as so many cores' worth; of more CPUs than a container's quota
+             lets us use, what goes beyond those that are left over
     stolen   time in which our CPUs' hypervisor ran somebody else, as a share of the wall time
 """
 
@@ -21,7 +22,7 @@ from pathlib import Path
 from threading import Barrier
 
 from muntin.errors import DataError
-from muntin.runtime.hardware import affinity
+from muntin.runtime.hardware import affinity, cpu_quota
 from muntin.runtime.session import check_threads
 
 BUSY = 0.1
@@ -76,7 +77,9 @@ def watch_cpu() -> Iterator[CpuWatch]:
     finally:
         watch.seconds = time.perf_counter() - start
         own = time.process_time() - own
-        usage = compare(before, read_cpu_times(), cpus=cpus, own=own, seconds=watch.seconds)
+        quota = cpu_quota()
+        spare = 0.0 if quota is None else max(0.0, len(cpus) - quota)
+        usage = compare(before, read_cpu_times(), cpus=cpus, own=own, seconds=watch.seconds, spare=spare)
         if usage is not None:
             watch.others, watch.stolen = usage
 
@@ -85,7 +88,7 @@ def notes_on(others: float | None) -> list[str]:
     """What makes times doubtful that were measured while other processes used so many cores' worth of our CPUs, if anything."""
     if others is None or others < BUSY:
         return []
-    return [f"other processes used {others:.1f} of the cores meanwhile: the times are too long; measure alone"]
+    return [f"other processes used {others:.1f} cores' time meanwhile: the times are too long; measure alone"]
 
 
 def measure_cpu_share(threads: int, seconds: float = 0.3) -> CpuShare:
@@ -138,12 +141,13 @@ def parse_cpu_times(stat: str) -> dict[int, CpuTime]:
 
 
 def compare(
-    before: Mapping[int, CpuTime], after: Mapping[int, CpuTime], *, cpus: set[int], own: float, seconds: float
+    before: Mapping[int, CpuTime], after: Mapping[int, CpuTime], *, cpus: set[int], own: float, seconds: float, spare: float = 0.0
 ) -> tuple[float, float] | None:
     """Others' and the hypervisor's part between two readings: (cores' worth, share of the wall time).
 
-    `own`: seconds of CPU time that this process used meanwhile. None where nothing can be said: too short a time, a CPU of ours that is not
-    listed (a container with numbers of its own), or counts that stand still (some sandboxes).
+    `own`: seconds of CPU time that this process used meanwhile. `spare`: cores' worth that others may use and take nothing from us. None
+    where nothing can be said: too short a time, a CPU of ours that is not listed (a container with numbers of its own), or counts that
+    stand still (some sandboxes).
     """
     if seconds < SHORTEST or not cpus or not (cpus <= before.keys() and cpus <= after.keys()):
         return None
@@ -153,5 +157,5 @@ def compare(
     if total <= 0:
         return None
     # Shares of what was counted, not of the clock: a count lags behind it by up to a step a CPU.
-    others = len(cpus) * busy / total - own / seconds
+    others = len(cpus) * busy / total - own / seconds - spare
     return max(0.0, others), max(0.0, stolen / total)

@@ -341,10 +341,9 @@ def _threads(profile: Profile, graph: _Graph) -> Iterator[Finding]:
 
 def _contention(profile: Profile, graph: _Graph) -> Iterator[Finding]:
     if profile.others is not None and profile.others >= BUSY:
-        cores = f"the {profile.physical_cores} cores" if profile.physical_cores > 1 else "the one core"
         yield Finding(
             kind="contention",
-            words=f"another process used {profile.others:.1f} of {cores} while this was measured: the times are too long; run it alone",
+            words=f"other processes used {profile.others:.1f} cores' time while this was measured: the times are too long; run it alone",
             saves_ms=None,
         )
 

@@ -26,7 +26,12 @@ class WeightAverage:
     def update(self, model: nn.Module, step: int) -> None:
         """Take in the model after `step` (from 0)."""
         share = 1 - min(self.decay, (1 + step) / (10 + step)) if self.decay else 1.0
-        torch._foreach_lerp_(list(self.model.parameters()), [p.detach() for p in model.parameters()], share)
+        pairs = [(mine, other.detach()) for mine, other in zip(self.model.parameters(), model.parameters(), strict=True)]
+        averaged = [(mine, other) for mine, other in pairs if mine.is_floating_point() or mine.is_complex()]
+        torch._foreach_lerp_([mine for mine, _ in averaged], [other for _, other in averaged], share)
+        for mine, other in pairs:
+            if not (mine.is_floating_point() or mine.is_complex()):  # indices, of which there is no mean
+                mine.copy_(other)
         own = dict(self.model.named_buffers())
         for name, other in model.named_buffers():
             owner, _, last = name.rpartition(".")

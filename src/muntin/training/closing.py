@@ -53,15 +53,18 @@ class GateClosing:
         return self.keep + (1 - self.keep) * (1 - way) ** 3
 
     @torch.no_grad()
-    def update(self, done: float, optimizer: torch.optim.Optimizer) -> None:
-        """Close what has to be closed by now, and again what the optimiser has moved since; in the averaged model as well."""
+    def update(self, done: float, optimizer: torch.optim.Optimizer) -> bool:
+        """Close what has to be closed by now, and again what the optimiser has moved since; in the averaged model as well. Whether something
+        had to be."""
         still = sum(self.costs[gate] * int((~closed_C).sum()) for gate, closed_C in self.closed.items())
         over = still - self.share(done) * self.total
-        if over > 0 and all(float(optimizer.state[gate.logit].get("step", 0)) for gate in self.costs):  # FP16 leaves first steps out
+        closes = over > 0 and all(float(optimizer.state[gate.logit].get("step", 0)) for gate in self.costs)  # FP16 leaves some
+        if closes:
             self._close(over, optimizer)
         for gate, closed_C in self.closed.items():
             gate.close(closed_C)
             self.averaged[gate].close(closed_C)
+        return closes
 
     def _close(self, over: float, optimizer: torch.optim.Optimizer) -> None:
         """Close blocks, the least important one first, until what is open costs `over` less."""

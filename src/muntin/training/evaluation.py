@@ -45,6 +45,13 @@ class Evaluation:
         return sum(present) / len(present)
 
     @property
+    def notes(self) -> tuple[str, ...]:
+        """What one pixel may have changed a lot: a class that the truth does not hold, and that was seen somewhere."""
+        seen = [name for name, iou in self.iou.items() if iou == 0 and self.recall[name] is None] if self.task == "segment" else []
+        told = "and pixels were taken for it: an IoU of 0, which counts in the mean only because of them"
+        return (f"the truth holds no {', '.join(seen)}, {told}",) if seen else ()
+
+    @property
     def score(self) -> float:
         """The figure of the task: mean IoU for segment, accuracy for classify. Higher is better."""
         return self.miou if self.task == "segment" else self.accuracy

@@ -240,6 +240,8 @@ class Training:
                     raise MuntinError(f"{error}: {self._slower()}") from error
                 self.step, self.seconds = step + 1, before + time.perf_counter() - started
                 ended = self.finished
+                if ended:
+                    self.trainer.close_gates()
                 if self.step % LOG_EVERY == 0 or ended:
                     rate = (self.step - first) * config.batch_size / (time.perf_counter() - started)
                     self._log_step(log, sum(self.losses) / len(self.losses), rate)
@@ -247,7 +249,12 @@ class Training:
                 if judged := self.step % config.validate_every == 0 or ended:
                     self._judge(log, samples, validation)
                     self.seconds = before + time.perf_counter() - started
-                    ended = self.finished  # by what validating took, maybe
+                    if not ended and self.finished:  # by what validating took
+                        ended = True
+                        if self.trainer.close_gates():  # and it is another model
+                            self.validation.pop()
+                            self._judge(log, samples, validation)
+                            self.seconds = before + time.perf_counter() - started
                 last = ended or interruption.asked  # read once: a checkpoint follows for sure
                 if last and not judged:  # the checkpoint may be evaluated or exported as it is
                     with self._kept():

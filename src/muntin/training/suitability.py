@@ -69,6 +69,7 @@ def check_model(model: nn.Module, recipe: Recipe, classes: tuple[ClassInfo, ...]
             if batch > 1:
                 raise
             raise RecipeError(f"training.batch_size 1 with data.crop {side}: {_line(error)}; raise either of them") from error
+    _check_learning(tried, (batch, *shape[1:]), name)
     tried.eval()
     if recipe.task != "classify":
         odd = (1, recipe.data.channels, side | 1, (side + side // 2) | 1)
@@ -154,6 +155,18 @@ def _check_answer(model: nn.Module, shape: tuple[int, ...], signature: Signature
         f"'{name}' answers {came} to pixels of shape {shape} in {mode}; task "
         f"'{signature.task}' with {len(signature.classes)} classes wants one float tensor of shape {wanted}: wrap it"
     )
+
+
+def _check_learning(model: nn.Module, shape: tuple[int, ...], name: str) -> None:
+    """Raises `RecipeError` where nothing of a model that takes pictures of a shape can be trained."""
+    if not any(parameter.requires_grad for parameter in model.parameters()):
+        raise RecipeError(f"'{name}' has no parameter that can be trained: call requires_grad_() on what is to learn")
+    with torch.random.fork_rng(), torch.enable_grad():
+        answer = model(torch.zeros(shape).contiguous(memory_format=torch.channels_last))
+    if not answer.requires_grad:
+        raise RecipeError(
+            f"the answer of '{name}' hangs on none of its trainable parameters: leave out detach() and no_grad in its forward"
+        )
 
 
 def _refusal(model: nn.Module, shape: tuple[int, ...]) -> str:

@@ -126,6 +126,10 @@ class Trainer:
             self.closing.update(done, self.optimizer)
         return value
 
+    def close_gates(self) -> bool:
+        """Closes what `gate_budget` takes and the run's end has come before; whether that was anything."""
+        return self.closing is not None and self.closing.update(1.0, self.optimizer)
+
     def _scores(self, images: Tensor) -> Tensor:
         try:
             with self.precision.autocast():
