@@ -358,6 +358,8 @@ def test_predict_takes_images_and_folders_together(call: Call, tmp_path: Path, w
     assert "are several images named a, whose" in call(*words, photos / "other" / "a.png").mistake()
     twice = call(*words, photos / ".." / "photos" / "a.png", photos, "--json").document()["results"]
     assert [Path(result["source"]).name for result in twice] == ["b.png", "a.png", "c.png"]
+    (photos / "linked.png").symlink_to(photos / "a.png")  # as stores of data link what is the same twice
+    assert len(call("predict", artifact, photos, "-o", tmp_path / "out", "--json").document()["results"]) == 3
     assert "is the folder of the images" in call(*words[:5], "-o", photos / "more").mistake()
     assert "--truth goes with one image, and these are 3" in call(*words, "--truth", photos / "a.png").mistake()
 

@@ -283,7 +283,14 @@ def test_classes_that_a_mac_spells_otherwise_are_the_same(tmp_path: Path) -> Non
     make_classes(tmp_path, ("cafe\u0301", "tea"))
     source = open_pair(FolderPair(images=tmp_path), classes=(ClassSpec(name="caf\u00e9"), ClassSpec(name="tea")))
     assert source.notes == () and {sample.target for sample in source.split("train")} == {0, 1}
-    assert [entry.name for entry in open_pair(FolderPair(images=tmp_path), classes=()).classes] == ["caf\u00e9", "tea"]
+    assert [entry.name for entry in open_pair(FolderPair(images=tmp_path), classes=()).classes] == ["cafe\u0301", "tea"]
+    assert {sample.name.split("/")[0] for sample in source.split("train")} == {
+        "cafe\u0301",
+        "tea",
+    }  # as they lie there: names decide splits
+    with pytest.raises(DataError) as error:
+        open_pair(FolderPair(images=tmp_path), classes=tuple(ClassSpec(name=name) for name in ("caf\u00e9", "cafe\u0301", "tea")))
+    one_line(error, "is there twice")
     make_classes(tmp_path, ("caf\u00e9",))
     with pytest.raises(DataError) as error:
         open_pair(FolderPair(images=tmp_path), classes=())

@@ -192,7 +192,7 @@ def test_names_that_a_mac_spells_otherwise_are_the_same(tmp_path: Path) -> None:
             write_image(tmp_path / folder / name, masks_of([0, 1])[number])
     _, source = opened(write_recipe(tmp_path))
     names = [sample.name for split in SPLITS for sample in source.split(split)]
-    assert sorted(names) == [f"\u00e9{number}" for number in range(10)]
+    assert sorted(names) == [f"e\u0301{number}" for number in range(10)]  # as they lie there: names decide splits
 
 
 def test_nothing_usable_tells_the_layout(tmp_path: Path) -> None:

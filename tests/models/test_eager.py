@@ -83,6 +83,14 @@ def test_what_cannot_be_rewritten_is_refused_before_anything_is_done(
 
 
 @pytest.mark.usefixtures("_compiler")
+def test_a_part_with_two_names_is_unwrapped_in_both() -> None:
+    part = torch.compile(nn.Conv2d(3, 8, 1), backend="eager")
+    copied = eager_copy(nn.ModuleList([part, part]))
+    check_eager(copied)
+    assert isinstance(copied, nn.ModuleList) and type(copied[0]) is nn.Conv2d and copied[0] is copied[1]
+
+
+@pytest.mark.usefixtures("_compiler")
 @pytest.mark.parametrize("build", [compiled_whole, compiled_part, compiled_in_place])
 def test_a_copy_holds_no_compiled_code_and_answers_alike(build: Callable[[], nn.Module]) -> None:
     model = build()
@@ -120,6 +128,7 @@ def called(model: nn.Module) -> nn.Module:
 def locked() -> nn.Module:
     model = small()
     model.lock = threading.Lock()  # type: ignore[assignment]
+    model.w_g = nn.Parameter(torch.zeros(1))  # by its name a part of a norm, without the other
     return model
 
 

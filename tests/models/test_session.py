@@ -36,6 +36,13 @@ def test_a_model_in_half_precision_is_given_its_own_type() -> None:
     assert half.dtype == np.float32 and 0 < np.abs(half - scores).max() < 0.02 * np.abs(scores).max()
 
 
+def test_weights_of_several_types_are_given_whole_numbers_in_single_precision() -> None:
+    model = torch.nn.Sequential(torch.nn.Conv2d(3, 2, 1)).eval()
+    model.temperature = torch.nn.Parameter(torch.tensor(1.0, dtype=torch.float64))
+    assert next(model.parameters()).dtype == torch.float64
+    assert TorchSession(model, SEGMENT)(images(1, 9, 8, 3)).shape == (1, 2, 9, 8)
+
+
 def test_an_answer_that_is_no_tensor_is_told() -> None:
     class Named(torch.nn.Module):
         def forward(self, x: torch.Tensor) -> dict[str, torch.Tensor]:

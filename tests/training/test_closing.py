@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
-import time
+import signal
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -152,29 +152,75 @@ def test_what_was_closed_when_a_run_is_gone_on_with_stays_closed() -> None:
     assert gate.open_channels()[:3].tolist() == [False, True, True]
 
 
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """What a run takes for the time: as much as is added to it, and a millisecond for each look."""
+
+    class Clock:
+        now = 0.0
+
+        def perf_counter(self) -> float:
+            self.now += 1e-3
+            return self.now
+
+    made = Clock()
+    monkeypatch.setattr(loop, "time", made)
+    return made
+
+
+def budget_of(tiny: Any, *options: str) -> Any:
+    given = [f"model.options={json.dumps(OPTIONS)}", "training.gate_budget=0.5", "training.validate_every=2", *options]
+    return load_recipe(tiny.recipe, given)
+
+
+def kept(checkpoint: Path) -> float:
+    return open_share(closing_of(read_checkpoint(checkpoint).model(), 0.5))
+
+
 @pytest.mark.parametrize("slow", ["step", "validation"])
-def test_a_run_that_its_minutes_end_early_keeps_its_budget(tmp_path: Path, tiny: Any, monkeypatch: pytest.MonkeyPatch, slow: str) -> None:
+def test_a_run_that_its_minutes_end_early_keeps_its_budget(
+    tmp_path: Path, tiny: Any, monkeypatch: pytest.MonkeyPatch, clock: Any, slow: str
+) -> None:
     """Gates close along the run; where one step, or what validating takes, carries it past its end, they are closed then."""
     update, judge = Trainer.update, loop.Training._judge
 
     def slow_update(self: Trainer, step: int, *arguments: Any, **options: Any) -> float:
-        if slow == "step" and step == 1:
-            time.sleep(4)
+        clock.now += 10 if slow == "step" and step == 1 else 0
         return update(self, step, *arguments, **options)
 
-    def slow_judge(self: Any, *arguments: Any) -> None:
-        if slow == "validation" and not self.validation:
-            time.sleep(4)
-        judge(self, *arguments)
+    def slow_judge(self: Any, *arguments: Any) -> Any:
+        clock.now += 10 if slow == "validation" else 0
+        return judge(self, *arguments)
 
     monkeypatch.setattr(Trainer, "update", slow_update)
     monkeypatch.setattr(loop.Training, "_judge", slow_judge)
-    options = [f"model.options={json.dumps(OPTIONS)}", "training.minutes=0.06", "training.steps=1000000", "training.gate_budget=0.5"]
-    options += ["training.validate_every=2"]
-    result = fit(load_recipe(tiny.recipe, options), directory=tmp_path / "run", root=tiny.root)
+    seen: list[str] = []
+    result = fit(
+        budget_of(tiny, "training.minutes=0.1", "training.steps=1000000"),
+        directory=tmp_path / "run", root=tiny.root, report=lambda progress: seen.append(progress.kind),
+    )  # fmt: skip
     assert result.step == 2 and [point["step"] for point in result.validation] == [2]
-    model = read_checkpoint(result.checkpoint).model()
-    assert open_share(closing_of(model, 0.5)) <= 0.5
+    assert seen.count("validation") == 1
+    assert kept(result.checkpoint) <= 0.5
+
+
+def test_a_run_that_is_given_fewer_steps_keeps_its_budget(tmp_path: Path, tiny: Any) -> None:
+    def stop(progress: Any) -> None:
+        if progress.kind == "validation" and progress.step == 4:
+            signal.raise_signal(signal.SIGINT)
+
+    options = ("training.steps=40",)
+    result = fit(budget_of(tiny, *options), directory=tmp_path / "run", root=tiny.root, report=stop)
+    assert result.interrupted and kept(result.checkpoint) > 0.5
+    shorter = budget_of(tiny, f"training.steps={result.step}")
+    again = fit(shorter, directory=tmp_path / "run", root=tiny.root, resume=True)
+    assert again.step == result.step and kept(again.checkpoint) <= 0.5
+    assert [point["step"] for point in again.validation] == [2, 4]
+    assert again.validation[-1] != result.validation[-1]
+    lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert [line["score"] for line in lines if line["kind"] == "validation"] == [point["score"] for point in again.validation]
+    once_more = fit(shorter, directory=tmp_path / "run", root=tiny.root, resume=True)
+    assert (once_more.checkpoint, once_more.validation) == (again.checkpoint, again.validation)
 
 
 def test_before_its_time_nothing_closes() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import functools
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -110,6 +111,16 @@ def test_what_a_model_makes_at_its_first_call_is_there_before_it_is_trained() ->
     old = Own(torch.nn.utils.weight_norm(nn.Conv2d(3, 2, 1)), lambda m, x, y: y)
     with pytest.raises(RecipeError, match=r"'own:make' cannot be copied: use .* of torch\.nn\.utils\.parametrizations"):
         check_model(old, recipe, TWO)
+
+
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")
+def test_what_was_scripted_is_trained_and_noted() -> None:
+    recipe = parse_recipe({"data": {"crop": 16}, "model": {"name": "own:make"}}, where="test")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)
+        scripted = torch.jit.script(nn.Conv2d(3, 2, 1))
+    (note,) = check_model(Own(scripted, lambda m, x, y: y), recipe, TWO)
+    assert note.startswith("'own:make' is trained, and cannot be compressed: 'layer', a part of the model, is TorchScript")
 
 
 def test_a_model_with_nothing_to_train_is_told() -> None:

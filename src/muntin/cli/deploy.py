@@ -252,7 +252,7 @@ def _images(given: Iterable[Path]) -> list[Path]:
         if not images:
             raise DataError(f"{path} holds no image ({', '.join(IMAGE_SUFFIXES)}); name an image or a folder of them")
         for image in images:
-            found.setdefault(image.resolve(), image)
+            found.setdefault(image.parent.resolve() / image.name, image)  # not what a link leads to: it is a picture of its own name
     return list(found.values())
 
 

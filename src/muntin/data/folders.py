@@ -37,7 +37,7 @@ class FolderPair(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    images: Path = Field(description="folder of images; for `classify` it holds one folder a class")
+    images: Path = Field(description="folder of images; for `classify` it holds folders of classes, not all of them perhaps")
     masks: Path | None = Field(default=None, description="folder of masks; none for `classify`")
 
     def under(self, root: Path) -> FolderPair:
@@ -95,7 +95,7 @@ class FolderSource:
         self._notes: list[str] = []
         self._named = bool(classes)
         if self.task == "classify" and not classes:
-            classes = [ClassSpec(name=name) for name in _class_folders(base.images)]
+            classes = [ClassSpec(name=folder.name) for folder in _class_folders(base.images).values()]
         self.classes = class_infos(classes)
         self._mapping = None if base.masks is None else MaskMapping(classes, ignore)
         items = self._split_items(base, {"validation": validation, "test": test}, seed)
@@ -161,7 +161,7 @@ class FolderSource:
         items: list[Item] = []
         for label, name in enumerate(names):
             pictures = self._pictures(folders[name], needed=split == "train") if name in folders else {}
-            items += [Item(key=f"{name}/{stem}", image=path, label=label) for stem, path in pictures.items()]
+            items += [Item(key=f"{path.parent.name}/{path.stem}", image=path, label=label) for path in pictures.values()]
             if not pictures:
                 lacking = [*dict.fromkeys([*lacking, name])]
         if not items:
@@ -179,10 +179,10 @@ class FolderSource:
         unused = len(truths) - len(pictures)
         if unused:
             self._notes.append(f"{masks}: {unused} masks have no image and are not used")
-        return [Item(key=stem, image=path, mask=truths[stem]) for stem, path in pictures.items()]
+        return [Item(key=path.stem, image=path, mask=truths[stem]) for stem, path in pictures.items()]
 
     def _pictures(self, folder: Path, *, needed: bool = True) -> dict[str, Path]:
-        """Stem -> file, by stem. Hidden files are passed over, other files that are no images noted. None at all: an error, if `needed`."""
+        """Stem, composed -> file. Hidden files are passed over, others that are no images noted. None at all: an error, if `needed`."""
         pictures: dict[str, Path] = {}
         others = 0
         for path in _entries(folder):
@@ -317,7 +317,7 @@ def class_infos(classes: Sequence[ClassSpec]) -> tuple[ClassInfo, ...]:
     """Names and colours, missing colours filled in. Raises DataError: fewer than two, more than 255, or a name twice."""
     if not 2 <= len(classes) <= MAX_CLASSES:
         raise DataError(f"{len(classes)} classes: from 2 to {MAX_CLASSES} are possible, name them under `classes`")
-    twice = [name for name, count in Counter(entry.name for entry in classes).items() if count > 1]
+    twice = [name for name, count in Counter(composed(entry.name) for entry in classes).items() if count > 1]
     if twice:
         raise DataError(f"the class {twice[0]!r} is there twice: give each its own name")
     given = {entry.color for entry in classes}

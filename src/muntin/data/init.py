@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 
 from muntin.data.colors import distinct_colors
-from muntin.data.folders import RGB, FolderPair, composed, filling_seed, is_text
+from muntin.data.folders import RGB, FolderPair, filling_seed, is_text
 from muntin.data.source import MAX_CLASSES, SplitName, Task
 from muntin.errors import DataError, RecipeError
 from muntin.runtime.images import IGNORED, IMAGE_SUFFIXES, image_size, read_image, read_mask, write_whole
@@ -71,6 +71,8 @@ def write_recipe(directory: Path | str, *, task: Task | None = None, output: Pat
     """
     root = Path(directory) if output is None else Path(directory).resolve()
     path = root / RECIPE_NAME if output is None else output
+    if path.is_dir():
+        raise RecipeError(f"{path} is a folder: name a file in it")
     if path.exists():
         raise RecipeError(f"{path} exists already: edit it, or move it away and run init again")
     if root.is_dir() and not (path.parent.is_dir() and os.access(path.parent, os.W_OK | os.X_OK)):
@@ -276,8 +278,8 @@ def _pictures(folder: Path) -> list[Path]:
 def _keyed_pictures(layout: Layout) -> dict[str, Path]:
     """Training pictures under the keys that decide their split, as `FolderSource` names them."""
     if layout.task == "segment":
-        return {composed(path.stem): path for path in _pictures(layout.base.images)}
-    return {f"{composed(folder.name)}/{composed(path.stem)}": path for folder in _folders(layout.base.images) for path in _pictures(folder)}
+        return {path.stem: path for path in _pictures(layout.base.images)}
+    return {f"{folder.name}/{path.stem}": path for folder in _folders(layout.base.images) for path in _pictures(folder)}
 
 
 def looked_at(masks: Path | None) -> tuple[int, int] | None:
@@ -323,7 +325,7 @@ def _seed(layout: Layout) -> int:
 
 
 def _folder_classes(folder: Path) -> list[FoundClass]:
-    names = [composed(path.name) for path in _folders(folder) if _pictures(path)]  # a run's folder, `runs`, holds none
+    names = [path.name for path in _folders(folder) if _pictures(path)]  # a run's folder, `runs`, holds none
     return [FoundClass(name=name, color=color) for name, color in zip(names, distinct_colors(len(names)), strict=True)]
 
 

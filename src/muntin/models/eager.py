@@ -47,9 +47,10 @@ def eager_copy(model: nn.Module) -> nn.Module:
     while _is_wrapper(copied):
         copied = copied._orig_mod  # type: ignore[assignment]
     for part in list(copied.modules()):
-        for name, child in list(part.named_children()):
-            if _is_wrapper(child):
-                setattr(part, name, child._orig_mod)
+        for name, child in part._modules.items():  # also the second name of one that has two
+            while child is not None and _is_wrapper(child):
+                child = child._orig_mod  # type: ignore[assignment]
+            part._modules[name] = child
     return copied
 
 
@@ -67,7 +68,9 @@ def _copying_advice(model: nn.Module, error: Exception) -> str:
     for name, part in model.named_modules():
         if any(key.endswith("_mask") and f"{key[:-5]}_orig" in part._parameters for key in part._buffers):
             return f"'{name}' is pruned by masks: call torch.nn.utils.prune.remove for it first"
-        if any(key.endswith(("_g", "_orig")) for key in part._parameters):
+        norms = [f"{key[:-2]}_v" for key in part._parameters if key.endswith("_g")]
+        norms += [f"{key[:-5]}_u" for key in part._parameters if key.endswith("_orig")]
+        if any(key in part._parameters or key in part._buffers for key in norms):
             return "use weight_norm and spectral_norm of torch.nn.utils.parametrizations instead of those of torch.nn.utils"
         for key, value in vars(part).items():
             if isinstance(value, Tensor) and not value.is_leaf:

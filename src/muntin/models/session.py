@@ -23,8 +23,9 @@ class TorchSession:
     """Calls a model on `(B, H, W, C)` uint8 images, returns float32 scores; the reference beside every engine.
 
     `dtype`: what products run in (autocast), None for FP32. `compile`: by `torch.compile`, at the first call of each shape (a minute
-    or more). The model is used as it is, on the device where it is and in its weights' type, and put in `eval` mode for each call. Raises
-    `DependencyError` for `compile` without a compiler; a call raises `MuntinError` where the model answers no tensor.
+    or more). The model is used as it is, on the device where it is, in `eval` mode; pixels are given to it in float32, or in the 16 bits
+    that all of its weights have. Raises `DependencyError` for `compile` without a compiler; a call raises `MuntinError` where the model
+    answers no tensor.
     """
 
     streams = 1
@@ -35,7 +36,8 @@ class TorchSession:
         self.dtype = dtype
         tensors = [*model.parameters(), *model.buffers()]  # a quantised model may have buffers alone
         self.device = tensors[0].device if tensors else torch.device("cpu")
-        self._pixels = next((tensor.dtype for tensor in tensors if tensor.is_floating_point()), torch.float32)
+        types = {parameter.dtype for parameter in model.parameters() if parameter.is_floating_point()}
+        self._pixels = types.pop() if types in ({torch.float16}, {torch.bfloat16}) else torch.float32
         if compile:
             require_compiler(self.device.type)
         self.compiled = compile

@@ -186,6 +186,7 @@ class BoundedConnection(HttpToolsProtocol):
         """By cycle (a request and its answer; several where a client does not wait for answers): what the ledger holds for it."""
         self._running: tuple[Any, Callable[[], object] | None] | None = None
         """The cycle that is being answered, and how to stop that; None: its body is awaited."""
+        self._told_left = False
 
     # ---- the transport's events ----
 
@@ -647,7 +648,9 @@ class BoundedConnection(HttpToolsProtocol):
         arriving: Any = self._turn
         if arriving is None and self._running is not None and self._running[1] is None:
             arriving = self._running[0]
-        if self._direct is not None and arriving is not None and not (arriving.disconnected or self._last is not None or self._left):
+        over = arriving is None or arriving.disconnected or self._last is not None or self._left
+        if self._direct is not None and not over and not self._told_left:
+            self._told_left = True
             self._direct.refused(self.client[0] if self.client else "", arriving.scope["method"], arriving.scope["path"], LEFT, 0)
 
     def _refuse_head(self) -> None:

@@ -28,7 +28,8 @@ class WeightAverage:
         share = 1 - min(self.decay, (1 + step) / (10 + step)) if self.decay else 1.0
         pairs = [(mine, other.detach()) for mine, other in zip(self.model.parameters(), model.parameters(), strict=True)]
         averaged = [(mine, other) for mine, other in pairs if mine.is_floating_point() or mine.is_complex()]
-        torch._foreach_lerp_([mine for mine, _ in averaged], [other for _, other in averaged], share)
+        if averaged:
+            torch._foreach_lerp_([mine for mine, _ in averaged], [other for _, other in averaged], share)
         for mine, other in pairs:
             if not (mine.is_floating_point() or mine.is_complex()):  # indices, of which there is no mean
                 mine.copy_(other)

@@ -29,6 +29,7 @@ from torch import Tensor, nn
 from muntin.artifact import Signature
 from muntin.artifact.classes import ClassInfo
 from muntin.artifact.directory import replace_directory
+from muntin.data.folders import composed
 from muntin.data.source import Source
 from muntin.errors import ArtifactError, CheckpointError, DataError
 from muntin.models import HybridNet, create_model
@@ -142,7 +143,7 @@ def check_classes(checkpoint: Checkpoint, source: Source) -> None:
     Where a recipe names no classes they are the folders of the day: a model's labels would go by the names of others without a word.
     """
     trained, found = ([entry.name for entry in classes] for classes in (checkpoint.state.classes, source.classes))
-    if trained != found:
+    if [composed(name) for name in trained] != [composed(name) for name in found]:
         raise DataError(
             f"{checkpoint.path} was trained on the classes {', '.join(trained)}, and its data are now of {', '.join(found)}: "
             "give their folders the old names again, or train anew"

@@ -54,8 +54,8 @@ class GateClosing:
 
     @torch.no_grad()
     def update(self, done: float, optimizer: torch.optim.Optimizer) -> bool:
-        """Close what has to be closed by now, and again what the optimiser has moved since; in the averaged model as well. Whether something
-        had to be."""
+        """Close what has to be closed by now, and again what the optimiser has moved since; in the averaged model as well. Whether
+        something had to be."""
         still = sum(self.costs[gate] * int((~closed_C).sum()) for gate, closed_C in self.closed.items())
         over = still - self.share(done) * self.total
         closes = over > 0 and all(float(optimizer.state[gate.logit].get("step", 0)) for gate in self.costs)  # FP16 leaves some

@@ -224,9 +224,12 @@ class Training:
         # It is written anew where it says something else now: the recipe, or the folder that its relative paths begin at.
         same = self.start is not None and not changes(self.start, self.recipe) and Path(self.start.state.root) == self.root
         path = self.start.path if self.start is not None and same else None
+        closed = self.start is not None and self.finished and self._close_gates(samples)  # where fewer steps are asked for now
+        if closed and self.validation and self.validation[-1]["step"] == self.step:
+            self.validation.pop()  # of another model
         with keep_freed_memory(), MetricsLog(self.directory, self.step, self.curve, self.validation) as log:
             if self._judgement_failed:
-                self._judge(log, samples, validation)
+                self._record(log, self._judge(samples, validation))
                 path = self._write()
             started, first = time.perf_counter(), self.step
             before = self.seconds
@@ -241,20 +244,20 @@ class Training:
                 self.step, self.seconds = step + 1, before + time.perf_counter() - started
                 ended = self.finished
                 if ended:
-                    self.trainer.close_gates()
+                    self._close_gates(samples)
                 if self.step % LOG_EVERY == 0 or ended:
                     rate = (self.step - first) * config.batch_size / (time.perf_counter() - started)
                     self._log_step(log, sum(self.losses) / len(self.losses), rate)
                     self.losses = []
                 if judged := self.step % config.validate_every == 0 or ended:
-                    self._judge(log, samples, validation)
+                    point = self._judge(samples, validation)
                     self.seconds = before + time.perf_counter() - started
                     if not ended and self.finished:  # by what validating took
                         ended = True
-                        if self.trainer.close_gates():  # and it is another model
-                            self.validation.pop()
-                            self._judge(log, samples, validation)
+                        if self._close_gates(samples):  # by which it is another model
+                            point = self._judge(samples, validation)
                             self.seconds = before + time.perf_counter() - started
+                    self._record(log, point)
                 last = ended or interruption.asked  # read once: a checkpoint follows for sure
                 if last and not judged:  # the checkpoint may be evaluated or exported as it is
                     with self._kept():
@@ -294,11 +297,18 @@ class Training:
             self.notes.append(log.failed)
             self.report(FitProgress(kind="note", step=self.step, steps=self.steps, note=log.failed))
 
-    def _judge(self, log: MetricsLog, samples: Samples, validation: Samples) -> None:
-        """Validate, norms with statistics of the weights of now."""
+    def _close_gates(self, samples: Samples) -> bool:
+        """Closes at a run's end what its budget takes, however early that came; whether that was anything."""
+        if self.config.gate_budget == 1:
+            return False
+        crop = calibration_batches(samples, crop=self.recipe.data.crop, count=1, batch_size=1, seed=self.seed, task=self.recipe.task)
+        return self.trainer.close_gates(next(iter(crop)))
+
+    def _judge(self, samples: Samples, validation: Samples) -> dict[str, Any]:
+        """Validate, norms with statistics of the weights of now: a point of the curve."""
         with self._kept():
             self._renew_statistics(samples)
-            self._validate(log, validation)
+            return self._validate(validation)
 
     @contextmanager
     def _kept(self) -> Iterator[None]:
@@ -318,14 +328,18 @@ class Training:
             batches = calibration_batches(samples, crop=data.crop, count=count, batch_size=GROUP, seed=self.seed, task=self.recipe.task)
             renew_statistics(model, batches, self.trainer.precision)
 
-    def _validate(self, log: MetricsLog, samples: Samples) -> None:
+    def _validate(self, samples: Samples) -> dict[str, Any]:
         result = evaluate(self.session, samples, tile=tile_of(self.recipe.data.crop))
         point: dict[str, Any] = {"step": self.step, "score": result.score, "accuracy": result.accuracy, "by_class": result.by_class}
         if self.recipe.task == "segment":
             point["miou"] = result.miou
-        self.validation.append(point)
-        self._note(log, "validation", point)
-        self.report(FitProgress(kind="validation", step=self.step, steps=self.steps, score=result.score))
+        return point
+
+    def _record(self, log: MetricsLog, point: dict[str, Any]) -> None:
+        with self._kept():
+            self.validation.append(point)
+            self._note(log, "validation", point)
+            self.report(FitProgress(kind="validation", step=self.step, steps=self.steps, score=point["score"]))
 
     def _write(self) -> Path:
         state = {

@@ -48,7 +48,9 @@ def check_model(model: nn.Module, recipe: Recipe, classes: tuple[ClassInfo, ...]
     try:
         check_eager(model)
     except MuntinError as error:
-        raise RecipeError(f"'{name}': {error}") from error
+        notes: tuple[str, ...] = (f"'{name}' is trained, and cannot be compressed: {error}",)
+    else:
+        notes = ()
     try:
         eager_copy(model)
     except MuntinError as error:
@@ -82,10 +84,11 @@ def check_model(model: nn.Module, recipe: Recipe, classes: tuple[ClassInfo, ...]
     failed = [(size, why) for size in golden_sizes(side, side) if (why := _refusal(tried, (1, recipe.data.channels, *size)))]
     model.train()
     if not failed:
-        return ()
+        return notes
     (height, width), reason = failed[0]
     advice = _divisor_advice(tried, (1, recipe.data.channels, height, width))
     return (
+        *notes,
         f"'{name}' takes no {height} x {width} ({reason}), and an artefact takes every size: it cannot be exported"
         + (f"; {advice}" if advice else ""),
     )

@@ -99,7 +99,7 @@ class Trainer:
         self.model.train()
         images = images.to(self.precision.device, torch.float32, memory_format=torch.channels_last)
         if self.config.gate_budget < 1 and self.closing is None:  # before a step moves what was closed when a run is gone on with
-            self.closing = GateClosing(self.model, self.average.model, images[:1], keep=self.config.gate_budget)
+            self._begin_closing(images[:1])
         target = target.to(self.precision.device)
         scores = self._scores(images)
         loss = task_loss(self.task, scores, target, overlap=self.config.overlap_loss)
@@ -126,9 +126,15 @@ class Trainer:
             self.closing.update(done, self.optimizer)
         return value
 
-    def close_gates(self) -> bool:
-        """Closes what `gate_budget` takes and the run's end has come before; whether that was anything."""
-        return self.closing is not None and self.closing.update(1.0, self.optimizer)
+    def _begin_closing(self, image: Tensor) -> None:
+        self.closing = GateClosing(self.model, self.average.model, image, keep=self.config.gate_budget)
+
+    def close_gates(self, image: Tensor) -> bool:
+        """Closes what `gate_budget` takes and the run's end has come before; whether that was anything. `image`: `(1, C, H, W)`, a crop."""
+        if self.closing is None:
+            self._begin_closing(image.to(self.precision.device, torch.float32, memory_format=torch.channels_last))
+        assert self.closing is not None
+        return self.closing.update(1.0, self.optimizer)
 
     def _scores(self, images: Tensor) -> Tensor:
         try:
