@@ -80,7 +80,7 @@ def test_a_report_says_on_the_terminal_what_its_page_notes(call: Call, run: Path
 def test_a_report_notes_who_used_the_cores_while_it_timed(call: Call, run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Other processes that want all of our CPUs, one for each."""
     monkeypatch.setattr("muntin.runtime.contention.SHORTEST", 0.0)  # so small a model is timed in a few of the system's ticks
-    told = "of the cores meanwhile: the times are too long; measure alone"
+    told = "cores meanwhile: the times are too long; measure alone"
     with ExitStack() as stack:
         for cpu in os.sched_getaffinity(0):
             words = [sys.executable, "-c", f"import os\nos.sched_setaffinity(0, {{{cpu}}})\nwhile True: pass"]

@@ -88,7 +88,7 @@ def notes_on(others: float | None) -> list[str]:
     """What makes times doubtful that were measured while other processes used so many cores' worth of our CPUs, if anything."""
     if others is None or others < BUSY:
         return []
-    return [f"other processes used {others:.1f} cores' time meanwhile: the times are too long; measure alone"]
+    return [f"other processes used {others:.1f} cores meanwhile: the times are too long; measure alone"]
 
 
 def measure_cpu_share(threads: int, seconds: float = 0.3) -> CpuShare:

@@ -343,7 +343,7 @@ def _contention(profile: Profile, graph: _Graph) -> Iterator[Finding]:
     if profile.others is not None and profile.others >= BUSY:
         yield Finding(
             kind="contention",
-            words=f"other processes used {profile.others:.1f} cores' time while this was measured: the times are too long; run it alone",
+            words=f"other processes used {profile.others:.1f} cores while this was measured: the times are too long; run it alone",
             saves_ms=None,
         )
 

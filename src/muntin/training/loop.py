@@ -229,7 +229,7 @@ class Training:
             self.validation.pop()  # of another model
         with keep_freed_memory(), MetricsLog(self.directory, self.step, self.curve, self.validation) as log:
             if self._judgement_failed:
-                self._record(log, self._judge(samples, validation))
+                self._judge(log, samples, validation)
                 path = self._write()
             started, first = time.perf_counter(), self.step
             before = self.seconds
@@ -250,14 +250,10 @@ class Training:
                     self._log_step(log, sum(self.losses) / len(self.losses), rate)
                     self.losses = []
                 if judged := self.step % config.validate_every == 0 or ended:
-                    point = self._judge(samples, validation)
+                    self._judge(log, samples, validation)
                     self.seconds = before + time.perf_counter() - started
-                    if not ended and self.finished:  # by what validating took
-                        ended = True
-                        if self._close_gates(samples):  # by which it is another model
-                            point = self._judge(samples, validation)
-                            self.seconds = before + time.perf_counter() - started
-                    self._record(log, point)
+                    # By what validating took it may be over: where gates are closed at once, it is another model, and goes on for a step.
+                    ended = ended or (self.finished and not self._close_gates(samples))
                 last = ended or interruption.asked  # read once: a checkpoint follows for sure
                 if last and not judged:  # the checkpoint may be evaluated or exported as it is
                     with self._kept():
@@ -304,11 +300,11 @@ class Training:
         crop = calibration_batches(samples, crop=self.recipe.data.crop, count=1, batch_size=1, seed=self.seed, task=self.recipe.task)
         return self.trainer.close_gates(next(iter(crop)))
 
-    def _judge(self, samples: Samples, validation: Samples) -> dict[str, Any]:
-        """Validate, norms with statistics of the weights of now: a point of the curve."""
+    def _judge(self, log: MetricsLog, samples: Samples, validation: Samples) -> None:
+        """Validate, norms with statistics of the weights of now."""
         with self._kept():
             self._renew_statistics(samples)
-            return self._validate(validation)
+            self._validate(log, validation)
 
     @contextmanager
     def _kept(self) -> Iterator[None]:
@@ -328,18 +324,14 @@ class Training:
             batches = calibration_batches(samples, crop=data.crop, count=count, batch_size=GROUP, seed=self.seed, task=self.recipe.task)
             renew_statistics(model, batches, self.trainer.precision)
 
-    def _validate(self, samples: Samples) -> dict[str, Any]:
+    def _validate(self, log: MetricsLog, samples: Samples) -> None:
         result = evaluate(self.session, samples, tile=tile_of(self.recipe.data.crop))
         point: dict[str, Any] = {"step": self.step, "score": result.score, "accuracy": result.accuracy, "by_class": result.by_class}
         if self.recipe.task == "segment":
             point["miou"] = result.miou
-        return point
-
-    def _record(self, log: MetricsLog, point: dict[str, Any]) -> None:
-        with self._kept():
-            self.validation.append(point)
-            self._note(log, "validation", point)
-            self.report(FitProgress(kind="validation", step=self.step, steps=self.steps, score=point["score"]))
+        self.validation.append(point)
+        self._note(log, "validation", point)
+        self.report(FitProgress(kind="validation", step=self.step, steps=self.steps, score=result.score))
 
     def _write(self) -> Path:
         state = {
