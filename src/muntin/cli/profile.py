@@ -28,7 +28,10 @@ def profile_command(
         Path, typer.Argument(help="An artefact's folder, written by `muntin export`; or a run, whose live model PyTorch then profiles.")
     ],
     size: Annotated[
-        str | None, typer.Option(help="Of the image, in pixels: HxW, or N for a square; by default the size that it was exported with, a run's of its crops.")
+        str | None,
+        typer.Option(
+            help="Of the image, in pixels: HxW, or N for a square; by default the size that it was exported with, a run's of its crops."
+        ),
     ] = None,
     batch: Annotated[int | None, typer.Option(min=1, help="Images in a call.")] = None,
     engine: Annotated[str, typer.Option(help="openvino or onnxruntime.")] = "openvino",

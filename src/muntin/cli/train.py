@@ -23,7 +23,9 @@ Set = Annotated[list[str] | None, typer.Option("--set", help="Replace a value of
 def fit_command(
     recipe: Annotated[Path, typer.Argument(help="A YAML recipe; `muntin init DIR` writes one.")],
     output: Annotated[Path | None, typer.Option("--output", "-o", help="Folder of the run; runs/NAME by default.")] = None,
-    resume: Annotated[bool, typer.Option("--resume", help="Go on from the newest checkpoint; keys of training but gate_budget may have changed.")] = False,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Go on from the newest checkpoint; keys of training but gate_budget may have changed.")
+    ] = False,
     set_: Set = None,
     json: Json = False,
 ) -> None:
