@@ -341,7 +341,7 @@ class HttpFace:
     def _table(self) -> list[Route]:
         return [
             Route("/v2", self._server),
-            Route("/v2/", self._server),  # as the protocol's own OpenAPI document spells it
+            Route("/v2/", self._server, include_in_schema=False),  # the same, as the protocol's own OpenAPI document spells it
             Route("/v2/health/live", self._live),
             Route("/v2/health/ready", self._ready),
             Route("/v2/repository/index", self._index, methods=["POST", "GET"]),
