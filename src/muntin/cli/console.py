@@ -22,6 +22,8 @@ out = Console(highlight=False, soft_wrap=True, emoji=False)
 err = Console(stderr=True, highlight=False, soft_wrap=True, emoji=False)
 
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON document as the last output.")]
+SHOWN = 12
+"""Classes that are named in a line."""
 
 
 def print_json(document: Any) -> None:
@@ -49,10 +51,6 @@ def accept_any_name() -> None:
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, TextIOWrapper) and stream.errors == "strict":
             stream.reconfigure(errors="backslashreplace")
-
-
-SHOWN = 12
-"""Classes that are named in a line."""
 
 
 def say(text: str) -> None:

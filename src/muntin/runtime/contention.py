@@ -66,7 +66,7 @@ class CpuTime:
 
 @contextmanager
 def watch_cpu() -> Iterator[CpuWatch]:
-    """Measures around a block: `with watch_cpu() as watch: ...`, then `watch.others`. Costs reading one small file twice.
+    """Measures around a block: `with watch_cpu() as watch: ...`, then `watch.others`. Costs reading some small files.
 
     Threads of this process are not others, whatever they do. Only the CPUs count that the calling thread may run on.
     """
