@@ -212,6 +212,23 @@ def test_missing_rows_and_columns_repeat_the_last_and_the_answer_is_cut(size: tu
         assert torch.equal(DividedSides(inside, 4)(x), wanted)
 
 
+@pytest.mark.parametrize("wrong", [{"classes": 0}, {"classes": -3}, {"classes": 256}, {"task": "classification"}, {"channels": 0}])
+@pytest.mark.parametrize("name", ["timm:resnet18", "torchvision:resnet18", "mine"])
+def test_what_no_signature_holds_is_refused_of_every_model(mine: str, name: str, wrong: dict[str, Any]) -> None:
+    """timm reads no classes as no head, and would answer features."""
+    with pytest.raises(RecipeError, match=next(iter(wrong))):
+        create_model(f"{mine}:positional" if name == "mine" else name, **({"task": "classify"} | wrong))
+
+
+@pytest.mark.parametrize("wrong", [0, -32, 1.5])
+def test_sides_are_divided_by_a_whole_number(mine: str, wrong: Any) -> None:
+    """By a negative one the picture would be cut."""
+    with pytest.raises(RecipeError, match="size_divisor"):
+        create_model(f"{mine}:positional", size_divisor=wrong)
+    with pytest.raises(ValueError, match="size_divisor"):
+        DividedSides(torch.nn.Identity(), wrong)
+
+
 def test_a_size_divisor_is_for_foreign_models(mine: str, tmp_path: Path) -> None:
     divided = create_model(f"{mine}:positional", classes=2, size_divisor=8)
     assert isinstance(divided, DividedSides) and divided.size_divisor == 8

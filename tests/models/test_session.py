@@ -33,6 +33,7 @@ def test_a_model_in_half_precision_is_given_its_own_type() -> None:
     images_BHWC = images(2, 9, 8, 3)
     scores = TorchSession(model, SEGMENT)(images_BHWC)
     half = TorchSession(model.bfloat16(), SEGMENT)(images_BHWC)
+    assert TorchSession(model, SEGMENT).precision == "bf16" and TorchSession(model.half(), SEGMENT).precision == "f16"
     assert half.dtype == np.float32 and 0 < np.abs(half - scores).max() < 0.02 * np.abs(scores).max()
 
 

@@ -98,11 +98,16 @@ class InProcess(ArtifactLoader):
 
 
 class Constant(Session):
-    """Answers its label everywhere, without an engine."""
+    """Answers its label everywhere, without an engine. `alone`: it is left alone, as an engine that died again and again."""
 
     def __init__(self, signature: Signature, label: int) -> None:
         super().__init__(signature=signature, engine="none", precision="f32", threads=1)
         self.label = label
+        self.alone = False
+
+    @property
+    def able(self) -> bool:
+        return not self.alone
 
     def _infer(self, images_BHWC: NDArray[np.uint8]) -> NDArray[np.float32]:
         scores = np.zeros(self.signature.scores_shape(*images_BHWC.shape[:3]), np.float32)

@@ -719,6 +719,12 @@ def test_who_asks_before_sending_is_told_to_go_on(served: Served) -> None:
         assert read_json(read(client)) == [4, "body"]
 
 
+def test_a_client_of_http_1_0_is_told_nothing_but_its_answer(served: Served) -> None:
+    with closing(served.connect()) as client:
+        client.sendall(post(b"body", more=b"Expect: 100-continue\r\n").replace(b"HTTP/1.1", b"HTTP/1.0", 1))
+        assert read_json(read(client)) == [4, "body"]
+
+
 def test_who_sends_many_requests_and_reads_no_answer_is_cut_off(served: Served) -> None:
     with closing(served.connect()) as client:
         client.sendall(post(b"", "/large") * 20)

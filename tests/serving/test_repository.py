@@ -106,8 +106,9 @@ def test_a_link_may_not_lead_out(models: Path) -> None:
     (models / "5").symlink_to("nowhere")
     repository = Repository(models)
     assert list(repository.scan()) == ["3"]
-    assert set(repository.ignored()) == {"1", "2"}
+    assert set(repository.ignored()) == {"1", "2", "4", "5"}
     assert "leads out of the directory" in repository.ignored()["1"]
+    assert "a link to nothing" in repository.ignored()["5"]
 
 
 def test_a_directory_that_is_not_there(models: Path, tmp_path: Path) -> None:
@@ -134,17 +135,22 @@ def test_a_fingerprint_is_of_one_state(write_version: Callable[..., Path], tmp_p
 # ---- what a watcher makes of it ----
 
 
-def test_the_newest_that_can_be_is_served(watcher: Watcher, write_version: Callable[..., Path], models: Path, slot: Slot) -> None:
+def test_the_newest_that_can_be_is_served(
+    watcher: Watcher, write_version: Callable[..., Path], models: Path, slot: Slot, told: list[str]
+) -> None:
     assert watcher.step() is None
     for name in ("1", "2", "10"):
         write_version(models / name)
     assert watcher.step() == "10"
     assert watcher.step() is None
     write_version(models / "9")
-    assert watcher.step() is None  # older than what serves
+    for _ in range(2):
+        assert watcher.step() is None  # older than what serves
+    assert told == ["version 9 is not loaded: 10 has served: give it a higher one, or load it by name"]
     write_version(models / "11")
     assert watcher.step() == "11"
     assert serving(slot) == "11"
+    assert len(told) == 1
 
 
 def test_a_broken_one_is_told_once_and_tried_again_when_it_changes(
@@ -275,6 +281,58 @@ def test_what_was_rolled_back_or_unloaded_does_not_come_back(
     assert watcher.step() is None  # who unloads everything does not want the one before either
     write_version(models / "2", 1)
     assert watcher.step() == "2"
+
+
+def test_what_was_rolled_back_stays_away_when_its_files_are_touched(
+    watcher: Watcher, write_version: Callable[..., Path], models: Path, slot: Slot
+) -> None:
+    for name in ("1", "2"):
+        write_version(models / name)
+        watcher.step()
+    assert slot.current is not None
+    slot.observe(slot.current, seconds=0.1, rows=1, error=RuntimeError())
+    (models / "2" / MANIFEST).chmod(0o640)  # as `chmod -R`, or a backup by hard links
+    assert watcher.step() is None
+    slot.unload()
+    os.utime(models / "2" / MANIFEST)
+    assert watcher.step() is None
+    assert slot.current is None
+
+
+@pytest.mark.skipif(os.name != "posix", reason="links need no privilege on POSIX")
+def test_a_version_with_a_link_to_nothing_is_told_and_taken_when_it_is_whole(
+    watcher: Watcher, write_version: Callable[..., Path], models: Path, told: list[str]
+) -> None:
+    data = (write_version(models / "1") / "model.onnx").read_bytes()
+    (models / "1" / "model.onnx").unlink()
+    (models / "1" / "model.onnx").symlink_to(models.parent / "store.onnx")
+    for _ in range(3):
+        assert watcher.step() is None
+    assert len(told) == 1
+    assert told[0].startswith("version 1 is not loaded: ")
+    assert "model.onnx" in told[0]
+    (models / "1" / "model.onnx").unlink()
+    (models / "1" / "model.onnx").write_bytes(data)
+    assert watcher.step() == "1"
+
+
+def test_a_version_that_may_not_be_read_is_told_once(
+    watcher: Watcher, write_version: Callable[..., Path], models: Path, told: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_version(models / "1")
+    iterdir = Path.iterdir
+
+    def refused(path: Path) -> Any:
+        if path.name == "1":
+            raise PermissionError(13, "Permission denied", str(path))
+        return iterdir(path)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "iterdir", refused)  # whoever runs the tests may be allowed everything
+        for _ in range(3):
+            assert watcher.step() is None
+    assert told == [f"version 1 is not loaded: it cannot be read ([Errno 13] Permission denied: '{models / '1'}'): check its permissions"]
+    assert watcher.step() == "1"
 
 
 @pytest.mark.parametrize("then", ["serves", "was unloaded", "was refused"])

@@ -56,6 +56,14 @@ def served(path: Path, **options: Any) -> Server:
     return Server(path, ServeConfig(**({"http_port": 0, "grpc_port": 0, "threads": 1} | options)))
 
 
+def test_a_model_has_the_name_of_its_folder_or_of_the_link_that_is_served(write_pixels: Callable[..., Path], tmp_path: Path) -> None:
+    path = write_pixels(tmp_path / "release 5")
+    (tmp_path / "live").symlink_to(path)
+    assert served(path).slot.name == "release-5"
+    assert served(tmp_path / "live").slot.name == "live"  # clients go on when the link is moved on
+    assert served(path / "..").slot.name == served(tmp_path).slot.name
+
+
 def test_the_largest_request_is_bounded_by_bytes_and_by_rows() -> None:
     bounds = Bounds(body_bytes=6000, image_pixels=100)
     assert largest_request(ServeConfig(max_batch=8, bounds=bounds), 3) == 800
@@ -849,13 +857,14 @@ def test_who_connects_and_shakes_no_hands_is_let_go(write_pixels: Callable[..., 
                 assert client.recv(1) == b""  # within the time out, and not at the end of a minute
 
 
-def test_tls(write_pixels: Callable[..., Path], tmp_path: Path, pair: tuple[Path, Path]) -> None:
+def test_tls(write_pixels: Callable[..., Path], tmp_path: Path, pair: tuple[Path, Path], caplog: pytest.LogCaptureFixture) -> None:
     certificate, key = pair
     path = write_pixels(tmp_path / "pixels")
     with served(path, tls_certificate=certificate, tls_key=key) as server:
         context = ssl.create_default_context(cafile=str(certificate))
         with urllib.request.urlopen(f"https://127.0.0.1:{server.http_port}/v2/health/ready", context=context) as answer:
             assert answer.status == 200
+        assert [record.getMessage() for record in caplog.records if record.name == "asyncio"] == []  # what failed in a protocol
         client = triton_grpc.InferenceServerClient(f"localhost:{server.grpc_port}", ssl=True, root_certificates=str(certificate))
         assert client.is_server_ready()
         client.close()

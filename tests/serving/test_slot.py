@@ -120,6 +120,45 @@ def test_a_version_whose_engine_is_left_alone_is_not_listed_as_ready(make_slot: 
     assert states(slot) == {"1": ("ready", "current")}
 
 
+@pytest.mark.parametrize("allowed", [0.0, 0.5])
+def test_a_version_on_probation_that_cannot_be_asked_is_sent_back(make_slot: Callable[..., Slot], told: list[str], allowed: float) -> None:
+    """Also where nothing counts against it, or what does is allowed: it is asked nothing, so nothing more would ever be counted."""
+    slot = make_slot(max_error_rate=allowed)
+    slot.load("1", "1")
+    version = slot.load("2", "2")
+    observe(slot, version, 20)
+    version.session.alone = True  # type: ignore[attr-defined]
+    with slot.lease() as lease:
+        assert lease.version.name == "1"
+    assert slot.ready
+    assert told[-1] == "model: version 2 is rolled back to 1: its engine died again and again, or could not be begun again"
+
+
+def test_a_candidate_that_cannot_be_asked_does_not_take_over(make_slot: Callable[..., Slot]) -> None:
+    slot = make_slot(canary=0.5, max_error_rate=0.5)
+    slot.load("1", "1")
+    with loading(slot, "2", "2") as outcome:
+        candidate = slot.open[1]
+        observe(slot, candidate, 20)
+        candidate.session.alone = True  # type: ignore[attr-defined]
+    assert isinstance(outcome[0], RefusedError)
+    assert "could not be begun again" in str(outcome[0])
+    assert slot.ready
+
+
+def test_a_version_is_not_sent_back_to_one_that_can_do_no_better(make_slot: Callable[..., Slot], monkeypatch: Any, clock: Any) -> None:
+    slot = make_slot(for_seconds=10)
+    slot.load("1", "1")
+    version = slot.load("2", "2")
+    with monkeypatch.context() as dying:
+        dying.setattr(type(version.session), "able", False)
+        clock.now += 20
+        slot.settle()
+        assert states(slot)["1"][1].startswith("previous: kept warm")  # nor does it pass
+    slot.settle()
+    assert states(slot)["2"] == ("ready", "current")
+
+
 def test_a_lease_is_given_back_once(make_slot: Callable[..., Slot]) -> None:
     slot = make_slot()
     version = slot.load("1", "1")

@@ -41,23 +41,32 @@ def create_model(
             raise RecipeError(f"options {', '.join(options)} are for hybrid models; '{name}' takes none")
         if scale != 1:
             raise RecipeError(f"scale={scale} is for hybrid models; '{name}' answers at the input's size: use scale=1")
+        _checked(name, task=task, classes=classes, channels=channels)
         kind, _, rest = name.partition(":")
         make, called = (FOREIGN[kind], rest) if kind in FOREIGN else (from_factory, name)
         model = make(called, task=task, classes=classes, channels=channels)
-        return model if size_divisor == 1 else DividedSides(model, size_divisor)
+        try:
+            return model if size_divisor == 1 else DividedSides(model, size_divisor)
+        except ValueError as error:
+            raise RecipeError(str(error)) from error
     if size_divisor != 1:
         raise RecipeError(f"size_divisor={size_divisor} is for models that refuse some sizes; '{name}' takes all: leave it out")
     if name not in PRESETS:
         known = f"{', '.join(PRESETS)}, timm:NAME, torchvision:NAME, package.module:factory"
         raise RecipeError(f"unknown model '{name}': {_nearest(name, PRESETS)}known: {known}")
     _check_options(name, options or {})
+    given = {**PRESETS[name], **(options or {})}
+    return HybridNet(_checked(name, task=task, classes=classes, channels=channels, scale=scale, **given))
+
+
+def _checked(name: str, **fields: Any) -> ModelConfig:
+    """The same bounds for every model: what a signature can hold."""
     try:
-        config = ModelConfig(task=task, classes=classes, channels=channels, scale=scale, **{**PRESETS[name], **(options or {})})
+        return ModelConfig(**fields)
     except ValidationError as error:
         first = error.errors()[0]
         where = ".".join(str(part) for part in first["loc"]) or "model"
         raise RecipeError(f"model '{name}', {where}: {first['msg'].removeprefix('Value error, ')}") from error
-    return HybridNet(config)
 
 
 def _nearest(name: str, known: Iterable[str]) -> str:

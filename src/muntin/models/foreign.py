@@ -52,11 +52,14 @@ class DividedSides(nn.Module):
     """A model for sides that `size_divisor` divides, for any sides: what is missing repeats the last row and column, the answer is cut.
 
     Input and output as the wrapped model's, `(B, channels, H, W)` to `(B, K, H, W)` or `(B, K)`, any H, W >= 1. Costs a copy of the image
-    where a side is not divided. What is repeated takes part in what looks at the whole map, as the size of the map does.
+    where a side is not divided. What is repeated takes part in what looks at the whole map, as the size of the map does. Raises
+    `ValueError` for a divisor below 1.
     """
 
     def __init__(self, model: nn.Module, size_divisor: int) -> None:
         super().__init__()
+        if isinstance(size_divisor, bool) or not isinstance(size_divisor, int) or size_divisor < 1:
+            raise ValueError(f"size_divisor={size_divisor!r}: give a whole number from 1")
         self.model = model
         self.size_divisor = size_divisor
 

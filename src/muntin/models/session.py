@@ -47,7 +47,8 @@ class TorchSession:
     @property
     def precision(self) -> str:
         """What products run in."""
-        return {None: "f32", torch.bfloat16: "bf16", torch.float16: "f16"}.get(self.dtype, str(self.dtype))
+        dtype = self._pixels if self.dtype is None else self.dtype
+        return {torch.float32: "f32", torch.bfloat16: "bf16", torch.float16: "f16"}.get(dtype, str(dtype))
 
     @property
     def threads(self) -> int:

@@ -18,7 +18,6 @@ from queue import SimpleQueue
 from threading import Event, Lock, Thread
 from weakref import WeakKeyDictionary
 
-from muntin.errors import MuntinError
 from muntin.serving.probation import Limits, Probation, endless, probe
 from muntin.serving.scheduling import Demand, nobody
 from muntin.serving.version import Call, Opening, Version, open_version
@@ -100,7 +99,7 @@ class Compiler:
             try:
                 if version.open and version.state != "failed":  # else it went while it waited
                     self._compile(version, call)
-            except (MuntinError, RuntimeError, OSError, MemoryError):  # it failed for nobody: the size is computed as before
+            except Exception:  # noqa: BLE001 - it failed for nobody: the size is computed as before, and the next one is compiled
                 self._forget(version, call)
             del version, item
 

@@ -147,6 +147,7 @@ class Receiver(asyncio.BufferedProtocol):
             made = Paced(made, self._connection)
             self.connection_lost = made.connection_lost  # type: ignore[method-assign]
             self.pause_writing, self.resume_writing = made.pause_writing, made.resume_writing  # type: ignore[method-assign]
+            made.begin()
         self._connection.connection_made(made)
 
 
@@ -368,6 +369,8 @@ class BoundedConnection(HttpToolsProtocol):
             self._refuse(503, "the bodies of other requests fill what this server holds: try again")
         else:
             self._wire = int(bool(codings))
+            if self.parser.get_http_version() == "1.0":  # RFC 9110, 10.1.1: it would take the interim answer for its own
+                self.expect_100_continue = False
             super().on_headers_complete()
             self.cycle.keep_alive = self.cycle.keep_alive and not self._spare
             self.cycle.transport = _Sending(self.transport, partial(self._close_behind, self.cycle))  # type: ignore[assignment]

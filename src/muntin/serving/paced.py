@@ -34,7 +34,10 @@ class Paced:
         self._full = self._told = self._closing = False
         """The transport takes nothing for now; the writer knows that too much waits; it is closed behind what waits."""
         self._high, self._low = 1 << 16, 1 << 14
-        transport.set_write_buffer_limits(high=1, low=0)  # it has something left only where the one below it is full
+
+    def begin(self) -> None:
+        """To be called first, and not before the protocol has the methods: what is left of the handshake may fill the transport at once."""
+        self._transport.set_write_buffer_limits(high=1, low=0)  # it has something left only where the one below it is full
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._transport, name)

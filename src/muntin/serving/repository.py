@@ -51,7 +51,10 @@ class Repository:
         return self._look()[0]
 
     def ignored(self) -> dict[str, str]:
-        """The sub-directories that are no versions, and why. Names that begin with a dot are those of writers, and left out."""
+        """The sub-directories, and links to nothing by a version's name, that are no versions, and why.
+
+        Names that begin with a dot are those of writers, and left out.
+        """
         return self._look()[1]
 
     def find(self, name: str) -> Path:
@@ -67,7 +70,7 @@ class Repository:
             if (self.path / MANIFEST).is_file():
                 return {SINGLE: self.path}, {}
             root = self.path.resolve(strict=True)
-            entries = [entry for entry in self.path.iterdir() if not entry.name.startswith(".") and entry.is_dir()]
+            entries = [entry for entry in self.path.iterdir() if not entry.name.startswith(".") and (entry.is_dir() or _dangles(entry))]
             reasons = {entry: _no_version(entry, root) for entry in entries}
         except (OSError, RuntimeError) as error:  # RuntimeError: links in a circle
             raise ArtifactError(f"{self.path}: it cannot be listed ({error}): check the path and its permissions") from error
@@ -79,19 +82,32 @@ def _no_version(entry: Path, root: Path) -> str:
     """Why a sub-directory is no version; empty where it is one."""
     if not _NUMBER.fullmatch(entry.name):
         return "its name is no whole number from 1: name versions 1, 2, 3, ..."
+    if _dangles(entry):
+        return "it is a link to nothing: link it to an artefact in this directory, or remove it"
     if not entry.resolve().is_relative_to(root):
         return "it is a link that leads out of the directory: copy the artefact into it"
     return ""
 
 
+def _dangles(entry: Path) -> bool:
+    """Whether it is a link by a version's name, and what it leads to is not there."""
+    return bool(_NUMBER.fullmatch(entry.name)) and entry.is_symlink() and not entry.exists()
+
+
 def fingerprint(path: Path) -> Fingerprint | None:
-    """What tells one state of a directory from another, without reading its files. None where it, or something in it, goes meanwhile."""
+    """What tells one state of a directory from another, without reading its files. None where it, or something in it, goes meanwhile.
+
+    Raises OSError where it cannot be read.
+    """
     found = set()
     try:
         for entry in path.iterdir():
-            status = entry.stat()
+            try:
+                status = entry.stat()
+            except OSError:  # a link to nothing, or into a circle: it stays what it is, and whoever opens it says so
+                status = entry.lstat()
             found.add((entry.name, status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns))
-    except OSError:
+    except (FileNotFoundError, NotADirectoryError):
         return None
     return frozenset(found)
 
@@ -99,8 +115,9 @@ def fingerprint(path: Path) -> Fingerprint | None:
 class Watcher:
     """Looks every `interval_s` seconds, above 0, and loads what is newer than what serves.
 
-    What cannot be loaded is tried again when its files change. What took too long, as on a busy machine, is tried again after a minute,
-    and after twice as long each further time, an hour at most.
+    What cannot be loaded is tried again when its files change; what was open once and was sent back or unloaded, only when their content
+    does. What took too long, as on a busy machine, is tried again after a minute, and after twice as long each further time, an hour at
+    most. A number below one that has served is not loaded; where it came after that, this is told.
 
     `notify` is told in a line what was not loaded and why; what it raises is reported, and does not end the watching. `wait`: waits for so
     many seconds, and says whether to stop instead. `clock`: seconds.
@@ -131,6 +148,7 @@ class Watcher:
         self._incomplete: dict[str, Fingerprint] = {}  # seen once and not right: perhaps it is being copied
         self._again: dict[str, tuple[float, float]] = {}  # what took too long: when it is tried again, and the pause that was
         self._told: dict[str, str] = {}
+        self._listed: set[str] | None = None  # at the look before
         self._newest = 0  # the highest number that has served
 
     def start(self) -> None:
@@ -161,13 +179,19 @@ class Watcher:
         except ArtifactError as error:
             self._tell_once("", str(error))
             return None
-        self._told = {name: line for name, line in self._told.items() if name in ignored}
+        self._told = {name: line for name, line in self._told.items() if name in ignored or name in versions}
         for name, reason in ignored.items():
             self._tell_once(name, f"{self._repository.path / name}: {reason}")
         known: dict[str, Any]
         for known in (self._tried, self._seen, self._incomplete, self._again):
             for name in set(known) - set(versions):
                 del known[name]
+        late = set() if self._listed is None else versions.keys() - self._listed
+        self._listed = set(versions)
+        for name in late:
+            self._told.pop(name, None)
+            if _number(name) < self._newest:
+                self._tell_once(name, f"version {name} is not loaded: {self._newest} has served: give it a higher one, or load it by name")
         return next((name for name in reversed(versions) if self._try(name, versions[name])), None)
 
     def _tell_once(self, name: str, line: str) -> None:
@@ -182,7 +206,12 @@ class Watcher:
             self._newest = max(self._newest, _number(current.name))
         if _number(name) < self._newest and (current is None or name != current.name):
             return False  # nobody wants back what was served before the newest: who does asks the slot for it
-        now = fingerprint(path)
+        try:
+            now = fingerprint(path)
+        except OSError as error:
+            self._tell_once(name, f"version {name} is not loaded: it cannot be read ({error}): check its permissions")
+            return False
+        self._told.pop(name, None)
         if now is None or (self._tried.get(name) == now and self._clock() < self._again.get(name, (math.inf,))[0]):
             return False
         if self._tried.get(name) != now:
@@ -198,6 +227,10 @@ class Watcher:
             return False
         if current is not None and (name, digest) == (current.name, current.digest):
             self._tried[name], self._seen[name] = now, current
+            return False
+        seen = self._seen.get(name)
+        if seen is not None and seen.was_open and seen.digest == digest:
+            self._tried[name] = now  # touched, linked or copied, and what was sent back or unloaded all the same
             return False
         return self._load(name, path, now, digest)
 

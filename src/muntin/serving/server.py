@@ -551,8 +551,10 @@ def _expose(metrics: Metrics, service: Service, runner: Runner, ledger: Ledger, 
 
 
 def _name_of(path: Path) -> str:
-    """The name of a model from its folder's, with what a name in a URL cannot have replaced."""
-    name = "".join(c if c.isascii() and (c.isalnum() or c in "._-") else "-" for c in path.resolve().name).lstrip("._-")
+    """The name of a model from its folder's, or a link's to it, which stays when it is moved on; with what a name in a URL cannot have
+    replaced."""
+    folder = path.resolve().name if path.name in ("", "..") else path.name
+    name = "".join(c if c.isascii() and (c.isalnum() or c in "._-") else "-" for c in folder).lstrip("._-")
     return name[:100] or "model"
 
 

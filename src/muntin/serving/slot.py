@@ -473,8 +473,9 @@ class Slot:
         now, seconds = self.clock(), self.rollout.for_seconds
         if now >= self._due:
             self._find_overdue(now)
-        tried = self._trial is not None and now - min(self._trial.since, self._asked) >= seconds
-        if tried or (self._probation is not None and now - self._probation.since >= seconds):
+        candidate, trial, current, probation = self._candidate, self._trial, self._current, self._probation
+        tried = candidate and trial and (not candidate.able or now - min(trial.since, self._asked) >= seconds)
+        if tried or (current and probation and (not current.able or now - probation.since >= seconds)):
             self._settle()
 
     def _settle(self) -> None:
@@ -489,7 +490,14 @@ class Slot:
                 self._end_probation(self._current, self._previous, verdict)
 
     def _judge(self, version: Version, tally: Tally, base: Version, asked: float = inf) -> Verdict | None:
-        """None also as long as a version that has passed is at what it began before: it may not come back."""
+        """None also as long as a version that has passed is at what it began before: it may not come back. One whose engine cannot be
+        asked for now has failed where its predecessor's can, whatever was counted: nothing more is while it is asked nothing."""
+        if not version.able:
+            if not base.able:
+                return None
+            if death := version.new_death():
+                self._lines.append(f"version {version.name}: {death}")
+            return Verdict(passed=False, reason="its engine died again and again, or could not be begun again")
         if not tally.failed and _waits(version, tally):
             return None
         now = self.clock()
@@ -571,6 +579,8 @@ class Slot:
             self._current, self._previous, self._probation = self._previous, None, None
             if self._current is None and self._candidate is not None:
                 self._current, self._candidate, self._trial = self._candidate, None, None
+            if self._current is not None:
+                self._lines.append(f"version {version.name} is unloaded, {self._current.name} serves")
         self._drain(version)
         self._changed.notify_all()
 

@@ -307,6 +307,11 @@ class Version:
         return self._session is not None
 
     @property
+    def was_open(self) -> bool:
+        """Whether it is open now, or has been."""
+        return self._signature is not None
+
+    @property
     def able(self) -> bool:
         """Whether it is open, and its engine can be asked."""
         session = self._session
