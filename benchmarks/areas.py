@@ -35,13 +35,13 @@ from ablation import SURE, difference
 from kept import Row, kept_row, now
 from muntin.artifact import Artifact
 from muntin.compression.stages import source_of
-from muntin.deployment.assessment import REVISION, export_checkpoint
+from muntin.deployment.assessment import export_checkpoint
 from muntin.runtime import describe_hardware
 from muntin.training import read_checkpoint
 from muntin.training.evaluation import predictions, score
 from muntin.training.precision import cpu_computes_bf16
 from muntin.training.recipe import Recipe
-from resumed import PERCENTILE, compressed, demo_recipe, float_artifact, integer_artifact, print_machines, trained
+from resumed import PERCENTILE, compressed, demo_recipe, float_artifact, integer_artifact, network_of, print_machines, trained
 
 FLOATS = "floats"
 FORMS = (FLOATS, "INT8", "W4A8", "stages")
@@ -150,7 +150,7 @@ def main() -> None:
     rows = []
     for seed in dict.fromkeys(given.seeds):
         recipe, folder = recipe_of(seed, given), given.output / f"{given.model}-{seed}"
-        settings = {"recipe": recipe.model_dump(mode="json"), "percentile": PERCENTILE, "revision": REVISION}
+        settings = {"recipe": recipe.model_dump(mode="json"), "percentile": PERCENTILE, **network_of(given.model)}
         rows.append({"seed": seed, **kept_row(folder / "row.json", settings, partial(measure, recipe, folder))})
     if given.json:
         print(json.dumps({

@@ -30,7 +30,7 @@ from numpy.typing import NDArray
 
 from kept import Row, kept_row, now
 from muntin.artifact import Artifact
-from muntin.models import PRESETS, ModelConfig
+from muntin.models import PRESETS
 from muntin.runtime import describe_hardware, load
 from muntin.runtime.hardware import physical_cores
 from muntin.runtime.latency import interleaved_latency
@@ -38,7 +38,7 @@ from muntin.runtime.quiet import openvino
 from muntin.runtime.session import Session
 from muntin.runtime.signals import signal_stack_kept
 from options import at_least
-from resumed import demo_recipe, float_artifact, integer_artifact, print_machines, trained
+from resumed import demo_recipe, float_artifact, integer_artifact, network_of, print_machines, trained
 
 STEPS = 30
 ANSWERS = ("scores", "labels")
@@ -101,7 +101,7 @@ def rows_of(preset: str, given: argparse.Namespace, hardware: Row) -> Iterable[R
     capabilities = openvino.Core().get_property("CPU", "OPTIMIZATION_CAPABILITIES")
     precisions = ("f32", "bf16") if "BF16" in capabilities else ("f32",)
     ways = [*((name, floats, name) for name in precisions), ("int8", integers, precisions[-1])]
-    settings = {"structure": ModelConfig(**PRESETS[preset]).model_dump(mode="json"), "threads": given.threads, "rounds": given.rounds}
+    settings = {**network_of(preset), "threads": given.threads, "rounds": given.rounds}
     for side in given.sides:
         for way, artifact, hint in ways:
             for answer in ANSWERS:

@@ -18,11 +18,13 @@ four minutes, beyond the demonstration. Run it alone.
 from __future__ import annotations
 
 import argparse
+import importlib.metadata
 import json
 import subprocess
 import sys
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from statistics import median
@@ -35,7 +37,7 @@ import muntin
 from kept import Row, kept_row, now
 from muntin.artifact import open_artifact
 from muntin.compression.stages import calibration_of, read_model, source_of
-from muntin.deployment.assessment import export_checkpoint, integer_model
+from muntin.deployment.assessment import REVISION, export_checkpoint, integer_model
 from muntin.errors import DependencyError
 from muntin.models import TorchSession
 from muntin.runtime import ENGINES, Session, describe_hardware
@@ -87,6 +89,15 @@ def agreement(checkpoint: Checkpoint, one: list[Labels], other: list[Labels]) ->
 def settings() -> list[tuple[str, str]]:
     """(engine, precision) pairs; those that this machine cannot open are found out by opening."""
     return [("openvino", "f32"), ("openvino", "bf16"), ("openvino", "f16"), *((name, "recorded") for name in ENGINES if name != "openvino")]
+
+
+def packages() -> dict[str, str | None]:
+    """The engines' versions; None of those that are not installed."""
+    found = dict.fromkeys(("openvino", "onnxruntime", "onnxruntime-gpu", "tensorrt"))
+    for name in found:
+        with suppress(importlib.metadata.PackageNotFoundError):
+            found[name] = importlib.metadata.version(name)
+    return found
 
 
 def bare(path: Path, engine: str, precision: str, images: NDArray[np.uint8]) -> Call | None:
@@ -155,11 +166,12 @@ def measure(name: str, checkpoint: Checkpoint, path: Path, model: Any, rounds: i
     eager = TorchSession(read_model(checkpoint) if name != "compressed" else model, signature)
     rows: list[dict[str, Any]] = [{"artifact": name, "engine": "pytorch eager", "precision": "f32", "score": simulated, "agree": 1.0}]
     sessions: dict[int, Any] = {0: eager}
+    left_out: dict[str, str] = {}
     for engine, precision in settings():
         try:
             sessions[len(rows)] = muntin.load(path, engine=engine, precision=precision, shapes=[(1, SIDE, SIDE)])
         except DependencyError as error:
-            print(f"left out  {name}: {error}", file=sys.stderr)
+            left_out[f"{engine} {precision}"] = str(error)
             continue
         session = sessions[len(rows)]
         found, labels = labels_of(checkpoint, session)
@@ -189,7 +201,7 @@ def measure(name: str, checkpoint: Checkpoint, path: Path, model: Any, rounds: i
         if row["engine"] == "openvino":
             row["queue_images_per_s"], row["map_images_per_s"] = queue_rate(path, row["precision"], images, many.streams, many, 5)
     rows[0] |= {"median_ms": median(row["eager_ms"] for row in rows[1:])}
-    return {"rows": rows}
+    return {"rows": rows, "left_out": left_out}
 
 
 def print_table(rows: list[dict[str, Any]], hardware: dict[str, Any]) -> None:
@@ -216,15 +228,23 @@ def main() -> None:
     arguments.output.mkdir(parents=True, exist_ok=True)
     machine = describe_hardware()
     rows: list[Row] = []
+    left_out: dict[str, dict[str, str]] = {}
     for name, (checkpoint, path, model) in artifacts(arguments.run, arguments.output).items():
-        settings = {"weights": checkpoint.state.sha256[AVERAGE], "side": SIDE, "rounds": arguments.rounds}
+        settings = {"weights": checkpoint.state.sha256[AVERAGE], "revision": REVISION, "side": SIDE, "rounds": arguments.rounds}
+        settings["packages"] = packages()  # of which machines are not told apart by; one that comes, or goes, is another row
         made = partial(measure, name, checkpoint, path, model, arguments.rounds)
-        rows += kept_row(arguments.output / f"{name}.json", settings, made, hardware=machine)["rows"]
+        kept = kept_row(arguments.output / f"{name}.json", settings, made, hardware=machine)
+        rows += kept["rows"]
+        left_out[name] = kept["left_out"]
     hardware = {**machine, "created": now()}
     if arguments.json:
-        print(json.dumps({"benchmark": "engines", "hardware": hardware, "side": SIDE, "rows": rows, "goals": GOALS}, indent=1))
+        document = {"hardware": hardware, "side": SIDE, "rows": rows, "left_out": left_out, "goals": GOALS}
+        print(json.dumps({"benchmark": "engines", **document}, indent=1))
     else:
         print_table(rows, hardware)
+        for name, reasons in left_out.items():
+            for way, reason in reasons.items():
+                print(f"left out  {name}, {way}: {reason}")
 
 
 if __name__ == "__main__":

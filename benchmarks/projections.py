@@ -34,16 +34,19 @@ from muntin.artifact.manifest import ClassInfo, Signature, Task
 from muntin.compression import quantize
 from muntin.errors import DependencyError
 from muntin.layers import Grid, HybridAttention
-from muntin.models import PRESETS, ModelConfig, TorchSession, create_model
+from muntin.models import PRESETS, TorchSession, create_model
 from muntin.runtime import describe_hardware
 from muntin.runtime.latency import interleaved_latency
 from muntin.training.config import QuantizationConfig
 from options import at_least
+from resumed import network_of
 
 STRIDE, BLOCKS, CLASSES = 16, 6, 4
 WAYS = ("eager f32", "compiled f32", "deployed f32", "deployed bf16", "deployed int8")
 NETWORKS = ("hybrid-xxs", "hybrid-xs", "hybrid-s")
 FORMS = ("two", "one")
+PROTOCOL = 2
+"""Before 2 the larger size was compiled for every size where the smaller one came before it in the same process."""
 
 
 class Beginnings(nn.Module):
@@ -118,6 +121,7 @@ def session(model: nn.Module, way: str, side: int, folder: Path, threads: int) -
 
 def measure(make: Callable[[str], nn.Module], way: str, side: int, folder: Path, given: argparse.Namespace) -> Row:
     torch.set_num_threads(given.threads)
+    torch._dynamo.reset()  # else the second size of this process is compiled for every size, and rows depend on which were there
     image = np.random.default_rng(0).integers(0, 256, (1, side, side, 3)).astype(np.uint8)
     try:
         sessions = {form: session(make(form), way, side, folder / form, given.threads) for form in FORMS}
@@ -147,10 +151,8 @@ def main() -> None:
         for way in given.ways:
             for side in given.sides:
                 place = given.output / f"{name}-{way}-{side}".replace(" ", "-")
-                structure = (
-                    ModelConfig(**PRESETS[name]).model_dump(mode="json") if name in PRESETS else {"stride": STRIDE, "blocks": BLOCKS}
-                )
-                settings = {"rounds": given.rounds, "threads": given.threads, "structure": structure}
+                of_network = network_of(name) | ({} if name in PRESETS else {"structure": {"stride": STRIDE, "blocks": BLOCKS}})
+                settings = {"protocol": PROTOCOL, "rounds": given.rounds, "threads": given.threads, **of_network}
                 print(f"{name}, {way}, {side}²", file=sys.stderr)
                 row = kept_row(place / "row.json", settings, partial(measure, make, way, side, place, given), hardware=hardware)
                 if "cannot" in row:

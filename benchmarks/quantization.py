@@ -39,14 +39,13 @@ import muntin
 from kept import Row, kept_row
 from muntin.compression import freeze, prepare_qat
 from muntin.compression.stages import calibration_of, read_model, source_of
-from muntin.deployment.assessment import REVISION
 from muntin.models import TorchSession
 from muntin.training import Checkpoint, read_checkpoint
 from muntin.training.config import CompressionConfig, StageConfig
 from muntin.training.evaluation import tile_of
 from muntin.training.loop import signature_of
 from muntin.training.recipe import Recipe, load_recipe, parse_recipe
-from resumed import compressed, trained
+from resumed import compressed, network_of, trained
 
 PERCENTILE = 99.99
 SHARES = {"earth": 0.3, "digits": 0.25}
@@ -135,8 +134,10 @@ def quantised(task: str, way: str, checkpoint: Checkpoint, folder: Path) -> Any:
 def rows_of(task: str, seed: int, output: Path) -> Row:
     """The rows of a task and a seed, made if they are not there. No path of this machine is in what they are known by."""
     recipe, folder = TASKS[task](seed, output), output / f"{task}-{seed}"
-    of_recipe = {part: getattr(recipe, part).model_dump(mode="json") for part in ("model", "training")}
-    settings = {**of_recipe, "share": SHARES[task], "mixed": MIXED, "rate": RATES[task], "percentile": PERCENTILE, "revision": REVISION}
+    of_recipe = recipe.model_dump(mode="json")
+    del of_recipe["data"]["images"]
+    stages = {"share": SHARES[task], "mixed": MIXED, "rate": RATES[task], "percentile": PERCENTILE}
+    settings = {"recipe": of_recipe, **stages, **network_of(recipe.model.name)}
     return kept_row(folder / "row.json", settings, partial(measure, task, recipe, folder))
 
 

@@ -37,7 +37,7 @@ from muntin.runtime import describe_hardware
 from muntin.training.loop import LOG_EVERY
 from muntin.training.precision import cpu_computes_bf16
 from muntin.training.recipe import Recipe
-from resumed import demo_recipe
+from resumed import demo_recipe, network_of
 from segmentation_peers.budget import Interrupted
 from segmentation_peers.tuning import REGIONS, held_out
 
@@ -53,6 +53,13 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "cross-entropy alone": {"training.overlap_loss": 0},
 }
 """Keys of the recipe that each changes."""
+
+
+OWN = {
+    "seed": "seeds", "model.name": "model", "data.source": "sources", "training.steps": "steps", "training.precision": "precision",
+    "training.threads": "threads", "model": "model",
+}  # fmt: skip
+"""Keys of the recipe that have an option of their own, which says in the tables what they are."""
 
 
 def recipe_of(source: str, variant: str, seed: int, given: argparse.Namespace) -> Recipe:
@@ -112,13 +119,15 @@ def main() -> None:
     given = parser.parse_args()
     if wrong := [one for one in given.set if "=" not in one]:
         parser.error(f"--set {wrong[0]}: give KEY=VALUE")
+    if wrong := [key for one in given.set if (key := one.partition("=")[0].strip()) in OWN]:
+        parser.error(f"--set {wrong[0]}: give --{OWN[wrong[0]]}, which the table names")
     hardware, document = describe_hardware(), []
     for source in dict.fromkeys(given.sources):
         rows: dict[tuple[str, str, int], Row] = {}
         for seed in dict.fromkeys(given.seeds):
             for variant in dict.fromkeys(given.variants):
                 recipe = recipe_of(source, variant, seed, given)
-                settings = {"recipe": recipe.model_dump(mode="json")}
+                settings = {"recipe": recipe.model_dump(mode="json"), "structure": network_of(given.model)["structure"]}
                 for region in REGIONS:
                     path = given.output / source.replace(":", "-") / variant.replace(" ", "-") / f"{region}-{seed}.json"
                     try:

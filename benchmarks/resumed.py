@@ -17,6 +17,7 @@ from muntin.compression import Change, fold, freeze, prepare_qat, remove_closed_
 from muntin.compression.stages import CompressionRun, Stage, calibration_of, compress_checkpoint, source_of
 from muntin.deployment.assessment import REVISION
 from muntin.errors import ArtifactError
+from muntin.models import PRESETS, ModelConfig
 from muntin.training import Checkpoint, read_checkpoint
 from muntin.training.checkpoint import AVERAGE, checkpoints_in
 from muntin.training.config import CompressionConfig
@@ -26,6 +27,13 @@ from muntin.training.resuming import changes as changed
 
 PERCENTILE = 99.99
 """Of a layer's inputs: where W4A8 without training clips them."""
+
+
+def network_of(name: str) -> Row:
+    """What a row of a network is known by beside the name, which may come to mean another one: a preset's structure, and what export makes
+    of the same weights."""
+    structure = ModelConfig(**PRESETS[name]).model_dump(mode="json") if name in PRESETS else None
+    return {"structure": structure, "revision": REVISION}
 
 
 def demo_recipe(changes: Mapping[str, Any]) -> Recipe:

@@ -37,7 +37,7 @@ import torch
 
 from kept import Row, kept_row
 from muntin.deployment import image_macs
-from muntin.models import PRESETS, ModelConfig
+from muntin.models import PRESETS
 from muntin.runtime import describe_hardware, load
 from muntin.runtime.ceilings import Ceilings, measure_ceilings
 from muntin.runtime.contention import watch_cpu
@@ -45,7 +45,7 @@ from muntin.runtime.hardware import physical_cores
 from muntin.runtime.kernels import BETWEEN, COPIES, Kernel, macs_ms
 from muntin.runtime.latency import interleaved_latency
 from muntin.runtime.profile import Profile, fill, profile
-from resumed import demo_recipe, float_artifact, integer_artifact, print_machines, trained
+from resumed import demo_recipe, float_artifact, integer_artifact, network_of, print_machines, trained
 
 STEPS = 30
 GOALS = {"share": 0.5, "i8_over_bf16": 1.3}
@@ -200,10 +200,9 @@ def main() -> None:
     rows: list[Row] = []
     for preset in arguments.presets:
         folder = arguments.output / preset
-        structure = ModelConfig(**PRESETS[preset]).model_dump(mode="json")  # a row is of this network, whatever the name comes to mean
         for side in arguments.sides:
             measured = partial(measure, preset, side, folder, **settings)
-            rows.append(kept_row(folder / f"{side}.json", {**settings, "model": structure}, measured, hardware=machine))
+            rows.append(kept_row(folder / f"{side}.json", {**settings, **network_of(preset)}, measured, hardware=machine))
     if arguments.json:
         judgements = [{"preset": row["preset"], "side": row["side"], "met": judged(row)} for row in rows]
         print(json.dumps({"benchmark": "roofline", "rows": rows, "goals": GOALS, "judged": judgements}, indent=1))

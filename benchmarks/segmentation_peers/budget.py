@@ -8,8 +8,11 @@ and measuring of bits, NNCF and export. What of that belongs to training is in a
 
 from __future__ import annotations
 
+import hashlib
+import json
 import time
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +20,8 @@ import torch
 
 import muntin
 from muntin.compression.stages import FOLDER, CompressionRun, compress_checkpoint
+from muntin.data.config import DataConfig
+from muntin.data.folders import FolderPair
 from muntin.models import create_model
 from muntin.training import Checkpoint, read_checkpoint
 from muntin.training.checkpoint import checkpoints_in
@@ -43,12 +48,29 @@ class Setting:
     precision: str
     threads: int
 
-    @property
+    @cached_property
     def identity(self) -> dict[str, Any]:
         """What a row was measured with. No path of this machine is in it, but for those that the recipe has."""
+        pictures = {"pictures": digest_of(self.recipe.data, self.root)} if self.recipe.data.source == "folders" else {}
         return {
-            "source": self.source, "recipe": self.recipe.model_dump(mode="json"), "precision": self.precision, "threads": self.threads
+            "source": self.source, "recipe": self.recipe.model_dump(mode="json"), "precision": self.precision, "threads": self.threads,
+            **pictures,
         }  # fmt: skip
+
+
+def digest_of(data: DataConfig, root: Path) -> str:
+    """Of all that lies in a recipe's folders, names and contents: what is added or relabelled makes other rows. Reads all of it."""
+    pairs = [FolderPair(images=data.images or Path(), masks=data.masks)]
+    pairs += [share for share in (data.validation, data.test) if isinstance(share, FolderPair)]
+    folders = [folder for pair in pairs for folder in (pair.under(root).images, pair.under(root).masks) if folder is not None]
+    found = hashlib.sha256()
+    for number, folder in enumerate(folders):
+        for path in sorted(folder.rglob("*")):
+            if path.is_file():
+                with path.open("rb") as file:
+                    content = hashlib.file_digest(file, "sha256").hexdigest()
+                found.update(json.dumps([number, path.relative_to(folder).as_posix(), content]).encode())
+    return found.hexdigest()
 
 
 def base_recipe(path: Path | None, source: str, *, crop: int | None, batch_size: int | None) -> Recipe:

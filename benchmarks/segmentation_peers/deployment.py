@@ -85,16 +85,25 @@ class PeerSession:
     def __call__(self, images_BHWC: NDArray[np.uint8], /) -> NDArray[np.float32]:
         check_images(images_BHWC, self.signature)
         H, W = images_BHWC.shape[1:3]
-        if H % STRIDE or W % STRIDE:
-            images_BHWC = np.pad(images_BHWC, ((0, 0), (0, -H % STRIDE), (0, -W % STRIDE), (0, 0)), mode="edge")
         shape = images_BHWC.shape
         if shape not in self._compiled:
             with signal_stack_kept():
                 model = self._model.clone()
-                model.reshape(list(shape))
+                model.reshape([shape[0], H + -H % STRIDE, W + -W % STRIDE, shape[3]])
+                if H % STRIDE or W % STRIDE:
+                    _pad(model, shape)
                 self._compiled[shape] = _Compiled(self._core.compile_model(model, "CPU", self._options))
         scores: NDArray[np.float32] = self._compiled[shape].request.infer([images_BHWC], share_inputs=True, share_outputs=True)[0]
         return scores[:, :, :H, :W]
+
+
+def _pad(model: Any, shape: tuple[int, ...]) -> None:
+    """In the graph, which then takes images of `shape`: what is missing of its own repeats the last row and column."""
+    opset, (inside,) = openvino.opset13, model.get_parameters()
+    outside = opset.parameter(list(shape), inside.get_element_type())
+    missing = [own - given for own, given in zip(inside.shape, shape, strict=True)]
+    inside.output(0).replace(opset.pad(outside, [0, 0, 0, 0], missing, "edge").output(0))
+    model.replace_parameter(0, outside)
 
 
 class _Compiled:
