@@ -129,6 +129,23 @@ def test_no_artefact_at_all(tmp_path: Path) -> None:
         open_artifact(tmp_path)
 
 
+def test_a_name_that_no_file_system_takes(tmp_path: Path) -> None:
+    with pytest.raises(ArtifactError, match="cannot be read"):
+        open_artifact(tmp_path / ("x" * 300))
+
+
+@pytest.mark.parametrize("refused", ["iterdir", "is_file"])
+def test_a_directory_of_another_user_is_told_as_such(write: Write, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, refused: str) -> None:
+    path = write(tmp_path / "a").path
+
+    def no(*_: object) -> bool:
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(Path, refused, no)  # whoever runs the tests may be allowed everything
+    with pytest.raises(ArtifactError, match=r"cannot be read \(Permission denied\): check the path and its permissions"):
+        open_artifact(path)
+
+
 def test_replaces_an_artefact_and_leaves_nothing_beside_it(write: Write, tmp_path: Path) -> None:
     first = write(tmp_path / "a")
     second = write(tmp_path / "a", packing={"wide": 8})

@@ -129,7 +129,7 @@ def test_an_engine_that_cannot_run_is_a_problem_and_the_rest_is_told(monkeypatch
     assert diagnosis.ceilings.threads == 1
 
 
-@pytest.mark.parametrize("threads", [0, -2, 1.5, "4"])
+@pytest.mark.parametrize("threads", [0, -2, 1.5, "4", 2**40])
 def test_nonsense_is_refused(threads: Any) -> None:
     with pytest.raises(DataError, match=r"^threads=.*: give a whole number"):
         examine(threads=threads, self_test=False)

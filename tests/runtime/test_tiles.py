@@ -93,6 +93,31 @@ def test_weights_are_a_partition_of_one(size: int, tile: int, data: st.DataObjec
     np.testing.assert_allclose(total, 1)
 
 
+@pytest.mark.parametrize("rest", [1, 2, 6, 20])
+def test_a_last_tile_that_is_moved_far_inward_spoils_no_border(rest: int) -> None:
+    """The one before it ends beside the picture's end, with zeros in place of what follows."""
+
+    class Blurred(PixelSession):
+        def __call__(self, images_BHWC: NDArray[np.uint8]) -> NDArray[np.float32]:
+            scores = super().__call__(images_BHWC)
+            padded = np.pad(scores, ((0, 0), (0, 0), (2, 2), (2, 2)))
+            return np.lib.stride_tricks.sliding_window_view(padded, (5, 5), axis=(2, 3)).mean(axis=(4, 5))
+
+    def error(size: int) -> float:
+        image = picture(size, 40)
+        whole = Blurred()(image[None])[0]
+        return float(np.abs(predict(Blurred(), image, tile=32, output="scores") - whole).max())
+
+    assert error(32 + rest) < 1.5 * error(32 + 24)
+
+
+@pytest.mark.parametrize("kind", [np.uint8, np.int64])
+def test_numbers_of_numpy_are_numbers(kind: type) -> None:
+    session, image = PixelSession(scale=4), picture(200, 150)
+    wanted = predict(session, image, tile=97, overlap=64, output="scores")
+    np.testing.assert_array_equal(predict(session, image, tile=kind(97), overlap=kind(64), output="scores"), wanted)
+
+
 def test_blending_is_smooth_where_tiles_disagree() -> None:
     class Steps(PixelSession):
         def __call__(self, images_BHWC: NDArray[np.uint8]) -> NDArray[np.float32]:

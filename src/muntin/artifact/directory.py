@@ -69,12 +69,20 @@ def refuse_foreign(path: Path, names: Iterable[str], *, marker: str) -> Path:
         return target
     if not target.is_dir():
         raise ArtifactError(f"{path}: it is a file: name a directory")
-    present = {entry.name for entry in target.iterdir()}
+    present = names_in(target)
     foreign = sorted(present.difference(names))
     if foreign or (present and marker not in present):
         found = foreign[0] if foreign else min(present)
         raise ArtifactError(f"{path}: it is no artefact (it holds {found}) and is not replaced: name another directory or empty it")
     return target
+
+
+def names_in(directory: Path) -> set[str]:
+    """What it holds. Raises ArtifactError where that cannot be read."""
+    try:
+        return {entry.name for entry in directory.iterdir()}
+    except OSError as error:
+        raise ArtifactError(f"{directory}: cannot be read ({error.strerror}): check the path and its permissions") from error
 
 
 def _remove_left(target: Path) -> None:

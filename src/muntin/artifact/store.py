@@ -28,7 +28,7 @@ from safetensors import SafetensorError
 from safetensors.numpy import load as load_tensors
 from safetensors.numpy import save as save_tensors
 
-from muntin.artifact.directory import refuse_foreign, replace_directory
+from muntin.artifact.directory import names_in, refuse_foreign, replace_directory
 from muntin.artifact.manifest import (
     EngineFamily,
     FileName,
@@ -103,7 +103,7 @@ def open_artifact(path: str | Path) -> Artifact:
     """
     path = Path(path)
     manifest = read_manifest(path)
-    present = {entry.name for entry in path.iterdir()}
+    present = names_in(path)
     for name in FILES:
         if name not in manifest.files:
             raise ArtifactError(f"{path / MANIFEST}: it names no digest for {name}: export the artefact again")
@@ -122,11 +122,15 @@ def read_manifest(path: Path) -> Manifest:
 
     Raises ArtifactError where there is no manifest, or a newer one than this version reads.
     """
-    if not path.is_dir():
-        raise ArtifactError(f"{path}: no such artefact directory: name a directory that muntin exported")
-    if not (path / MANIFEST).is_file():
-        raise ArtifactError(f"{path}: it holds no {MANIFEST}: name a directory that muntin exported")
-    if (size := (path / MANIFEST).stat().st_size) > LARGEST_MANIFEST:
+    try:
+        if not path.is_dir():
+            raise ArtifactError(f"{path}: no such artefact directory: name a directory that muntin exported")
+        if not (path / MANIFEST).is_file():
+            raise ArtifactError(f"{path}: it holds no {MANIFEST}: name a directory that muntin exported")
+        size = (path / MANIFEST).stat().st_size
+    except OSError as error:  # of another user, or a name that no file system takes
+        raise ArtifactError(f"{str(path)[:200]}: cannot be read ({error.strerror}): check the path and its permissions") from error
+    if size > LARGEST_MANIFEST:
         raise ArtifactError(
             f"{path / MANIFEST}: {size:,} bytes, more than the {LARGEST_MANIFEST:,} that are read: export the artefact again"
         )

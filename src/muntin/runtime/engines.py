@@ -74,7 +74,8 @@ def load(
     cache, and taken from it.
 
     What a session keeps in memory beside its weights, in OpenVINO: a compiled model for each of `shapes`, for the last 4 sizes that came
-    beside them and for dynamic sizes; and of answers that were dropped the memory of the last 4, 256 MiB in all at most.
+    beside them and for dynamic sizes, each with the images that it was called with last, mapped ones too; and of answers that were dropped
+    the memory of the last 4, 256 MiB in all at most.
 
     Raises ArtifactError for an altered artefact, DataError for an unknown engine, precision or number of threads, streams or shape,
     DependencyError when the engine is not installed or the machine lacks the precision or the device asked for.

@@ -20,6 +20,8 @@ from muntin.artifact import Signature
 from muntin.errors import ArtifactError, DataError
 from muntin.runtime.buffers import Buffers
 
+MOST_THREADS = 4096
+"""No machine has more; engines take any number, or say that something else is wrong."""
 STATIC_SHAPES = 4
 """Input sizes that an engine which compiles for each of them keeps, beside those that `warm_up` was given."""
 Shape = tuple[int, int, int]
@@ -209,9 +211,9 @@ def check_shapes(shapes: object) -> tuple[Shape, ...]:
 
 
 def check_threads(threads: int | None) -> None:
-    """Raises DataError unless `threads` is None (the engine gets the usable physical cores) or at least 1."""
-    if threads is not None and (isinstance(threads, bool) or not isinstance(threads, int) or threads < 1):
-        raise DataError(f"threads={threads!r}: give a whole number from 1, or None for the usable physical cores")
+    """Raises DataError unless `threads` is None (the engine gets the usable physical cores) or from 1 to `MOST_THREADS`."""
+    if threads is not None and (isinstance(threads, bool) or not isinstance(threads, int) or not 1 <= threads <= MOST_THREADS):
+        raise DataError(f"threads={threads!r}: give a whole number from 1 to {MOST_THREADS}, or None for the usable physical cores")
 
 
 def check_streams(streams: object) -> None:

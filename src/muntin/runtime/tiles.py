@@ -1,9 +1,10 @@
 """A whole picture through a session in overlapping tiles, blended.
 
-Each tile's scores are weighted by a taper that falls towards the tile's edges (a raised cosine over the overlap, never zero), and the
-weights of all tiles that cover a pixel sum to 1. The taper is separable and the tiles form a grid, so the sum over tiles is a product of
-two sums over an axis: weights are normalised once an axis and nothing has to be divided afterwards. MONAI's `sliding_window_inference`
-is the reference; it keeps the scores of the whole picture, this keeps the rows that later tiles still touch.
+Each tile's scores are weighted by a taper that falls towards the tile's edges (a raised cosine over the overlap, never zero), but not
+towards those that are the picture's own: there it sees all there is. The weights of all tiles that cover a pixel sum to 1. The taper is
+separable and the tiles form a grid, so the sum over tiles is a product of two sums over an axis: weights are normalised once an axis and
+nothing has to be divided afterwards. MONAI's `sliding_window_inference` is the reference; it tapers towards the picture's edges too, and
+keeps the scores of the whole picture, this keeps the rows that later tiles still touch.
 
 All tiles have one size: the last of a row moves inward instead of shrinking, so that an engine compiles once. Memory: one band of scores
 (K * scale*tile * scale*W float32), one tile's call, and the result.
@@ -133,12 +134,16 @@ def tile_origins(size: int, tile: int, overlap: int) -> tuple[int, ...]:
 def tile_weights(origins: tuple[int, ...], tile: int, overlap: int, scale: int) -> NDArray[np.float64]:
     """The weights of each tile along an axis, (len(origins), scale*tile), all positive: where tiles overlap they sum to 1."""
     length, ramp = tile * scale, max(overlap, 0) * scale
-    distance = np.minimum(np.arange(length), np.arange(length)[::-1]) + 0.5  # to the nearer edge, from a pixel's centre
-    taper = np.sin(np.pi / 2 * np.minimum(distance / ramp, 1.0)) ** 2 if ramp else np.ones(length)
+    distance = np.arange(length) + 0.5  # to the first edge, from a pixel's centre
+    rising = np.sin(np.pi / 2 * np.minimum(distance / ramp, 1.0)) ** 2 if ramp else np.ones(length)
+    tapers = np.ones((len(origins), length))
+    # The last one's first edge may lie a pixel from the picture's end, where the one before it has its own: that one alone is to give way.
+    tapers[1:] = rising
+    tapers[:-1] = np.minimum(tapers[:-1], rising[::-1])
     total = np.zeros((origins[-1] + tile) * scale)
-    for origin in origins:
+    for origin, taper in zip(origins, tapers, strict=True):
         total[origin * scale :][:length] += taper
-    return np.stack([taper / total[origin * scale :][:length] for origin in origins])
+    return np.stack([taper / total[origin * scale :][:length] for origin, taper in zip(origins, tapers, strict=True)])
 
 
 def _bands(
@@ -219,11 +224,12 @@ def check_tiles(session: Predictor, *, tile: int | None, overlap: int | None, ex
         raise DataError(f'tile={tile} for a "classify" model: a picture has one answer, leave tile out')
     if not _is_whole(tile) or tile < 1:
         raise DataError(f"tile={tile!r}: give a whole number of pixels from 1, or None for the whole picture in one call")
+    tile = int(tile)  # NumPy's own numbers have an end
     if overlap is None:
         return tile, tile // 4
     if not _is_whole(overlap) or not 0 <= overlap < tile:
         raise DataError(f"overlap={overlap!r} with tile={tile}: give a whole number of pixels from 0 to {tile - 1}")
-    return tile, overlap
+    return tile, int(overlap)
 
 
 def _is_whole(value: object) -> bool:
