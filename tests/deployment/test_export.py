@@ -8,7 +8,7 @@ import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import pytest
@@ -28,7 +28,7 @@ from muntin.deployment.export import FLOAT_LIMITS, LIMITS, golden_pairs
 from muntin.errors import ArtifactError, DataError, ExportError, MuntinError
 from muntin.layers import LocalAttention
 from muntin.models import DividedSides
-from muntin.runtime import describe_hardware
+from muntin.runtime import describe_hardware, load
 from muntin.runtime.verification import replay
 from muntin.training import read_checkpoint
 from muntin.training.config import QuantizationConfig
@@ -709,6 +709,75 @@ def test_calibration_that_is_no_list_of_batches(pixels: Any, tmp_path: Path) -> 
     assert "give a list of batches, [tensor]" in refused(tiny(), example, tmp_path, calibration=example)
     pairs = [(example, torch.zeros(1))]
     assert "calibration batch is of type tuple" in refused(tiny(), example, tmp_path, calibration=pairs)
+
+
+class Context(nn.Module):
+    """A gate by the mean of an earlier map, which a function of its own keeps in a dictionary: a copy's map goes into the original's."""
+
+    def __init__(self, gain: float = 1.0) -> None:
+        super().__init__()
+        self.stem, self.gate, self.out = nn.Conv2d(3, 8, 3, padding=1), nn.Conv2d(8, 4, 1), nn.Conv2d(8, 4, 1)
+        self.kept: dict[str, Tensor] = {}
+        self.gain = gain
+        self.stem.register_forward_hook(lambda layer, inputs, output: self.kept.update(context=output.mean((2, 3), keepdim=True)))
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.stem(x / 255)
+        return self.out(y.relu()) + self.gain * self.gate(self.kept["context"])
+
+
+@pytest.mark.parametrize(("used", "message"), [(False, "a copy of the model fails where"), (True, "a copy of the model answers otherwise")])
+def test_a_copy_that_is_another_model_is_refused(used: bool, message: str, pixels: Any, tmp_path: Path) -> None:
+    model = Context(gain=10).train()
+    if used:
+        with torch.no_grad():
+            model(torch.full((1, 3, 32, 32), 255.0))
+    told = refused(model, pixels(1, 3, 48, 48), tmp_path)
+    assert message in told
+    assert "let it reach them through the module that it is given" in told
+    assert model.training and model.stem.training
+
+
+def test_a_buffer_that_drifts_is_named(pixels: Any, tmp_path: Path) -> None:
+    class Drifts(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv = nn.Conv2d(3, 4, 1)
+            self.register_buffer("seen", torch.zeros(()))
+
+        def forward(self, x: Tensor) -> Tensor:
+            self.seen.mul_(0.9).add_(x.mean() / 10)
+            return self.conv(x) + self.seen
+
+    assert "changes its buffer 'seen' with each image" in refused(Drifts(), pixels(1, 3, 48, 48), tmp_path)
+
+
+def test_padding_that_wraps_around_is_told(pixels: Any, tmp_path: Path) -> None:
+    model = nn.Sequential(nn.Conv2d(3, 8, 3, padding=1, padding_mode="circular"), nn.ReLU(), nn.Conv2d(8, 4, 1))
+    assert "join rows and columns by torch.cat instead" in refused(model, pixels(1, 3, 48, 48), tmp_path)
+
+
+def test_a_model_that_asks_what_kind_a_layer_is_keeps_its_answer_in_integers(pixels: Any, tmp_path: Path) -> None:
+    class Asks(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.stem, self.last = nn.Conv2d(3, 16, 3, padding=1), nn.Conv2d(16, 4, 1)
+            self.layers = nn.ModuleList([nn.Conv2d(16, 16, 3, padding=1), nn.ReLU(), nn.Conv2d(16, 16, 1)])
+
+        def forward(self, x: Tensor) -> Tensor:
+            x = self.stem((x - 127) / 60).relu()
+            for layer in self.layers:
+                x = x + layer(x) if isinstance(layer, nn.Conv2d) else layer(x)
+            return cast(Tensor, self.last(x))
+
+    torch.manual_seed(0)
+    model, images = Asks().eval(), pixels(2, 3, 48, 48)
+    artifact = muntin.export(model, images, tmp_path / "a", calibration=[images])
+    with torch.no_grad():
+        due = model(images.float()).numpy()
+    found = load(artifact.path, precision="f32")(images.permute(0, 2, 3, 1).to(torch.uint8).numpy())
+    assert np.sqrt(np.square(found - due).mean()) < 0.05 * due.std()
+    assert {record.name for record in artifact.manifest.layers if record.activation_bits} == {"stem", "last"}
 
 
 @pytest.mark.filterwarnings("ignore:`torch.nn.utils.weight_norm` is deprecated")

@@ -143,6 +143,12 @@ def cases() -> dict[str, tuple[Callable[[Any, Tensor], Any], str]]:
     return {
         "size": (wants_64, r"cannot be exported for every size: only 64 rows"),
         "data": (depends_on_data, r"cannot be exported for every size: .*data-dependent"),
+        "pixels": (lambda m, x: m.conv(x / 255 if x.max() > 1 else x), r"data-dependent.*choose with torch.where"),
+        "linspace": (lambda m, x: m.conv(x) * torch.linspace(-1, 1, x.shape[3]), r"taken for a number: compute positions by torch.arange"),
+        "round": (
+            lambda m, x: F.interpolate(m.conv(F.interpolate(x, (round(x.shape[2] / 2), x.shape[3] // 2))), x.shape[2:]),
+            r"compute sizes from sizes with //",
+        ),
         "operator": (has_no_operator, r"cannot be exported for every size: .*svd"),
         "type": (fails_on_types, r"cannot be exported for every size: unsupported operand"),
         "adaptive": (lambda m, x: F.interpolate(F.adaptive_avg_pool2d(m.conv(x), (7, 3)), x.shape[2:]), r"adaptive pooling to 7 x 3"),

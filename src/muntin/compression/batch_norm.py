@@ -18,10 +18,9 @@ from torch import Tensor, nn
 from muntin.compression.calibration import as_input
 from muntin.compression.change import Change
 from muntin.compression.rewrite import computed_weight, named, parameter_users, replace
+from muntin.compression.stand_in import same
 from muntin.errors import MuntinError
 
-TOLERANCE = 1e-3
-"""Largest change of the model's answer, relative to its largest value, that rounding may explain."""
 FOLDED = "batch norm folded into the convolution before it"
 """What a change says of a norm that was folded. The checkpoints of `compress` go by it: it stays as it is."""
 
@@ -46,7 +45,7 @@ def fold_batch_norms(model: nn.Module, batch: Tensor) -> list[Change]:
     elif not torch.isfinite(before).any():
         left, reason = pairs, "the model's answer is NaN or infinite, which shows nothing: check the weights and the images"
     else:
-        left = _fold_where_the_answer_stays(model, pairs, lambda: _same(before, model(image)))
+        left = _fold_where_the_answer_stays(model, pairs, lambda: same(before, model(image)))
         reason = "folding it changes the model's answer: the convolution's output is used elsewhere too"
     shared = "its convolution shares its weights with another one: folding would part them"
     return [Change(layer=pair[2], pass_="fold", done="kept", reason=shared) for pair in tied] + [
@@ -169,12 +168,3 @@ def _fold(conv: nn.Conv2d, norm: nn.BatchNorm2d) -> None:
     trained = conv.weight.requires_grad
     conv.weight = nn.Parameter(conv.weight * a_C.reshape(-1, 1, 1, 1), requires_grad=trained)
     conv.bias = nn.Parameter(bias_C + norm.bias if norm.affine else bias_C, requires_grad=trained)
-
-
-def _same(before: Tensor, after: Tensor) -> bool:
-    """Whether two answers are one but for rounding; where NaN or infinity was, there it must be."""
-    finite = torch.isfinite(before)
-    if not torch.equal(finite, torch.isfinite(after)):
-        return False
-    difference = torch.where(finite, before - after, 0).abs().max()
-    return bool(difference <= TOLERANCE * torch.where(finite, before, 0).abs().max().clamp_min(1e-12))

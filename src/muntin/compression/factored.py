@@ -168,6 +168,11 @@ class FactoredConv2d(nn.Module):
         """What is factored has one group."""
         return 1
 
+    @property
+    def padding_mode(self) -> str:
+        """No other has a factored form."""
+        return "zeros"
+
     def _along(self, name: str) -> tuple[int, ...]:
         return tuple(map(max, *(getattr(part, name) for part in self.children())))
 

@@ -55,6 +55,7 @@ from muntin.compression.rewrite import (
     parameter_users,
     replace,
 )
+from muntin.compression.stand_in import irreplaceable
 from muntin.errors import MuntinError
 from muntin.models.eager import check_eager
 from muntin.training.config import LowRankConfig
@@ -78,9 +79,10 @@ def low_rank(calibration: Iterable[Tensor], config: LowRankConfig | None = None)
     `energy` and `cumulative` give every layer the least rank whose share of Σσ², of Σσ, of its weight reaches one threshold (the latter is
     the usual Σσ rule), given or the largest that meets the budget. The budget counts all parameters of the model.
 
-    Costs one forward pass, for `activation` a second one with a backward pass, and a decomposition of each layer, O(I²·O) for a matrix,
-    in float64 on the CPU. Weights keep their type and device; the model is left in `eval` mode. `energy` and `cumulative` need training
-    after it: at once they lost 2 to 9 points. `activation` lost none down to a fifth of the parameters, and training on lost it a
+    Costs a forward pass, three of one image, for `activation` a second one with a backward pass, and a decomposition of each layer,
+    O(I²·O) for a matrix, in float64 on the CPU. Weights keep their type and device; the model is left in `eval` mode. `energy` and
+    `cumulative` need training after it: at once they lost 2 to 9 points. `activation` lost none down to a fifth of the parameters, and
+    training on lost it a
     point (docs/log.md; short trainings of hybrid-s). Raises `MuntinError` if there is no calibration batch, if NaN or infinity turns up,
     if `keep` names no layer, or if the budget is out of reach.
     """
@@ -93,7 +95,9 @@ def low_rank(calibration: Iterable[Tensor], config: LowRankConfig | None = None)
         paddings = number_paddings(model)
         check_kept(config.keep, layers)
         check_weights(layers, done="factored")
+        call_every_layer(model)
         reasons = _reasons_to_keep(model, layers, config)
+        reasons |= irreplaceable(model, {name: layer for name, layer in layers.items() if name not in reasons}, batches[0][:1])
         free = {name: layer for name, layer in layers.items() if name not in reasons}
         moments = input_moments(model, batches, free)
         reasons |= {name: reason for name in free if (reason := _unused(moments.get(name))) is not None}
@@ -114,7 +118,6 @@ def low_rank(calibration: Iterable[Tensor], config: LowRankConfig | None = None)
             else:
                 root = square_root(moments[name].shrunk()) if config.criterion == "activation" else None
                 replace(model, name, factorize(layer, picked[name].ranks, root))
-        call_every_layer(model)
         changes = [_change(name, layer, reasons.get(name), picked, _uncertain(moments.get(name), config)) for name, layer in layers.items()]
         return paddings + changes + out_of_reach(model, "low_rank", "factored form")
 

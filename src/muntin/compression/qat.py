@@ -49,6 +49,7 @@ from muntin.compression.rewrite import (
     out_of_reach,
     replace,
 )
+from muntin.compression.stand_in import irreplaceable
 from muntin.layers import Product, SoftmaxProduct
 from muntin.models.eager import check_eager
 
@@ -179,8 +180,8 @@ def prepare_qat(calibration: Iterable[Tensor], *, bits: int = 4, keep: Sequence[
     Linear, Conv2d and depthwise convolutions get weights of `bits` bits per output channel and 8-bit inputs; the products of muntin's
     attention get two 8-bit operands. Norms and gates are folded first. `calibration`: batches `(B, C, H, W)` of raw pixels, training
     images; grids of activations start at the least squared error over them, or at `percentile` (of 100) of their values. `keep`: layers
-    and products that stay in float, by their names or those of modules around them. Costs two forward passes over the batches. Raises
-    `MuntinError` if no batch came, for NaN and infinity, and if `keep` names no layer.
+    and products that stay in float, by their names or those of modules around them. Costs two forward passes over the batches
+    and three of one image. Raises `MuntinError` if no batch came, for NaN and infinity, and if `keep` names no layer.
     """
 
     def pass_(model: nn.Module) -> list[Change]:
@@ -192,6 +193,10 @@ def prepare_qat(calibration: Iterable[Tensor], *, bits: int = 4, keep: Sequence[
         check_weights(layers)
         products = dict(named(model, Product, SoftmaxProduct))
         reasons = {"": WHOLE_MODEL} | {name: "named in keep" for name in (*layers, *products) if is_kept(name, keep)}
+        call_every_layer(model)
+        fixed = irreplaceable(model, layers, batches[0][:1])
+        layers = {name: layer for name, layer in layers.items() if name not in fixed}
+        changes += [Change(layer=name, pass_="qat", done="kept", reason=reason) for name, reason in fixed.items()]
         reasons |= _unusual(model, layers, batches)
         for name, observers in observe(model, {**layers, **products}, batches).items():
             operation = model.get_submodule(name)
@@ -201,7 +206,6 @@ def prepare_qat(calibration: Iterable[Tensor], *, bits: int = 4, keep: Sequence[
                 changes.append(Change(layer=name, pass_="qat", done=f"W{bits}A8" if name in layers else "A8"))
             else:
                 changes.append(Change(layer=name, pass_="qat", done="kept", reason=reason))
-        call_every_layer(model)
         return changes + out_of_reach(model, "qat", "integer form")
 
     return pass_

@@ -34,6 +34,7 @@ from muntin.compression.rewrite import (
     replace,
 )
 from muntin.compression.slimming import remove_closed_channels
+from muntin.compression.stand_in import irreplaceable
 from muntin.models.eager import check_eager
 from muntin.training.config import QuantizationConfig
 
@@ -70,9 +71,9 @@ def quantize(calibration: Iterable[Tensor], config: QuantizationConfig | None = 
     """A pass that quantises Linear and Conv2d to static INT8 (W8A8) in place; see the head of this file.
 
     `calibration`: input batches `(B, C, H, W)` of raw pixels, any integer or float type; images of training, never of a test. Costs three
-    forward passes over them. Weights of layers that stay are rounded to the FP16 they are stored in. The pass cuts out channels that gates
-    have closed and folds norms and gates first. It raises `MuntinError` if there is no calibration batch, if NaN or infinity turns up, or
-    if `keep` names no layer.
+    forward passes over them, and three of one image. Weights of layers that stay are rounded to the FP16 they are stored in. The pass cuts
+    out channels that gates have closed and folds norms and gates first. It raises `MuntinError` if there is no calibration batch, if NaN or
+    infinity turns up, or if `keep` names no layer.
     """
     config = config or QuantizationConfig()
 
@@ -90,7 +91,10 @@ def quantize(calibration: Iterable[Tensor], config: QuantizationConfig | None = 
 
 
 def _replace_layers(model: nn.Module, layers: dict[str, nn.Module], batches: Sequence[Tensor], config: QuantizationConfig) -> list[Change]:
-    forms = {name: quantized_form(layers[name], first) for name, (first, _) in observe(model, layers, batches).items()}
+    call_every_layer(model)
+    fixed = irreplaceable(model, layers, batches[0][:1])
+    observed = observe(model, {name: layer for name, layer in layers.items() if name not in fixed}, batches)
+    forms = {name: fixed[name] if name in fixed else quantized_form(layer, observed[name][0]) for name, layer in layers.items()}
     sqnr = _measure(model, layers, batches, {name: form for name, form in forms.items() if not isinstance(form, str)})
     changes = []
     for name, form in forms.items():
@@ -103,7 +107,6 @@ def _replace_layers(model: nn.Module, layers: dict[str, nn.Module], batches: Seq
             changes.append(Change(layer=name, pass_="quantize", done="kept", reason=reason or "", sqnr_db=sqnr.get(name)))
     for other in others(model).values():
         round_to_half(other)
-    call_every_layer(model)
     align_with_pixels(model, batches[0])
     return changes
 

@@ -36,7 +36,9 @@ class InputGrid(nn.Module):
         return rounded
 
 
-GEOMETRY = ("in_features", "out_features", "in_channels", "out_channels", "kernel_size", "stride", "padding", "dilation", "groups")
+GEOMETRY = (
+    "in_features", "out_features", "in_channels", "out_channels", "kernel_size", "stride", "padding", "dilation", "groups", "padding_mode",
+)  # fmt: skip
 
 
 def keep_geometry(form: nn.Module, layer: nn.Module) -> None:

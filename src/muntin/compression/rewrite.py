@@ -28,8 +28,9 @@ def named(model: nn.Module, *kinds: type[M]) -> Iterator[tuple[str, M]]:
 
 
 def computed_weight(layer: nn.Module) -> str | None:
-    """Why a layer cannot be rewritten whose weight is made of other parameters at each call; None for one that owns its weight."""
-    return None if "weight" in layer._parameters else "its weight is computed (weight norm, spectral norm): remove that first"
+    """Why a layer cannot be rewritten whose weight or bias is made of other parameters at each call; None for one that owns them."""
+    computed = next((name for name in ("weight", "bias") if name not in layer._parameters), None)
+    return None if computed is None else f"its {computed} is computed (weight norm, spectral norm): remove that first"
 
 
 def computes_as_usual(layer: nn.Module, x: Tensor) -> bool:

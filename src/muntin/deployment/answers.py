@@ -17,7 +17,9 @@ from torch import Tensor, nn
 
 from muntin.artifact import Signature
 from muntin.artifact.golden import golden_sizes
-from muntin.errors import ExportError
+from muntin.compression.calibration import as_input
+from muntin.errors import ExportError, MuntinError
+from muntin.models.eager import check_eager
 from muntin.runtime.memory import no_memory
 
 Pairs = list[tuple[NDArray[np.uint8], NDArray[np.float32]]]
@@ -84,9 +86,13 @@ def pairs_at(model: nn.Module, example: Tensor, sizes: Iterable[tuple[int, int]]
 
 
 def _pair(model: nn.Module, image_CHW: Tensor) -> tuple[NDArray[np.uint8], NDArray[np.float32]]:
-    images_BCHW = image_CHW[None].to(torch.float32).round().clamp(0, 255).to(torch.uint8)
+    images_BCHW = _pixels(image_CHW)
     scores = answer_to(model, images_BCHW)
     return np.ascontiguousarray(images_BCHW.permute(0, 2, 3, 1).numpy()), scores.numpy()
+
+
+def _pixels(image_CHW: Tensor) -> Tensor:
+    return image_CHW[None].to(torch.float32).round().clamp(0, 255).to(torch.uint8)
 
 
 def _cut(image_CHW: Tensor, rows: int, columns: int) -> Tensor:
@@ -140,6 +146,57 @@ def is_steady(model: nn.Module, golden: Pairs) -> bool:
     images_BHWC, scores = min(golden, key=lambda pair: pair[0].size)
     again = answer_to(model, torch.from_numpy(images_BHWC).permute(0, 3, 1, 2)).numpy()
     return mean_error(again, scores) <= STEADY * max(float(scores.std()), 1e-6)
+
+
+def changed_buffer(model: nn.Module, golden: Pairs) -> str | None:
+    """The first buffer that a call changes; None where there is none."""
+    before = {name: buffer.clone() for name, buffer in model.named_buffers()}
+    images_BHWC, _ = min(golden, key=lambda pair: pair[0].size)
+    answer_to(model, torch.from_numpy(images_BHWC).permute(0, 3, 1, 2))
+    return next((name for name, buffer in model.named_buffers() if not torch.equal(buffer, before[name])), None)
+
+
+def check_copy(given: nn.Module, copied: nn.Module, example: Tensor) -> None:
+    """Raises `ExportError` where a copy answers otherwise than the model that was given: a hook or a function that holds the model's parts
+    from outside goes on with those of the model. Of models that are compiled, fail, or answer twice otherwise nothing is told."""
+    try:
+        check_eager(given)
+    except MuntinError:
+        return
+    images_BCHW = _pixels(_cut(example[0], *min(golden_sizes(*example.shape[2:]), key=math.prod)))
+    own = _own_answers(given, images_BCHW)
+    if own is None:
+        return
+    asks = "a hook or a function that is no method holds parts of it: let it reach them through the module that it is given"
+    try:
+        answer = answer_to(copied, images_BCHW)
+    except ExportError as error:
+        raise ExportError(
+            f"a copy of the model fails where the model itself answers: {asks} ({reason_of(error.__cause__ or error)})"
+        ) from error
+    allowed = FOLDED if own.dtype in (torch.float32, torch.float64) else FAR_OFF
+    spread = max(float(answer.std(correction=0)), 1e-6)
+    if own.shape != answer.shape or not float((own.float() - answer).square().mean().sqrt()) <= allowed * spread:
+        raise ExportError(f"a copy of the model answers otherwise than the model itself: {asks}")
+
+
+def _own_answers(given: nn.Module, images_BCHW: Tensor) -> Tensor | None:
+    """What the user's model answers, where and as it is; None where those are no scores, or another one at each call."""
+    modes = [(part, part.training) for part in given.modules()]
+    given.eval()
+    try:
+        with torch.no_grad():
+            own, again = (given(as_input(given, images_BCHW)) for _ in range(2))
+    except Exception as error:
+        if no_memory(error):
+            raise ExportError(
+                f"no memory for the model's answer to pixels of shape {tuple(images_BCHW.shape)}: {reason_of(error)}"
+            ) from error
+        return None
+    finally:
+        for part, training in modes:
+            part.training = training
+    return own.cpu() if isinstance(own, Tensor) and own.is_floating_point() and torch.equal(own, again) else None
 
 
 def check_batch(model: nn.Module, golden: Pairs) -> None:

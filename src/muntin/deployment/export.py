@@ -32,7 +32,9 @@ from muntin.deployment.answers import (
     FAR_OFF,
     Pairs,
     answer_to,
+    changed_buffer,
     check_batch,
+    check_copy,
     check_rewritten,
     check_shapes,
     golden_pairs,
@@ -93,7 +95,8 @@ def export(
     if quantization is not None and calibration is None:
         raise ExportError("quantization says how to quantise, and without calibration nothing is: give input batches, or leave it out")
     opened_for = (1, *example.shape[2:]) if shape is None else check_shape(shape)
-    model, example = _copied(model), example.cpu()
+    given, model, example = model, _copied(model), example.cpu()
+    check_copy(given, model, example)
     if isinstance(model, WEIGHTED):
         model = nn.Sequential(model).eval()  # a layer goes by its name in the model, and the model itself has none
     signature = signature or infer_signature(model, example)
@@ -112,6 +115,11 @@ def export(
     if is_steady(model, golden):  # of numbers that it draws is told where the engine's answers are compared
         notes = check_rewritten(untouched, [*golden, *others], quantized=calibration is not None)
         check_batch(model, golden)
+    elif (changed := changed_buffer(model, golden)) is not None:
+        raise ExportError(
+            f"the model changes its buffer '{changed}' with each image, and answers by it: an artefact keeps nothing of an image: "
+            "leave it as it is in eval mode, as batch norms do"
+        )
     del untouched  # scores of many classes are large
     proto = to_onnx(model, example, signature)
     content: dict[str, Any] = {
@@ -167,7 +175,11 @@ def _write_checked(path: Path, content: dict[str, Any], others: Pairs, notes: li
         try:
             precision, tolerances, told = _tried(draft, content, limits, others)
         except ArtifactError as error:  # of a draft, whose place is nobody's
-            raise ExportError(f"an engine cannot run what was made of the model: {str(error).partition(': ')[2] or error}") from error
+            wraps = "padding that wraps around ('circular') has no form in engines: join rows and columns by torch.cat instead; "
+            advice = wraps if "[wrap]" in str(error) else ""
+            raise ExportError(
+                f"{advice}an engine cannot run what was made of the model: {str(error).partition(': ')[2] or error}"
+            ) from error
     content["measured"]["notes"] = [*notes, *told]
     return write_artifact(path, **content, golden_tolerance=tolerances, precision=precision)
 

@@ -74,6 +74,16 @@ def _translations() -> dict[Callable[..., Any], Callable[..., Any]]:
     }
 
 
+_ADVICE = {
+    "Could not guard on data-dependent": "it goes by the values of the pixels: compute both ways, and choose with torch.where",
+    "code specialized it to be a constant": (
+        "the size was taken for a number: compute positions by torch.arange(H) / (H - 1), not torch.linspace, and no int() of a side"
+    ),
+    "builtins.round": "a size is rounded: compute sizes from sizes with //",
+}
+"""What to do, by what the exporter says."""
+
+
 def to_onnx(model: nn.Module, example: Tensor, signature: Signature) -> onnx.ModelProto:
     """The model as ONNX (opset 20) with input `images` uint8 `(B, H, W, C)` and output `scores` float32.
 
@@ -98,7 +108,9 @@ def to_onnx(model: nn.Module, example: Tensor, signature: Signature) -> onnx.Mod
                 external_data=False,
             )
     except (torch.onnx.errors.OnnxExporterError, RuntimeError) as error:
-        raise ExportError(f"the model cannot be exported for every size: {reason_of(error.__cause__ or error)}") from error
+        text = str(error.__cause__ or error)
+        advice = next((f"; {advice}" for part, advice in _ADVICE.items() if part in text), "")
+        raise ExportError(f"the model cannot be exported for every size: {reason_of(error.__cause__ or error)}{advice}") from error
     if program is None or program.exported_program is None:
         raise ExportError("the exporter returned no graph for this model")
     if not found:
