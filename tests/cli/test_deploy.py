@@ -245,6 +245,13 @@ def test_the_truth_may_be_in_the_colours_of_the_classes(call: Call, exported: An
     assert "give it in these colours, or as class numbers, 0 to 2" in text
 
 
+def test_a_truth_that_compares_nothing_is_refused(tmp_path: Path) -> None:
+    write_image(tmp_path / "mask.png", np.full((4, 6), 255, np.uint8))
+    classes = [ClassInfo(name=name, color=(n, n, n)) for n, name in enumerate(("cell", "ground"))]
+    with pytest.raises(DataError, match="every pixel is 255, which counts as ignored, and none is compared"):
+        _read_truth(tmp_path / "mask.png", (4, 6), classes, 100)
+
+
 def test_a_truth_that_may_mean_255_for_its_second_class_is_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     classes = [ClassInfo(name="sea", color=(0, 0, 0)), ClassInfo(name="land", color=(255, 255, 255))]
     for values, told in (([0, 255], True), ([0, 1, 255], False), ([0, 1], False)):

@@ -194,6 +194,20 @@ def test_what_is_left_aside_is_noted(tmp_path: Path) -> None:
     assert len(notes) == 2
     assert "1 entries are no images" in notes[0]
     assert "1 masks have no image" in notes[1]
+    (tmp_path / "images" / "more").mkdir()
+    assert "what lies in folders in it is not used (more)" in open_pair(pair).notes[1]
+
+
+def test_a_class_that_a_share_lacks_is_noted(tmp_path: Path) -> None:
+    for number in range(40):
+        folder = tmp_path / ("many" if number else "one")
+        folder.mkdir(exist_ok=True)
+        write_image(folder / f"{number}.png", np.zeros((6, 8, 3), dtype=np.uint8))
+    source = FolderSource(base=FolderPair(images=tmp_path), validation=0.2, test=0.2)
+    lacking = [name for name in ("validation", "test") if {sample.target for sample in source.split(name)} == {0}]  # type: ignore[arg-type]
+    assert lacking
+    told = "split has no picture of one, so its score says nothing of it: add pictures, or change `data.seed`"
+    assert source.notes == tuple(f"the {name} {told}" for name in lacking)
 
 
 def test_a_picture_is_in_one_split_alone(tmp_path: Path) -> None:
@@ -282,7 +296,7 @@ def test_a_class_may_be_absent_from_what_is_only_scored(tmp_path: Path) -> None:
 def test_classes_that_a_mac_spells_otherwise_are_the_same(tmp_path: Path) -> None:
     make_classes(tmp_path, ("cafe\u0301", "tea"))
     source = open_pair(FolderPair(images=tmp_path), classes=(ClassSpec(name="caf\u00e9"), ClassSpec(name="tea")))
-    assert source.notes == () and {sample.target for sample in source.split("train")} == {0, 1}
+    assert not any("folders" in note for note in source.notes) and {sample.target for sample in source.split("train")} == {0, 1}
     assert [entry.name for entry in open_pair(FolderPair(images=tmp_path), classes=()).classes] == ["cafe\u0301", "tea"]
     assert {sample.name.split("/")[0] for sample in source.split("train")} == {
         "cafe\u0301",

@@ -12,7 +12,7 @@ import yaml
 from PIL import Image
 
 from muntin.data.config import DataConfig, open_source
-from muntin.data.init import find_layout, write_recipe
+from muntin.data.init import find_layout, remarks, write_recipe
 from muntin.data.source import SPLITS
 from muntin.errors import DataError, RecipeError
 from muntin.runtime.images import write_image
@@ -294,4 +294,56 @@ def test_a_val_folder_without_masks(tmp_path: Path) -> None:
     fill(tmp_path / "train", masks_of([0, 1]))
     (tmp_path / "val").mkdir()
     with pytest.raises(DataError, match="val holds no images/ and masks/"):
+        write_recipe(tmp_path)
+
+
+def test_the_fourth_channel_of_tiffs_is_kept_where_it_is_more_than_opaque(tmp_path: Path) -> None:
+    for folder, fourth in (("near infrared", None), ("opaque", 255)):
+        fill(tmp_path / folder, masks_of([0, 1]))
+        for number, path in enumerate(sorted((tmp_path / folder / "images").iterdir())):
+            image = np.random.default_rng(number).integers(0, 256, (70, 79, 4)).astype(np.uint8)
+            if fourth is not None:
+                image[:, :, 3] = fourth
+            path.unlink()
+            Image.fromarray(image, "RGBA").save(path.with_suffix(".tif"))
+    assert opened(write_recipe(tmp_path / "near infrared"))[0]["data"]["channels"] == 4
+    assert opened(write_recipe(tmp_path / "opaque"))[0]["data"]["channels"] == 3
+
+
+def test_few_pictures_of_each_class_are_split_so_that_no_split_lacks_one(tmp_path: Path) -> None:
+    for number in range(12):
+        folder = tmp_path / "abc"[number % 3]
+        folder.mkdir(exist_ok=True)
+        write_image(folder / f"{number}.png", np.full((40, 40, 3), number, np.uint8))
+    _, source = opened(write_recipe(tmp_path))
+    for name in ("train", "validation", "test"):
+        assert {int(sample.target) for sample in source.split(name)} == {0, 1, 2}
+    assert source.notes == ()
+
+
+def test_a_class_folder_of_folders_is_told(tmp_path: Path) -> None:
+    for number in range(12):
+        folder = tmp_path / ("cat", "dog", "bird/2023")[number % 3]
+        folder.mkdir(exist_ok=True, parents=True)
+        write_image(folder / f"{number}.png", np.full((40, 40, 3), number, np.uint8))
+    (tmp_path / "empty").mkdir()
+    (told,) = remarks(tmp_path, None)
+    assert told.startswith("bird is no class: it holds no pictures itself, its folders do (2023): move them up")
+
+
+def test_255_that_may_be_a_class_in_some_masks_is_told(tmp_path: Path) -> None:
+    half = [np.where(np.eye(70, dtype=bool), value, 0).astype(np.uint8) for value in (1, 255) for _ in range(5)]
+    fill(tmp_path / "mixed", half)
+    (told,) = remarks(tmp_path / "mixed" / "images", tmp_path / "mixed" / "masks")
+    assert told.startswith("255 counts as nothing, and the 5 of 10 masks that hold it hold no class but 0")
+    for mask in half:
+        mask[0, :2] = 1, 255
+    fill(tmp_path / "bordered", half)
+    assert remarks(tmp_path / "bordered" / "images", tmp_path / "bordered" / "masks") == []
+
+
+def test_one_class_alone_is_told_as_such(tmp_path: Path) -> None:
+    (tmp_path / "apples").mkdir()
+    write_image(tmp_path / "apples" / "1.png", np.zeros((40, 40, 3), np.uint8))
+    with pytest.raises(DataError, match=r"it has one folder with pictures, apples: two classes at least can be told apart"):
         write_recipe(tmp_path)

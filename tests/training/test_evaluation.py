@@ -85,6 +85,11 @@ def test_a_class_in_neither_truth_nor_prediction_has_no_figure_and_does_not_weig
     )  # fmt: skip
 
 
+def test_a_class_that_no_image_is_of_is_told() -> None:
+    result = Evaluation(task="classify", samples=1, counted=1, accuracy=1.0, iou={}, recall={"sea": 1.0, "land": None, "ice": None})
+    assert result.notes == ("no image is of land, ice: the accuracy says nothing of it",)
+
+
 def test_ignored_pixels_change_nothing() -> None:
     truth = np.array([[0, 1, IGNORED, IGNORED]], np.uint8)
     results = [evaluated([(np.array([[0, 1, a, b]], np.uint8), truth)], 3) for a, b in [(0, 1), (2, 2)]]

@@ -382,6 +382,8 @@ def _read_truth(path: Path, size: Sequence[int], classes: Sequence[ClassInfo], m
             f"{path}: the mask is {mask.shape[1]}x{mask.shape[0]} and the answer {size[1]}x{size[0]}; give the mask of this image"
         )
     values = np.unique(mask)
+    if values.tolist() == [IGNORED]:
+        raise DataError(f"{path}: every pixel is {IGNORED}, which counts as ignored, and none is compared: allowed are {allowed}")
     if values.tolist() == [0, IGNORED] and len(classes) == 2:
         say(f"{path}: {IGNORED} counts as ignored, so class 0 alone is compared; if it means {classes[1].name}, write 1 there")
     wrong = np.setdiff1d(values, [*range(len(classes)), IGNORED])
@@ -413,4 +415,4 @@ def _write_difference(path: Path, labels: NDArray[np.uint8], truth: NDArray[np.u
 
     write_image(path, difference(labels, truth))
     counted = truth != IGNORED
-    return float((labels == truth)[counted].mean()) if counted.any() else 1.0
+    return float((labels == truth)[counted].mean())

@@ -66,16 +66,18 @@ def init_command(
     """Write a commented recipe for a folder of your own images."""
     import yaml
 
-    from muntin.data.init import looked_at, write_recipe
+    from muntin.data.init import looked_at, remarks, write_recipe
     from muntin.errors import RecipeError
 
     if task not in (None, "segment", "classify"):
         raise RecipeError(f"task '{task}': give segment or classify")
     path = write_recipe(directory, task=task, output=output)  # type: ignore[arg-type]
-    if json:
-        print_json({"recipe": path})
-        return
     recipe = yaml.safe_load(path.read_text(encoding="utf-8"))
+    images, masks = (None if (folder := recipe["data"].get(name)) is None else directory / folder for name in ("images", "masks"))
+    notes = remarks(directory if images is None else images, masks)
+    if json:
+        print_json({"recipe": path, "notes": notes})
+        return
     found, classes = recipe["task"], recipe["data"]["classes"]
     # a classifier's classes are the folders, and go by their names
     names = "rename the classes, " if found == "segment" else ""
@@ -83,6 +85,8 @@ def init_command(
     told = [str(entry["name"] if found == "classify" else entry["value"]) for entry in classes]
     shown = ", ".join(told[:SHOWN]) + (f", ... ({len(told)} in all)" if len(told) > SHOWN else "")
     ignored = "" if recipe["data"].get("ignore") is None else f"; {recipe['data']['ignore']} in a mask counts as nothing"
-    looked = None if recipe["data"].get("masks") is None else looked_at(directory / recipe["data"]["masks"])
+    looked = looked_at(masks)
     seen = "" if looked is None else f"; seen in {looked[0]} of {looked[1]} masks"
     out.print(f"classes   {shown}{ignored}{seen}", markup=False)
+    for note in notes:
+        out.print(f"note      {note}", markup=False)

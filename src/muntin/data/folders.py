@@ -29,6 +29,7 @@ from muntin.runtime.images import IGNORED, IMAGE_SUFFIXES, image_size, read_imag
 RGB = tuple[Channel8, Channel8, Channel8]
 MaskValue = Annotated[int, Field(ge=0, le=65535)] | RGB
 _SEEDS_TRIED = 1000
+_KEYS_TRIED = 200_000  # pictures that are shared out in search of a seed by which no split lacks a class: a second or two
 _LISTED = 5  # how many offending values an error names
 
 
@@ -132,6 +133,8 @@ class FolderSource:
         splits: dict[SplitName, list[Item]] = {name: [] for name in SPLITS}
         for item in found:
             splits[split_of(item.key, seed, shares)].append(item)
+        if self.task == "classify":
+            self._note_lacking({name: splits[name] for name in shares})
         for name, other in others.items():
             if isinstance(other, FolderPair):
                 if (other.masks is None) != (base.masks is None):
@@ -142,6 +145,17 @@ class FolderSource:
             raise DataError(_empty_split(empty[0], [item.key for item in found], base.images, seed, shares))
         _check_apart(splits)
         return splits
+
+    def _note_lacking(self, splits: Mapping[SplitName, Sequence[Item]]) -> None:
+        """Of splits that are shares of the base folder's pictures, the classes that none of theirs is of."""
+        for name, items in splits.items():
+            there = {item.label for item in items}
+            lacking = [entry.name for label, entry in enumerate(self.classes) if label not in there]
+            if items and lacking:
+                self._notes.append(
+                    f"the {name} split has no picture of {_some(lacking)}, so its score says nothing of it: add pictures, or change "
+                    "`data.seed`"
+                )
 
     def _items(self, pair: FolderPair, split: SplitName = "train") -> list[Item]:
         """Of a split's folders; `train`: the base, whose pictures may be shared out."""
@@ -184,10 +198,12 @@ class FolderSource:
     def _pictures(self, folder: Path, *, needed: bool = True) -> dict[str, Path]:
         """Stem, composed -> file. Hidden files are passed over, others that are no images noted. None at all: an error, if `needed`."""
         pictures: dict[str, Path] = {}
-        others = 0
+        others, folders = 0, list[str]()
         for path in _entries(folder):
             stem = composed(path.stem)
-            if path.suffix.lower() not in IMAGE_SUFFIXES or not path.is_file():
+            if path.is_dir():
+                folders.append(path.name)
+            elif path.suffix.lower() not in IMAGE_SUFFIXES or not path.is_file():
                 others += 1
             elif stem in pictures:
                 raise DataError(f"{pictures[stem]} and {path.name} have the same stem: rename or remove one")
@@ -197,6 +213,8 @@ class FolderSource:
             raise DataError(f"{folder} holds no images: put some there ({', '.join(IMAGE_SUFFIXES)})")
         if others:
             self._notes.append(f"{folder}: {others} entries are no images and are not used")
+        if folders:
+            self._notes.append(f"{folder}: what lies in folders in it is not used ({_some(folders)})")
         return pictures
 
 
@@ -304,13 +322,25 @@ def split_of(key: str, seed: int, shares: Mapping[SplitName, float]) -> SplitNam
     return "train"
 
 
-def filling_seed(keys: Sequence[str], shares: Mapping[SplitName, float], first: int = 0) -> int | None:
-    """The first seed from `first` on that leaves no split empty, or None where a thousand do not help."""
-    wanted = {"train", *shares}
+def filling_seed(keys: Sequence[str], shares: Mapping[SplitName, float], first: int = 0, *, classes: bool = False) -> int | None:
+    """The first seed from `first` on that leaves no split empty, or None where a thousand do not help.
+
+    `classes`: keys begin with a class. Of the first few seeds it is then the first by which splits lack the fewest, training before all.
+    """
+    wanted, best = {"train", *shares}, (0, 0)
+    tried = min(_SEEDS_TRIED, 1 + _KEYS_TRIED // max(1, len(keys))) if classes else 0
+    every = len({key.partition("/")[0] for key in keys})
+    found: int | None = None
     for seed in range(first, first + _SEEDS_TRIED):
-        if {split_of(key, seed, shares) for key in keys} == wanted:
-            return seed
-    return None
+        held = {(split_of(key, seed, shares), key.partition("/")[0] if classes else "") for key in keys}
+        if {split for split, _ in held} != wanted:
+            continue
+        having = sum(split == "train" for split, _ in held), len(held)
+        if having > best:
+            found, best = seed, having
+        if not classes or seed - first >= tried or len(held) == len(wanted) * every:
+            break
+    return found
 
 
 def class_infos(classes: Sequence[ClassSpec]) -> tuple[ClassInfo, ...]:

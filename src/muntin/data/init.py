@@ -25,6 +25,7 @@ from muntin.errors import DataError, RecipeError
 from muntin.runtime.images import IGNORED, IMAGE_SUFFIXES, image_size, read_image, read_mask, write_whole
 
 RECIPE_NAME = "recipe.yaml"
+RUNS = "runs"  # where results go, beside the pictures perhaps
 SHARE = 0.15  # of the pictures, for validation and for test each, where they have no folders
 _LOOKED_AT = 64  # files opened to find out what masks hold, how large pictures are
 _LOSSY = (".jpg", ".jpeg")
@@ -98,6 +99,31 @@ def write_recipe(directory: Path | str, *, task: Task | None = None, output: Pat
     return path
 
 
+def remarks(images: Path, masks: Path | None) -> list[str]:
+    """What somebody may not expect of a recipe for these folders, a line each: class folders without pictures of their own, and masks in
+    which 255 may stand for a class and is ignored."""
+    if masks is None:
+        passed = {folder.name: _deeper(folder) for folder in _folders(images) if not _pictures(folder)}
+        deep = {name: inside for name, inside in passed.items() if inside and name != RUNS}
+        told = "is no class: it holds no pictures itself, its folders do"
+        return [
+            f"{name} {told} ({', '.join(inside[:3] + ['...'] * (len(inside) > 3))}): move them up if it is one"
+            for name, inside in deep.items()
+        ]
+    values = [set(np.unique(mask).tolist()) for path in _masks_looked_at(masks) if (mask := read_mask(path)).ndim == 2]
+    ignored = [held for held in values if IGNORED in held]
+    if not ignored or any(held - {0, IGNORED} for held in ignored) or not any(held - {0, IGNORED} for held in values):
+        return []
+    return [
+        f"255 counts as nothing, and the {len(ignored)} of {len(values)} masks that hold it hold no class but 0: where it stands for a "
+        "class, write the number that the others have"
+    ]
+
+
+def _deeper(folder: Path) -> list[str]:
+    return [inside.name for inside in _folders(folder) if _pictures(inside)]
+
+
 def run_name(folder: str) -> str:
     """A folder's name with what a run may not be called replaced by dashes; `mine` where nothing is left."""
     return re.sub(r"[^A-Za-z0-9._-]+", "-", folder).strip("-._") or "mine"
@@ -115,7 +141,10 @@ def find_layout(root: Path, task: Task | None) -> Layout:
             layout = _classify_layout(base, others, asked=task is not None)
         if layout is not None:
             return layout
-    raise DataError(f"{root} holds nothing to make {'a recipe' if task is None else f'a {task} recipe'} of: {_LAYOUT}")
+    alone = [folder for folder in _folders(root if train is None else train) if _pictures(folder)]
+    found = f" (it has one folder with pictures, {alone[0].name}: two classes at least can be told apart)" if len(alone) == 1 else ""
+    wanted = "a recipe" if task is None else f"a {task} recipe"
+    raise DataError(f"{root} holds nothing to make {wanted} of{found}: {_LAYOUT}")
 
 
 def _segment_layout(base: Path, others: dict[str, Path | None]) -> Layout | None:
@@ -289,6 +318,10 @@ def looked_at(masks: Path | None) -> tuple[int, int] | None:
     return None if looked == len(found) else (looked, len(found))
 
 
+def _masks_looked_at(folder: Path) -> list[Path]:
+    return _sampled({path.stem: path for path in _pictures(folder)})
+
+
 def _sampled(pictures: dict[str, Path]) -> list[Path]:
     """At most `_LOOKED_AT` of them, evenly over the list."""
     paths = list(pictures.values())
@@ -296,11 +329,14 @@ def _sampled(pictures: dict[str, Path]) -> list[Path]:
 
 
 def _channels(pictures: Sequence[Path]) -> int:
-    """3 unless all pictures agree on another number that muntin takes as it is: grey, or whatever .npy files hold."""
-    found = {int(read_image(path, None).shape[2]) for path in pictures}
-    if len(found) == 1 and (1 in found or all(path.suffix.lower() == ".npy" for path in pictures)):
-        return found.pop()
-    return 3
+    """3 unless all pictures agree on another number that muntin takes as it is: grey, whatever .npy files hold, or the four channels of
+    TIFFs whose fourth is not the same all over each, as that of an opaque picture is."""
+    read = [read_image(path, None) for path in pictures]
+    found, suffixes = {image.shape[2] for image in read}, {path.suffix.lower() for path in pictures}
+    if len(found) == 1 and (1 in found or suffixes == {".npy"}):
+        return int(found.pop())
+    fourth = found == {4} and suffixes <= {".tif", ".tiff"} and any(np.ptp(image[:, :, 3]) for image in read)
+    return 4 if fourth else 3
 
 
 def _crop(pictures: Sequence[Path], task: Task) -> int:
@@ -311,14 +347,14 @@ def _crop(pictures: Sequence[Path], task: Task) -> int:
 
 
 def _seed(layout: Layout) -> int:
-    """The first seed with which no split is empty."""
+    """The first seed with which no split is empty, and splits lack as few classes as can be."""
     shares: dict[SplitName, float] = {}
     if layout.validation is None:
         shares["validation"] = SHARE
     if layout.test is None:
         shares["test"] = SHARE
     keys = list(_keyed_pictures(layout))
-    seed = filling_seed(keys, shares)
+    seed = filling_seed(keys, shares, classes=layout.task == "classify")
     if seed is None:
         raise DataError(f"{layout.base.images} holds {len(keys)} pictures, too few to split into {1 + len(shares)} parts: add pictures")
     return seed
@@ -331,7 +367,7 @@ def _folder_classes(folder: Path) -> list[FoundClass]:
 
 def _mask_classes(folder: Path) -> tuple[list[FoundClass], int | RGB | None]:
     """The classes that the masks hold, and which value is ignored: 255, where it is no class itself."""
-    paths = _sampled({path.stem: path for path in _pictures(folder)})
+    paths = _masks_looked_at(folder)
     masks = [read_mask(path) for path in paths]
     painted = any(mask.ndim == 3 and not (mask == mask[:, :, :1]).all() for mask in masks)
     if painted:

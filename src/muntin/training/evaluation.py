@@ -46,7 +46,11 @@ class Evaluation:
 
     @property
     def notes(self) -> tuple[str, ...]:
-        """What one pixel may have changed a lot: a class that the truth does not hold, and that was seen somewhere."""
+        """What one pixel may have changed a lot: a class that the truth does not hold, and that was seen somewhere. Of classify, the
+        classes that the score says nothing of."""
+        absent = [name for name, recall in self.recall.items() if recall is None]
+        if self.task == "classify" and absent:
+            return (f"no image is of {', '.join(absent[:6])}{', ...' if len(absent) > 6 else ''}: the accuracy says nothing of it",)
         seen = [name for name, iou in self.iou.items() if iou == 0 and self.recall[name] is None] if self.task == "segment" else []
         told = "and pixels were taken for it: an IoU of 0, which counts in the mean only because of them"
         return (f"the truth holds no {', '.join(seen)}, {told}",) if seen else ()
