@@ -106,10 +106,8 @@ def remarks(images: Path, masks: Path | None) -> list[str]:
         passed = {folder.name: _deeper(folder) for folder in _folders(images) if not _pictures(folder)}
         deep = {name: inside for name, inside in passed.items() if inside and name != RUNS}
         told = "is no class: it holds no pictures itself, its folders do"
-        return [
-            f"{name} {told} ({', '.join(inside[:3] + ['...'] * (len(inside) > 3))}): move them up if it is one"
-            for name, inside in deep.items()
-        ]
+        shown = {name: ", ".join(inside[:3] + ["..."] * (len(inside) > 3)) for name, inside in deep.items()}
+        return [f"{name} {told} ({inside}): move them up if it is one" for name, inside in shown.items()]
     values = [set(np.unique(mask).tolist()) for path in _masks_looked_at(masks) if (mask := read_mask(path)).ndim == 2]
     ignored = [held for held in values if IGNORED in held]
     if not ignored or any(held - {0, IGNORED} for held in ignored) or not any(held - {0, IGNORED} for held in values):
