@@ -121,6 +121,65 @@ def test_a_forward_that_is_put_in_place_of_its_own_is_noticed() -> None:
     assert irreplaceable(model, {"0": model[0], "1": model[1]}, images()[:1]) == {"0": NOTICED}
 
 
+@pytest.mark.parametrize("when", ["before", "within"])
+def test_who_interrupts_it_finds_the_model_as_it_was(when: str) -> None:
+    class Interrupted(Asks):
+        calls = 0
+
+        def forward(self, x: Tensor) -> Tensor:
+            out = super().forward(x) if when == "within" else x
+            self.calls += 1
+            if self.calls == 3:
+                raise KeyboardInterrupt
+            return out
+
+    model = Interrupted().eval()
+    layers: dict[str, nn.Module] = {name: layer for name, layer in model.named_modules() if isinstance(layer, nn.Conv2d)}
+    kept = {name: (type(layer), dict(vars(layer))) for name, layer in layers.items()}
+    with pytest.raises(KeyboardInterrupt):
+        irreplaceable(model, layers, images()[:1])
+    assert {name: (type(layer), dict(vars(layer))) for name, layer in layers.items()} == kept
+
+
+def test_an_answer_that_is_always_the_same_tensor_hides_nothing() -> None:
+    class Written(Asks):
+        def __init__(self) -> None:
+            super().__init__()
+            self.out = torch.zeros(1, 4, 24, 20)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.out.copy_(super().forward(x))
+
+    model = Written().eval()
+    assert set(irreplaceable(model, dict(model.named_children()) | {"layers.0": model.layers[0]}, images()[:1])) >= {"layers.0"}
+
+
+def test_what_many_layers_change_together_is_found() -> None:
+    class Many(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layers = nn.ModuleList(nn.Conv2d(3, 3, 1) for _ in range(32))
+
+        def forward(self, x: Tensor) -> Tensor:
+            for layer in self.layers:
+                x = x / 255 + 0.01 * layer(x / 255) * (1 + 0.01 * isinstance(layer, nn.Conv2d))
+                x = 255 * x
+            return x
+
+    torch.manual_seed(0)
+    model = Many().eval()
+    layers: dict[str, nn.Module] = {name: layer for name, layer in model.named_modules() if isinstance(layer, nn.Conv2d)}
+    with torch.no_grad():
+        before = model(images()[:1])
+        for name in layers.keys() - irreplaceable(model, layers, images()[:1]).keys():
+            object.__setattr__(
+                layers[name],
+                "__class__",
+                type("Other", (nn.Module,), {"forward": lambda conv, x: nn.Conv2d._conv_forward(conv, x, conv.weight, conv.bias)}),
+            )
+        assert same(before, model(images()[:1]))
+
+
 def test_a_model_that_answers_each_time_otherwise_tells_nothing() -> None:
     class Drawn(Asks):
         def forward(self, x: Tensor) -> Tensor:
@@ -152,3 +211,4 @@ def test_an_offset_excuses_no_difference() -> None:
     assert not same(values + 290, values.flip(3) + 290)
     assert not same(values, values[..., :4])
     assert same(values / 0, values / 0)
+    assert same(values[:, :1, :1, :1], values[:, :1, :1, :1] * (1 + 5e-4))

@@ -24,6 +24,7 @@ from muntin.artifact.golden import GOLDEN_SIDE
 from muntin.compression import Change, freeze, prepare_qat, quantize
 from muntin.compression.stages import calibration_of, source_of
 from muntin.deployment import infer_signature
+from muntin.deployment.answers import check_copy
 from muntin.deployment.export import FLOAT_LIMITS, LIMITS, golden_pairs
 from muntin.errors import ArtifactError, DataError, ExportError, MuntinError
 from muntin.layers import LocalAttention
@@ -736,6 +737,42 @@ def test_a_copy_that_is_another_model_is_refused(used: bool, message: str, pixel
     assert message in told
     assert "let it reach them through the module that it is given" in told
     assert model.training and model.stem.training
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_a_model_in_16_bits_that_answers_in_32_is_no_other_than_its_copy(dtype: torch.dtype, pixels: Any) -> None:
+    class Ends(nn.Sequential):
+        def forward(self, x: Tensor) -> Tensor:
+            return cast(Tensor, super().forward(x).float())
+
+    torch.manual_seed(0)
+    parts = [part for _ in range(12) for part in (nn.Conv2d(8, 8, 3, padding=1), nn.BatchNorm2d(8), nn.ReLU())]
+    check_copy(Ends(nn.Conv2d(3, 8, 1), *parts, nn.Conv2d(8, 4, 1)).eval().to(dtype), pixels(1, 3, 48, 48))
+
+
+def test_answers_that_are_not_finite_blame_no_hook(pixels: Any) -> None:
+    class Masked(nn.Conv2d):
+        def forward(self, x: Tensor) -> Tensor:
+            return super().forward(x).index_fill(1, torch.tensor(0), -torch.inf)
+
+    check_copy(Masked(3, 4, 1).eval(), pixels(1, 3, 48, 48))
+
+
+def test_an_adapter_that_merges_itself_in_eval_mode_is_left_alone(pixels: Any) -> None:
+    class Merges(nn.Conv2d):
+        merged = False
+
+        def train(self, mode: bool = True) -> Any:
+            if not mode and not self.merged:
+                self.merged = True
+                self.weight.data += 1
+            return super().train(mode)
+
+    model = nn.Sequential(Merges(3, 4, 1), nn.Dropout())
+    before = model[0].weight.detach().clone()
+    check_copy(model, pixels(1, 3, 48, 48))
+    assert model.training and model[1].training and not model[0].merged
+    assert torch.equal(model[0].weight, before)
 
 
 def test_a_buffer_that_drifts_is_named(pixels: Any, tmp_path: Path) -> None:

@@ -299,6 +299,22 @@ def test_what_was_rolled_back_stays_away_when_its_files_are_touched(
     assert slot.current is None
 
 
+def test_of_the_version_that_serves_nothing_is_told_when_it_comes_back(
+    watcher: Watcher, write_version: Callable[..., Path], models: Path, slot: Slot, told: list[str]
+) -> None:
+    for name in ("2", "3"):
+        write_version(models / name)
+        watcher.step()
+    assert slot.current is not None
+    slot.observe(slot.current, seconds=0.1, rows=1, error=RuntimeError())
+    assert serving(slot) == "2"
+    shutil.rmtree(models / "2")
+    watcher.step()
+    write_version(models / "2")
+    watcher.step()
+    assert told == []
+
+
 @pytest.mark.skipif(os.name != "posix", reason="links need no privilege on POSIX")
 def test_a_version_with_a_link_to_nothing_is_told_and_taken_when_it_is_whole(
     watcher: Watcher, write_version: Callable[..., Path], models: Path, told: list[str]

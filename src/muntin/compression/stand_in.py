@@ -3,27 +3,28 @@
 A model may go by what kind a layer is (`isinstance(layer, nn.Conv2d)`), read of it what other forms do not have, call it with more than its
 input, or have its forward replaced (adapters of low rank, padding that wraps around). Whatever form took the layer's place, the model would
 compute something else, and nothing in the layer's weights says so. So each layer is replaced by a module of another kind with the same
-weights and the same sum, and the model is asked whether it notices.
+weights and the same sum, for the time of a call, and the model is asked whether it notices.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils import _pytree
 
 from muntin.compression.calibration import as_input
-from muntin.compression.quantized import keep_geometry
-from muntin.compression.rewrite import computed_weight, replace
+from muntin.compression.quantized import GEOMETRY
+from muntin.compression.rewrite import computed_weight
 from muntin.runtime.memory import no_memory
 
 NOTICED = "the model does not use it by what its kind computes alone (it asks for the kind, or its forward was replaced)"
 """Why a layer has no other form."""
-TOLERANCE, ROUNDING = 1e-3, 1e-5
+TOLERANCE, ROUNDING = 1e-3, 1e-4
 """Largest change of an answer that rounding may explain: a share of how far its values lie from their mean, or of the largest of them: what
-an offset leaves of float32."""
+an offset, or many layers, leave of float32."""
 
 
 def irreplaceable(model: nn.Module, layers: Mapping[str, nn.Module], image: Tensor) -> dict[str, str]:
@@ -38,23 +39,26 @@ def irreplaceable(model: nn.Module, layers: Mapping[str, nn.Module], image: Tens
     again = _answer(model, image)
     if before is None or again is None or not all_same(before, again):
         return holders
-    asked = [(name, layer) for name, layer in possible.items() if name not in holders]
-    return holders | dict.fromkeys(_noticed(model, asked, image, before), NOTICED)
+    asked = [(name, _Disguise(layer)) for name, layer in possible.items() if name not in holders]
+    try:
+        return holders | dict.fromkeys(_noticed(model, asked, image, before), NOTICED)
+    finally:
+        for _, disguise in asked:
+            disguise.off()
 
 
-def _noticed(model: nn.Module, layers: Sequence[tuple[str, nn.Module]], image: Tensor, before: Sequence[Tensor]) -> list[str]:
-    """Of these layers those that cannot be stood in for: all at once, or each half of them by itself."""
+def _noticed(model: nn.Module, layers: Sequence[tuple[str, _Disguise]], image: Tensor, before: Sequence[Tensor]) -> list[str]:
+    """Of these layers those that cannot be stood in for: all at once, or each half of them by itself. Of the others stand-ins stay in their
+    places, so that what each changes by a little is not lost."""
     if not layers:
         return []
-    for name, layer in layers:
-        replace(model, name, StandIn(layer))
-    try:
-        after = _answer(model, image)
-    finally:
-        for name, layer in layers:
-            replace(model, name, layer)
+    for _, disguise in layers:
+        disguise.on()
+    after = _answer(model, image)
     if after is not None and all_same(before, after):
         return []
+    for _, disguise in layers:
+        disguise.off()
     if len(layers) == 1:
         return [layers[0][0]]
     half = len(layers) // 2
@@ -62,24 +66,54 @@ def _noticed(model: nn.Module, layers: Sequence[tuple[str, nn.Module]], image: T
 
 
 class StandIn(nn.Module):
-    """Computes what a Linear or a Conv2d of these weights computes, and is neither. Has what the integer forms have."""
-
-    def __init__(self, layer: nn.Module) -> None:
-        super().__init__()
-        keep_geometry(self, layer)
-        self.weight, self.bias = layer.weight, layer.bias
-        self._compute = _kinds_own(layer)
+    """What a layer is while it stands in for itself: neither a Linear nor a Conv2d, though it computes what one of these weights does."""
 
     def forward(self, input: Tensor) -> Tensor:
-        return self._compute(input)
+        out: Tensor = vars(self)[_KEY].compute(input)
+        return out
 
 
-def _kinds_own(layer: nn.Module) -> Callable[[Tensor], Tensor]:
-    """What its kind computes, whatever was put in the place of its own forward. (Of a subclass is asked elsewhere whether that is what it
-    computes.)"""
-    if isinstance(layer, nn.Conv2d) and type(layer) is nn.Conv2d:
-        return lambda x: nn.Conv2d._conv_forward(layer, x, layer.weight, layer.bias)
-    return lambda x: type(layer).forward(layer, x)
+_KEY = "_muntin_disguise"
+_KNOWN = frozenset((*GEOMETRY, *vars(nn.Module())))
+"""What integer forms have, too."""
+
+
+class _Disguise:
+    """Makes a layer a `StandIn` where it is, with what integer forms have and nothing else, and back again."""
+
+    def __init__(self, layer: nn.Module) -> None:
+        self._layer, self._kind = layer, type(layer)
+        self._hidden: dict[str, Any] = {}
+
+    def on(self) -> None:
+        own = vars(self._layer)
+        self._hidden = {key: own[key] for key in own if key not in _KNOWN}
+        own[_KEY] = self
+        object.__setattr__(self._layer, "__class__", StandIn)
+        for key in self._hidden:
+            del own[key]
+
+    def off(self) -> None:
+        own = vars(self._layer)
+        if own.pop(_KEY, None) is None:
+            return
+        own.update(self._hidden)
+        object.__setattr__(self._layer, "__class__", self._kind)
+
+    def compute(self, x: Tensor) -> Tensor:
+        """What its kind computes, whatever was put in the place of its own forward. (Of a subclass is asked elsewhere whether that is what
+        it computes.)"""
+        hidden = self._hidden
+        self.off()
+        own = vars(self._layer)
+        replaced: dict[str, Any] = {key: own.pop(key) for key in ("forward", "_conv_forward") if key in own}
+        try:
+            out: Tensor = self._kind.forward(self._layer, x)
+            return out
+        finally:
+            own.update(replaced)
+            self.on()
+            assert self._hidden.keys() == hidden.keys()
 
 
 def _answer(model: nn.Module, image: Tensor) -> list[Tensor] | None:
@@ -91,7 +125,7 @@ def _answer(model: nn.Module, image: Tensor) -> list[Tensor] | None:
         if no_memory(error):
             raise
         return None
-    return [part for part in _pytree.tree_leaves(answer) if isinstance(part, Tensor)]
+    return [part.clone() for part in _pytree.tree_leaves(answer) if isinstance(part, Tensor)]  # a model may write into one and the same
 
 
 def all_same(before: Sequence[Tensor], after: Sequence[Tensor]) -> bool:
@@ -108,6 +142,8 @@ def same(before: Tensor, after: Tensor) -> bool:
         return False
     if not finite.any():
         return True
-    difference = torch.where(finite, before - after, 0).abs().max()
-    largest, centred = (torch.where(finite, values, 0).abs().max() for values in (before, before - before[finite].mean()))
-    return bool(difference <= max(TOLERANCE * float(centred), ROUNDING * float(largest), 1e-12))
+    difference = float(torch.where(finite, before - after, 0).abs().max())
+    largest, centred = (float(torch.where(finite, values, 0).abs().max()) for values in (before, before - before[finite].mean()))
+    if before.numel() == 1:  # no mean to lie apart from
+        centred = largest
+    return difference <= max(TOLERANCE * centred, ROUNDING * largest, 1e-12)

@@ -96,7 +96,7 @@ def export(
         raise ExportError("quantization says how to quantise, and without calibration nothing is: give input batches, or leave it out")
     opened_for = (1, *example.shape[2:]) if shape is None else check_shape(shape)
     given, model, example = model, _copied(model), example.cpu()
-    check_copy(given, model, example)
+    check_copy(given, example)
     if isinstance(model, WEIGHTED):
         model = nn.Sequential(model).eval()  # a layer goes by its name in the model, and the model itself has none
     signature = signature or infer_signature(model, example)
