@@ -165,10 +165,11 @@ def check_copy(given: nn.Module, example: Tensor) -> None:
     except MuntinError:
         return
     images_BCHW = _pixels(_cut(example[0], *min(golden_sizes(*example.shape[2:]), key=math.prod)))
+    twin = eager_copy(given)  # before the call, of which both would know afterwards
     own = _plain_answer(given, images_BCHW)
     if own is None:
         return
-    copied = _plain_answer(eager_copy(given), images_BCHW)
+    copied = _plain_answer(twin, images_BCHW)
     spread = max(float(own.std(correction=0)), 1e-3 * float(own.abs().max()), 1e-6)
     if copied is None or copied.shape != own.shape or not float((own - copied).square().mean().sqrt()) <= FOLDED * spread:
         what = "fails where the model itself answers" if copied is None else "answers otherwise than the model itself"
