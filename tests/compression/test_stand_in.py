@@ -57,6 +57,7 @@ class Patched(nn.Module):
 
 class Scaled(nn.Conv2d):
     def forward(self, x: Tensor, gain: float = 1.0) -> Tensor:
+        self.last_gain = gain
         return super().forward(x) * gain
 
 

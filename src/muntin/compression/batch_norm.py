@@ -114,6 +114,8 @@ def _find_pairs(model: nn.Module, image: Tensor) -> tuple[list[Pair], Any]:
     finally:
         for handle in handles:
             handle.remove()
+    if isinstance(answer, Tensor):
+        answer = answer.clone()  # a model may write each answer into one and the same
     return [p for p in pairs if calls[p[0]] == 1 and calls[p[2]] == 1], answer
 
 
