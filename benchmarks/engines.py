@@ -18,13 +18,11 @@ four minutes, beyond the demonstration. Run it alone.
 from __future__ import annotations
 
 import argparse
-import importlib.metadata
 import json
 import subprocess
 import sys
 import time
 from collections.abc import Callable
-from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from statistics import median
@@ -89,15 +87,6 @@ def agreement(checkpoint: Checkpoint, one: list[Labels], other: list[Labels]) ->
 def settings() -> list[tuple[str, str]]:
     """(engine, precision) pairs; those that this machine cannot open are found out by opening."""
     return [("openvino", "f32"), ("openvino", "bf16"), ("openvino", "f16"), *((name, "recorded") for name in ENGINES if name != "openvino")]
-
-
-def packages() -> dict[str, str | None]:
-    """The engines' versions; None of those that are not installed."""
-    found = dict.fromkeys(("openvino", "onnxruntime", "onnxruntime-gpu", "tensorrt"))
-    for name in found:
-        with suppress(importlib.metadata.PackageNotFoundError):
-            found[name] = importlib.metadata.version(name)
-    return found
 
 
 def bare(path: Path, engine: str, precision: str, images: NDArray[np.uint8]) -> Call | None:
@@ -231,7 +220,8 @@ def main() -> None:
     left_out: dict[str, dict[str, str]] = {}
     for name, (checkpoint, path, model) in artifacts(arguments.run, arguments.output).items():
         settings = {"weights": checkpoint.state.sha256[AVERAGE], "revision": REVISION, "side": SIDE, "rounds": arguments.rounds}
-        settings["packages"] = packages()  # of which machines are not told apart by; one that comes, or goes, is another row
+        # What machines are not told apart by: an engine that comes, or goes, makes another row.
+        settings |= {"onnxruntime": machine.get("onnxruntime"), "providers": onnxruntime.get_available_providers()}
         made = partial(measure, name, checkpoint, path, model, arguments.rounds)
         kept = kept_row(arguments.output / f"{name}.json", settings, made, hardware=machine)
         rows += kept["rows"]

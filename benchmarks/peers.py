@@ -54,11 +54,12 @@ from kept import MACHINE, now, write_whole
 from muntin.data import open_source
 from muntin.data.config import SourceName
 from muntin.errors import MuntinError, RecipeError
-from muntin.models import PRESETS, ModelConfig
+from muntin.models import PRESETS
 from muntin.runtime import describe_hardware
 from muntin.training.precision import resolve_precision
 from muntin.training.recipe import Recipe
 from options import at_least
+from resumed import network_of
 from segmentation_peers.budget import Budget, Interrupted, Setting, base_recipe, recipe_for, train_whole
 from segmentation_peers.deployment import Variant, deploy, parameters_of, score_variants
 from segmentation_peers.latency import image_of, measure_latency
@@ -110,8 +111,7 @@ class Comparison:
 
     def _machine(self, entry: Entry | None) -> Row:
         hardware = describe_hardware()
-        preset = PRESETS.get(entry.model) if entry is not None else None
-        structure = {} if preset is None else {"structure": ModelConfig(**preset).model_dump(mode="json")}
+        structure = network_of(entry.model) if entry is not None and entry.model in PRESETS else {}
         return {
             "protocol": PROTOCOL,
             **{key: hardware.get(key) for key in MACHINE},

@@ -137,7 +137,9 @@ def point(output: Path, network: Network, answer: str, kind: str, side: int) -> 
 
 def measured(output: Path, network: Network, answer: str, kind: str, side: int, limit: float, hardware: Row) -> Row:
     """The point that is there, or a new one."""
-    timing = {"budget_s": BUDGET_S, "threads": physical_cores(), "cache": False, "protocol": PROTOCOL}
+    from muntin.deployment.assessment import REVISION
+
+    timing = {"revision": REVISION, "budget_s": BUDGET_S, "threads": physical_cores(), "cache": False, "protocol": PROTOCOL}
     settings = {"model": network.preset, "structure": network.structure, "answer": answer, "steps": STEPS, **timing}
     path = output / f"{answer}-{kind.replace(' ', '-')}-{side}.json"
     return kept_row(path, settings, partial(measure, output, network, answer, kind, side, limit, hardware["memory_gib"]), hardware=hardware)

@@ -492,6 +492,13 @@ def test_points_lost_are_told_with_their_standard_error(ablation: ModuleType, po
     assert ablation.points_lost(ablation.Difference(mean=points, error=error)) == told
 
 
+def test_a_document_says_of_a_pairs_goals_what_the_table_does(ablation: ModuleType) -> None:
+    found = {"gate budget 0.25": {"points": 0.36, "points_error": 0.53}}
+    rows = [{"way": "eager f32", "range": [1.31, 1.33]}, {"way": "compile f32", "cannot": "no compiler"}]
+    assert ablation.judgements(found, "gate budget 0.25", rows) == {"eager f32": "met", "points_lost": "not told apart"}
+    assert ablation.judgements({}, "serial", rows[:1]) == {"eager f32": "met"}
+
+
 def test_a_variant_that_cannot_be_trained_is_a_row_with_the_reason(
     ablation: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -59,6 +59,16 @@ def copy_to(source: Path, target: Path, *names: str) -> None:
         shutil.copy(source / name, target / name)
 
 
+def serve_and_roll_back(watcher: Watcher, slot: Slot, models: Path, write_version: Callable[..., Path], *names: str) -> None:
+    """Versions that come one after the other; the last one fails an image, and goes back to the one before."""
+    for name in names:
+        write_version(models / name)
+        watcher.step()
+    assert slot.current is not None
+    slot.observe(slot.current, seconds=0.1, rows=1, error=RuntimeError())
+    assert serving(slot) == names[-2]
+
+
 # ---- what is listed ----
 
 
@@ -269,13 +279,7 @@ def test_what_serves_does_so_without_its_directory(watcher: Watcher, write_versi
 def test_what_was_rolled_back_or_unloaded_does_not_come_back(
     watcher: Watcher, write_version: Callable[..., Path], models: Path, slot: Slot
 ) -> None:
-    for name in ("1", "2"):
-        write_version(models / name)
-        watcher.step()
-    current = slot.current
-    assert current is not None
-    slot.observe(current, seconds=0.1, rows=1, error=RuntimeError())
-    assert serving(slot) == "1"
+    serve_and_roll_back(watcher, slot, models, write_version, "1", "2")
     assert watcher.step() is None
     slot.unload()
     assert watcher.step() is None  # who unloads everything does not want the one before either
@@ -286,11 +290,7 @@ def test_what_was_rolled_back_or_unloaded_does_not_come_back(
 def test_what_was_rolled_back_stays_away_when_its_files_are_touched(
     watcher: Watcher, write_version: Callable[..., Path], models: Path, slot: Slot
 ) -> None:
-    for name in ("1", "2"):
-        write_version(models / name)
-        watcher.step()
-    assert slot.current is not None
-    slot.observe(slot.current, seconds=0.1, rows=1, error=RuntimeError())
+    serve_and_roll_back(watcher, slot, models, write_version, "1", "2")
     (models / "2" / MANIFEST).chmod(0o640)  # as `chmod -R`, or a backup by hard links
     assert watcher.step() is None
     slot.unload()
@@ -302,12 +302,7 @@ def test_what_was_rolled_back_stays_away_when_its_files_are_touched(
 def test_of_the_version_that_serves_nothing_is_told_when_it_comes_back(
     watcher: Watcher, write_version: Callable[..., Path], models: Path, slot: Slot, told: list[str]
 ) -> None:
-    for name in ("2", "3"):
-        write_version(models / name)
-        watcher.step()
-    assert slot.current is not None
-    slot.observe(slot.current, seconds=0.1, rows=1, error=RuntimeError())
-    assert serving(slot) == "2"
+    serve_and_roll_back(watcher, slot, models, write_version, "2", "3")
     shutil.rmtree(models / "2")
     watcher.step()
     write_version(models / "2")

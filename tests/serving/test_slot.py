@@ -134,6 +134,17 @@ def test_a_version_on_probation_that_cannot_be_asked_is_sent_back(make_slot: Cal
     assert told[-1] == "model: version 2 is rolled back to 1: its engine died again and again, or could not be begun again"
 
 
+def test_images_that_end_both_engines_send_no_version_back(make_slot: Callable[..., Slot], told: list[str]) -> None:
+    """A moment after the third death the predecessor has died twice, and can still be asked."""
+    slot = make_slot()
+    previous, version = slot.load("1", "1"), slot.load("2", "2")
+    previous.session.deaths, version.session.deaths = 2, 3
+    version.session.alone = True  # type: ignore[attr-defined]
+    slot.settle()
+    assert states(slot)["1"] == ("ready", "previous: kept warm")
+    assert not any("rolled back" in line for line in told)
+
+
 def test_a_candidate_that_cannot_be_asked_does_not_take_over(make_slot: Callable[..., Slot]) -> None:
     slot = make_slot(canary=0.5, max_error_rate=0.5)
     slot.load("1", "1")

@@ -77,7 +77,8 @@ class Rollout:
 class Tally:
     """What was seen of a version since `since`, a time of the slot's clock: `batches`; of their images `rows` computed or failed, `failed`,
     and among these `overdue`, whose batch did not come back; and of those whose labels were compared, `compared` and the sum of their
-    shares of equal labels, `agreed`. `enough`: when it had passed but for what was still being computed."""
+    shares of equal labels, `agreed`. `enough`: when it had passed but for what was still being computed. `deaths`: of the predecessor's
+    engine, before."""
 
     since: float
     batches: int = 0
@@ -87,6 +88,7 @@ class Tally:
     compared: int = 0
     agreed: float = 0.0
     enough: float = inf
+    deaths: int = 0
 
 
 @dataclass(frozen=True, kw_only=True)

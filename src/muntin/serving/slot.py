@@ -491,9 +491,10 @@ class Slot:
 
     def _judge(self, version: Version, tally: Tally, base: Version, asked: float = inf) -> Verdict | None:
         """None also as long as a version that has passed is at what it began before: it may not come back. One whose engine cannot be
-        asked for now has failed where its predecessor's can, whatever was counted: nothing more is while it is asked nothing."""
+        asked for now has failed where its predecessor's can, whatever was counted: nothing more is while it is asked nothing. But not where
+        that one's has died since, too: then it may be the images, and nobody is to send a version back with them."""
         if not version.able:
-            if not base.able:
+            if not base.able or base.session.deaths > tally.deaths:
                 return None
             if death := version.new_death():
                 self._lines.append(f"version {version.name}: {death}")
@@ -567,7 +568,7 @@ class Slot:
             self._previous = old
         else:  # the old one is on probation itself: the one before it is the safe one
             self._drain(old)
-        self._probation = Tally(since=self.clock())
+        self._probation = Tally(since=self.clock(), deaths=self._previous.session.deaths)
         self._settle()
 
     def _take_out(self, version: Version) -> None:
@@ -644,7 +645,7 @@ class Slot:
             if self._current is None or not self.rollout.tried:
                 self._flip(version, "")
             else:
-                self._candidate, self._trial = version, Tally(since=self.clock())
+                self._candidate, self._trial = version, Tally(since=self.clock(), deaths=self._current.session.deaths)
                 beside = self._current.name
                 self._settle_by_time()
                 if self._candidate is version:
