@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
 from muntin.errors import DataError
-from muntin.serving.batcher import LANES, Batch, Batcher, Job, Refusal, Step
+from muntin.serving.batcher import LANES, PRIORITIES, Batch, Batcher, Job, Refusal, Step
 from muntin.serving.latency import LatencyModel
 
 Engine = tuple[float, float]
@@ -299,6 +299,33 @@ def test_who_has_no_deadline_is_told_of_the_objective() -> None:
     assert refused(batcher, job_of(rows=10, deadline=0.2), 0.0, "late").message == refusal.message
     assert "give it more" in refused(batcher, job_of(rows=10, deadline=0.04), 0.0, "late").message
     assert "read in time" in refused(batcher, job_of(came=-0.045), 0.0, "late").message  # the engine needs 10 ms
+
+
+def test_what_was_read_too_late_is_not_tried_where_nothing_else_is_to_do() -> None:
+    batcher = batcher_of({"g": LINEAR}, objective=0.05)
+    assert "read in time" in refused(batcher, job_of(came=-0.045), 0.0, "late").message
+    assert "read in time" in refused(batcher, job_of(came=9.955), 10.0, "late").message  # however long nobody came
+    admitted(batcher, 10.0, job_of(came=9.99))
+    slow = batcher_of({"g": LINEAR}, objective=0.005)
+    admitted(slow, 0.0, job_of())  # an engine that cannot keep it answers all the same
+
+
+@pytest.mark.parametrize("priority", [3, 15, 16, 100, PRIORITIES - 1])
+def test_nobody_counts_as_more_urgent_than_himself(priority: int) -> None:
+    def refusals(level: int) -> int:
+        batcher, count, free = batcher_of({"g": LINEAR}, objective=0.05), 0, 0.0
+        batch = None
+        for number in range(400):
+            now = number * 0.0125  # 80 % of what it can do, rows of 10 ms each
+            if batch is not None and free <= now:
+                batcher.done(batch, free, 0.01)
+                batch = None
+            count += batcher.submit(job_of(priority=level), now) is not None
+            if batch is None and (batch := batcher.poll(now).batch) is not None:
+                free = now + 0.01 * batch.rows
+        return count
+
+    assert refusals(priority) == refusals(0)
 
 
 def test_a_group_that_was_measured_less_than_twice_is_admitted_without_a_promise() -> None:
@@ -945,7 +972,16 @@ def test_jobs_with_far_deadlines_that_are_taken_back_leave_nothing_behind() -> N
         job = job_of(deadline=1e9)
         admitted(batcher, 0.0, job)
         batcher.cancel(job)
-    assert len(batcher._expiring) < 80
+    assert len(batcher._expiring) < 20
+
+
+def test_what_was_answered_is_held_no_longer_while_others_wait() -> None:
+    batcher = batcher_of({"g": LINEAR}, max_rows=1)
+    admitted(batcher, 0.0, job_of(deadline=1e9))
+    for number in range(100):
+        admitted(batcher, float(number), job_of(deadline=1e9))
+        batcher.done(batch_of(batcher, float(number)), number + 0.01, 0.01)
+    assert batcher.waiting == 1 and len(batcher._expiring) < 20
 
 
 # ---- any sequence of events

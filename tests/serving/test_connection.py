@@ -5,14 +5,19 @@ from __future__ import annotations
 import asyncio
 import errno
 import json
+import os
 import socket
+import statistics
 import struct
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -25,7 +30,7 @@ from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 from muntin.errors import DependencyError
 from muntin.serving.config import Bounds, ServeConfig
 from muntin.serving.connection import SPARE, Answer, Receiver, Reply, check_uvicorn
-from muntin.serving.ledger import Ledger, Pulse
+from muntin.serving.ledger import Ledger, Pulse, Waits
 from muntin.serving.server import Server
 
 BOUNDS = Bounds(
@@ -1131,3 +1136,46 @@ def test_whatever_is_sent_is_answered_or_refused_and_nothing_is_kept(
         assert isinstance(json.loads(body), list if status == 200 else dict) or not body
     wait(lambda: served.ledger.held == 0 and not served.server.server_state.connections)
     assert read_json(served.ask(post(b"fine"))) == [4, "fine"]
+
+
+@pytest.mark.skipif(not Path("/proc/thread-self/schedstat").exists(), reason="this system does not say how long a thread waits for a core")
+def test_what_was_waited_for_without_a_core_counts_since_it_came() -> None:
+    """A busy process has the loop's only core; who sends from another thread of that core waits as well, so the moment is fixed before."""
+    usable = os.sched_getaffinity(0)
+    core = {min(usable)}
+
+    async def run() -> tuple[int, list[float]]:
+        loop, pulse, late, counted = asyncio.get_running_loop(), Pulse(), 0, list[float]()
+        for _ in range(60):
+            pulse.came(loop)
+            due = time.monotonic() + 0.004
+            await asyncio.sleep(0.004)
+            now = time.monotonic()
+            if now - due > 0.002:  # it was woken, and had no core
+                late += 1
+                counted.append((now - pulse.came(loop)) / (now - due))
+        return late, counted
+
+    busy = [
+        subprocess.Popen([sys.executable, "-c", "while True: pass"], preexec_fn=lambda: os.sched_setaffinity(0, core)) for _ in range(3)
+    ]
+    try:
+        os.sched_setaffinity(0, core)
+        time.sleep(0.3)
+        late, counted = asyncio.run(run())
+    finally:
+        os.sched_setaffinity(0, usable)
+        for process in busy:
+            process.kill()
+            process.wait()
+    if late < 5:
+        pytest.skip("nothing kept the loop waiting")
+    assert 0.5 < statistics.median(counted) < 1.5
+
+
+def test_a_thread_that_does_not_wait_has_not_waited() -> None:
+    waits = Waits()
+    before = waits.seconds()
+    assert before >= 0
+    time.sleep(0.01)
+    assert waits.seconds() >= before

@@ -23,10 +23,11 @@ at their present rate; if more of them come, it is dropped.
 
 A promise needs figures. Jobs of a group that was measured less than twice are admitted without one. So is one of a group that would be late
 even alone: whenever nothing waits or runs, if it is the objective that it would miss and no deadline of its own, since an engine that
-cannot keep the objective would answer nobody; otherwise now and then, or nobody would find out that the engine has recovered. But where
-others keep the objective, a job that takes many times as long as that is admitted only if its group was measured itself, and hardly ever:
-while it is computed all the others are refused. By a guess, which errs where a call's fixed part is large, it is tried as rarely, of all
-such groups together, when nothing else waits or runs, but for far too long ones.
+cannot keep the objective would answer nobody (one that can has been handed it too late, and does not try); otherwise now and then, or
+nobody would find out that the engine has recovered. But where others keep the objective, a job that takes many times as long as that is
+admitted only if its group was measured itself, and hardly ever: while it is computed all the others are refused. By a guess, which errs
+where a call's fixed part is large, it is tried as rarely, of all such groups together, when nothing else waits or runs, but for far too
+long ones.
 """
 
 from __future__ import annotations
@@ -46,7 +47,7 @@ from muntin.serving.lane import LOAD, PAYS, Lane, Peak, Rate
 from muntin.serving.latency import UNKNOWN, LatencyModel
 from muntin.serving.overhead import Overhead
 
-__all__ = ["LANES", "PRIORITIES", "Batch", "Batcher", "Job", "Refusal", "RefusalKind", "Snapshot", "Step"]
+__all__ = ["BROKEN", "LANES", "PRIORITIES", "Batch", "Batcher", "Job", "Refusal", "RefusalKind", "Snapshot", "Step"]
 
 LANES = 256
 """Groups that are remembered while nothing of them waits or runs."""
@@ -63,6 +64,9 @@ _GUESSED = 16  # objectives: who takes longer by a guess is not tried, to see wh
 _KEPT_S = 60.0  # s for which the objective counts as one that is kept
 _HUGE_PROBES = 64  # times its latency: pause between two such jobs
 _FRESH = 0.02  # of an objective: how long a forecast is kept when the batch that it waits for ought to have ended
+_FORGOTTEN = 8  # jobs that wait no more and are still remembered, and twice as many as wait
+BROKEN = "the engine was slower than foreseen, or more urgent requests came: try again later"
+"""What is said to who was admitted and is not computed."""
 _STUCK = "the engine does not come back, and no thread is left to compute on: start the server again, or send the request to another one"
 _standing = attrgetter("standing")
 
@@ -261,7 +265,7 @@ class Batcher:
         self._reckon(lane)
         lane.outstanding += job.rows
         lane.peak.raise_to(lane.outstanding, now)
-        level = min(job.priority, _LEVELS - 1)
+        level = _level(job.priority)
         work = self._work.get(level)
         if work is None:
             work = self._work[level] = Rate()
@@ -269,7 +273,7 @@ class Batcher:
         if job.due < math.inf:
             latest = job.due - lane.line.expected(job.rows) if job.promised else job.due
             heappush(self._expiring, (latest, job.ticket, job))
-            if len(self._expiring) > 64 + 4 * self._jobs:
+            if len(self._expiring) > _FORGOTTEN + 2 * self._jobs:  # each holds what a client sent
                 self._expiring = [entry for entry in self._expiring if entry[2].waiting]
                 heapify(self._expiring)
 
@@ -324,8 +328,12 @@ class Batcher:
         """Seconds until a job that would be late even alone is let through, if nothing happens before: at once where nothing else is to do,
         if the objective is what it would miss; otherwise now and then; hardly ever where it would keep away others."""
         huge = self._huge(job, lane, now)
-        if not huge and not self._jobs and not self._running and (job.deadline is None or job.deadline > job.due):
-            return 0.0
+        if job.deadline is None or job.deadline > job.due:
+            assert self.objective is not None
+            if lane.line.safe(job.rows) + self.margin <= self.objective:
+                return math.inf  # it was read too late, and the next one need not be
+            if not huge and not self._jobs and not self._running:
+                return 0.0
         if lane.outstanding:
             return math.inf
         if huge and lane.tried == -math.inf:
@@ -367,7 +375,7 @@ class Batcher:
 
     def _stretch(self, priority: int, now: float) -> float:
         """How many times longer a job waits because more urgent ones arrive and overtake it, if they go on as they did."""
-        urgent = sum(work.per_second(now) for level, work in self._work.items() if level < priority)
+        urgent = sum(work.per_second(now) for level, work in self._work.items() if level < _level(priority))
         return 1 / (1 - min(_BUSIEST, urgent / self.workers)) if urgent else 1.0
 
     # ---- out
@@ -467,8 +475,7 @@ class Batcher:
                 continue
             self._leave(job)
             self._dropped += 1
-            message = "the engine was slower than foreseen, or more urgent requests came: try again later"
-            dropped.append((job, Refusal("late", message, self._backlog / self.workers)))
+            dropped.append((job, Refusal("late", BROKEN, self._backlog / self.workers)))
         return tuple(dropped)
 
     def done(self, batch: Batch, now: float, seconds: float | None) -> None:
@@ -571,6 +578,11 @@ class Batcher:
             finished=self._finished,
             refused=dict(self._refused),
         )
+
+
+def _level(priority: int) -> int:
+    """What the load of a priority is counted under."""
+    return min(priority, _LEVELS - 1)
 
 
 def _check(job: Job) -> None:

@@ -40,6 +40,11 @@ class Bounds(_Frozen):
     ] = 75.0
 
 
+def is_token(text: str) -> bool:
+    """Whether it can stand in a header as a bearer token."""
+    return bool(text) and text.isascii() and not any(c.isspace() for c in text)
+
+
 class ServeConfig(_Frozen):
     """All that `muntin serve` is told."""
 
@@ -70,11 +75,11 @@ class ServeConfig(_Frozen):
     @model_validator(mode="after")
     def _pairs(self) -> Self:
         if (self.tls_certificate is None) != (self.tls_key is None):
-            raise ValueError("TLS needs both a certificate and its key")
+            raise ValueError("TLS needs both a certificate and its key: give both --tls-certificate and --tls-key, or neither")
         if self.queue_rows < self.max_batch:
             raise ValueError(
                 f"{self.queue_rows} rows may wait, and a request may have {self.max_batch}: let at least as many wait (--queue)"
             )
-        if any(not token or not token.isascii() or any(c.isspace() for c in token) for token in self.tokens):
+        if not all(map(is_token, self.tokens)):
             raise ValueError("a bearer token is ASCII without spaces, and not empty")
         return self

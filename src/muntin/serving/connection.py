@@ -209,12 +209,16 @@ class BoundedConnection(HttpToolsProtocol):
         """So many bytes lie there now."""
         if self._left:
             self._drop(count)
-        elif self._turn is None:
+            return
+        if self._turn is None:
             self.data_received(bytes(self._ledger.scratch[:count]))
-        elif not self._over and self._arrives(count) and self._turn is not None:  # making room may have given up this very connection
+            return
+        self._ledger.pulse.came(self.loop)
+        if not self._over and self._arrives(count) and self._turn is not None:  # making room may have given up this very connection
             self._check_whole(self._turn)
 
     def data_received(self, data: bytes) -> None:
+        self._ledger.pulse.came(self.loop)
         while data and not self._over:
             data = self._take(data)
 
@@ -545,6 +549,7 @@ class BoundedConnection(HttpToolsProtocol):
             self._after_reading(partial(self._reply, cycle, status, headers, parts))
             return
         cycle.response_started = True
+        self._ledger.pulse.came(self.loop)  # what is read in the next round was not waited for in this one
         self._write(status, headers, parts, keep_alive=cycle.keep_alive)
         cycle.response_complete = True
         self.on_response_complete()

@@ -315,7 +315,7 @@ class GrpcFace:
                 else:
                     with self._probed() if method is _CHECK else self._counted():
                         wire = await self._message(context, _PROBE_S if method is _CHECK else self._bounds.body_seconds)
-                        call = _Call(context, time.monotonic())
+                        call = _Call(context, self._ledger.pulse.came(asyncio.get_running_loop()))
                         with self._holding(0 if method is _CHECK else len(wire)):  # health is told, however much is held
                             written = infers  # whatever becomes of it from here on
                             asked = [self._asked(wire, call) if infers else parse(wire, method.request, self._limits)]
@@ -729,7 +729,8 @@ class _Stream:
             wire = await self._context.read()
             if wire is grpc.aio.EOF:
                 break
-            task = asyncio.create_task(self._answer(wire, _Call(self._context, time.monotonic())))
+            came = self._ledger.pulse.came(asyncio.get_running_loop())
+            task = asyncio.create_task(self._answer(wire, _Call(self._context, came)))
             del wire  # or the last one would stay until the next comes
             self._computing.add(task)
             task.add_done_callback(self._computed)

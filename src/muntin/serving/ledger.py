@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import time
+import weakref
 from typing import Any, Protocol
 
 from numpy.typing import NDArray
@@ -20,18 +22,31 @@ _READ = 1 << 16
 
 class Pulse:
     """When the bytes that a loop reads came. A loop reads in rounds, and one that does not sleep between them reads what may have come at
-    any time since it looked last: at many requests a second that is far more than what a request is worth."""
+    any time since it looked last: at many requests a second that is far more than what a request is worth. One that slept may have been
+    woken long before it runs, where the engine has its core: Linux counts how long a thread that could run had none.
+
+    Every round of reading or answering is told to it, on the loop's thread, also where nobody asks: what was waited for before says nothing
+    of now.
+    """
 
     def __init__(self) -> None:
         self._reading: float | None = None
-        """Since when the present round of reading goes on."""
+        """Since when the present round goes on."""
         self._before = self._looked = self._came = -1.0
+        self._waits: Waits | None = None
+        self._waited = 0.0
+        """For a core, when it looked last."""
 
     def came(self, loop: asyncio.AbstractEventLoop) -> float:
         """For bytes that were just read: since when they may have been there, of `time.monotonic`."""
         if self._reading is None:
             now = time.monotonic()
-            self._came = self._before if now - self._looked < _ASLEEP else now
+            if now - self._looked < _ASLEEP:
+                self._came = self._before
+            elif self._waits is None:
+                self._came = now
+            else:
+                self._came = now - min(self._waits.seconds() - self._waited, now - self._looked)
             self._reading = now
             loop.call_soon(self._read)
         return self._came
@@ -40,7 +55,31 @@ class Pulse:
         """The round is over."""
         assert self._reading is not None
         self._before, self._reading = self._reading, None
+        if self._waits is None:
+            self._waits = Waits()
+        self._waited = self._waits.seconds()
         self._looked = time.monotonic()
+
+
+class Waits:
+    """How long the thread that made it has waited for a core so far, while it could run. Always 0 where the system does not say."""
+
+    def __init__(self) -> None:
+        try:
+            self._file: int | None = os.open("/proc/thread-self/schedstat", os.O_RDONLY | os.O_CLOEXEC)
+        except OSError:
+            self._file = None
+        else:
+            weakref.finalize(self, os.close, self._file)
+
+    def seconds(self) -> float:
+        """Costs a microsecond or two."""
+        if self._file is None:
+            return 0.0
+        try:
+            return int(os.pread(self._file, 96, 0).split()[1]) / 1e9  # time on a core, time without one, turns
+        except OSError:  # the thread has ended
+            return 0.0
 
 
 class Reader(Protocol):

@@ -2,7 +2,7 @@
 
 Between the end of a batch and the writing of its last answer lie a thread's waking, encoding, and whatever else the event loop is busy
 with: at a thousand requests a second on a core that the engine shares, milliseconds. A promise that counts the engine alone is broken by
-them. (Of gRPC, which encodes and writes by itself, it is what the loop takes to hear of an answer.)
+them. (Of gRPC, which writes by itself, it is what the loop takes until it is given the answer.)
 """
 
 from __future__ import annotations

@@ -54,6 +54,8 @@ class Answered:
     computed: float
     total: float
     batch_rows: int
+    started: float
+    """When its batch was, of the clock."""
     encoded: Any = None
     """What `encode` made of the response, None without one."""
 
@@ -165,6 +167,8 @@ class Service:
                 request, model=model, version=version, arrived=arrived, deadline=deadline, done=done, encode=encode, copies=copies
             )
         )
+        # `_begin` told it when the answer was ready for whoever waits; that coroutine runs only now.
+        self.runner.delivered(answered.started, self.clock() - answered.started - answered.computed)
         return answered
 
     def submit(
@@ -457,6 +461,7 @@ class _Asked:
             computed=work.computed,
             total=self._passed(),  # forming it took its time, too
             batch_rows=work.batch_rows,
+            started=work.started,
         )
 
     def _formed(self, work: Work, found: Answered | Exception) -> None:
