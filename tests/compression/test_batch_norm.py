@@ -1,12 +1,14 @@
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor, nn
 
 import muntin
 from muntin.compression import Change, fold_batch_norms
-from muntin.compression.batch_norm import apply_folds
+from muntin.compression.batch_norm import _fold, apply_folds
 from muntin.errors import MuntinError
 
 
@@ -190,3 +192,42 @@ def test_what_was_folded_is_made_again_without_asking_the_model() -> None:
 def test_training_mode_is_refused() -> None:
     with pytest.raises(ValueError, match="eval"):
         fold_batch_norms(nn.BatchNorm2d(3), torch.zeros(1, 3, 4, 4))
+
+
+def mixed() -> nn.Sequential:
+    """In 16 bits but for its norm, as mixed precision has it."""
+    model = trained_norms(nn.Sequential(nn.Conv2d(3, 8, 3, padding=1), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 4, 1)))
+    for layer in (model[0], model[3]):
+        layer.bfloat16()
+    assert isinstance(model, nn.Sequential)
+    return model
+
+
+def test_a_norm_in_other_precision_than_its_convolution_is_folded_into_that_ones_or_stays() -> None:
+    model, images = mixed(), torch.randint(0, 256, (2, 3, 16, 16)).float()
+    with torch.no_grad():
+        before = model(images.bfloat16())
+        (change,) = fold_batch_norms(model, images)
+        after = model(images.bfloat16())
+    assert "or its 16 bits round otherwise" in change.reason if change.kept else isinstance(model[1], nn.Identity)
+    assert model[0].weight.dtype == torch.bfloat16 and after.dtype == before.dtype
+    assert (after - before).float().std() < 0.03 * before.float().std()
+    conv, norm = nn.Conv2d(3, 8, 3).bfloat16(), nn.BatchNorm2d(8)
+    _fold(conv, norm)
+    assert conv.weight.dtype == torch.bfloat16 and conv.bias is not None and conv.bias.dtype == torch.bfloat16
+
+
+def test_who_fails_while_folds_are_tried_finds_the_model_as_it_was() -> None:
+    model, images = trained_norms(nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8))), torch.rand(1, 3, 8, 8) * 255
+    weight, norm, calls = model[0].weight, model[1], list[int]()
+
+    def interrupted(*given: Any) -> None:
+        calls.append(1)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+
+    handle = model[0].register_forward_hook(interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        fold_batch_norms(model, images)
+    handle.remove()
+    assert model[0].weight is weight and model[1] is norm and model[0].bias is not None

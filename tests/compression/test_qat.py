@@ -8,6 +8,7 @@ from __future__ import annotations
 import copy
 import json
 from collections.abc import Callable, Iterable
+from pathlib import Path
 from typing import Any, cast
 
 import pytest
@@ -18,7 +19,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812 - the field's usual name
 
 from muntin import create_model
-from muntin.compression import Change, Pass, fold, freeze, prepare_qat, quantize, set_bits
+from muntin.compression import Change, Pass, fold, freeze, low_rank, prepare_qat, quantize, set_bits
 from muntin.compression.fake_quantization import along, sqnr_db
 from muntin.compression.observer import ActivationGrid, Observer, usable
 from muntin.compression.qat import (
@@ -43,6 +44,7 @@ from muntin.compression.quantized import (
     QuantizedSoftmaxProduct,
     exponentials,
 )
+from muntin.deployment import export
 from muntin.errors import MuntinError
 from muntin.layers import Product, SoftmaxProduct
 
@@ -682,3 +684,33 @@ def test_bytes_calibrate_as_floats_do() -> None:
     prepare_qat([x.float()])(one)
     prepare_qat(batch for batch in (x,))(other)
     assert all(torch.equal(value, other.state_dict()[key]) for key, value in one.state_dict().items())
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_a_model_in_another_type_trains_quantised_and_freezes(dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    model, x = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 4, 1)).to(dtype), pixels(2, 3, 16, 16)
+    prepare_qat([x])(model)
+    trained = model(x.to(dtype))
+    trained.float().sum().backward()
+    assert trained.dtype == dtype and all(parameter.grad is not None for parameter in model.parameters())
+    assert freeze(model)
+    with torch.no_grad():
+        frozen = model(x.to(dtype))
+    assert (frozen - trained).float().std() < 0.05 * trained.float().std()
+
+
+@pytest.mark.parametrize("pass_", [quantize, low_rank])
+def test_no_other_pass_takes_a_model_in_training_for_done(pass_: Callable[[list[Tensor]], Any]) -> None:
+    model, x = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 4, 1)), pixels(2, 3, 16, 16)
+    prepare_qat([x])(model)
+    with pytest.raises(MuntinError, match=r"0 is in quantisation-aware training \(2 operations are\): call freeze\(model\)"):
+        pass_([x])(model)
+
+
+def test_export_refuses_a_model_in_training(tmp_path: Path) -> None:
+    model, x = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 4, 1)), pixels(2, 3, 16, 16)
+    prepare_qat([x])(model)
+    with pytest.raises(MuntinError, match="call freeze"):
+        export(model, x, tmp_path / "artifact")
+    assert not (tmp_path / "artifact").exists()

@@ -14,6 +14,7 @@ from muntin import create_model
 from muntin.compression import Change, QuantizedConv2d, QuantizedLinear, quantize
 from muntin.compression.fake_quantization import sqnr_db
 from muntin.errors import MuntinError
+from muntin.layers import Perceptron
 from muntin.training.config import QuantizationConfig
 
 SMALL = {"depths": (1, 1), "dims": (32, 32), "head_dim": 16, "window": 4, "latents": 4, "decoder": 16}
@@ -167,6 +168,33 @@ def test_an_unknown_name_in_keep_is_an_error_and_nothing_changes() -> None:
         quantize([pixels(1, 3, 32, 32)], QuantizationConfig(keep=("nosuch",)))(model)
     assert before.keys() == model.state_dict().keys()
     assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
+
+
+def test_an_unknown_name_in_keep_leaves_closed_channels_and_the_mode_alone() -> None:
+    model = nn.Sequential(Perceptron(8, 64, gate=True)).train()
+    with torch.no_grad():
+        model[0].gate.logit[:40] = -100.0
+    before = {key: value.shape for key, value in model.state_dict().items()}
+    with pytest.raises(MuntinError, match="keep names no layer: nosuch"):
+        quantize([pixels(1, 4, 4, 8)], QuantizationConfig(keep=("nosuch",)))(model)
+    assert model.training and {key: value.shape for key, value in model.state_dict().items()} == before
+
+
+def test_an_empty_first_batch_hides_nothing() -> None:
+    class Asks(nn.Module):
+        """Computes otherwise where its layer is no convolution."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv = nn.Conv2d(3, 4, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            out: Tensor = self.conv(x)
+            return out * 3 if isinstance(self.conv, nn.Conv2d) else out
+
+    for batches in ([pixels(2, 3, 16, 16)], [torch.zeros(0, 3, 16, 16), pixels(2, 3, 16, 16)]):
+        (change,) = quantize(batches)(Asks().eval())
+        assert change.kept and "asks for the kind" in change.reason
 
 
 def test_no_batch_is_an_error() -> None:

@@ -11,8 +11,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from muntin.compression import freeze, low_rank, prepare_qat, quantize
+from muntin.compression import QuantizedLinear, freeze, low_rank, prepare_qat, quantize
 from muntin.compression.change import Pass
+from muntin.compression.factored import FactoredLinear
 from muntin.compression.rewrite import is_kept, named, number_paddings, replace
 from muntin.training.config import LowRankConfig
 
@@ -224,3 +225,25 @@ def test_a_convolution_that_pads_odd_sides_only_stays(pass_: Pass) -> None:
     changes = {change.layer: change for change in pass_(model)}
     assert not changes["0"].kept and changes["2"].kept
     assert "does not compute what its kind does" in (changes["2"].reason or "") and isinstance(model[2], Padding)
+
+
+class Alias(nn.Module):
+    """Holds its layer under a name of its own and computes by another, which PyTorch does not know."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc = nn.Linear(64, 64)
+        object.__setattr__(self, "alias", self.fc)
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.alias(x.mean((2, 3)) / 255)
+        return out
+
+
+def test_a_layer_that_is_held_by_a_plain_attribute_is_replaced_there_too() -> None:
+    model, images = Alias().eval(), torch.randint(0, 256, (8, 64, 4, 4)).float()
+    quantize([images])(model)
+    assert isinstance(model.fc, QuantizedLinear) and model.alias is model.fc
+    model = Alias().eval()
+    low_rank([images], LowRankConfig(parameters=0.6))(model)
+    assert isinstance(model.fc, FactoredLinear) and model.alias is model.fc

@@ -621,3 +621,22 @@ def test_closed_channels_are_cut_before_the_first_stage(tmp_path: Path, write_ti
         found = by_layer(changes_of(checkpoint), "slim")
         assert found["stages.0.blocks.0.mlp"].done == f"{BLOCK} of {hidden} channels", stage
     assert widths_of(read_model(cut["low-rank"])) == cut["mixed"].state.compression["widths"]  # type: ignore[index]
+
+
+def test_a_stage_that_was_broken_off_while_it_was_judged_is_judged_when_resumed(
+    compressed: Compressed, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(*given: Any, **more: Any) -> None:
+        raise DataError("a picture was damaged meanwhile")
+
+    with monkeypatch.context() as patched:
+        patched.setattr("muntin.training.loop.evaluate", broken)
+        with pytest.raises(DataError, match="damaged meanwhile"):
+            compress_checkpoint(compressed.origin, tmp_path / "again", until="low-rank")
+    (folder,) = (path for path in (tmp_path / "again").iterdir() if path.is_dir())
+    left = read_checkpoint(folder)
+    assert (left.state.step, left.state.validation) == (STEPS, [])
+    assert broken_off(left) == ("its last step was not validated: `muntin compress --resume` does it",)
+    run = compress_checkpoint(compressed.origin, tmp_path / "again", until="low-rank", resume=True)
+    assert run.stages[0].score is not None
+    assert_same_state(compressed.stage("low-rank"), read_checkpoint(run.checkpoint))

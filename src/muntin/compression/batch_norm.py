@@ -47,6 +47,8 @@ def fold_batch_norms(model: nn.Module, batch: Tensor) -> list[Change]:
     else:
         left = _fold_where_the_answer_stays(model, pairs, lambda: same(before, model(image)))
         reason = "folding it changes the model's answer: the convolution's output is used elsewhere too"
+        if any(conv.weight.element_size() < 4 for _, conv, _, _ in left):
+            reason += ", or its 16 bits round otherwise"
     shared = "its convolution shares its weights with another one: folding would part them"
     return [Change(layer=pair[2], pass_="fold", done="kept", reason=shared) for pair in tied] + [
         Change(layer=pair[2], pass_="fold", done="kept", reason=reason)
@@ -129,14 +131,20 @@ def _fold_where_the_answer_stays(model: nn.Module, pairs: list[Pair], same: Call
     if not pairs:
         return []
     before = [(conv.weight, conv.bias) for _, conv, _, _ in pairs]
-    for _, conv, name, norm in pairs:
-        _fold(conv, norm)
-        replace(model, name, _remainder(norm))
-    if same():
+    kept = False
+    try:
+        for _, conv, name, norm in pairs:
+            _fold(conv, norm)
+            replace(model, name, _remainder(norm))
+        kept = same()
+    finally:  # also where the model fails: it is given back as it was
+        if not kept:
+            for (weight, bias), (_, conv, name, norm) in zip(before, pairs, strict=True):
+                conv.weight, conv.bias = weight, bias
+                if model.get_submodule(name) is not norm:
+                    replace(model, name, norm)
+    if kept:
         return []
-    for (weight, bias), (_, conv, name, norm) in zip(before, pairs, strict=True):
-        conv.weight, conv.bias = weight, bias
-        replace(model, name, norm)
     if len(pairs) == 1:
         return pairs
     half = len(pairs) // 2
@@ -163,10 +171,12 @@ def _remainder(norm: nn.BatchNorm2d) -> nn.Module:
 def _fold(conv: nn.Conv2d, norm: nn.BatchNorm2d) -> None:
     mean_C, variance_C = norm.running_mean, norm.running_var
     assert mean_C is not None and variance_C is not None  # `_foldable` saw to it
-    a_C = torch.rsqrt(variance_C + norm.eps)
+    own = conv.weight.dtype  # the norm's may be another one: in mixed precision it stays in FP32
+    exact = torch.promote_types(torch.promote_types(own, variance_C.dtype), torch.float32)
+    a_C = torch.rsqrt(variance_C.to(exact) + norm.eps)
     if norm.affine:
         a_C = a_C * norm.weight
     bias_C = (0 if conv.bias is None else conv.bias * a_C) - mean_C * a_C
     trained = conv.weight.requires_grad
-    conv.weight = nn.Parameter(conv.weight * a_C.reshape(-1, 1, 1, 1), requires_grad=trained)
-    conv.bias = nn.Parameter(bias_C + norm.bias if norm.affine else bias_C, requires_grad=trained)
+    conv.weight = nn.Parameter((conv.weight * a_C.reshape(-1, 1, 1, 1)).to(own), requires_grad=trained)
+    conv.bias = nn.Parameter((bias_C + norm.bias if norm.affine else bias_C).to(own), requires_grad=trained)

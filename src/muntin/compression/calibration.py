@@ -20,11 +20,11 @@ Watch = Callable[[str, nn.Module, tuple[Tensor, ...]], None]
 
 
 def calibration_list(calibration: Iterable[Tensor]) -> list[Tensor]:
-    """The batches that came; raises `MuntinError` where none did."""
+    """The batches that came, without empty ones where others did; raises `MuntinError` where none did."""
     batches = list(calibration)
     if not batches:
         raise MuntinError("calibration: no batch came; give at least one batch of training images")
-    return batches
+    return [batch for batch in batches if batch.numel()] or batches
 
 
 def as_input(model: nn.Module, batch: Tensor) -> Tensor:

@@ -41,6 +41,7 @@ from muntin.compression.factored import (
     shell,
 )
 from muntin.compression.moments import Moment, answer_sensitivity, input_moments
+from muntin.compression.qat import check_frozen
 from muntin.compression.quantized import QuantizedConv2d, QuantizedLinear
 from muntin.compression.ranks import Choice, Floats, allocate, allocate_within, choices, ladder, largest_threshold, rank_at
 from muntin.compression.rewrite import (
@@ -90,11 +91,12 @@ def low_rank(calibration: Iterable[Tensor], config: LowRankConfig | None = None)
 
     def pass_(model: nn.Module) -> list[Change]:
         check_eager(model)
+        check_frozen(model)
         batches = calibration_list(calibration)
-        layers: dict[str, Dense] = dict(named(model.eval(), nn.Linear, nn.Conv2d))
-        paddings = number_paddings(model)
+        layers: dict[str, Dense] = dict(named(model, nn.Linear, nn.Conv2d))
         check_kept(config.keep, layers)
-        check_weights(layers, done="factored")
+        check_weights(layers, done="factored")  # what is refused is left as it was
+        paddings = number_paddings(model.eval())
         call_every_layer(model)
         reasons = _reasons_to_keep(model, layers, config)
         reasons |= irreplaceable(model, {name: layer for name, layer in layers.items() if name not in reasons}, batches[0][:1])

@@ -50,6 +50,7 @@ from muntin.compression.rewrite import (
     replace,
 )
 from muntin.compression.stand_in import irreplaceable
+from muntin.errors import MuntinError
 from muntin.layers import Product, SoftmaxProduct
 from muntin.models.eager import check_eager
 
@@ -103,6 +104,10 @@ class _LearnedWeight(nn.Module):
         scale = along(self.log_scale.exp(), self.weight.ndim, 0)
         return round_to_grid(self.weight.to(torch.float32), scale, -limit, limit)
 
+    def terms(self, dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:
+        """The rounded weight and the bias, in the type of what they are multiplied with, whatever type the model has."""
+        return self.rounded().to(dtype), None if self.bias is None else self.bias.to(dtype)
+
     def plain(self) -> nn.Linear | nn.Conv2d:
         """The layer in float, with this one's weight."""
         layer = copy.deepcopy(self.shape_of[0])
@@ -114,7 +119,8 @@ class QATLinear(_LearnedWeight):
     """A Linear in quantisation-aware training, `(..., I) -> (..., O)`."""
 
     def forward(self, input: Tensor) -> Tensor:  # the parameter's name is nn.Linear's
-        return F.linear(self.input(input), self.rounded(), self.bias)
+        x = self.input(input)
+        return F.linear(x, *self.terms(x.dtype))
 
     def frozen(self) -> QuantizedLinear:
         """The integer form."""
@@ -126,7 +132,8 @@ class QATConv2d(_LearnedWeight):
 
     def forward(self, input: Tensor) -> Tensor:
         like = cast(nn.Conv2d, self.shape_of[0])
-        return F.conv2d(self.input(input), self.rounded(), self.bias, like.stride, like.padding, like.dilation, like.groups)
+        x = self.input(input)
+        return F.conv2d(x, *self.terms(x.dtype), like.stride, like.padding, like.dilation, like.groups)
 
     def frozen(self) -> QuantizedConv2d:
         """The integer form."""
@@ -241,6 +248,15 @@ def _qat_form(operation: nn.Module, observers: tuple[Observer, Observer], bits: 
 def qat_operations(model: nn.Module) -> dict[str, QATOperation]:
     """The operations in quantisation-aware training, by dotted name."""
     return dict(named(model, *_OPERATIONS))
+
+
+def check_frozen(model: nn.Module) -> None:
+    """Raises `MuntinError` for a model in quantisation-aware training, whose layers no other pass knows."""
+    if found := qat_operations(model):
+        raise MuntinError(
+            f"{next(iter(found)) or 'the model'} is in quantisation-aware training ({len(found)} operations are): call freeze(model), that "
+            "makes integers of them, or begin with the model as it was before prepare_qat"
+        )
 
 
 def bits_of(model: nn.Module) -> dict[str, int]:

@@ -19,6 +19,7 @@ from muntin.compression.fake_quantization import round_to_half, sqnr_db
 from muntin.compression.fold import fold
 from muntin.compression.observer import Observer
 from muntin.compression.pixel_grid import align_with_pixels
+from muntin.compression.qat import check_frozen
 from muntin.compression.quantized import QuantizedConv2d, QuantizedLayer, QuantizedLinear, no_integer_form
 from muntin.compression.rewrite import (
     WHOLE_MODEL,
@@ -79,10 +80,13 @@ def quantize(calibration: Iterable[Tensor], config: QuantizationConfig | None = 
 
     def pass_(model: nn.Module) -> list[Change]:
         check_eager(model)
+        check_frozen(model)
         batches = calibration_list(calibration)
-        changes = remove_closed_channels(model.eval()) + number_paddings(model)
         layers: dict[str, nn.Module] = dict(named(model, nn.Linear, nn.Conv2d))
         check_kept(config.keep, keepable(model))
+        check_weights(layers)  # what is refused is left as it was
+        changes = remove_closed_channels(model.eval()) + number_paddings(model)
+        layers = dict(named(model, nn.Linear, nn.Conv2d))
         changes += fold(model) + fold_batch_norms(model, batches[0])
         check_weights(layers)
         return changes + _replace_layers(model, layers, batches, config) + out_of_reach(model, "quantize", "integer form")

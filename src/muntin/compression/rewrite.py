@@ -133,8 +133,8 @@ def out_of_reach(model: nn.Module, pass_: str, form: str) -> list[Change]:
 
 
 def replace(model: nn.Module, name: str, layer: nn.Module) -> None:
-    """Put `layer` where `name` is, in every place that holds the same module (shared layers stay shared), plain lists, tuples and dicts
-    among them: a forward that goes through one of these calls what is in it. Hooks of the old one go on with the new one."""
+    """Put `layer` where `name` is, in every place that holds the same module (shared layers stay shared), plain attributes, lists, tuples
+    and dicts among them: a forward that goes through one of these calls what is in it. Hooks of the old one go on with the new one."""
     old = model.get_submodule(name)
     layer.train(old.training)
     for hooks in _HOOKS:
@@ -144,7 +144,7 @@ def replace(model: nn.Module, name: str, layer: nn.Module) -> None:
             if child is old:
                 setattr(parent, key, layer)
         for key, value in list(vars(parent).items()):
-            if key not in _OWN and isinstance(value, list | tuple | dict):
+            if key not in _OWN:
                 vars(parent)[key] = _with(value, old, layer, set())
 
 

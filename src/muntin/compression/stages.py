@@ -32,7 +32,16 @@ from muntin.compression.sensitivity import Sensitivity, assign_bits, measure_sen
 from muntin.compression.slimming import apply_widths, remove_closed_channels, widths_of
 from muntin.data import Source, calibration_batches, open_source
 from muntin.errors import CheckpointError, DataError, RecipeError
-from muntin.training.checkpoint import AVERAGE, Checkpoint, build_model, check_classes, checkpoints_in, load_weights, read_checkpoint
+from muntin.training.checkpoint import (
+    AVERAGE,
+    Checkpoint,
+    CheckpointState,
+    build_model,
+    check_classes,
+    checkpoints_in,
+    load_weights,
+    read_checkpoint,
+)
 from muntin.training.config import CompressionConfig, QuantizationConfig, StageConfig, TrainingConfig
 from muntin.training.interrupt import Interruption
 from muntin.training.loop import FitProgress, Training, prepare_hardware
@@ -220,11 +229,21 @@ def broken_off(checkpoint: Checkpoint) -> tuple[str, ...]:
     made, state = checkpoint.state.compression, checkpoint.state
     config = checkpoint.recipe.training if made is None else stage_training(checkpoint.recipe, made["stage"])
     if share_done(config, state.step, state.seconds) >= 1:
-        return ()
+        return () if _judged(state) else (f"its last step was not validated: `muntin {_command(made)} --resume` does it",)
     newest = (checkpoints_in(checkpoint.path.parent) or [checkpoint.path])[-1]  # a copy may have another name
-    goes_on = f"`muntin {'fit' if made is None else 'compress'} --resume` goes on"
+    goes_on = f"`muntin {_command(made)} --resume` goes on"
     rest = goes_on if newest.name == checkpoint.path.name else f"{newest.name} is there, too"
     return (f"step {state.step} of {steps_expected(config, state.step, state.seconds)}: {rest}",)
+
+
+def _judged(state: CheckpointState) -> bool:
+    """Whether the last step was validated, and what comes with that: it was not if it was broken off there."""
+    return state.step == 0 or bool(state.validation and state.validation[-1]["step"] == state.step)
+
+
+def _command(made: Any) -> str:
+    """Which trained what has this record of its compression."""
+    return "fit" if made is None else "compress"
 
 
 def _stage_config(config: CompressionConfig, stage: Stage) -> StageConfig:
@@ -302,7 +321,8 @@ class _Compression:
         if start is not None:
             self._check_origin(start)
             state = start.state
-            if share_done(config, state.step, state.seconds) >= 1 and state.root == self.checkpoint.state.root:
+            done = share_done(config, state.step, state.seconds) >= 1 and _judged(state)
+            if done and state.root == self.checkpoint.state.root:
                 return self._result(stage, config, start.path, state.step, state.seconds, state.validation)
             model, made = read_model(start), state.compression
         else:

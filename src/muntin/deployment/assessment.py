@@ -61,7 +61,7 @@ from muntin.training.recipe import override_recipe, recipe_text
 ARTIFACT = "artifact"
 """The folder of a run's artefact, unless told otherwise."""
 LATENCY_SIDE = 512
-REVISION = 6
+REVISION = 7
 """Of what export makes of the same weights: to be raised where that changes, so that what is there already is exported again."""
 Announce = Callable[[str], None]
 

@@ -21,6 +21,8 @@ from muntin.compression.rewrite import named
 WEIGHTED = (nn.Linear, nn.Conv2d, QuantizedLinear, QuantizedConv2d)
 Count = TypeVar("Count")
 PRODUCTS = (QuantizedProduct, QuantizedSoftmaxProduct)
+UNPACKED = 64
+"""Values of a tensor of floats up to which an artefact stores it as it is."""
 
 
 def image_macs(model: nn.Module, example: Tensor) -> int:
@@ -109,8 +111,8 @@ def parameter_count(model: nn.Module) -> int:
 
 
 def _is_half(parameter: Tensor) -> bool:
-    """Whether an artefact stores it in FP16, as it does with more than 64 values that lose nothing by it."""
-    return parameter.numel() > 64 and torch.equal(parameter.float(), parameter.half().float())
+    """Whether an artefact stores it in FP16, as it does with more than `UNPACKED` values that lose nothing by it."""
+    return parameter.numel() > UNPACKED and torch.equal(parameter.float(), parameter.half().float())
 
 
 def stored_bytes(model: nn.Module) -> int:

@@ -27,6 +27,7 @@ from muntin.artifact.golden import golden_sizes
 from muntin.artifact.manifest import EngineFamily, FloatPrecision
 from muntin.artifact.packing import BITS, value_range
 from muntin.compression import Change, QuantizedConv2d, QuantizedLinear, fold, quantize, remove_closed_channels
+from muntin.compression.qat import check_frozen
 from muntin.compression.rewrite import named
 from muntin.deployment.answers import (
     FAR_OFF,
@@ -41,7 +42,7 @@ from muntin.deployment.answers import (
     is_steady,
     pairs_at,
 )
-from muntin.deployment.counting import PRODUCTS, WEIGHTED, bias_count, layer_macs, weight_count
+from muntin.deployment.counting import PRODUCTS, UNPACKED, WEIGHTED, bias_count, layer_macs, weight_count
 from muntin.deployment.graph import COMPUTE, to_onnx
 from muntin.errors import ArtifactError, ExportError, MuntinError
 from muntin.models import HybridNet
@@ -92,6 +93,7 @@ def export(
     """
     check_target(path)
     check_pixels(example, "example")
+    check_frozen(model)
     if quantization is not None and calibration is None:
         raise ExportError("quantization says how to quantise, and without calibration nothing is: give input batches, or leave it out")
     opened_for = (1, *example.shape[2:]) if shape is None else check_shape(shape)
@@ -309,7 +311,7 @@ def packing_of(proto: onnx.ModelProto) -> dict[str, Any]:
     for initializer in proto.graph.initializer:
         if initializer.data_type in (onnx.TensorProto.INT8, onnx.TensorProto.UINT8) and initializer.dims:
             packing[initializer.name] = _bits_for(onnx.numpy_helper.to_array(initializer))
-        elif initializer.data_type == onnx.TensorProto.FLOAT and np.prod(initializer.dims) > 64:
+        elif initializer.data_type == onnx.TensorProto.FLOAT and np.prod(initializer.dims) > UNPACKED:
             values = onnx.numpy_helper.to_array(initializer)
             if np.abs(values).max() <= np.finfo(np.float16).max and np.array_equal(values, values.astype(np.float16).astype(np.float32)):
                 packing[initializer.name] = "f16"
@@ -364,9 +366,10 @@ def _in_graph(record: LayerRecord, proto: onnx.ModelProto) -> LayerRecord:
 
 
 def _is_half(layer: nn.Module) -> bool:
+    """Whether its weight is stored so (`packing_of`)."""
     weight = layer.weight
     assert isinstance(weight, Tensor)
-    return bool(torch.equal(weight, weight.to(torch.float16).to(weight.dtype)))
+    return weight.numel() > UNPACKED and bool(torch.equal(weight, weight.to(torch.float16).to(weight.dtype)))
 
 
 def _finite(value: float | None) -> float | None:
