@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from muntin.data.colors import distinct_colors
-from muntin.data.folders import ClassSpec, FolderPair, FolderSource, MaskMapping, class_infos, filling_seed, split_of
+from muntin.data.folders import ClassSpec, FolderPair, FolderSource, MaskMapping, class_infos, composed, filling_seed, split_of
 from muntin.data.source import SPLITS
 from muntin.errors import DataError
 from muntin.runtime.images import write_image
@@ -378,3 +379,24 @@ def test_names_are_unique_and_two_at_least() -> None:
     for specs, word in (([ClassSpec(name="a")], "1 classes"), ([ClassSpec(name="a"), ClassSpec(name="a")], "'a' is there twice")):
         with pytest.raises(DataError, match=word):
             class_infos(specs)
+
+
+def test_pictures_stay_in_their_split_where_a_system_spells_accents_otherwise(tmp_path: Path) -> None:
+    names = {}
+    for spelt in ("caf\u00e9", "cafe\u0301"):
+        make_classes(tmp_path / spelt, (spelt, "tea"), count=40)
+        source = open_pair(FolderPair(images=tmp_path / spelt), classes=())
+        names[spelt] = {split: sorted(composed(sample.name) for sample in source.split(split)) for split in SPLITS}
+    one, other = names.values()
+    assert one == other and all(any(name.startswith("caf") for name in found) for found in one.values())
+
+
+def test_a_run_beside_classes_that_are_not_named_is_no_class(tmp_path: Path) -> None:
+    make_classes(tmp_path)
+    (tmp_path / "runs" / "pets" / "checkpoints").mkdir(parents=True)
+    source = open_pair(FolderPair(images=tmp_path), classes=())
+    assert [entry.name for entry in source.classes] == ["cat", "dog"]
+    assert source.notes == (f"{tmp_path}: the folders runs are no classes of the recipe and are not used",)
+    shutil.rmtree(tmp_path / "runs")
+    make_classes(tmp_path, ("runs",))
+    assert [entry.name for entry in open_pair(FolderPair(images=tmp_path), classes=()).classes] == ["cat", "dog", "runs"]

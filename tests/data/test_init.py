@@ -347,3 +347,21 @@ def test_one_class_alone_is_told_as_such(tmp_path: Path) -> None:
     write_image(tmp_path / "apples" / "1.png", np.zeros((40, 40, 3), np.uint8))
     with pytest.raises(DataError, match=r"it has one folder with pictures, apples: two classes at least can be told apart"):
         write_recipe(tmp_path)
+
+
+def test_splits_beside_images_and_masks_are_used(tmp_path: Path) -> None:
+    for folder, count in ((tmp_path, 8), (tmp_path / "val", 3), (tmp_path / "test", 4)):
+        fill(folder, masks_of([0, 1], count))
+    recipe, source = opened(write_recipe(tmp_path))
+    assert recipe["data"]["validation"] == {"images": "val/images", "masks": "val/masks"}
+    assert [len(source.split(name)) for name in ("train", "validation", "test")] == [8, 3, 4]
+
+
+@pytest.mark.parametrize("name", ["do\x7fg", "o\u0085x", "\u00a0\U0001f600", "a\u2028b", 'q"uote\\'])
+def test_a_class_whose_name_yaml_does_not_take_raw(tmp_path: Path, name: str) -> None:
+    for folder in ("cat", name):
+        fill(tmp_path, masks_of([0, 1]), (folder, "unused"))
+    shutil.rmtree(tmp_path / "unused")
+    recipe, source = opened(write_recipe(tmp_path))
+    assert name in [entry["name"] for entry in recipe["data"]["classes"]]
+    assert {sample.name.split("/")[0] for sample in source.split("train")} == {"cat", name}

@@ -94,3 +94,29 @@ def test_the_average_is_a_model_of_its_own() -> None:
     assert model[0].weight.requires_grad
     average.update(model, 0)
     assert not torch.equal(average.model[0].weight, before)
+
+
+class Assigning(nn.Module):
+    """Assigns a buffer of the same shape in each forward pass."""
+
+    length: torch.Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(3))
+        self.register_buffer("length", torch.zeros(()))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        self.length = self.weight.detach().norm()
+        return x * self.weight / self.length
+
+
+def test_a_buffer_that_a_validation_assigned_is_averaged_on() -> None:
+    model = Assigning()
+    average = WeightAverage(model, 0.5)
+    with torch.inference_mode():
+        average.model(torch.ones(3))
+    model(torch.ones(3))
+    average.update(model, 0)
+    assert torch.equal(average.model.length, model.length) and not average.model.length.is_inference()
+    assert "length" in average.model.state_dict()

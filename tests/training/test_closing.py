@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import re
 import signal
 from collections.abc import Callable
 from pathlib import Path
@@ -258,6 +259,13 @@ def test_a_model_without_gates_is_refused() -> None:
 def test_a_budget_below_what_stays_open_is_refused() -> None:
     with pytest.raises(RecipeError, match=r"one block of 16 channels of each gate stays open, which is 0\.\d+ of the multiply-adds"):
         closing_of(network(), 0.05)
+
+
+def test_the_budget_that_is_advised_is_taken() -> None:
+    model = create_model("hybrid-xxs", classes=3)
+    with pytest.raises(RecipeError) as error:
+        closing_of(model, 0.05)
+    closing_of(model, float(re.findall(r"which is ([\d.]+) of", str(error.value))[0]))
 
 
 def test_finding_what_channels_cost_changes_nothing_of_the_model() -> None:

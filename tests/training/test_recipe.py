@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import copy
 import json
+import re
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,7 @@ from muntin.errors import RecipeError
 from muntin.models import create_model
 from muntin.runtime.images import write_image
 from muntin.training.config import ModelChoice, QuantizationConfig, TrainingConfig
-from muntin.training.recipe import Recipe, load_recipe, parse_recipe, recipe_text
+from muntin.training.recipe import Recipe, load_recipe, override_recipe, parse_recipe, recipe_text
 
 FOLDERS: dict[str, Any] = {
     "data": {
@@ -332,3 +333,21 @@ def test_a_key_that_stands_twice_is_refused(tmp_path: Path) -> None:
     recipe.write_text("training: {steps: 7}\nseed: 1\ntraining: {precision: fp32}\n")
     with pytest.raises(RecipeError, match=r"'training' stands in line 1 and again in line 3: keep one"):
         load_recipe(recipe)
+
+
+@pytest.mark.parametrize(
+    ("change", "place"),
+    [
+        ("data.augmentation.flip_vertical=true", "data.augmentation.flip_vertical"),
+        ("data.rare=yes", "data.rare"),
+        ("training.learning_rate=on", "training.learning_rate"),
+        ("data.augmentation.scale=[true, 2]", "data.augmentation.scale.0"),
+    ],
+)
+def test_yes_and_no_are_no_numbers(change: str, place: str) -> None:
+    with pytest.raises(RecipeError, match=rf"{re.escape(place)}: a number is wanted there \(got True"):
+        override_recipe(Recipe(), [change])
+
+
+def test_what_is_yes_or_no_may_be_said_so() -> None:
+    assert override_recipe(Recipe(), ["training.compile=yes"]).training.compile is True

@@ -28,6 +28,8 @@ from muntin.runtime.images import IGNORED, IMAGE_SUFFIXES, image_size, read_imag
 
 RGB = tuple[Channel8, Channel8, Channel8]
 MaskValue = Annotated[int, Field(ge=0, le=65535)] | RGB
+RUNS = "runs"
+"""Where results go, beside the pictures perhaps."""
 _SEEDS_TRIED = 1000
 _KEYS_TRIED = 200_000  # pictures that are shared out in search of a seed by which no split lacks a class: a second or two
 _LISTED = 5  # how many offending values an error names
@@ -96,7 +98,7 @@ class FolderSource:
         self._notes: list[str] = []
         self._named = bool(classes)
         if self.task == "classify" and not classes:
-            classes = [ClassSpec(name=folder.name) for folder in _class_folders(base.images).values()]
+            classes = [ClassSpec(name=folder.name) for folder in _class_folders(base.images).values() if not _is_run(folder)]
         self.classes = class_infos(classes)
         self._mapping = None if base.masks is None else MaskMapping(classes, ignore)
         items = self._split_items(base, {"validation": validation, "test": test}, seed)
@@ -165,7 +167,7 @@ class FolderSource:
         folders = _class_folders(pair.images)
         lacking = [name for name in names if name not in folders]
         others = sorted(set(folders) - set(names))
-        if (lacking and split == "train") or (others and not self._named):
+        if (lacking and split == "train") or (not self._named and not all(_is_run(folders[name]) for name in others)):
             raise DataError(
                 f"{pair.images} holds the folders {_some(sorted(folders))}, the classes are {_some(names)}: "
                 f"{_some(sorted([*lacking, *others]))} differ; rename a folder, or name the classes that are to be learned under `classes`"
@@ -203,7 +205,7 @@ class FolderSource:
             stem = composed(path.stem)
             if path.is_dir():
                 folders.append(path.name)
-            elif path.suffix.lower() not in IMAGE_SUFFIXES or not path.is_file():
+            elif not _is_picture(path):
                 others += 1
             elif stem in pictures:
                 raise DataError(f"{pictures[stem]} and {path.name} have the same stem: rename or remove one")
@@ -313,7 +315,7 @@ def composed(name: str) -> str:
 
 def split_of(key: str, seed: int, shares: Mapping[SplitName, float]) -> SplitName:
     """The split of a picture: a uniform number from the hash of seed and key falls into a share or trains."""
-    digest = hashlib.sha256(os.fsencode(f"{seed}/{key}")).digest()  # a name is bytes, and need not be text
+    digest = hashlib.sha256(os.fsencode(f"{seed}/{composed(key)}")).digest()  # a name is bytes, and need not be text
     place, edge = int.from_bytes(digest[:8], "big") / 2**64, 0.0
     for name in ("test", "validation"):
         edge += shares.get(name, 0.0)
@@ -361,6 +363,15 @@ def _entries(folder: Path) -> list[Path]:
     if not folder.is_dir():
         raise DataError(f"{folder} is no folder: name the folder that holds the files")
     return sorted(path for path in folder.iterdir() if not path.name.startswith("."))
+
+
+def _is_picture(path: Path) -> bool:
+    return path.suffix.lower() in IMAGE_SUFFIXES and path.is_file()
+
+
+def _is_run(folder: Path) -> bool:
+    """Whether it is what `fit` makes where it is called, and no class."""
+    return folder.name == RUNS and not any(map(_is_picture, _entries(folder)))
 
 
 def _class_folders(folder: Path) -> dict[str, Path]:

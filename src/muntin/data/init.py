@@ -19,13 +19,12 @@ from typing import Any
 import numpy as np
 
 from muntin.data.colors import distinct_colors
-from muntin.data.folders import RGB, FolderPair, filling_seed, is_text
+from muntin.data.folders import RGB, RUNS, FolderPair, filling_seed, is_text
 from muntin.data.source import MAX_CLASSES, SplitName, Task
 from muntin.errors import DataError, RecipeError
 from muntin.runtime.images import IGNORED, IMAGE_SUFFIXES, image_size, read_image, read_mask, write_whole
 
 RECIPE_NAME = "recipe.yaml"
-RUNS = "runs"  # where results go, beside the pictures perhaps
 SHARE = 0.15  # of the pictures, for validation and for test each, where they have no folders
 _LOOKED_AT = 64  # files opened to find out what masks hold, how large pictures are
 _LOSSY = (".jpg", ".jpeg")
@@ -132,11 +131,12 @@ def find_layout(root: Path, task: Task | None) -> Layout:
     if not root.is_dir():
         raise DataError(f"the folder {root} does not exist: name the folder that holds your pictures")
     train = _folder(root, "train")
+    others = {name: _folder(root, name) for name in ("validation", "test")}
     for base in (root,) if train is None else (train, root):
-        others = {name: None if base is root else _folder(root, name) for name in ("validation", "test")}
         layout = _segment_layout(base, others) if task != "classify" else None
         if layout is None and task != "segment":
-            layout = _classify_layout(base, others, asked=task is not None)
+            # beside folders of classes a folder of that name may be a class
+            layout = _classify_layout(base, dict.fromkeys(others) if base is root else others, asked=task is not None)
         if layout is not None:
             return layout
     alone = [folder for folder in _folders(root if train is None else train) if _pictures(folder)]
@@ -198,7 +198,7 @@ def _head(name: str, task: str, file: str) -> list[str]:
         "# Its progress line tells how long it will take. What is left out has its default, which may be another value than the one here;",
         "# docs/recipe.md lists all keys with theirs.",
         "",
-        f"name: {json.dumps(name, ensure_ascii=False)}  # the run's results go to runs/ under this name",
+        f"name: {_text(name)}  # the run's results go to runs/ under this name",
         f"task: {task}  # segment: a class for every pixel; classify: one class for the picture",
         "seed: 0  # another number is another run: the spread between seeds shows what a difference is worth",
         "",
@@ -242,7 +242,7 @@ def recipe_text(
     else:
         data.append("  classes:  # each has the name of its folder; `color` is how charts paint it (red, green, blue)")
     data += [
-        f"    - {{name: {json.dumps(entry.name, ensure_ascii=False)}"
+        f"    - {{name: {_text(entry.name)}"
         + ("" if entry.value is None else f", value: {_value(entry.value)}")
         + f", color: {_value(entry.color)}}}"
         for entry in classes
@@ -272,7 +272,17 @@ def _split_line(name: SplitName, use: str, pair: FolderPair | None, layout: Layo
 
 
 def _quoted(path: Path, root: Path | None) -> str:
-    return json.dumps((path if root is None else path.relative_to(root)).as_posix(), ensure_ascii=False)
+    return _text((path if root is None else path.relative_to(root)).as_posix())
+
+
+def _text(text: str) -> str:
+    """It in quotes; escaped where YAML takes it for something else or for nothing, as DEL or a line's end in a folder's name. What is no
+    UTF-8 stays, and is refused when it is written."""
+    quoted = json.dumps(text, ensure_ascii=False)
+    return "".join(
+        c if c.isprintable() or "\ud800" <= c <= "\udfff" else f"\\u{ord(c):04x}" if ord(c) <= 0xFFFF else f"\\U{ord(c):08x}"
+        for c in quoted
+    )
 
 
 def _value(value: int | RGB | None) -> str:

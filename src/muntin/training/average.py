@@ -36,7 +36,7 @@ class WeightAverage:
         own = dict(self.model.named_buffers())
         for name, other in model.named_buffers():
             owner, _, last = name.rpartition(".")
-            if name not in own or own[name].shape != other.shape:  # made on the way, for a size
+            if name not in own or own[name].shape != other.shape or own[name].is_inference():  # made on the way, for a size or a validation
                 passing = last in model.get_submodule(owner)._non_persistent_buffers_set
                 self.model.get_submodule(owner).register_buffer(last, other.clone(), persistent=not passing)
             elif last in STATISTICS:

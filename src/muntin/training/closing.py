@@ -5,6 +5,8 @@ Axes: B images, C channels that a gate weighs, H W image.
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor, nn
 
@@ -42,8 +44,9 @@ class GateClosing:
         if not self.costs:
             raise RecipeError(f"training.gate_budget {keep:g}: this model has no channel gates to close; leave it at 1")
         if keep * self.total < floor:
+            least = math.ceil(1000 * floor / self.total) / 1000
             raise RecipeError(
-                f"training.gate_budget {keep:g}: one block of {BLOCK} channels of each gate stays open, which is {floor / self.total:.3f} "
+                f"training.gate_budget {keep:g}: one block of {BLOCK} channels of each gate stays open, which is {least:g} "
                 "of the multiply-adds behind gates: give at least that"
             )
 

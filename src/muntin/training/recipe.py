@@ -92,9 +92,29 @@ class _EachKeyOnce(yaml.SafeLoader):
 def parse_recipe(content: dict[str, Any], *, where: str) -> Recipe:
     """Check a recipe's content; `where` names it in errors."""
     try:
-        return Recipe.model_validate(content)
+        recipe = Recipe.model_validate(content)
     except ValidationError as error:
         raise RecipeError(f"{where}: {_explain(error)}") from error
+    if (flag := _taken_for_number(content, recipe)) is not None:
+        place, came = flag
+        raise RecipeError(f"{where}: {place}: a number is wanted there (got {came}, which is what YAML makes of yes, no, on and off)")
+    return recipe
+
+
+def _taken_for_number(content: Any, checked: Any, place: str = "") -> tuple[str, bool] | None:
+    """Where a yes or no was taken for 1 or 0, and which."""
+    if isinstance(content, bool):
+        return None if isinstance(checked, bool) else (place, content)
+    pairs: Iterable[tuple[Any, Any, Any]] = ()
+    if isinstance(content, dict):
+        pairs = (
+            (key, part, checked.get(key) if isinstance(checked, dict) else getattr(checked, str(key), part))
+            for key, part in content.items()
+        )
+    elif isinstance(content, list) and isinstance(checked, list | tuple) and len(content) == len(checked):
+        pairs = zip(range(len(content)), content, checked, strict=True)
+    found = (_taken_for_number(part, other, f"{place}.{key}" if place else str(key)) for key, part, other in pairs)
+    return next((flag for flag in found if flag is not None), None)
 
 
 def override_recipe(recipe: Recipe, overrides: Iterable[str]) -> Recipe:
