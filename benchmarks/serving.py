@@ -16,7 +16,8 @@ with the one that is due. The table's columns:
     same        the same at 90 % of muntin's saturation (which is measured first)
     3x          three times its own saturation: answers inside the objective, as a share of saturation, and the share of requests refused
 The objective is five calls of the bare engine with one picture of the first model, sixteen of the second. A refusal (503, 429) is one only
-if it comes inside it. Wrong answers and failures are those of all that a server was tried with.
+if it comes inside it, and muntin's only where the request was not admitted before (which it says). Wrong answers and failures are those of
+all that a server was tried with.
 
 The peers' environments are made with pip below --output/peers (--prepare: that and the artefacts, and no more); a peer that cannot be
 installed or started is left out, and why is said. The servers run in a network namespace with a loopback and nothing else, since Ray's own
@@ -44,7 +45,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
 from functools import partial
 from operator import ge, le
@@ -56,6 +57,7 @@ import numpy as np
 from kept import Row, kept_row, now, read_row, refuse_other
 from muntin.runtime import describe_hardware
 from muntin.runtime.hardware import affinity, parse_cpus
+from muntin.serving.batcher import BROKEN
 from serving_peers.environments import PEERS, is_made, make_environment, versions
 from serving_peers.load import Exchange, Load
 from serving_peers.models import WORKLOADS, Workload, check_distinct, exchange, make_artifact, origin_of, pictures
@@ -267,6 +269,8 @@ def served(setting: Setting, workload: Workload, name: str, bare: Bare, *, objec
     """Load on a server that has been started, answers rightly and is warm: batches of every size have come to it. And its process."""
     server, port = SERVERS[name], free_port()
     due = exchange(workload, bare.images, bare.answers, path=server.path(workload), tensors=server.tensors)
+    if server.peer is None:  # of the others every 503 inside the objective is taken for a refusal, which is in their favour
+        due = replace(due, broken=BROKEN.encode())
     check_distinct(due)
     log = setting.output / "logs" / f"{workload.name}-{name.replace(' ', '-').replace(',', '')}.log"
     log.parent.mkdir(parents=True, exist_ok=True)

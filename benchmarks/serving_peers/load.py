@@ -34,6 +34,8 @@ HEAD = 16384
 SPIN_S = 0.002
 REFUSED = frozenset({"429", "503"})
 """Status codes by which a server says that it will not answer. Said after the objective it is no refusal but a broken promise."""
+BROKEN = "broken"
+"""What became of a request that was refused after it had been admitted, where the server says so (`Exchange.broken`)."""
 
 
 def same(due: bytes, came: bytes, dtype: str, *, spread: float = 0.002) -> bool:
@@ -48,11 +50,15 @@ def same(due: bytes, came: bytes, dtype: str, *, spread: float = 0.002) -> bool:
 
 @dataclass(frozen=True, kw_only=True)
 class Exchange:
-    """Requests as they go over the wire, and for each the bytes that its answer's body must end with. `dtype`: of these bytes."""
+    """Requests as they go over the wire, and for each the bytes that its answer's body must end with. `dtype`: of these bytes.
+
+    `broken`: what is in the refusal of a request that had been admitted; None: the server does not tell such ones apart.
+    """
 
     requests: tuple[bytes, ...]
     answers: tuple[bytes, ...]
     dtype: str
+    broken: bytes | None = None
 
     def alike(self, which: int, came: bytes) -> bool:
         """Whether an answer that is not the same bytes says the same."""
@@ -232,7 +238,9 @@ class Load:
         return True
 
     def _judge(self, connection: _Connection) -> str:
-        due = self._exchange.answers[connection.which]
+        due, broken = self._exchange.answers[connection.which], self._exchange.broken
+        if connection.status in REFUSED and broken is not None and connection.buffer.find(broken, 0, connection.end) >= 0:
+            return BROKEN
         if connection.status != "200" or connection.buffer.endswith(due, 0, connection.end):
             return connection.status
         came = bytes(connection.buffer[max(0, connection.end - len(due)) : connection.end])
@@ -267,7 +275,8 @@ def _quiet() -> Iterator[None]:
 
 
 def _summary(done: list[tuple[float, float, str]], seconds: float, objective_ms: float | None) -> dict[str, Any]:
-    """Figures of finished requests. Shares: of all that were due, and of those that the server did not refuse at once."""
+    """Figures of finished requests. Shares: of all that were due, and of those that the server did not refuse at once: what it admitted and
+    then gave up counts as admitted, where it says so."""
     latencies = np.array([(finished - due) * 1e3 for due, finished, status in done if status == "200"])
     row: dict[str, Any] = {
         "seconds": seconds,
