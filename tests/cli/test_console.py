@@ -5,8 +5,9 @@ from pathlib import Path
 
 import pytest
 from rich.console import Console
+from rich.table import Table
 
-from muntin.cli.console import print_json, progress_bar, say, status
+from muntin.cli.console import print_json, print_table, progress_bar, say, status
 
 
 def test_a_line_is_printed_as_it_stands(capsys: pytest.CaptureFixture[str]) -> None:
@@ -41,3 +42,20 @@ def test_a_pipe_sees_no_progress(capsys: pytest.CaptureFixture[str]) -> None:
         stage("hard")
     captured = capsys.readouterr()
     assert (captured.out, captured.err) == ("", "")
+
+
+def test_a_table_is_as_wide_as_it_is_in_a_pipe_and_folds_on_a_terminal(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    table = Table("name", "figure")
+    for column in table.columns:
+        column.overflow = "fold"
+    table.add_row("n" * 90, "f" * 40)
+    print_table(table)
+    assert any("n" * 90 in line and "f" * 40 in line for line in capsys.readouterr().out.splitlines())
+    terminal = Console(file=StringIO(), force_terminal=True, width=80)
+    monkeypatch.setattr("muntin.cli.console.out", terminal)
+    print_table(table)
+    assert isinstance(terminal.file, StringIO)
+    shown = terminal.file.getvalue()
+    assert (shown.count("n"), shown.count("f"), "…" in shown) == (91, 41, False)

@@ -13,9 +13,9 @@ import pytest
 from PIL import Image
 
 import muntin.runtime
-from muntin.artifact import open_artifact
+from muntin.artifact import Signature, open_artifact
 from muntin.artifact.classes import ClassInfo
-from muntin.cli.deploy import _read_truth
+from muntin.cli.deploy import _print_results, _read_truth, _segment
 from muntin.deployment import assessment
 from muntin.errors import DataError
 from muntin.runtime import load, predict
@@ -249,18 +249,49 @@ def test_a_truth_that_compares_nothing_is_refused(tmp_path: Path) -> None:
     write_image(tmp_path / "mask.png", np.full((4, 6), 255, np.uint8))
     classes = [ClassInfo(name=name, color=(n, n, n)) for n, name in enumerate(("cell", "ground"))]
     with pytest.raises(DataError, match="every pixel is 255, which counts as ignored, and none is compared"):
-        _read_truth(tmp_path / "mask.png", (4, 6), classes, 100)
+        _read_truth(tmp_path / "mask.png", (4, 6), classes, 100, [])
 
 
-def test_a_truth_that_may_mean_255_for_its_second_class_is_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_truth_that_may_mean_255_for_its_second_class_is_told(tmp_path: Path) -> None:
     classes = [ClassInfo(name="sea", color=(0, 0, 0)), ClassInfo(name="land", color=(255, 255, 255))]
     for values, told in (([0, 255], True), ([0, 1, 255], False), ([0, 1], False)):
         mask = np.resize(np.array(values, np.uint8), (4, 6))
         write_image(tmp_path / "mask.png", mask)
-        truth, taken = _read_truth(tmp_path / "mask.png", (4, 6), classes, 100)
+        notes: list[str] = []
+        truth, taken = _read_truth(tmp_path / "mask.png", (4, 6), classes, 100, notes)
         assert np.array_equal(truth, mask)
         assert taken == {value: classes[value].name for value in values if value != 255}
-        assert ("255 counts as ignored, so class 0 alone is compared; if it means land, write 1" in capsys.readouterr().err) is told
+        assert ("255 counts as ignored, so class 0 alone is compared; if it means land, write 1" in "".join(notes)) is told
+
+
+def test_what_predict_notes_is_in_the_document_or_on_the_terminal(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    classes = (ClassInfo(name="sea", color=(0, 0, 0)), ClassInfo(name="land", color=(255, 255, 255)))
+
+    class Two:
+        """A session of two channels."""
+
+        signature = Signature(task="segment", channels=2, classes=classes)
+
+        def __call__(self, images: Any) -> Any:
+            return images.transpose(0, 3, 1, 2).astype(np.float32)
+
+        def labels(self, images: Any) -> Any:
+            return images.argmax(-1).astype(np.uint8)
+
+    np.save(tmp_path / "two.npy", np.random.default_rng(0).integers(0, 255, (24, 20, 2), dtype=np.uint8))
+    session: Any = Two()
+    tiles = {"tile": 64, "overlap": None, "exact": False}
+    result = _segment(session, tmp_path / "two.npy", tmp_path / "out", None, 10_000, tiles)
+    assert result["notes"] == [f"{tmp_path}/two.npy: 2 channels cannot be shown: no overlay"] and "overlay" not in result
+    assert capsys.readouterr().err == ""
+    _print_results([result])
+    assert capsys.readouterr().err == f"{result['notes'][0]}\n"
+
+
+@pytest.mark.parametrize(("agreement", "shown"), [(0.99996, "99.99 %"), (0.5, "50.00 %"), (1.0, "100 %")])
+def test_an_agreement_that_is_not_whole_is_not_shown_as_whole(capsys: pytest.CaptureFixture[str], agreement: float, shown: str) -> None:
+    _print_results([{"source": "a.png", "mask": "a.mask.png", "agreement": agreement}])
+    assert f"({shown} of the pixels that count agree with the truth)" in capsys.readouterr().out
 
 
 def test_predict_in_tiles_is_what_the_library_does_in_tiles(call: Call, exported: Any, tmp_path: Path) -> None:

@@ -24,6 +24,8 @@ def test_models_are_listed_with_their_figures(call: Call) -> None:
     text = call("models", "--size", "64")
     assert (text.code, text.err) == (0, "")
     assert all(name in text.out for name in PRESETS)
+    tiny = call("models", "--size", "32")
+    assert tiny.code == 0 and " 0.00 " not in tiny.out  # a small image takes little, not nothing
 
 
 @pytest.fixture

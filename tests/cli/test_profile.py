@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -121,3 +122,7 @@ def test_a_run_is_profiled_live_in_pytorch(call: Call, exported: Any, tmp_path: 
     events = json.loads((tmp_path / "out" / "trace.json").read_text())["traceEvents"]
     assert {f"muntin:{layer['name']}" for layer in document["layers"]} <= {event.get("name") for event in events}
     assert "--engine" in call(*words, "--engine", "onnxruntime").mistake()
+    inside = call("profile", exported.run, "--size", "24", "--rounds", "1", "-o", exported.run / "profile")
+    assert (inside.code, (exported.run / "profile" / "trace.json").is_file()) == (0, True)
+    shutil.rmtree(exported.run / "profile")
+    assert "holds its own files only" in call("profile", exported.artifact, "-o", exported.artifact / "profile").mistake()

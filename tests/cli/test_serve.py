@@ -153,14 +153,18 @@ def test_it_ends_when_it_is_told_to_while_it_loads(artifact: Path, stop: signal.
     [
         (["--objective-ms", "0"], "--objective-ms"),
         (["--name", "a/b"], "--name"),
-        (["--tls-key", "key.pem"], "certificate and its key"),
+        (["--tls-key", "key.pem"], "muntin: TLS needs both a certificate and its key: give both --tls-certificate and --tls-key"),
+        (["--queue", "2"], "muntin: 2 rows may wait, and a request may have 8"),
         (["--token-file", "{empty}"], "holds no token"),
+        (["--token-file", "{words}"], "words, line 2: a bearer token is ASCII without spaces"),
         (["--engine", "nonsense"], "openvino, onnxruntime"),
     ],
 )
 def test_what_it_may_not_be_told_is_one_line(artifact: Path, tmp_path: Path, options: list[str], message: str) -> None:
-    (tmp_path / "empty").write_text("\n")
-    command = [sys.executable, "-m", "muntin", "serve", str(artifact), *(option.format(empty=tmp_path / "empty") for option in options)]
+    files = {"empty": tmp_path / "empty", "words": tmp_path / "words"}
+    files["empty"].write_text("\n")
+    files["words"].write_text("secret\ntwo words\n")
+    command = [sys.executable, "-m", "muntin", "serve", str(artifact), *(option.format(**files) for option in options)]
     ended = subprocess.run(command, capture_output=True, text=True, check=False)
     assert ended.returncode == 1
     assert message in ended.stderr

@@ -49,6 +49,8 @@ def test_fit_tells_its_notes_before_it_trains_and_once(call: Call, call_process:
     note = f"note      {tiny.root}/train/masks: 1 masks have no image and are not used\n"
     answer = call("fit", tiny.recipe, "-o", tmp_path / "run", "--set", "training.steps=1")
     assert (answer.code, answer.err) == (0, note) and "note " not in answer.out
+    document = call("fit", tiny.recipe, "-o", tmp_path / "document", "--set", "training.steps=1", "--json").document()
+    assert f"note      {document['notes'][0]}\n" == note
     dies = "import os\nimport muntin.training.loop as loop\nloop.Training.run = lambda *arguments: os._exit(9)"
     broken = call_process("fit", tiny.recipe, "-o", tmp_path / "other", before=dies)
     assert (broken.code, broken.err) == (9, note)
@@ -104,6 +106,12 @@ def test_bad_data_are_one_line_and_nothing_is_written(
 def test_a_wrong_change_is_one_line(call: Call, tiny: Any, tmp_path: Path, change: str, says: str) -> None:
     assert says in call("fit", tiny.recipe, "-o", tmp_path / "run", "--set", change).mistake()
     assert not (tmp_path / "run").exists()
+
+
+def test_a_run_that_cannot_be_written_is_told_before_the_pictures_are_looked_at(call: Call, tiny: Any, tmp_path: Path) -> None:
+    (tmp_path / "taken").write_text("a file")
+    cut(tiny.root / "train/images/train-1.png")
+    assert "taken is a file: name a folder" in call("fit", tiny.recipe, "-o", tmp_path / "taken").mistake()
 
 
 def test_ctrl_c_leaves_a_checkpoint_and_the_command_that_goes_on(call: Call, tiny: Any, tmp_path: Path) -> None:

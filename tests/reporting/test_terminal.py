@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 from typing import Any
 
+import pytest
 from rich.console import Console
 
 from muntin.reporting import terminal_table
@@ -27,7 +28,10 @@ def test_every_step_with_what_changed(report: dict[str, Any]) -> None:
     assert "–" in lines["w4a8"]
 
 
-def test_a_narrow_terminal_cuts_no_name(report: dict[str, Any]) -> None:
+@pytest.mark.parametrize("weighed", [False, True])
+def test_a_narrow_terminal_cuts_nothing(report: dict[str, Any], weighed: bool) -> None:
+    for step in report["steps"] if weighed else ():
+        step["weights"] = 10_000_000
     shown = printed(report, 80)
     assert "…" not in shown
     assert all(f" {step['name']} " in shown for step in report["steps"])

@@ -14,6 +14,7 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
 from rich.text import Text
 
 from muntin.errors import DataError
@@ -24,6 +25,8 @@ err = Console(stderr=True, highlight=False, soft_wrap=True, emoji=False)
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON document as the last output.")]
 SHOWN = 12
 """Classes that are named in a line."""
+UNBOUNDED = 10_000
+"""Columns that no table has."""
 
 
 def print_json(document: Any) -> None:
@@ -51,6 +54,15 @@ def accept_any_name() -> None:
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, TextIOWrapper) and stream.errors == "strict":
             stream.reconfigure(errors="backslashreplace")
+
+
+def print_table(table: Table) -> None:
+    """A table on standard output: in a pipe as wide as it is, since nobody's window cuts it there; on a terminal its cells fold."""
+    if out.is_terminal:
+        out.print(table)
+        return
+    wide = Console(file=out.file, width=UNBOUNDED, highlight=False, emoji=False)
+    wide.print(table, width=wide.measure(table).maximum)
 
 
 def say(text: str) -> None:

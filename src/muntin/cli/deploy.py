@@ -97,6 +97,7 @@ def verify_command(
 
     The last, every layer alone, is a check of OpenVINO; with another --engine it is left out, and a note says so.
     """
+    from muntin.reporting.text import percent
     from muntin.runtime import verify
     from muntin.runtime.engines import DEFAULT_ENGINE
 
@@ -123,7 +124,7 @@ def verify_command(
     else:
         out.print(f"files     {len(result.digests)} digests agree", markup=False)
         for golden in result.golden:
-            agreement = "" if golden.label_agreement is None else f", {golden.label_agreement:.2%} of its labels agree"
+            agreement = "" if golden.label_agreement is None else f", {percent(golden.label_agreement, 2)} of its labels agree"
             errors = f"largest error {golden.max_error:.2g} standard deviations, {golden.rms_error:.2g} in the mean"
             out.print(f"golden    {golden.shape}: {errors}{agreement}", markup=False)
         ran = f"{len(integers)} layers run on INT8 kernels of {result.engine}, the others in {result.precision}"
@@ -225,13 +226,17 @@ def predict_command(
 
 
 def _print_results(results: Iterable[dict[str, Any]]) -> None:
+    from muntin.reporting.text import percent
+
     for result in results:
         what = result.get("class") or ", ".join(str(v) for k, v in result.items() if k in ("mask", "image", "overlay", "difference"))
         if "probability" in result:
             what += f" (probability {result['probability']:.3f})"
         if "agreement" in result:
-            what += f" ({result['agreement']:.2%} of the pixels that count agree with the truth)"
+            what += f" ({percent(result['agreement'], 2)} of the pixels that count agree with the truth)"
         out.print(f"{result['source']} -> {what}", markup=False)
+        for note in result.get("notes", ()):
+            say(note)
         if "truth" in result:
             taken = [f"{number} is {name}" for number, name in result["truth"].items()]
             shown = ", ".join(taken[:SHOWN]) + (", ..." if len(taken) > SHOWN else "")
@@ -335,7 +340,8 @@ def _segment(session: Session, path: Path, output: Path, truth: Path | None, max
 
     image = read_image(path, channels=session.signature.channels, max_pixels=max_pixels, mapped=True)
     size = [side * session.signature.scale for side in image.shape[:2]]
-    known = None if truth is None else _read_truth(truth, size, session.signature.classes, max_pixels * session.signature.scale**2)
+    notes: list[str] = []
+    known = None if truth is None else _read_truth(truth, size, session.signature.classes, max_pixels * session.signature.scale**2, notes)
     answer = predict(session, image, **tiles)
     output.mkdir(parents=True, exist_ok=True)
     targets = _results(path, output, session.signature)
@@ -349,7 +355,7 @@ def _segment(session: Session, path: Path, output: Path, truth: Path | None, max
         result["overlay"] = str(targets["overlay"])
         write_image(targets["overlay"], overlay(_scaled(image, session.signature.scale), answer, classes))
     else:
-        say(f"{path}: {image.shape[2]} channels cannot be shown: no overlay")
+        notes.append(f"{path}: {image.shape[2]} channels cannot be shown: no overlay")
     if known is not None:
         result["difference"] = str(targets["difference"])
         labels, taken = known
@@ -358,6 +364,8 @@ def _segment(session: Session, path: Path, output: Path, truth: Path | None, max
             result["truth"] = taken
     total = answer.size
     result["shares"] = {c.name: float((answer == k).sum() / total) for k, c in enumerate(classes)}
+    if notes:
+        result["notes"] = notes
     return result
 
 
@@ -366,8 +374,10 @@ def _scaled(image: NDArray[np.uint8], scale: int) -> NDArray[np.uint8]:
     return image if scale == 1 else image.repeat(scale, 0).repeat(scale, 1)
 
 
-def _read_truth(path: Path, size: Sequence[int], classes: Sequence[ClassInfo], max_pixels: int) -> tuple[NDArray[np.uint8], dict[int, str]]:
-    """Its classes, and what its numbers are taken for: class numbers, which a recipe's `value`s need not be."""
+def _read_truth(
+    path: Path, size: Sequence[int], classes: Sequence[ClassInfo], max_pixels: int, notes: list[str]
+) -> tuple[NDArray[np.uint8], dict[int, str]]:
+    """Its classes, and what its numbers are taken for: class numbers, which a recipe's `value`s need not be; adds to `notes`."""
     import numpy as np
 
     from muntin.runtime.images import IGNORED, read_mask
@@ -385,7 +395,7 @@ def _read_truth(path: Path, size: Sequence[int], classes: Sequence[ClassInfo], m
     if values.tolist() == [IGNORED]:
         raise DataError(f"{path}: every pixel is {IGNORED}, which counts as ignored, and none is compared: allowed are {allowed}")
     if values.tolist() == [0, IGNORED] and len(classes) == 2:
-        say(f"{path}: {IGNORED} counts as ignored, so class 0 alone is compared; if it means {classes[1].name}, write 1 there")
+        notes.append(f"{path}: {IGNORED} counts as ignored, so class 0 alone is compared; if it means {classes[1].name}, write 1 there")
     wrong = np.setdiff1d(values, [*range(len(classes)), IGNORED])
     if wrong.size:
         raise DataError(f"{path}: the mask holds the value {wrong[0]}; allowed are {allowed} (a recipe's `value`s are not in an artefact)")

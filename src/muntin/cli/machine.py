@@ -63,7 +63,7 @@ def _table(title: str, rows: Iterable[tuple[str, str]]) -> None:
         return
     table = Table.grid(padding=(0, 2))
     table.add_column(min_width=2 + LABEL)
-    table.add_column()
+    table.add_column(overflow="fold")  # a path or a command that is cut cannot be copied
     for label, text in rows:  # Text, not str: rich would read "[train]" as markup
         table.add_row(Text(f"  {label}", style=_COLORS.get(label, "")), Text(text))
     out.print(table)

@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 from rich.table import Table
 
-from muntin.cli.console import SHOWN, Json, out, print_json, progress_bar
+from muntin.cli.console import SHOWN, Json, out, print_json, print_table, progress_bar
 
 
 def models_command(
@@ -21,6 +21,7 @@ def models_command(
 
     from muntin.deployment import image_macs, parameter_count
     from muntin.models import PRESETS, HybridNet, create_model
+    from muntin.reporting.text import gmacs
 
     rows = []
     with progress_bar("counting") as advance:
@@ -49,8 +50,8 @@ def models_command(
     for row in rows:
         lists = [" + ".join(str(v) for v in row[key]) for key in ("dims", "depths")]  # type: ignore[attr-defined]
         lists.append(f"{row['decoder']} /{row['finest']}")
-        table.add_row(str(row["name"]), f"{row['params'] / 1e6:.2f}", f"{row['gmacs']:.2f}", str(row["attention"]), *lists)  # type: ignore[operator]
-    out.print(table)
+        table.add_row(str(row["name"]), f"{row['params'] / 1e6:.2f}", gmacs(row["gmacs"]), str(row["attention"]), *lists)  # type: ignore[operator,arg-type]
+    print_table(table)
     out.print("also timm:NAME, torchvision:NAME and package.module:factory", markup=False)
 
 

@@ -12,7 +12,7 @@ import typer
 from rich.table import Table
 from rich.text import Text
 
-from muntin.cli.console import Json, out, print_json, refuse_unwritable, status
+from muntin.cli.console import Json, out, print_json, print_table, refuse_unwritable, status
 from muntin.errors import DataError
 
 Shape = tuple[int, int, int]
@@ -101,14 +101,16 @@ def _profile_run(run: Path, target: Path, *, size: str | None, batch: int | None
     )
     rows = [[layer.name, layer.kind, f"{layer.ms:.2f}", f"{layer.ms / measured.whole_ms:.0%}"] for layer in measured.layers[:TOP]]
     title = f"the longest {len(rows)} of {len(measured.layers)} layers"
-    out.print(_table(title, ("layer", "kind", "ms", "share"), rows))
+    print_table(_table(title, ("layer", "kind", "ms", "share"), rows))
     out.print(f"wrote     {measured.trace} for chrome://tracing or ui.perfetto.dev", markup=False)
 
 
 def _target(artifact: Path, output: Path | None) -> Path:
+    from muntin.artifact.store import MANIFEST
+
     there = artifact.resolve()
     target = output if output is not None else there.parent / f"{there.name}-profile"
-    if there in (target.resolve(), *target.resolve().parents):
+    if (there / MANIFEST).exists() and there in (target.resolve(), *target.resolve().parents):
         raise DataError(f"--output {target}: that is in the artefact, which holds its own files only: name a folder elsewhere")
     return target
 
@@ -159,8 +161,8 @@ def _print(document: Mapping[str, Any]) -> None:
             out.print(f"mind      {finding['words']}", markup=False)
     for note in document["notes"]:
         out.print(f"note      {note}", markup=False)
-    out.print(kinds_table(document))
-    out.print(kernels_table(document))
+    print_table(kinds_table(document))
+    print_table(kernels_table(document))
 
 
 def kinds_table(document: Mapping[str, Any]) -> Table:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from importlib import resources
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-from muntin.cli.console import Json, out, print_json, refuse_unwritable, say, status
+from muntin.cli.console import Json, out, print_json, print_table, refuse_unwritable, say, status
 
 
 def report_command(
@@ -40,7 +41,7 @@ def demo_command(
     with resources.as_file(resources.files("muntin") / "recipes" / "demo.yaml") as path:
         recipe = load_recipe(path, set_ or ())
     begun = bool(checkpoints_in(output / "checkpoints"))
-    result = fit_with_progress(recipe, root=Path.cwd(), directory=output, resume=begun)
+    result = fit_with_progress(recipe, root=Path.cwd(), directory=output, resume=begun, quiet=json)
     if result.asked_to_stop:
         say(f"muntin: interrupted after step {result.step} of {result.steps}; the same command goes on")
         raise typer.Exit(1)
@@ -52,23 +53,25 @@ def demo_command(
         raise typer.Exit(1)
     if not json:
         describe_compression(run)
-    _finish(result.checkpoint, output, json)
+    _finish(result.checkpoint, output, json, before=(*result.notes, *run.notes))
 
 
-def _finish(checkpoint: Path, directory: Path, json: bool) -> None:
+def _finish(checkpoint: Path, directory: Path, json: bool, *, before: Iterable[str] = ()) -> None:
+    """Assesses, writes and shows it; `before`: notes of earlier steps, which a person was told when they were done."""
     from muntin.deployment.assessment import assess
     from muntin.reporting import terminal_table, write_report
+    from muntin.reporting.text import percent
     from muntin.training import read_checkpoint
 
     with status("assessing") as stage:
         report: dict[str, Any] = assess(read_checkpoint(checkpoint), directory, stage=stage)
     page = write_report(directory, report)
     if json:
-        print_json({"report": page, **report})
+        print_json({"report": page, **report, "notes": list(dict.fromkeys((*before, *report["notes"])))})
         return
-    out.print(terminal_table(report))
+    print_table(terminal_table(report))
     if report["agreement"] is not None:
-        out.print(f"agreement {report['agreement']:.3%} of the test labels are the same deployed and simulated", markup=False)
+        out.print(f"agreement {percent(report['agreement'], 3)} of the test labels are the same deployed and simulated", markup=False)
     for note in report["notes"]:
         out.print(f"note      {note}", markup=False)
     out.print(f"wrote     {page}", markup=False)

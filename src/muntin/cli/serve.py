@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from muntin.cli.console import Json, print_json, say, status
+from muntin.cli.console import print_json, say, status
 from muntin.cli.deploy import Engine, Precision, Threads
 from muntin.errors import DataError
 
@@ -65,7 +65,9 @@ def serve_command(
     engine: Engine = "openvino",
     precision: Precision = "recorded",
     threads: Threads = None,
-    json: Json = False,
+    json: Annotated[
+        bool, typer.Option("--json", help="Print one JSON document once it listens: where; the lines of --access-log come after it.")
+    ] = False,
 ) -> None:
     """Serve an artefact over HTTP and gRPC: the Open Inference Protocol, and pictures in, pictures out."""
     from pydantic import ValidationError
@@ -92,7 +94,8 @@ def serve_command(
     except ValidationError as error:
         first = error.errors(include_url=False)[0]
         where = "".join(f"--{str(part).replace('_', '-')}: " for part in first["loc"][:1])
-        raise DataError(f"{where}{first['msg']}") from error
+        # Not `from error`, whose text shows what it was given, tokens too.
+        raise DataError(f"{where}{first['msg'].removeprefix('Value error, ')}") from None
     if lack := raise_descriptors(config):
         say(f"muntin: {lack}")
     with Teller(lambda line: say(f"muntin: {line}")) as tell, ExitStack() as loading:
@@ -117,6 +120,8 @@ def _ended(cut_off: int, seconds: int, *, hurried: bool = False) -> str:
 
 
 def _tokens(path: Path | None) -> tuple[str, ...]:
+    from muntin.serving.config import is_token
+
     if path is None:
         return ()
     try:
@@ -126,6 +131,9 @@ def _tokens(path: Path | None) -> tuple[str, ...]:
     except UnicodeDecodeError as error:
         raise DataError(f"--token-file {path} is no UTF-8 (byte {error.start:,}): write it as plain text, one token a line") from error
     found = tuple(line.strip() for line in text.splitlines() if line.strip())
+    for number, line in enumerate(text.splitlines(), 1):
+        if not is_token(line.strip()) and line.strip():
+            raise DataError(f"--token-file {path}, line {number}: a bearer token is ASCII without spaces: write one such token a line")
     if not found:
         raise DataError(f"{path} holds no token: write one a line, or leave --token-file out")
     return found

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from muntin.cli.console import Json, err, out, print_json, progress_bar, say
+from muntin.cli.console import Json, err, out, print_json, progress_bar, refuse_unwritable, say
 
 if TYPE_CHECKING:
     from muntin.training import FitProgress, FitResult, Recipe
@@ -32,7 +32,7 @@ def fit_command(
     """Train a model by a recipe."""
     from muntin.training import load_recipe
 
-    result = fit_with_progress(load_recipe(recipe, set_ or ()), root=recipe.resolve().parent, directory=output, resume=resume)
+    result = fit_with_progress(load_recipe(recipe, set_ or ()), root=recipe.resolve().parent, directory=output, resume=resume, quiet=json)
     if json:
         print_json({**asdict(result), "validation": result.validation})
     else:
@@ -45,15 +45,20 @@ def fit_command(
         raise typer.Exit(1)
 
 
-def fit_with_progress(recipe: Recipe, *, root: Path, directory: Path | None, resume: bool) -> FitResult:
-    """`fit`, with a bar on a terminal. Notes are told at once, on standard error: there is time to think of them while it trains."""
+def fit_with_progress(recipe: Recipe, *, root: Path, directory: Path | None, resume: bool, quiet: bool) -> FitResult:
+    """`fit`, with a bar on a terminal. Notes are told at once, on standard error: there is time to think of them while it trains.
+
+    `quiet`: they are in the result alone.
+    """
     from muntin.training import fit
 
+    refuse_unwritable(directory or Path("runs") / recipe.name)  # before the pictures are looked at, which may take minutes
     with training_bar(recipe.task) as report:
 
         def tell(progress: FitProgress) -> None:
             if progress.kind == "note":
-                say(f"note      {progress.note}")
+                if not quiet:
+                    say(f"note      {progress.note}")
             else:
                 report("training", progress)
 

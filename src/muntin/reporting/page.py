@@ -165,7 +165,7 @@ def step_cells(report: Report, step: Step) -> list[Cell]:
             else []
         ),
         cell(text.size(step.bytes), first.bytes, step.bytes, "smaller", "larger"),
-        cell(f"{step.gmacs:.2f}", first.gmacs, step.gmacs, "fewer", "more"),
+        cell(text.gmacs(step.gmacs), first.gmacs, step.gmacs, "fewer", "more"),
     ]
     if any(other.latency_ms is not None for other in report.steps):
         shown = "–" if step.latency_ms is None else text.milliseconds(step.latency_ms)

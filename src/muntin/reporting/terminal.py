@@ -9,7 +9,7 @@ from rich.table import Table
 from rich.text import Text
 
 from muntin.reporting.schema import Report, Step, parse_report
-from muntin.reporting.text import METRICS, UNCHANGED, amount, change, milliseconds, ratio, size
+from muntin.reporting.text import METRICS, UNCHANGED, amount, change, gmacs, milliseconds, ratio, size
 
 
 def terminal_table(report: Report | Mapping[str, Any]) -> Table:
@@ -25,7 +25,7 @@ def terminal_table(report: Report | Mapping[str, Any]) -> Table:
     table = Table(title=Text(checked.title), title_justify="left", caption=Text(checked.hardware.cpu), caption_justify="left")
     table.add_column("step", style="bold", no_wrap=True)
     for heading in (metric.name, "params", *(["weights"] if weighed else []), "on disk", "GMACs", *(["latency"] if timed else [])):
-        table.add_column(heading, justify="right")
+        table.add_column(heading, justify="right", overflow="fold")
     table.add_column("engine", overflow="fold")
     for step in checked.steps:
         cells = _cells(checked.steps[0], step, checked, timed, weighed)
@@ -41,7 +41,7 @@ def _cells(first: Step, step: Step, report: Report, timed: bool, weighed: bool) 
         amount(step.params) + _against(first.params, step.params, same),
         *([size(step.weights) + _against(first.weights, step.weights, same)] if weighed else []),
         size(step.bytes) + _against(first.bytes, step.bytes, same),
-        f"{step.gmacs:.2f}" + _against(first.gmacs, step.gmacs, same),
+        gmacs(step.gmacs) + _against(first.gmacs, step.gmacs, same),
     ]
     if timed:
         shown = "–" if step.latency_ms is None else milliseconds(step.latency_ms)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from datetime import datetime
+from math import floor, log10
 
 from muntin.reporting.records import Hardware
 from muntin.reporting.schema import Report, Step, Task
@@ -53,6 +54,11 @@ def amount(value: float) -> str:
         if value >= limit * 0.9995:
             return f"{value / limit:.{0 if value / limit >= 99.95 else 1 if value / limit >= 9.995 else 2}f}{unit}"
     return f"{value:.0f}"
+
+
+def gmacs(value: float) -> str:
+    """Billions of multiply-accumulates: 3.114 -> '3.11', 0.00176 -> '0.0018'; two digits of it, however few they are."""
+    return f"{value:.2f}" if value >= 0.0995 or value == 0 else f"{value:.{1 - floor(log10(value))}f}"
 
 
 def milliseconds(value: float) -> str:
