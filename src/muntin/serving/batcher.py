@@ -23,7 +23,7 @@ at their present rate; if more of them come, it is dropped.
 
 A promise needs figures. Jobs of a group that was measured less than twice are admitted without one. So is one of a group that would be late
 even alone: whenever nothing waits or runs, if it is the objective that it would miss and no deadline of its own, since an engine that
-cannot keep the objective would answer nobody (one that can has been handed it too late, and does not try); otherwise now and then, or
+cannot keep the objective would answer nobody (one that can has been handed it too late); otherwise now and then, or
 nobody would find out that the engine has recovered. But where others keep the objective, a job that takes many times as long as that is
 admitted only if its group was measured itself, and hardly ever: while it is computed all the others are refused. By a guess, which errs
 where a call's fixed part is large, it is tried as rarely, of all such groups together, when nothing else waits or runs, but for far too
@@ -330,9 +330,8 @@ class Batcher:
         huge = self._huge(job, lane, now)
         if job.deadline is None or job.deadline > job.due:
             assert self.objective is not None
-            if lane.line.safe(job.rows) + self.margin <= self.objective:
-                return math.inf  # it was read too late, and the next one need not be
-            if not huge and not self._jobs and not self._running:
+            unable = lane.line.safe(job.rows) + self.margin > self.objective  # else it was read too late, and the next one need not be
+            if unable and not huge and not self._jobs and not self._running:
                 return 0.0
         if lane.outstanding:
             return math.inf

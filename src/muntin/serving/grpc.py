@@ -488,10 +488,13 @@ class GrpcFace:
             encode=lambda response: encode(response, decoded), copies=True,
         )  # fmt: skip
         if self._tracing is None:
-            return await infer()
+            answered = await infer()
+            self._ledger.pulse.ran()
+            return answered
         carrier = {name: value for name, value in context.invocation_metadata() or () if isinstance(value, str)}
         with self._tracing.inference("grpc", named.model, carrier) as span:
             answered = await infer()
+            self._ledger.pulse.ran()
             span.answered(answered)
         return answered
 

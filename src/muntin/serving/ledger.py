@@ -25,8 +25,8 @@ class Pulse:
     any time since it looked last: at many requests a second that is far more than what a request is worth. One that slept may have been
     woken long before it runs, where the engine has its core: Linux counts how long a thread that could run had none.
 
-    Every round of reading or answering is told to it, on the loop's thread, also where nobody asks: what was waited for before says nothing
-    of now.
+    Every round of reading (`came`) or answering (`ran`) is told to it, on the loop's thread, also where nobody asks: what was waited for
+    before says nothing of now.
     """
 
     def __init__(self) -> None:
@@ -46,10 +46,20 @@ class Pulse:
             elif self._waits is None:
                 self._came = now
             else:
-                self._came = now - min(self._waits.seconds() - self._waited, now - self._looked)
+                self._came = now - min(max(self._waits.seconds() - self._waited, 0.0), now - self._looked)
             self._reading = now
             loop.call_soon(self._read)
         return self._came
+
+    def ran(self) -> None:
+        """The loop does something else than reading, an answer as a rule. What it waited for to do that, no request has waited for that is
+        read from here on."""
+        now = time.monotonic()
+        if self._reading is None:
+            if now - self._looked >= _ASLEEP:
+                self._before = now
+                self._count()
+            self._looked = now
 
     def _read(self) -> None:
         """The round is over."""
@@ -57,8 +67,12 @@ class Pulse:
         self._before, self._reading = self._reading, None
         if self._waits is None:
             self._waits = Waits()
-        self._waited = self._waits.seconds()
+        self._count()
         self._looked = time.monotonic()
+
+    def _count(self) -> None:
+        if self._waits is not None:
+            self._waited = self._waits.seconds()
 
 
 class Waits:
@@ -78,7 +92,7 @@ class Waits:
             return 0.0
         try:
             return int(os.pread(self._file, 96, 0).split()[1]) / 1e9  # time on a core, time without one, turns
-        except OSError:  # the thread has ended
+        except (OSError, ValueError, IndexError):  # the thread has ended
             return 0.0
 
 
