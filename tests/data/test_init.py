@@ -357,6 +357,19 @@ def test_splits_beside_images_and_masks_are_used(tmp_path: Path) -> None:
     assert [len(source.split(name)) for name in ("train", "validation", "test")] == [8, 3, 4]
 
 
+@pytest.mark.parametrize("inside", ["picture.png", "images/picture.png", "test_a.py", ""])
+def test_what_has_the_name_of_a_split_beside_images_and_is_none_is_left_alone(tmp_path: Path, inside: str) -> None:
+    fill(tmp_path, masks_of([0, 1]))
+    (tmp_path / "test" / inside).parent.mkdir(parents=True, exist_ok=True)
+    (tmp_path / "test").mkdir(exist_ok=True)
+    if inside.endswith(".png"):
+        write_image(tmp_path / "test" / inside, np.zeros((40, 50, 3), np.uint8))
+    elif inside:
+        (tmp_path / "test" / inside).write_text("")
+    recipe, _ = opened(write_recipe(tmp_path))
+    assert recipe["data"]["test"] == 0.15
+
+
 @pytest.mark.parametrize("name", ["do\x7fg", "o\u0085x", "\u00a0\U0001f600", "a\u2028b", 'q"uote\\'])
 def test_a_class_whose_name_yaml_does_not_take_raw(tmp_path: Path, name: str) -> None:
     for folder in ("cat", name):

@@ -349,5 +349,14 @@ def test_yes_and_no_are_no_numbers(change: str, place: str) -> None:
         override_recipe(Recipe(), [change])
 
 
+def test_what_holds_itself_by_an_alias_is_no_traceback(tmp_path: Path) -> None:
+    path = tmp_path / "recipe.yaml"
+    path.write_text("model:\n  options: &a\n    x: *a\n")
+    try:
+        load_recipe(path)
+    except RecipeError as error:
+        assert "\n" not in str(error)
+
+
 def test_what_is_yes_or_no_may_be_said_so() -> None:
     assert override_recipe(Recipe(), ["training.compile=yes"]).training.compile is True

@@ -58,7 +58,9 @@ def accept_any_name() -> None:
 
 def print_table(table: Table) -> None:
     """A table on standard output: in a pipe as wide as it is, since nobody's window cuts it there; on a terminal its cells fold."""
-    if out.is_terminal:
+    for column in table.columns:
+        column.overflow = "fold"
+    if out.file.isatty():
         out.print(table)
         return
     wide = Console(file=out.file, width=UNBOUNDED, highlight=False, emoji=False)

@@ -132,8 +132,10 @@ def find_layout(root: Path, task: Task | None) -> Layout:
         raise DataError(f"the folder {root} does not exist: name the folder that holds your pictures")
     train = _folder(root, "train")
     others = {name: _folder(root, name) for name in ("validation", "test")}
+    pairs = {name: folder if folder is not None and _pair(folder) else None for name, folder in others.items()}
     for base in (root,) if train is None else (train, root):
-        layout = _segment_layout(base, others) if task != "classify" else None
+        # beside the pictures a folder of that name may be anything; beside those to train on it is meant
+        layout = _segment_layout(base, pairs if base is root else others) if task != "classify" else None
         if layout is None and task != "segment":
             # beside folders of classes a folder of that name may be a class
             layout = _classify_layout(base, dict.fromkeys(others) if base is root else others, asked=task is not None)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from rich.box import SIMPLE_HEAD
 from rich.table import Table
 from rich.text import Text
 
@@ -22,7 +23,11 @@ def terminal_table(report: Report | Mapping[str, Any]) -> Table:
     timed = any(step.latency_ms is not None for step in checked.steps)
     weighed = any(step.weights is not None for step in checked.steps)
     # Text, not str: names are the user's, and rich would read "[red]" in them as markup.
-    table = Table(title=Text(checked.title), title_justify="left", caption=Text(checked.hardware.cpu), caption_justify="left")
+    # No lines between columns: 80 columns are just enough for the longest figure of each.
+    table = Table(
+        title=Text(checked.title), title_justify="left", caption=Text(checked.hardware.cpu), caption_justify="left",
+        box=SIMPLE_HEAD, collapse_padding=True, pad_edge=False,
+    )  # fmt: skip
     table.add_column("step", style="bold", no_wrap=True)
     for heading in (metric.name, "params", *(["weights"] if weighed else []), "on disk", "GMACs", *(["latency"] if timed else [])):
         table.add_column(heading, justify="right", overflow="fold")

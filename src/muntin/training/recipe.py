@@ -95,6 +95,8 @@ def parse_recipe(content: dict[str, Any], *, where: str) -> Recipe:
         recipe = Recipe.model_validate(content)
     except ValidationError as error:
         raise RecipeError(f"{where}: {_explain(error)}") from error
+    except RecursionError as error:  # an alias of what it stands in
+        raise RecipeError(f"{where}: it holds itself, by an alias: write it out") from error
     if (flag := _taken_for_number(content, recipe)) is not None:
         place, came = flag
         raise RecipeError(f"{where}: {place}: a number is wanted there (got {came}, which is what YAML makes of yes, no, on and off)")
@@ -105,6 +107,8 @@ def _taken_for_number(content: Any, checked: Any, place: str = "") -> tuple[str,
     """Where a yes or no was taken for 1 or 0, and which."""
     if isinstance(content, bool):
         return None if isinstance(checked, bool) else (place, content)
+    if checked is content:  # options of a model of one's own, which nobody has checked
+        return None
     pairs: Iterable[tuple[Any, Any, Any]] = ()
     if isinstance(content, dict):
         pairs = (
