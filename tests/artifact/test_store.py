@@ -415,3 +415,11 @@ def test_what_is_in_place_is_not_said_to_be_missing(write: Write, tmp_path: Path
 def test_needs_no_torch() -> None:
     code = "import sys, muntin.artifact, muntin.runtime; sys.exit(any(m in sys.modules for m in ('torch', 'openvino', 'onnxruntime')))"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_a_place_where_a_file_system_is_mounted_is_refused_before_the_work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "out").mkdir()
+    monkeypatch.setattr("muntin.artifact.directory.os.path.ismount", lambda path: Path(path) == tmp_path / "out")
+    with pytest.raises(ArtifactError, match="a file system is mounted there, which cannot be replaced: name a directory in it"):
+        directory.refuse_foreign(tmp_path / "out", ["a"], marker="a")
+    assert directory.refuse_foreign(tmp_path / "out" / "artifact", ["a"], marker="a") == (tmp_path / "out" / "artifact").resolve()

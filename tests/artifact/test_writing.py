@@ -53,3 +53,9 @@ def test_a_file_system_that_syncs_no_directories_is_taken_as_it_is(
     else:
         write_files(tmp_path, {"a": b"one"})
     assert [(file.name, file.read_bytes()) for file in tmp_path.iterdir()] == [("a", b"one")]
+
+
+def test_a_name_may_be_as_long_as_names_can_be(tmp_path: Path) -> None:
+    name = "n" * 251 + ".png"
+    write_files(tmp_path, {name: b"content"})
+    assert [(path.name, path.read_bytes()) for path in tmp_path.iterdir()] == [(name, b"content")]

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 
 from muntin.errors import MuntinError
 from muntin.reporting.schema import Report, parse_report, report_values
+from muntin.reporting.text import machine_facts
 
 NO_NUMBER = (math.nan, math.inf, -math.inf)
 
@@ -184,3 +185,11 @@ def test_whatever_comes_is_refused_in_one_line(values: Any) -> None:
     with pytest.raises(MuntinError) as caught:
         parse_report(values)
     assert str(caught.value).splitlines() == [str(caught.value)]
+
+
+def test_the_machines_gpus_are_names_in_a_list(report: dict[str, Any]) -> None:
+    report["hardware"]["gpus"] = ["NVIDIA H100 80GB HBM3", "NVIDIA H100 80GB HBM3"]
+    checked = parse_report(report)
+    assert ("gpus", "NVIDIA H100 80GB HBM3, NVIDIA H100 80GB HBM3") in machine_facts(checked.hardware, checked.muntin)
+    report["hardware"]["gpus"] = [{"name": "H100"}]
+    assert "hardware.gpus" in refusal(report)

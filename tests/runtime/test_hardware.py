@@ -6,6 +6,7 @@ import importlib.metadata
 import json
 import os
 import sys
+from pathlib import Path
 
 import numpy as np
 import onnxruntime
@@ -13,10 +14,12 @@ import pytest
 
 from muntin.runtime import describe_hardware
 from muntin.runtime.hardware import (
+    ISA_LIMITS,
     affinity,
     available_memory_gib,
     cpu_features,
     cpu_governors,
+    cpu_identity,
     cpu_model,
     cpu_quota,
     last_level_cache,
@@ -96,3 +99,30 @@ def test_limits_are_those_of_this_machine() -> None:
     assert 1 <= numa_nodes() <= len(cpus)
     assert (last_level_cache() or 1 << 20) >= 1 << 16
     assert all(name and "\n" not in name for name in cpu_governors())
+
+
+def test_what_the_environment_leaves_of_a_cpu_is_part_of_what_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ISA_LIMITS:
+        monkeypatch.delenv(name, raising=False)
+    whole = cpu_identity()
+    monkeypatch.setenv("ONEDNN_MAX_CPU_ISA", "AVX2")
+    assert cpu_identity() == f"{whole} ONEDNN_MAX_CPU_ISA=AVX2"
+
+
+@pytest.mark.parametrize(
+    ("files", "cores"),
+    [
+        ({"cpu.cfs_quota_us": "100000", "cpu.cfs_period_us": "50000"}, 2.0),
+        ({"cpu.cfs_quota_us": "100000"}, 1.0),
+        ({"cpu.cfs_quota_us": "-1", "cpu.cfs_period_us": "100000"}, None),
+        ({"cpu.max": "150000 100000"}, 1.5),
+        ({"cpu.max": "max 100000"}, None),
+    ],
+)
+def test_a_containers_quota(monkeypatch: pytest.MonkeyPatch, files: dict[str, str], cores: float | None) -> None:
+    group = "0::/" if "cpu.max" in files else "4:cpu,cpuacct:/"
+    texts = {Path("/proc/self/cgroup"): group}
+    root = Path("/sys/fs/cgroup") / ("" if "cpu.max" in files else "cpu")
+    texts |= {root / name: text for name, text in files.items()}
+    monkeypatch.setattr("muntin.runtime.hardware._text", lambda file: texts.get(file, ""))
+    assert cpu_quota() == cores

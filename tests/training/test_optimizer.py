@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from typing import Any
 
@@ -156,3 +157,13 @@ def test_complex_weights_are_trained() -> None:
     model(torch.ones(1, 3, dtype=torch.complex64)).abs().sum().backward()
     optimizer.step()
     assert not torch.equal(model.weight, before) and model.weight.isfinite().all()
+
+
+def test_it_is_neither_copied_nor_given_more_groups() -> None:
+    layer = nn.Linear(4, 4)
+    optimizer = make_optimizer(layer, TrainingConfig())
+    assert isinstance(optimizer, Muon)
+    with pytest.raises(TypeError, match="make another one"):
+        copy.deepcopy(optimizer)
+    with pytest.raises(TypeError, match="make another one of all parameters"):
+        optimizer.add_param_group({"params": [nn.Parameter(torch.zeros(3))]})

@@ -360,3 +360,8 @@ def test_what_holds_itself_by_an_alias_is_no_traceback(tmp_path: Path) -> None:
 
 def test_what_is_yes_or_no_may_be_said_so() -> None:
     assert override_recipe(Recipe(), ["training.compile=yes"]).training.compile is True
+
+
+def test_crops_on_rare_classes_need_masks() -> None:
+    with pytest.raises(RecipeError, match=r"data\.rare 0\.5: .* classify has not: remove it"):
+        override_recipe(Recipe(), ["task=classify", "data.rare=0.5"])

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torchvision.ops.misc import FrozenBatchNorm2d
 
 from muntin.layers.norm import GROUP, MapNorm
@@ -90,3 +90,22 @@ def test_a_short_training_of_slow_norms_is_kept_with_statistics_of_its_pixels(ti
     assert variance.median() > 10  # of pixels up to 255; it begins at 1, and three steps of a thousandth leave it near there
     trained = kept.tensors["model.safetensors"]["1.running_var"]
     assert (variance / trained).median() > 10
+
+
+class Twice(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm = nn.BatchNorm2d(1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.norm(x) + self.norm(x + 100)
+        return out
+
+
+@pytest.mark.parametrize("batches", [1, 3])
+def test_a_norm_that_is_called_twice_takes_the_mean_of_both(batches: int) -> None:
+    model = Twice().eval()
+    renew_statistics(model, [torch.zeros(4, 1, 2, 2)] * batches, FP32)
+    assert model.norm.running_mean is not None
+    assert model.norm.running_mean.item() == pytest.approx(50, rel=1e-5)
+    assert not model.norm._forward_pre_hooks and model.norm.momentum == 0.1

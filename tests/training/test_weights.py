@@ -152,3 +152,17 @@ def test_training_begins_with_the_recipes_weights_and_goes_on_with_its_own(tiny:
             torch.testing.assert_close(second.tensors["model.safetensors"][name], tensor, rtol=1e-4, atol=1e-5)
     weights.unlink()  # a run that goes on has weights of its own
     fit(load_recipe(tiny.recipe, slow), root=tiny.root, directory=tmp_path / "second", resume=True)
+
+
+class Positions(nn.Module):
+    def __init__(self, places: int) -> None:
+        super().__init__()
+        self.head = nn.Linear(4, 2)
+        self.table = nn.Parameter(torch.zeros(places, 3))
+
+
+def test_a_table_of_other_positions_is_no_layer_of_other_classes(tmp_path: Path) -> None:
+    path = tmp_path / "weights.safetensors"
+    save_file(Positions(49).state_dict(), path)
+    with pytest.raises(RecipeError, match=r"table has the shape \(49, 3\), in the recipe's model \(25, 3\)"):
+        begin_with(Positions(25), path)

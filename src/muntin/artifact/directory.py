@@ -69,6 +69,8 @@ def refuse_foreign(path: Path, names: Iterable[str], *, marker: str) -> Path:
         return target
     if not target.is_dir():
         raise ArtifactError(f"{path}: it is a file: name a directory")
+    if os.path.ismount(target):  # it cannot be renamed, so nothing could take its place at once
+        raise ArtifactError(f"{path}: a file system is mounted there, which cannot be replaced: name a directory in it")
     present = names_in(target)
     foreign = sorted(present.difference(names))
     if foreign or (present and marker not in present):

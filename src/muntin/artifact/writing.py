@@ -15,7 +15,8 @@ def write_files(directory: Path, contents: Mapping[str, bytes | memoryview]) -> 
     Raises OSError, and leaves what was there before and nothing else, unless it is the last rename of several that the system refuses.
     """
     # Hidden siblings, so that taking the final name is a rename inside one file system; removed whatever happens.
-    copies = {name: directory / f".{name}.{secrets.token_hex(4)}.tmp" for name in contents}
+    # Not named after it: a name may be as long as names can be.
+    copies = {name: (directory / name).with_name(f".{secrets.token_hex(8)}.tmp") for name in contents}
     for name in contents:  # the one reason that a rename may have and writing beside it not
         if (directory / name).is_dir():
             raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(directory / name))

@@ -212,8 +212,16 @@ def calibration_batches(
     samples: Sequence[Sample], *, crop: int, count: int, batch_size: int, seed: int, task: Task = "segment"
 ) -> list[Tensor]:
     """`count` training crops without augmentation, uint8 (B, C, crop, crop), in batches of `batch_size`, the last one smaller."""
+    return list(each_calibration_batch(samples, crop=crop, count=count, batch_size=batch_size, seed=seed, task=task))
+
+
+def each_calibration_batch(
+    samples: Sequence[Sample], *, crop: int, count: int, batch_size: int, seed: int, task: Task = "segment"
+) -> Iterator[Tensor]:
+    """The same, one after the other: for whoever needs no more than one at a time."""
     crops = Crops(samples, task=task, crop=crop, batch_size=batch_size, seed=seed)
-    return [images[: count - step * batch_size] for step, (images, _) in prefetch(crops, 0, math.ceil(count / batch_size))]
+    for step, (images, _) in prefetch(crops, 0, math.ceil(count / batch_size)):
+        yield images[: count - step * batch_size]
 
 
 def _window(array: UInt8, draw: Draw, fill: int) -> UInt8:

@@ -37,13 +37,13 @@ class Record(BaseModel):
 
 
 class Hardware(Record):
-    """The machine that measured, and the versions it measured with; keys beyond these four are free, plain values.
+    """The machine that measured, and the versions it measured with; keys beyond these four are free: plain values, or names in a list.
 
     `memory_gib` is null where the system does not say.
     """
 
     model_config = ConfigDict(frozen=True, extra="allow", allow_inf_nan=False)
-    __pydantic_extra__: dict[str, str | int | float | bool | None]
+    __pydantic_extra__: dict[str, str | int | float | bool | list[str] | None]
 
     cpu: Text
     cores: Annotated[int, Field(ge=1)]

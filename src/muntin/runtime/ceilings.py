@@ -182,26 +182,45 @@ def product_graph(kind: Kind, side: int, *, integer: bool) -> bytes:
 def measure_copy(threads: int, seconds: float) -> float:
     """1e9 bytes a second, read and written, that `threads` threads copy together, each its part of an array far beyond the caches.
 
-    As the STREAM benchmark counts: what a cache reads only in order to overwrite it does not count. Runs for `seconds`, and at least three
-    times.
+    As the STREAM benchmark counts: the best round, which lasts until the last thread is done, and what a cache reads only in order to
+    overwrite it does not count. Runs for `seconds`, and at least three rounds.
     """
-    size, barrier = _copy_bytes() // threads, Barrier(threads)
+    rounds = _Rounds(threads, seconds)
+    size = _copy_bytes() // threads
     with ThreadPoolExecutor(threads) as pool:
-        copies = [future.result() for future in [pool.submit(_copy, size, barrier, seconds) for _ in range(threads)]]
-    return sum(2 * size / min(times) for times in copies) / 1e9
+        for future in [pool.submit(_copy, size, rounds) for _ in range(threads)]:
+            future.result()
+    return 2 * size * threads / min(rounds.lengths) / 1e9
 
 
-def _copy(size: int, barrier: Barrier, seconds: float) -> list[float]:
-    """Seconds of each copy. The arrays are the thread's own and written by it first: they lie in the memory next to its core."""
+class _Rounds:
+    """Threads that begin each round together: seconds from one such moment to the next, by which time all have done their part."""
+
+    def __init__(self, threads: int, seconds: float) -> None:
+        self.lengths: list[float] = []
+        self.over = False
+        self._seconds = seconds
+        self._began: float | None = None
+        self._barrier = Barrier(threads, action=self._turn)
+
+    def wait(self) -> bool:
+        """For all others. Whether there is another round."""
+        self._barrier.wait()
+        return not self.over
+
+    def _turn(self) -> None:
+        now = time.perf_counter()
+        if self._began is not None:
+            self.lengths.append(now - self._began)
+        self.over = len(self.lengths) >= _REPEATS and sum(self.lengths) >= self._seconds
+        self._began = now
+
+
+def _copy(size: int, rounds: _Rounds) -> None:
+    """The arrays are the thread's own and written by it first: they lie in the memory next to its core."""
     source, target = np.full(size, 1, np.uint8), np.full(size, 2, np.uint8)
-    barrier.wait()
-    times: list[float] = []
-    start = time.perf_counter()
-    while time.perf_counter() - start < seconds or len(times) < _REPEATS:
-        began = time.perf_counter()
+    while rounds.wait():
         np.copyto(target, source)
-        times.append(time.perf_counter() - began)
-    return times
 
 
 def _copy_bytes() -> int:

@@ -32,6 +32,7 @@ from muntin.runtime.contention import CpuShare, measure_cpu_share
 from muntin.runtime.engines import DEFAULT_ENGINE
 from muntin.runtime.exactness import RUNNERS, IntegerCheck, check_integers, provider_starts
 from muntin.runtime.hardware import (
+    ISA_LIMITS,
     affinity,
     available_memory_gib,
     cpu_governors,
@@ -349,7 +350,7 @@ def check_arithmetic(engine: EngineFound, layers: Sequence[IntegerCheck], variab
     wrong = [layer for layer in layers if layer.wrong]
     if wrong:
         worst = max(wrong, key=lambda layer: layer.wrong / layer.outputs)
-        limit = next((f"{key}={variables[key]}" for key in ("ONEDNN_MAX_CPU_ISA", "DNNL_MAX_CPU_ISA") if variables.get(key)), None)
+        limit = next((f"{key}={variables[key]}" for key in ISA_LIMITS if variables.get(key)), None)
         cures = [
             *([f"unset {limit}"] if limit else []),
             *(f'give engine="{other}", whose integers are exact here' for other in exact),

@@ -17,6 +17,8 @@ from pathlib import Path
 from typing import Any
 
 # The flags that decide which kernels an engine has, under one name for both families of CPUs (x86 "flags", ARM "Features").
+ISA_LIMITS = ("ONEDNN_MAX_CPU_ISA", "DNNL_MAX_CPU_ISA")
+"""Variables of the environment that keep oneDNN, and so OpenVINO, from using all that the CPU has."""
 FEATURES = (
     "avx2",
     "avx512f",
@@ -74,10 +76,13 @@ def cpu_features(cpuinfo: str) -> tuple[str, ...]:
 
 
 def cpu_identity() -> str:
-    """Name and all feature flags of the CPU, one line: what code that was compiled for it depends on."""
+    """Name and all feature flags of the CPU, and what the environment leaves of them, one line: what code that was compiled for it depends
+    on."""
     cpuinfo = _text(Path("/proc/cpuinfo"))
     flags = re.search(r"^(?:flags|Features)\s*:\s*(.+)$", cpuinfo, re.MULTILINE)
-    return f"{cpu_model(cpuinfo) or platform.processor() or platform.machine()} {' '.join(sorted(flags[1].split())) if flags else ''}"
+    limits = "".join(f" {name}={value}" for name in ISA_LIMITS if (value := os.environ.get(name)))
+    name = cpu_model(cpuinfo) or platform.processor() or platform.machine()
+    return f"{name} {' '.join(sorted(flags[1].split())) if flags else ''}{limits}"
 
 
 def usable_cores() -> int:
@@ -151,9 +156,9 @@ def affinity() -> set[int]:
 def cpu_quota() -> float | None:
     """CPU time that a container's limit allows, in cores' worth; None where there is no limit."""
     quotas = []
-    for text in _cgroup_values("cpu", "cpu.max", "cpu.cfs_quota_us"):
+    for text in _cgroup_values("cpu", "cpu.max", "cpu.cfs_quota_us", "cpu.cfs_period_us"):
         quota, _, period = text.partition(" ")
-        if quota.isdigit():  # "max" in version 2 and -1 in version 1: no limit; version 1's period is 100 ms unless set otherwise
+        if quota.isdigit():  # "max" in version 2 and -1 in version 1: no limit
             quotas.append(int(quota) / int(period or 100_000))
     return min(quotas, default=None)
 
@@ -168,8 +173,8 @@ def _machine_memory() -> int | None:
     return None
 
 
-def _cgroup_values(controller: str, unified: str, legacy: str) -> Iterator[str]:
-    """A limit's text in this process's control group and all above it, in version 2 and version 1."""
+def _cgroup_values(controller: str, unified: str, *legacy: str) -> Iterator[str]:
+    """A limit's text in this process's control group and all above it, in version 2 and version 1, where it may stand in several files."""
     for line in _text(Path("/proc/self/cgroup")).splitlines():
         _, controllers, group = line.split(":", 2)
         if controllers and controller not in controllers.split(","):
@@ -179,7 +184,7 @@ def _cgroup_values(controller: str, unified: str, legacy: str) -> Iterator[str]:
         for place in (folder, *folder.parents):
             if not place.is_relative_to(root):
                 break
-            if text := _text(place / (legacy if controllers else unified)):
+            if text := " ".join(filter(None, (_text(place / name) for name in (legacy if controllers else (unified,))))):
                 yield text
 
 

@@ -24,6 +24,7 @@ import torch
 
 from muntin.artifact import Signature
 from muntin.data import Crops, Source, calibration_batches, open_source, prefetch
+from muntin.data.batches import each_calibration_batch
 from muntin.data.source import Samples
 from muntin.errors import MuntinError, RecipeError
 from muntin.layers.norm import GROUP
@@ -321,7 +322,7 @@ class Training:
         if has_statistics(model):
             seen = self.step * self.config.batch_size
             count = max(GROUP, min(IMAGES, seen) // GROUP * GROUP)
-            batches = calibration_batches(samples, crop=data.crop, count=count, batch_size=GROUP, seed=self.seed, task=self.recipe.task)
+            batches = each_calibration_batch(samples, crop=data.crop, count=count, batch_size=GROUP, seed=self.seed, task=self.recipe.task)
             renew_statistics(model, batches, self.trainer.precision)
 
     def _validate(self, log: MetricsLog, samples: Samples) -> None:

@@ -83,6 +83,16 @@ class Muon(torch.optim.Optimizer):
         """Not to be had: raises TypeError. A checkpoint's state is loaded parameter by parameter (`load_optimizer`)."""
         raise TypeError("Muon's state is loaded by muntin.training.checkpoint.load_optimizer")
 
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Not to be had once it is made: raises TypeError."""
+        if hasattr(self, "_adamw"):
+            raise TypeError("Muon's groups are made with it: make another one of all parameters (make_optimizer)")
+        super().add_param_group(param_group)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Not to be had: raises TypeError, since a copy would train nothing."""
+        raise TypeError("Muon is not copied or pickled: make another one (make_optimizer) and load its state (load_optimizer)")
+
     def suits(self) -> bool:
         """Whether the state that was loaded is of this optimiser: matrices have their momentum, and nothing else has one."""
         found = [(group["matrices"], set(self.state[p])) for group in self.param_groups for p in group["params"] if self.state[p]]

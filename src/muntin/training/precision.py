@@ -42,7 +42,7 @@ class Precision:
 
 def cpu_computes_bf16() -> bool:
     """Whether this CPU has BF16 products (AVX512-BF16, AMX or Arm's), not emulated ones. They may still be slow: see `bf16_gain`."""
-    return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported()) and bool(torch.backends.mkldnn.is_available())  # type: ignore[no-untyped-call]
+    return bool(torch.backends.mkldnn.is_available()) and bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())  # type: ignore[no-untyped-call]
 
 
 @cache

@@ -42,6 +42,10 @@ class Recipe(BaseModel):
             if self.task == "segment":
                 raise ValueError("task: segment wants data.masks; where each class has a folder of its own, write task: classify")
             raise ValueError(f"task: {self.task} has no masks: leave out data.masks, or write task: segment")
+        if self.task == "classify" and self.data.rare:
+            raise ValueError(
+                f"data.rare {self.data.rare:g}: a crop is centred on a pixel of a class by its mask, which classify has not: remove it"
+            )
         return self
 
 

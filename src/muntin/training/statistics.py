@@ -6,7 +6,7 @@ batch: after eighty steps nearly half of what they divide by is still where it b
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -27,18 +27,32 @@ def renew_statistics(model: nn.Module, batches: Iterable[Tensor], precision: Pre
     """
     norms = _gathering(model)
     before = [(norm.training, norm.momentum) for norm in norms]
+    handles: list[Any] = []
     try:
         for norm in norms:
             norm.train()
-        for number, images in enumerate(batches, 1):
-            for norm in norms:
-                norm.momentum = 1 / number
+        handles += [norm.register_forward_pre_hook(_share()) for norm in norms]
+        for images in batches:
             with torch.no_grad(), precision.autocast():
                 model(images.to(precision.device, torch.float32, memory_format=torch.channels_last))
     finally:
+        for handle in handles:
+            handle.remove()
         for norm, (training, momentum) in zip(norms, before, strict=True):
             norm.momentum = momentum
             norm.train(training)
+
+
+def _share() -> Callable[..., None]:
+    """Gives each call of a norm, of which a forward pass may have several, the same share of its statistics."""
+    calls = 0
+
+    def hook(norm: Any, *_: Any) -> None:
+        nonlocal calls
+        calls += 1
+        norm.momentum = 1 / calls
+
+    return hook
 
 
 def has_statistics(model: nn.Module) -> bool:

@@ -39,7 +39,8 @@ def begin_with(model: nn.Module, path: Path) -> tuple[str, ...]:
     for key, tensor in own.items():
         if key not in named or named[key].shape == tensor.shape:
             continue
-        if not tensor.ndim or named[key].ndim != tensor.ndim or named[key].shape[1:] != tensor.shape[1:]:
+        of_classes = key.endswith((".weight", ".bias")) or key in ("weight", "bias")  # a table of positions is no layer of classes
+        if not of_classes or not tensor.ndim or named[key].ndim != tensor.ndim or named[key].shape[1:] != tensor.shape[1:]:
             raise RecipeError(f"{path}: {key} has the shape {tuple(named[key].shape)}, in the recipe's model {tuple(tensor.shape)}")
         anew.append(f"{key} ({len(named.pop(key)):,} for {len(tensor):,})")
     other = [key for key in named if key not in own]
