@@ -368,6 +368,8 @@ def test_what_has_the_name_of_a_split_beside_images_and_is_none_is_left_alone(tm
         (tmp_path / "test" / inside).write_text("")
     recipe, _ = opened(write_recipe(tmp_path))
     assert recipe["data"]["test"] == 0.15
+    told = ["test/ holds no images/ and masks/ with files in them, and is not used: test gets a share of the others"]
+    assert remarks(tmp_path / "images", tmp_path / "masks") == (told if inside.endswith(".png") else [])
 
 
 @pytest.mark.parametrize("name", ["do\x7fg", "o\u0085x", "\u00a0\U0001f600", "a\u2028b", 'q"uote\\'])

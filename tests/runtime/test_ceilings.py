@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import FrozenInstanceError
 from typing import Any
 
@@ -70,3 +71,16 @@ def test_a_copy_has_a_rate(threads: int) -> None:
 def test_nonsense_is_refused(arguments: dict[str, Any]) -> None:
     with pytest.raises(DataError, match=r"^(threads|seconds)=.*: give a "):
         measure_ceilings(**arguments)
+
+
+def test_a_thread_without_memory_ends_the_copies(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls, full = itertools.count(), np.full
+
+    def scarce(*given: Any, **more: Any) -> Any:
+        if next(calls) == 2:
+            raise MemoryError("no more")
+        return full(*given, **more)
+
+    monkeypatch.setattr("muntin.runtime.ceilings.np.full", scarce)
+    with pytest.raises(MemoryError, match="no more"):
+        measure_copy(2, 0.01)

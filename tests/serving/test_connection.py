@@ -1164,7 +1164,7 @@ def test_what_was_waited_for_without_a_core_counts_for_who_waited(new_loop: Call
     def answer() -> None:
         if woken_by == "an answer":
             waits.told += 0.003
-            pulse.ran()
+            pulse.ran(loop)
         mine.send(b"x")
 
     async def run() -> None:
@@ -1179,6 +1179,7 @@ def test_what_was_waited_for_without_a_core_counts_for_who_waited(new_loop: Call
             thread.start()
             await asyncio.sleep(0.01)
             thread.join()
+        await asyncio.sleep(0.1)
         transport.close()
 
     try:
@@ -1188,6 +1189,52 @@ def test_what_was_waited_for_without_a_core_counts_for_who_waited(new_loop: Call
         mine.close()
     least, usual = (0.0028, 0.0032) if woken_by == "the request" else (0.0, 0.002)
     assert len(found) == 20 and least <= statistics.median(found) <= usual
+
+
+@pytest.mark.parametrize("new_loop", [asyncio.new_event_loop, _loop_factory() or asyncio.new_event_loop])
+@pytest.mark.parametrize(("rounds", "answers", "seconds", "sent_in"), [(1, 10, 0.001, 0), (60, 1, 0.0001, 59)])
+def test_what_lay_there_while_others_were_answered_counts_since_it_came(
+    new_loop: Callable[[], asyncio.AbstractEventLoop], rounds: int, answers: int, seconds: float, sent_in: int
+) -> None:
+    """Many answers in one round, and many rounds of one: a request comes at the first answer of one of them."""
+    loop, pulse, found, sent = new_loop(), Pulse(), list[float](), list[float]()
+    mine, its = socket.socketpair()
+
+    class Reads(asyncio.Protocol):
+        def data_received(self, data: bytes) -> None:
+            found.append(pulse.came(loop) - sent[-1])
+
+    def busy() -> None:
+        end = time.perf_counter() + seconds
+        pulse.ran(loop)
+        while time.perf_counter() < end:
+            pass
+
+    def answered(number: int) -> None:
+        if number == sent_in:
+            sent.append(time.monotonic())
+            mine.send(b"x")
+        for _ in range(answers):
+            busy()
+        if number + 1 < rounds:
+            loop.call_soon(answered, number + 1)
+
+    async def run() -> None:
+        its.setblocking(False)
+        transport, _ = await loop.create_connection(Reads, sock=its)
+        for _ in range(9):
+            await asyncio.sleep(0.005)
+            pulse.came(loop)
+            loop.call_soon(answered, 0)
+            await asyncio.sleep(0.05)
+        transport.close()
+
+    try:
+        loop.run_until_complete(run())
+    finally:
+        loop.close()
+        mine.close()
+    assert len(found) == 9 and abs(statistics.median(found)) < 0.001
 
 
 @pytest.mark.skipif(not Path("/proc/thread-self/schedstat").exists(), reason="this system does not say how long a thread waits for a core")

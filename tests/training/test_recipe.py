@@ -352,10 +352,8 @@ def test_yes_and_no_are_no_numbers(change: str, place: str) -> None:
 def test_what_holds_itself_by_an_alias_is_no_traceback(tmp_path: Path) -> None:
     path = tmp_path / "recipe.yaml"
     path.write_text("model:\n  options: &a\n    x: *a\n")
-    try:
+    with pytest.raises(RecipeError, match="a part of it holds itself, by an alias: write it out"):
         load_recipe(path)
-    except RecipeError as error:
-        assert "\n" not in str(error)
 
 
 def test_what_is_yes_or_no_may_be_said_so() -> None:

@@ -102,6 +102,23 @@ class Twice(nn.Module):
         return out
 
 
+class Past(nn.Module):
+    """Calls its norm past its hooks."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm = nn.BatchNorm2d(1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.norm.forward(x)
+
+
+def test_a_norm_that_is_called_past_its_hooks_is_renewed_too() -> None:
+    model = Past().eval()
+    renew_statistics(model, [torch.full((4, 1, 2, 2), 100.0)] * 4, FP32)
+    assert model.norm.running_mean is not None and model.norm.running_mean.item() == pytest.approx(100, rel=1e-5)
+
+
 @pytest.mark.parametrize("batches", [1, 3])
 def test_a_norm_that_is_called_twice_takes_the_mean_of_both(batches: int) -> None:
     model = Twice().eval()

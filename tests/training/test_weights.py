@@ -3,6 +3,7 @@ from __future__ import annotations
 import shlex
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file, save_model
 from torch import nn
+from torch.nn.utils.parametrizations import weight_norm
 
 from muntin.errors import RecipeError
 from muntin.models import create_model
@@ -155,14 +157,25 @@ def test_training_begins_with_the_recipes_weights_and_goes_on_with_its_own(tiny:
 
 
 class Positions(nn.Module):
-    def __init__(self, places: int) -> None:
+    def __init__(self, places: int, *, embedding: bool) -> None:
         super().__init__()
         self.head = nn.Linear(4, 2)
-        self.table = nn.Parameter(torch.zeros(places, 3))
+        self.table = nn.Embedding(places, 3) if embedding else nn.Parameter(torch.zeros(places, 3))
 
 
-def test_a_table_of_other_positions_is_no_layer_of_other_classes(tmp_path: Path) -> None:
+@pytest.mark.parametrize("embedding", [False, True])
+def test_a_table_of_other_positions_is_no_layer_of_other_classes(tmp_path: Path, embedding: bool) -> None:
     path = tmp_path / "weights.safetensors"
-    save_file(Positions(49).state_dict(), path)
-    with pytest.raises(RecipeError, match=r"table has the shape \(49, 3\), in the recipe's model \(25, 3\)"):
-        begin_with(Positions(25), path)
+    save_file(Positions(49, embedding=embedding).state_dict(), path)
+    with pytest.raises(RecipeError, match=r"table\S* has the shape \(49, 3\), in the recipe's model \(25, 3\)"):
+        begin_with(Positions(25, embedding=embedding), path)
+
+
+@pytest.mark.parametrize(
+    "make", [lambda n: nn.Sequential(nn.Conv2d(4, n, 1), nn.BatchNorm2d(n)), lambda n: nn.Sequential(weight_norm(nn.Linear(4, n)))]
+)
+def test_norms_and_parametrized_layers_of_other_classes_begin_at_random(tmp_path: Path, make: Callable[[int], nn.Module]) -> None:
+    path = tmp_path / "weights.safetensors"
+    save_file(make(3).state_dict(), path)
+    notes = begin_with(make(2), path)
+    assert any("of another number of classes, begun at random" in note for note in notes)

@@ -59,7 +59,8 @@ def accept_any_name() -> None:
 def print_table(table: Table) -> None:
     """A table on standard output: in a pipe as wide as it is, since nobody's window cuts it there; on a terminal its cells fold."""
     for column in table.columns:
-        column.overflow = "fold"
+        if not column.no_wrap:
+            column.overflow = "fold"
     if out.file.isatty():
         out.print(table)
         return

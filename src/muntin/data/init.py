@@ -99,21 +99,29 @@ def write_recipe(directory: Path | str, *, task: Task | None = None, output: Pat
 
 
 def remarks(images: Path, masks: Path | None) -> list[str]:
-    """What somebody may not expect of a recipe for these folders, a line each: class folders without pictures of their own, and masks in
-    which 255 may stand for a class and is ignored."""
+    """What somebody may not expect of a recipe for these folders, a line each: class folders without pictures of their own, folders named
+    as a split that are none, and masks in which 255 may stand for a class and is ignored."""
     if masks is None:
         passed = {folder.name: _deeper(folder) for folder in _folders(images) if not _pictures(folder)}
         deep = {name: inside for name, inside in passed.items() if inside and name != RUNS}
         told = "is no class: it holds no pictures itself, its folders do"
         shown = {name: ", ".join(inside[:3] + ["..."] * (len(inside) > 3)) for name, inside in deep.items()}
         return [f"{name} {told} ({inside}): move them up if it is one" for name, inside in shown.items()]
+    notes = []
+    for name in ("validation", "test"):
+        folder = _folder(images.parent, name)
+        if folder is not None and not _pair(folder) and (_pictures(folder) or _folder(folder, "images") or _folder(folder, "masks")):
+            notes.append(
+                f"{folder.name}/ holds no images/ and masks/ with files in them, and is not used: {name} gets a share of the others"
+            )
     values = [set(np.unique(mask).tolist()) for path in _masks_looked_at(masks) if (mask := read_mask(path)).ndim == 2]
     ignored = [held for held in values if IGNORED in held]
     if not ignored or any(held - {0, IGNORED} for held in ignored) or not any(held - {0, IGNORED} for held in values):
-        return []
+        return notes
     return [
+        *notes,
         f"255 counts as nothing, and the {len(ignored)} of {len(values)} masks that hold it hold no class but 0: where it stands for a "
-        "class, write the number that the others have"
+        "class, write the number that the others have",
     ]
 
 
@@ -134,7 +142,7 @@ def find_layout(root: Path, task: Task | None) -> Layout:
     others = {name: _folder(root, name) for name in ("validation", "test")}
     pairs = {name: folder if folder is not None and _pair(folder) else None for name, folder in others.items()}
     for base in (root,) if train is None else (train, root):
-        # beside the pictures a folder of that name may be anything; beside those to train on it is meant
+        # beside the pictures a folder of that name may be anything (`remarks` tells of it); beside those to train on it is meant
         layout = _segment_layout(base, pairs if base is root else others) if task != "classify" else None
         if layout is None and task != "segment":
             # beside folders of classes a folder of that name may be a class

@@ -17,7 +17,7 @@ import time
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from threading import Barrier
+from threading import Barrier, BrokenBarrierError
 from typing import Any, Literal
 
 import numpy as np
@@ -188,8 +188,9 @@ def measure_copy(threads: int, seconds: float) -> float:
     rounds = _Rounds(threads, seconds)
     size = _copy_bytes() // threads
     with ThreadPoolExecutor(threads) as pool:
-        for future in [pool.submit(_copy, size, rounds) for _ in range(threads)]:
-            future.result()
+        failures = [future.exception() for future in [pool.submit(_copy, size, rounds) for _ in range(threads)]]
+    if failed := next((failure for failure in failures if failure is not None and not isinstance(failure, BrokenBarrierError)), None):
+        raise failed
     return 2 * size * threads / min(rounds.lengths) / 1e9
 
 
@@ -208,6 +209,10 @@ class _Rounds:
         self._barrier.wait()
         return not self.over
 
+    def abort(self) -> None:
+        """Nobody waits any more: one cannot go on."""
+        self._barrier.abort()
+
     def _turn(self) -> None:
         now = time.perf_counter()
         if self._began is not None:
@@ -218,9 +223,13 @@ class _Rounds:
 
 def _copy(size: int, rounds: _Rounds) -> None:
     """The arrays are the thread's own and written by it first: they lie in the memory next to its core."""
-    source, target = np.full(size, 1, np.uint8), np.full(size, 2, np.uint8)
-    while rounds.wait():
-        np.copyto(target, source)
+    try:
+        source, target = np.full(size, 1, np.uint8), np.full(size, 2, np.uint8)
+        while rounds.wait():
+            np.copyto(target, source)
+    except BaseException:
+        rounds.abort()
+        raise
 
 
 def _copy_bytes() -> int:

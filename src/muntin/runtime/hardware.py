@@ -16,9 +16,9 @@ from math import ceil
 from pathlib import Path
 from typing import Any
 
-# The flags that decide which kernels an engine has, under one name for both families of CPUs (x86 "flags", ARM "Features").
 ISA_LIMITS = ("ONEDNN_MAX_CPU_ISA", "DNNL_MAX_CPU_ISA")
 """Variables of the environment that keep oneDNN, and so OpenVINO, from using all that the CPU has."""
+# The flags that decide which kernels an engine has, under one name for both families of CPUs (x86 "flags", ARM "Features").
 FEATURES = (
     "avx2",
     "avx512f",

@@ -549,7 +549,7 @@ class BoundedConnection(HttpToolsProtocol):
             self._after_reading(partial(self._reply, cycle, status, headers, parts))
             return
         cycle.response_started = True
-        self._ledger.pulse.ran()
+        self._ledger.pulse.ran(self.loop)
         self._write(status, headers, parts, keep_alive=cycle.keep_alive)
         cycle.response_complete = True
         self.on_response_complete()

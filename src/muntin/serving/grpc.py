@@ -489,12 +489,12 @@ class GrpcFace:
         )  # fmt: skip
         if self._tracing is None:
             answered = await infer()
-            self._ledger.pulse.ran()
+            self._ledger.pulse.ran(asyncio.get_running_loop())
             return answered
         carrier = {name: value for name, value in context.invocation_metadata() or () if isinstance(value, str)}
         with self._tracing.inference("grpc", named.model, carrier) as span:
             answered = await infer()
-            self._ledger.pulse.ran()
+            self._ledger.pulse.ran(asyncio.get_running_loop())
             span.answered(answered)
         return answered
 

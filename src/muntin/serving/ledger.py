@@ -31,7 +31,9 @@ class Pulse:
 
     def __init__(self) -> None:
         self._reading: float | None = None
-        """Since when the present round goes on."""
+        """Since when the present round of reading goes on."""
+        self._answering: float | None = None
+        """Since when the present round does something else, of which no reading has been told before."""
         self._before = self._looked = self._came = -1.0
         self._waits: Waits | None = None
         self._waited = 0.0
@@ -41,7 +43,9 @@ class Pulse:
         """For bytes that were just read: since when they may have been there, of `time.monotonic`."""
         if self._reading is None:
             now = time.monotonic()
-            if now - self._looked < _ASLEEP:
+            if self._answering is not None:  # what is read in a round was there when it began
+                self._came = now = self._answering
+            elif now - self._looked < _ASLEEP:
                 self._came = self._before
             elif self._waits is None:
                 self._came = now
@@ -51,15 +55,19 @@ class Pulse:
             loop.call_soon(self._read)
         return self._came
 
-    def ran(self) -> None:
+    def ran(self, loop: asyncio.AbstractEventLoop) -> None:
         """The loop does something else than reading, an answer as a rule. What it waited for to do that, no request has waited for that is
-        read from here on."""
-        now = time.monotonic()
-        if self._reading is None:
-            if now - self._looked >= _ASLEEP:
-                self._before = now
-                self._count()
-            self._looked = now
+        read in a later round."""
+        if self._reading is None and self._answering is None:
+            self._answering = time.monotonic()
+            loop.call_soon(self._answered)
+
+    def _answered(self) -> None:
+        """The round is over."""
+        assert self._answering is not None
+        self._before, self._answering = self._answering, None
+        self._count()
+        self._looked = time.monotonic()
 
     def _read(self) -> None:
         """The round is over."""

@@ -232,7 +232,7 @@ def read_checkpoint(path: Path | str) -> Checkpoint:
             raise CheckpointError(
                 f"{path}: checkpoint format {content['format']} is newer than this muntin reads ({FORMAT}): upgrade muntin"
             )
-        state = CheckpointState.model_validate(_without_scale(content))
+        state = CheckpointState.model_validate(_without_rare(_without_scale(content)))
     except OSError as error:
         raise CheckpointError(f"{path / STATE}: {error.strerror}") from error
     except ValidationError as error:
@@ -255,6 +255,15 @@ def _without_scale(content: Any) -> Any:
     if not isinstance(recipe, dict) or not isinstance(model, dict) or model.get("scale") != 1:
         return content
     return {**content, "recipe": {**recipe, "model": {key: value for key, value in model.items() if key != "scale"}}}
+
+
+def _without_rare(content: Any) -> Any:
+    """What a checkpoint says, without a `data.rare` that did nothing: of a classifier."""
+    recipe = content.get("recipe") if isinstance(content, dict) else None
+    data = recipe.get("data") if isinstance(recipe, dict) else None
+    if not isinstance(recipe, dict) or not isinstance(data, dict) or recipe.get("task") != "classify":
+        return content
+    return {**content, "recipe": {**recipe, "data": {key: value for key, value in data.items() if key != "rare"}}}
 
 
 def digest_of(content: dict[str, Any]) -> str:

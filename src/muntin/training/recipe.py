@@ -95,24 +95,29 @@ class _EachKeyOnce(yaml.SafeLoader):
 
 def parse_recipe(content: dict[str, Any], *, where: str) -> Recipe:
     """Check a recipe's content; `where` names it in errors."""
+    if _holds_itself(content):
+        raise RecipeError(f"{where}: a part of it holds itself, by an alias: write it out")
     try:
         recipe = Recipe.model_validate(content)
     except ValidationError as error:
         raise RecipeError(f"{where}: {_explain(error)}") from error
-    except RecursionError as error:  # an alias of what it stands in
-        raise RecipeError(f"{where}: it holds itself, by an alias: write it out") from error
     if (flag := _taken_for_number(content, recipe)) is not None:
         place, came = flag
         raise RecipeError(f"{where}: {place}: a number is wanted there (got {came}, which is what YAML makes of yes, no, on and off)")
     return recipe
 
 
+def _holds_itself(content: Any, above: tuple[int, ...] = ()) -> bool:
+    if not isinstance(content, dict | list):
+        return False
+    inside = content.values() if isinstance(content, dict) else content
+    return id(content) in above or any(_holds_itself(part, (*above, id(content))) for part in inside)
+
+
 def _taken_for_number(content: Any, checked: Any, place: str = "") -> tuple[str, bool] | None:
     """Where a yes or no was taken for 1 or 0, and which."""
     if isinstance(content, bool):
         return None if isinstance(checked, bool) else (place, content)
-    if checked is content:  # options of a model of one's own, which nobody has checked
-        return None
     pairs: Iterable[tuple[Any, Any, Any]] = ()
     if isinstance(content, dict):
         pairs = (

@@ -32,7 +32,9 @@ def renew_statistics(model: nn.Module, batches: Iterable[Tensor], precision: Pre
         for norm in norms:
             norm.train()
         handles += [norm.register_forward_pre_hook(_share()) for norm in norms]
-        for images in batches:
+        for number, images in enumerate(batches, 1):
+            for norm in norms:  # for one whose forward is called past its hooks
+                norm.momentum = 1 / number
             with torch.no_grad(), precision.autocast():
                 model(images.to(precision.device, torch.float32, memory_format=torch.channels_last))
     finally:

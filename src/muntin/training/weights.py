@@ -39,8 +39,7 @@ def begin_with(model: nn.Module, path: Path) -> tuple[str, ...]:
     for key, tensor in own.items():
         if key not in named or named[key].shape == tensor.shape:
             continue
-        of_classes = key.endswith((".weight", ".bias")) or key in ("weight", "bias")  # a table of positions is no layer of classes
-        if not of_classes or not tensor.ndim or named[key].ndim != tensor.ndim or named[key].shape[1:] != tensor.shape[1:]:
+        if _is_table(model, key) or not tensor.ndim or named[key].ndim != tensor.ndim or named[key].shape[1:] != tensor.shape[1:]:
             raise RecipeError(f"{path}: {key} has the shape {tuple(named[key].shape)}, in the recipe's model {tuple(tensor.shape)}")
         anew.append(f"{key} ({len(named.pop(key)):,} for {len(tensor):,})")
     other = [key for key in named if key not in own]
@@ -66,6 +65,13 @@ def _read(path: Path) -> dict[str, Tensor]:
     except (OSError, SafetensorError) as error:
         reason = "there is no such file" if isinstance(error, FileNotFoundError) else " ".join(str(error).split())
         raise RecipeError(f"model.weights {path}: {reason}") from error
+
+
+def _is_table(model: nn.Module, key: str) -> bool:
+    """Whether it is no part of a layer or norm of classes, whose number may differ: a table of positions, say."""
+    owner, _, last = key.rpartition(".")
+    of_layer = last in ("weight", "bias", "weight_g", "weight_v", "running_mean", "running_var") or ".parametrizations." in f".{key}"
+    return not of_layer or isinstance(model.get_submodule(owner), nn.Embedding)
 
 
 def _tied(own: dict[str, Tensor], named: dict[str, Tensor]) -> dict[str, Tensor]:
