@@ -93,11 +93,11 @@ def export(
     """
     check_target(path)
     check_pixels(example, "example")
-    check_frozen(model)
     if quantization is not None and calibration is None:
         raise ExportError("quantization says how to quantise, and without calibration nothing is: give input batches, or leave it out")
     opened_for = (1, *example.shape[2:]) if shape is None else check_shape(shape)
     given, model, example = model, _copied(model), example.cpu()
+    check_frozen(model)
     check_copy(given, example)
     if isinstance(model, WEIGHTED):
         model = nn.Sequential(model).eval()  # a layer goes by its name in the model, and the model itself has none
