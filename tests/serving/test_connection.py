@@ -13,7 +13,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Awaitable, Callable, Iterator
 from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
@@ -1138,6 +1138,23 @@ def test_whatever_is_sent_is_answered_or_refused_and_nothing_is_kept(
     assert read_json(served.ask(post(b"fine"))) == [4, "fine"]
 
 
+def run_beside_a_socket(
+    loop: asyncio.AbstractEventLoop, read: socket.socket, reader: type[asyncio.Protocol], run: Callable[[], Awaitable[None]]
+) -> None:
+    """Runs `run` to its end while `reader` is told what comes on `read`; closes the loop."""
+
+    async def connected() -> None:
+        read.setblocking(False)
+        transport, _ = await loop.create_connection(reader, sock=read)
+        await run()
+        transport.close()
+
+    try:
+        loop.run_until_complete(connected())
+    finally:
+        loop.close()
+
+
 class Waited(Waits):
     """Waits as long as it is told."""
 
@@ -1168,8 +1185,6 @@ def test_what_was_waited_for_without_a_core_counts_for_who_waited(new_loop: Call
         mine.send(b"x")
 
     async def run() -> None:
-        its.setblocking(False)
-        transport, _ = await loop.create_connection(Reads, sock=its)
         pulse.came(loop)
         await asyncio.sleep(0.01)
         pulse._waits, pulse._waited = waits, waits.told
@@ -1180,13 +1195,9 @@ def test_what_was_waited_for_without_a_core_counts_for_who_waited(new_loop: Call
             await asyncio.sleep(0.01)
             thread.join()
         await asyncio.sleep(0.1)
-        transport.close()
 
-    try:
-        loop.run_until_complete(run())
-    finally:
-        loop.close()
-        mine.close()
+    with mine:
+        run_beside_a_socket(loop, its, Reads, run)
     least, usual = (0.0028, 0.0032) if woken_by == "the request" else (0.0, 0.002)
     assert len(found) == 20 and least <= statistics.median(found) <= usual
 
@@ -1220,20 +1231,14 @@ def test_what_lay_there_while_others_were_answered_counts_since_it_came(
             loop.call_soon(answered, number + 1)
 
     async def run() -> None:
-        its.setblocking(False)
-        transport, _ = await loop.create_connection(Reads, sock=its)
         for _ in range(9):
             await asyncio.sleep(0.005)
             pulse.came(loop)
             loop.call_soon(answered, 0)
             await asyncio.sleep(0.05)
-        transport.close()
 
-    try:
-        loop.run_until_complete(run())
-    finally:
-        loop.close()
-        mine.close()
+    with mine:
+        run_beside_a_socket(loop, its, Reads, run)
     assert len(found) == 9 and abs(statistics.median(found)) < 0.001
 
 

@@ -116,6 +116,29 @@ def test_reading_a_request_is_no_part_of_its_waiting(shelf: Any) -> None:
     asyncio.run(ask())
 
 
+def test_what_an_answer_waits_for_its_coroutine_is_part_of_what_it_takes(shelf: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Who awaits an answer goes on in a later round of the loop, behind all that is ready before: here 50 ms."""
+
+    async def ask() -> None:
+        with made(shelf) as service:
+            told = list[tuple[object, float]]()
+            deliver = service.runner.delivered
+
+            def delivered(batch: object, seconds: float) -> None:
+                told.append((batch, seconds))
+                deliver(batch, seconds)
+                if len(told) == 1:
+                    time.sleep(0.05)
+
+            monkeypatch.setattr(service.runner, "delivered", delivered)
+            answered = await service.infer(request_for_all(8), model="m", version=None)
+            (first, ready), (second, resumed) = told
+            assert first == second == answered.started
+            assert resumed - ready >= 0.05
+
+    asyncio.run(ask())
+
+
 @pytest.mark.parametrize("end", ["answered", "failed", "cancelled"])
 def test_what_is_to_be_put_into_form_is_bounded_before_it_is_computed(shelf: Any, monkeypatch: pytest.MonkeyPatch, end: str) -> None:
     monkeypatch.setattr("muntin.serving.forming.HELD_BYTES", 4 * INLINE)

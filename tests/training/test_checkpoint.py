@@ -192,6 +192,18 @@ def test_a_checkpoint_whose_recipe_has_a_scale_is_read(tmp_path: Path, save_step
     assert "recipe.model.scale: Extra inputs are not permitted" in mistake(path)
 
 
+def test_a_checkpoint_of_a_classifier_that_had_rare_is_read(tmp_path: Path, save_step: Save, recipe: Recipe) -> None:
+    path = save_step(tmp_path, 1)
+    other = recipe.model_dump(mode="json")
+    other["task"], other["data"]["rare"] = "classify", 0.5  # which did nothing, in recipes that were taken
+    rewrite(path, recipe=other)
+    read = read_checkpoint(path).recipe
+    assert (read.task, read.data.rare) == ("classify", 0.0)
+    other["task"] = "segment"
+    rewrite(path, recipe=other)
+    assert read_checkpoint(path).recipe.data.rare == 0.5
+
+
 def test_weights_of_another_model_are_told(tmp_path: Path, save_step: Save, recipe: Recipe) -> None:
     path = save_step(tmp_path, 1)
     other = recipe.model_dump(mode="json")

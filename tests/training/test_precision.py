@@ -30,6 +30,15 @@ def test_auto_is_what_is_faster_here_and_says_why(gain: float, monkeypatch: pyte
     assert "BF16" in precision.reason
 
 
+def test_pytorch_without_onednn_computes_no_bf16(monkeypatch: pytest.MonkeyPatch) -> None:
+    def lacking() -> bool:
+        raise AttributeError("'_OpNamespace' 'mkldnn' object has no attribute '_is_mkldnn_bf16_supported'")  # as of such a build
+
+    monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: False)
+    monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lacking)
+    assert not cpu_computes_bf16()
+
+
 def test_what_is_faster_is_measured() -> None:
     assert 0.02 < bf16_gain() < 50
     assert bf16_gain() == bf16_gain()  # once a process
