@@ -109,6 +109,10 @@ class Constant(Session):
     def able(self) -> bool:
         return not self.alone
 
+    @property
+    def dead(self) -> bool:
+        return self.alone
+
     def _infer(self, images_BHWC: NDArray[np.uint8]) -> NDArray[np.float32]:
         scores = np.zeros(self.signature.scores_shape(*images_BHWC.shape[:3]), np.float32)
         scores[:, self.label] = 1

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import json
 import os
 import re
 import resource
@@ -14,6 +15,7 @@ import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
+from dataclasses import asdict
 from math import inf
 from pathlib import Path
 from typing import Any
@@ -250,13 +252,15 @@ def test_one_that_dies_again_and_again_is_left_alone_for_a_while(session: Engine
         assert session.able
         with pytest.raises(VerificationError, match="no memory"):
             session(images)
-    assert not session.able
+    assert not session.able and session.dead
     with pytest.raises(NotReadyError, match=f"died {DEATHS} times in a row: it is begun again in [12] s"):
         session(images)
     session._begin = begin
     while not session.able:
         time.sleep(0.01)
+    assert session.dead  # until it has been begun
     assert session(images).shape == (1, 3, 8, 8)
+    assert not session.dead
     die(session)
     assert session.able  # it answered between
 
@@ -376,6 +380,20 @@ def alive(pid: int) -> bool:
         return False
     status = Path(f"/proc/{pid}/stat")
     return not status.exists() or status.read_text().rpartition(")")[2].split()[0] != "Z"
+
+
+def test_one_that_hangs_while_it_opens_goes_by_itself(path: Path) -> None:
+    """Where the server that would end it is gone."""
+    code = """
+import json, socket, time
+from muntin.serving import engine_host
+engine_host.open_version = lambda *given, **named: time.sleep(60)
+question = {"path": ".", "opening": json.loads(%r), "lately": [], "rest": 0.0, "seconds": 0.2}
+engine_host._open(socket.socketpair()[0], question)
+"""
+    opening = json.dumps(asdict(OPENING))
+    ended = subprocess.run([sys.executable, "-c", code % opening], timeout=50, check=False)
+    assert ended.returncode == -signal.SIGALRM
 
 
 def test_what_opening_raises_is_raised_here(write_version: Callable[..., Path], tmp_path: Path) -> None:

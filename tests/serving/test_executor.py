@@ -427,6 +427,15 @@ def test_a_candidate_that_was_sent_back_computes_no_shadow_any_more(serving: Any
     assert len(dead.calls) == 2
 
 
+@pytest.mark.parametrize("error", [OSError(errno.EMFILE, "Too many open files"), MemoryError()])
+def test_that_this_process_lacks_files_or_memory_is_held_against_no_shadow(serving: Any, error: Exception) -> None:
+    slot, _ = serving(Pixels(), new := Pixels())
+    new.error = error
+    candidate, images = slot.current, images_of(1, 1)
+    Executor(slot).shadow(candidate, images, images.argmax(3), labels=True)
+    assert (len(new.calls), candidate.state, candidate.leases) == (1, "ready", 0)
+
+
 def test_that_this_process_lacks_files_is_held_against_no_version(serving: Any) -> None:
     good, new = Pixels(), Pixels()
     slot, _ = serving(good, new)

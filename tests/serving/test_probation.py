@@ -10,6 +10,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -200,6 +201,15 @@ def test_whatever_an_engine_does_is_one_line_here(
     line = refused(tmp_path / name, examine, **limits)
     assert line.startswith(f"{tmp_path / name}: ")
     assert message in line
+
+
+def test_a_trial_that_the_system_ended_for_want_of_memory_says_so(
+    importable: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ended = count(3)
+    monkeypatch.setattr("muntin.serving.probation.kills_for_memory", lambda: next(ended))
+    assert "the system ended the process that tried it, for want of memory" in refused(tmp_path / "9", ends_by_signal)
+    assert "by signal 6" in refused(tmp_path / "6", ends_by_signal)
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="read in Linux's form")

@@ -20,6 +20,7 @@ import urllib.request
 import zlib
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import ExitStack, contextmanager
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +41,7 @@ from muntin.serving.executor import Executor
 from muntin.serving.outputs import CLASSES
 from muntin.serving.pictures import Pictures
 from muntin.serving.probation import ArtifactLoader
+from muntin.serving.repository import Watcher
 from muntin.serving.rollout import Rollout
 from muntin.serving.server import Server, _Http, largest_request
 from muntin.serving.version import Call, NotReadyError
@@ -594,7 +596,9 @@ def test_versions_change_under_load_and_nobody_notices(
     assert seen == {"1", "2", "5"}
 
 
-def test_with_watch_the_newest_sound_version_serves(write_version: Callable[..., Path], tmp_path: Path) -> None:
+def test_with_watch_the_newest_sound_version_serves(
+    write_version: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, wait_until: Callable[..., None]
+) -> None:
     models, told = tmp_path / "models", list[str]()
     write_version(models / "1", label=1)
     write_version(models / "2", label=2)
@@ -602,12 +606,24 @@ def test_with_watch_the_newest_sound_version_serves(write_version: Callable[...,
     weights = write_version(models / "4", label=0) / "weights.safetensors"
     weights.write_bytes(weights.read_bytes()[:-1])
     (models / "5").mkdir()
-    config = ServeConfig(http_port=0, grpc_port=None, threads=1, watch=True, watch_seconds=600)
+    looks, step = count(1), Watcher.step
+
+    def look(watcher: Watcher) -> str | None:
+        found = step(watcher)
+        looked.append(next(looks))
+        return found
+
+    looked: list[int] = []
+    monkeypatch.setattr(Watcher, "step", look)
+    config = ServeConfig(http_port=0, grpc_port=None, threads=1, watch=True, watch_seconds=0.01)
     with Server(models, config, notify=told.append) as server:
+        wait_until(lambda: len(looked) > 4, 60)
         assert server.slot.current is not None
         assert (server.slot.current.name, server.slot.ready) == ("2", True)
         assert server.slot.current.warm >= {Call((rows, 8, 8), labels=True) for rows in range(1, 9)}
-    assert [line.split(":")[0] for line in told[:4]] == [*(f"version {name} is not loaded" for name in "543"), "models"]
+    # What may still be being copied is told at the second look; each is told once.
+    assert [line.split(":")[0] for line in told[:4]] == ["version 3 is not loaded", "models", *(f"version {n} is not loaded" for n in "54")]
+    assert not any("not loaded" in line for line in told[4:])
     with pytest.raises(ArtifactError), served(models):
         pass
 

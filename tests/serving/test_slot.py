@@ -25,7 +25,7 @@ from muntin.runtime.session import Session
 from muntin.runtime.signals import signal_stack
 from muntin.serving.executor import compute_somewhere
 from muntin.serving.probation import ArtifactLoader, Limits
-from muntin.serving.rollout import Rollout
+from muntin.serving.rollout import ENOUGH, Rollout
 from muntin.serving.slot import HISTORY, Lease, Slot
 from muntin.serving.version import Begun, Call, NotReadyError, Opening, RefusedError, UnknownVersionError, Version
 
@@ -168,6 +168,63 @@ def test_a_version_is_not_sent_back_to_one_that_can_do_no_better(make_slot: Call
         assert states(slot)["1"][1].startswith("previous: kept warm")  # nor does it pass
     slot.settle()
     assert states(slot)["2"] == ("ready", "current")
+
+
+def test_no_version_is_sent_back_to_one_whose_engine_is_gone(make_slot: Callable[..., Slot], told: list[str], clock: Any) -> None:
+    """However slow it is, it answers. As soon as the other one can again, it is judged."""
+    slot = make_slot(for_seconds=10)
+    previous = slot.load("1", "1")
+    observe(slot, previous, 20)
+    previous.session.alone = True  # type: ignore[attr-defined]
+    version = slot.load("2", "2")
+    observe(slot, version, 40, seconds=1.0)
+    clock.now += 20
+    slot.settle()
+    assert slot.current is version
+    previous.session.alone = False  # type: ignore[attr-defined]
+    slot.settle()
+    assert slot.current is previous
+    assert "times as long" in told[-1]
+
+
+@pytest.mark.parametrize("died", ["before", "meanwhile"])
+@pytest.mark.parametrize("bounds", [{"canary": 0.1}, {"shadow": 1.0}])
+def test_where_the_engine_that_serves_is_gone_a_candidate_takes_over_at_once(
+    make_slot: Callable[..., Slot], told: list[str], bounds: dict[str, float], died: str
+) -> None:
+    slot = make_slot(random=lambda: 0.99, **bounds)
+    old = slot.load("1", "1")
+    if died == "before":
+        observe(slot, old)
+        old.session.alone = True  # type: ignore[attr-defined]
+        slot.load("2", "2")
+    else:
+        with loading(slot, "2", "2"):
+            old.session.alone = True  # type: ignore[attr-defined]
+            with slot.lease() as lease:
+                assert lease.version.name == "2"
+        assert "model: version 2 takes over from 1 (the engine of 1 died again and again)" in told
+    with slot.lease() as lease:
+        assert lease.version.name == "2"
+    assert states(slot)["1"][1].startswith("previous: kept warm")
+
+
+def test_a_trial_begins_anew_beside_another_version(make_slot: Callable[..., Slot], clock: Any) -> None:
+    """What was compared with a version that was sent back is not held against its fix."""
+    slot = make_slot(shadow=1.0)
+    slot.rollout = Rollout()
+    slot.load("1", "1")
+    wrong = slot.load("2", "2")
+    slot.rollout = Rollout(shadow=1.0)
+    with loading(slot, "3", "3") as outcome:
+        candidate = slot.open[1]
+        for _ in range(ENOUGH - 1):
+            slot.observe_shadow(candidate, agreement=0.0, seconds=0.01, rows=1, call=CALL)
+        observe(slot, wrong, error=RuntimeError("the engine is gone"))
+        assert slot._trial is not None
+        assert (slot._trial.compared, slot._trial.rows) == (0, 0)
+        slot.unload("3")
+    assert isinstance(outcome[0], NotReadyError)
 
 
 def test_a_lease_is_given_back_once(make_slot: Callable[..., Slot]) -> None:
@@ -331,9 +388,9 @@ def test_a_version_that_fails_is_rolled_back(make_slot: Callable[..., Slot], tol
     assert slot.current is old
     assert states(slot) == {
         "1": ("ready", "current"),
-        "2": ("failed", "rolled back: 1 of its 1 images failed (allowed: 0.00%)"),
+        "2": ("failed", "rolled back: 1 of its 1 images failed (allowed: 0.00%): RuntimeError: the engine is gone"),
     }
-    assert told[-1] == "model: version 2 is rolled back to 1: 1 of its 1 images failed (allowed: 0.00%)"
+    assert told[-1] == "model: version 2 is rolled back to 1: 1 of its 1 images failed (allowed: 0.00%): RuntimeError: the engine is gone"
     assert new.open  # somebody has it still
     held.release()
     assert not new.open
@@ -480,7 +537,7 @@ def test_a_canary_that_fails_is_refused(make_slot: Callable[..., Slot]) -> None:
         break_engine(candidate)
         assert compute_somewhere(slot, candidate, label_of, rows=1) == (1, old)
     assert isinstance(outcome[0], RefusedError)
-    assert str(outcome[0]) == "model: version 2 is refused on trial: 1 of its 1 images failed (allowed: 0.00%)"
+    assert str(outcome[0]) == "model: version 2 is refused on trial: 1 of its 1 images failed (allowed: 0.00%): DeadError"
     assert slot.current is old
     assert slot.lease().version is old
 

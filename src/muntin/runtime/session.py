@@ -138,6 +138,11 @@ class Session(ABC):
         return True
 
     @property
+    def dead(self) -> bool:
+        """Whether its engine died again and again and is not there now; also when it may be begun again, until it has been."""
+        return False
+
+    @property
     def process_ids(self) -> tuple[int, ...]:
         """Other processes that its engine runs in now."""
         return ()

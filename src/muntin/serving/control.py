@@ -6,9 +6,10 @@ A name in a request is compared with the model's, and a version with those that 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
+from contextlib import suppress
 
-from muntin.errors import MuntinError
+from muntin.errors import ArtifactError, MuntinError
 from muntin.serving.description import IndexEntry
 from muntin.serving.protocol import Parameter, ProtocolError, RefusedRequestError, shown
 from muntin.serving.repository import Repository
@@ -81,14 +82,20 @@ class Control:
         return await asyncio.wrap_future(self._listings.submit(self.index, ready=ready))
 
     def index(self, *, ready: bool) -> list[IndexEntry]:
-        """Every version that is listed or served; those that wait in the repository are "UNAVAILABLE". `ready`: only those that answer."""
+        """Every version that is listed or served; those that wait in the repository are "UNAVAILABLE". `ready`: only those that answer.
+
+        While the directory cannot be listed, those that the slot knows.
+        """
         entries = {
             entry.version: IndexEntry(name=entry.name, version=entry.version, state=_STATES[entry.state], reason=entry.reason)
             for entry in self._slot.index()
         }
         if ready:
             return [entry for entry in entries.values() if entry.state == "READY"]
-        for name in self._repository.scan():
+        waiting: Iterable[str] = ()
+        with suppress(ArtifactError):
+            waiting = self._repository.scan()
+        for name in waiting:
             entries.setdefault(name, IndexEntry(name=self._slot.name, version=name, state="UNAVAILABLE", reason="not loaded"))
         return list(entries.values())
 

@@ -140,6 +140,9 @@ def main() -> None:
 def _open(control: socket.socket, question: dict[str, Any]) -> Session:
     for number in (signal.SIGINT, signal.SIGTERM):  # who ends all processes of a service at once means the server, which ends this one
         signal.signal(number, signal.SIG_IGN)
+    if hasattr(signal, "setitimer"):  # an engine that hangs sees nothing of the server's end
+        signal.signal(signal.SIGALRM, signal.SIG_DFL)
+        signal.setitimer(signal.ITIMER_REAL, question["seconds"])
     _go_first(600)
     opened = open_version(
         Path(question["path"]),
@@ -148,6 +151,8 @@ def _open(control: socket.socket, question: dict[str, Any]) -> Session:
         rest=question["rest"],
         stopped=lambda: bool(select.select([control], [], [], 0)[0]),  # nothing is sent meanwhile: its end is gone
     )
+    if hasattr(signal, "setitimer"):
+        signal.setitimer(signal.ITIMER_REAL, 0)
     _go_first(300)
     session = opened.session
     said = {name: getattr(session, name) for name in ("engine", "precision", "threads", "streams", "plan")}

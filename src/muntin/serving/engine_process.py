@@ -33,7 +33,7 @@ from muntin.serving.engine_lane import Lane
 from muntin.serving.engine_start import Running, begin_in_process
 from muntin.serving.scheduling import Demand
 from muntin.serving.shared_memory import SharedBuffers
-from muntin.serving.version import Call, EngineDiedError, NotReadyError, Opened, Opening, OutOfMemoryError, TookTooLongError
+from muntin.serving.version import TOO_LONG, Call, EngineDiedError, NotReadyError, Opened, Opening, OutOfMemoryError, TookTooLongError
 
 DEATHS = 3
 """Deaths of an engine without an answer between, after which it is not begun again at once."""
@@ -117,7 +117,7 @@ def _ended_in_time(running: Running, path: Path, seconds: float, stopped: Callab
             raise
         if stopped():
             raise NotReadyError(f"{path}: opening it was ended with the server") from error
-        raise TookTooLongError(f"{path}: its first call did not come back in {seconds:g} s: it hangs, or needs a longer limit") from error
+        raise TookTooLongError(f"{path}: its first call did not come back in {seconds:g} s: {TOO_LONG}") from error
     finally:
         done.set()
         thread.join()
@@ -155,6 +155,10 @@ class EngineProcess(Session):
     @property
     def able(self) -> bool:
         return not self._closed and time.monotonic() >= self._not_before
+
+    @property
+    def dead(self) -> bool:
+        return self._now.running is None and self._in_a_row >= DEATHS
 
     @property
     def process_ids(self) -> tuple[int, ...]:

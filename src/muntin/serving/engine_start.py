@@ -18,8 +18,8 @@ from muntin.errors import VerificationError
 from muntin.runtime.memory import kills_for_memory
 from muntin.serving.engine_host import error_of, receive, send
 from muntin.serving.engine_lane import Lane
-from muntin.serving.scheduling import Demand, Pace, Standing, nobody, stand_back
-from muntin.serving.version import Call, NotReadyError, Opening, TookTooLongError
+from muntin.serving.scheduling import PATIENCE, Demand, Pace, Standing, nobody, stand_back
+from muntin.serving.version import TOO_LONG, Call, NotReadyError, Opening, TookTooLongError
 
 _POLL_S = 0.05
 _ENDS_S, _END_S = 2.0, 5.0
@@ -139,6 +139,7 @@ def begin_in_process(
     running = Running(process=process, control=control)
     try:
         question = {"path": str(path), "opening": asdict(opening), "lately": list(lately), "rest": rest if standing is None else 0.0}
+        question["seconds"] = PATIENCE * seconds + 5  # the server ends it before, if it is there
         with Pace(process, demand if standing is not None else nobody) as pace:
             running.said = _ask_to_open(running, question, standing, pace, seconds, stopped)
         if digest and running.said["digest"] != digest:
@@ -172,7 +173,7 @@ def _ask_to_open(
         if stopped():
             raise NotReadyError(f"{path}: opening it was ended with the server")
         if now - began > seconds + pace.excused:
-            raise TookTooLongError(f"{path}: it was not open and warm after {seconds:g} s: it hangs, or needs a longer limit")
+            raise TookTooLongError(f"{path}: it was not open and warm after {seconds:g} s: {TOO_LONG}")
         if standing is not None:
             standing.mind(running.process.pid, pace.excused)
     running.control.settimeout(None)

@@ -207,6 +207,8 @@ class Executor:
         observe = partial(self._slot.observe_shadow, candidate, rows=len(images), call=call, begun=begun)
         try:
             again = _call(candidate.session, images, labels=labels)
+        except (OSError, MemoryError):  # this process lacks files or memory then, as in `compute_somewhere`
+            pass
         except Exception as error:  # noqa: BLE001 - the slot counts it, and judges
             observe(agreement=None, seconds=self._clock() - begun.at, error=error)
         else:

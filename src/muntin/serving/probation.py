@@ -33,13 +33,13 @@ from muntin.artifact import Signature
 from muntin.artifact.store import read_manifest
 from muntin.errors import MuntinError, RecipeError, VerificationError
 from muntin.runtime.hardware import memory_gib
-from muntin.runtime.memory import resident, resident_of
+from muntin.runtime.memory import kills_for_memory, resident, resident_of
 from muntin.runtime.session import Session
 from muntin.runtime.verification import verify
 from muntin.serving.engine_host import call_of, error_of, opening_of, said_of
 from muntin.serving.engine_process import can_open_apart, open_apart
 from muntin.serving.scheduling import PATIENCE, Demand, Pace, nobody, take_short_turns
-from muntin.serving.version import Call, NotReadyError, Opened, Opening, TookTooLongError, open_version, starting_calls
+from muntin.serving.version import TOO_LONG, Call, NotReadyError, Opened, Opening, TookTooLongError, open_version, starting_calls
 
 ROUNDS = 5
 """Calls of each kind that are timed."""
@@ -219,13 +219,14 @@ def _try(
             process_group=0,
         ) as process,
     ):
+        kills = kills_for_memory()
         try:
             with Pace(process, demand) as pace:
                 answer = _await_answer(process, question, path, limits, seconds, stopped, pace)
         finally:
             process.kill()
         if process.returncode:
-            raise VerificationError(f"{path}: {_how_it_ended(process.returncode, printed)}")
+            raise VerificationError(f"{path}: {_how_it_ended(process.returncode, printed, kills)}")
         return _read(answer, path)
 
 
@@ -251,19 +252,20 @@ def _await_answer(
         if time.monotonic() > deadline + pace.excused and question["idle"]:
             raise _StarvedError
         if time.monotonic() > deadline + pace.excused:
-            raise TookTooLongError(
-                f"{path}: it was not open, verified and warm after {limits.seconds:g} s: it hangs, or needs a longer limit"
-            )
+            raise TookTooLongError(f"{path}: it was not open, verified and warm after {limits.seconds:g} s: {TOO_LONG}")
         taken = resident_of(process.pid)
         if most is not None and taken is not None and taken > most:
             raise VerificationError(
                 f"{path}: opening it took {taken / 2**30:.2f} GiB of memory (allowed: {most / 2**30:.2f}): "
-                "warm it up for smaller images or batches, or allow more"
+                "lower --max-batch, or export it for smaller images"
             )
 
 
-def _how_it_ended(returncode: int, printed: IO[bytes]) -> str:
+def _how_it_ended(returncode: int, printed: IO[bytes], kills: int | None) -> str:
+    """`kills`: how many processes the system had ended for want of memory before."""
     if returncode < 0:
+        if returncode == -signal.SIGKILL and kills is not None and kills != kills_for_memory():
+            return "the system ended the process that tried it, for want of memory: free some, or lower --max-batch"
         what = signal.strsignal(-returncode)
         return f"its engine ended the process that tried it, by signal {-returncode}" + (f" ({what})" if what else "")
     printed.seek(max(0, printed.seek(0, os.SEEK_END) - 4096))

@@ -78,7 +78,7 @@ class Tally:
     """What was seen of a version since `since`, a time of the slot's clock: `batches`; of their images `rows` computed or failed, `failed`,
     and among these `overdue`, whose batch did not come back; and of those whose labels were compared, `compared` and the sum of their
     shares of equal labels, `agreed`. `enough`: when it had passed but for what was still being computed. `deaths`: of the predecessor's
-    engine, before."""
+    engine, before. `why`: what the first image that failed failed with."""
 
     since: float
     batches: int = 0
@@ -89,6 +89,7 @@ class Tally:
     agreed: float = 0.0
     enough: float = inf
     deaths: int = 0
+    why: str = ""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -111,7 +112,10 @@ def judge(rollout: Rollout, tally: Tally, latencies: Latencies, base: Latencies,
     over = now - tally.since >= rollout.for_seconds or (tally.rows >= rollout.for_requests and _timed(rollout, latencies, base))
     # Before the end only what all the images still to come could not make good.
     if tally.failed > rollout.max_error_rate * (tally.rows if over else max(tally.rows, rollout.for_requests)):
-        return Verdict(passed=False, reason=f"{tally.failed} of its {tally.rows} images failed (allowed: {rollout.max_error_rate:.2%})")
+        why = f": {tally.why}" if tally.why else ""
+        return Verdict(
+            passed=False, reason=f"{tally.failed} of its {tally.rows} images failed (allowed: {rollout.max_error_rate:.2%}){why}"
+        )
     if tally.compared and (over or tally.compared >= ENOUGH):
         agreement = tally.agreed / tally.compared
         if agreement < rollout.min_agreement:

@@ -112,6 +112,9 @@ class Server:
         self._compiler = Compiler(opening, budget=self._budget, demand=self._demand)
         loader = ArtifactLoader(opening=opening, max_batch=config.max_batch, budget=self._budget, demand=self._demand)
         self.slot = Slot(config.name or _name_of(Path(path)), loader, rollout=config.rollout, notify=self._notify)
+        self._watcher: Watcher | None = None
+        if config.watch:
+            self._watcher = Watcher(self._repository, self.slot, notify=self._notify, interval_s=config.watch_seconds)
 
     # ---- from outside ----
 
@@ -247,9 +250,8 @@ class Server:
         face = HttpFace(service, control, pictures, limits=limits, tokens=config.tokens, log=log, tracing=tracing, local=local)
         ending.push_async_callback(asyncio.to_thread, face.close)
         http_config = self._uvicorn_config(face, ledger)
-        if config.watch:
-            watcher = Watcher(self._repository, self.slot, notify=self._notify, interval_s=config.watch_seconds)
-            ending.push_async_callback(asyncio.to_thread, watcher.stop, END_S)  # a directory on a network may stand still
+        if self._watcher is not None:
+            ending.push_async_callback(asyncio.to_thread, self._watcher.stop, END_S)  # a directory on a network may stand still
         ending.callback(self.slot.close)
         grpc_face: GrpcFace | None = None
         if config.grpc_port is not None:
@@ -270,8 +272,8 @@ class Server:
         if tls is not None:
             ending.callback(asyncio.create_task(self._renew(tls)).cancel)
         ending.callback(asyncio.create_task(self._settle()).cancel)
-        if config.watch:
-            watcher.start()
+        if self._watcher is not None:
+            self._watcher.start()
         gc.collect()
         gc.freeze()  # what was made until here stays: later collections need not look at it
         ending.callback(gc.unfreeze)
@@ -287,17 +289,15 @@ class Server:
             if not self.config.watch:
                 raise ArtifactError(f"{self._repository.path}: neither an artefact nor a directory of numbered ones: name one")
             self._notify(f"{self._repository.path}: no version yet; the first that comes is served")
-        for name, path in reversed(versions.items()):
-            try:
-                self.slot.load(path, name)
-            except MuntinError as error:
-                if self._ending:
-                    return
-                if not self.config.watch:
-                    raise
-                self._notify(f"version {name} is not loaded: {error}")
-            else:
-                return
+        if self._watcher is not None:
+            self._watcher.step()
+            return
+        name, path = next(reversed(versions.items()))
+        try:
+            self.slot.load(path, name)
+        except MuntinError:
+            if not self._ending:
+                raise
 
     def _go_down(self, service: Service, grpc_face: GrpcFace | None) -> None:
         """Nobody new comes and no version, and what is in flight, over HTTP or gRPC, has the same time. On the event loop."""

@@ -242,7 +242,7 @@ class Slot:
         is warmed up for the last of them, but not where it was not computed as a `whole`. A DataError is the caller's, and no failure.
         `begun`: ends with it, and was counted already if it was overdue.
         """
-        failed = error is not None and not isinstance(error, DataError)
+        failure = None if isinstance(error, DataError) else error
         with self._changing():
             if death := version.new_death():
                 self._lines.append(f"version {version.name}: {death}")
@@ -256,7 +256,9 @@ class Slot:
             if (tally := self._tally(version)) is not None:
                 tally.batches += 1
                 tally.rows += rows
-                tally.failed += rows if failed else 0
+                if failure is not None:
+                    tally.failed += rows
+                    tally.why = tally.why or _said(failure)
             self._settle()
 
     def observe_shadow(
@@ -474,14 +476,21 @@ class Slot:
         if now >= self._due:
             self._find_overdue(now)
         candidate, trial, current, probation = self._candidate, self._trial, self._current, self._probation
-        tried = candidate and trial and (not candidate.able or now - min(trial.since, self._asked) >= seconds)
+        tried = (
+            candidate
+            and trial
+            and (not candidate.able or _must_take_over(candidate, current) or now - min(trial.since, self._asked) >= seconds)
+        )
         if tried or (current and probation and (not current.able or now - probation.since >= seconds)):
             self._settle()
 
     def _settle(self) -> None:
         """Judges the candidate, then the current version, if they are on trial, and does what follows."""
         if self._candidate is not None and self._trial is not None and self._current is not None:
-            verdict = self._judge(self._candidate, self._trial, self._current, self._asked)
+            if _must_take_over(self._candidate, self._current):
+                verdict: Verdict | None = Verdict(passed=True, reason=f"the engine of {self._current.name} died again and again")
+            else:
+                verdict = self._judge(self._candidate, self._trial, self._current, self._asked)
             if verdict is not None:
                 self._end_trial(self._candidate, verdict)
         if self._current is not None and self._probation is not None and self._previous is not None:
@@ -492,7 +501,8 @@ class Slot:
     def _judge(self, version: Version, tally: Tally, base: Version, asked: float = inf) -> Verdict | None:
         """None also as long as a version that has passed is at what it began before: it may not come back. One whose engine cannot be
         asked for now has failed where its predecessor's can, whatever was counted: nothing more is while it is asked nothing. But not where
-        that one's has died since, too: then it may be the images, and nobody is to send a version back with them."""
+        that one's has died since, too: then it may be the images, and nobody is to send a version back with them. Nor does a version fail,
+        whatever it did, as long as there is none that could take its place."""
         if not version.able:
             if not base.able or base.session.deaths > tally.deaths:
                 return None
@@ -504,7 +514,7 @@ class Slot:
         now = self.clock()
         verdict = judge(self.rollout, tally, version.latencies, base.latencies, now=now, asked=asked)
         if verdict is None or not verdict.passed:
-            return verdict
+            return None if base.dead else verdict
         tally.enough = min(tally.enough, now)
         return None if _waits(version, tally) else verdict
 
@@ -554,8 +564,14 @@ class Slot:
             self._drain(previous)
             return
         self._current = previous
+        self._begin_trial_anew()
         self._lines.append(f"version {current.name} is rolled back to {previous.name}: {verdict.reason}")
         self._fail(current, f"rolled back: {verdict.reason}")
+
+    def _begin_trial_anew(self) -> None:
+        """Beside another version: what was compared with the one that went says nothing of this."""
+        if self._trial is not None and self._current is not None:
+            self._trial = Tally(since=self.clock(), deaths=self._current.session.deaths)
 
     def _flip(self, version: Version, how: str) -> None:
         """From now on `version` answers. What stays warm is the last version that has proved itself."""
@@ -580,6 +596,7 @@ class Slot:
             self._current, self._previous, self._probation = self._previous, None, None
             if self._current is None and self._candidate is not None:
                 self._current, self._candidate, self._trial = self._candidate, None, None
+            self._begin_trial_anew()
             if self._current is not None:
                 self._lines.append(f"version {version.name} is unloaded, {self._current.name} serves")
         self._drain(version)
@@ -642,7 +659,7 @@ class Slot:
                 self._gone.append(opened.session)
                 self._require_open()
             version.opened(opened)
-            if self._current is None or not self.rollout.tried:
+            if self._current is None or self._current.dead or not self.rollout.tried:
                 self._flip(version, "")
             else:
                 self._candidate, self._trial = version, Tally(since=self.clock(), deaths=self._current.session.deaths)
@@ -666,9 +683,19 @@ class Slot:
             raise NotReadyError(f"{self.name}: version {version.name} was unloaded while it was on trial")
 
 
+def _must_take_over(candidate: Version, current: Version | None) -> bool:
+    """Whether nobody is answered while a candidate is on trial that could."""
+    return current is not None and current.dead and candidate.able
+
+
 def _waits(version: Version, tally: Tally) -> bool:
     """Whether a version is at something that it began before it had passed."""
     return any(begun.at <= tally.enough for begun in version.begun) if tally.enough < inf else False
+
+
+def _said(error: BaseException) -> str:
+    """What an image failed with, in a line."""
+    return plain(f"{type(error).__name__}: {_first_line(error)}".removesuffix(": "))
 
 
 def _first_line(error: BaseException) -> str:

@@ -54,6 +54,10 @@ class TookTooLongError(VerificationError):
     """A version was not open, or not verified, in the time that it has. A machine that is less busy may do it."""
 
 
+TOO_LONG = "it hangs, or this machine is too slow for all that it is compiled for: lower --max-batch"
+"""Of what did not come to its end in time."""
+
+
 class EngineDiedError(MuntinError):
     """The process that an engine runs in has ended, or was ended, in the midst of a call."""
 
@@ -316,6 +320,12 @@ class Version:
         """Whether it is open, and its engine can be asked."""
         session = self._session
         return session is not None and session.able
+
+    @property
+    def dead(self) -> bool:
+        """Whether its engine cannot be asked before it has been begun again, which was tried in vain (`Session.dead`)."""
+        session = self._session
+        return session is not None and session.dead
 
     def opened(self, opened: Opened) -> None:
         self._session, self._signature, self.digest, self.state = opened.session, opened.signature, opened.digest, "ready"
