@@ -98,12 +98,13 @@ class InProcess(ArtifactLoader):
 
 
 class Constant(Session):
-    """Answers its label everywhere, without an engine. `alone`: it is left alone, as an engine that died again and again."""
+    """Answers its label everywhere, without an engine. `alone`: it is left alone, as an engine that died again and again; `gone`: it is not
+    there, and may be begun again."""
 
     def __init__(self, signature: Signature, label: int) -> None:
         super().__init__(signature=signature, engine="none", precision="f32", threads=1)
         self.label = label
-        self.alone = False
+        self.alone = self.gone = False
 
     @property
     def able(self) -> bool:
@@ -111,7 +112,7 @@ class Constant(Session):
 
     @property
     def dead(self) -> bool:
-        return self.alone
+        return self.alone or self.gone
 
     def _infer(self, images_BHWC: NDArray[np.uint8]) -> NDArray[np.float32]:
         scores = np.zeros(self.signature.scores_shape(*images_BHWC.shape[:3]), np.float32)

@@ -170,21 +170,48 @@ def test_a_version_is_not_sent_back_to_one_that_can_do_no_better(make_slot: Call
     assert states(slot)["2"] == ("ready", "current")
 
 
-def test_no_version_is_sent_back_to_one_whose_engine_is_gone(make_slot: Callable[..., Slot], told: list[str], clock: Any) -> None:
-    """However slow it is, it answers. As soon as the other one can again, it is judged."""
+@pytest.mark.parametrize("back", [True, False])
+def test_no_version_is_sent_back_to_one_whose_engine_is_gone(
+    make_slot: Callable[..., Slot], told: list[str], clock: Any, back: bool
+) -> None:
+    """However slow it is, it answers. If the other one is there again before its time is over, it is judged."""
     slot = make_slot(for_seconds=10)
     previous = slot.load("1", "1")
     observe(slot, previous, 20)
-    previous.session.alone = True  # type: ignore[attr-defined]
+    previous.session.gone = True  # type: ignore[attr-defined]
     version = slot.load("2", "2")
     observe(slot, version, 40, seconds=1.0)
-    clock.now += 20
+    assert slot.current is version and slot.open == (version, previous)
+    version.session.alone = True  # type: ignore[attr-defined]
     slot.settle()
     assert slot.current is version
-    previous.session.alone = False  # type: ignore[attr-defined]
+    version.session.alone = False  # type: ignore[attr-defined]
+    previous.session.gone = not back  # type: ignore[attr-defined]
+    clock.now += 20
     slot.settle()
-    assert slot.current is previous
-    assert "times as long" in told[-1]
+    assert slot.open == ((previous,) if back else (version,))
+    assert told[-1].endswith("(allowed: 3)" if back else "version 2 stays (the engine of 1 died again and again), 1 goes")
+
+
+def test_of_two_that_could_be_gone_back_to_the_one_that_is_there_is_kept(make_slot: Callable[..., Slot]) -> None:
+    slot = make_slot()
+    first, second = slot.load("1", "1"), slot.load("2", "2")
+    first.session.gone = True  # type: ignore[attr-defined]
+    assert slot.open == (second, first)
+    third = slot.load("3", "3")
+    assert slot.open == (third, second)
+
+
+def test_a_proved_version_comes_before_one_on_trial(make_slot: Callable[..., Slot]) -> None:
+    slot = make_slot()
+    proved, current = slot.load("1", "1"), slot.load("2", "2")
+    slot.rollout = Rollout(canary=0.5)
+    with loading(slot, "3", "3") as outcome:
+        current.session.alone = True  # type: ignore[attr-defined]
+        slot.settle()
+        assert slot.current is proved
+        slot.unload("3")
+    assert isinstance(outcome[0], NotReadyError)
 
 
 @pytest.mark.parametrize("died", ["before", "meanwhile"])
@@ -219,10 +246,11 @@ def test_a_trial_begins_anew_beside_another_version(make_slot: Callable[..., Slo
     with loading(slot, "3", "3") as outcome:
         candidate = slot.open[1]
         for _ in range(ENOUGH - 1):
-            slot.observe_shadow(candidate, agreement=0.0, seconds=0.01, rows=1, call=CALL)
+            slot.observe_shadow(candidate, beside=wrong, agreement=0.0, seconds=0.01, rows=1, call=CALL)
         observe(slot, wrong, error=RuntimeError("the engine is gone"))
+        slot.observe_shadow(candidate, beside=wrong, agreement=0.0, seconds=0.01, rows=1, call=CALL)  # one that was on its way
         assert slot._trial is not None
-        assert (slot._trial.compared, slot._trial.rows) == (0, 0)
+        assert (slot._trial.compared, slot._trial.rows) == (0, 1)
         slot.unload("3")
     assert isinstance(outcome[0], NotReadyError)
 
@@ -555,13 +583,13 @@ def test_a_shadow_is_compared_and_never_answers(make_slot: Callable[..., Slot]) 
         assert [lease is not None for lease in drawn] == [False, True, False]
         with drawn[1] as lease:  # type: ignore[union-attr]
             for _ in range(30):
-                slot.observe_shadow(lease.version, agreement=0.95, seconds=0.01, rows=1)
+                slot.observe_shadow(lease.version, beside=old, agreement=0.95, seconds=0.01, rows=1)
     assert outcome == [slot.current]
     assert slot.shadow(old) is None  # the previous one says nothing of the place of the current one
     with loading(slot, "3", "3") as outcome, slot.shadow(candidate) as lease:  # type: ignore[union-attr]
         for _ in range(20):
-            slot.observe_shadow(lease.version, agreement=0.5, seconds=0.01, rows=1)
-        slot.observe_shadow(lease.version, agreement=0.5, seconds=0.01, rows=1)  # one that was on its way
+            slot.observe_shadow(lease.version, beside=candidate, agreement=0.5, seconds=0.01, rows=1)
+        slot.observe_shadow(lease.version, beside=candidate, agreement=0.5, seconds=0.01, rows=1)  # one that was on its way
     assert "it agrees on 50.0% of the labels" in str(outcome[0])
     assert slot.current is not None
     assert slot.current.name == "2"

@@ -197,17 +197,21 @@ class Executor:
             works[0].whole = images, answers
         return taken_apart(answers, batch.jobs)
 
-    def shadow(self, candidate: Version, images: NDArray[np.uint8], answer: NDArray[Any], *, labels: bool, within: float = inf) -> None:
-        """Computes images that were answered once more, by a candidate that the caller has a lease on, and tells the slot how far both
-        agree. `within`: as of `Slot.begin`. Of one that was sent back meanwhile nothing more is asked."""
+    def shadow(
+        self, candidate: Version, images: NDArray[np.uint8], answer: NDArray[Any], *, labels: bool, beside: Version, within: float = inf
+    ) -> None:
+        """Has a candidate, which the caller has a lease on, compute what `beside` answered, and tells the slot how far both agree.
+
+        `within`: as of `Slot.begin`. Of one that was sent back meanwhile nothing more is asked.
+        """
         if candidate.state == "failed":  # its engine may have been ended, and would be begun again for this
             return
         call = Call((images.shape[0], images.shape[1], images.shape[2]), labels)
         begun = self._slot.begin(candidate, rows=len(images), within=within)
-        observe = partial(self._slot.observe_shadow, candidate, rows=len(images), call=call, begun=begun)
+        observe = partial(self._slot.observe_shadow, candidate, beside=beside, rows=len(images), call=call, begun=begun)
         try:
             again = _call(candidate.session, images, labels=labels)
-        except (OSError, MemoryError):  # this process lacks files or memory then, as in `compute_somewhere`
+        except OSError:  # this process lacks files then, as in `compute_somewhere`
             pass
         except Exception as error:  # noqa: BLE001 - the slot counts it, and judges
             observe(agreement=None, seconds=self._clock() - begun.at, error=error)

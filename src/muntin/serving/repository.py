@@ -192,7 +192,7 @@ class Watcher:
             self._told.pop(name, None)
             if _number(name) < self._newest and (self._slot.current is None or name != self._slot.current.name):
                 self._tell_once(name, f"version {name} is not loaded: {self._newest} has served: give it a higher one, or load it by name")
-        return next((name for name in reversed(versions) if self._try(name, versions[name])), None)
+        return next((name for name in reversed(versions) if not self._slot.closed and self._try(name, versions[name])), None)
 
     def _tell_once(self, name: str, line: str) -> None:
         if self._told.get(name) != line:

@@ -40,7 +40,7 @@ class Shadows:
     def cast(self, work: Work, *, labels: bool) -> None:
         """After an answer: has the candidate compute its batch, if there is one and it is its turn."""
         whole, work.whole = work.whole, None
-        if whole is None or (lease := self._slot.shadow(work.by)) is None:
+        if whole is None or work.by is None or (lease := self._slot.shadow(work.by)) is None:
             return
         if self._of is not lease.version:
             self._of, self._threads = lease.version, Threads("muntin-shadow", most=1)
@@ -49,7 +49,7 @@ class Shadows:
         if self.pending >= SHADOWS or (self._held and count + sum(count for _, count in self._held) > SHADOW_BYTES):
             self._drop(lease)
             return
-        shadow = partial(self._executor.shadow, lease.version, *whole, labels=labels, within=work.within)
+        shadow = partial(self._executor.shadow, lease.version, *whole, labels=labels, beside=work.by, within=work.within)
         try:
             computed = self._threads.submit(shadow)
         except RuntimeError:  # this process may have no more threads

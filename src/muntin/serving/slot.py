@@ -265,6 +265,7 @@ class Slot:
         self,
         version: Version,
         *,
+        beside: Version,
         agreement: float | None,
         seconds: float,
         rows: int,
@@ -272,10 +273,11 @@ class Slot:
         call: Call | None = None,
         begun: Begun | None = None,
     ) -> None:
-        """Counts what a candidate made of images that were answered already. `agreement`: `label_agreement` of the two, None where
-        there is none to tell."""
+        """Counts what a candidate made of images that `beside` had answered. `agreement`: `label_agreement` of the two, None where there
+        is none to tell; it says nothing any more once that is not the current version."""
         with self._changing():
-            if version is self._candidate and self._trial is not None and agreement is not None and error is None:
+            compared = agreement is not None and error is None and beside is self._current
+            if version is self._candidate and self._trial is not None and agreement is not None and compared:
                 self._trial.compared += rows
                 self._trial.agreed += agreement * rows
         self.observe(version, seconds=seconds, rows=rows, error=error, call=call, begun=begun)
@@ -485,36 +487,39 @@ class Slot:
             self._settle()
 
     def _settle(self) -> None:
-        """Judges the candidate, then the current version, if they are on trial, and does what follows."""
-        if self._candidate is not None and self._trial is not None and self._current is not None:
-            if _must_take_over(self._candidate, self._current):
-                verdict: Verdict | None = Verdict(passed=True, reason=f"the engine of {self._current.name} died again and again")
-            else:
-                verdict = self._judge(self._candidate, self._trial, self._current, self._asked)
-            if verdict is not None:
-                self._end_trial(self._candidate, verdict)
+        """Judges the current version, then the candidate, if they are on trial, and does what follows."""
         if self._current is not None and self._probation is not None and self._previous is not None:
             verdict = self._judge(self._current, self._probation, self._previous)
             if verdict is not None:
                 self._end_probation(self._current, self._previous, verdict)
+        if self._candidate is not None and self._trial is not None and self._current is not None:
+            if _must_take_over(self._candidate, self._current):
+                verdict = Verdict(passed=True, reason=f"the engine of {self._current.name} died again and again")
+            else:
+                verdict = self._judge(self._candidate, self._trial, self._current, self._asked)
+            if verdict is not None:
+                self._end_trial(self._candidate, verdict)
 
     def _judge(self, version: Version, tally: Tally, base: Version, asked: float = inf) -> Verdict | None:
         """None also as long as a version that has passed is at what it began before: it may not come back. One whose engine cannot be
         asked for now has failed where its predecessor's can, whatever was counted: nothing more is while it is asked nothing. But not where
         that one's has died since, too: then it may be the images, and nobody is to send a version back with them. Nor does a version fail,
-        whatever it did, as long as there is none that could take its place."""
+        whatever it did, beside one whose engine is gone: it stays when its time is over, unless that one is there again before."""
+        now = self.clock()
         if not version.able:
-            if not base.able or base.session.deaths > tally.deaths:
+            if base.dead or not base.able or base.session.deaths > tally.deaths:
                 return None
             if death := version.new_death():
                 self._lines.append(f"version {version.name}: {death}")
             return Verdict(passed=False, reason="its engine died again and again, or could not be begun again")
         if not tally.failed and _waits(version, tally):
             return None
-        now = self.clock()
+        if base.dead:
+            over = now - tally.since >= self.rollout.for_seconds
+            return Verdict(passed=True, reason=f"the engine of {base.name} died again and again") if over else None
         verdict = judge(self.rollout, tally, version.latencies, base.latencies, now=now, asked=asked)
         if verdict is None or not verdict.passed:
-            return None if base.dead else verdict
+            return verdict
         tally.enough = min(tally.enough, now)
         return None if _waits(version, tally) else verdict
 
@@ -580,6 +585,9 @@ class Slot:
             self._lines.append(f"version {version.name} serves")
             return
         self._lines.append(f"version {version.name} takes over from {old.name}" + (f" ({how})" if how else ""))
+        if self._previous is not None and self._previous.dead and not old.dead:
+            self._drain(self._previous)
+            self._previous = None
         if self._previous is None:
             self._previous = old
         else:  # the old one is on probation itself: the one before it is the safe one
@@ -659,6 +667,7 @@ class Slot:
                 self._gone.append(opened.session)
                 self._require_open()
             version.opened(opened)
+            self._settle()
             if self._current is None or self._current.dead or not self.rollout.tried:
                 self._flip(version, "")
             else:
