@@ -202,14 +202,15 @@ def test_of_two_that_could_be_gone_back_to_the_one_that_is_there_is_kept(make_sl
     assert slot.open == (third, second)
 
 
-def test_a_proved_version_comes_before_one_on_trial(make_slot: Callable[..., Slot]) -> None:
+@pytest.mark.parametrize("may_begin_again", [False, True])
+def test_a_proved_version_comes_before_one_on_trial(make_slot: Callable[..., Slot], may_begin_again: bool) -> None:
     slot = make_slot()
     proved, current = slot.load("1", "1"), slot.load("2", "2")
     slot.rollout = Rollout(canary=0.5)
     with loading(slot, "3", "3") as outcome:
-        current.session.alone = True  # type: ignore[attr-defined]
+        current.session.gone, current.session.alone = True, not may_begin_again  # type: ignore[attr-defined]
         slot.settle()
-        assert slot.current is proved
+        assert slot.current is (current if may_begin_again else proved)  # the previous one computes what the current one cannot
         slot.unload("3")
     assert isinstance(outcome[0], NotReadyError)
 

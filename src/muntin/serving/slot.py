@@ -478,13 +478,14 @@ class Slot:
         if now >= self._due:
             self._find_overdue(now)
         candidate, trial, current, probation = self._candidate, self._trial, self._current, self._probation
-        tried = (
-            candidate
-            and trial
-            and (not candidate.able or _must_take_over(candidate, current) or now - min(trial.since, self._asked) >= seconds)
-        )
+        tried = candidate and trial and (not candidate.able or self._lacks_engine or now - min(trial.since, self._asked) >= seconds)
         if tried or (current and probation and (not current.able or now - probation.since >= seconds)):
             self._settle()
+
+    @property
+    def _lacks_engine(self) -> bool:
+        """Whether nobody is answered: the engines of the current version and of the previous one are gone."""
+        return self._current is not None and self._current.dead and (self._previous is None or self._previous.dead)
 
     def _settle(self) -> None:
         """Judges the current version, then the candidate, if they are on trial, and does what follows."""
@@ -493,7 +494,7 @@ class Slot:
             if verdict is not None:
                 self._end_probation(self._current, self._previous, verdict)
         if self._candidate is not None and self._trial is not None and self._current is not None:
-            if _must_take_over(self._candidate, self._current):
+            if self._lacks_engine and self._candidate.able:
                 verdict = Verdict(passed=True, reason=f"the engine of {self._current.name} died again and again")
             else:
                 verdict = self._judge(self._candidate, self._trial, self._current, self._asked)
@@ -668,7 +669,7 @@ class Slot:
                 self._require_open()
             version.opened(opened)
             self._settle()
-            if self._current is None or self._current.dead or not self.rollout.tried:
+            if self._current is None or self._lacks_engine or not self.rollout.tried:
                 self._flip(version, "")
             else:
                 self._candidate, self._trial = version, Tally(since=self.clock(), deaths=self._current.session.deaths)
@@ -690,11 +691,6 @@ class Slot:
             raise RefusedError(f"{self.name}: version {version.name} is {version.reason}")
         if version.state != "ready":
             raise NotReadyError(f"{self.name}: version {version.name} was unloaded while it was on trial")
-
-
-def _must_take_over(candidate: Version, current: Version | None) -> bool:
-    """Whether nobody is answered while a candidate is on trial that could."""
-    return current is not None and current.dead and candidate.able
 
 
 def _waits(version: Version, tally: Tally) -> bool:
