@@ -140,9 +140,7 @@ def main() -> None:
 def _open(control: socket.socket, question: dict[str, Any]) -> Session:
     for number in (signal.SIGINT, signal.SIGTERM):  # who ends all processes of a service at once means the server, which ends this one
         signal.signal(number, signal.SIG_IGN)
-    if hasattr(signal, "setitimer"):  # an engine that hangs sees nothing of the server's end
-        signal.signal(signal.SIGALRM, signal.SIG_DFL)
-        signal.setitimer(signal.ITIMER_REAL, question["seconds"])
+    end_after(question["seconds"])  # an engine that hangs sees nothing of the server's end
     _go_first(600)
     opened = open_version(
         Path(question["path"]),
@@ -151,8 +149,7 @@ def _open(control: socket.socket, question: dict[str, Any]) -> Session:
         rest=question["rest"],
         stopped=lambda: bool(select.select([control], [], [], 0)[0]),  # nothing is sent meanwhile: its end is gone
     )
-    if hasattr(signal, "setitimer"):
-        signal.setitimer(signal.ITIMER_REAL, 0)
+    end_after(0)
     _go_first(300)
     session = opened.session
     said = {name: getattr(session, name) for name in ("engine", "precision", "threads", "streams", "plan")}
@@ -160,6 +157,13 @@ def _open(control: socket.socket, question: dict[str, Any]) -> Session:
     session.outputs = Places()
     send(control, said)
     return session
+
+
+def end_after(seconds: float) -> None:
+    """Ends this process in so many seconds, whatever it is at then; 0: not any more. Nothing on Windows."""
+    if hasattr(signal, "setitimer"):
+        signal.signal(signal.SIGALRM, signal.SIG_DFL)
+        signal.setitimer(signal.ITIMER_REAL, seconds)
 
 
 def _go_first(much: int) -> None:

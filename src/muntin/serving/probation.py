@@ -36,7 +36,7 @@ from muntin.runtime.hardware import memory_gib
 from muntin.runtime.memory import kills_for_memory, resident, resident_of
 from muntin.runtime.session import Session
 from muntin.runtime.verification import verify
-from muntin.serving.engine_host import call_of, error_of, opening_of, said_of
+from muntin.serving.engine_host import call_of, end_after, error_of, opening_of, said_of
 from muntin.serving.engine_process import can_open_apart, open_apart
 from muntin.serving.scheduling import PATIENCE, Demand, Pace, nobody, take_short_turns
 from muntin.serving.version import TOO_LONG, Call, NotReadyError, Opened, Opening, TookTooLongError, open_version, starting_calls
@@ -376,9 +376,7 @@ def _confine(limits: Limits, patience: float) -> None:
         take_short_turns()
     with suppress(OSError):
         Path("/proc/self/oom_score_adj").write_text("1000", encoding="ascii")
-    if hasattr(signal, "setitimer"):
-        signal.signal(signal.SIGALRM, signal.SIG_DFL)
-        signal.setitimer(signal.ITIMER_REAL, patience * limits.seconds + 5)
+    end_after(patience * limits.seconds + 5)
     with suppress(ImportError, OSError, ValueError):
         resource = import_module("resource")  # POSIX's: no file as large as the process is written where it crashes
         resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
