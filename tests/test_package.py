@@ -118,7 +118,7 @@ def test_every_public_name_loads_and_no_other() -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "package", "extra"), [("serve", "uvicorn", "serve"), ("fit", "torch", "train"), ("layers", "torch", "train")]
+    ("name", "package", "extra"), [("serve", "granian", "serve"), ("fit", "torch", "train"), ("layers", "torch", "train")]
 )
 def test_what_is_not_installed_is_named_with_its_extra(name: str, package: str, extra: str) -> None:
     use = f"try:\n    muntin.{name}\nexcept Exception as error:\n    print(error)"

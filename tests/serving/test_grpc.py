@@ -829,18 +829,23 @@ def test_who_is_told_twice_to_end_waits_for_nothing(path: Path, wait_until: Any)
     release = threading.Event()
     with served(path, drain_seconds=60.0) as (server, client):
         asked = client.stalled("ModelInfer", release)
-        wait_until(lambda: server._grpc is not None and server._grpc._calls == 1)
+        time.sleep(0.5)  # until the call has reached the server
         stop = threading.Thread(target=server.stop)
         stop.start()
-        wait_until(lambda: server._served)
+        wait_until(lambda: not listens(server.http_port))
         assert stop.is_alive()
-        server._tell_to_end(again=True)
+        server._end(by_interrupt=True)
         stop.join(30)
         assert not stop.is_alive()
         assert (server.cut_off, server.hurried) == (1, True)
         release.set()
         with pytest.raises(grpc.RpcError):
             asked.result()
+
+
+def listens(port: int) -> bool:
+    with socket.socket() as client:
+        return client.connect_ex(("127.0.0.1", port)) == 0
 
 
 def has_ipv6() -> bool:

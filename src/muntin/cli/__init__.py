@@ -44,7 +44,7 @@ def _options(
 
 _EXTRAS = {
     "train": ("torch", "torchvision", "onnxscript", "timm", "torchmetrics", "tensorboard"),
-    "serve": ("uvicorn", "httptools", "starlette", "orjson", "grpc", "google", "prometheus_client"),
+    "serve": ("granian", "starlette", "orjson", "grpc", "google", "prometheus_client"),
 }
 """What brings the packages that a command may lack."""
 CTRL_C = 130

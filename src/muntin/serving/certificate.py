@@ -22,6 +22,11 @@ class Certificate:
         self._seen: object = None
         self.load()
 
+    @property
+    def files(self) -> tuple[Path, Path]:
+        """The certificate's file and its key's."""
+        return self._files
+
     def changed(self) -> bool:
         """Whether the files are others than when they were tried last."""
         return self._state() != self._seen

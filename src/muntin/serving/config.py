@@ -24,19 +24,16 @@ class Bounds(_Frozen):
     json_bytes: Annotated[
         int, Field(ge=1024, description="of one request's JSON, which takes 13 to 50 times as much memory when it is read")
     ] = 4 * MEGABYTE
-    header_bytes: Annotated[int, Field(ge=1024, description="of one request's line and headers together")] = 16 * 1024
     image_pixels: Annotated[int, Field(ge=1, description="height times width of one picture, decoded")] = 1 << 26
     held_bytes: Annotated[
-        int, Field(ge=1024, description="of the bodies of all requests that are being received or answered, and of answers not read yet")
+        int,
+        Field(ge=1024, description="of the bodies of all requests that are being received or answered, and of large answers being sent"),
     ] = 512 * MEGABYTE
-    connections: Annotated[int, Field(ge=1, description="open at the same time; over gRPC: calls")] = 512
-    header_seconds: Annotated[
-        float,
-        Field(gt=0, le=DAY_S, description="of a TLS handshake; then from a connection's or request's first byte to the end of its headers"),
-    ] = 10.0
+    connections: Annotated[int, Field(ge=1, description="open at the same time, and requests in flight; over gRPC: calls")] = 512
     body_seconds: Annotated[float, Field(gt=0, le=DAY_S, description="from the end of the headers to the end of the body")] = 60.0
     idle_seconds: Annotated[
-        float, Field(gt=0, le=DAY_S, description="that a connection may stay open between requests, a stream stand still")
+        float,
+        Field(gt=0, le=DAY_S, description="that a connection may stay open without the complete headers of a request, or a stream idle"),
     ] = 75.0
 
 

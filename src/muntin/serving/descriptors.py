@@ -5,7 +5,7 @@ from __future__ import annotations
 from contextlib import suppress
 
 from muntin.serving.config import ServeConfig
-from muntin.serving.connection import SPARE
+from muntin.serving.http.listener import SPARE
 
 _ANSWER = 2
 """Memory that the engine's process writes to: a file, and Python's copy of it for the mapping."""

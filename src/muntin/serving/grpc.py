@@ -80,6 +80,8 @@ _MIND_S = 0.2
 """Between two looks at whether grpc's server goes on."""
 _GRACE_S = 5.0
 """That calls have of one that does not."""
+_HANDSHAKE_S = 10.0
+"""Seconds that a TLS handshake, or HTTP/2's first frame, may take."""
 _AGAIN_S = 1.0
 """Between two tries to have the port again."""
 _STREAM_REQUESTS = 32
@@ -201,7 +203,7 @@ class GrpcFace:
                 ("grpc.max_send_message_length", -1),
                 ("grpc.so_reuseport", 0),  # a port that is taken is an error
                 ("grpc.max_metadata_size", 16 * 1024),
-                ("grpc.server_handshake_timeout_ms", math.ceil(1e3 * bounds.header_seconds)),  # of TLS, and of HTTP/2's first frame
+                ("grpc.server_handshake_timeout_ms", math.ceil(1e3 * _HANDSHAKE_S)),  # of TLS, and of HTTP/2's first frame
                 ("grpc.max_connection_idle_ms", math.ceil(1e3 * bounds.idle_seconds)),  # without a call; grpc bounds no number
             ],
         )
@@ -315,7 +317,7 @@ class GrpcFace:
                 else:
                     with self._probed() if method is _CHECK else self._counted():
                         wire = await self._message(context, _PROBE_S if method is _CHECK else self._bounds.body_seconds)
-                        call = _Call(context, self._ledger.pulse.came(asyncio.get_running_loop()))
+                        call = _Call(context, time.monotonic())
                         with self._holding(0 if method is _CHECK else len(wire)):  # health is told, however much is held
                             written = infers  # whatever becomes of it from here on
                             asked = [self._asked(wire, call) if infers else parse(wire, method.request, self._limits)]
@@ -488,13 +490,10 @@ class GrpcFace:
             encode=lambda response: encode(response, decoded), copies=True,
         )  # fmt: skip
         if self._tracing is None:
-            answered = await infer()
-            self._ledger.pulse.ran(asyncio.get_running_loop())
-            return answered
+            return await infer()
         carrier = {name: value for name, value in context.invocation_metadata() or () if isinstance(value, str)}
         with self._tracing.inference("grpc", named.model, carrier) as span:
             answered = await infer()
-            self._ledger.pulse.ran(asyncio.get_running_loop())
             span.answered(answered)
         return answered
 
@@ -732,7 +731,7 @@ class _Stream:
             wire = await self._context.read()
             if wire is grpc.aio.EOF:
                 break
-            came = self._ledger.pulse.came(asyncio.get_running_loop())
+            came = time.monotonic()
             task = asyncio.create_task(self._answer(wire, _Call(self._context, came)))
             del wire  # or the last one would stay until the next comes
             self._computing.add(task)

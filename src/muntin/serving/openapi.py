@@ -16,12 +16,11 @@ _ERRORS = {
     409: "not loaded, what served goes on; or not in service",
     413: "too large",
     415: "packed by neither gzip nor deflate, or packed at all where no inference is asked for; or a form",
-    431: "the line and the headers are too long",
     500: "the model failed",
     501: "a model that comes with the request",
     503: "cannot be answered in time, or the server is full or going down (Retry-After says when to try again)",
 }
-_ANY = (401, 408, 413, 431, 500, 503)
+_ANY = (401, 408, 413, 500, 503)
 """What every route may answer."""
 
 

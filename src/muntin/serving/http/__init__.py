@@ -1,0 +1,1 @@
+"""HTTP: the ASGI application, the reading of bodies, and the server (granian) that they run under."""

@@ -1,0 +1,305 @@
+"""The ASGI application: the Open Inference Protocol, a route for pictures, metrics, and a description of all routes.
+
+    POST /v2/models/NAME[/versions/V]/infer        tensors as JSON or as bytes
+    GET  /v2, /v2/health/live, /v2/health/ready, /v2/models/NAME[/versions/V][/ready|/config|/stats]
+    POST /v2/repository/index, /v2/repository/models/NAME/load|unload
+    POST /predict?output=mask|overlay|labels|json  a PNG, JPEG or WebP file in, a picture or JSON out
+    GET  /metrics, /openapi.json
+
+Every request passes the same steps: room for it, token, headers, body within bounds, route, one line in the access log.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import math
+import re
+from urllib.parse import parse_qs
+
+from starlette.exceptions import HTTPException
+from starlette.requests import Request
+from starlette.responses import Response
+from starlette.routing import Route, Router
+
+from muntin.errors import DataError, MuntinError
+from muntin.serving.access_log import AccessLog
+from muntin.serving.control import Control
+from muntin.serving.description import (
+    VERSION,
+    configuration_document,
+    index_document,
+    metadata_document,
+    server_document,
+    statistics_document,
+)
+from muntin.serving.http.bodies import Body, ClientLeftError, Message, Receive, Scope, Send
+from muntin.serving.http.exchange import LEFT, Exchange
+from muntin.serving.http.inference import INFER, PLAIN, InferenceRoute, headers_by_name, read_head
+from muntin.serving.json_codec import decode_index_request, decode_repository_request, encode_json
+from muntin.serving.ledger import Ledger
+from muntin.serving.openapi import openapi
+from muntin.serving.origin import check_origin
+from muntin.serving.pictures import Pictures
+from muntin.serving.protocol import LACKING, Limits, ProtocolError, RefusedRequestError, shown
+from muntin.serving.service import Service
+from muntin.serving.tokens import Tokens
+from muntin.serving.tracing import Tracing
+
+_EXTENSION = re.compile(r"/v2/(?:models/[^/]+/(?:versions/[^/]+/)?)?(?:system|cuda)?(trace/setting|logging|sharedmemory)(?:/.*)?")
+"""Paths of Triton's extensions that this server does not have."""
+_NO_TOKEN = ("/v2/health/live", "/v2/health/ready")
+"""Paths that need no token: whatever starts and stops servers asks for them."""
+_ALWAYS = frozenset((*_NO_TOKEN, "/metrics"))
+"""Paths that are answered however many requests are in flight: a probe that is refused makes a busy server look dead."""
+_JSON = (b"content-type", b"application/json")
+
+
+class HttpApp:
+    """The application. `tokens`: a request must carry one of them; empty: all are open. `local`: as in `check_origin`."""
+
+    def __init__(
+        self,
+        service: Service,
+        control: Control,
+        pictures: Pictures,
+        *,
+        limits: Limits,
+        budget: Ledger,
+        tokens: tuple[str, ...],
+        log: AccessLog | None,
+        tracing: Tracing | None = None,
+        local: bool = False,
+    ) -> None:
+        self._service, self._control, self._pictures = service, control, pictures
+        self._limits, self._budget, self._log, self._tracing, self._local = limits, budget, log, tracing, local
+        self._tokens = Tokens(tokens)
+        self._inference = InferenceRoute(service, limits=limits, tracing=tracing)
+        self._router = Router(self._routes(), redirect_slashes=False)  # a redirect would lead to whatever host a request names
+        self._in_flight: set[Exchange] = set()
+
+    @property
+    def in_flight(self) -> int:
+        """Requests that are being received or answered."""
+        return len(self._in_flight)
+
+    def cut(self) -> int:
+        """End all requests in flight; those whose answer has not begun get 503. Return how many there were."""
+        for exchange in self._in_flight:
+            exchange.cancel()
+        return len(self._in_flight)
+
+    def close(self) -> None:
+        """End the thread that unpacks bodies."""
+        self._inference.close()
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            raise RuntimeError(f"ASGI scope {scope['type']!r}: this application speaks http only")
+        exchange, body = Exchange(scope, send, self._budget), Body(scope, self._budget)
+        self._in_flight.add(exchange)
+        outcome = "failed"
+        try:
+            outcome = await self._answer(exchange, body, receive)
+        finally:
+            body.release()
+            self._in_flight.discard(exchange)
+            if INFER.fullmatch(scope["path"]) or scope["path"] == "/predict":
+                self._service.metrics.requests["http", outcome] += 1
+            if self._log is not None:
+                exchange.write(self._log)
+        if not body.complete and exchange.status not in (0, LEFT):
+            self._budget.refused[exchange.status] += 1
+            if not any(name == b"expect" for name, _ in scope["headers"]):  # such a client has not begun to send
+                await body.drain(receive)
+
+    async def _answer(self, exchange: Exchange, body: Body, receive: Receive) -> str:
+        """Answer, whatever happens. Return the outcome that the metrics count."""
+        try:
+            await self._route(exchange, body, receive)
+            return "answered"
+        except ClientLeftError:
+            exchange.status = LEFT
+            return "cancelled"
+        except asyncio.CancelledError:
+            if not exchange.client_left and not exchange.status:  # else nobody reads it
+                await self._refuse(exchange, RefusedRequestError("the server is shutting down"))
+                return "refused"
+            exchange.status = exchange.status or LEFT
+            return "cancelled"
+        except Exception as error:  # noqa: BLE001 - every error is answered; one that nobody foresaw is reported to the loop's handler
+            answered_error = _http_error(error, exchange.scope)
+            if not exchange.status:
+                await self._refuse(exchange, answered_error, close=not body.complete)
+            return answered_error.outcome if isinstance(answered_error, ProtocolError) else "wrong"
+
+    async def _route(self, exchange: Exchange, body: Body, receive: Receive) -> None:
+        scope = exchange.scope
+        if len(self._in_flight) > self._budget.bounds.connections and scope["path"] not in _ALWAYS:
+            raise RefusedRequestError(f"{self._budget.bounds.connections} requests are in flight already (--max-connections)")
+        if self._tokens and scope["path"] not in _NO_TOKEN:
+            self._tokens.check(next((value for name, value in scope["headers"] if name == b"authorization"), b""))
+        head = read_head(scope)
+        await body.read(receive)
+        with exchange.watched(receive):
+            if head is not None:
+                await self._inference.answer(exchange, head, body.data)
+                return
+            scope["app"] = self  # with it Starlette's router raises HTTPException for what it does not find
+
+            async def whole_body() -> Message:
+                return {"type": "http.request", "body": body.data, "more_body": False}
+
+            await self._router(scope, whole_body, exchange.send)
+
+    async def _refuse(self, exchange: Exchange, error: ProtocolError | HTTPException, *, close: bool = False) -> None:
+        text = error.detail if isinstance(error, HTTPException) else str(error)
+        status = error.status_code if isinstance(error, HTTPException) else error.status
+        headers = [_JSON, *((name.encode(), value.encode()) for name, value in _error_headers(error).items())]
+        if close:
+            headers.append((b"connection", b"close"))
+        await exchange.reply(status, headers, encode_json({"error": text}))
+
+    # ---- routes ----
+
+    def _routes(self) -> list[Route]:
+        return [
+            Route("/v2", self._server),
+            Route("/v2/", self._server, include_in_schema=False),  # as the protocol's own OpenAPI document spells it
+            Route("/v2/health/live", self._live),
+            Route("/v2/health/ready", self._ready),
+            Route("/v2/repository/index", self._index, methods=["POST", "GET"]),
+            Route("/v2/repository/models/{model}/load", self._load, methods=["POST"]),
+            Route("/v2/repository/models/{model}/unload", self._unload, methods=["POST"]),
+            Route("/v2/models/stats", self._statistics),  # before the model of that name
+            *(
+                Route(f"/v2/models/{{model}}{middle}{end}", handler)
+                for end, handler in (
+                    ("", self._metadata),
+                    ("/ready", self._model_ready),
+                    ("/config", self._config),
+                    ("/stats", self._statistics),
+                )
+                for middle in ("", "/versions/{version}")
+            ),
+            Route("/predict", self._predict, methods=["POST"]),
+            Route("/metrics", self._metrics),
+            Route("/openapi.json", self._openapi),
+        ]
+
+    async def _server(self, request: Request) -> Response:
+        return _json(server_document("muntin", VERSION))
+
+    async def _live(self, request: Request) -> Response:
+        return _json({"live": True})
+
+    async def _ready(self, request: Request) -> Response:
+        return _json({"live": True, "ready": self._service.ready}, 200 if self._service.ready else 503)
+
+    async def _metadata(self, request: Request) -> Response:
+        return _json(metadata_document(self._service.describe(*_named(request))))
+
+    async def _model_ready(self, request: Request) -> Response:
+        try:
+            ready = bool(self._service.describe(*_named(request)).versions) and self._service.ready
+        except RefusedRequestError:
+            ready = False
+        return _json({"name": self._service.name, "ready": ready}, 200 if ready else 503)
+
+    async def _config(self, request: Request) -> Response:
+        return _json(configuration_document(self._service.describe(*_named(request))))
+
+    async def _statistics(self, request: Request) -> Response:
+        model, version = _named(request)
+        return _json(statistics_document(self._service.statistics(model, version)))
+
+    async def _index(self, request: Request) -> Response:
+        ready = decode_index_request(await _plain_body(request), self._limits)
+        return _json(index_document(await self._control.indexed(ready=ready)))
+
+    async def _load(self, request: Request) -> Response:
+        check_origin(request.scope["headers"], local=self._local)
+        parameters = decode_repository_request(await _plain_body(request), self._limits)
+        await self._control.loaded(request.path_params["model"], parameters)
+        return _json({})
+
+    async def _unload(self, request: Request) -> Response:
+        check_origin(request.scope["headers"], local=self._local)
+        parameters = decode_repository_request(await _plain_body(request), self._limits)
+        await self._control.unloaded(request.path_params["model"], parameters)
+        return _json({})
+
+    async def _predict(self, request: Request) -> Response:
+        if self._tracing is None:
+            return await self._picture(request)
+        with self._tracing.inference("http", self._service.name, headers_by_name(request.scope)) as span:
+            response = await self._picture(request)
+            span.computed_by(response.headers["x-model-version"])
+            return response
+
+    async def _picture(self, request: Request) -> Response:
+        try:
+            fields = parse_qs(request.scope["query_string"].decode("latin-1"), max_num_fields=16)
+        except ValueError as error:
+            raise ProtocolError(f"the query has more than 16 fields: it takes {shown('output')}") from error
+        query = {name: values[-1] for name, values in fields.items()}
+        if request.headers.get("content-type", "").lower().startswith("multipart/form-data"):
+            raise ProtocolError("a form: send the picture alone, as curl does with --data-binary @FILE", status=415)
+        body = await _plain_body(request)
+        try:
+            answer = await self._pictures.answer(body, query)
+        except ProtocolError as error:
+            # curl sends this type with --data-binary too; -d removes line ends.
+            form = request.headers.get("content-type", "").startswith("application/x-www-form-urlencoded")
+            if not (form and isinstance(error.__cause__, DataError) and error.status == 400 and not (b"\n" in body or b"\r" in body)):
+                raise
+            raise ProtocolError(f"{error}; curl changes a file that -d sends: give --data-binary @FILE") from error
+        return Response(answer.content, media_type=answer.media_type, headers=answer.headers)
+
+    async def _metrics(self, request: Request) -> Response:
+        return Response(self._service.metrics.render(), media_type="text/plain; version=0.0.4; charset=utf-8")
+
+    async def _openapi(self, request: Request) -> Response:
+        return _json(openapi(self._service.name))
+
+
+async def _plain_body(request: Request) -> bytes:
+    """The body of a request that is no inference. Raises ProtocolError 415 for one that is packed."""
+    coding = request.headers.get("content-encoding", "").strip()
+    if coding.lower().encode("latin-1") not in PLAIN:
+        raise ProtocolError(
+            f"content-encoding {shown(coding)}: only requests for inference may be packed; send the body as it is", status=415
+        )
+    return await request.body()
+
+
+def _http_error(error: Exception, scope: Scope) -> ProtocolError | HTTPException:
+    """The error that the client is told. Of an unforeseen one it is told the kind only; the loop's exception handler gets all of it."""
+    if isinstance(error, ProtocolError):
+        return error
+    if isinstance(error, HTTPException):
+        if error.status_code == 404 and (extension := _EXTENSION.fullmatch(scope["path"])):
+            return ProtocolError(LACKING[extension[1]], status=501)
+        allowed = (error.headers or {}).get("Allow")
+        advice = f", use {allowed}" if allowed else "; /openapi.json lists the routes"
+        text = f"{scope['method']} {shown(scope['path'])}: {error.detail}{advice}"
+        return HTTPException(error.status_code, text, error.headers)
+    if isinstance(error, MuntinError):
+        return ProtocolError(str(error), status=500)
+    asyncio.get_running_loop().call_exception_handler({"message": "a request failed", "exception": error})
+    return ProtocolError(f"the server failed ({type(error).__name__})", status=500)
+
+
+def _error_headers(error: ProtocolError | HTTPException) -> dict[str, str]:
+    if isinstance(error, HTTPException):
+        return {name.lower(): value for name, value in (error.headers or {}).items()}
+    if isinstance(error, RefusedRequestError):
+        return {"retry-after": str(max(1, math.ceil(error.retry_after)))}
+    return {401: {"www-authenticate": "Bearer"}, 405: {"allow": "POST"}}.get(error.status, {})
+
+
+def _json(document: object, status: int = 200) -> Response:
+    return Response(encode_json(document), status, media_type="application/json")
+
+
+def _named(request: Request) -> tuple[str | None, str | None]:
+    return request.path_params.get("model"), request.path_params.get("version")

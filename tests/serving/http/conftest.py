@@ -1,0 +1,125 @@
+"""The HTTP application over a service that answers at once, and a client that speaks ASGI."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import Callable
+from typing import Any, cast
+
+import pytest
+
+from muntin.serving.config import Bounds
+from muntin.serving.http.app import HttpApp
+from muntin.serving.ledger import Ledger
+from muntin.serving.metrics import Metrics
+from muntin.serving.protocol import InferResponse, Limits
+from muntin.serving.service import Answered
+
+TENSOR = {"name": "images", "datatype": "UINT8", "shape": [1, 1, 1, 3], "data": [1, 2, 3]}
+BODY = json.dumps({"inputs": [TENSOR]}).encode()
+INFER = "/v2/models/m/infer"
+
+
+class Service:
+    """Answers with no tensor. `seconds`: that it takes. `error`: raised in place of an answer."""
+
+    name, ready, objective = "m", True, None
+
+    def __init__(self) -> None:
+        self.metrics = Metrics()
+        self.seconds = 0.0
+        self.error: Exception | None = None
+        self.requests, self.cancelled = 0, 0
+
+    async def infer(self, request: Any, *, model: str, version: str | None, arrived: float, encode: Any) -> Answered:
+        self.requests += 1
+        try:
+            await asyncio.sleep(self.seconds)
+        except asyncio.CancelledError:
+            self.cancelled += 1
+            raise
+        if self.error is not None:
+            raise self.error
+        response = InferResponse(model="m", version="1", id=request.id, outputs=(), parameters={})
+        return Answered(response=response, read=0, queued=0, computed=0, total=0, batch_rows=1, started=0, encoded=encode(response))
+
+
+class Lines:
+    """An access log that keeps its entries."""
+
+    def __init__(self) -> None:
+        self.entries: list[dict[str, Any]] = []
+
+    def write(self, **entry: Any) -> None:
+        self.entries.append(entry)
+
+
+class Harness:
+    """An application with its service, memory budget and access log."""
+
+    def __init__(self, **bounds: Any) -> None:
+        self.service, self.log = Service(), Lines()
+        self.budget = Ledger(Bounds(**bounds))
+        self.app = HttpApp(
+            cast(Any, self.service),
+            cast(Any, None),
+            cast(Any, None),
+            limits=Limits(),
+            budget=self.budget,
+            tokens=(),
+            log=cast(Any, self.log),
+        )
+
+    async def ask(
+        self, path: str, *messages: Any, method: str = "POST", headers: Any = (), stays: bool = True
+    ) -> tuple[int, dict[str, str], bytes]:
+        """The answer to a request whose body comes in these messages. `stays`: the client waits for the answer."""
+        left, sent = list(messages), []
+
+        async def receive() -> Any:
+            if left:
+                return left.pop(0)
+            if stays:
+                await asyncio.Event().wait()
+            return {"type": "http.disconnect"}
+
+        async def send(message: Any) -> None:
+            sent.append(message)
+
+        names = {name for name, _ in headers}
+        length = [] if names & {b"content-length", b"transfer-encoding"} or not messages else [(b"transfer-encoding", b"chunked")]
+        scope = {
+            "type": "http",
+            "method": method,
+            "path": path,
+            "query_string": b"",
+            "headers": [*headers, *length],
+            "client": ("1.2.3.4", 5),
+        }
+        await self.app(scope, receive, send)
+        if not sent:
+            return 0, {}, b""
+        fields = {name.decode(): value.decode() for name, value in sent[0]["headers"]}
+        return sent[0]["status"], fields, b"".join(message["body"] for message in sent[1:])
+
+
+def part(body: bytes, *, more: bool = False) -> dict[str, Any]:
+    return {"type": "http.request", "body": body, "more_body": more}
+
+
+@pytest.fixture
+def harness() -> Callable[..., Harness]:
+    """`harness(**bounds)`."""
+    return Harness
+
+
+@pytest.fixture(scope="session")
+def message() -> Callable[..., dict[str, Any]]:
+    """`message(body, more=False)`: a piece of a request's body."""
+    return part
+
+
+@pytest.fixture(scope="session")
+def infer_body() -> bytes:
+    return BODY
