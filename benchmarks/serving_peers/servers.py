@@ -21,6 +21,7 @@ import urllib.request
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -77,7 +78,8 @@ class Server:
         return f"/v2/models/{workload.name}/infer" if self.tensors else "/predict"
 
 
-def muntin(wanted: Wanted) -> Launch:
+def muntin(wanted: Wanted, *, source: str | None = None) -> Launch:
+    """`source`: the `src` folder of another checkout."""
     promise = [] if wanted.objective_ms is None else ["--objective-ms", f"{wanted.objective_ms:g}"]
     return Launch(
         command=[
@@ -85,6 +87,7 @@ def muntin(wanted: Wanted) -> Launch:
             "--name", wanted.workload.name, "--threads", str(wanted.threads), "--max-batch", str(wanted.workload.max_rows), *promise,
         ],
         ready="/v2/health/ready",
+        variables={} if source is None else {"PYTHONPATH": source},
     )  # fmt: skip
 
 
@@ -144,6 +147,8 @@ SERVERS: dict[str, Server] = {
     "triton 20 ms": Server(launch=triton, peer="triton", tensors=True, wait_ms=20),
     "triton 0 ms, rejecting": Server(launch=triton_rejecting, peer="triton", tensors=True, wait_ms=0),
 }
+if before := os.environ.get("MUNTIN_BEFORE"):  # the `src` folder of an earlier checkout, to be measured in the same run
+    SERVERS["muntin before"] = Server(launch=partial(muntin, source=before), tensors=True)
 
 
 def _app(wanted: Wanted, file: str) -> list[str]:
