@@ -392,7 +392,7 @@ def judge(table: list[Line]) -> list[Row]:
         ours = next((line for line in table if line.model == model and line.server == "muntin"), None)
         if ours is None:
             continue
-        peers = [line for line in table if line.model == model and line.server != "muntin"]
+        peers = [line for line in table if line.model == model and not line.server.startswith("muntin")]
         fixed = [line for line in peers if line.server.startswith("triton")]
         near = f"at {STEADY:.0%}, inside the objective"
         if model == "segment":
