@@ -1,8 +1,10 @@
-"""A realistic report: fixed numbers, drawn pictures. Slow to look at, quick to make."""
+"""A realistic report and a realistic profile, the pictures they name, and a reader of their pages."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
+from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +13,7 @@ import pytest
 from PIL import Image, ImageDraw
 
 Row = dict[str, Any]
+VOID = {"meta", "link", "img", "br", "wbr"}
 
 CLASSES = {
     "ocean": (28, 72, 130),
@@ -348,6 +351,54 @@ def sample_profile() -> Row:
         ],
         "notes": ["an inference with counters on is slower than one without"],
     }
+
+
+class Page(HTMLParser):
+    """The elements and the text of a page; raises AssertionError where its tags do not nest or an element has an attribute twice."""
+
+    def __init__(self, html: str) -> None:
+        super().__init__(convert_charrefs=True)
+        self.elements: list[tuple[str, dict[str, str | None]]] = []
+        self.open: list[str] = []
+        self.text = ""
+        self.feed(html)
+        self.close()
+        assert self.open == [], f"never closed: {self.open}"
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.elements.append((tag, dict(attrs)))
+        assert len(attrs) == len(dict(attrs)), f"an attribute twice in {tag}"
+        if tag not in VOID:
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.elements.append((tag, dict(attrs)))
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open.pop() == tag
+
+    def handle_data(self, data: str) -> None:
+        self.text += data
+
+    def all(self, tag: str) -> list[dict[str, str | None]]:
+        return [attrs for name, attrs in self.elements if name == tag]
+
+    @property
+    def words(self) -> str:
+        return " ".join(self.text.split())
+
+    @property
+    def identifiers(self) -> list[str | None]:
+        return [attrs["id"] for _, attrs in self.elements if "id" in attrs]
+
+    @property
+    def has_handlers(self) -> bool:
+        return any(name.startswith("on") for _, attrs in self.elements for name in attrs)
+
+
+@pytest.fixture
+def read_page() -> Callable[[str], Page]:
+    return Page
 
 
 @pytest.fixture
