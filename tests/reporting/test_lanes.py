@@ -33,7 +33,7 @@ def test_lanes_of_the_sample(report: dict[str, Any]) -> None:
     assert [lane.name for lane in figure.lanes] == [row["name"] for row in report["ranks"]]
     assert max(lane.before for lane in figure.lanes) == 100
     assert all(lane.after <= lane.before for lane in figure.lanes)
-    assert sum(len(lane.chips) for lane in figure.lanes) == len(report["layers"])
+    assert sum(len(lane.parts) for lane in figure.lanes) == len(report["layers"])
 
 
 def test_lane_labels() -> None:
@@ -45,16 +45,11 @@ def test_lane_labels() -> None:
     figure = lane_figure(ranks, [layer("a.0", 4), layer("a.1", 8), layer("b", 16), layer("cc.0")])
     assert figure is not None
     assert [lane.rank for lane in figure.lanes] == ["48 of 256", "32 × 24 of 128 × 64", "dense", ""]
-    assert [[chip.bits for chip in lane.chips] for lane in figure.lanes] == [[4, 8], [16], [], [8]]
+    assert [[part.weight_bits for part in lane.parts] for lane in figure.lanes] == [[4, 8], [16], [], [8]]
     assert (figure.lanes[0].before, figure.lanes[0].after, figure.lanes[0].amounts) == (100, 40, "200 → 80 parameters")
     assert figure.lanes[3].name == "cc.0"  # not a part of "c": its name does not begin with "c."
     assert figure.reasons == (("small", 1),)
     assert figure.summary == "2 of 3 layers became products of thinner ones: 400 → 280 parameters."
-
-
-def test_chip_tooltip(report: dict[str, Any]) -> None:
-    lane = next(lane for lane in figure_of(report).lanes if lane.name == "stages.3.2.mlp.0")
-    assert lane.chips[0].tooltip == "stages.3.2.mlp.0.reduce: W8 A8, 4 bits cost 0.4 points, more than in any other layer"
 
 
 def test_lanes_without_ranks(report: dict[str, Any]) -> None:

@@ -1,4 +1,4 @@
-"""The layer table: requested bits, executed precisions and shares."""
+"""Layers: requested bits, executed precisions and shares."""
 
 from __future__ import annotations
 
@@ -6,14 +6,14 @@ from typing import Any
 
 import pytest
 
-from muntin.reporting.layers import LayerTable, bits_family, family_of, layer_table, requested_bits
+from muntin.reporting.layers import LayerShares, bits_family, bits_style, family_of, layer_shares, requested_bits
 from muntin.reporting.schema import parse_report
 
 
-def table_of(report: dict[str, Any]) -> LayerTable:
-    table = layer_table(parse_report(report).layers)
-    assert table is not None
-    return table
+def shares_of(report: dict[str, Any]) -> LayerShares:
+    shares = layer_shares(parse_report(report).layers)
+    assert shares is not None
+    return shares
 
 
 @pytest.mark.parametrize(
@@ -37,28 +37,28 @@ def test_family_of_a_precision(precision: str | None, family: str) -> None:
 
 
 def test_requested_bits_and_fallbacks(report: dict[str, Any]) -> None:
-    table = table_of(report)
-    rows = {row.name: (requested_bits(row), bits_family(row)) for row in table.rows}
-    assert list(rows) == [layer["name"] for layer in report["layers"]]
+    shares = shares_of(report)
+    rows = {row.name: (requested_bits(row), bits_family(row)) for row in parse_report(report).layers}
+    assert [bits_style(bits) for bits in (2, 4, 8, 12, 32)] == ["bits4", "bits4", "bits8", "bits16", "bits32"]
     assert rows["stem.0"] == ("W16", "half")
     assert rows["stages.3.0.qkv.reduce"] == ("W4 A8", "integer")
     assert rows["stages.3.2.mlp.0.expand"] == ("W8 A8", "integer")
-    assert table.fallbacks == ("decoder.lateral.reduce", "decoder.lateral.expand")  # W8 A8 requested, f32 executed
-    assert table.largest == max(layer["parameters"] for layer in report["layers"])
+    assert shares.fallbacks == ("decoder.lateral.reduce", "decoder.lateral.expand")  # W8 A8 requested, f32 executed
+    assert shares.largest == max(layer["parameters"] for layer in report["layers"])
 
 
 def test_strip_covers_its_whole_length(report: dict[str, Any]) -> None:
-    table = table_of(report)
-    assert [strip.what for strip in table.strips] == ["MACs", "parameters"]
-    for strip in table.strips:
+    shares = shares_of(report)
+    assert [strip.what for strip in shares.strips] == ["MACs", "parameters"]
+    for strip in shares.strips:
         assert sum(segment.width for segment in strip.segments) == pytest.approx(1000, abs=1)
         assert strip.segments[-1].start + strip.segments[-1].width == pytest.approx(1000, abs=0.1)
 
 
 def test_layers_without_measurements(report: dict[str, Any]) -> None:
-    assert table_of(report).clipped
-    assert layer_table(()) is None
+    assert shares_of(report).clipped
+    assert layer_shares(()) is None
     unmeasured = {"macs": None, "parameters": 0, "executed": None, "clipped": None}
     report["layers"] = [{**layer, **unmeasured} for layer in report["layers"]]
-    table = table_of(report)
-    assert (table.strips, table.fallbacks, table.clipped) == ((), (), False)
+    shares = shares_of(report)
+    assert (shares.strips, shares.fallbacks, shares.clipped) == ((), (), False)

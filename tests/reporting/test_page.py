@@ -143,12 +143,17 @@ def test_ranks_and_bits_as_text(report: dict[str, Any], drawn: Path, read_page: 
     assert [re.sub("<[^>]*>", "", lane).startswith(row["name"]) for lane, row in zip(lanes, report["ranks"], strict=True)] == [True] * 45
     qkv = next(lane for lane in lanes if "stages.3.0.qkv" in lane)
     assert " ".join(re.sub("<[^>]*>", "", qkv).split()) == "stages.3.0.qkv 85 of 256, 197 k → 87.0 k parameters, bits of the weights: 4 4"
+    assert 'title="stages.3.2.mlp.0.reduce: W8 A8, 4 bits cost 0.4 points, more than in any other layer"' in html
     assert "a depthwise kernel has no rank to cut (10)" in page.text
     assert any((attrs.get("aria-label") or "").startswith("Shares of weights: ") for attrs in page.all("svg"))
 
 
-def test_worst_layer_summaries(report: dict[str, Any], drawn: Path, read_page: ReadPage) -> None:
+def test_worst_layers(report: dict[str, Any], drawn: Path, read_page: ReadPage) -> None:
+    first, second, *_ = (layer for layer in report["layers"] if layer["histogram"])
+    first["sqnr_db"], second["sqnr_db"] = None, -3.21
     page = read_page(render_html(report, drawn))
+    assert "SQNR not measured; " in page.text
+    assert "SQNR \N{MINUS SIGN}3.2 dB; " in page.text
     summaries = [label for attrs in page.all("svg") if (label := attrs.get("aria-label") or "").startswith("Input values of ")]
     assert len(summaries) == 4
     assert all("the 8-bit grid covers" in label and "of the values lie outside the grid" in label for label in summaries)

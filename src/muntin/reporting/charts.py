@@ -8,14 +8,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import numpy.typing as npt
 
 from muntin.reporting import text
 from muntin.reporting.axes import Axis, Tick, linear_ticks
-from muntin.reporting.layers import requested_bits
 from muntin.reporting.schema import InputHistogram, LayerRow, Report, TrainingRow
 
 Points = Sequence[tuple[float, float]]
@@ -43,18 +42,17 @@ _THINNEST_BIN = 0.6
 
 
 @dataclass(frozen=True, kw_only=True)
-class Polyline:
-    """A line as SVG writes it: its `points`, its last point, its CSS class, and a colour where the data define one."""
+class Curve:
+    """A line in data units, or in coordinates of a frame: its points, its CSS class, and a colour where the data define one."""
 
-    points: str
+    points: Points
     style: str
-    end: tuple[float, float]
     color: str | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
 class Chart:
-    """One line chart: its ticks and its lines, back to front. `summary` is read aloud instead of the drawing."""
+    """One line chart: its ticks and its curves, back to front. `summary` is read aloud instead of the drawing."""
 
     key: str
     title: str
@@ -62,16 +60,7 @@ class Chart:
     summary: str
     x_ticks: tuple[Tick, ...]
     y_ticks: tuple[Tick, ...]
-    lines: tuple[Polyline, ...]
-
-
-@dataclass(frozen=True, kw_only=True)
-class Curve:
-    """A line in data units."""
-
-    points: Points
-    style: str
-    color: str | None = None
+    curves: tuple[Curve, ...]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -89,11 +78,8 @@ class Bin:
 class WorstLayer:
     """One layer with its histogram: the grid reaches from `grid_left` to `grid_right`. `summary` is read aloud instead of the drawing."""
 
-    name: str
-    bits: str
-    sqnr: str
+    layer: LayerRow
     clipped: str
-    note: str
     summary: str
     bins: tuple[Bin, ...]
     grid_left: float
@@ -140,7 +126,6 @@ def line_chart(
     x_axis = Axis(low=x_low, high=x_high, start=LINES.left, end=LINES.right)
     y_values = linear_ticks(*y_range, 4)
     y_axis = Axis(low=y_values[0], high=y_values[-1], start=LINES.bottom, end=LINES.top)
-    placed = [[(x_axis(x), y_axis(y)) for x, y in _thin(curve.points)] for curve in curves]
     return Chart(
         key=key,
         title=title,
@@ -148,10 +133,7 @@ def line_chart(
         summary=summary,
         x_ticks=x_axis.ticks(linear_ticks(x_low, x_high, 4, integer=True), lambda x: f"{x:,.0f}"),
         y_ticks=y_axis.ticks(y_values, y_label),
-        lines=tuple(
-            Polyline(points=" ".join(f"{x:g},{y:g}" for x, y in points), style=curve.style, color=curve.color, end=points[-1])
-            for curve, points in zip(curves, placed, strict=True)
-        ),
+        curves=tuple(replace(curve, points=[(x_axis(x), y_axis(y)) for x, y in _thin(curve.points)]) for curve in curves),
     )
 
 
@@ -257,11 +239,8 @@ def _worst_layer(layer: LayerRow, histogram: InputHistogram) -> WorstLayer:
     values = f"Input values of {layer.name} from {_three_digits(histogram.low)} to {_three_digits(histogram.high)}"
     clipped = "" if layer.clipped is None else _clipped(layer.clipped)
     return WorstLayer(
-        name=layer.name,
-        bits=requested_bits(layer),
-        sqnr="SQNR not measured" if layer.sqnr_db is None else text.with_minus(f"SQNR {layer.sqnr_db:.1f} dB"),
+        layer=layer,
         clipped=clipped,
-        note=layer.note,
         summary=f"{values}; the 8-bit grid covers {covered}{f'; {clipped}' if clipped else ''}.",
         bins=_bins(histogram, axis),
         grid_left=left,

@@ -21,6 +21,7 @@ REPORT_NAME = "report.json"
 _FILTERS: dict[str, Callable[..., Any]] = {
     "amount": text.amount,
     "bits_family": layers.bits_family,
+    "bits_style": layers.bits_style,
     "breakable": breakable,
     "css_color": text.css_color,
     "duration": text.duration,
@@ -33,7 +34,7 @@ _FILTERS: dict[str, Callable[..., Any]] = {
     "three_digits": text.three_digits,
     "with_minus": text.with_minus,
 }
-_FUNCTIONS: dict[str, Callable[..., Any]] = {"percent_of": text.percent_of, "ratio": text.ratio}
+_FUNCTIONS: dict[str, Callable[..., Any]] = {"change": text.change, "percent_of": text.percent_of, "ratio": text.ratio}
 
 
 def template(name: str) -> Template:

@@ -11,10 +11,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from muntin.reporting import text
-from muntin.reporting.layers import Strip, requested_bits, segments
+from muntin.reporting.layers import Strip, bits_style, segments
 from muntin.reporting.schema import LayerRow, RankRow
 
 FULL_BITS = 32
+DENSE = "dense"
 # Up to this many lanes stand in one column, which has the longer bars.
 MOST_IN_ONE_COLUMN = 16
 MOST_REASONS = 6
@@ -23,30 +24,20 @@ _WIDEST_NAME, _MOST_CHIPS = 26, 4
 
 
 @dataclass(frozen=True, kw_only=True)
-class Chip:
-    """The weight bits of one deployed layer, with a CSS class; `tooltip` names the layer and says why it has these bits."""
-
-    bits: int
-    style: str
-    tooltip: str
-
-
-@dataclass(frozen=True, kw_only=True)
 class LayerLane:
     """One layer of the original model: `before` and `after` are the lengths of its bar and of the filled part.
 
-    `rank` is '' where the report has no ranks; `reason` says why a dense layer was kept.
+    `rank` is '' where the report has no ranks; `reason` says why a dense layer was kept; `parts` are the deployed layers it became.
     """
 
     name: str
     kind: str
     rank: str
-    dense: bool
     reason: str
     amounts: str
     before: float
     after: float
-    chips: tuple[Chip, ...]
+    parts: Sequence[LayerRow]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -82,9 +73,9 @@ def lane_figure(ranks: Sequence[RankRow], layers: Sequence[LayerRow]) -> LaneFig
     whole = max([*(max(row.parameters_before, row.parameters_after) for row in ranks), *(layer.parameters for layer in layers)])
     layers_of = {row.name: [layer for layer in layers if f"{layer.name}.".startswith(f"{row.name}.")] for row in ranks}
     placed = {layer.name for parts in layers_of.values() for layer in parts}
-    lanes = [_ranked_lane(row, layers_of[row.name], whole) for row in ranks]
-    lanes += [_unranked_lane(layer, whole) for layer in layers if layer.name not in placed]
-    reasons = Counter(lane.reason for lane in lanes if lane.dense and lane.reason).most_common()
+    lanes = [_lane(row, layers_of[row.name], whole) for row in ranks]
+    lanes += [_lane(layer, [layer], whole) for layer in layers if layer.name not in placed]
+    reasons = Counter(lane.reason for lane in lanes if lane.rank == DENSE and lane.reason).most_common()
     return LaneFigure(
         title="Ranks and bits" if ranks and deployed else "Ranks" if ranks else "Bits",
         summary=_summary(ranks, layers),
@@ -97,7 +88,7 @@ def lane_figure(ranks: Sequence[RankRow], layers: Sequence[LayerRow]) -> LaneFig
         columns=1 if len(lanes) <= MOST_IN_ONE_COLUMN else 2,
         name_width=min(_WIDEST_NAME, max(len(lane.name) for lane in lanes)),
         rank_width=max(_digits_wide(lane.rank) for lane in lanes),
-        chips=min(_MOST_CHIPS, max(len(lane.chips) for lane in lanes)),
+        chips=min(_MOST_CHIPS, max(len(lane.parts) for lane in lanes)),
     )
 
 
@@ -113,19 +104,14 @@ def bits_strip(layers: Sequence[LayerRow]) -> Strip | None:
     return Strip(
         title="Weights by bits",
         what="weights",
-        segments=segments([(count, _style(bits), f"{share} of the weights in {bits} bits") for bits, count, share in groups], total),
-        shares=tuple((_style(bits), f"in {bits} bits", share) for bits, _, share in groups),
+        segments=segments([(count, bits_style(bits), f"{share} of the weights in {bits} bits") for bits, count, share in groups], total),
+        shares=tuple((bits_style(bits), f"in {bits} bits", share) for bits, _, share in groups),
     )
 
 
 def rank_label(row: RankRow) -> str:
     """Return '48 of 256', '32 × 24 of 128 × 64' for Tucker-2, or 'dense' for a layer that was kept."""
-    return " of ".join(" × ".join(map(str, ranks)) for ranks in (row.ranks, row.full)) if row.ranks else "dense"
-
-
-def _style(bits: int) -> str:
-    """Return the CSS class for a number of weight bits: that of the next of 4, 8, 16 and 32."""
-    return "bits4" if bits <= 4 else "bits8" if bits <= 8 else "bits16" if bits <= 16 else "bits32"
+    return " of ".join(" × ".join(map(str, ranks)) for ranks in (row.ranks, row.full)) if row.ranks else DENSE
 
 
 def _digits_wide(label: str) -> int:
@@ -133,38 +119,21 @@ def _digits_wide(label: str) -> int:
     return math.ceil(sum(1 if letter.isdigit() else 0.7 for letter in label))
 
 
-def _ranked_lane(row: RankRow, parts: Sequence[LayerRow], whole: int) -> LayerLane:
+def _lane(row: RankRow | LayerRow, parts: Sequence[LayerRow], whole: int) -> LayerLane:
+    if isinstance(row, RankRow):
+        before, after, rank, reason = row.parameters_before, row.parameters_after, rank_label(row), row.reason
+    else:
+        before, after, rank, reason = row.parameters, row.parameters, "", ""
     return LayerLane(
         name=row.name,
         kind=row.kind,
-        rank=rank_label(row),
-        dense=not row.ranks,
-        reason=row.reason,
-        amounts=f"{text.from_to(text.amount(row.parameters_before), text.amount(row.parameters_after))} parameters",
-        before=text.percent_of(row.parameters_before, whole),
-        after=text.percent_of(row.parameters_after, whole),
-        chips=tuple(map(_chip, parts)),
+        rank=rank,
+        reason=reason,
+        amounts=f"{text.from_to(text.amount(before), text.amount(after))} parameters",
+        before=text.percent_of(before, whole),
+        after=text.percent_of(after, whole),
+        parts=parts,
     )
-
-
-def _unranked_lane(layer: LayerRow, whole: int) -> LayerLane:
-    length = text.percent_of(layer.parameters, whole)
-    return LayerLane(
-        name=layer.name,
-        kind=layer.kind,
-        rank="",
-        dense=False,
-        reason="",
-        amounts=f"{text.amount(layer.parameters)} parameters",
-        before=length,
-        after=length,
-        chips=(_chip(layer),),
-    )
-
-
-def _chip(layer: LayerRow) -> Chip:
-    note = f", {layer.note}" if layer.note else ""
-    return Chip(bits=layer.weight_bits, style=_style(layer.weight_bits), tooltip=f"{layer.name}: {requested_bits(layer)}{note}")
 
 
 def _summary(ranks: Sequence[RankRow], layers: Sequence[LayerRow]) -> str:

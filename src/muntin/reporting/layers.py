@@ -1,4 +1,4 @@
-"""The layers of a report as a table, and bars that show the share of each part in a whole."""
+"""The layers of a report: the bits requested for them, the precisions they ran in, and bars of the share of each."""
 
 from __future__ import annotations
 
@@ -49,13 +49,12 @@ class Strip:
 
 
 @dataclass(frozen=True, kw_only=True)
-class LayerTable:
-    """The layers of a report with their shares; `fallbacks` are the names of layers that ran in floats although integers were requested.
+class LayerShares:
+    """The shares of layers in bars and in words; `fallbacks` are the names of layers that ran in floats although integers were requested.
 
     `largest` is the number of parameters of the largest layer; `clipped` is true where any layer has the share of values outside its grid.
     """
 
-    rows: Sequence[LayerRow]
     strips: tuple[Strip, ...]
     summary: str
     fallbacks: tuple[str, ...]
@@ -63,14 +62,13 @@ class LayerTable:
     clipped: bool
 
 
-def layer_table(layers: Sequence[LayerRow]) -> LayerTable | None:
-    """Return the table of `layers` in their order, or None where there are none."""
+def layer_shares(layers: Sequence[LayerRow]) -> LayerShares | None:
+    """Return the shares of `layers`, or None where there are none."""
     if not layers:
         return None
     integer_layers = sum(family_of(layer.executed) == "integer" for layer in layers)
     amounts = {"MACs": [layer.macs or 0 for layer in layers], "parameters": [layer.parameters for layer in layers]}
-    return LayerTable(
-        rows=layers,
+    return LayerShares(
         strips=tuple(_strip(what, layers, counts) for what, counts in amounts.items() if any(counts)),
         summary=f"{integer_layers} of {len(layers)} layers ran on integers",
         fallbacks=tuple(layer.name for layer in layers if is_fallback(layer)),
@@ -92,6 +90,11 @@ def family_of(precision: str | None) -> Family:
 def requested_bits(layer: LayerRow) -> str:
     """Return the bits that were requested: 'W4 A8', or 'W16' where the activations are not quantised."""
     return f"W{layer.weight_bits} A{layer.activation_bits}" if layer.activation_bits is not None else f"W{layer.weight_bits}"
+
+
+def bits_style(bits: int) -> str:
+    """Return the CSS class for a number of weight bits: that of the next of 4, 8, 16 and 32."""
+    return "bits4" if bits <= 4 else "bits8" if bits <= 8 else "bits16" if bits <= 16 else "bits32"
 
 
 def bits_family(layer: LayerRow) -> Family:

@@ -13,7 +13,7 @@ from typing import Any
 from muntin.reporting import charts, text
 from muntin.reporting.files import REPORT_NAME, json_text, template, write_files
 from muntin.reporting.lanes import lane_figure
-from muntin.reporting.layers import layer_table
+from muntin.reporting.layers import layer_shares
 from muntin.reporting.pictures import EXAMPLE_EDGES, EXAMPLES_LIMIT, OVERLAY_EDGES, OVERLAY_LIMIT, Preview, preview
 from muntin.reporting.profile_schema import ProfileRecord
 from muntin.reporting.schema import Example, Report, parse_report, report_values
@@ -31,17 +31,6 @@ class Pane:
     label: str
     figure: str
     detail: str
-
-
-@dataclass(frozen=True, kw_only=True)
-class ClassRow:
-    """One class: its colour, its metric in each step, the lengths of the bars in percent, and the change from first to last step."""
-
-    name: str
-    color: str
-    figures: tuple[str, ...]
-    lengths: tuple[float | None, ...]
-    change: str
 
 
 def write_report(directory: Path, report: Report | Mapping[str, Any]) -> Path:
@@ -94,7 +83,7 @@ def _context(report: Report, directory: Path) -> dict[str, Any]:
         "steps": [(step, step_cells(report, step)) for step in report.steps],
         "has_weights": has_weights(report),
         "has_latency": has_latency(report),
-        "class_rows": class_rows(report),
+        "class_scale": _class_scale(report),
         "charts": charts.training_charts(report),
         "line_frame": charts.LINES,
         "examples": _examples(directory, examples[:MOST_EXAMPLES]),
@@ -103,7 +92,7 @@ def _context(report: Report, directory: Path) -> dict[str, Any]:
         "worst": charts.worst_layers(report.layers),
         "worst_left": max(0, histograms - charts.MOST_WORST),
         "histogram_frame": charts.HISTOGRAM,
-        "layers": layer_table(report.layers),
+        "layers": layer_shares(report.layers),
     }
 
 
@@ -134,28 +123,12 @@ def panes(report: Report) -> list[Pane]:
     return changes
 
 
-def class_rows(report: Report) -> list[ClassRow]:
-    """Return a row a class, or none where no step has figures; the full length of a bar is 1 (for PSNR: the best figure)."""
-    metric = text.METRICS[report.task]
-    known = [value for step in report.steps for value in step.iou.values() if value is not None]
-    if not known:
-        return []
-    whole = 1.0 if report.task != "restore" else max(known) or 1.0
-    rows = []
-    for entry in report.classes:
-        values = [step.iou.get(entry.name) for step in report.steps]
-        first, last = values[0], values[-1]
-        changed = len(values) > 1 and first is not None and last is not None
-        rows.append(
-            ClassRow(
-                name=entry.name,
-                color=text.css_color(entry),
-                figures=tuple(text.DASH if value is None else metric(value) for value in values),
-                lengths=tuple(None if value is None else text.percent_of(value, whole) for value in values),
-                change=text.change(first or 0.0, last or 0.0, metric.digits) if changed else "",
-            )
-        )
-    return rows
+def _class_scale(report: Report) -> float:
+    """Return the metric at the full length of a class's bar: 1, for PSNR the best figure; 0 where no step has figures."""
+    values = [value for step in report.steps for value in step.iou.values() if value is not None]
+    if not values:
+        return 0.0
+    return 1.0 if report.task != "restore" else max(values) or 1.0
 
 
 def _examples(directory: Path, examples: tuple[Example, ...]) -> list[tuple[str, list[tuple[str, Preview]]]]:

@@ -26,9 +26,9 @@ class Metric:
     unit: str
     digits: int
 
-    def __call__(self, value: float) -> str:
-        """Return `value` with the metric's digits and unit."""
-        return with_minus(f"{value:.{self.digits}f}{self.unit}")
+    def __call__(self, value: float | None) -> str:
+        """Return `value` with the metric's digits and unit; a dash for None."""
+        return DASH if value is None else with_minus(f"{value:.{self.digits}f}{self.unit}")
 
 
 METRICS: dict[Task, Metric] = {
