@@ -42,12 +42,6 @@ def test_refused_profile_keeps_earlier_files(profile: dict[str, Any], tmp_path: 
     assert (tmp_path / "profile.html").read_bytes() == before
 
 
-def test_profile_folder_is_a_file(profile: dict[str, Any], tmp_path: Path) -> None:
-    (tmp_path / "run").write_text("mine")
-    with pytest.raises(MuntinError, match="cannot write the profile into"):
-        write_profile(tmp_path / "run", profile)
-
-
 def test_profile_page_is_self_contained(profile: dict[str, Any], read_page: ReadPage) -> None:
     html = render_profile(profile)
     page = read_page(html)

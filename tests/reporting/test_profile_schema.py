@@ -8,11 +8,9 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 
 from muntin.errors import MuntinError
-from muntin.reporting.profile_schema import ProfileRecord, parse_profile, profile_values
+from muntin.reporting.profile_schema import parse_profile, profile_values
 
 
 def refusal(profile: Any) -> str:
@@ -82,16 +80,3 @@ def test_missing_profile_keys(profile: dict[str, Any]) -> None:
     assert "is missing" in message
     assert message.endswith("(and 1 more)")
     assert "a profile is an object" in refusal([profile])
-
-
-@given(
-    st.recursive(
-        st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=8),
-        lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.sampled_from(sorted(ProfileRecord.model_fields)), inner, max_size=4),
-        max_leaves=12,
-    )
-)
-def test_any_other_values_give_one_line(values: Any) -> None:
-    with pytest.raises(MuntinError) as caught:
-        parse_profile(values)
-    assert str(caught.value).splitlines() == [str(caught.value)]

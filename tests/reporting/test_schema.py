@@ -12,6 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from muntin.errors import MuntinError
+from muntin.reporting.profile_schema import ProfileRecord, parse_profile
 from muntin.reporting.schema import Report, parse_report, report_values
 from muntin.reporting.text import machine_facts
 
@@ -172,16 +173,16 @@ def test_line_breaks_in_keys_and_values(report: dict[str, Any]) -> None:
     assert "list" in refusal([report])
 
 
-@given(
-    st.recursive(
-        st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=8),
-        lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.sampled_from(sorted(Report.model_fields)), inner, max_size=4),
-        max_leaves=12,
+@pytest.mark.parametrize(("parse", "record"), [(parse_report, Report), (parse_profile, ProfileRecord)])
+@given(data=st.data())
+def test_any_other_values_give_one_line(parse: Any, record: type[Report | ProfileRecord], data: st.DataObject) -> None:
+    leaves = st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=8)
+    keys = st.sampled_from(sorted(record.model_fields))
+    values = data.draw(
+        st.recursive(leaves, lambda inner: st.lists(inner, max_size=3) | st.dictionaries(keys, inner, max_size=4), max_leaves=12)
     )
-)
-def test_any_other_values_give_one_line(values: Any) -> None:
     with pytest.raises(MuntinError) as caught:
-        parse_report(values)
+        parse(values)
     assert str(caught.value).splitlines() == [str(caught.value)]
 
 

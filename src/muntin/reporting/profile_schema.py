@@ -115,7 +115,7 @@ class ProfileRecord(Record):
 def parse_profile(profile: ProfileRecord | Mapping[str, Any]) -> ProfileRecord:
     """Return the profile as checked values.
 
-    Raises MuntinError, in one line, with the place of the first mistake, what is allowed there and how many more mistakes there are.
+    Raises MuntinError, one line: the place of the first mistake, the values allowed at that place and the number of other mistakes.
     """
     return parse_record(ProfileRecord, profile, what="profile", newest=FORMAT)
 

@@ -58,7 +58,7 @@ AnyRecord = TypeVar("AnyRecord", bound=Record)
 def parse_record(record: type[AnyRecord], values: AnyRecord | Mapping[str, Any], *, what: str, newest: int) -> AnyRecord:
     """Return `values` as a checked `record`; `what` names its kind of file in errors, `newest` is the highest format that can be read.
 
-    Raises MuntinError, in one line, with the place of the first mistake, what is allowed there and how many more mistakes there are.
+    Raises MuntinError, one line: the place of the first mistake, the values allowed at that place and the number of other mistakes.
     """
     if isinstance(values, record):
         return values

@@ -206,7 +206,7 @@ class Report(Record):
 def parse_report(report: Report | Mapping[str, Any]) -> Report:
     """Return the report as checked values.
 
-    Raises MuntinError, in one line, with the place of the first mistake, what is allowed there and how many more mistakes there are.
+    Raises MuntinError, one line: the place of the first mistake, the values allowed at that place and the number of other mistakes.
     """
     return parse_record(Report, report, what="report", newest=FORMAT)
 
