@@ -180,6 +180,16 @@ def test_page_of_a_classification(report: dict[str, Any], drawn: Path, read_page
     assert len(page.all("img")) == 1
 
 
+def test_page_of_a_restoration(report: dict[str, Any], drawn: Path, read_page: ReadPage) -> None:
+    report["task"] = "restore"
+    for row in [*report["steps"], *report["validation"]]:
+        row.update(miou=40 * row["miou"], iou={name: 40 * value for name, value in row["iou"].items()})
+    html = render_html(report, drawn)
+    assert "PSNR 26.04 dB \N{RIGHTWARDS ARROW} 25.96 dB" in read_page(html).words
+    assert '<span class="fill before" style="width:100.0%">' in html  # the best class, ocean, at its 37.92 dB
+    assert "The whole width is 1" not in html
+
+
 def test_class_missing_from_the_test_part(report: dict[str, Any], drawn: Path, read_page: ReadPage) -> None:
     for step in report["steps"]:
         step["iou"]["ice"] = None

@@ -17,24 +17,13 @@ from muntin.reporting.schema import Report, parse_report
 from muntin.text import plain
 
 REPORT_NAME = "report.json"
-# What templates call: filters format one value, functions take several.
-_FILTERS: dict[str, Callable[..., Any]] = {
-    "amount": text.amount,
-    "bits_family": layers.bits_family,
-    "bits_style": layers.bits_style,
-    "breakable": breakable,
-    "css_color": text.css_color,
-    "duration": text.duration,
-    "family": layers.family_of,
-    "is_fallback": layers.is_fallback,
-    "milliseconds": text.milliseconds,
-    "percent": text.percent,
-    "requested_bits": layers.requested_bits,
-    "size": text.size,
-    "three_digits": text.three_digits,
-    "with_minus": text.with_minus,
-}
-_FUNCTIONS: dict[str, Callable[..., Any]] = {"change": text.change, "percent_of": text.percent_of, "ratio": text.ratio}
+# Functions that templates call by their names: filters format one value, the others take several.
+_FILTERS: tuple[Callable[..., Any], ...] = (
+    *(text.amount, text.css_color, text.duration, text.milliseconds, text.moment, text.percent, text.size, text.three_digits),
+    *(layers.bits_family, layers.bits_style, layers.family_of, layers.is_fallback, layers.requested_bits),
+    *(breakable, text.with_minus),
+)
+_FUNCTIONS: tuple[Callable[..., Any], ...] = (text.change, text.machine_facts, text.percent_of, text.ratio)
 
 
 def template(name: str) -> Template:
@@ -46,8 +35,8 @@ def template(name: str) -> Template:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters.update(_FILTERS)
-    environment.globals.update(_FUNCTIONS)
+    environment.filters.update({function.__name__: function for function in _FILTERS})
+    environment.globals.update({function.__name__: function for function in _FUNCTIONS})
     return environment.get_template(name)
 
 

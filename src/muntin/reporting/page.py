@@ -15,7 +15,6 @@ from muntin.reporting.files import REPORT_NAME, json_text, template, write_files
 from muntin.reporting.lanes import lane_figure
 from muntin.reporting.layers import layer_shares
 from muntin.reporting.pictures import EXAMPLE_EDGES, EXAMPLES_LIMIT, OVERLAY_EDGES, OVERLAY_LIMIT, Preview, preview
-from muntin.reporting.profile_schema import ProfileRecord
 from muntin.reporting.schema import Example, Report, parse_report, report_values
 from muntin.reporting.steps import has_latency, has_weights, step_cells
 
@@ -51,33 +50,17 @@ def render_html(report: Report | Mapping[str, Any], directory: Path) -> str:
     return template("report.html.j2").render(_context(checked, directory))
 
 
-def page_frame(
-    record: Report | ProfileRecord, *, headline: str, headline_parts: tuple[list[str], str], panes: list[Pane], json: str
-) -> dict[str, Any]:
-    """Return the values of `base.html.j2`: head, headline, panes, notes, machine and footer; `json` is the file with the numbers."""
-    return {
-        "title": record.title,
-        "headline": headline,
-        "headline_parts": headline_parts,
-        "panes": panes,
-        "muntin": record.muntin,
-        "created": record.created,
-        "moment": text.moment(record.created),
-        "notes": record.notes,
-        "facts": text.machine_facts(record.hardware, record.muntin),
-        "json": json,
-    }
-
-
 def _context(report: Report, directory: Path) -> dict[str, Any]:
     examples = () if report.pictures is None else report.pictures.examples
     overlay = None if report.pictures is None else report.pictures.overlay
     histograms = sum(layer.histogram is not None for layer in report.layers)
     return {
+        "record": report,
         "report": report,
-        **page_frame(
-            report, headline=text.headline(report), headline_parts=text.headline_parts(report), panes=panes(report), json=REPORT_NAME
-        ),
+        "json_name": REPORT_NAME,
+        "headline": text.headline(report),
+        "headline_parts": text.headline_parts(report),
+        "panes": panes(report),
         "metric": text.METRICS[report.task],
         "overlay": None if overlay is None else preview(directory, overlay, edges=OVERLAY_EDGES, limit=OVERLAY_LIMIT),
         "steps": [(step, step_cells(report, step)) for step in report.steps],

@@ -11,7 +11,7 @@ from muntin.reporting import text
 from muntin.reporting.axes import linear_ticks
 from muntin.reporting.files import json_text, template, write_files
 from muntin.reporting.layers import Segment, segments
-from muntin.reporting.page import Pane, page_frame
+from muntin.reporting.page import Pane
 from muntin.reporting.profile_schema import FindingRecord, KernelRow, KindRow, ProfileRecord, parse_profile, profile_values
 from muntin.reporting.roofline import NARROW, WIDE, beyond, drawn, memory_bound, roofline, roofline_svg
 
@@ -82,10 +82,12 @@ def _context(profile: ProfileRecord) -> dict[str, Any]:
     faster = beyond(profile)
     bound = [kernel for kernel in profile.kernels if kernel.ms and memory_bound(kernel, profile.ceilings)]
     return {
-        **page_frame(
-            profile, headline=" ".join([*parts, closing]).strip(), headline_parts=(parts, closing), panes=panes(profile), json=JSON_NAME
-        ),
+        "record": profile,
         "profile": profile,
+        "json_name": JSON_NAME,
+        "headline": " ".join([*parts, closing]).strip(),
+        "headline_parts": (parts, closing),
+        "panes": panes(profile),
         "findings": findings[:MOST_FINDINGS],
         "more_findings": findings[MOST_FINDINGS:],
         "ran": _ran(profile),

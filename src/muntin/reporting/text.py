@@ -8,7 +8,7 @@ from math import floor, log10
 
 from muntin.artifact.classes import ClassInfo
 from muntin.reporting.records import Hardware
-from muntin.reporting.schema import Report, StepRecord, Task
+from muntin.reporting.schema import Report, Task
 
 MINUS = "\N{MINUS SIGN}"
 ARROW = "\N{RIGHTWARDS ARROW}"
@@ -160,19 +160,15 @@ def headline(report: Report) -> str:
 
 def headline_parts(report: Report) -> tuple[list[str], str]:
     """Return the figures of the headline, and its closing words: where the deployed artefact was measured, otherwise ''."""
-    first, last = report.steps[0], report.steps[-1]
-    metric = METRICS[report.task]
-    parts = [_pair(size(first.bytes), size(last.bytes), first, last)]
-    if first.latency_ms is not None and last.latency_ms is not None:
-        parts.append(_pair(milliseconds(first.latency_ms), milliseconds(last.latency_ms), first, last))
-    parts.append(f"{metric.name} {_pair(metric(first.miou), metric(last.miou), first, last)}")
+    ends = [report.steps[0], report.steps[-1]] if len(report.steps) > 1 else [report.steps[0]]
+    last, metric, arrow = ends[-1], METRICS[report.task], f" {ARROW} "
+    parts = [arrow.join(size(step.bytes) for step in ends)]
+    if all(step.latency_ms is not None for step in ends):
+        parts.append(arrow.join(milliseconds(step.latency_ms) for step in ends))
+    parts.append(f"{metric.name} {arrow.join(metric(step.miou) for step in ends)}")
     return parts, "measured on the deployed artefact" if last.name == "deployed" else ""
 
 
 def three_digits(value: float) -> str:
     """Return about three significant digits, the precision of timings on a shared machine."""
     return f"{value:,.{0 if value >= 99.95 else 1 if value >= 0.995 else 2}f}"
-
-
-def _pair(first: str, last: str, first_step: StepRecord, last_step: StepRecord) -> str:
-    return first if first_step is last_step else f"{first} {ARROW} {last}"
