@@ -1,8 +1,10 @@
-"""A realistic report: fixed numbers, drawn pictures. Slow to look at, quick to make."""
+"""A realistic report and a realistic profile, the pictures they name, and a reader of their pages."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
+from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +13,7 @@ import pytest
 from PIL import Image, ImageDraw
 
 Row = dict[str, Any]
+VOID = {"meta", "link", "img", "br", "wbr"}
 
 CLASSES = {
     "ocean": (28, 72, 130),
@@ -62,7 +65,7 @@ def _validation(rows: int) -> list[Row]:
 
 
 def _original() -> list[Row]:
-    """The layers of the original model in network order: where each is, its weight as (outputs, inputs, kernel), its positions."""
+    """Return the layers of the original model in network order, with the shape of each weight as (outputs, inputs, kernel)."""
     rows = [_weight("stem.0", "Conv2d", (32, 3, 3), 256**2)]
     for stage, width in enumerate((32, 64, 128, 256)):
         for block in range(2 + stage // 2):
@@ -85,7 +88,7 @@ def _weight(name: str, kind: str, shape: tuple[int, int, int], pixels: int) -> R
 
 
 def _kept(row: Row) -> str:
-    """Why a layer stays dense, '' where it does not."""
+    """Return why a layer stays dense, '' for a layer that does not."""
     if row["name"] in ("stem.0", "head"):
         return "the first and the last layer stay as they are"
     if "depthwise" in row["name"]:
@@ -96,7 +99,7 @@ def _kept(row: Row) -> str:
 
 
 def _factors(row: Row) -> tuple[list[int], list[int], dict[str, int]]:
-    """Full ranks, ranks and the parameters of each thin layer: two of them, or three for Tucker-2."""
+    """Return full ranks, ranks and the parameters of each thin layer: two of these layers, or three for Tucker-2."""
     outputs, inputs, kernel = row["shape"]
     if kernel > 1:
         full, ranks = [inputs, outputs], [inputs // 2, outputs * 5 // 8]
@@ -166,7 +169,7 @@ def _layer(name: str, kind: str, parameters: int, pixels: int) -> Row:
 
 
 def _histogram(seed: int) -> Row:
-    """Inputs after a GELU: a peak at zero, a tail to the right that the grid cuts."""
+    """Return inputs after a GELU: a peak at zero and a tail to the right, which the grid cuts."""
     normal = np.random.default_rng(seed).standard_normal(40_000) * 2.2
     values = np.concatenate([normal / (1 + np.exp(-1.7 * normal)), [11.5, 13.0, 15.5]])
     counts, edges = np.histogram(values, bins=64)
@@ -174,7 +177,7 @@ def _histogram(seed: int) -> Row:
 
 
 def sample_report(*, examples: int = 3) -> Row:
-    """The numbers; the pictures they name are those of `draw_pictures`."""
+    """Return a whole report; `draw_pictures` draws the pictures that it names."""
     return {
         "format": 1,
         "title": "earth: ground cover from a photograph",
@@ -233,7 +236,7 @@ def sample_report(*, examples: int = 3) -> Row:
 
 
 def draw_pictures(directory: Path, *, examples: int = 3, width: int = 720) -> None:
-    """Continents of filtered noise, the classes they imply, and predictions that err along the coasts."""
+    """Draw continents of filtered noise, their classes, and predictions with errors along the coasts."""
     (directory / "examples").mkdir(parents=True, exist_ok=True)
     photo, labels, guess = _world(1, width // 2, width)
     overlay = Image.fromarray((0.45 * photo + 0.55 * _painted(guess)).astype(np.uint8))
@@ -312,7 +315,7 @@ def _kernel(row: tuple[Any, ...], whole: float) -> Row:
 
 
 def sample_profile() -> Row:
-    """Ten kernels of a segmentation, two of them bound by memory, and 0.3 ms between them."""
+    """Return the profile of a segmentation: ten kernels, two of them bound by memory, and 0.3 ms between kernels."""
     total = sum(row[4] for row in PROFILED)
     profiled = total + 0.3
     kernels = [_kernel(row, profiled) for row in PROFILED]
@@ -350,6 +353,54 @@ def sample_profile() -> Row:
     }
 
 
+class Page(HTMLParser):
+    """The elements and the text of a page; raises AssertionError where its tags do not nest or an element has an attribute twice."""
+
+    def __init__(self, html: str) -> None:
+        super().__init__(convert_charrefs=True)
+        self.elements: list[tuple[str, dict[str, str | None]]] = []
+        self.open: list[str] = []
+        self.text = ""
+        self.feed(html)
+        self.close()
+        assert self.open == [], f"never closed: {self.open}"
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.elements.append((tag, dict(attrs)))
+        assert len(attrs) == len(dict(attrs)), f"an attribute twice in {tag}"
+        if tag not in VOID:
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.elements.append((tag, dict(attrs)))
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open.pop() == tag
+
+    def handle_data(self, data: str) -> None:
+        self.text += data
+
+    def all(self, tag: str) -> list[dict[str, str | None]]:
+        return [attrs for name, attrs in self.elements if name == tag]
+
+    @property
+    def words(self) -> str:
+        return " ".join(self.text.split())
+
+    @property
+    def identifiers(self) -> list[str | None]:
+        return [attrs["id"] for _, attrs in self.elements if "id" in attrs]
+
+    @property
+    def has_handlers(self) -> bool:
+        return any(name.startswith("on") for _, attrs in self.elements for name in attrs)
+
+
+@pytest.fixture
+def read_page() -> Callable[[str], Page]:
+    return Page
+
+
 @pytest.fixture
 def profile() -> Row:
     return sample_profile()
@@ -362,7 +413,7 @@ def report() -> Row:
 
 @pytest.fixture(scope="session")
 def drawn(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with the sample's pictures; tests that write use `run_directory`."""
+    """A folder with the sample's pictures. Tests that write files use `run_directory`."""
     directory = tmp_path_factory.mktemp("pictures")
     draw_pictures(directory)
     return directory
@@ -370,7 +421,7 @@ def drawn(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def run_directory(drawn: Path, tmp_path: Path) -> Path:
-    """A run's folder of its own, with the pictures in it."""
+    """A folder of this test alone, with the pictures in it."""
     directory = tmp_path / "run"
     for source in drawn.rglob("*.png"):
         target = directory / source.relative_to(drawn)

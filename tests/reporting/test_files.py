@@ -1,4 +1,4 @@
-"""A report on disk, whole or not at all."""
+"""Reports on the disk: all files or none."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def contents(directory: Path) -> dict[str, bytes]:
     return {str(file.relative_to(directory)): file.read_bytes() for file in directory.rglob("*") if file.is_file()}
 
 
-def test_written_and_read_back(report: dict[str, Any], run_directory: Path) -> None:
+def test_report_round_trip(report: dict[str, Any], run_directory: Path) -> None:
     page = write_report(run_directory, report)
     assert page == run_directory / "report.html"
     assert json.loads((run_directory / "report.json").read_text(encoding="utf-8")) == report
@@ -33,18 +33,14 @@ def test_written_and_read_back(report: dict[str, Any], run_directory: Path) -> N
     assert not [file for file in contents(run_directory) if file.startswith(".")]
 
 
-def test_the_same_report_gives_the_same_bytes(report: dict[str, Any], run_directory: Path) -> None:
+def test_report_is_reproducible(report: dict[str, Any], run_directory: Path) -> None:
     write_report(run_directory, report)
     first = contents(run_directory)
     write_report(run_directory, report)
     assert contents(run_directory) == first
 
 
-def test_makes_the_folder(report: dict[str, Any], tmp_path: Path) -> None:
-    assert write_report(tmp_path / "a" / "b", without_pictures(report)).is_file()
-
-
-def test_a_refused_report_leaves_the_old_one(report: dict[str, Any], run_directory: Path) -> None:
+def test_refused_report_keeps_earlier_files(report: dict[str, Any], run_directory: Path) -> None:
     write_report(run_directory, report)
     before = contents(run_directory)
     report["steps"][0]["miou"] = float("nan")
@@ -58,7 +54,7 @@ def test_a_refused_report_leaves_the_old_one(report: dict[str, Any], run_directo
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="no RLIMIT_FSIZE")
-def test_no_space_leaves_the_old_one(report: dict[str, Any], tmp_path: Path) -> None:
+def test_full_disk_keeps_earlier_files(report: dict[str, Any], tmp_path: Path) -> None:
     small = {**without_pictures(report), "title": "before"}
     write_report(tmp_path, small)
     before = contents(tmp_path)
@@ -92,14 +88,16 @@ def test_no_space_leaves_the_old_one(report: dict[str, Any], tmp_path: Path) -> 
     assert contents(tmp_path) == before
 
 
-def test_what_utf_8_cannot_carry_is_written_out_and_in_json_read_back(tmp_path: Path) -> None:
+def test_file_name_outside_utf_8(tmp_path: Path) -> None:
     name = os.fsdecode(b"caf\xe9")
-    write_files(tmp_path, {"a.txt": f"été, {name}", "a.json": json.dumps({"path": name}, ensure_ascii=False)}, what="text")
-    assert (tmp_path / "a.txt").read_text(encoding="utf-8") == "été, caf\\udce9"
-    assert json.loads((tmp_path / "a.json").read_text(encoding="utf-8")) == {"path": name}
+    write_files(
+        tmp_path / "new" / "folder", {"a.txt": f"été, {name}", "a.json": json.dumps({"path": name}, ensure_ascii=False)}, what="text"
+    )
+    assert (tmp_path / "new" / "folder" / "a.txt").read_text(encoding="utf-8") == "été, caf\\udce9"
+    assert json.loads((tmp_path / "new" / "folder" / "a.json").read_text(encoding="utf-8")) == {"path": name}
 
 
-def test_a_file_in_the_folders_place(report: dict[str, Any], tmp_path: Path) -> None:
+def test_report_folder_is_a_file(report: dict[str, Any], tmp_path: Path) -> None:
     (tmp_path / "run").write_text("mine")
     with pytest.raises(MuntinError, match="cannot write the report into") as caught:
         write_report(tmp_path / "run", without_pictures(report))
@@ -107,7 +105,7 @@ def test_a_file_in_the_folders_place(report: dict[str, Any], tmp_path: Path) -> 
     assert contents(tmp_path) == {"run": b"mine"}
 
 
-def test_a_name_that_is_taken_by_a_folder(report: dict[str, Any], tmp_path: Path) -> None:
+def test_report_file_is_a_folder(report: dict[str, Any], tmp_path: Path) -> None:
     (tmp_path / "report.html").mkdir()
     with pytest.raises(MuntinError, match="cannot write the report into"):
         write_report(tmp_path, without_pictures(report))
@@ -115,7 +113,7 @@ def test_a_name_that_is_taken_by_a_folder(report: dict[str, Any], tmp_path: Path
 
 
 @pytest.mark.parametrize("text", ["", "{", '{"format": 1}', "[]", "[" * 100_000, '{"title": "\\ud800"}', '{"a": NaN}', "\udcff"])
-def test_what_is_no_report(tmp_path: Path, text: str) -> None:
+def test_read_report_of_other_text(tmp_path: Path, text: str) -> None:
     file = tmp_path / "report.json"
     file.write_bytes(text.encode("utf-8", "surrogateescape"))
     with pytest.raises(MuntinError) as caught:
@@ -124,12 +122,12 @@ def test_what_is_no_report(tmp_path: Path, text: str) -> None:
     assert "\n" not in str(caught.value)
 
 
-def test_no_report_at_all(tmp_path: Path) -> None:
+def test_read_report_without_a_file(tmp_path: Path) -> None:
     with pytest.raises(MuntinError, match="there is no report"):
         read_report(tmp_path)
 
 
-def test_the_room_needs_no_torch() -> None:
-    code = "import sys, muntin.reporting; sys.exit('torch' in sys.modules or 'matplotlib.pyplot' in sys.modules)"
+def test_import_without_torch_and_matplotlib() -> None:
+    code = "import sys, muntin.reporting; sys.exit('torch' in sys.modules or 'matplotlib' in sys.modules)"
     package = str(Path(muntin.reporting.__file__).parents[2])
     assert subprocess.run([sys.executable, "-c", code], env={**os.environ, "PYTHONPATH": package}, check=False).returncode == 0

@@ -1,4 +1,4 @@
-"""Labels of dots: measured, shortened, placed."""
+"""Labels of dots: their width, their length and their places."""
 
 from __future__ import annotations
 
@@ -24,29 +24,29 @@ def box_of(label: Label) -> Box:
     st.lists(st.tuples(st.tuples(st.floats(0, 400), st.floats(0, 300), st.floats(1, 15)), st.text(min_size=1, max_size=20)), max_size=8),
     st.lists(st.tuples(st.floats(0, 300), st.floats(0, 250)), max_size=3),
 )
-def test_labels_never_overlap_and_stay_inside(wanted: list[tuple[Disc, str]], corners: list[tuple[float, float]]) -> None:
+def test_labels_do_not_overlap(dots: list[tuple[Disc, str]], corners: list[tuple[float, float]]) -> None:
     taken = [(x, y, x + 80, y + 20) for x, y in corners]
-    labels = place_labels(wanted, size=SIZE, frame=FRAME, taken=taken, avoid=[disc for disc, _ in wanted])
+    labels = place_labels(dots, size=SIZE, frame=FRAME, taken=taken, avoid=[disc for disc, _ in dots])
     # Coordinates are rounded to a tenth when they are placed.
     boxes = [(left + 0.2, top + 0.2, right - 0.2, bottom - 0.2) for left, top, right, bottom in map(box_of, labels)]
     for index, box in enumerate(boxes):
         assert box[0] >= 0 and box[1] >= 0 and box[2] <= FRAME[2] and box[3] <= FRAME[3]
         assert not any(overlap(box, other) for other in [*boxes[:index], *taken])
-    assert len(labels) <= len(wanted)
+    assert len(labels) <= len(dots)
 
 
-def test_a_lone_dot_has_its_label_beside_it() -> None:
+def test_label_of_a_lone_dot() -> None:
     (label,) = place_labels([((100.0, 100.0, 5.0), "stem.conv")], size=SIZE, frame=FRAME)
     assert (label.anchor, label.x, label.leader) == ("start", 108.0, None)
 
 
-def test_a_crowded_dot_has_a_line_to_its_label() -> None:
+def test_label_of_a_crowded_dot() -> None:
     crowd = [(100.0 + 8 * across, 100.0 + 8 * down, 4.0) for across in range(-6, 7) for down in range(-4, 5)]
     (label,) = place_labels([((100.0, 100.0, 5.0), "stem")], size=SIZE, frame=FRAME, avoid=crowd)
     assert label.leader is not None
 
 
-def test_no_place_no_label() -> None:
+def test_label_without_a_free_place() -> None:
     assert place_labels([((20.0, 10.0, 5.0), "longer than the frame is wide")], size=SIZE, frame=(0.0, 0.0, 40.0, 20.0)) == ()
 
 
@@ -60,32 +60,32 @@ def test_no_place_no_label() -> None:
         ("a\x01b\u202ec\n d", 20, "a\ufffdb\ufffdc d"),
     ],
 )
-def test_names_are_shortened_in_the_middle(text: str, limit: int, short: str) -> None:
+def test_shortened_names(text: str, limit: int, short: str) -> None:
     assert shortened(text, limit) == short
     assert len(short) <= limit
 
 
 @given(st.text(max_size=60), st.integers(8, 40))
-def test_whatever_the_name_it_is_short_and_printable(text: str, limit: int) -> None:
+def test_any_name_is_shortened_and_printable(text: str, limit: int) -> None:
     assert len(shortened(text, limit)) <= limit
     assert printable(text).isprintable()
 
 
 @given(st.text(max_size=60))
-def test_breakable_parts_are_the_text(text: str) -> None:
+def test_breakable_parts_of_any_text(text: str) -> None:
     assert "".join(breakable(text)) == (text if text.strip() else "")
 
 
-def test_numbers_do_not_break() -> None:
+def test_breakable_keeps_numbers() -> None:
     assert breakable("stages.0.conv_1 takes 1.5 ms.") == ("stages.", "0.", "conv_", "1 takes 1.5 ms.")
 
 
-def test_wrapped_lines_fit() -> None:
+def test_wrapped_lines() -> None:
     lines = wrapped("Not drawn, no multiply-adds: 245 kernels, 20.8 ms", 200, SIZE)
     assert " ".join(lines) == "Not drawn, no multiply-adds: 245 kernels, 20.8 ms"
     assert len(lines) == 2
     assert all(text_width(line, SIZE) <= 200 for line in lines)
 
 
-def test_wide_letters_are_wide() -> None:
+def test_text_width_of_wide_letters() -> None:
     assert text_width("層", SIZE) > 1.5 * text_width("a", SIZE)

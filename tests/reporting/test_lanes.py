@@ -27,16 +27,16 @@ def figure_of(report: dict[str, Any]) -> LaneFigure:
     return figure
 
 
-def test_a_lane_for_each_original_layer_in_its_order(report: dict[str, Any]) -> None:
+def test_lanes_of_the_sample(report: dict[str, Any]) -> None:
     figure = figure_of(report)
     assert figure.title == "Ranks and bits"
     assert [lane.name for lane in figure.lanes] == [row["name"] for row in report["ranks"]]
     assert max(lane.before for lane in figure.lanes) == 100
     assert all(lane.after <= lane.before for lane in figure.lanes)
-    assert sum(len(lane.chips) for lane in figure.lanes) == len(report["layers"])
+    assert sum(len(lane.parts) for lane in figure.lanes) == len(report["layers"])
 
 
-def test_labels() -> None:
+def test_lane_labels() -> None:
     ranks = [
         rank_row("a", (256,), (48,), 200, 80),
         rank_row("b", (128, 64), (32, 24)),
@@ -45,19 +45,14 @@ def test_labels() -> None:
     figure = lane_figure(ranks, [layer("a.0", 4), layer("a.1", 8), layer("b", 16), layer("cc.0")])
     assert figure is not None
     assert [lane.rank for lane in figure.lanes] == ["48 of 256", "32 × 24 of 128 × 64", "dense", ""]
-    assert [[chip.bits for chip in lane.chips] for lane in figure.lanes] == [[4, 8], [16], [], [8]]
+    assert [[part.weight_bits for part in lane.parts] for lane in figure.lanes] == [[4, 8], [16], [], [8]]
     assert (figure.lanes[0].before, figure.lanes[0].after, figure.lanes[0].amounts) == (100, 40, "200 → 80 parameters")
-    assert figure.lanes[3].name == "cc.0"  # no row of ranks it came from: a lane of its own, not a part of "c"
+    assert figure.lanes[3].name == "cc.0"  # not a part of "c": its name does not begin with "c."
     assert figure.reasons == (("small", 1),)
     assert figure.summary == "2 of 3 layers became products of thinner ones: 400 → 280 parameters."
 
 
-def test_a_chip_says_why(report: dict[str, Any]) -> None:
-    lane = next(lane for lane in figure_of(report).lanes if lane.name == "stages.3.2.mlp.0")
-    assert lane.chips[0].told == "stages.3.2.mlp.0.reduce: W8 A8, 4 bits cost 0.4 points, more than in any other layer"
-
-
-def test_without_ranks_the_deployed_layers_are_the_lanes(report: dict[str, Any]) -> None:
+def test_lanes_without_ranks(report: dict[str, Any]) -> None:
     report["ranks"] = []
     figure = figure_of(report)
     assert (figure.title, figure.ranked, figure.rank_width) == ("Bits", False, 0)
@@ -65,35 +60,37 @@ def test_without_ranks_the_deployed_layers_are_the_lanes(report: dict[str, Any])
     assert {lane.rank for lane in figure.lanes} == {""}
 
 
-def test_without_layers_there_are_ranks_only(report: dict[str, Any]) -> None:
+def test_lanes_without_layers(report: dict[str, Any]) -> None:
     report["layers"] = []
     figure = figure_of(report)
     assert (figure.title, figure.deployed, figure.strip) == ("Ranks", False, None)
 
 
-def test_nothing_to_tell() -> None:
+def test_lanes_of_an_uncompressed_model() -> None:
     assert lane_figure((), ()) is None
     assert lane_figure((), [layer("a", 32), layer("b", 32)]) is None
 
 
-def test_few_lanes_share_one_column(report: dict[str, Any]) -> None:
+def test_columns_of_few_and_many_lanes(report: dict[str, Any]) -> None:
     assert figure_of(report).columns == 2
     report["ranks"], report["layers"] = report["ranks"][:3], report["layers"][:3]
     assert figure_of(report).columns == 1
     assert MOST_IN_ONE_COLUMN < 45
 
 
-def test_layers_without_parameters_draw_nothing() -> None:
+def test_lanes_of_layers_without_parameters() -> None:
     figure = lane_figure([rank_row("a", before=0, after=0)], [layer("a", parameters=0)])
     assert figure is not None
     assert (figure.lanes[0].before, figure.lanes[0].after, figure.strip) == (0, 0, None)
 
 
 @given(st.lists(st.tuples(st.integers(1, 32), st.integers(0, 10**7)), min_size=1, max_size=40))
-def test_the_strip_is_whole_and_its_bits_rise(drawn: list[tuple[int, int]]) -> None:
-    strip = bits_strip([layer(f"{index}", bits, parameters) for index, (bits, parameters) in enumerate(drawn)])
+def test_bits_strip_of_any_layers(layers: list[tuple[int, int]]) -> None:
+    strip = bits_strip([layer(f"{index}", bits, parameters) for index, (bits, parameters) in enumerate(layers)])
     if strip is None:
-        assert not any(parameters for _, parameters in drawn)
+        assert not any(parameters for _, parameters in layers)
         return
-    assert sum(piece.width for piece in strip.pieces) == pytest.approx(1000, abs=0.5)
-    assert [told for _, told, _ in strip.shares] == [f"in {bits} bits" for bits in sorted({bits for bits, n in drawn if n})]
+    assert sum(segment.width for segment in strip.segments) == pytest.approx(1000, abs=0.5)
+    assert [words for _, words, _ in strip.shares] == [
+        f"in {bits} bits" for bits in sorted({bits for bits, parameters in layers if parameters})
+    ]

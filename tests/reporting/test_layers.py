@@ -1,4 +1,4 @@
-"""The layer table: what was asked and what ran."""
+"""Layers: requested bits, executed precisions and shares."""
 
 from __future__ import annotations
 
@@ -6,12 +6,18 @@ from typing import Any
 
 import pytest
 
-from muntin.reporting.layers import family_of, layer_table
+from muntin.reporting.layers import LayerShares, bits_family, bits_style, family_of, layer_shares, requested_bits
 from muntin.reporting.schema import parse_report
 
 
+def shares_of(report: dict[str, Any]) -> LayerShares:
+    shares = layer_shares(parse_report(report).layers)
+    assert shares is not None
+    return shares
+
+
 @pytest.mark.parametrize(
-    ("told", "family"),
+    ("precision", "family"),
     [
         ("I8", "integer"),
         ("u8", "integer"),
@@ -26,57 +32,33 @@ from muntin.reporting.schema import parse_report
         (None, "unknown"),
     ],
 )
-def test_family(told: str | None, family: str) -> None:
-    assert family_of(told) == family
+def test_family_of_a_precision(precision: str | None, family: str) -> None:
+    assert family_of(precision) == family
 
 
-def test_the_table_shows_each_layer_and_names_what_fell_back(report: dict[str, Any]) -> None:
-    table = layer_table(parse_report(report).layers)
-    assert table is not None
-    assert [row.name for row in table.rows] == [layer["name"] for layer in report["layers"]]
-    assert table.short == ("decoder.lateral.reduce", "decoder.lateral.expand")  # W8 A8 asked, f32 run
-    assert table.rows[0].bits == "W16"
-    assert max(row.parameter_length for row in table.rows) == 100
+def test_requested_bits_and_fallbacks(report: dict[str, Any]) -> None:
+    shares = shares_of(report)
+    rows = {row.name: (requested_bits(row), bits_family(row)) for row in parse_report(report).layers}
+    assert [bits_style(bits) for bits in (2, 4, 8, 12, 32)] == ["bits4", "bits4", "bits8", "bits16", "bits32"]
+    assert rows["stem.0"] == ("W16", "half")
+    assert rows["stages.3.0.qkv.reduce"] == ("W4 A8", "integer")
+    assert rows["stages.3.2.mlp.0.expand"] == ("W8 A8", "integer")
+    assert shares.fallbacks == ("decoder.lateral.reduce", "decoder.lateral.expand")  # W8 A8 requested, f32 executed
+    assert shares.largest == max(layer["parameters"] for layer in report["layers"])
 
 
-def test_four_bits_are_integers_and_say_why_not_more(report: dict[str, Any]) -> None:
-    table = layer_table(parse_report(report).layers)
-    assert table is not None
-    rows = {row.name: row for row in table.rows}
-    assert (rows["stages.3.0.qkv.reduce"].bits, rows["stages.3.0.qkv.reduce"].bits_family, rows["stages.3.0.qkv.reduce"].note) == (
-        "W4 A8",
-        "integer",
-        "",
-    )
-    assert (rows["stages.3.2.mlp.0.expand"].bits, rows["stages.3.2.mlp.0.expand"].bits_family) == ("W8 A8", "integer")
-    assert rows["stages.3.2.mlp.0.expand"].note.startswith("4 bits cost")
+def test_strip_covers_its_whole_length(report: dict[str, Any]) -> None:
+    shares = shares_of(report)
+    assert [strip.what for strip in shares.strips] == ["MACs", "parameters"]
+    for strip in shares.strips:
+        assert sum(segment.width for segment in strip.segments) == pytest.approx(1000, abs=1)
+        assert strip.segments[-1].start + strip.segments[-1].width == pytest.approx(1000, abs=0.1)
 
 
-def test_the_clipped_share_is_told_where_it_was_measured(report: dict[str, Any]) -> None:
-    table = layer_table(parse_report(report).layers)
-    assert table is not None
-    assert table.clipped
-    assert table.rows[0].clipped == "–"
-    assert table.rows[1].clipped.endswith(" %")
-    report["layers"] = [{**layer, "clipped": None} for layer in report["layers"]]
-    without = layer_table(parse_report(report).layers)
-    assert without is not None
-    assert not without.clipped
-
-
-def test_a_strip_is_whole(report: dict[str, Any]) -> None:
-    table = layer_table(parse_report(report).layers)
-    assert table is not None
-    assert [strip.what for strip in table.strips] == ["MACs", "parameters"]
-    for strip in table.strips:
-        assert sum(piece.width for piece in strip.pieces) == pytest.approx(1000, abs=1)
-        assert strip.pieces[-1].start + strip.pieces[-1].width == pytest.approx(1000, abs=0.1)
-
-
-def test_nothing_measured_nothing_drawn(report: dict[str, Any]) -> None:
-    assert layer_table(()) is None
-    report["layers"] = [{**layer, "macs": None, "parameters": 0, "executed": None} for layer in report["layers"]]
-    table = layer_table(parse_report(report).layers)
-    assert table is not None
-    assert table.strips == ()
-    assert table.short == ()
+def test_layers_without_measurements(report: dict[str, Any]) -> None:
+    assert shares_of(report).clipped
+    assert layer_shares(()) is None
+    unmeasured = {"macs": None, "parameters": 0, "executed": None, "clipped": None}
+    report["layers"] = [{**layer, **unmeasured} for layer in report["layers"]]
+    shares = shares_of(report)
+    assert (shares.strips, shares.fallbacks, shares.clipped) == ((), (), False)

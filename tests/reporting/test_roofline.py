@@ -1,4 +1,4 @@
-"""The roofline: where dots and roofs lie, what is told of them, and a picture file that stands alone."""
+"""The roofline: places and words of dots and roofs, and the picture file."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from hypothesis import strategies as st
 
 from muntin.errors import MuntinError
 from muntin.reporting import roofline_svg
-from muntin.reporting.profile_schema import Profile, parse_profile
-from muntin.reporting.roofline import WIDE, Panel, Roofline, beyond, drawn, intensity, memory_bound, roofline, speed
+from muntin.reporting.profile_schema import ProfileRecord, parse_profile
+from muntin.reporting.roofline import WIDE, Panel, Roofline, beyond, drawn, memory_bound, roofline
 
 SVG = "{http://www.w3.org/2000/svg}"
 UNKNOWN = ("attainable_ms", "ceiling_share")
@@ -23,10 +23,10 @@ EVIL = '"</text><script>alert(1)</script>&\x01'
 
 
 def parsed(svg: str) -> ElementTree.Element:
-    return ElementTree.fromstring(svg)  # noqa: S314  # our own
+    return ElementTree.fromstring(svg)  # noqa: S314  # a file of this package
 
 
-def picture(*profiles: dict[str, Any] | Profile, width: float = WIDE) -> Roofline:
+def picture(*profiles: dict[str, Any] | ProfileRecord, width: float = WIDE) -> Roofline:
     return roofline([parse_profile(profile) for profile in profiles], width=width, most_labels=6)
 
 
@@ -39,22 +39,22 @@ def kernel(profile: dict[str, Any], name: str) -> dict[str, Any]:
     return next(row for row in profile["kernels"] if row["name"] == name)
 
 
-def test_what_a_kernel_reaches(profile: dict[str, Any]) -> None:
+def test_kernel_intensity_and_speed(profile: dict[str, Any]) -> None:
     rows = {row.name: row for row in parse_profile(profile).kernels}
     smooth = rows["decoder.smooth"]
-    assert intensity(smooth) == pytest.approx(603_979_776 / 2_134_016)
-    assert speed(smooth) == pytest.approx(603.979776 / 1.912)
-    assert (intensity(rows["scores"]), speed(rows["scores"])) == (None, None)
+    assert smooth.macs_per_byte == pytest.approx(603_979_776 / 2_134_016)
+    assert smooth.gmac_s == pytest.approx(603.979776 / 1.912)
+    assert (rows["scores"].macs_per_byte, rows["scores"].gmac_s) == (None, None)
 
 
-def test_left_of_the_ridge_memory_is_the_limit(profile: dict[str, Any]) -> None:
+def test_memory_bound_kernels(profile: dict[str, Any]) -> None:
     checked = parse_profile(profile)
     bound = {row.name for row in checked.kernels if memory_bound(row, checked.ceilings)}
     # The ridges lie at 36 MACs a byte for INT8 and at 16.8 for BF16.
     assert bound == {"decoder.lateral", "stages.0.blocks.0.attention.scores"}
 
 
-def test_without_a_roof_nothing_is_said_to_be_bound(profile: dict[str, Any]) -> None:
+def test_roofline_without_roofs(profile: dict[str, Any]) -> None:
     profile["ceilings"]["gmacs"] = {}
     checked = parse_profile(profile)
     assert not any(memory_bound(row, checked.ceilings) for row in checked.kernels)
@@ -64,7 +64,7 @@ def test_without_a_roof_nothing_is_said_to_be_bound(profile: dict[str, Any]) -> 
     assert "not measured" in picture(profile).summary
 
 
-def test_dots_and_roofs_lie_inside_and_in_their_order(profile: dict[str, Any]) -> None:
+def test_places_of_dots_and_roofs(profile: dict[str, Any]) -> None:
     drawing = picture(profile)
     panel = only(drawing)
     assert len(panel.dots) == len(drawn(parse_profile(profile))) == 5
@@ -77,23 +77,23 @@ def test_dots_and_roofs_lie_inside_and_in_their_order(profile: dict[str, Any]) -
     assert panel.slope.end == (panel.roofs[-1].left, panel.roofs[-1].y)
 
 
-def test_the_slope_is_the_bandwidth(profile: dict[str, Any]) -> None:
+def test_slope_is_the_bandwidth(profile: dict[str, Any]) -> None:
     """A kernel that moves its bytes exactly as fast as copying lies on the slope."""
     row = kernel(profile, "decoder.lateral")
     row["ms"] = row["bytes"] / 25.0 / 1e6
     panel = only(picture(profile))
-    dot = next(dot for dot in panel.dots if dot.told.startswith("decoder.lateral"))
+    dot = next(dot for dot in panel.dots if dot.tooltip.startswith("decoder.lateral"))
     (x0, y0), (x1, y1) = panel.slope.start, panel.slope.end
     assert dot.y == pytest.approx(y0 + (dot.x - x0) / (x1 - x0) * (y1 - y0), abs=0.3)
 
 
-def test_area_is_time(profile: dict[str, Any]) -> None:
-    dots = {dot.told.split(":")[0]: dot for dot in only(picture(profile)).dots}
+def test_dot_area_is_time(profile: dict[str, Any]) -> None:
+    dots = {dot.tooltip.split(":")[0]: dot for dot in only(picture(profile)).dots}
     slow, quick = dots["decoder.smooth"], dots["stem.conv"]
     assert (slow.radius / quick.radius) ** 2 == pytest.approx(1.912 / 0.412, rel=0.01)
 
 
-def test_what_is_not_drawn_is_said(profile: dict[str, Any]) -> None:
+def test_key_names_kernels_not_drawn(profile: dict[str, Any]) -> None:
     kernel(profile, "stem.conv")["ms"] = 0.0
     words = " ".join(entry.words for entry in only(picture(profile)).key)
     assert "Not drawn, no multiply-adds: 5 kernels, 1.1 ms" in words
@@ -101,18 +101,18 @@ def test_what_is_not_drawn_is_said(profile: dict[str, Any]) -> None:
     assert "i8: 3 kernels, 2.7 ms" in words
 
 
-def test_the_slowest_are_labelled(profile: dict[str, Any]) -> None:
+def test_labels_of_the_slowest_kernels(profile: dict[str, Any]) -> None:
     labels = {label.text for label in only(picture(profile)).labels}
     assert {"decoder.smooth, 1.9 ms", "stages.0.blocks.0.attention.project, 0.63 ms", "stem.conv, 0.41 ms"} <= labels
 
 
-def test_labels_of_equal_roofs_do_not_overlap(profile: dict[str, Any]) -> None:
+def test_labels_of_equal_roofs(profile: dict[str, Any]) -> None:
     profile["ceilings"]["gmacs"] = {"f32": 100.0, "bf16": 101.0, "f16": 102.0}
     heights = sorted(roof.label_y for roof in only(picture(profile)).roofs)
     assert all(below - above >= 12 for above, below in itertools.pairwise(heights))
 
 
-def test_labels_of_roofs_do_not_lie_on_the_lines_of_others(profile: dict[str, Any]) -> None:
+def test_labels_of_close_roofs(profile: dict[str, Any]) -> None:
     profile["ceilings"]["gmacs"] = {"f32": 100.0, "bf16": 108.0, "i8": 420.0}
     panel = only(picture(profile))
     assert panel.roofs[0].y - panel.roofs[1].y > 4  # far enough apart for a label between them, not for its whole height
@@ -121,16 +121,16 @@ def test_labels_of_roofs_do_not_lie_on_the_lines_of_others(profile: dict[str, An
     ]
 
 
-def test_profiles_side_by_side_share_one_scale(profile: dict[str, Any]) -> None:
+def test_profiles_side_by_side(profile: dict[str, Any]) -> None:
     before = copy.deepcopy(profile)
     for row in before["kernels"]:
         row["ms"] *= 4
     drawing = picture(before, profile, width=1000)
     first, second = drawing.panels
     assert first.right < second.left
-    moved = {dot.told.split(":")[0]: dot for dot in first.dots}
+    moved = {dot.tooltip.split(":")[0]: dot for dot in first.dots}
     for dot in second.dots:
-        slower = moved[dot.told.split(":")[0]]
+        slower = moved[dot.tooltip.split(":")[0]]
         assert dot.x - second.left == pytest.approx(
             (slower.x - first.left) * (second.right - second.left) / (first.right - first.left), abs=0.3
         )
@@ -139,7 +139,7 @@ def test_profiles_side_by_side_share_one_scale(profile: dict[str, Any]) -> None:
     assert [tick.label for tick in first.x_ticks] == [tick.label for tick in second.x_ticks]
 
 
-def test_ceilings_that_kernels_pass_were_measured_too_low(profile: dict[str, Any]) -> None:
+def test_kernels_beyond_their_ceiling(profile: dict[str, Any]) -> None:
     assert beyond(parse_profile(profile)) == []
     profile["ceilings"]["gmacs"]["i8"] = 150.0
     assert {row.name for row in beyond(parse_profile(profile))} == {"decoder.smooth", "stages.0.blocks.0.attention.project", "stem.conv"}
@@ -149,7 +149,7 @@ def test_ceilings_that_kernels_pass_were_measured_too_low(profile: dict[str, Any
     assert beyond(parse_profile(profile)) == []
 
 
-def test_no_kernel_that_multiplies(profile: dict[str, Any]) -> None:
+def test_roofline_without_multiply_adds(profile: dict[str, Any]) -> None:
     for row in profile["kernels"]:
         row.update(macs=None, compute=False)
     drawing = picture(profile)
@@ -158,7 +158,7 @@ def test_no_kernel_that_multiplies(profile: dict[str, Any]) -> None:
     parsed(roofline_svg(profile))
 
 
-def test_the_file_stands_alone(profile: dict[str, Any]) -> None:
+def test_svg_file_is_self_contained(profile: dict[str, Any]) -> None:
     svg = roofline_svg([profile, profile], title="before & after")
     assert not re.search(r"https?://(?!www\.w3\.org/2000/svg)|@import|url\(|href|<script", svg)
     root = parsed(svg)
@@ -172,11 +172,11 @@ def test_the_file_stands_alone(profile: dict[str, Any]) -> None:
     assert sum(title is not None for title in titles) == 10
 
 
-def test_the_same_profile_gives_the_same_bytes(profile: dict[str, Any]) -> None:
+def test_svg_file_is_reproducible(profile: dict[str, Any]) -> None:
     assert roofline_svg(profile) == roofline_svg(parse_profile(profile)) == roofline_svg([profile])
 
 
-def test_names_are_text(profile: dict[str, Any]) -> None:
+def test_svg_names_are_escaped(profile: dict[str, Any]) -> None:
     profile["title"] = EVIL
     for row in profile["kernels"]:
         row.update(name=EVIL, precision=EVIL)
@@ -188,7 +188,7 @@ def test_names_are_text(profile: dict[str, Any]) -> None:
     assert any("<script>alert(1)</script>&\ufffd" in (text.text or "") for text in root.iter(f"{SVG}text"))
 
 
-def test_there_is_something_to_draw(profile: dict[str, Any]) -> None:
+def test_roofline_of_nothing(profile: dict[str, Any]) -> None:
     with pytest.raises(MuntinError, match="a roofline of no profiles"):
         roofline_svg([])
     del profile["kernels"]
@@ -202,7 +202,7 @@ def test_there_is_something_to_draw(profile: dict[str, Any]) -> None:
     st.dictionaries(st.sampled_from(["f32", "bf16", "i8"]), st.floats(1e-2, 1e6), max_size=3),
     st.floats(1e-2, 1e4),
 )
-def test_whatever_was_measured_can_be_drawn(rows: list[tuple[float, int, int]], gmacs: dict[str, float], copy_gb_s: float) -> None:
+def test_roofline_of_any_measurements(rows: list[tuple[float, int, int]], gmacs: dict[str, float], copy_gb_s: float) -> None:
     base = {
         "implementation": "",
         "precision": "i8",

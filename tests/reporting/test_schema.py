@@ -1,4 +1,4 @@
-"""The shape of a report, and the one line that answers another shape."""
+"""The schema of a report, and the one-line errors of values that do not fit it."""
 
 from __future__ import annotations
 
@@ -12,10 +12,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from muntin.errors import MuntinError
+from muntin.reporting.profile_schema import ProfileRecord, parse_profile
 from muntin.reporting.schema import Report, parse_report, report_values
 from muntin.reporting.text import machine_facts
 
-NO_NUMBER = (math.nan, math.inf, -math.inf)
+NOT_FINITE = (math.nan, math.inf, -math.inf)
 
 
 def refusal(report: Any) -> str:
@@ -27,14 +28,14 @@ def refusal(report: Any) -> str:
     return message
 
 
-def test_a_report_survives_the_round_trip_through_json(report: dict[str, Any]) -> None:
+def test_report_round_trip(report: dict[str, Any]) -> None:
     checked = parse_report(report)
     values = json.loads(json.dumps(report_values(checked), allow_nan=False))
     assert values == report
     assert parse_report(values) == checked
 
 
-def test_optional_parts_may_be_absent(report: dict[str, Any]) -> None:
+def test_report_of_the_required_keys(report: dict[str, Any]) -> None:
     needed = ("title", "created", "muntin", "hardware", "task", "steps")
     least = {key: report[key] for key in needed} | {"steps": [{**report["steps"][0], "iou": {}}]}
     checked = parse_report(least)
@@ -42,7 +43,7 @@ def test_optional_parts_may_be_absent(report: dict[str, Any]) -> None:
     assert "recipe" not in report_values(checked)
 
 
-def test_a_report_from_before_ranks_still_reads(report: dict[str, Any]) -> None:
+def test_report_from_before_ranks(report: dict[str, Any]) -> None:
     del report["ranks"]
     for layer in report["layers"]:
         del layer["clipped"], layer["histogram"], layer["note"]
@@ -53,7 +54,7 @@ def test_a_report_from_before_ranks_still_reads(report: dict[str, Any]) -> None:
 
 
 @pytest.mark.parametrize(
-    ("change", "told"),
+    ("change", "words"),
     [
         ({"ranks": [8, 8, 8]}, "ranks[1].ranks is"),
         ({"ranks": [0]}, "ranks[1].ranks[0] is 0"),
@@ -65,13 +66,13 @@ def test_a_report_from_before_ranks_still_reads(report: dict[str, Any]) -> None:
         ({"rank": [8]}, "ranks[1].rank is an unknown key; did you mean 'ranks'?"),
     ],
 )
-def test_ranks_that_cannot_be(report: dict[str, Any], change: dict[str, Any], told: str) -> None:
+def test_invalid_ranks(report: dict[str, Any], change: dict[str, Any], words: str) -> None:
     report["ranks"][1].update(change)
-    assert told in refusal(report)
+    assert words in refusal(report)
 
 
 @pytest.mark.parametrize(
-    ("change", "told"),
+    ("change", "words"),
     [
         ({"low": 1.0, "high": 1.0}, "low 1.0 is not below high 1.0"),
         ({"grid_low": 2.0, "grid_high": 1.0}, "grid_low 2.0 is not below grid_high 1.0"),
@@ -82,19 +83,19 @@ def test_ranks_that_cannot_be(report: dict[str, Any], change: dict[str, Any], to
         ({"bins": 2}, "histogram.bins is an unknown key; allowed here: low, high, counts, grid_low, grid_high"),
     ],
 )
-def test_histograms_that_cannot_be(report: dict[str, Any], change: dict[str, Any], told: str) -> None:
+def test_invalid_histograms(report: dict[str, Any], change: dict[str, Any], words: str) -> None:
     next(layer for layer in report["layers"] if layer["histogram"])["histogram"].update(change)
-    assert told in refusal(report)
+    assert words in refusal(report)
 
 
-def test_numpy_numbers_are_numbers(report: dict[str, Any]) -> None:
+def test_numpy_numbers(report: dict[str, Any]) -> None:
     report["steps"][0]["miou"] = np.float32(0.5)
     report["training"][0]["loss"] = np.float64(1.25)
     values = report_values(parse_report(report))
     assert (values["steps"][0]["miou"], values["training"][0]["loss"]) == (0.5, 1.25)
 
 
-@pytest.mark.parametrize("value", NO_NUMBER)
+@pytest.mark.parametrize("value", NOT_FINITE)
 @pytest.mark.parametrize(
     ("place", "path"),
     [
@@ -109,9 +110,7 @@ def test_numpy_numbers_are_numbers(report: dict[str, Any]) -> None:
         ("seconds.train", ("seconds", "train")),
     ],
 )
-def test_what_is_not_finite_is_refused_with_its_place(
-    report: dict[str, Any], place: str, path: tuple[int | str, ...], value: float
-) -> None:
+def test_numbers_that_are_not_finite(report: dict[str, Any], place: str, path: tuple[int | str, ...], value: float) -> None:
     part: Any = report
     for key in path[:-1]:
         part = part[key]
@@ -121,12 +120,12 @@ def test_what_is_not_finite_is_refused_with_its_place(
     assert "finite" in message
 
 
-def test_a_free_fact_of_the_hardware_is_finite_too(report: dict[str, Any]) -> None:
+def test_free_hardware_key_that_is_not_finite(report: dict[str, Any]) -> None:
     report["hardware"]["clock_ghz"] = math.nan
     assert "hardware.clock_ghz" in refusal(report)
 
 
-def test_unknown_keys_are_named_with_the_nearest(report: dict[str, Any]) -> None:
+def test_unknown_keys(report: dict[str, Any]) -> None:
     report["steps"][1]["mioU"] = 0.5
     assert "steps[1].mioU is an unknown key; did you mean 'miou'?" in refusal(report)
     del report["steps"][1]["mioU"]
@@ -134,7 +133,7 @@ def test_unknown_keys_are_named_with_the_nearest(report: dict[str, Any]) -> None
     assert "allowed here: name, image, truth, prediction, difference" in refusal(report)
 
 
-def test_missing_keys_are_counted(report: dict[str, Any]) -> None:
+def test_missing_keys(report: dict[str, Any]) -> None:
     del report["steps"][0]["bytes"], report["steps"][1]["engine"]
     message = refusal(report)
     assert "steps[0].bytes is missing" in message
@@ -142,12 +141,12 @@ def test_missing_keys_are_counted(report: dict[str, Any]) -> None:
 
 
 @pytest.mark.parametrize("path", ["/etc/passwd", "../secret.png", "a/../../b.png", "a\\b.png", ""])
-def test_pictures_lie_in_the_reports_folder(report: dict[str, Any], path: str) -> None:
+def test_picture_outside_the_folder(report: dict[str, Any], path: str) -> None:
     report["pictures"]["overlay"] = path
     assert "pictures.overlay" in refusal(report)
 
 
-def test_consistency(report: dict[str, Any]) -> None:
+def test_inconsistent_report(report: dict[str, Any]) -> None:
     report["steps"][1]["iou"]["lava"] = 0.5
     assert "steps[1].iou names the class 'lava'" in refusal(report)
     del report["steps"][1]["iou"]["lava"]
@@ -157,37 +156,37 @@ def test_consistency(report: dict[str, Any]) -> None:
     assert "'fp32' twice" in refusal(report)
 
 
-def test_restoration_may_exceed_one(report: dict[str, Any]) -> None:
+def test_metric_of_a_restoration(report: dict[str, Any]) -> None:
     report["task"] = "restore"
     report["steps"][0]["miou"] = 31.7
     assert parse_report(report).steps[0].miou == 31.7
 
 
-def test_a_newer_format_says_upgrade(report: dict[str, Any]) -> None:
+def test_newer_format(report: dict[str, Any]) -> None:
     assert refusal(report | {"format": 2}) == "report format 2 is newer than this muntin reads (1): upgrade muntin"
     assert "format" in refusal(report | {"format": 0})
 
 
-def test_names_that_try_to_break_the_line(report: dict[str, Any]) -> None:
+def test_line_breaks_in_keys_and_values(report: dict[str, Any]) -> None:
     assert "unknown key" in refusal(report | {"two\nlines": 1})
     assert "created" in refusal(report | {"created": "yes\nterday"})
     assert "list" in refusal([report])
 
 
-@given(
-    st.recursive(
-        st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=8),
-        lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.sampled_from(sorted(Report.model_fields)), inner, max_size=4),
-        max_leaves=12,
+@pytest.mark.parametrize(("parse", "record"), [(parse_report, Report), (parse_profile, ProfileRecord)])
+@given(data=st.data())
+def test_any_other_values_give_one_line(parse: Any, record: type[Report | ProfileRecord], data: st.DataObject) -> None:
+    leaves = st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=8)
+    keys = st.sampled_from(sorted(record.model_fields))
+    values = data.draw(
+        st.recursive(leaves, lambda inner: st.lists(inner, max_size=3) | st.dictionaries(keys, inner, max_size=4), max_leaves=12)
     )
-)
-def test_whatever_comes_is_refused_in_one_line(values: Any) -> None:
     with pytest.raises(MuntinError) as caught:
-        parse_report(values)
+        parse(values)
     assert str(caught.value).splitlines() == [str(caught.value)]
 
 
-def test_the_machines_gpus_are_names_in_a_list(report: dict[str, Any]) -> None:
+def test_hardware_gpus(report: dict[str, Any]) -> None:
     report["hardware"]["gpus"] = ["NVIDIA H100 80GB HBM3", "NVIDIA H100 80GB HBM3"]
     checked = parse_report(report)
     assert ("gpus", "NVIDIA H100 80GB HBM3, NVIDIA H100 80GB HBM3") in machine_facts(checked.hardware, checked.muntin)

@@ -1,4 +1,4 @@
-"""How numbers read."""
+"""Values as text."""
 
 from __future__ import annotations
 
@@ -23,8 +23,10 @@ from muntin.reporting.schema import parse_report
         (text.size, 123_400_000, "123 MB"),
         (text.size, 5_000_000_000_000, "5,000 GB"),
         (text.amount, 831, "831"),
+        (text.amount, None, "–"),
         (text.amount, 999_900, "1.00 M"),
         (text.amount, 2_812_346, "2.81 M"),
+        (text.milliseconds, None, "–"),
         (text.milliseconds, 41.23, "41.2 ms"),
         (text.milliseconds, 0.345, "0.34 ms"),
         (text.milliseconds, 1786.2, "1,786 ms"),
@@ -32,6 +34,7 @@ from muntin.reporting.schema import parse_report
         (text.duration, 133.2, "2 min 13 s"),
         (text.duration, 119.7, "2 min 0 s"),
         (text.duration, 7380, "2 h 3 min"),
+        (text.percent, None, "–"),
         (text.percent, 1.0, "100 %"),
         (text.percent, 0.0, "0 %"),
         (text.percent, 0.9997, "99.9 %"),
@@ -40,17 +43,17 @@ from muntin.reporting.schema import parse_report
         (text.moment, "2026-11-24T16:30:00", "24 November 2026, 16:30"),
     ],
 )
-def test_shown(function: Any, value: Any, shown: str) -> None:
+def test_values_as_text(function: Any, value: Any, shown: str) -> None:
     assert function(value) == shown
 
 
-def test_change_uses_a_true_minus_and_no_signed_zero() -> None:
+def test_change_signs() -> None:
     assert text.change(0.651, 0.649, 3) == "\N{MINUS SIGN}0.002"
     assert text.change(0.649, 0.651, 3) == "+0.002"
     assert text.change(0.6501, 0.65, 3) == "±0.000"
 
 
-def test_ratio_tells_the_direction() -> None:
+def test_ratio_directions() -> None:
     assert text.ratio(41.3, 6.87, less="faster", more="slower") == "6.0× faster"
     assert text.ratio(6.87, 41.3, less="faster", more="slower") == "6.0× slower"
     assert text.ratio(2.0, 2.001, less="smaller", more="larger") == text.UNCHANGED
@@ -59,19 +62,19 @@ def test_ratio_tells_the_direction() -> None:
 
 
 @given(st.floats(0, 1), st.integers(0, 3))
-def test_percent_never_claims_all_or_nothing(share: float, digits: int) -> None:
+def test_percent_rounds_to_0_and_100_only_exactly(share: float, digits: int) -> None:
     shown = text.percent(share, digits)
     assert (shown == "100 %") == (share == 1)
     assert (shown == "0 %") == (share == 0)
 
 
-def test_headline(report: dict[str, Any]) -> None:
+def test_headline_of_the_sample(report: dict[str, Any]) -> None:
     arrow = text.ARROW
     expected = f"11.3 MB {arrow} 812 kB, 41.3 ms {arrow} 6.9 ms, mIoU 0.651 {arrow} 0.649: measured on the deployed artefact"
     assert text.headline(parse_report(report)) == expected
 
 
-def test_headline_claims_only_what_was_measured(report: dict[str, Any]) -> None:
+def test_headline_without_measurements(report: dict[str, Any]) -> None:
     report["steps"][-1]["latency_ms"] = None
     assert "ms" not in text.headline(parse_report(report))
     report["steps"] = report["steps"][:1]

@@ -1,38 +1,53 @@
-"""A report on disk: `report.json` for programs, `report.html` for people, each there whole or not at all."""
+"""Files of a report: writing all or none, reading `report.json`, and the templates of pages and pictures."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+from jinja2 import Environment, PackageLoader, StrictUndefined, Template
+
 from muntin.artifact import writing
 from muntin.errors import MuntinError
-from muntin.reporting.page import render_html
-from muntin.reporting.schema import Report, parse_report, report_values
+from muntin.reporting import layers, text
+from muntin.reporting.labels import breakable
+from muntin.reporting.schema import Report, parse_report
 from muntin.text import plain
 
-JSON_NAME = "report.json"
-HTML_NAME = "report.html"
+REPORT_NAME = "report.json"
+# Functions that templates call by their names: filters format one value, the others take several.
+_FILTERS: tuple[Callable[..., Any], ...] = (
+    *(text.amount, text.css_color, text.duration, text.milliseconds, text.moment, text.percent, text.size, text.three_digits),
+    *(layers.bits_family, layers.bits_style, layers.family_of, layers.is_fallback, layers.requested_bits),
+    *(breakable, text.with_minus),
+)
+_FUNCTIONS: tuple[Callable[..., Any], ...] = (text.change, text.machine_facts, text.percent_of, text.ratio)
 
 
-def write_report(directory: Path, report: Report | Mapping[str, Any]) -> Path:
-    """Checks `report`, writes `report.json` and `report.html` into `directory` (made if absent), returns the page's path.
+def template(name: str) -> Template:
+    """Return the template `name` of this package. It escapes every value, and a missing value raises an error."""
+    environment = Environment(
+        loader=PackageLoader("muntin.reporting", "templates"),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters.update({function.__name__: function for function in _FILTERS})
+    environment.globals.update({function.__name__: function for function in _FUNCTIONS})
+    return environment.get_template(name)
 
-    The pictures that the report names must lie in `directory` already; each costs one decode. Both files are complete on the disk
-    before either takes its name, so an error leaves what was there before. Raises MuntinError (DataError for a picture), one line.
-    """
-    checked = parse_report(report)
-    page = render_html(checked, directory)
-    values = json.dumps(report_values(checked), indent=1, ensure_ascii=False, allow_nan=False)
-    write_files(directory, {JSON_NAME: f"{values}\n", HTML_NAME: page}, what="report")
-    return directory / HTML_NAME
+
+def json_text(values: Mapping[str, Any]) -> str:
+    """Return `values` as the text of a JSON file. NaN and infinity raise ValueError."""
+    return f"{json.dumps(values, indent=1, ensure_ascii=False, allow_nan=False)}\n"
 
 
 def read_report(path: Path) -> Report:
-    """The report in the file `path`, or in `report.json` of the folder `path`. Raises MuntinError, one line."""
-    file = path / JSON_NAME if path.is_dir() else path
+    """Return the report in the file `path`, or in `report.json` of the folder `path`. Raises MuntinError, one line."""
+    file = path / REPORT_NAME if path.is_dir() else path
     try:
         values = json.loads(file.read_text(encoding="utf-8"))
     except FileNotFoundError:
@@ -49,9 +64,10 @@ def read_report(path: Path) -> Report:
 
 
 def write_files(directory: Path, contents: Mapping[str, str], *, what: str) -> None:
-    """Writes texts by file name into `directory` (made if absent): all are complete on the disk before any takes its name.
+    """Write texts by file name into `directory`, which is created if absent.
 
-    Raises MuntinError that says the `what` could not be written, and leaves what was there before.
+    All texts are complete on the disk before the first one takes its name. On an error, the earlier files stay, and MuntinError says that
+    the `what` could not be written.
     """
     try:
         directory.mkdir(parents=True, exist_ok=True)

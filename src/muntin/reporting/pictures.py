@@ -1,4 +1,4 @@
-"""Pictures for the page: small copies inside it as data URIs, the full ones linked beside it."""
+"""Pictures for the page: small copies as data URIs inside it, with links to the full pictures beside it."""
 
 from __future__ import annotations
 
@@ -15,11 +15,12 @@ from PIL import Image
 
 from muntin.errors import DataError
 
-# The last edge of each keeps even pure noise within the limit: a page stays below 3 MB whatever the pictures.
+# Longest sides in pixels, tried in order, and limits in characters: a page stays below 3 MB even where all pictures are noise.
 OVERLAY_EDGES = (1600, 1200, 800, 480)
 OVERLAY_LIMIT = 1_000_000
 EXAMPLE_EDGES = (512, 384, 256, 160, 96, 60)
 EXAMPLES_LIMIT = 1_400_000
+# A picture of at most this many colours is a drawing; a picture of greys alone, which may be a photograph, of at most this many greys.
 _FLAT_COLORS, _FLAT_GREYS = 256, 32
 
 
@@ -34,12 +35,13 @@ class Preview:
 
 
 def preview(directory: Path, name: str, *, edges: Sequence[int], limit: int) -> Preview:
-    """A copy of `directory/name` no longer on a side than the first of `edges` (pixels) whose data URI has at most `limit` characters.
+    """Return a copy of `directory/name` with the first of `edges` (longest side, pixels) whose data URI has at most `limit` characters.
 
-    Where none fits, the last of `edges` is used. Never enlarges. Drawings of few colours (masks) become PNG and keep their exact colours;
-    photographs become JPEG. Costs one decode of the full picture. Raises DataError if it is missing or cannot be read.
+    Where none fits, the last of `edges` is used. The copy is never larger than the picture. Drawings of few colours (masks) become PNG and
+    keep their exact colours; photographs become JPEG. Costs one decode of the full picture. Raises DataError if it cannot be read.
     """
-    image, flat = _open(directory, name, longest=edges[0])
+    image = _open(directory, name, longest=edges[0])
+    flat = _is_flat(image)
     for edge in edges:
         small = image.copy()
         small.thumbnail((edge, edge), Image.Resampling.NEAREST if flat else Image.Resampling.LANCZOS)
@@ -49,14 +51,14 @@ def preview(directory: Path, name: str, *, edges: Sequence[int], limit: int) -> 
     return Preview(uri=uri, width=small.width, height=small.height, href=quote(name))
 
 
-def _open(directory: Path, name: str, *, longest: int) -> tuple[Image.Image, bool]:
+def _open(directory: Path, name: str, *, longest: int) -> Image.Image:
     try:
-        # A whole satellite scene is larger than what Pillow warns of, and this one the run wrote itself.
+        # A satellite scene has more pixels than Pillow's warning allows, and this file is the run's own.
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)
             with Image.open(directory / name) as image:
                 image.draft("RGB", (2 * longest, 2 * longest))  # JPEG decodes at a fraction of its size
-                rgb = image.convert("RGB")
+                return image.convert("RGB")
     except FileNotFoundError:
         raise DataError(f"the report's picture {name!r} is not in {directory}: write it there first, or leave it out") from None
     except Image.DecompressionBombError:
@@ -66,13 +68,11 @@ def _open(directory: Path, name: str, *, longest: int) -> tuple[Image.Image, boo
     except (OSError, SyntaxError, ValueError, struct.error) as error:
         reason = str(error).split("\n")[0]
         raise DataError(f"the report's picture {name!r} in {directory} cannot be read ({reason}): write it again as PNG or JPEG") from None
-    return rgb, _is_flat(rgb)
 
 
 def _is_flat(image: Image.Image) -> bool:
-    # A drawing of classes has few colours. So has a grey photograph (256 at most), but those are all grey.
-    found = image.getcolors(_FLAT_COLORS)
-    return found is not None and (len(found) <= _FLAT_GREYS or any(len(set(rgb)) > 1 for _, rgb in found if isinstance(rgb, tuple)))
+    colors = image.getcolors(_FLAT_COLORS)
+    return colors is not None and (len(colors) <= _FLAT_GREYS or any(len(set(rgb)) > 1 for _, rgb in colors if isinstance(rgb, tuple)))
 
 
 def _data_uri(image: Image.Image, flat: bool) -> str:

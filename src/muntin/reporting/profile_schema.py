@@ -1,4 +1,4 @@
-"""The shape of `profile.json`: where the time of one artefact goes, kernel by kernel, against what its machine can do."""
+"""The schema of `profile.json`: the time of each kernel of an artefact, and the measured ceilings of its machine."""
 
 from __future__ import annotations
 
@@ -7,34 +7,33 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, model_validator
 
-from muntin.reporting.records import Amount, Count, Hardware, Moment, Record, Text, parse_record, unique
+from muntin.reporting.records import Amount, AtLeastOne, Count, Hardware, Moment, Record, Text, check_unique, parse_record
 
 FORMAT = 1
 
 Positive = Annotated[float, Field(gt=0)]
-Size = Annotated[int, Field(ge=1)]
 
 
 class ProfiledArtifact(Record):
-    """The artefact that ran: its folder, all its bytes on the disk, and the digest of its model."""
+    """The artefact that ran: its folder, its size on the disk in bytes, and the digest of its model."""
 
     path: str
     bytes: Count
     sha256: str
 
 
-class Ceilings(Record):
-    """What the machine was measured to reach: multiply-adds by precision in 10⁹ a second (GMAC/s), and copying in 10⁹ bytes a second."""
+class CeilingsRecord(Record):
+    """The measured limits of the machine: multiply-adds by precision in 10⁹ a second (GMAC/s), and copying in 10⁹ bytes a second."""
 
     gmacs: dict[str, Positive]
     copy_gb_s: Positive
 
 
 class KernelRow(Record):
-    """One kernel that the engine ran, in execution order; `name` is the engine's own, `layer` the node of the model, null if there is none.
+    """One kernel that the engine ran, in execution order; `name` is the engine's, `layer` the node of the model or null.
 
-    `share` is of the profiled time; `bytes` are those read and written; `attainable_ms` is the least time that the ceilings allow, and
-    `ceiling_share` its part of the measured one (above 1 where data came from a cache). Null: not known.
+    `share` is of the profiled time; `bytes` are read and written; `attainable_ms` is the least time that the ceilings allow, and
+    `ceiling_share` its share of the measured time (above 1 where the data came from a cache). Null: not known.
     """
 
     name: str
@@ -50,9 +49,19 @@ class KernelRow(Record):
     attainable_ms: Amount | None
     ceiling_share: Amount | None
 
+    @property
+    def macs_per_byte(self) -> float | None:
+        """Multiply-adds for each byte moved; None where either is unknown or zero."""
+        return self.macs / self.bytes if self.macs and self.bytes else None
+
+    @property
+    def gmac_s(self) -> float | None:
+        """Speed in 10⁹ multiply-adds a second; None without multiply-adds, or where the engine's clock showed no time."""
+        return self.macs / self.ms / 1e6 if self.macs and self.ms else None
+
 
 class KindRow(Record):
-    """All kernels of one kind; `share` is of the profiled time. One of no kernels is the time between them."""
+    """All kernels of one kind; `share` is of the profiled time. A kind with a count of 0 is the time between kernels."""
 
     kind: str
     ms: Amount
@@ -60,18 +69,18 @@ class KindRow(Record):
     count: Count
 
 
-class Finding(Record):
-    """What could be won, in words; `saves_ms` is an estimate of at most how much, null where there is none."""
+class FindingRecord(Record):
+    """A possible saving in words; `saves_ms` is an estimate of its upper bound, null without an estimate."""
 
     kind: str
     words: Text
     saves_ms: Amount | None
 
 
-class Profile(Record):
+class ProfileRecord(Record):
     """A whole profile. `shape` is (B, H, W): images, rows, columns.
 
-    `whole_ms` is one call undisturbed, `profiled_ms` one with every kernel timed, `kernels_ms` what the kernels of that add up to.
+    `whole_ms` is a call without counters, `profiled_ms` a call with every kernel timed, `kernels_ms` the sum of its kernels.
     """
 
     format: Literal[1] = 1
@@ -82,35 +91,35 @@ class Profile(Record):
     artifact: ProfiledArtifact
     engine: Text
     precision: Text
-    threads: Size
-    shape: tuple[Size, Size, Size]
-    rounds: Size
+    threads: AtLeastOne
+    shape: tuple[AtLeastOne, AtLeastOne, AtLeastOne]
+    rounds: AtLeastOne
     whole_ms: Positive
     profiled_ms: Positive
     kernels_ms: Amount
-    ceilings: Ceilings
+    ceilings: CeilingsRecord
     kernels: Annotated[tuple[KernelRow, ...], Field(min_length=1)]
     kinds: tuple[KindRow, ...]
-    findings: tuple[Finding, ...] = ()
+    findings: tuple[FindingRecord, ...] = ()
     notes: tuple[str, ...] = ()
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:
-        unique("kinds", [row.kind for row in self.kinds])
+        check_unique("kinds", [row.kind for row in self.kinds])
         missing = sorted({kernel.kind for kernel in self.kernels} - {row.kind for row in self.kinds})
         if missing:
             raise ValueError(f"kinds lacks {missing[0]!r}, which a kernel has; kinds holds every kind of the kernels")
         return self
 
 
-def parse_profile(profile: Profile | Mapping[str, Any]) -> Profile:
-    """The profile as checked values.
+def parse_profile(profile: ProfileRecord | Mapping[str, Any]) -> ProfileRecord:
+    """Return the profile as checked values.
 
-    Raises MuntinError, in one line, with the place of the first mistake, what is allowed there and how many more mistakes there are.
+    Raises MuntinError, one line: the place of the first mistake, the values allowed at that place and the number of other mistakes.
     """
-    return parse_record(Profile, profile, what="profile", newest=FORMAT)
+    return parse_record(ProfileRecord, profile, what="profile", newest=FORMAT)
 
 
-def profile_values(profile: Profile) -> dict[str, Any]:
-    """The profile as plain values for `profile.json`, in the schema's order."""
+def profile_values(profile: ProfileRecord) -> dict[str, Any]:
+    """Return the profile as plain values for `profile.json`, in the schema's order."""
     return profile.model_dump(mode="json")

@@ -1,6 +1,6 @@
-"""What the files of this room are made of, and the one line a file that has another shape is answered with.
+"""The parts that report and profile files share, and the one-line error for a file that does not fit its schema.
 
-Everything measured is a finite number or null: a report with a NaN in it is a bug to see now, not an empty cell to explain later.
+Measured values are finite numbers or null. NaN is refused, because it shows a bug in the measurement.
 """
 
 from __future__ import annotations
@@ -27,26 +27,27 @@ Text = Annotated[str, Field(min_length=1)]
 Count = Annotated[int, Field(ge=0)]
 Amount = Annotated[float, Field(ge=0)]
 Share = Annotated[float, Field(ge=0, le=1)]
+AtLeastOne = Annotated[int, Field(ge=1)]
 Moment = Annotated[str, AfterValidator(_iso)]
 
 
 class Record(BaseModel):
-    """What every part of a file is: frozen, without unknown keys, without NaN or infinity."""
+    """A part of a file: frozen, without unknown keys, without NaN or infinity."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
 
 class Hardware(Record):
-    """The machine that measured, and the versions it measured with; keys beyond these four are free: plain values, or names in a list.
+    """The machine and the software versions of a measurement. Keys beyond these four are free: plain values, or names in a list.
 
-    `memory_gib` is null where the system does not say.
+    `memory_gib` is null where the system does not report it.
     """
 
     model_config = ConfigDict(frozen=True, extra="allow", allow_inf_nan=False)
     __pydantic_extra__: dict[str, str | int | float | bool | list[str] | None]
 
     cpu: Text
-    cores: Annotated[int, Field(ge=1)]
+    cores: AtLeastOne
     memory_gib: Amount | None
     features: tuple[str, ...]
 
@@ -55,34 +56,34 @@ AnyRecord = TypeVar("AnyRecord", bound=Record)
 
 
 def parse_record(record: type[AnyRecord], values: AnyRecord | Mapping[str, Any], *, what: str, newest: int) -> AnyRecord:
-    """`values` as a checked `record`; `what` is what a file of it is called, `newest` the highest format that is read.
+    """Return `values` as a checked `record`; `what` names its kind of file in errors, `newest` is the highest format that can be read.
 
-    Raises MuntinError, in one line, with the place of the first mistake, what is allowed there and how many more mistakes there are.
+    Raises MuntinError, one line: the place of the first mistake, the values allowed at that place and the number of other mistakes.
     """
     if isinstance(values, record):
         return values
     if not isinstance(values, Mapping):
         raise MuntinError(f"a {what} is an object with the keys {', '.join(record.model_fields)}; this one is a {type(values).__name__}")
-    came = values.get("format", newest)
-    if isinstance(came, int) and came > newest:
-        raise MuntinError(f"{what} format {came} is newer than this muntin reads ({newest}): upgrade muntin")
+    version = values.get("format", newest)
+    if isinstance(version, int) and version > newest:
+        raise MuntinError(f"{what} format {version} is newer than this muntin reads ({newest}): upgrade muntin")
     try:
         return record.model_validate(dict(values))
     except ValidationError as error:
         raise MuntinError(_one_line(error, record, what)) from None
 
 
-def unique(where: str, names: list[str]) -> None:
-    """Raises ValueError where `names`, found at `where`, has one twice."""
-    twice = sorted({name for name in names if names.count(name) > 1})
-    if twice:
-        raise ValueError(f"{where} holds the name {twice[0]!r} twice; names are unique")
+def check_unique(where: str, names: list[str]) -> None:
+    """Raise ValueError if a name occurs twice in `names`, the names at `where`."""
+    repeated = sorted({name for name in names if names.count(name) > 1})
+    if repeated:
+        raise ValueError(f"{where} holds the name {repeated[0]!r} twice; names are unique")
 
 
 def _one_line(error: ValidationError, record: type[BaseModel], what: str) -> str:
-    found = error.errors(include_url=False)
-    first, more = found[0], len(found) - 1
-    location, came = first["loc"], _short(first["input"])
+    mistakes = error.errors(include_url=False)
+    first, more = mistakes[0], len(mistakes) - 1
+    location, value = first["loc"], _short(first["input"])
     place = _place(location) or f"the {what}"
     if first["type"] == "missing":
         text = f"{place} is missing"
@@ -92,12 +93,12 @@ def _one_line(error: ValidationError, record: type[BaseModel], what: str) -> str
         hint = f"did you mean {near[0]!r}?" if near else f"allowed here: {', '.join(allowed)}"
         text = f"{place} is an unknown key; {hint}"
     elif first["type"] == "finite_number":
-        text = f"{place} is {came}; a {what} holds finite numbers only, and null for what was not measured"
+        text = f"{place} is {value}; a {what} holds finite numbers only, and null for what was not measured"
     elif first["type"] == "value_error" and not location:
         text = first["msg"].removeprefix("Value error, ")
     else:
         reason = first["msg"].removeprefix("Value error, ")
-        text = f"{place} is {came}; {reason[:1].lower()}{reason[1:]}"
+        text = f"{place} is {value}; {reason[:1].lower()}{reason[1:]}"
     suffix = f" (and {more} more)" if more else ""
     return " ".join(f"the {what} does not fit: {text}{suffix}".split())
 

@@ -1,4 +1,4 @@
-"""The shape of `report.json`."""
+"""The schema of `report.json`."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import AfterValidator, Field, model_validator
 
 from muntin.artifact.classes import ClassInfo
-from muntin.reporting.records import Amount, Count, Hardware, Moment, Record, Share, Text, parse_record, unique
+from muntin.reporting.records import Amount, AtLeastOne, Count, Hardware, Moment, Record, Share, Text, check_unique, parse_record
 
 FORMAT = 1
 
@@ -17,22 +17,20 @@ Task = Literal["segment", "classify", "restore"]
 
 
 def _relative(path: str) -> str:
-    # The page links these and may be opened anywhere: a path out of its folder would break there, or lead to a stranger's file.
+    # The page links these files and may be opened on another machine: a path out of its folder would break there or lead to other files.
     if "\\" in path or PurePosixPath(path).is_absolute() or ".." in PurePosixPath(path).parts:
         raise ValueError("a picture's path is relative to the report's folder, with forward slashes and without '..'")
     return path
 
 
-Rank = Annotated[int, Field(ge=1)]
-Side = Annotated[int, Field(ge=1)]
 RelativePath = Annotated[str, Field(min_length=1), AfterValidator(_relative)]
 
 
-class Step(Record):
-    """One stage of the model. `miou` is the task's metric: mean IoU, accuracy (classify) or PSNR in dB (restore); `iou` that of each class.
+class StepRecord(Record):
+    """One stage of the model. `miou` is the task's metric: mean IoU, accuracy (classify) or PSNR in dB (restore); `iou` is per class.
 
-    `weights`: bytes of its weights alone, packed, which can be compared from step to step. `bytes`: all that lies on the disk to be used, a
-    deployed model's graph and golden pairs included; null for a step that is computed only.
+    `weights`: bytes of the packed weights alone, comparable from step to step. `bytes`: bytes of all files that the model needs on the
+    disk, for a deployed model with its graph and golden pairs; null for a step that exists only in memory.
     """
 
     name: Text
@@ -47,7 +45,7 @@ class Step(Record):
 
 
 class LatencyRow(Record):
-    """One thing timed, in milliseconds a call."""
+    """One timed model, in milliseconds a call."""
 
     name: Text
     engine: Text
@@ -55,12 +53,12 @@ class LatencyRow(Record):
     p90_ms: Amount
 
 
-class Latency(Record):
-    """Timings taken in one run, at one size (pixels), interleaved over `rounds`; the first row is the baseline."""
+class LatencyRecord(Record):
+    """Timings of one run at one size (pixels), interleaved over `rounds`; the first row is the baseline."""
 
-    height: Annotated[int, Field(ge=1)]
-    width: Annotated[int, Field(ge=1)]
-    rounds: Annotated[int, Field(ge=1)]
+    height: AtLeastOne
+    width: AtLeastOne
+    rounds: AtLeastOne
     rows: Annotated[tuple[LatencyRow, ...], Field(min_length=1)]
 
 
@@ -75,7 +73,7 @@ class TrainingRow(Record):
 
 
 class ValidationRow(Record):
-    """One validation; `miou` and `iou` as in `Step`."""
+    """One validation; `miou` and `iou` as in `StepRecord`."""
 
     step: Count
     miou: float
@@ -90,8 +88,8 @@ class RankRow(Record):
 
     name: Text
     kind: Text
-    full: Annotated[tuple[Rank, ...], Field(min_length=1, max_length=2)]
-    ranks: Annotated[tuple[Rank, ...], Field(max_length=2)] = ()
+    full: Annotated[tuple[AtLeastOne, ...], Field(min_length=1, max_length=2)]
+    ranks: Annotated[tuple[AtLeastOne, ...], Field(max_length=2)] = ()
     parameters_before: Count
     parameters_after: Count
     reason: str = ""
@@ -105,7 +103,7 @@ class RankRow(Record):
         return self
 
 
-class Histogram(Record):
+class InputHistogram(Record):
     """The input values of a layer in bins of equal width from `low` to `high`, and the range that its 8-bit grid covers."""
 
     low: float
@@ -124,10 +122,10 @@ class Histogram(Record):
 
 
 class LayerRow(Record):
-    """One layer: what was asked for (bits of weights and activations, null = not quantised) and what the engine says it ran in.
+    """One layer: the requested bits of weights and activations (null: not quantised), and the precision that the engine reports.
 
-    `clipped` is the share of the calibration's input values outside the 8-bit grid; only a few of the worst layers carry a `histogram`
-    of them. `note` says why a layer has more bits than the others.
+    `clipped` is the share of the calibration's input values outside the 8-bit grid; only a few of the worst layers have a `histogram` of
+    these values. `note` says why a layer has more bits than the others.
     """
 
     name: Text
@@ -139,7 +137,7 @@ class LayerRow(Record):
     macs: Count | None = None
     sqnr_db: float | None = None
     clipped: Share | None = None
-    histogram: Histogram | None = None
+    histogram: InputHistogram | None = None
     note: str = ""
 
 
@@ -153,17 +151,17 @@ class Example(Record):
     difference: RelativePath | None = None
 
 
-class Pictures(Record):
-    """The pictures of a report: one of the whole, and examples."""
+class ReportPictures(Record):
+    """The pictures of a report: one of the whole data, and examples."""
 
     overlay: RelativePath | None = None
     examples: tuple[Example, ...] = ()
 
 
 class Report(Record):
-    """A whole report: the first step is the FP32 model, the last one what is deployed; `ranks` are of the first, `layers` of the last.
+    """A whole report. The first step is the FP32 model, which `ranks` describe; the last is the deployed model, which `layers` describe.
 
-    `counted`: height and width of the picture that multiply-adds are of.
+    `counted`: height and width of the picture for which multiply-adds are counted.
     """
 
     format: Literal[1] = 1
@@ -174,25 +172,25 @@ class Report(Record):
     task: Task
     seconds: dict[str, Amount] = Field(default_factory=dict)
     classes: tuple[ClassInfo, ...] = ()
-    steps: Annotated[tuple[Step, ...], Field(min_length=1)]
-    latency: Latency | None = None
+    steps: Annotated[tuple[StepRecord, ...], Field(min_length=1)]
+    latency: LatencyRecord | None = None
     agreement: Share | None = None
     training: tuple[TrainingRow, ...] = ()
     validation: tuple[ValidationRow, ...] = ()
     ranks: tuple[RankRow, ...] = ()
     layers: tuple[LayerRow, ...] = ()
-    counted: tuple[Side, Side] | None = None
-    pictures: Pictures | None = None
+    counted: tuple[AtLeastOne, AtLeastOne] | None = None
+    pictures: ReportPictures | None = None
     notes: tuple[str, ...] = ()
     recipe: str | None = None
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:
         names = [entry.name for entry in self.classes]
-        unique("classes", names)
-        unique("steps", [step.name for step in self.steps])
-        unique("ranks", [row.name for row in self.ranks])
-        rows: list[tuple[str, Step | ValidationRow]] = [(f"steps[{index}]", step) for index, step in enumerate(self.steps)]
+        check_unique("classes", names)
+        check_unique("steps", [step.name for step in self.steps])
+        check_unique("ranks", [row.name for row in self.ranks])
+        rows: list[tuple[str, StepRecord | ValidationRow]] = [(f"steps[{index}]", step) for index, step in enumerate(self.steps)]
         rows += [(f"validation[{index}]", row) for index, row in enumerate(self.validation)]
         for where, row in rows:
             unknown = sorted(row.iou.keys() - set(names))
@@ -206,18 +204,18 @@ class Report(Record):
 
 
 def parse_report(report: Report | Mapping[str, Any]) -> Report:
-    """The report as checked values.
+    """Return the report as checked values.
 
-    Raises MuntinError, in one line, with the place of the first mistake, what is allowed there and how many more mistakes there are.
+    Raises MuntinError, one line: the place of the first mistake, the values allowed at that place and the number of other mistakes.
     """
     return parse_record(Report, report, what="report", newest=FORMAT)
 
 
 def report_values(report: Report) -> dict[str, Any]:
-    """The report as plain values for `report.json`, in the schema's order.
+    """Return the report as plain values for `report.json`, in the schema's order.
 
-    A recipe only where there is one; `counted`, `ranks`, a step's `weights` and a layer's `clipped`, `histogram` and `note` only where they
-    were given, so that a report without them stays the file that it was before there were such keys.
+    `recipe` is left out where it is null. Keys that were added to the schema later (`counted`, `ranks`, a step's `weights`, a layer's
+    `clipped`, `histogram` and `note`) are left out where they were not given, so that older reports keep their content.
     """
     values = report.model_dump(mode="json")
     if report.recipe is None:

@@ -1,4 +1,4 @@
-"""How numbers read: sizes, times, ratios and the sentence at the top of a report."""
+"""How values read in reports: sizes, times, ratios, lengths of bars, and the sentence at the top."""
 
 from __future__ import annotations
 
@@ -6,25 +6,29 @@ from dataclasses import dataclass
 from datetime import datetime
 from math import floor, log10
 
+from muntin.artifact.classes import ClassInfo
 from muntin.reporting.records import Hardware
-from muntin.reporting.schema import Report, Step, Task
+from muntin.reporting.schema import Report, Task
 
 MINUS = "\N{MINUS SIGN}"
 ARROW = "\N{RIGHTWARDS ARROW}"
 UNCHANGED = "unchanged"
+# Shown in place of a value that was not measured.
+DASH = "–"
 
 
 @dataclass(frozen=True, kw_only=True)
 class Metric:
-    """What the field `miou` holds for a task: its name, the name of its per-class part, its unit and its digits."""
+    """The metric that the field `miou` holds for a task: its name, the name of its per-class part, its unit and its digits."""
 
     name: str
     each: str
     unit: str
     digits: int
 
-    def __call__(self, value: float) -> str:
-        return f"{value:.{self.digits}f}{self.unit}".replace("-", MINUS)
+    def __call__(self, value: float | None) -> str:
+        """Return `value` with the metric's digits and unit; a dash for None."""
+        return DASH if value is None else with_minus(f"{value:.{self.digits}f}{self.unit}")
 
 
 METRICS: dict[Task, Metric] = {
@@ -34,10 +38,15 @@ METRICS: dict[Task, Metric] = {
 }
 
 
+def with_minus(number: str) -> str:
+    """Return `number` with the typographic minus sign instead of hyphens."""
+    return number.replace("-", MINUS)
+
+
 def size(count: int | None) -> str:
-    """Bytes in decimal units: 4100000 -> '4.1 MB'; a dash for None."""
+    """Return bytes in decimal units: 4100000 -> '4.1 MB'; a dash for None."""
     if count is None:
-        return "–"
+        return DASH
     if count < 1000:
         return f"{count} B"
     value = float(count)
@@ -48,8 +57,10 @@ def size(count: int | None) -> str:
     return f"{three_digits(value)} {unit}"
 
 
-def amount(value: float) -> str:
-    """A count in short: 2812346 -> '2.81 M', 831 -> '831'."""
+def amount(value: float | None) -> str:
+    """Return a count in short form: 2812346 -> '2.81 M', 831 -> '831'; a dash for None."""
+    if value is None:
+        return DASH
     for limit, unit in ((1e9, " G"), (1e6, " M"), (1e3, " k")):
         if value >= limit * 0.9995:
             return f"{value / limit:.{0 if value / limit >= 99.95 else 1 if value / limit >= 9.995 else 2}f}{unit}"
@@ -57,17 +68,17 @@ def amount(value: float) -> str:
 
 
 def gmacs(value: float) -> str:
-    """Billions of multiply-accumulates: 3.114 -> '3.11', 0.00176 -> '0.0018'; two digits of it, however few they are."""
+    """Return 10⁹ multiply-adds with two decimals, small values with two significant digits: 3.114 -> '3.11', 0.00176 -> '0.0018'."""
     return f"{value:.2f}" if value >= 0.0995 or value == 0 else f"{value:.{1 - floor(log10(value))}f}"
 
 
-def milliseconds(value: float) -> str:
-    """Milliseconds: 41.23 -> '41.2 ms', 0.345 -> '0.34 ms', 1786.2 -> '1,786 ms'."""
-    return f"{three_digits(value)} ms"
+def milliseconds(value: float | None) -> str:
+    """Return milliseconds with their unit: 41.23 -> '41.2 ms', 0.345 -> '0.34 ms', 1786.2 -> '1,786 ms'; a dash for None."""
+    return DASH if value is None else f"{three_digits(value)} ms"
 
 
 def duration(seconds: float) -> str:
-    """Seconds a person reads: 133.2 -> '2 min 13 s'."""
+    """Return seconds in the units of a clock: 133.2 -> '2 min 13 s'."""
     if seconds < 60:
         return f"{three_digits(seconds)} s"
     minutes, rest = divmod(round(seconds), 60)
@@ -76,8 +87,10 @@ def duration(seconds: float) -> str:
     return f"{minutes // 60} h {minutes % 60} min"
 
 
-def percent(share: float, digits: int = 1) -> str:
-    """A share as a percentage, never rounded to all or nothing: 0.9997 -> '99.9 %', 0.0002 -> '< 0.1 %'."""
+def percent(share: float | None, digits: int = 1) -> str:
+    """Return a share as a percentage, never rounded to 0 or 100: 0.9997 -> '99.9 %', 0.0002 -> '< 0.1 %'; a dash for None."""
+    if share is None:
+        return DASH
     scale = 10 ** (digits + 2)
     shown = round(share * scale) / scale
     if shown >= 1 > share:
@@ -87,31 +100,46 @@ def percent(share: float, digits: int = 1) -> str:
     return f"{100 * shown:.{0 if shown in (0, 1) else digits}f} %"
 
 
+def percent_of(value: float, whole: float) -> float:
+    """Return the length of `value` in percent of `whole`, as CSS takes it; 0 where `whole` is 0."""
+    return round(100 * value / whole, 2) if whole else 0.0
+
+
 def change(first: float, now: float, digits: int) -> str:
-    """A signed difference: (0.651, 0.649, 3) -> '−0.002'."""
-    text = f"{now - first:+.{digits}f}".replace("-", MINUS)
+    """Return a signed difference: (0.651, 0.649, 3) -> '−0.002'."""
+    text = with_minus(f"{now - first:+.{digits}f}")
     return f"±{text[1:]}" if not text.strip(f"+{MINUS}0.") else text
 
 
 def ratio(first: float | None, now: float | None, *, less: str, more: str) -> str | None:
-    """How much `now` lowers `first`: (4.1, 1.1) -> '3.7× smaller'; None where either was not measured or is zero."""
+    """Return how `now` compares with `first`: (4.1, 1.1) -> '3.7× smaller'; None where either was not measured or is zero."""
     if not first or not now:
         return None
     factor, word = (first / now, less) if now <= first else (now / first, more)
     if factor < 1.005:
         return UNCHANGED
-    return f"{_ratio_digits(factor)}× {word}"
+    return f"{factor:,.{0 if factor >= 99.5 else 1 if factor >= 1.95 else 2}f}× {word}"
+
+
+def from_to(first: str, last: str) -> str:
+    """Return both texts with an arrow between them, or one where they are equal."""
+    return first if first == last else f"{first} {ARROW} {last}"
 
 
 def moment(iso: str) -> str:
-    """An ISO moment for a person: '24 November 2026, 16:30 UTC'."""
+    """Return an ISO 8601 moment in words: '24 November 2026, 16:30 UTC'."""
     when = datetime.fromisoformat(iso)
     zone = "" if when.tzinfo is None else f" {when:%Z}"
     return f"{when.day} {when:%B %Y}, {when:%H:%M}{zone}"
 
 
+def css_color(entry: ClassInfo) -> str:
+    """Return the colour of a class in CSS notation."""
+    return f"rgb({', '.join(map(str, entry.color))})"
+
+
 def machine_facts(hardware: Hardware, muntin: str) -> list[tuple[str, str]]:
-    """The machine and the versions as names with values, for the end of a page; what is not known is left out."""
+    """Return the machine and the versions as names with values; unknown values are left out."""
     facts = [("CPU", hardware.cpu), ("cores", str(hardware.cores))]
     if hardware.memory_gib is not None:
         facts.append(("memory", f"{hardware.memory_gib:.1f} GiB"))
@@ -125,30 +153,22 @@ def machine_facts(hardware: Hardware, muntin: str) -> list[tuple[str, str]]:
 
 
 def headline(report: Report) -> str:
-    """The report in one sentence, computed from its first and last steps."""
+    """Return the report in one sentence, computed from its first and last steps."""
     parts, closing = headline_parts(report)
     return f"{', '.join(parts)}: {closing}" if closing else ", ".join(parts)
 
 
 def headline_parts(report: Report) -> tuple[list[str], str]:
-    """The figures of the headline, and how it closes: where they were measured, if that is the deployed artefact."""
-    first, last = report.steps[0], report.steps[-1]
-    metric = METRICS[report.task]
-    parts = [_pair(size(first.bytes), size(last.bytes), first, last)]
-    if first.latency_ms is not None and last.latency_ms is not None:
-        parts.append(_pair(milliseconds(first.latency_ms), milliseconds(last.latency_ms), first, last))
-    parts.append(f"{metric.name} {_pair(metric(first.miou), metric(last.miou), first, last)}")
+    """Return the figures of the headline, and its closing words: where the deployed artefact was measured, otherwise ''."""
+    ends = [report.steps[0], report.steps[-1]] if len(report.steps) > 1 else [report.steps[0]]
+    last, metric, arrow = ends[-1], METRICS[report.task], f" {ARROW} "
+    parts = [arrow.join(size(step.bytes) for step in ends)]
+    if all(step.latency_ms is not None for step in ends):
+        parts.append(arrow.join(milliseconds(step.latency_ms) for step in ends))
+    parts.append(f"{metric.name} {arrow.join(metric(step.miou) for step in ends)}")
     return parts, "measured on the deployed artefact" if last.name == "deployed" else ""
 
 
 def three_digits(value: float) -> str:
-    """About three significant digits: more would promise a precision that timings on a shared machine do not have."""
+    """Return about three significant digits, the precision of timings on a shared machine."""
     return f"{value:,.{0 if value >= 99.95 else 1 if value >= 0.995 else 2}f}"
-
-
-def _pair(first: str, last: str, first_step: Step, last_step: Step) -> str:
-    return first if first_step is last_step else f"{first} {ARROW} {last}"
-
-
-def _ratio_digits(factor: float) -> str:
-    return f"{factor:,.{0 if factor >= 99.5 else 1 if factor >= 1.95 else 2}f}"

@@ -1,4 +1,4 @@
-"""The steps as a table for the terminal."""
+"""The table of steps, as the terminal shows it."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def printed(report: dict[str, Any], width: int = 160) -> str:
     return console.file.getvalue()
 
 
-def test_every_step_with_what_changed(report: dict[str, Any]) -> None:
+def test_terminal_table_changes(report: dict[str, Any]) -> None:
     shown = printed(report)
     lines = {step["name"]: next(line for line in shown.splitlines() if f" {step['name']} " in line) for step in report["steps"]}
     assert "0.649 (\N{MINUS SIGN}0.002)" in lines["deployed"]
@@ -29,21 +29,21 @@ def test_every_step_with_what_changed(report: dict[str, Any]) -> None:
     assert "–" in lines["w4a8"]
 
 
-@pytest.mark.parametrize("weighed", [False, True])
-def test_a_narrow_terminal_cuts_nothing(report: dict[str, Any], weighed: bool) -> None:
-    for step in report["steps"] if weighed else ():
+@pytest.mark.parametrize("with_weights", [False, True])
+def test_terminal_table_in_80_columns(report: dict[str, Any], with_weights: bool) -> None:
+    for step in report["steps"] if with_weights else ():
         step["weights"] = 10_000_000
     shown = printed(report, 80)
     assert "…" not in shown
     assert all(f" {step['name']} " in shown for step in report["steps"])
-    place = next(line.index("engine") for line in shown.splitlines() if "engine" in line)
-    engines = "".join(line[place:].strip() for line in shown.splitlines())
+    column = next(line.index("engine") for line in shown.splitlines() if "engine" in line)
+    engines = "".join(line[column:].strip() for line in shown.splitlines())
     assert all(step["engine"].replace(" ", "") in engines.replace(" ", "") for step in report["steps"])
     figures = {"0.649", "(\N{MINUS SIGN}0.002)", "812 kB", "(13.9×", "6.9 ms", "(6.0×", "faster)"}
     assert figures <= {word.strip() for line in shown.splitlines() for word in re.split(r"  +", line)}  # none is broken in two
 
 
-def test_weights_have_a_column_beside_what_lies_on_the_disk(report: dict[str, Any]) -> None:
+def test_terminal_table_with_weights(report: dict[str, Any]) -> None:
     def headings() -> list[str]:
         return next(line for line in printed(report, 200).splitlines() if "params" in line).split()
 
@@ -56,13 +56,13 @@ def test_weights_have_a_column_beside_what_lies_on_the_disk(report: dict[str, An
     assert re.split(r"  +", line.strip())[3:5] == ["5.0 MB (2.0× less)", "–"]
 
 
-def test_no_latency_no_column(report: dict[str, Any]) -> None:
+def test_terminal_table_without_latency(report: dict[str, Any]) -> None:
     for step in report["steps"]:
         step["latency_ms"] = None
     assert "latency" not in printed(report)
 
 
-def test_names_are_not_markup(report: dict[str, Any]) -> None:
+def test_terminal_table_names_are_not_markup(report: dict[str, Any]) -> None:
     report["steps"][0]["name"] = "[red]fp32[/red]"
     report["title"] = "[bold]"
     shown = printed(report)

@@ -1,0 +1,81 @@
+"""The table of steps: its cells, for the page and for the terminal."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from rich.box import SIMPLE_HEAD
+from rich.table import Table
+from rich.text import Text
+
+from muntin.reporting import text
+from muntin.reporting.schema import Report, StepRecord, parse_report
+
+
+@dataclass(frozen=True, kw_only=True)
+class Cell:
+    """A number of the table and how it compares with the first step ('' in the first step and where nothing changed)."""
+
+    figure: str
+    against: str = ""
+
+
+def has_weights(report: Report) -> bool:
+    """Return whether the bytes of any step's weights are known."""
+    return any(step.weights is not None for step in report.steps)
+
+
+def has_latency(report: Report) -> bool:
+    """Return whether any step was timed."""
+    return any(step.latency_ms is not None for step in report.steps)
+
+
+def step_cells(report: Report, step: StepRecord, *, short: bool = False) -> list[Cell]:
+    """Return the numbers of one step: metric, parameters, weights if known, bytes on the disk, GMACs, latency if timed.
+
+    `short` compares amounts by the words 'less' and 'more' alone, which fit a terminal.
+    """
+    metric = text.METRICS[report.task]
+    first = report.steps[0]
+    count_words, size_words = (("less", "more"), ("less", "more")) if short else (("fewer", "more"), ("smaller", "larger"))
+
+    def cell(figure: str, before: float | None, now: float | None, words: tuple[str, str]) -> Cell:
+        against = None if step is first else text.ratio(before, now, less=words[0], more=words[1])
+        return Cell(figure=figure, against="" if against in (None, text.UNCHANGED) else str(against))
+
+    cells = [
+        Cell(figure=metric(step.miou), against="" if step is first else text.change(first.miou, step.miou, metric.digits)),
+        cell(text.amount(step.params), first.params, step.params, count_words),
+    ]
+    if has_weights(report):
+        cells.append(cell(text.size(step.weights), first.weights, step.weights, size_words))
+    cells.append(cell(text.size(step.bytes), first.bytes, step.bytes, size_words))
+    cells.append(cell(text.gmacs(step.gmacs), first.gmacs, step.gmacs, count_words))
+    if has_latency(report):
+        cells.append(cell(text.milliseconds(step.latency_ms), first.latency_ms, step.latency_ms, ("faster", "slower")))
+    return cells
+
+
+def terminal_table(report: Report | Mapping[str, Any]) -> Table:
+    """Return a table with one row a step, for the terminal; comparisons with the first step are in parentheses.
+
+    Raises MuntinError where the report does not fit the schema.
+    """
+    checked = parse_report(report)
+    # Text instead of str, because rich reads "[red]" in a str as markup, and names are the user's.
+    # No lines between columns: 80 columns are just enough for the longest figure of each.
+    table = Table(
+        title=Text(checked.title), title_justify="left", caption=Text(checked.hardware.cpu), caption_justify="left",
+        box=SIMPLE_HEAD, collapse_padding=True, pad_edge=False,
+    )  # fmt: skip
+    weights, latency = ["weights"] if has_weights(checked) else [], ["latency"] if has_latency(checked) else []
+    table.add_column("step", style="bold", no_wrap=True)
+    for heading in (text.METRICS[checked.task].name, "params", *weights, "on disk", "GMACs", *latency):
+        table.add_column(heading, justify="right", overflow="fold")
+    table.add_column("engine", overflow="fold")
+    for step in checked.steps:
+        cells = [cell.figure + (f" ({cell.against})" if cell.against else "") for cell in step_cells(checked, step, short=True)]
+        table.add_row(*map(Text, (step.name, *cells, step.engine)))
+    return table
