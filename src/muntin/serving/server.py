@@ -83,7 +83,7 @@ class Server:
     """One artefact, or a directory of numbered versions of one, behind HTTP and gRPC.
 
     `path`: the artefact, or the directory. `notify` is told in a line of every version that comes or goes and why, now and then on the
-    thread that answers requests: where it may have to wait, give a `Teller`. `run` serves on the calling thread until it is told to stop;
+    thread that answers requests: where it may wait, give a `BackgroundLog`. `run` serves on the calling thread until it is told to stop;
     `start` and `stop`, or a `with` block, do so on a thread of its own. Raises what loading the first version raises, DataError for an
     address that cannot be had, DependencyError for a uvicorn that it cannot build on.
     """
