@@ -61,24 +61,6 @@ def run(scene: Callable[[Ledger, asyncio.Event], Awaitable[None]], *, idle_secon
     asyncio.run(play())
 
 
-def test_answers_in_order_of_requests() -> None:
-    async def scene(ledger: Ledger, stopping: asyncio.Event) -> None:
-        delays = {b"a": 0.02, b"b": 0.0, b"c": 0.01}
-
-        def decode(wire: bytes) -> Compute:
-            async def compute() -> bytes:
-                await asyncio.sleep(delays[wire])
-                return wire
-
-            return compute
-
-        call = Call(*delays)
-        await InferenceStream(decode, call, ledger, stopping).run()
-        assert call.answers == [*delays]
-
-    run(scene)
-
-
 def test_requests_in_the_works_are_bounded() -> None:
     async def scene(ledger: Ledger, stopping: asyncio.Event) -> None:
         call = Call(*[b"x"] * (2 * MAX_REQUESTS))

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import logging
 import threading
-import time
 from collections.abc import Callable
-from logging.handlers import QueueHandler, QueueListener
-from queue import Full, Queue
+from logging.handlers import QueueListener
+from queue import SimpleQueue
 from types import TracebackType
 from typing import Any, Self
 
@@ -25,17 +24,22 @@ class BackgroundLog:
 
     def __init__(self, write: Callable[[Any], object], capacity: int) -> None:
         self._writer = _Writer(write)
-        self._queue = _Queue(Queue(capacity))
-        self._listener = _Listener(self._queue.queue, self._writer)
+        self._queue: SimpleQueue[Any] = SimpleQueue()
+        self._capacity = capacity
+        self._dropped = 0
+        self._listener = QueueListener(self._queue, self._writer)
         self._listener.start()
 
     @property
     def lost(self) -> int:
-        return self._queue.lost + self._writer.lost
+        return self._dropped + self._writer.lost
 
     def __call__(self, line: Any) -> None:
         """Queue a line, which is what `write` is given. Never waits."""
-        self._queue.handle(logging.makeLogRecord({"msg": line}))
+        if self._queue.qsize() < self._capacity:
+            self._queue.put(logging.makeLogRecord({"msg": line}))
+        else:
+            self._dropped += 1
 
     def close(self) -> None:
         """Return when all lines are written, or after `CLOSE_TIMEOUT_S`."""
@@ -48,21 +52,6 @@ class BackgroundLog:
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         self.close()
-
-
-class _Queue(QueueHandler):
-    """Counts the records for which there is no room."""
-
-    lost = 0
-
-    def prepare(self, record: logging.LogRecord) -> logging.LogRecord:
-        return record  # the library's own makes a copy that can be pickled
-
-    def enqueue(self, record: logging.LogRecord) -> None:
-        try:
-            self.queue.put_nowait(record)
-        except Full:
-            self.lost += 1
 
 
 class _Writer(logging.Handler):
@@ -83,13 +72,3 @@ class _Writer(logging.Handler):
             if not self._failing:
                 _log.warning("a log cannot be written (%s): its lines are lost until it can be", error)
             self._failing = True
-
-
-class _Listener(QueueListener):
-    def enqueue_sentinel(self) -> None:
-        """Wait for room, which the library's own does not."""
-        while True:
-            try:
-                return super().enqueue_sentinel()
-            except Full:
-                time.sleep(0.01)

@@ -128,6 +128,11 @@ class Calls:
             end = End.of(error)
             return bare(error)
         finally:
+            if time.monotonic() >= self.cut_at and end.status not in (
+                200,
+                503,
+            ):  # grpc cancels the call, or its message seems to be missing
+                self.cut_off += 1
             if logs_success or end not in (ANSWERED, CANCELLED):
                 self.log(call, end)
         return None
@@ -136,16 +141,6 @@ class Calls:
         peer = unquote(context.peer())
         if not self.accepts_ipv6 and peer.startswith("ipv6:[") and not peer.startswith("ipv6:[::ffff:"):  # that is IPv4
             raise ProtocolError("this server answers over IPv4 alone: it was given no address of IPv6", status=403)
-
-    @contextmanager
-    def place(self) -> Iterator[None]:
-        """Count a call while the block runs. Raises ProtocolError 429 where there are too many."""
-        with self.places.take():
-            try:
-                yield
-            except BaseException:  # cancelled, or an error of grpc's, whichever comes first
-                self.cut_off += time.monotonic() >= self.cut_at  # before that time it is the client that ends the call
-                raise
 
     async def message(self, call: Call, seconds: float | None = None) -> bytes:
         """Receive the only message of a call, within `Bounds.body_seconds` unless `seconds` are given. Raises ProtocolError."""

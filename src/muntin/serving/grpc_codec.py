@@ -8,23 +8,13 @@ list of its datatype; never both. Those of an answer are raw. protobuf copies th
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from muntin.serving import open_inference_pb2 as messages
 from muntin.serving import protocol
-from muntin.serving.description import (
-    IndexEntry,
-    ModelDescription,
-    Statistics,
-    configuration_document,
-    index_document,
-    metadata_document,
-    server_document,
-    statistics_document,
-)
 from muntin.serving.protocol import (
     InferInput,
     InferRequest,
@@ -58,22 +48,12 @@ class Method(NamedTuple):
     name: str
     request: type[messages.Message]
     response: type[messages.Message]
-    streams: bool = False
+    streams: bool
 
 
-METHODS = (
-    Method("ServerLive", messages.ServerLiveRequest, messages.ServerLiveResponse),
-    Method("ServerReady", messages.ServerReadyRequest, messages.ServerReadyResponse),
-    Method("ModelReady", messages.ModelReadyRequest, messages.ModelReadyResponse),
-    Method("ServerMetadata", messages.ServerMetadataRequest, messages.ServerMetadataResponse),
-    Method("ModelMetadata", messages.ModelMetadataRequest, messages.ModelMetadataResponse),
-    Method("ModelInfer", messages.ModelInferRequest, messages.ModelInferResponse),
-    Method("ModelStreamInfer", messages.ModelInferRequest, messages.ModelStreamInferResponse, streams=True),
-    Method("ModelConfig", messages.ModelConfigRequest, messages.ModelConfigResponse),
-    Method("ModelStatistics", messages.ModelStatisticsRequest, messages.ModelStatisticsResponse),
-    Method("RepositoryIndex", messages.RepositoryIndexRequest, messages.RepositoryIndexResponse),
-    Method("RepositoryModelLoad", messages.RepositoryModelLoadRequest, messages.RepositoryModelLoadResponse),
-    Method("RepositoryModelUnload", messages.RepositoryModelUnloadRequest, messages.RepositoryModelUnloadResponse),
+METHODS = tuple(
+    Method(method.name, getattr(messages, method.input_type.name), getattr(messages, method.output_type.name), method.client_streaming)
+    for method in messages.DESCRIPTOR.services_by_name["GRPCInferenceService"].methods
 )
 """All methods that are served."""
 
@@ -138,31 +118,6 @@ def repository_parameters(
 ) -> dict[str, Parameter]:
     """Return the parameters of a request to load or unload a model. Raises ProtocolError for a model sent with it."""
     return check_repository_parameters(_parameters(message.parameters, "the request", limits), limits)
-
-
-def server_message(name: str, version: str) -> messages.ServerMetadataResponse:
-    """Return the server's metadata."""
-    return messages.from_document(server_document(name, version), messages.ServerMetadataResponse)
-
-
-def metadata_message(model: ModelDescription) -> messages.ModelMetadataResponse:
-    """Return the model's metadata."""
-    return messages.from_document(metadata_document(model), messages.ModelMetadataResponse)
-
-
-def configuration_message(model: ModelDescription) -> messages.ModelConfigResponse:
-    """Return the model's configuration."""
-    return messages.from_document({"config": configuration_document(model)}, messages.ModelConfigResponse)
-
-
-def statistics_message(statistics: Iterable[Statistics]) -> messages.ModelStatisticsResponse:
-    """Return the statistics of versions."""
-    return messages.from_document(statistics_document(statistics), messages.ModelStatisticsResponse)
-
-
-def index_message(entries: Iterable[IndexEntry]) -> messages.RepositoryIndexResponse:
-    """Return the repository's index."""
-    return messages.from_document({"models": index_document(entries)}, messages.RepositoryIndexResponse)
 
 
 def _raw(message: messages.ModelInferRequest, limits: Limits) -> list[bytes] | list[None]:

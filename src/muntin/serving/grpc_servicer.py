@@ -16,22 +16,17 @@ import grpc
 
 from muntin.serving import open_inference_pb2 as messages
 from muntin.serving.control import Control
-from muntin.serving.description import VERSION, ModelDescription
-from muntin.serving.grpc_calls import ANSWERED, CANCELLED, Call, Calls, Context, End, unforeseen
-from muntin.serving.grpc_codec import (
-    LACKING,
-    METHODS,
-    SERVICE,
-    Method,
-    configuration_message,
-    decode_infer,
-    encode_infer,
-    index_message,
-    metadata_message,
-    repository_parameters,
-    server_message,
-    statistics_message,
+from muntin.serving.description import (
+    VERSION,
+    ModelDescription,
+    configuration_document,
+    index_document,
+    metadata_document,
+    server_document,
+    statistics_document,
 )
+from muntin.serving.grpc_calls import ANSWERED, CANCELLED, Call, Calls, Context, End, unforeseen
+from muntin.serving.grpc_codec import LACKING, METHODS, SERVICE, Method, decode_infer, encode_infer, repository_parameters
 from muntin.serving.grpc_stream import Compute, InferenceStream
 from muntin.serving.ledger import Ledger
 from muntin.serving.protocol import InferRequest, InferResponse, Limits, ProtocolError
@@ -44,6 +39,8 @@ ENVELOPE_BYTES = 1 << 16
 MAX_MESSAGE_BYTES = (1 << 31) - 1
 """Length of the longest message that grpc and protobuf can count."""
 Encode = Callable[[InferResponse, InferRequest], bytes]
+Document = Mapping[str, Any]
+"""The fields of an answer, as in the JSON over HTTP."""
 
 
 class _Request(NamedTuple):
@@ -74,7 +71,7 @@ class Servicer:
 
     def handlers(self) -> grpc.GenericRpcHandler:
         """The handlers of all methods, those that are refused by name included."""
-        answers: Mapping[str, Callable[[Any], Awaitable[messages.Message]]] = {
+        answers: Mapping[str, Callable[[Any], Awaitable[Document]]] = {
             "ModelReady": self._model_ready,
             "ServerMetadata": self._server_metadata,
             "ModelMetadata": self._metadata,
@@ -90,13 +87,11 @@ class Servicer:
             "ServerReady": handler("ServerReady", self._ready, needs_token=False),
             "ModelInfer": handler("ModelInfer", self._infer),
             "ModelStreamInfer": handler("ModelStreamInfer", self._stream, logs_success=False),
-            **{
-                method.name: handler(method.name, partial(self._answer, method, answers[method.name]))
-                for method in METHODS
-                if method.name in answers
-            },
             **{name: handler(name, partial(_refuse, reason)) for name, reason in LACKING.items()},
         }
+        for method in METHODS:
+            if method.name in answers:
+                handlers[method.name] = handler(method.name, partial(self._answer, method, answers[method.name]))
         return grpc.method_handlers_generic_handler(SERVICE, handlers)
 
     # Health of the server: nothing is in these messages, so none is waited for, and no place is taken.
@@ -110,7 +105,7 @@ class Servicer:
     # Inference.
 
     async def _infer(self, call: Call) -> None:
-        with self._calls.place():
+        with self._calls.places.take():
             await self._calls.send(call, await self._computed(call))
 
     async def _computed(self, call: Call) -> bytes:
@@ -118,7 +113,7 @@ class Servicer:
         return await self._compute(request, call, _encode)
 
     async def _stream(self, call: Call) -> None:
-        with self._calls.place():
+        with self._calls.places.take():
             await InferenceStream(partial(self._begin, call.context), call.context, self._ledger, self._stopping).run()
 
     def _begin(self, context: Context, wire: bytes) -> Compute:
@@ -192,50 +187,50 @@ class Servicer:
 
     # Everything else.
 
-    async def _answer(self, method: Method, answer: Callable[[Any], Awaitable[messages.Message]], call: Call) -> None:
-        with self._calls.place():
+    async def _answer(self, method: Method, answer: Callable[[Any], Awaitable[Document]], call: Call) -> None:
+        with self._calls.places.take():
             wire = await self._calls.message(call)
             self._calls.check_room(len(wire))
             with self._calls.holding(len(wire)):
                 request = parse(wire, method.request, self._limits)
                 call.model = str(getattr(request, "model_name", "") or getattr(request, "name", ""))
-                response = await answer(request)
-            await self._calls.send(call, response.SerializeToString())
+                document = await answer(request)
+            await self._calls.send(call, messages.from_document(document, method.response).SerializeToString())
 
-    async def _model_ready(self, request: Any) -> messages.Message:
+    async def _model_ready(self, request: Any) -> Document:
         try:
             self._service.lease(request.name, request.version or None, canary=False).release()
         except ProtocolError:  # no such model or version, or it cannot answer
-            return messages.ModelReadyResponse(ready=False)
-        return messages.ModelReadyResponse(ready=self._service.ready)
+            return {"ready": False}
+        return {"ready": self._service.ready}
 
-    async def _server_metadata(self, request: Any) -> messages.Message:
-        return server_message("muntin", VERSION)
+    async def _server_metadata(self, request: Any) -> Document:
+        return server_document("muntin", VERSION)
 
     def _description(self, request: Any) -> ModelDescription:
         if not request.name:  # which the service takes for its only model
             raise ProtocolError(f"no model is named: this server has {self._service.name}", status=404)
         return self._service.describe(request.name, request.version or None)
 
-    async def _metadata(self, request: Any) -> messages.Message:
-        return metadata_message(self._description(request))
+    async def _metadata(self, request: Any) -> Document:
+        return metadata_document(self._description(request))
 
-    async def _configuration(self, request: Any) -> messages.Message:
-        return configuration_message(self._description(request))
+    async def _configuration(self, request: Any) -> Document:
+        return {"config": configuration_document(self._description(request))}
 
-    async def _statistics(self, request: Any) -> messages.Message:
-        return statistics_message(self._service.statistics(request.name or None, request.version or None))
+    async def _statistics(self, request: Any) -> Document:
+        return statistics_document(self._service.statistics(request.name or None, request.version or None))
 
-    async def _index(self, request: Any) -> messages.Message:
-        return index_message(await self._control.indexed(ready=request.ready))
+    async def _index(self, request: Any) -> Document:
+        return {"models": index_document(await self._control.indexed(ready=request.ready))}
 
-    async def _load(self, request: Any) -> messages.Message:
+    async def _load(self, request: Any) -> Document:
         await self._control.loaded(request.model_name, repository_parameters(request, self._limits))
-        return messages.RepositoryModelLoadResponse()
+        return {}
 
-    async def _unload(self, request: Any) -> messages.Message:
+    async def _unload(self, request: Any) -> Document:
         await self._control.unloaded(request.model_name, repository_parameters(request, self._limits))
-        return messages.RepositoryModelUnloadResponse()
+        return {}
 
 
 async def _refuse(reason: str, call: Call) -> None:

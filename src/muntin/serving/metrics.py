@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections import Counter as Counts
 from collections.abc import Callable, Iterable, Iterator
+from functools import partial
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, ProcessCollector, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
@@ -36,10 +37,13 @@ class Metrics:
             "counter", "muntin_rows", "Images computed, by version; of a picture that is computed in tiles, each tile.", ("version",),
             lambda: [((version,), float(count)) for version, count in self.rows.items()],
         )  # fmt: skip
-        self.queue = self._histogram("muntin_queue_seconds", "From a request's admission to the start of its batch.", SECONDS)
-        self.compute = self._histogram("muntin_compute_seconds", "Computation of the batch that a request was in.", SECONDS)
-        self.total = self._histogram("muntin_request_seconds", "From a request's last byte to its answer's first; no pictures.", SECONDS)
-        self.batch = self._histogram("muntin_batch_rows", "Rows of the batch that a request was in.", row_bounds(max_rows))
+        seconds = partial(Histogram, buckets=SECONDS, registry=self.registry)
+        self.queue = seconds("muntin_queue_seconds", "From a request's admission to the start of its batch.")
+        self.compute = seconds("muntin_compute_seconds", "Computation of the batch that a request was in.")
+        self.total = seconds("muntin_request_seconds", "From a request's last byte to its answer's first; no pictures.")
+        self.batch = Histogram(
+            "muntin_batch_rows", "Rows of the batch that a request was in.", buckets=row_bounds(max_rows), registry=self.registry
+        )
         self.late = Counter("muntin_objective_missed", "Answered requests that took longer than the objective.", registry=self.registry)
         self.shadow_dropped = Counter(
             "muntin_shadow_skipped", "Shadow computations left out since the candidate was behind.", registry=self.registry
@@ -56,9 +60,6 @@ class Metrics:
     def count(self, name: str, text: str, value: Callable[[], float]) -> None:
         """Add a counter without labels."""
         self.read("counter", name, text, (), lambda: [((), float(value()))])
-
-    def _histogram(self, name: str, text: str, bounds: tuple[float, ...]) -> Histogram:
-        return Histogram(name, text, buckets=bounds, registry=self.registry)
 
     def render(self) -> bytes:
         """Return the metrics in the text format of Prometheus."""
