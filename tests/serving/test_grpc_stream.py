@@ -12,7 +12,7 @@ import grpc
 import pytest
 
 from muntin.serving.config import Bounds
-from muntin.serving.grpc_stream import MAX_REQUESTS, Compute, InferenceStream
+from muntin.serving.grpc_stream import MAX_REQUESTS, ComputeAnswer, InferenceStream
 from muntin.serving.ledger import Ledger
 from muntin.serving.protocol import ProtocolError, RefusedRequestError
 
@@ -38,7 +38,7 @@ class Call:
         self.answers.append(answer)
 
 
-def echo(wire: bytes) -> Compute:
+def echo(wire: bytes) -> ComputeAnswer:
     async def compute() -> bytes:
         await asyncio.sleep(0)
         return wire
@@ -106,7 +106,7 @@ def test_shutdown_answers_what_has_arrived() -> None:
     async def scene(ledger: Ledger, stopping: asyncio.Event) -> None:
         computing = asyncio.Event()
 
-        def decode(wire: bytes) -> Compute:
+        def decode(wire: bytes) -> ComputeAnswer:
             async def compute() -> bytes:
                 computing.set()
                 await asyncio.sleep(0.02)
@@ -153,7 +153,7 @@ def test_waiting_stream_keeps_no_messages() -> None:
     async def scene(ledger: Ledger, stopping: asyncio.Event) -> None:
         request, answer = [bytes(1000)], [bytes(2000)]
 
-        def decode(wire: bytes) -> Compute:
+        def decode(wire: bytes) -> ComputeAnswer:
             async def compute() -> bytes:
                 return answer[0]
 

@@ -60,12 +60,9 @@ class GrpcFace:
         self._bounds, self._limits, self._tls, self._notify = ledger.bounds, limits, tls, notify
         self._stopping = asyncio.Event()
         self._calls = Calls(ledger, Tokens(tokens), log)
-        self._handlers = (
-            Servicer(
-                service, control, self._calls, limits=limits, ledger=ledger, tracing=tracing, stopping=self._stopping
-            ).handlers(),
-            Health(lambda: service.ready, (service.name, SERVICE), self._calls, limits, self._stopping).handlers(),
-        )  # fmt: skip
+        servicer = Servicer(service, control, self._calls, limits=limits, tracing=tracing, stopping=self._stopping)
+        health = Health(lambda: service.ready, (service.name, SERVICE), self._calls, limits, self._stopping)
+        self._handlers = servicer.handlers(), health.handlers()
         self._server = self._create()
         self._addresses: list[str] = []
         """Addresses that it listens on, with the port."""
@@ -82,9 +79,9 @@ class GrpcFace:
 
     async def start(self, *addresses: str) -> None:
         """Listen. Port 0: the same free one for all. Raises OSError where one of the addresses cannot be had."""
+        self._calls.accepts_ipv6 = any(address.startswith("[") for address in addresses)
         await self._listen(addresses)
         self._addresses = [f"{address.rpartition(':')[0]}:{self.port}" for address in addresses]
-        self._calls.accepts_ipv6 = any(address.startswith("[") for address in addresses)
         self._supervising = asyncio.create_task(self._supervise())
         self._supervising.add_done_callback(_report)
 

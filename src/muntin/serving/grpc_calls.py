@@ -47,7 +47,7 @@ ANSWERED, CANCELLED = End("answered", 200, "OK"), End("cancelled", 499, "CANCELL
 
 
 @dataclass(slots=True)
-class Call:
+class RpcCall:
     """A call, or one request of a stream, as the access log describes it. `arrived`: when its message was whole, before that when its
     headers were there (`time.monotonic`)."""
 
@@ -60,7 +60,7 @@ class Call:
     logged: bool = False
 
 
-class Places:
+class CallSlots:
     """Counts the calls of one kind that are in progress. `unread`: is given the error with which a call beyond `most` is refused."""
 
     def __init__(self, most: int, kind: str, unread: Callable[[ProtocolError], ProtocolError]) -> None:
@@ -86,9 +86,8 @@ class Calls:
     """
 
     def __init__(self, ledger: Ledger, tokens: Tokens, log: AccessLog | None) -> None:
-        self._ledger, self._tokens, self._log = ledger, tokens, log
-        self.bounds = ledger.bounds
-        self.places = Places(self.bounds.connections, "calls", self.unread)
+        self.ledger, self._tokens, self._log = ledger, tokens, log
+        self.places = CallSlots(ledger.bounds.connections, "calls", self.unread)
         self.accepts_ipv6 = True
         """False if the server was given no IPv6 address: grpc listens to both families on 0.0.0.0."""
         self.cut_at = math.inf
@@ -99,7 +98,7 @@ class Calls:
     def handler(
         self,
         method: str,
-        behaviour: Callable[[Call], Awaitable[None]],
+        behaviour: Callable[[RpcCall], Awaitable[None]],
         *,
         needs_token: bool = True,
         logs_success: bool = True,
@@ -107,14 +106,16 @@ class Calls:
         """Return the handler of a method. `behaviour`: receives the messages of a call and sends its answers, or raises."""
 
         async def handle(_: Any, context: Context) -> None:
-            error = await self._run(Call(context, method, time.monotonic()), behaviour, needs_token=needs_token, logs_success=logs_success)
+            error = await self._run(
+                RpcCall(context, method, time.monotonic()), behaviour, needs_token=needs_token, logs_success=logs_success
+            )
             if error is not None:  # raised here: grpc keeps the frames that an abort passes through, and no message is in these
                 await _abort(context, error)
 
         return grpc.stream_stream_rpc_method_handler(handle)
 
     async def _run(
-        self, call: Call, behaviour: Callable[[Call], Awaitable[None]], *, needs_token: bool, logs_success: bool
+        self, call: RpcCall, behaviour: Callable[[RpcCall], Awaitable[None]], *, needs_token: bool, logs_success: bool
     ) -> ProtocolError | None:
         end = CANCELLED
         try:
@@ -128,10 +129,8 @@ class Calls:
             end = End.of(error)
             return bare(error)
         finally:
-            if time.monotonic() >= self.cut_at and end.status not in (
-                200,
-                503,
-            ):  # grpc cancels the call, or its message seems to be missing
+            # grpc cancels the call, or ends its requests as if the client had sent none.
+            if end.status not in (200, 503) and time.monotonic() >= self.cut_at:
                 self.cut_off += 1
             if logs_success or end not in (ANSWERED, CANCELLED):
                 self.log(call, end)
@@ -142,10 +141,10 @@ class Calls:
         if not self.accepts_ipv6 and peer.startswith("ipv6:[") and not peer.startswith("ipv6:[::ffff:"):  # that is IPv4
             raise ProtocolError("this server answers over IPv4 alone: it was given no address of IPv6", status=403)
 
-    async def message(self, call: Call, seconds: float | None = None) -> bytes:
+    async def message(self, call: RpcCall, seconds: float | None = None) -> bytes:
         """Receive the only message of a call, within `Bounds.body_seconds` unless `seconds` are given. Raises ProtocolError."""
         try:
-            async with asyncio.timeout(self.bounds.body_seconds if seconds is None else seconds):
+            async with asyncio.timeout(self.ledger.bounds.body_seconds if seconds is None else seconds):
                 wire = await call.context.read()
         except TimeoutError:
             raise self.unread(ProtocolError("the request did not arrive in time", status=408)) from None
@@ -157,19 +156,19 @@ class Calls:
 
     def check_room(self, size: int) -> None:
         """Raise RefusedRequestError where a message of so many bytes does not fit beside the others that are held."""
-        if not self._ledger.has_room(size):
+        if not self.ledger.has_room(size):
             raise self.unread(RefusedRequestError("the bodies of other requests fill what this server holds: try again"))
 
     @contextmanager
     def holding(self, size: int) -> Iterator[None]:
         """Count so many bytes as held while the block runs."""
-        self._ledger.held += size
+        self.ledger.held += size
         try:
             yield
         finally:
-            self._ledger.held -= size
+            self.ledger.held -= size
 
-    async def send(self, call: Call, answer: bytes) -> None:
+    async def send(self, call: RpcCall, answer: bytes) -> None:
         """Send an answer. It counts as held until the client has taken it, or the call ends."""
         call.sent = len(answer)
         with self.holding(len(answer)):
@@ -177,10 +176,10 @@ class Calls:
 
     def unread(self, error: ProtocolError) -> ProtocolError:
         """Count a request that is refused without being read. Returns the error."""
-        self._ledger.refused[error.status] = self._ledger.refused.get(error.status, 0) + 1
+        self.ledger.refused[error.status] = self.ledger.refused.get(error.status, 0) + 1
         return error
 
-    def log(self, call: Call, end: End, answered: Answered | None = None) -> None:
+    def log(self, call: RpcCall, end: End, answered: Answered | None = None) -> None:
         """Write a call into the access log. Only the first time counts."""
         if self._log is None or call.logged:
             return

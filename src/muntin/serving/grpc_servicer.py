@@ -25,10 +25,9 @@ from muntin.serving.description import (
     server_document,
     statistics_document,
 )
-from muntin.serving.grpc_calls import ANSWERED, CANCELLED, Call, Calls, Context, End, unforeseen
+from muntin.serving.grpc_calls import ANSWERED, CANCELLED, Calls, Context, End, RpcCall, unforeseen
 from muntin.serving.grpc_codec import LACKING, METHODS, SERVICE, Method, decode_infer, encode_infer, repository_parameters
-from muntin.serving.grpc_stream import Compute, InferenceStream
-from muntin.serving.ledger import Ledger
+from muntin.serving.grpc_stream import ComputeAnswer, InferenceStream
 from muntin.serving.protocol import InferRequest, InferResponse, Limits, ProtocolError
 from muntin.serving.service import Answered, Service
 from muntin.serving.tracing import Tracing
@@ -62,12 +61,11 @@ class Servicer:
         calls: Calls,
         *,
         limits: Limits,
-        ledger: Ledger,
         tracing: Tracing | None,
         stopping: asyncio.Event,
     ) -> None:
         self._service, self._control, self._calls = service, control, calls
-        self._limits, self._ledger, self._tracing, self._stopping = limits, ledger, tracing, stopping
+        self._limits, self._tracing, self._stopping = limits, tracing, stopping
 
     def handlers(self) -> grpc.GenericRpcHandler:
         """The handlers of all methods, those that are refused by name included."""
@@ -96,29 +94,29 @@ class Servicer:
 
     # Health of the server: nothing is in these messages, so none is waited for, and no place is taken.
 
-    async def _live(self, call: Call) -> None:
+    async def _live(self, call: RpcCall) -> None:
         await self._calls.send(call, messages.ServerLiveResponse(live=True).SerializeToString())
 
-    async def _ready(self, call: Call) -> None:
+    async def _ready(self, call: RpcCall) -> None:
         await self._calls.send(call, messages.ServerReadyResponse(ready=self._service.ready).SerializeToString())
 
     # Inference.
 
-    async def _infer(self, call: Call) -> None:
+    async def _infer(self, call: RpcCall) -> None:
         with self._calls.places.take():
             await self._calls.send(call, await self._computed(call))
 
-    async def _computed(self, call: Call) -> bytes:
+    async def _computed(self, call: RpcCall) -> bytes:
         request = self._decode(await self._calls.message(call), call)
         return await self._compute(request, call, _encode)
 
-    async def _stream(self, call: Call) -> None:
+    async def _stream(self, call: RpcCall) -> None:
         with self._calls.places.take():
-            await InferenceStream(partial(self._begin, call.context), call.context, self._ledger, self._stopping).run()
+            await InferenceStream(partial(self._begin, call.context), call.context, self._calls.ledger, self._stopping).run()
 
-    def _begin(self, context: Context, wire: bytes) -> Compute:
+    def _begin(self, context: Context, wire: bytes) -> ComputeAnswer:
         """Decode one request of a stream. An error ends this request, not the stream."""
-        call = Call(context, "ModelInfer", time.monotonic())
+        call = RpcCall(context, "ModelInfer", time.monotonic())
         try:
             request = self._decode(wire, call)
         except ProtocolError as error:
@@ -138,7 +136,7 @@ class Servicer:
 
         return compute
 
-    def _decode(self, wire: bytes, call: Call) -> _Request:
+    def _decode(self, wire: bytes, call: RpcCall) -> _Request:
         """Raises ProtocolError, which is counted unless the message is refused unread."""
         self._calls.check_room(len(wire))
         try:
@@ -149,7 +147,7 @@ class Servicer:
             self._count(error.outcome)
             raise
 
-    async def _compute(self, request: _Request, call: Call, encode: Encode) -> bytes:
+    async def _compute(self, request: _Request, call: RpcCall, encode: Encode) -> bytes:
         """The encoded answer; counted and logged, however it ends. Raises only ProtocolError."""
         end, answered = CANCELLED, None
         try:
@@ -167,7 +165,7 @@ class Servicer:
             self._count(end.outcome)
             self._calls.log(call, end, answered)
 
-    async def _traced(self, request: _Request, call: Call, encode: Encode) -> Answered:
+    async def _traced(self, request: _Request, call: RpcCall, encode: Encode) -> Answered:
         left = call.context.time_remaining()
         infer = partial(
             self._service.infer, request.inputs, model=request.model, version=request.version, arrived=call.arrived,
@@ -187,7 +185,7 @@ class Servicer:
 
     # Everything else.
 
-    async def _answer(self, method: Method, answer: Callable[[Any], Awaitable[Document]], call: Call) -> None:
+    async def _answer(self, method: Method, answer: Callable[[Any], Awaitable[Document]], call: RpcCall) -> None:
         with self._calls.places.take():
             wire = await self._calls.message(call)
             self._calls.check_room(len(wire))
@@ -233,7 +231,7 @@ class Servicer:
         return {}
 
 
-async def _refuse(reason: str, call: Call) -> None:
+async def _refuse(reason: str, call: RpcCall) -> None:
     raise ProtocolError(reason, status=501)
 
 
@@ -249,7 +247,7 @@ def _encode_for_stream(response: InferResponse, request: InferRequest) -> bytes:
     return _final(messages.ModelStreamInferResponse(infer_response=encode_infer(response, request.outputs)))
 
 
-def _stream_error(error: ProtocolError, call: Call) -> bytes:
+def _stream_error(error: ProtocolError, call: RpcCall) -> bytes:
     response = messages.ModelInferResponse(id=call.request_id, model_name=call.model)
     return _final(messages.ModelStreamInferResponse(error_message=str(error), infer_response=response))
 

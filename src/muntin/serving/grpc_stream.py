@@ -15,7 +15,7 @@ from muntin.serving.protocol import ProtocolError, RefusedRequestError
 
 MAX_REQUESTS = 32
 """Requests of one stream that are computed, or whose answers are not sent yet."""
-Compute = Callable[[], Awaitable[bytes]]
+ComputeAnswer = Callable[[], Awaitable[bytes]]
 """Computes the answer to one request. An error that is foreseen is an answer, too."""
 
 
@@ -25,7 +25,7 @@ class InferenceStream:
     `decode`: decodes a message. `ledger`: counts answers as held until they are sent. `stopping`: set when the server shuts down.
     """
 
-    def __init__(self, decode: Callable[[bytes], Compute], context: Context, ledger: Ledger, stopping: asyncio.Event) -> None:
+    def __init__(self, decode: Callable[[bytes], ComputeAnswer], context: Context, ledger: Ledger, stopping: asyncio.Event) -> None:
         self._decode, self._context, self._ledger, self._stopping = decode, context, ledger, stopping
         self._room = asyncio.Semaphore(MAX_REQUESTS)
         self._answers: asyncio.Queue[asyncio.Task[bytes] | None] = asyncio.Queue()
@@ -88,7 +88,7 @@ class InferenceStream:
         finally:
             reading.cancel()
 
-    async def _answer(self, compute: Compute) -> bytes:
+    async def _answer(self, compute: ComputeAnswer) -> bytes:
         answer = await compute()
         self._hold(len(answer))
         return answer

@@ -7,12 +7,13 @@ other calls.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable
+from collections.abc import Callable
+from contextlib import suppress
 
 import grpc
 
 from muntin.serving import open_inference_pb2 as messages
-from muntin.serving.grpc_calls import Call, Calls, Places
+from muntin.serving.grpc_calls import Calls, CallSlots, RpcCall
 from muntin.serving.protocol import Limits, ProtocolError, RefusedRequestError, shown
 from muntin.serving.wire import parse
 
@@ -35,8 +36,8 @@ class Health:
     def __init__(self, ready: Callable[[], bool], names: tuple[str, ...], calls: Calls, limits: Limits, stopping: asyncio.Event) -> None:
         self._ready, self._names, self._calls, self._limits = ready, frozenset(("", *names)), calls, limits
         self._stopping = stopping
-        self._checks = Places(MAX_CHECKS, "calls for its health", calls.unread)
-        self._watches = Places(MAX_WATCHES, "calls that watch its health", calls.unread)
+        self._checks = CallSlots(MAX_CHECKS, "calls for its health", calls.unread)
+        self._watches = CallSlots(MAX_WATCHES, "calls that watch its health", calls.unread)
 
     def handlers(self) -> grpc.GenericRpcHandler:
         """The handlers of both methods."""
@@ -47,45 +48,38 @@ class Health:
         }
         return grpc.method_handlers_generic_handler(SERVICE, handlers)
 
-    def status(self, service: str) -> int:
-        """The state of a service: `HealthCheckResponse.ServingStatus`."""
-        if service not in self._names:
-            return SERVICE_UNKNOWN
-        return SERVING if self._ready() else NOT_SERVING
-
-    async def _check(self, call: Call) -> None:
+    async def _check(self, call: RpcCall) -> None:
         with self._checks.take():
             service = await self._service(call)
             if service not in self._names:
                 names = ", ".join(map(shown, sorted(self._names)))
                 raise ProtocolError(f"service {shown(service)}: there is {names}", status=404)
-            await call.context.write(_encode(self.status(service)))
+            await call.context.write(_encode(self._status(service)))
 
-    async def _watch(self, call: Call) -> None:
+    async def _watch(self, call: RpcCall) -> None:
+        """Send the state at once and after each change, until the server shuts down."""
         with self._checks.take():
             service = await self._service(call)
         with self._watches.take():
-            await self.watch(service, lambda status: call.context.write(_encode(status)))
-        raise RefusedRequestError("the server is shutting down: watch another one")
+            sent = None
+            while True:
+                status = self._status(service)
+                if status != sent:
+                    await call.context.write(_encode(status))
+                    sent = status
+                if self._stopping.is_set():
+                    raise RefusedRequestError("the server is shutting down: watch another one")
+                with suppress(TimeoutError):
+                    await asyncio.wait_for(self._stopping.wait(), POLL_S)
 
-    async def watch(self, service: str, send: Callable[[int], Awaitable[object]]) -> None:
-        """Send the state at once and after each change, until the server shuts down."""
-        sent = None
-        while True:
-            status = self.status(service)
-            if status != sent:
-                await send(status)
-                sent = status
-            if self._stopping.is_set():
-                return
-            try:
-                await asyncio.wait_for(self._stopping.wait(), POLL_S)
-            except TimeoutError:
-                continue
-
-    async def _service(self, call: Call) -> str:
+    async def _service(self, call: RpcCall) -> str:
         request = parse(await self._calls.message(call, MESSAGE_TIMEOUT_S), messages.HealthCheckRequest, self._limits)
         return str(request.service)
+
+    def _status(self, service: str) -> int:
+        if service not in self._names:
+            return SERVICE_UNKNOWN
+        return SERVING if self._ready() else NOT_SERVING
 
 
 def _encode(status: int) -> bytes:
