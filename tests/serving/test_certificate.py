@@ -1,4 +1,4 @@
-"""A certificate on the disk: what is wrong with it is told, and shows nothing else than before. test_server.py shows one to clients."""
+"""A certificate on the disk. test_server.py shows renewed ones to clients."""
 
 from __future__ import annotations
 
@@ -21,27 +21,27 @@ def make(path: Path) -> tuple[Path, Path]:
     return certificate, key
 
 
-def test_what_cannot_be_used_leaves_what_was_shown(tmp_path: Path) -> None:
+def test_unusable_files_keep_the_certificate(tmp_path: Path) -> None:
     (tmp_path / "other").mkdir()
     files, others = make(tmp_path), make(tmp_path / "other")
-    shown = Certificate(*files)
-    before = shown.pem
+    certificate = Certificate(*files)
+    before = certificate.pem
     assert before == (files[1].read_bytes(), files[0].read_bytes())
-    assert not shown.changed()
+    assert not certificate.changed()
     shutil.copy(others[0], files[0])
     for _ in range(2):
-        assert shown.changed()
+        assert certificate.changed()
         with pytest.raises(DataError, match="cannot be used"):
-            shown.load()
-        assert not shown.changed()  # it is told once
+            certificate.load()
+        assert not certificate.changed()  # so that it is reported once
         files[0].write_text("nonsense")
     files[0].unlink()
-    assert shown.changed()
+    assert certificate.changed()
     with pytest.raises(DataError, match=r"cannot be used.*No such file"):
-        shown.load()
-    assert shown.pem is before
+        certificate.load()
+    assert certificate.pem is before
     for file, other in zip(files, others, strict=True):
         shutil.copy(other, file)
-    assert shown.changed()
-    shown.load()
-    assert shown.pem == (others[1].read_bytes(), others[0].read_bytes())
+    assert certificate.changed()
+    certificate.load()
+    assert certificate.pem == (others[1].read_bytes(), others[0].read_bytes())

@@ -1,4 +1,4 @@
-"""gRPC messages: the same values as from HTTP, and the same bytes as tritonclient's own messages."""
+"""gRPC messages, against tritonclient's own."""
 
 from __future__ import annotations
 
@@ -15,18 +15,23 @@ from tritonclient.grpc import service_pb2
 from tritonclient.grpc._utils import _get_inference_request
 
 from muntin.serving import open_inference_pb2 as messages
-from muntin.serving.description import BatchStatistics, Duration, IndexEntry, ModelDescription, Statistics, TensorSpec
+from muntin.serving.description import (
+    BatchStatistics,
+    Duration,
+    IndexEntry,
+    ModelDescription,
+    Statistics,
+    TensorSpec,
+    configuration_document,
+    index_document,
+    metadata_document,
+    server_document,
+    statistics_document,
+)
 from muntin.serving.grpc_codec import (
-    METHODS,
-    SERVICE,
-    configuration_message,
     decode_infer,
     encode_infer,
-    index_message,
-    metadata_message,
     repository_parameters,
-    server_message,
-    statistics_message,
 )
 from muntin.serving.protocol import InferOutput, InferRequest, InferResponse, Limits, ProtocolError, RequestedOutput
 from muntin.serving.tensors import DATATYPES
@@ -44,13 +49,13 @@ CONTENTS = {
 }
 
 
-def ours(message: Any) -> Any:
-    """Our message of the same bytes as tritonclient's."""
+def to_ours(message: Any) -> Any:
+    """Return our message with the bytes of tritonclient's."""
     return getattr(messages, type(message).__name__).FromString(message.SerializeToString())
 
 
-def theirs(message: Any) -> Any:
-    """tritonclient's message of the same bytes as ours."""
+def to_theirs(message: Any) -> Any:
+    """Return tritonclient's message with the bytes of ours."""
     return getattr(service_pb2, type(message).__name__).FromString(message.SerializeToString())
 
 
@@ -81,16 +86,16 @@ def assert_same(one: Any, other: Any) -> None:
     assert one.reshape(-1).tolist() == other.reshape(-1).tolist() if one.dtype == object else one.tobytes() == other.tobytes()
 
 
-def asked(inputs: list[Any], outputs: list[Any] | None = None, **more: Any) -> InferRequest:
-    """A request as tritonclient's blocking client, its asynchronous one and its streams all build it."""
+def decoded(inputs: list[Any], outputs: list[Any] | None = None, **more: Any) -> InferRequest:
+    """Decode a request as tritonclient's blocking client, its asynchronous one and its streams build it."""
     options = {"model_name": "m", "model_version": "2", "request_id": "7", "priority": 0, "timeout": None, "parameters": None}
     sequence = {"sequence_id": 0, "sequence_start": False, "sequence_end": False}
-    return decode_infer(ours(_get_inference_request(inputs=inputs, outputs=outputs, **options | sequence | more)), LIMITS)
+    return decode_infer(to_ours(_get_inference_request(inputs=inputs, outputs=outputs, **options | sequence | more)), LIMITS)
 
 
 @settings(deadline=None)
 @given(st.data(), st.lists(st.sampled_from(list(DATATYPES)), min_size=1, max_size=3))
-def test_what_tritonclient_writes_is_read(data: Any, datatypes: list[str]) -> None:
+def test_decode_tritonclients_request(data: Any, datatypes: list[str]) -> None:
     arrays = [drawn(data, datatype) for datatype in datatypes]
     inputs = [
         tritonclient.grpc.InferInput(f"x{index}", list(array.shape), datatype).set_data_from_numpy(array)
@@ -98,7 +103,7 @@ def test_what_tritonclient_writes_is_read(data: Any, datatypes: list[str]) -> No
     ]
     outputs = [tritonclient.grpc.InferRequestedOutput("y"), tritonclient.grpc.InferRequestedOutput("z", class_count=3)]
     own = {"text": "a", "flag": True, "whole": -3, "real": 0.5}
-    request = asked(inputs, outputs, priority=2, timeout=900, parameters=own)
+    request = decoded(inputs, outputs, priority=2, timeout=900, parameters=own)
     assert (request.id, request.priority, request.timeout_us) == ("7", 2, 900)
     assert {name: request.parameters[name] for name in own} == own
     assert request.outputs == (RequestedOutput(name="y", binary=True), RequestedOutput(name="z", binary=True, classification=3))
@@ -109,7 +114,7 @@ def test_what_tritonclient_writes_is_read(data: Any, datatypes: list[str]) -> No
 
 @settings(deadline=None)
 @given(st.data(), st.sampled_from(list(CONTENTS)))
-def test_numbers_in_contents(data: Any, datatype: str) -> None:
+def test_decode_contents(data: Any, datatype: str) -> None:
     array = drawn(data, datatype)
     request = decode_infer(typed(datatype, list(array.shape), CONTENTS[datatype], array.reshape(-1).tolist()), LIMITS)
     assert_same(request.inputs[0].data, array)
@@ -117,11 +122,11 @@ def test_numbers_in_contents(data: Any, datatype: str) -> None:
 
 @settings(deadline=None)
 @given(st.data(), st.lists(st.sampled_from(list(DATATYPES)), min_size=1, max_size=3))
-def test_what_is_written_tritonclient_reads(data: Any, datatypes: list[str]) -> None:
+def test_tritonclient_decodes_the_answer(data: Any, datatypes: list[str]) -> None:
     arrays = [drawn(data, datatype) for datatype in datatypes]
     outputs = tuple(InferOutput(name=f"y{index}", data=array) for index, array in enumerate(arrays))
     parameters = {"a": True, "b": 2, "c": 0.5, "d": "text"}
-    message = theirs(encode_infer(InferResponse(model="m", version="2", id="7", outputs=outputs, parameters=parameters), ()))
+    message = to_theirs(encode_infer(InferResponse(model="m", version="2", id="7", outputs=outputs, parameters=parameters), ()))
     assert (message.model_name, message.model_version, message.id) == ("m", "2", "7")
     assert message.parameters["a"].bool_param is True
     assert (message.parameters["b"].int64_param, message.parameters["c"].double_param, message.parameters["d"].string_param) == (
@@ -135,7 +140,7 @@ def test_what_is_written_tritonclient_reads(data: Any, datatypes: list[str]) -> 
         assert_same(result.as_numpy(f"y{index}"), array)
 
 
-def test_outputs_asked_for_go_back_in_their_order_and_as_classes() -> None:
+def test_requested_outputs() -> None:
     scores = InferOutput(name="scores", data=np.float32([[0.25, 0.5]]), labels=("cat", "dog"))
     answer = InferResponse(model="m", version="1", id="", outputs=(scores, InferOutput(name="labels", data=np.uint8([[1]]))))
     message = encode_infer(answer, (RequestedOutput(name="labels"), RequestedOutput(name="scores", classification=1)))
@@ -148,7 +153,7 @@ def test_outputs_asked_for_go_back_in_their_order_and_as_classes() -> None:
         encode_infer(answer, (RequestedOutput(name="mask"),))
 
 
-def test_a_message_byte_for_byte() -> None:
+def test_bytes_on_the_wire() -> None:
     """Field 1 "m", field 4 nothing, field 5 an input (name x, UINT8, shape packed [2]), field 7 its bytes."""
     wire = b"\x0a\x01m" + b"\x2a\x0d" + b"\x0a\x01x" + b"\x12\x05UINT8" + b"\x1a\x01\x02" + b"\x3a\x02\x05\x06"
     request = decode_infer(messages.ModelInferRequest.FromString(wire), LIMITS)
@@ -160,7 +165,7 @@ def test_a_message_byte_for_byte() -> None:
     )
 
 
-def test_an_empty_tensor_needs_no_contents() -> None:
+def test_empty_tensor_without_contents() -> None:
     message = messages.ModelInferRequest()
     message.inputs.add(name="x", datatype="FP32", shape=[0, 3])
     assert decode_infer(message, LIMITS).inputs[0].data.shape == (0, 3)
@@ -173,21 +178,16 @@ def test_an_empty_tensor_needs_no_contents() -> None:
         (raw("UINT8", [2], b"ab", b"cd"), "2 raw_input_contents for 1 inputs"),
         (raw("UINT8", [2], b"abc"), "came with 3 bytes"),
         (raw("UINT8", [-1], b"abc"), "has -1 in its shape"),
-        (raw("UINT8", [1] * 9, b"a"), "9 axes"),
         (raw("BF16", [1], b"ab"), "datatype 'BF16'"),
-        (raw("BYTES", [2**20], b"ab"), "1,048,576 elements of BYTES"),
         (raw("UINT8", [2**62, 2**62], b"ab"), "more than 268,435,456 elements"),
-        (raw("UINT8", [2**62, 0], b""), "more than 268,435,456 elements"),
         (typed("FP16", [1], "fp32_contents", [1.0]), "FP16, which has no contents: send it in raw_input_contents"),
         (typed("UINT8", [1], "int_contents", [1]), "has int_contents: UINT8 goes into uint_contents"),
         (typed("UINT8", [1], "uint_contents", [256]), "value 256: UINT8 holds 0 to 255"),
-        (typed("INT16", [2], "int_contents", [0, -40000]), "value -40000"),
         (typed("UINT8", [2], "uint_contents", [1]), "1 values"),
         (typed("BYTES", [2], "bytes_contents", [b"a"]), "1 values"),
-        (typed("FP32", [1], "fp32_contents", []), "0 values"),
     ],
 )
-def test_messages_that_are_refused(message: Any, text: str) -> None:
+def test_invalid_message(message: Any, text: str) -> None:
     with pytest.raises(ProtocolError, match=text) as caught:
         decode_infer(message, LIMITS)
     assert "\n" not in str(caught.value)
@@ -209,41 +209,32 @@ def changed(**fields: Any) -> Any:
         ({"outputs": lambda outputs: [outputs.add(name=f"y{index}") for index in range(33)]}, "33 outputs"),
         ({"inputs": lambda inputs: inputs.add(name="x")}, "two inputs are named 'x'"),
         ({"outputs": lambda outputs: [outputs.add(name="y"), outputs.add(name="y")]}, "two outputs are named 'y'"),
-        ({"outputs": lambda outputs: outputs.add()}, "one of outputs has the name ''"),
         (
             {"outputs": lambda outputs: setattr(outputs.add(name="y").parameters["classification"], "int64_param", -1)},
             "classification is -1",
         ),
-        ({"parameters": lambda parameters: setattr(parameters["sequence_id"], "int64_param", 3)}, "sequence_id"),
-        ({"parameters": lambda parameters: setattr(parameters["timeout"], "string_param", "3")}, "\"timeout\" is '3'"),
         ({"parameters": lambda parameters: parameters["nothing"].SetInParent()}, "'nothing' of the request is nothing"),
         ({"parameters": lambda parameters: [setattr(parameters[str(i)], "bool_param", True) for i in range(65)]}, "65 parameters"),
     ],
 )
-def test_changes_of_a_good_message_that_are_refused(change: dict[str, Any], text: str) -> None:
+def test_invalid_change_of_a_message(change: dict[str, Any], text: str) -> None:
     decode_infer(changed(), LIMITS)
     with pytest.raises(ProtocolError, match=text):
         decode_infer(changed(**change), LIMITS)
 
 
-def test_more_bytes_than_the_limit() -> None:
+def test_tensors_above_the_limit() -> None:
     with pytest.raises(ProtocolError, match="11 bytes of tensors") as caught:
         decode_infer(raw("UINT8", [11], bytes(11)), Limits(body_bytes=10))
     assert (caught.value.status, caught.value.grpc_code) == (413, "RESOURCE_EXHAUSTED")
 
 
-def test_the_methods_are_those_of_the_service() -> None:
-    service = messages.DESCRIPTOR.services_by_name["GRPCInferenceService"]
-    assert service.full_name == SERVICE
-    assert [method.name for method in METHODS] == [method.name for method in service.methods]
-    for method in METHODS:
-        declared = service.methods_by_name[method.name]
-        assert method.request.__name__ == declared.input_type.name
-        assert method.response.__name__ == declared.output_type.name
-        assert method.streams == declared.client_streaming == declared.server_streaming
+def encoded(document: Any, name: str) -> Any:
+    """Return tritonclient's message with the bytes of ours from a document."""
+    return to_theirs(messages.from_document(document, getattr(messages, name)))
 
 
-def test_descriptions_that_tritonclient_reads() -> None:
+def test_tritonclient_decodes_descriptions() -> None:
     model = ModelDescription(
         name="m",
         versions=("1", "2"),
@@ -251,33 +242,34 @@ def test_descriptions_that_tritonclient_reads() -> None:
         outputs=(TensorSpec(name="scores", datatype="FP32", shape=(-1, 10)),),
         max_batch=8,
     )
-    server = theirs(server_message("muntin", "1.2"))
+    server = encoded(server_document("muntin", "1.2"), "ServerMetadataResponse")
     assert (server.name, server.version, "statistics" in server.extensions) == ("muntin", "1.2", True)
-    metadata = theirs(metadata_message(model))
+    metadata = encoded(metadata_document(model), "ModelMetadataResponse")
     assert (metadata.name, list(metadata.versions), metadata.inputs[0].datatype) == ("m", ["1", "2"], "UINT8")
     assert list(metadata.inputs[0].shape) == [-1, -1, -1, 3]
-    config = theirs(configuration_message(model)).config
+    config = encoded({"config": configuration_document(model)}, "ModelConfigResponse").config
     assert (config.max_batch_size, config.backend, config.WhichOneof("scheduling_choice")) == (8, "muntin", "dynamic_batching")
     assert (config.input[0].data_type, list(config.input[0].dims)) == (tritonclient.grpc.model_config_pb2.TYPE_UINT8, [-1, -1, 3])
     assert config.version_policy.latest.num_versions == 1
 
 
-def test_statistics_and_index_that_tritonclient_reads() -> None:
+def test_tritonclient_decodes_statistics() -> None:
     took = Duration(count=2, ns=70)
     batch = BatchStatistics(batch_size=4, compute_input=took, compute_infer=took, compute_output=took)
     value = Statistics(name="m", version="1", last_inference_ms=5, inference_count=8, execution_count=2, queue=took, batches=(batch,))
-    (statistics,) = theirs(statistics_message([value])).model_stats
+    (statistics,) = encoded(statistics_document([value]), "ModelStatisticsResponse").model_stats
     assert (statistics.last_inference, statistics.inference_count, statistics.execution_count) == (5, 8, 2)
     assert (statistics.inference_stats.queue.count, statistics.inference_stats.queue.ns) == (2, 70)
     assert (statistics.batch_stats[0].batch_size, statistics.batch_stats[0].compute_infer.ns) == (4, 70)
-    (entry,) = theirs(index_message([IndexEntry(name="m", version="1", state="READY")])).models
-    assert (entry.name, entry.version, entry.state, entry.reason) == ("m", "1", "READY", "")
+    entry = IndexEntry(name="m", version="1", state="READY")
+    (listed,) = encoded({"models": index_document([entry])}, "RepositoryIndexResponse").models
+    assert (listed.name, listed.version, listed.state, listed.reason) == ("m", "1", "READY", "")
 
 
-def test_parameters_of_a_request_to_load() -> None:
-    theirs_ = service_pb2.RepositoryModelLoadRequest(model_name="m")
-    theirs_.parameters["version"].string_param = "2"
-    message = ours(theirs_)
+def test_load_parameters() -> None:
+    loading = service_pb2.RepositoryModelLoadRequest(model_name="m")
+    loading.parameters["version"].string_param = "2"
+    message = to_ours(loading)
     assert message.model_name == "m"
     assert repository_parameters(message, LIMITS) == {"version": "2"}
     message.parameters["file:1/model.onnx"].bytes_param = b"model"

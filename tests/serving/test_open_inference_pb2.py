@@ -1,4 +1,4 @@
-"""The messages: those of the `.proto`, with the public protocol's names and numbers, beside any other client's in one process."""
+"""The messages: those of the `.proto` files, with the public protocol's names and numbers, beside another client's in one process."""
 
 from __future__ import annotations
 
@@ -20,17 +20,18 @@ from muntin.serving import open_inference_pb2 as messages
 FOLDER = Path(muntin.serving.__path__[0])
 TYPES = {value: name.removeprefix("TYPE_").lower() for name, value in vars(FieldDescriptor).items() if name.startswith("TYPE_")}
 NAMES = sorted(messages.DESCRIPTOR.message_types_by_name)
+PROTOS = {"open_inference.proto": messages.DESCRIPTOR, "health.proto": messages.HEALTH_DESCRIPTOR}
 
 
 def fields(message: Any) -> dict[str, tuple[int, str, bool]]:
-    """Name -> (number, type, repeated) of a message's fields, and of the messages inside it."""
-    found = {}
+    """Return name -> (number, type, repeated) of the fields of a message and of the messages inside it."""
+    types = {}
     for field in message.fields:
         kind = field.message_type or field.enum_type
-        found[field.name] = (field.number, kind.full_name if kind else TYPES[field.type], field.is_repeated)
+        types[field.name] = (field.number, kind.full_name if kind else TYPES[field.type], field.is_repeated)
     for nested in message.nested_types:
-        found |= {f"{nested.name}.{name}": value for name, value in fields(nested).items()}
-    return found
+        types |= {f"{nested.name}.{name}": value for name, value in fields(nested).items()}
+    return types
 
 
 def public(name: str) -> Any:
@@ -41,11 +42,11 @@ def public(name: str) -> Any:
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_every_field_is_the_public_protocols(name: str) -> None:
+def test_fields_are_the_public_protocols(name: str) -> None:
     assert fields(messages.DESCRIPTOR.message_types_by_name[name]).items() <= fields(public(name)).items()
 
 
-def test_every_enumeration_is_the_public_protocols() -> None:
+def test_enumerations_are_the_public_protocols() -> None:
     theirs = model_config_pb2.DESCRIPTOR
     for ours, public in (
         (messages.DESCRIPTOR.enum_types_by_name["DataType"], theirs.enum_types_by_name["DataType"]),
@@ -57,45 +58,46 @@ def test_every_enumeration_is_the_public_protocols() -> None:
         assert {value.name: value.number for value in ours.values} == {value.name: value.number for value in public.values}
 
 
-def declared() -> dict[str, dict[str, int]]:
-    """Message -> field -> number, read from the `.proto` by its lines."""
-    found: dict[str, dict[str, int]] = {}
+def declared(proto: str) -> dict[str, dict[str, int]]:
+    """Return message -> field -> number, read from the lines of a `.proto`."""
+    numbers: dict[str, dict[str, int]] = {}
     path: list[str] = []
-    for line in (FOLDER / "open_inference.proto").read_text().splitlines():
+    for line in (FOLDER / proto).read_text().splitlines():
         text = line.split("//")[0].strip()
         if opened := re.match(r"(message|enum|service|oneof) (\w+) \{", text):
             path.append(opened[2] if opened[1] == "message" else "" if opened[1] == "oneof" else "-")
             if opened[1] == "message":
-                found[".".join(path)] = {}
-        elif field := re.match(r"(?:repeated )?(?:map<\w+, \w+>|\w+) (\w+) = (\d+);", text):
-            found[".".join(part for part in path if part)][field[1]] = int(field[2])
+                numbers[".".join(path)] = {}
+        elif (field := re.match(r"(?:repeated )?(?:map<\w+, \w+>|\w+) (\w+) = (\d+);", text)) and "-" not in path:
+            numbers[".".join(part for part in path if part)][field[1]] = int(field[2])
         if text.endswith("}"):
             path.pop()
-    return found
+    return numbers
 
 
 def compiled(message: Any, prefix: str = "") -> dict[str, dict[str, int]]:
     name = f"{prefix}{message.name}"
-    found = {name: {field.name: field.number for field in message.fields}}
+    numbers = {name: {field.name: field.number for field in message.fields}}
     for nested in message.nested_types:
         if not nested.GetOptions().map_entry:
-            found |= compiled(nested, f"{name}.")
-    return found
+            numbers |= compiled(nested, f"{name}.")
+    return numbers
 
 
-def test_what_is_compiled_is_the_proto() -> None:
-    found: dict[str, dict[str, int]] = {}
-    for message in messages.DESCRIPTOR.message_types_by_name.values():
-        found |= compiled(message)
-    assert found == declared()
+@pytest.mark.parametrize("proto", PROTOS)
+def test_compiled_messages_match_the_proto(proto: str) -> None:
+    numbers: dict[str, dict[str, int]] = {}
+    for message in PROTOS[proto].message_types_by_name.values():
+        numbers |= compiled(message)
+    assert numbers == declared(proto)
 
 
-def test_type_checkers_are_told_what_is_compiled() -> None:
-    told: dict[str, set[str]] = {}
+def test_type_stub_matches_the_protos() -> None:
+    stub: dict[str, set[str]] = {}
 
     def visit(node: ast.ClassDef, prefix: str) -> None:
         name = f"{prefix}{node.name}"
-        told[name] = {item.target.id for item in node.body if isinstance(item, ast.AnnAssign) and isinstance(item.target, ast.Name)}
+        stub[name] = {item.target.id for item in node.body if isinstance(item, ast.AnnAssign) and isinstance(item.target, ast.Name)}
         for item in node.body:
             if isinstance(item, ast.ClassDef):
                 visit(item, f"{name}.")
@@ -103,11 +105,19 @@ def test_type_checkers_are_told_what_is_compiled() -> None:
     for node in ast.parse((FOLDER / "open_inference_pb2.pyi").read_text()).body:
         if isinstance(node, ast.ClassDef) and node.name not in ("DecodeError", "Field", "Message", "Messages"):
             visit(node, "")
-    assert told == {name: set(found) for name, found in declared().items()}
+    stub["HealthCheckResponse"].remove("ServingStatus")  # an enumeration
+    assert stub == {name: set(numbers) for proto in PROTOS for name, numbers in declared(proto).items()}
     assert set(NAMES) <= set(vars(messages))
 
 
-def test_a_document_that_is_no_message() -> None:
+def test_health_messages_on_the_wire() -> None:
+    assert messages.HealthCheckRequest(service="m").SerializeToString() == b"\x0a\x01m"
+    states = messages.HealthCheckResponse.ServingStatus.items()
+    assert states == [("UNKNOWN", 0), ("SERVING", 1), ("NOT_SERVING", 2), ("SERVICE_UNKNOWN", 3)]
+    assert [messages.HealthCheckResponse(status=state).SerializeToString() for state in (0, 1)] == [b"", b"\x08\x01"]
+
+
+def test_document_with_unknown_key() -> None:
     with pytest.raises(ParseError):
         messages.from_document({"alive": True}, messages.ServerLiveResponse)
     assert messages.from_document({"live": True}, messages.ServerLiveResponse).live
@@ -126,7 +136,7 @@ assert theirs.FromString(ours.FromString(message.SerializeToString()).SerializeT
 
 @pytest.mark.parametrize("imports", [(OURS, THEIRS), (THEIRS, OURS)], ids=["ours first", "theirs first"])
 @pytest.mark.parametrize("implementation", ["upb", "python"])
-def test_both_messages_live_in_one_process(imports: tuple[str, str], implementation: str) -> None:
+def test_beside_tritonclients_messages(imports: tuple[str, str], implementation: str) -> None:
     code = "\n".join([*imports, BOTH])
     environment = {"PROTOCOL_BUFFERS_PYTHON_IMPLEMENTATION": implementation}
     done = subprocess.run([sys.executable, "-W", "error", "-c", code], env=environment, capture_output=True, text=True, check=False)

@@ -1,4 +1,4 @@
-"""NVIDIA's load generator against a server, with answers that it compares, where it is installed (Linux, glibc 2.38 and newer)."""
+"""NVIDIA's load generator, which compares the answers, where it is installed (Linux, glibc 2.38 and newer)."""
 
 from __future__ import annotations
 
@@ -23,14 +23,14 @@ SIDE = 16
 def server(write_pixels: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     """A classifier whose scores are the means of the pixels: perf_analyzer compares only answers whose shape the model fixes."""
     path = write_pixels(tmp_path_factory.mktemp("perf") / "means", task="classify")
-    with Server(path, ServeConfig(http_port=0, grpc_port=0, threads=1, name="means", max_batch=4)) as found:
-        yield found
+    with Server(path, ServeConfig(http_port=0, grpc_port=0, threads=1, name="means", max_batch=4)) as running:
+        yield running
 
 
-def asked(folder: Path, *, label: int | None = 1) -> Path:
-    """A file of one picture and of the answers that are expected; `label` None: of the picture alone."""
+def write_input(folder: Path, *, label: int | None = 1) -> Path:
+    """Write a file of one picture and the expected answers; with `label` None of the picture alone."""
     image_HWC = np.broadcast_to(np.array([10, 30, 20], np.uint8), (SIDE, SIDE, 3))
-    path = folder / "asked.json"
+    path = folder / "input.json"
     document = {
         "data": [{"images": {"content": image_HWC.ravel().tolist(), "shape": [SIDE, SIDE, 3]}}],
         **({} if label is None else {"validation_data": [{"labels": [label], "scores": [10.0, 30.0, 20.0]}]}),
@@ -58,9 +58,9 @@ def run(server: Server, face: str, *options: object) -> subprocess.CompletedProc
         ("grpc", ("--grpc-compression-algorithm", "gzip")),
     ],
 )  # fmt: skip
-def test_it_measures_the_server_and_its_answers_are_right(server: Server, tmp_path: Path, face: str, options: tuple[object, ...]) -> None:
+def test_measurement_with_compared_answers(server: Server, tmp_path: Path, face: str, options: tuple[object, ...]) -> None:
     report = tmp_path / "report.csv"
-    data = asked(tmp_path, label=None if "-b" in options else 1)  # it compares a batch with one picture's answer
+    data = write_input(tmp_path, label=None if "-b" in options else 1)  # it compares a batch with one picture's answer
     done = run(server, face, "--input-data", data, "-f", report, *options)
     assert done.returncode == 0, done.stdout + done.stderr
     row = next(csv.DictReader(report.read_text().splitlines()))
@@ -68,13 +68,13 @@ def test_it_measures_the_server_and_its_answers_are_right(server: Server, tmp_pa
     assert all(float(row[f"Server Compute {part}"]) > 0 for part in ("Input", "Infer", "Output")), row
 
 
-def test_a_wrong_answer_would_be_told(server: Server, tmp_path: Path) -> None:
-    done = run(server, "http", "--input-data", asked(tmp_path, label=2))
+def test_wrong_answer_is_reported(server: Server, tmp_path: Path) -> None:
+    done = run(server, "http", "--input-data", write_input(tmp_path, label=2))
     assert done.returncode != 0
     assert "Output doesn't match expected output" in done.stdout + done.stderr
 
 
-def test_memory_that_it_would_share_is_refused_in_words(server: Server) -> None:
+def test_shared_memory_is_refused(server: Server) -> None:
     done = run(server, "grpc", "--shared-memory", "system", "--shape", f"images:{SIDE},{SIDE},3")
     assert done.returncode != 0
     assert "this server shares none with its clients" in done.stdout + done.stderr

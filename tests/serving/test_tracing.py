@@ -1,4 +1,4 @@
-"""Spans: what is in them, whose children they are, and that a missing package is named."""
+"""OpenTelemetry spans."""
 
 from __future__ import annotations
 
@@ -37,28 +37,28 @@ def tracing(exporter: InMemorySpanExporter) -> Iterator[Tracing]:
     provider.shutdown()
 
 
-def test_a_span_says_how_the_answer_came_about(tracing: Tracing, exporter: InMemorySpanExporter) -> None:
-    with tracing.inference("http", "m", {"traceparent": PARENT}) as span:
-        span.answered(ANSWERED)
-    (found,) = exporter.get_finished_spans()
-    assert found.parent is not None
-    assert f"{found.context.trace_id:032x}" == PARENT.split("-")[1]
-    attributes: Any = found.attributes
+def test_span_of_an_answer(tracing: Tracing, exporter: InMemorySpanExporter) -> None:
+    with tracing.inference("http", "m", {"traceparent": PARENT}) as inference:
+        inference.answered(ANSWERED)
+    (span,) = exporter.get_finished_spans()
+    assert span.parent is not None
+    assert f"{span.context.trace_id:032x}" == PARENT.split("-")[1]
+    attributes: Any = span.attributes
     assert attributes["muntin.version"] == "3"
     assert attributes["muntin.batch_rows"] == 4
     assert attributes["muntin.compute_ms"] == pytest.approx(20)
 
 
-def test_what_fails_is_in_the_span_and_raised(tracing: Tracing, exporter: InMemorySpanExporter) -> None:
+def test_span_of_an_error(tracing: Tracing, exporter: InMemorySpanExporter) -> None:
     with pytest.raises(ProtocolError), tracing.inference("grpc", "m", {"traceparent": "nonsense"}):
         raise ProtocolError("no such output")
-    (found,) = exporter.get_finished_spans()
-    assert found.parent is None
-    assert not found.status.is_ok
-    assert "no such output" in str(found.status.description)
+    (span,) = exporter.get_finished_spans()
+    assert span.parent is None
+    assert not span.status.is_ok
+    assert "no such output" in str(span.status.description)
 
 
-def test_without_the_package_it_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_missing_package(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "opentelemetry.sdk.trace", None)
     with pytest.raises(DependencyError, match=r"pip install .*\[otel\]"):
         Tracing()

@@ -1,4 +1,4 @@
-"""Bytes of gRPC messages: what is large has to be raw tensors, and is counted before protobuf makes anything of it."""
+"""Limits on the bytes of gRPC messages, checked before protobuf parses them."""
 
 from __future__ import annotations
 
@@ -23,19 +23,19 @@ def request(*raw: bytes, **fields: Any) -> bytes:
     return message.SerializeToString()
 
 
-def test_raw_tensors_may_be_large() -> None:
+def test_large_raw_tensors() -> None:
     message = parse(request(bytes(5000), bytes(300), model_name="m"), messages.ModelInferRequest, SMALL)
     assert (message.model_name, [len(raw) for raw in message.raw_input_contents]) == ("m", [5000, 300])
 
 
 @pytest.mark.parametrize("field", ["id", "model_name"])
-def test_nothing_else_may(field: str) -> None:
+def test_other_large_fields(field: str) -> None:
     with pytest.raises(ProtocolError, match=r"message of 2\d\d bytes, raw tensors not counted.*at most 200.*raw_input_contents") as caught:
         parse(request(bytes(5000), **{field: "x" * 200}), messages.ModelInferRequest, SMALL)
     assert caught.value.status == 413
 
 
-def test_numbers_in_contents_are_not_raw() -> None:
+def test_large_contents() -> None:
     message = messages.ModelInferRequest()
     message.inputs.add(name="x", datatype="UINT8", shape=[300]).contents.uint_contents.extend([1] * 300)
     with pytest.raises(ProtocolError, match="send large tensors in raw_input_contents"):
@@ -45,8 +45,8 @@ def test_numbers_in_contents_are_not_raw() -> None:
 @pytest.mark.parametrize(
     "empty", [b"\x2a\x00", b"\x32\x00", b"\x3a\x00", b"\x22\x00", b"\x98\x06\x01", b"\xa5\x06abcd", b"\xa1\x06abcdefgh"]
 )
-def test_fields_are_counted_before_they_are_made(empty: bytes) -> None:
-    """Empty tensors, parameters and fields of no meaning: each of a few bytes here, and of many more in memory."""
+def test_too_many_fields(empty: bytes) -> None:
+    """Empty tensors, parameters and unknown fields: each of a few bytes on the wire, and of many more in memory."""
     assert parse(empty * 20, messages.ModelInferRequest, SMALL) is not None
     with pytest.raises(ProtocolError, match="more than 26 fields"):
         parse(empty * 27, messages.ModelInferRequest, SMALL)
@@ -69,13 +69,13 @@ def test_fields_are_counted_before_they_are_made(empty: bytes) -> None:
         b"\x00\x01",
     ],
 )
-def test_what_is_no_message(wire: bytes) -> None:
+def test_malformed_message(wire: bytes) -> None:
     with pytest.raises(ProtocolError, match="is no ModelInferRequest") as caught:
         parse(wire, messages.ModelInferRequest, SMALL)
     assert caught.value.grpc_code == "INVALID_ARGUMENT"
 
 
-def test_other_messages_are_small() -> None:
+def test_messages_without_tensors() -> None:
     assert parse(b"", messages.ServerLiveRequest, SMALL) is not None
     assert parse(b"\x0a\x01m", messages.ModelReadyRequest, SMALL).name == "m"
     with pytest.raises(ProtocolError, match="is no ModelReadyRequest"):
@@ -87,7 +87,7 @@ def test_other_messages_are_small() -> None:
 
 @settings(deadline=None)
 @given(st.lists(st.binary(max_size=300), max_size=2), st.text(max_size=20))
-def test_every_small_request_passes(raw: list[bytes], identity: str) -> None:
+def test_small_requests(raw: list[bytes], identity: str) -> None:
     wire = request(*raw, id=identity)
     assert (
         parse(wire, messages.ModelInferRequest, SMALL).SerializeToString()

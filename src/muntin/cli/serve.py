@@ -17,6 +17,8 @@ if TYPE_CHECKING:
     from muntin.serving.config import ServeConfig
 
 _MEGABYTE = 1 << 20
+_MAX_LINES = 1000
+"""Lines that may wait to be written to standard error."""
 
 
 def serve_command(
@@ -73,11 +75,11 @@ def serve_command(
     from pydantic import ValidationError
 
     os.environ.setdefault("GRPC_VERBOSITY", "NONE")  # before grpc is imported: its C library writes to standard error what is told here
+    from muntin.serving.background_log import BackgroundLog
     from muntin.serving.config import Bounds, ServeConfig
     from muntin.serving.descriptors import raise_descriptors
     from muntin.serving.rollout import Rollout
     from muntin.serving.server import Server
-    from muntin.serving.telling import Teller
 
     try:
         config = ServeConfig(
@@ -98,8 +100,8 @@ def serve_command(
         raise DataError(f"{where}{first['msg'].removeprefix('Value error, ')}") from None
     if lack := raise_descriptors(config):
         say(f"muntin: {lack}")
-    with Teller(lambda line: say(f"muntin: {line}")) as tell, ExitStack() as loading:
-        server = Server(artifact, config, notify=tell)
+    with BackgroundLog(lambda line: say(f"muntin: {line}"), _MAX_LINES) as lines, ExitStack() as loading:
+        server = Server(artifact, config, notify=lines)
         loading.enter_context(status(f"loading {artifact}: verifying, compiling"))
 
         def up() -> None:
@@ -107,6 +109,8 @@ def serve_command(
             _tell(server, config, json)
 
         server.run(up=up)
+    if lines.lost:
+        say(f"muntin: {lines.lost:,} lines were not read in time, and are lost")
     say(f"muntin: stopped; {_ended(server.cut_off, drain_seconds, hurried=server.hurried)}")
 
 

@@ -1,6 +1,6 @@
-"""The certificate that a server shows, and its key: both as they lie on the disk, so that who renews them need not end it.
+"""The TLS certificate of a server and its key, read again when their files change: renewing them needs no restart.
 
-Connections that are open keep what they were begun with.
+Open connections keep the certificate that they began with.
 """
 
 from __future__ import annotations
@@ -12,14 +12,16 @@ from muntin.errors import DataError
 
 
 class Certificate:
-    """Two files in PEM. Raises DataError where they cannot be used. `context`: for new connections; on the event loop alone."""
+    """A certificate and its key, two PEM files. Raises DataError where they cannot be used.
+
+    `context`: for new connections; changed on the event loop alone. `pem`: (key, certificate), as grpc takes them.
+    """
 
     def __init__(self, certificate: Path, key: Path) -> None:
         self._files = certificate, key
         self.context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
         self.pem = b"", b""
-        """(key, certificate), as grpc takes them."""
-        self._seen: object = None
+        self._loaded_state: object = None
         self.load()
 
     @property
@@ -28,14 +30,14 @@ class Certificate:
         return self._files
 
     def changed(self) -> bool:
-        """Whether the files are others than when they were tried last."""
-        return self._state() != self._seen
+        """Whether the files have changed since `load` tried them last."""
+        return self._state() != self._loaded_state
 
     def load(self) -> None:
-        """Shows what the files hold from now on. Raises DataError where that cannot be used; what was shown before is still shown then."""
-        self._seen = self._state()
+        """Use what the files hold from now on. Raises DataError where that cannot be used, and then keeps the certificate as it was."""
+        self._loaded_state = self._state()
         try:
-            self._load(ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER))  # it may be one half of two that belong together
+            self._load(ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER))  # a trial: the two files may not belong together
             certificate, key = (file.read_bytes() for file in self._files)
             if self.changed():
                 raise OSError("it is being written")
@@ -48,7 +50,7 @@ class Certificate:
         context.load_cert_chain(*self._files, password=_no_passphrase)
 
     def _state(self) -> object:
-        """What tells one state of the files from another; None where there is none."""
+        """A value that is equal for equal states of the files; None where one is missing."""
         try:
             return tuple((status.st_ino, status.st_size, status.st_mtime_ns) for status in (file.stat() for file in self._files))
         except OSError:
@@ -56,5 +58,5 @@ class Certificate:
 
 
 def _no_passphrase() -> str:
-    """Else OpenSSL would ask whoever sits before the terminal."""
+    """Refuse a key with a passphrase; without this function OpenSSL would ask for it on the terminal."""
     raise DataError("the TLS key has a passphrase, and nobody is there to say it: give a key without one (openssl pkey -in KEY -out PLAIN)")

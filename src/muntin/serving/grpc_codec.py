@@ -1,31 +1,20 @@
-"""The gRPC face's messages, to and from the same values as the HTTP face's bodies.
+"""Converts gRPC messages to and from the values that the HTTP codec uses, too.
 
-Tensors come raw (`raw_input_contents`, one for each input, in their order) or as numbers in the input's own `contents`, in the list that
-its datatype takes; never both. They go back raw. protobuf hands the bytes of a tensor out, and takes them in, as copies: so this face
-costs some memory traffic that the HTTP face does not.
+The tensors of a request are raw (`raw_input_contents`, one for each input, in their order) or numbers in the input's own `contents`, in the
+list of its datatype; never both. Those of an answer are raw. protobuf copies the bytes of a tensor on each way, which HTTP does not.
 
-By the time a message is here protobuf has made it: `wire.parse` is what bounds the memory for that.
+`wire.parse` bounds the memory of a message before it gets here.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from muntin.serving import open_inference_pb2 as messages
 from muntin.serving import protocol
-from muntin.serving.description import (
-    IndexEntry,
-    ModelDescription,
-    Statistics,
-    configuration_document,
-    index_document,
-    metadata_document,
-    server_document,
-    statistics_document,
-)
 from muntin.serving.protocol import (
     InferInput,
     InferRequest,
@@ -54,29 +43,19 @@ SERVICE = "inference.GRPCInferenceService"
 
 
 class Method(NamedTuple):
-    """One method of the service: its name, its messages' classes, and whether both sides send a stream of them."""
+    """A method of the service: name, classes of its messages, and whether both sides send a stream of them."""
 
     name: str
     request: type[messages.Message]
     response: type[messages.Message]
-    streams: bool = False
+    streams: bool
 
 
-METHODS = (
-    Method("ServerLive", messages.ServerLiveRequest, messages.ServerLiveResponse),
-    Method("ServerReady", messages.ServerReadyRequest, messages.ServerReadyResponse),
-    Method("ModelReady", messages.ModelReadyRequest, messages.ModelReadyResponse),
-    Method("ServerMetadata", messages.ServerMetadataRequest, messages.ServerMetadataResponse),
-    Method("ModelMetadata", messages.ModelMetadataRequest, messages.ModelMetadataResponse),
-    Method("ModelInfer", messages.ModelInferRequest, messages.ModelInferResponse),
-    Method("ModelStreamInfer", messages.ModelInferRequest, messages.ModelStreamInferResponse, streams=True),
-    Method("ModelConfig", messages.ModelConfigRequest, messages.ModelConfigResponse),
-    Method("ModelStatistics", messages.ModelStatisticsRequest, messages.ModelStatisticsResponse),
-    Method("RepositoryIndex", messages.RepositoryIndexRequest, messages.RepositoryIndexResponse),
-    Method("RepositoryModelLoad", messages.RepositoryModelLoadRequest, messages.RepositoryModelLoadResponse),
-    Method("RepositoryModelUnload", messages.RepositoryModelUnloadRequest, messages.RepositoryModelUnloadResponse),
+METHODS = tuple(
+    Method(method.name, getattr(messages, method.input_type.name), getattr(messages, method.output_type.name), method.client_streaming)
+    for method in messages.DESCRIPTOR.services_by_name["GRPCInferenceService"].methods
 )
-"""Every method; what they need to be registered as generic handlers."""
+"""All methods that are served."""
 
 LACKING: Mapping[str, str] = {
     "TraceSetting": protocol.LACKING["trace/setting"],
@@ -87,7 +66,7 @@ LACKING: Mapping[str, str] = {
         for what in ("Status", "Register", "Unregister")
     },
 }
-"""Methods of Triton's service that this one leaves out, and what a client is told of them."""
+"""Methods of Triton's service that are not served -> the message of their refusal."""
 
 _CONTENTS: dict[str, tuple[str, type[np.generic]]] = {
     "BOOL": ("bool_contents", np.bool_),
@@ -106,7 +85,7 @@ _CONTENTS: dict[str, tuple[str, type[np.generic]]] = {
 
 
 def decode_infer(message: messages.ModelInferRequest, limits: Limits) -> InferRequest:
-    """An inference request's message. Arrays that came raw are read-only views of the message's bytes. Raises ProtocolError."""
+    """Decode a request for inference. Raw tensors become read-only views of the message's bytes. Raises ProtocolError."""
     check_count(len(message.inputs), "inputs", limits)
     check_count(len(message.outputs), "outputs", limits)
     if not len(message.inputs):
@@ -123,7 +102,7 @@ def decode_infer(message: messages.ModelInferRequest, limits: Limits) -> InferRe
 
 
 def encode_infer(response: InferResponse, requested: tuple[RequestedOutput, ...]) -> messages.ModelInferResponse:
-    """The message with what a request asked for, of what the model answered. Raises ProtocolError for an output it does not give."""
+    """Encode the requested outputs of an answer. Raises ProtocolError for an output that the answer does not have."""
     message = messages.ModelInferResponse(model_name=response.model, model_version=response.version, id=response.id)
     for name, value in response.parameters.items():
         setattr(message.parameters[name], _choice(value), value)
@@ -137,37 +116,12 @@ def encode_infer(response: InferResponse, requested: tuple[RequestedOutput, ...]
 def repository_parameters(
     message: messages.RepositoryModelLoadRequest | messages.RepositoryModelUnloadRequest, limits: Limits
 ) -> dict[str, Parameter]:
-    """The parameters of a request to load or to unload a model. Raises ProtocolError for a model that comes with it."""
+    """Return the parameters of a request to load or unload a model. Raises ProtocolError for a model sent with it."""
     return check_repository_parameters(_parameters(message.parameters, "the request", limits), limits)
 
 
-def server_message(name: str, version: str) -> messages.ServerMetadataResponse:
-    """The server's metadata."""
-    return messages.from_document(server_document(name, version), messages.ServerMetadataResponse)
-
-
-def metadata_message(model: ModelDescription) -> messages.ModelMetadataResponse:
-    """The model's metadata."""
-    return messages.from_document(metadata_document(model), messages.ModelMetadataResponse)
-
-
-def configuration_message(model: ModelDescription) -> messages.ModelConfigResponse:
-    """The model's configuration."""
-    return messages.from_document({"config": configuration_document(model)}, messages.ModelConfigResponse)
-
-
-def statistics_message(statistics: Iterable[Statistics]) -> messages.ModelStatisticsResponse:
-    """The statistics of some versions."""
-    return messages.from_document(statistics_document(statistics), messages.ModelStatisticsResponse)
-
-
-def index_message(entries: Iterable[IndexEntry]) -> messages.RepositoryIndexResponse:
-    """The repository's index."""
-    return messages.from_document({"models": index_document(entries)}, messages.RepositoryIndexResponse)
-
-
 def _raw(message: messages.ModelInferRequest, limits: Limits) -> list[bytes] | list[None]:
-    """The raw bytes of each input, or None for each where they come as numbers."""
+    """Return the raw bytes of each input, or None for each where they are numbers in `contents`."""
     count = len(message.raw_input_contents)
     if not count:
         return [None] * len(message.inputs)
@@ -199,16 +153,16 @@ def _from_contents(
 ) -> Tensor:
     if datatype not in _CONTENTS:
         raise ProtocolError(f"input {shown(name)} is {datatype}, which has no contents: send it in raw_input_contents")
-    wanted, wire = _CONTENTS[datatype]
+    field_name, wire_dtype = _CONTENTS[datatype]
     filled = [field.name for field, _ in contents.ListFields()]
-    if any(field != wanted for field in filled):
-        raise ProtocolError(f"input {shown(name)} has {', '.join(filled)}: {datatype} goes into {wanted}, or into raw_input_contents")
-    values = getattr(contents, wanted)
+    if any(field != field_name for field in filled):
+        raise ProtocolError(f"input {shown(name)} has {', '.join(filled)}: {datatype} goes into {field_name}, or into raw_input_contents")
+    values = getattr(contents, field_name)
     if datatype == "BYTES":
         return strings_array(values, shape, elements, name, limits)
     if len(values) != elements:
         raise ProtocolError(f"input {shown(name)} came with {len(values):,} values: shape {list(shape)} takes {elements:,}")
-    array: Tensor = np.fromiter(values, wire, elements)
+    array: Tensor = np.fromiter(values, wire_dtype, elements)
     dtype = DATATYPES[datatype]
     if elements and dtype.itemsize < array.itemsize:
         check_range(int(array.min()), int(array.max()), datatype, name)
@@ -221,7 +175,7 @@ def _requested(item: messages.ModelInferRequest.InferRequestedOutputTensor, limi
 
 
 def _parameters(parameters: Mapping[str, Any], where: str, limits: Limits) -> dict[str, object]:
-    """The values in a message's parameters. Counted here, because copying them out is what costs."""
+    """Return the values of a message's parameters. Raises ProtocolError for too many before they are copied."""
     if len(parameters) > limits.parameters:
         raise ProtocolError(f"{where} has {len(parameters):,} parameters: this server takes at most {limits.parameters}")
     return {name: _value(parameter) for name, parameter in parameters.items()}

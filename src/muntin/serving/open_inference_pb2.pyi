@@ -30,6 +30,7 @@ class Messages(Protocol[Item_co]):
     def add(self, **fields: object) -> Item_co: ...
 
 DESCRIPTOR: Any
+HEALTH_DESCRIPTOR: Any
 
 def from_document(document: Mapping[str, Any], message: type[M]) -> M: ...
 
@@ -254,3 +255,10 @@ class RepositoryModelUnloadRequest(Message):
     parameters: MutableMapping[str, ModelRepositoryParameter]
 
 class RepositoryModelUnloadResponse(Message): ...
+
+class HealthCheckRequest(Message):
+    service: str
+
+class HealthCheckResponse(Message):
+    ServingStatus: Any
+    status: int

@@ -1,4 +1,4 @@
-"""Bearer tokens: who may ask."""
+"""Bearer tokens."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from muntin.serving.protocol import ProtocolError
 
 
 class Tokens:
-    """The tokens of which a request must carry one; none: everybody may ask."""
+    """The tokens one of which a request must carry. False if there are none: then every request is allowed."""
 
     def __init__(self, tokens: tuple[str, ...]) -> None:
         self._allowed = [token.encode() for token in tokens]
@@ -17,8 +17,8 @@ class Tokens:
         return bool(self._allowed)
 
     def check(self, authorization: bytes) -> None:
-        """Raises ProtocolError 401 unless the header's value is "Bearer", in any case, and one of them. Takes as long whatever is wrong."""
+        """Raise ProtocolError 401 unless the header's value is "Bearer", in any case, and a token. Takes the same time for all others."""
         scheme, _, token = authorization.partition(b" ")
-        right = sum(hmac.compare_digest(token.strip(), allowed) for allowed in self._allowed)
-        if self._allowed and not (right and scheme.lower() == b"bearer"):
+        matches = sum(hmac.compare_digest(token.strip(), allowed) for allowed in self._allowed)
+        if self._allowed and not (matches and scheme.lower() == b"bearer"):
             raise ProtocolError("no valid token: send `authorization: Bearer TOKEN`", status=401)

@@ -1,7 +1,7 @@
-"""A span of OpenTelemetry for each inference and each picture, a child of the client's where its request carries one (`traceparent`).
+"""An OpenTelemetry span for each inference and each picture, a child of the client's where its request carries one (`traceparent`).
 
-Needs the extra `otel`. Where spans go is the environment's to say, as everywhere with OpenTelemetry: OTEL_EXPORTER_OTLP_ENDPOINT,
-OTEL_SERVICE_NAME, OTEL_TRACES_SAMPLER.
+Needs the extra `otel`. The environment says where spans go, as usual with OpenTelemetry: OTEL_EXPORTER_OTLP_ENDPOINT, OTEL_SERVICE_NAME,
+OTEL_TRACES_SAMPLER.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ SERVICE = "muntin"
 
 
 class Tracing:
-    """Makes spans. `provider`: an OpenTelemetry TracerProvider; None: one that exports as the environment says.
+    """Makes spans. `provider`: an OpenTelemetry TracerProvider; by default one that exports as the environment says.
 
     Raises DependencyError where OpenTelemetry is not installed.
     """
@@ -40,7 +40,7 @@ class Tracing:
         self._tracer = self._provider.get_tracer("muntin.serving", version("muntin"))
 
     def begin(self, face: str, model: str, carrier: Mapping[str, str]) -> Inference:
-        """A span, until its `end`. `carrier`: the request's header fields, names in lower case."""
+        """Begin a span, which its `end` ends. `carrier`: the request's header fields, names in lower case."""
         span = self._tracer.start_span(
             f"infer {model}",
             context=self._extract(carrier),
@@ -51,7 +51,7 @@ class Tracing:
 
     @contextmanager
     def inference(self, face: str, model: str, carrier: Mapping[str, str]) -> Iterator[Inference]:
-        """A span around the block. What the block raises is recorded too."""
+        """Put a span around the block, with the error that the block raises, if any."""
         span = self.begin(face, model, carrier)
         try:
             yield span
@@ -61,7 +61,7 @@ class Tracing:
         span.end()
 
     def close(self) -> None:
-        """Sends what was not sent yet."""
+        """Export the spans that are not exported yet."""
         if self._own:
             self._provider.shutdown()
 
@@ -73,7 +73,7 @@ class Inference:
         self._span, self._trace = span, trace
 
     def answered(self, answered: Answered) -> None:
-        """What is known once the answer is there."""
+        """Add the attributes of the answer."""
         self._span.set_attributes(
             {
                 "muntin.version": answered.response.version,
@@ -86,11 +86,11 @@ class Inference:
         )
 
     def computed_by(self, version: str) -> None:
-        """Of a picture, which may be many calls: the version that computed them; several where one failed on the way."""
+        """Add the version that computed a picture: several, where one failed on the way."""
         self._span.set_attribute("muntin.version", version)
 
     def end(self, error: BaseException | None = None) -> None:
-        """Ends it. `error`: what came in place of an answer."""
+        """End the span. `error`: the error with which the request ended, if any."""
         if error is not None:
             self._span.record_exception(error)
             self._span.set_status(self._trace.Status(self._trace.StatusCode.ERROR, f"{type(error).__name__}: {error}"))

@@ -1,11 +1,11 @@
-"""The bytes of a gRPC message, held against the limits before protobuf makes a message of them.
+"""Checks the bytes of a gRPC message against the limits before protobuf parses them.
 
-protobuf takes 2 bytes for an empty tensor and makes some 90 of them in memory, so a message of the size that an image needs could take
-gigabytes. What is large for a good reason is raw: here the message's own fields are walked through, which costs nothing for what is inside
-them, and everything but the raw tensors has to fit into `Limits.json_bytes`, as the JSON beside binary tensors does over HTTP.
+An empty tensor has 2 bytes on the wire and some 90 in memory, so a message of the size that an image needs could take gigabytes. Here the
+top-level fields of a message are counted without their contents being read, and everything but the raw tensors has to fit into
+`Limits.json_bytes`, as the JSON beside binary tensors does over HTTP.
 
-A face that registers its handlers without a deserialiser of grpc's gets these bytes and can say why it refuses them: what a deserialiser
-raises, grpc makes "internal error" of.
+Handlers are registered without a deserialiser, so that the client is told why a message is refused: grpc answers "internal error" to
+whatever a deserialiser raises.
 """
 
 from __future__ import annotations
@@ -18,17 +18,17 @@ from muntin.serving.protocol import Limits, ProtocolError
 M = TypeVar("M", bound=messages.Message)
 
 _LENGTH = 2
-"""The wire type of what has a length."""
+"""Wire type of fields with a length."""
 _RAW = 7 << 3 | _LENGTH
-"""The tag of `raw_input_contents`."""
+"""Tag of `raw_input_contents`."""
 _SPARE = 16
-"""Fields beside tensors and parameters: three names, and what later protocols may add."""
+"""Fields allowed beside tensors and parameters: three names, and some that later protocols may add."""
 _FIXED = {1: 8, 5: 4}
-"""Wire type -> bytes of its values."""
+"""Wire type -> bytes of a value, for types of fixed size."""
 
 
 def parse(wire: bytes, kind: type[M], limits: Limits) -> M:
-    """The message. Raises ProtocolError for bytes that are none, and (413) for more than the limits allow."""
+    """Return the message. Raises ProtocolError: 400 for bytes that are no such message, 413 for more than the limits allow."""
     raw = _raw_bytes(wire, limits) if kind is messages.ModelInferRequest else 0
     if len(wire) - raw > limits.json_bytes:
         raise ProtocolError(
@@ -38,12 +38,12 @@ def parse(wire: bytes, kind: type[M], limits: Limits) -> M:
         )
     try:
         return kind.FromString(wire)
-    except (messages.DecodeError, UnicodeDecodeError) as error:  # the latter from protobuf without its compiled part
+    except (messages.DecodeError, UnicodeDecodeError) as error:  # the latter from protobuf's pure Python implementation
         raise _unreadable(kind.__name__) from error
 
 
 def _raw_bytes(wire: bytes, limits: Limits) -> int:
-    """How many of a request's bytes are raw tensors. Raises ProtocolError for more fields than one within the limits has."""
+    """Return the number of bytes that are raw tensors. Raises ProtocolError for more fields than a request within the limits has."""
     most = 3 * limits.tensors + limits.parameters + _SPARE
     at = raw = count = 0
     while at < len(wire):
@@ -69,7 +69,7 @@ def _raw_bytes(wire: bytes, limits: Limits) -> int:
 
 
 def _varint(wire: bytes, at: int) -> tuple[int, int]:
-    """(number, where it ends)."""
+    """Return (number, position behind it)."""
     value = 0
     for shift in range(0, 70, 7):
         if at >= len(wire):
