@@ -47,6 +47,7 @@ from muntin.serving.http import HttpFace
 from muntin.serving.latency import LatencyModel
 from muntin.serving.ledger import Ledger
 from muntin.serving.metrics import Metrics
+from muntin.serving.opening import NotReadyError, Opening
 from muntin.serving.origin import is_loopback
 from muntin.serving.pictures import Pictures
 from muntin.serving.probation import ArtifactLoader
@@ -58,7 +59,6 @@ from muntin.serving.service import Service
 from muntin.serving.slot import Slot
 from muntin.serving.telling import Notify, tell_nobody, told_safely
 from muntin.serving.tracing import Tracing
-from muntin.serving.version import NotReadyError, Opening
 
 _NOT_HERE = frozenset({errno.EADDRNOTAVAIL, errno.EAFNOSUPPORT})
 """What a system says of an address that a name has, and the machine has not."""
@@ -435,7 +435,7 @@ def serve(path: str | Path, *, notify: Notify = tell_nobody, **settings: Any) ->
     `Server`, which `stop` ends. Before it listens it costs what verifying and compiling the first version takes, some seconds. Returns how
     many connections and calls were still busy when `drain_seconds` were over, and were cut off.
 
-    Raises DataError for a setting that there is not or that is out of its range, RecipeError for one of `rollout`, and whatever `Server`
+    Raises DataError for a setting that there is not or that is out of its range, and whatever `Server`
     raises. Needs the extra `serve`.
     """
     try:
@@ -534,7 +534,7 @@ def _expose(metrics: Metrics, service: Service, runner: Runner, ledger: Ledger, 
     )  # fmt: skip
     metrics.read(
         "gauge", "muntin_version_ready", "Versions that can answer.", ("version",),
-        lambda: [((entry.version,), 1.0) for entry in service.slot.index() if entry.state == "ready"],
+        lambda: [((entry.version,), 1.0) for entry in service.slot.index() if entry.state == "READY"],
     )  # fmt: skip
     metrics.read(
         "counter", "muntin_engine_deaths", "Processes of a version's engine that ended, or were ended since it hung.", ("version",),
