@@ -358,7 +358,7 @@ def test_interrupted_batch(make_slot: Callable[..., Slot], clock: Any, lines: li
         return label_of(session)
 
     assert compute_somewhere(slot, new, hang, rows=1, within=10) == (1, old)
-    assert interrupted == [10]
+    assert set(interrupted) == {10}
     assert (slot.current, old.leases, new.leases, new.open) == (old, 0, 0, False)
     assert "1 of its images: its engine hangs" in "".join(lines)
 

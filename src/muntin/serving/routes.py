@@ -28,7 +28,11 @@ _STATES = {"loading": "LOADING", "ready": "READY", "draining": "UNLOADING", "unl
 
 
 class Routes:
-    """The versions of the model `name`. `lines`: events for the operator. `closing`: sessions without users, for the caller to close."""
+    """The versions of the model `name`.
+
+    For the caller to act on: `lines` for the operator, sessions without users (`closing`), and sessions with an overdue call (`stuck`),
+    with the seconds after which it was overdue.
+    """
 
     def __init__(self, name: str, rollout: Rollout) -> None:
         self.name, self.rollout = name, rollout
@@ -42,6 +46,7 @@ class Routes:
         """Counts of the current version, judged beside the previous one, while there is one."""
         self.lines: list[str] = []
         self.closing: list[Session] = []
+        self.stuck: list[tuple[Session, float]] = []
 
     # ---- looking up ----
 
@@ -139,14 +144,6 @@ class Routes:
                 tally.failed += rows
                 tally.why = tally.why or plain(f"{type(failure).__name__}: {first_line(failure)}".removesuffix(": "))
 
-    def count_overdue(self, begun: Begun, now: float) -> None:
-        """Report an overdue batch, and count it as failed."""
-        self.lines.append(f"version {begun.version.name} did not come back with {begun.rows} images in {now - begun.at:.3g} s")
-        if (tally := self._tally(begun.version)) is not None:
-            tally.rows += begun.rows
-            tally.failed += begun.rows
-            tally.overdue += begun.rows
-
     def compare(self, version: Version, rows: int, agreement: float) -> None:
         """Count a comparison of the candidate's labels with those of the current version."""
         if self.trial is not None and version is self.candidate:
@@ -184,6 +181,9 @@ class Routes:
         for version in self.versions:
             if death := version.new_death():
                 self.lines.append(f"version {version.name}: {death}")
+            for begun in version.begun:
+                if begun.due <= now:
+                    self._count_overdue(begun, now)
         if self.current is not None and self.probation is not None and self.previous is not None:
             verdict = judge_version(self.rollout, self.probation, self.current, self.previous, now=now)
             if verdict is not None:
@@ -195,6 +195,17 @@ class Routes:
                 verdict = judge_version(self.rollout, self.trial, self.candidate, self.current, now=now, asked=asked)
             if verdict is not None:
                 self._end_trial(self.candidate, verdict, now)
+
+    def _count_overdue(self, begun: Begun, now: float) -> None:
+        self.stuck.append((begun.version.session, begun.due - begun.at))
+        if begun.overdue:
+            return
+        begun.overdue = True
+        self.lines.append(f"version {begun.version.name} did not come back with {begun.rows} images in {now - begun.at:.3g} s")
+        if (tally := self._tally(begun.version)) is not None:
+            tally.rows += begun.rows
+            tally.failed += begun.rows
+            tally.overdue += begun.rows
 
     def take_out(self, version: Version, now: float) -> None:
         """Take a version out of service. The previous one replaces the current one, or else the candidate does."""

@@ -6,8 +6,8 @@
 
 The flip changes one reference under the lock. Requests hold leases: those admitted before it are answered by the old version, later ones by
 the new one, and no session is closed while a lease on it is held. While the old version stays warm, a batch that fails on the new one is
-computed by it (`fallback`; `executor` does so), and so is what waits for a version that hangs. `routes` holds the versions, `in_flight`
-their batches, `rollout` the rules. Threads may share a slot.
+computed by it (`fallback`; `executor` does so), and so is what waits for a version that hangs. `routes` holds the versions, `rollout` the
+rules of a trial. Threads may share a slot.
 """
 
 from __future__ import annotations
@@ -25,7 +25,6 @@ from typing import Self
 from muntin.errors import DataError, MuntinError, VerificationError
 from muntin.runtime.session import Session
 from muntin.serving.description import IndexEntry
-from muntin.serving.in_flight import InFlight
 from muntin.serving.opening import Call, NotReadyError
 from muntin.serving.probation import Loader
 from muntin.serving.rollout import Rollout
@@ -81,7 +80,7 @@ class Slot:
         self._interrupted_at = -inf
         self._lock = Lock()  # guards the following, and all that the versions hold
         self._routes = Routes(name, rollout)
-        self._in_flight = InFlight()
+        self._asked = -inf  # when the last batch was begun or computed
 
     # ---- requests ----
 
@@ -127,9 +126,13 @@ class Slot:
 
     def begin(self, version: Version, *, rows: int, within: float = inf) -> Begun:
         """Begin a batch, which keeps its version open until `end` or `observe`. After `within` seconds it is overdue."""
+        now = self.clock()
+        begun = Begun(version, rows, now, now + within)
         with self._locked():
+            self._asked = now
             version.leases += 1
-            return self._in_flight.begin(version, rows=rows, now=self.clock(), within=within)
+            version.begun.add(begun)
+        return begun
 
     def end(self, begun: Begun) -> None:
         """End a batch. Idempotent."""
@@ -161,7 +164,7 @@ class Slot:
                 if begun.overdue:  # counted when it became overdue
                     self._settle()
                     return
-            self._in_flight.asked = self.clock()
+            self._asked = self.clock()
             if call is not None and error is None and whole:
                 version.latencies.add(call, seconds)
             elif call is not None and error is None:
@@ -192,7 +195,7 @@ class Slot:
     @property
     def busy(self) -> bool:
         """Whether a batch was begun or computed within the last second."""
-        return self.clock() - self._in_flight.asked < _BUSY_S
+        return self.clock() - self._asked < _BUSY_S
 
     def deaths(self) -> dict[str, int]:
         """Count the deaths of engines by version name, of the versions that `index` lists."""
@@ -286,15 +289,14 @@ class Slot:
             with self._lock:
                 yield
         finally:
-            if self._routes.lines or self._routes.closing or self._in_flight.stuck:
-                self._finish()
+            if self._routes.lines or self._routes.closing or self._routes.stuck:
+                self._finish(self._routes)
 
-    def _finish(self) -> None:
-        routes, in_flight = self._routes, self._in_flight
+    def _finish(self, routes: Routes) -> None:
         with self._lock:
             lines, routes.lines = routes.lines, []
             closing, routes.closing = routes.closing, []
-            stuck, in_flight.stuck = in_flight.stuck, []
+            stuck, routes.stuck = routes.stuck, []
         for session, within in stuck:
             if session.interrupt(within):
                 self._interrupted_at = self.clock()
@@ -304,11 +306,7 @@ class Slot:
             dispose(closing)
 
     def _settle(self) -> None:
-        """Count overdue batches as failed, and judge the versions on trial."""
-        now = self.clock()
-        for begun in self._in_flight.newly_overdue(self._routes.versions, now):
-            self._routes.count_overdue(begun, now)
-        self._routes.settle(now, self._in_flight.asked)
+        self._routes.settle(self.clock(), self._asked)
 
     def _lend(self, version: Version) -> Lease:
         version.leases += 1
@@ -333,7 +331,7 @@ class Slot:
                 self._routes.closing.append(opened.session)
             self._require_open()
             version.opened(opened)
-            self._routes.admit(version, self.clock(), self._in_flight.asked)
+            self._routes.admit(version, self.clock(), self._asked)
 
     def _require_open(self) -> None:
         if self._closed.is_set():
