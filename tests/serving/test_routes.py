@@ -123,15 +123,6 @@ def test_probation_passed(admit: ADMIT) -> None:
     assert routes.lines[1:] == ["version 2 takes over from 1", "version 2 stays (10 images in 0 s, 0 failed), 1 goes"]
 
 
-def test_probation_ended_by_time(admit: ADMIT) -> None:
-    routes = Routes("model", Rollout(for_seconds=30))
-    old, _ = admit(routes, "1"), admit(routes, "2")
-    routes.settle(NOW + 29, NOW)
-    assert old.open
-    routes.settle(NOW + 30, NOW)
-    assert not old.open
-
-
 def test_failure_rolls_back(admit: ADMIT) -> None:
     routes = Routes("model", Rollout())
     old, new = admit(routes, "1"), admit(routes, "2")
@@ -144,16 +135,6 @@ def test_failure_rolls_back(admit: ADMIT) -> None:
     assert new.open
     routes.give_back(new)
     assert not new.open
-
-
-def test_slowness_rolls_back(admit: ADMIT) -> None:
-    routes = Routes("model", Rollout(max_slowdown=2))
-    old = admit(routes, "1")
-    observe(routes, old, 40, seconds=0.01)
-    new = admit(routes, "2")
-    observe(routes, new, 40, seconds=0.03)
-    assert routes.current is old
-    assert "it takes 3.0 times as long" in new.reason
 
 
 def test_flip_during_probation(admit: ADMIT) -> None:
@@ -253,18 +234,6 @@ def test_trial_without_requests(admit: ADMIT) -> None:
     assert routes.current is old
 
 
-@pytest.mark.parametrize("asked", [NOW - 1, NOW + 1])
-def test_trial_ended_by_time(admit: ADMIT, asked: float) -> None:
-    """60 seconds after the last request before the trial, or after the trial's begin."""
-    routes = Routes("model", Rollout(canary=0.1, for_seconds=60))
-    old, candidate = admit(routes, "1"), admit(routes, "2")
-    end = 60 + min(asked, NOW)
-    routes.settle(end - 0.1, asked)
-    assert routes.in_service == (old, candidate)
-    routes.settle(end, asked)
-    assert routes.current is candidate
-
-
 def test_candidate_engine_gone(admit: ADMIT) -> None:
     routes = Routes("model", Rollout(canary=0.5, max_error_rate=0.5))
     old, candidate = admit(routes, "1"), admit(routes, "2")
@@ -283,13 +252,8 @@ def test_current_engine_gone_during_trial(admit: ADMIT, bounds: dict[str, float]
     routes.settle(NOW, NOW)
     assert routes.in_service == (candidate, old)
     assert routes.lines[-1] == "version 2 takes over from 1 (the engine of 1 died again and again)"
-
-
-def test_current_engine_gone_before_trial(admit: ADMIT) -> None:
-    routes = Routes("model", Rollout(canary=0.1))
-    old = admit(routes, "1")
-    old.session.alone = True  # type: ignore[attr-defined]
-    assert admit(routes, "2") is routes.current
+    candidate.session.alone = True  # type: ignore[attr-defined]
+    assert admit(routes, "3") is routes.current  # without a trial
 
 
 @pytest.mark.parametrize("may_begin_again", [False, True])

@@ -44,11 +44,7 @@ class Repository:
 
     def scan(self) -> dict[str, Path]:
         """List the versions by name, the oldest first, without opening them. Raises ArtifactError where the directory cannot be read."""
-        return self._list()[0]
-
-    def ignored(self) -> dict[str, str]:
-        """List the sub-directories and dangling links that are no versions, with the reason. Names that begin with a dot are left out."""
-        return self._list()[1]
+        return self.listing()[0]
 
     def find(self, name: str) -> Path:
         """The path of a version. Raises UnknownVersionError where no such name is listed."""
@@ -58,7 +54,11 @@ class Repository:
             raise UnknownVersionError(f"{self.path}: no version {ascii(name)[:60]}: there is {names}")
         return versions[name]
 
-    def _list(self) -> tuple[dict[str, Path], dict[str, str]]:
+    def listing(self) -> tuple[dict[str, Path], dict[str, str]]:
+        """List the versions as `scan` does, and the sub-directories and dangling links that are no versions, with the reason.
+
+        Names that begin with a dot are left out.
+        """
         versions: dict[str, Path] = {}
         ignored: dict[str, str] = {}
         try:
@@ -159,7 +159,7 @@ class Watcher:
         """
         self._slot.settle()
         try:
-            versions, ignored = self._repository.scan(), self._repository.ignored()
+            versions, ignored = self._repository.listing()
         except ArtifactError as error:
             self._report_once("", str(error))
             return None
