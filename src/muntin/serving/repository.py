@@ -134,7 +134,7 @@ class Watcher:
         self._thread = Thread(target=self._run, name="muntin-watch", daemon=True)
         self._attempts: dict[str, _Attempt] = {}
         self._reported: dict[str, str] = {}
-        self._listed: set[str] | None = None  # the names at the last look
+        self._listed: set[str] = set()  # the names at the last look
         self._newest = 0  # the highest number that has served
 
     def start(self) -> None:
@@ -167,20 +167,18 @@ class Watcher:
         self._attempts = {name: attempt for name, attempt in self._attempts.items() if name in versions}
         for name, reason in ignored.items():
             self._report_once(name, f"{self._repository.path / name}: {reason}")
-        new = set() if self._listed is None else versions.keys() - self._listed
-        self._listed = set(versions)
+        listed, self._listed = self._listed, set(versions)
         current = self._slot.current
         serving = "" if current is None else current.name
         self._newest = max(self._newest, int(serving or 0))
-        for name in new:
-            if int(name) < self._newest and name != serving:
-                self._report_once(
-                    name, f"version {name} is not loaded: {self._newest} has served: give it a higher one, or load it by name"
-                )
         for name in reversed(versions):
-            if (int(name) >= self._newest or name == serving) and not self._slot.closed and self._try(name, versions[name]):
-                self._newest = max(self._newest, int(name))
-                return name
+            if int(name) >= self._newest or name == serving:
+                if not self._slot.closed and self._try(name, versions[name]):
+                    self._newest = max(self._newest, int(name))
+                    return name
+            elif name not in listed:
+                reason = f"{self._newest} has served: give it a higher one, or load it by name"
+                self._report_once(name, f"version {name} is not loaded: {reason}")
         return None
 
     def _report_once(self, name: str, line: str) -> None:

@@ -11,7 +11,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from math import inf
 from statistics import median
-from typing import Annotated, Any, NamedTuple, Self
+from typing import Annotated, Any, Self
 
 from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, Field, model_validator
@@ -112,7 +112,12 @@ def judge(rollout: Rollout, tally: Tally, latencies: Latencies, base: Latencies,
         return Verdict(passed=False, reason=f"it does not come back with {tally.overdue} of its images: its engine hangs")
     if asked < tally.since and now - asked >= rollout.for_seconds:
         return Verdict(passed=True, reason=f"untried: nobody asked anything in the last {rollout.for_seconds:g} s")
-    over = now - tally.since >= rollout.for_seconds or (tally.rows >= rollout.for_requests and _timed(rollout, latencies, base))
+    due = now - tally.since >= rollout.for_seconds
+    # Medians take long enough to slow requests down: compare times once in `ENOUGH` batches, or when there are enough images.
+    compared = due or tally.rows >= rollout.for_requests or tally.batches % ENOUGH == 0
+    slowdown = compare_latencies(latencies, base, least=FEW if due else ENOUGH) if compared else None
+    timed = slowdown is not None or rollout.max_slowdown == inf or not base.calls  # without requests it has no times to compare with
+    over = due or (tally.rows >= rollout.for_requests and timed)
     # Before the end only failures count that good images could not make up for.
     if tally.failed > rollout.max_error_rate * (tally.rows if over else max(tally.rows, rollout.for_requests)):
         why = f": {tally.why}" if tally.why else ""
@@ -122,8 +127,6 @@ def judge(rollout: Rollout, tally: Tally, latencies: Latencies, base: Latencies,
         agreement = tally.agreed / tally.compared
         if agreement < rollout.min_agreement:
             return Verdict(passed=False, reason=f"it agrees on {agreement:.1%} of the labels (needed: {rollout.min_agreement:.1%})")
-    # Medians take long enough to slow requests down: compare once in `ENOUGH` batches.
-    slowdown = compare_latencies(latencies, base, least=FEW if over else ENOUGH) if over or tally.batches % ENOUGH == 0 else None
     if slowdown is not None and slowdown > rollout.max_slowdown:
         return Verdict(passed=False, reason=f"it takes {slowdown:.1f} times as long (allowed: {rollout.max_slowdown:g})")
     if not over:
@@ -131,41 +134,27 @@ def judge(rollout: Rollout, tally: Tally, latencies: Latencies, base: Latencies,
     return Verdict(passed=True, reason=f"{tally.rows} images in {now - tally.since:.0f} s, {tally.failed} failed")
 
 
-def _timed(rollout: Rollout, latencies: Latencies, base: Latencies) -> bool:
-    """Whether enough batches were timed. A predecessor without requests has no times to compare with."""
-    return rollout.max_slowdown == inf or not base.calls or sum(pair.batches for pair in _comparable(latencies, base)) >= ENOUGH
-
-
-class _Pair(NamedTuple):
-    """Times of comparable calls: `batches` of each. Ours may take `factor` times as long as theirs."""
-
-    ours: tuple[float, ...]
-    theirs: tuple[float, ...]
-    factor: float
-
-    @property
-    def batches(self) -> int:
-        return min(len(self.ours), len(self.theirs))
-
-
-def _comparable(latencies: Latencies, base: Latencies) -> list[_Pair]:
-    """Pair the kinds of calls that both have `FEW` times of; without any, each of ours with the next larger one, or the largest."""
-    ours, theirs = ([call for call, count in times.calls.items() if count >= FEW] for times in (latencies, base))
-    pairs = [(call, call) for call in ours if call in theirs]
-    if not pairs:
-        theirs.sort(key=lambda call: call.pixels)
-        for call in ours:
-            alike = [other for other in theirs if other.labels == call.labels]
-            pairs += [(call, next((other for other in alike if other.pixels >= call.pixels), alike[-1]))] if alike else []
-    return [_Pair(latencies.of(call), base.of(other), max(1.0, call.pixels / other.pixels)) for call, other in pairs]
-
-
 def compare_latencies(latencies: Latencies, base: Latencies, *, least: int = ENOUGH) -> float | None:
-    """Compute how many times as long batches take as comparable ones of `base`; None before `least` batches can be compared."""
-    pairs = _comparable(latencies, base)
-    ours = sum(pair.batches * median(pair.ours) for pair in pairs)
-    theirs = sum(pair.batches * pair.factor * median(pair.theirs) for pair in pairs)
-    return ours / theirs if sum(pair.batches for pair in pairs) >= least and theirs > 0 else None
+    """Compute how many times as long batches take as comparable ones of `base`; None before `least` batches can be compared.
+
+    Compares the kinds of calls that both have `FEW` times of; without any, each kind with the next larger one of `base`, or with the
+    largest, in proportion to their pixels.
+    """
+    calls, base_calls = ([call for call, count in times.calls.items() if count >= FEW] for times in (latencies, base))
+    pairs = [(call, call) for call in calls if call in base_calls]
+    if not pairs:
+        base_calls.sort(key=lambda call: call.pixels)
+        for call in calls:
+            alike = [other for other in base_calls if other.labels == call.labels]
+            pairs += [(call, next((other for other in alike if other.pixels >= call.pixels), alike[-1]))] if alike else []
+    batches, ours, theirs = 0, 0.0, 0.0
+    for call, other in pairs:
+        times, base_times = latencies.of(call), base.of(other)
+        count = min(len(times), len(base_times))
+        batches += count
+        ours += count * median(times)
+        theirs += count * median(base_times) * max(1.0, call.pixels / other.pixels)
+    return ours / theirs if batches >= least and theirs > 0 else None
 
 
 def label_agreement(answer: NDArray[Any], shadow: NDArray[Any], signature: Signature, *, labels: bool) -> float | None:

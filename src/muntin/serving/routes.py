@@ -224,14 +224,14 @@ class Routes:
 
     def fail(self, version: Version, reason: str) -> None:
         version.state, version.reason = "failed", plain(reason)
-        self.close_unused(version)
+        self._close_unused(version)
 
     def give_back(self, version: Version) -> None:
         """Give back one lease, and close a version that was waiting for its last one."""
         version.leases -= 1
-        self.close_unused(version)
+        self._close_unused(version)
 
-    def close_unused(self, version: Version) -> None:
+    def _close_unused(self, version: Version) -> None:
         if version.leases or version.state not in ("draining", "failed"):
             return
         if (session := version.close()) is not None:
@@ -278,4 +278,4 @@ class Routes:
 
     def _drain(self, version: Version) -> None:
         version.state = "draining"
-        self.close_unused(version)
+        self._close_unused(version)
