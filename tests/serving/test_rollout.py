@@ -60,15 +60,15 @@ def test_length_of_a_trial() -> None:
 def test_trial_without_requests() -> None:
     rollout = Rollout(canary=0.1, for_seconds=60)
 
-    def asked(when: float, now: float) -> Any:
-        return judge(rollout, Tally(since=10.0), Latencies(), Latencies(), now=now, asked=when)
+    def judged(when: float, now: float) -> Any:
+        return judge(rollout, Tally(since=10.0), Latencies(), Latencies(), now=now, active_at=when)
 
-    assert asked(-inf, 10.0).reason == "untried: nobody asked anything in the last 60 s"
-    assert asked(-50.0, 10.0).passed
-    assert asked(-40.0, 19.9) is None
-    assert asked(-40.0, 20.0).passed
-    assert asked(11.0, 69.9) is None
-    assert asked(11.0, 70.0).reason == "0 images in 60 s, 0 failed"
+    assert judged(-inf, 10.0).reason == "untried: nobody asked anything in the last 60 s"
+    assert judged(-50.0, 10.0).passed
+    assert judged(-40.0, 19.9) is None
+    assert judged(-40.0, 20.0).passed
+    assert judged(11.0, 69.9) is None
+    assert judged(11.0, 70.0).reason == "0 images in 60 s, 0 failed"
 
 
 def test_failures() -> None:

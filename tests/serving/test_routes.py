@@ -24,11 +24,11 @@ ADMIT = Callable[..., Version]
 def admit(shelf: Any) -> ADMIT:
     """`admit(routes, name)`: loads a version at the time `NOW`, a second after the last request."""
 
-    def load(routes: Routes, name: str, *, now: float = NOW, asked: float = NOW - 1) -> Version:
+    def load(routes: Routes, name: str, *, now: float = NOW, active_at: float = NOW - 1) -> Version:
         version, path = Version(name=name, path=Path(name)), Path(name)
         version.opened(shelf.open(path, {}, shelf.probe(path, {}, lambda: False), lambda: False))
         routes.add(version)
-        routes.admit(version, now, asked)
+        routes.admit(version, now, active_at)
         return version
 
     return load
@@ -228,7 +228,7 @@ def test_shadow_agreement(admit: ADMIT) -> None:
 
 def test_trial_without_requests(admit: ADMIT) -> None:
     routes = Routes("model", Rollout(canary=0.1, for_seconds=60))
-    old, new = admit(routes, "1", asked=-inf), admit(routes, "2", asked=NOW - 60)
+    old, new = admit(routes, "1", active_at=-inf), admit(routes, "2", active_at=NOW - 60)
     assert routes.lines[1:] == ["version 2 takes over from 1 (untried: nobody asked anything in the last 60 s)"]
     observe(routes, new, error=RuntimeError())
     assert routes.current is old
@@ -260,7 +260,7 @@ def test_current_engine_gone_during_trial(admit: ADMIT, bounds: dict[str, float]
 def test_current_engine_gone_beside_previous(admit: ADMIT, may_begin_again: bool) -> None:
     """The previous version, which has proved itself, comes before a candidate."""
     routes = Routes("model", Rollout(canary=0.5))
-    previous, current = admit(routes, "1", asked=-inf), admit(routes, "2", asked=-inf)
+    previous, current = admit(routes, "1", active_at=-inf), admit(routes, "2", active_at=-inf)
     candidate = admit(routes, "3")
     current.session.gone, current.session.alone = True, not may_begin_again  # type: ignore[attr-defined]
     routes.settle(NOW, NOW)
@@ -270,8 +270,8 @@ def test_current_engine_gone_beside_previous(admit: ADMIT, may_begin_again: bool
 
 def test_trial_restarts_beside_another_version(admit: ADMIT) -> None:
     routes = Routes("model", Rollout(shadow=1.0))
-    admit(routes, "1", asked=-inf)
-    wrong = admit(routes, "2", asked=-inf)
+    admit(routes, "1", active_at=-inf)
+    wrong = admit(routes, "2", active_at=-inf)
     candidate = admit(routes, "3")
     for _ in range(ENOUGH - 1):
         routes.compare(candidate, 1, 0.0)

@@ -83,7 +83,7 @@ class Verdict:
     reason: str
 
 
-def judge_version(rollout: Rollout, tally: Tally, version: Version, base: Version, *, now: float, asked: float = inf) -> Verdict | None:
+def judge_version(rollout: Rollout, tally: Tally, version: Version, base: Version, *, now: float, active_at: float = inf) -> Verdict | None:
     """Judge a version beside its predecessor `base` by their engines, then by its counts (`judge`). None: the trial goes on.
 
     A version whose engine is gone fails where `base` can answer, unless the engine of `base` died during the trial as well: then the images
@@ -95,7 +95,7 @@ def judge_version(rollout: Rollout, tally: Tally, version: Version, base: Versio
     if base.dead:
         over = now - tally.since >= rollout.for_seconds
         return Verdict(passed=True, reason=f"the engine of {base.name} died again and again") if over else None
-    verdict = judge(rollout, tally, version.latencies, base.latencies, now=now, asked=asked)
+    verdict = judge(rollout, tally, version.latencies, base.latencies, now=now, active_at=active_at)
     if verdict is not None and verdict.passed:
         tally.passed_at = min(tally.passed_at, now)
         if any(begun.at <= tally.passed_at for begun in version.begun):
@@ -103,14 +103,14 @@ def judge_version(rollout: Rollout, tally: Tally, version: Version, base: Versio
     return verdict
 
 
-def judge(rollout: Rollout, tally: Tally, latencies: Latencies, base: Latencies, *, now: float, asked: float = inf) -> Verdict | None:
+def judge(rollout: Rollout, tally: Tally, latencies: Latencies, base: Latencies, *, now: float, active_at: float = inf) -> Verdict | None:
     """Judge a version by its counts and times. None: the trial goes on. `base`: the times of its predecessor.
 
-    `asked`: when the last batch was begun or computed. A trial without any request, of which the last came `for_seconds` ago, is over.
+    `active_at`: when the last batch was begun or computed. If that is `for_seconds` ago and before the trial, the trial is over.
     """
     if tally.overdue:  # whatever share of images may fail: every overdue batch keeps a thread
         return Verdict(passed=False, reason=f"it does not come back with {tally.overdue} of its images: its engine hangs")
-    if asked < tally.since and now - asked >= rollout.for_seconds:
+    if active_at < tally.since and now - active_at >= rollout.for_seconds:
         return Verdict(passed=True, reason=f"untried: nobody asked anything in the last {rollout.for_seconds:g} s")
     due = now - tally.since >= rollout.for_seconds
     # Medians take long enough to slow requests down: compare times once in `ENOUGH` batches, or when there are enough images.

@@ -163,21 +163,21 @@ class Routes:
         kept = [one for one in past if one.name != version.name][-HISTORY:]
         self.versions = [one for one in self.versions if one not in past or one in kept] + [version]
 
-    def admit(self, version: Version, now: float, asked: float) -> None:
+    def admit(self, version: Version, now: float, active_at: float) -> None:
         """Put an open version on trial where the rollout says so; otherwise make it the current one."""
-        self.settle(now, asked)
+        self.settle(now, active_at)
         if self.current is None or self.engines_gone or not self.rollout.tried:
             self._flip(version, "", now)
             return
         self.candidate, self.trial = version, Tally(since=now, base_deaths=self.current.session.deaths)
         beside = self.current.name
-        self.settle(now, asked)
+        self.settle(now, active_at)
         if self.candidate is version:
             bounds = f"until {self.rollout.for_requests} images, {self.rollout.for_seconds:g} s at most"
             self.lines.append(f"version {version.name} is on trial beside {beside}: {bounds}")
 
-    def settle(self, now: float, asked: float) -> None:
-        """Judge the current version, then the candidate, where they are on trial. `asked`: when the last batch was begun or computed."""
+    def settle(self, now: float, active_at: float) -> None:
+        """Judge the current version, then the candidate, where they are on trial. `active_at`: when the last batch was begun or computed."""
         for version in self.versions:
             if death := version.new_death():
                 self.lines.append(f"version {version.name}: {death}")
@@ -192,7 +192,7 @@ class Routes:
             if self.engines_gone and self.candidate.able:
                 verdict = Verdict(passed=True, reason=f"the engine of {self.current.name} died again and again")
             else:
-                verdict = judge_version(self.rollout, self.trial, self.candidate, self.current, now=now, asked=asked)
+                verdict = judge_version(self.rollout, self.trial, self.candidate, self.current, now=now, active_at=active_at)
             if verdict is not None:
                 self._end_trial(self.candidate, verdict, now)
 

@@ -80,7 +80,7 @@ class Slot:
         self._interrupted_at = -inf
         self._lock = Lock()  # guards the following, and all that the versions hold
         self._routes = Routes(name, rollout)
-        self._asked = -inf  # when the last batch was begun or computed
+        self._active_at = -inf  # when the last batch was begun or computed
 
     # ---- requests ----
 
@@ -129,7 +129,7 @@ class Slot:
         now = self.clock()
         begun = Begun(version, rows, now, now + within)
         with self._locked():
-            self._asked = now
+            self._active_at = now
             version.leases += 1
             version.begun.add(begun)
         return begun
@@ -164,7 +164,7 @@ class Slot:
                 if begun.overdue:  # counted when it became overdue
                     self._settle()
                     return
-            self._asked = self.clock()
+            self._active_at = self.clock()
             if call is not None and error is None and whole:
                 version.latencies.add(call, seconds)
             elif call is not None and error is None:
@@ -195,7 +195,7 @@ class Slot:
     @property
     def busy(self) -> bool:
         """Whether a batch was begun or computed within the last second."""
-        return self.clock() - self._asked < _BUSY_S
+        return self.clock() - self._active_at < _BUSY_S
 
     def deaths(self) -> dict[str, int]:
         """Count the deaths of engines by version name, of the versions that `index` lists."""
@@ -306,7 +306,7 @@ class Slot:
             dispose(closing)
 
     def _settle(self) -> None:
-        self._routes.settle(self.clock(), self._asked)
+        self._routes.settle(self.clock(), self._active_at)
 
     def _lend(self, version: Version) -> Lease:
         version.leases += 1
@@ -322,16 +322,16 @@ class Slot:
             self._routes.give_back(begun.version)
 
     def _open(self, version: Version, lately: Mapping[Call, int]) -> None:
-        found = self._loader.probe(version.path, lately, self._closed.is_set)
+        probed = self._loader.probe(version.path, lately, self._closed.is_set)
         with self._locked():
-            self._routes.require_contract(version, found.signature, other_classes=self._other_classes)
-        opened = self._loader.open(version.path, lately, found, self._closed.is_set)
+            self._routes.require_contract(version, probed.signature, other_classes=self._other_classes)
+        opened = self._loader.open(version.path, lately, probed, self._closed.is_set)
         with self._locked():
             if self._closed.is_set():
                 self._routes.closing.append(opened.session)
             self._require_open()
             version.opened(opened)
-            self._routes.admit(version, self.clock(), self._asked)
+            self._routes.admit(version, self.clock(), self._active_at)
 
     def _require_open(self) -> None:
         if self._closed.is_set():

@@ -1,4 +1,4 @@
-"""A version: one artefact, its session, who uses it and how long its calls take.
+"""A version: one artefact, its session, the leases on it and the times of its calls.
 
     loading -> ready -> draining -> unloaded
        |         |
