@@ -177,7 +177,7 @@ class Routes:
             self.lines.append(f"version {version.name} is on trial beside {beside}: {bounds}")
 
     def settle(self, now: float, active_at: float) -> None:
-        """Judge the current version, then the candidate, where they are on trial. `active_at`: when the last batch was begun or computed."""
+        """Judge the current version, then the candidate, where they are on trial. `active_at`: as of `judge`."""
         for version in self.versions:
             if death := version.new_death():
                 self.lines.append(f"version {version.name}: {death}")

@@ -233,11 +233,11 @@ class Slot:
             try:
                 self._open(version, lately)
                 self._await_verdict(version)
-            except BaseException as error:
+            except Exception as error:
                 with self._locked():
                     if version.state == "loading":
                         self._routes.fail(version, str(error) or type(error).__name__)
-                if isinstance(error, MuntinError) or not isinstance(error, Exception):
+                if isinstance(error, MuntinError):
                     raise
                 raise VerificationError(f"{path}: it cannot be opened here ({type(error).__name__}: {first_line(error)})") from error
             return version
