@@ -90,7 +90,7 @@ def judge_version(rollout: Rollout, tally: Tally, version: Version, base: Versio
     may be the cause. Beside a `base` whose engine is gone no version fails. A version passes only after the batches that it began before.
     """
     if not version.able:
-        replaceable = base.able and not base.dead and base.session.deaths == tally.base_deaths
+        replaceable = base.able and not base.dead and base.deaths == tally.base_deaths
         return Verdict(passed=False, reason="its engine died again and again, or could not be begun again") if replaceable else None
     if base.dead:
         over = now - tally.since >= rollout.for_seconds

@@ -169,7 +169,7 @@ class Routes:
         if self.current is None or self.engines_gone or not self.rollout.tried:
             self._flip(version, "", now)
             return
-        self.candidate, self.trial = version, Tally(since=now, base_deaths=self.current.session.deaths)
+        self.candidate, self.trial = version, Tally(since=now, base_deaths=self.current.deaths)
         beside = self.current.name
         self.settle(now, active_at)
         if self.candidate is version:
@@ -250,7 +250,7 @@ class Routes:
             self.previous = old
         else:
             self._drain(old)  # it was on probation itself: the one before it is safer
-        self.probation = Tally(since=now, base_deaths=self.previous.session.deaths)
+        self.probation = Tally(since=now, base_deaths=self.previous.deaths)
         self.settle(now, inf)
 
     def _end_trial(self, candidate: Version, verdict: Verdict, now: float) -> None:
@@ -274,7 +274,7 @@ class Routes:
     def _restart_trial(self, now: float) -> None:
         """Begin the candidate's trial anew beside another current version: comparisons with the one before say nothing now."""
         if self.trial is not None and self.current is not None:
-            self.trial = Tally(since=now, base_deaths=self.current.session.deaths)
+            self.trial = Tally(since=now, base_deaths=self.current.deaths)
 
     def _drain(self, version: Version) -> None:
         version.state = "draining"
