@@ -20,8 +20,8 @@ from onnx import TensorProto, helper, numpy_helper
 from muntin.artifact import ClassInfo, GoldenTolerance, LayerRecord, Signature, open_artifact, write_artifact
 from muntin.errors import MuntinError
 from muntin.runtime.session import ExecutedLayer, Session
+from muntin.serving.opening import Call, Opened, Opening
 from muntin.serving.probation import ArtifactLoader, Probation
-from muntin.serving.version import Call, Opened, Opening
 
 NAMES = ("sea", "field", "roof", "road", "tree")
 

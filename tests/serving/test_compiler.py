@@ -12,11 +12,12 @@ import pytest
 
 from muntin.serving import compiler as module
 from muntin.serving.compiler import COMPILED, OFTEN, Compiler
+from muntin.serving.opening import Call, Opening, TookTooLongError
 from muntin.serving.probation import ArtifactLoader
 from muntin.serving.rollout import Rollout
 from muntin.serving.scheduling import Demand
 from muntin.serving.slot import Slot
-from muntin.serving.version import Call, Opening, TookTooLongError, Version
+from muntin.serving.version import Version
 
 OPENING = Opening(threads=1, dynamic=True)
 

@@ -34,12 +34,12 @@ from muntin.serving.engine_process import DEATHS, EngineProcess, can_open_apart,
 from muntin.serving.engine_start import Running
 from muntin.serving.executor import TILE, Executor, Group, Work
 from muntin.serving.latency import LatencyModel
+from muntin.serving.opening import Call, EngineDiedError, NotReadyError, Opening, OutOfMemoryError, TookTooLongError, open_version
 from muntin.serving.probation import ArtifactLoader
 from muntin.serving.rollout import Rollout
 from muntin.serving.runner import Runner
 from muntin.serving.scheduling import Standing, take_short_turns
 from muntin.serving.slot import Slot
-from muntin.serving.version import Call, EngineDiedError, NotReadyError, Opening, OutOfMemoryError, TookTooLongError, open_version
 
 pytestmark = pytest.mark.skipif(not can_open_apart(), reason="files cannot be handed to another process here")
 LINUX = sys.platform.startswith("linux")
@@ -361,7 +361,7 @@ ORPHAN = """
 import os, sys
 from pathlib import Path
 from muntin.serving.engine_process import open_apart
-from muntin.serving.version import Opening
+from muntin.serving.opening import Opening
 opened = open_apart(Path(sys.argv[1]), Opening(threads=1), [], rest=0.0, seconds=60.0, stopped=lambda: False)
 print(*opened.session.process_ids, flush=True)
 os._exit(0)
@@ -671,7 +671,7 @@ def test_a_picture_that_the_kernel_ends_the_engine_for_is_computed_in_tiles(
         assert work.recovered == f"in tiles of {TILE} pixels"
         assert bounded.deaths == deaths
     assert bounded.last_death == "the process of its engine has ended (signal 9, Killed: out of memory)"
-    assert slot.current.latencies.examples == {}  # a new version is not asked to compute it in one piece
+    assert slot.current.latencies.calls == {}  # a new version is not asked to compute it in one piece
     small = images_of(1, 2, 8, 8)
     labels, work = asked(runner, slot, small)
     np.testing.assert_array_equal(labels, small.argmax(3))

@@ -18,10 +18,11 @@ from muntin.runtime.session import ExecutedLayer, Session
 from muntin.serving.batcher import Batch, Job
 from muntin.serving.compiler import Compiler
 from muntin.serving.executor import SHORT_S, Executor, Group, Shortages, Work, no_memory
+from muntin.serving.opening import Call, Opening, OutOfMemoryError
 from muntin.serving.rollout import Rollout
 from muntin.serving.runner import AgainError
 from muntin.serving.slot import Slot
-from muntin.serving.version import Call, Opening, OutOfMemoryError, Version
+from muntin.serving.version import Version
 
 CLASSES = tuple(ClassInfo(name=name, color=(0, 0, 0)) for name in ("a", "b", "c", "d"))
 
@@ -144,8 +145,7 @@ def test_without_memory_for_an_image_it_is_computed_in_tiles(serving: Any, label
         np.testing.assert_allclose(answer, wanted, atol=1e-3)
     assert {job.payload.recovered for job in batch.jobs} == {"in tiles of 17 pixels"}
     assert (executor.recoveries.rows, executor.recoveries.tiles) == (1, 3)
-    assert list(slot.current.latencies.calls) == [Call((3, 30, 34), labels)]  # it counts as computed
-    assert slot.current.latencies.examples == {}  # but no other version is asked to do it in one call
+    assert slot.current.latencies.calls == {}  # no other version is warmed up for it
 
 
 def test_what_was_too_much_is_not_tried_again_for_a_while(serving: Any) -> None:
@@ -318,7 +318,7 @@ def test_what_was_computed_in_parts_is_no_example_for_another_version(serving: A
     for rows in (1, 3):
         batch = batch_of(slot, [images_of(rows, 1)], labels=True)
         executor(batch)
-    assert noted == list(slot.current.latencies.examples) == [Call((1, 6, 5), True)]
+    assert noted == list(slot.current.latencies.calls) == [Call((1, 6, 5), True)]
 
 
 def test_a_picture_that_cannot_be_computed_in_parts_is_refused(serving: Any) -> None:

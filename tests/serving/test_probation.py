@@ -22,9 +22,9 @@ from onnx import TensorProto, helper, numpy_helper
 from muntin.artifact import open_artifact
 from muntin.errors import ArtifactError, DataError, MuntinError, RecipeError, VerificationError
 from muntin.runtime.cache import cache_folder
+from muntin.serving.opening import Call, NotReadyError, Opening
 from muntin.serving.probation import ArtifactLoader, Limits, Probation, examine, probe
 from muntin.serving.scheduling import Demand
-from muntin.serving.version import Call, NotReadyError, Opening
 
 OPENING = Opening(threads=1, calls=(Call((1, 8, 8)),))
 LABELS = Call((2, 4, 4), labels=True)

@@ -1,4 +1,4 @@
-"""Which outputs go back, and an output as its best classes."""
+"""The requested outputs, and an output as its best classes."""
 
 from __future__ import annotations
 
@@ -27,26 +27,26 @@ RESPONSE = InferResponse(
 )
 
 
-def test_all_outputs_when_none_is_asked_for() -> None:
+def test_all_outputs() -> None:
     for binary in (True, False):
         selected = select(RESPONSE, (), binary_default=binary)
         assert [(item.name, item.binary) for item in selected] == [("scores", binary), ("labels", binary)]
 
 
-def test_those_asked_for_in_their_order_and_form() -> None:
-    wanted = (RequestedOutput(name="labels", binary=True), RequestedOutput(name="scores", classification=1))
-    labels, scores = select(RESPONSE, wanted, binary_default=True)
+def test_requested_outputs() -> None:
+    requested = (RequestedOutput(name="labels", binary=True), RequestedOutput(name="scores", classification=1))
+    labels, scores = select(RESPONSE, requested, binary_default=True)
     assert (labels.name, labels.binary) == ("labels", True)
     assert labels.data is RESPONSE.outputs[1].data
     assert (scores.name, scores.binary, scores.data.tolist()) == ("scores", False, [[b"3.0:1"]])
 
 
-def test_an_output_that_the_model_does_not_give() -> None:
+def test_unknown_output() -> None:
     with pytest.raises(ProtocolError, match="output 'mask': model m gives scores, labels"):
         select(RESPONSE, (RequestedOutput(name="mask"),), binary_default=True)
 
 
-def test_the_example_of_the_extension() -> None:
+def test_example_of_the_extension() -> None:
     scores = np.float32([1.1, 3.3, 0.5, 2.4])
     assert best_classes(output(scores), 2).tolist() == [b"3.3:1", b"2.4:3"]
     labels = [f"index_{index}_label" for index in range(4)]
@@ -72,25 +72,25 @@ def test_best_classes(values: Any, count: int, expected: list[Any]) -> None:
 
 
 @pytest.mark.parametrize("kind", ["f2", "f4", "f8", ">f4"])
-def test_a_value_has_as_many_digits_as_tell_it_from_its_neighbours(kind: str) -> None:
+def test_digits_of_values(kind: str) -> None:
     values = np.array([3.3, 1e-5, -2.5e-3, 16777216 if kind != "f2" else 2048, 0.1 + 0.2], kind)
     for text in best_classes(output(values), 9):
         digits, index = text.decode().split(":")
         assert Decimal(digits) == Decimal(str(values[int(index)]))  # numpy's are the fewest
 
 
-def test_labels_end_where_the_model_has_no_more() -> None:
+def test_fewer_labels_than_classes() -> None:
     assert best_classes(output(np.uint8([1, 2]), "first"), 2).tolist() == [b"2:1", b"1:0:first"]
 
 
 @settings(deadline=None)
 @given(hnp.arrays(st.sampled_from([np.float32, np.int16, np.uint8]), st.integers(1, 30), elements=st.integers(0, 9)), st.integers(1, 40))
-def test_the_order_is_that_of_a_whole_sort(values: Any, count: int) -> None:
+def test_order_of_classes(values: Any, count: int) -> None:
     plain = sorted(range(len(values)), key=lambda index: (-int(values[index]), index))[:count]
     assert [int(text.split(b":")[1]) for text in best_classes(output(values), count)] == plain
 
 
 @pytest.mark.parametrize("values", [np.array([True]), np.array([b"a"], object)])
-def test_what_has_no_order_has_no_best_classes(values: Any) -> None:
+def test_classes_of_no_numbers(values: Any) -> None:
     with pytest.raises(ProtocolError, match="of numbers only"):
         best_classes(output(values), 1)

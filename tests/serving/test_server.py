@@ -38,13 +38,13 @@ from muntin.errors import ArtifactError, DataError
 from muntin.runtime.images import encode_png
 from muntin.serving.config import Bounds, ServeConfig
 from muntin.serving.executor import Executor
+from muntin.serving.opening import Call, NotReadyError
 from muntin.serving.outputs import CLASSES
 from muntin.serving.pictures import Pictures
 from muntin.serving.probation import ArtifactLoader
 from muntin.serving.repository import Watcher
 from muntin.serving.rollout import Rollout
 from muntin.serving.server import Server, largest_request
-from muntin.serving.version import Call, NotReadyError
 
 # geventhttpclient, which tritonclient's HTTP client is built on, warns of its own imports and leaves sockets to the collector
 pytestmark = pytest.mark.filterwarnings("ignore::ResourceWarning", "ignore::DeprecationWarning")

@@ -192,7 +192,7 @@ def trying(service: Service, wait_until: Any) -> Iterator[list[str]]:
 
     thread = threading.Thread(target=load)
     thread.start()
-    wait_until(lambda: len(service.slot.index()) == 2 and service.slot.index()[1].state == "ready")
+    wait_until(lambda: len(service.slot.index()) == 2 and service.slot.index()[1].state == "READY")
     try:
         yield outcome
     finally:
@@ -209,7 +209,7 @@ def test_a_candidate_is_compared_with_what_the_current_version_answers(shelf: An
 
     async def try_it() -> None:
         with made(shelf, rollout) as service, trying(service, wait_until) as outcome:
-            trial = service.slot._trial
+            trial = service.slot._routes.trial
             assert trial is not None
             assert {await ask(service, "2") for _ in range(10)} == {"2"}
             answered: list[str] = []

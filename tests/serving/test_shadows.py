@@ -1,9 +1,11 @@
-"""A candidate beside the one that serves, whatever its engine does. What it is judged by is in `test_rollout`."""
+"""Shadows beside the requests, also where the candidate hangs. The rules of a trial are in `test_rollout`."""
 
 from __future__ import annotations
 
 import threading
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -16,15 +18,15 @@ from muntin.serving.metrics import Metrics
 from muntin.serving.rollout import Rollout
 from muntin.serving.shadows import SHADOWS, Shadows
 from muntin.serving.slot import Slot
+from muntin.serving.version import Version
 
 IMAGES = np.zeros((1, 8, 8, 3), np.uint8)
 
 
-def begin_trial(slot: Slot, name: str, wait_until: Any) -> tuple[threading.Thread, list[str]]:
-    """Loads a version on a thread of its own; what that raised is put into the list."""
+@contextmanager
+def trial(slot: Slot, name: str, wait_until: Any) -> Iterator[tuple[Version, list[str]]]:
+    """Load a version on another thread. Yields the candidate, and a list for the error of the load."""
     outcome: list[str] = []
-    assert slot.current is not None
-    slot.observe(slot.current, seconds=0.001, rows=1)  # beside a version that nobody asks there is no trial
 
     def load() -> None:
         try:
@@ -32,88 +34,62 @@ def begin_trial(slot: Slot, name: str, wait_until: Any) -> tuple[threading.Threa
         except MuntinError as error:
             outcome.append(str(error))
 
+    slot.observe(slot.open[0], seconds=0.001, rows=1)  # without requests there is no trial
     thread = threading.Thread(target=load)
     thread.start()
     wait_until(lambda: any(entry.reason.startswith("candidate") and entry.version == name for entry in slot.index()))
-    return thread, outcome
+    with slot.lease(name) as lease:
+        candidate = lease.version
+    yield candidate, outcome
+    thread.join(20)
 
 
-def test_a_candidate_that_hangs_is_refused_and_keeps_neither_the_next_one_nor_the_end(
-    shelf: Any, wait_until: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("muntin.serving.shadows.JOIN_S", 0.05)
-    slot = Slot("m", shelf, rollout=Rollout(shadow=1.0, for_seconds=0.2, for_requests=3))
-    executor, metrics = Executor(slot), Metrics()
-    shadows = Shadows(slot, executor, metrics)
-    current = slot.load(Path("1"), "1")
+def cast(slot: Slot, shadows: Shadows, current: Version, count: int = 1) -> None:
     answer = current.session.labels(IMAGES)
-    free = threading.Event()
-
-    def cast(count: int) -> None:
-        for _ in range(count):
-            slot.observe(current, seconds=0.001, rows=1)
-            work = Work(images=IMAGES, lease=slot.lease(), by=current, within=0.5, whole=(IMAGES, answer))
+    for _ in range(count):
+        slot.observe(current, seconds=0.001, rows=1)
+        with slot.lease() as lease:
+            work = Work(images=IMAGES, lease=lease, by=current, within=0.5, whole=(IMAGES, answer))
             shadows.cast(work, labels=True)
-            shadows.cast(work, labels=True)  # its batch had its turn
-            work.lease.release()
+            shadows.cast(work, labels=True)  # a batch is cast once
 
-    thread, outcome = begin_trial(slot, "2", wait_until)
-    with slot.lease("2") as lease:
-        lease.version.session._infer = lambda images: free.wait(60)  # type: ignore[method-assign, assignment, return-value]
-        hanging = lease.version
-    cast(SHADOWS + 1)
-    assert b"muntin_shadow_skipped_total 1.0" in metrics.render()
-    thread.join(20)
+
+def test_candidate_that_hangs(shelf: Any, wait_until: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is refused, and delays neither the next candidate nor the end."""
+    monkeypatch.setattr("muntin.serving.shadows.JOIN_S", 0.05)
+    slot, metrics, free = Slot("m", shelf, rollout=Rollout(shadow=1.0, for_seconds=0.2, for_requests=3)), Metrics(), threading.Event()
+    shadows, current = Shadows(slot, Executor(slot), metrics), slot.load(Path("1"), "1")
+    with trial(slot, "2", wait_until) as (hanging, outcome):
+        hanging.session._infer = lambda images: free.wait(60)  # type: ignore[method-assign, assignment, return-value]
+        cast(slot, shadows, current, SHADOWS + 1)
+        assert b"muntin_shadow_skipped_total 1.0" in metrics.render()
     assert "its engine hangs" in outcome[0]
-    thread, outcome = begin_trial(slot, "3", wait_until)
-    cast(1)
-    wait_until(lambda: not shadows.pending)
-    with slot.lease("3") as lease:
-        lease.version.session._infer = lambda images: free.wait(60)  # type: ignore[method-assign, assignment, return-value]
-    cast(1)
-    started = time.monotonic()
-    shadows.close()
-    assert time.monotonic() - started < 10
-    slot.close()
-    thread.join(20)
+    with trial(slot, "3", wait_until) as (candidate, _):
+        cast(slot, shadows, current)
+        wait_until(lambda: not shadows.pending)
+        candidate.session._infer = lambda images: free.wait(60)  # type: ignore[method-assign, assignment, return-value]
+        cast(slot, shadows, current)
+        started = time.monotonic()
+        shadows.close()
+        assert time.monotonic() - started < 10
+        slot.close()
     free.set()
     wait_until(lambda: not hanging.open)
 
 
-def test_what_shadows_hold_is_bounded_in_bytes_and_given_back_where_there_is_no_thread(
-    shelf: Any, wait_until: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("muntin.serving.shadows.SHADOW_BYTES", IMAGES.nbytes)
-    slot = Slot("m", shelf, rollout=Rollout(shadow=1.0, for_seconds=60.0, for_requests=3))
-    metrics = Metrics()
-    shadows = Shadows(slot, Executor(slot), metrics)
-    current = slot.load(Path("1"), "1")
-    answer = current.session.labels(IMAGES)
-    thread, _ = begin_trial(slot, "2", wait_until)
-    let_go = threading.Event()
-    with slot.lease("2") as lease:
-        candidate = lease.version
-    infer = candidate.session._infer
-    candidate.session._infer = lambda images: infer(images) if let_go.wait(60) else images  # type: ignore[method-assign, assignment, return-value]
-
-    def cast() -> None:
-        with slot.lease() as held:
-            shadows.cast(Work(images=IMAGES, lease=held, by=current, whole=(IMAGES, answer)), labels=True)
-
-    cast()  # alone, whatever it holds
-    assert shadows.pending == 1
-    cast()
-    assert (shadows.pending, candidate.leases) == (1, 2)  # a lease, and what is begun
-    let_go.set()
-    wait_until(lambda: not shadows.pending)
+def test_shadow_without_threads(shelf: Any, wait_until: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    slot, metrics = Slot("m", shelf, rollout=Rollout(shadow=1.0, for_requests=3)), Metrics()
+    shadows, current = Shadows(slot, Executor(slot), metrics), slot.load(Path("1"), "1")
 
     def none(*_: Any) -> None:
         raise RuntimeError("can't start new thread")
 
-    monkeypatch.setattr(shadows._threads, "submit", none)
-    cast()
-    wait_until(lambda: candidate.leases == 0)
-    assert b"muntin_shadow_skipped_total 2.0" in metrics.render()
-    shadows.close()
-    slot.close()
-    thread.join(20)
+    with trial(slot, "2", wait_until) as (candidate, _):
+        cast(slot, shadows, current)
+        wait_until(lambda: not shadows.pending)
+        monkeypatch.setattr(shadows._threads, "submit", none)
+        cast(slot, shadows, current)
+        wait_until(lambda: candidate.leases == 0)
+        assert b"muntin_shadow_skipped_total 1.0" in metrics.render()
+        shadows.close()
+        slot.close()

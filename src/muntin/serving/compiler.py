@@ -18,9 +18,10 @@ from queue import SimpleQueue
 from threading import Event, Lock, Thread
 from weakref import WeakKeyDictionary
 
+from muntin.serving.opening import Call, Opening, open_version
 from muntin.serving.probation import Limits, Probation, endless, probe
 from muntin.serving.scheduling import Demand, nobody
-from muntin.serving.version import Call, Opening, Version, open_version
+from muntin.serving.version import Version
 
 OFTEN = 8
 """Batches of one size after which it is compiled for."""

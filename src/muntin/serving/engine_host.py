@@ -32,10 +32,10 @@ from numpy.typing import NDArray
 from muntin import errors
 from muntin.errors import MuntinError
 from muntin.runtime.session import Session
-from muntin.serving import version
+from muntin.serving import opening
+from muntin.serving.opening import Call, Opening, open_version
 from muntin.serving.scheduling import take_usual_turns
 from muntin.serving.shared_memory import Places
-from muntin.serving.version import Call, Opening, open_version
 
 KEPT = 32 << 20
 """Bytes of images, or of an answer, beyond which a lane does not keep the memory that they were in."""
@@ -108,7 +108,7 @@ def error_of(said: Mapping[str, str]) -> Exception:
     """What `said_of` said: muntin's errors and MemoryError as they were, others as RuntimeError, as which engines raise theirs."""
     if said["error"] == "MemoryError":
         return MemoryError(said["text"])
-    for module in (errors, version):
+    for module in (errors, opening):
         kind = getattr(module, said["error"], None)
         if isinstance(kind, type) and issubclass(kind, MuntinError):
             return kind(said["text"])

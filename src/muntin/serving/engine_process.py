@@ -31,9 +31,9 @@ from muntin.runtime.session import ExecutedLayer, Session, Shape, check_shapes
 from muntin.serving.engine_host import LABELS, SCORES, call_of
 from muntin.serving.engine_lane import Lane
 from muntin.serving.engine_start import Running, begin_in_process
+from muntin.serving.opening import TOO_LONG, Call, EngineDiedError, NotReadyError, Opened, Opening, OutOfMemoryError, TookTooLongError
 from muntin.serving.scheduling import Demand
 from muntin.serving.shared_memory import SharedBuffers
-from muntin.serving.version import TOO_LONG, Call, EngineDiedError, NotReadyError, Opened, Opening, OutOfMemoryError, TookTooLongError
 
 DEATHS = 3
 """Deaths of an engine without an answer between, after which it is not begun again at once."""

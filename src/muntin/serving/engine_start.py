@@ -18,8 +18,8 @@ from muntin.errors import VerificationError
 from muntin.runtime.memory import kills_for_memory
 from muntin.serving.engine_host import error_of, receive, send
 from muntin.serving.engine_lane import Lane
+from muntin.serving.opening import TOO_LONG, Call, NotReadyError, Opening, TookTooLongError
 from muntin.serving.scheduling import PATIENCE, Demand, Pace, Standing, nobody, stand_back
-from muntin.serving.version import TOO_LONG, Call, NotReadyError, Opening, TookTooLongError
 
 _POLL_S = 0.05
 _ENDS_S, _END_S = 2.0, 5.0

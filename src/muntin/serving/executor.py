@@ -29,10 +29,11 @@ from muntin.runtime import Session, predict
 from muntin.runtime.memory import no_memory
 from muntin.serving.batcher import Batch, Job
 from muntin.serving.compiler import Compiler
+from muntin.serving.opening import Call, EngineDiedError, NotReadyError, OutOfMemoryError
 from muntin.serving.rollout import label_agreement
 from muntin.serving.runner import AgainError
 from muntin.serving.slot import Lease, Slot
-from muntin.serving.version import Begun, Call, EngineDiedError, NotReadyError, OutOfMemoryError, Version
+from muntin.serving.version import Begun, Version
 
 TILE = 512
 """Pixels of the side of the tiles that an image is computed in when there is no memory for it in one piece."""
@@ -208,7 +209,7 @@ class Executor:
             return
         call = Call((images.shape[0], images.shape[1], images.shape[2]), labels)
         begun = self._slot.begin(candidate, rows=len(images), within=within)
-        observe = partial(self._slot.observe_shadow, candidate, beside=beside, rows=len(images), call=call, begun=begun)
+        observe = partial(self._slot.observe, candidate, beside=beside, rows=len(images), call=call, begun=begun)
         try:
             again = _call(candidate.session, images, labels=labels)
         except OSError:  # this process lacks files then, as in `compute_somewhere`

@@ -10,10 +10,10 @@ from muntin.runtime.session import Session
 from muntin.serving.access_log import AccessLog
 from muntin.serving.ledger import Ledger
 from muntin.serving.metrics import Metrics
+from muntin.serving.opening import NotReadyError
 from muntin.serving.runner import Runner
 from muntin.serving.service import Service
 from muntin.serving.slot import Slot
-from muntin.serving.version import NotReadyError
 
 
 def expose(metrics: Metrics, service: Service, runner: Runner, budget: Ledger, log: AccessLog | None) -> None:
@@ -43,7 +43,7 @@ def expose(metrics: Metrics, service: Service, runner: Runner, budget: Ledger, l
     )  # fmt: skip
     metrics.read(
         "gauge", "muntin_version_ready", "Versions that can answer.", ("version",),
-        lambda: [((entry.version,), 1.0) for entry in service.slot.index() if entry.state == "ready"],
+        lambda: [((entry.version,), 1.0) for entry in service.slot.index() if entry.state == "READY"],
     )  # fmt: skip
     metrics.read(
         "counter", "muntin_engine_deaths", "Processes of a version's engine that ended, or were ended because they hung.", ("version",),

@@ -38,8 +38,8 @@ from muntin.runtime.session import Session
 from muntin.runtime.verification import verify
 from muntin.serving.engine_host import call_of, end_after, error_of, opening_of, said_of
 from muntin.serving.engine_process import can_open_apart, open_apart
+from muntin.serving.opening import TOO_LONG, Call, NotReadyError, Opened, Opening, TookTooLongError, open_version, starting_calls
 from muntin.serving.scheduling import PATIENCE, Demand, Pace, nobody, take_short_turns
-from muntin.serving.version import TOO_LONG, Call, NotReadyError, Opened, Opening, TookTooLongError, open_version, starting_calls
 
 ROUNDS = 5
 """Calls of each kind that are timed."""
@@ -117,9 +117,7 @@ Examine = Callable[[Path, Opening, tuple[Call, ...]], Probation]
 
 def examine(path: Path, opening: Opening, lately: tuple[Call, ...]) -> Probation:
     """Verifies an artefact, opens it as the server will, and times it. Raises what these raise, VerificationError for a failed check."""
-    result = verify(
-        path, engine=opening.engine, precision=opening.precision, threads=opening.threads, allow_fallbacks=opening.allow_fallbacks
-    )
+    result = verify(path, engine=opening.engine, precision=opening.precision, threads=opening.threads)
     if not result.passed:
         more = f" (and {len(result.problems) - 1} more)" if len(result.problems) > 1 else ""
         raise VerificationError(f"{path}: {result.problems[0]}{more}")

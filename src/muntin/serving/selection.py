@@ -1,7 +1,7 @@
-"""What goes back of a response: the outputs that were asked for, each whole or as its best classes (Triton's classification extension).
+"""The outputs of a response that a request asks for, each whole or as its best classes (Triton's classification extension).
 
-As classes, an output becomes BYTES "value:index" or "value:index:label", best first: (B, ...) -> (B, k), (K,) -> (k,). The value is written
-with as many digits as tell it from its neighbours: `3.3`, as the extension's document has it; Triton itself writes `3.300000`.
+As classes, an output becomes BYTES "value:index" or "value:index:label", best first: (B, ...) -> (B, k), (K,) -> (k,). A value has as few
+digits as tell it from its neighbours: `3.3`, as the extension's document has it; Triton itself writes `3.300000`.
 """
 
 from __future__ import annotations
@@ -9,17 +9,13 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import numpy as np
-import orjson
 
 from muntin.serving.protocol import InferOutput, InferResponse, ProtocolError, RequestedOutput, Tensor, shown
-
-_SHORTEST = 4
-"""Bytes of a float from which on orjson writes no more digits than it needs."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
 class Selected:
-    """One tensor as it goes back. `binary`: as bytes behind the JSON."""
+    """One tensor of the answer. `binary`: as bytes behind the JSON."""
 
     name: str
     data: Tensor
@@ -27,27 +23,27 @@ class Selected:
 
 
 def select(response: InferResponse, requested: tuple[RequestedOutput, ...], *, binary_default: bool) -> list[Selected]:
-    """The outputs in the order asked for; all of them, as `binary_default` says, when none is.
+    """Select the requested outputs in their order; all of them, as `binary_default` says, where none is requested.
 
-    Raises ProtocolError for an output that the model does not give, and for classes of one that has no order.
+    Raises ProtocolError for an output that the model does not have, and for classes of one that holds no numbers.
     """
     if not requested:
         return [Selected(name=output.name, data=output.data, binary=binary_default) for output in response.outputs]
     outputs = {output.name: output for output in response.outputs}
     selected: list[Selected] = []
-    for wanted in requested:
-        output = outputs.get(wanted.name)
+    for request in requested:
+        output = outputs.get(request.name)
         if output is None:
-            raise ProtocolError(f"output {shown(wanted.name)}: model {response.model} gives {', '.join(outputs) or 'none'}")
-        data = output.data if wanted.classification is None else best_classes(output, wanted.classification)
-        selected.append(Selected(name=output.name, data=data, binary=wanted.binary))
+            raise ProtocolError(f"output {shown(request.name)}: model {response.model} gives {', '.join(outputs) or 'none'}")
+        data = output.data if request.classification is None else best_classes(output, request.classification)
+        selected.append(Selected(name=output.name, data=data, binary=request.binary))
     return selected
 
 
 def best_classes(output: InferOutput, count: int) -> Tensor:
-    """The `count` highest values of each row, or all where there are fewer; equal ones in the order of their indices, NaN last.
+    """Format the `count` highest values of each row, or all where there are fewer; equal ones in the order of their indices, NaN last.
 
-    Linear in the size of the output, plus the sorting of what is returned.
+    Cost: linear in the size of the output, plus sorting what is returned.
     """
     data = output.data
     if data.dtype.kind not in "uif":
@@ -57,7 +53,7 @@ def best_classes(output: InferOutput, count: int) -> Tensor:
     strings = np.empty((len(rows), count), object)
     for row, values in enumerate(rows):
         best = _highest(values, count)
-        for place, (index, value) in enumerate(zip(best, _written(values[best]), strict=True)):
+        for place, (index, value) in enumerate(zip(best, values[best].astype(str), strict=True)):
             label = f":{output.labels[index]}" if index < len(output.labels) else ""
             strings[row, place] = f"{value}:{index}{label}".encode()
     if data.ndim <= 1:
@@ -69,17 +65,8 @@ def _highest(values: Tensor, count: int) -> list[int]:
     if count == 0:
         return []
     order = np.where(np.isnan(values), -np.inf, values) if values.dtype.kind == "f" else values
-    least = np.partition(order, -count)[-count]
-    candidates = np.flatnonzero(order >= least)
+    candidates = np.flatnonzero(order >= np.partition(order, -count)[-count])
     # A stable sort of the reversed candidates, reversed: highest first, and the lower index first among equals.
     highest = candidates[::-1][np.argsort(order[candidates][::-1], kind="stable")][::-1]
-    found: list[int] = highest[:count].tolist()
-    return found
-
-
-def _written(values: Tensor) -> list[str]:
-    """Each value in digits: one text of a whole row is made a dozen times as fast as one of each number."""
-    if values.size and (values.dtype.kind in "ui" or (values.dtype.itemsize >= _SHORTEST and np.isfinite(values).all())):
-        native = np.ascontiguousarray(values, values.dtype.newbyteorder("="))
-        return orjson.dumps(native, option=orjson.OPT_SERIALIZE_NUMPY)[1:-1].decode().split(",")
-    return [str(value) for value in values]
+    indices: list[int] = highest[:count].tolist()
+    return indices

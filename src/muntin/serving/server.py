@@ -38,6 +38,7 @@ from muntin.serving.http.listener import HttpListener
 from muntin.serving.latency import LatencyModel
 from muntin.serving.ledger import Ledger
 from muntin.serving.metrics import Metrics
+from muntin.serving.opening import Opening
 from muntin.serving.origin import is_loopback
 from muntin.serving.pictures import Pictures
 from muntin.serving.ports import Listening, check_ports
@@ -50,7 +51,6 @@ from muntin.serving.shutdown import Shutdown, on_signals
 from muntin.serving.slot import Slot
 from muntin.serving.telling import Notify, tell_nobody, told_safely
 from muntin.serving.tracing import Tracing
-from muntin.serving.version import Opening
 
 RENEW_S = 10.0
 """Seconds between two looks at the files of a certificate."""
@@ -324,8 +324,7 @@ def serve(path: str | Path, *, notify: Notify = tell_nobody, **settings: Any) ->
     which must be the main one to receive signals; elsewhere use a `Server`. Before it listens it verifies and compiles the first version,
     which takes seconds. Returns how many requests and calls were still busy after `drain_seconds` and were cut off.
 
-    Raises DataError for an unknown setting or one out of its range, RecipeError for one of `rollout`, and whatever `Server` raises. Needs
-    the extra `serve`.
+    Raises DataError for an unknown setting or one out of its range, and whatever `Server` raises. Needs the extra `serve`.
     """
     try:
         config = ServeConfig(**settings)

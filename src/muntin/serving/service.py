@@ -28,13 +28,14 @@ from muntin.serving.executor import Executor, Group, Work
 from muntin.serving.forming import Forming, formed_apart
 from muntin.serving.mailbox import Mailbox
 from muntin.serving.metrics import Metrics
+from muntin.serving.opening import NotReadyError
 from muntin.serving.outputs import Wanted, make_outputs, output_names, read_wanted
 from muntin.serving.protocol import InferRequest, InferResponse, ProtocolError, RefusedRequestError, shown
 from muntin.serving.runner import AgainError, Runner
 from muntin.serving.shadows import Shadows
 from muntin.serving.slot import Lease, Slot
 from muntin.serving.turnstile import Turnstile
-from muntin.serving.version import NotReadyError, UnknownVersionError, Version
+from muntin.serving.version import UnknownVersionError, Version
 
 INPUT = "images"
 PRIORITY = 2
@@ -104,7 +105,7 @@ class Service:
         """The model, by the version that is named or the current one. Raises ProtocolError as `lease` does."""
         with self.lease(model or self.name, version, canary=False) as lease:
             signature, name = lease.version.signature, lease.version.name
-        ready = tuple(entry.version for entry in self.slot.index() if entry.state == "ready")
+        ready = tuple(entry.version for entry in self.slot.index() if entry.state == "READY")
         B, K, C = -1, signature.outputs, signature.channels
         scores = (B, K) if signature.task == "classify" else (B, K, -1, -1)
         labels = {"segment": (B, -1, -1), "classify": (B,), "restore": (B, -1, -1, C)}[signature.task]

@@ -1,212 +1,45 @@
-"""A version: one artefact, how it is opened, who is using it and how long it takes.
+"""A version: one artefact, its session, the leases on it and the times of its calls.
 
     loading -> ready -> draining -> unloaded
        |         |
        +---------+--> failed
 
-A request takes a lease on a version when it is admitted and gives it back when it is answered. A version that is not wanted any more
-drains: it admits nobody new, and its session goes with the last lease. So no answer ever comes from a session that was closed under
-it, and none waits for another version to be opened.
+A request takes a lease on a version when it is admitted and gives it back when it is answered. A draining version admits no new request;
+its session is closed with the last lease.
 """
 
 from __future__ import annotations
 
-import math
-import time
 from collections import OrderedDict, deque
-from collections.abc import Callable, Hashable, Iterable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, field
-from functools import partial
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import Literal
 
-from muntin.artifact import Artifact, Manifest, Signature, open_artifact
-from muntin.errors import DataError, MuntinError, VerificationError
-from muntin.runtime.engines import DEFAULT_ENGINE, ENGINES, PRECISIONS, load
-from muntin.runtime.session import Session, Shape, check_shape, check_streams, check_threads
-from muntin.runtime.verification import replay
+from muntin.artifact import Signature
+from muntin.errors import MuntinError
+from muntin.runtime.session import Session
+from muntin.serving.opening import Call, NotReadyError, Opened
 
 State = Literal["loading", "ready", "draining", "unloaded", "failed"]
 CALLS = 16
-"""Kinds of calls that a version remembers: those that came last."""
-DENSE_ROWS, DENSE_PIXELS = 16, 1 << 20
-"""Up to so many images, and so many pixels together, a batch is small: compiling for one takes 0.4 s and 17 MiB at 64 x 64."""
-LONGEST_REST_S = 1.0
-"""After a step of opening: on a core that others keep busy, a step takes long without having done much."""
+"""Kinds of calls that a version remembers, the most recent ones."""
 TIMES = 64
-"""Times that it remembers of each."""
+"""Times that a version remembers of each kind."""
 
 
 class UnknownVersionError(MuntinError):
-    """A version was asked for that there is not."""
-
-
-class NotReadyError(MuntinError):
-    """There is no version, or not this one now, that could answer."""
+    """No version has the requested name."""
 
 
 class RefusedError(MuntinError):
-    """A sound version may not take over: it has another contract, or did worse than the one that serves."""
-
-
-class TookTooLongError(VerificationError):
-    """A version was not open, or not verified, in the time that it has. A machine that is less busy may do it."""
-
-
-TOO_LONG = "it hangs, or this machine is too slow for all that it is compiled for: lower --max-batch"
-"""Of what did not come to its end in time."""
-
-
-class EngineDiedError(MuntinError):
-    """The process that an engine runs in has ended, or was ended, in the midst of a call."""
-
-
-class OutOfMemoryError(EngineDiedError):
-    """The kernel has ended `process` for want of memory, as far as can be told: it says how many it ended, and not which."""
-
-    def __init__(self, message: str, *, process: int = 0) -> None:
-        super().__init__(message)
-        self.process = process
-
-
-class Call(NamedTuple):
-    """What a session is asked to compute: images of a shape (B, H, W), and of them scores or labels."""
-
-    shape: Shape
-    labels: bool = False
-
-    @property
-    def pixels(self) -> int:
-        """Of all images together."""
-        return math.prod(self.shape)
-
-
-def batch_sizes(most: int, pixels: int) -> list[int]:
-    """Rows of the batches that are compiled for at the start, of images of so many pixels: every number as long as a batch is small, then
-    the powers of two, up to `most`. An engine that has to take a size as it comes was 1.2 to 1.7 times slower."""
-    small = min(most, DENSE_ROWS, max(1, DENSE_PIXELS // pixels))
-    return sorted({*range(1, small + 1), *(1 << n for n in range(most.bit_length()))})
-
-
-def starting_calls(manifest: Manifest, max_batch: int) -> tuple[Call, ...]:
-    """What a version is compiled for before anybody asks: batches, as they are made, of images of the size that it was exported with."""
-    if manifest.example is None or not max_batch:
-        return ()
-    _, height, width = manifest.example
-    return tuple(Call((size, height, width), manifest.signature.task == "segment") for size in batch_sizes(max_batch, height * width))
-
-
-@dataclass(frozen=True, kw_only=True)
-class Opening:
-    """How versions are opened: all of a server alike.
-
-    `engine`, `precision`, `threads`, `streams`, `dynamic`: as in `muntin.load`. `calls`: what every version is warmed up for, beside what
-    its predecessor was asked lately; without any of these, scores and labels of the shape that its manifest names.
-    `allow_fallbacks`: whether a layer recorded as 8-bit may run in float; None: only in engines other than the default one.
-    """
-
-    engine: str = DEFAULT_ENGINE
-    precision: str = "recorded"
-    threads: int | None = None
-    streams: int = 1
-    dynamic: bool = False
-    calls: tuple[Call, ...] = ()
-    allow_fallbacks: bool | None = None
-
-    def __post_init__(self) -> None:
-        if self.engine not in ENGINES:
-            raise DataError(f'engine="{self.engine}": give one of {", ".join(ENGINES)}')
-        if self.precision not in PRECISIONS:
-            raise DataError(f'precision="{self.precision}": give one of {", ".join(PRECISIONS)}')
-        check_threads(self.threads)
-        check_streams(self.streams)
-        for call in self.calls:
-            check_shape(call.shape)
-
-    def wanted(self, lately: Iterable[Call], artifact: Artifact) -> tuple[Call, ...]:
-        """What a version is warmed up for, each once."""
-        calls = tuple(dict.fromkeys((*self.calls, *lately)))
-        example, restores = artifact.manifest.example, artifact.manifest.signature.task == "restore"
-        if calls or example is None:
-            return calls
-        return (Call(example),) if restores else (Call(example), Call(example, labels=True))
-
-
-@dataclass(frozen=True, kw_only=True)
-class Opened:
-    """A session that has answered a golden pair and is warm, and the artefact that it is of. `calls`: what it is compiled for; `start`:
-    for what it would have been before anybody asked."""
-
-    session: Session
-    signature: Signature
-    digest: str
-    calls: tuple[Call, ...]
-    start: tuple[Call, ...] = ()
-
-
-def _never() -> bool:
-    return False
-
-
-def open_version(
-    path: Path, opening: Opening, lately: Iterable[Call], *, rest: float = 0.0, stopped: Callable[[], bool] = _never
-) -> Opened:
-    """Opens an artefact in this process, replays its smallest golden pair, and warms it up for the opening's calls and those of `lately`.
-
-    With `dynamic` the models of dynamic sizes are compiled as well: a size that nobody foresaw is computed as it comes. Takes what
-    compiling takes, or, where the user's cache has what is compiled, a fraction of it. `rest`, above 0 where requests are answered
-    meanwhile: after each step nothing is done for so many times as long as it took, and only the smallest call is computed. `stopped`:
-    asked before each step. Raises what `load` raises, VerificationError where the golden scores do not come out, NotReadyError where
-    stopped.
-    """
-    step = partial(_step, path, rest=rest, stopped=stopped)
-    with step():
-        session = load(
-            path,
-            engine=opening.engine,
-            precision=opening.precision,
-            threads=opening.threads,
-            streams=opening.streams,
-            shapes=(),
-            dynamic=opening.dynamic,
-        )
-    artifact = open_artifact(path)  # after it: had the directory been replaced meanwhile, its digest would say so
-    calls = opening.wanted(lately, artifact)
-    images_BHWC, scores = min(artifact.golden(), key=lambda pair: pair[0].size)
-    tolerance = artifact.manifest.tolerance(session.engine, session.precision)
-    classes = session.signature.task != "restore"
-    with step():
-        result = replay(session, images_BHWC, scores, tolerance, classes=classes)
-    if not result.passed:
-        allowed = "nothing is recorded" if tolerance is None else f"{tolerance.max_error:g}"
-        raise VerificationError(
-            f"{path}: {session.engine} in {session.precision} is {result.max_error:.3g} standard deviations off a golden pair "
-            f"(allowed: {allowed}): export the artefact again"
-        )
-    smallest = min(calls, key=lambda call: call.pixels, default=None)
-    for call in sorted(calls, key=lambda call: call.labels):
-        with step():
-            session.warm_up([call.shape], labels=call.labels, compute=not rest or call == smallest)
-    if opening.dynamic and classes:
-        session.labels(images_BHWC)  # the model for scores came with the replay
-    return Opened(session=session, signature=session.signature, digest=artifact.digest, calls=calls, start=opening.calls)
-
-
-@contextmanager
-def _step(path: Path, *, rest: float, stopped: Callable[[], bool]) -> Iterator[None]:
-    if stopped():
-        raise NotReadyError(f"{path}: opening it was ended with the server")
-    started = time.perf_counter()
-    yield
-    time.sleep(min(LONGEST_REST_S, rest * (time.perf_counter() - started)))
+    """A version that works may not take over: its contract differs, or it did worse than the current version."""
 
 
 def contract_difference(new: Signature, old: Signature, *, other_classes: bool = False) -> str:
-    """In which way a client of `old` would be misled by `new`; empty where it would not.
+    """Describe how `new` would mislead a client of `old`; empty where it would not.
 
-    Task, channels, type and scale must be the same. Classes may be added at the end: a client that knows the first ones reads
-    their numbers as before. Fewer, others or another order would be read as what they are not, so they need `other_classes`.
+    Task, channels, type and scale must be the same. Classes may be added at the end: a client that knows the first ones reads their numbers
+    as before. Fewer, other or reordered classes need `other_classes`.
     """
     for name in ("task", "channels", "dtype", "scale"):
         ours, theirs = getattr(new, name), getattr(old, name)
@@ -216,65 +49,58 @@ def contract_difference(new: Signature, old: Signature, *, other_classes: bool =
     if other_classes or names[: len(served)] == served:
         return ""
     number = next((number for number, (ours, theirs) in enumerate(zip(names, served, strict=False)) if ours != theirs), len(names))
-    found = f'"{names[number]}"' if number < len(names) else "none"
-    return f'class {number} is {found} where "{served[number]}" is served'
+    name = f'"{names[number]}"' if number < len(names) else "none"
+    return f'class {number} is {name} where "{served[number]}" is served'
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of an error's message, at most 300 characters."""
+    return str(error).partition("\n")[0][:300]
 
 
 class Latencies:
-    """Seconds of the last batches, by what was computed: the last `TIMES` of each of the last `CALLS` kinds."""
+    """Seconds of the last `TIMES` batches of each of the last `CALLS` kinds of calls."""
 
     def __init__(self) -> None:
-        self._seconds: OrderedDict[Hashable, deque[float]] = OrderedDict()
-        self._in_parts: set[Hashable] = set()  # that had to be, the last time
+        self._seconds: OrderedDict[Call, deque[float]] = OrderedDict()
 
-    def add(self, kind: Hashable, seconds: float, *, whole: bool = True) -> None:
-        """`whole`: in one call."""
-        if kind not in self._seconds:
-            self._seconds[kind] = deque(maxlen=TIMES)
-            if len(self._seconds) > CALLS:
-                self._in_parts.discard(self._seconds.popitem(last=False)[0])
-        self._seconds[kind].append(seconds)
-        self._seconds.move_to_end(kind)
-        (self._in_parts.discard if whole else self._in_parts.add)(kind)
+    def add(self, call: Call, seconds: float) -> None:
+        self._seconds.setdefault(call, deque(maxlen=TIMES)).append(seconds)
+        self._seconds.move_to_end(call)
+        if len(self._seconds) > CALLS:
+            self._seconds.popitem(last=False)
 
-    def of(self, kind: Hashable) -> tuple[float, ...]:
-        return tuple(self._seconds.get(kind, ()))
+    def forget(self, call: Call) -> None:
+        """Forget a kind of call, so that the next version is not warmed up for it."""
+        self._seconds.pop(call, None)
 
-    @property
-    def kinds(self) -> tuple[Hashable, ...]:
-        """The one that came last at the end."""
-        return tuple(self._seconds)
+    def of(self, call: Call) -> tuple[float, ...]:
+        return tuple(self._seconds.get(call, ()))
 
     @property
     def calls(self) -> dict[Call, int]:
-        """Those kinds that a session can be warmed up for, and how many batches of each are remembered."""
-        return {kind: len(seconds) for kind, seconds in self._seconds.items() if isinstance(kind, Call)}
-
-    @property
-    def examples(self) -> dict[Call, int]:
-        """Those of `calls` that a session can be asked in one call, as far as is known."""
-        return {call: count for call, count in self.calls.items() if call not in self._in_parts}
+        """The number of remembered batches of each kind, the most recent kind last."""
+        return {call: len(seconds) for call, seconds in self._seconds.items()}
 
 
 @dataclass(eq=False, slots=True)
 class Begun:
-    """A batch that a version computes since `at`, of so many rows; from `due` on it counts as one that does not come back."""
+    """A batch of `rows` images that a version computes since the time `at`. From the time `due` on it is overdue: it counts as failed."""
 
     version: Version
     rows: int
     at: float
     due: float
     overdue: bool = False
-    ended: bool = False
 
 
 @dataclass(eq=False, kw_only=True)
 class Version:
-    """One artefact under the name of its version. Its slot alone changes it, and guards it with its lock.
+    """One artefact under the name of its version. Only its slot changes it, under its lock.
 
-    `leases`: given and not yet back. `reason`: why it failed, otherwise empty. `digest` is known once it was tried, `signature` once it is
-    open, and both remain when it is closed. `warm`: the calls that it was compiled for when it was opened. `begun`: the batches that it
-    computes, of which `overdue` do not come back. `deaths`: of its engine, that were told.
+    `leases`: leases in use. `reason`: why it failed, otherwise empty. `digest` and `signature` are set once it was opened,
+    and remain after it is closed. `warm`: calls that it was compiled for when it was opened, of which `start` came from the options.
+    `begun`: the batches that it computes.
     """
 
     name: str
@@ -287,21 +113,21 @@ class Version:
     start: frozenset[Call] = frozenset()
     latencies: Latencies = field(default_factory=Latencies, repr=False)
     begun: set[Begun] = field(default_factory=set, repr=False)
-    overdue: int = 0
-    deaths: int = 0
+    _deaths: int = 0
+    _reported_deaths: int = 0
     _signature: Signature | None = field(default=None, repr=False)
     _session: Session | None = field(default=None, repr=False)
 
     @property
     def session(self) -> Session:
-        """Who has a lease finds it open. Raises NotReadyError where it is not."""
+        """The open session; a lease keeps it open. Raises NotReadyError where it is closed."""
         if self._session is None:
             raise NotReadyError(f"version {self.name} is {self.state}: take a lease on one that is ready")
         return self._session
 
     @property
     def signature(self) -> Signature:
-        """Raises NotReadyError before it is open."""
+        """The signature, also after closing. Raises NotReadyError before the version is open."""
         if self._signature is None:
             raise NotReadyError(f"version {self.name} is {self.state}: its signature is known once it is open")
         return self._signature
@@ -311,35 +137,41 @@ class Version:
         return self._session is not None
 
     @property
-    def was_open(self) -> bool:
-        """Whether it is open now, or has been."""
-        return self._signature is not None
-
-    @property
     def able(self) -> bool:
-        """Whether it is open, and its engine can be asked."""
+        """Whether it is open and its engine accepts calls."""
         session = self._session
         return session is not None and session.able
 
     @property
     def dead(self) -> bool:
-        """Whether its engine cannot be asked before it has been begun again, which was tried in vain (`Session.dead`)."""
+        """Whether its engine died again and again and is not running (`Session.dead`)."""
         session = self._session
         return session is not None and session.dead
+
+    @property
+    def overdue(self) -> int:
+        """Number of its batches that are overdue."""
+        return sum(begun.overdue for begun in self.begun)
 
     def opened(self, opened: Opened) -> None:
         self._session, self._signature, self.digest, self.state = opened.session, opened.signature, opened.digest, "ready"
         self.warm, self.start = frozenset(opened.calls), frozenset(opened.start)
 
+    @property
+    def deaths(self) -> int:
+        """Number of deaths of its engine."""
+        return self._deaths if self._session is None else self._session.deaths
+
     def new_death(self) -> str:
-        """What is known of the last death of its engine, if it was not told; empty: none was."""
+        """Describe the last death of its engine if it was not reported yet; otherwise empty."""
         session = self._session
-        if session is None or session.deaths == self.deaths:
+        if session is None or session.deaths == self._reported_deaths:
             return ""
-        self.deaths = session.deaths
+        self._reported_deaths = session.deaths
         return session.last_death
 
     def close(self) -> Session | None:
-        """Lets go of the session, and returns it: to be dropped where nobody waits for it."""
+        """Give up the session and return it, for the caller to close."""
+        self._deaths = self.deaths
         session, self._session = self._session, None
         return session
