@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import os
 import re
 import shlex
 from collections.abc import Sequence
 from pathlib import Path
+
+import yaml
 
 from muntin.data.classes import ClassSpec
 from muntin.data.colors import RGB
@@ -64,10 +65,9 @@ def write_recipe(directory: Path | str, *, task: Task | None = None, output: Pat
         raise RecipeError(f"{path} exists already: edit it, or move it away and run init again")
     if root.is_dir() and not (path.parent.is_dir() and os.access(path.parent, os.W_OK | os.X_OK)):
         raise RecipeError(f"{path} cannot be written: use --output to name a file in a folder that you may write to")
+    if output is not None and not (is_utf8(str(root)) and is_utf8(output.name)):
+        raise DataError(f"{str(root)!a} or {str(output)!a} is not valid UTF-8, so a recipe cannot name it: rename it")
     text = _recipe_text(find_layout(root, task), root, file=path.name, absolute=output is not None)
-    if not is_utf8(text):
-        line = next(line.strip() for line in text.splitlines() if not is_utf8(line))
-        raise DataError(f"{str(root)!a}: a name in it is not valid UTF-8 (the recipe would hold {line!a}): rename the folder")
     write_whole(path, text.encode())
     return path
 
@@ -123,10 +123,8 @@ def _recipe_text(layout: Layout, root: Path, *, file: str, absolute: bool) -> st
     lines += [
         *_class_lines(classes, base.masks),
         f"  channels: {picture_channels(pictures)}  # of the images: 3 is colour, 1 grey; up to 16 in .npy files",
+        f"  crop: {crop_side(pictures, layout.task)}  # side of the random training squares, pixels; larger has more context and is slower",
     ]
-    lines.append(
-        f"  crop: {crop_side(pictures, layout.task)}  # side of the random training squares, pixels; larger has more context and is slower"
-    )
     if layout.task == "segment":
         lines.append("  rare: 0.25  # fraction of the crops centred on a class drawn uniformly: rare classes are seen more often")
     lines += [
@@ -175,14 +173,8 @@ def _path(path: Path, relative_to: Path | None) -> str:
 
 
 def _quoted(text: str) -> str:
-    """`text` in double quotes, with characters escaped that YAML does not accept as they are.
-
-    Surrogates, which stand for invalid UTF-8, stay: `write_recipe` refuses them.
-    """
-    return "".join(
-        c if c.isprintable() or "\ud800" <= c <= "\udfff" else f"\\u{ord(c):04x}" if ord(c) <= 0xFFFF else f"\\U{ord(c):08x}"
-        for c in json.dumps(text, ensure_ascii=False)
-    )
+    """`text` as a YAML scalar in double quotes, on one line."""
+    return yaml.safe_dump(text, default_style='"', allow_unicode=True, width=1 << 30).strip()
 
 
 def _number_or_color(value: int | RGB | None) -> str:
