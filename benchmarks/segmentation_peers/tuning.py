@@ -17,7 +17,7 @@ import torch
 
 from muntin.data import open_source
 from muntin.data.earth import GAP_DEGREES, EarthSource
-from muntin.data.source import HeldSamples, Progress, Sample, Samples, Source, SplitName
+from muntin.data.source import CheckProgress, HeldSamples, Sample, Samples, Source, SplitName
 from muntin.errors import DataError
 from muntin.training.checkpoint import build_model
 from muntin.training.interrupt import Interruption
@@ -54,7 +54,7 @@ class Held(ABC):
     @abstractmethod
     def parted(self, name: SplitName) -> Samples: ...
 
-    def check(self, progress: Progress | None = None) -> tuple[str, ...]:
+    def check(self, progress: CheckProgress | None = None) -> tuple[str, ...]:
         """Nothing: whoever made the source has checked it."""
         return ()
 

@@ -104,5 +104,5 @@ def test_init_says_in_how_many_masks_it_looked(call: Call, tmp_path: Path) -> No
                 shape = (40, 48, 3) if name == "images" else (40, 48)
                 write_image(folder / name / f"p{number}.png", np.full(shape, value, np.uint8))
         assert call("init", folder).out.rstrip().endswith(said or "counts as nothing")
-        assert ("# seen in 50 of 100 masks: add what others hold" in (folder / "recipe.yaml").read_text()) == bool(said)
+        assert ("# seen in 50 of 100 masks: add the classes of the others" in (folder / "recipe.yaml").read_text()) == bool(said)
         yaml.safe_load((folder / "recipe.yaml").read_text())

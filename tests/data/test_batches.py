@@ -14,7 +14,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-import muntin.data as room
+import muntin.data
 from muntin.data.batches import Batch, Crops, Draw, calibration_batches, class_cells, cut, prefetch
 from muntin.data.config import Augmentation
 from muntin.data.earth import EarthSource
@@ -27,7 +27,7 @@ EVERYTHING = Augmentation(flip_horizontal=0.5, flip_vertical=0.5, scale=(0.5, 2)
 
 
 def coded(height: int, width: int, channels: int = 3, *, index: int = 0) -> Sample:
-    """A picture that says at every pixel where it is: row, column, sample; its labels are a function of the row and the column."""
+    """A picture whose channels are row, column and sample index; its labels are a function of row and column."""
     rows, columns = np.mgrid[:height, :width]
     planes = [rows, columns, np.full((height, width), index)] + [rows] * (channels - 3)
     labels = ((rows * 3 + columns * 5) % 7).astype(np.uint8)
@@ -35,7 +35,7 @@ def coded(height: int, width: int, channels: int = 3, *, index: int = 0) -> Samp
 
 
 def blocks(height: int, width: int) -> Sample:
-    """Smooth ramps, and labels that are the ramps cut into steps of 16."""
+    """A picture of smooth ramps, with labels that are the ramps rounded down to multiples of 16."""
     rows, columns = np.mgrid[:height, :width]
     image = np.stack([rows * 2, columns * 2, np.zeros_like(rows)], axis=2).astype(np.uint8)
     return Sample(name="ramp", image=image, target=(rows * 2 // 16 * 16).astype(np.uint8))
@@ -46,7 +46,7 @@ sizes = st.lists(st.tuples(st.integers(1, 60), st.integers(1, 60)), min_size=1, 
 
 @given(sizes=sizes, crop=st.integers(1, 40), seed=st.integers(0, 99), rare=st.sampled_from([0.0, 0.5, 1.0]))
 @settings(max_examples=60, deadline=None)
-def test_a_crop_stays_in_its_picture_and_its_labels_follow(sizes: list[tuple[int, int]], crop: int, seed: int, rare: float) -> None:
+def test_crops_of_any_size(sizes: list[tuple[int, int]], crop: int, seed: int, rare: float) -> None:
     samples = [coded(height, width, index=index) for index, (height, width) in enumerate(sizes)]
     crops = Crops(samples, task="segment", crop=crop, batch_size=3, seed=seed, augmentation=FLIPS, rare=rare)
     images, targets = crops.batch(0)
@@ -56,7 +56,7 @@ def test_a_crop_stays_in_its_picture_and_its_labels_follow(sizes: list[tuple[int
     for draw, image, target in zip(crops.draws(0), images.numpy(), targets.numpy(), strict=True):
         height, width = sizes[draw.index]
         inside = target != 255
-        # Exactly the pixels that the picture can give, no more, no fewer; black around them.
+        # All pixels of the picture that fit into the crop, and black around them.
         assert inside.sum() == min(height, crop) * min(width, crop)
         assert not image[:, ~inside].any()
         assert (image[2][inside] == draw.index).all()
@@ -67,20 +67,20 @@ def test_a_crop_stays_in_its_picture_and_its_labels_follow(sizes: list[tuple[int
 
 @given(zoom=st.floats(0.5, 3), seed=st.integers(0, 99))
 @settings(max_examples=40, deadline=None)
-def test_labels_follow_the_image_through_the_zoom(zoom: float, seed: int) -> None:
+def test_crops_with_zoom(zoom: float, seed: int) -> None:
     augmentation = FLIPS.model_copy(update={"scale": (zoom, zoom)})
     crops = Crops([blocks(100, 110)], task="segment", crop=32, batch_size=2, seed=seed, augmentation=augmentation)
     images, targets = crops.batch(0)
-    # A label is the ramp under it rounded down to 16: what is off lies within one pixel of a step, seen through the zoom.
-    assert not (targets % 16).any()  # no label is mixed from two
+    # A label is the ramp below it rounded down to 16; the zoom adds an error of at most one pixel at a step.
+    assert not (targets % 16).any()  # no label is interpolated
     error = images[:, 0].float() - targets.float()
     slack = 2 / zoom + 2
     assert error.min() >= -slack
     assert error.max() <= 16 + slack
-    assert abs(float(error.mean()) - 7) < 5  # half a step; a shift by a whole step would show
+    assert abs(float(error.mean()) - 7) < 5  # the mean is half a step; a shift by a whole step would fail
 
 
-def test_flips_turn_both_alike() -> None:
+def test_cut_with_flips() -> None:
     sample = coded(8, 8)
     plain_image, plain_target = cut(sample, Draw(index=0, top=0, left=0, side=8), 8)
     image, target = cut(sample, Draw(index=0, top=0, left=0, side=8, flip_horizontal=True), 8)
@@ -92,7 +92,7 @@ def test_flips_turn_both_alike() -> None:
 
 
 @pytest.mark.parametrize("channels", [1, 2, 3, 4, 16])
-def test_photometry_changes_images_alone(channels: int) -> None:
+def test_cut_with_color_changes(channels: int) -> None:
     sample = coded(40, 40, channels)
     sample.image[...] = np.random.default_rng(0).integers(20, 200, sample.image.shape)
     plain = Draw(index=0, top=3, left=4, side=32)
@@ -104,42 +104,42 @@ def test_photometry_changes_images_alone(channels: int) -> None:
     assert torch.equal(target, same)
 
 
-def test_contrast_and_saturation_do_what_they_say() -> None:
+def test_cut_with_each_color_change() -> None:
     sample = coded(40, 40)
     sample.image[...] = np.random.default_rng(0).integers(40, 200, sample.image.shape)
 
-    def made(**light: float) -> torch.Tensor:
-        return cut(sample, Draw(index=0, top=3, left=4, side=32, **light), 32)[0].float()
+    def image(**changes: float) -> torch.Tensor:
+        return cut(sample, Draw(index=0, top=3, left=4, side=32, **changes), 32)[0].float()
 
-    plain, flat, grey, dark = made(), made(contrast=0.5), made(saturation=0.5), made(brightness=0.5)
+    plain, flat, grey, dark = image(), image(contrast=0.5), image(saturation=0.5), image(brightness=0.5)
     assert float(flat.std() / plain.std()) == pytest.approx(0.5, abs=0.02)
     assert float(grey.std(0).mean() / plain.std(0).mean()) == pytest.approx(0.5, abs=0.02)
     assert float(dark.mean() / plain.mean()) == pytest.approx(0.5, abs=0.02)
 
 
 @pytest.mark.parametrize("task", ["segment", "classify"])
-def test_all_that_is_wanted_is_drawn_and_over_all_of_its_range(task: Any) -> None:
+def test_draws_over_the_full_ranges(task: Any) -> None:
     sample = coded(400, 400)
     samples = [sample if task == "segment" else Sample(name="a", image=sample.image, target=1)]
-    wanted = EVERYTHING.model_copy(update={"flip_horizontal": 0.5, "flip_vertical": 0.2})
-    draws = Crops(samples, task=task, crop=100, batch_size=2000, seed=0, augmentation=wanted).draws(0)
+    augmentation = EVERYTHING.model_copy(update={"flip_horizontal": 0.5, "flip_vertical": 0.2})
+    draws = Crops(samples, task=task, crop=100, batch_size=2000, seed=0, augmentation=augmentation).draws(0)
     assert np.mean([draw.flip_horizontal for draw in draws]) == pytest.approx(0.5, abs=0.05)
     assert np.mean([draw.flip_vertical for draw in draws]) == pytest.approx(0.2, abs=0.05)
     for name in ("brightness", "contrast", "saturation"):
-        found = [getattr(draw, name) for draw in draws]
-        assert 0.7 <= min(found) < 0.71 and 1.29 < max(found) <= 1.3
-        assert np.mean(found) == pytest.approx(1, abs=0.02)
+        factors = [getattr(draw, name) for draw in draws]
+        assert 0.7 <= min(factors) < 0.71 and 1.29 < max(factors) <= 1.3
+        assert np.mean(factors) == pytest.approx(1, abs=0.02)
     sides = [draw.side for draw in draws]
-    least, most = (50, 200) if task == "segment" else (200, 400)  # a classifier's window is no larger than the picture
+    least, most = (50, 200) if task == "segment" else (200, 400)  # for `classify` a window is at most as large as the picture
     assert (min(sides), max(sides)) == (pytest.approx(least, abs=1), pytest.approx(most, abs=1))
 
 
 @given(step=st.integers(0, 10**6), seed=st.integers(0, 2**31))
 @settings(max_examples=15, deadline=None)
-def test_a_batch_is_a_function_of_seed_and_step(step: int, seed: int) -> None:
+def test_batch_by_seed_and_step(step: int, seed: int) -> None:
     def batch(seed: int, step: int) -> Batch:
         crops = Crops([coded(50, 40), coded(30, 70)], task="segment", crop=24, batch_size=4, seed=seed, augmentation=EVERYTHING, rare=0.5)
-        crops.batch(step + 1)  # what was made before leaves no trace
+        crops.batch(step + 1)  # earlier batches must not matter
         return crops.batch(step)
 
     first, again = batch(seed, step), batch(seed, step)
@@ -149,39 +149,39 @@ def test_a_batch_is_a_function_of_seed_and_step(step: int, seed: int) -> None:
     assert not torch.equal(first[0], batch(seed + 1, step)[0])
 
 
-def test_larger_pictures_are_drawn_more_often() -> None:
+def test_draws_by_picture_area() -> None:
     crops = Crops([coded(10, 10), coded(30, 10), coded(60, 10)], task="segment", crop=8, batch_size=2000, seed=0)
     counts = np.bincount([draw.index for draw in crops.draws(0)]) / 2000
     np.testing.assert_allclose(counts, [0.1, 0.3, 0.6], atol=0.04)
 
 
-def test_places_are_uniform() -> None:
+def test_draws_with_uniform_positions() -> None:
     crops = Crops([coded(12, 9)], task="segment", crop=8, batch_size=3000, seed=0)
     tops = np.bincount([draw.top for draw in crops.draws(0)]) / 3000
     np.testing.assert_allclose(tops, [0.2] * 5, atol=0.04)
 
 
-def test_rare_classes_are_found() -> None:
+def test_crops_of_rare_classes() -> None:
     labels = np.zeros((200, 300), dtype=np.uint8)
     labels[150, 290], labels[:5] = 3, 255
     samples = [Sample(name="a", image=np.zeros((200, 300, 3), np.uint8), target=labels)] * 2
     crops = Crops(samples, task="segment", crop=16, batch_size=200, seed=0, rare=1.0)
     holds = [(target == 3).any() for target in crops.batch(0)[1]]
-    assert 0.35 < np.mean(holds) < 0.65  # two classes, drawn alike
+    assert 0.35 < np.mean(holds) < 0.65  # two classes, drawn with equal probability
     assert [label for label, _ in class_cells(samples)] == [0, 3]
-    usual = Crops(samples, task="segment", crop=16, batch_size=200, seed=0)
-    assert np.mean([(target == 3).any() for target in usual.batch(0)[1]]) < 0.1
+    default = Crops(samples, task="segment", crop=16, batch_size=200, seed=0)
+    assert np.mean([(target == 3).any() for target in default.batch(0)[1]]) < 0.1
 
 
-def test_cells_name_every_place_of_every_class() -> None:
+def test_class_cells_of_random_labels() -> None:
     labels = np.random.default_rng(0).integers(0, 40, (70, 50), dtype=np.uint8)
     sample = Sample(name="a", image=np.zeros((70, 50, 1), np.uint8), target=labels)
-    for label, places in class_cells([sample]):
+    for label, cells in class_cells([sample]):
         expected = {(0, row // 32, column // 32) for row, column in np.argwhere(labels == label).tolist()}
-        assert {tuple(place) for place in places.tolist()} == expected
+        assert {tuple(cell) for cell in cells.tolist()} == expected
 
 
-def test_classify_sees_the_largest_square() -> None:
+def test_crops_for_classify() -> None:
     tall = Sample(name="a", image=coded(40, 20).image, target=5)
     crops = Crops([tall], task="classify", crop=32, batch_size=8, seed=0, augmentation=EVERYTHING)
     images, targets = crops.batch(0)
@@ -190,39 +190,39 @@ def test_classify_sees_the_largest_square() -> None:
     assert all(10 <= draw.side <= 20 and 0 <= draw.left <= 20 - draw.side and 0 <= draw.top <= 40 - draw.side for draw in crops.draws(0))
 
 
-def test_a_classifier_is_asked_what_it_was_trained_on() -> None:
-    """`predict` prepares a picture without torch; the training crop of the same square has the same pixels, to rounding."""
+def test_cut_and_middle_square_agree() -> None:
+    """`predict` prepares a picture without torch; the pixels equal those of the training crop, to rounding."""
     photograph = np.random.default_rng(0).integers(0, 256, (6, 9, 3), dtype=np.uint8).repeat(8, 0).repeat(8, 1)
     square = Draw(index=0, top=0, left=12, side=48)
     trained, _ = cut(Sample(name="a", image=photograph, target=2), square, 20)
-    asked = middle_square(photograph, 20)
-    assert asked.shape == (20, 20, 3)
-    assert np.abs(trained.permute(1, 2, 0).numpy().astype(int) - asked).max() <= 1
+    predicted = middle_square(photograph, 20)
+    assert predicted.shape == (20, 20, 3)
+    assert np.abs(trained.permute(1, 2, 0).numpy().astype(int) - predicted).max() <= 1
 
 
-def test_calibration_crops_are_counted_and_reproducible() -> None:
+def test_calibration_batches_by_count() -> None:
     batches = calibration_batches([coded(50, 50)], crop=16, count=10, batch_size=4, seed=3)
     assert [tuple(batch.shape) for batch in batches] == [(4, 3, 16, 16), (4, 3, 16, 16), (2, 3, 16, 16)]
     again = calibration_batches([coded(50, 50)], crop=16, count=10, batch_size=4, seed=3)
     assert all(torch.equal(one, other) for one, other in zip(batches, again, strict=True))
 
 
-def test_no_pictures_no_crops() -> None:
+def test_crops_without_pictures() -> None:
     with pytest.raises(DataError, match="no pictures"):
         Crops([], task="segment", crop=8, batch_size=1, seed=0)
 
 
 class Numbered:
-    """Batches that hold their step; the step `bad` fails."""
+    """Batches that hold their step. The step `bad` raises DataError; each batch takes `seconds`."""
 
     def __init__(self, bad: int = -1, seconds: float = 0.0) -> None:
-        self.bad, self.seconds, self.made, self.threads = bad, seconds, 0, 0
+        self.bad, self.seconds, self.batches, self.threads = bad, seconds, 0, 0
 
     def batch(self, step: int) -> Batch:
         if step == self.bad:
             raise DataError("this picture is damaged")
         time.sleep(self.seconds)
-        self.made += 1
+        self.batches += 1
         self.threads = torch.get_num_threads()
         return torch.tensor([step]), torch.tensor([step])
 
@@ -239,7 +239,7 @@ def two_threads() -> Iterator[None]:
     torch.set_num_threads(before)
 
 
-def test_prefetch_gives_every_step_in_order_from_one_core(two_threads: None) -> None:
+def test_prefetch_in_order_on_one_core(two_threads: None) -> None:
     crops = Numbered()
     assert [(step, int(images)) for step, (images, _) in prefetch(crops, 3, 9)] == [(step, step) for step in range(3, 9)]
     assert list(prefetch(crops, 3, 3)) == []
@@ -249,10 +249,10 @@ def test_prefetch_gives_every_step_in_order_from_one_core(two_threads: None) -> 
 
 
 @pytest.mark.skipif(not Path("/proc/self/task").is_dir(), reason="threads are counted on Linux")
-def test_prefetch_brings_no_team_of_threads(two_threads: None) -> None:
+def test_prefetch_without_openmp_threads(two_threads: None) -> None:
     class Computed:
         def batch(self, step: int) -> Batch:
-            whole = torch.zeros(1 << 22).exp_().to(torch.int64)  # large enough to be shared out, were there anybody
+            whole = torch.zeros(1 << 22).exp_().to(torch.int64)  # large enough that torch would use several threads
             return whole, whole
 
     torch.zeros(1 << 22).exp_()
@@ -260,32 +260,25 @@ def test_prefetch_brings_no_team_of_threads(two_threads: None) -> None:
     assert [len(list(Path("/proc/self/task").iterdir())) - before for _ in prefetch(Computed(), 0, 3)] == [1, 1, 1]
 
 
-def test_prefetch_makes_no_more_than_its_depth_ahead() -> None:
+def test_prefetch_at_most_depth_ahead() -> None:
     crops = Numbered()
     batches = prefetch(crops, 0, 100, depth=3)
     next(batches)
     time.sleep(0.05)
-    assert crops.made <= 3
+    assert crops.batches <= 3
     batches.close()  # type: ignore[attr-defined]
     assert workers() == []
 
 
-def test_prefetch_ends_within_one_batch() -> None:
+def test_prefetch_with_break_ends_within_one_batch() -> None:
     crops = Numbered(seconds=0.05)
     for _ in prefetch(crops, 0, 100, depth=10):
         break
-    assert crops.made <= 3  # of ten asked for: the first, the one under way, and one for luck
+    assert crops.batches <= 3  # of ten requested: the first, the one in progress, and one of tolerance
     assert workers() == []
 
 
-def test_prefetch_ends_when_the_consumer_stops() -> None:
-    for step, _ in prefetch(Numbered(), 0, 100):
-        if step == 2:
-            break
-    assert workers() == []
-
-
-def test_prefetch_ends_when_the_consumer_fails() -> None:
+def test_prefetch_with_a_failing_consumer() -> None:
     def consume() -> None:
         for step, _ in prefetch(Numbered(), 0, 100):
             if step == 2:
@@ -293,20 +286,20 @@ def test_prefetch_ends_when_the_consumer_fails() -> None:
 
     with pytest.raises(RuntimeError) as error:
         consume()
-    assert workers() == []  # though the traceback is still held
+    assert workers() == []  # although the traceback still holds the generator
     del error
 
 
-def test_prefetch_raises_the_workers_error_where_its_batch_is_asked_for() -> None:
-    seen = []
+def test_prefetch_with_a_failing_batch() -> None:
+    steps = []
     with pytest.raises(DataError, match="damaged"):
         for step, _ in prefetch(Numbered(bad=4), 0, 100):
-            seen.append(step)
-    assert seen == [0, 1, 2, 3]
+            steps.append(step)
+    assert steps == [0, 1, 2, 3]
     assert workers() == []
 
 
-def test_batches_of_the_earth_are_crops_of_the_photograph() -> None:
+def test_crops_of_the_earth() -> None:
     crops = Crops(
         EarthSource("cover").split("train"), task="segment", crop=256, batch_size=16, seed=0, augmentation=Augmentation(), rare=0.25
     )
@@ -316,11 +309,11 @@ def test_batches_of_the_earth_are_crops_of_the_photograph() -> None:
     assert images.permute(0, 2, 3, 1).is_contiguous()
 
 
-def test_reading_recipes_needs_no_torch() -> None:
+def test_import_without_torch() -> None:
     program = "import sys, muntin.data; assert 'torch' not in sys.modules; muntin.data.Crops; assert 'torch' in sys.modules"
     subprocess.run([sys.executable, "-c", program], check=True)
 
 
-def test_the_room_has_no_other_names() -> None:
+def test_import_of_an_unknown_name() -> None:
     with pytest.raises(AttributeError):
-        _: Any = room.nothing
+        _: Any = muntin.data.nothing

@@ -19,11 +19,11 @@ FOLDERS: dict[str, Any] = {
 }
 
 
-def test_every_source_name_has_its_line() -> None:
+def test_sources_of_all_names() -> None:
     assert set(SOURCES) == set(get_args(SourceName))
 
 
-def test_the_default_is_the_demonstration() -> None:
+def test_source_by_default() -> None:
     source = open_source(DataConfig(), root=Path())
     assert [entry.name for entry in source.classes] == ["ocean", "moist land", "steppe", "desert", "tundra", "ice"]
     assert len(open_source(DataConfig(source="earth:shore"), root=Path()).classes) == 3
@@ -41,31 +41,31 @@ def test_the_default_is_the_demonstration() -> None:
         ({"augmentation": {"flip_vertical": 2}}, "flip_vertical"),
         ({"source": "folders"}, "needs `images`"),
         ({**FOLDERS, "classes": []}, "at least two `classes`"),
-        ({**FOLDERS, "validation": 0.5, "test": 0.6}, "add up to 1.1"),
+        ({**FOLDERS, "validation": 0.5, "test": 0.6}, "add up to 1.1: make them less than 1"),
         ({**FOLDERS, "validation": 0}, "validation"),
         ({**FOLDERS, "channels": 17}, "channels"),
         ({**FOLDERS, "classes": [{"name": "", "value": 0}, {"name": "a"}]}, "name"),
         ({**FOLDERS, "classes": [{"name": "b", "value": [0, 0, 256]}, {"name": "a"}]}, "value"),
     ],
 )
-def test_values_out_of_range_are_refused(values: dict[str, Any], word: str) -> None:
+def test_config_with_wrong_values(values: dict[str, Any], word: str) -> None:
     with pytest.raises(ValidationError) as error:
         DataConfig.model_validate(values)
     assert word in str(error.value)
 
 
-def test_every_field_says_what_it_is() -> None:
+def test_config_with_described_fields() -> None:
     for model in (DataConfig, Augmentation):
         for name, field in model.model_fields.items():
             assert field.description, name
 
 
-def test_a_config_written_out_whole_reads_back() -> None:
+def test_config_round_trip() -> None:
     for config in (DataConfig(source="earth:climate", rare=0.5), DataConfig.model_validate(FOLDERS)):
         assert DataConfig.model_validate(config.model_dump(mode="json")) == config
 
 
-def test_relative_folders_start_at_the_recipe(tmp_path: Path) -> None:
+def test_source_with_relative_folders(tmp_path: Path) -> None:
     for number in range(20):
         for name in ("images", "masks"):
             (tmp_path / name).mkdir(exist_ok=True)

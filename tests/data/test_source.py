@@ -7,14 +7,14 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from muntin.data.source import HeldSamples, Sample, SampleCache, sizes_of
+from muntin.data.source import HeldSamples, Sample, SampleCache
 
 
 def sample(side: int, name: str = "a") -> Sample:
     return Sample(name=name, image=np.zeros((side, side + 1, 3), np.uint8), target=np.zeros((side, side + 1), np.uint8))
 
 
-def test_a_split_is_a_sequence() -> None:
+def test_samples_as_a_sequence() -> None:
     samples = HeldSamples([sample(side, str(side)) for side in range(1, 6)])
     assert [entry.name for entry in samples] == ["1", "2", "3", "4", "5"]
     assert samples[-1].name == "5"
@@ -25,42 +25,38 @@ def test_a_split_is_a_sequence() -> None:
         samples[5]
 
 
-def test_sizes_of_a_plain_list() -> None:
-    assert list(sizes_of([sample(2), sample(4)])) == [(2, 3), (4, 5)]
-
-
-def test_labels_are_there_only_where_pixels_have_them() -> None:
+def test_labels_of_a_classification_sample() -> None:
     assert sample(2).labels.shape == (2, 3)
     with pytest.raises(TypeError):
         _ = Sample(name="a", image=np.zeros((1, 1, 3), np.uint8), target=1).labels
 
 
-def test_the_cache_keeps_what_was_used_last() -> None:
-    made: list[int] = []
+def test_cache_of_recently_used_samples() -> None:
+    decoded: list[int] = []
 
     def get(side: int) -> Sample:
-        def make() -> Sample:
-            made.append(side)
+        def decode() -> Sample:
+            decoded.append(side)
             return sample(side)
 
-        return cache.get(side, make)
+        return cache.get(side, decode)
 
     cache = SampleCache(sample(3).bytes + sample(4).bytes)
     for side in (3, 4, 3, 4, 3):
         get(side)
-    assert made == [3, 4]
-    get(2)  # 4 is the least recently used now
+    assert decoded == [3, 4]
+    get(2)  # drops 4, the least recently used
     get(3)
-    assert made == [3, 4, 2]
+    assert decoded == [3, 4, 2]
     get(4)
-    assert made == [3, 4, 2, 4]
-    get(9)  # larger than the cache: passed through, nothing thrown out for it
+    assert decoded == [3, 4, 2, 4]
+    get(9)  # larger than the cache: not kept, and nothing is dropped
     get(4)
-    assert made == [3, 4, 2, 4, 9]
+    assert decoded == [3, 4, 2, 4, 9]
 
 
 @given(limit=st.integers(0, 2000), order=st.lists(st.integers(1, 12), max_size=40))
-def test_the_cache_never_holds_more_than_its_limit(limit: int, order: Sequence[int]) -> None:
+def test_cache_within_its_limit(limit: int, order: Sequence[int]) -> None:
     cache = SampleCache(limit)
     for side in order:
         assert cache.get(side, lambda side=side: sample(side)).image.shape[0] == side  # type: ignore[misc]

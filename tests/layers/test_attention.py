@@ -1,4 +1,4 @@
-"""What the four attention layers promise alike: shapes, independence, cost, errors. Axes as in the modules."""
+"""Properties of all four attention layers: shapes, independence of images, cost, errors. Axes as in the modules."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ DIM, HEADS, WINDOW, LATENTS = 24, 3, 4, 5
 
 
 def macs_a_token(layer: Attention, side: int) -> float:
-    """Multiply-adds a token on a side x side map, from PyTorch's counter (which does not know the CPU's fused attention)."""
+    """Multiply-adds a token on a side x side map, by PyTorch's counter, which does not count the CPU's fused attention."""
     x_BHWC = torch.zeros(1, side, side, layer.dim)
     with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH), torch.no_grad():
         layer(x_BHWC)
@@ -28,27 +28,27 @@ def macs_a_token(layer: Attention, side: int) -> float:
 
 @pytest.mark.parametrize("size", SIZES)
 @pytest.mark.parametrize("batch", [1, 3])
-def test_shape_stays_and_every_number_is_finite(layer: Attention, size: tuple[int, int], batch: int) -> None:
+def test_attention_output_shape(layer: Attention, size: tuple[int, int], batch: int) -> None:
     x_BHWC = torch.randn(batch, *size, 12, dtype=torch.float64)
     out_BHWC = layer(x_BHWC)
     assert out_BHWC.shape == x_BHWC.shape and out_BHWC.dtype == torch.float64 and out_BHWC.isfinite().all()
 
 
 @pytest.mark.parametrize("size", SIZES)
-def test_an_image_gives_the_same_answer_alone_and_in_a_batch(layer: Attention, size: tuple[int, int]) -> None:
+def test_attention_of_one_image_and_of_a_batch(layer: Attention, size: tuple[int, int]) -> None:
     x_BHWC = torch.randn(3, *size, 12, dtype=torch.float64)
     alone = torch.cat([layer(image[None]) for image in x_BHWC])
     torch.testing.assert_close(layer(x_BHWC), alone, rtol=0, atol=1e-12)
 
 
-def test_memory_order_of_the_input_does_not_matter(layer: Attention) -> None:
+def test_attention_of_non_contiguous_input(layer: Attention) -> None:
     x_BCHW = torch.randn(2, 12, 5, 13, dtype=torch.float64)
     x_BHWC = x_BCHW.permute(0, 2, 3, 1)
     torch.testing.assert_close(layer(x_BHWC), layer(x_BHWC.contiguous()), rtol=0, atol=1e-12)
 
 
 @pytest.mark.parametrize("size", SIZES)
-def test_padding_outside_changes_nothing_inside(
+def test_attention_with_any_padding(
     windowed_layer: Attention, size: tuple[int, int], garbage: Callable[[Tensor, int | None], tuple[Tensor, Tensor, Grid]]
 ) -> None:
     x_BHWC = torch.randn(2, *size, 12, dtype=torch.float64)
@@ -59,7 +59,7 @@ def test_padding_outside_changes_nothing_inside(
     torch.testing.assert_close(windowed_layer(x_BHWC), clean, rtol=0, atol=1e-12)
 
 
-def test_no_gradient_comes_from_the_padding(
+def test_attention_gradient_at_padding(
     windowed_layer: Attention, garbage: Callable[[Tensor, int | None], tuple[Tensor, Tensor, Grid]]
 ) -> None:
     _, dirty_STC, grid = garbage(torch.randn(2, 5, 13, 12, dtype=torch.float64), windowed_layer.window)
@@ -72,19 +72,19 @@ def test_no_gradient_comes_from_the_padding(
 
 @settings(deadline=None, max_examples=25)
 @given(height=st.integers(1, 11), width=st.integers(1, 11), extra=st.integers(0, 9))
-def test_windows_larger_than_the_map_change_nothing(height: int, width: int, extra: int) -> None:
-    least = max(height, width)
+def test_attention_with_windows_larger_than_the_map(height: int, width: int, extra: int) -> None:
+    side = max(height, width)
     x_BHWC = torch.randn(2, height, width, 12, dtype=torch.float64)
     for make in (
         lambda window: LocalAttention(12, heads=2, window=window),
         lambda window: HybridAttention(12, heads=2, window=window, latents=3),
     ):
-        exact, padded = make(least).double(), make(least + extra).double()
+        exact, padded = make(side).double(), make(side + extra).double()
         padded.load_state_dict(exact.state_dict())
         torch.testing.assert_close(padded(x_BHWC), exact(x_BHWC), rtol=0, atol=1e-12)
 
 
-def test_gradients_are_those_of_finite_differences(layer: Attention) -> None:
+def test_attention_gradient_by_finite_differences(layer: Attention) -> None:
     x_BHWC = torch.randn(1, 2, 5, 12, dtype=torch.float64, requires_grad=True)
     assert torch.autograd.gradcheck(layer, (x_BHWC,), fast_mode=True)
 
@@ -104,21 +104,10 @@ FORMULAS: dict[str, tuple[Callable[[], Attention], Callable[[int], float]]] = { 
 
 
 @pytest.mark.parametrize("name", FORMULAS)
-def test_multiply_adds_are_those_of_the_docstring(name: str) -> None:
+def test_attention_cost_by_formula(name: str) -> None:
     make, formula = FORMULAS[name]
     for side in (8, 16):
         assert macs_a_token(make(), side) == formula(side**2)
-
-
-@pytest.mark.parametrize("name", ["local", "global", "hybrid"])
-def test_cost_is_linear_in_the_tokens(name: str) -> None:
-    layer = FORMULAS[name][0]()
-    assert macs_a_token(layer, 32) / macs_a_token(layer, 16) == pytest.approx(1, abs=0.01)  # N -> 4·N: four times the whole
-
-
-def test_cost_of_the_dense_twin_is_not() -> None:
-    layer = FORMULAS["dense"][0]()
-    assert macs_a_token(layer, 32) / macs_a_token(layer, 16) > 3
 
 
 @pytest.mark.parametrize(
@@ -132,7 +121,7 @@ def test_cost_of_the_dense_twin_is_not() -> None:
         lambda: DenseAttention(0, heads=1),
     ],
 )
-def test_heads_that_do_not_divide_are_refused(make: Callable[[], Attention]) -> None:
+def test_attention_with_heads_that_do_not_divide(make: Callable[[], Attention]) -> None:
     with pytest.raises(ValueError, match=r"dim=\d+ cannot be split into heads=\d+: heads must divide dim"):
         make()
 
@@ -146,6 +135,6 @@ def test_heads_that_do_not_divide_are_refused(make: Callable[[], Attention]) -> 
         (lambda: HybridAttention(8, heads=2, window=1, latents=0), "latents=0: it must be at least 1"),
     ],
 )
-def test_windows_and_latents_below_one_are_refused(make: Callable[[], Attention], message: str) -> None:
+def test_attention_with_sizes_below_one(make: Callable[[], Attention], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         make()

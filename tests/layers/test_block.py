@@ -18,7 +18,7 @@ BLOCKS = [ParallelBlock, SerialBlock]
 
 
 def make(kind: type[Block], **options: Any) -> Block:
-    """A block in float64 whose norms and gates are not what they start from."""
+    """A block in float64 with random norms and gates."""
     block = kind(12, attention=HybridAttention(12, heads=3, window=4, latents=5), **options).double()
     with torch.no_grad():
         for name, tensor in [*block.named_parameters(), *block.named_buffers()]:
@@ -44,7 +44,7 @@ def macs(block: Block, side: int) -> int:
 
 @pytest.mark.parametrize("size", [(1, 1), (1, 7), (5, 13)])
 @pytest.mark.parametrize("batch", [1, 3])
-def test_parallel_adds_both_branches_of_one_norm(size: tuple[int, int], batch: int) -> None:
+def test_parallel_block_by_formula(size: tuple[int, int], batch: int) -> None:
     block = make(ParallelBlock).eval()
     x_BHWC = torch.randn(batch, *size, 12, dtype=torch.float64)
     normed = affine(block.norm, x_BHWC)
@@ -54,7 +54,7 @@ def test_parallel_adds_both_branches_of_one_norm(size: tuple[int, int], batch: i
 
 @pytest.mark.parametrize("size", [(1, 1), (1, 7), (5, 13)])
 @pytest.mark.parametrize("batch", [1, 3])
-def test_serial_adds_one_branch_after_the_other(size: tuple[int, int], batch: int) -> None:
+def test_serial_block_by_formula(size: tuple[int, int], batch: int) -> None:
     block = make(SerialBlock).eval()
     x_BHWC = torch.randn(batch, *size, 12, dtype=torch.float64)
     y_BHWC = x_BHWC + block.attention(affine(block.norm_attention, x_BHWC))
@@ -63,21 +63,21 @@ def test_serial_adds_one_branch_after_the_other(size: tuple[int, int], batch: in
 
 
 @pytest.mark.parametrize("ratio", [1.0, 2.0, 4.0])
-def test_both_cost_the_same_attention_and_two_linears(ratio: float) -> None:
+def test_block_cost_by_formula(ratio: float) -> None:
     parallel, serial = make(ParallelBlock, mlp_ratio=ratio), make(SerialBlock, mlp_ratio=ratio)
     # 2 local heads of 4 channels and 1 global one, then 2·C·hidden for the perceptron
     token = 12 * (3 * 8 + 4 + 2 * 5) + 12**2 + 2 * 16 * 8 + 2 * 5 * 4 + 2 * 12 * int(12 * ratio)
     assert macs(parallel, 8) == macs(serial, 8) == token * 64
 
 
-def test_serial_has_the_parameters_of_one_norm_more() -> None:
+def test_block_parameter_count() -> None:
     count = [sum(p.numel() for p in make(kind).parameters()) for kind in BLOCKS]
     assert count[1] - count[0] == 2 * 12
 
 
 @pytest.mark.parametrize("kind", BLOCKS)
 @pytest.mark.parametrize("training", [True, False])
-def test_padding_outside_changes_nothing_inside(
+def test_block_with_any_padding(
     kind: type[Block], training: bool, garbage: Callable[[Tensor, int | None], tuple[Tensor, Tensor, Grid]]
 ) -> None:
     block = make(kind).train(training)
@@ -88,8 +88,8 @@ def test_padding_outside_changes_nothing_inside(
 
 @pytest.mark.parametrize("kind", BLOCKS)
 @pytest.mark.parametrize("training", [True, False])
-def test_a_stage_in_windowed_form_is_its_blocks_one_by_one(kind: type[Block], training: bool) -> None:
-    # Between blocks the padding holds what the one before wrote there; cutting anew for each block would reset it.
+def test_block_stage_in_windowed_form(kind: type[Block], training: bool) -> None:
+    # In windowed form the padding keeps the output of the block before; `partition` resets it to zero.
     blocks = [make(kind).train(training) for _ in range(3)]
     x_BHWC = torch.randn(2, 5, 13, 12, dtype=torch.float64)
     t_STC, grid = partition(x_BHWC, 4)
@@ -100,7 +100,7 @@ def test_a_stage_in_windowed_form_is_its_blocks_one_by_one(kind: type[Block], tr
 
 
 @pytest.mark.parametrize("kind", BLOCKS)
-def test_a_batch_of_16_is_two_of_8(kind: type[Block]) -> None:
+def test_block_gradient_of_16_and_of_8_images(kind: type[Block]) -> None:
     block = make(kind).train()
     x_BHWC = torch.randn(16, 5, 3, 12, dtype=torch.float64)
     whole = block(x_BHWC)
@@ -114,13 +114,13 @@ def test_a_batch_of_16_is_two_of_8(kind: type[Block]) -> None:
 
 
 @pytest.mark.parametrize("kind", BLOCKS)
-def test_an_image_gives_the_same_answer_alone_and_in_a_batch(kind: type[Block]) -> None:
+def test_block_of_one_image_and_of_a_batch(kind: type[Block]) -> None:
     block = make(kind).eval()
     x_BHWC = torch.randn(3, 5, 13, 12, dtype=torch.float64)
     torch.testing.assert_close(block(x_BHWC), torch.cat([block(x[None]) for x in x_BHWC]), rtol=0, atol=1e-11)
 
 
-def test_a_closed_hidden_channel_can_be_cut_away() -> None:
+def test_block_with_closed_channels() -> None:
     block = make(ParallelBlock).eval()
     with torch.no_grad():
         block.mlp.gate.logit[::3] = torch.tensor(-0.1)
@@ -135,23 +135,23 @@ def test_a_closed_hidden_channel_can_be_cut_away() -> None:
 
 
 @pytest.mark.parametrize("kind", BLOCKS)
-def test_without_a_gate_none_is_there(kind: type[Block]) -> None:
+def test_block_without_a_gate(kind: type[Block]) -> None:
     assert not any(isinstance(module, ChannelGate) for module in make(kind, gate=False).modules())
 
 
 @pytest.mark.parametrize("kind", BLOCKS)
-def test_the_window_is_that_of_its_attention(kind: type[Block]) -> None:
+def test_block_window(kind: type[Block]) -> None:
     assert kind(8, attention=LocalAttention(8, heads=2, window=5)).window == 5
     assert kind(8, attention=GlobalAttention(8, heads=2, latents=5)).window is None
 
 
 @pytest.mark.parametrize("kind", BLOCKS)
-def test_another_width_than_the_attentions_is_refused(kind: type[Block]) -> None:
+def test_block_with_attention_of_another_width(kind: type[Block]) -> None:
     with pytest.raises(ValueError, match="attention works on 8 channels, the block on dim=12: make them equal"):
         kind(12, attention=GlobalAttention(8, heads=2, latents=5))
 
 
 @pytest.mark.parametrize("kind", BLOCKS)
-def test_a_perceptron_without_hidden_channels_is_refused(kind: type[Block]) -> None:
+def test_block_without_hidden_channels(kind: type[Block]) -> None:
     with pytest.raises(ValueError, match="dim · mlp_ratio=0: it must be at least 1"):
         kind(8, attention=GlobalAttention(8, heads=2, latents=5), mlp_ratio=0.01)

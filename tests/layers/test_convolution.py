@@ -30,7 +30,7 @@ def convolve(x_CHW: Tensor, weight_OIkk: Tensor, stride: int, groups: int) -> Te
 @pytest.mark.parametrize(("kernel", "stride", "groups"), [(1, 1, 1), (3, 1, 1), (3, 2, 1), (3, 2, 2), (5, 2, 4)])
 @pytest.mark.parametrize("size", [(1, 1), (4, 6), (5, 3)])
 @pytest.mark.parametrize("activation", [True, False])
-def test_unit_is_convolution_norm_and_relu(kernel: int, stride: int, groups: int, size: tuple[int, int], activation: bool) -> None:
+def test_conv_unit_by_formula(kernel: int, stride: int, groups: int, size: tuple[int, int], activation: bool) -> None:
     unit = ConvUnit(4, 8, kernel=kernel, stride=stride, groups=groups, activation=activation).double().eval()
     with torch.no_grad():
         for tensor in (unit.norm.weight, unit.norm.bias, unit.norm.running_mean, unit.norm.running_var):
@@ -43,12 +43,12 @@ def test_unit_is_convolution_norm_and_relu(kernel: int, stride: int, groups: int
 
 @settings(deadline=None, max_examples=30)
 @given(height=st.integers(1, 20), width=st.integers(1, 20), kernel=st.sampled_from([1, 3, 5]), stride=st.integers(1, 3))
-def test_sizes_are_rounded_up(height: int, width: int, kernel: int, stride: int) -> None:
+def test_conv_unit_output_size(height: int, width: int, kernel: int, stride: int) -> None:
     out = ConvUnit(1, 2, kernel=kernel, stride=stride).eval()(torch.zeros(1, 1, height, width))
     assert out.shape == (1, 2, -(-height // stride), -(-width // stride))
 
 
-def test_residual_pair_is_the_input_and_two_units() -> None:
+def test_residual_pair_by_formula() -> None:
     pair = ResidualPair(4).double().eval()
     x_BCHW = torch.randn(2, 4, 5, 3, dtype=torch.float64)
     torch.testing.assert_close(pair(x_BCHW), F.relu(x_BCHW + pair.second(pair.first(x_BCHW))), rtol=0, atol=1e-12)
@@ -58,14 +58,14 @@ def test_residual_pair_is_the_input_and_two_units() -> None:
 
 
 @pytest.mark.parametrize("size", [(1, 1), (1, 7), (5, 13)])
-def test_position_unit_adds_a_depthwise_convolution(size: tuple[int, int]) -> None:
+def test_position_unit_by_formula(size: tuple[int, int]) -> None:
     unit = PositionUnit(4).double()
     x_BCHW = torch.randn(2, 4, *size, dtype=torch.float64)
     convolved = torch.stack([convolve(image, unit.conv.weight, 1, 4) for image in x_BCHW]) + unit.conv.bias.reshape(4, 1, 1)
     torch.testing.assert_close(unit(x_BCHW), x_BCHW + convolved, rtol=0, atol=1e-11)
 
 
-def test_position_unit_marks_the_border_and_only_it() -> None:
+def test_position_unit_at_the_border() -> None:
     out = PositionUnit(3)(torch.ones(1, 3, 6, 7))[0]
     inside = out[:, 1:-1, 1:-1]
     torch.testing.assert_close(inside, inside[:, :1, :1].expand_as(inside))

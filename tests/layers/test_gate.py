@@ -1,4 +1,4 @@
-"""ChannelGate: bounded, exactly closed, able to open again."""
+"""ChannelGate: values, closing, gradient, errors."""
 
 from __future__ import annotations
 
@@ -21,20 +21,20 @@ def gate_of(*logits: float) -> ChannelGate:
 
 @settings(deadline=None)
 @given(logits=st.lists(LOGIT, min_size=1, max_size=8))
-def test_openness_is_the_clamped_logit_exactly(logits: list[float]) -> None:
+def test_gate_openness_of_any_logit(logits: list[float]) -> None:
     gate = gate_of(*logits)
     openness_C = gate.openness()
     assert torch.equal(openness_C, torch.tensor(logits).clamp(0, 1))
     assert torch.equal(gate.open_channels(), openness_C > 0)
 
 
-def test_a_new_gate_is_open_and_changes_nothing() -> None:
+def test_gate_at_the_start() -> None:
     gate = ChannelGate(5)
     x = torch.randn(2, 3, 5)
     assert torch.equal(gate(x), x) and gate.open_channels().all()
 
 
-def test_a_closed_channel_contributes_nothing_and_its_neighbours_are_weighed() -> None:
+def test_gate_with_a_closed_channel() -> None:
     gate = gate_of(-0.3, 0.25, 7.0)
     x = torch.randn(4, 3)
     torch.testing.assert_close(gate(x), x * torch.tensor([0, 0.25, 1]))
@@ -43,7 +43,7 @@ def test_a_closed_channel_contributes_nothing_and_its_neighbours_are_weighed() -
     assert torch.equal(gate(changed), gate(x))
 
 
-def test_channels_are_closed_and_the_others_stay_as_they_were() -> None:
+def test_gate_close_channels() -> None:
     gate = gate_of(-1.0, 0.05, 0.5, 1.0, 3.0)
     gate.close(torch.tensor([False, True, False, True, False]))
     assert gate.logit.tolist() == [-1.0, 0.0, 0.5, 0.0, 3.0]
@@ -51,7 +51,7 @@ def test_channels_are_closed_and_the_others_stay_as_they_were() -> None:
     assert gate.logit.requires_grad
 
 
-def test_the_channels_of_maps_are_weighed_along_their_own_axis() -> None:
+def test_gate_on_maps() -> None:
     gate = ChannelGate(3, axis=-3)
     with torch.no_grad():
         gate.logit.copy_(torch.tensor([0.5, -1, 1]))
@@ -59,7 +59,7 @@ def test_the_channels_of_maps_are_weighed_along_their_own_axis() -> None:
     torch.testing.assert_close(gate(x), x * torch.tensor([0.5, 0, 1]).reshape(1, 3, 1, 1), rtol=0, atol=0)
 
 
-def test_a_closed_gate_opens_again_when_its_channel_is_needed() -> None:
+def test_gate_that_opens_again() -> None:
     gate = gate_of(-0.2, 1.0)
     optimizer = torch.optim.SGD(gate.parameters(), lr=0.1)
     x = torch.ones(1, 2)
@@ -71,15 +71,15 @@ def test_a_closed_gate_opens_again_when_its_channel_is_needed() -> None:
     assert openness_C[0] > 0.5 and openness_C[1] < 0.2
 
 
-def test_the_type_of_the_input_stays() -> None:
+def test_gate_output_type() -> None:
     assert gate_of(0.5)(torch.ones(2, 1, dtype=torch.bfloat16)).dtype == torch.bfloat16
 
 
-def test_a_gate_without_channels_is_refused() -> None:
+def test_gate_without_channels() -> None:
     with pytest.raises(ValueError, match="dim=0: a gate needs at least 1 channel"):
         ChannelGate(0)
 
 
-def test_an_axis_counted_from_the_start_is_refused() -> None:
-    with pytest.raises(ValueError, match="axis=1: it counts from the end"):
+def test_gate_with_an_axis_from_the_start() -> None:
+    with pytest.raises(ValueError, match="axis=1: count it from the end"):
         ChannelGate(4, axis=1)

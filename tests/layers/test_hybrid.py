@@ -1,4 +1,4 @@
-"""HybridAttention against both definitions at once, DenseAttention against all pairs of tokens. Axes as in the module."""
+"""HybridAttention and DenseAttention against the reference implementations. Axes as in the module."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ SIZES = [(1, 1), (1, 7), (5, 13), (17, 9)]
 
 
 @pytest.mark.parametrize("size", SIZES)
-@pytest.mark.parametrize(("heads", "local_heads"), [(2, 1), (3, 2), (4, 2)])  # an odd head goes to the windows
+@pytest.mark.parametrize(("heads", "local_heads"), [(2, 1), (3, 2), (4, 2)])  # of an odd number, the windows get one more
 @pytest.mark.parametrize("batch", [1, 3])
-def test_hybrid_is_windows_and_latents_side_by_side(
+def test_hybrid_by_formula(
     size: tuple[int, int],
     heads: int,
     local_heads: int,
@@ -35,16 +35,14 @@ def test_hybrid_is_windows_and_latents_side_by_side(
 @pytest.mark.parametrize("size", SIZES)
 @pytest.mark.parametrize("heads", [1, 3])
 @pytest.mark.parametrize("batch", [1, 3])
-def test_dense_is_one_window_over_the_whole_map(
-    size: tuple[int, int], heads: int, batch: int, by_window: Callable[[Tensor, int, int], Tensor]
-) -> None:
+def test_dense_by_formula(size: tuple[int, int], heads: int, batch: int, by_window: Callable[[Tensor, int, int], Tensor]) -> None:
     layer = DenseAttention(12, heads=heads).double()
     x_BHWC = torch.randn(batch, *size, 12, dtype=torch.float64)
     expected = layer.out(by_window(layer.project(x_BHWC), heads, 17))
     torch.testing.assert_close(layer(x_BHWC), expected, rtol=0, atol=1e-11)
 
 
-def test_local_with_a_window_over_everything_is_dense() -> None:
+def test_local_with_one_window_equals_dense() -> None:
     dense = DenseAttention(12, heads=3).double()
     local = LocalAttention(12, heads=3, window=17).double()
     local.load_state_dict(dense.state_dict())
@@ -52,6 +50,6 @@ def test_local_with_a_window_over_everything_is_dense() -> None:
     torch.testing.assert_close(local(x_BHWC), dense(x_BHWC), rtol=0, atol=1e-12)
 
 
-def test_hybrid_of_one_head_is_refused() -> None:
-    with pytest.raises(ValueError, match="heads=1: a hybrid needs at least 2, one for its windows and one for its latents"):
+def test_hybrid_with_one_head() -> None:
+    with pytest.raises(ValueError, match="heads=1: a hybrid needs at least 2, one for windows and one for latents"):
         HybridAttention(8, heads=1, window=4, latents=4)

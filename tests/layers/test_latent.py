@@ -1,4 +1,4 @@
-"""GlobalAttention against the definition: explicit softmaxes, latent by latent and token by token. Axes as in the module."""
+"""GlobalAttention against the reference implementation. Axes as in the module."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from muntin.layers import GlobalAttention, merge, partition
 @pytest.mark.parametrize("size", [(1, 1), (1, 7), (5, 13), (17, 9)])
 @pytest.mark.parametrize(("heads", "latents"), [(1, 1), (3, 5)])
 @pytest.mark.parametrize("batch", [1, 3])
-def test_it_is_two_softmaxes_through_latents(
+def test_global_by_formula(
     size: tuple[int, int], heads: int, latents: int, batch: int, by_latent: Callable[[Tensor, int, int, int], Tensor]
 ) -> None:
     layer = GlobalAttention(12, heads=heads, latents=latents).double()
@@ -24,14 +24,14 @@ def test_it_is_two_softmaxes_through_latents(
 
 
 @pytest.mark.parametrize("window", [1, 4, 32])
-def test_neither_the_order_of_tokens_nor_their_padding_matters(window: int) -> None:
+def test_global_in_windowed_form(window: int) -> None:
     layer = GlobalAttention(12, heads=3, latents=5).double()
     x_BHWC = torch.randn(2, 5, 13, 12, dtype=torch.float64)
     t_STC, grid = partition(x_BHWC, window)
     torch.testing.assert_close(merge(layer.attend(t_STC, grid), grid), layer(x_BHWC), rtol=0, atol=1e-12)
 
 
-def test_every_token_reaches_every_other_of_its_image_alone() -> None:
+def test_global_reach_of_one_token() -> None:
     layer = GlobalAttention(8, heads=2, latents=3).double()
     x_BHWC = torch.randn(2, 9, 9, 8, dtype=torch.float64)
     changed = x_BHWC.clone()

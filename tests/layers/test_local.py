@@ -1,4 +1,4 @@
-"""LocalAttention against the definition, window by window. Axes as in the module."""
+"""LocalAttention against the reference implementation. Axes as in the module."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from muntin.layers import LocalAttention
 @pytest.mark.parametrize("size", [(1, 1), (1, 7), (4, 8), (5, 13), (17, 9)])
 @pytest.mark.parametrize(("heads", "window"), [(1, 4), (3, 4), (2, 1), (2, 5)])
 @pytest.mark.parametrize("batch", [1, 3])
-def test_it_is_softmax_attention_inside_each_window(
+def test_local_by_formula(
     size: tuple[int, int], heads: int, window: int, batch: int, by_window: Callable[[Tensor, int, int], Tensor]
 ) -> None:
     layer = LocalAttention(12, heads=heads, window=window).double()
@@ -23,7 +23,7 @@ def test_it_is_softmax_attention_inside_each_window(
     torch.testing.assert_close(layer(x_BHWC), expected, rtol=0, atol=1e-11)
 
 
-def test_windows_do_not_see_each_other() -> None:
+def test_local_reach_of_one_token() -> None:
     layer = LocalAttention(8, heads=2, window=4).double()
     x_BHWC = torch.randn(1, 9, 9, 8, dtype=torch.float64)
     changed = x_BHWC.clone()
@@ -33,7 +33,7 @@ def test_windows_do_not_see_each_other() -> None:
 
 
 @pytest.mark.parametrize("scale", [255, 1e3, 1e5])
-def test_large_logits_neither_overflow_nor_look_at_the_padding(scale: float, by_window: Callable[[Tensor, int, int], Tensor]) -> None:
+def test_local_with_large_logits(scale: float, by_window: Callable[[Tensor, int, int], Tensor]) -> None:
     layer = LocalAttention(8, heads=2, window=4).double()
     x_BHWC = scale * torch.randn(3, 5, 5, 8, dtype=torch.float64)
     expected = layer.out(by_window(layer.project(x_BHWC), 2, 4))

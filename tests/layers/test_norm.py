@@ -1,4 +1,4 @@
-"""MapNorm and TokenNorm: affine after training, groups that no split changes, padding that does not count. Axes as in the module."""
+"""MapNorm and TokenNorm: the affine map after training, groups, padding, errors. Axes as in the module."""
 
 from __future__ import annotations
 
@@ -26,12 +26,12 @@ def random_state(norm: NormT) -> NormT:
 
 
 def affine_of(norm: MapNorm | TokenNorm, x: Tensor) -> Tensor:
-    """Along the last axis, from the definition."""
+    """The affine map after training, from the definition, along the last axis."""
     return (x - norm.running_mean) / torch.sqrt(norm.running_var + norm.eps) * norm.weight + norm.bias
 
 
 class TokenNormOfMaps(nn.Module):
-    """A `TokenNorm` with the face of a `MapNorm`."""
+    """A `TokenNorm` with the interface of a `MapNorm`."""
 
     def __init__(self, norm: TokenNorm, window: int | None) -> None:
         super().__init__()
@@ -44,7 +44,7 @@ class TokenNormOfMaps(nn.Module):
 
 
 def norms() -> dict[str, nn.Module]:
-    """One of each, with the same state."""
+    """Norms of each kind, with the same state."""
     norm = random_state(MapNorm(3))
     result: dict[str, nn.Module] = {"map": norm}
     for window in WINDOWS:
@@ -56,7 +56,7 @@ def norms() -> dict[str, nn.Module]:
 
 @pytest.fixture(params=["map", *(f"tokens, window {window}" for window in WINDOWS)])
 def pair(request: pytest.FixtureRequest) -> tuple[nn.Module, nn.Module]:
-    """Two norms alike."""
+    """Two equal norms."""
     norm = norms()[request.param]
     return norm, copy.deepcopy(norm)
 
@@ -67,7 +67,7 @@ def norm(pair: tuple[nn.Module, nn.Module]) -> nn.Module:
 
 
 def step(norm: nn.Module, x_BCHW: Tensor, target_BCHW: Tensor) -> Tensor:
-    """Forward, and a backward that adds to the gradients."""
+    """Run forward and backward; the gradients accumulate."""
     out = norm(x_BCHW)
     (out * target_BCHW).sum().backward()
     return out.detach()
@@ -77,7 +77,7 @@ def state(norm: nn.Module) -> list[Tensor]:
     return [*norm.buffers(), *(parameter.grad for parameter in norm.parameters() if parameter.grad is not None)]
 
 
-def test_after_training_it_is_an_affine_map(norm: nn.Module) -> None:
+def test_norm_after_training(norm: nn.Module) -> None:
     inner = norm if isinstance(norm, MapNorm) else norm.norm
     x_BCHW = torch.randn(3, 3, 6, 5, dtype=torch.float64)
     expected = affine_of(inner, x_BCHW.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
@@ -86,14 +86,14 @@ def test_after_training_it_is_an_affine_map(norm: nn.Module) -> None:
     torch.testing.assert_close(a_C.reshape(3, 1, 1) * x_BCHW + b_C.reshape(3, 1, 1), expected, rtol=0, atol=1e-12)
 
 
-def test_evaluation_leaves_the_statistics_alone(norm: nn.Module) -> None:
+def test_norm_statistics_in_evaluation(norm: nn.Module) -> None:
     before = [buffer.clone() for buffer in norm.buffers()]
     norm.eval()(torch.randn(9, 3, 6, 5, dtype=torch.float64))
     assert all(torch.equal(a, b) for a, b in zip(before, norm.buffers(), strict=True))
 
 
 @pytest.mark.parametrize("batch", [1, 8, 11, 16])
-def test_training_normalises_each_group_by_its_own_statistics(norm: nn.Module, batch: int) -> None:
+def test_norm_in_training_by_formula(norm: nn.Module, batch: int) -> None:
     inner = norm if isinstance(norm, MapNorm) else norm.norm
     x_BCHW = 3 * torch.randn(batch, 3, 6, 5, dtype=torch.float64) + 2
     running_mean, running_var = inner.running_mean.clone(), inner.running_var.clone()
@@ -111,7 +111,7 @@ def test_training_normalises_each_group_by_its_own_statistics(norm: nn.Module, b
     torch.testing.assert_close(inner.running_var, running_var, rtol=0, atol=1e-12)
 
 
-def test_a_batch_of_16_is_two_of_8(pair: tuple[nn.Module, nn.Module]) -> None:
+def test_norm_of_16_and_of_8_images(pair: tuple[nn.Module, nn.Module]) -> None:
     norm, other = pair[0].train(), pair[1].train()
     x_BCHW, target_BCHW = torch.randn(2, 16, 3, 6, 5, dtype=torch.float64)
     whole_x, split_x = x_BCHW.clone().requires_grad_(), x_BCHW.clone().requires_grad_()
@@ -125,16 +125,14 @@ def test_a_batch_of_16_is_two_of_8(pair: tuple[nn.Module, nn.Module]) -> None:
         torch.testing.assert_close(a, b, rtol=0, atol=1e-12)
 
 
-def test_a_split_inside_a_group_is_another_computation(norm: nn.Module) -> None:
+def test_norm_of_a_split_group(norm: nn.Module) -> None:
     x_BCHW = torch.randn(8, 3, 6, 5, dtype=torch.float64)
     norm.train()
     assert not torch.allclose(norm(x_BCHW), torch.cat([norm(x_BCHW[:4]), norm(x_BCHW[4:])]), atol=1e-3)
 
 
 @pytest.mark.parametrize("window", [2, 4])
-def test_padding_influences_neither_output_nor_statistics_nor_gradient(
-    window: int, garbage: Callable[[Tensor, int | None], tuple[Tensor, Tensor, Grid]]
-) -> None:
+def test_norm_with_any_padding(window: int, garbage: Callable[[Tensor, int | None], tuple[Tensor, Tensor, Grid]]) -> None:
     x_BHWC = torch.randn(11, 6, 5, 3, dtype=torch.float64)
     clean_STC, dirty_STC, grid = garbage(x_BHWC, window)
     target_BHWC = torch.randn_like(x_BHWC)
@@ -149,7 +147,7 @@ def test_padding_influences_neither_output_nor_statistics_nor_gradient(
     assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
 
 
-def test_a_window_of_mostly_padding_is_normalised_by_its_real_tokens() -> None:
+def test_norm_of_a_window_of_mostly_padding() -> None:
     x_BHWC = torch.randn(2, 3, 3, 3, dtype=torch.float64)
     t_STC, grid = partition(x_BHWC, 8)
     out = TokenNorm(3).double().train()(t_STC, grid)
@@ -158,11 +156,11 @@ def test_a_window_of_mostly_padding_is_normalised_by_its_real_tokens() -> None:
     torch.testing.assert_close(merged.mean((0, 1, 2)), torch.zeros(3, dtype=torch.float64), rtol=0, atol=1e-12)
 
 
-def test_it_says_what_it_is() -> None:
+def test_norm_repr() -> None:
     assert "3, eps=1e-05, momentum=0.1" in repr(TokenNorm(3))
 
 
 @pytest.mark.parametrize("batch", [1, 9])
-def test_a_group_of_a_single_value_is_refused_and_not_divided_by_zero(batch: int) -> None:
+def test_norm_of_a_single_value(batch: int) -> None:
     with pytest.raises(MuntinError, match="multiple of 8"):
         MapNorm(3).train()(torch.randn(batch, 3, 1, 1))

@@ -8,25 +8,25 @@ from muntin.layers import Product, SoftmaxProduct, Sum
 from muntin.layers.windows import hidden
 
 
-def test_product_is_the_matrix_product_of_the_last_two_axes() -> None:
+def test_product_by_formula() -> None:
     a, b = torch.randn(2, 3, 4, 5, dtype=torch.float64), torch.randn(2, 3, 5, 6, dtype=torch.float64)
     torch.testing.assert_close(Product()(a, b), torch.einsum("...ij,...jl->...il", a, b))
 
 
-def test_softmax_product_weighs_values_by_their_share_of_the_exponentials() -> None:
+def test_softmax_product_by_formula() -> None:
     logits, values = torch.randn(3, 4, 5, dtype=torch.float64), torch.randn(3, 5, 2, dtype=torch.float64)
     expected = torch.einsum("bij,bjl->bil", logits.exp() / logits.exp().sum(-1, keepdim=True), values)
     torch.testing.assert_close(SoftmaxProduct()(logits, values), expected)
 
 
-def test_softmax_product_ignores_what_its_bias_hides() -> None:
+def test_softmax_product_with_hidden_entries() -> None:
     logits, values = torch.randn(3, 5), torch.randn(5, 2)
     bias = torch.tensor([0, 1, 0, 0, 1]) * hidden(torch.float32)
     shown = [0, 2, 3]
     torch.testing.assert_close(SoftmaxProduct()(logits, values, bias), SoftmaxProduct()(logits[:, shown], values[shown]))
 
 
-def test_sum_adds_any_number_of_branches_and_leaves_the_stream_alone() -> None:
+def test_sum_of_branches() -> None:
     stream, first, second = torch.randn(3, 2, 4)
     before = stream.clone()
     torch.testing.assert_close(Sum()(stream, first, second), before + first + second)

@@ -1,4 +1,4 @@
-"""ProgressiveUpsampler: any chain of halved sizes, each coarse pixel over its own fine ones; PixelHead: no checkerboard. Axes as there."""
+"""ProgressiveUpsampler: sizes and alignment. PixelHead: initialisation, gain, order of channels. Axes as in the module."""
 
 from __future__ import annotations
 
@@ -27,63 +27,58 @@ def chain(height: int, width: int, stages: int, batch: int = 1) -> list[Tensor]:
 
 @settings(deadline=None, max_examples=60)
 @given(height=st.integers(1, 40), width=st.integers(1, 40), stages=st.integers(1, 4))
-def test_any_chain_of_halved_sizes_ends_at_the_finest(height: int, width: int, stages: int) -> None:
+def test_upsampler_output_size(height: int, width: int, stages: int) -> None:
     out = ProgressiveUpsampler(CHANNELS[-stages:], 6).eval()(chain(height, width, stages))
     assert out.shape == (1, 6, height, width) and out.isfinite().all()
 
 
-def test_every_map_takes_part() -> None:
+def test_upsampler_gradient_to_every_map() -> None:
     maps = [m.requires_grad_() for m in chain(9, 13, 4, batch=2)]
     ProgressiveUpsampler(CHANNELS, 6)(maps).square().sum().backward()
     assert all(m.grad is not None and (m.grad != 0).any() for m in maps)
 
 
-@pytest.mark.parametrize("place", [(0, 0), (1, 2), (3, 4)])
-def test_a_coarse_pixel_lands_on_the_fine_ones_it_covers(place: tuple[int, int]) -> None:
-    """It covers rows 2·y and 2·y + 1, columns likewise; a 3x3 smoothing carries it one pixel further."""
+@pytest.mark.parametrize("pixel", [(0, 0), (1, 2), (3, 4)])
+def test_upsampler_alignment_of_a_coarse_pixel(pixel: tuple[int, int]) -> None:
+    """A coarse pixel covers rows 2·y and 2·y + 1, and columns likewise; the 3x3 smoothing adds one pixel on each side."""
     upsampler = ProgressiveUpsampler([3, 2], 16).double().eval()
     coarse, fine = torch.randn(1, 3, 4, 5, dtype=torch.float64), torch.randn(1, 2, 7, 9, dtype=torch.float64)
     changed = coarse.clone()
-    changed[0, :, place[0], place[1]] += 10
+    changed[0, :, pixel[0], pixel[1]] += 10
     differs_HW = (upsampler([changed, fine]) != upsampler([coarse, fine]))[0].any(0)
-    rows, columns = (slice(max(0, 2 * p - 1), 2 * p + 3) for p in place)
-    assert differs_HW[2 * place[0], 2 * place[1]]
+    rows, columns = (slice(max(0, 2 * p - 1), 2 * p + 3) for p in pixel)
+    assert differs_HW[2 * pixel[0], 2 * pixel[1]]
     differs_HW[rows, columns] = False
     assert not differs_HW.any()
 
 
-def test_an_image_gives_the_same_answer_alone_and_in_a_batch() -> None:
+def test_upsampler_of_one_image_and_of_a_batch() -> None:
     upsampler = ProgressiveUpsampler(CHANNELS, 6).double().eval()
     maps = [m.double() for m in chain(9, 13, 4, batch=3)]
     alone = torch.cat([upsampler([m[i : i + 1] for m in maps]) for i in range(3)])
     torch.testing.assert_close(upsampler(maps), alone, rtol=0, atol=1e-12)
 
 
-def test_no_maps_at_all_are_refused() -> None:
+def test_upsampler_without_maps() -> None:
     with pytest.raises(ValueError, match="channels is empty: give the channels of at least one feature map"):
         ProgressiveUpsampler([], 6)
 
 
-def test_another_number_of_maps_is_refused() -> None:
-    with pytest.raises(ValueError, match="2 feature maps came, 4 are expected, coarse to fine"):
+def test_upsampler_with_too_few_maps() -> None:
+    with pytest.raises(ValueError, match="got 2 feature maps: give 4, coarse to fine"):
         ProgressiveUpsampler(CHANNELS, 6)(chain(9, 13, 2))
 
 
 @pytest.mark.parametrize("factor", [1, 2, 4, 8])
-def test_a_new_head_repeats_its_scores_over_each_cell(factor: int) -> None:
+def test_pixel_head_at_the_start(factor: int) -> None:
     out = PixelHead(5, 3, factor)(torch.randn(2, 5, 4, 6))
     assert out.shape == (2, 3, 4 * factor, 6 * factor)
     cells = out.unfold(2, factor, factor).unfold(3, factor, factor)
     torch.testing.assert_close(cells, cells[..., :1, :1].expand_as(cells))
-    assert out.std() > 0.1  # and they are not all zero
+    assert out.std() > 0.1  # not all zero
 
 
-def test_a_new_head_gives_one_constant_for_a_constant() -> None:
-    out = PixelHead(5, 3, 4)(torch.ones(1, 5, 3, 3))
-    torch.testing.assert_close(out, out[:, :, :1, :1].expand_as(out))
-
-
-def test_a_gain_changes_nothing_at_the_start_and_lets_the_scores_grow_as_much_faster() -> None:
+def test_pixel_head_with_a_gain() -> None:
     x = torch.randn(2, 5, 4, 6)
     heads = []
     for gain in (1.0, 32.0):
@@ -99,7 +94,7 @@ def test_a_gain_changes_nothing_at_the_start_and_lets_the_scores_grow_as_much_fa
     torch.testing.assert_close(fast, 32 * slow, rtol=1e-2, atol=1e-4)
 
 
-def test_a_trained_head_spreads_its_channels_row_by_row() -> None:
+def test_pixel_head_by_formula() -> None:
     head = PixelHead(5, 3, 2).double()
     with torch.no_grad():
         for parameter in head.parameters():

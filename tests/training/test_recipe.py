@@ -14,8 +14,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from muntin.data import write_recipe
+from muntin.data.classes import ClassSpec
 from muntin.data.config import Augmentation, DataConfig
-from muntin.data.folders import ClassSpec
 from muntin.errors import RecipeError
 from muntin.models import create_model
 from muntin.runtime.images import write_image

@@ -9,8 +9,9 @@ from pathlib import Path
 
 from pydantic import BaseModel
 
+from muntin.data.classes import ClassSpec
 from muntin.data.config import Augmentation, DataConfig
-from muntin.data.folders import ClassSpec, FolderPair
+from muntin.data.folders import FolderPair
 from muntin.models.config import ModelConfig
 from muntin.training.config import CompressionConfig, LowRankConfig, ModelChoice, QuantizationConfig, StageConfig, TrainingConfig
 from muntin.training.recipe import Recipe

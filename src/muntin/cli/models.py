@@ -67,7 +67,8 @@ def init_command(
     """Write a commented recipe for a folder of your own images."""
     import yaml
 
-    from muntin.data.init import looked_at, remarks, write_recipe
+    from muntin.data.init import remarks, write_recipe
+    from muntin.data.inspection import examined_masks
     from muntin.errors import RecipeError
 
     if task not in (None, "segment", "classify"):
@@ -86,7 +87,7 @@ def init_command(
     told = [str(entry["name"] if found == "classify" else entry["value"]) for entry in classes]
     shown = ", ".join(told[:SHOWN]) + (f", ... ({len(told)} in all)" if len(told) > SHOWN else "")
     ignored = "" if recipe["data"].get("ignore") is None else f"; {recipe['data']['ignore']} in a mask counts as nothing"
-    looked = looked_at(masks)
+    looked = examined_masks(masks)
     seen = "" if looked is None else f"; seen in {looked[0]} of {looked[1]} masks"
     out.print(f"classes   {shown}{ignored}{seen}", markup=False)
     for note in notes:

@@ -1,6 +1,6 @@
 """Images and masks in, batches out; the demonstration data set.
 
-What needs torch (`Crops` and the like) is loaded when it is first asked for: `muntin init` and the reading of recipes do without.
+Names that need torch, such as `Crops`, are imported on first use: `muntin init` and reading a recipe work without torch.
 """
 
 from __future__ import annotations
@@ -8,9 +8,10 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING
 
+from muntin.data.classes import ClassSpec
 from muntin.data.config import SOURCES, Augmentation, DataConfig, open_source
 from muntin.data.earth import EarthSource
-from muntin.data.folders import ClassSpec, FolderPair, FolderSource
+from muntin.data.folders import FolderPair, FolderSource
 from muntin.data.init import write_recipe
 from muntin.data.source import Sample, Samples, Source
 
@@ -36,10 +37,10 @@ __all__ = [
     "write_recipe",
 ]
 
-_WITH_TORCH = ("Batch", "Crops", "calibration_batches", "prefetch")
+_TORCH_NAMES = ("Batch", "Crops", "calibration_batches", "prefetch")
 
 
 def __getattr__(name: str) -> object:
-    if name in _WITH_TORCH:
+    if name in _TORCH_NAMES:
         return getattr(importlib.import_module("muntin.data.batches"), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

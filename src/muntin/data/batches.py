@@ -1,9 +1,9 @@
-"""From samples to training batches: random crops that depend on nothing but a seed and a step.
+"""Training batches: random crops of samples.
 
-A batch is a pure function of (seed, step): a run that is resumed at step n sees the batches it would have seen, and there is
-no generator state to save. What is drawn (`Crops.draws`) is apart from what is done with it (`cut`). A batch of 16 crops of
-256² costs about 13 ms of one core (a Xeon with AVX-512). torchvision's small operations get slower, not faster, when torch
-spreads them over threads that the training step uses too, so `prefetch` makes batches in one background thread on one core.
+A batch is a pure function of (seed, step): a run that is resumed at step n gets the same batches as one without interruption, and no
+generator state is saved. `Crops.draws` makes the random choices, `cut` applies them. A batch of 16 crops of 256² costs about 13 ms of one
+core (a Xeon with AVX-512). `prefetch` makes batches in one background thread on one core: torchvision's small operations get slower
+when torch spreads them over threads that the training step uses too.
 
 Axis letters: B batch, C channels, H, W rows and columns.
 """
@@ -24,26 +24,26 @@ from torchvision.transforms import InterpolationMode
 from torchvision.transforms.v2 import functional as v2
 
 from muntin.data.config import NO_AUGMENTATION, Augmentation
-from muntin.data.source import Sample, Task, UInt8, sizes_of
+from muntin.data.source import HeldSamples, Sample, Samples, Task
 from muntin.errors import DataError
-from muntin.runtime.images import IGNORED
+from muntin.runtime.images import IGNORED, UInt8
 
 Batch = tuple[Tensor, Tensor]
-_CELL = 32  # pixels a side of the cells in which `rare` notes the classes
+_CELL = 32  # side of the cells by which `class_cells` indexes the classes, pixels
 
 
 class Batches(Protocol):
-    """Anything that makes the batch of a step."""
+    """Makes the batch of each step."""
 
     def batch(self, step: int) -> Batch: ...
 
 
 @dataclass(frozen=True, kw_only=True)
 class Draw:
-    """One crop to be made: a square window of `side` pixels of a sample's picture, what it is turned into, and how."""
+    """The random choices for one crop: a square window of `side` pixels in the picture of sample `index`, flips and colour changes."""
 
     index: int
-    top: int  # negative, or too far down, where the picture is smaller than the window
+    top: int  # may be negative or beyond the picture if the picture is smaller than the window
     left: int
     side: int
     flip_horizontal: bool = False
@@ -56,12 +56,12 @@ class Draw:
 class Crops:
     """Random square crops of the samples of a split.
 
-    `segment`: a window's place is drawn uniformly over all pictures, larger ones more often. The share `rare` of the crops is
-    centred on a pixel of a class drawn uniformly from those that occur. Where a picture is smaller than the window, it lies
-    somewhere inside, surrounded by 0 in the image and 255 (ignored) in the target. `classify`: pictures are drawn alike, and
+    `segment`: pictures are drawn with a probability proportional to their area, and the window's position uniformly. A fraction `rare` of
+    the crops is centred on a pixel of a class that is drawn uniformly from the classes that occur. A picture smaller than the window lies
+    at a random position in it, surrounded by 0 in the image and 255 (ignored) in the target. `classify`: pictures are drawn uniformly, and
     the window is the largest square that fits, divided by the zoom.
 
-    Costs a look at every picture's header when made; with `rare` every mask is read once. Raises DataError for no samples.
+    The constructor reads the header of every picture; with `rare` it also reads every mask once. Raises DataError if there are no samples.
     """
 
     def __init__(
@@ -76,81 +76,82 @@ class Crops:
         rare: float = 0.0,
     ) -> None:
         if not len(samples):
-            raise DataError("there are no pictures to make crops of: check the folders and the shares of the splits")
-        self._samples, self._sizes = samples, sizes_of(samples)
+            raise DataError("there are no pictures to crop: check the folders and the shares of the splits")
+        self._samples = samples if isinstance(samples, Samples) else HeldSamples(samples)
+        self._sizes = self._samples.sizes()
         self._task, self._crop, self._batch_size = task, crop, batch_size
         self._seed, self._augmentation, self._rare = seed, augmentation, rare
         weights = np.array([height * width if task == "segment" else 1 for height, width in self._sizes], dtype=np.float64)
-        self._edges = np.cumsum(weights) / weights.sum()
+        self._upper_edges = np.cumsum(weights) / weights.sum()
         self._cells = class_cells(samples) if rare > 0 and task == "segment" else []
 
     def batch(self, step: int) -> Batch:
         """Images uint8 (B, C, H, W), channels last in memory, and targets int64 (B, H, W), or (B,) for `classify`."""
-        made = [cut(self._samples[draw.index], draw, self._crop) for draw in self.draws(step)]
-        images_BHWC = torch.stack([image_CHW.permute(1, 2, 0) for image_CHW, _ in made])
-        return images_BHWC.permute(0, 3, 1, 2), torch.stack([target for _, target in made]).long()
+        crops = [cut(self._samples[draw.index], draw, self._crop) for draw in self.draws(step)]
+        images_BHWC = torch.stack([image_CHW.permute(1, 2, 0) for image_CHW, _ in crops])
+        return images_BHWC.permute(0, 3, 1, 2), torch.stack([target for _, target in crops]).long()
 
     def draws(self, step: int) -> list[Draw]:
-        """The crops of a step: a pure function of the seed and the step."""
+        """The random choices for the crops of a step: a pure function of the seed and the step."""
         generator = np.random.default_rng((self._seed, step))
         return [self._draw(generator) for _ in range(self._batch_size)]
 
     def _draw(self, generator: np.random.Generator) -> Draw:
-        wanted = self._augmentation
-        zoom = math.exp(generator.uniform(math.log(wanted.scale[0]), math.log(wanted.scale[1])))
+        ranges = self._augmentation
+        zoom = math.exp(generator.uniform(math.log(ranges.scale[0]), math.log(ranges.scale[1])))
         if self._cells and generator.random() < self._rare:
             index, row, column = self._rare_pixel(generator)
             side = max(1, round(self._crop / zoom))
             height, width = self._sizes[index]
-            top, left = _centred(row, side, height), _centred(column, side, width)
+            top, left = _centred_start(row, side, height), _centred_start(column, side, width)
         else:
-            index = min(int(np.searchsorted(self._edges, generator.random(), side="right")), len(self._edges) - 1)
+            index = min(int(np.searchsorted(self._upper_edges, generator.random(), side="right")), len(self._upper_edges) - 1)
             height, width = self._sizes[index]
             side = max(1, round((self._crop if self._task == "segment" else min(height, width)) / zoom))
             if self._task == "classify":
                 side = min(side, height, width)
-            top, left = _anywhere(generator, side, height), _anywhere(generator, side, width)
+            top, left = _random_start(generator, side, height), _random_start(generator, side, width)
         return Draw(
             index=index,
             top=top,
             left=left,
             side=side,
-            flip_horizontal=bool(generator.random() < wanted.flip_horizontal),
-            flip_vertical=bool(generator.random() < wanted.flip_vertical),
-            brightness=1 + float(generator.uniform(-wanted.brightness, wanted.brightness)),
-            contrast=1 + float(generator.uniform(-wanted.contrast, wanted.contrast)),
-            saturation=1 + float(generator.uniform(-wanted.saturation, wanted.saturation)),
+            flip_horizontal=bool(generator.random() < ranges.flip_horizontal),
+            flip_vertical=bool(generator.random() < ranges.flip_vertical),
+            brightness=1 + float(generator.uniform(-ranges.brightness, ranges.brightness)),
+            contrast=1 + float(generator.uniform(-ranges.contrast, ranges.contrast)),
+            saturation=1 + float(generator.uniform(-ranges.saturation, ranges.saturation)),
         )
 
     def _rare_pixel(self, generator: np.random.Generator) -> tuple[int, int, int]:
-        """A sample, a row and a column where a class drawn uniformly is found."""
+        """Sample index, row and column of a pixel of a class drawn uniformly."""
         label, cells = self._cells[generator.integers(len(self._cells))]
-        index, cell_row, cell_column = (int(place) for place in cells[generator.integers(len(cells))])
+        index, cell_row, cell_column = (int(value) for value in cells[generator.integers(len(cells))])
         top, left = cell_row * _CELL, cell_column * _CELL
-        places = np.argwhere(self._samples[index].labels[top : top + _CELL, left : left + _CELL] == label)
-        row, column = places[generator.integers(len(places))]
+        pixels = np.argwhere(self._samples[index].labels[top : top + _CELL, left : left + _CELL] == label)
+        row, column = pixels[generator.integers(len(pixels))]
         return index, top + int(row), left + int(column)
 
 
 def cut(sample: Sample, draw: Draw, crop: int) -> tuple[Tensor, Tensor]:
-    """The crop that was drawn: image uint8 (C, crop, crop), target uint8 (crop, crop), or () for `classify`."""
+    """Make the crop that `draw` describes: image uint8 (C, crop, crop), target uint8 (crop, crop), or () for `classify`."""
     image_CHW = torch.from_numpy(_window(sample.image, draw, 0)).permute(2, 0, 1)
     target = torch.tensor(sample.target) if isinstance(sample.target, int) else torch.from_numpy(_window(sample.target, draw, IGNORED))
     if draw.side != crop:
         image_CHW = v2.resize_image(image_CHW, [crop, crop], interpolation=InterpolationMode.BILINEAR, antialias=True)
-        if target.ndim:  # "nearest" alone would pick pixels half a step to the upper left of where bilinear looks
+        if target.ndim:  # NEAREST would sample half a step to the upper left of where bilinear samples
             target = v2.resize_image(target[None], [crop, crop], interpolation=InterpolationMode.NEAREST_EXACT)[0]
     if draw.flip_horizontal:
         image_CHW, target = v2.horizontal_flip(image_CHW), v2.horizontal_flip(target) if target.ndim else target
     if draw.flip_vertical:
         image_CHW, target = v2.vertical_flip(image_CHW), v2.vertical_flip(target) if target.ndim else target
-    return _relit(image_CHW, draw), target
+    return _with_color_changes(image_CHW, draw), target
 
 
-def _relit(image_CHW: Tensor, draw: Draw) -> Tensor:
-    """Brightness for every picture, contrast for grey and colour ones, saturation for colour ones."""
+def _with_color_changes(image_CHW: Tensor, draw: Draw) -> Tensor:
+    """Apply brightness to every image, contrast to those of 1 or 3 channels, saturation to those of 3."""
     channels = image_CHW.shape[0]
-    if draw.brightness != 1:  # torchvision wants 1 or 3 channels: others go as so many grey pictures
+    if draw.brightness != 1:  # torchvision accepts 1 or 3 channels: each channel is passed as a grey image
         image_CHW = v2.adjust_brightness(image_CHW[:, None], draw.brightness)[:, 0]
     if draw.contrast != 1 and channels in (1, 3):
         image_CHW = v2.adjust_contrast(image_CHW, draw.contrast)
@@ -160,33 +161,33 @@ def _relit(image_CHW: Tensor, draw: Draw) -> Tensor:
 
 
 def class_cells(samples: Sequence[Sample]) -> list[tuple[int, np.ndarray[tuple[int, int], np.dtype[np.int32]]]]:
-    """(class, places (n, 3): sample, row and column of every 32 × 32 cell that holds it) of each class that occurs.
+    """For each class that occurs: (class, cells (n, 3)), where a cell of 32 × 32 pixels is its sample index, cell row and cell column.
 
-    Reads every target once; 12 bytes a cell and class in memory.
+    Reads every target once. The result takes 12 bytes for each cell and class.
     """
-    found: dict[int, list[np.ndarray[tuple[int, int], np.dtype[np.int32]]]] = {}
+    cells_by_class: dict[int, list[np.ndarray[tuple[int, int], np.dtype[np.int32]]]] = {}
     for index, sample in enumerate(samples):
         labels_HW = sample.labels
         height, width = labels_HW.shape
         padded = np.pad(labels_HW, ((0, -height % _CELL), (0, -width % _CELL)), constant_values=IGNORED)
         grid = padded.reshape(padded.shape[0] // _CELL, _CELL, padded.shape[1] // _CELL, _CELL)
         for label in np.flatnonzero(np.bincount(labels_HW.ravel(), minlength=256)[:IGNORED]).tolist():
-            places = np.argwhere((grid == label).any(axis=(1, 3)))
-            found.setdefault(label, []).append(np.insert(places, 0, index, axis=1).astype(np.int32))
-    return [(label, np.concatenate(found[label])) for label in sorted(found)]
+            cells = np.argwhere((grid == label).any(axis=(1, 3)))
+            cells_by_class.setdefault(label, []).append(np.insert(cells, 0, index, axis=1).astype(np.int32))
+    return [(label, np.concatenate(cells_by_class[label])) for label in sorted(cells_by_class)]
 
 
 def prefetch(crops: Batches, start: int, stop: int, depth: int = 2) -> Iterator[tuple[int, Batch]]:
-    """(step, batch) of the steps from `start` to before `stop`, made ahead by one background thread, at most `depth` of them.
+    """Yield (step, batch) for the steps from `start` to `stop` - 1. One background thread makes at most `depth` batches ahead.
 
-    `for step, (images, targets) in prefetch(crops, 0, steps): ...`. The thread starts with the first batch asked for and has
-    ended when the loop has, by its end, `break` or an error, within the time of one batch. Whoever keeps the iterator in a
-    variable closes it (`contextlib.closing`). An error in the thread is raised where its batch is asked for.
+    `for step, (images, targets) in prefetch(crops, 0, steps): ...`. The thread starts with the first batch and ends with the loop, within
+    the time of one batch, also after `break` or an error. An iterator that is kept in a variable must be closed (`contextlib.closing`).
+    An error in the thread is raised where its batch is taken.
     """
     threads = torch.get_num_threads()
     with ThreadPoolExecutor(max_workers=1, thread_name_prefix="muntin-prefetch") as pool:
-        pool.submit(_take_one_core).result()
-        # PyTorch keeps one number a thread and one for threads that have not computed yet: give the latter back.
+        pool.submit(_use_one_core).result()
+        # PyTorch keeps a thread count for each thread and one for threads that have not computed yet: restore the latter.
         torch.set_num_threads(threads)
         pending: deque[Future[Batch]] = deque()
         following = start
@@ -201,31 +202,34 @@ def prefetch(crops: Batches, start: int, stop: int, depth: int = 2) -> Iterator[
                 future.cancel()
 
 
-def _take_one_core() -> None:
-    """Of the thread that calls it. Not only for its own sake: with a second team of threads on the cores OpenMP lets them all sleep between
-    any two loops of a training step, and waking them took a third of its time (docs/log.md)."""
+def _use_one_core() -> None:
+    """Limit the calling thread to one core.
+
+    With a second team of OpenMP threads, OpenMP lets all threads sleep between two loops of a training step; waking them took a third of
+    the step's time (docs/log.md).
+    """
     torch.set_num_threads(1)
-    torch.get_num_threads()  # a thread takes the number over when it first asks: now, and not when it is another one again
+    torch.get_num_threads()  # a thread adopts the count at its first query: query it before `prefetch` restores the count
 
 
 def calibration_batches(
     samples: Sequence[Sample], *, crop: int, count: int, batch_size: int, seed: int, task: Task = "segment"
 ) -> list[Tensor]:
-    """`count` training crops without augmentation, uint8 (B, C, crop, crop), in batches of `batch_size`, the last one smaller."""
+    """Return `count` crops without augmentation, uint8 (B, C, crop, crop), in batches of `batch_size`; the last batch may be smaller."""
     return list(each_calibration_batch(samples, crop=crop, count=count, batch_size=batch_size, seed=seed, task=task))
 
 
 def each_calibration_batch(
     samples: Sequence[Sample], *, crop: int, count: int, batch_size: int, seed: int, task: Task = "segment"
 ) -> Iterator[Tensor]:
-    """The same, one after the other: for whoever needs no more than one at a time."""
+    """Yield the batches of `calibration_batches` one at a time."""
     crops = Crops(samples, task=task, crop=crop, batch_size=batch_size, seed=seed)
     for step, (images, _) in prefetch(crops, 0, math.ceil(count / batch_size)):
         yield images[: count - step * batch_size]
 
 
 def _window(array: UInt8, draw: Draw, fill: int) -> UInt8:
-    """A copy of the window; what lies outside the array is `fill`."""
+    """A copy of the window; pixels outside the array are `fill`."""
     height, width = array.shape[:2]
     rows = slice(max(0, draw.top), min(height, draw.top + draw.side))
     columns = slice(max(0, draw.left), min(width, draw.left + draw.side))
@@ -237,11 +241,11 @@ def _window(array: UInt8, draw: Draw, fill: int) -> UInt8:
     return window
 
 
-def _anywhere(generator: np.random.Generator, side: int, length: int) -> int:
-    """Where a window begins: inside the picture, or so that the whole picture lies inside the window."""
+def _random_start(generator: np.random.Generator, side: int, length: int) -> int:
+    """A random start of a window of `side` pixels: inside the picture, or, if the picture is smaller, around the whole picture."""
     return int(generator.integers(min(0, length - side), max(0, length - side) + 1))
 
 
-def _centred(place: int, side: int, length: int) -> int:
-    """The window around a place, moved as little as it takes to keep it in the picture, or the picture in it."""
-    return min(max(place - side // 2, min(0, length - side)), max(0, length - side))
+def _centred_start(center: int, side: int, length: int) -> int:
+    """The start of the window around `center`, moved as little as needed to lie inside the picture, or around it if it is smaller."""
+    return min(max(center - side // 2, min(0, length - side)), max(0, length - side))

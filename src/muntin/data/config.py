@@ -1,4 +1,4 @@
-"""The `data:` part of a recipe, checked when it is read, and the source that it names."""
+"""The `data:` section of a recipe, validated when it is read, and the data set that it names."""
 
 from __future__ import annotations
 
@@ -8,12 +8,13 @@ from typing import Annotated, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
+from muntin.data.classes import ClassSpec, MaskValue
 from muntin.data.earth import EarthSource
-from muntin.data.folders import ClassSpec, FolderPair, FolderSource, MaskValue
+from muntin.data.folders import FolderPair, FolderSource
 from muntin.data.source import Source
 from muntin.runtime.images import IGNORED, MAX_CHANNELS
 
-Share = Annotated[float, Field(gt=0, lt=1)]
+SplitShare = Annotated[float, Field(gt=0, lt=1)]
 Probability = Annotated[float, Field(ge=0, le=1)]
 Strength = Annotated[float, Field(ge=0, lt=1)]
 Zoom = Annotated[float, Field(ge=0.1, le=10)]
@@ -37,7 +38,7 @@ class Augmentation(BaseModel):
     @model_validator(mode="after")
     def _ordered(self) -> Self:
         if self.scale[0] > self.scale[1]:
-            raise ValueError(f"scale {list(self.scale)}: the smaller zoom comes first")
+            raise ValueError(f"scale {list(self.scale)}: the smaller zoom comes first: swap them")
         return self
 
 
@@ -55,10 +56,10 @@ class DataConfig(BaseModel):
     source: SourceName = Field(default="earth", description="the demonstration data, or `folders`: your own pictures")
     images: Path | None = Field(default=None, description="folders: folder of images; for `classify` it holds one folder a class")
     masks: Path | None = Field(default=None, description="folders: folder of masks with the images' stems; none for `classify`")
-    validation: Share | FolderPair = Field(
+    validation: SplitShare | FolderPair = Field(
         default=0.15, description="folders: share of the pictures in `images`, 0-1, or {images, masks} of its own"
     )
-    test: Share | FolderPair = Field(
+    test: SplitShare | FolderPair = Field(
         default=0.15, description="folders: share of the pictures in `images`, 0-1, or {images, masks} of its own"
     )
     classes: tuple[ClassSpec, ...] = Field(
@@ -81,22 +82,24 @@ class DataConfig(BaseModel):
         if self.source == "folders":
             self._check_folders()
             return self
-        # Compared by value: a recipe that was written out whole, defaults and all, reads back.
+        # Compared by value, not by whether it was set: a recipe written with all its defaults can be read again.
         changed = [name for name in _FOLDER_FIELDS if getattr(self, name) != type(self).model_fields[name].default]
         if changed:
-            raise ValueError(f"`{changed[0]}` belongs to `source: folders`; {self.source} brings its own: remove it")
+            raise ValueError(f"`{changed[0]}` belongs to `source: folders`; {self.source} has its own: remove it")
         if self.channels != 3:
-            raise ValueError(f"channels {self.channels}: the pictures of {self.source} have 3")
+            raise ValueError(f"channels {self.channels}: the pictures of {self.source} have 3: set `channels: 3`")
         return self
 
     def _check_folders(self) -> None:
         if self.images is None:
-            raise ValueError("`source: folders` needs `images`, a folder")
+            raise ValueError("`source: folders` needs `images`: name a folder of pictures")
         if self.masks is not None and len(self.classes) < 2:
             raise ValueError("masks need at least two `classes`, each with a name and a value")
         shares = [share for share in (self.validation, self.test) if isinstance(share, float)]
         if sum(shares) >= 1:
-            raise ValueError(f"the shares of validation and test add up to {sum(shares):g}: less than 1 leaves pictures to train on")
+            raise ValueError(
+                f"the shares of validation and test add up to {sum(shares):g}: make them less than 1, so that pictures to train on are left"
+            )
 
 
 def _folders(config: DataConfig, root: Path) -> Source:
@@ -113,7 +116,7 @@ def _folders(config: DataConfig, root: Path) -> Source:
     )
 
 
-# Another source is one more line here and in `SourceName`.
+# To add a source, add a line here and its name to `SourceName`.
 SOURCES: Mapping[SourceName, Callable[[DataConfig, Path], Source]] = {
     "earth": lambda config, root: EarthSource("cover"),
     "earth:climate": lambda config, root: EarthSource("climate"),
@@ -123,5 +126,5 @@ SOURCES: Mapping[SourceName, Callable[[DataConfig, Path], Source]] = {
 
 
 def open_source(config: DataConfig, *, root: Path) -> Source:
-    """The data set of a recipe. Relative folders start at `root`, the recipe's folder. Raises DataError or DependencyError."""
+    """Open the data set of a recipe. Relative folders start at `root`, the recipe's folder. Raises DataError or DependencyError."""
     return SOURCES[config.source](config, root)

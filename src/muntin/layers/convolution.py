@@ -1,6 +1,6 @@
-"""The convolutional units: convolution, norm, activation, and a residual pair of them.
+"""Convolutional units: convolution, norm and activation; a residual pair of them; a positional convolution.
 
-Axes: B images, C channels, H W map.
+Axes: B images, C channels, O output channels, H W map.
 """
 
 from __future__ import annotations
@@ -13,7 +13,10 @@ from muntin.layers.ops import Sum
 
 
 class ConvUnit(nn.Module):
-    """Convolution, `MapNorm`, ReLU: `(B, C, H, W) -> (B, out, ceil(H / stride), ceil(W / stride))`."""
+    """ReLU(norm(conv(x))), `(B, C, H, W) -> (B, O, ceil(H / stride), ceil(W / stride))`.
+
+    C·O·kernel² / groups multiply-adds an output position. `activation` False leaves out the ReLU.
+    """
 
     def __init__(self, channels: int, out: int, *, kernel: int = 3, stride: int = 1, groups: int = 1, activation: bool = True) -> None:
         super().__init__()
@@ -27,7 +30,10 @@ class ConvUnit(nn.Module):
 
 
 class ResidualPair(nn.Module):
-    """x + conv(gate(conv(x))), then ReLU: the basic block of ResNet (He et al., 1512.03385), `(B, C, H, W)` to the same shape."""
+    """ReLU(x + second(gate(first(x)))), `(B, C, H, W)` to the same shape; 18·C² multiply-adds a position.
+
+    Source: the basic block of ResNet (He et al., 1512.03385, section 3.2). Deviation: the gate.
+    """
 
     def __init__(self, channels: int, *, gate: bool = True) -> None:
         super().__init__()
@@ -39,7 +45,7 @@ class ResidualPair(nn.Module):
 
     @property
     def ends(self) -> tuple[nn.Module, nn.Module]:
-        """The layer that gives the channels of the gate, and the one that reads them."""
+        """The layer that writes the gated channels and the layer that reads them."""
         return self.first.conv, self.second.conv
 
     def forward(self, x_BCHW: Tensor) -> Tensor:
@@ -48,9 +54,10 @@ class ResidualPair(nn.Module):
 
 
 class PositionUnit(nn.Module):
-    """x + depthwise 3x3 convolution of x: tells tokens where they stand (Chu et al., 2102.10882), in place of a position table.
+    """x + depthwise 3x3 convolution of x, `(B, C, H, W)` to the same shape; 9·C multiply-adds a position.
 
-    The zero padding at the border of the map is what marks positions, so a map of any size works.
+    Encodes positions without a position table: the zero padding marks the border, so a map of any size works.
+    Source: conditional positional encodings (Chu et al., 2102.10882, section 3).
     """
 
     def __init__(self, channels: int) -> None:

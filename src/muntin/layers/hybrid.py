@@ -1,6 +1,6 @@
-"""HybridAttention: windows and latents side by side; DenseAttention: the quadratic twin that it is measured against.
+"""HybridAttention: local and global heads in one layer. DenseAttention: the quadratic reference.
 
-Axes: B images, H W map, C channels, S windows, T tokens a window.
+Axes: B images, H W map, C channels, S windows, T tokens in a window, M latents.
 """
 
 from __future__ import annotations
@@ -16,24 +16,24 @@ from muntin.layers.windows import Grid
 
 
 class HybridAttention(Attention):
-    """Half of the heads look inside windows, the other half over the whole map through latents; one projection mixes them.
+    """out(concat(window_mixer(x), latent_mixer(x))): half of the heads attend inside windows, half to the whole map through latents.
 
-    Memory and time are O(H·W). With C_l channels in local heads and C_g, E_g in global ones:
-    C·(3·C_l + C_g + 2·E_g·M) + C² multiply-adds a token for the three projections and 2·window²·C_l + 2·M·C_g for mixing.
-    Input and output `(B, H, W, C)`, any H, W >= 1; `heads` >= 2 (an odd head goes to the windows). Splitting heads between a local
-    and a global path follows HiLo (Pan et al., 2205.13213, section 3.2); its global path is quadratic, this one is not.
+    Input and output `(B, H, W, C)`, any H, W >= 1. `heads` >= 2; of an odd number, the windows get one more. Memory and time are O(H·W):
+    with C_l channels in local heads and C_g channels in E_g global heads, C·(3·C_l + C_g + 2·E_g·M) + C² multiply-adds a token for the
+    three projections and 2·window²·C_l + 2·M·C_g for mixing. Source: HiLo, which splits heads between a local and a global path (Pan et
+    al., 2205.13213, section 3.2). Deviation: the global path is linear in the tokens, not quadratic (see `GlobalAttention`).
     """
 
     def __init__(self, dim: int, *, heads: int, window: int, latents: int) -> None:
         super().__init__(dim, heads)
         if heads < 2:
-            raise ValueError(f"heads={heads}: a hybrid needs at least 2, one for its windows and one for its latents")
+            raise ValueError(f"heads={heads}: a hybrid needs at least 2, one for windows and one for latents")
         self.window = check_size("window", window)
         global_heads = heads // 2
         global_dim = dim // heads * global_heads
         self.local = WindowMixer(dim - global_dim, heads - global_heads)
         self.latent = LatentMixer(global_dim, global_heads, check_size("latents", latents))
-        # Two products and not one: engines copy what they split, which costs more than a second product (benchmarks/projections.py).
+        # Two products: engines copy a tensor to split it, which costs more than a second product (benchmarks/projections.py).
         self.project_local = nn.Linear(dim, 3 * self.local.dim)
         self.project_latent = nn.Linear(dim, self.latent.inputs)
         self.out = nn.Linear(dim, dim)
@@ -50,10 +50,10 @@ class HybridAttention(Attention):
 
 
 class DenseAttention(Attention):
-    """Multi-head self-attention over all tokens of the map by PyTorch's fused SDPA: the reference twin.
+    """softmax(Q·Kᵀ / √D)·V over all tokens of the map, by PyTorch's fused SDPA; D channels a head.
 
-    Time is O((H·W)²): 4·C² + 2·H·W·C multiply-adds a token; memory is O(H·W) fused and O((H·W)²) unfused or exported.
-    Input and output `(B, H, W, C)`, any H, W >= 1.
+    Input and output `(B, H, W, C)`, any H, W >= 1. Time is O((H·W)²): 4·C² + 2·H·W·C multiply-adds a token; memory is O(H·W) fused and
+    O((H·W)²) unfused or exported. Source: multi-head attention (Vaswani et al., 1706.03762, section 3.2).
     """
 
     window = None
@@ -62,10 +62,6 @@ class DenseAttention(Attention):
         super().__init__(dim, heads)
         self.project = nn.Linear(dim, 3 * dim)
         self.out = nn.Linear(dim, dim)
-
-    @property
-    def entrances(self) -> tuple[nn.Module, ...]:
-        return (self.project,)
 
     def attend(self, t_STC: Tensor, grid: Grid) -> Tensor:
         images, tokens = t_STC.shape[:2]

@@ -1,6 +1,7 @@
-"""GlobalAttention: tokens and a few latents read each other, O(n), and the mixer it shares with HybridAttention.
+"""GlobalAttention: tokens exchange values through a few latents, and the mixer that it shares with HybridAttention.
 
-Axes: B images, H W map, C channels, S windows, T tokens a window, N tokens an image, E heads, D channels a head, M latents.
+Axes: B images, H W map, C channels, I channels of the projection, S windows, T tokens in a window, N tokens in an image, E heads,
+D channels a head, M latents.
 """
 
 from __future__ import annotations
@@ -14,10 +15,10 @@ from muntin.layers.windows import Grid
 
 
 class LatentMixer(nn.Module):
-    """Two softmaxes through M latents, from a projection that holds values and both kinds of logits: no parameters.
+    """softmax_M(write)·(softmax_N(read)ᵀ·V) for each head, without parameters; `(S, T, I) -> (S, T, C)`, I = C + 2·E·M.
 
-    Read: each latent is the mean of all tokens' values, weighted by a softmax over the N tokens. Write: each token is the
-    mean of the latents, weighted by a softmax over the M latents.
+    The projection holds the values V, the read logits and the write logits. Read: each latent is the mean of the tokens' values, weighted
+    by a softmax over the N tokens. Write: each token is the mean of the latents, weighted by a softmax over the M latents.
     """
 
     def __init__(self, dim: int, heads: int, latents: int) -> None:
@@ -30,11 +31,11 @@ class LatentMixer(nn.Module):
 
     @property
     def inputs(self) -> int:
-        """Channels that the projection must give: values, read logits, write logits."""
+        """Channels of the projection, I: values, read logits, write logits."""
         return self.dim + 2 * self.heads * self.latents
 
     def forward(self, projected_STI: Tensor, grid: Grid) -> Tensor:
-        """`(S, T, inputs) -> (S, T, C)`; 2·N·M·C multiply-adds an image."""
+        """`(S, T, I) -> (S, T, C)`; 2·N·M·C multiply-adds an image."""
         windows, tokens = projected_STI.shape[:2]
         heads, latents = self.heads, self.latents
         p_BNI = projected_STI.reshape(grid.batch, -1, self.inputs)
@@ -49,13 +50,12 @@ class LatentMixer(nn.Module):
 
 
 class GlobalAttention(Attention):
-    """Attention over the whole map through `latents` learned intermediaries a head, instead of all pairs of tokens.
+    """out(mixer(project(x))): attention over the whole map through `latents` latents a head, instead of all pairs of tokens.
 
-    Memory and time are O(H·W): 2·C² + 2·E·M·C + 2·M·C multiply-adds a token. Input and output `(B, H, W, C)`, any
-    H, W >= 1. Source: Agent Attention (Han et al., 2312.08874, section 3.2) and the induced set attention of Set
-    Transformer (Lee et al., 1810.00825, section 3.1). Deviation: the latents' queries are parameters and the tokens'
-    queries meet learned keys, so both kinds of logits are one plain Linear of the token: a product fewer each, and a
-    form that quantises like any Linear.
+    Input and output `(B, H, W, C)`, any H, W >= 1. Memory and time are O(H·W): 2·C² + 2·E·M·C + 2·M·C multiply-adds a token.
+    Source: Agent Attention (Han et al., 2312.08874, section 3.2) and the induced set attention of Set Transformer (Lee et al.,
+    1810.00825, section 3.1). Deviation: the queries of the latents and the keys for the tokens' queries are parameters, so both kinds of
+    logits are one Linear of the token. This saves a product for each and quantises like any Linear.
     """
 
     window = None
@@ -65,10 +65,6 @@ class GlobalAttention(Attention):
         self.mixer = LatentMixer(dim, heads, check_size("latents", latents))
         self.project = nn.Linear(dim, self.mixer.inputs)
         self.out = nn.Linear(dim, dim)
-
-    @property
-    def entrances(self) -> tuple[nn.Module, ...]:
-        return (self.project,)
 
     def attend(self, t_STC: Tensor, grid: Grid) -> Tensor:
         out: Tensor = self.out(self.mixer(self.project(t_STC), grid))

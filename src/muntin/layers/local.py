@@ -1,6 +1,6 @@
-"""LocalAttention: softmax inside windows, and the mixer that it shares with HybridAttention.
+"""LocalAttention: attention inside windows, and the mixer that it shares with HybridAttention.
 
-Axes: B images, H W map, C channels, S windows, T tokens a window, E heads, D channels a head.
+Axes: B images, H W map, C channels, S windows, T tokens in a window, E heads, D channels a head.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from muntin.layers.windows import Grid
 
 
 class WindowMixer(nn.Module):
-    """softmax(Q·Kᵀ / √D)·V inside each window, from a projection that already holds Q, K and V: no parameters."""
+    """softmax(Q·Kᵀ / √D)·V inside each window, without parameters; the input holds Q, K and V."""
 
     def __init__(self, dim: int, heads: int) -> None:
         super().__init__()
@@ -33,12 +33,12 @@ class WindowMixer(nn.Module):
 
 
 class LocalAttention(Attention):
-    """Multi-head self-attention inside non-overlapping windows of `window` x `window` tokens.
+    """out(mixer(project(x))): multi-head self-attention inside non-overlapping windows of `window` x `window` tokens.
 
-    Memory and time are O(H·W): 4·C² + 2·window²·C multiply-adds a token. Input and output `(B, H, W, C)`, any H, W >= 1;
-    where the window does not divide the size, the last windows are padded and the padding is hidden from the softmax.
-    Source: window attention of Swin (Liu et al., 2103.14030, section 3.2), without shifts and without position tables: the
-    network's depthwise convolutions carry positions, so that no table ties the layer to one window.
+    Input and output `(B, H, W, C)`, any H, W >= 1; if the window does not divide the size, the last windows are padded, and the padding
+    is hidden from the softmax. Memory and time are O(H·W): 4·C² + 2·window²·C multiply-adds a token. Source: window attention of Swin
+    (Liu et al., 2103.14030, section 3.2). Deviation: no shifts and no position tables; `PositionUnit` encodes positions, so the
+    parameters do not depend on the window.
     """
 
     def __init__(self, dim: int, *, heads: int, window: int) -> None:
@@ -47,10 +47,6 @@ class LocalAttention(Attention):
         self.project = nn.Linear(dim, 3 * dim)
         self.mixer = WindowMixer(dim, heads)
         self.out = nn.Linear(dim, dim)
-
-    @property
-    def entrances(self) -> tuple[nn.Module, ...]:
-        return (self.project,)
 
     def attend(self, t_STC: Tensor, grid: Grid) -> Tensor:
         out: Tensor = self.out(self.mixer(self.project(t_STC), grid))

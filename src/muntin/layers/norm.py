@@ -1,14 +1,15 @@
-"""Batch normalisation whose statistics no micro-batch and no rank can change, for maps and for tokens.
+"""Batch normalisation over fixed groups of samples, for maps and for tokens.
 
-Plain batch norm computes its statistics over whatever samples one call happens to hold: `training.batch_size` is then part of what a
-network computes, and a batch of 16 that is computed as 8 + 8 has another gradient. Here samples are normalised in fixed groups of `GROUP`
-(a batch is cut into groups in its order; the last may be smaller), so that any split at group borders gives the same numbers. Nothing
-splits batches yet; whatever will, has to do it there. After training it is an affine map with constant coefficients that folds
-into its neighbour. A group that holds a single value a channel (one image left over, on a map of 1x1) has no variance:
-`MuntinError` while training.
+y = weight · (x - mean) / √(variance + eps) + bias, with the statistics of a group while training and running averages afterwards.
+
+Plain batch norm computes its statistics over all samples of a call: the network then depends on `training.batch_size`, and a batch of 16
+that is computed as 8 + 8 has another gradient. Here a batch is cut, in its order, into groups of `GROUP` samples (the last may be smaller),
+so any split at a border of groups gives the same numbers. After training the norm is an affine map with constant coefficients, which
+folds into a neighbouring layer. A group with a single value a channel (one image on a map of 1x1) has no variance: it raises MuntinError
+while training.
 
 Source: Ghost Batch Normalization (Hoffer et al., 1705.08741, section 4).
-Axes: B images, C channels, H W map, S windows, T tokens a window.
+Axes: B images, C channels, H W map, S windows, T tokens in a window.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from muntin.errors import MuntinError
 from muntin.layers.windows import Grid
 
 GROUP = 8
-"""Samples that share statistics in training."""
+"""Number of samples that share statistics while training."""
 
 
 class _GroupedNorm(nn.Module):
@@ -41,14 +42,14 @@ class _GroupedNorm(nn.Module):
         self.register_buffer("running_var", torch.ones(dim))
 
     def affine(self) -> tuple[Tensor, Tensor]:
-        """The map that this layer is after training, y = a·x + b: `a`, `b`, each `(C,)`."""
+        """The coefficients `a` and `b`, each `(C,)`, of the layer after training: y = a·x + b."""
         a_C = self.weight / torch.sqrt(self.running_var + self.eps)
         return a_C, self.bias - self.running_mean * a_C
 
     def _normalise(self, x_BCHW: Tensor) -> Tensor:
         if self.training and x_BCHW.numel() <= self.dim:
             raise MuntinError(
-                "a single value a channel has no statistics (one image left over in its group, its map shrunk to 1x1): "
+                "a group of samples has a single value a channel (one image on a map of 1x1), so it has no variance: "
                 f"train on larger crops, or with a batch_size that is a multiple of {GROUP}"
             )
         return F.batch_norm(x_BCHW, self.running_mean, self.running_var, self.weight, self.bias, self.training, self.momentum, self.eps)
@@ -63,14 +64,14 @@ class _GroupedNorm(nn.Module):
 
 
 class MapNorm(_GroupedNorm):
-    """Normalises `(B, C, H, W)` by channel, in groups of `GROUP` images while training."""
+    """Normalise `(B, C, H, W)` by channel, in groups of `GROUP` images while training."""
 
     def forward(self, x_BCHW: Tensor) -> Tensor:
         return self._normalise_groups(x_BCHW, GROUP)
 
 
 class TokenNorm(_GroupedNorm):
-    """Normalises `(S, T, C)` by channel, in groups of the windows of `GROUP` images while training; padding does not count."""
+    """Normalise `(S, T, C)` by channel, in groups of the windows of `GROUP` images while training. Padding does not count."""
 
     def forward(self, t_STC: Tensor, grid: Grid) -> Tensor:
         if not self.training:

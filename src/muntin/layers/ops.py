@@ -1,6 +1,6 @@
-"""Elementary operations as modules, so that a pass can find, measure and replace them.
+"""Elementary operations as modules, so that a compression pass can find, measure and replace them.
 
-A quantiser has to see every product, softmax and residual sum of a network; a bare function call is invisible to it.
+A quantiser must see every product, softmax and residual sum of a network; it cannot see a function call.
 """
 
 from __future__ import annotations
@@ -17,11 +17,10 @@ class Product(nn.Module):
 
 
 class SoftmaxProduct(nn.Module):
-    """softmax(logits)·values, the softmax over the last dimension: `(..., I, J), (..., J, L) -> (..., I, L)`; I·J·L multiply-adds a matrix.
+    """softmax(logits + bias)·values, the softmax over the last axis: `(..., I, J), (..., J, L) -> (..., I, L)`.
 
-    One operation, not a softmax and a product, since its quantised form divides after the product: a normalised weight over J entries
-    shrinks as 1/J, and over a large image it vanishes in 8 bits. `bias` is added to the logits: 0 keeps an entry, a large negative
-    number hides it.
+    I·J·L multiply-adds a matrix. A `bias` of 0 keeps an entry, a large negative bias hides it. It is one operation because its quantised
+    form divides after the product: a normalised weight over J entries shrinks as 1/J, and for a large image it is 0 in 8 bits.
     """
 
     def forward(self, logits: Tensor, values: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -31,7 +30,10 @@ class SoftmaxProduct(nn.Module):
 
 
 class Gain(nn.Module):
-    """A fixed factor. What it scales is learned so many times faster: an optimiser's steps are as long as the rate, whatever they move."""
+    """Multiply by a fixed factor.
+
+    Adam changes each weight by about the learning rate, so the scaled output changes `factor` times as fast.
+    """
 
     factor: Tensor
 
@@ -44,7 +46,7 @@ class Gain(nn.Module):
 
 
 class Sum(nn.Module):
-    """The sum of a residual stream and its branches, all of one shape."""
+    """Add a residual stream and its branches, all of the same shape."""
 
     def forward(self, stream: Tensor, *branches: Tensor) -> Tensor:
         for branch in branches:

@@ -1,4 +1,4 @@
-"""ProgressiveUpsampler: the decoder that restores resolution stage by stage, and the last step to the pixel.
+"""ProgressiveUpsampler: the decoder that doubles the resolution stage by stage. PixelHead: scores for each pixel.
 
 Axes: B images, C channels, H W map, K scores.
 """
@@ -16,18 +16,18 @@ from muntin.layers.ops import Gain, Sum
 
 
 def upsample_to(x_BCHW: Tensor, like_BCHW: Tensor) -> Tensor:
-    """Twice the size by repeating pixels, cut to the size of `like`: its odd last row or column has no pair."""
+    """Double the size by repeating pixels, and crop to the size of `like`, which may be odd."""
     doubled = F.interpolate(x_BCHW, scale_factor=2.0, mode="nearest")
     return doubled[:, :, : like_BCHW.shape[2], : like_BCHW.shape[3]]
 
 
 class ProgressiveUpsampler(nn.Module):
-    """Goes from the coarsest of several feature maps to the finest, doubling the size at each stage and adding a skip.
+    """x_i = smooth_i(lateral_i(map_i) + upsample(x_(i-1))), from the coarsest feature map to the finest.
 
-    `channels`: of the feature maps, coarse to fine, each twice the height and width of the one before (rounded up).
-    Input: those maps `(B, C_i, H_i, W_i)` in that order; output `(B, dim, H, W)` of the finest. Each stage: repeat pixels, add
-    the 1x1-projected skip, smooth with a 3x3 convolution. Source: the top-down path of feature pyramids (Lin et al.,
-    1612.03144, section 3), with the smoothing inside the path, so that each stage corrects what the doubling blurred.
+    `channels`: those of the feature maps, coarse to fine; each map has half the height and width of the next, rounded up. Input: these
+    maps `(B, C_i, H_i, W_i)` in that order; output `(B, dim, H, W)`, the size of the finest. `lateral` is a 1x1 convolution, `smooth` a
+    3x3 convolution. Source: the top-down path of feature pyramids (Lin et al., 1612.03144, section 3). Deviation: the smoothing is part
+    of the path, so that each stage corrects the blur of the upsampling before it.
     """
 
     def __init__(self, channels: Sequence[int], dim: int) -> None:
@@ -40,7 +40,7 @@ class ProgressiveUpsampler(nn.Module):
 
     def forward(self, maps: Sequence[Tensor]) -> Tensor:
         if len(maps) != len(self.lateral):
-            raise ValueError(f"{len(maps)} feature maps came, {len(self.lateral)} are expected, coarse to fine")
+            raise ValueError(f"got {len(maps)} feature maps: give {len(self.lateral)}, coarse to fine")
         x_BCHW: Tensor = self.lateral[0](maps[0])
         for skip, lateral, smooth, add in zip(maps[1:], self.lateral[1:], self.smooth, self.sum, strict=True):
             x_BCHW = smooth(add(lateral(skip), upsample_to(x_BCHW, skip)))
@@ -48,16 +48,16 @@ class ProgressiveUpsampler(nn.Module):
 
 
 class PixelHead(nn.Module):
-    """K scores for each pixel from a map at 1/`factor` of the size: one 1x1 convolution, its channels spread over the pixels.
+    """shuffle(gain · conv(x)): K scores for each pixel from a map at 1/`factor` of the size, with one 1x1 convolution.
 
-    `(B, C, h, w) -> (B, K, factor·h, factor·w)`, to be cut to the picture's size. C·K·factor² multiply-adds a position at low
-    resolution: nothing heavy runs at full resolution. Source: sub-pixel convolution (Shi et al., 1609.05158, section 3.2),
-    started at repetition (ICNR, Aitken et al., 1707.02937), so that training begins without a checkerboard.
+    `(B, C, h, w) -> (B, K, factor·h, factor·w)`, which the caller crops to the picture's size. C·K·factor² multiply-adds a position at low
+    resolution; no product runs at full resolution. Source: sub-pixel convolution (Shi et al., 1609.05158, section 3.2), initialised to
+    repeat pixels (ICNR, Aitken et al., 1707.02937), so that training begins without a checkerboard pattern.
 
-    `gain`: a factor of the scores, with weights that start as many times smaller, so that the untrained layer is the same. An optimiser
-    moves every weight by about the learning rate, so scores grow with the number of channels that they are a sum over: those of a narrow
-    decoder lag behind, and the loss with them. A gain lets them keep up; it is folded into the weights for deployment. The idea of learning
-    rates by width is Yang & Hu's (2011.14522); the number was found by trial, with Adam (docs/log.md).
+    `gain`: a factor of the scores. The initial weights are divided by it, so the untrained layer does not depend on it. Adam changes each
+    weight by about the learning rate, so the scores of a decoder with few channels, which sum fewer products, change slowly; a gain
+    speeds them up. It is folded into the weights for deployment. Source: learning rates by width (Yang & Hu, 2011.14522). Deviation: the
+    factor was found by experiments (docs/log.md).
     """
 
     def __init__(self, channels: int, outputs: int, factor: int, gain: float = 1.0) -> None:

@@ -1,11 +1,11 @@
-"""Cutting a map into windows of tokens and putting it together again.
+"""Cut a map into windows of tokens, and merge the windows again.
 
-The windowed form `(S, T, C)` is what attention works on; a whole stage stays in it, so that the cut is paid once a stage
-and Linear layers, norms and softmaxes need no re-ordering. Sizes that the window does not divide are padded with zeros
-once, and `Grid.bias_S1T` hides the padding from every softmax: what lies outside the picture changes nothing inside.
+Attention works on the windowed form `(S, T, C)`. A whole stage stays in this form, so the cut is paid once for each stage, and Linear
+layers, norms and softmaxes need no re-ordering. If the window does not divide the size, the map is padded with zeros once, and
+`Grid.bias_S1T` hides the padding from every softmax: it changes no token of the image.
 
-Axes: B images, H W rows and columns of a map, C channels, S windows (B · rows · columns), T tokens a window (window²),
-N tokens an image, padding included.
+Axes: B images, H W rows and columns of a map, C channels, S windows (B · rows · columns), T tokens in a window (window²),
+N tokens in an image, padding included.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from torch.nn import functional as F  # noqa: N812 - the field's usual name
 
 @dataclass(frozen=True, kw_only=True)
 class Grid:
-    """How a map of `height` x `width` was cut: enough to undo it, and to know which tokens are real."""
+    """How a map of `height` x `width` was cut into `rows` x `columns` windows, and which tokens are padding."""
 
     batch: int
     height: int
@@ -28,24 +28,26 @@ class Grid:
     rows: int
     columns: int
     bias_S1T: Tensor | None  # noqa: N815 - axis letters
-    """0 for a real token and `hidden` for padding; None where there is no padding by construction (one window an image)."""
+    """0 for a token of the image and `hidden` for padding; None if `window` is None, as one window an image needs no padding."""
 
     @property
     def bias_B1N(self) -> Tensor | None:  # noqa: N802 - axis letters
-        """The same bias with the windows of an image in one row."""
+        """`bias_S1T` with the windows of an image concatenated."""
         return None if self.bias_S1T is None else self.bias_S1T.reshape(self.batch, 1, -1)
 
 
 def hidden(dtype: torch.dtype) -> float:
-    """Added to a logit that must not count: finite, and below every other one, whatever their scale (in FP16 above -32,752). An engine that
-    runs in a narrower type sees -inf: that is 0 after the softmax, too, since no row is all padding."""
+    """The bias of a logit that must not count: half of the lowest finite number, below every other logit (in FP16: above -32,752).
+
+    In an engine with a narrower type it becomes -inf. After the softmax that is 0, too, since no row is all padding.
+    """
     return torch.finfo(dtype).min / 2
 
 
 def partition(x_BHWC: Tensor, window: int | None) -> tuple[Tensor, Grid]:
-    """Cut `(B, H, W, C)` into `(S, T, C)`; `window=None` takes each image as one window of H·W tokens, without padding.
+    """Cut `(B, H, W, C)`, any H, W >= 1, into `(S, T, C)`; costs one copy of the map.
 
-    Costs one copy of the map. Any H, W >= 1.
+    `window`: side of the windows, tokens. None takes each image as one window of H·W tokens, without padding.
     """
     batch, height, width, channels = x_BHWC.shape
     if window is None:
@@ -64,7 +66,7 @@ def partition(x_BHWC: Tensor, window: int | None) -> tuple[Tensor, Grid]:
 
 
 def merge(t_STC: Tensor, grid: Grid) -> Tensor:
-    """Undo `partition`: `(S, T, C) -> (B, H, W, C)`, padding dropped."""
+    """Undo `partition`: `(S, T, C) -> (B, H, W, C)`, without the padding."""
     channels = t_STC.shape[-1]
     if grid.window is None:
         return t_STC.reshape(grid.batch, grid.height, grid.width, channels)

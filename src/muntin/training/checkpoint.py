@@ -29,7 +29,7 @@ from torch import Tensor, nn
 from muntin.artifact import Signature
 from muntin.artifact.classes import ClassInfo
 from muntin.artifact.directory import replace_directory
-from muntin.data.folders import composed
+from muntin.data.listing import composed
 from muntin.data.source import Source
 from muntin.errors import ArtifactError, CheckpointError, DataError
 from muntin.models import HybridNet, create_model

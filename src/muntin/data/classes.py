@@ -1,0 +1,123 @@
+"""The classes of a recipe, and the mapping from the values in masks to class numbers."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Any
+
+import numpy as np
+import numpy.typing as npt
+from pydantic import BaseModel, ConfigDict, Field
+
+from muntin.artifact.classes import ClassInfo
+from muntin.data.colors import RGB, distinct_colors
+from muntin.data.listing import composed
+from muntin.data.source import MAX_CLASSES
+from muntin.errors import DataError
+from muntin.runtime.images import IGNORED, UInt8
+
+MaskValue = Annotated[int, Field(ge=0, le=65535)] | RGB
+_MAX_LISTED = 5  # values that an error message lists
+
+
+class ClassSpec(BaseModel):
+    """One class of the recipe: its name, the colour it is painted in, and what stands for it in the masks."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    name: Annotated[str, Field(min_length=1, description="unique among the classes; for `classify` the folder's name")]
+    color: RGB | None = Field(default=None, description="red, green, blue, 0-255 each; by default one that differs from the others")
+    value: MaskValue | None = Field(default=None, description="mask value, or [red, green, blue]; by default the class's index from 0")
+
+
+def class_infos(classes: Sequence[ClassSpec]) -> tuple[ClassInfo, ...]:
+    """Names and colours of the classes, missing colours filled in.
+
+    Raises DataError: fewer than two classes, more than 255, or a name twice.
+    """
+    if not 2 <= len(classes) <= MAX_CLASSES:
+        raise DataError(f"{len(classes)} classes: from 2 to {MAX_CLASSES} are possible, name them under `classes`")
+    repeated = [name for name, count in Counter(composed(entry.name) for entry in classes).items() if count > 1]
+    if repeated:
+        raise DataError(f"the class name {repeated[0]!r} is used twice: give each class its own name")
+    used = {entry.color for entry in classes}
+    unused = iter([color for color in distinct_colors(2 * len(classes)) if color not in used])
+    return tuple(ClassInfo(name=entry.name, color=entry.color if entry.color is not None else next(unused)) for entry in classes)
+
+
+class MaskMapping:
+    """Maps the values in masks, integers or colours, to class numbers 0..K-1, and the ignored value to 255.
+
+    `ignore`: the value or colour of pixels that belong to no class. Raises DataError: a value twice, or integers mixed with colours.
+    """
+
+    def __init__(self, classes: Sequence[ClassSpec], ignore: int | RGB | None) -> None:
+        values = [index if entry.value is None else entry.value for index, entry in enumerate(classes)]
+        self.colors = not isinstance(values[0], int)
+        if any(isinstance(value, int) == self.colors for value in values):
+            raise DataError("the classes' values mix integers and colours: give every class an integer, or every class [red, green, blue]")
+        repeated = [value for value, count in Counter(values).items() if count > 1]
+        if repeated:
+            raise DataError(f"two classes have the value {_as_yaml(repeated[0])}: every class needs its own")
+        table = {_code(value): index for index, value in enumerate(values)}
+        if ignore is not None and isinstance(ignore, int) != self.colors:  # an integer `ignore` has no meaning in colour masks
+            if _code(ignore) in table:
+                name = classes[table[_code(ignore)]].name
+                raise DataError(f"the value {_as_yaml(ignore)} is both class {name!r} and `ignore`: set `ignore: null` or another value")
+            table[_code(ignore)] = IGNORED
+        self._codes = np.array(sorted(table), dtype=np.int64)
+        self._labels = np.array([table[code] for code in sorted(table)], dtype=np.uint8)
+        ignored = "none" if IGNORED not in table.values() else _as_yaml(ignore)
+        self._allowed = f"{list_some([_as_yaml(value) for value in values], 12)}; `ignore` is {ignored}"
+
+    def __call__(self, mask: npt.NDArray[Any], path: Path) -> UInt8:
+        """Labels (H, W) of a mask (H, W) or (H, W, 3) as `read_mask` gives it. Raises DataError naming `path` for a value of no class."""
+        if mask.ndim == 3 and not self.colors:
+            if not (mask == mask[:, :, :1]).all():
+                raise DataError(f"{path} is a colour picture and the classes have integer values: give each class `value: [r, g, b]`")
+            mask = mask[:, :, 0]
+        codes = color_codes(mask) if self.colors else mask
+        labels, known = self._look_up(codes)
+        if not known.all():
+            unknown = [_as_yaml(code_color(code) if self.colors else code) for code in np.unique(codes[~known]).tolist()]
+            raise DataError(
+                f"{path} holds the mask values {list_some(unknown)}, allowed are {self._allowed}: "
+                "add a class, set `ignore`, or correct the mask"
+            )
+        return labels
+
+    def _look_up(self, codes: npt.NDArray[Any]) -> tuple[UInt8, npt.NDArray[np.bool_]]:
+        """Labels, and whether each code is known."""
+        if codes.dtype == np.uint8:  # a table is ten times faster than the search, and most masks are uint8
+            small = self._codes < 256
+            table, known = np.zeros(256, dtype=np.uint8), np.zeros(256, dtype=np.bool_)
+            table[self._codes[small]], known[self._codes[small]] = self._labels[small], True
+            return table[codes], known[codes]
+        indices = np.minimum(np.searchsorted(self._codes, codes), self._codes.size - 1)
+        return self._labels[indices], self._codes[indices] == codes
+
+
+def color_codes(mask: npt.NDArray[np.uint8]) -> npt.NDArray[np.int32]:
+    """Colours (H, W, 3) as one number each, (H, W): red · 65536 + green · 256 + blue."""
+    wide = mask.astype(np.int32)
+    return wide[:, :, 0] << 16 | wide[:, :, 1] << 8 | wide[:, :, 2]
+
+
+def code_color(code: int) -> RGB:
+    """The colour of a number from `color_codes`."""
+    return code >> 16, code >> 8 & 255, code & 255
+
+
+def list_some(values: Sequence[object], count: int = _MAX_LISTED) -> str:
+    """The first `count` values, separated by commas, and how many more there are."""
+    return ", ".join(str(value) for value in values[:count]) + (f" and {len(values) - count} more" if len(values) > count else "")
+
+
+def _code(value: int | RGB) -> int:
+    return value if isinstance(value, int) else value[0] << 16 | value[1] << 8 | value[2]
+
+
+def _as_yaml(value: object) -> str:
+    return str(list(value)) if isinstance(value, tuple) else str(value)

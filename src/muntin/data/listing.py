@@ -1,0 +1,57 @@
+"""List pictures and folders in a user's directory, and compare their names."""
+
+from __future__ import annotations
+
+import unicodedata
+from pathlib import Path
+
+from muntin.errors import DataError
+from muntin.runtime.images import IMAGE_SUFFIXES
+
+_RUNS = "runs"  # the folder that `muntin fit` writes results to; it may lie beside the pictures
+
+
+def entries(folder: Path) -> list[Path]:
+    """Files and folders in `folder` in order of their names, without hidden ones. Raises DataError if it is not a folder."""
+    if not folder.exists():
+        raise DataError(f"the folder {folder} does not exist: check the path; relative paths start at the recipe's folder")
+    if not folder.is_dir():
+        raise DataError(f"{folder} is not a folder: name the folder that holds the files")
+    return sorted(path for path in folder.iterdir() if not path.name.startswith("."))
+
+
+def subfolders(folder: Path) -> list[Path]:
+    """Folders in `folder`, in order of their names, without hidden ones."""
+    return [path for path in entries(folder) if path.is_dir()]
+
+
+def pictures(folder: Path) -> list[Path]:
+    """Image files directly in `folder`, in order of their names, without hidden ones."""
+    return [path for path in entries(folder) if is_picture(path)]
+
+
+def is_picture(path: Path) -> bool:
+    """Whether `path` is a file with the suffix of an image."""
+    return path.suffix.lower() in IMAGE_SUFFIXES and path.is_file()
+
+
+def is_results_folder(folder: Path) -> bool:
+    """Whether `muntin fit` made `folder` for its results: it is called `runs` and holds no pictures."""
+    return folder.name == _RUNS and not pictures(folder)
+
+
+def composed(name: str) -> str:
+    """`name` in Unicode's form NFC: each accented letter is one character.
+
+    Some file systems store a letter and its accent as two characters. Both forms look the same, so names are compared in this form.
+    """
+    return unicodedata.normalize("NFC", name)
+
+
+def is_utf8(name: str) -> bool:
+    """Whether a file name is valid UTF-8. A file name is bytes; Python keeps invalid bytes as surrogates."""
+    try:
+        name.encode()
+    except UnicodeEncodeError:
+        return False
+    return True

@@ -1,0 +1,90 @@
+"""Share the pictures of one folder out to the training, validation and test splits.
+
+A hash of a picture's key and the seed alone decides its split, so adding pictures moves none of the others.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from muntin.data.listing import composed
+from muntin.data.source import SplitName
+from muntin.errors import DataError
+
+_MAX_SEEDS = 1000  # seeds tried
+_MAX_HASHES = 200_000  # pictures hashed in search of a seed with which no split lacks a class: about two seconds
+
+
+def split_of(key: str, seed: int, shares: Mapping[SplitName, float]) -> SplitName:
+    """The split of a picture: the hash of seed and key, as a number in [0, 1), falls into the share of test, of validation, or of neither.
+
+    `shares`: fraction of the pictures for each split other than `train`.
+    """
+    digest = hashlib.sha256(os.fsencode(f"{seed}/{composed(key)}")).digest()  # fsencode: a file name may be invalid UTF-8
+    position, upper_edge = int.from_bytes(digest[:8], "big") / 2**64, 0.0
+    for name in ("test", "validation"):
+        upper_edge += shares.get(name, 0.0)
+        if position < upper_edge:
+            return name
+    return "train"
+
+
+def filling_seed(keys: Sequence[str], shares: Mapping[SplitName, float], first: int = 0, *, by_class: bool = False) -> int | None:
+    """The first seed from `first` on that leaves no split empty, or None if 1,000 seeds all leave one empty.
+
+    `by_class`: keys are `class/stem`. The result is then the seed whose splits lack the fewest classes, those of the training split
+    counted first, among as many seeds as 200,000 hashes allow.
+    """
+    all_splits = {"train", *shares}
+    class_count = len({key.partition("/")[0] for key in keys})
+    seeds_compared = min(_MAX_SEEDS, 1 + _MAX_HASHES // max(1, len(keys))) if by_class else 0
+    best_seed, best_score = None, (0, 0)
+    for seed in range(first, first + _MAX_SEEDS):
+        filled = {(split_of(key, seed, shares), key.partition("/")[0] if by_class else "") for key in keys}
+        if {split for split, _ in filled} != all_splits:
+            continue
+        score = sum(split == "train" for split, _ in filled), len(filled)
+        if score > best_score:
+            best_seed, best_score = seed, score
+        if seed - first >= seeds_compared or len(filled) == len(all_splits) * class_count:
+            break
+    return best_seed
+
+
+def empty_split_error(split: SplitName, keys: Sequence[str], folder: Path, seed: int, shares: Mapping[SplitName, float]) -> DataError:
+    """The error for a split without pictures; it names a seed that fills every split, if there is one."""
+    problem = f"the {split} split of the {len(keys)} pictures in {folder} is empty"
+    better = filling_seed(keys, shares, seed + 1)
+    if better is None:
+        return DataError(
+            f"{problem}: at least {1 + len(shares)} pictures are needed; add pictures, change its share, or name a folder for it"
+        )
+    return DataError(f"{problem}: set `seed: {better}` under data, which fills every split, add pictures, or name a folder for it")
+
+
+def check_disjoint(files: Mapping[SplitName, Sequence[Path]]) -> None:
+    """Raise DataError if two splits hold the same file: the score would measure memory, not learning.
+
+    Links are followed. Copies of a file are not recognised.
+    """
+    split_by_file: dict[Path, SplitName] = {}
+    resolved_folders: dict[Path, Path] = {}
+    shared: list[tuple[Path, SplitName, SplitName]] = []
+    for split, paths in files.items():
+        for path in paths:
+            if path.parent not in resolved_folders:
+                resolved_folders[path.parent] = path.parent.resolve()
+            file = path.resolve() if path.is_symlink() else resolved_folders[path.parent] / path.name
+            first_split = split_by_file.setdefault(file, split)
+            if first_split != split:
+                shared.append((path, first_split, split))
+    if shared:
+        path, first_split, second_split = shared[0]
+        more = f" (and {len(shared) - 1} more are in two splits)" if len(shared) > 1 else ""
+        raise DataError(
+            f"{path} is in the {first_split} and in the {second_split} split{more}: "
+            "give each split pictures of its own, or a share of `images`"
+        )

@@ -1,0 +1,174 @@
+from __future__ import annotations
+
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from muntin.data.inspection import (
+    classes_in_folders,
+    classes_in_masks,
+    crop_side,
+    examined_masks,
+    ignored_value_notes,
+    picture_channels,
+    spread,
+)
+from muntin.errors import DataError
+from muntin.runtime.images import write_image
+
+Mask = np.ndarray[Any, np.dtype[np.uint8]]
+
+
+def masks_of(values: list[int], count: int = 5) -> list[Mask]:
+    generator = np.random.default_rng(0)
+    return [np.array(values, dtype=np.uint8)[generator.integers(0, len(values), (70, 79))] for _ in range(count)]
+
+
+def write_all(folder: Path, pictures: Iterable[Mask], suffix: str = ".png", **options: Any) -> list[Path]:
+    folder.mkdir(parents=True)
+    paths = []
+    for number, picture in enumerate(pictures):
+        paths.append(folder / f"p{number}{suffix}")
+        Image.fromarray(picture).save(paths[-1], **options)
+    return paths
+
+
+def disc() -> Mask:
+    return 255 * (np.hypot(*np.mgrid[-40:40, -40:40]) < 25).astype(np.uint8)
+
+
+def test_spread_of_few_and_of_many_paths() -> None:
+    paths = [Path(str(number)) for number in range(130)]
+    assert spread(paths) == paths[::3] and spread(paths[:64]) == paths[:64] and spread([]) == []
+
+
+def test_examined_masks_of_few_and_of_many(tmp_path: Path) -> None:
+    for number in range(100):
+        (tmp_path / f"{number}.png").touch()
+    assert examined_masks(tmp_path) == (50, 100)
+    (tmp_path / "few").mkdir()
+    assert examined_masks(tmp_path / "few") is None and examined_masks(None) is None
+
+
+@pytest.mark.parametrize(
+    ("values", "ignored"),
+    [
+        ([0, 1, 4], 255),
+        ([0, 1, 4, 255], 255),
+        ([0, 255], None),
+        ([0, 128, 255], None),
+        ([0, 127, 255], None),
+        ([0, 100, 255], None),
+        ([0, 85, 170, 255], None),
+        ([0, 1, 255], 255),
+        ([0, 5, 255], 255),
+        ([0, 33, 255], 255),
+        ([0, 3, 8, 40, 100, 255], 255),
+        ([*range(150), 255], 255),
+    ],
+)
+def test_classes_of_number_masks(tmp_path: Path, values: list[int], ignored: int | None) -> None:
+    write_all(tmp_path / "masks", masks_of(values))
+    classes, ignore = classes_in_masks(tmp_path / "masks")
+    assert ignore == ignored
+    assert [entry.value for entry in classes] == [value for value in values if value != ignored]
+    assert [entry.name for entry in classes] == [f"class-{index}" for index in range(len(classes))]
+    assert len({entry.color for entry in classes}) == len(classes)
+
+
+def test_classes_of_color_masks(tmp_path: Path) -> None:
+    colors = np.array([[0, 0, 0], [200, 0, 0], [0, 99, 0]], dtype=np.uint8)
+    write_all(tmp_path / "masks", [colors[mask] for mask in masks_of([0, 1, 2])])
+    classes, ignore = classes_in_masks(tmp_path / "masks")
+    expected = [(0, 0, 0), (0, 99, 0), (200, 0, 0)]
+    assert [entry.value for entry in classes] == [entry.color for entry in classes] == expected
+    assert ignore is None
+
+
+def test_classes_of_palette_masks(tmp_path: Path) -> None:
+    for path in write_all(tmp_path / "masks", masks_of([0, 1])):
+        with Image.open(path) as file:
+            mask = Image.fromarray(np.array(file))
+        mask.putpalette([1, 2, 3, 200, 30, 30])
+        mask.save(path)
+    classes, _ = classes_in_masks(tmp_path / "masks")
+    assert [(entry.value, entry.color) for entry in classes] == [(0, (1, 2, 3)), (1, (200, 30, 30))]
+
+
+def test_masks_with_too_few_or_too_many_values(tmp_path: Path) -> None:
+    write_all(tmp_path / "one", masks_of([4]))
+    with pytest.raises(DataError, match="hold 1 classes: at least two classes are needed"):
+        classes_in_masks(tmp_path / "one")
+    write_all(tmp_path / "many", [np.random.default_rng(0).integers(0, 255, (30, 30, 3), dtype=np.uint8)])
+    with pytest.raises(DataError, match="JPEG blurs them"):
+        classes_in_masks(tmp_path / "many")
+
+
+def test_masks_with_smoothed_edges(tmp_path: Path) -> None:
+    resized = np.asarray(Image.fromarray(disc()).resize((60, 60), Image.Resampling.BICUBIC))
+    write_all(tmp_path / "resized", [resized] * 5)
+    with pytest.raises(DataError, match=r"their edges were smoothed, as by resizing; save them as PNG .* threshold them at 128"):
+        classes_in_masks(tmp_path / "resized")
+
+
+@pytest.mark.parametrize("mask", [disc(), np.stack([disc(), 0 * disc(), 255 - disc()], -1)], ids=["grey", "color"])
+def test_masks_in_jpeg(tmp_path: Path, mask: Mask) -> None:
+    write_all(tmp_path / "masks", [mask] * 5, ".jpg", quality=90)
+    with pytest.raises(DataError, match=r"p0\.jpg is a JPEG, which blurs classes into each other; save masks as PNG"):
+        classes_in_masks(tmp_path / "masks")
+
+
+def test_note_on_255_that_may_be_a_class(tmp_path: Path) -> None:
+    masks = [np.where(np.eye(70, dtype=bool), value, 0).astype(np.uint8) for value in (1, 255) for _ in range(5)]
+    write_all(tmp_path / "mixed", masks)
+    (note,) = ignored_value_notes(tmp_path / "mixed")
+    assert note.startswith("255 is ignored, and the 5 of 10 masks that hold it hold no class but 0")
+    for mask in masks:
+        mask[0, :2] = 1, 255
+    write_all(tmp_path / "bordered", masks)
+    assert ignored_value_notes(tmp_path / "bordered") == []
+
+
+def test_classes_of_folders(tmp_path: Path) -> None:
+    for name in ("dog: spotted", "cat"):
+        write_all(tmp_path / name, masks_of([0], 1))
+    (tmp_path / "runs").mkdir()
+    assert [(entry.name, entry.value) for entry in classes_in_folders(tmp_path)] == [("cat", None), ("dog: spotted", None)]
+
+
+@pytest.mark.parametrize(
+    ("shapes", "suffix", "channels"),
+    [
+        ([(40, 40), (40, 40)], ".png", 1),
+        ([(40, 40), (40, 40, 3)], ".png", 3),
+        ([(40, 40, 3), (40, 40)], ".png", 3),
+        ([(40, 40, 4), (40, 40, 4)], ".png", 3),
+        ([(40, 40, 4), (40, 40, 4)], ".tif", 4),
+        ([(40, 40, 7), (40, 40, 7)], ".npy", 7),
+        ([(40, 40, 7), (40, 40, 3)], ".npy", 3),
+    ],
+)
+def test_channels_of_pictures(tmp_path: Path, shapes: list[tuple[int, ...]], suffix: str, channels: int) -> None:
+    generator = np.random.default_rng(0)
+    paths = [tmp_path / f"{number}{suffix}" for number in range(len(shapes))]
+    for path, shape in zip(paths, shapes, strict=True):
+        picture = generator.integers(0, 256, shape, dtype=np.uint8)
+        write_image(path, picture) if suffix == ".npy" else Image.fromarray(picture).save(path)
+    assert picture_channels(paths) == channels
+
+
+def test_channels_of_opaque_tiffs(tmp_path: Path) -> None:
+    opaque = np.random.default_rng(0).integers(0, 256, (40, 40, 4), dtype=np.uint8)
+    opaque[:, :, 3] = 255
+    assert picture_channels(write_all(tmp_path / "pictures", [opaque] * 2, ".tif")) == 3
+
+
+@pytest.mark.parametrize(
+    ("side", "task", "crop"), [(70, "segment", 64), (20, "segment", 32), (600, "segment", 256), (600, "classify", 224)]
+)
+def test_crop_side_of_pictures(tmp_path: Path, side: int, task: Any, crop: int) -> None:
+    assert crop_side(write_all(tmp_path / "pictures", [np.zeros((side, side + 9), np.uint8)]), task) == crop
