@@ -17,8 +17,9 @@ from heapq import heappop, heappush
 from itertools import accumulate, chain, pairwise
 from typing import NamedTuple
 
-from muntin.serving.batcher import LANES, Batch, Batcher, Job, Refusal
+from muntin.serving.batcher import Batch, Batcher, Job, Refusal
 from muntin.serving.executor import taken_apart
+from muntin.serving.job_queue import REMEMBERED_GROUPS
 from muntin.serving.latency import GROUPS, LatencyModel
 
 ARRIVAL, DONE, WAKE, GIVE_UP = range(4)
@@ -189,7 +190,6 @@ class _Simulation:
         self.open: set[Job] = set()
         """Admitted, without an outcome."""
         self.waiting_rows = 0
-        self.most_jobs = 0
         self.wake = math.inf
         self.shares = list(accumulate(shape.share for shape in scenario.shapes))
         self.weights = list(accumulate(scenario.priorities))
@@ -256,8 +256,6 @@ class _Simulation:
         self.open.add(job)
         self.waiting_rows += job.rows
         assert self.waiting_rows <= scenario.queue_rows
-        self.most_jobs = max(self.most_jobs, self.batcher.waiting)
-        assert len(self.batcher._expiring) <= 65 + 4 * self.most_jobs
         if scenario.gives_up and random.random() < scenario.gives_up:
             self._at(now + random.random() * (scenario.objective or 1.0), GIVE_UP, job)
 
@@ -333,8 +331,8 @@ class _Simulation:
         assert snapshot.waiting_groups == 0 and snapshot.backlog_s == 0.0
         assert snapshot.admitted == snapshot.finished + snapshot.dropped + snapshot.cancelled
         assert snapshot.admitted + sum(snapshot.refused.values()) == self.requests
-        assert len(self.latencies) <= GROUPS and len(self.batcher._lanes) <= LANES + self.scenario.workers
-        assert not self.batcher._expiring and not self.batcher._active
+        assert len(self.latencies) <= GROUPS and len(self.batcher._queue.groups) <= REMEMBERED_GROUPS + self.scenario.workers
+        assert not self.batcher._queue.active
 
 
 class _Count:

@@ -661,7 +661,7 @@ def test_the_earlier_of_a_calls_and_a_requests_deadline_counts(
     submit = Runner.submit
 
     def watched(self: Runner, job: Any, done: Any) -> None:
-        given.append(math.inf if job.deadline is None else job.deadline - job.came)
+        given.append(math.inf if job.deadline is None else job.deadline - job.arrived)
         submit(self, job, done)
 
     monkeypatch.setattr(Runner, "submit", watched)

@@ -23,10 +23,9 @@ from muntin.serving.access_log import AccessLog
 from muntin.serving.batcher import Batch, Batcher
 from muntin.serving.executor import Executor
 from muntin.serving.http import HttpFace
-from muntin.serving.json_codec import decode_request
 from muntin.serving.latency import LatencyModel
 from muntin.serving.metrics import Metrics
-from muntin.serving.protocol import Limits, ProtocolError, RefusedRequestError
+from muntin.serving.protocol import Limits, ProtocolError
 from muntin.serving.rollout import Rollout
 from muntin.serving.runner import Runner
 from muntin.serving.service import Service
@@ -46,9 +45,6 @@ class Broken:
 
     def __init__(self, *, at_once: bool) -> None:
         self.metrics, self.at_once = Metrics(), at_once
-
-    def refusal(self, arrived: float, like: Any, **_: Any) -> None:
-        return
 
     def deliver(self) -> None:
         return
@@ -179,26 +175,17 @@ def slow_service(shelf: Any) -> Iterator[tuple[Service, Runner]]:
         slot.close()
 
 
-@pytest.mark.parametrize("known", [False, True])  # the head: a connection then asks for a refusal before it begins anything
-def test_a_flood_is_refused_without_being_read_and_every_request_is_counted(shelf: Any, known: bool) -> None:
+def test_flood_counts_every_request(shelf: Any) -> None:
     async def run() -> None:
         with slow_service(shelf) as (service, runner):
             face = HttpFace(service, cast(Any, None), cast(Any, None), limits=Limits(), tokens=(), log=None)
             replies: Counter[int] = Counter()
             sent = 0
-            scope = dict(SCOPE)
-            if known:
-                face.learn(scope)
 
-            def send(body: bytes = HEAD + b"abc") -> None:
+            def send() -> None:
                 nonlocal sent
                 sent += 1
-                if (answer := face.refusal(scope, memoryview(body), time.monotonic())) is not None:
-                    assert known
-                    assert (b"retry-after", b"1") in answer[1]
-                    replies.update([answer[0]])
-                    return
-                face.begin(scope, body, time.monotonic(), lambda status, headers, parts: replies.update([status]))
+                face.begin(SCOPE, HEAD + b"abc", time.monotonic(), lambda status, headers, parts: replies.update([status]))
 
             for _ in range(3):  # one after the other: the model's time is learned
                 send()
@@ -219,99 +206,12 @@ def test_a_flood_is_refused_without_being_read_and_every_request_is_counted(shel
             assert set(replies) == {200, 503, 400}
             assert replies[400] == 1  # what is wrong is said, flood or no flood
             assert 5 < replies[200] < 40  # the engine was busy
-            assert refused + runner.snapshot().dropped + service.turnstile.count == replies[503]
-            assert service.turnstile.count > 2 * refused
+            assert refused + runner.snapshot().dropped == replies[503]
             assert service.metrics.requests["http", "refused"] == replies[503]
             (statistics,) = service.statistics("m", None)
             assert statistics.fail.count == replies[503]
 
     asyncio.run(run())
-
-
-@pytest.mark.parametrize(
-    ("more", "tokens", "log"),
-    [((b"content-encoding", b"gzip"), (), None), ((b"authorization", b"Bearer no"), ("yes",), None), ((b"a", b"b"), (), AccessLog())],
-)
-def test_nothing_is_refused_at_once_that_is_wrong_or_written_down(
-    shelf: Any, more: tuple[bytes, bytes], tokens: tuple[str, ...], log: AccessLog | None
-) -> None:
-    with slow_service(shelf) as (service, _):
-        face = HttpFace(service, cast(Any, None), cast(Any, None), limits=Limits(), tokens=tokens, log=log)
-        scope = {**SCOPE, "headers": [*SCOPE["headers"], more]}
-        face.learn(scope)
-        assert face.refusal(scope, memoryview(HEAD), time.monotonic() - OBJECTIVE_S) is None
-        other, plain = HttpFace(service, cast(Any, None), cast(Any, None), limits=Limits(), tokens=(), log=None), dict(SCOPE)
-        other.learn(plain)
-        answer = other.refusal(plain, memoryview(HEAD), time.monotonic() - OBJECTIVE_S)
-        assert answer is not None
-        assert answer[0] == 503
-
-
-def test_what_was_read_after_its_objective_is_refused_unread(shelf: Any) -> None:
-    async def run() -> None:
-        with slow_service(shelf) as (service, _):
-            face = HttpFace(service, cast(Any, None), cast(Any, None), limits=Limits(), tokens=(), log=None)
-            replies: list[Any] = []
-            face.begin(SCOPE, b"nonsense", time.monotonic() - OBJECTIVE_S, lambda *reply: replies.append(reply))
-            ((status, headers, parts),) = replies
-            assert status == 503
-            assert (b"retry-after", b"1") in headers
-            assert b"than can be read in time" in b"".join(parts)
-
-    asyncio.run(run())
-
-
-def test_what_a_candidate_refuses_is_not_refused_by_the_version_that_serves(shelf: Any) -> None:
-    async def run() -> None:
-        with slow_service(shelf) as (service, runner):
-            request = decode_request(HEAD + b"abc", len(HEAD), Limits())
-            candidate = service.slot.lease().version
-            for _ in range(3):
-                await service.infer(request, model="m", version=None)
-            service.slot.load(Path("2"), "2")
-            assert service.slot.current is not candidate
-            errors: list[Any] = []
-            for _ in range(30):
-                service.submit(request, model="m", version="1", done=errors.append, like="like this")
-                while not runner.snapshot().running_batches:  # with a worker free a refusal holds for nobody
-                    await asyncio.sleep(0.0005)
-            assert any(isinstance(error, RefusedRequestError) and error.holds for error in errors)
-            assert service.turnstile.refused("like this", time.monotonic()) is None
-            assert runner.snapshot().refused["late"] > 0
-
-    asyncio.run(run())
-
-
-def test_what_one_version_refused_is_asked_of_the_next(shelf: Any) -> None:
-    async def run() -> None:
-        with slow_service(shelf) as (service, _):
-            service.turnstile.shut("like this", time.monotonic() + 60, time.monotonic() + 60, "too slow")
-            error = service.refusal(time.monotonic(), "like this", model="m", version=None)
-            assert error is not None
-            assert str(error) == "too slow"
-            assert 59 < error.retry_after <= 60
-            service.slot.load(Path("2"), "2")
-            assert service.refusal(time.monotonic(), "like this", model="m", version=None) is None
-
-    asyncio.run(run())
-
-
-def test_a_job_that_is_dropped_or_whose_client_has_gone_opens_the_turnstile(shelf: Any) -> None:
-    async def run() -> None:
-        with slow_service(shelf) as (service, runner):
-            request = decode_request(HEAD + b"abc", len(HEAD), Limits())
-            await service.infer(request, model="m", version=None)
-            answers: list[Any] = []
-            take_back = service.submit(request, model="m", version=None, done=answers.append)
-            while not runner.snapshot().running_batches:
-                await asyncio.sleep(0.0005)
-            take_back()  # too late: it runs
-            service.turnstile.shut("like this", time.monotonic() + 60, time.monotonic() + 60)
-            while service.turnstile.refused("like this", time.monotonic()):
-                await asyncio.sleep(0.0005)
-            assert answers == []
-
-    asyncio.run(asyncio.wait_for(run(), 30))
 
 
 def test_answers_go_out_while_the_loop_refuses(shelf: Any) -> None:
@@ -324,14 +224,9 @@ def test_answers_go_out_while_the_loop_refuses(shelf: Any) -> None:
             face.begin(scope, HEAD + b"abc", time.monotonic(), lambda status, headers, parts: replies.append(status))
             end = time.monotonic() + 10
             while not replies and time.monotonic() < end:  # the loop never gets its turn
-                face.refusal(scope, memoryview(HEAD), time.monotonic() - OBJECTIVE_S)
-                time.sleep(0.001)
-            assert replies == [200]
-            face.begin(scope, HEAD + b"abc", time.monotonic(), lambda status, headers, parts: replies.append(status))
-            while len(replies) < 2 and time.monotonic() < end:
                 face.begin(scope, b"nonsense", time.monotonic(), lambda status, headers, parts: None)
                 time.sleep(0.001)
-            assert replies == [200, 200]
+            assert replies == [200]
 
     asyncio.run(run())
 
@@ -395,30 +290,6 @@ def test_of_an_inference_that_is_over_nothing_stays_until_garbage_is_collected(s
                 await asyncio.sleep(0.001)
             await asyncio.sleep(2 * ENGINE_S)
             assert not inferences()
-
-    asyncio.run(run())
-
-
-@pytest.mark.usefixtures("uncollected")
-def test_a_refusal_holds_no_body(shelf: Any) -> None:
-    """The turnstile's, of a head that is not known yet: it is raised, and an error holds the frames that it was raised through."""
-
-    class Body(bytearray):
-        """What can be looked for."""
-
-    async def run() -> None:
-        with slow_service(shelf) as (service, _):
-            face = HttpFace(service, cast(Any, None), cast(Any, None), limits=Limits(), tokens=(), log=None)
-            refused = RefusedRequestError("as others", holds=1.0)
-            service.refusal = lambda *_, **__: refused  # type: ignore[method-assign]
-            replies: list[int] = []
-            body = Body(HEAD + b"abc")
-            kept = weakref.ref(body)
-            face.begin(dict(SCOPE), body, time.monotonic(), lambda status, headers, parts: replies.append(status))
-            del body
-            assert replies == [503]
-            refused = RefusedRequestError("another one")
-            assert kept() is None
 
     asyncio.run(run())
 

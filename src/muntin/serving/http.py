@@ -177,15 +177,7 @@ class HttpFace:
     def refusal(self, scope: Scope, body: memoryview, came: float) -> Answer | None:
         """As `Direct` says. None where every request is written down, or traced."""
         self._service.deliver()
-        head: _Head | None = scope.get(_HEAD)
-        if head is None or self._log is not None:
-            return None
-        like = self._like(scope, head, body)
-        error = None if like is None else self._service.refusal(came, like, model=head.model, version=head.version)
-        if error is None:
-            return None
-        self._service.metrics.requests["http", "refused"] += 1
-        return error_answer(error)
+        return None
 
     def _inflate(self, inference: _Inference, head: _Head, body: Buffer) -> None:
         """Asks when the body is unpacked: a small one at once, others on a thread, since a bomb's sixty megabytes take long enough to keep
@@ -243,16 +235,9 @@ class HttpFace:
         scope = inference.scope
         if self._tracing is not None and (found := _INFER.fullmatch(scope["path"])):
             inference.span = self._tracing.begin("http", found[1], _carrier(scope))
-        like = self._like(scope, head, body)
-        error = None if like is None else self._service.refusal(inference.began, like, model=head.model, version=head.version)
-        if error is not None:
-            try:
-                raise error
-            finally:
-                del error  # which holds this frame by its traceback, and with it the body
         inference.request = request = self._decode(body, head)
         return self._service.submit(
-            request, model=head.model, version=head.version, arrived=inference.began, like=like, done=inference.done,
+            request, model=head.model, version=head.version, arrived=inference.began, done=inference.done,
             encode=partial(encode_response, requested=request.outputs, binary_default=request.binary_default),
         )  # fmt: skip
 

@@ -526,7 +526,7 @@ def _expose(metrics: Metrics, service: Service, runner: Runner, ledger: Ledger, 
         "counter", "muntin_refused", "Requests that were refused before they were admitted, by reason.", ("reason",),
         lambda: [
             *(
-                ((kind,), float(count + (service.turnstile.count if kind == "late" else 0)))
+                ((kind,), float(count))
                 for kind, count in runner.snapshot().refused.items()
             ),
             *(((reason,), float(metrics.refused[reason])) for reason in ("no version", "large answers", "pictures")),
