@@ -168,26 +168,9 @@ def test_promises_include_time_beyond_the_engine() -> None:
         batcher.delivered(batch, 0.015)
     assert batcher.margin == 0.015
     assert sum(batcher.submit(job_of(), 0.0) is None for _ in range(20)) == 3
-
-
-def test_very_slow_answers_count_within_bounds() -> None:
-    batcher = batcher_of({"g": LINEAR}, objective=0.055, margin=0.001)
     for batch in range(128):
-        batcher.delivered(batch, 10.0)
-    assert sum(batcher.submit(job_of(), 0.0) is None for _ in range(20)) == 3
-
-
-def test_admitted_jobs_are_in_time() -> None:
-    batcher = batcher_of({"g": LINEAR}, objective=0.055)
-    jobs = [job_of() for _ in range(20)]
-    kept = [job for job in jobs if batcher.submit(job, 0.0) is None]
-    now = 0.0
-    while batcher.waiting:
-        batch = batch_of(batcher, now)
-        now += 0.0101 * batch.rows
-        assert all(now <= job.due for job in batch.jobs)
-        batcher.done(batch, now, 0.0101 * batch.rows)
-    assert len(kept) == 5
+        batcher.delivered(batch + 128, 10.0)
+    assert batcher.margin == pytest.approx(0.3 * 0.055)  # one very slow client does not close the server
 
 
 def test_without_objective_and_deadline() -> None:
@@ -226,22 +209,16 @@ def test_refuse_job_read_after_its_objective() -> None:
     assert "give it more" in refused(batcher, job_of(arrived=-0.06, deadline=-0.01), 0.0, "late").message  # the client's own time
 
 
-def test_message_about_the_deadline() -> None:
-    batcher = batcher_of({"g": LINEAR})
-    occupy(batcher, 0.0)
-    refusal = refused(batcher, job_of(deadline=0.005), 0.0, "late")
-    assert refusal.retry_after is None
-    assert "give it more" in refusal.message
-
-
-def test_message_about_the_objective() -> None:
+def test_messages_of_jobs_that_are_late_alone() -> None:
     batcher = batcher_of({"g": LINEAR}, objective=0.05)
     occupy(batcher, 0.0)
     refusal = refused(batcher, job_of(rows=10), 0.0, "late")
     assert refusal.message.startswith("the engine alone may take 103 ms for it (usually 100), and answers are promised within 50 ms: send")
     assert refusal.retry_after is None
     assert refused(batcher, job_of(rows=10, deadline=0.2), 0.0, "late").message == refusal.message
-    assert "give it more" in refused(batcher, job_of(rows=10, deadline=0.04), 0.0, "late").message
+    hurried = refused(batcher, job_of(rows=10, deadline=0.04), 0.0, "late")
+    assert hurried.retry_after is None
+    assert "give it more" in hurried.message
     assert "read in time" in refused(batcher, job_of(arrived=-0.045), 0.0, "late").message  # the engine needs 10 ms
 
 
@@ -652,18 +629,6 @@ def test_batch_skips_less_urgent_job() -> None:
     assert fitting in after_a_pause(small, 0.011, *(job_of() for _ in range(8))).jobs
 
 
-def test_batches_grow_in_steps() -> None:
-    batcher = batcher_of(objective=1.0)
-    admitted(batcher, 0.0, *(job_of() for _ in range(60)))
-    now, sizes = 0.0, []
-    while batcher.waiting:
-        batch = batch_of(batcher, now)
-        sizes.append(batch.rows)
-        now += 0.010 + 0.0001 * batch.rows
-        batcher.done(batch, now, 0.010 + 0.0001 * batch.rows)
-    assert sizes == [1, 1, 2, 4, 8, 16, 28]
-
-
 # ---- waiting for more rows
 
 
@@ -687,24 +652,6 @@ def busy_stream(batcher: Batcher, *, rate: float, until: float) -> float:
         now += 0.012
         batcher.done(step.batch, now, 0.012)
     return now
-
-
-@pytest.mark.parametrize("engines", [{}, {"g": STEEP}, {"g": LINEAR}])
-def test_lone_request_starts_at_once(engines: dict[str, Engine]) -> None:
-    batcher = batcher_of(engines, objective=0.05)
-    for step in range(20):
-        now = step * 0.5
-        admitted(batcher, now, job_of())
-        batcher.done(batch_of(batcher, now), now + 0.0101, 0.0101)
-
-
-def test_single_client_never_waits() -> None:
-    batcher = batcher_of({"g": STEEP}, objective=0.05)
-    now = 0.0
-    for _ in range(300):
-        admitted(batcher, now, job_of())
-        batcher.done(batch_of(batcher, now), now + 0.0101, 0.0101)
-        now += 0.0102
 
 
 def test_wait_for_more_rows_until_latest_safe_time() -> None:
@@ -742,32 +689,6 @@ def test_no_wait_beside_another_group() -> None:
     now = busy_stream(batcher, rate=1500, until=1.0)
     admitted(batcher, now, job_of("g"), job_of("h"))
     assert batch_of(batcher, now).rows == 1
-
-
-def test_four_clients_share_batches_of_four() -> None:
-    batcher = batcher_of({"g": STEEP}, objective=0.1)
-    events = [(number * 1e-4, number) for number in range(4)]  # the clients send
-    now, sizes = 0.0, []
-    for _ in range(4000):
-        step = batcher.poll(now)
-        if step.batch is not None:
-            sizes.append(step.batch.rows)
-            now_sending = [when for when, _ in events if when <= now + 0.0105]
-            for when in sorted(now_sending):
-                admitted(batcher, when, job_of())
-            events = [(when, client) for when, client in events if when > now + 0.0105]
-            now += 0.0105
-            batcher.done(step.batch, now, 0.0104)
-            events += [(now + (index + 1) * 1e-4, index) for index in range(step.batch.rows)]
-            continue
-        when, client = min(events)
-        if step.wake is not None and step.wake < when:
-            now = step.wake
-            continue
-        now = when
-        events.remove((when, client))
-        admitted(batcher, now, job_of())
-    assert sizes[-20:] == [4] * 20
 
 
 def test_no_wait_while_draining() -> None:

@@ -226,38 +226,6 @@ def test_candidate_compared_with_current_version(shelf: Any, wait_until: Any) ->
     asyncio.run(try_it())
 
 
-def test_slow_candidate_beside_batches(shelf: Any, wait_until: Any) -> None:
-    """The images of eight clients share batches: version 2 takes as long for one image as version 1 for all."""
-
-    async def ask(service: Service) -> None:
-        await service.infer(request_of(8), model="m", version=None)
-
-    def slow(version: Version, seconds: float, each: float) -> None:
-        computes = version.session._infer
-
-        def infer(images: Any) -> Any:
-            time.sleep(seconds + each * len(images))
-            return computes(images)
-
-        version.session._infer = infer  # type: ignore[method-assign]
-
-    async def try_it() -> None:
-        rollout = Rollout(shadow=1.0, for_requests=100, min_agreement=0.0)
-        with service_of(shelf, rollout) as service:
-            assert service.slot.current is not None
-            slow(service.slot.current, 0.004, 0.0)
-            for _ in range(6):  # batches grow
-                await asyncio.gather(*(ask(service) for _ in range(8)))
-            with trying(service, wait_until) as outcome:
-                with service.slot.lease("2") as lease:
-                    slow(lease.version, 0.0, 0.004)
-                while not outcome and service.slot.current.name == "1":
-                    await asyncio.gather(*(ask(service) for _ in range(8)))
-                assert "times as long" in outcome[0]
-
-    asyncio.run(try_it())
-
-
 @pytest.mark.parametrize("side", [8, SIDE])
 def test_counts_when_another_version_answers(shelf: Any, side: int) -> None:
     async def ask() -> None:

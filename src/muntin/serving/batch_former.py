@@ -20,8 +20,6 @@ from muntin.serving.job_queue import JobQueue, by_standing
 from muntin.serving.lane import LOAD, MIN_GAIN, GroupQueue
 from muntin.serving.overhead import Overhead
 
-_MAX_SKIPPED = 64  # jobs that a batch skips
-
 
 class BatchFormer:
     """Forms the batches of a queue. `objective`: seconds, or None."""
@@ -51,13 +49,12 @@ class BatchFormer:
         limit = min(group.batch_rows, latency.rows_within(due - earliest))
         urgent = group.head.priority
         indices: list[int] = []
-        rows = skipped = 0
+        rows = 0
         for index, (_, _, job) in enumerate(group.jobs):
             allowed = limit if job.due >= due else min(limit, latency.rows_within(job.due - earliest))
             shrinks = job.priority > urgent and allowed < min(limit, group.rows)
             if indices and (rows + job.rows > allowed or shrinks):
-                skipped += 1
-                if job.priority <= urgent or allowed == limit or skipped > _MAX_SKIPPED:
+                if job.priority <= urgent or allowed == limit:
                     break
                 continue
             limit, due = allowed, min(due, job.due)

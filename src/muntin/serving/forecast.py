@@ -23,8 +23,6 @@ _START_DEVIATIONS = 0.5  # standard deviations of a batch's start that are subtr
 class RunningBatch:
     """A batch that is being computed."""
 
-    __slots__ = ("batch", "expected", "group", "safe", "started")
-
     def __init__(self, batch: Batch, group: GroupQueue, now: float) -> None:
         self.batch, self.group, self.started = batch, group, now
         self.expected, self.safe = group.latency.expected(batch.rows), group.latency.safe(batch.rows)
@@ -71,8 +69,6 @@ class Forecast:
     `free`: when each worker becomes free, with the variance. `margin`: seconds that an answer takes beyond the engine. `backlog`: seconds
     of engine time that wait.
     """
-
-    __slots__ = ("_margin", "batches", "end", "variance")
 
     def __init__(self, groups: Iterable[GroupQueue], free: list[tuple[float, float]], *, margin: float, backlog: float) -> None:
         self._margin = margin

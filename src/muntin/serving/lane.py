@@ -22,8 +22,6 @@ _NO_TICKET = 1 << 62
 class Rate:
     """Amount per second, averaged over about the last `MEMORY_S` seconds."""
 
-    __slots__ = ("_value", "updated_at")
-
     def __init__(self) -> None:
         self._value, self.updated_at = 0.0, 0.0
 
@@ -38,8 +36,6 @@ class Rate:
 class Peak:
     """Highest recent value; it decays as a rate does."""
 
-    __slots__ = ("_updated_at", "_value")
-
     def __init__(self) -> None:
         self._value, self._updated_at = 0.0, 0.0
 
@@ -53,23 +49,6 @@ class Peak:
 
 class GroupQueue:
     """Waiting jobs of one group, in a sorted list: inserting among thousands moves a few kilobytes of pointers."""
-
-    __slots__ = (
-        "arrivals",
-        "backlog",
-        "batch_rows",
-        "busy",
-        "cost",
-        "group",
-        "jobs",
-        "kept_objective_at",
-        "last_batch_at",
-        "latency",
-        "outstanding_rows",
-        "peak_rows",
-        "rows",
-        "waiting_since",
-    )
 
     def __init__(self, group: Hashable) -> None:
         self.group = group

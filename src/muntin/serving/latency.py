@@ -158,8 +158,6 @@ class LatencyModel:
 class _Size:
     """One size of batch: mean rows and seconds, the number of batches and the number of the last one."""
 
-    __slots__ = ("_early", "count", "last", "rows", "seconds")
-
     def __init__(self, rows: int, seconds: float) -> None:
         self.rows, self.seconds = float(rows), seconds
         self.count = self.last = 0
@@ -186,8 +184,6 @@ class _Size:
 
 class _Group:
     """Measurements of one group; `line` is fitted anew after every batch."""
-
-    __slots__ = ("_count", "_deviations", "_largest", "_recent", "_sizes", "cost", "line")
 
     def __init__(self) -> None:
         self.cost: float | None = None

@@ -18,8 +18,6 @@ class Overhead:
     `maximum` bounds the effect of a very slow answer on the promises to others. Adding one costs about a microsecond.
     """
 
-    __slots__ = ("_batch", "_batch_seconds", "_maximum", "_minimum", "_recent", "seconds")
-
     def __init__(self, minimum: float, maximum: float) -> None:
         self._minimum, self._maximum = minimum, maximum
         self.seconds = minimum

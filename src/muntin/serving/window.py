@@ -9,8 +9,6 @@ from collections import deque
 class Window:
     """The last `limit` numbers. Adding one costs about a microsecond for a few hundred."""
 
-    __slots__ = ("_limit", "_ordered", "_recent")
-
     def __init__(self, limit: int) -> None:
         self._limit = limit
         self._recent: deque[float] = deque()
