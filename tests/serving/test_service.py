@@ -95,9 +95,9 @@ def test_time_of_a_request_includes_encoding(shelf: Any, side: int) -> None:
             assert answered.total > 0.2
             assert float(re.findall(r"muntin_request_seconds_sum (\S+)", text)[0]) == answered.total
             assert "muntin_objective_missed_total 1.0" in text
-            found = service.statistics("m", "1")[0]
-            assert found.compute_output.ns > 2e8
-            assert found.success.ns >= found.compute_output.ns
+            statistics = service.statistics("m", "1")[0]
+            assert statistics.compute_output.ns > 2e8
+            assert statistics.success.ns >= statistics.compute_output.ns
 
     asyncio.run(ask())
 
@@ -109,10 +109,10 @@ def test_times_of_reading_and_waiting(shelf: Any) -> None:
             answered = await service.infer(request_of(8), model="m", version=None, arrived=arrived)
             assert answered.read >= 5
             assert 0 <= answered.queued < 5
-            found = service.statistics("m", "1")[0]
-            assert found.compute_input.ns >= 5e9 > found.queue.ns
-            parts = (found.queue, found.compute_input, found.compute_infer, found.compute_output)
-            assert abs(sum(part.ns for part in parts) - found.success.ns) <= len(parts)
+            statistics = service.statistics("m", "1")[0]
+            assert statistics.compute_input.ns >= 5e9 > statistics.queue.ns
+            parts = (statistics.queue, statistics.compute_input, statistics.compute_infer, statistics.compute_output)
+            assert abs(sum(part.ns for part in parts) - statistics.success.ns) <= len(parts)
 
     asyncio.run(ask())
 
@@ -122,18 +122,18 @@ def test_overhead_includes_resuming_the_coroutine(shelf: Any, monkeypatch: pytes
 
     async def ask() -> None:
         with service_of(shelf) as service:
-            told = list[tuple[object, float]]()
+            deliveries = list[tuple[object, float]]()
             deliver = service.runner.delivered
 
             def delivered(batch: object, seconds: float) -> None:
-                told.append((batch, seconds))
+                deliveries.append((batch, seconds))
                 deliver(batch, seconds)
-                if len(told) == 1:
+                if len(deliveries) == 1:
                     time.sleep(0.05)
 
             monkeypatch.setattr(service.runner, "delivered", delivered)
             answered = await service.infer(request_of(8), model="m", version=None)
-            (first, ready), (second, resumed) = told
+            (first, ready), (second, resumed) = deliveries
             assert first == second == answered.started
             assert resumed - ready >= 0.05
 
@@ -395,11 +395,11 @@ def test_statistics_of_old_versions_are_forgotten(shelf: Any) -> None:
             for number in range(2, 60):
                 await service.infer(request_of(8), model="m", version=None)
                 service.slot.load(Path(str(number)), str(number))
-            told = [item.version for item in service.statistics("m", None)]
-            assert told == [str(number) for number in range(int(told[0]), 60)]
-            assert set(service.metrics.rows) == set(told) - {"59"}  # which was never asked
+            versions = [item.version for item in service.statistics("m", None)]
+            assert versions == [str(number) for number in range(int(versions[0]), 60)]
+            assert set(service.metrics.rows) == set(versions) - {"59"}  # which was never asked
             listed = {entry.version for entry in service.slot.index()}
-            assert UNLISTED <= len(set(told) - listed) <= UNLISTED + 2  # one went since the last was asked
+            assert UNLISTED <= len(set(versions) - listed) <= UNLISTED + 2  # one went since the last was asked
             assert b'muntin_rows_total{version="58"} 1.0' in service.metrics.render()
             assert b'version="1"' not in service.metrics.render()
 
