@@ -31,6 +31,8 @@ class JobQueue:
         """Of the waiting jobs."""
         self.backlog = 0.0
         """Seconds of engine time for the waiting jobs."""
+        self.last_standing = -math.inf
+        """No waiting job stands behind this."""
         self.busy = Rate()
         """Seconds of engine time used."""
         self.changes = 0
@@ -93,6 +95,7 @@ class JobQueue:
         job.waiting = True
         self.active[group.group] = group
         group.insert(job)
+        self.last_standing = max(self.last_standing, job.standing)
         self.job_count += 1
         self.rows += job.rows
         self.nbytes += job.nbytes
@@ -144,4 +147,6 @@ class JobQueue:
         self._update_backlog(group)
         if not group.jobs:
             del self.active[group.group]
+        if not self.job_count:
+            self.last_standing = -math.inf
         return jobs
