@@ -1,27 +1,16 @@
-"""Bounds of large answers, and which answers are encoded on a thread."""
+"""Which answers are large, and the bound of the bytes that they hold."""
 
 from __future__ import annotations
 
-from typing import Any
-
 import pytest
 
-from muntin.serving.forming import (
-    HELD_BYTES,
-    INLINE_CLASSES,
-    INLINE_COPY_BYTES,
-    INLINE_NUMBERS,
-    JSON_EXPANSION,
-    AnswerEncoder,
-    needs_thread,
-)
+from muntin.serving.forming import HELD_BYTES, INLINE_CLASSES, INLINE_NUMBERS, JSON_EXPANSION, AnswerEncoder
 from muntin.serving.outputs import Wanted
 from muntin.serving.protocol import RefusedRequestError
 
 
-def answer_of(nbytes: int, *, labels: bool = False, listed: int = 0, binary: bool = True, **changes: Any) -> Wanted:
-    named = {"names": ("labels",) if labels else ("scores",), "as_it_is": binary and not listed}
-    return Wanted(**(named | {"labels": labels, "nbytes": nbytes, "listed": listed, "binary": binary} | changes))
+def answer_of(nbytes: int, *, labels: bool = False, listed: int = 0, binary: bool = True) -> Wanted:
+    return Wanted(names=("labels",) if labels else ("scores",), labels=labels, nbytes=nbytes, listed=listed, binary=binary)
 
 
 @pytest.mark.parametrize(
@@ -57,19 +46,3 @@ def test_reserve_beyond_the_bound() -> None:
         encoder.reserve(answer_of(quarter, binary=False))
     assert encoder.held_bytes == HELD_BYTES
     encoder.close()
-
-
-@pytest.mark.parametrize(
-    ("answer", "copies", "on_thread"),
-    [
-        (answer_of(4 * INLINE_NUMBERS, binary=False), False, False),
-        (answer_of(4 * INLINE_NUMBERS + 4, binary=False), False, True),
-        (answer_of(8 * INLINE_COPY_BYTES), False, False),
-        (answer_of(8 * INLINE_COPY_BYTES), True, True),
-        (answer_of(INLINE_COPY_BYTES), True, False),
-        (answer_of(8 * INLINE_COPY_BYTES, as_it_is=False), False, True),
-        (answer_of(100, listed=INLINE_CLASSES + 1), False, True),
-    ],
-)
-def test_answers_encoded_on_a_thread(answer: Wanted, copies: bool, on_thread: bool) -> None:
-    assert needs_thread(answer, copies=copies) == on_thread

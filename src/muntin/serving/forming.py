@@ -19,8 +19,6 @@ INLINE_NUMBERS = 1 << 16
 written, which keeps the interpreter's lock."""
 INLINE_CLASSES = 256
 """Largest number of best classes that are encoded on the event loop."""
-INLINE_COPY_BYTES = 1 << 20
-"""Largest answer, sent as it was computed, that is copied on the event loop."""
 HELD_BYTES = 1 << 30
 """Bound of the large answers between admission and the end of encoding; after that the sender counts what its client has not taken
 (`Ledger`). A request whose answer would exceed it is refused, unless there is no other."""
@@ -40,7 +38,10 @@ class AnswerEncoder:
         self._threads = ThreadPoolExecutor(max_workers=THREADS, thread_name_prefix="muntin-encode")
 
     def reserve(self, wanted: Wanted) -> int:
-        """Reserve and return the bytes of a large answer, 0 for a small one. Raises RefusedRequestError beyond `HELD_BYTES`."""
+        """Reserve and return the bytes of a large answer, which is encoded on a thread; 0: it is small.
+
+        Raises RefusedRequestError beyond `HELD_BYTES`.
+        """
         if _is_small(wanted):
             return 0
         nbytes = wanted.nbytes if wanted.binary else JSON_EXPANSION * wanted.nbytes
@@ -63,13 +64,6 @@ class AnswerEncoder:
 
     def close(self) -> None:
         self._threads.shutdown(wait=True, cancel_futures=True)
-
-
-def needs_thread(wanted: Wanted, *, copies: bool) -> bool:
-    """Whether an answer is encoded on a thread. `copies`: an answer that is sent as it was computed is copied first."""
-    if _is_small(wanted):
-        return False
-    return wanted.listed > INLINE_CLASSES or not wanted.as_it_is or (copies and wanted.nbytes > INLINE_COPY_BYTES)
 
 
 def _is_small(wanted: Wanted) -> bool:

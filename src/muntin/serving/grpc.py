@@ -485,7 +485,7 @@ class GrpcFace:
         infer = partial(
             self._service.infer, decoded, model=named.model, version=named.version, arrived=call.began,
             deadline=None if left is None else time.monotonic() + left,
-            encode=lambda response: encode(response, decoded), copies=True,
+            encode=lambda response: encode(response, decoded),
         )  # fmt: skip
         if self._tracing is None:
             answered = await infer()

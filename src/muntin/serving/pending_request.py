@@ -50,9 +50,7 @@ class PendingRequest:
     rows: int
     arrived: float
     held_bytes: int
-    """Bytes reserved for its answer."""
-    on_thread: bool
-    """Whether the answer is encoded on a thread."""
+    """Bytes reserved for a large answer, which is encoded on a thread; 0: it is small."""
     encode: Callable[[InferResponse], Any] | None
     done: Done
     encoder: AnswerEncoder
@@ -68,7 +66,7 @@ class PendingRequest:
             self.encoder.release(self.held_bytes)
             self._count_failure()
             self.done(result)
-        elif self.on_thread:
+        elif self.held_bytes:
             self.encoder.encode_on_thread(partial(self._encode, *result), partial(self._deliver, result[1]))
         else:
             self._deliver(result[1], self._encode(*result))

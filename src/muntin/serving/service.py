@@ -24,7 +24,7 @@ from muntin.serving.batcher import Job
 from muntin.serving.computation import Computation, Computed
 from muntin.serving.description import ModelDescription, Statistics, TensorSpec
 from muntin.serving.executor import Executor, Group, Work
-from muntin.serving.forming import AnswerEncoder, needs_thread
+from muntin.serving.forming import AnswerEncoder
 from muntin.serving.mailbox import Mailbox
 from muntin.serving.metrics import Metrics
 from muntin.serving.outputs import Wanted, output_names, read_wanted
@@ -111,13 +111,10 @@ class Service:
         arrived: float | None = None,
         deadline: float | None = None,
         encode: Callable[[InferResponse], Any] | None = None,
-        copies: bool = False,
     ) -> Answered:
         """Return the answer. Raises ProtocolError as `submit` does and answers. Cancelled, it takes the request back if it still waits."""
         answered: Answered = await _awaited(
-            lambda done: self.submit(
-                request, model=model, version=version, arrived=arrived, deadline=deadline, done=done, encode=encode, copies=copies
-            )
+            lambda done: self.submit(request, model=model, version=version, arrived=arrived, deadline=deadline, done=done, encode=encode)
         )
         # `_finished` counted the time until the answer was ready; this coroutine resumes only now.
         self.runner.delivered(answered.started, self.clock() - answered.started - answered.computed)
@@ -133,13 +130,12 @@ class Service:
         arrived: float | None = None,
         deadline: float | None = None,
         encode: Callable[[InferResponse], Any] | None = None,
-        copies: bool = False,
     ) -> Cancel:
         """Ask for an answer. `done` is called once with it, or with a ProtocolError; maybe before this returns.
 
         `arrived`: when the request's last byte was read, by the clock; None: now. `deadline`: when its client stops waiting, by the clock;
         the earlier of it and the request's own counts. The returned function takes the request back: `done` is not called any more.
-        `encode`: makes the bytes to send of a response; of a large one on a thread. `copies`: the sender copies what was computed.
+        `encode`: makes the bytes to send of a response; of a large one on a thread.
 
         Raises ProtocolError: 404 for another model or version, 400 for input that the model does not take and for more best classes than
         `CLASSES`, 503 (`RefusedRequestError`) where no version is ready. Answers 503 where it cannot be answered in time, 500 where
@@ -166,7 +162,6 @@ class Service:
             rows=len(images),
             arrived=arrived,
             held_bytes=held_bytes,
-            on_thread=needs_thread(wanted, copies=copies),
             encode=encode,
             done=done,
             encoder=self.encoder,
@@ -216,12 +211,11 @@ class Service:
         *,
         labels: bool,
         priority: int = PRIORITY,
-        deadline: float | None = None,
         patient: bool = False,
     ) -> tuple[NDArray[Any], Work]:
         """Return the labels, or the scores, of images (rows, H, W, C). Takes over the lease. Raises as `infer`. `patient`: see `Job`."""
         computed: tuple[NDArray[Any], Work] = await _awaited(
-            partial(self._start, images, lease, labels=labels, priority=priority, deadline=deadline, patient=patient)
+            partial(self._start, images, lease, labels=labels, priority=priority, patient=patient)
         )
         return computed
 
@@ -243,7 +237,7 @@ class Service:
         *,
         labels: bool,
         priority: int,
-        deadline: float | None,
+        deadline: float | None = None,
         arrived: float = math.nan,
         patient: bool = False,
     ) -> Callable[[], bool]:
