@@ -1,8 +1,7 @@
 """Simulated time on one core: an event loop reads requests and writes answers there, and an engine computes on it, too.
 
-`simulation.py` has an engine that nothing disturbs. Here a refusal costs something, and a batch takes longer while requests come: at a
-flood that is most of what happens to it. The loop takes what comes in order. The batcher, the model of its latencies and the turnstile
-are the real ones.
+`simulation.py` has an engine that nothing disturbs. Here reading a request costs time, and a batch takes longer while requests arrive. The
+loop does its tasks in order. The batcher and the latency model are the real ones.
 """
 
 from __future__ import annotations
@@ -14,18 +13,17 @@ from dataclasses import dataclass
 
 from muntin.serving.batcher import Batch, Batcher, Job
 from muntin.serving.latency import LatencyModel
-from muntin.serving.turnstile import Turnstile
 
-READ, WRITE, NO = range(3)
-"""What the loop does: takes a request in, gives an answer, or says no unread."""
+READ, WRITE = range(2)
+"""Tasks of the loop: reading a request, which may be refused then, and writing an answer."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class OneCore:
-    """Seconds of the core: of a batch of n rows `fixed` + `each` * n, of reading a request, of writing an answer, of refusing one unread.
+    """Seconds of the core: for a batch of n rows `fixed` + `each` * n, for reading a request, for writing an answer.
 
-    `rate`: Poisson arrivals a second, of one row each. `share`: of the core that the loop gets while both want it. `warm_up`: requests that
-    do not count. The rest as in `simulation.Scenario`.
+    `rate`: Poisson arrivals per second, of one row each. `share`: share of the core that the loop gets while both want it. `warm_up`:
+    requests that do not count. The other fields are those of `simulation.Scenario`.
     """
 
     rate: float
@@ -33,7 +31,6 @@ class OneCore:
     each: float = 0.000357
     read: float = 0.0001
     write: float = 0.00007
-    unread: float = 0.00003
     share: float = 0.5
     sigma: float = 0.05
     max_rows: int = 16
@@ -41,14 +38,14 @@ class OneCore:
     warm_up: int = 1500
 
     def ceiling(self, rows: int) -> float:
-        """Answers a second with batches of so many rows, if everything else is refused unread; no more than come."""
-        left = 1 - self.rate * self.unread
-        return min(self.rate, left / (self.read - self.unread + self.write + self.each + self.fixed / rows))
+        """Answers per second with batches of so many rows, if every request is read; at most `rate`."""
+        left = 1 - self.rate * self.read
+        return min(self.rate, left / (self.write + self.each + self.fixed / rows))
 
 
 @dataclass(frozen=True, kw_only=True)
 class Outcome:
-    """After the warm-up: answers in time a second, the share of the admitted that were, and the rows of a batch."""
+    """After the warm-up: answers in time per second, their share of the admitted requests, and the mean rows of a batch."""
 
     goodput: float
     inside: float
@@ -56,7 +53,7 @@ class Outcome:
 
 
 def play(requests: int, *, seed: int, scene: OneCore) -> Outcome:
-    """Plays until so many requests have come and all have an outcome."""
+    """Play until so many requests have arrived and all have an outcome."""
     return _OneCore(requests, seed, scene).run()
 
 
@@ -65,12 +62,11 @@ class _OneCore:
         self.requests, self.scene = requests, scene
         self.random = random.Random(seed)  # noqa: S311 - no secret
         self.batcher = Batcher(LatencyModel(), objective=scene.objective, max_rows=scene.max_rows, queue_rows=10_000, queue_bytes=1 << 30)
-        self.turnstile = Turnstile()
         self.now = 0.0
         self.sent = 0
         self.next = self.random.expovariate(scene.rate)
         self.loop: deque[tuple[int, object, float]] = deque()
-        """What it does next: kind, what with, seconds."""
+        """Waiting tasks: kind, argument, seconds."""
         self.task: tuple[int, object] | None = None
         self.task_left = 0.0
         self.batch: Batch | None = None
@@ -89,7 +85,7 @@ class _OneCore:
             batch = self.now + self.batch_left / engine if engine else math.inf
             wake = math.inf if self.batch else max(self.now, self.wake)
             until = min(arrival, task, batch, wake)
-            assert until < math.inf, "nothing is under way, and something has no outcome"
+            assert until < math.inf, "nothing is running, and a request has no outcome"
             self.task_left -= (until - self.now) * loop
             self.batch_left -= (until - self.now) * engine
             self.now = until
@@ -105,7 +101,7 @@ class _OneCore:
         return Outcome(goodput=self.inside / took, inside=self.inside / max(1, self.admitted), batch_rows=self.rows / max(1, self.batches))
 
     def _speeds(self) -> tuple[float, float]:
-        """Of the loop and of the engine: how much of the core each gets."""
+        """Shares of the core that the loop and the engine get."""
         if self.task is None or self.batch is None:
             return float(self.task is not None), float(self.batch is not None)
         return self.scene.share, 1 - self.scene.share
@@ -118,45 +114,33 @@ class _OneCore:
         self.next = self.now + self.random.expovariate(self.scene.rate)
 
     def _begin(self) -> None:
-        kind, what, self.task_left = self.loop.popleft()
-        if kind == READ:
-            came, _ = what  # type: ignore[misc]
-            old = self.now - came >= self.scene.objective  # as `Service.refusal` has it
-            if old:
-                self.turnstile.turn_away("", came)
-            if old or self.turnstile.refused("", came):
-                kind, self.task_left = NO, self.scene.unread
-        self.task = kind, what
+        kind, argument, self.task_left = self.loop.popleft()
+        self.task = kind, argument
 
     def _done(self) -> None:
         assert self.batch is not None
         batch, self.batch = self.batch, None
         self.batcher.done(batch, self.now, self.now - self.started)
-        self.turnstile.open()
         self.loop.extend((WRITE, (job, batch, self.now), self.scene.write) for job in batch.jobs)
         self._poll()
 
     def _answer(self) -> None:
-        """The loop's task is done."""
+        """End the loop's task."""
         assert self.task is not None
-        (kind, what), self.task = self.task, None
+        (kind, argument), self.task = self.task, None
         if kind == READ:
-            self._submit(*what)  # type: ignore[misc]
-        elif kind == WRITE:
-            job, batch, computed = what  # type: ignore[misc]
+            self._submit(*argument)  # type: ignore[misc]
+        else:
+            job, batch, computed = argument  # type: ignore[misc]
             self.batcher.delivered(id(batch), self.now - computed)
-            came, counts = job.payload
+            arrived, counts = job.payload
             self.admitted += counts
-            self.inside += counts and self.now - came <= self.scene.objective
+            self.inside += counts and self.now - arrived <= self.scene.objective
 
-    def _submit(self, came: float, counts: bool) -> None:
-        job = Job(group="", nbytes=1000, payload=(came, counts), came=came, unseen=self.turnstile.unseen("", came))
-        refusal = self.batcher.submit(job, self.now)
-        if refusal is not None:
-            if refusal.holds:
-                self.turnstile.shut("", came + refusal.holds, came + (refusal.retry_after or 0.0))
-            return
-        self._poll()
+    def _submit(self, arrived: float, counts: bool) -> None:
+        job = Job(group="", nbytes=1000, payload=(arrived, counts), arrived=arrived)
+        if self.batcher.submit(job, self.now) is None:
+            self._poll()
 
     def _poll(self) -> None:
         self.wake = math.inf

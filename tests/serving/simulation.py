@@ -1,9 +1,9 @@
 """Simulated time around the real batcher: arrivals, engines with noise and hiccups, failures, clients that give up.
 
-`simulate(requests, seed=..., scenario=...)` plays a scenario and sums it up; nothing of it depends on the wall clock. While it runs it
-checks what must hold whatever the numbers are, and raises AssertionError: every job has exactly one outcome, and is answered with its own
-rows in their order; batches hold one group and no more rows than allowed, in order; the queue keeps its bounds; and what the batcher and
-the latency model hold stays bounded.
+`simulate(requests, seed=..., scenario=...)` plays a scenario and returns a summary; nothing depends on the wall clock. While it runs it
+checks the invariants, and raises AssertionError: every job has exactly one outcome, and is answered with its own rows in order; a batch has
+jobs of one group, in order, and no more rows than allowed; the queue keeps its bounds; and the memory of the batcher and of the latency
+model is bounded.
 """
 
 from __future__ import annotations
@@ -17,8 +17,9 @@ from heapq import heappop, heappush
 from itertools import accumulate, chain, pairwise
 from typing import NamedTuple
 
-from muntin.serving.batcher import LANES, Batch, Batcher, Job, Refusal
+from muntin.serving.batcher import Batch, Batcher, Job, Refusal
 from muntin.serving.executor import taken_apart
+from muntin.serving.job_queue import REMEMBERED_GROUPS
 from muntin.serving.latency import GROUPS, LatencyModel
 
 ARRIVAL, DONE, WAKE, GIVE_UP = range(4)
@@ -27,7 +28,7 @@ QUEUE_BYTES = 1 << 30
 
 @dataclass(frozen=True, kw_only=True)
 class Shape:
-    """A group of requests: an engine takes `fixed` + `each` * rows seconds for them, and `share` of the requests are such."""
+    """A group of requests: an engine takes `fixed` + `each` * rows seconds for them. `share`: their share of the requests."""
 
     fixed: float
     each: float
@@ -40,14 +41,14 @@ class Shape:
 
 @dataclass(frozen=True, kw_only=True)
 class Scenario:
-    """What arrives and what computes it. Times in seconds; `load` and `slowness` by time.
+    """The arrivals and the engines. Times in seconds; `load` and `slowness` are functions of the time.
 
-    `load`: arrivals as a share of `saturation`. `sigma`: of the logarithm of an engine's time. `hiccups`: share of batches that take
-    `hiccup` times longer. `slowness`: how many times slower the machine is. `clients`: instead of arrivals by `load`, so many clients that
-    send, await the answer and send again after `think` (a refused one after `retry`). `rows`: of a request, from 1 to so many, alike often.
-    `priorities`: weights. `deadlines`: shares of the objective (seconds, without one) between which a request's own lies. `failures`: share
-    of batches. `gives_up`: share of requests that are taken back, after as long as an objective at most. `burst`: requests that arrive
-    together. `strangers`: share of requests of a group that never comes again. `warm_up`: requests that do not count in the summary.
+    `load`: arrivals as a share of `saturation`. `sigma`: standard deviation of the logarithm of an engine's time. `hiccups`: share of
+    batches that take `hiccup` times longer. `slowness`: factor by which the machine is slower. `clients`: instead of arrivals by `load`,
+    number of clients that send, await the answer and send again after `think` (after a refusal, `retry`). `rows`: largest number of rows of
+    a request, uniform from 1. `priorities`: weights. `deadlines`: range of a request's own deadline, as shares of the objective (without
+    one, seconds). `failures`: share of batches. `gives_up`: share of requests that are cancelled, within the time of an objective.
+    `burst`: requests that arrive together. `strangers`: share of requests whose group occurs once. `warm_up`: requests that do not count.
     """
 
     shapes: tuple[Shape, ...]
@@ -76,7 +77,7 @@ class Scenario:
 
     @property
     def saturation(self) -> float:
-        """Rows a second of all the engines, in full batches of each shape."""
+        """Rows per second of all the engines, in full batches of each shape."""
         weight = sum(shape.share for shape in self.shapes)
         each = sum(shape.share * shape.seconds(self.max_rows) / self.max_rows for shape in self.shapes) / weight
         return self.workers / each
@@ -84,10 +85,9 @@ class Scenario:
 
 @dataclass(frozen=True, kw_only=True)
 class Summary:
-    """What became of the requests after the warm-up.
+    """Outcomes of the requests after the warm-up.
 
-    `goodput`: work of the answers that came in time, in seconds of an engine that runs full batches, a second and worker. Latencies are
-    seconds, of what was answered.
+    `goodput`: work of the answers in time, in seconds of an engine that runs full batches, per second and worker. Latencies in seconds.
     """
 
     requests: int
@@ -98,7 +98,7 @@ class Summary:
     answered: int
     late: int
     inside: float
-    """Of admitted requests, the share answered in time; the cancelled and the failed do not count."""
+    """Share of the admitted requests that was answered in time, without cancelled and failed ones."""
     goodput: float
     batch_rows: float
     busy: float
@@ -106,22 +106,22 @@ class Summary:
     p99: float
     p999: float
     by_priority: tuple[tuple[float, float], ...]
-    """For each priority: share that was admitted, share of those that was answered in time."""
+    """For each priority: share admitted, and share of the admitted that was answered in time."""
     by_shape: tuple[float, ...]
-    """For each shape: share that was admitted."""
+    """For each shape: share admitted."""
     ended: float
-    """When it was over."""
+    """Time of the end."""
     late_after: float
-    """When the last request was refused, dropped or late."""
+    """Time of the last request that was refused, dropped or late."""
 
     @property
     def refusal(self) -> float:
-        """Share of the requests that were refused."""
+        """Share of the requests that was refused."""
         return sum(self.refused.values()) / max(1, self.requests)
 
 
 def _tide(now: float) -> float:
-    """From half of saturation to 1.5 times, every two seconds."""
+    """Load between 0.5 and 1.5, with a period of two seconds."""
     return 1 + 0.5 * math.sin(math.pi * now)
 
 
@@ -152,11 +152,11 @@ CHAOS = Scenario(
     burst=4,
     strangers=0.01,
 )
-"""All that can go wrong at once."""
+"""All faults at once."""
 
 
 class Sent(NamedTuple):
-    """A job's payload: its shape's number, whether it counts in the summary, and its rows, numbers that no other job has."""
+    """A job's payload: the index of its shape, whether it counts in the summary, and its rows, numbers that no other job has."""
 
     shape: int
     counts: bool
@@ -164,7 +164,7 @@ class Sent(NamedTuple):
 
 
 def simulate(requests: int, *, seed: int, scenario: Scenario = CHAOS) -> Summary:
-    """Plays a scenario until so many requests have come and all have an outcome."""
+    """Play a scenario until so many requests have arrived and all have an outcome."""
     return _Simulation(requests, seed, scenario).run()
 
 
@@ -189,7 +189,6 @@ class _Simulation:
         self.open: set[Job] = set()
         """Admitted, without an outcome."""
         self.waiting_rows = 0
-        self.most_jobs = 0
         self.wake = math.inf
         self.shares = list(accumulate(shape.share for shape in scenario.shapes))
         self.weights = list(accumulate(scenario.priorities))
@@ -256,13 +255,11 @@ class _Simulation:
         self.open.add(job)
         self.waiting_rows += job.rows
         assert self.waiting_rows <= scenario.queue_rows
-        self.most_jobs = max(self.most_jobs, self.batcher.waiting)
-        assert len(self.batcher._expiring) <= 65 + 4 * self.most_jobs
         if scenario.gives_up and random.random() < scenario.gives_up:
             self._at(now + random.random() * (scenario.objective or 1.0), GIVE_UP, job)
 
     def _again(self, now: float, pause: float) -> None:
-        """A client's next request."""
+        """Schedule a client's next request."""
         if self.scenario.clients and self.sent < self.requests:
             self._at(now + 2 * self.random.random() * pause, ARRIVAL, None)
 
@@ -309,7 +306,7 @@ class _Simulation:
             seconds *= scenario.hiccup
         failed = scenario.failures > 0 and random.random() < scenario.failures
         self.count.started(batch, seconds)
-        # The engine gives each row back as it is. It computes the jobs that it was handed, whatever becomes of them meanwhile.
+        # The engine returns each row unchanged, of the jobs that it got at the start.
         computed = list(chain.from_iterable(job.payload.rows for job in jobs))
         assert len(computed) == rows
         self._at(now + seconds, DONE, (batch, computed, seconds, failed))
@@ -333,12 +330,12 @@ class _Simulation:
         assert snapshot.waiting_groups == 0 and snapshot.backlog_s == 0.0
         assert snapshot.admitted == snapshot.finished + snapshot.dropped + snapshot.cancelled
         assert snapshot.admitted + sum(snapshot.refused.values()) == self.requests
-        assert len(self.latencies) <= GROUPS and len(self.batcher._lanes) <= LANES + self.scenario.workers
-        assert not self.batcher._expiring and not self.batcher._active
+        assert len(self.latencies) <= GROUPS and len(self.batcher._queue.groups) <= REMEMBERED_GROUPS + self.scenario.workers
+        assert not self.batcher._queue.active
 
 
 class _Count:
-    """Sums up."""
+    """Collects the summary."""
 
     def __init__(self, scenario: Scenario) -> None:
         self.scenario = scenario

@@ -517,7 +517,7 @@ def test_earlier_of_two_deadlines_counts(
     submit = Runner.submit
 
     def watched(self: Runner, job: Any, done: Any) -> None:
-        given.append(math.inf if job.deadline is None else job.deadline - job.came)
+        given.append(math.inf if job.deadline is None else job.deadline - job.arrived)
         submit(self, job, done)
 
     monkeypatch.setattr(Runner, "submit", watched)

@@ -1,4 +1,4 @@
-"""What is learned of batches: a line by group, robust to single hiccups, quick to follow a machine that changed, bounded in memory."""
+"""The learned latency: a line by group, robust to single hiccups, quick to follow a machine that changed, bounded in memory."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from muntin.serving.latency import GROUPS, OVERDUE, OVERDUE_S, OVERDUE_UNKNOWN_S, LatencyModel, Line
+from muntin.serving.latency import GROUPS, OVERDUE, OVERDUE_S, OVERDUE_UNKNOWN_S, LatencyLine, LatencyModel
 
 FIXED, EACH = 0.001, 0.00015
 
@@ -47,54 +47,52 @@ def teach(
         model.observe("g", rows, seconds(rows) * math.exp(generator.gauss(0, sigma)))
 
 
-def expected(model: LatencyModel, rows: int) -> float:
-    found = model.expected("g", rows)
-    assert found is not None
-    return found
+def line_of(model: LatencyModel, group: str = "g", cost: float | None = None) -> LatencyLine:
+    line = model.line(group, cost=cost)
+    assert line is not None
+    return line
+
+
+def expected(model: LatencyModel, rows: int, group: str = "g", cost: float | None = None) -> float:
+    return line_of(model, group, cost).expected(rows)
 
 
 def safe(model: LatencyModel, rows: int) -> float:
-    found = model.safe("g", rows)
-    assert found is not None
-    return found
+    return line_of(model).safe(rows)
 
 
-def test_nothing_is_known_of_a_group_that_was_never_seen() -> None:
+def test_unknown_group() -> None:
     model, _ = taught(50)
-    assert model.expected("other", 1) is None
-    assert model.safe("other", 1) is None
     assert model.line("other") is None
+    assert model.line("other", cost=5) is None  # no measured group has a cost
 
 
 @pytest.mark.parametrize("seed", range(3))
-def test_the_line_is_learned_between_and_beyond_the_sizes_that_were_seen(seed: int) -> None:
+def test_line_between_and_beyond_measured_sizes(seed: int) -> None:
     model, _ = taught(200, sizes=(1, 4, 16), seed=seed)
     for rows in (1, 2, 8, 16, 32):
         assert expected(model, rows) == pytest.approx(engine(rows), rel=0.08)
 
 
-def test_an_engine_without_a_fixed_part_and_one_without_a_cost_by_row() -> None:
+def test_line_without_fixed_part_or_row_cost() -> None:
     model, _ = taught(100, seconds=lambda rows: 0.012 * rows, sigma=0.0)
-    line = model.line("g")
-    assert line is not None
-    assert (line.fixed, line.each) == (pytest.approx(0, abs=1e-4), pytest.approx(0.012, rel=0.01))
+    line = line_of(model)
+    assert (line.fixed, line.per_row) == (pytest.approx(0, abs=1e-4), pytest.approx(0.012, rel=0.01))
     model, _ = taught(100, seconds=lambda rows: 0.02 - 0.0001 * rows, sigma=0.0)
-    line = model.line("g")
-    assert line is not None
-    assert line.each == 0
+    line = line_of(model)
+    assert line.per_row == 0
     assert line.expected(1000) == pytest.approx(0.02, rel=0.2)
 
 
-def test_one_size_alone_promises_no_gain() -> None:
+def test_line_of_a_single_size() -> None:
     model, _ = taught(20, sizes=(8,), sigma=0.0)
     assert expected(model, 1) == pytest.approx(engine(8))
     assert expected(model, 16) == pytest.approx(2 * engine(8))
-    line = model.line("g")
-    assert line is not None
-    assert (line.largest, line.seen, line.firm) == (8, 20, 0)
+    line = line_of(model)
+    assert (line.largest_rows, line.batch_count, line.firm_rows) == (8, 20, 0)
 
 
-def test_safe_covers_about_99_of_100_batches() -> None:
+def test_safe_covers_99_of_100_batches() -> None:
     for sigma in (0.05, 0.1):
         model, generator = taught(400, sigma=sigma)
         kept = 0
@@ -107,7 +105,7 @@ def test_safe_covers_about_99_of_100_batches() -> None:
         assert safe(model, 5) < expected(model, 5) * math.exp(4 * sigma)
 
 
-def test_a_hiccup_changes_next_to_nothing() -> None:
+def test_hiccup_changes_little() -> None:
     model, generator = taught(200)
     before = expected(model, 5), safe(model, 5)
     model.observe("g", 5, 0.3)
@@ -117,7 +115,7 @@ def test_a_hiccup_changes_next_to_nothing() -> None:
     assert safe(model, 5) < before[1] * 1.15
 
 
-def test_a_first_call_that_compiled_is_forgotten_by_the_second() -> None:
+def test_first_call_that_compiled_is_forgotten() -> None:
     model = LatencyModel()
     model.observe("g", 1, 0.3)
     model.observe("g", 1, 0.012)
@@ -128,22 +126,21 @@ def test_a_first_call_that_compiled_is_forgotten_by_the_second() -> None:
     assert safe(model, 1) < 0.015
 
 
-def test_by_a_guess_nothing_counts_as_hung_before_its_time() -> None:
+def test_overdue_of_a_guessed_line() -> None:
     """Attention among all pixels takes more than its share of them, and an engine may compile for a new size."""
     model = LatencyModel()
     for _ in range(20):
         model.observe("small", 1, 0.002, cost=64.0)
-    own, same, larger = (model.line(group, cost=cost) for group, cost in (("small", 64.0), ("new", 64.0), ("large", 64e4)))
-    assert own is not None and same is not None and larger is not None
+    own, same, larger = line_of(model, "small", 64.0), line_of(model, "new", 64.0), line_of(model, "large", 64e4)
     assert own.overdue(1) == same.overdue(1) == OVERDUE_S
     assert larger.overdue(1) == max(OVERDUE_UNKNOWN_S, OVERDUE * larger.safe(1)) > OVERDUE_UNKNOWN_S
     for _ in range(2):
         model.observe("large", 1, 0.1, cost=64e4)
-    assert model.line("large").overdue(1) == OVERDUE_S  # type: ignore[union-attr]
+    assert line_of(model, "large").overdue(1) == OVERDUE_S
 
 
 @pytest.mark.parametrize("factor", [2.0, 0.5, 10.0])
-def test_a_machine_that_changes_is_followed_within_a_dozen_batches(factor: float) -> None:
+def test_change_followed_within_twelve_batches(factor: float) -> None:
     model, generator = taught(300)
     teach(model, generator, 12, seconds=lambda rows: factor * engine(rows))
     for rows in (1, 5, 20):
@@ -151,15 +148,15 @@ def test_a_machine_that_changes_is_followed_within_a_dozen_batches(factor: float
         assert safe(model, rows) < factor * engine(rows) * 1.5
 
 
-def test_a_slow_drift_is_followed_too() -> None:
+def test_slow_drift_is_followed() -> None:
     model, generator = taught(300)
     for step in range(200):
         teach(model, generator, 1, seconds=lambda rows, step=step: engine(rows) * (1 + step / 200))  # type: ignore[misc]
     assert expected(model, 5) == pytest.approx(2 * engine(5), rel=0.15)
 
 
-def test_sizes_that_are_not_seen_keep_their_proportion() -> None:
-    """Thousands of lone rows, then a machine twice as slow: what 32 rows take is still known."""
+def test_unmeasured_sizes_keep_their_ratio() -> None:
+    """Thousands of single rows, then a machine twice as slow: the time of 32 rows is still known."""
     model, generator = taught(200)
     teach(model, generator, 5000, sizes=(1,))
     assert expected(model, 32) == pytest.approx(engine(32), rel=0.25)
@@ -167,52 +164,47 @@ def test_sizes_that_are_not_seen_keep_their_proportion() -> None:
     assert expected(model, 32) == pytest.approx(2 * engine(32), rel=0.25)
 
 
-def test_a_crooked_engine_is_covered_by_the_spread() -> None:
-    """Full multiples of 8 are what it likes: a line misses, and `safe` makes up for it."""
+def test_spread_covers_an_engine_in_steps() -> None:
+    """It computes multiples of 8: the line does not fit, and `safe` compensates."""
     model, _ = taught(500, sizes=(1, 3, 8, 9, 12, 16), seconds=lambda rows: 0.004 * math.ceil(rows / 8), sigma=0.02)
     for rows in (8, 9, 12, 16):
         assert safe(model, rows) > 0.004 * math.ceil(rows / 8) * 0.98
 
 
-def test_rows_within_is_the_inverse_of_safe() -> None:
+def test_rows_within_is_inverse_of_safe() -> None:
     for line in (
-        Line(0.001, 0.0002, 0.0, 1.2, 8, 9, True),
-        Line(0.0, 0.012, 0.012, 1.1, 1, 9, False),
-        Line(0.01, 0.0, 0.0, 1.1, 8, 9, True),
+        LatencyLine(0.001, 0.0002, 0.0, 1.2, 8, 9, True),
+        LatencyLine(0.0, 0.012, 0.012, 1.1, 1, 9, False),
+        LatencyLine(0.01, 0.0, 0.0, 1.1, 8, 9, True),
     ):
         for seconds in (0.0, 0.001, 0.0101, 0.0123, 0.1):
             rows = line.rows_within(seconds)
             assert rows == 0 or line.safe(rows) <= seconds * (1 + 1e-9)
             assert rows > 10_000 or line.safe(rows + 1) > seconds
-    assert Line(0.01, 0.0, 0.0, 1.0, 1, 1, True).rows_within(math.inf) > 1_000_000
-    assert Line(0.01, 0.1, 0.0, 1.0, 1, 1, True).rows_within(math.inf) > 1_000_000
+    assert LatencyLine(0.01, 0.0, 0.0, 1.0, 1, 1, True).rows_within(math.inf) > 1_000_000
+    assert LatencyLine(0.01, 0.1, 0.0, 1.0, 1, 1, True).rows_within(math.inf) > 1_000_000
 
 
-def test_a_group_that_was_never_seen_is_scaled_by_cost_from_the_nearest_one() -> None:
+def test_new_group_scaled_by_cost() -> None:
     model = LatencyModel()
     for _ in range(10):
         model.observe("small", 1, 0.01, cost=100)
         model.observe("large", 1, 0.15, cost=1000)
-    assert model.expected("new", 1, cost=200) == pytest.approx(0.02, rel=0.01)
-    assert model.expected("new", 1, cost=2000) == pytest.approx(0.3, rel=0.01)
-    assert model.safe("new", 2, cost=200) == pytest.approx(0.04 * 1.15, rel=0.01)
-    assert model.expected("new", 1) is None
-    assert model.expected("small", 1, cost=5000) == pytest.approx(0.01)
+    assert expected(model, 1, "new", 200) == pytest.approx(0.02, rel=0.01)
+    assert expected(model, 1, "new", 2000) == pytest.approx(0.3, rel=0.01)
+    assert line_of(model, "new", 200).safe(2) == pytest.approx(0.04 * 1.15, rel=0.01)
+    assert model.line("new") is None
+    assert expected(model, 1, "small", 5000) == pytest.approx(0.01)
 
 
-def test_cost_helps_nobody_where_no_measured_group_has_one() -> None:
-    model, _ = taught(10)
-    assert model.expected("new", 1, cost=5) is None
-
-
-def test_groups_are_bounded_and_the_least_used_goes_first() -> None:
+def test_number_of_groups_is_bounded() -> None:
     model = LatencyModel(groups=3)
     for group in "abcd":
         model.observe(group, 1, 0.01)
         model.observe("a", 1, 0.01)
     assert len(model) == 3
-    assert model.expected("b", 1) is None
-    assert model.expected("a", 1) is not None
+    assert model.line("b") is None
+    assert model.line("a") is not None
     many = LatencyModel()
     for group in range(1000):
         many.observe(group, 1, 0.01)
@@ -220,7 +212,7 @@ def test_groups_are_bounded_and_the_least_used_goes_first() -> None:
 
 
 @pytest.mark.parametrize(("rows", "seconds"), [(0, 0.1), (-1, 0.1), (1, 0.0), (1, -0.1), (1, math.inf), (1, math.nan), (1, 1e9)])
-def test_what_no_batch_can_have_taken(rows: int, seconds: float) -> None:
+def test_invalid_observations(rows: int, seconds: float) -> None:
     with pytest.raises(ValueError, match=f"rows={rows}, seconds={seconds}"):
         LatencyModel().observe("g", rows, seconds)
     with pytest.raises(ValueError, match="groups=0"):
@@ -235,13 +227,12 @@ def test_what_no_batch_can_have_taken(rows: int, seconds: float) -> None:
         max_size=150,
     )
 )
-def test_whatever_is_observed_the_line_is_sound(batches: list[tuple[int, float]]) -> None:
+def test_line_is_sound_for_any_observations(batches: list[tuple[int, float]]) -> None:
     model = LatencyModel()
     for rows, seconds in batches:
         model.observe("g", rows, seconds)
-        line = model.line("g")
-        assert line is not None
-        assert min(line.fixed, line.each, line.least) >= 0
+        line = line_of(model)
+        assert min(line.fixed, line.per_row, line.minimum) >= 0
         assert 1 < line.spread < math.inf
         before = 0.0
         for n in (1, 2, 7, 64, 1000):
@@ -253,25 +244,24 @@ def test_whatever_is_observed_the_line_is_sound(batches: list[tuple[int, float]]
     assert len(group._sizes) <= 40
 
 
-def test_a_group_of_the_same_cost_is_believed_until_the_second_batch() -> None:
-    """A version takes the place of another: of the same images, as fast."""
+def test_equal_cost_preferred_until_second_batch() -> None:
+    """A new version computes the same images as fast as the old one."""
     model = LatencyModel()
     for _ in range(20):
         model.observe("old", 1, 0.01, cost=64.0)
     model.observe("new", 1, 5.0, cost=64.0)  # it compiled
-    line = model.line("new", cost=64.0)
-    assert line is not None
+    line = line_of(model, "new", 64.0)
     assert (line.expected(1), line.guessed) == (pytest.approx(0.01), False)
     model.observe("new", 1, 0.02, cost=64.0)
-    assert model.expected("new", 1, cost=64.0) == pytest.approx(0.02)
+    assert expected(model, 1, "new", 64.0) == pytest.approx(0.02)
     model.observe("other", 1, 5.0, cost=640.0)  # of another size its own figure says more than a guess
-    assert model.expected("other", 1, cost=640.0) == pytest.approx(5.0)
+    assert expected(model, 1, "other", 640.0) == pytest.approx(5.0)
 
 
-def test_of_groups_of_one_cost_the_last_one_used_is_the_guess() -> None:
+def test_nearest_group_used_last_is_preferred() -> None:
     model = LatencyModel()
     for _ in range(3):
         model.observe("long ago", 1, 0.5, cost=64.0)
     for _ in range(3):
         model.observe("lately", 1, 0.01, cost=64.0)
-    assert model.expected("new", 1, cost=64.0) == pytest.approx(0.01)
+    assert expected(model, 1, "new", 64.0) == pytest.approx(0.01)

@@ -1,4 +1,4 @@
-"""What an answer takes beyond the engine."""
+"""Time of an answer beyond the engine."""
 
 from __future__ import annotations
 
@@ -11,35 +11,31 @@ from muntin.serving.overhead import Overhead
 
 
 def overhead_of(batches: Iterable[float], **bounds: float) -> Overhead:
-    """Of batches of one answer, and one that goes on."""
-    overhead = Overhead(**({"least": 0.0, "most": 1.0} | bounds))
+    """Batches of one answer each; the last one is not counted yet."""
+    overhead = Overhead(**({"minimum": 0.0, "maximum": 1.0} | bounds))
     for number, seconds in enumerate([*batches, 0.0]):
         overhead.add(number, seconds)
     return overhead
 
 
-def test_before_an_answer_and_below_the_least_it_is_the_least() -> None:
-    assert overhead_of([], least=0.001).seconds == 0.001
-    assert overhead_of([0.0004] * 10, least=0.001).seconds == 0.001
+def test_overhead_is_at_least_the_minimum() -> None:
+    assert overhead_of([], minimum=0.001).seconds == 0.001
+    assert overhead_of([0.0004] * 10, minimum=0.001).seconds == 0.001
 
 
-def test_it_is_what_nearly_all_answers_kept_and_never_more_than_the_most() -> None:
+def test_overhead_of_nearly_all_answers() -> None:
     chance = random.Random(0)  # noqa: S311 - no secret
     batches = [chance.random() for _ in range(1000)]
     assert 0.95 < overhead_of(batches).seconds < 1.0
-    assert overhead_of(batches, most=0.3).seconds == 0.3
+    assert overhead_of(batches, maximum=0.3).seconds == 0.3
 
 
 @pytest.mark.parametrize(("since", "counts"), [(0, True), (10, True), (127, True), (128, False)])
-def test_a_hiccup_counts_until_128_batches_have_come_after_it(since: int, counts: bool) -> None:
+def test_hiccup_counts_for_128_batches(since: int, counts: bool) -> None:
     assert overhead_of([0.002] * 300 + [0.5] + [0.002] * since).seconds == (0.5 if counts else 0.002)
 
 
-def test_what_was_long_ago_does_not_count() -> None:
-    assert overhead_of([0.5] * 200 + [0.002] * 128).seconds == 0.002
-
-
-def test_a_batch_counts_once_with_its_slowest_answer() -> None:
+def test_batch_counts_with_its_slowest_answer() -> None:
     overhead = Overhead(0.0, 1.0)
     for batch in range(200):
         for seconds in (0.001, 0.004, 0.002):

@@ -145,7 +145,7 @@ def teach(runner: Runner) -> None:
     """Batches of several jobs gain, from the first on."""
     for _ in range(3):
         for rows in (1, 2, 4, 8):
-            runner._batcher._latencies.observe("g", rows, 0.001 + rows / 1e5)
+            runner._batcher._queue.latencies.observe("g", rows, 0.001 + rows / 1e5)
 
 
 def answered_together(execute: Callable[[Batch], Any], jobs: list[Job]) -> tuple[Answers, list[Batch]]:
@@ -269,7 +269,7 @@ def test_a_failed_batch_is_not_learned() -> None:
     with running(execute) as runner:
         answers.submit(runner, *jobs_of(5))
         answers.wait(5)
-        assert runner._batcher._latencies.expected("g", 1) is None
+        assert runner._batcher._queue.latencies.line("g") is None
 
 
 def test_what_waits_can_be_taken_back_and_what_runs_cannot() -> None:
@@ -602,7 +602,7 @@ def test_a_batch_has_far_more_time_than_it_ever_took() -> None:
         batcher.done(batch, 15.0, 5.0)
     assert batch.within > OVERDUE * 5.0
     for _ in range(3):
-        batcher._latencies.observe("quick", 1, 0.01)
+        batcher._queue.latencies.observe("quick", 1, 0.01)
     batcher.submit(Job(group="quick"), 20.0)
     batch = batcher.poll(20.0).batch
     assert batch is not None

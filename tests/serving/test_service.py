@@ -1,5 +1,5 @@
-"""What becomes of answers that are put into form beside the event loop, and who computes while a version is tried. What both faces answer
-is in `test_server`."""
+"""Encoding of answers beside the event loop, and serving while a version is tried. The answers of both protocols are tested in
+`test_server`."""
 
 from __future__ import annotations
 
@@ -18,27 +18,28 @@ import pytest
 
 from muntin.errors import MuntinError
 from muntin.runtime.images import encode_png
+from muntin.serving.accounts import UNLISTED
 from muntin.serving.batcher import Batcher
 from muntin.serving.executor import Executor
-from muntin.serving.forming import INLINE
+from muntin.serving.forming import INLINE_NUMBERS
 from muntin.serving.latency import LatencyModel
 from muntin.serving.metrics import Metrics
 from muntin.serving.pictures import Pictures
 from muntin.serving.protocol import InferInput, InferRequest, ProtocolError, RefusedRequestError
 from muntin.serving.rollout import ENOUGH, Rollout
 from muntin.serving.runner import HANGING, Runner
-from muntin.serving.service import GONE, Service
+from muntin.serving.service import Service
 from muntin.serving.slot import Slot
 from muntin.serving.version import Version
 
 SIDE = 150
-"""Pixels of an image of which the scores are put into form beside the event loop."""
+"""Side of an image, pixels, whose scores are encoded on a thread."""
 BODY_BYTES = 1 << 20
-"""Of a request."""
+"""Largest request."""
 
 
 @contextmanager
-def made(shelf: Any, rollout: Rollout | None = None, objective: float | None = None) -> Iterator[Service]:
+def service_of(shelf: Any, rollout: Rollout | None = None, objective: float | None = None) -> Iterator[Service]:
     slot = Slot("m", shelf, rollout=rollout or Rollout())
     slot.load(Path("1"), "1")
     executor = Executor(slot)
@@ -52,7 +53,7 @@ def made(shelf: Any, rollout: Rollout | None = None, objective: float | None = N
         slot.close()
 
 
-def request_for_all(side: int = SIDE) -> InferRequest:
+def request_of(side: int = SIDE) -> InferRequest:
     data = np.zeros((1, side, side, 3), np.uint8)
     return InferRequest(
         id="", inputs=(InferInput(name="images", datatype="UINT8", shape=data.shape, data=data),), outputs=(), parameters={}
@@ -60,24 +61,24 @@ def request_for_all(side: int = SIDE) -> InferRequest:
 
 
 def counted(service: Service, version: str = "1") -> tuple[int, int]:
-    """(answered, failed) of a version."""
-    found = service.statistics("m", version)[0]
-    return found.success.count, found.fail.count
+    """Numbers of answered and failed requests of a version."""
+    statistics = service.statistics("m", version)[0]
+    return statistics.success.count, statistics.fail.count
 
 
-def test_what_was_computed_is_put_into_form_however_much_of_it_there_is(shelf: Any) -> None:
+def test_many_answers_wait_for_encoding(shelf: Any) -> None:
     async def ask() -> None:
-        with made(shelf) as service:
-            held = threading.Event()
-            asked = [
-                asyncio.create_task(service.infer(request_for_all(), model="m", version=None, encode=lambda _: held.wait(60)))
+        with service_of(shelf) as service:
+            released = threading.Event()
+            requests = [
+                asyncio.create_task(service.infer(request_of(), model="m", version=None, encode=lambda _: released.wait(60)))
                 for _ in range(40)
             ]
-            while service.runner.snapshot().finished < len(asked):
+            while service.runner.snapshot().finished < len(requests):
                 await asyncio.sleep(0.01)
             assert counted(service) == (0, 0)
-            held.set()
-            answers = await asyncio.gather(*asked)
+            released.set()
+            answers = await asyncio.gather(*requests)
             assert all(answer.encoded for answer in answers)
             assert counted(service) == (40, 0)
 
@@ -85,54 +86,54 @@ def test_what_was_computed_is_put_into_form_however_much_of_it_there_is(shelf: A
 
 
 @pytest.mark.parametrize("side", [8, SIDE])
-def test_the_time_of_a_request_is_until_its_answer_has_its_form(shelf: Any, side: int) -> None:
+def test_time_of_a_request_includes_encoding(shelf: Any, side: int) -> None:
     async def ask() -> None:
-        with made(shelf) as service:
+        with service_of(shelf) as service:
             service.objective = 0.15  # which the engine keeps
-            answered = await service.infer(request_for_all(side), model="m", version=None, encode=lambda _: time.sleep(0.2))
+            answered = await service.infer(request_of(side), model="m", version=None, encode=lambda _: time.sleep(0.2))
             text = service.metrics.render().decode()
             assert answered.total > 0.2
             assert float(re.findall(r"muntin_request_seconds_sum (\S+)", text)[0]) == answered.total
             assert "muntin_objective_missed_total 1.0" in text
-            found = service.statistics("m", "1")[0]
-            assert found.compute_output.ns > 2e8
-            assert found.success.ns >= found.compute_output.ns
+            statistics = service.statistics("m", "1")[0]
+            assert statistics.compute_output.ns > 2e8
+            assert statistics.success.ns >= statistics.compute_output.ns
 
     asyncio.run(ask())
 
 
-def test_reading_a_request_is_no_part_of_its_waiting(shelf: Any) -> None:
+def test_times_of_reading_and_waiting(shelf: Any) -> None:
     async def ask() -> None:
-        with made(shelf) as service:
+        with service_of(shelf) as service:
             arrived = service.clock() - 5
-            answered = await service.infer(request_for_all(8), model="m", version=None, arrived=arrived)
+            answered = await service.infer(request_of(8), model="m", version=None, arrived=arrived)
             assert answered.read >= 5
             assert 0 <= answered.queued < 5
-            found = service.statistics("m", "1")[0]
-            assert found.compute_input.ns >= 5e9 > found.queue.ns
-            parts = (found.queue, found.compute_input, found.compute_infer, found.compute_output)
-            assert abs(sum(part.ns for part in parts) - found.success.ns) <= len(parts)
+            statistics = service.statistics("m", "1")[0]
+            assert statistics.compute_input.ns >= 5e9 > statistics.queue.ns
+            parts = (statistics.queue, statistics.compute_input, statistics.compute_infer, statistics.compute_output)
+            assert abs(sum(part.ns for part in parts) - statistics.success.ns) <= len(parts)
 
     asyncio.run(ask())
 
 
-def test_what_an_answer_waits_for_its_coroutine_is_part_of_what_it_takes(shelf: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Who awaits an answer goes on in a later round of the loop, behind all that is ready before: here 50 ms."""
+def test_overhead_includes_resuming_the_coroutine(shelf: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A coroutine that awaits an answer resumes in a later round of the loop, here after 50 ms."""
 
     async def ask() -> None:
-        with made(shelf) as service:
-            told = list[tuple[object, float]]()
+        with service_of(shelf) as service:
+            deliveries = list[tuple[object, float]]()
             deliver = service.runner.delivered
 
             def delivered(batch: object, seconds: float) -> None:
-                told.append((batch, seconds))
+                deliveries.append((batch, seconds))
                 deliver(batch, seconds)
-                if len(told) == 1:
+                if len(deliveries) == 1:
                     time.sleep(0.05)
 
             monkeypatch.setattr(service.runner, "delivered", delivered)
-            answered = await service.infer(request_for_all(8), model="m", version=None)
-            (first, ready), (second, resumed) = told
+            answered = await service.infer(request_of(8), model="m", version=None)
+            (first, ready), (second, resumed) = deliveries
             assert first == second == answered.started
             assert resumed - ready >= 0.05
 
@@ -140,20 +141,20 @@ def test_what_an_answer_waits_for_its_coroutine_is_part_of_what_it_takes(shelf: 
 
 
 @pytest.mark.parametrize("end", ["answered", "failed", "cancelled"])
-def test_what_is_to_be_put_into_form_is_bounded_before_it_is_computed(shelf: Any, monkeypatch: pytest.MonkeyPatch, end: str) -> None:
-    monkeypatch.setattr("muntin.serving.forming.HELD_BYTES", 4 * INLINE)
+def test_large_answers_bounded_before_computing(shelf: Any, monkeypatch: pytest.MonkeyPatch, end: str) -> None:
+    monkeypatch.setattr("muntin.serving.forming.HELD_BYTES", 4 * INLINE_NUMBERS)
 
     async def ask() -> None:
-        with made(shelf) as service:
-            held = threading.Event()
+        with service_of(shelf) as service:
+            released = threading.Event()
 
             def encode(_: Any) -> None:
-                held.wait(60)
+                released.wait(60)
                 if end == "failed":
                     raise ZeroDivisionError
 
             def infer() -> Any:
-                return service.infer(request_for_all(), model="m", version=None, encode=encode)
+                return service.infer(request_of(), model="m", version=None, encode=encode)
 
             first = asyncio.create_task(infer())  # alone it may go beyond the bound
             while service.runner.snapshot().finished < 1:
@@ -165,10 +166,10 @@ def test_what_is_to_be_put_into_form_is_bounded_before_it_is_computed(shelf: Any
             if end == "cancelled":
                 await asyncio.sleep(0.05)  # until it is being put into form
                 first.cancel()
-            held.set()
-            await service.infer(request_for_all(8), model="m", version=None)  # which is done on the event loop
+            released.set()
+            await service.infer(request_of(8), model="m", version=None)  # which is done on the event loop
             await asyncio.wait([first])
-            while service.forming.held:
+            while service.encoder.held_bytes:
                 await asyncio.sleep(0.01)
             assert counted(service) == ((2, 0) if end == "answered" else (1, 1))
             (following,) = await asyncio.gather(infer(), return_exceptions=True)  # there is room again
@@ -179,7 +180,7 @@ def test_what_is_to_be_put_into_form_is_bounded_before_it_is_computed(shelf: Any
 
 @contextmanager
 def trying(service: Service, wait_until: Any) -> Iterator[list[str]]:
-    """While version 2 is tried; gives what loading it raised, if it did."""
+    """Try version 2; yields a list that gets the error of its load, if there is one."""
     outcome: list[str] = []
     with service.slot.lease() as lease:  # a version that nobody asks is not tried against
         service.slot.observe(lease.version, seconds=0.001, rows=1)
@@ -200,15 +201,15 @@ def trying(service: Service, wait_until: Any) -> Iterator[list[str]]:
         thread.join()
 
 
-def test_a_candidate_is_compared_with_what_the_current_version_answers(shelf: Any, wait_until: Any) -> None:
-    """Version 2 labels everything otherwise. As a canary it answers half of the requests, and some name it: those say nothing of it."""
+def test_candidate_compared_with_current_version(shelf: Any, wait_until: Any) -> None:
+    """Version 2 gives other labels. Requests that it answers itself, as a canary or because they name it, do not count."""
     rollout = Rollout(canary=0.5, shadow=1.0, for_requests=10_000, max_slowdown=math.inf)
 
     async def ask(service: Service, version: str | None) -> str:
-        return (await service.infer(request_for_all(8), model="m", version=version)).response.version
+        return (await service.infer(request_of(8), model="m", version=version)).response.version
 
     async def try_it() -> None:
-        with made(shelf, rollout) as service, trying(service, wait_until) as outcome:
+        with service_of(shelf, rollout) as service, trying(service, wait_until) as outcome:
             trial = service.slot._routes.trial
             assert trial is not None
             assert {await ask(service, "2") for _ in range(10)} == {"2"}
@@ -225,44 +226,12 @@ def test_a_candidate_is_compared_with_what_the_current_version_answers(shelf: An
     asyncio.run(try_it())
 
 
-def test_a_slow_candidate_is_found_beside_batches(shelf: Any, wait_until: Any) -> None:
-    """Eight clients at once, whose images share batches: version 2 takes as long for one of them as version 1 for all."""
-
-    async def ask(service: Service) -> None:
-        await service.infer(request_for_all(8), model="m", version=None)
-
-    def slow(version: Version, seconds: float, each: float) -> None:
-        computes = version.session._infer
-
-        def infer(images: Any) -> Any:
-            time.sleep(seconds + each * len(images))
-            return computes(images)
-
-        version.session._infer = infer  # type: ignore[method-assign]
-
-    async def try_it() -> None:
-        rollout = Rollout(shadow=1.0, for_requests=100, min_agreement=0.0)
-        with made(shelf, rollout) as service:
-            assert service.slot.current is not None
-            slow(service.slot.current, 0.004, 0.0)
-            for _ in range(6):  # batches grow
-                await asyncio.gather(*(ask(service) for _ in range(8)))
-            with trying(service, wait_until) as outcome:
-                with service.slot.lease("2") as lease:
-                    slow(lease.version, 0.0, 0.004)
-                while not outcome and service.slot.current.name == "1":
-                    await asyncio.gather(*(ask(service) for _ in range(8)))
-                assert "times as long" in outcome[0]
-
-    asyncio.run(try_it())
-
-
 @pytest.mark.parametrize("side", [8, SIDE])
-def test_an_answer_counts_for_the_version_that_computed_it_and_a_failure_for_the_one_that_was_asked(shelf: Any, side: int) -> None:
+def test_counts_when_another_version_answers(shelf: Any, side: int) -> None:
     async def ask() -> None:
-        with made(shelf) as service:
+        with service_of(shelf) as service:
             service.slot.load(Path("2"), "2").session._infer = None  # type: ignore[method-assign, assignment]
-            answered = await service.infer(request_for_all(side), model="m", version="2")
+            answered = await service.infer(request_of(side), model="m", version="2")
             assert answered.response.version == "1"
             assert (counted(service, "1"), counted(service, "2")) == ((1, 0), (0, 1))
             (first,), (second,) = service.statistics("m", "1"), service.statistics("m", "2")
@@ -275,7 +244,7 @@ def test_an_answer_counts_for_the_version_that_computed_it_and_a_failure_for_the
 
 
 def hang(version: Version) -> threading.Event:
-    """Its engine does not come back until this is set."""
+    """Make its engine hang until the returned event is set."""
     free = threading.Event()
     computes = version.session._infer
 
@@ -287,15 +256,15 @@ def hang(version: Version) -> threading.Event:
     return free
 
 
-def test_a_version_that_hangs_is_sent_back_and_others_are_answered(shelf: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_hanging_version_is_sent_back(shelf: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("muntin.serving.latency.OVERDUE_UNKNOWN_S", 0.5)
     monkeypatch.setattr("muntin.serving.latency.OVERDUE_S", 0.5)
 
     async def ask() -> None:
-        with made(shelf, Rollout(for_seconds=0.4)) as service:
+        with service_of(shelf, Rollout(for_seconds=0.4)) as service:
             free = hang(service.slot.load(Path("2"), "2"))
-            asked = [asyncio.create_task(service.infer(request_for_all(8), model="m", version=None)) for _ in range(5)]
-            first, *others = await asyncio.gather(*asked, return_exceptions=True)
+            requests = [asyncio.create_task(service.infer(request_of(8), model="m", version=None)) for _ in range(5)]
+            first, *others = await asyncio.gather(*requests, return_exceptions=True)
             assert isinstance(first, ProtocolError)
             assert first.status == 500
             assert "the engine did not come back" in str(first)
@@ -309,35 +278,35 @@ def test_a_version_that_hangs_is_sent_back_and_others_are_answered(shelf: Any, m
     asyncio.run(ask())
 
 
-def test_a_server_whose_engine_is_dead_is_not_ready(shelf: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_not_ready_while_the_engine_hangs(shelf: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("muntin.serving.latency.OVERDUE_UNKNOWN_S", 0.05)
     monkeypatch.setattr("muntin.serving.runner._GRACE_S", 0.0)
 
     async def ask() -> None:
-        with made(shelf) as service:
+        with service_of(shelf) as service:
             current = service.slot.current
             assert current is not None
             free = hang(current)
-            asked = [asyncio.create_task(service.infer(request_for_all(8), model="m", version=None)) for _ in range(HANGING + 2)]
-            answers = await asyncio.gather(*asked, return_exceptions=True)
+            requests = [asyncio.create_task(service.infer(request_of(8), model="m", version=None)) for _ in range(HANGING + 2)]
+            answers = await asyncio.gather(*requests, return_exceptions=True)
             assert {getattr(answer, "status", None) for answer in answers[:-1]} == {500}
             assert isinstance(answers[-1], RefusedRequestError)
             assert not service.ready
             with pytest.raises(RefusedRequestError, match="start the server again"):
-                await service.infer(request_for_all(8), model="m", version=None)
+                await service.infer(request_of(8), model="m", version=None)
             free.set()
             while not service.ready:
                 await asyncio.sleep(0.01)
-            assert (await service.infer(request_for_all(8), model="m", version=None)).response.version == "1"
+            assert (await service.infer(request_of(8), model="m", version=None)).response.version == "1"
 
     asyncio.run(ask())
 
 
-def test_a_picture_in_tiles_is_answered_beside_requests_that_have_an_objective(shelf: Any) -> None:
+def test_picture_in_tiles_beside_requests(shelf: Any) -> None:
     """A tile takes longer than the objective allows."""
 
     async def ask() -> None:
-        with made(shelf, objective=0.1) as service:
+        with service_of(shelf, objective=0.1) as service:
             current = service.slot.current
             assert current is not None
             computes = current.session._infer
@@ -353,7 +322,7 @@ def test_a_picture_in_tiles_is_answered_beside_requests_that_have_an_objective(s
                 nonlocal answered
                 while not over.is_set():
                     try:
-                        await service.infer(request_for_all(8), model="m", version=None)
+                        await service.infer(request_of(8), model="m", version=None)
                     except RefusedRequestError:
                         await asyncio.sleep(0.005)
                     else:
@@ -375,12 +344,12 @@ def test_a_picture_in_tiles_is_answered_beside_requests_that_have_an_objective(s
     asyncio.run(ask())
 
 
-def test_a_picture_names_the_version_that_computed_it(shelf: Any, wait_until: Any) -> None:
+def test_picture_names_its_version(shelf: Any, wait_until: Any) -> None:
     """A canary whose engine dies: the current version computes what it was to compute."""
     content = encode_png(np.zeros((8, 8, 3), np.uint8))
 
     async def ask() -> None:
-        with made(shelf, Rollout(canary=1.0)) as service, trying(service, wait_until) as outcome:
+        with service_of(shelf, Rollout(canary=1.0)) as service, trying(service, wait_until) as outcome:
             pictures = Pictures(service, body_bytes=BODY_BYTES)
             try:
                 assert (await pictures.answer(content, {})).headers == {"x-model-version": "2"}
@@ -393,9 +362,9 @@ def test_a_picture_names_the_version_that_computed_it(shelf: Any, wait_until: An
     asyncio.run(ask())
 
 
-def test_only_what_is_to_be_computed_counts_as_refused_for_want_of_a_version(shelf: Any) -> None:
+def test_refusals_without_a_version_are_counted(shelf: Any) -> None:
     async def ask() -> None:
-        with made(shelf) as service:
+        with service_of(shelf) as service:
             pictures = Pictures(service, body_bytes=BODY_BYTES)
             service.slot.unload()
             for look in (lambda: service.describe(None, None), lambda: service.lease("m", None), lambda: service.statistics("m", "1")):
@@ -403,7 +372,7 @@ def test_only_what_is_to_be_computed_counts_as_refused_for_want_of_a_version(she
                     look()
             assert service.metrics.refused == {}
             with pytest.raises(RefusedRequestError):
-                await service.infer(request_for_all(8), model="m", version=None)
+                await service.infer(request_of(8), model="m", version=None)
             with pytest.raises(RefusedRequestError):
                 await pictures.answer(encode_png(np.zeros((8, 8, 3), np.uint8)), {})
             assert service.metrics.refused == {"no version": 2}
@@ -412,25 +381,25 @@ def test_only_what_is_to_be_computed_counts_as_refused_for_want_of_a_version(she
     asyncio.run(ask())
 
 
-def test_a_model_is_described_by_the_version_that_serves_while_another_is_tried(shelf: Any, signature_of: Any, wait_until: Any) -> None:
+def test_describe_while_a_version_is_tried(shelf: Any, signature_of: Any, wait_until: Any) -> None:
     shelf.signatures["2"] = signature_of(classes=("sea", "field", "roof", "road", "tree"))  # one more than version 1
-    with made(shelf, Rollout(canary=1.0)) as service, trying(service, wait_until):
+    with service_of(shelf, Rollout(canary=1.0)) as service, trying(service, wait_until):
         assert [service.describe(None, version).outputs[1].shape[1] for version in (None, "2", "1", None)] == [4, 5, 4, 4]
         with service.lease("m", None) as lease:  # a request to compute is the candidate's
             assert lease.version.name == "2"
 
 
-def test_what_was_asked_of_versions_that_have_gone_is_forgotten_but_for_the_last_ones(shelf: Any) -> None:
+def test_statistics_of_old_versions_are_forgotten(shelf: Any) -> None:
     async def ask() -> None:
-        with made(shelf, Rollout(for_seconds=0)) as service:
+        with service_of(shelf, Rollout(for_seconds=0)) as service:
             for number in range(2, 60):
-                await service.infer(request_for_all(8), model="m", version=None)
+                await service.infer(request_of(8), model="m", version=None)
                 service.slot.load(Path(str(number)), str(number))
-            told = [item.version for item in service.statistics("m", None)]
-            assert told == [str(number) for number in range(int(told[0]), 60)]
-            assert set(service.metrics.rows) == set(told) - {"59"}  # which nobody has asked anything
+            versions = [item.version for item in service.statistics("m", None)]
+            assert versions == [str(number) for number in range(int(versions[0]), 60)]
+            assert set(service.metrics.rows) == set(versions) - {"59"}  # which was never asked
             listed = {entry.version for entry in service.slot.index()}
-            assert GONE <= len(set(told) - listed) <= GONE + 2  # of those one went since the last was asked
+            assert UNLISTED <= len(set(versions) - listed) <= UNLISTED + 2  # one went since the last was asked
             assert b'muntin_rows_total{version="58"} 1.0' in service.metrics.render()
             assert b'version="1"' not in service.metrics.render()
 

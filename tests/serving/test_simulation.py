@@ -1,4 +1,4 @@
-"""What the batcher reaches, in simulated time with noise of 7 % and hiccups: the figures do not depend on the machine that runs this.
+"""Results of the batcher in simulated time, with noise of 7 % and hiccups: they do not depend on the machine that runs the test.
 
 Three engines: segmentation (12 ms a row, nothing to gain by batches, objective 60 ms), a classifier (1 ms and 0.15 ms a row, objective
 10 ms) and three sizes of pictures on one engine (objective 30 ms). Saturation is their throughput in full batches.
@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 
 STARTS = 3000
-"""Requests at the beginning that do not count, where an engine in its steady state is meant."""
+"""Requests at the beginning that do not count, for results of the steady state."""
 
 
 @pytest.fixture(scope="module")
@@ -33,8 +33,8 @@ def at(scenario: Any, load: float, **changes: Any) -> Any:
 
 
 def best_refusal(*, service: float, objective: float, load: float, requests: int) -> float:
-    """Share refused by a single server that knows beforehand how long everything will take, first come, first served: the plain reference
-    for an engine that gains nothing by batches."""
+    """Share refused by a single first-come, first-served server that knows all times in advance: the plain reference for an engine that
+    gains nothing by batches."""
     generator = random.Random(0)  # noqa: S311 - no secret
     now = free = 0.0
     refused = 0
@@ -52,7 +52,7 @@ def best_refusal(*, service: float, objective: float, load: float, requests: int
     ("name", "requests", "refused"),
     [("segmentation", 20_000, 0.085), pytest.param("classifier", 60_000, 0.05, marks=pytest.mark.slow), ("sizes", 30_000, 0.01)],
 )
-def test_at_90_percent_of_saturation_what_is_admitted_is_answered_in_time(
+def test_answers_in_time_at_90_percent_of_saturation(
     simulation: Any, scenarios: dict[str, Any], name: str, requests: int, refused: float
 ) -> None:
     summary = simulation.simulate(requests, seed=1, scenario=at(scenarios[name], 0.9))
@@ -61,8 +61,8 @@ def test_at_90_percent_of_saturation_what_is_admitted_is_answered_in_time(
     assert set(summary.refused) <= {"late"}
 
 
-def test_hardly_more_is_refused_than_by_one_who_knows_the_future(simulation: Any, scenarios: dict[str, Any]) -> None:
-    """No policy refuses less than about 6.5 % here: at 90 % of saturation, requests that come one by one queue as long as that."""
+def test_refusals_compared_with_perfect_foresight(simulation: Any, scenarios: dict[str, Any]) -> None:
+    """No policy refuses less than about 6.5 % of single requests at 90 % of saturation."""
     best = best_refusal(service=0.012, objective=0.06, load=0.9, requests=100_000)
     assert 0.06 < best < 0.07
     summary = simulation.simulate(20_000, seed=2, scenario=at(scenarios["segmentation"], 0.9))
@@ -71,31 +71,29 @@ def test_hardly_more_is_refused_than_by_one_who_knows_the_future(simulation: Any
 
 @pytest.mark.parametrize(("name", "requests"), [("segmentation", 10_000), ("classifier", 30_000), ("sizes", 30_000)])
 @pytest.mark.parametrize("workers", [1, 2])
-def test_three_times_what_it_can_do_keeps_it_as_busy_as_before(
-    simulation: Any, scenarios: dict[str, Any], name: str, requests: int, workers: int
-) -> None:
+def test_goodput_at_three_times_saturation(simulation: Any, scenarios: dict[str, Any], name: str, requests: int, workers: int) -> None:
     summary = simulation.simulate(requests, seed=2, scenario=at(scenarios[name], 3.0, workers=workers))
     assert summary.goodput >= 0.9
     assert summary.inside > 0.985
-    assert min(summary.by_shape) > 0.5 * max(summary.by_shape)  # no group crowds the others out
+    assert min(summary.by_shape) > 0.5 * max(summary.by_shape)  # no group crowds out the others
 
 
-def test_overload_without_warning_is_no_trap(simulation: Any, scenarios: dict[str, Any]) -> None:
-    """From the first request on, with nothing learned."""
+def test_overload_from_the_first_request(simulation: Any, scenarios: dict[str, Any]) -> None:
+    """Nothing is learned yet."""
     for name in ("classifier", "sizes"):
         summary = simulation.simulate(20_000, seed=3, scenario=at(scenarios[name], 3.0, warm_up=0))
         assert summary.goodput > 0.85
         assert summary.inside > 0.97
 
 
-def test_overload_that_comes_and_goes(simulation: Any, scenarios: dict[str, Any]) -> None:
+def test_overload_with_pauses(simulation: Any, scenarios: dict[str, Any]) -> None:
     scenario = replace(scenarios["classifier"], load=lambda now: 0.2 if now % 2 < 1 else 3.0, warm_up=0)
     summary = simulation.simulate(30_000, seed=2, scenario=scenario)
     assert summary.inside > 0.99
     assert summary.goodput > 0.9 * (0.2 + 1.0) / 2 * 0.9
 
 
-def test_a_large_fixed_part_makes_large_batches(simulation: Any) -> None:
+def test_large_batches_for_a_large_fixed_part(simulation: Any) -> None:
     shape = simulation.Shape(fixed=0.010, each=0.0001)
     scenario = simulation.Scenario(shapes=(shape,), max_rows=32, objective=0.05, warm_up=STARTS)
     summary = simulation.simulate(15_000, seed=0, scenario=at(scenario, 0.8))
@@ -104,7 +102,7 @@ def test_a_large_fixed_part_makes_large_batches(simulation: Any) -> None:
     assert summary.inside > 0.999
 
 
-def test_at_low_load_a_request_takes_what_the_engine_takes(simulation: Any, scenarios: dict[str, Any]) -> None:
+def test_latency_at_low_load(simulation: Any, scenarios: dict[str, Any]) -> None:
     for name, alone in (("segmentation", 0.012), ("classifier", 0.00115)):
         summary = simulation.simulate(4000, seed=0, scenario=at(scenarios[name], 0.01, hiccups=0, warm_up=500))
         assert summary.refusal == 0
@@ -113,8 +111,8 @@ def test_at_low_load_a_request_takes_what_the_engine_takes(simulation: Any, scen
 
 
 @pytest.mark.parametrize(("clients", "rows", "busy"), [(1, 1.0, 0.9), (4, 3.3, 0.9), (16, 8.0, 0.9)])
-def test_clients_that_await_their_answers(simulation: Any, scenarios: dict[str, Any], clients: int, rows: float, busy: float) -> None:
-    """As many as there are share a batch where few do, and no worker waits for one that cannot come."""
+def test_clients_that_await_answers(simulation: Any, scenarios: dict[str, Any], clients: int, rows: float, busy: float) -> None:
+    """Few clients all share a batch, and no worker waits for a request that cannot arrive."""
     summary = simulation.simulate(8000, seed=0, scenario=replace(scenarios["classifier"], clients=clients, objective=0.05, warm_up=2000))
     assert summary.batch_rows >= rows
     assert summary.busy > busy
@@ -122,7 +120,7 @@ def test_clients_that_await_their_answers(simulation: Any, scenarios: dict[str, 
 
 
 @pytest.mark.parametrize("factor", [2.0, 5.0])
-def test_a_machine_that_becomes_slow_and_recovers(simulation: Any, scenarios: dict[str, Any], factor: float) -> None:
+def test_machine_becomes_slow_and_recovers(simulation: Any, scenarios: dict[str, Any], factor: float) -> None:
     scenario = at(scenarios["classifier"], 0.15, slowness=lambda now: factor if 3 < now < 5 else 1.0, hiccups=0, warm_up=0)
     summary = simulation.simulate(8_000, seed=1, scenario=scenario)
     assert summary.ended > 8
@@ -130,7 +128,7 @@ def test_a_machine_that_becomes_slow_and_recovers(simulation: Any, scenarios: di
     assert summary.inside > 0.99
 
 
-def test_a_hiccup_of_300_ms_closes_the_server_for_as_long_as_it_lasts(simulation: Any, scenarios: dict[str, Any]) -> None:
+def test_refusals_end_with_a_hiccup_of_300_ms(simulation: Any, scenarios: dict[str, Any]) -> None:
     scenario = at(scenarios["segmentation"], 0.2, slowness=lambda now: 25.0 if 20 < now < 20.1 else 1.0, hiccups=0, warm_up=0)
     summary = simulation.simulate(600, seed=0, scenario=scenario)
     assert summary.ended > 30
@@ -139,7 +137,7 @@ def test_a_hiccup_of_300_ms_closes_the_server_for_as_long_as_it_lasts(simulation
 
 
 @pytest.mark.slow
-def test_more_urgent_requests_hardly_notice_an_overload(simulation: Any, scenarios: dict[str, Any]) -> None:
+def test_urgent_requests_in_an_overload(simulation: Any, scenarios: dict[str, Any]) -> None:
     for name in ("segmentation", "classifier", "sizes"):
         scenario = at(scenarios[name], 1.5, priorities=(0.2, 0.8), hiccups=0)
         summary = simulation.simulate(20_000, seed=1, scenario=scenario)
@@ -151,7 +149,7 @@ def test_more_urgent_requests_hardly_notice_an_overload(simulation: Any, scenari
         assert summary.goodput > 0.85
 
 
-def test_without_objective_nothing_is_dropped_and_the_queue_is_the_bound(simulation: Any) -> None:
+def test_only_queue_bounds_without_objective(simulation: Any) -> None:
     scenario = replace(simulation.CHAOS, objective=None, deadlines=None)
     summary = simulation.simulate(6000, seed=0, scenario=scenario)
     assert summary.dropped == summary.late == 0
@@ -159,8 +157,8 @@ def test_without_objective_nothing_is_dropped_and_the_queue_is_the_bound(simulat
 
 
 @pytest.mark.parametrize("seed", [0, 1])
-def test_all_that_can_go_wrong_at_once(simulation: Any, seed: int) -> None:
-    """The simulation checks that every request has one outcome; this, that it is the right one as a rule."""
+def test_all_faults_at_once(simulation: Any, seed: int) -> None:
+    """The simulation checks that every request has one outcome; this test checks the shares of the outcomes."""
     summary = simulation.simulate(15_000, seed=seed)
     assert min(summary.cancelled, summary.failed, summary.dropped, summary.late, sum(summary.refused.values())) > 0
     assert summary.inside > 0.93
@@ -168,11 +166,11 @@ def test_all_that_can_go_wrong_at_once(simulation: Any, seed: int) -> None:
     assert summary.goodput > 0.5
 
 
-def test_a_seed_gives_the_same_summary_again(simulation: Any) -> None:
+def test_equal_seeds_give_equal_summaries(simulation: Any) -> None:
     assert simulation.simulate(1000, seed=5) == simulation.simulate(1000, seed=5) != simulation.simulate(1000, seed=6)
 
 
-def test_answers_that_are_mixed_up_are_found(simulation: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_simulation_finds_mixed_up_answers(simulation: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     taken_apart = simulation.taken_apart
     monkeypatch.setattr(simulation, "taken_apart", lambda computed, jobs: taken_apart(computed, jobs)[::-1])
     with pytest.raises(AssertionError, match="rows that are not its own"):

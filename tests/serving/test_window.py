@@ -1,4 +1,4 @@
-"""The last numbers in order, against sorting them anew."""
+"""The window of the last numbers, compared with sorting them anew."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ LIMIT = 5
 
 
 @given(st.lists(st.one_of(st.floats(0, 1, width=16), st.integers(1, 7))))
-def test_it_is_the_last_numbers_sorted(events: list[float | int]) -> None:
+def test_window_of_last_numbers_sorted(events: list[float | int]) -> None:
     window, kept = Window(LIMIT), list[float]()
     for event in events:
         if isinstance(event, int):

@@ -1,8 +1,8 @@
-"""When a job would be answered: the batches that will be formed of what waits, one after the other, as far as one knows now.
+"""The batches that will be formed of the waiting jobs, one after the other: when a job would be answered.
 
-Each worker is free after what it computes. Then the batch goes whose head stands first; it has as many rows as the batcher would give it,
-ends after its learned time, and its worker is free again. Each time comes with a variance, in which the spread of every batch before it
-adds up. Times are the clock's, so a forecast holds until something happens.
+Each worker becomes free after its running batch. Then the group whose head has the smallest standing goes; its batch has the rows that the
+batcher would give it, takes its learned time, and frees the worker again. Each time has a variance, to which the spread of every earlier
+batch adds. Times are absolute, so a forecast stays valid until the queue changes.
 """
 
 from __future__ import annotations
@@ -13,37 +13,35 @@ from heapq import heapify, heappop, heappush, heapreplace
 from typing import NamedTuple
 
 from muntin.serving.job import Batch, Job
-from muntin.serving.lane import Lane
+from muntin.serving.lane import GroupQueue
 
 DEPTH = 16
-"""Batches that are foreseen one by one; what lies beyond is taken to go on like them."""
-_DOUBT = 0.5  # standard deviations of a batch's start by which its size is foreseen smaller
+"""Number of batches that are planned one by one; later ones are assumed to be like them."""
+_START_DEVIATIONS = 0.5  # standard deviations of a batch's start that are subtracted from its time
 
 
-class Run:
+class RunningBatch:
     """A batch that is being computed."""
 
-    __slots__ = ("batch", "expected", "lane", "safe", "started")
+    def __init__(self, batch: Batch, group: GroupQueue, now: float) -> None:
+        self.batch, self.group, self.started = batch, group, now
+        self.expected, self.safe = group.latency.expected(batch.rows), group.latency.safe(batch.rows)
 
-    def __init__(self, batch: Batch, lane: Lane, now: float) -> None:
-        self.batch, self.lane, self.started = batch, lane, now
-        self.expected, self.safe = lane.line.expected(batch.rows), lane.line.safe(batch.rows)
+    def remaining(self, now: float) -> float:
+        """Seconds that it still takes. Beyond its safe time it is a hiccup, and may take as long again as it has taken."""
+        elapsed = now - self.started
+        return max(0.0, self.expected - elapsed) if elapsed <= self.safe else elapsed
 
-    def left(self, now: float) -> float:
-        """Seconds that it still takes. Beyond what is safe it is a hiccup, and may take as long again as it took."""
-        gone = now - self.started
-        return max(0.0, self.expected - gone) if gone <= self.safe else gone
-
-    def free(self, now: float) -> tuple[float, float]:
-        """When its worker is free, and the variance of that."""
-        left = self.left(now)
-        return now + left, min(left, self.safe - self.expected) ** 2
+    def end(self, now: float) -> tuple[float, float]:
+        """Time of its end, and the variance of that."""
+        remaining = self.remaining(now)
+        return now + remaining, min(remaining, self.safe - self.expected) ** 2
 
 
-class Planned(NamedTuple):
-    """A batch to come: jobs `first` to `following` of a lane, of which `head` is the first. It would admit up to `limit` rows."""
+class PlannedBatch(NamedTuple):
+    """A batch to come: jobs `first` to `following` of a group; `head` is the first. It has room for `limit` rows."""
 
-    lane: Lane
+    group: GroupQueue
     head: Job
     first: int
     following: int
@@ -52,11 +50,11 @@ class Planned(NamedTuple):
     start: float
     variance: float
     finish: float
-    """With its deviation on top."""
+    """Expected end plus its standard deviation."""
 
 
 class Place(NamedTuple):
-    """Where a new job would come: its batch, with it, has `rows` and begins at `start`. Batches from `behind` on begin `delay` later."""
+    """Place of a new job: its batch has `rows` with it and begins at `start`. Batches from index `behind` on begin `delay` later."""
 
     behind: int
     rows: int
@@ -66,68 +64,67 @@ class Place(NamedTuple):
 
 
 class Forecast:
-    """Made of the lanes in which jobs wait and of `free`: when each worker is, with the variance of that.
+    """Plan for the groups with waiting jobs.
 
-    `margin`: seconds that an answer takes beyond the engine. `backlog`: seconds of engine time that wait.
+    `free`: when each worker becomes free, with the variance. `margin`: seconds that an answer takes beyond the engine. `backlog`: seconds
+    of engine time that wait.
     """
 
-    __slots__ = ("_margin", "batches", "end", "variance")
-
-    def __init__(self, lanes: Iterable[Lane], free: list[tuple[float, float]], *, margin: float, backlog: float) -> None:
+    def __init__(self, groups: Iterable[GroupQueue], free: list[tuple[float, float]], *, margin: float, backlog: float) -> None:
         self._margin = margin
-        self.batches: list[Planned] = []
-        waiting = [(*lane.standing, lane, 0) for lane in lanes]
+        self.batches: list[PlannedBatch] = []
+        waiting = [(*group.standing, group, 0) for group in groups]
         heapify(waiting)
         free = free.copy()
         heapify(free)
-        ideal = spent = 0.0  # seconds for what is foreseen: in batches as large as they may be, and as they will be
+        ideal = planned = 0.0  # seconds for the planned jobs: in batches as large as allowed, and as planned
         while waiting and len(self.batches) < DEPTH:
-            _, _, lane, first = heappop(waiting)
-            batch = self._next(lane, first, *free[0])
+            _, _, group, first = heappop(waiting)
+            batch = self._plan(group, first, *free[0])
             self.batches.append(batch)
-            seconds = lane.line.expected(batch.rows)
-            ideal += lane.seconds * batch.rows / lane.rows
-            spent += seconds
-            heapreplace(free, (batch.start + seconds, batch.variance + (seconds * (lane.line.spread - 1)) ** 2))
-            if batch.following < len(lane.jobs):
-                standing, ticket, _ = lane.jobs[batch.following]
-                heappush(waiting, (standing, ticket, lane, batch.following))
+            seconds = group.latency.expected(batch.rows)
+            ideal += group.backlog * batch.rows / group.rows
+            planned += seconds
+            heapreplace(free, (batch.start + seconds, batch.variance + (seconds * (group.latency.spread - 1)) ** 2))
+            if batch.following < len(group.jobs):
+                standing, ticket, _ = group.jobs[batch.following]
+                heappush(waiting, (standing, ticket, group, batch.following))
         self.end, self.variance = free[0]
         if waiting and ideal:
-            self.end += max(0.0, backlog - ideal) * max(1.0, spent / ideal) / len(free)
+            self.end += max(0.0, backlog - ideal) * max(1.0, planned / ideal) / len(free)
 
-    def _next(self, lane: Lane, first: int, start: float, variance: float) -> Planned:
-        line, head = lane.line, lane.jobs[first][2]
-        fitting = line.rows_within(head.due - self._margin - start - _DOUBT * math.sqrt(variance))
-        limit = max(head.rows, min(lane.most, fitting))
-        following, rows = lane.until(first, limit)
-        seconds = line.expected(rows)
-        finish = start + seconds + math.sqrt(variance + (seconds * (line.spread - 1)) ** 2)
-        return Planned(lane, head, first, following, rows, limit, start, variance, finish)
+    def _plan(self, group: GroupQueue, first: int, start: float, variance: float) -> PlannedBatch:
+        latency, head = group.latency, group.jobs[first][2]
+        in_time = latency.rows_within(head.due - self._margin - start - _START_DEVIATIONS * math.sqrt(variance))
+        limit = max(head.rows, min(group.batch_rows, in_time))
+        following, rows = group.fitting(first, limit)
+        seconds = latency.expected(rows)
+        finish = start + seconds + math.sqrt(variance + (seconds * (latency.spread - 1)) ** 2)
+        return PlannedBatch(group, head, first, following, rows, limit, start, variance, finish)
 
-    def place(self, job: Job, lane: Lane) -> Place:
-        """Where a job of this lane would come."""
-        line, index, overtaken = lane.line, lane.index(job), len(self.batches)
-        for at, batch in enumerate(self.batches):
-            if overtaken > at and batch.head.standing > job.standing:
-                overtaken = at
-            if batch.lane is not lane:
+    def place(self, job: Job, group: GroupQueue) -> Place:
+        """Place that a new job of this group would get."""
+        latency, index, overtaken = group.latency, group.index(job), len(self.batches)
+        for number, batch in enumerate(self.batches):
+            if overtaken > number and batch.head.standing > job.standing:
+                overtaken = number
+            if batch.group is not group:
                 continue
             fits = batch.rows + job.rows <= batch.limit
             if index < batch.following or (index == batch.following and fits):
-                # Where the batch is full, its last jobs make room. Where the job becomes its head, it may go sooner.
-                ahead = min(at, overtaken)
-                begins = self.batches[ahead]
-                delay = line.expected(batch.rows + job.rows) - line.expected(batch.rows)
+                # In a full batch the last jobs make room. As the head of its batch, the job may start earlier.
+                earlier = min(number, overtaken)
+                start = self.batches[earlier]
+                delay = latency.expected(batch.rows + job.rows) - latency.expected(batch.rows)
                 rows = batch.rows + job.rows if fits else max(batch.limit, job.rows)
-                return Place(ahead if ahead < at else at + 1, rows, begins.start, begins.variance, delay)
+                return Place(earlier if earlier < number else number + 1, rows, start.start, start.variance, delay)
         if overtaken < len(self.batches):
-            before = self.batches[overtaken]
-            return Place(overtaken, job.rows, before.start, before.variance, line.expected(job.rows))
+            next_batch = self.batches[overtaken]
+            return Place(overtaken, job.rows, next_batch.start, next_batch.variance, latency.expected(job.rows))
         return Place(overtaken, job.rows, self.end, self.variance, 0.0)
 
-    def harm(self, place: Place, priority: int) -> float:
-        """By how many seconds a job of this priority would make late what was in time, of its own or a more urgent one; 0: not at all."""
+    def lateness_caused(self, place: Place, priority: int) -> float:
+        """Seconds by which the job would make a batch of its own or a more urgent priority late that is in time now; 0: none."""
         for batch in self.batches[place.behind :]:
             due = batch.head.due - self._margin
             if batch.finish <= due < batch.finish + place.delay and batch.head.priority <= priority:

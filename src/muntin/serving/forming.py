@@ -1,7 +1,7 @@
-"""Puts answers into the form that goes out: small ones on the event loop, large ones on threads beside it.
+"""Encodes answers: small ones on the event loop, large ones on threads beside it.
 
-Of large ones a server holds no more than a bound of bytes, from the admission of their requests on: the answer to an image of a few hundred
-kilobytes may have many megabytes.
+The server bounds the bytes of large answers from the admission of their requests: the answer to an image of a few hundred kilobytes may
+have many megabytes.
 """
 
 from __future__ import annotations
@@ -14,68 +14,61 @@ from typing import TypeVar
 from muntin.serving.outputs import Wanted
 from muntin.serving.protocol import RefusedRequestError
 
-INLINE = 1 << 16
-"""Numbers of an answer up to which it is put into its form on the event loop; beyond, on a thread, beside which others are answered (but
-while its JSON is written, which lets nobody else go on)."""
-LISTED = 256
-"""Best classes up to which they are written on the event loop."""
-COPIED = 1 << 20
-"""Bytes of an answer that are copied on the event loop at most, where it goes out as it was computed."""
+INLINE_NUMBERS = 1 << 16
+"""Largest number of values of an answer that is encoded on the event loop. On a thread others are answered meanwhile, except while JSON is
+written, which keeps the interpreter's lock."""
+INLINE_CLASSES = 256
+"""Largest number of best classes that are encoded on the event loop."""
 HELD_BYTES = 1 << 30
-"""Of large answers, from their requests' admission until they are in form, and whoever sends them counts what is not taken (`Ledger`): a
-request whose answer would go beyond is refused, unless there is no other."""
-TEXT = 4
-"""Bytes of JSON for each that was computed, at most or nearly: "255," for one of labels, "-12.345678, " for four of scores."""
-ENCODERS = 2
-"""Answers that are put into form at the same time."""
+"""Bound of the large answers between admission and the end of encoding; after that the sender counts what its client has not taken
+(`Ledger`). A request whose answer would exceed it is refused, unless there is no other."""
+JSON_EXPANSION = 4
+"""Bytes of JSON for each computed byte, at most or nearly: "255," for one byte of labels, "-12.345678, " for four of scores."""
+THREADS = 2
 
-Formed = TypeVar("Formed")
+Encoded = TypeVar("Encoded")
 
 
-class Forming:
-    """Of one server. Called on its event loop."""
+class AnswerEncoder:
+    """Encodes the answers of one server. Called on its event loop."""
 
     def __init__(self) -> None:
-        self.held = 0
-        """Bytes, of those that `HELD_BYTES` bounds."""
-        self._threads = ThreadPoolExecutor(max_workers=ENCODERS, thread_name_prefix="muntin-encode")
+        self.held_bytes = 0
+        """Reserved bytes, bounded by `HELD_BYTES`."""
+        self._threads = ThreadPoolExecutor(max_workers=THREADS, thread_name_prefix="muntin-encode")
 
-    def hold(self, wanted: Wanted) -> int:
-        """Bytes of a large answer, held until `let_go`; 0: it is small. Raises RefusedRequestError where `HELD_BYTES` would be exceeded."""
-        if _small(wanted):
+    def reserve(self, wanted: Wanted) -> int:
+        """Reserve and return the bytes of a large answer, which is encoded on a thread; 0: it is small.
+
+        Raises RefusedRequestError beyond `HELD_BYTES`.
+        """
+        if _is_small(wanted):
             return 0
-        nbytes = wanted.nbytes if wanted.binary else TEXT * wanted.nbytes
-        if self.held and self.held + nbytes > HELD_BYTES:
+        nbytes = wanted.nbytes if wanted.binary else JSON_EXPANSION * wanted.nbytes
+        if self.held_bytes and self.held_bytes + nbytes > HELD_BYTES:
             raise RefusedRequestError("large answers fill what this server may hold of them: try again, or ask for one output in binary")
-        self.held += nbytes
+        self.held_bytes += nbytes
         return nbytes
 
-    def let_go(self, nbytes: int) -> None:
-        self.held -= nbytes
+    def release(self, nbytes: int) -> None:
+        self.held_bytes -= nbytes
 
-    def form(self, make: Callable[[], Formed], done: Callable[[Formed | Exception], None]) -> None:
-        """Calls `make`, which raises nothing, on a thread, and `done` with what it gave on the event loop."""
+    def encode_on_thread(self, encode: Callable[[], Encoded], done: Callable[[Encoded | Exception], None]) -> None:
+        """Call `encode`, which must not raise, on a thread, and `done` with its result on the event loop."""
         try:
-            forming = asyncio.get_running_loop().run_in_executor(self._threads, make)
+            encoding = asyncio.get_running_loop().run_in_executor(self._threads, encode)
         except RuntimeError:  # it was closed
-            done(_closed())
+            done(_shutting_down())
             return
-        forming.add_done_callback(lambda found: done(_closed() if found.cancelled() else found.result()))
+        encoding.add_done_callback(lambda future: done(_shutting_down() if future.cancelled() else future.result()))
 
     def close(self) -> None:
         self._threads.shutdown(wait=True, cancel_futures=True)
 
 
-def formed_apart(wanted: Wanted, *, copies: bool) -> bool:
-    """Whether an answer is put into form beside the event loop. `copies`: what goes out as it was computed is copied for it."""
-    if _small(wanted):
-        return False
-    return wanted.listed > LISTED or not wanted.as_it_is or (copies and wanted.nbytes > COPIED)
+def _is_small(wanted: Wanted) -> bool:
+    return wanted.listed <= INLINE_CLASSES and wanted.nbytes <= (INLINE_NUMBERS if wanted.labels else 4 * INLINE_NUMBERS)
 
 
-def _small(wanted: Wanted) -> bool:
-    return wanted.listed <= LISTED and wanted.nbytes <= (INLINE if wanted.labels else 4 * INLINE)
-
-
-def _closed() -> RefusedRequestError:
+def _shutting_down() -> RefusedRequestError:
     return RefusedRequestError("the server is shutting down")

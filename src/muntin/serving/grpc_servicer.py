@@ -170,7 +170,7 @@ class Servicer:
         infer = partial(
             self._service.infer, request.inputs, model=request.model, version=request.version, arrived=call.arrived,
             deadline=None if left is None else time.monotonic() + left,
-            encode=lambda response: encode(response, request.inputs), copies=True,
+            encode=lambda response: encode(response, request.inputs),
         )  # fmt: skip
         if self._tracing is None:
             return await infer()

@@ -1,4 +1,4 @@
-"""What goes through the batcher: a job, the batch that it is computed in, or the refusal that it gets instead."""
+"""The values that pass through the batcher: a job, the batch that it is computed in, and the refusal that it may get instead."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ RefusalKind = Literal["full", "late", "too large", "draining", "stuck"]
 
 @dataclass(slots=True, eq=False, kw_only=True)
 class Job:
-    """One request, as far as batching is concerned. Equal only to itself, and submitted once.
+    """One request as the batcher sees it. Equal only to itself, and submitted once. Times are seconds of the batcher's clock.
 
-    `group`: only equal groups share a batch. `rows` >= 1: what batches are counted in. `nbytes`: what it holds while it waits. `priority`:
-    0 is the most urgent. `deadline`: seconds of the batcher's clock, or None. `came`: from when on its objective counts, where it was not
-    submitted at once. `patient`: it has no objective, and finds room in any queue: for whoever bounds by himself how many such there are.
-    `cost`: of a row, relative to other groups (`LatencyModel`). `unseen`: equal jobs refused since the last one without asking the batcher
-    (`Refusal.holds`). The rest is the batcher's.
+    `group`: only jobs of equal groups share a batch. `rows`: rows of a batch that it takes, at least 1. `nbytes`: memory that it holds
+    while it waits. `priority`: 0 is the most urgent. `deadline`: when its client stops waiting, or None. `patient`: it has no objective,
+    and is admitted to a full queue: for callers that bound the number of such jobs themselves. `cost`: cost of a row relative to rows of
+    other groups (`LatencyModel`). `arrived`: start of its objective; by default the time of its submission.
+    The batcher sets the other fields.
     """
 
     group: Hashable
@@ -26,27 +26,31 @@ class Job:
     nbytes: int = 0
     priority: int = 0
     deadline: float | None = None
-    came: float | None = None
     patient: bool = False
     cost: float | None = None
-    unseen: int = 0
     payload: Any = None
-    arrived: float = field(default=math.nan, init=False)
-    """When it was submitted."""
+    arrived: float = math.nan
     due: float = field(default=math.inf, init=False)
-    """When its answer must be there."""
+    """Latest time of its answer."""
+    latest_start: float = field(default=math.inf, init=False)
+    """Time after which it may be too late to compute it."""
     standing: float = field(default=math.nan, init=False)
-    """What it is ordered by: the smaller, the sooner."""
+    """Sort key of the queue: smaller values go first."""
     ticket: int = field(default=0, init=False)
-    """Number of its admission, from 1; 0: not admitted."""
+    """Number of its admission, from 1; 0 before it is admitted."""
     waiting: bool = field(default=False, init=False)
     promised: bool = field(default=False, init=False)
-    """Whether it was admitted because it would be in time."""
+    """Whether it was admitted because the forecast says that it will be in time."""
+
+    @property
+    def limited_by_deadline(self) -> bool:
+        """Whether it is due at its own deadline, and not by the objective."""
+        return self.deadline is not None and self.deadline <= self.due
 
 
 @dataclass(frozen=True, slots=True)
 class Batch:
-    """What one call of the engine computes. `within`: seconds after which it counts as one that does not come back."""
+    """The jobs of one call of the engine. `within`: seconds after which the call counts as hanging."""
 
     jobs: tuple[Job, ...]
     group: Hashable
@@ -56,12 +60,8 @@ class Batch:
 
 @dataclass(frozen=True, slots=True)
 class Refusal:
-    """Why a job is not computed. `retry_after`: seconds after which it might be, None where that is unknown or never.
-
-    `holds`: seconds for which an equal job would be refused as well, as far as can be told.
-    """
+    """Why a job is not computed. `retry_after`: seconds after which another try may succeed; None if unknown or never."""
 
     kind: RefusalKind
     message: str
     retry_after: float | None = None
-    holds: float = 0.0

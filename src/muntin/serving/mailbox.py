@@ -1,7 +1,7 @@
-"""From the threads that compute to the event loop that answers, many at a time.
+"""Passes answers from computing threads to the event loop, many at a time.
 
-Waking a loop takes a system call and costs it a round. A batch is answered by one thread in one go, so its answers are put down together
-and the loop is woken once. A loop that reads many requests in one round comes to what woke it only after them: it may look in between.
+Waking a loop costs a system call and a round of the loop. The answers of a batch are put in together, so the loop is woken once. A loop
+that reads many requests in one round handles the wake-up only after them: it may call `empty` in between.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from typing import Any
 
 
 class Mailbox:
-    """Calls functions on a loop's thread, in the order they were given. Make it there; any thread may `put`."""
+    """Calls functions on a loop's thread, in the order they were put in. Create it on that thread; any thread may call `put`."""
 
     def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
         self.loop = loop
@@ -24,15 +24,15 @@ class Mailbox:
         self._woken = False
 
     def put(self, call: Callable[[Any], None], argument: Any) -> None:
-        """`call(argument)`, at once if this is the loop's thread. What it raises there goes to the loop's handler of exceptions.
+        """Call `call(argument)`, at once on the loop's thread. Exceptions go to the loop's exception handler.
 
-        Raises RuntimeError where the loop is closed: nobody would call.
+        Raises RuntimeError if the loop is closed.
         """
         if threading.get_ident() == self._thread:
             call(argument)
             return
         self._waiting.append((call, argument))
-        if not self._woken:  # set before the loop is woken, cleared before it looks: what is put in between is seen
+        if not self._woken:  # set before the loop is woken and cleared before it looks: calls put in between are seen
             self._woken = True
             self.loop.call_soon_threadsafe(self._woke)
 
@@ -41,7 +41,7 @@ class Mailbox:
         self.empty()
 
     def empty(self) -> None:
-        """Calls what was put in so far, on the loop's thread; it will be woken all the same."""
+        """Make all waiting calls now, on the loop's thread."""
         with suppress(IndexError):
             while True:
                 call, argument = self._waiting.popleft()
@@ -50,5 +50,5 @@ class Mailbox:
     def _call(self, call: Callable[[Any], None], argument: Any) -> None:
         try:
             call(argument)
-        except Exception as error:  # noqa: BLE001 - the others wait for theirs
+        except Exception as error:  # noqa: BLE001 - the other calls must be made
             self.loop.call_exception_handler({"message": "an answer could not be given", "exception": error})

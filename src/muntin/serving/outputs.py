@@ -37,8 +37,6 @@ class Wanted:
     """Best classes that are to be written, at most."""
     binary: bool
     """Whether it goes out in binary, and not as text."""
-    as_it_is: bool
-    """Whether it goes out as it was computed: in binary, and nothing made of it."""
 
 
 def output_names(signature: Signature) -> tuple[str, ...]:
@@ -77,7 +75,6 @@ def read_wanted(request: InferRequest, signature: Signature, shape: tuple[int, .
         nbytes=numbers if labels else 4 * numbers,
         listed=listed,
         binary=binary,
-        as_it_is=binary and (labels or wanted == ("scores",)),
     )
 
 

@@ -1,42 +1,37 @@
-"""What an answer takes beyond the engine, learned from the answers that went out.
+"""Time that an answer takes beyond the engine, learned from the answers that were sent.
 
-Between the end of a batch and the writing of its last answer lie a thread's waking, encoding, and whatever else the event loop is busy
-with: at a thousand requests a second on a core that the engine shares, milliseconds. A promise that counts the engine alone is broken by
-them. (Of gRPC, which writes by itself, it is what the loop takes until it is given the answer.)
+After a batch ends, a thread wakes up, the answer is encoded, and the event loop is busy with other requests: milliseconds, at a thousand
+requests a second on a core that the engine shares. Promises must include this time. For gRPC, which sends by itself, it ends when the loop
+gets the answer.
 """
 
 from __future__ import annotations
 
 from muntin.serving.window import Window
 
-_WINDOW = 128  # batches that it is taken from
+_WINDOW = 128  # batches
 
 
 class Overhead:
-    """`seconds`: within them the answers of the last 128 batches were written; between `least` and `most`.
+    """`seconds`: longest time of the last 128 batches, between `minimum` and `maximum`.
 
-    `most` bounds what a very slow answer can do to everybody else's promises. Adding one costs about a microsecond.
+    `maximum` bounds the effect of a very slow answer on the promises to others. Adding one costs about a microsecond.
     """
 
-    __slots__ = ("_batch", "_least", "_longest", "_most", "_recent", "seconds")
-
-    def __init__(self, least: float, most: float) -> None:
-        self._least, self._most = least, most
-        self.seconds = least
+    def __init__(self, minimum: float, maximum: float) -> None:
+        self._minimum, self._maximum = minimum, maximum
+        self.seconds = minimum
         self._recent = Window(_WINDOW)
         self._batch: object = None
-        self._longest = 0.0
-        """Of the answers of the present batch."""
+        self._batch_seconds = 0.0
+        """Longest time of the current batch's answers."""
 
     def add(self, batch: object, seconds: float) -> None:
-        """An answer of a batch was written so many seconds after it was computed. `batch`: equal for answers of one."""
+        """Count an answer that was sent so many seconds after its batch ended. `batch`: equal for the answers of one batch."""
         if batch == self._batch:
-            self._longest = max(self._longest, seconds)
+            self._batch_seconds = max(self._batch_seconds, seconds)
             return
         if self._batch is not None:
-            self._count(self._longest)
-        self._batch, self._longest = batch, seconds
-
-    def _count(self, seconds: float) -> None:
-        self._recent.add(seconds)
-        self.seconds = max(self._least, min(self._recent.largest(0), self._most))
+            self._recent.add(self._batch_seconds)
+            self.seconds = max(self._minimum, min(self._recent.largest(0), self._maximum))
+        self._batch, self._batch_seconds = batch, seconds

@@ -86,14 +86,11 @@ class ProtocolError(MuntinError):
 
 
 class RefusedRequestError(ProtocolError):
-    """A request that is not served now. `retry_after`: seconds after which it may be worth another try.
+    """A request that is not served now. `retry_after`: seconds after which it may be worth another try."""
 
-    `holds`: seconds for which an equal one would be refused as well, as far as can be told.
-    """
-
-    def __init__(self, message: str, *, status: int = 503, retry_after: float = 1.0, holds: float = 0.0) -> None:
+    def __init__(self, message: str, *, status: int = 503, retry_after: float = 1.0) -> None:
         super().__init__(message, status=status)
-        self.retry_after, self.holds = retry_after, holds
+        self.retry_after = retry_after
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -1,4 +1,4 @@
-"""The last so many numbers, in order of size: for percentiles of what was lately."""
+"""A sliding window of numbers that is kept sorted, for recent percentiles."""
 
 from __future__ import annotations
 
@@ -7,9 +7,7 @@ from collections import deque
 
 
 class Window:
-    """At most `limit` numbers, the oldest go first. Adding one costs about a microsecond for some hundred."""
-
-    __slots__ = ("_limit", "_ordered", "_recent")
+    """The last `limit` numbers. Adding one costs about a microsecond for a few hundred."""
 
     def __init__(self, limit: int) -> None:
         self._limit = limit
@@ -26,12 +24,12 @@ class Window:
             self._remove(self._recent.popleft())
 
     def drop(self, count: int) -> None:
-        """Forgets the newest."""
+        """Remove the newest `count` numbers."""
         for _ in range(min(count, len(self._recent))):
             self._remove(self._recent.pop())
 
     def largest(self, outliers: int) -> float:
-        """The largest number but for so many; fewer than there are."""
+        """Largest number after leaving out the `outliers` largest; there must be more numbers than outliers."""
         return self._ordered[-1 - outliers]
 
     def _remove(self, value: float) -> None:
