@@ -13,7 +13,8 @@ import pytest
 
 from muntin.errors import VerificationError
 from muntin.serving.control import LISTINGS, LOADS, Control
-from muntin.serving.probation import ArtifactLoader
+from muntin.serving.liveness import Liveness
+from muntin.serving.loader import ArtifactLoader
 from muntin.serving.protocol import ProtocolError, RefusedRequestError
 from muntin.serving.repository import Repository
 from muntin.serving.rollout import Rollout
@@ -48,7 +49,7 @@ def test_only_what_answers_is_ready(control: Control, monkeypatch: pytest.Monkey
     control.load("m", {"version": "1"})
     current = control._slot.current
     assert current is not None
-    monkeypatch.setattr(type(current.session), "able", False)
+    monkeypatch.setattr(Liveness, "able", False)
     assert states(control, ready=True) == {}
     assert states(control)["1"] == "UNAVAILABLE"
 

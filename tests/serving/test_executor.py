@@ -1,4 +1,4 @@
-"""Batches through sessions: rows to their owners, and what happens when memory is short or an engine dies."""
+"""Batches through sessions: each job gets its rows, also when memory is short or an engine dies."""
 
 from __future__ import annotations
 
@@ -13,11 +13,12 @@ import pytest
 from numpy.typing import NDArray
 
 from muntin.artifact import ClassInfo, Signature
-from muntin.errors import ArtifactError, MuntinError, VerificationError
+from muntin.errors import ArtifactError
 from muntin.runtime.session import ExecutedLayer, Session
 from muntin.serving.batcher import Batch, Job
 from muntin.serving.compiler import Compiler
-from muntin.serving.executor import SHORT_S, Executor, Group, Shortages, Work, no_memory
+from muntin.serving.executor import Executor, Group, Work
+from muntin.serving.liveness import Liveness
 from muntin.serving.rollout import Rollout
 from muntin.serving.runner import AgainError
 from muntin.serving.slot import Slot
@@ -54,7 +55,7 @@ def images_of(rows: int, seed: int, height: int = 6, width: int = 5) -> NDArray[
 
 @pytest.fixture
 def serving(shelf: Any, monkeypatch: pytest.MonkeyPatch) -> Callable[..., tuple[Slot, list[Any]]]:
-    """`serving(session, ...)`: a slot that has taken one after the other over, and its versions."""
+    """`serving(session, ...)`: a slot in which each session has taken over from the one before, and its versions."""
 
     def make(*sessions: Session) -> tuple[Slot, list[Any]]:
         slot = Slot("m", shelf, rollout=Rollout())
@@ -80,7 +81,7 @@ def batch_of(slot: Slot, images: list[NDArray[np.uint8]], *, labels: bool, versi
 
 
 @pytest.mark.parametrize("labels", [True, False])
-def test_every_job_gets_its_own_rows(serving: Any, labels: bool) -> None:
+def test_each_job_gets_its_rows(serving: Any, labels: bool) -> None:
     session = Pixels()
     slot, _ = serving(session)
     images = [images_of(rows, seed) for seed, rows in enumerate((1, 3, 2))]
@@ -92,7 +93,7 @@ def test_every_job_gets_its_own_rows(serving: Any, labels: bool) -> None:
         assert (job.payload.batch_rows, job.payload.version, job.payload.recovered) == (6, "1", "")
 
 
-def test_a_request_alone_is_computed_from_its_own_bytes(serving: Any) -> None:
+def test_single_request_is_not_copied(serving: Any) -> None:
     session = Pixels()
     slot, _ = serving(session)
     images = images_of(2, 1)
@@ -102,211 +103,7 @@ def test_a_request_alone_is_computed_from_its_own_bytes(serving: Any) -> None:
     assert seen[0] is images
 
 
-def test_without_memory_for_a_batch_its_rows_are_computed_one_by_one(serving: Any) -> None:
-    session = Pixels(most=30)
-    slot, _ = serving(session)
-    images = [images_of(2, 1), images_of(1, 2)]
-    batch = batch_of(slot, images, labels=False)
-    executor = Executor(slot)
-    answers = executor(batch)
-    for rows, answer in zip(images, answers, strict=True):
-        np.testing.assert_array_equal(answer, rows.transpose(0, 3, 1, 2))
-    assert session.calls == [(3, 6, 5, 4)] + [(1, 6, 5, 4)] * 3
-    assert {job.payload.recovered for job in batch.jobs} == {"one row at a time"}
-    assert (executor.recoveries.rows, executor.recoveries.tiles) == (1, 0)
-
-
-def test_who_is_computed_whole_is_not_told_what_another_one_of_its_batch_needed(serving: Any) -> None:
-    class Moody(Pixels):
-        def _infer(self, images_BHWC: NDArray[np.uint8]) -> NDArray[np.float32]:
-            if len(images_BHWC) > 1 or (images_BHWC.max() == 255 and images_BHWC.shape[1] > 20):
-                raise MemoryError
-            return super()._infer(images_BHWC)
-
-    slot, _ = serving(Moody())
-    easy, hard = np.full((1, 30, 34, 4), 7, np.uint8), np.full((1, 30, 34, 4), 255, np.uint8)
-    batch = batch_of(slot, [easy, np.concatenate([hard, easy])], labels=False)
-    answers = Executor(slot)(batch)
-    assert [job.payload.recovered for job in batch.jobs] == ["one row at a time", "in tiles of 17 pixels"]
-    assert [float(answer.mean()) for answer in answers] == pytest.approx([7, 131])
-
-
-@pytest.mark.parametrize("labels", [True, False])
-def test_without_memory_for_an_image_it_is_computed_in_tiles(serving: Any, labels: bool) -> None:
-    session = Pixels(most=400)
-    slot, _ = serving(session)
-    images = [images_of(1, 1, 30, 34), images_of(2, 2, 30, 34)]
-    batch = batch_of(slot, images, labels=labels)
-    executor = Executor(slot)
-    answers = executor(batch)
-    for rows, answer in zip(images, answers, strict=True):
-        wanted = rows.argmax(3) if labels else rows.transpose(0, 3, 1, 2)
-        np.testing.assert_allclose(answer, wanted, atol=1e-3)
-    assert {job.payload.recovered for job in batch.jobs} == {"in tiles of 17 pixels"}
-    assert (executor.recoveries.rows, executor.recoveries.tiles) == (1, 3)
-    assert list(slot.current.latencies.calls) == [Call((3, 30, 34), labels)]  # it counts as computed
-    assert slot.current.latencies.examples == {}  # but no other version is asked to do it in one call
-
-
-def test_what_was_too_much_is_not_tried_again_for_a_while(serving: Any) -> None:
-    """A try may cost an engine."""
-    session = Pixels(most=70)
-    slot, _ = serving(session)
-    now = 0.0
-    executor = Executor(slot, clock=lambda: now)
-
-    def calls_for(rows: int, *, labels: bool = True) -> list[int]:
-        session.calls.clear()
-        batch = batch_of(slot, [images_of(rows, 1)], labels=labels)
-        (answer,) = executor(batch)
-        assert answer.shape[0] == rows
-        assert batch.jobs[0].payload.recovered == ("" if len(session.calls) == 1 else "one row at a time")
-        return [shape[0] for shape in session.calls]
-
-    assert calls_for(4) == [4, 1, 1, 1, 1]
-    assert calls_for(4) == [1, 1, 1, 1]
-    assert calls_for(5) == [1] * 5
-    assert calls_for(3) == [3, 1, 1, 1]  # fewer may fit, and are known not to now
-    assert calls_for(3) == [1, 1, 1]
-    assert calls_for(2) == [2]
-    assert calls_for(3, labels=False) == [3, 1, 1, 1]  # another answer needs other memory
-    now = SHORT_S
-    session.most = 10**9
-    assert calls_for(4) == [4]
-
-
-class Mortal(Pixels):
-    """As one whose engine the kernel ends where there is no memory for a call."""
-
-    def __init__(self, **options: Any) -> None:
-        super().__init__(**options)
-        self.deaths = 0
-        self.there = True
-
-    def _infer(self, images_BHWC: NDArray[np.uint8]) -> NDArray[np.float32]:
-        try:
-            return super()._infer(images_BHWC)
-        except ArtifactError:
-            self.deaths += 1
-            raise OutOfMemoryError("its engine has ended", process=self.deaths) from None
-
-    def revive(self, seconds: float) -> bool:
-        return self.there
-
-    @property
-    def sizes(self) -> list[tuple[int, int]]:
-        """Rows and height of what it was asked since the last time."""
-        calls, self.calls = self.calls, []
-        return [shape[:2] for shape in calls]  # type: ignore[misc]
-
-
-def answered(executor: Executor, batch: Batch) -> str:
-    """What was done for a batch of one request, that is asked again as long as it is to be."""
-    for _ in range(5):
-        with suppress(AgainError):
-            (answer,) = executor(batch)
-            break
-    np.testing.assert_allclose(answer, batch.jobs[0].payload.images.argmax(3))
-    recovered: str = batch.jobs[0].payload.recovered
-    return recovered
-
-
-def test_after_a_death_for_want_of_memory_a_batch_is_computed_in_rows(serving: Any) -> None:
-    session = Mortal(most=70)
-    slot, _ = serving(session)
-    executor = Executor(slot)
-    assert answered(executor, batch_of(slot, [images_of(4, 1)], labels=True)) == "one row at a time"
-    assert session.sizes == [(4, 6)] + [(1, 6)] * 4
-    assert answered(executor, batch_of(slot, [images_of(4, 2)], labels=True)) == "one row at a time"
-    assert session.sizes == [(4, 6)] + [(1, 6)] * 4  # at the first death another call may have taken it
-    assert answered(executor, batch_of(slot, [images_of(4, 3)], labels=True)) == "one row at a time"
-    assert session.sizes == [(1, 6)] * 4
-
-
-def test_after_a_second_death_a_batch_is_computed_in_tiles(serving: Any) -> None:
-    session = Mortal(most=300)
-    slot, _ = serving(session)
-    executor = Executor(slot)
-    assert answered(executor, batch_of(slot, [images_of(2, 1, 30, 34)], labels=True)) == "in tiles of 17 pixels"
-    assert session.sizes[:2] == [(2, 30), (1, 30)]
-    assert session.deaths == 2
-
-
-def test_requests_that_an_engine_died_with_are_each_asked_whole(serving: Any) -> None:
-    session = Mortal(most=70)
-    slot, _ = serving(session)
-    executor = Executor(slot)
-    batch = batch_of(slot, [images_of(2, 1), images_of(2, 2)], labels=True)
-    with pytest.raises(AgainError):
-        executor(batch)
-    for job in batch.jobs:
-        assert answered(executor, Batch((job,), job.group, 2)) == ""
-    assert session.sizes == [(4, 6), (2, 6), (2, 6)]
-
-
-def test_an_image_that_an_engine_dies_with_in_tiles_too_is_not_answered(serving: Any) -> None:
-    session = Mortal(most=70)
-    slot, _ = serving(session)
-    with pytest.raises(OutOfMemoryError):
-        answered(Executor(slot), batch_of(slot, [images_of(1, 1, 30, 34)], labels=True))
-    assert session.deaths == 2
-
-
-def test_an_engine_that_is_not_there_yet_is_waited_for(serving: Any) -> None:
-    session = Mortal(most=70)
-    slot, _ = serving(session)
-    executor = Executor(slot)
-    batch = batch_of(slot, [images_of(4, 1)], labels=True)
-    with pytest.raises(AgainError, match="has ended"):
-        executor(batch)
-    session.there = False
-    with pytest.raises(AgainError, match="is being begun again"):
-        executor(batch)
-    assert session.sizes == [(4, 6)]
-    session.there = True
-    assert answered(executor, batch) == "one row at a time"
-
-
-def test_what_has_no_parts_is_always_tried(serving: Any) -> None:
-    """Two deaths that others brought about must not shut out the one size that a classifier is asked for."""
-    session = Mortal(task="classify", most=70)
-    slot, _ = serving(session)
-    executor = Executor(slot)
-    batch = batch_of(slot, [images_of(1, 1, 9, 9)], labels=False)
-    for _ in range(3):
-        with pytest.raises(OutOfMemoryError):
-            executor(batch)
-    session.most = 10**9
-    executor(batch)
-    assert batch.jobs[0].payload.recovered == ""
-
-
-def test_a_death_counts_once_for_two_calls_alike(serving: Any) -> None:
-    shortages, session = Shortages(lambda: 0.0), Mortal()
-    kind = (True, True)
-    for process in (7, 7):
-        shortages.died(session, kind, 100, process)
-        assert not shortages.too_many(session, kind, 100)
-    shortages.died(session, kind, 100, 8)
-    assert shortages.too_many(session, kind, 100)
-    assert not shortages.too_many(session, kind, 99)
-    assert not shortages.too_many(session, (True, False), 100)
-
-
-def test_where_an_engine_cannot_be_begun_the_call_is_not_to_blame(serving: Any) -> None:
-    session = Pixels()
-    session.error = VerificationError("its engine ended the process that opened it: signal 9, Killed: out of memory")
-    slot, _ = serving(session)
-    executor = Executor(slot)
-    batch = batch_of(slot, [images_of(4, 1)], labels=True)
-    with pytest.raises(VerificationError):
-        executor(batch)
-    session.error = None
-    executor(batch)
-    assert batch.jobs[0].payload.recovered == ""
-
-
-def test_what_was_computed_in_parts_is_no_example_for_another_version(serving: Any) -> None:
+def test_batch_in_parts_is_no_example_for_versions(serving: Any) -> None:
     slot, _ = serving(Pixels(most=30))
     noted: list[Call] = []
 
@@ -321,13 +118,7 @@ def test_what_was_computed_in_parts_is_no_example_for_another_version(serving: A
     assert noted == list(slot.current.latencies.examples) == [Call((1, 6, 5), True)]
 
 
-def test_a_picture_that_cannot_be_computed_in_parts_is_refused(serving: Any) -> None:
-    slot, _ = serving(Pixels("classify", most=20))
-    with pytest.raises(MuntinError, match="no memory for one image of 5x6"):
-        Executor(slot)(batch_of(slot, [images_of(1, 1)], labels=False))
-
-
-def test_another_failure_is_the_slots(serving: Any) -> None:
+def test_failure_is_computed_by_the_previous_version(serving: Any) -> None:
     good, dead = Pixels(), Pixels()
     slot, _ = serving(good, dead)
     dead.error = RuntimeError("engine died")
@@ -339,22 +130,7 @@ def test_another_failure_is_the_slots(serving: Any) -> None:
         Executor(slot)(batch_of(slot, [images_of(1, 1)], labels=True))
 
 
-@pytest.mark.parametrize(
-    ("error", "short"),
-    [
-        (MemoryError(), True),
-        (RuntimeError("std::bad_alloc"), True),
-        (RuntimeError("Failed to allocate memory for requested buffer of size 5"), True),
-        (RuntimeError("CUDA out of memory"), True),
-        (RuntimeError("shape mismatch"), False),
-        (ValueError("x"), False),
-    ],
-)
-def test_want_of_memory_is_recognised(error: Exception, short: bool) -> None:
-    assert no_memory(error) is short
-
-
-def test_a_batch_that_a_candidate_may_compute_again_is_kept_whole_once(serving: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_batch_is_kept_for_a_shadow_once(serving: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     slot, _ = serving(Pixels())
     batch = batch_of(slot, [images_of(2, 1), images_of(1, 2)], labels=True)
     Executor(slot)(batch)
@@ -368,7 +144,7 @@ def test_a_batch_that_a_candidate_may_compute_again_is_kept_whole_once(serving: 
     assert len(images) == 3
 
 
-def test_a_compiler_is_told_what_was_computed(serving: Any) -> None:
+def test_compiler_counts_batches(serving: Any) -> None:
     told: list[Any] = []
 
     class Told(Compiler):
@@ -380,26 +156,7 @@ def test_a_compiler_is_told_what_was_computed(serving: Any) -> None:
     assert told == [("1", Call((3, 6, 5), True))]
 
 
-def test_without_memory_to_put_a_batch_together_each_request_is_computed_alone(serving: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    def no_room(*_: Any, **__: Any) -> None:
-        raise MemoryError
-
-    session = Pixels()
-    slot, _ = serving(session)
-    images = [images_of(2, 1), images_of(1, 2)]
-    batch = batch_of(slot, images, labels=True)
-    executor = Executor(slot)
-    with monkeypatch.context() as patch:
-        patch.setattr(np, "concatenate", no_room)
-        answers = executor(batch)
-    for rows, answer in zip(images, answers, strict=True):
-        np.testing.assert_array_equal(answer, rows.argmax(3))
-    assert session.calls == [(2, 6, 5, 4), (1, 6, 5, 4)]
-    assert {job.payload.recovered for job in batch.jobs} == {"one request at a time"}
-    assert executor.recoveries.rows == 1
-
-
-def test_what_waits_for_a_version_that_was_rolled_back_is_not_asked_of_it(serving: Any) -> None:
+def test_batch_of_a_version_rolled_back_meanwhile(serving: Any) -> None:
     good, dead = Pixels(), Pixels()
     slot, _ = serving(good, dead)
     first, second = (batch_of(slot, [images_of(1, seed)], labels=True) for seed in (1, 2))
@@ -411,8 +168,8 @@ def test_what_waits_for_a_version_that_was_rolled_back_is_not_asked_of_it(servin
     assert (second.jobs[0].payload.version, len(dead.calls)) == ("1", 1)
 
 
-def test_a_candidate_that_was_sent_back_computes_no_shadow_any_more(serving: Any) -> None:
-    """Its engine may have been ended, and would be begun again for that."""
+def test_failed_candidate_computes_no_shadow(serving: Any) -> None:
+    """Its engine may have been ended, and would be restarted for that."""
     good, dead = Pixels(), Pixels()
     slot, _ = serving(good, dead)
     batch = batch_of(slot, [images_of(1, 1)], labels=True)
@@ -427,18 +184,135 @@ def test_a_candidate_that_was_sent_back_computes_no_shadow_any_more(serving: Any
     assert len(dead.calls) == 2
 
 
-def test_that_this_process_lacks_files_is_held_against_no_shadow(serving: Any) -> None:
-    slot, _ = serving(Pixels(), new := Pixels())
-    new.error = OSError(errno.EMFILE, "Too many open files")
-    candidate, images = slot.current, images_of(1, 1)
-    Executor(slot).shadow(candidate, images, images.argmax(3), labels=True, beside=candidate)
-    assert (len(new.calls), candidate.state, candidate.leases) == (1, "ready", 0)
-
-
-def test_that_this_process_lacks_files_is_held_against_no_version(serving: Any) -> None:
+def test_error_of_this_process_counts_against_no_version(serving: Any) -> None:
+    """It may open no more files."""
     good, new = Pixels(), Pixels()
     slot, _ = serving(good, new)
     new.error = OSError(errno.EMFILE, "Too many open files")
-    batch = batch_of(slot, [images_of(1, 1)], labels=True)
-    np.testing.assert_array_equal(Executor(slot)(batch)[0], images_of(1, 1).argmax(3))
-    assert (batch.jobs[0].payload.version, slot.current.name) == ("1", "2")
+    batch, candidate, images = batch_of(slot, [images_of(1, 1)], labels=True), slot.current, images_of(1, 1)
+    executor = Executor(slot)
+    executor.shadow(candidate, images, images.argmax(3), labels=True, beside=candidate)
+    np.testing.assert_array_equal(executor(batch)[0], images.argmax(3))
+    assert (len(new.calls), batch.jobs[0].payload.version, slot.current.name) == (2, "1", "2")
+
+
+# ---- where memory is short ----
+
+
+def test_recovery_is_reported_for_each_job(serving: Any) -> None:
+    class Moody(Pixels):
+        def _infer(self, images_BHWC: NDArray[np.uint8]) -> NDArray[np.float32]:
+            if len(images_BHWC) > 1 or (images_BHWC.max() == 255 and images_BHWC.shape[1] > 20):
+                raise MemoryError
+            return super()._infer(images_BHWC)
+
+    slot, _ = serving(Moody())
+    easy, hard = np.full((1, 30, 34, 4), 7, np.uint8), np.full((1, 30, 34, 4), 255, np.uint8)
+    batch = batch_of(slot, [easy, np.concatenate([hard, easy])], labels=False)
+    answers = Executor(slot)(batch)
+    assert [job.payload.recovered for job in batch.jobs] == ["one row at a time", "in tiles of 17 pixels"]
+    assert [float(answer.mean()) for answer in answers] == pytest.approx([7, 131])
+
+
+class Mortal(Liveness, Pixels):
+    """A session whose engine the kernel ends when there is no memory for a call."""
+
+    def __init__(self, **options: Any) -> None:
+        Liveness.__init__(self)
+        Pixels.__init__(self, **options)
+        self.running = True
+
+    def _infer(self, images_BHWC: NDArray[np.uint8]) -> NDArray[np.float32]:
+        try:
+            return super()._infer(images_BHWC)
+        except ArtifactError:
+            self.deaths += 1
+            raise OutOfMemoryError("its engine has ended", process=self.deaths) from None
+
+    def revive(self, seconds: float) -> bool:
+        return self.running
+
+    @property
+    def sizes(self) -> list[tuple[int, int]]:
+        """Rows and height of the calls since the last time."""
+        calls, self.calls = self.calls, []
+        return [shape[:2] for shape in calls]  # type: ignore[misc]
+
+
+def answered(executor: Executor, batch: Batch) -> str:
+    """How a batch of one request was computed, tried again after each AgainError."""
+    for _ in range(5):
+        with suppress(AgainError):
+            (answer,) = executor(batch)
+            break
+    np.testing.assert_allclose(answer, batch.jobs[0].payload.images.argmax(3))
+    recovered: str = batch.jobs[0].payload.recovered
+    return recovered
+
+
+def test_rows_after_a_death(serving: Any) -> None:
+    session = Mortal(most=70)
+    slot, _ = serving(session)
+    executor = Executor(slot)
+    for _ in range(2):  # at the first death another call may have taken the memory
+        assert answered(executor, batch_of(slot, [images_of(4, 1)], labels=True)) == "one row at a time"
+        assert session.sizes == [(4, 6)] + [(1, 6)] * 4
+    assert answered(executor, batch_of(slot, [images_of(4, 3)], labels=True)) == "one row at a time"
+    assert session.sizes == [(1, 6)] * 4
+
+
+def test_tiles_after_a_second_death(serving: Any) -> None:
+    session = Mortal(most=300)
+    slot, _ = serving(session)
+    assert answered(Executor(slot), batch_of(slot, [images_of(2, 1, 30, 34)], labels=True)) == "in tiles of 17 pixels"
+    assert session.sizes[:2] == [(2, 30), (1, 30)]
+    assert session.deaths == 2
+
+
+def test_jobs_of_a_batch_after_a_death(serving: Any) -> None:
+    session = Mortal(most=70)
+    slot, _ = serving(session)
+    executor = Executor(slot)
+    batch = batch_of(slot, [images_of(1, seed) for seed in range(4)], labels=True)
+    with pytest.raises(AgainError):
+        executor(batch)
+    for job in batch.jobs:
+        assert answered(executor, Batch((job,), job.group, 1)) == ""
+    assert session.sizes == [(4, 6)] + [(1, 6)] * 4
+
+
+def test_death_in_tiles_is_an_error(serving: Any) -> None:
+    session = Mortal(most=70)
+    slot, _ = serving(session)
+    with pytest.raises(OutOfMemoryError):
+        answered(Executor(slot), batch_of(slot, [images_of(1, 1, 30, 34)], labels=True))
+    assert session.deaths == 2
+
+
+def test_restart_is_awaited(serving: Any) -> None:
+    session = Mortal(most=70)
+    slot, _ = serving(session)
+    executor = Executor(slot)
+    batch = batch_of(slot, [images_of(4, 1)], labels=True)
+    with pytest.raises(AgainError, match="has ended"):
+        executor(batch)
+    session.running = False
+    with pytest.raises(AgainError, match="is being begun again"):
+        executor(batch)
+    assert session.sizes == [(4, 6)]
+    session.running = True
+    assert answered(executor, batch) == "one row at a time"
+
+
+def test_image_without_tiles_is_always_tried(serving: Any) -> None:
+    """Two deaths that other calls caused must not shut out the one size of a classifier."""
+    session = Mortal(task="classify", most=70)
+    slot, _ = serving(session)
+    executor = Executor(slot)
+    batch = batch_of(slot, [images_of(1, 1, 9, 9)], labels=False)
+    for _ in range(3):
+        with pytest.raises(OutOfMemoryError):
+            executor(batch)
+    session.most = 10**9
+    executor(batch)
+    assert batch.jobs[0].payload.recovered == ""

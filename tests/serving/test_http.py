@@ -391,7 +391,7 @@ def test_of_an_inference_that_is_over_nothing_stays_until_garbage_is_collected(s
                     await asyncio.sleep(0.001)
             face.begin(dict(SCOPE), HEAD + b"abc", time.monotonic(), lambda *_: None)()  # its client has gone
             assert replies == [200, 400, 200]
-            while service.runner.waiting:
+            while service.runner.snapshot().waiting_jobs:
                 await asyncio.sleep(0.001)
             await asyncio.sleep(2 * ENGINE_S)
             assert not inferences()

@@ -38,9 +38,9 @@ from muntin.errors import ArtifactError, DataError
 from muntin.runtime.images import encode_png
 from muntin.serving.config import Bounds, ServeConfig
 from muntin.serving.executor import Executor
+from muntin.serving.loader import ArtifactLoader
 from muntin.serving.outputs import CLASSES
 from muntin.serving.pictures import Pictures
-from muntin.serving.probation import ArtifactLoader
 from muntin.serving.repository import Watcher
 from muntin.serving.rollout import Rollout
 from muntin.serving.server import Server, _Http, largest_request
@@ -527,12 +527,9 @@ def test_a_bomb_is_not_unpacked(write_pixels: Callable[..., Path], tmp_path: Pat
 # ---- versions ----
 
 
-def test_versions_change_under_load_and_nobody_notices(
-    write_version: Callable[..., Path], tmp_path: Path, wait_until: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_versions_change_under_load_and_nobody_notices(write_version: Callable[..., Path], tmp_path: Path, wait_until: Any) -> None:
     """Versions come through the watched folder and through both faces, sound ones and broken ones; every answer is whole and of the
     version that it names."""
-    monkeypatch.setattr("muntin.serving.scheduling.STANDS_IN_ALL_S", 1.0)  # somebody always waits here
     models = tmp_path / "models"
     write_version(models / "1", label=1)
     told: list[str] = []

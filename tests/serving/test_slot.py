@@ -23,8 +23,10 @@ from muntin.errors import ArtifactError, DataError, MuntinError, VerificationErr
 from muntin.runtime.memory import resident
 from muntin.runtime.session import Session
 from muntin.runtime.signals import signal_stack
-from muntin.serving.executor import compute_somewhere
-from muntin.serving.probation import ArtifactLoader, Limits
+from muntin.serving.fallback import compute_somewhere
+from muntin.serving.liveness import Liveness
+from muntin.serving.loader import ArtifactLoader
+from muntin.serving.probation import OpeningLimits
 from muntin.serving.rollout import ENOUGH, Rollout
 from muntin.serving.slot import HISTORY, Lease, Slot
 from muntin.serving.version import Begun, Call, NotReadyError, Opening, RefusedError, UnknownVersionError, Version
@@ -799,7 +801,7 @@ def test_what_was_opened_when_the_slot_closed_is_closed_again(make_slot: Callabl
 
 def test_calls_that_nobody_waits_for_any_more_are_ended(make_slot: Callable[..., Slot], monkeypatch: pytest.MonkeyPatch) -> None:
     slot, ended = make_slot(), list[tuple[Session, float]]()
-    monkeypatch.setattr(Session, "interrupt", lambda session, seconds: bool(ended.append((session, seconds))))
+    monkeypatch.setattr(Liveness, "interrupt", lambda session, seconds: bool(ended.append((session, seconds))))
     old, new = (slot.load(Path(name), name) for name in ("1", "2"))
     begun = slot.begin(old, rows=1)
     slot.end_calls()
@@ -1034,7 +1036,7 @@ def test_a_broken_artefact_never_takes_over(
     write_version: Callable[..., Path], signature_of: Callable[..., Any], tmp_path: Path, told: list[str]
 ) -> None:
     """The whole way, the other process included."""
-    loader = ArtifactLoader(opening=Opening(threads=1), limits=Limits(seconds=60))
+    loader = ArtifactLoader(opening=Opening(threads=1), limits=OpeningLimits(seconds=60))
     slot = Slot("model", loader, rollout=Rollout(), notify=told.append)
     first = slot.load(write_version(tmp_path / "1", 1), "1")
     altered, wrong = write_version(tmp_path / "2", 2), write_version(tmp_path / "3", 3, shift=30)

@@ -46,14 +46,14 @@ from muntin.serving.grpc import GrpcFace
 from muntin.serving.http import HttpFace
 from muntin.serving.latency import LatencyModel
 from muntin.serving.ledger import Ledger
+from muntin.serving.liveness import liveness_of
+from muntin.serving.loader import ArtifactLoader
 from muntin.serving.metrics import Metrics
 from muntin.serving.origin import is_loopback
 from muntin.serving.pictures import Pictures
-from muntin.serving.probation import ArtifactLoader
 from muntin.serving.protocol import Limits
 from muntin.serving.repository import Repository, Watcher
 from muntin.serving.runner import Runner
-from muntin.serving.scheduling import Demand, take_short_turns
 from muntin.serving.service import Service
 from muntin.serving.slot import Slot
 from muntin.serving.telling import Notify, tell_nobody, told_safely
@@ -107,10 +107,9 @@ class Server:
         self._http: _Http | None = None
         self._grpc: GrpcFace | None = None
         self._thread: threading.Thread | None = None
-        self._runner: Runner | None = None
         opening = self._opening()
-        self._compiler = Compiler(opening, budget=self._budget, demand=self._demand)
-        loader = ArtifactLoader(opening=opening, max_batch=config.max_batch, budget=self._budget, demand=self._demand)
+        self._compiler = Compiler(opening, budget=self._budget)
+        loader = ArtifactLoader(opening=opening, max_batch=config.max_batch, budget=self._budget)
         self.slot = Slot(config.name or _name_of(Path(path)), loader, rollout=config.rollout, notify=self._notify)
         self._watcher: Watcher | None = None
         if config.watch:
@@ -175,11 +174,6 @@ class Server:
         else:
             self._http.should_exit = True
 
-    def _demand(self) -> Demand:
-        if self._runner is None or not self.slot.busy:
-            return Demand.NONE
-        return Demand.WAITING if self._runner.waiting else Demand.SERVED
-
     def _opening(self) -> Opening:
         config = self.config
         return Opening(
@@ -230,7 +224,7 @@ class Server:
             workers=streams,
             margin=MARGIN_S if objective is None else min(MARGIN_S, MARGIN_SHARE * objective),
         )
-        runner = self._runner = Runner(batcher, executor, workers=streams, interrupt=self.slot.interrupt)
+        runner = Runner(batcher, executor, workers=streams, interrupt=self.slot.interrupt)
         service = Service(
             self.slot, runner, executor, metrics=metrics, objective=objective, max_rows=config.max_batch,
             max_pixels=config.bounds.image_pixels,
@@ -277,7 +271,6 @@ class Server:
         gc.collect()
         gc.freeze()  # what was made until here stays: later collections need not look at it
         ending.callback(gc.unfreeze)
-        take_short_turns()  # the engines' threads are there, and keep theirs
         await self._http.serve(sockets=listening)
         self.hurried = self.hurried or self._http.force_exit
         self._served = True
@@ -501,7 +494,7 @@ def _by_version(slot: Slot, figure: Callable[[Session], float]) -> list[tuple[tu
 
 
 def _memory_of(session: Session) -> float:
-    return float(sum(resident_of(process) or 0 for process in session.process_ids))
+    return float(sum(resident_of(process) or 0 for process in liveness_of(session).process_ids))
 
 
 def _expose(metrics: Metrics, service: Service, runner: Runner, ledger: Ledger, log: AccessLog | None) -> None:

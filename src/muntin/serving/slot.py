@@ -28,7 +28,8 @@ from muntin.artifact import Signature
 from muntin.errors import DataError, MuntinError, VerificationError
 from muntin.runtime.session import Session
 from muntin.serving.disposal import dispose
-from muntin.serving.probation import Loader
+from muntin.serving.liveness import liveness_of
+from muntin.serving.loader import Loader
 from muntin.serving.rollout import Rollout, Tally, Verdict, judge
 from muntin.serving.telling import tell_nobody, told_safely
 from muntin.serving.version import (
@@ -306,7 +307,7 @@ class Slot:
             found = self._deaths.copy()
             for version in self._versions:
                 if version.open:
-                    found[version.name] += version.session.deaths
+                    found[version.name] += version.liveness.deaths
             return dict(found)
 
     @property
@@ -392,7 +393,7 @@ class Slot:
         with self._changed:
             sessions = [version.session for version in self._versions if version.open and version.begun]
         for session in sessions:
-            session.interrupt(0.0)
+            liveness_of(session).interrupt(0.0)
 
     def close(self) -> None:
         """Ends a load in progress and admits nobody any more. Sessions go with their last leases."""
@@ -414,7 +415,7 @@ class Slot:
             lines, self._lines = self._lines, []
             stuck, self._stuck = self._stuck, []
         for session, within in stuck:
-            if session.interrupt(within):
+            if liveness_of(session).interrupt(within):
                 self._interrupted_at = self.clock()
         for line in lines:
             self._notify(f"{self.name}: {line}")
@@ -508,7 +509,7 @@ class Slot:
         whatever it did, beside one whose engine is gone: it stays when its time is over, unless that one is there again before."""
         now = self.clock()
         if not version.able:
-            if base.dead or not base.able or base.session.deaths > tally.deaths:
+            if base.dead or not base.able or base.liveness.deaths > tally.deaths:
                 return None
             if death := version.new_death():
                 self._lines.append(f"version {version.name}: {death}")
@@ -577,7 +578,7 @@ class Slot:
     def _begin_trial_anew(self) -> None:
         """Beside another version: what was compared with the one that went says nothing of this."""
         if self._trial is not None and self._current is not None:
-            self._trial = Tally(since=self.clock(), deaths=self._current.session.deaths)
+            self._trial = Tally(since=self.clock(), deaths=self._current.liveness.deaths)
 
     def _flip(self, version: Version, how: str) -> None:
         """From now on `version` answers. What stays warm is the last version that has proved itself."""
@@ -593,7 +594,7 @@ class Slot:
             self._previous = old
         else:  # the old one is on probation itself: the one before it is the safe one
             self._drain(old)
-        self._probation = Tally(since=self.clock(), deaths=self._previous.session.deaths)
+        self._probation = Tally(since=self.clock(), deaths=self._previous.liveness.deaths)
         self._settle()
 
     def _take_out(self, version: Version) -> None:
@@ -625,8 +626,8 @@ class Slot:
         session = version.close()
         if session is not None:
             self._gone.append(session)
-            if session.deaths:
-                self._deaths[version.name] += session.deaths
+            if deaths := liveness_of(session).deaths:
+                self._deaths[version.name] += deaths
         if version.state == "draining":
             version.state = "unloaded"
 
@@ -672,7 +673,7 @@ class Slot:
             if self._current is None or self._lacks_engine or not self.rollout.tried:
                 self._flip(version, "")
             else:
-                self._candidate, self._trial = version, Tally(since=self.clock(), deaths=self._current.session.deaths)
+                self._candidate, self._trial = version, Tally(since=self.clock(), deaths=self._current.liveness.deaths)
                 beside = self._current.name
                 self._settle_by_time()
                 if self._candidate is version:

@@ -26,6 +26,7 @@ from muntin.errors import DataError, MuntinError, VerificationError
 from muntin.runtime.engines import DEFAULT_ENGINE, ENGINES, PRECISIONS, load
 from muntin.runtime.session import Session, Shape, check_shape, check_streams, check_threads
 from muntin.runtime.verification import replay
+from muntin.serving.liveness import IN_THIS_PROCESS, Liveness, liveness_of
 
 State = Literal["loading", "ready", "draining", "unloaded", "failed"]
 CALLS = 16
@@ -316,16 +317,19 @@ class Version:
         return self._signature is not None
 
     @property
+    def liveness(self) -> Liveness:
+        """Whether the engine lives, and what can be done if not."""
+        return IN_THIS_PROCESS if self._session is None else liveness_of(self._session)
+
+    @property
     def able(self) -> bool:
         """Whether it is open, and its engine can be asked."""
-        session = self._session
-        return session is not None and session.able
+        return self._session is not None and self.liveness.able
 
     @property
     def dead(self) -> bool:
-        """Whether its engine cannot be asked before it has been begun again, which was tried in vain (`Session.dead`)."""
-        session = self._session
-        return session is not None and session.dead
+        """Whether its engine cannot be asked before it has been begun again, which was tried in vain (`Liveness.dead`)."""
+        return self.liveness.dead
 
     def opened(self, opened: Opened) -> None:
         self._session, self._signature, self.digest, self.state = opened.session, opened.signature, opened.digest, "ready"
@@ -333,11 +337,11 @@ class Version:
 
     def new_death(self) -> str:
         """What is known of the last death of its engine, if it was not told; empty: none was."""
-        session = self._session
-        if session is None or session.deaths == self.deaths:
+        engine = self.liveness
+        if engine.deaths == self.deaths:
             return ""
-        self.deaths = session.deaths
-        return session.last_death
+        self.deaths = engine.deaths
+        return engine.last_death
 
     def close(self) -> Session | None:
         """Lets go of the session, and returns it: to be dropped where nobody waits for it."""
