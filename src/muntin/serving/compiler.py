@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from threading import Event, Lock
@@ -34,11 +35,10 @@ BUDGET = 4
 
 @dataclass
 class _Sizes:
-    """Sizes of one version: batches counted, sizes compiled for or waiting, and sizes that failed once."""
+    """Sizes of one version: batches counted, and sizes compiled for, whether it has succeeded or not."""
 
     counts: OrderedDict[Call, int] = field(default_factory=OrderedDict)
     compiled: set[Call] = field(default_factory=set)
-    failed: set[Call] = field(default_factory=set)
 
     def count(self, call: Call) -> int:
         """Count a batch; return how many of its size were counted. Forgets the size that was counted longest ago."""
@@ -72,10 +72,8 @@ class Compiler:
             if sizes.count(call) != OFTEN or not self._granted(version, sizes, call):
                 return
             sizes.compiled.add(call)
-        try:
+        with suppress(RuntimeError):  # this process may have no more threads
             self._threads.submit(self._compile, version, call)
-        except RuntimeError:  # this process may have no more threads
-            self._failed(version, call)
 
     def _granted(self, version: Version, sizes: _Sizes, call: Call) -> bool:
         if call in sizes.compiled:  # it was forgotten among others, and counted again
@@ -93,20 +91,9 @@ class Compiler:
     def _compile(self, version: Version, call: Call) -> None:
         if self._closed.is_set() or not version.open or version.state == "failed":
             return
-        try:
+        with suppress(Exception):  # no request fails: the size is computed as before
             probe(version.path, self._opening, [call], limits=OpeningLimits(), stopped=self._closed.is_set, examine=compile_for)
             version.session.warm_up([call.shape], labels=call.labels)
-        except Exception:  # noqa: BLE001 - no request fails: the size is computed as before
-            self._failed(version, call)
-
-    def _failed(self, version: Version, call: Call) -> None:
-        """Try a size again after the next `OFTEN` batches; once only."""
-        with self._lock:
-            sizes = self._sizes[version]
-            if call not in sizes.failed:
-                sizes.failed.add(call)
-                sizes.compiled.discard(call)
-                sizes.counts.pop(call, None)
 
 
 def compile_for(path: Path, opening: Opening, lately: tuple[Call, ...]) -> TrialResult:
