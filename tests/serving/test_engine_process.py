@@ -24,7 +24,7 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from muntin.errors import ArtifactError, DataError, VerificationError
+from muntin.errors import ArtifactError, VerificationError
 from muntin.runtime.memory import kills_for_memory
 from muntin.serving import engine_process, engine_start, scheduling
 from muntin.serving.batcher import Batcher, Job
@@ -175,15 +175,6 @@ def test_threads_may_share_a_session(session: RemoteSession) -> None:
             np.testing.assert_array_equal(labels, images.argmax(3))
 
 
-def test_invalid_images_do_not_reach_the_process(session: RemoteSession) -> None:
-    pid = session.process_ids
-    invalid: list[Any] = [images_of(1, 1, 4, 4, channels=4), np.zeros((1, 2, 2, 3), np.float32)]
-    for images in invalid:
-        with pytest.raises(DataError):
-            session(images)
-    assert session.process_ids == pid
-
-
 class Wider:
     """A signature with two classes more."""
 
@@ -213,11 +204,15 @@ def test_a_failed_call_leaves_the_process_usable(session: RemoteSession) -> None
 
 @pytest.mark.parametrize("number", [signal.SIGSEGV, signal.SIGKILL])
 def test_death_during_a_call_and_restart(session: RemoteSession, number: signal.Signals) -> None:
+    session.warm_up([(2, 4, 6)], labels=True)
+    start, compiled = session._start, []
+    session._start = lambda calls, **options: compiled.append(list(calls)) or start(calls, **options)  # type: ignore[func-returns-value]
     (error,) = die(session, number=number)
     assert re.search(rf"pixels: the process of its engine has ended \(signal {number:d}, ", str(error))
     assert session.able
     np.testing.assert_array_equal(session.labels(SMALL), SMALL.argmax(3))
     assert session.deaths == 1
+    assert compiled == [[*OPENING.calls, Call((2, 4, 6), labels=True)]]
 
 
 def test_death_between_calls_fails_no_call(session: RemoteSession) -> None:
@@ -238,18 +233,6 @@ def test_slow_restart_goes_on_without_the_call(
     wait_until(lambda: session.process_ids)
     np.testing.assert_array_equal(session.labels(SMALL), SMALL.argmax(3))
     assert session.deaths == 1
-
-
-def test_restart_without_a_thread_is_tried_again(session: RemoteSession, monkeypatch: pytest.MonkeyPatch) -> None:
-    def refuse(self: threading.Thread) -> None:
-        raise RuntimeError("can't start new thread")
-
-    die(session)
-    with monkeypatch.context() as patch:
-        patch.setattr(threading.Thread, "start", refuse)
-        with pytest.raises(NotReadyError, match="cannot be begun again now"):
-            session(SMALL)
-    assert session(SMALL).shape == (1, 3, 8, 8)
 
 
 def test_pause_after_deaths_in_a_row(session: RemoteSession, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -277,16 +260,6 @@ def test_pause_after_deaths_in_a_row(session: RemoteSession, monkeypatch: pytest
     assert not session.dead
     die(session)
     assert session.able  # it answered between the deaths
-
-
-def test_restart_compiles_for_the_same_calls(session: RemoteSession) -> None:
-    session.warm_up([(2, 4, 6)], labels=True)
-    assert session.calls == [*OPENING.calls, Call((2, 4, 6), labels=True)]
-    start, compiled = session._start, []
-    session._start = lambda calls, **options: compiled.append(list(calls)) or start(calls, **options)  # type: ignore[func-returns-value]
-    die(session)
-    session(SMALL)
-    assert compiled == [session.calls]
 
 
 def test_restart_refuses_a_replaced_artefact(write_version: Callable[..., Path], tmp_path: Path) -> None:
@@ -416,21 +389,37 @@ def test_death_while_opening(path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
         opened(path)
 
 
-@pytest.mark.parametrize(("seconds", "kind"), [(1.0, TookTooLongError), (60.0, VerificationError)])
-def test_first_call_that_fails(path: Path, monkeypatch: pytest.MonkeyPatch, seconds: float, kind: type[Exception]) -> None:
-    def hang(self: RemoteSession) -> None:
-        stop(pid_of(self))
-        self(SMALL)
+def hang(session: RemoteSession) -> None:
+    stop(pid_of(session))
+    session(SMALL)
 
-    def fail(self: RemoteSession) -> None:
-        raise NotReadyError("its engine died, and is being begun again")
 
-    monkeypatch.setattr(
-        engine_process, "start_engine", lambda *args, seconds, **options: engine_start.start_engine(*args, seconds=60, **options)
-    )
-    monkeypatch.setattr(RemoteSession, "try_out", hang if kind is TookTooLongError else fail)
-    with pytest.raises(kind, match="first call did not come back" if kind is TookTooLongError else "its engine died"):
-        opened(path, seconds=seconds)
+def crash(session: RemoteSession) -> None:
+    raise die(session)[0]
+
+
+def restart(session: RemoteSession) -> None:
+    raise NotReadyError("its engine died, and is being begun again")
+
+
+@pytest.mark.parametrize(
+    ("first_call", "kind", "message"),
+    [
+        (hang, TookTooLongError, "its first call did not come back in 2 s"),
+        (crash, EngineDiedError, "signal 9, Killed"),
+        (restart, VerificationError, "pixels: its engine died"),
+    ],
+)
+def test_first_call_that_fails(
+    path: Path, monkeypatch: pytest.MonkeyPatch, first_call: Callable[..., None], kind: type[Exception], message: str
+) -> None:
+    def start(*args: Any, seconds: float, **options: Any) -> RunningEngine:
+        return engine_start.start_engine(*args, seconds=60, **options)
+
+    monkeypatch.setattr(engine_process, "start_engine", start)
+    monkeypatch.setattr(RemoteSession, "try_out", first_call)
+    with pytest.raises(kind, match=message):
+        opened(path, seconds=2)
 
 
 @pytest.mark.skipif(not LINUX or not can_restore(), reason="leaving SCHED_IDLE is not allowed here")
@@ -648,22 +637,6 @@ def test_image_that_the_system_refuses_memory_for(session: RemoteSession, shelf:
     assert work.recovered == f"in tiles of {TILE} pixels"
     assert session.deaths == 0
     runner.close()
-
-
-def test_rollback_of_a_version_that_the_kernel_ends(
-    path: Path, bounded: RemoteSession, shelf: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    before = opened(path)
-    slot = slot_of(shelf, monkeypatch, before, bounded)
-    runner = runner_of(slot)
-    images = images_of(1, 1, 2000, 2000)
-    labels, work = answered(runner, slot, images)
-    np.testing.assert_array_equal(labels, images.argmax(3))
-    assert (work.version, work.recovered, before.deaths, bounded.deaths) == ("1", "", 0, 1)
-    assert slot.current is not None
-    assert slot.current.name == "1"
-    runner.close()
-    before.close()
 
 
 # ---- the cause of a death ----

@@ -15,9 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import onnx
 import pytest
-from onnx import TensorProto, helper, numpy_helper
 
 from muntin.errors import ArtifactError, DataError, MuntinError, RecipeError, VerificationError
 from muntin.serving.probation import OpeningLimits, TrialResult, examine, probe
@@ -162,77 +160,6 @@ def test_trial_ends_with_the_server(importable: None, tmp_path: Path) -> None:
         probe(tmp_path, OPENING, [], limits=OpeningLimits(), stopped=stopped.is_set, examine=hangs)
     timer.join()
     assert time.monotonic() - started < 10
-
-
-def endless(channels: int) -> onnx.ModelProto:
-    """A graph that adds to its image for hours."""
-    body = helper.make_graph(
-        [
-            helper.make_node("Identity", ["go"], ["go_on"], name="go_on"),
-            helper.make_node("Add", ["x", "one"], ["y"], name="add"),
-        ],
-        "body",
-        [
-            helper.make_tensor_value_info("n", TensorProto.INT64, []),
-            helper.make_tensor_value_info("go", TensorProto.BOOL, []),
-            helper.make_tensor_value_info("x", TensorProto.FLOAT, None),
-        ],
-        [helper.make_tensor_value_info("go_on", TensorProto.BOOL, []), helper.make_tensor_value_info("y", TensorProto.FLOAT, None)],
-        [numpy_helper.from_array(np.float32(1), "one")],
-    )
-    return graph_around([helper.make_node("Loop", ["trips", "true", "nchw"], ["scores"], name="loop", body=body)], channels)
-
-
-def enormous(channels: int) -> onnx.ModelProto:
-    """A graph that repeats its image 20 million times, 25 GB for one of 8 x 8, and gives the first copy."""
-    nodes = [
-        helper.make_node("Tile", ["nchw", "times"], ["wide"], name="tile"),
-        helper.make_node("Relu", ["wide"], ["rectified"], name="relu"),
-        helper.make_node("ReduceMax", ["rectified", "first_axis"], ["scores"], name="max", keepdims=1),
-    ]
-    return graph_around(nodes, channels)
-
-
-def graph_around(nodes: list[onnx.NodeProto], channels: int) -> onnx.ModelProto:
-    constants = {
-        "trips": np.int64(1 << 40),
-        "true": np.bool_(True),
-        "times": np.array([20_000_000, 1, 1, 1], np.int64),
-        "first_axis": np.array([0], np.int64),
-    }
-    used = {name for node in nodes for name in node.input}
-    graph = helper.make_graph(
-        [
-            helper.make_node("Cast", ["images"], ["float"], name="cast", to=TensorProto.FLOAT),
-            helper.make_node("Transpose", ["float"], ["nchw"], name="to_nchw", perm=[0, 3, 1, 2]),
-            *nodes,
-        ],
-        "hostile",
-        [helper.make_tensor_value_info("images", TensorProto.UINT8, ["B", "H", "W", channels])],
-        [helper.make_tensor_value_info("scores", TensorProto.FLOAT, ["B", channels, "H", "W"])],
-        [numpy_helper.from_array(np.asarray(value), name) for name, value in constants.items() if name in used],
-    )
-    return helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=10)
-
-
-@pytest.mark.slow
-@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="limits are watched on Linux")
-@pytest.mark.parametrize(
-    ("model", "limits", "message"),
-    [(endless, {"seconds": 6}, "after 6 s: it hangs"), (enormous, {"memory_gib": 0.7}, "GiB of memory (allowed: 0.70)")],
-)
-def test_real_model_beyond_the_limits(
-    write_version: Callable[..., Path],
-    signature_of: Callable[..., Any],
-    tmp_path: Path,
-    model: Callable[[int], onnx.ModelProto],
-    limits: dict[str, Any],
-    message: str,
-) -> None:
-    path = write_version(tmp_path / "1", signature=signature_of(classes=("a", "b", "c")), model=model(3))
-    with pytest.raises(VerificationError) as caught:
-        probe(path, OPENING, [], limits=OpeningLimits(**limits))
-    assert message in str(caught.value)
 
 
 @pytest.mark.parametrize("values", [{"seconds": 0}, {"memory_gib": 0}])

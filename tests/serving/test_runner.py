@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 
 from muntin.serving.batcher import Batch, Batcher, Job, Refusal
-from muntin.serving.latency import OVERDUE, OVERDUE_S, OVERDUE_UNKNOWN_S, LatencyModel
+from muntin.serving.latency import LatencyModel
 from muntin.serving.runner import HANGING, TRIES, AgainError, Answer, EngineError, Runner
 
 LONG = 30.0
@@ -109,19 +109,6 @@ def test_jobs_of_several_threads_are_answered_once(workers: int) -> None:
     assert not runner._done
 
 
-def test_waiting_jobs_share_a_batch() -> None:
-    gate, answers = Gate(), Answers()
-    with running(gate) as runner:
-        teach(runner)
-        jobs = jobs_of(9)
-        answers.submit(runner, jobs[0])
-        assert gate.entered.acquire(timeout=LONG)
-        answers.submit(runner, *jobs[1:])
-        gate.open.set()
-        answers.wait(9)
-    assert [len(batch.jobs) for batch in gate.batches] == [1, 8]
-
-
 def test_refusal_and_invalid_job() -> None:
     answers = Answers()
     (large,) = jobs_of(1, rows=9)
@@ -168,7 +155,6 @@ def test_bad_request_fails_alone(kind: type[Exception]) -> None:
     jobs = jobs_of(6)
     answers, seen = answered_together(execute, jobs)
     assert [len(batch.jobs) for batch in seen] == [6, 1, 1, 1, 1, 1, 1]
-    assert [batch.rows for batch in seen[1:]] == [1] * 6
     assert str(answers.of(jobs[3])) == "three"
     assert [answers.of(job) for job in jobs if job.payload != 3] == [0, 2, 4, 8, 10]
 
@@ -193,31 +179,27 @@ def test_again_error_is_tried_alone(count: int) -> None:
         assert len(seen) == 3 + TRIES
 
 
-@pytest.mark.parametrize("given", [[], [1], [1, 2, 3, 4]])
-def test_wrong_number_of_answers(given: list[int]) -> None:
+MINE = ValueError("mine")
+
+
+def exits(batch: Batch) -> list[Any]:
+    raise SystemExit(3)
+
+
+@pytest.mark.parametrize(
+    ("execute", "expected"),
+    [
+        (lambda batch: [], ["0 answers for 3 requests"] * 3),
+        (lambda batch: [1, 2, 3, 4], ["4 answers for 3 requests"] * 3),
+        (exits, ["raised SystemExit, which is not an answer"] * 3),
+        (lambda batch: [0, MINE, 2], ["0", "mine", "2"]),  # for one job
+    ],
+)
+def test_other_answers_of_the_engine(execute: Callable[[Batch], Any], expected: list[str]) -> None:
     jobs = jobs_of(3)
-    answers, seen = answered_together(lambda batch: given, jobs)
+    answers, seen = answered_together(execute, jobs)
     assert len(seen) == 1
-    for job in jobs:
-        assert isinstance(answers.of(job), EngineError)
-        assert f"{len(given)} answers for 3 requests" in str(answers.of(job))
-
-
-def test_system_exit_in_the_engine() -> None:
-    def execute(batch: Batch) -> list[Any]:
-        raise SystemExit(3)
-
-    jobs = jobs_of(2)
-    answers, _ = answered_together(execute, jobs)
-    assert all("SystemExit" in str(answers.of(job)) for job in jobs)
-
-
-def test_exception_as_the_answer_of_one_job() -> None:
-    jobs = jobs_of(3)
-    error = ValueError("mine")
-    answers, seen = answered_together(lambda batch: [0, error, 2], jobs)
-    assert len(seen) == 1
-    assert [answers.of(job) for job in jobs] == [0, error, 2]
+    assert all(text in str(answers.of(job)) for job, text in zip(jobs, expected, strict=True))
 
 
 def test_callback_that_raises_is_reported(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -236,18 +218,6 @@ def test_callback_that_raises_is_reported(monkeypatch: pytest.MonkeyPatch) -> No
         runner.submit(Job(group="g", rows=9), raises)
     assert answers.of(good) == 2
     assert [entry.exc_type for entry in reported] == [KeyError, KeyError]
-
-
-def test_failed_batch_is_not_learned() -> None:
-    answers = Answers()
-
-    def execute(batch: Batch) -> list[Any]:
-        raise RuntimeError
-
-    with running(execute) as runner:
-        answers.submit(runner, *jobs_of(5))
-        answers.wait(5)
-        assert runner._batcher._latencies.expected("g", 1) is None
 
 
 def test_cancel_of_waiting_and_running_jobs() -> None:
@@ -474,24 +444,3 @@ def test_close_does_not_wait_for_hanging_threads() -> None:
     assert runner.close(LONG)
     answers.wait(3)
     engine.free.set()
-
-
-def test_time_of_a_batch() -> None:
-    batcher = batcher_of()
-    batcher.submit(Job(group="new"), 0.0)
-    batch = batcher.poll(0.0).batch
-    assert batch is not None
-    assert batch.within == OVERDUE_UNKNOWN_S
-    batcher.done(batch, 5.0, 5.0)
-    for _ in range(2):
-        batcher.submit(Job(group="new"), 10.0)
-        batch = batcher.poll(10.0).batch
-        assert batch is not None
-        batcher.done(batch, 15.0, 5.0)
-    assert batch.within > OVERDUE * 5.0
-    for _ in range(3):
-        batcher._latencies.observe("quick", 1, 0.01)
-    batcher.submit(Job(group="quick"), 20.0)
-    batch = batcher.poll(20.0).batch
-    assert batch is not None
-    assert batch.within == OVERDUE_S

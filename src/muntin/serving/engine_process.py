@@ -67,14 +67,20 @@ def open_remote(
     start = partial(start_engine, path, opening, seconds=seconds)
     running = start(lately, rest=rest, stopped=stopped)
     session = RemoteSession(running, start, path)
-    timer = Timer(seconds, running.interrupt)  # nothing else bounds the first call
+    overdue = Event()
+
+    def end_first_call() -> None:
+        overdue.set()
+        running.interrupt()
+
+    timer = Timer(seconds, end_first_call)  # nothing else bounds the first call
     timer.daemon = True
     timer.start()
     try:
         session.try_out()
     except BaseException as error:
         session.close()
-        if isinstance(error, EngineDiedError) and running.interrupted:
+        if isinstance(error, EngineDiedError) and overdue.is_set():
             raise TookTooLongError(f"{path}: its first call did not come back in {seconds:g} s: {TOO_LONG}") from error
         if isinstance(error, NotReadyError):  # it died between the two, and could not be restarted in time
             raise VerificationError(f"{path}: {error}") from error
@@ -261,10 +267,7 @@ class RemoteSession(Liveness, Session):
         if (pause := self._restart_at - time.monotonic()) > 0:
             raise NotReadyError(f"{self._path}: its engine died {self._deaths_in_a_row} times in a row: it is begun again in {pause:.0f} s")
         done = Event()
-        try:
-            Thread(target=self._restart, args=(done,), name="muntin-engine-restart", daemon=True).start()
-        except RuntimeError as error:  # this process may have no more threads; the next call tries again
-            raise NotReadyError(f"{self._path}: its engine died, and cannot be begun again now: {error}") from error
+        Thread(target=self._restart, args=(done,), name="muntin-engine-restart", daemon=True).start()  # it waits for the lock at its end
         self._restart_done = done
         return done
 
