@@ -3,7 +3,7 @@
 An engine is native code that runs any graph: it may crash, hang, or take all memory. The process that tries a version has a low priority,
 limits of time and memory, and is the first that the kernel ends if memory runs out. It does the whole of `muntin.runtime.verify`, opens the
 model and warms it up as for serving. The compiled models stay in the user's cache, so that the process that is to serve it
-(`engine_process`) opens it quickly.
+(`engine_process`) opens it quickly. That is another process, because raising a low priority takes privileges that few servers have.
 """
 
 from __future__ import annotations

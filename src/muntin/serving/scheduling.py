@@ -12,8 +12,9 @@ from threading import Thread
 
 IDLE_S = 3.0
 """Seconds for which a helper process computes only while a core is idle. After that it gets a small share of busy cores."""
-NICENESS = 10
-"""Niceness added to a helper process for its small share: about a tenth of the usual weight on Linux."""
+NICENESS = 5
+"""Niceness added to a helper process for its small share: a third of the usual weight on Linux. With less, a load takes minutes on busy
+cores."""
 
 
 class BackgroundPriority:
