@@ -365,37 +365,13 @@ def test_death_while_opening(path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
         opened(path)
 
 
-def hang(session: RemoteSession) -> None:
-    stop(pid_of(session))
-    session(SMALL)
+def test_death_right_after_opening(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def crash(session: RemoteSession) -> None:
+        raise die(session)[0]
 
-
-def crash(session: RemoteSession) -> None:
-    raise die(session)[0]
-
-
-def restart(session: RemoteSession) -> None:
-    raise NotReadyError("its engine died, and is being begun again")
-
-
-@pytest.mark.parametrize(
-    ("first_call", "kind", "message"),
-    [
-        (hang, TookTooLongError, "its first call did not come back in 2 s"),
-        (crash, EngineDiedError, "signal 9, Killed"),
-        (restart, VerificationError, "pixels: its engine died"),
-    ],
-)
-def test_first_call_that_fails(
-    path: Path, monkeypatch: pytest.MonkeyPatch, first_call: Callable[..., None], kind: type[Exception], message: str
-) -> None:
-    def start(*args: Any, seconds: float, **options: Any) -> RunningEngine:
-        return engine_start.start_engine(*args, seconds=60, **options)
-
-    monkeypatch.setattr(engine_process, "start_engine", start)
-    monkeypatch.setattr(RemoteSession, "try_out", first_call)
-    with pytest.raises(kind, match=message):
-        opened(path, seconds=2)
+    monkeypatch.setattr(RemoteSession, "check_channel", crash)
+    with pytest.raises(VerificationError, match="pixels: the process of its engine has ended"):
+        opened(path)
 
 
 @pytest.mark.skipif(not LINUX or not can_restore(), reason="leaving SCHED_IDLE is not allowed here")

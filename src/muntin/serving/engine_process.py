@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from functools import partial
 from math import inf
 from pathlib import Path
-from threading import Event, Lock, Thread, Timer
+from threading import Event, Lock, Thread
 from typing import Any
 from weakref import finalize
 
@@ -29,7 +29,7 @@ from muntin.runtime.session import ExecutedLayer, Session, Shape, check_shapes
 from muntin.serving.engine_lane import LABELS, SCORES, EngineChannel, call_from_json
 from muntin.serving.engine_start import RunningEngine, start_engine
 from muntin.serving.liveness import Liveness
-from muntin.serving.version import TOO_LONG, Call, EngineDiedError, NotReadyError, Opened, Opening, OutOfMemoryError, TookTooLongError
+from muntin.serving.version import Call, EngineDiedError, NotReadyError, Opened, Opening, OutOfMemoryError
 
 DEATHS = 3
 """Deaths without an answer between them after which the engine is not started again at once."""
@@ -62,31 +62,18 @@ def open_remote(
     """Open an artefact as `open_version` does, in a new process. Takes a second longer, in which Python and the engine start.
 
     `rest`: as of `start_engine`. Raises the errors of opening, VerificationError if the process dies, TookTooLongError if it is not open in
-    `seconds` or its first call takes as long, NotReadyError if `stopped`.
+    `seconds`, NotReadyError if `stopped`.
     """
     start = partial(start_engine, path, opening, seconds=seconds)
     running = start(lately, rest=rest, stopped=stopped)
     session = RemoteSession(running, start, path)
-    overdue = Event()
-
-    def end_first_call() -> None:
-        overdue.set()
-        running.interrupt()
-
-    timer = Timer(seconds, end_first_call)  # nothing else bounds the first call
-    timer.daemon = True
-    timer.start()
     try:
-        session.try_out()
+        session.check_channel()
     except BaseException as error:
         session.close()
-        if isinstance(error, EngineDiedError) and overdue.is_set():
-            raise TookTooLongError(f"{path}: its first call did not come back in {seconds:g} s: {TOO_LONG}") from error
-        if isinstance(error, NotReadyError):  # it died between the two, and could not be restarted in time
-            raise VerificationError(f"{path}: {error}") from error
+        if isinstance(error, EngineDiedError | NotReadyError):
+            raise VerificationError(str(error)) from error
         raise
-    finally:
-        timer.cancel()
     return Opened(
         session=session,
         signature=session.signature,
@@ -140,12 +127,9 @@ class RemoteSession(Liveness, Session):
         running = self._current.running
         return () if running is None else (running.process.pid,)
 
-    def try_out(self) -> None:
-        """Compute the smallest call that it is compiled for: a sandbox may not allow what passing images and answers takes."""
-        call = min(self.calls, key=lambda call: call.pixels, default=None)
-        if call is not None:
-            images_BHWC = np.zeros((*call.shape, self.signature.channels), np.uint8)
-            (self.labels if call.labels else self)(images_BHWC)
+    def check_channel(self) -> None:
+        """Open a channel, and have the process answer on it: a sandbox may not allow that."""
+        self._on_channel(partial(EngineChannel.ask, op="ping"))
 
     def warm_up(self, shapes: Iterable[Shape], *, labels: bool = False, compute: bool = True) -> None:
         for shape in check_shapes(shapes):
