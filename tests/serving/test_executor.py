@@ -103,33 +103,6 @@ def test_single_request_is_not_copied(serving: Any) -> None:
     assert seen[0] is images
 
 
-def test_batch_in_parts_is_no_example_for_versions(serving: Any) -> None:
-    slot, _ = serving(Pixels(most=30))
-    noted: list[Call] = []
-
-    class Noting(Compiler):
-        def note(self, version: Version, call: Call) -> None:
-            noted.append(call)
-
-    executor = Executor(slot, compiler=Noting(Opening()))
-    for rows in (1, 3):
-        batch = batch_of(slot, [images_of(rows, 1)], labels=True)
-        executor(batch)
-    assert noted == list(slot.current.latencies.examples) == [Call((1, 6, 5), True)]
-
-
-def test_failure_is_computed_by_the_previous_version(serving: Any) -> None:
-    good, dead = Pixels(), Pixels()
-    slot, _ = serving(good, dead)
-    dead.error = RuntimeError("engine died")
-    batch = batch_of(slot, [images_of(1, 1)], labels=True)
-    np.testing.assert_array_equal(Executor(slot)(batch)[0], images_of(1, 1).argmax(3))
-    assert batch.jobs[0].payload.version == "1"
-    good.error = RuntimeError("this one too")
-    with pytest.raises(RuntimeError):
-        Executor(slot)(batch_of(slot, [images_of(1, 1)], labels=True))
-
-
 def test_batch_is_kept_for_a_shadow_once(serving: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     slot, _ = serving(Pixels())
     batch = batch_of(slot, [images_of(2, 1), images_of(1, 2)], labels=True)
@@ -144,44 +117,37 @@ def test_batch_is_kept_for_a_shadow_once(serving: Any, monkeypatch: pytest.Monke
     assert len(images) == 3
 
 
-def test_compiler_counts_batches(serving: Any) -> None:
-    told: list[Any] = []
+def test_batches_in_one_call_are_examples(serving: Any) -> None:
+    """The compiler counts them, and a new version is warmed up for them."""
+    slot, _ = serving(Pixels(most=60))
+    noted: list[tuple[str, Call]] = []
 
-    class Told(Compiler):
+    class Noting(Compiler):
         def note(self, version: Version, call: Call) -> None:
-            told.append((version.name, call))
+            noted.append((version.name, call))
 
-    slot, _ = serving(Pixels())
-    Executor(slot, compiler=Told(Opening()))(batch_of(slot, [images_of(2, 1), images_of(1, 2)], labels=True))
-    assert told == [("1", Call((3, 6, 5), True))]
+    executor = Executor(slot, compiler=Noting(Opening()))
+    executor(batch_of(slot, [images_of(1, 1), images_of(1, 2)], labels=True))
+    executor(batch_of(slot, [images_of(3, 1)], labels=True))  # in rows
+    assert noted == [("1", Call((2, 6, 5), True))]
+    assert list(slot.current.latencies.examples) == [Call((2, 6, 5), True)]
 
 
-def test_batch_of_a_version_rolled_back_meanwhile(serving: Any) -> None:
-    good, dead = Pixels(), Pixels()
-    slot, _ = serving(good, dead)
+def test_failure_is_computed_by_the_previous_version(serving: Any) -> None:
+    good, new = Pixels(), Pixels()
+    slot, _ = serving(good, new)
     first, second = (batch_of(slot, [images_of(1, seed)], labels=True) for seed in (1, 2))
-    dead.error = RuntimeError("engine died")
-    executor = Executor(slot)
-    executor(first)
-    assert slot.current.name == "1"
-    np.testing.assert_array_equal(executor(second)[0], images_of(1, 2).argmax(3))
-    assert (second.jobs[0].payload.version, len(dead.calls)) == ("1", 1)
-
-
-def test_failed_candidate_computes_no_shadow(serving: Any) -> None:
-    """Its engine may have been ended, and would be restarted for that."""
-    good, dead = Pixels(), Pixels()
-    slot, _ = serving(good, dead)
-    batch = batch_of(slot, [images_of(1, 1)], labels=True)
-    candidate, images = batch.group.version, images_of(1, 1)
-    executor = Executor(slot)
+    candidate, images, executor = first.group.version, images_of(1, 1), Executor(slot)
+    new.error = RuntimeError("engine died")
+    for batch in (first, second):  # the version is rolled back after the first: the second is not tried there
+        answer, work = executor(batch)[0], batch.jobs[0].payload
+        np.testing.assert_array_equal(answer, work.images.argmax(3))
+        assert (work.version, len(new.calls), candidate.state) == ("1", 1, "failed")
     executor.shadow(candidate, images, images.argmax(3), labels=True, beside=candidate)
-    assert len(dead.calls) == 1
-    dead.error = RuntimeError("engine died")
-    executor(batch)
-    assert (candidate.state, len(dead.calls)) == ("failed", 2)
-    executor.shadow(candidate, images, images.argmax(3), labels=True, beside=candidate)
-    assert len(dead.calls) == 2
+    assert len(new.calls) == 1  # its engine may have been ended, and would be restarted for that
+    good.error = RuntimeError("this one too")
+    with pytest.raises(RuntimeError, match="this one too"):
+        executor(batch_of(slot, [images_of(1, 1)], labels=True))
 
 
 def test_error_of_this_process_counts_against_no_version(serving: Any) -> None:

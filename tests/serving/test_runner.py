@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import random
 import threading
 import time
@@ -270,21 +269,17 @@ def test_late_jobs_while_every_worker_is_busy() -> None:
 
 def test_close_computes_waiting_jobs() -> None:
     gate, answers = Gate(), Answers()
-    runner = Runner(batcher_of(), gate)
-    jobs = jobs_of(5)
+    runner, jobs, (late,) = Runner(batcher_of(), gate), jobs_of(5), jobs_of(1)
     answers.submit(runner, *jobs)
     assert gate.entered.acquire(timeout=LONG)
-    closed: list[bool] = []
-    closing = threading.Thread(target=lambda: closed.append(runner.close(LONG)))
+    closing = threading.Thread(target=runner.close)
     closing.start()
     while not runner._closing:
         time.sleep(0)
-    (late,) = jobs_of(1)
     answers.submit(runner, late)
     assert answers.of(late).kind == "draining"
     gate.open.set()
     closing.join(LONG)
-    assert closed == [True]
     assert [answers.of(job) for job in jobs] == [0, 2, 4, 6, 8]
     assert runner.close(0.0)
 
@@ -304,55 +299,38 @@ def test_close_refuses_waiting_jobs_after_its_timeout() -> None:
     assert runner.close(LONG)
 
 
-def test_idle_worker_holds_no_request() -> None:
-    class Payload:
-        pass
-
-    payload = Payload()
-    gone = weakref.ref(payload)
-    answered = threading.Event()
-    with running(lambda batch: [None] * len(batch.jobs)) as runner:
-        runner.submit(Job(group="g", payload=payload), lambda answer: answered.set())
-        del payload
-        assert answered.wait(LONG)
-        answers = Answers()
-        answers.submit(runner, *jobs_of(1))  # by its answer, the first one's round is over
-        answers.wait(1)
-        gc.collect()
-        assert gone() is None
-
-
 @pytest.mark.usefixtures("uncollected")
 @pytest.mark.parametrize("count", [1, 2])
-def test_error_of_a_batch_holds_no_request(count: int) -> None:
+@pytest.mark.parametrize("fails", [True, False])
+def test_idle_workers_and_errors_hold_no_request(count: int, fails: bool) -> None:
     """Not even until cycles are collected: many fail at once when an engine dies."""
 
     class Payload:
         pass
 
-    def fail(batch: Batch) -> list[Any]:
+    def execute(batch: Batch) -> list[Any]:
         held = [job.payload for job in batch.jobs]
-        if held == [None]:
-            return [None]
-        raise RuntimeError("the engine is broken") from ValueError(f"{len(held)} jobs")
+        if held != [None] and fails:
+            raise RuntimeError("the engine is broken") from ValueError(f"{len(held)} jobs")
+        return [None] * len(held)
 
-    gate, answers, payloads = Gate(fail), Answers(), [Payload() for _ in range(count)]
-    gone, errors = [weakref.ref(payload) for payload in payloads], list[Answer]()
+    gate, answers, payloads = Gate(execute), Answers(), [Payload() for _ in range(count)]
+    gone, results = [weakref.ref(payload) for payload in payloads], list[Answer]()
     with running(gate) as runner:
         answers.submit(runner, Job(group="g", payload=None))
         assert gate.entered.acquire(timeout=LONG)
         for payload in payloads:  # one batch
-            runner.submit(Job(group="g", payload=payload), errors.append)
+            runner.submit(Job(group="g", payload=payload), results.append)
         del payload
         payloads.clear()
         gate.open.set()
-        answers.submit(runner, Job(group="h", payload=None))  # by its answer their round is over
+        answers.submit(runner, Job(group="h", payload=None))  # after its answer, the batch before it is over
         answers.wait(2)
         gate.batches.clear()
-        assert [str(error) for error in errors] == ["the engine is broken"] * count
+        assert [str(result) for result in results] == ["the engine is broken" if fails else "None"] * count
         end = time.monotonic() + LONG
         while any(one() for one in gone) and time.monotonic() < end:
-            time.sleep(0.001)  # the thread that computed them lets go of them afterwards
+            time.sleep(0.001)  # the thread that computed them drops them afterwards
         assert not any(one() for one in gone)
 
 
