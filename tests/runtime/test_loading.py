@@ -1,4 +1,4 @@
-"""Loading is measured in a process of its own: fairly, and with the errors of opening."""
+"""Loading is measured in a process of its own, with the errors of opening."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ SETTING: dict[str, Any] = {"threads": 1, "streams": 1, "shapes": ((1, 16, 16), (
 
 @dataclass(frozen=True, kw_only=True)
 class Ending(Candidate):
-    """What goes wrong while opening."""
+    """Opening that fails, by the path."""
 
     def prepare(self) -> None:
         os.write(1, b"a library's own words\n")
@@ -38,11 +38,11 @@ class Ending(Candidate):
 
 @pytest.fixture
 def importable(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.syspath_prepend(Path(__file__).parent)  # as a user's own module, found by name in the new process
+    monkeypatch.syspath_prepend(Path(__file__).parent)  # as a user's own module
     monkeypatch.setattr(Ending, "__module__", "test_loading")
 
 
-def test_what_is_compiled_comes_from_the_cache_the_second_time(convolutions: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_second_time_comes_from_the_cache(convolutions: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MUNTIN_CACHE", str(tmp_path))
     candidate = ArtifactCandidate(path=str(convolutions.path))
     first, second = (measure_loading(candidate, **SETTING) for _ in range(2))
@@ -53,23 +53,18 @@ def test_what_is_compiled_comes_from_the_cache_the_second_time(convolutions: Any
     assert measure_loading(ArtifactCandidate(path=str(convolutions.path), engine="onnxruntime"), **SETTING).cached is None
 
 
-def test_without_a_cache_all_is_compiled(convolutions: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (tmp_path / "file").write_text("")
-    monkeypatch.setenv("MUNTIN_CACHE", str(tmp_path / "file"))
-    found = [measure_loading(ArtifactCandidate(path=str(convolutions.path)), **SETTING).cached for _ in range(2)]
-    assert found == [False, False]
-
-
-def test_a_user_without_a_home_has_no_cache(convolutions: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("MUNTIN_CACHE", "~no such user/cache")
-    assert measure_loading(ArtifactCandidate(path=str(convolutions.path)), **SETTING).cached is False
+@pytest.mark.parametrize("cache", [f"{__file__}", "~no such user/cache"])
+def test_no_cache(convolutions: Any, monkeypatch: pytest.MonkeyPatch, cache: str) -> None:
+    monkeypatch.setenv("MUNTIN_CACHE", cache)
+    cached = [measure_loading(ArtifactCandidate(path=str(convolutions.path)), **SETTING).cached for _ in range(2)]
+    assert cached == [False, False]
 
 
 @pytest.mark.parametrize(
     ("fields", "kind", "message"),
     [({"engine": "abacus"}, DataError, "openvino"), ({"path": "nowhere"}, ArtifactError, "nowhere")],
 )
-def test_what_opening_raises_is_raised(convolutions: Any, fields: dict[str, str], kind: type[MuntinError], message: str) -> None:
+def test_errors_of_opening(convolutions: Any, fields: dict[str, str], kind: type[MuntinError], message: str) -> None:
     with pytest.raises(kind, match=message):
         measure_loading(ArtifactCandidate(**({"path": str(convolutions.path)} | fields)), **SETTING)
 
@@ -88,14 +83,14 @@ def test_what_opening_raises_is_raised(convolutions: Any, fields: dict[str, str]
         ("broken", DataError, "broken cannot be opened in a process of its own: last"),
     ],
 )
-def test_a_process_that_gives_no_answer_is_one_line(importable: None, name: str, kind: type[MuntinError], message: str) -> None:
+def test_process_without_an_answer_is_one_line(importable: None, name: str, kind: type[MuntinError], message: str) -> None:
     with pytest.raises(kind) as caught:
         measure_loading(Ending(path=name), **SETTING)
     assert str(caught.value).startswith(message)
     assert "\n" not in str(caught.value)
 
 
-def test_a_script_without_a_guard_can_measure(convolutions: Any, tmp_path: Path) -> None:
+def test_script_without_a_guard(convolutions: Any, tmp_path: Path) -> None:
     script = tmp_path / "script.py"
     script.write_text(f"""
 import json

@@ -20,8 +20,10 @@ from onnx import TensorProto, helper, numpy_helper
 from muntin.artifact import ClassInfo, GoldenTolerance, LayerRecord, Signature, open_artifact, write_artifact
 from muntin.errors import MuntinError
 from muntin.runtime.session import ExecutedLayer, Session
+from muntin.serving.liveness import Liveness
+from muntin.serving.loader import ArtifactLoader
 from muntin.serving.opening import Call, Opened, Opening
-from muntin.serving.probation import ArtifactLoader, Probation
+from muntin.serving.probation import TrialResult
 
 NAMES = ("sea", "field", "roof", "road", "tree")
 
@@ -87,22 +89,23 @@ def write(
 class InProcess(ArtifactLoader):
     """Opens artefacts in this process, and without one that goes first: as on Windows, for tests that open many or look inside."""
 
-    def probe(self, path: Path, lately: Mapping[Call, int], stopped: Callable[[], bool]) -> Probation:
+    def probe(self, path: Path, lately: Mapping[Call, int], stopped: Callable[[], bool]) -> TrialResult:
         manifest = open_artifact(path).manifest
-        return Probation(digest=manifest.sha256, signature=manifest.signature, open_s=0.0, latency_ms={}, peak_mib=None)
+        return TrialResult(digest=manifest.sha256, signature=manifest.signature)
 
-    def open(self, path: Path, lately: Mapping[Call, int], found: Probation, stopped: Callable[[], bool] = lambda: False) -> Opened:
+    def open(self, path: Path, lately: Mapping[Call, int], tried: TrialResult, stopped: Callable[[], bool] = lambda: False) -> Opened:
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr("muntin.serving.probation.can_open_apart", lambda: False)
-            return super().open(path, lately, found, stopped)
+            patch.setattr("muntin.serving.loader.can_open_remote", lambda: False)
+            return super().open(path, lately, tried, stopped)
 
 
-class Constant(Session):
+class Constant(Liveness, Session):
     """Answers its label everywhere, without an engine. `alone`: it is left alone, as an engine that died again and again; `gone`: it is not
     there, and may be begun again."""
 
     def __init__(self, signature: Signature, label: int) -> None:
-        super().__init__(signature=signature, engine="none", precision="f32", threads=1)
+        Liveness.__init__(self)
+        Session.__init__(self, signature=signature, engine="none", precision="f32", threads=1)
         self.label = label
         self.alone = self.gone = False
 
@@ -133,21 +136,21 @@ class Shelf:
     opened: list[str] = field(default_factory=list)
     lately: dict[Call, int] = field(default_factory=dict)
 
-    def probe(self, path: Path, lately: Mapping[Call, int], stopped: Callable[[], bool]) -> Probation:
+    def probe(self, path: Path, lately: Mapping[Call, int], stopped: Callable[[], bool]) -> TrialResult:
         self.probed.append(path.name)
         self.lately = dict(lately)
         error = self.trouble.get(path.name)
         if isinstance(error, MuntinError):
             raise error
-        return Probation(digest=digest_of(path), signature=self.signature_of(path), open_s=0.0, latency_ms={}, peak_mib=None)
+        return TrialResult(digest=digest_of(path), signature=self.signature_of(path))
 
-    def open(self, path: Path, lately: Mapping[Call, int], found: Probation, stopped: Callable[[], bool]) -> Opened:
+    def open(self, path: Path, lately: Mapping[Call, int], tried: TrialResult, stopped: Callable[[], bool]) -> Opened:
         if path.name in self.trouble:
             raise self.trouble[path.name]
         self.opened.append(path.name)
         signature = self.signature_of(path)
         label = int(path.name) % len(signature.classes) if path.name.isdecimal() else 0
-        return Opened(session=Constant(signature, label), signature=signature, digest=found.digest, calls=())
+        return Opened(session=Constant(signature, label), signature=signature, digest=tried.digest, calls=())
 
     def signature_of(self, path: Path) -> Signature:
         return self.signatures.get(path.name, make_signature())
@@ -197,12 +200,6 @@ def hostile() -> Any:
 def simulation() -> Any:
     """The module `simulation.py` beside this file."""
     return beside("simulation")
-
-
-@pytest.fixture(scope="session")
-def batching() -> Any:
-    """The module `batching.py` beside this file."""
-    return beside("batching")
 
 
 @pytest.fixture(scope="session")

@@ -13,8 +13,9 @@ import pytest
 
 from muntin.errors import VerificationError
 from muntin.serving.control import LISTINGS, LOADS, Control
+from muntin.serving.liveness import Liveness
+from muntin.serving.loader import ArtifactLoader
 from muntin.serving.opening import NotReadyError
-from muntin.serving.probation import ArtifactLoader
 from muntin.serving.protocol import ProtocolError, RefusedRequestError
 from muntin.serving.repository import Repository
 from muntin.serving.rollout import Rollout
@@ -41,7 +42,7 @@ def test_load_and_unload(control: Control, monkeypatch: pytest.MonkeyPatch) -> N
     control.unload("m", {"version": "1"})
     assert states(control)["1"] == "UNAVAILABLE"
     assert control._slot.current is not None
-    monkeypatch.setattr(type(control._slot.current.session), "able", False)
+    monkeypatch.setattr(Liveness, "able", False)
     assert states(control, ready=True) == {}
     control.unload("m", {})
     assert control._slot.open == ()

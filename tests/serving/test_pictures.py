@@ -17,9 +17,9 @@ import pytest
 from PIL import Image
 
 from muntin.serving.executor import Work
+from muntin.serving.loader import ArtifactLoader
 from muntin.serving.metrics import Metrics
 from muntin.serving.pictures import DECODERS, Pictures, _Room
-from muntin.serving.probation import ArtifactLoader
 from muntin.serving.protocol import ProtocolError, RefusedRequestError
 from muntin.serving.rollout import Rollout
 from muntin.serving.slot import Slot

@@ -38,10 +38,10 @@ from muntin.errors import ArtifactError, DataError
 from muntin.runtime.images import encode_png
 from muntin.serving.config import Bounds, ServeConfig
 from muntin.serving.executor import Executor
+from muntin.serving.loader import ArtifactLoader
 from muntin.serving.opening import Call, NotReadyError
 from muntin.serving.outputs import CLASSES
 from muntin.serving.pictures import Pictures
-from muntin.serving.probation import ArtifactLoader
 from muntin.serving.repository import Watcher
 from muntin.serving.rollout import Rollout
 from muntin.serving.server import Server, largest_request
@@ -532,7 +532,6 @@ def test_versions_change_under_load_and_nobody_notices(
 ) -> None:
     """Versions come through the watched folder and through both faces, sound ones and broken ones; every answer is whole and of the
     version that it names."""
-    monkeypatch.setattr("muntin.serving.scheduling.STANDS_IN_ALL_S", 1.0)  # somebody always waits here
     models = tmp_path / "models"
     write_version(models / "1", label=1)
     told: list[str] = []

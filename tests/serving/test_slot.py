@@ -17,7 +17,8 @@ import pytest
 
 from muntin.errors import ArtifactError, DataError, MuntinError, VerificationError
 from muntin.runtime.session import Session
-from muntin.serving.executor import compute_somewhere
+from muntin.serving.fallback import compute_somewhere
+from muntin.serving.liveness import Liveness
 from muntin.serving.opening import Call, NotReadyError
 from muntin.serving.rollout import Rollout
 from muntin.serving.slot import Slot, dispose
@@ -422,7 +423,7 @@ def test_close_during_opening(make_slot: Callable[..., Slot], shelf: Any, wait_u
 
 def test_end_calls(make_slot: Callable[..., Slot], monkeypatch: pytest.MonkeyPatch) -> None:
     slot, interrupted = make_slot(), list[tuple[Session, float]]()
-    monkeypatch.setattr(Session, "interrupt", lambda session, seconds: bool(interrupted.append((session, seconds))))
+    monkeypatch.setattr(Liveness, "interrupt", lambda session, seconds: bool(interrupted.append((session, seconds))))
     old, new = (slot.load(Path(name), name) for name in ("1", "2"))
     begun = slot.begin(old, rows=1)
     slot.end_calls()

@@ -17,9 +17,9 @@ import pytest
 from muntin.runtime.memory import resident
 from muntin.runtime.session import Session
 from muntin.runtime.signals import signal_stack
-from muntin.serving.executor import compute_somewhere
+from muntin.serving.fallback import compute_somewhere
+from muntin.serving.loader import ArtifactLoader
 from muntin.serving.opening import Call
-from muntin.serving.probation import ArtifactLoader
 from muntin.serving.rollout import Rollout
 from muntin.serving.slot import Slot
 

@@ -1,16 +1,13 @@
-"""What opening something costs: seconds and memory, each measured in a process of its own.
+"""Measure what opening an artefact costs, seconds and memory, in a new process for each.
 
-In a process that has opened others before, the first pays for loading the engine's library and the later ones use memory that was freed:
-the same artefact twice would get two figures. So a fresh process loads the library, then looks at the clock and at its memory, then opens.
-What it opens is described by plain values (`Candidate`), since a process cannot be handed a session.
+In one process for all, the first artefact would pay for loading the engine's library, and later ones would use memory that was freed: the
+same artefact twice would get two figures. A new process loads the library, reads the clock and its memory, and then opens the artefact.
+Plain values (`Candidate`) describe what it opens, because a session cannot be passed to a process.
 """
 
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
@@ -19,22 +16,21 @@ from dataclasses import asdict, dataclass
 from importlib import import_module
 from math import prod
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
-from muntin import errors
 from muntin.artifact import open_artifact
-from muntin.errors import DataError, MuntinError
+from muntin.errors import DataError
 from muntin.runtime import quiet
 from muntin.runtime.cache import cache_folder, compiled_folder
 from muntin.runtime.engines import DEFAULT_ENGINE, load
 from muntin.runtime.hardware import memory_gib
+from muntin.runtime.helper_process import Outcome, answer_question, ask_helper, recorded_error
 from muntin.runtime.latency import Mapper
 from muntin.runtime.memory import watch_memory
 from muntin.runtime.session import Shape
 
-_START = "import sys; sys.path[:] = {path!r}; from muntin.runtime.loading import answer; answer()"
 _KEEPS = {"openvino": ("openvino", "openvino"), "onnxruntime-tensorrt": ("tensorrt", "onnxruntime")}
-"""An engine that keeps what it compiles -> its name in the cache, and the library whose version counts."""
+"""Engines that keep compiled models in the cache: their names there, and the library whose version counts."""
 
 Files = frozenset[tuple[Path, int]]
 """Files and the time of their last change, in ns."""
@@ -42,32 +38,32 @@ Files = frozenset[tuple[Path, int]]
 
 @dataclass(frozen=True, kw_only=True)
 class Candidate(ABC):
-    """Something to be opened and measured. A subclass is a frozen dataclass of plain values, in a module that can be imported."""
+    """A model to open and measure. A subclass is a frozen dataclass of plain values, in a module that can be imported."""
 
     path: str
 
     @property
     def name(self) -> str:
-        """What it is called in a table."""
+        """Its name in a table."""
         return Path(self.path).name or self.path
 
     @abstractmethod
     def prepare(self) -> None:
-        """Loads the libraries that opening needs: once a process, so no cost of this candidate."""
+        """Load the libraries that opening needs. This is done once in a process, and is no cost of this candidate."""
 
     @abstractmethod
     def open(self, threads: int, streams: int, shapes: tuple[Shape, ...]) -> Mapper:
-        """A session that has computed once for each shape (B, H, W)."""
+        """Return a session that has computed once for each shape (B, H, W)."""
 
     def from_cache(self, before: Files) -> bool | None:
-        """After opening: whether all that is compiled was kept by an earlier process; None where nothing is ever kept. `before`: what the
-        cache held before."""
+        """Return whether everything compiled came from the cache; None if the engine keeps nothing there. `before`: the cache's files
+        before opening."""
         return None
 
 
 @dataclass(frozen=True, kw_only=True)
 class ArtifactCandidate(Candidate):
-    """An artefact in an engine, as `load` opens it."""
+    """An artefact to open in an engine, as `load` does."""
 
     engine: str = DEFAULT_ENGINE
     precision: str = "recorded"
@@ -92,11 +88,11 @@ class ArtifactCandidate(Candidate):
 
 @dataclass(frozen=True, kw_only=True)
 class Loading:
-    """What opening took.
+    """Costs of opening.
 
-    `load_s`: compilation or the cache's copy and a first call of every batch included. `held_mib`, `peak_mib`: resident memory that it
-    added, after and at the most; None where the system does not say. `cached`: whether what the engine compiles came from the user's
-    cache, None for an engine that keeps nothing there. `channels`: of the images that it takes.
+    `load_s`: seconds, with compilation or reading the cache, and a first call of every batch. `held_mib`, `peak_mib`: resident memory
+    added, afterwards and at the peak; None if the system does not tell. `cached`: whether everything compiled came from the user's cache;
+    None for an engine that keeps nothing there. `channels`: number of channels of its images.
     """
 
     load_s: float
@@ -107,34 +103,23 @@ class Loading:
 
 
 def measure_loading(candidate: Candidate, *, threads: int, streams: int, shapes: tuple[Shape, ...]) -> Loading:
-    """Opens a candidate in a new process of this Python, which takes half a second longer than opening it (PyTorch: some seconds).
+    """Open a candidate in a new process of this Python. Takes half a second longer than opening it (PyTorch: some seconds).
 
-    Raises what opening raises, and DataError where the process ends without an answer, as when the system kills it for its memory.
+    Raises the error that opening raises, and DataError if the process ends without an answer, as when the system kills it for its memory.
     """
     question = {
         "kind": [type(candidate).__module__, type(candidate).__qualname__],
         "fields": asdict(candidate),
         "setting": {"threads": threads, "streams": streams, "shapes": shapes},
     }
-    done = subprocess.run(  # noqa: S603 - this Python, and a text of ours
-        [sys.executable, "-c", _START.format(path=sys.path)], input=json.dumps(question), capture_output=True, text=True, check=False
-    )
-    if done.returncode < 0:
-        raise DataError(
-            f"{candidate.name}: opening it for images of {_sizes(shapes)} was ended by signal {-done.returncode}, as when memory runs out: "
-            "choose a smaller size or batch"
-        )
-    if done.returncode:
-        lines = done.stderr.strip().splitlines() or [f"exit code {done.returncode}"]
-        raise DataError(f"{candidate.name} cannot be opened in a process of its own: {lines[-1]}")
-    return _read(json.loads(done.stdout), candidate, shapes)
+    return _read(ask_helper(answer, question), candidate, shapes)
 
 
 def too_large(shapes: tuple[Shape, ...], channels: int) -> DataError:
-    """The error for images that no memory holds: how many bytes the largest batch of these shapes alone takes."""
+    """Return the error for images that do not fit into memory. It names the bytes of the largest batch of these shapes."""
     B, H, W = max(shapes, key=prod)
-    count, there = B * H * W * channels, memory_gib()
-    memory = "more than can be had" if there is None else f"and this process may use {there:g} GiB"
+    count, limit_gib = B * H * W * channels, memory_gib()
+    memory = "more than can be had" if limit_gib is None else f"and this process may use {limit_gib:g} GiB"
     size = f"{count} bytes ({count / 2**30:.1f} GiB)"
     return DataError(
         f"{B} images of {H} x {W} pixels in {channels} channels: they alone take {size}, {memory}: choose a smaller size or batch"
@@ -145,38 +130,37 @@ def _sizes(shapes: tuple[Shape, ...]) -> str:
     return ", ".join("x".join(map(str, shape)) for shape in shapes)
 
 
-def _read(answer: Mapping[str, Any], candidate: Candidate, shapes: tuple[Shape, ...]) -> Loading:
-    if "error" not in answer:
-        return Loading(**answer)
-    if answer["error"] == "MemoryError":
+def _read(outcome: Outcome, candidate: Candidate, shapes: tuple[Shape, ...]) -> Loading:
+    if outcome.returncode < 0:
+        raise DataError(
+            f"{candidate.name}: opening it for images of {_sizes(shapes)} was ended by signal {-outcome.returncode}, "
+            "as when memory runs out: choose a smaller size or batch"
+        )
+    if outcome.returncode:
+        raise DataError(f"{candidate.name} cannot be opened in a process of its own: {outcome.last_line}")
+    record: Mapping[str, Any] = json.loads(outcome.answer)
+    if "error" not in record:
+        return Loading(**record)
+    error = recorded_error(record)
+    if isinstance(error, MemoryError):
         raise DataError(f"{candidate.name}: no memory to open it for images of {_sizes(shapes)}: choose a smaller size or batch")
-    kind: type[MuntinError] = getattr(errors, answer["error"], MuntinError)
-    raise kind(answer["text"])
+    raise error
 
 
 # ---- in the new process ----
 
 
 def answer() -> None:
-    """Reads what to open from standard input, opens it, writes a `Loading` or an error, as JSON, to standard output."""
-    with _answers_alone() as answers:
-        question = json.load(sys.stdin)
-        module, name = question["kind"]
-        setting = question["setting"]
-        shapes = tuple((B, H, W) for B, H, W in setting["shapes"])
-        try:
-            candidate: Candidate = getattr(import_module(module), name)(**question["fields"])
-            found = asdict(_open(candidate, setting["threads"], setting["streams"], shapes))
-        except (MuntinError, MemoryError) as error:
-            found = {"error": type(error).__name__, "text": str(error)}
-        json.dump(found, answers)
+    """Answer the question of `measure_loading`: open the candidate, and write a `Loading` or an error."""
+    answer_question(_measure)
 
 
-def _answers_alone() -> TextIO:
-    """Standard output for the answer alone: what libraries print there goes to standard error from now on."""
-    answers = os.fdopen(os.dup(1), "w", encoding="utf-8")
-    os.dup2(2, 1)
-    return answers
+def _measure(question: dict[str, Any]) -> dict[str, Any]:
+    module, name = question["kind"]
+    setting = question["setting"]
+    shapes = tuple((B, H, W) for B, H, W in setting["shapes"])
+    candidate: Candidate = getattr(import_module(module), name)(**question["fields"])
+    return asdict(_open(candidate, setting["threads"], setting["streams"], shapes))
 
 
 def _open(candidate: Candidate, threads: int, streams: int, shapes: tuple[Shape, ...]) -> Loading:
@@ -202,7 +186,7 @@ def _prepare(candidate: Candidate) -> None:
 
 
 def _compiled() -> Files:
-    """What was compiled before. Without a home there is no cache, and nothing in it."""
+    """Return the files in the cache of compiled models. Without a home directory there is no cache."""
     try:
         return _files(cache_folder() / "compiled")
     except RuntimeError:
@@ -210,12 +194,12 @@ def _compiled() -> Files:
 
 
 def _files(folder: Path) -> Files:
-    found = set()
+    files = set()
     for file in folder.rglob("*"):
-        with suppress(FileNotFoundError):  # another process makes room, or renames what it has written
+        with suppress(FileNotFoundError):  # another process may delete or rename it meanwhile
             if file.is_file():
-                found.add((file, file.stat().st_mtime_ns))
-    return frozenset(found)
+                files.add((file, file.stat().st_mtime_ns))
+    return frozenset(files)
 
 
 def _mib(count: int | None) -> float | None:

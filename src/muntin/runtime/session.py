@@ -59,10 +59,6 @@ class Session(ABC):
         self.threads = threads
         self.streams = streams
         self.plan = plan
-        self.deaths = 0
-        """How often its engine ended, or was ended, and has to be begun again: engines that run in this process do not."""
-        self.last_death = ""
-        """What is known of the last of these."""
         self.outputs = Buffers()
         """Where answers lie, in engines that write them where they are told to."""
 
@@ -131,31 +127,6 @@ class Session(ABC):
             images_BHWC = np.zeros((*shape, self.signature.channels), np.uint8)
             with ThreadPoolExecutor(max_workers=self.streams, thread_name_prefix="muntin-warm-up") as pool:
                 list(pool.map(call, [images_BHWC] * self.streams))
-
-    @property
-    def able(self) -> bool:
-        """Whether a call may succeed: not while an engine that died again and again is left alone for a while."""
-        return True
-
-    @property
-    def dead(self) -> bool:
-        """Whether its engine died again and again and is not there now; also when it may be begun again, until it has been."""
-        return False
-
-    @property
-    def process_ids(self) -> tuple[int, ...]:
-        """Other processes that its engine runs in now."""
-        return ()
-
-    def interrupt(self, seconds: float) -> bool:
-        """Ends its calls if one has taken so long, where the engine runs in a process that can be ended: they fail, and later ones begin
-        another. False: it does not, or it cannot be done."""
-        return False
-
-    def revive(self, seconds: float) -> bool:
-        """Waits until an engine that died is there again, for so long at the most; whether it is. Raises nothing: a call says what is
-        wrong."""
-        return True
 
     def close(self) -> None:  # noqa: B027 - most have nothing outside
         """Lets go of what lies outside of this process. Nobody may call the session any more."""

@@ -1,127 +1,103 @@
-"""Compiling for the sizes that come often, while requests go on.
+"""Compile for the sizes that come often, while requests go on.
 
-A session that was opened with `dynamic` computes a size that nobody foresaw as it comes, 1.2 to 1.7 times slower. After a few of them it is
-compiled for: first by another process of low priority, which leaves what it compiled in the user's cache, then here, where it only has to
-be read. The threads that an engine starts keep the priority of whoever compiled, so a thread of low priority here would answer slowly for
-ever.
+A session that was opened with `dynamic` computes a size that it was not compiled for 1.2 to 1.7 times slower. After a few batches of a size
+it is compiled for: first by another process of low priority, which leaves the compiled model in the user's cache, then by the engine that
+serves, which only has to read it. (The threads that an engine starts keep the priority of the thread that compiled, so compiling there at a
+low priority would make all later answers slow.)
 
-What is compiled stays, and takes memory by its pixels. Clients choose the sizes, so their sum is bounded.
+A compiled model stays, and takes memory by its pixels. Clients choose the sizes, so the sum of their pixels is bounded.
 """
 
 from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Callable
-from dataclasses import replace
+from contextlib import suppress
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from queue import SimpleQueue
-from threading import Event, Lock, Thread
+from threading import Event, Lock
 from weakref import WeakKeyDictionary
 
+from muntin.serving.loader import endless
 from muntin.serving.opening import Call, Opening, open_version
-from muntin.serving.probation import Limits, Probation, endless, probe
-from muntin.serving.scheduling import Demand, nobody
+from muntin.serving.probation import OpeningLimits, TrialResult, probe
+from muntin.serving.threads import Threads
 from muntin.serving.version import Version
 
 OFTEN = 8
-"""Batches of one size after which it is compiled for."""
+"""Batches of a size after which it is compiled for."""
 COMPILED = 48
-"""Sizes that a version is compiled for at most, and sizes that are counted."""
+"""Maximum number of sizes that a version is compiled for, and of sizes that are counted."""
 END_S = 5.0
-"""That the thread is waited for at the end."""
+"""Seconds that `close` waits."""
 BUDGET = 4
-"""Times the largest single request: the pixels that a version may be compiled for beside those of the start."""
+"""Pixels that a version may be compiled for beside those of the start, in multiples of the largest request."""
+
+
+@dataclass
+class _Sizes:
+    """Sizes of one version: batches counted, and sizes compiled for, whether it has succeeded or not."""
+
+    counts: OrderedDict[Call, int] = field(default_factory=OrderedDict)
+    compiled: set[Call] = field(default_factory=set)
+
+    def count(self, call: Call) -> int:
+        """Count a batch; return how many of its size were counted. Forgets the size that was counted longest ago."""
+        self.counts[call] = self.counts.get(call, 0) + 1
+        self.counts.move_to_end(call)
+        if len(self.counts) > COMPILED:
+            self.counts.popitem(last=False)
+        return self.counts[call]
 
 
 class Compiler:
     """Counts batches by size, and compiles for those that come often, one after the other.
 
     `opening`: as the versions were opened. `budget`: pixels (rows x height x width) for a version of so many channels, summed over the
-    sizes that it is compiled for beside those of its start; what would go beyond it is computed as it comes. `demand`: who is served now,
-    whom compiling is not to keep waiting.
+    sizes that it is compiled for beside those of its start.
     """
 
-    def __init__(self, opening: Opening, *, budget: Callable[[int], float] = endless, demand: Callable[[], Demand] = nobody) -> None:
-        self._opening, self._budget, self._demand = replace(opening, calls=()), budget, demand
+    def __init__(self, opening: Opening, *, budget: Callable[[int], float] = endless) -> None:
+        self._opening, self._budget = replace(opening, calls=()), budget
         self._lock = Lock()
-        # By version, and not by what it is of: an artefact that is loaded again is compiled for nothing of this.
-        self._seen: WeakKeyDictionary[Version, OrderedDict[Call, int]] = WeakKeyDictionary()
-        self._compiled: WeakKeyDictionary[Version, set[Call]] = WeakKeyDictionary()
-        """For which sizes."""
-        self._failed: WeakKeyDictionary[Version, set[Call]] = WeakKeyDictionary()
-        """Sizes for which it could not be compiled once. It is tried again when they have come as often again, and then no more."""
-        self._queue: SimpleQueue[tuple[Version, Call] | None] = SimpleQueue()
-        self._thread: Thread | None = None
+        self._sizes: WeakKeyDictionary[Version, _Sizes] = WeakKeyDictionary()
+        self._threads = Threads("muntin-compile", most=1)
         self._closed = Event()
 
     def note(self, version: Version, call: Call) -> None:
-        """Counts a batch; the `OFTEN`th of its size is the reason to compile for it. Takes microseconds."""
+        """Count a batch, and compile for its size after the `OFTEN`th. Takes microseconds."""
         if call in version.warm:
             return
         with self._lock:
-            seen = self._seen.setdefault(version, OrderedDict())
-            seen[call] = seen.get(call, 0) + 1
-            seen.move_to_end(call)
-            if len(seen) > COMPILED:
-                seen.popitem(last=False)
-            if seen[call] != OFTEN or not self._granted(version, call):
+            sizes = self._sizes.setdefault(version, _Sizes())
+            if sizes.count(call) != OFTEN or not self._granted(version, sizes, call):
                 return
-            if self._thread is None:
-                thread = Thread(target=self._run, name="muntin-compile", daemon=True)
-                try:
-                    thread.start()
-                except RuntimeError:  # this process may have no more threads; it is tried again when the size has come as often again
-                    self._compiled[version].discard(call)
-                    del seen[call]
-                    return
-                self._thread = thread
-        self._queue.put((version, call))
+            sizes.compiled.add(call)
+        with suppress(RuntimeError):  # this process may have no more threads
+            self._threads.submit(self._compile, version, call)
 
-    def _granted(self, version: Version, call: Call) -> bool:
-        compiled = self._compiled.setdefault(version, set())
-        if call in compiled:  # it came often, was forgotten among others that came once, and comes often again
+    def _granted(self, version: Version, sizes: _Sizes, call: Call) -> bool:
+        if call in sizes.compiled:  # it was forgotten among others, and counted again
             return False
-        beside = compiled | (version.warm - version.start)  # the latter: what its predecessor was asked
-        if len(compiled) >= COMPILED or sum(one.pixels for one in beside) + call.pixels > self._budget(version.signature.channels):
-            return False
-        compiled.add(call)
-        return True
+        beside = sizes.compiled | (version.warm - version.start)  # the latter: calls of its predecessor
+        pixels = sum(other.pixels for other in beside) + call.pixels
+        return len(sizes.compiled) < COMPILED and pixels <= self._budget(version.signature.channels)
 
     def close(self) -> None:
-        """Ends what it is at, and its thread, but does not wait for an engine that hangs."""
+        """End the process and the thread, but do not wait for an engine that hangs."""
         self._closed.set()
-        self._queue.put(None)
-        if self._thread is not None:
-            self._thread.join(END_S)
-
-    def _run(self) -> None:
-        while (item := self._queue.get()) is not None and not self._closed.is_set():
-            version, call = item
-            try:
-                if version.open and version.state != "failed":  # else it went while it waited
-                    self._compile(version, call)
-            except Exception:  # noqa: BLE001 - it failed for nobody: the size is computed as before, and the next one is compiled
-                self._forget(version, call)
-            del version, item
+        self._threads.give_up()
+        self._threads.join(END_S)
 
     def _compile(self, version: Version, call: Call) -> None:
-        probe(
-            version.path, self._opening, [call],
-            limits=Limits(niceness=19), stopped=self._closed.is_set, demand=self._demand, examine=compile_for,
-        )  # fmt: skip
-        version.session.warm_up([call.shape], labels=call.labels)
-
-    def _forget(self, version: Version, call: Call) -> None:
-        """A size was not compiled for."""
-        with self._lock:
-            failed = self._failed.setdefault(version, set())
-            if call not in failed:
-                failed.add(call)
-                self._compiled[version].discard(call)
-                self._seen[version].pop(call, None)
+        if self._closed.is_set() or not version.open or version.state == "failed":
+            return
+        with suppress(Exception):  # no request fails: the size is computed as before
+            probe(version.path, self._opening, [call], limits=OpeningLimits(), stopped=self._closed.is_set, examine=compile_for)
+            version.session.warm_up([call.shape], labels=call.labels)
 
 
-def compile_for(path: Path, opening: Opening, lately: tuple[Call, ...]) -> Probation:
-    """Opens an artefact and warms it up, which leaves what was compiled in the user's cache. What a `Compiler` asks of its process."""
+def compile_for(path: Path, opening: Opening, lately: tuple[Call, ...]) -> TrialResult:
+    """Open an artefact and warm it up, which leaves the compiled models in the user's cache."""
     opened = open_version(path, opening, lately)
-    return Probation(digest=opened.digest, signature=opened.signature, open_s=0.0, latency_ms={}, peak_mib=None)
+    return TrialResult(digest=opened.digest, signature=opened.signature)

@@ -1,189 +1,160 @@
-"""Beginning an engine's process, in which an artefact is opened (`engine_host`), and ending it."""
+"""Start the process of an engine (`engine_host`), wait until it has opened its artefact, and end it."""
 
 from __future__ import annotations
 
 import signal
 import socket
 import subprocess
-import sys
 import time
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Iterable
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from threading import Lock
 from typing import Any
 
 from muntin.errors import VerificationError
+from muntin.runtime.helper_process import recorded_error, start_socket_helper
 from muntin.runtime.memory import kills_for_memory
-from muntin.serving.engine_host import error_of, receive, send
-from muntin.serving.engine_lane import Lane
+from muntin.serving import engine_host
+from muntin.serving.engine_lane import EngineChannel, receive, send
 from muntin.serving.opening import TOO_LONG, Call, NotReadyError, Opening, TookTooLongError
-from muntin.serving.scheduling import PATIENCE, Demand, Pace, Standing, nobody, stand_back
+from muntin.serving.scheduling import BackgroundPriority, can_restore, run_when_idle
 
 _POLL_S = 0.05
-_ENDS_S, _END_S = 2.0, 5.0
-"""What a process has to end in whose connection has ended, and one that was killed: the kernel frees its memory."""
-_LOOK_S = 10.0
-"""Between two looks at how many processes the kernel has ended for want of memory."""
-_START = """
-import os, sys
-if {idle!r}:  # before anything is imported
-    os.sched_setscheduler(0, os.SCHED_IDLE, os.sched_param(0))
-sys.path[:] = {path!r}
-from muntin.serving.engine_host import main
-main()
-"""
+"""Polling interval while the artefact is being opened, seconds."""
+_CLOSED_S, _KILLED_S = 2.0, 5.0
+"""Seconds in which a process ends after it has closed its connection, and after it was killed: the kernel frees its memory."""
 
 
 @dataclass(kw_only=True)
-class Running:
-    """A process that has opened its artefact: what it said of it, its lanes that nobody uses now, and the others."""
+class RunningEngine:
+    """The process of an engine that has opened its artefact.
+
+    `description`: its message about the session. `idle`, `busy`: its channels; each operation on these is atomic. `interrupted`: whether
+    this process has ended it.
+    """
 
     process: subprocess.Popen[bytes]
     control: socket.socket
-    said: dict[str, Any] = field(default_factory=dict)
-    # Each operation on these is atomic: a lock of ours would be one more thing that a call has to do.
-    lanes: list[Lane] = field(default_factory=list)
-    busy: set[Lane] = field(default_factory=set)
-    _interrupted: bool = False
-    _how: tuple[str, bool] | None = None
-    _deciding: Lock = field(default_factory=Lock)
+    description: dict[str, Any] = field(default_factory=dict)
+    idle: list[EngineChannel] = field(default_factory=list)
+    busy: set[EngineChannel] = field(default_factory=set)
+    interrupted: bool = False
     _kills: int | None = field(default_factory=lambda: kills_for_memory())
-    _looked: float = field(default_factory=time.monotonic)
-
-    def look(self) -> None:
-        """Now and then, while nothing is asked of it: processes that the kernel has ended for want of memory until then were others."""
-        if not self.busy and (now := time.monotonic()) - self._looked > _LOOK_S:
-            self._looked, self._kills = now, kills_for_memory()
+    _cause: tuple[str, bool] | None = None
+    _cause_lock: Lock = field(default_factory=Lock)
 
     def interrupt(self) -> None:
-        """Ends whatever it is at; `end` has to follow."""
-        self._interrupted = True
+        """Kill the process. `end` has to follow."""
+        self.interrupted = True
         self.process.kill()
 
-    def end(self, *, gently: bool = False) -> None:
-        """`gently`: the kernel frees its memory where that keeps nobody waiting."""
-        if gently:
-            stand_back(self.process.pid)
+    def end(self) -> None:
+        """Kill the process and close its channels. The kernel frees its memory while a core is idle."""
+        run_when_idle(self.process.pid)
         self.interrupt()
         self.control.close()
         with suppress(IndexError):
             while True:
-                self.lanes.pop().close()
+                self.idle.pop().close()
         with suppress(subprocess.TimeoutExpired):
-            self.process.wait(_END_S)
+            self.process.wait(_KILLED_S)
 
-    def how_it_ended(self) -> tuple[str, bool]:
-        """Of one that ends, or has ended, in words; and whether the kernel has ended it for want of memory. The same for all of its
-        calls."""
-        with self._deciding:
-            if self._how is None:
+    def cause_of_end(self) -> tuple[str, bool]:
+        """Return how the process ended, in words, and whether the kernel ended it because memory ran out. The same for all of its calls."""
+        with self._cause_lock:
+            if self._cause is None:
                 with suppress(subprocess.TimeoutExpired):
-                    self.process.wait(_ENDS_S)
+                    self.process.wait(_CLOSED_S)
                 if self.process.returncode is None:
                     return "it does not answer", False
-                lacked = self._ended_by_kernel()
-                self._how = _told(self.process.returncode) + (": out of memory" if lacked else ""), lacked
-            return self._how
+                out_of_memory = self._was_ended_by_kernel()
+                self._cause = _ending(self.process.returncode) + (": out of memory" if out_of_memory else ""), out_of_memory
+            return self._cause
 
-    def _ended_by_kernel(self) -> bool:
-        """Who was ended for want of memory is in the kernel's log alone, which few may read: it was killed while their number grew."""
-        if self._interrupted or not hasattr(signal, "SIGKILL") or self.process.returncode != -signal.SIGKILL:
+    def _was_ended_by_kernel(self) -> bool:
+        """Only the kernel's log, which few may read, says which process was ended. It was this one, as far as can be told, if it was killed
+        by another process than this and the number of such kills has grown since it started."""
+        if self.interrupted or not hasattr(signal, "SIGKILL") or self.process.returncode != -signal.SIGKILL:
             return False
         kills = kills_for_memory()
         return kills is not None and self._kills is not None and kills > self._kills
 
 
-def _told(code: int) -> str:
-    if code >= 0:
-        return f"exit code {code}"
-    what = signal.strsignal(-code)
-    return f"signal {-code}" + (f", {what}" if what else "")
+def _ending(returncode: int) -> str:
+    if returncode >= 0:
+        return f"exit code {returncode}"
+    name = signal.strsignal(-returncode)
+    return f"signal {-returncode}" + (f", {name}" if name else "")
 
 
-def _never() -> bool:
-    return False
-
-
-@contextmanager
-def _closed_on_error(sock: socket.socket) -> Iterator[None]:
-    try:
-        yield
-    except BaseException:
-        sock.close()
-        raise
-
-
-def begin_in_process(
+def start_engine(
     path: Path,
     opening: Opening,
     lately: Iterable[Call],
     *,
     seconds: float,
     rest: float = 0.0,
-    stopped: Callable[[], bool] = _never,
-    demand: Callable[[], Demand] = nobody,
+    stopped: Callable[[], bool] = lambda: False,
     digest: str = "",
-) -> Running:
-    """`digest`: what the artefact has to have still."""
-    standing = Standing() if rest and Standing.allowed() else None
-    control, theirs = socket.socketpair()
-    with theirs, _closed_on_error(control):
-        process = subprocess.Popen(  # noqa: S603 - this Python, and a text of ours
-            [sys.executable, "-c", _START.format(path=sys.path, idle=standing is not None)],
-            stdin=theirs.fileno(),
-            stdout=2,  # standard output may be the access log; engines print what they like
-            process_group=0,  # as a trial's (`probation`)
-        )
-    running = Running(process=process, control=control)
+) -> RunningEngine:
+    """Start a process and open an artefact in it, as `open_version` does. `digest`: what the artefact must have, if given.
+
+    With `rest`, above 0 while requests are answered, the process has a low priority until the artefact is open (`BackgroundPriority`);
+    where that cannot be restored, it rests between its steps. Raises the errors of `open_version`, VerificationError if the process dies,
+    TookTooLongError after `seconds`, and NotReadyError if `stopped`.
+    """
+    in_background = rest > 0 and can_restore()
+    process, control = start_socket_helper(engine_host.main)
+    running = RunningEngine(process=process, control=control)
     try:
-        question = {"path": str(path), "opening": asdict(opening), "lately": list(lately), "rest": rest if standing is None else 0.0}
-        question["seconds"] = PATIENCE * seconds + 5  # the server ends it before, if it is there
-        with Pace(process, demand if standing is not None else nobody) as pace:
-            running.said = _ask_to_open(running, question, standing, pace, seconds, stopped)
-        if digest and running.said["digest"] != digest:
+        priority = BackgroundPriority(process.pid) if in_background else None
+        with suppress(OSError):  # it has died: `_await_answer` says of what
+            send(control, {
+                "path": str(path), "opening": asdict(opening), "lately": list(lately), "rest": 0.0 if in_background else rest,
+                "seconds": seconds + 5,  # this process ends it before that, if it still runs
+            })  # fmt: skip
+        _await_answer(running, path, priority, seconds, stopped)
+        received = receive(control)
+        if received is None:
+            raise VerificationError(f"{path}: its engine ended the process that opened it: {running.cause_of_end()[0]}")
+        running.description = _description(path, received[0])
+        if digest and running.description["digest"] != digest:
             raise VerificationError(f"{path}: it was replaced while it served: load it again")
-        if standing is not None:
-            standing.usual(process.pid)
+        if priority is not None:
+            priority.restore()
     except BaseException:
         running.end()
         raise
     return running
 
 
-def _ask_to_open(
-    running: Running, question: dict[str, Any], standing: Standing | None, pace: Pace, seconds: float, stopped: Callable[[], bool]
-) -> dict[str, Any]:
-    path = question["path"]
-    with suppress(OSError):  # what it died of is told below
-        send(running.control, question)
-    began = time.monotonic()
+def _await_answer(
+    running: RunningEngine, path: Path, priority: BackgroundPriority | None, seconds: float, stopped: Callable[[], bool]
+) -> None:
+    """Wait until the process answers or ends."""
+    deadline = time.monotonic() + seconds
     running.control.settimeout(_POLL_S)
     while True:
-        try:
-            first = running.control.recv(1, socket.MSG_PEEK)
-        except TimeoutError:
-            first = None
-        except ConnectionError:
-            first = b""
-        now = time.monotonic()
-        if first is not None:
+        with suppress(TimeoutError):
+            with suppress(ConnectionError):
+                running.control.recv(1, socket.MSG_PEEK)
             break
         if stopped():
             raise NotReadyError(f"{path}: opening it was ended with the server")
-        if now - began > seconds + pace.excused:
+        if time.monotonic() > deadline:
             raise TookTooLongError(f"{path}: it was not open and warm after {seconds:g} s: {TOO_LONG}")
-        if standing is not None:
-            standing.mind(running.process.pid, pace.excused)
+        if priority is not None:
+            priority.update()
     running.control.settimeout(None)
-    came = receive(running.control)
-    if came is None:
-        raise VerificationError(f"{path}: its engine ended the process that opened it: {running.how_it_ended()[0]}")
-    said = came[0]
-    if "error" in said:
-        error = error_of(said)
-        if isinstance(error, MemoryError):
-            raise VerificationError(f"{path}: there is no memory to open it") from error
-        raise error
-    return said
+
+
+def _description(path: Path, message: dict[str, Any]) -> dict[str, Any]:
+    """Return the description of an opened session, or raise the error that the message holds."""
+    if "error" not in message:
+        return message
+    error = recorded_error(message)
+    if isinstance(error, MemoryError):
+        raise VerificationError(f"{path}: there is no memory to open it") from error
+    raise error

@@ -9,6 +9,7 @@ from muntin.runtime.memory import resident_of
 from muntin.runtime.session import Session
 from muntin.serving.access_log import AccessLog
 from muntin.serving.ledger import Ledger
+from muntin.serving.liveness import liveness_of
 from muntin.serving.metrics import Metrics
 from muntin.serving.opening import NotReadyError
 from muntin.serving.runner import Runner
@@ -69,4 +70,4 @@ def _by_version(slot: Slot, figure: Callable[[Session], float]) -> list[tuple[tu
 
 
 def _memory_of(session: Session) -> float:
-    return float(sum(resident_of(process) or 0 for process in session.process_ids))
+    return float(sum(resident_of(process) or 0 for process in liveness_of(session).process_ids))

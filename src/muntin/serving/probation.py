@@ -1,166 +1,87 @@
-"""A new version on trial, in a process of its own, before it may come near the one that serves.
+"""Try a version in a process of its own, before it may come near the version that serves.
 
-An engine is native code that runs whatever graph it is given: it may crash, hang, or take all memory, and no `try` holds that back. So a
-fresh process goes first. It takes what the server leaves of the cores, has a time and a memory limit, and is the one that the system kills
-if memory runs out. There the whole of `muntin.runtime.verify` is done, and the model is opened and warmed up as it will be to serve.
-That is not thrown away: what the engine compiles lands in the user's cache, so that the process that is to serve (`engine_process`) opens
-it quickly.
-
-Question and answer are JSON over pipes. What the process prints otherwise is kept aside and named if it dies.
+An engine is native code that runs any graph: it may crash, hang, or take all memory. The process that tries a version has a low priority,
+limits of time and memory, and is the first that the kernel ends if memory runs out. It does the whole of `muntin.runtime.verify`, opens the
+model and warms it up as for serving. The compiled models stay in the user's cache, so that the process that is to serve it
+(`engine_process`) opens it quickly. That is another process, because raising a low priority takes privileges that few servers have.
 """
 
 from __future__ import annotations
 
 import json
-import os
 import signal
-import subprocess
-import sys
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable
 from contextlib import suppress
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass
 from importlib import import_module
-from math import inf
 from pathlib import Path
-from statistics import median
-from tempfile import TemporaryFile
-from typing import IO, Any, Protocol
-
-import numpy as np
+from typing import Any
 
 from muntin.artifact import Signature
-from muntin.artifact.store import read_manifest
-from muntin.errors import MuntinError, RecipeError, VerificationError
+from muntin.errors import RecipeError, VerificationError
 from muntin.runtime.hardware import memory_gib
-from muntin.runtime.memory import kills_for_memory, resident, resident_of
-from muntin.runtime.session import Session
+from muntin.runtime.helper_process import Outcome, answer_question, ask_helper, recorded_error
+from muntin.runtime.memory import kills_for_memory, resident_of
 from muntin.runtime.verification import verify
-from muntin.serving.engine_host import call_of, end_after, error_of, opening_of, said_of
-from muntin.serving.engine_process import can_open_apart, open_apart
-from muntin.serving.opening import TOO_LONG, Call, NotReadyError, Opened, Opening, TookTooLongError, open_version, starting_calls
-from muntin.serving.scheduling import PATIENCE, Demand, Pace, nobody, take_short_turns
-
-ROUNDS = 5
-"""Calls of each kind that are timed."""
-REST = 3.0
-"""How many times as long as a step of opening took nothing is done after it where requests come: compiling and warming up at one go would
-keep them waiting for as long as all of it takes."""
-OFTEN = 4
-"""Batches of a kind after which the next version is warmed up for it though it need not be."""
-_POLL_S = 0.02
-_START = """
-import os, sys
-if {idle!r}:  # before anything is imported: that alone takes most of a second of a core
-    try:
-        os.sched_setscheduler(0, os.SCHED_IDLE, os.sched_param(0))
-    except OSError:
-        pass
-sys.path[:] = {path!r}
-from muntin.serving.probation import answer
-answer()
-"""
+from muntin.serving.engine_host import end_after, set_oom_score
+from muntin.serving.engine_lane import call_from_json, opening_from_json
+from muntin.serving.opening import TOO_LONG, Call, NotReadyError, Opening, TookTooLongError, open_version
+from muntin.serving.scheduling import BackgroundPriority
 
 
 @dataclass(frozen=True, kw_only=True)
-class Limits:
-    """What the process of a trial may take.
+class OpeningLimits:
+    """Limits of a process that tries or opens a version.
 
-    `seconds`: until it is ended, above 0. `idle_seconds`: for so long, but no more than half of `seconds`, it computes only while a core
-    has nothing else to do (Linux), which nobody notices. On a server that is never idle it does not come to an end that way: then it is
-    begun anew with `niceness`, 0 to 19, that is with a small share of the cores. `memory_gib`: resident memory at which it is ended, above
-    0; None: half of what this process may use, since during a swap two versions are in memory. Watched on Linux.
+    `seconds`: its time, above 0. `memory_gib`: resident memory at which a trial is ended, above 0; None: half of what this process may use,
+    since two versions are in memory during a swap. Linux only.
     """
 
     seconds: float = 300.0
-    idle_seconds: float = 60.0
     memory_gib: float | None = None
-    niceness: int = 10
 
     def __post_init__(self) -> None:
         if not self.seconds > 0:
             raise RecipeError(f"seconds={self.seconds!r}: give the seconds that a trial may take, above 0")
-        if not self.idle_seconds >= 0:
-            raise RecipeError(f"idle_seconds={self.idle_seconds!r}: give seconds from 0")
         if self.memory_gib is not None and not self.memory_gib > 0:
             raise RecipeError(f"memory_gib={self.memory_gib!r}: give GiB above 0, or None for half of the memory")
-        if self.niceness not in range(20):
-            raise RecipeError(f"niceness={self.niceness!r}: give a whole number from 0 to 19")
 
     @property
     def memory_bytes(self) -> float | None:
         if self.memory_gib is not None:
             return self.memory_gib * 2**30
-        whole = memory_gib()
-        return None if whole is None else whole * 2**30 / 2
+        total_gib = memory_gib()
+        return None if total_gib is None else total_gib * 2**30 / 2
 
 
 @dataclass(frozen=True, kw_only=True)
-class Probation:
-    """What was found of a version that passed.
-
-    `digest` and `signature` are of what was tried. `open_s`: opening and warming up, with what verification had compiled. `latency_ms`:
-    the median of a few calls of each kind, taken at low priority. `peak_mib`: resident memory of the process at its peak, None where the
-    system does not say.
-    """
+class TrialResult:
+    """Digest and signature of an artefact that passed its trial."""
 
     digest: str
     signature: Signature
-    open_s: float
-    latency_ms: dict[Call, float]
-    peak_mib: float | None
 
 
-Examine = Callable[[Path, Opening, tuple[Call, ...]], Probation]
-"""What a trial consists of: a function of a module that can be imported."""
+Examine = Callable[[Path, Opening, tuple[Call, ...]], TrialResult]
+"""The steps of a trial: a function of a module that can be imported. Its last argument: calls beside those of the opening."""
 
 
-def examine(path: Path, opening: Opening, lately: tuple[Call, ...]) -> Probation:
-    """Verifies an artefact, opens it as the server will, and times it. Raises what these raise, VerificationError for a failed check."""
+def examine(path: Path, opening: Opening, lately: tuple[Call, ...]) -> TrialResult:
+    """Verify an artefact, and open it as for serving. Raises the errors of both, and VerificationError for a failed check."""
     result = verify(path, engine=opening.engine, precision=opening.precision, threads=opening.threads)
     if not result.passed:
         more = f" (and {len(result.problems) - 1} more)" if len(result.problems) > 1 else ""
         raise VerificationError(f"{path}: {result.problems[0]}{more}")
-    started = time.perf_counter()
     opened = open_version(path, opening, lately)
-    open_s = time.perf_counter() - started
     if opened.digest != result.digests["manifest.json"]:
-        raise _replaced(path)
-    _, peak = resident()
-    return Probation(
-        digest=opened.digest,
-        signature=opened.signature,
-        open_s=open_s,
-        latency_ms={call: _milliseconds(opened.session, call) for call in opened.calls},
-        peak_mib=None if peak is None else peak / 2**20,
-    )
+        raise replaced(path)
+    return TrialResult(digest=opened.digest, signature=opened.signature)
 
 
-def _milliseconds(session: Session, call: Call) -> float:
-    images_BHWC = np.zeros((*call.shape, session.signature.channels), np.uint8)
-    times = []
-    for _ in range(ROUNDS):
-        started = time.perf_counter()
-        (session.labels if call.labels else session)(images_BHWC)
-        times.append((time.perf_counter() - started) * 1e3)
-    return median(times)
-
-
-def _replaced(path: Path) -> VerificationError:
+def replaced(path: Path) -> VerificationError:
+    """Return the error for an artefact that another one replaced while it was tried or opened."""
     return VerificationError(f"{path}: it was replaced while it was being opened: load it again")
-
-
-def _never() -> bool:
-    return False
-
-
-def endless(channels: int) -> float:
-    """No budget."""
-    return inf
-
-
-def _somebody() -> Demand:
-    return Demand.SERVED
 
 
 def probe(
@@ -168,213 +89,91 @@ def probe(
     opening: Opening,
     lately: Iterable[Call],
     *,
-    limits: Limits,
-    stopped: Callable[[], bool] = _never,
-    demand: Callable[[], Demand] = nobody,
+    limits: OpeningLimits,
+    stopped: Callable[[], bool] = lambda: False,
     examine: Examine = examine,
-) -> Probation:
-    """Tries an artefact in a new process of this Python, which takes about a second longer than verifying and opening it there.
+) -> TrialResult:
+    """Try an artefact in a new process. Takes about a second longer than verifying and opening it there.
 
-    `lately`: calls to warm up beside the opening's. `stopped`: asked many times a second; once it is true the trial ends. What takes only
-    idle time runs a quarter of it or less, by the `demand` (`Pace`), and its limits are up to four times as long. Raises what `examine`
-    raises, VerificationError naming what happened where the process dies, hangs or takes too much memory, NotReadyError where stopped.
+    `lately`: calls to warm up beside the opening's. `stopped`: asked many times a second; True ends the trial. Raises the errors of
+    `examine`, VerificationError if the process dies, hangs or takes too much memory, NotReadyError if stopped.
     """
     question = {
         "examine": [examine.__module__, examine.__qualname__],
         "path": str(path),
         "opening": asdict(opening),
         "lately": list(lately),
-        "limits": asdict(limits),
+        "seconds": limits.seconds,
     }
-    idle = min(limits.idle_seconds, limits.seconds / 2) if hasattr(os, "SCHED_IDLE") else 0.0
-    if idle:
-        with suppress(_StarvedError):
-            return _try(path, question | {"idle": True}, limits, idle, stopped, demand)
-    return _try(path, question | {"idle": False}, limits, limits.seconds - idle, stopped, nobody)
+    kills = kills_for_memory()
+    return _read(ask_helper(answer, question, watch=_Watch(path, limits, stopped)), path, kills)
 
 
-class _StarvedError(Exception):
-    """A trial that takes only idle time did not come to an end."""
+class _Watch:
+    """Watches the process of a trial: lowers its priority, and raises an error that ends it at a limit."""
 
+    def __init__(self, path: Path, limits: OpeningLimits, stopped: Callable[[], bool]) -> None:
+        self._path, self._limits, self._stopped = path, limits, stopped
+        self._deadline, self._memory_bytes = time.monotonic() + limits.seconds, limits.memory_bytes
+        self._priority: BackgroundPriority | None = None
 
-def _try(
-    path: Path,
-    question: dict[str, Any],
-    limits: Limits,
-    seconds: float,
-    stopped: Callable[[], bool],
-    demand: Callable[[], Demand],
-) -> Probation:
-    with (
-        TemporaryFile() as printed,  # not a pipe: who prints without end must not fill the server's memory
-        subprocess.Popen(  # noqa: S603 - this Python, and a text of ours
-            [sys.executable, "-c", _START.format(path=sys.path, idle=question["idle"])],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=printed,
-            # Ctrl-C at the terminal is for the server, which ends its trials itself. A group and no session of its own: where Linux groups
-            # threads by session (sched_autogroup) niceness counts only inside one, and a trial would take half of the server's core.
-            process_group=0,
-        ) as process,
-    ):
-        kills = kills_for_memory()
-        try:
-            with Pace(process, demand) as pace:
-                answer = _await_answer(process, question, path, limits, seconds, stopped, pace)
-        finally:
-            process.kill()
-        if process.returncode:
-            raise VerificationError(f"{path}: {_how_it_ended(process.returncode, printed, kills)}")
-        return _read(answer, path)
-
-
-def _await_answer(
-    process: subprocess.Popen[bytes],
-    question: dict[str, Any],
-    path: Path,
-    limits: Limits,
-    seconds: float,
-    stopped: Callable[[], bool],
-    pace: Pace,
-) -> bytes:
-    deadline, most = time.monotonic() + seconds, limits.memory_bytes
-    given: bytes | None = json.dumps(question).encode()
-    while True:
-        try:
-            answer: bytes = process.communicate(given, timeout=_POLL_S)[0]
-            return answer
-        except subprocess.TimeoutExpired:
-            given = None  # it was sent, or is being sent, and must not be given again
-        if stopped():
-            raise NotReadyError(f"{path}: its trial was ended with the server")
-        if time.monotonic() > deadline + pace.excused and question["idle"]:
-            raise _StarvedError
-        if time.monotonic() > deadline + pace.excused:
-            raise TookTooLongError(f"{path}: it was not open, verified and warm after {limits.seconds:g} s: {TOO_LONG}")
-        taken = resident_of(process.pid)
-        if most is not None and taken is not None and taken > most:
+    def __call__(self, process: int) -> None:
+        if self._priority is None:
+            self._priority = BackgroundPriority(process)
+        self._priority.update()
+        if self._stopped():
+            raise NotReadyError(f"{self._path}: its trial was ended with the server")
+        if time.monotonic() > self._deadline:
+            raise TookTooLongError(f"{self._path}: it was not open, verified and warm after {self._limits.seconds:g} s: {TOO_LONG}")
+        taken = resident_of(process)
+        if self._memory_bytes is not None and taken is not None and taken > self._memory_bytes:
             raise VerificationError(
-                f"{path}: opening it took {taken / 2**30:.2f} GiB of memory (allowed: {most / 2**30:.2f}): "
+                f"{self._path}: opening it took {taken / 2**30:.2f} GiB of memory (allowed: {self._memory_bytes / 2**30:.2f}): "
                 "lower --max-batch, or export it for smaller images"
             )
 
 
-def _how_it_ended(returncode: int, printed: IO[bytes], kills: int | None) -> str:
-    """`kills`: how many processes the system had ended for want of memory before."""
-    if returncode < 0:
-        if returncode == -signal.SIGKILL and kills is not None and kills != kills_for_memory():
-            return "the system ended the process that tried it, for want of memory: free some, or lower --max-batch"
-        what = signal.strsignal(-returncode)
-        return f"its engine ended the process that tried it, by signal {-returncode}" + (f" ({what})" if what else "")
-    printed.seek(max(0, printed.seek(0, os.SEEK_END) - 4096))
-    lines = printed.read().decode(errors="replace").strip().splitlines() or [f"exit code {returncode}"]
-    return f"the process that tried it failed: {lines[-1][:300]}"
-
-
-def _read(answer: bytes, path: Path) -> Probation:
+def _read(outcome: Outcome, path: Path, kills: int | None) -> TrialResult:
+    """`kills`: how many processes the kernel had ended before, because memory ran out."""
+    if outcome.returncode:
+        raise VerificationError(f"{path}: {_cause(outcome, kills)}")
     try:
-        found = json.loads(answer)
+        record = json.loads(outcome.answer)
     except ValueError as error:
         raise VerificationError(f"{path}: the process that tried it ended without an answer") from error
-    if "error" in found:
-        raised = error_of(found)
-        raise VerificationError(f"{path}: there is no memory to open it") if isinstance(raised, MemoryError) else raised
-    latency_ms = {call_of(call): milliseconds for call, milliseconds in found.pop("latency_ms")}
-    return Probation(signature=Signature.model_validate(found.pop("signature")), latency_ms=latency_ms, **found)
+    if "error" not in record:
+        return TrialResult(digest=record["digest"], signature=Signature.model_validate(record["signature"]))
+    recorded = recorded_error(record)
+    raise VerificationError(f"{path}: there is no memory to open it") if isinstance(recorded, MemoryError) else recorded
 
 
-# ---- from a path to a version that is open here ----
-
-
-class Loader(Protocol):
-    """Opens versions for a slot: `probe` where it can do no harm, `open` where it serves. `lately`: what the predecessor was asked, and how
-    often. `stopped`: asked now and then; once it is true both end with a NotReadyError."""
-
-    def probe(self, path: Path, lately: Mapping[Call, int], stopped: Callable[[], bool]) -> Probation: ...
-
-    def open(self, path: Path, lately: Mapping[Call, int], found: Probation, stopped: Callable[[], bool]) -> Opened: ...
-
-
-@dataclass(frozen=True, kw_only=True)
-class ArtifactLoader:
-    """Artefacts, tried in a process of their own first.
-
-    Each is warmed up for the opening's calls, for batches of up to `max_batch` images of the size that it was exported with, and for all
-    that its predecessor was asked lately; with `dynamic`, where other sizes need no compiling, for what it was asked `OFTEN`. `budget`:
-    as of a `Compiler`, for what was asked lately and is not of its start; what was asked most goes first. `demand`: who is served
-    now, whom all this is not to keep waiting.
-    """
-
-    opening: Opening = field(default_factory=Opening)
-    max_batch: int = 0
-    limits: Limits = field(default_factory=Limits)
-    budget: Callable[[int], float] = endless
-    demand: Callable[[], Demand] = _somebody
-
-    def probe(self, path: Path, lately: Mapping[Call, int], stopped: Callable[[], bool]) -> Probation:
-        limits = self.limits if lately else replace(self.limits, idle_seconds=0.0)  # where nobody is served nobody is to be spared
-        opening = self._opening(path)
-        return probe(path, opening, self._calls(path, opening, lately), limits=limits, stopped=stopped, demand=self.demand)
-
-    def open(self, path: Path, lately: Mapping[Call, int], found: Probation, stopped: Callable[[], bool] = _never) -> Opened:
-        opening = self._opening(path)
-        rest, calls = REST if lately else 0.0, self._calls(path, opening, lately)
-        if can_open_apart():
-            opened = open_apart(path, opening, calls, rest=rest, seconds=self.limits.seconds, stopped=stopped, demand=self.demand)
-        else:
-            opened = open_version(path, opening, calls, rest=rest, stopped=stopped)
-        if opened.digest != found.digest:
-            opened.session.close()
-            raise _replaced(path)
-        return opened
-
-    def _opening(self, path: Path) -> Opening:
-        if not self.max_batch:
-            return self.opening
-        started = starting_calls(read_manifest(path), self.max_batch)  # whoever opens it reads the rest, and not in this process
-        return replace(self.opening, calls=tuple(dict.fromkeys((*self.opening.calls, *started))))
-
-    def _calls(self, path: Path, opening: Opening, lately: Mapping[Call, int]) -> tuple[Call, ...]:
-        asked = {call: count for call, count in lately.items() if count >= OFTEN or not opening.dynamic}
-        kept = set(opening.calls)
-        if not asked.keys() - kept:
-            return tuple(asked)
-        left = self.budget(read_manifest(path).signature.channels)
-        for call in sorted(asked.keys() - kept, key=lambda call: (-asked[call], call.pixels)):
-            if call.pixels <= left:
-                left -= call.pixels
-                kept.add(call)
-        return tuple(call for call in asked if call in kept)
+def _cause(outcome: Outcome, kills: int | None) -> str:
+    """Say how the process died."""
+    if outcome.returncode > 0:
+        return f"the process that tried it failed: {outcome.last_line[:300]}"
+    number = -outcome.returncode
+    if number == signal.SIGKILL and kills is not None and kills != kills_for_memory():
+        return "the system ended the process that tried it, for want of memory: free some, or lower --max-batch"
+    name = signal.strsignal(number)
+    return f"its engine ended the process that tried it, by signal {number}" + (f" ({name})" if name else "")
 
 
 # ---- in the new process ----
 
 
 def answer() -> None:
-    """Reads from standard input what to try, tries it, writes a `Probation` or an error, as JSON, to standard output."""
-    with os.fdopen(os.dup(1), "w", encoding="utf-8") as answers:
-        os.dup2(2, 1)  # standard output is for the answer alone: what libraries print there goes to standard error from now on
-        question = json.load(sys.stdin)
-        _confine(Limits(**question["limits"]), PATIENCE if question["idle"] else 1)
-        module, name = question["examine"]
-        opening = opening_of(question["opening"])
-        try:
-            examined: Examine = getattr(import_module(module), name)
-            found = examined(Path(question["path"]), opening, tuple(call_of(call) for call in question["lately"]))
-            said = asdict(found) | {"signature": found.signature.model_dump(mode="json"), "latency_ms": list(found.latency_ms.items())}
-        except (MuntinError, MemoryError) as error:  # what else comes is told by its last line, as what ends the process is
-            said = said_of(error)
-        json.dump(said, answers)
+    """Answer the question of `probe`: examine the artefact, and write a `TrialResult` or an error."""
+    answer_question(_examine)
 
 
-def _confine(limits: Limits, patience: float) -> None:
-    """Stands back for the server, is the first to go where memory runs out, and goes by itself if the server is gone."""
-    if hasattr(os, "nice") and not (hasattr(os, "SCHED_IDLE") and os.sched_getscheduler(0) == os.SCHED_IDLE):
-        os.nice(limits.niceness)
-        take_short_turns()
-    with suppress(OSError):
-        Path("/proc/self/oom_score_adj").write_text("1000", encoding="ascii")
-    end_after(patience * limits.seconds + 5)
+def _examine(question: dict[str, Any]) -> dict[str, Any]:
+    set_oom_score(1000)
+    end_after(question["seconds"] + 5)  # the server ends it before that, if it still runs
     with suppress(ImportError, OSError, ValueError):
-        resource = import_module("resource")  # POSIX's: no file as large as the process is written where it crashes
-        resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+        resource = import_module("resource")  # POSIX only
+        resource.setrlimit(resource.RLIMIT_CORE, (0, 0))  # a core file would be as large as the process
+    module, name = question["examine"]
+    examine: Examine = getattr(import_module(module), name)
+    calls = tuple(call_from_json(call) for call in question["lately"])
+    result = examine(Path(question["path"]), opening_from_json(question["opening"]), calls)
+    return {"digest": result.digest, "signature": result.signature.model_dump(mode="json")}

@@ -37,12 +37,12 @@ from muntin.serving.http.app import HttpApp
 from muntin.serving.http.listener import HttpListener
 from muntin.serving.latency import LatencyModel
 from muntin.serving.ledger import Ledger
+from muntin.serving.loader import ArtifactLoader
 from muntin.serving.metrics import Metrics
 from muntin.serving.opening import Opening
 from muntin.serving.origin import is_loopback
 from muntin.serving.pictures import Pictures
 from muntin.serving.ports import Listening, check_ports
-from muntin.serving.probation import ArtifactLoader
 from muntin.serving.protocol import Limits
 from muntin.serving.repository import Repository, Watcher
 from muntin.serving.runner import Runner

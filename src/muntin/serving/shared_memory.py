@@ -1,20 +1,18 @@
-"""Memory that two processes have mapped: arrays of answers, which one writes and the other one reads without a copy.
+"""Memory that two processes have mapped: the images and the answer of a call.
 
-It has no name that anybody could open: a file descriptor of it goes to the other process over a socket. It is no file of /dev/shm either,
-of which a container has 64 MB.
+It has no name that others could open: a file descriptor of it goes to the other process over a socket. It is not a file of /dev/shm, of
+which a container has 64 MB.
 """
 
 from __future__ import annotations
 
 import os
 import tempfile
-import weakref
 from contextlib import suppress
-from itertools import count
 from math import prod
 from mmap import mmap
 from threading import local
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 from numpy.typing import DTypeLike, NDArray
@@ -22,16 +20,8 @@ from numpy.typing import DTypeLike, NDArray
 from muntin.runtime.buffers import Buffers
 
 
-class Shared(NamedTuple):
-    """Memory by a number of its own, and the file that it is."""
-
-    number: int
-    file: int
-    size: int
-
-
 def new_file() -> int:
-    """A descriptor of a file without a name, in memory where the system has such files; empty."""
+    """Return a descriptor of an empty file without a name, in memory where the system has such files."""
     if hasattr(os, "memfd_create"):
         with suppress(OSError):  # a sandbox may not allow it
             return os.memfd_create("muntin")
@@ -39,61 +29,34 @@ def new_file() -> int:
         return os.dup(file.fileno())
 
 
-class SharedBuffers(Buffers):
-    """As its base, of memory that another process can write to."""
+def mapped(file: int, size: int) -> NDArray[np.uint8]:
+    """Return the first `size` bytes of a file as an array, shared with other processes."""
+    return np.frombuffer(mmap(file, size), np.uint8)
+
+
+class SharedOutputs(Buffers):
+    """The `outputs` of a session whose answers are wanted in shared memory: one answer of each thread at a time.
+
+    `place` names the memory for the next answer of the calling thread; an engine that asks `take` for an array of that size writes into it.
+    After the call `settle` copies an answer that the engine wrote elsewhere.
+    """
 
     def __init__(self) -> None:
         super().__init__()
-        self._numbers = count(1)
-        self._shared: dict[int, Shared] = {}  # by address
+        self._thread = local()
 
-    def shared(self, answer: NDArray[Any]) -> Shared:
-        """What an array that `take` gave lies in."""
-        return self._shared[_address(answer)]
-
-    def _new(self, size: int) -> NDArray[np.uint8]:
-        file = new_file()
-        try:
-            os.ftruncate(file, size)
-            memory = np.frombuffer(mmap(file, size), np.uint8)
-        except BaseException:
-            os.close(file)
-            raise
-        self._shared[_address(memory)] = Shared(next(self._numbers), file, size)
-        weakref.finalize(memory, _forget, self._shared, _address(memory)).atexit = False
-        return memory
-
-
-def _address(array: NDArray[Any]) -> int:
-    address: int = array.__array_interface__["data"][0]
-    return address
-
-
-def _forget(shared: dict[int, Shared], address: int) -> None:
-    os.close(shared.pop(address).file)
-
-
-class Places(Buffers):
-    """On the other side: where an engine's next answer goes, thread by thread; elsewhere if it is of another size."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self._here = local()
-
-    def put(self, memory: mmap) -> None:
-        """The answer that the calling thread computes next goes there."""
-        self._here.memory = memory
+    def place(self, memory: NDArray[np.uint8]) -> None:
+        self._thread.memory = memory
 
     def take(self, shape: tuple[int, ...], dtype: DTypeLike = np.float32) -> NDArray[Any]:
-        memory: mmap | None = getattr(self._here, "memory", None)
-        if memory is None or len(memory) != np.dtype(dtype).itemsize * prod(shape):
+        memory: NDArray[np.uint8] | None = getattr(self._thread, "memory", None)
+        if memory is None or memory.nbytes != np.dtype(dtype).itemsize * prod(shape):
             return super().take(shape, dtype)
-        self._here.memory = None
-        self._here.given = given = np.frombuffer(memory, dtype).reshape(shape)
-        return given
+        self._thread.memory = None
+        self._thread.placed = placed = memory.view(dtype).reshape(shape)
+        return placed
 
-    def settle(self, answer: NDArray[Any], memory: mmap) -> None:
-        """Sees to it that an answer is there: an engine may have written it elsewhere."""
-        given, self._here.given, self._here.memory = getattr(self._here, "given", None), None, None
-        if answer is not given:
-            np.frombuffer(memory, answer.dtype).reshape(answer.shape)[...] = answer
+    def settle(self, answer: NDArray[Any], memory: NDArray[np.uint8]) -> None:
+        placed, self._thread.placed, self._thread.memory = getattr(self._thread, "placed", None), None, None
+        if answer is not placed:
+            memory.view(answer.dtype).reshape(answer.shape)[...] = answer

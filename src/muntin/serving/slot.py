@@ -25,14 +25,14 @@ from typing import Self
 from muntin.errors import DataError, MuntinError, VerificationError
 from muntin.runtime.session import Session
 from muntin.serving.description import IndexEntry
+from muntin.serving.liveness import liveness_of
+from muntin.serving.loader import Loader
 from muntin.serving.opening import Call, NotReadyError
-from muntin.serving.probation import Loader
 from muntin.serving.rollout import Rollout
 from muntin.serving.routes import Routes
 from muntin.serving.version import Begun, RefusedError, Version, first_line
 
 _POLL_S = 0.05
-_BUSY_S = 1.0
 
 
 class Lease:
@@ -192,11 +192,6 @@ class Slot:
         """The versions in service: the current one, a candidate, the previous one."""
         return self._routes.in_service
 
-    @property
-    def busy(self) -> bool:
-        """Whether a batch was begun or computed within the last second."""
-        return self.clock() - self._active_at < _BUSY_S
-
     def deaths(self) -> dict[str, int]:
         """Count the deaths of engines by version name, of the versions that `index` lists."""
         with self._locked():
@@ -273,7 +268,7 @@ class Slot:
         with self._lock:
             sessions = [version.session for version in self._routes.versions if version.begun]
         for session in sessions:
-            session.interrupt(0.0)
+            liveness_of(session).interrupt(0.0)
 
     def close(self) -> None:
         """End a load in progress and unload all versions. Sessions are closed with their last leases."""
@@ -298,7 +293,7 @@ class Slot:
             closing, routes.closing = routes.closing, []
             stuck, routes.stuck = routes.stuck, []
         for session, within in stuck:
-            if session.interrupt(within):
+            if liveness_of(session).interrupt(within):
                 self._interrupted_at = self.clock()
         for line in lines:
             self._notify(f"{self.name}: {line}")

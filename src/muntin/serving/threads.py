@@ -1,6 +1,6 @@
-"""Threads for calls that nobody can stop: a decoder, an engine. They are waited for as long as one likes, and end with the process.
+"""Threads for calls that cannot be stopped: of a decoder, of an engine. They end with the process.
 
-A pool of the standard library is waited for when the process ends, whatever its threads are at.
+The standard library's pool waits for its threads when the process ends, whatever they do.
 """
 
 from __future__ import annotations
@@ -15,56 +15,56 @@ _Call = tuple[Callable[..., Any], tuple[Any, ...], dict[str, Any]]
 
 
 class Threads(Executor):
-    """A thread for each call, `most` at the same time: then calls wait for one of them, in their order. A thread ends when none waits."""
+    """Makes calls on up to `most` threads at the same time; the others wait, in their order. A thread ends when no call waits."""
 
     def __init__(self, name: str, *, most: int | None = None) -> None:
         self._name, self._most = name, most
         self._lock = threading.Lock()
         self._waiting: OrderedDict[Future[Any], _Call] = OrderedDict()
-        self._running: set[Future[Any]] = set()
+        self._pending: set[Future[Any]] = set()
         self._count = 0
 
     def submit(self, fn: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Future[Any]:
-        """Raises RuntimeError where the process may have no more threads."""
+        """Make a call. Raises RuntimeError if the process may have no more threads."""
         future: Future[Any] = Future()
         with self._lock:
             self._waiting[future] = fn, args, kwargs
-            self._running.add(future)
-            beginning = self._most is None or self._count < self._most
-            self._count += beginning
-        if beginning:
+            self._pending.add(future)
+            starting = self._most is None or self._count < self._most
+            self._count += starting
+        if starting:
             try:
                 threading.Thread(target=self._run, name=self._name, daemon=True).start()
             except RuntimeError:
                 with self._lock:
                     self._count -= 1
-                    if self._waiting.pop(future, None) is not None:  # else another thread has taken it meanwhile
-                        self._running.discard(future)
+                    if self._waiting.pop(future, None) is not None:  # no other thread has taken it meanwhile
+                        self._pending.discard(future)
                         raise
-        future.add_done_callback(self._ended)  # which a future keeps: it must not hold what is called
+        future.add_done_callback(self._ended)  # the future keeps this: it must not hold what is called
         return future
 
     def _ended(self, future: Future[Any]) -> None:
-        self._running.discard(future)
-        if future.cancelled():  # while it waited: those that are given up must not pile up behind one that stands still
+        self._pending.discard(future)
+        if future.cancelled():  # it waited, and may go on waiting behind a call that hangs
             with self._lock:
                 self._waiting.pop(future, None)
 
     @property
     def pending(self) -> int:
-        """Calls that wait or go on."""
-        return len(self._running)
+        """Number of calls that wait or run."""
+        return len(self._pending)
 
     def give_up(self) -> None:
-        """Cancels the calls that wait."""
+        """Cancel the calls that wait."""
         with self._lock:
-            waiting, self._waiting = self._waiting, OrderedDict()
+            waiting = list(self._waiting)
         for future in waiting:
             future.cancel()
 
     def join(self, timeout: float | None) -> None:
-        """Waits for the calls that wait or go on, so many seconds at most."""
-        wait(tuple(self._running), timeout)
+        """Wait for the calls that wait or run, at most `timeout` seconds."""
+        wait(tuple(self._pending), timeout)
 
     def _run(self) -> None:
         while (taken := self._next()) is not None:
@@ -84,10 +84,10 @@ def _make(future: Future[Any], call: _Call) -> None:
         return
     fn, args, kwargs = call
     try:
-        answer = fn(*args, **kwargs)
-    except BaseException as error:  # noqa: BLE001 - whoever waits raises it
+        result = fn(*args, **kwargs)
+    except BaseException as error:  # noqa: BLE001 - `result` raises it
         future.set_exception(error)
     else:
-        future.set_result(answer)
+        future.set_result(result)
     finally:
         del future  # an error holds this frame by its traceback

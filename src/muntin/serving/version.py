@@ -18,6 +18,7 @@ from typing import Literal
 from muntin.artifact import Signature
 from muntin.errors import MuntinError
 from muntin.runtime.session import Session
+from muntin.serving.liveness import IN_THIS_PROCESS, Liveness, liveness_of
 from muntin.serving.opening import Call, NotReadyError, Opened
 
 State = Literal["loading", "ready", "draining", "unloaded", "failed"]
@@ -137,16 +138,19 @@ class Version:
         return self._session is not None
 
     @property
+    def liveness(self) -> Liveness:
+        """Whether the engine lives, and what can be done if not."""
+        return IN_THIS_PROCESS if self._session is None else liveness_of(self._session)
+
+    @property
     def able(self) -> bool:
         """Whether it is open and its engine accepts calls."""
-        session = self._session
-        return session is not None and session.able
+        return self._session is not None and self.liveness.able
 
     @property
     def dead(self) -> bool:
-        """Whether its engine died again and again and is not running (`Session.dead`)."""
-        session = self._session
-        return session is not None and session.dead
+        """Whether its engine died again and again and is not running (`Liveness.dead`)."""
+        return self.liveness.dead
 
     @property
     def overdue(self) -> int:
@@ -160,15 +164,15 @@ class Version:
     @property
     def deaths(self) -> int:
         """Number of deaths of its engine."""
-        return self._deaths if self._session is None else self._session.deaths
+        return self._deaths if self._session is None else self.liveness.deaths
 
     def new_death(self) -> str:
         """Describe the last death of its engine if it was not reported yet; otherwise empty."""
-        session = self._session
-        if session is None or session.deaths == self._reported_deaths:
+        engine = self.liveness
+        if engine.deaths in (0, self._reported_deaths):
             return ""
-        self._reported_deaths = session.deaths
-        return session.last_death
+        self._reported_deaths = engine.deaths
+        return engine.last_death
 
     def close(self) -> Session | None:
         """Give up the session and return it, for the caller to close."""

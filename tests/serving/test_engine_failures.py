@@ -1,0 +1,267 @@
+"""Requests while engines die, hang or lack memory: none is lost if a version can compute it."""
+
+from __future__ import annotations
+
+import os
+import resource
+import signal
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import suppress
+from math import inf
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+
+from muntin.runtime.memory import kills_for_memory
+from muntin.serving.batcher import Batcher, Job
+from muntin.serving.engine_process import RemoteSession, can_open_remote, open_remote
+from muntin.serving.engine_start import RunningEngine
+from muntin.serving.executor import Executor, Group, Work
+from muntin.serving.latency import LatencyModel
+from muntin.serving.loader import ArtifactLoader
+from muntin.serving.opening import Call, EngineDiedError, Opening
+from muntin.serving.recovery import TILE
+from muntin.serving.rollout import Rollout
+from muntin.serving.runner import Runner
+from muntin.serving.slot import Slot
+
+pytestmark = pytest.mark.skipif(not can_open_remote(), reason="files cannot be passed to another process here")
+LINUX = sys.platform.startswith("linux")
+OPENING = Opening(threads=1, dynamic=True, calls=(Call((1, 8, 8)),))
+
+
+def stop(process: int) -> None:
+    """Make a process hang. Where a core is busy, a signal takes its time."""
+    os.kill(process, signal.SIGSTOP)
+    while LINUX and Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[0] != "T":
+        time.sleep(0.001)
+
+
+def images_of(seed: int, rows: int, height: int, width: int, channels: int = 3) -> NDArray[np.uint8]:
+    return np.random.default_rng(seed).integers(0, 256, (rows, height, width, channels)).astype(np.uint8)
+
+
+SMALL = images_of(1, 1, 8, 8)
+
+
+def running_of(session: RemoteSession) -> RunningEngine:
+    running = session._current.running
+    assert running is not None
+    return running
+
+
+def pid_of(session: RemoteSession) -> int:
+    return running_of(session).process.pid
+
+
+def alive(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    status = Path(f"/proc/{pid}/stat")
+    return not status.exists() or status.read_text().rpartition(")")[2].split()[0] != "Z"
+
+
+@pytest.fixture
+def session(write_pixels: Callable[..., Path], tmp_path: Path) -> Iterator[RemoteSession]:
+    """A session of a model whose scores are the pixels."""
+    path = write_pixels(tmp_path / "pixels")
+    session = open_remote(path, OPENING, [], rest=0.0, seconds=60.0, stopped=lambda: False).session
+    assert isinstance(session, RemoteSession)
+    yield session
+    session.close()
+
+
+@pytest.fixture
+def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("muntin.serving.latency.OVERDUE_UNKNOWN_S", 2.0)
+    monkeypatch.setattr("muntin.serving.latency.OVERDUE_S", 2.0)
+    monkeypatch.setattr("muntin.serving.runner._GRACE_S", 0.05)
+
+
+def answered(runner: Runner, slot: Slot, images: NDArray[np.uint8] = SMALL) -> tuple[Any, Work]:
+    """The answer to a request for labels, and how it was computed."""
+    done, answers = threading.Event(), []
+    lease = slot.lease()
+    work = Work(images=images, lease=lease)
+
+    def take(answer: Any) -> None:
+        answers.append(answer)
+        lease.release()
+        done.set()
+
+    runner.submit(Job(group=Group(lease.version, *images.shape[1:3], labels=True), rows=len(images), payload=work), take)
+    assert done.wait(60)
+    return answers[0], work
+
+
+def runner_of(slot: Slot) -> Runner:
+    batcher = Batcher(LatencyModel(), objective=None, max_rows=8, queue_rows=100, queue_bytes=1 << 20)
+    return Runner(batcher, Executor(slot), interrupt=slot.interrupt)
+
+
+@pytest.mark.usefixtures("impatient")
+@pytest.mark.parametrize("number", [signal.SIGSTOP, signal.SIGSEGV])
+def test_old_version_answers_when_the_new_one_fails(
+    write_version: Callable[..., Path], tmp_path: Path, wait_until: Callable[..., None], number: signal.Signals
+) -> None:
+    lines: list[str] = []
+    slot = Slot("m", ArtifactLoader(opening=OPENING), rollout=Rollout(for_requests=10**6, max_slowdown=inf), notify=lines.append)
+    for name in ("1", "2"):
+        slot.load(write_version(tmp_path / name, int(name)), name)
+    runner, new = runner_of(slot), slot.current
+    assert new is not None
+    assert isinstance(new.session, RemoteSession)
+    pid = pid_of(new.session)
+    assert (answered(runner, slot)[0] == 2).all()
+    stop(pid)
+    if number != signal.SIGSTOP:
+        threading.Timer(0.3, lambda: [os.kill(pid, each) for each in (number, signal.SIGCONT)]).start()  # type: ignore[func-returns-value]
+    assert (answered(runner, slot)[0] == 1).all()
+    assert (answered(runner, slot)[0] == 1).all()
+    (rollback,) = [line for line in lines if "rolled back to 1" in line]
+    if number == signal.SIGSEGV:
+        ended = "the process of its engine has ended (signal 11, Segmentation fault)"
+        assert [line for line in lines if line.endswith(ended)] == [f"m: version 2: {ended}", rollback]
+    wait_until(lambda: not alive(pid))
+    assert runner.hanging == 0
+    assert runner.close(30)
+    slot.close()
+
+
+@pytest.mark.usefixtures("impatient")
+def test_only_version_is_restarted_after_a_hang(
+    write_version: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("muntin.serving.runner.HANGING", 0)  # no other thread may take the place of one that hangs
+    lines: list[str] = []
+    slot = Slot("m", ArtifactLoader(opening=OPENING), rollout=Rollout(), notify=lines.append)
+    session = slot.load(write_version(tmp_path / "1", 1), "1").session
+    assert isinstance(session, RemoteSession)
+    runner = runner_of(slot)
+    for _ in range(2):
+        stop(pid_of(session))
+        assert isinstance(answered(runner, slot)[0], EngineDiedError)
+        assert (answered(runner, slot)[0] == 1).all()
+    assert runner.able
+    os.kill(pid_of(session), signal.SIGSEGV)  # between two calls
+    running_of(session).process.wait()
+    assert (answered(runner, slot)[0] == 1).all()
+    deaths = [line.partition("has ended ")[2] for line in lines if "the process of its engine" in line]
+    assert deaths == ["(signal 9, Killed)", "(signal 9, Killed)", "(signal 11, Segmentation fault)"]
+    assert runner.close(30)
+    slot.close()
+
+
+# ---- where there is no memory ----
+
+
+def limit(folder: Path, bytes_: int) -> None:
+    """Make a control group whose processes may have so much memory."""
+    folder.mkdir()
+    try:
+        for name in ("memory.max", "memory.limit_in_bytes"):  # of version 2 and of version 1
+            if (folder / name).exists():
+                (folder / name).write_text(str(bytes_), encoding="ascii")
+                break
+        else:
+            pytest.skip("control groups here do not limit memory")
+        for name, value in (("memory.swap.max", 0), ("memory.memsw.limit_in_bytes", bytes_)):
+            if (folder / name).exists():
+                (folder / name).write_text(str(value), encoding="ascii")
+    except OSError as error:
+        pytest.skip(f"no limit can be set here: {error}")
+
+
+@pytest.fixture
+def control_group() -> Iterator[Path]:
+    """The path of a control group below this process's own. Skips where none can be made."""
+    if kills_for_memory() is None:
+        pytest.skip("the kernel does not count whom it ends for want of memory")
+    for line in Path("/proc/self/cgroup").read_text(encoding="ascii").splitlines() if LINUX else ():
+        _, controllers, path = line.split(":", 2)
+        if controllers in ("", "memory") and path:
+            folder = Path("/sys/fs/cgroup", controllers, path.lstrip("/"), f"muntin-test-{os.getpid()}")
+            try:
+                folder.mkdir()
+            except OSError:
+                continue
+            known = any((folder / name).exists() for name in ("memory.max", "memory.limit_in_bytes"))
+            folder.rmdir()
+            if known:
+                yield folder
+                until = time.monotonic() + 10
+                while folder.exists() and time.monotonic() < until:  # until what was in it has ended
+                    with suppress(OSError):
+                        folder.rmdir()
+                    time.sleep(0.01)
+                return
+    pytest.skip("no control group can be made here that limits memory")
+
+
+@pytest.fixture
+def bounded(control_group: Path, session: RemoteSession) -> RemoteSession:
+    """A session whose process, and each later one, can have 16 MiB more."""
+    limit(control_group, 16 << 20)
+
+    def bound(running: RunningEngine) -> RunningEngine:
+        (control_group / "cgroup.procs").write_text(str(running.process.pid), encoding="ascii")
+        return running
+
+    start = session._start
+    session._start = lambda *args, **options: bound(start(*args, **options))
+    session.labels(SMALL)
+    assert Path(f"/proc/{pid_of(session)}/oom_score_adj").read_text(encoding="ascii").strip() == "300"
+    bound(running_of(session))
+    return session
+
+
+def slot_of(shelf: Any, monkeypatch: pytest.MonkeyPatch, *sessions: RemoteSession) -> Slot:
+    """A slot in which each session has taken over from the one before."""
+    slot = Slot("m", shelf, rollout=Rollout(for_requests=10**6, max_slowdown=inf))
+    for number, session in enumerate(sessions, 1):
+        shelf.signatures[str(number)] = session.signature
+        monkeypatch.setattr(slot.load(Path(str(number)), str(number)), "_session", session)
+    return slot
+
+
+def test_image_that_the_kernel_ends_the_engine_for(bounded: RemoteSession, shelf: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Linux grants memory that it does not have, and ends a process that uses it."""
+    slot = slot_of(shelf, monkeypatch, bounded)
+    assert slot.current is not None
+    runner = runner_of(slot)
+    images = images_of(1, 1, 2000, 2000)
+    for deaths in (1, 2, 2):  # only the second death proves it: another call may have taken the memory
+        labels, work = answered(runner, slot, images)
+        np.testing.assert_array_equal(labels, images.argmax(3))
+        assert work.recovered == f"in tiles of {TILE} pixels"
+        assert bounded.deaths == deaths
+    assert bounded.last_death == "the process of its engine has ended (signal 9, Killed: out of memory)"
+    assert slot.current.latencies.examples == {}  # a new version is not asked to compute it in one piece
+    small = images_of(1, 2, 8, 8)
+    labels, work = answered(runner, slot, small)
+    np.testing.assert_array_equal(labels, small.argmax(3))
+    assert work.recovered == ""
+    runner.close()
+
+
+@pytest.mark.skipif(not LINUX, reason="one process limits another by Linux's prlimit")
+def test_image_that_the_system_refuses_memory_for(session: RemoteSession, shelf: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    slot = slot_of(shelf, monkeypatch, session)
+    runner = runner_of(slot)
+    small, large = images_of(1, 1, TILE, TILE), images_of(1, 1, 4000, 3000)
+    answered(runner, slot, small)
+    mapped = int(Path(f"/proc/{pid_of(session)}/statm").read_text(encoding="ascii").split()[0]) * os.sysconf("SC_PAGE_SIZE")
+    resource.prlimit(pid_of(session), resource.RLIMIT_AS, (mapped + large.nbytes + (32 << 20),) * 2)  # its images it has mapped, too
+    labels, work = answered(runner, slot, large)
+    np.testing.assert_array_equal(labels, large.argmax(3))
+    assert work.recovered == f"in tiles of {TILE} pixels"
+    assert session.deaths == 0
+    runner.close()
