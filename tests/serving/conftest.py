@@ -203,6 +203,12 @@ def simulation() -> Any:
 
 
 @pytest.fixture(scope="session")
+def batching() -> Any:
+    """The module `batching.py` beside this file."""
+    return beside("batching")
+
+
+@pytest.fixture(scope="session")
 def one_core() -> Any:
     """The module `one_core.py` beside this file."""
     return beside("one_core")
