@@ -19,11 +19,10 @@ from muntin.data import open_source
 from muntin.data.earth import GAP_DEGREES, EarthSource
 from muntin.data.source import HeldSamples, Progress, Sample, Samples, Source, SplitName
 from muntin.errors import DataError
-from muntin.training.checkpoint import build_model
-from muntin.training.interrupt import Interruption
-from muntin.training.loop import Training, prepare_hardware
+from muntin.training.loop import Interruption, Training, prepare_hardware
 from muntin.training.recipe import Recipe
 from muntin.training.trainer import Trainer
+from muntin.training.weights import build_model
 from segmentation_peers.budget import Interrupted
 
 Spans = tuple[tuple[float, float], ...]

@@ -19,6 +19,7 @@ import torch
 from PIL import Image
 
 import muntin.training
+from muntin.compression import load_model
 from muntin.deployment.live import checkpoint_session
 from muntin.runtime.images import write_image
 from muntin.training import fit, load_recipe, read_checkpoint
@@ -141,7 +142,7 @@ def test_ctrl_c_leaves_a_checkpoint_and_the_command_that_goes_on(call: Call, tin
     assert "interrupted after step" in errors
     checkpoint = read_checkpoint(run)
     assert 10 <= checkpoint.state.step < steps
-    checkpoint.model()
+    load_model(checkpoint)
     again = shlex.split(errors.split("`")[1])
     assert again[0] == "muntin"
     assert call(*again[1:], "--json").document()["step"] == steps

@@ -6,7 +6,6 @@ Axes: B images, C channels, H W map, O output and I input channels, N entries of
 from __future__ import annotations
 
 import copy
-import json
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, cast
@@ -47,6 +46,7 @@ from muntin.compression.quantized import (
 from muntin.deployment import export
 from muntin.errors import MuntinError
 from muntin.layers import Product, SoftmaxProduct
+from muntin.models.compression_record import OperationRecord
 
 SMALL = {"depths": (1,), "dims": (32,), "head_dim": 16, "window": 4, "latents": 4, "decoder": 16}
 WEIGHTED = (nn.Linear, nn.Conv2d)
@@ -468,16 +468,20 @@ def test_a_structure_and_its_numbers_make_the_model_again() -> None:
     settled(model, x)
     prepare_qat([x], keep=("head.conv",))(model)
     set_bits(model, {"stem.0.conv": 8, "stem.1.conv": FLOAT, "stages.0.blocks.0.mlp.expand": 2})
-    structure = json.loads(json.dumps(qat_structure(model)))  # as a checkpoint holds it
+    structure = qat_structure(model)
     again = create_model("hybrid-xs", options=SMALL).eval()
     fold(again)
     apply_qat(again, structure)
     again.load_state_dict(model.state_dict())
     assert qat_structure(again) == structure and bits_of(again) == bits_of(model)
-    assert structure["stem.0.conv"] == [8, 0] and structure["stages.0.blocks.0.mlp.reduce"] == [4, 1]  # behind a ReLU: unsigned
-    assert structure["stages.0.blocks.0.attention.local.scores"] == [0, 0, 0]
+    assert structure["stem.0.conv"] == OperationRecord(bits=8, unsigned=(False,))
+    assert structure["stages.0.blocks.0.mlp.reduce"] == OperationRecord(bits=4, unsigned=(True,))  # behind a ReLU
+    assert structure["stages.0.blocks.0.attention.local.scores"] == OperationRecord(bits=0, unsigned=(False, False))
     assert structure.keys().isdisjoint({"stem.1.conv", "head.conv"})
     assert torch.equal(answer(again, x), answer(model, x))
+    for wrong in ({"nowhere": structure["stem.0.conv"]}, {"head.conv": OperationRecord(bits=4, unsigned=(False, False))}):
+        with pytest.raises(MuntinError, match=r"^qat: '.*: build the model that the checkpoint was made of$"):
+            apply_qat(create_model("hybrid-xs", options=SMALL), wrong)
 
 
 # ---- what goes wrong, and what is odd ----

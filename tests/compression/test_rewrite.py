@@ -11,8 +11,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from muntin.compression import QuantizedLinear, freeze, low_rank, prepare_qat, quantize
-from muntin.compression.change import Pass
+from muntin.compression import Pass, QuantizedLinear, freeze, low_rank, prepare_qat, quantize
 from muntin.compression.factored import FactoredLinear
 from muntin.compression.rewrite import is_kept, named, number_paddings, replace
 from muntin.training.config import LowRankConfig

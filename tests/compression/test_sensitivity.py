@@ -13,8 +13,9 @@ from torch import Tensor, nn
 from muntin import create_model
 from muntin.compression import prepare_qat, set_bits
 from muntin.compression.qat import FLOAT, bits_of
-from muntin.compression.sensitivity import BETTER, LEAST, STORED, WIDER, Sensitivity, assign_bits, measure_sensitivity
+from muntin.compression.sensitivity import BETTER, LEAST, STORED, WIDER, assign_bits, measure_sensitivity
 from muntin.errors import MuntinError
+from muntin.models.compression_record import Sensitivity
 from muntin.training.loss import distillation_loss
 
 SMALL = {"depths": (1,), "dims": (32,), "head_dim": 16, "window": 4, "latents": 4, "decoder": 16}

@@ -15,21 +15,15 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from muntin.compression import stages
-from muntin.compression.change import Change
+from muntin.compression import Change, load_model, stages
 from muntin.compression.factored import FactoredConv2d, FactoredLinear
 from muntin.compression.qat import FLOAT, bits_of, qat_operations
 from muntin.compression.slimming import widths_of
 from muntin.compression.stages import (
     FOLDER,
-    STAGES,
     CompressionRun,
-    Stage,
     broken_off,
-    changes_of,
     compress_checkpoint,
-    read_model,
-    source_of,
     stage_checkpoints,
     stage_finished,
     stage_steps,
@@ -38,7 +32,8 @@ from muntin.deployment.assessment import finished_stages
 from muntin.errors import CheckpointError, DataError, MuntinError, RecipeError
 from muntin.layers import Product, SoftmaxProduct
 from muntin.layers.gate import BLOCK
-from muntin.training.checkpoint import AVERAGE, MODEL, OPTIMIZER, Checkpoint, read_checkpoint
+from muntin.models.compression_record import STAGES, Stage
+from muntin.training.checkpoint import AVERAGE, MODEL, OPTIMIZER, Checkpoint, read_checkpoint, source_of
 from muntin.training.config import CompressionConfig, QuantizationConfig
 from muntin.training.loop import LOG_EVERY, FitProgress, fit
 from muntin.training.trainer import Trainer
@@ -146,64 +141,58 @@ def test_three_stages_leave_a_folder_each(compressed: Compressed) -> None:
 
 
 def test_the_budget_of_parameters_is_kept_and_used(compressed: Compressed) -> None:
-    dense, factored = count(compressed.origin.model()), read_model(compressed.stage("low-rank"))
+    dense, factored = count(load_model(compressed.origin)), load_model(compressed.stage("low-rank"))
     assert 0.5 * dense < count(factored) <= 0.6 * dense
     assert len(names(factored, FactoredLinear, FactoredConv2d)) > 5
 
 
 def test_every_layer_is_accounted_for_in_every_stage(compressed: Compressed) -> None:
-    layers = names(compressed.origin.model(), nn.Linear, nn.Conv2d)
+    layers = names(load_model(compressed.origin), nn.Linear, nn.Conv2d)
     first, second, third = (compressed.stage(stage) for stage in STAGES)
-    low_rank = by_layer(changes_of(first), "low_rank")
-    assert sorted(low_rank) == sorted(layers) and len(changes_of(first)) == len(low_rank)
-    factored = read_model(first)
+    low_rank = by_layer(first.changes, "low_rank")
+    assert sorted(low_rank) == sorted(layers) and len(first.changes) == len(low_rank)
+    factored = load_model(first)
     ranks = {name: getattr(factored.get_submodule(name), "ranks", ()) for name in layers}
     assert {name: change.ranks for name, change in low_rank.items()} == ranks
     assert all(bool(change.reason) == change.kept for change in low_rank.values())
 
-    assert changes_of(second)[: len(low_rank)] == changes_of(first)
-    qat = by_layer(changes_of(second), "qat")
+    assert second.changes[: len(low_rank)] == first.changes
+    qat = by_layer(second.changes, "qat")
     assert sorted(qat) == sorted(names(factored, nn.Linear, nn.Conv2d, Product, SoftmaxProduct))
-    in_training = qat_operations(read_model(second))
+    in_training = qat_operations(load_model(second))
     assert sorted(name for name, change in qat.items() if not change.kept) == sorted(in_training)
-    assert {change.pass_ for change in changes_of(second)} == {"low_rank", "fold", "qat"}
+    assert {change.pass_ for change in second.changes} == {"low_rank", "fold", "qat"}
 
-    assert changes_of(third)[: len(changes_of(second))] == changes_of(second)
-    mix, bits = by_layer(changes_of(third), "mix"), bits_of(read_model(third))
-    assert sorted(mix) == sorted(bits_of(read_model(second)))
+    assert third.changes[: len(second.changes)] == second.changes
+    mix, bits = by_layer(third.changes, "mix"), bits_of(load_model(third))
+    assert sorted(mix) == sorted(bits_of(load_model(second)))
     for name, change in mix.items():
         assert change.done == (f"W{bits[name]}A8" if name in bits else "16 bits")
         assert "of the rounding error away" in change.reason
 
 
 def test_bits_are_four_and_then_within_the_average(compressed: Compressed) -> None:
-    second, third = read_model(compressed.stage("w4a8")), read_model(compressed.stage("mixed"))
+    second, third = load_model(compressed.stage("w4a8")), load_model(compressed.stage("mixed"))
     before, after = bits_of(second), bits_of(third)
     assert set(before.values()) == {4}
     weights = {name: second.get_parameter(f"{name}.weight").numel() for name in before}
     spent = sum(min(16, after.get(name, FLOAT)) * number for name, number in weights.items())
     assert 4 * sum(weights.values()) < spent <= 6 * sum(weights.values())
     measured = compressed.stage("w4a8").state.compression
-    assert measured is not None and sorted(measured["sensitivity"]) == sorted(before)
+    assert measured is not None and sorted(measured.sensitivity) == sorted(before)
 
 
 def test_what_is_read_is_the_model_that_was_trained(compressed: Compressed) -> None:
     x = pixels(2, 3, 32, 32)
     assert list(compressed.averages) == list(STAGES)
     for stage, trained in compressed.averages.items():
-        model = read_model(compressed.stage(stage))
+        model = load_model(compressed.stage(stage))
         assert not any(module.training for module in model.modules())
         state = trained.state_dict()
         assert model.state_dict().keys() == state.keys()
         assert all(torch.equal(value, state[name]) for name, value in model.state_dict().items())
         assert bits_of(model) == bits_of(trained)
         torch.testing.assert_close(answer(model, x), answer(copy.deepcopy(trained), x), rtol=1e-4, atol=1e-5)
-
-
-def test_the_model_of_a_run_is_read_too(compressed: Compressed) -> None:
-    x = pixels(1, 3, 32, 32)
-    assert torch.equal(answer(read_model(compressed.origin), x), answer(compressed.origin.model(), x))
-    assert changes_of(compressed.origin) == []
 
 
 def test_stages_train(compressed: Compressed) -> None:
@@ -215,13 +204,6 @@ def test_stages_train(compressed: Compressed) -> None:
     low_rank, quantised = (compressed.stage(stage).tensors[MODEL] for stage in ("low-rank", "w4a8"))
     scales = [name for name in quantised if name.endswith("input.log_scale")]
     assert scales and not any(name in low_rank for name in scales)
-
-
-def test_a_compressed_checkpoint_gives_no_model_of_its_recipe(compressed: Compressed) -> None:
-    for stage in STAGES:
-        with pytest.raises(CheckpointError, match="holds a compressed model: give the checkpoint of `muntin fit`") as error:
-            compressed.stage(stage).model()
-        told(error)
 
 
 # ---- interrupted and resumed ----
@@ -254,7 +236,7 @@ def test_interrupted_in_every_stage_it_ends_in_the_same_bits(compressed: Compres
             *((before, STEPS) for before in STAGES[:number]),
             (stage, LOG_EVERY),
         ]
-        read_model(read_checkpoint(run.checkpoint))
+        load_model(read_checkpoint(run.checkpoint))
         torch.manual_seed(number)  # whatever else the process draws
     run = compress_checkpoint(compressed.origin, tmp_path / "again", resume=True)
     assert not run.interrupted and len(run.stages) == 3
@@ -383,7 +365,7 @@ def test_stages_without_training_go_on_too(compressed: Compressed, tmp_path: Pat
     assert [(result.stage, result.step, result.steps) for result in run.stages] == [(stage, 0, 0) for stage in STAGES]
     assert not run.interrupted
     assert compress_checkpoint(compressed.origin, tmp_path / "short", config=short(), resume=True) == run
-    assert torch.isfinite(answer(read_model(read_checkpoint(run.checkpoint)), pixels(1, 3, 32, 32))).all()
+    assert torch.isfinite(answer(load_model(read_checkpoint(run.checkpoint)), pixels(1, 3, 32, 32))).all()
 
 
 def test_without_low_rank_there_is_no_such_stage(compressed: Compressed, tmp_path: Path) -> None:
@@ -393,8 +375,8 @@ def test_without_low_rank_there_is_no_such_stage(compressed: Compressed, tmp_pat
     assert sorted(path.name for path in (tmp_path / "dense").iterdir()) == ["2-w4a8", "3-mixed"]
     assert list(stage_checkpoints(tmp_path / "dense")) == ["w4a8", "mixed"]
     last = read_checkpoint(run.checkpoint)
-    assert not names(read_model(last), FactoredLinear, FactoredConv2d)
-    assert {change.pass_ for change in changes_of(last)} == {"fold", "qat", "mix"}
+    assert not names(load_model(last), FactoredLinear, FactoredConv2d)
+    assert {change.pass_ for change in last.changes} == {"fold", "qat", "mix"}
     with pytest.raises(RecipeError, match=r"compression\.low_rank is null, so there is no stage before 'w4a8'") as error:
         compress_checkpoint(compressed.origin, tmp_path / "none", config=config, until="low-rank")
     told(error)
@@ -403,15 +385,15 @@ def test_without_low_rank_there_is_no_such_stage(compressed: Compressed, tmp_pat
 @pytest.mark.parametrize("bits", [2, 8])
 def test_the_stage_of_quantisation_has_the_bits_that_the_recipe_says(compressed: Compressed, tmp_path: Path, bits: int) -> None:
     run = compress_checkpoint(compressed.origin, tmp_path / "bits", config=short(weight_bits=bits, average_bits=bits), until="w4a8")
-    assert set(bits_of(read_model(read_checkpoint(run.checkpoint))).values()) == {bits}
+    assert set(bits_of(load_model(read_checkpoint(run.checkpoint))).values()) == {bits}
 
 
 def test_layers_named_in_keep_stay_as_they_are(compressed: Compressed, tmp_path: Path) -> None:
     kept = ("head.conv", "stages.0.blocks.0.mlp.expand")
     run = compress_checkpoint(compressed.origin, tmp_path / "keep", config=short(keep=kept))
-    model = read_model(read_checkpoint(run.checkpoint))
+    model = load_model(read_checkpoint(run.checkpoint))
     assert {type(model.get_submodule(name)) for name in kept} == {nn.Conv2d, nn.Linear}
-    changes = changes_of(read_checkpoint(run.checkpoint))
+    changes = read_checkpoint(run.checkpoint).changes
     for name in kept:
         assert by_layer(changes, "low_rank")[name].reason == by_layer(changes, "qat")[name].reason == "named in keep"
     with pytest.raises(MuntinError, match="keep names no layer: nosuch") as error:
@@ -436,10 +418,10 @@ def test_layers_that_stay_floats_count_for_the_average(
     tiny = write_tiny(tmp_path / "data", model={"name": "with_upsampling:make", "options": {}, "size_divisor": 2}, training={"steps": 3})
     origin = read_checkpoint(fit(tiny.recipe, directory=tmp_path / "run").checkpoint)
     run = compress_checkpoint(origin, tmp_path / "met", config=short(low_rank=None, average_bits=12))
-    met = average_bits(read_model(read_checkpoint(run.checkpoint)))
+    met = average_bits(load_model(read_checkpoint(run.checkpoint)))
     assert 8 < met <= 12 and run.notes == ()
     over = compress_checkpoint(origin, tmp_path / "over", config=short(low_rank=None, average_bits=5))
-    model = read_model(read_checkpoint(over.checkpoint))
+    model = load_model(read_checkpoint(over.checkpoint))
     assert set(bits_of(model).values()) == {4}
     (note,) = over.notes
     assert note.startswith(f"a weight has {average_bits(model):.2f} bits on average, not compression.average_bits 5: 1,024 of ")
@@ -464,11 +446,11 @@ def test_what_quantization_says_counts_or_is_told(compressed: Compressed, tmp_pa
     run = compress_checkpoint(origin, tmp_path / "keep", config=short(), quantization=said)
     last = read_checkpoint(run.checkpoint)
     assert last.recipe.quantization == said
-    head = [change.reason for name, change in by_layer(changes_of(last), "qat").items() if name.startswith("head.conv")]
+    head = [change.reason for name, change in by_layer(last.changes, "qat").items() if name.startswith("head.conv")]
     assert head and set(head) == {"named in keep"}
-    assert by_layer(changes_of(last), "low_rank")["head.conv"].reason != "named in keep"
+    assert by_layer(last.changes, "low_rank")["head.conv"].reason != "named in keep"
     assert any(note.startswith("quantization.min_sqnr_db is for `muntin export`") for note in run.notes)
-    few = [change for change in changes_of(last) if change.note]
+    few = [change for change in last.changes if change.note]
     (note,) = (note for note in run.notes if note.startswith("low rank: "))
     assert few and note.startswith(f"low rank: {few[0].layer} was factored by {few[0].note}, and {len(few) - 1} other layer")
     assert note.endswith("set quantization.calibration_images (now 3) higher")
@@ -512,9 +494,9 @@ def test_a_model_whose_batch_norm_cannot_be_folded_is_read_again(
     origin = read_checkpoint(fit(tiny.recipe, directory=tmp_path / "run").checkpoint)
     run = compress_checkpoint(origin, tmp_path / "compressed", config=short(low_rank=None))
     last = read_checkpoint(run.checkpoint)
-    (kept,) = [change for change in changes_of(last) if change.pass_ == "fold"]
+    (kept,) = [change for change in last.changes if change.pass_ == "fold"]
     assert kept.kept and "changes the model's answer" in kept.reason
-    model = read_model(last)
+    model = load_model(last)
     assert isinstance(model.get_submodule("norm"), nn.BatchNorm2d)
     assert all(torch.equal(value, last.tensors[AVERAGE][name]) for name, value in model.state_dict().items())
 
@@ -540,11 +522,11 @@ def test_what_was_folded_is_read_again_whatever_the_model_answers(
     tiny = write_tiny(tmp_path / "data", model={"name": "standardised:make", "options": {}}, training={"steps": 3})
     origin = read_checkpoint(fit(tiny.recipe, directory=tmp_path / "run").checkpoint)
     last = read_checkpoint(compress_checkpoint(origin, tmp_path / "compressed", config=short()).checkpoint)
-    assert [(change.layer, change.kept) for change in changes_of(last) if change.pass_ == "fold"] == [("1", False)]
+    assert [(change.layer, change.kept) for change in last.changes if change.pass_ == "fold"] == [("1", False)]
     kept = compress_checkpoint(origin, tmp_path / "kept", config=short(low_rank=None, keep=tuple("036")))
     with monkeypatch.context() as patch:
-        patch.setattr(type(origin.model()), "forward", lambda model, x: nn.Sequential.forward(model, x) * float("nan"))
-        model, unquantised = read_model(last), read_model(read_checkpoint(kept.checkpoint))
+        patch.setattr(type(load_model(origin)), "forward", lambda model, x: nn.Sequential.forward(model, x) * float("nan"))
+        model, unquantised = load_model(last), load_model(read_checkpoint(kept.checkpoint))
     assert names(unquantised, nn.Conv2d) == list("036")
     assert isinstance(model.get_submodule("3"), FactoredConv2d)  # whose padding was a word
     assert isinstance(model.get_submodule("5"), nn.BatchNorm2d) and not isinstance(model.get_submodule("1"), nn.BatchNorm2d)
@@ -578,7 +560,7 @@ def test_a_model_that_goes_through_a_plain_list_is_read_with_its_new_layers(
     monkeypatch.syspath_prepend(tmp_path)
     tiny = write_tiny(tmp_path / "data", model={"name": "through_a_list:make", "options": {}}, training={"steps": 3})
     origin = read_checkpoint(fit(tiny.recipe, directory=tmp_path / "run").checkpoint)
-    model = read_model(read_checkpoint(compress_checkpoint(origin, tmp_path / "compressed", config=short()).checkpoint))
+    model = load_model(read_checkpoint(compress_checkpoint(origin, tmp_path / "compressed", config=short()).checkpoint))
     assert isinstance(model.get_submodule("3"), FactoredConv2d) and qat_operations(model)
     x = pixels(1, 3, 16, 16)
     assert torch.equal(answer(model, x), answer(nn.Sequential(*model.children()), x / 128 - 1))
@@ -611,16 +593,16 @@ def test_a_stage_that_ended_by_the_clock_is_finished(write_tiny: Callable[..., A
 
 def test_closed_channels_are_cut_before_the_first_stage(tmp_path: Path, write_tiny: Callable[..., Any]) -> None:
     origin = train(write_tiny, tmp_path, training={"steps": STEPS, "validate_every": 100, "checkpoint_every": 100, "gate_budget": 0.775})
-    hidden = widths_of(origin.model())["stages.0.blocks.0.mlp"]
+    hidden = widths_of(load_model(origin))["stages.0.blocks.0.mlp"]
     run = compress_checkpoint(origin, tmp_path / "run" / "compressed")
     cut = {stage: read_checkpoint(run.directory / f"{n}-{stage}") for n, stage in enumerate(STAGES, 1)}
     for stage, checkpoint in cut.items():
         made = checkpoint.state.compression
-        assert made is not None and made["widths"]["stages.0.blocks.0.mlp"] == BLOCK < hidden
-        read_model(checkpoint)  # refuses weights of another shape
-        found = by_layer(changes_of(checkpoint), "slim")
+        assert made is not None and made.widths["stages.0.blocks.0.mlp"] == BLOCK < hidden
+        load_model(checkpoint)  # refuses weights of another shape
+        found = by_layer(checkpoint.changes, "slim")
         assert found["stages.0.blocks.0.mlp"].done == f"{BLOCK} of {hidden} channels", stage
-    assert widths_of(read_model(cut["low-rank"])) == cut["mixed"].state.compression["widths"]  # type: ignore[index]
+    assert widths_of(load_model(cut["low-rank"])) == cut["mixed"].state.compression.widths  # type: ignore[index]
 
 
 def test_a_stage_that_was_broken_off_while_it_was_judged_is_judged_when_resumed(

@@ -15,8 +15,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from muntin.artifact.manifest import Task
 from muntin.errors import RecipeError
-from muntin.models import DividedSides, ForeignModel, Task, create_model
+from muntin.models import DividedSides, ForeignModel, create_model
 
 FACTORIES = """
 from torch import nn

@@ -14,7 +14,8 @@ from torch.nn import functional as F  # noqa: N812 - the field's usual name
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from muntin.models import PRESETS, HybridNet, Task, create_model
+from muntin.artifact.manifest import Task
+from muntin.models import PRESETS, HybridNet, create_model
 
 TASKS: list[tuple[Task, int]] = [("segment", 1), ("classify", 1), ("restore", 1), ("restore", 2)]
 SIZES = [*itertools.product([1, 2, 3], [1, 33]), (31, 2), (33, 31), (64, 40)]

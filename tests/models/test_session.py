@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
 
 from muntin.artifact import ClassInfo, Signature
-from muntin.errors import DataError, MuntinError
+from muntin.errors import DataError, DependencyError, MuntinError
 from muntin.models import TorchSession, create_model
+from muntin.models.session import require_compiler
 
 CLASSES = (ClassInfo(name="sea", color=(0, 0, 255)), ClassInfo(name="land", color=(0, 255, 0)))
 SEGMENT = Signature(task="segment", channels=3, classes=CLASSES)
@@ -98,3 +101,11 @@ def test_other_images_are_refused(wrong: object) -> None:
 def test_a_model_without_parameters_is_used_where_its_buffers_are() -> None:
     norm = torch.nn.BatchNorm2d(3, affine=False, device="meta")
     assert TorchSession(norm, SEGMENT).device.type == "meta"
+
+
+def test_no_compiler_is_told_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path))
+    signature = Signature(task="segment", channels=3, classes=(ClassInfo(name="a", color=(0, 0, 0)),))
+    with pytest.raises(DependencyError, match=r"needs a C\+\+ compiler on CPUs"):
+        TorchSession(torch.nn.Conv2d(3, 1, 1), signature, compile=True)
+    require_compiler("cuda")  # there it is Triton's affair

@@ -10,33 +10,22 @@ from typing import Any
 import pytest
 import torch
 
+from muntin.compression import load_model
 from muntin.errors import CheckpointError
 from muntin.models import create_model
-from muntin.training.checkpoint import (
-    AVERAGE,
-    MODEL,
-    OPTIMIZER,
-    STATE,
-    build_model,
-    checkpoints_in,
-    digest_of,
-    find_checkpoint,
-    load_optimizer,
-    load_weights,
-    optimizer_tensors,
-    read_checkpoint,
-)
-from muntin.training.optimizer import make_optimizer
+from muntin.training.checkpoint import AVERAGE, MODEL, OPTIMIZER, STATE, checkpoints_in, digest_of, find_checkpoint, read_checkpoint
+from muntin.training.optimizer import load_optimizer, make_optimizer, optimizer_tensors
 from muntin.training.precision import resolve_precision
 from muntin.training.recipe import Recipe
 from muntin.training.trainer import Trainer
+from muntin.training.weights import build_model, load_weights
 
 Save = Callable[..., Path]
 
 
 def mistake(path: Path) -> str:
     with pytest.raises(CheckpointError) as error:
-        read_checkpoint(path).model()
+        load_model(read_checkpoint(path))
     assert "\n" not in str(error.value)
     return str(error.value)
 
@@ -57,7 +46,7 @@ def test_what_is_written_is_read(tmp_path: Path, save_step: Save, recipe: Recipe
     assert (checkpoint.state.step, checkpoint.state.root, checkpoint.state.pending) == (7, "/data", [0.25])
     assert [c.name for c in checkpoint.state.classes] == ["sea", "field", "roof"]
     assert checkpoint.bytes == (path / AVERAGE).stat().st_size
-    model = checkpoint.model()
+    model = load_model(checkpoint)
     assert not model.training
     state = model.state_dict()
     assert state.keys() == checkpoint.tensors[AVERAGE].keys()
@@ -178,7 +167,16 @@ def test_a_field_that_is_not_known_here_is_named(tmp_path: Path, save_step: Save
     other = recipe.model_dump(mode="json")
     other["training"]["gate_cost"] = 0.0
     rewrite(path, recipe=other)
-    assert "recipe.training.gate_cost: Extra inputs are not permitted: corrupted, or written by another version of muntin" in mistake(path)
+    text = mistake(path)
+    assert "recipe.training.gate_cost: Extra inputs are not permitted (got 0.0): corrupted, or written by another version of" in text
+
+
+def test_damaged_compression_record(tmp_path: Path, save_step: Save) -> None:
+    path = save_step(tmp_path, 1)
+    rewrite(path, compression={"stage": "w8a8", "origin": "", "ranks": {}, "changes": []})
+    text = mistake(path)
+    assert "compression.stage: Input should be 'low-rank', 'w4a8' or 'mixed' (got 'w8a8'): corrupted, or written by" in text
+    assert "use an older step beside it" in text
 
 
 def test_a_checkpoint_whose_recipe_has_a_scale_is_read(tmp_path: Path, save_step: Save, recipe: Recipe) -> None:

@@ -15,18 +15,17 @@ import torch
 from torch import Tensor, nn
 
 from muntin import create_model
-from muntin.compression import remove_closed_channels
+from muntin.compression import load_model, remove_closed_channels
 from muntin.deployment import image_macs
 from muntin.errors import RecipeError
 from muntin.layers import ChannelGate
 from muntin.layers.gate import BLOCK
 from muntin.training import fit, loop, read_checkpoint
-from muntin.training.average import WeightAverage
 from muntin.training.closing import FIRST, LAST, GateClosing
 from muntin.training.config import TrainingConfig
 from muntin.training.optimizer import make_optimizer
 from muntin.training.recipe import load_recipe
-from muntin.training.trainer import Trainer
+from muntin.training.trainer import Trainer, WeightAverage
 
 OPTIONS = {
     "stem": (16, 48, 48),
@@ -175,7 +174,7 @@ def budget_of(tiny: Any, *options: str) -> Any:
 
 
 def kept(checkpoint: Path) -> float:
-    return open_share(closing_of(read_checkpoint(checkpoint).model(), 0.5))
+    return open_share(closing_of(load_model(read_checkpoint(checkpoint)), 0.5))
 
 
 @pytest.mark.parametrize("slow", ["step", "validation"])

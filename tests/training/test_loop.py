@@ -5,6 +5,7 @@ import os
 import random
 import shutil
 import signal
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -15,22 +16,22 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from muntin.compression import load_model
 from muntin.data import open_source
 from muntin.errors import CheckpointError, DataError, DependencyError, MuntinError, RecipeError
 from muntin.layers import ChannelGate
-from muntin.models import TorchSession
+from muntin.models import CompressionRecord, TorchSession
 from muntin.runtime.images import write_image
 from muntin.training import loop
-from muntin.training.checkpoint import AVERAGE, STATE, Checkpoint, checkpoints_in, new_model, read_checkpoint
+from muntin.training.checkpoint import AVERAGE, STATE, Checkpoint, checkpoints_in, read_checkpoint
 from muntin.training.config import TrainingConfig
 from muntin.training.evaluation import evaluate
-from muntin.training.interrupt import Interruption
-from muntin.training.loop import LOG_EVERY, FitProgress, FitResult, Training, fit
+from muntin.training.loop import LOG_EVERY, FitProgress, FitResult, Interruption, Training, fit
 from muntin.training.optimizer import make_optimizer
 from muntin.training.precision import resolve_precision
 from muntin.training.recipe import load_recipe
-from muntin.training.schedule import learning_rate
 from muntin.training.trainer import Trainer
+from muntin.training.weights import new_model
 
 STEPS = LOG_EVERY + 4
 
@@ -132,7 +133,7 @@ def test_an_interrupted_run_that_goes_on_ends_in_the_same_bits(tmp_path: Path, w
         result = train(tiny, tmp_path / "run", *plan, resume=stop > 4, report=ctrl_c_at(stop))
         assert (result.step, result.interrupted) == (stop, True)
         assert result.checkpoint.name == f"step-{stop:08d}"
-        read_checkpoint(result.checkpoint).model()
+        load_model(read_checkpoint(result.checkpoint))
         torch.manual_seed(stop)  # whatever else the process draws
     result = train(tiny, tmp_path / "run", *plan, resume=True)
     assert (result.step, result.interrupted) == (STEPS, False)
@@ -245,7 +246,7 @@ def test_what_a_recipe_changes_on_the_way_is_noted_and_kept(tmp_path: Path, tiny
     assert note.endswith(" and 1 more")
     checkpoint = read_checkpoint(tmp_path / "run")
     assert (checkpoint.state.step, checkpoint.recipe) == (6, load_recipe(tiny.recipe, changed))
-    assert checkpoint.state.training[-1]["learning_rate"] == learning_rate(5.5 / 6, checkpoint.recipe.training)
+    assert checkpoint.state.training[-1]["learning_rate"] == checkpoint.recipe.training.rate_at(5.5 / 6)
     assert train(tiny, tmp_path / "run", *changed, resume=True).notes == ()
 
 
@@ -312,7 +313,7 @@ def test_a_loss_that_is_not_finite_ends_the_run_and_keeps_its_checkpoint(
     assert advised == ["training.learning_rate=0.0005"]
     checkpoint = read_checkpoint(tmp_path / "run")
     assert checkpoint.state.step == 3
-    assert all(value.isfinite().all() for value in checkpoint.model().state_dict().values())
+    assert all(value.isfinite().all() for value in load_model(checkpoint).state_dict().values())
     result = train(tiny, tmp_path / "run", *advised, resume=True)  # what the line advises works
     assert (result.step, result.notes) == (6, ("on the way, from step 3 on: training.learning_rate was 0.002, is 0.0005",))
 
@@ -335,7 +336,14 @@ def test_what_is_advised_where_training_leaves_the_numbers_can_be_done(
     source, precision = open_source(recipe.data, root=tiny.root), resolve_precision("fp32", "cpu")
     trainer = Trainer(new_model(recipe, source.classes), recipe.training, task="segment", precision=precision)
     stage = Training(
-        trainer, recipe, source, directory=tmp_path / "stage", root=tiny.root, start=None, report=lambda progress: None, compression={}
+        trainer,
+        recipe,
+        source,
+        directory=tmp_path / "stage",
+        root=tiny.root,
+        start=None,
+        report=lambda progress: None,
+        compression=CompressionRecord(stage="low-rank", origin="", ranks={}, changes=()),
     )
     with pytest.raises(MuntinError, match=r"lower this stage's learning_rate in compression \(now 0\.002\) and compress anew") as error:
         stage.run(Interruption())
@@ -402,7 +410,7 @@ def test_a_layer_that_is_used_twice_is_kept_and_gone_on_with(
     monkeypatch.syspath_prepend(tmp_path)
     tiny = write_tiny(tmp_path / "data", model={"name": "shared_model:make", "options": {}})
     train(tiny, tmp_path / "run")
-    model = read_checkpoint(tmp_path / "run").model()
+    model = load_model(read_checkpoint(tmp_path / "run"))
     assert torch.equal(model[1].weight, model[3].weight) and model[1] is model[3]  # type: ignore[index]
 
 
@@ -434,7 +442,7 @@ def test_what_a_model_makes_at_its_first_call_is_read_and_gone_on_with(
     tiny = write_tiny(tmp_path / "data", model={"name": "late_model:make", "options": {}})
     train(tiny, tmp_path / "run", report=ctrl_c_at(3))
     checkpoint = read_checkpoint(train(tiny, tmp_path / "run", resume=True).checkpoint)
-    state = checkpoint.model().state_dict()
+    state = load_model(checkpoint).state_dict()
     assert set(state) == {"mean", "layer.weight", "layer.bias"}
     assert all(torch.equal(value, checkpoint.tensors[AVERAGE][name]) for name, value in state.items())
 
@@ -692,7 +700,7 @@ def test_the_rate_that_is_logged_is_the_rate_that_was_used(whole: tuple[Any, Fit
     checkpoint = read_checkpoint(result.checkpoint)
     config = checkpoint.recipe.training
     assert [point["learning_rate"] for point in checkpoint.state.training] == [
-        learning_rate((step - 0.5) / STEPS, config) for step in (LOG_EVERY, STEPS)
+        config.rate_at((step - 0.5) / STEPS) for step in (LOG_EVERY, STEPS)
     ]
 
 
@@ -707,7 +715,7 @@ BUDGET = ("training.gate_budget=0.66", "training.steps=12", "training.validate_e
 
 
 def test_gates_close_under_a_budget(tmp_path: Path, tiny: Any) -> None:
-    model = read_checkpoint(train(tiny, tmp_path, *BUDGET).checkpoint).model()
+    model = load_model(read_checkpoint(train(tiny, tmp_path, *BUDGET).checkpoint))
     gates = [module for module in model.modules() if isinstance(module, ChannelGate)]
     assert any(not gate.open_channels().all() for gate in gates) and all(gate.open_channels().any() for gate in gates)
 
@@ -748,6 +756,52 @@ def test_a_validation_of_a_classifier_tells_the_accuracy_of_each_class(tmp_path:
     result = fit(write_colors(tmp_path, tiny.content["model"], steps=3), directory=tmp_path / "run")
     checkpoint = read_checkpoint(result.checkpoint)
     samples = open_source(checkpoint.recipe.data, root=tmp_path).split("validation")
-    again = evaluate(TorchSession(checkpoint.model(), checkpoint.signature), samples, tile=48)
+    again = evaluate(TorchSession(load_model(checkpoint), checkpoint.signature), samples, tile=48)
     assert again.recall != again.iou, "it errs nowhere: this test plants nothing"
     assert result.validation[-1]["by_class"] == again.recall
+
+
+# Interruption
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_is_a_request(number: signal.Signals) -> None:
+    before = signal.getsignal(number)
+    with Interruption() as interruption:
+        assert not interruption.asked
+        os.kill(os.getpid(), number)
+        assert interruption.asked
+    assert signal.getsignal(number) is before
+
+
+def test_a_second_ctrl_c_acts_as_usual() -> None:
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # whoever started the tests may have switched Ctrl-C off
+    try:
+        with pytest.raises(KeyboardInterrupt), Interruption() as interruption:
+            os.kill(os.getpid(), signal.SIGINT)
+            assert interruption.asked
+            os.kill(os.getpid(), signal.SIGINT)
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+def test_handlers_come_back_after_an_error() -> None:
+    before = signal.getsignal(signal.SIGINT)
+    with pytest.raises(ZeroDivisionError), Interruption():
+        assert signal.getsignal(signal.SIGINT) is not before
+        raise ZeroDivisionError
+    assert signal.getsignal(signal.SIGINT) is before
+
+
+def test_another_thread_leaves_signals_alone() -> None:
+    """Handlers can only be set in the main thread: a fit inside a server must not fail for it."""
+    before, during = signal.getsignal(signal.SIGINT), []
+
+    def work() -> None:
+        with Interruption() as interruption:
+            during.append((interruption.asked, signal.getsignal(signal.SIGINT)))
+
+    thread = threading.Thread(target=work)
+    thread.start()
+    thread.join()
+    assert during == [(False, before)]

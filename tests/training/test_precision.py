@@ -2,14 +2,12 @@ from __future__ import annotations
 
 import pytest
 import torch
-from torch import nn
 
-from muntin.errors import DependencyError, RecipeError
-from muntin.models import create_model
-from muntin.training.precision import PAYS, Precision, bf16_gain, check_maps, cpu_computes_bf16, resolve_precision
+from muntin.errors import DependencyError
+from muntin.training.precision import PAYS, TrainingPrecision, bf16_gain, cpu_computes_bf16, resolve_precision
 
 
-def product_dtype(precision: Precision) -> torch.dtype:
+def product_dtype(precision: TrainingPrecision) -> torch.dtype:
     with precision.autocast():
         return torch.nn.functional.linear(torch.ones(2, 3), torch.ones(4, 3)).dtype
 
@@ -65,64 +63,14 @@ def test_a_type_that_the_hardware_lacks_is_refused_in_one_line() -> None:
 
 
 def test_autocast_ends_with_its_block() -> None:
-    precision = Precision(name="bf16", device="cpu", dtype=torch.bfloat16, reason="test")
+    precision = TrainingPrecision(name="bf16", device="cpu", dtype=torch.bfloat16, reason="test")
     assert product_dtype(precision) == torch.bfloat16
     assert torch.nn.functional.linear(torch.ones(2, 3), torch.ones(4, 3)).dtype == torch.float32
 
 
 @pytest.mark.parametrize(("dtype", "scales"), [(torch.float16, True), (torch.bfloat16, False), (None, False)])
 def test_only_fp16_scales_its_loss(dtype: torch.dtype | None, scales: bool) -> None:
-    scaler = Precision(name="x", device="cpu", dtype=dtype, reason="test").scaler()
+    scaler = TrainingPrecision(name="x", device="cpu", dtype=dtype, reason="test").scaler()
     assert scaler.is_enabled() == scales
     loss = torch.tensor(2.0)
     assert (float(scaler.scale(loss)) > 2) == scales
-
-
-BF16 = Precision(name="bf16", device="cpu", dtype=torch.bfloat16, reason="for this test")
-
-
-def test_where_a_kernel_exceeds_its_map_training_is_in_fp32() -> None:
-    model = create_model("hybrid-xs", task="classify").train()
-    precision = check_maps(model, BF16, crop=16, channels=3, asked="auto")
-    assert (precision.name, precision.dtype) == ("fp32", None)
-    assert precision.reason.startswith("at data.crop 16 the 3x3 convolution ") and "sees maps of 1x1, where" in precision.reason
-    assert check_maps(model, BF16, crop=32, channels=3, asked="auto") is BF16
-    assert model.training
-    with pytest.raises(
-        RecipeError, match=r"^training\.precision bf16: at data\.crop 16 the 3x3 .*: write auto or fp32, or take larger crops$"
-    ):
-        check_maps(model, BF16, crop=16, channels=3, asked="bf16")
-
-
-def test_a_convolution_may_be_called_by_keyword() -> None:
-    class ByKeyword(nn.Conv2d):
-        def __call__(self, x: torch.Tensor) -> torch.Tensor:
-            out: torch.Tensor = super().__call__(input=x)
-            return out
-
-    assert check_maps(ByKeyword(3, 4, 3, padding=8, dilation=8), BF16, crop=8, channels=3, asked="auto").name == "fp32"
-
-
-def test_dilation_counts_and_other_types_are_not_looked_at() -> None:
-    wide = nn.Conv2d(3, 4, 3, padding=8, dilation=8)
-    assert check_maps(wide, BF16, crop=8, channels=3, asked="auto").name == "fp32"
-    assert check_maps(wide, BF16, crop=9, channels=3, asked="auto") is BF16
-    fp32 = resolve_precision("fp32", "cpu")
-    assert check_maps(wide, fp32, crop=16, channels=3, asked="fp32") is fp32
-
-
-def test_the_gradients_that_are_taken_are_right_on_small_maps() -> None:
-    """What it is for: in BF16 the weights of this model's convolution over a map of 1x1 had another gradient each time, or none."""
-    torch.manual_seed(0)
-    model = nn.Sequential(nn.Conv2d(3, 32, 1), nn.Conv2d(32, 32, 3, 2, 1))
-    images = torch.randn(4, 3, 1, 1)
-    precision = check_maps(model, BF16, crop=1, channels=3, asked="auto")
-    wanted = torch.autograd.grad(model.double()(images.double()).sum(), list(model.parameters()))
-    model.float()
-    for _ in range(8):
-        dirt = [torch.full((size,), torch.nan) for size in (1024, 4096, 16384, 65536) * 4]
-        del dirt
-        with precision.autocast():
-            loss = model(images).float().sum()
-        for found, due in zip(torch.autograd.grad(loss, list(model.parameters())), wanted, strict=True):
-            torch.testing.assert_close(found.double(), due, rtol=1e-4, atol=1e-5)

@@ -16,10 +16,11 @@ from torch import Tensor, nn
 from muntin.artifact import ClassInfo
 from muntin.errors import MuntinError, RecipeError
 from muntin.models import create_model
-from muntin.training.checkpoint import new_model
 from muntin.training.loop import fit
+from muntin.training.precision import TrainingPrecision, resolve_precision
 from muntin.training.recipe import load_recipe, parse_recipe
-from muntin.training.suitability import check_model, check_reading
+from muntin.training.suitability import check_maps, check_model, check_reading
+from muntin.training.weights import new_model
 
 TWO = (ClassInfo(name="a", color=(0, 0, 0)), ClassInfo(name="b", color=(9, 9, 9)))
 
@@ -278,3 +279,56 @@ def deep(*, task: str, classes: int, channels: int) -> nn.Module:
 def test_a_kernel_of_three_dimensions_is_trained(tiny: Any, tmp_path: Path) -> None:
     recipe = load_recipe(tiny.recipe, ["training.steps=2", f"model.name={__name__}:deep", "model.options={}"])
     assert fit(recipe, root=tiny.root, directory=tmp_path / "run").step == 2
+
+
+# Gradients in BF16
+
+
+BF16 = TrainingPrecision(name="bf16", device="cpu", dtype=torch.bfloat16, reason="for this test")
+
+
+def test_where_a_kernel_exceeds_its_map_training_is_in_fp32() -> None:
+    model = create_model("hybrid-xs", task="classify").train()
+    precision = check_maps(model, BF16, crop=16, channels=3, asked="auto")
+    assert (precision.name, precision.dtype) == ("fp32", None)
+    assert precision.reason.startswith("at data.crop 16 the 3x3 convolution ") and "sees maps of 1x1, where" in precision.reason
+    assert check_maps(model, BF16, crop=32, channels=3, asked="auto") is BF16
+    assert model.training
+    with pytest.raises(
+        RecipeError, match=r"^training\.precision bf16: at data\.crop 16 the 3x3 .*: write auto or fp32, or take larger crops$"
+    ):
+        check_maps(model, BF16, crop=16, channels=3, asked="bf16")
+
+
+def test_a_convolution_may_be_called_by_keyword() -> None:
+    class ByKeyword(nn.Conv2d):
+        def __call__(self, x: torch.Tensor) -> torch.Tensor:
+            out: torch.Tensor = super().__call__(input=x)
+            return out
+
+    assert check_maps(ByKeyword(3, 4, 3, padding=8, dilation=8), BF16, crop=8, channels=3, asked="auto").name == "fp32"
+
+
+def test_dilation_counts_and_other_types_are_not_looked_at() -> None:
+    wide = nn.Conv2d(3, 4, 3, padding=8, dilation=8)
+    assert check_maps(wide, BF16, crop=8, channels=3, asked="auto").name == "fp32"
+    assert check_maps(wide, BF16, crop=9, channels=3, asked="auto") is BF16
+    fp32 = resolve_precision("fp32", "cpu")
+    assert check_maps(wide, fp32, crop=16, channels=3, asked="fp32") is fp32
+
+
+def test_the_gradients_that_are_taken_are_right_on_small_maps() -> None:
+    """What it is for: in BF16 the weights of this model's convolution over a map of 1x1 had another gradient each time, or none."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(3, 32, 1), nn.Conv2d(32, 32, 3, 2, 1))
+    images = torch.randn(4, 3, 1, 1)
+    precision = check_maps(model, BF16, crop=1, channels=3, asked="auto")
+    wanted = torch.autograd.grad(model.double()(images.double()).sum(), list(model.parameters()))
+    model.float()
+    for _ in range(8):
+        dirt = [torch.full((size,), torch.nan) for size in (1024, 4096, 16384, 65536) * 4]
+        del dirt
+        with precision.autocast():
+            loss = model(images).float().sum()
+        for found, due in zip(torch.autograd.grad(loss, list(model.parameters())), wanted, strict=True):
+            torch.testing.assert_close(found.double(), due, rtol=1e-4, atol=1e-5)

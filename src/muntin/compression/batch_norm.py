@@ -16,10 +16,10 @@ import torch
 from torch import Tensor, nn
 
 from muntin.compression.calibration import as_input
-from muntin.compression.change import Change
 from muntin.compression.rewrite import computed_weight, named, parameter_users, replace
 from muntin.compression.stand_in import same
 from muntin.errors import MuntinError
+from muntin.models.compression_record import Change
 
 FOLDED = "batch norm folded into the convolution before it"
 """What a change says of a norm that was folded. The checkpoints of `compress` go by it: it stays as it is."""

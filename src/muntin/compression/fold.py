@@ -13,12 +13,12 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from muntin.compression.change import Change
 from muntin.compression.factored import FactoredConv2d, FactoredLinear
 from muntin.compression.rewrite import named, tied
 from muntin.layers import ChannelGate, ConvUnit, Gain, MapNorm, PixelHead, ResidualPair, TokenNorm
 from muntin.layers.block import ParallelBlock, Perceptron, SerialBlock
 from muntin.layers.windows import Grid
+from muntin.models.compression_record import Change
 
 
 class Folded(nn.Module):

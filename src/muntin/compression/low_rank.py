@@ -20,7 +20,7 @@ Axes: O output and I input channels, H W the taps of a kernel, R and P ranks.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import cast
 
@@ -29,7 +29,6 @@ import torch
 from torch import Tensor, nn
 
 from muntin.compression.calibration import calibration_list, check_weights
-from muntin.compression.change import Change, Pass
 from muntin.compression.factored import (
     FactoredConv2d,
     FactoredLayer,
@@ -46,6 +45,7 @@ from muntin.compression.quantized import QuantizedConv2d, QuantizedLinear
 from muntin.compression.ranks import Choice, Floats, allocate, allocate_within, choices, ladder, largest_threshold, rank_at
 from muntin.compression.rewrite import (
     WHOLE_MODEL,
+    Pass,
     call_every_layer,
     check_kept,
     computed_weight,
@@ -58,6 +58,7 @@ from muntin.compression.rewrite import (
 )
 from muntin.compression.stand_in import irreplaceable
 from muntin.errors import MuntinError
+from muntin.models.compression_record import Change
 from muntin.models.eager import check_eager
 from muntin.training.config import LowRankConfig
 
@@ -377,12 +378,12 @@ def _mode(gram: Tensor, rank: int) -> tuple[Tensor, Tensor]:
 # Structure, for checkpoints
 
 
-def structure_of(model: nn.Module) -> dict[str, list[int]]:
-    """The ranks of each factored layer, by dotted name: what a checkpoint has to say beside its weights. Plain numbers, fit for JSON."""
-    return {name: list(cast(FactoredLayer, layer).ranks) for name, layer in named(model, FactoredLinear, FactoredConv2d)}
+def structure_of(model: nn.Module) -> dict[str, tuple[int, ...]]:
+    """The ranks of each factored layer, by dotted name."""
+    return {name: cast(FactoredLayer, layer).ranks for name, layer in named(model, FactoredLinear, FactoredConv2d)}
 
 
-def apply_structure(model: nn.Module, structure: Mapping[str, list[int]]) -> None:
+def apply_structure(model: nn.Module, structure: Mapping[str, Sequence[int]]) -> None:
     """Put factored layers, not initialised, where `structure` says, in place: load the weights of a checkpoint next.
 
     Layers that have these ranks already stay as they are. Raises `MuntinError` for a name that is no layer of the model or ranks that

@@ -21,7 +21,6 @@ from torch.nn import functional as F  # noqa: N812 - the field's usual name
 
 from muntin.compression.batch_norm import fold_batch_norms
 from muntin.compression.calibration import calibration_list, check_weights, observe, watch_inputs
-from muntin.compression.change import Change, Pass
 from muntin.compression.fake_quantization import along, round_to_grid, round_to_half, sqnr_db, weight_limit, weight_scale
 from muntin.compression.fold import fold
 from muntin.compression.observer import ActivationGrid, Observer, usable
@@ -38,6 +37,7 @@ from muntin.compression.quantized import (
 )
 from muntin.compression.rewrite import (
     WHOLE_MODEL,
+    Pass,
     call_every_layer,
     check_kept,
     computes_as_usual,
@@ -52,6 +52,7 @@ from muntin.compression.rewrite import (
 from muntin.compression.stand_in import irreplaceable
 from muntin.errors import MuntinError
 from muntin.layers import Product, SoftmaxProduct
+from muntin.models.compression_record import Change, OperationRecord
 from muntin.models.eager import check_eager
 
 
@@ -209,7 +210,8 @@ def prepare_qat(calibration: Iterable[Tensor], *, bits: int = 4, keep: Sequence[
             operation = model.get_submodule(name)
             reason = reasons.get(name) or (no_integer_form(operation, observers[0]) if name in layers else _unseen(observers[0]))
             if reason is None:
-                replace(model, name, _qat_form(operation, observers, bits, percentile))
+                grids = [observer.grid(percentile) if observer.seen else SHARES for observer in observers]
+                replace(model, name, _qat_form(operation, grids, bits))
                 changes.append(Change(layer=name, pass_="qat", done=f"W{bits}A8" if name in layers else "A8"))
             else:
                 changes.append(Change(layer=name, pass_="qat", done="kept", reason=reason))
@@ -236,13 +238,13 @@ def _unusual(model: nn.Module, layers: Mapping[str, nn.Module], batches: Sequenc
     return found
 
 
-def _qat_form(operation: nn.Module, observers: tuple[Observer, Observer], bits: int, percentile: float | None) -> QATOperation:
-    first, second = (observer.grid(percentile) if observer.seen else SHARES for observer in observers)
+def _qat_form(operation: nn.Module, grids: Sequence[ActivationGrid], bits: int) -> QATOperation:
+    """The form of an operation in quantisation-aware training. `grids`: of its inputs; of a SoftmaxProduct the last is the values'."""
     if isinstance(operation, nn.Conv2d):
-        return QATConv2d(operation, first, bits)
+        return QATConv2d(operation, grids[0], bits)
     if isinstance(operation, nn.Linear):
-        return QATLinear(operation, first, bits)
-    return QATProduct(first, second) if isinstance(operation, Product) else QATSoftmaxProduct(second)
+        return QATLinear(operation, grids[0], bits)
+    return QATProduct(grids[0], grids[1]) if isinstance(operation, Product) else QATSoftmaxProduct(grids[-1])
 
 
 def qat_operations(model: nn.Module) -> dict[str, QATOperation]:
@@ -286,31 +288,30 @@ def set_bits(model: nn.Module, bits: Mapping[str, int]) -> None:
             layer.set_bits(wanted)
 
 
-def qat_structure(model: nn.Module) -> dict[str, list[int]]:
-    """What `apply_qat` needs to make this structure again: of each operation the bits (0: no weight) and whether its grids are unsigned."""
+def qat_structure(model: nn.Module) -> dict[str, OperationRecord]:
+    """The operations in quantisation-aware training, by dotted name, for a checkpoint's record."""
     structure = {}
     for name, operation in qat_operations(model).items():
         grids = [module for module in operation.modules() if isinstance(module, LearnedGrid)]
         bits = operation.bits if isinstance(operation, QATLinear | QATConv2d) else 0
-        structure[name] = [bits, *(int(grid.unsigned) for grid in grids)]
+        structure[name] = OperationRecord(bits=bits, unsigned=tuple(grid.unsigned for grid in grids))
     return structure
 
 
-def apply_qat(model: nn.Module, structure: Mapping[str, Sequence[int]]) -> None:
-    """Put operations in quantisation-aware training where `structure` names them; their numbers are then to be loaded."""
-    for name, (bits, *signs) in structure.items():
-        grids = [ActivationGrid(scale=1.0, zero_point=0, unsigned=bool(sign), low=0.0, high=1.0, clipped=0.0) for sign in signs]
-        operation = model.get_submodule(name)
-        form: QATOperation
-        if isinstance(operation, nn.Conv2d):
-            form = QATConv2d(operation, grids[0], bits)
-        elif isinstance(operation, nn.Linear):
-            form = QATLinear(operation, grids[0], bits)
-        elif isinstance(operation, Product):
-            form = QATProduct(grids[0], grids[1])
-        else:
-            form = QATSoftmaxProduct(grids[0])
-        replace(model, name, form)
+def apply_qat(model: nn.Module, structure: Mapping[str, OperationRecord]) -> None:
+    """Put the operations of `structure` into quantisation-aware training; load the weights and scales of a checkpoint next.
+
+    Raises `MuntinError` for a name that is no such operation of the model, before anything is changed.
+    """
+    operations = keepable(model)
+    for name, record in structure.items():
+        grids = 2 if isinstance(operations.get(name), Product) else 1
+        if name not in operations or len(record.unsigned) != grids:
+            what = "is no Linear, Conv2d or product of the model" if name not in operations else f"has {grids} activation grids"
+            raise MuntinError(f"qat: '{name}' {what}: build the model that the checkpoint was made of")
+    for name, record in structure.items():
+        grids_of = [ActivationGrid(scale=1.0, zero_point=0, unsigned=sign, low=0.0, high=1.0, clipped=0.0) for sign in record.unsigned]
+        replace(model, name, _qat_form(operations[name], grids_of, record.bits))
 
 
 def freeze(batches: Sequence[Tensor]) -> Pass:

@@ -14,7 +14,6 @@ from torch import Tensor, nn
 
 from muntin.compression.batch_norm import fold_batch_norms
 from muntin.compression.calibration import calibration_list, check_weights, observe, watch_inputs
-from muntin.compression.change import Change, Pass
 from muntin.compression.fake_quantization import round_to_half, sqnr_db
 from muntin.compression.fold import fold
 from muntin.compression.observer import Observer
@@ -23,6 +22,7 @@ from muntin.compression.qat import check_frozen
 from muntin.compression.quantized import QuantizedConv2d, QuantizedLayer, QuantizedLinear, no_integer_form
 from muntin.compression.rewrite import (
     WHOLE_MODEL,
+    Pass,
     call_every_layer,
     check_kept,
     computes_as_usual,
@@ -36,6 +36,7 @@ from muntin.compression.rewrite import (
 )
 from muntin.compression.slimming import remove_closed_channels
 from muntin.compression.stand_in import irreplaceable
+from muntin.models.compression_record import Change
 from muntin.models.eager import check_eager
 from muntin.training.config import QuantizationConfig
 

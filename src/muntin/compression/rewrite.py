@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from typing import Any, TypeVar
 
@@ -12,12 +12,14 @@ from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812 - the field's usual name
 from torch.nn.utils.parametrize import ParametrizationList
 
-from muntin.compression.change import Change
 from muntin.compression.factored import PARTS
 from muntin.errors import MuntinError
 from muntin.layers import Product, SoftmaxProduct
+from muntin.models.compression_record import Change
 
 M = TypeVar("M", bound=nn.Module)
+Pass = Callable[[nn.Module], list[Change]]
+"""A compression pass: rewrites the model it is given and returns what it changed and what it kept."""
 
 
 def named(model: nn.Module, *kinds: type[M]) -> Iterator[tuple[str, M]]:

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
@@ -17,6 +16,7 @@ from muntin.compression.qat import FLOAT, QATConv2d, QATLinear
 from muntin.compression.ranks import Choice, allocate
 from muntin.compression.rewrite import named, replace
 from muntin.errors import MuntinError
+from muntin.models.compression_record import Sensitivity
 from muntin.training.loss import distillation_loss
 
 LEAST = 1e-3
@@ -27,17 +27,6 @@ WIDER = (8, FLOAT)
 """What a key layer can get: 8-bit weights, or 16-bit floats for weights and inputs."""
 STORED = {FLOAT: 16}
 """Bits that a weight takes in the artefact, where they are not the width itself."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Sensitivity:
-    """What the answer gains where one layer alone gets more bits."""
-
-    bits: int
-    """Of the layer now."""
-    weights: int
-    gains: dict[int, float]
-    """By width: how much closer the answer comes to the teacher's, as a share of its distance; may be negative."""
 
 
 def measure_sensitivity(

@@ -15,12 +15,12 @@ from collections.abc import Iterator, Mapping
 import torch
 from torch import Tensor, nn
 
-from muntin.compression.change import Change
 from muntin.compression.factored import FactoredConv2d, FactoredLinear
 from muntin.compression.rewrite import named, tied
 from muntin.errors import MuntinError
 from muntin.layers import ChannelGate, Gated, MapNorm, Perceptron, ResidualPair
 from muntin.layers.gate import BLOCK
+from muntin.models.compression_record import Change
 
 
 @torch.no_grad()

@@ -24,7 +24,7 @@ from torchvision.transforms import InterpolationMode
 from torchvision.transforms.v2 import functional as v2
 
 from muntin.data.config import NO_AUGMENTATION, Augmentation
-from muntin.data.source import Sample, Task, UInt8, sizes_of
+from muntin.data.source import DataTask, Sample, UInt8, sizes_of
 from muntin.errors import DataError
 from muntin.runtime.images import IGNORED
 
@@ -68,7 +68,7 @@ class Crops:
         self,
         samples: Sequence[Sample],
         *,
-        task: Task,
+        task: DataTask,
         crop: int,
         batch_size: int,
         seed: int,
@@ -209,14 +209,14 @@ def _take_one_core() -> None:
 
 
 def calibration_batches(
-    samples: Sequence[Sample], *, crop: int, count: int, batch_size: int, seed: int, task: Task = "segment"
+    samples: Sequence[Sample], *, crop: int, count: int, batch_size: int, seed: int, task: DataTask = "segment"
 ) -> list[Tensor]:
     """`count` training crops without augmentation, uint8 (B, C, crop, crop), in batches of `batch_size`, the last one smaller."""
     return list(each_calibration_batch(samples, crop=crop, count=count, batch_size=batch_size, seed=seed, task=task))
 
 
 def each_calibration_batch(
-    samples: Sequence[Sample], *, crop: int, count: int, batch_size: int, seed: int, task: Task = "segment"
+    samples: Sequence[Sample], *, crop: int, count: int, batch_size: int, seed: int, task: DataTask = "segment"
 ) -> Iterator[Tensor]:
     """The same, one after the other: for whoever needs no more than one at a time."""
     crops = Crops(samples, task=task, crop=crop, batch_size=batch_size, seed=seed)

@@ -23,7 +23,7 @@ from typing import Literal
 import numpy as np
 
 from muntin.artifact.classes import ClassInfo
-from muntin.data.source import HeldSamples, Progress, Sample, Samples, SplitName, Task, UInt8
+from muntin.data.source import DataTask, HeldSamples, Progress, Sample, Samples, SplitName, UInt8
 from muntin.errors import DataError, DependencyError, install
 from muntin.runtime.images import IGNORED, read_image, read_mask
 
@@ -91,7 +91,7 @@ class EarthSource:
     Raises DependencyError when the packages are not installed, DataError when their files are not what they were.
     """
 
-    task: Task = "segment"
+    task: DataTask = "segment"
     channels = 3
     notes: tuple[str, ...] = ()
 

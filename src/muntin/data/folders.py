@@ -22,7 +22,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from muntin.artifact.classes import Channel8, ClassInfo
 from muntin.data.colors import distinct_colors
-from muntin.data.source import MAX_CLASSES, SPLITS, Progress, Sample, SampleCache, Samples, SplitName, Task, UInt8
+from muntin.data.source import MAX_CLASSES, SPLITS, DataTask, Progress, Sample, SampleCache, Samples, SplitName, UInt8
 from muntin.errors import DataError
 from muntin.runtime.images import IGNORED, IMAGE_SUFFIXES, image_size, read_image, read_mask
 
@@ -93,7 +93,7 @@ class FolderSource:
         seed: int = 0,
         cache_bytes: int = 1 << 30,
     ) -> None:
-        self.task: Task = "classify" if base.masks is None else "segment"
+        self.task: DataTask = "classify" if base.masks is None else "segment"
         self.channels = channels
         self._notes: list[str] = []
         self._named = bool(classes)

@@ -20,7 +20,7 @@ import numpy as np
 
 from muntin.data.colors import distinct_colors
 from muntin.data.folders import RGB, RUNS, FolderPair, filling_seed, is_text
-from muntin.data.source import MAX_CLASSES, SplitName, Task
+from muntin.data.source import MAX_CLASSES, DataTask, SplitName
 from muntin.errors import DataError, RecipeError
 from muntin.runtime.images import IGNORED, IMAGE_SUFFIXES, image_size, read_image, read_mask, write_whole
 
@@ -47,7 +47,7 @@ _LAYOUT = (
 class Layout:
     """What was found: the folders of the training pictures, and of the other splits where they have their own."""
 
-    task: Task
+    task: DataTask
     base: FolderPair
     validation: FolderPair | None
     test: FolderPair | None
@@ -62,7 +62,7 @@ class FoundClass:
     value: int | RGB | None = None
 
 
-def write_recipe(directory: Path | str, *, task: Task | None = None, output: Path | None = None) -> Path:
+def write_recipe(directory: Path | str, *, task: DataTask | None = None, output: Path | None = None) -> Path:
     """Writes `recipe.yaml` into the user's folder and returns its path. `task` None: segmentation where there are masks.
 
     `output`: another file in place of it, that names the folders by their whole paths. Opens up to 64 masks and images, no more. Raises
@@ -134,7 +134,7 @@ def run_name(folder: str) -> str:
     return re.sub(r"[^A-Za-z0-9._-]+", "-", folder).strip("-._") or "mine"
 
 
-def find_layout(root: Path, task: Task | None) -> Layout:
+def find_layout(root: Path, task: DataTask | None) -> Layout:
     """The folders in `root` that a recipe can name. Raises DataError when there are none."""
     if not root.is_dir():
         raise DataError(f"the folder {root} does not exist: name the folder that holds your pictures")
@@ -357,7 +357,7 @@ def _channels(pictures: Sequence[Path]) -> int:
     return 4 if fourth else 3
 
 
-def _crop(pictures: Sequence[Path], task: Task) -> int:
+def _crop(pictures: Sequence[Path], task: DataTask) -> int:
     """Of the shorter sides' median the multiple of 32 below it, from 32 to 256, or to 224 for `classify`."""
     side = median(min(image_size(path)) for path in pictures)
     largest = 256 if task == "segment" else 224

@@ -20,7 +20,7 @@ import numpy.typing as npt
 from muntin.artifact.classes import ClassInfo
 
 UInt8 = npt.NDArray[np.uint8]
-Task = Literal["segment", "classify"]
+DataTask = Literal["segment", "classify"]
 SplitName = Literal["train", "validation", "test"]
 SPLITS: tuple[SplitName, ...] = ("train", "validation", "test")
 MAX_CLASSES = 255  # labels are uint8 and 255 is `IGNORED`
@@ -84,7 +84,7 @@ class Source(Protocol):
     """A data set: what is to be done with it, its classes, its pictures' channels, and its splits."""
 
     @property
-    def task(self) -> Task: ...
+    def task(self) -> DataTask: ...
     @property
     def classes(self) -> tuple[ClassInfo, ...]: ...
     @property

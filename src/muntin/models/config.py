@@ -6,7 +6,8 @@ from typing import Annotated, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-Task = Literal["segment", "classify", "restore"]
+from muntin.artifact.manifest import Task
+
 Positive = Annotated[int, Field(ge=1)]
 
 

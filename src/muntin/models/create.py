@@ -9,8 +9,9 @@ from typing import Any
 from pydantic import ValidationError
 from torch import nn
 
+from muntin.artifact.manifest import Task
 from muntin.errors import RecipeError
-from muntin.models.config import ModelConfig, Task
+from muntin.models.config import ModelConfig
 from muntin.models.foreign import DividedSides, from_factory, from_timm, from_torchvision
 from muntin.models.hybridnet import HybridNet
 from muntin.models.presets import PRESETS

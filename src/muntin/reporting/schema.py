@@ -9,11 +9,10 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import AfterValidator, Field, model_validator
 
 from muntin.artifact.classes import ClassInfo
+from muntin.artifact.manifest import Task
 from muntin.reporting.records import Amount, Count, Hardware, Moment, Record, Share, Text, parse_record, unique
 
 FORMAT = 1
-
-Task = Literal["segment", "classify", "restore"]
 
 
 def _relative(path: str) -> str:

@@ -6,8 +6,9 @@ from dataclasses import dataclass
 from datetime import datetime
 from math import floor, log10
 
+from muntin.artifact.manifest import Task
 from muntin.reporting.records import Hardware
-from muntin.reporting.schema import Report, Step, Task
+from muntin.reporting.schema import Report, Step
 
 MINUS = "\N{MINUS SIGN}"
 ARROW = "\N{RIGHTWARDS ARROW}"

@@ -12,13 +12,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from muntin.training.precision import Precision
+from muntin.training.precision import TrainingPrecision
 
 IMAGES = 256
 """Training crops that statistics are taken of; no more than a run has seen."""
 
 
-def renew_statistics(model: nn.Module, batches: Iterable[Tensor], precision: Precision) -> None:
+def renew_statistics(model: nn.Module, batches: Iterable[Tensor], precision: TrainingPrecision) -> None:
     """Sets every norm's running mean and variance to the plain average over batches (B, C, H, W) of pixels; all else stays as it was.
 
     Norms that stay in `eval` mode when their model is trained, or have no momentum, are frozen: they keep what they have. Costs a forward

@@ -12,7 +12,7 @@ import pytest
 SCRIPT = """
 import resource
 import torch
-from muntin.training.allocator import keep_freed_memory
+from muntin.training.layout import keep_freed_memory
 from muntin.runtime.memory import resident
 
 def step():
