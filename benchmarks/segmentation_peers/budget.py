@@ -130,7 +130,7 @@ def precision_for(entry: Entry, setting: Setting) -> str:
     data = setting.recipe.data
     model = create_model(entry.model, classes=2, channels=data.channels)
     asked = resolve_precision("bf16", "cpu")
-    return check_maps(model, asked, crop=data.crop, channels=data.channels, asked="auto").name
+    return check_maps(model, asked, crop=data.crop, channels=data.channels, requested="auto").name
 
 
 def train(recipe: Recipe, folder: Path, root: Path) -> Checkpoint:

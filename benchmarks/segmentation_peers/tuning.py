@@ -119,7 +119,7 @@ def held_out(recipe: Recipe, folder: Path, spans: Spans = HELD_OUT, *, root: Pat
     training = Training(trainer, recipe, held, directory=folder, root=root, start=None, report=lambda progress: None)
     with Interruption() as interruption:
         training.run(interruption)
-    if interruption.asked:  # in the validation at its end, too
+    if interruption.requested:  # in the validation at its end, too
         raise Interrupted
     return training
 

@@ -298,8 +298,8 @@ def test_class_folders_that_were_renamed_are_one_line(call: Call, tiny: Any, tmp
     (tmp_path / "pets" / "dog").rename(tmp_path / "pets" / "ape")
     for words in (["evaluate", run], ["export", run], ["compress", run], ["report", run], ["fit", recipe, "-o", run, "--resume"]):
         assert call(*words).mistake() == (
-            f"{run}/checkpoints/step-00000002 was trained on the classes cat, dog, and its data are now of ape, cat: "
-            "give their folders the old names again, or train anew"
+            f"{run}/checkpoints/step-00000002 was trained on the classes cat, dog, and its data now have ape, cat: "
+            "restore the names of their folders, or train again"
         )
     assert not (run / "artifact").exists()
     assert checkpoint_session(read_checkpoint(run)).signature.classes == read_checkpoint(run).state.classes  # without the data

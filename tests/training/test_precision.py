@@ -12,23 +12,23 @@ def product_dtype(precision: TrainingPrecision) -> torch.dtype:
         return torch.nn.functional.linear(torch.ones(2, 3), torch.ones(4, 3)).dtype
 
 
-def test_fp32_stays_fp32() -> None:
+def test_fp32() -> None:
     precision = resolve_precision("fp32", "cpu")
     assert (precision.name, precision.dtype) == ("fp32", None)
     assert product_dtype(precision) == torch.float32
 
 
 @pytest.mark.parametrize("gain", [PAYS + 0.1, PAYS - 0.1])
-def test_auto_is_what_is_faster_here_and_says_why(gain: float, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_auto_by_measured_gain(gain: float, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("muntin.training.precision.bf16_gain", lambda: gain)
     precision = resolve_precision("auto", "cpu")
-    wanted = torch.bfloat16 if cpu_computes_bf16() and gain > PAYS else None
-    assert precision.dtype == wanted
-    assert product_dtype(precision) == (wanted or torch.float32)
+    expected = torch.bfloat16 if cpu_computes_bf16() and gain > PAYS else None
+    assert precision.dtype == expected
+    assert product_dtype(precision) == (expected or torch.float32)
     assert "BF16" in precision.reason
 
 
-def test_pytorch_without_onednn_computes_no_bf16(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_pytorch_without_onednn(monkeypatch: pytest.MonkeyPatch) -> None:
     def lacking() -> bool:
         raise AttributeError("'_OpNamespace' 'mkldnn' object has no attribute '_is_mkldnn_bf16_supported'")  # as of such a build
 
@@ -37,21 +37,21 @@ def test_pytorch_without_onednn_computes_no_bf16(monkeypatch: pytest.MonkeyPatch
     assert not cpu_computes_bf16()
 
 
-def test_what_is_faster_is_measured() -> None:
+def test_measured_gain() -> None:
     assert 0.02 < bf16_gain() < 50
     assert bf16_gain() == bf16_gain()  # once a process
 
 
 @pytest.mark.parametrize("gain", [10.0, 0.1])
 @pytest.mark.parametrize("begun", ["fp32", "bf16"])
-def test_a_run_goes_on_as_it_was_begun(begun: str, gain: float, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_resumed_run(begun: str, gain: float, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("muntin.training.precision.bf16_gain", lambda: gain)
     precision = resolve_precision("auto", "cpu", begun=begun)
     assert precision.name == (begun if cpu_computes_bf16() else "fp32")
     assert resolve_precision("fp32", "cpu", begun=begun).name == "fp32"
 
 
-def test_a_type_that_the_hardware_lacks_is_refused_in_one_line() -> None:
+def test_unsupported_types() -> None:
     with pytest.raises(DependencyError, match="write auto, bf16 or fp32") as error:
         resolve_precision("fp16", "cpu")
     assert "\n" not in str(error.value)
@@ -62,14 +62,14 @@ def test_a_type_that_the_hardware_lacks_is_refused_in_one_line() -> None:
             resolve_precision("bf16", "cpu")
 
 
-def test_autocast_ends_with_its_block() -> None:
+def test_autocast_block() -> None:
     precision = TrainingPrecision(name="bf16", device="cpu", dtype=torch.bfloat16, reason="test")
     assert product_dtype(precision) == torch.bfloat16
     assert torch.nn.functional.linear(torch.ones(2, 3), torch.ones(4, 3)).dtype == torch.float32
 
 
 @pytest.mark.parametrize(("dtype", "scales"), [(torch.float16, True), (torch.bfloat16, False), (None, False)])
-def test_only_fp16_scales_its_loss(dtype: torch.dtype | None, scales: bool) -> None:
+def test_loss_scaler(dtype: torch.dtype | None, scales: bool) -> None:
     scaler = TrainingPrecision(name="x", device="cpu", dtype=dtype, reason="test").scaler()
     assert scaler.is_enabled() == scales
     loss = torch.tensor(2.0)

@@ -31,7 +31,7 @@ class Asked(nn.Conv2d):
 
 
 @pytest.mark.parametrize(("weight", "calls"), [(0.0, 0), (0.5, 1)])
-def test_a_teacher_without_weight_is_not_asked(weight: float, calls: int) -> None:
+def test_teacher_without_weight(weight: float, calls: int) -> None:
     teacher = Asked(3, 3, 1)
     trainer = Trainer(
         Asked(3, 3, 1), TrainingConfig(), task="segment", precision=resolve_precision("fp32", "cpu"), teacher=teacher, distillation=weight
@@ -41,19 +41,19 @@ def test_a_teacher_without_weight_is_not_asked(weight: float, calls: int) -> Non
 
 
 @pytest.mark.parametrize(("weight", "overlap"), [(0.0, 0.0), (0.5, 0.7), (2.0, 0.0)])
-def test_the_loss_is_made_of_labels_overlap_and_teacher(weight: float, overlap: float) -> None:
+def test_loss_terms(weight: float, overlap: float) -> None:
     images, target = crops()
     model, teacher = Asked(3, 3, 1), Asked(3, 3, 1)
-    scores, wanted = model(images).detach(), teacher(images).detach()
+    scores, expected = model(images).detach(), teacher(images).detach()
     config = TrainingConfig(overlap_loss=overlap)
     trainer = Trainer(model, config, task="segment", precision=resolve_precision("fp32", "cpu"), teacher=teacher, distillation=weight)
-    due = task_loss("segment", scores, target, overlap=overlap) + weight * distillation_loss("segment", scores, wanted, target)
-    assert trainer.update(0, images, target, done=0.5) == pytest.approx(float(due), rel=1e-5)
-    assert weight == 0 or distillation_loss("segment", scores, wanted, target) > 0.01
+    reference = task_loss("segment", scores, target, overlap=overlap) + weight * distillation_loss("segment", scores, expected, target)
+    assert trainer.update(0, images, target, done=0.5) == pytest.approx(float(reference), rel=1e-5)
+    assert weight == 0 or distillation_loss("segment", scores, expected, target) > 0.01
     assert overlap == 0 or task_loss("segment", scores, target, overlap=0) < task_loss("segment", scores, target, overlap=overlap)
 
 
-def test_a_step_computes_in_the_precision_that_was_asked_for() -> None:
+def test_precision_of_a_step() -> None:
     seen = []
 
     class Watched(Asked):
@@ -68,14 +68,14 @@ def test_a_step_computes_in_the_precision_that_was_asked_for() -> None:
     assert seen == [torch.float32, torch.bfloat16]
 
 
-def test_the_rate_falls_for_every_parameter_and_gradients_are_clipped(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_learning_rate_and_clipping(monkeypatch: pytest.MonkeyPatch) -> None:
     clipped = []
     clip = nn.utils.clip_grad_norm_
 
     def watch(parameters: Any, most: float) -> Tensor:
-        found = list(parameters)
-        length = clip(found, most)
-        clipped.append((most, float(torch.stack([p.grad.norm() for p in found]).norm())))
+        listed = list(parameters)
+        length = clip(listed, most)
+        clipped.append((most, float(torch.stack([p.grad.norm() for p in listed]).norm())))
         return length
 
     monkeypatch.setattr(nn.utils, "clip_grad_norm_", watch)
@@ -89,7 +89,7 @@ def test_the_rate_falls_for_every_parameter_and_gradients_are_clipped(monkeypatc
     assert all(most == 1e-3 and length <= 1.001e-3 for most, length in clipped)
 
 
-def test_a_teacher_says_nothing_of_what_is_ignored() -> None:
+def test_teacher_on_ignored_pixels() -> None:
     images, target = crops()
     target[:] = IGNORED
     trainer = Trainer(Asked(3, 3, 1), TrainingConfig(), task="segment", precision=resolve_precision("fp32", "cpu"), teacher=Asked(3, 3, 1))
@@ -97,7 +97,7 @@ def test_a_teacher_says_nothing_of_what_is_ignored() -> None:
 
 
 class Steep(nn.Conv2d):
-    """Its gradient is infinite while `steep`, and its answer a number."""
+    """Has a finite answer, and an infinite gradient while `steep`."""
 
     steep = True
 
@@ -107,8 +107,8 @@ class Steep(nn.Conv2d):
         return y
 
 
-def test_fp16_leaves_steps_out_but_not_for_ever() -> None:
-    """The loss scale and its counter as on a GPU: CPUs have both."""
+def test_fp16_skipped_steps() -> None:
+    """The loss scaler works on CPUs too."""
     model = Steep(3, 3, 1)
     fp16 = TrainingPrecision(name="fp16", device="cpu", dtype=torch.float16, reason="")
     trainer = Trainer(model, TrainingConfig(), task="segment", precision=fp16)
@@ -152,7 +152,7 @@ class Counting(nn.Module):
             self.seen.fill_(int(value))
 
 
-def test_the_average_is_its_formula() -> None:
+def test_average_formula() -> None:
     model = Counting()
     average = WeightAverage(model, 0.5)
     expected = 0.0
@@ -167,26 +167,18 @@ def test_the_average_is_its_formula() -> None:
     assert decay == 0.5  # the warm-up ended within the test
 
 
-def test_counters_are_copied() -> None:
-    model = Counting()
-    average = WeightAverage(model, 0.99)
-    model.set(5)
-    average.update(model, 0)
-    assert average.model.seen.item() == 5
-    assert average.model.seen.dtype == torch.int64
-
-
-def test_indices_that_are_parameters_are_copied() -> None:
+def test_average_of_integers() -> None:
     model = Counting()
     model.table = torch.nn.Parameter(torch.arange(3), requires_grad=False)
     average = WeightAverage(model, 0.99)
     model.set(5)
     model.table += 4
     average.update(model, 0)
+    assert average.model.seen.item() == 5 and average.model.seen.dtype == torch.int64
     assert torch.equal(average.model.table, torch.tensor([4, 5, 6])) and average.model.weight.tolist() == pytest.approx([4.5] * 3)
 
 
-def test_buffers_that_a_size_brings_are_taken_as_they_are() -> None:
+def test_average_of_resized_buffers() -> None:
     model = Counting()
     average = WeightAverage(model, 0.5)
     for size in (3, 4):
@@ -197,7 +189,7 @@ def test_buffers_that_a_size_brings_are_taken_as_they_are() -> None:
     assert "grid" not in average.model.state_dict() and average.model.grid.data_ptr() != model.grid.data_ptr()
 
 
-def test_without_decay_the_average_is_the_model() -> None:
+def test_average_without_decay() -> None:
     model = Counting()
     average = WeightAverage(model, 0)
     model.set(3)
@@ -206,7 +198,7 @@ def test_without_decay_the_average_is_the_model() -> None:
     assert torch.equal(average.model.running_mean, model.running_mean)
 
 
-def test_the_average_is_a_model_of_its_own() -> None:
+def test_average_is_a_copy() -> None:
     model = nn.Sequential(nn.Conv2d(1, 2, 1), nn.BatchNorm2d(2))
     average = WeightAverage(model, 0.9)
     assert not average.model.training
@@ -235,7 +227,7 @@ class Assigning(nn.Module):
         return x * self.weight / self.length
 
 
-def test_a_buffer_that_a_validation_assigned_is_averaged_on() -> None:
+def test_average_of_assigned_buffers() -> None:
     model = Assigning()
     average = WeightAverage(model, 0.5)
     with torch.inference_mode():

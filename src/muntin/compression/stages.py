@@ -173,7 +173,7 @@ class _Compression:
         check_kept(self.keep, keepable(model))
         hardware, data = self.recipe.training.model_copy(update={"compile": False}), self.recipe.data
         precision = prepare_hardware(hardware, begun=checkpoint.state.precision)
-        self.precision = check_maps(model, precision, crop=data.crop, channels=data.channels, asked=hardware.precision)
+        self.precision = check_maps(model, precision, crop=data.crop, channels=data.channels, requested=hardware.precision)
         self.notes = [] if self.precision.name == precision.name else [f"trained in {self.precision.name}: {self.precision.reason}"]
         self.source = source_of(checkpoint)
         self.calibration = calibration_of(checkpoint, self.source)
@@ -184,17 +184,17 @@ class _Compression:
         before = self.checkpoint
         stages = [stage for stage in STAGES[: STAGES.index(until) + 1] if stage != "low-rank" or self.config.low_rank is not None]
         if not stages:
-            raise RecipeError("compression.low_rank is null, so there is no stage before 'w4a8': go on until that one, or give it a value")
+            raise RecipeError("compression.low_rank is null, so there is no stage before 'w4a8': choose a later stage, or give it a value")
         for stage in stages:
             results.append(self._stage(stage, before, interruption))
             before = read_checkpoint(results[-1].checkpoint)
-            if not results[-1].finished or interruption.asked:
+            if not results[-1].finished or interruption.requested:
                 break
         record = before.state.compression
         assert record is not None
         return CompressionRun(
             directory=self.directory, stages=tuple(results), interrupted=len(results) < len(stages) or not results[-1].finished,
-            asked_to_stop=interruption.asked,
+            asked_to_stop=interruption.requested,
             notes=(*broken_off(self.checkpoint), *self._untrained(stages), *self._unused(), *record.notes, *self.notes),
         )  # fmt: skip
 
@@ -216,7 +216,7 @@ class _Compression:
             notes.append("training.compile is for fit: the stages train without it")
         if self.recipe.quantization.min_sqnr_db != QuantizationConfig().min_sqnr_db:
             notes.append(
-                "quantization.min_sqnr_db is for `muntin export` of what no stage has quantised: here bits are measured, set "
+                "quantization.min_sqnr_db is for `muntin export` of unquantised checkpoints: the stages measure bits, set "
                 "compression.average_bits, or name layers in compression.keep"
             )
         return notes
@@ -310,9 +310,9 @@ class _Compression:
         if not uncertain:
             return []
         first, others = uncertain[0], len(uncertain) - 1
-        more = f", and {others} other layer{'' if others == 1 else 's'} by few, too" if others else ""
+        more = f", and {others} other layer{'' if others == 1 else 's'} by few rows" if others else ""
         return [
-            f"low rank: {first.layer} was factored by {first.note}{more}: what rank other images need is a guess, set "
+            f"low rank: {first.layer} was factored by {first.note}{more}: the rank for other images is uncertain, set "
             f"quantization.calibration_images (now {self.recipe.quantization.calibration_images}) higher"
         ]
 

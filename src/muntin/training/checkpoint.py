@@ -115,8 +115,8 @@ def check_classes(checkpoint: Checkpoint, source: Source) -> None:
     trained, current = ([entry.name for entry in classes] for classes in (checkpoint.state.classes, source.classes))
     if [composed(name) for name in trained] != [composed(name) for name in current]:
         raise DataError(
-            f"{checkpoint.path} was trained on the classes {', '.join(trained)}, and its data are now of {', '.join(current)}: "
-            "give their folders the old names again, or train anew"
+            f"{checkpoint.path} was trained on the classes {', '.join(trained)}, and its data now have {', '.join(current)}: "
+            "restore the names of their folders, or train again"
         )
 
 
@@ -130,8 +130,8 @@ def source_of(checkpoint: Checkpoint) -> Source:
             raise
         stages = "" if checkpoint.state.compression is None else ", and then `muntin compress RUN --resume` its stages"
         raise DataError(
-            f"{checkpoint.path} was trained on data in {root}, which is no folder any more: `muntin fit RECIPE --resume` tells the run "
-            f"where its recipe lies now{stages}"
+            f"{checkpoint.path} was trained on data in {root}, which does not exist any more: `muntin fit RECIPE --resume` records "
+            f"the recipe's new place{stages}"
         ) from error
     check_classes(checkpoint, source)
     return source
@@ -227,8 +227,8 @@ def find_start(directory: Path, recipe: Recipe, *, resume: bool) -> Checkpoint |
     difference = _difference(_fixed(checkpoint.recipe), _fixed(recipe))
     if difference:
         raise CheckpointError(
-            f"{checkpoint.path} was trained by another recipe ({difference}), and on the way only keys of training, except "
-            f"{', '.join(FIXED)}, may change: give its recipe to resume, or another --output to start anew"
+            f"{checkpoint.path} was trained by another recipe ({difference}), and a resumed run can change only keys of training, except "
+            f"{', '.join(FIXED)}: give its recipe to resume, or another --output to start again"
         )
     return checkpoint
 

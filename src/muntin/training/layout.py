@@ -7,7 +7,6 @@ import os
 import platform
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -18,11 +17,9 @@ _KEPT = 1 << 30
 _DEFAULTS = {_MMAP_THRESHOLD: 32 << 20, _TRIM_THRESHOLD: 64 << 20}
 """Maximum of glibc's dynamic thresholds, bytes (malloc.c, DEFAULT_MMAP_THRESHOLD_MAX)."""
 
-M = TypeVar("M", bound=nn.Module)
 
-
-def channels_last(model: M) -> M:
-    """Put the kernels of 2-D convolutions into channels-last order, in place, and return the model.
+def channels_last(model: nn.Module) -> None:
+    """Put the kernels of 2-D convolutions into channels-last order, in place.
 
     `Module.to(memory_format=...)` raises an error for 3-D convolutions.
     """
@@ -31,7 +28,6 @@ def channels_last(model: M) -> M:
         return tensor.contiguous(memory_format=torch.channels_last) if tensor.ndim == 4 else tensor
 
     model._apply(ordered)  # type: ignore[no-untyped-call]
-    return model
 
 
 @contextmanager

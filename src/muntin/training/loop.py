@@ -50,10 +50,10 @@ LOG_EVERY = 10
 
 
 class Interruption:
-    """Turn the first SIGINT or SIGTERM into the flag `asked` while active; a second one acts as usual. Only in the main thread."""
+    """Turn the first SIGINT or SIGTERM into the flag `requested` while active; a second one acts as usual. Only in the main thread."""
 
     def __init__(self) -> None:
-        self.asked = False
+        self.requested = False
         self._previous: dict[int, Any] = {}
 
     def __enter__(self) -> Self:
@@ -66,7 +66,7 @@ class Interruption:
         self._restore()
 
     def _ask(self, number: int, frame: FrameType | None) -> None:
-        self.asked = True
+        self.requested = True
         self._restore()
 
     def _restore(self) -> None:
@@ -143,12 +143,12 @@ def fit(
         if changed := recipe_changes(start, recipe):
             notes.append(f"on the way, from step {start.state.step} on: {changed}")
     elif resume:
-        notes.append(f"{directory} held no checkpoint to go on from: trained from the start")
+        notes.append(f"{directory} held no checkpoint: trained from the start")
     torch.manual_seed(recipe.seed)
     model, classes = new_model(recipe, tuple(source.classes)), tuple(source.classes)
     sizes = check_model(model, recipe, classes)
     check_reading(model, recipe, classes)
-    precision = check_maps(model, precision, crop=recipe.data.crop, channels=recipe.data.channels, asked=recipe.training.precision)
+    precision = check_maps(model, precision, crop=recipe.data.crop, channels=recipe.data.channels, requested=recipe.training.precision)
     if recipe.training.gate_budget < 1:  # report an impossible budget before the data are checked
         image = torch.zeros(1, recipe.data.channels, recipe.data.crop, recipe.data.crop)
         GateClosing(model, model, image, keep=recipe.training.gate_budget)
@@ -164,7 +164,7 @@ def fit(
         path = training.run(interruption)
     return FitResult(
         directory=directory, checkpoint=path, step=training.step, steps=training.steps, interrupted=not training.finished,
-        asked_to_stop=interruption.asked, precision=f"{precision.name} on {precision.device}: {precision.reason}",
+        asked_to_stop=interruption.requested, precision=f"{precision.name} on {precision.device}: {precision.reason}",
         seconds=training.seconds, validation=training.validation, notes=(*notes, *training.notes),
     )  # fmt: skip
 
@@ -277,7 +277,7 @@ class Training:
                     self.seconds = before + time.perf_counter() - started
                     # The minutes may end during validation. If gates are then closed, the model is another one and needs one more step.
                     ended = ended or (self.finished and not self._close_gates(samples))
-                last = ended or interruption.asked  # read once, so that a checkpoint follows
+                last = ended or interruption.requested  # read once, so that a checkpoint follows
                 if last and not judged:  # the checkpoint may be evaluated or exported
                     with self._saved_on_error():
                         self._renew_statistics(samples)

@@ -78,20 +78,6 @@ class Muon(torch.optim.Optimizer):
             self._adamw.step()
         return loss
 
-    def load_state_dict(self, state_dict: Any) -> None:
-        """Not supported: raises TypeError. `load_optimizer` loads a checkpoint's state parameter by parameter."""
-        raise TypeError("Muon's state is loaded by muntin.training.optimizer.load_optimizer")
-
-    def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Not supported after construction: raises TypeError."""
-        if hasattr(self, "_adamw"):
-            raise TypeError("Muon's groups are made with it: make another one of all parameters (make_optimizer)")
-        super().add_param_group(param_group)
-
-    def __getstate__(self) -> dict[str, Any]:
-        """Not supported: raises TypeError, because a copy would hold copies of the parameters."""
-        raise TypeError("Muon is not copied or pickled: make another one (make_optimizer) and load its state (load_optimizer)")
-
     def suits(self) -> bool:
         """Return True if the loaded state is of this optimiser: matrices, and only they, have a momentum."""
         states = [(group["matrices"], set(self.state[p])) for group in self.param_groups for p in group["params"] if self.state[p]]

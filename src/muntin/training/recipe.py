@@ -40,11 +40,11 @@ class Recipe(BaseModel):
     def _check_masks(self) -> Recipe:
         if self.data.source == "folders" and (self.task == "segment") != (self.data.masks is not None):
             if self.task == "segment":
-                raise ValueError("task: segment wants data.masks; where each class has a folder of its own, write task: classify")
+                raise ValueError("task: segment needs data.masks; where each class has a folder of its own, write task: classify")
             raise ValueError(f"task: {self.task} has no masks: leave out data.masks, or write task: segment")
         if self.task == "classify" and self.data.rare:
             raise ValueError(
-                f"data.rare {self.data.rare:g}: a crop is centred on a pixel of a class by its mask, which classify has not: remove it"
+                f"data.rare {self.data.rare:g}: a crop is centred on a pixel of a class by its mask, which classify lacks: remove it"
             )
         return self
 
@@ -93,7 +93,7 @@ class _EachKeyOnce(yaml.SafeLoader):
         for key, _ in node.value:
             line = key.start_mark.line + 1
             if isinstance(key, yaml.ScalarNode) and key.value in seen:
-                raise yaml.YAMLError(f"'{key.value}' stands in line {seen[key.value]} and again in line {line}: keep one of them")
+                raise yaml.YAMLError(f"'{key.value}' is in line {seen[key.value]} and again in line {line}: keep one of them")
             seen[str(key.value)] = line
         return super().construct_mapping(node, deep)
 
@@ -101,14 +101,14 @@ class _EachKeyOnce(yaml.SafeLoader):
 def parse_recipe(content: dict[str, Any], *, where: str) -> Recipe:
     """Check a recipe's content. `where` names it in errors."""
     if _holds_itself(content):
-        raise RecipeError(f"{where}: a part of it holds itself, by an alias: write it out")
+        raise RecipeError(f"{where}: a part of it contains itself through an alias: write it out")
     try:
         recipe = Recipe.model_validate(content)
     except ValidationError as error:
         raise RecipeError(f"{where}: {_explain(error)}") from error
     if (flag := _flag_for_number(content, recipe)) is not None:
         place, value = flag
-        raise RecipeError(f"{where}: {place}: a number is wanted there (got {value}, which is what YAML makes of yes, no, on and off)")
+        raise RecipeError(f"{where}: {place}: a number is required (got {value}, YAML's value of yes, no, on and off)")
     return recipe
 
 

@@ -56,9 +56,10 @@ def check_model(model: nn.Module, recipe: Recipe, classes: tuple[ClassInfo, ...]
     if reason:
         advice = _divisor_advice(model, shape) or _side_advice(model, shape)
         if not advice:
-            raise RecipeError(f"'{name}' fails on pixels of shape {shape} ({reason}), and on other sizes too: mend its forward")
+            raise RecipeError(f"'{name}' fails on pixels of shape {shape} ({reason}), and on other sizes too: fix its forward")
         raise RecipeError(f"data.crop {side}: '{name}' takes pictures of another size ({reason}): {advice}")
-    copied = channels_last(copy.deepcopy(model))
+    copied = copy.deepcopy(model)
+    channels_last(copied)
     _check_answer(copied, shape, signature, name)
     with torch.random.fork_rng():
         batch = min(2, recipe.training.batch_size)
@@ -125,16 +126,16 @@ def check_reading(model: nn.Module, recipe: Recipe, classes: tuple[ClassInfo, ..
             torch.manual_seed(0)
             answers.append(each(crop))
     if float((answers[0] - answers[1]).abs().max()) > TOLERANCE * float(answers[0].abs().max()):
-        raise RecipeError(f"'{name}' answers otherwise when it was read from its own checkpoint: {_READABLE}")
+        raise RecipeError(f"'{name}' answers differently after it was read from its own checkpoint: {_READABLE}")
 
 
-def check_maps(model: nn.Module, precision: TrainingPrecision, *, crop: int, channels: int, asked: PrecisionName) -> TrainingPrecision:
+def check_maps(model: nn.Module, precision: TrainingPrecision, *, crop: int, channels: int, requested: PrecisionName) -> TrainingPrecision:
     """Return a precision in which a model's gradients are right: FP32 instead of "auto"'s BF16 if a kernel covers all of its map.
 
     In this case PyTorch 2.13 on CPUs (oneDNN, AVX512-BF16) reads uninitialised memory: the gradient of a 3 x 3 convolution of stride 2
     over a map of 1 x 1 differs from call to call, or is infinite or NaN. Wrong were 3 x 3 with stride 2 on a side of 1, 5 x 5 on it with
     any stride, 7 x 7 on sides of up to 3; never 3 x 3 with stride 1. Costs a forward pass of one crop, for BF16 on a CPU
-    only. Raises `RecipeError` if BF16 was asked for by name.
+    only. Raises `RecipeError` if BF16 was requested by name.
     """
     if precision.device != "cpu" or precision.dtype is not torch.bfloat16:
         return precision
@@ -163,7 +164,7 @@ def check_maps(model: nn.Module, precision: TrainingPrecision, *, crop: int, cha
     if not small:
         return precision
     reason = f"at data.crop {crop} {small[0]}, where gradients in BF16 are wrong on CPUs"
-    if asked == "bf16":
+    if requested == "bf16":
         raise RecipeError(f"training.precision bf16: {reason}: write auto or fp32, or take larger crops")
     return TrainingPrecision(name="fp32", device="cpu", dtype=None, reason=reason)
 
@@ -176,7 +177,7 @@ def _check_answer(model: nn.Module, shape: tuple[int, ...], signature: Signature
             answer = model(torch.zeros(shape).contiguous(memory_format=torch.channels_last))
     except RuntimeError as error:
         # training uses channels-last order, in which view may fail
-        advice = "write reshape in place of view" if "view" in str(error) else "mend its forward, or choose another data.crop"
+        advice = "write reshape in place of view" if "view" in str(error) else "fix its forward, or choose another data.crop"
         raise RecipeError(
             f"'{name}' fails in {mode} on pixels of shape {shape} in channels-last order ({_line(error)}): {advice}"
         ) from error
@@ -185,8 +186,8 @@ def _check_answer(model: nn.Module, shape: tuple[int, ...], signature: Signature
         if not answer.isfinite().all():
             value = float(answer[~answer.isfinite()][0])
             raise RecipeError(
-                f"'{name}' answers {value} to a black picture in {mode}, and one such crop ends training: where it divides by what a "
-                "picture gives, as its standard deviation, add a small number (1e-6)"
+                f"'{name}' answers {value} to a black picture in {mode}, and one such crop ends training: where it divides by a value "
+                "of the picture, such as its standard deviation, add a small number (1e-6)"
             )
         return
     received = f"{answer.dtype} of shape {tuple(answer.shape)}" if isinstance(answer, Tensor) else f"a {type(answer).__name__}"
@@ -204,7 +205,7 @@ def _check_gradient(model: nn.Module, shape: tuple[int, ...], name: str) -> None
         answer = model(torch.zeros(shape).contiguous(memory_format=torch.channels_last))
     if not answer.requires_grad:
         raise RecipeError(
-            f"the answer of '{name}' hangs on none of its trainable parameters: leave out detach() and no_grad in its forward"
+            f"the answer of '{name}' depends on none of its trainable parameters: leave out detach() and no_grad in its forward"
         )
 
 

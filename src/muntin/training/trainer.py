@@ -88,7 +88,8 @@ class Trainer:
         distillation: float = 1.0,
     ) -> None:
         self.config, self.task, self.precision, self.distillation = config, task, precision, distillation
-        self.model = channels_last(model.to(precision.device))
+        self.model = model.to(precision.device)
+        channels_last(self.model)
         self.teacher = None if teacher is None or not distillation else teacher.to(precision.device).eval().requires_grad_(False)
         self.average = WeightAverage(self.model, config.average)
         self.optimizer = make_optimizer(self.model, config, precision.dtype or torch.float32)
@@ -156,7 +157,7 @@ class Trainer:
         self.skipped = 0 if norm.isfinite() else self.skipped + 1
         if self.skipped > (SKIPPED_STEPS if self.scaler.is_enabled() else 0):
             self.optimizer.zero_grad()
-            before = f", as in the {SKIPPED_STEPS} steps before, which were left out" if self.scaler.is_enabled() else ""
+            before = f", as in the {SKIPPED_STEPS} steps before, which were skipped" if self.scaler.is_enabled() else ""
             raise DivergedError(f"the gradient is {float(norm)} at step {step + 1}, and the loss {value:g}{before}")
         self.scaler.step(self.optimizer)
         self.scaler.update()

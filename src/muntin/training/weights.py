@@ -92,7 +92,7 @@ def begin_with(model: nn.Module, path: Path) -> tuple[str, ...]:
     load_weights(model, own | {key: tensor for key, tensor in named.items() if key in own}, path)
     notes = [f"{path.name}: {len(named) - len(unknown)} of the model's {len(own)} tensors are from it"]
     if random:
-        notes.append(f"{path.name}: of another number of classes, begun at random: {_list(random)}")
+        notes.append(f"{path.name}: of another number of classes, initialised at random: {_list(random)}")
     if unknown:
         notes.append(f"{path.name}: not in the model, left out: {_list(unknown)}")
     return tuple(notes)
