@@ -153,22 +153,14 @@ def test_loss_against_measured_error(inputs: int, outputs: int, seed: int) -> No
             assert float(error) == pytest.approx(values[rank:].sum(), rel=1e-6, abs=1e-9 * power)
 
 
-def test_activation_criterion_on_correlated_inputs() -> None:
-    layer, x_NI = nn.Linear(48, 64).double(), correlated(2000, 48)
-    root = square_root(input_moments(nn.Sequential(layer), [x_NI], {"0": layer})["0"].matrix)
+@pytest.mark.parametrize(("kernel", "ranks"), [(0, (4,)), (0, (8,)), (0, (16,)), (0, (32,)), (1, (8,)), (3, (8, 16)), (7, (16,))], ids=str)
+def test_activation_criterion_on_correlated_inputs(kernel: int, ranks: tuple[int, ...]) -> None:
+    """Kernel 0: a Linear."""
+    layer = nn.Conv2d(24, 24, kernel, padding=kernel // 2).double() if kernel else nn.Linear(48, 64).double()
+    x = correlated(2 * 12 * 12, 24).reshape(2, 12, 12, 24).permute(0, 3, 1, 2) if kernel else correlated(2000, 48)
+    root = square_root(input_moments(nn.Sequential(layer), [x], {"0": layer})["0"].matrix)
     with torch.no_grad():
-        for rank in (4, 8, 16, 32):
-            by_answer, by_weight = (float((factorize(layer, (rank,), r)(x_NI) - layer(x_NI)).square().sum()) for r in (root, None))
-            assert by_answer < 0.5 * by_weight
-
-
-@pytest.mark.parametrize(("kernel", "ranks"), [(1, (8,)), (3, (8, 16)), (7, (16,))])
-def test_activation_criterion_on_convolutions(kernel: int, ranks: tuple[int, ...]) -> None:
-    layer = nn.Conv2d(24, 24, kernel, padding=kernel // 2).double()
-    x_BCHW = correlated(2 * 12 * 12, 24).reshape(2, 12, 12, 24).permute(0, 3, 1, 2)
-    root = square_root(input_moments(nn.Sequential(layer), [x_BCHW], {"0": layer})["0"].matrix)
-    with torch.no_grad():
-        errors = [float((factorize(layer, ranks, r)(x_BCHW) - layer(x_BCHW)).square().sum()) for r in (root, None)]
+        errors = [float((factorize(layer, ranks, r)(x) - layer(x)).square().sum()) for r in (root, None)]
     assert errors[0] < 0.5 * errors[1]
 
 

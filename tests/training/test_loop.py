@@ -26,7 +26,7 @@ from muntin.runtime.images import write_image
 from muntin.training import loop
 from muntin.training.checkpoint import AVERAGE, STATE, Checkpoint, checkpoints_in, read_checkpoint
 from muntin.training.evaluation import evaluate
-from muntin.training.loop import LOG_EVERY, FitProgress, FitResult, Interruption, Training, fit
+from muntin.training.loop import LOG_EVERY, FitProgress, FitResult, Interruption, MetricsLog, Training, fit
 from muntin.training.precision import resolve_precision
 from muntin.training.recipe import load_recipe
 from muntin.training.trainer import Trainer
@@ -783,3 +783,34 @@ def test_interruption_in_another_thread() -> None:
     thread.start()
     thread.join()
     assert during == [(False, before)]
+
+
+# Log
+
+
+def point(step: int) -> dict[str, Any]:
+    return {"step": step, "loss": step / 100}
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="this system has no file that is always full")
+def test_log_on_a_full_disk(tmp_path: Path) -> None:
+    (tmp_path / "metrics.jsonl").symlink_to("/dev/full")
+    with MetricsLog(tmp_path, 0, [], []) as log:
+        for step in (10, 20):
+            log.write("training", point(step))
+    place = tmp_path / "metrics.jsonl"
+    assert log.failed == f"{place} cannot be written (No space left on device): the curve is only in checkpoints"
+
+
+def test_log_of_a_resumed_run(tmp_path: Path) -> None:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    with MetricsLog(tmp_path, 0, [], []) as log:
+        for step in (10, 20, 30):  # 30 is after the checkpoint
+            log.write("training", point(step))
+    time.sleep(1.1)  # TensorBoard orders files by the second of their creation
+    with MetricsLog(tmp_path, 20, [point(10), point(20)], []) as log:
+        log.write("training", point(40))
+    lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    board = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
+    assert [line["step"] for line in lines] == [event.step for event in board.Scalars("training/loss")] == [10, 20, 40]

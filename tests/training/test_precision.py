@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from muntin.errors import DependencyError
-from muntin.training.precision import PAYS, TrainingPrecision, bf16_gain, cpu_computes_bf16, resolve_precision
+from muntin.training.precision import MIN_GAIN, TrainingPrecision, bf16_gain, cpu_computes_bf16, resolve_precision
 
 
 def product_dtype(precision: TrainingPrecision) -> torch.dtype:
@@ -18,11 +18,11 @@ def test_fp32() -> None:
     assert product_dtype(precision) == torch.float32
 
 
-@pytest.mark.parametrize("gain", [PAYS + 0.1, PAYS - 0.1])
+@pytest.mark.parametrize("gain", [MIN_GAIN + 0.1, MIN_GAIN - 0.1])
 def test_auto_by_measured_gain(gain: float, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("muntin.training.precision.bf16_gain", lambda: gain)
     precision = resolve_precision("auto", "cpu")
-    expected = torch.bfloat16 if cpu_computes_bf16() and gain > PAYS else None
+    expected = torch.bfloat16 if cpu_computes_bf16() and gain > MIN_GAIN else None
     assert precision.dtype == expected
     assert product_dtype(precision) == (expected or torch.float32)
     assert "BF16" in precision.reason

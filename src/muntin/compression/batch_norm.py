@@ -8,14 +8,14 @@ Axes: B images, C channels, H W map.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Container, Iterable
+from collections.abc import Container, Iterable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from muntin.compression.calibration import as_input
-from muntin.compression.rewrite import computed_weight, named, parameter_users, replace
+from muntin.compression.rewrite import computed_weight, failing, named, parameter_users, replace
 from muntin.compression.stand_in import same
 from muntin.errors import MuntinError
 from muntin.models.compression_record import Change
@@ -46,7 +46,7 @@ def fold_batch_norms(model: nn.Module, batch: Tensor) -> list[Change]:
     elif not torch.isfinite(before).any():
         kept, reason = pairs, "the model's answer is NaN or infinite: check the weights and the images"
     else:
-        kept = _fold_if_same(model, pairs, lambda: same(before, model(image)))
+        kept = failing(pairs, lambda some: _fold_if_same(model, some, image, before))
         reason = "folding it changes the model's answer: the convolution's output is used elsewhere too"
         if any(conv.weight.element_size() < 4 for _, conv, _, _ in kept):
             reason += ", or rounding in 16 bits differs"
@@ -124,29 +124,22 @@ def _version(x: Tensor) -> int:
 
 
 @torch.no_grad()
-def _fold_if_same(model: nn.Module, pairs: list[Pair], same: Callable[[], bool]) -> list[Pair]:
-    """Fold all pairs, or each half alone if the answer changes, down to single pairs. Returns the pairs that are not folded."""
-    if not pairs:
-        return []
-    before = [(conv.weight, conv.bias) for _, conv, _, _ in pairs]
+def _fold_if_same(model: nn.Module, pairs: Sequence[Pair], image: Tensor, before: Tensor) -> bool:
+    """Fold the pairs. Returns False, and restores the model, if the answer changes."""
+    weights = [(conv.weight, conv.bias) for _, conv, _, _ in pairs]
     unchanged = False
     try:
         for _, conv, name, norm in pairs:
             _fold(conv, norm)
             replace(model, name, _remainder(norm))
-        unchanged = same()
+        unchanged = same(before, model(image))
     finally:  # restore also if the model raises
         if not unchanged:
-            for (weight, bias), (_, conv, name, norm) in zip(before, pairs, strict=True):
+            for (weight, bias), (_, conv, name, norm) in zip(weights, pairs, strict=True):
                 conv.weight, conv.bias = weight, bias
                 if model.get_submodule(name) is not norm:
                     replace(model, name, norm)
-    if unchanged:
-        return []
-    if len(pairs) == 1:
-        return pairs
-    half = len(pairs) // 2
-    return _fold_if_same(model, pairs[:half], same) + _fold_if_same(model, pairs[half:], same)
+    return unchanged
 
 
 def _foldable(norm: nn.BatchNorm2d) -> bool:

@@ -19,8 +19,6 @@ from typing import Any, Self, TypeVar
 import torch
 from torch import Tensor, nn
 
-PARTS = ("reduce", "core", "expand")
-"""Names of the layers inside a factored one."""
 SPATIAL_FROM = 5
 """Kernel side from which a convolution is split into a vertical and a horizontal one."""
 

@@ -12,14 +12,16 @@ from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812 - the field's usual name
 from torch.nn.utils.parametrize import ParametrizationList
 
-from muntin.compression.factored import PARTS
 from muntin.errors import MuntinError
 from muntin.layers import Product, SoftmaxProduct
 from muntin.models.compression_record import Change
 
 M = TypeVar("M", bound=nn.Module)
+T = TypeVar("T")
 Pass = Callable[[nn.Module], list[Change]]
 """A compression pass: rewrites the model it is given and returns what it changed and what it kept."""
+PARTS = ("reduce", "core", "expand")
+"""Names of the layers inside a factored one."""
 WHOLE_MODEL = "it is the whole model: put it into an nn.Sequential"
 """Reason to keep a layer that no other module holds."""
 UNUSUAL = "it does not compute what its kind does: no integer form"
@@ -220,6 +222,14 @@ def tied(model: nn.Module, units: Mapping[str, nn.Module]) -> dict[str, str]:
         elif any(part._forward_hooks or part._forward_pre_hooks for part in parts):
             reasons[name] = "a part of it has a hook, which would see other values"
     return reasons
+
+
+def failing(items: Sequence[T], works: Callable[[Sequence[T]], bool]) -> list[T]:
+    """The items that do not work: tries all at once, then each half. `works` changes a model, or restores it and returns False."""
+    if not items or works(items):
+        return []
+    half = len(items) // 2
+    return failing(items[:half], works) + failing(items[half:], works) if half else list(items)
 
 
 def call_every_layer(model: nn.Module) -> None:

@@ -17,7 +17,7 @@ from torch.utils import _pytree
 
 from muntin.compression.calibration import as_input
 from muntin.compression.quantized import GEOMETRY
-from muntin.compression.rewrite import computed_weight
+from muntin.compression.rewrite import computed_weight, failing
 from muntin.runtime.memory import no_memory
 
 NOTICED = "the model uses more of it than the result of its kind (it tests the kind, or its forward was replaced)"
@@ -40,28 +40,22 @@ def irreplaceable(model: nn.Module, layers: Mapping[str, nn.Module], image: Tens
         return holders
     disguises = [(name, _Disguise(layer)) for name, layer in possible.items() if name not in holders]
     try:
-        return holders | dict.fromkeys(_noticed(model, disguises, image, before), NOTICED)
+        return holders | {name: NOTICED for name, _ in failing(disguises, lambda pairs: _unnoticed(model, pairs, image, before))}
     finally:
         for _, disguise in disguises:
             disguise.off()
 
 
-def _noticed(model: nn.Module, layers: Sequence[tuple[str, _Disguise]], image: Tensor, before: Sequence[Tensor]) -> list[str]:
-    """The layers whose disguise changes the answer: tests all at once, then each half. The disguises of the others stay on, so that
-    small changes add up."""
-    if not layers:
-        return []
+def _unnoticed(model: nn.Module, layers: Sequence[tuple[str, _Disguise]], image: Tensor, before: Sequence[Tensor]) -> bool:
+    """Disguise layers. Returns False, and undoes it, if the answer changes; otherwise they stay so, and small changes add up."""
     for _, disguise in layers:
         disguise.on()
     after = _answer(model, image)
     if after is not None and all_same(before, after):
-        return []
+        return True
     for _, disguise in layers:
         disguise.off()
-    if len(layers) == 1:
-        return [layers[0][0]]
-    half = len(layers) // 2
-    return _noticed(model, layers[:half], image, before) + _noticed(model, layers[half:], image, before)
+    return False
 
 
 class StandIn(nn.Module):

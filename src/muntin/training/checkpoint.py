@@ -33,7 +33,7 @@ from muntin.models.compression_record import Change, CompressionRecord
 from muntin.training.recipe import Recipe
 
 FORMAT = 1
-KEPT = 2
+KEPT_CHECKPOINTS = 2
 """Checkpoints of a run that are kept."""
 STATE = "checkpoint.json"
 MODEL, AVERAGE, OPTIMIZER = "model.safetensors", "average.safetensors", "optimizer.safetensors"
@@ -150,9 +150,9 @@ def calibration_of(checkpoint: Checkpoint, source: Source) -> list[Tensor]:
 
 
 def write_checkpoint(folder: Path, state: dict[str, Any], tensors: dict[str, dict[str, Tensor]]) -> Path:
-    """Write `folder/step-NNNNNNNN` and remove all but the newest `KEPT`; `state`: the fields of `CheckpointState` but format and digests.
+    """Write `folder/step-NNNNNNNN` and remove all but the newest `KEPT_CHECKPOINTS`.
 
-    Raises `CheckpointError` if it cannot be written (full disk); older checkpoints are then unchanged.
+    `state`: the fields of `CheckpointState` without format and digests. Raises `CheckpointError` if it cannot be written (full disk); older checkpoints are then unchanged.
     """
     files = {name: save(_separate(group)) for name, group in tensors.items()}
     digests = {name: hashlib.sha256(data).hexdigest() for name, data in files.items()}
@@ -170,7 +170,7 @@ def write_checkpoint(folder: Path, state: dict[str, Any], tensors: dict[str, dic
         raise CheckpointError(
             f"{path} cannot be written ({reason}): make room, then --resume goes on from the newest checkpoint that is there"
         ) from error
-    for old in checkpoints_in(folder)[:-KEPT]:
+    for old in checkpoints_in(folder)[:-KEPT_CHECKPOINTS]:
         shutil.rmtree(old, ignore_errors=True)  # the next checkpoint tries again
     return path
 

@@ -11,12 +11,14 @@ Axes: B images, C channels, H W map.
 
 from __future__ import annotations
 
+import json
 import random
 import signal
 import threading
 import time
+import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType, TracebackType
@@ -37,10 +39,9 @@ from muntin.training.closing import GateClosing
 from muntin.training.config import TrainingConfig
 from muntin.training.evaluation import evaluate, tile_of
 from muntin.training.layout import keep_freed_memory
-from muntin.training.metrics_log import MetricsLog
 from muntin.training.precision import TrainingPrecision, resolve_precision
 from muntin.training.recipe import Recipe, load_recipe
-from muntin.training.statistics import IMAGES, has_statistics, renew_statistics
+from muntin.training.statistics import MAX_IMAGES, has_statistics, renew_statistics
 from muntin.training.suitability import check_maps, check_model, check_reading
 from muntin.training.trainer import DivergedError, Trainer
 from muntin.training.weights import begin_with, new_model
@@ -73,6 +74,47 @@ class Interruption:
         for number, handler in self._previous.items():
             signal.signal(number, handler)
         self._previous.clear()
+
+
+class MetricsLog:
+    """Writes `metrics.jsonl` and TensorBoard events. A resumed run rewrites the points up to its checkpoint and continues."""
+
+    def __init__(self, directory: Path, step: int, training: list[dict[str, float]], validation: list[dict[str, Any]]) -> None:
+        self.directory, self.step = directory, step
+        self.failed = ""
+        """Error of the first point that could not be written."""
+        self.past = [("training", p) for p in training] + [("validation", p) for p in validation]
+
+    def __enter__(self) -> MetricsLog:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # warnings of tensorboard's own imports
+            from torch.utils.tensorboard import SummaryWriter
+        self.directory.mkdir(parents=True, exist_ok=True)
+        self.file = (self.directory / "metrics.jsonl").open("w", encoding="utf-8")
+        self.board = SummaryWriter(self.directory / "tensorboard", purge_step=self.step + 1 if self.step else 0)
+        for kind, point in sorted(self.past, key=lambda entry: float(entry[1]["step"])):
+            self._line(kind, point)
+        return self
+
+    def __exit__(self, *details: object) -> None:
+        for closing in (self.file, self.board):
+            with suppress(OSError):  # `failed` has the error, and checkpoints have all points
+                closing.close()
+
+    def _line(self, kind: str, point: dict[str, Any]) -> None:
+        self.file.write(json.dumps({"kind": kind, **point}) + "\n")
+        self.file.flush()
+
+    def write(self, kind: str, point: dict[str, Any]) -> None:
+        """Add one point. On an error (full disk) training continues: checkpoints have all points, and a resumed run writes them again."""
+        try:
+            self._line(kind, point)
+            for key, value in point.items():
+                if key != "step" and isinstance(value, int | float):
+                    self.board.add_scalar(f"{kind}/{key}", value, int(point["step"]))
+        except OSError as error:
+            if not self.failed:
+                self.failed = f"{self.file.name} cannot be written ({error.strerror or error}): the curve is only in checkpoints"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -349,7 +391,7 @@ class Training:
         model, data = self.trainer.average.model, self.recipe.data
         if has_statistics(model):
             seen = self.step * self.config.batch_size
-            count = max(GROUP, min(IMAGES, seen) // GROUP * GROUP)
+            count = max(GROUP, min(MAX_IMAGES, seen) // GROUP * GROUP)
             batches = each_calibration_batch(samples, crop=data.crop, count=count, batch_size=GROUP, seed=self.seed, task=self.recipe.task)
             renew_statistics(model, batches, self.trainer.precision)
 

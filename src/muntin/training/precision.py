@@ -14,7 +14,7 @@ import torch
 from muntin.errors import DependencyError
 
 PrecisionName = Literal["auto", "fp32", "bf16", "fp16"]
-PAYS = 1.2
+MIN_GAIN = 1.2
 """Speed of BF16 over FP32 from which "auto" takes BF16 on a CPU; below it, conversions cost the gain."""
 _SIDE, _REPEATS = 1024, 8
 
@@ -85,7 +85,7 @@ def resolve_precision(name: PrecisionName, device: str, *, begun: str | None = N
         name, reason = ("fp32" if begun == "fp32" else "bf16"), "as the run was begun; this CPU has BF16 products"
     else:
         gain = bf16_gain()
-        name, reason = ("bf16" if gain >= PAYS else "fp32"), f"this CPU multiplies {gain:.2g} times as fast in BF16 as in FP32"
+        name, reason = ("bf16" if gain >= MIN_GAIN else "fp32"), f"this CPU multiplies {gain:.2g} times as fast in BF16 as in FP32"
     return TrainingPrecision(name=name, device=device, dtype=torch.bfloat16 if name == "bf16" else None, reason=reason)
 
 

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from muntin.training.precision import TrainingPrecision
 
-IMAGES = 256
+MAX_IMAGES = 256
 """Maximum number of training crops for the statistics; fewer if a run has seen fewer."""
 
 
