@@ -152,7 +152,8 @@ def calibration_of(checkpoint: Checkpoint, source: Source) -> list[Tensor]:
 def write_checkpoint(folder: Path, state: dict[str, Any], tensors: dict[str, dict[str, Tensor]]) -> Path:
     """Write `folder/step-NNNNNNNN` and remove all but the newest `KEPT_CHECKPOINTS`.
 
-    `state`: the fields of `CheckpointState` without format and digests. Raises `CheckpointError` if it cannot be written (full disk); older checkpoints are then unchanged.
+    `state`: the fields of `CheckpointState` without format and digests. Raises `CheckpointError` if it cannot be written (full
+    disk); older checkpoints are then unchanged.
     """
     files = {name: save(_separate(group)) for name, group in tensors.items()}
     digests = {name: hashlib.sha256(data).hexdigest() for name, data in files.items()}
