@@ -272,7 +272,7 @@ def test_data_that_changed_since_are_one_line(call: Call, tiny: Any, tmp_path: P
     Image.new("L", (10, 10)).save(tiny.root / "test" / "masks" / "test-1.png")
     assert "they must be of one size" in call("evaluate", tmp_path / "run").mistake()
     shutil.rmtree(tiny.root)
-    assert f"trained on data in {tiny.root}, which is no folder any more" in call("evaluate", tmp_path / "run").mistake()
+    assert f"trained on data in {tiny.root}, which does not exist any more" in call("evaluate", tmp_path / "run").mistake()
 
 
 def write_pets(root: Path, small: Any) -> Path:

@@ -19,7 +19,7 @@ from muntin.models import create_model
 from muntin.training.checkpoint import read_checkpoint
 from muntin.training.loop import fit
 from muntin.training.recipe import load_recipe
-from muntin.training.weights import begin_with
+from muntin.training.weights import load_initial_weights
 
 NAME = "torchvision:shufflenet_v2_x0_5"
 
@@ -42,7 +42,7 @@ def test_package_names(tmp_path: Path, prefix: str) -> None:
     trained, fresh = model(0), model(1)
     path = tmp_path / "weights.safetensors"
     save_file({prefix + key.removeprefix("model."): tensor for key, tensor in apart(trained.state_dict()).items()}, path)
-    notes = begin_with(fresh, path)
+    notes = load_initial_weights(fresh, path)
     own = trained.state_dict()
     assert alike(own, fresh.state_dict()) == list(own)
     assert notes == (f"weights.safetensors: {len(own)} of the model's {len(own)} tensors are from it",)
@@ -54,7 +54,7 @@ def test_padded_model_names(tmp_path: Path) -> None:
     for prefix in ("model.model.", "model.", "", "module."):
         path = tmp_path / "weights.safetensors"
         save_file({prefix + key.removeprefix("model."): tensor for key, tensor in apart(trained.state_dict()).items()}, path)
-        begin_with(fresh, path)
+        load_initial_weights(fresh, path)
         assert all(torch.equal(tensor, fresh.state_dict()["model." + key]) for key, tensor in trained.state_dict().items())
 
 
@@ -62,7 +62,7 @@ def test_module_versions(tmp_path: Path) -> None:
     """MNASNet does not load without module versions, which .safetensors files lack."""
     trained, fresh = (create_model("torchvision:mnasnet0_5", task="classify", classes=3) for _ in range(2))
     save_file(apart(trained.state_dict()), tmp_path / "weights.safetensors")
-    begin_with(fresh, tmp_path / "weights.safetensors")
+    load_initial_weights(fresh, tmp_path / "weights.safetensors")
     assert alike(trained.state_dict(), fresh.state_dict()) == list(trained.state_dict())
 
 
@@ -71,7 +71,7 @@ def test_other_classes_and_unknown_tensors(tmp_path: Path) -> None:
     before = apart(fresh.state_dict())
     path = tmp_path / "weights.safetensors"
     save_file(apart(trained.state_dict()) | {"auxiliary.weight": torch.ones(2)}, path)
-    notes = begin_with(fresh, path)
+    notes = load_initial_weights(fresh, path)
     kept = [
         key
         for key in before
@@ -98,11 +98,11 @@ def test_shared_weights(tmp_path: Path) -> None:
     save_model(trained, str(path))
     with safe_open(path, framework="pt") as file:
         assert len(list(file.keys())) == 5
-    assert begin_with(fresh, path) == ("weights.safetensors: 6 of the model's 6 tensors are from it",)
+    assert load_initial_weights(fresh, path) == ("weights.safetensors: 6 of the model's 6 tensors are from it",)
     assert alike(trained.state_dict(), fresh.state_dict()) == list(trained.state_dict())
     save_file({"first.weight": torch.ones(6, 6)}, path)
     with pytest.raises(RecipeError, match=r"it lacks first\.bias, again\.bias, last\.weight and 1 more of"):
-        begin_with(fresh, path)
+        load_initial_weights(fresh, path)
 
 
 def test_wrong_tensors(tmp_path: Path) -> None:
@@ -110,33 +110,33 @@ def test_wrong_tensors(tmp_path: Path) -> None:
     before, trained = apart(fresh.state_dict()), apart(model(0).state_dict())
     save_file({key: tensor for key, tensor in trained.items() if "conv1" not in key}, path)
     with pytest.raises(RecipeError, match=r"it lacks model\.conv1\.0\.weight, .* of the recipe's model, and holds model\."):
-        begin_with(fresh, path)
+        load_initial_weights(fresh, path)
     save_file(trained | {"model.conv1.0.weight": torch.ones(24, 3, 5, 5)}, path)
     with pytest.raises(RecipeError, match=r"model\.conv1\.0\.weight has the shape \(24, 3, 5, 5\), in the recipe's model \(24, 3, 3, 3\)"):
-        begin_with(fresh, path)
+        load_initial_weights(fresh, path)
     save_file(trained | {"conv1.0.weight": trained["model.conv1.0.weight"].clone()}, path)
     with pytest.raises(RecipeError, match="one name with and without a prefix"):
-        begin_with(fresh, path)
+        load_initial_weights(fresh, path)
     assert alike(before, fresh.state_dict()) == list(before)
 
 
 def test_wrong_files(tmp_path: Path) -> None:
     with pytest.raises(RecipeError, match=r"nowhere\.safetensors: there is no such file"):
-        begin_with(model(0), tmp_path / "nowhere.safetensors")
+        load_initial_weights(model(0), tmp_path / "nowhere.safetensors")
     (tmp_path / "torn.safetensors").write_bytes(b"\x08\x00\x00\x00\x00\x00\x00\x00{")
     with pytest.raises(RecipeError, match=r"torn\.safetensors: .*header"):
-        begin_with(model(0), tmp_path / "torn.safetensors")
+        load_initial_weights(model(0), tmp_path / "torn.safetensors")
 
 
 def test_pickle(tmp_path: Path) -> None:
     trained = model(0)
     torch.save(trained.state_dict(), tmp_path / "best.pth")
     with pytest.raises(RecipeError, match="reads no pickles") as error:
-        begin_with(model(1), tmp_path / "best.pth")
+        load_initial_weights(model(1), tmp_path / "best.pth")
     command = shlex.split(str(error.value).partition("by: ")[2])
     subprocess.run([sys.executable, *command[1:]], cwd=tmp_path, check=True)
     fresh = model(1)
-    begin_with(fresh, tmp_path / "best.safetensors")
+    load_initial_weights(fresh, tmp_path / "best.safetensors")
     assert alike(trained.state_dict(), fresh.state_dict()) == list(trained.state_dict())
 
 
@@ -168,7 +168,7 @@ def test_table_of_other_positions(tmp_path: Path, embedding: bool) -> None:
     path = tmp_path / "weights.safetensors"
     save_file(Positions(49, embedding=embedding).state_dict(), path)
     with pytest.raises(RecipeError, match=r"table\S* has the shape \(49, 3\), in the recipe's model \(25, 3\)"):
-        begin_with(Positions(25, embedding=embedding), path)
+        load_initial_weights(Positions(25, embedding=embedding), path)
 
 
 @pytest.mark.parametrize(
@@ -177,5 +177,5 @@ def test_table_of_other_positions(tmp_path: Path, embedding: bool) -> None:
 def test_norms_of_other_classes(tmp_path: Path, make: Callable[[int], nn.Module]) -> None:
     path = tmp_path / "weights.safetensors"
     save_file(make(3).state_dict(), path)
-    notes = begin_with(make(2), path)
+    notes = load_initial_weights(make(2), path)
     assert any("of another number of classes, initialised at random" in note for note in notes)

@@ -34,7 +34,7 @@ from muntin.deployment.counting import image_macs, layer_macs, parameter_count, 
 from muntin.deployment.export import export
 from muntin.deployment.layers import layer_rows, rank_rows
 from muntin.deployment.pictures import write_examples, write_picture
-from muntin.errors import ArtifactError, ExportError, RecipeError, VerificationError
+from muntin.errors import ArtifactError, CheckpointError, ExportError, RecipeError, VerificationError
 from muntin.models import TorchSession
 from muntin.models.compression_record import Stage
 from muntin.runtime import Session, describe_hardware, load, verify
@@ -177,8 +177,10 @@ def assess(checkpoint: Checkpoint, directory: Path, *, stage: Announce = lambda 
     replaces what somebody exported.
     Where `muntin compress` has been through the run, the report tells its stages, otherwise plain INT8 and a note why. Costs a
     prediction of the test split in PyTorch for each step and in the runtime once, an export, and the timing. Raises `VerificationError`
-    when the artefact does not compute what was recorded.
+    when the artefact does not compute what was recorded, and `CheckpointError` for the checkpoint of a stage.
     """
+    if checkpoint.state.compression is not None:
+        raise CheckpointError(f"{checkpoint.path} holds a compressed model: give the checkpoint of `muntin fit` that it was made from")
     return _Assessment(checkpoint, directory, stage).run(rounds)
 
 

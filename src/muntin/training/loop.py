@@ -44,7 +44,7 @@ from muntin.training.recipe import Recipe, load_recipe
 from muntin.training.statistics import MAX_IMAGES, has_statistics, renew_statistics
 from muntin.training.suitability import check_maps, check_model, check_reading
 from muntin.training.trainer import DivergedError, Trainer
-from muntin.training.weights import begin_with, new_model
+from muntin.training.weights import load_initial_weights, new_model
 
 LOG_EVERY = 10
 """Steps between two points of the training curve."""
@@ -195,7 +195,7 @@ def fit(
         image = torch.zeros(1, recipe.data.channels, recipe.data.crop, recipe.data.crop)
         GateClosing(model, model, image, keep=recipe.training.gate_budget)
     weights = None if start is not None else recipe.model.weights
-    begun = () if weights is None else begin_with(model, root / weights)
+    begun = () if weights is None else load_initial_weights(model, root / weights)
     checked = source.check(lambda done, total: report(FitProgress(kind="check", step=done, steps=total)))  # last: it may take minutes
     notes += (*source.notes, *checked, *sizes, *begun)
     trainer = Trainer(model, recipe.training, task=recipe.task, precision=precision)

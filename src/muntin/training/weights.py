@@ -65,7 +65,7 @@ def load_weights(model: nn.Module, tensors: dict[str, Tensor], where: Path) -> N
         raise CheckpointError(f"{where}: weights of another model than its recipe makes: {reason}") from error
 
 
-def begin_with(model: nn.Module, path: Path) -> tuple[str, ...]:
+def load_initial_weights(model: nn.Module, path: Path) -> tuple[str, ...]:
     """Copy the tensors of a .safetensors file into a model, by name, and return notes on tensors that were not copied.
 
     Names may be the model's, or for a foreign model those of its package; prefixes of DistributedDataParallel and torch.compile are
