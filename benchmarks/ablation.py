@@ -64,8 +64,7 @@ import muntin
 from ablation_models import BASES, factory_name
 from kept import Row, kept_row
 from muntin.artifact import open_artifact
-from muntin.compression import remove_closed_channels
-from muntin.compression.stages import source_of
+from muntin.compression import load_model, remove_closed_channels
 from muntin.deployment import image_macs
 from muntin.deployment.counting import parameter_count
 from muntin.errors import DependencyError, MuntinError
@@ -77,8 +76,8 @@ from muntin.runtime.hardware import physical_cores
 from muntin.runtime.latency import interleaved_latency
 from muntin.runtime.profile import BUSY, fill
 from muntin.training import Checkpoint
+from muntin.training.checkpoint import source_of
 from muntin.training.evaluation import tile_of
-from muntin.training.loop import signature_of
 from options import at_least
 from resumed import demo_recipe, float_artifact, integer_artifact, network_of, print_machines, trained
 
@@ -150,7 +149,7 @@ class Setting:
 
     def model(self, name: str, seed: int) -> nn.Module:
         """As it is deployed but for folding: without the channels that its gates have closed."""
-        model = self.checkpoint(name, seed).model()
+        model = load_model(self.checkpoint(name, seed))
         remove_closed_channels(model)
         return model
 
@@ -244,7 +243,7 @@ def open_way(way: str, setting: Setting, name: str, seed: int) -> Any:
     checkpoint, folder = setting.checkpoint(name, seed), setting.folder(name, seed)
     if kind != "deployed":
         torch.set_num_threads(setting.threads)
-        signature = signature_of(checkpoint.recipe, source_of(checkpoint))
+        signature = checkpoint.recipe.signature(source_of(checkpoint).classes)
         return TorchSession(setting.model(name, seed), signature, compile=kind == "compile")
     artifact = integer_artifact(checkpoint, folder / "int8") if precision == "i8" else float_artifact(checkpoint, folder / "float")
     asked = "recorded" if precision == "i8" else precision

@@ -16,8 +16,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812 - the field's usual name
 
+from muntin.artifact.manifest import Task
 from muntin.layers import ConvUnit, Grid, ParallelBlock, Perceptron, PixelHead, ProgressiveUpsampler, Sum, TokenNorm
-from muntin.models import HybridNet, Task, create_model
+from muntin.models import HybridNet, create_model
 from muntin.models.hybridnet import GAIN, AttentionStage
 
 

@@ -34,10 +34,10 @@ import muntin
 from ablation import SURE, difference
 from kept import Row, kept_row, now
 from muntin.artifact import Artifact
-from muntin.compression.stages import source_of
 from muntin.deployment.assessment import export_checkpoint
 from muntin.runtime import describe_hardware
 from muntin.training import read_checkpoint
+from muntin.training.checkpoint import source_of
 from muntin.training.evaluation import predictions, score
 from muntin.training.precision import cpu_computes_bf16
 from muntin.training.recipe import Recipe

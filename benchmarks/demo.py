@@ -23,10 +23,10 @@ import yaml
 
 import muntin
 from kept import Row, refuse_other
-from muntin.compression.stages import source_of
+from muntin.compression import load_model
 from muntin.runtime import describe_hardware
+from muntin.training.checkpoint import source_of
 from muntin.training.evaluation import tile_of
-from muntin.training.loop import signature_of
 from muntin.training.recipe import Recipe, recipe_text
 from resumed import demo_recipe, trained
 
@@ -54,7 +54,7 @@ def reference(seed: int, directory: Path) -> float:
     longer = recipe.model_copy(update={"training": recipe.training.model_copy(update={"steps": steps})})
     checkpoint = trained(longer, directory)
     source = source_of(checkpoint)
-    session = muntin.TorchSession(checkpoint.model(), signature_of(longer, source))
+    session = muntin.TorchSession(load_model(checkpoint), longer.signature(source.classes))
     return muntin.evaluate(session, source.split("test"), tile=tile_of(longer.data.crop)).score
 
 

@@ -34,7 +34,7 @@ from numpy.typing import NDArray
 import muntin
 from kept import Row, kept_row, now
 from muntin.artifact import open_artifact
-from muntin.compression.stages import calibration_of, read_model, source_of
+from muntin.compression import load_model
 from muntin.deployment.assessment import REVISION, export_checkpoint, integer_model
 from muntin.errors import DependencyError
 from muntin.models import TorchSession
@@ -46,9 +46,8 @@ from muntin.runtime.openvino_endings import ending_in_scores
 from muntin.runtime.profile import fill
 from muntin.runtime.quiet import onnxruntime, openvino
 from muntin.training import Checkpoint, read_checkpoint
-from muntin.training.checkpoint import AVERAGE
+from muntin.training.checkpoint import AVERAGE, calibration_of, source_of
 from muntin.training.evaluation import Labels, predictions, score, tile_of
-from muntin.training.loop import signature_of
 
 SIDE = 512
 GOALS = {"overhead_percent": 3.0}
@@ -66,7 +65,7 @@ def artifacts(run: Path, output: Path) -> dict[str, tuple[Checkpoint, Path, Any]
     plain, compressed = read_checkpoint(run), read_checkpoint(run / "compressed" / "3-mixed")
     calibration = calibration_of(plain, source_of(plain))
     return {
-        "fp32": (plain, export_checkpoint(plain, output / "fp32", integer=False).path, plain.model()),
+        "fp32": (plain, export_checkpoint(plain, output / "fp32", integer=False).path, load_model(plain)),
         "int8": (plain, export_checkpoint(plain, output / "int8").path, integer_model(plain, calibration)[0]),
         "compressed": (compressed, export_checkpoint(compressed, output / "compressed").path, integer_model(compressed, calibration)[0]),
     }
@@ -149,10 +148,10 @@ def queue_rate(path: Path, precision: str, images: NDArray[np.uint8], streams: i
 
 
 def measure(name: str, checkpoint: Checkpoint, path: Path, model: Any, rounds: int) -> Row:
-    signature = signature_of(checkpoint.recipe, source_of(checkpoint))
+    signature = checkpoint.recipe.signature(source_of(checkpoint).classes)
     simulated, wanted = labels_of(checkpoint, TorchSession(model, signature))
     images = fill(open_artifact(path).golden()[0][0], (1, SIDE, SIDE))
-    eager = TorchSession(read_model(checkpoint) if name != "compressed" else model, signature)
+    eager = TorchSession(load_model(checkpoint) if name != "compressed" else model, signature)
     rows: list[dict[str, Any]] = [{"artifact": name, "engine": "pytorch eager", "precision": "f32", "score": simulated, "agree": 1.0}]
     sessions: dict[int, Any] = {0: eager}
     left_out: dict[str, str] = {}

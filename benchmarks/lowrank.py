@@ -26,19 +26,17 @@ from torch import nn
 
 import muntin
 from kept import Row, kept_row
-from muntin.compression import low_rank
+from muntin.compression import load_model, low_rank
 from muntin.compression.factored import full_ranks
 from muntin.compression.low_rank import factorize
-from muntin.compression.stages import calibration_of, read_model, source_of
 from muntin.deployment.counting import parameter_count
 from muntin.models import TorchSession
 from muntin.runtime import describe_hardware
 from muntin.runtime.latency import interleaved_latency
 from muntin.training import Checkpoint, read_checkpoint
-from muntin.training.checkpoint import AVERAGE
+from muntin.training.checkpoint import AVERAGE, calibration_of, source_of
 from muntin.training.config import CompressionConfig, LowRankConfig
 from muntin.training.evaluation import tile_of
-from muntin.training.loop import signature_of
 from muntin.training.recipe import load_recipe
 from resumed import compressed, trained
 
@@ -56,7 +54,7 @@ LAYERS: dict[str, tuple[nn.Linear | nn.Conv2d, tuple[int, int], tuple[int, ...]]
 
 def score(checkpoint: Checkpoint, model: nn.Module) -> float:
     source = source_of(checkpoint)
-    session = TorchSession(model, signature_of(checkpoint.recipe, source))
+    session = TorchSession(model, checkpoint.recipe.signature(source.classes))
     return muntin.evaluate(session, source.split("test"), tile=tile_of(checkpoint.recipe.data.crop)).score
 
 
@@ -70,12 +68,12 @@ def row(checkpoint: Checkpoint, seed: int, share: float, criterion: Any, folder:
 def measure(checkpoint: Checkpoint, seed: int, stages: CompressionConfig, folder: Path) -> Row:
     config = stages.low_rank
     assert config is not None
-    model = checkpoint.model()
+    model = load_model(checkpoint)
     before = parameter_count(model)
     low_rank(calibration_of(checkpoint, source_of(checkpoint)), config)(model)
     at_once = score(checkpoint, model)
     run = compressed(checkpoint, folder, stages, until="low-rank")
-    after = score(checkpoint, read_model(read_checkpoint(run.stages[0].checkpoint)))
+    after = score(checkpoint, load_model(read_checkpoint(run.stages[0].checkpoint)))
     return {
         "seed": seed, "criterion": config.criterion, "share": config.parameters, "parameters": parameter_count(model) / before,
         "at_once": at_once, "trained": after,
@@ -114,7 +112,9 @@ def main() -> None:
         folder = arguments.output / f"seed-{seed}"
         recipe = load_recipe(Path(muntin.__file__).parent / "recipes" / "demo.yaml", [f"seed={seed}"])
         checkpoint = trained(recipe, folder)
-        rows.append({"seed": seed, "criterion": "none", "share": 1.0, "parameters": 1.0, "at_once": score(checkpoint, checkpoint.model())})
+        rows.append(
+            {"seed": seed, "criterion": "none", "share": 1.0, "parameters": 1.0, "at_once": score(checkpoint, load_model(checkpoint))}
+        )
         rows += [row(checkpoint, seed, share, criterion, folder, hardware) for share in arguments.shares for criterion in CRITERIA]
     layers = layer_rows(arguments.output)
     if arguments.json:

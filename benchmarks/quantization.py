@@ -37,13 +37,12 @@ from PIL import Image
 
 import muntin
 from kept import Row, kept_row
-from muntin.compression import freeze, prepare_qat
-from muntin.compression.stages import calibration_of, read_model, source_of
+from muntin.compression import freeze, load_model, prepare_qat
 from muntin.models import TorchSession
 from muntin.training import Checkpoint, read_checkpoint
+from muntin.training.checkpoint import calibration_of, source_of
 from muntin.training.config import CompressionConfig, StageConfig
 from muntin.training.evaluation import tile_of
-from muntin.training.loop import signature_of
 from muntin.training.recipe import Recipe, load_recipe, parse_recipe
 from resumed import compressed, network_of, trained
 
@@ -93,7 +92,7 @@ TASKS: dict[str, Callable[[int, Path], Recipe]] = {"earth": earth, "digits": dig
 
 def score(checkpoint: Checkpoint, model: Any) -> float:
     source = source_of(checkpoint)
-    session = model if not hasattr(model, "parameters") else TorchSession(model, signature_of(checkpoint.recipe, source))
+    session = model if not hasattr(model, "parameters") else TorchSession(model, checkpoint.recipe.signature(source.classes))
     return muntin.evaluate(session, source.split("test"), tile=tile_of(checkpoint.recipe.data.crop)).score
 
 
@@ -114,7 +113,7 @@ def quantised(task: str, way: str, checkpoint: Checkpoint, folder: Path) -> Any:
     """The frozen model that a way of quantising makes of the checkpoint."""
     calibration = calibration_of(checkpoint, source_of(checkpoint))
     if way == "direct":
-        model = checkpoint.model()
+        model = load_model(checkpoint)
         prepare_qat(calibration, percentile=PERCENTILE)(model)
     else:
         mixed = SHARES[task] * MIXED if way == "three stages" else 0.0
@@ -126,7 +125,7 @@ def quantised(task: str, way: str, checkpoint: Checkpoint, folder: Path) -> Any:
         )
         place = folder / way.replace(" ", "-")
         run = compressed(checkpoint, place, config)
-        model = read_model(read_checkpoint(run.checkpoint))
+        model = load_model(read_checkpoint(run.checkpoint))
     freeze(calibration)(model)
     return model
 
@@ -143,14 +142,14 @@ def rows_of(task: str, seed: int, output: Path) -> Row:
 
 def measure(task: str, recipe: Recipe, folder: Path) -> Row:
     checkpoint = trained(recipe, folder)
-    row: Row = {"task": task, "seed": recipe.seed, "fp32": score(checkpoint, checkpoint.model())}
+    row: Row = {"task": task, "seed": recipe.seed, "fp32": score(checkpoint, load_model(checkpoint))}
     source = source_of(checkpoint)
     example = calibration_of(checkpoint, source)[0]
     for way in WAYS:
         model = quantised(task, way, checkpoint, folder)
         simulated = score(checkpoint, model)
         artifact = muntin.export(
-            model, example, folder / f"artifact-{way.replace(' ', '-')}", signature=signature_of(checkpoint.recipe, source)
+            model, example, folder / f"artifact-{way.replace(' ', '-')}", signature=checkpoint.recipe.signature(source.classes)
         )
         session = muntin.load(artifact.path)
         row[way] = {

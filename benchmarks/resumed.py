@@ -13,17 +13,16 @@ from torch import Tensor, nn
 import muntin
 from kept import Row
 from muntin.artifact import Artifact, open_artifact
-from muntin.compression import Change, fold, freeze, prepare_qat, remove_closed_channels
-from muntin.compression.stages import CompressionRun, Stage, calibration_of, compress_checkpoint, source_of
+from muntin.compression import Change, fold, freeze, load_model, prepare_qat, remove_closed_channels
+from muntin.compression.stages import CompressionRun, compress_checkpoint
 from muntin.deployment.assessment import REVISION
 from muntin.errors import ArtifactError
 from muntin.models import PRESETS, ModelConfig
+from muntin.models.compression_record import Stage
 from muntin.training import Checkpoint, read_checkpoint
-from muntin.training.checkpoint import AVERAGE, checkpoints_in
+from muntin.training.checkpoint import AVERAGE, calibration_of, checkpoints_in, recipe_changes, source_of
 from muntin.training.config import CompressionConfig
-from muntin.training.loop import signature_of
 from muntin.training.recipe import Recipe, load_recipe
-from muntin.training.resuming import changes as changed
 
 PERCENTILE = 99.99
 """Of a layer's inputs: where W4A8 without training clips them."""
@@ -57,7 +56,7 @@ def trained(recipe: Recipe, folder: Path) -> Checkpoint:
 
 
 def _of_recipe(checkpoint: Checkpoint, recipe: Recipe) -> Checkpoint:
-    if what := changed(checkpoint, recipe):
+    if what := recipe_changes(checkpoint, recipe):
         raise SystemExit(f"{checkpoint.path} was trained by another recipe ({what}): give another --output")
     return checkpoint
 
@@ -96,10 +95,10 @@ def _exported(checkpoint: Checkpoint, path: Path, how: str, rewrite: Callable[[n
         if there.manifest.measured.get("origin") == origin and there.manifest.muntin == version("muntin"):
             return there
     source = source_of(checkpoint)
-    calibration, model = calibration_of(checkpoint, source), checkpoint.model()
+    calibration, model = calibration_of(checkpoint, source), load_model(checkpoint)
     changes = remove_closed_channels(model) + rewrite(model, calibration)
     return muntin.export(
-        model, calibration[0], path, signature=signature_of(checkpoint.recipe, source), changes=changes, measured={"origin": origin}
+        model, calibration[0], path, signature=checkpoint.recipe.signature(source.classes), changes=changes, measured={"origin": origin}
     )
 
 

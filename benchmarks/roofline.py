@@ -36,6 +36,7 @@ from typing import Any
 import torch
 
 from kept import Row, kept_row
+from muntin.compression import load_model
 from muntin.deployment import image_macs
 from muntin.models import PRESETS
 from muntin.runtime import describe_hardware, load
@@ -93,7 +94,7 @@ def measure(preset: str, side: int, folder: Path, threads: int, rounds: int) -> 
     shape = (1, side, side)
     checkpoint = trained(demo_recipe({"training.steps": STEPS, "model.name": preset}), folder / "trained")
     floats, integers = float_artifact(checkpoint, folder / "float"), integer_artifact(checkpoint, folder / "int8")
-    gmac = image_macs(checkpoint.model().to("meta"), torch.empty(1, 3, side, side, device="meta")) / 1e9
+    gmac = image_macs(load_model(checkpoint).to("meta"), torch.empty(1, 3, side, side, device="meta")) / 1e9
     images = fill(floats.golden()[0][0], shape)
     with watch_cpu() as watch:
         ceilings: Ceilings = measure_ceilings(threads=threads)

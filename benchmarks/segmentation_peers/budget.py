@@ -25,8 +25,9 @@ from muntin.data.folders import FolderPair
 from muntin.models import create_model
 from muntin.training import Checkpoint, read_checkpoint
 from muntin.training.checkpoint import checkpoints_in
-from muntin.training.precision import check_maps, resolve_precision
+from muntin.training.precision import resolve_precision
 from muntin.training.recipe import Recipe, load_recipe, override_recipe
+from muntin.training.suitability import check_maps
 from segmentation_peers.models import Entry
 
 ENDLESS = 10**7
@@ -129,7 +130,7 @@ def precision_for(entry: Entry, setting: Setting) -> str:
     data = setting.recipe.data
     model = create_model(entry.model, classes=2, channels=data.channels)
     asked = resolve_precision("bf16", "cpu")
-    return check_maps(model, asked, crop=data.crop, channels=data.channels, asked="auto").name
+    return check_maps(model, asked, crop=data.crop, channels=data.channels, requested="auto").name
 
 
 def train(recipe: Recipe, folder: Path, root: Path) -> Checkpoint:

@@ -28,7 +28,7 @@ from torch import nn
 
 import muntin
 from muntin.artifact import Signature
-from muntin.compression.stages import source_of
+from muntin.compression import load_model
 from muntin.data import calibration_batches
 from muntin.deployment.assessment import export_checkpoint
 from muntin.models import DividedSides
@@ -37,8 +37,8 @@ from muntin.runtime.session import check_images
 from muntin.runtime.signals import signal_stack_kept
 from muntin.runtime.tiles import Predictor
 from muntin.training import Checkpoint
+from muntin.training.checkpoint import source_of
 from muntin.training.evaluation import tile_of
-from muntin.training.loop import signature_of
 from segmentation_peers.models import STRIDE, Entry, Scheme
 from segmentation_peers.tuning import admission
 
@@ -147,16 +147,16 @@ def score_variants(forms: dict[str, Path], checkpoint: Checkpoint, *, threads: i
 
 
 def parameters_of(checkpoint: Checkpoint) -> int:
-    return sum(parameter.numel() for parameter in checkpoint.model().parameters())
+    return sum(parameter.numel() for parameter in load_model(checkpoint).parameters())
 
 
 def _deploy_peer(entry: Entry, checkpoint: Checkpoint, folder: Path) -> dict[str, Path]:
     source, recipe = source_of(checkpoint), checkpoint.recipe
-    model = checkpoint.model()
+    model = load_model(checkpoint)
     assert isinstance(model, DividedSides)
     crops = calibration_batches(source.split("train"), crop=recipe.data.crop, count=CALIBRATION, batch_size=1, seed=recipe.seed)
     images = [np.ascontiguousarray(crop_BCHW.permute(0, 2, 3, 1).numpy()) for crop_BCHW in crops]
-    signature = signature_of(recipe, source)
+    signature = recipe.signature(source.classes)
     paths = {"float": _write(_converted(model.model, signature.channels), folder / "float", signature)}
     _check(paths["float"], model)
     nncf = _nncf()

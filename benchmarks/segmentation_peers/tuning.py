@@ -19,11 +19,10 @@ from muntin.data import open_source
 from muntin.data.earth import GAP_DEGREES, EarthSource
 from muntin.data.source import CheckProgress, HeldSamples, Sample, Samples, Source, SplitName
 from muntin.errors import DataError
-from muntin.training.checkpoint import build_model
-from muntin.training.interrupt import Interruption
-from muntin.training.loop import Training, prepare_hardware
+from muntin.training.loop import Interruption, Training, prepare_hardware
 from muntin.training.recipe import Recipe
 from muntin.training.trainer import Trainer
+from muntin.training.weights import build_model
 from segmentation_peers.budget import Interrupted
 
 Spans = tuple[tuple[float, float], ...]
@@ -120,7 +119,7 @@ def held_out(recipe: Recipe, folder: Path, spans: Spans = HELD_OUT, *, root: Pat
     training = Training(trainer, recipe, held, directory=folder, root=root, start=None, report=lambda progress: None)
     with Interruption() as interruption:
         training.run(interruption)
-    if interruption.asked:  # in the validation at its end, too
+    if interruption.requested:  # in the validation at its end, too
         raise Interrupted
     return training
 

@@ -15,8 +15,10 @@ from typer.testing import CliRunner
 
 from muntin.artifact import open_artifact
 from muntin.cli import app
-from muntin.compression.stages import STAGES, changes_of, compress_checkpoint, read_model
+from muntin.compression import load_model
+from muntin.compression.stages import compress_checkpoint
 from muntin.deployment.counting import parameter_count
+from muntin.models.compression_record import STAGES
 from muntin.reporting import read_report
 from muntin.training import read_checkpoint
 from muntin.training.recipe import override_recipe
@@ -196,7 +198,7 @@ def test_a_stage_is_exported_and_evaluated(call: Call, copied: Path) -> None:
     document = call("export", stage, "--json").document()
     artifact = open_artifact(stage / "artifact")
     assert Path(document["artifact"]) == stage / "artifact" and document["bytes"] == artifact.bytes
-    changes = changes_of(read_checkpoint(stage))
+    changes = read_checkpoint(stage).changes
     assigned = {change.layer: change.done for change in changes if change.pass_ == "mix"}
     recorded = {record.name: f"W{record.weight_bits}A8" if record.activation_bits else "16 bits" for record in artifact.manifest.layers}
     assert recorded == assigned and "W4A8" in assigned.values()
@@ -252,7 +254,7 @@ def test_a_report_tells_the_stages(call: Call, copied: Path, tree: Callable[[Pat
     assert any("artifact holds another artefact (plain INT8 of" in note and "is artifact-report" in note for note in document["notes"])
     steps = {step["name"]: step for step in document["steps"]}
     assert list(steps) == ["fp32", "low-rank", "w4a8", "mixed", "deployed"]
-    parameters = {stage: parameter_count(read_model(read_checkpoint(copied / "compressed" / FOLDERS[n]))) for n, stage in enumerate(STAGES)}
+    parameters = {stage: parameter_count(load_model(read_checkpoint(copied / "compressed" / FOLDERS[n]))) for n, stage in enumerate(STAGES)}
     assert steps["low-rank"]["params"] == parameters["low-rank"] < steps["fp32"]["params"]
     assert steps["fp32"]["weights"] > steps["low-rank"]["weights"] > steps["w4a8"]["weights"] < steps["mixed"]["weights"]
     assert steps["mixed"]["weights"] == steps["deployed"]["weights"] < steps["deployed"]["bytes"]
@@ -260,7 +262,7 @@ def test_a_report_tells_the_stages(call: Call, copied: Path, tree: Callable[[Pat
     assert steps["deployed"]["bytes"] == open_artifact(copied / "artifact-report").bytes
     assert steps["w4a8"]["latency_ms"] is None and steps["deployed"]["latency_ms"] > 0
     assert {layer["weight_bits"] for layer in document["layers"]} <= {4, 8, 16}
-    looked = [change for change in changes_of(read_checkpoint(copied / "compressed" / FOLDERS[0])) if change.pass_ == "low_rank"]
+    looked = [change for change in read_checkpoint(copied / "compressed" / FOLDERS[0]).changes if change.pass_ == "low_rank"]
     assert {row["name"]: tuple(row["ranks"]) for row in document["ranks"]} == {change.layer: change.ranks for change in looked}
     assert all(bool(row["ranks"]) != bool(row["reason"]) for row in document["ranks"])
     assert {f"train {stage}" for stage in STAGES} <= document["seconds"].keys()

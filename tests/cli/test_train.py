@@ -19,6 +19,7 @@ import torch
 from PIL import Image
 
 import muntin.training
+from muntin.compression import load_model
 from muntin.deployment.live import checkpoint_session
 from muntin.runtime.images import write_image
 from muntin.training import fit, load_recipe, read_checkpoint
@@ -141,7 +142,7 @@ def test_ctrl_c_leaves_a_checkpoint_and_the_command_that_goes_on(call: Call, tin
     assert "interrupted after step" in errors
     checkpoint = read_checkpoint(run)
     assert 10 <= checkpoint.state.step < steps
-    checkpoint.model()
+    load_model(checkpoint)
     again = shlex.split(errors.split("`")[1])
     assert again[0] == "muntin"
     assert call(*again[1:], "--json").document()["step"] == steps
@@ -271,7 +272,7 @@ def test_data_that_changed_since_are_one_line(call: Call, tiny: Any, tmp_path: P
     Image.new("L", (10, 10)).save(tiny.root / "test" / "masks" / "test-1.png")
     assert "they must be of one size" in call("evaluate", tmp_path / "run").mistake()
     shutil.rmtree(tiny.root)
-    assert f"trained on data in {tiny.root}, which is no folder any more" in call("evaluate", tmp_path / "run").mistake()
+    assert f"trained on data in {tiny.root}, which does not exist any more" in call("evaluate", tmp_path / "run").mistake()
 
 
 def write_pets(root: Path, small: Any) -> Path:
@@ -297,8 +298,8 @@ def test_class_folders_that_were_renamed_are_one_line(call: Call, tiny: Any, tmp
     (tmp_path / "pets" / "dog").rename(tmp_path / "pets" / "ape")
     for words in (["evaluate", run], ["export", run], ["compress", run], ["report", run], ["fit", recipe, "-o", run, "--resume"]):
         assert call(*words).mistake() == (
-            f"{run}/checkpoints/step-00000002 was trained on the classes cat, dog, and its data are now of ape, cat: "
-            "give their folders the old names again, or train anew"
+            f"{run}/checkpoints/step-00000002 was trained on the classes cat, dog, and its data now have ape, cat: "
+            "restore the names of their folders, or train again"
         )
     assert not (run / "artifact").exists()
     assert checkpoint_session(read_checkpoint(run)).signature.classes == read_checkpoint(run).state.classes  # without the data

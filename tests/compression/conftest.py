@@ -1,4 +1,4 @@
-"""What every test of a pass needs."""
+"""Fixtures of the compression tests."""
 
 from __future__ import annotations
 

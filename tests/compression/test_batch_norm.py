@@ -13,7 +13,7 @@ from muntin.errors import MuntinError
 
 
 def trained_norms(model: nn.Module) -> nn.Module:
-    """Statistics and weights as training leaves them: not the identity."""
+    """Give the norms random statistics and weights."""
     torch.manual_seed(0)
     for norm in model.modules():
         if isinstance(norm, nn.BatchNorm2d):
@@ -26,7 +26,7 @@ def trained_norms(model: nn.Module) -> nn.Module:
 
 
 @pytest.mark.parametrize("name", ["timm:mobilenetv3_small_050", "timm:resnet10t", "torchvision:squeezenet1_1"])
-def test_the_answer_stays_and_the_norms_go(name: str) -> None:
+def test_folding_foreign_models(name: str) -> None:
     model = trained_norms(muntin.create_model(name, task="classify", classes=5))
     norms = sum(isinstance(m, nn.BatchNorm2d) for m in model.modules())
     images = torch.randint(0, 256, (2, 3, 64, 64)).float()
@@ -40,7 +40,7 @@ def test_the_answer_stays_and_the_norms_go(name: str) -> None:
     assert fold_batch_norms(model, images) == []
 
 
-def test_a_model_in_double_precision_is_folded() -> None:
+def test_double_precision() -> None:
     model = trained_norms(nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4))).double()
     images = torch.randint(0, 256, (2, 3, 8, 8), dtype=torch.uint8)
     with torch.no_grad():
@@ -76,17 +76,7 @@ class Twice(nn.Module):
         return out
 
 
-def test_what_is_used_elsewhere_too_is_left_as_it_was() -> None:
-    model = trained_norms(Shared())
-    images = torch.randint(0, 256, (1, 3, 8, 8)).float()
-    with torch.no_grad():
-        before = model(images)
-        changes = fold_batch_norms(model, images)
-        assert torch.equal(model(images), before)
-    assert [change.kept for change in changes] == [True] and "elsewhere" in changes[0].reason
-
-
-def test_a_convolution_that_is_called_twice_is_left_alone() -> None:
+def test_convolution_called_twice() -> None:
     model = trained_norms(Twice())
     images = torch.randint(0, 256, (1, 3, 8, 8)).float()
     with torch.no_grad():
@@ -96,7 +86,7 @@ def test_a_convolution_that_is_called_twice_is_left_alone() -> None:
 
 
 class Standardised(nn.Sequential):
-    """Each picture by its own mean and deviation: a black one gives NaN."""
+    """Normalises each picture by its own deviation: NaN for a black one."""
 
     def forward(self, x: Tensor) -> Tensor:
         out: Tensor = super().forward((x - x.mean((1, 2, 3), keepdim=True)) / x.std((1, 2, 3), keepdim=True))
@@ -114,7 +104,7 @@ class ByKeyword(nn.Module):
 
 
 def assert_folded(model: nn.Module, batch: Tensor, kept: dict[str, bool]) -> list[Change]:
-    """That just these norms are looked at, that those which are not kept go, and that the answer stays."""
+    """Fold; check the kept norms and that the answer is the same."""
     images = torch.randint(0, 256, (2, 3, 12, 12)).float()
     with torch.no_grad():
         before = model(images)
@@ -126,23 +116,23 @@ def assert_folded(model: nn.Module, batch: Tensor, kept: dict[str, bool]) -> lis
     return changes
 
 
-def test_a_model_that_answers_nan_to_a_black_picture_is_folded_by_one() -> None:
+def test_black_picture_and_nan() -> None:
     assert_folded(trained_norms(Standardised(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4))), torch.zeros(2, 3, 12, 12), {"1": False})
 
 
-def test_an_answer_that_is_no_number_shows_nothing() -> None:
+def test_answer_not_finite() -> None:
     model = trained_norms(nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4)))
     model[0].bias.data.fill_(float("nan"))  # type: ignore[union-attr,operator]
     (change,) = fold_batch_norms(model, torch.rand(1, 3, 8, 8))
     assert change.kept and change.reason.startswith("the model's answer is NaN or infinite")
 
 
-def test_layers_that_are_called_by_keyword_are_folded() -> None:
+def test_calls_by_keyword() -> None:
     assert_folded(trained_norms(ByKeyword()), torch.rand(1, 3, 12, 12) * 255, {"norm": False})
 
 
-def test_a_norm_behind_what_works_in_place_is_no_pair() -> None:
-    """The tensor is the convolution's own, and no longer holds what that gave."""
+def test_norm_behind_inplace_operation() -> None:
+    """ReLU changes the convolution's output in place."""
     model = trained_norms(
         nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.Conv2d(4, 4, 3), nn.ReLU(inplace=True), nn.BatchNorm2d(4))
     )
@@ -150,7 +140,7 @@ def test_a_norm_behind_what_works_in_place_is_no_pair() -> None:
     assert isinstance(model[4], nn.BatchNorm2d)
 
 
-def test_only_norms_whose_folding_changes_the_answer_stay() -> None:
+def test_only_changing_pairs_are_kept() -> None:
     def unit(inputs: int) -> nn.Sequential:
         return nn.Sequential(nn.Conv2d(inputs, 3, 1), nn.BatchNorm2d(3), nn.ReLU())
 
@@ -162,18 +152,18 @@ def test_only_norms_whose_folding_changes_the_answer_stay() -> None:
     assert shared.conv.weight is owned and "elsewhere" in changes[3].reason
 
 
-def test_the_norms_of_convolutions_that_share_a_weight_stay_and_so_does_the_sharing() -> None:
+def test_shared_weight_is_kept() -> None:
     first, second = nn.Conv2d(3, 3, 3), nn.Conv2d(3, 3, 3)
     second.weight = first.weight
     own = nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4)
     model = trained_norms(nn.Sequential(first, nn.BatchNorm2d(3), nn.ReLU(), second, nn.BatchNorm2d(3), *own))
     changes = assert_folded(model, torch.rand(1, 3, 12, 12) * 255, {"1": True, "4": True, "6": False})
     reasons = {change.layer: change.reason for change in changes if change.kept}
-    assert reasons == dict.fromkeys("14", "its convolution shares its weights with another one: folding would part them")
+    assert reasons == dict.fromkeys("14", "its convolution shares its weights with another one: folding would separate them")
     assert second.weight is first.weight
 
 
-def test_what_was_folded_is_made_again_without_asking_the_model() -> None:
+def test_apply_folds_without_running_the_model() -> None:
     def make() -> nn.Sequential:
         return nn.Sequential(
             nn.Conv2d(3, 4, 1, bias=False), nn.BatchNorm2d(4), nn.Conv2d(4, 4, 1, bias=False), nn.ReLU(), nn.BatchNorm2d(4)
@@ -189,13 +179,13 @@ def test_what_was_folded_is_made_again_without_asking_the_model() -> None:
         apply_folds(other, ["0"], {})
 
 
-def test_training_mode_is_refused() -> None:
+def test_training_mode() -> None:
     with pytest.raises(ValueError, match="eval"):
         fold_batch_norms(nn.BatchNorm2d(3), torch.zeros(1, 3, 4, 4))
 
 
 def mixed() -> nn.Sequential:
-    """In 16 bits but for its norm, as mixed precision has it."""
+    """A model in 16 bits with a norm in FP32."""
     model = trained_norms(nn.Sequential(nn.Conv2d(3, 8, 3, padding=1), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 4, 1)))
     for layer in (model[0], model[3]):
         layer.bfloat16()
@@ -203,13 +193,13 @@ def mixed() -> nn.Sequential:
     return model
 
 
-def test_a_norm_in_other_precision_than_its_convolution_is_folded_into_that_ones_or_stays() -> None:
+def test_mixed_precision() -> None:
     model, images = mixed(), torch.randint(0, 256, (2, 3, 16, 16)).float()
     with torch.no_grad():
         before = model(images.bfloat16())
         (change,) = fold_batch_norms(model, images)
         after = model(images.bfloat16())
-    assert "or its 16 bits round otherwise" in change.reason if change.kept else isinstance(model[1], nn.Identity)
+    assert "or rounding in 16 bits differs" in change.reason if change.kept else isinstance(model[1], nn.Identity)
     assert model[0].weight.dtype == torch.bfloat16 and after.dtype == before.dtype
     assert (after - before).float().std() < 0.03 * before.float().std()
     conv, norm = nn.Conv2d(3, 8, 3).bfloat16(), nn.BatchNorm2d(8)
@@ -217,7 +207,7 @@ def test_a_norm_in_other_precision_than_its_convolution_is_folded_into_that_ones
     assert conv.weight.dtype == torch.bfloat16 and conv.bias is not None and conv.bias.dtype == torch.bfloat16
 
 
-def test_who_fails_while_folds_are_tried_finds_the_model_as_it_was() -> None:
+def test_model_restored_after_an_interruption() -> None:
     model, images = trained_norms(nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8))), torch.rand(1, 3, 8, 8) * 255
     weight, norm, calls = model[0].weight, model[1], list[int]()
 

@@ -8,7 +8,7 @@ from torch import nn
 from muntin.compression.calibration import as_input
 
 
-def test_a_batch_comes_as_the_models_weights_are_or_its_buffers() -> None:
+def test_input_type_and_device() -> None:
     batch = torch.zeros(1, 3, 2, 2, dtype=torch.uint8)
     assert as_input(nn.Conv2d(3, 3, 1).double(), batch).dtype == torch.float64
     assert as_input(nn.BatchNorm2d(3, affine=False).double(), batch).dtype == torch.float64

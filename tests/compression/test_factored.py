@@ -1,4 +1,4 @@
-"""Factored layers: structure, shapes, and that they compute what a chain computes. Axes: B images, C channels, H W map."""
+"""Factored layers: structure, shapes, results. Axes: B images, C channels, H W map."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ CONVS = {
 
 
 def zero(layer: nn.Module) -> nn.Module:
-    """A shell holds whatever was in memory."""
+    """Set all parameters to zero."""
     with torch.no_grad():
         for parameter in layer.parameters():
             parameter.zero_()
@@ -32,47 +32,45 @@ def zero(layer: nn.Module) -> nn.Module:
 
 
 @pytest.mark.parametrize("name", CONVS)
-def test_a_shell_has_the_shape_ranks_and_count_of_its_layer(name: str) -> None:
+def test_convolution_shell(name: str) -> None:
     layer, ranks = CONVS[name]
-    made = shell(layer, ranks)
-    assert isinstance(made, FactoredConv2d)
-    assert made.ranks == ranks
-    assert sum(parameter.numel() for parameter in made.parameters()) == factored_parameters(layer, ranks)
+    factored = shell(layer, ranks)
+    assert isinstance(factored, FactoredConv2d)
+    assert factored.ranks == ranks
+    assert sum(parameter.numel() for parameter in factored.parameters()) == factored_parameters(layer, ranks)
     x = torch.randn(2, layer.in_channels, 17, 22)
-    assert zero(made)(x).shape == layer(x).shape
-    assert (made.in_channels, made.out_channels) == (layer.in_channels, layer.out_channels)
-    assert made.first is made.reduce and made.last is made.expand
-    assert (made.last.bias is None) == (layer.bias is None)
-    assert all(type(part) is nn.Conv2d for part in made.children())
-    assert all(part.bias is None for part in made.children() if part is not made.last)
-    assert [name for name, _ in made.named_children()] == (["reduce", "core", "expand"] if len(ranks) == 2 else ["reduce", "expand"])
+    assert zero(factored)(x).shape == layer(x).shape
+    assert (factored.in_channels, factored.out_channels) == (layer.in_channels, layer.out_channels)
+    assert (factored.expand.bias is None) == (layer.bias is None)
+    assert all(type(part) is nn.Conv2d for part in factored.children())
+    assert all(part.bias is None for part in factored.children() if part is not factored.expand)
+    assert [name for name, _ in factored.named_children()] == (["reduce", "core", "expand"] if len(ranks) == 2 else ["reduce", "expand"])
 
 
-def test_a_strided_1x1_convolution_strides_first_where_work_is_least() -> None:
-    made = FactoredConv2d.shell(nn.Conv2d(6, 10, 1, 2), (3,))
-    assert made.first.stride == (2, 2) and made.last.stride == (1, 1)
+def test_strided_1x1_order() -> None:
+    factored = FactoredConv2d.shell(nn.Conv2d(6, 10, 1, 2), (3,))
+    assert factored.reduce.stride == (2, 2) and factored.expand.stride == (1, 1)
 
 
 @pytest.mark.parametrize("bias", [True, False])
-def test_a_linear_shell(bias: bool) -> None:
+def test_linear_shell(bias: bool) -> None:
     layer = nn.Linear(7, 12, bias=bias)
-    made = shell(layer, (4,))
-    assert isinstance(made, FactoredLinear)
-    assert (made.in_features, made.out_features, made.ranks) == (7, 12, (4,))
-    assert made.first is made.reduce and made.last is made.expand
-    assert (made.first.bias is None, made.last.bias is None) == (True, not bias)
-    assert sum(parameter.numel() for parameter in made.parameters()) == factored_parameters(layer, (4,))
-    zero(made)
-    assert made(input=torch.randn(2, 3, 7)).shape == (2, 3, 12)
+    factored = shell(layer, (4,))
+    assert isinstance(factored, FactoredLinear)
+    assert (factored.in_features, factored.out_features, factored.ranks) == (7, 12, (4,))
+    assert (factored.reduce.bias is None, factored.expand.bias is None) == (True, not bias)
+    assert sum(parameter.numel() for parameter in factored.parameters()) == factored_parameters(layer, (4,))
+    zero(factored)
+    assert factored(input=torch.randn(2, 3, 7)).shape == (2, 3, 12)
 
 
-def test_a_shell_takes_type_and_device_and_draws_no_random_number() -> None:
+def test_shell_type_device_and_randomness() -> None:
     before = torch.get_rng_state()
     for layer, ranks in [(nn.Linear(4, 4), (2,)), (nn.Conv2d(4, 4, 3), (2, 2))]:
         torch.set_rng_state(before)
-        made = shell(layer.to(torch.bfloat16), ranks)  # type: ignore[arg-type]
+        factored = shell(layer.to(torch.bfloat16), ranks)  # type: ignore[arg-type]
         assert torch.equal(torch.get_rng_state(), before)
-        assert {(p.dtype, p.device) for p in made.parameters()} == {(torch.bfloat16, torch.device("cpu"))}
+        assert {(p.dtype, p.device) for p in factored.parameters()} == {(torch.bfloat16, torch.device("cpu"))}
 
 
 def test_full_ranks() -> None:
@@ -85,23 +83,23 @@ def test_full_ranks() -> None:
 
 
 @pytest.mark.parametrize("ranks", [(), (0,), (-1,), (8,), (2, 2)])
-def test_ranks_that_do_not_suit_a_layer_are_refused(ranks: tuple[int, ...]) -> None:
+def test_ranks_out_of_range(ranks: tuple[int, ...]) -> None:
     with pytest.raises(ValueError, match=r"Linear \(12, 7\) takes 1-7"):
         shell(nn.Linear(7, 12), ranks)
 
 
-def test_parts_that_do_not_fit_are_refused() -> None:
+def test_parts_of_different_sizes() -> None:
     with pytest.raises(ValueError, match="reduce gives 3 features and expand takes 4"):
         FactoredLinear(nn.Linear(7, 3, bias=False), nn.Linear(4, 12))
     with pytest.raises(ValueError, match="gives 3 channels and the next takes 4"):
         FactoredConv2d(nn.Conv2d(7, 2, 1), nn.Conv2d(4, 12, 1), nn.Conv2d(2, 3, 3))
 
 
-def test_the_chain_is_its_parts_in_order() -> None:
-    made = FactoredConv2d(nn.Conv2d(7, 2, 1, bias=False), nn.Conv2d(3, 12, 1), nn.Conv2d(2, 3, 3, padding=1, bias=False))
+def test_chain_order() -> None:
+    factored = FactoredConv2d(nn.Conv2d(7, 2, 1, bias=False), nn.Conv2d(3, 12, 1), nn.Conv2d(2, 3, 3, padding=1, bias=False))
     x = torch.randn(1, 7, 5, 5)
-    assert torch.equal(made(x), made.expand(made.core(made.reduce(x))))
-    assert made.ranks == (2, 3)
+    assert torch.equal(factored(x), factored.expand(factored.core(factored.reduce(x))))
+    assert factored.ranks == (2, 3)
 
 
 @pytest.mark.parametrize(
@@ -116,7 +114,7 @@ def test_the_chain_is_its_parts_in_order() -> None:
         (nn.Conv2d(12, 20, (5, 1), padding=(2, 0)), (5,)),
     ],
 )
-def test_multiply_adds_are_those_that_are_counted(layer: nn.Linear | nn.Conv2d, ranks: tuple[int, ...]) -> None:
+def test_multiply_adds(layer: nn.Linear | nn.Conv2d, ranks: tuple[int, ...]) -> None:
     x = torch.randn(1, 16, 24, 12) if isinstance(layer, nn.Linear) else torch.randn(1, layer.in_channels, 16, 24)
     positions = layer(x).numel() // layer.weight.shape[0]
     with FlopCounterMode(display=False) as counter:
@@ -128,24 +126,24 @@ def test_multiply_adds_are_those_that_are_counted(layer: nn.Linear | nn.Conv2d, 
 
 
 @pytest.mark.parametrize("name", CONVS)
-def test_the_weight_is_what_the_chain_computes_with(name: str) -> None:
+def test_convolution_weight(name: str) -> None:
     layer, ranks = CONVS[name]
-    made = shell(layer, ranks)
+    factored = shell(layer, ranks)
     with torch.no_grad():
-        for parameter in made.parameters():
+        for parameter in factored.parameters():
             parameter.normal_()
     plain = nn.Conv2d(layer.in_channels, layer.out_channels, layer.kernel_size, layer.stride, layer.padding, layer.dilation, bias=False)
-    plain.weight, plain.bias = nn.Parameter(made.weight.detach()), made.last.bias
+    plain.weight, plain.bias = nn.Parameter(factored.weight.detach()), factored.expand.bias
     x = torch.randn(2, layer.in_channels, 17, 22)
-    assert made.weight.shape == layer.weight.shape
-    torch.testing.assert_close(made(x), plain(x), rtol=1e-4, atol=1e-4)
+    assert factored.weight.shape == layer.weight.shape
+    torch.testing.assert_close(factored(x), plain(x), rtol=1e-4, atol=1e-4)
 
 
-def test_the_weight_of_a_linear_is_the_product() -> None:
-    made = shell(nn.Linear(7, 12), (4,))
+def test_linear_weight() -> None:
+    factored = shell(nn.Linear(7, 12), (4,))
     with torch.no_grad():
-        for parameter in made.parameters():
+        for parameter in factored.parameters():
             parameter.normal_()
     x = torch.randn(3, 7)
-    assert made.weight.shape == (12, 7)
-    torch.testing.assert_close(made(x), nn.functional.linear(x, made.weight, made.last.bias))
+    assert factored.weight.shape == (12, 7)
+    torch.testing.assert_close(factored(x), nn.functional.linear(x, factored.weight, factored.expand.bias))

@@ -1,4 +1,4 @@
-"""Folding changes nothing but the graph. Axes: B images, C channels, H W map."""
+"""Folding removes norms and gates and keeps the answer. Axes: B images, C channels, H W map."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from muntin import create_model
 from muntin.compression import fold
-from muntin.compression.fold import Folded, fold_after, fold_before, fold_gate
+from muntin.compression.fold import fold_after, fold_before, fold_gate
 from muntin.layers import ChannelGate, ConvUnit, Gain, LocalAttention, MapNorm, TokenNorm
 from muntin.layers.block import ParallelBlock, Perceptron
 from muntin.layers.windows import Grid
@@ -20,7 +20,7 @@ GRID = Grid(batch=2, height=1, width=5, window=None, rows=1, columns=1, bias_S1T
 
 
 def as_trained(model: nn.Module) -> nn.Module:
-    """Statistics as training leaves them: no mean of 0, no variance of 1, gates half open, open beyond 1, and closed."""
+    """Give norms random statistics and gates values below 0, between 0 and 1, and above 1."""
     with torch.no_grad():
         for module in model.modules():
             if isinstance(module, MapNorm | TokenNorm):
@@ -41,7 +41,7 @@ def answer(model: nn.Module, x: Tensor) -> Tensor:
 
 @pytest.mark.parametrize("block", ["parallel", "serial"])
 @pytest.mark.parametrize("attention", ["hybrid", "local", "global", "dense"])
-def test_the_answer_stays_and_the_norms_and_gates_go(block: str, attention: str) -> None:
+def test_hybrid_answer_after_folding(block: str, attention: str) -> None:
     model = as_trained(create_model("hybrid-xs", options={**SMALL, "block": block, "attention": attention}))
     gates = [module for module in model.modules() if isinstance(module, ChannelGate)]
     assert all(0 < int(gate.open_channels().sum()) < gate.dim for gate in gates)  # some of each are closed
@@ -54,7 +54,7 @@ def test_the_answer_stays_and_the_norms_and_gates_go(block: str, attention: str)
     assert all(change.pass_ == "fold" and not change.kept for change in changes)
 
 
-def test_each_unit_that_folds_is_named_once() -> None:
+def test_changes_by_unit() -> None:
     model = as_trained(create_model("hybrid-xs", options=SMALL))
     units = {name for name, module in model.named_modules() if isinstance(module, ConvUnit)}
     blocks = {f"stages.{stage}.blocks.0{part}" for stage in (0, 1) for part in ("", ".mlp")}
@@ -63,7 +63,7 @@ def test_each_unit_that_folds_is_named_once() -> None:
     assert sorted(names) == sorted(units | blocks | pairs | {"head"})
 
 
-def test_a_gate_stays_behind_what_is_not_linear_in_a_scale() -> None:
+def test_gate_behind_gelu() -> None:
     model = as_trained(create_model("hybrid-xs", options=SMALL))
     for module in model.modules():
         if isinstance(module, Perceptron):
@@ -75,7 +75,7 @@ def test_a_gate_stays_behind_what_is_not_linear_in_a_scale() -> None:
     assert [module for module in model.modules() if isinstance(module, ChannelGate)]
 
 
-def test_a_second_fold_finds_nothing_to_do() -> None:
+def test_idempotence() -> None:
     model = as_trained(create_model("hybrid-xs", options=SMALL))
     fold(model)
     folded = copy.deepcopy(model.state_dict())
@@ -83,7 +83,7 @@ def test_a_second_fold_finds_nothing_to_do() -> None:
     assert all(torch.equal(value, folded[key]) for key, value in model.state_dict().items())
 
 
-def test_a_model_without_gates_and_other_tasks_fold_too() -> None:
+def test_models_without_gates_and_other_tasks() -> None:
     x = torch.rand(1, 3, 40, 33) * 255
     for task in ("classify", "restore"):
         model = as_trained(create_model("hybrid-xs", task=task, options={**SMALL, "gate": False}))
@@ -92,7 +92,7 @@ def test_a_model_without_gates_and_other_tasks_fold_too() -> None:
         torch.testing.assert_close(answer(model, x), before, rtol=0, atol=1e-5 * float(before.abs().max()))
 
 
-def test_a_model_in_training_is_refused_and_left_alone() -> None:
+def test_training_mode() -> None:
     model = as_trained(create_model("hybrid-xs", options=SMALL)).train()
     before = copy.deepcopy(model.state_dict())
     with pytest.raises(ValueError, match=r"model\.eval\(\)"):
@@ -100,7 +100,7 @@ def test_a_model_in_training_is_refused_and_left_alone() -> None:
     assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
 
 
-def test_layers_of_others_are_left_as_they_are() -> None:
+def test_foreign_layers() -> None:
     model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.Flatten(2), nn.LayerNorm(9), nn.Linear(9, 4)).eval()
     before = copy.deepcopy(model.state_dict())
     assert fold(model) == []
@@ -108,7 +108,7 @@ def test_layers_of_others_are_left_as_they_are() -> None:
     assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
 
 
-def test_a_subclass_that_computes_something_else_is_not_folded_by_its_parents_rule() -> None:
+def test_subclass_of_a_unit() -> None:
     class Doubled(ConvUnit):
         def forward(self, x_BCHW: Tensor) -> Tensor:
             out: Tensor = self.activation(self.norm(2 * self.conv(x_BCHW)))
@@ -122,7 +122,7 @@ def test_a_subclass_that_computes_something_else_is_not_folded_by_its_parents_ru
 
 
 @pytest.mark.parametrize("bias", [True, False])
-def test_each_rule_against_what_it_replaces(bias: bool) -> None:
+def test_rules_against_references(bias: bool) -> None:
     conv, map_norm = nn.Conv2d(4, 6, 3, groups=2, bias=bias).double(), as_trained(MapNorm(6)).double()
     linear, token_norm, gate = nn.Linear(4, 6, bias=bias).double(), as_trained(TokenNorm(4)).double(), as_trained(ChannelGate(6)).double()
     x_BCHW, t_STC = torch.randn(2, 4, 5, 7, dtype=torch.float64), torch.randn(2, 5, 4, dtype=torch.float64)
@@ -137,13 +137,8 @@ def test_each_rule_against_what_it_replaces(bias: bool) -> None:
         torch.testing.assert_close(torch.relu(linear(t_STC)), expected_tokens, rtol=1e-12, atol=1e-12)
 
 
-def test_what_stands_where_a_norm_was_passes_tokens_on() -> None:
-    t_STC = torch.randn(2, 5, 4)
-    assert Folded()(t_STC, GRID) is t_STC
-
-
 class Twice(nn.Module):
-    """Parts that two units hold."""
+    """Two units that share a part."""
 
     def __init__(self, shared: str) -> None:
         super().__init__()
@@ -172,17 +167,17 @@ class Twice(nn.Module):
 
 
 @pytest.mark.parametrize(("shared", "folds"), [("attention", 0), ("weight", 0), ("layer", 0), ("unit", 1), ("activation", 2)])
-def test_what_two_units_hold_is_not_folded_for_one_of_them(shared: str, folds: int) -> None:
+def test_parts_of_two_units(shared: str, folds: int) -> None:
     model = as_trained(Twice(shared))
     x = torch.randn(2, 3, 12, 12)
     before = answer(model, x)
     changes = [change for change in fold(model) if change.layer.startswith("units")]
     assert [change.kept for change in changes] == ([False] * folds or [True] * 2)
-    assert all("used in another place" in (change.reason or "") for change in changes if change.kept)
+    assert all("also used elsewhere" in (change.reason or "") for change in changes if change.kept)
     torch.testing.assert_close(answer(model, x), before, rtol=1e-4, atol=1e-4)
 
 
-def test_what_a_hook_looks_at_is_not_folded() -> None:
+def test_part_with_a_hook() -> None:
     model = as_trained(nn.Sequential(ConvUnit(3, 8), ConvUnit(8, 8)))
     model[1].conv.register_forward_hook(lambda layer, inputs, output: output * 2)  # type: ignore[index, union-attr, operator]
     x = torch.randn(2, 3, 9, 9)

@@ -1,4 +1,4 @@
-"""The low-rank pass: its mathematics layer by layer, its budget, what it leaves alone. Axes: N rows, B images, C channels, H W map."""
+"""The low-rank pass: single layers, budgets, kept layers. Axes: N rows, B images, C channels, H W map."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def pixels(*shape: int) -> Tensor:
 
 
 def correlated(rows: int, channels: int) -> Tensor:
-    """Rows whose channels depend on each other, as features do."""
+    """Rows with correlated channels."""
     decay = torch.logspace(0, -3, channels, dtype=torch.float64)
     return torch.randn(rows, channels, dtype=torch.float64) * decay @ torch.randn(channels, channels, dtype=torch.float64)
 
@@ -75,7 +75,7 @@ def by_layer(changes: list[Change]) -> dict[str, Change]:
 
 
 def settled(model: nn.Module, x: Tensor) -> nn.Module:
-    """A model whose norms have seen data."""
+    """Update the statistics of the norms."""
     model.train()
     with torch.no_grad():
         for _ in range(3):
@@ -108,17 +108,17 @@ def perceptron(width: int = 64, **more: nn.Module) -> Any:
 
 @pytest.mark.parametrize("name", LAYERS)
 @pytest.mark.parametrize("whitened", [False, True])
-def test_a_full_rank_preserves_the_output(name: str, whitened: bool) -> None:
+def test_full_rank_output(name: str, whitened: bool) -> None:
     layer = LAYERS[name]().double()
     x = torch.randn(2, 17, 22, layer.weight.shape[1]).double() @ torch.randn(layer.weight.shape[1], layer.weight.shape[1]).double()
     x = x if isinstance(layer, nn.Linear) else x.permute(0, 3, 1, 2)
     root = square_root(input_moments(nn.Sequential(layer), [x], {"0": layer})["0"].matrix) if whitened else None
-    made = factorize(layer, full_ranks(layer), root)
-    assert torch.allclose(made(x), layer(x), rtol=1e-9, atol=1e-9)
+    factored = factorize(layer, full_ranks(layer), root)
+    assert torch.allclose(factored(x), layer(x), rtol=1e-9, atol=1e-9)
 
 
 @pytest.mark.parametrize("name", LAYERS)
-def test_lower_ranks_lose_more_and_spectra_are_complete(name: str) -> None:
+def test_losses_and_spectra(name: str) -> None:
     layer = LAYERS[name]()
     for values, full in zip(spectra(layer), full_ranks(layer), strict=True):
         assert len(values) == full and (values[:-1] >= values[1:]).all() and (values >= 0).all()
@@ -128,16 +128,16 @@ def test_lower_ranks_lose_more_and_spectra_are_complete(name: str) -> None:
     full = full_ranks(layer)
     losses = []
     for lower in range(min(full)):
-        made = factorize(layer, tuple(rank - lower for rank in full))
-        assert made.ranks == tuple(rank - lower for rank in full)
-        losses.append(float((made(x) - layer(x)).detach().square().mean()))
+        factored = factorize(layer, tuple(rank - lower for rank in full))
+        assert factored.ranks == tuple(rank - lower for rank in full)
+        losses.append(float((factored(x) - layer(x)).detach().square().mean()))
     assert losses[0] < 1e-9 and losses[-1] > losses[0]
     assert sum(after >= before - 1e-9 for before, after in itertools.pairwise(losses)) >= 0.7 * (len(losses) - 1)
 
 
 @settings(max_examples=15, deadline=None)
 @given(st.integers(1, 24), st.integers(2, 24), st.integers(0, 2**31))
-def test_the_loss_is_the_squared_error_that_is_measured(inputs: int, outputs: int, seed: int) -> None:
+def test_loss_against_measured_error(inputs: int, outputs: int, seed: int) -> None:
     torch.manual_seed(seed)
     layer, x_NI = nn.Linear(inputs, outputs).double(), torch.randn(400, inputs).double() @ torch.randn(inputs, inputs).double()
     moment_II = input_moments(nn.Sequential(layer), [x_NI], {"0": layer})["0"].matrix
@@ -147,77 +147,69 @@ def test_the_loss_is_the_squared_error_that_is_measured(inputs: int, outputs: in
     with torch.no_grad():
         power = float(layer.weight.matmul(x_NI.T).square().sum(0).mean())
         for rank in range(1, len(values) + 1):
-            made = factorize(layer, (rank,), root)
-            error = (made(x_NI) - layer(x_NI)).square().sum(1).mean()
-            error += unseen * (made.expand.weight @ made.reduce.weight - layer.weight).square().sum()
+            factored = factorize(layer, (rank,), root)
+            error = (factored(x_NI) - layer(x_NI)).square().sum(1).mean()
+            error += unseen * (factored.expand.weight @ factored.reduce.weight - layer.weight).square().sum()
             assert float(error) == pytest.approx(values[rank:].sum(), rel=1e-6, abs=1e-9 * power)
 
 
-def test_the_activation_criterion_loses_less_than_the_energy_of_weights_where_inputs_are_correlated() -> None:
-    layer, x_NI = nn.Linear(48, 64).double(), correlated(2000, 48)
-    root = square_root(input_moments(nn.Sequential(layer), [x_NI], {"0": layer})["0"].matrix)
+@pytest.mark.parametrize(("kernel", "ranks"), [(0, (4,)), (0, (8,)), (0, (16,)), (0, (32,)), (1, (8,)), (3, (8, 16)), (7, (16,))], ids=str)
+def test_activation_criterion_on_correlated_inputs(kernel: int, ranks: tuple[int, ...]) -> None:
+    """Kernel 0: a Linear."""
+    layer = nn.Conv2d(24, 24, kernel, padding=kernel // 2).double() if kernel else nn.Linear(48, 64).double()
+    x = correlated(2 * 12 * 12, 24).reshape(2, 12, 12, 24).permute(0, 3, 1, 2) if kernel else correlated(2000, 48)
+    root = square_root(input_moments(nn.Sequential(layer), [x], {"0": layer})["0"].matrix)
     with torch.no_grad():
-        for rank in (4, 8, 16, 32):
-            by_answer, by_weight = (float((factorize(layer, (rank,), r)(x_NI) - layer(x_NI)).square().sum()) for r in (root, None))
-            assert by_answer < 0.5 * by_weight
-
-
-@pytest.mark.parametrize(("kernel", "ranks"), [(1, (8,)), (3, (8, 16)), (7, (16,))])
-def test_it_does_for_convolutions_too(kernel: int, ranks: tuple[int, ...]) -> None:
-    layer = nn.Conv2d(24, 24, kernel, padding=kernel // 2).double()
-    x_BCHW = correlated(2 * 12 * 12, 24).reshape(2, 12, 12, 24).permute(0, 3, 1, 2)
-    root = square_root(input_moments(nn.Sequential(layer), [x_BCHW], {"0": layer})["0"].matrix)
-    with torch.no_grad():
-        errors = [float((factorize(layer, ranks, r)(x_BCHW) - layer(x_BCHW)).square().sum()) for r in (root, None)]
+        errors = [float((factorize(layer, ranks, r)(x) - layer(x)).square().sum()) for r in (root, None)]
     assert errors[0] < 0.5 * errors[1]
 
 
 def pooled(rows: int, channels: int, generator: torch.Generator) -> Tensor:
-    """Rectified features of a mean that is not zero, which depend on each other, as a head sees one row of them an image."""
+    """Correlated, rectified features with a mean that is not zero, one row an image."""
     mixing = torch.linalg.qr(torch.randn(channels, channels, generator=torch.Generator().manual_seed(5), dtype=torch.float64)).Q
     hidden = torch.randn(rows, channels, generator=generator, dtype=torch.float64) * torch.arange(1, channels + 1).pow(-0.5)
     return torch.relu(8 * hidden @ mixing + 0.3)
 
 
-def test_what_few_rows_have_not_shown_is_not_dropped() -> None:
-    """64 images for 384 channels: their moment has rank 64, but what other images bring has not."""
+def test_shrunk_moment_of_few_rows() -> None:
+    """64 images for 384 channels: their moment has rank 64, that of other images a full one."""
     generator = torch.Generator().manual_seed(0)
     layer, new_NI, few_NI = nn.Linear(384, 128).double(), pooled(1000, 384, generator), pooled(64, 384, generator)
     moment = input_moments(nn.Sequential(layer), [few_NI], {"0": layer})["0"]
     assert moment.rows == 64
     with torch.no_grad():
-        wanted = layer(new_NI)
+        expected = layer(new_NI)
         roots = {"as seen": square_root(moment.matrix), "shrunk": square_root(moment.shrunk())}
-        noise = {name: float((factorize(layer, (64,), root)(new_NI) - wanted).square().sum(1).mean()) for name, root in roots.items()}
-    told = {name: float(spectra(layer, root)[0][64:].sum()) for name, root in roots.items()}
+        noise = {name: float((factorize(layer, (64,), root)(new_NI) - expected).square().sum(1).mean()) for name, root in roots.items()}
+    notes = {name: float(spectra(layer, root)[0][64:].sum()) for name, root in roots.items()}
     assert noise["shrunk"] < 0.85 * noise["as seen"]
-    assert told["as seen"] < 0.1 * noise["as seen"]
-    assert 0.5 * noise["shrunk"] < told["shrunk"] < 1.5 * noise["shrunk"]
+    assert notes["as seen"] < 0.1 * noise["as seen"]
+    assert 0.5 * noise["shrunk"] < notes["shrunk"] < 1.5 * noise["shrunk"]
 
 
-def test_ranks_that_few_rows_have_told_are_noted() -> None:
+def test_note_on_few_rows() -> None:
     body = (nn.Conv2d(3, 64, 3), nn.ReLU(), nn.Conv2d(64, 64, 3), nn.ReLU())
     model = nn.Sequential(*body, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 64))
-    found = by_layer(low_rank([pixels(16, 3, 16, 16)], LowRankConfig(parameters=0.15, multiple=4, keep=("8",)))(model))
-    assert {name: change.note for name, change in found.items() if not change.kept} == {
+    changes = by_layer(low_rank([pixels(16, 3, 16, 16)], LowRankConfig(parameters=0.15, multiple=4, keep=("8",)))(model))
+    assert {name: change.note for name, change in changes.items() if not change.kept} == {
         "0": "", "2": "", "6": "16 rows of calibration for 64 channels",
     }  # fmt: skip
 
 
-def test_both_parts_of_a_matrix_have_like_ranges() -> None:
+def test_ranges_of_both_parts() -> None:
     layer = nn.Linear(64, 64)
     with torch.no_grad():
         layer.weight.mul_(100)
-    made = factorize(layer, (32,))
-    norms = [made.first.weight.norm(dim=1), made.last.weight.norm(dim=0)]
+    factored = factorize(layer, (32,))
+    norms = [factored.reduce.weight.norm(dim=1), factored.expand.weight.norm(dim=0)]
     assert torch.allclose(norms[0], norms[1], rtol=1e-4)
 
 
-def test_type_device_and_frozen_weights_stay() -> None:
+def test_type_device_and_frozen_weights() -> None:
     layer = nn.Linear(32, 32).to(torch.bfloat16).requires_grad_(False)
-    made = factorize(layer, (16,))
-    assert {parameter.dtype for parameter in made.parameters()} == {torch.bfloat16}
-    assert not any(parameter.requires_grad for parameter in made.parameters())
+    factored = factorize(layer, (16,))
+    assert {parameter.dtype for parameter in factored.parameters()} == {torch.bfloat16}
+    assert not any(parameter.requires_grad for parameter in factored.parameters())
     assert all(parameter.requires_grad and parameter.is_leaf for parameter in factorize(nn.Linear(32, 32), (16,)).parameters())
 
 
@@ -225,17 +217,17 @@ def test_type_device_and_frozen_weights_stay() -> None:
 
 
 @pytest.mark.parametrize("criterion", ["activation", "energy", "cumulative"])
-def test_a_hybrid_shrinks_to_its_budget_and_runs_at_odd_sizes(criterion: str) -> None:
+def test_hybrid_budget_and_odd_sizes(criterion: str) -> None:
     model, x = create_model("hybrid-xs", classes=3), pixels(2, 3, 128, 128)
     settled(model, x)
     before, names, scores = count(model), layers(model), answer(model, x)
-    found = by_layer(low_rank([x], LowRankConfig(criterion=criterion, parameters=0.4))(model))  # type: ignore[arg-type]
-    assert list(found) == names
+    changes = by_layer(low_rank([x], LowRankConfig(criterion=criterion, parameters=0.4))(model))  # type: ignore[arg-type]
+    assert list(changes) == names
     assert 0.37 * before < count(model) <= 0.4 * before
-    assert list(structure_of(model)) == [name for name, change in found.items() if not change.kept]
-    assert found["stages.0.position.conv"].reason == "depthwise convolution: no factored form here"
+    assert list(structure_of(model)) == [name for name, change in changes.items() if not change.kept]
+    assert changes["stages.0.position.conv"].reason == "depthwise convolution: no factored form here"
     for name, ranks in structure_of(model).items():
-        assert re.fullmatch(rf"ranks? {', '.join(map(str, ranks))} of \d+(, \d+)?", found[name].done)
+        assert re.fullmatch(rf"ranks? {', '.join(map(str, ranks))} of \d+(, \d+)?", changes[name].done)
         assert all(rank % 16 == 0 or rank == 3 for rank in ranks)
     assert {len(ranks) for ranks in structure_of(model).values()} == {1, 2}
     assert answer(model, pixels(1, 3, 37, 51)).shape == (1, 3, 37, 51)
@@ -244,7 +236,7 @@ def test_a_hybrid_shrinks_to_its_budget_and_runs_at_odd_sizes(criterion: str) ->
         assert float((answer(model, x) - scores).square().mean() / scores.var()) < 0.01
 
 
-def test_more_budget_never_costs_more_and_all_of_it_changes_nothing() -> None:
+def test_rising_budgets() -> None:
     model, x = settled(create_model("hybrid-xs", classes=3), pixels(2, 3, 128, 128)), pixels(2, 3, 128, 128)
     scores, noise, sizes = answer(model, x), [], []
     for share in (0.3, 0.45, 0.7, 1.0):
@@ -256,11 +248,11 @@ def test_more_budget_never_costs_more_and_all_of_it_changes_nothing() -> None:
     assert sizes == sorted(sizes) and noise == sorted(noise, reverse=True)
     assert all(change.kept for change in changes.values()) and noise[-1] == 0
     reasons = {change.reason for change in changes.values()}
-    assert "the budget reaches to keep it dense: factoring others harms the answer less" in reasons
+    assert "dense within the budget: factoring other layers harms the answer less" in reasons
 
 
-def test_the_estimate_of_the_answers_noise_is_what_is_measured() -> None:
-    """With one layer factored: its σ² beyond the rank, times the sensitivity, times its rows an image."""
+def test_estimated_against_measured_noise() -> None:
+    """For one factored layer: dropped σ², times the sensitivity, times the rows an image."""
     model, x = perceptron(), pixels(4, 3, 16, 16)
     moment = input_moments(model, [x], {"second": model.second})["second"]
     sensitivity = answer_sensitivity(model, [x], {"second": model.second})["second"]
@@ -274,7 +266,7 @@ def test_the_estimate_of_the_answers_noise_is_what_is_measured() -> None:
 
 
 @pytest.mark.parametrize("folded_before", [False, True])
-def test_quantisation_composes_after_it(folded_before: bool) -> None:
+def test_quantization_afterwards(folded_before: bool) -> None:
     model, x = create_model("hybrid-xs", classes=3), pixels(2, 3, 128, 128)
     settled(model, x)
     if folded_before:
@@ -294,29 +286,29 @@ def test_quantisation_composes_after_it(folded_before: bool) -> None:
     ("name", "task"),
     [("torchvision:resnet18", "classify"), ("timm:test_convnext", "classify"), ("timm:test_vit", "classify")],
 )
-def test_networks_of_others(name: str, task: str) -> None:
+def test_foreign_networks(name: str, task: str) -> None:
     model, x = create_model(name, task=task, classes=4), pixels(2, 3, 160 if "vit" in name else 64, 160 if "vit" in name else 64)  # type: ignore[arg-type]
     settled(model, x)
     before, names, scores = count(model), layers(model), answer(model, x)
-    found = by_layer(low_rank([x], LowRankConfig(parameters=0.5))(model))
-    assert list(found) == names
+    changes = by_layer(low_rank([x], LowRankConfig(parameters=0.5))(model))
+    assert list(changes) == names
     assert count(model) <= 0.5 * before
     assert answer(model, x).shape == scores.shape and torch.isfinite(answer(model, x)).all()
 
 
-def test_layers_whose_weights_are_read_and_not_called_stay() -> None:
+def test_encoder_layer_fused_path() -> None:
     block = nn.TransformerEncoderLayer(32, 4, 64, batch_first=True, dropout=0.0)
     model = nn.Sequential(nn.Linear(8, 32), nn.TransformerEncoder(block, 2, enable_nested_tensor=False), nn.Linear(32, 5))
     x = torch.randn(4, 6, 8)
     for criterion in ("activation", "energy"):
         smaller = copy.deepcopy(model)
-        found = by_layer(low_rank([x], LowRankConfig(criterion=criterion, parameters=0.9))(smaller))  # type: ignore[arg-type]
-        assert "NonDynamicallyQuantizableLinear" in found["1.layers.0.self_attn.out_proj"].reason
-        assert any(not found[f"1.layers.{i}.linear{k}"].kept for i in (0, 1) for k in (1, 2))
+        changes = by_layer(low_rank([x], LowRankConfig(criterion=criterion, parameters=0.9))(smaller))  # type: ignore[arg-type]
+        assert "NonDynamicallyQuantizableLinear" in changes["1.layers.0.self_attn.out_proj"].reason
+        assert any(not changes[f"1.layers.{i}.linear{k}"].kept for i in (0, 1) for k in (1, 2))
         assert answer(smaller, x).shape == (4, 6, 5)  # PyTorch's fused path would look for linear1.weight
 
 
-def test_a_layer_that_is_never_called_stays() -> None:
+def test_layer_read_but_not_called() -> None:
     class Reads(nn.Module):
         def __init__(self) -> None:
             super().__init__()
@@ -328,9 +320,9 @@ def test_a_layer_that_is_never_called_stays() -> None:
 
     for criterion in ("activation", "energy", "cumulative"):
         model = Reads()
-        found = by_layer(low_rank([torch.randn(40, 32)], LowRankConfig(criterion=criterion, parameters=0.9, multiple=4))(model))  # type: ignore[arg-type]
-        assert found["read"].reason == "no calibration image reached it"
-        assert not found["called"].kept
+        changes = by_layer(low_rank([torch.randn(40, 32)], LowRankConfig(criterion=criterion, parameters=0.9, multiple=4))(model))  # type: ignore[arg-type]
+        assert changes["read"].reason == "no calibration image reached it"
+        assert not changes["called"].kept
 
 
 class Masked(nn.Linear):
@@ -338,7 +330,7 @@ class Masked(nn.Linear):
 
 
 @pytest.mark.filterwarnings("ignore:Using padding='same'")
-def test_what_has_no_factored_form_stays_with_its_reason() -> None:
+def test_reasons_to_keep() -> None:
     shared = nn.Linear(32, 32)
     tied = nn.Linear(32, 32)
     other = nn.Linear(32, 32)
@@ -364,8 +356,8 @@ def test_what_has_no_factored_form_stays_with_its_reason() -> None:
             return out
 
     model = Both()
-    found = by_layer(low_rank([pixels(2, 3, 8, 8)], LowRankConfig(parameters=0.98, multiple=4, keep=("linears.6",)))(model))
-    assert {name: change.reason for name, change in found.items() if change.kept and "would have" not in change.reason} == {
+    changes = by_layer(low_rank([pixels(2, 3, 8, 8)], LowRankConfig(parameters=0.98, multiple=4, keep=("linears.6",)))(model))
+    assert {name: change.reason for name, change in changes.items() if change.kept and "would have" not in change.reason} == {
         "convs.1": "depthwise convolution: no factored form here",
         "convs.2": "grouped convolution: no factored form here",
         "convs.3": "padding 'reflect' has no factored form here",
@@ -376,27 +368,22 @@ def test_what_has_no_factored_form_stays_with_its_reason() -> None:
         "linears.5": "ParametrizedLinear may compute something else than its kind: no factored form",
         "linears.6": "named in keep",
     }
-    assert not found["linears.3"].kept and model.linears[3] is model.linears[4]  # one layer in two places stays one
+    assert not changes["linears.3"].kept and model.linears[3] is model.linears[4]  # one layer in two places stays one
 
 
-def test_a_model_that_is_one_layer_stays() -> None:
-    (change,) = low_rank([torch.randn(9, 32)])(nn.Linear(32, 32))
-    assert change.reason == "it is the whole model: put it into an nn.Sequential"
-
-
-def test_a_second_time_changes_nothing_more() -> None:
+def test_second_application() -> None:
     model, x = perceptron(), pixels(2, 3, 8, 8)
     assert not by_layer(low_rank([x], LowRankConfig(parameters=0.8))(model))["second"].kept
     scores, structure = answer(model, x), structure_of(model)
-    found = by_layer(low_rank([x], LowRankConfig(parameters=1.0))(model))
-    assert {found[f"second.{part}"].reason for part in ("reduce", "expand")} == {"already factored"}
+    changes = by_layer(low_rank([x], LowRankConfig(parameters=1.0))(model))
+    assert {changes[f"second.{part}"].reason for part in ("reduce", "expand")} == {"already factored"}
     assert structure_of(model) == structure and torch.equal(answer(model, x), scores)
 
 
 # Thresholds
 
 
-def test_a_threshold_is_applied_as_it_is() -> None:
+def test_given_threshold() -> None:
     x = pixels(2, 3, 8, 8)
     model = perceptron()
     with torch.no_grad():
@@ -404,16 +391,16 @@ def test_a_threshold_is_applied_as_it_is() -> None:
     # σ: 32 of 2 and 32 of 1. Energy 160, of which 20 components hold half; sum 96, of which 24 hold half
     for criterion, rank in [("energy", 20), ("cumulative", 24)]:
         smaller = copy.deepcopy(model)
-        found = by_layer(low_rank([x], LowRankConfig(criterion=criterion, threshold=0.5, multiple=1))(smaller))  # type: ignore[arg-type]
-        assert found["second"].done == f"rank {rank} of 64"
+        changes = by_layer(low_rank([x], LowRankConfig(criterion=criterion, threshold=0.5, multiple=1))(smaller))  # type: ignore[arg-type]
+        assert changes["second"].done == f"rank {rank} of 64"
     smaller = copy.deepcopy(model)
-    found = by_layer(low_rank([x], LowRankConfig(criterion="cumulative", threshold=0.7, multiple=16))(smaller))
-    assert found["second"].reason == "rank 48 of 64 would have 6,208 parameters, dense has 4,160"
-    assert found["first"].reason == "rank 3 of 3 would have 265 parameters, dense has 256"
+    changes = by_layer(low_rank([x], LowRankConfig(criterion="cumulative", threshold=0.7, multiple=16))(smaller))
+    assert changes["second"].reason == "rank 48 of 64 would have 6,208 parameters, dense has 4,160"
+    assert changes["first"].reason == "rank 3 of 3 would have 265 parameters, dense has 256"
     assert torch.equal(answer(smaller, x), answer(model, x))
 
 
-def test_the_usual_threshold_keeps_most_of_a_gaussian_weight() -> None:
+def test_usual_threshold_on_gaussian_weight() -> None:
     """Σσ >= 0.7 of a square Gaussian matrix takes about 0.44 of its rank: almost no saving."""
     layer = nn.Linear(256, 256, bias=False)
     nn.init.normal_(layer.weight)
@@ -421,7 +408,7 @@ def test_the_usual_threshold_keeps_most_of_a_gaussian_weight() -> None:
     assert rank_at(values**0.5, 0.7, 1) == pytest.approx(0.44 * 256, abs=4)
 
 
-def test_a_threshold_is_not_for_the_activation_criterion() -> None:
+def test_configuration_out_of_range() -> None:
     with pytest.raises(ValidationError, match="threshold is for the criteria energy and cumulative"):
         LowRankConfig(threshold=0.9)
     for wrong in ({"parameters": 0.0}, {"parameters": 1.1}, {"multiple": 0}, {"rank": 3}, {"criterion": "energy", "threshold": 0.0}):
@@ -432,12 +419,8 @@ def test_a_threshold_is_not_for_the_activation_criterion() -> None:
 # Inputs that are not as they should be
 
 
-def test_no_batch_unknown_names_and_budgets_out_of_reach_are_errors() -> None:
+def test_budget_out_of_reach() -> None:
     x = pixels(1, 3, 8, 8)
-    with pytest.raises(MuntinError, match="no batch came"):
-        low_rank([])(perceptron())
-    with pytest.raises(MuntinError, match="keep names no layer: nosuch; the model has first, second, third"):
-        low_rank([x], LowRankConfig(keep=("nosuch",)))(perceptron())
     for criterion in ("activation", "energy", "cumulative"):
         model = perceptron()
         with pytest.raises(MuntinError, match=r"46 parameters are out of reach: .* a share of 0\.5621"):
@@ -446,43 +429,29 @@ def test_no_batch_unknown_names_and_budgets_out_of_reach_are_errors() -> None:
         low_rank([x], LowRankConfig(criterion=criterion, parameters=0.5621))(model)  # type: ignore[arg-type]
 
 
-def test_nan_is_named_before_anything_is_changed() -> None:
-    model = perceptron()
-    with torch.no_grad():
-        model.second.weight[0, 0] = float("nan")
-    with pytest.raises(MuntinError, match="layer 'second': the weight holds NaN or infinity; nothing can be factored from it"):
-        low_rank([pixels(1, 3, 8, 8)])(model)
-    model = perceptron()
-    with torch.no_grad():
-        model.first.bias[0] = float("nan")
-    with pytest.raises(MuntinError, match="NaN or infinity at the input of layer 'second'"):
-        low_rank([pixels(1, 3, 8, 8)])(model)
-    assert structure_of(model) == {}
-
-
-def test_an_input_that_is_always_zero_is_named() -> None:
+def test_input_always_zero() -> None:
     model = perceptron()
     with torch.no_grad():
         model.first.weight.zero_()
         model.first.bias.fill_(-1)
-    found = by_layer(low_rank([pixels(2, 3, 8, 8)], LowRankConfig(parameters=1.0))(model))
-    assert found["second"].reason == "its input is zero on every calibration image"
+    changes = by_layer(low_rank([pixels(2, 3, 8, 8)], LowRankConfig(parameters=1.0))(model))
+    assert changes["second"].reason == "its input is zero on every calibration image"
 
 
 @pytest.mark.parametrize("x", [torch.full((1, 3, 1, 1), 200.0), torch.full((2, 3, 8, 8), 128.0), pixels(1, 3, 4, 4)])
-def test_one_sample_constant_images_and_dead_channels_work(x: Tensor) -> None:
+def test_one_sample_constants_and_dead_channels(x: Tensor) -> None:
     model = perceptron()
     with torch.no_grad():  # some channels of the hidden layer are always zero
         model.first.weight[:20] = 0
         model.first.bias[:20] = -1
     scores = answer(model, x)
-    found = by_layer(low_rank([x], LowRankConfig(parameters=0.6))(model))
-    assert found["second"].done == "rank 16 of 64"
+    changes = by_layer(low_rank([x], LowRankConfig(parameters=0.6))(model))
+    assert changes["second"].done == "rank 16 of 64"
     assert sqnr_db(scores, answer(model, x)) > 20
 
 
 class Reused(nn.Module):
-    """A backbone of which the answer depends, and a way of calling it."""
+    """A backbone, and a function that calls it."""
 
     def __init__(self, call: Callable[[nn.Module, Tensor], Tensor]) -> None:
         super().__init__()
@@ -492,27 +461,27 @@ class Reused(nn.Module):
         self.call = call
 
     def forward(self, x: Tensor) -> Tensor:
-        found = self.call(self.backbone, (x / 64 - 2).permute(0, 2, 3, 1))
-        answer: Tensor = self.last(torch.relu(self.head(found))).permute(0, 3, 1, 2)
+        features = self.call(self.backbone, (x / 64 - 2).permute(0, 2, 3, 1))
+        answer: Tensor = self.last(torch.relu(self.head(features))).permute(0, 3, 1, 2)
         return answer
 
 
-def test_a_layer_that_the_answer_depends_on_without_a_gradient_stays_dense() -> None:
+def test_answer_without_gradient() -> None:
     def frozen(backbone: nn.Module, x: Tensor) -> Tensor:
         with torch.no_grad():
-            found: Tensor = backbone(x)
-        return found
+            features: Tensor = backbone(x)
+        return features
 
     model = Reused(frozen).eval()
-    found = by_layer(low_rank([pixels(4, 3, 16, 16)], LowRankConfig(parameters=0.8, multiple=4))(model))
-    assert found["backbone.2"].kept and found["backbone.2"].reason.startswith("the answer does not depend on it, or not smoothly")
-    assert not found["head"].kept
+    changes = by_layer(low_rank([pixels(4, 3, 16, 16)], LowRankConfig(parameters=0.8, multiple=4))(model))
+    assert changes["backbone.2"].kept and changes["backbone.2"].reason.startswith("the answer does not depend on it, or not smoothly")
+    assert not changes["head"].kept
 
 
-def test_a_model_that_checkpoints_activations_is_factored_as_any_other() -> None:
+def test_activation_checkpointing() -> None:
     def checkpointed(backbone: nn.Module, x: Tensor) -> Tensor:
-        found: Tensor = checkpoint(backbone, x, use_reentrant=False)
-        return found
+        features: Tensor = checkpoint(backbone, x, use_reentrant=False)
+        return features
 
     torch.manual_seed(0)
     plain = Reused(lambda backbone, x: backbone(x)).eval()
@@ -523,22 +492,22 @@ def test_a_model_that_checkpoints_activations_is_factored_as_any_other() -> None
     assert one == other and not one["backbone.2"].kept
 
 
-def test_a_weight_of_zeros_takes_the_least_rank() -> None:
+def test_zero_weight() -> None:
     model, x = perceptron(), pixels(2, 3, 8, 8)
     with torch.no_grad():
         model.second.weight.zero_()
     scores = answer(model, x)
     for criterion in ("energy", "cumulative"):
         smaller = copy.deepcopy(model)
-        found = by_layer(low_rank([x], LowRankConfig(criterion=criterion, parameters=0.6))(smaller))  # type: ignore[arg-type]
-        assert found["second"].done == "rank 16 of 64"
+        changes = by_layer(low_rank([x], LowRankConfig(criterion=criterion, parameters=0.6))(smaller))  # type: ignore[arg-type]
+        assert changes["second"].done == "rank 16 of 64"
         assert torch.equal(answer(smaller, x), scores)
 
 
 # Structure
 
 
-def test_a_checkpoint_of_a_factored_model_loads_into_its_structure() -> None:
+def test_structure_round_trip() -> None:
     model, x = settled(create_model("hybrid-xs", classes=3), pixels(2, 3, 128, 128)), pixels(2, 3, 128, 128)
     low_rank([x], LowRankConfig(parameters=0.4))(model)
     structure = structure_of(model)
@@ -552,7 +521,7 @@ def test_a_checkpoint_of_a_factored_model_loads_into_its_structure() -> None:
     assert torch.equal(answer(other, x), answer(model, x))
 
 
-def test_a_structure_of_another_model_is_refused_before_anything_changes() -> None:
+def test_structure_of_another_model() -> None:
     model = nn.Sequential(nn.Linear(32, 32), nn.ReLU())
     for structure, message in [
         ({"0": [8], "7": [8]}, "layer '7' is not in the model"),

@@ -1,4 +1,4 @@
-"""What calibration tells of inputs and of the answer's sensitivity. Axes: N rows, B images, C channels, H W map."""
+"""Moments of inputs and sensitivity of the answer. Axes: N rows, B images, C channels, H W map."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from muntin.errors import MuntinError
 
 
 class TwoLinears(nn.Module):
-    """A nonlinear model, and a layer that nothing calls."""
+    """A nonlinear model with a layer that is never called."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -31,31 +31,31 @@ def linears(model: nn.Module) -> dict[str, nn.Module]:
     return {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear | nn.Conv2d)}
 
 
-def test_the_moment_is_the_mean_of_outer_products_over_all_batches() -> None:
+def test_moment_over_batches() -> None:
     model, batches = TwoLinears().double(), [torch.randn(5, 7, 4).double(), torch.randn(3, 7, 4).double()]
-    found = input_moments(model, batches, linears(model))
+    moments_by_name = input_moments(model, batches, linears(model))
     rows_NI = torch.cat([batch.reshape(-1, 4) for batch in batches])
-    assert torch.allclose(found["first"].matrix, rows_NI.T @ rows_NI / len(rows_NI))
-    assert found["first"].matrix.dtype == torch.float64
-    assert found["first"].positions == found["second"].positions == 7
-    assert "idle" not in found
+    assert torch.allclose(moments_by_name["first"].matrix, rows_NI.T @ rows_NI / len(rows_NI))
+    assert moments_by_name["first"].matrix.dtype == torch.float64
+    assert moments_by_name["first"].positions == moments_by_name["second"].positions == 7
+    assert "idle" not in moments_by_name
 
 
-def test_a_convolution_is_watched_over_its_channels_and_counts_its_outputs() -> None:
+def test_convolution_moment() -> None:
     model, x_BCHW = nn.Sequential(nn.Conv2d(3, 5, 3, 2, 1)), torch.randn(2, 3, 9, 8)
-    found = input_moments(model, [x_BCHW], {"0": model[0]})["0"]
+    moments_by_name = input_moments(model, [x_BCHW], {"0": model[0]})["0"]
     rows_NI = x_BCHW.permute(0, 2, 3, 1).reshape(-1, 3).double()
-    assert torch.allclose(found.matrix, rows_NI.T @ rows_NI / len(rows_NI))
-    assert found.positions == 5 * 4
+    assert torch.allclose(moments_by_name.matrix, rows_NI.T @ rows_NI / len(rows_NI))
+    assert moments_by_name.positions == 5 * 4
 
 
-def test_a_strided_1x1_convolution_is_watched_where_it_reads() -> None:
+def test_strided_1x1_moment() -> None:
     model, x_BCHW = nn.Sequential(nn.Conv2d(3, 5, 1, 2)), torch.randn(2, 3, 8, 8)
     rows_NI = x_BCHW[:, :, ::2, ::2].permute(0, 2, 3, 1).reshape(-1, 3).double()
     assert torch.allclose(input_moments(model, [x_BCHW], {"0": model[0]})["0"].matrix, rows_NI.T @ rows_NI / len(rows_NI))
 
 
-def test_of_many_rows_a_part_is_read(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_sampled_rows(monkeypatch: pytest.MonkeyPatch) -> None:
     model, x = nn.Sequential(nn.Linear(3, 3)), torch.randn(4000, 3)
     whole = input_moments(model, [x], {"0": model[0]})["0"]
     monkeypatch.setattr(moments, "POSITIONS", 1000)
@@ -67,7 +67,7 @@ def test_of_many_rows_a_part_is_read(monkeypatch: pytest.MonkeyPatch) -> None:
     assert part.positions == whole.positions == 1
 
 
-def test_shrinking_keeps_mean_and_power_and_ends_with_many_rows() -> None:
+def test_shrinking() -> None:
     generator, layer = torch.Generator().manual_seed(0), nn.Linear(32, 1).double()
     decay = torch.arange(1, 33).double().pow(-0.25)
     truth_II = torch.diag(decay.square()) + torch.ones(32, 32)
@@ -87,7 +87,7 @@ def test_shrinking_keeps_mean_and_power_and_ends_with_many_rows() -> None:
     assert torch.allclose(shrunk_II, truth_II, atol=0.03)
 
 
-def test_integer_pixels_and_keyword_inputs() -> None:
+def test_integer_and_keyword_inputs() -> None:
     class ByKeyword(nn.Module):
         def __init__(self) -> None:
             super().__init__()
@@ -102,7 +102,7 @@ def test_integer_pixels_and_keyword_inputs() -> None:
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
-def test_nan_and_infinity_are_named_with_their_layer(bad: float) -> None:
+def test_values_not_finite(bad: float) -> None:
     model, x = TwoLinears(), torch.randn(2, 4)
     with torch.no_grad():
         model.first.bias[0] = bad
@@ -116,7 +116,7 @@ def test_nan_and_infinity_are_named_with_their_layer(bad: float) -> None:
         answer_sensitivity(model, [x], linears(model))
 
 
-def test_hooks_are_gone_after_an_error() -> None:
+def test_hooks_removed_after_an_error() -> None:
     model = TwoLinears()
     for run in (input_moments, answer_sensitivity):
         with pytest.raises(RuntimeError):
@@ -124,38 +124,38 @@ def test_hooks_are_gone_after_an_error() -> None:
     assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
 
 
-def test_sensitivity_of_a_linear_model_is_the_squared_norm_of_what_follows() -> None:
+def test_sensitivity_of_a_linear_model() -> None:
     model = nn.Sequential(nn.Linear(4, 6), nn.Linear(6, 3)).double()
     x = torch.randn(4000, 4).double()
-    found = answer_sensitivity(model, [x[:1000], x[1000:]], linears(model))
+    moments_by_name = answer_sensitivity(model, [x[:1000], x[1000:]], linears(model))
     with torch.no_grad():
         variance = float(model(x).var(correction=0))
     jacobian = model[1].weight.detach()
-    assert found["0"] == pytest.approx(float(jacobian.square().sum()) / 6 / variance / 3, rel=0.05)
-    assert found["1"] == pytest.approx(1 / variance / 3, rel=0.05)
+    assert moments_by_name["0"] == pytest.approx(float(jacobian.square().sum()) / 6 / variance / 3, rel=0.05)
+    assert moments_by_name["1"] == pytest.approx(1 / variance / 3, rel=0.05)
 
 
-def test_sensitivity_predicts_how_much_noise_moves_the_answer() -> None:
+def test_sensitivity_against_measured_noise() -> None:
     model, x = TwoLinears().double(), torch.randn(500, 4).double()
-    found = answer_sensitivity(model, [x], linears(model))
+    moments_by_name = answer_sensitivity(model, [x], linears(model))
     with torch.no_grad():
         answer = model(x)
         noise = 1e-3 * torch.randn(500, 6).double()
         handle = model.first.register_forward_hook(lambda layer, inputs, output: output + noise)
         moved = (model(x) - answer).square().mean() / answer.var()
         handle.remove()
-    assert found["first"] * 6 * 1e-6 == pytest.approx(float(moved), rel=0.15)
-    assert found["idle"] == 0
+    assert moments_by_name["first"] * 6 * 1e-6 == pytest.approx(float(moved), rel=0.15)
+    assert moments_by_name["idle"] == 0
 
 
-def test_operations_in_place_behind_a_layer_do_not_hide_it() -> None:
+def test_inplace_operations() -> None:
     plain = nn.Sequential(nn.Linear(4, 6), nn.ReLU(), nn.Linear(6, 3))
     in_place = nn.Sequential(plain[0], nn.ReLU(inplace=True), plain[2])
     x = torch.randn(50, 4)
     assert answer_sensitivity(plain, [x], linears(plain)) == answer_sensitivity(in_place, [x], linears(in_place))
 
 
-def test_a_layer_called_twice_counts_both_calls() -> None:
+def test_layer_called_twice() -> None:
     model = nn.Sequential(nn.Linear(4, 4), nn.Tanh())
     twice = nn.Sequential(model, model)
     x = torch.randn(50, 4)
@@ -163,7 +163,7 @@ def test_a_layer_called_twice_counts_both_calls() -> None:
     assert input_moments(twice, [x], {"0.0": model[0]})["0.0"].positions == 2
 
 
-def test_modes_flags_gradients_and_randomness_are_left_as_they_were() -> None:
+def test_model_restored() -> None:
     model = nn.Sequential(nn.Linear(4, 6), nn.Dropout(), nn.Linear(6, 3))
     model.train()
     model[2].eval()
@@ -172,15 +172,15 @@ def test_modes_flags_gradients_and_randomness_are_left_as_they_were() -> None:
     with torch.inference_mode():
         x = torch.randn(3, 4)
         torch.set_rng_state(state)
-        found = answer_sensitivity(model, [x], linears(model))
+        moments_by_name = answer_sensitivity(model, [x], linears(model))
     assert torch.equal(torch.get_rng_state(), state)
-    assert found == answer_sensitivity(model, [x], linears(model))
+    assert moments_by_name == answer_sensitivity(model, [x], linears(model))
     assert [module.training for module in model] == [True, True, False]
     assert [p.requires_grad for p in model.parameters()] == [False, False, True, True]
     assert all(p.grad is None for p in model.parameters())
 
 
-def test_answers_that_tell_nothing_are_named() -> None:
+def test_answers_without_information() -> None:
     class Answers(nn.Module):
         def __init__(self, what: Any) -> None:
             super().__init__()
@@ -199,7 +199,7 @@ def test_answers_that_tell_nothing_are_named() -> None:
         answer_sensitivity(model, [x], linears(model))
 
 
-def test_one_sample_and_constant_answers_have_a_finite_sensitivity() -> None:
+def test_sensitivity_of_constant_answers() -> None:
     model = nn.Sequential(nn.Linear(4, 1))
     for x in (torch.randn(1, 4), torch.full((8, 4), 128.0)):
         assert 0 < answer_sensitivity(model, [x], linears(model))["0"] < float("inf")

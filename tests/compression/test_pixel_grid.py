@@ -1,4 +1,4 @@
-"""Layers that read the image itself take its own grid, where theirs is almost the same, or one that is not almost the same."""
+"""Layers that read the image get the pixels' grid, or a coarser one, if theirs is near it."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ from muntin.compression.quantized import QuantizedConv2d
 
 
 class Net(nn.Module):
-    """Normalises, and has one convolution that reads the image and one that does not."""
+    """A normalisation, a convolution that reads the image, and one that does not."""
 
     def __init__(self, scale: float, *, mean: float = 128.0, std: float = 64.0, unsigned: bool = False) -> None:
         super().__init__()
         torch.manual_seed(0)
         self.mean, self.std = mean, std
-        grid = ActivationGrid(scale=scale, zero_point=0, unsigned=unsigned, low=-128 * scale, high=127 * scale, clipped=0.0)
+        grid = ActivationGrid(scale=scale, unsigned=unsigned)
         self.stem = QuantizedConv2d(nn.Conv2d(3, 8, 3, padding=1).requires_grad_(False), grid)
         self.head = QuantizedConv2d(nn.Conv2d(8, 4, 1).requires_grad_(False), grid)
 
@@ -32,7 +32,7 @@ IMAGES = torch.randint(0, 256, (2, 3, 24, 24), generator=torch.Generator().manua
 
 
 @pytest.mark.parametrize("share", [0.985, 0.993, 1.0, 1.005, 1.018])
-def test_a_grid_that_is_almost_the_pixels_becomes_theirs(share: float) -> None:
+def test_near_grid_is_aligned(share: float) -> None:
     net = Net(share / 64)
     assert align_with_pixels(net, IMAGES) == ["stem"]
     assert float(net.stem.input.scale) == 1 / 64
@@ -42,7 +42,7 @@ def test_a_grid_that_is_almost_the_pixels_becomes_theirs(share: float) -> None:
 
 
 @pytest.mark.parametrize("share", [0.997, 0.9995, 1.0, 1.0006, 1.003])
-def test_a_grid_that_is_almost_that_of_pixels_between_two_levels_becomes_coarser(share: float) -> None:
+def test_near_grid_between_levels_gets_coarser(share: float) -> None:
     net = Net(share / 64, mean=127.5)
     assert align_with_pixels(net, IMAGES) == ["stem"]
     assert float(net.stem.input.scale) == pytest.approx(127.5 / 127 / 64)
@@ -60,7 +60,7 @@ def test_a_grid_that_is_almost_that_of_pixels_between_two_levels_becomes_coarser
     ],
     ids=["finer", "coarser", "finer, between two levels", "coarser, between two levels", "no offset", "another"],
 )
-def test_other_grids_stay(net: Net) -> None:
+def test_other_grids(net: Net) -> None:
     before = float(net.stem.input.scale)
     assert align_with_pixels(net, IMAGES) == []
     assert float(net.stem.input.scale) == before
@@ -68,8 +68,8 @@ def test_other_grids_stay(net: Net) -> None:
 
 @pytest.mark.parametrize("mean", [127.5, 128.0])
 @pytest.mark.parametrize("share", [0.993, 0.995, 0.998, 0.9995, 1.0, 1.0006, 1.002, 1.0039, 1.005])
-def test_the_runtime_computes_what_was_quantised(share: float, mean: float, tmp_path: object) -> None:
-    """Within 1 % of the pixels' own grid OpenVINO leaves the rounding out."""
+def test_runtime_result(share: float, mean: float, tmp_path: object) -> None:
+    """OpenVINO omits the rounding for grids within 1 % of the pixels' grid."""
     net = Net(share / 64, mean=mean).eval()
     align_with_pixels(net, IMAGES)
     artifact = muntin.export(net, IMAGES, f"{tmp_path}/artifact")

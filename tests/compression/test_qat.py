@@ -1,4 +1,4 @@
-"""Quantisation-aware training: each operation against integers in float64, whole networks against their frozen forms, what goes wrong.
+"""Quantisation-aware training: operations against integers in float64, networks against their frozen forms, errors.
 
 Axes: B images, C channels, H W map, O output and I input channels, N entries of a softmax.
 """
@@ -6,7 +6,6 @@ Axes: B images, C channels, H W map, O output and I input channels, N entries of
 from __future__ import annotations
 
 import copy
-import json
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, cast
@@ -19,7 +18,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812 - the field's usual name
 
 from muntin import create_model
-from muntin.compression import Change, Pass, fold, freeze, low_rank, prepare_qat, quantize, set_bits
+from muntin.compression import Change, fold, freeze, low_rank, prepare_qat, quantize, set_bits
 from muntin.compression.fake_quantization import along, sqnr_db
 from muntin.compression.observer import ActivationGrid, Observer, usable
 from muntin.compression.qat import (
@@ -36,7 +35,7 @@ from muntin.compression.qat import (
     qat_structure,
 )
 from muntin.compression.quantized import (
-    MOST,
+    MAX_ENTRIES,
     InputGrid,
     QuantizedConv2d,
     QuantizedLinear,
@@ -47,6 +46,7 @@ from muntin.compression.quantized import (
 from muntin.deployment import export
 from muntin.errors import MuntinError
 from muntin.layers import Product, SoftmaxProduct
+from muntin.models.compression_record import OperationRecord
 
 SMALL = {"depths": (1,), "dims": (32,), "head_dim": 16, "window": 4, "latents": 4, "decoder": 16}
 WEIGHTED = (nn.Linear, nn.Conv2d)
@@ -73,13 +73,13 @@ def names(model: nn.Module, *kinds: type[nn.Module]) -> list[str]:
 
 
 def by_layer(changes: list[Change], kind: str = "qat") -> dict[str, Change]:
-    found = [change for change in changes if change.pass_ == kind]
-    assert len({change.layer for change in found}) == len(found)  # exactly one each
-    return {change.layer: change for change in found}
+    by_name = [change for change in changes if change.pass_ == kind]
+    assert len({change.layer for change in by_name}) == len(by_name)  # exactly one each
+    return {change.layer: change for change in by_name}
 
 
 def settled(model: nn.Module, x: Tensor) -> nn.Module:
-    """A model whose norms have seen data."""
+    """Update the statistics of the norms."""
     model.train()
     with torch.no_grad():
         for _ in range(3):
@@ -95,7 +95,7 @@ def grid_of(x: Tensor) -> ActivationGrid:
 
 
 def grid_at(scale: float, *, unsigned: bool) -> ActivationGrid:
-    return ActivationGrid(scale=scale, zero_point=0, unsigned=unsigned, low=0.0, high=1.0, clipped=0.0)
+    return ActivationGrid(scale=scale, unsigned=unsigned)
 
 
 GRIDS = st.builds(grid_at, st.floats(1e-3, 10), unsigned=st.booleans())
@@ -122,14 +122,14 @@ class Perceptron(nn.Module):
 
 
 @pytest.mark.parametrize("name", MODELS)
-def test_every_layer_and_product_trains_quantised(name: str) -> None:
+def test_all_operations_are_prepared(name: str) -> None:
     model, x = MODELS[name](), pixels(4, 3, 32, 32)
     settled(model, x)
     layers, products = names(model, *WEIGHTED), names(model, Product, SoftmaxProduct)
-    found = by_layer(prepare_qat([x], bits=4)(model))
-    assert sorted(found) == sorted([*layers, *products])
-    assert sorted(qat_operations(model)) == sorted(found) == sorted(names(model, *QAT))
-    assert {found[layer].done for layer in layers} == {"W4A8"} and {found[product].done for product in products} <= {"A8"}
+    changes = by_layer(prepare_qat([x], bits=4)(model))
+    assert sorted(changes) == sorted([*layers, *products])
+    assert sorted(qat_operations(model)) == sorted(changes) == sorted(names(model, *QAT))
+    assert {changes[layer].done for layer in layers} == {"W4A8"} and {changes[product].done for product in products} <= {"A8"}
     assert not names(model, *WEIGHTED, Product, SoftmaxProduct)
     assert bits_of(model) == dict.fromkeys(layers, 4)
     assert bool(products) == (name == "hybrid")
@@ -138,26 +138,26 @@ def test_every_layer_and_product_trains_quantised(name: str) -> None:
 
 @pytest.mark.parametrize("bits", [2, 4, 8])
 @pytest.mark.parametrize("name", MODELS)
-def test_what_was_trained_is_what_is_deployed(name: str, bits: int) -> None:
+def test_frozen_model_against_trained(name: str, bits: int) -> None:
     model, x = MODELS[name](), pixels(2, 3, 32, 32)
     settled(model, x)
     exact = answer(model, x)
     prepare_qat([x], bits=bits)(model)
-    taught = answer(model, x)
+    trained = answer(model, x)
     structure = qat_structure(model)
     changes = by_layer(freeze([x])(model), "quantize")
     deployed = answer(model, x)
     assert sorted(names(model, *FROZEN)) == sorted(structure) == sorted(changes)
     assert not names(model, *QAT)
-    noise = (taught - exact).square().mean().sqrt()  # of quantisation, of which what freezing adds is next to nothing
+    noise = (trained - exact).square().mean().sqrt()  # of quantisation, of which what freezing adds is next to nothing
     assert 0 < noise < float("inf")
-    assert (deployed - taught).square().mean().sqrt() < 0.1 * noise  # a Linear's sum has another order now, and may tip a value over
+    assert (deployed - trained).square().mean().sqrt() < 0.1 * noise  # a Linear's sum has another order now, and may tip a value over
 
 
 @settings(deadline=None, max_examples=60)
 @given(st.floats(1e-4, 100), st.booleans(), SEEDS)
 @example(1.0, False, 0)
-def test_values_half_way_between_levels_fall_as_deployed(scale: float, unsigned: bool, seed: int) -> None:
+def test_half_way_values(scale: float, unsigned: bool, seed: int) -> None:
     torch.manual_seed(seed)
     grid = LearnedGrid(grid_at(usable(scale), unsigned=unsigned))
     step = grid.log_scale.detach().exp()
@@ -165,7 +165,7 @@ def test_values_half_way_between_levels_fall_as_deployed(scale: float, unsigned:
     assert torch.equal(grid(x).detach(), InputGrid(grid.frozen())(x))
 
 
-def test_more_bits_are_closer_to_the_float_model() -> None:
+def test_error_by_bits() -> None:
     model, x = MODELS["hybrid"](), pixels(2, 3, 32, 32)
     settled(model, x)
     exact = answer(model, x)
@@ -177,7 +177,7 @@ def test_more_bits_are_closer_to_the_float_model() -> None:
     assert kept[0] < kept[1] < kept[2] and kept[2] > 25
 
 
-def test_gradients_reach_weights_and_both_kinds_of_scales() -> None:
+def test_gradients_of_weights_and_scales() -> None:
     model, x = MODELS["hybrid"](), pixels(2, 3, 32, 32)
     settled(model, x)
     prepare_qat([x])(model)
@@ -195,7 +195,7 @@ def test_gradients_reach_weights_and_both_kinds_of_scales() -> None:
             assert parameter.grad is not None and parameter.grad.any(), f"{name}: {kind}"
 
 
-def test_training_makes_up_for_two_bits() -> None:
+def test_training_recovers_two_bits() -> None:
     model, x = Perceptron().eval(), pixels(4, 3, 8, 8)
     exact = answer(model, x).clone()
     prepare_qat([x], bits=2)(model)
@@ -209,7 +209,7 @@ def test_training_makes_up_for_two_bits() -> None:
     assert (answer(model, x) - exact).square().mean() < before / 2
 
 
-def test_half_precision_trains_too() -> None:
+def test_autocast() -> None:
     model, x = MODELS["hybrid"](), pixels(2, 3, 32, 32)
     settled(model, x)
     prepare_qat([x], bits=8)(model)
@@ -223,7 +223,7 @@ def test_half_precision_trains_too() -> None:
         assert parameter.dtype == parameter.grad.dtype == torch.float32, name
 
 
-def test_a_percentile_ends_the_grids_where_it_says() -> None:
+def test_percentile_grid() -> None:
     x = torch.rand(2, 3, 32, 32) * 255
     whole, half = Perceptron().eval(), Perceptron().eval()
     half.load_state_dict(whole.state_dict())
@@ -238,13 +238,13 @@ def test_a_percentile_ends_the_grids_where_it_says() -> None:
 
 
 def away_from_borders(shape: Iterable[int], low: int, high: int) -> tuple[Tensor, Tensor]:
-    """Levels from beyond both ends of a grid, and values in units of its step that are rounded to them whatever float arithmetic does."""
+    """Levels inside and outside of a grid, and values in steps that round to them even with float errors."""
     levels = torch.randint(low - 9, high + 10, tuple(shape)).double()
     return levels.clamp(low, high), levels + torch.rand(tuple(shape)).double() * 0.9 - 0.45
 
 
 def settle_weight(layer: QATLinear | QATConv2d) -> Tensor:
-    """Gives a layer a weight away from the borders of its levels; the rounded weight, in float64."""
+    """Set a weight away from the borders of its levels; return the rounded weight in float64."""
     limit = 2 ** (layer.bits - 1) - 1
     q, v = away_from_borders(layer.weight.shape, -limit, limit)
     scale = along(layer.log_scale.detach().exp(), layer.weight.ndim, 0)
@@ -254,7 +254,7 @@ def settle_weight(layer: QATLinear | QATConv2d) -> Tensor:
 
 
 def inputs_of(grid: ActivationGrid, *shape: int) -> tuple[Tensor, Tensor]:
-    """Inputs `(*shape)`, and what a grid makes of them, in float64."""
+    """Inputs `(*shape)`, and their rounded values in float64."""
     q, v = away_from_borders(shape, *((0, 255) if grid.unsigned else (-128, 127)))
     scale = float(torch.tensor(grid.scale, dtype=torch.float32).log().exp())
     return (v * scale).float(), q * scale
@@ -271,7 +271,7 @@ def assert_as_deployed(layer: Any, x: tuple[Tensor, ...], expected: Tensor, magn
 
 @settings(deadline=None, max_examples=60)
 @given(st.lists(st.integers(1, 5), max_size=3), st.integers(1, 9), st.integers(1, 9), BITS, st.booleans(), GRIDS, SEEDS)
-def test_a_linear_trains_as_the_integers_that_it_becomes(
+def test_linear_against_integers(
     lead: list[int], inputs: int, outputs: int, bits: int, bias: bool, grid: ActivationGrid, seed: int
 ) -> None:
     torch.manual_seed(seed)
@@ -296,7 +296,7 @@ def test_a_linear_trains_as_the_integers_that_it_becomes(
     grid=GRIDS,
     seed=SEEDS,
 )
-def test_a_convolution_trains_as_the_integers_that_it_becomes(
+def test_convolution_against_integers(
     groups: tuple[int, int, int],
     kernel: tuple[int, int],
     stride: tuple[int, int],
@@ -321,7 +321,7 @@ def test_a_convolution_trains_as_the_integers_that_it_becomes(
 
 @settings(deadline=None, max_examples=30)
 @given(st.integers(1, 3), st.integers(1, 6), st.integers(1, 6), st.integers(1, 6), GRIDS, GRIDS, SEEDS)
-def test_a_product_trains_as_the_integers_that_it_becomes(
+def test_product_against_integers(
     heads: int, rows: int, between: int, columns: int, left: ActivationGrid, right: ActivationGrid, seed: int
 ) -> None:
     torch.manual_seed(seed)
@@ -332,9 +332,7 @@ def test_a_product_trains_as_the_integers_that_it_becomes(
 
 @settings(deadline=None, max_examples=30)
 @given(st.integers(1, 3), st.integers(1, 40), st.integers(1, 5), GRIDS, st.booleans(), SEEDS)
-def test_a_softmax_product_trains_as_the_integers_that_it_becomes(
-    rows: int, entries: int, columns: int, grid: ActivationGrid, biased: bool, seed: int
-) -> None:
+def test_softmax_product_against_integers(rows: int, entries: int, columns: int, grid: ActivationGrid, biased: bool, seed: int) -> None:
     torch.manual_seed(seed)
     levels_RN, steps_RN = away_from_borders((rows, entries), 0, 255)
     levels_RN[:, 0], steps_RN[:, 0] = 255, 255  # the largest logit, whose exponential is 1
@@ -352,7 +350,7 @@ ENTRIES = (16, 256, 4096, 16384)
 
 
 @pytest.mark.parametrize("spread", [0.0, 1.0, 2.0])
-def test_a_softmax_over_many_entries_does_not_vanish_in_eight_bits(spread: float) -> None:
+def test_softmax_error_by_entries(spread: float) -> None:
     errors, vanished = {}, {}
     for entries in ENTRIES:
         torch.manual_seed(entries)
@@ -371,7 +369,7 @@ def test_a_softmax_over_many_entries_does_not_vanish_in_eight_bits(spread: float
 
 @pytest.mark.parametrize("entries", ENTRIES)
 @pytest.mark.parametrize("value", [0.3, -40.0])
-def test_the_weights_of_a_softmax_sum_to_one(entries: int, value: float) -> None:
+def test_softmax_weights_sum_to_one(entries: int, value: float) -> None:
     logits_RN, values_ND = 3 * torch.randn(4, entries), torch.full((entries, 2), value)
     product = QATSoftmaxProduct(grid_of(values_ND))
     for form in (product, product.frozen()):
@@ -379,8 +377,8 @@ def test_the_weights_of_a_softmax_sum_to_one(entries: int, value: float) -> None
 
 
 @pytest.mark.parametrize("times", [1, 2, 6, 10, 50])
-def test_the_shares_of_many_entries_sum_up_in_32_bits(times: int) -> None:
-    entries = times * MOST
+def test_softmax_sums_fit_32_bits(times: int) -> None:
+    entries = times * MAX_ENTRIES
     logits_RN, values_ND = torch.zeros(1, entries), torch.full((entries, 1), 2.0)
     product = QATSoftmaxProduct(grid_of(torch.tensor([[0.0], [2.0]]))).frozen()
     shares = product.shares(exponentials(logits_RN, None)) * 255
@@ -389,7 +387,7 @@ def test_the_shares_of_many_entries_sum_up_in_32_bits(times: int) -> None:
     torch.testing.assert_close(product(logits_RN, values_ND), torch.full((1, 1), 2.0), rtol=1e-2, atol=0)
 
 
-def test_a_bias_hides_entries() -> None:
+def test_softmax_bias() -> None:
     logits_RN, values_ND = torch.randn(3, 20), torch.randn(20, 4)
     bias_1N = torch.zeros(1, 20)
     bias_1N[:, 8:] = -1e4
@@ -406,7 +404,7 @@ def test_a_bias_hides_entries() -> None:
 
 
 @pytest.mark.parametrize("bits", [2, 3, 4, 6])
-def test_a_wider_layer_goes_on_from_what_it_had_rounded_to(bits: int) -> None:
+def test_wider_layer_continues(bits: int) -> None:
     model, x = Perceptron().eval(), pixels(2, 3, 8, 8)
     prepare_qat([x], bits=bits)(model)
     second = model.second
@@ -424,7 +422,7 @@ def test_a_wider_layer_goes_on_from_what_it_had_rounded_to(bits: int) -> None:
     assert by_layer(freeze([x])(model), "quantize")["second"].done == "W8A8"
 
 
-def test_float_is_the_plain_layer_with_the_rounded_weight() -> None:
+def test_float_layer_from_rounded_weight() -> None:
     model, x = create_model("hybrid-xs", options=SMALL), pixels(2, 3, 32, 32)
     settled(model, x)
     prepare_qat([x])(model)
@@ -445,7 +443,7 @@ def test_float_is_the_plain_layer_with_the_rounded_weight() -> None:
     assert torch.equal(plain.weight, plain.weight.half().float())
 
 
-def test_freezing_measures_each_layer() -> None:
+def test_freeze_measures_sqnr() -> None:
     x, kept = pixels(2, 3, 8, 8), {}
     torch.manual_seed(1)
     model = Perceptron().eval()
@@ -462,75 +460,33 @@ def test_freezing_measures_each_layer() -> None:
 # ---- structure, for checkpoints ----
 
 
-def test_a_structure_and_its_numbers_make_the_model_again() -> None:
+def test_structure_round_trip() -> None:
     torch.manual_seed(3)
     model, x = create_model("hybrid-xs", options=SMALL), pixels(2, 3, 32, 32)
     settled(model, x)
     prepare_qat([x], keep=("head.conv",))(model)
     set_bits(model, {"stem.0.conv": 8, "stem.1.conv": FLOAT, "stages.0.blocks.0.mlp.expand": 2})
-    structure = json.loads(json.dumps(qat_structure(model)))  # as a checkpoint holds it
+    structure = qat_structure(model)
     again = create_model("hybrid-xs", options=SMALL).eval()
     fold(again)
     apply_qat(again, structure)
     again.load_state_dict(model.state_dict())
     assert qat_structure(again) == structure and bits_of(again) == bits_of(model)
-    assert structure["stem.0.conv"] == [8, 0] and structure["stages.0.blocks.0.mlp.reduce"] == [4, 1]  # behind a ReLU: unsigned
-    assert structure["stages.0.blocks.0.attention.local.scores"] == [0, 0, 0]
+    assert structure["stem.0.conv"] == OperationRecord(bits=8, unsigned=(False,))
+    assert structure["stages.0.blocks.0.mlp.reduce"] == OperationRecord(bits=4, unsigned=(True,))  # behind a ReLU
+    assert structure["stages.0.blocks.0.attention.local.scores"] == OperationRecord(bits=0, unsigned=(False, False))
     assert structure.keys().isdisjoint({"stem.1.conv", "head.conv"})
     assert torch.equal(answer(again, x), answer(model, x))
+    for wrong in ({"nowhere": structure["stem.0.conv"]}, {"head.conv": OperationRecord(bits=4, unsigned=(False, False))}):
+        with pytest.raises(MuntinError, match=r"^qat: '.*: build the model that the checkpoint was made of$"):
+            apply_qat(create_model("hybrid-xs", options=SMALL), wrong)
 
 
 # ---- what goes wrong, and what is odd ----
 
 
-@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
-def test_a_broken_weight_is_named(bad: float) -> None:
-    model = Perceptron().eval()
-    with torch.no_grad():
-        model.second.weight[3, 2] = bad
-    with pytest.raises(MuntinError, match=r"layer 'second': the weight holds NaN or infinity") as caught:
-        prepare_qat([pixels(1, 3, 8, 8)])(model)
-    assert "\n" not in str(caught.value)
-    assert type(model.second) is nn.Linear
-
-
-@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
-def test_a_broken_image_is_named(bad: float) -> None:
-    model, x = Perceptron().eval(), pixels(2, 3, 8, 8)
-    x[1, 0, 3, 3] = bad
-    with pytest.raises(MuntinError, match=r"NaN or infinity at the input of layer 'first'") as caught:
-        prepare_qat([x])(model)
-    assert "\n" not in str(caught.value)
-    assert not names(model, *QAT)
-
-
-def test_no_batch_is_an_error() -> None:
-    nothings: list[Iterable[Tensor]] = [[], iter(())]
-    for nothing in nothings:
-        with pytest.raises(MuntinError, match="no batch came"):
-            prepare_qat(nothing)(Perceptron())
-
-
-def test_an_unknown_name_in_keep_is_an_error_and_nothing_changes() -> None:
-    model = create_model("hybrid-xs", options=SMALL).eval()
-    before = copy.deepcopy(model.state_dict())
-    with pytest.raises(MuntinError, match=r"keep names no layer: nosuch; the model has stem\.0\.conv") as caught:
-        prepare_qat([pixels(1, 3, 32, 32)], keep=("stem.0.conv", "nosuch"))(model)
-    assert "\n" not in str(caught.value)
-    assert before.keys() == model.state_dict().keys()
-    assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
-
-
-def test_layers_named_in_keep_stay_in_float() -> None:
-    model, x = Perceptron().eval(), pixels(1, 3, 8, 8)
-    second = model.second
-    found = by_layer(prepare_qat([x], keep=("second",))(model))
-    assert [(change.layer, change.reason) for change in found.values() if change.kept] == [("second", "named in keep")]
-    assert model.second is second and sorted(bits_of(model)) == ["first", "third"]
-
-
 @pytest.mark.parametrize("kept", ["stages.0.blocks.0.attention", "stages.0.blocks.0.attention.local.scores"])
-def test_a_module_that_is_kept_keeps_its_products(kept: str) -> None:
+def test_kept_module_with_products(kept: str) -> None:
     model = create_model("hybrid-xs", options=SMALL).eval()
     before = names(model, Product, SoftmaxProduct)
     prepare_qat([pixels(1, 3, 32, 32)], keep=(kept,))(model)
@@ -540,7 +496,7 @@ def test_a_module_that_is_kept_keeps_its_products(kept: str) -> None:
 
 
 class Equalised(nn.Module):
-    """A layer of somebody's own, whose weight is no Linear's."""
+    """A foreign layer with a bare weight."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -551,11 +507,11 @@ class Equalised(nn.Module):
         return F.linear((x / 64 - 2).movedim(1, 3), self.matrix * 0.7).movedim(3, 1) + self.token
 
 
-def test_weights_that_are_bare_parameters_are_told_counted_and_stored_in_16_bits() -> None:
+def test_bare_weights() -> None:
     normed = nn.utils.parametrizations.weight_norm(nn.Conv2d(16, 8, 3))
     model, x = nn.Sequential(Equalised(), nn.ReLU(), normed, nn.Conv2d(8, 4, 1)).eval(), pixels(2, 3, 8, 8)
-    found = by_layer(prepare_qat([x])(model))
-    assert {name: change.reason for name, change in found.items() if change.kept} == {
+    changes = by_layer(prepare_qat([x])(model))
+    assert {name: change.reason for name, change in changes.items() if change.kept} == {
         "0": "Equalised: no integer form",
         "2": "its weight is computed (weight norm, spectral norm): remove that first",
     }
@@ -566,101 +522,20 @@ def test_weights_that_are_bare_parameters_are_told_counted_and_stored_in_16_bits
     assert torch.equal(matrix, matrix.half().float())
 
 
-def test_what_no_image_reaches_is_kept_and_said_so() -> None:
-    model = Perceptron(spare=nn.Conv2d(3, 3, 1), product=Product(), attention=SoftmaxProduct()).eval()
-    found = by_layer(prepare_qat([pixels(1, 3, 8, 8)])(model))
-    for name in ("spare", "product", "attention"):
-        assert found[name].kept and found[name].reason == "no calibration image reached it"
-    assert sorted(names(model, *QAT)) == ["first", "second", "third"]
-    assert all(by_layer(prepare_qat([torch.zeros(0, 3, 8, 8)])(Perceptron()))[name].kept for name in ("first", "second", "third"))
-
-
-def test_layers_with_arithmetic_of_their_own_are_kept() -> None:
-    class Padding(nn.Conv2d):
-        def forward(self, input: Tensor) -> Tensor:
-            return super().forward(F.pad(input, (0, 1, 0, 1)))
-
-    class Verbose(nn.Conv2d):
-        def forward(self, input: Tensor) -> Tensor:
-            return F.conv2d(input, self.weight, self.bias)
-
-    reflected = nn.Conv2d(8, 8, 3, padding=1, padding_mode="reflect")
-    model = nn.Sequential(Padding(3, 8, 2), reflected, Verbose(8, 4, 1)).eval()
-    x = pixels(1, 3, 8, 8)
-    before = answer(model, x)
-    found = by_layer(prepare_qat([x], bits=8)(model))
-    assert {name: change.reason for name, change in found.items() if change.kept} == {
-        "0": "it does not compute what its kind does: no integer form",
-        "1": "padding 'reflect' has no integer form here",
-    }
-    assert isinstance(model[2], QATConv2d) and sqnr_db(before, answer(model, x)) > 30
-
-
-@pytest.mark.parametrize("prepare", [prepare_qat, quantize])
-def test_layers_whose_weight_is_computed_are_kept(prepare: Callable[[Iterable[Tensor]], Pass]) -> None:
-    """What is learned are the parameters that the weight is made of: taken as a weight of its own it would be in no checkpoint."""
-    normed = nn.utils.parametrizations.weight_norm(nn.Conv2d(3, 8, 3))
-    model = nn.Sequential(normed, nn.BatchNorm2d(8), nn.Conv2d(8, 4, 1)).eval()
-    x, names = pixels(2, 3, 8, 8), list(model.state_dict())
-    before = answer(model, x)
-    found = {change.layer: change for change in prepare([x])(model)}
-    assert {name: change.reason for name, change in found.items() if change.kept} == {
-        "0": "its weight is computed (weight norm, spectral norm): remove that first"
-    }
-    assert model[0] is normed and set(names[:3]) <= model.state_dict().keys()
-    assert isinstance(model[1], nn.BatchNorm2d) and sqnr_db(before, answer(model, x)) > 15
-
-
-def test_pytorchs_own_encoder_calls_its_layers_in_training_form() -> None:
+def test_encoder_layer_is_called() -> None:
     layer = nn.TransformerEncoderLayer(32, 4, 64, batch_first=True, dropout=0.0)
     model = nn.Sequential(nn.Conv2d(3, 32, 8, 8), nn.Flatten(2), nn.TransformerEncoder(layer, 1, enable_nested_tensor=False)).eval()
     model[1] = type("Tokens", (nn.Module,), {"forward": lambda self, x: x.flatten(2).transpose(1, 2)})()
     x = pixels(2, 3, 32, 32) / 64
-    found = by_layer(prepare_qat([x], bits=2)(model))
-    assert [name for name, change in found.items() if not change.kept] == ["0", "2.layers.0.linear1", "2.layers.0.linear2"]
+    changes = by_layer(prepare_qat([x], bits=2)(model))
+    assert [name for name, change in changes.items() if not change.kept] == ["0", "2.layers.0.linear1", "2.layers.0.linear2"]
     before = answer(model, x)
     with torch.no_grad():
         model.get_parameter("2.layers.0.linear2.log_scale").add_(1.0)
     assert not torch.allclose(answer(model, x), before)  # else the layer was not called
 
 
-def test_a_shared_layer_trains_once_and_stays_shared() -> None:
-    shared = nn.Conv2d(4, 4, 3, padding=1)
-    model = nn.Sequential(nn.Conv2d(3, 4, 1), shared, nn.ReLU(), shared).eval()
-    x = pixels(1, 3, 8, 8)
-    assert list(by_layer(prepare_qat([x])(model))) == ["0", "1"]
-    assert isinstance(model[1], QATConv2d) and model[3] is model[1]
-    set_bits(model, {"1": 8})
-    freeze([x])(model)
-    assert isinstance(model[1], QuantizedConv2d) and model[3] is model[1] and model[1].bits == 8
-
-
-def test_constant_activations() -> None:
-    model, x = Perceptron().eval(), pixels(2, 3, 8, 8)
-    with torch.no_grad():
-        model.first.bias.fill_(-1e4)  # ReLU gives zeros
-        model.second.weight.zero_()  # and its bias alone reaches the third
-    before = answer(model, x)
-    prepare_qat([x], bits=8)(model)
-    torch.testing.assert_close(answer(model, x), before, rtol=0.02, atol=0.02 * float(before.abs().max()))
-    model(x).square().mean().backward()
-    assert all(p.grad is not None and torch.isfinite(p.grad).all() for p in model.parameters())
-    taught = answer(model, x)
-    freeze([x])(model)
-    torch.testing.assert_close(answer(model, x), taught, rtol=1e-4, atol=1e-5)
-
-
-def test_one_pixel_calibrates() -> None:
-    model = Perceptron().eval()
-    assert len(by_layer(prepare_qat([pixels(1, 3, 1, 1)])(model))) == 3
-    x = pixels(2, 3, 9, 9)
-    taught = answer(model, x)
-    assert torch.isfinite(taught).all()
-    freeze([pixels(1, 3, 1, 1)])(model)
-    torch.testing.assert_close(answer(model, x), taught, rtol=1e-4, atol=1e-4)
-
-
-def test_dead_channels_stay_zero_and_trainable() -> None:
+def test_dead_channels() -> None:
     model, x = Perceptron().eval(), pixels(2, 3, 8, 8)
     with torch.no_grad():
         model.second.weight[3:6] = 0
@@ -677,17 +552,8 @@ def test_dead_channels_stay_zero_and_trainable() -> None:
     assert torch.equal(answer(model, x), before)
 
 
-def test_bytes_calibrate_as_floats_do() -> None:
-    x = torch.randint(0, 256, (2, 3, 8, 8), dtype=torch.uint8)
-    one, other = Perceptron().eval(), Perceptron().eval()
-    other.load_state_dict(one.state_dict())
-    prepare_qat([x.float()])(one)
-    prepare_qat(batch for batch in (x,))(other)
-    assert all(torch.equal(value, other.state_dict()[key]) for key, value in one.state_dict().items())
-
-
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
-def test_a_model_in_another_type_trains_quantised_and_freezes(dtype: torch.dtype) -> None:
+def test_other_types(dtype: torch.dtype) -> None:
     torch.manual_seed(0)
     model, x = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 4, 1)).to(dtype), pixels(2, 3, 16, 16)
     prepare_qat([x])(model)
@@ -701,14 +567,14 @@ def test_a_model_in_another_type_trains_quantised_and_freezes(dtype: torch.dtype
 
 
 @pytest.mark.parametrize("pass_", [quantize, low_rank])
-def test_no_other_pass_takes_a_model_in_training_for_done(pass_: Callable[[list[Tensor]], Any]) -> None:
+def test_other_passes_refuse(pass_: Callable[[list[Tensor]], Any]) -> None:
     model, x = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 4, 1)), pixels(2, 3, 16, 16)
     prepare_qat([x])(model)
     with pytest.raises(MuntinError, match=r"0 is in quantisation-aware training \(2 operations are\): call freeze\(model\)"):
         pass_([x])(model)
 
 
-def test_export_refuses_a_model_in_training(tmp_path: Path) -> None:
+def test_export_refuses(tmp_path: Path) -> None:
     model, x = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 4, 1)), pixels(2, 3, 16, 16)
     prepare_qat([x])(model)
     with pytest.raises(MuntinError, match="call freeze"):

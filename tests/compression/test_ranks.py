@@ -1,4 +1,4 @@
-"""The allocation of ranks on plain numbers: its budget, its order, its distance to the optimum."""
+"""The allocation of ranks: budget, order, distance to the optimum."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def optimum(layers: dict[str, list[Choice]], budget: int) -> float:
 
 
 @given(menus(), st.floats(0, 1))
-def test_within_budget_one_choice_a_layer_and_near_the_optimum(layers: dict[str, list[Choice]], at: float) -> None:
+def test_allocation_against_the_optimum(layers: dict[str, list[Choice]], at: float) -> None:
     smallest, dense = reach(layers)
     budget = smallest + int(at * (dense - smallest))
     picked = allocate(layers, budget)
@@ -63,7 +63,7 @@ def test_within_budget_one_choice_a_layer_and_near_the_optimum(layers: dict[str,
 
 
 @given(menus())
-def test_more_budget_never_gives_more_loss(layers: dict[str, list[Choice]]) -> None:
+def test_rising_budgets(layers: dict[str, list[Choice]]) -> None:
     smallest, dense = reach(layers)
     losses = [loss(allocate(layers, budget)) for budget in range(smallest, dense + 1)]
     assert all(after <= before + 1e-9 for before, after in itertools.pairwise(losses))
@@ -71,8 +71,8 @@ def test_more_budget_never_gives_more_loss(layers: dict[str, list[Choice]]) -> N
 
 
 @given(menus())
-def test_the_stops_of_the_walk_are_optimal(layers: dict[str, list[Choice]]) -> None:
-    """Where the budget is used up exactly by a Lagrangian solution, no other pick of that size is better."""
+def test_lagrangian_stops(layers: dict[str, list[Choice]]) -> None:
+    """A Lagrangian solution that uses the budget exactly is optimal for its size."""
     smallest, dense = reach(layers)
     for price in (0.01, 0.1, 1.0):
         pick = [min(options, key=lambda c, price=price: c.loss + price * c.parameters) for options in layers.values()]  # type: ignore[misc]
@@ -80,7 +80,7 @@ def test_the_stops_of_the_walk_are_optimal(layers: dict[str, list[Choice]]) -> N
     assert smallest <= dense
 
 
-def test_what_is_left_is_spent() -> None:
+def test_rest_of_the_budget() -> None:
     layers = {
         "large": [Choice(ranks=(1,), parameters=10, loss=100.0), Choice(parameters=100)],  # the best gain, but it does not fit
         "small": [Choice(ranks=(1,), parameters=10, loss=1.0), Choice(ranks=(2,), parameters=15, loss=0.5), Choice(parameters=30)],
@@ -92,21 +92,21 @@ def test_what_is_left_is_spent() -> None:
     assert {name: c.ranks for name, c in allocate(layers, 130).items()} == {"large": (), "small": ()}
 
 
-def test_a_budget_out_of_reach_says_what_can_be_reached() -> None:
+def test_budget_out_of_reach() -> None:
     layers = {"a": [Choice(ranks=(1,), parameters=30, loss=1.0), Choice(parameters=60)]}
     with pytest.raises(MuntinError, match=r"50 parameters are out of reach: at the smallest ranks 70 of 100 are left, a share of 0\.7000"):
         allocate(layers, 50, fixed=40)
     assert allocate(layers, 70, fixed=40)["a"].ranks == (1,)
 
 
-def test_nothing_to_allocate() -> None:
+def test_no_layers_or_choices() -> None:
     assert allocate({}, 10, fixed=10) == {}
     with pytest.raises(ValueError, match="without choices: a"):
         allocate({"a": []}, 10)
 
 
 @given(st.integers(1, 300), st.integers(1, 64))
-def test_ranks_on_offer_are_multiples_or_the_whole_of_a_small_layer(full: int, multiple: int) -> None:
+def test_ladder_values(full: int, multiple: int) -> None:
     ranks = ladder(full, multiple)
     assert ranks == sorted(ranks) and ranks[0] == min(multiple, full) and 1 <= ranks[-1] <= full
     assert all(rank % multiple == 0 for rank in ranks) or ranks == [full]
@@ -117,7 +117,7 @@ def test_ranks_on_offer_are_multiples_or_the_whole_of_a_small_layer(full: int, m
     st.floats(0, 1),
     st.integers(1, 32),
 )
-def test_the_rank_at_a_threshold_is_the_least_that_reaches_it_rounded_up(values: np.ndarray, threshold: float, multiple: int) -> None:
+def test_rank_at_a_threshold(values: np.ndarray, threshold: float, multiple: int) -> None:
     rank = rank_at(values, threshold, multiple)
     assert 1 <= rank <= len(values)
     assert rank % multiple == 0 or rank == len(values)
@@ -127,7 +127,7 @@ def test_the_rank_at_a_threshold_is_the_least_that_reaches_it_rounded_up(values:
     assert least == 1 or values[: least - 1].sum() <= threshold * values.sum() * (1 + 1e-9)
 
 
-def test_choices_cost_what_they_drop() -> None:
+def test_choice_costs() -> None:
     def size(ranks: Sequence[int]) -> tuple[int, float]:
         count = 10 * ranks[0] + ranks[0] * ranks[1]
         return count, 100.0 * count
@@ -140,13 +140,13 @@ def test_choices_cost_what_they_drop() -> None:
     assert [c.loss for c in offered] == [15.0, 14.0, 7.0, 0.0]
 
 
-def test_the_largest_threshold() -> None:
+def test_largest_threshold() -> None:
     def parameters(threshold: float) -> int:
         return 10 + int(90 * threshold)
 
     assert largest_threshold(parameters, 100) == 1.0
-    found = largest_threshold(parameters, 55)
-    assert parameters(found) <= 55 and found == pytest.approx(46 / 90, abs=1e-6)
+    largest = largest_threshold(parameters, 55)
+    assert parameters(largest) <= 55 and largest == pytest.approx(46 / 90, abs=1e-6)
     with pytest.raises(MuntinError, match=r"a share of 0\.1000"):
         largest_threshold(parameters, 9)
 
@@ -168,7 +168,7 @@ def ranks_of(picked: dict[str, Choice]) -> dict[str, tuple[int, ...]]:
 
 
 @given(menus(), st.integers(0, 2**16), st.floats(0, 1), st.floats(0, 1))
-def test_both_budgets_are_kept_and_a_loose_one_changes_nothing(layers: dict[str, list[Choice]], seed: int, at: float, share: float) -> None:
+def test_both_budgets(layers: dict[str, list[Choice]], seed: int, at: float, share: float) -> None:
     layers = with_macs(layers, seed)
     smallest, dense = reach(layers)
     budget = smallest + int(at * (dense - smallest))
@@ -185,7 +185,7 @@ def test_both_budgets_are_kept_and_a_loose_one_changes_nothing(layers: dict[str,
 
 
 @given(menus(), st.integers(0, 2**16), st.floats(0, 1.5))
-def test_with_parameters_for_all_the_fewest_multiply_adds_are_in_reach(layers: dict[str, list[Choice]], seed: int, share: float) -> None:
+def test_fewest_multiply_adds(layers: dict[str, list[Choice]], seed: int, share: float) -> None:
     layers = with_macs(layers, seed)
     _, dense = reach(layers)
     fewest = math.fsum(min(c.macs for c in options) for options in layers.values())
@@ -196,7 +196,7 @@ def test_with_parameters_for_all_the_fewest_multiply_adds_are_in_reach(layers: d
         assert fewest <= macs_of(allocate_within(layers, dense, share * fewest)) <= share * fewest
 
 
-def test_multiply_adds_are_saved_where_that_harms_least() -> None:
+def test_multiply_adds_by_harm() -> None:
     layers = {
         "wide map": [Choice(ranks=(1,), parameters=10, macs=1000.0, loss=1.0), Choice(parameters=20, macs=4000.0)],
         "narrow map": [Choice(ranks=(1,), parameters=10, macs=10.0, loss=0.5), Choice(parameters=20, macs=40.0)],

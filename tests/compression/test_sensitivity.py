@@ -1,4 +1,4 @@
-"""Which layers get more bits: what is measured on a network with one fragile layer, and the choice itself on plain numbers."""
+"""Bits of layers: measured on a network with one fragile layer, and chosen on plain numbers."""
 
 from __future__ import annotations
 
@@ -13,8 +13,9 @@ from torch import Tensor, nn
 from muntin import create_model
 from muntin.compression import prepare_qat, set_bits
 from muntin.compression.qat import FLOAT, bits_of
-from muntin.compression.sensitivity import BETTER, LEAST, STORED, WIDER, Sensitivity, assign_bits, measure_sensitivity
+from muntin.compression.sensitivity import BETTER, LEAST, STORED, WIDER, assign_bits, measure_sensitivity
 from muntin.errors import MuntinError
+from muntin.models.compression_record import Sensitivity
 from muntin.training.loss import distillation_loss
 
 SMALL = {"depths": (1,), "dims": (32,), "head_dim": 16, "window": 4, "latents": 4, "decoder": 16}
@@ -35,7 +36,7 @@ def distance(model: nn.Module, teacher: nn.Module, x: Tensor) -> float:
 
 
 class Fragile(nn.Module):
-    """Four convolutions of 1x1, of which 4 bits ruin the third: a weight of each of its channels is huge, and reads a map of zeros."""
+    """Four 1x1 convolutions. 4 bits ruin the third: each of its channels has a huge weight for a map of zeros."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -65,7 +66,7 @@ Net = tuple[nn.Module, nn.Module, Tensor]
 # ---- measuring ----
 
 
-def test_the_layer_that_four_bits_ruin_is_measured_most_sensitive(fragile: Net) -> None:
+def test_fragile_layer_has_the_largest_gain(fragile: Net) -> None:
     model, teacher, x = fragile
     measured = measure_sensitivity(model, teacher, [x], task="segment")
     assert list(measured) == ["first", "second", "third", "fourth"]
@@ -77,7 +78,7 @@ def test_the_layer_that_four_bits_ruin_is_measured_most_sensitive(fragile: Net) 
     assert gains["third"] > 2 * max(gain for name, gain in gains.items() if name != "third")
 
 
-def test_the_layer_that_gains_most_gets_the_first_bits_that_there_are(fragile: Net) -> None:
+def test_fragile_layer_gets_bits_first(fragile: Net) -> None:
     model, teacher, x = fragile
     measured = measure_sensitivity(model, teacher, [x], task="segment")
     weights = sum(entry.weights for entry in measured.values())
@@ -86,8 +87,8 @@ def test_the_layer_that_gains_most_gets_the_first_bits_that_there_are(fragile: N
     assert bits == {"first": 4, "second": 4, "third": 8, "fourth": 4}
 
 
-def test_a_gain_is_the_share_of_the_distance_that_a_wider_layer_takes_away(fragile: Net) -> None:
-    """By a plain reference: a model that is made anew, its layers of 4 bits but for one."""
+def test_gain_against_reference(fragile: Net) -> None:
+    """The reference is a new model in which one layer has more than 4 bits."""
     model, teacher, x = fragile
     measured = measure_sensitivity(model, teacher, [x[:2], x[2:]], task="segment")
     before = distance(model, teacher, x)
@@ -103,32 +104,32 @@ def test_a_gain_is_the_share_of_the_distance_that_a_wider_layer_takes_away(fragi
 
 
 @pytest.mark.parametrize("name", ["fragile", "hybrid"])
-def test_measuring_leaves_the_model_as_it_was(name: str, fragile: Net) -> None:
+def test_model_is_unchanged(name: str, fragile: Net) -> None:
     model, teacher, x = fragile
     if name == "hybrid":
         teacher = create_model("hybrid-xs", options=SMALL).eval()
         model, x = copy.deepcopy(teacher), pixels(2, 3, 32, 32)
         prepare_qat([x])(model)
     modules, state = dict(model.named_modules()), copy.deepcopy(model.state_dict())
-    scores, bits, taught = answer(model, x).clone(), bits_of(model), copy.deepcopy(teacher.state_dict())
+    scores, bits, trained = answer(model, x).clone(), bits_of(model), copy.deepcopy(teacher.state_dict())
     measure_sensitivity(model, teacher, [x], task="segment")
     assert dict(model.named_modules()) == modules and bits_of(model) == bits  # modules are compared by identity
     assert state.keys() == model.state_dict().keys()
     assert all(torch.equal(value, model.state_dict()[key]) for key, value in state.items())
     assert torch.equal(answer(model, x), scores)
-    assert all(torch.equal(value, teacher.state_dict()[key]) for key, value in taught.items())
+    assert all(torch.equal(value, teacher.state_dict()[key]) for key, value in trained.items())
     model(x).sum().backward()  # nothing of it was made in inference mode
     assert all(parameter.grad is not None for parameter in model.parameters())
 
 
-def test_a_layer_that_is_as_wide_already_is_measured_at_wider_forms_only(fragile: Net) -> None:
+def test_widths_above_the_current_one(fragile: Net) -> None:
     model, teacher, x = fragile
     set_bits(model, {"first": 8, "second": FLOAT})
     measured = measure_sensitivity(model, teacher, [x], task="segment")
     assert {name: tuple(entry.gains) for name, entry in measured.items()} == {"first": (FLOAT,), "third": WIDER, "fourth": WIDER}
 
 
-def test_a_model_that_answers_as_its_teacher_gains_nothing(fragile: Net) -> None:
+def test_equal_teacher(fragile: Net) -> None:
     model, _, x = fragile
     measured = measure_sensitivity(model, copy.deepcopy(model), [x], task="segment")
     assert all(set(entry.gains.values()) == {0.0} for entry in measured.values())
@@ -140,7 +141,7 @@ def test_a_model_that_answers_as_its_teacher_gains_nothing(fragile: Net) -> None
 
 @st.composite
 def sensitivities(draw: st.DrawFn) -> dict[str, Sensitivity]:
-    """Up to six layers of 2 to 8 bits, whose wider forms help, hardly help or harm."""
+    """Up to six layers of 2 to 8 bits with gains that are positive, small or negative."""
     layers = {}
     for number in range(draw(st.integers(1, 6))):
         bits = draw(st.integers(2, 8))
@@ -159,13 +160,13 @@ def now(layers: dict[str, Sensitivity]) -> dict[str, int]:
 
 
 def key(layer: Sensitivity) -> set[int]:
-    """The widths that a layer may get, from the definition."""
+    """The allowed widths of a layer, by the definition."""
     useful = {width for width, gain in layer.gains.items() if gain >= LEAST}
     return useful - ({FLOAT} if 8 in useful and layer.gains.get(FLOAT, 0.0) < BETTER * layer.gains[8] else set())
 
 
 @given(sensitivities(), st.floats(0, 1))
-def test_the_average_is_kept_and_no_layer_gets_fewer_bits_or_useless_ones(layers: dict[str, Sensitivity], at: float) -> None:
+def test_average_and_widths(layers: dict[str, Sensitivity], at: float) -> None:
     least = average(layers, now(layers)) + 1e-6  # what a float loses of a whole number of bits
     budget = least + at * (16 - least)
     bits = assign_bits(layers, budget)
@@ -176,7 +177,7 @@ def test_the_average_is_kept_and_no_layer_gets_fewer_bits_or_useless_ones(layers
 
 
 @given(sensitivities())
-def test_with_room_for_all_each_layer_gets_the_width_that_gains_most(layers: dict[str, Sensitivity]) -> None:
+def test_unlimited_budget(layers: dict[str, Sensitivity]) -> None:
     bits = assign_bits(layers, 16)
     for name, layer in layers.items():
         best = max((layer.gains[width] for width in key(layer)), default=None)
@@ -184,7 +185,7 @@ def test_with_room_for_all_each_layer_gets_the_width_that_gains_most(layers: dic
 
 
 @given(sensitivities(), st.floats(2, 16), st.floats(2, 16))
-def test_more_bits_never_gain_less(layers: dict[str, Sensitivity], one: float, other: float) -> None:
+def test_rising_budgets(layers: dict[str, Sensitivity], one: float, other: float) -> None:
     least = average(layers, now(layers)) + 1e-6
     gained = []
     for budget in sorted((one, other)):
@@ -209,23 +210,23 @@ def layer(eight: float, float_: float, bits: int = 4, weights: int = 100) -> dic
         (-0.3, -0.1, 4),
     ],
 )
-def test_what_gains_too_little_is_not_taken_whatever_is_left_to_spend(eight: float, floating: float, expected: int) -> None:
+def test_widths_with_little_gain(eight: float, floating: float, expected: int) -> None:
     assert assign_bits(layer(eight, floating), 16) == {"layer": expected}
 
 
-def test_floats_cost_the_sixteen_bits_that_they_are_stored_in() -> None:
+def test_cost_of_floats() -> None:
     assert assign_bits(layer(0.1, 0.9), 16)["layer"] == FLOAT
     assert assign_bits(layer(0.1, 0.9), 15.9)["layer"] == 8
     assert assign_bits(layer(0.1, 0.9), 7.9)["layer"] == 4
 
 
-def test_layers_that_stay_floats_are_paid_for_first() -> None:
+def test_cost_of_other_float_layers() -> None:
     layers = {"layer": Sensitivity(bits=4, weights=100, gains={8: 0.5})}
     assert [assign_bits(layers, average, floats=100)["layer"] for average in (12, 11.9, 10, 5)] == [8, 4, 4, 4]
     assert assign_bits({}, 4, floats=100) == {}
 
 
-def test_bits_go_where_they_gain_most_for_what_they_cost() -> None:
+def test_gain_by_cost() -> None:
     layers = {
         "large": Sensitivity(bits=4, weights=900, gains={8: 0.5}),
         "small": Sensitivity(bits=4, weights=100, gains={8: 0.2}),
@@ -234,7 +235,7 @@ def test_bits_go_where_they_gain_most_for_what_they_cost() -> None:
     assert assign_bits(layers, 8) == {"large": 8, "small": 8}
 
 
-def test_fewer_bits_than_there_are_is_an_error() -> None:
+def test_average_out_of_reach() -> None:
     with pytest.raises(MuntinError, match=r"average_bits 3\.9 is out of reach: the layers have 4 already") as caught:
         assign_bits(layer(0.5, 0.9), 3.9)
     assert "\n" not in str(caught.value)

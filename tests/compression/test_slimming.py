@@ -1,4 +1,4 @@
-"""Cutting out closed channels changes the cost and not the answer. Axes: B images, C channels, H W map."""
+"""Cutting closed channels reduces the cost and keeps the answer. Axes: B images, C channels, H W map."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ GATED = {"stage4.0": 48, "stage8.1": 48, "stages.0.blocks.0.mlp": 128, "stages.1
 
 
 def closed(share: float, *, block: str = "parallel") -> nn.Module:
-    """A model in which every gate has closed `share` of its channels, anywhere among them; the others are half open."""
+    """A model whose gates have a random `share` of closed channels; the others are half open."""
     torch.manual_seed(0)
     model = create_model("hybrid-xs", options={**OPTIONS, "block": block})
     with torch.no_grad():
@@ -69,7 +69,7 @@ def macs(model: nn.Module) -> int:
 
 
 @pytest.mark.parametrize("block", ["parallel", "serial"])
-def test_the_answer_stays_and_the_work_goes(block: str) -> None:
+def test_answer_and_work_after_cutting(block: str) -> None:
     model, x = closed(0.5, block=block), pixels(2, 3, 37, 50)
     before, cost = answer(model, x), macs(model)
     changes = remove_closed_channels(model)
@@ -83,7 +83,7 @@ def test_the_answer_stays_and_the_work_goes(block: str) -> None:
     assert alike(answer(model, x), before)
 
 
-def test_a_factored_model_is_cut_too() -> None:
+def test_factored_model() -> None:
     model, x = closed(0.5), pixels(2, 3, 37, 50)
     low_rank([pixels(4, 3, 64, 64)], LowRankConfig(parameters=0.6, multiple=4))(model)
     before = answer(model, x)
@@ -97,34 +97,34 @@ def test_a_factored_model_is_cut_too() -> None:
     assert torch.equal(answer(other, x), answer(model, x))
 
 
-def test_a_cut_model_trains_on() -> None:
+def test_training_after_cutting() -> None:
     model = closed(0.5).train()
     remove_closed_channels(model)
     model(pixels(8, 3, 64, 64)).square().mean().backward()
     assert all(p.grad is not None and p.grad.shape == p.shape for p in model.parameters())
 
 
-def test_what_is_frozen_stays_frozen() -> None:
+def test_frozen_weights() -> None:
     model = closed(0.5)
     model.requires_grad_(False)
     remove_closed_channels(model)
     assert not any(parameter.requires_grad for parameter in model.parameters())
 
 
-def test_open_gates_are_left_alone() -> None:
+def test_open_gates() -> None:
     model = closed(0)
     assert remove_closed_channels(model) == []
     assert widths_of(model) == GATED
 
 
-def test_closed_channels_stay_that_fill_a_block_of_the_engine() -> None:
+def test_blocks_stay_full() -> None:
     model = closed(4 / 48)
     changes = {change.layer: change for change in remove_closed_channels(model)}
-    assert changes["stage4.0"].kept and changes["stage4.0"].reason == "4 of 48 channels are closed: the rest fills as many blocks of 16"
+    assert changes["stage4.0"].kept and changes["stage4.0"].reason == "4 of 48 channels are closed: the open ones need as many blocks of 16"
     assert widths_of(model)["stages.0.blocks.0.mlp"] == 128  # 11 of 128 are closed
 
 
-def test_where_all_is_closed_a_block_stays() -> None:
+def test_all_channels_closed() -> None:
     model, x = closed(1.0), pixels(1, 3, 33, 40)
     before = answer(model, x)
     remove_closed_channels(model)
@@ -132,12 +132,12 @@ def test_where_all_is_closed_a_block_stays() -> None:
     assert alike(answer(model, x), before)
 
 
-def test_without_gates_there_is_nothing_to_cut() -> None:
+def test_models_without_gates() -> None:
     assert remove_closed_channels(create_model("hybrid-xs", options={**OPTIONS, "gate": False}).eval()) == []
     assert remove_closed_channels(nn.Linear(3, 4)) == []
 
 
-def test_widths_that_do_not_suit_the_model_are_refused() -> None:
+def test_widths_of_another_model() -> None:
     model = closed(0)
     with pytest.raises(MuntinError, match="'stage5' is not in the model"):
         apply_widths(model, {"stage4.0": 16, "stage5": 16})
@@ -146,7 +146,7 @@ def test_widths_that_do_not_suit_the_model_are_refused() -> None:
     assert widths_of(model) == GATED
 
 
-def test_what_is_exported_is_cut_and_answers_the_same(tmp_path: Path) -> None:
+def test_exported_model(tmp_path: Path) -> None:
     model, x = closed(0.5), pixels(1, 3, 64, 64)
     artifact = muntin.export(model, x, tmp_path / "artifact")
     assert widths_of(model) == GATED  # the caller's model stays as it is
@@ -157,7 +157,7 @@ def test_what_is_exported_is_cut_and_answers_the_same(tmp_path: Path) -> None:
     assert alike(torch.from_numpy(scores), answer(model, x))
 
 
-def test_quantising_cuts_first() -> None:
+def test_quantize_cuts_first() -> None:
     model, x = closed(0.5), pixels(4, 3, 64, 64)
     before = answer(model, x)
     changes = quantize([x])(model)
@@ -167,7 +167,7 @@ def test_quantising_cuts_first() -> None:
     assert (after - before).square().mean() < 0.02 * before.var()
 
 
-def test_a_pair_with_a_norm_of_another_kind_is_left_alone_and_so_is_its_gate() -> None:
+def test_pair_with_another_norm() -> None:
     model, x = closed(0.5), pixels(2, 3, 37, 50)
     pair = model.get_submodule("stage4.0")
     assert isinstance(pair, ResidualPair)
@@ -177,17 +177,17 @@ def test_a_pair_with_a_norm_of_another_kind_is_left_alone_and_so_is_its_gate() -
         pair.first.norm.bias.normal_(0, 0.5)
     before = answer(model, x)
     (change,) = (change for change in remove_closed_channels(model) if change.layer == "stage4.0")
-    assert change.kept and change.reason == "a BatchNorm2d stands before the gate: it cannot be cut"
+    assert change.kept and change.reason == "a BatchNorm2d before the gate cannot be cut"
     fold(model)
     assert isinstance(pair.gate, ChannelGate) and alike(answer(model, x), before)
 
 
-def test_a_layer_that_another_unit_reads_too_is_not_cut() -> None:
+def test_layer_used_elsewhere() -> None:
     model = closed(0.5)
     pairs = [module for module in model.modules() if isinstance(module, ResidualPair)]
     other = nn.Sequential(pairs[0].first)  # its convolution gives the channels of the gate
     model.other = other
     changes = {change.layer: change for change in remove_closed_channels(model)}
     name = next(name for name, module in model.named_modules() if module is pairs[0])
-    assert changes[name].kept and "used in another place" in (changes[name].reason or "")
+    assert changes[name].kept and "also used elsewhere" in (changes[name].reason or "")
     assert sum(change.kept for change in changes.values()) == 1

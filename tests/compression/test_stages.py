@@ -1,4 +1,4 @@
-"""The three stages on a tiny recipe: what they leave, what they refuse, and that an interruption changes no bit."""
+"""The three stages on a tiny recipe: results, errors, interruptions."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import copy
 import os
 import shutil
 import signal
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -15,21 +16,15 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from muntin.compression import stages
-from muntin.compression.change import Change
+from muntin.compression import Change, load_model, stages
 from muntin.compression.factored import FactoredConv2d, FactoredLinear
 from muntin.compression.qat import FLOAT, bits_of, qat_operations
 from muntin.compression.slimming import widths_of
 from muntin.compression.stages import (
     FOLDER,
-    STAGES,
     CompressionRun,
-    Stage,
     broken_off,
-    changes_of,
     compress_checkpoint,
-    read_model,
-    source_of,
     stage_checkpoints,
     stage_finished,
     stage_steps,
@@ -38,7 +33,8 @@ from muntin.deployment.assessment import finished_stages
 from muntin.errors import CheckpointError, DataError, MuntinError, RecipeError
 from muntin.layers import Product, SoftmaxProduct
 from muntin.layers.gate import BLOCK
-from muntin.training.checkpoint import AVERAGE, MODEL, OPTIMIZER, Checkpoint, read_checkpoint
+from muntin.models.compression_record import STAGES, Stage
+from muntin.training.checkpoint import AVERAGE, MODEL, OPTIMIZER, Checkpoint, read_checkpoint, source_of
 from muntin.training.config import CompressionConfig, QuantizationConfig
 from muntin.training.loop import LOG_EVERY, FitProgress, fit
 from muntin.training.trainer import Trainer
@@ -59,7 +55,7 @@ Report = Callable[[Stage, FitProgress], None]
 
 @dataclass(frozen=True)
 class Compressed:
-    """A trained run, what compressing it without a break left, and the trainers' averaged models. Not to be changed: copy first."""
+    """A trained run, its uninterrupted compression, and the trainers' averaged models. Shared by tests: copy before changing."""
 
     origin: Checkpoint
     run: CompressionRun
@@ -95,6 +91,20 @@ def compressed(tmp_path_factory: pytest.TempPathFactory, write_tiny: Callable[..
     return Compressed(origin, run, dict(zip(STAGES, (trainer.average.model for trainer in trainers), strict=True)))
 
 
+@pytest.fixture
+def train_foreign(tmp_path: Path, write_tiny: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> Callable[..., Checkpoint]:
+    """`train_foreign(code, **model)` trains the model of the code's `make` for three steps."""
+
+    def run(code: str, **model: Any) -> Checkpoint:
+        (tmp_path / "foreign_model.py").write_text(code)
+        monkeypatch.syspath_prepend(tmp_path)
+        monkeypatch.delitem(sys.modules, "foreign_model", raising=False)
+        tiny = write_tiny(tmp_path / "data", model={"name": "foreign_model:make", "options": {}, **model}, training={"steps": 3})
+        return read_checkpoint(fit(tiny.recipe, directory=tmp_path / "run").checkpoint)
+
+    return run
+
+
 def pixels(*shape: int) -> Tensor:
     return torch.randint(0, 256, shape).float()
 
@@ -114,12 +124,12 @@ def count(model: nn.Module) -> int:
 
 
 def by_layer(changes: list[Change], pass_: str) -> dict[str, Change]:
-    found = [change for change in changes if change.pass_ == pass_]
-    assert len({change.layer for change in found}) == len(found)
-    return {change.layer: change for change in found}
+    by_name = [change for change in changes if change.pass_ == pass_]
+    assert len({change.layer for change in by_name}) == len(by_name)
+    return {change.layer: change for change in by_name}
 
 
-def told(error: pytest.ExceptionInfo[MuntinError]) -> str:
+def one_line(error: pytest.ExceptionInfo[MuntinError]) -> str:
     assert "\n" not in str(error.value)
     return str(error.value)
 
@@ -131,7 +141,7 @@ def tree(root: Path) -> dict[str, bytes]:
 # ---- what is left behind ----
 
 
-def test_three_stages_leave_a_folder_each(compressed: Compressed) -> None:
+def test_folders_and_results(compressed: Compressed) -> None:
     run = compressed.run
     assert not run.interrupted
     assert [(result.stage, result.step, result.steps) for result in run.stages] == [(stage, STEPS, STEPS) for stage in STAGES]
@@ -145,65 +155,59 @@ def test_three_stages_leave_a_folder_each(compressed: Compressed) -> None:
     assert run.checkpoint == folders[-1] / "checkpoints" / f"step-{STEPS:08d}"
 
 
-def test_the_budget_of_parameters_is_kept_and_used(compressed: Compressed) -> None:
-    dense, factored = count(compressed.origin.model()), read_model(compressed.stage("low-rank"))
+def test_parameter_budget(compressed: Compressed) -> None:
+    dense, factored = count(load_model(compressed.origin)), load_model(compressed.stage("low-rank"))
     assert 0.5 * dense < count(factored) <= 0.6 * dense
     assert len(names(factored, FactoredLinear, FactoredConv2d)) > 5
 
 
-def test_every_layer_is_accounted_for_in_every_stage(compressed: Compressed) -> None:
-    layers = names(compressed.origin.model(), nn.Linear, nn.Conv2d)
+def test_changes_of_every_layer(compressed: Compressed) -> None:
+    layers = names(load_model(compressed.origin), nn.Linear, nn.Conv2d)
     first, second, third = (compressed.stage(stage) for stage in STAGES)
-    low_rank = by_layer(changes_of(first), "low_rank")
-    assert sorted(low_rank) == sorted(layers) and len(changes_of(first)) == len(low_rank)
-    factored = read_model(first)
+    low_rank = by_layer(first.changes, "low_rank")
+    assert sorted(low_rank) == sorted(layers) and len(first.changes) == len(low_rank)
+    factored = load_model(first)
     ranks = {name: getattr(factored.get_submodule(name), "ranks", ()) for name in layers}
     assert {name: change.ranks for name, change in low_rank.items()} == ranks
     assert all(bool(change.reason) == change.kept for change in low_rank.values())
 
-    assert changes_of(second)[: len(low_rank)] == changes_of(first)
-    qat = by_layer(changes_of(second), "qat")
+    assert second.changes[: len(low_rank)] == first.changes
+    qat = by_layer(second.changes, "qat")
     assert sorted(qat) == sorted(names(factored, nn.Linear, nn.Conv2d, Product, SoftmaxProduct))
-    in_training = qat_operations(read_model(second))
+    in_training = qat_operations(load_model(second))
     assert sorted(name for name, change in qat.items() if not change.kept) == sorted(in_training)
-    assert {change.pass_ for change in changes_of(second)} == {"low_rank", "fold", "qat"}
+    assert {change.pass_ for change in second.changes} == {"low_rank", "fold", "qat"}
 
-    assert changes_of(third)[: len(changes_of(second))] == changes_of(second)
-    mix, bits = by_layer(changes_of(third), "mix"), bits_of(read_model(third))
-    assert sorted(mix) == sorted(bits_of(read_model(second)))
+    assert third.changes[: len(second.changes)] == second.changes
+    mix, bits = by_layer(third.changes, "mix"), bits_of(load_model(third))
+    assert sorted(mix) == sorted(bits_of(load_model(second)))
     for name, change in mix.items():
         assert change.done == (f"W{bits[name]}A8" if name in bits else "16 bits")
         assert "of the rounding error away" in change.reason
 
 
-def test_bits_are_four_and_then_within_the_average(compressed: Compressed) -> None:
-    second, third = read_model(compressed.stage("w4a8")), read_model(compressed.stage("mixed"))
+def test_bits_and_average(compressed: Compressed) -> None:
+    second, third = load_model(compressed.stage("w4a8")), load_model(compressed.stage("mixed"))
     before, after = bits_of(second), bits_of(third)
     assert set(before.values()) == {4}
     weights = {name: second.get_parameter(f"{name}.weight").numel() for name in before}
     spent = sum(min(16, after.get(name, FLOAT)) * number for name, number in weights.items())
     assert 4 * sum(weights.values()) < spent <= 6 * sum(weights.values())
     measured = compressed.stage("w4a8").state.compression
-    assert measured is not None and sorted(measured["sensitivity"]) == sorted(before)
+    assert measured is not None and sorted(measured.sensitivity) == sorted(before)
 
 
-def test_what_is_read_is_the_model_that_was_trained(compressed: Compressed) -> None:
+def test_loaded_model_against_trained(compressed: Compressed) -> None:
     x = pixels(2, 3, 32, 32)
     assert list(compressed.averages) == list(STAGES)
     for stage, trained in compressed.averages.items():
-        model = read_model(compressed.stage(stage))
+        model = load_model(compressed.stage(stage))
         assert not any(module.training for module in model.modules())
         state = trained.state_dict()
         assert model.state_dict().keys() == state.keys()
         assert all(torch.equal(value, state[name]) for name, value in model.state_dict().items())
         assert bits_of(model) == bits_of(trained)
         torch.testing.assert_close(answer(model, x), answer(copy.deepcopy(trained), x), rtol=1e-4, atol=1e-5)
-
-
-def test_the_model_of_a_run_is_read_too(compressed: Compressed) -> None:
-    x = pixels(1, 3, 32, 32)
-    assert torch.equal(answer(read_model(compressed.origin), x), answer(compressed.origin.model(), x))
-    assert changes_of(compressed.origin) == []
 
 
 def test_stages_train(compressed: Compressed) -> None:
@@ -217,18 +221,11 @@ def test_stages_train(compressed: Compressed) -> None:
     assert scales and not any(name in low_rank for name in scales)
 
 
-def test_a_compressed_checkpoint_gives_no_model_of_its_recipe(compressed: Compressed) -> None:
-    for stage in STAGES:
-        with pytest.raises(CheckpointError, match="holds a compressed model: give the checkpoint of `muntin fit`") as error:
-            compressed.stage(stage).model()
-        told(error)
-
-
 # ---- interrupted and resumed ----
 
 
 def ctrl_c_in(stage: Stage, step: int = LOG_EVERY) -> Report:
-    """A real SIGINT of this process while a step of a stage is reported."""
+    """A report that sends SIGINT to this process at a step of a stage."""
 
     def report(at: Stage, progress: FitProgress) -> None:
         if at == stage and progress.kind == "step" and progress.step == step:
@@ -246,7 +243,7 @@ def assert_same_state(one: Checkpoint, other: Checkpoint) -> None:
             assert torch.equal(value, other.tensors[file][name]), f"{file}: {name}"
 
 
-def test_interrupted_in_every_stage_it_ends_in_the_same_bits(compressed: Compressed, tmp_path: Path) -> None:
+def test_interruption_in_every_stage(compressed: Compressed, tmp_path: Path) -> None:
     for number, stage in enumerate(STAGES):
         run = compress_checkpoint(compressed.origin, tmp_path / "again", resume=number > 0, report=ctrl_c_in(stage))
         assert run.interrupted
@@ -254,7 +251,7 @@ def test_interrupted_in_every_stage_it_ends_in_the_same_bits(compressed: Compres
             *((before, STEPS) for before in STAGES[:number]),
             (stage, LOG_EVERY),
         ]
-        read_model(read_checkpoint(run.checkpoint))
+        load_model(read_checkpoint(run.checkpoint))
         torch.manual_seed(number)  # whatever else the process draws
     run = compress_checkpoint(compressed.origin, tmp_path / "again", resume=True)
     assert not run.interrupted and len(run.stages) == 3
@@ -262,21 +259,21 @@ def test_interrupted_in_every_stage_it_ends_in_the_same_bits(compressed: Compres
         assert_same_state(compressed.stage(stage), read_checkpoint(result.checkpoint))
 
 
-def test_interrupted_in_a_stages_last_step_it_begins_no_other(compressed: Compressed, tmp_path: Path) -> None:
+def test_interruption_in_a_last_step(compressed: Compressed, tmp_path: Path) -> None:
     run = compress_checkpoint(compressed.origin, tmp_path / "again", until="w4a8", report=ctrl_c_in("low-rank", STEPS))
     assert run.interrupted and [(result.stage, result.step, result.finished) for result in run.stages] == [("low-rank", STEPS, True)]
     run = compress_checkpoint(compressed.origin, tmp_path / "again", until="w4a8", resume=True, report=ctrl_c_in("w4a8", STEPS))
     assert not run.interrupted and len(run.stages) == 2  # nothing was left to do
 
 
-def test_what_is_finished_stays_as_it_is_when_resumed(compressed: Compressed) -> None:
+def test_resuming_a_finished_run(compressed: Compressed) -> None:
     before = tree(compressed.run.directory)
     again = compress_checkpoint(compressed.origin, compressed.run.directory, resume=True)
     assert again == compressed.run
     assert tree(compressed.run.directory) == before
 
 
-def test_stages_may_come_one_at_a_time(compressed: Compressed, tmp_path: Path) -> None:
+def test_one_stage_at_a_time(compressed: Compressed, tmp_path: Path) -> None:
     for number, stage in enumerate(STAGES):
         run = compress_checkpoint(compressed.origin, tmp_path / "stages", until=stage, resume=number > 0)
         assert not run.interrupted
@@ -287,31 +284,21 @@ def test_stages_may_come_one_at_a_time(compressed: Compressed, tmp_path: Path) -
 # ---- what is refused ----
 
 
-def test_a_folder_with_stages_is_not_overwritten(compressed: Compressed) -> None:
-    before = tree(compressed.run.directory)
-    with pytest.raises(CheckpointError, match="already holds stages; --resume goes on with them") as error:
-        compress_checkpoint(compressed.origin, compressed.run.directory)
-    told(error)
-    assert tree(compressed.run.directory) == before
-
-
-def test_another_recipe_is_refused(compressed: Compressed) -> None:
-    before = tree(compressed.run.directory)
-    config = compressed.origin.recipe.compression.model_copy(update={"average_bits": 7.0})
-    with pytest.raises(CheckpointError, match="was made from another checkpoint or recipe: give another --output, or remove") as error:
-        compress_checkpoint(compressed.origin, compressed.run.directory, config=config, resume=True)
-    told(error)
-    assert tree(compressed.run.directory) == before
-
-
-def test_another_origin_is_refused(compressed: Compressed, tmp_path: Path) -> None:
-    recipe = compressed.origin.recipe
-    other = read_checkpoint(fit(recipe, root=compressed.origin.state.root, directory=tmp_path / "run", report=stop_at_once).checkpoint)
-    assert other.recipe == recipe and other.state.step < STEPS
-    before = tree(compressed.run.directory)
-    with pytest.raises(CheckpointError, match="was made from another checkpoint or recipe") as error:
-        compress_checkpoint(other, compressed.run.directory, resume=True)
-    told(error)
+def test_stages_of_another_run(compressed: Compressed, tmp_path: Path) -> None:
+    origin, before = compressed.origin, tree(compressed.run.directory)
+    shorter = read_checkpoint(fit(origin.recipe, root=origin.state.root, directory=tmp_path / "run", report=stop_at_once).checkpoint)
+    assert shorter.recipe == origin.recipe and shorter.state.step < STEPS
+    other = origin.recipe.compression.model_copy(update={"average_bits": 7.0})
+    made = "was made from another checkpoint or recipe: give another --output, or remove"
+    cases: list[tuple[Checkpoint, dict[str, Any], str]] = [
+        (origin, {}, "already holds stages; --resume goes on with them"),
+        (origin, {"config": other, "resume": True}, made),
+        (shorter, {"resume": True}, made),
+    ]
+    for checkpoint, options, message in cases:
+        with pytest.raises(CheckpointError, match=message) as error:
+            compress_checkpoint(checkpoint, compressed.run.directory, **options)
+        one_line(error)
     assert tree(compressed.run.directory) == before
 
 
@@ -320,19 +307,19 @@ def stop_at_once(progress: FitProgress) -> None:
         os.kill(os.getpid(), signal.SIGINT)
 
 
-def test_what_is_compressed_already_is_refused(compressed: Compressed, tmp_path: Path) -> None:
+def test_compressed_checkpoint(compressed: Compressed, tmp_path: Path) -> None:
     for stage in STAGES:
         with pytest.raises(CheckpointError, match="is compressed already: give the checkpoint of `muntin fit`") as error:
             compress_checkpoint(compressed.stage(stage), tmp_path / "twice")
-        told(error)
+        one_line(error)
     assert not (tmp_path / "twice").exists()
 
 
-def test_a_budget_that_cannot_be_met_leaves_nothing(compressed: Compressed, tmp_path: Path) -> None:
+def test_budget_out_of_reach(compressed: Compressed, tmp_path: Path) -> None:
     config = CompressionConfig.model_validate(COMPRESSION | {"low_rank": {"parameters": 0.01, "multiple": 4}})
     with pytest.raises(MuntinError, match="out of reach") as error:
         compress_checkpoint(compressed.origin, tmp_path / "none", config=config)
-    told(error)
+    one_line(error)
     assert not (tmp_path / "none").exists()
 
 
@@ -343,103 +330,98 @@ def at(checkpoint: Checkpoint, **state: Any) -> Checkpoint:
     return replace(checkpoint, state=checkpoint.state.model_copy(update=state))
 
 
-def test_a_copy_under_another_name_is_broken_off_as_the_checkpoint_is(compressed: Compressed, tmp_path: Path) -> None:
+def test_copied_checkpoint_is_broken_off(compressed: Compressed, tmp_path: Path) -> None:
     copied = read_checkpoint(shutil.copytree(compressed.origin.path, tmp_path / "best"))
     assert broken_off(copied) == ()
     assert broken_off(at(copied, step=3)) == (f"step 3 of {STEPS}: `muntin fit --resume` goes on",)
 
 
-def test_data_whose_folder_is_gone_are_told_with_what_to_do(compressed: Compressed, tmp_path: Path) -> None:
+def test_missing_data_folder(compressed: Compressed, tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"trained on data in .*/gone, .*: `muntin fit RECIPE --resume`") as error:
         source_of(at(compressed.origin, root=str(tmp_path / "gone")))
-    told(error)
+    one_line(error)
     with pytest.raises(DataError, match="does not exist") as error:  # the folder is there, and what it held is not
         source_of(at(compressed.origin, root=str(tmp_path)))
-    assert "--resume" not in told(error)
+    assert "--resume" not in one_line(error)
 
 
-def test_finished_stages_are_told_where_the_data_lie_now(compressed: Compressed, tmp_path: Path) -> None:
+def test_moved_data_folder(compressed: Compressed, tmp_path: Path) -> None:
     moved = shutil.copytree(compressed.origin.state.root, tmp_path / "moved")
     directory = shutil.copytree(compressed.run.directory, tmp_path / "stages")
     run = compress_checkpoint(at(compressed.origin, root=str(moved)), directory, resume=True)
     assert [result.stage for result in run.stages] == list(STAGES)
     for result in run.stages:
-        found = read_checkpoint(result.checkpoint)
-        assert found.state.root == str(moved)
-        assert_same_state(compressed.stage(result.stage), found)
+        checkpoint = read_checkpoint(result.checkpoint)
+        assert checkpoint.state.root == str(moved)
+        assert_same_state(compressed.stage(result.stage), checkpoint)
 
 
 # ---- other configurations ----
 
 
 def short(**changes: Any) -> CompressionConfig:
-    """No training in any stage: what a stage does to a model is all there."""
+    """Stages without training."""
     none = {"share": 0, "learning_rate": 1e-3}
     return CompressionConfig.model_validate(COMPRESSION | {"recover": none, "quantize": none, "mix": none} | changes)
 
 
-def test_stages_without_training_go_on_too(compressed: Compressed, tmp_path: Path) -> None:
+def test_stages_without_training(compressed: Compressed, tmp_path: Path) -> None:
     run = compress_checkpoint(compressed.origin, tmp_path / "short", config=short())
     assert [(result.stage, result.step, result.steps) for result in run.stages] == [(stage, 0, 0) for stage in STAGES]
     assert not run.interrupted
     assert compress_checkpoint(compressed.origin, tmp_path / "short", config=short(), resume=True) == run
-    assert torch.isfinite(answer(read_model(read_checkpoint(run.checkpoint)), pixels(1, 3, 32, 32))).all()
+    assert torch.isfinite(answer(load_model(read_checkpoint(run.checkpoint)), pixels(1, 3, 32, 32))).all()
 
 
-def test_without_low_rank_there_is_no_such_stage(compressed: Compressed, tmp_path: Path) -> None:
+def test_without_low_rank(compressed: Compressed, tmp_path: Path) -> None:
     config = short(low_rank=None)
     run = compress_checkpoint(compressed.origin, tmp_path / "dense", config=config)
     assert [result.stage for result in run.stages] == ["w4a8", "mixed"]
     assert sorted(path.name for path in (tmp_path / "dense").iterdir()) == ["2-w4a8", "3-mixed"]
     assert list(stage_checkpoints(tmp_path / "dense")) == ["w4a8", "mixed"]
     last = read_checkpoint(run.checkpoint)
-    assert not names(read_model(last), FactoredLinear, FactoredConv2d)
-    assert {change.pass_ for change in changes_of(last)} == {"fold", "qat", "mix"}
+    assert not names(load_model(last), FactoredLinear, FactoredConv2d)
+    assert {change.pass_ for change in last.changes} == {"fold", "qat", "mix"}
     with pytest.raises(RecipeError, match=r"compression\.low_rank is null, so there is no stage before 'w4a8'") as error:
         compress_checkpoint(compressed.origin, tmp_path / "none", config=config, until="low-rank")
-    told(error)
+    one_line(error)
 
 
 @pytest.mark.parametrize("bits", [2, 8])
-def test_the_stage_of_quantisation_has_the_bits_that_the_recipe_says(compressed: Compressed, tmp_path: Path, bits: int) -> None:
+def test_bits_of_the_recipe(compressed: Compressed, tmp_path: Path, bits: int) -> None:
     run = compress_checkpoint(compressed.origin, tmp_path / "bits", config=short(weight_bits=bits, average_bits=bits), until="w4a8")
-    assert set(bits_of(read_model(read_checkpoint(run.checkpoint))).values()) == {bits}
+    assert set(bits_of(load_model(read_checkpoint(run.checkpoint))).values()) == {bits}
 
 
-def test_layers_named_in_keep_stay_as_they_are(compressed: Compressed, tmp_path: Path) -> None:
+def test_layers_in_keep(compressed: Compressed, tmp_path: Path) -> None:
     kept = ("head.conv", "stages.0.blocks.0.mlp.expand")
     run = compress_checkpoint(compressed.origin, tmp_path / "keep", config=short(keep=kept))
-    model = read_model(read_checkpoint(run.checkpoint))
+    model = load_model(read_checkpoint(run.checkpoint))
     assert {type(model.get_submodule(name)) for name in kept} == {nn.Conv2d, nn.Linear}
-    changes = changes_of(read_checkpoint(run.checkpoint))
+    changes = read_checkpoint(run.checkpoint).changes
     for name in kept:
         assert by_layer(changes, "low_rank")[name].reason == by_layer(changes, "qat")[name].reason == "named in keep"
     with pytest.raises(MuntinError, match="keep names no layer: nosuch") as error:
         compress_checkpoint(compressed.origin, tmp_path / "unknown", config=short(keep=("nosuch",)))
-    told(error)
+    one_line(error)
     assert not (tmp_path / "unknown").exists()
 
 
 def average_bits(model: nn.Module) -> float:
-    """Of all weights, by a plain count."""
+    """Average over all weights."""
     bits = bits_of(model)
     spent = {name: min(16, bits.get(name.removesuffix(".weight"), FLOAT)) for name, p in model.named_parameters() if p.ndim > 1}
     weights = {name: model.get_parameter(name).numel() for name in spent}
     return sum(spent[name] * count for name, count in weights.items()) / sum(weights.values())
 
 
-def test_layers_that_stay_floats_count_for_the_average(
-    tmp_path: Path, write_tiny: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    (tmp_path / "with_upsampling.py").write_text(UPSAMPLING)
-    monkeypatch.syspath_prepend(tmp_path)
-    tiny = write_tiny(tmp_path / "data", model={"name": "with_upsampling:make", "options": {}, "size_divisor": 2}, training={"steps": 3})
-    origin = read_checkpoint(fit(tiny.recipe, directory=tmp_path / "run").checkpoint)
+def test_float_layers_count_for_the_average(tmp_path: Path, train_foreign: Callable[..., Checkpoint]) -> None:
+    origin = train_foreign(UPSAMPLING, size_divisor=2)
     run = compress_checkpoint(origin, tmp_path / "met", config=short(low_rank=None, average_bits=12))
-    met = average_bits(read_model(read_checkpoint(run.checkpoint)))
+    met = average_bits(load_model(read_checkpoint(run.checkpoint)))
     assert 8 < met <= 12 and run.notes == ()
     over = compress_checkpoint(origin, tmp_path / "over", config=short(low_rank=None, average_bits=5))
-    model = read_model(read_checkpoint(over.checkpoint))
+    model = load_model(read_checkpoint(over.checkpoint))
     assert set(bits_of(model).values()) == {4}
     (note,) = over.notes
     assert note.startswith(f"a weight has {average_bits(model):.2f} bits on average, not compression.average_bits 5: 1,024 of ")
@@ -459,16 +441,16 @@ def make(*, task, classes, channels):
 """
 
 
-def test_what_quantization_says_counts_or_is_told(compressed: Compressed, tmp_path: Path) -> None:
+def test_quantization_settings(compressed: Compressed, tmp_path: Path) -> None:
     origin, said = compressed.origin, QuantizationConfig(calibration_images=3, keep=("head.conv",), min_sqnr_db=20)
     run = compress_checkpoint(origin, tmp_path / "keep", config=short(), quantization=said)
     last = read_checkpoint(run.checkpoint)
     assert last.recipe.quantization == said
-    head = [change.reason for name, change in by_layer(changes_of(last), "qat").items() if name.startswith("head.conv")]
+    head = [change.reason for name, change in by_layer(last.changes, "qat").items() if name.startswith("head.conv")]
     assert head and set(head) == {"named in keep"}
-    assert by_layer(changes_of(last), "low_rank")["head.conv"].reason != "named in keep"
+    assert by_layer(last.changes, "low_rank")["head.conv"].reason != "named in keep"
     assert any(note.startswith("quantization.min_sqnr_db is for `muntin export`") for note in run.notes)
-    few = [change for change in changes_of(last) if change.note]
+    few = [change for change in last.changes if change.note]
     (note,) = (note for note in run.notes if note.startswith("low rank: "))
     assert few and note.startswith(f"low rank: {few[0].layer} was factored by {few[0].note}, and {len(few) - 1} other layer")
     assert note.endswith("set quantization.calibration_images (now 3) higher")
@@ -477,7 +459,7 @@ def test_what_quantization_says_counts_or_is_told(compressed: Compressed, tmp_pa
     assert not (tmp_path / "unknown").exists()
 
 
-def test_that_stages_are_not_compiled_is_told(compressed: Compressed, tmp_path: Path) -> None:
+def test_compile_setting_note(compressed: Compressed, tmp_path: Path) -> None:
     recipe = compressed.origin.recipe
     recipe = recipe.model_copy(update={"training": recipe.training.model_copy(update={"compile": True})})
     origin = replace(compressed.origin, state=compressed.origin.state.model_copy(update={"recipe": recipe}))
@@ -503,18 +485,13 @@ def make(*, task, classes, channels):
 """
 
 
-def test_a_model_whose_batch_norm_cannot_be_folded_is_read_again(
-    tmp_path: Path, write_tiny: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    (tmp_path / "used_twice.py").write_text(USED_TWICE)
-    monkeypatch.syspath_prepend(tmp_path)
-    tiny = write_tiny(tmp_path / "data", model={"name": "used_twice:make", "options": {}}, training={"steps": 3})
-    origin = read_checkpoint(fit(tiny.recipe, directory=tmp_path / "run").checkpoint)
+def test_loading_a_kept_batch_norm(tmp_path: Path, train_foreign: Callable[..., Checkpoint]) -> None:
+    origin = train_foreign(USED_TWICE)
     run = compress_checkpoint(origin, tmp_path / "compressed", config=short(low_rank=None))
     last = read_checkpoint(run.checkpoint)
-    (kept,) = [change for change in changes_of(last) if change.pass_ == "fold"]
+    (kept,) = [change for change in last.changes if change.pass_ == "fold"]
     assert kept.kept and "changes the model's answer" in kept.reason
-    model = read_model(last)
+    model = load_model(last)
     assert isinstance(model.get_submodule("norm"), nn.BatchNorm2d)
     assert all(torch.equal(value, last.tensors[AVERAGE][name]) for name, value in model.state_dict().items())
 
@@ -532,19 +509,16 @@ def make(*, task, classes, channels):
 """
 
 
-def test_what_was_folded_is_read_again_whatever_the_model_answers(
-    tmp_path: Path, write_tiny: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+def test_loading_folds_without_running_the_model(
+    tmp_path: Path, train_foreign: Callable[..., Checkpoint], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    (tmp_path / "standardised.py").write_text(STANDARDISED)
-    monkeypatch.syspath_prepend(tmp_path)
-    tiny = write_tiny(tmp_path / "data", model={"name": "standardised:make", "options": {}}, training={"steps": 3})
-    origin = read_checkpoint(fit(tiny.recipe, directory=tmp_path / "run").checkpoint)
+    origin = train_foreign(STANDARDISED)
     last = read_checkpoint(compress_checkpoint(origin, tmp_path / "compressed", config=short()).checkpoint)
-    assert [(change.layer, change.kept) for change in changes_of(last) if change.pass_ == "fold"] == [("1", False)]
+    assert [(change.layer, change.kept) for change in last.changes if change.pass_ == "fold"] == [("1", False)]
     kept = compress_checkpoint(origin, tmp_path / "kept", config=short(low_rank=None, keep=tuple("036")))
     with monkeypatch.context() as patch:
-        patch.setattr(type(origin.model()), "forward", lambda model, x: nn.Sequential.forward(model, x) * float("nan"))
-        model, unquantised = read_model(last), read_model(read_checkpoint(kept.checkpoint))
+        patch.setattr(type(load_model(origin)), "forward", lambda model, x: nn.Sequential.forward(model, x) * float("nan"))
+        model, unquantised = load_model(last), load_model(read_checkpoint(kept.checkpoint))
     assert names(unquantised, nn.Conv2d) == list("036")
     assert isinstance(model.get_submodule("3"), FactoredConv2d)  # whose padding was a word
     assert isinstance(model.get_submodule("5"), nn.BatchNorm2d) and not isinstance(model.get_submodule("1"), nn.BatchNorm2d)
@@ -571,20 +545,15 @@ def make(*, task, classes, channels):
 """
 
 
-def test_a_model_that_goes_through_a_plain_list_is_read_with_its_new_layers(
-    tmp_path: Path, write_tiny: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    (tmp_path / "through_a_list.py").write_text(THROUGH_A_LIST)
-    monkeypatch.syspath_prepend(tmp_path)
-    tiny = write_tiny(tmp_path / "data", model={"name": "through_a_list:make", "options": {}}, training={"steps": 3})
-    origin = read_checkpoint(fit(tiny.recipe, directory=tmp_path / "run").checkpoint)
-    model = read_model(read_checkpoint(compress_checkpoint(origin, tmp_path / "compressed", config=short()).checkpoint))
+def test_loading_a_model_with_a_plain_list(tmp_path: Path, train_foreign: Callable[..., Checkpoint]) -> None:
+    origin = train_foreign(THROUGH_A_LIST)
+    model = load_model(read_checkpoint(compress_checkpoint(origin, tmp_path / "compressed", config=short()).checkpoint))
     assert isinstance(model.get_submodule("3"), FactoredConv2d) and qat_operations(model)
     x = pixels(1, 3, 16, 16)
     assert torch.equal(answer(model, x), answer(nn.Sequential(*model.children()), x / 128 - 1))
 
 
-def test_the_learning_rate_falls_once_over_both_stages_of_quantisation(write_tiny: Callable[..., Any], tmp_path: Path) -> None:
+def test_learning_rate_over_both_stages(write_tiny: Callable[..., Any], tmp_path: Path) -> None:
     rates = {"quantize": {"share": 1.0, "learning_rate": 1e-3}, "mix": {"share": 1.0, "learning_rate": 4e-4}}
     origin = train(write_tiny, tmp_path, compression={**COMPRESSION, "low_rank": None, **rates})
     run = compress_checkpoint(origin, tmp_path / "compressed")
@@ -599,7 +568,7 @@ def test_the_learning_rate_falls_once_over_both_stages_of_quantisation(write_tin
     assert read_checkpoint(alone.checkpoint).state.training[-1]["learning_rate"] < 1e-4  # nothing follows: it falls to zero
 
 
-def test_a_stage_that_ended_by_the_clock_is_finished(write_tiny: Callable[..., Any], tmp_path: Path) -> None:
+def test_stage_limited_by_minutes(write_tiny: Callable[..., Any], tmp_path: Path) -> None:
     limits = {"steps": 10**6, "minutes": 0.02, "validate_every": 10**6, "checkpoint_every": 10**6}
     origin = train(write_tiny, tmp_path, training=limits, compression={**COMPRESSION, "low_rank": None})
     run = compress_checkpoint(origin, origin.path.parent.parent / FOLDER)
@@ -609,23 +578,21 @@ def test_a_stage_that_ended_by_the_clock_is_finished(write_tiny: Callable[..., A
     assert set(finished_stages(origin)) == {"w4a8", "mixed"}
 
 
-def test_closed_channels_are_cut_before_the_first_stage(tmp_path: Path, write_tiny: Callable[..., Any]) -> None:
+def test_closed_channels_are_cut_first(tmp_path: Path, write_tiny: Callable[..., Any]) -> None:
     origin = train(write_tiny, tmp_path, training={"steps": STEPS, "validate_every": 100, "checkpoint_every": 100, "gate_budget": 0.775})
-    hidden = widths_of(origin.model())["stages.0.blocks.0.mlp"]
+    hidden = widths_of(load_model(origin))["stages.0.blocks.0.mlp"]
     run = compress_checkpoint(origin, tmp_path / "run" / "compressed")
     cut = {stage: read_checkpoint(run.directory / f"{n}-{stage}") for n, stage in enumerate(STAGES, 1)}
     for stage, checkpoint in cut.items():
-        made = checkpoint.state.compression
-        assert made is not None and made["widths"]["stages.0.blocks.0.mlp"] == BLOCK < hidden
-        read_model(checkpoint)  # refuses weights of another shape
-        found = by_layer(changes_of(checkpoint), "slim")
-        assert found["stages.0.blocks.0.mlp"].done == f"{BLOCK} of {hidden} channels", stage
-    assert widths_of(read_model(cut["low-rank"])) == cut["mixed"].state.compression["widths"]  # type: ignore[index]
+        record = checkpoint.state.compression
+        assert record is not None and record.widths["stages.0.blocks.0.mlp"] == BLOCK < hidden
+        load_model(checkpoint)  # refuses weights of another shape
+        changes = by_layer(checkpoint.changes, "slim")
+        assert changes["stages.0.blocks.0.mlp"].done == f"{BLOCK} of {hidden} channels", stage
+    assert widths_of(load_model(cut["low-rank"])) == cut["mixed"].state.compression.widths  # type: ignore[index]
 
 
-def test_a_stage_that_was_broken_off_while_it_was_judged_is_judged_when_resumed(
-    compressed: Compressed, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_interrupted_validation(compressed: Compressed, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def broken(*given: Any, **more: Any) -> None:
         raise DataError("a picture was damaged meanwhile")
 

@@ -1,4 +1,4 @@
-"""Layers that a model takes for more than their weights say stay as they are, in every pass, and nothing else does."""
+"""Layers that a model uses for more than their weights are kept by every pass; others are not."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from muntin.training.config import LowRankConfig
 
 
 class Asks(nn.Module):
-    """Adds what comes in to what a convolution makes of it."""
+    """Tests the kind of its layers, and adds the input to a convolution's output."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -35,7 +35,7 @@ class Asks(nn.Module):
 
 
 class Patched(nn.Module):
-    """An adapter of low rank beside a Linear, a convolution whose padding wraps around, one that reads of itself what it was made with."""
+    """A Linear with an adapter, and a convolution with a replaced padding."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -62,7 +62,7 @@ class Scaled(nn.Conv2d):
 
 
 class Called(nn.Module):
-    """With more than its input."""
+    """Calls its layer with more than the input."""
 
     def __init__(self, *, by_name: bool) -> None:
         super().__init__()
@@ -91,7 +91,7 @@ def images() -> Tensor:
 
 @pytest.mark.parametrize("pass_", list(PASSES))
 @pytest.mark.parametrize("name", list(MODELS))
-def test_what_is_more_than_its_kind_stays_and_the_answer_with_it(name: str, pass_: str) -> None:
+def test_layers_that_are_more_than_their_kind(name: str, pass_: str) -> None:
     torch.manual_seed(0)
     make, fixed = MODELS[name]
     model = make().eval()
@@ -102,12 +102,12 @@ def test_what_is_more_than_its_kind_stays_and_the_answer_with_it(name: str, pass
     reasons = {change.layer: change.reason for change in changes if change.done == "kept"}
     if "line" in reasons:
         assert reasons.pop("line") == "it holds modules of its own"
-    due = fixed if pass_ != "low rank" else {layer for layer in fixed if name not in ("by name", "by place")}
-    assert {layer for layer, reason in reasons.items() if reason == NOTICED} == due
+    expected = fixed if pass_ != "low rank" else {layer for layer in fixed if name not in ("by name", "by place")}
+    assert {layer for layer, reason in reasons.items() if reason == NOTICED} == expected
     assert (after - before).std() < (0.05 if pass_ != "low rank" else 0.5) * before.std()
 
 
-def test_nothing_else_stays() -> None:
+def test_ordinary_model() -> None:
     model = create_model("hybrid-xxs").eval()
     layers: dict[str, nn.Module] = {name: layer for name, layer in model.named_modules() if isinstance(layer, nn.Linear | nn.Conv2d)}
     weights = {name: layer.weight for name, layer in layers.items()}
@@ -115,7 +115,7 @@ def test_nothing_else_stays() -> None:
     assert all(model.get_submodule(name) is layer and layer.weight is weights[name] for name, layer in layers.items())
 
 
-def test_a_forward_that_is_put_in_place_of_its_own_is_noticed() -> None:
+def test_replaced_forward() -> None:
     model = nn.Sequential(nn.Conv2d(3, 8, 1), nn.Conv2d(8, 4, 1)).eval()
     doubled = types.MethodType(lambda conv, x: 2 * F.conv2d(x, conv.weight, conv.bias), model[0])
     model[0].forward = doubled  # type: ignore[method-assign]
@@ -123,7 +123,7 @@ def test_a_forward_that_is_put_in_place_of_its_own_is_noticed() -> None:
 
 
 @pytest.mark.parametrize("when", ["before", "within"])
-def test_who_interrupts_it_finds_the_model_as_it_was(when: str) -> None:
+def test_model_restored_after_an_interruption(when: str) -> None:
     class Interrupted(Asks):
         calls = 0
 
@@ -142,7 +142,7 @@ def test_who_interrupts_it_finds_the_model_as_it_was(when: str) -> None:
     assert {name: (type(layer), dict(vars(layer))) for name, layer in layers.items()} == kept
 
 
-def test_an_answer_that_is_always_the_same_tensor_hides_nothing() -> None:
+def test_reused_output_tensor() -> None:
     class Written(Asks):
         def __init__(self) -> None:
             super().__init__()
@@ -155,7 +155,7 @@ def test_an_answer_that_is_always_the_same_tensor_hides_nothing() -> None:
     assert set(irreplaceable(model, dict(model.named_children()) | {"layers.0": model.layers[0]}, images()[:1])) >= {"layers.0"}
 
 
-def test_what_many_layers_change_together_is_found() -> None:
+def test_many_small_changes() -> None:
     class Many(nn.Module):
         def __init__(self) -> None:
             super().__init__()
@@ -181,7 +181,7 @@ def test_what_many_layers_change_together_is_found() -> None:
         assert same(before, model(images()[:1]))
 
 
-def test_a_model_that_answers_each_time_otherwise_tells_nothing() -> None:
+def test_random_answers() -> None:
     class Drawn(Asks):
         def forward(self, x: Tensor) -> Tensor:
             return super().forward(x) + torch.rand(())
@@ -190,7 +190,7 @@ def test_a_model_that_answers_each_time_otherwise_tells_nothing() -> None:
     assert irreplaceable(model, {"stem": model.stem}, images()[:1]) == {}
 
 
-def test_answers_may_be_packed_and_layers_held_in_plain_lists() -> None:
+def test_packed_answers_and_plain_lists() -> None:
     class Packed(Asks):
         def __init__(self) -> None:
             super().__init__()
@@ -206,7 +206,7 @@ def test_answers_may_be_packed_and_layers_held_in_plain_lists() -> None:
     assert all(isinstance(layer, QuantizedConv2d) for layer in model.order)
 
 
-def test_an_offset_excuses_no_difference() -> None:
+def test_same_with_an_offset() -> None:
     values = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(0))
     assert same(values + 1000, values + 1000 + 1e-4)
     assert not same(values + 290, values.flip(3) + 290)

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from muntin.artifact import ClassInfo, Signature
+from muntin.compression import load_model
 from muntin.deployment import assessment
 from muntin.deployment.assessment import _Assessment, affordable_side, torch_threads
 from muntin.errors import VerificationError
@@ -114,7 +115,7 @@ def test_of_a_classifier_a_report_tells_the_accuracy_of_each_class(tmp_path: Pat
     }
     (tmp_path / "recipe.yaml").write_text(json.dumps(content))  # JSON is YAML
     checkpoint = read_checkpoint(fit(tmp_path / "recipe.yaml", directory=tmp_path / "run").checkpoint)
-    work, model = _Assessment(checkpoint, tmp_path / "report", lambda name: None), checkpoint.model()
+    work, model = _Assessment(checkpoint, tmp_path / "report", lambda name: None), load_model(checkpoint)
     work.probe, session = torch.zeros(1, 3, 32, 32), TorchSession(model, checkpoint.signature)
     on_test, on_validation = (evaluate(session, work.source.split(split), tile=64) for split in ("test", "validation"))
     assert on_test.recall != on_test.iou and on_validation.recall != on_validation.iou, "it errs nowhere: this test plants nothing"

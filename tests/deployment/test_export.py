@@ -21,8 +21,7 @@ import muntin
 from muntin import create_model
 from muntin.artifact import ClassInfo, Signature, open_artifact
 from muntin.artifact.golden import GOLDEN_SIDE
-from muntin.compression import Change, freeze, prepare_qat, quantize
-from muntin.compression.stages import calibration_of, source_of
+from muntin.compression import Change, freeze, load_model, prepare_qat, quantize
 from muntin.deployment import infer_signature
 from muntin.deployment.answers import check_copy
 from muntin.deployment.export import FLOAT_LIMITS, LIMITS, golden_pairs
@@ -32,8 +31,8 @@ from muntin.models import DividedSides
 from muntin.runtime import describe_hardware, load
 from muntin.runtime.verification import replay
 from muntin.training import read_checkpoint
+from muntin.training.checkpoint import calibration_of, source_of
 from muntin.training.config import QuantizationConfig
-from muntin.training.loop import signature_of
 from muntin.training.recipe import load_recipe
 
 export = importlib.import_module("muntin.deployment.export")  # the room has a function of that name
@@ -213,15 +212,15 @@ def test_accuracy_in_8_bits_holds_at_64_times_the_area_of_what_it_was_calibrated
     muntin.fit(recipe, directory=tmp_path / "run", root=tmp_path)
     checkpoint = read_checkpoint(tmp_path / "run")
     source = source_of(checkpoint)
-    calibration, model = calibration_of(checkpoint, source), checkpoint.model()
+    calibration, model = calibration_of(checkpoint, source), load_model(checkpoint)
     assert all(batch.shape[2:] == (64, 64) for batch in calibration)
     done = prepare_qat(calibration, bits=8)(model) + freeze(calibration)(model)  # products of attention over all tokens, too
-    signature = signature_of(recipe, source)
+    signature = recipe.signature(source.classes)
     artifact = muntin.export(model, calibration[0], tmp_path / "artifact", signature=signature, changes=done)
     test = source.split("test")
     floats, integers = (
         muntin.evaluate(session, test, tile=512).score
-        for session in (muntin.TorchSession(checkpoint.model(), signature), muntin.load(artifact.path, precision="f32", threads=1))
+        for session in (muntin.TorchSession(load_model(checkpoint), signature), muntin.load(artifact.path, precision="f32", threads=1))
     )
     assert floats > 0.3
     assert integers == pytest.approx(floats, abs=0.01)

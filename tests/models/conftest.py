@@ -1,4 +1,4 @@
-"""What every test of a model needs."""
+"""Fixtures of the model tests."""
 
 from __future__ import annotations
 

@@ -10,7 +10,7 @@ from pydantic import ValidationError
 from muntin.models import ModelConfig
 
 
-def test_it_cannot_be_changed() -> None:
+def test_frozen() -> None:
     with pytest.raises(ValidationError, match="frozen"):
         ModelConfig().classes = 3  # type: ignore[misc]
 
@@ -37,15 +37,15 @@ def test_it_cannot_be_changed() -> None:
         ({"windows": 8}, "Extra inputs are not permitted"),
     ],
 )
-def test_impossible_values_are_refused(fields: dict[str, Any], message: str) -> None:
+def test_impossible_values(fields: dict[str, Any], message: str) -> None:
     with pytest.raises(ValidationError, match=message):
         ModelConfig(**fields)
 
 
-def test_one_head_is_enough_without_a_local_and_a_global_half() -> None:
+def test_one_head() -> None:
     assert ModelConfig(attention="local", dims=(64,), depths=(1,)).dims == (64,)
 
 
-def test_outputs_are_classes_or_the_images_own_channels() -> None:
+def test_outputs() -> None:
     assert ModelConfig(classes=7).outputs == 7
     assert ModelConfig(task="restore", classes=7, channels=4, scale=2).outputs == 4

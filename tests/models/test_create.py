@@ -1,4 +1,4 @@
-"""create_model: one name, one model; every mistake is one line that says what to do."""
+"""create_model: names, options, errors of one line."""
 
 from __future__ import annotations
 
@@ -31,20 +31,20 @@ from muntin.models import PRESETS, HybridNet, create_model
         ("timm:resnet18", {"task": "classify", "scale": 2}, "scale=2 is for hybrid models; 'timm:resnet18' answers at the input's size"),
     ],
 )
-def test_a_mistake_is_one_line_that_says_what_to_do(name: str, arguments: dict[str, Any], message: str) -> None:
+def test_mistakes(name: str, arguments: dict[str, Any], message: str) -> None:
     with pytest.raises(RecipeError, match=re.escape(message)) as caught:
         create_model(name, **arguments)
     assert "\n" not in str(caught.value)
 
 
-def test_options_replace_the_presets() -> None:
+def test_options() -> None:
     model = create_model("hybrid-xs", options={"window": 5, "attention": "local"})
     assert isinstance(model, HybridNet)
     assert (model.config.window, model.config.attention) == (5, "local")
     assert model.config.decoder == PRESETS["hybrid-xs"]["decoder"]
 
 
-def test_the_seed_decides_the_weights() -> None:
+def test_seed() -> None:
     states = []
     for seed in (1, 1, 2):
         torch.manual_seed(seed)

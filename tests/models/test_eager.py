@@ -1,4 +1,4 @@
-"""What models have to be, and what is said of those that are not."""
+"""Models that can be inspected, copied and rewritten, and errors for others."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ def compiled_in_place() -> nn.Module:
         (compiled_in_place, "the model is compiled by torch.compile"),
         (
             lambda: torch.jit.script(small()),
-            "the model is TorchScript, which is neither rewritten nor traced: give the module it was made of",
+            "the model is TorchScript, which is neither rewritten nor traced: give the original module",
         ),
         (lambda: nn.Sequential(torch.jit.trace(small(), images())), "'0', a part of the model, is TorchScript"),
         (lambda: small().to("meta"), "the model is on the meta device, without values: load its weights first"),
@@ -70,10 +70,8 @@ def compiled_in_place() -> nn.Module:
 )
 @pytest.mark.parametrize("pass_", PASSES)
 @pytest.mark.filterwarnings("ignore:`torch.jit", "ignore:.*torch.jit.* is deprecated")
-def test_what_cannot_be_rewritten_is_refused_before_anything_is_done(
-    build: Callable[[], Any], said: str, pass_: Callable[..., Any]
-) -> None:
-    """Compiled code runs without the hooks that look into layers: such a model came back as it was, and for a wrong reason."""
+def test_unsupported_models(build: Callable[[], Any], said: str, pass_: Callable[..., Any]) -> None:
+    """Compiled code runs without hooks, so a pass would change nothing."""
     model = build()
     before = [type(part) for part in model.modules()] if isinstance(model, nn.Module) else []
     with pytest.raises(MuntinError) as error:
@@ -83,7 +81,7 @@ def test_what_cannot_be_rewritten_is_refused_before_anything_is_done(
 
 
 @pytest.mark.usefixtures("_compiler")
-def test_a_part_with_two_names_is_unwrapped_in_both() -> None:
+def test_part_with_two_names() -> None:
     part = torch.compile(nn.Conv2d(3, 8, 1), backend="eager")
     copied = eager_copy(nn.ModuleList([part, part]))
     check_eager(copied)
@@ -92,7 +90,7 @@ def test_a_part_with_two_names_is_unwrapped_in_both() -> None:
 
 @pytest.mark.usefixtures("_compiler")
 @pytest.mark.parametrize("build", [compiled_whole, compiled_part, compiled_in_place])
-def test_a_copy_holds_no_compiled_code_and_answers_alike(build: Callable[[], nn.Module]) -> None:
+def test_copy_of_a_compiled_model(build: Callable[[], nn.Module]) -> None:
     model = build()
     copied = eager_copy(model)
     check_eager(copied)
@@ -102,7 +100,7 @@ def test_a_copy_holds_no_compiled_code_and_answers_alike(build: Callable[[], nn.
 
 
 class Keeps(nn.Module):
-    """Keeps what its layers answered."""
+    """Keeps the outputs of its layers."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -140,11 +138,11 @@ def locked() -> nn.Module:
         (lambda: nn.Sequential(called(Keeps())), "cannot be copied: '0', a part of the model, keeps a tensor"),
         (lambda: nn.Sequential(nn.utils.weight_norm(nn.Conv2d(3, 2, 1))), "cannot be copied: use weight_norm and spectral_norm of"),
         (lambda: nn.Sequential(called(nn.utils.spectral_norm(nn.Conv2d(3, 2, 1)))), "use weight_norm and spectral_norm of"),
-        (locked, "cannot be copied: cannot pickle '_thread.lock' object; have its modules hold what Python can copy"),
+        (locked, "cannot be copied: cannot pickle '_thread.lock' object; its modules must hold objects that Python can copy"),
     ],
 )
 @pytest.mark.filterwarnings("ignore:`torch.nn.utils.weight_norm` is deprecated", "ignore:.*is deprecated")
-def test_what_cannot_be_copied_says_what_to_do(build: Callable[[], nn.Module], said: str) -> None:
+def test_model_that_cannot_be_copied(build: Callable[[], nn.Module], said: str) -> None:
     model = build()
     check_module(model)
     with pytest.raises(MuntinError) as error:
@@ -153,7 +151,7 @@ def test_what_cannot_be_copied_says_what_to_do(build: Callable[[], nn.Module], s
 
 
 class Grid(nn.Module):
-    """Makes a grid of the picture's width by itself, and keeps it."""
+    """Creates and keeps a grid of the picture's width."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -167,7 +165,7 @@ class Grid(nn.Module):
 
 
 @pytest.mark.parametrize("pass_", PASSES)
-def test_what_a_model_keeps_of_calibration_can_be_trained_with(pass_: Callable[..., Any]) -> None:
+def test_kept_activations_are_trainable(pass_: Callable[..., Any]) -> None:
     model = Grid()
     pass_([images()])(model)
     assert not model.grid.is_inference()

@@ -1,4 +1,4 @@
-"""Models that are not ours: raw pixels in, scores of the contract's shape out, and one line for what cannot be.
+"""Foreign models: raw pixels in, scores out, errors of one line.
 
 Axes: B images, C channels, H W map, K scores.
 """
@@ -15,8 +15,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from muntin.artifact.manifest import Task
 from muntin.errors import RecipeError
-from muntin.models import DividedSides, ForeignModel, Task, create_model
+from muntin.models import DividedSides, ForeignModel, create_model
 
 FACTORIES = """
 from torch import nn
@@ -43,7 +44,7 @@ def broken(*, task, classes, channels):
 
 @pytest.fixture
 def mine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
-    """The name of a module of the user's own."""
+    """The name of a user's module."""
     (tmp_path / "my_own_factories.py").write_text(FACTORIES)
     monkeypatch.syspath_prepend(str(tmp_path))
     yield "my_own_factories"
@@ -51,7 +52,7 @@ def mine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
 
 
 class Recorder(nn.Module):
-    """Keeps what it was given and answers a quarter of the size."""
+    """Keeps its input and returns scores of a quarter of the size."""
 
     def __init__(self, *, named: bool = False) -> None:
         super().__init__()
@@ -65,14 +66,14 @@ class Recorder(nn.Module):
 
 
 @pytest.mark.parametrize("channels", [1, 3, 4])
-def test_timm_classifies_raw_pixels(channels: int) -> None:
+def test_timm_classifier(channels: int) -> None:
     model = create_model("timm:mobilenetv3_small_050", task="classify", classes=7, channels=channels).eval()
     with torch.inference_mode():
         scores = model(torch.rand(2, channels, 33, 40) * 255)
     assert scores.shape == (2, 7) and scores.isfinite().all()
 
 
-def test_torchvision_segments_raw_pixels() -> None:
+def test_torchvision_segmenter() -> None:
     model = create_model("torchvision:lraspp_mobilenet_v3_large", task="segment", classes=5).eval()
     with torch.inference_mode():
         for size in [(33, 40), (64, 64)]:
@@ -80,13 +81,13 @@ def test_torchvision_segments_raw_pixels() -> None:
             assert scores.shape == (2, 5, *size) and scores.isfinite().all()
 
 
-def test_torchvision_classifies_raw_pixels() -> None:
+def test_torchvision_classifier() -> None:
     model = create_model("torchvision:mobilenet_v3_small", task="classify", classes=5).eval()
     with torch.inference_mode():
         assert model(torch.rand(2, 3, 33, 40) * 255).shape == (2, 5)
 
 
-def test_pixels_are_normalised_as_the_model_was_made_for() -> None:
+def test_normalisation() -> None:
     inner = Recorder()
     model = ForeignModel(inner, mean=(0.5, 0.25, 0.1), std=(0.5, 0.25, 0.2), task="segment")
     x_BCHW = torch.rand(2, 3, 8, 8) * 255
@@ -98,13 +99,13 @@ def test_pixels_are_normalised_as_the_model_was_made_for() -> None:
 
 @pytest.mark.parametrize("named", [False, True])
 @pytest.mark.parametrize("size", [(8, 8), (5, 13)])
-def test_scores_are_brought_to_the_size_of_the_image(named: bool, size: tuple[int, int]) -> None:
+def test_resized_scores(named: bool, size: tuple[int, int]) -> None:
     model = ForeignModel(Recorder(named=named), mean=(0.5,) * 3, std=(0.5,) * 3, task="segment")
     assert model(torch.rand(2, 3, *size) * 255).shape == (2, 2, *size)
 
 
-def test_of_several_answers_in_training_the_first_counts() -> None:
-    """GoogLeNet's way, in miniature: while it trains, layers on the way answer, too."""
+def test_auxiliary_answers() -> None:
+    """Returns auxiliary answers in training, like GoogLeNet."""
 
     class Branching(nn.Linear):
         def forward(self, input: Tensor) -> Any:
@@ -116,19 +117,19 @@ def test_of_several_answers_in_training_the_first_counts() -> None:
     assert torch.equal(model.train()(x_BCHW), model.eval()(x_BCHW))
 
 
-def test_its_state_is_the_wrapped_models_alone() -> None:
+def test_state_names() -> None:
     model = ForeignModel(nn.Linear(2, 2), mean=(0.5,), std=(0.5,), task="classify")
     assert set(model.state_dict()) == {"model.weight", "model.bias"}
 
 
-def test_a_factory_of_ones_own(mine: str) -> None:
+def test_own_factory(mine: str) -> None:
     model = create_model(f"{mine}:classifier", task="classify", classes=4, channels=2)
     assert model(torch.rand(3, 2, 5, 5)).shape == (3, 4)
     assert isinstance(create_model(f"{mine}:positional"), nn.Conv2d)
 
 
-def test_a_factory_in_the_current_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """As an installed command finds it, on whose import path the folder is not; a module that the factory imports when it runs, too."""
+def test_factory_in_the_current_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The import path of an installed command does not have the folder; a module that the factory imports is found too."""
     (tmp_path / "lies_here.py").write_text("def make(*, task, classes, channels):\n    import lies_beside\n    return lies_beside.model\n")
     (tmp_path / "lies_beside.py").write_text("from torch import nn\nmodel = nn.Conv2d(3, 2, 1)\n")
     monkeypatch.setattr(sys, "path", [entry for entry in sys.path if entry])
@@ -153,13 +154,13 @@ def test_a_factory_in_the_current_folder(tmp_path: Path, monkeypatch: pytest.Mon
         ("my_own_factories:", "not of the form package.module:factory"),
     ],
 )
-def test_a_wrong_factory_is_one_line(mine: str, factory: str, message: str) -> None:
+def test_wrong_factory(mine: str, factory: str, message: str) -> None:
     with pytest.raises(RecipeError, match=re.escape(message)) as caught:
         create_model(factory)
     assert "\n" not in str(caught.value) and factory in str(caught.value)
 
 
-def test_an_error_inside_the_users_factory_stays_theirs(mine: str) -> None:
+def test_error_inside_a_factory(mine: str) -> None:
     with pytest.raises(TypeError, match="from inside the user's own code"):
         create_model(f"{mine}:broken")
 
@@ -177,7 +178,7 @@ def test_an_error_inside_the_users_factory_stays_theirs(mine: str) -> None:
         ("torchvision:resnet18", "classify", 4, "takes 3 channels, not 4: choose a timm or a hybrid model"),
     ],
 )
-def test_what_others_do_not_have_is_one_line(name: str, task: Task, channels: int, message: str) -> None:
+def test_unknown_foreign_models(name: str, task: Task, channels: int, message: str) -> None:
     with pytest.raises(RecipeError, match=re.escape(message)) as caught:
         create_model(name, task=task, channels=channels)
     assert "\n" not in str(caught.value)
@@ -187,7 +188,7 @@ def test_what_others_do_not_have_is_one_line(name: str, task: Task, channels: in
 
 
 class Halving(nn.Module):
-    """Takes sides that 4 divides, and answers maps, or their mean."""
+    """Takes sides that 4 divides; returns maps or their mean."""
 
     def __init__(self, *, mean: bool = False) -> None:
         super().__init__()
@@ -201,35 +202,35 @@ class Halving(nn.Module):
 
 
 @pytest.mark.parametrize("size", [(1, 1), (4, 8), (5, 8), (7, 13)])
-def test_missing_rows_and_columns_repeat_the_last_and_the_answer_is_cut(size: tuple[int, int]) -> None:
+def test_padding_and_cutting(size: tuple[int, int]) -> None:
     H, W = size
     x = torch.rand(2, 3, H, W) * 255
     rows, columns = (torch.arange(-(-side // 4) * 4).clamp(max=side - 1) for side in size)
     whole = x[:, :, rows][:, :, :, columns]
     for mean in (False, True):
         inside = Halving(mean=mean).eval()
-        wanted = inside(whole) if mean else inside(whole)[:, :, :H, :W]
-        assert torch.equal(DividedSides(inside, 4)(x), wanted)
+        expected = inside(whole) if mean else inside(whole)[:, :, :H, :W]
+        assert torch.equal(DividedSides(inside, 4)(x), expected)
 
 
 @pytest.mark.parametrize("wrong", [{"classes": 0}, {"classes": -3}, {"classes": 256}, {"task": "classification"}, {"channels": 0}])
 @pytest.mark.parametrize("name", ["timm:resnet18", "torchvision:resnet18", "mine"])
-def test_what_no_signature_holds_is_refused_of_every_model(mine: str, name: str, wrong: dict[str, Any]) -> None:
-    """timm reads no classes as no head, and would answer features."""
+def test_values_outside_the_signature(mine: str, name: str, wrong: dict[str, Any]) -> None:
+    """timm would return features for 0 classes."""
     with pytest.raises(RecipeError, match=next(iter(wrong))):
         create_model(f"{mine}:positional" if name == "mine" else name, **({"task": "classify"} | wrong))
 
 
 @pytest.mark.parametrize("wrong", [0, -32, 1.5])
-def test_sides_are_divided_by_a_whole_number(mine: str, wrong: Any) -> None:
-    """By a negative one the picture would be cut."""
+def test_size_divisor_type(mine: str, wrong: Any) -> None:
+    """A negative divisor would cut the picture."""
     with pytest.raises(RecipeError, match="size_divisor"):
         create_model(f"{mine}:positional", size_divisor=wrong)
     with pytest.raises(ValueError, match="size_divisor"):
         DividedSides(torch.nn.Identity(), wrong)
 
 
-def test_a_size_divisor_is_for_foreign_models(mine: str, tmp_path: Path) -> None:
+def test_size_divisor_of_hybrid_models(mine: str, tmp_path: Path) -> None:
     divided = create_model(f"{mine}:positional", classes=2, size_divisor=8)
     assert isinstance(divided, DividedSides) and divided.size_divisor == 8
     with pytest.raises(RecipeError, match="size_divisor=8 is for models that refuse some sizes; 'hybrid-xxs' takes all"):

@@ -1,4 +1,4 @@
-"""HybridNet: the shape contract at every size, gradients, independence of images, the identity it starts restoring from, O(n)."""
+"""HybridNet: shapes at every size, gradients, independence of images, initial restoration, linear cost."""
 
 from __future__ import annotations
 
@@ -14,7 +14,8 @@ from torch.nn import functional as F  # noqa: N812 - the field's usual name
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from muntin.models import PRESETS, HybridNet, Task, create_model
+from muntin.artifact.manifest import Task
+from muntin.models import PRESETS, HybridNet, create_model
 
 TASKS: list[tuple[Task, int]] = [("segment", 1), ("classify", 1), ("restore", 1), ("restore", 2)]
 SIZES = [*itertools.product([1, 2, 3], [1, 33]), (31, 2), (33, 31), (64, 40)]
@@ -48,7 +49,7 @@ def expected_shape(x_BCHW: Tensor, task: Task, classes: int, scale: int) -> tupl
 @pytest.mark.parametrize("name", PRESETS)
 @pytest.mark.parametrize(("task", "scale"), TASKS)
 @pytest.mark.parametrize("channels", [1, 4, 16])
-def test_every_preset_keeps_the_contract_at_every_size(name: str, task: Task, scale: int, channels: int) -> None:
+def test_presets_at_every_size(name: str, task: Task, scale: int, channels: int) -> None:
     model = create_model(name, task=task, classes=5, channels=channels, scale=scale).eval()
     with torch.inference_mode():
         for size in SIZES:
@@ -66,7 +67,7 @@ def test_every_preset_keeps_the_contract_at_every_size(name: str, task: Task, sc
     task=st.sampled_from(TASKS),
     options=st.sampled_from([{}, *VARIANTS]),
 )
-def test_every_variant_keeps_the_contract(batch: int, height: int, width: int, task: tuple[Task, int], options: dict[str, Any]) -> None:
+def test_variants(batch: int, height: int, width: int, task: tuple[Task, int], options: dict[str, Any]) -> None:
     model = create_model("hybrid-xs", task=task[0], classes=4, scale=task[1], options=options).eval()
     x_BCHW = image(batch, 3, height, width)
     with torch.inference_mode():
@@ -75,7 +76,7 @@ def test_every_variant_keeps_the_contract(batch: int, height: int, width: int, t
 
 
 def awake(model: nn.Module) -> nn.Module:
-    """A restoring network's head starts at zero, and nothing before it learns in the very first step."""
+    """The head of a restoring network starts at zero, so other parameters have no gradient in the first step."""
     if isinstance(model, HybridNet) and model.config.task == "restore":
         nn.init.normal_(model.get_parameter("head.conv.weight"), std=0.1)
     return model
@@ -83,7 +84,7 @@ def awake(model: nn.Module) -> nn.Module:
 
 @pytest.mark.parametrize("name", PRESETS)
 @pytest.mark.parametrize(("task", "scale"), TASKS)
-def test_a_gradient_reaches_every_parameter(name: str, task: Task, scale: int) -> None:
+def test_preset_gradients(name: str, task: Task, scale: int) -> None:
     model = awake(create_model(name, task=task, classes=5, scale=scale)).train()
     model(image(2, 3, 64, 64)).square().mean().backward()
     for path, parameter in model.named_parameters():
@@ -93,7 +94,7 @@ def test_a_gradient_reaches_every_parameter(name: str, task: Task, scale: int) -
 
 
 @pytest.mark.parametrize("options", [{}, *VARIANTS])
-def test_a_gradient_reaches_every_parameter_of_every_variant(options: dict[str, Any]) -> None:
+def test_variant_gradients(options: dict[str, Any]) -> None:
     model = create_model("hybrid-xs", options=options).train()
     model(image(2, 3, 64, 64)).square().mean().backward()
     assert all(p.grad is not None and (path.endswith("bias") or (p.grad != 0).any()) for path, p in model.named_parameters())
@@ -101,14 +102,14 @@ def test_a_gradient_reaches_every_parameter_of_every_variant(options: dict[str, 
 
 @pytest.mark.parametrize("task", ["segment", "classify", "restore"])
 @pytest.mark.parametrize("size", [(1, 1), (33, 31), (64, 40)])
-def test_an_image_gives_the_same_answer_alone_and_in_a_batch(task: Task, size: tuple[int, int]) -> None:
+def test_batch_independence(task: Task, size: tuple[int, int]) -> None:
     model = awake(create_model("hybrid-xs", task=task)).double().eval()
     x_BCHW = image(3, 3, *size).double()
     with torch.inference_mode():
         torch.testing.assert_close(model(x_BCHW), torch.cat([model(x[None]) for x in x_BCHW]), rtol=0, atol=1e-9)
 
 
-def test_a_training_batch_of_16_is_two_of_8() -> None:
+def test_batch_of_16_against_two_of_8() -> None:
     model = create_model("hybrid-xs").double().train()
     x_BCHW, weight_BCHW = image(16, 3, 33, 40).double(), torch.randn(16, 2, 33, 40).double()
     gradients = []
@@ -123,7 +124,7 @@ def test_a_training_batch_of_16_is_two_of_8() -> None:
 
 @pytest.mark.parametrize("name", PRESETS)
 @pytest.mark.parametrize("channels", [1, 3])
-def test_restoring_starts_from_the_image_itself(name: str, channels: int) -> None:
+def test_initial_restoration(name: str, channels: int) -> None:
     x_BCHW = image(2, channels, 33, 31)
     with torch.inference_mode():
         torch.testing.assert_close(create_model(name, task="restore", channels=channels).eval()(x_BCHW), x_BCHW)
@@ -131,7 +132,7 @@ def test_restoring_starts_from_the_image_itself(name: str, channels: int) -> Non
     torch.testing.assert_close(twice, F.interpolate(x_BCHW, scale_factor=2, mode="bilinear"))
 
 
-def test_the_answer_depends_on_the_whole_image() -> None:
+def test_receptive_field() -> None:
     model = create_model("hybrid-xs").double().eval()
     x_BCHW = image(1, 3, 200, 200).double()
     changed = x_BCHW.clone()
@@ -141,7 +142,7 @@ def test_the_answer_depends_on_the_whole_image() -> None:
     assert difference_HW[:8, :8].max() > 1e-9  # the latents carry it, over no window's border
 
 
-def test_sixteen_bits_are_enough() -> None:
+def test_bfloat16_error() -> None:
     model = create_model("hybrid-xs").eval()
     x_BCHW = image(2, 3, 33, 40)  # 3 x 3 tokens in a window of 8: hidden logits take part
     with torch.inference_mode():
@@ -152,7 +153,7 @@ def test_sixteen_bits_are_enough() -> None:
 
 
 def macs(name: str, side: int) -> int:
-    """Multiply-adds of one image, counted without computing."""
+    """Multiply-adds of one image, counted on the meta device."""
     with torch.device("meta"):
         model, x_BCHW = create_model(name).eval(), torch.zeros(1, 3, side, side)
     with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH), torch.no_grad():
@@ -161,9 +162,9 @@ def macs(name: str, side: int) -> int:
 
 
 @pytest.mark.parametrize("name", ["hybrid-xxs", "hybrid-xs", "hybrid-s", "hybrid-m"])
-def test_cost_is_linear_in_the_pixels(name: str) -> None:
+def test_linear_cost(name: str) -> None:
     assert macs(name, 1024) / macs(name, 512) == pytest.approx(4, rel=0.01)
 
 
-def test_cost_of_the_dense_twin_is_not() -> None:
+def test_dense_cost() -> None:
     assert macs("dense-s", 1024) / macs("dense-s", 512) > 5

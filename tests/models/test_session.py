@@ -1,14 +1,17 @@
-"""TorchSession: a live model in the face of a deployed one. Axes: B images, H W map, C channels, K scores."""
+"""TorchSession: a live model with a deployed one's interface. Axes: B images, H W map, C channels, K scores."""
 
 from __future__ import annotations
+
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
 from muntin.artifact import ClassInfo, Signature
-from muntin.errors import DataError, MuntinError
+from muntin.errors import DataError, DependencyError, MuntinError
 from muntin.models import TorchSession, create_model
+from muntin.models.session import require_compiler
 
 CLASSES = (ClassInfo(name="sea", color=(0, 0, 255)), ClassInfo(name="land", color=(0, 255, 0)))
 SEGMENT = Signature(task="segment", channels=3, classes=CLASSES)
@@ -18,7 +21,7 @@ def images(*shape: int) -> np.ndarray:
     return np.random.default_rng(0).integers(0, 256, shape, dtype=np.uint8)
 
 
-def test_it_answers_what_the_model_answers_to_the_same_pixels() -> None:
+def test_answer_against_the_model() -> None:
     model = create_model("hybrid-xs").eval()
     images_BHWC = images(2, 33, 40, 3)
     scores = TorchSession(model, SEGMENT)(images_BHWC)
@@ -28,7 +31,7 @@ def test_it_answers_what_the_model_answers_to_the_same_pixels() -> None:
     np.testing.assert_array_equal(scores, expected.numpy())
 
 
-def test_a_model_in_half_precision_is_given_its_own_type() -> None:
+def test_half_precision_model() -> None:
     model = torch.nn.Sequential(torch.nn.Conv2d(3, 2, 1)).eval()
     images_BHWC = images(2, 9, 8, 3)
     scores = TorchSession(model, SEGMENT)(images_BHWC)
@@ -37,14 +40,14 @@ def test_a_model_in_half_precision_is_given_its_own_type() -> None:
     assert half.dtype == np.float32 and 0 < np.abs(half - scores).max() < 0.02 * np.abs(scores).max()
 
 
-def test_weights_of_several_types_are_given_whole_numbers_in_single_precision() -> None:
+def test_mixed_types() -> None:
     model = torch.nn.Sequential(torch.nn.Conv2d(3, 2, 1)).eval()
     model.temperature = torch.nn.Parameter(torch.tensor(1.0, dtype=torch.float64))
     assert next(model.parameters()).dtype == torch.float64
     assert TorchSession(model, SEGMENT)(images(1, 9, 8, 3)).shape == (1, 2, 9, 8)
 
 
-def test_an_answer_that_is_no_tensor_is_told() -> None:
+def test_answer_that_is_no_tensor() -> None:
     class Named(torch.nn.Module):
         def forward(self, x: torch.Tensor) -> dict[str, torch.Tensor]:
             return {"out": x}
@@ -53,14 +56,14 @@ def test_an_answer_that_is_no_tensor_is_told() -> None:
         TorchSession(Named(), SEGMENT)(images(1, 9, 8, 3))
 
 
-def test_images_may_lie_in_any_order_in_memory() -> None:
+def test_memory_orders() -> None:
     session = TorchSession(create_model("hybrid-xs"), SEGMENT)
     images_BHWC = images(2, 33, 40, 3)
     np.testing.assert_array_equal(session(np.asfortranarray(images_BHWC)), session(images_BHWC))
     np.testing.assert_array_equal(session(images_BHWC[:, ::-1]), session(images_BHWC[:, ::-1].copy()))
 
 
-def test_a_model_in_training_answers_as_deployed_and_learns_nothing() -> None:
+def test_model_in_training_mode() -> None:
     model = create_model("hybrid-xs").train()
     before = {key: value.clone() for key, value in model.state_dict().items()}
     session = TorchSession(model, SEGMENT)
@@ -73,14 +76,14 @@ def test_a_model_in_training_answers_as_deployed_and_learns_nothing() -> None:
 
 
 @pytest.mark.parametrize("task", ["classify", "restore"])
-def test_the_other_tasks(task: str) -> None:
+def test_other_tasks(task: str) -> None:
     scale = 2 if task == "restore" else 1
     signature = Signature(task=task, channels=3, scale=scale, classes=() if task == "restore" else CLASSES)
     scores = TorchSession(create_model("hybrid-xs", task=task, scale=scale), signature)(images(2, 5, 7, 3))
     assert scores.shape == signature.scores_shape(2, 5, 7)
 
 
-def test_it_says_what_it_runs_in() -> None:
+def test_reported_precision_and_threads() -> None:
     model = create_model("hybrid-xs")
     plain, short = TorchSession(model, SEGMENT), TorchSession(model, SEGMENT, dtype=torch.bfloat16)
     assert (plain.precision, short.precision, plain.threads) == ("f32", "bf16", torch.get_num_threads())
@@ -90,11 +93,19 @@ def test_it_says_what_it_runs_in() -> None:
 
 
 @pytest.mark.parametrize("wrong", [images(1, 5, 5, 4), images(5, 5, 3), images(1, 5, 5, 3).astype(np.float32), images(1, 0, 5, 3), [[0]]])
-def test_other_images_are_refused(wrong: object) -> None:
+def test_wrong_images(wrong: object) -> None:
     with pytest.raises(DataError):
         TorchSession(create_model("hybrid-xs"), SEGMENT)(wrong)  # type: ignore[arg-type]
 
 
-def test_a_model_without_parameters_is_used_where_its_buffers_are() -> None:
+def test_model_without_parameters() -> None:
     norm = torch.nn.BatchNorm2d(3, affine=False, device="meta")
     assert TorchSession(norm, SEGMENT).device.type == "meta"
+
+
+def test_compile_without_a_compiler(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path))
+    signature = Signature(task="segment", channels=3, classes=(ClassInfo(name="a", color=(0, 0, 0)),))
+    with pytest.raises(DependencyError, match=r"needs a C\+\+ compiler on CPUs"):
+        TorchSession(torch.nn.Conv2d(3, 1, 1), signature, compile=True)
+    require_compiler("cuda")  # there it is Triton's affair

@@ -1,4 +1,4 @@
-"""Pipelined batches: in order, each answer its own, a bounded number in flight. On a GPU the same checks run with real copies."""
+"""Pipelined batches: order, separate answers, bounded number in flight. On a GPU with real copies."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def double(images_BHWC: Tensor) -> Tensor:
 
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("count", [0, 1, 2, 7])
-def test_every_batch_is_answered_once_and_in_order(device: str, count: int) -> None:
+def test_order_of_answers(device: str, count: int) -> None:
     answers = list(pipelined(batches(count, []), double, torch.device(device)))
     assert len(answers) == count
     for index, answer in enumerate(answers):
@@ -38,7 +38,7 @@ def test_every_batch_is_answered_once_and_in_order(device: str, count: int) -> N
 
 
 @pytest.mark.parametrize("device", DEVICES)
-def test_no_more_are_read_than_are_in_flight(device: str) -> None:
+def test_batches_in_flight(device: str) -> None:
     read: list[int] = []
     answers = pipelined(batches(20, read), double, torch.device(device))
     for done in range(1, 6):
@@ -46,7 +46,7 @@ def test_no_more_are_read_than_are_in_flight(device: str) -> None:
         assert len(read) == done + BUFFERS - 1
 
 
-def test_a_session_maps_what_it_answers_one_by_one_and_checks_each_batch() -> None:
+def test_session_map() -> None:
     signature = Signature(task="segment", channels=3, classes=(ClassInfo(name="a", color=(0, 0, 0)), ClassInfo(name="b", color=(9, 9, 9))))
     session = TorchSession(create_model("hybrid-xs"), signature)
     images = [np.random.default_rng(seed).integers(0, 256, (1, 32, 32 + seed, 3), dtype=np.uint8) for seed in range(3)]

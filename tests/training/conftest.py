@@ -10,10 +10,11 @@ import pytest
 import torch
 
 from muntin.artifact.classes import ClassInfo
-from muntin.training.average import WeightAverage
-from muntin.training.checkpoint import AVERAGE, MODEL, OPTIMIZER, build_model, optimizer_tensors, write_checkpoint
-from muntin.training.optimizer import make_optimizer
+from muntin.training.checkpoint import AVERAGE, MODEL, OPTIMIZER, write_checkpoint
+from muntin.training.optimizer import make_optimizer, optimizer_tensors
 from muntin.training.recipe import Recipe, parse_recipe
+from muntin.training.trainer import WeightAverage
+from muntin.training.weights import build_model
 
 CLASSES = tuple(ClassInfo(name=name, color=(9, 9, 9)) for name in ("sea", "field", "roof"))
 SMALL = {"stem": [8, 8, 16], "dims": [32], "depths": [1], "head_dim": 16, "window": 4, "latents": 4, "decoder": 16, "pairs": [1, 1]}

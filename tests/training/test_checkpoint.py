@@ -10,45 +10,34 @@ from typing import Any
 import pytest
 import torch
 
+from muntin.compression import load_model
 from muntin.errors import CheckpointError
 from muntin.models import create_model
-from muntin.training.checkpoint import (
-    AVERAGE,
-    MODEL,
-    OPTIMIZER,
-    STATE,
-    build_model,
-    checkpoints_in,
-    digest_of,
-    find_checkpoint,
-    load_optimizer,
-    load_weights,
-    optimizer_tensors,
-    read_checkpoint,
-)
-from muntin.training.optimizer import make_optimizer
+from muntin.training.checkpoint import AVERAGE, MODEL, OPTIMIZER, STATE, checkpoints_in, digest_of, find_checkpoint, read_checkpoint
+from muntin.training.optimizer import load_optimizer, make_optimizer, optimizer_tensors
 from muntin.training.precision import resolve_precision
 from muntin.training.recipe import Recipe
 from muntin.training.trainer import Trainer
+from muntin.training.weights import build_model, load_weights
 
 Save = Callable[..., Path]
 
 
 def mistake(path: Path) -> str:
     with pytest.raises(CheckpointError) as error:
-        read_checkpoint(path).model()
+        load_model(read_checkpoint(path))
     assert "\n" not in str(error.value)
     return str(error.value)
 
 
 def rewrite(path: Path, **changes: Any) -> None:
-    """Another `checkpoint.json`, with the digest that goes with it, as another muntin may write it."""
+    """Change `checkpoint.json` and its digest, like another version of muntin."""
     content = json.loads((path / STATE).read_text()) | changes
     content["sha256"][STATE] = digest_of(content)
     (path / STATE).write_text(json.dumps(content))
 
 
-def test_what_is_written_is_read(tmp_path: Path, save_step: Save, recipe: Recipe) -> None:
+def test_round_trip(tmp_path: Path, save_step: Save, recipe: Recipe) -> None:
     path = save_step(tmp_path / "checkpoints", 7)
     assert path == tmp_path / "checkpoints" / "step-00000007"
     assert sorted(p.name for p in path.iterdir()) == sorted([STATE, MODEL, AVERAGE, OPTIMIZER])
@@ -57,26 +46,26 @@ def test_what_is_written_is_read(tmp_path: Path, save_step: Save, recipe: Recipe
     assert (checkpoint.state.step, checkpoint.state.root, checkpoint.state.pending) == (7, "/data", [0.25])
     assert [c.name for c in checkpoint.state.classes] == ["sea", "field", "roof"]
     assert checkpoint.bytes == (path / AVERAGE).stat().st_size
-    model = checkpoint.model()
+    model = load_model(checkpoint)
     assert not model.training
     state = model.state_dict()
     assert state.keys() == checkpoint.tensors[AVERAGE].keys()
     assert all(torch.equal(state[name], value) for name, value in checkpoint.tensors[AVERAGE].items())
 
 
-def test_nothing_in_it_is_pickled(tmp_path: Path, save_step: Save) -> None:
+def test_file_formats(tmp_path: Path, save_step: Save) -> None:
     for file in save_step(tmp_path, 1).iterdir():
         assert file.suffix in (".json", ".safetensors")
 
 
-def test_the_newest_two_are_kept_in_order_of_steps(tmp_path: Path, save_step: Save) -> None:
+def test_newest_two_are_kept(tmp_path: Path, save_step: Save) -> None:
     for step in (99_999_999, 100_000_000, 100_000_001):  # names of 8 and of 9 digits
         save_step(tmp_path / "checkpoints", step)
     assert [p.name for p in checkpoints_in(tmp_path / "checkpoints")] == ["step-100000000", "step-100000001"]
     assert len(list((tmp_path / "checkpoints").iterdir())) == 2
 
 
-def test_a_run_a_folder_and_a_checkpoint_are_found(tmp_path: Path, save_step: Save) -> None:
+def test_find_checkpoint(tmp_path: Path, save_step: Save) -> None:
     old, new = (save_step(tmp_path / "checkpoints", step) for step in (1, 2))
     assert find_checkpoint(tmp_path) == find_checkpoint(tmp_path / "checkpoints") == find_checkpoint(str(new)) == new
     assert find_checkpoint(old) == old
@@ -92,22 +81,22 @@ def test_a_run_a_folder_and_a_checkpoint_are_found(tmp_path: Path, save_step: Sa
         ("checkpoints", ".", 2),
     ],
 )
-def test_a_checkpoint_that_is_named_from_inside_its_run_has_the_run_above_it(
+def test_find_checkpoint_from_inside_a_run(
     tmp_path: Path, save_step: Save, monkeypatch: pytest.MonkeyPatch, inside: str, name: str, step: int
 ) -> None:
     for number in (1, 2):
         save_step(tmp_path / "run" / "checkpoints", number)
     monkeypatch.chdir(tmp_path / "run" / inside)
-    found = find_checkpoint(name)
-    assert found.parent.parent.resolve() == tmp_path / "run"
-    assert found.name == f"step-{step:08}"
+    checkpoint = find_checkpoint(name)
+    assert checkpoint.parent.parent.resolve() == tmp_path / "run"
+    assert checkpoint.name == f"step-{step:08}"
 
 
 @pytest.mark.parametrize(
     ("name", "says"),
     [("", "holds no checkpoint"), ("none", "does not exist"), ("file", "holds no checkpoint")],
 )
-def test_where_there_is_none_the_error_says_what_to_give(tmp_path: Path, name: str, says: str) -> None:
+def test_find_checkpoint_missing(tmp_path: Path, name: str, says: str) -> None:
     (tmp_path / "file").write_text("x")
     text = mistake(tmp_path / name)
     assert says in text
@@ -116,7 +105,7 @@ def test_where_there_is_none_the_error_says_what_to_give(tmp_path: Path, name: s
 
 @pytest.mark.parametrize("name", [MODEL, AVERAGE, OPTIMIZER])
 @pytest.mark.parametrize("place", [0.0, 0.3, 0.999])
-def test_a_flipped_byte_is_found_and_the_file_named(tmp_path: Path, save_step: Save, name: str, place: float) -> None:
+def test_flipped_byte_in_tensors(tmp_path: Path, save_step: Save, name: str, place: float) -> None:
     path = save_step(tmp_path, 1)
     data = bytearray((path / name).read_bytes())
     data[int(place * len(data))] ^= 1
@@ -126,7 +115,7 @@ def test_a_flipped_byte_is_found_and_the_file_named(tmp_path: Path, save_step: S
     assert "use an older step beside it" in text
 
 
-def test_a_flipped_byte_in_the_json_is_found_wherever_it_is(tmp_path: Path, save_step: Save) -> None:
+def test_flipped_byte_in_json(tmp_path: Path, save_step: Save) -> None:
     path = save_step(tmp_path, 1)
     data = (path / STATE).read_bytes()
     own_name = data.index(f'"{STATE}"'.encode())  # changing the digest's own name changes nothing that is said
@@ -150,7 +139,7 @@ def json_or_none(data: bytes | bytearray) -> Any:
 
 @pytest.mark.parametrize("name", [MODEL, AVERAGE, OPTIMIZER])
 @pytest.mark.parametrize("how", ["missing", "empty", "truncated"])
-def test_a_file_that_is_missing_or_cut_is_named(tmp_path: Path, save_step: Save, name: str, how: str) -> None:
+def test_missing_or_truncated_file(tmp_path: Path, save_step: Save, name: str, how: str) -> None:
     path = save_step(tmp_path, 1)
     data = (path / name).read_bytes()
     if how == "missing":
@@ -161,27 +150,36 @@ def test_a_file_that_is_missing_or_cut_is_named(tmp_path: Path, save_step: Save,
 
 
 @pytest.mark.parametrize("text", ["", "{", "[]", "null", "3", '{"format": 1}', "\x00", "[" * 100_000], ids=range(8))
-def test_a_broken_json_is_told(tmp_path: Path, save_step: Save, text: str) -> None:
+def test_broken_json(tmp_path: Path, save_step: Save, text: str) -> None:
     path = save_step(tmp_path, 1)
     (path / STATE).write_text(text)
     assert "corrupted" in mistake(path)
 
 
-def test_a_newer_format_says_upgrade(tmp_path: Path, save_step: Save) -> None:
+def test_newer_format(tmp_path: Path, save_step: Save) -> None:
     path = save_step(tmp_path, 1)
     rewrite(path, format=2, something="new")
     assert "format 2 is newer than this muntin reads (1): upgrade muntin" in mistake(path)
 
 
-def test_a_field_that_is_not_known_here_is_named(tmp_path: Path, save_step: Save, recipe: Recipe) -> None:
+def test_unknown_field(tmp_path: Path, save_step: Save, recipe: Recipe) -> None:
     path = save_step(tmp_path, 1)
     other = recipe.model_dump(mode="json")
     other["training"]["gate_cost"] = 0.0
     rewrite(path, recipe=other)
-    assert "recipe.training.gate_cost: Extra inputs are not permitted: corrupted, or written by another version of muntin" in mistake(path)
+    text = mistake(path)
+    assert "recipe.training.gate_cost: Extra inputs are not permitted (got 0.0): corrupted, or written by another version of" in text
 
 
-def test_a_checkpoint_whose_recipe_has_a_scale_is_read(tmp_path: Path, save_step: Save, recipe: Recipe) -> None:
+def test_damaged_compression_record(tmp_path: Path, save_step: Save) -> None:
+    path = save_step(tmp_path, 1)
+    rewrite(path, compression={"stage": "w8a8", "origin": "", "ranks": {}, "changes": []})
+    text = mistake(path)
+    assert "compression.stage: Input should be 'low-rank', 'w4a8' or 'mixed' (got 'w8a8'): corrupted, or written by" in text
+    assert "use an older step beside it" in text
+
+
+def test_recipe_with_scale(tmp_path: Path, save_step: Save, recipe: Recipe) -> None:
     path = save_step(tmp_path, 1)
     other = recipe.model_dump(mode="json")
     other["model"]["scale"] = 1  # all that could be trained, in recipes that had the key
@@ -192,7 +190,7 @@ def test_a_checkpoint_whose_recipe_has_a_scale_is_read(tmp_path: Path, save_step
     assert "recipe.model.scale: Extra inputs are not permitted" in mistake(path)
 
 
-def test_a_checkpoint_of_a_classifier_that_had_rare_is_read(tmp_path: Path, save_step: Save, recipe: Recipe) -> None:
+def test_classifier_with_rare(tmp_path: Path, save_step: Save, recipe: Recipe) -> None:
     path = save_step(tmp_path, 1)
     other = recipe.model_dump(mode="json")
     other["task"], other["data"]["rare"] = "classify", 0.5  # which did nothing, in recipes that were taken
@@ -204,7 +202,7 @@ def test_a_checkpoint_of_a_classifier_that_had_rare_is_read(tmp_path: Path, save
     assert read_checkpoint(path).recipe.data.rare == 0.5
 
 
-def test_weights_of_another_model_are_told(tmp_path: Path, save_step: Save, recipe: Recipe) -> None:
+def test_weights_of_another_model(tmp_path: Path, save_step: Save, recipe: Recipe) -> None:
     path = save_step(tmp_path, 1)
     other = recipe.model_dump(mode="json")
     other["model"]["options"]["decoder"] = 24
@@ -212,20 +210,20 @@ def test_weights_of_another_model_are_told(tmp_path: Path, save_step: Save, reci
     assert "weights of another model than its recipe makes" in mistake(path)
 
 
-def test_weights_of_a_model_that_asks_for_its_version_are_read(tmp_path: Path) -> None:
+def test_weights_with_module_versions(tmp_path: Path) -> None:
     model = create_model("torchvision:mnasnet0_5", task="classify", classes=2)
     other = create_model("torchvision:mnasnet0_5", task="classify", classes=2)
     load_weights(other, dict(model.state_dict()), tmp_path)
     assert all(torch.equal(value, model.state_dict()[name]) for name, value in other.state_dict().items())
 
 
-def test_files_of_two_checkpoints_do_not_mix(tmp_path: Path, save_step: Save) -> None:
+def test_mixed_files(tmp_path: Path, save_step: Save) -> None:
     one, other = save_step(tmp_path, 1), save_step(tmp_path, 2)
     shutil.copy(one / MODEL, other / MODEL)
     assert f"{MODEL}: corrupted" in mistake(other)
 
 
-def test_the_optimizer_comes_back(tmp_path: Path, save_step: Save, recipe: Recipe) -> None:
+def test_optimizer_round_trip(tmp_path: Path, save_step: Save, recipe: Recipe) -> None:
     checkpoint = read_checkpoint(save_step(tmp_path, 3))
     model = build_model(recipe, checkpoint.state.classes).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     optimizer = make_optimizer(model, recipe.training)
@@ -239,7 +237,7 @@ def test_the_optimizer_comes_back(tmp_path: Path, save_step: Save, recipe: Recip
     assert "rng.cpu" in again
 
 
-def test_the_scale_of_an_fp16_loss_comes_back() -> None:
+def test_fp16_scale_round_trip() -> None:
     model = torch.nn.Linear(2, 2)
     optimizer = torch.optim.AdamW(model.parameters())
     scaler = torch.amp.GradScaler("cpu", init_scale=1024.0, growth_interval=3)
@@ -255,7 +253,7 @@ def test_the_scale_of_an_fp16_loss_comes_back() -> None:
     assert (fresh.get_scale(), fresh.state_dict()["_growth_tracker"]) == (2048.0, 1)
 
 
-def test_a_place_that_cannot_be_written_leaves_the_older_checkpoint(tmp_path: Path, save_step: Save) -> None:
+def test_write_error(tmp_path: Path, save_step: Save) -> None:
     folder = tmp_path / "checkpoints"
     save_step(folder, 1)
     (folder / "step-00000002").write_text("in the way")
@@ -266,7 +264,7 @@ def test_a_place_that_cannot_be_written_leaves_the_older_checkpoint(tmp_path: Pa
     read_checkpoint(folder / "step-00000001")
 
 
-def test_the_state_of_another_optimizer_is_refused(tmp_path: Path, save_step: Save, recipe: Recipe) -> None:
+def test_another_optimizer(tmp_path: Path, save_step: Save, recipe: Recipe) -> None:
     checkpoint = read_checkpoint(save_step(tmp_path, 3))
     model, precision = build_model(recipe, checkpoint.state.classes), resolve_precision("fp32", "cpu")
     trainer = Trainer(model, recipe.training, task="segment", precision=precision)

@@ -1,4 +1,4 @@
-"""Gates close under a budget, the least needed first. Axes: B images, C channels that a gate weighs, H W image."""
+"""Gates close under a budget, the least important ones first. Axes: C channels of a gate."""
 
 from __future__ import annotations
 
@@ -15,18 +15,17 @@ import torch
 from torch import Tensor, nn
 
 from muntin import create_model
-from muntin.compression import remove_closed_channels
+from muntin.compression import load_model, remove_closed_channels
 from muntin.deployment import image_macs
 from muntin.errors import RecipeError
 from muntin.layers import ChannelGate
 from muntin.layers.gate import BLOCK
 from muntin.training import fit, loop, read_checkpoint
-from muntin.training.average import WeightAverage
 from muntin.training.closing import FIRST, LAST, GateClosing
 from muntin.training.config import TrainingConfig
 from muntin.training.optimizer import make_optimizer
 from muntin.training.recipe import load_recipe
-from muntin.training.trainer import Trainer
+from muntin.training.trainer import Trainer, WeightAverage
 
 OPTIONS = {
     "stem": (16, 48, 48),
@@ -60,7 +59,7 @@ def closing_of(model: nn.Module, keep: float, average: nn.Module | None = None) 
 
 
 def stepped(model: nn.Module, mean_square: Callable[[ChannelGate], Tensor]) -> torch.optim.Optimizer:
-    """An optimiser that has made a step and knows of each gate's gradient what it is told."""
+    """An optimiser after one step, with the given second moments of the gates' gradients."""
     optimizer = make_optimizer(model, TrainingConfig(steps=STEPS))
     for gate in gates_of(model):
         optimizer.state[gate.logit] |= {"step": torch.tensor(1.0), "exp_avg_sq": mean_square(gate)}
@@ -72,7 +71,7 @@ def open_share(closing: GateClosing) -> float:
 
 
 def trained(model: nn.Module, closing: GateClosing, average: WeightAverage, *, until: int = STEPS) -> None:
-    """Real gradients of a loss on noise, real steps, in the trainer's order."""
+    """Train on noise, in the trainer's order of steps."""
     optimizer = make_optimizer(model, TrainingConfig(steps=STEPS))
     generator = torch.Generator().manual_seed(1)
     for step in range(until):
@@ -85,7 +84,7 @@ def trained(model: nn.Module, closing: GateClosing, average: WeightAverage, *, u
 
 
 @pytest.mark.parametrize("keep", [0.6, 0.35])
-def test_what_is_cut_is_what_the_budget_takes(keep: float) -> None:
+def test_closed_channels_by_budget(keep: float) -> None:
     model = network()
     whole = macs(model)
     average = WeightAverage(model, 0.9)
@@ -100,7 +99,7 @@ def test_what_is_cut_is_what_the_budget_takes(keep: float) -> None:
     assert [gate.dim for gate in gates_of(model)] == [gate.dim for gate in gates_of(average.model)]
 
 
-def test_the_channels_that_the_loss_needs_least_close_first() -> None:
+def test_least_important_channels_first() -> None:
     model = network()
     closing = closing_of(model, 0.5)
     needed = {}
@@ -118,7 +117,7 @@ def test_the_channels_that_the_loss_needs_least_close_first() -> None:
         assert bool((open_C <= needed_C).all() or (needed_C <= open_C).all())
 
 
-def test_a_channel_that_costs_more_closes_before_one_that_is_needed_as_much() -> None:
+def test_cost_of_channels() -> None:
     model = network()
     closing = closing_of(model, 0.5)
     closing.update(1, stepped(model, lambda gate: torch.ones(gate.dim)))
@@ -128,7 +127,7 @@ def test_a_channel_that_costs_more_closes_before_one_that_is_needed_as_much() ->
     assert shares[dearest] < 1 and shares[cheapest] == 1
 
 
-def test_what_is_closed_stays_closed_whatever_the_optimiser_does_and_costs_the_others_nothing() -> None:
+def test_closed_channels_stay_closed() -> None:
     model = network()
     closing = closing_of(model, 0.5)
     closing.update(1, stepped(model, lambda gate: torch.rand(gate.dim)))
@@ -141,7 +140,7 @@ def test_what_is_closed_stays_closed_whatever_the_optimiser_does_and_costs_the_o
     assert all(gate.open_channels().equal(open_C) for gate, open_C in zip(gates_of(model), before, strict=True))
 
 
-def test_what_was_closed_when_a_run_is_gone_on_with_stays_closed() -> None:
+def test_resumed_run() -> None:
     model = network()
     gate = gates_of(model)[0]
     with torch.no_grad():
@@ -155,7 +154,7 @@ def test_what_was_closed_when_a_run_is_gone_on_with_stays_closed() -> None:
 
 @pytest.fixture
 def clock(monkeypatch: pytest.MonkeyPatch) -> Any:
-    """What a run takes for the time: as much as is added to it, and a millisecond for each look."""
+    """The clock of a run: advances by what a test adds, and by a millisecond at each reading."""
 
     class Clock:
         now = 0.0
@@ -164,9 +163,9 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> Any:
             self.now += 1e-3
             return self.now
 
-    made = Clock()
-    monkeypatch.setattr(loop, "time", made)
-    return made
+    fake = Clock()
+    monkeypatch.setattr(loop, "time", fake)
+    return fake
 
 
 def budget_of(tiny: Any, *options: str) -> Any:
@@ -175,14 +174,12 @@ def budget_of(tiny: Any, *options: str) -> Any:
 
 
 def kept(checkpoint: Path) -> float:
-    return open_share(closing_of(read_checkpoint(checkpoint).model(), 0.5))
+    return open_share(closing_of(load_model(read_checkpoint(checkpoint)), 0.5))
 
 
 @pytest.mark.parametrize("slow", ["step", "validation"])
-def test_a_run_that_its_minutes_end_early_keeps_its_budget(
-    tmp_path: Path, tiny: Any, monkeypatch: pytest.MonkeyPatch, clock: Any, slow: str
-) -> None:
-    """Gates close along the run; where one step, or what validating takes, carries it past its end, they are closed then."""
+def test_early_end_by_minutes(tmp_path: Path, tiny: Any, monkeypatch: pytest.MonkeyPatch, clock: Any, slow: str) -> None:
+    """One step, or the validation, takes the rest of the time; the gates close then."""
     update, judge = Trainer.update, loop.Training._judge
 
     def slow_update(self: Trainer, step: int, *arguments: Any, **options: Any) -> float:
@@ -202,7 +199,7 @@ def test_a_run_that_its_minutes_end_early_keeps_its_budget(
     assert kept(result.checkpoint) <= 0.5
 
 
-def test_a_run_that_is_given_fewer_steps_keeps_its_budget(tmp_path: Path, tiny: Any) -> None:
+def test_fewer_steps(tmp_path: Path, tiny: Any) -> None:
     def stop(progress: Any) -> None:
         if progress.kind == "validation" and progress.step == 4:
             signal.raise_signal(signal.SIGINT)
@@ -221,14 +218,14 @@ def test_a_run_that_is_given_fewer_steps_keeps_its_budget(tmp_path: Path, tiny: 
     assert (once_more.checkpoint, once_more.validation) == (again.checkpoint, again.validation)
 
 
-def test_before_its_time_nothing_closes() -> None:
+def test_before_the_first_share() -> None:
     model = network()
     closing = closing_of(model, 0.35)
     closing.update(0, stepped(model, lambda gate: torch.rand(gate.dim)))
     assert open_share(closing) == 1
 
 
-def test_the_budget_falls_from_all_to_what_is_kept_before_the_end() -> None:
+def test_budget_by_share() -> None:
     closing = GateClosing(network(), network(), IMAGE, keep=0.4)
     shares = [closing.share((step + 0.5) / 1000) for step in range(1000)]
     first, last = int(FIRST * 1000), int(LAST * 1000)
@@ -237,38 +234,38 @@ def test_the_budget_falls_from_all_to_what_is_kept_before_the_end() -> None:
     assert shares[last:] == pytest.approx([0.4] * (1000 - last))
 
 
-@pytest.mark.parametrize("made", [0, None])
-def test_before_an_optimiser_has_made_a_step_nothing_closes(made: float | None) -> None:
+@pytest.mark.parametrize("steps", [0, None])
+def test_before_the_first_step(steps: float | None) -> None:
     model = network()
     closing = closing_of(model, 0.4)
     optimizer = stepped(model, lambda gate: torch.zeros(gate.dim))
     for gate in gates_of(model):  # a scaler of FP16 leaves steps out: the fused optimiser has made its state, and counts none
-        if made is None:
+        if steps is None:
             optimizer.state[gate.logit].clear()
         else:
-            optimizer.state[gate.logit]["step"] = torch.tensor(float(made))
+            optimizer.state[gate.logit]["step"] = torch.tensor(float(steps))
     closing.update(1, optimizer)
     assert open_share(closing) == 1
 
 
-def test_a_model_without_gates_is_refused() -> None:
+def test_model_without_gates() -> None:
     with pytest.raises(RecipeError, match=r"training.gate_budget 0.3: this model has no channel gates to close; leave it at 1"):
         closing_of(network(gate=False), 0.3)
 
 
-def test_a_budget_below_what_stays_open_is_refused() -> None:
+def test_budget_below_one_block() -> None:
     with pytest.raises(RecipeError, match=r"one block of 16 channels of each gate stays open, which is 0\.\d+ of the multiply-adds"):
         closing_of(network(), 0.05)
 
 
-def test_the_budget_that_is_advised_is_taken() -> None:
+def test_advised_budget() -> None:
     model = create_model("hybrid-xxs", classes=3)
     with pytest.raises(RecipeError) as error:
         closing_of(model, 0.05)
     closing_of(model, float(re.findall(r"which is ([\d.]+) of", str(error.value))[0]))
 
 
-def test_finding_what_channels_cost_changes_nothing_of_the_model() -> None:
+def test_cost_measurement_changes_nothing() -> None:
     model = network().train()
     before = {name: value.clone() for name, value in model.state_dict().items()}
     GateClosing(model, copy.deepcopy(model), torch.rand(1, 3, 64, 64) * 255, keep=0.4)

@@ -18,7 +18,7 @@ NAMES = ("sea", "land", "ice", "rock")
 
 
 class Painted:
-    """A session whose labels are what is painted into the picture's first channel: predictions as a test wants them."""
+    """A session whose labels are the picture's first channel."""
 
     def __init__(self, classes: int, task: str = "segment") -> None:
         self.signature = Signature(task=task, channels=1, classes=tuple(ClassInfo(name=n, color=(0, 0, 0)) for n in NAMES[:classes]))
@@ -43,7 +43,7 @@ def evaluated(pairs: Sequence[tuple[NDArray[np.uint8], NDArray[np.uint8]]], clas
 
 @settings(max_examples=30, deadline=None)
 @given(seed=st.integers(0, 10_000), classes=st.integers(2, 4), pictures=st.integers(1, 3), tile=st.sampled_from([3, 64]))
-def test_figures_are_a_plain_count(seed: int, classes: int, pictures: int, tile: int) -> None:
+def test_scores_against_a_plain_count(seed: int, classes: int, pictures: int, tile: int) -> None:
     generator = np.random.default_rng(seed)
     pairs = []
     for _ in range(pictures):
@@ -71,7 +71,7 @@ def test_figures_are_a_plain_count(seed: int, classes: int, pictures: int, tile:
     assert result.score == result.miou
 
 
-def test_a_class_in_neither_truth_nor_prediction_has_no_figure_and_does_not_weigh() -> None:
+def test_class_in_neither_truth_nor_prediction() -> None:
     truth = np.array([[0, 0, 1, 1]], np.uint8)
     result = evaluated([(truth, truth)], 3)
     assert result.iou == {"sea": 1.0, "land": 1.0, "ice": None}
@@ -81,16 +81,16 @@ def test_a_class_in_neither_truth_nor_prediction_has_no_figure_and_does_not_weig
     assert wrong.recall["ice"] is None
     assert result.notes == ()
     assert wrong.notes == (
-        "the truth holds no ice, and pixels were taken for it: an IoU of 0, which counts in the mean only because of them",
+        "the truth holds no ice, and some pixels were predicted as it: its IoU of 0 counts in the mean",
     )  # fmt: skip
 
 
-def test_a_class_that_no_image_is_of_is_told() -> None:
+def test_class_without_images() -> None:
     result = Evaluation(task="classify", samples=1, counted=1, accuracy=1.0, iou={}, recall={"sea": 1.0, "land": None, "ice": None})
-    assert result.notes == ("no image is of land, ice: the accuracy says nothing of it",)
+    assert result.notes == ("no image is of land, ice: the accuracy does not cover it",)
 
 
-def test_ignored_pixels_change_nothing() -> None:
+def test_ignored_pixels() -> None:
     truth = np.array([[0, 1, IGNORED, IGNORED]], np.uint8)
     results = [evaluated([(np.array([[0, 1, a, b]], np.uint8), truth)], 3) for a, b in [(0, 1), (2, 2)]]
     assert results[0] == results[1]
@@ -98,13 +98,13 @@ def test_ignored_pixels_change_nothing() -> None:
 
 
 @pytest.mark.parametrize("pairs", [[], [(np.zeros((2, 2), np.uint8), np.full((2, 2), IGNORED, np.uint8))]])
-def test_nothing_to_count_is_an_error_of_one_line(pairs: list[tuple[NDArray[np.uint8], NDArray[np.uint8]]]) -> None:
+def test_nothing_to_count(pairs: list[tuple[NDArray[np.uint8], NDArray[np.uint8]]]) -> None:
     with pytest.raises(DataError, match="nothing to score") as error:
         evaluated(pairs, 3)
     assert "\n" not in str(error.value)
 
 
-def test_classify_counts_pictures() -> None:
+def test_classify_counts() -> None:
     samples = HeldSamples([sample(np.full((3, 4), guess, np.uint8), truth) for guess, truth in [(0, 0), (1, 1), (1, 0), (1, 1)]])
     result = evaluate(Painted(3, "classify"), samples, tile=8)
     assert (result.task, result.counted, result.accuracy, result.score) == ("classify", 4, 0.75, 0.75)
@@ -112,7 +112,7 @@ def test_classify_counts_pictures() -> None:
 
 
 @pytest.mark.parametrize("task", ["segment", "classify"])
-def test_the_figure_of_a_class_is_its_iou_and_of_a_classifier_the_share_of_its_pictures_that_were_found(task: str) -> None:
+def test_score_by_class(task: str) -> None:
     pairs = [(np.full((3, 4), guess, np.uint8), truth) for guess, truth in [(0, 0), (1, 1), (1, 0), (1, 1)]]
     samples = [sample(guess, truth if task == "classify" else np.full((3, 4), truth, np.uint8)) for guess, truth in pairs]
     result = evaluate(Painted(3, task), HeldSamples(samples), tile=8)
@@ -121,11 +121,11 @@ def test_the_figure_of_a_class_is_its_iou_and_of_a_classifier_the_share_of_its_p
     assert result.by_class == (result.iou if task == "segment" else result.recall)
 
 
-def test_pictures_are_seen_in_tiles_and_progress_is_told() -> None:
-    session, told = Painted(2), []
+def test_tiles_and_progress() -> None:
+    session, notes = Painted(2), []
     truth = np.zeros((20, 30), np.uint8)
     samples = HeldSamples([sample(truth, truth)] * 2)
-    labels = list(predictions(session, samples, tile=tile_of(8), progress=lambda done, total: told.append((done, total))))
+    labels = list(predictions(session, samples, tile=tile_of(8), progress=lambda done, total: notes.append((done, total))))
     assert {shape[1:3] for shape in session.shapes} == {(16, 16)}
     assert [entry.shape for _, entry in labels] == [(20, 30)] * 2
-    assert told == [(1, 2), (2, 2)]
+    assert notes == [(1, 2), (2, 2)]

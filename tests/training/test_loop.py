@@ -5,6 +5,8 @@ import os
 import random
 import shutil
 import signal
+import sys
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -15,22 +17,20 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from muntin.compression import load_model
 from muntin.data import open_source
 from muntin.errors import CheckpointError, DataError, DependencyError, MuntinError, RecipeError
 from muntin.layers import ChannelGate
-from muntin.models import TorchSession
+from muntin.models import CompressionRecord, TorchSession
 from muntin.runtime.images import write_image
 from muntin.training import loop
-from muntin.training.checkpoint import AVERAGE, STATE, Checkpoint, checkpoints_in, new_model, read_checkpoint
-from muntin.training.config import TrainingConfig
+from muntin.training.checkpoint import AVERAGE, STATE, Checkpoint, checkpoints_in, read_checkpoint
 from muntin.training.evaluation import evaluate
-from muntin.training.interrupt import Interruption
-from muntin.training.loop import LOG_EVERY, FitProgress, FitResult, Training, fit
-from muntin.training.optimizer import make_optimizer
+from muntin.training.loop import LOG_EVERY, FitProgress, FitResult, Interruption, MetricsLog, Training, fit
 from muntin.training.precision import resolve_precision
 from muntin.training.recipe import load_recipe
-from muntin.training.schedule import learning_rate
 from muntin.training.trainer import Trainer
+from muntin.training.weights import new_model
 
 STEPS = LOG_EVERY + 4
 
@@ -44,7 +44,7 @@ def lines(directory: Path) -> list[dict[str, Any]]:
 
 
 def ctrl_c_at(step: int) -> Callable[[FitProgress], None]:
-    """A real SIGINT of this process while a validation is reported."""
+    """A report that sends SIGINT to this process at a validation."""
 
     def report(progress: FitProgress) -> None:
         if progress.kind == "validation" and progress.step == step:
@@ -53,7 +53,7 @@ def ctrl_c_at(step: int) -> Callable[[FitProgress], None]:
     return report
 
 
-def told(error: pytest.ExceptionInfo[MuntinError]) -> str:
+def one_line(error: pytest.ExceptionInfo[MuntinError]) -> str:
     assert "\n" not in str(error.value)
     return str(error.value)
 
@@ -68,7 +68,7 @@ def plan() -> list[str]:
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory: pytest.TempPathFactory, write_tiny: Callable[..., Any], plan: list[str]) -> tuple[Any, FitResult]:
-    """A data set and a run on it that nothing interrupted."""
+    """A data set and an uninterrupted run."""
     root = tmp_path_factory.mktemp("whole")
     tiny = write_tiny(root / "data")
     return tiny, train(tiny, root / "run", *plan)
@@ -82,7 +82,20 @@ def assert_same_state(one: Checkpoint, other: Checkpoint) -> None:
             assert torch.equal(value, other.tensors[file][name]), f"{file}: {name}"
 
 
-def test_a_run_says_what_it_did(whole: tuple[Any, FitResult]) -> None:
+@pytest.fixture
+def write_foreign(tmp_path: Path, write_tiny: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> Callable[[str], Any]:
+    """`write_foreign(code)` writes a data set and a recipe for the model of the code's `make`."""
+
+    def write(code: str) -> Any:
+        (tmp_path / "foreign_model.py").write_text(code)
+        monkeypatch.syspath_prepend(tmp_path)
+        monkeypatch.delitem(sys.modules, "foreign_model", raising=False)
+        return write_tiny(tmp_path / "data", model={"name": "foreign_model:make", "options": {}})
+
+    return write
+
+
+def test_result_of_a_run(whole: tuple[Any, FitResult]) -> None:
     _, result = whole
     assert (result.step, result.steps, result.interrupted) == (STEPS, STEPS, False)
     assert result.checkpoint == result.directory / "checkpoints" / f"step-{STEPS:08d}"
@@ -92,17 +105,19 @@ def test_a_run_says_what_it_did(whole: tuple[Any, FitResult]) -> None:
     assert result.seconds > 0
 
 
-def test_the_curves_are_in_the_checkpoint_and_in_the_log(whole: tuple[Any, FitResult]) -> None:
+def test_curves_in_checkpoint_and_log(whole: tuple[Any, FitResult]) -> None:
     _, result = whole
-    state = read_checkpoint(result.checkpoint).state
+    checkpoint = read_checkpoint(result.checkpoint)
+    state, config = checkpoint.state, checkpoint.recipe.training
     assert [point["step"] for point in state.training] == [LOG_EVERY, STEPS]
+    assert [point["learning_rate"] for point in state.training] == [config.rate_at((step - 0.5) / STEPS) for step in (LOG_EVERY, STEPS)]
     assert state.pending == []
     logged = lines(result.directory)
     assert [{k: v for k, v in line.items() if k != "kind"} for line in logged if line["kind"] == "training"] == state.training
     assert [line["step"] for line in logged if line["kind"] == "validation"] == [4, 8, 12, STEPS]
 
 
-def test_tensorboard_can_read_its_events(whole: tuple[Any, FitResult]) -> None:
+def test_tensorboard_events(whole: tuple[Any, FitResult]) -> None:
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     _, result = whole
@@ -125,14 +140,14 @@ def test_training_learns(tmp_path: Path, tiny: Any) -> None:
 # ---- interrupted and resumed ----
 
 
-def test_an_interrupted_run_that_goes_on_ends_in_the_same_bits(tmp_path: Path, whole: tuple[Any, FitResult], plan: list[str]) -> None:
-    """Twice interrupted, between points of the curve and where no checkpoint was due."""
+def test_interrupted_run_ends_in_the_same_bits(tmp_path: Path, whole: tuple[Any, FitResult], plan: list[str]) -> None:
+    """Interrupted twice, between points of the curve and without a due checkpoint."""
     tiny, uninterrupted = whole
     for stop in (4, 12):
         result = train(tiny, tmp_path / "run", *plan, resume=stop > 4, report=ctrl_c_at(stop))
         assert (result.step, result.interrupted) == (stop, True)
         assert result.checkpoint.name == f"step-{stop:08d}"
-        read_checkpoint(result.checkpoint).model()
+        load_model(read_checkpoint(result.checkpoint))
         torch.manual_seed(stop)  # whatever else the process draws
     result = train(tiny, tmp_path / "run", *plan, resume=True)
     assert (result.step, result.interrupted) == (STEPS, False)
@@ -143,8 +158,8 @@ def test_an_interrupted_run_that_goes_on_ends_in_the_same_bits(tmp_path: Path, w
     assert one.state.validation == other.state.validation
 
 
-def test_who_asks_a_run_to_stop_after_its_last_step_is_told_that_it_was_heard(tmp_path: Path, tiny: Any) -> None:
-    """Nothing is left to interrupt; but what follows a run, as in `muntin demo`, is not begun."""
+def test_interruption_after_the_last_step(tmp_path: Path, tiny: Any) -> None:
+    """The run is complete; callers such as `muntin demo` start no further work."""
     plan = ("training.steps=2", "training.validate_every=2")
     result = train(tiny, tmp_path / "run", *plan, report=ctrl_c_at(2))
     assert (result.step, result.interrupted, result.asked_to_stop) == (2, False, True)
@@ -153,7 +168,7 @@ def test_who_asks_a_run_to_stop_after_its_last_step_is_told_that_it_was_heard(tm
 
 
 class Drawing(nn.Conv2d):
-    """Draws in PyTorch, as dropout does, and elsewhere, as stochastic depth sometimes does."""
+    """Draws random numbers from PyTorch, NumPy and Python."""
 
     def forward(self, x: Tensor) -> Tensor:
         y = super().forward(x / 255)
@@ -164,7 +179,7 @@ def drawing(*, task: str, classes: int, channels: int) -> nn.Module:
     return Drawing(channels, classes, 1)
 
 
-def test_what_a_model_draws_elsewhere_is_the_same_when_a_run_goes_on(tmp_path: Path, tiny: Any) -> None:
+def test_other_random_generators(tmp_path: Path, tiny: Any) -> None:
     plan = (f"model.name={__name__}:drawing", "model.options={}", "training.steps=4", "training.validate_every=2")
     whole = train(tiny, tmp_path / "whole", *plan)
     assert train(tiny, tmp_path / "run", *plan, report=ctrl_c_at(2)).interrupted
@@ -172,7 +187,7 @@ def test_what_a_model_draws_elsewhere_is_the_same_when_a_run_goes_on(tmp_path: P
     assert_same_state(read_checkpoint(train(tiny, tmp_path / "run", *plan, resume=True).checkpoint), read_checkpoint(whole.checkpoint))
 
 
-def test_a_resumed_run_logs_no_step_twice(tmp_path: Path, tiny: Any, plan: list[str]) -> None:
+def test_resumed_log(tmp_path: Path, tiny: Any, plan: list[str]) -> None:
     train(tiny, tmp_path / "run", *plan, report=ctrl_c_at(12))
     with (tmp_path / "run" / "metrics.jsonl").open("a") as log:  # as if the process had died after logging what no checkpoint holds
         log.write('{"kind": "training", "step": 13, "loss": 9.0}\n{"kind": "trai')
@@ -184,7 +199,7 @@ def test_a_resumed_run_logs_no_step_twice(tmp_path: Path, tiny: Any, plan: list[
     assert [step for kind, step in keys if kind == "training"] == [LOG_EVERY, STEPS]
 
 
-def test_another_seed_is_another_run(tmp_path: Path, tiny: Any) -> None:
+def test_other_seed(tmp_path: Path, tiny: Any) -> None:
     results = [train(tiny, tmp_path / str(n), f"seed={seed}", "training.steps=2") for n, seed in enumerate([0, 0, 1])]
     models = [read_checkpoint(result.checkpoint) for result in results]
     assert_same_state(models[0], models[1])
@@ -192,7 +207,7 @@ def test_another_seed_is_another_run(tmp_path: Path, tiny: Any) -> None:
         assert_same_state(models[0], models[2])
 
 
-def test_a_finished_run_that_is_resumed_stays_as_it_is(tmp_path: Path, tiny: Any) -> None:
+def test_resuming_a_finished_run(tmp_path: Path, tiny: Any) -> None:
     first = train(tiny, tmp_path / "run", "training.steps=2")
     before = {path: path.read_bytes() for path in first.checkpoint.iterdir()}
     again = train(tiny, tmp_path / "run", "training.steps=2", resume=True)
@@ -201,7 +216,7 @@ def test_a_finished_run_that_is_resumed_stays_as_it_is(tmp_path: Path, tiny: Any
     assert again.validation == first.validation
 
 
-def test_a_finished_run_whose_recipe_lies_elsewhere_now_is_told_so_and_stays_as_it_is(tmp_path: Path, tiny: Any) -> None:
+def test_finished_run_with_moved_data(tmp_path: Path, tiny: Any) -> None:
     first = read_checkpoint(train(tiny, tmp_path / "run", "training.steps=2").checkpoint)
     root = Path(shutil.move(tiny.root, tmp_path / "elsewhere"))
     recipe = load_recipe(root / tiny.recipe.name, ["training.steps=2"])
@@ -214,7 +229,7 @@ def test_a_finished_run_whose_recipe_lies_elsewhere_now_is_told_so_and_stays_as_
     assert changed == [STATE]
 
 
-def test_a_recipe_with_tuples_is_gone_on_with(tmp_path: Path, tiny: Any) -> None:
+def test_recipe_with_tuples(tmp_path: Path, tiny: Any) -> None:
     recipe = load_recipe(tiny.recipe, ["training.steps=1"])
     options = {key: tuple(value) if isinstance(value, list) else value for key, value in recipe.model.options.items()}
     assert options != recipe.model.options
@@ -223,20 +238,24 @@ def test_a_recipe_with_tuples_is_gone_on_with(tmp_path: Path, tiny: Any) -> None
         assert fit(recipe, root=tiny.root, directory=tmp_path / "run", resume=resume).step == 1
 
 
-def test_a_run_is_not_overwritten(tmp_path: Path, whole: tuple[Any, FitResult], plan: list[str]) -> None:
+def test_existing_run(tmp_path: Path, whole: tuple[Any, FitResult], plan: list[str]) -> None:
     tiny, result = whole
     before = sorted(result.directory.rglob("*"))
     with pytest.raises(CheckpointError, match="already holds a run; --resume goes on with it") as error:
         train(tiny, result.directory, *plan)
-    told(error)
-    for other, says in (("training.gate_budget=0.5", "training.gate_budget was 1.0, is 0.5"), ("data.crop=40", "data.crop was 32, is 40")):
-        with pytest.raises(CheckpointError, match=rf"another recipe \({says}\), and on the way only keys of training, except") as error:
+    one_line(error)
+    for other, change in (
+        ("training.gate_budget=0.5", "training.gate_budget was 1.0, is 0.5"),
+        ("data.crop=40", "data.crop was 32, is 40"),
+    ):
+        message = rf"another recipe \({change}\), and a resumed run can change only keys of training, except"
+        with pytest.raises(CheckpointError, match=message) as error:
             train(tiny, result.directory, *plan, other, "training.learning_rate=0.01", resume=True)
-        told(error)
+        one_line(error)
     assert sorted(result.directory.rglob("*")) == before
 
 
-def test_what_a_recipe_changes_on_the_way_is_noted_and_kept(tmp_path: Path, tiny: Any) -> None:
+def test_recipe_changes(tmp_path: Path, tiny: Any) -> None:
     train(tiny, tmp_path / "run", report=ctrl_c_at(3))
     changed = ("training.learning_rate=0.001", "training.clip=0.5", "training.batch_size=3", "training.average=0.9")
     result = train(tiny, tmp_path / "run", *changed, resume=True)
@@ -245,12 +264,12 @@ def test_what_a_recipe_changes_on_the_way_is_noted_and_kept(tmp_path: Path, tiny
     assert note.endswith(" and 1 more")
     checkpoint = read_checkpoint(tmp_path / "run")
     assert (checkpoint.state.step, checkpoint.recipe) == (6, load_recipe(tiny.recipe, changed))
-    assert checkpoint.state.training[-1]["learning_rate"] == learning_rate(5.5 / 6, checkpoint.recipe.training)
+    assert checkpoint.state.training[-1]["learning_rate"] == checkpoint.recipe.training.rate_at(5.5 / 6)
     assert train(tiny, tmp_path / "run", *changed, resume=True).notes == ()
 
 
 @pytest.mark.parametrize(("steps", "reached"), [(9, 9), (6, 6), (4, 6)])
-def test_a_run_that_is_over_gets_more_steps_or_fewer(tmp_path: Path, tiny: Any, steps: int, reached: int) -> None:
+def test_steps_of_a_finished_run(tmp_path: Path, tiny: Any, steps: int, reached: int) -> None:
     train(tiny, tmp_path / "run")
     result = train(tiny, tmp_path / "run", f"training.steps={steps}", "training.clip=0.5", resume=True)
     assert (result.step, result.steps, result.interrupted) == (reached, reached, False)
@@ -259,13 +278,13 @@ def test_a_run_that_is_over_gets_more_steps_or_fewer(tmp_path: Path, tiny: Any, 
     assert (checkpoint.state.step, checkpoint.recipe.training.steps, checkpoint.recipe.training.clip) == (reached, steps, 0.5)
 
 
-def test_checkpoints_come_when_asked_and_two_are_kept(tmp_path: Path, tiny: Any) -> None:
+def test_checkpoint_interval(tmp_path: Path, tiny: Any) -> None:
     train(tiny, tmp_path / "run", "training.steps=7", "training.checkpoint_every=2", "training.validate_every=100")
     assert [path.name for path in checkpoints_in(tmp_path / "run" / "checkpoints")] == ["step-00000006", "step-00000007"]
     assert len(list((tmp_path / "run" / "checkpoints").iterdir())) == 2
 
 
-def test_a_recipe_by_its_path_finds_its_data_and_its_place(tmp_path: Path, tiny: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_recipe_path(tmp_path: Path, tiny: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "elsewhere").mkdir()
     monkeypatch.chdir(tmp_path / "elsewhere")
     tiny.recipe.write_text(tiny.recipe.read_text().replace("steps: 6", "steps: 1"))
@@ -300,46 +319,45 @@ def make(*, task, classes, channels):
 """
 
 
-def test_a_loss_that_is_not_finite_ends_the_run_and_keeps_its_checkpoint(
-    tmp_path: Path, write_tiny: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    (tmp_path / "unsound_model.py").write_text(UNSOUND)
-    monkeypatch.syspath_prepend(tmp_path)
-    tiny = write_tiny(tmp_path / "data", model={"name": "unsound_model:make", "options": {}})
+def test_diverged_loss(tmp_path: Path, write_foreign: Callable[[str], Any]) -> None:
+    tiny = write_foreign(UNSOUND)
     with pytest.raises(MuntinError, match=r"the loss is nan at step 5: lower training\.learning_rate \(now 0\.002\)") as error:
         train(tiny, tmp_path / "run")
-    advised = told(error).partition(", by --resume --set ")[2].split(" --set ")
+    advised = one_line(error).partition(", by --resume --set ")[2].split(" --set ")
     assert advised == ["training.learning_rate=0.0005"]
     checkpoint = read_checkpoint(tmp_path / "run")
     assert checkpoint.state.step == 3
-    assert all(value.isfinite().all() for value in checkpoint.model().state_dict().values())
+    assert all(value.isfinite().all() for value in load_model(checkpoint).state_dict().values())
     result = train(tiny, tmp_path / "run", *advised, resume=True)  # what the line advises works
     assert (result.step, result.notes) == (6, ("on the way, from step 3 on: training.learning_rate was 0.002, is 0.0005",))
 
 
-def test_what_is_advised_where_training_leaves_the_numbers_can_be_done(
-    tmp_path: Path, write_tiny: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """A learning rate that does not fall, no checkpoint yet, and a stage of compression, which goes on by its own recipe alone."""
-    (tmp_path / "unsound_model.py").write_text(UNSOUND)
-    monkeypatch.syspath_prepend(tmp_path)
-    tiny = write_tiny(tmp_path / "data", model={"name": "unsound_model:make", "options": {}})
+def test_advice_after_divergence(tmp_path: Path, write_foreign: Callable[[str], Any]) -> None:
+    """A constant learning rate, a run without a checkpoint, and a stage of compression."""
+    tiny = write_foreign(UNSOUND)
     plan = ("training.final_learning_rate=0.002", "training.validate_every=100", "training.checkpoint_every=100")
     with pytest.raises(MuntinError, match="by --resume --set") as error:
         train(tiny, tmp_path / "run", *plan)
-    advised = told(error).partition(", by --resume --set ")[2].split(" --set ")
+    advised = one_line(error).partition(", by --resume --set ")[2].split(" --set ")
     assert advised == ["training.learning_rate=0.0005", "training.final_learning_rate=0.0005"]
     (note,) = train(tiny, tmp_path / "run", *plan, *advised, "training.steps=2", resume=True).notes
-    assert "held no checkpoint to go on from" in note
+    assert "held no checkpoint" in note
     recipe = load_recipe(tiny.recipe)
     source, precision = open_source(recipe.data, root=tiny.root), resolve_precision("fp32", "cpu")
     trainer = Trainer(new_model(recipe, source.classes), recipe.training, task="segment", precision=precision)
     stage = Training(
-        trainer, recipe, source, directory=tmp_path / "stage", root=tiny.root, start=None, report=lambda progress: None, compression={}
+        trainer,
+        recipe,
+        source,
+        directory=tmp_path / "stage",
+        root=tiny.root,
+        start=None,
+        report=lambda progress: None,
+        compression=CompressionRecord(stage="low-rank", origin="", ranks={}, changes=()),
     )
     with pytest.raises(MuntinError, match=r"lower this stage's learning_rate in compression \(now 0\.002\) and compress anew") as error:
         stage.run(Interruption())
-    told(error)
+    one_line(error)
 
 
 STEEP = """
@@ -370,17 +388,13 @@ def make(*, task, classes, channels):
 """
 
 
-def test_a_gradient_that_is_not_finite_changes_no_weight(
-    tmp_path: Path, write_tiny: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    (tmp_path / "steep_model.py").write_text(STEEP)
-    monkeypatch.syspath_prepend(tmp_path)
-    tiny = write_tiny(tmp_path / "data", model={"name": "steep_model:make", "options": {}})
+def test_diverged_gradient(tmp_path: Path, write_foreign: Callable[[str], Any]) -> None:
+    tiny = write_foreign(STEEP)
     with pytest.raises(
         MuntinError, match=r"the gradient is (nan|inf) at step 3, and the loss [0-9.]+: lower training\.learning_rate"
     ) as error:
         train(tiny, tmp_path / "run", "training.checkpoint_every=1")
-    told(error)
+    one_line(error)
     checkpoint = read_checkpoint(tmp_path / "run")
     assert checkpoint.state.step == 2
     assert all(value.isfinite().all() for tensors in checkpoint.tensors.values() for value in tensors.values())
@@ -395,14 +409,10 @@ def make(*, task, classes, channels):
 """
 
 
-def test_a_layer_that_is_used_twice_is_kept_and_gone_on_with(
-    tmp_path: Path, write_tiny: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    (tmp_path / "shared_model.py").write_text(SHARED)
-    monkeypatch.syspath_prepend(tmp_path)
-    tiny = write_tiny(tmp_path / "data", model={"name": "shared_model:make", "options": {}})
+def test_shared_layer(tmp_path: Path, write_foreign: Callable[[str], Any]) -> None:
+    tiny = write_foreign(SHARED)
     train(tiny, tmp_path / "run")
-    model = read_checkpoint(tmp_path / "run").model()
+    model = load_model(read_checkpoint(tmp_path / "run"))
     assert torch.equal(model[1].weight, model[3].weight) and model[1] is model[3]  # type: ignore[index]
 
 
@@ -426,39 +436,35 @@ def make(*, task, classes, channels):
 
 
 @pytest.mark.filterwarnings("ignore:Lazy modules")
-def test_what_a_model_makes_at_its_first_call_is_read_and_gone_on_with(
-    tmp_path: Path, write_tiny: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    (tmp_path / "late_model.py").write_text(MADE_LATE)
-    monkeypatch.syspath_prepend(tmp_path)
-    tiny = write_tiny(tmp_path / "data", model={"name": "late_model:make", "options": {}})
+def test_lazy_parameters(tmp_path: Path, write_foreign: Callable[[str], Any]) -> None:
+    tiny = write_foreign(MADE_LATE)
     train(tiny, tmp_path / "run", report=ctrl_c_at(3))
     checkpoint = read_checkpoint(train(tiny, tmp_path / "run", resume=True).checkpoint)
-    state = checkpoint.model().state_dict()
+    state = load_model(checkpoint).state_dict()
     assert set(state) == {"mean", "layer.weight", "layer.bias"}
     assert all(torch.equal(value, checkpoint.tensors[AVERAGE][name]) for name, value in state.items())
 
 
 @pytest.mark.parametrize("kind", ["images", "masks"])
-def test_data_are_checked_before_anything_is_written(tmp_path: Path, tiny: Any, kind: str) -> None:
+def test_data_checked_first(tmp_path: Path, tiny: Any, kind: str) -> None:
     path = tiny.root / "test" / kind / "test-1.png"  # the split that training never touches
     path.write_bytes(path.read_bytes()[:-60])
     seen: list[FitProgress] = []
     with pytest.raises(DataError, match=r"test-1\.png") as error:
         train(tiny, tmp_path / "run", report=seen.append)
-    told(error)
+    one_line(error)
     assert not (tmp_path / "run").exists()
     assert {progress.kind for progress in seen} == {"check"}
 
 
-def test_the_task_of_the_data_must_be_the_recipe_s(tmp_path: Path, tiny: Any) -> None:
+def test_task_of_the_data(tmp_path: Path, tiny: Any) -> None:
     for overrides, says in (
         (["task=classify"], "task: classify has no masks: leave out data.masks"),
         (["task=classify", "data={}"], "the data are for 'segment' and the recipe says 'classify'"),
     ):
         with pytest.raises(RecipeError, match=says) as error:
             train(tiny, tmp_path / "run", *overrides)
-        told(error)
+        one_line(error)
     assert not (tmp_path / "run").exists()
 
 
@@ -471,18 +477,18 @@ def test_the_task_of_the_data_must_be_the_recipe_s(tmp_path: Path, tiny: Any) ->
         ("model.weights=none.safetensors", "there is no such file"),
     ],
 )
-def test_a_model_that_cannot_be_made_is_told(tmp_path: Path, tiny: Any, override: str, says: str) -> None:
+def test_model_error(tmp_path: Path, tiny: Any, override: str, says: str) -> None:
     seen: list[FitProgress] = []
     with pytest.raises(RecipeError) as error:
         train(tiny, tmp_path / "run", override, report=seen.append)
-    assert says in told(error)
+    assert says in one_line(error)
     assert not (tmp_path / "run").exists() and not seen  # nor has any picture been looked at
 
 
-def test_a_batch_too_small_to_normalise_by_is_told(tmp_path: Path, tiny: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_batch_too_small(tmp_path: Path, tiny: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(MuntinError, match="train on larger crops") as error:
         train(tiny, tmp_path / "ours", "training.batch_size=1")
-    told(error)
+    one_line(error)
     (tmp_path / "batch_norm_model.py").write_text(
         "from torch import nn\n\ndef make(*, task, classes, channels):\n"
         "    return nn.Sequential(nn.Conv2d(channels, classes, 32), nn.BatchNorm2d(classes), nn.Upsample(scale_factor=32))\n"
@@ -491,14 +497,12 @@ def test_a_batch_too_small_to_normalise_by_is_told(tmp_path: Path, tiny: Any, mo
     foreign = ("model.name=batch_norm_model:make", "model.options={}", "training.batch_size=1")
     with pytest.raises(RecipeError, match=r"training\.batch_size 1 with data\.crop 32: .* raise either of them") as error:
         train(tiny, tmp_path / "foreign", *foreign)
-    told(error)
+    one_line(error)
 
 
 @pytest.mark.parametrize("failing", [3, 6])
-def test_what_was_trained_is_kept_where_validation_fails_and_validated_when_gone_on_with(
-    tmp_path: Path, tiny: Any, whole_of_six: FitResult, failing: int
-) -> None:
-    """A picture that is damaged while training goes on, and mended."""
+def test_failed_validation_is_repeated(tmp_path: Path, tiny: Any, whole_of_six: FitResult, failing: int) -> None:
+    """A picture is damaged during training and repaired."""
     picture = tiny.root / "validation" / "images" / "validation-1.png"
     content = picture.read_bytes()
 
@@ -520,7 +524,7 @@ def test_what_was_trained_is_kept_where_validation_fails_and_validated_when_gone
     assert one.state.validation == other.state.validation
 
 
-def test_a_second_ctrl_c_in_a_validation_loses_nothing(tmp_path: Path, tiny: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_second_interrupt_in_a_validation(tmp_path: Path, tiny: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     def validate(*given: Any, **more: Any) -> None:
         for _ in range(2):
             os.kill(os.getpid(), signal.SIGINT)
@@ -538,7 +542,7 @@ def test_a_second_ctrl_c_in_a_validation_loses_nothing(tmp_path: Path, tiny: Any
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="this system has no file that is always full")
-def test_a_curve_that_cannot_be_logged_is_noted(tmp_path: Path, tiny: Any) -> None:
+def test_log_write_error(tmp_path: Path, tiny: Any) -> None:
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "metrics.jsonl").symlink_to("/dev/full")
     result = train(tiny, tmp_path / "run")
@@ -547,41 +551,39 @@ def test_a_curve_that_cannot_be_logged_is_noted(tmp_path: Path, tiny: Any) -> No
     assert len(read_checkpoint(result.checkpoint).state.validation) == len(result.validation) == 2
 
 
-def test_compiling_without_a_compiler_is_refused_before_anything_is_written(
-    tmp_path: Path, tiny: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_compile_without_a_compiler(tmp_path: Path, tiny: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PATH", str(tmp_path))
     with pytest.raises(DependencyError, match=r"needs a C\+\+ compiler on CPUs .* or leave `compile` false") as error:
         train(tiny, tmp_path / "run", "training.compile=true")
-    told(error)
+    one_line(error)
     assert not (tmp_path / "run").exists()
 
 
-def test_what_a_model_cannot_learn_is_noted(tmp_path: Path, tiny: Any) -> None:
+def test_model_notes(tmp_path: Path, tiny: Any) -> None:
     for mask in (tiny.root / "train" / "masks").iterdir():
         write_image(mask, np.zeros((48, 48), np.uint8))
     result = train(tiny, tmp_path / "run", "training.steps=1")
     assert result.notes == ("no training picture holds field, roof: a model cannot learn what it does not see",)
 
 
-def test_resuming_what_is_not_there_is_noted(tmp_path: Path, tiny: Any) -> None:
+def test_resume_without_a_run(tmp_path: Path, tiny: Any) -> None:
     result = train(tiny, tmp_path / "run", "training.steps=1", resume=True)
-    assert result.step == 1 and result.notes == (f"{tmp_path / 'run'} held no checkpoint to go on from: trained from the start",)
+    assert result.step == 1 and result.notes == (f"{tmp_path / 'run'} held no checkpoint: trained from the start",)
     assert train(tiny, tmp_path / "run", "training.steps=1", resume=True).notes == ()
 
 
-def test_a_budget_that_no_gate_can_keep_is_refused_before_anything_is_made(tmp_path: Path, tiny: Any) -> None:
+def test_impossible_gate_budget(tmp_path: Path, tiny: Any) -> None:
     with pytest.raises(RecipeError, match=r"training.gate_budget 0.001: one block of \d+ channels of each gate stays open"):
         train(tiny, tmp_path / "run", "training.gate_budget=0.001")
     assert not (tmp_path / "run").exists()
 
 
-def test_what_the_recipe_says_of_crops_and_threads_is_done(tmp_path: Path, tiny: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    made: list[dict[str, Any]] = []
+def test_crop_and_thread_settings(tmp_path: Path, tiny: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    options_of_crops: list[dict[str, Any]] = []
 
     class Watched(loop.Crops):
         def __init__(self, samples: Any, **options: Any) -> None:
-            made.append(options)
+            options_of_crops.append(options)
             super().__init__(samples, **options)
 
     monkeypatch.setattr(loop, "Crops", Watched)
@@ -593,14 +595,14 @@ def test_what_the_recipe_says_of_crops_and_threads_is_done(tmp_path: Path, tiny:
         torch.set_num_threads(threads)
     recipe = read_checkpoint(result.checkpoint).recipe
     data = recipe.data
-    assert made[0] == {
+    assert options_of_crops[0] == {
         "task": "segment", "crop": data.crop, "batch_size": 3, "seed": recipe.seed, "augmentation": data.augmentation, "rare": 0.25,
     }  # fmt: skip
     assert data.augmentation.brightness == 0.125
     assert set(seen) == {2}
 
 
-def test_a_run_goes_on_in_the_precision_that_it_was_begun_in(tmp_path: Path, tiny: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_precision_of_a_resumed_run(tmp_path: Path, tiny: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     begun: list[Any] = []
     resolve = loop.resolve_precision
 
@@ -615,7 +617,7 @@ def test_a_run_goes_on_in_the_precision_that_it_was_begun_in(tmp_path: Path, tin
     assert begun == [None, read_checkpoint(tmp_path / "run").state.precision]
 
 
-def test_what_a_data_set_leaves_out_is_noted(tmp_path: Path, tiny: Any) -> None:
+def test_data_notes(tmp_path: Path, tiny: Any) -> None:
     write_image(tiny.root / "train" / "masks" / "lonely.png", np.zeros((48, 48), np.uint8))
     seen: list[FitProgress] = []
     result = train(tiny, tmp_path / "run", "training.steps=1", report=seen.append)
@@ -631,7 +633,7 @@ def test_what_a_data_set_leaves_out_is_noted(tmp_path: Path, tiny: Any) -> None:
 TIMED = ("training.minutes=0.05", "training.steps=1000000", "training.validate_every=1000000", "training.checkpoint_every=1000000")
 
 
-def test_a_run_ends_with_its_minutes_and_its_schedule_with_it(tmp_path: Path, tiny: Any) -> None:
+def test_minutes_limit(tmp_path: Path, tiny: Any) -> None:
     seen: list[FitProgress] = []
     result = fit(load_recipe(tiny.recipe, list(TIMED)), directory=tmp_path / "run", root=tiny.root, report=seen.append)
     assert not result.interrupted and result.seconds >= 3
@@ -647,14 +649,14 @@ def test_a_run_ends_with_its_minutes_and_its_schedule_with_it(tmp_path: Path, ti
     assert expected[-1] == result.step < 1_000_000
 
 
-def test_a_run_whose_minutes_are_used_up_does_not_go_on(tmp_path: Path, tiny: Any) -> None:
+def test_used_up_minutes(tmp_path: Path, tiny: Any) -> None:
     first = train(tiny, tmp_path / "run", *TIMED)
     again = train(tiny, tmp_path / "run", *TIMED, resume=True)
     assert (again.step, again.interrupted, again.checkpoint) == (first.step, False, first.checkpoint)
     assert read_checkpoint(again.checkpoint).state == read_checkpoint(first.checkpoint).state
 
 
-def test_what_an_interrupted_run_took_counts(tmp_path: Path, tiny: Any) -> None:
+def test_time_of_an_interrupted_run(tmp_path: Path, tiny: Any) -> None:
     options = [*TIMED[:2], "training.validate_every=3", "training.checkpoint_every=1000000"]
     interrupt = ctrl_c_at(3)
 
@@ -674,7 +676,7 @@ def test_what_an_interrupted_run_took_counts(tmp_path: Path, tiny: Any) -> None:
     assert again.seconds >= 3 and again.seconds - first.seconds < 3 + first.seconds  # no three seconds more of its own
 
 
-def test_a_validation_that_takes_the_rest_of_the_time_is_the_last(tmp_path: Path, tiny: Any) -> None:
+def test_validation_at_the_time_limit(tmp_path: Path, tiny: Any) -> None:
     def slow(progress: FitProgress) -> None:
         if progress.kind == "validation":
             time.sleep(3)
@@ -687,32 +689,16 @@ def test_a_validation_that_takes_the_rest_of_the_time_is_the_last(tmp_path: Path
 # ---- parts ----
 
 
-def test_the_rate_that_is_logged_is_the_rate_that_was_used(whole: tuple[Any, FitResult]) -> None:
-    _, result = whole
-    checkpoint = read_checkpoint(result.checkpoint)
-    config = checkpoint.recipe.training
-    assert [point["learning_rate"] for point in checkpoint.state.training] == [
-        learning_rate((step - 0.5) / STEPS, config) for step in (LOG_EVERY, STEPS)
-    ]
-
-
-def test_vectors_are_not_decayed() -> None:
-    model = nn.Sequential(nn.Conv2d(2, 3, 1), nn.BatchNorm2d(3), nn.Linear(3, 4))
-    optimizer = make_optimizer(model, TrainingConfig(weight_decay=0.3))
-    decayed = {id(p): group["weight_decay"] for group in optimizer.param_groups for p in group["params"]}
-    assert [decayed[id(p)] for p in model.parameters()] == [0.3 if p.ndim > 1 else 0.0 for p in model.parameters()]
-
-
 BUDGET = ("training.gate_budget=0.66", "training.steps=12", "training.validate_every=4", "training.checkpoint_every=1000")
 
 
-def test_gates_close_under_a_budget(tmp_path: Path, tiny: Any) -> None:
-    model = read_checkpoint(train(tiny, tmp_path, *BUDGET).checkpoint).model()
+def test_gate_budget(tmp_path: Path, tiny: Any) -> None:
+    model = load_model(read_checkpoint(train(tiny, tmp_path, *BUDGET).checkpoint))
     gates = [module for module in model.modules() if isinstance(module, ChannelGate)]
     assert any(not gate.open_channels().all() for gate in gates) and all(gate.open_channels().any() for gate in gates)
 
 
-def test_closing_goes_on_as_if_nothing_had_interrupted_it(tmp_path: Path, tiny: Any) -> None:
+def test_interrupted_gate_closing(tmp_path: Path, tiny: Any) -> None:
     whole = train(tiny, tmp_path / "whole", *BUDGET)
     train(tiny, tmp_path / "parts", *BUDGET, report=ctrl_c_at(4))
     parts = train(tiny, tmp_path / "parts", *BUDGET, resume=True)
@@ -720,7 +706,7 @@ def test_closing_goes_on_as_if_nothing_had_interrupted_it(tmp_path: Path, tiny: 
 
 
 def write_colors(root: Path, model: dict[str, Any], *, steps: int) -> Path:
-    """Pictures of a noisy colour in a folder a class, and the recipe of a classifier."""
+    """Write pictures of noisy colours in one folder a class, and a classifier's recipe."""
     generator = np.random.default_rng(0)
     for name, color in (("red", (200, 40, 40)), ("green", (40, 180, 60)), ("blue", (30, 60, 200))):
         (root / "pictures" / name).mkdir(parents=True)
@@ -738,16 +724,93 @@ def write_colors(root: Path, model: dict[str, Any], *, steps: int) -> Path:
     return root / "colors.yaml"
 
 
-def test_classes_of_pictures_that_are_easy_to_tell_apart_are_told_apart(tmp_path: Path, tiny: Any) -> None:
+def test_easy_classification(tmp_path: Path, tiny: Any) -> None:
     result = fit(write_colors(tmp_path, tiny.content["model"], steps=30), directory=tmp_path / "run")
     assert result.validation[-1]["accuracy"] == result.validation[-1]["score"] > 0.9
     assert "miou" not in result.validation[-1]
 
 
-def test_a_validation_of_a_classifier_tells_the_accuracy_of_each_class(tmp_path: Path, tiny: Any) -> None:
+def test_validation_by_class(tmp_path: Path, tiny: Any) -> None:
     result = fit(write_colors(tmp_path, tiny.content["model"], steps=3), directory=tmp_path / "run")
     checkpoint = read_checkpoint(result.checkpoint)
     samples = open_source(checkpoint.recipe.data, root=tmp_path).split("validation")
-    again = evaluate(TorchSession(checkpoint.model(), checkpoint.signature), samples, tile=48)
+    again = evaluate(TorchSession(load_model(checkpoint), checkpoint.signature), samples, tile=48)
     assert again.recall != again.iou, "it errs nowhere: this test plants nothing"
     assert result.validation[-1]["by_class"] == again.recall
+
+
+# Interruption
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_interruption_by_signal(number: signal.Signals) -> None:
+    before = signal.getsignal(number)
+    with Interruption() as interruption:
+        assert not interruption.requested
+        os.kill(os.getpid(), number)
+        assert interruption.requested
+    assert signal.getsignal(number) is before
+
+
+def test_second_signal() -> None:
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # whoever started the tests may have switched Ctrl-C off
+    try:
+        with pytest.raises(KeyboardInterrupt), Interruption() as interruption:
+            os.kill(os.getpid(), signal.SIGINT)
+            assert interruption.requested
+            os.kill(os.getpid(), signal.SIGINT)
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+def test_handlers_after_an_error() -> None:
+    before = signal.getsignal(signal.SIGINT)
+    with pytest.raises(ZeroDivisionError), Interruption():
+        assert signal.getsignal(signal.SIGINT) is not before
+        raise ZeroDivisionError
+    assert signal.getsignal(signal.SIGINT) is before
+
+
+def test_interruption_in_another_thread() -> None:
+    """Handlers can be set only in the main thread; `fit` works in others without them."""
+    before, during = signal.getsignal(signal.SIGINT), []
+
+    def work() -> None:
+        with Interruption() as interruption:
+            during.append((interruption.requested, signal.getsignal(signal.SIGINT)))
+
+    thread = threading.Thread(target=work)
+    thread.start()
+    thread.join()
+    assert during == [(False, before)]
+
+
+# Log
+
+
+def point(step: int) -> dict[str, Any]:
+    return {"step": step, "loss": step / 100}
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="this system has no file that is always full")
+def test_log_on_a_full_disk(tmp_path: Path) -> None:
+    (tmp_path / "metrics.jsonl").symlink_to("/dev/full")
+    with MetricsLog(tmp_path, 0, [], []) as log:
+        for step in (10, 20):
+            log.write("training", point(step))
+    place = tmp_path / "metrics.jsonl"
+    assert log.failed == f"{place} cannot be written (No space left on device): the curve is only in checkpoints"
+
+
+def test_log_of_a_resumed_run(tmp_path: Path) -> None:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    with MetricsLog(tmp_path, 0, [], []) as log:
+        for step in (10, 20, 30):  # 30 is after the checkpoint
+            log.write("training", point(step))
+    time.sleep(1.1)  # TensorBoard orders files by the second of their creation
+    with MetricsLog(tmp_path, 20, [point(10), point(20)], []) as log:
+        log.write("training", point(40))
+    lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    board = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
+    assert [line["step"] for line in lines] == [event.step for event in board.Scalars("training/loss")] == [10, 20, 40]

@@ -21,7 +21,7 @@ def example(seed: int, batch: int = 2, classes: int = 4, height: int = 5, width:
 
 
 def naive_soft_iou(scores: torch.Tensor, target: torch.Tensor) -> float:
-    """Pixel by pixel, class by class, in Python's own float64."""
+    """Soft IoU by loops in float64."""
     batch, classes, height, width = scores.shape
     both, either, present = [0.0] * classes, [0.0] * classes, [False] * classes
     for b in range(batch):
@@ -42,14 +42,14 @@ def naive_soft_iou(scores: torch.Tensor, target: torch.Tensor) -> float:
 
 @settings(max_examples=25, deadline=None)
 @given(seed=st.integers(0, 10_000), batch=st.integers(1, 2), classes=st.integers(2, 5), height=st.integers(1, 4), width=st.integers(1, 4))
-def test_soft_iou_is_what_its_formula_says(seed: int, batch: int, classes: int, height: int, width: int) -> None:
+def test_soft_iou_formula(seed: int, batch: int, classes: int, height: int, width: int) -> None:
     scores, target = example(seed, batch, classes, height, width)
     loss = float(soft_iou_loss(scores, target))
     assert loss == pytest.approx(naive_soft_iou(scores, target), abs=1e-5)
     assert 0 <= loss <= 1
 
 
-def test_cross_entropy_is_the_mean_over_the_pixels_that_count() -> None:
+def test_cross_entropy_mean() -> None:
     scores, target = example(1)
     counted = target != IGNORED
     naive = [-math.log(float(scores.softmax(1)[b, target[b, y, x], y, x])) for b, y, x in counted.nonzero().tolist()]
@@ -59,7 +59,7 @@ def test_cross_entropy_is_the_mean_over_the_pixels_that_count() -> None:
 
 
 def plain_loss(scores: torch.Tensor, target: torch.Tensor, overlap: float) -> torch.Tensor:
-    """The same by PyTorch's own operations, whose gradient is its own, too."""
+    """The loss by PyTorch's operations and autograd."""
     counted = (target != IGNORED).unsqueeze(1)
     p = scores.softmax(1) * counted
     truth = F.one_hot(target.masked_fill(target == IGNORED, 0), scores.shape[1]).permute(0, 3, 1, 2) * counted
@@ -72,7 +72,7 @@ def plain_loss(scores: torch.Tensor, target: torch.Tensor, overlap: float) -> to
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
 @pytest.mark.parametrize("overlap", [0.0, 1.0, 2.5])
 @pytest.mark.parametrize("seed", range(3))
-def test_the_gradient_is_that_of_plain_operations(seed: int, overlap: float, layout: torch.memory_format) -> None:
+def test_gradient_against_autograd(seed: int, overlap: float, layout: torch.memory_format) -> None:
     scores, target = example(seed, batch=3, classes=5, height=6, width=7)
     target[target == 4] = 1  # a class that is absent
     one, other = (scores.double().to(memory_format=layout).requires_grad_() for _ in range(2))
@@ -83,7 +83,7 @@ def test_the_gradient_is_that_of_plain_operations(seed: int, overlap: float, lay
     torch.testing.assert_close(one.grad, other.grad)
 
 
-def test_sums_over_many_pixels_are_exact_enough() -> None:
+def test_sums_over_many_pixels() -> None:
     target = torch.zeros(1, 2048, 2048, dtype=torch.long)
     target[:, :100] = 1
     scores = torch.zeros(1, 2, 2048, 2048)
@@ -95,14 +95,14 @@ def test_sums_over_many_pixels_are_exact_enough() -> None:
     assert float(soft_iou_loss(scores, target)) == pytest.approx(sum(expected) / 2, abs=2e-6)
 
 
-def test_a_second_derivative_is_refused() -> None:
+def test_second_derivative() -> None:
     scores, target = example(6)
     (gradient,) = torch.autograd.grad(segment_loss(scores.requires_grad_(), target, 1).square(), scores, create_graph=True)
     with pytest.raises(RuntimeError, match="once_differentiable"):
         gradient.sum().backward()
 
 
-def test_ignored_pixels_change_neither_value_nor_gradient() -> None:
+def test_ignored_pixels() -> None:
     scores, target = example(2)
     ignored = (target == IGNORED).unsqueeze(1).expand_as(scores)
     assert 0 < ignored.sum() < ignored.numel()
@@ -118,7 +118,7 @@ def test_ignored_pixels_change_neither_value_nor_gradient() -> None:
     assert torch.equal(results[0][1], results[1][1])
 
 
-def test_a_batch_without_a_pixel_that_counts_gives_zero_and_moves_nothing() -> None:
+def test_no_pixel_that_counts() -> None:
     scores = torch.randn(2, 3, 4, 4, requires_grad=True)
     loss = segment_loss(scores, torch.full((2, 4, 4), IGNORED), 1)
     (gradient,) = torch.autograd.grad(loss, scores)
@@ -126,18 +126,18 @@ def test_a_batch_without_a_pixel_that_counts_gives_zero_and_moves_nothing() -> N
     assert not gradient.any()  # NaN would be true here
 
 
-def test_a_rare_class_has_the_say_of_a_common_one() -> None:
-    """Of 1000 pixels 40 are class 1: missing it wholly costs the overlap loss half, the cross-entropy a twenty-fifth."""
+def test_weight_of_a_rare_class() -> None:
+    """40 of 1000 pixels are class 1: without them the overlap loss is a half, the cross-entropy a twenty-fifth."""
     target = torch.zeros(1, 10, 100, dtype=torch.long)
     target[0, 0, :40] = 1
     missed = torch.zeros(1, 2, 10, 100)
     missed[:, 0] = 20
     assert float(soft_iou_loss(missed, target)) == pytest.approx(0.5 * (1 - 1 / 41) + 0.5 * (1 - 961 / 1001), abs=1e-4)
-    found = 20 * F.one_hot(target, 2).permute(0, 3, 1, 2).float()
-    assert float(soft_iou_loss(found, target)) < 1e-4
+    right = 20 * F.one_hot(target, 2).permute(0, 3, 1, 2).float()
+    assert float(soft_iou_loss(right, target)) < 1e-4
 
 
-def test_a_class_that_is_absent_does_not_count() -> None:
+def test_absent_class() -> None:
     scores, target = example(3, classes=3)
     target[target == 2] = 0
     alone = naive_soft_iou(scores, target)
@@ -148,7 +148,7 @@ def test_a_class_that_is_absent_does_not_count() -> None:
 
 
 @pytest.mark.parametrize("overlap", [0.0, 1.0])
-def test_the_gradient_pushes_the_right_score_up(overlap: float) -> None:
+def test_gradient_direction(overlap: float) -> None:
     scores, target = example(4)
     scores.requires_grad_()
     (gradient,) = torch.autograd.grad(segment_loss(scores, target, overlap), scores)
@@ -158,7 +158,7 @@ def test_the_gradient_pushes_the_right_score_up(overlap: float) -> None:
         assert int(gradient[b, :, y, x].argmin()) == right
 
 
-def test_descent_learns_a_map() -> None:
+def test_descent() -> None:
     scores, target = example(5)
     scores.requires_grad_()
     optimizer = torch.optim.SGD([scores], lr=5.0)
@@ -172,7 +172,7 @@ def test_descent_learns_a_map() -> None:
     assert float(segment_loss(scores.detach(), target, 1)) < first / 5
 
 
-def test_a_task_has_its_loss_in_fp32() -> None:
+def test_task_losses() -> None:
     scores, target = example(6)
     loss = task_loss("segment", scores.bfloat16(), target, overlap=1)
     assert loss.dtype == torch.float32
@@ -184,36 +184,36 @@ def test_a_task_has_its_loss_in_fp32() -> None:
 
 
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
-def test_the_distance_to_a_teacher_is_the_divergence_and_so_is_its_gradient(layout: torch.memory_format) -> None:
-    scores, wanted = (torch.randn(2, 5, 6, 7, generator=torch.Generator().manual_seed(n)).to(memory_format=layout) for n in (0, 1))
+def test_distillation_against_kl_divergence(layout: torch.memory_format) -> None:
+    scores, target = (torch.randn(2, 5, 6, 7, generator=torch.Generator().manual_seed(n)).to(memory_format=layout) for n in (0, 1))
     one, other = scores.clone().requires_grad_(), scores.double().requires_grad_()
-    loss = distillation_loss("segment", one, wanted)
-    expected = F.kl_div(other.log_softmax(1), wanted.double().softmax(1), reduction="sum") / (2 * 6 * 7)
+    loss = distillation_loss("segment", one, target)
+    expected = F.kl_div(other.log_softmax(1), target.double().softmax(1), reduction="sum") / (2 * 6 * 7)
     assert loss.item() == pytest.approx(expected.item(), rel=1e-5)
     (3 * loss).backward()
     (3 * expected).backward()
     torch.testing.assert_close(one.grad, other.grad.float() if other.grad is not None else None)
 
 
-def test_a_teacher_has_no_say_where_labels_are_ignored() -> None:
+def test_distillation_ignored_pixels() -> None:
     generator = torch.Generator().manual_seed(0)
-    scores, wanted, target = *(torch.randn(2, 5, 6, 7, generator=generator) for _ in range(2)), torch.zeros(2, 6, 7, dtype=torch.long)
-    torch.testing.assert_close(distillation_loss("segment", scores, wanted, target), distillation_loss("segment", scores, wanted))
+    scores, expected, target = *(torch.randn(2, 5, 6, 7, generator=generator) for _ in range(2)), torch.zeros(2, 6, 7, dtype=torch.long)
+    torch.testing.assert_close(distillation_loss("segment", scores, expected, target), distillation_loss("segment", scores, expected))
     target[:, :4] = IGNORED
     scores.requires_grad_()
-    loss = distillation_loss("segment", scores, wanted, target)
-    torch.testing.assert_close(loss, distillation_loss("segment", scores[:, :, 4:], wanted[:, :, 4:]))
+    loss = distillation_loss("segment", scores, expected, target)
+    torch.testing.assert_close(loss, distillation_loss("segment", scores[:, :, 4:], expected[:, :, 4:]))
     (gradient,) = torch.autograd.grad(loss, scores)
     assert not gradient[:, :, :4].any() and gradient[:, :, 4:].all()
-    assert distillation_loss("segment", scores, wanted, torch.full_like(target, IGNORED)).item() == 0
+    assert distillation_loss("segment", scores, expected, torch.full_like(target, IGNORED)).item() == 0
 
 
-def test_one_s_own_answers_are_at_no_distance() -> None:
+def test_distillation_of_equal_answers() -> None:
     scores = torch.randn(3, 4, requires_grad=True)
     loss = distillation_loss("classify", scores, scores.detach())
     (gradient,) = torch.autograd.grad(loss, scores)
     assert loss.item() == pytest.approx(0, abs=1e-6) and gradient.abs().max() < 1e-6
 
 
-def test_a_picture_s_distance_is_squared_and_in_units_of_64_levels() -> None:
+def test_distillation_of_restoration() -> None:
     assert float(distillation_loss("restore", torch.full((1, 3, 2, 2), 96.0), torch.full((1, 3, 2, 2), 32.0))) == 1.0

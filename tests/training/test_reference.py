@@ -1,4 +1,4 @@
-"""docs/recipe.md says what the models say that check a recipe."""
+"""docs/recipe.md against the models that check a recipe."""
 
 from __future__ import annotations
 
@@ -24,25 +24,25 @@ PARTS: tuple[type[BaseModel], ...] = (
 )
 
 
-def test_the_page_is_up_to_date() -> None:
-    made = recipe_reference()
-    assert PAGE.read_text(encoding="utf-8") == made, "write it anew: python -m muntin.training.reference > docs/recipe.md"
+def test_page_is_current() -> None:
+    page = recipe_reference()
+    assert PAGE.read_text(encoding="utf-8") == page, "write it anew: python -m muntin.training.reference > docs/recipe.md"
 
 
-def test_the_command_writes_the_page() -> None:
+def test_command() -> None:
     done = subprocess.run([sys.executable, "-m", "muntin.training.reference"], capture_output=True, text=True, check=True)
     assert (done.stdout, done.stderr) == (recipe_reference(), "")
 
 
-def test_every_key_is_there_and_explained() -> None:
+def test_every_key_is_explained() -> None:
     rows = [line.split(" | ") for line in recipe_reference().splitlines() if line.startswith("| `")]
-    told = {row[0].removeprefix("| ").strip("`") for row in rows}
+    notes = {row[0].removeprefix("| ").strip("`") for row in rows}
     fixed = {"task", "classes", "channels", "scale"}  # of a model: the recipe says them elsewhere
-    assert told >= {key for part in PARTS for key in part.model_fields} | (set(ModelConfig.model_fields) - fixed)
+    assert notes >= {key for part in PARTS for key in part.model_fields} | (set(ModelConfig.model_fields) - fixed)
     assert not [row for row in rows if len(row) != 4 or len(row[3].rstrip(" |")) < 5]
 
 
-def test_ranges_and_defaults_are_those_that_are_checked() -> None:
+def test_ranges_and_defaults() -> None:
     page = recipe_reference()
     assert re.search(r"\| `learning_rate` \| number above 0 to 1 \| `0\.004` \|", page)
     assert re.search(r"\| `warmup` \| number from 0 below 1 \| `0\.08` \|", page)

@@ -22,7 +22,7 @@ FP32 = resolve_precision("fp32", "cpu", begun=None)
 
 
 @pytest.mark.parametrize("make", [lambda: nn.BatchNorm2d(3, momentum=0.01), lambda: nn.BatchNorm2d(3, momentum=None), lambda: MapNorm(3)])
-def test_the_statistics_are_the_plain_average_over_all_batches(make: Any) -> None:
+def test_average_over_batches(make: Any) -> None:
     torch.manual_seed(0)
     norm = make()
     model = nn.Sequential(norm, nn.Dropout(0.5)).eval()
@@ -35,7 +35,7 @@ def test_the_statistics_are_the_plain_average_over_all_batches(make: Any) -> Non
     assert (norm.momentum, norm.training, model[1].training) == (momentum, False, False)
 
 
-def test_what_fails_on_the_way_leaves_the_norms_as_they_were_set() -> None:
+def test_norms_restored_after_an_error() -> None:
     norm = nn.BatchNorm2d(3, momentum=0.01)
     model = nn.Sequential(norm).eval()
     with pytest.raises(RuntimeError, match="running_mean should contain 4"):
@@ -43,13 +43,13 @@ def test_what_fails_on_the_way_leaves_the_norms_as_they_were_set() -> None:
     assert (norm.momentum, norm.training) == (0.01, False)
 
 
-def test_a_model_without_norms_has_none() -> None:
+def test_has_statistics() -> None:
     assert has_statistics(nn.Sequential(nn.BatchNorm1d(2)))
     assert not has_statistics(nn.Sequential(nn.LayerNorm(2), nn.BatchNorm1d(2, track_running_stats=False)))
 
 
 class Frozen(nn.Sequential):
-    """A norm of the first stages as it was trained elsewhere, whatever mode the rest is in."""
+    """A model whose first norm stays in `eval` mode."""
 
     def train(self, mode: bool = True) -> Frozen:
         super().train(mode)
@@ -57,7 +57,7 @@ class Frozen(nn.Sequential):
         return self
 
 
-def test_frozen_norms_keep_their_statistics() -> None:
+def test_frozen_norms() -> None:
     model = Frozen(nn.BatchNorm2d(3), FrozenBatchNorm2d(3), nn.BatchNorm2d(3)).eval()
     before = copy.deepcopy(model.state_dict())
     renew_statistics(model, [torch.rand(GROUP, 3, 6, 5) * 255], FP32)
@@ -69,13 +69,13 @@ def test_frozen_norms_keep_their_statistics() -> None:
 
 
 def slow_norms(*, task: str, classes: int, channels: int) -> nn.Module:
-    """Norms that take in a thousandth of a batch, as EfficientNets of some packages do a hundredth."""
+    """A model whose norm has a momentum of 0.001."""
     return nn.Sequential(nn.Conv2d(channels, 8, 3, padding=1), nn.BatchNorm2d(8, momentum=1e-3), nn.ReLU(), nn.Conv2d(8, classes, 1))
 
 
 @pytest.mark.parametrize("steps", [3, 30])
-def test_a_short_training_of_slow_norms_is_kept_with_statistics_of_its_pixels(tiny: Any, tmp_path: Path, steps: int) -> None:
-    """To its end, or to Ctrl-C before any validation."""
+def test_short_training(tiny: Any, tmp_path: Path, steps: int) -> None:
+    """A complete run, and one interrupted before the first validation."""
     options = [f"training.steps={steps}", "training.validate_every=100", "training.checkpoint_every=100", "model.options={}"]
     recipe = load_recipe(tiny.recipe, [*options, f"model.name={__name__}:slow_norms"])
 
@@ -103,7 +103,7 @@ class Twice(nn.Module):
 
 
 class Past(nn.Module):
-    """Calls its norm past its hooks."""
+    """Calls its norm without hooks."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -113,14 +113,14 @@ class Past(nn.Module):
         return self.norm.forward(x)
 
 
-def test_a_norm_that_is_called_past_its_hooks_is_renewed_too() -> None:
+def test_norm_called_without_hooks() -> None:
     model = Past().eval()
     renew_statistics(model, [torch.full((4, 1, 2, 2), 100.0)] * 4, FP32)
     assert model.norm.running_mean is not None and model.norm.running_mean.item() == pytest.approx(100, rel=1e-5)
 
 
 @pytest.mark.parametrize("batches", [1, 3])
-def test_a_norm_that_is_called_twice_takes_the_mean_of_both(batches: int) -> None:
+def test_norm_called_twice(batches: int) -> None:
     model = Twice().eval()
     renew_statistics(model, [torch.zeros(4, 1, 2, 2)] * batches, FP32)
     assert model.norm.running_mean is not None

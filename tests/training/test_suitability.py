@@ -1,4 +1,4 @@
-"""Models that do not suit their recipe are refused before anything is trained, with what to do."""
+"""Checks of a model before training."""
 
 from __future__ import annotations
 
@@ -16,21 +16,22 @@ from torch import Tensor, nn
 from muntin.artifact import ClassInfo
 from muntin.errors import MuntinError, RecipeError
 from muntin.models import create_model
-from muntin.training.checkpoint import new_model
 from muntin.training.loop import fit
+from muntin.training.precision import TrainingPrecision, resolve_precision
 from muntin.training.recipe import load_recipe, parse_recipe
-from muntin.training.suitability import check_model, check_reading
+from muntin.training.suitability import check_maps, check_model, check_reading
+from muntin.training.weights import new_model
 
 TWO = (ClassInfo(name="a", color=(0, 0, 0)), ClassInfo(name="b", color=(9, 9, 9)))
 
 
-def told(error: pytest.ExceptionInfo[MuntinError]) -> str:
+def one_line(error: pytest.ExceptionInfo[MuntinError]) -> str:
     assert "\n" not in str(error.value)
     return str(error.value)
 
 
 class Own(nn.Module):
-    """A factory's model: a layer, and what is done with its answer."""
+    """A layer, and a function of its answer."""
 
     def __init__(self, layer: nn.Module, answer: Callable[..., Any]) -> None:
         super().__init__()
@@ -79,19 +80,19 @@ def only_of(side: int) -> Callable[[Own, Tensor, Tensor], Tensor]:
         (only_of(64), r"data\.crop 16: 'own:make' takes pictures of another size \(64 only\): set data\.crop to 64, which it takes"),
         (
             lambda m, x, y: torch.cat([y, x.flatten(1)]),
-            r"'own:make' fails on pixels of shape \(1, 3, 16, 16\) \(Tensors must .*\), and on other sizes too: mend its forward",
+            r"'own:make' fails on pixels of shape \(1, 3, 16, 16\) \(Tensors must .*\), and on other sizes too: fix its forward",
         ),
         (only_of(16), r"takes no 17 x 25 \(16 only\), .*: let its forward take them"),
     ],
 )
-def test_a_model_that_does_not_answer_as_its_task_asks_is_told_before(answer: Any, message: str) -> None:
+def test_wrong_answers(answer: Any, message: str) -> None:
     recipe = parse_recipe({"data": {"crop": 16}, "model": {"name": "own:make"}}, where="test")
     with pytest.raises(RecipeError, match=message) as error:
         check_model(Own(nn.Conv2d(3, 2, 3, padding=1), answer), recipe, TWO)
-    told(error)
+    one_line(error)
 
 
-def test_a_want_of_memory_is_no_refusal_of_a_size() -> None:
+def test_out_of_memory() -> None:
     recipe = parse_recipe({"data": {"crop": 16}, "model": {"name": "own:make"}}, where="test")
     greedy = Own(nn.Conv2d(3, 2, 1), lambda m, x, y: torch.empty(1 << 60, dtype=torch.uint8))
     with pytest.raises(RuntimeError, match="you tried to allocate"):
@@ -99,7 +100,7 @@ def test_a_want_of_memory_is_no_refusal_of_a_size() -> None:
 
 
 @pytest.mark.filterwarnings("ignore:`torch.nn.utils.weight_norm` is deprecated", "ignore:Lazy modules")
-def test_what_a_model_makes_at_its_first_call_is_there_before_it_is_trained() -> None:
+def test_lazy_parameters() -> None:
     recipe = parse_recipe({"data": {"crop": 16}, "model": {"name": "own:make"}}, where="test")
     lazy = Own(nn.LazyConv2d(2, 1), lambda m, x, y: y)
     assert check_model(lazy, recipe, TWO) == () and lazy.training
@@ -114,7 +115,7 @@ def test_what_a_model_makes_at_its_first_call_is_there_before_it_is_trained() ->
 
 
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")
-def test_what_was_scripted_is_trained_and_noted() -> None:
+def test_scripted_parts() -> None:
     recipe = parse_recipe({"data": {"crop": 16}, "model": {"name": "own:make"}}, where="test")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", DeprecationWarning)
@@ -123,29 +124,29 @@ def test_what_was_scripted_is_trained_and_noted() -> None:
     assert note.startswith("'own:make' is trained, and cannot be compressed: 'layer', a part of the model, is TorchScript")
 
 
-def test_a_model_with_nothing_to_train_is_told() -> None:
+def test_nothing_to_train() -> None:
     recipe = parse_recipe({"data": {"crop": 16}, "model": {"name": "own:make"}}, where="test")
     frozen = Own(nn.Conv2d(3, 2, 1), lambda m, x, y: y).requires_grad_(False)
     with pytest.raises(RecipeError, match=r"'own:make' has no parameter that can be trained: call requires_grad_\(\) on what is to learn"):
         check_model(frozen, recipe, TWO)
     detached = Own(nn.Conv2d(3, 2, 1), lambda m, x, y: y.detach())
-    with pytest.raises(RecipeError, match=r"the answer of 'own:make' hangs on none of its trainable parameters: leave out detach\(\)"):
+    with pytest.raises(RecipeError, match=r"the answer of 'own:make' depends on none of its trainable parameters: leave out detach\(\)"):
         check_model(detached, recipe, TWO)
     half = Own(nn.Sequential(nn.Conv2d(3, 2, 1).requires_grad_(False), nn.Conv2d(2, 2, 1)), lambda m, x, y: y)
     assert check_model(half, recipe, TWO) == () and half.layer[1].weight.grad is None
 
 
-def test_crops_of_a_size_that_the_model_does_not_take_are_told() -> None:
+def test_crop_size() -> None:
     name = "timm:vit_tiny_patch16_224"
     recipe = parse_recipe({"task": "classify", "data": {"crop": 32}, "model": {"name": name}}, where="test")
     with pytest.raises(
         RecipeError, match=rf"data\.crop 32: '{name}' takes pictures of another size \(.*224.*\): set data\.crop to 224"
     ) as error:
         check_model(create_model(name, task="classify", classes=2), recipe, TWO)
-    told(error)
+    one_line(error)
 
 
-def test_a_model_that_can_be_trained_and_not_exported_is_noted_before() -> None:
+def test_model_that_cannot_be_exported() -> None:
     fixed, free = "timm:vit_tiny_patch16_224", "timm:mobilenetv3_small_050"
     for name, crop in ((fixed, 224), (free, 32)):
         recipe = parse_recipe({"task": "classify", "data": {"crop": crop}, "model": {"name": name}}, where="test")
@@ -156,13 +157,13 @@ def test_a_model_that_can_be_trained_and_not_exported_is_noted_before() -> None:
 
 
 @pytest.mark.parametrize("name", ["torchvision:alexnet", "timm:coatnet_0_rw_224"])
-def test_crops_that_a_model_fails_on_are_told(name: str) -> None:
+def test_failing_crop(name: str) -> None:
     recipe = parse_recipe({"task": "classify", "data": {"crop": 32}, "model": {"name": name}}, where="test")
     with pytest.raises(
         RecipeError, match=rf"data\.crop 32: '{name}' takes pictures of another size \(.+\): set data\.crop to \d+, which"
     ) as error:
         check_model(create_model(name, task="classify", classes=2), recipe, TWO)
-    told(error)
+    one_line(error)
 
 
 def unreadable_at_first_call(model: Own, x: Tensor, y: Tensor) -> Tensor:
@@ -191,7 +192,7 @@ class Extra(nn.Conv2d):
 
 
 class Scaled(nn.Conv2d):
-    """By what it has drawn, and keeps in no checkpoint."""
+    """Multiplies by a random number that is in no checkpoint."""
 
     def __init__(self, *arguments: Any) -> None:
         super().__init__(*arguments)
@@ -235,22 +236,22 @@ for kind in MADE:  # a factory each, as recipes name them
             "extra",
             r"has a dict in its state \(layer\._extra_state\), and a checkpoint holds tensors: keep it in a buffer, or have no get_extra",
         ),
-        ("scaled", r"answers otherwise when it was read from its own checkpoint: its factory has to make the same model each time"),
+        ("scaled", r"answers differently after it was read from its own checkpoint: its factory has to make the same model each time"),
     ],
 )
-def test_a_model_that_its_checkpoint_does_not_give_back_is_told_before(kind: str, message: str) -> None:
+def test_state_that_does_not_restore(kind: str, message: str) -> None:
     recipe = parse_recipe({"data": {"crop": 16}, "model": {"name": f"{__name__}:make_{kind}"}}, where="test")
     torch.manual_seed(0)
     model = new_model(recipe, TWO)
     check_model(model, recipe, TWO)
     with pytest.raises(RecipeError, match=message) as error:
         check_reading(model, recipe, TWO)
-    told(error)
+    one_line(error)
 
 
 @pytest.mark.filterwarnings("ignore:Lazy modules")
 @pytest.mark.parametrize("kind", ["keeping", "lazy"])
-def test_what_a_model_makes_at_its_first_call_is_read_from_its_checkpoint(kind: str) -> None:
+def test_lazy_parameters_restore(kind: str) -> None:
     recipe = parse_recipe({"data": {"crop": 16}, "model": {"name": f"{__name__}:make_{kind}"}}, where="test")
     model = new_model(recipe, TWO)
     check_model(model, recipe, TWO)
@@ -261,7 +262,7 @@ def test_what_a_model_makes_at_its_first_call_is_read_from_its_checkpoint(kind: 
 
 
 def deep(*, task: str, classes: int, channels: int) -> nn.Module:
-    """A kernel over bands and space."""
+    """A model with a Conv3d."""
 
     class Deep(nn.Module):
         def __init__(self) -> None:
@@ -275,6 +276,59 @@ def deep(*, task: str, classes: int, channels: int) -> nn.Module:
     return Deep()
 
 
-def test_a_kernel_of_three_dimensions_is_trained(tiny: Any, tmp_path: Path) -> None:
+def test_three_dimensional_kernel(tiny: Any, tmp_path: Path) -> None:
     recipe = load_recipe(tiny.recipe, ["training.steps=2", f"model.name={__name__}:deep", "model.options={}"])
     assert fit(recipe, root=tiny.root, directory=tmp_path / "run").step == 2
+
+
+# Gradients in BF16
+
+
+BF16 = TrainingPrecision(name="bf16", device="cpu", dtype=torch.bfloat16, reason="for this test")
+
+
+def test_kernel_larger_than_its_map() -> None:
+    model = create_model("hybrid-xs", task="classify").train()
+    precision = check_maps(model, BF16, crop=16, channels=3, requested="auto")
+    assert (precision.name, precision.dtype) == ("fp32", None)
+    assert precision.reason.startswith("at data.crop 16 the 3x3 convolution ") and "sees maps of 1x1, where" in precision.reason
+    assert check_maps(model, BF16, crop=32, channels=3, requested="auto") is BF16
+    assert model.training
+    with pytest.raises(
+        RecipeError, match=r"^training\.precision bf16: at data\.crop 16 the 3x3 .*: write auto or fp32, or take larger crops$"
+    ):
+        check_maps(model, BF16, crop=16, channels=3, requested="bf16")
+
+
+def test_call_by_keyword() -> None:
+    class ByKeyword(nn.Conv2d):
+        def __call__(self, x: torch.Tensor) -> torch.Tensor:
+            out: torch.Tensor = super().__call__(input=x)
+            return out
+
+    assert check_maps(ByKeyword(3, 4, 3, padding=8, dilation=8), BF16, crop=8, channels=3, requested="auto").name == "fp32"
+
+
+def test_dilation_and_other_types() -> None:
+    wide = nn.Conv2d(3, 4, 3, padding=8, dilation=8)
+    assert check_maps(wide, BF16, crop=8, channels=3, requested="auto").name == "fp32"
+    assert check_maps(wide, BF16, crop=9, channels=3, requested="auto") is BF16
+    fp32 = resolve_precision("fp32", "cpu")
+    assert check_maps(wide, fp32, crop=16, channels=3, requested="fp32") is fp32
+
+
+def test_gradients_on_small_maps() -> None:
+    """In BF16 the gradients of this model differ from call to call, or are NaN."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(3, 32, 1), nn.Conv2d(32, 32, 3, 2, 1))
+    images = torch.randn(4, 3, 1, 1)
+    precision = check_maps(model, BF16, crop=1, channels=3, requested="auto")
+    expected = torch.autograd.grad(model.double()(images.double()).sum(), list(model.parameters()))
+    model.float()
+    for _ in range(8):
+        dirt = [torch.full((size,), torch.nan) for size in (1024, 4096, 16384, 65536) * 4]
+        del dirt
+        with precision.autocast():
+            loss = model(images).float().sum()
+        for gradient, reference in zip(torch.autograd.grad(loss, list(model.parameters())), expected, strict=True):
+            torch.testing.assert_close(gradient.double(), reference, rtol=1e-4, atol=1e-5)

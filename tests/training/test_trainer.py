@@ -11,9 +11,8 @@ from torch import Tensor, nn
 from muntin.runtime.images import IGNORED
 from muntin.training.config import TrainingConfig
 from muntin.training.loss import distillation_loss, task_loss
-from muntin.training.precision import Precision, resolve_precision
-from muntin.training.schedule import learning_rate
-from muntin.training.trainer import LEFT_OUT, DivergedError, Trainer
+from muntin.training.precision import TrainingPrecision, resolve_precision
+from muntin.training.trainer import SKIPPED_STEPS, DivergedError, Trainer, WeightAverage
 
 
 def crops() -> tuple[Tensor, Tensor]:
@@ -32,7 +31,7 @@ class Asked(nn.Conv2d):
 
 
 @pytest.mark.parametrize(("weight", "calls"), [(0.0, 0), (0.5, 1)])
-def test_a_teacher_without_weight_is_not_asked(weight: float, calls: int) -> None:
+def test_teacher_without_weight(weight: float, calls: int) -> None:
     teacher = Asked(3, 3, 1)
     trainer = Trainer(
         Asked(3, 3, 1), TrainingConfig(), task="segment", precision=resolve_precision("fp32", "cpu"), teacher=teacher, distillation=weight
@@ -42,19 +41,19 @@ def test_a_teacher_without_weight_is_not_asked(weight: float, calls: int) -> Non
 
 
 @pytest.mark.parametrize(("weight", "overlap"), [(0.0, 0.0), (0.5, 0.7), (2.0, 0.0)])
-def test_the_loss_is_made_of_labels_overlap_and_teacher(weight: float, overlap: float) -> None:
+def test_loss_terms(weight: float, overlap: float) -> None:
     images, target = crops()
     model, teacher = Asked(3, 3, 1), Asked(3, 3, 1)
-    scores, wanted = model(images).detach(), teacher(images).detach()
+    scores, expected = model(images).detach(), teacher(images).detach()
     config = TrainingConfig(overlap_loss=overlap)
     trainer = Trainer(model, config, task="segment", precision=resolve_precision("fp32", "cpu"), teacher=teacher, distillation=weight)
-    due = task_loss("segment", scores, target, overlap=overlap) + weight * distillation_loss("segment", scores, wanted, target)
-    assert trainer.update(0, images, target, done=0.5) == pytest.approx(float(due), rel=1e-5)
-    assert weight == 0 or distillation_loss("segment", scores, wanted, target) > 0.01
+    reference = task_loss("segment", scores, target, overlap=overlap) + weight * distillation_loss("segment", scores, expected, target)
+    assert trainer.update(0, images, target, done=0.5) == pytest.approx(float(reference), rel=1e-5)
+    assert weight == 0 or distillation_loss("segment", scores, expected, target) > 0.01
     assert overlap == 0 or task_loss("segment", scores, target, overlap=0) < task_loss("segment", scores, target, overlap=overlap)
 
 
-def test_a_step_computes_in_the_precision_that_was_asked_for() -> None:
+def test_precision_of_a_step() -> None:
     seen = []
 
     class Watched(Asked):
@@ -64,19 +63,19 @@ def test_a_step_computes_in_the_precision_that_was_asked_for() -> None:
             return y
 
     for name, dtype in (("fp32", None), ("bf16", torch.bfloat16)):
-        precision = Precision(name=name, device="cpu", dtype=dtype, reason="")  # type: ignore[arg-type]
+        precision = TrainingPrecision(name=name, device="cpu", dtype=dtype, reason="")  # type: ignore[arg-type]
         Trainer(Watched(3, 3, 1), TrainingConfig(), task="segment", precision=precision).update(0, *crops(), done=0.5)
     assert seen == [torch.float32, torch.bfloat16]
 
 
-def test_the_rate_falls_for_every_parameter_and_gradients_are_clipped(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_learning_rate_and_clipping(monkeypatch: pytest.MonkeyPatch) -> None:
     clipped = []
     clip = nn.utils.clip_grad_norm_
 
     def watch(parameters: Any, most: float) -> Tensor:
-        found = list(parameters)
-        length = clip(found, most)
-        clipped.append((most, float(torch.stack([p.grad.norm() for p in found]).norm())))
+        listed = list(parameters)
+        length = clip(listed, most)
+        clipped.append((most, float(torch.stack([p.grad.norm() for p in listed]).norm())))
         return length
 
     monkeypatch.setattr(nn.utils, "clip_grad_norm_", watch)
@@ -86,11 +85,11 @@ def test_the_rate_falls_for_every_parameter_and_gradients_are_clipped(monkeypatc
     for done in (0.01, 0.5, 0.99):
         trainer.update(0, *crops(), done=done)
         assert len(trainer.optimizer.param_groups) > 1
-        assert {group["lr"] for group in trainer.optimizer.param_groups} == {learning_rate(done, config)}
+        assert {group["lr"] for group in trainer.optimizer.param_groups} == {config.rate_at(done)}
     assert all(most == 1e-3 and length <= 1.001e-3 for most, length in clipped)
 
 
-def test_a_teacher_says_nothing_of_what_is_ignored() -> None:
+def test_teacher_on_ignored_pixels() -> None:
     images, target = crops()
     target[:] = IGNORED
     trainer = Trainer(Asked(3, 3, 1), TrainingConfig(), task="segment", precision=resolve_precision("fp32", "cpu"), teacher=Asked(3, 3, 1))
@@ -98,7 +97,7 @@ def test_a_teacher_says_nothing_of_what_is_ignored() -> None:
 
 
 class Steep(nn.Conv2d):
-    """Its gradient is infinite while `steep`, and its answer a number."""
+    """Has a finite answer, and an infinite gradient while `steep`."""
 
     steep = True
 
@@ -108,20 +107,132 @@ class Steep(nn.Conv2d):
         return y
 
 
-def test_fp16_leaves_steps_out_but_not_for_ever() -> None:
-    """The loss scale and its counter as on a GPU: CPUs have both."""
+def test_fp16_skipped_steps() -> None:
+    """The loss scaler works on CPUs too."""
     model = Steep(3, 3, 1)
-    fp16 = Precision(name="fp16", device="cpu", dtype=torch.float16, reason="")
+    fp16 = TrainingPrecision(name="fp16", device="cpu", dtype=torch.float16, reason="")
     trainer = Trainer(model, TrainingConfig(), task="segment", precision=fp16)
     before = model.weight.detach().clone()
-    for step in range(LEFT_OUT):
+    for step in range(SKIPPED_STEPS):
         trainer.update(step, *crops(), done=0.5)
-    assert torch.equal(model.weight, before) and trainer.scaler.get_scale() == 2.0**16 / 2**LEFT_OUT
+    assert torch.equal(model.weight, before) and trainer.scaler.get_scale() == 2.0**16 / 2**SKIPPED_STEPS
     model.steep = False
-    trainer.update(LEFT_OUT, *crops(), done=0.5)
+    trainer.update(SKIPPED_STEPS, *crops(), done=0.5)
     assert not torch.equal(model.weight, before)
     model.steep = True
-    for step in range(LEFT_OUT):
+    for step in range(SKIPPED_STEPS):
         trainer.update(step, *crops(), done=0.5)
-    with pytest.raises(DivergedError, match=rf"gradient is (nan|inf) at step 21, and the loss [0-9.]+, as in the {LEFT_OUT} steps before"):
-        trainer.update(LEFT_OUT, *crops(), done=0.5)
+    with pytest.raises(
+        DivergedError, match=rf"gradient is (nan|inf) at step 21, and the loss [0-9.]+, as in the {SKIPPED_STEPS} steps before"
+    ):
+        trainer.update(SKIPPED_STEPS, *crops(), done=0.5)
+
+
+# Averaged weights
+
+
+class Counting(nn.Module):
+    """A parameter, a statistic and a counter."""
+
+    running_mean: torch.Tensor
+    mask: torch.Tensor
+    seen: torch.Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.zeros(3))
+        self.register_buffer("running_mean", torch.zeros(2))
+        self.register_buffer("mask", torch.tensor([0, -torch.inf]))
+        self.register_buffer("seen", torch.zeros((), dtype=torch.int64))
+
+    def set(self, value: float) -> None:
+        with torch.no_grad():
+            self.weight.fill_(value)
+            self.running_mean.fill_(10 * value)
+            self.seen.fill_(int(value))
+
+
+def test_average_formula() -> None:
+    model = Counting()
+    average = WeightAverage(model, 0.5)
+    expected = 0.0
+    for step, value in enumerate([4.0, -2.0, 7.0, 1.0, 3.0, 8.0, 8.0, 2.0, 5.0, 6.0, 0.0, 9.0]):
+        model.set(value)
+        average.update(model, step)
+        decay = min(0.5, (1 + step) / (10 + step))
+        expected = decay * expected + (1 - decay) * value
+        assert average.model.weight.tolist() == pytest.approx([expected] * 3, rel=1e-5)
+        assert average.model.running_mean.tolist() == pytest.approx([10 * expected] * 2, rel=1e-5)
+        assert torch.equal(average.model.mask, model.mask)  # neither averaged nor NaN
+    assert decay == 0.5  # the warm-up ended within the test
+
+
+def test_average_of_integers() -> None:
+    model = Counting()
+    model.table = torch.nn.Parameter(torch.arange(3), requires_grad=False)
+    average = WeightAverage(model, 0.99)
+    model.set(5)
+    model.table += 4
+    average.update(model, 0)
+    assert average.model.seen.item() == 5 and average.model.seen.dtype == torch.int64
+    assert torch.equal(average.model.table, torch.tensor([4, 5, 6])) and average.model.weight.tolist() == pytest.approx([4.5] * 3)
+
+
+def test_average_of_resized_buffers() -> None:
+    model = Counting()
+    average = WeightAverage(model, 0.5)
+    for size in (3, 4):
+        model.register_buffer("grid", torch.arange(float(size)), persistent=False)
+        model.mask = torch.full((size,), -torch.inf)
+        average.update(model, size)
+        assert torch.equal(average.model.grid, model.grid) and torch.equal(average.model.mask, model.mask)
+    assert "grid" not in average.model.state_dict() and average.model.grid.data_ptr() != model.grid.data_ptr()
+
+
+def test_average_without_decay() -> None:
+    model = Counting()
+    average = WeightAverage(model, 0)
+    model.set(3)
+    average.update(model, 1000)
+    assert torch.equal(average.model.weight, model.weight)
+    assert torch.equal(average.model.running_mean, model.running_mean)
+
+
+def test_average_is_a_copy() -> None:
+    model = nn.Sequential(nn.Conv2d(1, 2, 1), nn.BatchNorm2d(2))
+    average = WeightAverage(model, 0.9)
+    assert not average.model.training
+    assert not any(p.requires_grad for p in average.model.parameters())
+    before = average.model[0].weight.clone()
+    with torch.no_grad():
+        model[0].weight.add_(1)
+    assert torch.equal(average.model[0].weight, before)
+    assert model[0].weight.requires_grad
+    average.update(model, 0)
+    assert not torch.equal(average.model[0].weight, before)
+
+
+class Assigning(nn.Module):
+    """Assigns a buffer of the same shape in each forward pass."""
+
+    length: torch.Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(3))
+        self.register_buffer("length", torch.zeros(()))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        self.length = self.weight.detach().norm()
+        return x * self.weight / self.length
+
+
+def test_average_of_assigned_buffers() -> None:
+    model = Assigning()
+    average = WeightAverage(model, 0.5)
+    with torch.inference_mode():
+        average.model(torch.ones(3))
+    model(torch.ones(3))
+    average.update(model, 0)
+    assert torch.equal(average.model.length, model.length) and not average.model.length.is_inference()
+    assert "length" in average.model.state_dict()

@@ -19,7 +19,7 @@ from muntin.models import create_model
 from muntin.training.checkpoint import read_checkpoint
 from muntin.training.loop import fit
 from muntin.training.recipe import load_recipe
-from muntin.training.weights import begin_with
+from muntin.training.weights import load_initial_weights
 
 NAME = "torchvision:shufflenet_v2_x0_5"
 
@@ -38,40 +38,40 @@ def alike(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> list[
 
 
 @pytest.mark.parametrize("prefix", ["model.", "", "module.", "_orig_mod.module.", "module.model."])
-def test_tensors_are_found_by_the_names_that_packages_give_them(tmp_path: Path, prefix: str) -> None:
+def test_package_names(tmp_path: Path, prefix: str) -> None:
     trained, fresh = model(0), model(1)
     path = tmp_path / "weights.safetensors"
     save_file({prefix + key.removeprefix("model."): tensor for key, tensor in apart(trained.state_dict()).items()}, path)
-    notes = begin_with(fresh, path)
+    notes = load_initial_weights(fresh, path)
     own = trained.state_dict()
     assert alike(own, fresh.state_dict()) == list(own)
     assert notes == (f"weights.safetensors: {len(own)} of the model's {len(own)} tensors are from it",)
 
 
-def test_a_model_whose_pictures_are_padded_takes_the_names_of_its_package(tmp_path: Path) -> None:
+def test_padded_model_names(tmp_path: Path) -> None:
     trained = model(0)
     fresh = create_model(NAME, task="classify", classes=4, size_divisor=32)
     for prefix in ("model.model.", "model.", "", "module."):
         path = tmp_path / "weights.safetensors"
         save_file({prefix + key.removeprefix("model."): tensor for key, tensor in apart(trained.state_dict()).items()}, path)
-        begin_with(fresh, path)
+        load_initial_weights(fresh, path)
         assert all(torch.equal(tensor, fresh.state_dict()["model." + key]) for key, tensor in trained.state_dict().items())
 
 
-def test_models_that_look_at_the_version_of_their_weights_take_them(tmp_path: Path) -> None:
-    """MNASNet does, and a .safetensors file holds none."""
+def test_module_versions(tmp_path: Path) -> None:
+    """MNASNet does not load without module versions, which .safetensors files lack."""
     trained, fresh = (create_model("torchvision:mnasnet0_5", task="classify", classes=3) for _ in range(2))
     save_file(apart(trained.state_dict()), tmp_path / "weights.safetensors")
-    begin_with(fresh, tmp_path / "weights.safetensors")
+    load_initial_weights(fresh, tmp_path / "weights.safetensors")
     assert alike(trained.state_dict(), fresh.state_dict()) == list(trained.state_dict())
 
 
-def test_a_last_layer_for_other_classes_and_what_the_model_has_not_are_noted(tmp_path: Path) -> None:
+def test_other_classes_and_unknown_tensors(tmp_path: Path) -> None:
     trained, fresh = model(0, classes=10), model(1)
     before = apart(fresh.state_dict())
     path = tmp_path / "weights.safetensors"
     save_file(apart(trained.state_dict()) | {"auxiliary.weight": torch.ones(2)}, path)
-    notes = begin_with(fresh, path)
+    notes = load_initial_weights(fresh, path)
     kept = [
         key
         for key in before
@@ -81,7 +81,7 @@ def test_a_last_layer_for_other_classes_and_what_the_model_has_not_are_noted(tmp
     assert kept == ["model.fc.weight", "model.fc.bias"]
     assert all(torch.equal(before[key], fresh.state_dict()[key]) for key in kept)
     assert notes[0].startswith(f"weights.safetensors: {len(before) - 2} of the model's {len(before)} tensors")
-    assert notes[1].endswith("begun at random: model.fc.weight (10 for 4), model.fc.bias (10 for 4)")
+    assert notes[1].endswith("initialised at random: model.fc.weight (10 for 4), model.fc.bias (10 for 4)")
     assert notes[2].endswith("not in the model, left out: auxiliary.weight")
 
 
@@ -92,55 +92,55 @@ class Tied(nn.Module):
         self.again.weight = self.first.weight
 
 
-def test_weights_that_are_shared_may_be_there_by_one_name(tmp_path: Path) -> None:
-    """As safetensors itself writes them."""
+def test_shared_weights(tmp_path: Path) -> None:
+    """safetensors writes a shared weight once."""
     trained, fresh, path = Tied(3), Tied(3), tmp_path / "weights.safetensors"
     save_model(trained, str(path))
     with safe_open(path, framework="pt") as file:
         assert len(list(file.keys())) == 5
-    assert begin_with(fresh, path) == ("weights.safetensors: 6 of the model's 6 tensors are from it",)
+    assert load_initial_weights(fresh, path) == ("weights.safetensors: 6 of the model's 6 tensors are from it",)
     assert alike(trained.state_dict(), fresh.state_dict()) == list(trained.state_dict())
     save_file({"first.weight": torch.ones(6, 6)}, path)
     with pytest.raises(RecipeError, match=r"it lacks first\.bias, again\.bias, last\.weight and 1 more of"):
-        begin_with(fresh, path)
+        load_initial_weights(fresh, path)
 
 
-def test_weights_that_lack_something_or_fit_another_model_change_nothing(tmp_path: Path) -> None:
+def test_wrong_tensors(tmp_path: Path) -> None:
     fresh, path = model(1), tmp_path / "weights.safetensors"
     before, trained = apart(fresh.state_dict()), apart(model(0).state_dict())
     save_file({key: tensor for key, tensor in trained.items() if "conv1" not in key}, path)
     with pytest.raises(RecipeError, match=r"it lacks model\.conv1\.0\.weight, .* of the recipe's model, and holds model\."):
-        begin_with(fresh, path)
+        load_initial_weights(fresh, path)
     save_file(trained | {"model.conv1.0.weight": torch.ones(24, 3, 5, 5)}, path)
     with pytest.raises(RecipeError, match=r"model\.conv1\.0\.weight has the shape \(24, 3, 5, 5\), in the recipe's model \(24, 3, 3, 3\)"):
-        begin_with(fresh, path)
+        load_initial_weights(fresh, path)
     save_file(trained | {"conv1.0.weight": trained["model.conv1.0.weight"].clone()}, path)
     with pytest.raises(RecipeError, match="one name with and without a prefix"):
-        begin_with(fresh, path)
+        load_initial_weights(fresh, path)
     assert alike(before, fresh.state_dict()) == list(before)
 
 
-def test_files_that_are_none_are_named(tmp_path: Path) -> None:
+def test_wrong_files(tmp_path: Path) -> None:
     with pytest.raises(RecipeError, match=r"nowhere\.safetensors: there is no such file"):
-        begin_with(model(0), tmp_path / "nowhere.safetensors")
+        load_initial_weights(model(0), tmp_path / "nowhere.safetensors")
     (tmp_path / "torn.safetensors").write_bytes(b"\x08\x00\x00\x00\x00\x00\x00\x00{")
     with pytest.raises(RecipeError, match=r"torn\.safetensors: .*header"):
-        begin_with(model(0), tmp_path / "torn.safetensors")
+        load_initial_weights(model(0), tmp_path / "torn.safetensors")
 
 
-def test_a_pickle_is_refused_with_the_command_that_makes_weights_of_it(tmp_path: Path) -> None:
+def test_pickle(tmp_path: Path) -> None:
     trained = model(0)
     torch.save(trained.state_dict(), tmp_path / "best.pth")
     with pytest.raises(RecipeError, match="reads no pickles") as error:
-        begin_with(model(1), tmp_path / "best.pth")
+        load_initial_weights(model(1), tmp_path / "best.pth")
     command = shlex.split(str(error.value).partition("by: ")[2])
     subprocess.run([sys.executable, *command[1:]], cwd=tmp_path, check=True)
     fresh = model(1)
-    begin_with(fresh, tmp_path / "best.safetensors")
+    load_initial_weights(fresh, tmp_path / "best.safetensors")
     assert alike(trained.state_dict(), fresh.state_dict()) == list(trained.state_dict())
 
 
-def test_training_begins_with_the_recipes_weights_and_goes_on_with_its_own(tiny: Any, tmp_path: Path) -> None:
+def test_training_from_weights(tiny: Any, tmp_path: Path) -> None:
     steps = ["training.steps=2", "training.validate_every=100", "training.checkpoint_every=100"]
     first = read_checkpoint(fit(load_recipe(tiny.recipe, steps), root=tiny.root, directory=tmp_path / "first").checkpoint)
     weights = tiny.root / "mine.safetensors"
@@ -164,18 +164,18 @@ class Positions(nn.Module):
 
 
 @pytest.mark.parametrize("embedding", [False, True])
-def test_a_table_of_other_positions_is_no_layer_of_other_classes(tmp_path: Path, embedding: bool) -> None:
+def test_table_of_other_positions(tmp_path: Path, embedding: bool) -> None:
     path = tmp_path / "weights.safetensors"
     save_file(Positions(49, embedding=embedding).state_dict(), path)
     with pytest.raises(RecipeError, match=r"table\S* has the shape \(49, 3\), in the recipe's model \(25, 3\)"):
-        begin_with(Positions(25, embedding=embedding), path)
+        load_initial_weights(Positions(25, embedding=embedding), path)
 
 
 @pytest.mark.parametrize(
     "make", [lambda n: nn.Sequential(nn.Conv2d(4, n, 1), nn.BatchNorm2d(n)), lambda n: nn.Sequential(weight_norm(nn.Linear(4, n)))]
 )
-def test_norms_and_parametrized_layers_of_other_classes_begin_at_random(tmp_path: Path, make: Callable[[int], nn.Module]) -> None:
+def test_norms_of_other_classes(tmp_path: Path, make: Callable[[int], nn.Module]) -> None:
     path = tmp_path / "weights.safetensors"
     save_file(make(3).state_dict(), path)
-    notes = begin_with(make(2), path)
-    assert any("of another number of classes, begun at random" in note for note in notes)
+    notes = load_initial_weights(make(2), path)
+    assert any("of another number of classes, initialised at random" in note for note in notes)

@@ -13,7 +13,8 @@ from muntin.cli.console import Json, out, print_json, say
 from muntin.cli.train import training_bar
 
 if TYPE_CHECKING:
-    from muntin.compression.stages import CompressionRun, Stage
+    from muntin.compression.stages import CompressionRun
+    from muntin.models.compression_record import Stage
     from muntin.training import Checkpoint
 
 
@@ -32,8 +33,9 @@ def compress_command(
     json: Json = False,
 ) -> None:
     """Make a trained model small in three stages: low rank, 4-bit training, mixed precision."""
-    from muntin.compression.stages import FOLDER, STAGES
+    from muntin.compression.stages import FOLDER
     from muntin.errors import RecipeError
+    from muntin.models.compression_record import STAGES
     from muntin.training import find_checkpoint, read_checkpoint
 
     if until not in STAGES:
@@ -84,13 +86,13 @@ def compress_with_progress(
 
 def describe_compression(run: CompressionRun) -> None:
     """What was done, for a person."""
-    from muntin.compression.stages import changes_of
+
     from muntin.training import read_checkpoint
 
     for stage in run.stages:
         score = "" if stage.score is None else f", {stage.score:.4f} on the validation split"
         out.print(f"{stage.stage:<9} {stage.step} of {stage.steps} steps in {stage.seconds:.0f} s{score}", markup=False)
-    changes = changes_of(read_checkpoint(run.checkpoint))
+    changes = read_checkpoint(run.checkpoint).changes
     factored = sum(1 for change in changes if change.pass_ == "low_rank" and not change.kept)
     looked = sum(1 for change in changes if change.pass_ == "low_rank")
     if looked:

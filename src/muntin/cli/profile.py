@@ -78,11 +78,11 @@ def _profile_run(run: Path, target: Path, *, size: str | None, batch: int | None
 
     import torch
 
-    from muntin.compression.stages import source_of
     from muntin.deployment.live import checkpoint_session, profile_live
     from muntin.runtime.hardware import physical_cores
     from muntin.runtime.profile import fill
     from muntin.training import read_checkpoint
+    from muntin.training.checkpoint import source_of
 
     checkpoint = read_checkpoint(run)
     torch.set_num_threads(threads or physical_cores())

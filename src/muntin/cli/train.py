@@ -113,13 +113,15 @@ def evaluate_command(
     json: Json = False,
 ) -> None:
     """Score a checkpoint, or an artefact made of it, on a split of its data."""
-    from muntin.compression.stages import broken_off, quantized, read_model, source_of
+    from muntin.compression import load_model
+    from muntin.compression.stages import broken_off
     from muntin.data.source import SPLITS
     from muntin.errors import ArtifactError, RecipeError
     from muntin.models import TorchSession
     from muntin.runtime import load
     from muntin.runtime.engines import DEFAULT_ENGINE
     from muntin.training import evaluate, read_checkpoint
+    from muntin.training.checkpoint import source_of
     from muntin.training.evaluation import tile_of
 
     if split not in SPLITS:
@@ -131,8 +133,8 @@ def evaluate_command(
     if tile is not None and wanted.task == "classify":
         raise RecipeError(f"--tile {tile}: the run's task is classify, and its pictures are taken whole: leave it out")
     source = source_of(loaded)
-    session: Any = load(artifact, engine=engine or DEFAULT_ENGINE) if artifact else TorchSession(read_model(loaded), wanted)
-    if artifact is None and quantized(loaded):
+    session: Any = load(artifact, engine=engine or DEFAULT_ENGINE) if artifact else TorchSession(load_model(loaded), wanted)
+    if artifact is None and loaded.quantized:
         session.engine += ", simulating integers"
     if session.signature != wanted:
         raise ArtifactError(

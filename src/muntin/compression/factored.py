@@ -1,11 +1,11 @@
-"""Factored layers: a layer's weight as a product of small ones, kept as plain Linears and convolutions that other passes find.
+"""Factored layers: a layer's weight as a product of small ones, in plain Linears and convolutions that other passes find.
 
     Linear           (I -> r), (r -> O)                         r·(I + O) weights instead of I·O
     Conv2d 1x1       the same, as two 1x1 convolutions
     Conv2d 2-4       Tucker-2: 1x1 (I -> r1), kh x kw (r1 -> r2), 1x1 (r2 -> O)
     Conv2d from 5    spatial: kh x 1 (I -> r), 1 x kw (r -> O)
 
-Only the last part has a bias, so zero padding in the middle of a chain is what it was before the layer.
+Only the last part has a bias, so zero padding inside the chain equals zero padding before the layer.
 
 Axes: O output and I input channels, R ranks.
 """
@@ -19,14 +19,12 @@ from typing import Any, Self, TypeVar
 import torch
 from torch import Tensor, nn
 
-PARTS = ("reduce", "core", "expand")
-"""Names of the layers inside a factored one."""
 SPATIAL_FROM = 5
-"""The kernel side from which a convolution is split into a vertical and a horizontal one."""
+"""Kernel side from which a convolution is split into a vertical and a horizontal one."""
 
 
 class FactoredLinear(nn.Module):
-    """Two Linears that stand for one of rank r: `(..., I) -> (..., O)`, r·(I + O) multiply-adds a token."""
+    """Two Linears in place of one, of rank r: `(..., I) -> (..., O)`, r·(I + O) multiply-adds a token."""
 
     def __init__(self, reduce: nn.Linear, expand: nn.Linear) -> None:
         super().__init__()
@@ -35,57 +33,43 @@ class FactoredLinear(nn.Module):
         self.reduce = reduce
         self.expand = expand
         self.ranks: tuple[int, ...] = (reduce.out_features,)
-        """`(r,)`; kept here, since a pass may replace the parts by forms of other attributes."""
+        """`(r,)`. Stored, because a later pass may replace the parts by forms with other attributes."""
 
     @classmethod
     def shell(cls, layer: nn.Linear, ranks: tuple[int, ...]) -> Self:
-        """The structure that stands for `layer` at `(r,)`, its weights zero: for a checkpoint to be loaded into."""
+        """The factored form of `layer` at `(r,)` with zero weights, for a checkpoint to be loaded into."""
         (rank,) = _checked(layer, ranks)
-        reduce = _blank(nn.Linear, layer, layer.in_features, rank, bias=False)
-        return cls(reduce, _blank(nn.Linear, layer, rank, layer.out_features, bias=layer.bias is not None))
+        reduce = _zeros(nn.Linear, layer, layer.in_features, rank, bias=False)
+        return cls(reduce, _zeros(nn.Linear, layer, rank, layer.out_features, bias=layer.bias is not None))
 
     @property
     def in_features(self) -> int:
-        """Channels of the input."""
         return self.reduce.in_features
 
     @property
     def out_features(self) -> int:
-        """Channels of the output."""
         return self.expand.out_features
 
     @property
     def bias(self) -> Tensor | None:
-        """The last part's."""
         return self.expand.bias
 
     @property
-    def first(self) -> nn.Linear:
-        """The part that reads the input: what was affine before the layer folds into it."""
-        return self.reduce
-
-    @property
-    def last(self) -> nn.Linear:
-        """The part that gives the output and has the bias: what is affine after the layer folds into it."""
-        return self.expand
-
-    @property
     def weight(self) -> Tensor:
-        """The weight that the parts stand for, `(O, I)`, r·I·O multiply-adds at each reading: some models ask a layer's weight for its type
-        and device."""
+        """The product of the parts' weights, `(O, I)`, computed at each access: some models read a layer's weight for its type."""
         return self.expand.weight @ self.reduce.weight
 
-    def forward(self, input: Tensor) -> Tensor:  # the parameter's name is nn.Linear's: models may call it by keyword
+    def forward(self, input: Tensor) -> Tensor:  # nn.Linear's parameter name: models may call it by keyword
         out: Tensor = self.expand(self.reduce(input))
         return out
 
 
 class FactoredConv2d(nn.Module):
-    """A chain of two or three convolutions that stands for one: `(B, I, H, W) -> (B, O, H', W')`; forms at the head of this file.
+    """A chain of two or three convolutions in place of one: `(B, I, H, W) -> (B, O, H', W')`; forms at the head of this file.
 
-    Stride, padding and dilation lie where they cost least: on `reduce` for 1x1, on `core` for Tucker-2, vertical ones on `reduce` and
+    Stride, padding and dilation are where they cost least: on `reduce` for 1x1, on `core` for Tucker-2, vertical ones on `reduce` and
     horizontal ones on `expand` for the spatial form. Sources: Tucker-2, Kim et al., 1511.06530, section 3; spatial, Jaderberg et al.,
-    1405.3866, section 2 (its scheme 2).
+    1405.3866, section 2 (scheme 2).
     """
 
     def __init__(self, reduce: nn.Conv2d, expand: nn.Conv2d, core: nn.Conv2d | None = None) -> None:
@@ -99,25 +83,25 @@ class FactoredConv2d(nn.Module):
             self.core = core
         self.expand = expand
         self.ranks: tuple[int, ...] = (reduce.out_channels,) if core is None else (core.in_channels, core.out_channels)
-        """`(r,)`, or `(r1, r2)` of Tucker-2; kept here, since a pass may replace the parts by forms of other attributes."""
+        """`(r,)`, or `(r1, r2)` of Tucker-2. Stored for the same reason as in `FactoredLinear`."""
 
     @classmethod
     def shell(cls, layer: nn.Conv2d, ranks: tuple[int, ...]) -> Self:
-        """The structure that stands for `layer` at `(r,)` or `(r1, r2)`, its weights zero: for a checkpoint to be loaded into.
+        """The factored form of `layer` at `(r,)` or `(r1, r2)` with zero weights, for a checkpoint to be loaded into.
 
-        The layer must be ungrouped and padded with a number of zeros.
+        The layer must have one group and be padded with a number of zeros.
         """
         ranks = _checked(layer, ranks)
 
         def conv(inputs: int, outputs: int, axes: tuple[bool, bool], *, bias: bool = False) -> nn.Conv2d:
-            """A convolution with the layer's kernel, stride, padding and dilation along `axes`, and none along the others."""
+            """A convolution with the layer's kernel, stride, padding and dilation along `axes` and size 1 along the others."""
             kernel, stride, dilation = (
                 tuple(value if on else 1 for value, on in zip(values, axes, strict=True))
                 for values in (layer.kernel_size, layer.stride, layer.dilation)
             )
             assert not isinstance(layer.padding, str)
             padding = tuple(value if on else 0 for value, on in zip(layer.padding, axes, strict=True))
-            return _blank(nn.Conv2d, layer, inputs, outputs, kernel, stride, padding, dilation, bias=bias)
+            return _zeros(nn.Conv2d, layer, inputs, outputs, kernel, stride, padding, dilation, bias=bias)
 
         inputs, outputs, bias = layer.in_channels, layer.out_channels, layer.bias is not None
         both, neither, vertical, horizontal = (True, True), (False, False), (True, False), (False, True)
@@ -130,68 +114,52 @@ class FactoredConv2d(nn.Module):
 
     @property
     def in_channels(self) -> int:
-        """Channels of the input."""
-        return self.first.in_channels
+        return self.reduce.in_channels
 
     @property
     def out_channels(self) -> int:
-        """Channels of the output."""
-        return self.last.out_channels
-
-    @property
-    def bias(self) -> Tensor | None:
-        """The last part's."""
-        return self.expand.bias
+        return self.expand.out_channels
 
     @property
     def kernel_size(self) -> tuple[int, ...]:
-        """Of all parts together, as are stride, padding and dilation: each axis is one part's."""
+        """Kernel of the whole chain; like stride, padding and dilation, each axis belongs to one part."""
         return self._along("kernel_size")
 
     @property
     def stride(self) -> tuple[int, ...]:
-        """Pixels."""
         return self._along("stride")
 
     @property
     def padding(self) -> tuple[int, ...]:
-        """Pixels on either side."""
         return self._along("padding")
 
     @property
     def dilation(self) -> tuple[int, ...]:
-        """Pixels."""
         return self._along("dilation")
 
     @property
     def groups(self) -> int:
-        """What is factored has one group."""
+        """1: grouped convolutions are not factored."""
         return 1
 
     @property
     def padding_mode(self) -> str:
-        """No other has a factored form."""
+        """`zeros`: other modes are not factored."""
         return "zeros"
 
     def _along(self, name: str) -> tuple[int, ...]:
         return tuple(map(max, *(getattr(part, name) for part in self.children())))
 
     @property
-    def first(self) -> nn.Conv2d:
-        """The part that reads the input: what was affine before the layer folds into it, where nothing is padded in between."""
-        return self.reduce
-
-    @property
-    def last(self) -> nn.Conv2d:
-        """The part that gives the output and has the bias: what is affine after the layer folds into it."""
-        return self.expand
+    def bias(self) -> Tensor | None:
+        return self.expand.bias
 
     @property
     def weight(self) -> Tensor:
-        """The weight that the chain stands for, `(O, I, H, W)`, multiplied out at each reading; see `FactoredLinear.weight`."""
+        """The product of the parts' weights, `(O, I, H, W)`, computed at each access; see `FactoredLinear.weight`."""
         core = getattr(self, "core", None)
         if core is None:
-            return torch.einsum("orhw,rihw->oihw", self.expand.weight, self.reduce.weight)  # a side that only one of them has is broadcast
+            return torch.einsum("orhw,rihw->oihw", self.expand.weight, self.reduce.weight)  # axes of size 1 are broadcast
         return torch.einsum("opyx,prhw,rizv->oihw", self.expand.weight, core.weight, self.reduce.weight)
 
     def forward(self, input: Tensor) -> Tensor:
@@ -205,13 +173,13 @@ FactoredLayer = FactoredLinear | FactoredConv2d
 L = TypeVar("L", bound=nn.Module)
 
 
-def _blank(kind: type[L], like: nn.Linear | nn.Conv2d, *sizes: Any, bias: bool) -> L:
-    """A layer of zeros, so that no random number is drawn, of the type and on the device of `like`."""
-    made: L = kind(*sizes, bias=bias, device="meta", dtype=like.weight.dtype)
-    made.to_empty(device=like.weight.device)
-    for parameter in made.parameters():
+def _zeros(kind: type[L], like: nn.Linear | nn.Conv2d, *sizes: Any, bias: bool) -> L:
+    """A layer of zeros (no random number is drawn) in the type and on the device of `like`."""
+    layer: L = kind(*sizes, bias=bias, device="meta", dtype=like.weight.dtype)
+    layer.to_empty(device=like.weight.device)
+    for parameter in layer.parameters():
         nn.init.zeros_(parameter)
-    return made
+    return layer
 
 
 def _is_tucker(layer: nn.Conv2d) -> bool:
@@ -233,7 +201,7 @@ def full_ranks(layer: nn.Linear | nn.Conv2d) -> tuple[int, ...]:
 
 
 def factored_parameters(layer: nn.Linear | nn.Conv2d, ranks: tuple[int, ...]) -> int:
-    """Parameters of the factored form of `layer` at `ranks`, its bias included."""
+    """Parameters of the factored form of `layer` at `ranks`, bias included."""
     bias = 0 if layer.bias is None else layer.bias.numel()
     outputs, inputs = layer.weight.shape[:2]
     if isinstance(layer, nn.Linear):
@@ -245,14 +213,14 @@ def factored_parameters(layer: nn.Linear | nn.Conv2d, ranks: tuple[int, ...]) ->
 
 
 def dense_macs(layer: nn.Linear | nn.Conv2d, positions: float) -> float:
-    """Multiply-adds of a layer that gives `positions` rows of output an image."""
+    """Multiply-adds of a layer with `positions` rows of output an image."""
     return layer.weight.numel() * positions
 
 
 def factored_macs(layer: nn.Linear | nn.Conv2d, ranks: tuple[int, ...], positions: float) -> float:
-    """Multiply-adds an image of the factored form of `layer` at `ranks`, where the layer gives `positions` rows of output an image.
+    """Multiply-adds an image of the factored form of `layer` at `ranks`, with `positions` rows of output an image.
 
-    A strided kernel's `reduce` works on all positions of the input; what padding adds is not counted.
+    `reduce` of a strided kernel works on all positions of the input. Padding is not counted.
     """
     outputs, inputs = layer.weight.shape[:2]
     if isinstance(layer, nn.Linear):
@@ -268,7 +236,7 @@ def factored_macs(layer: nn.Linear | nn.Conv2d, ranks: tuple[int, ...], position
 
 
 def shell(layer: nn.Linear | nn.Conv2d, ranks: tuple[int, ...]) -> FactoredLayer:
-    """The factored form of a Linear or Conv2d at `ranks`, not initialised; `ValueError` where the ranks do not suit the layer."""
+    """The factored form of a Linear or Conv2d at `ranks` with zero weights. Raises `ValueError` for ranks that do not fit the layer."""
     return FactoredLinear.shell(layer, ranks) if isinstance(layer, nn.Linear) else FactoredConv2d.shell(layer, ranks)
 
 

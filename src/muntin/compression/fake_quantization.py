@@ -1,7 +1,6 @@
-"""The arithmetic of quantisation as two operators: what they compute in PyTorch is what the runtime's integers mean.
+"""The arithmetic of quantisation: what PyTorch computes here equals what the runtime computes in integers.
 
-They are custom operators so that an exporter finds them whole and writes QuantizeLinear / DequantizeLinear for them,
-instead of a pattern that a runtime may or may not recognise.
+Two functions are custom operators, which an exporter finds whole and writes as QuantizeLinear / DequantizeLinear.
 
 Axes: O output channels; the scale of a weight has one entry for each.
 """
@@ -14,17 +13,16 @@ import torch
 from torch import Tensor, nn
 
 SHRINKS = 60
-"""Candidate clipping ranges between a fifth of the observed range and all of it."""
+"""Candidate clipping ranges, between a fifth of the observed range and all of it."""
 HALF_DB = 60.0
-"""FP16 leaves 73 dB of a weight that it can hold; one that is too large or too small for it stays in FP32."""
+"""Signal over noise below which a weight stays in FP32. FP16 gives 73 dB unless values are out of its range."""
 
 
 @torch.library.custom_op("muntin::quantize_dequantize", mutates_args=())
 def quantize_dequantize(x: Tensor, scale: Tensor, zero_point: Tensor) -> Tensor:
-    """Round `x` to the 8-bit grid scale · (q - zero_point) and return the grid's value, in the dtype of `x`.
+    """Round `x` to the 8-bit grid scale · (q - zero_point), in the dtype of `x`. Ties go to even, as in ONNX's QuantizeLinear.
 
-    `scale`: float32 scalar, > 0. `zero_point`: uint8 or int8 scalar; its type says which range q has. Ties go to even, as in
-    ONNX's QuantizeLinear.
+    `scale`: float32 scalar, > 0. `zero_point`: uint8 or int8 scalar, whose type is the range of q.
     """
     info = torch.iinfo(zero_point.dtype)
     offset = zero_point.to(torch.float32)
@@ -39,7 +37,7 @@ def _(x: Tensor, scale: Tensor, zero_point: Tensor) -> Tensor:
 
 @torch.library.custom_op("muntin::dequantize_weight", mutates_args=())
 def dequantize_weight(q: Tensor, scale: Tensor, axis: int) -> Tensor:
-    """int8 weight times its scale along `axis`: float32."""
+    """int8 weight times its scale along `axis`, float32."""
     return q.to(torch.float32) * along(scale, q.ndim, axis)
 
 
@@ -49,12 +47,12 @@ def _(q: Tensor, scale: Tensor, axis: int) -> Tensor:
 
 
 class _RoundToGrid(torch.autograd.Function):
-    """scale · clamp(round(x / scale)); gradients of LSQ: straight through inside the grid, and of the scale by its own error."""
+    """scale · clamp(round(x / scale)), with LSQ's gradients: straight through inside the grid, and for the scale by its own error."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, scale: Tensor, low: int, high: int) -> Tensor:
         rounded = (x / scale).round_().clamp_(low, high).mul_(scale)
-        ctx.save_for_backward(x, scale, rounded)  # which whatever reads it keeps as well
+        ctx.save_for_backward(x, scale, rounded)  # the next layer keeps `rounded` anyway
         ctx.low, ctx.high = low, high
         return rounded
 
@@ -63,7 +61,7 @@ class _RoundToGrid(torch.autograd.Function):
         (gradient,) = gradients
         x, scale, rounded = ctx.saved_tensors
         through = torch.ops.aten.hardtanh_backward(gradient, x / scale, ctx.low, ctx.high)
-        # d/ds of s·clamp(round(x/s)): round(x/s) - x/s inside, the grid's end outside; here all of it times s
+        # d/ds of s·clamp(round(x/s)), times s: round(x/s) - x/s inside the grid, the grid's end outside
         slope = (gradient * rounded).addcmul_(x, through, value=-1)
         shared = [d for d in range(x.ndim) if scale.ndim == 0 or scale.shape[d] == 1]
         by_scale = slope.sum(shared, keepdim=scale.ndim > 0, dtype=torch.float32) / scale
@@ -71,23 +69,22 @@ class _RoundToGrid(torch.autograd.Function):
 
 
 def round_to_grid(x: Tensor, scale: Tensor, low: int, high: int) -> Tensor:
-    """`x` on the grid scale · q, q in low..high, with gradients for both: fake quantisation while training.
+    """Round `x` to the grid scale · q, q in low..high, with gradients for both.
 
-    `scale`: a scalar or of the shape of `x` with ones where it is shared; float32, > 0. Computed in the dtype of `x`. Costs four passes
+    `scale`: float32, > 0, a scalar or of the shape of `x` with ones on shared axes. Computed in the dtype of `x`. Costs four passes
     over `x` forward and five backward. Source: LSQ (Esser et al., 1902.08153, section 2.1); the scale's gradient is divided by √(values
     that share it · high), section 2.2.
     """
     factor = (scale.numel() / (x.numel() * high)) ** 0.5
-    # Written so that the scale stays the same to the last bit: a value between two levels falls as it will when deployed.
-    damped = scale.detach() + (scale - scale.detach()) * factor
+    damped = scale.detach() + (scale - scale.detach()) * factor  # equals `scale` to the last bit
     rounded: Tensor = _RoundToGrid.apply(x, damped.to(x.dtype), low, high)  # type: ignore[no-untyped-call]
     return rounded
 
 
 def weight_scale(weight: Tensor, axis: int, bits: int) -> Tensor:
-    """The scale `(O,)` of each channel along `axis`: at 8 bits its peak's, below it the one of least squared error among 60 that clip it.
+    """The scale `(O,)` of each channel along `axis`: at 8 bits by its peak, below by least squared error among 60 clipping ranges.
 
-    A channel that is all zero gets scale 1. Raises `ValueError` for a weight that is not finite: no scale can mean anything for it.
+    A channel of zeros gets scale 1. Raises `ValueError` for a weight that is not finite.
     """
     if not torch.isfinite(weight).all():
         raise ValueError("the weight holds NaN or infinity")
@@ -114,7 +111,7 @@ def weight_limit(bits: int) -> int:
 
 
 def along(scale: Tensor, ndim: int, axis: int) -> Tensor:
-    """A scale `(O,)` with the shape that lies along `axis` of a weight."""
+    """A scale `(O,)` reshaped to lie along `axis` of a weight."""
     shape = [1] * ndim
     shape[axis] = -1
     return scale.reshape(shape)
@@ -123,7 +120,7 @@ def along(scale: Tensor, ndim: int, axis: int) -> Tensor:
 def quantize_weight(weight: Tensor, axis: int, bits: int = 8, scale: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """Symmetric per-channel quantisation: `(q int8 of the weight's shape, scale float32 (O,))`.
 
-    weight ≈ q · scale, q in ±`weight_limit(bits)`. `scale`: `weight_scale`'s unless given.
+    weight ≈ q · scale, q in ±`weight_limit(bits)`. `scale`: by default from `weight_scale`.
     """
     scale = weight_scale(weight, axis, bits) if scale is None else scale.detach().to(torch.float32)
     limit = weight_limit(bits)
@@ -133,7 +130,7 @@ def quantize_weight(weight: Tensor, axis: int, bits: int = 8, scale: Tensor | No
 
 @torch.no_grad()
 def round_to_half(layer: nn.Module) -> None:
-    """Round a layer's weights, in place, to the FP16 that they are stored in; one that FP16 cannot hold stays."""
+    """Round a layer's weights, in place, to the FP16 in which they are stored. A weight outside of its range is unchanged."""
     for weight in layer.parameters(recurse=False):
         rounded = weight.to(torch.float16).to(weight.dtype)
         if weight.ndim > 1 and sqnr_db(weight, rounded) > HALF_DB:
@@ -141,7 +138,7 @@ def round_to_half(layer: nn.Module) -> None:
 
 
 def sqnr_db(reference: Tensor, approximation: Tensor) -> float:
-    """Signal over quantisation noise in decibels; infinite where nothing was lost."""
+    """Signal over quantisation noise in decibels; infinite if both are equal."""
     noise = (reference - approximation).double().square().sum()
     signal = reference.double().square().sum()
     return float(10 * torch.log10(signal / noise)) if noise > 0 and signal > 0 else float("inf")

@@ -1,7 +1,7 @@
-"""Folding what is affine after training into the layer beside it: norms into convolutions and projections, gates into the layer before.
+"""Folding muntin's own affine operations: norms into convolutions and projections, gates into the layer before.
 
-Folding changes nothing in exact arithmetic, takes the norms out of the deployed graph, and has to come before
-quantisation, so that what is quantised is what will run.
+The result is the same in exact arithmetic, and the deployed graph has no norms. Folding comes before quantisation, which then sees the
+weights that will run.
 
 Axes: O output and I input channels of a weight.
 """
@@ -13,19 +13,29 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from muntin.compression.change import Change
 from muntin.compression.factored import FactoredConv2d, FactoredLinear
 from muntin.compression.rewrite import named, tied
 from muntin.layers import ChannelGate, ConvUnit, Gain, MapNorm, PixelHead, ResidualPair, TokenNorm
 from muntin.layers.block import ParallelBlock, Perceptron, SerialBlock
 from muntin.layers.windows import Grid
+from muntin.models.compression_record import Change
 
 
 class Folded(nn.Module):
-    """Stands where a norm was: passes tokens on as they are."""
+    """The identity in the place of a folded `TokenNorm`."""
 
     def forward(self, t_STC: Tensor, grid: Grid) -> Tensor:
         return t_STC
+
+
+def first_part(layer: nn.Module) -> nn.Module:
+    """The part of a layer that reads its input: the layer itself unless it is factored."""
+    return layer.reduce if isinstance(layer, FactoredLinear | FactoredConv2d) else layer
+
+
+def last_part(layer: nn.Module) -> nn.Module:
+    """The part of a layer that gives its output."""
+    return layer.expand if isinstance(layer, FactoredLinear | FactoredConv2d) else layer
 
 
 def _bias(layer: nn.Linear | nn.Conv2d) -> Tensor:
@@ -35,19 +45,9 @@ def _bias(layer: nn.Linear | nn.Conv2d) -> Tensor:
     return layer.bias
 
 
-def _first(layer: nn.Module) -> nn.Module:
-    """The part of a layer that reads its input: the layer itself unless it is factored."""
-    return layer.first if isinstance(layer, FactoredLinear | FactoredConv2d) else layer
-
-
-def _last(layer: nn.Module) -> nn.Module:
-    """The part of a layer that gives its output."""
-    return layer.last if isinstance(layer, FactoredLinear | FactoredConv2d) else layer
-
-
 def fold_after(layer: nn.Module, norm: MapNorm) -> None:
     """norm(conv(x)) becomes conv(x): the norm's affine map goes into the weight's rows and the bias."""
-    conv = _last(layer)
+    conv = last_part(layer)
     assert isinstance(conv, nn.Conv2d)
     a_O, b_O = norm.affine()
     bias_O = _bias(conv)
@@ -57,7 +57,7 @@ def fold_after(layer: nn.Module, norm: MapNorm) -> None:
 
 def fold_before(norm: TokenNorm, layer: nn.Module) -> None:
     """linear(norm(x)) becomes linear(x): the norm's affine map goes into the weight's columns and the bias."""
-    linear = _first(layer)
+    linear = first_part(layer)
     assert isinstance(linear, nn.Linear)
     a_I, b_I = norm.affine()
     _bias(linear).add_(linear.weight @ b_I)
@@ -65,8 +65,8 @@ def fold_before(norm: TokenNorm, layer: nn.Module) -> None:
 
 
 def fold_gate(layer: nn.Module, gate: ChannelGate) -> None:
-    """gate(relu(layer(x))) becomes relu(layer(x)): gates are not negative, so ReLU lets them pass. `layer` may be a norm."""
-    last = _last(layer)
+    """gate(relu(layer(x))) becomes relu(layer(x)), since gates are not negative. `layer` may be a norm."""
+    last = last_part(layer)
     assert isinstance(last, nn.Linear | nn.Conv2d | MapNorm)
     g_O = gate.openness()
     last.weight.mul_(g_O.reshape(-1, *(1,) * (last.weight.ndim - 1)))
@@ -81,11 +81,8 @@ def _fold_unit(unit: ConvUnit) -> str | None:
     return "norm folded into the convolution before it"
 
 
-LINEAR = (nn.Linear, FactoredLinear)
-
-
 def _linear(*layers: nn.Module) -> bool:
-    return all(isinstance(layer, LINEAR) for layer in layers)
+    return all(isinstance(layer, nn.Linear | FactoredLinear) for layer in layers)
 
 
 def _fold_parallel(block: ParallelBlock) -> str | None:
@@ -111,7 +108,7 @@ def _fold_serial(block: SerialBlock) -> str | None:
 
 
 def _fold_perceptron(mlp: Perceptron) -> str | None:
-    if not isinstance(mlp.gate, ChannelGate) or not isinstance(mlp.expand, LINEAR) or not isinstance(mlp.activation, nn.ReLU):
+    if not isinstance(mlp.gate, ChannelGate) or not _linear(mlp.expand) or not isinstance(mlp.activation, nn.ReLU):
         return None
     fold_gate(mlp.expand, mlp.gate)
     mlp.gate = nn.Identity()
@@ -131,7 +128,7 @@ def _fold_pair(pair: ResidualPair) -> str | None:
 
 
 def _fold_head(head: PixelHead) -> str | None:
-    conv = _last(head.conv)
+    conv = last_part(head.conv)
     if not isinstance(head.gain, Gain) or not isinstance(conv, nn.Conv2d):
         return None
     conv.weight.mul_(head.gain.factor)
@@ -149,17 +146,14 @@ RULES: dict[type[nn.Module], Callable[..., str | None]] = {
     ResidualPair: _fold_pair,
     PixelHead: _fold_head,
 }
-"""How each kind of unit folds: returns what was done, or None where there is nothing left to fold."""
-FOLDS = (MapNorm, TokenNorm, ChannelGate, Gain)
-"""What folds into the layers beside it."""
+"""How to fold each kind of unit. A rule returns what it did, or None if there is nothing to fold."""
 
 
 @torch.no_grad()
 def fold(model: nn.Module) -> list[Change]:
     """Fold every norm, gate and gain of muntin's layers, in place; the model must be in `eval` mode. Idempotent.
 
-    A unit whose layers or weights are used in another place, too, stays as it is, and its change says so. Layers of other libraries are
-    left as they are: `fold_batch_norms` is for those.
+    A unit whose layers or weights are also used elsewhere is kept. Layers of other libraries are left to `fold_batch_norms`.
     """
     if model.training:
         raise ValueError("fold needs the statistics of a trained model: call model.eval() first")
@@ -168,7 +162,7 @@ def fold(model: nn.Module) -> list[Change]:
     reasons = tied(model, units)
     for name, unit in units.items():
         if name in reasons:
-            if any(isinstance(part, FOLDS) for part in unit.children()):
+            if any(isinstance(part, MapNorm | TokenNorm | ChannelGate | Gain) for part in unit.children()):
                 changes.append(Change(layer=name, pass_="fold", done="kept", reason=reasons[name]))
         elif (done := RULES[type(unit)](unit)) is not None:
             changes.append(Change(layer=name, pass_="fold", done=done))

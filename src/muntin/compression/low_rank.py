@@ -1,26 +1,26 @@
-"""The low-rank pass: layers become products of smaller ones, their ranks chosen together under one budget of parameters.
+"""The low-rank pass: layers become products of smaller ones, with ranks chosen together under one budget of parameters.
 
     model -> run calibration images (moments of inputs; sensitivity of the answer) -> spectra -> allocate ranks -> factor, replace
 
-Weights are seldom of low rank, what passes through them is: a weight is whitened by a square root L of its input's second moment
-before it is decomposed, so that what is dropped is what the calibration images use least. No layer is factored by a rule of its
-own: ranks go where a parameter saves the answer most, and a layer for which that is being dense stays.
+Weights are seldom of low rank, but activations are: a weight is whitened by a square root L of its input's second moment
+before it is decomposed, so the dropped part is the one that calibration images use least. No layer has a rule of its
+own: ranks go where a parameter helps the answer most, and a layer may stay dense.
 
-A layer that saw few rows (one an image, behind a pooling) has a moment of low rank whatever it needs. It is decomposed by a moment that is
-shrunk by the number of rows (`Moment.shrunk`), which costs other images less. Ranks are chosen by the moments as they were seen: by shrunk
-ones they went from layers before a pooling, whose harm is underestimated, to those behind it, and other images lost more (docs/log.md).
+A layer with few rows of calibration (one an image, behind a pooling) has a moment of low rank regardless of its need. It is decomposed by a
+moment that is shrunk by the number of rows (`Moment.shrunk`), which costs other images less. Ranks are chosen by the unshrunk moments:
+with shrunk ones they moved from layers before a pooling to those behind it, and other images lost more (docs/log.md).
 
 Sources: SVD-LLM (Wang et al., 2403.07378, section 3) for the whitened decomposition of a matrix; Tucker-2 (Kim et al., 1511.06530,
 section 3) for kernels of 2 to 4; Jaderberg et al. (1405.3866, section 2) for larger ones. Deviations: convolutions are whitened
 over channels, as if the taps of a kernel saw uncorrelated pixels (O(C²) memory, not O(C²·k⁴)); ranks come from one
-allocation and not from one ratio for all layers or from variational Bayes; no weights are updated after the truncation.
+allocation, not from one ratio for all layers or variational Bayes; weights are not updated after the truncation.
 
 Axes: O output and I input channels, H W the taps of a kernel, R and P ranks.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import cast
 
@@ -29,7 +29,6 @@ import torch
 from torch import Tensor, nn
 
 from muntin.compression.calibration import calibration_list, check_weights
-from muntin.compression.change import Change, Pass
 from muntin.compression.factored import (
     FactoredConv2d,
     FactoredLayer,
@@ -43,29 +42,32 @@ from muntin.compression.factored import (
 from muntin.compression.moments import Moment, answer_sensitivity, input_moments
 from muntin.compression.qat import check_frozen
 from muntin.compression.quantized import QuantizedConv2d, QuantizedLinear
-from muntin.compression.ranks import Choice, Floats, allocate, allocate_within, choices, ladder, largest_threshold, rank_at
+from muntin.compression.ranks import Choice, Values, allocate, allocate_within, choices, ladder, largest_threshold, rank_at
 from muntin.compression.rewrite import (
     WHOLE_MODEL,
+    Pass,
     call_every_layer,
     check_kept,
     computed_weight,
     is_kept,
     named,
     number_paddings,
+    other_padding,
     out_of_reach,
     parameter_users,
     replace,
 )
 from muntin.compression.stand_in import irreplaceable
 from muntin.errors import MuntinError
+from muntin.models.compression_record import Change
 from muntin.models.eager import check_eager
 from muntin.training.config import LowRankConfig
 
 DAMPING = 1e-2
-"""Added to the diagonal of a moment, relative to its mean: inputs that calibration never saw keep a little weight."""
-_BLIND = "the answer does not depend on it, or not smoothly (no_grad, detach, argmax): what factoring harms cannot be estimated"
-FEW = 4
-"""Rows a channel below which a layer's moment is told to be uncertain."""
+"""Added to the diagonal of a moment, relative to its mean, so that inputs absent from calibration keep a little weight."""
+FEW_ROWS = 4
+"""Calibration rows a channel below which a change is noted as uncertain."""
+_BLIND = "the answer does not depend on it, or not smoothly (no_grad, detach, argmax): the harm of factoring cannot be estimated"
 
 Dense = nn.Linear | nn.Conv2d
 
@@ -73,18 +75,16 @@ Dense = nn.Linear | nn.Conv2d
 def low_rank(calibration: Iterable[Tensor], config: LowRankConfig | None = None) -> Pass:
     """A pass that replaces Linear and Conv2d by factored layers, in place; see the head of this file.
 
-    `calibration`: input batches `(B, C, H, W)` of raw pixels, any integer or float type; images of training, never of a test. They should
-    bring every layer several times more rows (tokens, positions of its map) than it has channels: of fewer than `FEW` the change has a
-    note, for what rank other images need is a guess then.
+    `calibration`: input batches `(B, C, H, W)` of raw pixels, any integer or float type; images of training, never of a test. Each
+    layer should get several times more rows (tokens, positions of its map) than it has channels; below `FEW_ROWS` the change has a note.
     Criteria: `activation` minimises the estimated harm to the answer, noise over signal, under `config.parameters` and `config.macs`;
     `energy` and `cumulative` give every layer the least rank whose share of Σσ², of Σσ, of its weight reaches one threshold (the latter is
     the usual Σσ rule), given or the largest that meets the budget. The budget counts all parameters of the model.
 
     Costs a forward pass, three of one image, for `activation` a second one with a backward pass, and a decomposition of each layer,
     O(I²·O) for a matrix, in float64 on the CPU. Weights keep their type and device; the model is left in `eval` mode. `energy` and
-    `cumulative` need training after it: at once they lost 2 to 9 points. `activation` lost none down to a fifth of the parameters, and
-    training on lost it a
-    point (docs/log.md; short trainings of hybrid-s). Raises `MuntinError` if there is no calibration batch, if NaN or infinity turns up,
+    `cumulative` need training afterwards: they lost 2 to 9 points. `activation` lost none down to a fifth of the parameters
+    (docs/log.md; short trainings of hybrid-s). Raises `MuntinError` if there is no calibration batch, for NaN or infinity,
     if `keep` names no layer, or if the budget is out of reach.
     """
     config = config or LowRankConfig()
@@ -95,7 +95,7 @@ def low_rank(calibration: Iterable[Tensor], config: LowRankConfig | None = None)
         batches = calibration_list(calibration)
         layers: dict[str, Dense] = dict(named(model, nn.Linear, nn.Conv2d))
         check_kept(config.keep, layers)
-        check_weights(layers, done="factored")  # what is refused is left as it was
+        check_weights(layers, done="factored")  # raises before the model is changed
         paddings = number_paddings(model.eval())
         call_every_layer(model)
         reasons = _reasons_to_keep(model, layers, config)
@@ -104,22 +104,21 @@ def low_rank(calibration: Iterable[Tensor], config: LowRankConfig | None = None)
         moments = input_moments(model, batches, free)
         reasons |= {name: reason for name in free if (reason := _unused(moments.get(name))) is not None}
         free = {name: layer for name, layer in free.items() if name not in reasons}
-        roots: dict[str, Tensor] = {}
         picked: dict[str, Choice] = {}
         if free and config.criterion == "activation":
-            roots = {name: square_root(moments[name].matrix) for name in free}
             sensitivity = answer_sensitivity(model, batches, free)
             reasons |= {name: _BLIND for name in free if not sensitivity[name]}
             free = {name: layer for name, layer in free.items() if name not in reasons}
-            picked = _pick_by_answer(model, free, roots, moments, sensitivity, config)
+            picked = _pick_by_answer(model, free, moments, sensitivity, config)
         elif free:
             picked = _pick_by_threshold(model, free, config)
         for name, layer in free.items():
-            if not _smaller(layer, picked[name]):
-                reasons[name] = _why_dense(layer, picked[name].ranks, config)
-            else:
+            choice = picked[name]
+            if choice.ranks and choice.parameters < _dense_parameters(layer):
                 root = square_root(moments[name].shrunk()) if config.criterion == "activation" else None
-                replace(model, name, factorize(layer, picked[name].ranks, root))
+                replace(model, name, factorize(layer, choice.ranks, root))
+            else:
+                reasons[name] = _why_dense(layer, choice.ranks, config)
         changes = [_change(name, layer, reasons.get(name), picked, _uncertain(moments.get(name), config)) for name, layer in layers.items()]
         return paddings + changes + out_of_reach(model, "low_rank", "factored form")
 
@@ -130,24 +129,24 @@ def _change(name: str, layer: Dense, reason: str | None, picked: Mapping[str, Ch
     if reason is not None:
         return Change(layer=name, pass_="low_rank", done="kept", reason=reason)
     ranks = picked[name].ranks
-    return Change(layer=name, pass_="low_rank", done=_ranks_of(ranks, full_ranks(layer)), ranks=ranks, note=note)
+    return Change(layer=name, pass_="low_rank", done=_ranks_text(ranks, full_ranks(layer)), ranks=ranks, note=note)
 
 
 def _uncertain(moment: Moment | None, config: LowRankConfig) -> str:
-    if moment is None or config.criterion != "activation" or moment.rows >= FEW * len(moment.mean):
+    if moment is None or config.criterion != "activation" or moment.rows >= FEW_ROWS * len(moment.mean):
         return ""
     return f"{moment.rows} rows of calibration for {len(moment.mean)} channels"
 
 
-def _ranks_of(ranks: tuple[int, ...], full: tuple[int, ...]) -> str:
+def _ranks_text(ranks: tuple[int, ...], full: tuple[int, ...]) -> str:
     return f"rank{'s' if len(ranks) > 1 else ''} {', '.join(map(str, ranks))} of {', '.join(map(str, full))}"
 
 
-# Which layers stay
+# Which layers stay dense
 
 
 def _reasons_to_keep(model: nn.Module, layers: Mapping[str, Dense], config: LowRankConfig) -> dict[str, str]:
-    """Why layers stay dense whatever the budget."""
+    """Reasons to keep layers dense for any budget, by name."""
     factored = {id(part) for _, layer in named(model, FactoredLinear, FactoredConv2d) for part in layer.children()}
     quantized = any(True for _ in named(model, QuantizedLinear, QuantizedConv2d))
     users = parameter_users(model)
@@ -171,12 +170,9 @@ def _no_form(layer: Dense) -> str | None:
         return f"{type(layer).__name__} may compute something else than its kind: no factored form"
     if (reason := computed_weight(layer)) is not None:
         return reason
-    if isinstance(layer, nn.Conv2d):
-        if layer.groups != 1:
-            return f"{'depthwise' if layer.groups == layer.in_channels else 'grouped'} convolution: no factored form here"
-        if layer.padding_mode != "zeros" or isinstance(layer.padding, str):
-            return f"padding '{layer.padding if isinstance(layer.padding, str) else layer.padding_mode}' has no factored form here"
-    return None
+    if isinstance(layer, nn.Conv2d) and layer.groups != 1:
+        return f"{'depthwise' if layer.groups == layer.in_channels else 'grouped'} convolution: no factored form here"
+    return other_padding(layer, "factored form")
 
 
 def _tied(layer: Dense, users: Mapping[int, list[str]]) -> str | None:
@@ -194,18 +190,13 @@ def _unused(moment: Moment | None) -> str | None:
     return None
 
 
-def _smaller(layer: Dense, choice: Choice) -> bool:
-    return bool(choice.ranks) and choice.parameters < _dense_parameters(layer)
-
-
 def _why_dense(layer: Dense, ranks: tuple[int, ...], config: LowRankConfig) -> str:
     full, dense = full_ranks(layer), _dense_parameters(layer)
-    smallest = tuple(ladder(most, config.multiple)[0] for most in full)
-    tried = ranks or smallest
+    tried = ranks or tuple(ladder(most, config.multiple)[0] for most in full)
     count = factored_parameters(layer, tried)
     if count >= dense:
-        return f"{_ranks_of(tried, full)} would have {count:,} parameters, dense has {dense:,}"
-    return "the budget reaches to keep it dense: factoring others harms the answer less"
+        return f"{_ranks_text(tried, full)} would have {count:,} parameters, dense has {dense:,}"
+    return "dense within the budget: factoring other layers harms the answer less"
 
 
 def _dense_parameters(layer: Dense) -> int:
@@ -216,24 +207,19 @@ def _dense_parameters(layer: Dense) -> int:
 
 
 def _budget(model: nn.Module, free: Mapping[str, Dense], config: LowRankConfig) -> tuple[int, int]:
-    """Parameters that the model may have, and those of them that no rank changes."""
+    """The allowed parameters of the model, and the number of its parameters that no rank changes."""
     total = sum(parameter.numel() for parameter in model.parameters())
     return int(config.parameters * total), total - sum(_dense_parameters(layer) for layer in free.values())
 
 
 def _pick_by_answer(
-    model: nn.Module,
-    free: Mapping[str, Dense],
-    roots: Mapping[str, Tensor],
-    moments: Mapping[str, Moment],
-    sensitivity: Mapping[str, float],
-    config: LowRankConfig,
+    model: nn.Module, free: Mapping[str, Dense], moments: Mapping[str, Moment], sensitivity: Mapping[str, float], config: LowRankConfig
 ) -> dict[str, Choice]:
-    offers = {}
+    menus = {}
     for name, layer in free.items():
         positions = moments[name].positions
-        offers[name] = choices(
-            spectra(layer, roots[name]),
+        menus[name] = choices(
+            spectra(layer, square_root(moments[name].matrix)),
             lambda ranks, layer=layer, n=positions: (factored_parameters(layer, ranks), factored_macs(layer, ranks, n)),  # type: ignore[misc]
             Choice(parameters=_dense_parameters(layer), macs=dense_macs(layer, positions)),
             multiple=config.multiple,
@@ -241,9 +227,9 @@ def _pick_by_answer(
         )
     budget, fixed = _budget(model, free, config)
     if config.macs is None:
-        return allocate(offers, budget, fixed=fixed)
+        return allocate(menus, budget, fixed=fixed)
     whole = sum(dense_macs(layer, moments[name].positions) for name, layer in free.items())
-    return allocate_within(offers, budget, config.macs * whole, fixed=fixed)
+    return allocate_within(menus, budget, config.macs * whole, fixed=fixed)
 
 
 def _pick_by_threshold(model: nn.Module, free: Mapping[str, Dense], config: LowRankConfig) -> dict[str, Choice]:
@@ -277,28 +263,28 @@ def square_root(moment_II: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class _Whitened:
-    """A weight in float64 on the CPU whose input channels are uncorrelated and of variance 1: `(O, I, H, W)`, 1x1 for a matrix."""
+    """A weight in float64 on the CPU, for input channels that are uncorrelated and of variance 1: `(O, I, H, W)`, 1x1 for a matrix."""
 
     weight: Tensor
     root: Tensor | None
 
     def back(self, rows_NI: Tensor) -> Tensor:
-        """Rows over whitened channels as rows over the layer's own."""
+        """Rows over whitened channels as rows over the layer's channels."""
         if self.root is None:
             return rows_NI
         return torch.linalg.solve_triangular(self.root, rows_NI, upper=False, left=False)  # type: ignore[no-any-return]
 
     @property
     def matrix(self) -> Tensor:
-        """`(O·W, I·H)`: the unfolding of the spatial form, which for 1x1 is the weight itself."""
+        """`(O·W, I·H)`: the unfolding of the spatial form, for 1x1 the weight itself."""
         return self.weight.permute(0, 3, 1, 2).flatten(2).flatten(0, 1)
 
     def gram_in(self) -> Tensor:
-        """Of the unfolding by input channels, `(I, I)`."""
+        """Gram matrix of the unfolding by input channels, `(I, I)`."""
         return torch.einsum("oihw,ojhw->ij", self.weight, self.weight)
 
     def gram_out(self) -> Tensor:
-        """Of the unfolding by output channels, `(O, O)`."""
+        """Gram matrix of the unfolding by output channels, `(O, O)`."""
         return torch.einsum("oihw,pihw->op", self.weight, self.weight)
 
 
@@ -310,11 +296,11 @@ def _whiten(layer: Dense, root_II: Tensor | None) -> _Whitened:
     return _Whitened(weight_OIHW, root_II)
 
 
-def spectra(layer: Dense, root_II: Tensor | None = None) -> list[Floats]:
+def spectra(layer: Dense, root_II: Tensor | None = None) -> list[Values]:
     """σ² of the components of each mode that `factorize` can drop, descending: one array, two of Tucker-2.
 
-    With the square root of the input's moment, σ² is what the component carries of the output's power, mean over output rows and summed
-    over channels: for a matrix the squared error of dropping it, exactly (SVD-LLM, theorem 3.2). Without, it is the weight's own.
+    With the square root of the input's moment, σ² is the part of the output's power in the component, mean over output rows and summed
+    over channels: for a matrix the squared error of dropping it, exactly (SVD-LLM, theorem 3.2). Without, it is of the weight alone.
     """
     whitened, full = _whiten(layer, root_II), full_ranks(layer)
     if len(full) == 2:
@@ -328,46 +314,46 @@ def spectra(layer: Dense, root_II: Tensor | None = None) -> list[Floats]:
 
 @torch.no_grad()
 def factorize(layer: Dense, ranks: tuple[int, ...], root_II: Tensor | None = None) -> FactoredLayer:
-    """The factored form of a Linear or Conv2d at `ranks`, which approximates it best for inputs whose moment has the square root given.
+    """The factored form of a Linear or Conv2d at `ranks` with the least error for inputs whose moment has the square root given.
 
-    Without a root all inputs count alike. At full ranks (`full_ranks`) it computes what the layer does. The layer itself is not changed.
-    The scale of each component is split as √σ between neighbouring parts, so that none has an outsized range: training moves small
+    Without a root all inputs count alike. At full ranks (`full_ranks`) the output is the layer's. The layer itself is not changed.
+    The scale of each component is split as √σ between neighbouring parts, so that none has a large range: training would move small
     weights too far, and 8 bits hold only the loudest channel.
     """
-    made, whitened = shell(layer, ranks), _whiten(layer, root_II)
+    factored, whitened = shell(layer, ranks), _whiten(layer, root_II)
     if len(ranks) == 2:
-        _fill_tucker(cast(FactoredConv2d, made), whitened)
+        _fill_tucker(cast(FactoredConv2d, factored), whitened)
     else:
-        _fill_product(made, whitened)
+        _fill_product(factored, whitened)
     if layer.bias is not None:
-        cast(Tensor, made.last.bias).copy_(layer.bias)
-    return made.requires_grad_(layer.weight.requires_grad)
+        cast(Tensor, factored.expand.bias).copy_(layer.bias)
+    return factored.requires_grad_(layer.weight.requires_grad)
 
 
-def _fill_product(made: FactoredLayer, whitened: _Whitened) -> None:
-    (rank,) = made.ranks
+def _fill_product(factored: FactoredLayer, whitened: _Whitened) -> None:
+    (rank,) = factored.ranks
     outputs, inputs, height, width = whitened.weight.shape
     left, sigma_R, right = torch.linalg.svd(whitened.matrix, full_matrices=False)
     half_R = sigma_R[:rank].sqrt()
     reduce_RIH = (half_R[:, None] * right[:rank]).reshape(rank, inputs, height)
     reduce_RHI = whitened.back(reduce_RIH.transpose(1, 2).reshape(-1, inputs)).reshape(rank, height, inputs)
     expand_OWR = (left[:, :rank] * half_R).reshape(outputs, width, rank)
-    made.first.weight.copy_(reduce_RHI.transpose(1, 2).reshape(made.first.weight.shape))
-    made.last.weight.copy_(expand_OWR.transpose(1, 2).reshape(made.last.weight.shape))
+    factored.reduce.weight.copy_(reduce_RHI.transpose(1, 2).reshape(factored.reduce.weight.shape))
+    factored.expand.weight.copy_(expand_OWR.transpose(1, 2).reshape(factored.expand.weight.shape))
 
 
-def _fill_tucker(made: FactoredConv2d, whitened: _Whitened) -> None:
-    rank_in, rank_out = made.ranks
+def _fill_tucker(factored: FactoredConv2d, whitened: _Whitened) -> None:
+    rank_in, rank_out = factored.ranks
     basis_IR, half_R = _mode(whitened.gram_in(), rank_in)
     basis_OP, half_P = _mode(whitened.gram_out(), rank_out)
     core_PRHW = torch.einsum("oihw,op,ir->prhw", whitened.weight, basis_OP / half_P, basis_IR / half_R)
-    made.reduce.weight.copy_(whitened.back((basis_IR * half_R).T).reshape(made.reduce.weight.shape))
-    made.core.weight.copy_(core_PRHW)
-    made.expand.weight.copy_((basis_OP * half_P).reshape(made.expand.weight.shape))
+    factored.reduce.weight.copy_(whitened.back((basis_IR * half_R).T).reshape(factored.reduce.weight.shape))
+    factored.core.weight.copy_(core_PRHW)
+    factored.expand.weight.copy_((basis_OP * half_P).reshape(factored.expand.weight.shape))
 
 
 def _mode(gram: Tensor, rank: int) -> tuple[Tensor, Tensor]:
-    """The first `rank` components of an unfolding, and the root of what each carries, which is how its scale is split."""
+    """The first `rank` components of an unfolding, and √σ of each."""
     values, vectors = torch.linalg.eigh(gram)
     sigma = values.flip(0)[:rank].clamp_min(0).sqrt()
     largest = float(sigma.max())
@@ -377,16 +363,16 @@ def _mode(gram: Tensor, rank: int) -> tuple[Tensor, Tensor]:
 # Structure, for checkpoints
 
 
-def structure_of(model: nn.Module) -> dict[str, list[int]]:
-    """The ranks of each factored layer, by dotted name: what a checkpoint has to say beside its weights. Plain numbers, fit for JSON."""
-    return {name: list(cast(FactoredLayer, layer).ranks) for name, layer in named(model, FactoredLinear, FactoredConv2d)}
+def structure_of(model: nn.Module) -> dict[str, tuple[int, ...]]:
+    """The ranks of each factored layer, by dotted name."""
+    return {name: cast(FactoredLayer, layer).ranks for name, layer in named(model, FactoredLinear, FactoredConv2d)}
 
 
-def apply_structure(model: nn.Module, structure: Mapping[str, list[int]]) -> None:
-    """Put factored layers, not initialised, where `structure` says, in place: load the weights of a checkpoint next.
+def apply_structure(model: nn.Module, structure: Mapping[str, Sequence[int]]) -> None:
+    """Put factored layers with zero weights where `structure` says, in place; load the weights of a checkpoint next.
 
-    Layers that have these ranks already stay as they are. Raises `MuntinError` for a name that is no layer of the model or ranks that
-    do not suit it, before anything is changed.
+    Layers that already have these ranks are kept. Raises `MuntinError` for a name that is no layer of the model, or ranks that
+    do not fit it, before anything is changed.
     """
     shells: dict[str, FactoredLayer] = {}
     modules = dict(model.named_modules(remove_duplicate=False))
@@ -401,6 +387,6 @@ def apply_structure(model: nn.Module, structure: Mapping[str, list[int]]) -> Non
             shells[name] = shell(cast(Dense, layer), tuple(ranks))
         except ValueError as error:
             raise MuntinError(f"structure: layer '{name}': {error}: build the model that the checkpoint was made of") from error
-    for name, made in shells.items():
-        replace(model, name, made)
+    for name, factored in shells.items():
+        replace(model, name, factored)
     call_every_layer(model)

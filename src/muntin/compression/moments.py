@@ -1,7 +1,7 @@
-"""What calibration images tell of a layer: which inputs it sees, and how much the model's answer listens to its output.
+"""Statistics of layers on calibration images: moments of their inputs, and the sensitivity of the model's answer to their outputs.
 
-Both are streamed over the batches. Moments take O(C²) a layer, whatever the number of images; the answer's sensitivity what training on
-one batch takes, all activations of its images.
+Both are accumulated over the batches. Moments take O(C²) a layer, for any number of images; the sensitivity takes the memory of training on
+one batch.
 
 Axes: N rows (tokens, positions of a map), I input channels.
 """
@@ -16,48 +16,48 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from muntin.compression.calibration import as_input
+from muntin.compression.calibration import as_input, not_finite, run
 from muntin.errors import MuntinError
 
 POSITIONS = 65_536
-"""Most rows of one call that enter a moment; of more, every n-th is taken."""
+"""Maximum number of rows of one call that enter a moment; of more, every n-th is taken."""
 CHUNK = 8_192
-"""Rows that are held in float64 at a time."""
+"""Rows in float64 at a time."""
 SEED = 0
-"""Of the random directions in which the answer is probed."""
+"""Seed of the random directions."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Moment:
-    """What one layer saw of the calibration images."""
+    """Moments of one layer's input over the calibration images."""
 
     matrix: Tensor
-    """Uncentred second moment of the input, the mean of x·xᵀ over rows: float64 `(I, I)`, on the CPU."""
+    """Uncentred second moment, the mean of x·xᵀ over rows: float64 `(I, I)`, on the CPU."""
     mean: Tensor
-    """Of the input over rows: float64 `(I,)`."""
+    """Mean over rows: float64 `(I,)`."""
     fourth: float
-    """Mean over rows of the fourth power of their distance to the mean."""
+    """Mean over rows of the fourth power of the distance to the mean."""
     rows: int
     """Rows that were read."""
     positions: float
-    """Rows of the output an image: tokens, or positions of its map, all calls of the layer together."""
+    """Rows of the output an image (tokens, or positions of its map), summed over all calls of the layer."""
 
     def shrunk(self) -> Tensor:
-        """The second moment that is to be expected of other images, `(I, I)`: what few rows have not shown is not taken for nothing.
+        """An estimate of the second moment for other images, `(I, I)`.
 
-        The covariance is drawn towards the multiple of the identity that has its trace, the further the fewer rows there are for their
+        The covariance is shrunk towards the multiple of the identity that has its trace, the more the fewer rows there are for the
         channels. Source: Ledoit and Wolf, A well-conditioned estimator for large-dimensional covariance matrices (2004), section 3.2.
-        Deviation: the mean, which they take to be 0, is taken out before and stays: left in, it is a direction that all rows agree on, and
-        next to nothing is shrunk. Rows of one image are alike, and count as if they were not: of maps too little is shrunk, if anything.
+        Deviation: the mean, 0 in the source, is subtracted before: as a direction that all rows share it would prevent the shrinking.
+        Rows of one image are similar and are counted as independent, so maps are shrunk too little.
         """
         spread_II = self.matrix - torch.outer(self.mean, self.mean)
         square, level = float(spread_II.square().sum()), float(spread_II.diagonal().mean())
-        unlike = square - len(spread_II) * level**2
-        share = min(1.0, (self.fourth - square) / self.rows / unlike) if unlike > 0 else 1.0
+        dispersion = square - len(spread_II) * level**2
+        share = min(1.0, (self.fourth - square) / self.rows / dispersion) if dispersion > 0 else 1.0
         return self.matrix - share * spread_II + share * level * torch.eye(len(spread_II), dtype=self.matrix.dtype)
 
 
-class _Sum:
+class _MomentSum:
     def __init__(self, channels: int) -> None:
         self.total_II = torch.zeros(channels, channels, dtype=torch.float64)
         self.total_I = torch.zeros(channels, dtype=torch.float64)
@@ -67,7 +67,7 @@ class _Sum:
         self.positions = 0
 
     def add(self, rows_NI: Tensor, positions: int) -> None:
-        step = -(-len(rows_NI) // POSITIONS) | 1  # odd, so that maps of even width are not always read at the same columns
+        step = -(-len(rows_NI) // POSITIONS) | 1  # odd, so that the columns differ on maps of even width
         sums = (self.total_II, self.total_I, self.cubes_I)
         total_II, total_I, cubes_I = (torch.zeros_like(total, device=rows_NI.device) for total in sums)
         for part_NI in torch.split(rows_NI[::step], CHUNK):
@@ -87,9 +87,9 @@ class _Sum:
 
     def moment(self, images: int) -> Moment:
         matrix_II, mean_I = self.total_II / self.rows, self.total_I / self.rows
-        far = float(mean_I.square().sum())
-        around = 4 * mean_I @ (matrix_II @ mean_I - self.cubes_I / self.rows) + 2 * far * matrix_II.trace() - 3 * far**2
-        fourth = max(0.0, self.fourths / self.rows + float(around))  # of x - mean, multiplied out
+        mean_square = float(mean_I.square().sum())
+        correction = 4 * mean_I @ (matrix_II @ mean_I - self.cubes_I / self.rows) + 2 * mean_square * matrix_II.trace() - 3 * mean_square**2
+        fourth = max(0.0, self.fourths / self.rows + float(correction))  # of x - mean, expanded
         return Moment(matrix=matrix_II, mean=mean_I, fourth=fourth, rows=self.rows, positions=self.positions / images)
 
 
@@ -103,13 +103,14 @@ def _rows(layer: nn.Module, x: Tensor) -> Tensor:
 
 
 def input_moments(model: nn.Module, batches: Sequence[Tensor], layers: Mapping[str, nn.Module]) -> dict[str, Moment]:
-    """The uncentred second moment of the inputs of `layers` (Linear and ungrouped Conv2d, by dotted name).
+    """The moments of the inputs of `layers` (Linear and ungrouped Conv2d, by dotted name).
 
     Costs one forward pass and I² multiply-adds a row, at most `POSITIONS` rows a call, summed in float64. `batches`: the model's inputs,
     any integer or float type. A convolution's moment is over its input channels at every position, without its zero padding.
-    Layers that no image reached are absent. The model runs as it is: call `eval()` first. Raises `MuntinError` on NaN or infinity.
+    Layers that no image reached are absent. The model runs in its current mode: call `eval()` first. Raises `MuntinError` on NaN or
+    infinity.
     """
-    sums: dict[str, _Sum] = {}
+    sums: dict[str, _MomentSum] = {}
 
     def hook(name: str) -> Callable[[nn.Module, tuple[Any, ...], dict[str, Any], Tensor], None]:
         def watch(layer: nn.Module, inputs: tuple[Any, ...], named_inputs: dict[str, Any], output: Tensor) -> None:
@@ -119,35 +120,27 @@ def input_moments(model: nn.Module, batches: Sequence[Tensor], layers: Mapping[s
                 return
             channels = output.shape[-3] if isinstance(layer, nn.Conv2d) else output.shape[-1]
             try:
-                sums.setdefault(name, _Sum(rows_NI.shape[1])).add(rows_NI, output.numel() // channels)
+                sums.setdefault(name, _MomentSum(rows_NI.shape[1])).add(rows_NI, output.numel() // channels)
             except ValueError as error:
-                raise MuntinError(f"calibration: {error} at the input of layer '{name}': check the weights and the images") from error
+                raise not_finite(name, error) from error
 
         return watch
 
-    handles = [layer.register_forward_hook(hook(name), with_kwargs=True) for name, layer in layers.items()]
-    try:
-        with torch.no_grad():  # as in `watch_inputs`
-            for batch in batches:
-                model(as_input(model, batch))
-    finally:
-        for handle in handles:
-            handle.remove()
+    run(model, batches, [layer.register_forward_hook(hook(name), with_kwargs=True) for name, layer in layers.items()])
     images = sum(len(batch) for batch in batches)
-    return {name: seen.moment(images) for name, seen in sums.items()}
+    return {name: total.moment(images) for name, total in sums.items()}
 
 
 def answer_sensitivity(model: nn.Module, batches: Sequence[Tensor], layers: Mapping[str, nn.Module]) -> dict[str, float]:
-    """How far the model's answer moves when the output of each of `layers` moves: needs no labels, so it works for any task.
+    """How far the model's answer moves when the output of each of `layers` moves. Needs no labels, so it works for any task.
 
-    A layer's value, times the squared error that a pass puts on one of its output elements, times the number of these elements an
+    A layer's value, times the squared error of one of its output elements, times the number of these elements an
     image, is about the mean squared error of the scores over their variance: noise over signal of the answer. Precisely: the mean over
     output elements y of (∂⟨s, ε⟩/∂y)², with scores s and ε ~ N(0, 1) (Hutchinson's estimate of the squared Jacobian's trace), over the
-    variance of the scores and their number an image. Scores that are all the same count as of variance 1. A layer that no image
-    reached has 0.
+    variance of the scores and their number an image. Constant scores count as of variance 1. A layer that no image reached has 0.
 
     Costs one forward and one backward pass over the `batches`. The model runs in `eval` mode; modes, `requires_grad` flags, `.grad` and
-    the global random state are left as they were. Raises `MuntinError` where the answer is no tensor, is not finite or depends
+    the global random state are restored. Raises `MuntinError` if the answer is no tensor, is not finite or depends
     on none of the layers.
     """
     if not layers:
@@ -159,7 +152,7 @@ def answer_sensitivity(model: nn.Module, batches: Sequence[Tensor], layers: Mapp
 
     def hook(name: str) -> Callable[[nn.Module, tuple[Any, ...], Tensor], Tensor]:
         def probe(layer: nn.Module, inputs: tuple[Any, ...], output: Tensor) -> Tensor:
-            zero = torch.zeros_like(output, requires_grad=True)  # a leaf: its gradient is the output's, in-place operations behind or not
+            zero = torch.zeros_like(output, requires_grad=True)  # a leaf with the output's gradient, also before in-place operations
             probes.append((name, zero))
             return output + zero
 
@@ -173,22 +166,22 @@ def answer_sensitivity(model: nn.Module, batches: Sequence[Tensor], layers: Mapp
                 answer = _checked_answer(model(as_input(model, batch.clone())))
                 scores.add(answer)
                 direction = torch.randn(answer.shape, generator=generator).to(answer.device, answer.dtype)
-                asked = list(probes)  # a model that checkpoints activations computes them, and calls the hooks, again for the gradient
-                gradients = torch.autograd.grad((answer * direction).sum(), [zero for _, zero in asked], allow_unused=True)
-                for (name, zero), gradient in zip(asked, gradients, strict=True):
+                forward = list(probes)  # activation checkpointing calls the hooks again during the backward pass
+                gradients = torch.autograd.grad((answer * direction).sum(), [zero for _, zero in forward], allow_unused=True)
+                for (name, zero), gradient in zip(forward, gradients, strict=True):
                     counts[name] += zero.numel()
                     squares[name] += 0.0 if gradient is None else float(gradient.double().square().sum())
     finally:
         for handle in handles:
             handle.remove()
     images = sum(len(batch) for batch in batches)
-    found = {name: squares[name] / max(counts[name], 1) / scores.variance() / (scores.count / images) for name in layers}
-    for name, value in found.items():
-        if not value < float("inf"):  # NaN fails every comparison
+    sensitivity = {name: squares[name] / max(counts[name], 1) / scores.variance() / (scores.count / images) for name in layers}
+    for name, value in sensitivity.items():
+        if not value < float("inf"):  # also catches NaN
             raise MuntinError(
                 f"calibration: the gradient at the output of layer '{name}' is NaN or infinity: check the weights and the images"
             )
-    return found
+    return sensitivity
 
 
 class _Scores:
@@ -208,7 +201,7 @@ class _Scores:
     def variance(self) -> float:
         mean = self.total / self.count
         variance = self.squares / self.count - mean**2
-        return variance if variance > 1e-12 * mean**2 else 1.0  # below: rounding of scores that are all the same
+        return variance if variance > 1e-12 * mean**2 else 1.0  # below: rounding of constant scores
 
 
 def _checked_answer(answer: Any) -> Tensor:
@@ -225,7 +218,7 @@ def _checked_answer(answer: Any) -> Tensor:
 
 @contextmanager
 def _evaluating(model: nn.Module) -> Iterator[None]:
-    """`eval` mode and no gradients for parameters, then everything as it was."""
+    """`eval` mode without gradients for parameters during the block; restores all modes and flags."""
     modes = [(module, module.training) for module in model.modules()]
     flags = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
     try:

@@ -1,7 +1,6 @@
-"""What calibration learns of an activation: its range, and the 8-bit grid that loses least of it.
+"""The range of an activation on calibration images, and the 8-bit grid with the least error.
 
-Two passes over the calibration images: the first finds the extremes, the second fills a histogram between them, of
-constant size whatever the number of images.
+Two passes over the calibration images: the first finds the extremes, the second fills a histogram of constant size between them.
 """
 
 from __future__ import annotations
@@ -18,15 +17,10 @@ BINS = 2048
 
 @dataclass(frozen=True, kw_only=True)
 class ActivationGrid:
-    """Where 8 bits lie: value = scale · (q - zero_point); q is 0-255 if `unsigned`, else -128-127."""
+    """An 8-bit grid: value = scale · q; q is 0-255 if `unsigned`, else -128-127."""
 
     scale: float
-    zero_point: int
     unsigned: bool
-    low: float
-    high: float
-    clipped: float
-    """Share of the observed values outside the grid, 0-1."""
 
 
 class Observer:
@@ -38,38 +32,37 @@ class Observer:
         self.histogram = torch.zeros(BINS, dtype=torch.float64)
 
     def see_range(self, x: Tensor) -> None:
-        """First pass. Raises `ValueError` on NaN or infinity."""
+        """Add a tensor of the first pass. Raises `ValueError` on NaN or infinity."""
         if not x.numel():
             return
         low, high = (float(v) for v in torch.aminmax(x.detach().float()))
-        if not (abs(low) < float("inf") and abs(high) < float("inf")):  # NaN fails every comparison
+        if not (abs(low) < float("inf") and abs(high) < float("inf")):  # also catches NaN
             raise ValueError("the activation holds NaN or infinity")
         self.low, self.high = min(self.low, low), max(self.high, high)
 
     def see_values(self, x: Tensor) -> None:
-        """Second pass, over the same tensors."""
+        """Add a tensor of the second pass, over the same tensors."""
         if self.high > self.low:
             counts = torch.histc(x.detach().float(), BINS, self.low, self.high)
             self.histogram += counts.to("cpu", torch.float64)
 
     @property
     def seen(self) -> bool:
-        """False for a layer that no calibration image reached."""
+        """False if no calibration image reached the layer."""
         return self.high >= self.low
 
     def grid(self, percentile: float | None = None) -> ActivationGrid:
-        """The grid with the least mean squared error over the histogram, or the one that ends at a percentile (of 100) of the magnitudes.
+        """The grid with the least mean squared error over the histogram, or one that ends at a percentile (of 100) of the magnitudes.
 
-        A tensor that is never negative gets an unsigned grid that starts at 0, any other a signed symmetric one: both have zero
-        point 0, so that zero padding is exact and no correction term is needed at run time. A constant tensor gets a grid that
-        holds its value exactly at an end.
+        A tensor that is never negative gets an unsigned grid from 0, any other a signed symmetric one. Without an offset zero padding is
+        exact and needs no correction at run time. A constant tensor gets a grid with its value at an end.
         """
         unsigned = self.low >= 0
         levels = 255 if unsigned else 127
         peak = max(abs(self.low), abs(self.high))
         if self.high <= self.low or peak == 0:
             scale = peak / levels if peak > 0 else 1.0
-            return ActivationGrid(scale=usable(scale), zero_point=0, unsigned=unsigned, low=self.low, high=self.high, clipped=0.0)
+            return ActivationGrid(scale=usable(scale), unsigned=unsigned)
         step = (self.high - self.low) / BINS
         centres = self.low + (torch.arange(BINS, dtype=torch.float64) + 0.5) * step
         best_error, best_scale = float("inf"), peak / levels
@@ -84,15 +77,13 @@ class Observer:
             mean_error = float((self.histogram * error.square()).sum())
             if mean_error < best_error:
                 best_error, best_scale = mean_error, scale
-        outside = (centres > best_scale * (levels + 0.5)) | (centres < best_scale * (lowest - 0.5))
-        clipped = float(self.histogram[outside].sum() / self.histogram.sum().clamp_min(1))
-        return ActivationGrid(scale=usable(best_scale), zero_point=0, unsigned=unsigned, low=self.low, high=self.high, clipped=clipped)
+        return ActivationGrid(scale=usable(best_scale), unsigned=unsigned)
 
 
 def usable(scale: float) -> float:
-    """The scale as float32 holds it, never 0 and never exactly 1.
+    """The scale in float32, never 0 and never exactly 1.
 
-    On bytes, a quantiser of scale 1 and zero point 0 changes nothing: OpenVINO removes it, and the layer behind it runs in float.
+    On bytes, a quantiser of scale 1 and zero point 0 changes nothing: OpenVINO removes it, and the next layer runs in float.
     """
     info = torch.finfo(torch.float32)
     rounded = max(float(torch.tensor(scale, dtype=torch.float32)), info.tiny)

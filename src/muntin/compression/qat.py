@@ -1,9 +1,9 @@
-"""Quantisation-aware training: layers that compute in float what their integer forms will compute, with grids that are learned.
+"""Quantisation-aware training: layers that compute in float what their integer forms will compute, on learned grids.
 
-    model -> prepare_qat (fold, calibrate, put QAT layers in place) -> train -> set_bits where a layer needs more -> freeze -> integers
+    model -> prepare_qat (fold, calibrate, put QAT layers in place) -> train -> set_bits for layers that need more -> freeze -> integers
 
-A QAT layer keeps its float weight and rounds it, and its inputs, in every forward pass; `freeze` turns it into the quantised layer of
-the same grids, so that what was trained is what is deployed. Products of attention have no weights: both of their operands are rounded.
+A QAT layer keeps its float weight and rounds it, and its inputs, in every forward pass. `freeze` makes a quantised layer of
+the same grids, so the deployed model is the trained one. Products of attention have no weights; both operands are rounded.
 
 Axes: O output and I input channels of a weight.
 """
@@ -21,10 +21,9 @@ from torch.nn import functional as F  # noqa: N812 - the field's usual name
 
 from muntin.compression.batch_norm import fold_batch_norms
 from muntin.compression.calibration import calibration_list, check_weights, observe, watch_inputs
-from muntin.compression.change import Change, Pass
 from muntin.compression.fake_quantization import along, round_to_grid, round_to_half, sqnr_db, weight_limit, weight_scale
 from muntin.compression.fold import fold
-from muntin.compression.observer import ActivationGrid, Observer, usable
+from muntin.compression.observer import ActivationGrid, usable
 from muntin.compression.pixel_grid import align_with_pixels
 from muntin.compression.quantized import (
     SHARES,
@@ -37,7 +36,9 @@ from muntin.compression.quantized import (
     no_integer_form,
 )
 from muntin.compression.rewrite import (
+    UNUSUAL,
     WHOLE_MODEL,
+    Pass,
     call_every_layer,
     check_kept,
     computes_as_usual,
@@ -52,11 +53,12 @@ from muntin.compression.rewrite import (
 from muntin.compression.stand_in import irreplaceable
 from muntin.errors import MuntinError
 from muntin.layers import Product, SoftmaxProduct
+from muntin.models.compression_record import Change, OperationRecord
 from muntin.models.eager import check_eager
 
 
 class LearnedGrid(nn.Module):
-    """Rounds a tensor to an 8-bit grid whose scale is learned; zero point 0."""
+    """Rounds a tensor to an 8-bit grid whose scale is learned."""
 
     def __init__(self, grid: ActivationGrid) -> None:
         super().__init__()
@@ -65,18 +67,18 @@ class LearnedGrid(nn.Module):
         self.log_scale = nn.Parameter(torch.tensor(grid.scale, dtype=torch.float32).log())
 
     def forward(self, x: Tensor) -> Tensor:
-        if torch.is_autocast_enabled(x.device.type):  # the product behind computes in this type anyway: half the memory to go through
+        if torch.is_autocast_enabled(x.device.type):  # the type of the next product
             x = x.to(torch.get_autocast_dtype(x.device.type))
         return round_to_grid(x, self.log_scale.exp(), self.low, self.high)
 
     def frozen(self) -> ActivationGrid:
-        """The grid as it is now."""
+        """The grid with the current scale."""
         scale = usable(float(self.log_scale.detach().exp()))
-        return ActivationGrid(scale=scale, zero_point=0, unsigned=self.unsigned, low=self.low * scale, high=self.high * scale, clipped=0.0)
+        return ActivationGrid(scale=scale, unsigned=self.unsigned)
 
 
 class _LearnedWeight(nn.Module):
-    """What QATLinear and QATConv2d share: a float weight, a learned scale for each output channel, a grid for the inputs."""
+    """Base of QATLinear and QATConv2d: a float weight, a learned scale for each output channel, a grid for the inputs."""
 
     layer: nn.Linear | nn.Conv2d
 
@@ -88,10 +90,10 @@ class _LearnedWeight(nn.Module):
         self.groups = getattr(layer, "groups", 1)
         keep_geometry(self, layer)
         self.log_scale = nn.Parameter(weight_scale(layer.weight, 0, bits).log())
-        self.shape_of = [copy.deepcopy(layer).to("meta")]  # in a list: no submodule, only the structure to go back to
+        self.shape_of = [copy.deepcopy(layer).to("meta")]  # in a list, so that it is no submodule
 
     def set_bits(self, bits: int) -> None:
-        """Another width. A wider one starts from the weight as it was rounded, on a grid that holds all of its values exactly."""
+        """Change the width. A wider one starts from the rounded weight, on a grid that holds its values exactly."""
         with torch.no_grad():
             self.weight.copy_(self.rounded())
             finer = weight_limit(bits) // weight_limit(self.bits)
@@ -99,17 +101,17 @@ class _LearnedWeight(nn.Module):
             self.bits = bits
 
     def rounded(self) -> Tensor:
-        """The weight on its grid, with gradients for the weight and for the scales."""
+        """The weight on its grid, with gradients for the weight and the scales."""
         limit = weight_limit(self.bits)
         scale = along(self.log_scale.exp(), self.weight.ndim, 0)
         return round_to_grid(self.weight.to(torch.float32), scale, -limit, limit)
 
     def terms(self, dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:
-        """The rounded weight and the bias, in the type of what they are multiplied with, whatever type the model has."""
+        """The rounded weight and the bias in `dtype`, that of the input."""
         return self.rounded().to(dtype), None if self.bias is None else self.bias.to(dtype)
 
     def plain(self) -> nn.Linear | nn.Conv2d:
-        """The layer in float, with this one's weight."""
+        """The float layer with this weight."""
         layer = copy.deepcopy(self.shape_of[0])
         layer.weight, layer.bias = self.weight, self.bias
         return layer
@@ -118,7 +120,7 @@ class _LearnedWeight(nn.Module):
 class QATLinear(_LearnedWeight):
     """A Linear in quantisation-aware training, `(..., I) -> (..., O)`."""
 
-    def forward(self, input: Tensor) -> Tensor:  # the parameter's name is nn.Linear's
+    def forward(self, input: Tensor) -> Tensor:  # nn.Linear's parameter name: models may call it by keyword
         x = self.input(input)
         return F.linear(x, *self.terms(x.dtype))
 
@@ -186,9 +188,9 @@ def prepare_qat(calibration: Iterable[Tensor], *, bits: int = 4, keep: Sequence[
 
     Linear, Conv2d and depthwise convolutions get weights of `bits` bits per output channel and 8-bit inputs; the products of muntin's
     attention get two 8-bit operands. Norms and gates are folded first. `calibration`: batches `(B, C, H, W)` of raw pixels, training
-    images; grids of activations start at the least squared error over them, or at `percentile` (of 100) of their values. `keep`: layers
-    and products that stay in float, by their names or those of modules around them. Costs two forward passes over the batches
-    and three of one image. Raises `MuntinError` if no batch came, for NaN and infinity, and if `keep` names no layer.
+    images; activation grids start at the least squared error over them, or at `percentile` (of 100) of their values. `keep`: names of
+    layers and products, or of modules around them, that stay in float. Costs two forward passes over the batches and three of one image.
+    Raises `MuntinError` if there is no batch, for NaN and infinity, and if `keep` names no layer.
     """
 
     def pass_(model: nn.Module) -> list[Change]:
@@ -207,9 +209,10 @@ def prepare_qat(calibration: Iterable[Tensor], *, bits: int = 4, keep: Sequence[
         reasons |= _unusual(model, layers, batches)
         for name, observers in observe(model, {**layers, **products}, batches).items():
             operation = model.get_submodule(name)
-            reason = reasons.get(name) or (no_integer_form(operation, observers[0]) if name in layers else _unseen(observers[0]))
+            reason = reasons.get(name) or no_integer_form(operation, observers[0])
             if reason is None:
-                replace(model, name, _qat_form(operation, observers, bits, percentile))
+                grids = [observer.grid(percentile) if observer.seen else SHARES for observer in observers]
+                replace(model, name, _qat_form(operation, grids, bits))
                 changes.append(Change(layer=name, pass_="qat", done=f"W{bits}A8" if name in layers else "A8"))
             else:
                 changes.append(Change(layer=name, pass_="qat", done="kept", reason=reason))
@@ -218,31 +221,27 @@ def prepare_qat(calibration: Iterable[Tensor], *, bits: int = 4, keep: Sequence[
     return pass_
 
 
-def _unseen(observer: Observer) -> str | None:
-    return None if observer.seen else "no calibration image reached it"
-
-
 def _unusual(model: nn.Module, layers: Mapping[str, nn.Module], batches: Sequence[Tensor]) -> dict[str, str]:
-    """The layers that do not compute what their kind does: subclasses that pad, standardise or mask before the product."""
+    """The subclasses, by name, that do not compute what their kind does, with a reason."""
     subclasses = {name: layer for name, layer in layers.items() if type(layer) not in (nn.Linear, nn.Conv2d)}
-    found: dict[str, str] = {}
+    reasons: dict[str, str] = {}
 
     def watch(name: str, layer: nn.Module, inputs: tuple[Tensor, ...]) -> None:
         if not computes_as_usual(layer, inputs[0]):
-            found[name] = "it does not compute what its kind does: no integer form"
+            reasons[name] = UNUSUAL
 
     if subclasses:
         watch_inputs(model, subclasses, batches[:1], watch)
-    return found
+    return reasons
 
 
-def _qat_form(operation: nn.Module, observers: tuple[Observer, Observer], bits: int, percentile: float | None) -> QATOperation:
-    first, second = (observer.grid(percentile) if observer.seen else SHARES for observer in observers)
+def _qat_form(operation: nn.Module, grids: Sequence[ActivationGrid], bits: int) -> QATOperation:
+    """The form of an operation in quantisation-aware training. `grids`: of its inputs; of a SoftmaxProduct the last is the values'."""
     if isinstance(operation, nn.Conv2d):
-        return QATConv2d(operation, first, bits)
+        return QATConv2d(operation, grids[0], bits)
     if isinstance(operation, nn.Linear):
-        return QATLinear(operation, first, bits)
-    return QATProduct(first, second) if isinstance(operation, Product) else QATSoftmaxProduct(second)
+        return QATLinear(operation, grids[0], bits)
+    return QATProduct(grids[0], grids[1]) if isinstance(operation, Product) else QATSoftmaxProduct(grids[-1])
 
 
 def qat_operations(model: nn.Module) -> dict[str, QATOperation]:
@@ -251,11 +250,11 @@ def qat_operations(model: nn.Module) -> dict[str, QATOperation]:
 
 
 def check_frozen(model: nn.Module) -> None:
-    """Raises `MuntinError` for a model in quantisation-aware training, whose layers no other pass knows."""
-    if found := qat_operations(model):
+    """Raise `MuntinError` for a model in quantisation-aware training, whose layers other passes do not know."""
+    if operations := qat_operations(model):
         raise MuntinError(
-            f"{next(iter(found)) or 'the model'} is in quantisation-aware training ({len(found)} operations are): call freeze(model), that "
-            "makes integers of them, or begin with the model as it was before prepare_qat"
+            f"{next(iter(operations)) or 'the model'} is in quantisation-aware training ({len(operations)} operations are): call "
+            "freeze(model), that makes integers of them, or begin with the model as it was before prepare_qat"
         )
 
 
@@ -265,59 +264,58 @@ def bits_of(model: nn.Module) -> dict[str, int]:
 
 
 def float_weights(model: nn.Module) -> int:
-    """Weights of the layers that are not in quantisation-aware training, those that have no integer form included."""
+    """Number of weights in layers that are not in quantisation-aware training, those without an integer form included."""
     layers = (*(layer for _, layer in named(model, nn.Linear, nn.Conv2d)), *others(model).values())
     return sum(parameter.numel() for layer in layers for parameter in layer.parameters(recurse=False) if parameter.ndim > 1)
 
 
 def set_bits(model: nn.Module, bits: Mapping[str, int]) -> None:
-    """Give layers another width: 2-8 with 8-bit inputs, or `FLOAT` for the plain layer. One that has its width already stays.
+    """Change the widths of layers: 2-8 with 8-bit inputs, or `FLOAT` for the plain layer.
 
-    A layer goes on from the weight that its old width had rounded to, since that is what the network around it has learned to expect.
+    A layer continues from its rounded weight, to which the network around it is adapted.
     """
-    for name, wanted in bits.items():
+    for name, width in bits.items():
         layer = model.get_submodule(name)
         assert isinstance(layer, QATLinear | QATConv2d)
-        if wanted == FLOAT:
+        if width == FLOAT:
             with torch.no_grad():
                 layer.weight.copy_(layer.rounded())
             replace(model, name, layer.plain())
-        elif wanted != layer.bits:
-            layer.set_bits(wanted)
+        elif width != layer.bits:
+            layer.set_bits(width)
 
 
-def qat_structure(model: nn.Module) -> dict[str, list[int]]:
-    """What `apply_qat` needs to make this structure again: of each operation the bits (0: no weight) and whether its grids are unsigned."""
+def qat_structure(model: nn.Module) -> dict[str, OperationRecord]:
+    """The operations in quantisation-aware training, by dotted name, for a checkpoint's record."""
     structure = {}
     for name, operation in qat_operations(model).items():
         grids = [module for module in operation.modules() if isinstance(module, LearnedGrid)]
         bits = operation.bits if isinstance(operation, QATLinear | QATConv2d) else 0
-        structure[name] = [bits, *(int(grid.unsigned) for grid in grids)]
+        structure[name] = OperationRecord(bits=bits, unsigned=tuple(grid.unsigned for grid in grids))
     return structure
 
 
-def apply_qat(model: nn.Module, structure: Mapping[str, Sequence[int]]) -> None:
-    """Put operations in quantisation-aware training where `structure` names them; their numbers are then to be loaded."""
-    for name, (bits, *signs) in structure.items():
-        grids = [ActivationGrid(scale=1.0, zero_point=0, unsigned=bool(sign), low=0.0, high=1.0, clipped=0.0) for sign in signs]
-        operation = model.get_submodule(name)
-        form: QATOperation
-        if isinstance(operation, nn.Conv2d):
-            form = QATConv2d(operation, grids[0], bits)
-        elif isinstance(operation, nn.Linear):
-            form = QATLinear(operation, grids[0], bits)
-        elif isinstance(operation, Product):
-            form = QATProduct(grids[0], grids[1])
-        else:
-            form = QATSoftmaxProduct(grids[0])
-        replace(model, name, form)
+def apply_qat(model: nn.Module, structure: Mapping[str, OperationRecord]) -> None:
+    """Put the operations of `structure` into quantisation-aware training; load the weights and scales of a checkpoint next.
+
+    Raises `MuntinError` for a name that is no such operation of the model, before anything is changed.
+    """
+    operations = keepable(model)
+    for name, record in structure.items():
+        grids = 2 if isinstance(operations.get(name), Product) else 1
+        if name not in operations or len(record.unsigned) != grids:
+            what = "is no Linear, Conv2d or product of the model" if name not in operations else f"has {grids} activation grids"
+            raise MuntinError(f"qat: '{name}' {what}: build the model that the checkpoint was made of")
+    for name, record in structure.items():
+        grids_of = [ActivationGrid(scale=1.0, unsigned=sign) for sign in record.unsigned]
+        replace(model, name, _qat_form(operations[name], grids_of, record.bits))
 
 
 def freeze(batches: Sequence[Tensor]) -> Pass:
-    """A pass that turns every QAT operation into its integer form, in place; layers in float are rounded to the FP16 they are stored in.
+    """A pass that turns every QAT operation into its integer form, in place; float layers are rounded to the FP16 in which they are stored.
 
-    `batches`: calibration images; each layer's signal over noise is measured on the first of them, its own float weight and unrounded
-    input being the signal. Costs a forward pass.
+    `batches`: calibration images; on the first of them each layer's signal over noise is measured, where the signal is that of its float
+    weight and unrounded input. Costs a forward pass.
     """
 
     def pass_(model: nn.Module) -> list[Change]:

@@ -1,9 +1,9 @@
-"""Static INT8 quantisation by calibration: the pass that turns Linear and Conv2d into their quantised forms.
+"""Static INT8 quantisation by calibration: the pass that replaces Linear and Conv2d by their quantised forms.
 
     model -> fold -> run calibration images twice (ranges, then histograms) -> choose grids -> measure each layer -> replace
 
-Which layers stay in 16 bits is neither a list of names nor a matter of position: it is every layer whose own quantisation,
-measured on calibration images, leaves less than `min_sqnr_db`, and every layer that has no integer form.
+A layer stays in 16 bits if its own quantisation, measured on calibration images, leaves less signal over noise than `min_sqnr_db`, or if
+it has no integer form; its name or position does not matter.
 """
 
 from __future__ import annotations
@@ -14,7 +14,6 @@ from torch import Tensor, nn
 
 from muntin.compression.batch_norm import fold_batch_norms
 from muntin.compression.calibration import calibration_list, check_weights, observe, watch_inputs
-from muntin.compression.change import Change, Pass
 from muntin.compression.fake_quantization import round_to_half, sqnr_db
 from muntin.compression.fold import fold
 from muntin.compression.observer import Observer
@@ -22,7 +21,9 @@ from muntin.compression.pixel_grid import align_with_pixels
 from muntin.compression.qat import check_frozen
 from muntin.compression.quantized import QuantizedConv2d, QuantizedLayer, QuantizedLinear, no_integer_form
 from muntin.compression.rewrite import (
+    UNUSUAL,
     WHOLE_MODEL,
+    Pass,
     call_every_layer,
     check_kept,
     computes_as_usual,
@@ -36,14 +37,14 @@ from muntin.compression.rewrite import (
 )
 from muntin.compression.slimming import remove_closed_channels
 from muntin.compression.stand_in import irreplaceable
+from muntin.models.compression_record import Change
 from muntin.models.eager import check_eager
 from muntin.training.config import QuantizationConfig
 
 
 def quantized_form(layer: nn.Module, observer: Observer) -> QuantizedLayer | str:
     """The quantised layer, or the reason why there is none."""
-    reason = no_integer_form(layer, observer)
-    if reason is not None:
+    if (reason := no_integer_form(layer, observer)) is not None:
         return reason
     return QuantizedConv2d(layer, observer.grid()) if isinstance(layer, nn.Conv2d) else QuantizedLinear(layer, observer.grid())  # type: ignore[arg-type]
 
@@ -72,9 +73,9 @@ def quantize(calibration: Iterable[Tensor], config: QuantizationConfig | None = 
     """A pass that quantises Linear and Conv2d to static INT8 (W8A8) in place; see the head of this file.
 
     `calibration`: input batches `(B, C, H, W)` of raw pixels, any integer or float type; images of training, never of a test. Costs three
-    forward passes over them, and three of one image. Weights of layers that stay are rounded to the FP16 they are stored in. The pass cuts
-    out channels that gates have closed and folds norms and gates first. It raises `MuntinError` if there is no calibration batch, if NaN or
-    infinity turns up, or if `keep` names no layer.
+    forward passes over them, and three of one image. The pass first cuts closed channels and folds norms and gates. Weights of layers that
+    stay are rounded to the FP16 in which they are stored. Raises `MuntinError` if there is no calibration batch, for NaN or
+    infinity, or if `keep` names no layer.
     """
     config = config or QuantizationConfig()
 
@@ -82,11 +83,10 @@ def quantize(calibration: Iterable[Tensor], config: QuantizationConfig | None = 
         check_eager(model)
         check_frozen(model)
         batches = calibration_list(calibration)
-        layers: dict[str, nn.Module] = dict(named(model, nn.Linear, nn.Conv2d))
         check_kept(config.keep, keepable(model))
-        check_weights(layers)  # what is refused is left as it was
+        check_weights(dict(named(model, nn.Linear, nn.Conv2d)))  # raises before the model is changed
         changes = remove_closed_channels(model.eval()) + number_paddings(model)
-        layers = dict(named(model, nn.Linear, nn.Conv2d))
+        layers: dict[str, nn.Module] = dict(named(model, nn.Linear, nn.Conv2d))
         changes += fold(model) + fold_batch_norms(model, batches[0])
         check_weights(layers)
         return changes + _replace_layers(model, layers, batches, config) + out_of_reach(model, "quantize", "integer form")
@@ -124,7 +124,7 @@ def _reason_to_keep(name: str, form: QuantizedLayer | str, sqnr: dict[str, float
         return "named in keep"
     measured = sqnr[name]
     if measured is None:
-        return "it does not compute what its kind does: no integer form"
+        return UNUSUAL
     if measured < config.min_sqnr_db:
         return f"INT8 leaves {measured:.1f} dB of signal over noise, less than {config.min_sqnr_db:g}: 16 bits"
     return None

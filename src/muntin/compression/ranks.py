@@ -1,7 +1,7 @@
-"""Which rank each layer gets under one budget of parameters: plain numbers in, plain numbers out.
+"""Allocation of ranks (or bits) to layers under one budget of parameters, on plain numbers.
 
-Every layer offers choices, each with a number of parameters and a loss; being left dense is one of them, with loss 0. The sum of
-losses under a sum of parameters is a multiple-choice knapsack (Kellerer et al., Knapsack Problems, chapter 11).
+Every layer has choices, each with a number of parameters and a loss; one is to stay dense, with loss 0. To minimise the sum of
+losses under a sum of parameters is a multiple-choice knapsack problem (Kellerer et al., Knapsack Problems, chapter 11).
 """
 
 from __future__ import annotations
@@ -15,12 +15,12 @@ import numpy as np
 
 from muntin.errors import MuntinError
 
-Floats = np.ndarray[tuple[int, ...], np.dtype[np.float64]]
+Values = np.ndarray[tuple[int, ...], np.dtype[np.float64]]
 
 
 @dataclass(frozen=True, kw_only=True)
 class Choice:
-    """One way to have a layer."""
+    """One form of a layer."""
 
     ranks: tuple[int, ...] = ()
     """Empty: dense."""
@@ -29,39 +29,39 @@ class Choice:
     macs: float = 0.0
     """Multiply-adds an image."""
     loss: float = 0.0
-    """What it costs the model's answer, >= 0, in a unit that adds up over layers."""
+    """Harm to the model's answer, >= 0, in a unit that adds up over layers."""
 
 
 def ladder(full: int, multiple: int) -> list[int]:
-    """The ranks on offer for a mode of rank `full`: multiples of `multiple` up to it, or `full` itself where it is smaller."""
+    """The ranks to choose from for a mode of rank `full`: multiples of `multiple` up to it, or `full` itself if it is smaller."""
     return list(range(multiple, full + 1, multiple)) or [full]
 
 
 def choices(
-    spectra: Sequence[Floats],
+    spectra: Sequence[Values],
     size: Callable[[tuple[int, ...]], tuple[int, float]],
     dense: Choice,
     *,
     multiple: int,
     scale: float = 1.0,
 ) -> list[Choice]:
-    """A layer's choices: every combination of ranks that has fewer parameters than `dense`, and dense, last.
+    """A layer's choices: every combination of ranks that has fewer parameters than `dense`, and `dense`, last.
 
-    `spectra`: for each mode, what each component carries (σ²), descending. Loss: `scale` times what the dropped components of all
-    modes carry. `size`: parameters and multiply-adds of the layer at given ranks. Costs one step a combination.
+    `spectra`: for each mode, σ² of each component, descending. Loss: `scale` times the sum of σ² of the dropped components of all
+    modes. `size`: parameters and multiply-adds of the layer at given ranks. Costs one step a combination.
     """
-    tails = [np.append(np.cumsum(values[::-1])[::-1], 0.0) for values in spectra]  # tails[mode][r]: what is lost at rank r
-    offered = []
+    tails = [np.append(np.cumsum(values[::-1])[::-1], 0.0) for values in spectra]  # tails[mode][r]: loss at rank r
+    smaller = []
     for ranks in itertools.product(*(ladder(len(values), multiple) for values in spectra)):
         count, macs = size(ranks)
         if count < dense.parameters:
             loss = scale * sum(float(tail[rank]) for tail, rank in zip(tails, ranks, strict=True))
-            offered.append(Choice(ranks=ranks, parameters=count, macs=macs, loss=loss))
-    return [*offered, dense]
+            smaller.append(Choice(ranks=ranks, parameters=count, macs=macs, loss=loss))
+    return [*smaller, dense]
 
 
-def rank_at(values: Floats, threshold: float, multiple: int) -> int:
-    """The least rank whose components carry `threshold` of the sum of `values` (descending), rounded up to `multiple`, at most full."""
+def rank_at(values: Values, threshold: float, multiple: int) -> int:
+    """The least rank whose components have the share `threshold` of the sum of `values` (descending), rounded up to `multiple`."""
     total = float(values.sum())
     reached = np.cumsum(values) / total if total > 0 else np.ones(len(values))
     rank = int(np.searchsorted(reached, threshold - 1e-12)) + 1  # the last sum may round to just below 1
@@ -69,9 +69,9 @@ def rank_at(values: Floats, threshold: float, multiple: int) -> int:
 
 
 def largest_threshold(parameters: Callable[[float], int], budget: int) -> float:
-    """The largest threshold, 0-1 to within 1e-9, at which `parameters(threshold)`, which may not fall, is within the budget.
+    """The largest threshold, 0-1 to within 1e-9, at which the non-decreasing `parameters(threshold)` is within the budget.
 
-    Raises `MuntinError` where even 0 is not.
+    Raises `MuntinError` if even 0 is not.
     """
     if parameters(1.0) <= budget:
         return 1.0
@@ -93,15 +93,14 @@ def _out_of_reach(smallest: int, dense: int, budget: int) -> MuntinError:
 
 
 def allocate(layers: Mapping[str, Sequence[Choice]], budget: int, *, fixed: int = 0) -> dict[str, Choice]:
-    """One choice a layer, with the least total loss found under total parameters <= `budget`; `fixed` of them are spent elsewhere.
+    """One choice a layer, with the least total loss found under total parameters <= `budget`, of which other layers use `fixed`.
 
     Lagrangian relaxation: for a price λ of a parameter, each layer alone takes the choice that minimises loss + λ·parameters. All
-    prices are swept by walking the layers' lower convex hulls from the smallest choices up, best loss a parameter first, which ends
-    where a bisection of λ would, ties included; each stop is the optimum of its own size. Then what is left of the budget is spent
-    greedily, again by loss a parameter, or on the one step that saves most, whichever leaves less. The total loss is above the
-    optimum by no more than the one step that did not fit would have saved, and more budget never gives more loss (so the greedy steps
-    follow a path that does not depend on the budget). Deterministic; O(n log n) in the number of choices, times steps for the
-    greedy end. Raises `MuntinError`, with the share that can be reached, if the smallest choices exceed the budget.
+    prices are swept by walking the layers' lower convex hulls from the smallest choices up, best loss a parameter first; each stop is
+    the optimum of its own size. The rest of the budget is spent greedily, again by loss a parameter, or on the one step that saves most,
+    whichever leaves less. The total loss is above the optimum by at most the saving of the first step that did not fit, and a larger
+    budget never gives a larger loss (the path of greedy steps does not depend on the budget). Deterministic; O(n log n) in the number of
+    choices, times steps for the greedy end. Raises `MuntinError`, with the least possible share, if the smallest choices exceed the budget.
     """
     if any(not options for options in layers.values()):
         raise ValueError(f"layers without choices: {', '.join(name for name, options in layers.items() if not options)}")
@@ -122,16 +121,16 @@ def allocate(layers: Mapping[str, Sequence[Choice]], budget: int, *, fixed: int 
 
 
 def allocate_within(layers: Mapping[str, Sequence[Choice]], budget: int, macs: float, *, fixed: int = 0) -> dict[str, Choice]:
-    """`allocate` under a second budget: total `macs` of the layers too.
+    """`allocate` under a second budget: total `macs` of the layers.
 
-    A price on every multiply-add is added to the losses, and the lowest price that meets the budget is found by bisection; each of its
-    40 steps is an allocation. Raises `MuntinError`, with the share that can be reached, where no price does.
+    A price on every multiply-add is added to the losses, and bisection finds the lowest price that meets the budget, in
+    40 allocations. Raises `MuntinError`, with the least possible number, if no price does.
     """
 
     def priced(price: float) -> dict[str, Choice]:
         menus = {name: [replace(c, loss=c.loss + price * c.macs) for c in options] for name, options in layers.items()}
-        found = allocate(menus, budget, fixed=fixed)
-        return {name: options[menus[name].index(found[name])] for name, options in layers.items()}
+        picked = allocate(menus, budget, fixed=fixed)
+        return {name: options[menus[name].index(picked[name])] for name, options in layers.items()}
 
     def spent(picked: Mapping[str, Choice]) -> float:
         return math.fsum(choice.macs for choice in picked.values())
@@ -140,7 +139,7 @@ def allocate_within(layers: Mapping[str, Sequence[Choice]], budget: int, macs: f
     if spent(picked) <= macs:
         return picked
     losses = [choice.loss for options in layers.values() for choice in options]
-    high = max(losses, default=0.0) or 1.0  # a single multiply-add dearer than any loss
+    high = max(losses, default=0.0) or 1.0  # one multiply-add costs more than any loss
     picked = priced(high)
     if spent(picked) > macs:
         dense = math.fsum(max(choice.macs for choice in options) for options in layers.values())
@@ -160,7 +159,7 @@ def allocate_within(layers: Mapping[str, Sequence[Choice]], budget: int, macs: f
 
 
 def _frontier(options: Sequence[Choice]) -> list[Choice]:
-    """The choices that no other one beats in both, smallest first."""
+    """The choices that no other one beats in both size and loss, smallest first."""
     kept: list[Choice] = []
     for choice in sorted(options, key=lambda c: (c.parameters, c.loss)):
         if not kept or choice.loss < kept[-1].loss:
@@ -184,20 +183,16 @@ def _hull(menu: Sequence[Choice]) -> list[Choice]:
 
 
 def _spend_rest(picked: dict[str, Choice], menus: Mapping[str, Sequence[Choice]], rest: int, gap: int) -> dict[str, Choice]:
-    """Spends `rest` parameters, fewer than the `gap` to the next optimum."""
+    """Spend `rest` parameters, fewer than the `gap` to the next optimum."""
     path, single = dict(picked), dict(picked)
     spent = 0
-    while True:
-        fitting = _steps(path, menus, gap - 1 - spent)
-        if not fitting:
-            break
+    while fitting := _steps(path, menus, gap - 1 - spent):
         name, after = max(fitting, key=lambda step: _gain(path[step[0]], step[1]))
         spent += after.parameters - path[name].parameters
         if spent > rest:
             break
         path[name] = after
-    fitting = _steps(picked, menus, rest)
-    if fitting:
+    if fitting := _steps(picked, menus, rest):
         name, after = max(fitting, key=lambda step: picked[step[0]].loss - step[1].loss)
         single[name] = after
     return min(path, single, key=_loss)

@@ -1,13 +1,12 @@
-"""Which layers need more bits: measured one by one on calibration images, then chosen together under one budget.
+"""Choosing layers that need more bits: each measured alone on calibration images, then all chosen under one budget.
 
-model in W4A8 -> for each layer, for each wider form: distance of the answer to the FP32 model's -> fewest losses for so many bits
+model in W4A8 -> for each layer and each wider form: distance of the answer to the FP32 model's -> allocation
 """
 
 from __future__ import annotations
 
 import copy
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
@@ -17,33 +16,23 @@ from muntin.compression.qat import FLOAT, QATConv2d, QATLinear
 from muntin.compression.ranks import Choice, allocate
 from muntin.compression.rewrite import named, replace
 from muntin.errors import MuntinError
+from muntin.models.compression_record import Sensitivity
 from muntin.training.loss import distillation_loss
 
 LEAST = 1e-3
-"""A layer whose gain is a smaller share of the whole distance is not key: that is what measuring again would change."""
+"""Least gain of a key layer, as a share of the distance: smaller ones are within the measurement's noise."""
 BETTER = 1.25
-"""How many times the gain of 8 bits 16-bit floats must have: they cost twice the bytes, and a pass in and out of integers."""
+"""Least ratio of the gains of 16-bit floats and 8 bits: floats cost twice the bytes, and a conversion from and to integers."""
 WIDER = (8, FLOAT)
-"""What a key layer can get: 8-bit weights, or 16-bit floats for weights and inputs."""
+"""Widths for a key layer: 8-bit weights, or 16-bit floats for weights and inputs."""
 STORED = {FLOAT: 16}
-"""Bits that a weight takes in the artefact, where they are not the width itself."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Sensitivity:
-    """What the answer gains where one layer alone gets more bits."""
-
-    bits: int
-    """Of the layer now."""
-    weights: int
-    gains: dict[int, float]
-    """By width: how much closer the answer comes to the teacher's, as a share of its distance; may be negative."""
+"""Bits of a stored weight, if they differ from the width."""
 
 
 def measure_sensitivity(
     model: nn.Module, teacher: nn.Module, batches: Sequence[Tensor], *, task: str, widths: Sequence[int] = WIDER
 ) -> dict[str, Sensitivity]:
-    """Each layer of a model that `prepare_qat` has just put into W4A8, given each wider form alone; the model is left as it was.
+    """Measure each layer of a model after `prepare_qat` with each wider form in its place alone; the model is restored.
 
     `batches`: `(B, C, H, W)` raw pixels of training images. Costs a forward pass over them for each layer and width.
     """
@@ -51,13 +40,13 @@ def measure_sensitivity(
     teacher.eval()
     with torch.no_grad():
         images = [batch.to(torch.float32) for batch in batches]
-        wanted = [teacher(batch) for batch in images]
+        teacher_scores = [teacher(batch) for batch in images]
 
         def distance() -> float:
-            return sum(float(distillation_loss(task, model(x), y)) for x, y in zip(images, wanted, strict=True)) / len(images)
+            return sum(float(distillation_loss(task, model(x), y)) for x, y in zip(images, teacher_scores, strict=True)) / len(images)
 
         before = distance()
-        found = {}
+        measured = {}
         layers: list[tuple[str, QATLinear | QATConv2d]] = list(named(model, QATLinear, QATConv2d))
         for name, layer in layers:
             gains = {}
@@ -66,8 +55,8 @@ def measure_sensitivity(
                     replace(model, name, _wider(layer, width))
                     gains[width] = 1 - distance() / before if before else 0.0
                     replace(model, name, layer)
-            found[name] = Sensitivity(bits=layer.bits, weights=layer.weight.numel(), gains=gains)
-    return found
+            measured[name] = Sensitivity(bits=layer.bits, weights=layer.weight.numel(), gains=gains)
+    return measured
 
 
 def _wider(layer: QATLinear | QATConv2d, width: int) -> nn.Module:
@@ -80,22 +69,21 @@ def _wider(layer: QATLinear | QATConv2d, width: int) -> nn.Module:
 
 
 def assign_bits(sensitivity: Mapping[str, Sensitivity], average_bits: float, *, floats: int = 0) -> dict[str, int]:
-    """Bits of each layer: those that gain most for what they add, until a weight has `average_bits` on average.
+    """Bits of each layer with the largest total gain at `average_bits` a weight on average.
 
-    A width that gains less than `LEAST`, or floats that gain less than `BETTER` times what 8 bits do, are not taken, whatever is left to
-    spend. Widths are those measured; `FLOAT` counts as the 16 bits it is stored in. `floats`: weights of other layers, which stay floats
-    and count too; where they leave nothing to spend, no layer gets more bits. Raises `MuntinError` where the layers themselves have more
-    than that already.
+    A width with a gain below `LEAST`, and floats with a gain below `BETTER` times that of 8 bits, are never chosen. `FLOAT` counts as
+    16 bits. `floats`: weights of other layers, which stay floats and count too; if they use up the budget, no layer gets more bits.
+    Raises `MuntinError` if the layers already have more than `average_bits`.
     """
     menus: dict[str, list[Choice]] = {}
     for name, layer in sensitivity.items():
         key = {width: gain for width, gain in layer.gains.items() if gain >= LEAST}
         if FLOAT in key and key[FLOAT] < BETTER * key.get(8, 0.0):
             del key[FLOAT]
-        most = max([0.0, *key.values()])
-        menus[name] = [Choice(ranks=(layer.bits,), parameters=layer.bits * layer.weights, loss=most)]
+        largest = max([0.0, *key.values()])
+        menus[name] = [Choice(ranks=(layer.bits,), parameters=layer.bits * layer.weights, loss=largest)]
         menus[name] += [
-            Choice(ranks=(width,), parameters=STORED.get(width, width) * layer.weights, loss=most - gain) for width, gain in key.items()
+            Choice(ranks=(width,), parameters=STORED.get(width, width) * layer.weights, loss=largest - gain) for width, gain in key.items()
         ]
     weights = sum(layer.weights for layer in sensitivity.values())
     least = sum(layer.bits * layer.weights for layer in sensitivity.values())
@@ -105,5 +93,4 @@ def assign_bits(sensitivity: Mapping[str, Sensitivity], average_bits: float, *, 
         )
     fixed = STORED[FLOAT] * floats
     budget = max(least + fixed, int(average_bits * (weights + floats)))
-    picked = allocate(menus, budget, fixed=fixed)
-    return {name: choice.ranks[0] for name, choice in picked.items()}
+    return {name: choice.ranks[0] for name, choice in allocate(menus, budget, fixed=fixed).items()}

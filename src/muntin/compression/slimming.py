@@ -1,11 +1,11 @@
-"""Removing channels that a gate has closed: the layer before and the layer behind become narrower, and compute less.
+"""Cutting channels that a gate has closed: the layers before and after it become narrower.
 
     Perceptron     expand (I -> hidden), ReLU, gate, reduce (hidden -> O)
     ResidualPair   convolution, norm, ReLU, gate, convolution
 
-A gate that is closed is 0 for every image, so nothing changes in exact arithmetic.
+A closed gate is 0 for every image, so the result is the same in exact arithmetic.
 
-Axes: C hidden channels, those that the gate weighs.
+Axes: C hidden channels, which the gate weighs.
 """
 
 from __future__ import annotations
@@ -15,21 +15,21 @@ from collections.abc import Iterator, Mapping
 import torch
 from torch import Tensor, nn
 
-from muntin.compression.change import Change
-from muntin.compression.factored import FactoredConv2d, FactoredLinear
+from muntin.compression.fold import first_part, last_part
 from muntin.compression.rewrite import named, tied
 from muntin.errors import MuntinError
 from muntin.layers import ChannelGate, Gated, MapNorm, Perceptron, ResidualPair
 from muntin.layers.gate import BLOCK
+from muntin.models.compression_record import Change
 
 
 @torch.no_grad()
 def remove_closed_channels(model: nn.Module) -> list[Change]:
-    """Cut the channels that gates have closed out of `model`, in place, before norms and gates are folded.
+    """Cut the channels that gates have closed, in place, before norms and gates are folded.
 
-    `training.gate_budget` makes training close them. Of a unit's closed channels as many stay as make its width a multiple of `BLOCK`;
-    layers may be factored already. A unit whose layers another one holds, too, is not cut. Gives one `Change` a gate that is not all open.
-    Costs a copy of the weights that stay.
+    `training.gate_budget` closes channels in training. Some closed channels of a unit stay, so that its width is a multiple of `BLOCK`.
+    Layers may be factored already. A unit whose layers are used elsewhere is kept. Returns a `Change` for each gate with closed channels.
+    Costs a copy of the remaining weights.
     """
     changes = []
     units = dict(_units(model))
@@ -38,33 +38,29 @@ def remove_closed_channels(model: nn.Module) -> list[Change]:
         gate = unit.gate
         if not isinstance(gate, ChannelGate) or gate.open_channels().all():
             continue
-        kept = _kept(gate)
-        shut = int((~gate.open_channels()).sum())
+        kept, closed = _kept(gate), int((~gate.open_channels()).sum())
         if isinstance(unit, ResidualPair) and not isinstance(unit.first.norm, MapNorm | nn.Identity):
-            reason = f"a {type(unit.first.norm).__name__} stands before the gate: it cannot be cut"
-            changes.append(Change(layer=name, pass_="slim", done="kept", reason=reason))
-            continue
-        if name in reasons:
-            changes.append(Change(layer=name, pass_="slim", done="kept", reason=reasons[name]))
-            continue
-        if len(kept) == gate.dim:
-            reason = f"{shut} of {gate.dim} channels are closed: the rest fills as many blocks of {BLOCK}"
-            changes.append(Change(layer=name, pass_="slim", done="kept", reason=reason))
-            continue
-        changes.append(Change(layer=name, pass_="slim", done=f"{len(kept)} of {gate.dim} channels", reason=f"{shut} are closed"))
-        _cut(unit, kept)
+            done, reason = "kept", f"a {type(unit.first.norm).__name__} before the gate cannot be cut"
+        elif name in reasons:
+            done, reason = "kept", reasons[name]
+        elif len(kept) == gate.dim:
+            done, reason = "kept", f"{closed} of {gate.dim} channels are closed: the open ones need as many blocks of {BLOCK}"
+        else:
+            done, reason = f"{len(kept)} of {gate.dim} channels", f"{closed} are closed"
+            _cut(unit, kept)
+        changes.append(Change(layer=name, pass_="slim", done=done, reason=reason))
     return changes
 
 
 def widths_of(model: nn.Module) -> dict[str, int]:
-    """The hidden channels of each unit that has them, by dotted name: what a checkpoint has to say beside its weights."""
+    """The hidden channels of each gated unit, by dotted name, for a checkpoint's record."""
     return {name: _width(unit) for name, unit in _units(model)}
 
 
 def apply_widths(model: nn.Module, widths: Mapping[str, int]) -> None:
-    """Make units as narrow as `widths` says, whatever is cut: load the weights of a checkpoint next.
+    """Make units as narrow as `widths` says, in place; load the weights of a checkpoint next.
 
-    Raises `MuntinError` for a name that is no such unit of the model, or a width that it does not have.
+    Raises `MuntinError` for a name that is no such unit of the model, or a larger width than the unit has.
     """
     units = dict(_units(model))
     for name, width in widths.items():
@@ -82,10 +78,10 @@ def _units(model: nn.Module) -> Iterator[tuple[str, Gated]]:
 
 
 def _kept(gate: ChannelGate) -> Tensor:
-    """The channels that stay, in their order: the open ones, and as many closed ones as fill a block."""
-    still = int(gate.open_channels().sum())
-    wanted = min(gate.dim, max(1, -(-still // BLOCK)) * BLOCK)
-    return gate.logit.topk(wanted).indices.sort().values
+    """The channels that stay, in order: the open ones, and closed ones that fill a block."""
+    count = int(gate.open_channels().sum())
+    filled = min(gate.dim, max(1, -(-count // BLOCK)) * BLOCK)
+    return gate.logit.topk(filled).indices.sort().values
 
 
 def _width(unit: Gated) -> int:
@@ -94,10 +90,8 @@ def _width(unit: Gated) -> int:
 
 
 def _ends(unit: Gated) -> tuple[nn.Linear | nn.Conv2d, nn.Linear | nn.Conv2d]:
-    """The layer that gives the hidden channels and the one that reads them."""
-    before, behind = unit.ends
-    before = before.last if isinstance(before, FactoredLinear | FactoredConv2d) else before
-    behind = behind.first if isinstance(behind, FactoredLinear | FactoredConv2d) else behind
+    """The layer that gives the hidden channels and the layer that reads them."""
+    before, behind = last_part(unit.ends[0]), first_part(unit.ends[1])
     assert isinstance(before, nn.Linear | nn.Conv2d) and isinstance(behind, nn.Linear | nn.Conv2d)
     return before, behind
 
@@ -109,8 +103,8 @@ def _cut(unit: Gated, kept_C: Tensor) -> None:
     if before.bias is not None:
         before.bias = _part(before.bias, kept_C)
     behind.weight = _part(behind.weight, kept_C, axis=1)
-    _narrow(before, len(kept_C), output=True)
-    _narrow(behind, len(kept_C), output=False)
+    setattr(before, "out_features" if isinstance(before, nn.Linear) else "out_channels", len(kept_C))
+    setattr(behind, "in_features" if isinstance(behind, nn.Linear) else "in_channels", len(kept_C))
     if isinstance(unit, ResidualPair) and isinstance(norm := unit.first.norm, MapNorm):
         norm.dim = len(kept_C)
         norm.weight, norm.bias = _part(norm.weight, kept_C), _part(norm.bias, kept_C)
@@ -121,12 +115,5 @@ def _cut(unit: Gated, kept_C: Tensor) -> None:
 
 
 def _part(parameter: Tensor, kept: Tensor, *, axis: int = 0) -> nn.Parameter:
-    """Those channels of a parameter; frozen where it was."""
+    """The kept channels of a parameter, frozen if it was."""
     return nn.Parameter(parameter.index_select(axis, kept), requires_grad=parameter.requires_grad)
-
-
-def _narrow(layer: nn.Linear | nn.Conv2d, width: int, *, output: bool) -> None:
-    if isinstance(layer, nn.Linear):
-        setattr(layer, "out_features" if output else "in_features", width)
-    else:
-        setattr(layer, "out_channels" if output else "in_channels", width)

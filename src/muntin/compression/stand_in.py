@@ -1,9 +1,9 @@
-"""Which layers another form can stand in for: found by letting one stand in that computes the same.
+"""Finding layers that another form cannot replace, by replacing each one with a form that computes the same.
 
-A model may go by what kind a layer is (`isinstance(layer, nn.Conv2d)`), read of it what other forms do not have, call it with more than its
-input, or have its forward replaced (adapters of low rank, padding that wraps around). Whatever form took the layer's place, the model would
-compute something else, and nothing in the layer's weights says so. So each layer is replaced by a module of another kind with the same
-weights and the same sum, for the time of a call, and the model is asked whether it notices.
+A model may test the kind of a layer (`isinstance(layer, nn.Conv2d)`), read attributes that other forms lack, call it with more than its
+input, or replace its forward (adapters of low rank, circular padding). With a compressed form it would compute something else, and the
+layer's weights do not show this. So each layer becomes, for one call, a module of another kind with the same weights, and the model's
+answers are compared.
 """
 
 from __future__ import annotations
@@ -17,21 +17,20 @@ from torch.utils import _pytree
 
 from muntin.compression.calibration import as_input
 from muntin.compression.quantized import GEOMETRY
-from muntin.compression.rewrite import computed_weight
+from muntin.compression.rewrite import computed_weight, failing
 from muntin.runtime.memory import no_memory
 
-NOTICED = "the model does not use it by what its kind computes alone (it asks for the kind, or its forward was replaced)"
-"""Why a layer has no other form."""
+NOTICED = "the model uses more of it than the result of its kind (it tests the kind, or its forward was replaced)"
+"""Reason to keep a layer."""
 TOLERANCE, ROUNDING = 1e-3, 1e-4
-"""Largest change of an answer that rounding may explain: a share of how far its values lie from their mean, or of the largest of them: what
-an offset, or many layers, leave of float32."""
+"""Maximum change of an answer by rounding, as a share of the largest distance of its values from their mean, and of the largest value."""
 
 
 def irreplaceable(model: nn.Module, layers: Mapping[str, nn.Module], image: Tensor) -> dict[str, str]:
-    """The layers, by dotted name, whose place no other form can take, and why; `model` is left as it was.
+    """The layers, by dotted name, that no other form can replace, and why; the model is restored.
 
-    `image`: one, `(1, C, H, W)`. Costs three forward passes, and for each layer that is found about 2·log2(layers) times more. Where the
-    model answers an image each time otherwise, or fails, nothing can be told, and none is found.
+    `image`: one, `(1, C, H, W)`. Costs three forward passes, and about 2·log2(layers) more for each such layer. Returns only layers with
+    submodules if the model's answers to one image differ, or if it fails.
     """
     possible = {name: layer for name, layer in layers.items() if name and computed_weight(layer) is None}
     holders = {name: "it holds modules of its own" for name, layer in possible.items() if any(True for _ in layer.children())}
@@ -39,34 +38,28 @@ def irreplaceable(model: nn.Module, layers: Mapping[str, nn.Module], image: Tens
     again = _answer(model, image)
     if before is None or again is None or not all_same(before, again):
         return holders
-    asked = [(name, _Disguise(layer)) for name, layer in possible.items() if name not in holders]
+    disguises = [(name, _Disguise(layer)) for name, layer in possible.items() if name not in holders]
     try:
-        return holders | dict.fromkeys(_noticed(model, asked, image, before), NOTICED)
+        return holders | {name: NOTICED for name, _ in failing(disguises, lambda pairs: _unnoticed(model, pairs, image, before))}
     finally:
-        for _, disguise in asked:
+        for _, disguise in disguises:
             disguise.off()
 
 
-def _noticed(model: nn.Module, layers: Sequence[tuple[str, _Disguise]], image: Tensor, before: Sequence[Tensor]) -> list[str]:
-    """Of these layers those that cannot be stood in for: all at once, or each half of them by itself. Of the others stand-ins stay in their
-    places, so that what each changes by a little is not lost."""
-    if not layers:
-        return []
+def _unnoticed(model: nn.Module, layers: Sequence[tuple[str, _Disguise]], image: Tensor, before: Sequence[Tensor]) -> bool:
+    """Disguise layers. Returns False, and undoes it, if the answer changes; otherwise they stay so, and small changes add up."""
     for _, disguise in layers:
         disguise.on()
     after = _answer(model, image)
     if after is not None and all_same(before, after):
-        return []
+        return True
     for _, disguise in layers:
         disguise.off()
-    if len(layers) == 1:
-        return [layers[0][0]]
-    half = len(layers) // 2
-    return _noticed(model, layers[:half], image, before) + _noticed(model, layers[half:], image, before)
+    return False
 
 
 class StandIn(nn.Module):
-    """What a layer is while it stands in for itself: neither a Linear nor a Conv2d, though it computes what one of these weights does."""
+    """The class of a disguised layer: neither a Linear nor a Conv2d, with the same result."""
 
     def forward(self, input: Tensor) -> Tensor:
         out: Tensor = vars(self)[_KEY].compute(input)
@@ -75,47 +68,46 @@ class StandIn(nn.Module):
 
 _KEY = "_muntin_disguise"
 _KNOWN = frozenset((*GEOMETRY, *vars(nn.Module())))
-"""What integer forms have, too."""
+"""Attributes that integer forms have too."""
 
 
 class _Disguise:
-    """Makes a layer a `StandIn` where it is, with what integer forms have and nothing else, and back again."""
+    """Turns a layer into a `StandIn` in its place, without the attributes that integer forms lack, and back."""
 
     def __init__(self, layer: nn.Module) -> None:
         self._layer, self._kind = layer, type(layer)
         self._hidden: dict[str, Any] = {}
 
     def on(self) -> None:
-        own = vars(self._layer)
-        self._hidden = {key: own[key] for key in own if key not in _KNOWN}
-        own[_KEY] = self
+        attributes = vars(self._layer)
+        self._hidden = {key: attributes[key] for key in attributes if key not in _KNOWN}
+        attributes[_KEY] = self
         object.__setattr__(self._layer, "__class__", StandIn)
         for key in self._hidden:
-            del own[key]
+            del attributes[key]
 
     def off(self) -> None:
-        own = vars(self._layer)
-        if own.pop(_KEY, None) is None:
+        attributes = vars(self._layer)
+        if attributes.pop(_KEY, None) is None:
             return
-        own.update(self._hidden)
+        attributes.update(self._hidden)
         object.__setattr__(self._layer, "__class__", self._kind)
 
     def compute(self, x: Tensor) -> Tensor:
-        """What its kind computes, whatever was put in the place of its own forward. (Of a subclass is asked elsewhere whether that is what
-        it computes.)"""
+        """The result of the layer's class, without a forward that was set on the instance."""
         self.off()
-        own = vars(self._layer)
-        replaced: dict[str, Any] = {key: own.pop(key) for key in ("forward", "_conv_forward") if key in own}
+        attributes = vars(self._layer)
+        replaced: dict[str, Any] = {key: attributes.pop(key) for key in ("forward", "_conv_forward") if key in attributes}
         try:
             out: Tensor = self._kind.forward(self._layer, x)
             return out
         finally:
-            own.update(replaced)
+            attributes.update(replaced)
             self.on()
 
 
 def _answer(model: nn.Module, image: Tensor) -> list[Tensor] | None:
-    """The tensors in a model's answer, whatever it is packed into; None where it fails."""
+    """The tensors in a model's answer of any structure; None if it fails."""
     try:
         with torch.no_grad():
             answer = model(as_input(model, image))
@@ -123,7 +115,7 @@ def _answer(model: nn.Module, image: Tensor) -> list[Tensor] | None:
         if no_memory(error):
             raise
         return None
-    return [part.clone() for part in _pytree.tree_leaves(answer) if isinstance(part, Tensor)]  # a model may write into one and the same
+    return [part.clone() for part in _pytree.tree_leaves(answer) if isinstance(part, Tensor)]  # a model may reuse its output tensor
 
 
 def all_same(before: Sequence[Tensor], after: Sequence[Tensor]) -> bool:
@@ -131,7 +123,7 @@ def all_same(before: Sequence[Tensor], after: Sequence[Tensor]) -> bool:
 
 
 def same(before: Tensor, after: Tensor) -> bool:
-    """Whether two answers are one but for rounding; where NaN or infinity was, there it must be."""
+    """Return True if two answers are equal up to rounding, with NaN and infinity in the same places."""
     if before.shape != after.shape:
         return False
     before, after = before.double(), after.double()
@@ -142,6 +134,6 @@ def same(before: Tensor, after: Tensor) -> bool:
         return True
     difference = float(torch.where(finite, before - after, 0).abs().max())
     largest, centred = (float(torch.where(finite, values, 0).abs().max()) for values in (before, before - before[finite].mean()))
-    if before.numel() == 1:  # no mean to lie apart from
+    if before.numel() == 1:  # the mean is the value itself
         centred = largest
     return difference <= max(TOLERANCE * centred, ROUNDING * largest, 1e-12)

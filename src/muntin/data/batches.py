@@ -24,7 +24,7 @@ from torchvision.transforms import InterpolationMode
 from torchvision.transforms.v2 import functional as v2
 
 from muntin.data.config import NO_AUGMENTATION, Augmentation
-from muntin.data.source import HeldSamples, Sample, Samples, Task
+from muntin.data.source import DataTask, HeldSamples, Sample, Samples
 from muntin.errors import DataError
 from muntin.runtime.images import IGNORED, UInt8
 
@@ -68,7 +68,7 @@ class Crops:
         self,
         samples: Sequence[Sample],
         *,
-        task: Task,
+        task: DataTask,
         crop: int,
         batch_size: int,
         seed: int,
@@ -213,14 +213,14 @@ def _use_one_core() -> None:
 
 
 def calibration_batches(
-    samples: Sequence[Sample], *, crop: int, count: int, batch_size: int, seed: int, task: Task = "segment"
+    samples: Sequence[Sample], *, crop: int, count: int, batch_size: int, seed: int, task: DataTask = "segment"
 ) -> list[Tensor]:
     """Return `count` crops without augmentation, uint8 (B, C, crop, crop), in batches of `batch_size`; the last batch may be smaller."""
     return list(each_calibration_batch(samples, crop=crop, count=count, batch_size=batch_size, seed=seed, task=task))
 
 
 def each_calibration_batch(
-    samples: Sequence[Sample], *, crop: int, count: int, batch_size: int, seed: int, task: Task = "segment"
+    samples: Sequence[Sample], *, crop: int, count: int, batch_size: int, seed: int, task: DataTask = "segment"
 ) -> Iterator[Tensor]:
     """Yield the batches of `calibration_batches` one at a time."""
     crops = Crops(samples, task=task, crop=crop, batch_size=batch_size, seed=seed)

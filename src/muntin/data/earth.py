@@ -22,7 +22,7 @@ from typing import Literal
 import numpy as np
 
 from muntin.artifact.classes import ClassInfo
-from muntin.data.source import CheckProgress, HeldSamples, Sample, Samples, SplitName, Task
+from muntin.data.source import CheckProgress, DataTask, HeldSamples, Sample, Samples, SplitName
 from muntin.errors import DataError, DependencyError, install
 from muntin.runtime.images import IGNORED, UInt8, read_image, read_mask
 
@@ -90,7 +90,7 @@ class EarthSource:
     Raises DependencyError if the packages are not installed, DataError if their files have other contents than expected.
     """
 
-    task: Task = "segment"
+    task: DataTask = "segment"
     channels = 3
     notes: tuple[str, ...] = ()
 

@@ -16,7 +16,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from muntin.data.classes import ClassSpec, MaskMapping, class_infos, list_some
 from muntin.data.colors import RGB
 from muntin.data.listing import composed, entries, is_picture, is_results_folder, is_utf8, subfolders
-from muntin.data.source import SPLITS, CheckProgress, Sample, SampleCache, Samples, SplitName, Task
+from muntin.data.source import SPLITS, CheckProgress, DataTask, Sample, SampleCache, Samples, SplitName
 from muntin.data.splits import check_disjoint, empty_split_error, split_of
 from muntin.errors import DataError
 from muntin.runtime.images import IGNORED, IMAGE_SUFFIXES, UInt8, image_size, read_image, read_mask
@@ -70,7 +70,7 @@ class FolderSource:
         seed: int = 0,
         cache_bytes: int = 1 << 30,
     ) -> None:
-        self.task: Task = "classify" if base.masks is None else "segment"
+        self.task: DataTask = "classify" if base.masks is None else "segment"
         self.channels = channels
         self._notes: list[str] = []
         self._classes_given = bool(classes)

@@ -24,7 +24,7 @@ from muntin.data.inspection import (
 )
 from muntin.data.layout import Layout, find_layout, nested_class_notes, unused_split_notes
 from muntin.data.listing import is_utf8
-from muntin.data.source import SplitName, Task
+from muntin.data.source import DataTask, SplitName
 from muntin.data.splits import filling_seed
 from muntin.errors import DataError, RecipeError
 from muntin.runtime.images import write_whole
@@ -50,7 +50,7 @@ compression:  # `muntin compress` after `muntin fit`: low rank, 4-bit weights, m
 """
 
 
-def write_recipe(directory: Path | str, *, task: Task | None = None, output: Path | None = None) -> Path:
+def write_recipe(directory: Path | str, *, task: DataTask | None = None, output: Path | None = None) -> Path:
     """Write `recipe.yaml` into the user's folder and return its path. Opens at most 64 masks and 64 images.
 
     `task` None: segmentation if there are masks, else classification. `output`: the file to write instead; it names the folders by their
@@ -150,7 +150,7 @@ def _class_lines(classes: Sequence[ClassSpec], masks: Path | None) -> list[str]:
     return lines
 
 
-def _split_line(name: SplitName, use: str, pair: FolderPair | None, task: Task, relative_to: Path | None) -> str:
+def _split_line(name: SplitName, use: str, pair: FolderPair | None, task: DataTask, relative_to: Path | None) -> str:
     if pair is None:
         own = "{images: ...}" if task == "classify" else "{images: ..., masks: ...}"
         return f"  {name}: {_SHARE}  # fraction of the pictures that {use}; or {own}, folders of its own"

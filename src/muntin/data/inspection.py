@@ -18,7 +18,7 @@ from muntin.data.classes import ClassSpec, code_color, color_codes
 from muntin.data.colors import RGB, distinct_colors
 from muntin.data.folders import class_folders
 from muntin.data.listing import pictures
-from muntin.data.source import MAX_CLASSES, Task
+from muntin.data.source import MAX_CLASSES, DataTask
 from muntin.errors import DataError
 from muntin.runtime.images import IGNORED, image_size, read_image, read_mask
 
@@ -54,7 +54,7 @@ def picture_channels(paths: Sequence[Path]) -> int:
     return 4 if four_channel_tiffs and any(np.ptp(image[:, :, 3]) for image in images) else 3
 
 
-def crop_side(paths: Sequence[Path], task: Task) -> int:
+def crop_side(paths: Sequence[Path], task: DataTask) -> int:
     """Side of the training crops, pixels: the median of the pictures' shorter sides rounded down to a multiple of 32, at least 32 and at
     most 256 (`classify`: 224)."""
     shorter_side = int(median(min(image_size(path)) for path in paths))

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from muntin.data.folders import FolderPair
 from muntin.data.listing import is_results_folder, pictures, subfolders
-from muntin.data.source import SplitName, Task
+from muntin.data.source import DataTask, SplitName
 from muntin.errors import DataError
 from muntin.runtime.images import IMAGE_SUFFIXES
 
@@ -33,7 +33,7 @@ _EXPECTED = (
 class Layout:
     """The folders of the training pictures, and of validation and test where these have folders of their own."""
 
-    task: Task
+    task: DataTask
     base: FolderPair
     validation: FolderPair | None
     test: FolderPair | None
@@ -45,7 +45,7 @@ class Layout:
         return {f"{folder.name}/{path.stem}": path for folder in subfolders(self.base.images) for path in pictures(folder)}
 
 
-def find_layout(root: Path, task: Task | None) -> Layout:
+def find_layout(root: Path, task: DataTask | None) -> Layout:
     """Find the folders in `root` that a recipe can name; `task` None means segmentation if there are masks, else classification.
 
     Raises DataError if there are none.

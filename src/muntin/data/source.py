@@ -16,7 +16,7 @@ from typing import Literal, Protocol, overload
 from muntin.artifact.classes import ClassInfo
 from muntin.runtime.images import UInt8
 
-Task = Literal["segment", "classify"]
+DataTask = Literal["segment", "classify"]
 SplitName = Literal["train", "validation", "test"]
 SPLITS: tuple[SplitName, ...] = ("train", "validation", "test")
 MAX_CLASSES = 255  # labels are uint8, and 255 is the label of ignored pixels
@@ -81,7 +81,7 @@ class Source(Protocol):
     """A data set: its task, classes, number of channels, and splits."""
 
     @property
-    def task(self) -> Task: ...
+    def task(self) -> DataTask: ...
     @property
     def classes(self) -> tuple[ClassInfo, ...]: ...
     @property

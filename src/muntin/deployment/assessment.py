@@ -27,26 +27,16 @@ from torch import Tensor, nn
 
 from muntin.artifact import Artifact, Signature, check_target, open_artifact
 from muntin.artifact.store import MANIFEST
-from muntin.compression import Change, freeze, quantize
-from muntin.compression.stages import (
-    FOLDER,
-    Stage,
-    broken_off,
-    calibration_of,
-    changes_of,
-    quantized,
-    read_model,
-    source_of,
-    stage_checkpoints,
-    stage_finished,
-)
+from muntin.compression import Change, freeze, load_model, quantize
+from muntin.compression.stages import FOLDER, broken_off, stage_checkpoints, stage_finished
 from muntin.data import EarthSource, Sample
 from muntin.deployment.counting import image_macs, layer_macs, parameter_count, stored_bytes
 from muntin.deployment.export import export
 from muntin.deployment.layers import layer_rows, rank_rows
 from muntin.deployment.pictures import write_examples, write_picture
-from muntin.errors import ArtifactError, ExportError, RecipeError, VerificationError
+from muntin.errors import ArtifactError, CheckpointError, ExportError, RecipeError, VerificationError
 from muntin.models import TorchSession
+from muntin.models.compression_record import Stage
 from muntin.runtime import Session, describe_hardware, load, verify
 from muntin.runtime.contention import notes_on, watch_cpu
 from muntin.runtime.doctor import count
@@ -54,7 +44,7 @@ from muntin.runtime.images import IGNORED
 from muntin.runtime.latency import latency_report
 from muntin.runtime.memory import no_memory
 from muntin.runtime.tiles import Predictor
-from muntin.training.checkpoint import AVERAGE, Checkpoint, read_checkpoint
+from muntin.training.checkpoint import AVERAGE, Checkpoint, calibration_of, read_checkpoint, source_of
 from muntin.training.evaluation import Labels, predictions, score, tile_of
 from muntin.training.recipe import override_recipe, recipe_text
 
@@ -67,19 +57,16 @@ Announce = Callable[[str], None]
 
 
 def integer_model(checkpoint: Checkpoint, calibration: list[Tensor]) -> tuple[nn.Module, list[Change]]:
-    """A checkpoint's model in its integer form, and all that was done to it: frozen where a stage of compression has quantised it, any
-    other quantised to W8A8."""
-    model = read_model(checkpoint)
-    pass_ = freeze(calibration) if quantized(checkpoint) else quantize(calibration, checkpoint.recipe.quantization)
-    return model, [*changes_of(checkpoint), *pass_(model)]
+    """A checkpoint's model in integers, and all changes: frozen if a stage of compression has quantised it, otherwise quantised to W8A8."""
+    model = load_model(checkpoint)
+    pass_ = freeze(calibration) if checkpoint.quantized else quantize(calibration, checkpoint.recipe.quantization)
+    return model, [*checkpoint.changes, *pass_(model)]
 
 
 def float_model(checkpoint: Checkpoint, calibration: list[Tensor]) -> tuple[nn.Module, list[Change]]:
-    """A checkpoint's model in floating point, and all that was done to it: what low rank left is rounded to FP16, any other is as it is."""
-    if checkpoint.state.compression is None:
-        return checkpoint.model(), []
-    model = read_model(checkpoint)
-    return model, [*changes_of(checkpoint), *freeze(calibration)(model)]
+    """A checkpoint's model in floating point, and all changes: rounded to FP16 after the low-rank stage, otherwise as it is."""
+    model = load_model(checkpoint)
+    return model, [] if checkpoint.state.compression is None else [*checkpoint.changes, *freeze(calibration)(model)]
 
 
 def quantized_by(checkpoint: Checkpoint, overrides: Iterable[str]) -> Checkpoint:
@@ -88,7 +75,7 @@ def quantized_by(checkpoint: Checkpoint, overrides: Iterable[str]) -> Checkpoint
     other = next((override for override in overrides if not override.startswith("quantization.")), None)
     if other is not None:
         raise RecipeError(f"'{other}': the model is trained already; only quantization.KEY=VALUE can be set here")
-    if overrides and quantized(checkpoint):
+    if overrides and checkpoint.quantized:
         raise RecipeError(f"{checkpoint.path} was quantised by `muntin compress`: set compression.KEY=VALUE there")
     recipe = override_recipe(checkpoint.recipe, overrides)
     return replace(checkpoint, state=checkpoint.state.model_copy(update={"recipe": recipe}))
@@ -99,7 +86,7 @@ def export_checkpoint(checkpoint: Checkpoint, path: Path, *, integer: bool = Tru
 
     Raises ExportError for a checkpoint whose stages have quantised it already, where `integer` is False.
     """
-    if not integer and quantized(checkpoint):
+    if not integer and checkpoint.quantized:
         raise ExportError(
             f"{checkpoint.path} is quantised already and has no float form: leave out --float (integer=False), or export the checkpoint of "
             "`muntin fit` or of the low-rank stage"
@@ -155,11 +142,11 @@ def _origin_of(checkpoint: Checkpoint, integer: bool) -> str:
 
 
 def _why_plain(checkpoint: Checkpoint) -> tuple[str, ...]:
-    """Why a report tells plain INT8 although the run's folder holds stages of compression; nothing where it holds none."""
-    found = {stage: read_checkpoint(path) for stage, path in stage_checkpoints(checkpoint.path.parent.parent / FOLDER).items()}
-    if not found:
+    """A note why a report shows plain INT8 although the run's folder holds stages of compression."""
+    stages = _stages(checkpoint)
+    if not stages:
         return ()
-    if any((stage.state.compression or {}).get("origin") != checkpoint.state.sha256[AVERAGE] for stage in found.values()):
+    if not _made_from(checkpoint, stages):
         return (
             f"Plain INT8: the stages in the run's folder {FOLDER} were made from another checkpoint; compress this one to have them told.",
         )
@@ -167,12 +154,20 @@ def _why_plain(checkpoint: Checkpoint) -> tuple[str, ...]:
 
 
 def finished_stages(checkpoint: Checkpoint) -> dict[Stage, Checkpoint]:
-    """The stages that a run's folder holds, if the last of them is done and they were made from this very checkpoint; otherwise none."""
-    found = {stage: read_checkpoint(path) for stage, path in stage_checkpoints(checkpoint.path.parent.parent / FOLDER).items()}
-    made = [stage.state.compression or {} for stage in found.values()]
-    same = all(entry.get("origin") == checkpoint.state.sha256[AVERAGE] for entry in made)
-    done = "mixed" in found and stage_finished(found["mixed"], "mixed")
-    return found if done and same else {}
+    """The stages in a run's folder, if the last one is finished and all were made from this checkpoint; otherwise empty."""
+    stages = _stages(checkpoint)
+    finished = "mixed" in stages and stage_finished(stages["mixed"], "mixed")
+    return stages if finished and _made_from(checkpoint, stages) else {}
+
+
+def _stages(checkpoint: Checkpoint) -> dict[Stage, Checkpoint]:
+    return {stage: read_checkpoint(path) for stage, path in stage_checkpoints(checkpoint.path.parent.parent / FOLDER).items()}
+
+
+def _made_from(checkpoint: Checkpoint, stages: dict[Stage, Checkpoint]) -> bool:
+    """Return True if compression made all stages from this checkpoint's weights."""
+    records = [stage.state.compression for stage in stages.values()]
+    return all(record is not None and record.origin == checkpoint.state.sha256[AVERAGE] for record in records)
 
 
 def assess(checkpoint: Checkpoint, directory: Path, *, stage: Announce = lambda name: None, rounds: int = 30) -> dict[str, Any]:
@@ -182,8 +177,10 @@ def assess(checkpoint: Checkpoint, directory: Path, *, stage: Announce = lambda 
     replaces what somebody exported.
     Where `muntin compress` has been through the run, the report tells its stages, otherwise plain INT8 and a note why. Costs a
     prediction of the test split in PyTorch for each step and in the runtime once, an export, and the timing. Raises `VerificationError`
-    when the artefact does not compute what was recorded.
+    when the artefact does not compute what was recorded, and `CheckpointError` for the checkpoint of a stage.
     """
+    if checkpoint.state.compression is not None:
+        raise CheckpointError(f"{checkpoint.path} holds a compressed model: give the checkpoint of `muntin fit` that it was made from")
     return _Assessment(checkpoint, directory, stage).run(rounds)
 
 
@@ -204,12 +201,13 @@ class _Assessment:
 
     def run(self, rounds: int) -> dict[str, Any]:
         last = self.stages.get("mixed", self.checkpoint)
+        record = last.state.compression
         place, other = self.directory / ARTIFACT, other_artifact(last, self.directory / ARTIFACT)
         if other is not None:
             place = self.directory / f"{ARTIFACT}-report"
             self.notes.append(f"The folder {ARTIFACT} holds another artefact ({other}) and stays: the one told here is {place.name}.")
         check_target(place)  # before the work, which takes long
-        model = self.checkpoint.model()
+        model = load_model(self.checkpoint)
         reference = TorchSession(model, self.signature)
         self._afford(reference, "PyTorch FP32")
         self.probe = torch.from_numpy(np.ascontiguousarray(_window(self.test[0].image, self.side))).permute(2, 0, 1)[None]
@@ -244,7 +242,7 @@ class _Assessment:
             "steps": steps,
             "latency": latency,
             "agreement": self._agreement(*self.labels),
-            "ranks": rank_rows(model, changes, (last.state.compression or {}).get("widths", {})) if self.stages else [],
+            "ranks": rank_rows(model, changes, record.widths) if self.stages and record is not None else [],
             "layers": layer_rows(artifact, session, simulated, changes, calibration[:2], macs=layer_macs(simulated, self.probe)),
             "counted": list(self.probe.shape[2:]),
             "pictures": self._pictures(session),
@@ -258,7 +256,7 @@ class _Assessment:
             self.notes.append(f"Timed and shown at {self.side} pixels: {name} does not find the memory for an image of {wanted}.")
 
     def _stage_step(self, name: Stage, stage: Checkpoint, calibration: list[Tensor]) -> dict[str, Any]:
-        model = read_model(stage)
+        model = load_model(stage)
         if name == "low-rank":
             return self._step(name, "PyTorch FP32", TorchSession(model, self.signature), model, bytes=stage.bytes)
         frozen = copy.deepcopy(model)

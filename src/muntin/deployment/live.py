@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 from torch import nn
 from torch.profiler import ProfilerActivity, profile, record_function
 
-from muntin.compression.stages import quantized, read_model
+from muntin.compression import load_model
 from muntin.errors import DataError
 from muntin.models import TorchSession
 from muntin.runtime.session import Shape
@@ -36,8 +36,8 @@ WHOLE = "muntin, one call"
 def checkpoint_session(checkpoint: Checkpoint, *, compile: bool = False) -> TorchSession:
     """A checkpoint's model in FP32, compressed or not, as a session on the best device there is. Of one that was quantised it is the
     simulation of training, which is slower than the model in floats, and the session's `engine` says so."""
-    session = TorchSession(read_model(checkpoint).to(best_device()), checkpoint.signature, compile=compile)
-    if quantized(checkpoint):
+    session = TorchSession(load_model(checkpoint).to(best_device()), checkpoint.signature, compile=compile)
+    if checkpoint.quantized:
         session.engine += ", simulating integers"
     return session
 

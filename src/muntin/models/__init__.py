@@ -1,10 +1,13 @@
-"""Models: the HybridNet family, and a thin face for models that are not ours."""
+"""Models: the HybridNet family, and wrappers for models of other packages."""
 
-from muntin.models.config import ModelConfig, Task
+from muntin.models.compression_record import Change, CompressionRecord
+from muntin.models.config import ModelConfig
 from muntin.models.create import create_model
 from muntin.models.foreign import DividedSides, ForeignModel
 from muntin.models.hybridnet import HybridNet
 from muntin.models.presets import PRESETS
 from muntin.models.session import TorchSession
 
-__all__ = ["PRESETS", "DividedSides", "ForeignModel", "HybridNet", "ModelConfig", "Task", "TorchSession", "create_model"]
+__all__ = [
+    "PRESETS", "Change", "CompressionRecord", "DividedSides", "ForeignModel", "HybridNet", "ModelConfig", "TorchSession", "create_model",
+]  # fmt: skip

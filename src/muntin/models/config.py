@@ -1,4 +1,4 @@
-"""ModelConfig: everything that fixes a HybridNet's structure, frozen and checked when made."""
+"""ModelConfig: the structure of a HybridNet, frozen and checked when created."""
 
 from __future__ import annotations
 
@@ -6,8 +6,9 @@ from typing import Annotated, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-Task = Literal["segment", "classify", "restore"]
-Positive = Annotated[int, Field(ge=1)]
+from muntin.artifact.manifest import Task
+
+AtLeastOne = Annotated[int, Field(ge=1)]
 
 
 class ModelConfig(BaseModel):
@@ -19,29 +20,29 @@ class ModelConfig(BaseModel):
     classes: Annotated[int, Field(ge=1, le=255, description="K, the classes of segment and classify; unused by restore")] = 2
     channels: Annotated[int, Field(ge=1, le=16, description="channels of the input image")] = 3
     scale: Annotated[int, Field(ge=1, le=4, description="output size over input size; above 1 only for restore")] = 1
-    stem: Annotated[tuple[Positive, ...], Field(min_length=2, max_length=3)] = (16, 32, 64)
+    stem: Annotated[tuple[AtLeastOne, ...], Field(min_length=2, max_length=3)] = (16, 32, 64)
     """Channels of the convolutional stages at strides 2, 4 and, where it names three, 8."""
     pairs: tuple[Annotated[int, Field(ge=0)], ...] = (1, 1)
     """Residual pairs at stride 4 and, where there is that stage, at 8."""
-    dims: Annotated[tuple[Positive, ...], Field(min_length=1)] = (256, 256)
+    dims: Annotated[tuple[AtLeastOne, ...], Field(min_length=1)] = (256, 256)
     """Channels of the attention stages at the strides that follow the stem: 16, 32, ... after three stages, 8, 16, ... after two."""
-    depths: tuple[Positive, ...] = (4, 2)
+    depths: tuple[AtLeastOne, ...] = (4, 2)
     """Blocks of each attention stage."""
     attention: Literal["hybrid", "local", "global", "dense"] = "hybrid"
     """Windows and latents side by side, either of them alone, or all tokens with all."""
     block: Literal["parallel", "serial"] = "parallel"
     """Whether attention and perceptron read one norm at once, or one after the other."""
-    head_dim: Positive = 64
+    head_dim: AtLeastOne = 64
     """Channels of an attention head, of which `dims` are multiples."""
-    window: Positive = 8
+    window: AtLeastOne = 8
     """Side of the windows, tokens."""
-    latents: Positive = 32
+    latents: AtLeastOne = 32
     """Latents that exchange with the whole map."""
     mlp_ratio: Annotated[float, Field(gt=0, le=8)] = 2.0
     """Width of the perceptrons, over that of their stage."""
     gate: bool = True
     """Channel gates, which `training.gate_budget` closes."""
-    decoder: Positive = 64
+    decoder: AtLeastOne = 64
     """Channels of the decoder."""
     finest: Literal[4, 8] = 4
     """Stride at which the decoder ends and the last layer, `PixelHead`, begins; unused by classify, as `decoder` is."""

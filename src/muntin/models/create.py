@@ -1,4 +1,4 @@
-"""`create_model`: one name, one model."""
+"""`create_model`: a model by name."""
 
 from __future__ import annotations
 
@@ -9,8 +9,9 @@ from typing import Any
 from pydantic import ValidationError
 from torch import nn
 
+from muntin.artifact.manifest import Task
 from muntin.errors import RecipeError
-from muntin.models.config import ModelConfig, Task
+from muntin.models.config import ModelConfig
 from muntin.models.foreign import DividedSides, from_factory, from_timm, from_torchvision
 from muntin.models.hybridnet import HybridNet
 from muntin.models.presets import PRESETS
@@ -28,11 +29,11 @@ def create_model(
     options: dict[str, Any] | None = None,
     size_divisor: int = 1,
 ) -> nn.Module:
-    """A model by name, randomly initialised from PyTorch's global generator.
+    """Create a model by name, initialised from PyTorch's global random generator.
 
     `name`: a preset (`muntin models` lists them), `timm:NAME`, `torchvision:NAME`, or `package.module:factory`.
-    `options`: fields of `ModelConfig` that replace the preset's. `size_divisor`: what the sides of a foreign model's pictures have to be
-    multiples of; other pictures are padded for it, and its answers cut (`DividedSides`). The model takes raw pixels, float 0-255,
+    `options`: fields of `ModelConfig` that replace the preset's. `size_divisor`: a foreign model needs sides that are multiples of it;
+    other pictures are padded and the answers cut (`DividedSides`). The model takes raw pixels, float 0-255,
     `(B, channels, H, W)` and returns scores `(B, classes, H, W)`, `(B, classes)` or an image `(B, channels, scale·H, scale·W)`.
     Raises `RecipeError` for an unknown name or impossible values.
     """
@@ -43,8 +44,8 @@ def create_model(
             raise RecipeError(f"scale={scale} is for hybrid models; '{name}' answers at the input's size: use scale=1")
         _checked(name, task=task, classes=classes, channels=channels)
         kind, _, rest = name.partition(":")
-        make, called = (FOREIGN[kind], rest) if kind in FOREIGN else (from_factory, name)
-        model = make(called, task=task, classes=classes, channels=channels)
+        make, foreign_name = (FOREIGN[kind], rest) if kind in FOREIGN else (from_factory, name)
+        model = make(foreign_name, task=task, classes=classes, channels=channels)
         try:
             return model if size_divisor == 1 else DividedSides(model, size_divisor)
         except ValueError as error:
@@ -55,12 +56,12 @@ def create_model(
         known = f"{', '.join(PRESETS)}, timm:NAME, torchvision:NAME, package.module:factory"
         raise RecipeError(f"unknown model '{name}': {_nearest(name, PRESETS)}known: {known}")
     _check_options(name, options or {})
-    given = {**PRESETS[name], **(options or {})}
-    return HybridNet(_checked(name, task=task, classes=classes, channels=channels, scale=scale, **given))
+    fields = {**PRESETS[name], **(options or {})}
+    return HybridNet(_checked(name, task=task, classes=classes, channels=channels, scale=scale, **fields))
 
 
 def _checked(name: str, **fields: Any) -> ModelConfig:
-    """The same bounds for every model: what a signature can hold."""
+    """Check the values, with the same bounds for every model."""
     try:
         return ModelConfig(**fields)
     except ValidationError as error:
@@ -75,11 +76,11 @@ def _nearest(name: str, known: Iterable[str]) -> str:
 
 
 def _check_options(name: str, options: dict[str, Any]) -> None:
-    """Options are fields of the structure; what the task fixes (classes, channels, ...) has its own argument."""
-    fixed = ("task", "classes", "channels", "scale")
-    allowed = [field for field in ModelConfig.model_fields if field not in fixed]
+    """Raise `RecipeError` for an option that is no field of `ModelConfig`, or that `create_model` has an argument for."""
+    arguments = ("task", "classes", "channels", "scale")
+    allowed = [field for field in ModelConfig.model_fields if field not in arguments]
     for key in options:
-        if key in fixed:
+        if key in arguments:
             raise RecipeError(f"model '{name}': '{key}' is not an option: give it beside the model's name")
         if key not in allowed:
             raise RecipeError(f"model '{name}': unknown option '{key}': {_nearest(key, allowed)}known: {', '.join(allowed)}")

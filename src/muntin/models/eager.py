@@ -1,4 +1,4 @@
-"""What a model has to be for muntin to look into it, copy and rewrite it: a plain module of PyTorch."""
+"""Checks that a model is a plain PyTorch module, which muntin can inspect, copy and rewrite."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from muntin.errors import MuntinError
 
 
 def check_module(model: object) -> None:
-    """Raises `MuntinError` for what is no module, has no values, or is TorchScript in whole or in part."""
+    """Raise `MuntinError` for a model that is no module, is on the meta device, or has TorchScript in it."""
     if not isinstance(model, nn.Module):
         raise MuntinError(
             f"the model is of type {type(model).__name__}: give a torch.nn.Module; weights alone go into one by its load_state_dict"
@@ -23,31 +23,31 @@ def check_module(model: object) -> None:
         )
     for name, part in model.named_modules():
         if isinstance(part, torch.jit.ScriptModule):
-            raise MuntinError(f"{_called(name)} is TorchScript, which is neither rewritten nor traced: give the module it was made of")
+            raise MuntinError(f"{_title(name)} is TorchScript, which is neither rewritten nor traced: give the original module")
 
 
 def check_eager(model: object) -> None:
-    """As `check_module`, and for what is compiled: such code does not show what goes into layers, nor that one was replaced."""
+    """Like `check_module`, and raise for compiled code, which ignores hooks and replaced layers."""
     check_module(model)
     assert isinstance(model, nn.Module)
     for name, part in model.named_modules():
         if _is_wrapper(part) or getattr(part, "_compiled_call_impl", None) is not None:
             raise MuntinError(
-                f"{_called(name)} is compiled by torch.compile: give the module that it was made of (its _orig_mod, or one whose compile() "
-                "was not called), and compile what comes of it"
+                f"{_title(name)} is compiled by torch.compile: give the module that it was made of (its _orig_mod, or one whose compile() "
+                "was not called), and compile the result"
             )
 
 
 def eager_copy(model: nn.Module) -> nn.Module:
-    """A copy without compiled code. Raises `MuntinError` where there can be none, with what to do."""
+    """Copy a model without compiled code. Raises `MuntinError`, with advice, if it cannot be copied."""
     try:
         copied = copy.deepcopy(model)
-    except (RuntimeError, TypeError) as error:  # tensors that were computed, or without values; what Python cannot copy
+    except (RuntimeError, TypeError) as error:  # computed tensors, tensors without values, objects that Python cannot copy
         raise MuntinError(f"cannot be copied: {_copying_advice(model, error)}") from error
     while _is_wrapper(copied):
         copied = copied._orig_mod  # type: ignore[assignment]
     for part in list(copied.modules()):
-        for name, child in part._modules.items():  # also the second name of one that has two
+        for name, child in part._modules.items():  # second names too
             while child is not None and _is_wrapper(child):
                 child = child._orig_mod  # type: ignore[assignment]
             part._modules[name] = child
@@ -55,12 +55,12 @@ def eager_copy(model: nn.Module) -> nn.Module:
 
 
 def _is_wrapper(part: nn.Module) -> bool:
-    """Whether it is what `torch.compile` makes of a module, whose class takes a second to import: it is there where one was compiled."""
+    """Return True for the wrapper of `torch.compile`. Its class takes a second to import, and is loaded if a module was compiled."""
     compiler = sys.modules.get("torch._dynamo.eval_frame")
     return compiler is not None and isinstance(part, compiler.OptimizedModule)
 
 
-def _called(name: str) -> str:
+def _title(name: str) -> str:
     return f"'{name}', a part of the model," if name else "the model"
 
 
@@ -74,6 +74,6 @@ def _copying_advice(model: nn.Module, error: Exception) -> str:
             return "use weight_norm and spectral_norm of torch.nn.utils.parametrizations instead of those of torch.nn.utils"
         for key, value in vars(part).items():
             if isinstance(value, Tensor) and not value.is_leaf:
-                owner = _called(name) if name else "it"
+                owner = _title(name) if name else "it"
                 return f"{owner} keeps a tensor that was computed with gradients, {key}: set it to None, or call it under no_grad"
-    return f"{' '.join(str(error).split())[:200]}; have its modules hold what Python can copy"
+    return f"{' '.join(str(error).split())[:200]}; its modules must hold objects that Python can copy"

@@ -1,4 +1,4 @@
-"""Models that are not ours, in thin wrappers that give them our face: raw pixels 0-255 of any size in, scores out.
+"""Foreign models in thin wrappers with muntin's interface: raw pixels 0-255 of any size in, scores out.
 
 Axes: B images, C channels, H W map, K scores.
 """
@@ -15,17 +15,17 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812 - the field's usual name
 
+from muntin.artifact.manifest import Task
 from muntin.errors import DependencyError, RecipeError, install
-from muntin.models.config import Task
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
 
 
 class ForeignModel(nn.Module):
-    """Normalises raw pixels and passes them on; scores of a segmenter are brought to the size of its input.
+    """Normalises raw pixels, calls the wrapped model, and resizes the scores of a segmenter to the size of its input.
 
-    Input `(B, channels, H, W)`, float 0-255; output `(B, K)` or `(B, K, H, W)`, as the wrapped model's task is.
+    Input `(B, channels, H, W)`, float 0-255; output `(B, K)` or `(B, K, H, W)`, by the task.
     """
 
     factor: Tensor
@@ -40,7 +40,7 @@ class ForeignModel(nn.Module):
 
     def forward(self, image_BCHW: Tensor) -> Tensor:
         out = self.model(image_BCHW * self.factor - self.shift)
-        if isinstance(out, tuple):  # GoogLeNet's and Inception's in training: the answer, and those of layers on the way
+        if isinstance(out, tuple):  # GoogLeNet and Inception in training: the answer and auxiliary ones
             out = out[0]
         scores: Tensor = out["out"] if isinstance(out, dict) else out
         if self.task == "segment" and scores.shape[2:] != image_BCHW.shape[2:]:
@@ -49,11 +49,10 @@ class ForeignModel(nn.Module):
 
 
 class DividedSides(nn.Module):
-    """A model for sides that `size_divisor` divides, for any sides: what is missing repeats the last row and column, the answer is cut.
+    """Pads images to multiples of `size_divisor` by repeating the last row and column, and cuts the wrapped model's answer.
 
-    Input and output as the wrapped model's, `(B, channels, H, W)` to `(B, K, H, W)` or `(B, K)`, any H, W >= 1. Costs a copy of the image
-    where a side is not divided. What is repeated takes part in what looks at the whole map, as the size of the map does. Raises
-    `ValueError` for a divisor below 1.
+    Input and output are the wrapped model's, `(B, channels, H, W)` to `(B, K, H, W)` or `(B, K)`, any H, W >= 1. Costs a copy of the image
+    if a side is not divided. Operations over the whole map see the repeated pixels. Raises `ValueError` for a divisor below 1.
     """
 
     def __init__(self, model: nn.Module, size_divisor: int) -> None:
@@ -65,7 +64,7 @@ class DividedSides(nn.Module):
 
     def forward(self, image_BCHW: Tensor) -> Tensor:
         H, W = image_BCHW.shape[2:]
-        # without asking whether anything is missing: an exported graph holds no such question
+        # without a condition, which an exported graph cannot hold
         padded = F.pad(image_BCHW, (0, -W % self.size_divisor, 0, -H % self.size_divisor), mode="replicate")
         scores: Tensor = self.model(padded)
         return scores[:, :, :H, :W] if isinstance(scores, Tensor) and scores.ndim == 4 else scores
@@ -76,7 +75,7 @@ def _statistics(values: tuple[float, ...], channels: int) -> tuple[float, ...]:
 
 
 def from_timm(name: str, *, task: Task, classes: int, channels: int) -> nn.Module:
-    """A classifier of timm, randomly initialised."""
+    """Create a classifier of timm with random weights."""
     try:
         import timm
     except ImportError as error:
@@ -93,7 +92,7 @@ def from_timm(name: str, *, task: Task, classes: int, channels: int) -> nn.Modul
 
 
 def from_torchvision(name: str, *, task: Task, classes: int, channels: int) -> nn.Module:
-    """A classifier or segmenter of torchvision, randomly initialised."""
+    """Create a classifier or segmenter of torchvision with random weights."""
     try:
         from torchvision import models
     except ImportError as error:
@@ -111,10 +110,9 @@ def from_torchvision(name: str, *, task: Task, classes: int, channels: int) -> n
 
 
 def from_factory(name: str, *, task: Task, classes: int, channels: int) -> nn.Module:
-    """The user's own: `package.module:factory` is called as `factory(task=..., classes=..., channels=...)`.
+    """Create the user's model: `package.module:factory` is called as `factory(task=..., classes=..., channels=...)`.
 
-    The module is looked for where Python looks, and then in the current folder. What the factory returns must keep the face itself: raw
-    pixels 0-255 in, scores out.
+    The module is searched on Python's path, and then in the current folder. The model must take raw pixels 0-255 and return scores.
     """
     module_name, _, attribute = name.partition(":")
     if not all(part.isidentifier() for part in (*module_name.split("."), attribute)):
@@ -135,7 +133,7 @@ def from_factory(name: str, *, task: Task, classes: int, channels: int) -> nn.Mo
 
 @contextmanager
 def _current_folder() -> Iterator[None]:
-    """The current folder on the import path, last: an installed command does not have it there, as `python -m` does."""
+    """Append the current folder to the import path, which has it for `python -m` but not for an installed command."""
     if "" in sys.path:
         yield
         return
@@ -147,11 +145,11 @@ def _current_folder() -> Iterator[None]:
 
 
 def _check_factory(name: str, factory: object) -> None:
-    """Before the call, so that a TypeError from inside the user's own code keeps its traceback."""
-    wanted = "write a function that takes task, classes and channels by keyword"
+    """Raise `RecipeError` if the factory cannot be called. Checked before the call, so that a TypeError inside keeps its traceback."""
+    advice = "write a function that takes task, classes and channels by keyword"
     if not callable(factory):
-        raise RecipeError(f"model '{name}' is a {type(factory).__name__}, which cannot be called: {wanted}")
+        raise RecipeError(f"model '{name}' is a {type(factory).__name__}, which cannot be called: {advice}")
     try:
         inspect.signature(factory).bind(task="segment", classes=2, channels=3)
     except (TypeError, ValueError) as error:  # ValueError: a built-in without a signature
-        raise RecipeError(f"model '{name}': {error}: {wanted}") from error
+        raise RecipeError(f"model '{name}': {error}: {advice}") from error

@@ -38,11 +38,11 @@ from muntin.layers import (
 from muntin.models.config import ModelConfig
 
 GAIN = 32.0
-"""Of the class scores: see `PixelHead`."""
+"""Gain of the class scores; see `PixelHead`."""
 
 
 def build_attention(config: ModelConfig, dim: int) -> Attention:
-    """The attention layer that a configuration asks for."""
+    """Create the attention layer of a configuration."""
     heads = dim // config.head_dim
     if config.attention == "local":
         return LocalAttention(dim, heads=heads, window=config.window)
@@ -54,7 +54,7 @@ def build_attention(config: ModelConfig, dim: int) -> Attention:
 
 
 class Normalize(nn.Module):
-    """Raw pixels 0-255 to about -2..2: (x - 127.5) / 64. Fixed numbers: nothing of one data set is baked into the graph."""
+    """Raw pixels 0-255 to about -2..2: (x - 127.5) / 64. The numbers are fixed, for all data sets."""
 
     def forward(self, x: Tensor) -> Tensor:
         return x * (1 / 64) - 127.5 / 64
@@ -116,11 +116,11 @@ class HybridNet(nn.Module):
         if config.task == "restore":
             self.enlarge = nn.Upsample(scale_factor=config.scale, mode="bilinear") if config.scale > 1 else nn.Identity()
             self.sum = Sum()
-            nn.init.zeros_(self.head.conv.weight)  # type: ignore[arg-type, union-attr]  # training starts from the image itself
+            nn.init.zeros_(self.head.conv.weight)  # type: ignore[arg-type, union-attr]  # so that training starts with the image itself
 
     @property
     def _levels(self) -> int:
-        """Maps that the decoder reads, from the coarsest."""
+        """Number of maps that the decoder reads, from the coarsest."""
         return len(self.config.stem[1:]) + len(self.config.dims) - (0 if self.config.finest == 4 else 1)
 
     def forward(self, image_BCHW: Tensor) -> Tensor:

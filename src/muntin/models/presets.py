@@ -1,4 +1,4 @@
-"""Named HybridNets. Figures of each are measured by `muntin models`."""
+"""Named HybridNets. `muntin models` measures them."""
 
 from __future__ import annotations
 
@@ -11,4 +11,4 @@ PRESETS: dict[str, dict[str, Any]] = {
     "hybrid-m": {"stem": (24, 48, 96), "pairs": (1, 2), "dims": (384, 384), "depths": (6, 4), "decoder": 96},
     "dense-s": {"attention": "dense"},
 }
-"""What each preset changes in the defaults of `ModelConfig`; `dense-s` is `hybrid-s` with SDPA over all tokens."""
+"""Fields of `ModelConfig` in which each preset differs from the defaults; `dense-s` is `hybrid-s` with SDPA over all tokens."""

@@ -1,10 +1,11 @@
-"""TorchSession: a live PyTorch model in the face of a deployed one, so that both are measured by the same code.
+"""TorchSession: a live PyTorch model with the interface of a deployed one, so that the same code measures both.
 
 Axes: B images, H W map, C channels, K scores.
 """
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable, Iterable, Iterator
 
 import numpy as np
@@ -13,19 +14,31 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from muntin.artifact import Signature
-from muntin.errors import MuntinError
-from muntin.models.compiler import require_compiler
+from muntin.errors import DependencyError, MuntinError
 from muntin.models.transfer import pipelined
 from muntin.runtime.session import check_classes, check_images
 
 
-class TorchSession:
-    """Calls a model on `(B, H, W, C)` uint8 images, returns float32 scores; the reference beside every engine.
+def require_compiler(device: str) -> None:
+    """Raise `DependencyError` if `torch.compile` would find no C++ compiler."""
+    if device != "cpu":
+        return
+    from torch._inductor import config  # importing it takes most of a second
 
-    `dtype`: what products run in (autocast), None for FP32. `compile`: by `torch.compile`, at the first call of each shape (a minute
-    or more). The model is used as it is, on the device where it is, in `eval` mode; pixels are given to it in float32, or in the 16 bits
-    that all of its weights have. Raises `DependencyError` for `compile` without a compiler; a call raises `MuntinError` where the model
-    answers no tensor.
+    compiler = config.cpp.cxx  # the variable CXX, or PyTorch's own choice
+    names = [compiler] if isinstance(compiler, str) else [name for name in compiler if name]
+    if not any(shutil.which(name) for name in names):
+        raise DependencyError(
+            f"torch.compile needs a C++ compiler on CPUs and there is no {' or '.join(names)}: install it, or leave `compile` false"
+        )
+
+
+class TorchSession:
+    """Calls a model on `(B, H, W, C)` uint8 images and returns float32 scores: the reference for every engine.
+
+    `dtype`: type of products (autocast), None for FP32. `compile`: use `torch.compile`, at the first call of each shape (a minute
+    or more). The model is not copied or moved, and runs in `eval` mode. It receives pixels in float32, or in the 16-bit type of all its
+    weights. Raises `DependencyError` for `compile` without a compiler; a call raises `MuntinError` if the model returns no tensor.
     """
 
     streams = 1
@@ -46,7 +59,7 @@ class TorchSession:
 
     @property
     def precision(self) -> str:
-        """What products run in."""
+        """Type of products."""
         dtype = self._pixels if self.dtype is None else self.dtype
         return {torch.float32: "f32", torch.bfloat16: "bf16", torch.float16: "f16"}.get(dtype, str(dtype))
 
@@ -62,7 +75,7 @@ class TorchSession:
         return scores
 
     def labels(self, images_BHWC: NDArray[np.uint8]) -> NDArray[np.uint8]:
-        """The class of the highest score, found where the model is, as of a deployed session (`Session.labels`)."""
+        """The class of the highest score, computed on the model's device."""
         check_images(images_BHWC, self.signature)
         check_classes(self.signature)
         scores_BK = self._compute(torch.from_numpy(np.ascontiguousarray(images_BHWC)).to(self.device))
@@ -70,7 +83,7 @@ class TorchSession:
         return labels
 
     def map(self, batches: Iterable[NDArray[np.uint8]]) -> Iterator[NDArray[np.float32]]:
-        """Scores of each batch, in their order; on a GPU the next batch is read and copied while this one is computed."""
+        """Scores of each batch, in order; on a GPU the next batch is copied during the computation."""
         return pipelined(self._checked(batches), self._compute, self.device)
 
     def _checked(self, batches: Iterable[NDArray[np.uint8]]) -> Iterator[NDArray[np.uint8]]:

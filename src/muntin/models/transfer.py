@@ -1,12 +1,12 @@
-"""Batches to a device and scores back while the device computes another batch: double-buffered, asynchronous.
+"""Asynchronous, double-buffered copies: batches to a device and scores back while the device computes another batch.
 
     host              pageable -> pinned |  pageable -> pinned |  ...
     copy-in stream                       pinned -> device | ...
     compute stream                                         model | ...
     copy-out stream                                               device -> pinned | ...
 
-Pinned memory is what makes the copies asynchronous; PyTorch keeps and reuses it. On a CPU there is nothing to overlap: streams and events
-are no-ops there, and nothing is copied.
+Pinned memory makes the copies asynchronous; PyTorch keeps and reuses it. On a CPU streams and events are no-ops, and nothing is
+copied.
 
 Axes: B images, H W map, C channels.
 """
@@ -24,12 +24,12 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 BUFFERS = 2
-"""Batches in flight: one is computed while another is copied."""
+"""Batches in flight: one in computation, one in a copy."""
 
 
 @dataclass(frozen=True)
 class _Flight:
-    """A batch on its way. `inward` is held until the answer is there, since the copy to the device reads it."""
+    """A batch in flight. `inward` is held until the answer arrives, because the copy to the device reads it."""
 
     inward: Tensor
     scores: Tensor
@@ -44,10 +44,10 @@ class _Flight:
 def pipelined(
     batches: Iterable[NDArray[np.uint8]], compute: Callable[[Tensor], Tensor], device: torch.device
 ) -> Iterator[NDArray[np.float32]]:
-    """The answers to batches (B, H, W, C), in their order; `compute` maps a tensor on the device to one on the device.
+    """The answers to batches (B, H, W, C), in order; `compute` maps a tensor on the device to one on the device.
 
-    `BUFFERS` batches are in flight: the host reads the next one, and copies go to and fro, while the device computes. Each answer is an
-    array of its own. What `compute` raises is raised when its batch is launched.
+    `BUFFERS` batches are in flight: the host reads and copies while the device computes. Each answer is a new array. An exception of
+    `compute` is raised when its batch is launched.
     """
     module = torch.get_device_module(device)
     streams = module.Stream(), module.Stream()
@@ -76,7 +76,7 @@ def _launch(images_BHWC: NDArray[np.uint8], compute: Callable[[Tensor], Tensor],
         answer = torch.empty(scores.shape, dtype=scores.dtype, pin_memory=True).copy_(scores, non_blocking=True) if apart else scores
         done = module.Event()
         done.record(copy_out)
-    if apart:  # memory of one stream that another reads must not be given away before that is done
+    if apart:  # the allocator must not reuse memory that another stream still reads
         images.record_stream(computing)
         scores.record_stream(copy_out)
     return _Flight(inward, answer, done)

@@ -9,11 +9,10 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import AfterValidator, Field, model_validator
 
 from muntin.artifact.classes import ClassInfo
+from muntin.artifact.manifest import Task
 from muntin.reporting.records import Amount, AtLeastOne, Count, Hardware, Moment, Record, Share, Text, check_unique, parse_record
 
 FORMAT = 1
-
-Task = Literal["segment", "classify", "restore"]
 
 
 def _relative(path: str) -> str:

@@ -7,8 +7,9 @@ from datetime import datetime
 from math import floor, log10
 
 from muntin.artifact.classes import ClassInfo
+from muntin.artifact.manifest import Task
 from muntin.reporting.records import Hardware
-from muntin.reporting.schema import Report, Task
+from muntin.reporting.schema import Report
 
 MINUS = "\N{MINUS SIGN}"
 ARROW = "\N{RIGHTWARDS ARROW}"

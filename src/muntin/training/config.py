@@ -1,7 +1,8 @@
-"""What a recipe says about the model and its training. Each field states its unit and range."""
+"""The sections of a recipe on the model, its training and its compression. Each field states its unit and range."""
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
@@ -71,6 +72,27 @@ class TrainingConfig(BaseModel):
                 f"final_learning_rate {self.final_learning_rate:g} is above learning_rate {self.learning_rate:g}: it is what that falls to"
             )
         return self
+
+    def share_done(self, step: float, seconds: float) -> float:
+        """Share of the run that is done after `step` steps in `seconds`, 0 to 1, by the limit that is nearer (`steps` or `minutes`).
+
+        The schedule follows this share, so a run of 30 minutes warms up, falls and ends like a run of a fixed number of steps.
+        """
+        in_steps = step / self.steps if self.steps else 1.0
+        if self.minutes is None:
+            return min(1.0, in_steps)
+        return min(1.0, max(in_steps, seconds / (60 * self.minutes) if self.minutes else 1.0))
+
+    def steps_expected(self, step: int, seconds: float) -> int:
+        """Steps of the whole run, estimated from its speed up to `step`."""
+        return max(step, min(self.steps, round(step / max(self.share_done(step, seconds), 1e-9)))) if step else self.steps
+
+    def rate_at(self, done: float) -> float:
+        """Learning rate at the share `done` of the run: linear warm-up, then a cosine to `final_learning_rate`."""
+        if done < self.warmup:
+            return self.learning_rate * done / self.warmup
+        falling = 0.5 * (1 + math.cos(math.pi * (done - self.warmup) / (1 - self.warmup)))
+        return self.final_learning_rate + (self.learning_rate - self.final_learning_rate) * falling
 
 
 class QuantizationConfig(BaseModel):

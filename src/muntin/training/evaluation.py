@@ -1,4 +1,4 @@
-"""Scoring a session on a split: the same code for a live model, its quantised form and the deployed artefact.
+"""Scoring a session on a split, with the same code for a live model, its quantised form and the deployed artefact.
 
 Axes: H W map, K classes.
 """
@@ -23,53 +23,52 @@ Labels = NDArray[np.uint8]
 
 @dataclass(frozen=True, kw_only=True)
 class Evaluation:
-    """What a session scored. `iou` and `recall` are by class name; None for a class that neither truth nor prediction holds."""
+    """Scores of a session. `iou` and `recall` are by class name; None for a class in neither truth nor prediction."""
 
     task: str
     samples: int
     counted: int
-    """Pixels (or images) that counted."""
+    """Pixels (or images) that are not ignored."""
     accuracy: float
     iou: dict[str, float | None]
     recall: dict[str, float | None]
 
     @property
     def by_class(self) -> dict[str, float | None]:
-        """The figure of each class: IoU for segment, for classify the share of its images that were found."""
+        """The score of each class: IoU for segment, recall for classify."""
         return self.iou if self.task == "segment" else self.recall
 
     @property
     def miou(self) -> float:
-        """Mean IoU over the classes that occur."""
+        """Mean IoU over the classes in truth or prediction."""
         present = [v for v in self.iou.values() if v is not None]
         return sum(present) / len(present)
 
     @property
     def notes(self) -> tuple[str, ...]:
-        """What one pixel may have changed a lot: a class that the truth does not hold, and that was seen somewhere. Of classify, the
-        classes that the score says nothing of."""
+        """Notes on classes without truth: for segment those with an IoU of 0 because of a few pixels, for classify all."""
         absent = [name for name, recall in self.recall.items() if recall is None]
         if self.task == "classify" and absent:
-            return (f"no image is of {', '.join(absent[:6])}{', ...' if len(absent) > 6 else ''}: the accuracy says nothing of it",)
-        seen = [name for name, iou in self.iou.items() if iou == 0 and self.recall[name] is None] if self.task == "segment" else []
-        told = "and pixels were taken for it: an IoU of 0, which counts in the mean only because of them"
-        return (f"the truth holds no {', '.join(seen)}, {told}",) if seen else ()
+            return (f"no image is of {', '.join(absent[:6])}{', ...' if len(absent) > 6 else ''}: the accuracy does not cover it",)
+        false = [name for name, iou in self.iou.items() if iou == 0 and self.recall[name] is None] if self.task == "segment" else []
+        effect = "and some pixels were predicted as it: its IoU of 0 counts in the mean"
+        return (f"the truth holds no {', '.join(false)}, {effect}",) if false else ()
 
     @property
     def score(self) -> float:
-        """The figure of the task: mean IoU for segment, accuracy for classify. Higher is better."""
+        """Score of the task: mean IoU for segment, accuracy for classify. Higher is better."""
         return self.miou if self.task == "segment" else self.accuracy
 
 
 def tile_of(crop: int) -> int:
-    """Side of the tiles that whole pictures are evaluated in: twice the training crop, so that context resembles training's."""
+    """Side of the tiles for whole pictures: twice the training crop, for a context similar to training."""
     return 2 * crop
 
 
 def predictions(
     session: Predictor, samples: Sequence[Sample], *, tile: int, progress: Callable[[int, int], None] | None = None
 ) -> Iterator[tuple[Sample, Labels]]:
-    """Each sample with the labels a session gives it: `(H, W)`, or `(1,)` for classify."""
+    """Yield each sample with a session's labels: `(H, W)`, or `(1,)` for classify."""
     for index in range(len(samples)):
         sample = samples[index]
         if session.signature.task == "classify":
@@ -82,15 +81,15 @@ def predictions(
 
 
 def evaluate(session: Predictor, samples: Sequence[Sample], *, tile: int, progress: Callable[[int, int], None] | None = None) -> Evaluation:
-    """Predict every sample and count: confusion matrix, then IoU, recall and accuracy.
+    """Predict every sample; compute the confusion matrix, IoU, recall and accuracy.
 
-    `tile`: pixels; see `muntin.predict`. Raises `DataError` for an empty split or one in which every pixel is ignored.
+    `tile`: pixels; see `muntin.predict`. Raises `DataError` if no pixel counts.
     """
     return score(predictions(session, samples, tile=tile, progress=progress), session)
 
 
 def score(pairs: Iterator[tuple[Sample, Labels]], session: Predictor) -> Evaluation:
-    """Count pairs of a sample and the labels it was given."""
+    """Compute the scores from pairs of a sample and its labels."""
     names = [c.name for c in session.signature.classes]
     confusion = MulticlassConfusionMatrix(len(names), ignore_index=IGNORED, validate_args=False)
     total = torch.zeros(len(names), len(names), dtype=torch.int64)

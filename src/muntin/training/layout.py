@@ -1,21 +1,53 @@
-"""The order in memory that training computes in."""
+"""Memory in training: the order of tensors, and whether the C library keeps freed memory."""
 
 from __future__ import annotations
 
-from typing import TypeVar
+import ctypes
+import os
+import platform
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
 
-M = TypeVar("M", bound=nn.Module)
+_TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3  # mallopt(3)
+_KEPT = 1 << 30
+"""Bytes: larger tensors are returned at once (with older glibc those from 32 MiB)."""
+_DEFAULTS = {_MMAP_THRESHOLD: 32 << 20, _TRIM_THRESHOLD: 64 << 20}
+"""Maximum of glibc's dynamic thresholds, bytes (malloc.c, DEFAULT_MMAP_THRESHOLD_MAX)."""
 
 
-def channels_last(model: M) -> M:
-    """The model, in place, with the kernels of its 2-D convolutions channels last, and everything else as it was. PyTorch's own
-    `Module.to(memory_format=...)` ends in an error where a kernel has three dimensions of space."""
+def channels_last(model: nn.Module) -> None:
+    """Put the kernels of 2-D convolutions into channels-last order, in place.
+
+    `Module.to(memory_format=...)` raises an error for 3-D convolutions.
+    """
 
     def ordered(tensor: Tensor) -> Tensor:
         return tensor.contiguous(memory_format=torch.channels_last) if tensor.ndim == 4 else tensor
 
     model._apply(ordered)  # type: ignore[no-untyped-call]
-    return model
+
+
+@contextmanager
+def keep_freed_memory() -> Iterator[None]:
+    """Keep freed memory in the process during the block, for reuse, and return it to the system at the end.
+
+    By default glibc returns a large tensor to the system when it is freed, and the next step takes millions of page faults to map the
+    memory again. The peak is unchanged. Does nothing with another C library, or if `GLIBC_TUNABLES` or `MALLOC_...` is set in the
+    environment.
+    """
+    if platform.libc_ver()[0] != "glibc" or any(name == "GLIBC_TUNABLES" or name.startswith("MALLOC_") for name in os.environ):
+        yield
+        return
+    libc = ctypes.CDLL(None)
+    if not libc.mallopt(_MMAP_THRESHOLD, _KEPT):  # older versions accept no more than their own maximum
+        libc.mallopt(_MMAP_THRESHOLD, _DEFAULTS[_MMAP_THRESHOLD])
+    libc.mallopt(_TRIM_THRESHOLD, _KEPT)
+    try:
+        yield
+    finally:
+        for option, default in _DEFAULTS.items():
+            libc.mallopt(option, default)
+        libc.malloc_trim(0)

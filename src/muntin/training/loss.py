@@ -1,4 +1,4 @@
-"""Losses: cross-entropy, and beside it a soft IoU that gives a rare class the same say as a common one.
+"""Losses: cross-entropy, and a soft IoU in which a rare class counts as much as a common one.
 
 Axes: B images, K classes, H W map.
 """
@@ -18,8 +18,8 @@ from muntin.runtime.images import IGNORED
 class _SegmentLoss(torch.autograd.Function):
     """`ce` times the cross-entropy plus `overlap` times the soft IoU loss; scores `(B, K, N)` of N pixels, their classes `(B, N)`.
 
-    The gradient is written out: PyTorch's own would pass some thirty times over the full-size scores, which are the largest tensors of a
-    small network's training step; this passes ten times. There are no matrix products in it, which lower precisions would get at.
+    The gradient is explicit and passes ten times over the full-size scores, the largest tensors of a small network's training step;
+    autograd would pass about thirty times. It has no matrix products, so autocast does not affect it.
     """
 
     @staticmethod
@@ -31,9 +31,9 @@ class _SegmentLoss(torch.autograd.Function):
         count = weight_BN.sum().clamp_min(1)
         entropy = -(_of_class(log_BKN, target_BN) * weight_BN).sum() / count
         p_BKN = log_BKN.exp_()
-        p_BKN *= weight_BN.unsqueeze(1)  # 0 where ignored, so that nothing below counts it
+        p_BKN *= weight_BN.unsqueeze(1)  # 0 where ignored
         true_BN = _of_class(p_BKN, target_BN)
-        zeros_BK = torch.zeros(scores_BKN.shape[:2], dtype=torch.float64, device=scores_BKN.device)  # it is summed one after the other
+        zeros_BK = torch.zeros(scores_BKN.shape[:2], dtype=torch.float64, device=scores_BKN.device)  # scatter_add sums one by one
         both_K, truth_K = (zeros_BK.scatter_add(1, target_BN, values.double()).sum(0).to(p_BKN.dtype) for values in (true_BN, weight_BN))
         either_K = p_BKN.sum((0, 2)) + truth_K - both_K
         present_K = (truth_K > 0).to(truth_K.dtype)
@@ -47,8 +47,8 @@ class _SegmentLoss(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
         p_BKN, true_BN, target_BN, weight_BN, both_K, either_K, present_K, count = ctx.saved_tensors
         ce, overlap = (factor * grad for factor in ctx.factors)
-        any_K = overlap * present_K * (both_K + 1) / (either_K + 1).square()  # of the loss by a pixel's p, whichever class is true
-        true_K = any_K + overlap * present_K / (either_K + 1)  # less this, where the class is the true one
+        any_K = overlap * present_K * (both_K + 1) / (either_K + 1).square()  # derivative by a pixel's p, for any true class
+        true_K = any_K + overlap * present_K / (either_K + 1)  # minus this for the true class
         pulled_BN = true_K[target_BN] * true_BN + weight_BN * (ce / count)
         grad_BKN = p_BKN * any_K[:, None]
         grad_BKN.addcmul_(p_BKN, (pulled_BN - grad_BKN.sum(1)).unsqueeze(1))
@@ -66,44 +66,44 @@ def _loss(scores_BKHW: Tensor, target_BHW: Tensor, ce: float, overlap: float) ->
 
 
 def soft_iou_loss(scores_BKHW: Tensor, target_BHW: Tensor) -> Tensor:
-    """1 - the mean over the classes present of the soft intersection over union, a scalar in [0, 1].
+    """1 - the mean over the present classes of the soft intersection over union, a scalar in [0, 1].
 
-    Each class that occurs in the batch counts once, however few its pixels; ignored pixels (255) count nowhere. Source: Rahman & Wang,
-    "Optimizing Intersection-Over-Union in Deep Neural Networks for Image Segmentation" (ISVC 2016), equation 3; the deviation: sums run
-    over the batch, and 1 is added to both sides so that a class of a few pixels has no wild gradient.
+    Each class in the batch counts once, for any number of its pixels; ignored pixels (255) do not count. Source: Rahman & Wang,
+    "Optimizing Intersection-Over-Union in Deep Neural Networks for Image Segmentation" (ISVC 2016), equation 3. Deviation: sums are
+    over the batch, and 1 is added to numerator and denominator, which bounds the gradient of a class of few pixels.
     """
     return _loss(scores_BKHW, target_BHW, 0.0, 1.0)
 
 
 def segment_loss(scores_BKHW: Tensor, target_BHW: Tensor, overlap: float) -> Tensor:
-    """Cross-entropy over the pixels that count, plus `overlap` times the soft IoU loss. Zero where every pixel is ignored.
+    """Cross-entropy over the pixels that are not ignored, plus `overlap` times the soft IoU loss. Zero if all pixels are ignored.
 
-    Its gradient has no gradient of its own, nor has that of `soft_iou_loss`: PyTorch says so to who asks.
+    Like `soft_iou_loss`, it has no second derivative: PyTorch raises an error for one.
     """
     return _loss(scores_BKHW, target_BHW, 1.0, overlap)
 
 
 def task_loss(task: str, scores: Tensor, target: Tensor, *, overlap: float) -> Tensor:
-    """The loss of a task, a scalar in FP32 whatever the scores came in."""
+    """The loss of a task, a scalar in FP32 for scores of any type."""
     scores = scores.float()
     if task == "segment":
         return segment_loss(scores, target, overlap)
     return F.cross_entropy(scores, target)
 
 
-def distillation_loss(task: str, scores: Tensor, wanted: Tensor, target: Tensor | None = None) -> Tensor:
-    """Distance to a teacher's scores, a scalar in FP32: for classes the divergence of its probabilities from ours, a mean over pixels
-    or images; for restore the mean squared difference in units of 64 grey levels. `target`: of a segmentation, the labels; where they are
-    ignored (255), nothing counts.
+def distillation_loss(task: str, scores: Tensor, teacher_scores: Tensor, target: Tensor | None = None) -> Tensor:
+    """Distance to a teacher's scores, a scalar in FP32: for classes the KL divergence from the teacher's probabilities, mean over pixels
+    or images; for restore the mean squared difference in units of 64 grey levels. `target`: labels of a segmentation, whose ignored
+    pixels (255) do not count.
 
     Source: Hinton et al., 1503.02531, section 2, at temperature 1.
     """
-    scores, wanted = scores.float(), wanted.float()
+    scores, teacher_scores = scores.float(), teacher_scores.float()
     if task == "restore":
-        return F.mse_loss(scores / 64, wanted / 64)
+        return F.mse_loss(scores / 64, teacher_scores / 64)
     if task == "segment" and target is not None:
         counted_BHW = target != IGNORED
-        divergence_BHW = F.kl_div(scores.log_softmax(1), wanted.log_softmax(1), reduction="none", log_target=True).sum(1)
+        divergence_BHW = F.kl_div(scores.log_softmax(1), teacher_scores.log_softmax(1), reduction="none", log_target=True).sum(1)
         return (divergence_BHW * counted_BHW).sum() / counted_BHW.sum().clamp_min(1)
-    divergence = F.kl_div(scores.log_softmax(1), wanted.log_softmax(1), reduction="sum", log_target=True)
+    divergence = F.kl_div(scores.log_softmax(1), teacher_scores.log_softmax(1), reduction="sum", log_target=True)
     return divergence * scores.shape[1] / scores.numel()

@@ -1,11 +1,10 @@
-"""What a step makes of the gradients: Muon for the matrices, AdamW for the rest.
+"""The optimiser: Muon for matrices, AdamW for the rest, and its state in checkpoints.
 
-    weights of linear layers and convolutions     Muon     every direction that the gradient has is gone along by as much
-    vectors, norms, kernels in groups, tables     AdamW    every number is moved by about as much
+    weights of linear layers and convolutions             Muon
+    vectors, norms, kernels of grouped convolutions, tables   AdamW
 
-What has at most one axis longer than 1 is a vector.
-
-Adam moves single numbers, and so mostly along the few directions that a gradient is long in; a matrix learns the others slowly.
+A tensor with at most one axis longer than 1 is a vector. Adam scales single numbers, so an update follows the few directions in which the
+gradient is large; Muon moves a matrix along all of its singular directions by the same amount.
 """
 
 from __future__ import annotations
@@ -22,25 +21,25 @@ from muntin.training.config import TrainingConfig
 
 MOMENTUM = 0.95
 LENGTH = 0.2
-"""Root of the mean square of a matrix's update, in learning rates: about what AdamW's is, so that one rate serves both."""
+"""Root mean square of a matrix's update, in learning rates: about that of AdamW, so that one rate serves both."""
 _POLYNOMIALS = (8.0934, -23.6205, 17.4462), (3.6366, -2.7220, 0.5365), (2.6614, -1.9772, 0.4526)
-"""a, b, c of a·x + b·x³ + c·x⁵, one after the other: each is the nearest to 1 where the one before leads to, from 0.01 to 1."""
+"""Coefficients a, b, c of a·x + b·x³ + c·x⁵, applied in order: each is the closest to 1 on the range of the one before, from 0.01 to 1."""
+_SCALER = ("scale", "_growth_tracker")
 
 
 class Muon(torch.optim.Optimizer):
-    """Muon for `matrices`, PyTorch's AdamW for `others` and `vectors`, which are not decayed. Learning rates are set by group.
+    """Muon for `matrices`, PyTorch's AdamW for `others` and for `vectors`, which are not decayed. Learning rates are set by group.
 
-    The update of a matrix is its momentum with all singular values brought to about 1, times `LENGTH` and the root of its longer side; a
-    convolution's kernel `(O, I, h, w)` is a matrix `(O, I·h·w)`. Weights are decayed as by AdamW. A matrix has one state, the momentum,
-    where AdamW has two. Cost of a step: 6·m²·n + 3·m³ multiply-adds for a matrix of m x n, m <= n; those of one shape go together.
-    `dtype`: what is computed in there; in 16 bits the singular values scatter a little more. `torch.optim.Muon` takes matrices only, one
-    by one, in BF16, which many CPUs do not compute in.
+    The update of a matrix is its momentum with all singular values brought to about 1, times `LENGTH` and the root of its longer side. A
+    convolution's kernel `(O, I, h, w)` is a matrix `(O, I·h·w)`. Weight decay is AdamW's. A matrix has one state tensor, the momentum.
+    Cost of a step: 6·m²·n + 3·m³ multiply-adds for a matrix of m x n, m <= n; matrices of one shape are batched.
+    `dtype`: of this computation; in 16 bits the singular values scatter a little more. `torch.optim.Muon` takes matrices only, one
+    by one, in BF16, which many CPUs lack.
 
-    Source: Jordan et al., Muon (kellerjordan.github.io/posts/muon, 2024), convolutions and AdamW for the rest included; the length and
-    the decay are Liu et al.'s (2502.16982, section 2.2); polynomials of a step each are Amsel et al.'s idea (2505.16932, section 3.2).
-    Deviations: three of them (0.73 to 1.27 for singular values from a hundredth of the norm on) in place of five times the same one, three
-    fifths of the cost for the same loss (docs/log.md); the first and the last layer are matrices like any other, and so are the three
-    projections of PyTorch's own attention together.
+    Source: Jordan et al., Muon (kellerjordan.github.io/posts/muon, 2024); length and decay: Liu et al. (2502.16982, section 2.2); one
+    polynomial for each step: Amsel et al. (2505.16932, section 3.2). Deviations: three different polynomials (0.73 to 1.27 for singular
+    values from a hundredth of the norm on) instead of five equal ones, at three fifths of the cost for the same loss (docs/log.md); the
+    first and the last layer are matrices like any other; the three projections of PyTorch's attention are one matrix.
     """
 
     def __init__(
@@ -60,14 +59,14 @@ class Muon(torch.optim.Optimizer):
         super().__init__([group for group in groups if group["params"]], {"lr": config.learning_rate, "matrices": False})
         self._dtype = dtype
         rest = [group for group in self.param_groups if not group["matrices"]]
-        fused = all(parameter.is_floating_point() for group in rest for parameter in group["params"])  # not complex
-        self._adamw = torch.optim.AdamW(rest, fused=fused) if rest else None  # it has the very same groups
+        fused = all(parameter.is_floating_point() for group in rest for parameter in group["params"])  # complex ones are not fused
+        self._adamw = torch.optim.AdamW(rest, fused=fused) if rest else None  # shares the group objects
         if self._adamw is not None:
             self._adamw.state = self.state
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
-        """One step; parameters without a gradient stay as they are."""
+        """Take one step. Parameters without a gradient are unchanged."""
         loss = None
         if closure is not None:
             with torch.enable_grad():
@@ -79,27 +78,13 @@ class Muon(torch.optim.Optimizer):
             self._adamw.step()
         return loss
 
-    def load_state_dict(self, state_dict: Any) -> None:
-        """Not to be had: raises TypeError. A checkpoint's state is loaded parameter by parameter (`load_optimizer`)."""
-        raise TypeError("Muon's state is loaded by muntin.training.checkpoint.load_optimizer")
-
-    def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Not to be had once it is made: raises TypeError."""
-        if hasattr(self, "_adamw"):
-            raise TypeError("Muon's groups are made with it: make another one of all parameters (make_optimizer)")
-        super().add_param_group(param_group)
-
-    def __getstate__(self) -> dict[str, Any]:
-        """Not to be had: raises TypeError, since a copy would train nothing."""
-        raise TypeError("Muon is not copied or pickled: make another one (make_optimizer) and load its state (load_optimizer)")
-
     def suits(self) -> bool:
-        """Whether the state that was loaded is of this optimiser: matrices have their momentum, and nothing else has one."""
-        found = [(group["matrices"], set(self.state[p])) for group in self.param_groups for p in group["params"] if self.state[p]]
-        return all(state == {"momentum"} if matrix else "momentum" not in state for matrix, state in found)
+        """Return True if the loaded state is of this optimiser: matrices, and only they, have a momentum."""
+        states = [(group["matrices"], set(self.state[p])) for group in self.param_groups for p in group["params"] if self.state[p]]
+        return all(state == {"momentum"} if matrix else "momentum" not in state for matrix, state in states)
 
     def _update(self, parameters: list[nn.Parameter], rate: float, decay: float) -> None:
-        alike: dict[tuple[int, int], list[tuple[nn.Parameter, Tensor]]] = defaultdict(list)
+        by_shape: dict[tuple[int, int], list[tuple[nn.Parameter, Tensor]]] = defaultdict(list)
         for parameter in parameters:
             if parameter.grad is None:
                 continue
@@ -107,9 +92,9 @@ class Muon(torch.optim.Optimizer):
             if not state:
                 state["momentum"] = torch.zeros_like(parameter)
             momentum = state["momentum"].mul_(MOMENTUM).add_(parameter.grad)
-            ahead = parameter.grad.add(momentum, alpha=MOMENTUM).flatten(1)  # Nesterov's
-            alike[ahead.shape[0], ahead.shape[1]].append((parameter, ahead))
-        for (rows, columns), entries in alike.items():
+            ahead = parameter.grad.add(momentum, alpha=MOMENTUM).flatten(1)  # Nesterov's momentum
+            by_shape[ahead.shape[0], ahead.shape[1]].append((parameter, ahead))
+        for (rows, columns), entries in by_shape.items():
             updates = orthogonalised(torch.stack([ahead for _, ahead in entries]), self._dtype)
             length = rate * LENGTH * math.sqrt(max(rows, columns))
             for (parameter, _), update in zip(entries, updates, strict=True):
@@ -117,10 +102,10 @@ class Muon(torch.optim.Optimizer):
 
 
 def orthogonalised(x_NRC: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
-    """N matrices with their own singular vectors and all singular values near 1; what is below a hundredth of the norm stays below 1."""
+    """N matrices with their singular vectors and all singular values near 1; values below a hundredth of the norm stay below 1."""
     wide = x_NRC.shape[1] <= x_NRC.shape[2]
     x = (x_NRC if wide else x_NRC.mT).float()
-    x = (x / x.norm(dim=(1, 2), keepdim=True).mul(1.01).clamp(min=1e-12)).to(dtype)  # beyond 1 the first polynomial is steep
+    x = (x / x.norm(dim=(1, 2), keepdim=True).mul(1.01).clamp(min=1e-12)).to(dtype)  # the first polynomial is steep above 1
     for a, b, c in _POLYNOMIALS:
         square = x @ x.mT
         x = torch.baddbmm(x, torch.baddbmm(square, square, square, beta=b, alpha=c), x, beta=a)
@@ -133,7 +118,7 @@ def make_optimizer(model: nn.Module, config: TrainingConfig, dtype: torch.dtype 
     owners = dict(model.named_modules())
     for name, parameter in model.named_parameters():
         owner, _, last = name.rpartition(".")
-        # a norm's weight scales, over however many axes; so does one of (1, C, 1, 1), in norms and layer scales of one's own
+        # a norm's weight is a vector of any shape, and so is a scale of shape (1, C, 1, 1)
         if sum(side > 1 for side in parameter.shape) < 2 or isinstance(owners[owner], nn.LayerNorm | nn.RMSNorm):
             vectors.append(parameter)
         elif last.endswith("weight") and parameter.is_floating_point() and not _is_table(owners[owner]):
@@ -144,5 +129,35 @@ def make_optimizer(model: nn.Module, config: TrainingConfig, dtype: torch.dtype 
 
 
 def _is_table(owner: nn.Module) -> bool:
-    """Whether the rows of a layer's weight have nothing to do with each other: an embedding's, or a convolution's of several groups."""
+    """Return True if the rows of the layer's weight are independent: an embedding, or a grouped convolution."""
     return isinstance(owner, nn.Embedding | nn.EmbeddingBag) or getattr(owner, "groups", 1) > 1
+
+
+def optimizer_tensors(model: nn.Module, optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler) -> dict[str, Tensor]:
+    """The optimiser's state by parameter name, the generators' states, and the loss scale if one is used (FP16)."""
+    names = {id(p): name for name, p in model.named_parameters()}
+    tensors = {"rng.cpu": torch.get_rng_state()}
+    if torch.cuda.is_available():
+        tensors["rng.cuda"] = torch.cuda.get_rng_state()
+    if scaler.is_enabled():
+        tensors |= {f"scaler.{key}": torch.tensor(scaler.state_dict()[key]) for key in _SCALER}
+    for group in optimizer.param_groups:
+        for parameter in group["params"]:
+            for key, value in optimizer.state[parameter].items():
+                tensors[f"{key}.{names[id(parameter)]}"] = torch.as_tensor(value)
+    return tensors
+
+
+def load_optimizer(model: nn.Module, optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler, tensors: dict[str, Tensor]) -> None:
+    """Restore the state that `optimizer_tensors` returned."""
+    parameters = dict(model.named_parameters())
+    for name, value in tensors.items():
+        key, _, parameter = name.partition(".")
+        if key == "rng":
+            (torch.set_rng_state if parameter == "cpu" else torch.cuda.set_rng_state)(value)
+        elif key == "scaler":
+            scaler.load_state_dict(scaler.state_dict() | {parameter: value.item()})
+        else:
+            like = parameters[parameter]
+            state = value.to(like.device)
+            optimizer.state[like][key] = state.clone() if value.ndim == 0 else torch.empty_like(like).copy_(state)

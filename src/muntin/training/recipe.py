@@ -1,7 +1,6 @@
-"""Recipe: everything that fixes a run, read from YAML and checked before anything starts.
+"""Recipe: all settings of a run, read from YAML and checked before the run starts.
 
-Each part's fields live beside what consumes them (`DataConfig`, `TrainingConfig`, `QuantizationConfig`); this file only puts
-them together and turns a mistake into one line that says what to write instead.
+The fields of each section are in `data.config` and `training.config`. Errors are one line that says what to write instead.
 """
 
 from __future__ import annotations
@@ -14,8 +13,9 @@ from typing import Annotated, Any, get_args
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
+from muntin.artifact import ClassInfo, Signature
 from muntin.data.config import DataConfig
-from muntin.data.source import Task
+from muntin.data.source import DataTask
 from muntin.errors import RecipeError
 from muntin.training.config import CompressionConfig, ModelChoice, QuantizationConfig, TrainingConfig
 
@@ -28,7 +28,7 @@ class Recipe(BaseModel):
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", description="names the run's folder: letters, digits, . _ -")] = (
         "run"
     )
-    task: Annotated[Task, Field(description="segment: a class for every pixel; classify: one class for a picture")] = "segment"
+    task: Annotated[DataTask, Field(description="segment: a class for every pixel; classify: one class for a picture")] = "segment"
     seed: Annotated[int, Field(ge=0, lt=2**31, description="of the weights, the crops and their order")] = 0
     data: DataConfig = DataConfig()
     model: ModelChoice = ModelChoice()
@@ -40,19 +40,24 @@ class Recipe(BaseModel):
     def _check_masks(self) -> Recipe:
         if self.data.source == "folders" and (self.task == "segment") != (self.data.masks is not None):
             if self.task == "segment":
-                raise ValueError("task: segment wants data.masks; where each class has a folder of its own, write task: classify")
+                raise ValueError("task: segment needs data.masks; where each class has a folder of its own, write task: classify")
             raise ValueError(f"task: {self.task} has no masks: leave out data.masks, or write task: segment")
         if self.task == "classify" and self.data.rare:
             raise ValueError(
-                f"data.rare {self.data.rare:g}: a crop is centred on a pixel of a class by its mask, which classify has not: remove it"
+                f"data.rare {self.data.rare:g}: a crop is centred on a pixel of a class by its mask, which classify lacks: remove it"
             )
         return self
 
+    def signature(self, classes: Iterable[ClassInfo]) -> Signature:
+        """Inputs and outputs of a model that is trained by this recipe on data with `classes`."""
+        side = self.data.crop if self.task == "classify" else None
+        return Signature(task=self.task, channels=self.data.channels, classes=tuple(classes), side=side)
+
 
 def recipe_text(recipe: Recipe, *, defaults: bool = False) -> str:
-    """A recipe as YAML that `load_recipe` reads back; without the values that are defaults anyway, unless asked for.
+    """A recipe as YAML for `load_recipe`; values that equal their default only if `defaults` is True.
 
-    PyYAML folds a line at U+0085 as it stands in a text, and reads blanks back: then all beyond ASCII is escaped.
+    PyYAML folds lines at U+0085 and reads blanks back, so a text with this character is written in ASCII.
     """
     values = recipe.model_dump(mode="json", exclude_defaults=not defaults)
     text = yaml.safe_dump(values, sort_keys=False, allow_unicode=True)
@@ -60,7 +65,7 @@ def recipe_text(recipe: Recipe, *, defaults: bool = False) -> str:
 
 
 def load_recipe(path: Path | str, overrides: Iterable[str] = ()) -> Recipe:
-    """Read and check a YAML recipe; `overrides` are `section.key=value` with YAML values, later ones winning.
+    """Read and check a YAML recipe. `overrides`: `section.key=value` with YAML values; the last one for a key counts.
 
     Raises `RecipeError` for a missing file, broken YAML, an unknown key (naming the nearest one) or a value out of range.
     """
@@ -81,29 +86,29 @@ def load_recipe(path: Path | str, overrides: Iterable[str] = ()) -> Recipe:
 
 
 class _EachKeyOnce(yaml.SafeLoader):
-    """Refuses a key that stands twice, as YAML does: PyYAML would take the last."""
+    """Refuse duplicate keys, as the YAML standard does; PyYAML takes the last one."""
 
     def construct_mapping(self, node: Any, deep: bool = False) -> Any:
         seen: dict[str, int] = {}
         for key, _ in node.value:
             line = key.start_mark.line + 1
             if isinstance(key, yaml.ScalarNode) and key.value in seen:
-                raise yaml.YAMLError(f"'{key.value}' stands in line {seen[key.value]} and again in line {line}: keep one of them")
+                raise yaml.YAMLError(f"'{key.value}' is in line {seen[key.value]} and again in line {line}: keep one of them")
             seen[str(key.value)] = line
         return super().construct_mapping(node, deep)
 
 
 def parse_recipe(content: dict[str, Any], *, where: str) -> Recipe:
-    """Check a recipe's content; `where` names it in errors."""
+    """Check a recipe's content. `where` names it in errors."""
     if _holds_itself(content):
-        raise RecipeError(f"{where}: a part of it holds itself, by an alias: write it out")
+        raise RecipeError(f"{where}: a part of it contains itself through an alias: write it out")
     try:
         recipe = Recipe.model_validate(content)
     except ValidationError as error:
         raise RecipeError(f"{where}: {_explain(error)}") from error
-    if (flag := _taken_for_number(content, recipe)) is not None:
-        place, came = flag
-        raise RecipeError(f"{where}: {place}: a number is wanted there (got {came}, which is what YAML makes of yes, no, on and off)")
+    if (flag := _flag_for_number(content, recipe)) is not None:
+        place, value = flag
+        raise RecipeError(f"{where}: {place}: a number is required (got {value}, YAML's value of yes, no, on and off)")
     return recipe
 
 
@@ -114,8 +119,8 @@ def _holds_itself(content: Any, above: tuple[int, ...] = ()) -> bool:
     return id(content) in above or any(_holds_itself(part, (*above, id(content))) for part in inside)
 
 
-def _taken_for_number(content: Any, checked: Any, place: str = "") -> tuple[str, bool] | None:
-    """Where a yes or no was taken for 1 or 0, and which."""
+def _flag_for_number(content: Any, checked: Any, place: str = "") -> tuple[str, bool] | None:
+    """The place and value of the first boolean that pydantic took for a number; None if there is none."""
     if isinstance(content, bool):
         return None if isinstance(checked, bool) else (place, content)
     pairs: Iterable[tuple[Any, Any, Any]] = ()
@@ -126,12 +131,12 @@ def _taken_for_number(content: Any, checked: Any, place: str = "") -> tuple[str,
         )
     elif isinstance(content, list) and isinstance(checked, list | tuple) and len(content) == len(checked):
         pairs = zip(range(len(content)), content, checked, strict=True)
-    found = (_taken_for_number(part, other, f"{place}.{key}" if place else str(key)) for key, part, other in pairs)
-    return next((flag for flag in found if flag is not None), None)
+    flags = (_flag_for_number(part, other, f"{place}.{key}" if place else str(key)) for key, part, other in pairs)
+    return next((flag for flag in flags if flag is not None), None)
 
 
 def override_recipe(recipe: Recipe, overrides: Iterable[str]) -> Recipe:
-    """A recipe with `section.key=value` replaced, checked as if it had been read so."""
+    """A recipe with each `section.key=value` replaced, checked like a recipe from a file."""
     content = recipe.model_dump(mode="json")
     for override in overrides:
         _override(content, override)
@@ -154,7 +159,7 @@ def _override(content: dict[str, Any], override: str) -> None:
 
 
 def _explain(error: ValidationError) -> str:
-    """The first mistake in one line: an unknown key before all others, then the one deepest in the recipe."""
+    """The first mistake in one line: unknown keys first, then the deepest one."""
     mistakes = sorted(error.errors(include_url=False), key=lambda e: (e["type"] != "extra_forbidden", -len(e["loc"])))
     first = mistakes[0]
     if first["type"] == "extra_forbidden":
@@ -166,19 +171,19 @@ def _explain(error: ValidationError) -> str:
         return f"unknown key '{f'{place}.{key}' if place else key}'; {meant}known here: {', '.join(known)}"
     place, _ = _follow(first["loc"])
     message = first["msg"].removeprefix("Value error, ")
-    came = first.get("input")
-    shown = "" if isinstance(came, dict | list) or came is None else f" (got {came!r})"
+    value = first.get("input")
+    shown = "" if isinstance(value, dict | list) or value is None else f" (got {value!r})"
     return f"{place or 'recipe'}: {message}{shown}"
 
 
 def _follow(location: Iterable[int | str]) -> tuple[str, type[BaseModel]]:
-    """Where in a recipe pydantic's location is, and the model whose keys are known there."""
+    """The dotted place of pydantic's location in a recipe, and the model whose fields are allowed there."""
     model: type[BaseModel] = Recipe
     place = []
     for part in location:
         field = model.model_fields.get(str(part))
         if field is None and not isinstance(part, int):
-            continue  # a member of a union, which a recipe does not name
+            continue  # a member of a union, which has no name in a recipe
         place.append(str(part))
         candidates = [] if field is None else [field.annotation, *get_args(field.annotation)]
         nested = [c for c in candidates if isinstance(c, type) and issubclass(c, BaseModel)]

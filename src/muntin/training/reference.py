@@ -1,4 +1,4 @@
-"""Every key of a recipe, as a page: made of the models that check recipes, so that the two say the same.
+"""The page docs/recipe.md: every key of a recipe, from the models that check recipes.
 
 python -m muntin.training.reference > docs/recipe.md
 """
@@ -31,21 +31,21 @@ _OPTIONS = """
 Of the named models (`muntin models`) alone. Each has its own defaults; those of `hybrid-s` are shown. Strides are in pixels of the image.
 """
 _FIXED = ("task", "classes", "channels", "scale")
-"""Fields of `ModelConfig` that the recipe says elsewhere, or not at all."""
+"""Fields of `ModelConfig` that are no options in a recipe."""
 _NAMES = {"integer": "whole number", "number": "number", "boolean": "true or false", "null": "null", "string": "text", "object": "keys"}
 
 
 def recipe_reference() -> str:
-    """The page, in Markdown: a table for each part of a recipe."""
+    """The page in Markdown: a table for each section of a recipe."""
     schema = Recipe.model_json_schema()
     return "\n".join([_HEAD, *_sections("", schema, schema["$defs"], {})])
 
 
 def _sections(place: str, schema: Schema, defs: dict[str, Schema], defaults: dict[str, Any]) -> Iterator[str]:
-    """A part's table, then those of the parts inside it. `defaults`: of this place, where they differ from the schema's."""
+    """A section's table, then those of its sections. `defaults`: values for this place that differ from the schema's."""
     title = f"## {place}\n\n" if place else ""
-    said = f"{schema['description'].splitlines()[0]}\n\n" if place and "description" in schema else ""
-    yield f"{title}{said}{_table(schema['properties'], defs, defaults)}"
+    description = f"{schema['description'].splitlines()[0]}\n\n" if place and "description" in schema else ""
+    yield f"{title}{description}{_table(schema['properties'], defs, defaults)}"
     for name, entry in schema["properties"].items():
         inner = f"{place}.{name}" if place else name
         for ref, many in _references(entry):
@@ -58,7 +58,7 @@ def _sections(place: str, schema: Schema, defs: dict[str, Schema], defaults: dic
 
 
 def _references(entry: Schema) -> Iterator[tuple[str, bool]]:
-    """The parts that a key's value may be made of, by name, and whether it is a list of them."""
+    """The sections in a key's value, by name, and whether the value is a list of them."""
     for choice in entry.get("anyOf", [entry]):
         for inner, many in ((choice, False), (choice.get("items", {}), True)):
             if isinstance(inner, dict) and "$ref" in inner:
@@ -81,7 +81,7 @@ def _default(value: Any) -> str:
 
 
 def _value(entry: Schema, defs: dict[str, Schema]) -> str:
-    """What may stand there, in words."""
+    """The allowed values, in words."""
     if "anyOf" in entry:
         return "; or ".join(_value(choice, defs) for choice in entry["anyOf"])
     if "$ref" in entry:

@@ -1,7 +1,7 @@
-"""The statistics of batch norms, taken anew for the weights that are kept.
+"""Norm recalibration: statistics of batch norms for the averaged weights.
 
-What a norm gathers while training is of weights that are no more, at the pace of its momentum: timm's EfficientNets take a hundredth of a
-batch: after eighty steps nearly half of what they divide by is still where it began. Averaged weights have statistics of their own besides.
+The running statistics of training are of earlier weights and depend on the momentum: timm's EfficientNets use 0.01, so that after eighty
+steps nearly half of the initial value is left. The averaged weights need their own statistics besides.
 """
 
 from __future__ import annotations
@@ -12,17 +12,17 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from muntin.training.precision import Precision
+from muntin.training.precision import TrainingPrecision
 
-IMAGES = 256
-"""Training crops that statistics are taken of; no more than a run has seen."""
+MAX_IMAGES = 256
+"""Maximum number of training crops for the statistics; fewer if a run has seen fewer."""
 
 
-def renew_statistics(model: nn.Module, batches: Iterable[Tensor], precision: Precision) -> None:
-    """Sets every norm's running mean and variance to the plain average over batches (B, C, H, W) of pixels; all else stays as it was.
+def renew_statistics(model: nn.Module, batches: Iterable[Tensor], precision: TrainingPrecision) -> None:
+    """Set every norm's running mean and variance to the plain average over batches (B, C, H, W) of pixels.
 
-    Norms that stay in `eval` mode when their model is trained, or have no momentum, are frozen: they keep what they have. Costs a forward
-    pass a batch. Source: Wu and Johnson (2021), "Rethinking 'Batch' in BatchNorm", section 3 (PreciseBN). Deviation: the variances of the
+    Frozen norms, which stay in `eval` mode when their model is in training or have no momentum, are unchanged. Costs a forward pass a
+    batch. Source: Wu and Johnson (2021), "Rethinking 'Batch' in BatchNorm", section 3 (PreciseBN). Deviation: the variances of the
     batches are averaged, without the spread of their means.
     """
     norms = _gathering(model)
@@ -33,7 +33,7 @@ def renew_statistics(model: nn.Module, batches: Iterable[Tensor], precision: Pre
             norm.train()
         handles += [norm.register_forward_pre_hook(_share()) for norm in norms]
         for number, images in enumerate(batches, 1):
-            for norm in norms:  # for one whose forward is called past its hooks
+            for norm in norms:  # for a norm whose forward is called without hooks
                 norm.momentum = 1 / number
             with torch.no_grad(), precision.autocast():
                 model(images.to(precision.device, torch.float32, memory_format=torch.channels_last))
@@ -46,7 +46,7 @@ def renew_statistics(model: nn.Module, batches: Iterable[Tensor], precision: Pre
 
 
 def _share() -> Callable[..., None]:
-    """Gives each call of a norm, of which a forward pass may have several, the same share of its statistics."""
+    """A hook that gives all calls of a norm, also several in one forward pass, the same share of its statistics."""
     calls = 0
 
     def hook(norm: Any, *_: Any) -> None:
@@ -58,12 +58,12 @@ def _share() -> Callable[..., None]:
 
 
 def has_statistics(model: nn.Module) -> bool:
-    """Whether there is anything to renew: folded norms are gone, and frozen ones stay as they are."""
+    """Return True if a model has norms with statistics that are not frozen."""
     return bool(_gathering(model))
 
 
 def _gathering(model: nn.Module) -> list[Any]:
-    """The norms whose statistics training takes."""
+    """The norms whose statistics training updates."""
     modes = [(module, module.training) for module in model.modules()]
     model.train()
     norms = [m for m, _ in modes if m.training and getattr(m, "running_mean", None) is not None and hasattr(m, "momentum")]

@@ -1,5 +1,4 @@
-"""Whether a model that is not ours suits its recipe, asked before anything is trained: sizes, answers, that it can be copied, and read
-from a checkpoint.
+"""Checks of a model before training: sizes, answers, that it can be copied, read from a checkpoint, and trained in BF16.
 
 Axes: B images, C channels, H W map.
 """
@@ -19,85 +18,83 @@ from muntin.models.eager import check_eager, eager_copy
 from muntin.models.foreign import DividedSides
 from muntin.models.hybridnet import HybridNet
 from muntin.runtime.memory import no_memory
-from muntin.training.checkpoint import build_model, load_weights, make_signature
 from muntin.training.layout import channels_last
+from muntin.training.precision import PrecisionName, TrainingPrecision
 from muntin.training.recipe import Recipe
+from muntin.training.weights import build_model, load_weights
 
 DIVISORS = (2, 4, 8, 16, 32, 64, 128)
-"""Strides of encoders, of which the smallest that helps is advised."""
-
-
-SAME = 1e-3
-"""Of the largest score: the rounding that layouts in memory make is a thousandth of that."""
-READABLE = "its factory has to make the same model each time, with all that it keeps in parameters and buffers"
+"""Values of `model.size_divisor` that are tried for an advice: the strides of usual encoders."""
 SIDES = (32, 64, 96, 128, 160, 192, 224, 240, 256, 288, 299, 320, 384, 448, 512)
-"""Of the pictures that models are made for, of which the smallest that is taken is advised."""
+"""Values of `data.crop` that are tried for an advice: the input sizes of usual models."""
+TOLERANCE = 1e-3
+"""Difference between two answers, as a share of the largest score, that memory layouts explain."""
+_READABLE = "its factory has to make the same model each time, with all that it keeps in parameters and buffers"
 
 
 def check_model(model: nn.Module, recipe: Recipe, classes: tuple[ClassInfo, ...]) -> tuple[str, ...]:
-    """A note where a model that is not ours takes what training brings but not every size, so that it can be trained and not exported.
+    """Check a foreign model; return notes if it can be trained but not compressed or exported.
 
-    Raises `RecipeError` where it does not take crops or, for maps, pictures of other sizes, does not answer as its task asks, or cannot be
-    copied. What it makes at its first call (lazy parameters, buffers) is there afterwards; all else is tried on a copy. Costs a few
-    forward passes.
+    Raises `RecipeError` if it does not take crops or, for maps, pictures of other sizes, if its answer does not fit the task, or if it
+    cannot be copied. Afterwards the model has what it creates at its first call (lazy parameters, buffers); the other checks use a copy.
+    Costs a few forward passes.
     """
     if isinstance(model, HybridNet):
         return ()
-    side, name, signature = recipe.data.crop, recipe.model.name, make_signature(recipe, classes)
-    shape = (1, recipe.data.channels, side, side)
+    side, channels, name, signature = recipe.data.crop, recipe.data.channels, recipe.model.name, recipe.signature(classes)
+    shape = (1, channels, side, side)
+    notes = []
     try:
         check_eager(model)
     except MuntinError as error:
-        notes: tuple[str, ...] = (f"'{name}' is trained, and cannot be compressed: {error}",)
-    else:
-        notes = ()
+        notes.append(f"'{name}' is trained, and cannot be compressed: {error}")
     try:
         eager_copy(model)
     except MuntinError as error:
         raise RecipeError(f"'{name}' {error}; weights are averaged in a copy") from error
-    reason = _refusal(model.eval(), shape)
+    reason = _failure(model.eval(), shape)
     if reason:
         advice = _divisor_advice(model, shape) or _side_advice(model, shape)
         if not advice:
-            raise RecipeError(f"'{name}' fails on pixels of shape {shape} ({reason}), and on other sizes too: mend its forward")
+            raise RecipeError(f"'{name}' fails on pixels of shape {shape} ({reason}), and on other sizes too: fix its forward")
         raise RecipeError(f"data.crop {side}: '{name}' takes pictures of another size ({reason}): {advice}")
-    tried = channels_last(copy.deepcopy(model))  # with what the call made
-    _check_answer(tried, shape, signature, name)
+    copied = copy.deepcopy(model)
+    channels_last(copied)
+    _check_answer(copied, shape, signature, name)
     with torch.random.fork_rng():
         batch = min(2, recipe.training.batch_size)
         try:
-            _check_answer(tried.train(), (batch, *shape[1:]), signature, name)
+            _check_answer(copied.train(), (batch, *shape[1:]), signature, name)
         except ValueError as error:
             if batch > 1:
                 raise
             raise RecipeError(f"training.batch_size 1 with data.crop {side}: {_line(error)}; raise either of them") from error
-    _check_learning(tried, (batch, *shape[1:]), name)
-    tried.eval()
+    _check_gradient(copied, (batch, *shape[1:]), name)
+    copied.eval()
     if recipe.task != "classify":
-        odd = (1, recipe.data.channels, side | 1, (side + side // 2) | 1)
-        if reason := _refusal(tried, odd):
+        odd = (1, channels, side | 1, (side + side // 2) | 1)
+        if reason := _failure(copied, odd):
             raise RecipeError(
                 f"'{name}' takes no {odd[2]} x {odd[3]} ({reason}), and validation and artefacts bring every size: "
-                f"{_divisor_advice(tried, odd) or 'let its forward take them'}"
+                f"{_divisor_advice(copied, odd) or 'let its forward take them'}"
             )
-        _check_answer(tried, odd, signature, name)
-    failed = [(size, why) for size in golden_sizes(side, side) if (why := _refusal(tried, (1, recipe.data.channels, *size)))]
+        _check_answer(copied, odd, signature, name)
+    failures = [(size, reason) for size in golden_sizes(side, side) if (reason := _failure(copied, (1, channels, *size)))]
     model.train()
-    if not failed:
-        return notes
-    (height, width), reason = failed[0]
-    advice = _divisor_advice(tried, (1, recipe.data.channels, height, width))
-    return (
-        *notes,
-        f"'{name}' takes no {height} x {width} ({reason}), and an artefact takes every size: it cannot be exported"
-        + (f"; {advice}" if advice else ""),
-    )
+    if failures:
+        (height, width), reason = failures[0]
+        advice = _divisor_advice(copied, (1, channels, height, width))
+        notes.append(
+            f"'{name}' takes no {height} x {width} ({reason}), and an artefact takes every size: it cannot be exported"
+            + (f"; {advice}" if advice else "")
+        )
+    return tuple(notes)
 
 
 def check_reading(model: nn.Module, recipe: Recipe, classes: tuple[ClassInfo, ...]) -> None:
-    """Raises `RecipeError` where what a checkpoint holds of a model that is not ours, once it was trained and has seen pictures of other
-    sizes, does not make another one answer alike. Of a model that `check_model` found nothing against. Costs a second model, and a few
-    forward passes.
+    """Raise `RecipeError` if a foreign model, after training and pictures of other sizes, is not restored by its state.
+
+    The model has passed `check_model`. Costs a second model and a few forward passes.
     """
     if isinstance(model, HybridNet):
         return
@@ -110,72 +107,112 @@ def check_reading(model: nn.Module, recipe: Recipe, classes: tuple[ClassInfo, ..
         if recipe.task != "classify":
             used(torch.zeros(1, channels, side | 1, (side + side // 2) | 1))
         state = used.state_dict()
-        other = next((key for key, value in state.items() if not isinstance(value, Tensor)), None)
-        if other is not None:
+        extra = next((key for key, value in state.items() if not isinstance(value, Tensor)), None)
+        if extra is not None:
             raise RecipeError(
-                f"'{name}' has a {type(state[other]).__name__} in its state ({other}), and a checkpoint holds tensors: keep it in a "
+                f"'{name}' has a {type(state[extra]).__name__} in its state ({extra}), and a checkpoint holds tensors: keep it in a "
                 "buffer, or have no get_extra_state"
             )
         try:
-            read = build_model(recipe, classes)
-            load_weights(read, state, Path(name))
+            restored = build_model(recipe, classes)
+            load_weights(restored, state, Path(name))
         except CheckpointError as error:
             raise RecipeError(
-                f"'{name}' cannot be read from its own checkpoint ({_line(error.__cause__ or error)}): {READABLE}, of one shape for "
+                f"'{name}' cannot be read from its own checkpoint ({_line(error.__cause__ or error)}): {_READABLE}, of one shape for "
                 "pictures of every size, or persistent=False"
             ) from error
         answers = []
-        for one in (used, read.eval()):
+        for each in (used, restored.eval()):
             torch.manual_seed(0)
-            answers.append(one(crop))
-    if float((answers[0] - answers[1]).abs().max()) > SAME * float(answers[0].abs().max()):
-        raise RecipeError(f"'{name}' answers otherwise when it was read from its own checkpoint: {READABLE}")
+            answers.append(each(crop))
+    if float((answers[0] - answers[1]).abs().max()) > TOLERANCE * float(answers[0].abs().max()):
+        raise RecipeError(f"'{name}' answers differently after it was read from its own checkpoint: {_READABLE}")
+
+
+def check_maps(model: nn.Module, precision: TrainingPrecision, *, crop: int, channels: int, requested: PrecisionName) -> TrainingPrecision:
+    """Return a precision in which a model's gradients are right: FP32 instead of "auto"'s BF16 if a kernel covers all of its map.
+
+    In this case PyTorch 2.13 on CPUs (oneDNN, AVX512-BF16) reads uninitialised memory: the gradient of a 3 x 3 convolution of stride 2
+    over a map of 1 x 1 differs from call to call, or is infinite or NaN. Wrong were 3 x 3 with stride 2 on a side of 1, 5 x 5 on it with
+    any stride, 7 x 7 on sides of up to 3; never 3 x 3 with stride 1. Costs a forward pass of one crop, for BF16 on a CPU
+    only. Raises `RecipeError` if BF16 was requested by name.
+    """
+    if precision.device != "cpu" or precision.dtype is not torch.bfloat16:
+        return precision
+    small: list[str] = []
+
+    def check(layer: nn.Conv2d, inputs: tuple[Tensor, ...], named_inputs: dict[str, Tensor], name: str) -> None:
+        sides = (*inputs, *named_inputs.values())[0].shape[-2:]
+        for side, kernel, dilation, stride in zip(sides, layer.kernel_size, layer.dilation, layer.stride, strict=True):
+            reach = (kernel - 1) * dilation + 1
+            if side <= reach // 2 and (reach > 3 or stride > 1):
+                small.append(f"the {kernel}x{kernel} convolution {name} sees maps of {sides[0]}x{sides[1]}")
+
+    hooks = [
+        layer.register_forward_pre_hook(lambda layer, inputs, by_name, name=name: check(layer, inputs, by_name, name), with_kwargs=True)
+        for name, layer in model.named_modules()
+        if isinstance(layer, nn.Conv2d)
+    ]
+    training = model.training
+    try:
+        with torch.no_grad():
+            model.eval()(torch.zeros(1, channels, crop, crop))
+    finally:
+        model.train(training)
+        for hook in hooks:
+            hook.remove()
+    if not small:
+        return precision
+    reason = f"at data.crop {crop} {small[0]}, where gradients in BF16 are wrong on CPUs"
+    if requested == "bf16":
+        raise RecipeError(f"training.precision bf16: {reason}: write auto or fp32, or take larger crops")
+    return TrainingPrecision(name="fp32", device="cpu", dtype=None, reason=reason)
 
 
 def _check_answer(model: nn.Module, shape: tuple[int, ...], signature: Signature, name: str) -> None:
-    """Raises `RecipeError` for an answer that is not what its task asks."""
+    """Raise `RecipeError` if the answer does not fit the task."""
     mode = "training" if model.training else "evaluation"
     try:
         with torch.no_grad():
             answer = model(torch.zeros(shape).contiguous(memory_format=torch.channels_last))
     except RuntimeError as error:
-        # maps are trained in channels-last order, in which a view may have no strides to be one
-        advice = "write reshape in place of view" if "view" in str(error) else "mend its forward, or choose another data.crop"
+        # training uses channels-last order, in which view may fail
+        advice = "write reshape in place of view" if "view" in str(error) else "fix its forward, or choose another data.crop"
         raise RecipeError(
             f"'{name}' fails in {mode} on pixels of shape {shape} in channels-last order ({_line(error)}): {advice}"
         ) from error
-    wanted = signature.scores_shape(shape[0], *shape[2:])
-    if isinstance(answer, Tensor) and answer.is_floating_point() and tuple(answer.shape) == wanted:
+    expected = signature.scores_shape(shape[0], *shape[2:])
+    if isinstance(answer, Tensor) and answer.is_floating_point() and tuple(answer.shape) == expected:
         if not answer.isfinite().all():
-            odd = float(answer[~answer.isfinite()][0])
+            value = float(answer[~answer.isfinite()][0])
             raise RecipeError(
-                f"'{name}' answers {odd} to a black picture in {mode}, and one such crop ends training: where it divides by what a picture "
-                "gives, as its standard deviation, add a small number (1e-6)"
+                f"'{name}' answers {value} to a black picture in {mode}, and one such crop ends training: where it divides by a value "
+                "of the picture, such as its standard deviation, add a small number (1e-6)"
             )
         return
-    came = f"{answer.dtype} of shape {tuple(answer.shape)}" if isinstance(answer, Tensor) else f"a {type(answer).__name__}"
+    received = f"{answer.dtype} of shape {tuple(answer.shape)}" if isinstance(answer, Tensor) else f"a {type(answer).__name__}"
     raise RecipeError(
-        f"'{name}' answers {came} to pixels of shape {shape} in {mode}; task "
-        f"'{signature.task}' with {len(signature.classes)} classes wants one float tensor of shape {wanted}: wrap it"
+        f"'{name}' answers {received} to pixels of shape {shape} in {mode}; task "
+        f"'{signature.task}' with {len(signature.classes)} classes wants one float tensor of shape {expected}: wrap it"
     )
 
 
-def _check_learning(model: nn.Module, shape: tuple[int, ...], name: str) -> None:
-    """Raises `RecipeError` where nothing of a model that takes pictures of a shape can be trained."""
+def _check_gradient(model: nn.Module, shape: tuple[int, ...], name: str) -> None:
+    """Raise `RecipeError` if the answer depends on no trainable parameter."""
     if not any(parameter.requires_grad for parameter in model.parameters()):
         raise RecipeError(f"'{name}' has no parameter that can be trained: call requires_grad_() on what is to learn")
     with torch.random.fork_rng(), torch.enable_grad():
         answer = model(torch.zeros(shape).contiguous(memory_format=torch.channels_last))
     if not answer.requires_grad:
         raise RecipeError(
-            f"the answer of '{name}' hangs on none of its trainable parameters: leave out detach() and no_grad in its forward"
+            f"the answer of '{name}' depends on none of its trainable parameters: leave out detach() and no_grad in its forward"
         )
 
 
-def _refusal(model: nn.Module, shape: tuple[int, ...]) -> str:
-    """How a model refuses pictures of a shape; empty where it does not."""
+def _failure(model: nn.Module, shape: tuple[int, ...]) -> str:
+    """The error of a model on pictures of a shape; empty if there is none."""
     try:
-        with torch.no_grad():  # not inference mode: what a model makes at its first call is trained
+        with torch.no_grad():  # parameters created in inference mode could not be trained
             model(torch.zeros(shape))
     except Exception as error:
         if no_memory(error):
@@ -186,19 +223,19 @@ def _refusal(model: nn.Module, shape: tuple[int, ...]) -> str:
 
 
 def _divisor_advice(model: nn.Module, shape: tuple[int, ...]) -> str:
-    """What lets a model take pictures of a shape that it refuses, and larger ones, where padding does."""
+    """The `size_divisor` with which a model takes pictures of a shape and larger ones; empty if none helps."""
     B, C, H, W = shape
     for divisor in DIVISORS:
         padded = DividedSides(model, divisor)
-        if divisor <= min(H, W) and not any(_refusal(padded, (B, C, H + k * divisor, W + 2 * k * divisor)) for k in (0, 1)):
+        if divisor <= min(H, W) and not any(_failure(padded, (B, C, H + k * divisor, W + 2 * k * divisor)) for k in (0, 1)):
             return f"set model.size_divisor to {divisor}, and pictures are padded for it and its answers cut"
     return ""
 
 
 def _side_advice(model: nn.Module, shape: tuple[int, ...]) -> str:
-    """What crops to take of a model that refuses those of a shape, where it takes any."""
+    """A crop size that a model takes, in words; empty if there is none."""
     for side in SIDES:
-        if side != shape[2] and not _refusal(model, (*shape[:2], side, side)):
+        if side != shape[2] and not _failure(model, (*shape[:2], side, side)):
             return f"set data.crop to {side}, which it takes, or choose a model that takes any"
     return ""
 

@@ -1,54 +1,100 @@
-"""Weights that training begins with, where a recipe names a file of them: a pretrained model, or one of your own."""
+"""From a recipe to a model with weights: build the model, load tensors into it, start from a file of weights."""
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
+import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
-from muntin.errors import RecipeError
-from muntin.training.checkpoint import load_weights
+from muntin.artifact.classes import ClassInfo
+from muntin.errors import CheckpointError, RecipeError
+from muntin.models import HybridNet, create_model
+from muntin.training.recipe import Recipe
 
 SUFFIX = ".safetensors"
-_WRAPPERS = ("module.", "_orig_mod.")
-"""What DistributedDataParallel and torch.compile put before a name."""
-_OURS = ("model.", "model.model.")
-"""What `ForeignModel` and `DividedSides`, one of them or both, put before the names of the model that they wrap."""
+_TORCH_PREFIXES = ("module.", "_orig_mod.")
+"""Prefixes that DistributedDataParallel and torch.compile add to names."""
+_WRAPPER_PREFIXES = ("model.", "model.model.")
+"""Prefixes that `ForeignModel` and `DividedSides`, one or both, add to the names of the wrapped model."""
 
 
-def begin_with(model: nn.Module, path: Path) -> tuple[str, ...]:
-    """Copies the tensors of a .safetensors file into a model, by name, and says what it did not copy.
+def new_model(recipe: Recipe, classes: tuple[ClassInfo, ...]) -> nn.Module:
+    """Create a recipe's model with random weights."""
+    choice = recipe.model
+    return create_model(
+        choice.name, task=recipe.task, classes=max(1, len(classes)), channels=recipe.data.channels, options=choice.options,
+        size_divisor=choice.size_divisor,
+    )  # fmt: skip
 
-    Names may be those of the model or, for a foreign one, those of the package that it comes from; DistributedDataParallel's and
-    torch.compile's prefixes are taken off. A weight that the model has by two names may be there by one. A layer that the file has for
-    another number of classes keeps its random weights, which is noted, as is what the file holds and the model has not. Raises RecipeError
-    for a file that cannot be read, for a tensor of the model that it lacks, and for one of another shape; then the model is as it was.
+
+def build_model(recipe: Recipe, classes: tuple[ClassInfo, ...]) -> nn.Module:
+    """Create a recipe's model, ready for `load_weights`.
+
+    A foreign model is called once with a crop of zeros, so that it has the parameters and buffers that it creates at its first call.
+    Raises `CheckpointError` if this call fails.
     """
-    found, own = _read(path), model.state_dict()
-    named = {_name(key, own): tensor for key, tensor in found.items()}
-    if len(named) != len(found):
+    model = new_model(recipe, classes)
+    if isinstance(model, HybridNet):
+        return model
+    side = recipe.data.crop
+    try:
+        with torch.no_grad():
+            model.eval()(torch.zeros(1, recipe.data.channels, side, side))
+    except (AssertionError, RuntimeError, ValueError) as error:
+        reason = " ".join(str(error).split())[:200] or type(error).__name__
+        raise CheckpointError(
+            f"'{recipe.model.name}' fails on a crop of data.crop {side} ({reason}): has its code changed since?"
+        ) from error
+    return model.train()
+
+
+def load_weights(model: nn.Module, tensors: dict[str, Tensor], where: Path) -> None:
+    """Copy tensors into a model. `where` names their file in errors. Raises `CheckpointError` if they belong to another model."""
+    current: Any = model.state_dict()
+    weights: Any = OrderedDict(tensors)
+    weights._metadata = current._metadata  # safetensors keeps no module versions, and some modules (MNASNet) do not load without them
+    try:
+        model.load_state_dict(weights)
+    except RuntimeError as error:
+        reason = " ".join(str(error).split())[:200]
+        raise CheckpointError(f"{where}: weights of another model than its recipe makes: {reason}") from error
+
+
+def load_initial_weights(model: nn.Module, path: Path) -> tuple[str, ...]:
+    """Copy the tensors of a .safetensors file into a model, by name, and return notes on tensors that were not copied.
+
+    Names may be the model's, or for a foreign model those of its package; prefixes of DistributedDataParallel and torch.compile are
+    removed. A shared weight may be stored under one of its names. A layer of the file for another number of classes keeps its random
+    weights. Raises `RecipeError` for an unreadable file, a missing tensor or one of another shape; the model is then unchanged.
+    """
+    stored, own = _read(path), model.state_dict()
+    named = {_model_name(key, own): tensor for key, tensor in stored.items()}
+    if len(named) != len(stored):
         raise RecipeError(f"{path}: some of its tensors have one name with and without a prefix: save the weights of one model")
-    named |= _tied(own, named)
-    # a counter of batches is not a weight, and older files do without it
+    named |= _shared(own, named)
+    # num_batches_tracked is a counter, and older files lack it
     missing = [key for key in own if key not in named and not key.endswith("num_batches_tracked")]
     if missing:
-        raise RecipeError(f"{path}: it lacks {_list(missing)} of the recipe's model, and holds {_list(found)}: are these its weights?")
-    anew: list[str] = []
+        raise RecipeError(f"{path}: it lacks {_list(missing)} of the recipe's model, and holds {_list(stored)}: are these its weights?")
+    random: list[str] = []
     for key, tensor in own.items():
         if key not in named or named[key].shape == tensor.shape:
             continue
         if _is_table(model, key) or not tensor.ndim or named[key].ndim != tensor.ndim or named[key].shape[1:] != tensor.shape[1:]:
             raise RecipeError(f"{path}: {key} has the shape {tuple(named[key].shape)}, in the recipe's model {tuple(tensor.shape)}")
-        anew.append(f"{key} ({len(named.pop(key)):,} for {len(tensor):,})")
-    other = [key for key in named if key not in own]
+        random.append(f"{key} ({len(named.pop(key)):,} for {len(tensor):,})")
+    unknown = [key for key in named if key not in own]
     load_weights(model, own | {key: tensor for key, tensor in named.items() if key in own}, path)
-    notes = [f"{path.name}: {len(named) - len(other)} of the model's {len(own)} tensors are from it"]
-    if anew:
-        notes.append(f"{path.name}: of another number of classes, begun at random: {_list(anew)}")
-    if other:
-        notes.append(f"{path.name}: not in the model, left out: {_list(other)}")
+    notes = [f"{path.name}: {len(named) - len(unknown)} of the model's {len(own)} tensors are from it"]
+    if random:
+        notes.append(f"{path.name}: of another number of classes, initialised at random: {_list(random)}")
+    if unknown:
+        notes.append(f"{path.name}: not in the model, left out: {_list(unknown)}")
     return tuple(notes)
 
 
@@ -61,21 +107,21 @@ def _read(path: Path) -> dict[str, Tensor]:
         )
     try:
         with safe_open(path, framework="pt") as file:
-            return {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 - it is no mapping
+            return {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 - the file is no mapping
     except (OSError, SafetensorError) as error:
         reason = "there is no such file" if isinstance(error, FileNotFoundError) else " ".join(str(error).split())
         raise RecipeError(f"model.weights {path}: {reason}") from error
 
 
 def _is_table(model: nn.Module, key: str) -> bool:
-    """Whether it is no part of a layer or norm of classes, whose number may differ: a table of positions, say."""
+    """Return True for a tensor whose length does not depend on the number of classes, such as a table of positions."""
     owner, _, last = key.rpartition(".")
     of_layer = last in ("weight", "bias", "weight_g", "weight_v", "running_mean", "running_var") or ".parametrizations." in f".{key}"
     return not of_layer or isinstance(model.get_submodule(owner), nn.Embedding)
 
 
-def _tied(own: dict[str, Tensor], named: dict[str, Tensor]) -> dict[str, Tensor]:
-    """What a file lacks of a model's names and holds by another one, of the same memory: safetensors writes shared weights once."""
+def _shared(own: dict[str, Tensor], named: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Tensors of the model that the file stores under another name of the same memory: safetensors writes a shared weight once."""
     places = {_place(tensor): named[key] for key, tensor in own.items() if key in named and tensor.numel()}
     return {key: places[_place(tensor)] for key, tensor in own.items() if key not in named and _place(tensor) in places}
 
@@ -84,12 +130,12 @@ def _place(tensor: Tensor) -> tuple[object, ...]:
     return tensor.device, tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype
 
 
-def _name(key: str, own: dict[str, Tensor]) -> str:
-    """The model's name of a tensor, where it has one."""
+def _model_name(key: str, own: dict[str, Tensor]) -> str:
+    """The model's name for a tensor of the file; the file's name if the model has none."""
     bare = key
-    while (prefix := next((one for one in _WRAPPERS if bare.startswith(one)), None)) is not None:
+    while (prefix := next((one for one in _TORCH_PREFIXES if bare.startswith(one)), None)) is not None:
         bare = bare.removeprefix(prefix)
-    return next((name for ours in ("", *_OURS) for name in (ours + key, ours + bare) if name in own), key)
+    return next((name for ours in ("", *_WRAPPER_PREFIXES) for name in (ours + key, ours + bare) if name in own), key)
 
 
 def _list(names: Iterable[str]) -> str:

@@ -1,4 +1,4 @@
-"""Freed memory is kept while training, and given back at its end."""
+"""Freed memory is kept during training and returned at its end."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import pytest
 SCRIPT = """
 import resource
 import torch
-from muntin.training.allocator import keep_freed_memory
+from muntin.training.layout import keep_freed_memory
 from muntin.runtime.memory import resident
 
 def step():
@@ -42,13 +42,13 @@ def counts(**variables: str) -> tuple[int, int, int]:
 
 
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="another C library")
-def test_pages_are_mapped_once_and_given_back_at_the_end() -> None:
+def test_page_faults_and_release() -> None:
     usual, inside, given_back = counts()
     assert inside * 10 < usual
     assert given_back >= 90
 
 
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="another C library")
-def test_what_the_environment_says_stays() -> None:
+def test_environment_variables() -> None:
     usual, inside, _ = counts(MALLOC_ARENA_MAX="8")
     assert inside * 2 > usual

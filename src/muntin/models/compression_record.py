@@ -1,0 +1,100 @@
+"""What compression did to a checkpoint's model, as frozen values that are checked when they are read.
+
+The record lies in `models` because `training` stores it in checkpoints, `compression` fills it, and `training` cannot import `compression`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Annotated, Any, Literal, get_args
+
+from pydantic import BaseModel, ConfigDict, Field, PositiveInt, model_serializer, model_validator
+
+Stage = Literal["low-rank", "w4a8", "mixed"]
+STAGES: tuple[Stage, ...] = get_args(Stage)
+"""The stages of compression, in order."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Change:
+    """One layer under one compression pass. A pass returns a change for each layer that it looked at, the skipped ones included."""
+
+    layer: str
+    """Dotted name in the model."""
+    pass_: str
+    """The pass: `fold`, `quantize`, ..."""
+    done: str
+    """The layer's new form, or `kept` where the pass left the layer as it was."""
+    reason: str = ""
+    """Why the layer was kept."""
+    note: str = ""
+    """Why the result is uncertain."""
+    ranks: tuple[int, ...] = ()
+    """Ranks of the factored layer."""
+    sqnr_db: float | None = None
+    """Signal over noise of the layer's output after the pass, on calibration images; None where the pass does not measure it."""
+
+    @property
+    def kept(self) -> bool:
+        """True where the pass left the layer as it was."""
+        return self.done == "kept"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sensitivity:
+    """How much closer the answer comes to the teacher's if one layer alone gets more bits."""
+
+    bits: int
+    """Weight bits of the layer at the time of the measurement."""
+    weights: int
+    """Number of weights."""
+    gains: dict[int, float] = field(default_factory=dict)
+    """By number of bits: the reduction of the distance to the teacher, as a share of the distance. May be negative."""
+
+
+class OperationRecord(BaseModel):
+    """One operation in quantisation-aware training. In JSON: a list of the bits and a 0 or 1 for each grid."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    bits: Annotated[int, Field(ge=0, le=8)]
+    """Weight bits; 0 for a product, which has no weight."""
+    unsigned: Annotated[tuple[bool, ...], Field(min_length=1, max_length=2)]
+    """For each activation grid, whether it is unsigned."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _from_list(cls, value: Any) -> Any:
+        return {"bits": value[0], "unsigned": value[1:]} if isinstance(value, list) and value else value
+
+    @model_serializer
+    def _to_list(self) -> list[int]:
+        return [self.bits, *map(int, self.unsigned)]
+
+
+class CompressionRecord(BaseModel):
+    """The structure that compression gave to a recipe's model, and how. Names of layers are dotted names in the model."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    stage: Stage
+    """The stage that trained the checkpoint."""
+    origin: str
+    """sha256 of the averaged weights that compression started from."""
+    widths: dict[str, PositiveInt] = {}
+    """Hidden channels of each gated unit, after closed channels were cut. Empty in checkpoints of versions that cut none."""
+    ranks: dict[str, Annotated[tuple[PositiveInt, ...], Field(min_length=1, max_length=2)]]
+    """Ranks of each factored layer."""
+    qat: dict[str, OperationRecord] | None = None
+    """Operations in quantisation-aware training; None where there are none."""
+    changes: tuple[Change, ...]
+    """Changes of all stages up to this one."""
+    notes: tuple[str, ...] = ()
+    """Notes for the user on what makes the result less certain."""
+    sensitivity: dict[str, Sensitivity] = {}
+    """Measured by the stage `w4a8`, empty elsewhere."""
+
+    @property
+    def quantized(self) -> bool:
+        """True from the stage `w4a8` on, even if `keep` names all layers."""
+        return self.stage != "low-rank"
