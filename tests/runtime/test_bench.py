@@ -6,6 +6,7 @@ import math
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from muntin.runtime.bench import bench
 from muntin.runtime.doctor import count
 from muntin.runtime.hardware import physical_cores
 from muntin.runtime.loading import ArtifactCandidate
+from muntin.runtime.options import SessionOptions
 
 
 def test_every_combination_is_a_row(convolutions: Any) -> None:
@@ -49,8 +51,8 @@ def test_a_baseline_is_measured_in_turns_and_every_row_says_the_ratio(convolutio
 class OneStream(ArtifactCandidate):
     """As PyTorch is: its calls have all threads."""
 
-    def open(self, threads: int, streams: int, shapes: Any) -> Any:
-        return super().open(threads, 1, shapes)
+    def open(self, options: SessionOptions) -> Any:
+        return super().open(replace(options, streams=1))
 
 
 @pytest.mark.parametrize("streams", [1, 2])

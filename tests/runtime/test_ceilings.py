@@ -13,7 +13,7 @@ from onnx.reference import ReferenceEvaluator
 from muntin.errors import DataError
 from muntin.runtime.ceilings import PRECISIONS, Kind, executed_products, measure_ceilings, measure_copy, measure_product, product_graph
 from muntin.runtime.quiet import openvino
-from muntin.runtime.signals import signal_stack, signal_stack_kept
+from muntin.runtime.signals import signal_stack_kept
 
 
 @pytest.fixture(scope="module")
@@ -21,7 +21,7 @@ def core() -> Any:
     return openvino.Core()
 
 
-def test_every_precision_of_the_cpu_has_a_ceiling(core: Any) -> None:
+def test_every_precision_of_the_cpu_has_a_ceiling(core: Any, signal_stack: Any) -> None:
     before = signal_stack()
     ceilings = measure_ceilings(threads=1, seconds=0.02)
     assert signal_stack() == before

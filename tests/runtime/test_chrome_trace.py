@@ -12,13 +12,16 @@ import pytest
 
 from muntin.runtime.ceilings import Ceilings
 from muntin.runtime.chrome_trace import KERNELS, WHOLE, chrome_trace
+from muntin.runtime.options import SessionOptions
 from muntin.runtime.profile import Profile, profile
 
 CEILINGS = Ceilings(gmacs={"f32": 100.0, "i8": 400.0}, copy_gb_s=10.0, threads=1, others=0.0)
 
 
 def measured(convolutions: Any, engine: str) -> Profile:
-    return profile(convolutions.path, engine=engine, precision="f32", threads=1, shape=(1, 24, 40), rounds=2, ceilings=CEILINGS)
+    return profile(
+        convolutions.path, SessionOptions(engine=engine, precision="f32", threads=1), shape=(1, 24, 40), rounds=2, ceilings=CEILINGS
+    )
 
 
 @pytest.mark.parametrize("engine", ["openvino", "onnxruntime"])

@@ -22,6 +22,7 @@ from muntin.runtime.contention import read_cpu_times
 from muntin.runtime.findings import Finding, findings
 from muntin.runtime.hardware import physical_cores
 from muntin.runtime.kernels import LAYOUT, PRODUCTS, Operand
+from muntin.runtime.options import SessionOptions
 from muntin.runtime.profile import Fewer, Profile, profile
 
 CEILINGS = Ceilings(gmacs={"f32": 100.0, "bf16": 200.0, "i8": 400.0}, copy_gb_s=10.0, threads=1, others=0.0)
@@ -37,7 +38,7 @@ def of_kind(result: Profile, kind: str) -> list[Finding]:
 
 @pytest.fixture(scope="module")
 def small(convolutions: Any) -> Profile:
-    return profile(convolutions.path, precision="f32", threads=1, shape=(1, 48, 48), rounds=3, ceilings=CEILINGS)
+    return profile(convolutions.path, SessionOptions(precision="f32", threads=1), shape=(1, 48, 48), rounds=3, ceilings=CEILINGS)
 
 
 # ---- planted faults ----
@@ -54,7 +55,7 @@ def test_a_layer_recorded_as_integer_that_ran_in_float_is_named(
     ]
     layers[1] = replace(layers[1], quantized=False)
     written = write_layers(tmp_path / "a", layers)
-    result = profile(written.path, precision="f32", threads=1, shape=(1, 64, 64), rounds=3, ceilings=CEILINGS)
+    result = profile(written.path, SessionOptions(precision="f32", threads=1), shape=(1, 64, 64), rounds=3, ceilings=CEILINGS)
     (finding,) = of_kind(result, "fallback")
     assert finding.words.startswith("body, recorded with 8-bit activations, ran in f32: ")
     assert "; on integer kernels about " in finding.words
@@ -94,7 +95,7 @@ def test_a_transposed_layout_is_named_with_its_place(
     write_layers: Callable[..., Any], layer_maker: Callable[..., Any], tmp_path: Path
 ) -> None:
     path = transposed(write_layers, layer_maker, tmp_path / "a")
-    result = profile(path, precision="f32", threads=1, shape=(1, 128, 128), rounds=3, ceilings=CEILINGS)
+    result = profile(path, SessionOptions(precision="f32", threads=1), shape=(1, 128, 128), rounds=3, ceilings=CEILINGS)
     executed = {kernel.name for kernel in result.kernels if kernel.group == LAYOUT and kernel.ms > 0}
     assert {"there", "back"} <= executed, "the engine removed them: this test plants nothing"
     (finding,) = of_kind(result, "layout")
@@ -120,7 +121,7 @@ def busy(processes: int) -> Iterator[None]:
 @pytest.mark.skipif(not read_cpu_times(), reason="this system does not say who uses its CPUs")
 def test_another_busy_process_is_named(convolutions: Any) -> None:
     with busy(physical_cores()):
-        result = profile(convolutions.path, threads=1, shape=(1, 256, 256), rounds=40, ceilings=CEILINGS)
+        result = profile(convolutions.path, SessionOptions(threads=1), shape=(1, 256, 256), rounds=40, ceilings=CEILINGS)
     (finding,) = of_kind(result, "contention")
     assert finding.words.startswith("other processes used ")
     assert "while this was measured: the times are too long; run it alone" in finding.words
@@ -131,7 +132,7 @@ def test_another_busy_process_is_named(convolutions: Any) -> None:
 
 def test_too_many_threads_are_named(convolutions: Any) -> None:
     threads, cores = 8 * physical_cores(), physical_cores()
-    result = profile(convolutions.path, threads=threads, shape=(1, 48, 48), rounds=3, ceilings=CEILINGS)
+    result = profile(convolutions.path, SessionOptions(threads=threads), shape=(1, 48, 48), rounds=3, ceilings=CEILINGS)
     (finding,) = of_kind(result, "threads")
     assert finding.words.startswith(
         f"{threads} threads on {cores} physical core{'s' if cores > 1 else ''}: with {cores} the same image takes "
@@ -256,7 +257,7 @@ def test_no_saving_is_more_than_the_whole(small: Profile) -> None:
 
 def test_channels_last_are_not_taken_for_the_height(convolutions: Any) -> None:
     """ONNX Runtime runs the quantised convolution on (B, H, W, C): 5 rows are no channels."""
-    result = profile(convolutions.path, engine="onnxruntime", threads=1, shape=(1, 5, 40), rounds=2, ceilings=CEILINGS)
+    result = profile(convolutions.path, SessionOptions(engine="onnxruntime", threads=1), shape=(1, 5, 40), rounds=2, ceilings=CEILINGS)
     (stem,) = (kernel for kernel in result.kernels if kernel.name == "stem")
     assert stem.kind == "QLinearConv"
     (finding,) = of_kind(replace(result, profiled_ms=10.0, kernels=(replace(stem, ms=10.0),)), "ceiling")

@@ -25,6 +25,7 @@ from muntin.compression import freeze, prepare_qat, set_bits
 from muntin.layers import Product, SoftmaxProduct
 from muntin.runtime import layerwise, verification
 from muntin.runtime.layerwise import TOLERANCE, LayerCheck, verify_layers
+from muntin.runtime.options import SessionOptions
 
 Taps = dict[str, NDArray[Any]]
 
@@ -133,7 +134,7 @@ def test_a_model_in_float_has_nothing_to_check(write_layers: Callable[..., Any],
     layer = layer_maker("pixel", 5, 4, 6, 1, scale=0.9, relu=False)
     written = write_layers(tmp_path / "a", [type(layer)(**(vars(layer) | {"quantized": False}))])
     assert verify_layers(written.artifact, golden(written.artifact)) == ()
-    assert muntin.verify(written.path, layers=True, precision="f32", allow_fallbacks=True).checks == ()
+    assert muntin.verify(written.path, SessionOptions(precision="f32"), layers=True, allow_fallbacks=True).checks == ()
 
 
 # ---- faults ----
@@ -149,12 +150,12 @@ def test_a_recorded_layer_that_is_not_checked_is_a_problem(
     model.graph.node.insert(place, onnx.helper.make_node("Transpose", [node.input[0]], ["moved"], perm=[0, 1, 2, 3]))
     model.graph.node[place + 1].input[0] = "moved"
     written = write_layers(tmp_path / "moved", layers, model=model)
-    result = muntin.verify(written.path, precision="f32", layers=True, allow_fallbacks=True)
+    result = muntin.verify(written.path, SessionOptions(precision="f32"), layers=True, allow_fallbacks=True)
     assert result.checks == ()
     assert result.problems == (
         "layer pixel, recorded with 8-bit activations, multiplies nothing quantised in the graph, so it is not checked: export again",
     )
-    assert muntin.verify(written.path, precision="f32", allow_fallbacks=True).passed
+    assert muntin.verify(written.path, SessionOptions(precision="f32"), allow_fallbacks=True).passed
 
 
 @pytest.fixture
@@ -265,7 +266,7 @@ def test_a_failed_check_is_a_problem_on_one_line(convolutions: Any, monkeypatch:
     checks = tuple(LayerCheck(name=name, error=error) for name, error in errors.items())
     given: list[int] = []
     monkeypatch.setattr(verification, "verify_layers", lambda artifact, images, *, threads: (given.append(threads), checks)[1])
-    result = muntin.verify(convolutions.path, layers=True, threads=1)
+    result = muntin.verify(convolutions.path, SessionOptions(threads=1), layers=True)
     assert not result.passed and result.checks == checks and given == [1]
     (problem,) = result.problems
     assert problem.startswith("layer body: OpenVINO's result is 2.5 quantisation steps from what its integers say (allowed: 1)")

@@ -7,7 +7,7 @@ import os
 import signal
 import subprocess
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +15,9 @@ import pytest
 
 from muntin.errors import ArtifactError, DataError, MuntinError
 from muntin.runtime.loading import ArtifactCandidate, Candidate, measure_loading
+from muntin.runtime.options import SessionOptions
 
-SETTING: dict[str, Any] = {"threads": 1, "streams": 1, "shapes": ((1, 16, 16), (2, 8, 8))}
+OPTIONS = SessionOptions(threads=1, shapes=((1, 16, 16), (2, 8, 8)))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,7 +27,7 @@ class Ending(Candidate):
     def prepare(self) -> None:
         os.write(1, b"a library's own words\n")
 
-    def open(self, threads: int, streams: int, shapes: Any) -> Any:
+    def open(self, options: SessionOptions) -> Any:
         if self.path == "killed":
             os.kill(os.getpid(), signal.SIGKILL)
         if self.path == "memory":
@@ -45,24 +46,24 @@ def importable(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_what_is_compiled_comes_from_the_cache_the_second_time(convolutions: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MUNTIN_CACHE", str(tmp_path))
     candidate = ArtifactCandidate(path=str(convolutions.path))
-    first, second = (measure_loading(candidate, **SETTING) for _ in range(2))
+    first, second = (measure_loading(candidate, OPTIONS) for _ in range(2))
     assert (first.cached, second.cached) == (False, True)
-    assert measure_loading(candidate, **(SETTING | {"shapes": ((1, 16, 16), (1, 24, 24))})).cached is False  # half of it is new
+    assert measure_loading(candidate, replace(OPTIONS, shapes=((1, 16, 16), (1, 24, 24)))).cached is False  # half of it is new
     assert first.load_s > 0
     assert first.channels == 3
-    assert measure_loading(ArtifactCandidate(path=str(convolutions.path), engine="onnxruntime"), **SETTING).cached is None
+    assert measure_loading(ArtifactCandidate(path=str(convolutions.path), engine="onnxruntime"), OPTIONS).cached is None
 
 
 def test_without_a_cache_all_is_compiled(convolutions: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("MUNTIN_CACHE", str(tmp_path / "file"))
-    found = [measure_loading(ArtifactCandidate(path=str(convolutions.path)), **SETTING).cached for _ in range(2)]
+    found = [measure_loading(ArtifactCandidate(path=str(convolutions.path)), OPTIONS).cached for _ in range(2)]
     assert found == [False, False]
 
 
 def test_a_user_without_a_home_has_no_cache(convolutions: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MUNTIN_CACHE", "~no such user/cache")
-    assert measure_loading(ArtifactCandidate(path=str(convolutions.path)), **SETTING).cached is False
+    assert measure_loading(ArtifactCandidate(path=str(convolutions.path)), OPTIONS).cached is False
 
 
 @pytest.mark.parametrize(
@@ -71,7 +72,7 @@ def test_a_user_without_a_home_has_no_cache(convolutions: Any, monkeypatch: pyte
 )
 def test_what_opening_raises_is_raised(convolutions: Any, fields: dict[str, str], kind: type[MuntinError], message: str) -> None:
     with pytest.raises(kind, match=message):
-        measure_loading(ArtifactCandidate(**({"path": str(convolutions.path)} | fields)), **SETTING)
+        measure_loading(ArtifactCandidate(**({"path": str(convolutions.path)} | fields)), OPTIONS)
 
 
 @pytest.mark.skipif(os.name != "posix", reason="signals are POSIX's")
@@ -90,7 +91,7 @@ def test_what_opening_raises_is_raised(convolutions: Any, fields: dict[str, str]
 )
 def test_a_process_that_gives_no_answer_is_one_line(importable: None, name: str, kind: type[MuntinError], message: str) -> None:
     with pytest.raises(kind) as caught:
-        measure_loading(Ending(path=name), **SETTING)
+        measure_loading(Ending(path=name), OPTIONS)
     assert str(caught.value).startswith(message)
     assert "\n" not in str(caught.value)
 
@@ -100,7 +101,8 @@ def test_a_script_without_a_guard_can_measure(convolutions: Any, tmp_path: Path)
     script.write_text(f"""
 import json
 from muntin.runtime.loading import ArtifactCandidate, measure_loading
-found = measure_loading(ArtifactCandidate(path={str(convolutions.path)!r}), threads=1, streams=1, shapes=((1, 8, 8),))
+from muntin.runtime.options import SessionOptions
+found = measure_loading(ArtifactCandidate(path={str(convolutions.path)!r}), SessionOptions(threads=1, shapes=((1, 8, 8),)))
 print(json.dumps(found.channels))
 """)
     done = subprocess.run([sys.executable, str(script)], capture_output=True, text=True, timeout=120, check=False)

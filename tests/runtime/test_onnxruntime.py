@@ -18,6 +18,7 @@ import pytest
 from muntin.errors import ArtifactError, DataError, DependencyError
 from muntin.runtime import describe_hardware, load
 from muntin.runtime.onnxruntime import OnnxRuntimeSession, Provider
+from muntin.runtime.options import SessionOptions
 from muntin.runtime.quiet import onnxruntime
 
 
@@ -132,4 +133,4 @@ def test_a_provider_that_does_not_start_is_no_silent_fallback(convolutions: Any)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # onnxruntime's own, about the same thing
         with pytest.raises(DependencyError, match="could not start it"):
-            OnnxRuntimeSession(convolutions.artifact, provider=provider, threads=1, streams=1)
+            OnnxRuntimeSession(convolutions.artifact, provider, SessionOptions(threads=1))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -15,8 +16,9 @@ from onnx import TensorProto, helper, numpy_helper
 from muntin.errors import ArtifactError, DependencyError
 from muntin.runtime.kernels import IMAGES, PRODUCTS
 from muntin.runtime.onnxruntime_kernels import onnxruntime_kernels
+from muntin.runtime.options import SessionOptions
 
-OPTIONS: dict[str, Any] = {"precision": "recorded", "threads": 1, "rounds": 3}
+OPTIONS = SessionOptions(threads=1)
 H, W = 24, 40
 
 
@@ -25,7 +27,7 @@ def images(batch: int = 1) -> Any:
 
 
 def test_kernels_are_the_layers_with_their_work(convolutions: Any) -> None:
-    execution = onnxruntime_kernels(convolutions.artifact, images(batch=2), **OPTIONS)
+    execution = onnxruntime_kernels(convolutions.artifact, images(batch=2), OPTIONS, 3)
     computed = {kernel.name: kernel for kernel in execution.kernels if kernel.compute}
     pixels = 2 * H * W
     assert {name: kernel.macs for name, kernel in computed.items()} == {
@@ -38,7 +40,7 @@ def test_kernels_are_the_layers_with_their_work(convolutions: Any) -> None:
 
 def test_every_kernel_has_its_time_stamp_and_they_do_not_overlap(convolutions: Any) -> None:
     """One thread between operations: a kernel begins when the one before it has ended. Medians over rounds may differ by their spread."""
-    execution = onnxruntime_kernels(convolutions.artifact, images(), **(OPTIONS | {"rounds": 1}))
+    execution = onnxruntime_kernels(convolutions.artifact, images(), OPTIONS, 1)
     starts = [kernel.start_ms for kernel in execution.kernels]
     assert all(start is not None and start >= 0 for start in starts)
     timed = sorted((kernel.start_ms or 0.0, kernel.ms) for kernel in execution.kernels)
@@ -47,7 +49,7 @@ def test_every_kernel_has_its_time_stamp_and_they_do_not_overlap(convolutions: A
 
 
 def test_kernels_name_their_sources_back_to_the_image(convolutions: Any) -> None:
-    execution = onnxruntime_kernels(convolutions.artifact, images(), **OPTIONS)
+    execution = onnxruntime_kernels(convolutions.artifact, images(), OPTIONS, 3)
     names = {kernel.name for kernel in execution.kernels}
     assert len(names) == len(execution.kernels)
     sources = {operand.source for kernel in execution.kernels for operand in kernel.inputs} - {None}
@@ -56,7 +58,7 @@ def test_kernels_name_their_sources_back_to_the_image(convolutions: Any) -> None
 
 
 def test_bytes_are_those_of_inputs_weights_and_outputs(convolutions: Any) -> None:
-    execution = onnxruntime_kernels(convolutions.artifact, images(), **OPTIONS)
+    execution = onnxruntime_kernels(convolutions.artifact, images(), OPTIONS, 3)
     (first,) = (kernel for kernel in execution.kernels if any(operand.source == IMAGES for operand in kernel.inputs))
     assert sum(operand.bytes for operand in first.inputs if operand.source == IMAGES) == H * W * 3
     body = next(kernel for kernel in execution.kernels if kernel.name == "body")
@@ -71,13 +73,13 @@ def test_a_node_without_a_name_is_counted_too(write_layers: Callable[..., Any], 
     for node in model.graph.node:
         node.name = ""
     nameless = write_layers(tmp_path / "nameless", written.layers, model=model).artifact
-    kernels = onnxruntime_kernels(nameless, images(), **OPTIONS).kernels
+    kernels = onnxruntime_kernels(nameless, images(), OPTIONS, 3).kernels
     assert sum(kernel.macs for kernel in kernels) == H * W * (3 * 8 * 9 + 8 * 4)
 
 
 def test_a_precision_without_kernels_is_refused(convolutions: Any) -> None:
     with pytest.raises(DependencyError, match="no bf16 kernels on CPUs"):
-        onnxruntime_kernels(convolutions.artifact, images(), **(OPTIONS | {"precision": "bf16"}))
+        onnxruntime_kernels(convolutions.artifact, images(), replace(OPTIONS, precision="bf16"), 3)
 
 
 def test_a_model_that_it_cannot_open_is_one_line(write_layers: Callable[..., Any], layer_maker: Callable[..., Any], tmp_path: Path) -> None:
@@ -86,7 +88,7 @@ def test_a_model_that_it_cannot_open_is_one_line(write_layers: Callable[..., Any
     model.graph.node[0].op_type = "Unheard"
     broken = write_layers(tmp_path / "broken", written.layers, model=model).artifact
     with pytest.raises(ArtifactError, match="cannot open its model") as caught:
-        onnxruntime_kernels(broken, images(), **OPTIONS)
+        onnxruntime_kernels(broken, images(), OPTIONS, 3)
     assert "\n" not in str(caught.value)
 
 
@@ -142,13 +144,13 @@ def floating(write_layers: Callable[..., Any], layer_maker: Callable[..., Any], 
 
 
 def test_float_layers_are_found_whatever_was_fused_into_them(floating: Any) -> None:
-    kernels = onnxruntime_kernels(floating, images(), **OPTIONS).kernels
+    kernels = onnxruntime_kernels(floating, images(), OPTIONS, 3).kernels
     assert {kernel.layer: kernel.macs for kernel in kernels if kernel.layer} == {name: H * W * macs for name, macs in FLOAT_MACS.items()}
     assert all(kernel.compute and kernel.group == PRODUCTS for kernel in kernels if kernel.layer)
 
 
 def test_channels_that_fill_up_blocks_are_neither_shown_nor_counted(floating: Any) -> None:
-    kernels = onnxruntime_kernels(floating, images(), **OPTIONS).kernels
+    kernels = onnxruntime_kernels(floating, images(), OPTIONS, 3).kernels
     first = next(kernel for kernel in kernels if kernel.layer == "first")
     assert first.implementation == "com.microsoft.nchwc", "the engine did not lay channels out in blocks: this test plants nothing"
     assert (first.inputs[0].shape, first.outputs[0].shape) == ((1, 3, H, W), (1, 12, H, W))
@@ -158,7 +160,7 @@ def test_channels_that_fill_up_blocks_are_neither_shown_nor_counted(floating: An
 
 
 def test_shapes_of_channels_last_are_logical(convolutions: Any) -> None:
-    kernels = onnxruntime_kernels(convolutions.artifact, images(batch=2), **OPTIONS).kernels
+    kernels = onnxruntime_kernels(convolutions.artifact, images(batch=2), OPTIONS, 3).kernels
     body = next(kernel for kernel in kernels if kernel.name == "body")
     assert body.kind == "QLinearConv"
     for value in (body.inputs[0], body.outputs[0]):
@@ -175,7 +177,7 @@ def test_nodes_that_the_engine_adds_without_a_name_are_kernels_too(
         if node.op_type == "Relu":
             node.op_type = "HardSwish"
     swish = write_layers(tmp_path / "swish", written.layers, model=model).artifact
-    kernels = onnxruntime_kernels(swish, images(), **OPTIONS).kernels
+    kernels = onnxruntime_kernels(swish, images(), OPTIONS, 3).kernels
     assert {"HardSigmoid", "Mul"} <= {kernel.kind for kernel in kernels}, "the engine has a kernel of its own: this test plants nothing"
     sources = {kernel.name: [operand.source for operand in kernel.inputs if operand.source] for kernel in kernels}
     reached, front = set(), ["b"]
@@ -194,5 +196,5 @@ def test_images_that_the_model_does_not_take_are_one_line(
     del conv.attribute[[attribute.name for attribute in conv.attribute].index("pads")]
     strict = write_layers(tmp_path / "strict", written.layers, model=model).artifact
     with pytest.raises(ArtifactError, match=r"cannot run it on images of shape \(1, 2, 2, 3\)") as caught:
-        onnxruntime_kernels(strict, images()[:, :2, :2].copy(), **OPTIONS)
+        onnxruntime_kernels(strict, images()[:, :2, :2].copy(), OPTIONS, 3)
     assert "\n" not in str(caught.value)

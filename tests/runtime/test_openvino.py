@@ -20,6 +20,7 @@ from muntin.errors import ArtifactError, DependencyError
 from muntin.runtime import describe_hardware, load
 from muntin.runtime.openvino import open_openvino
 from muntin.runtime.openvino_endings import ending_in_labels, ending_in_scores
+from muntin.runtime.options import SessionOptions
 from muntin.runtime.quiet import openvino
 from muntin.runtime.session import STATIC_SHAPES
 from muntin.runtime.signals import signal_stack_kept
@@ -88,7 +89,7 @@ def test_threads_are_what_was_asked(convolutions: Any) -> None:
 
 
 def test_every_size_gives_what_the_dynamic_model_gives(convolutions: Any, images_of: Callable[..., Any]) -> None:
-    static, dynamic = open_openvino(convolutions.artifact, "f32"), open_openvino(convolutions.artifact, "f32", dynamic=True)
+    static, dynamic = (open_openvino(convolutions.artifact, SessionOptions(precision="f32", dynamic=dynamic)) for dynamic in (False, True))
     sizes = [(1, 1), (1, 7), (8, 8), (9, 3), (16, 5), (8, 8)]
     for height, width in sizes:
         images = images_of(3, batch=1, height=height, width=width)
@@ -145,7 +146,7 @@ def brittle(write_layers: Callable[..., Any], layer_maker: Callable[..., Any], t
 
 
 def test_what_cannot_be_computed_is_one_line(brittle: Any, images_of: Callable[..., Any]) -> None:
-    session = open_openvino(brittle, dynamic=True)
+    session = open_openvino(brittle, SessionOptions(dynamic=True))
     with pytest.raises(ArtifactError, match=r"brittle: OpenVINO .* cannot compute images of shape \(1, 8, 13, 4\): .") as caught:
         session(images_of(4, batch=1, height=8))
     assert "\n" not in str(caught.value)
@@ -154,7 +155,7 @@ def test_what_cannot_be_computed_is_one_line(brittle: Any, images_of: Callable[.
 @pytest.mark.parametrize("streams", [1, 2])
 def test_what_fails_does_not_make_others_fail(brittle: Any, images_of: Callable[..., Any], streams: int) -> None:
     """OpenVINO 2026.4 refuses the size before a failure, too, until another one comes."""
-    session = open_openvino(brittle, threads=2, streams=streams, dynamic=True)
+    session = open_openvino(brittle, SessionOptions(threads=2, streams=streams, dynamic=True))
     good, bad = images_of(4, batch=1), images_of(4, batch=1, height=8)
     wanted = session(good)
 
@@ -205,7 +206,7 @@ def test_what_an_engine_did_not_write_is_no_answer(
     convolutions: Any, images_of: Callable[..., Any], monkeypatch: pytest.MonkeyPatch, labels: bool
 ) -> None:
     """It would be what lay in that memory: an answer to somebody else."""
-    session = open_openvino(convolutions.artifact, "f32", dynamic=True)
+    session = open_openvino(convolutions.artifact, SessionOptions(precision="f32", dynamic=True))
     call = session.labels if labels else session
     images = images_of(3, batch=1, height=9, width=7, seed=1)
     wanted = call(images)

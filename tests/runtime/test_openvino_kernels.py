@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from muntin.errors import ArtifactError, DependencyError
 from muntin.runtime import describe_hardware, load
 from muntin.runtime.kernels import CONVERT, COPIES, IMAGES, PRODUCTS
 from muntin.runtime.openvino_kernels import openvino_kernels
+from muntin.runtime.options import SessionOptions
 from muntin.runtime.quiet import openvino
 
 CAPABILITIES = openvino.Core().get_property("CPU", "OPTIMIZATION_CAPABILITIES")
@@ -23,7 +25,7 @@ needs_dot_products = pytest.mark.skipif(
     not {"avx512_vnni", "avx_vnni", "amx_int8", "asimddp", "i8mm"} & set(describe_hardware()["features"]),
     reason="this CPU has no 8-bit dot products (VNNI, AMX, dotprod): integer kernels may be missing",
 )
-OPTIONS: dict[str, Any] = {"precision": "f32", "threads": 1, "rounds": 3}
+OPTIONS = SessionOptions(precision="f32", threads=1)
 H, W = 24, 40
 
 
@@ -33,7 +35,7 @@ def images(channels: int, batch: int = 1) -> Any:
 
 @needs_dot_products
 def test_kernels_are_the_layers_with_their_work_and_precision(convolutions: Any) -> None:
-    execution = openvino_kernels(convolutions.artifact, images(3, batch=2), **OPTIONS)
+    execution = openvino_kernels(convolutions.artifact, images(3, batch=2), OPTIONS, 3)
     computed = {kernel.name: kernel for kernel in execution.kernels if kernel.compute}
     pixels = 2 * H * W
     assert {name: kernel.macs for name, kernel in computed.items()} == {
@@ -47,7 +49,7 @@ def test_kernels_are_the_layers_with_their_work_and_precision(convolutions: Any)
 
 @needs_dot_products
 def test_bytes_are_what_is_read_and_written_as_executed(convolutions: Any) -> None:
-    execution = openvino_kernels(convolutions.artifact, images(3), **OPTIONS)
+    execution = openvino_kernels(convolutions.artifact, images(3), OPTIONS, 3)
     body = next(kernel for kernel in execution.kernels if kernel.name == "body")
     assert body.inputs[0].type == "u8"
     assert body.inputs[1].bytes == 32 * 32 * 9
@@ -58,7 +60,7 @@ def test_bytes_are_what_is_read_and_written_as_executed(convolutions: Any) -> No
 
 
 def test_kernels_name_their_sources_back_to_the_image(convolutions: Any) -> None:
-    execution = openvino_kernels(convolutions.artifact, images(3), **OPTIONS)
+    execution = openvino_kernels(convolutions.artifact, images(3), OPTIONS, 3)
     names = [kernel.name for kernel in execution.kernels]
     assert len(set(names)) == len(names)
     sources = {kernel.name: [operand.source for operand in kernel.inputs if operand.source] for kernel in execution.kernels}
@@ -113,7 +115,7 @@ def test_the_products_of_an_attention_are_counted_fused_or_not(
 ) -> None:
     nodes, values = attention(np.random.default_rng(1))
     artifact = write_model(write_layers, layer_maker, tmp_path / "a", nodes, values, 5)
-    execution = openvino_kernels(artifact, images(4), **OPTIONS)
+    execution = openvino_kernels(artifact, images(4), OPTIONS, 3)
     tokens = H * W
     assert sum(kernel.macs for kernel in execution.kernels) == 2 * tokens * tokens * 4 + tokens * 4 * 5
     assert all(kernel.compute for kernel in execution.kernels if kernel.macs)
@@ -139,7 +141,7 @@ def normalised(path: Path, write_layers: Callable[..., Any], layer_maker: Callab
 def test_layers_are_found_under_the_names_of_their_norms(
     write_layers: Callable[..., Any], layer_maker: Callable[..., Any], tmp_path: Path
 ) -> None:
-    kernels = openvino_kernels(normalised(tmp_path, write_layers, layer_maker), images(4), **OPTIONS).kernels
+    kernels = openvino_kernels(normalised(tmp_path, write_layers, layer_maker), images(4), OPTIONS, 3).kernels
     assert {kernel.name: kernel.layer for kernel in kernels if kernel.compute} == {"a.1": "a.0", "b.1": "b.0", "head": "head"}
 
 
@@ -148,7 +150,7 @@ def test_weights_of_a_16_bit_product_are_two_bytes_each(
     write_layers: Callable[..., Any], layer_maker: Callable[..., Any], tmp_path: Path
 ) -> None:
     artifact = normalised(tmp_path, write_layers, layer_maker)
-    execution = openvino_kernels(artifact, images(4), **(OPTIONS | {"precision": "bf16"}))
+    execution = openvino_kernels(artifact, images(4), replace(OPTIONS, precision="bf16"), 3)
     sizes = {kernel.layer: (kernel.precision, kernel.inputs[1].bytes) for kernel in execution.kernels if kernel.layer}
     assert sizes["b.0"] == ("bf16", 2 * 16 * 9)
     assert sizes["head"] == ("bf16", 2 * 16 * 5)
@@ -162,7 +164,7 @@ def test_a_transposed_convolution_is_counted(write_layers: Callable[..., Any], l
     ]
     values = {"down": rng.normal(size=(8, 4, 2, 2)).astype(np.float32), "up": rng.normal(size=(8, 5, 2, 2)).astype(np.float32)}
     artifact = write_model(write_layers, layer_maker, tmp_path / "a", nodes, values, 5)
-    macs = {kernel.name: kernel.macs for kernel in openvino_kernels(artifact, images(4), **OPTIONS).kernels if kernel.compute}
+    macs = {kernel.name: kernel.macs for kernel in openvino_kernels(artifact, images(4), OPTIONS, 3).kernels if kernel.compute}
     quarter = H * W // 4
     assert macs == {"down": quarter * 8 * 4 * 4, "up": quarter * 8 * 5 * 4}
 
@@ -178,7 +180,7 @@ def test_what_is_profiled_is_what_a_session_compiles(
     ]
     values = {"down": rng.normal(size=(8, 4, 2, 2)).astype(np.float32), "wide": rng.normal(size=(20, 8, 1, 1)).astype(np.float32)}
     artifact = write_model(write_layers, layer_maker, tmp_path / "a", nodes, values, 5)
-    execution = openvino_kernels(artifact, images(4), **OPTIONS)
+    execution = openvino_kernels(artifact, images(4), OPTIONS, 3)
     session = load(artifact.path, precision="f32", threads=1, cache=False)
     session(images(4))
     profiled, deployed = (Counter(one.kind for one in all_) for all_ in (execution.kernels, session.layers()))
@@ -193,7 +195,7 @@ def test_a_pass_that_only_quantises_is_said_to(write_layers: Callable[..., Any],
     """The first layer is in float, so the second's quantiser reads what a kernel before it wrote."""
     layers = [layer_maker("a", 0, 3, 32, 3, scale=0.9), layer_maker("b", 1, 32, 4, 1, scale=1.0, relu=False)]
     layers[0] = type(layers[0])(**(vars(layers[0]) | {"quantized": False}))
-    execution = openvino_kernels(write_layers(tmp_path / "a", layers).artifact, images(3), **OPTIONS)
+    execution = openvino_kernels(write_layers(tmp_path / "a", layers).artifact, images(3), OPTIONS, 3)
     assert {kernel.name: kernel.precision for kernel in execution.kernels if kernel.compute} == {"a": "f32", "b": "i8"}
     assert any(kernel.group == CONVERT for kernel in execution.kernels)
 
@@ -203,7 +205,7 @@ def test_a_precision_that_the_cpu_lacks_is_refused(convolutions: Any) -> None:
     if lacking is None:
         pytest.skip("this CPU has every precision")
     with pytest.raises(DependencyError, match=f'precision="{lacking}"'):
-        openvino_kernels(convolutions.artifact, images(3), **(OPTIONS | {"precision": lacking}))
+        openvino_kernels(convolutions.artifact, images(3), replace(OPTIONS, precision=lacking), 3)
 
 
 def test_a_size_that_the_graph_does_not_take_is_one_line(
@@ -212,5 +214,5 @@ def test_a_size_that_the_graph_does_not_take_is_one_line(
     nodes = [helper.make_node("Add", ["x", "fixed"], ["scores"], name="add")]
     artifact = write_model(write_layers, layer_maker, tmp_path / "a", nodes, {"fixed": np.zeros((1, 4, 7, 7), np.float32)}, 4)
     with pytest.raises(ArtifactError, match="cannot compile it for images of shape") as caught:
-        openvino_kernels(artifact, images(4), **OPTIONS)
+        openvino_kernels(artifact, images(4), OPTIONS, 3)
     assert "\n" not in str(caught.value)

@@ -14,6 +14,7 @@ from muntin.artifact import open_artifact
 from muntin.reporting.profile_schema import parse_profile
 from muntin.runtime.ceilings import Ceilings
 from muntin.runtime.kernels import BETWEEN, INTERRUPTIONS
+from muntin.runtime.options import SessionOptions
 from muntin.runtime.profile import Profile, profile
 from muntin.runtime.profile_document import kinds, profile_dict
 
@@ -22,7 +23,9 @@ CEILINGS = Ceilings(gmacs={"f32": 100.0, "i8": 400.0}, copy_gb_s=10.0, threads=1
 
 @pytest.fixture(scope="module", params=["openvino", "onnxruntime"])
 def result(convolutions: Any, request: pytest.FixtureRequest) -> Profile:
-    return profile(convolutions.path, engine=request.param, precision="f32", threads=1, shape=(1, 24, 40), rounds=2, ceilings=CEILINGS)
+    return profile(
+        convolutions.path, SessionOptions(engine=request.param, precision="f32", threads=1), shape=(1, 24, 40), rounds=2, ceilings=CEILINGS
+    )
 
 
 def test_the_document_is_json_that_the_schema_takes(result: Profile) -> None:

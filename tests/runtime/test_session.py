@@ -48,25 +48,6 @@ def test_views_are_read_right(per_pixel: Any, images_of: Callable[..., Any]) -> 
     np.testing.assert_array_equal(session(images[:, ::2, ::-1]), session(np.ascontiguousarray(images[:, ::2, ::-1])))
 
 
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        ({"engine": "tensorrt"}, "openvino, onnxruntime"),
-        ({"precision": "int8"}, "recorded, f32"),
-        ({"threads": 0}, "threads=0"),
-        ({"streams": 0}, "streams=0"),
-        ({"streams": "many"}, "streams='many'"),
-        ({"shapes": [(1, 8)]}, r"shape \(1, 8\)"),
-        ({"shapes": [(1, 8, 0)]}, r"shape \(1, 8, 0\)"),
-        ({"shapes": [(True, 8, 8)]}, r"shape \(True, 8, 8\)"),
-        ({"shapes": 5}, "shapes=5"),
-    ],
-)
-def test_unknown_options(convolutions: Any, options: dict[str, Any], message: str) -> None:
-    with pytest.raises(DataError, match=message):
-        load(convolutions.path, **options)
-
-
 MISSING = """
 import sys
 from muntin.errors import DependencyError

@@ -19,9 +19,10 @@ from onnx import TensorProto, helper, numpy_helper
 
 from muntin.artifact import ClassInfo, GoldenTolerance, LayerRecord, Signature, open_artifact, write_artifact
 from muntin.errors import MuntinError
+from muntin.runtime.options import SessionOptions
 from muntin.runtime.session import ExecutedLayer, Session
 from muntin.serving.probation import ArtifactLoader, Probation
-from muntin.serving.version import Call, Opened, Opening
+from muntin.serving.version import Call, Opened
 
 NAMES = ("sea", "field", "roof", "road", "tree")
 
@@ -217,7 +218,7 @@ def beside(name: str) -> Any:
 @pytest.fixture
 def in_process() -> ArtifactLoader:
     """Opens artefacts in this process."""
-    return InProcess(opening=Opening(threads=1))
+    return InProcess(opening=SessionOptions(threads=1))
 
 
 @pytest.fixture

@@ -10,15 +10,16 @@ from typing import Any
 import numpy as np
 import pytest
 
+from muntin.runtime.options import SessionOptions
 from muntin.serving import compiler as module
 from muntin.serving.compiler import COMPILED, OFTEN, Compiler
 from muntin.serving.probation import ArtifactLoader
 from muntin.serving.rollout import Rollout
 from muntin.serving.scheduling import Demand
 from muntin.serving.slot import Slot
-from muntin.serving.version import Call, Opening, TookTooLongError, Version
+from muntin.serving.version import Call, TookTooLongError, Version
 
-OPENING = Opening(threads=1, dynamic=True)
+OPENING = SessionOptions(threads=1, dynamic=True)
 
 
 @pytest.fixture
@@ -187,7 +188,7 @@ def test_what_cannot_be_compiled_changes_nothing(
 ) -> None:
     tried: list[Call] = []
 
-    def fail(path: Path, opening: Opening, lately: list[Call], **_: Any) -> None:
+    def fail(path: Path, opening: SessionOptions, lately: list[Call], **_: Any) -> None:
         tried.extend(lately)
         raise kind("no")
 
@@ -208,7 +209,7 @@ def test_a_size_that_could_not_be_compiled_is_tried_once_more_and_none_of_a_vers
 ) -> None:
     asked: list[Call] = []
 
-    def fails(path: Path, opening: Opening, lately: list[Call], **_: Any) -> None:
+    def fails(path: Path, opening: SessionOptions, lately: list[Call], **_: Any) -> None:
         asked.extend(lately)
         raise TookTooLongError("the machine is busy")
 

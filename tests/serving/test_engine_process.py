@@ -27,6 +27,7 @@ from numpy.typing import NDArray
 from muntin.errors import ArtifactError, DataError, VerificationError
 from muntin.runtime.buffers import KEPT as BUFFERS
 from muntin.runtime.memory import kills_for_memory
+from muntin.runtime.options import SessionOptions
 from muntin.serving import engine_process, engine_start
 from muntin.serving.batcher import Batcher, Job
 from muntin.serving.engine_host import KEPT, PLACES, error_of, said_of
@@ -39,11 +40,12 @@ from muntin.serving.rollout import Rollout
 from muntin.serving.runner import Runner
 from muntin.serving.scheduling import Standing, take_short_turns
 from muntin.serving.slot import Slot
-from muntin.serving.version import Call, EngineDiedError, NotReadyError, Opening, OutOfMemoryError, TookTooLongError, open_version
+from muntin.serving.version import Call, EngineDiedError, NotReadyError, OutOfMemoryError, TookTooLongError, open_version
 
 pytestmark = pytest.mark.skipif(not can_open_apart(), reason="files cannot be handed to another process here")
 LINUX = sys.platform.startswith("linux")
-OPENING = Opening(threads=1, dynamic=True, calls=(Call((1, 8, 8)),))
+OPENING = SessionOptions(threads=1, dynamic=True)
+EXAMPLE = Call((1, 8, 8))
 
 
 def stop(process: int) -> None:
@@ -58,7 +60,7 @@ def images_of(seed: int, rows: int, height: int, width: int, channels: int = 3) 
 
 
 def apart(path: Path, *, rest: float = 0.0, seconds: float = 60.0, stopped: Callable[[], bool] = lambda: False) -> EngineProcess:
-    session = open_apart(path, OPENING, [], rest=rest, seconds=seconds, stopped=stopped).session
+    session = open_apart(path, OPENING, [EXAMPLE], rest=rest, seconds=seconds, stopped=stopped).session
     assert isinstance(session, EngineProcess)
     return session
 
@@ -82,7 +84,7 @@ def pid_of(session: EngineProcess) -> int:
 
 
 def test_it_answers_as_a_session_here_does(session: EngineProcess, path: Path) -> None:
-    here = open_version(path, OPENING, []).session
+    here = open_version(path, OPENING, [EXAMPLE]).session
     said = ("signature", "engine", "precision", "threads", "streams", "plan")
     assert [getattr(session, name) for name in said] == [getattr(here, name) for name in said]
     kept = []
@@ -267,7 +269,7 @@ def test_one_that_dies_again_and_again_is_left_alone_for_a_while(session: Engine
 
 def test_another_process_is_compiled_for_the_same(session: EngineProcess, monkeypatch: pytest.MonkeyPatch) -> None:
     session.warm_up([(2, 4, 6)], labels=True)
-    assert session.calls == [*OPENING.calls, Call((2, 4, 6), labels=True)]
+    assert session.calls == [EXAMPLE, Call((2, 4, 6), labels=True)]
     begin, asked = session._begin, []
     session._begin = lambda calls, **given: asked.append(list(calls)) or begin(calls, **given)  # type: ignore[func-returns-value]
     die(session)
@@ -361,8 +363,8 @@ ORPHAN = """
 import os, sys
 from pathlib import Path
 from muntin.serving.engine_process import open_apart
-from muntin.serving.version import Opening
-opened = open_apart(Path(sys.argv[1]), Opening(threads=1), [], rest=0.0, seconds=60.0, stopped=lambda: False)
+from muntin.runtime.options import SessionOptions
+opened = open_apart(Path(sys.argv[1]), SessionOptions(threads=1), [], rest=0.0, seconds=60.0, stopped=lambda: False)
 print(*opened.session.process_ids, flush=True)
 os._exit(0)
 """

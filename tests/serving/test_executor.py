@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 
 from muntin.artifact import ClassInfo, Signature
 from muntin.errors import ArtifactError, MuntinError, VerificationError
+from muntin.runtime.options import SessionOptions
 from muntin.runtime.session import ExecutedLayer, Session
 from muntin.serving.batcher import Batch, Job
 from muntin.serving.compiler import Compiler
@@ -21,7 +22,7 @@ from muntin.serving.executor import SHORT_S, Executor, Group, Shortages, Work, n
 from muntin.serving.rollout import Rollout
 from muntin.serving.runner import AgainError
 from muntin.serving.slot import Slot
-from muntin.serving.version import Call, Opening, OutOfMemoryError, Version
+from muntin.serving.version import Call, OutOfMemoryError, Version
 
 CLASSES = tuple(ClassInfo(name=name, color=(0, 0, 0)) for name in ("a", "b", "c", "d"))
 
@@ -314,7 +315,7 @@ def test_what_was_computed_in_parts_is_no_example_for_another_version(serving: A
         def note(self, version: Version, call: Call) -> None:
             noted.append(call)
 
-    executor = Executor(slot, compiler=Noting(Opening()))
+    executor = Executor(slot, compiler=Noting(SessionOptions()))
     for rows in (1, 3):
         batch = batch_of(slot, [images_of(rows, 1)], labels=True)
         executor(batch)
@@ -376,7 +377,7 @@ def test_a_compiler_is_told_what_was_computed(serving: Any) -> None:
             told.append((version.name, call))
 
     slot, _ = serving(Pixels())
-    Executor(slot, compiler=Told(Opening()))(batch_of(slot, [images_of(2, 1), images_of(1, 2)], labels=True))
+    Executor(slot, compiler=Told(SessionOptions()))(batch_of(slot, [images_of(2, 1), images_of(1, 2)], labels=True))
     assert told == [("1", Call((3, 6, 5), True))]
 
 

@@ -22,50 +22,52 @@ from onnx import TensorProto, helper, numpy_helper
 from muntin.artifact import open_artifact
 from muntin.errors import ArtifactError, DataError, MuntinError, RecipeError, VerificationError
 from muntin.runtime.cache import cache_folder
+from muntin.runtime.options import SessionOptions
 from muntin.serving.probation import ArtifactLoader, Limits, Probation, examine, probe
 from muntin.serving.scheduling import Demand
-from muntin.serving.version import Call, NotReadyError, Opening
+from muntin.serving.version import Call, NotReadyError
 
-OPENING = Opening(threads=1, calls=(Call((1, 8, 8)),))
+OPENING = SessionOptions(threads=1)
+EXAMPLE = Call((1, 8, 8))
 LABELS = Call((2, 4, 4), labels=True)
 
 # ---- what a trial may come upon, in the other process ----
 
 
-def ends_by_signal(path: Path, opening: Opening, lately: Any) -> Probation:
+def ends_by_signal(path: Path, opening: SessionOptions, lately: Any) -> Probation:
     os.kill(os.getpid(), int(path.name))
     raise AssertionError
 
 
-def reads_nowhere(path: Path, opening: Opening, lately: Any) -> Probation:
+def reads_nowhere(path: Path, opening: SessionOptions, lately: Any) -> Probation:
     ctypes.string_at(0)
     raise AssertionError
 
 
-def hangs(path: Path, opening: Opening, lately: Any) -> Probation:
+def hangs(path: Path, opening: SessionOptions, lately: Any) -> Probation:
     while True:
         pass
 
 
-def hoards(path: Path, opening: Opening, lately: Any) -> Probation:
+def hoards(path: Path, opening: SessionOptions, lately: Any) -> Probation:
     kept = []
     while True:
         kept.append(np.ones(1 << 20))
 
 
-def finds_no_memory(path: Path, opening: Opening, lately: Any) -> Probation:
+def finds_no_memory(path: Path, opening: SessionOptions, lately: Any) -> Probation:
     raise MemoryError
 
 
-def makes_a_mistake(path: Path, opening: Opening, lately: Any) -> Probation:
+def makes_a_mistake(path: Path, opening: SessionOptions, lately: Any) -> Probation:
     raise RuntimeError("first\nlast")
 
 
-def leaves(path: Path, opening: Opening, lately: Any) -> Probation:
+def leaves(path: Path, opening: SessionOptions, lately: Any) -> Probation:
     os._exit(0)
 
 
-def prints_and_looks_around(path: Path, opening: Opening, lately: Any) -> Probation:
+def prints_and_looks_around(path: Path, opening: SessionOptions, lately: Any) -> Probation:
     for descriptor in (1, 2):
         os.write(descriptor, b"a library's own words\n" * 50_000)  # more than a pipe holds
     adjusted = Path("/proc/self/oom_score_adj").read_text().strip()
@@ -100,15 +102,15 @@ def test_what_is_tried_there_is_quick_to_open_here(
 ) -> None:
     monkeypatch.setenv("MUNTIN_CACHE", str(tmp_path / "cache"))
     path = write_version(tmp_path / "1", 3)
-    found = probe(path, OPENING, [LABELS], limits=Limits())
+    found = probe(path, OPENING, [EXAMPLE, LABELS], limits=Limits())
     assert (found.digest, found.signature) == (open_artifact(path).digest, open_artifact(path).manifest.signature)
-    assert set(found.latency_ms) == {*OPENING.calls, LABELS}
+    assert set(found.latency_ms) == {EXAMPLE, LABELS}
     assert min(found.latency_ms.values()) > 0
     assert found.open_s > 0
     before = compiled_files()
-    opened = ArtifactLoader(opening=OPENING).open(path, {LABELS: 1}, found)
+    opened = ArtifactLoader(opening=OPENING).open(path, {EXAMPLE: 1, LABELS: 1}, found)
     assert compiled_files() == before  # nothing was left to compile
-    assert opened.calls == (*OPENING.calls, LABELS)
+    assert opened.calls == (EXAMPLE, LABELS)
     opened.session.close()
 
 
@@ -127,20 +129,20 @@ def test_only_what_comes_often_is_compiled_where_it_need_not_be(
     asked: list[Any] = []
     monkeypatch.setattr("muntin.serving.probation.probe", lambda path, opening, calls, **rest: asked.append(calls))
     for dynamic in (False, True):
-        ArtifactLoader(opening=Opening(dynamic=dynamic)).probe(path, lately, lambda: False)
+        ArtifactLoader(opening=SessionOptions(dynamic=dynamic)).probe(path, lately, lambda: False)
     assert asked == [(Call((1, 8, 8)), Call((2, 8, 8))), (Call((2, 8, 8)),)]
 
 
 def test_what_was_asked_most_is_compiled_within_the_budget(
     write_version: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    start = Call((8, 100, 100))
+    start = Call((1, 8, 8), labels=True)
     lately = {Call((1, 10, 10)): 9, Call((1, 30, 30)): 40, Call((1, 20, 20)): 30, start: 5}
     asked: list[Any] = []
     monkeypatch.setattr("muntin.serving.probation.probe", lambda path, opening, calls, **rest: asked.append(calls))
-    loader = ArtifactLoader(opening=Opening(dynamic=True, calls=(start,)), budget=lambda channels: 3000 / channels)
+    loader = ArtifactLoader(opening=SessionOptions(dynamic=True), max_batch=1, budget=lambda channels: 3000 / channels)
     loader.probe(write_version(tmp_path / "1"), lately, lambda: False)
-    assert asked == [(Call((1, 10, 10)), Call((1, 30, 30)), start)]
+    assert asked == [(start, Call((1, 10, 10)), Call((1, 30, 30)))]
 
 
 def test_of_a_version_that_is_to_be_tried_the_manifest_alone_is_read_here(
@@ -148,10 +150,10 @@ def test_of_a_version_that_is_to_be_tried_the_manifest_alone_is_read_here(
 ) -> None:
     path = write_version(tmp_path / "1")
     (path / "weights.safetensors").write_bytes(b"?")
-    openings: list[Opening] = []
-    monkeypatch.setattr("muntin.serving.probation.probe", lambda path, opening, calls, **rest: openings.append(opening))
-    ArtifactLoader(opening=Opening(dynamic=True), max_batch=2).probe(path, {}, lambda: False)
-    assert openings[0].calls == tuple(Call((rows, 8, 8), labels=True) for rows in (1, 2))
+    asked: list[Any] = []
+    monkeypatch.setattr("muntin.serving.probation.probe", lambda path, opening, calls, **rest: asked.append(calls))
+    ArtifactLoader(opening=SessionOptions(dynamic=True), max_batch=2).probe(path, {}, lambda: False)
+    assert asked == [tuple(Call((rows, 8, 8), labels=True) for rows in (1, 2))]
 
 
 @pytest.mark.parametrize(
@@ -311,7 +313,7 @@ def test_a_real_model_that_asks_too_much_is_ended(
     assert message in str(caught.value)
 
 
-def looks_at_its_policy(path: Path, opening: Opening, lately: Any) -> Probation:
+def looks_at_its_policy(path: Path, opening: SessionOptions, lately: Any) -> Probation:
     raise DataError(f"policy {os.sched_getscheduler(0)}")
 
 

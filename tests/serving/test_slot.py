@@ -21,13 +21,13 @@ from hypothesis.stateful import Bundle, RuleBasedStateMachine, invariant, precon
 
 from muntin.errors import ArtifactError, DataError, MuntinError, VerificationError
 from muntin.runtime.memory import resident
+from muntin.runtime.options import SessionOptions
 from muntin.runtime.session import Session
-from muntin.runtime.signals import signal_stack
 from muntin.serving.executor import compute_somewhere
 from muntin.serving.probation import ArtifactLoader, Limits
 from muntin.serving.rollout import ENOUGH, Rollout
 from muntin.serving.slot import HISTORY, Lease, Slot
-from muntin.serving.version import Begun, Call, NotReadyError, Opening, RefusedError, UnknownVersionError, Version
+from muntin.serving.version import Begun, Call, NotReadyError, RefusedError, UnknownVersionError, Version
 
 IMAGES = np.zeros((1, 8, 8, 3), np.uint8)
 CALL = Call((1, 8, 8), labels=True)
@@ -1034,7 +1034,7 @@ def test_a_broken_artefact_never_takes_over(
     write_version: Callable[..., Path], signature_of: Callable[..., Any], tmp_path: Path, told: list[str]
 ) -> None:
     """The whole way, the other process included."""
-    loader = ArtifactLoader(opening=Opening(threads=1), limits=Limits(seconds=60))
+    loader = ArtifactLoader(opening=SessionOptions(threads=1), limits=Limits(seconds=60))
     slot = Slot("model", loader, rollout=Rollout(), notify=told.append)
     first = slot.load(write_version(tmp_path / "1", 1), "1")
     altered, wrong = write_version(tmp_path / "2", 2), write_version(tmp_path / "3", 3, shift=30)
@@ -1072,7 +1072,7 @@ def swap(slot: Slot, paths: list[Path], count: int, wait_until: Callable[..., No
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="resident memory is read in Linux's form")
 def test_twenty_swaps_take_no_more_memory(
-    in_process: ArtifactLoader, write_version: Callable[..., Path], tmp_path: Path, wait_until: Callable[..., None]
+    in_process: ArtifactLoader, write_version: Callable[..., Path], tmp_path: Path, wait_until: Callable[..., None], signal_stack: Any
 ) -> None:
     slot = Slot("model", in_process, rollout=Rollout(for_seconds=0))
     paths = [write_version(tmp_path / str(label), label) for label in range(4)]

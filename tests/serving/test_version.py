@@ -11,15 +11,15 @@ import numpy as np
 import pytest
 
 from muntin.artifact import open_artifact
-from muntin.errors import ArtifactError, DataError, VerificationError
+from muntin.errors import ArtifactError, VerificationError
 from muntin.runtime.openvino import OpenVinoSession
+from muntin.runtime.options import SessionOptions
 from muntin.serving.version import (
     CALLS,
     TIMES,
     Call,
     Latencies,
     NotReadyError,
-    Opening,
     Version,
     batch_sizes,
     contract_difference,
@@ -47,7 +47,7 @@ def test_with_rest_everything_is_compiled_and_only_the_smallest_call_computed(
 
     monkeypatch.setattr(OpenVinoSession, "_infer", watched)
     monkeypatch.setattr(time, "sleep", slept.append)
-    opened = open_version(write_version(tmp_path / "1"), Opening(threads=1, calls=(large, SCORES)), [], rest=3.0)
+    opened = open_version(write_version(tmp_path / "1"), SessionOptions(threads=1), [large, SCORES], rest=3.0)
     assert large.shape not in seen and SCORES.shape in seen
     assert len(slept) == 4 and all(seconds > 0 for seconds in slept)  # loading, the replay, two calls
     assert ((*large.shape, 3), False) in compiled(opened.session)
@@ -56,13 +56,13 @@ def test_with_rest_everything_is_compiled_and_only_the_smallest_call_computed(
 def test_opening_ends_between_two_steps(write_version: Callable[..., Path], tmp_path: Path) -> None:
     asked = iter([False, False, True])
     with pytest.raises(NotReadyError, match="was ended with the server"):
-        open_version(write_version(tmp_path / "1"), Opening(threads=1, calls=(SCORES,)), [], stopped=lambda: next(asked))
+        open_version(write_version(tmp_path / "1"), SessionOptions(threads=1), [SCORES], stopped=lambda: next(asked))
     assert next(asked, None) is None
 
 
 def test_a_version_is_open_and_warm_for_what_is_asked_of_it(write_version: Callable[..., Path], tmp_path: Path) -> None:
     path = write_version(tmp_path / "1", 2)
-    opened = open_version(path, Opening(threads=1, calls=(SCORES,)), [LABELS, SCORES])
+    opened = open_version(path, SessionOptions(threads=1), [SCORES, LABELS, SCORES])
     assert opened.calls == (SCORES, LABELS)
     assert opened.digest == open_artifact(path).digest
     assert compiled(opened.session) == {
@@ -74,22 +74,22 @@ def test_a_version_is_open_and_warm_for_what_is_asked_of_it(write_version: Calla
 
 
 def test_without_calls_it_is_warm_for_its_example(write_version: Callable[..., Path], tmp_path: Path) -> None:
-    opened = open_version(write_version(tmp_path / "1"), Opening(threads=1), [])
+    opened = open_version(write_version(tmp_path / "1"), SessionOptions(threads=1), [])
     assert opened.calls == (Call((1, 8, 8)), Call((1, 8, 8), labels=True))
 
 
 def test_a_dynamic_version_is_warm_for_sizes_that_nobody_foresaw(write_version: Callable[..., Path], tmp_path: Path) -> None:
-    session = open_version(write_version(tmp_path / "1"), Opening(threads=1, dynamic=True, calls=(SCORES,)), []).session
+    session = open_version(write_version(tmp_path / "1"), SessionOptions(threads=1, dynamic=True), [SCORES]).session
     assert compiled(session) == {(None, False), (None, True), ((2, 8, 8, 3), False)}
 
 
 def test_what_does_not_compute_its_golden_pair_is_not_opened(write_version: Callable[..., Path], tmp_path: Path) -> None:
     path = write_version(tmp_path / "1", shift=30)
     with pytest.raises(VerificationError, match=r"1: openvino in \w+ is .* standard deviations off a golden pair \(allowed: 0.05\)"):
-        open_version(path, Opening(), [])
+        open_version(path, SessionOptions(), [])
     (path / "weights.safetensors").unlink()
     with pytest.raises(ArtifactError, match="missing"):
-        open_version(path, Opening(), [])
+        open_version(path, SessionOptions(), [])
 
 
 def test_small_batches_are_all_compiled_for_and_large_ones_by_powers() -> None:
@@ -98,14 +98,6 @@ def test_small_batches_are_all_compiled_for_and_large_ones_by_powers() -> None:
     assert batch_sizes(8, 512 * 512) == [1, 2, 3, 4, 8]
     assert batch_sizes(6, 4096 * 4096) == [1, 2, 4]
     assert batch_sizes(1, 1) == [1]
-
-
-@pytest.mark.parametrize(
-    "values", [{"engine": "abacus"}, {"precision": "f8"}, {"threads": 0}, {"streams": 0}, {"calls": (Call((1, 0, 4)),)}]
-)
-def test_an_opening_is_checked_when_it_is_made(values: dict[str, Any]) -> None:
-    with pytest.raises(DataError):
-        Opening(**values)
 
 
 @pytest.mark.parametrize(
@@ -150,7 +142,7 @@ def test_a_version_is_used_only_while_it_is_open(write_version: Callable[..., Pa
     for part in ("session", "signature"):
         with pytest.raises(NotReadyError, match="version 1 is loading"):
             getattr(version, part)
-    opened = open_version(version.path, Opening(threads=1), [])
+    opened = open_version(version.path, SessionOptions(threads=1), [])
     version.opened(opened)
     assert (version.state, version.session, version.digest) == ("ready", opened.session, opened.digest)
     assert version.close() is opened.session

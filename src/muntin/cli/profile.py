@@ -49,6 +49,7 @@ def profile_command(
     from muntin.reporting.files import write_files
     from muntin.reporting.profile_page import HTML_NAME, JSON_NAME, PICTURE_NAME
     from muntin.runtime.chrome_trace import chrome_trace
+    from muntin.runtime.options import SessionOptions
     from muntin.runtime.profile import profile
     from muntin.runtime.profile_document import profile_dict
 
@@ -61,7 +62,7 @@ def profile_command(
         return
     shape = _shape(artifact, size, batch)
     with status("profiling"):
-        measured = profile(artifact, engine=engine, precision=precision, threads=threads, shape=shape, rounds=rounds)
+        measured = profile(artifact, SessionOptions(engine=engine, precision=precision, threads=threads), shape=shape, rounds=rounds)
     document = profile_dict(measured)
     page = write_profile(target, document)
     write_files(target, {TRACE: _text(chrome_trace(measured))}, what="trace")

@@ -23,12 +23,12 @@ from muntin.artifact import open_artifact
 from muntin.errors import DataError
 from muntin.runtime.contention import notes_on, watch_cpu
 from muntin.runtime.doctor import count
-from muntin.runtime.engines import DEFAULT_ENGINE
 from muntin.runtime.hardware import describe_hardware, memory_gib, physical_cores
 from muntin.runtime.latency import Latency, Mapper, interleaved_latency, interleaved_throughput
 from muntin.runtime.loading import ArtifactCandidate, Candidate, Loading, measure_loading, too_large
+from muntin.runtime.options import DEFAULT_ENGINE, SessionOptions
 from muntin.runtime.profile import default_shape, fill
-from muntin.runtime.session import Shape, check_shape, check_streams, check_threads
+from muntin.runtime.session import Shape, check_shape
 
 ROUNDS = 50
 """Timed calls a row; the 99th percentile of fewer says little."""
@@ -73,12 +73,6 @@ class Bench:
         return asdict(self)
 
 
-@dataclass(frozen=True, kw_only=True)
-class _Setting:
-    threads: int
-    streams: int
-
-
 def bench(
     path: str | Path,
     *,
@@ -102,6 +96,7 @@ def bench(
     images of other channels.
     """
     _check(batches, threads, streams, size, rounds)
+    combinations = [SessionOptions(engine=engine, precision=precision, threads=n, streams=s) for n in threads for s in streams]
     artifact = open_artifact(path)
     channels = artifact.manifest.signature.channels
     _, height, width = default_shape(artifact)
@@ -109,24 +104,28 @@ def bench(
     _check_room(shapes, channels)
     measured = ArtifactCandidate(path=str(path), engine=engine, precision=precision)
     candidates = ({} if baseline is None else {f"baseline {baseline.name}": baseline}) | {measured.name: measured}
-    asked = [(n or physical_cores(), s) for n in threads for s in streams]
-    settings = list(dict.fromkeys(_Setting(threads=n, streams=min(s, n)) for n, s in asked))
+    settings = list(
+        dict.fromkeys(
+            replace(options, threads=options.thread_count, streams=min(options.streams, options.thread_count), shapes=shapes)
+            for options in combinations
+        )
+    )
     try:
         loadings: list[dict[str, Loading]] = []
         for done, setting in enumerate(settings):
             report(done, 2 * len(settings))
-            loadings.append({name: _load(candidate, setting, shapes) for name, candidate in candidates.items()})
+            loadings.append({name: measure_loading(candidate, setting) for name, candidate in candidates.items()})
             _check_channels(loadings[-1], measured.name, channels)
         images = [fill(artifact.golden()[0][0], shape) for shape in shapes]
         rows: list[BenchRow] = []
         with watch_cpu() as watch:  # after the processes that loaded: they would count as others
             for done, (setting, loading) in enumerate(zip(settings, loadings, strict=True), len(settings)):
                 report(done, 2 * len(settings))
-                rows += _measure(images, candidates, loading, setting, shapes, rounds=rounds)
+                rows += _measure(images, candidates, loading, setting, rounds)
     except MemoryError:
         raise too_large(shapes, channels) from None
     report(2 * len(settings), 2 * len(settings))
-    notes = _notes(watch.others, asked)
+    notes = _notes(watch.others, combinations)
     if baseline is not None:
         rows = _with_ratios(rows)
         if any(row.ratio is None for row in rows):
@@ -140,22 +139,16 @@ def bench(
     )
 
 
-def _load(candidate: Candidate, setting: _Setting, shapes: tuple[Shape, ...]) -> Loading:
-    return measure_loading(candidate, threads=setting.threads, streams=setting.streams, shapes=shapes)
-
-
 def _measure(
     images: Sequence[NDArray[np.uint8]],
     candidates: Mapping[str, Candidate],
     loading: Mapping[str, Loading],
-    setting: _Setting,
-    shapes: tuple[Shape, ...],
-    *,
+    options: SessionOptions,
     rounds: int,
 ) -> list[BenchRow]:
-    sessions: dict[str, Mapper] = {n: candidate.open(setting.threads, setting.streams, shapes) for n, candidate in candidates.items()}
+    sessions: dict[str, Mapper] = {name: candidate.open(options) for name, candidate in candidates.items()}
     rows = []
-    for shape, images_BHWC in zip(shapes, images, strict=True):
+    for shape, images_BHWC in zip(options.shapes or (), images, strict=True):
         latencies = interleaved_latency(sessions, images_BHWC, rounds=rounds)
         rates = interleaved_throughput(sessions, images_BHWC, rounds=max(1, rounds // 10))
         for name, session in sessions.items():
@@ -164,7 +157,7 @@ def _measure(
             rows.append(
                 BenchRow(
                     name=name,
-                    threads=setting.threads,
+                    threads=options.thread_count,
                     streams=session.streams,
                     shape=shape,
                     latency=latencies[name],
@@ -185,13 +178,13 @@ def _with_ratios(rows: Sequence[BenchRow]) -> list[BenchRow]:
     return found
 
 
-def _notes(others: float | None, asked: Sequence[tuple[int, int]]) -> list[str]:
-    notes, cores, threads = notes_on(others), physical_cores(), max(n for n, _ in asked)
+def _notes(others: float | None, combinations: Sequence[SessionOptions]) -> list[str]:
+    notes, cores, threads = notes_on(others), physical_cores(), max(options.thread_count for options in combinations)
     if threads > cores:
         notes.append(
             f"{count(threads, 'thread')} on {count(cores, 'physical core')}: they wait for each other; compare with --threads {cores}"
         )
-    for n, s in dict.fromkeys(asked):
+    for n, s in dict.fromkeys((options.thread_count, options.streams) for options in combinations):
         if s > n:
             notes.append(f"{s} streams on {count(n, 'thread')}: a stream needs a thread, so they count as {n}")
     return notes
@@ -222,9 +215,5 @@ def _check(
             raise DataError(f"batch={batch!r}: give a whole number of images from 1")
     if size is not None:
         check_shape((1, *size))
-    for number in threads:
-        check_threads(number)
-    for number in streams:
-        check_streams(number)
     if isinstance(rounds, bool) or not isinstance(rounds, int) or not 1 <= rounds <= 10_000:
         raise DataError(f"rounds={rounds!r}: give a whole number from 1 to 10000")

@@ -28,8 +28,8 @@ from onnx import TensorProto, helper, numpy_helper
 from muntin.errors import DataError
 from muntin.runtime.contention import watch_cpu
 from muntin.runtime.hardware import last_level_cache, memory_gib, physical_cores
+from muntin.runtime.options import check_threads
 from muntin.runtime.quiet import openvino
-from muntin.runtime.session import check_threads
 from muntin.runtime.signals import signal_stack_kept
 
 Kind = Literal["MatMul", "Conv"]

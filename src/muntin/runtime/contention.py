@@ -23,7 +23,7 @@ from threading import Barrier
 
 from muntin.errors import DataError
 from muntin.runtime.hardware import affinity, cpu_quota
-from muntin.runtime.session import check_threads
+from muntin.runtime.options import check_threads
 
 BUSY = 0.1
 """Cores' worth of other processes' CPU time above which a time is not to be believed."""

@@ -29,7 +29,6 @@ from muntin.errors import DependencyError, install
 from muntin.runtime import quiet
 from muntin.runtime.cache import cache_folder, compiled_folder
 from muntin.runtime.contention import CpuShare, measure_cpu_share
-from muntin.runtime.engines import DEFAULT_ENGINE
 from muntin.runtime.exactness import RUNNERS, IntegerCheck, check_integers, provider_starts
 from muntin.runtime.hardware import (
     ISA_LIMITS,
@@ -43,7 +42,7 @@ from muntin.runtime.hardware import (
     physical_cores,
     usable_cores,
 )
-from muntin.runtime.session import check_threads
+from muntin.runtime.options import DEFAULT_ENGINE, check_threads
 
 if TYPE_CHECKING:
     from muntin.runtime.ceilings import Ceilings

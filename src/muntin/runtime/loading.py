@@ -15,7 +15,7 @@ import time
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from contextlib import suppress
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from importlib import import_module
 from math import prod
 from pathlib import Path
@@ -26,10 +26,11 @@ from muntin.artifact import open_artifact
 from muntin.errors import DataError, MuntinError
 from muntin.runtime import quiet
 from muntin.runtime.cache import cache_folder, compiled_folder
-from muntin.runtime.engines import DEFAULT_ENGINE, load
+from muntin.runtime.engines import open_session
 from muntin.runtime.hardware import memory_gib
 from muntin.runtime.latency import Mapper
 from muntin.runtime.memory import watch_memory
+from muntin.runtime.options import DEFAULT_ENGINE, SessionOptions
 from muntin.runtime.session import Shape
 
 _START = "import sys; sys.path[:] = {path!r}; from muntin.runtime.loading import answer; answer()"
@@ -56,8 +57,8 @@ class Candidate(ABC):
         """Loads the libraries that opening needs: once a process, so no cost of this candidate."""
 
     @abstractmethod
-    def open(self, threads: int, streams: int, shapes: tuple[Shape, ...]) -> Mapper:
-        """A session that has computed once for each shape (B, H, W)."""
+    def open(self, options: SessionOptions) -> Mapper:
+        """Opens a session that has computed once for each of the options' shapes. The candidate decides on engine and precision."""
 
     def from_cache(self, before: Files) -> bool | None:
         """After opening: whether all that is compiled was kept by an earlier process; None where nothing is ever kept. `before`: what the
@@ -78,8 +79,8 @@ class ArtifactCandidate(Candidate):
         else:
             quiet.onnxruntime.get_available_providers()
 
-    def open(self, threads: int, streams: int, shapes: tuple[Shape, ...]) -> Mapper:
-        return load(self.path, engine=self.engine, precision=self.precision, threads=threads, streams=streams, shapes=shapes)
+    def open(self, options: SessionOptions) -> Mapper:
+        return open_session(self.path, replace(options, engine=self.engine, precision=self.precision))
 
     def from_cache(self, before: Files) -> bool | None:
         if self.engine not in _KEEPS:
@@ -106,16 +107,19 @@ class Loading:
     channels: int
 
 
-def measure_loading(candidate: Candidate, *, threads: int, streams: int, shapes: tuple[Shape, ...]) -> Loading:
-    """Opens a candidate in a new process of this Python, which takes half a second longer than opening it (PyTorch: some seconds).
+def measure_loading(candidate: Candidate, options: SessionOptions) -> Loading:
+    """Opens a candidate, with the options' threads, streams and shapes, in a new process of this Python.
+
+    Takes half a second longer than opening it (PyTorch: some seconds).
 
     Raises what opening raises, and DataError where the process ends without an answer, as when the system kills it for its memory.
     """
     question = {
         "kind": [type(candidate).__module__, type(candidate).__qualname__],
         "fields": asdict(candidate),
-        "setting": {"threads": threads, "streams": streams, "shapes": shapes},
+        "options": asdict(options),
     }
+    shapes = options.shapes or ()
     done = subprocess.run(  # noqa: S603 - this Python, and a text of ours
         [sys.executable, "-c", _START.format(path=sys.path)], input=json.dumps(question), capture_output=True, text=True, check=False
     )
@@ -162,11 +166,9 @@ def answer() -> None:
     with _answers_alone() as answers:
         question = json.load(sys.stdin)
         module, name = question["kind"]
-        setting = question["setting"]
-        shapes = tuple((B, H, W) for B, H, W in setting["shapes"])
         try:
             candidate: Candidate = getattr(import_module(module), name)(**question["fields"])
-            found = asdict(_open(candidate, setting["threads"], setting["streams"], shapes))
+            found = asdict(_open(candidate, SessionOptions(**question["options"])))
         except (MuntinError, MemoryError) as error:
             found = {"error": type(error).__name__, "text": str(error)}
         json.dump(found, answers)
@@ -179,12 +181,12 @@ def _answers_alone() -> TextIO:
     return answers
 
 
-def _open(candidate: Candidate, threads: int, streams: int, shapes: tuple[Shape, ...]) -> Loading:
+def _open(candidate: Candidate, options: SessionOptions) -> Loading:
     _prepare(candidate)
     before = _compiled()
     started = time.perf_counter()
     with watch_memory() as watch:
-        session = candidate.open(threads, streams, shapes)
+        session = candidate.open(options)
     return Loading(
         load_s=time.perf_counter() - started,
         held_mib=_mib(watch.held),

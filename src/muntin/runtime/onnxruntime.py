@@ -21,7 +21,7 @@ from muntin.artifact import Artifact
 from muntin.errors import ArtifactError, DependencyError
 from muntin.runtime.cache import compiled_folder, make_room
 from muntin.runtime.graph import ComputeNodes, compute_nodes
-from muntin.runtime.hardware import physical_cores
+from muntin.runtime.options import DEFAULT_OPTIONS, SessionOptions
 from muntin.runtime.quiet import onnxruntime
 from muntin.runtime.session import ExecutedLayer, Session, Shape, check_shapes
 
@@ -60,10 +60,11 @@ CPU = Provider(engine="onnxruntime", name="CPUExecutionProvider")
 class OnnxRuntimeSession(Session):
     """A model in ONNX Runtime. Threads may call it at the same time; `streams` is how many `map` has in flight."""
 
-    def __init__(self, artifact: Artifact, *, provider: Provider, threads: int, streams: int) -> None:
+    def __init__(self, artifact: Artifact, provider: Provider, options: SessionOptions) -> None:
         self._artifact = artifact
         self._provider = provider
-        streams = min(streams, threads)
+        threads = options.thread_count
+        streams = min(options.streams, threads)
         # One pool for all calls, of one worker less than this; each call computes on the thread that makes it, too: `threads` together.
         self._session = self._open(artifact.model_bytes(), _options(threads - streams + 1))
         names = [item.name for item in self._session.get_inputs()]
@@ -121,42 +122,40 @@ class OnnxRuntimeSession(Session):
         return _executed(optimized, compute_nodes(data))
 
 
-def open_onnxruntime(artifact: Artifact, precision: str = "recorded", threads: int | None = None, streams: int = 1) -> OnnxRuntimeSession:
-    """Opens an artefact in ONNX Runtime on the CPU. "recorded" runs in f32, which the session's `.precision` says; a 16-bit type asked for
-    by name is a DependencyError. `threads` None: the usable physical cores; `streams` share them."""
-    _check_precision(precision, ("f32",), "on CPUs")
-    return OnnxRuntimeSession(artifact, provider=CPU, threads=threads or physical_cores(), streams=streams)
+def open_onnxruntime(artifact: Artifact, options: SessionOptions = DEFAULT_OPTIONS) -> OnnxRuntimeSession:
+    """Opens an artefact in ONNX Runtime on the CPU, in f32. Raises DependencyError for a 16-bit precision."""
+    check_precision(options.precision, ("f32",), "on CPUs")
+    return OnnxRuntimeSession(artifact, CPU, options)
 
 
-def open_cuda(artifact: Artifact, precision: str = "recorded", threads: int | None = None, streams: int = 1) -> OnnxRuntimeSession:
-    """Opens an artefact on a GPU by the CUDA provider: float layers in f32 (no TF32), quantised ones in float too, since it has no integer
-    kernels for them. Raises DependencyError without onnxruntime-gpu or a GPU."""
+def open_cuda(artifact: Artifact, options: SessionOptions = DEFAULT_OPTIONS) -> OnnxRuntimeSession:
+    """Opens an artefact on a GPU by the CUDA provider: all layers in f32 (no TF32), since it has no integer kernels for quantised ones.
+    Raises DependencyError without onnxruntime-gpu or a GPU."""
     provider = Provider(engine="onnxruntime-cuda", name="CUDAExecutionProvider", options={"use_tf32": "0"})
-    _check_precision(precision, ("f32",), "in its CUDA provider for an FP32 graph")
+    check_precision(options.precision, ("f32",), "in its CUDA provider for an FP32 graph")
     _require(provider)
-    return OnnxRuntimeSession(artifact, provider=provider, threads=threads or physical_cores(), streams=streams)
+    return OnnxRuntimeSession(artifact, provider, options)
 
 
-def open_tensorrt(
-    artifact: Artifact, precision: str = "recorded", threads: int | None = None, streams: int = 1, *, cache: bool = True
-) -> OnnxRuntimeSession:
+def open_tensorrt(artifact: Artifact, options: SessionOptions = DEFAULT_OPTIONS) -> OnnxRuntimeSession:
     """Opens an artefact on a GPU by the TensorRT provider: quantised layers in INT8, float ones in f16 ("recorded": if a 16-bit type was)
-    or f32. With `cache` its engines are kept in the user's cache. Raises DependencyError without onnxruntime-gpu, TensorRT or a GPU."""
-    _check_precision(precision, ("f32", "f16"), "in its TensorRT provider")
+    or f32. Raises DependencyError without onnxruntime-gpu, TensorRT or a GPU."""
+    check_precision(options.precision, ("f32", "f16"), "in its TensorRT provider")
     recorded = "f32" if artifact.manifest.precision == "f32" else "f16"
-    chosen = recorded if precision == "recorded" else precision
+    precision = recorded if options.precision == "recorded" else options.precision
     quantised = any(record.activation_bits for record in artifact.manifest.layers)
-    options = {"trt_fp16_enable": str(int(chosen == "f16")), "trt_int8_enable": str(int(quantised))}
-    provider = Provider(engine="onnxruntime-tensorrt", name=TENSORRT, precision=chosen, options=options)
+    settings = {"trt_fp16_enable": str(int(precision == "f16")), "trt_int8_enable": str(int(quantised))}
+    provider = Provider(engine="onnxruntime-tensorrt", name=TENSORRT, precision=precision, options=settings)
     _require(provider)
-    folder = compiled_folder("tensorrt", onnxruntime.__version__, artifact.manifest.sha256) if cache else None
+    folder = compiled_folder("tensorrt", onnxruntime.__version__, artifact.manifest.sha256) if options.cache else None
     if folder is not None:
         make_room(folder)
-        options |= {"trt_engine_cache_enable": "1", "trt_engine_cache_path": str(folder)}
-    return OnnxRuntimeSession(artifact, provider=provider, threads=threads or physical_cores(), streams=streams)
+        settings |= {"trt_engine_cache_enable": "1", "trt_engine_cache_path": str(folder)}
+    return OnnxRuntimeSession(artifact, provider, options)
 
 
-def _check_precision(precision: str, allowed: tuple[str, ...], where: str) -> None:
+def check_precision(precision: str, allowed: tuple[str, ...], where: str) -> None:
+    """Raises DependencyError unless `precision` is "recorded" or one of `allowed`."""
     if precision not in ("recorded", *allowed):
         raise DependencyError(
             f'precision="{precision}": ONNX Runtime has no {precision} kernels {where}: ask for "recorded" or '

@@ -25,9 +25,8 @@ from numpy.typing import NDArray
 from onnx import TensorProto
 
 from muntin.artifact import Artifact
-from muntin.errors import ArtifactError, DependencyError
+from muntin.errors import ArtifactError
 from muntin.runtime.graph import ComputeNodes, Weight, compute_nodes
-from muntin.runtime.hardware import physical_cores
 from muntin.runtime.kernels import (
     IMAGES,
     Execution,
@@ -40,7 +39,8 @@ from muntin.runtime.kernels import (
     layer_of,
     product_macs,
 )
-from muntin.runtime.onnxruntime import FAILURES, INTEGER, INTEGER_ELEMENTWISE, MULTIPLY
+from muntin.runtime.onnxruntime import FAILURES, INTEGER, INTEGER_ELEMENTWISE, MULTIPLY, check_precision
+from muntin.runtime.options import SessionOptions
 from muntin.runtime.quiet import onnxruntime
 
 WARM_UP = 2
@@ -58,25 +58,20 @@ _TYPES = {
 }  # fmt: skip
 
 
-def onnxruntime_kernels(
-    artifact: Artifact, images_BHWC: NDArray[np.uint8], *, precision: str, threads: int | None, rounds: int
-) -> Execution:
+def onnxruntime_kernels(artifact: Artifact, images_BHWC: NDArray[np.uint8], options: SessionOptions, rounds: int) -> Execution:
     """Opens an artefact with tracing on, runs it `rounds` times on these images and reads what was executed.
 
     Costs opening twice and `rounds` + 2 inferences. Raises ArtifactError for a model that ONNX Runtime cannot open or cannot run on such
     images, DependencyError for a precision that it has no kernels for on CPUs.
     """
-    if precision not in ("recorded", "f32"):
-        raise DependencyError(
-            f'precision="{precision}": ONNX Runtime has no {precision} kernels on CPUs: ask for "recorded" or "f32", or engine="openvino"'
-        )
-    used = threads or physical_cores()
+    check_precision(options.precision, ("f32",), "on CPUs")
+    threads = options.thread_count
     data = artifact.model_bytes()
     with tempfile.TemporaryDirectory(prefix="muntin-") as folder:
         written = Path(folder) / "optimized.onnx"
-        _open(artifact, data, used, written=written)
+        _open(artifact, data, threads, written=written)
         optimized = _named(onnx.load(str(written)))
-        session = _open(artifact, optimized.SerializeToString(), used, trace=Path(folder) / "trace")
+        session = _open(artifact, optimized.SerializeToString(), threads, trace=Path(folder) / "trace")
         (entry,) = (item.name for item in session.get_inputs())
         whole = _run(artifact, session, {entry: images_BHWC}, rounds)
         trace = json.loads(Path(session.end_profiling()).read_text(encoding="utf-8"))
@@ -84,7 +79,7 @@ def onnxruntime_kernels(
     between = [wall - spent for wall, spent in zip(whole, _sums(traced.values(), rounds), strict=True)]
     entries = {entry: _operand("uint8", images_BHWC.shape, IMAGES)}
     kernels = tuple(_kernels(optimized, traced, entries, compute_nodes(data), artifact))
-    return Execution(kernels=kernels, profiled_ms=median(whole), between_ms=median(between), precision="f32", threads=used)
+    return Execution(kernels=kernels, profiled_ms=median(whole), between_ms=median(between), precision="f32", threads=threads)
 
 
 def _named(model: onnx.ModelProto) -> onnx.ModelProto:

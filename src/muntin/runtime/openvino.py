@@ -32,11 +32,11 @@ from muntin.artifact import Artifact
 from muntin.errors import ArtifactError, DependencyError
 from muntin.runtime.cache import CompiledModels
 from muntin.runtime.graph import ComputeNodes, compute_nodes
-from muntin.runtime.hardware import physical_cores
 from muntin.runtime.openvino_biases import with_biases
 from muntin.runtime.openvino_endings import ending_in_labels, ending_in_scores
 from muntin.runtime.openvino_masks import with_whole_masks
 from muntin.runtime.openvino_sizes import computes_with_sizes
+from muntin.runtime.options import DEFAULT_OPTIONS, SessionOptions
 from muntin.runtime.quiet import openvino
 from muntin.runtime.session import STATIC_SHAPES, ExecutedLayer, Session, Shape, check_shapes
 from muntin.runtime.signals import signal_stack_kept
@@ -77,25 +77,26 @@ class _Compiled:
 class OpenVinoSession(Session):
     """A model in OpenVINO's CPU plugin. `streams` calls compute at a time, further ones wait for them."""
 
-    def __init__(self, artifact: Artifact, *, precision: str, threads: int | None, streams: int, dynamic: bool, cache: bool) -> None:
+    def __init__(self, artifact: Artifact, options: SessionOptions) -> None:
         self._core = openvino.Core()
-        hint = choose_precision(self._core, precision, artifact.manifest.precision)
+        hint = choose_precision(self._core, options.precision, artifact.manifest.precision)
         data = artifact.model_bytes()
-        threads = threads or physical_cores()
+        threads = options.thread_count
+        streams = min(options.streams, threads)
         self._options: dict[str, Any] = {
             "INFERENCE_PRECISION_HINT": hint,
             "INFERENCE_NUM_THREADS": threads,
-            "PERFORMANCE_HINT": "LATENCY" if streams == 1 else "THROUGHPUT",
-            "NUM_STREAMS": min(streams, threads),
+            "PERFORMANCE_HINT": "LATENCY" if options.streams == 1 else "THROUGHPUT",
+            "NUM_STREAMS": streams,
         }
-        self._cache = CompiledModels("openvino", openvino.__version__, artifact.manifest.sha256) if cache else None
+        self._cache = CompiledModels("openvino", openvino.__version__, artifact.manifest.sha256) if options.cache else None
         try:
             self._model = self._core.read_model(model=data, weights=b"")
         except RuntimeError as error:
             raise ArtifactError(f"{artifact.path}: OpenVINO {openvino.__version__} cannot read its model: {one_line(error)}") from error
         self._path = artifact.path
         self._nodes: ComputeNodes = compute_nodes(data)
-        self._dynamic = dynamic
+        self._dynamic = options.dynamic
         self._lock = Lock()  # around what is compiled
         self._apart = Lock()  # around calls that another one's failure may have spoilt
         self._compiling = Lock()  # around compiling, which takes long: calls that need nothing new go on meanwhile
@@ -106,7 +107,7 @@ class OpenVinoSession(Session):
             engine="openvino",
             precision=hint,
             threads=threads,
-            streams=min(streams, threads),
+            streams=streams,
             plan=artifact.manifest.plan,
         )
 
@@ -295,24 +296,14 @@ class OpenVinoSession(Session):
         return computes_with_sizes(self._model)
 
 
-def open_openvino(
-    artifact: Artifact,
-    precision: str = "recorded",
-    threads: int | None = None,
-    streams: int = 1,
-    *,
-    dynamic: bool = False,
-    cache: bool = True,
-) -> OpenVinoSession:
+def open_openvino(artifact: Artifact, options: SessionOptions = DEFAULT_OPTIONS) -> OpenVinoSession:
     """Opens an artefact in OpenVINO on the CPU.
 
-    `precision` "recorded": the manifest's, or f32 on a CPU without it (the session's `.precision` says which). Asked for by name, a type
-    that the CPU lacks is a DependencyError. `threads` None: the usable physical cores. `streams`: how many calls compute at the same time,
-    at most one a thread. `dynamic`: compile for no size that
-    `warm_up` did not name. `cache`: whether what is compiled is kept in the user's cache.
+    Precision "recorded" is the manifest's, or f32 on a CPU without it (the session's `.precision` says which). Raises DependencyError for
+    another precision that the CPU lacks. A session has at most one stream a thread.
     """
     with signal_stack_kept():
-        return OpenVinoSession(artifact, precision=precision, threads=threads, streams=streams, dynamic=dynamic, cache=cache)
+        return OpenVinoSession(artifact, options)
 
 
 def choose_precision(core: Any, asked: str, recorded: str) -> str:

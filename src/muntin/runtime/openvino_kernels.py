@@ -23,7 +23,6 @@ from numpy.typing import NDArray
 from muntin.artifact import Artifact
 from muntin.errors import ArtifactError
 from muntin.runtime.graph import ComputeNodes, compute_nodes
-from muntin.runtime.hardware import physical_cores
 from muntin.runtime.kernels import (
     IMAGES,
     TO_PIXELS,
@@ -39,6 +38,7 @@ from muntin.runtime.kernels import (
 from muntin.runtime.openvino import MAY_MULTIPLY, MULTIPLY, PRECISIONS, choose_precision, one_line
 from muntin.runtime.openvino_endings import ending_in_scores
 from muntin.runtime.openvino_masks import with_whole_masks
+from muntin.runtime.options import SessionOptions
 from muntin.runtime.quiet import openvino
 from muntin.runtime.signals import signal_stack_kept
 
@@ -49,28 +49,28 @@ _CONVOLUTIONS = frozenset({"Convolution", "GroupConvolution"})
 _GRAPH_DECONVOLUTIONS = frozenset({"ConvolutionBackpropData", "GroupConvolutionBackpropData"})
 
 
-def openvino_kernels(artifact: Artifact, images_BHWC: NDArray[np.uint8], *, precision: str, threads: int | None, rounds: int) -> Execution:
+def openvino_kernels(artifact: Artifact, images_BHWC: NDArray[np.uint8], options: SessionOptions, rounds: int) -> Execution:
     """Compiles an artefact for these images with counters on, runs it `rounds` times and reads what was executed.
 
     Costs a compilation and `rounds` + 2 inferences. Raises ArtifactError for a model that OpenVINO cannot read, compile or run.
     """
     with signal_stack_kept():
         try:
-            return _kernels(artifact, images_BHWC, precision=precision, threads=threads, rounds=rounds)
+            return _kernels(artifact, images_BHWC, options, rounds)
         except ArtifactError as error:
             for raised in (error, error.__cause__):  # their frames hold the model, which has to go inside this block
                 clear_frames(None if raised is None else raised.__traceback__)
             raise
 
 
-def _kernels(artifact: Artifact, images_BHWC: NDArray[np.uint8], *, precision: str, threads: int | None, rounds: int) -> Execution:
+def _kernels(artifact: Artifact, images_BHWC: NDArray[np.uint8], options: SessionOptions, rounds: int) -> Execution:
     core = openvino.Core()
-    hint = choose_precision(core, precision, artifact.manifest.precision)
-    used = threads or physical_cores()
+    hint = choose_precision(core, options.precision, artifact.manifest.precision)
+    threads = options.thread_count
     data = artifact.model_bytes()
-    options = {
+    settings = {
         "INFERENCE_PRECISION_HINT": hint,
-        "INFERENCE_NUM_THREADS": used,
+        "INFERENCE_NUM_THREADS": threads,
         "PERFORMANCE_HINT": "LATENCY",
         "NUM_STREAMS": 1,
         "PERF_COUNT": True,
@@ -83,7 +83,7 @@ def _kernels(artifact: Artifact, images_BHWC: NDArray[np.uint8], *, precision: s
         if hint != "f32":
             model = with_whole_masks(model)
         macs = graph_macs(model)
-        compiled = core.compile_model(model, "CPU", options)
+        compiled = core.compile_model(model, "CPU", settings)
     except RuntimeError as error:
         raise ArtifactError(
             f"{artifact.path}: OpenVINO {openvino.__version__} cannot compile it for images of shape {images_BHWC.shape}: {one_line(error)}"
@@ -102,7 +102,7 @@ def _kernels(artifact: Artifact, images_BHWC: NDArray[np.uint8], *, precision: s
     weights = {name: weight.name for name, weight in nodes.weights.items()}
     layers = {name: layer_of(name, weights.get(name, ""), artifact.manifest.layers) for name in nodes.names}
     kernels = tuple(_kernel(op, names, macs, times.kernels[op.name], layers) for op in ops)
-    return Execution(kernels=kernels, profiled_ms=times.whole, between_ms=times.between, precision=hint, threads=used)
+    return Execution(kernels=kernels, profiled_ms=times.whole, between_ms=times.between, precision=hint, threads=threads)
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from math import prod
 from pathlib import Path
@@ -23,10 +23,11 @@ from numpy.typing import NDArray
 from muntin.artifact import Artifact, Manifest, Signature, open_artifact
 from muntin.errors import DataError, DependencyError
 from muntin.runtime.contention import BUSY, watch_cpu
-from muntin.runtime.engines import DEFAULT_ENGINE, PRECISIONS, load
+from muntin.runtime.engines import open_session
 from muntin.runtime.hardware import describe_hardware, memory_gib, physical_cores
 from muntin.runtime.kernels import Ceilings, Execution, Kernel
-from muntin.runtime.session import Session, check_threads
+from muntin.runtime.options import DEFAULT_OPTIONS, SessionOptions
+from muntin.runtime.session import Session
 
 ImagesShape = tuple[int, int, int]
 """(B, H, W)"""
@@ -37,20 +38,21 @@ WARM_UP = 2
 TOLERANCE = 0.1
 """How far the kernels' sum may be from the whole, as a share of it, before a note says so."""
 
-Profiler = Callable[..., Execution]
+Profiler = Callable[[Artifact, NDArray[np.uint8], SessionOptions, int], Execution]
+"""(artefact, images, options, rounds) -> the kernels that were executed."""
 
 
 # An engine's library is loaded when something is profiled with it.
-def _openvino(artifact: Artifact, images_BHWC: NDArray[np.uint8], **options: Any) -> Execution:
+def _openvino(artifact: Artifact, images_BHWC: NDArray[np.uint8], options: SessionOptions, rounds: int) -> Execution:
     from muntin.runtime.openvino_kernels import openvino_kernels
 
-    return openvino_kernels(artifact, images_BHWC, **options)
+    return openvino_kernels(artifact, images_BHWC, options, rounds)
 
 
-def _onnxruntime(artifact: Artifact, images_BHWC: NDArray[np.uint8], **options: Any) -> Execution:
+def _onnxruntime(artifact: Artifact, images_BHWC: NDArray[np.uint8], options: SessionOptions, rounds: int) -> Execution:
     from muntin.runtime.onnxruntime_kernels import onnxruntime_kernels
 
-    return onnxruntime_kernels(artifact, images_BHWC, **options)
+    return onnxruntime_kernels(artifact, images_BHWC, options, rounds)
 
 
 PROFILERS: dict[str, Profiler] = {"openvino": _openvino, "onnxruntime": _onnxruntime}
@@ -101,10 +103,8 @@ class Profile:
 
 def profile(
     path: str | Path,
+    options: SessionOptions = DEFAULT_OPTIONS,
     *,
-    engine: str = DEFAULT_ENGINE,
-    precision: str = "recorded",
-    threads: int | None = None,
     shape: ImagesShape | None = None,
     rounds: int = 30,
     ceilings: Ceilings | None = None,
@@ -118,22 +118,20 @@ def profile(
     Raises what `load` and its session raise, and DataError for an engine that cannot be profiled, a shape or a number of rounds out of
     range, images that do not fit into memory.
     """
-    profiler = _check(engine, precision, threads, shape, rounds)
+    profiler = _check(options.engine, shape, rounds)
     artifact = open_artifact(path)
     shape = default_shape(artifact) if shape is None else shape
     cores = physical_cores()
     with watch_cpu() as watch, _enough_memory(artifact.manifest.signature, shape):
         images_BHWC = fill(artifact.golden()[0][0], shape)
-        session = load(path, engine=engine, precision=precision, threads=threads)
+        session = open_session(path, options)
         whole_ms = latency(session, images_BHWC, rounds)
         used = session.threads
         del session  # its threads and memory are not those that are profiled next
-        execution = profiler(artifact, images_BHWC, precision=precision, threads=threads, rounds=rounds)
+        execution = profiler(artifact, images_BHWC, options, rounds)
         fewer = None
         if used > cores:
-            fewer = Fewer(
-                threads=cores, whole_ms=latency(load(path, engine=engine, precision=precision, threads=cores), images_BHWC, rounds)
-            )
+            fewer = Fewer(threads=cores, whole_ms=latency(open_session(path, replace(options, threads=cores)), images_BHWC, rounds))
     if ceilings is None:
         ceilings, said = _measured_ceilings(execution.threads)
     else:
@@ -141,7 +139,7 @@ def profile(
     return Profile(
         artifact=artifact,
         bytes=artifact.bytes,
-        engine=engine,
+        engine=options.engine,
         precision=execution.precision,
         threads=execution.threads,
         shape=shape,
@@ -186,12 +184,9 @@ def _measured_ceilings(threads: int) -> tuple[Ceilings, list[str]]:
     return measured, [f"other processes used {measured.others:.1f} cores while the ceilings were measured: the ceilings are too low"]
 
 
-def _check(engine: str, precision: str, threads: int | None, shape: ImagesShape | None, rounds: int) -> Profiler:
+def _check(engine: str, shape: ImagesShape | None, rounds: int) -> Profiler:
     if engine not in PROFILERS:
         raise DataError(f'engine="{engine}": a profile is made in one of {", ".join(PROFILERS)}')
-    if precision not in PRECISIONS:
-        raise DataError(f'precision="{precision}": give one of {", ".join(PRECISIONS)}')
-    check_threads(threads)
     if shape is not None and (len(shape) != 3 or any(isinstance(side, bool) or not isinstance(side, int) or side < 1 for side in shape)):
         raise DataError(f"shape={shape!r}: give three whole numbers from 1: images, rows, columns")
     if isinstance(rounds, bool) or not isinstance(rounds, int) or not 1 <= rounds <= 1000:

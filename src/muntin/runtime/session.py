@@ -20,8 +20,6 @@ from muntin.artifact import Signature
 from muntin.errors import ArtifactError, DataError
 from muntin.runtime.buffers import Buffers
 
-MOST_THREADS = 4096
-"""No machine has more; engines take any number, or say that something else is wrong."""
 STATIC_SHAPES = 4
 """Input sizes that an engine which compiles for each of them keeps, beside those that `warm_up` was given."""
 Shape = tuple[int, int, int]
@@ -213,15 +211,3 @@ def check_shapes(shapes: object) -> tuple[Shape, ...]:
     if not isinstance(shapes, Iterable):
         raise DataError(f"shapes={shapes!r}: give a list of (B, H, W), each three whole numbers from 1")
     return tuple(check_shape(shape) for shape in shapes)
-
-
-def check_threads(threads: int | None) -> None:
-    """Raises DataError unless `threads` is None (the engine gets the usable physical cores) or from 1 to `MOST_THREADS`."""
-    if threads is not None and (isinstance(threads, bool) or not isinstance(threads, int) or not 1 <= threads <= MOST_THREADS):
-        raise DataError(f"threads={threads!r}: give a whole number from 1 to {MOST_THREADS}, or None for the usable physical cores")
-
-
-def check_streams(streams: object) -> None:
-    """Raises DataError unless `streams` is a whole number from 1."""
-    if isinstance(streams, bool) or not isinstance(streams, int) or streams < 1:
-        raise DataError(f"streams={streams!r}: give 1 for the lowest latency, more for several images at the same time")

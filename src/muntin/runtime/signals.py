@@ -32,10 +32,3 @@ def signal_stack_kept() -> Iterator[None]:
         yield
     finally:
         libc.sigaltstack(ctypes.byref(before), None)
-
-
-def signal_stack() -> tuple[int, int]:
-    """Address and flags of this thread's alternate signal stack; flags 2 says that there is none. Linux only."""
-    now = _Stack()
-    ctypes.CDLL(None).sigaltstack(None, ctypes.byref(now))
-    return now.sp or 0, now.flags

@@ -212,7 +212,7 @@ def _check_output(signature: Signature, output: Output | None) -> Output:
     return output
 
 
-def check_tiles(session: Predictor, *, tile: int | None, overlap: int | None, exact: bool) -> tuple[int | None, int]:
+def check_tiles(session: Predictor, *, tile: int | None, overlap: int | None, exact: bool = False) -> tuple[int | None, int]:
     """The tile's side and the overlap that `predict` computes with. Raises DataError for what it does not allow."""
     if exact:
         _refuse_exact(session)

@@ -8,7 +8,7 @@ layers alone compute what its integers say; and, where the caller brings data, h
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import isfinite
 from pathlib import Path
 
@@ -17,8 +17,9 @@ from numpy.typing import NDArray
 
 from muntin.artifact import Artifact, GoldenTolerance, LayerRecord, Manifest, open_artifact
 from muntin.errors import DependencyError
-from muntin.runtime.engines import DEFAULT_ENGINE, load
+from muntin.runtime.engines import open_session
 from muntin.runtime.layerwise import TOLERANCE, LayerCheck, verify_layers
+from muntin.runtime.options import DEFAULT_ENGINE, DEFAULT_OPTIONS, SessionOptions
 from muntin.runtime.session import ExecutedLayer, Session
 
 RMS_SHARE = 0.25
@@ -77,22 +78,15 @@ class VerifyResult:
     problems: tuple[str, ...]
 
     @property
-    def digests_ok(self) -> bool:
-        """Whether every file was compared: True of every result, since an altered file raises."""
-        return bool(self.digests)
-
-    @property
     def passed(self) -> bool:
         return not self.problems
 
 
 def verify(
     path: str | Path,
+    options: SessionOptions = DEFAULT_OPTIONS,
     *,
     evaluate: Callable[[Session], float] | None = None,
-    engine: str = DEFAULT_ENGINE,
-    precision: str = "recorded",
-    threads: int | None = None,
     allow_fallbacks: bool | None = None,
     layers: bool = False,
 ) -> VerifyResult:
@@ -107,7 +101,7 @@ def verify(
     """
     artifact = open_artifact(path)
     manifest = artifact.manifest
-    session = load(path, engine=engine, precision=precision, threads=threads, shapes=())
+    session = open_session(path, replace(options, shapes=()))
     tolerance = manifest.tolerance(session.engine, session.precision)
     problems = [] if tolerance else [_no_tolerance(session, manifest)]
     golden = tuple(
@@ -119,7 +113,7 @@ def verify(
     fallbacks, reasons = find_fallbacks(manifest.layers, ran)
     if fallbacks and not ran:
         fallbacks, reasons = (), (f"{session.engine} does not say what its layers ran in",)
-    if not (engine != DEFAULT_ENGINE if allow_fallbacks is None else allow_fallbacks):
+    if not (options.engine != DEFAULT_ENGINE if allow_fallbacks is None else allow_fallbacks):
         problems += [f"{reason}: export for this engine and CPU, or allow fallbacks" for reason in reasons]
     checks = _checked_layers(artifact, session.threads) if layers else ()
     problems += [_check_problem(check) for check in checks if not check.passed]

@@ -12,15 +12,15 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 from queue import SimpleQueue
 from threading import Event, Lock, Thread
 from weakref import WeakKeyDictionary
 
+from muntin.runtime.options import SessionOptions
 from muntin.serving.probation import Limits, Probation, endless, probe
 from muntin.serving.scheduling import Demand, nobody
-from muntin.serving.version import Call, Opening, Version, open_version
+from muntin.serving.version import Call, Version, open_version
 
 OFTEN = 8
 """Batches of one size after which it is compiled for."""
@@ -40,8 +40,8 @@ class Compiler:
     whom compiling is not to keep waiting.
     """
 
-    def __init__(self, opening: Opening, *, budget: Callable[[int], float] = endless, demand: Callable[[], Demand] = nobody) -> None:
-        self._opening, self._budget, self._demand = replace(opening, calls=()), budget, demand
+    def __init__(self, opening: SessionOptions, *, budget: Callable[[int], float] = endless, demand: Callable[[], Demand] = nobody) -> None:
+        self._opening, self._budget, self._demand = opening, budget, demand
         self._lock = Lock()
         # By version, and not by what it is of: an artefact that is loaded again is compiled for nothing of this.
         self._seen: WeakKeyDictionary[Version, OrderedDict[Call, int]] = WeakKeyDictionary()
@@ -120,7 +120,7 @@ class Compiler:
                 self._seen[version].pop(call, None)
 
 
-def compile_for(path: Path, opening: Opening, lately: tuple[Call, ...]) -> Probation:
+def compile_for(path: Path, opening: SessionOptions, lately: tuple[Call, ...]) -> Probation:
     """Opens an artefact and warms it up, which leaves what was compiled in the user's cache. What a `Compiler` asks of its process."""
     opened = open_version(path, opening, lately)
     return Probation(digest=opened.digest, signature=opened.signature, open_s=0.0, latency_ms={}, peak_mib=None)

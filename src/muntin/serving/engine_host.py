@@ -31,11 +31,12 @@ from numpy.typing import NDArray
 
 from muntin import errors
 from muntin.errors import MuntinError
+from muntin.runtime.options import SessionOptions
 from muntin.runtime.session import Session
 from muntin.serving import version
 from muntin.serving.scheduling import take_usual_turns
 from muntin.serving.shared_memory import Places
-from muntin.serving.version import Call, Opening, open_version
+from muntin.serving.version import Call, open_version
 
 KEPT = 32 << 20
 """Bytes of images, or of an answer, beyond which a lane does not keep the memory that they were in."""
@@ -93,11 +94,6 @@ def call_of(values: list[Any]) -> Call:
     return Call((B, H, W), labels)
 
 
-def opening_of(fields: dict[str, Any]) -> Opening:
-    """An opening, as JSON has it (`dataclasses.asdict`)."""
-    return Opening(**(fields | {"calls": tuple(call_of(call) for call in fields["calls"])}))
-
-
 def said_of(error: BaseException) -> dict[str, str]:
     """An error, for the other process to raise: `error_of` is the way back."""
     kind = "MemoryError" if isinstance(error, MemoryError) else type(error).__name__
@@ -144,7 +140,7 @@ def _open(control: socket.socket, question: dict[str, Any]) -> Session:
     _go_first(600)
     opened = open_version(
         Path(question["path"]),
-        opening_of(question["opening"]),
+        SessionOptions(**question["opening"]),
         [call_of(call) for call in question["lately"]],
         rest=question["rest"],
         stopped=lambda: bool(select.select([control], [], [], 0)[0]),  # nothing is sent meanwhile: its end is gone

@@ -27,13 +27,14 @@ from numpy.typing import DTypeLike, NDArray
 
 from muntin.artifact import Signature
 from muntin.errors import VerificationError
+from muntin.runtime.options import SessionOptions
 from muntin.runtime.session import ExecutedLayer, Session, Shape, check_shapes
 from muntin.serving.engine_host import LABELS, SCORES, call_of
 from muntin.serving.engine_lane import Lane
 from muntin.serving.engine_start import Running, begin_in_process
 from muntin.serving.scheduling import Demand
 from muntin.serving.shared_memory import SharedBuffers
-from muntin.serving.version import TOO_LONG, Call, EngineDiedError, NotReadyError, Opened, Opening, OutOfMemoryError, TookTooLongError
+from muntin.serving.version import TOO_LONG, Call, EngineDiedError, NotReadyError, Opened, OutOfMemoryError, TookTooLongError
 
 DEATHS = 3
 """Deaths of an engine without an answer between, after which it is not begun again at once."""
@@ -64,7 +65,7 @@ def can_open_apart() -> bool:
 
 def open_apart(
     path: Path,
-    opening: Opening,
+    opening: SessionOptions,
     lately: Iterable[Call],
     *,
     rest: float,
@@ -90,9 +91,7 @@ def open_apart(
         if isinstance(error, NotReadyError) and not stopped():  # it died between the two, and was not there again in time
             raise VerificationError(f"{path}: {error}") from error
         raise
-    return Opened(
-        session=session, signature=session.signature, digest=running.said["digest"], calls=tuple(session.calls), start=opening.calls
-    )
+    return Opened(session=session, signature=session.signature, digest=running.said["digest"], calls=tuple(session.calls))
 
 
 @contextmanager

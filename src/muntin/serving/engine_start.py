@@ -16,10 +16,11 @@ from typing import Any
 
 from muntin.errors import VerificationError
 from muntin.runtime.memory import kills_for_memory
+from muntin.runtime.options import SessionOptions
 from muntin.serving.engine_host import error_of, receive, send
 from muntin.serving.engine_lane import Lane
 from muntin.serving.scheduling import PATIENCE, Demand, Pace, Standing, nobody, stand_back
-from muntin.serving.version import TOO_LONG, Call, NotReadyError, Opening, TookTooLongError
+from muntin.serving.version import TOO_LONG, Call, NotReadyError, TookTooLongError
 
 _POLL_S = 0.05
 _ENDS_S, _END_S = 2.0, 5.0
@@ -117,7 +118,7 @@ def _closed_on_error(sock: socket.socket) -> Iterator[None]:
 
 def begin_in_process(
     path: Path,
-    opening: Opening,
+    opening: SessionOptions,
     lately: Iterable[Call],
     *,
     seconds: float,

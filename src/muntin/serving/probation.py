@@ -34,12 +34,13 @@ from muntin.artifact.store import read_manifest
 from muntin.errors import MuntinError, RecipeError, VerificationError
 from muntin.runtime.hardware import memory_gib
 from muntin.runtime.memory import kills_for_memory, resident, resident_of
+from muntin.runtime.options import DEFAULT_OPTIONS, SessionOptions
 from muntin.runtime.session import Session
 from muntin.runtime.verification import verify
-from muntin.serving.engine_host import call_of, end_after, error_of, opening_of, said_of
+from muntin.serving.engine_host import call_of, end_after, error_of, said_of
 from muntin.serving.engine_process import can_open_apart, open_apart
 from muntin.serving.scheduling import PATIENCE, Demand, Pace, nobody, take_short_turns
-from muntin.serving.version import TOO_LONG, Call, NotReadyError, Opened, Opening, TookTooLongError, open_version, starting_calls
+from muntin.serving.version import TOO_LONG, Call, NotReadyError, Opened, TookTooLongError, open_version, starting_calls
 
 ROUNDS = 5
 """Calls of each kind that are timed."""
@@ -111,15 +112,13 @@ class Probation:
     peak_mib: float | None
 
 
-Examine = Callable[[Path, Opening, tuple[Call, ...]], Probation]
+Examine = Callable[[Path, SessionOptions, tuple[Call, ...]], Probation]
 """What a trial consists of: a function of a module that can be imported."""
 
 
-def examine(path: Path, opening: Opening, lately: tuple[Call, ...]) -> Probation:
+def examine(path: Path, opening: SessionOptions, lately: tuple[Call, ...]) -> Probation:
     """Verifies an artefact, opens it as the server will, and times it. Raises what these raise, VerificationError for a failed check."""
-    result = verify(
-        path, engine=opening.engine, precision=opening.precision, threads=opening.threads, allow_fallbacks=opening.allow_fallbacks
-    )
+    result = verify(path, opening)
     if not result.passed:
         more = f" (and {len(result.problems) - 1} more)" if len(result.problems) > 1 else ""
         raise VerificationError(f"{path}: {result.problems[0]}{more}")
@@ -167,7 +166,7 @@ def _somebody() -> Demand:
 
 def probe(
     path: Path,
-    opening: Opening,
+    opening: SessionOptions,
     lately: Iterable[Call],
     *,
     limits: Limits,
@@ -177,7 +176,7 @@ def probe(
 ) -> Probation:
     """Tries an artefact in a new process of this Python, which takes about a second longer than verifying and opening it there.
 
-    `lately`: calls to warm up beside the opening's. `stopped`: asked many times a second; once it is true the trial ends. What takes only
+    `lately`: calls to warm up. `stopped`: asked many times a second; once it is true the trial ends. What takes only
     idle time runs a quarter of it or less, by the `demand` (`Pace`), and its limits are up to four times as long. Raises what `examine`
     raises, VerificationError naming what happened where the process dies, hangs or takes too much memory, NotReadyError where stopped.
     """
@@ -301,13 +300,13 @@ class Loader(Protocol):
 class ArtifactLoader:
     """Artefacts, tried in a process of their own first.
 
-    Each is warmed up for the opening's calls, for batches of up to `max_batch` images of the size that it was exported with, and for all
+    Each is warmed up for batches of up to `max_batch` images of the size that it was exported with, and for all
     that its predecessor was asked lately; with `dynamic`, where other sizes need no compiling, for what it was asked `OFTEN`. `budget`:
     as of a `Compiler`, for what was asked lately and is not of its start; what was asked most goes first. `demand`: who is served
     now, whom all this is not to keep waiting.
     """
 
-    opening: Opening = field(default_factory=Opening)
+    opening: SessionOptions = DEFAULT_OPTIONS
     max_batch: int = 0
     limits: Limits = field(default_factory=Limits)
     budget: Callable[[int], float] = endless
@@ -315,38 +314,36 @@ class ArtifactLoader:
 
     def probe(self, path: Path, lately: Mapping[Call, int], stopped: Callable[[], bool]) -> Probation:
         limits = self.limits if lately else replace(self.limits, idle_seconds=0.0)  # where nobody is served nobody is to be spared
-        opening = self._opening(path)
-        return probe(path, opening, self._calls(path, opening, lately), limits=limits, stopped=stopped, demand=self.demand)
+        calls = self._calls(path, self._start(path), lately)
+        return probe(path, self.opening, calls, limits=limits, stopped=stopped, demand=self.demand)
 
     def open(self, path: Path, lately: Mapping[Call, int], found: Probation, stopped: Callable[[], bool] = _never) -> Opened:
-        opening = self._opening(path)
-        rest, calls = REST if lately else 0.0, self._calls(path, opening, lately)
+        start = self._start(path)
+        rest, calls = REST if lately else 0.0, self._calls(path, start, lately)
         if can_open_apart():
-            opened = open_apart(path, opening, calls, rest=rest, seconds=self.limits.seconds, stopped=stopped, demand=self.demand)
+            opened = open_apart(path, self.opening, calls, rest=rest, seconds=self.limits.seconds, stopped=stopped, demand=self.demand)
         else:
-            opened = open_version(path, opening, calls, rest=rest, stopped=stopped)
+            opened = open_version(path, self.opening, calls, rest=rest, stopped=stopped)
         if opened.digest != found.digest:
             opened.session.close()
             raise _replaced(path)
-        return opened
+        return replace(opened, start=start)
 
-    def _opening(self, path: Path) -> Opening:
-        if not self.max_batch:
-            return self.opening
-        started = starting_calls(read_manifest(path), self.max_batch)  # whoever opens it reads the rest, and not in this process
-        return replace(self.opening, calls=tuple(dict.fromkeys((*self.opening.calls, *started))))
+    def _start(self, path: Path) -> tuple[Call, ...]:
+        """The calls that every version is compiled for. Only the manifest is read in this process."""
+        return starting_calls(read_manifest(path), self.max_batch) if self.max_batch else ()
 
-    def _calls(self, path: Path, opening: Opening, lately: Mapping[Call, int]) -> tuple[Call, ...]:
-        asked = {call: count for call, count in lately.items() if count >= OFTEN or not opening.dynamic}
-        kept = set(opening.calls)
+    def _calls(self, path: Path, start: tuple[Call, ...], lately: Mapping[Call, int]) -> tuple[Call, ...]:
+        asked = {call: count for call, count in lately.items() if count >= OFTEN or not self.opening.dynamic}
+        kept = set(start)
         if not asked.keys() - kept:
-            return tuple(asked)
+            return start
         left = self.budget(read_manifest(path).signature.channels)
         for call in sorted(asked.keys() - kept, key=lambda call: (-asked[call], call.pixels)):
             if call.pixels <= left:
                 left -= call.pixels
                 kept.add(call)
-        return tuple(call for call in asked if call in kept)
+        return (*start, *(call for call in asked if call in kept and call not in start))
 
 
 # ---- in the new process ----
@@ -359,7 +356,7 @@ def answer() -> None:
         question = json.load(sys.stdin)
         _confine(Limits(**question["limits"]), PATIENCE if question["idle"] else 1)
         module, name = question["examine"]
-        opening = opening_of(question["opening"])
+        opening = SessionOptions(**question["opening"])
         try:
             examined: Examine = getattr(import_module(module), name)
             found = examined(Path(question["path"]), opening, tuple(call_of(call) for call in question["lately"]))

@@ -58,7 +58,7 @@ from muntin.serving.service import Service
 from muntin.serving.slot import Slot
 from muntin.serving.telling import Notify, tell_nobody, told_safely
 from muntin.serving.tracing import Tracing
-from muntin.serving.version import NotReadyError, Opening
+from muntin.serving.version import NotReadyError
 
 _NOT_HERE = frozenset({errno.EADDRNOTAVAIL, errno.EAFNOSUPPORT})
 """What a system says of an address that a name has, and the machine has not."""
@@ -108,7 +108,7 @@ class Server:
         self._grpc: GrpcFace | None = None
         self._thread: threading.Thread | None = None
         self._runner: Runner | None = None
-        opening = self._opening()
+        opening = config.session_options
         self._compiler = Compiler(opening, budget=self._budget, demand=self._demand)
         loader = ArtifactLoader(opening=opening, max_batch=config.max_batch, budget=self._budget, demand=self._demand)
         self.slot = Slot(config.name or _name_of(Path(path)), loader, rollout=config.rollout, notify=self._notify)
@@ -179,16 +179,6 @@ class Server:
         if self._runner is None or not self.slot.busy:
             return Demand.NONE
         return Demand.WAITING if self._runner.waiting else Demand.SERVED
-
-    def _opening(self) -> Opening:
-        config = self.config
-        return Opening(
-            engine=config.engine,
-            precision=config.precision,
-            threads=config.threads,
-            streams=config.streams,
-            dynamic=True,
-        )
 
     def _budget(self, channels: int) -> float:
         """Pixels, of the sizes that a version is compiled for beside those of its start."""

@@ -16,15 +16,16 @@ import time
 from collections import OrderedDict, deque
 from collections.abc import Callable, Hashable, Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Literal, NamedTuple
 
-from muntin.artifact import Artifact, Manifest, Signature, open_artifact
-from muntin.errors import DataError, MuntinError, VerificationError
-from muntin.runtime.engines import DEFAULT_ENGINE, ENGINES, PRECISIONS, load
-from muntin.runtime.session import Session, Shape, check_shape, check_streams, check_threads
+from muntin.artifact import Manifest, Signature, open_artifact
+from muntin.errors import MuntinError, VerificationError
+from muntin.runtime.engines import open_session
+from muntin.runtime.options import SessionOptions
+from muntin.runtime.session import Session, Shape
 from muntin.runtime.verification import replay
 
 State = Literal["loading", "ready", "draining", "unloaded", "failed"]
@@ -98,45 +99,11 @@ def starting_calls(manifest: Manifest, max_batch: int) -> tuple[Call, ...]:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Opening:
-    """How versions are opened: all of a server alike.
-
-    `engine`, `precision`, `threads`, `streams`, `dynamic`: as in `muntin.load`. `calls`: what every version is warmed up for, beside what
-    its predecessor was asked lately; without any of these, scores and labels of the shape that its manifest names.
-    `allow_fallbacks`: whether a layer recorded as 8-bit may run in float; None: only in engines other than the default one.
-    """
-
-    engine: str = DEFAULT_ENGINE
-    precision: str = "recorded"
-    threads: int | None = None
-    streams: int = 1
-    dynamic: bool = False
-    calls: tuple[Call, ...] = ()
-    allow_fallbacks: bool | None = None
-
-    def __post_init__(self) -> None:
-        if self.engine not in ENGINES:
-            raise DataError(f'engine="{self.engine}": give one of {", ".join(ENGINES)}')
-        if self.precision not in PRECISIONS:
-            raise DataError(f'precision="{self.precision}": give one of {", ".join(PRECISIONS)}')
-        check_threads(self.threads)
-        check_streams(self.streams)
-        for call in self.calls:
-            check_shape(call.shape)
-
-    def wanted(self, lately: Iterable[Call], artifact: Artifact) -> tuple[Call, ...]:
-        """What a version is warmed up for, each once."""
-        calls = tuple(dict.fromkeys((*self.calls, *lately)))
-        example, restores = artifact.manifest.example, artifact.manifest.signature.task == "restore"
-        if calls or example is None:
-            return calls
-        return (Call(example),) if restores else (Call(example), Call(example, labels=True))
-
-
-@dataclass(frozen=True, kw_only=True)
 class Opened:
-    """A session that has answered a golden pair and is warm, and the artefact that it is of. `calls`: what it is compiled for; `start`:
-    for what it would have been before anybody asked."""
+    """A session that has answered a golden pair and is warm, and its artefact's signature and digest.
+
+    `calls`: the calls that it is compiled for; `start`: those of them that are compiled for at every start, before any request.
+    """
 
     session: Session
     signature: Signature
@@ -149,10 +116,20 @@ def _never() -> bool:
     return False
 
 
+def _example_calls(manifest: Manifest) -> tuple[Call, ...]:
+    """Scores, and labels where there are classes, of the manifest's example; empty without one."""
+    if manifest.example is None:
+        return ()
+    scores = Call(manifest.example)
+    return (scores,) if manifest.signature.task == "restore" else (scores, scores._replace(labels=True))
+
+
 def open_version(
-    path: Path, opening: Opening, lately: Iterable[Call], *, rest: float = 0.0, stopped: Callable[[], bool] = _never
+    path: Path, options: SessionOptions, calls: Iterable[Call], *, rest: float = 0.0, stopped: Callable[[], bool] = _never
 ) -> Opened:
-    """Opens an artefact in this process, replays its smallest golden pair, and warms it up for the opening's calls and those of `lately`.
+    """Opens an artefact in this process, replays its smallest golden pair, and warms it up for `calls`.
+
+    Without calls it is warmed up for scores and labels of the shape that its manifest names; the options' `shapes` are ignored.
 
     With `dynamic` the models of dynamic sizes are compiled as well: a size that nobody foresaw is computed as it comes. Takes what
     compiling takes, or, where the user's cache has what is compiled, a fraction of it. `rest`, above 0 where requests are answered
@@ -162,17 +139,9 @@ def open_version(
     """
     step = partial(_step, path, rest=rest, stopped=stopped)
     with step():
-        session = load(
-            path,
-            engine=opening.engine,
-            precision=opening.precision,
-            threads=opening.threads,
-            streams=opening.streams,
-            shapes=(),
-            dynamic=opening.dynamic,
-        )
+        session = open_session(path, replace(options, shapes=()))
     artifact = open_artifact(path)  # after it: had the directory been replaced meanwhile, its digest would say so
-    calls = opening.wanted(lately, artifact)
+    calls = tuple(dict.fromkeys(calls)) or _example_calls(artifact.manifest)
     images_BHWC, scores = min(artifact.golden(), key=lambda pair: pair[0].size)
     tolerance = artifact.manifest.tolerance(session.engine, session.precision)
     classes = session.signature.task != "restore"
@@ -188,9 +157,9 @@ def open_version(
     for call in sorted(calls, key=lambda call: call.labels):
         with step():
             session.warm_up([call.shape], labels=call.labels, compute=not rest or call == smallest)
-    if opening.dynamic and classes:
+    if options.dynamic and classes:
         session.labels(images_BHWC)  # the model for scores came with the replay
-    return Opened(session=session, signature=session.signature, digest=artifact.digest, calls=calls, start=opening.calls)
+    return Opened(session=session, signature=session.signature, digest=artifact.digest, calls=calls)
 
 
 @contextmanager
