@@ -39,10 +39,10 @@ from kept import Row, kept_row
 from muntin.deployment import image_macs
 from muntin.models import PRESETS
 from muntin.runtime import describe_hardware, load
-from muntin.runtime.ceilings import Ceilings, measure_ceilings
+from muntin.runtime.ceilings import measure_ceilings
 from muntin.runtime.contention import watch_cpu
 from muntin.runtime.hardware import physical_cores
-from muntin.runtime.kernels import BETWEEN, COPIES, Kernel, macs_ms
+from muntin.runtime.kernels import BETWEEN, COPIES, Ceilings, Kernel, macs_ms
 from muntin.runtime.latency import interleaved_latency
 from muntin.runtime.options import SessionOptions
 from muntin.runtime.profile import Profile, fill, profile

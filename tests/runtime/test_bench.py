@@ -14,10 +14,10 @@ import pytest
 
 from muntin.errors import DataError
 from muntin.runtime.bench import bench
-from muntin.runtime.doctor import count
 from muntin.runtime.hardware import physical_cores
 from muntin.runtime.loading import ArtifactCandidate
 from muntin.runtime.options import SessionOptions
+from muntin.text import count
 
 
 def test_every_combination_is_a_row(convolutions: Any) -> None:

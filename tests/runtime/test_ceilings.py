@@ -11,7 +11,15 @@ import pytest
 from onnx.reference import ReferenceEvaluator
 
 from muntin.errors import DataError
-from muntin.runtime.ceilings import PRECISIONS, Kind, executed_products, measure_ceilings, measure_copy, measure_product, product_graph
+from muntin.runtime.ceilings import (
+    PRODUCT_PRECISIONS,
+    Kind,
+    executed_products,
+    measure_ceilings,
+    measure_copy,
+    measure_product,
+    product_graph,
+)
 from muntin.runtime.quiet import openvino
 from muntin.runtime.signals import signal_stack_kept
 
@@ -27,7 +35,7 @@ def test_every_precision_of_the_cpu_has_a_ceiling(core: Any, signal_stack: Any) 
     assert signal_stack() == before
     capabilities = core.get_property("CPU", "OPTIMIZATION_CAPABILITIES")
     assert "f32" in ceilings.gmacs
-    assert set(ceilings.gmacs) == {name for name, (capability, _, _) in PRECISIONS.items() if capability in capabilities}
+    assert set(ceilings.gmacs) == {name for name, (capability, _, _) in PRODUCT_PRECISIONS.items() if capability in capabilities}
     assert all(0 < rate < 1e6 for rate in ceilings.gmacs.values())
     assert ceilings.copy_gb_s > 0
     assert ceilings.threads == 1
@@ -39,7 +47,7 @@ def test_every_precision_of_the_cpu_has_a_ceiling(core: Any, signal_stack: Any) 
 @pytest.mark.parametrize("precision", ["bf16", "f16"])
 def test_a_precision_that_the_cpu_lacks_is_absent(core: Any, precision: str) -> None:
     """OpenVINO runs an FP16 hint in BF16 or FP32 where there is no FP16, and says nothing."""
-    has = PRECISIONS[precision][0] in core.get_property("CPU", "OPTIMIZATION_CAPABILITIES")
+    has = PRODUCT_PRECISIONS[precision][0] in core.get_property("CPU", "OPTIMIZATION_CAPABILITIES")
     rate = measure_product(core, "MatMul", precision, threads=1, seconds=0.01)
     assert (rate is not None) == has
 
@@ -51,7 +59,7 @@ def test_both_products_run_in_the_precision_of_the_graph(core: Any, kind: Kind, 
     with signal_stack_kept():
         products = executed_products(core.compile_model(model, "CPU", {"INFERENCE_PRECISION_HINT": "f32"}).get_runtime_model())
     assert len(products) == 2
-    assert PRECISIONS["i8" if integer else "f32"][2].issuperset(products.values())
+    assert PRODUCT_PRECISIONS["i8" if integer else "f32"][2].issuperset(products.values())
 
 
 @pytest.mark.parametrize("integer", [False, True])

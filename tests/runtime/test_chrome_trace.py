@@ -10,8 +10,8 @@ from typing import Any
 
 import pytest
 
-from muntin.runtime.ceilings import Ceilings
 from muntin.runtime.chrome_trace import KERNELS, WHOLE, chrome_trace
+from muntin.runtime.kernels import Ceilings
 from muntin.runtime.options import SessionOptions
 from muntin.runtime.profile import Profile, profile
 

@@ -17,11 +17,10 @@ import pytest
 from onnx import TensorProto, helper, numpy_helper
 
 from muntin.runtime import describe_hardware
-from muntin.runtime.ceilings import Ceilings
 from muntin.runtime.contention import read_cpu_times
 from muntin.runtime.findings import Finding, findings
 from muntin.runtime.hardware import physical_cores
-from muntin.runtime.kernels import LAYOUT, PRODUCTS, Operand
+from muntin.runtime.kernels import LAYOUT, PRODUCTS, Ceilings, Operand
 from muntin.runtime.options import SessionOptions
 from muntin.runtime.profile import Fewer, Profile, profile
 

@@ -8,7 +8,6 @@ import numpy as np
 import pytest
 
 from muntin.artifact import LayerRecord
-from muntin.runtime.ceilings import Ceilings
 from muntin.runtime.kernels import (
     CONVERT,
     COPIES,
@@ -16,6 +15,7 @@ from muntin.runtime.kernels import (
     LAYOUT,
     OTHER,
     PRODUCTS,
+    Ceilings,
     Kernel,
     Operand,
     convolution_macs,

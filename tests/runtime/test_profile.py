@@ -13,9 +13,8 @@ import pytest
 
 from muntin.artifact import ClassInfo, LayerRecord, Signature, open_artifact, write_artifact
 from muntin.errors import ArtifactError, DataError
-from muntin.runtime.ceilings import Ceilings
 from muntin.runtime.hardware import physical_cores
-from muntin.runtime.kernels import Execution
+from muntin.runtime.kernels import Ceilings, Execution
 from muntin.runtime.options import SessionOptions
 from muntin.runtime.profile import above, default_shape, fill, notes, profile
 

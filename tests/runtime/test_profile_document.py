@@ -12,8 +12,7 @@ import pytest
 
 from muntin.artifact import open_artifact
 from muntin.reporting.profile_schema import parse_profile
-from muntin.runtime.ceilings import Ceilings
-from muntin.runtime.kernels import BETWEEN, INTERRUPTIONS
+from muntin.runtime.kernels import BETWEEN, INTERRUPTIONS, Ceilings
 from muntin.runtime.options import SessionOptions
 from muntin.runtime.profile import Profile, profile
 from muntin.runtime.profile_document import kinds, profile_dict

@@ -12,6 +12,7 @@ from muntin.cli.console import Json, out, print_json, progress_bar
 from muntin.cli.deploy import ArtifactPath, Engine, Precision
 from muntin.cli.profile import parse_size
 from muntin.errors import DataError
+from muntin.text import count
 
 if TYPE_CHECKING:
     from muntin.runtime.bench import Bench
@@ -94,8 +95,6 @@ def _candidate(path: Path, compile: bool, engine: str, precision: str) -> Candid
 
 
 def _print(result: Bench) -> None:
-    from muntin.runtime.doctor import count
-
     names = list(dict.fromkeys(row.name for row in result.rows))
     letters = dict(zip(names, "AB", strict=False))
     for name, letter in letters.items():

@@ -6,7 +6,7 @@ import json
 import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.table import Table
@@ -14,8 +14,10 @@ from rich.text import Text
 
 from muntin.cli.console import Json, out, print_json, print_table, refuse_unwritable, status
 from muntin.errors import DataError
+from muntin.text import count
 
-Shape = tuple[int, int, int]
+if TYPE_CHECKING:
+    from muntin.runtime.session import Shape
 
 WINS = 3
 TOP = 12
@@ -97,7 +99,7 @@ def _profile_run(run: Path, target: Path, *, size: str | None, batch: int | None
         return
     out.print(
         f"whole     {measured.whole_ms:.2f} ms for {batch or 1} x {H} x {W} in {measured.engine} {measured.precision}, "
-        f"{_count(measured.threads, 'thread')}, the profiler on (median of {_count(rounds, 'call')})",
+        f"{count(measured.threads, 'thread')}, the profiler on (median of {count(rounds, 'call')})",
         markup=False,
     )
     rows = [[layer.name, layer.kind, f"{layer.ms:.2f}", f"{layer.ms / measured.whole_ms:.0%}"] for layer in measured.layers[:TOP]]
@@ -137,10 +139,6 @@ def parse_size(size: str) -> tuple[int, int]:
     return int(match[1]), int(match[2] or match[1])
 
 
-def _count(count: int, what: str) -> str:
-    return f"{count} {what}{'' if count == 1 else 's'}"
-
-
 def _text(document: Mapping[str, Any]) -> str:
     return json.dumps(document, ensure_ascii=False, allow_nan=False) + "\n"
 
@@ -149,7 +147,7 @@ def _print(document: Mapping[str, Any]) -> None:
     B, H, W = document["shape"]
     out.print(
         f"whole     {document['whole_ms']:.2f} ms for {B} x {H} x {W} in {document['engine']}, float layers in {document['precision']}, "
-        f"{_count(document['threads'], 'thread')} (median of {_count(document['rounds'], 'call')})",
+        f"{count(document['threads'], 'thread')} (median of {count(document['rounds'], 'call')})",
         markup=False,
     )
     wins = [finding for finding in document["findings"] if finding["saves_ms"] is not None]

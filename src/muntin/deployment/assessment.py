@@ -49,11 +49,11 @@ from muntin.errors import ArtifactError, ExportError, RecipeError, VerificationE
 from muntin.models import TorchSession
 from muntin.runtime import Session, describe_hardware, load, verify
 from muntin.runtime.contention import notes_on, watch_cpu
-from muntin.runtime.doctor import count
 from muntin.runtime.images import IGNORED
 from muntin.runtime.latency import latency_report
 from muntin.runtime.memory import no_memory
 from muntin.runtime.tiles import Predictor
+from muntin.text import count
 from muntin.training.checkpoint import AVERAGE, Checkpoint, read_checkpoint
 from muntin.training.evaluation import Labels, predictions, score, tile_of
 from muntin.training.recipe import override_recipe, recipe_text

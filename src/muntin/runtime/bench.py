@@ -22,13 +22,13 @@ from numpy.typing import NDArray
 from muntin.artifact import open_artifact
 from muntin.errors import DataError
 from muntin.runtime.contention import notes_on, watch_cpu
-from muntin.runtime.doctor import count
 from muntin.runtime.hardware import describe_hardware, memory_gib, physical_cores
 from muntin.runtime.latency import Latency, Mapper, interleaved_latency, interleaved_throughput
 from muntin.runtime.loading import ArtifactCandidate, Candidate, Loading, measure_loading, too_large
 from muntin.runtime.options import DEFAULT_ENGINE, SessionOptions
 from muntin.runtime.profile import default_shape, fill
 from muntin.runtime.session import Shape, check_shape
+from muntin.text import count
 
 ROUNDS = 50
 """Timed calls a row; the 99th percentile of fewer says little."""

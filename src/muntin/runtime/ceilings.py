@@ -14,9 +14,7 @@ not at all: a precision that the CPU lacks is absent, never emulated.
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from threading import Barrier, BrokenBarrierError
 from typing import Any, Literal
 
@@ -28,6 +26,7 @@ from onnx import TensorProto, helper, numpy_helper
 from muntin.errors import DataError
 from muntin.runtime.contention import watch_cpu
 from muntin.runtime.hardware import last_level_cache, memory_gib, physical_cores
+from muntin.runtime.kernels import Ceilings
 from muntin.runtime.options import check_threads
 from muntin.runtime.quiet import openvino
 from muntin.runtime.signals import signal_stack_kept
@@ -35,7 +34,7 @@ from muntin.runtime.signals import signal_stack_kept
 Kind = Literal["MatMul", "Conv"]
 
 # What a precision needs among the CPU's capabilities, OpenVINO's hint for it, and its name of what a product then runs in
-PRECISIONS: dict[str, tuple[str, str, frozenset[str]]] = {
+PRODUCT_PRECISIONS: dict[str, tuple[str, str, frozenset[str]]] = {
     "f32": ("FP32", "f32", frozenset({"f32"})),
     "bf16": ("BF16", "bf16", frozenset({"bf16"})),
     "f16": ("FP16", "f16", frozenset({"f16"})),
@@ -46,22 +45,6 @@ _CHANNELS = 256
 _REPEATS = 3
 _BLOCK = 8
 """Calls whose mean counts as one run, at the least."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Ceilings:
-    """What this machine reached.
-
-    `gmacs`: 1e9 multiply-adds a second of a large product, by "f32", "bf16", "f16", "i8"; a precision that the CPU has no kernels for is
-    absent. `copy_gb_s`: 1e9 bytes read and written a second by a copy far larger than the caches. `threads`: how many worked. `others`:
-    cores' worth of CPU time that other processes used meanwhile, None where unknown: these are a busy machine's ceilings if it is not
-    near 0.
-    """
-
-    gmacs: Mapping[str, float]
-    copy_gb_s: float
-    threads: int
-    others: float | None
 
 
 @signal_stack_kept()
@@ -83,7 +66,7 @@ def measure_ceilings(*, threads: int | None = None, seconds: float = 1.0) -> Cei
         capabilities = core.get_property("CPU", "OPTIMIZATION_CAPABILITIES")
         rates = {
             precision: [measure_product(core, kind, precision, threads=threads, seconds=seconds / 2) for kind in ("MatMul", "Conv")]
-            for precision, (capability, _, _) in PRECISIONS.items()
+            for precision, (capability, _, _) in PRODUCT_PRECISIONS.items()
             if capability in capabilities
         }
         copy_gb_s = measure_copy(threads, seconds)
@@ -97,7 +80,7 @@ def measure_product(core: Any, kind: Kind, precision: str, *, threads: int, seco
 
     `core`: an `openvino.Core`. Runs for `seconds`, and at least three times.
     """
-    _, hint, names = PRECISIONS[precision]
+    _, hint, names = PRODUCT_PRECISIONS[precision]
     side = _side(kind, min(threads, physical_cores()))
     options = {"INFERENCE_PRECISION_HINT": hint, "INFERENCE_NUM_THREADS": threads, "PERFORMANCE_HINT": "LATENCY", "PERF_COUNT": True}
     model = core.read_model(model=product_graph(kind, side, integer=precision == "i8"), weights=b"")

@@ -11,7 +11,7 @@ from typing import Any
 
 from muntin.runtime.kernels import Kernel
 from muntin.runtime.profile import Profile
-from muntin.text import plain
+from muntin.text import count, plain
 
 WHOLE, KERNELS = 0, 1
 """The two rows of the trace."""
@@ -30,7 +30,7 @@ def chrome_trace(profile: Profile) -> dict[str, Any]:
             _named(
                 "process_name",
                 WHOLE,
-                f"{profile.engine}, {profile.threads} thread{'' if profile.threads == 1 else 's'}, {profile.precision}",
+                f"{profile.engine}, {count(profile.threads, 'thread')}, {profile.precision}",
             ),
             _named("thread_name", WHOLE, "inference"),
             _named("thread_name", KERNELS, "kernels"),

@@ -46,7 +46,7 @@ class IntegerCheck:
 
 
 @dataclass(frozen=True, kw_only=True)
-class _Layer:
+class _TestLayer:
     """`requantised`: the output is rounded to 8 bits again, as between the layers of a model. `input`: its shape."""
 
     name: str
@@ -57,10 +57,10 @@ class _Layer:
 
 
 _LAYERS = (
-    _Layer(name="matrix product", kind="MatMul", input=(64, 128), outputs=64, requantised=False),
-    _Layer(name="matrix product of odd sizes", kind="MatMul", input=(33, 67), outputs=41, requantised=False),
-    _Layer(name="3 x 3 convolution", kind="Conv", input=(1, 32, 14, 14), outputs=32, requantised=True),
-    _Layer(name="3 x 3 convolution of odd sizes", kind="Conv", input=(1, 19, 9, 13), outputs=21, requantised=True),
+    _TestLayer(name="matrix product", kind="MatMul", input=(64, 128), outputs=64, requantised=False),
+    _TestLayer(name="matrix product of odd sizes", kind="MatMul", input=(33, 67), outputs=41, requantised=False),
+    _TestLayer(name="3 x 3 convolution", kind="Conv", input=(1, 32, 14, 14), outputs=32, requantised=True),
+    _TestLayer(name="3 x 3 convolution of odd sizes", kind="Conv", input=(1, 19, 9, 13), outputs=21, requantised=True),
 )
 
 
@@ -69,7 +69,7 @@ def check_integers(run: Run) -> tuple[IntegerCheck, ...]:
     return tuple(_check(layer, run) for layer in _LAYERS)
 
 
-def _check(layer: _Layer, run: Run) -> IntegerCheck:
+def _check(layer: _TestLayer, run: Run) -> IntegerCheck:
     generator = np.random.default_rng(0)
     weight_shape = (layer.input[1], layer.outputs) if layer.kind == "MatMul" else (layer.outputs, layer.input[1], 3, 3)
     x, weight = generator.integers(0, 256, layer.input), generator.integers(-127, 128, weight_shape)
@@ -110,7 +110,7 @@ def _weight_scales(outputs: int) -> NDArray[np.float32]:
     return np.exp2(-6 - np.arange(outputs) % 2).astype(np.float32)
 
 
-def _graph(layer: _Layer, weight: NDArray[np.int8]) -> bytes:
+def _graph(layer: _TestLayer, weight: NDArray[np.int8]) -> bytes:
     axis = 1 if layer.kind == "MatMul" else 0
     constants: dict[str, NDArray[Any]] = {
         "weight": weight,
@@ -146,11 +146,11 @@ def _graph(layer: _Layer, weight: NDArray[np.int8]) -> bytes:
 # An engine's library is loaded when it is asked to run: a machine that serves with one needs no other.
 def run_openvino(model: bytes, x: NDArray[np.float32]) -> tuple[NDArray[np.float32], bool]:
     """In OpenVINO's CPU plugin. Raises DependencyError where it cannot run it."""
-    from muntin.runtime.ceilings import PRECISIONS, executed_products
+    from muntin.runtime.ceilings import PRODUCT_PRECISIONS, executed_products
     from muntin.runtime.quiet import openvino
     from muntin.runtime.signals import signal_stack_kept
 
-    _, hint, names = PRECISIONS["i8"]
+    _, hint, names = PRODUCT_PRECISIONS["i8"]
     try:
         with signal_stack_kept():
             core = openvino.Core()

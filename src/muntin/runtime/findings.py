@@ -13,8 +13,9 @@ from dataclasses import dataclass, replace
 from math import prod
 
 from muntin.runtime.contention import BUSY
-from muntin.runtime.kernels import CONVERT, COPIES, ELEMENTWISE, IMAGES, LAYOUT, PRECISIONS, PRODUCTS, Kernel, macs_ms
+from muntin.runtime.kernels import CONVERT, COPIES, ELEMENTWISE, IMAGES, LAYOUT, PRECISION_LABELS, PRODUCTS, Kernel, macs_ms
 from muntin.runtime.profile import Profile
+from muntin.text import count
 
 LEAST_SHARE = 0.005
 """Of the time: what saves less is not worth a line."""
@@ -154,7 +155,7 @@ def _passes(kind: str, what: str, profile: Profile, graph: _Graph, kernels: Sequ
         f"{_article(kernel.kind)} {kernel.kind}{_layouts(kernel)} {graph.place(kernel)} ({_ms(kernel.ms)} ms)" for kernel in _named(kernels)
     ]
     verb = "it is" if len(kernels) == 1 else "the largest is" if len(largest) == 1 else "the largest are"
-    places = f"{verb} {', '.join(largest)}{_more(len(kernels) - len(largest))}" if largest else f"{_count(len(kernels), 'short pass')}"
+    places = f"{verb} {', '.join(largest)}{_more(len(kernels) - len(largest))}" if largest else f"{count(len(kernels), 'short pass')}"
     return Finding(
         kind=kind,
         words=f"{_share(total, profile)} {what}: {places}",
@@ -243,7 +244,7 @@ def _float_layers(profile: Profile, graph: _Graph) -> Iterator[Finding]:
         groups.setdefault(_pattern(kernel.label), []).append(kernel)
     longest = sorted(groups.items(), key=lambda group: -_sum(group[1]))
     names = ", ".join(f"{name if len(group) > 1 else group[0].label} ({_ms(_sum(group))} ms)" for name, group in longest[:NAMED])
-    kinds = " and ".join(sorted({PRECISIONS.get(kernel.precision, kernel.precision) for kernel in kernels}))
+    kinds = " and ".join(sorted({PRECISION_LABELS.get(kernel.precision, kernel.precision) for kernel in kernels}))
     half = _all_in_precision(kernels, "bf16", profile) if profile.precision == "f32" else None
     run, take, they, them = ("runs", "takes", "it", "it") if len(kernels) == 1 else ("run", "take", "they", "them")
     ways = f"in INT8 {they} would take about {_ms(least)} ms" + (
@@ -251,7 +252,7 @@ def _float_layers(profile: Profile, graph: _Graph) -> Iterator[Finding]:
     )
     yield Finding(
         kind="float",
-        words=f"{_count(len(kernels), 'product')} {run} in {kinds}, since the artefact does not quantise {them}, and {take} "
+        words=f"{count(len(kernels), 'product')} {run} in {kinds}, since the artefact does not quantise {them}, and {take} "
         f"{_share(total, profile)}: {names}{_more(len(longest) - NAMED)}; {ways}, at a cost in accuracy to be measured",
         saves_ms=total - least,
         kernels=_names(kernels),
@@ -276,7 +277,7 @@ def _far_from_ceiling(kernels: list[Kernel], profile: Profile) -> Finding:
     first = kernels[0]
     total, least = _sum(kernels), _attainable(profile, kernels)
     arithmetic, memory = first.bounds_ms(profile.ceilings)
-    precision = PRECISIONS.get(first.precision, first.precision)
+    precision = PRECISION_LABELS.get(first.precision, first.precision)
     ceiling = "bandwidth of a copy" if arithmetic is not None and memory > arithmetic else f"{precision} ceiling"
     who = f"{first.label} reaches" if len(kernels) == 1 else f"{_pattern(first.label)} ({len(kernels)} alike) reach"
     reasons = _reasons(first)
@@ -313,11 +314,11 @@ def _reasons(kernel: Kernel) -> list[str]:
 def _between(profile: Profile, graph: _Graph) -> Iterator[Finding]:
     busy = profile.others is not None and profile.others >= BUSY  # then it is others' time as much as the engine's
     if profile.between_ms >= BETWEEN_SHARE * profile.profiled_ms and not busy:
-        count = len(profile.kernels)
+        number = len(profile.kernels)
         yield Finding(
             kind="between",
-            words=f"{_share(profile.between_ms, profile)} passes between the {count} kernels, "
-            f"{profile.between_ms * 1e3 / count:.0f} microseconds for each: fewer operations, or more images in a call",
+            words=f"{_share(profile.between_ms, profile)} passes between the {number} kernels, "
+            f"{profile.between_ms * 1e3 / number:.0f} microseconds for each: fewer operations, or more images in a call",
             saves_ms=profile.between_ms,
         )
 
@@ -329,7 +330,7 @@ def _threads(profile: Profile, graph: _Graph) -> Iterator[Finding]:
     faster = then < now
     yield Finding(
         kind="threads",
-        words=f"{profile.threads} threads on {there} physical core{'' if there == 1 else 's'}: with {there} the same image takes "
+        words=f"{profile.threads} threads on {count(there, 'physical core')}: with {there} the same image takes "
         + (
             f"{_ms(then)} ms instead of {_ms(now)}"
             if faster
@@ -404,12 +405,8 @@ def _share(ms: float, profile: Profile) -> str:
     return f"{ms / profile.profiled_ms:.0%} of the time ({_ms(ms)} of {_ms(profile.profiled_ms)} ms)"
 
 
-def _more(count: int) -> str:
-    return f", and {count} more" if count > 0 else ""
-
-
-def _count(count: int, what: str) -> str:
-    return f"{count} {what}{'' if count == 1 else 'es' if what.endswith('s') else 's'}"
+def _more(number: int) -> str:
+    return f", and {number} more" if number > 0 else ""
 
 
 def _article(word: str) -> str:
@@ -422,5 +419,5 @@ def _ms(ms: float) -> str:
     return f"{ms:.0f}" if ms >= 9.95 else f"{ms:.1f}" if ms >= 0.95 else f"{ms:.2f}" if ms >= 0.0095 else f"{ms:.3f}"
 
 
-def _bytes(count: int) -> str:
-    return f"{count / 1e6:.2g} MB" if count < 9.5e6 else f"{count / 1e6:.0f} MB"
+def _bytes(size: int) -> str:
+    return f"{size / 1e6:.2g} MB" if size < 9.5e6 else f"{size / 1e6:.0f} MB"

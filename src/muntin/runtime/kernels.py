@@ -9,7 +9,6 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
-from typing import Protocol
 
 from muntin.artifact import LayerRecord
 
@@ -43,20 +42,25 @@ _KINDS: dict[str, frozenset[str]] = {
     }),
 }  # fmt: skip
 
-PRECISIONS = {"i8": "INT8", "bf16": "BF16", "f16": "FP16", "f32": "FP32"}
+PRECISION_LABELS = {"i8": "INT8", "bf16": "BF16", "f16": "FP16", "f32": "FP32"}
 """Ours -> in words."""
 
-Shape = tuple[int, ...]
+TensorShape = tuple[int, ...]
 
 
-class Ceilings(Protocol):
-    """What the machine can reach: 1e9 multiply-adds a second for each precision, and bytes copied in 1e9 a second."""
+@dataclass(frozen=True, kw_only=True)
+class Ceilings:
+    """Measured limits of this machine.
 
-    @property
-    def gmacs(self) -> Mapping[str, float]: ...
+    `gmacs`: 1e9 multiply-adds a second of a large product, by "f32", "bf16", "f16", "i8"; a precision without kernels on this CPU is
+    absent. `copy_gb_s`: 1e9 bytes read and written a second by a copy far larger than the caches. `threads`: how many worked. `others`:
+    CPU cores' worth of time that other processes used meanwhile, None where unknown: well above 0, the limits are too low.
+    """
 
-    @property
-    def copy_gb_s(self) -> float: ...
+    gmacs: Mapping[str, float]
+    copy_gb_s: float
+    threads: int
+    others: float | None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,7 +69,7 @@ class Operand:
     ("abcd" as the shape says, "acdb" channels last), empty where it does not say. `type`: element type, "u8", "f32"; `bytes`: its size.
     `source`: the executed kernel that wrote it, `IMAGES` for the input, None for a constant."""
 
-    shape: Shape
+    shape: TensorShape
     type: str
     bytes: int
     layout: str = ""
@@ -109,7 +113,7 @@ class Kernel:
     @property
     def words(self) -> str:
         """Its kind in words, for a product with the precision."""
-        return f"{self.group}, {PRECISIONS.get(self.precision, self.precision)}" if self.group == PRODUCTS else self.group
+        return f"{self.group}, {PRECISION_LABELS.get(self.precision, self.precision)}" if self.group == PRODUCTS else self.group
 
     def bounds_ms(self, ceilings: Ceilings) -> tuple[float | None, float]:
         """The least time for its multiply-adds (None without a ceiling of its precision) and for its bytes."""
@@ -171,17 +175,17 @@ def group_of(kind: str, macs: int, operations: Sequence[str], inputs: Sequence[O
     return found
 
 
-def convolution_macs(output: Shape, weight: Shape) -> int:
+def convolution_macs(output: TensorShape, weight: TensorShape) -> int:
     """Multiply-adds of a convolution, grouped or not: each output channel has its share of the weights, (B, K, ...) x their number."""
     return prod(output) * prod(weight) // output[1]
 
 
-def deconvolution_macs(entry: Shape, weight: Shape) -> int:
+def deconvolution_macs(entry: TensorShape, weight: TensorShape) -> int:
     """Multiply-adds of a transposed convolution: each input channel has its share of the weights."""
     return prod(entry) * prod(weight) // entry[1]
 
 
-def product_macs(left: Shape, right: Shape, output: Shape) -> int:
+def product_macs(left: TensorShape, right: TensorShape, output: TensorShape) -> int:
     """Multiply-adds of a matrix product, the left operand transposed or not: (..., M, K) x (..., K, N) is M * N * K for each matrix."""
     if len(right) == 1:  # whose axis the output does not have
         return prod(output) * right[0]

@@ -49,7 +49,7 @@ class LayerCheck:
 
 
 @dataclass(frozen=True)
-class _Layer:
+class _QuantisedProduct:
     """A product and the nodes from its unrounded inputs to its output."""
 
     name: str
@@ -83,7 +83,7 @@ def verify_layers(artifact: Artifact, images: Sequence[NDArray[np.uint8]], *, th
     return tuple(LayerCheck(name=name, error=error) for name, error in worst.items())
 
 
-def _answers(alone: Any, layers: Sequence[_Layer], taps: dict[str, NDArray[Any]], nudge: float) -> dict[str, NDArray[Any]]:
+def _answers(alone: Any, layers: Sequence[_QuantisedProduct], taps: dict[str, NDArray[Any]], nudge: float) -> dict[str, NDArray[Any]]:
     """What every layer should have given, and its operands, where its unrounded inputs are all `nudge` steps higher."""
     fed: dict[str, NDArray[Any]] = {}
     for layer in layers:
@@ -92,7 +92,7 @@ def _answers(alone: Any, layers: Sequence[_Layer], taps: dict[str, NDArray[Any]]
     return dict(zip([output.name for output in alone.get_outputs()], alone.run(None, fed), strict=True))
 
 
-def _error(layer: _Layer, answers: list[dict[str, NDArray[Any]]], got: NDArray[Any]) -> float:
+def _error(layer: _QuantisedProduct, answers: list[dict[str, NDArray[Any]]], got: NDArray[Any]) -> float:
     """Of each output the difference from the nearest of the answers."""
     wanted = answers[0][layer.output]
     left, right = (answers[0][name] for name in layer.operands)
@@ -106,7 +106,7 @@ def _error(layer: _Layer, answers: list[dict[str, NDArray[Any]]], got: NDArray[A
     return max(0.0, difference) / step if step > 0 else (0.0 if difference <= 0 else float("inf"))
 
 
-def _quantised_layers(model: onnx.ModelProto) -> list[_Layer]:
+def _quantised_layers(model: onnx.ModelProto) -> list[_QuantisedProduct]:
     makers = {name: node for node in model.graph.node for name in node.output}
     constants = {initializer.name: initializer for initializer in model.graph.initializer}
     found = []
@@ -118,7 +118,7 @@ def _quantised_layers(model: onnx.ModelProto) -> list[_Layer]:
             continue
         rounded = [(name, scale) for _, name, scale in (left, right) if name is not None]
         found.append(
-            _Layer(
+            _QuantisedProduct(
                 name=node.name or node.output[0],
                 nodes=(*left[0], *right[0], node),
                 inputs=tuple(name for name, _ in rounded),
@@ -151,7 +151,7 @@ def _fed(name: str) -> str:
     return f"fed:{name}"
 
 
-def _alone(model: onnx.ModelProto, layers: Sequence[_Layer], threads: int) -> Any:
+def _alone(model: onnx.ModelProto, layers: Sequence[_QuantisedProduct], threads: int) -> Any:
     """All layers side by side in one graph, each from its unrounded inputs to its output: no layer reads another."""
     from muntin.runtime.quiet import onnxruntime  # an engine is loaded where it is used: a machine that serves with one needs no other
 
@@ -181,7 +181,9 @@ def _alone(model: onnx.ModelProto, layers: Sequence[_Layer], threads: int) -> An
     return onnxruntime.InferenceSession(single.SerializeToString(), options, providers=["CPUExecutionProvider"])
 
 
-def _run_tapped(model: onnx.ModelProto, layers: Sequence[_Layer], images_BHWC: NDArray[np.uint8], threads: int) -> dict[str, NDArray[Any]]:
+def _run_tapped(
+    model: onnx.ModelProto, layers: Sequence[_QuantisedProduct], images_BHWC: NDArray[np.uint8], threads: int
+) -> dict[str, NDArray[Any]]:
     """Every layer's unrounded inputs and its output, as the engine computes them in f32."""
     from muntin.runtime.quiet import openvino
 

@@ -32,7 +32,7 @@ from muntin.runtime.kernels import (
     Execution,
     Kernel,
     Operand,
-    Shape,
+    TensorShape,
     convolution_macs,
     deconvolution_macs,
     group_of,
@@ -161,7 +161,7 @@ def _sums(nodes: Iterable[_Traced], rounds: int) -> list[float]:
     return [sum(times) for times in zip(*(node.times for node in nodes), strict=True)] or [0.0] * rounds
 
 
-def _operand(kind: str, shape: Shape, source: str | None = None) -> Operand:
+def _operand(kind: str, shape: TensorShape, source: str | None = None) -> Operand:
     name, size = _TYPES.get(kind.lower(), (kind, 0))
     return Operand(shape=shape, type=name, bytes=prod(shape) * size, source=source)
 
@@ -283,7 +283,7 @@ def _macs(node: onnx.NodeProto, inputs: tuple[Operand, ...], outputs: tuple[Oper
     return deconvolution_macs(entry, shape) if node.op_type == "ConvTranspose" else convolution_macs(output, shape)
 
 
-def _own_weight(node: onnx.NodeProto, inputs: Sequence[Operand], outputs: Sequence[Operand]) -> Shape:
+def _own_weight(node: onnx.NodeProto, inputs: Sequence[Operand], outputs: Sequence[Operand]) -> TensorShape:
     """The shape of the weight that a convolution itself reads, without filling: of its constants the one with as many axes as the image."""
     found = next((value.shape for value in inputs[1:] if len(value.shape) == len(inputs[0].shape)), ())
     return found if not found or node.op_type == "ConvTranspose" else (outputs[0].shape[1], *found[1:])

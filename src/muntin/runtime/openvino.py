@@ -42,7 +42,7 @@ from muntin.runtime.session import STATIC_SHAPES, ExecutedLayer, Session, Shape,
 from muntin.runtime.signals import signal_stack_kept
 
 # OpenVINO's names of types -> ours; a CPU's capability -> the precision it allows
-PRECISIONS = {"u8": "i8", "f16": "f16", "bf16": "bf16", "f32": "f32", "i8": "i8"}
+OPENVINO_PRECISIONS = {"u8": "i8", "f16": "f16", "bf16": "bf16", "f32": "f32", "i8": "i8"}
 _CAPABILITIES = {"f32": "FP32", "bf16": "BF16", "f16": "FP16"}
 # Layer types that multiply. A Subgraph (fused attention) may, so it counts only for nodes that it names outright.
 MULTIPLY = frozenset({"Convolution", "GroupConvolution", "Deconvolution", "FullyConnected", "MatMul"})
@@ -356,7 +356,7 @@ def _executed(runtime_model: Any, nodes: ComputeNodes) -> list[ExecutedLayer]:
         layer = ExecutedLayer(
             name=node or (originals[0] if originals else op.get_friendly_name()),
             kind=kind,
-            precision=PRECISIONS.get(precision, precision),
+            precision=OPENVINO_PRECISIONS.get(precision, precision),
             compute=node is not None,
         )
         if node is not None and node in seen:  # a fused neighbour that kept the node's name: the layer that multiplies is the one

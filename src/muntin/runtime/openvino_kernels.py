@@ -35,7 +35,7 @@ from muntin.runtime.kernels import (
     layer_of,
     product_macs,
 )
-from muntin.runtime.openvino import MAY_MULTIPLY, MULTIPLY, PRECISIONS, choose_precision, one_line
+from muntin.runtime.openvino import MAY_MULTIPLY, MULTIPLY, OPENVINO_PRECISIONS, choose_precision, one_line
 from muntin.runtime.openvino_endings import ending_in_scores
 from muntin.runtime.openvino_masks import with_whole_masks
 from muntin.runtime.options import SessionOptions
@@ -164,7 +164,7 @@ def _executed_ops(runtime_model: Any, executed: set[str]) -> list[_Op]:
                 name=op.get_friendly_name(),
                 kind=info.get("layerType", op.get_type_name()),
                 implementation=info.get("primitiveType", ""),
-                precision=PRECISIONS.get(info.get("runtimePrecision", ""), info.get("runtimePrecision", "")),
+                precision=OPENVINO_PRECISIONS.get(info.get("runtimePrecision", ""), info.get("runtimePrecision", "")),
                 originals=tuple(name for name in info.get("originalLayersNames", "").split(",") if name),
                 inputs=inputs,
                 outputs=tuple(_operand(output, layouts) for output in op.outputs()),

@@ -27,10 +27,7 @@ from muntin.runtime.engines import open_session
 from muntin.runtime.hardware import describe_hardware, memory_gib, physical_cores
 from muntin.runtime.kernels import Ceilings, Execution, Kernel
 from muntin.runtime.options import DEFAULT_OPTIONS, SessionOptions
-from muntin.runtime.session import Session
-
-ImagesShape = tuple[int, int, int]
-"""(B, H, W)"""
+from muntin.runtime.session import Session, Shape
 
 SIDE = 512
 """Side of the image, in pixels, for an artefact that names no example."""
@@ -81,7 +78,7 @@ class Profile:
     engine: str
     precision: str
     threads: int
-    shape: ImagesShape
+    shape: Shape
     rounds: int
     whole_ms: float
     profiled_ms: float
@@ -105,7 +102,7 @@ def profile(
     path: str | Path,
     options: SessionOptions = DEFAULT_OPTIONS,
     *,
-    shape: ImagesShape | None = None,
+    shape: Shape | None = None,
     rounds: int = 30,
     ceilings: Ceilings | None = None,
 ) -> Profile:
@@ -159,7 +156,7 @@ def profile(
 
 
 @contextmanager
-def _enough_memory(signature: Signature, shape: ImagesShape) -> Iterator[None]:
+def _enough_memory(signature: Signature, shape: Shape) -> Iterator[None]:
     """Refuses images that do not fit into this machine's memory with their scores, and says how much these take where it runs out."""
     needed = (1 + 4) * prod(shape) * signature.channels + 4 * prod(signature.scores_shape(*shape))
     told = f"shape={shape}: the images, in bytes and in float32, and their scores alone take {needed / 1e9:.3g} GB"
@@ -184,7 +181,7 @@ def _measured_ceilings(threads: int) -> tuple[Ceilings, list[str]]:
     return measured, [f"other processes used {measured.others:.1f} cores while the ceilings were measured: the ceilings are too low"]
 
 
-def _check(engine: str, shape: ImagesShape | None, rounds: int) -> Profiler:
+def _check(engine: str, shape: Shape | None, rounds: int) -> Profiler:
     if engine not in PROFILERS:
         raise DataError(f'engine="{engine}": a profile is made in one of {", ".join(PROFILERS)}')
     if shape is not None and (len(shape) != 3 or any(isinstance(side, bool) or not isinstance(side, int) or side < 1 for side in shape)):
@@ -194,7 +191,7 @@ def _check(engine: str, shape: ImagesShape | None, rounds: int) -> Profiler:
     return PROFILERS[engine]
 
 
-def default_shape(artifact: Artifact) -> ImagesShape:
+def default_shape(artifact: Artifact) -> Shape:
     """(B, H, W) of the manifest's example; without one a picture of the recorded side for "classify", of its golden one where none is
     recorded, and 512 x 512 for every other task."""
     manifest = artifact.manifest
@@ -206,7 +203,7 @@ def default_shape(artifact: Artifact) -> ImagesShape:
     return (1, side, side) if side is not None else (1, *artifact.golden()[0][0].shape[1:3])
 
 
-def fill(images_BHWC: NDArray[np.uint8], shape: ImagesShape) -> NDArray[np.uint8]:
+def fill(images_BHWC: NDArray[np.uint8], shape: Shape) -> NDArray[np.uint8]:
     """Images of another shape (B, H, W), from these: repeated to the batch, mirrored to the size, cut where they are larger."""
     B, H, W = shape
     rows, columns = (max(0, wanted - there) for wanted, there in zip((H, W), images_BHWC.shape[1:3], strict=True))
