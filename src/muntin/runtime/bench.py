@@ -1,10 +1,10 @@
-"""How fast: an artefact, and a baseline beside it, over batches, threads and streams, in one run.
+"""Benchmark of an artefact and a baseline over batches, threads and streams, in one run.
 
-    for each number of threads and streams: open every candidate in a process of its own (time and memory of it)
+    for each number of threads and streams: open every candidate in a process of its own (time and memory)
     for each number of threads and streams: open all candidates here
         for each batch: latency, one call after the other, interleaved; images a second, all streams busy, interleaved
 
-Medians, and the ratios between rows of the same run, are what to quote: a machine's absolute times drift.
+Quote medians and the ratios between rows of the same run: a machine's absolute times drift.
 """
 
 from __future__ import annotations
@@ -31,16 +31,16 @@ from muntin.runtime.session import Shape, check_shape
 from muntin.text import count
 
 ROUNDS = 50
-"""Timed calls a row; the 99th percentile of fewer says little."""
+"""Timed calls a row; a 99th percentile needs that many."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class BenchRow:
-    """One candidate with so many threads and streams on batches of one shape.
+    """One candidate with one number of threads and streams on batches of one shape.
 
     `images_per_s`: with every stream busy. `load_s`, `held_mib`, `peak_mib`, `cached`: of opening it with these threads and streams for all
-    batches of the run, in a process of its own (`Loading`). `ratio`: the baseline's median latency over this one, None without a baseline
-    and where it has another number of streams: a call has the threads of its stream.
+    batches of the run (`Loading`). `ratio`: the baseline's median latency over this one; None without a baseline, and where it has another
+    number of streams, since a call has the threads of its stream.
     """
 
     name: str
@@ -60,7 +60,7 @@ class BenchRow:
 
 @dataclass(frozen=True, kw_only=True)
 class Bench:
-    """All rows of a run. `others`: cores' worth of CPU time that other processes used meanwhile. `notes`: what makes the times doubtful."""
+    """All rows of a run. `others`: cores' worth of CPU time that other processes used meanwhile. `notes`: reasons to doubt the times."""
 
     rows: tuple[BenchRow, ...]
     others: float | None
@@ -88,12 +88,12 @@ def bench(
 ) -> Bench:
     """Measures an artefact, interleaved with a baseline if one is given (`ArtifactCandidate(path=..., engine=..., precision=...)`).
 
-    `batches`, `threads`, `streams`: every combination is a row (None threads: the usable physical cores; more streams than threads count as
-    so many, which `notes` says). `size`: height and width in pixels, those of the manifest's example unless given. `rounds`: timed calls a
-    row. The images are the artefact's golden ones, mirrored up to the size. `report` is called with (steps done, steps in all).
+    `batches`, `threads`, `streams`: every combination is a row (None threads: the usable physical cores; streams are limited to the number
+    of threads, with a note). `size`: height and width in pixels, by default of the manifest's example. `rounds`: timed calls a row. The
+    images are the artefact's golden ones, mirrored up to the size. `report` is called with (steps done, number of steps).
 
-    Raises what `load` raises, and DataError for a value out of range, for images that no memory holds and for a baseline that takes
-    images of other channels.
+    Raises the errors of `load`, and DataError for a value out of range, for images larger than memory and for a baseline that takes images
+    of other channels.
     """
     _check(batches, threads, streams, size, rounds)
     combinations = [SessionOptions(engine=engine, precision=precision, threads=n, streams=s) for n in threads for s in streams]
@@ -118,7 +118,7 @@ def bench(
             _check_channels(loadings[-1], measured.name, channels)
         images = [fill(artifact.golden()[0][0], shape) for shape in shapes]
         rows: list[BenchRow] = []
-        with watch_cpu() as watch:  # after the processes that loaded: they would count as others
+        with watch_cpu() as watch:  # begins after the processes that loaded, which would count as others
             for done, (setting, loading) in enumerate(zip(settings, loadings, strict=True), len(settings)):
                 report(done, 2 * len(settings))
                 rows += _measure(images, candidates, loading, setting, rounds)
@@ -169,13 +169,13 @@ def _measure(
 
 
 def _with_ratios(rows: Sequence[BenchRow]) -> list[BenchRow]:
-    """Every row beside the baseline's of the same setting, which comes before it."""
-    found, base = [], rows[0]
+    """Adds each row's ratio to the baseline's row of the same setting, which precedes it."""
+    compared, base = [], rows[0]
     for row in rows:
         base = row if row.name == rows[0].name else base
-        alike = row.streams == base.streams
-        found.append(replace(row, ratio=base.latency.median_ms / row.latency.median_ms if alike else None))
-    return found
+        comparable = row.streams == base.streams
+        compared.append(replace(row, ratio=base.latency.median_ms / row.latency.median_ms if comparable else None))
+    return compared
 
 
 def _notes(others: float | None, combinations: Sequence[SessionOptions]) -> list[str]:
@@ -191,8 +191,8 @@ def _notes(others: float | None, combinations: Sequence[SessionOptions]) -> list
 
 
 def _check_room(shapes: tuple[Shape, ...], channels: int) -> None:
-    there = memory_gib()
-    if there is not None and max(map(prod, shapes)) * channels > there * 2**30:
+    memory = memory_gib()
+    if memory is not None and max(map(prod, shapes)) * channels > memory * 2**30:
         raise too_large(shapes, channels)
 
 

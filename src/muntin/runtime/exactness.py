@@ -1,11 +1,11 @@
-"""Do an engine's integer kernels, on this CPU, add up integers correctly?
+"""Checks that an engine's integer kernels add up integers correctly on this CPU.
 
-Small layers in QDQ form, as artefacts hold them, against numpy's 64-bit integers. Scales are powers of two and sums stay below 2**24, so
-that float32 holds every step exactly and no difference is excused. Inputs and weights hold the extremes, where kernels break:
+Small layers in QDQ form, as in artefacts, are compared with numpy's 64-bit integers. Scales are powers of two and sums stay below 2**24, so
+float32 is exact and any difference is an error. Inputs and weights contain the extreme values, at which kernels fail:
 
     without VNNI, x86 adds pairs of uint8 * int8 products in 16 bits: 2 * 255 * 127 does not fit, and the sum saturates
 
-The layers have sizes that fill vectors and sizes that do not. Costs a fraction of a second for each engine.
+Some layers fill the CPU's vectors and some do not. Takes a fraction of a second for each engine.
 
 Axis letters: N rows or images, C inputs, K outputs, H and W rows and columns.
 """
@@ -26,7 +26,7 @@ from onnx import TensorProto, helper, numpy_helper
 from muntin.errors import DependencyError
 
 Run = Callable[[bytes, NDArray[np.float32]], tuple[NDArray[np.float32], bool]]
-"""A serialised ONNX model and its input -> its output, and whether its product ran on integers."""
+"""(serialised ONNX model, input) -> output, and True if its product ran on integers."""
 
 SCALE, ZERO = 2.0**-6, 128  # of the uint8 inputs
 _STEP = 2.0**15  # of a requantised output, in units of the integer sum: the largest sums just fit in 8 bits
@@ -35,8 +35,8 @@ _FLOAT_PRODUCTS = frozenset({"Conv", "FusedConv", "MatMul", "FusedMatMul", "Gemm
 
 @dataclass(frozen=True, kw_only=True)
 class IntegerCheck:
-    """One layer in one engine. `wrong` of `outputs` differ from integer arithmetic, by at most `error`, in units of the integer sum.
-    `integer`: whether it ran on integer kernels; in float it is exact too, and slow."""
+    """Result of one layer in one engine: `wrong` of `outputs` differ from integer arithmetic, by at most `error` units of the integer sum.
+    `integer`: True if it ran on integer kernels; float is exact, too, but slow."""
 
     layer: str
     outputs: int
@@ -47,7 +47,7 @@ class IntegerCheck:
 
 @dataclass(frozen=True, kw_only=True)
 class _TestLayer:
-    """`requantised`: the output is rounded to 8 bits again, as between the layers of a model. `input`: its shape."""
+    """`requantised`: the output is rounded to 8 bits, as between the layers of a model. `input`: its shape."""
 
     name: str
     kind: Literal["MatMul", "Conv"]
@@ -65,7 +65,7 @@ _LAYERS = (
 
 
 def check_integers(run: Run) -> tuple[IntegerCheck, ...]:
-    """Runs every layer with `run`, one of `RUNNERS` or what behaves alike."""
+    """Runs every layer with `run`, for example one of `RUNNERS`."""
     return tuple(_check(layer, run) for layer in _LAYERS)
 
 
@@ -77,21 +77,20 @@ def _check(layer: _TestLayer, run: Run) -> IntegerCheck:
     outputs = weight if layer.kind == "MatMul" else weight.T
     outputs[..., 0], outputs[..., 1] = 127, -127
     sums = _sums(layer.kind, x, weight)
-    given = ((x - ZERO) * SCALE).astype(np.float32)
-    got, integer = run(_graph(layer, weight.astype(np.int8)), given)
+    result, integer = run(_graph(layer, weight.astype(np.int8)), ((x - ZERO) * SCALE).astype(np.float32))
     unit = SCALE * _weight_scales(layer.outputs)
     if layer.kind == "Conv":
         unit = unit[:, None, None]
-    wanted = sums * unit
+    expected = sums * unit
     if layer.requantised:
         step = _STEP * unit.max()
-        wanted = (np.clip(np.rint(wanted / step) + ZERO, 0, 255) - ZERO) * step
-    difference = np.abs(got.astype(np.float64) - wanted)
+        expected = (np.clip(np.rint(expected / step) + ZERO, 0, 255) - ZERO) * step
+    difference = np.abs(result.astype(np.float64) - expected)
     return IntegerCheck(
         layer=layer.name,
-        outputs=wanted.size,
+        outputs=expected.size,
         wrong=int((difference != 0).sum()),
-        error=float((difference / unit).max()) if np.isfinite(got).all() else float("inf"),
+        error=float((difference / unit).max()) if np.isfinite(result).all() else float("inf"),
         integer=integer,
     )
 
@@ -143,7 +142,7 @@ def _graph(layer: _TestLayer, weight: NDArray[np.int8]) -> bytes:
     return bytes(model.SerializeToString())
 
 
-# An engine's library is loaded when it is asked to run: a machine that serves with one needs no other.
+# An engine's library is imported when it is used: a machine needs only the engine that it serves with.
 def run_openvino(model: bytes, x: NDArray[np.float32]) -> tuple[NDArray[np.float32], bool]:
     """In OpenVINO's CPU plugin. Raises DependencyError where it cannot run it."""
     from muntin.runtime.ceilings import PRODUCT_PRECISIONS, executed_products
@@ -186,7 +185,7 @@ def _cannot(engine: str, version: str, error: Exception) -> DependencyError:
 
 
 def provider_starts(provider: str) -> bool:
-    """Whether a provider of ONNX Runtime's build really computes here: where it cannot start, the CPU takes over and only a log says so."""
+    """Returns True if a provider of ONNX Runtime starts here; otherwise the CPU takes over, which is only logged."""
     from muntin.runtime.quiet import onnxruntime
 
     layer = _LAYERS[0]
