@@ -29,7 +29,7 @@ def core() -> Any:
     return openvino.Core()
 
 
-def test_every_precision_of_the_cpu_has_a_ceiling(core: Any, signal_stack: Any) -> None:
+def test_ceilings_of_every_precision(core: Any, signal_stack: Any) -> None:
     before = signal_stack()
     ceilings = measure_ceilings(threads=1, seconds=0.02)
     assert signal_stack() == before
@@ -45,7 +45,7 @@ def test_every_precision_of_the_cpu_has_a_ceiling(core: Any, signal_stack: Any) 
 
 
 @pytest.mark.parametrize("precision", ["bf16", "f16"])
-def test_a_precision_that_the_cpu_lacks_is_absent(core: Any, precision: str) -> None:
+def test_ceiling_of_a_missing_precision(core: Any, precision: str) -> None:
     """OpenVINO runs an FP16 hint in BF16 or FP32 where there is no FP16, and says nothing."""
     has = PRODUCT_PRECISIONS[precision][0] in core.get_property("CPU", "OPTIMIZATION_CAPABILITIES")
     rate = measure_product(core, "MatMul", precision, threads=1, seconds=0.01)
@@ -54,7 +54,7 @@ def test_a_precision_that_the_cpu_lacks_is_absent(core: Any, precision: str) -> 
 
 @pytest.mark.parametrize("kind", ["MatMul", "Conv"])
 @pytest.mark.parametrize("integer", [False, True])
-def test_both_products_run_in_the_precision_of_the_graph(core: Any, kind: Kind, integer: bool) -> None:
+def test_precision_of_the_products(core: Any, kind: Kind, integer: bool) -> None:
     model = core.read_model(model=product_graph(kind, 32, integer=integer), weights=b"")
     with signal_stack_kept():
         products = executed_products(core.compile_model(model, "CPU", {"INFERENCE_PRECISION_HINT": "f32"}).get_runtime_model())
@@ -81,7 +81,7 @@ def test_nonsense_is_refused(arguments: dict[str, Any]) -> None:
         measure_ceilings(**arguments)
 
 
-def test_a_thread_without_memory_ends_the_copies(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_copy_thread_without_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     calls, full = itertools.count(), np.full
 
     def scarce(*given: Any, **more: Any) -> Any:

@@ -25,7 +25,7 @@ def measured(convolutions: Any, engine: str) -> Profile:
 
 
 @pytest.mark.parametrize("engine", ["openvino", "onnxruntime"])
-def test_every_kernel_is_a_complete_event(convolutions: Any, engine: str) -> None:
+def test_kernels_as_events(convolutions: Any, engine: str) -> None:
     result = measured(convolutions, engine)
     document = json.loads(json.dumps(chrome_trace(result), allow_nan=False))
     events = [event for event in document["traceEvents"] if event["ph"] == "X" and event["tid"] == KERNELS]
@@ -37,13 +37,13 @@ def test_every_kernel_is_a_complete_event(convolutions: Any, engine: str) -> Non
     assert whole["dur"] == pytest.approx(1e3 * result.profiled_ms)
 
 
-def test_an_artefact_whose_name_is_no_utf_8_is_told_by_one_that_is(convolutions: Any, tmp_path: Path) -> None:
+def test_path_that_is_no_utf_8(convolutions: Any, tmp_path: Path) -> None:
     result = measured(convolutions, "onnxruntime")
     document = chrome_trace(replace(result, artifact=replace(result.artifact, path=tmp_path / os.fsdecode(b"caf\xe9"))))
     assert document["otherData"]["artifact"] == f"{tmp_path}/caf\\udce9"
 
 
-def test_without_time_stamps_kernels_stand_end_to_end_and_that_is_said(convolutions: Any) -> None:
+def test_kernels_without_time_stamps(convolutions: Any) -> None:
     document = chrome_trace(measured(convolutions, "openvino"))
     events = [event for event in document["traceEvents"] if event["ph"] == "X" and event["tid"] == KERNELS]
     end = 0.0

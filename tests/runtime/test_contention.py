@@ -55,7 +55,7 @@ def test_reads_what_each_cpu_did() -> None:
     assert parse_cpu_times("") == {}
 
 
-def test_what_a_quota_leaves_over_is_not_ours(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_spare_cpus_of_a_quota(monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[float] = []
     monkeypatch.setattr(contention, "compare", lambda *_, spare, **__: asked.append(spare))
     cpus = len(contention.affinity())
@@ -66,7 +66,7 @@ def test_what_a_quota_leaves_over_is_not_ours(monkeypatch: pytest.MonkeyPatch) -
     assert asked == [0, 0, 0.5]
 
 
-def test_others_are_what_was_used_less_our_own() -> None:
+def test_others_without_our_own_time() -> None:
     before = {0: CpuTime(0, 0, 0), 1: CpuTime(500, 10, 900), 2: CpuTime(0, 0, 0)}
     after = {0: CpuTime(100, 0, 100), 1: CpuTime(550, 30, 1000), 2: CpuTime(100, 0, 100)}
     others, stolen = compare(before, after, cpus={0, 1}, own=0.7, seconds=1.0) or (-1, -1)
@@ -88,13 +88,13 @@ def test_others_are_what_was_used_less_our_own() -> None:
     ],
     ids=["too short", "a CPU that is not listed", "counts that stand still", "no CPU"],
 )
-def test_nothing_is_said_where_nothing_is_known(cpus: set[int], seconds: float, after: dict[int, CpuTime]) -> None:
+def test_hardware_without_proc(cpus: set[int], seconds: float, after: dict[int, CpuTime]) -> None:
     assert compare({0: CpuTime(5, 0, 5)}, after, cpus=cpus, own=0.0, seconds=seconds) is None
 
 
 @linux
 @pytest.mark.usefixtures("busy_process")
-def test_a_busy_process_is_seen_by_a_watch() -> None:
+def test_watch_beside_a_busy_process() -> None:
     with watch_cpu() as watch:
         assert watch.others is None
         time.sleep(1)
@@ -106,7 +106,7 @@ def test_a_busy_process_is_seen_by_a_watch() -> None:
 
 @linux
 @pytest.mark.usefixtures("busy_process")
-def test_a_busy_process_takes_its_share() -> None:
+def test_share_beside_a_busy_process() -> None:
     share = measure_cpu_share(1, seconds=1.5)
     assert share.others is not None
     assert share.others >= 0.3
@@ -115,7 +115,7 @@ def test_a_busy_process_takes_its_share() -> None:
 
 @linux
 @pytest.mark.usefixtures("one_cpu")
-def test_our_own_busy_threads_are_no_others() -> None:
+def test_own_busy_threads() -> None:
     with watch_cpu() as watch:
         own, start = time.process_time(), time.perf_counter()
         threads = [Thread(target=_work, args=(1.0,)) for _ in range(2)]
@@ -143,7 +143,7 @@ def test_a_share_is_a_share() -> None:
     assert (share.others is None) == (not read_cpu_times())
 
 
-def test_a_watch_ends_with_its_block_whatever_happens() -> None:
+def test_watch_of_a_failing_block() -> None:
     with pytest.raises(KeyError), watch_cpu() as watch:
         raise KeyError
     assert isinstance(watch, CpuWatch)

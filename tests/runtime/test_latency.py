@@ -49,7 +49,7 @@ class Counting:
         return map(self, batches)
 
 
-def test_every_session_is_called_alike_in_turns() -> None:
+def test_interleaved_calls() -> None:
     calls: list[str] = []
     one, other = Counting("one", calls), Counting("other", calls)
     images = pictures(1, 16, 24, 3).transpose(0, 2, 1, 3)  # not contiguous
@@ -61,14 +61,14 @@ def test_every_session_is_called_alike_in_turns() -> None:
         assert math.isfinite(row.median_ms) and 0 < row.median_ms <= row.p90_ms <= row.p99_ms and row.calls == 3
 
 
-def test_a_session_that_waits_takes_as_much_longer() -> None:
+def test_latency_of_a_waiting_session() -> None:
     sessions = {"quick": Counting("quick", []), "slow": Counting("slow", [], wait_s=0.02)}
     figures = interleaved_latency(sessions, pictures(1, 8, 8, 3), rounds=3)
     assert figures["slow"].median_ms >= 20
     assert figures["quick"].median_ms < figures["slow"].median_ms
 
 
-def test_the_report_names_engines_and_keeps_the_baseline_first() -> None:
+def test_latency_report() -> None:
     rows = {"fp32": ("PyTorch eager", Counting("fp32", [])), "deployed": ("openvino INT8", Counting("deployed", []))}
     report = latency_report(rows, pictures(1, 16, 24, 3)[0], rounds=2)
     assert (report["height"], report["width"], report["rounds"]) == (16, 24, 2)
@@ -76,7 +76,7 @@ def test_the_report_names_engines_and_keeps_the_baseline_first() -> None:
     assert all(row["median_ms"] > 0 for row in report["rows"])
 
 
-def test_an_error_of_a_session_is_not_swallowed() -> None:
+def test_error_of_a_session() -> None:
     with pytest.raises(DataError, match="shape"):
         interleaved_latency({"one": Counting("one", [])}, pictures(1, 8, 8, 4), rounds=1)
 

@@ -95,7 +95,7 @@ def golden(artifact: Artifact) -> list[NDArray[np.uint8]]:
 # ---- sound artefacts ----
 
 
-def test_every_layer_alone_computes_what_its_integers_say(everything: tuple[Artifact, nn.Module]) -> None:
+def test_layers_of_a_sound_artefact(everything: tuple[Artifact, nn.Module]) -> None:
     artifact, _ = everything
     checks = verify_layers(artifact, golden(artifact))
     assert sorted(check.name for check in checks) == sorted(PRODUCTS)
@@ -122,7 +122,7 @@ def test_convolutions_of_unsigned_inputs_and_other_sizes(convolutions: Any, imag
     assert all(check.passed for check in checks), checks
 
 
-def test_layers_are_checked_with_the_threads_that_are_given(convolutions: Any) -> None:
+def test_threads_of_layer_checks(convolutions: Any) -> None:
     checks = verify_layers(convolutions.artifact, golden(convolutions.artifact), threads=1)
     assert [check.name for check in checks if check.passed] == ["stem", "body", "depthwise", "head"]
     model = onnx.load_model_from_string(convolutions.artifact.model_bytes())
@@ -130,7 +130,7 @@ def test_layers_are_checked_with_the_threads_that_are_given(convolutions: Any) -
     assert alone.get_session_options().intra_op_num_threads == 1
 
 
-def test_a_model_in_float_has_nothing_to_check(write_layers: Callable[..., Any], layer_maker: Callable[..., Any], tmp_path: Path) -> None:
+def test_float_model(write_layers: Callable[..., Any], layer_maker: Callable[..., Any], tmp_path: Path) -> None:
     layer = layer_maker("pixel", 5, 4, 6, 1, scale=0.9, relu=False)
     written = write_layers(tmp_path / "a", [type(layer)(**(vars(layer) | {"quantized": False}))])
     assert verify_layers(written.artifact, golden(written.artifact)) == ()
@@ -140,9 +140,7 @@ def test_a_model_in_float_has_nothing_to_check(write_layers: Callable[..., Any],
 # ---- faults ----
 
 
-def test_a_recorded_layer_that_is_not_checked_is_a_problem(
-    write_layers: Callable[..., Any], layer_maker: Callable[..., Any], tmp_path: Path
-) -> None:
+def test_recorded_layer_without_a_check(write_layers: Callable[..., Any], layer_maker: Callable[..., Any], tmp_path: Path) -> None:
     """A product of what was moved about after rounding, which is left out of the check."""
     layers = [layer_maker("pixel", 5, 4, 6, 1, scale=0.9, relu=False)]
     model = onnx.load_model_from_string(write_layers(tmp_path / "good", layers).artifact.model_bytes())
@@ -186,9 +184,7 @@ def failed(checks: tuple[LayerCheck, ...]) -> list[str]:
 
 
 @pytest.mark.parametrize("name", ["stem", "body", "depthwise", "head"])
-def test_other_weights_in_the_engine_are_found_and_no_other_layer_answers_for_them(
-    convolutions: Any, engine_of: Callable[..., None], name: str
-) -> None:
+def test_wrong_weights_are_found_in_their_layer_only(convolutions: Any, engine_of: Callable[..., None], name: str) -> None:
     engine_of(lambda model: changed(model, f"{name}.weight", lambda q: np.where(np.arange(len(q)) == 1, -q.T, q.T).T))
     assert failed(verify_layers(convolutions.artifact, golden(convolutions.artifact))) == [name]
 
@@ -202,15 +198,13 @@ def test_other_weights_in_the_engine_are_found_and_no_other_layer_answers_for_th
         ("bias", lambda bias: bias + 0.5),
     ],
 )
-def test_other_grids_and_biases_are_found(convolutions: Any, engine_of: Callable[..., None], value: str, change: Any) -> None:
+def test_wrong_grids_and_biases(convolutions: Any, engine_of: Callable[..., None], value: str, change: Any) -> None:
     engine_of(lambda model: changed(model, f"body.{value}", change))
     assert failed(verify_layers(convolutions.artifact, golden(convolutions.artifact))) == ["body"]
 
 
 @pytest.mark.parametrize("name", ["grouped", "project", "scores", "values"])
-def test_an_output_that_is_more_than_a_step_away_is_found(
-    everything: tuple[Artifact, nn.Module], monkeypatch: pytest.MonkeyPatch, name: str
-) -> None:
+def test_output_more_than_a_step_away(everything: tuple[Artifact, nn.Module], monkeypatch: pytest.MonkeyPatch, name: str) -> None:
     artifact, _ = everything
     run = layerwise._run_tapped
     alone = {layer.name: layer for layer in layerwise._quantised_layers(onnx.load_model_from_string(artifact.model_bytes()))}
@@ -245,7 +239,7 @@ def largest_weight(model: onnx.ModelProto, layer: Any) -> float:
 
 
 @pytest.mark.parametrize("value", [np.nan, np.inf])
-def test_numbers_that_are_not_finite_are_an_infinite_error(convolutions: Any, monkeypatch: pytest.MonkeyPatch, value: float) -> None:
+def test_infinite_error_of_infinite_scores(convolutions: Any, monkeypatch: pytest.MonkeyPatch, value: float) -> None:
     run = layerwise._run_tapped
     monkeypatch.setattr(layerwise, "_run_tapped", lambda *a: {k: v * value if k == "depthwise.out" else v for k, v in run(*a).items()})
     checks = {check.name: check for check in verify_layers(convolutions.artifact, golden(convolutions.artifact))}
@@ -255,13 +249,13 @@ def test_numbers_that_are_not_finite_are_an_infinite_error(convolutions: Any, mo
 # ---- as a part of verification ----
 
 
-def test_verification_reports_the_checks_where_it_is_asked_to(convolutions: Any) -> None:
+def test_verify_with_layers(convolutions: Any) -> None:
     assert muntin.verify(convolutions.path).checks == ()
     result = muntin.verify(convolutions.path, layers=True)
     assert result.passed and [check.name for check in result.checks] == ["stem", "body", "depthwise", "head"]
 
 
-def test_a_failed_check_is_a_problem_on_one_line(convolutions: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_failed_layer_check(convolutions: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     errors = {"stem": 0.3, "body": 2.5, "depthwise": 0.0, "head": 1.0}
     checks = tuple(LayerCheck(name=name, error=error) for name, error in errors.items())
     given: list[int] = []

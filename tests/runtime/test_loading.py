@@ -43,7 +43,7 @@ def importable(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Ending, "__module__", "test_loading")
 
 
-def test_what_is_compiled_comes_from_the_cache_the_second_time(convolutions: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_second_loading_from_the_cache(convolutions: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MUNTIN_CACHE", str(tmp_path))
     candidate = ArtifactCandidate(path=str(convolutions.path))
     first, second = (measure_loading(candidate, OPTIONS) for _ in range(2))
@@ -54,14 +54,14 @@ def test_what_is_compiled_comes_from_the_cache_the_second_time(convolutions: Any
     assert measure_loading(ArtifactCandidate(path=str(convolutions.path), engine="onnxruntime"), OPTIONS).cached is None
 
 
-def test_without_a_cache_all_is_compiled(convolutions: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_loading_without_a_cache(convolutions: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("MUNTIN_CACHE", str(tmp_path / "file"))
     found = [measure_loading(ArtifactCandidate(path=str(convolutions.path)), OPTIONS).cached for _ in range(2)]
     assert found == [False, False]
 
 
-def test_a_user_without_a_home_has_no_cache(convolutions: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_user_without_a_home(convolutions: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MUNTIN_CACHE", "~no such user/cache")
     assert measure_loading(ArtifactCandidate(path=str(convolutions.path)), OPTIONS).cached is False
 
@@ -70,7 +70,7 @@ def test_a_user_without_a_home_has_no_cache(convolutions: Any, monkeypatch: pyte
     ("fields", "kind", "message"),
     [({"engine": "abacus"}, DataError, "openvino"), ({"path": "nowhere"}, ArtifactError, "nowhere")],
 )
-def test_what_opening_raises_is_raised(convolutions: Any, fields: dict[str, str], kind: type[MuntinError], message: str) -> None:
+def test_errors_of_opening(convolutions: Any, fields: dict[str, str], kind: type[MuntinError], message: str) -> None:
     with pytest.raises(kind, match=message):
         measure_loading(ArtifactCandidate(**({"path": str(convolutions.path)} | fields)), OPTIONS)
 
@@ -89,14 +89,14 @@ def test_what_opening_raises_is_raised(convolutions: Any, fields: dict[str, str]
         ("broken", DataError, "broken cannot be opened in a process of its own: last"),
     ],
 )
-def test_a_process_that_gives_no_answer_is_one_line(importable: None, name: str, kind: type[MuntinError], message: str) -> None:
+def test_process_without_an_answer(importable: None, name: str, kind: type[MuntinError], message: str) -> None:
     with pytest.raises(kind) as caught:
         measure_loading(Ending(path=name), OPTIONS)
     assert str(caught.value).startswith(message)
     assert "\n" not in str(caught.value)
 
 
-def test_a_script_without_a_guard_can_measure(convolutions: Any, tmp_path: Path) -> None:
+def test_script_without_main_guard(convolutions: Any, tmp_path: Path) -> None:
     script = tmp_path / "script.py"
     script.write_text(f"""
 import json

@@ -26,7 +26,7 @@ def images(batch: int = 1) -> Any:
     return np.random.default_rng(0).integers(0, 256, (batch, H, W, 3)).astype(np.uint8)
 
 
-def test_kernels_are_the_layers_with_their_work(convolutions: Any) -> None:
+def test_kernels_of_layers(convolutions: Any) -> None:
     execution = onnxruntime_kernels(convolutions.artifact, images(batch=2), OPTIONS, 3)
     computed = {kernel.name: kernel for kernel in execution.kernels if kernel.compute}
     pixels = 2 * H * W
@@ -38,7 +38,7 @@ def test_kernels_are_the_layers_with_their_work(convolutions: Any) -> None:
     assert (execution.precision, execution.threads) == ("f32", 1)
 
 
-def test_every_kernel_has_its_time_stamp_and_they_do_not_overlap(convolutions: Any) -> None:
+def test_time_stamps_do_not_overlap(convolutions: Any) -> None:
     """One thread between operations: a kernel begins when the one before it has ended. Medians over rounds may differ by their spread."""
     execution = onnxruntime_kernels(convolutions.artifact, images(), OPTIONS, 1)
     starts = [kernel.start_ms for kernel in execution.kernels]
@@ -48,7 +48,7 @@ def test_every_kernel_has_its_time_stamp_and_they_do_not_overlap(convolutions: A
     assert sum(kernel.ms for kernel in execution.kernels) <= execution.profiled_ms
 
 
-def test_kernels_name_their_sources_back_to_the_image(convolutions: Any) -> None:
+def test_sources_of_kernels(convolutions: Any) -> None:
     execution = onnxruntime_kernels(convolutions.artifact, images(), OPTIONS, 3)
     names = {kernel.name for kernel in execution.kernels}
     assert len(names) == len(execution.kernels)
@@ -57,7 +57,7 @@ def test_kernels_name_their_sources_back_to_the_image(convolutions: Any) -> None
     assert sources <= names | {IMAGES}
 
 
-def test_bytes_are_those_of_inputs_weights_and_outputs(convolutions: Any) -> None:
+def test_bytes_of_kernels(convolutions: Any) -> None:
     execution = onnxruntime_kernels(convolutions.artifact, images(), OPTIONS, 3)
     (first,) = (kernel for kernel in execution.kernels if any(operand.source == IMAGES for operand in kernel.inputs))
     assert sum(operand.bytes for operand in first.inputs if operand.source == IMAGES) == H * W * 3
@@ -65,7 +65,7 @@ def test_bytes_are_those_of_inputs_weights_and_outputs(convolutions: Any) -> Non
     assert {32 * 32 * 9, 4 * 32 * 32 * 9} & {operand.bytes for operand in body.inputs if operand.source is None or operand.type == "f32"}
 
 
-def test_a_node_without_a_name_is_counted_too(write_layers: Callable[..., Any], layer_maker: Callable[..., Any], tmp_path: Path) -> None:
+def test_node_without_a_name(write_layers: Callable[..., Any], layer_maker: Callable[..., Any], tmp_path: Path) -> None:
     written = write_layers(
         tmp_path / "named", [layer_maker("a", 0, 3, 8, 3, scale=0.9), layer_maker("b", 1, 8, 4, 1, scale=1.0, relu=False)]
     )
@@ -77,12 +77,12 @@ def test_a_node_without_a_name_is_counted_too(write_layers: Callable[..., Any], 
     assert sum(kernel.macs for kernel in kernels) == H * W * (3 * 8 * 9 + 8 * 4)
 
 
-def test_a_precision_without_kernels_is_refused(convolutions: Any) -> None:
+def test_precision_without_kernels(convolutions: Any) -> None:
     with pytest.raises(DependencyError, match="no bf16 kernels on CPUs"):
         onnxruntime_kernels(convolutions.artifact, images(), replace(OPTIONS, precision="bf16"), 3)
 
 
-def test_a_model_that_it_cannot_open_is_one_line(write_layers: Callable[..., Any], layer_maker: Callable[..., Any], tmp_path: Path) -> None:
+def test_model_that_cannot_be_opened(write_layers: Callable[..., Any], layer_maker: Callable[..., Any], tmp_path: Path) -> None:
     written = write_layers(tmp_path / "a", [layer_maker("a", 0, 3, 8, 3, scale=0.9)])
     model = onnx.load_model_from_string(written.artifact.model_bytes())
     model.graph.node[0].op_type = "Unheard"
@@ -143,13 +143,13 @@ def floating(write_layers: Callable[..., Any], layer_maker: Callable[..., Any], 
     return write_layers(tmp_path / "float", recorded, model=float_model()).artifact
 
 
-def test_float_layers_are_found_whatever_was_fused_into_them(floating: Any) -> None:
+def test_float_layers_with_fusions(floating: Any) -> None:
     kernels = onnxruntime_kernels(floating, images(), OPTIONS, 3).kernels
     assert {kernel.layer: kernel.macs for kernel in kernels if kernel.layer} == {name: H * W * macs for name, macs in FLOAT_MACS.items()}
     assert all(kernel.compute and kernel.group == PRODUCTS for kernel in kernels if kernel.layer)
 
 
-def test_channels_that_fill_up_blocks_are_neither_shown_nor_counted(floating: Any) -> None:
+def test_padded_channels(floating: Any) -> None:
     kernels = onnxruntime_kernels(floating, images(), OPTIONS, 3).kernels
     first = next(kernel for kernel in kernels if kernel.layer == "first")
     assert first.implementation == "com.microsoft.nchwc", "the engine did not lay channels out in blocks: this test plants nothing"
@@ -159,7 +159,7 @@ def test_channels_that_fill_up_blocks_are_neither_shown_nor_counted(floating: An
     assert own.outputs[0].shape == (1, 3, H, W)
 
 
-def test_shapes_of_channels_last_are_logical(convolutions: Any) -> None:
+def test_shapes_of_channels_last(convolutions: Any) -> None:
     kernels = onnxruntime_kernels(convolutions.artifact, images(batch=2), OPTIONS, 3).kernels
     body = next(kernel for kernel in kernels if kernel.name == "body")
     assert body.kind == "QLinearConv"
@@ -167,9 +167,7 @@ def test_shapes_of_channels_last_are_logical(convolutions: Any) -> None:
         assert (value.shape, value.layout) == ((2, 32, H, W), "acdb")
 
 
-def test_nodes_that_the_engine_adds_without_a_name_are_kernels_too(
-    write_layers: Callable[..., Any], layer_maker: Callable[..., Any], tmp_path: Path
-) -> None:
+def test_nodes_without_names(write_layers: Callable[..., Any], layer_maker: Callable[..., Any], tmp_path: Path) -> None:
     """HardSwish of what is read once more becomes two nodes without a name."""
     written = write_layers(tmp_path / "a", [layer_maker("a", 0, 3, 8, 3, scale=0.9), layer_maker("b", 1, 8, 4, 1, scale=1.0, relu=False)])
     model = onnx.load_model_from_string(written.artifact.model_bytes())
@@ -187,9 +185,7 @@ def test_nodes_that_the_engine_adds_without_a_name_are_kernels_too(
     assert {"a", IMAGES} <= reached
 
 
-def test_images_that_the_model_does_not_take_are_one_line(
-    write_layers: Callable[..., Any], layer_maker: Callable[..., Any], tmp_path: Path
-) -> None:
+def test_images_of_a_size_the_model_refuses(write_layers: Callable[..., Any], layer_maker: Callable[..., Any], tmp_path: Path) -> None:
     written = write_layers(tmp_path / "a", [layer_maker("a", 0, 3, 8, 3, scale=0.9)])
     model = onnx.load_model_from_string(written.artifact.model_bytes())
     (conv,) = (node for node in model.graph.node if node.op_type == "Conv")

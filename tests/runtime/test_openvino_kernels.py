@@ -34,7 +34,7 @@ def images(channels: int, batch: int = 1) -> Any:
 
 
 @needs_dot_products
-def test_kernels_are_the_layers_with_their_work_and_precision(convolutions: Any) -> None:
+def test_kernels_of_layers(convolutions: Any) -> None:
     execution = openvino_kernels(convolutions.artifact, images(3, batch=2), OPTIONS, 3)
     computed = {kernel.name: kernel for kernel in execution.kernels if kernel.compute}
     pixels = 2 * H * W
@@ -48,7 +48,7 @@ def test_kernels_are_the_layers_with_their_work_and_precision(convolutions: Any)
 
 
 @needs_dot_products
-def test_bytes_are_what_is_read_and_written_as_executed(convolutions: Any) -> None:
+def test_bytes_of_kernels(convolutions: Any) -> None:
     execution = openvino_kernels(convolutions.artifact, images(3), OPTIONS, 3)
     body = next(kernel for kernel in execution.kernels if kernel.name == "body")
     assert body.inputs[0].type == "u8"
@@ -59,7 +59,7 @@ def test_bytes_are_what_is_read_and_written_as_executed(convolutions: Any) -> No
     assert body.inputs[0].layout
 
 
-def test_kernels_name_their_sources_back_to_the_image(convolutions: Any) -> None:
+def test_sources_of_kernels(convolutions: Any) -> None:
     execution = openvino_kernels(convolutions.artifact, images(3), OPTIONS, 3)
     names = [kernel.name for kernel in execution.kernels]
     assert len(set(names)) == len(names)
@@ -110,9 +110,7 @@ def attention(rng: np.random.Generator) -> tuple[list[Any], dict[str, Any]]:
     return nodes, {"flat": np.array([0, 4, -1]), "map": np.array([0, 4, H, W]), "w": weight}
 
 
-def test_the_products_of_an_attention_are_counted_fused_or_not(
-    write_layers: Callable[..., Any], layer_maker: Callable[..., Any], tmp_path: Path
-) -> None:
+def test_macs_of_attention(write_layers: Callable[..., Any], layer_maker: Callable[..., Any], tmp_path: Path) -> None:
     nodes, values = attention(np.random.default_rng(1))
     artifact = write_model(write_layers, layer_maker, tmp_path / "a", nodes, values, 5)
     execution = openvino_kernels(artifact, images(4), OPTIONS, 3)
@@ -138,17 +136,13 @@ def normalised(path: Path, write_layers: Callable[..., Any], layer_maker: Callab
     return write_layers(path / "recorded", recorded, model=model).artifact
 
 
-def test_layers_are_found_under_the_names_of_their_norms(
-    write_layers: Callable[..., Any], layer_maker: Callable[..., Any], tmp_path: Path
-) -> None:
+def test_layers_named_by_folded_norms(write_layers: Callable[..., Any], layer_maker: Callable[..., Any], tmp_path: Path) -> None:
     kernels = openvino_kernels(normalised(tmp_path, write_layers, layer_maker), images(4), OPTIONS, 3).kernels
     assert {kernel.name: kernel.layer for kernel in kernels if kernel.compute} == {"a.1": "a.0", "b.1": "b.0", "head": "head"}
 
 
 @pytest.mark.skipif("BF16" not in CAPABILITIES, reason="this CPU has no BF16")
-def test_weights_of_a_16_bit_product_are_two_bytes_each(
-    write_layers: Callable[..., Any], layer_maker: Callable[..., Any], tmp_path: Path
-) -> None:
+def test_bytes_of_16_bit_weights(write_layers: Callable[..., Any], layer_maker: Callable[..., Any], tmp_path: Path) -> None:
     artifact = normalised(tmp_path, write_layers, layer_maker)
     execution = openvino_kernels(artifact, images(4), replace(OPTIONS, precision="bf16"), 3)
     sizes = {kernel.layer: (kernel.precision, kernel.inputs[1].bytes) for kernel in execution.kernels if kernel.layer}
@@ -156,7 +150,7 @@ def test_weights_of_a_16_bit_product_are_two_bytes_each(
     assert sizes["head"] == ("bf16", 2 * 16 * 5)
 
 
-def test_a_transposed_convolution_is_counted(write_layers: Callable[..., Any], layer_maker: Callable[..., Any], tmp_path: Path) -> None:
+def test_transposed_convolution(write_layers: Callable[..., Any], layer_maker: Callable[..., Any], tmp_path: Path) -> None:
     rng = np.random.default_rng(2)
     nodes = [
         helper.make_node("Conv", ["x", "down"], ["small"], name="down", strides=[2, 2]),
@@ -169,9 +163,7 @@ def test_a_transposed_convolution_is_counted(write_layers: Callable[..., Any], l
     assert macs == {"down": quarter * 8 * 4 * 4, "up": quarter * 8 * 5 * 4}
 
 
-def test_what_is_profiled_is_what_a_session_compiles(
-    write_layers: Callable[..., Any], layer_maker: Callable[..., Any], tmp_path: Path
-) -> None:
+def test_profile_of_the_rewritten_ending(write_layers: Callable[..., Any], layer_maker: Callable[..., Any], tmp_path: Path) -> None:
     rng = np.random.default_rng(4)
     nodes = [
         helper.make_node("Conv", ["x", "down"], ["small"], name="down", strides=[2, 2]),
@@ -191,7 +183,7 @@ def test_what_is_profiled_is_what_a_session_compiles(
 
 
 @needs_dot_products
-def test_a_pass_that_only_quantises_is_said_to(write_layers: Callable[..., Any], layer_maker: Callable[..., Any], tmp_path: Path) -> None:
+def test_quantising_pass(write_layers: Callable[..., Any], layer_maker: Callable[..., Any], tmp_path: Path) -> None:
     """The first layer is in float, so the second's quantiser reads what a kernel before it wrote."""
     layers = [layer_maker("a", 0, 3, 32, 3, scale=0.9), layer_maker("b", 1, 32, 4, 1, scale=1.0, relu=False)]
     layers[0] = type(layers[0])(**(vars(layers[0]) | {"quantized": False}))
@@ -200,7 +192,7 @@ def test_a_pass_that_only_quantises_is_said_to(write_layers: Callable[..., Any],
     assert any(kernel.group == CONVERT for kernel in execution.kernels)
 
 
-def test_a_precision_that_the_cpu_lacks_is_refused(convolutions: Any) -> None:
+def test_precision_that_the_cpu_lacks(convolutions: Any) -> None:
     lacking = next((name for name, capability in {"f16": "FP16", "bf16": "BF16"}.items() if capability not in CAPABILITIES), None)
     if lacking is None:
         pytest.skip("this CPU has every precision")
@@ -208,9 +200,7 @@ def test_a_precision_that_the_cpu_lacks_is_refused(convolutions: Any) -> None:
         openvino_kernels(convolutions.artifact, images(3), replace(OPTIONS, precision=lacking), 3)
 
 
-def test_a_size_that_the_graph_does_not_take_is_one_line(
-    write_layers: Callable[..., Any], layer_maker: Callable[..., Any], tmp_path: Path
-) -> None:
+def test_size_that_the_graph_refuses(write_layers: Callable[..., Any], layer_maker: Callable[..., Any], tmp_path: Path) -> None:
     nodes = [helper.make_node("Add", ["x", "fixed"], ["scores"], name="add")]
     artifact = write_model(write_layers, layer_maker, tmp_path / "a", nodes, {"fixed": np.zeros((1, 4, 7, 7), np.float32)}, 4)
     with pytest.raises(ArtifactError, match="cannot compile it for images of shape") as caught:

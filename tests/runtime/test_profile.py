@@ -35,7 +35,7 @@ def rewritten(written: Any, path: Path, **changes: Any) -> Path:
 
 
 @pytest.mark.parametrize("engine", ["openvino", "onnxruntime"])
-def test_a_profile_measures_the_whole_and_every_kernel(convolutions: Any, engine: str) -> None:
+def test_profile_of_an_artefact(convolutions: Any, engine: str) -> None:
     result = profile(
         convolutions.path, SessionOptions(engine=engine, precision="f32", threads=1), shape=(2, 24, 40), rounds=3, ceilings=CEILINGS
     )
@@ -52,7 +52,7 @@ def test_a_profile_measures_the_whole_and_every_kernel(convolutions: Any, engine
 
 
 @pytest.mark.parametrize("engine", ["openvino", "onnxruntime"])
-def test_the_work_is_that_of_the_manifest_scaled_by_the_area(convolutions: Any, tmp_path: Path, engine: str) -> None:
+def test_macs_scaled_by_the_area(convolutions: Any, tmp_path: Path, engine: str) -> None:
     """The records hold multiply-adds of one image of 16 x 20."""
     each = {"stem": 3 * 32 * 9, "body": 32 * 32 * 9, "depthwise": 32 * 9, "head": 32 * 5}
     records = [LayerRecord(name=name, kind="Conv2d", weight_bits=8, activation_bits=8, macs=16 * 20 * macs) for name, macs in each.items()]
@@ -65,20 +65,20 @@ def test_the_work_is_that_of_the_manifest_scaled_by_the_area(convolutions: Any, 
     }
 
 
-def test_ceilings_are_measured_where_none_are_given(convolutions: Any) -> None:
+def test_default_ceilings(convolutions: Any) -> None:
     result = profile(convolutions.path, SessionOptions(threads=1), shape=(1, 8, 8), rounds=1)
     assert result.ceilings.gmacs["f32"] > 0
     assert result.ceilings.copy_gb_s > 0
 
 
-def test_more_threads_than_cores_are_measured_against_one_a_core(convolutions: Any) -> None:
+def test_more_threads_than_cores(convolutions: Any) -> None:
     result = profile(convolutions.path, SessionOptions(threads=physical_cores() + 1), shape=(1, 8, 8), rounds=1, ceilings=CEILINGS)
     assert result.fewer is not None
     assert result.fewer.threads == physical_cores()
     assert result.fewer.whole_ms > 0
 
 
-def test_images_are_repeated_mirrored_and_cut(images_of: Callable[..., Any]) -> None:
+def test_fill(images_of: Callable[..., Any]) -> None:
     images = images_of(3, batch=2, height=5, width=7)
     filled = fill(images, (3, 13, 4))
     assert filled.shape == (3, 13, 4, 3)
@@ -89,7 +89,7 @@ def test_images_are_repeated_mirrored_and_cut(images_of: Callable[..., Any]) -> 
     assert np.array_equal(filled[0, 10:13], images[0, :3, :4])
 
 
-def test_the_default_shape_is_the_example_or_what_the_task_takes(convolutions: Any, tmp_path: Path) -> None:
+def test_default_shape(convolutions: Any, tmp_path: Path) -> None:
     assert default_shape(convolutions.artifact) == (1, 512, 512)
     assert default_shape(open_artifact(rewritten(convolutions, tmp_path / "example", example=(2, 64, 96)))) == (2, 64, 96)
     images = convolutions.artifact.golden()[0][0]
@@ -112,20 +112,20 @@ def test_the_default_shape_is_the_example_or_what_the_task_takes(convolutions: A
         ({"rounds": True}, "from 1 to 1000"),
     ],
 )
-def test_what_cannot_be_profiled_is_one_line(convolutions: Any, arguments: dict[str, Any], words: str) -> None:
+def test_arguments_that_are_not_allowed(convolutions: Any, arguments: dict[str, Any], words: str) -> None:
     with pytest.raises(DataError, match=words.replace("(", r"\(")) as caught:
         profile(convolutions.path, ceilings=CEILINGS, **arguments)
     assert "\n" not in str(caught.value)
 
 
 @pytest.mark.parametrize("engine", ["openvino", "onnxruntime"])
-def test_images_that_no_memory_holds_are_one_line(convolutions: Any, engine: str) -> None:
+def test_images_larger_than_memory(convolutions: Any, engine: str) -> None:
     with pytest.raises(DataError, match=r"their scores alone take 3.5e\+05 GB, and this machine has .* GB: give a smaller shape") as caught:
         profile(convolutions.path, SessionOptions(engine=engine), shape=(100, 999_999, 99_999), ceilings=CEILINGS)
     assert "\n" not in str(caught.value)
 
 
-def test_a_folder_without_an_artefact_is_refused(tmp_path: Path) -> None:
+def test_folder_without_an_artefact(tmp_path: Path) -> None:
     with pytest.raises(ArtifactError, match="no such artefact"):
         profile(tmp_path / "none", ceilings=CEILINGS)
 
@@ -145,7 +145,7 @@ def test_notes_say_what_to_doubt(convolutions: Any) -> None:
     assert missing == "1 recorded layer has no kernel of its name: body"
 
 
-def test_products_above_their_ceiling_are_a_note(convolutions: Any) -> None:
+def test_products_above_their_ceiling(convolutions: Any) -> None:
     result = profile(convolutions.path, SessionOptions(threads=1), shape=(1, 48, 48), rounds=1, ceilings=CEILINGS)
     low, high = (replace(CEILINGS, gmacs=dict.fromkeys(CEILINGS.gmacs, rate)) for rate in (1e-3, 1e9))
     (note,) = above(result.kernels, low)

@@ -40,7 +40,7 @@ def test_a_sound_artefact_passes(convolutions: Any, engine: str) -> None:
     assert result.golden[0].label_agreement > 0.97
 
 
-def test_images_of_a_batch_that_change_each_other_are_found(tmp_path: Path) -> None:
+def test_batch_whose_images_depend_on_each_other(tmp_path: Path) -> None:
     """A mean over the batch, of which a batch of one says nothing."""
     nodes = [
         onnx.helper.make_node("Cast", ["images"], ["float"], to=onnx.TensorProto.FLOAT),
@@ -68,7 +68,7 @@ def test_images_of_a_batch_that_change_each_other_are_found(tmp_path: Path) -> N
     assert problem.startswith("two images in a batch are answered otherwise than alone, by ")
 
 
-def test_fallbacks_count_in_the_default_engine_only(convolutions: Any) -> None:
+def test_fallbacks_by_engine(convolutions: Any) -> None:
     result = verify(convolutions.path, SessionOptions(engine="onnxruntime"))
     assert result.fallbacks == ("head",)
     assert result.passed
@@ -77,9 +77,7 @@ def test_fallbacks_count_in_the_default_engine_only(convolutions: Any) -> None:
     assert "layer head, recorded with 8-bit activations, ran as Conv in f32" in strict.problems[0]
 
 
-def test_an_engine_that_does_not_say_what_its_layers_ran_in_has_no_fallbacks_and_is_a_problem_where_they_count(
-    convolutions: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_verify_without_execution_types(convolutions: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """As TensorRT, which needs a GPU."""
     monkeypatch.setattr(OnnxRuntimeSession, "layers", lambda session: [])
     result = verify(convolutions.path, SessionOptions(engine="onnxruntime"))
@@ -95,7 +93,7 @@ def test_an_engine_that_does_not_say_what_its_layers_ran_in_has_no_fallbacks_and
     assert verify(floats.path, SessionOptions(engine="onnxruntime"), allow_fallbacks=False).problems == ()  # nothing has to run on integers
 
 
-def test_a_layer_that_runs_in_float_is_found(write_layers: Callable[..., Any], layer_maker: Callable[..., Any], tmp_path: Path) -> None:
+def test_layer_in_float(write_layers: Callable[..., Any], layer_maker: Callable[..., Any], tmp_path: Path) -> None:
     layers = [layer_maker("pixel", 5, 4, 32, 1, scale=0.9, relu=False)]
     layers[0] = type(layers[0])(**(vars(layers[0]) | {"quantized": False}))
     write_layers(tmp_path / "a", layers, golden_tolerance={"openvino": {"f32": GoldenTolerance(max_error=1e9, label_agreement=0)}})
@@ -121,9 +119,7 @@ def test_other_numbers_are_found(write_layers: Callable[..., Any], pixel: list[A
     assert shifted.label_agreement == pytest.approx(1, abs=0.02)
 
 
-def test_a_map_that_is_off_everywhere_is_found_where_no_score_is_far_off(
-    write_layers: Callable[..., Any], pixel: list[Any], tmp_path: Path
-) -> None:
+def test_small_error_of_a_whole_map(write_layers: Callable[..., Any], pixel: list[Any], tmp_path: Path) -> None:
     ((images, scores),) = write_layers(tmp_path / "good", pixel).artifact.golden()
     wide = {"openvino": {"f32": GoldenTolerance(max_error=0.5, label_agreement=0)}}
     for share, passed in ((0.1, True), (0.15, False)):
@@ -135,20 +131,20 @@ def test_a_map_that_is_off_everywhere_is_found_where_no_score_is_far_off(
         assert passed or result.problems[0].endswith(allowed)  # the bound that does not hold is among those that are told
 
 
-def test_no_tolerance_for_the_precision_is_a_problem(write_layers: Callable[..., Any], pixel: list[Any], tmp_path: Path) -> None:
+def test_precision_without_tolerance(write_layers: Callable[..., Any], pixel: list[Any], tmp_path: Path) -> None:
     write_layers(tmp_path / "a", pixel, golden_tolerance={"openvino": {"bf16": GoldenTolerance(max_error=0.1, label_agreement=0.9)}})
     result = verify(tmp_path / "a", SessionOptions(precision="f32"), allow_fallbacks=True)
     assert not result.passed
     assert "no golden tolerance is recorded for openvino in f32 (there is: openvino in bf16)" in result.problems[0]
 
 
-def test_an_evaluation_that_is_no_number(per_pixel: Any) -> None:
+def test_evaluation_without_a_number(per_pixel: Any) -> None:
     result = verify(per_pixel.path, evaluate=lambda session: float("nan"), allow_fallbacks=True)
     assert not result.passed
     assert "evaluate returned nan" in result.problems[0]
 
 
-def test_an_altered_file_raises_before_anything_runs(write_layers: Callable[..., Any], pixel: list[Any], tmp_path: Path) -> None:
+def test_verify_of_an_altered_file(write_layers: Callable[..., Any], pixel: list[Any], tmp_path: Path) -> None:
     write_layers(tmp_path / "a", pixel)
     file = tmp_path / "a" / "model.onnx"
     file.write_bytes(file.read_bytes().replace(b"pixel", b"pixes", 1))
@@ -197,7 +193,7 @@ sys.exit(1)
 """
 
 
-def test_checking_layers_without_openvino_says_what_to_install(convolutions: Any) -> None:
+def test_verify_layers_without_openvino(convolutions: Any) -> None:
     assert subprocess.run([sys.executable, "-c", WITHOUT, str(convolutions.path)], check=False).returncode == 0
 
 
@@ -220,7 +216,7 @@ class Answers(Session):
     ("given", "agreement"),
     [([2.0, 2.02, -1.0], 1.0), ([2.02, 2.0, -1.0], 1.0), ([2.0, 1.9, 2.05], 0.0), ([-1.0, 2.0, 2.1], 0.0)],
 )
-def test_between_classes_that_are_as_good_as_equal_rounding_decides(given: list[float], agreement: float) -> None:
+def test_label_of_nearly_equal_classes(given: list[float], agreement: float) -> None:
     """The golden scores say a, b is less than the allowed error below it, and c far."""
     golden = np.array([[2.01, 2.0, -1.0]], np.float32)
     tolerance = GoldenTolerance(max_error=0.05, label_agreement=0.95)
