@@ -6,7 +6,7 @@ import math
 import subprocess
 import sys
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -71,7 +71,7 @@ def test_default_size_is_the_example(write_layers: Callable[..., Any], convoluti
 
 
 def test_plain_values(convolutions: Any) -> None:
-    document = bench(convolutions.path, size=(8, 8), rounds=1).as_dict()
+    document = asdict(bench(convolutions.path, size=(8, 8), rounds=1))
     assert document["rows"][0]["latency"]["calls"] == 1
     assert document["hardware"]["physical_cores"] == physical_cores()
 

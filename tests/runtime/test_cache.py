@@ -21,7 +21,7 @@ def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path / "cache"
 
 
-def test_whose_folder_it_is(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_cache_folder(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     assert cache_folder() == tmp_path / "cache"
     monkeypatch.delenv("MUNTIN_CACHE")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "xdg"))
@@ -45,7 +45,7 @@ def test_second_session_reads_the_cache(convolutions: Any, images_of: Callable[.
     assert set(own_cache.rglob("*")) >= set(blobs)
 
 
-def test_folders_of_artefacts_versions_and_cpus(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_folders_of_artefacts_versions_and_cpus(own_cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folders = [
         compiled_folder("openvino", "1", "a" * 64),
         compiled_folder("openvino", "2", "a" * 64),
@@ -55,9 +55,6 @@ def test_folders_of_artefacts_versions_and_cpus(monkeypatch: pytest.MonkeyPatch)
     folders.append(compiled_folder("openvino", "1", "a" * 64))
     assert len(set(folders)) == 4
     assert all(folder is not None and folder.is_dir() for folder in folders)
-
-
-def test_a_version_is_no_path(own_cache: Path) -> None:
     folder = compiled_folder("openvino", "../../1/2", "a" * 64)
     assert folder is not None
     assert folder.parent == own_cache / "compiled"
@@ -122,30 +119,20 @@ def test_make_room_keeps_the_folder_in_use(monkeypatch: pytest.MonkeyPatch) -> N
         os.utime(folder, (1000 + age, 1000 + age))
         folders.append(folder)
     used = folders[0]  # the oldest
+    (foreign := used.parent / "my-project").mkdir()
+    (foreign / "thesis").write_bytes(bytes(1000))
     for limit, left in ((400, [0, 1, 2, 3]), (250, [0, 3]), (50, [0])):
         monkeypatch.setattr(cache, "LIMIT", limit)
         make_room(used)
         assert [age for age, folder in enumerate(folders) if folder.exists()] == left
     assert (used / "engine").read_bytes() == bytes(100)
-
-
-def test_foreign_files_in_the_cache(monkeypatch: pytest.MonkeyPatch) -> None:
-    used = compiled_folder("openvino", "1", "a" * 64)
-    assert used is not None
-    mine = used.parent / "my-project"
-    mine.mkdir()
-    (mine / "thesis").write_bytes(bytes(1000))
-    monkeypatch.setattr(cache, "LIMIT", 10)
-    make_room(used)
-    assert (mine / "thesis").exists()
+    assert (foreign / "thesis").exists()
 
 
 @pytest.mark.parametrize(
     "damage", [lambda data: data[:-1], lambda data: data[:100] + b"x" + data[101:], lambda data: b"", lambda data: data[1:]]
 )
-def test_what_was_damaged_is_not_run(
-    convolutions: Any, images_of: Callable[..., Any], own_cache: Path, damage: Callable[[bytes], bytes]
-) -> None:
+def test_damaged_files(convolutions: Any, images_of: Callable[..., Any], own_cache: Path, damage: Callable[[bytes], bytes]) -> None:
     images = images_of(3)
     scores = load(convolutions.path, precision="f32")(images)
     (file,) = (file for file in own_cache.rglob("*") if file.is_file())

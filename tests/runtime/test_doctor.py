@@ -280,16 +280,16 @@ def test_machine_limits() -> None:
 
 
 def test_unused_gpu() -> None:
-    assert statuses(check_gpu(machine(), [OPENVINO, ORT], frozenset({"onnxruntime"}), cuda_starts=None)) == []
-    (idle,) = check_gpu(machine(nvidia=True), [OPENVINO, ORT], frozenset({"onnxruntime"}), cuda_starts=None)
+    assert statuses(check_gpu(machine(), [OPENVINO, ORT], frozenset({"onnxruntime"}), cuda=None)) == []
+    (idle,) = check_gpu(machine(nvidia=True), [OPENVINO, ORT], frozenset({"onnxruntime"}), cuda=None)
     assert (idle.status, idle.text.endswith(GPU_INSTALL)) == ("note", True)
-    (works,) = check_gpu(machine(nvidia=True), [ORT_GPU], frozenset(), cuda_starts=True)
+    (works,) = check_gpu(machine(nvidia=True), [ORT_GPU], frozenset(), cuda=True)
     assert (works.status, works.text) == ("ok", "an NVIDIA driver, and ONNX Runtime with CUDA")
-    (fails,) = check_gpu(machine(nvidia=True), [ORT_GPU], frozenset(), cuda_starts=False)
+    (fails,) = check_gpu(machine(nvidia=True), [ORT_GPU], frozenset(), cuda=False)
     assert (fails.status, "cannot start it" in fails.text) == ("note", True)
-    (driver,) = check_gpu(machine(), [ORT_GPU], frozenset(), cuda_starts=None)
+    (driver,) = check_gpu(machine(), [ORT_GPU], frozenset(), cuda=None)
     assert (driver.status, "no NVIDIA driver" in driver.text) == ("note", True)
-    both = list(check_gpu(machine(), [ORT], frozenset({"onnxruntime", "onnxruntime-gpu"}), cuda_starts=None))
+    both = list(check_gpu(machine(), [ORT], frozenset({"onnxruntime", "onnxruntime-gpu"}), cuda=None))
     assert statuses(both) == [("onnxruntime", "note")]
 
 

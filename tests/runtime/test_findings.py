@@ -12,9 +12,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import onnx
 import pytest
-from onnx import TensorProto, helper, numpy_helper
+from onnx import helper
 
 from muntin.runtime import describe_hardware
 from muntin.runtime.contention import read_cpu_times
@@ -62,34 +61,18 @@ def test_integer_layer_in_float(write_layers: Callable[..., Any], layer_maker: C
     assert not any("body" in other.kernels for kind in ("ceiling", "float") for other in of_kind(result, kind))
 
 
-def transposed(write_layers: Callable[..., Any], layer_maker: Callable[..., Any], path: Path) -> Path:
-    """Two convolutions, and channels brought last and back between them for an activation that does not care."""
+def test_layout_change_between_layers(write_graph: Callable[..., Any], tmp_path: Path) -> None:
+    """Two convolutions; channels are moved last and back between them."""
     rng = np.random.default_rng(0)
     weights = {"w1": rng.normal(size=(32, 3, 3, 3)).astype(np.float32), "w2": rng.normal(size=(4, 32, 3, 3)).astype(np.float32)}
     nodes = [
-        helper.make_node("Cast", ["images"], ["float"], name="cast", to=TensorProto.FLOAT),
-        helper.make_node("Transpose", ["float"], ["x"], name="to_nchw", perm=[0, 3, 1, 2]),
         helper.make_node("Conv", ["x", "w1"], ["a"], name="first", pads=[1] * 4),
         helper.make_node("Transpose", ["a"], ["b"], name="there", perm=[0, 2, 3, 1]),
         helper.make_node("Relu", ["b"], ["c"], name="relu"),
         helper.make_node("Transpose", ["c"], ["d"], name="back", perm=[0, 3, 1, 2]),
         helper.make_node("Conv", ["d", "w2"], ["scores"], name="second", pads=[1] * 4),
     ]
-    graph = helper.make_graph(
-        nodes,
-        "transposed",
-        [helper.make_tensor_value_info("images", TensorProto.UINT8, ["B", "H", "W", 3])],
-        [helper.make_tensor_value_info("scores", TensorProto.FLOAT, ["B", 4, "H", "W"])],
-        [numpy_helper.from_array(value, name) for name, value in weights.items()],
-    )
-    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=10)
-    onnx.checker.check_model(model)
-    written: Path = write_layers(path, [layer_maker("only", 0, 3, 4, 1, scale=1.0)], model=model).path
-    return written
-
-
-def test_layout_change_between_layers(write_layers: Callable[..., Any], layer_maker: Callable[..., Any], tmp_path: Path) -> None:
-    path = transposed(write_layers, layer_maker, tmp_path / "a")
+    path = write_graph(tmp_path / "a", nodes, weights, channels=3, outputs=4).path
     result = profile(path, SessionOptions(precision="f32", threads=1), shape=(1, 128, 128), rounds=3, ceilings=CEILINGS)
     executed = {kernel.name for kernel in result.kernels if kernel.group == LAYOUT and kernel.ms > 0}
     assert {"there", "back"} <= executed, "the engine removed them: this test plants nothing"

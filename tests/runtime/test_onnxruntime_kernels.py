@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import onnx
 import pytest
-from onnx import TensorProto, helper, numpy_helper
+from onnx import helper
 
 from muntin.errors import ArtifactError, DependencyError
 from muntin.runtime.kernels import IMAGES, PRODUCTS
@@ -36,6 +36,18 @@ def test_kernels_of_layers(convolutions: Any) -> None:
     assert all(kernel.group == PRODUCTS and kernel.layer == name for name, kernel in computed.items())
     assert {kernel.precision for kernel in computed.values()} <= {"i8", "f32"}
     assert (execution.precision, execution.threads) == ("f32", 1)
+    body = computed["body"]
+    assert {32 * 32 * 9, 4 * 32 * 32 * 9} & {operand.bytes for operand in body.inputs if operand.source is None or operand.type == "f32"}
+    assert body.kind == "QLinearConv"
+    for value in (body.inputs[0], body.outputs[0]):  # channels last in memory, logical shapes here
+        assert (value.shape, value.layout) == ((2, 32, H, W), "acdb")
+    names = {kernel.name for kernel in execution.kernels}
+    assert len(names) == len(execution.kernels)
+    sources = {operand.source for kernel in execution.kernels for operand in kernel.inputs} - {None}
+    assert IMAGES in sources
+    assert sources <= names | {IMAGES}
+    (first,) = (kernel for kernel in execution.kernels if any(operand.source == IMAGES for operand in kernel.inputs))
+    assert sum(operand.bytes for operand in first.inputs if operand.source == IMAGES) == pixels * 3
 
 
 def test_time_stamps_do_not_overlap(convolutions: Any) -> None:
@@ -46,23 +58,6 @@ def test_time_stamps_do_not_overlap(convolutions: Any) -> None:
     timed = sorted((kernel.start_ms or 0.0, kernel.ms) for kernel in execution.kernels)
     assert all(start + ms <= following + 1e-6 for (start, ms), (following, _) in pairwise(timed))
     assert sum(kernel.ms for kernel in execution.kernels) <= execution.profiled_ms
-
-
-def test_sources_of_kernels(convolutions: Any) -> None:
-    execution = onnxruntime_kernels(convolutions.artifact, images(), OPTIONS, 3)
-    names = {kernel.name for kernel in execution.kernels}
-    assert len(names) == len(execution.kernels)
-    sources = {operand.source for kernel in execution.kernels for operand in kernel.inputs} - {None}
-    assert IMAGES in sources
-    assert sources <= names | {IMAGES}
-
-
-def test_bytes_of_kernels(convolutions: Any) -> None:
-    execution = onnxruntime_kernels(convolutions.artifact, images(), OPTIONS, 3)
-    (first,) = (kernel for kernel in execution.kernels if any(operand.source == IMAGES for operand in kernel.inputs))
-    assert sum(operand.bytes for operand in first.inputs if operand.source == IMAGES) == H * W * 3
-    body = next(kernel for kernel in execution.kernels if kernel.name == "body")
-    assert {32 * 32 * 9, 4 * 32 * 32 * 9} & {operand.bytes for operand in body.inputs if operand.source is None or operand.type == "f32"}
 
 
 def test_node_without_a_name(write_layers: Callable[..., Any], layer_maker: Callable[..., Any], tmp_path: Path) -> None:
@@ -92,7 +87,7 @@ def test_model_that_cannot_be_opened(write_layers: Callable[..., Any], layer_mak
     assert "\n" not in str(caught.value)
 
 
-def float_model() -> onnx.ModelProto:
+def float_graph() -> tuple[list[onnx.NodeProto], dict[str, Any], dict[str, Any]]:
     """Float convolutions named after the norms that were folded into them, with what ONNX Runtime fuses: activations, a sum of two.
 
     3 channels -> 12 -> depthwise -> 12 -> 16 -> sum of two products -> 16 -> a function with a product of its own -> 5 classes.
@@ -107,8 +102,6 @@ def float_model() -> onnx.ModelProto:
 
     values["own"] = rng.normal(size=(3, 16, 1, 1)).astype(np.float32)
     nodes = [
-        node("Cast", ["images"], ["float"], name="cast", to=TensorProto.FLOAT),
-        node("Transpose", ["float"], ["x"], name="to_nchw", perm=[0, 3, 1, 2]),
         conv("x", "a", "first", 3, 12, 3),
         node("Relu", ["a"], ["b"], name="relu"),
         conv("b", "c", "depthwise", 12, 12, 3, groups=12),
@@ -123,24 +116,20 @@ def float_model() -> onnx.ModelProto:
     function = helper.make_function(
         "local", "Project", ["x", "w"], ["y"], [node("Conv", ["x", "w"], ["y"], name="inner")], [helper.make_opsetid("", 17)]
     )
-    graph = helper.make_graph(
-        nodes,
-        "float",
-        [helper.make_tensor_value_info("images", TensorProto.UINT8, ["B", "H", "W", 3])],
-        [helper.make_tensor_value_info("scores", TensorProto.FLOAT, ["B", 5, "H", "W"])],
-        [numpy_helper.from_array(np.asarray(value), name) for name, value in values.items()],
-    )
-    opsets = [helper.make_opsetid("", 17), helper.make_opsetid("local", 1)]
-    return helper.make_model(graph, opset_imports=opsets, ir_version=10, functions=[function])
+    return nodes, values, {
+        "opset_imports": [helper.make_opsetid("", 17), helper.make_opsetid("local", 1)], "functions": [function],
+    }  # fmt: skip
 
 
 FLOAT_MACS = {"first": 3 * 12 * 9, "depthwise": 12 * 9, "wide": 12 * 16, "shortcut": 12 * 16, "head": 3 * 5}
 
 
 @pytest.fixture
-def floating(write_layers: Callable[..., Any], layer_maker: Callable[..., Any], tmp_path: Path) -> Any:
+def floating(write_graph: Any, write_layers: Any, layer_maker: Any, tmp_path: Path) -> Any:
+    nodes, values, options = float_graph()
+    model = write_graph(tmp_path / "graph", nodes, values, channels=3, outputs=5, **options).artifact.model_bytes()
     recorded = [layer_maker(name, 0, 3 if name == "first" else 5, 5, 1, scale=0.9) for name in FLOAT_MACS]
-    return write_layers(tmp_path / "float", recorded, model=float_model()).artifact
+    return write_layers(tmp_path / "float", recorded, model=onnx.load_model_from_string(model)).artifact
 
 
 def test_float_layers_with_fusions(floating: Any) -> None:
@@ -157,14 +146,6 @@ def test_padded_channels(floating: Any) -> None:
     (own,) = (kernel for kernel in kernels if kernel.macs and not kernel.compute)  # a product that is no node of the graph
     assert own.macs == H * W * 16 * 3
     assert own.outputs[0].shape == (1, 3, H, W)
-
-
-def test_shapes_of_channels_last(convolutions: Any) -> None:
-    kernels = onnxruntime_kernels(convolutions.artifact, images(batch=2), OPTIONS, 3).kernels
-    body = next(kernel for kernel in kernels if kernel.name == "body")
-    assert body.kind == "QLinearConv"
-    for value in (body.inputs[0], body.outputs[0]):
-        assert (value.shape, value.layout) == ((2, 32, H, W), "acdb")
 
 
 def test_nodes_without_names(write_layers: Callable[..., Any], layer_maker: Callable[..., Any], tmp_path: Path) -> None:

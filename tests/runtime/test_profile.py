@@ -12,7 +12,7 @@ import onnx
 import pytest
 
 from muntin.artifact import ClassInfo, LayerRecord, Signature, open_artifact, write_artifact
-from muntin.errors import ArtifactError, DataError
+from muntin.errors import DataError
 from muntin.runtime.hardware import physical_cores
 from muntin.runtime.kernels import Ceilings, Execution
 from muntin.runtime.options import SessionOptions
@@ -125,23 +125,18 @@ def test_images_larger_than_memory(convolutions: Any, engine: str) -> None:
     assert "\n" not in str(caught.value)
 
 
-def test_folder_without_an_artefact(tmp_path: Path) -> None:
-    with pytest.raises(ArtifactError, match="no such artefact"):
-        profile(tmp_path / "none", ceilings=CEILINGS)
-
-
-def test_notes_say_what_to_doubt(convolutions: Any) -> None:
+def test_notes(convolutions: Any) -> None:
     result = profile(convolutions.path, SessionOptions(threads=1), shape=(1, 8, 8), rounds=1, ceilings=CEILINGS)
     manifest, total = convolutions.artifact.manifest, result.kernels_ms
 
-    def told(profiled: float, between: float, whole: float, kernels: Any = result.kernels) -> list[str]:
+    def notes_for(profiled: float, between: float, whole: float, kernels: Any = result.kernels) -> list[str]:
         execution = Execution(kernels=kernels, profiled_ms=profiled, between_ms=between, precision="f32", threads=1)
         return list(notes(manifest, execution, whole))
 
-    assert told(total, 0.0, total) == []
-    assert any("the kernels' medians sum to" in note and "interruptions" in note for note in told(3 * total, 0.0, 3 * total))
-    assert any("an inference with counters on took" in note for note in told(total, 0.0, 2 * total))
-    (missing,) = told(total, 0.0, total, tuple(kernel for kernel in result.kernels if kernel.layer != "body"))[-1:]
+    assert notes_for(total, 0.0, total) == []
+    assert any("the kernels' medians sum to" in note and "interruptions" in note for note in notes_for(3 * total, 0.0, 3 * total))
+    assert any("an inference with counters on took" in note for note in notes_for(total, 0.0, 2 * total))
+    (missing,) = notes_for(total, 0.0, total, tuple(kernel for kernel in result.kernels if kernel.layer != "body"))[-1:]
     assert missing == "1 recorded layer has no kernel of its name: body"
 
 

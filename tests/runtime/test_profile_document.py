@@ -73,10 +73,7 @@ def test_interruptions(result: Profile) -> None:
     assert rows[BETWEEN] == pytest.approx(0.25 * result.kernels_ms)
     assert rows[INTERRUPTIONS] == pytest.approx(1.75 * result.kernels_ms)
     assert sum(rows.values()) == pytest.approx(disturbed.profiled_ms)
-
-
-def test_medians_beyond_the_whole(result: Profile) -> None:
-    rows = {row["kind"]: row["ms"] for row in kinds(replace(result, profiled_ms=0.9 * result.kernels_ms))}
+    rows = {row["kind"]: row["ms"] for row in kinds(replace(result, profiled_ms=0.9 * result.kernels_ms))}  # medians need not add up
     assert rows[BETWEEN] == 0
     assert INTERRUPTIONS not in rows
 

@@ -41,9 +41,11 @@ def test_wrong_images(convolutions: Any, images: Any, message: str) -> None:
         load(convolutions.path)(images)
     assert "uint8 (B, H, W, 3)" in str(caught.value)
     assert "\n" not in str(caught.value)
+    with pytest.raises(DataError, match=message):
+        load(convolutions.path).labels(images)
 
 
-def test_views_are_read_right(per_pixel: Any, images_of: Callable[..., Any]) -> None:
+def test_views_as_images(per_pixel: Any, images_of: Callable[..., Any]) -> None:
     session, images = load(per_pixel.path), images_of(4, height=12, width=12)
     np.testing.assert_array_equal(session(images[:, ::2, ::-1]), session(np.ascontiguousarray(images[:, ::2, ::-1])))
 
@@ -140,6 +142,15 @@ def test_map_with_a_failing_batch(convolutions: Any, images_of: Callable[..., An
     with pytest.raises(DataError, match="float32"):
         next(answers)
 
+    def batches() -> Any:
+        yield from (good, good)
+        raise OSError("the disk is gone")
+
+    answers = load(convolutions.path, threads=2, streams=2).map(batches())
+    assert [next(answers).shape for _ in range(2)] == [(1, 5, 4, 4)] * 2
+    with pytest.raises(OSError, match="the disk is gone"):
+        next(answers)
+
 
 def calls_of(session: Session) -> list[tuple[int, ...]]:
     """Shapes of the images that a session computes from now on."""
@@ -165,24 +176,8 @@ def test_load_compiles_the_example(write_layers: Callable[..., Any], convolution
     written = write_layers(tmp_path / "a", convolutions.layers, example=(1, 8, 10))
     assert list(load(written.path)._compiled) == [((1, 8, 10, 3), False)]  # type: ignore[attr-defined]
     assert list(load(written.path, shapes=())._compiled) == []  # type: ignore[attr-defined]
-    assert list(load(written.path, shapes=[(2, 4, 4), (1, 4, 4)])._compiled) == [((2, 4, 4, 3), False), ((1, 4, 4, 3), False)]  # type: ignore[attr-defined]
-
-
-def test_load_with_many_shapes(convolutions: Any) -> None:
     shapes = [(1, np.int64(4 + n), 4) for n in range(7)]
-    assert list(load(convolutions.path, shapes=shapes)._compiled) == [((1, 4 + n, 4, 3), False) for n in range(7)]  # type: ignore[attr-defined]
-
-
-def test_map_before_a_read_error(convolutions: Any, images_of: Callable[..., Any]) -> None:
-    def batches() -> Any:
-        yield images_of(3, batch=1, height=4, width=4, seed=1)
-        yield images_of(3, batch=1, height=4, width=4, seed=2)
-        raise OSError("the disk is gone")
-
-    answers = load(convolutions.path, threads=2, streams=2).map(batches())
-    assert [next(answers).shape for _ in range(2)] == [(1, 5, 4, 4)] * 2
-    with pytest.raises(OSError, match="the disk is gone"):
-        next(answers)
+    assert list(load(written.path, shapes=shapes)._compiled) == [((1, 4 + n, 4, 3), False) for n in range(7)]  # type: ignore[attr-defined]
 
 
 def test_size_that_the_model_refuses(write_layers: Callable[..., Any], layer_maker: Callable[..., Any], tmp_path: Path) -> None:
@@ -218,11 +213,6 @@ def test_label_of_equal_scores(
     session = load(write_layers(tmp_path / "equal", [equal]).path, engine=engine)
     for batch, height, width in ((1, 64, 48), (3, 5, 7)):
         assert (session.labels(images_of(4, batch=batch, height=height, width=width)) == 1).all()
-
-
-def test_labels_of_a_wrong_model(convolutions: Any) -> None:
-    with pytest.raises(DataError, match="dtype float32"):
-        load(convolutions.path).labels(np.zeros((1, 4, 4, 3), np.float32))  # type: ignore[arg-type]
 
 
 def test_warm_up_for_labels(convolutions: Any) -> None:

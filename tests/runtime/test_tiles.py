@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import itertools
 import tracemalloc
-from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -112,10 +111,10 @@ def test_last_tile_moved_far_inward(rest: int) -> None:
 
 
 @pytest.mark.parametrize("kind", [np.uint8, np.int64])
-def test_numbers_of_numpy_are_numbers(kind: type) -> None:
+def test_numpy_integers_as_arguments(kind: type) -> None:
     session, image = PixelSession(scale=4), picture(200, 150)
-    wanted = predict(session, image, tile=97, overlap=64, output="scores")
-    np.testing.assert_array_equal(predict(session, image, tile=kind(97), overlap=kind(64), output="scores"), wanted)
+    expected = predict(session, image, tile=97, overlap=64, output="scores")
+    np.testing.assert_array_equal(predict(session, image, tile=kind(97), overlap=kind(64), output="scores"), expected)
 
 
 def test_blending_of_different_tiles() -> None:
@@ -149,19 +148,16 @@ def test_tiles_equal_the_whole_far_from_borders(convolutions: Any) -> None:
     assert np.abs(tiled - whole).max() < np.abs(seams - whole).max() / 2
 
 
-def test_default_overlap() -> None:
-    image, session = picture(20, 90), PositionSession()
-    usual, quarter, none = (predict(session, image, tile=20, overlap=overlap, output="scores") for overlap in (None, 5, 0))
-    np.testing.assert_array_equal(usual, quarter)
-    assert (usual != none).any()
-
-
-def test_picture_smaller_than_the_tile() -> None:
+def test_calls_of_tiles() -> None:
     session = PixelSession()
     predict(session, picture(20, 30), tile=64)
     assert session.sizes == [(20, 30)]
     predict(session, picture(20, 100), tile=64, overlap=0)
     assert session.sizes[1:] == [(20, 64), (20, 64)]
+    image, session = picture(20, 90), PositionSession()
+    default, quarter, none = (predict(session, image, tile=20, overlap=overlap, output="scores") for overlap in (None, 5, 0))
+    np.testing.assert_array_equal(default, quarter)
+    assert (default != none).any()
 
 
 def test_whole_picture_in_one_call() -> None:
@@ -232,7 +228,7 @@ def test_memory_of_tiled_labels() -> None:
         ("restore", {"output": "labels"}, "image, scores"),
     ],
 )
-def test_what_is_not_allowed(task: str, options: dict[str, Any], message: str) -> None:
+def test_wrong_arguments(task: str, options: dict[str, Any], message: str) -> None:
     with pytest.raises(DataError, match=message) as caught:
         predict(PixelSession(task), picture(12, 12), **options)
     assert "\n" not in str(caught.value)
@@ -248,18 +244,18 @@ def test_what_is_not_allowed(task: str, options: dict[str, Any], message: str) -
         ("cat.jpg", "type str"),
     ],
 )
-def test_images_that_are_none(image: Any, message: str) -> None:
+def test_wrong_images(image: Any, message: str) -> None:
     with pytest.raises(DataError, match=message):
         predict(PixelSession(), image)
 
 
 def test_session_that_contradicts_its_signature() -> None:
-    class Liar(PixelSession):
+    class Narrow(PixelSession):
         def __call__(self, images_BHWC: NDArray[np.uint8]) -> NDArray[np.float32]:
             return super().__call__(images_BHWC)[:, :3]
 
     with pytest.raises(ArtifactError, match=r"\(1, 3, 5, 5\).*\(1, 4, 5, 5\)"):
-        predict(Liar(), picture(5, 5))
+        predict(Narrow(), picture(5, 5))
 
 
 def test_exact_with_a_plan() -> None:
@@ -267,8 +263,3 @@ def test_exact_with_a_plan() -> None:
     session.plan = {"cuts": []}  # type: ignore[attr-defined]
     with pytest.raises(DataError, match="does not run plans"):
         predict(session, picture(5, 5), tile=4, exact=True)
-
-
-def test_deterministic(convolutions: Any, images_of: Callable[..., Any]) -> None:
-    session, image = load(convolutions.path), images_of(3, batch=1, height=40, width=50)[0]
-    np.testing.assert_array_equal(predict(session, image, tile=16), predict(session, image, tile=16))

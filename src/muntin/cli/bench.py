@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -61,7 +62,7 @@ def bench_command(
             report=advance,
         )
     if json:
-        print_json(result.as_dict())
+        print_json(asdict(result))
         return
     _print(result)
 

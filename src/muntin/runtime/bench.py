@@ -10,7 +10,7 @@ Quote medians and the ratios between rows of the same run: a machine's absolute 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from math import prod
 from pathlib import Path
@@ -68,10 +68,6 @@ class Bench:
     created: str
     hardware: dict[str, Any]
 
-    def as_dict(self) -> dict[str, Any]:
-        """Plain values for JSON."""
-        return asdict(self)
-
 
 def bench(
     path: str | Path,
@@ -104,12 +100,7 @@ def bench(
     _check_room(shapes, channels)
     measured = ArtifactCandidate(path=str(path), engine=engine, precision=precision)
     candidates = ({} if baseline is None else {f"baseline {baseline.name}": baseline}) | {measured.name: measured}
-    settings = list(
-        dict.fromkeys(
-            replace(options, threads=options.thread_count, streams=min(options.streams, options.thread_count), shapes=shapes)
-            for options in combinations
-        )
-    )
+    settings = _settings(combinations, shapes)
     try:
         loadings: list[dict[str, Loading]] = []
         for done, setting in enumerate(settings):
@@ -137,6 +128,15 @@ def bench(
         created=datetime.now(UTC).isoformat(timespec="seconds"),
         hardware=describe_hardware(),
     )
+
+
+def _settings(combinations: Sequence[SessionOptions], shapes: tuple[Shape, ...]) -> list[SessionOptions]:
+    """Each different combination once, with at most as many streams as threads."""
+    limited = (
+        replace(options, threads=options.thread_count, streams=min(options.streams, options.thread_count), shapes=shapes)
+        for options in combinations
+    )
+    return list(dict.fromkeys(limited))
 
 
 def _measure(

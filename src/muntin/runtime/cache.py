@@ -119,23 +119,19 @@ def make_room(used: Path, *, keep: Path | None = None) -> None:
     """Removes the least recently used content until the rest is within `LIMIT`: folders other than `used`, then, if `keep` is given, files
     of `used` other than `keep`. Content that cannot be removed stays."""
     with suppress(OSError):
-        _make_room(used, keep)
-
-
-def _make_room(used: Path, keep: Path | None) -> None:
-    folders = [folder for folder in used.parent.iterdir() if folder == used or _FOLDER.fullmatch(folder.name)]  # others are the user's
-    sizes = {folder: sum(file.stat().st_size for file in folder.rglob("*") if file.is_file()) for folder in folders}
-    total = sum(sizes.values())
-    for folder in sorted(sizes, key=lambda folder: folder.stat().st_mtime):
-        if total <= LIMIT:
-            return
-        if folder != used:
-            shutil.rmtree(folder, ignore_errors=True)
-            total -= sizes[folder]
-    for file in sorted(used.iterdir(), key=lambda file: file.stat().st_atime) if keep is not None else ():
-        if total <= LIMIT:
-            return
-        if file != keep:
-            size = file.stat().st_size
-            file.unlink()
-            total -= size
+        folders = [folder for folder in used.parent.iterdir() if folder == used or _FOLDER.fullmatch(folder.name)]  # others are the user's
+        sizes = {folder: sum(file.stat().st_size for file in folder.rglob("*") if file.is_file()) for folder in folders}
+        total = sum(sizes.values())
+        for folder in sorted(sizes, key=lambda folder: folder.stat().st_mtime):
+            if total <= LIMIT:
+                return
+            if folder != used:
+                shutil.rmtree(folder, ignore_errors=True)
+                total -= sizes[folder]
+        for file in sorted(used.iterdir(), key=lambda file: file.stat().st_atime) if keep is not None else ():
+            if total <= LIMIT:
+                return
+            if file != keep:
+                size = file.stat().st_size
+                file.unlink()
+                total -= size

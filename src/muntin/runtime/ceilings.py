@@ -18,12 +18,12 @@ from threading import Barrier, BrokenBarrierError
 from typing import Any, Literal
 
 import numpy as np
-import onnx
 from numpy.typing import NDArray
-from onnx import TensorProto, helper, numpy_helper
+from onnx import helper
 
 from muntin.errors import DataError
 from muntin.runtime.contention import watch_cpu
+from muntin.runtime.exactness import serialised
 from muntin.runtime.hardware import last_level_cache, memory_gib, physical_cores
 from muntin.runtime.kernels import Ceilings
 from muntin.runtime.options import check_threads
@@ -128,7 +128,8 @@ def product_graph(kind: Kind, side: int, *, integer: bool) -> bytes:
 
     The weights' scale keeps the values' size from one product to the next.
     """
-    shape, weight_shape = ([side, side], (side, side)) if kind == "MatMul" else ([1, _CHANNELS, side, side], (_CHANNELS, _CHANNELS, 3, 3))
+    shape: tuple[int, ...] = (side, side) if kind == "MatMul" else (1, _CHANNELS, side, side)
+    weight_shape = (side, side) if kind == "MatMul" else (_CHANNELS, _CHANNELS, 3, 3)
     axis, inputs = (1, side) if kind == "MatMul" else (0, 9 * _CHANNELS)
     generator = np.random.default_rng(1)
     nodes, x = [], "x"
@@ -149,16 +150,7 @@ def product_graph(kind: Kind, side: int, *, integer: bool) -> bytes:
         pads = {"pads": [1, 1, 1, 1]} if kind == "Conv" else {}
         nodes.append(helper.make_node(kind, [x, "w"], [step], name=step, **pads))
         x = step
-    graph = helper.make_graph(
-        nodes,
-        "products",
-        [helper.make_tensor_value_info("x", TensorProto.FLOAT, shape)],
-        [helper.make_tensor_value_info(x, TensorProto.FLOAT, shape)],
-        [numpy_helper.from_array(value, name) for name, value in constants.items()],
-    )
-    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 19)], ir_version=10)
-    onnx.checker.check_model(model)
-    return bytes(model.SerializeToString())
+    return serialised(nodes, constants, shape, shape)
 
 
 def measure_copy(threads: int, seconds: float) -> float:

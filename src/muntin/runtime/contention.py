@@ -39,24 +39,18 @@ class CpuShare:
 
 
 class CpuWatch:
-    """Other work on our CPUs during a block. None before its end, for a block shorter than `SHORTEST`, and where unknown.
-
-    `others`: cores' worth of CPU time of other processes, child processes included. `stolen`: share of the wall time, 0 to 1, that the
-    hypervisor gave to other guests, mean over our CPUs. `seconds`: the block's wall time.
-    """
+    """Other work on our CPUs during a block. `others`: cores' worth of CPU time of other processes, child processes included; None before
+    the block's end, for a block shorter than `SHORTEST`, and where unknown."""
 
     def __init__(self) -> None:
         self.others: float | None = None
-        self.stolen: float | None = None
-        self.seconds: float | None = None
 
 
 @dataclass(frozen=True)
 class CpuTime:
-    """One CPU's counts since boot, in steps of the system's clock (1/100 s)."""
+    """One CPU's counts since boot, in steps of the system's clock (1/100 s). `total` includes time of other guests of the host."""
 
     busy: int
-    stolen: int
     total: int
 
 
@@ -71,13 +65,10 @@ def watch_cpu() -> Iterator[CpuWatch]:
     try:
         yield watch
     finally:
-        watch.seconds = time.perf_counter() - start
-        own = time.process_time() - own
+        seconds, own = time.perf_counter() - start, time.process_time() - own
         quota = cpu_quota()
         spare = 0.0 if quota is None else max(0.0, len(cpus) - quota)
-        usage = compare(before, read_cpu_times(), cpus=cpus, own=own, seconds=watch.seconds, spare=spare)
-        if usage is not None:
-            watch.others, watch.stolen = usage
+        watch.others = compare(before, read_cpu_times(), cpus=cpus, own=own, seconds=seconds, spare=spare)
 
 
 def notes_on(others: float | None) -> list[str]:
@@ -131,25 +122,23 @@ def parse_cpu_times(stat: str) -> dict[int, CpuTime]:
             continue
         user, nice, system, idle, iowait, irq, softirq, steal = (int(text) for text in (*columns, *"00000000")[:8])
         busy = user + nice + system + irq + softirq
-        times[int(number)] = CpuTime(busy, steal, busy + steal + idle + iowait)
+        times[int(number)] = CpuTime(busy, busy + steal + idle + iowait)
     return times
 
 
 def compare(
     before: Mapping[int, CpuTime], after: Mapping[int, CpuTime], *, cpus: set[int], own: float, seconds: float, spare: float = 0.0
-) -> tuple[float, float] | None:
-    """Other work between two readings: (cores' worth of other processes, share of the wall time of other guests).
+) -> float | None:
+    """Cores' worth of CPU time of other processes between two readings.
 
     `own`: seconds of CPU time of this process. `spare`: cores' worth that others may use without slowing us. None where unknown: too short
     a time, a CPU of ours that is not listed (a container with its own numbers), or counts that do not change (some sandboxes).
     """
     if seconds < SHORTEST or not cpus or not (cpus <= before.keys() and cpus <= after.keys()):
         return None
-    busy, stolen, total = (
-        sum(getattr(after[cpu], field) - getattr(before[cpu], field) for cpu in cpus) for field in ("busy", "stolen", "total")
-    )
+    busy = sum(after[cpu].busy - before[cpu].busy for cpu in cpus)
+    total = sum(after[cpu].total - before[cpu].total for cpu in cpus)
     if total <= 0:
         return None
     # Relative to the counted time, which lags behind the clock by up to a step for each CPU.
-    others = len(cpus) * busy / total - own / seconds - spare
-    return max(0.0, others), max(0.0, stolen / total)
+    return max(0.0, len(cpus) * busy / total - own / seconds - spare)

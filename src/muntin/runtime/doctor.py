@@ -7,29 +7,16 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 from muntin.errors import DependencyError
 from muntin.runtime.contention import CpuShare, measure_cpu_share
-from muntin.runtime.doctor_checks import (
-    Check,
-    check_arithmetic,
-    check_cache,
-    check_ceilings,
-    check_engines,
-    check_gpu,
-    check_machine,
-    check_share,
-    check_thread_counts,
-    check_untested,
-    check_variables,
-)
+from muntin.runtime.doctor_checks import Check, SelfTest, all_checks
 from muntin.runtime.doctor_facts import (
     Extra,
     InstalledEngine,
     Machine,
-    cuda_starts,
     distributions,
     find_engine,
     find_extras,
@@ -45,16 +32,6 @@ from muntin.runtime.options import SessionOptions
 PACKAGES = ("numpy", "onnx", "torch", "torchvision", "timm", "onnxscript", "torchmetrics", "tensorboard")
 VARIABLES = ("OMP_", "GOMP_", "KMP_", "MKL_", "OPENBLAS_", "ONEDNN_", "DNNL_", "TBB_", "OV_CPU_")
 """Prefixes of environment variables that change the speed of computation."""
-
-
-@dataclass(kw_only=True)
-class _SelfTest:
-    """Measurements of the self-test; None or empty for what was left out or failed."""
-
-    ceilings: Ceilings | None = None
-    share: CpuShare | None = None
-    integers: dict[str, tuple[IntegerCheck, ...]] = field(default_factory=dict)
-    failures: list[Check] = field(default_factory=list)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -102,7 +79,7 @@ def examine(
     machine, engines = read_machine(), tuple(find_engine(name) for name in RUNNERS)
     test = _measure(engines, min(options.thread_count, machine.physical_cores), stage) if self_test else None
     variables = {name: value for name, value in sorted(environment.items()) if name.startswith(VARIABLES)}
-    measured = test or _SelfTest()
+    measured = test or SelfTest()
     return Diagnosis(
         machine=machine,
         engines=engines,
@@ -114,12 +91,12 @@ def examine(
         ceilings=measured.ceilings,
         share=measured.share,
         integers=measured.integers,
-        checks=tuple(_checks(machine, engines, threads, variables, test)),
+        checks=tuple(all_checks(machine, engines, threads, variables, test)),
     )
 
 
-def _measure(engines: Sequence[InstalledEngine], threads: int, stage: Callable[[str], None]) -> _SelfTest:
-    test = _SelfTest()
+def _measure(engines: Sequence[InstalledEngine], threads: int, stage: Callable[[str], None]) -> SelfTest:
+    test = SelfTest()
     installed = [engine.name for engine in engines if engine.version is not None]
     stage("integers")
     for name in installed:
@@ -135,26 +112,3 @@ def _measure(engines: Sequence[InstalledEngine], threads: int, stage: Callable[[
         stage("ceilings")
         test.ceilings = measure_ceilings(threads=threads)
     return test
-
-
-def _checks(
-    machine: Machine, engines: Sequence[InstalledEngine], threads: int | None, variables: Mapping[str, str], test: _SelfTest | None
-) -> list[Check]:
-    checks = list(check_engines(engines))
-    if test is not None:
-        exact = [name for name, layers in test.integers.items() if not any(layer.wrong for layer in layers)]
-        checks += [
-            check_arithmetic(engine, test.integers[engine.name], variables, exact) for engine in engines if engine.name in test.integers
-        ]
-        checks += test.failures
-    else:
-        checks += check_untested(machine)
-    checks += check_thread_counts(threads, variables, machine.physical_cores)
-    checks += check_variables(variables)
-    if test is not None and test.share is not None:
-        checks.append(check_share(test.share, len(machine.affinity), machine.cpu_quota))
-    if test is not None and test.ceilings is not None:
-        checks.append(check_ceilings(test.ceilings))
-    checks += check_machine(machine)
-    checks += check_gpu(machine, engines, distributions(), cuda_starts=None if test is None else cuda_starts(machine, engines))
-    return [*checks, check_cache()]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from math import floor
 from pathlib import Path
 from stat import S_ISLNK
@@ -13,7 +13,7 @@ from typing import Literal
 
 from muntin.runtime.cache import compiled_folder
 from muntin.runtime.contention import CpuShare
-from muntin.runtime.doctor_facts import GPU_INSTALL, GPU_PROVIDERS, InstalledEngine, Machine, user_cache
+from muntin.runtime.doctor_facts import GPU_INSTALL, GPU_PROVIDERS, InstalledEngine, Machine, cuda_starts, distributions, user_cache
 from muntin.runtime.exactness import IntegerCheck
 from muntin.runtime.hardware import ISA_LIMITS
 from muntin.runtime.kernels import Ceilings
@@ -38,6 +38,40 @@ class Check:
     name: str
     status: Status
     text: str
+
+
+@dataclass(kw_only=True)
+class SelfTest:
+    """Measurements of the self-test; None or empty for what was left out or failed."""
+
+    ceilings: Ceilings | None = None
+    share: CpuShare | None = None
+    integers: dict[str, tuple[IntegerCheck, ...]] = field(default_factory=dict)
+    failures: list[Check] = field(default_factory=list)
+
+
+def all_checks(
+    machine: Machine, engines: Sequence[InstalledEngine], threads: int | None, variables: Mapping[str, str], test: SelfTest | None
+) -> list[Check]:
+    """All checks, in the order in which they are printed. `test`: None without the self-test."""
+    checks = list(check_engines(engines))
+    if test is not None:
+        exact = [name for name, layers in test.integers.items() if not any(layer.wrong for layer in layers)]
+        checks += [
+            check_arithmetic(engine, test.integers[engine.name], variables, exact) for engine in engines if engine.name in test.integers
+        ]
+        checks += test.failures
+    else:
+        checks += check_untested(machine)
+    checks += check_thread_counts(threads, variables, machine.physical_cores)
+    checks += check_variables(variables)
+    if test is not None and test.share is not None:
+        checks.append(check_share(test.share, len(machine.affinity), machine.cpu_quota))
+    if test is not None and test.ceilings is not None:
+        checks.append(check_ceilings(test.ceilings))
+    checks += check_machine(machine)
+    checks += check_gpu(machine, engines, distributions(), cuda=None if test is None else cuda_starts(machine, engines))
+    return [*checks, check_cache()]
 
 
 def check_engines(engines: Sequence[InstalledEngine]) -> Iterator[Check]:
@@ -180,10 +214,8 @@ def check_machine(machine: Machine) -> Iterator[Check]:
         yield Check(name="clock", status="note", text=text)
 
 
-def check_gpu(
-    machine: Machine, engines: Sequence[InstalledEngine], installed: frozenset[str], *, cuda_starts: bool | None
-) -> Iterator[Check]:
-    """Notes about a GPU that is not used, and about two builds of ONNX Runtime in one folder. `cuda_starts`: None where not tried."""
+def check_gpu(machine: Machine, engines: Sequence[InstalledEngine], installed: frozenset[str], *, cuda: bool | None) -> Iterator[Check]:
+    """Notes about an unused GPU, and about two builds of ONNX Runtime in one folder. `cuda`: True if it starts, None if not tried."""
     if {"onnxruntime", "onnxruntime-gpu"} <= installed:
         text = f"both onnxruntime and onnxruntime-gpu are installed, in one folder: pip uninstall -y onnxruntime-gpu && {GPU_INSTALL}"
         yield Check(name="onnxruntime", status="note", text=text)
@@ -192,7 +224,7 @@ def check_gpu(
     if machine.nvidia and not usable:
         text = f"an NVIDIA driver is here, and ONNX Runtime has no CUDA provider; for one, instead of the CPU's build: {GPU_INSTALL}"
         yield Check(name="GPU", status="note", text=text)
-    elif machine.nvidia and cuda_starts is False:
+    elif machine.nvidia and cuda is False:
         text = "ONNX Runtime has CUDA and cannot start it: install the CUDA and cuDNN that this version of onnxruntime-gpu asks for"
         yield Check(name="GPU", status="note", text=text)
     elif machine.nvidia:

@@ -129,12 +129,16 @@ def _graph(layer: _TestLayer, weight: NDArray[np.int8]) -> bytes:
         constants["y_scale"] = np.array(_STEP * SCALE * constants["weight_scale"].max(), np.float32)
         nodes.append(helper.make_node("QuantizeLinear", ["y", "y_scale", "zero"], ["y_q"]))
         nodes.append(helper.make_node("DequantizeLinear", ["y_q", "y_scale", "zero"], ["y_dq"]))
-    shape = [layer.input[0], layer.outputs, *layer.input[2:]]
+    return serialised(nodes, constants, layer.input, (layer.input[0], layer.outputs, *layer.input[2:]))
+
+
+def serialised(nodes: list[onnx.NodeProto], constants: dict[str, NDArray[Any]], given: tuple[int, ...], result: tuple[int, ...]) -> bytes:
+    """An ONNX model of these nodes, from "x" of the shape `given` to the last node's output of the shape `result`, both float32."""
     graph = helper.make_graph(
         nodes,
-        "layer",
-        [helper.make_tensor_value_info("x", TensorProto.FLOAT, layer.input)],
-        [helper.make_tensor_value_info(nodes[-1].output[0], TensorProto.FLOAT, shape)],
+        "layers",
+        [helper.make_tensor_value_info("x", TensorProto.FLOAT, given)],
+        [helper.make_tensor_value_info(nodes[-1].output[0], TensorProto.FLOAT, result)],
         [numpy_helper.from_array(value, name) for name, value in constants.items()],
     )
     model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 19)], ir_version=10)

@@ -1,8 +1,8 @@
-"""What opening something costs: seconds and memory, each measured in a process of its own.
+"""Measures time and memory of opening an artefact or a checkpoint, in a new process each time.
 
-In a process that has opened others before, the first pays for loading the engine's library and the later ones use memory that was freed:
-the same artefact twice would get two figures. So a fresh process loads the library, then looks at the clock and at its memory, then opens.
-What it opens is described by plain values (`Candidate`), since a process cannot be handed a session.
+In one process the first session would pay for importing the engine's library, and later ones would reuse freed memory. So a new process
+imports the library, reads the clock and its memory, and then opens. A `Candidate` describes what to open by plain values, since a session
+cannot be sent to another process.
 """
 
 from __future__ import annotations
@@ -35,34 +35,33 @@ from muntin.runtime.session import Shape
 
 _START = "import sys; sys.path[:] = {path!r}; from muntin.runtime.loading import answer; answer()"
 _KEEPS = {"openvino": ("openvino", "openvino"), "onnxruntime-tensorrt": ("tensorrt", "onnxruntime")}
-"""An engine that keeps what it compiles -> its name in the cache, and the library whose version counts."""
+"""Engine that caches compiled models -> its name in the cache, the library whose version is part of the key."""
 
 Files = frozenset[tuple[Path, int]]
-"""Files and the time of their last change, in ns."""
+"""Files and their modification times, in ns."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Candidate(ABC):
-    """Something to be opened and measured. A subclass is a frozen dataclass of plain values, in a module that can be imported."""
+    """Base of what can be opened and measured. A subclass is a frozen dataclass of plain values in an importable module."""
 
     path: str
 
     @property
     def name(self) -> str:
-        """What it is called in a table."""
+        """Name in tables."""
         return Path(self.path).name or self.path
 
     @abstractmethod
     def prepare(self) -> None:
-        """Loads the libraries that opening needs: once a process, so no cost of this candidate."""
+        """Imports the libraries that opening needs; this is not measured."""
 
     @abstractmethod
     def open(self, options: SessionOptions) -> Mapper:
         """Opens a session that has computed once for each of the options' shapes. The candidate decides on engine and precision."""
 
     def from_cache(self, before: Files) -> bool | None:
-        """After opening: whether all that is compiled was kept by an earlier process; None where nothing is ever kept. `before`: what the
-        cache held before."""
+        """Returns True if, after opening, every compiled model was in the cache `before`; None without a cache."""
         return None
 
 
@@ -75,7 +74,7 @@ class ArtifactCandidate(Candidate):
 
     def prepare(self) -> None:
         if self.engine == "openvino":
-            quiet.openvino.Core().get_property("CPU", "FULL_DEVICE_NAME")  # its plugin for CPUs is a library that is loaded when first used
+            quiet.openvino.Core().get_property("CPU", "FULL_DEVICE_NAME")  # loads the plugin for CPUs
         else:
             quiet.onnxruntime.get_available_providers()
 
@@ -93,11 +92,11 @@ class ArtifactCandidate(Candidate):
 
 @dataclass(frozen=True, kw_only=True)
 class Loading:
-    """What opening took.
+    """Cost of opening.
 
-    `load_s`: compilation or the cache's copy and a first call of every batch included. `held_mib`, `peak_mib`: resident memory that it
-    added, after and at the most; None where the system does not say. `cached`: whether what the engine compiles came from the user's
-    cache, None for an engine that keeps nothing there. `channels`: of the images that it takes.
+    `load_s`: includes compiling or reading the cache, and a first call of every batch. `held_mib`, `peak_mib`: added resident memory at the
+    end and at the peak, None where unknown. `cached`: True if the compiled models came from the user's cache, None for an engine without
+    a cache. `channels`: of the images.
     """
 
     load_s: float
@@ -110,9 +109,8 @@ class Loading:
 def measure_loading(candidate: Candidate, options: SessionOptions) -> Loading:
     """Opens a candidate, with the options' threads, streams and shapes, in a new process of this Python.
 
-    Takes half a second longer than opening it (PyTorch: some seconds).
-
-    Raises what opening raises, and DataError where the process ends without an answer, as when the system kills it for its memory.
+    Takes half a second longer than opening it (PyTorch: some seconds). Raises the errors of opening, and DataError if the process ends
+    without an answer, as when the system kills it for lack of memory.
     """
     question = {
         "kind": [type(candidate).__module__, type(candidate).__qualname__],
@@ -135,10 +133,10 @@ def measure_loading(candidate: Candidate, options: SessionOptions) -> Loading:
 
 
 def too_large(shapes: tuple[Shape, ...], channels: int) -> DataError:
-    """The error for images that no memory holds: how many bytes the largest batch of these shapes alone takes."""
+    """The error for images larger than memory, with the bytes of the largest batch."""
     B, H, W = max(shapes, key=prod)
-    count, there = B * H * W * channels, memory_gib()
-    memory = "more than can be had" if there is None else f"and this process may use {there:g} GiB"
+    count, usable = B * H * W * channels, memory_gib()
+    memory = "more than can be had" if usable is None else f"and this process may use {usable:g} GiB"
     size = f"{count} bytes ({count / 2**30:.1f} GiB)"
     return DataError(
         f"{B} images of {H} x {W} pixels in {channels} channels: they alone take {size}, {memory}: choose a smaller size or batch"
@@ -182,7 +180,8 @@ def _answers_alone() -> TextIO:
 
 
 def _open(candidate: Candidate, options: SessionOptions) -> Loading:
-    _prepare(candidate)
+    with suppress(ImportError):  # opening tells which package is missing
+        candidate.prepare()
     before = _compiled()
     started = time.perf_counter()
     with watch_memory() as watch:
@@ -196,15 +195,8 @@ def _open(candidate: Candidate, options: SessionOptions) -> Loading:
     )
 
 
-def _prepare(candidate: Candidate) -> None:
-    try:
-        candidate.prepare()
-    except ImportError:
-        return  # opening says what is missing, and what to install
-
-
 def _compiled() -> Files:
-    """What was compiled before. Without a home there is no cache, and nothing in it."""
+    """Files in the cache of compiled models; empty without a home folder."""
     try:
         return _files(cache_folder() / "compiled")
     except RuntimeError:
@@ -212,12 +204,12 @@ def _compiled() -> Files:
 
 
 def _files(folder: Path) -> Files:
-    found = set()
+    files = set()
     for file in folder.rglob("*"):
-        with suppress(FileNotFoundError):  # another process makes room, or renames what it has written
+        with suppress(FileNotFoundError):  # another process may remove or rename files
             if file.is_file():
-                found.add((file, file.stat().st_mtime_ns))
-    return frozenset(found)
+                files.add((file, file.stat().st_mtime_ns))
+    return frozenset(files)
 
 
 def _mib(count: int | None) -> float | None:

@@ -14,7 +14,6 @@ Axis letters: H, W rows and columns, C channels, K channels of the scores. Lower
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from typing import Any, Literal, Protocol
 
 import numpy as np
@@ -80,46 +79,25 @@ def predict(
         if progress is not None:
             progress(1, 1)
         return scores_K
-    grid = _Grid.of(image_HWC.shape[0], image_HWC.shape[1], tile, overlap, signature.scale)
+    rows, columns = (_Axis(size, tile, overlap, signature.scale) for size in image_HWC.shape[:2])
     result: NDArray[Any] | None = None
-    for row, scores_KhW in _bands(session, image_HWC, grid, progress):
+    for row, scores_KhW in _bands(session, image_HWC, rows, columns, progress):
         if result is None:
-            result = _empty(output, len(scores_KhW), grid)
+            result = _empty(output, len(scores_KhW), rows.scale * rows.size, columns.scale * columns.size)
         _emit(output, result, row, scores_KhW)
     if result is None:
         raise AssertionError("a picture has at least one tile")
     return result
 
 
-@dataclass(frozen=True, kw_only=True)
-class _Grid:
-    """Positions of the tiles in pixels of the image, and their weights in pixels of the scores, one row for each tile."""
+class _Axis:
+    """Tiles along one axis: their starts in pixels of the image, their weights in pixels of the scores, one row for each tile."""
 
-    height: int
-    width: int
-    tile_height: int
-    tile_width: int
-    rows: tuple[int, ...]
-    columns: tuple[int, ...]
-    row_weights: NDArray[np.float64]
-    column_weights: NDArray[np.float64]
-    scale: int
-
-    @classmethod
-    def of(cls, height: int, width: int, tile: int | None, overlap: int, scale: int) -> _Grid:
-        tile_height, tile_width = (height, width) if tile is None else (min(tile, height), min(tile, width))
-        rows, columns = tile_origins(height, tile_height, overlap), tile_origins(width, tile_width, overlap)
-        return cls(
-            height=height,
-            width=width,
-            tile_height=tile_height,
-            tile_width=tile_width,
-            rows=rows,
-            columns=columns,
-            row_weights=tile_weights(rows, tile_height, overlap, scale),
-            column_weights=tile_weights(columns, tile_width, overlap, scale),
-            scale=scale,
-        )
+    def __init__(self, size: int, tile: int | None, overlap: int, scale: int) -> None:
+        self.size, self.scale = size, scale
+        self.tile = size if tile is None else min(tile, size)
+        self.starts = tile_origins(size, self.tile, overlap)
+        self.weights = tile_weights(self.starts, self.tile, overlap, scale)
 
 
 def tile_origins(size: int, tile: int, overlap: int) -> tuple[int, ...]:
@@ -146,25 +124,23 @@ def tile_weights(origins: tuple[int, ...], tile: int, overlap: int, scale: int) 
 
 
 def _bands(
-    session: Predictor, image_HWC: NDArray[np.uint8], grid: _Grid, progress: Progress | None
+    session: Predictor, image_HWC: NDArray[np.uint8], rows: _Axis, columns: _Axis, progress: Progress | None
 ) -> Iterator[tuple[int, NDArray[np.float32]]]:
     """Finished rows from the top down: (first row, scores (K, rows, scale*W)), in a buffer that the next iteration overwrites."""
-    scale, done, total = grid.scale, 0, len(grid.rows) * len(grid.columns)
+    scale, done, total = rows.scale, 0, len(rows.starts) * len(columns.starts)
     open_KhW: NDArray[np.float32] | None = None
-    for index, top in enumerate(grid.rows):
-        for left, weights_w in zip(grid.columns, grid.column_weights, strict=True):
-            scores_Khw = _call(session, image_HWC[top : top + grid.tile_height, left : left + grid.tile_width])
+    for top, below, weights_h in zip(rows.starts, (*rows.starts[1:], rows.size), rows.weights, strict=True):
+        for left, weights_w in zip(columns.starts, columns.weights, strict=True):
+            scores_Khw = _call(session, image_HWC[top : top + rows.tile, left : left + columns.tile])
             if open_KhW is None:
-                open_KhW = np.zeros((len(scores_Khw), scale * grid.tile_height, scale * grid.width), np.float32)
-            weights_hw = np.outer(grid.row_weights[index], weights_w).astype(np.float32)
-            open_KhW[:, :, scale * left : scale * (left + grid.tile_width)] += scores_Khw * weights_hw
+                open_KhW = np.zeros((len(scores_Khw), scale * rows.tile, scale * columns.size), np.float32)
+            open_KhW[:, :, scale * left : scale * (left + columns.tile)] += scores_Khw * np.outer(weights_h, weights_w).astype(np.float32)
             done += 1
             if progress is not None:
                 progress(done, total)
         if open_KhW is None:
             raise AssertionError("a row has at least one tile")
-        following = grid.rows[index + 1] if index + 1 < len(grid.rows) else grid.height
-        finished = scale * (following - top)
+        finished = scale * (below - top)
         yield scale * top, open_KhW[:, :finished]
         kept = open_KhW.shape[1] - finished
         if kept:
@@ -183,8 +159,7 @@ def _call(session: Predictor, image_HWC: NDArray[np.uint8]) -> NDArray[np.float3
     return first
 
 
-def _empty(output: Output, channels: int, grid: _Grid) -> NDArray[Any]:
-    height, width = grid.scale * grid.height, grid.scale * grid.width
+def _empty(output: Output, channels: int, height: int, width: int) -> NDArray[Any]:
     if output == "labels":
         return np.empty((height, width), np.min_scalar_type(channels))
     if output == "scores":

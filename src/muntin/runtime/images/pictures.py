@@ -1,18 +1,29 @@
-"""Pictures read from files and bytes: upright, in the channels that are needed."""
+"""Pictures and masks read from files, and pictures from bytes."""
 
 from __future__ import annotations
 
 import io
 from math import prod
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 
 import numpy as np
+import numpy.typing as npt
 from PIL import Image, ImageFile, PngImagePlugin, TiffImagePlugin
 
 from muntin.errors import DataError
-from muntin.runtime.images.arrays import NPY_HEAD, map_array, map_image
-from muntin.runtime.images.files import DAMAGE, MAX_PIXELS, UInt8, opened_file, opened_picture, quiet_pillow
+from muntin.runtime.images.files import (
+    DAMAGE,
+    MAX_PIXELS,
+    NPY_HEAD,
+    UInt8,
+    map_array,
+    map_image,
+    opened_file,
+    opened_picture,
+    quiet_pillow,
+    read_mask_array,
+)
 from muntin.runtime.images.sent import SENT, opened_bytes
 
 _TAIL_BYTES = 1 << 17
@@ -82,15 +93,38 @@ def image_size(path: Path | str, *, max_pixels: int = MAX_PIXELS) -> tuple[int, 
             return int(shape[0]), int(shape[1])
         with opened_picture(path, stream, head, max_pixels) as picture:
             if isinstance(picture, PngImagePlugin.PngImageFile) and _has_late_exif(stream):
-                width, height = upright(picture).size
+                width, height = _upright(picture).size
                 return height, width
             width, height = _stored_size(picture)
             return (width, height) if _orientation(picture) >= 5 else (height, width)
 
 
+def read_mask(path: Path | str, *, colors: bool = False, max_pixels: int = MAX_PIXELS) -> npt.NDArray[Any]:
+    """Reads labels: integers (H, W), or colours (H, W, 3) uint8 where the file holds colours.
+
+    Palette pictures give their indices, grey ones their values (2- and 4-bit grey the stored values, 16-bit uint16), one-bit
+    ones 0 and 1; RGB gives colours, and alpha is dropped. `.npy` gives (H, W) of any integer type, or (H, W, 3) of uint8. With
+    `colors` palettes and grey values are looked up too, so that the result is always (H, W, 3).
+
+    Raises DataError as `read_image` does.
+    """
+    path = Path(path)
+    with opened_file(path) as (stream, head):
+        if head.startswith(NPY_HEAD):
+            mask = read_mask_array(path, stream, max_pixels)
+        else:
+            with opened_picture(path, stream, head, max_pixels) as picture:
+                mask = _mask_of(path, picture, colors)
+    if colors and mask.ndim == 2:
+        if mask.dtype != np.uint8:
+            raise DataError(f"{path} holds {mask.dtype} values, which are no colours: give each class an integer `value`")
+        return np.repeat(mask[:, :, None], 3, axis=2)
+    return mask
+
+
 def _decoded(path: Path, picture: ImageFile.ImageFile, channels: int | None) -> UInt8:
     mode = _target_mode(path, picture, channels)
-    image_HWC = np.array(converted(upright(picture), mode), dtype=np.uint8)
+    image_HWC = np.array(_converted(_upright(picture), mode), dtype=np.uint8)
     return image_HWC if image_HWC.ndim == 3 else image_HWC[:, :, None]
 
 
@@ -120,7 +154,7 @@ def _has_late_exif(stream: IO[bytes]) -> bool:
     return has_name
 
 
-def upright(picture: ImageFile.ImageFile) -> Image.Image:
+def _upright(picture: ImageFile.ImageFile) -> Image.Image:
     """Decodes a picture, without a lock, and turns it as its EXIF orientation says."""
     if isinstance(picture, TiffImagePlugin.TiffImageFile):  # the only decoder that checks Pillow's own limit here
         with quiet_pillow(prod(picture.size)):
@@ -133,7 +167,7 @@ def upright(picture: ImageFile.ImageFile) -> Image.Image:
 def _target_mode(path: Path, picture: ImageFile.ImageFile, channels: int | None) -> str:
     """The Pillow mode to convert to. Raises DataError where values would be invented or cut."""
     mode = picture.mode
-    if mode.startswith(("I", "F")) or is_deep(picture):
+    if mode.startswith(("I", "F")) or _is_deep(picture):
         raise DataError(f"{path} has more than 8 bits a channel (mode {mode}): scale it to 8 bits first")
     stored = {"1": 1, "L": 1, "P": 3, "LA": 2, "RGBA": 4, "RGBa": 4, "La": 2, "PA": 4}.get(mode, 3)
     if mode == "P" and "transparency" in picture.info:
@@ -148,7 +182,7 @@ def _target_mode(path: Path, picture: ImageFile.ImageFile, channels: int | None)
     return _MODES[target]
 
 
-def converted(picture: Image.Image, mode: str) -> Image.Image:
+def _converted(picture: Image.Image, mode: str) -> Image.Image:
     """The picture in another mode."""
     if picture.mode == mode:
         return picture
@@ -157,15 +191,33 @@ def converted(picture: Image.Image, mode: str) -> Image.Image:
     return picture if picture.mode == mode else picture.convert(mode)
 
 
-def is_deep(picture: ImageFile.ImageFile) -> bool:
+def _is_deep(picture: ImageFile.ImageFile) -> bool:
     """Returns True for more than 8 bits a channel, which Pillow would cut, or read as two pixels, silently."""
     if isinstance(picture, TiffImagePlugin.TiffImageFile):  # the raw mode of separate planes does not tell
         return bool(max(picture.tag_v2.get(TiffImagePlugin.BITSPERSAMPLE, (1,))) > 8)
-    return raw_mode(picture).endswith(_DEEP_ENDINGS)
+    return _raw_mode(picture).endswith(_DEEP_ENDINGS)
 
 
-def raw_mode(picture: ImageFile.ImageFile) -> str:
+def _raw_mode(picture: ImageFile.ImageFile) -> str:
     """How the file stores its pixels; known before they are decoded."""
     arguments = picture.tile[0][3] if picture.tile else None
     raw = arguments[0] if isinstance(arguments, tuple) and arguments else arguments
     return raw if isinstance(raw, str) else ""
+
+
+def _mask_of(path: Path, picture: ImageFile.ImageFile, colors: bool) -> npt.NDArray[Any]:
+    mode = picture.mode
+    if mode == "1":
+        return np.array(_upright(picture)).astype(np.uint8) * np.uint8(255 if colors else 1)
+    if mode == "L" or (mode == "P" and not colors):
+        # Pillow spreads 2- and 4-bit grey over 0-255; the file's own numbers are the labels.
+        step = {"L;2": 85, "L;4": 17}.get(_raw_mode(picture), 1) if not colors else 1
+        values = np.array(_upright(picture))
+        return values if step == 1 else values // np.uint8(step)
+    if mode == "LA":
+        return np.array(_upright(picture).convert("L"))
+    if mode.startswith("I"):
+        return np.array(_upright(picture))
+    if mode == "F" or _is_deep(picture):
+        raise DataError(f"{path} holds real numbers or 16-bit colours: masks are integers or colours of 8 bits")
+    return np.array(_converted(_upright(picture), "RGB"))
