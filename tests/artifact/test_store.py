@@ -36,9 +36,9 @@ def test_every_weight_comes_back(write: Write, model: onnx.ModelProto, tmp_path:
     restored, original = initializers(data), initializers(model.SerializeToString())
     assert restored.keys() == original.keys()
     for name, value in original.items():
-        wanted = value.astype(np.float16).astype(np.float32) if name == "narrow" else value
+        expected = value.astype(np.float16).astype(np.float32) if name == "narrow" else value
         assert restored[name].dtype == value.dtype
-        np.testing.assert_array_equal(restored[name], wanted, err_msg=name)
+        np.testing.assert_array_equal(restored[name], expected, err_msg=name)
 
 
 def test_stored_weights(write: Write, tmp_path: Path) -> None:

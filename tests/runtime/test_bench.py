@@ -25,9 +25,9 @@ def test_every_combination_is_a_row(convolutions: Any) -> None:
     result = bench(
         convolutions.path, batches=(1, 3), threads=(1, 2), streams=(1, 2), size=(16, 24), rounds=3, report=lambda *at: done.append(at)
     )
-    found = [(row.threads, row.streams, row.shape) for row in result.rows]
+    settings = [(row.threads, row.streams, row.shape) for row in result.rows]
     # two streams of one thread are one stream: no row twice
-    assert found == [(t, s, (b, 16, 24)) for t, s in ((1, 1), (2, 1), (2, 2)) for b in (1, 3)]
+    assert settings == [(t, s, (b, 16, 24)) for t, s in ((1, 1), (2, 1), (2, 2)) for b in (1, 3)]
     for row in result.rows:
         assert (row.name, row.engine, row.precision) == (convolutions.path.name, "openvino", "f32")
         assert 0 < row.latency.median_ms <= row.latency.p90_ms <= row.latency.p99_ms and row.latency.calls == 3
@@ -131,7 +131,7 @@ def test_others_at_work_are_named(convolutions: Any) -> None:
         ({"engine": "abacus"}, "openvino"),
     ],
 )
-def test_what_is_not_allowed(convolutions: Any, options: dict[str, Any], message: str) -> None:
+def test_wrong_arguments(convolutions: Any, options: dict[str, Any], message: str) -> None:
     with pytest.raises(DataError, match=message) as caught:
         bench(convolutions.path, **options)
     assert "\n" not in str(caught.value)

@@ -21,7 +21,7 @@ def test_memory_of_a_deleted_array() -> None:
     assert address(buffers.take((3, 2))) == where
 
 
-def test_a_view_keeps_the_memory() -> None:
+def test_memory_of_a_view() -> None:
     buffers = Buffers()
     array = buffers.take((4, 4))
     array[:] = 7

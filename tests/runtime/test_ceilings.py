@@ -71,12 +71,12 @@ def test_values_keep_their_size(integer: bool) -> None:
 
 
 @pytest.mark.parametrize("threads", [1, 3])
-def test_a_copy_has_a_rate(threads: int) -> None:
+def test_measure_copy(threads: int) -> None:
     assert 0 < measure_copy(threads, 0.01) < 1e5
 
 
 @pytest.mark.parametrize("arguments", [{"threads": 0}, {"threads": "two"}, {"seconds": 0}, {"seconds": float("nan")}])
-def test_nonsense_is_refused(arguments: dict[str, Any]) -> None:
+def test_wrong_arguments(arguments: dict[str, Any]) -> None:
     with pytest.raises(DataError, match=r"^(threads|seconds)=.*: give a "):
         measure_ceilings(**arguments)
 

@@ -56,9 +56,9 @@ def layer(**changes: Any) -> IntegerCheck:
 
 
 def statuses(checks: Any) -> list[tuple[str, str]]:
-    found = list(checks)
-    assert all(isinstance(check, Check) and check.text and "\n" not in check.text for check in found)
-    return [(check.name, check.status) for check in found]
+    listed = list(checks)
+    assert all(isinstance(check, Check) and check.text and "\n" not in check.text for check in listed)
+    return [(check.name, check.status) for check in listed]
 
 
 # ---- this machine ----
@@ -82,10 +82,10 @@ def test_examine_imports_nothing_heavy() -> None:
     code = """
 import importlib.metadata, sys
 from muntin.runtime.doctor import examine
-found = examine(self_test=False)
+diagnosis = examine(self_test=False)
 heavy = {"torch", "torchvision", "timm", "onnxscript", "openvino_telemetry"} & set(sys.modules)
 assert not heavy, heavy
-assert found.packages["torch"] == importlib.metadata.version("torch")
+assert diagnosis.packages["torch"] == importlib.metadata.version("torch")
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=False)
     assert (done.returncode, done.stderr) == (0, "")
@@ -111,9 +111,9 @@ def test_engine_that_cannot_be_imported(tmp_path: Path, monkeypatch: pytest.Monk
     for name in [name for name in sys.modules if name.partition(".")[0] == "onnxruntime"]:
         monkeypatch.delitem(sys.modules, name)
     monkeypatch.syspath_prepend(tmp_path)
-    found = find_engine("onnxruntime")
-    assert found.version is None
-    assert found.error == "cannot be loaded: libgomp.so.1: cannot open shared object file"
+    engine = find_engine("onnxruntime")
+    assert engine.version is None
+    assert engine.error == "cannot be loaded: libgomp.so.1: cannot open shared object file"
 
 
 @pytest.mark.slow
@@ -136,10 +136,10 @@ def test_examine_with_wrong_threads(threads: Any) -> None:
 
 
 def test_explain_features() -> None:
-    found = {feature.name: feature for feature in explain_features(["avx2", "avx512f"], "x86_64")}
-    assert {name for name, feature in found.items() if feature.present} == {"AVX2", "AVX-512"}
-    assert "saturate in 16 bits" in found["VNNI"].meaning
-    assert "FP32" in found["AVX512-BF16"].meaning
+    features = {feature.name: feature for feature in explain_features(["avx2", "avx512f"], "x86_64")}
+    assert {name for name, feature in features.items() if feature.present} == {"AVX2", "AVX-512"}
+    assert "saturate in 16 bits" in features["VNNI"].meaning
+    assert "FP32" in features["AVX512-BF16"].meaning
     assert "saturate" not in {f.name: f for f in explain_features(["avx_vnni"], "AMD64")}["VNNI"].meaning
     arm = {feature.name: feature.present for feature in explain_features(["asimddp", "bf16"], "aarch64")}
     assert arm == {"I8MM": False, "DotProd": True, "BF16": True, "SVE": False}

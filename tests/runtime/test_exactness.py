@@ -77,7 +77,7 @@ print(json.dumps([[check.wrong, check.integer] for check in check_integers(run_o
     assert all(wrong > 100 and integer for wrong, integer in json.loads(done.stdout))
 
 
-def test_the_cpu_s_provider_starts() -> None:
+def test_provider_starts() -> None:
     assert provider_starts("CPUExecutionProvider")
 
 

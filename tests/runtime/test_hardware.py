@@ -119,7 +119,7 @@ def test_cpu_identity_with_isa_limits(monkeypatch: pytest.MonkeyPatch) -> None:
         ({"cpu.max": "max 100000"}, None),
     ],
 )
-def test_a_containers_quota(monkeypatch: pytest.MonkeyPatch, files: dict[str, str], cores: float | None) -> None:
+def test_quota_of_a_container(monkeypatch: pytest.MonkeyPatch, files: dict[str, str], cores: float | None) -> None:
     group = "0::/" if "cpu.max" in files else "4:cpu,cpuacct:/"
     texts = {Path("/proc/self/cgroup"): group}
     root = Path("/sys/fs/cgroup") / ("" if "cpu.max" in files else "cpu")

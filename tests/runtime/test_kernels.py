@@ -110,7 +110,7 @@ def test_kinds_in_words() -> None:
     assert group_of("Unheard", 0, [], float_, float_) == OTHER
 
 
-def test_a_product_tells_its_precision() -> None:
+def test_words_and_label() -> None:
     assert kernel(precision="i8").words == "convolution and matrix products, INT8"
     assert kernel(group=LAYOUT, macs=0).words == LAYOUT
     assert kernel(layer="stem.conv").label == "stem.conv"

@@ -102,7 +102,7 @@ def test_layers_of_a_sound_artefact(everything: tuple[Artifact, nn.Module]) -> N
     assert all(check.passed and check.error <= TOLERANCE for check in checks), checks
 
 
-def test_the_whole_is_the_frozen_model(everything: tuple[Artifact, nn.Module]) -> None:
+def test_export_equals_the_frozen_model(everything: tuple[Artifact, nn.Module]) -> None:
     artifact, model = everything
     session = muntin.load(artifact.path, precision="f32", threads=1)
     for height, width, seed in ((40, 56, 0), (33, 41, 5)):

@@ -57,8 +57,8 @@ def test_second_loading_from_the_cache(convolutions: Any, tmp_path: Path, monkey
 def test_loading_without_a_cache(convolutions: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("MUNTIN_CACHE", str(tmp_path / "file"))
-    found = [measure_loading(ArtifactCandidate(path=str(convolutions.path)), OPTIONS).cached for _ in range(2)]
-    assert found == [False, False]
+    cached = [measure_loading(ArtifactCandidate(path=str(convolutions.path)), OPTIONS).cached for _ in range(2)]
+    assert cached == [False, False]
 
 
 def test_user_without_a_home(convolutions: Any, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -102,8 +102,8 @@ def test_script_without_main_guard(convolutions: Any, tmp_path: Path) -> None:
 import json
 from muntin.runtime.loading import ArtifactCandidate, measure_loading
 from muntin.runtime.options import SessionOptions
-found = measure_loading(ArtifactCandidate(path={str(convolutions.path)!r}), SessionOptions(threads=1, shapes=((1, 8, 8),)))
-print(json.dumps(found.channels))
+loading = measure_loading(ArtifactCandidate(path={str(convolutions.path)!r}), SessionOptions(threads=1, shapes=((1, 8, 8),)))
+print(json.dumps(loading.channels))
 """)
     done = subprocess.run([sys.executable, str(script)], capture_output=True, text=True, timeout=120, check=False)
     assert (done.returncode, done.stderr, json.loads(done.stdout)) == (0, "", 3)

@@ -36,11 +36,11 @@ needs_dot_products = pytest.mark.skipif(
 def test_integer_reference(convolutions: Any, images_of: Callable[..., Any]) -> None:
     session = load(convolutions.path, precision="f32")
     images = images_of(3, batch=3, height=17, width=11, seed=9)
-    wanted = convolutions.reference(images)
+    expected = convolutions.reference(images)
     # one step of the last layer's input moves a score by this much at most; what remains after exact integers is float rounding
     head = convolutions.layers[-1]
     step = float((np.abs(head.weight).max(axis=(1, 2, 3)) * head.weight_scale).max() * head.scale)
-    difference = np.abs(session(images) - wanted)
+    difference = np.abs(session(images) - expected)
     assert difference.max() <= step
     assert difference.mean() <= step / 100
 
@@ -78,8 +78,8 @@ def test_recorded_precision_or_f32(
 ) -> None:
     written = write_layers(tmp_path / "a", [layer_maker("pixel", 5, 4, 6, 1, scale=0.9, relu=False)], precision=recorded)
     session = load(written.path)
-    wanted = {"f32": "f32", "bf16": "bf16" if "BF16" in CAPABILITIES else "f32", "f16": "f16" if "FP16" in CAPABILITIES else "f32"}
-    assert session.precision == wanted[recorded]
+    expected = {"f32": "f32", "bf16": "bf16" if "BF16" in CAPABILITIES else "f32", "f16": "f16" if "FP16" in CAPABILITIES else "f32"}
+    assert session.precision == expected[recorded]
     assert session(images_of(4)).dtype == np.float32
 
 
@@ -105,12 +105,12 @@ def test_static_and_dynamic_sizes_agree(convolutions: Any, images_of: Callable[.
 def test_warmed_up_shapes_are_kept(convolutions: Any, images_of: Callable[..., Any]) -> None:
     session = load(convolutions.path, dynamic=True, shapes=[(1, 4 + n, 4) for n in range(STATIC_SHAPES + 2)])
     session.warm_up([(2, 3, 3)], labels=True)
-    asked = {((1, 4 + n, 4, 3), False) for n in range(STATIC_SHAPES + 2)} | {((2, 3, 3, 3), True)}
-    assert set(session._compiled) == asked  # type: ignore[attr-defined]
+    warmed_up = {((1, 4 + n, 4, 3), False) for n in range(STATIC_SHAPES + 2)} | {((2, 3, 3, 3), True)}
+    assert set(session._compiled) == warmed_up  # type: ignore[attr-defined]
     session(images_of(3, batch=1, height=5, width=4))
-    assert set(session._compiled) == asked  # type: ignore[attr-defined]
+    assert set(session._compiled) == warmed_up  # type: ignore[attr-defined]
     session.labels(images_of(3, batch=1, height=30, width=4))
-    assert set(session._compiled) == asked | {(None, True)}  # type: ignore[attr-defined]
+    assert set(session._compiled) == warmed_up | {(None, True)}  # type: ignore[attr-defined]
 
 
 def test_calls_during_a_compilation(convolutions: Any, images_of: Callable[..., Any]) -> None:
@@ -157,7 +157,7 @@ def test_failing_call_beside_others(brittle: Any, images_of: Callable[..., Any],
     """OpenVINO 2026.4 refuses the size before a failure, too, until another one comes."""
     session = open_openvino(brittle, SessionOptions(threads=2, streams=streams, dynamic=True))
     good, bad = images_of(4, batch=1), images_of(4, batch=1, height=8)
-    wanted = session(good)
+    expected = session(good)
 
     def fails() -> None:
         with pytest.raises(ArtifactError, match="cannot compute"):
@@ -165,11 +165,11 @@ def test_failing_call_beside_others(brittle: Any, images_of: Callable[..., Any],
 
     for _ in range(2):
         fails()
-        np.testing.assert_array_equal(session(good), wanted)
+        np.testing.assert_array_equal(session(good), expected)
     with ThreadPoolExecutor(4) as pool:
         answers = [pool.submit(session, good) if number % 4 else pool.submit(fails) for number in range(200)]
         for number, answer in enumerate(answers):
-            assert not number % 4 or np.array_equal(answer.result(), wanted)
+            assert not number % 4 or np.array_equal(answer.result(), expected)
             answer.result()
 
 
@@ -209,14 +209,14 @@ def test_answer_that_was_not_written(
     session = open_openvino(convolutions.artifact, SessionOptions(precision="f32", dynamic=True))
     call = session.labels if labels else session
     images = images_of(3, batch=1, height=9, width=7, seed=1)
-    wanted = call(images)
-    write_to, elsewhere = session._write_to, np.zeros_like(wanted)  # it stays: an engine writes there
+    expected = call(images)
+    write_to, elsewhere = session._write_to, np.zeros_like(expected)  # it stays: an engine writes there
 
     with monkeypatch.context() as patch:
         patch.setattr(session, "_write_to", lambda request, answer: write_to(request, elsewhere))
         with pytest.raises(ArtifactError, match=r"returned without an answer.*out of memory"):
             call(images)
-    np.testing.assert_array_equal(call(images), wanted)
+    np.testing.assert_array_equal(call(images), expected)
 
 
 def test_threads_may_share_a_session(convolutions: Any, images_of: Callable[..., Any]) -> None:
@@ -377,6 +377,6 @@ def test_compile_options(
         session(images_of(3))
         assert {layer.precision for layer in session.layers() if layer.compute} == {precision}
         kind = openvino.Type.f32 if precision == "f32" else openvino.Type.bf16
-        wanted = {"INFERENCE_PRECISION_HINT": kind, "INFERENCE_NUM_THREADS": 2, "NUM_STREAMS": 2}
+        expected = {"INFERENCE_PRECISION_HINT": kind, "INFERENCE_NUM_THREADS": 2, "NUM_STREAMS": 2}
         for compiled in session._compiled.values():
-            assert {name: compiled.model.get_property(name) for name in wanted} == wanted
+            assert {name: compiled.model.get_property(name) for name in expected} == expected

@@ -64,9 +64,9 @@ def test_product_with_a_bias(bias: float | None, added: bool) -> None:
     if bias is not None:
         answer = opset.add(answer, opset.constant(np.full((1, 5, 1, 1), bias, np.float32)))
     model = with_biases(openvino.Model([answer], [images]))
-    found = [op.input(1).get_source_output().get_node().get_data() for op in adds(model)]
-    assert len(found) == (bias is not None) + added
-    assert any(np.all(value == TINY) for value in found) == added
+    biases = [op.input(1).get_source_output().get_node().get_data() for op in adds(model)]
+    assert len(biases) == (bias is not None) + added
+    assert any(np.all(value == TINY) for value in biases) == added
 
 
 def test_product_of_two_activations() -> None:

@@ -57,7 +57,7 @@ def test_sources_of_kernels(convolutions: Any) -> None:
     names = [kernel.name for kernel in execution.kernels]
     assert len(set(names)) == len(names)
     sources = {kernel.name: [operand.source for operand in kernel.inputs if operand.source] for kernel in execution.kernels}
-    assert all(source == IMAGES or source in names[: names.index(name)] for name, found in sources.items() for source in found)
+    assert all(source == IMAGES or source in names[: names.index(name)] for name, read in sources.items() for source in read)
     reached, front = set(), ["head"]
     while front:
         name = front.pop()

@@ -26,7 +26,7 @@ def pixel(layer_maker: Callable[..., Any]) -> list[Any]:
 
 
 @pytest.mark.parametrize("engine", ["openvino", "onnxruntime"])
-def test_a_sound_artefact_passes(convolutions: Any, engine: str) -> None:
+def test_verify_of_a_sound_artefact(convolutions: Any, engine: str) -> None:
     result = verify(
         convolutions.path, SessionOptions(engine=engine), evaluate=lambda session: float(session.signature.channels), allow_fallbacks=True
     )

@@ -86,7 +86,7 @@ class LayerRecord(_Frozen):
 
 
 class TensorRecord(_Frozen):
-    """How one weight is stored: bits per value, restored shape, and integers or floats."""
+    """Storage of one weight: bits per value, restored shape, and integers or floats."""
 
     bits: Annotated[int, Field(ge=1, le=64)]
     shape: tuple[Annotated[int, Field(ge=0)], ...]

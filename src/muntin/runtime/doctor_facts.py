@@ -122,7 +122,7 @@ def read_machine() -> Machine:
 
 
 def explain_features(flags: Sequence[str], architecture: str) -> tuple[Feature, ...]:
-    """What a CPU's flags mean for a user; empty without flags."""
+    """Explains a CPU's flags; empty without flags."""
     known = _ARM if architecture.lower() in ("aarch64", "arm64") else _X86
     if not flags:
         return ()

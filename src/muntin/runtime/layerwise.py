@@ -56,7 +56,7 @@ class _QuantisedProduct:
     inputs: tuple[str, ...]
     """Unrounded operands."""
     operands: tuple[str, str]
-    """What the product multiplies, after rounding."""
+    """Rounded operands of the product."""
     scales: tuple[float, ...]
     output: str
 

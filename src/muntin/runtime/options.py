@@ -1,4 +1,4 @@
-"""How a session is opened: one checked value that goes unchanged from the command line to the engine."""
+"""Options of a session: one checked value that goes unchanged from the command line to the engine."""
 
 from __future__ import annotations
 

@@ -254,11 +254,11 @@ def test_tiff_of_separate_planes(tmp_path: Path, dtype: type[Any]) -> None:
         (4, False, "channels of a number or kind that is not read from TIFF: store it as a .npy array"),
     ],
 )
-@pytest.mark.parametrize("wanted", [None, 1, 3, 4])
-def test_tiff_of_unnamed_channels(tmp_path: Path, channels: int, color: bool, said: str, wanted: int | None) -> None:
+@pytest.mark.parametrize("requested", [None, 1, 3, 4])
+def test_tiff_of_unnamed_channels(tmp_path: Path, channels: int, color: bool, said: str, requested: int | None) -> None:
     image = np.dstack([photo(), photo()])[:, :, :channels]
     write_tiff(tmp_path / "a.tif", image, color=color)
-    for read in (lambda path: read_image(path, wanted), read_mask, image_size):
+    for read in (lambda path: read_image(path, requested), read_mask, image_size):
         with pytest.raises(DataError) as error:
             read(tmp_path / "a.tif")
         one_line(error, "a.tif", said)

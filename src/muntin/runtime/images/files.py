@@ -30,7 +30,7 @@ IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".tif", ".tiff", ".bmp", ".n
 MAX_PIXELS = 1 << 28
 """Default limit of a picture's pixels: 16384 x 16384, 0.8 GB as RGB."""
 MAX_CHANNELS = 16
-"""Of a `.npy` array."""
+"""Largest number of channels of a `.npy` array."""
 NPY_HEAD = b"\x93NUMPY"
 HEAD_BYTES = 16
 """Bytes at the start of a file that tell its format."""

@@ -199,7 +199,7 @@ def _is_deep(picture: ImageFile.ImageFile) -> bool:
 
 
 def _raw_mode(picture: ImageFile.ImageFile) -> str:
-    """How the file stores its pixels; known before they are decoded."""
+    """Pillow's name of the stored pixel format; known before decoding."""
     arguments = picture.tile[0][3] if picture.tile else None
     raw = arguments[0] if isinstance(arguments, tuple) and arguments else arguments
     return raw if isinstance(raw, str) else ""
