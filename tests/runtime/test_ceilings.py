@@ -14,12 +14,12 @@ from muntin.errors import DataError
 from muntin.runtime.ceilings import (
     PRODUCT_PRECISIONS,
     Kind,
-    executed_products,
     measure_ceilings,
     measure_copy,
     measure_product,
     product_graph,
 )
+from muntin.runtime.openvino import executed_products
 from muntin.runtime.quiet import openvino
 from muntin.runtime.signals import signal_stack_kept
 

@@ -13,6 +13,7 @@ from rich.table import Table
 from rich.text import Text
 
 from muntin.cli.console import Json, out, print_json, print_table, refuse_unwritable, status
+from muntin.cli.deploy import Precision, Threads
 from muntin.errors import DataError
 from muntin.text import count
 
@@ -37,8 +38,8 @@ def profile_command(
     ] = None,
     batch: Annotated[int | None, typer.Option(min=1, help="Images in a call.")] = None,
     engine: Annotated[str, typer.Option(help="openvino or onnxruntime.")] = "openvino",
-    precision: Annotated[str, typer.Option(help="recorded, f32, bf16 or f16: what the float layers run in.")] = "recorded",
-    threads: Annotated[int | None, typer.Option(min=1, help="Threads of the engine; the usable physical cores by default.")] = None,
+    precision: Precision = "recorded",
+    threads: Threads = None,
     rounds: Annotated[int, typer.Option(min=1, max=1000, help="Calls that are measured.")] = 30,
     output: Annotated[
         Path | None, typer.Option("--output", "-o", help="Folder of the results; ARTIFACT-profile beside the artefact by default.")

@@ -26,6 +26,7 @@ from muntin.runtime.contention import watch_cpu
 from muntin.runtime.exactness import serialised
 from muntin.runtime.hardware import last_level_cache, memory_gib, physical_cores
 from muntin.runtime.kernels import Ceilings
+from muntin.runtime.openvino import executed_products
 from muntin.runtime.options import check_threads
 from muntin.runtime.quiet import openvino
 from muntin.runtime.signals import signal_stack_kept
@@ -39,7 +40,6 @@ PRODUCT_PRECISIONS: dict[str, tuple[str, str, frozenset[str]]] = {
     "f16": ("FP16", "f16", frozenset({"f16"})),
     "i8": ("INT8", "f32", frozenset({"u8", "i8"})),
 }
-_MULTIPLY = frozenset({"FullyConnected", "MatMul", "Convolution"})
 _CHANNELS = 256
 _REPEATS = 3
 _BLOCK = 8
@@ -111,16 +111,6 @@ def _counted(request: Any, x: NDArray[np.float32], names: set[str], calls: int) 
     for _ in range(calls):
         request.infer([x], share_inputs=True, share_outputs=True)
     return {node.node_name: node.real_time.total_seconds() for node in request.get_profiling_info() if node.node_name in names}
-
-
-def executed_products(runtime_model: Any) -> dict[str, str]:
-    """The products of a compiled model: the engine's name of the kernel -> OpenVINO's name of its precision."""
-    products = {}
-    for node in runtime_model.get_ordered_ops():
-        info = node.get_rt_info()
-        if "layerType" in info and info["layerType"].astype(str) in _MULTIPLY:
-            products[node.get_friendly_name()] = str(info["runtimePrecision"].astype(str))
-    return products
 
 
 def product_graph(kind: Kind, side: int, *, integer: bool) -> bytes:

@@ -13,6 +13,8 @@ from dataclasses import dataclass, field
 
 import onnx
 
+from muntin.artifact import LayerRecord
+
 COMPUTE = frozenset({"Conv", "ConvTranspose", "MatMul", "Gemm"})
 AFFINE = frozenset({"Mul", "Add", "Sub", "Div", "BatchNormalization"})
 ACTIVATIONS = frozenset({"Relu", "Clip", "LeakyRelu", "PRelu", "Elu", "Sigmoid", "HardSigmoid", "HardSwish", "Tanh", "Gelu"})
@@ -96,6 +98,11 @@ def compute_nodes(model: bytes) -> ComputeNodes:
         for alias in _fused_names(node, readers, constants):
             fused[alias] = (*fused.get(alias, ()), name)
     return ComputeNodes(names=frozenset(names), outputs=aliases, fused=fused, weights=_weights(graph, names))
+
+
+def is_node_of(node: str, record: LayerRecord) -> bool:
+    """Returns True for a node of the layer's name, or of its name and a "/" before more."""
+    return node == record.name or node.startswith(f"{record.name}/")
 
 
 def _affine_followers(node: onnx.NodeProto, readers: dict[str, list[onnx.NodeProto]], constants: set[str]) -> Iterator[onnx.NodeProto]:

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from math import prod
 
 from muntin.artifact import LayerRecord
+from muntin.runtime.graph import is_node_of
 
 PRODUCTS = "convolution and matrix products"
 LAYOUT = "layout changes"
@@ -164,11 +165,6 @@ def layer_of(node: str | None, weight: str, records: Sequence[LayerRecord]) -> s
     stem = weight.removeprefix("model.").partition(".weight")[0]
     names = [record.name for record in records if is_node_of(node, record)] + [record.name for record in records if record.name == stem]
     return next(iter(names), None)
-
-
-def is_node_of(node: str, record: LayerRecord) -> bool:
-    """Returns True for a node of the layer's name, or of its name and a "/" before more."""
-    return node == record.name or node.startswith(f"{record.name}/")
 
 
 def group_of(kind: str, macs: int, operations: Sequence[str], inputs: Sequence[Operand], outputs: Sequence[Operand]) -> str:

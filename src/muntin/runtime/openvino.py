@@ -48,6 +48,7 @@ MULTIPLY = frozenset({"Convolution", "GroupConvolution", "Deconvolution", "Fully
 """Layer types that multiply."""
 MAY_MULTIPLY = frozenset({"Subgraph", "MHA", "ScaledDotProductAttention"})
 """Layer types that multiply if they fuse attention: they count only for nodes that they name."""
+_PLAIN_PRODUCTS = frozenset({"FullyConnected", "MatMul", "Convolution"})
 _LEFT_OUT = frozenset({"Const", "Input", "Output"})
 _RUNTIME_INFO = frozenset({"layerType", "originalLayersNames", "runtimePrecision"})
 
@@ -371,6 +372,16 @@ def _executed(runtime_model: Any, nodes: ComputeNodes) -> list[ExecutedLayer]:
             seen[node] = len(layers)
         layers.append(layer)
     return layers
+
+
+def executed_products(runtime_model: Any) -> dict[str, str]:
+    """The products of a compiled model: the engine's name of the kernel -> OpenVINO's name of its precision."""
+    products = {}
+    for node in runtime_model.get_ordered_ops():
+        info = node.get_rt_info()
+        if "layerType" in info and info["layerType"].astype(str) in _PLAIN_PRODUCTS:
+            products[node.get_friendly_name()] = str(info["runtimePrecision"].astype(str))
+    return products
 
 
 def one_line(error: RuntimeError | MemoryError) -> str:

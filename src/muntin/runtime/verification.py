@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from muntin.artifact import Artifact, GoldenTolerance, LayerRecord, Manifest, open_artifact
 from muntin.errors import DependencyError
 from muntin.runtime.engines import open_session
-from muntin.runtime.kernels import is_node_of
+from muntin.runtime.graph import is_node_of
 from muntin.runtime.layerwise import TOLERANCE, LayerCheck, verify_layers
 from muntin.runtime.options import DEFAULT_ENGINE, DEFAULT_OPTIONS, SessionOptions
 from muntin.runtime.session import ExecutedLayer, Session
