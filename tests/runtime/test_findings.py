@@ -21,7 +21,7 @@ from muntin.runtime.findings import Finding, findings
 from muntin.runtime.hardware import physical_cores
 from muntin.runtime.kernels import LAYOUT, PRODUCTS, Ceilings, Operand
 from muntin.runtime.options import SessionOptions
-from muntin.runtime.profile import Fewer, Profile, profile
+from muntin.runtime.profile import Profile, profile
 
 CEILINGS = Ceilings(gmacs={"f32": 100.0, "bf16": 200.0, "i8": 400.0}, copy_gb_s=10.0, threads=1, others=0.0)
 needs_dot_products = pytest.mark.skipif(
@@ -127,11 +127,11 @@ def test_layers_as_recorded(small: Profile) -> None:
 
 
 def test_threads_that_win_or_lose(small: Profile) -> None:
-    slower = replace(small, threads=8, physical_cores=2, whole_ms=30.0, fewer=Fewer(threads=2, whole_ms=6.9))
+    slower = replace(small, threads=8, physical_cores=2, whole_ms=30.0, fewer_threads_ms=6.9)
     (finding,) = of_kind(slower, "threads")
     assert finding.words == "8 threads on 2 physical cores: with 2 the same image takes 6.9 ms instead of 30"
     assert finding.saves_ms == pytest.approx(23.1 / 30 * slower.profiled_ms)  # of the profiled time, as every saving
-    (finding,) = of_kind(replace(slower, fewer=Fewer(threads=2, whole_ms=31.0)), "threads")
+    (finding,) = of_kind(replace(slower, fewer_threads_ms=31.0), "threads")
     assert (
         finding.words
         == "8 threads on 2 physical cores: with 2 the same image takes 31 ms, with 8 30: threads beyond the cores gain nothing reliable"

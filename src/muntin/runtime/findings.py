@@ -314,9 +314,9 @@ def _between(profile: Profile, graph: _Graph) -> Iterator[Finding]:
 
 
 def _threads(profile: Profile, graph: _Graph) -> Iterator[Finding]:
-    if profile.fewer is None:
+    if profile.fewer_threads_ms is None:
         return
-    cores, now, then = profile.fewer.threads, profile.whole_ms, profile.fewer.whole_ms
+    cores, now, then = profile.physical_cores, profile.whole_ms, profile.fewer_threads_ms
     faster = then < now
     yield Finding(
         kind="threads",

@@ -50,21 +50,13 @@ PROFILERS = {engine: _profiler(engine) for engine in ("openvino", "onnxruntime")
 
 
 @dataclass(frozen=True, kw_only=True)
-class Fewer:
-    """The same call with one thread for each physical core."""
-
-    threads: int
-    whole_ms: float
-
-
-@dataclass(frozen=True, kw_only=True)
 class Profile:
     """Cost of one call on images of a shape (B, H, W), in total and by kernel.
 
     `whole_ms`: median latency of a plain session. `profiled_ms`: median of an inference with counters, `between_ms` of its time outside
     of kernels. `kernels`: in the order of execution. `physical_cores`: usable by this process. `others`: cores' worth of CPU time that
-    other processes used meanwhile, None where unknown. `fewer`: the call with one thread a physical core, None unless there were more.
-    `notes`: warnings for the reader, a line each.
+    other processes used meanwhile, None where unknown. `fewer_threads_ms`: latency with a thread a physical core, None unless
+    there were more. `notes`: warnings for the reader, a line each.
     """
 
     artifact: Artifact
@@ -81,7 +73,7 @@ class Profile:
     ceilings: Ceilings
     physical_cores: int
     others: float | None
-    fewer: Fewer | None
+    fewer_threads_ms: float | None
     notes: tuple[str, ...]
     created: str
     hardware: dict[str, Any]
@@ -120,9 +112,9 @@ def profile(
         session_threads = session.threads
         del session  # frees its threads and memory before the profile
         execution = profiler(artifact, images_BHWC, options, rounds)
-        fewer = None
+        fewer_threads_ms = None
         if session_threads > cores:
-            fewer = Fewer(threads=cores, whole_ms=latency(open_session(path, replace(options, threads=cores)), images_BHWC, rounds))
+            fewer_threads_ms = latency(open_session(path, replace(options, threads=cores)), images_BHWC, rounds)
     if ceilings is None:
         ceilings, ceiling_notes = _measured_ceilings(execution.threads)
     else:
@@ -142,7 +134,7 @@ def profile(
         ceilings=ceilings,
         physical_cores=cores,
         others=watch.others,
-        fewer=fewer,
+        fewer_threads_ms=fewer_threads_ms,
         notes=(*notes(artifact.manifest, execution, whole_ms), *ceiling_notes, *above(execution.kernels, ceilings)),
         created=datetime.now(UTC).isoformat(timespec="seconds"),
         hardware=describe_hardware(),
