@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from importlib import import_module
 from pathlib import Path
 
 from muntin.artifact import Artifact, open_artifact
@@ -15,16 +14,36 @@ Engine = Callable[[Artifact, SessionOptions], Session]
 """Opens an artefact; `shapes` is left to the caller, and options that an engine has no use for are ignored."""
 
 
-def _engine(module: str, function: str) -> Engine:
-    """Imports an engine's module when a session is opened with it: a machine needs only the engine that it serves with."""
-    return lambda artifact, options: getattr(import_module(f"muntin.runtime.{module}"), function)(artifact, options)
+# An engine's library is imported when a session is opened with it: a machine needs only the engine that it serves with.
+def _openvino(artifact: Artifact, options: SessionOptions) -> Session:
+    from muntin.runtime.openvino import open_openvino
+
+    return open_openvino(artifact, options)
+
+
+def _onnxruntime(artifact: Artifact, options: SessionOptions) -> Session:
+    from muntin.runtime.onnxruntime import open_onnxruntime
+
+    return open_onnxruntime(artifact, options)
+
+
+def _cuda(artifact: Artifact, options: SessionOptions) -> Session:
+    from muntin.runtime.onnxruntime import open_cuda
+
+    return open_cuda(artifact, options)
+
+
+def _tensorrt(artifact: Artifact, options: SessionOptions) -> Session:
+    from muntin.runtime.onnxruntime import open_tensorrt
+
+    return open_tensorrt(artifact, options)
 
 
 ENGINES: dict[str, Engine] = {
-    "openvino": _engine("openvino", "open_openvino"),
-    "onnxruntime": _engine("onnxruntime", "open_onnxruntime"),
-    "onnxruntime-cuda": _engine("onnxruntime", "open_cuda"),
-    "onnxruntime-tensorrt": _engine("onnxruntime", "open_tensorrt"),
+    "openvino": _openvino,
+    "onnxruntime": _onnxruntime,
+    "onnxruntime-cuda": _cuda,
+    "onnxruntime-tensorrt": _tensorrt,
 }
 
 

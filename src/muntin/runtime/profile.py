@@ -12,7 +12,6 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
-from importlib import import_module
 from math import prod
 from pathlib import Path
 from statistics import median
@@ -40,13 +39,20 @@ Profiler = Callable[[Artifact, NDArray[np.uint8], SessionOptions, int], Executio
 """(artefact, images, options, rounds) -> the kernels that were executed."""
 
 
-def _profiler(engine: str) -> Profiler:
-    """Imports an engine's module when it is used."""
-    name = f"{engine}_kernels"
-    return lambda *arguments: getattr(import_module(f"muntin.runtime.{name}"), name)(*arguments)
+# An engine's library is imported when it is used.
+def _openvino(artifact: Artifact, images_BHWC: NDArray[np.uint8], options: SessionOptions, rounds: int) -> Execution:
+    from muntin.runtime.openvino_kernels import openvino_kernels
+
+    return openvino_kernels(artifact, images_BHWC, options, rounds)
 
 
-PROFILERS = {engine: _profiler(engine) for engine in ("openvino", "onnxruntime")}
+def _onnxruntime(artifact: Artifact, images_BHWC: NDArray[np.uint8], options: SessionOptions, rounds: int) -> Execution:
+    from muntin.runtime.onnxruntime_kernels import onnxruntime_kernels
+
+    return onnxruntime_kernels(artifact, images_BHWC, options, rounds)
+
+
+PROFILERS: dict[str, Profiler] = {"openvino": _openvino, "onnxruntime": _onnxruntime}
 
 
 @dataclass(frozen=True, kw_only=True)
