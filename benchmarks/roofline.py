@@ -40,11 +40,12 @@ from muntin.compression import load_model
 from muntin.deployment import image_macs
 from muntin.models import PRESETS
 from muntin.runtime import describe_hardware, load
-from muntin.runtime.ceilings import Ceilings, measure_ceilings
+from muntin.runtime.ceilings import measure_ceilings
 from muntin.runtime.contention import watch_cpu
 from muntin.runtime.hardware import physical_cores
-from muntin.runtime.kernels import BETWEEN, COPIES, Kernel, macs_ms
+from muntin.runtime.kernels import BETWEEN, COPIES, Ceilings, Kernel, macs_ms
 from muntin.runtime.latency import interleaved_latency
+from muntin.runtime.options import SessionOptions
 from muntin.runtime.profile import Profile, fill, profile
 from resumed import demo_recipe, float_artifact, integer_artifact, network_of, print_machines, trained
 
@@ -104,7 +105,7 @@ def measure(preset: str, side: int, folder: Path, threads: int, rounds: int) -> 
         remaining = sessions["i8"].precision
         del sessions  # their memory is not what is profiled
         profiles = {
-            way: profile(path, precision=hint, threads=threads, shape=shape, rounds=rounds, ceilings=ceilings)
+            way: profile(path, SessionOptions(precision=hint, threads=threads), shape=shape, rounds=rounds, ceilings=ceilings)
             for way, (path, hint) in ways.items()
             if way != "f32" or "bf16" not in ways
         }

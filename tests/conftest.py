@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,6 +28,24 @@ def cache_of_the_tests(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Non
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("MUNTIN_CACHE", str(tmp_path_factory.mktemp("cache")))
         yield
+
+
+class _Stack(ctypes.Structure):
+    """`stack_t` of Linux."""
+
+    _fields_ = (("sp", ctypes.c_void_p), ("flags", ctypes.c_int), ("size", ctypes.c_size_t))
+
+
+@pytest.fixture(scope="session")
+def signal_stack() -> Callable[[], tuple[int, int]]:
+    """`signal_stack()`: address and flags of this thread's alternate signal stack; flags 2: there is none. Linux only."""
+
+    def read() -> tuple[int, int]:
+        stack = _Stack()
+        ctypes.CDLL(None).sigaltstack(None, ctypes.byref(stack))
+        return stack.sp or 0, stack.flags
+
+    return read
 
 
 @dataclass(frozen=True)

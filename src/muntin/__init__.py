@@ -15,13 +15,27 @@ if TYPE_CHECKING:
     from muntin.compression import quantize
     from muntin.deployment import TorchSession, export
     from muntin.models import create_model
-    from muntin.runtime import load, predict, verify
+    from muntin.runtime import SessionOptions, load, predict, verify
     from muntin.serving.server import serve
     from muntin.training import evaluate, fit
 
-__all__ = ["TorchSession", "create_model", "evaluate", "export", "fit", "layers", "load", "predict", "quantize", "serve", "verify"]
+__all__ = [
+    "SessionOptions",
+    "TorchSession",
+    "create_model",
+    "evaluate",
+    "export",
+    "fit",
+    "layers",
+    "load",
+    "predict",
+    "quantize",
+    "serve",
+    "verify",
+]
 
 _ROOMS = {
+    "SessionOptions": "runtime",
     "TorchSession": "deployment",
     "create_model": "models",
     "evaluate": "training",

@@ -45,7 +45,7 @@ RENDERED = render_manifest(manifest())[1]
 
 @given(position=st.integers(0, len(RENDERED) - 1), flip=st.integers(1, 255))
 @settings(max_examples=300)
-def test_a_changed_byte_is_refused_or_changes_nothing(position: int, flip: int) -> None:
+def test_changed_byte(position: int, flip: int) -> None:
     changed = bytearray(RENDERED)
     changed[position] ^= flip
     try:
@@ -57,7 +57,7 @@ def test_a_changed_byte_is_refused_or_changes_nothing(position: int, flip: int) 
         assert read == parse_manifest(RENDERED, "manifest.json")
 
 
-def test_newer_format_has_its_own_message() -> None:
+def test_newer_format() -> None:
     content = json.loads(RENDERED) | {"format": 2}
     with pytest.raises(ArtifactError, match=r"artefact format 2 is newer than this muntin reads \(1\): upgrade muntin"):
         parse_manifest(json.dumps(content).encode(), "manifest.json")
@@ -89,7 +89,7 @@ def test_unknown_field_is_named() -> None:
         {"task": "segment", "channels": 3, "classes": CLASSES, "dtype": "float32"},
     ],
 )
-def test_signatures_that_make_no_sense(fields: dict[str, Any]) -> None:
+def test_wrong_signatures(fields: dict[str, Any]) -> None:
     with pytest.raises(ValidationError):
         Signature(**fields)
 

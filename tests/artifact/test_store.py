@@ -36,12 +36,12 @@ def test_every_weight_comes_back(write: Write, model: onnx.ModelProto, tmp_path:
     restored, original = initializers(data), initializers(model.SerializeToString())
     assert restored.keys() == original.keys()
     for name, value in original.items():
-        wanted = value.astype(np.float16).astype(np.float32) if name == "narrow" else value
+        expected = value.astype(np.float16).astype(np.float32) if name == "narrow" else value
         assert restored[name].dtype == value.dtype
-        np.testing.assert_array_equal(restored[name], wanted, err_msg=name)
+        np.testing.assert_array_equal(restored[name], expected, err_msg=name)
 
 
-def test_weights_are_stored_once_at_their_width(write: Write, tmp_path: Path) -> None:
+def test_stored_weights(write: Write, tmp_path: Path) -> None:
     artifact = write(tmp_path / "a")
     stored = load_file(tmp_path / "a" / "weights.safetensors")
     assert {name: (str(value.dtype), value.nbytes) for name, value in stored.items()} == {
@@ -61,7 +61,7 @@ def test_whole_directory_is_the_size(write: Write, tmp_path: Path) -> None:
     assert artifact.bytes == sum(file.stat().st_size for file in (tmp_path / "a").iterdir())
 
 
-def test_structure_names_nobodys_files(write: Write, model: onnx.ModelProto, tmp_path: Path) -> None:
+def test_stripped_metadata(write: Write, model: onnx.ModelProto, tmp_path: Path) -> None:
     write(tmp_path / "a")
     assert b"/home/someone" in model.SerializeToString()
     assert b"/home/someone" not in (tmp_path / "a" / "model.onnx").read_bytes()
@@ -86,7 +86,7 @@ def test_golden_pairs_come_back(write: Write, golden: list[tuple[np.ndarray, np.
 
 
 @pytest.mark.parametrize("name", [MANIFEST, *FILES])
-def test_a_flipped_byte_anywhere_is_named(write: Write, tmp_path: Path, name: str) -> None:
+def test_flipped_bytes(write: Write, tmp_path: Path, name: str) -> None:
     write(tmp_path / "a")
     file = tmp_path / "a" / name
     original = file.read_bytes()
@@ -99,7 +99,7 @@ def test_a_flipped_byte_anywhere_is_named(write: Write, tmp_path: Path, name: st
         assert "\n" not in str(caught.value)
 
 
-def test_an_alteration_after_opening_is_seen(write: Write, tmp_path: Path) -> None:
+def test_alteration_after_opening(write: Write, tmp_path: Path) -> None:
     artifact = write(tmp_path / "a")
     file = tmp_path / "a" / "weights.safetensors"
     file.write_bytes(file.read_bytes()[:-1] + b"\x55")
@@ -129,13 +129,13 @@ def test_no_artefact_at_all(tmp_path: Path) -> None:
         open_artifact(tmp_path)
 
 
-def test_a_name_that_no_file_system_takes(tmp_path: Path) -> None:
+def test_impossible_path(tmp_path: Path) -> None:
     with pytest.raises(ArtifactError, match="cannot be read"):
         open_artifact(tmp_path / ("x" * 300))
 
 
 @pytest.mark.parametrize("refused", ["iterdir", "is_file"])
-def test_a_directory_of_another_user_is_told_as_such(write: Write, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, refused: str) -> None:
+def test_directory_of_another_user(write: Write, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, refused: str) -> None:
     path = write(tmp_path / "a").path
 
     def no(*_: object) -> bool:
@@ -146,21 +146,21 @@ def test_a_directory_of_another_user_is_told_as_such(write: Write, tmp_path: Pat
         open_artifact(path)
 
 
-def test_replaces_an_artefact_and_leaves_nothing_beside_it(write: Write, tmp_path: Path) -> None:
+def test_replaced_artefact(write: Write, tmp_path: Path) -> None:
     first = write(tmp_path / "a")
     second = write(tmp_path / "a", packing={"wide": 8})
     assert open_artifact(tmp_path / "a").digest == second.digest != first.digest
     assert [entry.name for entry in tmp_path.iterdir()] == ["a"]
 
 
-def test_makes_parents_and_fills_an_empty_directory(write: Write, tmp_path: Path) -> None:
+def test_missing_parents_and_empty_directory(write: Write, tmp_path: Path) -> None:
     write(tmp_path / "deep" / "er" / "a")
     (tmp_path / "empty").mkdir()
     write(tmp_path / "empty")
     assert open_artifact(tmp_path / "deep" / "er" / "a").digest == open_artifact(tmp_path / "empty").digest
 
 
-def test_what_is_no_artefact_is_not_replaced(write: Write, tmp_path: Path) -> None:
+def test_directory_that_is_no_artefact(write: Write, tmp_path: Path) -> None:
     (tmp_path / "photos").mkdir()
     (tmp_path / "photos" / "cat.jpg").write_bytes(b"cat")
     (tmp_path / "file").write_bytes(b"text")
@@ -172,7 +172,7 @@ def test_what_is_no_artefact_is_not_replaced(write: Write, tmp_path: Path) -> No
     assert sorted(entry.name for entry in tmp_path.iterdir()) == ["file", "photos"]
 
 
-def test_a_place_where_nothing_can_be_written_is_found_before_the_work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_target_without_write_permission(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "file").write_bytes(b"text")
     for place in ("file/a", "file/deep/er/a"):
         with pytest.raises(ArtifactError, match="file is a file: name a directory below a directory"):
@@ -184,7 +184,7 @@ def test_a_place_where_nothing_can_be_written_is_found_before_the_work(tmp_path:
     assert [entry.name for entry in tmp_path.iterdir()] == ["file"]
 
 
-def test_an_artefact_with_notes_in_it_is_not_replaced(write: Write, tmp_path: Path) -> None:
+def test_directory_with_foreign_files(write: Write, tmp_path: Path) -> None:
     first = write(tmp_path / "a")
     (tmp_path / "a" / "notes.txt").write_text("mine")
     with pytest.raises(ArtifactError, match=r"notes\.txt"):
@@ -193,7 +193,7 @@ def test_an_artefact_with_notes_in_it_is_not_replaced(write: Write, tmp_path: Pa
     assert open_artifact(tmp_path / "a").digest == first.digest
 
 
-def test_the_model_given_is_not_changed(write: Write, model: onnx.ModelProto, tmp_path: Path) -> None:
+def test_model_is_unchanged(write: Write, model: onnx.ModelProto, tmp_path: Path) -> None:
     before = model.SerializeToString(deterministic=True)
     write(tmp_path / "a")
     assert model.SerializeToString(deterministic=True) == before
@@ -209,7 +209,7 @@ def test_the_model_given_is_not_changed(write: Write, model: onnx.ModelProto, tm
         ({"wide": 9}, "2 to 8"),
     ],
 )
-def test_packing_that_would_lose_something(write: Write, tmp_path: Path, packing: dict[str, object], message: str) -> None:
+def test_packing_that_loses_values(write: Write, tmp_path: Path, packing: dict[str, object], message: str) -> None:
     with pytest.raises(ArtifactError, match=message):
         write(tmp_path / "a", packing=packing)
     assert list(tmp_path.iterdir()) == []
@@ -245,7 +245,7 @@ def test_external_data_is_refused(write: Write, model: onnx.ModelProto, tmp_path
         write(tmp_path / "a")
 
 
-def test_an_engines_compiled_form_is_not_handed_on(write: Write, model: onnx.ModelProto, tmp_path: Path) -> None:
+def test_compiled_model_inside_of_a_model(write: Write, model: onnx.ModelProto, tmp_path: Path) -> None:
     inner = helper.make_graph([helper.make_node("EPContext", [], ["read"], domain="com.microsoft", embed_mode=1)], "inner", [], [])
     model.graph.node.append(helper.make_node("If", ["condition"], ["chosen"], then_branch=inner, else_branch=inner))
     artifact = write(tmp_path / "a")
@@ -255,7 +255,7 @@ def test_an_engines_compiled_form_is_not_handed_on(write: Write, model: onnx.Mod
 
 @pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="there are no pipes with names")
 @pytest.mark.parametrize("name", ["golden.safetensors", "manifest.json"])
-def test_what_is_no_file_is_not_read(write: Write, tmp_path: Path, name: str) -> None:
+def test_pipe_instead_of_a_file(write: Write, tmp_path: Path, name: str) -> None:
     write(tmp_path / "a")
     (tmp_path / "a" / name).unlink()
     os.mkfifo(tmp_path / "a" / name)
@@ -263,7 +263,7 @@ def test_what_is_no_file_is_not_read(write: Write, tmp_path: Path, name: str) ->
         open_artifact(tmp_path / "a")
 
 
-def test_a_manifest_without_end_is_not_read(write: Write, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_huge_manifest(write: Write, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write(tmp_path / "a")
     size = (tmp_path / "a" / "manifest.json").stat().st_size
     monkeypatch.setattr(store, "LARGEST_MANIFEST", size)
@@ -273,12 +273,12 @@ def test_a_manifest_without_end_is_not_read(write: Write, tmp_path: Path, monkey
         open_artifact(tmp_path / "a")
 
 
-def test_an_example_without_end_is_refused(write: Write, tmp_path: Path) -> None:
+def test_huge_example(write: Write, tmp_path: Path) -> None:
     with pytest.raises(ArtifactError, match="example"):
         write(tmp_path / "a", example=(1, 60_000, 60_000))
 
 
-def test_golden_pairs_must_fit_the_signature(write: Write, golden: list[tuple[np.ndarray, np.ndarray]], tmp_path: Path) -> None:
+def test_golden_pairs_that_do_not_fit(write: Write, golden: list[tuple[np.ndarray, np.ndarray]], tmp_path: Path) -> None:
     images, scores = golden[0]
     for pairs in ([], [(images.astype(np.float32), scores)], [(images, scores[:, :1])], [(images, scores * np.float32("nan"))]):
         with pytest.raises(ArtifactError, match="golden"):
@@ -293,7 +293,7 @@ def tampered(path: Path, name: str) -> Artifact:
     return open_artifact(path)
 
 
-def test_golden_pairs_that_would_check_nothing_are_refused(write: Write, tmp_path: Path) -> None:
+def test_useless_golden_pairs(write: Write, tmp_path: Path) -> None:
     write(tmp_path / "a")
     file = tmp_path / "a" / "golden.safetensors"
     whole = load_file(file)
@@ -311,7 +311,7 @@ def test_golden_pairs_that_would_check_nothing_are_refused(write: Write, tmp_pat
             tampered(tmp_path / "a", "golden.safetensors").golden()
 
 
-def test_an_initializer_of_an_unknown_type(write: Write, tmp_path: Path) -> None:
+def test_initializer_of_an_unknown_type(write: Write, tmp_path: Path) -> None:
     write(tmp_path / "a")
     file = tmp_path / "a" / "model.onnx"
     structure = onnx.load_model_from_string(file.read_bytes())
@@ -322,7 +322,7 @@ def test_an_initializer_of_an_unknown_type(write: Write, tmp_path: Path) -> None
 
 
 @pytest.mark.parametrize("value", [np.float32(0.5), float("nan"), {"deep": [float("inf")]}])
-def test_measured_values_must_be_plain_and_finite(write: Write, tmp_path: Path, value: object) -> None:
+def test_measured_values_that_are_not_plain(write: Write, tmp_path: Path, value: object) -> None:
     with pytest.raises(ArtifactError, match="measured"):
         write(tmp_path / "a", measured={"miou": value})
     assert list(tmp_path.iterdir()) == []
@@ -351,7 +351,7 @@ except ArtifactError as error:
 
 
 @pytest.mark.skipif(os.name != "posix", reason="a limit on the size of files needs POSIX")
-def test_a_full_disk_leaves_nothing_and_keeps_the_old(write: Write, tmp_path: Path) -> None:
+def test_full_disk(write: Write, tmp_path: Path) -> None:
     old = write(tmp_path / "a")
     for target in ("a", "new"):
         run = subprocess.run([sys.executable, "-c", FULL_DISK, str(tmp_path / target)], capture_output=True, text=True, check=False)
@@ -377,7 +377,7 @@ directory.replace_directory(Path(sys.argv[1]), {"manifest.json": b"{}", "model.o
 
 
 @pytest.mark.skipif(os.name != "posix", reason="locks and signals are POSIX's")
-def test_what_killed_writes_left_goes_with_the_next_one(write: Write, tmp_path: Path) -> None:
+def test_remains_of_killed_writes(write: Write, tmp_path: Path) -> None:
     directory.replace_directory(tmp_path / "a", {MANIFEST: b"{}"}, marker=MANIFEST)
     for where in ("writing", "renaming"):
         ended = subprocess.run([sys.executable, "-c", KILLED, str(tmp_path / "a"), where], check=False).returncode
@@ -397,7 +397,7 @@ def test_what_killed_writes_left_goes_with_the_next_one(write: Write, tmp_path: 
     assert {entry.name for entry in tmp_path.iterdir()} == {"a", *others}
 
 
-def test_what_is_in_place_is_not_said_to_be_missing(write: Write, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_failed_sync_after_the_rename(write: Write, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     old, sync = write(tmp_path / "a"), directory.sync_directory
 
     def failing(folder: Path) -> None:
@@ -417,7 +417,7 @@ def test_needs_no_torch() -> None:
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 
-def test_a_place_where_a_file_system_is_mounted_is_refused_before_the_work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_mount_point_as_target(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "out").mkdir()
     monkeypatch.setattr("muntin.artifact.directory.os.path.ismount", lambda path: Path(path) == tmp_path / "out")
     with pytest.raises(ArtifactError, match="a file system is mounted there, which cannot be replaced: name a directory in it"):

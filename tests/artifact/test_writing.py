@@ -11,20 +11,20 @@ import pytest
 from muntin.artifact.writing import write_files
 
 
-def test_all_are_there_and_nothing_else(tmp_path: Path) -> None:
+def test_write_files(tmp_path: Path) -> None:
     (tmp_path / "a").write_bytes(b"before")
     write_files(tmp_path, {"a": b"one", "b": memoryview(b"two")})
     assert {file.name: file.read_bytes() for file in tmp_path.iterdir()} == {"a": b"one", "b": b"two"}
 
 
-def test_where_one_cannot_be_written_none_is(tmp_path: Path) -> None:
+def test_failing_write(tmp_path: Path) -> None:
     (tmp_path / "a").write_bytes(b"before")
     with pytest.raises(OSError, match="No such file"):
         write_files(tmp_path, {"a": b"one", "missing/b": b"two"})
     assert [(file.name, file.read_bytes()) for file in tmp_path.iterdir()] == [("a", b"before")]
 
 
-def test_where_a_folder_has_the_name_of_one_none_is_written(tmp_path: Path) -> None:
+def test_folder_with_the_name_of_a_file(tmp_path: Path) -> None:
     (tmp_path / "a").write_bytes(b"before")
     (tmp_path / "b").mkdir()
     with pytest.raises(IsADirectoryError) as error:
@@ -36,9 +36,7 @@ def test_where_a_folder_has_the_name_of_one_none_is_written(tmp_path: Path) -> N
 
 @pytest.mark.skipif(os.name != "posix", reason="a directory cannot be opened elsewhere")
 @pytest.mark.parametrize(("number", "fails"), [(errno.EINVAL, False), (errno.EIO, True)])
-def test_a_file_system_that_syncs_no_directories_is_taken_as_it_is(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int, fails: bool
-) -> None:
+def test_file_system_without_directory_sync(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int, fails: bool) -> None:
     sync = os.fsync
 
     def refusing(descriptor: int) -> None:
@@ -55,7 +53,7 @@ def test_a_file_system_that_syncs_no_directories_is_taken_as_it_is(
     assert [(file.name, file.read_bytes()) for file in tmp_path.iterdir()] == [("a", b"one")]
 
 
-def test_a_name_may_be_as_long_as_names_can_be(tmp_path: Path) -> None:
+def test_longest_file_name(tmp_path: Path) -> None:
     name = "n" * 251 + ".png"
     write_files(tmp_path, {name: b"content"})
     assert [(path.name, path.read_bytes()) for path in tmp_path.iterdir()] == [(name, b"content")]

@@ -12,14 +12,14 @@ import numpy as np
 import pytest
 from PIL import Image
 
-import muntin.runtime
 from muntin.artifact import Signature, open_artifact
 from muntin.artifact.classes import ClassInfo
 from muntin.cli.deploy import _print_results, _read_truth, _segment
 from muntin.deployment import assessment
 from muntin.errors import DataError
-from muntin.runtime import load, predict
+from muntin.runtime import ENGINES, load, predict
 from muntin.runtime.images import colorize, read_image, read_mask, write_image
+from muntin.runtime.options import SessionOptions
 from muntin.training import read_checkpoint
 from muntin.training.evaluation import tile_of
 
@@ -280,7 +280,7 @@ def test_what_predict_notes_is_in_the_document_or_on_the_terminal(tmp_path: Path
 
     np.save(tmp_path / "two.npy", np.random.default_rng(0).integers(0, 255, (24, 20, 2), dtype=np.uint8))
     session: Any = Two()
-    tiles = {"tile": 64, "overlap": None, "exact": False}
+    tiles = {"tile": 64, "overlap": None}
     result = _segment(session, tmp_path / "two.npy", tmp_path / "out", None, 10_000, tiles)
     assert result["notes"] == [f"{tmp_path}/two.npy: 2 channels cannot be shown: no overlay"] and "overlay" not in result
     assert capsys.readouterr().err == ""
@@ -470,7 +470,7 @@ def test_predict_names_the_class_of_a_picture(call: Call, tmp_path: Path, write_
     [
         ("classify", ["--tile", "512"], "--tile: the artefact's task is classify"),
         ("classify", ["--overlap", "0"], "leave out --overlap"),
-        ("classify", ["--exact", "-o", "out"], "leave out --output, --exact"),
+        ("classify", ["--tile", "8", "-o", "out"], "leave out --output, --tile"),
         ("classify", ["--truth", "mask.png"], "leave out --truth"),
         ("restore", ["--truth", "mask.png"], "--truth: the artefact's task is restore"),
     ],
@@ -515,8 +515,7 @@ def spoiled(tmp_path: Path, exported: Any, kind: str) -> list[Any]:
         words += ["--truth", tmp_path / "truth" / "mask.png"]
     if kind == "truth of a folder":
         words = [exported.image.parent, "--truth", exported.mask]
-    options = {"exact": ["--exact"], "overlap": ["--tile", "16", "--overlap", "16"]}
-    return words + options.get(kind, [])
+    return words + (["--tile", "16", "--overlap", "16"] if kind == "overlap" else [])
 
 
 @pytest.mark.parametrize(
@@ -532,7 +531,6 @@ def spoiled(tmp_path: Path, exported: Any, kind: str) -> list[Any]:
         ("other value", "the mask holds the value 3; allowed are 0 to 2, and 255"),
         ("colours", "the mask is a colour picture"),
         ("truth of a folder", "--truth goes with one image"),
-        ("exact", "exact=True needs a plan"),
         ("overlap", "a whole number of pixels from 0 to 15"),
     ],
 )
@@ -586,27 +584,19 @@ def test_predicting_onto_a_full_disk_leaves_no_half_picture(call: Call, exported
     assert list((tmp_path / "out").iterdir()) == []
 
 
-def test_verify_and_predict_compute_on_the_engine_and_the_threads_that_are_named(
-    call: Call, exported: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    asked: list[tuple[str, Any, Any, Any]] = []
+def test_session_options_reach_the_engine(call: Call, exported: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    opened: list[tuple[str, str, int | None]] = []
+    engine = ENGINES["onnxruntime"]
 
-    def watch(name: str) -> None:
-        real = getattr(muntin.runtime, name)
+    def record(artifact: Any, options: SessionOptions) -> Any:
+        opened.append((options.engine, options.precision, options.threads))
+        return engine(artifact, options)
 
-        def watched(*given: Any, **options: Any) -> Any:
-            asked.append((name, options["engine"], options["precision"], options["threads"]))
-            return real(*given, **options)
-
-        monkeypatch.setattr(muntin.runtime, name, watched)
-
-    watch("verify")
-    watch("load")
+    monkeypatch.setitem(ENGINES, "onnxruntime", record)
     words = ("--engine", "onnxruntime", "--precision", "f32", "--threads", "1")
     assert call("verify", exported.artifact, *words).code == 0
     assert call("predict", exported.artifact, exported.image, "-o", tmp_path / "out", *words).code == 0
-    assert [one for one in asked if one[0] == "verify"] == [("verify", "onnxruntime", "f32", 1)]
-    assert asked[-1] == ("load", "onnxruntime", "f32", 1)
+    assert opened == [("onnxruntime", "f32", 1)] * 2
 
 
 def test_the_overlap_that_is_named_is_the_one_that_is_computed_with(call: Call, exported: Any, tmp_path: Path) -> None:

@@ -87,7 +87,7 @@ def test_profile_of_this_folder_writes_beside_it(
         (("--size", "0"), "--size 0: give rows x columns in pixels"),
         (("--size", "24x"), "--size 24x: give rows x columns"),
         (("--size", "-3"), "--size -3: give rows x columns"),
-        (("--engine", "tensorrt"), 'engine="tensorrt": a profile is made in one of openvino, onnxruntime'),
+        (("--engine", "tensorrt"), 'engine="tensorrt": give one of openvino, onnxruntime'),
         (("--precision", "int8"), 'precision="int8": give one of recorded'),
         (("--size", "999999", "--engine", "onnxruntime"), "their scores alone take 2.3e+04 GB"),
     ],

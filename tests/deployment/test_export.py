@@ -29,6 +29,7 @@ from muntin.errors import ArtifactError, DataError, ExportError, MuntinError
 from muntin.layers import LocalAttention
 from muntin.models import DividedSides
 from muntin.runtime import describe_hardware, load
+from muntin.runtime.options import SessionOptions
 from muntin.runtime.verification import replay
 from muntin.training import read_checkpoint
 from muntin.training.checkpoint import calibration_of, source_of
@@ -159,7 +160,7 @@ def test_an_int8_hybrid_of_any_size_is_its_simulation(hybrid_int8: Any, size: tu
 
 def test_an_int8_hybrid_verifies_in_both_engines(hybrid_int8: Any) -> None:
     for engine in ("openvino", "onnxruntime"):
-        result = muntin.verify(hybrid_int8.artifact.path, engine=engine, threads=1)
+        result = muntin.verify(hybrid_int8.artifact.path, SessionOptions(engine=engine, threads=1))
         assert result.passed, result.problems
     assert len({golden.shape for golden in result.golden}) == 2  # a size that was baked in would show
 
@@ -327,7 +328,7 @@ def test_classify_and_restore(trained: Any, pixels: Any, pictures: Any, tmp_path
     quantize([example])(quantised)
     expected = muntin.TorchSession(quantised, artifact.manifest.signature)(images)
     assert np.abs(scores - expected).max() <= 0.1 * expected.std()
-    assert muntin.verify(artifact.path, threads=1).passed
+    assert muntin.verify(artifact.path, SessionOptions(threads=1)).passed
 
 
 # --- others' models ------------------------------------------------------------------------------------------------------------
@@ -341,7 +342,7 @@ def test_a_classifier_of_timm(trained: Any, pixels: Any, tmp_path: Path) -> None
     artifact = muntin.export(model, example, tmp_path / "artifact", calibration=[example])
     assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
     assert sum(record.activation_bits == 8 for record in artifact.manifest.layers) >= 20
-    result = muntin.verify(artifact.path, threads=1)
+    result = muntin.verify(artifact.path, SessionOptions(threads=1))
     assert result.passed and not result.fallbacks, result.problems
 
 
@@ -351,7 +352,7 @@ def test_a_segmenter_of_torchvision(trained: Any, pixels: Any, pictures: Any, tm
     model, example = create_model("torchvision:lraspp_mobilenet_v3_large", classes=5), pixels(2, 3, 96, 96)
     trained(model)
     artifact = muntin.export(model, example, tmp_path / "artifact", calibration=[example])
-    result = muntin.verify(artifact.path, threads=1)
+    result = muntin.verify(artifact.path, SessionOptions(threads=1))
     assert result.passed and not result.fallbacks, result.problems
     assert muntin.load(artifact.path, threads=1)(pictures(1, 70, 51, 3)).shape == (1, 5, 70, 51)
 

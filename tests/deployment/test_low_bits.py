@@ -20,6 +20,7 @@ from muntin.compression.qat import FLOAT
 from muntin.deployment.counting import stored_bytes
 from muntin.layers import Attention, GlobalAttention, HybridAttention
 from muntin.runtime import describe_hardware
+from muntin.runtime.options import SessionOptions
 
 INTEGER_CPU = {"avx512_vnni", "avx_vnni", "amx_int8"}
 LAYERS = ("stem", "depthwise", "body", "expand", "head")
@@ -130,7 +131,7 @@ def test_low_bits_run_on_integers(deployed: dict[str, Deployed]) -> None:
         session = muntin.load(made.artifact.path, precision="f32", threads=1)
         executed = {layer.name: layer.precision for layer in session.layers() if layer.compute}
         assert executed == {name: "i8" if record.activation_bits else "f32" for name, record in made.records.items()}
-        result = muntin.verify(made.artifact.path, threads=1, layers=True)
+        result = muntin.verify(made.artifact.path, SessionOptions(threads=1), layers=True)
         assert result.passed, result.problems
         assert len(result.checks) == len(integers(made.model))
 
@@ -162,7 +163,7 @@ def test_attention_is_recorded_and_runs_in_eight_bits(trained: Any, pixels: Any,
         record = made.records[name]
         assert (record.weight_bits, record.activation_bits, record.parameters) == (8, 8, 0) and record.macs and record.macs > 0
     assert {record.weight_bits for name, record in made.records.items() if name not in kinds} == {4}
-    result = muntin.verify(made.artifact.path, threads=1, layers=True)
+    result = muntin.verify(made.artifact.path, SessionOptions(threads=1), layers=True)
     assert result.passed, result.problems
     assert set(kinds) <= {check.name for check in result.checks}
 

@@ -104,26 +104,31 @@ def reference(layers: Sequence[Layer], images_BHWC: NDArray[np.uint8]) -> NDArra
 
 
 def build(layers: Sequence[Layer]) -> onnx.ModelProto:
-    nodes = [
-        helper.make_node("Cast", ["images"], ["float"], name="cast", to=TensorProto.FLOAT),
-        helper.make_node("Transpose", ["float"], ["nchw"], name="to_nchw", perm=[0, 3, 1, 2]),
-    ]
+    nodes: list[onnx.NodeProto] = []
     values: dict[str, NDArray[Any]] = {}
-    x = "nchw"
+    x = "x"
     for layer in layers:
         added, held, x = layer.nodes(x)
         nodes += added
         values |= held
     nodes[-1].output[0] = "scores"
-    channels = layers[0].weight.shape[1] * layers[0].groups
+    return image_model(nodes, values, layers[0].weight.shape[1] * layers[0].groups, len(layers[-1].weight))
+
+
+def image_model(nodes: Sequence[onnx.NodeProto], values: dict[str, Any], channels: int, outputs: int, **options: Any) -> onnx.ModelProto:
+    """Nodes from "x" (float, (B, channels, H, W)) to "scores" (B, outputs, H, W), after the usual beginning from "images"."""
+    first = [
+        helper.make_node("Cast", ["images"], ["float"], name="cast", to=TensorProto.FLOAT),
+        helper.make_node("Transpose", ["float"], ["x"], name="to_nchw", perm=[0, 3, 1, 2]),
+    ]
     graph = helper.make_graph(
-        nodes,
-        "convolutions",
+        [*first, *nodes],
+        "images",
         [helper.make_tensor_value_info("images", TensorProto.UINT8, ["B", "H", "W", channels])],
-        [helper.make_tensor_value_info("scores", TensorProto.FLOAT, ["B", len(layers[-1].weight), "H", "W"])],
+        [helper.make_tensor_value_info("scores", TensorProto.FLOAT, ["B", outputs, "H", "W"])],
         [numpy_helper.from_array(np.asarray(value), name) for name, value in values.items()],
     )
-    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=10)
+    model = helper.make_model(graph, ir_version=10, **({"opset_imports": [helper.make_opsetid("", 17)]} | options))
     onnx.checker.check_model(model)
     return model
 
@@ -200,3 +205,16 @@ def layer_maker() -> Callable[..., Layer]:
 @pytest.fixture(scope="session")
 def images_of() -> Callable[..., NDArray[np.uint8]]:
     return random_images
+
+
+@pytest.fixture(scope="session")
+def write_graph(write_layers: Callable[..., Written]) -> Callable[..., Written]:
+    """`write_graph(path, nodes, values, channels=..., outputs=...)`: an artefact of `image_model`."""
+
+    def write(
+        path: Path, nodes: Sequence[onnx.NodeProto], values: dict[str, Any], *, channels: int, outputs: int, **options: Any
+    ) -> Written:
+        layer = make_layer("only", 0, channels, outputs, 1, scale=1.0)
+        return write_layers(path, [layer], model=image_model(nodes, values, channels, outputs, **options))
+
+    return write

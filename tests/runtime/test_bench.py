@@ -6,6 +6,7 @@ import math
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +14,10 @@ import pytest
 
 from muntin.errors import DataError
 from muntin.runtime.bench import bench
-from muntin.runtime.doctor import count
 from muntin.runtime.hardware import physical_cores
 from muntin.runtime.loading import ArtifactCandidate
+from muntin.runtime.options import SessionOptions
+from muntin.text import count
 
 
 def test_every_combination_is_a_row(convolutions: Any) -> None:
@@ -23,9 +25,9 @@ def test_every_combination_is_a_row(convolutions: Any) -> None:
     result = bench(
         convolutions.path, batches=(1, 3), threads=(1, 2), streams=(1, 2), size=(16, 24), rounds=3, report=lambda *at: done.append(at)
     )
-    found = [(row.threads, row.streams, row.shape) for row in result.rows]
+    settings = [(row.threads, row.streams, row.shape) for row in result.rows]
     # two streams of one thread are one stream: no row twice
-    assert found == [(t, s, (b, 16, 24)) for t, s in ((1, 1), (2, 1), (2, 2)) for b in (1, 3)]
+    assert settings == [(t, s, (b, 16, 24)) for t, s in ((1, 1), (2, 1), (2, 2)) for b in (1, 3)]
     for row in result.rows:
         assert (row.name, row.engine, row.precision) == (convolutions.path.name, "openvino", "f32")
         assert 0 < row.latency.median_ms <= row.latency.p90_ms <= row.latency.p99_ms and row.latency.calls == 3
@@ -35,7 +37,7 @@ def test_every_combination_is_a_row(convolutions: Any) -> None:
     assert result.notes[-1] == "2 streams on 1 thread: a stream needs a thread, so they count as 1"
 
 
-def test_a_baseline_is_measured_in_turns_and_every_row_says_the_ratio(convolutions: Any) -> None:
+def test_baseline_and_ratios(convolutions: Any) -> None:
     baseline = ArtifactCandidate(path=str(convolutions.path), engine="onnxruntime")
     result = bench(convolutions.path, baseline=baseline, batches=(1, 2), size=(8, 8), rounds=3)
     assert [row.name for row in result.rows] == ["baseline convolutions", "convolutions"] * 2
@@ -49,12 +51,12 @@ def test_a_baseline_is_measured_in_turns_and_every_row_says_the_ratio(convolutio
 class OneStream(ArtifactCandidate):
     """As PyTorch is: its calls have all threads."""
 
-    def open(self, threads: int, streams: int, shapes: Any) -> Any:
-        return super().open(threads, 1, shapes)
+    def open(self, options: SessionOptions) -> Any:
+        return super().open(replace(options, streams=1))
 
 
 @pytest.mark.parametrize("streams", [1, 2])
-def test_latencies_of_other_streams_are_not_compared(convolutions: Any, streams: int) -> None:
+def test_ratio_of_other_streams(convolutions: Any, streams: int) -> None:
     baseline = OneStream(path=str(convolutions.path), engine="openvino")
     result = bench(convolutions.path, baseline=baseline, threads=(2,), streams=(streams,), size=(8, 8), rounds=3)
     base, row = result.rows
@@ -63,20 +65,18 @@ def test_latencies_of_other_streams_are_not_compared(convolutions: Any, streams:
     assert ("latencies of different streams are not compared: compare images/s" in " ".join(result.notes)) == (streams > 1)
 
 
-def test_it_measures_what_the_artefact_was_exported_for(write_layers: Callable[..., Any], convolutions: Any, tmp_path: Path) -> None:
+def test_default_size_is_the_example(write_layers: Callable[..., Any], convolutions: Any, tmp_path: Path) -> None:
     written = write_layers(tmp_path / "a", convolutions.layers, example=(1, 12, 20))
     assert bench(written.path, batches=(2,), rounds=1).rows[0].shape == (2, 12, 20)
 
 
 def test_plain_values(convolutions: Any) -> None:
-    document = bench(convolutions.path, size=(8, 8), rounds=1).as_dict()
+    document = asdict(bench(convolutions.path, size=(8, 8), rounds=1))
     assert document["rows"][0]["latency"]["calls"] == 1
     assert document["hardware"]["physical_cores"] == physical_cores()
 
 
-def test_the_same_takes_the_same_memory_whoever_is_opened_first_and_with_whichever_threads(
-    convolutions: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_memory_of_loading_is_repeatable(convolutions: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MUNTIN_CACHE", str(tmp_path))
     options: dict[str, Any] = {"threads": (1, 2), "size": (96, 96), "rounds": 1}
     bench(convolutions.path, **options)  # compiles: from here on all come from the cache
@@ -90,12 +90,12 @@ def test_the_same_takes_the_same_memory_whoever_is_opened_first_and_with_whichev
     assert max(peaks) - min(peaks) < max(peaks) / 4
 
 
-def test_a_baseline_of_other_channels_is_the_one_that_is_named(convolutions: Any, per_pixel: Any) -> None:
+def test_baseline_of_other_channels(convolutions: Any, per_pixel: Any) -> None:
     with pytest.raises(DataError, match=r"^baseline per_pixel takes images of 4 channels, convolutions of 3: give a baseline"):
         bench(convolutions.path, baseline=ArtifactCandidate(path=str(per_pixel.path)), size=(8, 8), rounds=1)
 
 
-def test_images_that_no_memory_holds_are_refused_with_their_bytes(convolutions: Any) -> None:
+def test_images_larger_than_memory(convolutions: Any) -> None:
     with pytest.raises(DataError, match=r"^100 images of 99999 x 99999 .* 2999940000300 bytes .*: choose a smaller size or batch$"):
         bench(convolutions.path, batches=(1, 100), size=(99999, 99999))
 
@@ -131,7 +131,7 @@ def test_others_at_work_are_named(convolutions: Any) -> None:
         ({"engine": "abacus"}, "openvino"),
     ],
 )
-def test_what_is_not_allowed(convolutions: Any, options: dict[str, Any], message: str) -> None:
+def test_wrong_arguments(convolutions: Any, options: dict[str, Any], message: str) -> None:
     with pytest.raises(DataError, match=message) as caught:
         bench(convolutions.path, **options)
     assert "\n" not in str(caught.value)

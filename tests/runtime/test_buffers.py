@@ -13,7 +13,7 @@ def address(array: np.ndarray) -> int:
     return array.__array_interface__["data"][0]
 
 
-def test_memory_comes_back_when_the_array_is_dropped() -> None:
+def test_memory_of_a_deleted_array() -> None:
     buffers = Buffers()
     first = buffers.take((2, 3))
     where = address(first)
@@ -21,7 +21,7 @@ def test_memory_comes_back_when_the_array_is_dropped() -> None:
     assert address(buffers.take((3, 2))) == where
 
 
-def test_a_view_keeps_the_memory() -> None:
+def test_memory_of_a_view() -> None:
     buffers = Buffers()
     array = buffers.take((4, 4))
     array[:] = 7
@@ -34,7 +34,7 @@ def test_a_view_keeps_the_memory() -> None:
     assert (view == 7).all()
 
 
-def test_a_slice_of_a_slice_keeps_the_memory() -> None:
+def test_slice_of_a_slice() -> None:
     buffers = Buffers()
     row = buffers.take((4, 4))[2]
     row[:] = 5
@@ -46,7 +46,7 @@ def test_a_slice_of_a_slice_keeps_the_memory() -> None:
 
 @settings(max_examples=50, deadline=None)
 @given(st.lists(st.tuples(st.integers(1, 3), st.booleans()), max_size=40))
-def test_arrays_that_are_held_never_share_memory(takes: list[tuple[int, bool]]) -> None:
+def test_live_arrays_share_no_memory(takes: list[tuple[int, bool]]) -> None:
     buffers, held = Buffers(), []
     for number, (size, keep) in enumerate(takes):
         array = buffers.take((size, 8))
@@ -75,14 +75,14 @@ def test_threads_never_share_memory() -> None:
     assert not wrong
 
 
-def test_memory_of_one_type_serves_another() -> None:
+def test_memory_reused_for_another_type() -> None:
     buffers = Buffers()
     where = address(buffers.take((8,)))
     labels = buffers.take((4, 8), np.uint8)
     assert (labels.dtype, labels.shape, address(labels)) == (np.uint8, (4, 8), where)
 
 
-def test_what_is_kept_is_bounded_in_bytes() -> None:
+def test_limit_of_kept_bytes() -> None:
     """Memory that is never written is no memory: these arrays cost nothing."""
     buffers = Buffers()
 

@@ -21,7 +21,7 @@ def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path / "cache"
 
 
-def test_whose_folder_it_is(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_cache_folder(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     assert cache_folder() == tmp_path / "cache"
     monkeypatch.delenv("MUNTIN_CACHE")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "xdg"))
@@ -30,7 +30,7 @@ def test_whose_folder_it_is(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> 
     assert cache_folder() == Path.home() / ".cache" / "muntin"
 
 
-def test_a_second_session_takes_what_the_first_compiled(convolutions: Any, images_of: Callable[..., Any], own_cache: Path) -> None:
+def test_second_session_reads_the_cache(convolutions: Any, images_of: Callable[..., Any], own_cache: Path) -> None:
     images = images_of(3)
     first = load(convolutions.path, precision="f32")
     scores = first(images)
@@ -45,7 +45,7 @@ def test_a_second_session_takes_what_the_first_compiled(convolutions: Any, image
     assert set(own_cache.rglob("*")) >= set(blobs)
 
 
-def test_artefacts_versions_and_cpus_share_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_folders_of_artefacts_versions_and_cpus(own_cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folders = [
         compiled_folder("openvino", "1", "a" * 64),
         compiled_folder("openvino", "2", "a" * 64),
@@ -55,16 +55,13 @@ def test_artefacts_versions_and_cpus_share_nothing(monkeypatch: pytest.MonkeyPat
     folders.append(compiled_folder("openvino", "1", "a" * 64))
     assert len(set(folders)) == 4
     assert all(folder is not None and folder.is_dir() for folder in folders)
-
-
-def test_a_version_is_no_path(own_cache: Path) -> None:
     folder = compiled_folder("openvino", "../../1/2", "a" * 64)
     assert folder is not None
     assert folder.parent == own_cache / "compiled"
 
 
 @pytest.mark.skipif(not hasattr(os, "getuid"), reason="owners and modes of POSIX")
-def test_what_others_can_write_is_not_used(own_cache: Path, convolutions: Any) -> None:
+def test_folder_writable_by_others(own_cache: Path, convolutions: Any) -> None:
     folder = compiled_folder("openvino", "1", "a" * 64)
     assert folder is not None
     assert folder.stat().st_mode & 0o777 == 0o700
@@ -75,13 +72,13 @@ def test_what_others_can_write_is_not_used(own_cache: Path, convolutions: Any) -
     assert load(convolutions.path) is not None  # opened without a cache
 
 
-def test_a_cache_that_cannot_be_made_changes_nothing(own_cache: Path, convolutions: Any, images_of: Callable[..., Any]) -> None:
+def test_cache_that_cannot_be_created(own_cache: Path, convolutions: Any, images_of: Callable[..., Any]) -> None:
     own_cache.write_text("a file where the folder should be")
     assert compiled_folder("openvino", "1", "a" * 64) is None
     assert load(convolutions.path)(images_of(3)).shape[1] == 5
 
 
-def test_what_was_not_used_for_the_longest_goes_first(own_cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_eviction_order(own_cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cache, "LIMIT", 300)
     models = [CompiledModels("openvino", str(index), "a" * 64) for index in range(3)]
     for index, model in enumerate(models[:2]):
@@ -94,7 +91,7 @@ def test_what_was_not_used_for_the_longest_goes_first(own_cache: Path, monkeypat
     assert [model.read("key") for model in models] == [bytes(100), None, bytes(100)]
 
 
-def test_the_shapes_of_one_artefact_do_not_grow_without_bound(own_cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_files_of_one_folder_are_bounded(own_cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     models = CompiledModels("openvino", "1", "a" * 64)
     folder = compiled_folder("openvino", "1", "a" * 64)
     assert folder is not None
@@ -113,7 +110,7 @@ def test_the_shapes_of_one_artefact_do_not_grow_without_bound(own_cache: Path, m
     assert models.read("fifth") is not None  # what was just written stays, however large
 
 
-def test_room_is_made_of_what_was_not_used_for_the_longest_and_never_of_the_folder_in_use(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_make_room_keeps_the_folder_in_use(monkeypatch: pytest.MonkeyPatch) -> None:
     folders = []
     for age in range(4):
         folder = compiled_folder("tensorrt", str(age), "a" * 64)
@@ -122,30 +119,20 @@ def test_room_is_made_of_what_was_not_used_for_the_longest_and_never_of_the_fold
         os.utime(folder, (1000 + age, 1000 + age))
         folders.append(folder)
     used = folders[0]  # the oldest
+    (foreign := used.parent / "my-project").mkdir()
+    (foreign / "thesis").write_bytes(bytes(1000))
     for limit, left in ((400, [0, 1, 2, 3]), (250, [0, 3]), (50, [0])):
         monkeypatch.setattr(cache, "LIMIT", limit)
         make_room(used)
         assert [age for age, folder in enumerate(folders) if folder.exists()] == left
     assert (used / "engine").read_bytes() == bytes(100)
-
-
-def test_what_somebody_else_keeps_beside_it_stays(monkeypatch: pytest.MonkeyPatch) -> None:
-    used = compiled_folder("openvino", "1", "a" * 64)
-    assert used is not None
-    mine = used.parent / "my-project"
-    mine.mkdir()
-    (mine / "thesis").write_bytes(bytes(1000))
-    monkeypatch.setattr(cache, "LIMIT", 10)
-    make_room(used)
-    assert (mine / "thesis").exists()
+    assert (foreign / "thesis").exists()
 
 
 @pytest.mark.parametrize(
     "damage", [lambda data: data[:-1], lambda data: data[:100] + b"x" + data[101:], lambda data: b"", lambda data: data[1:]]
 )
-def test_what_was_damaged_is_not_run(
-    convolutions: Any, images_of: Callable[..., Any], own_cache: Path, damage: Callable[[bytes], bytes]
-) -> None:
+def test_damaged_files(convolutions: Any, images_of: Callable[..., Any], own_cache: Path, damage: Callable[[bytes], bytes]) -> None:
     images = images_of(3)
     scores = load(convolutions.path, precision="f32")(images)
     (file,) = (file for file in own_cache.rglob("*") if file.is_file())
@@ -157,7 +144,7 @@ def test_what_was_damaged_is_not_run(
     assert len(file.read_bytes()) == len(whole)  # kept anew
 
 
-def test_what_the_engine_does_not_take_back_is_compiled_anew(convolutions: Any, images_of: Callable[..., Any], own_cache: Path) -> None:
+def test_cached_model_that_the_engine_refuses(convolutions: Any, images_of: Callable[..., Any], own_cache: Path) -> None:
     images = images_of(3)
     scores = load(convolutions.path, precision="f32")(images)
     (file,) = (file for file in own_cache.rglob("*") if file.is_file())
@@ -174,6 +161,6 @@ def test_other_options_are_other_models(convolutions: Any, images_of: Callable[.
     assert len([file for file in own_cache.rglob("*") if file.is_file()]) == 3
 
 
-def test_without_the_cache_nothing_is_kept(convolutions: Any, images_of: Callable[..., Any], own_cache: Path) -> None:
+def test_load_without_cache(convolutions: Any, images_of: Callable[..., Any], own_cache: Path) -> None:
     load(convolutions.path, cache=False)(images_of(3))
     assert not own_cache.exists()

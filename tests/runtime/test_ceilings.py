@@ -11,9 +11,17 @@ import pytest
 from onnx.reference import ReferenceEvaluator
 
 from muntin.errors import DataError
-from muntin.runtime.ceilings import PRECISIONS, Kind, executed_products, measure_ceilings, measure_copy, measure_product, product_graph
+from muntin.runtime.ceilings import (
+    PRODUCT_PRECISIONS,
+    Kind,
+    measure_ceilings,
+    measure_copy,
+    measure_product,
+    product_graph,
+)
+from muntin.runtime.openvino import executed_products
 from muntin.runtime.quiet import openvino
-from muntin.runtime.signals import signal_stack, signal_stack_kept
+from muntin.runtime.signals import signal_stack_kept
 
 
 @pytest.fixture(scope="module")
@@ -21,13 +29,13 @@ def core() -> Any:
     return openvino.Core()
 
 
-def test_every_precision_of_the_cpu_has_a_ceiling(core: Any) -> None:
+def test_ceilings_of_every_precision(core: Any, signal_stack: Any) -> None:
     before = signal_stack()
     ceilings = measure_ceilings(threads=1, seconds=0.02)
     assert signal_stack() == before
     capabilities = core.get_property("CPU", "OPTIMIZATION_CAPABILITIES")
     assert "f32" in ceilings.gmacs
-    assert set(ceilings.gmacs) == {name for name, (capability, _, _) in PRECISIONS.items() if capability in capabilities}
+    assert set(ceilings.gmacs) == {name for name, (capability, _, _) in PRODUCT_PRECISIONS.items() if capability in capabilities}
     assert all(0 < rate < 1e6 for rate in ceilings.gmacs.values())
     assert ceilings.copy_gb_s > 0
     assert ceilings.threads == 1
@@ -37,21 +45,21 @@ def test_every_precision_of_the_cpu_has_a_ceiling(core: Any) -> None:
 
 
 @pytest.mark.parametrize("precision", ["bf16", "f16"])
-def test_a_precision_that_the_cpu_lacks_is_absent(core: Any, precision: str) -> None:
+def test_ceiling_of_a_missing_precision(core: Any, precision: str) -> None:
     """OpenVINO runs an FP16 hint in BF16 or FP32 where there is no FP16, and says nothing."""
-    has = PRECISIONS[precision][0] in core.get_property("CPU", "OPTIMIZATION_CAPABILITIES")
+    has = PRODUCT_PRECISIONS[precision][0] in core.get_property("CPU", "OPTIMIZATION_CAPABILITIES")
     rate = measure_product(core, "MatMul", precision, threads=1, seconds=0.01)
     assert (rate is not None) == has
 
 
 @pytest.mark.parametrize("kind", ["MatMul", "Conv"])
 @pytest.mark.parametrize("integer", [False, True])
-def test_both_products_run_in_the_precision_of_the_graph(core: Any, kind: Kind, integer: bool) -> None:
+def test_precision_of_the_products(core: Any, kind: Kind, integer: bool) -> None:
     model = core.read_model(model=product_graph(kind, 32, integer=integer), weights=b"")
     with signal_stack_kept():
         products = executed_products(core.compile_model(model, "CPU", {"INFERENCE_PRECISION_HINT": "f32"}).get_runtime_model())
     assert len(products) == 2
-    assert PRECISIONS["i8" if integer else "f32"][2].issuperset(products.values())
+    assert PRODUCT_PRECISIONS["i8" if integer else "f32"][2].issuperset(products.values())
 
 
 @pytest.mark.parametrize("integer", [False, True])
@@ -63,17 +71,17 @@ def test_values_keep_their_size(integer: bool) -> None:
 
 
 @pytest.mark.parametrize("threads", [1, 3])
-def test_a_copy_has_a_rate(threads: int) -> None:
+def test_measure_copy(threads: int) -> None:
     assert 0 < measure_copy(threads, 0.01) < 1e5
 
 
 @pytest.mark.parametrize("arguments", [{"threads": 0}, {"threads": "two"}, {"seconds": 0}, {"seconds": float("nan")}])
-def test_nonsense_is_refused(arguments: dict[str, Any]) -> None:
+def test_wrong_arguments(arguments: dict[str, Any]) -> None:
     with pytest.raises(DataError, match=r"^(threads|seconds)=.*: give a "):
         measure_ceilings(**arguments)
 
 
-def test_a_thread_without_memory_ends_the_copies(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_copy_thread_without_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     calls, full = itertools.count(), np.full
 
     def scarce(*given: Any, **more: Any) -> Any:

@@ -1,3 +1,5 @@
+"""`muntin doctor`: facts, checks, and the whole examination."""
+
 from __future__ import annotations
 
 import dataclasses
@@ -12,12 +14,10 @@ import pytest
 from muntin.errors import DataError, install
 from muntin.runtime import quiet
 from muntin.runtime.cache import cache_folder
-from muntin.runtime.ceilings import Ceilings
 from muntin.runtime.contention import CpuShare
-from muntin.runtime.doctor import (
-    GPU_INSTALL,
+from muntin.runtime.doctor import examine
+from muntin.runtime.doctor_checks import (
     Check,
-    EngineFound,
     check_arithmetic,
     check_cache,
     check_ceilings,
@@ -28,25 +28,22 @@ from muntin.runtime.doctor import (
     check_thread_counts,
     check_untested,
     check_variables,
-    examine,
-    explain_features,
-    find_engine,
-    find_extras,
-    read_machine,
 )
+from muntin.runtime.doctor_facts import GPU_INSTALL, InstalledEngine, explain_features, find_engine, find_extras, read_machine
 from muntin.runtime.exactness import RUNNERS, IntegerCheck, run_onnxruntime
+from muntin.runtime.kernels import Ceilings
 
-OPENVINO = EngineFound(name="openvino", version="2026.4.1", providers=(), error=None)
-ORT = EngineFound(name="onnxruntime", version="1.32.0", providers=("CPUExecutionProvider",), error=None)
+OPENVINO = InstalledEngine(name="openvino", version="2026.4.1", providers=(), error=None)
+ORT = InstalledEngine(name="onnxruntime", version="1.32.0", providers=("CPUExecutionProvider",), error=None)
 ORT_GPU = dataclasses.replace(ORT, providers=("CUDAExecutionProvider", "CPUExecutionProvider"))
 
 
-def lost(engine: EngineFound, error: str) -> EngineFound:
+def missing_engine(engine: InstalledEngine, error: str) -> InstalledEngine:
     return dataclasses.replace(engine, version=None, providers=(), error=error)
 
 
 def machine(**changes: Any) -> Any:
-    """This machine as if it were quiet, plain and large, with what the test changes."""
+    """This machine with quiet, plain and large values, and the test's changes."""
     plain: dict[str, Any] = {
         "affinity": (0, 1, 2, 3), "cpu_quota": None, "memory_limit_gib": None, "available_gib": 8.0, "numa_nodes": 1, "governors": (),
         "nvidia": False,
@@ -58,16 +55,16 @@ def layer(**changes: Any) -> IntegerCheck:
     return IntegerCheck(**({"layer": "matrix product", "outputs": 100, "wrong": 0, "error": 0.0, "integer": True} | changes))
 
 
-def told(checks: Any) -> list[tuple[str, str]]:
-    found = list(checks)
-    assert all(isinstance(check, Check) and check.text and "\n" not in check.text for check in found)
-    return [(check.name, check.status) for check in found]
+def statuses(checks: Any) -> list[tuple[str, str]]:
+    listed = list(checks)
+    assert all(isinstance(check, Check) and check.text and "\n" not in check.text for check in listed)
+    return [(check.name, check.status) for check in listed]
 
 
 # ---- this machine ----
 
 
-def test_looking_without_measuring() -> None:
+def test_examine_without_self_test() -> None:
     diagnosis = examine(self_test=False, environment={"HOME": "/", "OMP_PLACES": "cores"})
     assert [engine.name for engine in diagnosis.engines] == ["openvino", "onnxruntime"]
     assert all(engine.version and engine.error is None for engine in diagnosis.engines)
@@ -78,23 +75,23 @@ def test_looking_without_measuring() -> None:
     assert (diagnosis.ceilings, diagnosis.share, dict(diagnosis.integers)) == (None, None, {})
     assert diagnosis.cache == cache_folder()
     assert diagnosis.packages["numpy"]
-    assert told(diagnosis.checks)[0] == ("engines", "ok")
+    assert statuses(diagnosis.checks)[0] == ("engines", "ok")
 
 
-def test_nothing_heavy_is_imported_and_yet_named() -> None:
+def test_examine_imports_nothing_heavy() -> None:
     code = """
 import importlib.metadata, sys
 from muntin.runtime.doctor import examine
-found = examine(self_test=False)
+diagnosis = examine(self_test=False)
 heavy = {"torch", "torchvision", "timm", "onnxscript", "openvino_telemetry"} & set(sys.modules)
 assert not heavy, heavy
-assert found.packages["torch"] == importlib.metadata.version("torch")
+assert diagnosis.packages["torch"] == importlib.metadata.version("torch")
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=False)
     assert (done.returncode, done.stderr) == (0, "")
 
 
-def test_without_any_engine_nothing_can_run(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_examine_without_engines(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("openvino", "onnxruntime"):
         monkeypatch.delitem(vars(quiet), name, raising=False)
         monkeypatch.setitem(sys.modules, name, None)
@@ -107,20 +104,20 @@ def test_without_any_engine_nothing_can_run(monkeypatch: pytest.MonkeyPatch) -> 
     assert diagnosis.share is not None
 
 
-def test_a_broken_installation_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_engine_that_cannot_be_imported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "onnxruntime").mkdir()
     (tmp_path / "onnxruntime" / "__init__.py").write_text("raise ImportError('libgomp.so.1: cannot open shared object file')")
     monkeypatch.delitem(vars(quiet), "onnxruntime", raising=False)
     for name in [name for name in sys.modules if name.partition(".")[0] == "onnxruntime"]:
         monkeypatch.delitem(sys.modules, name)
     monkeypatch.syspath_prepend(tmp_path)
-    found = find_engine("onnxruntime")
-    assert found.version is None
-    assert found.error == "cannot be loaded: libgomp.so.1: cannot open shared object file"
+    engine = find_engine("onnxruntime")
+    assert engine.version is None
+    assert engine.error == "cannot be loaded: libgomp.so.1: cannot open shared object file"
 
 
 @pytest.mark.slow
-def test_an_engine_that_cannot_run_is_a_problem_and_the_rest_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_examine_with_an_engine_that_cannot_run(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(RUNNERS, "onnxruntime", lambda model, x: run_onnxruntime(b"no model", x))
     diagnosis = examine(threads=1)
     assert any(problem.startswith("INT8 in onnxruntime: ONNX Runtime ") for problem in diagnosis.problems)
@@ -130,7 +127,7 @@ def test_an_engine_that_cannot_run_is_a_problem_and_the_rest_is_told(monkeypatch
 
 
 @pytest.mark.parametrize("threads", [0, -2, 1.5, "4", 2**40])
-def test_nonsense_is_refused(threads: Any) -> None:
+def test_examine_with_wrong_threads(threads: Any) -> None:
     with pytest.raises(DataError, match=r"^threads=.*: give a whole number"):
         examine(threads=threads, self_test=False)
 
@@ -138,18 +135,18 @@ def test_nonsense_is_refused(threads: Any) -> None:
 # ---- facts from texts ----
 
 
-def test_features_are_explained() -> None:
-    found = {feature.name: feature for feature in explain_features(["avx2", "avx512f"], "x86_64")}
-    assert {name for name, feature in found.items() if feature.present} == {"AVX2", "AVX-512"}
-    assert "saturate in 16 bits" in found["VNNI"].meaning
-    assert "FP32" in found["AVX512-BF16"].meaning
+def test_explain_features() -> None:
+    features = {feature.name: feature for feature in explain_features(["avx2", "avx512f"], "x86_64")}
+    assert {name for name, feature in features.items() if feature.present} == {"AVX2", "AVX-512"}
+    assert "saturate in 16 bits" in features["VNNI"].meaning
+    assert "FP32" in features["AVX512-BF16"].meaning
     assert "saturate" not in {f.name: f for f in explain_features(["avx_vnni"], "AMD64")}["VNNI"].meaning
     arm = {feature.name: feature.present for feature in explain_features(["asimddp", "bf16"], "aarch64")}
     assert arm == {"I8MM": False, "DotProd": True, "BF16": True, "SVE": False}
     assert explain_features([], "x86_64") == ()
 
 
-def test_extras_say_what_is_missing_and_how_to_get_it() -> None:
+def test_extras_with_missing_packages() -> None:
     requirements = [
         "numpy>=1.26",
         "torch>=2.9; extra == 'train'",
@@ -166,14 +163,14 @@ def test_extras_say_what_is_missing_and_how_to_get_it() -> None:
 # ---- checks ----
 
 
-def test_one_engine_is_enough() -> None:
-    assert told(check_engines([OPENVINO, ORT])) == [("engines", "ok")]
-    missing = list(check_engines([lost(OPENVINO, "not installed: pip install openvino"), ORT]))
-    assert told(missing) == [("engines", "ok"), ("openvino", "note")]
+def test_engines_with_one_missing() -> None:
+    assert statuses(check_engines([OPENVINO, ORT])) == [("engines", "ok")]
+    missing = list(check_engines([missing_engine(OPENVINO, "not installed: pip install openvino"), ORT]))
+    assert statuses(missing) == [("engines", "ok"), ("openvino", "note")]
     assert 'give engine="onnxruntime"' in missing[1].text
 
 
-def test_wrong_integers_are_a_problem_and_float_ones_a_note() -> None:
+def test_wrong_integers_and_float_layers() -> None:
     assert check_arithmetic(OPENVINO, [layer(), layer()], {}).status == "ok"
     floating = check_arithmetic(ORT, [layer(), layer(layer="convolution", integer=False)], {})
     assert floating.status == "note"
@@ -186,11 +183,11 @@ def test_wrong_integers_are_a_problem_and_float_ones_a_note() -> None:
     assert 'unset ONEDNN_MAX_CPU_ISA=AVX2, or give engine="onnxruntime", whose integers are exact here, or' in cured
 
 
-def test_a_cpu_without_vnni_is_named_where_nothing_was_tried() -> None:
+def test_missing_vnni_without_self_test() -> None:
     (lacking,) = check_untested(machine(features=explain_features(["avx2"], "x86_64")))
     assert (lacking.name, lacking.status, 'engine="onnxruntime"' in lacking.text) == ("VNNI", "note", True)
-    assert told(check_untested(machine(features=explain_features(["avx2", "avx_vnni"], "x86_64")))) == []
-    assert told(check_untested(machine(features=()))) == []
+    assert statuses(check_untested(machine(features=explain_features(["avx2", "avx_vnni"], "x86_64")))) == []
+    assert statuses(check_untested(machine(features=()))) == []
 
 
 @pytest.mark.parametrize(
@@ -208,13 +205,13 @@ def test_a_cpu_without_vnni_is_named_where_nothing_was_tried() -> None:
         (None, {"OMP_PLACES": "cores"}, "4 on 4"),
     ],
 )
-def test_more_threads_than_cores_are_noted(threads: int | None, variables: dict[str, str], says: str) -> None:
+def test_thread_counts(threads: int | None, variables: dict[str, str], says: str) -> None:
     (check,) = check_thread_counts(threads, variables, 4)
     assert says in check.text
     assert check.status == ("ok" if " on 4 usable" in check.text else "note")
 
 
-def test_one_is_no_plural() -> None:
+def test_singular() -> None:
     assert [check.text for check in check_thread_counts(None, {}, 1)] == ["1 on 1 usable physical core"]
     (many,) = check_thread_counts(2, {}, 1)
     assert many.text == "threads=2 is more than the 1 usable physical core, so threads wait for each other: give at most 1"
@@ -227,14 +224,16 @@ def test_one_is_no_plural() -> None:
     assert quota.text == "a container's quota of one core's time on 4 CPUs: more busy threads are halted: use at most 1 thread"
 
 
-def test_every_count_of_threads_is_judged() -> None:
+def test_several_thread_counts() -> None:
     notes = list(check_thread_counts(9, {"OMP_NUM_THREADS": "8", "MKL_NUM_THREADS": "4"}, 4))
     assert [note.text.partition(" ")[0] for note in notes] == ["OMP_NUM_THREADS=8", "threads=9"]
 
 
-def test_variables_that_cost_speed_are_noted() -> None:
-    assert told(check_variables({"ONEDNN_MAX_CPU_ISA": "AVX2", "ONEDNN_VERBOSE": "1", "OMP_PLACES": "cores"})) == [("kernels", "note")] * 2
-    assert told(check_variables({"ONEDNN_MAX_CPU_ISA": "ALL", "ONEDNN_VERBOSE": "0"})) == []
+def test_variables_that_cost_speed() -> None:
+    assert (
+        statuses(check_variables({"ONEDNN_MAX_CPU_ISA": "AVX2", "ONEDNN_VERBOSE": "1", "OMP_PLACES": "cores"})) == [("kernels", "note")] * 2
+    )
+    assert statuses(check_variables({"ONEDNN_MAX_CPU_ISA": "ALL", "ONEDNN_VERBOSE": "0"})) == []
 
 
 @pytest.mark.parametrize(
@@ -250,13 +249,13 @@ def test_variables_that_cost_speed_are_noted() -> None:
         (0.60, 0.0, 8.0, "note", "another guest of the host"),
     ],
 )
-def test_what_keeps_our_threads_waiting_is_named(share: float, others: float | None, quota: float | None, status: str, says: str) -> None:
+def test_cpu_share(share: float, others: float | None, quota: float | None, status: str, says: str) -> None:
     check = check_share(CpuShare(threads=4, share=share, others=others), 4, quota)
     assert check.status == status
     assert says in check.text
 
 
-def test_ceilings_say_where_int8_brings_nothing_and_where_others_took_part() -> None:
+def test_ceilings_without_int8_and_on_a_busy_machine() -> None:
     quiet_machine = Ceilings(gmacs={"f32": 98.4, "i8": 391.0}, copy_gb_s=14.25, threads=2, others=0.02)
     assert check_ceilings(quiet_machine) == Check(
         name="ceilings", status="ok", text="f32 98, i8 391 GMAC/s, copy 14.2 GB/s, with 2 threads"
@@ -267,31 +266,31 @@ def test_ceilings_say_where_int8_brings_nothing_and_where_others_took_part() -> 
     assert (floating.status, "INT8 layers run in float" in floating.text) == ("note", True)
 
 
-def test_a_machine_s_limits_are_noted() -> None:
-    assert told(check_machine(machine())) == [("memory", "ok")]
-    assert told(check_machine(machine(available_gib=None))) == []
-    assert told(check_machine(machine(memory_limit_gib=0.5))) == [("memory", "note")]
-    assert told(check_machine(machine(cpu_quota=2.5))) == [("quota", "note"), ("memory", "ok")]
-    assert told(check_machine(machine(cpu_quota=4.0))) == [("memory", "ok")]
-    assert told(check_machine(machine(numa_nodes=2, governors=("performance", "powersave")))) == [
+def test_machine_limits() -> None:
+    assert statuses(check_machine(machine())) == [("memory", "ok")]
+    assert statuses(check_machine(machine(available_gib=None))) == []
+    assert statuses(check_machine(machine(memory_limit_gib=0.5))) == [("memory", "note")]
+    assert statuses(check_machine(machine(cpu_quota=2.5))) == [("quota", "note"), ("memory", "ok")]
+    assert statuses(check_machine(machine(cpu_quota=4.0))) == [("memory", "ok")]
+    assert statuses(check_machine(machine(numa_nodes=2, governors=("performance", "powersave")))) == [
         ("memory", "ok"),
         ("NUMA", "note"),
         ("clock", "note"),
     ]
 
 
-def test_a_gpu_that_lies_idle_is_noted() -> None:
-    assert told(check_gpu(machine(), [OPENVINO, ORT], frozenset({"onnxruntime"}), cuda_starts=None)) == []
-    (idle,) = check_gpu(machine(nvidia=True), [OPENVINO, ORT], frozenset({"onnxruntime"}), cuda_starts=None)
+def test_unused_gpu() -> None:
+    assert statuses(check_gpu(machine(), [OPENVINO, ORT], frozenset({"onnxruntime"}), cuda=None)) == []
+    (idle,) = check_gpu(machine(nvidia=True), [OPENVINO, ORT], frozenset({"onnxruntime"}), cuda=None)
     assert (idle.status, idle.text.endswith(GPU_INSTALL)) == ("note", True)
-    (works,) = check_gpu(machine(nvidia=True), [ORT_GPU], frozenset(), cuda_starts=True)
+    (works,) = check_gpu(machine(nvidia=True), [ORT_GPU], frozenset(), cuda=True)
     assert (works.status, works.text) == ("ok", "an NVIDIA driver, and ONNX Runtime with CUDA")
-    (fails,) = check_gpu(machine(nvidia=True), [ORT_GPU], frozenset(), cuda_starts=False)
+    (fails,) = check_gpu(machine(nvidia=True), [ORT_GPU], frozenset(), cuda=False)
     assert (fails.status, "cannot start it" in fails.text) == ("note", True)
-    (driver,) = check_gpu(machine(), [ORT_GPU], frozenset(), cuda_starts=None)
+    (driver,) = check_gpu(machine(), [ORT_GPU], frozenset(), cuda=None)
     assert (driver.status, "no NVIDIA driver" in driver.text) == ("note", True)
-    both = list(check_gpu(machine(), [ORT], frozenset({"onnxruntime", "onnxruntime-gpu"}), cuda_starts=None))
-    assert told(both) == [("onnxruntime", "note")]
+    both = list(check_gpu(machine(), [ORT], frozenset({"onnxruntime", "onnxruntime-gpu"}), cuda=None))
+    assert statuses(both) == [("onnxruntime", "note")]
 
 
 def cache_check(folder: object, patch: pytest.MonkeyPatch) -> Check:
@@ -299,7 +298,7 @@ def cache_check(folder: object, patch: pytest.MonkeyPatch) -> Check:
     return check_cache()
 
 
-def test_a_cache_is_tried_by_its_own_rules_and_left_as_it_was(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_writable_cache_is_left_unchanged(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     new = tmp_path / "new" / "muntin"
     assert cache_check(new, monkeypatch) == Check(name="cache", status="ok", text=str(new))
     assert not (tmp_path / "new").exists()
@@ -309,7 +308,7 @@ def test_a_cache_is_tried_by_its_own_rules_and_left_as_it_was(tmp_path: Path, mo
     assert [place.name for place in (tmp_path / "used").rglob("*")] == ["compiled", "model"]
 
 
-def test_a_cache_that_cannot_be_written_is_noted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_cache_in_a_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "file").write_text("")
     check = cache_check(tmp_path / "file" / "muntin", monkeypatch)
     assert (check.status, check.text.partition(":")[0]) == ("note", f"{tmp_path}/file/muntin cannot be written")
@@ -317,12 +316,12 @@ def test_a_cache_that_cannot_be_written_is_noted(tmp_path: Path, monkeypatch: py
 
 
 @pytest.mark.skipif(not Path("/proc/self").exists(), reason="a place where not even root can write is Linux's")
-def test_where_root_cannot_write_either_is_noted(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_cache_in_proc(monkeypatch: pytest.MonkeyPatch) -> None:
     assert cache_check("/proc/nope", monkeypatch).status == "note"
 
 
 @pytest.mark.skipif(os.name != "posix", reason="modes and links are POSIX's")
-def test_a_cache_that_others_may_write_is_noted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_cache_writable_by_others(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     root = tmp_path / "open" / "compiled"
     root.mkdir(parents=True)
     root.chmod(0o777)
@@ -334,7 +333,7 @@ def test_a_cache_that_others_may_write_is_noted(tmp_path: Path, monkeypatch: pyt
     assert "is a link" in cache_check(tmp_path / "linked", monkeypatch).text
 
 
-def test_a_user_without_a_home_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_cache_without_home(monkeypatch: pytest.MonkeyPatch) -> None:
     check = cache_check("~no such user/cache", monkeypatch)
     assert (check.status, "no home folder" in check.text) == ("note", True)
     assert examine(self_test=False).cache is None

@@ -29,7 +29,7 @@ def plain(model: bytes, x: NDArray[np.float32]) -> tuple[Any, bool]:
 
 @pytest.mark.skipif(bool(SATURATES), reason="on this CPU engines may be wrong: the check is for that")
 @pytest.mark.parametrize("engine", RUNNERS)
-def test_engines_add_integers_exactly_and_on_integer_kernels(engine: str) -> None:
+def test_exact_integers_on_this_machine(engine: str) -> None:
     checks = check_integers(RUNNERS[engine])
     assert len(checks) == len({check.layer for check in checks}) == 4
     assert all((check.wrong, check.error) == (0, 0) for check in checks), checks
@@ -37,12 +37,12 @@ def test_engines_add_integers_exactly_and_on_integer_kernels(engine: str) -> Non
     assert min(check.outputs for check in checks) > 1000
 
 
-def test_the_specification_agrees_and_runs_in_float() -> None:
+def test_reference_runner() -> None:
     checks = check_integers(plain)
     assert all((check.wrong, check.error, check.integer) == (0, 0, False) for check in checks), checks
 
 
-def test_one_wrong_unit_in_one_sum_is_found() -> None:
+def test_one_wrong_sum() -> None:
     def run(model: bytes, x: NDArray[np.float32]) -> tuple[Any, bool]:
         y, integer = plain(model, x)
         y.reshape(-1)[-1] += 2.0**-13 if y.ndim == 2 else 0  # a unit is an input's step of 2**-6 times a weight's of 2**-6 or 2**-7
@@ -54,13 +54,13 @@ def test_one_wrong_unit_in_one_sum_is_found() -> None:
     assert all(check.wrong == 0 for check in convolutions)
 
 
-def test_a_sum_that_is_not_finite_is_wrong() -> None:
+def test_sum_that_is_not_finite() -> None:
     checks = check_integers(lambda model, x: (plain(model, x)[0] * np.float32("nan"), True))
     assert all((check.wrong, check.error) == (check.outputs, float("inf")) for check in checks)
 
 
 @pytest.mark.skipif("avx512_vnni" not in FEATURES, reason="kernels that saturate are had by switching VNNI's off")
-def test_kernels_that_saturate_are_found() -> None:
+def test_saturating_kernels() -> None:
     code = """
 import json
 from muntin.runtime.exactness import check_integers, run_openvino
@@ -77,11 +77,11 @@ print(json.dumps([[check.wrong, check.integer] for check in check_integers(run_o
     assert all(wrong > 100 and integer for wrong, integer in json.loads(done.stdout))
 
 
-def test_the_cpu_s_provider_starts() -> None:
+def test_provider_starts() -> None:
     assert provider_starts("CPUExecutionProvider")
 
 
 @pytest.mark.parametrize("engine", RUNNERS)
-def test_an_engine_that_cannot_run_a_layer_says_so(engine: str) -> None:
+def test_engine_that_cannot_run_a_layer(engine: str) -> None:
     with pytest.raises(DependencyError, match=r"cannot run a small INT8 layer: install it again"):
         RUNNERS[engine](b"no model", np.zeros((2, 2), np.float32))

@@ -24,7 +24,7 @@ def test_names_that_engines_make() -> None:
         assert NODES.find(reported, derived=True) == node
 
 
-def test_a_fused_quantiser_is_not_its_layer() -> None:
+def test_fused_quantiser() -> None:
     assert NODES.find(["conv1", "block/qkv/quantize"], derived=True) == "conv1"
     assert NODES.find(["add", "block/qkv/quantize"], derived=False) is None
 
@@ -64,14 +64,14 @@ def residual() -> bytes:
     return graph_of(nodes, values | {"scale": np.float32(2)})
 
 
-def test_a_kernel_named_by_what_was_fused_into_it() -> None:
+def test_kernel_named_by_a_fused_node() -> None:
     nodes = compute_nodes(residual())
     for reported, node in [("left_out_nchwc", "left_norm"), ("left_scaled_nchwc_token_3", "left_norm"), ("scores_nchwc", "last")]:
         assert nodes.find([reported], derived=True) == node
     assert nodes.find(["active"], derived=False) is None
 
 
-def test_a_sum_of_two_products_is_the_one_that_is_left() -> None:
+def test_fused_sum_of_two_products() -> None:
     nodes = compute_nodes(residual())
     for reported in ("sum_nchwc", "active_nchwc"):
         assert nodes.find([reported], derived=True) is None
@@ -79,7 +79,7 @@ def test_a_sum_of_two_products_is_the_one_that_is_left() -> None:
         assert nodes.find([reported], derived=True, taken={"left_norm"}) == "right"
 
 
-def test_weights_keep_their_names_shapes_and_groups() -> None:
+def test_weights_of_compute_nodes() -> None:
     weights = compute_nodes(residual()).weights
     assert weights["left_norm"] == Weight(name="model.left.weight", shape=(4, 4, 1, 1))
     assert weights["last"] == Weight(name="model.depthwise.weight", shape=(4, 1, 1, 1), groups=4)

@@ -60,7 +60,7 @@ def test_description_is_plain_and_true() -> None:
     assert ("torch" in described) == ("torch" in sys.modules)
 
 
-def test_the_onnxruntime_for_gpus_goes_by_the_name_of_the_one_that_it_replaces(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_onnxruntime_gpu_is_reported_as_onnxruntime(monkeypatch: pytest.MonkeyPatch) -> None:
     def version(name: str) -> str:
         if name == "onnxruntime":
             raise importlib.metadata.PackageNotFoundError(name)
@@ -84,14 +84,14 @@ def test_affinity_counts() -> None:
         os.sched_setaffinity(0, before)
 
 
-def test_reads_lists_of_cpus_and_free_memory() -> None:
+def test_cpu_lists_and_free_memory() -> None:
     assert parse_cpus("0-2,8,10-11") == {0, 1, 2, 8, 10, 11}
     assert (parse_cpus("5"), parse_cpus("")) == ({5}, set())
     assert available_memory_gib("MemTotal:  8388608 kB\nMemFree: 1 kB\nMemAvailable:    3145728 kB\n") == 3.0
     assert available_memory_gib("") is None
 
 
-def test_limits_are_those_of_this_machine() -> None:
+def test_limits_of_this_machine() -> None:
     cpus, quota, limit, memory = affinity(), cpu_quota(), memory_limit_gib(), memory_gib()
     assert cpus <= set(range(os.cpu_count() or 1))
     assert quota is None or quota > 0
@@ -101,7 +101,7 @@ def test_limits_are_those_of_this_machine() -> None:
     assert all(name and "\n" not in name for name in cpu_governors())
 
 
-def test_what_the_environment_leaves_of_a_cpu_is_part_of_what_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_cpu_identity_with_isa_limits(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ISA_LIMITS:
         monkeypatch.delenv(name, raising=False)
     whole = cpu_identity()
@@ -119,7 +119,7 @@ def test_what_the_environment_leaves_of_a_cpu_is_part_of_what_it_is(monkeypatch:
         ({"cpu.max": "max 100000"}, None),
     ],
 )
-def test_a_containers_quota(monkeypatch: pytest.MonkeyPatch, files: dict[str, str], cores: float | None) -> None:
+def test_quota_of_a_container(monkeypatch: pytest.MonkeyPatch, files: dict[str, str], cores: float | None) -> None:
     group = "0::/" if "cpu.max" in files else "4:cpu,cpuacct:/"
     texts = {Path("/proc/self/cgroup"): group}
     root = Path("/sys/fs/cgroup") / ("" if "cpu.max" in files else "cpu")

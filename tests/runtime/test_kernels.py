@@ -8,7 +8,6 @@ import numpy as np
 import pytest
 
 from muntin.artifact import LayerRecord
-from muntin.runtime.ceilings import Ceilings
 from muntin.runtime.kernels import (
     CONVERT,
     COPIES,
@@ -16,6 +15,7 @@ from muntin.runtime.kernels import (
     LAYOUT,
     OTHER,
     PRODUCTS,
+    Ceilings,
     Kernel,
     Operand,
     convolution_macs,
@@ -40,13 +40,13 @@ def kernel(**changes: Any) -> Kernel:
     return Kernel(**(values | changes))
 
 
-def test_a_convolution_multiplies_each_output_by_its_channels_weights() -> None:
+def test_convolution_macs() -> None:
     assert convolution_macs((2, 6, 5, 7), (6, 3, 3, 3)) == 2 * 6 * 5 * 7 * 3 * 3 * 3
     assert convolution_macs((2, 6, 5, 7), (3, 2, 4, 3, 3)) == 2 * 6 * 5 * 7 * 4 * 3 * 3  # 3 groups of 2 outputs and 4 inputs
     assert convolution_macs((1, 8, 5, 5), (8, 1, 1, 3, 3)) == 8 * 25 * 9  # depthwise
 
 
-def test_a_transposed_convolution_multiplies_each_input() -> None:
+def test_deconvolution_macs() -> None:
     assert deconvolution_macs((2, 3, 5, 7), (3, 6, 2, 2)) == 2 * 3 * 5 * 7 * 6 * 2 * 2
 
 
@@ -64,13 +64,11 @@ def test_a_transposed_convolution_multiplies_each_input() -> None:
         ((7,), (7,), (), 7),
     ],
 )
-def test_a_product_multiplies_each_output_by_the_inner_length(
-    left: tuple[int, ...], right: tuple[int, ...], output: tuple[int, ...], inner: int
-) -> None:
+def test_product_macs(left: tuple[int, ...], right: tuple[int, ...], output: tuple[int, ...], inner: int) -> None:
     assert product_macs(left, right, output) == int(np.prod(output)) * inner
 
 
-def test_the_attainable_time_is_the_larger_of_arithmetic_and_memory() -> None:
+def test_attainable_time() -> None:
     assert kernel().attainable_ms(CEILINGS) == pytest.approx(1.0)  # 1e8 at 1e11 a second
     assert kernel(precision="i8").attainable_ms(CEILINGS) == pytest.approx(0.25)
     wide = kernel(macs=0, inputs=(operand((1, 8, 1000, 1000)),))  # 32 MB at 10 GB/s
@@ -78,17 +76,17 @@ def test_the_attainable_time_is_the_larger_of_arithmetic_and_memory() -> None:
     assert wide.bounds_ms(CEILINGS)[0] == 0.0
 
 
-def test_without_a_ceiling_nothing_is_attainable_by_arithmetic() -> None:
+def test_attainable_time_without_ceiling() -> None:
     assert kernel(precision="bf16").attainable_ms(CEILINGS) is None
     assert kernel(precision="bf16", macs=0).attainable_ms(CEILINGS) is not None
 
 
-def test_bytes_are_those_of_inputs_weights_and_outputs() -> None:
+def test_bytes_of_kernels() -> None:
     inputs = (operand((1, 8, 10, 10), "u8"), operand((8, 8, 3, 3), "i8"))
     assert kernel(inputs=inputs, outputs=(operand((1, 8, 10, 10)),)).bytes == 800 + 576 + 3200
 
 
-def test_a_layer_is_found_by_its_node_by_a_prefix_of_it_and_by_its_weight() -> None:
+def test_layer_of_a_node() -> None:
     records = [LayerRecord(name=name, kind="Conv2d", weight_bits=8) for name in ("a.conv", "a.convolution", "b")]
     assert layer_of("a.conv", "", records) == "a.conv"
     assert layer_of("b/left", "", records) == "b"
@@ -112,7 +110,7 @@ def test_kinds_in_words() -> None:
     assert group_of("Unheard", 0, [], float_, float_) == OTHER
 
 
-def test_a_product_tells_its_precision() -> None:
+def test_words_and_label() -> None:
     assert kernel(precision="i8").words == "convolution and matrix products, INT8"
     assert kernel(group=LAYOUT, macs=0).words == LAYOUT
     assert kernel(layer="stem.conv").label == "stem.conv"

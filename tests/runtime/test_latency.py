@@ -15,7 +15,6 @@ from torch import nn
 
 from muntin import TorchSession
 from muntin.artifact import ClassInfo, Signature
-from muntin.errors import DataError
 from muntin.runtime import load
 from muntin.runtime.latency import BATCHES, interleaved_latency, interleaved_throughput, latency_report
 
@@ -49,7 +48,7 @@ class Counting:
         return map(self, batches)
 
 
-def test_every_session_is_called_alike_in_turns() -> None:
+def test_interleaved_calls() -> None:
     calls: list[str] = []
     one, other = Counting("one", calls), Counting("other", calls)
     images = pictures(1, 16, 24, 3).transpose(0, 2, 1, 3)  # not contiguous
@@ -61,24 +60,20 @@ def test_every_session_is_called_alike_in_turns() -> None:
         assert math.isfinite(row.median_ms) and 0 < row.median_ms <= row.p90_ms <= row.p99_ms and row.calls == 3
 
 
-def test_a_session_that_waits_takes_as_much_longer() -> None:
+def test_figures_of_a_waiting_session() -> None:
     sessions = {"quick": Counting("quick", []), "slow": Counting("slow", [], wait_s=0.02)}
     figures = interleaved_latency(sessions, pictures(1, 8, 8, 3), rounds=3)
     assert figures["slow"].median_ms >= 20
     assert figures["quick"].median_ms < figures["slow"].median_ms
+    assert 0 < interleaved_throughput({"slow": sessions["slow"]}, pictures(2, 8, 8, 3), rounds=1)["slow"] <= 100
 
 
-def test_the_report_names_engines_and_keeps_the_baseline_first() -> None:
+def test_latency_report() -> None:
     rows = {"fp32": ("PyTorch eager", Counting("fp32", [])), "deployed": ("openvino INT8", Counting("deployed", []))}
     report = latency_report(rows, pictures(1, 16, 24, 3)[0], rounds=2)
     assert (report["height"], report["width"], report["rounds"]) == (16, 24, 2)
     assert [(row["name"], row["engine"]) for row in report["rows"]] == [("fp32", "PyTorch eager"), ("deployed", "openvino INT8")]
     assert all(row["median_ms"] > 0 for row in report["rows"])
-
-
-def test_an_error_of_a_session_is_not_swallowed() -> None:
-    with pytest.raises(DataError, match="shape"):
-        interleaved_latency({"one": Counting("one", [])}, pictures(1, 8, 8, 4), rounds=1)
 
 
 def test_throughput_keeps_every_stream_busy(convolutions: Any, images_of: Callable[..., Any]) -> None:
@@ -97,12 +92,7 @@ def test_throughput_keeps_every_stream_busy(convolutions: Any, images_of: Callab
     assert all(rate > 0 for rate in rates.values())
 
 
-def test_throughput_of_a_session_that_waits() -> None:
-    rates = interleaved_throughput({"slow": Counting("slow", [], wait_s=0.01)}, pictures(2, 8, 8, 3), rounds=1)
-    assert 0 < rates["slow"] <= 200
-
-
 @pytest.mark.parametrize("measure", [interleaved_latency, interleaved_throughput])
-def test_no_rounds_no_median(measure: Any) -> None:
+def test_no_rounds(measure: Any) -> None:
     with pytest.raises(ValueError, match="rounds=0"):
         measure({"one": Counting("one", [])}, pictures(1, 8, 8, 3), rounds=0)

@@ -25,6 +25,7 @@ from muntin.compression import freeze, prepare_qat, set_bits
 from muntin.layers import Product, SoftmaxProduct
 from muntin.runtime import layerwise, verification
 from muntin.runtime.layerwise import TOLERANCE, LayerCheck, verify_layers
+from muntin.runtime.options import SessionOptions
 
 Taps = dict[str, NDArray[Any]]
 
@@ -94,14 +95,14 @@ def golden(artifact: Artifact) -> list[NDArray[np.uint8]]:
 # ---- sound artefacts ----
 
 
-def test_every_layer_alone_computes_what_its_integers_say(everything: tuple[Artifact, nn.Module]) -> None:
+def test_layers_of_a_sound_artefact(everything: tuple[Artifact, nn.Module]) -> None:
     artifact, _ = everything
     checks = verify_layers(artifact, golden(artifact))
     assert sorted(check.name for check in checks) == sorted(PRODUCTS)
     assert all(check.passed and check.error <= TOLERANCE for check in checks), checks
 
 
-def test_the_whole_is_the_frozen_model(everything: tuple[Artifact, nn.Module]) -> None:
+def test_export_equals_the_frozen_model(everything: tuple[Artifact, nn.Module]) -> None:
     artifact, model = everything
     session = muntin.load(artifact.path, precision="f32", threads=1)
     for height, width, seed in ((40, 56, 0), (33, 41, 5)):
@@ -121,7 +122,7 @@ def test_convolutions_of_unsigned_inputs_and_other_sizes(convolutions: Any, imag
     assert all(check.passed for check in checks), checks
 
 
-def test_layers_are_checked_with_the_threads_that_are_given(convolutions: Any) -> None:
+def test_threads_of_layer_checks(convolutions: Any) -> None:
     checks = verify_layers(convolutions.artifact, golden(convolutions.artifact), threads=1)
     assert [check.name for check in checks if check.passed] == ["stem", "body", "depthwise", "head"]
     model = onnx.load_model_from_string(convolutions.artifact.model_bytes())
@@ -129,19 +130,17 @@ def test_layers_are_checked_with_the_threads_that_are_given(convolutions: Any) -
     assert alone.get_session_options().intra_op_num_threads == 1
 
 
-def test_a_model_in_float_has_nothing_to_check(write_layers: Callable[..., Any], layer_maker: Callable[..., Any], tmp_path: Path) -> None:
+def test_float_model(write_layers: Callable[..., Any], layer_maker: Callable[..., Any], tmp_path: Path) -> None:
     layer = layer_maker("pixel", 5, 4, 6, 1, scale=0.9, relu=False)
     written = write_layers(tmp_path / "a", [type(layer)(**(vars(layer) | {"quantized": False}))])
     assert verify_layers(written.artifact, golden(written.artifact)) == ()
-    assert muntin.verify(written.path, layers=True, precision="f32", allow_fallbacks=True).checks == ()
+    assert muntin.verify(written.path, SessionOptions(precision="f32"), layers=True, allow_fallbacks=True).checks == ()
 
 
 # ---- faults ----
 
 
-def test_a_recorded_layer_that_is_not_checked_is_a_problem(
-    write_layers: Callable[..., Any], layer_maker: Callable[..., Any], tmp_path: Path
-) -> None:
+def test_recorded_layer_without_a_check(write_layers: Callable[..., Any], layer_maker: Callable[..., Any], tmp_path: Path) -> None:
     """A product of what was moved about after rounding, which is left out of the check."""
     layers = [layer_maker("pixel", 5, 4, 6, 1, scale=0.9, relu=False)]
     model = onnx.load_model_from_string(write_layers(tmp_path / "good", layers).artifact.model_bytes())
@@ -149,12 +148,12 @@ def test_a_recorded_layer_that_is_not_checked_is_a_problem(
     model.graph.node.insert(place, onnx.helper.make_node("Transpose", [node.input[0]], ["moved"], perm=[0, 1, 2, 3]))
     model.graph.node[place + 1].input[0] = "moved"
     written = write_layers(tmp_path / "moved", layers, model=model)
-    result = muntin.verify(written.path, precision="f32", layers=True, allow_fallbacks=True)
+    result = muntin.verify(written.path, SessionOptions(precision="f32"), layers=True, allow_fallbacks=True)
     assert result.checks == ()
     assert result.problems == (
         "layer pixel, recorded with 8-bit activations, multiplies nothing quantised in the graph, so it is not checked: export again",
     )
-    assert muntin.verify(written.path, precision="f32", allow_fallbacks=True).passed
+    assert muntin.verify(written.path, SessionOptions(precision="f32"), allow_fallbacks=True).passed
 
 
 @pytest.fixture
@@ -185,9 +184,7 @@ def failed(checks: tuple[LayerCheck, ...]) -> list[str]:
 
 
 @pytest.mark.parametrize("name", ["stem", "body", "depthwise", "head"])
-def test_other_weights_in_the_engine_are_found_and_no_other_layer_answers_for_them(
-    convolutions: Any, engine_of: Callable[..., None], name: str
-) -> None:
+def test_wrong_weights_are_found_in_their_layer_only(convolutions: Any, engine_of: Callable[..., None], name: str) -> None:
     engine_of(lambda model: changed(model, f"{name}.weight", lambda q: np.where(np.arange(len(q)) == 1, -q.T, q.T).T))
     assert failed(verify_layers(convolutions.artifact, golden(convolutions.artifact))) == [name]
 
@@ -201,15 +198,13 @@ def test_other_weights_in_the_engine_are_found_and_no_other_layer_answers_for_th
         ("bias", lambda bias: bias + 0.5),
     ],
 )
-def test_other_grids_and_biases_are_found(convolutions: Any, engine_of: Callable[..., None], value: str, change: Any) -> None:
+def test_wrong_grids_and_biases(convolutions: Any, engine_of: Callable[..., None], value: str, change: Any) -> None:
     engine_of(lambda model: changed(model, f"body.{value}", change))
     assert failed(verify_layers(convolutions.artifact, golden(convolutions.artifact))) == ["body"]
 
 
 @pytest.mark.parametrize("name", ["grouped", "project", "scores", "values"])
-def test_an_output_that_is_more_than_a_step_away_is_found(
-    everything: tuple[Artifact, nn.Module], monkeypatch: pytest.MonkeyPatch, name: str
-) -> None:
+def test_output_more_than_a_step_away(everything: tuple[Artifact, nn.Module], monkeypatch: pytest.MonkeyPatch, name: str) -> None:
     artifact, _ = everything
     run = layerwise._run_tapped
     alone = {layer.name: layer for layer in layerwise._quantised_layers(onnx.load_model_from_string(artifact.model_bytes()))}
@@ -244,7 +239,7 @@ def largest_weight(model: onnx.ModelProto, layer: Any) -> float:
 
 
 @pytest.mark.parametrize("value", [np.nan, np.inf])
-def test_numbers_that_are_not_finite_are_an_infinite_error(convolutions: Any, monkeypatch: pytest.MonkeyPatch, value: float) -> None:
+def test_infinite_error_of_infinite_scores(convolutions: Any, monkeypatch: pytest.MonkeyPatch, value: float) -> None:
     run = layerwise._run_tapped
     monkeypatch.setattr(layerwise, "_run_tapped", lambda *a: {k: v * value if k == "depthwise.out" else v for k, v in run(*a).items()})
     checks = {check.name: check for check in verify_layers(convolutions.artifact, golden(convolutions.artifact))}
@@ -254,18 +249,18 @@ def test_numbers_that_are_not_finite_are_an_infinite_error(convolutions: Any, mo
 # ---- as a part of verification ----
 
 
-def test_verification_reports_the_checks_where_it_is_asked_to(convolutions: Any) -> None:
+def test_verify_with_layers(convolutions: Any) -> None:
     assert muntin.verify(convolutions.path).checks == ()
     result = muntin.verify(convolutions.path, layers=True)
     assert result.passed and [check.name for check in result.checks] == ["stem", "body", "depthwise", "head"]
 
 
-def test_a_failed_check_is_a_problem_on_one_line(convolutions: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_failed_layer_check(convolutions: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     errors = {"stem": 0.3, "body": 2.5, "depthwise": 0.0, "head": 1.0}
     checks = tuple(LayerCheck(name=name, error=error) for name, error in errors.items())
     given: list[int] = []
     monkeypatch.setattr(verification, "verify_layers", lambda artifact, images, *, threads: (given.append(threads), checks)[1])
-    result = muntin.verify(convolutions.path, layers=True, threads=1)
+    result = muntin.verify(convolutions.path, SessionOptions(threads=1), layers=True)
     assert not result.passed and result.checks == checks and given == [1]
     (problem,) = result.problems
     assert problem.startswith("layer body: OpenVINO's result is 2.5 quantisation steps from what its integers say (allowed: 1)")

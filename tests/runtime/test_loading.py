@@ -7,7 +7,7 @@ import os
 import signal
 import subprocess
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +15,9 @@ import pytest
 
 from muntin.errors import ArtifactError, DataError, MuntinError
 from muntin.runtime.loading import ArtifactCandidate, Candidate, measure_loading
+from muntin.runtime.options import SessionOptions
 
-SETTING: dict[str, Any] = {"threads": 1, "streams": 1, "shapes": ((1, 16, 16), (2, 8, 8))}
+OPTIONS = SessionOptions(threads=1, shapes=((1, 16, 16), (2, 8, 8)))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,7 +27,7 @@ class Ending(Candidate):
     def prepare(self) -> None:
         os.write(1, b"a library's own words\n")
 
-    def open(self, threads: int, streams: int, shapes: Any) -> Any:
+    def open(self, options: SessionOptions) -> Any:
         if self.path == "killed":
             os.kill(os.getpid(), signal.SIGKILL)
         if self.path == "memory":
@@ -45,18 +46,18 @@ def importable(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_second_time_comes_from_the_cache(convolutions: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MUNTIN_CACHE", str(tmp_path))
     candidate = ArtifactCandidate(path=str(convolutions.path))
-    first, second = (measure_loading(candidate, **SETTING) for _ in range(2))
+    first, second = (measure_loading(candidate, OPTIONS) for _ in range(2))
     assert (first.cached, second.cached) == (False, True)
-    assert measure_loading(candidate, **(SETTING | {"shapes": ((1, 16, 16), (1, 24, 24))})).cached is False  # half of it is new
+    assert measure_loading(candidate, replace(OPTIONS, shapes=((1, 16, 16), (1, 24, 24)))).cached is False  # half of it is new
     assert first.load_s > 0
     assert first.channels == 3
-    assert measure_loading(ArtifactCandidate(path=str(convolutions.path), engine="onnxruntime"), **SETTING).cached is None
+    assert measure_loading(ArtifactCandidate(path=str(convolutions.path), engine="onnxruntime"), OPTIONS).cached is None
 
 
 @pytest.mark.parametrize("cache", [f"{__file__}", "~no such user/cache"])
 def test_no_cache(convolutions: Any, monkeypatch: pytest.MonkeyPatch, cache: str) -> None:
     monkeypatch.setenv("MUNTIN_CACHE", cache)
-    cached = [measure_loading(ArtifactCandidate(path=str(convolutions.path)), **SETTING).cached for _ in range(2)]
+    cached = [measure_loading(ArtifactCandidate(path=str(convolutions.path)), OPTIONS).cached for _ in range(2)]
     assert cached == [False, False]
 
 
@@ -66,7 +67,7 @@ def test_no_cache(convolutions: Any, monkeypatch: pytest.MonkeyPatch, cache: str
 )
 def test_errors_of_opening(convolutions: Any, fields: dict[str, str], kind: type[MuntinError], message: str) -> None:
     with pytest.raises(kind, match=message):
-        measure_loading(ArtifactCandidate(**({"path": str(convolutions.path)} | fields)), **SETTING)
+        measure_loading(ArtifactCandidate(**({"path": str(convolutions.path)} | fields)), OPTIONS)
 
 
 @pytest.mark.skipif(os.name != "posix", reason="signals are POSIX's")
@@ -85,7 +86,7 @@ def test_errors_of_opening(convolutions: Any, fields: dict[str, str], kind: type
 )
 def test_process_without_an_answer_is_one_line(importable: None, name: str, kind: type[MuntinError], message: str) -> None:
     with pytest.raises(kind) as caught:
-        measure_loading(Ending(path=name), **SETTING)
+        measure_loading(Ending(path=name), OPTIONS)
     assert str(caught.value).startswith(message)
     assert "\n" not in str(caught.value)
 
@@ -95,7 +96,8 @@ def test_script_without_a_guard(convolutions: Any, tmp_path: Path) -> None:
     script.write_text(f"""
 import json
 from muntin.runtime.loading import ArtifactCandidate, measure_loading
-found = measure_loading(ArtifactCandidate(path={str(convolutions.path)!r}), threads=1, streams=1, shapes=((1, 8, 8),))
+from muntin.runtime.options import SessionOptions
+found = measure_loading(ArtifactCandidate(path={str(convolutions.path)!r}), SessionOptions(threads=1, shapes=((1, 8, 8),)))
 print(json.dumps(found.channels))
 """)
     done = subprocess.run([sys.executable, str(script)], capture_output=True, text=True, timeout=120, check=False)

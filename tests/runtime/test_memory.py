@@ -24,7 +24,7 @@ def _fresh(size: int) -> mmap.mmap:
 
 
 @counted
-def test_what_is_dropped_counts_at_the_peak_only() -> None:
+def test_peak_of_freed_memory() -> None:
     with watch_memory() as watch:
         kept = _fresh(20 * MIB)
         _fresh(60 * MIB).close()
@@ -35,7 +35,7 @@ def test_what_is_dropped_counts_at_the_peak_only() -> None:
 
 
 @counted
-def test_a_peak_of_long_ago_does_not_count() -> None:
+def test_earlier_peak() -> None:
     np.ones(100 * MIB, np.uint8)
     with watch_memory() as watch:
         pass
@@ -43,12 +43,12 @@ def test_a_peak_of_long_ago_does_not_count() -> None:
 
 
 @counted
-def test_resident_is_never_more_than_the_peak() -> None:
+def test_resident_and_peak() -> None:
     now, peak = resident()
     assert now is not None and peak is not None and 0 < now <= peak
 
 
-def test_want_of_memory_is_told_from_other_failures() -> None:
+def test_no_memory_errors() -> None:
     with pytest.raises(MemoryError) as of_numpy:
         np.empty(1 << 60, np.uint8)
     with pytest.raises(RuntimeError) as of_torch:
@@ -60,7 +60,7 @@ def test_want_of_memory_is_told_from_other_failures() -> None:
 @pytest.mark.parametrize(
     ("text", "kills"), [("pgfault 7\noom_kill 12\nother 3\n", 12), ("memcg_oom_kill 5\n", None), ("", None), (None, None)]
 )
-def test_how_many_the_kernel_has_ended(text: str | None, kills: int | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_processes_killed_for_memory(text: str | None, kills: int | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(memory, "_KILLS", tmp_path / "vmstat")
     if text is not None:
         (tmp_path / "vmstat").write_text(text, encoding="ascii")

@@ -18,10 +18,11 @@ import pytest
 from muntin.errors import ArtifactError, DataError, DependencyError
 from muntin.runtime import describe_hardware, load
 from muntin.runtime.onnxruntime import OnnxRuntimeSession, Provider
+from muntin.runtime.options import SessionOptions
 from muntin.runtime.quiet import onnxruntime
 
 
-def test_equals_the_integer_reference_to_a_step(convolutions: Any, images_of: Callable[..., Any]) -> None:
+def test_integer_reference(convolutions: Any, images_of: Callable[..., Any]) -> None:
     session = load(convolutions.path, engine="onnxruntime")
     images = images_of(3, batch=3, height=17, width=11, seed=9)
     head = convolutions.layers[-1]
@@ -32,7 +33,7 @@ def test_equals_the_integer_reference_to_a_step(convolutions: Any, images_of: Ca
     assert difference.mean() <= step / 20
 
 
-def test_layers_are_named_and_told_apart(convolutions: Any) -> None:
+def test_layers_by_name(convolutions: Any) -> None:
     layers = load(convolutions.path, engine="onnxruntime").layers()
     computed = {layer.name: (layer.kind, layer.precision) for layer in layers if layer.compute}
     assert computed.keys() == {"stem", "body", "depthwise", "head"}
@@ -40,7 +41,7 @@ def test_layers_are_named_and_told_apart(convolutions: Any) -> None:
     assert computed["head"] == ("Conv", "f32")  # its output is not quantised again, so the pattern does not fuse
 
 
-def test_a_model_of_two_inputs_is_an_error_of_the_artefact(convolutions: Any, write_layers: Callable[..., Any], tmp_path: Path) -> None:
+def test_model_of_two_inputs(convolutions: Any, write_layers: Callable[..., Any], tmp_path: Path) -> None:
     model = onnx.load_model_from_string(convolutions.artifact.model_bytes())
     model.graph.input.append(onnx.helper.make_tensor_value_info("more", onnx.TensorProto.FLOAT, [1]))
     model.graph.node[-1].output[0] = "before"
@@ -51,7 +52,7 @@ def test_a_model_of_two_inputs_is_an_error_of_the_artefact(convolutions: Any, wr
             load(written.path, engine=engine, precision="f32", shapes=[(1, 4, 4)])
 
 
-def test_floats_run_in_f32_and_it_says_so(convolutions: Any) -> None:
+def test_precision_is_f32(convolutions: Any) -> None:
     assert load(convolutions.path, engine="onnxruntime", precision="recorded").precision == "f32"
     for precision in ("bf16", "f16"):
         with pytest.raises(DependencyError, match=f"no {precision} kernels"):
@@ -64,7 +65,7 @@ def test_threads_are_what_was_asked(convolutions: Any) -> None:
 
 
 @pytest.mark.parametrize(("threads", "streams", "workers"), [(4, 1, 3), (4, 2, 2), (4, 4, 0), (2, 8, 0)])
-def test_calls_at_the_same_time_have_all_threads_between_them(convolutions: Any, threads: int, streams: int, workers: int) -> None:
+def test_threads_of_parallel_calls(convolutions: Any, threads: int, streams: int, workers: int) -> None:
     """Each computes on the thread that makes it; the others are of a pool that all calls share."""
     session = load(convolutions.path, engine="onnxruntime", threads=threads, streams=streams, shapes=())
     assert session._session.get_session_options().intra_op_num_threads == 1 + workers  # type: ignore[attr-defined]
@@ -80,12 +81,12 @@ def test_threads_may_share_a_session(convolutions: Any, images_of: Callable[...,
             np.testing.assert_array_equal(one, other)
 
 
-def test_a_call_that_fails_does_not_move_a_session_to_the_cpu(convolutions: Any) -> None:
+def test_failed_call_keeps_the_provider(convolutions: Any) -> None:
     """ONNX Runtime would, for good, and say so on standard output alone."""
     assert load(convolutions.path, engine="onnxruntime")._session._enable_fallback is False  # type: ignore[attr-defined]
 
 
-def test_warming_up_without_computing_computes_nothing(convolutions: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_warm_up_without_computing(convolutions: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     session, computed = load(convolutions.path, engine="onnxruntime", threads=1, shapes=()), []
     infer = session._infer
     monkeypatch.setattr(session, "_infer", lambda images: (computed.append(images.shape), infer(images))[1])
@@ -101,7 +102,7 @@ def test_warming_up_without_computing_computes_nothing(convolutions: Any, monkey
 LOAD = "import sys; from muntin.runtime import load; load(sys.argv[1], engine='onnxruntime')"
 
 
-def test_leaves_nothing_in_the_users_home(per_pixel: Any, tmp_path: Path) -> None:
+def test_home_after_import(per_pixel: Any, tmp_path: Path) -> None:
     hidden = ("CI", "TF_BUILD", "JENKINS_URL", "ORT_DISABLE_TELEMETRY", "XDG_CACHE_HOME")
     environment = {key: value for key, value in os.environ.items() if key not in hidden}
     home = environment | {"HOME": str(tmp_path), "LOCALAPPDATA": str(tmp_path)}
@@ -114,22 +115,22 @@ def test_leaves_nothing_in_the_users_home(per_pixel: Any, tmp_path: Path) -> Non
 @pytest.mark.parametrize(
     ("engine", "provider"), [("onnxruntime-cuda", "CUDAExecutionProvider"), ("onnxruntime-tensorrt", "TensorrtExecutionProvider")]
 )
-def test_without_a_gpu_it_is_said_what_to_install(convolutions: Any, engine: str, provider: str) -> None:
+def test_gpu_engine_without_a_gpu(convolutions: Any, engine: str, provider: str) -> None:
     with pytest.raises(DependencyError, match=f"needs the {provider}.*CPUExecutionProvider.*pip install onnxruntime-gpu") as caught:
         load(convolutions.path, engine=engine)
     assert "\n" not in str(caught.value)
 
 
 @pytest.mark.parametrize("engine", ["onnxruntime-cuda", "onnxruntime-tensorrt"])
-def test_a_precision_that_a_gpu_provider_lacks_is_refused_first(convolutions: Any, engine: str) -> None:
+def test_precision_that_a_gpu_provider_lacks(convolutions: Any, engine: str) -> None:
     with pytest.raises(DependencyError, match="no bf16 kernels"):
         load(convolutions.path, engine=engine, precision="bf16")
 
 
-def test_a_provider_that_does_not_start_is_no_silent_fallback(convolutions: Any) -> None:
+def test_provider_that_does_not_start(convolutions: Any) -> None:
     """ONNX Runtime goes on with its CPU provider; AzureExecutionProvider, where a build lists it, runs no local model either."""
     provider = Provider(engine="onnxruntime-cuda", name="CUDAExecutionProvider")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # onnxruntime's own, about the same thing
         with pytest.raises(DependencyError, match="could not start it"):
-            OnnxRuntimeSession(convolutions.artifact, provider=provider, threads=1, streams=1)
+            OnnxRuntimeSession(convolutions.artifact, provider, SessionOptions(threads=1))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -10,13 +11,14 @@ from typing import Any
 import numpy as np
 import onnx
 import pytest
-from onnx import TensorProto, helper, numpy_helper
+from onnx import helper
 
 from muntin.errors import ArtifactError, DependencyError
 from muntin.runtime.kernels import IMAGES, PRODUCTS
 from muntin.runtime.onnxruntime_kernels import onnxruntime_kernels
+from muntin.runtime.options import SessionOptions
 
-OPTIONS: dict[str, Any] = {"precision": "recorded", "threads": 1, "rounds": 3}
+OPTIONS = SessionOptions(threads=1)
 H, W = 24, 40
 
 
@@ -24,8 +26,8 @@ def images(batch: int = 1) -> Any:
     return np.random.default_rng(0).integers(0, 256, (batch, H, W, 3)).astype(np.uint8)
 
 
-def test_kernels_are_the_layers_with_their_work(convolutions: Any) -> None:
-    execution = onnxruntime_kernels(convolutions.artifact, images(batch=2), **OPTIONS)
+def test_kernels_of_layers(convolutions: Any) -> None:
+    execution = onnxruntime_kernels(convolutions.artifact, images(batch=2), OPTIONS, 3)
     computed = {kernel.name: kernel for kernel in execution.kernels if kernel.compute}
     pixels = 2 * H * W
     assert {name: kernel.macs for name, kernel in computed.items()} == {
@@ -34,11 +36,23 @@ def test_kernels_are_the_layers_with_their_work(convolutions: Any) -> None:
     assert all(kernel.group == PRODUCTS and kernel.layer == name for name, kernel in computed.items())
     assert {kernel.precision for kernel in computed.values()} <= {"i8", "f32"}
     assert (execution.precision, execution.threads) == ("f32", 1)
+    body = computed["body"]
+    assert {32 * 32 * 9, 4 * 32 * 32 * 9} & {operand.bytes for operand in body.inputs if operand.source is None or operand.type == "f32"}
+    assert body.kind == "QLinearConv"
+    for value in (body.inputs[0], body.outputs[0]):  # channels last in memory, logical shapes here
+        assert (value.shape, value.layout) == ((2, 32, H, W), "acdb")
+    names = {kernel.name for kernel in execution.kernels}
+    assert len(names) == len(execution.kernels)
+    sources = {operand.source for kernel in execution.kernels for operand in kernel.inputs} - {None}
+    assert IMAGES in sources
+    assert sources <= names | {IMAGES}
+    (first,) = (kernel for kernel in execution.kernels if any(operand.source == IMAGES for operand in kernel.inputs))
+    assert sum(operand.bytes for operand in first.inputs if operand.source == IMAGES) == pixels * 3
 
 
-def test_every_kernel_has_its_time_stamp_and_they_do_not_overlap(convolutions: Any) -> None:
+def test_time_stamps_do_not_overlap(convolutions: Any) -> None:
     """One thread between operations: a kernel begins when the one before it has ended. Medians over rounds may differ by their spread."""
-    execution = onnxruntime_kernels(convolutions.artifact, images(), **(OPTIONS | {"rounds": 1}))
+    execution = onnxruntime_kernels(convolutions.artifact, images(), OPTIONS, 1)
     starts = [kernel.start_ms for kernel in execution.kernels]
     assert all(start is not None and start >= 0 for start in starts)
     timed = sorted((kernel.start_ms or 0.0, kernel.ms) for kernel in execution.kernels)
@@ -46,24 +60,7 @@ def test_every_kernel_has_its_time_stamp_and_they_do_not_overlap(convolutions: A
     assert sum(kernel.ms for kernel in execution.kernels) <= execution.profiled_ms
 
 
-def test_kernels_name_their_sources_back_to_the_image(convolutions: Any) -> None:
-    execution = onnxruntime_kernels(convolutions.artifact, images(), **OPTIONS)
-    names = {kernel.name for kernel in execution.kernels}
-    assert len(names) == len(execution.kernels)
-    sources = {operand.source for kernel in execution.kernels for operand in kernel.inputs} - {None}
-    assert IMAGES in sources
-    assert sources <= names | {IMAGES}
-
-
-def test_bytes_are_those_of_inputs_weights_and_outputs(convolutions: Any) -> None:
-    execution = onnxruntime_kernels(convolutions.artifact, images(), **OPTIONS)
-    (first,) = (kernel for kernel in execution.kernels if any(operand.source == IMAGES for operand in kernel.inputs))
-    assert sum(operand.bytes for operand in first.inputs if operand.source == IMAGES) == H * W * 3
-    body = next(kernel for kernel in execution.kernels if kernel.name == "body")
-    assert {32 * 32 * 9, 4 * 32 * 32 * 9} & {operand.bytes for operand in body.inputs if operand.source is None or operand.type == "f32"}
-
-
-def test_a_node_without_a_name_is_counted_too(write_layers: Callable[..., Any], layer_maker: Callable[..., Any], tmp_path: Path) -> None:
+def test_node_without_a_name(write_layers: Callable[..., Any], layer_maker: Callable[..., Any], tmp_path: Path) -> None:
     written = write_layers(
         tmp_path / "named", [layer_maker("a", 0, 3, 8, 3, scale=0.9), layer_maker("b", 1, 8, 4, 1, scale=1.0, relu=False)]
     )
@@ -71,26 +68,26 @@ def test_a_node_without_a_name_is_counted_too(write_layers: Callable[..., Any], 
     for node in model.graph.node:
         node.name = ""
     nameless = write_layers(tmp_path / "nameless", written.layers, model=model).artifact
-    kernels = onnxruntime_kernels(nameless, images(), **OPTIONS).kernels
+    kernels = onnxruntime_kernels(nameless, images(), OPTIONS, 3).kernels
     assert sum(kernel.macs for kernel in kernels) == H * W * (3 * 8 * 9 + 8 * 4)
 
 
-def test_a_precision_without_kernels_is_refused(convolutions: Any) -> None:
+def test_precision_without_kernels(convolutions: Any) -> None:
     with pytest.raises(DependencyError, match="no bf16 kernels on CPUs"):
-        onnxruntime_kernels(convolutions.artifact, images(), **(OPTIONS | {"precision": "bf16"}))
+        onnxruntime_kernels(convolutions.artifact, images(), replace(OPTIONS, precision="bf16"), 3)
 
 
-def test_a_model_that_it_cannot_open_is_one_line(write_layers: Callable[..., Any], layer_maker: Callable[..., Any], tmp_path: Path) -> None:
+def test_model_that_cannot_be_opened(write_layers: Callable[..., Any], layer_maker: Callable[..., Any], tmp_path: Path) -> None:
     written = write_layers(tmp_path / "a", [layer_maker("a", 0, 3, 8, 3, scale=0.9)])
     model = onnx.load_model_from_string(written.artifact.model_bytes())
     model.graph.node[0].op_type = "Unheard"
     broken = write_layers(tmp_path / "broken", written.layers, model=model).artifact
     with pytest.raises(ArtifactError, match="cannot open its model") as caught:
-        onnxruntime_kernels(broken, images(), **OPTIONS)
+        onnxruntime_kernels(broken, images(), OPTIONS, 3)
     assert "\n" not in str(caught.value)
 
 
-def float_model() -> onnx.ModelProto:
+def float_graph() -> tuple[list[onnx.NodeProto], dict[str, Any], dict[str, Any]]:
     """Float convolutions named after the norms that were folded into them, with what ONNX Runtime fuses: activations, a sum of two.
 
     3 channels -> 12 -> depthwise -> 12 -> 16 -> sum of two products -> 16 -> a function with a product of its own -> 5 classes.
@@ -105,8 +102,6 @@ def float_model() -> onnx.ModelProto:
 
     values["own"] = rng.normal(size=(3, 16, 1, 1)).astype(np.float32)
     nodes = [
-        node("Cast", ["images"], ["float"], name="cast", to=TensorProto.FLOAT),
-        node("Transpose", ["float"], ["x"], name="to_nchw", perm=[0, 3, 1, 2]),
         conv("x", "a", "first", 3, 12, 3),
         node("Relu", ["a"], ["b"], name="relu"),
         conv("b", "c", "depthwise", 12, 12, 3, groups=12),
@@ -121,34 +116,30 @@ def float_model() -> onnx.ModelProto:
     function = helper.make_function(
         "local", "Project", ["x", "w"], ["y"], [node("Conv", ["x", "w"], ["y"], name="inner")], [helper.make_opsetid("", 17)]
     )
-    graph = helper.make_graph(
-        nodes,
-        "float",
-        [helper.make_tensor_value_info("images", TensorProto.UINT8, ["B", "H", "W", 3])],
-        [helper.make_tensor_value_info("scores", TensorProto.FLOAT, ["B", 5, "H", "W"])],
-        [numpy_helper.from_array(np.asarray(value), name) for name, value in values.items()],
-    )
-    opsets = [helper.make_opsetid("", 17), helper.make_opsetid("local", 1)]
-    return helper.make_model(graph, opset_imports=opsets, ir_version=10, functions=[function])
+    return nodes, values, {
+        "opset_imports": [helper.make_opsetid("", 17), helper.make_opsetid("local", 1)], "functions": [function],
+    }  # fmt: skip
 
 
 FLOAT_MACS = {"first": 3 * 12 * 9, "depthwise": 12 * 9, "wide": 12 * 16, "shortcut": 12 * 16, "head": 3 * 5}
 
 
 @pytest.fixture
-def floating(write_layers: Callable[..., Any], layer_maker: Callable[..., Any], tmp_path: Path) -> Any:
+def floating(write_graph: Any, write_layers: Any, layer_maker: Any, tmp_path: Path) -> Any:
+    nodes, values, options = float_graph()
+    model = write_graph(tmp_path / "graph", nodes, values, channels=3, outputs=5, **options).artifact.model_bytes()
     recorded = [layer_maker(name, 0, 3 if name == "first" else 5, 5, 1, scale=0.9) for name in FLOAT_MACS]
-    return write_layers(tmp_path / "float", recorded, model=float_model()).artifact
+    return write_layers(tmp_path / "float", recorded, model=onnx.load_model_from_string(model)).artifact
 
 
-def test_float_layers_are_found_whatever_was_fused_into_them(floating: Any) -> None:
-    kernels = onnxruntime_kernels(floating, images(), **OPTIONS).kernels
+def test_float_layers_with_fusions(floating: Any) -> None:
+    kernels = onnxruntime_kernels(floating, images(), OPTIONS, 3).kernels
     assert {kernel.layer: kernel.macs for kernel in kernels if kernel.layer} == {name: H * W * macs for name, macs in FLOAT_MACS.items()}
     assert all(kernel.compute and kernel.group == PRODUCTS for kernel in kernels if kernel.layer)
 
 
-def test_channels_that_fill_up_blocks_are_neither_shown_nor_counted(floating: Any) -> None:
-    kernels = onnxruntime_kernels(floating, images(), **OPTIONS).kernels
+def test_padded_channels(floating: Any) -> None:
+    kernels = onnxruntime_kernels(floating, images(), OPTIONS, 3).kernels
     first = next(kernel for kernel in kernels if kernel.layer == "first")
     assert first.implementation == "com.microsoft.nchwc", "the engine did not lay channels out in blocks: this test plants nothing"
     assert (first.inputs[0].shape, first.outputs[0].shape) == ((1, 3, H, W), (1, 12, H, W))
@@ -157,17 +148,7 @@ def test_channels_that_fill_up_blocks_are_neither_shown_nor_counted(floating: An
     assert own.outputs[0].shape == (1, 3, H, W)
 
 
-def test_shapes_of_channels_last_are_logical(convolutions: Any) -> None:
-    kernels = onnxruntime_kernels(convolutions.artifact, images(batch=2), **OPTIONS).kernels
-    body = next(kernel for kernel in kernels if kernel.name == "body")
-    assert body.kind == "QLinearConv"
-    for value in (body.inputs[0], body.outputs[0]):
-        assert (value.shape, value.layout) == ((2, 32, H, W), "acdb")
-
-
-def test_nodes_that_the_engine_adds_without_a_name_are_kernels_too(
-    write_layers: Callable[..., Any], layer_maker: Callable[..., Any], tmp_path: Path
-) -> None:
+def test_nodes_without_names(write_layers: Callable[..., Any], layer_maker: Callable[..., Any], tmp_path: Path) -> None:
     """HardSwish of what is read once more becomes two nodes without a name."""
     written = write_layers(tmp_path / "a", [layer_maker("a", 0, 3, 8, 3, scale=0.9), layer_maker("b", 1, 8, 4, 1, scale=1.0, relu=False)])
     model = onnx.load_model_from_string(written.artifact.model_bytes())
@@ -175,7 +156,7 @@ def test_nodes_that_the_engine_adds_without_a_name_are_kernels_too(
         if node.op_type == "Relu":
             node.op_type = "HardSwish"
     swish = write_layers(tmp_path / "swish", written.layers, model=model).artifact
-    kernels = onnxruntime_kernels(swish, images(), **OPTIONS).kernels
+    kernels = onnxruntime_kernels(swish, images(), OPTIONS, 3).kernels
     assert {"HardSigmoid", "Mul"} <= {kernel.kind for kernel in kernels}, "the engine has a kernel of its own: this test plants nothing"
     sources = {kernel.name: [operand.source for operand in kernel.inputs if operand.source] for kernel in kernels}
     reached, front = set(), ["b"]
@@ -185,14 +166,12 @@ def test_nodes_that_the_engine_adds_without_a_name_are_kernels_too(
     assert {"a", IMAGES} <= reached
 
 
-def test_images_that_the_model_does_not_take_are_one_line(
-    write_layers: Callable[..., Any], layer_maker: Callable[..., Any], tmp_path: Path
-) -> None:
+def test_images_of_a_size_the_model_refuses(write_layers: Callable[..., Any], layer_maker: Callable[..., Any], tmp_path: Path) -> None:
     written = write_layers(tmp_path / "a", [layer_maker("a", 0, 3, 8, 3, scale=0.9)])
     model = onnx.load_model_from_string(written.artifact.model_bytes())
     (conv,) = (node for node in model.graph.node if node.op_type == "Conv")
     del conv.attribute[[attribute.name for attribute in conv.attribute].index("pads")]
     strict = write_layers(tmp_path / "strict", written.layers, model=model).artifact
     with pytest.raises(ArtifactError, match=r"cannot run it on images of shape \(1, 2, 2, 3\)") as caught:
-        onnxruntime_kernels(strict, images()[:, :2, :2].copy(), **OPTIONS)
+        onnxruntime_kernels(strict, images()[:, :2, :2].copy(), OPTIONS, 3)
     assert "\n" not in str(caught.value)

@@ -20,6 +20,7 @@ from muntin.errors import ArtifactError, DependencyError
 from muntin.runtime import describe_hardware, load
 from muntin.runtime.openvino import open_openvino
 from muntin.runtime.openvino_endings import ending_in_labels, ending_in_scores
+from muntin.runtime.options import SessionOptions
 from muntin.runtime.quiet import openvino
 from muntin.runtime.session import STATIC_SHAPES
 from muntin.runtime.signals import signal_stack_kept
@@ -32,14 +33,14 @@ needs_dot_products = pytest.mark.skipif(
 
 
 @needs_dot_products
-def test_equals_the_integer_reference(convolutions: Any, images_of: Callable[..., Any]) -> None:
+def test_integer_reference(convolutions: Any, images_of: Callable[..., Any]) -> None:
     session = load(convolutions.path, precision="f32")
     images = images_of(3, batch=3, height=17, width=11, seed=9)
-    wanted = convolutions.reference(images)
+    expected = convolutions.reference(images)
     # one step of the last layer's input moves a score by this much at most; what remains after exact integers is float rounding
     head = convolutions.layers[-1]
     step = float((np.abs(head.weight).max(axis=(1, 2, 3)) * head.weight_scale).max() * head.scale)
-    difference = np.abs(session(images) - wanted)
+    difference = np.abs(session(images) - expected)
     assert difference.max() <= step
     assert difference.mean() <= step / 100
 
@@ -54,7 +55,7 @@ def test_runs_on_integer_kernels(convolutions: Any, images_of: Callable[..., Any
     assert computed == {"stem": "i8", "body": "i8", "depthwise": "i8", "head": "i8"}
 
 
-def test_a_float_layer_is_said_to_be_float(write_layers: Callable[..., Any], layer_maker: Callable[..., Any], tmp_path: Path) -> None:
+def test_float_layer(write_layers: Callable[..., Any], layer_maker: Callable[..., Any], tmp_path: Path) -> None:
     layers = [layer_maker("a", 0, 3, 32, 3, scale=0.9), layer_maker("b", 1, 32, 4, 1, scale=1.0, relu=False)]
     layers[1] = type(layers[1])(**(vars(layers[1]) | {"quantized": False}))
     session = load(write_layers(tmp_path / "a", layers).path, precision="f32")
@@ -62,7 +63,7 @@ def test_a_float_layer_is_said_to_be_float(write_layers: Callable[..., Any], lay
 
 
 @pytest.mark.parametrize(("precision", "capability"), [("f32", "FP32"), ("bf16", "BF16"), ("f16", "FP16")])
-def test_a_precision_is_given_or_refused_never_replaced(convolutions: Any, precision: str, capability: str) -> None:
+def test_precision_of_the_cpu(convolutions: Any, precision: str, capability: str) -> None:
     if capability in CAPABILITIES:
         assert load(convolutions.path, precision=precision).precision == precision
     else:
@@ -77,8 +78,8 @@ def test_recorded_precision_or_f32(
 ) -> None:
     written = write_layers(tmp_path / "a", [layer_maker("pixel", 5, 4, 6, 1, scale=0.9, relu=False)], precision=recorded)
     session = load(written.path)
-    wanted = {"f32": "f32", "bf16": "bf16" if "BF16" in CAPABILITIES else "f32", "f16": "f16" if "FP16" in CAPABILITIES else "f32"}
-    assert session.precision == wanted[recorded]
+    expected = {"f32": "f32", "bf16": "bf16" if "BF16" in CAPABILITIES else "f32", "f16": "f16" if "FP16" in CAPABILITIES else "f32"}
+    assert session.precision == expected[recorded]
     assert session(images_of(4)).dtype == np.float32
 
 
@@ -87,8 +88,8 @@ def test_threads_are_what_was_asked(convolutions: Any) -> None:
     assert load(convolutions.path).threads == describe_hardware()["physical_cores"]
 
 
-def test_every_size_gives_what_the_dynamic_model_gives(convolutions: Any, images_of: Callable[..., Any]) -> None:
-    static, dynamic = open_openvino(convolutions.artifact, "f32"), open_openvino(convolutions.artifact, "f32", dynamic=True)
+def test_static_and_dynamic_sizes_agree(convolutions: Any, images_of: Callable[..., Any]) -> None:
+    static, dynamic = (open_openvino(convolutions.artifact, SessionOptions(precision="f32", dynamic=dynamic)) for dynamic in (False, True))
     sizes = [(1, 1), (1, 7), (8, 8), (9, 3), (16, 5), (8, 8)]
     for height, width in sizes:
         images = images_of(3, batch=1, height=height, width=width)
@@ -101,18 +102,18 @@ def test_every_size_gives_what_the_dynamic_model_gives(convolutions: Any, images
     assert dynamic._compiled[None, False].model.input(0).partial_shape[0].get_length() == 1
 
 
-def test_what_was_warmed_up_for_stays_and_is_used(convolutions: Any, images_of: Callable[..., Any]) -> None:
+def test_warmed_up_shapes_are_kept(convolutions: Any, images_of: Callable[..., Any]) -> None:
     session = load(convolutions.path, dynamic=True, shapes=[(1, 4 + n, 4) for n in range(STATIC_SHAPES + 2)])
     session.warm_up([(2, 3, 3)], labels=True)
-    asked = {((1, 4 + n, 4, 3), False) for n in range(STATIC_SHAPES + 2)} | {((2, 3, 3, 3), True)}
-    assert set(session._compiled) == asked  # type: ignore[attr-defined]
+    warmed_up = {((1, 4 + n, 4, 3), False) for n in range(STATIC_SHAPES + 2)} | {((2, 3, 3, 3), True)}
+    assert set(session._compiled) == warmed_up  # type: ignore[attr-defined]
     session(images_of(3, batch=1, height=5, width=4))
-    assert set(session._compiled) == asked  # type: ignore[attr-defined]
+    assert set(session._compiled) == warmed_up  # type: ignore[attr-defined]
     session.labels(images_of(3, batch=1, height=30, width=4))
-    assert set(session._compiled) == asked | {(None, True)}  # type: ignore[attr-defined]
+    assert set(session._compiled) == warmed_up | {(None, True)}  # type: ignore[attr-defined]
 
 
-def test_calls_go_on_while_a_size_is_compiled(convolutions: Any, images_of: Callable[..., Any]) -> None:
+def test_calls_during_a_compilation(convolutions: Any, images_of: Callable[..., Any]) -> None:
     session = load(convolutions.path, dynamic=True, shapes=[(1, 8, 8)])
     session(images_of(3, batch=1, height=9, width=9))
     with session._compiling:  # type: ignore[attr-defined]
@@ -144,19 +145,19 @@ def brittle(write_layers: Callable[..., Any], layer_maker: Callable[..., Any], t
     return write_layers(tmp_path / "brittle", layers, model=model).artifact
 
 
-def test_what_cannot_be_computed_is_one_line(brittle: Any, images_of: Callable[..., Any]) -> None:
-    session = open_openvino(brittle, dynamic=True)
+def test_images_that_cannot_be_computed(brittle: Any, images_of: Callable[..., Any]) -> None:
+    session = open_openvino(brittle, SessionOptions(dynamic=True))
     with pytest.raises(ArtifactError, match=r"brittle: OpenVINO .* cannot compute images of shape \(1, 8, 13, 4\): .") as caught:
         session(images_of(4, batch=1, height=8))
     assert "\n" not in str(caught.value)
 
 
 @pytest.mark.parametrize("streams", [1, 2])
-def test_what_fails_does_not_make_others_fail(brittle: Any, images_of: Callable[..., Any], streams: int) -> None:
+def test_failing_call_beside_others(brittle: Any, images_of: Callable[..., Any], streams: int) -> None:
     """OpenVINO 2026.4 refuses the size before a failure, too, until another one comes."""
-    session = open_openvino(brittle, threads=2, streams=streams, dynamic=True)
+    session = open_openvino(brittle, SessionOptions(threads=2, streams=streams, dynamic=True))
     good, bad = images_of(4, batch=1), images_of(4, batch=1, height=8)
-    wanted = session(good)
+    expected = session(good)
 
     def fails() -> None:
         with pytest.raises(ArtifactError, match="cannot compute"):
@@ -164,11 +165,11 @@ def test_what_fails_does_not_make_others_fail(brittle: Any, images_of: Callable[
 
     for _ in range(2):
         fails()
-        np.testing.assert_array_equal(session(good), wanted)
+        np.testing.assert_array_equal(session(good), expected)
     with ThreadPoolExecutor(4) as pool:
         answers = [pool.submit(session, good) if number % 4 else pool.submit(fails) for number in range(200)]
         for number, answer in enumerate(answers):
-            assert not number % 4 or np.array_equal(answer.result(), wanted)
+            assert not number % 4 or np.array_equal(answer.result(), expected)
             answer.result()
 
 
@@ -193,7 +194,7 @@ except ArtifactError as error:
 
 @pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="the system does not count pages for us")
 @pytest.mark.parametrize(("answer", "mebibytes"), [("scores", 200), ("scores", 300), ("labels", 60), ("labels", 200)])
-def test_want_of_memory_can_be_told_from_other_failures(convolutions: Any, answer: str, mebibytes: int) -> None:
+def test_lack_of_memory(convolutions: Any, answer: str, mebibytes: int) -> None:
     """OpenVINO raises, or returns and has written nothing."""
     command = [sys.executable, "-c", f"{NO_MEMORY}sys.exit(3)", str(convolutions.path), answer, str(mebibytes)]
     done = subprocess.run(command, check=False, capture_output=True)
@@ -201,21 +202,21 @@ def test_want_of_memory_can_be_told_from_other_failures(convolutions: Any, answe
 
 
 @pytest.mark.parametrize("labels", [True, False])
-def test_what_an_engine_did_not_write_is_no_answer(
+def test_answer_that_was_not_written(
     convolutions: Any, images_of: Callable[..., Any], monkeypatch: pytest.MonkeyPatch, labels: bool
 ) -> None:
     """It would be what lay in that memory: an answer to somebody else."""
-    session = open_openvino(convolutions.artifact, "f32", dynamic=True)
+    session = open_openvino(convolutions.artifact, SessionOptions(precision="f32", dynamic=True))
     call = session.labels if labels else session
     images = images_of(3, batch=1, height=9, width=7, seed=1)
-    wanted = call(images)
-    write_to, elsewhere = session._write_to, np.zeros_like(wanted)  # it stays: an engine writes there
+    expected = call(images)
+    write_to, elsewhere = session._write_to, np.zeros_like(expected)  # it stays: an engine writes there
 
     with monkeypatch.context() as patch:
         patch.setattr(session, "_write_to", lambda request, answer: write_to(request, elsewhere))
         with pytest.raises(ArtifactError, match=r"returned without an answer.*out of memory"):
             call(images)
-    np.testing.assert_array_equal(call(images), wanted)
+    np.testing.assert_array_equal(call(images), expected)
 
 
 def test_threads_may_share_a_session(convolutions: Any, images_of: Callable[..., Any]) -> None:
@@ -262,9 +263,7 @@ def shuffled(mode: str, *crops: tuple[int, int, int]) -> onnx.ModelProto:
         ("DCR", [(2, 0, 9)], False),
     ],
 )
-def test_channels_become_pixels_in_one_pass_of_scores_or_labels(
-    mode: str, crops: list[tuple[int, int, int]], early: bool, static: bool
-) -> None:
+def test_pixel_shuffle_of_scores_and_labels(mode: str, crops: list[tuple[int, int, int]], early: bool, static: bool) -> None:
     model = openvino.Core().read_model(model=shuffled(mode, *crops).SerializeToString(), weights=b"")
     ending, scoring = ending_in_labels(model.clone()), ending_in_scores(model.clone())
     kinds, scoring_kinds = ([node.get_type_name() for node in one.get_ordered_ops()] for one in (ending, scoring))
@@ -300,7 +299,7 @@ sys.exit(str(calls) if calls else 2 if "torch" in sys.modules else 0)
 """
 
 
-def test_tells_nobody_and_needs_no_torch(per_pixel: Any, tmp_path: Path) -> None:
+def test_no_network_and_no_torch(per_pixel: Any, tmp_path: Path) -> None:
     environment = {key: value for key, value in os.environ.items() if key not in ("CI", "TF_BUILD", "JENKINS_URL")}  # these silence it too
     home = environment | {"HOME": str(tmp_path), "LOCALAPPDATA": str(tmp_path)}
     run = subprocess.run([sys.executable, "-c", SILENT, str(per_pixel.path)], env=home, capture_output=True, text=True, check=False)
@@ -349,7 +348,7 @@ def write_plain(path: Path, model: onnx.ModelProto, classes: int = 4) -> Path:
 
 @pytest.mark.parametrize("labels", [False, True])
 @pytest.mark.parametrize("dynamic", [False, True])
-def test_an_answer_of_another_shape_is_no_answer(tmp_path: Path, images_of: Callable[..., Any], dynamic: bool, labels: bool) -> None:
+def test_answer_of_another_shape(tmp_path: Path, images_of: Callable[..., Any], dynamic: bool, labels: bool) -> None:
     """What came would lie in memory beside what was there before: another one's answer, maybe."""
     session = load(write_plain(tmp_path / "a", plain_model(4, rows=1)), precision="f32", dynamic=dynamic, shapes=())
     call = session.labels if labels else session
@@ -359,13 +358,13 @@ def test_an_answer_of_another_shape_is_no_answer(tmp_path: Path, images_of: Call
 
 
 @pytest.mark.parametrize("engine", ["openvino", "onnxruntime"])
-def test_a_model_of_more_classes_than_it_names_gives_no_labels(tmp_path: Path, images_of: Callable[..., Any], engine: str) -> None:
+def test_labels_of_a_model_with_more_classes(tmp_path: Path, images_of: Callable[..., Any], engine: str) -> None:
     path = write_plain(tmp_path / "a", plain_model(21))
     with pytest.raises(ArtifactError, match="where its signature says"):
         load(path, engine=engine, precision="f32", shapes=()).labels(images_of(3))
 
 
-def test_what_a_model_is_compiled_with_is_what_was_asked_for(
+def test_compile_options(
     write_layers: Callable[..., Any], layer_maker: Callable[..., Any], images_of: Callable[..., Any], tmp_path: Path
 ) -> None:
     """By what the engine says of its own compiled model, and, of the precision, of the layer that it ran."""
@@ -378,6 +377,6 @@ def test_what_a_model_is_compiled_with_is_what_was_asked_for(
         session(images_of(3))
         assert {layer.precision for layer in session.layers() if layer.compute} == {precision}
         kind = openvino.Type.f32 if precision == "f32" else openvino.Type.bf16
-        wanted = {"INFERENCE_PRECISION_HINT": kind, "INFERENCE_NUM_THREADS": 2, "NUM_STREAMS": 2}
+        expected = {"INFERENCE_PRECISION_HINT": kind, "INFERENCE_NUM_THREADS": 2, "NUM_STREAMS": 2}
         for compiled in session._compiled.values():
-            assert {name: compiled.model.get_property(name) for name in wanted} == wanted
+            assert {name: compiled.model.get_property(name) for name in expected} == expected

@@ -41,7 +41,7 @@ class Residual(nn.Module):
 
 @pytest.mark.parametrize("linear", [False, True])
 @pytest.mark.parametrize("bias", [False, True])
-def test_a_dynamic_session_in_8_bits_answers_as_one_of_a_size(tmp_path: Path, bias: bool, linear: bool) -> None:
+def test_dynamic_and_static_scores_in_8_bits(tmp_path: Path, bias: bool, linear: bool) -> None:
     torch.manual_seed(0)
     coarse = torch.randint(0, 256, (2, 3, 16, 16)).float()
     example = functional.interpolate(coarse, (64, 64), mode="bicubic").clamp(0, 255).round()
@@ -58,18 +58,18 @@ def adds(model: Any) -> list[Any]:
 
 
 @pytest.mark.parametrize(("bias", "added"), [(None, True), (0.0, True), (0.5, False)])
-def test_what_has_a_bias_keeps_it_alone(bias: float | None, added: bool) -> None:
+def test_product_with_a_bias(bias: float | None, added: bool) -> None:
     images = opset.parameter([1, 3, -1, -1], np.float32)
     answer = opset.convolution(images, opset.constant(np.ones((5, 3, 1, 1), np.float32)), [1, 1], [0, 0], [0, 0], [1, 1])
     if bias is not None:
         answer = opset.add(answer, opset.constant(np.full((1, 5, 1, 1), bias, np.float32)))
     model = with_biases(openvino.Model([answer], [images]))
-    found = [op.input(1).get_source_output().get_node().get_data() for op in adds(model)]
-    assert len(found) == (bias is not None) + added
-    assert any(np.all(value == TINY) for value in found) == added
+    biases = [op.input(1).get_source_output().get_node().get_data() for op in adds(model)]
+    assert len(biases) == (bias is not None) + added
+    assert any(np.all(value == TINY) for value in biases) == added
 
 
-def test_a_product_of_two_answers_is_left_alone() -> None:
+def test_product_of_two_activations() -> None:
     one, other = (opset.parameter([1, -1, 8], np.float32) for _ in range(2))
     model = openvino.Model([opset.matmul(one, other, False, True)], [one, other])
     assert not adds(with_biases(model))

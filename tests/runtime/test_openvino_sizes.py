@@ -57,7 +57,7 @@ STEPS: dict[str, tuple[Callable[[Tensor], Tensor], bool]] = {
 
 
 @pytest.mark.parametrize("name", STEPS)
-def test_a_dynamic_session_in_16_bits_answers_as_one_of_a_size(name: str, tmp_path: Path) -> None:
+def test_dynamic_and_static_scores_in_16_bits(name: str, tmp_path: Path) -> None:
     torch.manual_seed(0)
     step, due = STEPS[name]
     coarse = torch.randint(0, 256, (1, 3, 60, 80)).float()
@@ -73,7 +73,7 @@ def test_a_dynamic_session_in_16_bits_answers_as_one_of_a_size(name: str, tmp_pa
 
 
 @pytest.mark.parametrize("name", ["hybrid-xxs", "torchvision:lraspp_mobilenet_v3_large"])
-def test_models_that_only_move_by_sizes_keep_their_16_bits(name: str, tmp_path: Path) -> None:
+def test_model_that_only_moves_by_sizes(name: str, tmp_path: Path) -> None:
     torch.manual_seed(0)
     example = (torch.rand(1, 3, 64, 64) * 255).round()
     artifact = muntin.export(muntin.create_model(name, classes=4).eval(), example, tmp_path / "a")

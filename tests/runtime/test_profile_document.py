@@ -12,8 +12,8 @@ import pytest
 
 from muntin.artifact import open_artifact
 from muntin.reporting.profile_schema import parse_profile
-from muntin.runtime.ceilings import Ceilings
-from muntin.runtime.kernels import BETWEEN, INTERRUPTIONS
+from muntin.runtime.kernels import BETWEEN, INTERRUPTIONS, Ceilings
+from muntin.runtime.options import SessionOptions
 from muntin.runtime.profile import Profile, profile
 from muntin.runtime.profile_document import kinds, profile_dict
 
@@ -22,10 +22,12 @@ CEILINGS = Ceilings(gmacs={"f32": 100.0, "i8": 400.0}, copy_gb_s=10.0, threads=1
 
 @pytest.fixture(scope="module", params=["openvino", "onnxruntime"])
 def result(convolutions: Any, request: pytest.FixtureRequest) -> Profile:
-    return profile(convolutions.path, engine=request.param, precision="f32", threads=1, shape=(1, 24, 40), rounds=2, ceilings=CEILINGS)
+    return profile(
+        convolutions.path, SessionOptions(engine=request.param, precision="f32", threads=1), shape=(1, 24, 40), rounds=2, ceilings=CEILINGS
+    )
 
 
-def test_the_document_is_json_that_the_schema_takes(result: Profile) -> None:
+def test_document_fits_the_schema(result: Profile) -> None:
     document = json.loads(json.dumps(profile_dict(result), allow_nan=False))
     parse_profile(document)
     assert document["format"] == 1
@@ -42,20 +44,20 @@ def test_the_document_is_json_that_the_schema_takes(result: Profile) -> None:
     assert body["ceiling_share"] == pytest.approx(body["attainable_ms"] / body["ms"])
 
 
-def test_the_title_of_an_artefact_in_this_folder_has_the_folders_name(result: Profile, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_title_of_the_current_folder(result: Profile, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(result.artifact.path)
     document = profile_dict(replace(result, artifact=open_artifact(Path())))
     assert (document["title"], document["artifact"]["path"]) == ("convolutions: 1 x 24 x 40", ".")
 
 
-def test_an_artefact_whose_name_is_no_utf_8_is_told_by_one_that_is(result: Profile, tmp_path: Path) -> None:
+def test_path_that_is_no_utf_8(result: Profile, tmp_path: Path) -> None:
     document = profile_dict(replace(result, artifact=replace(result.artifact, path=tmp_path / os.fsdecode(b"caf\xe9"))))
     assert document["title"] == "caf\\udce9: 1 x 24 x 40"
     assert document["artifact"]["path"] == f"{tmp_path}/caf\\udce9"
     parse_profile(document)
 
 
-def test_kinds_hold_every_kernel_and_sum_to_the_whole(result: Profile) -> None:
+def test_kinds_sum_to_the_whole(result: Profile) -> None:
     quiet = replace(result, profiled_ms=result.kernels_ms + 0.5, between_ms=0.5)
     rows = kinds(quiet)
     assert sum(row["ms"] for row in rows) == pytest.approx(quiet.profiled_ms)
@@ -65,21 +67,18 @@ def test_kinds_hold_every_kernel_and_sum_to_the_whole(result: Profile) -> None:
     assert [row["ms"] for row in rows if row["kind"] == BETWEEN] == [pytest.approx(0.5)]
 
 
-def test_interruptions_are_told_from_what_passes_between_kernels(result: Profile) -> None:
+def test_interruptions(result: Profile) -> None:
     disturbed = replace(result, profiled_ms=3 * result.kernels_ms, between_ms=0.25 * result.kernels_ms)
     rows = {row["kind"]: row["ms"] for row in kinds(disturbed)}
     assert rows[BETWEEN] == pytest.approx(0.25 * result.kernels_ms)
     assert rows[INTERRUPTIONS] == pytest.approx(1.75 * result.kernels_ms)
     assert sum(rows.values()) == pytest.approx(disturbed.profiled_ms)
-
-
-def test_medians_that_sum_to_more_than_the_whole_leave_nothing_between(result: Profile) -> None:
-    rows = {row["kind"]: row["ms"] for row in kinds(replace(result, profiled_ms=0.9 * result.kernels_ms))}
+    rows = {row["kind"]: row["ms"] for row in kinds(replace(result, profiled_ms=0.9 * result.kernels_ms))}  # medians need not add up
     assert rows[BETWEEN] == 0
     assert INTERRUPTIONS not in rows
 
 
-def test_without_a_ceiling_of_its_precision_a_kernel_has_no_share(result: Profile) -> None:
+def test_kernel_without_ceiling(result: Profile) -> None:
     document = profile_dict(replace(result, ceilings=replace(CEILINGS, gmacs={"bf16": 1.0})))
     assert {kernel["ceiling_share"] for kernel in document["kernels"] if kernel["macs"]} == {None}
     parse_profile(document)

@@ -15,6 +15,6 @@ assert sys.modules["openvino_telemetry"] is openvino_telemetry  # visible again
 """
 
 
-def test_openvino_is_what_comes_where_its_telemetry_was_imported_before() -> None:
+def test_import_after_the_telemetry_package() -> None:
     run = subprocess.run([sys.executable, "-c", TELEMETRY_FIRST], capture_output=True, text=True, check=False)
     assert (run.returncode, run.stderr) == (0, "")

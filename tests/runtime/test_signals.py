@@ -9,13 +9,12 @@ from typing import Any
 import pytest
 
 from muntin.runtime import load
-from muntin.runtime.signals import signal_stack
 
 pytestmark = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="alternate signal stacks are read in Linux's form")
 
 
-def test_models_that_come_and_go_leave_the_signal_stack_alone(
-    write_layers: Callable[..., Any], layer_maker: Callable[..., Any], tmp_path: Any
+def test_signal_stack_after_models_are_deleted(
+    write_layers: Callable[..., Any], layer_maker: Callable[..., Any], tmp_path: Any, signal_stack: Callable[[], Any]
 ) -> None:
     """The first model that goes used to leave the second's stack to be put back after it was freed: Ctrl-C then crashed."""
     write_layers(tmp_path / "a", [layer_maker("pixel", 5, 4, 6, 1, scale=0.9, relu=False)])

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import itertools
 import tracemalloc
-from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -69,7 +68,7 @@ def test_cut_and_blend_is_the_identity(height: int, width: int, tile: int, data:
 
 
 @given(height=sides, width=sides, tile=tiles, data=st.data())
-def test_labels_are_the_argmax_of_the_scores(height: int, width: int, tile: int, data: st.DataObject) -> None:
+def test_labels_are_the_argmax(height: int, width: int, tile: int, data: st.DataObject) -> None:
     overlap = data.draw(st.integers(0, tile - 1))
     session, image = PositionSession(), picture(height, width)
     labels = predict(session, image, tile=tile, overlap=overlap)
@@ -94,7 +93,7 @@ def test_weights_are_a_partition_of_one(size: int, tile: int, data: st.DataObjec
 
 
 @pytest.mark.parametrize("rest", [1, 2, 6, 20])
-def test_a_last_tile_that_is_moved_far_inward_spoils_no_border(rest: int) -> None:
+def test_last_tile_moved_far_inward(rest: int) -> None:
     """The one before it ends beside the picture's end, with zeros in place of what follows."""
 
     class Blurred(PixelSession):
@@ -112,13 +111,13 @@ def test_a_last_tile_that_is_moved_far_inward_spoils_no_border(rest: int) -> Non
 
 
 @pytest.mark.parametrize("kind", [np.uint8, np.int64])
-def test_numbers_of_numpy_are_numbers(kind: type) -> None:
+def test_numpy_integers_as_arguments(kind: type) -> None:
     session, image = PixelSession(scale=4), picture(200, 150)
-    wanted = predict(session, image, tile=97, overlap=64, output="scores")
-    np.testing.assert_array_equal(predict(session, image, tile=kind(97), overlap=kind(64), output="scores"), wanted)
+    expected = predict(session, image, tile=97, overlap=64, output="scores")
+    np.testing.assert_array_equal(predict(session, image, tile=kind(97), overlap=kind(64), output="scores"), expected)
 
 
-def test_blending_is_smooth_where_tiles_disagree() -> None:
+def test_blending_of_different_tiles() -> None:
     class Steps(PixelSession):
         def __call__(self, images_BHWC: NDArray[np.uint8]) -> NDArray[np.float32]:
             super().__call__(images_BHWC)
@@ -140,7 +139,7 @@ def test_real_sessions_in_tiles(per_pixel: Any) -> None:
     np.testing.assert_allclose(whole, per_pixel.reference(image[None])[0], atol=1e-3)
 
 
-def test_far_from_the_borders_a_tile_sees_what_the_whole_sees(convolutions: Any) -> None:
+def test_tiles_equal_the_whole_far_from_borders(convolutions: Any) -> None:
     image = picture(20, 90, 3)
     session = load(convolutions.path, precision="f32")
     whole, tiled = predict(session, image, output="scores"), predict(session, image, tile=40, overlap=20, output="scores")
@@ -149,22 +148,19 @@ def test_far_from_the_borders_a_tile_sees_what_the_whole_sees(convolutions: Any)
     assert np.abs(tiled - whole).max() < np.abs(seams - whole).max() / 2
 
 
-def test_the_overlap_is_a_quarter_of_the_tile_where_none_is_given() -> None:
-    image, session = picture(20, 90), PositionSession()
-    usual, quarter, none = (predict(session, image, tile=20, overlap=overlap, output="scores") for overlap in (None, 5, 0))
-    np.testing.assert_array_equal(usual, quarter)
-    assert (usual != none).any()
-
-
-def test_a_picture_smaller_than_the_tile_is_one_call() -> None:
+def test_calls_of_tiles() -> None:
     session = PixelSession()
     predict(session, picture(20, 30), tile=64)
     assert session.sizes == [(20, 30)]
     predict(session, picture(20, 100), tile=64, overlap=0)
     assert session.sizes[1:] == [(20, 64), (20, 64)]
+    image, session = picture(20, 90), PositionSession()
+    default, quarter, none = (predict(session, image, tile=20, overlap=overlap, output="scores") for overlap in (None, 5, 0))
+    np.testing.assert_array_equal(default, quarter)
+    assert (default != none).any()
 
 
-def test_without_tile_the_whole_picture_is_one_call() -> None:
+def test_whole_picture_in_one_call() -> None:
     session, image = PixelSession(), picture(33, 21)
     np.testing.assert_array_equal(predict(session, image), session(image[None])[0].argmax(axis=0))
     assert session.sizes == [(33, 21), (33, 21)]
@@ -195,7 +191,7 @@ def test_progress_counts_every_tile() -> None:
     assert seen == [(done, 6) for done in range(1, 7)]
 
 
-def test_labels_of_a_large_picture_take_little_memory() -> None:
+def test_memory_of_tiled_labels() -> None:
     """The bands still open, not the scores of the whole picture: 6 classes x 1350 x 2700 float32 would be 87 MB."""
 
     class Cheap(PixelSession):
@@ -232,7 +228,7 @@ def test_labels_of_a_large_picture_take_little_memory() -> None:
         ("restore", {"output": "labels"}, "image, scores"),
     ],
 )
-def test_what_is_not_allowed(task: str, options: dict[str, Any], message: str) -> None:
+def test_wrong_arguments(task: str, options: dict[str, Any], message: str) -> None:
     with pytest.raises(DataError, match=message) as caught:
         predict(PixelSession(task), picture(12, 12), **options)
     assert "\n" not in str(caught.value)
@@ -248,27 +244,22 @@ def test_what_is_not_allowed(task: str, options: dict[str, Any], message: str) -
         ("cat.jpg", "type str"),
     ],
 )
-def test_images_that_are_none(image: Any, message: str) -> None:
+def test_wrong_images(image: Any, message: str) -> None:
     with pytest.raises(DataError, match=message):
         predict(PixelSession(), image)
 
 
-def test_a_session_that_breaks_its_word() -> None:
-    class Liar(PixelSession):
+def test_session_that_contradicts_its_signature() -> None:
+    class Narrow(PixelSession):
         def __call__(self, images_BHWC: NDArray[np.uint8]) -> NDArray[np.float32]:
             return super().__call__(images_BHWC)[:, :3]
 
     with pytest.raises(ArtifactError, match=r"\(1, 3, 5, 5\).*\(1, 4, 5, 5\)"):
-        predict(Liar(), picture(5, 5))
+        predict(Narrow(), picture(5, 5))
 
 
-def test_exact_says_that_plans_do_not_run_yet() -> None:
+def test_exact_with_a_plan() -> None:
     session = PixelSession()
     session.plan = {"cuts": []}  # type: ignore[attr-defined]
     with pytest.raises(DataError, match="does not run plans"):
         predict(session, picture(5, 5), tile=4, exact=True)
-
-
-def test_deterministic(convolutions: Any, images_of: Callable[..., Any]) -> None:
-    session, image = load(convolutions.path), images_of(3, batch=1, height=40, width=50)[0]
-    np.testing.assert_array_equal(predict(session, image, tile=16), predict(session, image, tile=16))

@@ -19,10 +19,11 @@ from onnx import TensorProto, helper, numpy_helper
 
 from muntin.artifact import ClassInfo, GoldenTolerance, LayerRecord, Signature, open_artifact, write_artifact
 from muntin.errors import MuntinError
+from muntin.runtime.options import SessionOptions
 from muntin.runtime.session import ExecutedLayer, Session
 from muntin.serving.liveness import Liveness
 from muntin.serving.loader import ArtifactLoader
-from muntin.serving.opening import Call, Opened, Opening
+from muntin.serving.opening import Call, Opened
 from muntin.serving.probation import TrialResult
 
 NAMES = ("sea", "field", "roof", "road", "tree")
@@ -226,7 +227,7 @@ def beside(name: str) -> Any:
 @pytest.fixture
 def in_process() -> ArtifactLoader:
     """Opens artefacts in this process."""
-    return InProcess(opening=Opening(threads=1))
+    return InProcess(options=SessionOptions(threads=1))
 
 
 @pytest.fixture

@@ -10,25 +10,26 @@ from typing import Any
 import numpy as np
 import pytest
 
+from muntin.runtime.options import SessionOptions
 from muntin.serving import compiler as module
 from muntin.serving.compiler import COMPILED, OFTEN, Compiler
 from muntin.serving.loader import ArtifactLoader
-from muntin.serving.opening import Call, Opening
+from muntin.serving.opening import Call
 from muntin.serving.rollout import Rollout
 from muntin.serving.slot import Slot
 from muntin.serving.version import Version
 
-OPENING = Opening(threads=1, dynamic=True)
+OPTIONS = SessionOptions(threads=1, dynamic=True)
 
 
 @pytest.fixture
 def version(write_version: Callable[..., Path], in_process: ArtifactLoader, tmp_path: Path) -> Version:
-    loader = type(in_process)(opening=OPENING)
+    loader = type(in_process)(options=OPTIONS)
     return Slot("m", loader, rollout=Rollout()).load(write_version(tmp_path / "1"), "1")
 
 
 def test_frequent_size_is_compiled(version: Version, wait_until: Callable[..., None]) -> None:
-    call, compiler = Call((3, 11, 7), labels=True), Compiler(OPENING)
+    call, compiler = Call((3, 11, 7), labels=True), Compiler(OPTIONS)
     session: Any = version.session
     note(compiler, version, call, times=OFTEN - 1)
     assert compiler._threads.pending == 0
@@ -62,7 +63,7 @@ def test_close_does_not_wait_for_an_engine_that_hangs(version: Version, compiled
 
     monkeypatch.setattr(module, "END_S", 0.01)
     monkeypatch.setattr(version.session, "warm_up", hang)
-    compiler = Compiler(OPENING)
+    compiler = Compiler(OPTIONS)
     note(compiler, version, Call((1, 9, 5)))
     assert entered.wait(60)
     compiler.close()
@@ -70,7 +71,7 @@ def test_close_does_not_wait_for_an_engine_that_hangs(version: Version, compiled
 
 
 def test_number_of_sizes_is_bounded(version: Version, compiled: list[Call], wait_until: Callable[..., None]) -> None:
-    compiler = Compiler(OPENING)
+    compiler = Compiler(OPTIONS)
     calls = [Call((1, 1 + n, 3)) for n in range(COMPILED + 20)]
     note(compiler, version, *calls, times=3 * OFTEN)
     wait_until(lambda: len(compiled) == COMPILED)
@@ -79,7 +80,7 @@ def test_number_of_sizes_is_bounded(version: Version, compiled: list[Call], wait
 
 
 def test_forgotten_size_is_compiled_once(version: Version, compiled: list[Call], wait_until: Callable[..., None]) -> None:
-    compiler, often, last = Compiler(OPENING, budget=lambda channels: 3000 / channels), Call((1, 20, 20)), Call((1, 10, 10))
+    compiler, often, last = Compiler(OPTIONS, budget=lambda channels: 3000 / channels), Call((1, 20, 20)), Call((1, 10, 10))
     for turn in range(3):
         note(compiler, version, often)
         note(compiler, version, *(Call((1, 1 + n, 1 + turn)) for n in range(COMPILED + 1)), times=1)
@@ -92,10 +93,10 @@ def test_forgotten_size_is_compiled_once(version: Version, compiled: list[Call],
 def test_artefact_loaded_again_is_compiled_again(
     version: Version, compiled: list[Call], in_process: ArtifactLoader, wait_until: Callable[..., None], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    again = Slot("m", type(in_process)(opening=OPENING), rollout=Rollout()).load(version.path, "1")
+    again = Slot("m", type(in_process)(options=OPTIONS), rollout=Rollout()).load(version.path, "1")
     monkeypatch.setattr(again.session, "warm_up", lambda shapes, *, labels: None)
     assert again.digest == version.digest
-    compiler, call = Compiler(OPENING), Call((1, 20, 20))
+    compiler, call = Compiler(OPTIONS), Call((1, 20, 20))
     for loaded in (version, again):
         note(compiler, loaded, call)
     wait_until(lambda: compiled == [call, call])
@@ -106,7 +107,7 @@ def test_pixels_of_sizes_are_bounded(version: Version, compiled: list[Call], wai
     """Sizes that the version was warmed up for beside the start count, too; smaller sizes that fit are still compiled for."""
     before, start = Call((1, 10, 10)), Call((8, 100, 100))
     version.warm, version.start = frozenset({before, start}), frozenset({start})
-    compiler = Compiler(OPENING, budget=lambda channels: 3000 / channels)
+    compiler = Compiler(OPTIONS, budget=lambda channels: 3000 / channels)
     first, second, third, last = Call((2, 10, 30)), Call((1, 20, 20)), Call((3, 10, 10), labels=True), Call((1, 1, 1))
     note(compiler, version, first, second, third, last, times=2 * OFTEN)
     wait_until(lambda: len(compiled) == 2)
@@ -115,7 +116,7 @@ def test_pixels_of_sizes_are_bounded(version: Version, compiled: list[Call], wai
 
 
 def test_sizes_of_the_start_are_not_compiled(version: Version, compiled: list[Call]) -> None:
-    compiler = Compiler(OPENING)
+    compiler = Compiler(OPTIONS)
     assert version.warm
     note(compiler, version, *version.warm, times=2 * OFTEN)
     compiler.close()
@@ -125,12 +126,12 @@ def test_sizes_of_the_start_are_not_compiled(version: Version, compiled: list[Ca
 def test_failed_size_is_computed_as_before(version: Version, monkeypatch: pytest.MonkeyPatch) -> None:
     tried: list[Call] = []
 
-    def fail(path: Path, opening: Opening, lately: list[Call], **_: Any) -> None:
+    def fail(path: Path, options: SessionOptions, lately: list[Call], **_: Any) -> None:
         tried.extend(lately)
         raise MemoryError
 
     monkeypatch.setattr(module, "probe", fail)
-    compiler, calls = Compiler(OPENING), [Call((1, 20, 20)), Call((1, 6, 6))]
+    compiler, calls = Compiler(OPTIONS), [Call((1, 20, 20)), Call((1, 6, 6))]
     note(compiler, version, *calls, times=3 * OFTEN)
     compiler._threads.join(60)
     assert version.session.labels(np.zeros((1, 20, 20, 3), np.uint8)).shape == (1, 20, 20)

@@ -19,13 +19,14 @@ import pytest
 from numpy.typing import NDArray
 
 from muntin.runtime.memory import kills_for_memory
+from muntin.runtime.options import SessionOptions
 from muntin.serving.batcher import Batcher, Job
 from muntin.serving.engine_process import RemoteSession, can_open_remote, open_remote
 from muntin.serving.engine_start import RunningEngine
 from muntin.serving.executor import Executor, Group, Work
 from muntin.serving.latency import LatencyModel
 from muntin.serving.loader import ArtifactLoader
-from muntin.serving.opening import Call, EngineDiedError, Opening
+from muntin.serving.opening import Call, EngineDiedError
 from muntin.serving.recovery import TILE
 from muntin.serving.rollout import Rollout
 from muntin.serving.runner import Runner
@@ -33,7 +34,8 @@ from muntin.serving.slot import Slot
 
 pytestmark = pytest.mark.skipif(not can_open_remote(), reason="files cannot be passed to another process here")
 LINUX = sys.platform.startswith("linux")
-OPENING = Opening(threads=1, dynamic=True, calls=(Call((1, 8, 8)),))
+OPTIONS = SessionOptions(threads=1, dynamic=True)
+EXAMPLE = Call((1, 8, 8))
 
 
 def stop(process: int) -> None:
@@ -73,7 +75,7 @@ def alive(pid: int) -> bool:
 def session(write_pixels: Callable[..., Path], tmp_path: Path) -> Iterator[RemoteSession]:
     """A session of a model whose scores are the pixels."""
     path = write_pixels(tmp_path / "pixels")
-    session = open_remote(path, OPENING, [], rest=0.0, seconds=60.0, stopped=lambda: False).session
+    session = open_remote(path, OPTIONS, [EXAMPLE], rest=0.0, seconds=60.0, stopped=lambda: False).session
     assert isinstance(session, RemoteSession)
     yield session
     session.close()
@@ -113,7 +115,7 @@ def test_old_version_answers_when_the_new_one_fails(
     write_version: Callable[..., Path], tmp_path: Path, wait_until: Callable[..., None], number: signal.Signals
 ) -> None:
     lines: list[str] = []
-    slot = Slot("m", ArtifactLoader(opening=OPENING), rollout=Rollout(for_requests=10**6, max_slowdown=inf), notify=lines.append)
+    slot = Slot("m", ArtifactLoader(options=OPTIONS), rollout=Rollout(for_requests=10**6, max_slowdown=inf), notify=lines.append)
     for name in ("1", "2"):
         slot.load(write_version(tmp_path / name, int(name)), name)
     runner, new = runner_of(slot), slot.current
@@ -142,7 +144,7 @@ def test_only_version_is_restarted_after_a_hang(
 ) -> None:
     monkeypatch.setattr("muntin.serving.runner.HANGING", 0)  # no other thread may take the place of one that hangs
     lines: list[str] = []
-    slot = Slot("m", ArtifactLoader(opening=OPENING), rollout=Rollout(), notify=lines.append)
+    slot = Slot("m", ArtifactLoader(options=OPTIONS), rollout=Rollout(), notify=lines.append)
     session = slot.load(write_version(tmp_path / "1", 1), "1").session
     assert isinstance(session, RemoteSession)
     runner = runner_of(slot)

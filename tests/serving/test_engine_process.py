@@ -23,16 +23,18 @@ import pytest
 from numpy.typing import NDArray
 
 from muntin.errors import ArtifactError, VerificationError
+from muntin.runtime.options import SessionOptions
 from muntin.serving import engine_process, engine_start, scheduling
 from muntin.serving.engine_lane import KEPT_BYTES
 from muntin.serving.engine_process import DEATHS, RemoteSession, can_open_remote, open_remote
 from muntin.serving.engine_start import RunningEngine
-from muntin.serving.opening import Call, EngineDiedError, NotReadyError, Opening, OutOfMemoryError, TookTooLongError, open_version
+from muntin.serving.opening import Call, EngineDiedError, NotReadyError, OutOfMemoryError, TookTooLongError, open_version
 from muntin.serving.scheduling import BackgroundPriority, can_restore
 
 pytestmark = pytest.mark.skipif(not can_open_remote(), reason="files cannot be passed to another process here")
 LINUX = sys.platform.startswith("linux")
-OPENING = Opening(threads=1, dynamic=True, calls=(Call((1, 8, 8)),))
+OPTIONS = SessionOptions(threads=1, dynamic=True)
+EXAMPLE = Call((1, 8, 8))
 
 
 def stop(process: int) -> None:
@@ -50,7 +52,7 @@ SMALL = images_of(1, 1, 8, 8)
 
 
 def opened(path: Path, *, rest: float = 0.0, seconds: float = 60.0, stopped: Callable[[], bool] = lambda: False) -> RemoteSession:
-    session = open_remote(path, OPENING, [], rest=rest, seconds=seconds, stopped=stopped).session
+    session = open_remote(path, OPTIONS, [EXAMPLE], rest=rest, seconds=seconds, stopped=stopped).session
     assert isinstance(session, RemoteSession)
     return session
 
@@ -130,7 +132,7 @@ def die(session: RemoteSession, *, calls: int = 1, number: signal.Signals = sign
 
 
 def test_answers_equal_a_session_in_this_process(session: RemoteSession, path: Path) -> None:
-    local = open_version(path, OPENING, []).session
+    local = open_version(path, OPTIONS, [EXAMPLE]).session
     for name in ("signature", "engine", "precision", "threads", "streams", "plan"):
         assert getattr(session, name) == getattr(local, name)
     kept = []
@@ -188,7 +190,7 @@ def test_death_during_a_call_and_restart(session: RemoteSession, number: signal.
     assert session.able
     np.testing.assert_array_equal(session.labels(SMALL), SMALL.argmax(3))
     assert session.deaths == 1
-    assert compiled == [[*OPENING.calls, Call((2, 4, 6), labels=True)]]
+    assert compiled == [[EXAMPLE, Call((2, 4, 6), labels=True)]]
 
 
 def test_death_between_calls_fails_no_call(session: RemoteSession) -> None:
@@ -320,8 +322,8 @@ ORPHAN = """
 import os, sys
 from pathlib import Path
 from muntin.serving.engine_process import open_remote
-from muntin.serving.opening import Opening
-opened = open_remote(Path(sys.argv[1]), Opening(threads=1), [], rest=0.0, seconds=60.0, stopped=lambda: False)
+from muntin.runtime.options import SessionOptions
+opened = open_remote(Path(sys.argv[1]), SessionOptions(threads=1), [], rest=0.0, seconds=60.0, stopped=lambda: False)
 print(*opened.session.process_ids, flush=True)
 os._exit(0)
 """
@@ -341,7 +343,7 @@ engine_host.open_version = lambda *given, **named: time.sleep(60)
 question = {"path": ".", "opening": json.loads(%r), "lately": [], "rest": 0.0, "seconds": 0.2}
 engine_host._open(socket.socketpair()[0], question)
 """
-    ended = subprocess.run([sys.executable, "-c", code % json.dumps(asdict(OPENING))], timeout=50, check=False)
+    ended = subprocess.run([sys.executable, "-c", code % json.dumps(asdict(OPTIONS))], timeout=50, check=False)
     assert ended.returncode == -signal.SIGALRM
 
 

@@ -14,12 +14,13 @@ from numpy.typing import NDArray
 
 from muntin.artifact import ClassInfo, Signature
 from muntin.errors import ArtifactError
+from muntin.runtime.options import SessionOptions
 from muntin.runtime.session import ExecutedLayer, Session
 from muntin.serving.batcher import Batch, Job
 from muntin.serving.compiler import Compiler
 from muntin.serving.executor import Executor, Group, Work
 from muntin.serving.liveness import Liveness
-from muntin.serving.opening import Call, Opening, OutOfMemoryError
+from muntin.serving.opening import Call, OutOfMemoryError
 from muntin.serving.rollout import Rollout
 from muntin.serving.runner import AgainError
 from muntin.serving.slot import Slot
@@ -127,7 +128,7 @@ def test_batches_in_one_call_are_examples(serving: Any) -> None:
         def note(self, version: Version, call: Call) -> None:
             noted.append((version.name, call))
 
-    executor = Executor(slot, compiler=Noting(Opening()))
+    executor = Executor(slot, compiler=Noting(SessionOptions()))
     executor(batch_of(slot, [images_of(1, 1), images_of(1, 2)], labels=True))
     executor(batch_of(slot, [images_of(3, 1)], labels=True))  # in rows
     assert noted == [("1", Call((2, 6, 5), True))]

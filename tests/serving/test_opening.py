@@ -11,9 +11,10 @@ import numpy as np
 import pytest
 
 from muntin.artifact import open_artifact
-from muntin.errors import ArtifactError, DataError, VerificationError
+from muntin.errors import ArtifactError, VerificationError
 from muntin.runtime.openvino import OpenVinoSession
-from muntin.serving.opening import Call, NotReadyError, Opening, batch_sizes, open_version
+from muntin.runtime.options import SessionOptions
+from muntin.serving.opening import Call, NotReadyError, batch_sizes, open_version
 
 SCORES, LABELS = Call((2, 8, 8)), Call((1, 4, 8), labels=True)
 
@@ -33,7 +34,7 @@ def test_opening_with_rest(write_version: Callable[..., Path], tmp_path: Path, m
 
     monkeypatch.setattr(OpenVinoSession, "_infer", watched)
     monkeypatch.setattr(time, "sleep", pauses.append)
-    opened = open_version(write_version(tmp_path / "1"), Opening(threads=1, calls=(large, SCORES)), [], rest=3.0)
+    opened = open_version(write_version(tmp_path / "1"), SessionOptions(threads=1), [large, SCORES], rest=3.0)
     assert large.shape not in shapes
     assert SCORES.shape in shapes
     assert len(pauses) == 4  # loading, the replay, two calls
@@ -44,13 +45,13 @@ def test_opening_with_rest(write_version: Callable[..., Path], tmp_path: Path, m
 def test_opening_that_is_stopped(write_version: Callable[..., Path], tmp_path: Path) -> None:
     stopped = iter([False, False, True])
     with pytest.raises(NotReadyError, match="was ended with the server"):
-        open_version(write_version(tmp_path / "1"), Opening(threads=1, calls=(SCORES,)), [], stopped=lambda: next(stopped))
+        open_version(write_version(tmp_path / "1"), SessionOptions(threads=1), [SCORES], stopped=lambda: next(stopped))
     assert next(stopped, None) is None
 
 
 def test_warm_up(write_version: Callable[..., Path], tmp_path: Path) -> None:
     path = write_version(tmp_path / "1", 2)
-    opened = open_version(path, Opening(threads=1, calls=(SCORES,)), [LABELS, SCORES])
+    opened = open_version(path, SessionOptions(threads=1), [SCORES, LABELS, SCORES])
     assert opened.calls == (SCORES, LABELS)
     assert opened.digest == open_artifact(path).digest
     golden = ((1, 6, 8, 3), False)
@@ -59,22 +60,22 @@ def test_warm_up(write_version: Callable[..., Path], tmp_path: Path) -> None:
 
 
 def test_warm_up_without_calls(write_version: Callable[..., Path], tmp_path: Path) -> None:
-    opened = open_version(write_version(tmp_path / "1"), Opening(threads=1), [])
+    opened = open_version(write_version(tmp_path / "1"), SessionOptions(threads=1), [])
     assert opened.calls == (Call((1, 8, 8)), Call((1, 8, 8), labels=True))
 
 
 def test_warm_up_of_dynamic_sizes(write_version: Callable[..., Path], tmp_path: Path) -> None:
-    session = open_version(write_version(tmp_path / "1"), Opening(threads=1, dynamic=True, calls=(SCORES,)), []).session
+    session = open_version(write_version(tmp_path / "1"), SessionOptions(threads=1, dynamic=True), [SCORES]).session
     assert compiled(session) == {(None, False), (None, True), ((2, 8, 8, 3), False)}
 
 
 def test_wrong_golden_pair(write_version: Callable[..., Path], tmp_path: Path) -> None:
     path = write_version(tmp_path / "1", shift=30)
     with pytest.raises(VerificationError, match=r"1: openvino in \w+ is .* standard deviations off a golden pair \(allowed: 0.05\)"):
-        open_version(path, Opening(), [])
+        open_version(path, SessionOptions(), [])
     (path / "weights.safetensors").unlink()
     with pytest.raises(ArtifactError, match="missing"):
-        open_version(path, Opening(), [])
+        open_version(path, SessionOptions(), [])
 
 
 @pytest.mark.parametrize(
@@ -89,11 +90,3 @@ def test_wrong_golden_pair(write_version: Callable[..., Path], tmp_path: Path) -
 )
 def test_batch_sizes(most: int, side: int, sizes: list[int]) -> None:
     assert batch_sizes(most, side * side) == sizes
-
-
-@pytest.mark.parametrize(
-    "values", [{"engine": "abacus"}, {"precision": "f8"}, {"threads": 0}, {"streams": 0}, {"calls": (Call((1, 0, 4)),)}]
-)
-def test_options_out_of_range(values: dict[str, Any]) -> None:
-    with pytest.raises(DataError):
-        Opening(**values)

@@ -18,49 +18,50 @@ import numpy as np
 import pytest
 
 from muntin.errors import ArtifactError, DataError, MuntinError, RecipeError, VerificationError
-from muntin.serving.opening import Call, NotReadyError, Opening
+from muntin.runtime.options import SessionOptions
+from muntin.serving.opening import NotReadyError
 from muntin.serving.probation import OpeningLimits, TrialResult, examine, probe
 from muntin.serving.scheduling import NICENESS, can_restore
 
-OPENING = Opening(threads=1, calls=(Call((1, 8, 8)),))
+OPTIONS = SessionOptions(threads=1)
 
 # ---- trials that fail, in the other process ----
 
 
-def ends_by_signal(path: Path, opening: Opening, lately: Any) -> TrialResult:
+def ends_by_signal(path: Path, options: SessionOptions, lately: Any) -> TrialResult:
     os.kill(os.getpid(), int(path.name))
     raise AssertionError
 
 
-def reads_nowhere(path: Path, opening: Opening, lately: Any) -> TrialResult:
+def reads_nowhere(path: Path, options: SessionOptions, lately: Any) -> TrialResult:
     ctypes.string_at(0)
     raise AssertionError
 
 
-def hangs(path: Path, opening: Opening, lately: Any) -> TrialResult:
+def hangs(path: Path, options: SessionOptions, lately: Any) -> TrialResult:
     while True:
         pass
 
 
-def hoards(path: Path, opening: Opening, lately: Any) -> TrialResult:
+def hoards(path: Path, options: SessionOptions, lately: Any) -> TrialResult:
     kept = []
     while True:
         kept.append(np.ones(1 << 20))
 
 
-def finds_no_memory(path: Path, opening: Opening, lately: Any) -> TrialResult:
+def finds_no_memory(path: Path, options: SessionOptions, lately: Any) -> TrialResult:
     raise MemoryError
 
 
-def makes_a_mistake(path: Path, opening: Opening, lately: Any) -> TrialResult:
+def makes_a_mistake(path: Path, options: SessionOptions, lately: Any) -> TrialResult:
     raise RuntimeError("first\nlast")
 
 
-def leaves(path: Path, opening: Opening, lately: Any) -> TrialResult:
+def leaves(path: Path, options: SessionOptions, lately: Any) -> TrialResult:
     os._exit(0)
 
 
-def prints_and_reports(path: Path, opening: Opening, lately: Any) -> TrialResult:
+def prints_and_reports(path: Path, options: SessionOptions, lately: Any) -> TrialResult:
     for descriptor in (1, 2):
         os.write(descriptor, b"a library's own words\n" * 50_000)  # more than a pipe holds
     adjusted = Path("/proc/self/oom_score_adj").read_text().strip()
@@ -79,7 +80,7 @@ def importable(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def refused(path: Path, examine: Any, **limits: Any) -> str:
     with pytest.raises(VerificationError) as caught:
-        probe(path, OPENING, [], limits=OpeningLimits(**limits), examine=examine)
+        probe(path, OPTIONS, [], limits=OpeningLimits(**limits), examine=examine)
     assert "\n" not in str(caught.value)
     return str(caught.value)
 
@@ -103,12 +104,12 @@ def test_broken_artefact_is_named(
     if missing:
         (path / missing).unlink()
     with pytest.raises(kind, match=message):
-        examine(path, OPENING, ())
+        examine(path, OPTIONS, ())
 
 
 def test_errors_are_raised_here(tmp_path: Path) -> None:
     with pytest.raises(ArtifactError, match="nowhere: no such artefact directory"):
-        probe(tmp_path / "nowhere", OPENING, [], limits=OpeningLimits())
+        probe(tmp_path / "nowhere", OPTIONS, [], limits=OpeningLimits())
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="limits are watched on Linux")
@@ -143,7 +144,7 @@ def test_process_that_the_kernel_ended(importable: None, tmp_path: Path, monkeyp
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="read in Linux's form")
 def test_priority_and_limits_of_the_process(importable: None, tmp_path: Path) -> None:
     with pytest.raises(DataError) as caught:
-        probe(tmp_path, OPENING, [], limits=OpeningLimits(seconds=100), examine=prints_and_reports)
+        probe(tmp_path, OPTIONS, [], limits=OpeningLimits(seconds=100), examine=prints_and_reports)
     policy, nice, adjusted, alarm, core, own_group = str(caught.value).split()
     low = (os.SCHED_IDLE, 0) if can_restore() else (os.SCHED_OTHER, min(NICENESS, 19 - os.nice(0)))
     assert (int(policy), int(nice) - os.nice(0)) == low
@@ -157,7 +158,7 @@ def test_trial_ends_with_the_server(importable: None, tmp_path: Path) -> None:
     timer.start()
     started = time.monotonic()
     with pytest.raises(NotReadyError, match="ended with the server"):
-        probe(tmp_path, OPENING, [], limits=OpeningLimits(), stopped=stopped.is_set, examine=hangs)
+        probe(tmp_path, OPTIONS, [], limits=OpeningLimits(), stopped=stopped.is_set, examine=hangs)
     timer.join()
     assert time.monotonic() - started < 10
 

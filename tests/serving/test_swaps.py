@@ -16,7 +16,6 @@ import pytest
 
 from muntin.runtime.memory import resident
 from muntin.runtime.session import Session
-from muntin.runtime.signals import signal_stack
 from muntin.serving.fallback import compute_somewhere
 from muntin.serving.loader import ArtifactLoader
 from muntin.serving.opening import Call
@@ -103,7 +102,7 @@ def swap(slot: Slot, paths: list[Path], count: int, wait_until: Callable[..., No
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="resident memory is read in Linux's form")
 def test_memory_of_twenty_swaps(
-    in_process: ArtifactLoader, write_version: Callable[..., Path], tmp_path: Path, wait_until: Callable[..., None]
+    in_process: ArtifactLoader, write_version: Callable[..., Path], tmp_path: Path, wait_until: Callable[..., None], signal_stack: Any
 ) -> None:
     slot = Slot("model", in_process, rollout=Rollout(for_seconds=0))
     paths = [write_version(tmp_path / str(label), label) for label in range(4)]

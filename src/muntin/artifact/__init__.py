@@ -1,4 +1,4 @@
-"""The one format on disk: manifest, packed weights, digests, versions. Runs without torch, executes nothing it reads."""
+"""The artefact format: manifest, packed weights, digests, versions. Runs without torch and executes nothing that it reads."""
 
 from __future__ import annotations
 

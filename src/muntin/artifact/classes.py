@@ -1,4 +1,4 @@
-"""The classes of a task: what data, artefacts, pictures and reports all name alike."""
+"""The classes of a task."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ Channel8 = Annotated[int, Field(ge=0, le=255)]
 
 
 class ClassInfo(BaseModel):
-    """One class: its name and the colour (red, green, blue; 0-255) it is painted in."""
+    """One class: name and colour (red, green, blue; 0-255)."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 

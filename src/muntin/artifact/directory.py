@@ -1,4 +1,4 @@
-"""A directory written whole or not at all: a temporary sibling, fsync, rename."""
+"""Directories written whole or not at all: a temporary sibling, fsync, rename."""
 
 from __future__ import annotations
 
@@ -22,10 +22,9 @@ except ImportError:  # Windows has none
 def replace_directory(path: Path, contents: Mapping[str, bytes], *, marker: str) -> None:
     """Makes `path` a directory of exactly these files.
 
-    One that is there already is replaced if it is empty, or holds `marker` and no other names than `contents` has; anything else raises
-    ArtifactError and stays as it is. So does a full disk, and nothing half-written is left. Between the two renames of a replacement,
-    a reader finds no directory for an instant; after a crash there the old one lies beside it, under a name that ends in ".old". What
-    writes left beside `path` that were killed is removed once it is in place.
+    An existing directory is replaced if it is empty, or contains `marker` and only names of `contents`. Otherwise, and on a full disk,
+    raises ArtifactError, and nothing changes. Between the two renames of a replacement there is no directory for an instant; after a crash
+    there the old one lies beside it, under a name that ends in ".old". Remains of killed writes are removed at the end.
     """
     target = refuse_foreign(path, contents.keys(), marker=marker)
     token = secrets.token_hex(4)
@@ -56,11 +55,11 @@ def replace_directory(path: Path, contents: Mapping[str, bytes], *, marker: str)
 
 
 def refuse_foreign(path: Path, names: Iterable[str], *, marker: str) -> Path:
-    """Where `path` really is, if `replace_directory` may write there; raises ArtifactError, before any work, if it may not."""
-    target = path.resolve()  # a link to an artefact stays a link
+    """Returns the resolved path if `replace_directory` may write there. Raises ArtifactError otherwise."""
+    target = path.resolve()  # a link to an artefact is kept
     if not target.name:
         raise ArtifactError(f"{path}: cannot be an artefact: name a directory of its own")
-    above = next(parent for parent in target.parents if os.path.lexists(parent))  # what is missing below it will be made
+    above = next(parent for parent in target.parents if os.path.lexists(parent))  # missing parents are created
     if not above.is_dir():
         raise ArtifactError(f"{path}: {above} is a file: name a directory below a directory")
     if not os.access(above, os.W_OK | os.X_OK):
@@ -69,18 +68,18 @@ def refuse_foreign(path: Path, names: Iterable[str], *, marker: str) -> Path:
         return target
     if not target.is_dir():
         raise ArtifactError(f"{path}: it is a file: name a directory")
-    if os.path.ismount(target):  # it cannot be renamed, so nothing could take its place at once
+    if os.path.ismount(target):  # a mount point cannot be renamed
         raise ArtifactError(f"{path}: a file system is mounted there, which cannot be replaced: name a directory in it")
     present = names_in(target)
     foreign = sorted(present.difference(names))
     if foreign or (present and marker not in present):
-        found = foreign[0] if foreign else min(present)
-        raise ArtifactError(f"{path}: it is no artefact (it holds {found}) and is not replaced: name another directory or empty it")
+        name = foreign[0] if foreign else min(present)
+        raise ArtifactError(f"{path}: it is no artefact (it holds {name}) and is not replaced: name another directory or empty it")
     return target
 
 
 def names_in(directory: Path) -> set[str]:
-    """What it holds. Raises ArtifactError where that cannot be read."""
+    """Names in a directory. Raises ArtifactError if it cannot be read."""
     try:
         return {entry.name for entry in directory.iterdir()}
     except OSError as error:
@@ -88,24 +87,24 @@ def names_in(directory: Path) -> set[str]:
 
 
 def _remove_left(target: Path) -> None:
-    """Removes what writes of this target left beside it: of those that were killed, not of one that goes on."""
-    name = re.compile(rf"\.{re.escape(target.name)}\.[0-9a-f]{{8}}\.(partial|old)")
-    with suppress(OSError):  # nothing depends on it
+    """Removes the remains of killed writes of this target, and keeps those of a running one."""
+    pattern = re.compile(rf"\.{re.escape(target.name)}\.[0-9a-f]{{8}}\.(partial|old)")
+    with suppress(OSError):
         for path in target.parent.iterdir():
-            found = name.fullmatch(path.name)
-            if found is None:
+            match = pattern.fullmatch(path.name)
+            if match is None:
                 continue
-            if found[1] == "old":  # the target is in place, so that nobody needs it any more
+            if match[1] == "old":  # the target has replaced it
                 shutil.rmtree(path, ignore_errors=True)
                 continue
             with suppress(OSError), _locked(path, wait=False) as locked:
-                if locked and any(path.iterdir()):  # an empty one was just made, by a write that has not locked it yet
+                if locked and any(path.iterdir()):  # an empty one belongs to a write that has not locked it yet
                     shutil.rmtree(path, ignore_errors=True)
 
 
 @contextmanager
 def _locked(folder: Path, *, wait: bool = True) -> Iterator[bool]:
-    """Holds a folder's lock, which the system takes back however the process ends; False where another holds it or there are no locks."""
+    """Locks a folder until the end of the block or of the process. Yields False if another holds the lock, or without locks."""
     if fcntl is None:
         yield False
         return

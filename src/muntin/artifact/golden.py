@@ -1,4 +1,4 @@
-"""Which pictures an artefact's golden answers are of."""
+"""Sizes of an artefact's golden images."""
 
 from __future__ import annotations
 
@@ -7,6 +7,6 @@ GOLDEN_SIDE = 48
 
 
 def golden_sizes(height: int, width: int) -> tuple[tuple[int, int], tuple[int, int]]:
-    """Two sizes no larger than an example of height x width, the second of odd sides: what was baked into a model is found."""
+    """Two sizes, at most height x width; the second one is odd, which reveals a size that was fixed in the model."""
     height, width = min(GOLDEN_SIDE, height), min(GOLDEN_SIDE, width)
     return (height, width), (height * 5 // 8 | 1, width * 7 // 8 | 1)

@@ -1,7 +1,7 @@
-"""What an artefact says about itself: `manifest.json`, its schema and its own digest.
+"""The manifest of an artefact: `manifest.json`, its schema and its digest.
 
-The digest is of the canonical JSON (sorted keys, no spaces) of everything but the digest: an editor may re-indent the file, and nobody
-may change a value in it. The digests of the other files are values of the manifest, so the one digest identifies the whole artefact.
+The digest is of the canonical JSON (sorted keys, no spaces) of everything but the digest: the file may be re-indented, but no value may be
+changed. The digests of the other files are values of the manifest, so this digest identifies the whole artefact.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ FloatPrecision = Literal["f32", "bf16", "f16"]
 EngineFamily = Literal["openvino", "onnxruntime"]
 Side = Annotated[int, Field(ge=1)]
 LARGEST_EXAMPLE = 1 << 28
-"""Pixels, of all its images: opening an artefact computes it."""
+"""Pixels of all images of an example, which is computed when an artefact is opened."""
 Sha256 = Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
 FileName = Literal["model.onnx", "weights.safetensors", "golden.safetensors"]
 
@@ -33,7 +33,7 @@ class _Frozen(BaseModel):
 
 
 class Signature(_Frozen):
-    """What goes in and what comes out.
+    """Inputs and outputs of the model.
 
     Images are (B, H, W, channels) in `dtype`; scores are float32: (B, K, scale*H, scale*W) for "segment" and "restore", (B, K) for
     "classify". K is the number of classes, or of channels for "restore", which has no classes.
@@ -45,7 +45,7 @@ class Signature(_Frozen):
     classes: Annotated[tuple[ClassInfo, ...], Field(max_length=255)] = ()
     dtype: Literal["uint8"] = "uint8"
     side: Annotated[int | None, Field(ge=1, le=1 << 14)] = None
-    """For "classify": pictures are brought to their middle square of this side, in pixels, as in training; None: as they are."""
+    """For "classify": pictures are resized to their middle square of this side, in pixels, as in training; None: used as they are."""
 
     @model_validator(mode="after")
     def _classes_fit_the_task(self) -> Self:
@@ -59,11 +59,11 @@ class Signature(_Frozen):
 
     @property
     def outputs(self) -> int:
-        """K, the channels of the scores."""
+        """K, the number of channels of the scores."""
         return self.channels if self.task == "restore" else len(self.classes)
 
     def scores_shape(self, batch: int, height: int, width: int) -> tuple[int, ...]:
-        """The shape of the scores of a (batch, height, width, channels) input."""
+        """Shape of the scores of a (batch, height, width, channels) input."""
         if self.task == "classify":
             return (batch, self.outputs)
         return (batch, self.outputs, self.scale * height, self.scale * width)
@@ -72,8 +72,8 @@ class Signature(_Frozen):
 class LayerRecord(_Frozen):
     """One layer as it was compressed.
 
-    `name` is also the name of the layer's compute node in `model.onnx` (or its prefix before a "/"): that is how verification finds
-    what the engine made of it. `activation_bits` None: its inputs are float. `macs`: of one image of the manifest's `example` size.
+    `name`: also of the layer's compute node in `model.onnx` (or its prefix before a "/"), by which verification finds it in the engine.
+    `activation_bits` None: float inputs. `macs`: of one image of the manifest's `example` size.
     """
 
     name: Annotated[str, Field(min_length=1)]
@@ -86,7 +86,7 @@ class LayerRecord(_Frozen):
 
 
 class TensorRecord(_Frozen):
-    """How one weight is stored: its bits per value, the shape it is restored to, and whether it holds integers or floats."""
+    """Storage of one weight: bits per value, restored shape, and integers or floats."""
 
     bits: Annotated[int, Field(ge=1, le=64)]
     shape: tuple[Annotated[int, Field(ge=0)], ...]
@@ -94,10 +94,10 @@ class TensorRecord(_Frozen):
 
 
 class GoldenTolerance(_Frozen):
-    """How far a replay may be from the golden scores.
+    """Allowed difference from the golden scores.
 
-    `max_error`: the largest difference of one score, in standard deviations of the golden scores. `label_agreement`: the least share,
-    0 to 1, of pixels (or images) with the same label.
+    `max_error`: largest difference of one score, in standard deviations of the golden scores. `label_agreement`: smallest share, 0 to 1, of
+    pixels (or images) with the same label.
     """
 
     max_error: Annotated[float, Field(ge=0)]
@@ -111,10 +111,10 @@ def _small(example: tuple[int, int, int] | None) -> tuple[int, int, int] | None:
 
 
 class Manifest(_Frozen):
-    """All that an artefact says about itself.
+    """Content of `manifest.json`.
 
-    `precision` is what its float layers were measured in; `golden_tolerance` is by engine, then by precision; `example` is the (B, H, W)
-    that it is opened for unless a user says otherwise; `sha256` is its own digest.
+    `precision`: of the float layers in the measured figures. `golden_tolerance`: by engine, then by precision. `example`: the (B, H, W)
+    that sessions compile for by default. `sha256`: the manifest's own digest.
     """
 
     format: Literal[1] = FORMAT
@@ -133,10 +133,10 @@ class Manifest(_Frozen):
     sha256: str = ""
 
     def tolerance(self, engine: str, precision: str) -> GoldenTolerance | None:
-        """What is allowed of an engine in a precision; None where nothing is recorded. A provider ("onnxruntime-cuda") is its family's."""
+        """Tolerance of an engine in a precision, or None. A provider ("onnxruntime-cuda") has its family's ("onnxruntime")."""
         family = self.golden_tolerance.get(engine.partition("-")[0], {})  # type: ignore[call-overload]
-        found: GoldenTolerance | None = family.get(precision)
-        return found
+        tolerance: GoldenTolerance | None = family.get(precision)
+        return tolerance
 
 
 def render_manifest(manifest: Manifest) -> tuple[Manifest, bytes]:
@@ -153,7 +153,7 @@ def render_manifest(manifest: Manifest) -> tuple[Manifest, bytes]:
 
 
 def parse_manifest(data: bytes, where: str) -> Manifest:
-    """Reads `manifest.json`; `where` names it in errors. Raises ArtifactError when it is altered, newer, or not a manifest."""
+    """Reads the content of `manifest.json`. `where`: its name in errors. Raises ArtifactError if altered, newer, or not a manifest."""
     try:
         content = json.loads(data)
     except (ValueError, RecursionError) as error:
@@ -172,9 +172,13 @@ def parse_manifest(data: bytes, where: str) -> Manifest:
     try:
         return Manifest.model_validate_json(json.dumps(content | {"sha256": digest}))
     except ValidationError as error:
-        first = error.errors(include_url=False)[0]
-        key = ".".join(str(part) for part in first["loc"])
-        raise ArtifactError(f"{where}: `{key}`: {first['msg']}: export the artefact again") from error
+        raise ArtifactError(f"{where}: {field_error(error)}: export the artefact again") from error
+
+
+def field_error(error: ValidationError) -> str:
+    """Name of the first wrong field, and its error."""
+    first = error.errors(include_url=False)[0]
+    return f"`{'.'.join(str(part) for part in first['loc'])}`: {first['msg']}"
 
 
 def _content_digest(content: dict[str, Any]) -> str:

@@ -1,8 +1,7 @@
 """Integers at their real bit width: n values of b bits take ceil(n * b / 8) bytes.
 
 Value i occupies bits i*b ... (i+1)*b - 1 of the stream, least significant bit first, bytes in order; signed values are two's complement.
-The bits left over in the last byte are zero. numpy's packbits does the work on blocks of a fixed size, so that the unpacked bits (eight
-bytes a value) never exist for a whole weight.
+Unused bits of the last byte are zero. numpy's packbits works on blocks of a fixed size, since unpacked bits take eight bytes a value.
 """
 
 from __future__ import annotations
@@ -38,7 +37,7 @@ def pack(values: NDArray[np.integer], bits: int, signed: bool) -> NDArray[np.uin
 
 
 def unpack(packed: NDArray[np.uint8], bits: int, shape: tuple[int, ...], signed: bool) -> NDArray[np.int8] | NDArray[np.uint8]:
-    """The inverse of `pack`: int8 (signed) or uint8 values of `shape`. Raises ArtifactError when the bytes are not those of that shape."""
+    """Inverse of `pack`: int8 (signed) or uint8 values of `shape`. Raises ArtifactError for a wrong number of bytes."""
     value_range(bits, signed)
     size = math.prod(shape)
     if packed.dtype != np.uint8 or packed.shape != (packed_size(size, bits),):
@@ -51,19 +50,19 @@ def unpack(packed: NDArray[np.uint8], bits: int, shape: tuple[int, ...], signed:
         count = stop - start
         bits_Nb = np.unpackbits(packed[byte_start:byte_stop], bitorder="little", count=count * bits).reshape(count, bits)
         block = np.packbits(bits_Nb, axis=1, bitorder="little")[:, 0]
-        # (v xor s) - s extends the sign bit s to 8 bits; the wrap-around at 8 bits is meant
+        # (v xor s) - s extends the sign bit s to 8 bits; the wrap-around at 8 bits is intended
         values[start:stop] = (block ^ sign) - sign if signed else block
     shaped = values.reshape(shape)
     return shaped.view(np.int8) if signed else shaped
 
 
 def packed_size(count: int, bits: int) -> int:
-    """Bytes that `count` values of `bits` bits take."""
+    """Bytes of `count` values of `bits` bits."""
     return (count * bits + 7) // 8
 
 
 def value_range(bits: int, signed: bool) -> tuple[int, int]:
-    """The least and the greatest value of that width."""
+    """Smallest and largest value. Raises ArtifactError for a width that cannot be packed."""
     if bits not in BITS:
         raise ArtifactError(f"{bits} bits a value cannot be packed: give {BITS.start} to {BITS.stop - 1}")
     return (-(1 << (bits - 1)), (1 << (bits - 1)) - 1) if signed else (0, (1 << bits) - 1)

@@ -1,11 +1,11 @@
-"""An artefact on disk: written whole or not at all, read with every digest checked, never executed.
+"""Artefacts on disk: written whole or not at all, read with every digest checked, never executed.
 
-    DIR/manifest.json         what it is (muntin.artifact.manifest)
-    DIR/model.onnx            the graph; an initializer that was moved out keeps its name, type and shape here, without data
-    DIR/weights.safetensors   each weight once: integers of 2 to 7 bits packed, "f16" floats in half precision, others as they are
-    DIR/golden.safetensors    images_0, scores_0, images_1, ... : inputs and what the model answered when it was made
+    DIR/manifest.json         description (muntin.artifact.manifest)
+    DIR/model.onnx            the graph; initializers that were moved out keep name, type and shape here
+    DIR/weights.safetensors   each weight once: integers of 2 to 7 bits packed, "f16" floats in half precision, others unchanged
+    DIR/golden.safetensors    images_0, scores_0, images_1, ... : inputs, and the model's scores at export
 
-The names are fixed, so no manifest can point outside its directory. The same model, packing and golden pairs give the same bytes.
+The names are fixed, so a manifest cannot refer to other files. The same model, packing and golden pairs give the same bytes.
 """
 
 from __future__ import annotations
@@ -37,6 +37,7 @@ from muntin.artifact.manifest import (
     LayerRecord,
     Manifest,
     Signature,
+    field_error,
     parse_manifest,
     render_manifest,
 )
@@ -47,30 +48,30 @@ MANIFEST = "manifest.json"
 FILES: tuple[FileName, ...] = get_args(FileName)
 
 LARGEST_MANIFEST = 1 << 26
-"""Bytes. It is read before any digest says that it is what it was, and takes many times as much memory."""
+"""Bytes. It is read before any digest is checked, and parsing takes many times its size."""
 
 GoldenPair = tuple[NDArray[np.uint8], NDArray[np.float32]]
 
 
 @dataclass(frozen=True)
 class Artifact:
-    """An opened artefact: its directory and its manifest. Its files are read, and their digests checked again, when they are asked for."""
+    """An opened artefact: directory and manifest. Its files are read on demand, and their digests checked again."""
 
     path: Path
     manifest: Manifest
 
     @property
     def bytes(self) -> int:
-        """The size of the whole directory: what we report."""
+        """Size of the whole directory."""
         return sum((self.path / name).stat().st_size for name in (MANIFEST, *FILES))
 
     @property
     def digest(self) -> str:
-        """Identifies everything in it: the manifest's sha256, which covers those of the files."""
+        """Identifies the whole content: the manifest's sha256, which covers those of the files."""
         return self.manifest.sha256
 
     def model_bytes(self) -> builtins.bytes:
-        """The self-contained ONNX that an engine runs: packed integers as int8, "f16" as float32. Takes twice its size in memory."""
+        """The self-contained ONNX for an engine: packed integers as int8, "f16" as float32. Takes twice its size in memory."""
         structure = _read_checked(self.path, "model.onnx", self.manifest)
         try:
             return join_model(structure, _read_tensors(self.path, "weights.safetensors", self.manifest), self.manifest.tensors)
@@ -78,7 +79,7 @@ class Artifact:
             raise ArtifactError(f"{self.path}: {error}") from error
 
     def golden(self) -> tuple[GoldenPair, ...]:
-        """The recorded (images uint8 (B, H, W, C), scores float32) pairs, in order: at least one. Raises ArtifactError for others."""
+        """The recorded pairs of images, uint8 (B, H, W, C), and scores, float32. Raises ArtifactError for none, or for other tensors."""
         tensors = _read_tensors(self.path, "golden.safetensors", self.manifest)
         count, odd = divmod(len(tensors), 2)
         if odd or not count:
@@ -97,9 +98,9 @@ class Artifact:
 
 
 def open_artifact(path: str | Path) -> Artifact:
-    """Opens an artefact directory after checking every digest: reads all of it once.
+    """Opens an artefact directory and checks every digest, which reads all of it once.
 
-    Raises ArtifactError, naming the file, when one is missing, added or altered, or when the format is newer than this version reads.
+    Raises ArtifactError, naming the file, if one is missing, added or altered, or if the format is newer than this version reads.
     """
     path = Path(path)
     manifest = read_manifest(path)
@@ -118,9 +119,9 @@ def open_artifact(path: str | Path) -> Artifact:
 
 
 def read_manifest(path: Path) -> Manifest:
-    """What an artefact says of itself. Reads no other file: whether they are what it says is known once it is opened.
+    """Reads an artefact's manifest only; `open_artifact` checks the other files.
 
-    Raises ArtifactError where there is no manifest, or a newer one than this version reads.
+    Raises ArtifactError without a manifest, or for one newer than this version reads.
     """
     try:
         if not path.is_dir():
@@ -128,7 +129,7 @@ def read_manifest(path: Path) -> Manifest:
         if not (path / MANIFEST).is_file():
             raise ArtifactError(f"{path}: it holds no {MANIFEST}: name a directory that muntin exported")
         size = (path / MANIFEST).stat().st_size
-    except OSError as error:  # of another user, or a name that no file system takes
+    except OSError as error:  # missing permissions, an impossible name
         raise ArtifactError(f"{str(path)[:200]}: cannot be read ({error.strerror}): check the path and its permissions") from error
     if size > LARGEST_MANIFEST:
         raise ArtifactError(
@@ -138,7 +139,7 @@ def read_manifest(path: Path) -> Manifest:
 
 
 def check_target(path: str | Path) -> None:
-    """Raises ArtifactError where `write_artifact` would not write: to be asked before the work, not after it."""
+    """Raises ArtifactError where `write_artifact` would refuse to write. Call it before the work."""
     refuse_foreign(Path(path), (MANIFEST, *FILES), marker=MANIFEST)
 
 
@@ -158,13 +159,13 @@ def write_artifact(
     measured: Mapping[str, Any] | None = None,
     created: str | None = None,
 ) -> Artifact:
-    """Writes a self-contained ONNX model as an artefact directory, whole or not at all; an artefact that is there is replaced.
+    """Writes a self-contained ONNX model as an artefact directory, whole or not at all. Replaces an existing artefact.
 
-    Initializers of more than 64 elements, and those that `packing` names, move to `weights.safetensors`: at 2 to 8 bits where it gives an
-    integer (for INT8 and UINT8), in half precision where it says "f16" (for FLOAT), otherwise as they are. Doc strings, metadata and
-    inferred shapes of intermediates are left out; names stay. `model` is not changed. Costs about twice the model's bytes in memory.
+    Initializers of more than 64 elements, and those named in `packing`, move to `weights.safetensors`: at 2 to 8 bits for an integer (INT8
+    and UINT8), in half precision for "f16" (FLOAT), otherwise unchanged. Doc strings, metadata and inferred shapes of intermediates are
+    left out; names stay. `model` is not changed. Takes about twice the model's bytes in memory.
 
-    Raises ArtifactError: what is at `path` is no artefact, the disk is full, a value does not fit its bits, or the model expands to more
+    Raises ArtifactError: `path` exists and is no artefact, the disk is full, a value does not fit its bits, or the model expands to more
     than 2 GiB.
     """
     path = Path(path)
@@ -190,9 +191,7 @@ def write_artifact(
             files={name: hashlib.sha256(data).hexdigest() for name, data in contents.items()},
         )
     except ValidationError as error:
-        first = error.errors(include_url=False)[0]
-        key = ".".join(str(part) for part in first["loc"])
-        raise ArtifactError(f"manifest field `{key}`: {first['msg']}: record plain values") from error
+        raise ArtifactError(f"manifest field {field_error(error)}: record plain values") from error
     manifest, rendered = render_manifest(manifest)
     replace_directory(path, {MANIFEST: rendered, **{str(name): data for name, data in contents.items()}}, marker=MANIFEST)
     return Artifact(path, manifest)
@@ -218,7 +217,7 @@ def _check_golden(golden: Iterable[GoldenPair], signature: Signature) -> None:
 
 
 def _check_regular(file: Path) -> None:
-    """Raises ArtifactError for a pipe or a device, or a link to one: reading it might have no end."""
+    """Raises ArtifactError for a pipe or a device, or a link to one: reading it might never end."""
     if file.exists() and not file.is_file():
         raise ArtifactError(f"{file}: no regular file: copy or export the artefact again")
 
@@ -237,7 +236,7 @@ def _read_checked(path: Path, name: FileName, manifest: Manifest) -> bytes:
 
 
 def _digest(file: Path) -> str:
-    """Of a file that need not fit into memory."""
+    """sha256 of a file, read in parts."""
     try:
         with file.open("rb") as content:
             return hashlib.file_digest(content, "sha256").hexdigest()
@@ -245,8 +244,8 @@ def _digest(file: Path) -> str:
         raise ArtifactError(f"{file}: cannot be read ({error.strerror}): check the path and its permissions") from error
 
 
-def _check_digest(path: Path, found: str, wanted: str) -> None:
-    if found != wanted:
+def _check_digest(path: Path, digest: str, recorded: str) -> None:
+    if digest != recorded:
         raise ArtifactError(f"{path}: its content is not what the manifest's sha256 says: copy or export the artefact again")
 
 
@@ -254,7 +253,7 @@ def _read_tensors(path: Path, name: FileName, manifest: Manifest) -> dict[str, N
     data = _read_checked(path, name, manifest)
     try:
         tensors: dict[str, NDArray[Any]] = load_tensors(data)
-    except (SafetensorError, KeyError) as error:  # KeyError: a type that numpy does not have
+    except (SafetensorError, KeyError) as error:  # KeyError: a type unknown to numpy
         raise ArtifactError(f"{path / name}: not readable as safetensors ({error}): export the artefact again") from error
     return tensors
 

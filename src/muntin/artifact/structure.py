@@ -1,6 +1,6 @@
-"""A model cut in two: the graph without data, and its weights at their real bit width; and put together again.
+"""Splits a model into a graph without data and its weights at their real bit width, and joins them again.
 
-A weight that is moved out leaves its name, type and shape in the graph, so that nothing has to be guessed when it is put back.
+A weight that is moved out leaves its name, type and shape in the graph.
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ from muntin.artifact.manifest import TensorRecord
 from muntin.artifact.packing import pack, unpack
 from muntin.errors import ArtifactError
 
-MOVED_FROM = 64  # initializers of more elements are moved out
-LARGEST = 2**31 - 2**25  # bytes of weights: a protobuf message holds less than 2 GiB, and the graph needs some of it
+MOVED_FROM = 64  # initializers of more elements are moved out of the graph
+LARGEST = 2**31 - 2**25  # bytes of weights: a protobuf message, graph included, is smaller than 2 GiB
 
 Packing = Mapping[str, int | Literal["f16"]]
 
@@ -29,7 +29,7 @@ _INTEGERS = ("int8", "uint8", "int16", "uint16", "int32", "uint32", "int64", "ui
 
 
 def join_model(structure: bytes, tensors: Mapping[str, NDArray[Any]], records: Mapping[str, TensorRecord]) -> bytes:
-    """The self-contained ONNX: every moved weight back in its place, in the type that the graph kept. Raises ArtifactError on a misfit."""
+    """The self-contained ONNX: every weight in its place, in the graph's type. Raises ArtifactError where they do not fit."""
     model = onnx.ModelProto()
     try:
         model.ParseFromString(structure)
@@ -50,7 +50,7 @@ def join_model(structure: bytes, tensors: Mapping[str, NDArray[Any]], records: M
 
 
 def split_model(model: onnx.ModelProto, packing: Packing) -> tuple[onnx.ModelProto, dict[str, NDArray[Any]], dict[str, TensorRecord]]:
-    """The model without its large initializers, these as they are stored, and how each is stored."""
+    """The model without its large initializers, these as stored, and a record of each."""
     names = {initializer.name for initializer in model.graph.initializer}
     if unknown := sorted(packing.keys() - names):
         raise ArtifactError(f"packing names {unknown[0]}, which is no initializer of the model: name one of its {len(names)}")
@@ -94,7 +94,7 @@ def _store(initializer: onnx.TensorProto, how: int | Literal["f16"] | None) -> t
 
 
 def _expand(initializer: onnx.TensorProto, stored: NDArray[Any], record: TensorRecord) -> bytes:
-    """The raw data of an emptied initializer, in the type and shape that it kept."""
+    """The raw data of an emptied initializer, in its type and shape."""
     dtype = _numpy_type(initializer)
     values: NDArray[Any]
     if record.packing == "int" and record.bits < 8:
@@ -122,35 +122,16 @@ def _numpy_type(initializer: onnx.TensorProto) -> np.dtype[Any]:
 
 
 def _strip(model: onnx.ModelProto) -> None:
-    """Removes, in place, what no engine needs: doc strings, metadata (they carry the exporter's file paths) and inferred shapes."""
-    del model.metadata_props[:]
+    """Removes, in place, what no engine needs: doc strings, metadata (these contain the exporter's file paths) and inferred shapes."""
     model.doc_string = ""
-    _strip_graph(model.graph)
-    for function in model.functions:
-        function.doc_string = ""
-        for entries in (function.metadata_props, function.value_info):
-            del entries[:]
-        _strip_nodes(function.node)
-
-
-def _strip_graph(graph: onnx.GraphProto) -> None:
-    graph.doc_string = ""
-    for entries in (graph.metadata_props, graph.value_info):
-        del entries[:]
-    for holder in (graph.input, graph.output, graph.initializer):
-        for value in holder:
-            value.doc_string = ""
-            del value.metadata_props[:]
-    _strip_nodes(graph.node)
-
-
-def _strip_nodes(nodes: Iterable[onnx.NodeProto]) -> None:
-    for node in nodes:
-        node.doc_string = ""
-        del node.metadata_props[:]
-        for attribute in node.attribute:
-            if attribute.type == onnx.AttributeProto.GRAPH:
-                _strip_graph(attribute.g)
+    del model.metadata_props[:]
+    for graph in _graphs(model):
+        graph.doc_string = ""
+        del graph.metadata_props[:], graph.value_info[:]
+        values = (*graph.input, *graph.output, *graph.initializer) if isinstance(graph, onnx.GraphProto) else ()
+        for item in (*graph.node, *values):
+            item.doc_string = ""
+            del item.metadata_props[:]
 
 
 def _refuse_large(initializers: Iterable[onnx.TensorProto]) -> None:
@@ -160,50 +141,39 @@ def _refuse_large(initializers: Iterable[onnx.TensorProto]) -> None:
 
 
 def _refuse_external(model: onnx.ModelProto) -> None:
-    """A tensor whose data lies in another file could name any file of the machine: an artefact has none."""
+    """Raises ArtifactError for data in another file: its name could be that of any file of the machine."""
     for tensor in _all_tensors(model):
         if tensor.data_location == onnx.TensorProto.EXTERNAL:
             raise ArtifactError(f"tensor {tensor.name} lies in an external file: load the model with its external data and export it again")
 
 
 def _refuse_engines(model: onnx.ModelProto) -> None:
-    """A node that holds, or names, what a device's compiler made (`EPContext`) would have an engine run code that nobody can check."""
-    for node in _all_nodes(model):
+    """Raises ArtifactError for a node that contains or names a compiled model (`EPContext`): an engine would run unchecked code."""
+    for node in (node for graph in _graphs(model) for node in graph.node):
         if node.op_type == "EPContext":
             raise ArtifactError(f"model.onnx: node {node.name or node.op_type} is an engine's compiled form: export the model itself")
 
 
-def _all_nodes(model: onnx.ModelProto) -> Iterator[onnx.NodeProto]:
-    waiting = [*model.graph.node, *(node for function in model.functions for node in function.node)]
+def _graphs(model: onnx.ModelProto) -> Iterator[onnx.GraphProto | onnx.FunctionProto]:
+    """The model's graph, its functions, and every graph inside of their nodes."""
+    waiting: list[onnx.GraphProto | onnx.FunctionProto] = [model.graph, *model.functions]
     while waiting:
-        node = waiting.pop()
-        yield node
-        for attribute in node.attribute:
-            for graph in (attribute.g, *attribute.graphs):
-                waiting += graph.node
+        graph = waiting.pop()
+        yield graph
+        for attribute in (attribute for node in graph.node for attribute in node.attribute):
+            waiting += attribute.graphs
+            if attribute.HasField("g"):
+                waiting.append(attribute.g)
 
 
 def _all_tensors(model: onnx.ModelProto) -> Iterator[onnx.TensorProto]:
-    yield from _graph_tensors(model.graph)
-    for function in model.functions:
-        yield from _node_tensors(function.node)
-
-
-def _graph_tensors(graph: onnx.GraphProto) -> Iterator[onnx.TensorProto]:
-    yield from graph.initializer
-    yield from _sparse_tensors(graph.sparse_initializer)
-    yield from _node_tensors(graph.node)
-
-
-def _node_tensors(nodes: Iterable[onnx.NodeProto]) -> Iterator[onnx.TensorProto]:
-    for node in nodes:
-        for attribute in node.attribute:
+    for graph in _graphs(model):
+        sparse = []
+        if isinstance(graph, onnx.GraphProto):
+            yield from graph.initializer
+            sparse += graph.sparse_initializer
+        for attribute in (attribute for node in graph.node for attribute in node.attribute):
             yield from (attribute.t, *attribute.tensors)
-            yield from _sparse_tensors((attribute.sparse_tensor, *attribute.sparse_tensors))
-            for inner in (attribute.g, *attribute.graphs):
-                yield from _graph_tensors(inner)
-
-
-def _sparse_tensors(tensors: Iterable[onnx.SparseTensorProto]) -> Iterator[onnx.TensorProto]:
-    for sparse in tensors:
-        yield from (sparse.values, sparse.indices)
+            sparse += [attribute.sparse_tensor, *attribute.sparse_tensors]
+        for tensor in sparse:
+            yield from (tensor.values, tensor.indices)

@@ -1,4 +1,4 @@
-"""Files that are there whole or not at all: a temporary sibling, fsync, rename."""
+"""Files written whole or not at all: a temporary sibling, fsync, rename."""
 
 from __future__ import annotations
 
@@ -10,14 +10,13 @@ from pathlib import Path
 
 
 def write_files(directory: Path, contents: Mapping[str, bytes | memoryview]) -> None:
-    """Writes files by name into a directory: all are complete on the disk before any takes its name.
+    """Writes files by name into a directory: all are complete on the disk before the first one gets its name.
 
-    Raises OSError, and leaves what was there before and nothing else, unless it is the last rename of several that the system refuses.
+    Raises OSError. Then the former files are unchanged and nothing is left behind, unless one of several renames failed.
     """
-    # Hidden siblings, so that taking the final name is a rename inside one file system; removed whatever happens.
-    # Not named after it: a name may be as long as names can be.
+    # Hidden siblings, so that each rename stays inside one file system. Their names are short: a file's name may have the maximum length.
     copies = {name: (directory / name).with_name(f".{secrets.token_hex(8)}.tmp") for name in contents}
-    for name in contents:  # the one reason that a rename may have and writing beside it not
+    for name in contents:  # the only reason for a rename to fail after the writes succeeded
         if (directory / name).is_dir():
             raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(directory / name))
     try:
@@ -32,7 +31,7 @@ def write_files(directory: Path, contents: Mapping[str, bytes | memoryview]) -> 
 
 
 def write_synced(file: Path, data: bytes | memoryview) -> None:
-    """Makes a new file that is on the disk when this returns; its name is once the directory is synced, too."""
+    """Creates a file whose content is on the disk when this returns. Its name is once the directory is synced."""
     with file.open("xb") as stream:
         stream.write(data)
         stream.flush()
@@ -40,17 +39,17 @@ def write_synced(file: Path, data: bytes | memoryview) -> None:
 
 
 def sync_directory(directory: Path) -> None:
-    """Makes renames in it durable, where the file system can."""
-    if os.name != "posix":  # elsewhere a directory cannot be opened, and the rename is all there is
+    """Makes renames in a directory durable, where the file system supports it."""
+    if os.name != "posix":  # elsewhere a directory cannot be opened
         return
     try:
         descriptor = os.open(directory, os.O_RDONLY)
-    except PermissionError:  # one may write in it and not look into it
+    except PermissionError:  # a directory may be writable but not readable
         return
     try:
         os.fsync(descriptor)
     except OSError as error:
-        if error.errno != errno.EINVAL:  # what file systems say that sync no directories, as some over a network
+        if error.errno != errno.EINVAL:  # some network file systems do not sync directories
             raise
     finally:
         os.close(descriptor)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -12,6 +13,7 @@ from muntin.cli.console import Json, out, print_json, progress_bar
 from muntin.cli.deploy import ArtifactPath, Engine, Precision
 from muntin.cli.profile import parse_size
 from muntin.errors import DataError
+from muntin.text import count
 
 if TYPE_CHECKING:
     from muntin.runtime.bench import Bench
@@ -60,7 +62,7 @@ def bench_command(
             report=advance,
         )
     if json:
-        print_json(result.as_dict())
+        print_json(asdict(result))
         return
     _print(result)
 
@@ -94,8 +96,6 @@ def _candidate(path: Path, compile: bool, engine: str, precision: str) -> Candid
 
 
 def _print(result: Bench) -> None:
-    from muntin.runtime.doctor import count
-
     names = list(dict.fromkeys(row.name for row in result.rows))
     letters = dict(zip(names, "AB", strict=False))
     for name, letter in letters.items():

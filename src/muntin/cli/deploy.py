@@ -99,11 +99,11 @@ def verify_command(
     """
     from muntin.reporting.text import percent
     from muntin.runtime import verify
-    from muntin.runtime.engines import DEFAULT_ENGINE
+    from muntin.runtime.options import DEFAULT_ENGINE, SessionOptions
 
     alone = engine == DEFAULT_ENGINE
     with status("verifying"):
-        result = verify(artifact, engine=engine, precision=precision, threads=threads, layers=alone)
+        result = verify(artifact, SessionOptions(engine=engine, precision=precision, threads=threads), layers=alone)
     notes = [] if alone else [f"the layers were not checked one by one, which is done in {DEFAULT_ENGINE} only: leave out --engine for it"]
     integers = [layer.name for layer in result.layers if layer.compute and layer.precision == "i8"]
     if json:
@@ -161,12 +161,6 @@ def predict_command(
     overlap: Annotated[
         int | None, typer.Option(min=0, help="Pixels that neighbouring tiles share; a quarter of the tile by default.")
     ] = None,
-    exact: Annotated[
-        bool,
-        typer.Option(
-            "--exact", help="Tiles whose result equals the untiled one. Always refused so far: no artefact has the plan for it yet."
-        ),
-    ] = False,
     max_pixels: Annotated[
         int | None, typer.Option(min=1, help="Refuse pictures of more pixels; 268,435,456 by default. A .npy file is read tile by tile.")
     ] = None,
@@ -180,20 +174,22 @@ def predict_command(
     An image that cannot be done is told, the others are done, and the exit code is 1.
     """
     from muntin.artifact import open_artifact
-    from muntin.runtime import load
+    from muntin.runtime.engines import open_session
     from muntin.runtime.images import MAX_PIXELS, TooManyPixelsError
+    from muntin.runtime.options import SessionOptions
     from muntin.runtime.tiles import check_tiles
 
     images = _images(image)
     if truth is not None and len(images) != 1:
         raise DataError(f"--truth goes with one image, and these are {len(images)}: name one")
-    session = load(artifact, engine=engine, precision=precision, threads=threads, shapes=(), dynamic=True)
+    options = SessionOptions(engine=engine, precision=precision, threads=threads, shapes=(), dynamic=True)
+    session = open_session(artifact, options)
     task = session.signature.task
-    given = {"--output": output, "--truth": truth, "--tile": tile, "--overlap": overlap, "--exact": exact or None}
+    given = {"--output": output, "--truth": truth, "--tile": tile, "--overlap": overlap}
     _refuse_unused(task, [option for option, value in given.items() if value is not None])
     folder = output or Path("predictions")
     side = tile or max((open_artifact(artifact).manifest.example or (1, TILE, TILE))[1:])
-    tiles: dict[str, Any] = {"tile": side, "overlap": overlap, "exact": exact}
+    tiles: dict[str, Any] = {"tile": side, "overlap": overlap}
     if task != "classify":
         _refuse_same_results(images)
         refuse_unwritable(folder)
@@ -305,7 +301,7 @@ def _results(path: Path, output: Path, signature: Signature) -> dict[str, Path]:
 
 def _refuse_unused(task: str, given: Iterable[str]) -> None:
     """Raises DataError for an option that the artefact's task has no use for."""
-    useless = {"classify": ("--output", "--truth", "--tile", "--overlap", "--exact"), "restore": ("--truth",)}.get(task, ())
+    useless = {"classify": ("--output", "--truth", "--tile", "--overlap"), "restore": ("--truth",)}.get(task, ())
     if unused := [option for option in given if option in useless]:
         answers = "the name of a class, which is printed" if task == "classify" else "an image, which no mask is the truth of"
         raise DataError(f"{unused[0]}: the artefact's task is {task}, and its answer {answers}: leave out {', '.join(unused)}")

@@ -17,7 +17,8 @@ from muntin.cli.console import Json, out, print_json, status
 from muntin.errors import VerificationError
 
 if TYPE_CHECKING:
-    from muntin.runtime.doctor import Diagnosis, Machine
+    from muntin.runtime.doctor import Diagnosis
+    from muntin.runtime.doctor_facts import Machine
 
 LABEL, LINE = 12, 64
 """Columns of a row's label, at least, and of a list of packages: with the margins 80 in all."""

@@ -6,16 +6,19 @@ import json
 import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.table import Table
 from rich.text import Text
 
 from muntin.cli.console import Json, out, print_json, print_table, refuse_unwritable, status
+from muntin.cli.deploy import Precision, Threads
 from muntin.errors import DataError
+from muntin.text import count
 
-Shape = tuple[int, int, int]
+if TYPE_CHECKING:
+    from muntin.runtime.session import Shape
 
 WINS = 3
 TOP = 12
@@ -35,8 +38,8 @@ def profile_command(
     ] = None,
     batch: Annotated[int | None, typer.Option(min=1, help="Images in a call.")] = None,
     engine: Annotated[str, typer.Option(help="openvino or onnxruntime.")] = "openvino",
-    precision: Annotated[str, typer.Option(help="recorded, f32, bf16 or f16: what the float layers run in.")] = "recorded",
-    threads: Annotated[int | None, typer.Option(min=1, help="Threads of the engine; the usable physical cores by default.")] = None,
+    precision: Precision = "recorded",
+    threads: Threads = None,
     rounds: Annotated[int, typer.Option(min=1, max=1000, help="Calls that are measured.")] = 30,
     output: Annotated[
         Path | None, typer.Option("--output", "-o", help="Folder of the results; ARTIFACT-profile beside the artefact by default.")
@@ -49,6 +52,7 @@ def profile_command(
     from muntin.reporting.files import write_files
     from muntin.reporting.profile_page import HTML_NAME, JSON_NAME, PICTURE_NAME
     from muntin.runtime.chrome_trace import chrome_trace
+    from muntin.runtime.options import SessionOptions
     from muntin.runtime.profile import profile
     from muntin.runtime.profile_document import profile_dict
 
@@ -61,7 +65,7 @@ def profile_command(
         return
     shape = _shape(artifact, size, batch)
     with status("profiling"):
-        measured = profile(artifact, engine=engine, precision=precision, threads=threads, shape=shape, rounds=rounds)
+        measured = profile(artifact, SessionOptions(engine=engine, precision=precision, threads=threads), shape=shape, rounds=rounds)
     document = profile_dict(measured)
     page = write_profile(target, document)
     write_files(target, {TRACE: _text(chrome_trace(measured))}, what="trace")
@@ -96,7 +100,7 @@ def _profile_run(run: Path, target: Path, *, size: str | None, batch: int | None
         return
     out.print(
         f"whole     {measured.whole_ms:.2f} ms for {batch or 1} x {H} x {W} in {measured.engine} {measured.precision}, "
-        f"{_count(measured.threads, 'thread')}, the profiler on (median of {_count(rounds, 'call')})",
+        f"{count(measured.threads, 'thread')}, the profiler on (median of {count(rounds, 'call')})",
         markup=False,
     )
     rows = [[layer.name, layer.kind, f"{layer.ms:.2f}", f"{layer.ms / measured.whole_ms:.0%}"] for layer in measured.layers[:TOP]]
@@ -136,10 +140,6 @@ def parse_size(size: str) -> tuple[int, int]:
     return int(match[1]), int(match[2] or match[1])
 
 
-def _count(count: int, what: str) -> str:
-    return f"{count} {what}{'' if count == 1 else 's'}"
-
-
 def _text(document: Mapping[str, Any]) -> str:
     return json.dumps(document, ensure_ascii=False, allow_nan=False) + "\n"
 
@@ -148,7 +148,7 @@ def _print(document: Mapping[str, Any]) -> None:
     B, H, W = document["shape"]
     out.print(
         f"whole     {document['whole_ms']:.2f} ms for {B} x {H} x {W} in {document['engine']}, float layers in {document['precision']}, "
-        f"{_count(document['threads'], 'thread')} (median of {_count(document['rounds'], 'call')})",
+        f"{count(document['threads'], 'thread')} (median of {count(document['rounds'], 'call')})",
         markup=False,
     )
     wins = [finding for finding in document["findings"] if finding["saves_ms"] is not None]

@@ -119,7 +119,7 @@ def evaluate_command(
     from muntin.errors import ArtifactError, RecipeError
     from muntin.models import TorchSession
     from muntin.runtime import load
-    from muntin.runtime.engines import DEFAULT_ENGINE
+    from muntin.runtime.options import DEFAULT_ENGINE
     from muntin.training import evaluate, read_checkpoint
     from muntin.training.checkpoint import source_of
     from muntin.training.evaluation import tile_of

@@ -39,11 +39,11 @@ from muntin.models import TorchSession
 from muntin.models.compression_record import Stage
 from muntin.runtime import Session, describe_hardware, load, verify
 from muntin.runtime.contention import notes_on, watch_cpu
-from muntin.runtime.doctor import count
 from muntin.runtime.images import IGNORED
 from muntin.runtime.latency import latency_report
 from muntin.runtime.memory import no_memory
 from muntin.runtime.tiles import Predictor
+from muntin.text import count
 from muntin.training.checkpoint import AVERAGE, Checkpoint, calibration_of, read_checkpoint, source_of
 from muntin.training.evaluation import Labels, predictions, score, tile_of
 from muntin.training.recipe import override_recipe, recipe_text

@@ -10,7 +10,7 @@ import torch
 from muntin.deployment.live import best_device, checkpoint_session
 from muntin.runtime.latency import Mapper
 from muntin.runtime.loading import Candidate
-from muntin.runtime.session import Shape
+from muntin.runtime.options import SessionOptions
 from muntin.training import read_checkpoint
 
 
@@ -24,9 +24,9 @@ class CheckpointCandidate(Candidate):
         # PyTorch's kernels have libraries of their own, loaded when first used, and a GPU what has to be set up once a process.
         torch.nn.Conv2d(1, 1, 1, device=(device := best_device()))(torch.zeros(1, 1, 1, 1, device=device))
 
-    def open(self, threads: int, streams: int, shapes: tuple[Shape, ...]) -> Mapper:
-        torch.set_num_threads(threads)
+    def open(self, options: SessionOptions) -> Mapper:
+        torch.set_num_threads(options.thread_count)
         session = checkpoint_session(read_checkpoint(self.path), compile=self.compile)
-        for shape in shapes:
+        for shape in options.shapes or ():
             session(np.zeros((*shape, session.signature.channels), np.uint8))
         return session

@@ -48,7 +48,7 @@ from muntin.errors import ArtifactError, ExportError, MuntinError
 from muntin.models import HybridNet
 from muntin.models.eager import check_module, eager_copy
 from muntin.runtime import Session, describe_hardware, load
-from muntin.runtime.engines import Precision
+from muntin.runtime.options import Precision
 from muntin.runtime.session import check_shape
 from muntin.runtime.verification import find_fallbacks, replay
 from muntin.training.config import QuantizationConfig

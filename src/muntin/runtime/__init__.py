@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from muntin.runtime.engines import ENGINES, load
 from muntin.runtime.hardware import describe_hardware
+from muntin.runtime.options import SessionOptions
 from muntin.runtime.session import ExecutedLayer, Session
 from muntin.runtime.tiles import predict
 from muntin.runtime.verification import GoldenResult, VerifyResult, verify
@@ -13,6 +14,7 @@ __all__ = [
     "ExecutedLayer",
     "GoldenResult",
     "Session",
+    "SessionOptions",
     "VerifyResult",
     "describe_hardware",
     "load",

@@ -1,10 +1,10 @@
-"""Where engines keep what they compiled, so that the next process opens an artefact faster.
+"""The cache of compiled models, from which the next process opens an artefact faster.
 
     CACHE/compiled/<engine>-<version>-<digest of artefact and CPU>/<digest of shape and options>.bin
 
-A folder belongs to one artefact (by its digest), one version of one engine and one kind of CPU: none of them is ever given what another
-compiled. Every file begins with the digest of the rest: what was damaged is not run. When all of it grows beyond `LIMIT`, those folders go
-that were not used for the longest time, then such files of the folder in use, which has one for each shape.
+A folder belongs to one artefact (by its digest), one version of one engine and one kind of CPU. Every file begins with the digest of its
+remaining content, so a damaged file is never run. Beyond `LIMIT` the least recently used folders are removed, then the least recently used
+files of the folder in use, which has one file for each shape.
 """
 
 from __future__ import annotations
@@ -21,12 +21,12 @@ from pathlib import Path
 from muntin.runtime.hardware import cpu_identity
 
 LIMIT = 2 << 30
-"""Bytes of compiled models that are kept."""
+"""Bytes of compiled models."""
 _DIGEST = hashlib.sha256().digest_size
 
 
 def cache_folder() -> Path:
-    """The user's: $MUNTIN_CACHE, else $XDG_CACHE_HOME/muntin, else ~/.cache/muntin; it need not exist."""
+    """The user's cache, which may not exist: $MUNTIN_CACHE, else $XDG_CACHE_HOME/muntin, else ~/.cache/muntin."""
     own, shared = os.environ.get("MUNTIN_CACHE"), os.environ.get("XDG_CACHE_HOME")
     if own:
         return Path(own).expanduser()
@@ -34,13 +34,13 @@ def cache_folder() -> Path:
 
 
 _FOLDER = re.compile(r"[a-z]+-[A-Za-z0-9._-]+-[0-9a-f]{32}")
-"""Names of folders that this made; whoever names the cache's folder may have others beside them."""
+"""Names of this module's folders; a user's folder may hold others beside them."""
 
 
 def compiled_folder(engine: str, version: str, digest: str) -> Path | None:
-    """The folder, made if need be, for what `engine` compiles of the artefact with this digest; None where none can be written.
+    """Creates and returns the folder for an engine's compiled models of the artefact with this digest; None where that is not possible.
 
-    It can be read by its owner alone: what lies in it is executed.
+    Only its owner can read and write it: its content is executed.
     """
     key = hashlib.sha256(f"{digest}\n{cpu_identity()}".encode()).hexdigest()[:32]
     try:
@@ -53,19 +53,19 @@ def compiled_folder(engine: str, version: str, digest: str) -> Path | None:
         if not _is_own(folder):
             return None
         os.utime(folder)
-    except (OSError, RuntimeError):  # a full disk, a read-only home or no home slows the next opening down and changes nothing else
+    except (OSError, RuntimeError):  # a full disk, a read-only home, no home
         return None
     return folder
 
 
 class CompiledModels:
-    """What one engine compiled of one artefact, by a text that says what for (shape, options). Without a folder nothing is kept."""
+    """Compiled models of one artefact in one engine, by a key that names shape and options. Without a folder nothing is kept."""
 
     def __init__(self, engine: str, version: str, digest: str) -> None:
         self._engine, self._version, self._digest = engine, version, digest
 
     def read(self, key: str) -> bytes | None:
-        """What was kept under a key; None where there is nothing, or where it is not what was written."""
+        """Returns the content of a key; None where there is none, or where it is damaged."""
         folder = compiled_folder(self._engine, self._version, self._digest)
         if folder is None:
             return None
@@ -76,14 +76,14 @@ class CompiledModels:
             return None
         if hashlib.sha256(data[_DIGEST:]).digest() == data[:_DIGEST]:
             with suppress(OSError):
-                os.utime(file, ns=(time.time_ns(), file.stat().st_mtime_ns))  # used now, by a clock that file systems may not keep
+                os.utime(file, ns=(time.time_ns(), file.stat().st_mtime_ns))  # file systems may not record reads
             return data[_DIGEST:]
         with suppress(OSError):
             file.unlink()
         return None
 
     def write(self, key: str, data: bytes) -> None:
-        """Keeps something under a key, whole or not at all."""
+        """Writes the content of a key, whole or not at all."""
         folder = compiled_folder(self._engine, self._version, self._digest)
         if folder is None:
             return
@@ -106,7 +106,7 @@ def _name(key: str) -> str:
 
 
 def _is_own(folder: Path) -> bool:
-    """Whether nobody but this user can have put something there."""
+    """Returns True if only this user can write there."""
     if folder.is_symlink():
         return False
     if not hasattr(os, "getuid"):
@@ -116,26 +116,22 @@ def _is_own(folder: Path) -> bool:
 
 
 def make_room(used: Path, *, keep: Path | None = None) -> None:
-    """Removes what was not used for the longest, until the rest is within `LIMIT`: whole folders but `used`, then of this one all but the
-    file `keep`, where one is given. What cannot be removed stays."""
+    """Removes the least recently used content until the rest is within `LIMIT`: folders other than `used`, then, if `keep` is given, files
+    of `used` other than `keep`. Content that cannot be removed stays."""
     with suppress(OSError):
-        _make_room(used, keep)
-
-
-def _make_room(used: Path, keep: Path | None) -> None:
-    folders = [folder for folder in used.parent.iterdir() if folder == used or _FOLDER.fullmatch(folder.name)]  # others are not muntin's
-    sizes = {folder: sum(file.stat().st_size for file in folder.rglob("*") if file.is_file()) for folder in folders}
-    total = sum(sizes.values())
-    for folder in sorted(sizes, key=lambda folder: folder.stat().st_mtime):
-        if total <= LIMIT:
-            return
-        if folder != used:
-            shutil.rmtree(folder, ignore_errors=True)
-            total -= sizes[folder]
-    for file in sorted(used.iterdir(), key=lambda file: file.stat().st_atime) if keep is not None else ():
-        if total <= LIMIT:
-            return
-        if file != keep:
-            size = file.stat().st_size
-            file.unlink()
-            total -= size
+        folders = [folder for folder in used.parent.iterdir() if folder == used or _FOLDER.fullmatch(folder.name)]  # others are the user's
+        sizes = {folder: sum(file.stat().st_size for file in folder.rglob("*") if file.is_file()) for folder in folders}
+        total = sum(sizes.values())
+        for folder in sorted(sizes, key=lambda folder: folder.stat().st_mtime):
+            if total <= LIMIT:
+                return
+            if folder != used:
+                shutil.rmtree(folder, ignore_errors=True)
+                total -= sizes[folder]
+        for file in sorted(used.iterdir(), key=lambda file: file.stat().st_atime) if keep is not None else ():
+            if total <= LIMIT:
+                return
+            if file != keep:
+                size = file.stat().st_size
+                file.unlink()
+                total -= size

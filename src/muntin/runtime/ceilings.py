@@ -1,78 +1,60 @@
-"""How fast can this machine multiply and copy, measured here and now?
+"""Measures how fast this machine multiplies and copies: the ceilings of the roofline model (Williams et al., 2009).
 
-A layer's speed means something beside what the machine can do at all: the ceilings of the roofline model (Williams et al., 2009). They
-are taken with the kernels that artefacts run on, OpenVINO's, on graphs of two products of one kind, one after the other:
+OpenVINO's kernels, on which artefacts run, compute graphs of two equal products in sequence:
 
     x (side, side) @ w (side, side) @ w            a Linear of many tokens
     x (1, 256, side, side) * w (256, 256, 3, 3) * w   a convolution of many channels
 
-The first product's output is what the second takes, bfloat16 or uint8, as inside a model. Only the kernels that multiply are timed, by
-the engine itself; of the two products and the two kinds the fastest counts. A product that did not run in the precision asked for counts
-not at all: a precision that the CPU lacks is absent, never emulated.
+The second product reads the first one's output in bfloat16 or uint8, as inside a model. Only the kernels that multiply are timed, by
+the engine; the fastest product counts. A product that did not run in the requested precision is ignored: a precision that the CPU lacks is
+absent, never emulated.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from threading import Barrier, BrokenBarrierError
 from typing import Any, Literal
 
 import numpy as np
-import onnx
 from numpy.typing import NDArray
-from onnx import TensorProto, helper, numpy_helper
+from onnx import helper
 
 from muntin.errors import DataError
 from muntin.runtime.contention import watch_cpu
+from muntin.runtime.exactness import serialised
 from muntin.runtime.hardware import last_level_cache, memory_gib, physical_cores
+from muntin.runtime.kernels import Ceilings
+from muntin.runtime.openvino import executed_products
+from muntin.runtime.options import check_threads
 from muntin.runtime.quiet import openvino
-from muntin.runtime.session import check_threads
 from muntin.runtime.signals import signal_stack_kept
 
 Kind = Literal["MatMul", "Conv"]
 
-# What a precision needs among the CPU's capabilities, OpenVINO's hint for it, and its name of what a product then runs in
-PRECISIONS: dict[str, tuple[str, str, frozenset[str]]] = {
+# Precision -> the CPU's capability, OpenVINO's hint, and OpenVINO's names of the precision that a product then runs in
+PRODUCT_PRECISIONS: dict[str, tuple[str, str, frozenset[str]]] = {
     "f32": ("FP32", "f32", frozenset({"f32"})),
     "bf16": ("BF16", "bf16", frozenset({"bf16"})),
     "f16": ("FP16", "f16", frozenset({"f16"})),
     "i8": ("INT8", "f32", frozenset({"u8", "i8"})),
 }
-_MULTIPLY = frozenset({"FullyConnected", "MatMul", "Convolution"})
 _CHANNELS = 256
 _REPEATS = 3
 _BLOCK = 8
-"""Calls whose mean counts as one run, at the least."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Ceilings:
-    """What this machine reached.
-
-    `gmacs`: 1e9 multiply-adds a second of a large product, by "f32", "bf16", "f16", "i8"; a precision that the CPU has no kernels for is
-    absent. `copy_gb_s`: 1e9 bytes read and written a second by a copy far larger than the caches. `threads`: how many worked. `others`:
-    cores' worth of CPU time that other processes used meanwhile, None where unknown: these are a busy machine's ceilings if it is not
-    near 0.
-    """
-
-    gmacs: Mapping[str, float]
-    copy_gb_s: float
-    threads: int
-    others: float | None
+"""Minimum number of calls whose mean counts as one run."""
 
 
 @signal_stack_kept()
 def measure_ceilings(*, threads: int | None = None, seconds: float = 1.0) -> Ceilings:
     """Measures every precision that the CPU has, and the copy: the best of repeated runs after a warm-up.
 
-    A median would be the ceiling of a machine that others use too, and a layer measured in a quiet moment would go through it.
+    A median would be lower on a busy machine, and a layer that is measured in a quiet moment would exceed it.
 
-    `threads`: None for the usable physical cores. Costs about `seconds` for each precision, and half a second more for compiling, and
-    `seconds` for the copy; memory of a few hundred megabytes, an eighth of the machine's at most. Raises DataError for a number of threads
-    or seconds that is not positive, ModuleNotFoundError where OpenVINO is not installed.
+    `threads`: None for the usable physical cores. Takes about `seconds` for each precision and for the copy, and half a second for each
+    compilation; a few hundred megabytes of memory, at most an eighth of the machine's. Raises DataError for a number of threads or seconds
+    that is not positive, ModuleNotFoundError where OpenVINO is not installed.
     """
     check_threads(threads)
     if not seconds > 0:
@@ -83,27 +65,27 @@ def measure_ceilings(*, threads: int | None = None, seconds: float = 1.0) -> Cei
         capabilities = core.get_property("CPU", "OPTIMIZATION_CAPABILITIES")
         rates = {
             precision: [measure_product(core, kind, precision, threads=threads, seconds=seconds / 2) for kind in ("MatMul", "Conv")]
-            for precision, (capability, _, _) in PRECISIONS.items()
+            for precision, (capability, _, _) in PRODUCT_PRECISIONS.items()
             if capability in capabilities
         }
         copy_gb_s = measure_copy(threads, seconds)
-    gmacs = {precision: max(found) for precision, kinds in rates.items() if (found := [rate for rate in kinds if rate is not None])}
+    gmacs = {precision: max(measured) for precision, kinds in rates.items() if (measured := [rate for rate in kinds if rate is not None])}
     return Ceilings(gmacs=gmacs, copy_gb_s=copy_gb_s, threads=threads, others=watch.others)
 
 
 @signal_stack_kept()
 def measure_product(core: Any, kind: Kind, precision: str, *, threads: int, seconds: float) -> float | None:
-    """1e9 multiply-adds a second of the faster of two products; None when there are no kernels for it, or none ran in the precision.
+    """1e9 multiply-adds a second of the faster of two products; None without kernels for the precision.
 
     `core`: an `openvino.Core`. Runs for `seconds`, and at least three times.
     """
-    _, hint, names = PRECISIONS[precision]
+    _, hint, names = PRODUCT_PRECISIONS[precision]
     side = _side(kind, min(threads, physical_cores()))
     options = {"INFERENCE_PRECISION_HINT": hint, "INFERENCE_NUM_THREADS": threads, "PERFORMANCE_HINT": "LATENCY", "PERF_COUNT": True}
     model = core.read_model(model=product_graph(kind, side, integer=precision == "i8"), weights=b"")
     try:
         compiled = core.compile_model(model, "CPU", options)
-    except RuntimeError:  # a capability of the CPU whose kernels are switched off by ONEDNN_MAX_CPU_ISA: OpenVINO does not fall back
+    except RuntimeError:  # ONEDNN_MAX_CPU_ISA may disable the kernels of a capability
         return None
     ran = {name for name, ran_in in executed_products(compiled.get_runtime_model()).items() if ran_in in names}
     if not ran:
@@ -111,11 +93,11 @@ def measure_product(core: Any, kind: Kind, precision: str, *, threads: int, seco
     request = compiled.create_infer_request()
     x = np.random.default_rng(0).standard_normal(compiled.input(0).shape, np.float32)
     request.infer([x], share_inputs=True, share_outputs=True)  # the first call packs the weights
-    # The engine's counter is the mean over all calls so far, in whole microseconds: what a block of calls took is a difference of two.
+    # The engine's counter is the mean over all calls so far, in whole microseconds: a block's time is the difference of two sums.
     before, best, calls = _counted(request, x, ran, 1), dict.fromkeys(ran, float("inf")), 2
     start, blocks = time.perf_counter(), 0
     while time.perf_counter() - start < seconds or blocks < _REPEATS:
-        block = max(_BLOCK, calls // 4)  # a mean is cut by up to 1 us, and so a block's by as much for each block that was before it
+        block = max(_BLOCK, calls // 4)  # a mean is rounded by up to 1 us, so a block's error grows with the number of earlier calls
         after = _counted(request, x, ran, block)
         for name in ran:
             best[name] = min(best[name], (after[name] * (calls + block) - before[name] * calls) / block)
@@ -125,28 +107,19 @@ def measure_product(core: Any, kind: Kind, precision: str, *, threads: int, seco
 
 
 def _counted(request: Any, x: NDArray[np.float32], names: set[str], calls: int) -> dict[str, float]:
-    """The kernels' counters, in seconds, after so many more calls."""
+    """The kernels' counters, in seconds, after `calls` more calls."""
     for _ in range(calls):
         request.infer([x], share_inputs=True, share_outputs=True)
     return {node.node_name: node.real_time.total_seconds() for node in request.get_profiling_info() if node.node_name in names}
 
 
-def executed_products(runtime_model: Any) -> dict[str, str]:
-    """The kernels of a compiled model that multiply matrices or convolve: the engine's name -> what it runs in, in OpenVINO's words."""
-    products = {}
-    for node in runtime_model.get_ordered_ops():
-        info = node.get_rt_info()
-        if "layerType" in info and info["layerType"].astype(str) in _MULTIPLY:
-            products[node.get_friendly_name()] = str(info["runtimePrecision"].astype(str))
-    return products
-
-
 def product_graph(kind: Kind, side: int, *, integer: bool) -> bytes:
     """A serialised ONNX model of two products with the same weights, float32 in and out, all sizes static; `integer`: in QDQ form.
 
-    Weights are so small that values keep about their size from one product to the next.
+    The weights' scale keeps the values' size from one product to the next.
     """
-    shape, weight_shape = ([side, side], (side, side)) if kind == "MatMul" else ([1, _CHANNELS, side, side], (_CHANNELS, _CHANNELS, 3, 3))
+    shape: tuple[int, ...] = (side, side) if kind == "MatMul" else (1, _CHANNELS, side, side)
+    weight_shape = (side, side) if kind == "MatMul" else (_CHANNELS, _CHANNELS, 3, 3)
     axis, inputs = (1, side) if kind == "MatMul" else (0, 9 * _CHANNELS)
     generator = np.random.default_rng(1)
     nodes, x = [], "x"
@@ -167,23 +140,14 @@ def product_graph(kind: Kind, side: int, *, integer: bool) -> bytes:
         pads = {"pads": [1, 1, 1, 1]} if kind == "Conv" else {}
         nodes.append(helper.make_node(kind, [x, "w"], [step], name=step, **pads))
         x = step
-    graph = helper.make_graph(
-        nodes,
-        "products",
-        [helper.make_tensor_value_info("x", TensorProto.FLOAT, shape)],
-        [helper.make_tensor_value_info(x, TensorProto.FLOAT, shape)],
-        [numpy_helper.from_array(value, name) for name, value in constants.items()],
-    )
-    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 19)], ir_version=10)
-    onnx.checker.check_model(model)
-    return bytes(model.SerializeToString())
+    return serialised(nodes, constants, shape, shape)
 
 
 def measure_copy(threads: int, seconds: float) -> float:
-    """1e9 bytes a second, read and written, that `threads` threads copy together, each its part of an array far beyond the caches.
+    """1e9 bytes a second, read and written, that `threads` threads copy together, each its part of an array far larger than the caches.
 
-    As the STREAM benchmark counts: the best round, which lasts until the last thread is done, and what a cache reads only in order to
-    overwrite it does not count. Runs for `seconds`, and at least three rounds.
+    Counted as in the STREAM benchmark: the best round, until the last thread is done, without the cache's reads before writes. Runs for
+    `seconds`, and at least three rounds.
     """
     rounds = _Rounds(threads, seconds)
     size = _copy_bytes() // threads
@@ -195,7 +159,7 @@ def measure_copy(threads: int, seconds: float) -> float:
 
 
 class _Rounds:
-    """Threads that begin each round together: seconds from one such moment to the next, by which time all have done their part."""
+    """Rounds that threads begin together. `lengths`: seconds from the start of each round to the start of the next."""
 
     def __init__(self, threads: int, seconds: float) -> None:
         self.lengths: list[float] = []
@@ -205,12 +169,12 @@ class _Rounds:
         self._barrier = Barrier(threads, action=self._turn)
 
     def wait(self) -> bool:
-        """For all others. Whether there is another round."""
+        """Waits for all threads. Returns True if there is another round."""
         self._barrier.wait()
         return not self.over
 
     def abort(self) -> None:
-        """Nobody waits any more: one cannot go on."""
+        """Releases all waiting threads after a failure."""
         self._barrier.abort()
 
     def _turn(self) -> None:
@@ -222,7 +186,7 @@ class _Rounds:
 
 
 def _copy(size: int, rounds: _Rounds) -> None:
-    """The arrays are the thread's own and written by it first: they lie in the memory next to its core."""
+    """Copies in arrays that this thread writes first, so that they lie in the memory next to its core."""
     try:
         source, target = np.full(size, 1, np.uint8), np.full(size, 2, np.uint8)
         while rounds.wait():
@@ -233,13 +197,13 @@ def _copy(size: int, rounds: _Rounds) -> None:
 
 
 def _copy_bytes() -> int:
-    """Half of what a copy touches: four times the caches, within an eighth of the memory."""
-    wanted = max(128 << 20, 2 * (last_level_cache() or 0))
+    """Bytes of one array: together the two are four times the caches, and at most an eighth of the memory."""
+    size = max(128 << 20, 2 * (last_level_cache() or 0))
     memory = memory_gib()
-    return wanted if memory is None else min(wanted, int(memory * 2**30) // 16)
+    return size if memory is None else min(size, int(memory * 2**30) // 16)
 
 
 def _side(kind: Kind, cores: int) -> int:
-    """Large enough that every core has milliseconds of work, small enough for a second of repeats on a slow core."""
+    """Side of a product that gives every core milliseconds of work and allows a second of repeats on a slow core."""
     factor = 1 if cores <= 4 else 2 if cores <= 32 else 4
     return factor * (1024 if kind == "MatMul" else 64)

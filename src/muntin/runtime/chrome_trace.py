@@ -11,17 +11,17 @@ from typing import Any
 
 from muntin.runtime.kernels import Kernel
 from muntin.runtime.profile import Profile
-from muntin.text import plain
+from muntin.text import count, plain
 
 WHOLE, KERNELS = 0, 1
 """The two rows of the trace."""
 
 
 def chrome_trace(profile: Profile) -> dict[str, Any]:
-    """One inference as a trace: a row for the whole and one for its kernels, each with its work and the share of its ceiling.
+    """One inference as a trace: a row for the whole and one for its kernels, each with its work and share of the ceiling.
 
-    Kernels begin when the engine says; where it gives no time stamps, as OpenVINO, they stand end to end in the order of execution, and the
-    metadata say so.
+    Kernels begin at the engine's time stamps. Without these (OpenVINO) they are laid end to end in the order of execution, which the
+    metadata state.
     """
     stamped = all(kernel.start_ms is not None for kernel in profile.kernels)
     return {
@@ -30,7 +30,7 @@ def chrome_trace(profile: Profile) -> dict[str, Any]:
             _named(
                 "process_name",
                 WHOLE,
-                f"{profile.engine}, {profile.threads} thread{'' if profile.threads == 1 else 's'}, {profile.precision}",
+                f"{profile.engine}, {count(profile.threads, 'thread')}, {profile.precision}",
             ),
             _named("thread_name", WHOLE, "inference"),
             _named("thread_name", KERNELS, "kernels"),
@@ -56,7 +56,7 @@ def chrome_trace(profile: Profile) -> dict[str, Any]:
 
 
 def _starts(kernels: Iterable[Kernel], stamped: bool) -> Iterator[tuple[Kernel, float]]:
-    """Every kernel and when it starts, in ms."""
+    """Every kernel and its start, in ms."""
     end = 0.0
     for kernel in kernels:
         yield kernel, kernel.start_ms if stamped and kernel.start_ms is not None else end
@@ -72,7 +72,6 @@ def _named(what: str, row: int, name: str) -> dict[str, Any]:
 
 
 def _arguments(kernel: Kernel, profile: Profile) -> dict[str, Any]:
-    attainable = kernel.attainable_ms(profile.ceilings)
     return {
         "kernel": kernel.name,
         "kind": kernel.kind,
@@ -80,5 +79,5 @@ def _arguments(kernel: Kernel, profile: Profile) -> dict[str, Any]:
         "precision": kernel.precision,
         "macs": kernel.macs,
         "bytes": kernel.bytes,
-        "ceiling_share": None if attainable is None or kernel.ms == 0 else attainable / kernel.ms,
+        "ceiling_share": kernel.ceiling_share(profile.ceilings),
     }

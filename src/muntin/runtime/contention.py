@@ -1,13 +1,9 @@
-"""Is something else using the cores that this process was given?
+"""Measures whether other work uses the cores of this process, which makes timings wrong.
 
-Timings on shared cores say little, and nothing in them tells so. Two questions are asked here of the system: how much CPU time do busy
-threads of ours receive, and how much do others use meanwhile on the CPUs that we may run on. The first falls for any reason (other
-processes, a container's quota, a hypervisor), the second names the commonest.
-
-    share    CPU time received / wall time, of threads that would use all of it
-    others   busy time of our CPUs in /proc/stat, less this process's own, as so many cores' worth; of more CPUs than a container's quota
-             lets us use, what goes beyond those that are left over
-    stolen   time in which our CPUs' hypervisor ran somebody else, as a share of the wall time
+share    CPU time received / wall time, of threads that would use all of it; lowered by other processes, quotas and hypervisors
+others   cores' worth of busy time of our CPUs in /proc/stat, less this process's own; where a container's quota allows fewer CPUs than
+         there are, less the spare ones
+stolen   share of the wall time that the hypervisor gave to other guests
 """
 
 from __future__ import annotations
@@ -23,19 +19,19 @@ from threading import Barrier
 
 from muntin.errors import DataError
 from muntin.runtime.hardware import affinity, cpu_quota
-from muntin.runtime.session import check_threads
+from muntin.runtime.options import check_threads
 
 BUSY = 0.1
-"""Cores' worth of other processes' CPU time above which a time is not to be believed."""
+"""Cores' worth of other processes' CPU time from which on timings are doubtful."""
 SHORTEST = 0.1
-"""Seconds below which the system's count of CPU time, of 10 ms a step, says nothing."""
-_BLOCK = bytes(1 << 22)  # hashed without the GIL for milliseconds: taking it again costs nothing beside that
+"""Seconds below which the system's count of CPU time, in steps of 10 ms, is too coarse."""
+_BLOCK = bytes(1 << 22)  # hashing it takes milliseconds, without the GIL
 
 
 @dataclass(frozen=True, kw_only=True)
 class CpuShare:
-    """What busy threads received. `share`: 0 to 1, CPU time over wall time. `others`: cores' worth of CPU time that other processes used
-    meanwhile on our CPUs, None where the system does not say."""
+    """CPU time of busy threads. `share`: 0 to 1, CPU time over wall time. `others`: cores' worth of CPU time that other processes used
+    meanwhile on our CPUs, None where unknown."""
 
     threads: int
     share: float
@@ -43,59 +39,49 @@ class CpuShare:
 
 
 class CpuWatch:
-    """What others did to our CPUs during a block. None before its end, for a block under `SHORTEST`, and where the system does not say.
-
-    `others`: cores' worth of CPU time that other processes used on our CPUs, children of this one included. `stolen`: the share of the
-    wall time, 0 to 1, that a hypervisor gave to somebody else, on average over our CPUs. `seconds`: the block's wall time.
-    """
+    """Other work on our CPUs during a block. `others`: cores' worth of CPU time of other processes, child processes included; None before
+    the block's end, for a block shorter than `SHORTEST`, and where unknown."""
 
     def __init__(self) -> None:
         self.others: float | None = None
-        self.stolen: float | None = None
-        self.seconds: float | None = None
 
 
 @dataclass(frozen=True)
 class CpuTime:
-    """One CPU's counts since the machine started, in steps of the system's clock (a 100th of a second)."""
+    """One CPU's counts since boot, in steps of the system's clock (1/100 s). `total` includes time of other guests of the host."""
 
     busy: int
-    stolen: int
     total: int
 
 
 @contextmanager
 def watch_cpu() -> Iterator[CpuWatch]:
-    """Measures around a block: `with watch_cpu() as watch: ...`, then `watch.others`. Costs reading some small files.
+    """Measures a block: `with watch_cpu() as watch: ...`, then `watch.others`. Costs reading some small files.
 
-    Threads of this process are not others, whatever they do. Only the CPUs count that the calling thread may run on.
+    Threads of this process do not count as others. Only CPUs that the calling thread may run on count.
     """
     watch, cpus = CpuWatch(), affinity()
     before, own, start = read_cpu_times(), time.process_time(), time.perf_counter()
     try:
         yield watch
     finally:
-        watch.seconds = time.perf_counter() - start
-        own = time.process_time() - own
+        seconds, own = time.perf_counter() - start, time.process_time() - own
         quota = cpu_quota()
         spare = 0.0 if quota is None else max(0.0, len(cpus) - quota)
-        usage = compare(before, read_cpu_times(), cpus=cpus, own=own, seconds=watch.seconds, spare=spare)
-        if usage is not None:
-            watch.others, watch.stolen = usage
+        watch.others = compare(before, read_cpu_times(), cpus=cpus, own=own, seconds=seconds, spare=spare)
 
 
 def notes_on(others: float | None) -> list[str]:
-    """What makes times doubtful that were measured while other processes used so many cores' worth of our CPUs, if anything."""
+    """A note for timings that were measured while other processes used `others` cores' worth of our CPUs; empty below `BUSY`."""
     if others is None or others < BUSY:
         return []
     return [f"other processes used {others:.1f} cores meanwhile: the times are too long; measure alone"]
 
 
 def measure_cpu_share(threads: int, seconds: float = 0.3) -> CpuShare:
-    """Keeps `threads` threads busy for so many seconds and says how much CPU time they got.
+    """Keeps `threads` threads busy for `seconds` and measures their CPU time.
 
-    More threads than cores share them: their share is then at most cores / threads with nobody else there. Raises DataError for a number
-    of threads or seconds that is not positive.
+    More threads than cores get at most cores / threads of the time each. Raises DataError for a number that is not positive.
     """
     check_threads(threads)
     if not seconds > 0:
@@ -109,7 +95,7 @@ def measure_cpu_share(threads: int, seconds: float = 0.3) -> CpuShare:
 
 
 def _spin(barrier: Barrier, seconds: float) -> tuple[float, float, float]:
-    """Hashes for so long: when it began and ended, and the CPU time that it got between."""
+    """Hashes for `seconds`. Returns start, end and the CPU time between."""
     barrier.wait()
     start, used = time.perf_counter(), time.thread_time()
     while time.perf_counter() - start < seconds:
@@ -118,7 +104,7 @@ def _spin(barrier: Barrier, seconds: float) -> tuple[float, float, float]:
 
 
 def read_cpu_times() -> dict[int, CpuTime]:
-    """Every CPU's counts by its number, from /proc/stat; empty where there is none."""
+    """Counts of every CPU by number, from /proc/stat; empty where that is missing."""
     try:
         return parse_cpu_times(Path("/proc/stat").read_text(encoding="ascii", errors="replace"))
     except OSError:
@@ -126,8 +112,8 @@ def read_cpu_times() -> dict[int, CpuTime]:
 
 
 def parse_cpu_times(stat: str) -> dict[int, CpuTime]:
-    """Every CPU's counts in the text of /proc/stat (proc(5): user, nice, system, idle, iowait, irq, softirq, steal, then guests, whose
-    time is in user and nice already)."""
+    """Counts of every CPU in the text of /proc/stat (proc(5): user, nice, system, idle, iowait, irq, softirq, steal, then guests, whose
+    time is included in user and nice)."""
     times = {}
     for line in stat.splitlines():
         name, *columns = line.split() or [""]
@@ -136,26 +122,23 @@ def parse_cpu_times(stat: str) -> dict[int, CpuTime]:
             continue
         user, nice, system, idle, iowait, irq, softirq, steal = (int(text) for text in (*columns, *"00000000")[:8])
         busy = user + nice + system + irq + softirq
-        times[int(number)] = CpuTime(busy, steal, busy + steal + idle + iowait)
+        times[int(number)] = CpuTime(busy, busy + steal + idle + iowait)
     return times
 
 
 def compare(
     before: Mapping[int, CpuTime], after: Mapping[int, CpuTime], *, cpus: set[int], own: float, seconds: float, spare: float = 0.0
-) -> tuple[float, float] | None:
-    """Others' and the hypervisor's part between two readings: (cores' worth, share of the wall time).
+) -> float | None:
+    """Cores' worth of CPU time of other processes between two readings.
 
-    `own`: seconds of CPU time that this process used meanwhile. `spare`: cores' worth that others may use and take nothing from us. None
-    where nothing can be said: too short a time, a CPU of ours that is not listed (a container with numbers of its own), or counts that
-    stand still (some sandboxes).
+    `own`: seconds of CPU time of this process. `spare`: cores' worth that others may use without slowing us. None where unknown: too short
+    a time, a CPU of ours that is not listed (a container with its own numbers), or counts that do not change (some sandboxes).
     """
     if seconds < SHORTEST or not cpus or not (cpus <= before.keys() and cpus <= after.keys()):
         return None
-    busy, stolen, total = (
-        sum(getattr(after[cpu], field) - getattr(before[cpu], field) for cpu in cpus) for field in ("busy", "stolen", "total")
-    )
+    busy = sum(after[cpu].busy - before[cpu].busy for cpu in cpus)
+    total = sum(after[cpu].total - before[cpu].total for cpu in cpus)
     if total <= 0:
         return None
-    # Shares of what was counted, not of the clock: a count lags behind it by up to a step a CPU.
-    others = len(cpus) * busy / total - own / seconds - spare
-    return max(0.0, others), max(0.0, stolen / total)
+    # Relative to the counted time, which lags behind the clock by up to a step for each CPU.
+    return max(0.0, len(cpus) * busy / total - own / seconds - spare)

@@ -1,11 +1,11 @@
-"""Do an engine's integer kernels, on this CPU, add up integers correctly?
+"""Checks that an engine's integer kernels add up integers correctly on this CPU.
 
-Small layers in QDQ form, as artefacts hold them, against numpy's 64-bit integers. Scales are powers of two and sums stay below 2**24, so
-that float32 holds every step exactly and no difference is excused. Inputs and weights hold the extremes, where kernels break:
+Small layers in QDQ form, as in artefacts, are compared with numpy's 64-bit integers. Scales are powers of two and sums stay below 2**24, so
+float32 is exact and any difference is an error. Inputs and weights contain the extreme values, at which kernels fail:
 
     without VNNI, x86 adds pairs of uint8 * int8 products in 16 bits: 2 * 255 * 127 does not fit, and the sum saturates
 
-The layers have sizes that fill vectors and sizes that do not. Costs a fraction of a second for each engine.
+Some layers fill the CPU's vectors and some do not. Takes a fraction of a second for each engine.
 
 Axis letters: N rows or images, C inputs, K outputs, H and W rows and columns.
 """
@@ -26,7 +26,7 @@ from onnx import TensorProto, helper, numpy_helper
 from muntin.errors import DependencyError
 
 Run = Callable[[bytes, NDArray[np.float32]], tuple[NDArray[np.float32], bool]]
-"""A serialised ONNX model and its input -> its output, and whether its product ran on integers."""
+"""(serialised ONNX model, input) -> output, and True if its product ran on integers."""
 
 SCALE, ZERO = 2.0**-6, 128  # of the uint8 inputs
 _STEP = 2.0**15  # of a requantised output, in units of the integer sum: the largest sums just fit in 8 bits
@@ -35,8 +35,8 @@ _FLOAT_PRODUCTS = frozenset({"Conv", "FusedConv", "MatMul", "FusedMatMul", "Gemm
 
 @dataclass(frozen=True, kw_only=True)
 class IntegerCheck:
-    """One layer in one engine. `wrong` of `outputs` differ from integer arithmetic, by at most `error`, in units of the integer sum.
-    `integer`: whether it ran on integer kernels; in float it is exact too, and slow."""
+    """Result of one layer in one engine: `wrong` of `outputs` differ from integer arithmetic, by at most `error` units of the integer sum.
+    `integer`: True if it ran on integer kernels; float is exact, too, but slow."""
 
     layer: str
     outputs: int
@@ -46,8 +46,8 @@ class IntegerCheck:
 
 
 @dataclass(frozen=True, kw_only=True)
-class _Layer:
-    """`requantised`: the output is rounded to 8 bits again, as between the layers of a model. `input`: its shape."""
+class _TestLayer:
+    """`requantised`: the output is rounded to 8 bits, as between the layers of a model. `input`: its shape."""
 
     name: str
     kind: Literal["MatMul", "Conv"]
@@ -57,19 +57,19 @@ class _Layer:
 
 
 _LAYERS = (
-    _Layer(name="matrix product", kind="MatMul", input=(64, 128), outputs=64, requantised=False),
-    _Layer(name="matrix product of odd sizes", kind="MatMul", input=(33, 67), outputs=41, requantised=False),
-    _Layer(name="3 x 3 convolution", kind="Conv", input=(1, 32, 14, 14), outputs=32, requantised=True),
-    _Layer(name="3 x 3 convolution of odd sizes", kind="Conv", input=(1, 19, 9, 13), outputs=21, requantised=True),
+    _TestLayer(name="matrix product", kind="MatMul", input=(64, 128), outputs=64, requantised=False),
+    _TestLayer(name="matrix product of odd sizes", kind="MatMul", input=(33, 67), outputs=41, requantised=False),
+    _TestLayer(name="3 x 3 convolution", kind="Conv", input=(1, 32, 14, 14), outputs=32, requantised=True),
+    _TestLayer(name="3 x 3 convolution of odd sizes", kind="Conv", input=(1, 19, 9, 13), outputs=21, requantised=True),
 )
 
 
 def check_integers(run: Run) -> tuple[IntegerCheck, ...]:
-    """Runs every layer with `run`, one of `RUNNERS` or what behaves alike."""
+    """Runs every layer with `run`, for example one of `RUNNERS`."""
     return tuple(_check(layer, run) for layer in _LAYERS)
 
 
-def _check(layer: _Layer, run: Run) -> IntegerCheck:
+def _check(layer: _TestLayer, run: Run) -> IntegerCheck:
     generator = np.random.default_rng(0)
     weight_shape = (layer.input[1], layer.outputs) if layer.kind == "MatMul" else (layer.outputs, layer.input[1], 3, 3)
     x, weight = generator.integers(0, 256, layer.input), generator.integers(-127, 128, weight_shape)
@@ -77,21 +77,20 @@ def _check(layer: _Layer, run: Run) -> IntegerCheck:
     outputs = weight if layer.kind == "MatMul" else weight.T
     outputs[..., 0], outputs[..., 1] = 127, -127
     sums = _sums(layer.kind, x, weight)
-    given = ((x - ZERO) * SCALE).astype(np.float32)
-    got, integer = run(_graph(layer, weight.astype(np.int8)), given)
+    result, integer = run(_graph(layer, weight.astype(np.int8)), ((x - ZERO) * SCALE).astype(np.float32))
     unit = SCALE * _weight_scales(layer.outputs)
     if layer.kind == "Conv":
         unit = unit[:, None, None]
-    wanted = sums * unit
+    expected = sums * unit
     if layer.requantised:
         step = _STEP * unit.max()
-        wanted = (np.clip(np.rint(wanted / step) + ZERO, 0, 255) - ZERO) * step
-    difference = np.abs(got.astype(np.float64) - wanted)
+        expected = (np.clip(np.rint(expected / step) + ZERO, 0, 255) - ZERO) * step
+    difference = np.abs(result.astype(np.float64) - expected)
     return IntegerCheck(
         layer=layer.name,
-        outputs=wanted.size,
+        outputs=expected.size,
         wrong=int((difference != 0).sum()),
-        error=float((difference / unit).max()) if np.isfinite(got).all() else float("inf"),
+        error=float((difference / unit).max()) if np.isfinite(result).all() else float("inf"),
         integer=integer,
     )
 
@@ -110,7 +109,7 @@ def _weight_scales(outputs: int) -> NDArray[np.float32]:
     return np.exp2(-6 - np.arange(outputs) % 2).astype(np.float32)
 
 
-def _graph(layer: _Layer, weight: NDArray[np.int8]) -> bytes:
+def _graph(layer: _TestLayer, weight: NDArray[np.int8]) -> bytes:
     axis = 1 if layer.kind == "MatMul" else 0
     constants: dict[str, NDArray[Any]] = {
         "weight": weight,
@@ -130,12 +129,16 @@ def _graph(layer: _Layer, weight: NDArray[np.int8]) -> bytes:
         constants["y_scale"] = np.array(_STEP * SCALE * constants["weight_scale"].max(), np.float32)
         nodes.append(helper.make_node("QuantizeLinear", ["y", "y_scale", "zero"], ["y_q"]))
         nodes.append(helper.make_node("DequantizeLinear", ["y_q", "y_scale", "zero"], ["y_dq"]))
-    shape = [layer.input[0], layer.outputs, *layer.input[2:]]
+    return serialised(nodes, constants, layer.input, (layer.input[0], layer.outputs, *layer.input[2:]))
+
+
+def serialised(nodes: list[onnx.NodeProto], constants: dict[str, NDArray[Any]], given: tuple[int, ...], result: tuple[int, ...]) -> bytes:
+    """An ONNX model of these nodes, from "x" of the shape `given` to the last node's output of the shape `result`, both float32."""
     graph = helper.make_graph(
         nodes,
-        "layer",
-        [helper.make_tensor_value_info("x", TensorProto.FLOAT, layer.input)],
-        [helper.make_tensor_value_info(nodes[-1].output[0], TensorProto.FLOAT, shape)],
+        "layers",
+        [helper.make_tensor_value_info("x", TensorProto.FLOAT, given)],
+        [helper.make_tensor_value_info(nodes[-1].output[0], TensorProto.FLOAT, result)],
         [numpy_helper.from_array(value, name) for name, value in constants.items()],
     )
     model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 19)], ir_version=10)
@@ -143,22 +146,21 @@ def _graph(layer: _Layer, weight: NDArray[np.int8]) -> bytes:
     return bytes(model.SerializeToString())
 
 
-# An engine's library is loaded when it is asked to run: a machine that serves with one needs no other.
+# An engine's library is imported when it is used: a machine needs only the engine that it serves with.
 def run_openvino(model: bytes, x: NDArray[np.float32]) -> tuple[NDArray[np.float32], bool]:
     """In OpenVINO's CPU plugin. Raises DependencyError where it cannot run it."""
-    from muntin.runtime.ceilings import PRECISIONS, executed_products
+    from muntin.runtime.openvino import executed_products
     from muntin.runtime.quiet import openvino
     from muntin.runtime.signals import signal_stack_kept
 
-    _, hint, names = PRECISIONS["i8"]
     try:
         with signal_stack_kept():
             core = openvino.Core()
-            compiled = core.compile_model(core.read_model(model=model, weights=b""), "CPU", {"INFERENCE_PRECISION_HINT": hint})
+            compiled = core.compile_model(core.read_model(model=model, weights=b""), "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
             result = np.array(compiled(x)[0])
     except RuntimeError as error:
         raise _cannot("OpenVINO", openvino.__version__, error) from error
-    return result, names.issuperset(executed_products(compiled.get_runtime_model()).values())
+    return result, {"u8", "i8"}.issuperset(executed_products(compiled.get_runtime_model()).values())
 
 
 def run_onnxruntime(model: bytes, x: NDArray[np.float32]) -> tuple[NDArray[np.float32], bool]:
@@ -186,7 +188,7 @@ def _cannot(engine: str, version: str, error: Exception) -> DependencyError:
 
 
 def provider_starts(provider: str) -> bool:
-    """Whether a provider of ONNX Runtime's build really computes here: where it cannot start, the CPU takes over and only a log says so."""
+    """Returns True if a provider of ONNX Runtime starts here; otherwise the CPU takes over, which is only logged."""
     from muntin.runtime.quiet import onnxruntime
 
     layer = _LAYERS[0]

@@ -1,8 +1,8 @@
-"""What a profile means: where the time goes that could be saved, in words, with numbers and names of places.
+"""Diagnosis of a profile: where time could be saved, in words, with numbers and places.
 
-A rule reads a profile and gives its findings. What could be saved is at most that: what a part takes now, less what the machine's ceilings
-allow for the part of it that must remain. A float product may be in two findings, for its precision and for its distance from the ceiling:
-the two are not to be added.
+Each rule reads a profile and yields findings. The time that could be saved is an upper limit: the present time, less the shortest time by
+the machine's ceilings for the work that must remain. A float product may be in two findings, for its precision and for its distance from
+the ceiling: do not add them.
 """
 
 from __future__ import annotations
@@ -13,31 +13,32 @@ from dataclasses import dataclass, replace
 from math import prod
 
 from muntin.runtime.contention import BUSY
-from muntin.runtime.kernels import CONVERT, COPIES, ELEMENTWISE, IMAGES, LAYOUT, PRECISIONS, PRODUCTS, Kernel, macs_ms
+from muntin.runtime.kernels import CONVERT, COPIES, ELEMENTWISE, IMAGES, LAYOUT, PRECISION_LABELS, PRODUCTS, Kernel, macs_ms
 from muntin.runtime.profile import Profile
+from muntin.text import count
 
 LEAST_SHARE = 0.005
-"""Of the time: what saves less is not worth a line."""
+"""Share of the time: findings that save less are left out."""
 GOOD_SHARE = 0.5
-"""Of a ceiling: a kernel that reaches it is left alone."""
+"""Share of a ceiling from which on a kernel is no finding."""
 BETWEEN_SHARE = 0.05
-"""Of the time: what passes between kernels is worth a line from here."""
+"""Share of the time between kernels from which on it is a finding."""
 NAMED = 3
 """Kernels that a finding names; the others are counted."""
 SHOWN = 0.005
-"""In ms: from here a kernel is named."""
+"""Shortest time of a kernel that is named, ms."""
 FEW_CHANNELS = 64
-"""Up to here a product's blocks are not full: vector units take 16 to 64 8-bit channels at a time, and several such blocks at once."""
+"""Channels up to which a product does not fill vector units, which take several blocks of 16 to 64 8-bit channels at a time."""
 LITTLE_WORK = 5e6
-"""Multiply-adds below which the threads' start and end count."""
+"""Multiply-adds below which starting and ending the threads matters."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Finding:
-    """One reason for the time that a call takes.
+    """One reason for the time of a call.
 
-    `kind`: one word for the rule that found it. `saves_ms`: at most so much less of `profiled_ms`, and never more than that; None where
-    it is not known or not the artefact's doing. `kernels`: the names of those that it is about, longest first.
+    `kind`: one word for its rule. `saves_ms`: upper limit of the saved time, at most `profiled_ms`; None where unknown or not caused by the
+    artefact. `kernels`: names of the kernels concerned, longest first.
     """
 
     kind: str
@@ -47,21 +48,21 @@ class Finding:
 
 
 def findings(profile: Profile) -> tuple[Finding, ...]:
-    """All findings, those that save most first, those that save nothing by themselves last."""
+    """All findings, the largest saving first, those without a saving last."""
     graph = _Graph(profile)
-    found = [_within(finding, profile.profiled_ms) for rule in RULES for finding in rule(profile, graph)]
+    candidates = [_within(finding, profile.profiled_ms) for rule in RULES for finding in rule(profile, graph)]
     least = LEAST_SHARE * profile.profiled_ms
-    worth = [finding for finding in found if finding.saves_ms is None or finding.saves_ms >= least or finding.kind in _ALWAYS]
-    return tuple(sorted(worth, key=lambda finding: (finding.saves_ms is None, -(finding.saves_ms or 0.0))))
+    kept = [finding for finding in candidates if finding.saves_ms is None or finding.saves_ms >= least or finding.kind in _ALWAYS]
+    return tuple(sorted(kept, key=lambda finding: (finding.saves_ms is None, -(finding.saves_ms or 0.0))))
 
 
 def _within(finding: Finding, profiled_ms: float) -> Finding:
-    """Medians of kernels may sum to more than the median of the whole."""
+    """Limits a saving to the whole: kernels' medians may sum to more than the median of the whole."""
     return finding if finding.saves_ms is None else replace(finding, saves_ms=min(finding.saves_ms, profiled_ms))
 
 
 class _Graph:
-    """Which kernel reads which, and where a kernel lies between those that a reader knows by name."""
+    """Connections between kernels, and the position of a kernel between the layers."""
 
     def __init__(self, profile: Profile) -> None:
         self.kernels = {kernel.name: kernel for kernel in profile.kernels}
@@ -70,12 +71,11 @@ class _Graph:
             for source in self._sources(kernel.name):
                 self._readers.setdefault(source, []).append(kernel.name)
         self.tail = frozenset(self._tail(profile))
-        """Kernels after the last layer: they only bring the scores to where they are wanted. None where a layer was not found among the
-        kernels, since it may be in them."""
+        """Kernels after the last layer, which only write the scores. Empty if a layer has no kernel, since it may be in one of these."""
 
     def _tail(self, profile: Profile) -> Iterator[str]:
-        found = {kernel.layer for kernel in profile.kernels}
-        if not found.issuperset(record.name for record in profile.artifact.manifest.layers):
+        executed = {kernel.layer for kernel in profile.kernels}
+        if not executed.issuperset(record.name for record in profile.artifact.manifest.layers):
             return
         for kernel in profile.kernels:
             if not _is_product(kernel) and self._nearest(kernel.name, self._reading) is None:
@@ -90,18 +90,18 @@ class _Graph:
         return self._readers.get(name, [])
 
     def _nearest(self, name: str, step: Callable[[str], list[str]]) -> Kernel | None:
-        """The nearest product in one direction, in the order of the graph where several are as near."""
+        """The nearest product in one direction; of equally near ones the first in the graph."""
         seen, front = {name}, [name]
         while front:
             front = [further for near in front for further in step(near) if further not in seen]
             seen.update(front)
-            for found in front:
-                if _is_product(self.kernels[found]):
-                    return self.kernels[found]
+            for other in front:
+                if _is_product(self.kernels[other]):
+                    return self.kernels[other]
         return None
 
     def place(self, kernel: Kernel) -> str:
-        """Between which layers a kernel lies, in words."""
+        """The layers before and after a kernel, in words."""
         before, after = self._nearest(kernel.name, self._sources), self._nearest(kernel.name, self._reading)
         end = "the scores" if after is None else after.label
         if before is None and not self._reads_images(kernel.name):
@@ -118,43 +118,34 @@ class _Graph:
         return False
 
 
-def _layout(profile: Profile, graph: _Graph) -> Iterator[Finding]:
-    kernels = _of(profile, graph, LAYOUT)
-    if kernels:
-        yield _passes("layout", "is layout changes", profile, graph, kernels, _sum(kernels))
+_PASSES = {
+    LAYOUT: ("layout", "is layout changes", ""),
+    CONVERT: ("convert", "goes into passes that only quantise or change the type", ""),
+    ELEMENTWISE: ("element-wise", "is softmaxes and element-wise passes", "copying as much"),
+    COPIES: ("copies", "goes into copies (split, join, pad, resize)", "plain ones"),
+}
+"""Kinds of kernels that multiply nothing -> the finding's kind, its words, and what must remain (empty: nothing)."""
 
 
-def _conversions(profile: Profile, graph: _Graph) -> Iterator[Finding]:
-    kernels = _of(profile, graph, CONVERT)
-    if kernels:
-        yield _passes("convert", "goes into passes that only quantise or change the type", profile, graph, kernels, _sum(kernels))
+def _passes(profile: Profile, graph: _Graph) -> Iterator[Finding]:
+    for group, (kind, words, remainder) in _PASSES.items():
+        kernels = [kernel for kernel in profile.kernels if kernel.group == group and kernel.name not in graph.tail and kernel.ms > 0]
+        if not kernels:
+            continue
+        least = _attainable(profile, kernels) if remainder else 0.0
+        words += f", where {remainder} would take {_ms(least)} ms" if remainder else ""
+        yield _pass_finding(kind, words, profile, graph, kernels, max(0.0, _sum(kernels) - least))
 
 
-def _elementwise(profile: Profile, graph: _Graph) -> Iterator[Finding]:
-    kernels = _of(profile, graph, ELEMENTWISE)
-    if kernels:
-        least = _attainable(profile, kernels)
-        what = f"is softmaxes and element-wise passes, where copying as much would take {_ms(least)} ms"
-        yield _passes("element-wise", what, profile, graph, kernels, max(0.0, _sum(kernels) - least))
-
-
-def _copies(profile: Profile, graph: _Graph) -> Iterator[Finding]:
-    kernels = _of(profile, graph, COPIES)
-    if kernels:
-        least = _attainable(profile, kernels)
-        what = f"goes into copies (split, join, pad, resize), where plain ones would take {_ms(least)} ms"
-        yield _passes("copies", what, profile, graph, kernels, max(0.0, _sum(kernels) - least))
-
-
-def _passes(kind: str, what: str, profile: Profile, graph: _Graph, kernels: Sequence[Kernel], saves: float) -> Finding:
-    """A finding about kernels that multiply nothing, with the places of the longest."""
+def _pass_finding(kind: str, what: str, profile: Profile, graph: _Graph, kernels: Sequence[Kernel], saves: float) -> Finding:
+    """A finding about kernels that multiply nothing, with the positions of the longest."""
     kernels = _longest(kernels)
     total = _sum(kernels)
     largest = [
         f"{_article(kernel.kind)} {kernel.kind}{_layouts(kernel)} {graph.place(kernel)} ({_ms(kernel.ms)} ms)" for kernel in _named(kernels)
     ]
     verb = "it is" if len(kernels) == 1 else "the largest is" if len(largest) == 1 else "the largest are"
-    places = f"{verb} {', '.join(largest)}{_more(len(kernels) - len(largest))}" if largest else f"{_count(len(kernels), 'short pass')}"
+    places = f"{verb} {', '.join(largest)}{_more(len(kernels) - len(largest))}" if largest else f"{count(len(kernels), 'short pass')}"
     return Finding(
         kind=kind,
         words=f"{_share(total, profile)} {what}: {places}",
@@ -164,7 +155,7 @@ def _passes(kind: str, what: str, profile: Profile, graph: _Graph, kernels: Sequ
 
 
 def _layouts(kernel: Kernel) -> str:
-    """The order in memory before and after, of a kernel whose name does not tell that it changes it."""
+    """A reorder's layouts, which its name does not tell."""
     before, after = kernel.inputs[0].layout if kernel.inputs else "", kernel.outputs[0].layout if kernel.outputs else ""
     return f" from {before} to {after}" if kernel.kind == "Reorder" and before and after and before != after else ""
 
@@ -176,15 +167,15 @@ def _output(profile: Profile, graph: _Graph) -> Iterator[Finding]:
         return
     shape = signature.scores_shape(*profile.shape)
     pixels = prod(shape) if signature.task == "restore" else prod(shape) // signature.outputs
-    wanted = "an image of bytes" if signature.task == "restore" else "labels of one byte"
+    alternative = "an image of bytes" if signature.task == "restore" else "labels of one byte"
     named = _named(kernels) or kernels[:1]
     ways = ", ".join(f"{kernel.kind} {kernel.name} ({_ms(kernel.ms)} ms)" for kernel in named)
     total = _sum(kernels)
     yield Finding(
         kind="output",
         words=f"{_share(total, profile)} is writing the scores, "
-        f"{_bytes(4 * prod(shape))} of float32 {shape}, after the last layer: {ways}{_more(len(kernels) - len(named))}; {wanted} would be "
-        f"{_bytes(pixels)}",
+        f"{_bytes(4 * prod(shape))} of float32 {shape}, after the last layer: {ways}{_more(len(kernels) - len(named))}; {alternative} "
+        f"would be {_bytes(pixels)}",
         saves_ms=max(0.0, total - (4 * prod(shape) + pixels) / profile.ceilings.copy_gb_s / 1e6),
         kernels=_names(kernels),
     )
@@ -194,10 +185,10 @@ def _fallbacks(profile: Profile, graph: _Graph) -> Iterator[Finding]:
     kernels = _fallen_back(profile)
     if not kernels:
         return
-    told = [f"{kernel.label} in {kernel.precision} ({_ms(kernel.ms)} ms{_on_integers(kernel, profile)})" for kernel in kernels[:NAMED]]
+    named = [f"{kernel.label} in {kernel.precision} ({_ms(kernel.ms)} ms{_on_integers(kernel, profile)})" for kernel in kernels[:NAMED]]
     first = kernels[0]
     one = f"{first.label}, recorded with 8-bit activations, ran in {first.precision}: {_ms(first.ms)} ms{_on_integers(first, profile)}"
-    many = f"{len(kernels)} layers recorded with 8-bit activations ran in float: {', '.join(told)}{_more(len(kernels) - NAMED)}"
+    many = f"{len(kernels)} layers recorded with 8-bit activations ran in float: {', '.join(named)}{_more(len(kernels) - NAMED)}"
     least = _all_in_precision(kernels, "i8", profile)
     yield Finding(
         kind="fallback",
@@ -220,7 +211,7 @@ def _on_integers(kernel: Kernel, profile: Profile) -> str:
 
 
 def _in_precision(kernel: Kernel, precision: str, profile: Profile) -> float | None:
-    """What a product would take in another precision at the same share of the ceiling; None where one of the ceilings is not known."""
+    """A product's time in another precision at the same share of the ceiling; None without both ceilings."""
     now, then = (macs_ms(kernel.macs, name, profile.ceilings) for name in (kernel.precision, precision))
     return None if not now or then is None else min(kernel.ms, kernel.ms * then / now)
 
@@ -243,7 +234,7 @@ def _float_layers(profile: Profile, graph: _Graph) -> Iterator[Finding]:
         groups.setdefault(_pattern(kernel.label), []).append(kernel)
     longest = sorted(groups.items(), key=lambda group: -_sum(group[1]))
     names = ", ".join(f"{name if len(group) > 1 else group[0].label} ({_ms(_sum(group))} ms)" for name, group in longest[:NAMED])
-    kinds = " and ".join(sorted({PRECISIONS.get(kernel.precision, kernel.precision) for kernel in kernels}))
+    kinds = " and ".join(sorted({PRECISION_LABELS.get(kernel.precision, kernel.precision) for kernel in kernels}))
     half = _all_in_precision(kernels, "bf16", profile) if profile.precision == "f32" else None
     run, take, they, them = ("runs", "takes", "it", "it") if len(kernels) == 1 else ("run", "take", "they", "them")
     ways = f"in INT8 {they} would take about {_ms(least)} ms" + (
@@ -251,7 +242,7 @@ def _float_layers(profile: Profile, graph: _Graph) -> Iterator[Finding]:
     )
     yield Finding(
         kind="float",
-        words=f"{_count(len(kernels), 'product')} {run} in {kinds}, since the artefact does not quantise {them}, and {take} "
+        words=f"{count(len(kernels), 'product')} {run} in {kinds}, since the artefact does not quantise {them}, and {take} "
         f"{_share(total, profile)}: {names}{_more(len(longest) - NAMED)}; {ways}, at a cost in accuracy to be measured",
         saves_ms=total - least,
         kernels=_names(kernels),
@@ -259,7 +250,7 @@ def _float_layers(profile: Profile, graph: _Graph) -> Iterator[Finding]:
 
 
 def _ceilings(profile: Profile, graph: _Graph) -> Iterator[Finding]:
-    """Products far from the ceiling of the precision that they run in; equal ones in repeated blocks together."""
+    """Products far from the ceiling of their precision; equal ones in repeated blocks are one finding."""
     fallen = {kernel.name for kernel in _fallen_back(profile)}
     alike: dict[tuple[object, ...], list[Kernel]] = {}
     for kernel in profile.kernels:
@@ -268,7 +259,7 @@ def _ceilings(profile: Profile, graph: _Graph) -> Iterator[Finding]:
             shapes = tuple(operand.shape for operand in (*kernel.inputs, *kernel.outputs))
             alike.setdefault((_pattern(kernel.label), kernel.precision, shapes), []).append(kernel)
     for kernels in alike.values():
-        if _ms(_sum(kernels)) != _ms(_attainable(profile, kernels)):  # otherwise too short for the engine's clock
+        if _ms(_sum(kernels)) != _ms(_attainable(profile, kernels)):  # shorter products are below the resolution of the engine's clock
             yield _far_from_ceiling(_longest(kernels), profile)
 
 
@@ -276,13 +267,13 @@ def _far_from_ceiling(kernels: list[Kernel], profile: Profile) -> Finding:
     first = kernels[0]
     total, least = _sum(kernels), _attainable(profile, kernels)
     arithmetic, memory = first.bounds_ms(profile.ceilings)
-    precision = PRECISIONS.get(first.precision, first.precision)
+    precision = PRECISION_LABELS.get(first.precision, first.precision)
     ceiling = "bandwidth of a copy" if arithmetic is not None and memory > arithmetic else f"{precision} ceiling"
-    who = f"{first.label} reaches" if len(kernels) == 1 else f"{_pattern(first.label)} ({len(kernels)} alike) reach"
+    subject = f"{first.label} reaches" if len(kernels) == 1 else f"{_pattern(first.label)} ({len(kernels)} alike) reach"
     reasons = _reasons(first)
     return Finding(
         kind="ceiling",
-        words=f"{who} {least / total:.0%} of the {ceiling}: {_ms(total)} ms where {_ms(least)} would do"
+        words=f"{subject} {least / total:.0%} of the {ceiling}: {_ms(total)} ms where {_ms(least)} would do"
         + (f" ({'; '.join(reasons)})" if reasons else ""),
         saves_ms=total - least,
         kernels=_names(kernels),
@@ -290,7 +281,7 @@ def _far_from_ceiling(kernels: list[Kernel], profile: Profile) -> Finding:
 
 
 def _reasons(kernel: Kernel) -> list[str]:
-    """What of a product's shape and types is known to keep kernels from their ceiling."""
+    """Properties of a product's shape and types that keep kernels from their ceiling."""
     if not kernel.inputs or not kernel.outputs:
         return []
     entry, output = kernel.inputs[0], kernel.outputs[0]
@@ -311,25 +302,25 @@ def _reasons(kernel: Kernel) -> list[str]:
 
 
 def _between(profile: Profile, graph: _Graph) -> Iterator[Finding]:
-    busy = profile.others is not None and profile.others >= BUSY  # then it is others' time as much as the engine's
+    busy = profile.others is not None and profile.others >= BUSY  # then other processes cause a part of it
     if profile.between_ms >= BETWEEN_SHARE * profile.profiled_ms and not busy:
-        count = len(profile.kernels)
+        number = len(profile.kernels)
         yield Finding(
             kind="between",
-            words=f"{_share(profile.between_ms, profile)} passes between the {count} kernels, "
-            f"{profile.between_ms * 1e3 / count:.0f} microseconds for each: fewer operations, or more images in a call",
+            words=f"{_share(profile.between_ms, profile)} passes between the {number} kernels, "
+            f"{profile.between_ms * 1e3 / number:.0f} microseconds for each: fewer operations, or more images in a call",
             saves_ms=profile.between_ms,
         )
 
 
 def _threads(profile: Profile, graph: _Graph) -> Iterator[Finding]:
-    if profile.fewer is None:
+    if profile.fewer_threads_ms is None:
         return
-    there, now, then = profile.fewer.threads, profile.whole_ms, profile.fewer.whole_ms
+    cores, now, then = profile.physical_cores, profile.whole_ms, profile.fewer_threads_ms
     faster = then < now
     yield Finding(
         kind="threads",
-        words=f"{profile.threads} threads on {there} physical core{'' if there == 1 else 's'}: with {there} the same image takes "
+        words=f"{profile.threads} threads on {count(cores, 'physical core')}: with {cores} the same image takes "
         + (
             f"{_ms(then)} ms instead of {_ms(now)}"
             if faster
@@ -354,10 +345,7 @@ RULES: tuple[Rule, ...] = (
     _fallbacks,
     _ceilings,
     _float_layers,
-    _layout,
-    _conversions,
-    _elementwise,
-    _copies,
+    _passes,
     _output,
     _between,
     _threads,
@@ -366,16 +354,12 @@ RULES: tuple[Rule, ...] = (
 _ALWAYS = frozenset({"fallback", "threads", "contention"})
 
 
-def _of(profile: Profile, graph: _Graph, group: str) -> list[Kernel]:
-    return [kernel for kernel in profile.kernels if kernel.group == group and kernel.name not in graph.tail and kernel.ms > 0]
-
-
 def _is_product(kernel: Kernel) -> bool:
     return kernel.compute or kernel.macs > 0
 
 
 def _named(kernels: Sequence[Kernel]) -> list[Kernel]:
-    """The first few of sorted kernels, without those whose time is nothing in the digits that are shown."""
+    """The first kernels, without those whose time would be shown as 0."""
     return [kernel for kernel in kernels[:NAMED] if kernel.ms >= SHOWN]
 
 
@@ -396,7 +380,7 @@ def _names(kernels: Iterable[Kernel]) -> tuple[str, ...]:
 
 
 def _pattern(label: str) -> str:
-    """A layer's name with the numbers of its blocks left open: "stages.*.blocks.*.mlp.expand"."""
+    """A layer's name without the numbers of its blocks: "stages.*.blocks.*.mlp.expand"."""
     return re.sub(r"(?<=\.)\d+(?=\.|$)", "*", label)
 
 
@@ -404,12 +388,8 @@ def _share(ms: float, profile: Profile) -> str:
     return f"{ms / profile.profiled_ms:.0%} of the time ({_ms(ms)} of {_ms(profile.profiled_ms)} ms)"
 
 
-def _more(count: int) -> str:
-    return f", and {count} more" if count > 0 else ""
-
-
-def _count(count: int, what: str) -> str:
-    return f"{count} {what}{'' if count == 1 else 'es' if what.endswith('s') else 's'}"
+def _more(number: int) -> str:
+    return f", and {number} more" if number > 0 else ""
 
 
 def _article(word: str) -> str:
@@ -422,5 +402,5 @@ def _ms(ms: float) -> str:
     return f"{ms:.0f}" if ms >= 9.95 else f"{ms:.1f}" if ms >= 0.95 else f"{ms:.2f}" if ms >= 0.0095 else f"{ms:.3f}"
 
 
-def _bytes(count: int) -> str:
-    return f"{count / 1e6:.2g} MB" if count < 9.5e6 else f"{count / 1e6:.0f} MB"
+def _bytes(size: int) -> str:
+    return f"{size / 1e6:.2g} MB" if size < 9.5e6 else f"{size / 1e6:.0f} MB"

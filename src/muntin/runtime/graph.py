@@ -1,8 +1,8 @@
-"""The compute nodes of an ONNX graph, and finding them again in what an engine made of it.
+"""The compute nodes of an ONNX graph, and how to find them by the names in an engine's compiled model.
 
 Engines fuse, split and rename: OpenVINO reports "conv1/WithoutBiases,Multiply_4446,conv1,conv2_quantize" for one kernel, ONNX Runtime
-"conv1_token_0". A kernel's names are traced back to the one node that multiplies; that a *quantiser* of the next layer was fused into
-it must not make it pass for that layer.
+"conv1_token_0". A kernel's names are traced back to the one node that multiplies. A fused quantiser of the next layer must not make a
+kernel count as that layer.
 """
 
 from __future__ import annotations
@@ -13,6 +13,8 @@ from dataclasses import dataclass, field
 
 import onnx
 
+from muntin.artifact import LayerRecord
+
 COMPUTE = frozenset({"Conv", "ConvTranspose", "MatMul", "Gemm"})
 AFFINE = frozenset({"Mul", "Add", "Sub", "Div", "BatchNormalization"})
 ACTIVATIONS = frozenset({"Relu", "Clip", "LeakyRelu", "PRelu", "Elu", "Sigmoid", "HardSigmoid", "HardSwish", "Tanh", "Gelu"})
@@ -20,7 +22,7 @@ ACTIVATIONS = frozenset({"Relu", "Clip", "LeakyRelu", "PRelu", "Elu", "Sigmoid",
 
 @dataclass(frozen=True)
 class Weight:
-    """The constant that a node multiplies by: its name and shape as stored in the model; `groups` of a convolution, otherwise 1."""
+    """The constant operand of a node: name and shape as stored in the model; `groups` of a convolution, otherwise 1."""
 
     name: str
     shape: tuple[int, ...]
@@ -29,11 +31,11 @@ class Weight:
 
 @dataclass(frozen=True)
 class ComputeNodes:
-    """The names of the nodes that multiply, and what else engines call them by.
+    """Names of the nodes that multiply, and other names that engines use for them.
 
-    `outputs`: the graph output that a node gives, a scale merged into it. `fused`: what an engine that fuses more names its kernel by,
-    the node's own output and those of a sum and an activation that alone read it; a sum of two products may be either's. `weights`:
-    of the nodes that multiply by a constant.
+    `outputs`: graph outputs and merged scales -> node. `fused`: tensor names that an engine may give a fused kernel (the node's output,
+    and those of a sum and an activation that only it feeds) -> nodes; a sum of two products may belong to either. `weights`: of the nodes
+    that multiply by a constant.
     """
 
     names: frozenset[str]
@@ -42,21 +44,21 @@ class ComputeNodes:
     weights: Mapping[str, Weight] = field(default_factory=dict)
 
     def find(self, reported: Iterable[str], *, derived: bool, taken: Collection[str] = frozenset()) -> str | None:
-        """The compute node that a kernel's reported names belong to; None when there is none.
+        """The compute node of a kernel with these reported names, or None.
 
-        `derived`: names that the engine made by adding to a node's ("conv1/WithoutBiases", "conv1_token_0", "fused conv1", "relu1_nchwc")
-        count too. `taken`: nodes that are other kernels' already, which tells whose a sum of two products is.
+        `derived`: names that the engine extended ("conv1/WithoutBiases", "conv1_token_0", "fused conv1", "relu1_nchwc") count, too.
+        `taken`: nodes of other kernels, which decide where a sum of two products belongs.
         """
         names = list(reported)
         for name in names:
-            if (found := self._exact(name)) is not None:
-                return found
+            if (node := self._exact(name)) is not None:
+                return node
             if not derived:
                 continue
             shorter = _plain(name)
             while True:
-                if (found := self._exact(shorter)) is not None:
-                    return found
+                if (node := self._exact(shorter)) is not None:
+                    return node
                 shorter, slash, _ = shorter.rpartition("/")
                 if not slash:
                     break
@@ -74,12 +76,12 @@ class ComputeNodes:
 
 
 def _plain(name: str) -> str:
-    """A name without what ONNX Runtime adds: to tell copies apart, to say that it fused, or laid channels out in blocks ("NCHWc")."""
+    """A name without ONNX Runtime's additions for copies, fusions and blocked channels ("NCHWc")."""
     return re.sub(r"_token_\d+$", "", name.removeprefix("fused ")).removesuffix("_nchwc")
 
 
 def compute_nodes(model: bytes) -> ComputeNodes:
-    """Reads the compute nodes of a serialised ONNX model; a node without a name goes by its first output, as engines call it."""
+    """Reads the compute nodes of a serialised ONNX model. A node without a name is named by its first output, as in engines."""
     graph = onnx.load_model_from_string(model).graph
     names = {node.name or node.output[0]: node for node in graph.node if node.op_type in COMPUTE}
     outputs = {output.name for output in graph.output}
@@ -92,14 +94,19 @@ def compute_nodes(model: bytes) -> ComputeNodes:
     constants = _constants(graph)
     for name, node in names.items():
         for follower in _affine_followers(node, readers, constants):
-            aliases |= {called: name for called in (follower.name, follower.output[0]) if called}
-        for called in _fused_names(node, readers, constants):
-            fused[called] = (*fused.get(called, ()), name)
+            aliases |= {alias: name for alias in (follower.name, follower.output[0]) if alias}
+        for alias in _fused_names(node, readers, constants):
+            fused[alias] = (*fused.get(alias, ()), name)
     return ComputeNodes(names=frozenset(names), outputs=aliases, fused=fused, weights=_weights(graph, names))
 
 
+def is_node_of(node: str, record: LayerRecord) -> bool:
+    """Returns True for a node of the layer's name, or of its name and a "/" before more."""
+    return node == record.name or node.startswith(f"{record.name}/")
+
+
 def _affine_followers(node: onnx.NodeProto, readers: dict[str, list[onnx.NodeProto]], constants: set[str]) -> Iterator[onnx.NodeProto]:
-    """What an engine merges into a product and may name it by: scales and biases that alone read it, one after the other."""
+    """The scales and biases that follow a product and are its only readers; an engine may merge them and use their names."""
     while (follower := _only_reader(node, readers)) is not None:
         others = [tensor for tensor in follower.input if tensor != node.output[0]]
         if follower.op_type not in AFFINE or not constants.issuperset(others):
@@ -109,7 +116,7 @@ def _affine_followers(node: onnx.NodeProto, readers: dict[str, list[onnx.NodePro
 
 
 def _fused_names(node: onnx.NodeProto, readers: dict[str, list[onnx.NodeProto]], constants: set[str]) -> Iterator[str]:
-    """The outputs that a kernel of this product may give: its own, and after scales and biases those of one sum and one activation."""
+    """Outputs that a kernel of this product may have: its own, and after scales and biases those of one sum and one activation."""
     yield node.output[0]
     last = [node, *_affine_followers(node, readers, constants)][-1]
     for allowed in (frozenset({"Add"}), ACTIVATIONS):
@@ -120,12 +127,12 @@ def _fused_names(node: onnx.NodeProto, readers: dict[str, list[onnx.NodeProto]],
 
 
 def _only_reader(node: onnx.NodeProto, readers: dict[str, list[onnx.NodeProto]]) -> onnx.NodeProto | None:
-    found = readers.get(node.output[0], [])
-    return found[0] if len(found) == 1 else None
+    nodes = readers.get(node.output[0], [])
+    return nodes[0] if len(nodes) == 1 else None
 
 
 def _constants(graph: onnx.GraphProto) -> set[str]:
-    """Tensors that no input reaches."""
+    """Tensors that depend on no input."""
     constants = {initializer.name for initializer in graph.initializer} | {""}
     for node in graph.node:  # ONNX keeps its nodes in topological order
         if constants.issuperset(node.input):

@@ -1,6 +1,6 @@
-"""What this process may use of the machine: for reports, and for the number of threads an engine gets.
+"""Hardware that this process may use, for reports and for the number of an engine's threads.
 
-Plain values, read and never assumed. Where a system does not say (no /proc, no /sys), what `platform` and `os` know is given.
+Without /proc and /sys the values come from `platform` and `os`.
 """
 
 from __future__ import annotations
@@ -17,8 +17,8 @@ from pathlib import Path
 from typing import Any
 
 ISA_LIMITS = ("ONEDNN_MAX_CPU_ISA", "DNNL_MAX_CPU_ISA")
-"""Variables of the environment that keep oneDNN, and so OpenVINO, from using all that the CPU has."""
-# The flags that decide which kernels an engine has, under one name for both families of CPUs (x86 "flags", ARM "Features").
+"""Environment variables that keep oneDNN, and so OpenVINO, from using all features of the CPU."""
+# Flags that decide on an engine's kernels, of x86 ("flags") and ARM ("Features").
 FEATURES = (
     "avx2",
     "avx512f",
@@ -36,11 +36,11 @@ PACKAGES = ("numpy", "openvino", "onnxruntime", "onnx")
 
 
 def describe_hardware() -> dict[str, Any]:
-    """CPU, cores, memory and features that this process has, and the versions of what computes.
+    """CPU, cores, memory and features of this process, and versions of the libraries that compute.
 
-    `cores` are the logical cores it may run on (affinity and a container's quota considered), `physical_cores` those without
-    hyper-threads; `memory_gib` is the machine's or the container's limit, whichever is less, None where unknown. A package that is not
-    installed is left out, and so are torch and the `gpus` that it may use unless it is loaded already.
+    `cores`: usable logical cores (affinity and a container's quota considered); `physical_cores`: without hyper-threads; `memory_gib`: the
+    smaller of the machine's memory and a container's limit, None where unknown. Missing packages are left out, and torch and its `gpus`
+    unless torch is imported already.
     """
     cpuinfo = _text(Path("/proc/cpuinfo"))
     described: dict[str, Any] = {
@@ -52,7 +52,7 @@ def describe_hardware() -> dict[str, Any]:
         "os": platform.platform(terse=True),
         "python": platform.python_version(),
     }
-    for name in (*PACKAGES, "onnxruntime-gpu"):  # the latter in place of onnxruntime, whose modules it has
+    for name in (*PACKAGES, "onnxruntime-gpu"):  # the latter contains onnxruntime's modules
         with suppress(importlib.metadata.PackageNotFoundError):
             described.setdefault(name.removesuffix("-gpu"), importlib.metadata.version(name))
     if torch := sys.modules.get("torch"):
@@ -63,26 +63,28 @@ def describe_hardware() -> dict[str, Any]:
 
 
 def cpu_model(cpuinfo: str) -> str:
-    """The CPU's name in the text of /proc/cpuinfo; empty when it has none."""
+    """The CPU's name in the text of /proc/cpuinfo; empty if missing."""
     match = re.search(r"^(?:model name|Model)\s*:\s*(.+)$", cpuinfo, re.MULTILINE)
     return match[1].strip() if match else ""
 
 
 def cpu_features(cpuinfo: str) -> tuple[str, ...]:
-    """Those of `FEATURES` that the text of /proc/cpuinfo lists, in that order."""
-    match = re.search(r"^(?:flags|Features)\s*:\s*(.+)$", cpuinfo, re.MULTILINE)
-    flags = set(match[1].split()) if match else set()
+    """The entries of `FEATURES` that the text of /proc/cpuinfo lists, in that order."""
+    flags = _cpu_flags(cpuinfo)
     return tuple(feature for feature in FEATURES if feature in flags)
 
 
 def cpu_identity() -> str:
-    """Name and all feature flags of the CPU, and what the environment leaves of them, one line: what code that was compiled for it depends
-    on."""
+    """Name and all feature flags of the CPU, and the environment's limits on them, in one line: compiled code depends on these."""
     cpuinfo = _text(Path("/proc/cpuinfo"))
-    flags = re.search(r"^(?:flags|Features)\s*:\s*(.+)$", cpuinfo, re.MULTILINE)
     limits = "".join(f" {name}={value}" for name in ISA_LIMITS if (value := os.environ.get(name)))
     name = cpu_model(cpuinfo) or platform.processor() or platform.machine()
-    return f"{name} {' '.join(sorted(flags[1].split())) if flags else ''}{limits}"
+    return f"{name} {' '.join(sorted(_cpu_flags(cpuinfo)))}{limits}"
+
+
+def _cpu_flags(cpuinfo: str) -> set[str]:
+    match = re.search(r"^(?:flags|Features)\s*:\s*(.+)$", cpuinfo, re.MULTILINE)
+    return set(match[1].split()) if match else set()
 
 
 def usable_cores() -> int:
@@ -92,44 +94,44 @@ def usable_cores() -> int:
 
 
 def physical_cores() -> int:
-    """Physical cores among the usable ones: what an engine's threads are best counted by."""
+    """Physical cores among the usable ones: the best number of threads for an engine."""
     siblings = {_text(Path(f"/sys/devices/system/cpu/cpu{cpu}/topology/thread_siblings_list")) or str(cpu) for cpu in affinity()}
     return min(len(siblings), usable_cores())
 
 
 def memory_gib() -> float | None:
-    """Memory that this process may use, in GiB; None where the system does not say."""
+    """Memory that this process may use, in GiB; None where unknown."""
     sizes = [size for size in (_memory_limit(), _machine_memory()) if size is not None]
     return round(min(sizes) / 2**30, 2) if sizes else None
 
 
 def memory_limit_gib() -> float | None:
-    """A container's memory limit, in GiB; None where there is none below the machine's memory."""
+    """A container's memory limit, in GiB; None without one below the machine's memory."""
     limit, machine = _memory_limit(), _machine_memory()
     return None if limit is None or (machine is not None and limit >= machine) else round(limit / 2**30, 2)
 
 
 def available_memory_gib(meminfo: str) -> float | None:
-    """Memory of the machine that can be had without swapping, in GiB, from the text of /proc/meminfo; None when it does not say."""
+    """The machine's memory that is available without swapping, in GiB, from the text of /proc/meminfo; None where unknown."""
     match = re.search(r"^MemAvailable:\s*(\d+) kB$", meminfo, re.MULTILINE)
     return round(int(match[1]) / 2**20, 2) if match else None
 
 
 def cpu_governors() -> tuple[str, ...]:
-    """What sets the clock of our CPUs ("performance", "powersave", ...), each once; empty where the system does not say."""
+    """Frequency governors of our CPUs ("performance", "powersave", ...), each once; empty where unknown."""
     files = (Path(f"/sys/devices/system/cpu/cpu{cpu}/cpufreq/scaling_governor") for cpu in affinity())
     return tuple(sorted({text for file in files if (text := _text(file))}))
 
 
 def numa_nodes() -> int:
-    """How many NUMA nodes our CPUs belong to; 1 where the system does not say."""
+    """Number of NUMA nodes of our CPUs; 1 where unknown."""
     ours = affinity()
     lists = (_text(file) for file in Path("/sys/devices/system/node").glob("node[0-9]*/cpulist"))
     return max(1, sum(bool(parse_cpus(text) & ours) for text in lists))
 
 
 def last_level_cache() -> int | None:
-    """Bytes of the outermost caches of our CPUs, each counted once; None where the system does not say."""
+    """Bytes of the outermost caches of our CPUs, each counted once; None where unknown."""
     sizes: dict[str, int] = {}
     for cpu in affinity():
         levels = Path(f"/sys/devices/system/cpu/cpu{cpu}/cache").glob("index[0-9]*")
@@ -141,20 +143,20 @@ def last_level_cache() -> int | None:
 
 
 def parse_cpus(text: str) -> set[int]:
-    """The CPUs of a list as Linux writes it: "0-2,8" is 0, 1, 2 and 8."""
+    """CPU numbers in Linux's list format: "0-2,8" is 0, 1, 2 and 8."""
     ranges = (part.partition("-") for part in text.split(",") if part)
     return {cpu for first, _, last in ranges for cpu in range(int(first), int(last or first) + 1)}
 
 
 def affinity() -> set[int]:
-    """The numbers of the logical CPUs that this thread, and those that it starts, may run on."""
+    """Numbers of the logical CPUs that this thread and its child threads may run on."""
     if hasattr(os, "sched_getaffinity"):
         return set(os.sched_getaffinity(0))
     return set(range(os.cpu_count() or 1))
 
 
 def cpu_quota() -> float | None:
-    """CPU time that a container's limit allows, in cores' worth; None where there is no limit."""
+    """A container's limit of CPU time, in cores' worth; None without a limit."""
     quotas = []
     for text in _cgroup_values("cpu", "cpu.max", "cpu.cfs_quota_us", "cpu.cfs_period_us"):
         quota, _, period = text.partition(" ")
@@ -174,7 +176,7 @@ def _machine_memory() -> int | None:
 
 
 def _cgroup_values(controller: str, unified: str, *legacy: str) -> Iterator[str]:
-    """A limit's text in this process's control group and all above it, in version 2 and version 1, where it may stand in several files."""
+    """A limit's text in this process's control group and all its parents, in version 2 and in version 1 (there from several files)."""
     for line in _text(Path("/proc/self/cgroup")).splitlines():
         _, controllers, group = line.split(":", 2)
         if controllers and controller not in controllers.split(","):

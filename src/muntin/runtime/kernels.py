@@ -1,7 +1,7 @@
-"""A kernel: one piece of work that an engine really executes, what it cost, and what it is in a person's words.
+"""Kernels: the operations that an engine really executes, with their cost, work and kind.
 
-Engines fuse, split and add operations, so a kernel is seldom a node of `model.onnx`. What they have in common is here: work in
-multiply-adds and bytes, and the kinds that a reader of a profile knows.
+Engines fuse, split and add operations, so a kernel is seldom one node of `model.onnx`. Common to all engines are the work in multiply-adds
+and bytes, and the kinds that a profile shows.
 """
 
 from __future__ import annotations
@@ -9,9 +9,9 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
-from typing import Protocol
 
 from muntin.artifact import LayerRecord
+from muntin.runtime.graph import is_node_of
 
 PRODUCTS = "convolution and matrix products"
 LAYOUT = "layout changes"
@@ -23,11 +23,11 @@ BETWEEN = "between kernels"
 INTERRUPTIONS = "interruptions, of no kernel in particular"
 
 TO_PIXELS = "DepthToSpace"
-"""An operation that may run as a permutation (`openvino_endings`)."""
+"""ONNX operation that may run as a permutation (`openvino_endings`)."""
 IMAGES = "the image"
-"""Source of what the input holds."""
+"""`source` of the model's input."""
 
-# Engines' names of operations -> the kind in words. What has multiply-adds is a product whatever it is called.
+# Kind in words -> engines' names of operations. An operation with multiply-adds is a product under any name.
 _KINDS: dict[str, frozenset[str]] = {
     LAYOUT: frozenset({"Transpose", "Reorder", "ReorderInput", "ReorderOutput"}),
     CONVERT: frozenset({"Convert", "FakeQuantize", "Cast", "QuantizeLinear", "DequantizeLinear"}),
@@ -43,29 +43,37 @@ _KINDS: dict[str, frozenset[str]] = {
     }),
 }  # fmt: skip
 
-PRECISIONS = {"i8": "INT8", "bf16": "BF16", "f16": "FP16", "f32": "FP32"}
-"""Ours -> in words."""
+PRECISION_LABELS = {"i8": "INT8", "bf16": "BF16", "f16": "FP16", "f32": "FP32"}
+"""Precision -> label."""
 
-Shape = tuple[int, ...]
+TensorShape = tuple[int, ...]
 
 
-class Ceilings(Protocol):
-    """What the machine can reach: 1e9 multiply-adds a second for each precision, and bytes copied in 1e9 a second."""
+@dataclass(frozen=True, kw_only=True)
+class Ceilings:
+    """Measured limits of this machine.
 
-    @property
-    def gmacs(self) -> Mapping[str, float]: ...
+    `gmacs`: 1e9 multiply-adds a second of a large product, by "f32", "bf16", "f16", "i8"; a precision without kernels on this CPU is
+    absent. `copy_gb_s`: 1e9 bytes read and written a second by a copy far larger than the caches. `threads`: how many worked. `others`:
+    CPU cores' worth of time that other processes used meanwhile, None where unknown: well above 0, the limits are too low.
+    """
 
-    @property
-    def copy_gb_s(self) -> float: ...
+    gmacs: Mapping[str, float]
+    copy_gb_s: float
+    threads: int
+    others: float | None
 
 
 @dataclass(frozen=True, kw_only=True)
 class Operand:
-    """A tensor that a kernel reads or writes. `shape` is the logical one (B, C, H, W); `layout` the order in memory as the engine calls it
-    ("abcd" as the shape says, "acdb" channels last), empty where it does not say. `type`: element type, "u8", "f32"; `bytes`: its size.
-    `source`: the executed kernel that wrote it, `IMAGES` for the input, None for a constant."""
+    """A tensor that a kernel reads or writes.
 
-    shape: Shape
+    `shape`: the logical one (B, C, H, W). `layout`: the engine's name of the order in memory ("abcd": as in the shape, "acdb": channels
+    last), empty where unknown. `type`: element type, "u8", "f32". `bytes`: size. `source`: the executed kernel that wrote it, `IMAGES` for
+    the input, None for a constant.
+    """
+
+    shape: TensorShape
     type: str
     bytes: int
     layout: str = ""
@@ -76,11 +84,10 @@ class Operand:
 class Kernel:
     """One kernel of an inference.
 
-    `name`: the compute node of `model.onnx` where it has one, otherwise the engine's own; no two kernels share one. `kind`: the
-    engine's name of the operation, `implementation` of its code. `precision`: what it computes in, "i8" (of either sign), "f32", "bf16",
-    "f16". `compute`: whether it is such a node. `layer`: the manifest's layer that it belongs to. `ms`: median time of one inference.
-    `macs`: multiply-adds of the whole batch. `start_ms`: when it began within one inference, None where the engine does not say.
-    `group`: its kind in words.
+    `name`: unique; the compute node of `model.onnx` if there is one, otherwise the engine's name. `kind`: the engine's name of the
+    operation, `implementation` of its code. `precision`: "i8" (of either sign), "f32", "bf16" or "f16". `compute`: True if `name` is a
+    compute node. `layer`: the manifest's layer. `ms`: median time in one inference. `macs`: multiply-adds of the whole batch. `group`: its
+    kind in words. `start_ms`: start within one inference, None where the engine gives no time stamps.
     """
 
     name: str
@@ -98,35 +105,39 @@ class Kernel:
 
     @property
     def bytes(self) -> int:
-        """What it reads and writes, weights included."""
+        """Bytes read and written, weights included."""
         return sum(operand.bytes for operand in (*self.inputs, *self.outputs))
 
     @property
     def label(self) -> str:
-        """The name that a reader knows: the layer's where there is one."""
+        """The layer's name if there is one, otherwise the kernel's."""
         return self.layer or self.name
 
     @property
     def words(self) -> str:
-        """Its kind in words, for a product with the precision."""
-        return f"{self.group}, {PRECISIONS.get(self.precision, self.precision)}" if self.group == PRODUCTS else self.group
+        """Kind in words; of a product with its precision."""
+        return f"{self.group}, {PRECISION_LABELS.get(self.precision, self.precision)}" if self.group == PRODUCTS else self.group
 
     def bounds_ms(self, ceilings: Ceilings) -> tuple[float | None, float]:
-        """The least time for its multiply-adds (None without a ceiling of its precision) and for its bytes."""
+        """Shortest times for the multiply-adds (None without a ceiling of the precision) and for the bytes."""
         return macs_ms(self.macs, self.precision, ceilings), self.bytes / ceilings.copy_gb_s / 1e6
 
     def attainable_ms(self, ceilings: Ceilings) -> float | None:
-        """The least time that the machine's ceilings allow; None without a ceiling of its precision."""
+        """Shortest time by the machine's ceilings; None without a ceiling of the precision."""
         arithmetic, memory = self.bounds_ms(ceilings)
         return None if arithmetic is None else max(arithmetic, memory)
+
+    def ceiling_share(self, ceilings: Ceilings) -> float | None:
+        """Shortest time over measured time; None where either is unknown."""
+        attainable = self.attainable_ms(ceilings)
+        return None if attainable is None or self.ms == 0 else attainable / self.ms
 
 
 @dataclass(frozen=True, kw_only=True)
 class Execution:
-    """What an engine executed: its kernels in order, and what it ran in.
+    """An engine's executed kernels in order, its precision and threads.
 
-    `profiled_ms`: median of the whole inference with counters on. `between_ms`: median of what no kernel of the same inference
-    accounts for.
+    `profiled_ms`: median of the whole inference with counters on. `between_ms`: median of an inference's time outside of its kernels.
     """
 
     kernels: tuple[Kernel, ...]
@@ -137,7 +148,7 @@ class Execution:
 
 
 def macs_ms(macs: int, precision: str, ceilings: Ceilings) -> float | None:
-    """The least time for multiply-adds in a precision: 0 for none, None without a ceiling."""
+    """Shortest time for multiply-adds in a precision: 0 for none, None without a ceiling."""
     if macs == 0:
         return 0.0
     ceiling = ceilings.gmacs.get(precision)
@@ -145,45 +156,44 @@ def macs_ms(macs: int, precision: str, ceilings: Ceilings) -> float | None:
 
 
 def layer_of(node: str | None, weight: str, records: Sequence[LayerRecord]) -> str | None:
-    """The recorded layer of a compute node: of its name, or of a prefix of it before a "/".
+    """The recorded layer of a compute node, by the node's name or, if none matches, by its weight's name.
 
-    A float convolution may carry the name of a norm that was folded into it; then the layer is that of its weight's name in the model,
-    which an engine may have changed.
+    A float convolution may have the name of a norm that was folded into it; its weight keeps the layer's name.
     """
     if node is None:
         return None
-    found = next((record.name for record in records if node == record.name or node.startswith(f"{record.name}/")), None)
     stem = weight.removeprefix("model.").partition(".weight")[0]
-    return found or next((record.name for record in records if record.name == stem), None)
+    names = [record.name for record in records if is_node_of(node, record)] + [record.name for record in records if record.name == stem]
+    return next(iter(names), None)
 
 
 def group_of(kind: str, macs: int, operations: Sequence[str], inputs: Sequence[Operand], outputs: Sequence[Operand]) -> str:
-    """A kernel's kind in words. `operations`: the types of the operations that were fused into it, where the engine says."""
+    """A kernel's kind in words. `operations`: types of the operations that were fused into it, where known."""
     if macs:
         return PRODUCTS
-    found = next((group for group, kinds in _KINDS.items() if kind in kinds), OTHER)
-    if found == ELEMENTWISE and operations and _KINDS[CONVERT].issuperset(operations):
+    group = next((group for group, kinds in _KINDS.items() if kind in kinds), OTHER)
+    if group == ELEMENTWISE and operations and _KINDS[CONVERT].issuperset(operations):
         return CONVERT
-    if found == LAYOUT and TO_PIXELS in operations:
+    if group == LAYOUT and TO_PIXELS in operations:
         return COPIES
-    if found == LAYOUT and inputs and outputs and inputs[0].layout == outputs[0].layout != "" and inputs[0].type != outputs[0].type:
+    if group == LAYOUT and inputs and outputs and inputs[0].layout == outputs[0].layout != "" and inputs[0].type != outputs[0].type:
         return CONVERT
-    return found
+    return group
 
 
-def convolution_macs(output: Shape, weight: Shape) -> int:
-    """Multiply-adds of a convolution, grouped or not: each output channel has its share of the weights, (B, K, ...) x their number."""
+def convolution_macs(output: TensorShape, weight: TensorShape) -> int:
+    """Multiply-adds of a convolution, grouped or not: each output value takes its channel's share of the weights."""
     return prod(output) * prod(weight) // output[1]
 
 
-def deconvolution_macs(entry: Shape, weight: Shape) -> int:
-    """Multiply-adds of a transposed convolution: each input channel has its share of the weights."""
+def deconvolution_macs(entry: TensorShape, weight: TensorShape) -> int:
+    """Multiply-adds of a transposed convolution: each input value takes its channel's share of the weights."""
     return prod(entry) * prod(weight) // entry[1]
 
 
-def product_macs(left: Shape, right: Shape, output: Shape) -> int:
+def product_macs(left: TensorShape, right: TensorShape, output: TensorShape) -> int:
     """Multiply-adds of a matrix product, the left operand transposed or not: (..., M, K) x (..., K, N) is M * N * K for each matrix."""
-    if len(right) == 1:  # whose axis the output does not have
+    if len(right) == 1:  # a vector: its axis is missing in the output
         return prod(output) * right[0]
     if len(left) == 1:
         return prod(output) * left[0]

@@ -1,4 +1,4 @@
-"""Latency and throughput of several sessions in one run: interleaved, so that a machine that drifts drifts for all of them."""
+"""Latency and throughput of several sessions in one run, interleaved: if the machine's speed drifts, it drifts for all of them."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from numpy.typing import NDArray
 from muntin.runtime.tiles import Predictor
 
 BATCHES = 8
-"""Batches that a throughput is measured over, for each stream of the session."""
+"""Batches of a throughput measurement, for each stream of the session."""
 
 
 class Mapper(Predictor, Protocol):
-    """A session that can keep several batches in flight: every engine's, and a live model's."""
+    """A session, of an engine or a live model, that can keep several batches in flight."""
 
     @property
     def streams(self) -> int: ...
@@ -27,7 +27,7 @@ class Mapper(Predictor, Protocol):
 
 @dataclass(frozen=True, kw_only=True)
 class Latency:
-    """Of one call, in ms, over `calls` of them."""
+    """Latency of one call, in ms, over `calls` calls."""
 
     median_ms: float
     p90_ms: float
@@ -36,10 +36,10 @@ class Latency:
 
 
 def interleaved_latency(sessions: Mapping[str, Predictor], images_BHWC: NDArray[np.uint8], *, rounds: int) -> dict[str, Latency]:
-    """The time of one call on a batch, for each session.
+    """Measures one call on a batch for each session.
 
-    Each of `rounds` rounds calls every session twice and times the second call: the first brings its weights back into the caches
-    that the others filled, as in a process that runs one model. Raises `ValueError` for less than one round.
+    Each round calls every session twice and times the second call: the first brings its weights back into the caches that the other
+    sessions filled, as in a process that runs one model. Raises `ValueError` for less than one round.
     """
     if rounds < 1:
         raise ValueError(f"rounds={rounds}: a median needs at least 1")
@@ -53,7 +53,7 @@ def interleaved_latency(sessions: Mapping[str, Predictor], images_BHWC: NDArray[
             started = time.perf_counter()
             session(images)
             times[name].append((time.perf_counter() - started) * 1e3)
-    return {name: _latency(v) for name, v in times.items()}
+    return {name: _latency(milliseconds) for name, milliseconds in times.items()}
 
 
 def _latency(times_ms: list[float]) -> Latency:
@@ -62,7 +62,7 @@ def _latency(times_ms: list[float]) -> Latency:
 
 
 def interleaved_throughput(sessions: Mapping[str, Mapper], images_BHWC: NDArray[np.uint8], *, rounds: int) -> dict[str, float]:
-    """Images a second with every stream busy: the median of `rounds` rounds, in which each session maps some batches in its turn.
+    """Images a second with every stream busy: the median of `rounds` rounds, in which the sessions map some batches in turn.
 
     Raises `ValueError` for less than one round.
     """
@@ -78,11 +78,11 @@ def interleaved_throughput(sessions: Mapping[str, Mapper], images_BHWC: NDArray[
                 pass
             if round_:
                 rates[name].append(len(batches) * len(images) / (time.perf_counter() - started))
-    return {name: float(np.median(v)) for name, v in rates.items()}
+    return {name: float(np.median(values)) for name, values in rates.items()}
 
 
 def latency_report(rows: Mapping[str, tuple[str, Predictor]], image_HWC: NDArray[np.uint8], *, rounds: int) -> dict[str, Any]:
-    """The `latency` part of a report: `rows` maps a name to its engine's description and its session; the first is the baseline."""
+    """The `latency` part of a report. `rows`: name -> description of the engine, session; the first is the baseline."""
     measured = interleaved_latency({name: session for name, (_, session) in rows.items()}, image_HWC[None], rounds=rounds)
     return {
         "height": image_HWC.shape[0],

@@ -1,13 +1,12 @@
-"""Does each quantised layer, in the engine, compute what its integers say?
+"""Checks each quantised layer of an artefact alone: the engine's result against plain float arithmetic.
 
-    tapped graph in the engine (f32 hint) -> what really came into each layer and what it gave
-    the same layer alone, in plain float  -> what it should have given for that input
+    graph with extra outputs in the engine (f32 hint) -> each layer's real input and output
+    the same layer alone, in plain float              -> the expected output for that input
 
-A layer is fed the deployed predecessor's values, so no layer answers for another's error. The taps change what the engine fuses, and
-in 16 bits they change the numbers: this is a check of layers, in f32; what the untapped model does end to end is `verify`'s golden pairs.
+Each layer gets the values that its predecessors gave in the engine, so errors do not add up. The extra outputs change the engine's fusions,
+and in 16 bits also the numbers: this checks layers, in f32; `verify`'s golden pairs check the unchanged model from end to end.
 
-The plain float is ONNX Runtime without any optimisation, on the nodes of the layer as they stand in the artefact: quantiser,
-dequantiser, product. No torch.
+Plain float is ONNX Runtime without optimisation, on the layer's nodes in the artefact: quantiser, dequantiser, product. No torch.
 """
 
 from __future__ import annotations
@@ -27,18 +26,18 @@ from muntin.runtime.hardware import physical_cores
 from muntin.runtime.signals import signal_stack_kept
 
 TOLERANCE = 1.0
-"""Largest error of a layer, in steps: a value that lies between two levels may be rounded either way, and moves one input by one step."""
+"""Largest error of a layer, in steps: a value between two levels may be rounded either way, which moves one input by one step."""
 NUDGE = 1e-4
-"""Steps. A picture has few distinct values, and where one of them lies between two levels, all of its pixels are rounded the way that the
-engine's last bit says: an output is compared with what its inputs give as they are, and with all of them this much higher, and lower."""
+"""Steps. A picture has few distinct values; where one lies between two levels, the engine may round all its pixels the other way. So an
+output is compared with the results of its inputs as they are, and of all inputs raised and lowered by this."""
 FLOAT_ERROR = 1e-5
-"""What the order of a sum may change, relative to the layer's largest output."""
+"""Error from the order of a sum, relative to the layer's largest output."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class LayerCheck:
-    """One product with quantised operands. `error`: the largest difference of one output, in units of what one step of one input moves it
-    through the layer's largest weight, less what the order of a float sum explains."""
+    """Check of one product with quantised operands. `error`: largest difference of one output, less `FLOAT_ERROR`, in units of the change
+    by one step of one input through the layer's largest weight."""
 
     name: str
     error: float
@@ -49,7 +48,7 @@ class LayerCheck:
 
 
 @dataclass(frozen=True)
-class _Layer:
+class _QuantisedProduct:
     """A product and the nodes from its unrounded inputs to its output."""
 
     name: str
@@ -57,16 +56,16 @@ class _Layer:
     inputs: tuple[str, ...]
     """Unrounded operands."""
     operands: tuple[str, str]
-    """What the product multiplies, after rounding."""
+    """Rounded operands of the product."""
     scales: tuple[float, ...]
     output: str
 
 
 def verify_layers(artifact: Artifact, images: Sequence[NDArray[np.uint8]], *, threads: int | None = None) -> tuple[LayerCheck, ...]:
-    """Check every quantised layer of an artefact on some images `(B, H, W, C)`; an empty tuple where nothing is quantised.
+    """Checks every quantised layer of an artefact on some images (B, H, W, C); empty where nothing is quantised.
 
-    Costs a compilation a size, and memory for every layer's inputs and outputs: small images, as the golden ones, are enough.
-    `threads` None: the usable physical cores.
+    Costs a compilation for each size, and memory for every layer's inputs and outputs: small images suffice. `threads` None: the usable
+    physical cores.
     """
     model = onnx.load_model_from_string(artifact.model_bytes())
     layers = _quantised_layers(model)
@@ -83,8 +82,8 @@ def verify_layers(artifact: Artifact, images: Sequence[NDArray[np.uint8]], *, th
     return tuple(LayerCheck(name=name, error=error) for name, error in worst.items())
 
 
-def _answers(alone: Any, layers: Sequence[_Layer], taps: dict[str, NDArray[Any]], nudge: float) -> dict[str, NDArray[Any]]:
-    """What every layer should have given, and its operands, where its unrounded inputs are all `nudge` steps higher."""
+def _answers(alone: Any, layers: Sequence[_QuantisedProduct], taps: dict[str, NDArray[Any]], nudge: float) -> dict[str, NDArray[Any]]:
+    """Every layer's expected output and operands with its unrounded inputs raised by `nudge` steps."""
     fed: dict[str, NDArray[Any]] = {}
     for layer in layers:
         for name, scale in zip(layer.inputs, layer.scales, strict=True):
@@ -92,24 +91,24 @@ def _answers(alone: Any, layers: Sequence[_Layer], taps: dict[str, NDArray[Any]]
     return dict(zip([output.name for output in alone.get_outputs()], alone.run(None, fed), strict=True))
 
 
-def _error(layer: _Layer, answers: list[dict[str, NDArray[Any]]], got: NDArray[Any]) -> float:
-    """Of each output the difference from the nearest of the answers."""
-    wanted = answers[0][layer.output]
+def _error(layer: _QuantisedProduct, answers: list[dict[str, NDArray[Any]]], output: NDArray[Any]) -> float:
+    """The largest difference of one output from its nearest answer."""
+    expected = answers[0][layer.output]
     left, right = (answers[0][name] for name in layer.operands)
     step = layer.scales[0] * float(np.abs(right).max(initial=0))
     if len(layer.scales) > 1:
         step += layer.scales[1] * float(np.abs(left).max(initial=0))
-    if not np.isfinite(got).all():
+    if not np.isfinite(output).all():
         return float("inf")
-    differences = [np.abs(got.astype(np.float64) - answer[layer.output]) for answer in answers]
-    difference = float(np.minimum.reduce(differences).max(initial=0)) - FLOAT_ERROR * float(np.abs(wanted).max(initial=0))
+    differences = [np.abs(output.astype(np.float64) - answer[layer.output]) for answer in answers]
+    difference = float(np.minimum.reduce(differences).max(initial=0)) - FLOAT_ERROR * float(np.abs(expected).max(initial=0))
     return max(0.0, difference) / step if step > 0 else (0.0 if difference <= 0 else float("inf"))
 
 
-def _quantised_layers(model: onnx.ModelProto) -> list[_Layer]:
+def _quantised_layers(model: onnx.ModelProto) -> list[_QuantisedProduct]:
     makers = {name: node for node in model.graph.node for name in node.output}
     constants = {initializer.name: initializer for initializer in model.graph.initializer}
-    found = []
+    products = []
     for node in model.graph.node:
         if node.op_type not in COMPUTE:
             continue
@@ -117,8 +116,8 @@ def _quantised_layers(model: onnx.ModelProto) -> list[_Layer]:
         if left is None or right is None:
             continue
         rounded = [(name, scale) for _, name, scale in (left, right) if name is not None]
-        found.append(
-            _Layer(
+        products.append(
+            _QuantisedProduct(
                 name=node.name or node.output[0],
                 nodes=(*left[0], *right[0], node),
                 inputs=tuple(name for name, _ in rounded),
@@ -127,14 +126,14 @@ def _quantised_layers(model: onnx.ModelProto) -> list[_Layer]:
                 output=node.output[0],
             )
         )
-    return found
+    return products
 
 
 _Operand = tuple[list[onnx.NodeProto], str | None, float]
 
 
 def _operand(name: str, makers: dict[str, onnx.NodeProto], constants: dict[str, onnx.TensorProto]) -> _Operand | None:
-    """The nodes that round an operand, its unrounded tensor (None for a weight) and its scale; None where it is not quantised."""
+    """The nodes that round an operand, its unrounded tensor (None for a weight) and its scale. None if it is not quantised."""
     dequantise = makers.get(name)
     if dequantise is None or dequantise.op_type != "DequantizeLinear":
         return None
@@ -151,9 +150,9 @@ def _fed(name: str) -> str:
     return f"fed:{name}"
 
 
-def _alone(model: onnx.ModelProto, layers: Sequence[_Layer], threads: int) -> Any:
-    """All layers side by side in one graph, each from its unrounded inputs to its output: no layer reads another."""
-    from muntin.runtime.quiet import onnxruntime  # an engine is loaded where it is used: a machine that serves with one needs no other
+def _alone(model: onnx.ModelProto, layers: Sequence[_QuantisedProduct], threads: int) -> Any:
+    """A session of all layers side by side, each from its unrounded inputs to its output: no layer reads another."""
+    from muntin.runtime.quiet import onnxruntime  # engines are imported where they are used
 
     nodes: dict[str, onnx.NodeProto] = {}
     for layer in layers:
@@ -165,12 +164,12 @@ def _alone(model: onnx.ModelProto, layers: Sequence[_Layer], threads: int) -> An
             nodes[node.output[0]] = copy
     used = {name for node in nodes.values() for name in node.input}
     fed = dict.fromkeys(_fed(name) for layer in layers for name in layer.inputs)
-    wanted = dict.fromkeys(name for layer in layers for name in (layer.output, *layer.operands))
+    outputs = dict.fromkeys(name for layer in layers for name in (layer.output, *layer.operands))
     graph = onnx.helper.make_graph(
         list(nodes.values()),
         "layers",
         [onnx.helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, None) for name in fed],
-        [onnx.helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, None) for name in wanted],
+        [onnx.helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, None) for name in outputs],
         [initializer for initializer in model.graph.initializer if initializer.name in used],
     )
     options = onnxruntime.SessionOptions()
@@ -181,17 +180,19 @@ def _alone(model: onnx.ModelProto, layers: Sequence[_Layer], threads: int) -> An
     return onnxruntime.InferenceSession(single.SerializeToString(), options, providers=["CPUExecutionProvider"])
 
 
-def _run_tapped(model: onnx.ModelProto, layers: Sequence[_Layer], images_BHWC: NDArray[np.uint8], threads: int) -> dict[str, NDArray[Any]]:
-    """Every layer's unrounded inputs and its output, as the engine computes them in f32."""
+def _run_tapped(
+    model: onnx.ModelProto, layers: Sequence[_QuantisedProduct], images_BHWC: NDArray[np.uint8], threads: int
+) -> dict[str, NDArray[Any]]:
+    """Every layer's unrounded inputs and its output in the engine, in f32."""
     from muntin.runtime.quiet import openvino
 
     tapped = onnx.ModelProto()
     tapped.CopyFrom(model)
-    there = {output.name for output in tapped.graph.output} | {entry.name for entry in tapped.graph.input}
+    present = {output.name for output in tapped.graph.output} | {entry.name for entry in tapped.graph.input}
     names = dict.fromkeys(name for layer in layers for name in (*layer.inputs, layer.output))
     given = {entry.name: images_BHWC for entry in tapped.graph.input}
     tapped.graph.output.extend(
-        onnx.helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, None) for name in names if name not in there
+        onnx.helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, None) for name in names if name not in present
     )
     core = openvino.Core()
     read = core.read_model(model=tapped.SerializeToString(), weights=b"")

@@ -1,8 +1,8 @@
-"""Measure what opening an artefact costs, seconds and memory, in a new process for each.
+"""Measures time and memory of opening an artefact or a checkpoint, in a new process each time.
 
-In one process for all, the first artefact would pay for loading the engine's library, and later ones would use memory that was freed: the
-same artefact twice would get two figures. A new process loads the library, reads the clock and its memory, and then opens the artefact.
-Plain values (`Candidate`) describe what it opens, because a session cannot be passed to a process.
+In one process the first session would pay for importing the engine's library, and later ones would reuse freed memory. So a new process
+imports the library, reads the clock and its memory, and then opens. A `Candidate` describes what to open by plain values, since a session
+cannot be sent to another process.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import time
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from contextlib import suppress
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from importlib import import_module
 from math import prod
 from pathlib import Path
@@ -22,42 +22,42 @@ from muntin.artifact import open_artifact
 from muntin.errors import DataError
 from muntin.runtime import quiet
 from muntin.runtime.cache import cache_folder, compiled_folder
-from muntin.runtime.engines import DEFAULT_ENGINE, load
+from muntin.runtime.engines import open_session
 from muntin.runtime.hardware import memory_gib
 from muntin.runtime.helper_process import Outcome, answer_question, ask_helper, recorded_error
 from muntin.runtime.latency import Mapper
 from muntin.runtime.memory import watch_memory
+from muntin.runtime.options import DEFAULT_ENGINE, SessionOptions
 from muntin.runtime.session import Shape
 
 _KEEPS = {"openvino": ("openvino", "openvino"), "onnxruntime-tensorrt": ("tensorrt", "onnxruntime")}
-"""Engines that keep compiled models in the cache: their names there, and the library whose version counts."""
+"""Engine that caches compiled models -> its name in the cache, the library whose version is part of the key."""
 
 Files = frozenset[tuple[Path, int]]
-"""Files and the time of their last change, in ns."""
+"""Files and their modification times, in ns."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Candidate(ABC):
-    """A model to open and measure. A subclass is a frozen dataclass of plain values, in a module that can be imported."""
+    """Base of what can be opened and measured. A subclass is a frozen dataclass of plain values in an importable module."""
 
     path: str
 
     @property
     def name(self) -> str:
-        """Its name in a table."""
+        """Name in tables."""
         return Path(self.path).name or self.path
 
     @abstractmethod
     def prepare(self) -> None:
-        """Load the libraries that opening needs. This is done once in a process, and is no cost of this candidate."""
+        """Imports the libraries that opening needs; this is not measured."""
 
     @abstractmethod
-    def open(self, threads: int, streams: int, shapes: tuple[Shape, ...]) -> Mapper:
-        """Return a session that has computed once for each shape (B, H, W)."""
+    def open(self, options: SessionOptions) -> Mapper:
+        """Opens a session that has computed once for each of the options' shapes. The candidate decides on engine and precision."""
 
     def from_cache(self, before: Files) -> bool | None:
-        """Return whether everything compiled came from the cache; None if the engine keeps nothing there. `before`: the cache's files
-        before opening."""
+        """Returns True if, after opening, every compiled model was in the cache `before`; None without a cache."""
         return None
 
 
@@ -70,12 +70,12 @@ class ArtifactCandidate(Candidate):
 
     def prepare(self) -> None:
         if self.engine == "openvino":
-            quiet.openvino.Core().get_property("CPU", "FULL_DEVICE_NAME")  # its plugin for CPUs is a library that is loaded when first used
+            quiet.openvino.Core().get_property("CPU", "FULL_DEVICE_NAME")  # loads the plugin for CPUs
         else:
             quiet.onnxruntime.get_available_providers()
 
-    def open(self, threads: int, streams: int, shapes: tuple[Shape, ...]) -> Mapper:
-        return load(self.path, engine=self.engine, precision=self.precision, threads=threads, streams=streams, shapes=shapes)
+    def open(self, options: SessionOptions) -> Mapper:
+        return open_session(self.path, replace(options, engine=self.engine, precision=self.precision))
 
     def from_cache(self, before: Files) -> bool | None:
         if self.engine not in _KEEPS:
@@ -88,11 +88,11 @@ class ArtifactCandidate(Candidate):
 
 @dataclass(frozen=True, kw_only=True)
 class Loading:
-    """Costs of opening.
+    """Cost of opening.
 
-    `load_s`: seconds, with compilation or reading the cache, and a first call of every batch. `held_mib`, `peak_mib`: resident memory
-    added, afterwards and at the peak; None if the system does not tell. `cached`: whether everything compiled came from the user's cache;
-    None for an engine that keeps nothing there. `channels`: number of channels of its images.
+    `load_s`: includes compiling or reading the cache, and a first call of every batch. `held_mib`, `peak_mib`: added resident memory at the
+    end and at the peak, None where unknown. `cached`: True if the compiled models came from the user's cache, None for an engine without
+    a cache. `channels`: of the images.
     """
 
     load_s: float
@@ -102,17 +102,18 @@ class Loading:
     channels: int
 
 
-def measure_loading(candidate: Candidate, *, threads: int, streams: int, shapes: tuple[Shape, ...]) -> Loading:
-    """Open a candidate in a new process of this Python. Takes half a second longer than opening it (PyTorch: some seconds).
+def measure_loading(candidate: Candidate, options: SessionOptions) -> Loading:
+    """Opens a candidate, with the options' threads, streams and shapes, in a new process of this Python.
 
-    Raises the error that opening raises, and DataError if the process ends without an answer, as when the system kills it for its memory.
+    Takes half a second longer than opening it (PyTorch: some seconds). Raises the errors of opening, and DataError if the process ends
+    without an answer, as when the system kills it for lack of memory.
     """
     question = {
         "kind": [type(candidate).__module__, type(candidate).__qualname__],
         "fields": asdict(candidate),
-        "setting": {"threads": threads, "streams": streams, "shapes": shapes},
+        "options": asdict(options),
     }
-    return _read(ask_helper(answer, question), candidate, shapes)
+    return _read(ask_helper(answer, question), candidate, options.shapes or ())
 
 
 def too_large(shapes: tuple[Shape, ...], channels: int) -> DataError:
@@ -157,18 +158,17 @@ def answer() -> None:
 
 def _measure(question: dict[str, Any]) -> dict[str, Any]:
     module, name = question["kind"]
-    setting = question["setting"]
-    shapes = tuple((B, H, W) for B, H, W in setting["shapes"])
     candidate: Candidate = getattr(import_module(module), name)(**question["fields"])
-    return asdict(_open(candidate, setting["threads"], setting["streams"], shapes))
+    return asdict(_open(candidate, SessionOptions(**question["options"])))
 
 
-def _open(candidate: Candidate, threads: int, streams: int, shapes: tuple[Shape, ...]) -> Loading:
-    _prepare(candidate)
+def _open(candidate: Candidate, options: SessionOptions) -> Loading:
+    with suppress(ImportError):  # opening tells which package is missing
+        candidate.prepare()
     before = _compiled()
     started = time.perf_counter()
     with watch_memory() as watch:
-        session = candidate.open(threads, streams, shapes)
+        session = candidate.open(options)
     return Loading(
         load_s=time.perf_counter() - started,
         held_mib=_mib(watch.held),
@@ -178,15 +178,8 @@ def _open(candidate: Candidate, threads: int, streams: int, shapes: tuple[Shape,
     )
 
 
-def _prepare(candidate: Candidate) -> None:
-    try:
-        candidate.prepare()
-    except ImportError:
-        return  # opening says what is missing, and what to install
-
-
 def _compiled() -> Files:
-    """Return the files in the cache of compiled models. Without a home directory there is no cache."""
+    """Files in the cache of compiled models; empty without a home folder."""
     try:
         return _files(cache_folder() / "compiled")
     except RuntimeError:
@@ -196,7 +189,7 @@ def _compiled() -> Files:
 def _files(folder: Path) -> Files:
     files = set()
     for file in folder.rglob("*"):
-        with suppress(FileNotFoundError):  # another process may delete or rename it meanwhile
+        with suppress(FileNotFoundError):  # another process may remove or rename files
             if file.is_file():
                 files.add((file, file.stat().st_mtime_ns))
     return frozenset(files)

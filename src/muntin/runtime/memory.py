@@ -1,7 +1,4 @@
-"""How much memory a block of work takes, as the system counts it: resident pages of this process, at the end and at the peak.
-
-And whether it failed for want of it.
-"""
+"""Resident memory of a block of work, at its end and at its peak; and errors for lack of memory."""
 
 from __future__ import annotations
 
@@ -14,11 +11,11 @@ from pathlib import Path
 _STATUS = Path("/proc/self/status")
 _NO_MEMORY = ("bad_alloc", "out of memory", "failed to allocate", "cannot allocate", "can't allocate", "not enough memory")
 _KILLS = Path("/proc/vmstat")
-_RESET_PEAK = "5"  # proc(5), clear_refs: sets the peak to what is resident now
+_RESET_PEAK = "5"  # proc(5), clear_refs: sets the peak to the present size
 
 
 class MemoryWatch:
-    """What a block added to this process, in bytes. `held`: still resident at its end; `peak`: at the most. None where not known."""
+    """Bytes that a block added to this process. `held`: resident at its end; `peak`: the maximum. None where unknown."""
 
     def __init__(self) -> None:
         self.held: int | None = None
@@ -29,10 +26,10 @@ class MemoryWatch:
 def watch_memory() -> Iterator[MemoryWatch]:
     """Measures around a block: `with watch_memory() as watch: ...`, then `watch.peak`. Linux only; elsewhere both stay None.
 
-    Memory that was freed before and is used again is not seen, so in a process that has done much else the figures are low.
+    Reused memory that was freed before is not counted, so the figures are low in a process that has done other work.
     """
     watch = MemoryWatch()
-    with suppress(OSError):  # a sandbox may not let the peak be reset: then it is left out below, since it is of long ago
+    with suppress(OSError):  # a sandbox may not allow it: an old peak is left out below
         Path("/proc/self/clear_refs").write_text(_RESET_PEAK, encoding="ascii")
     before, peak = resident()
     yield watch
@@ -44,7 +41,7 @@ def watch_memory() -> Iterator[MemoryWatch]:
 
 
 def resident() -> tuple[int | None, int | None]:
-    """Resident bytes of this process now, and at its peak; None where the system does not say."""
+    """Resident bytes of this process now, and at its peak; None where unknown."""
     try:
         text = _STATUS.read_text(encoding="ascii", errors="replace")
     except OSError:
@@ -54,7 +51,7 @@ def resident() -> tuple[int | None, int | None]:
 
 
 def resident_of(process: int) -> int | None:
-    """Resident bytes of another process, shared ones among them; None where it has ended, or the system does not say."""
+    """Resident bytes of another process, shared ones included; None where it has ended, or unknown."""
     try:
         pages = int(Path(f"/proc/{process}/statm").read_text(encoding="ascii").split()[1])
     except (OSError, IndexError, ValueError):
@@ -63,16 +60,16 @@ def resident_of(process: int) -> int | None:
 
 
 def kills_for_memory() -> int | None:
-    """How many processes the kernel has ended since the machine began, for want of memory: its own or a control group's. None where it does
-    not say (Linux before 4.13, other systems)."""
+    """Number of processes that the kernel has killed since boot for lack of memory, the machine's or a control group's. None where unknown
+    (Linux before 4.13, other systems)."""
     try:
-        found = re.search(r"^oom_kill (\d+)$", _KILLS.read_text(encoding="ascii", errors="replace"), re.MULTILINE)
+        match = re.search(r"^oom_kill (\d+)$", _KILLS.read_text(encoding="ascii", errors="replace"), re.MULTILINE)
     except OSError:
         return None
-    return int(found[1]) if found else None
+    return int(match[1]) if match else None
 
 
 def no_memory(error: BaseException) -> bool:
-    """Whether something failed for want of memory. OpenVINO, ONNX Runtime and PyTorch say it in words alone."""
+    """Returns True for an error for lack of memory. OpenVINO, ONNX Runtime and PyTorch tell it in their messages only."""
     text = str(error).lower()
     return isinstance(error, MemoryError) or any(words in text for words in _NO_MEMORY)

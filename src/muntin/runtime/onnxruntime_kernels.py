@@ -1,10 +1,10 @@
-"""What ONNX Runtime executes on the CPU: its kernels, what each costs, and what it reads and writes.
+"""Kernels that ONNX Runtime executes on the CPU: their cost, and what they read and write.
 
-From its own trace of every inference, which has real time stamps, and the optimised graph, which has the connections. The optimised graph
-is written, every node of it given a name of its own (the trace knows nodes by name only), and run as it is.
+Times come from its trace of every inference, connections from the optimised graph. That graph is written to a file, each node gets a
+unique name (the trace has names only), and the result is run without further optimisation.
 
-B, C, H, W: images, channels, rows, columns; K: outputs of a product. Convolutions may run channels last, or with channels in blocks of 8
-or 16 ("NCHWc"), where missing ones are filled up: the shapes given here are the logical ones all the same.
+B, C, H, W: images, channels, rows, columns; K: outputs of a product. Convolutions may run channels last, or with channels in padded blocks
+of 8 or 16 ("NCHWc"): the shapes given here are the logical ones.
 """
 
 from __future__ import annotations
@@ -25,32 +25,41 @@ from numpy.typing import NDArray
 from onnx import TensorProto
 
 from muntin.artifact import Artifact
-from muntin.errors import ArtifactError, DependencyError
 from muntin.runtime.graph import ComputeNodes, Weight, compute_nodes
-from muntin.runtime.hardware import physical_cores
 from muntin.runtime.kernels import (
     IMAGES,
     Execution,
     Kernel,
     Operand,
-    Shape,
+    TensorShape,
     convolution_macs,
     deconvolution_macs,
     group_of,
     layer_of,
     product_macs,
 )
-from muntin.runtime.onnxruntime import FAILURES, INTEGER, INTEGER_ELEMENTWISE, MULTIPLY
+from muntin.runtime.onnxruntime import (
+    FAILURES,
+    INTEGER,
+    INTEGER_ELEMENTWISE,
+    MULTIPLY,
+    check_precision,
+    failure,
+    open_model,
+    optimized_model,
+    session_options,
+)
+from muntin.runtime.options import SessionOptions
 from muntin.runtime.quiet import onnxruntime
 
 WARM_UP = 2
-"""Inferences before the first that counts: the first one reserves memory."""
+"""Inferences that are not measured: the first one reserves memory."""
 
 CONVOLUTIONS = frozenset({"Conv", "FusedConv", "QLinearConv", "ConvInteger"})
 CHANNELS_LAST = "acdb"
 BLOCKS = "com.microsoft.nchwc"
 """The domain of operations on channels in blocks."""
-# The names of element types in the trace and, in capitals, in ONNX -> ours, and bytes of one
+# Element types in the trace (in ONNX: upper case) -> the profile's name, bytes of an element
 _TYPES = {
     "float": ("f32", 4), "double": ("f64", 8), "float16": ("f16", 2), "bfloat16": ("bf16", 2), "uint8": ("u8", 1), "int8": ("i8", 1),
     "int16": ("i16", 2), "uint16": ("u16", 2), "int32": ("i32", 4), "uint32": ("u32", 4), "int64": ("i64", 8), "uint64": ("u64", 8),
@@ -58,25 +67,22 @@ _TYPES = {
 }  # fmt: skip
 
 
-def onnxruntime_kernels(
-    artifact: Artifact, images_BHWC: NDArray[np.uint8], *, precision: str, threads: int | None, rounds: int
-) -> Execution:
-    """Opens an artefact with tracing on, runs it `rounds` times on these images and reads what was executed.
+def onnxruntime_kernels(artifact: Artifact, images_BHWC: NDArray[np.uint8], options: SessionOptions, rounds: int) -> Execution:
+    """Opens an artefact with tracing on, runs it `rounds` times on these images and reads the executed kernels.
 
     Costs opening twice and `rounds` + 2 inferences. Raises ArtifactError for a model that ONNX Runtime cannot open or cannot run on such
     images, DependencyError for a precision that it has no kernels for on CPUs.
     """
-    if precision not in ("recorded", "f32"):
-        raise DependencyError(
-            f'precision="{precision}": ONNX Runtime has no {precision} kernels on CPUs: ask for "recorded" or "f32", or engine="openvino"'
-        )
-    used = threads or physical_cores()
+    check_precision(options.precision, ("f32",), "on CPUs")
+    threads = options.thread_count
     data = artifact.model_bytes()
+    optimized = _named(optimized_model(lambda settings: open_model(artifact, data, settings), session_options(threads)))
     with tempfile.TemporaryDirectory(prefix="muntin-") as folder:
-        written = Path(folder) / "optimized.onnx"
-        _open(artifact, data, used, written=written)
-        optimized = _named(onnx.load(str(written)))
-        session = _open(artifact, optimized.SerializeToString(), used, trace=Path(folder) / "trace")
+        settings = session_options(threads)
+        settings.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
+        settings.enable_profiling = True
+        settings.profile_file_prefix = str(Path(folder) / "trace")
+        session = open_model(artifact, optimized.SerializeToString(), settings)
         (entry,) = (item.name for item in session.get_inputs())
         whole = _run(artifact, session, {entry: images_BHWC}, rounds)
         trace = json.loads(Path(session.end_profiling()).read_text(encoding="utf-8"))
@@ -84,11 +90,11 @@ def onnxruntime_kernels(
     between = [wall - spent for wall, spent in zip(whole, _sums(traced.values(), rounds), strict=True)]
     entries = {entry: _operand("uint8", images_BHWC.shape, IMAGES)}
     kernels = tuple(_kernels(optimized, traced, entries, compute_nodes(data), artifact))
-    return Execution(kernels=kernels, profiled_ms=median(whole), between_ms=median(between), precision="f32", threads=used)
+    return Execution(kernels=kernels, profiled_ms=median(whole), between_ms=median(between), precision="f32", threads=threads)
 
 
 def _named(model: onnx.ModelProto) -> onnx.ModelProto:
-    """The model with a name of its own on every node: that of its first output where it had none or another's."""
+    """The model with unique node names: a node without one, or with another's, is named after its first output."""
     taken: set[str] = set()
     for node in model.graph.node:
         name = node.name or node.output[0]
@@ -99,28 +105,8 @@ def _named(model: onnx.ModelProto) -> onnx.ModelProto:
     return model
 
 
-def _open(artifact: Artifact, data: bytes, threads: int, *, written: Path | None = None, trace: Path | None = None) -> Any:
-    """Optimises a model and writes it, or runs it as it is with tracing on."""
-    options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = threads
-    options.inter_op_num_threads = 1
-    options.log_severity_level = 4  # what fails is raised
-    if written is not None:
-        options.optimized_model_filepath = str(written)
-    if trace is not None:
-        options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
-        options.enable_profiling = True
-        options.profile_file_prefix = str(trace)
-    onnxruntime.disable_telemetry_events()
-    try:
-        return onnxruntime.InferenceSession(data, options, providers=["CPUExecutionProvider"])
-    except FAILURES as error:
-        text = " ".join(str(error).split())
-        raise ArtifactError(f"{artifact.path}: ONNX Runtime {onnxruntime.__version__} cannot open its model: {text}") from error
-
-
 def _run(artifact: Artifact, session: Any, feed: Mapping[str, NDArray[np.uint8]], rounds: int) -> list[float]:
-    """The time of every inference that counts, in ms."""
+    """The time of each measured inference, in ms."""
     whole = []
     try:
         for _ in range(WARM_UP + rounds):
@@ -129,16 +115,13 @@ def _run(artifact: Artifact, session: Any, feed: Mapping[str, NDArray[np.uint8]]
             whole.append((time.perf_counter() - started) * 1e3)
     except FAILURES as error:
         (shape,) = (images_BHWC.shape for images_BHWC in feed.values())
-        text = " ".join(str(error).split())
-        raise ArtifactError(
-            f"{artifact.path}: ONNX Runtime {onnxruntime.__version__} cannot run it on images of shape {shape}: {text}"
-        ) from error
+        raise failure(artifact, f"cannot run it on images of shape {shape}", error) from error
     return whole[WARM_UP:]
 
 
 @dataclass
 class _Traced:
-    """What the trace says of one node: when it began within each inference and how long it took, in ms, and its outputs."""
+    """One node in the trace: its start within each inference and its duration, in ms, and its outputs."""
 
     starts: list[float] = field(default_factory=list)
     times: list[float] = field(default_factory=list)
@@ -146,27 +129,27 @@ class _Traced:
 
 
 def _traced(trace: list[dict[str, Any]], optimized: onnx.ModelProto) -> dict[str, _Traced]:
-    """By name, the nodes of the main graph that ran in every inference after the warm-up: those of branches are within their parents'."""
+    """The nodes of the main graph, by name, that ran in every measured inference. Nodes of branches count in their parents' time."""
     runs = sorted(event["ts"] for event in trace if event["name"] == "model_run")[WARM_UP:]
     names = {node.name for node in optimized.graph.node}
-    found: dict[str, _Traced] = {}
+    nodes: dict[str, _Traced] = {}
     for event in sorted((event for event in trace if event["cat"] == "Node"), key=lambda event: event["ts"]):
         name = event["name"].removesuffix("_kernel_time")
-        begun = [start for start in runs if start <= event["ts"]]
-        if name not in names or not begun or not event["name"].endswith("_kernel_time"):
+        starts = [start for start in runs if start <= event["ts"]]
+        if name not in names or not starts or not event["name"].endswith("_kernel_time"):
             continue
-        node = found.setdefault(name, _Traced())
-        node.starts.append((event["ts"] - begun[-1]) / 1e3)
+        node = nodes.setdefault(name, _Traced())
+        node.starts.append((event["ts"] - starts[-1]) / 1e3)
         node.times.append(event["dur"] / 1e3)
         node.outputs = tuple(_operand(kind, tuple(shape)) for entry in event["args"]["output_type_shape"] for kind, shape in entry.items())
-    return {name: node for name, node in found.items() if len(node.times) == len(runs)}
+    return {name: node for name, node in nodes.items() if len(node.times) == len(runs)}
 
 
 def _sums(nodes: Iterable[_Traced], rounds: int) -> list[float]:
     return [sum(times) for times in zip(*(node.times for node in nodes), strict=True)] or [0.0] * rounds
 
 
-def _operand(kind: str, shape: Shape, source: str | None = None) -> Operand:
+def _operand(kind: str, shape: TensorShape, source: str | None = None) -> Operand:
     name, size = _TYPES.get(kind.lower(), (kind, 0))
     return Operand(shape=shape, type=name, bytes=prod(shape) * size, source=source)
 
@@ -183,8 +166,9 @@ def _kernels(
     computed = _computed(ran, nodes)
     channels = _channels(optimized)
     for node in ran:
-        found, weight = computed.get(node.name), nodes.weights.get(computed.get(node.name, ""))
-        name = found or (f"{node.name} ({node.op_type})" if node.name in computed.values() else node.name)
+        compute_node = computed.get(node.name)
+        weight = None if compute_node is None else nodes.weights.get(compute_node)
+        name = compute_node or (f"{node.name} ({node.op_type})" if node.name in computed.values() else node.name)
         read = [values[entry] for entry in node.input if entry in values]
         inputs, outputs = _logical(node, read, traced[node.name].outputs, weight, channels.get(node.output[0]))
         macs = _macs(node, inputs, outputs, weight)
@@ -193,8 +177,8 @@ def _kernels(
             kind=node.op_type,
             implementation=node.domain or "ai.onnx",
             precision=_precision(node, outputs),
-            compute=found is not None,
-            layer=layer_of(found, "" if weight is None else weight.name, artifact.manifest.layers),
+            compute=compute_node is not None,
+            layer=layer_of(compute_node, "" if weight is None else weight.name, artifact.manifest.layers),
             ms=median(traced[node.name].times),
             macs=macs,
             inputs=inputs,
@@ -207,21 +191,21 @@ def _kernels(
 
 
 def _computed(ran: Iterable[onnx.NodeProto], nodes: ComputeNodes) -> dict[str, str]:
-    """Of the products that ran, by the engine's name, the compute nodes. Those that are named outright choose first: what is left tells
-    which of two products a sum was fused into."""
-    found: dict[str, str] = {}
+    """The compute nodes of the executed products, by the engine's name. Exact names are assigned first: the remaining nodes tell which of
+    two products a sum was fused into."""
+    assigned: dict[str, str] = {}
     products = [node for node in ran if node.op_type in MULTIPLY]
     for _ in range(2):
         for node in products:
-            taken = set(found.values())
-            name = None if node.name in found else nodes.find([node.name, *node.output], derived=True, taken=taken)
+            taken = set(assigned.values())
+            name = None if node.name in assigned else nodes.find([node.name, *node.output], derived=True, taken=taken)
             if name is not None and name not in taken:
-                found[node.name] = name
-    return found
+                assigned[node.name] = name
+    return assigned
 
 
 def _channels(optimized: onnx.ModelProto) -> dict[str, int]:
-    """The number of channels that are no filling, of the tensors in blocks that are brought back to the usual order."""
+    """The number of channels without padding of each blocked tensor that is reordered to channels first."""
     return {
         node.input[0]: int(attribute.i)
         for node in optimized.graph.node
@@ -234,7 +218,7 @@ def _channels(optimized: onnx.ModelProto) -> dict[str, int]:
 def _logical(
     node: onnx.NodeProto, inputs: Sequence[Operand], outputs: tuple[Operand, ...], weight: Weight | None, channels: int | None
 ) -> tuple[tuple[Operand, ...], tuple[Operand, ...]]:
-    """What a node reads and writes with shapes as (B, C, H, W), whatever the order in memory and however many channels are filled up."""
+    """Inputs and outputs with logical shapes (B, C, H, W), for any order in memory and without padded channels."""
     if not inputs or not outputs:
         return tuple(inputs), outputs
     if any(attribute.name == "channels_last" and attribute.i for attribute in node.attribute):
@@ -271,11 +255,11 @@ def _precision(node: onnx.NodeProto, outputs: tuple[Operand, ...]) -> str:
 
 
 _RIGHT = {"QLinearMatMul": 3, "QGemm": 3}
-"""Which input is the right operand, where it is not the second: a scale and a zero point stand behind the left one."""
+"""Index of the right operand where it is not 1: a scale and a zero point follow the left one."""
 
 
 def _macs(node: onnx.NodeProto, inputs: tuple[Operand, ...], outputs: tuple[Operand, ...], weight: Weight | None) -> int:
-    """Multiply-adds of logical shapes: those of the model's weight, or of the weight that the engine has where its node is not known."""
+    """Multiply-adds by the model's weight, or by the engine's where the compute node is unknown."""
     if node.op_type not in MULTIPLY or not outputs or not inputs:
         return 0
     output, entry = outputs[0].shape, inputs[0].shape
@@ -288,7 +272,7 @@ def _macs(node: onnx.NodeProto, inputs: tuple[Operand, ...], outputs: tuple[Oper
     return deconvolution_macs(entry, shape) if node.op_type == "ConvTranspose" else convolution_macs(output, shape)
 
 
-def _own_weight(node: onnx.NodeProto, inputs: Sequence[Operand], outputs: Sequence[Operand]) -> Shape:
-    """The shape of the weight that a convolution itself reads, without filling: of its constants the one with as many axes as the image."""
-    found = next((value.shape for value in inputs[1:] if len(value.shape) == len(inputs[0].shape)), ())
-    return found if not found or node.op_type == "ConvTranspose" else (outputs[0].shape[1], *found[1:])
+def _own_weight(node: onnx.NodeProto, inputs: Sequence[Operand], outputs: Sequence[Operand]) -> TensorShape:
+    """Shape of the weight that a convolution reads, without padding: its constant with as many axes as the image."""
+    shape = next((value.shape for value in inputs[1:] if len(value.shape) == len(inputs[0].shape)), ())
+    return shape if not shape or node.op_type == "ConvTranspose" else (outputs[0].shape[1], *shape[1:])

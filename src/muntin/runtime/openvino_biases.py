@@ -1,8 +1,8 @@
-"""Biases for products that have none, so that OpenVINO computes them rightly in 8 bits where sizes are free.
+"""Biases for products without one, which OpenVINO needs to compute them correctly in 8 bits with free sizes.
 
-OpenVINO 2026.4 computes a quantised product without a bias wrongly whose answer is read more than once, as a residual around a norm reads
-it: in sessions of dynamic sizes, not in static ones (up to one standard deviation of the scores; docs/log.md). A bias of zeros is optimised
-away and changes nothing; one of 1e-30 does, and is below what float32 tells apart beside any answer.
+With dynamic sizes OpenVINO 2026.4 computes a quantised product without a bias wrongly if its output has several readers, as of a residual
+around a norm (up to one standard deviation of the scores; docs/log.md). A bias of zeros is optimised away; 1e-30 is not, and is too small
+to change a float32 result.
 """
 
 from __future__ import annotations
@@ -15,12 +15,12 @@ from muntin.runtime.quiet import openvino
 
 TINY = np.float32(1e-30)
 _CONVOLUTIONS = ("Convolution", "GroupConvolution", "ConvolutionBackpropData", "GroupConvolutionBackpropData")
-_ON_THE_WAY = ("Convert", "Multiply", "Subtract", "Reshape", "Transpose", "Unsqueeze", "FakeQuantize")
-"""What may lie between a weight as it is stored and the product."""
+_WEIGHT_OPERATIONS = ("Convert", "Multiply", "Subtract", "Reshape", "Transpose", "Unsqueeze", "FakeQuantize")
+"""Operations between a stored weight and the product."""
 
 
 def with_biases(model: Any) -> Any:
-    """The same model, which it changes: each product with a constant has a bias that is not zero."""
+    """Gives each product with a constant a bias that is not zero. Changes and returns the model."""
     for op in model.get_ordered_ops():
         kind = op.get_type_name()
         if kind not in (*_CONVOLUTIONS, "MatMul") or not _is_constant(op.input(1).get_source_output().get_node()):
@@ -41,7 +41,7 @@ def with_biases(model: Any) -> Any:
 
 
 def _is_constant(node: Any) -> bool:
-    while node.get_type_name() in _ON_THE_WAY:
+    while node.get_type_name() in _WEIGHT_OPERATIONS:
         node = node.input(0).get_source_output().get_node()
     return bool(node.get_type_name() == "Constant")
 

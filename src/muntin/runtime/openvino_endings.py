@@ -1,8 +1,8 @@
-"""How a model's last step is written for OpenVINO: scores in one pass less, or labels in place of scores.
+"""Rewrites a model's last step for OpenVINO: scores with one pass less, or labels instead of scores.
 
-what the exporter wrote   channels -> pixels (DepthToSpace) -> crop
-scores                    the same by one permutation from channels last
-labels                    the best class of what lies channels last -> pixels -> crop
+exported    channels -> pixels (DepthToSpace) -> crop
+scores      the same, by one permutation from channels last
+labels      the best class, channels last -> pixels -> crop
 """
 
 from __future__ import annotations
@@ -15,11 +15,10 @@ from muntin.runtime.quiet import openvino
 
 
 def ending_in_labels(model: Any) -> Any:
-    """The model with the index of the highest score as its output, uint8, in place of the scores.
+    """The model with the index of the highest score as its output, uint8, instead of the scores.
 
-    Where channels become pixels at the very end (pixel shuffle, and perhaps a crop), that is done to the labels instead of the scores: to a
-    byte in place of four for each class. The classes are compared in the order that the engine keeps maps in, channels last: in the other
-    one it brings all scores into that first, which at 4096 x 4096 are 400 MB.
+    A pixel shuffle (and a crop) at the end is done to the labels instead of the scores: one byte instead of four for each class. Classes
+    are compared channels last, as the engine keeps maps; otherwise it would reorder all scores first, 400 MB at 4096 x 4096.
     """
     opset = openvino.opset13
     shuffle, crops = _end(model)
@@ -31,10 +30,10 @@ def ending_in_labels(model: Any) -> Any:
 
 
 def ending_in_scores(model: Any) -> Any:
-    """The model with the same output, in one pass less over it where channels become pixels at the very end.
+    """The model with the same output, with one pass less where channels become pixels at the end.
 
-    The engine keeps maps channels last, and brings them into the other order before it shuffles: two passes over the largest tensor there
-    is. Written as one permutation from channels last it is one. The scores are the same, bit for bit.
+    The engine keeps maps channels last and reorders them before a pixel shuffle: two passes over the largest tensor. One permutation from
+    channels last is one pass. The scores are the same, bit for bit.
     """
     shuffle, crops = _end(model)
     if shuffle is None:
@@ -43,12 +42,12 @@ def ending_in_scores(model: Any) -> Any:
 
 
 def _channels_last(shuffle: Any) -> Any:
-    """What a pixel shuffle is given, (B, h, w, K * block * block)."""
+    """Input of a pixel shuffle, (B, h, w, K * block * block)."""
     return openvino.opset13.transpose(shuffle.input_value(0), openvino.opset13.constant([0, 2, 3, 1]))
 
 
 def _apart(map_Bhw: Any, shuffle: Any, *inside: int) -> Any:
-    """A map of a pixel shuffle's rows and columns with what is at each of them as (..., *inside)."""
+    """A map of a pixel shuffle's rows and columns, with the values at each position reshaped to (..., *inside)."""
     opset = openvino.opset13
     rows, columns = _sides(shuffle.input_value(0))
     return opset.reshape(map_Bhw, opset.concat([opset.constant([0]), rows, columns, opset.constant([-1, *inside])], 0), special_zero=True)
@@ -65,7 +64,7 @@ def _pixels(map_Bhw: Any, shuffle: Any) -> Any:
 
 
 def _end(model: Any) -> tuple[Any | None, list[Any]]:
-    """The pixel shuffle at a model's very end, None without one, and the crops behind it, the last one first."""
+    """The pixel shuffle at a model's end, None without one, and the crops after it, the last one first."""
     node, crops = _last(model).get_node(), []
     while _crops_only(node):
         crops.append(node)
@@ -104,7 +103,7 @@ def _best(scores: Any, axis: int) -> Any:
 
 
 def _crops_only(node: Any) -> bool:
-    """Whether a node takes a part of an image's rows and columns, and does nothing else."""
+    """Returns True for a node that only crops rows and columns."""
     if node.get_type_name() != "Slice" or node.get_input_size() != 5:
         return False
     axes = node.input_value(4).get_node()

@@ -1,8 +1,8 @@
-"""What OpenVINO executes: its kernels, what each costs, and what it reads and writes.
+"""Kernels that OpenVINO executes: their cost, and what they read and write.
 
-OpenVINO counts time for each kernel, as the mean over all inferences so far in whole microseconds. One inference's own time is therefore
-n * mean(n) - (n - 1) * mean(n - 1), which is off by up to n microseconds to either side; the median over the rounds is off by one or
-two. It gives no time stamps.
+OpenVINO counts each kernel's time as the mean over all inferences so far, in whole microseconds. The time of inference n is therefore
+n * mean(n) - (n - 1) * mean(n - 1), with an error of up to n microseconds; the median over the rounds has an error of one or two. There are
+no time stamps.
 """
 
 from __future__ import annotations
@@ -23,7 +23,6 @@ from numpy.typing import NDArray
 from muntin.artifact import Artifact
 from muntin.errors import ArtifactError
 from muntin.runtime.graph import ComputeNodes, compute_nodes
-from muntin.runtime.hardware import physical_cores
 from muntin.runtime.kernels import (
     IMAGES,
     TO_PIXELS,
@@ -36,41 +35,42 @@ from muntin.runtime.kernels import (
     layer_of,
     product_macs,
 )
-from muntin.runtime.openvino import MAY_MULTIPLY, MULTIPLY, PRECISIONS, choose_precision, one_line
+from muntin.runtime.openvino import MAY_MULTIPLY, MULTIPLY, OPENVINO_PRECISIONS, choose_precision, one_line
 from muntin.runtime.openvino_endings import ending_in_scores
 from muntin.runtime.openvino_masks import with_whole_masks
+from muntin.runtime.options import SessionOptions
 from muntin.runtime.quiet import openvino
 from muntin.runtime.signals import signal_stack_kept
 
 WARM_UP = 2
-"""Inferences before the first that counts: the first one prepares weights and memory."""
+"""Inferences that are not measured: the first one prepares weights and memory."""
 
 _CONVOLUTIONS = frozenset({"Convolution", "GroupConvolution"})
 _GRAPH_DECONVOLUTIONS = frozenset({"ConvolutionBackpropData", "GroupConvolutionBackpropData"})
 
 
-def openvino_kernels(artifact: Artifact, images_BHWC: NDArray[np.uint8], *, precision: str, threads: int | None, rounds: int) -> Execution:
-    """Compiles an artefact for these images with counters on, runs it `rounds` times and reads what was executed.
+def openvino_kernels(artifact: Artifact, images_BHWC: NDArray[np.uint8], options: SessionOptions, rounds: int) -> Execution:
+    """Compiles an artefact for these images with counters on, runs it `rounds` times and reads the executed kernels.
 
     Costs a compilation and `rounds` + 2 inferences. Raises ArtifactError for a model that OpenVINO cannot read, compile or run.
     """
     with signal_stack_kept():
         try:
-            return _kernels(artifact, images_BHWC, precision=precision, threads=threads, rounds=rounds)
+            return _kernels(artifact, images_BHWC, options, rounds)
         except ArtifactError as error:
-            for raised in (error, error.__cause__):  # their frames hold the model, which has to go inside this block
+            for raised in (error, error.__cause__):  # their frames hold the model, which must be deleted inside this block
                 clear_frames(None if raised is None else raised.__traceback__)
             raise
 
 
-def _kernels(artifact: Artifact, images_BHWC: NDArray[np.uint8], *, precision: str, threads: int | None, rounds: int) -> Execution:
+def _kernels(artifact: Artifact, images_BHWC: NDArray[np.uint8], options: SessionOptions, rounds: int) -> Execution:
     core = openvino.Core()
-    hint = choose_precision(core, precision, artifact.manifest.precision)
-    used = threads or physical_cores()
+    hint = choose_precision(core, options.precision, artifact.manifest.precision)
+    threads = options.thread_count
     data = artifact.model_bytes()
-    options = {
+    settings = {
         "INFERENCE_PRECISION_HINT": hint,
-        "INFERENCE_NUM_THREADS": used,
+        "INFERENCE_NUM_THREADS": threads,
         "PERFORMANCE_HINT": "LATENCY",
         "NUM_STREAMS": 1,
         "PERF_COUNT": True,
@@ -78,12 +78,12 @@ def _kernels(artifact: Artifact, images_BHWC: NDArray[np.uint8], *, precision: s
     try:
         exported = core.read_model(model=data, weights=b"")
         shuffles = {op.get_friendly_name(): TO_PIXELS for op in exported.get_ordered_ops() if op.get_type_name() == TO_PIXELS}
-        model = ending_in_scores(exported)  # what a session compiles
+        model = ending_in_scores(exported)  # as in a session
         model.reshape(list(images_BHWC.shape))
         if hint != "f32":
             model = with_whole_masks(model)
         macs = graph_macs(model)
-        compiled = core.compile_model(model, "CPU", options)
+        compiled = core.compile_model(model, "CPU", settings)
     except RuntimeError as error:
         raise ArtifactError(
             f"{artifact.path}: OpenVINO {openvino.__version__} cannot compile it for images of shape {images_BHWC.shape}: {one_line(error)}"
@@ -98,16 +98,16 @@ def _kernels(artifact: Artifact, images_BHWC: NDArray[np.uint8], *, precision: s
     ops = _executed_ops(compiled.get_runtime_model(), set(times.kernels))
     nodes = compute_nodes(data)
     types = {node.name: str(node.op_type) for node in onnx.load_model_from_string(data).graph.node}
-    names = _Names(ops, nodes, types | shuffles)  # the last node of a graph goes by the output's name
+    names = _Names(ops, nodes, types | shuffles)  # a graph's last node is named by the output
     weights = {name: weight.name for name, weight in nodes.weights.items()}
     layers = {name: layer_of(name, weights.get(name, ""), artifact.manifest.layers) for name in nodes.names}
     kernels = tuple(_kernel(op, names, macs, times.kernels[op.name], layers) for op in ops)
-    return Execution(kernels=kernels, profiled_ms=times.whole, between_ms=times.between, precision=hint, threads=used)
+    return Execution(kernels=kernels, profiled_ms=times.whole, between_ms=times.between, precision=hint, threads=threads)
 
 
 @dataclass(frozen=True)
 class _Times:
-    """Medians over the rounds, in ms: the whole inference, what of it no kernel accounts for, and each kernel that ran."""
+    """Medians over the rounds, in ms: the whole inference, its time outside of kernels, and each executed kernel."""
 
     whole: float
     between: float
@@ -139,7 +139,7 @@ def _measure(request: Any, images_BHWC: NDArray[np.uint8], rounds: int) -> _Time
 
 @dataclass(frozen=True)
 class _Op:
-    """An operation of OpenVINO's own account of a compiled model, that ran."""
+    """An executed operation in OpenVINO's runtime model. `second`: name of the constant or operation of its second input."""
 
     name: str
     kind: str
@@ -148,7 +148,7 @@ class _Op:
     originals: tuple[str, ...]
     inputs: tuple[Operand, ...]
     outputs: tuple[Operand, ...]
-    second: str  # the name of the constant or operation that its second input comes from
+    second: str
 
 
 def _executed_ops(runtime_model: Any, executed: set[str]) -> list[_Op]:
@@ -164,7 +164,7 @@ def _executed_ops(runtime_model: Any, executed: set[str]) -> list[_Op]:
                 name=op.get_friendly_name(),
                 kind=info.get("layerType", op.get_type_name()),
                 implementation=info.get("primitiveType", ""),
-                precision=PRECISIONS.get(info.get("runtimePrecision", ""), info.get("runtimePrecision", "")),
+                precision=OPENVINO_PRECISIONS.get(info.get("runtimePrecision", ""), info.get("runtimePrecision", "")),
                 originals=tuple(name for name in info.get("originalLayersNames", "").split(",") if name),
                 inputs=inputs,
                 outputs=tuple(_operand(output, layouts) for output in op.outputs()),
@@ -200,7 +200,7 @@ def _input(port: Any, executed: set[str]) -> Operand:
 
 
 def _source(port: Any, executed: set[str]) -> str | None:
-    """The executed operation behind a port: those that only give memory another shape are looked through."""
+    """The executed operation that feeds a port, past operations that only reshape memory."""
     node = port.get_node()
     while node.get_friendly_name() not in executed:
         if node.get_input_size() == 0:
@@ -210,29 +210,29 @@ def _source(port: Any, executed: set[str]) -> str | None:
 
 
 class _Names:
-    """What the operations are called in the profile: a compute node's name goes to the one that multiplies."""
+    """Names of the operations in the profile: the operation that multiplies gets the compute node's name."""
 
     def __init__(self, ops: list[_Op], nodes: ComputeNodes, types: Mapping[str, str]) -> None:
         self._types = types
-        self.nodes: dict[str, tuple[str, ...]] = {}  # of an operation, by the engine's name
+        self.nodes: dict[str, tuple[str, ...]] = {}  # the engine's name of an operation -> its compute nodes
         claimed: set[str] = set()
         for op in (op for op in ops if op.kind in MULTIPLY):
-            # a MatMul that lost its name in a fusion: its weight kept it
+            # a MatMul may lose its name in a fusion; its weight keeps it
             node = nodes.find(op.originals, derived=True, taken=claimed) or nodes.find([op.second], derived=True, taken=claimed)
             if node is not None:
                 self.nodes[op.name] = (node,)
                 claimed.add(node)
         for op in (op for op in ops if op.kind in MAY_MULTIPLY):
-            # A fused neighbour may keep the name of a product that multiplies elsewhere.
-            found = (nodes.find([name], derived=False) for name in op.originals)
-            if inside := tuple(dict.fromkeys(node for node in found if node is not None and node not in claimed)):
+            # A fused neighbour may have the name of a product that is computed elsewhere.
+            named = (nodes.find([name], derived=False) for name in op.originals)
+            if inside := tuple(dict.fromkeys(node for node in named if node is not None and node not in claimed)):
                 self.nodes[op.name] = inside
                 claimed.update(inside)
         self.shown = dict(self._unique(ops))
 
     def _unique(self, ops: list[_Op]) -> Iterator[tuple[str, str]]:
         taken: set[str] = set()
-        for op in sorted(ops, key=lambda op: op.name not in self.nodes):  # compute nodes choose first
+        for op in sorted(ops, key=lambda op: op.name not in self.nodes):  # compute nodes first
             name = next(iter(self.nodes.get(op.name, ())), op.name)
             while name in taken:
                 name = op.name if name != op.name and op.name not in taken else f"{name} ({op.kind})"
@@ -240,7 +240,7 @@ class _Names:
             yield op.name, name
 
     def operations(self, op: _Op) -> list[str]:
-        """The types of what was fused into an operation; of a name that OpenVINO made itself, what it begins with."""
+        """Types of the operations that were fused into one; of OpenVINO's own names, their beginning."""
         return [self._types.get(name) or re.sub(r"_?\d*$", "", name) for name in op.originals]
 
 
@@ -267,7 +267,7 @@ def _kernel(op: _Op, names: _Names, graph: Mapping[str, int], ms: float, layers:
 
 
 def _constants_as_read(op: _Op) -> tuple[Operand, ...]:
-    """The inputs of a product. One in 16 bits keeps its constants in 16 bits too, though the compiled model still shows them in float32."""
+    """The inputs of a product. In 16 bits its constants are in 16 bits, too, though the runtime model shows float32."""
     if op.precision not in ("bf16", "f16"):
         return op.inputs
     return tuple(
@@ -281,13 +281,13 @@ def _macs(op: _Op) -> int:
         return convolution_macs(op.outputs[0].shape, op.inputs[1].shape)
     if op.kind == "Deconvolution":
         return deconvolution_macs(op.inputs[0].shape, op.inputs[1].shape)
-    if op.kind == "FullyConnected":  # its weight is (N, K) whatever the graph had
+    if op.kind == "FullyConnected":  # its weight is always (N, K)
         return prod(op.outputs[0].shape) * op.inputs[0].shape[-1]
     return product_macs(op.inputs[0].shape, op.inputs[1].shape, op.outputs[0].shape)
 
 
 def graph_macs(model: Any) -> dict[str, int]:
-    """Multiply-adds of every product of a model with static shapes, by its node's name: for those that the engine fuses into others."""
+    """Multiply-adds of every product of a model with static shapes, by node name: for products that the engine fuses into others."""
     macs = {}
     for op in model.get_ordered_ops():
         kind = op.get_type_name()

@@ -1,10 +1,10 @@
-"""Masks of attention, written so that OpenVINO computes them rightly in 16 bits.
+"""Attention masks in a form that OpenVINO computes correctly in 16 bits.
 
-    softmax(scores + mask)        scores (..., I, J), mask (1, ..., 1, J): what lies outside is hidden from every row alike
+    softmax(scores + mask)        scores (..., I, J), mask (1, ..., 1, J): the same for every row
 
-OpenVINO 2026.4 fuses these into one kernel. In BF16 and with static sizes that kernel leaves out a mask that is one row for all of the
-scores: attention of a map that lies in a single padded window, as of images below 128 x 128, then saw the padding (0.33 standard deviations
-of a classifier's scores in the mean, where rounding makes 0.01; docs/log.md). A mask of the scores' own shape is computed rightly.
+OpenVINO 2026.4 fuses these into one kernel, which in BF16 and with static sizes ignores a mask of one row: attention of a map in a single
+padded window, as of images below 128 x 128, included the padding (0.33 standard deviations of a classifier's scores in the mean, where
+rounding makes 0.01; docs/log.md). A mask of the scores' shape is computed correctly.
 """
 
 from __future__ import annotations
@@ -17,20 +17,20 @@ import numpy as np
 from muntin.runtime.quiet import openvino
 
 LARGEST = 1 << 22
-"""Numbers of a mask that is written whole; scores of that many are of no single window."""
+"""Largest number of scores for which a mask is expanded; larger ones are not of a single window."""
 
 
 def with_whole_masks(model: Any) -> Any:
-    """The same model, which it changes: masks of one row become as large as the scores they are added to, where their sizes are static."""
+    """Expands masks of one row to the scores' shape, where that is static. Changes and returns the model."""
     for softmax in [op for op in model.get_ops() if op.get_type_name() == "Softmax"]:
         add = softmax.input(0).get_source_output().get_node()
         if add.get_type_name() != "Add":
             continue
         for index in (0, 1):
             mask, scores = (add.input(place).get_source_output() for place in (index, 1 - index))
-            wanted = _shape(scores)
-            if wanted is not None and _is_one_row(_shape(mask), wanted) and prod(wanted) <= LARGEST:
-                whole = openvino.opset13.broadcast(mask, np.array(wanted, np.int64))
+            shape = _shape(scores)
+            if shape is not None and _is_one_row(_shape(mask), shape) and prod(shape) <= LARGEST:
+                whole = openvino.opset13.broadcast(mask, np.array(shape, np.int64))
                 add.input(index).replace_source_output(whole.output(0))
     return model
 

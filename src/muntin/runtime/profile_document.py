@@ -1,4 +1,4 @@
-"""A profile as plain values: what `profile.json` holds and the page is made from."""
+"""A profile as plain values: the content of `profile.json`, from which the page is made."""
 
 from __future__ import annotations
 
@@ -6,18 +6,18 @@ import importlib.metadata
 from collections.abc import Iterable
 from typing import Any
 
-from muntin.runtime.findings import Finding, findings
+from muntin.runtime.findings import findings
 from muntin.runtime.kernels import BETWEEN, INTERRUPTIONS, Kernel
 from muntin.runtime.profile import Profile
 from muntin.text import plain
 
 FORMAT = 1
 INTERRUPTED = 0.01
-"""Share of the time from which interruptions are a row of their own: below it is what medians do not add up to."""
+"""Share of the time from which on interruptions are a row; less is the error of adding medians."""
 
 
 def profile_dict(profile: Profile) -> dict[str, Any]:
-    """The profile, its kinds and its findings as JSON values. Times are in ms, shares of the profiled time, ceilings in 1e9 a second."""
+    """The profile, its kinds and findings as JSON values. Times in ms, shares of the profiled time, ceilings in 1e9 a second."""
     B, H, W = profile.shape
     return {
         "format": FORMAT,
@@ -37,14 +37,13 @@ def profile_dict(profile: Profile) -> dict[str, Any]:
         "ceilings": {"gmacs": dict(profile.ceilings.gmacs), "copy_gb_s": profile.ceilings.copy_gb_s},
         "kernels": [kernel_dict(kernel, profile) for kernel in profile.kernels],
         "kinds": kinds(profile),
-        "findings": [_finding_dict(finding) for finding in findings(profile)],
+        "findings": [{"kind": finding.kind, "words": finding.words, "saves_ms": finding.saves_ms} for finding in findings(profile)],
         "notes": list(profile.notes),
     }
 
 
 def kernel_dict(kernel: Kernel, profile: Profile) -> dict[str, Any]:
-    """One kernel: `kind` in words, as in the kinds; the engine's own name of the operation stands before that of its code."""
-    attainable = kernel.attainable_ms(profile.ceilings)
+    """One kernel: `kind` in words; `implementation`: the engine's names of the operation and of its code."""
     return {
         "name": kernel.name,
         "kind": kernel.words,
@@ -56,14 +55,14 @@ def kernel_dict(kernel: Kernel, profile: Profile) -> dict[str, Any]:
         "share": kernel.ms / profile.profiled_ms,
         "macs": kernel.macs,
         "bytes": kernel.bytes,
-        "attainable_ms": attainable,
-        "ceiling_share": None if attainable is None or kernel.ms == 0 else attainable / kernel.ms,
+        "attainable_ms": kernel.attainable_ms(profile.ceilings),
+        "ceiling_share": kernel.ceiling_share(profile.ceilings),
     }
 
 
 def kinds(profile: Profile) -> list[dict[str, Any]]:
-    """Kernels by kind, longest first, and what of the profiled time is beyond them: what passes between the kernels of every inference, and
-    what interrupted them in some. The rows sum to the profiled time, unless the kernels' medians alone sum to more."""
+    """Kernels by kind, longest first, with rows for the remaining profiled time: between the kernels of every inference, and interruptions
+    of some. The rows sum to the profiled time, unless the kernels' medians sum to more."""
     sums: dict[str, list[float]] = {}
     for kernel in profile.kernels:
         sums.setdefault(kernel.words, []).append(kernel.ms)
@@ -79,7 +78,3 @@ def kinds(profile: Profile) -> list[dict[str, Any]]:
 def _kind(kind: str, times: Iterable[float], profile: Profile) -> dict[str, Any]:
     times = list(times)
     return {"kind": kind, "ms": sum(times), "share": sum(times) / profile.profiled_ms, "count": len(times)}
-
-
-def _finding_dict(finding: Finding) -> dict[str, Any]:
-    return {"kind": finding.kind, "words": finding.words, "saves_ms": finding.saves_ms}

@@ -1,10 +1,9 @@
-"""The engines' libraries, imported so that they tell nobody.
+"""The engines' libraries, imported without their telemetry. Import them from this module and nowhere else.
 
-On import, `openvino` starts a process that reports to Google Analytics, and writes a client identifier into the user's home, unless
-`openvino_telemetry` cannot be imported: then it takes an empty stub of its own. That package is hidden while `openvino` is imported here,
-and visible again afterwards for whoever else in the process wants it. `onnxruntime` writes a device identifier and a database
-below the user's cache unless ORT_DISABLE_TELEMETRY is set before it is imported. Import either from this module and nowhere else; each is
-loaded when it is first asked for, so that a machine that serves with one needs no other.
+On import, `openvino` starts a process that reports to Google Analytics and writes a client identifier into the user's home, unless
+`openvino_telemetry` cannot be imported: that package is hidden during the import. `onnxruntime` writes a device identifier and a database
+into the user's cache unless ORT_DISABLE_TELEMETRY is set before its import. Each library is imported on first use, so a machine needs only
+the engine that it serves with.
 """
 
 from __future__ import annotations
@@ -16,7 +15,7 @@ from threading import RLock
 from typing import Any
 
 _TELEMETRY = "openvino_telemetry"
-_importing = RLock()  # while it is hidden; one module of the family may import another here
+_importing = RLock()  # held while the package is hidden; reentrant, since these modules import each other
 
 openvino: Any
 onnxruntime: Any
@@ -35,12 +34,12 @@ def __getattr__(name: str) -> Any:
 
 
 def import_without_telemetry(name: str) -> Any:
-    """A module of OpenVINO's family, which reports nothing where `openvino_telemetry` cannot be imported: imported as if it could not."""
+    """Imports a module of OpenVINO's family while `openvino_telemetry` cannot be imported."""
     with _importing:
         hidden = {loaded: module for loaded, module in sys.modules.items() if loaded.partition(".")[0] == _TELEMETRY}
         for loaded in hidden:
             del sys.modules[loaded]
-        sys.modules[_TELEMETRY] = None  # type: ignore[assignment]  # documented: makes the import raise ModuleNotFoundError
+        sys.modules[_TELEMETRY] = None  # type: ignore[assignment]  # makes its import raise ModuleNotFoundError
         try:
             return importlib.import_module(name)
         finally:

@@ -1,4 +1,4 @@
-"""A session: images in, scores out, whatever computes them.
+"""Sessions: images in, scores out, with any engine.
 
 Axis letters: B images, H and W rows and columns, C channels of an image, K channels of the scores (classes, or channels to restore).
 """
@@ -20,10 +20,8 @@ from muntin.artifact import Signature
 from muntin.errors import ArtifactError, DataError
 from muntin.runtime.buffers import Buffers
 
-MOST_THREADS = 4096
-"""No machine has more; engines take any number, or say that something else is wrong."""
 STATIC_SHAPES = 4
-"""Input sizes that an engine which compiles for each of them keeps, beside those that `warm_up` was given."""
+"""Input sizes, beside those given to `warm_up`, that an engine keeps compiled."""
 Shape = tuple[int, int, int]
 """(B, H, W) of a batch of images."""
 
@@ -32,9 +30,9 @@ Shape = tuple[int, int, int]
 class ExecutedLayer:
     """One operation as the engine runs it.
 
-    `name`: the node of `model.onnx` for what has weights or multiplies (Conv, ConvTranspose, MatMul, Gemm), otherwise the engine's own.
-    `kind`: the engine's name of the operation. `precision`: what it computes in: "i8" (of either sign), "f32", "bf16", "f16".
-    `compute`: whether `name` is such a node: what verification compares with the manifest.
+    `name`: the node of `model.onnx` for operations that multiply (Conv, ConvTranspose, MatMul, Gemm), otherwise the engine's own name.
+    `kind`: the engine's name of the operation. `precision`: "i8" (of either sign), "f32", "bf16" or "f16". `compute`: True if `name` is
+    a node of `model.onnx`, which verification compares with the manifest.
     """
 
     name: str
@@ -44,10 +42,10 @@ class ExecutedLayer:
 
 
 class Session(ABC):
-    """An opened artefact that computes. Threads may share one; what they get are arrays of their own.
+    """An opened artefact that computes. Threads may share one; each call returns an array of its own.
 
-    `precision` is what float layers really run in ("f32", "bf16", "f16"), `threads` how many the engine uses, `streams` how many calls it
-    computes at the same time, each on its share of the threads, `plan` the manifest's plan for exact tiles or None.
+    `precision`: the real precision of float layers ("f32", "bf16", "f16"). `threads`: of the engine. `streams`: calls that compute at the
+    same time, each on its share of the threads. `plan`: the manifest's plan for exact tiles, or None.
     """
 
     def __init__(
@@ -60,7 +58,7 @@ class Session(ABC):
         self.streams = streams
         self.plan = plan
         self.outputs = Buffers()
-        """Where answers lie, in engines that write them where they are told to."""
+        """Memory of results, for engines that can write into given memory."""
 
     def __call__(self, images_BHWC: NDArray[np.uint8]) -> NDArray[np.float32]:
         """Scores of a batch of images: uint8 (B, H, W, C) -> float32 (B, K, scale*H, scale*W), or (B, K) for "classify".
@@ -71,7 +69,7 @@ class Session(ABC):
         return self.infer(np.ascontiguousarray(images_BHWC))
 
     def infer(self, images_BHWC: NDArray[np.uint8]) -> NDArray[np.float32]:
-        """The same of a contiguous batch that was checked."""
+        """Scores of a checked, contiguous batch."""
         scores = self._infer(images_BHWC)
         expected = self.signature.scores_shape(*images_BHWC.shape[:3])
         if scores.shape != expected or scores.dtype != np.float32:
@@ -81,46 +79,46 @@ class Session(ABC):
         return scores
 
     def labels(self, images_BHWC: NDArray[np.uint8]) -> NDArray[np.uint8]:
-        """The class of the highest score, of equal ones the first: (B, scale*H, scale*W), or (B,) for "classify", uint8.
+        """The class of the highest score, the first of equal ones: (B, scale*H, scale*W), or (B,) for "classify", uint8.
 
-        The same as `argmax` of the scores; an engine that finds it itself writes a byte for each pixel instead of 4 K, and at 512 x 512
-        with six classes saves several milliseconds. Raises as a call does, and DataError for "restore", which has no classes.
+        Equals `argmax` of the scores. An engine that computes labels itself writes one byte for each pixel instead of 4 K, which saves
+        several milliseconds at 512 x 512 with six classes. Raises as a call does, and DataError for "restore", which has no classes.
         """
         check_images(images_BHWC, self.signature)
         check_classes(self.signature)
         return self.infer_labels(np.ascontiguousarray(images_BHWC))
 
     def infer_labels(self, images_BHWC: NDArray[np.uint8]) -> NDArray[np.uint8]:
-        """The same of a contiguous batch that was checked, and a model that has classes."""
+        """Labels of a checked, contiguous batch. The model has classes."""
         return self._infer_labels(images_BHWC)
 
     def map(self, batches: Iterable[NDArray[np.uint8]]) -> Iterator[NDArray[np.float32]]:
-        """Scores of each batch, in their order; the next batches are read and computed while the caller works on the last answer.
+        """Scores of each batch, in order; the next batches are read and computed while the caller works on the last result.
 
-        At most `streams` + 1 batches are in flight, whatever the length of `batches`; each is copied, so that its reader may use its memory
-        again. What reading or computing one raises is raised where its answer would have come.
+        At most `streams` + 1 batches are in flight. Each is copied, so that the iterator may reuse its memory. An error of reading or
+        computing a batch is raised in place of its result.
         """
         with ThreadPoolExecutor(max_workers=self.streams, thread_name_prefix="muntin-session") as pool:
             pending: deque[Future[NDArray[np.float32]]] = deque()
-            failed: list[Exception] = []
+            errors: list[Exception] = []
             try:
-                for images_BHWC in _until_failure(batches, failed):
+                for images_BHWC in _until_failure(batches, errors):
                     pending.append(pool.submit(self, np.array(images_BHWC)))
                     if len(pending) > self.streams:
                         yield pending.popleft().result()
                 while pending:
                     yield pending.popleft().result()
-                for error in failed:
+                for error in errors:
                     raise error
             finally:
                 for future in pending:
                     future.cancel()
 
     def warm_up(self, shapes: Iterable[Shape], *, labels: bool = False, compute: bool = True) -> None:
-        """Computes once for each shape (B, H, W), in every stream, so that the first real call of that shape costs what later ones do.
+        """Computes once for each shape (B, H, W), in every stream, so that the first real call of a shape is as fast as later ones.
 
-        `labels`: the calls that will come are `labels`, which an engine compiles apart from scores. Without `compute` an engine that
-        compiles apart from computing only compiles, and the first call takes a little longer.
+        `labels`: warms up `labels` instead of scores. Without `compute` an engine that can compile without computing only compiles, and
+        the first call takes a little longer.
         """
         call = self.labels if labels else self
         for shape in check_shapes(shapes):
@@ -145,33 +143,33 @@ class Session(ABC):
         """Every operation and the precision that it really runs in. May compile, so takes as long as opening."""
 
 
-def _until_failure(batches: Iterable[NDArray[np.uint8]], failed: list[Exception]) -> Iterator[NDArray[np.uint8]]:
-    """The batches up to one that cannot be read; why is put into `failed`, to be raised after the answers that are due before it."""
+def _until_failure(batches: Iterable[NDArray[np.uint8]], errors: list[Exception]) -> Iterator[NDArray[np.uint8]]:
+    """The batches before the first one that cannot be read; its error is appended to `errors`."""
     try:
         yield from batches
-    except Exception as error:  # noqa: BLE001 - it is raised by the reader, in its place
-        failed.append(error)
+    except Exception as error:  # noqa: BLE001 - the caller raises it after the results of earlier batches
+        errors.append(error)
 
 
 def check_images(images: object, signature: Signature) -> None:
-    """Raises DataError unless `images` is a batch that the signature admits."""
-    wanted = f"{signature.dtype} (B, H, W, {signature.channels})"
+    """Raises DataError unless `images` is a batch that fits the signature."""
+    expected = f"{signature.dtype} (B, H, W, {signature.channels})"
     if not isinstance(images, np.ndarray):
-        raise DataError(f"images of type {type(images).__name__}: give a numpy array, {wanted}")
+        raise DataError(f"images of type {type(images).__name__}: give a numpy array, {expected}")
     if images.dtype != np.dtype(signature.dtype):
-        raise DataError(f"images of dtype {images.dtype}: give {wanted}; normalisation is part of the model")
+        raise DataError(f"images of dtype {images.dtype}: give {expected}; normalisation is part of the model")
     if images.ndim != 4 or images.shape[3] != signature.channels or 0 in images.shape:
-        raise DataError(f"images of shape {images.shape}: give {wanted}, with no side of 0")
+        raise DataError(f"images of shape {images.shape}: give {expected}, with no side of 0")
 
 
 def check_classes(signature: Signature) -> None:
-    """Raises DataError for a model that has no classes, of which labels are asked."""
+    """Raises DataError for a model without classes, which has no labels."""
     if signature.task == "restore":
         raise DataError('labels of a model for "restore": it has no classes, ask for its scores')
 
 
 def check_shape(shape: object) -> Shape:
-    """The shape as (B, H, W). Raises DataError unless it is three whole numbers from 1."""
+    """Returns the shape as (B, H, W). Raises DataError unless it is three whole numbers from 1."""
     if isinstance(shape, tuple | list) and len(shape) == 3 and all(isinstance(n, Integral) and not isinstance(n, bool) for n in shape):
         B, H, W = (int(n) for n in shape)
         if min(B, H, W) >= 1:
@@ -180,19 +178,7 @@ def check_shape(shape: object) -> Shape:
 
 
 def check_shapes(shapes: object) -> tuple[Shape, ...]:
-    """Each of them as (B, H, W). Raises DataError for what is no list of shapes."""
+    """Returns each shape as (B, H, W). Raises DataError unless `shapes` is a list of shapes."""
     if not isinstance(shapes, Iterable):
         raise DataError(f"shapes={shapes!r}: give a list of (B, H, W), each three whole numbers from 1")
     return tuple(check_shape(shape) for shape in shapes)
-
-
-def check_threads(threads: int | None) -> None:
-    """Raises DataError unless `threads` is None (the engine gets the usable physical cores) or from 1 to `MOST_THREADS`."""
-    if threads is not None and (isinstance(threads, bool) or not isinstance(threads, int) or not 1 <= threads <= MOST_THREADS):
-        raise DataError(f"threads={threads!r}: give a whole number from 1 to {MOST_THREADS}, or None for the usable physical cores")
-
-
-def check_streams(streams: object) -> None:
-    """Raises DataError unless `streams` is a whole number from 1."""
-    if isinstance(streams, bool) or not isinstance(streams, int) or streams < 1:
-        raise DataError(f"streams={streams!r}: give 1 for the lowest latency, more for several images at the same time")

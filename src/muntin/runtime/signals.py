@@ -1,8 +1,8 @@
-"""Keeping a library's hands off the stack that signals are handled on.
+"""Protection of the alternate signal stack from OpenVINO.
 
-OpenVINO gives the thread that opens a model an alternate signal stack, and when the model goes it puts back the one it found. With
-two models that is the stack of the other one, which may be freed by then: the next signal, Ctrl-C or a server's SIGTERM, is a crash.
-Python handles its signals on the alternate stack where there is one, and well without.
+OpenVINO gives the thread that opens a model an alternate signal stack, and restores the earlier one when the model is deleted. With two
+models that is the other model's stack, which may be freed by then: the next signal (Ctrl-C, a server's SIGTERM) would crash the process.
+Python needs no alternate stack.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ class _Stack(ctypes.Structure):
 
 @contextmanager
 def signal_stack_kept() -> Iterator[None]:
-    """What the block does to this thread's alternate signal stack is undone at its end. Does nothing but on Linux."""
+    """Restores this thread's alternate signal stack at the end of the block. Linux only; elsewhere without effect."""
     if not sys.platform.startswith("linux"):
         yield
         return
@@ -32,10 +32,3 @@ def signal_stack_kept() -> Iterator[None]:
         yield
     finally:
         libc.sigaltstack(ctypes.byref(before), None)
-
-
-def signal_stack() -> tuple[int, int]:
-    """Address and flags of this thread's alternate signal stack; flags 2 says that there is none. Linux only."""
-    now = _Stack()
-    ctypes.CDLL(None).sigaltstack(None, ctypes.byref(now))
-    return now.sp or 0, now.flags

@@ -1,12 +1,11 @@
-"""A whole picture through a session in overlapping tiles, blended.
+"""Prediction of a whole picture in overlapping, blended tiles.
 
-Each tile's scores are weighted by a taper that falls towards the tile's edges (a raised cosine over the overlap, never zero), but not
-towards those that are the picture's own: there it sees all there is. The weights of all tiles that cover a pixel sum to 1. The taper is
-separable and the tiles form a grid, so the sum over tiles is a product of two sums over an axis: weights are normalised once an axis and
-nothing has to be divided afterwards. MONAI's `sliding_window_inference` is the reference; it tapers towards the picture's edges too, and
-keeps the scores of the whole picture, this keeps the rows that later tiles still touch.
+Each tile's scores are weighted by a taper that falls towards the tile's edges (a raised cosine over the overlap, never zero), except at
+edges of the picture. The weights of all tiles that cover a pixel sum to 1. The taper is separable and the tiles form a grid, so weights are
+normalised once for each axis and nothing is divided afterwards. MONAI's `sliding_window_inference` is the reference; it also tapers towards
+the picture's edges, and keeps the scores of the whole picture, where this module keeps only the rows that later tiles touch.
 
-All tiles have one size: the last of a row moves inward instead of shrinking, so that an engine compiles once. Memory: one band of scores
+All tiles have one size: the last of a row is moved inward instead of shrunk, so that an engine compiles once. Memory: one band of scores
 (K * scale*tile * scale*W float32), one tile's call, and the result.
 
 Axis letters: H, W rows and columns, C channels, K channels of the scores. Lower case h, w are those of a tile.
@@ -15,7 +14,6 @@ Axis letters: H, W rows and columns, C channels, K channels of the scores. Lower
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from typing import Any, Literal, Protocol
 
 import numpy as np
@@ -29,7 +27,7 @@ from muntin.runtime.session import check_images
 Output = Literal["labels", "scores", "image"]
 Progress = Callable[[int, int], None]
 
-# What may be asked of a task; the first is what it gives unasked.
+# Outputs of each task; the first is the default.
 _OUTPUTS: dict[str, tuple[Output, ...]] = {
     "segment": ("labels", "scores"),
     "classify": ("scores",),
@@ -38,7 +36,7 @@ _OUTPUTS: dict[str, tuple[Output, ...]] = {
 
 
 class Predictor(Protocol):
-    """What `predict` needs of a session: a signature, and scores (B, K, scale*H, scale*W) of uint8 images (B, H, W, C)."""
+    """The part of a session that `predict` uses: a signature, and scores (B, K, scale*H, scale*W) of uint8 images (B, H, W, C)."""
 
     @property
     def signature(self) -> Signature: ...
@@ -56,24 +54,24 @@ def predict(
     output: Output | None = None,
     progress: Progress | None = None,
 ) -> NDArray[Any]:
-    """What a session sees in one picture of any size.
+    """Computes one picture of any size.
 
-    `image_HWC`: uint8 (H, W, channels); a memory-mapped array is read tile by tile. `tile`: its side in pixels, None for the whole picture
-    in one call; a side longer than the picture's is cut to it. `overlap`: pixels that neighbouring tiles share, from 0 to tile - 1, a
-    quarter of the tile unless given. `progress` is called with (tiles done, tiles in all).
+    `image_HWC`: uint8 (H, W, channels); a memory-mapped array is read tile by tile. `tile`: side of a tile in pixels, at most the
+    picture's; None computes the whole picture in one call. `overlap`: pixels that neighbouring tiles share, 0 to tile - 1, by default a
+    quarter of the tile. `progress` is called with (tiles done, number of tiles).
 
-    Returns by `output`, of which each task gives its own unasked: "labels" (scale*H, scale*W) in the smallest unsigned type that holds K,
-    "scores" (K, scale*H, scale*W) float32, blended but otherwise as the model gives them, "image" (scale*H, scale*W, channels) uint8.
-    "classify" gives scores (K,) of the picture's middle square, resized to the signature's `side`, and has no tiles.
+    Returns, by `output` (default: the task's own): "labels" (scale*H, scale*W) in the smallest unsigned type that holds K, "scores"
+    (K, scale*H, scale*W) float32, blended but otherwise as the model gives them, "image" (scale*H, scale*W, channels) uint8.
+    "classify" returns scores (K,) of the picture's middle square, resized to the signature's `side`, and has no tiles.
 
-    Raises DataError for what is not allowed. `exact=True` (as if computed in one piece) needs a plan in the manifest, and is an error
-    without one: nothing is approximated silently.
+    Raises DataError for arguments that are not allowed. `exact=True` (equal to one untiled call) needs a plan in the manifest, and is an
+    error without one: nothing is approximated silently.
     """
     signature = session.signature
     output = _check_output(signature, output)
     if not isinstance(image_HWC, np.ndarray) or image_HWC.ndim != 3:
-        came = f"shape {image_HWC.shape}" if isinstance(image_HWC, np.ndarray) else f"type {type(image_HWC).__name__}"
-        raise DataError(f"an image of {came}: give a uint8 array (H, W, {signature.channels})")
+        description = f"shape {image_HWC.shape}" if isinstance(image_HWC, np.ndarray) else f"type {type(image_HWC).__name__}"
+        raise DataError(f"an image of {description}: give a uint8 array (H, W, {signature.channels})")
     check_images(image_HWC[None], signature)
     tile, overlap = check_tiles(session, tile=tile, overlap=overlap, exact=exact)
     if signature.task == "classify":
@@ -81,50 +79,29 @@ def predict(
         if progress is not None:
             progress(1, 1)
         return scores_K
-    grid = _Grid.of(image_HWC.shape[0], image_HWC.shape[1], tile, overlap, signature.scale)
+    rows, columns = (_Axis(size, tile, overlap, signature.scale) for size in image_HWC.shape[:2])
     result: NDArray[Any] | None = None
-    for row, scores_KhW in _bands(session, image_HWC, grid, progress):
+    for row, scores_KhW in _bands(session, image_HWC, rows, columns, progress):
         if result is None:
-            result = _empty(output, len(scores_KhW), grid)
+            result = _empty(output, len(scores_KhW), rows.scale * rows.size, columns.scale * columns.size)
         _emit(output, result, row, scores_KhW)
     if result is None:
         raise AssertionError("a picture has at least one tile")
     return result
 
 
-@dataclass(frozen=True, kw_only=True)
-class _Grid:
-    """Where the tiles lie, in pixels of the image; weights in pixels of the scores, one row of them a tile."""
+class _Axis:
+    """Tiles along one axis: their starts in pixels of the image, their weights in pixels of the scores, one row for each tile."""
 
-    height: int
-    width: int
-    tile_height: int
-    tile_width: int
-    rows: tuple[int, ...]
-    columns: tuple[int, ...]
-    row_weights: NDArray[np.float64]
-    column_weights: NDArray[np.float64]
-    scale: int
-
-    @classmethod
-    def of(cls, height: int, width: int, tile: int | None, overlap: int, scale: int) -> _Grid:
-        tile_height, tile_width = (height, width) if tile is None else (min(tile, height), min(tile, width))
-        rows, columns = tile_origins(height, tile_height, overlap), tile_origins(width, tile_width, overlap)
-        return cls(
-            height=height,
-            width=width,
-            tile_height=tile_height,
-            tile_width=tile_width,
-            rows=rows,
-            columns=columns,
-            row_weights=tile_weights(rows, tile_height, overlap, scale),
-            column_weights=tile_weights(columns, tile_width, overlap, scale),
-            scale=scale,
-        )
+    def __init__(self, size: int, tile: int | None, overlap: int, scale: int) -> None:
+        self.size, self.scale = size, scale
+        self.tile = size if tile is None else min(tile, size)
+        self.starts = tile_origins(size, self.tile, overlap)
+        self.weights = tile_weights(self.starts, self.tile, overlap, scale)
 
 
 def tile_origins(size: int, tile: int, overlap: int) -> tuple[int, ...]:
-    """Where tiles of one size start along an axis, so that they cover it; the last is moved inward. A tile as long as the axis is alone."""
+    """Starts of the tiles that cover an axis; the last one is moved inward. A tile as long as the axis is the only one."""
     if tile >= size:
         return (0,)
     step = tile - min(overlap, tile - 1)
@@ -137,7 +114,7 @@ def tile_weights(origins: tuple[int, ...], tile: int, overlap: int, scale: int) 
     distance = np.arange(length) + 0.5  # to the first edge, from a pixel's centre
     rising = np.sin(np.pi / 2 * np.minimum(distance / ramp, 1.0)) ** 2 if ramp else np.ones(length)
     tapers = np.ones((len(origins), length))
-    # The last one's first edge may lie a pixel from the picture's end, where the one before it has its own: that one alone is to give way.
+    # At the picture's end only the tile before the last one tapers: the last one may start a pixel before that edge.
     tapers[1:] = rising
     tapers[:-1] = np.minimum(tapers[:-1], rising[::-1])
     total = np.zeros((origins[-1] + tile) * scale)
@@ -147,25 +124,23 @@ def tile_weights(origins: tuple[int, ...], tile: int, overlap: int, scale: int) 
 
 
 def _bands(
-    session: Predictor, image_HWC: NDArray[np.uint8], grid: _Grid, progress: Progress | None
+    session: Predictor, image_HWC: NDArray[np.uint8], rows: _Axis, columns: _Axis, progress: Progress | None
 ) -> Iterator[tuple[int, NDArray[np.float32]]]:
-    """Finished rows from the top down: (first row, scores (K, rows, scale*W)), in a buffer that the next step overwrites."""
-    scale, done, total = grid.scale, 0, len(grid.rows) * len(grid.columns)
+    """Finished rows from the top down: (first row, scores (K, rows, scale*W)), in a buffer that the next iteration overwrites."""
+    scale, done, total = rows.scale, 0, len(rows.starts) * len(columns.starts)
     open_KhW: NDArray[np.float32] | None = None
-    for index, top in enumerate(grid.rows):
-        for left, weights_w in zip(grid.columns, grid.column_weights, strict=True):
-            scores_Khw = _call(session, image_HWC[top : top + grid.tile_height, left : left + grid.tile_width])
+    for top, below, weights_h in zip(rows.starts, (*rows.starts[1:], rows.size), rows.weights, strict=True):
+        for left, weights_w in zip(columns.starts, columns.weights, strict=True):
+            scores_Khw = _call(session, image_HWC[top : top + rows.tile, left : left + columns.tile])
             if open_KhW is None:
-                open_KhW = np.zeros((len(scores_Khw), scale * grid.tile_height, scale * grid.width), np.float32)
-            weights_hw = np.outer(grid.row_weights[index], weights_w).astype(np.float32)
-            open_KhW[:, :, scale * left : scale * (left + grid.tile_width)] += scores_Khw * weights_hw
+                open_KhW = np.zeros((len(scores_Khw), scale * rows.tile, scale * columns.size), np.float32)
+            open_KhW[:, :, scale * left : scale * (left + columns.tile)] += scores_Khw * np.outer(weights_h, weights_w).astype(np.float32)
             done += 1
             if progress is not None:
                 progress(done, total)
         if open_KhW is None:
             raise AssertionError("a row has at least one tile")
-        following = grid.rows[index + 1] if index + 1 < len(grid.rows) else grid.height
-        finished = scale * (following - top)
+        finished = scale * (below - top)
         yield scale * top, open_KhW[:, :finished]
         kept = open_KhW.shape[1] - finished
         if kept:
@@ -174,7 +149,7 @@ def _bands(
 
 
 def _call(session: Predictor, image_HWC: NDArray[np.uint8]) -> NDArray[np.float32]:
-    """One image's scores, of the shape that the signature promises."""
+    """Scores of one image. Raises ArtifactError for a shape other than the signature's."""
     images_1HWC = np.ascontiguousarray(image_HWC)[None]
     scores = session(images_1HWC)
     expected = session.signature.scores_shape(*images_1HWC.shape[:3])
@@ -184,8 +159,7 @@ def _call(session: Predictor, image_HWC: NDArray[np.uint8]) -> NDArray[np.float3
     return first
 
 
-def _empty(output: Output, channels: int, grid: _Grid) -> NDArray[Any]:
-    height, width = grid.scale * grid.height, grid.scale * grid.width
+def _empty(output: Output, channels: int, height: int, width: int) -> NDArray[Any]:
     if output == "labels":
         return np.empty((height, width), np.min_scalar_type(channels))
     if output == "scores":
@@ -212,8 +186,8 @@ def _check_output(signature: Signature, output: Output | None) -> Output:
     return output
 
 
-def check_tiles(session: Predictor, *, tile: int | None, overlap: int | None, exact: bool) -> tuple[int | None, int]:
-    """The tile's side and the overlap that `predict` computes with. Raises DataError for what it does not allow."""
+def check_tiles(session: Predictor, *, tile: int | None, overlap: int | None, exact: bool = False) -> tuple[int | None, int]:
+    """Returns the tile's side and the overlap for `predict`. Raises DataError for values that are not allowed."""
     if exact:
         _refuse_exact(session)
     if tile is None:
@@ -224,7 +198,7 @@ def check_tiles(session: Predictor, *, tile: int | None, overlap: int | None, ex
         raise DataError(f'tile={tile} for a "classify" model: a picture has one answer, leave tile out')
     if not _is_whole(tile) or tile < 1:
         raise DataError(f"tile={tile!r}: give a whole number of pixels from 1, or None for the whole picture in one call")
-    tile = int(tile)  # NumPy's own numbers have an end
+    tile = int(tile)  # NumPy's integers may overflow
     if overlap is None:
         return tile, tile // 4
     if not _is_whole(overlap) or not 0 <= overlap < tile:

@@ -1,14 +1,13 @@
-"""Does an artefact, here and now, compute what was recorded when it was made?
+"""Verification of an artefact on this machine.
 
-Five questions: are its files what the manifest says; do the golden inputs give the golden scores, within the tolerance recorded for the
-precision that the engine really runs in; do the layers recorded with integer activations run on integer kernels; does each of these
-layers alone compute what its integers say; and, where the caller brings data, how well does it do on them.
+Checks the files' digests; golden inputs against golden scores, within the tolerance recorded for the engine's real precision; that layers
+recorded with integer activations run on integer kernels; optionally each of these layers alone, and accuracy on the caller's data.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import isfinite
 from pathlib import Path
 
@@ -17,22 +16,24 @@ from numpy.typing import NDArray
 
 from muntin.artifact import Artifact, GoldenTolerance, LayerRecord, Manifest, open_artifact
 from muntin.errors import DependencyError
-from muntin.runtime.engines import DEFAULT_ENGINE, load
+from muntin.runtime.engines import open_session
+from muntin.runtime.graph import is_node_of
 from muntin.runtime.layerwise import TOLERANCE, LayerCheck, verify_layers
+from muntin.runtime.options import DEFAULT_ENGINE, DEFAULT_OPTIONS, SessionOptions
 from muntin.runtime.session import ExecutedLayer, Session
 
 RMS_SHARE = 0.25
-"""Of the largest error that one score may have: what the scores of a map may have in the mean. Sound ones have less than a tenth of it."""
+"""Allowed root mean square error of a map, as a share of the allowed largest error. Sound artefacts reach less than a tenth of it."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class GoldenResult:
-    """One golden pair, replayed.
+    """Result of one golden pair.
 
-    `max_error`: the largest difference of one score, in standard deviations of the pair's golden scores (in the scores' own unit where
-    these are constant); `rms_error`: the root of the mean of their squares, likewise. `label_agreement`: the share of pixels (or images)
-    with the golden label, None for "restore". `tolerance`: what was allowed, None where nothing is recorded for the precision run in;
-    `rms_allowed`: of `rms_error`, None where it is not bounded, as of scores that are no map.
+    `max_error`: the largest difference of one score, in standard deviations of the pair's golden scores (in the scores' unit where these
+    are constant); `rms_error`: root mean square, in the same unit. `label_agreement`: share of pixels (or images) with the golden label,
+    None for "restore". `tolerance`: None where nothing is recorded for the precision. `rms_allowed`: None where `rms_error` has no limit,
+    as for scores that are no map.
     """
 
     shape: tuple[int, ...]
@@ -45,7 +46,7 @@ class GoldenResult:
 
     @property
     def allowed(self) -> str:
-        """Every bound, in words."""
+        """All limits, in words."""
         if self.tolerance is None:
             return "nothing, as nothing is recorded"
         bounds = [f"largest error {self.tolerance.max_error:.4g}"]
@@ -56,12 +57,12 @@ class GoldenResult:
 
 @dataclass(frozen=True, kw_only=True)
 class VerifyResult:
-    """What was checked and what came of it. `passed` is the absence of `problems`, each a line.
+    """Result of a verification. `problems`: a line each; empty if it passed.
 
-    `digests`: the files that were compared with their sha256 (an altered one raises before anything runs). `layers`: the precision that
-    every operation ran in. `fallbacks`: the layers that the manifest records with 8-bit activations (or fewer) and that did not run on
-    integer kernels; problems unless they were allowed. `evaluation`: what `evaluate` returned. `checks`: each quantised layer against plain
-    float arithmetic, where that was asked for; a recorded one without a check is a problem.
+    `digests`: the compared files and their sha256 (an altered file raises before anything runs). `layers`: every operation with its
+    precision. `fallbacks`: layers that the manifest records with 8-bit activations (or fewer) and that did not run on integer kernels;
+    problems unless allowed. `evaluation`: the value of `evaluate`. `checks`: each quantised layer against plain float arithmetic, if
+    requested; a recorded layer without a check is a problem.
     """
 
     path: Path
@@ -77,37 +78,30 @@ class VerifyResult:
     problems: tuple[str, ...]
 
     @property
-    def digests_ok(self) -> bool:
-        """Whether every file was compared: True of every result, since an altered file raises."""
-        return bool(self.digests)
-
-    @property
     def passed(self) -> bool:
         return not self.problems
 
 
 def verify(
     path: str | Path,
+    options: SessionOptions = DEFAULT_OPTIONS,
     *,
     evaluate: Callable[[Session], float] | None = None,
-    engine: str = DEFAULT_ENGINE,
-    precision: str = "recorded",
-    threads: int | None = None,
     allow_fallbacks: bool | None = None,
     layers: bool = False,
 ) -> VerifyResult:
-    """Checks an artefact in an engine: digests, golden pairs, that images do not depend on others of their batch, integer kernels, and
+    """Checks an artefact in an engine: digests, golden pairs, independence of the images in a batch, integer kernels, and
     `evaluate(session)` if it is given.
 
-    `allow_fallbacks`: whether a layer recorded as 8-bit may run in float; None: only in engines other than the default one, for which
-    the graph is written. `layers`: also check every quantised layer on its own in OpenVINO, each fed what its predecessors gave
-    there (`muntin.runtime.layerwise`). Costs opening twice, a compilation for each golden size and two more, and what `evaluate` costs.
+    `options`: engine, precision and threads. `allow_fallbacks`: whether a layer recorded as 8-bit may run in float; None: only in engines
+    other than the default one, for which the graph is written. `layers`: also checks every quantised layer alone in OpenVINO
+    (`muntin.runtime.layerwise`). Costs opening twice, a compilation for each golden size and two more, and the call of `evaluate`.
 
-    Raises what `load` raises (ArtifactError for an altered file); a failed check is in the result.
+    Raises the errors of `load` (ArtifactError for an altered file); a failed check is in the result.
     """
     artifact = open_artifact(path)
     manifest = artifact.manifest
-    session = load(path, engine=engine, precision=precision, threads=threads, shapes=())
+    session = open_session(path, replace(options, shapes=()))
     tolerance = manifest.tolerance(session.engine, session.precision)
     problems = [] if tolerance else [_no_tolerance(session, manifest)]
     golden = tuple(
@@ -119,7 +113,7 @@ def verify(
     fallbacks, reasons = find_fallbacks(manifest.layers, ran)
     if fallbacks and not ran:
         fallbacks, reasons = (), (f"{session.engine} does not say what its layers ran in",)
-    if not (engine != DEFAULT_ENGINE if allow_fallbacks is None else allow_fallbacks):
+    if not (options.engine != DEFAULT_ENGINE if allow_fallbacks is None else allow_fallbacks):
         problems += [f"{reason}: export for this engine and CPU, or allow fallbacks" for reason in reasons]
     checks = _checked_layers(artifact, session.threads) if layers else ()
     problems += [_check_problem(check) for check in checks if not check.passed]
@@ -143,7 +137,7 @@ def verify(
 
 
 def _batch_problems(session: Session, artifact: Artifact, tolerance: GoldenTolerance) -> list[str]:
-    """Whether the smallest golden image is answered otherwise beside another one, a pale negative of it, than alone."""
+    """Compares the scores of two images in a batch, the smallest golden image and its pale negative, with those of each alone."""
     images_BHWC, _ = min(artifact.golden(), key=lambda pair: pair[0].size)
     pair = np.concatenate([images_BHWC[:1], 255 - images_BHWC[:1] // 2])
     alone = np.concatenate([session(image[None]) for image in pair])
@@ -175,10 +169,10 @@ def replay(
 ) -> GoldenResult:
     """Runs one golden pair. A score that is not finite is an infinite error. `classes`: axis 1 of the scores are classes.
 
-    Of maps few scores are near the largest error where only rounding differs: there the whole has to be nearer (`RMS_SHARE`).
+    Where only rounding differs, few scores of a map are near the largest error: so the root mean square has a lower limit (`RMS_SHARE`).
 
-    A picture's one label, of a classifier, counts as the golden one where its golden score is within the allowed error of the best: between
-    two classes that are as good as equal, rounding decides. Of the many labels of a segmentation a few near ties do not matter.
+    A classifier's label counts as the golden one if its golden score is within the allowed error of the best: between two nearly equal
+    classes rounding decides. Among the many labels of a segmentation a few near ties do not matter.
     """
     scores = session(images_BHWC)
     spread = float(golden.std(dtype=np.float64))
@@ -212,34 +206,30 @@ def _agreement(scores: NDArray[np.float32], golden: NDArray[np.float32], near: f
 
 
 def find_fallbacks(records: Sequence[LayerRecord], layers: Sequence[ExecutedLayer]) -> tuple[tuple[str, ...], tuple[str, ...]]:
-    """The recorded layers with integer activations that did not run on integer kernels, and for each a line that says what ran.
+    """The recorded layers with integer activations that did not run on integer kernels, and a line about each.
 
-    A layer is the compute nodes of its name, or of its name and a "/" before more; it fell back if one of them is not "i8", or none ran.
+    A layer's compute nodes have its name, or its name and a "/" before more. It fell back if one of them is not "i8", or none ran.
     """
     names, reasons = [], []
     for record in _integer_records(records):
-        ran = [layer for layer in layers if layer.compute and _is_of(layer.name, record)]
+        ran = [layer for layer in layers if layer.compute and is_node_of(layer.name, record)]
         if ran and all(layer.precision == "i8" for layer in ran):
             continue
         names.append(record.name)
-        found = ", ".join(f"{layer.kind} in {layer.precision}" for layer in ran if layer.precision != "i8")
+        floats = ", ".join(f"{layer.kind} in {layer.precision}" for layer in ran if layer.precision != "i8")
         reasons.append(
-            f"layer {record.name}, recorded with {record.activation_bits}-bit activations, ran as {found or 'no node of its name'}"
+            f"layer {record.name}, recorded with {record.activation_bits}-bit activations, ran as {floats or 'no node of its name'}"
         )
     return tuple(names), tuple(reasons)
 
 
 def find_unchecked(records: Sequence[LayerRecord], checks: Sequence[LayerCheck]) -> tuple[str, ...]:
-    """The recorded layers with integer activations of which no check was made: nothing in the graph is a product of what they quantise."""
-    return tuple(record.name for record in _integer_records(records) if not any(_is_of(check.name, record) for check in checks))
+    """The recorded layers with integer activations without a check: the graph has no product of their quantised values."""
+    return tuple(record.name for record in _integer_records(records) if not any(is_node_of(check.name, record) for check in checks))
 
 
 def _integer_records(records: Sequence[LayerRecord]) -> list[LayerRecord]:
     return [record for record in records if record.activation_bits is not None and record.activation_bits <= 8]
-
-
-def _is_of(node: str, record: LayerRecord) -> bool:
-    return node == record.name or node.startswith(f"{record.name}/")
 
 
 def _golden_problem(index: int, result: GoldenResult) -> str:
@@ -262,8 +252,8 @@ def _unchecked_problem(name: str) -> str:
 
 
 def _no_tolerance(session: Session, manifest: Manifest) -> str:
-    there = ", ".join(f"{engine} in {name}" for engine, found in manifest.golden_tolerance.items() for name in found) or "none"
+    recorded = ", ".join(f"{engine} in {name}" for engine, tolerances in manifest.golden_tolerance.items() for name in tolerances)
     return (
-        f"no golden tolerance is recorded for {session.engine} in {session.precision} (there is: {there}): verify in what is recorded, or "
-        "export again"
+        f"no golden tolerance is recorded for {session.engine} in {session.precision} (there is: {recorded or 'none'}): "
+        "verify in what is recorded, or export again"
     )

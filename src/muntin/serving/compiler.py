@@ -13,13 +13,14 @@ from __future__ import annotations
 from collections import OrderedDict
 from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from threading import Event, Lock
 from weakref import WeakKeyDictionary
 
+from muntin.runtime.options import SessionOptions
 from muntin.serving.loader import endless
-from muntin.serving.opening import Call, Opening, open_version
+from muntin.serving.opening import Call, open_version
 from muntin.serving.probation import OpeningLimits, TrialResult, probe
 from muntin.serving.threads import Threads
 from muntin.serving.version import Version
@@ -53,12 +54,12 @@ class _Sizes:
 class Compiler:
     """Counts batches by size, and compiles for those that come often, one after the other.
 
-    `opening`: as the versions were opened. `budget`: pixels (rows x height x width) for a version of so many channels, summed over the
+    `options`: those of the versions. `budget`: pixels (rows x height x width) for a version of so many channels, summed over the
     sizes that it is compiled for beside those of its start.
     """
 
-    def __init__(self, opening: Opening, *, budget: Callable[[int], float] = endless) -> None:
-        self._opening, self._budget = replace(opening, calls=()), budget
+    def __init__(self, options: SessionOptions, *, budget: Callable[[int], float] = endless) -> None:
+        self._options, self._budget = options, budget
         self._lock = Lock()
         self._sizes: WeakKeyDictionary[Version, _Sizes] = WeakKeyDictionary()
         self._threads = Threads("muntin-compile", most=1)
@@ -93,11 +94,11 @@ class Compiler:
         if self._closed.is_set() or not version.open or version.state == "failed":
             return
         with suppress(Exception):  # no request fails: the size is computed as before
-            probe(version.path, self._opening, [call], limits=OpeningLimits(), stopped=self._closed.is_set, examine=compile_for)
+            probe(version.path, self._options, [call], limits=OpeningLimits(), stopped=self._closed.is_set, examine=compile_for)
             version.session.warm_up([call.shape], labels=call.labels)
 
 
-def compile_for(path: Path, opening: Opening, lately: tuple[Call, ...]) -> TrialResult:
+def compile_for(path: Path, options: SessionOptions, lately: tuple[Call, ...]) -> TrialResult:
     """Open an artefact and warm it up, which leaves the compiled models in the user's cache."""
-    opened = open_version(path, opening, lately)
+    opened = open_version(path, options, lately)
     return TrialResult(digest=opened.digest, signature=opened.signature)

@@ -7,6 +7,7 @@ from typing import Annotated, Self
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
+from muntin.runtime.options import SessionOptions
 from muntin.serving.rollout import Rollout
 
 MEGABYTE = 1 << 20
@@ -68,6 +69,11 @@ class ServeConfig(_Frozen):
     access_log: Annotated[bool, Field(description="a line of JSON for each request on standard output")] = False
     trace: Annotated[bool, Field(description="a span of OpenTelemetry for each request, exported as the environment says")] = False
     drain_seconds: Annotated[float, Field(ge=0, le=DAY_S, description="that requests in flight get after SIGTERM")] = 30.0
+
+    @property
+    def session_options(self) -> SessionOptions:
+        """How every version is opened. Raises DataError for an engine or a precision that does not exist."""
+        return SessionOptions(engine=self.engine, precision=self.precision, threads=self.threads, streams=self.streams, dynamic=True)
 
     @model_validator(mode="after")
     def _pairs(self) -> Self:

@@ -20,8 +20,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from muntin.runtime.helper_process import error_record, helper_socket
+from muntin.runtime.options import SessionOptions
 from muntin.runtime.session import Session
-from muntin.serving.engine_lane import CALL, DONE, FAILED, KEPT_BYTES, LABELS, OTHER, call_from_json, opening_from_json, receive, send
+from muntin.serving.engine_lane import CALL, DONE, FAILED, KEPT_BYTES, LABELS, OTHER, call_from_json, receive, send
 from muntin.serving.opening import open_version
 from muntin.serving.shared_memory import SharedOutputs, mapped
 
@@ -56,7 +57,7 @@ def _open(control: socket.socket, question: dict[str, Any]) -> Session:
     set_oom_score(OOM_SCORE_OPENING)
     opened = open_version(
         Path(question["path"]),
-        opening_from_json(question["opening"]),
+        SessionOptions(**question["options"]),
         [call_from_json(call) for call in question["lately"]],
         rest=question["rest"],
         stopped=lambda: bool(select.select([control], [], [], 0)[0]),  # the server sends nothing meanwhile: it has closed its end

@@ -23,7 +23,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from muntin.runtime.helper_process import recorded_error
-from muntin.serving.opening import Call, Opening
+from muntin.serving.opening import Call
 from muntin.serving.shared_memory import mapped, new_file
 
 KEPT_BYTES = 64 << 20
@@ -76,11 +76,6 @@ def _receive_exactly(sock: socket.socket, length: int) -> bytes:
 def call_from_json(values: list[Any]) -> Call:
     (B, H, W), labels = values
     return Call((B, H, W), labels)
-
-
-def opening_from_json(fields: dict[str, Any]) -> Opening:
-    """The inverse of `dataclasses.asdict`, after JSON."""
-    return Opening(**(fields | {"calls": tuple(call_from_json(call) for call in fields["calls"])}))
 
 
 class EngineChannel:

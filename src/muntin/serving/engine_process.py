@@ -25,11 +25,12 @@ from numpy.typing import DTypeLike, NDArray
 
 from muntin.artifact import Signature
 from muntin.errors import VerificationError
+from muntin.runtime.options import SessionOptions
 from muntin.runtime.session import ExecutedLayer, Session, Shape, check_shapes
 from muntin.serving.engine_lane import LABELS, SCORES, EngineChannel, call_from_json
 from muntin.serving.engine_start import RunningEngine, start_engine
 from muntin.serving.liveness import Liveness
-from muntin.serving.opening import Call, EngineDiedError, NotReadyError, Opened, Opening, OutOfMemoryError
+from muntin.serving.opening import Call, EngineDiedError, NotReadyError, Opened, OutOfMemoryError
 
 DEATHS = 3
 """Deaths without an answer between them after which the engine is not started again at once."""
@@ -57,14 +58,14 @@ def can_open_remote() -> bool:
 
 
 def open_remote(
-    path: Path, opening: Opening, lately: Iterable[Call], *, rest: float, seconds: float, stopped: Callable[[], bool]
+    path: Path, options: SessionOptions, lately: Iterable[Call], *, rest: float, seconds: float, stopped: Callable[[], bool]
 ) -> Opened:
     """Open an artefact as `open_version` does, in a new process. Takes a second longer, in which Python and the engine start.
 
     `rest`: as of `start_engine`. Raises the errors of opening, VerificationError if the process dies, TookTooLongError if it is not open in
     `seconds`, NotReadyError if `stopped`.
     """
-    start = partial(start_engine, path, opening, seconds=seconds)
+    start = partial(start_engine, path, options, seconds=seconds)
     running = start(lately, rest=rest, stopped=stopped)
     session = RemoteSession(running, start, path)
     try:
@@ -79,7 +80,6 @@ def open_remote(
         signature=session.signature,
         digest=running.description["digest"],
         calls=tuple(session.calls),
-        start=opening.calls,
     )
 
 

@@ -16,9 +16,10 @@ from typing import Any
 from muntin.errors import VerificationError
 from muntin.runtime.helper_process import recorded_error, start_socket_helper
 from muntin.runtime.memory import kills_for_memory
+from muntin.runtime.options import SessionOptions
 from muntin.serving import engine_host
 from muntin.serving.engine_lane import EngineChannel, receive, send
-from muntin.serving.opening import TOO_LONG, Call, NotReadyError, Opening, TookTooLongError
+from muntin.serving.opening import TOO_LONG, Call, NotReadyError, TookTooLongError
 from muntin.serving.scheduling import BackgroundPriority, can_restore, run_when_idle
 
 _POLL_S = 0.05
@@ -91,7 +92,7 @@ def _ending(returncode: int) -> str:
 
 def start_engine(
     path: Path,
-    opening: Opening,
+    options: SessionOptions,
     lately: Iterable[Call],
     *,
     seconds: float,
@@ -112,7 +113,7 @@ def start_engine(
         priority = BackgroundPriority(process.pid) if in_background else None
         with suppress(OSError):  # it has died: `_await_answer` says of what
             send(control, {
-                "path": str(path), "opening": asdict(opening), "lately": list(lately), "rest": 0.0 if in_background else rest,
+                "path": str(path), "options": asdict(options), "lately": list(lately), "rest": 0.0 if in_background else rest,
                 "seconds": seconds + 5,  # this process ends it before that, if it still runs
             })  # fmt: skip
         _await_answer(running, path, priority, seconds, stopped)

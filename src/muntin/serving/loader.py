@@ -9,8 +9,9 @@ from pathlib import Path
 from typing import Protocol
 
 from muntin.artifact.store import read_manifest
+from muntin.runtime.options import DEFAULT_OPTIONS, SessionOptions
 from muntin.serving.engine_process import can_open_remote, open_remote
-from muntin.serving.opening import Call, Opened, Opening, open_version, starting_calls
+from muntin.serving.opening import Call, Opened, open_version, starting_calls
 from muntin.serving.probation import OpeningLimits, TrialResult, probe, replaced
 
 REST = 3.0
@@ -41,47 +42,44 @@ class Loader(Protocol):
 class ArtifactLoader:
     """Opens artefacts, each tried in a process of its own first.
 
-    Each is compiled for the calls of `opening`, for batches of up to `max_batch` images of the size that it was exported with, and for the
-    calls in `lately`; with `opening.dynamic`, where other sizes need no compiling, for those that came `OFTEN`. `budget`: pixels (rows x
+    Each is compiled for batches of up to `max_batch` images of the size that it was exported with, and for the
+    calls in `lately`; with `options.dynamic`, where other sizes need no compiling, for those that came `OFTEN`. `budget`: pixels (rows x
     height x width) for a model of so many channels that calls in `lately` may have together, beside those of the start; the most frequent
     ones go first.
     """
 
-    opening: Opening = field(default_factory=Opening)
+    options: SessionOptions = DEFAULT_OPTIONS
     max_batch: int = 0
     limits: OpeningLimits = field(default_factory=OpeningLimits)
     budget: Callable[[int], float] = endless
 
     def probe(self, path: Path, lately: Mapping[Call, int], stopped: Callable[[], bool]) -> TrialResult:
-        opening = self._opening(path)
-        return probe(path, opening, self._calls(path, opening, lately), limits=self.limits, stopped=stopped)
+        calls = self._calls(path, self._start(path), lately)
+        return probe(path, self.options, calls, limits=self.limits, stopped=stopped)
 
     def open(self, path: Path, lately: Mapping[Call, int], tried: TrialResult, stopped: Callable[[], bool] = lambda: False) -> Opened:
-        opening = self._opening(path)
-        rest, calls = REST if lately else 0.0, self._calls(path, opening, lately)
+        start = self._start(path)
+        rest, calls = REST if lately else 0.0, self._calls(path, start, lately)
         if can_open_remote():
-            opened = open_remote(path, opening, calls, rest=rest, seconds=self.limits.seconds, stopped=stopped)
+            opened = open_remote(path, self.options, calls, rest=rest, seconds=self.limits.seconds, stopped=stopped)
         else:
-            opened = open_version(path, opening, calls, rest=rest, stopped=stopped)
+            opened = open_version(path, self.options, calls, rest=rest, stopped=stopped)
         if opened.digest != tried.digest:
             opened.session.close()
             raise replaced(path)
-        return opened
+        return replace(opened, start=start)
 
-    def _opening(self, path: Path) -> Opening:
-        if not self.max_batch:
-            return self.opening
-        start = starting_calls(read_manifest(path), self.max_batch)  # other processes read the rest of the artefact
-        return replace(self.opening, calls=tuple(dict.fromkeys((*self.opening.calls, *start))))
+    def _start(self, path: Path) -> tuple[Call, ...]:
+        """Calls that every version is compiled for. Only the manifest is read in this process."""
+        return starting_calls(read_manifest(path), self.max_batch) if self.max_batch else ()
 
-    def _calls(self, path: Path, opening: Opening, lately: Mapping[Call, int]) -> tuple[Call, ...]:
-        requested = {call: count for call, count in lately.items() if count >= OFTEN or not opening.dynamic}
-        kept = set(opening.calls)
-        if not requested.keys() - kept:
-            return tuple(requested)
-        left = self.budget(read_manifest(path).signature.channels)
-        for call in sorted(requested.keys() - kept, key=lambda call: (-requested[call], call.pixels)):
-            if call.pixels <= left:
-                left -= call.pixels
-                kept.add(call)
-        return tuple(call for call in requested if call in kept)
+    def _calls(self, path: Path, start: tuple[Call, ...], lately: Mapping[Call, int]) -> tuple[Call, ...]:
+        requested = {call: count for call, count in lately.items() if count >= OFTEN or not self.options.dynamic}
+        kept = set(start)
+        if requested.keys() - kept:
+            left = self.budget(read_manifest(path).signature.channels)
+            for call in sorted(requested.keys() - kept, key=lambda call: (-requested[call], call.pixels)):
+                if call.pixels <= left:
+                    left -= call.pixels
+                    kept.add(call)
+        return (*start, *(call for call in requested if call in kept and call not in start))

@@ -6,15 +6,16 @@ import math
 import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
-from muntin.artifact import Artifact, Manifest, Signature, open_artifact
-from muntin.errors import DataError, MuntinError, VerificationError
-from muntin.runtime.engines import DEFAULT_ENGINE, ENGINES, PRECISIONS, load
-from muntin.runtime.session import Session, Shape, check_shape, check_streams, check_threads
+from muntin.artifact import Manifest, Signature, open_artifact
+from muntin.errors import MuntinError, VerificationError
+from muntin.runtime.engines import open_session
+from muntin.runtime.options import SessionOptions
+from muntin.runtime.session import Session, Shape
 from muntin.runtime.verification import replay
 
 DENSE_ROWS, DENSE_PIXELS = 16, 1 << 20
@@ -75,34 +76,11 @@ def starting_calls(manifest: Manifest, max_batch: int) -> tuple[Call, ...]:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Opening:
-    """Options for opening versions, the same for all versions of a server.
-
-    `engine`, `precision`, `threads`, `streams`, `dynamic`: as in `muntin.load`. `calls`: what every version is warmed up for, in addition
-    to the recent calls of its predecessor; without either, scores and labels of the manifest's example.
-    """
-
-    engine: str = DEFAULT_ENGINE
-    precision: str = "recorded"
-    threads: int | None = None
-    streams: int = 1
-    dynamic: bool = False
-    calls: tuple[Call, ...] = ()
-
-    def __post_init__(self) -> None:
-        if self.engine not in ENGINES:
-            raise DataError(f'engine="{self.engine}": give one of {", ".join(ENGINES)}')
-        if self.precision not in PRECISIONS:
-            raise DataError(f'precision="{self.precision}": give one of {", ".join(PRECISIONS)}')
-        check_threads(self.threads)
-        check_streams(self.streams)
-        for call in self.calls:
-            check_shape(call.shape)
-
-
-@dataclass(frozen=True, kw_only=True)
 class Opened:
-    """A warm session that has reproduced a golden pair. `calls`: all that it is compiled for; `start`: those of the opening's options."""
+    """A warm session that has reproduced a golden pair.
+
+    `calls`: all that it is compiled for; `start`: those of them that every start compiles for, before any request.
+    """
 
     session: Session
     signature: Signature
@@ -116,9 +94,11 @@ def _never() -> bool:
 
 
 def open_version(
-    path: Path, opening: Opening, lately: Iterable[Call], *, rest: float = 0.0, stopped: Callable[[], bool] = _never
+    path: Path, options: SessionOptions, calls: Iterable[Call], *, rest: float = 0.0, stopped: Callable[[], bool] = _never
 ) -> Opened:
-    """Open an artefact in this process, replay its smallest golden pair, and warm it up for the opening's calls and those of `lately`.
+    """Open an artefact in this process, replay its smallest golden pair, and warm it up for `calls`.
+
+    Without calls it is warmed up for scores and labels of the shape that its manifest names; the options' `shapes` are ignored.
 
     Costs compiling, or a fraction of it where the user's cache holds the compiled model. With `dynamic` the models of dynamic sizes are
     compiled as well. `rest`: after each step, pause for `rest` times its duration; above 0 only the smallest call is computed, because
@@ -127,17 +107,9 @@ def open_version(
     """
     step = partial(_step, path, rest=rest, stopped=stopped)
     with step():
-        session = load(
-            path,
-            engine=opening.engine,
-            precision=opening.precision,
-            threads=opening.threads,
-            streams=opening.streams,
-            shapes=(),
-            dynamic=opening.dynamic,
-        )
+        session = open_session(path, replace(options, shapes=()))
     artifact = open_artifact(path)  # after the load: its digest shows whether the directory was replaced meanwhile
-    calls = tuple(dict.fromkeys((*opening.calls, *lately))) or _example_calls(artifact)
+    calls = tuple(dict.fromkeys(calls)) or _example_calls(artifact.manifest)
     images_BHWC, scores = min(artifact.golden(), key=lambda pair: pair[0].size)
     tolerance = artifact.manifest.tolerance(session.engine, session.precision)
     classes = session.signature.task != "restore"
@@ -153,16 +125,17 @@ def open_version(
     for call in sorted(calls, key=lambda call: call.labels):
         with step():
             session.warm_up([call.shape], labels=call.labels, compute=not rest or call == smallest)
-    if opening.dynamic and classes:
+    if options.dynamic and classes:
         session.labels(images_BHWC)  # the replay compiled the dynamic model for scores
-    return Opened(session=session, signature=session.signature, digest=artifact.digest, calls=calls, start=opening.calls)
+    return Opened(session=session, signature=session.signature, digest=artifact.digest, calls=calls)
 
 
-def _example_calls(artifact: Artifact) -> tuple[Call, ...]:
-    example, restores = artifact.manifest.example, artifact.manifest.signature.task == "restore"
-    if example is None:
+def _example_calls(manifest: Manifest) -> tuple[Call, ...]:
+    """Scores, and labels where there are classes, of the manifest's example; empty without one."""
+    if manifest.example is None:
         return ()
-    return (Call(example),) if restores else (Call(example), Call(example, labels=True))
+    scores = Call(manifest.example)
+    return (scores,) if manifest.signature.task == "restore" else (scores, scores._replace(labels=True))
 
 
 @contextmanager

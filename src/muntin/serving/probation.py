@@ -23,10 +23,11 @@ from muntin.errors import RecipeError, VerificationError
 from muntin.runtime.hardware import memory_gib
 from muntin.runtime.helper_process import Outcome, answer_question, ask_helper, recorded_error
 from muntin.runtime.memory import kills_for_memory, resident_of
+from muntin.runtime.options import SessionOptions
 from muntin.runtime.verification import verify
 from muntin.serving.engine_host import end_after, set_oom_score
-from muntin.serving.engine_lane import call_from_json, opening_from_json
-from muntin.serving.opening import TOO_LONG, Call, NotReadyError, Opening, TookTooLongError, open_version
+from muntin.serving.engine_lane import call_from_json
+from muntin.serving.opening import TOO_LONG, Call, NotReadyError, TookTooLongError, open_version
 from muntin.serving.scheduling import BackgroundPriority
 
 
@@ -63,17 +64,17 @@ class TrialResult:
     signature: Signature
 
 
-Examine = Callable[[Path, Opening, tuple[Call, ...]], TrialResult]
-"""The steps of a trial: a function of a module that can be imported. Its last argument: calls beside those of the opening."""
+Examine = Callable[[Path, SessionOptions, tuple[Call, ...]], TrialResult]
+"""The steps of a trial: a function of a module that can be imported. Its last argument: calls to warm up."""
 
 
-def examine(path: Path, opening: Opening, lately: tuple[Call, ...]) -> TrialResult:
+def examine(path: Path, options: SessionOptions, lately: tuple[Call, ...]) -> TrialResult:
     """Verify an artefact, and open it as for serving. Raises the errors of both, and VerificationError for a failed check."""
-    result = verify(path, engine=opening.engine, precision=opening.precision, threads=opening.threads)
+    result = verify(path, options)
     if not result.passed:
         more = f" (and {len(result.problems) - 1} more)" if len(result.problems) > 1 else ""
         raise VerificationError(f"{path}: {result.problems[0]}{more}")
-    opened = open_version(path, opening, lately)
+    opened = open_version(path, options, lately)
     if opened.digest != result.digests["manifest.json"]:
         raise replaced(path)
     return TrialResult(digest=opened.digest, signature=opened.signature)
@@ -86,7 +87,7 @@ def replaced(path: Path) -> VerificationError:
 
 def probe(
     path: Path,
-    opening: Opening,
+    options: SessionOptions,
     lately: Iterable[Call],
     *,
     limits: OpeningLimits,
@@ -95,13 +96,13 @@ def probe(
 ) -> TrialResult:
     """Try an artefact in a new process. Takes about a second longer than verifying and opening it there.
 
-    `lately`: calls to warm up beside the opening's. `stopped`: asked many times a second; True ends the trial. Raises the errors of
+    `lately`: calls to warm up. `stopped`: asked many times a second; True ends the trial. Raises the errors of
     `examine`, VerificationError if the process dies, hangs or takes too much memory, NotReadyError if stopped.
     """
     question = {
         "examine": [examine.__module__, examine.__qualname__],
         "path": str(path),
-        "opening": asdict(opening),
+        "options": asdict(options),
         "lately": list(lately),
         "seconds": limits.seconds,
     }
@@ -175,5 +176,5 @@ def _examine(question: dict[str, Any]) -> dict[str, Any]:
     module, name = question["examine"]
     examine: Examine = getattr(import_module(module), name)
     calls = tuple(call_from_json(call) for call in question["lately"])
-    result = examine(Path(question["path"]), opening_from_json(question["opening"]), calls)
+    result = examine(Path(question["path"]), SessionOptions(**question["options"]), calls)
     return {"digest": result.digest, "signature": result.signature.model_dump(mode="json")}

@@ -39,7 +39,6 @@ from muntin.serving.latency import LatencyModel
 from muntin.serving.ledger import Ledger
 from muntin.serving.loader import ArtifactLoader
 from muntin.serving.metrics import Metrics
-from muntin.serving.opening import Opening
 from muntin.serving.origin import is_loopback
 from muntin.serving.pictures import Pictures
 from muntin.serving.ports import Listening, check_ports
@@ -86,9 +85,9 @@ class Server:
         self._thread: threading.Thread | None = None
         self.cut_off = 0
         """Requests and calls that were still busy when `drain_seconds` were over, and were cut off. Read it when the server has ended."""
-        opening = self._opening()
-        self._compiler = Compiler(opening, budget=self._budget)
-        loader = ArtifactLoader(opening=opening, max_batch=config.max_batch, budget=self._budget)
+        options = config.session_options
+        self._compiler = Compiler(options, budget=self._budget)
+        loader = ArtifactLoader(options=options, max_batch=config.max_batch, budget=self._budget)
         self.slot = Slot(config.name or _name_of(Path(path)), loader, rollout=config.rollout, notify=self._notify)
         self._watcher: Watcher | None = None
         if config.watch:
@@ -142,10 +141,6 @@ class Server:
         self.slot.end_loads()
 
     # ---- inside the event loop ----
-
-    def _opening(self) -> Opening:
-        config = self.config
-        return Opening(engine=config.engine, precision=config.precision, threads=config.threads, streams=config.streams, dynamic=True)
 
     def _budget(self, channels: int) -> float:
         """Pixels of the input sizes that a version is compiled for beside those of its start."""
