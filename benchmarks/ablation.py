@@ -71,10 +71,10 @@ from muntin.errors import DependencyError, MuntinError
 from muntin.models import PRESETS, ModelConfig, TorchSession
 from muntin.models.hybridnet import GAIN
 from muntin.runtime import describe_hardware, load
-from muntin.runtime.contention import watch_cpu
-from muntin.runtime.hardware import physical_cores
-from muntin.runtime.latency import interleaved_latency
-from muntin.runtime.profile import BUSY, fill
+from muntin.runtime.host.hardware import physical_cores
+from muntin.runtime.profiling.contention import watch_cpu
+from muntin.runtime.profiling.profile import BUSY, fill
+from muntin.runtime.profiling.timing import interleaved_latency
 from muntin.training import Checkpoint
 from muntin.training.checkpoint import source_of
 from muntin.training.evaluation import tile_of

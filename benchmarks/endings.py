@@ -32,11 +32,11 @@ from kept import Row, kept_row, now
 from muntin.artifact import Artifact
 from muntin.models import PRESETS
 from muntin.runtime import describe_hardware, load
-from muntin.runtime.hardware import physical_cores
-from muntin.runtime.latency import interleaved_latency
-from muntin.runtime.quiet import openvino
+from muntin.runtime.host.hardware import physical_cores
+from muntin.runtime.host.quiet_imports import openvino
+from muntin.runtime.host.signals import signal_stack_kept
+from muntin.runtime.profiling.timing import interleaved_latency
 from muntin.runtime.session import Session
-from muntin.runtime.signals import signal_stack_kept
 from options import at_least
 from resumed import demo_recipe, float_artifact, integer_artifact, network_of, print_machines, trained
 

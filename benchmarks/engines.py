@@ -37,14 +37,14 @@ from muntin.artifact import open_artifact
 from muntin.compression import load_model
 from muntin.deployment.assessment import REVISION, export_checkpoint, integer_model
 from muntin.errors import DependencyError
+from muntin.images import IGNORED
 from muntin.models import TorchSession
 from muntin.runtime import ENGINES, Session, describe_hardware
-from muntin.runtime.hardware import physical_cores
-from muntin.runtime.images import IGNORED
-from muntin.runtime.latency import interleaved_latency, interleaved_throughput
-from muntin.runtime.openvino_endings import ending_in_scores
-from muntin.runtime.profile import fill
-from muntin.runtime.quiet import onnxruntime, openvino
+from muntin.runtime.engines.openvino.output_fusion import ending_in_scores
+from muntin.runtime.host.hardware import physical_cores
+from muntin.runtime.host.quiet_imports import onnxruntime, openvino
+from muntin.runtime.profiling.profile import fill
+from muntin.runtime.profiling.timing import interleaved_latency, interleaved_throughput
 from muntin.training import Checkpoint, read_checkpoint
 from muntin.training.checkpoint import AVERAGE, calibration_of, source_of
 from muntin.training.evaluation import Labels, predictions, score, tile_of

@@ -21,8 +21,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F  # noqa: N812 - the field's usual name
 
+from muntin.images import IGNORED
 from muntin.runtime import describe_hardware
-from muntin.runtime.images import IGNORED
 from muntin.training.loss import segment_loss
 
 Loss = Callable[[Tensor], Tensor]

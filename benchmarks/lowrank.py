@@ -26,13 +26,14 @@ from torch import nn
 
 import muntin
 from kept import Row, kept_row
-from muntin.compression import load_model, low_rank
-from muntin.compression.factored import full_ranks
-from muntin.compression.low_rank import factorize
+from muntin.compression import load_model
+from muntin.compression.low_rank import factorization as low_rank
+from muntin.compression.low_rank.factored_layers import full_ranks
+from muntin.compression.low_rank.factorization import factorize
 from muntin.deployment.counting import parameter_count
 from muntin.models import TorchSession
 from muntin.runtime import describe_hardware
-from muntin.runtime.latency import interleaved_latency
+from muntin.runtime.profiling.timing import interleaved_latency
 from muntin.training import Checkpoint, read_checkpoint
 from muntin.training.checkpoint import AVERAGE, calibration_of, source_of
 from muntin.training.config import CompressionConfig, LowRankConfig

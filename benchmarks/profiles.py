@@ -16,9 +16,9 @@ from typing import Any
 
 from engines import artifacts, demonstration
 from muntin.reporting import roofline_svg, write_profile
-from muntin.runtime.ceilings import measure_ceilings
-from muntin.runtime.profile import profile
-from muntin.runtime.profile_document import profile_dict
+from muntin.runtime.profiling.ceilings import measure_ceilings
+from muntin.runtime.profiling.profile import profile
+from muntin.runtime.profiling.profile_document import profile_dict
 
 SIDE = 512
 GOALS = {"sum_over_whole": [0.9, 1.1]}

@@ -36,7 +36,7 @@ from muntin.errors import DependencyError
 from muntin.layers import Grid, HybridAttention
 from muntin.models import PRESETS, TorchSession, create_model
 from muntin.runtime import describe_hardware
-from muntin.runtime.latency import interleaved_latency
+from muntin.runtime.profiling.timing import interleaved_latency
 from muntin.training.config import QuantizationConfig
 from options import at_least
 from resumed import network_of

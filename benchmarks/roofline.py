@@ -9,8 +9,8 @@ without training, attention products in 8 bits too. Goals: half of the ceiling f
 least 1.3 times as fast as the same network's BF16. There are CPUs that have BF16 and multiply more slowly in it than in FP32: the ratio
 to FP32 stands beside it.
 
-A row is a preset at a size, and in one go: the ceilings (`muntin.runtime.ceilings`, what `muntin doctor` measures), the latency of the
-three in turns, a profile of BF16 and of INT8, all with the same number of threads.
+A row is a preset at a size, and in one go: the ceilings (`muntin.runtime.profiling.ceilings`, what `muntin doctor` measures), the latency
+of the three in turns, a profile of BF16 and of INT8, all with the same number of threads.
     GMAC       multiply-adds of the network by PyTorch's counter; of a kind, of the kernels that were executed
     ms, p90    one call on one picture, no counters: median and 90th percentile
     GMAC/s     GMAC over ms; `ceiling` what a large product reaches in this precision, `share` the first over the second
@@ -40,13 +40,13 @@ from muntin.compression import load_model
 from muntin.deployment import image_macs
 from muntin.models import PRESETS
 from muntin.runtime import describe_hardware, load
-from muntin.runtime.ceilings import measure_ceilings
-from muntin.runtime.contention import watch_cpu
-from muntin.runtime.hardware import physical_cores
-from muntin.runtime.kernels import BETWEEN, COPIES, Ceilings, Kernel, macs_ms
-from muntin.runtime.latency import interleaved_latency
+from muntin.runtime.host.hardware import physical_cores
 from muntin.runtime.options import SessionOptions
-from muntin.runtime.profile import Profile, fill, profile
+from muntin.runtime.profiling.ceilings import measure_ceilings
+from muntin.runtime.profiling.contention import watch_cpu
+from muntin.runtime.profiling.kernels import BETWEEN, COPIES, Ceilings, Kernel, macs_ms
+from muntin.runtime.profiling.profile import Profile, fill, profile
+from muntin.runtime.profiling.timing import interleaved_latency
 from resumed import demo_recipe, float_artifact, integer_artifact, network_of, print_machines, trained
 
 STEPS = 30

@@ -47,9 +47,9 @@ from kept import Row, kept_row, now
 from muntin.artifact import open_artifact
 from muntin.models import PRESETS, ModelConfig
 from muntin.runtime import describe_hardware
-from muntin.runtime.hardware import physical_cores
-from muntin.runtime.memory import watch_memory
-from muntin.runtime.profile import fill
+from muntin.runtime.host.hardware import physical_cores
+from muntin.runtime.host.memory import watch_memory
+from muntin.runtime.profiling.profile import fill
 
 KINDS = ("hybrid int8", "hybrid bf16", "dense bf16", "dense eager")
 SPAN = 1024, 4096

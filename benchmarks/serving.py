@@ -56,8 +56,8 @@ import numpy as np
 
 from kept import Row, kept_row, now, read_row, refuse_other
 from muntin.runtime import describe_hardware
-from muntin.runtime.hardware import affinity, parse_cpus
-from muntin.serving.batcher import BROKEN
+from muntin.runtime.host.hardware import affinity, parse_cpus
+from muntin.serving.batching.batcher import BROKEN
 from serving_peers.environments import PEERS, is_made, make_environment, versions
 from serving_peers.load import Exchange, Load
 from serving_peers.models import WORKLOADS, Workload, check_distinct, exchange, make_artifact, origin_of, pictures

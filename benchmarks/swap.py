@@ -46,7 +46,7 @@ import muntin
 from kept import Row, kept_row
 from muntin.artifact import open_artifact, write_artifact
 from muntin.runtime import describe_hardware
-from muntin.runtime.memory import resident_of
+from muntin.runtime.host.memory import resident_of
 from serving_peers.load import HOST, Exchange, Load, same
 from serving_peers.models import WORKLOADS, Workload, exchange, make_artifact, pictures
 from serving_peers.servers import Launch, family, free_port, open_local, running
@@ -164,7 +164,7 @@ def read_index(port: int, output: Path) -> list[Row]:
 def kill_engine(server: int, before: set[int]) -> None:
     """Kills the engine that a server has begun beside the processes of `before`, when it computes. Raises RuntimeError where there is none,
     or nothing is asked of it."""
-    started = [pid for pid in family(server).keys() - before if "engine_host" in command_of(pid)]
+    started = [pid for pid in family(server).keys() - before if "serving.worker.child" in command_of(pid)]
     if len(started) != 1:
         raise RuntimeError(f"the engine of the version that is to die: {len(started)} processes were begun for it, not one")
     (engine,) = started

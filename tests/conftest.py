@@ -13,7 +13,7 @@ import pytest
 import yaml
 from hypothesis import settings
 
-from muntin.runtime.images import write_image
+from muntin.images import write_image
 
 CLASSES = ({"name": "sea", "color": [0, 0, 200]}, {"name": "field", "color": [0, 160, 0]}, {"name": "roof", "color": [200, 60, 0]})
 SMALL = {"stem": [8, 8, 16], "dims": [32, 32], "depths": [1, 1], "head_dim": 16, "window": 4, "latents": 4, "decoder": 16, "pairs": [1, 1]}

@@ -18,10 +18,10 @@ from muntin.errors import install
 SOURCE = Path(muntin.__file__).parent
 # From the foundations up: a module may import from its own room and from those before it.
 ROOMS = (
-    *("errors", "text", "artifact", "runtime", "layers", "models", "data", "training", "compression", "deployment"),
+    *("errors", "text", "artifact", "images", "runtime", "layers", "models", "data", "training", "compression", "deployment"),
     *("reporting", "serving", "cli"),
 )
-LIGHT = ("errors", "text", "artifact", "runtime", "reporting", "serving")
+LIGHT = ("errors", "text", "artifact", "images", "runtime", "reporting", "serving")
 WITH_TORCH = {"torch", "torchvision", "torchmetrics", "onnxscript", "timm", "tensorboard"}
 HEAVY = WITH_TORCH | {"numpy", "openvino", "onnxruntime", "onnx", "PIL", "pydantic", "yaml", "jinja2", "matplotlib", "rich", "typer"}
 # What executes the data that it reads: modules, calls, and calls that do unless an argument has this value.
@@ -36,11 +36,11 @@ SAFE_WITH = {
     "torch.load": ("weights_only", True),
 }
 # The rooms that read what others wrote, artefacts and requests; and the calls that they may make all the same, and why.
-EXPOSED = ("artifact", "runtime", "serving")
+EXPOSED = ("artifact", "images", "runtime", "serving")
 EXCEPTIONS = {
-    ("serving/probation.py", "importlib.import_module"): "the function of ours that the server itself names to the process that it begins",
-    ("runtime/loading.py", "importlib.import_module"): "the class of ours that the caller itself names to the process that it begins",
-    ("runtime/quiet.py", "importlib.import_module"): "the engines' libraries, by names that are written in the source",
+    ("serving/versions/trial.py", "importlib.import_module"): "a function of ours, named by the server to its child process",
+    ("runtime/profiling/cold_start.py", "importlib.import_module"): "a class of ours, named by the caller to its child process",
+    ("runtime/host/quiet_imports.py", "importlib.import_module"): "the engines' libraries, by names that are written in the source",
 }
 
 
@@ -151,7 +151,7 @@ def test_the_light_rooms_do_without_torch() -> None:
     absent = f"sys.modules.update(dict.fromkeys({sorted(WITH_TORCH)}))"
     rooms = [room for room in LIGHT if (SOURCE / room).exists() or (SOURCE / f"{room}.py").exists()]
     modules = [
-        str(path.relative_to(SOURCE.parent).with_suffix("")).replace("/", ".") for room in rooms for path in (SOURCE / room).glob("*.py")
+        str(path.relative_to(SOURCE.parent).with_suffix("")).replace("/", ".") for room in rooms for path in (SOURCE / room).rglob("*.py")
     ]
     assert len(modules) > 10
     names = ", ".join(module.removesuffix(".__init__") for module in modules)

@@ -25,9 +25,9 @@ from muntin.data.folders import FolderPair
 from muntin.models import create_model
 from muntin.training import Checkpoint, read_checkpoint
 from muntin.training.checkpoint import checkpoints_in
+from muntin.training.model_checks import check_maps
 from muntin.training.precision import resolve_precision
 from muntin.training.recipe import Recipe, load_recipe, override_recipe
-from muntin.training.suitability import check_maps
 from segmentation_peers.models import Entry
 
 ENDLESS = 10**7

@@ -32,9 +32,9 @@ from muntin.compression import load_model
 from muntin.data import calibration_batches
 from muntin.deployment.assessment import export_checkpoint
 from muntin.models import DividedSides
-from muntin.runtime.quiet import import_without_telemetry, openvino
+from muntin.runtime.host.quiet_imports import import_without_telemetry, openvino
+from muntin.runtime.host.signals import signal_stack_kept
 from muntin.runtime.session import check_images
-from muntin.runtime.signals import signal_stack_kept
 from muntin.runtime.tiles import Predictor
 from muntin.training import Checkpoint
 from muntin.training.checkpoint import source_of

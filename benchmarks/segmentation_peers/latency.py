@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from muntin.data import EarthSource, Source
-from muntin.runtime.latency import interleaved_latency
+from muntin.runtime.profiling.timing import interleaved_latency
 from segmentation_peers.deployment import Variant
 
 Name = tuple[str, str]

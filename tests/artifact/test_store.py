@@ -17,7 +17,8 @@ import pytest
 from onnx import TensorProto, helper, numpy_helper
 from safetensors.numpy import load_file, save_file
 
-from muntin.artifact import Artifact, check_target, directory, open_artifact, store
+from muntin.artifact import Artifact, check_target, open_artifact, store
+from muntin.artifact import atomic_directory as directory
 from muntin.artifact.manifest import parse_manifest, render_manifest
 from muntin.artifact.store import FILES, MANIFEST
 from muntin.errors import ArtifactError
@@ -365,7 +366,7 @@ def test_full_disk(write: Write, tmp_path: Path) -> None:
 KILLED = """
 import os, signal, sys
 from pathlib import Path
-from muntin.artifact import directory
+from muntin.artifact import atomic_directory as directory
 def killed(*arguments):
     os.kill(os.getpid(), signal.SIGKILL)
 if sys.argv[2] == "writing":
@@ -419,7 +420,7 @@ def test_needs_no_torch() -> None:
 
 def test_mount_point_as_target(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "out").mkdir()
-    monkeypatch.setattr("muntin.artifact.directory.os.path.ismount", lambda path: Path(path) == tmp_path / "out")
+    monkeypatch.setattr("muntin.artifact.atomic_directory.os.path.ismount", lambda path: Path(path) == tmp_path / "out")
     with pytest.raises(ArtifactError, match="a file system is mounted there, which cannot be replaced: name a directory in it"):
         directory.refuse_foreign(tmp_path / "out", ["a"], marker="a")
     assert directory.refuse_foreign(tmp_path / "out" / "artifact", ["a"], marker="a") == (tmp_path / "out" / "artifact").resolve()

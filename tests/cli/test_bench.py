@@ -13,8 +13,8 @@ from typing import Any
 import pytest
 
 from muntin.cli.bench import table_lines
-from muntin.runtime.bench import Bench, BenchRow
-from muntin.runtime.latency import Latency
+from muntin.runtime.profiling.bench import Bench, BenchRow
+from muntin.runtime.profiling.timing import Latency
 
 Call = Callable[..., Any]
 QUICK = ("--threads", "1", "--rounds", "2")

@@ -17,8 +17,8 @@ from muntin.artifact.classes import ClassInfo
 from muntin.cli.deploy import _print_results, _read_truth, _segment
 from muntin.deployment import assessment
 from muntin.errors import DataError
+from muntin.images import colorize, read_image, read_mask, write_image
 from muntin.runtime import ENGINES, load, predict
-from muntin.runtime.images import colorize, read_image, read_mask, write_image
 from muntin.runtime.options import SessionOptions
 from muntin.training import read_checkpoint
 from muntin.training.evaluation import tile_of
@@ -324,7 +324,7 @@ def test_predict_takes_a_folder(call: Call, exported: Any, tmp_path: Path) -> No
 @pytest.fixture
 def compiled(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
     """Every (B, H, W, C) that OpenVINO compiles for from now on; None: sizes as they come."""
-    from muntin.runtime.openvino import OpenVinoSession
+    from muntin.runtime.engines.openvino.session import OpenVinoSession
 
     made: list[Any] = []
     compile_one = OpenVinoSession._compile

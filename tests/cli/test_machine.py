@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from muntin.runtime.hardware import describe_hardware
+from muntin.runtime.host.hardware import describe_hardware
 
 Call = Callable[..., Any]
 

@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 import yaml
 
+from muntin.images import write_image
 from muntin.models import PRESETS, create_model
-from muntin.runtime.images import write_image
 from muntin.training import load_recipe
 
 Call = Callable[..., Any]

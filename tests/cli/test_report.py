@@ -79,7 +79,7 @@ def test_a_report_says_on_the_terminal_what_its_page_notes(call: Call, run: Path
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="/proc/stat is Linux's")
 def test_a_report_notes_who_used_the_cores_while_it_timed(call: Call, run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Other processes that want all of our CPUs, one for each."""
-    monkeypatch.setattr("muntin.runtime.contention.SHORTEST", 0.0)  # so small a model is timed in a few of the system's ticks
+    monkeypatch.setattr("muntin.runtime.profiling.contention.SHORTEST", 0.0)  # so small a model is timed in a few of the system's ticks
     told = "cores meanwhile: the times are too long; measure alone"
     with ExitStack() as stack:
         for cpu in os.sched_getaffinity(0):

@@ -23,8 +23,8 @@ from muntin.artifact import ClassInfo, GoldenTolerance, Signature, write_artifac
 from muntin.cli.serve import _tokens
 from muntin.errors import DataError
 from muntin.serving.config import Bounds, ServeConfig
-from muntin.serving.descriptors import raise_descriptors
-from muntin.serving.rollout import Rollout
+from muntin.serving.open_files import raise_descriptors
+from muntin.serving.versions.rollout import Rollout
 
 
 @pytest.fixture(scope="module")

@@ -21,7 +21,7 @@ from PIL import Image
 import muntin.training
 from muntin.compression import load_model
 from muntin.deployment.live import checkpoint_session
-from muntin.runtime.images import write_image
+from muntin.images import write_image
 from muntin.training import fit, load_recipe, read_checkpoint
 from muntin.training.evaluation import tile_of
 

@@ -12,9 +12,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812 - the field's usual name
 
 from muntin import create_model
-from muntin.compression import Change, Pass, QuantizedConv2d, freeze, low_rank, prepare_qat, quantize
-from muntin.compression.fake_quantization import sqnr_db
-from muntin.compression.qat import QATConv2d
+from muntin.compression import Change, Pass, QuantizedConv2d, freeze, prepare_qat, quantize
+from muntin.compression.low_rank import factorization as low_rank
+from muntin.compression.quantization.fake_quantization import sqnr_db
+from muntin.compression.quantization.qat import QATConv2d
 from muntin.errors import MuntinError
 from muntin.layers import Product, SoftmaxProduct
 from muntin.training.config import LowRankConfig, QuantizationConfig

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from muntin import create_model
 from muntin.compression import prepare_qat, set_bits
-from muntin.compression.qat import FLOAT, bits_of
+from muntin.compression.quantization.qat import FLOAT, bits_of
 from muntin.compression.sensitivity import BETTER, LEAST, STORED, WIDER, assign_bits, measure_sensitivity
 from muntin.errors import MuntinError
 from muntin.models.compression_record import Sensitivity

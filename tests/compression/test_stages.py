@@ -17,9 +17,9 @@ import torch
 from torch import Tensor, nn
 
 from muntin.compression import Change, load_model, stages
-from muntin.compression.factored import FactoredConv2d, FactoredLinear
-from muntin.compression.qat import FLOAT, bits_of, qat_operations
-from muntin.compression.slimming import widths_of
+from muntin.compression.channels.slimming import widths_of
+from muntin.compression.low_rank.factored_layers import FactoredConv2d, FactoredLinear
+from muntin.compression.quantization.qat import FLOAT, bits_of, qat_operations
 from muntin.compression.stages import (
     FOLDER,
     CompressionRun,

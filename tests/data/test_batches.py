@@ -20,7 +20,7 @@ from muntin.data.config import Augmentation
 from muntin.data.earth import EarthSource
 from muntin.data.source import Sample
 from muntin.errors import DataError
-from muntin.runtime.images import middle_square
+from muntin.images import middle_square
 
 FLIPS = Augmentation(flip_horizontal=0.5, flip_vertical=0.5, scale=(1, 1), brightness=0, contrast=0, saturation=0)
 EVERYTHING = Augmentation(flip_horizontal=0.5, flip_vertical=0.5, scale=(0.5, 2), brightness=0.3, contrast=0.3, saturation=0.3)

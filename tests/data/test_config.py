@@ -9,7 +9,7 @@ import pytest
 from pydantic import ValidationError
 
 from muntin.data.config import SOURCES, Augmentation, DataConfig, SourceName, open_source
-from muntin.runtime.images import write_image
+from muntin.images import write_image
 
 FOLDERS: dict[str, Any] = {
     "source": "folders",

@@ -14,7 +14,7 @@ from muntin.data.listing import composed
 from muntin.data.source import SPLITS
 from muntin.data.splits import filling_seed, split_of
 from muntin.errors import DataError
-from muntin.runtime.images import write_image
+from muntin.images import write_image
 
 SPECS = (ClassSpec(name="sea"), ClassSpec(name="land"), ClassSpec(name="ice"))
 PAINTED = (ClassSpec(name="sea", value=(0, 0, 9)), ClassSpec(name="land", value=(9, 0, 0)))

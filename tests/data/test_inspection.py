@@ -18,7 +18,7 @@ from muntin.data.inspection import (
     spread,
 )
 from muntin.errors import DataError
-from muntin.runtime.images import write_image
+from muntin.images import write_image
 
 Mask = np.ndarray[Any, np.dtype[np.uint8]]
 

@@ -18,8 +18,8 @@ from muntin.compression import load_model
 from muntin.deployment import assessment
 from muntin.deployment.assessment import _Assessment, affordable_side, torch_threads
 from muntin.errors import VerificationError
+from muntin.images import write_image
 from muntin.models import TorchSession
-from muntin.runtime.images import write_image
 from muntin.training import evaluate, fit, read_checkpoint
 
 CLASSES = tuple(ClassInfo(name=name, color=(9, 9, 9)) for name in "ab")

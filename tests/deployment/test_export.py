@@ -23,14 +23,14 @@ from muntin.artifact import ClassInfo, Signature, open_artifact
 from muntin.artifact.golden import GOLDEN_SIDE
 from muntin.compression import Change, freeze, load_model, prepare_qat, quantize
 from muntin.deployment import infer_signature
-from muntin.deployment.answers import check_copy
 from muntin.deployment.export import FLOAT_LIMITS, LIMITS, golden_pairs
+from muntin.deployment.model_contract import check_copy
 from muntin.errors import ArtifactError, DataError, ExportError, MuntinError
 from muntin.layers import LocalAttention
 from muntin.models import DividedSides
 from muntin.runtime import describe_hardware, load
 from muntin.runtime.options import SessionOptions
-from muntin.runtime.verification import replay
+from muntin.runtime.verification.artifact import replay
 from muntin.training import read_checkpoint
 from muntin.training.checkpoint import calibration_of, source_of
 from muntin.training.config import QuantizationConfig
@@ -635,7 +635,7 @@ def test_what_quantising_spoils_at_some_sizes_is_refused(
     build: type[nn.Module], pixels: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Where the convolution is asked nothing and taken for a usual one."""
-    monkeypatch.setattr("muntin.compression.quantization.computes_as_usual", lambda layer, x: True)
+    monkeypatch.setattr("muntin.compression.quantization.post_training.computes_as_usual", lambda layer, x: True)
     model = build(
         lambda m, x: m.head(F.interpolate(m.down(torch.relu(m.stem(x / 60 - 2))), x.shape[2:])),
         stem=nn.Conv2d(3, 32, 3, padding=1),
@@ -679,7 +679,7 @@ def test_a_session_of_dynamic_sizes_that_is_off_is_refused(
     example = pixels(1, 3, 64, 64)
     muntin.export(model, example, tmp_path / "right", calibration=[example])
     shutil.rmtree(tmp_path / "right")
-    monkeypatch.setattr("muntin.runtime.openvino.with_biases", lambda model: model)
+    monkeypatch.setattr("muntin.runtime.engines.openvino.session.with_biases", lambda model: model)
     assert "does not compute what PyTorch does: where sizes are free" in refused(model, example, tmp_path, calibration=[example])
 
 

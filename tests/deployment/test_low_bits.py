@@ -16,7 +16,7 @@ import muntin
 from muntin import create_model
 from muntin.artifact import Artifact
 from muntin.compression import QuantizedConv2d, QuantizedLinear, freeze, prepare_qat, set_bits
-from muntin.compression.qat import FLOAT
+from muntin.compression.quantization.qat import FLOAT
 from muntin.deployment.counting import stored_bytes
 from muntin.layers import Attention, GlobalAttention, HybridAttention
 from muntin.runtime import describe_hardware

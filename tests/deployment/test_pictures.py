@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from muntin.artifact import ClassInfo, Signature
 from muntin.data.source import Sample
 from muntin.deployment.pictures import draw_borders, example_windows, write_examples, write_picture
-from muntin.runtime.images import IGNORED, RIGHT, WRONG, colorize, read_image, read_mask
+from muntin.images import IGNORED, RIGHT, WRONG, colorize, read_image, read_mask
 
 CLASSES = (ClassInfo(name="sea", color=(0, 0, 200)), ClassInfo(name="field", color=(0, 160, 0)), ClassInfo(name="roof", color=(200, 60, 0)))
 SIDE = 16

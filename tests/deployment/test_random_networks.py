@@ -20,8 +20,8 @@ from torch.nn import functional as F  # noqa: N812 - the field's usual name
 
 from muntin.artifact import ClassInfo, Signature
 from muntin.compression import quantize
-from muntin.deployment.graph import to_onnx
-from muntin.runtime.quiet import openvino
+from muntin.deployment.onnx_export import to_onnx
+from muntin.runtime.host.quiet_imports import openvino
 
 SIGNATURE = Signature(task="segment", channels=3, classes=tuple(ClassInfo(name=str(k), color=(k, 0, 0)) for k in range(4)))
 NEAR = {"openvino": 0.05, "onnxruntime": 0.1}

@@ -14,7 +14,7 @@ from typer.testing import CliRunner
 
 from muntin.cli import app
 from muntin.data import EarthSource
-from muntin.runtime.images import read_image, read_mask
+from muntin.images import read_image, read_mask
 from muntin.training import FitProgress, FitResult, fit
 
 TINY = "{stem: [8, 8, 16], dims: [32], depths: [1], head_dim: 16, latents: 4, decoder: 16}"

@@ -14,8 +14,8 @@ from typer.testing import CliRunner
 from muntin.artifact import open_artifact
 from muntin.cli import app
 from muntin.data import EarthSource
+from muntin.images import read_image, read_mask, write_image
 from muntin.runtime import load, predict
-from muntin.runtime.images import read_image, read_mask, write_image
 
 SIDE = 192
 # Degrees (north, east) of each crop's centre: coasts, deserts and ice, so that every class is in every split.

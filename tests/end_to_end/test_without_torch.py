@@ -16,7 +16,7 @@ import tritonclient.http
 from torch import nn
 
 import muntin
-from muntin.runtime.images import write_image
+from muntin.images import write_image
 
 ROOT = Path(muntin.__file__).parents[2]
 INSTALL = ("-m", "pip", "install", "--quiet", "--disable-pip-version-check")

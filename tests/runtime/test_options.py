@@ -10,7 +10,7 @@ import pytest
 
 from muntin.errors import DataError
 from muntin.runtime import ENGINES, load
-from muntin.runtime.hardware import physical_cores
+from muntin.runtime.host.hardware import physical_cores
 from muntin.runtime.options import SessionOptions
 
 

@@ -10,8 +10,8 @@ from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
-from muntin.serving.batcher import Batch, Batcher, Job, Refusal
-from muntin.serving.latency import LatencyModel
+from muntin.serving.batching.batcher import Batch, Batcher, Job, Refusal
+from muntin.serving.batching.latency_model import LatencyModel
 
 Engine = tuple[float, float]
 """Seconds of a batch, and of each of its rows."""

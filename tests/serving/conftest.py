@@ -21,10 +21,10 @@ from muntin.artifact import ClassInfo, GoldenTolerance, LayerRecord, Signature, 
 from muntin.errors import MuntinError
 from muntin.runtime.options import SessionOptions
 from muntin.runtime.session import ExecutedLayer, Session
-from muntin.serving.liveness import Liveness
-from muntin.serving.loader import ArtifactLoader
-from muntin.serving.opening import Call, Opened
-from muntin.serving.probation import TrialResult
+from muntin.serving.versions.loader import ArtifactLoader
+from muntin.serving.versions.trial import TrialResult
+from muntin.serving.worker.liveness import Liveness
+from muntin.serving.worker.opening import Call, Opened
 
 NAMES = ("sea", "field", "roof", "road", "tree")
 
@@ -96,7 +96,7 @@ class InProcess(ArtifactLoader):
 
     def open(self, path: Path, lately: Mapping[Call, int], tried: TrialResult, stopped: Callable[[], bool] = lambda: False) -> Opened:
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr("muntin.serving.loader.can_open_remote", lambda: False)
+            patch.setattr("muntin.serving.versions.loader.can_open_remote", lambda: False)
             return super().open(path, lately, tried, stopped)
 
 

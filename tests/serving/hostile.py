@@ -20,12 +20,12 @@ from typing import Any
 import numpy as np
 import orjson
 
-from muntin.serving import open_inference_pb2 as messages
-from muntin.serving.grpc_codec import decode_infer, encode_infer
-from muntin.serving.json_codec import decode_request, encode_response
-from muntin.serving.protocol import GRPC_CODES, InferOutput, InferRequest, InferResponse, Limits, ProtocolError
-from muntin.serving.tensors import DATATYPES
-from muntin.serving.wire import parse
+from muntin.serving.protocol import open_inference_pb2 as messages
+from muntin.serving.protocol.grpc_codec import decode_infer, encode_infer
+from muntin.serving.protocol.json_codec import decode_request, encode_response
+from muntin.serving.protocol.messages import GRPC_CODES, InferOutput, InferRequest, InferResponse, Limits, ProtocolError
+from muntin.serving.protocol.tensors import DATATYPES
+from muntin.serving.protocol.wire import parse
 
 LIMITS = Limits(body_bytes=1 << 16, json_bytes=1 << 14, elements=1 << 30)
 """Those of bytes are near what comes, so that they are met; a billion elements may be announced."""

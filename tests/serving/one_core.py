@@ -11,8 +11,8 @@ import random
 from collections import deque
 from dataclasses import dataclass
 
-from muntin.serving.batcher import Batch, Batcher, Job
-from muntin.serving.latency import LatencyModel
+from muntin.serving.batching.batcher import Batch, Batcher, Job
+from muntin.serving.batching.latency_model import LatencyModel
 
 READ, WRITE = range(2)
 """Tasks of the loop: reading a request, which may be refused then, and writing an answer."""

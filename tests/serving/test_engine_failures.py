@@ -18,19 +18,19 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from muntin.runtime.memory import kills_for_memory
+from muntin.runtime.host.memory import kills_for_memory
 from muntin.runtime.options import SessionOptions
-from muntin.serving.batcher import Batcher, Job
-from muntin.serving.engine_process import RemoteSession, can_open_remote, open_remote
-from muntin.serving.engine_start import RunningEngine
-from muntin.serving.executor import Executor, Group, Work
-from muntin.serving.latency import LatencyModel
-from muntin.serving.loader import ArtifactLoader
-from muntin.serving.opening import Call, EngineDiedError
-from muntin.serving.recovery import TILE
-from muntin.serving.rollout import Rollout
-from muntin.serving.runner import Runner
-from muntin.serving.slot import Slot
+from muntin.serving.batching.batcher import Batcher, Job
+from muntin.serving.batching.latency_model import LatencyModel
+from muntin.serving.batching.workers import Runner
+from muntin.serving.inference.executor import Executor, Group, Work
+from muntin.serving.inference.recovery import TILE
+from muntin.serving.versions.loader import ArtifactLoader
+from muntin.serving.versions.rollout import Rollout
+from muntin.serving.versions.slot import Slot
+from muntin.serving.worker.launch import RunningEngine
+from muntin.serving.worker.opening import Call, EngineDiedError
+from muntin.serving.worker.remote_session import RemoteSession, can_open_remote, open_remote
 
 pytestmark = pytest.mark.skipif(not can_open_remote(), reason="files cannot be passed to another process here")
 LINUX = sys.platform.startswith("linux")
@@ -83,9 +83,9 @@ def session(write_pixels: Callable[..., Path], tmp_path: Path) -> Iterator[Remot
 
 @pytest.fixture
 def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("muntin.serving.latency.OVERDUE_UNKNOWN_S", 2.0)
-    monkeypatch.setattr("muntin.serving.latency.OVERDUE_S", 2.0)
-    monkeypatch.setattr("muntin.serving.runner._GRACE_S", 0.05)
+    monkeypatch.setattr("muntin.serving.batching.latency_model.OVERDUE_UNKNOWN_S", 2.0)
+    monkeypatch.setattr("muntin.serving.batching.latency_model.OVERDUE_S", 2.0)
+    monkeypatch.setattr("muntin.serving.batching.workers._GRACE_S", 0.05)
 
 
 def answered(runner: Runner, slot: Slot, images: NDArray[np.uint8] = SMALL) -> tuple[Any, Work]:
@@ -142,7 +142,7 @@ def test_old_version_answers_when_the_new_one_fails(
 def test_only_version_is_restarted_after_a_hang(
     write_version: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("muntin.serving.runner.HANGING", 0)  # no other thread may take the place of one that hangs
+    monkeypatch.setattr("muntin.serving.batching.workers.HANGING", 0)  # no other thread may take the place of one that hangs
     lines: list[str] = []
     slot = Slot("m", ArtifactLoader(options=OPTIONS), rollout=Rollout(), notify=lines.append)
     session = slot.load(write_version(tmp_path / "1", 1), "1").session
@@ -246,7 +246,7 @@ def test_image_that_the_kernel_ends_the_engine_for(bounded: RemoteSession, shelf
         assert work.recovered == f"in tiles of {TILE} pixels"
         assert bounded.deaths == deaths
     assert bounded.last_death == "the process of its engine has ended (signal 9, Killed: out of memory)"
-    assert slot.current.latencies.examples == {}  # a new version is not asked to compute it in one piece
+    assert slot.current.latencies.calls == {}  # a new version is not asked to compute it in one piece
     small = images_of(1, 2, 8, 8)
     labels, work = answered(runner, slot, small)
     np.testing.assert_array_equal(labels, small.argmax(3))

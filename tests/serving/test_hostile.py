@@ -10,12 +10,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from muntin.serving import open_inference_pb2 as messages
-from muntin.serving.grpc_codec import METHODS, decode_infer
-from muntin.serving.json_codec import decode_index_request, decode_raw_request, decode_repository_request, decode_request
-from muntin.serving.protocol import Limits, ProtocolError
-from muntin.serving.tensors import DATATYPES
-from muntin.serving.wire import parse
+from muntin.serving.protocol import open_inference_pb2 as messages
+from muntin.serving.protocol.grpc_codec import METHODS, decode_infer
+from muntin.serving.protocol.json_codec import decode_index_request, decode_raw_request, decode_repository_request, decode_request
+from muntin.serving.protocol.messages import Limits, ProtocolError
+from muntin.serving.protocol.tensors import DATATYPES
+from muntin.serving.protocol.wire import parse
 
 LIMITS = Limits()
 JSON = st.recursive(

@@ -35,16 +35,16 @@ from PIL import Image
 from tritonclient.utils import InferenceServerException
 
 from muntin.errors import ArtifactError, DataError
-from muntin.runtime.images import encode_png
+from muntin.images import encode_png
 from muntin.serving.config import Bounds, ServeConfig
-from muntin.serving.executor import Executor
-from muntin.serving.loader import ArtifactLoader
-from muntin.serving.opening import Call, NotReadyError
-from muntin.serving.outputs import CLASSES
-from muntin.serving.pictures import Pictures
-from muntin.serving.repository import Watcher
-from muntin.serving.rollout import Rollout
+from muntin.serving.http.image_route import Pictures
+from muntin.serving.inference.executor import Executor
+from muntin.serving.inference.outputs import CLASSES
 from muntin.serving.server import Server, largest_request
+from muntin.serving.versions.loader import ArtifactLoader
+from muntin.serving.versions.repository import Watcher
+from muntin.serving.versions.rollout import Rollout
+from muntin.serving.worker.opening import Call, NotReadyError
 
 # geventhttpclient, which tritonclient's HTTP client is built on, warns of its own imports and leaves sockets to the collector
 pytestmark = pytest.mark.filterwarnings("ignore::ResourceWarning", "ignore::DeprecationWarning")
@@ -742,7 +742,7 @@ def test_a_server_does_not_wait_for_a_decoder_beyond_the_time_at_the_end(
         decoding.set()
         assert let_go.wait(60)
 
-    monkeypatch.setattr("muntin.serving.pictures.decode_image", decode)
+    monkeypatch.setattr("muntin.serving.http.image_route.decode_image", decode)
     body = encoded(images_of(1, 1)[0], "PNG")
     try:
         with served(write_pixels(tmp_path / "m"), grpc_port=None, drain_seconds=1) as server:

@@ -8,9 +8,9 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import Bundle, RuleBasedStateMachine, invariant, precondition, rule, run_state_machine_as_test
 
-from muntin.serving.rollout import Rollout
-from muntin.serving.slot import Lease, Slot
-from muntin.serving.version import Begun, Version
+from muntin.serving.versions.rollout import Rollout
+from muntin.serving.versions.slot import Lease, Slot
+from muntin.serving.versions.version import Begun, Version
 
 
 class AnyOrder(RuleBasedStateMachine):

@@ -24,8 +24,8 @@ from numpy.typing import NDArray
 from PIL import Image
 from tritonclient.utils import InferenceServerException
 
-from muntin.runtime.images import encode_png
-from muntin.runtime.memory import resident_of
+from muntin.images import encode_png
+from muntin.runtime.host.memory import resident_of
 
 pytestmark = [pytest.mark.soak, pytest.mark.timeout(3600)]
 

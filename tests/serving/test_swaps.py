@@ -14,13 +14,13 @@ from typing import Any
 import numpy as np
 import pytest
 
-from muntin.runtime.memory import resident
+from muntin.runtime.host.memory import resident
 from muntin.runtime.session import Session
-from muntin.serving.fallback import compute_somewhere
-from muntin.serving.loader import ArtifactLoader
-from muntin.serving.opening import Call
-from muntin.serving.rollout import Rollout
-from muntin.serving.slot import Slot
+from muntin.serving.inference.fallback import compute_somewhere
+from muntin.serving.versions.loader import ArtifactLoader
+from muntin.serving.versions.rollout import Rollout
+from muntin.serving.versions.slot import Slot
+from muntin.serving.worker.opening import Call
 
 IMAGES = np.zeros((1, 8, 8, 3), np.uint8)
 CALL = Call((1, 8, 8), labels=True)

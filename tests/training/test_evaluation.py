@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from muntin.artifact import ClassInfo, Signature
 from muntin.data.source import HeldSamples, Sample
 from muntin.errors import DataError
-from muntin.runtime.images import IGNORED
+from muntin.images import IGNORED
 from muntin.training.evaluation import Evaluation, evaluate, predictions, tile_of
 
 NAMES = ("sea", "land", "ice", "rock")

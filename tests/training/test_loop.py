@@ -20,9 +20,9 @@ from torch import Tensor, nn
 from muntin.compression import load_model
 from muntin.data import open_source
 from muntin.errors import CheckpointError, DataError, DependencyError, MuntinError, RecipeError
+from muntin.images import write_image
 from muntin.layers import ChannelGate
 from muntin.models import CompressionRecord, TorchSession
-from muntin.runtime.images import write_image
 from muntin.training import loop
 from muntin.training.checkpoint import AVERAGE, STATE, Checkpoint, checkpoints_in, read_checkpoint
 from muntin.training.evaluation import evaluate

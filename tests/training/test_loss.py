@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.nn import functional as F  # noqa: N812
 
-from muntin.runtime.images import IGNORED
+from muntin.images import IGNORED
 from muntin.training.loss import distillation_loss, segment_loss, soft_iou_loss, task_loss
 
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import nn
 
-from muntin.compression.qat import prepare_qat
+from muntin.compression.quantization.qat import prepare_qat
 from muntin.models import create_model
 from muntin.training.config import TrainingConfig
 from muntin.training.optimizer import LENGTH, MOMENTUM, Muon, make_optimizer, orthogonalised

@@ -17,8 +17,8 @@ from muntin.data import write_recipe
 from muntin.data.classes import ClassSpec
 from muntin.data.config import Augmentation, DataConfig
 from muntin.errors import RecipeError
+from muntin.images import write_image
 from muntin.models import create_model
-from muntin.runtime.images import write_image
 from muntin.training.config import ModelChoice, QuantizationConfig, TrainingConfig
 from muntin.training.recipe import Recipe, load_recipe, override_recipe, parse_recipe, recipe_text
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from muntin.runtime.images import IGNORED
+from muntin.images import IGNORED
 from muntin.training.config import TrainingConfig
 from muntin.training.loss import distillation_loss, task_loss
 from muntin.training.precision import TrainingPrecision, resolve_precision

@@ -28,7 +28,7 @@ from safetensors import SafetensorError
 from safetensors.numpy import load as load_tensors
 from safetensors.numpy import save as save_tensors
 
-from muntin.artifact.directory import names_in, refuse_foreign, replace_directory
+from muntin.artifact.atomic_directory import names_in, refuse_foreign, replace_directory
 from muntin.artifact.manifest import (
     EngineFamily,
     FileName,
@@ -41,7 +41,7 @@ from muntin.artifact.manifest import (
     parse_manifest,
     render_manifest,
 )
-from muntin.artifact.structure import Packing, join_model, split_model
+from muntin.artifact.onnx_weights import Packing, join_model, split_model
 from muntin.errors import ArtifactError
 
 MANIFEST = "manifest.json"

@@ -86,7 +86,7 @@ def main() -> None:
         say(f"muntin: this command needs the package {package}: {install(extra)}")
         sys.exit(1)
     except (MemoryError, RuntimeError) as error:
-        from muntin.runtime.memory import no_memory  # of a module that loads much
+        from muntin.runtime.host.memory import no_memory  # of a module that loads much
 
         if not no_memory(error):
             raise

@@ -16,8 +16,8 @@ from muntin.errors import DataError
 from muntin.text import count
 
 if TYPE_CHECKING:
-    from muntin.runtime.bench import Bench
-    from muntin.runtime.loading import Candidate
+    from muntin.runtime.profiling.bench import Bench
+    from muntin.runtime.profiling.cold_start import Candidate
 
 CACHED = {True: "yes", False: "no", None: "-"}
 
@@ -44,7 +44,7 @@ def bench_command(
     json: Json = False,
 ) -> None:
     """Measure an artefact: latency, images a second, memory, loading; beside a baseline if one is given."""
-    from muntin.runtime.bench import bench
+    from muntin.runtime.profiling.bench import bench
 
     if compile and baseline is None:
         raise DataError("--compile is for a PyTorch baseline: name a run or a checkpoint with --baseline, or leave it out")
@@ -79,7 +79,7 @@ def _numbers(option: str, text: str) -> list[int]:
 
 def _candidate(path: Path, compile: bool, engine: str, precision: str) -> Candidate:
     from muntin.artifact.store import MANIFEST
-    from muntin.runtime.loading import ArtifactCandidate
+    from muntin.runtime.profiling.cold_start import ArtifactCandidate
 
     if not path.exists():
         raise DataError(f"--baseline {path} does not exist: name another artefact, a run or a checkpoint")

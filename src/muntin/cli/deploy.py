@@ -174,8 +174,8 @@ def predict_command(
     An image that cannot be done is told, the others are done, and the exit code is 1.
     """
     from muntin.artifact import open_artifact
-    from muntin.runtime.engines import open_session
-    from muntin.runtime.images import MAX_PIXELS, TooManyPixelsError
+    from muntin.images import MAX_PIXELS, TooManyPixelsError
+    from muntin.runtime.engines.registry import open_session
     from muntin.runtime.options import SessionOptions
     from muntin.runtime.tiles import check_tiles
 
@@ -241,7 +241,7 @@ def _print_results(results: Iterable[dict[str, Any]]) -> None:
 
 def _images(given: Iterable[Path]) -> list[Path]:
     """The images that were named, and those of the folders, each once. Raises DataError for a folder without."""
-    from muntin.runtime.images import IMAGE_SUFFIXES
+    from muntin.images import IMAGE_SUFFIXES
 
     def is_image(path: Path) -> bool:
         """A hidden file is what another system left beside an image: "._a.jpg" of macOS."""
@@ -273,7 +273,7 @@ def _common_shapes(images: Iterable[Path], signature: Signature, tile: int, over
 
     By the images' headers; what is wrong with one is told when it is read.
     """
-    from muntin.runtime.images import image_size
+    from muntin.images import image_size
     from muntin.runtime.session import STATIC_SHAPES
     from muntin.runtime.tiles import tile_origins
 
@@ -321,8 +321,8 @@ def _refuse_overwriting(given: Iterable[Path], images: Iterable[Path], output: P
 def _classify(session: Session, path: Path, max_pixels: int) -> dict[str, Any]:
     import numpy as np
 
+    from muntin.images import read_image
     from muntin.runtime import predict
-    from muntin.runtime.images import read_image
 
     scores = predict(session, read_image(path, channels=session.signature.channels, max_pixels=max_pixels, mapped=True))
     weights = np.exp(scores - scores.max())
@@ -331,8 +331,8 @@ def _classify(session: Session, path: Path, max_pixels: int) -> dict[str, Any]:
 
 
 def _segment(session: Session, path: Path, output: Path, truth: Path | None, max_pixels: int, tiles: dict[str, Any]) -> dict[str, Any]:
+    from muntin.images import encode_png, overlay, read_image, write_image, write_whole
     from muntin.runtime import predict
-    from muntin.runtime.images import encode_png, overlay, read_image, write_image, write_whole
 
     image = read_image(path, channels=session.signature.channels, max_pixels=max_pixels, mapped=True)
     size = [side * session.signature.scale for side in image.shape[:2]]
@@ -376,7 +376,7 @@ def _read_truth(
     """Its classes, and what its numbers are taken for: class numbers, which a recipe's `value`s need not be; adds to `notes`."""
     import numpy as np
 
-    from muntin.runtime.images import IGNORED, read_mask
+    from muntin.images import IGNORED, read_mask
 
     mask = read_mask(path, max_pixels=max_pixels)
     allowed = f"0 to {len(classes) - 1}, and {IGNORED} for what is ignored"
@@ -417,7 +417,7 @@ def _numbered(path: Path, mask_HWC: NDArray[np.uint8], classes: Sequence[ClassIn
 
 
 def _write_difference(path: Path, labels: NDArray[np.uint8], truth: NDArray[np.uint8]) -> float:
-    from muntin.runtime.images import IGNORED, difference, write_image
+    from muntin.images import IGNORED, difference, write_image
 
     write_image(path, difference(labels, truth))
     counted = truth != IGNORED

@@ -17,8 +17,8 @@ from muntin.cli.console import Json, out, print_json, status
 from muntin.errors import VerificationError
 
 if TYPE_CHECKING:
-    from muntin.runtime.doctor import Diagnosis
-    from muntin.runtime.doctor_facts import Machine
+    from muntin.runtime.profiling.doctor import Diagnosis
+    from muntin.runtime.profiling.doctor_facts import Machine
 
 LABEL, LINE = 12, 64
 """Columns of a row's label, at least, and of a list of packages: with the margins 80 in all."""
@@ -32,7 +32,7 @@ def doctor_command(
     json: Json = False,
 ) -> None:
     """Look over this machine: what it computes with, whether integers come out right, what would make timings lie."""
-    from muntin.runtime.doctor import examine
+    from muntin.runtime.profiling.doctor import examine
 
     with status("examining") as stage:
         diagnosis = examine(threads=threads, self_test=not quick, stage=stage)

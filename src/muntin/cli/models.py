@@ -67,8 +67,8 @@ def init_command(
     """Write a commented recipe for a folder of your own images."""
     import yaml
 
-    from muntin.data.init import remarks, write_recipe
     from muntin.data.inspection import examined_masks
+    from muntin.data.recipe_wizard import remarks, write_recipe
     from muntin.errors import RecipeError
 
     if task not in (None, "segment", "classify"):

@@ -51,10 +51,10 @@ def profile_command(
     from muntin.reporting import write_profile
     from muntin.reporting.files import write_files
     from muntin.reporting.profile_page import HTML_NAME, JSON_NAME, PICTURE_NAME
-    from muntin.runtime.chrome_trace import chrome_trace
     from muntin.runtime.options import SessionOptions
-    from muntin.runtime.profile import profile
-    from muntin.runtime.profile_document import profile_dict
+    from muntin.runtime.profiling.chrome_trace import chrome_trace
+    from muntin.runtime.profiling.profile import profile
+    from muntin.runtime.profiling.profile_document import profile_dict
 
     target = _target(artifact, output)
     refuse_unwritable(target)
@@ -83,8 +83,8 @@ def _profile_run(run: Path, target: Path, *, size: str | None, batch: int | None
     import torch
 
     from muntin.deployment.live import checkpoint_session, profile_live
-    from muntin.runtime.hardware import physical_cores
-    from muntin.runtime.profile import fill
+    from muntin.runtime.host.hardware import physical_cores
+    from muntin.runtime.profiling.profile import fill
     from muntin.training import read_checkpoint
     from muntin.training.checkpoint import source_of
 
@@ -122,7 +122,7 @@ def _target(artifact: Path, output: Path | None) -> Path:
 def _shape(artifact: Path, size: str | None, batch: int | None) -> Shape | None:
     """(B, H, W) of what was asked for; what was not is the artefact's. None when nothing was."""
     from muntin.artifact import open_artifact
-    from muntin.runtime.profile import default_shape
+    from muntin.runtime.profiling.profile import default_shape
 
     if size is None and batch is None:
         return None

@@ -75,11 +75,11 @@ def serve_command(
     from pydantic import ValidationError
 
     os.environ.setdefault("GRPC_VERBOSITY", "NONE")  # before grpc is imported: its C library writes to standard error what is told here
-    from muntin.serving.background_log import BackgroundLog
     from muntin.serving.config import Bounds, ServeConfig
-    from muntin.serving.descriptors import raise_descriptors
-    from muntin.serving.rollout import Rollout
+    from muntin.serving.open_files import raise_descriptors
     from muntin.serving.server import Server
+    from muntin.serving.telemetry.background_log import BackgroundLog
+    from muntin.serving.versions.rollout import Rollout
 
     try:
         config = ServeConfig(

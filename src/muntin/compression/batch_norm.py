@@ -15,8 +15,8 @@ import torch
 from torch import Tensor, nn
 
 from muntin.compression.calibration import as_input
+from muntin.compression.replaceability import same
 from muntin.compression.rewrite import computed_weight, failing, named, parameter_users, replace
-from muntin.compression.stand_in import same
 from muntin.errors import MuntinError
 from muntin.models.compression_record import Change
 

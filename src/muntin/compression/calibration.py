@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from muntin.compression.observer import Observer
+from muntin.compression.quantization.observer import Observer
 from muntin.errors import MuntinError
 
 Watch = Callable[[str, nn.Module, tuple[Tensor, ...]], None]

@@ -13,7 +13,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from muntin.compression.factored import FactoredConv2d, FactoredLinear
+from muntin.compression.low_rank.factored_layers import FactoredConv2d, FactoredLinear
 from muntin.compression.rewrite import named, tied
 from muntin.layers import ChannelGate, ConvUnit, Gain, MapNorm, PixelHead, ResidualPair, TokenNorm
 from muntin.layers.block import ParallelBlock, Perceptron, SerialBlock

@@ -5,11 +5,11 @@ from __future__ import annotations
 from torch import nn
 
 from muntin.compression.batch_norm import FOLDED, apply_folds
+from muntin.compression.channels.slimming import apply_widths
 from muntin.compression.fold import fold
-from muntin.compression.low_rank import apply_structure
-from muntin.compression.qat import apply_qat
+from muntin.compression.low_rank.factorization import apply_structure
+from muntin.compression.quantization.qat import apply_qat
 from muntin.compression.rewrite import number_paddings
-from muntin.compression.slimming import apply_widths
 from muntin.training.checkpoint import AVERAGE, Checkpoint
 from muntin.training.weights import build_model, load_weights
 

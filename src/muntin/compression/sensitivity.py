@@ -11,9 +11,9 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
-from muntin.compression.fake_quantization import weight_scale
-from muntin.compression.qat import FLOAT, QATConv2d, QATLinear
-from muntin.compression.ranks import Choice, allocate
+from muntin.compression.allocation import Choice, allocate
+from muntin.compression.quantization.fake_quantization import weight_scale
+from muntin.compression.quantization.qat import FLOAT, QATConv2d, QATLinear
 from muntin.compression.rewrite import named, replace
 from muntin.errors import MuntinError
 from muntin.models.compression_record import Sensitivity

@@ -20,19 +20,19 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from muntin.compression.channels.slimming import remove_closed_channels, widths_of
 from muntin.compression.loading import load_model
-from muntin.compression.low_rank import low_rank, structure_of
-from muntin.compression.qat import FLOAT, bits_of, float_weights, prepare_qat, qat_structure, set_bits
+from muntin.compression.low_rank.factorization import low_rank, structure_of
+from muntin.compression.quantization.qat import FLOAT, bits_of, float_weights, prepare_qat, qat_structure, set_bits
 from muntin.compression.rewrite import check_kept, is_kept, keepable, named
 from muntin.compression.sensitivity import assign_bits, measure_sensitivity
-from muntin.compression.slimming import remove_closed_channels, widths_of
 from muntin.errors import CheckpointError, RecipeError
 from muntin.models.compression_record import STAGES, Change, CompressionRecord, Sensitivity, Stage
 from muntin.training.checkpoint import AVERAGE, Checkpoint, calibration_of, checkpoints_in, read_checkpoint, source_of
 from muntin.training.config import CompressionConfig, QuantizationConfig, StageConfig, TrainingConfig
 from muntin.training.loop import FitProgress, Interruption, Training, prepare_hardware
+from muntin.training.model_checks import check_maps
 from muntin.training.recipe import Recipe
-from muntin.training.suitability import check_maps
 from muntin.training.trainer import Trainer
 
 FOLDER = "compressed"

@@ -12,7 +12,7 @@ from muntin.data.classes import ClassSpec
 from muntin.data.config import SOURCES, Augmentation, DataConfig, open_source
 from muntin.data.earth import EarthSource
 from muntin.data.folders import FolderPair, FolderSource
-from muntin.data.init import write_recipe
+from muntin.data.recipe_wizard import write_recipe
 from muntin.data.source import Sample, Samples, Source
 
 if TYPE_CHECKING:

@@ -26,8 +26,8 @@ from torchvision.transforms.v2 import functional as v2
 from muntin.data.config import NO_AUGMENTATION, Augmentation
 from muntin.data.source import DataTask, HeldSamples, Sample, Samples
 from muntin.errors import DataError
-from muntin.runtime.images import IGNORED
-from muntin.runtime.images.files import UInt8
+from muntin.images import IGNORED
+from muntin.images.files import UInt8
 
 Batch = tuple[Tensor, Tensor]
 _CELL = 32  # side of the cells by which `class_cells` indexes the classes, pixels

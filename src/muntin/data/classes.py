@@ -16,8 +16,8 @@ from muntin.data.colors import RGB, distinct_colors
 from muntin.data.listing import composed
 from muntin.data.source import MAX_CLASSES
 from muntin.errors import DataError
-from muntin.runtime.images import IGNORED
-from muntin.runtime.images.files import UInt8
+from muntin.images import IGNORED
+from muntin.images.files import UInt8
 
 MaskValue = Annotated[int, Field(ge=0, le=65535)] | RGB
 _MAX_LISTED = 5  # values that an error message lists

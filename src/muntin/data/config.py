@@ -12,7 +12,7 @@ from muntin.data.classes import ClassSpec, MaskValue
 from muntin.data.earth import EarthSource
 from muntin.data.folders import FolderPair, FolderSource
 from muntin.data.source import Source
-from muntin.runtime.images import IGNORED, MAX_CHANNELS
+from muntin.images import IGNORED, MAX_CHANNELS
 
 SplitShare = Annotated[float, Field(gt=0, lt=1)]
 Probability = Annotated[float, Field(ge=0, le=1)]

@@ -19,8 +19,8 @@ from muntin.data.listing import composed, entries, is_picture, is_results_folder
 from muntin.data.source import SPLITS, CheckProgress, DataTask, Sample, SampleCache, Samples, SplitName
 from muntin.data.splits import check_disjoint, empty_split_error, split_of
 from muntin.errors import DataError
-from muntin.runtime.images import IGNORED, IMAGE_SUFFIXES, image_size, read_image, read_mask
-from muntin.runtime.images.files import UInt8
+from muntin.images import IGNORED, IMAGE_SUFFIXES, image_size, read_image, read_mask
+from muntin.images.files import UInt8
 
 
 class FolderPair(BaseModel):

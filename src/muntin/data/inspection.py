@@ -20,7 +20,7 @@ from muntin.data.folders import class_folders
 from muntin.data.listing import pictures
 from muntin.data.source import MAX_CLASSES, DataTask
 from muntin.errors import DataError
-from muntin.runtime.images import IGNORED, image_size, read_image, read_mask
+from muntin.images import IGNORED, image_size, read_image, read_mask
 
 _MAX_OPENED = 64  # files
 _LOSSY_SUFFIXES = (".jpg", ".jpeg")

@@ -14,7 +14,7 @@ from muntin.data.folders import FolderPair
 from muntin.data.listing import is_results_folder, pictures, subfolders
 from muntin.data.source import DataTask, SplitName
 from muntin.errors import DataError
-from muntin.runtime.images import IMAGE_SUFFIXES
+from muntin.images import IMAGE_SUFFIXES
 
 _FOLDER_NAMES: dict[str, tuple[str, ...]] = {
     "images": ("images", "image", "imgs", "img"),

@@ -6,7 +6,7 @@ import unicodedata
 from pathlib import Path
 
 from muntin.errors import DataError
-from muntin.runtime.images import IMAGE_SUFFIXES
+from muntin.images import IMAGE_SUFFIXES
 
 _RUNS = "runs"  # the folder that `muntin fit` writes results to; it may lie beside the pictures
 

@@ -35,13 +35,13 @@ from muntin.deployment.export import export
 from muntin.deployment.layers import layer_rows, rank_rows
 from muntin.deployment.pictures import write_examples, write_picture
 from muntin.errors import ArtifactError, CheckpointError, ExportError, RecipeError, VerificationError
+from muntin.images import IGNORED
 from muntin.models import TorchSession
 from muntin.models.compression_record import Stage
 from muntin.runtime import Session, describe_hardware, load, verify
-from muntin.runtime.contention import notes_on, watch_cpu
-from muntin.runtime.images import IGNORED
-from muntin.runtime.latency import latency_report
-from muntin.runtime.memory import no_memory
+from muntin.runtime.host.memory import no_memory
+from muntin.runtime.profiling.contention import notes_on, watch_cpu
+from muntin.runtime.profiling.timing import latency_report
 from muntin.runtime.tiles import Predictor
 from muntin.text import count
 from muntin.training.checkpoint import AVERAGE, Checkpoint, calibration_of, read_checkpoint, source_of

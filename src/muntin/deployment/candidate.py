@@ -1,4 +1,4 @@
-"""A run or one of its checkpoints as a candidate of `muntin.runtime.bench`: the live PyTorch model beside what is deployed."""
+"""A run or one of its checkpoints as a candidate of `muntin.runtime.profiling.bench`: the live PyTorch model beside what is deployed."""
 
 from __future__ import annotations
 
@@ -8,9 +8,9 @@ import numpy as np
 import torch
 
 from muntin.deployment.live import best_device, checkpoint_session
-from muntin.runtime.latency import Mapper
-from muntin.runtime.loading import Candidate
 from muntin.runtime.options import SessionOptions
+from muntin.runtime.profiling.cold_start import Candidate
+from muntin.runtime.profiling.timing import Mapper
 from muntin.training import read_checkpoint
 
 

@@ -27,9 +27,10 @@ from muntin.artifact.golden import golden_sizes
 from muntin.artifact.manifest import EngineFamily, FloatPrecision
 from muntin.artifact.packing import BITS, value_range
 from muntin.compression import Change, QuantizedConv2d, QuantizedLinear, fold, quantize, remove_closed_channels
-from muntin.compression.qat import check_frozen
+from muntin.compression.quantization.qat import check_frozen
 from muntin.compression.rewrite import named
-from muntin.deployment.answers import (
+from muntin.deployment.counting import PRODUCTS, UNPACKED, WEIGHTED, bias_count, layer_macs, weight_count
+from muntin.deployment.model_contract import (
     FAR_OFF,
     Pairs,
     answer_to,
@@ -42,15 +43,14 @@ from muntin.deployment.answers import (
     is_steady,
     pairs_at,
 )
-from muntin.deployment.counting import PRODUCTS, UNPACKED, WEIGHTED, bias_count, layer_macs, weight_count
-from muntin.deployment.graph import COMPUTE, to_onnx
+from muntin.deployment.onnx_export import COMPUTE, to_onnx
 from muntin.errors import ArtifactError, ExportError, MuntinError
 from muntin.models import HybridNet
 from muntin.models.eager import check_module, eager_copy
 from muntin.runtime import Session, describe_hardware, load
 from muntin.runtime.options import Precision
 from muntin.runtime.session import check_shape
-from muntin.runtime.verification import find_fallbacks, replay
+from muntin.runtime.verification.artifact import find_fallbacks, replay
 from muntin.training.config import QuantizationConfig
 
 Limits = Mapping[FloatPrecision, GoldenTolerance]

@@ -15,11 +15,11 @@ from torch import Tensor, nn
 from muntin.artifact import Artifact
 from muntin.compression import Change, QuantizedConv2d, QuantizedLinear
 from muntin.compression.calibration import observe
-from muntin.compression.factored import factored_parameters, full_ranks
-from muntin.compression.observer import Observer
-from muntin.compression.quantized import InputGrid
+from muntin.compression.channels.slimming import apply_widths
+from muntin.compression.low_rank.factored_layers import factored_parameters, full_ranks
+from muntin.compression.quantization.observer import Observer
+from muntin.compression.quantization.quantized_layers import InputGrid
 from muntin.compression.rewrite import named
-from muntin.compression.slimming import apply_widths
 from muntin.runtime import Session
 
 WORST = 6

@@ -21,7 +21,7 @@ class ChannelGate(nn.Module):
     (`muntin.compression.remove_closed_channels`). At export a gate after ReLU is folded into the layer before it
     (`muntin.compression.fold`) and costs nothing. Source: the scaling factors of Network Slimming (Liu et al., 1708.06519, section 3).
     Deviations: the factors are bounded to [0, 1], so that they close at exactly 0; there is no L1 cost, which shrinks all gates equally
-    while the weights after them grow. `muntin.training.closing` closes the gates that the loss needs least.
+    while the weights after them grow. `muntin.training.gate_pruning` closes the gates that the loss needs least.
     """
 
     def __init__(self, dim: int, *, axis: int = -1) -> None:

@@ -9,7 +9,7 @@ from typing import Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined, Template
 
-from muntin.artifact import writing
+from muntin.artifact import atomic_files
 from muntin.errors import MuntinError
 from muntin.reporting import layers, text
 from muntin.reporting.labels import breakable
@@ -71,7 +71,7 @@ def write_files(directory: Path, contents: Mapping[str, str], *, what: str) -> N
     """
     try:
         directory.mkdir(parents=True, exist_ok=True)
-        writing.write_files(directory, {name: plain(text).encode() for name, text in contents.items()})
+        atomic_files.write_files(directory, {name: plain(text).encode() for name, text in contents.items()})
     except OSError as error:
         raise MuntinError(
             f"cannot write the {what} into {directory} ({error.strerror or error}): free some space there or name another folder"

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from muntin.runtime.engines import ENGINES, load
-from muntin.runtime.hardware import describe_hardware
+from muntin.runtime.engines.registry import ENGINES, load
+from muntin.runtime.host.hardware import describe_hardware
 from muntin.runtime.options import SessionOptions
 from muntin.runtime.session import ExecutedLayer, Session
 from muntin.runtime.tiles import predict
-from muntin.runtime.verification import GoldenResult, VerifyResult, verify
+from muntin.runtime.verification.artifact import GoldenResult, VerifyResult, verify
 
 __all__ = [
     "ENGINES",

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Literal, get_args
 
 from muntin.errors import DataError
-from muntin.runtime.hardware import physical_cores
+from muntin.runtime.host.hardware import physical_cores
 from muntin.runtime.session import Shape, check_shapes
 
 EngineName = Literal["openvino", "onnxruntime", "onnxruntime-cuda", "onnxruntime-tensorrt"]

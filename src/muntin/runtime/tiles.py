@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 
 from muntin.artifact import Signature
 from muntin.errors import ArtifactError, DataError
-from muntin.runtime.images import middle_square
+from muntin.images import middle_square
 from muntin.runtime.session import check_images
 
 Output = Literal["labels", "scores", "image"]

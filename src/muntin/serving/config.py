@@ -8,7 +8,7 @@ from typing import Annotated, Self
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from muntin.runtime.options import SessionOptions
-from muntin.serving.rollout import Rollout
+from muntin.serving.versions.rollout import Rollout
 
 MEGABYTE = 1 << 20
 DAY_S = 86_400.0

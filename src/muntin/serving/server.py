@@ -23,33 +23,33 @@ from typing import Any, Self
 from pydantic import ValidationError
 
 from muntin.errors import ArtifactError, DataError, MuntinError
-from muntin.serving.access_log import AccessLog
-from muntin.serving.batcher import Batcher
-from muntin.serving.certificate import Certificate
-from muntin.serving.compiler import BUDGET, Compiler
+from muntin.serving.batching.batcher import Batcher
+from muntin.serving.batching.latency_model import LatencyModel
+from muntin.serving.batching.workers import Runner
 from muntin.serving.config import ServeConfig
-from muntin.serving.control import Control
-from muntin.serving.descriptors import raise_descriptors
-from muntin.serving.executor import Executor
-from muntin.serving.exposure import expose
-from muntin.serving.grpc import GrpcFace
+from muntin.serving.grpc.server import GrpcServer
 from muntin.serving.http.app import HttpApp
+from muntin.serving.http.image_route import Pictures
 from muntin.serving.http.listener import HttpListener
-from muntin.serving.latency import LatencyModel
-from muntin.serving.ledger import Ledger
-from muntin.serving.loader import ArtifactLoader
-from muntin.serving.metrics import Metrics
-from muntin.serving.origin import is_loopback
-from muntin.serving.pictures import Pictures
+from muntin.serving.inference.executor import Executor
+from muntin.serving.inference.service import Service
+from muntin.serving.memory_budget import MemoryBudget
+from muntin.serving.open_files import raise_descriptors
 from muntin.serving.ports import Listening, check_ports
-from muntin.serving.protocol import Limits
-from muntin.serving.repository import Repository, Watcher
-from muntin.serving.runner import Runner
-from muntin.serving.service import Service
+from muntin.serving.protocol.messages import Limits
+from muntin.serving.security.same_origin import is_loopback
+from muntin.serving.security.tls import Certificate
 from muntin.serving.shutdown import Shutdown, on_signals
-from muntin.serving.slot import Slot
-from muntin.serving.telling import Notify, tell_nobody, told_safely
-from muntin.serving.tracing import Tracing
+from muntin.serving.telemetry.access_log import AccessLog
+from muntin.serving.telemetry.exposure import expose
+from muntin.serving.telemetry.metrics import Metrics
+from muntin.serving.telemetry.notify import Notify, tell_nobody, told_safely
+from muntin.serving.telemetry.tracing import Tracing
+from muntin.serving.versions.control import Control
+from muntin.serving.versions.loader import ArtifactLoader
+from muntin.serving.versions.repository import Repository, Watcher
+from muntin.serving.versions.slot import Slot
+from muntin.serving.versions.warmup import BUDGET, Compiler
 
 RENEW_S = 10.0
 """Seconds between two looks at the files of a certificate."""
@@ -167,7 +167,7 @@ class Server:
     ) -> None:
         config, shutdown = self.config, self._shutdown
         service = self._service(ending)
-        budget = Ledger(config.bounds)
+        budget = MemoryBudget(config.bounds)
         log = AccessLog() if config.access_log else None
         if log is not None:
             ending.push_async_callback(asyncio.to_thread, log.close)
@@ -184,9 +184,9 @@ class Server:
         ending.push_async_callback(asyncio.to_thread, app.close)
         if self._watcher is not None:
             ending.push_async_callback(asyncio.to_thread, self._watcher.stop, WATCHER_ENDS_S)  # a network folder may not answer
-        grpc_face: GrpcFace | None = None
+        grpc_face: GrpcServer | None = None
         if config.grpc_port is not None:
-            grpc_face = GrpcFace(
+            grpc_face = GrpcServer(
                 service, control, limits=limits, tokens=config.tokens, log=log, ledger=budget, tls=tls, tracing=tracing,
                 notify=self._notify,
             )  # fmt: skip
@@ -253,7 +253,7 @@ class Server:
             if not self._shutdown.requested:
                 raise
 
-    async def _listen_grpc(self, face: GrpcFace, listening: Listening) -> None:
+    async def _listen_grpc(self, face: GrpcServer, listening: Listening) -> None:
         host, port = self.config.host, self.config.grpc_port
         try:
             await face.start(*(f"[{address}]:{port}" if ":" in address else f"{address}:{port}" for address in listening.addresses))
@@ -263,7 +263,7 @@ class Server:
 
     # ---- going down ----
 
-    def _go_down(self, service: Service, grpc_face: GrpcFace | None) -> None:
+    def _go_down(self, service: Service, grpc_face: GrpcServer | None) -> None:
         """Admit no new request and no version. Requests in flight over HTTP and gRPC have the same time from now on."""
         self._shutdown.begin()
         service.draining = True
@@ -274,7 +274,7 @@ class Server:
     async def _end_http(self, http: HttpListener, app: HttpApp) -> None:
         self.cut_off += await http.stop(lambda: app.in_flight, app.cut, lambda: self._shutdown.left)
 
-    async def _end_grpc(self, face: GrpcFace) -> None:
+    async def _end_grpc(self, face: GrpcServer) -> None:
         stopping = face.begin_stop(self._shutdown.left)
         while not stopping.done() and self._shutdown.left > 0:
             await asyncio.wait((stopping,), timeout=0.1)

@@ -24,8 +24,8 @@ from safetensors.torch import load, save
 from torch import Tensor
 
 from muntin.artifact import Signature
+from muntin.artifact.atomic_directory import replace_directory
 from muntin.artifact.classes import ClassInfo
-from muntin.artifact.directory import replace_directory
 from muntin.data import Source, calibration_batches, open_source
 from muntin.data.listing import composed
 from muntin.errors import ArtifactError, CheckpointError, DataError

@@ -15,7 +15,7 @@ from torchmetrics.classification import MulticlassConfusionMatrix
 
 from muntin.data.source import Sample
 from muntin.errors import DataError
-from muntin.runtime.images import IGNORED
+from muntin.images import IGNORED
 from muntin.runtime.tiles import Predictor, predict
 
 Labels = NDArray[np.uint8]

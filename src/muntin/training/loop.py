@@ -35,14 +35,14 @@ from muntin.layers.norm import GROUP
 from muntin.models import CompressionRecord, TorchSession
 from muntin.models.session import require_compiler
 from muntin.training.checkpoint import Checkpoint, check_classes, find_start, recipe_changes, write_checkpoint
-from muntin.training.closing import GateClosing
 from muntin.training.config import TrainingConfig
 from muntin.training.evaluation import evaluate, tile_of
-from muntin.training.layout import keep_freed_memory
+from muntin.training.gate_pruning import GateClosing
+from muntin.training.memory_format import keep_freed_memory
+from muntin.training.model_checks import check_maps, check_model, check_reading
+from muntin.training.norm_recalibration import MAX_IMAGES, has_statistics, renew_statistics
 from muntin.training.precision import TrainingPrecision, resolve_precision
 from muntin.training.recipe import Recipe, load_recipe
-from muntin.training.statistics import MAX_IMAGES, has_statistics, renew_statistics
-from muntin.training.suitability import check_maps, check_model, check_reading
 from muntin.training.trainer import DivergedError, Trainer
 from muntin.training.weights import load_initial_weights, new_model
 

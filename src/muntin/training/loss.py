@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F  # noqa: N812 - the field's usual name
 
-from muntin.runtime.images import IGNORED
+from muntin.images import IGNORED
 
 
 class _SegmentLoss(torch.autograd.Function):

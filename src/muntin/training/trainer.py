@@ -18,10 +18,10 @@ from torch import Tensor, nn
 
 from muntin.errors import CheckpointError, DependencyError, MuntinError, RecipeError
 from muntin.training.checkpoint import AVERAGE, MODEL, OPTIMIZER, Checkpoint
-from muntin.training.closing import GateClosing
 from muntin.training.config import TrainingConfig
-from muntin.training.layout import channels_last
+from muntin.training.gate_pruning import GateClosing
 from muntin.training.loss import distillation_loss, task_loss
+from muntin.training.memory_format import channels_last
 from muntin.training.optimizer import load_optimizer, make_optimizer, optimizer_tensors
 from muntin.training.precision import TrainingPrecision
 from muntin.training.weights import load_weights

@@ -12,7 +12,7 @@ import pytest
 
 from muntin.serving.http.exchange import WHOLE_BYTES
 from muntin.serving.http.inference import INLINE
-from muntin.serving.protocol import ProtocolError, RefusedRequestError
+from muntin.serving.protocol.messages import ProtocolError, RefusedRequestError
 
 INFER = "/v2/models/m/infer"
 

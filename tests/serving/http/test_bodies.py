@@ -13,8 +13,8 @@ from hypothesis import strategies as st
 from muntin.serving.config import Bounds
 from muntin.serving.http import bodies
 from muntin.serving.http.bodies import RECYCLED_BYTES, Body, ClientLeftError
-from muntin.serving.ledger import Ledger
-from muntin.serving.protocol import ProtocolError, RefusedRequestError
+from muntin.serving.memory_budget import MemoryBudget
+from muntin.serving.protocol.messages import ProtocolError, RefusedRequestError
 
 Pieces = list[bytes]
 
@@ -32,13 +32,13 @@ def receiving(pieces: Pieces, *, ends: bool = True) -> Callable[[], Any]:
     return receive
 
 
-def body_of(budget: Ledger, length: int | None) -> Body:
+def body_of(budget: MemoryBudget, length: int | None) -> Body:
     header = (b"transfer-encoding", b"chunked") if length is None else (b"content-length", b"%d" % length)
     return Body({"headers": [header]}, budget)
 
 
 def read(pieces: Pieces, length: int | None, *, ends: bool = True, **bounds: Any) -> bytes:
-    budget = Ledger(Bounds(**bounds))
+    budget = MemoryBudget(Bounds(**bounds))
     body = body_of(budget, length)
     try:
         asyncio.run(body.read(receiving(pieces, ends=ends)))
@@ -63,7 +63,7 @@ def test_body_in_recycled_memory() -> None:
 
 
 def test_empty_body_is_not_received() -> None:
-    body = Body({"headers": []}, Ledger(Bounds()))
+    body = Body({"headers": []}, MemoryBudget(Bounds()))
     asyncio.run(body.read(receiving([b"never asked for"])))
     assert (body.complete, body.data) == (True, b"")
 
@@ -76,7 +76,7 @@ def test_body_beyond_its_bound(pieces: Pieces, length: int | None) -> None:
 
 
 def test_bodies_beyond_the_memory_budget() -> None:
-    budget = Ledger(Bounds(held_bytes=1024))
+    budget = MemoryBudget(Bounds(held_bytes=1024))
     first, second, empty = body_of(budget, 800), body_of(budget, 800), body_of(budget, 0)
     asyncio.run(first.read(receiving([b"x" * 800])))
     with pytest.raises(RefusedRequestError, match="800 bytes"):
@@ -97,7 +97,7 @@ def test_body_that_takes_too_long() -> None:
     async def receive() -> Any:
         await asyncio.sleep(60)
 
-    body = body_of(Ledger(Bounds(body_seconds=0.01)), 5)
+    body = body_of(MemoryBudget(Bounds(body_seconds=0.01)), 5)
     with pytest.raises(ProtocolError, match=r"within 0\.01 s") as caught:
         asyncio.run(body.read(receive))
     assert caught.value.status == 408
@@ -115,7 +115,7 @@ def test_drain_ends_by_bytes_and_by_time(monkeypatch: pytest.MonkeyPatch) -> Non
         await asyncio.sleep(60)
         raise AssertionError
 
-    body = body_of(Ledger(Bounds(body_bytes=1024)), None)
+    body = body_of(MemoryBudget(Bounds(body_bytes=1024)), None)
     asyncio.run(body.drain(endless))
     assert sum(received) == 3000
     monkeypatch.setattr(bodies, "DRAIN_S", 0.01)

@@ -22,9 +22,15 @@ from starlette.responses import Response
 from starlette.routing import Route, Router
 
 from muntin.errors import DataError, MuntinError
-from muntin.serving.access_log import AccessLog
-from muntin.serving.control import Control
-from muntin.serving.description import (
+from muntin.serving.http.bodies import Body, ClientLeftError, Message, Receive, Scope, Send
+from muntin.serving.http.exchange import LEFT, Exchange
+from muntin.serving.http.image_route import Pictures
+from muntin.serving.http.inference import INFER, PLAIN, InferenceRoute, headers_by_name, read_head
+from muntin.serving.inference.service import Service
+from muntin.serving.memory_budget import MemoryBudget
+from muntin.serving.protocol.json_codec import decode_index_request, decode_repository_request, encode_json
+from muntin.serving.protocol.messages import LACKING, Limits, ProtocolError, RefusedRequestError, shown
+from muntin.serving.protocol.metadata import (
     VERSION,
     configuration_document,
     index_document,
@@ -32,18 +38,12 @@ from muntin.serving.description import (
     server_document,
     statistics_document,
 )
-from muntin.serving.http.bodies import Body, ClientLeftError, Message, Receive, Scope, Send
-from muntin.serving.http.exchange import LEFT, Exchange
-from muntin.serving.http.inference import INFER, PLAIN, InferenceRoute, headers_by_name, read_head
-from muntin.serving.json_codec import decode_index_request, decode_repository_request, encode_json
-from muntin.serving.ledger import Ledger
-from muntin.serving.openapi import openapi
-from muntin.serving.origin import check_origin
-from muntin.serving.pictures import Pictures
-from muntin.serving.protocol import LACKING, Limits, ProtocolError, RefusedRequestError, shown
-from muntin.serving.service import Service
-from muntin.serving.tokens import Tokens
-from muntin.serving.tracing import Tracing
+from muntin.serving.protocol.openapi import openapi
+from muntin.serving.security.bearer_tokens import Tokens
+from muntin.serving.security.same_origin import check_origin
+from muntin.serving.telemetry.access_log import AccessLog
+from muntin.serving.telemetry.tracing import Tracing
+from muntin.serving.versions.control import Control
 
 _EXTENSION = re.compile(r"/v2/(?:models/[^/]+/(?:versions/[^/]+/)?)?(?:system|cuda)?(trace/setting|logging|sharedmemory)(?:/.*)?")
 """Paths of Triton's extensions that this server does not have."""
@@ -64,7 +64,7 @@ class HttpApp:
         pictures: Pictures,
         *,
         limits: Limits,
-        budget: Ledger,
+        budget: MemoryBudget,
         tokens: tuple[str, ...],
         log: AccessLog | None,
         tracing: Tracing | None = None,

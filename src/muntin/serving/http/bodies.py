@@ -12,9 +12,9 @@ from typing import Any
 
 import numpy as np
 
-from muntin.serving.ledger import Ledger
-from muntin.serving.protocol import ProtocolError, RefusedRequestError
-from muntin.serving.tensors import Buffer
+from muntin.serving.memory_budget import MemoryBudget
+from muntin.serving.protocol.messages import ProtocolError, RefusedRequestError
+from muntin.serving.protocol.tensors import Buffer
 
 Scope = MutableMapping[str, Any]
 Message = MutableMapping[str, Any]
@@ -36,7 +36,7 @@ class Body:
 
     __slots__ = ("_budget", "_held", "_length", "complete", "data")
 
-    def __init__(self, scope: Scope, budget: Ledger) -> None:
+    def __init__(self, scope: Scope, budget: MemoryBudget) -> None:
         self._budget = budget
         self._held = 0
         self._length = _announced_length(scope)

@@ -7,10 +7,10 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from muntin.serving.access_log import AccessLog
 from muntin.serving.http.bodies import ClientLeftError, Message, Receive, Scope, Send
-from muntin.serving.ledger import Ledger
-from muntin.serving.service import Answered
+from muntin.serving.inference.service import Answered
+from muntin.serving.memory_budget import MemoryBudget
+from muntin.serving.telemetry.access_log import AccessLog
 
 LEFT = 499
 """Status of a request whose client did not wait for the answer, as in nginx."""
@@ -24,7 +24,7 @@ WATCH_AFTER_S = 0.05
 class Exchange:
     """`began`: monotonic time at which the headers were complete. `status`: 0 until the answer starts. `sent`: bytes of its body."""
 
-    def __init__(self, scope: Scope, send: Send, budget: Ledger) -> None:
+    def __init__(self, scope: Scope, send: Send, budget: MemoryBudget) -> None:
         self.scope = scope
         self._send, self._budget = send, budget
         self._task = asyncio.current_task()

@@ -13,7 +13,8 @@ from typing import NamedTuple
 
 from muntin.serving.http.bodies import Scope
 from muntin.serving.http.exchange import Exchange
-from muntin.serving.json_codec import (
+from muntin.serving.inference.service import INPUT, Answered, Service
+from muntin.serving.protocol.json_codec import (
     HEADER_LENGTH,
     Heads,
     decode_raw_request,
@@ -21,10 +22,9 @@ from muntin.serving.json_codec import (
     encode_response,
     parse_header_length,
 )
-from muntin.serving.protocol import InferRequest, InferResponse, Limits, ProtocolError, RefusedRequestError, shown
-from muntin.serving.service import INPUT, Answered, Service
-from muntin.serving.tensors import Buffer
-from muntin.serving.tracing import Tracing
+from muntin.serving.protocol.messages import InferRequest, InferResponse, Limits, ProtocolError, RefusedRequestError, shown
+from muntin.serving.protocol.tensors import Buffer
+from muntin.serving.telemetry.tracing import Tracing
 
 INFER = re.compile(r"/v2/models/([^/]+)(?:/versions/([^/]+))?/infer")
 PLAIN = frozenset({b"", b"identity"})

@@ -16,7 +16,7 @@ from granian.http import HTTP1Settings
 from granian.server.embed import Server
 
 from muntin.errors import DataError
-from muntin.serving.certificate import Certificate
+from muntin.serving.security.tls import Certificate
 
 BACKLOG = 1024
 """Connections that wait in the system's queue."""

@@ -1,0 +1,345 @@
+"""Quantisation-aware training: layers that compute in float what their integer forms will compute, on learned grids.
+
+    model -> prepare_qat (fold, calibrate, put QAT layers in place) -> train -> set_bits for layers that need more -> freeze -> integers
+
+A QAT layer keeps its float weight and rounds it, and its inputs, in every forward pass. `freeze` makes a quantised layer of
+the same grids, so the deployed model is the trained one. Products of attention have no weights; both operands are rounded.
+
+Axes: O output and I input channels of a weight.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from typing import cast
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F  # noqa: N812 - the field's usual name
+
+from muntin.compression.batch_norm import fold_batch_norms
+from muntin.compression.calibration import calibration_list, check_weights, observe, watch_inputs
+from muntin.compression.fold import fold
+from muntin.compression.quantization.fake_quantization import along, round_to_grid, round_to_half, sqnr_db, weight_limit, weight_scale
+from muntin.compression.quantization.observer import ActivationGrid, usable
+from muntin.compression.quantization.pixel_grid import align_with_pixels
+from muntin.compression.quantization.quantized_layers import (
+    SHARES,
+    QuantizedConv2d,
+    QuantizedLinear,
+    QuantizedProduct,
+    QuantizedSoftmaxProduct,
+    exponentials,
+    keep_geometry,
+    no_integer_form,
+)
+from muntin.compression.replaceability import irreplaceable
+from muntin.compression.rewrite import (
+    UNUSUAL,
+    WHOLE_MODEL,
+    Pass,
+    call_every_layer,
+    check_kept,
+    computes_as_usual,
+    is_kept,
+    keepable,
+    named,
+    number_paddings,
+    others,
+    out_of_reach,
+    replace,
+)
+from muntin.errors import MuntinError
+from muntin.layers import Product, SoftmaxProduct
+from muntin.models.compression_record import Change, OperationRecord
+from muntin.models.eager import check_eager
+
+
+class LearnedGrid(nn.Module):
+    """Rounds a tensor to an 8-bit grid whose scale is learned."""
+
+    def __init__(self, grid: ActivationGrid) -> None:
+        super().__init__()
+        self.unsigned = grid.unsigned
+        self.low, self.high = (0, 255) if grid.unsigned else (-128, 127)
+        self.log_scale = nn.Parameter(torch.tensor(grid.scale, dtype=torch.float32).log())
+
+    def forward(self, x: Tensor) -> Tensor:
+        if torch.is_autocast_enabled(x.device.type):  # the type of the next product
+            x = x.to(torch.get_autocast_dtype(x.device.type))
+        return round_to_grid(x, self.log_scale.exp(), self.low, self.high)
+
+    def frozen(self) -> ActivationGrid:
+        """The grid with the current scale."""
+        scale = usable(float(self.log_scale.detach().exp()))
+        return ActivationGrid(scale=scale, unsigned=self.unsigned)
+
+
+class _LearnedWeight(nn.Module):
+    """Base of QATLinear and QATConv2d: a float weight, a learned scale for each output channel, a grid for the inputs."""
+
+    layer: nn.Linear | nn.Conv2d
+
+    def __init__(self, layer: nn.Linear | nn.Conv2d, grid: ActivationGrid, bits: int) -> None:
+        super().__init__()
+        self.weight, self.bias = layer.weight, layer.bias
+        self.input = LearnedGrid(grid)
+        self.bits = bits
+        self.groups = getattr(layer, "groups", 1)
+        keep_geometry(self, layer)
+        self.log_scale = nn.Parameter(weight_scale(layer.weight, 0, bits).log())
+        self.shape_of = [copy.deepcopy(layer).to("meta")]  # in a list, so that it is no submodule
+
+    def set_bits(self, bits: int) -> None:
+        """Change the width. A wider one starts from the rounded weight, on a grid that holds its values exactly."""
+        with torch.no_grad():
+            self.weight.copy_(self.rounded())
+            finer = weight_limit(bits) // weight_limit(self.bits)
+            self.log_scale.copy_(self.log_scale - math.log(finer) if finer else weight_scale(self.weight, 0, bits).log())
+            self.bits = bits
+
+    def rounded(self) -> Tensor:
+        """The weight on its grid, with gradients for the weight and the scales."""
+        limit = weight_limit(self.bits)
+        scale = along(self.log_scale.exp(), self.weight.ndim, 0)
+        return round_to_grid(self.weight.to(torch.float32), scale, -limit, limit)
+
+    def terms(self, dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:
+        """The rounded weight and the bias in `dtype`, that of the input."""
+        return self.rounded().to(dtype), None if self.bias is None else self.bias.to(dtype)
+
+    def plain(self) -> nn.Linear | nn.Conv2d:
+        """The float layer with this weight."""
+        layer = copy.deepcopy(self.shape_of[0])
+        layer.weight, layer.bias = self.weight, self.bias
+        return layer
+
+
+class QATLinear(_LearnedWeight):
+    """A Linear in quantisation-aware training, `(..., I) -> (..., O)`."""
+
+    def forward(self, input: Tensor) -> Tensor:  # nn.Linear's parameter name: models may call it by keyword
+        x = self.input(input)
+        return F.linear(x, *self.terms(x.dtype))
+
+    def frozen(self) -> QuantizedLinear:
+        """The integer form."""
+        return QuantizedLinear(cast(nn.Linear, self.plain()), self.input.frozen(), bits=self.bits, scale=self.log_scale.exp())
+
+
+class QATConv2d(_LearnedWeight):
+    """A Conv2d (groups and depthwise included) in quantisation-aware training; zero padding."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        like = cast(nn.Conv2d, self.shape_of[0])
+        x = self.input(input)
+        return F.conv2d(x, *self.terms(x.dtype), like.stride, like.padding, like.dilation, like.groups)
+
+    def frozen(self) -> QuantizedConv2d:
+        """The integer form."""
+        return QuantizedConv2d(cast(nn.Conv2d, self.plain()), self.input.frozen(), bits=self.bits, scale=self.log_scale.exp())
+
+
+class QATProduct(nn.Module):
+    """A product of two activations in quantisation-aware training."""
+
+    def __init__(self, left: ActivationGrid, right: ActivationGrid) -> None:
+        super().__init__()
+        self.left, self.right = LearnedGrid(left), LearnedGrid(right)
+
+    def forward(self, a: Tensor, b: Tensor) -> Tensor:
+        return torch.matmul(self.left(a), self.right(b))
+
+    def frozen(self) -> QuantizedProduct:
+        """The integer form."""
+        return QuantizedProduct(self.left.frozen(), self.right.frozen())
+
+
+class QATSoftmaxProduct(nn.Module):
+    """softmax(logits)·values in quantisation-aware training; see `QuantizedSoftmaxProduct`."""
+
+    def __init__(self, values: ActivationGrid) -> None:
+        super().__init__()
+        self.values = LearnedGrid(values)
+
+    def forward(self, logits: Tensor, values: Tensor, bias: Tensor | None = None) -> Tensor:
+        scale = torch.tensor(SHARES.scale, device=logits.device)
+        shares = round_to_grid(exponentials(logits, bias), scale, 0, 255)
+        values = self.values(values)
+        mixed: Tensor = torch.matmul(shares.to(values.dtype), values) / shares.sum(-1, keepdim=True)
+        return mixed.to(values.dtype)
+
+    def frozen(self) -> QuantizedSoftmaxProduct:
+        """The integer form."""
+        return QuantizedSoftmaxProduct(self.values.frozen())
+
+
+QATOperation = QATLinear | QATConv2d | QATProduct | QATSoftmaxProduct
+_OPERATIONS = (QATLinear, QATConv2d, QATProduct, QATSoftmaxProduct)
+_WEIGHTED = (QATLinear, QATConv2d)
+FLOAT = 32
+"""Bits of a layer that is not quantised."""
+
+
+def prepare_qat(calibration: Iterable[Tensor], *, bits: int = 4, keep: Sequence[str] = (), percentile: float | None = None) -> Pass:
+    """A pass that puts a model into W`bits`A8 quantisation-aware training, in place.
+
+    Linear, Conv2d and depthwise convolutions get weights of `bits` bits per output channel and 8-bit inputs; the products of muntin's
+    attention get two 8-bit operands. Norms and gates are folded first. `calibration`: batches `(B, C, H, W)` of raw pixels, training
+    images; activation grids start at the least squared error over them, or at `percentile` (of 100) of their values. `keep`: names of
+    layers and products, or of modules around them, that stay in float. Costs two forward passes over the batches and three of one image.
+    Raises `MuntinError` if there is no batch, for NaN and infinity, and if `keep` names no layer.
+    """
+
+    def pass_(model: nn.Module) -> list[Change]:
+        check_eager(model)
+        batches = calibration_list(calibration)
+        layers: dict[str, nn.Module] = dict(named(model.eval(), nn.Linear, nn.Conv2d))
+        check_kept(keep, keepable(model))
+        changes = number_paddings(model) + fold(model) + fold_batch_norms(model, batches[0])
+        check_weights(layers)
+        products = dict(named(model, Product, SoftmaxProduct))
+        reasons = {"": WHOLE_MODEL} | {name: "named in keep" for name in (*layers, *products) if is_kept(name, keep)}
+        call_every_layer(model)
+        fixed = irreplaceable(model, layers, batches[0][:1])
+        layers = {name: layer for name, layer in layers.items() if name not in fixed}
+        changes += [Change(layer=name, pass_="qat", done="kept", reason=reason) for name, reason in fixed.items()]
+        reasons |= _unusual(model, layers, batches)
+        for name, observers in observe(model, {**layers, **products}, batches).items():
+            operation = model.get_submodule(name)
+            reason = reasons.get(name) or no_integer_form(operation, observers[0])
+            if reason is None:
+                grids = [observer.grid(percentile) if observer.seen else SHARES for observer in observers]
+                replace(model, name, _qat_form(operation, grids, bits))
+                changes.append(Change(layer=name, pass_="qat", done=f"W{bits}A8" if name in layers else "A8"))
+            else:
+                changes.append(Change(layer=name, pass_="qat", done="kept", reason=reason))
+        return changes + out_of_reach(model, "qat", "integer form")
+
+    return pass_
+
+
+def _unusual(model: nn.Module, layers: Mapping[str, nn.Module], batches: Sequence[Tensor]) -> dict[str, str]:
+    """The subclasses, by name, that do not compute what their kind does, with a reason."""
+    subclasses = {name: layer for name, layer in layers.items() if type(layer) not in (nn.Linear, nn.Conv2d)}
+    reasons: dict[str, str] = {}
+
+    def watch(name: str, layer: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+        if not computes_as_usual(layer, inputs[0]):
+            reasons[name] = UNUSUAL
+
+    if subclasses:
+        watch_inputs(model, subclasses, batches[:1], watch)
+    return reasons
+
+
+def _qat_form(operation: nn.Module, grids: Sequence[ActivationGrid], bits: int) -> QATOperation:
+    """The form of an operation in quantisation-aware training. `grids`: of its inputs; of a SoftmaxProduct the last is the values'."""
+    if isinstance(operation, nn.Conv2d):
+        return QATConv2d(operation, grids[0], bits)
+    if isinstance(operation, nn.Linear):
+        return QATLinear(operation, grids[0], bits)
+    return QATProduct(grids[0], grids[1]) if isinstance(operation, Product) else QATSoftmaxProduct(grids[-1])
+
+
+def qat_operations(model: nn.Module) -> dict[str, QATOperation]:
+    """The operations in quantisation-aware training, by dotted name."""
+    return dict(named(model, *_OPERATIONS))
+
+
+def check_frozen(model: nn.Module) -> None:
+    """Raise `MuntinError` for a model in quantisation-aware training, whose layers other passes do not know."""
+    if operations := qat_operations(model):
+        raise MuntinError(
+            f"{next(iter(operations)) or 'the model'} is in quantisation-aware training ({len(operations)} operations are): call "
+            "freeze(model), that makes integers of them, or begin with the model as it was before prepare_qat"
+        )
+
+
+def bits_of(model: nn.Module) -> dict[str, int]:
+    """Weight bits of each layer in quantisation-aware training."""
+    return {name: layer.bits for name, layer in named(model, *_WEIGHTED)}
+
+
+def float_weights(model: nn.Module) -> int:
+    """Number of weights in layers that are not in quantisation-aware training, those without an integer form included."""
+    layers = (*(layer for _, layer in named(model, nn.Linear, nn.Conv2d)), *others(model).values())
+    return sum(parameter.numel() for layer in layers for parameter in layer.parameters(recurse=False) if parameter.ndim > 1)
+
+
+def set_bits(model: nn.Module, bits: Mapping[str, int]) -> None:
+    """Change the widths of layers: 2-8 with 8-bit inputs, or `FLOAT` for the plain layer.
+
+    A layer continues from its rounded weight, to which the network around it is adapted.
+    """
+    for name, width in bits.items():
+        layer = model.get_submodule(name)
+        assert isinstance(layer, QATLinear | QATConv2d)
+        if width == FLOAT:
+            with torch.no_grad():
+                layer.weight.copy_(layer.rounded())
+            replace(model, name, layer.plain())
+        elif width != layer.bits:
+            layer.set_bits(width)
+
+
+def qat_structure(model: nn.Module) -> dict[str, OperationRecord]:
+    """The operations in quantisation-aware training, by dotted name, for a checkpoint's record."""
+    structure = {}
+    for name, operation in qat_operations(model).items():
+        grids = [module for module in operation.modules() if isinstance(module, LearnedGrid)]
+        bits = operation.bits if isinstance(operation, QATLinear | QATConv2d) else 0
+        structure[name] = OperationRecord(bits=bits, unsigned=tuple(grid.unsigned for grid in grids))
+    return structure
+
+
+def apply_qat(model: nn.Module, structure: Mapping[str, OperationRecord]) -> None:
+    """Put the operations of `structure` into quantisation-aware training; load the weights and scales of a checkpoint next.
+
+    Raises `MuntinError` for a name that is no such operation of the model, before anything is changed.
+    """
+    operations = keepable(model)
+    for name, record in structure.items():
+        grids = 2 if isinstance(operations.get(name), Product) else 1
+        if name not in operations or len(record.unsigned) != grids:
+            what = "is no Linear, Conv2d or product of the model" if name not in operations else f"has {grids} activation grids"
+            raise MuntinError(f"qat: '{name}' {what}: build the model that the checkpoint was made of")
+    for name, record in structure.items():
+        grids_of = [ActivationGrid(scale=1.0, unsigned=sign) for sign in record.unsigned]
+        replace(model, name, _qat_form(operations[name], grids_of, record.bits))
+
+
+def freeze(batches: Sequence[Tensor]) -> Pass:
+    """A pass that turns every QAT operation into its integer form, in place; float layers are rounded to the FP16 in which they are stored.
+
+    `batches`: calibration images; on the first of them each layer's signal over noise is measured, where the signal is that of its float
+    weight and unrounded input. Costs a forward pass.
+    """
+
+    def pass_(model: nn.Module) -> list[Change]:
+        model.eval()
+        layers = dict(named(model, *_WEIGHTED))
+        sqnr: dict[str, float] = {}
+
+        def watch(name: str, layer: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+            assert isinstance(layer, QATLinear | QATConv2d)
+            sqnr.setdefault(name, sqnr_db(layer.plain()(inputs[0]), layer.forward(inputs[0])))
+
+        watch_inputs(model, layers, batches[:1], watch)
+        changes = []
+        for name, operation in qat_operations(model).items():
+            replace(model, name, operation.frozen())
+            bits = operation.bits if isinstance(operation, QATLinear | QATConv2d) else None
+            done = "A8" if bits is None else f"W{bits}A8"
+            changes.append(Change(layer=name, pass_="quantize", done=done, sqnr_db=sqnr.get(name)))
+        for name, layer in named(model, nn.Linear, nn.Conv2d):
+            round_to_half(layer)
+            changes.append(Change(layer=name, pass_="quantize", done="kept", reason="16 bits, as assigned"))
+        for other in others(model).values():
+            round_to_half(other)
+        align_with_pixels(model, batches[0])
+        return changes
+
+    return pass_

@@ -1,0 +1,162 @@
+"""Quantised layers: integer weights, an input rounded to its 8-bit grid, float arithmetic with exactly the integers' results.
+
+Axes: B batch, O output and I input channels, H W map.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F  # noqa: N812 - the field's usual name
+
+from muntin.compression.quantization.fake_quantization import dequantize_weight, quantize_dequantize, quantize_weight
+from muntin.compression.quantization.observer import ActivationGrid, Observer
+from muntin.compression.rewrite import computed_weight, other_padding
+
+
+class InputGrid(nn.Module):
+    """Rounds a tensor to a fixed 8-bit grid."""
+
+    scale: Tensor
+    zero_point: Tensor
+
+    def __init__(self, grid: ActivationGrid) -> None:
+        super().__init__()
+        self.register_buffer("scale", torch.tensor(grid.scale, dtype=torch.float32))
+        kind = torch.uint8 if grid.unsigned else torch.int8
+        self.register_buffer("zero_point", torch.tensor(0, dtype=kind))
+
+    def ends(self) -> tuple[float, float]:
+        """The least and the greatest value of the grid."""
+        info = torch.iinfo(self.zero_point.dtype)
+        return info.min * float(self.scale), info.max * float(self.scale)
+
+    def forward(self, x: Tensor) -> Tensor:
+        rounded: Tensor = quantize_dequantize(x, self.scale, self.zero_point)
+        return rounded
+
+
+GEOMETRY = (
+    "in_features", "out_features", "in_channels", "out_channels", "kernel_size", "stride", "padding", "dilation", "groups", "padding_mode",
+)  # fmt: skip
+
+
+def keep_geometry(form: nn.Module, layer: nn.Module) -> None:
+    """Copy the attributes of a layer that models read to the form in its place."""
+    for name in GEOMETRY:
+        if hasattr(layer, name):
+            setattr(form, name, getattr(layer, name))
+
+
+class _QuantizedWeight(nn.Module):
+    """Base of QuantizedLinear and QuantizedConv2d. Weights of fewer than 8 bits are int8 too; the artefact packs them."""
+
+    integers: Tensor
+    weight_scale: Tensor
+    bias: Tensor | None
+
+    def __init__(self, layer: nn.Linear | nn.Conv2d, grid: ActivationGrid, *, bits: int = 8, scale: Tensor | None = None) -> None:
+        super().__init__()
+        keep_geometry(self, layer)
+        q, scale_O = quantize_weight(layer.weight, 0, bits, scale)
+        self.bits = bits
+        self.input = InputGrid(grid)
+        self.register_buffer("integers", q.t().contiguous() if isinstance(layer, nn.Linear) else q)
+        self.register_buffer("weight_scale", scale_O)
+        self.register_buffer("bias", None if layer.bias is None else layer.bias.detach().clone())
+
+
+class QuantizedLinear(_QuantizedWeight):
+    """A Linear with integer weights per output channel and 8-bit inputs; `(..., I) -> (..., O)`.
+
+    `integers` are `(I, O)`, the order in which runtimes multiply them, so that no transposition follows in the graph.
+    """
+
+    @property
+    def weight(self) -> Tensor:
+        """The dequantised weight, float `(O, I)`, computed at each access: some models read a layer's weight for its type."""
+        weight_IO: Tensor = dequantize_weight(self.integers, self.weight_scale, 1)
+        return weight_IO.t()
+
+    def forward(self, input: Tensor) -> Tensor:  # nn.Linear's parameter name: models may call it by keyword
+        weight_IO = dequantize_weight(self.integers, self.weight_scale, 1)
+        out = torch.matmul(self.input(input), weight_IO.to(input.dtype))
+        return out if self.bias is None else out + self.bias.to(input.dtype)
+
+
+class QuantizedConv2d(_QuantizedWeight):
+    """A Conv2d (groups and depthwise included) with integer weights per output channel and 8-bit inputs; zero padding."""
+
+    stride: tuple[int, int]
+    padding: tuple[int, int]
+    dilation: tuple[int, int]
+    groups: int
+
+    @property
+    def weight(self) -> Tensor:
+        """The dequantised weight, float `(O, I, H, W)`, computed at each access; see `QuantizedLinear.weight`."""
+        weight_OIHW: Tensor = dequantize_weight(self.integers, self.weight_scale, 0)
+        return weight_OIHW
+
+    def forward(self, input: Tensor) -> Tensor:
+        bias = None if self.bias is None else self.bias.to(input.dtype)
+        return F.conv2d(self.input(input), self.weight.to(input.dtype), bias, self.stride, self.padding, self.dilation, self.groups)
+
+
+class QuantizedProduct(nn.Module):
+    """A product of two activations, both rounded to 8 bits: `(..., I, J), (..., J, L) -> (..., I, L)`."""
+
+    def __init__(self, left: ActivationGrid, right: ActivationGrid) -> None:
+        super().__init__()
+        self.left, self.right = InputGrid(left), InputGrid(right)
+
+    def forward(self, a: Tensor, b: Tensor) -> Tensor:
+        return torch.matmul(self.left(a), self.right(b))
+
+
+SHARES = ActivationGrid(scale=1 / 255, unsigned=True)
+"""The grid of exp(s - max), which is in 0..1 for all logits."""
+
+
+class QuantizedSoftmaxProduct(nn.Module):
+    """softmax(logits)·values with exp(logits - max) and the values in 8 bits, divided by the sum after the product.
+
+    A softmax over N entries shrinks as 1/N and vanishes in 8 bits; its largest exponential is 1 for every N. The divisor is the sum of the
+    rounded exponentials, so the weights of the values sum to 1 exactly.
+    """
+
+    def __init__(self, values: ActivationGrid) -> None:
+        super().__init__()
+        self.shares, self.values = InputGrid(SHARES), InputGrid(values)
+
+    def forward(self, logits: Tensor, values: Tensor, bias: Tensor | None = None) -> Tensor:
+        shares = self.shares(exponentials(logits, bias))
+        mixed: Tensor = torch.matmul(shares, self.values(values)) / shares.sum(-1, keepdim=True)
+        return mixed
+
+
+MAX_ENTRIES = 24_000
+"""Entries of share 1 whose sum of products fits into 32 bits: 255 steps of values times 255 of the share, with a quarter in reserve."""
+
+
+def exponentials(logits: Tensor, bias: Tensor | None) -> Tensor:
+    """exp(logits + bias - their maximum over the last dimension), in 0..1, divided by the number of started `MAX_ENTRIES` entries.
+
+    The division prevents an overflow of the engines' sums on uniform images, where every share is 1.
+    """
+    if bias is not None:
+        logits = logits + bias
+    shares = torch.exp(logits - logits.amax(-1, keepdim=True))
+    parts = (logits.shape[-1] + MAX_ENTRIES - 1) // MAX_ENTRIES
+    return shares if isinstance(parts, int) and parts == 1 else shares / parts  # symbolic if the size is free in an export
+
+
+QuantizedLayer = QuantizedLinear | QuantizedConv2d
+
+
+def no_integer_form(layer: nn.Module, observer: Observer) -> str | None:
+    """Why a Linear, Conv2d or product cannot be quantised; None if it can. `observer`: of its first input."""
+    if not observer.seen:
+        return "no calibration image reached it"
+    computed = computed_weight(layer) if isinstance(layer, nn.Linear | nn.Conv2d) else None
+    return computed or other_padding(layer, "integer form")

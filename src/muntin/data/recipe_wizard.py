@@ -1,0 +1,181 @@
+"""Write a recipe for a folder of pictures (`muntin init`), with a comment on each line."""
+
+from __future__ import annotations
+
+import os
+import re
+import shlex
+from collections.abc import Sequence
+from pathlib import Path
+
+import yaml
+
+from muntin.data.classes import ClassSpec
+from muntin.data.colors import RGB
+from muntin.data.folders import FolderPair
+from muntin.data.inspection import (
+    classes_in_folders,
+    classes_in_masks,
+    crop_side,
+    examined_masks,
+    ignored_value_notes,
+    picture_channels,
+    spread,
+)
+from muntin.data.layout import Layout, find_layout, nested_class_notes, unused_split_notes
+from muntin.data.listing import is_utf8
+from muntin.data.source import DataTask, SplitName
+from muntin.data.splits import filling_seed
+from muntin.errors import DataError, RecipeError
+from muntin.images import write_whole
+
+RECIPE_NAME = "recipe.yaml"
+_SHARE = 0.15  # fraction of the pictures for a split without a folder of its own
+_AFTER_DATA = """
+model:
+  name: hybrid-s  # hybrid-xs and hybrid-xxs are smaller and faster, hybrid-m is larger; `muntin models` lists them all
+
+training:
+  steps: 2000  # batches to train on; with `minutes: 30` beside it, training ends after 30 minutes at the latest
+  batch_size: 16  # crops in a batch; halve it if memory runs out
+  learning_rate: 0.004  # the highest rate; it rises to this value, then falls along a cosine
+  precision: auto  # 16-bit where this machine is fast at it; fp32 to switch that off
+
+quantization:
+  calibration_images: 64  # training crops that set the ranges of the 8-bit numbers
+
+compression:  # `muntin compress` after `muntin fit`: low rank, 4-bit weights, more bits where needed; change later with its --set
+  low_rank: {parameters: 0.35}  # fraction of the parameters to keep; null: keep the layers as they are
+  average_bits: 4.8  # bits of a weight on average; 4 is the least, more makes the model larger
+"""
+
+
+def write_recipe(directory: Path | str, *, task: DataTask | None = None, output: Path | None = None) -> Path:
+    """Write `recipe.yaml` into the user's folder and return its path. Opens at most 64 masks and 64 images.
+
+    `task` None: segmentation if there are masks, else classification. `output`: the file to write instead; it names the folders by their
+    absolute paths. Raises RecipeError if the recipe exists or cannot be written, DataError if the folder holds nothing usable or too
+    few pictures to split.
+    """
+    root = Path(directory) if output is None else Path(directory).resolve()
+    path = root / RECIPE_NAME if output is None else output
+    if path.is_dir():
+        raise RecipeError(f"{path} is a folder: name a file in it")
+    if path.exists():
+        raise RecipeError(f"{path} exists already: edit it, or move it away and run init again")
+    if root.is_dir() and not (path.parent.is_dir() and os.access(path.parent, os.W_OK | os.X_OK)):
+        raise RecipeError(f"{path} cannot be written: use --output to name a file in a folder that you may write to")
+    if output is not None and not (is_utf8(str(root)) and is_utf8(output.name)):
+        raise DataError(f"{str(root)!a} or {str(output)!a} is not valid UTF-8, so a recipe cannot name it: rename it")
+    text = _recipe_text(find_layout(root, task), root, file=path.name, absolute=output is not None)
+    write_whole(path, text.encode())
+    return path
+
+
+def remarks(images: Path, masks: Path | None) -> list[str]:
+    """What users may not expect of the recipe for these folders, one line each.
+
+    Classification: folders that hold pictures only in their subfolders. Segmentation: folders that have the name of a split and are not
+    used, and masks in which 255 may be a class and is ignored.
+    """
+    if masks is None:
+        return nested_class_notes(images)
+    return [*unused_split_notes(images.parent), *ignored_value_notes(masks)]
+
+
+def run_name(folder: str) -> str:
+    """The folder's name with characters that a run's name may not contain replaced by dashes; `mine` if nothing is left."""
+    return re.sub(r"[^A-Za-z0-9._-]+", "-", folder).strip("-._") or "mine"
+
+
+def _recipe_text(layout: Layout, root: Path, *, file: str, absolute: bool) -> str:
+    """The recipe as YAML with comments. `absolute`: write absolute paths; otherwise paths relative to `root`."""
+    base = layout.base
+    keys_and_paths = layout.training_pictures()
+    pictures = spread(list(keys_and_paths.values()))
+    classes, ignore = (classes_in_folders(base.images), None) if base.masks is None else classes_in_masks(base.masks)
+    relative_to = None if absolute else root
+    lines = [
+        "# A recipe for muntin, written by `muntin init`. Check the class names below, then run",
+        f"#     muntin fit {shlex.quote(file)}     (with the path to this file; results go to `runs/` in the current folder)",
+        "# The progress line shows how long training takes. A key that is left out has its default, which may differ from the value here;",
+        "# docs/recipe.md lists all keys and their defaults.",
+        "",
+        f"name: {_quoted(run_name(root.resolve().name))}  # the run's results go to runs/ under this name",
+        f"task: {layout.task}  # segment: a class for every pixel; classify: one class for the picture",
+        "seed: 0  # another number gives another run: the spread between seeds shows which differences matter",
+        "",
+        "data:",
+        "  source: folders  # your own pictures; `earth` is the built-in demonstration",
+        f"  images: {_path(base.images, relative_to)}  # relative paths start at this file's folder",
+    ]
+    if base.masks is not None:
+        lines.append(f"  masks: {_path(base.masks, relative_to)}  # a mask has the stem of its image: a.jpg and a.png")
+    lines += [
+        _split_line("validation", "are scored during training and choose nothing", layout.validation, layout.task, relative_to),
+        _split_line("test", "are scored once, at the end", layout.test, layout.task, relative_to),
+    ]
+    if layout.validation is None or layout.test is None:
+        seed = _split_seed(layout, list(keys_and_paths))
+        lines.append(f"  seed: {seed}  # decides which pictures go into which split; adding pictures moves none of the others")
+    if base.masks is not None:
+        lines.append(f"  ignore: {'null' if ignore is None else ignore}  # the mask value that belongs to no class; null: there is none")
+    lines += [
+        *_class_lines(classes, base.masks),
+        f"  channels: {picture_channels(pictures)}  # of the images: 3 is colour, 1 grey; up to 16 in .npy files",
+        f"  crop: {crop_side(pictures, layout.task)}  # side of the random training squares, pixels; larger has more context and is slower",
+    ]
+    if layout.task == "segment":
+        lines.append("  rare: 0.25  # fraction of the crops centred on a class drawn uniformly: rare classes are seen more often")
+    lines += [
+        "  augmentation:  # random changes to the crops, so that the model does not memorise the pictures",
+        "    flip_horizontal: 0.5  # probability, 0-1",
+        "    flip_vertical: 0.0  # 0.5 suits pictures taken from above: satellites, microscopes",
+        "    scale: [0.8, 1.25]  # zoom between these factors",
+    ]
+    return "\n".join(lines) + "\n" + _AFTER_DATA
+
+
+def _class_lines(classes: Sequence[ClassSpec], masks: Path | None) -> list[str]:
+    if masks is None:
+        lines = ["  classes:  # each has the name of its folder; `color` is how charts paint it (red, green, blue)"]
+    else:
+        lines = ["  classes:  # in order; `value` is the value in the masks, `color` how muntin paints it (red, green, blue): rename them"]
+        examined = examined_masks(masks)
+        if examined is not None:
+            lines.append(f"    # seen in {examined[0]} of {examined[1]} masks: add the classes of the others")
+    for entry in classes:
+        value = "" if entry.value is None else f", value: {_number_or_color(entry.value)}"
+        lines.append(f"    - {{name: {_quoted(entry.name)}{value}, color: {_number_or_color(entry.color)}}}")
+    return lines
+
+
+def _split_line(name: SplitName, use: str, pair: FolderPair | None, task: DataTask, relative_to: Path | None) -> str:
+    if pair is None:
+        own = "{images: ...}" if task == "classify" else "{images: ..., masks: ...}"
+        return f"  {name}: {_SHARE}  # fraction of the pictures that {use}; or {own}, folders of its own"
+    masks = "" if pair.masks is None else f", masks: {_path(pair.masks, relative_to)}"
+    return f"  {name}: {{images: {_path(pair.images, relative_to)}{masks}}}  # pictures that {use}"
+
+
+def _split_seed(layout: Layout, keys: Sequence[str]) -> int:
+    """The first seed that leaves no split empty; for `classify`, one whose splits lack as few classes as possible."""
+    splits: dict[SplitName, FolderPair | None] = {"validation": layout.validation, "test": layout.test}
+    shares = {name: _SHARE for name, pair in splits.items() if pair is None}
+    seed = filling_seed(keys, shares, by_class=layout.task == "classify")
+    if seed is None:
+        raise DataError(f"{layout.base.images} holds {len(keys)} pictures, too few to split into {1 + len(shares)} parts: add pictures")
+    return seed
+
+
+def _path(path: Path, relative_to: Path | None) -> str:
+    return _quoted((path if relative_to is None else path.relative_to(relative_to)).as_posix())
+
+
+def _quoted(text: str) -> str:
+    """`text` as a YAML scalar in double quotes, on one line."""
+    return yaml.safe_dump(text, default_style='"', allow_unicode=True, width=1 << 30).strip()
+
+
+def _number_or_color(value: int | RGB | None) -> str:
+    return str(list(value)) if isinstance(value, tuple) else str(value)

@@ -1,0 +1,219 @@
+"""Benchmark of an artefact and a baseline over batches, threads and streams, in one run.
+
+    for each number of threads and streams: open every candidate in a process of its own (time and memory)
+    for each number of threads and streams: open all candidates here
+        for each batch: latency, one call after the other, interleaved; images a second, all streams busy, interleaved
+
+Quote medians and the ratios between rows of the same run: a machine's absolute times drift.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from datetime import UTC, datetime
+from math import prod
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from muntin.artifact import open_artifact
+from muntin.errors import DataError
+from muntin.runtime.host.hardware import describe_hardware, memory_gib, physical_cores
+from muntin.runtime.options import DEFAULT_ENGINE, SessionOptions
+from muntin.runtime.profiling.cold_start import ArtifactCandidate, Candidate, Loading, measure_loading, too_large
+from muntin.runtime.profiling.contention import notes_on, watch_cpu
+from muntin.runtime.profiling.profile import default_shape, fill
+from muntin.runtime.profiling.timing import Latency, Mapper, interleaved_latency, interleaved_throughput
+from muntin.runtime.session import Shape, check_shape
+from muntin.text import count
+
+ROUNDS = 50
+"""Timed calls a row; a 99th percentile needs that many."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class BenchRow:
+    """One candidate with one number of threads and streams on batches of one shape.
+
+    `images_per_s`: with every stream busy. `load_s`, `held_mib`, `peak_mib`, `cached`: of opening it with these threads and streams for all
+    batches of the run (`Loading`). `ratio`: the baseline's median latency over this one; None without a baseline, and where it has another
+    number of streams, since a call has the threads of its stream.
+    """
+
+    name: str
+    engine: str
+    precision: str
+    threads: int
+    streams: int
+    shape: Shape
+    latency: Latency
+    images_per_s: float
+    load_s: float
+    held_mib: float | None
+    peak_mib: float | None
+    cached: bool | None
+    ratio: float | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Bench:
+    """All rows of a run. `others`: cores' worth of CPU time that other processes used meanwhile. `notes`: reasons to doubt the times."""
+
+    rows: tuple[BenchRow, ...]
+    others: float | None
+    notes: tuple[str, ...]
+    created: str
+    hardware: dict[str, Any]
+
+
+def bench(
+    path: str | Path,
+    *,
+    baseline: Candidate | None = None,
+    engine: str = DEFAULT_ENGINE,
+    precision: str = "recorded",
+    batches: Sequence[int] = (1,),
+    threads: Sequence[int | None] = (None,),
+    streams: Sequence[int] = (1,),
+    size: tuple[int, int] | None = None,
+    rounds: int = ROUNDS,
+    report: Callable[[int, int], None] = lambda done, total: None,
+) -> Bench:
+    """Measures an artefact, interleaved with a baseline if one is given (`ArtifactCandidate(path=..., engine=..., precision=...)`).
+
+    `batches`, `threads`, `streams`: every combination is a row (None threads: the usable physical cores; streams are limited to the number
+    of threads, with a note). `size`: height and width in pixels, by default of the manifest's example. `rounds`: timed calls a row. The
+    images are the artefact's golden ones, mirrored up to the size. `report` is called with (steps done, number of steps).
+
+    Raises the errors of `load`, and DataError for a value out of range, for images larger than memory and for a baseline that takes images
+    of other channels.
+    """
+    _check(batches, threads, streams, size, rounds)
+    combinations = [SessionOptions(engine=engine, precision=precision, threads=n, streams=s) for n in threads for s in streams]
+    artifact = open_artifact(path)
+    channels = artifact.manifest.signature.channels
+    _, height, width = default_shape(artifact)
+    shapes = tuple((batch, *(size or (height, width))) for batch in batches)
+    _check_room(shapes, channels)
+    measured = ArtifactCandidate(path=str(path), engine=engine, precision=precision)
+    candidates = ({} if baseline is None else {f"baseline {baseline.name}": baseline}) | {measured.name: measured}
+    settings = _settings(combinations, shapes)
+    try:
+        loadings: list[dict[str, Loading]] = []
+        for done, setting in enumerate(settings):
+            report(done, 2 * len(settings))
+            loadings.append({name: measure_loading(candidate, setting) for name, candidate in candidates.items()})
+            _check_channels(loadings[-1], measured.name, channels)
+        images = [fill(artifact.golden()[0][0], shape) for shape in shapes]
+        rows: list[BenchRow] = []
+        with watch_cpu() as watch:  # begins after the processes that loaded, which would count as others
+            for done, (setting, loading) in enumerate(zip(settings, loadings, strict=True), len(settings)):
+                report(done, 2 * len(settings))
+                rows += _measure(images, candidates, loading, setting, rounds)
+    except MemoryError:
+        raise too_large(shapes, channels) from None
+    report(2 * len(settings), 2 * len(settings))
+    notes = _notes(watch.others, combinations)
+    if baseline is not None:
+        rows = _with_ratios(rows)
+        if any(row.ratio is None for row in rows):
+            notes.append("a call has the threads of its stream, so latencies of different streams are not compared: compare images/s")
+    return Bench(
+        rows=tuple(rows),
+        others=watch.others,
+        notes=tuple(notes),
+        created=datetime.now(UTC).isoformat(timespec="seconds"),
+        hardware=describe_hardware(),
+    )
+
+
+def _settings(combinations: Sequence[SessionOptions], shapes: tuple[Shape, ...]) -> list[SessionOptions]:
+    """Each different combination once, with at most as many streams as threads."""
+    limited = (
+        replace(options, threads=options.thread_count, streams=min(options.streams, options.thread_count), shapes=shapes)
+        for options in combinations
+    )
+    return list(dict.fromkeys(limited))
+
+
+def _measure(
+    images: Sequence[NDArray[np.uint8]],
+    candidates: Mapping[str, Candidate],
+    loading: Mapping[str, Loading],
+    options: SessionOptions,
+    rounds: int,
+) -> list[BenchRow]:
+    sessions: dict[str, Mapper] = {name: candidate.open(options) for name, candidate in candidates.items()}
+    rows = []
+    for shape, images_BHWC in zip(options.shapes or (), images, strict=True):
+        latencies = interleaved_latency(sessions, images_BHWC, rounds=rounds)
+        rates = interleaved_throughput(sessions, images_BHWC, rounds=max(1, rounds // 10))
+        for name, session in sessions.items():
+            described: Any = {key: getattr(session, key) for key in ("engine", "precision")}
+            described |= {key: getattr(loading[name], key) for key in ("load_s", "held_mib", "peak_mib", "cached")}
+            rows.append(
+                BenchRow(
+                    name=name,
+                    threads=options.thread_count,
+                    streams=session.streams,
+                    shape=shape,
+                    latency=latencies[name],
+                    images_per_s=rates[name],
+                    **described,
+                )
+            )
+    return rows
+
+
+def _with_ratios(rows: Sequence[BenchRow]) -> list[BenchRow]:
+    """Adds each row's ratio to the baseline's row of the same setting, which precedes it."""
+    compared, base = [], rows[0]
+    for row in rows:
+        base = row if row.name == rows[0].name else base
+        comparable = row.streams == base.streams
+        compared.append(replace(row, ratio=base.latency.median_ms / row.latency.median_ms if comparable else None))
+    return compared
+
+
+def _notes(others: float | None, combinations: Sequence[SessionOptions]) -> list[str]:
+    notes, cores, threads = notes_on(others), physical_cores(), max(options.thread_count for options in combinations)
+    if threads > cores:
+        notes.append(
+            f"{count(threads, 'thread')} on {count(cores, 'physical core')}: they wait for each other; compare with --threads {cores}"
+        )
+    for n, s in dict.fromkeys((options.thread_count, options.streams) for options in combinations):
+        if s > n:
+            notes.append(f"{s} streams on {count(n, 'thread')}: a stream needs a thread, so they count as {n}")
+    return notes
+
+
+def _check_room(shapes: tuple[Shape, ...], channels: int) -> None:
+    memory = memory_gib()
+    if memory is not None and max(map(prod, shapes)) * channels > memory * 2**30:
+        raise too_large(shapes, channels)
+
+
+def _check_channels(loadings: Mapping[str, Loading], name: str, channels: int) -> None:
+    for other, loading in loadings.items():
+        if loading.channels != channels:
+            raise DataError(
+                f"{other} takes images of {loading.channels} channels, {name} of {channels}: give a baseline that takes the same images"
+            )
+
+
+def _check(
+    batches: Sequence[int], threads: Sequence[int | None], streams: Sequence[int], size: tuple[int, int] | None, rounds: int
+) -> None:
+    for name, values in (("batches", batches), ("threads", threads), ("streams", streams)):
+        if not values:
+            raise DataError(f"{name}={values!r}: give at least one number")
+    for batch in batches:
+        if isinstance(batch, bool) or not isinstance(batch, int) or batch < 1:
+            raise DataError(f"batch={batch!r}: give a whole number of images from 1")
+    if size is not None:
+        check_shape((1, *size))
+    if isinstance(rounds, bool) or not isinstance(rounds, int) or not 1 <= rounds <= 10_000:
+        raise DataError(f"rounds={rounds!r}: give a whole number from 1 to 10000")

@@ -1,0 +1,303 @@
+"""Kernels that OpenVINO executes: their cost, and what they read and write.
+
+OpenVINO counts each kernel's time as the mean over all inferences so far, in whole microseconds. The time of inference n is therefore
+n * mean(n) - (n - 1) * mean(n - 1), with an error of up to n microseconds; the median over the rounds has an error of one or two. There are
+no time stamps.
+"""
+
+from __future__ import annotations
+
+import re
+import time
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
+from math import prod
+from statistics import median
+from traceback import clear_frames
+from typing import Any
+
+import numpy as np
+import onnx
+from numpy.typing import NDArray
+
+from muntin.artifact import Artifact
+from muntin.errors import ArtifactError
+from muntin.runtime.engines.onnx_nodes import ComputeNodes, compute_nodes
+from muntin.runtime.engines.openvino.mask_fix import with_whole_masks
+from muntin.runtime.engines.openvino.output_fusion import ending_in_scores
+from muntin.runtime.engines.openvino.session import MAY_MULTIPLY, MULTIPLY, OPENVINO_PRECISIONS, choose_precision, one_line
+from muntin.runtime.host.quiet_imports import openvino
+from muntin.runtime.host.signals import signal_stack_kept
+from muntin.runtime.options import SessionOptions
+from muntin.runtime.profiling.kernels import (
+    IMAGES,
+    TO_PIXELS,
+    Execution,
+    Kernel,
+    Operand,
+    convolution_macs,
+    deconvolution_macs,
+    group_of,
+    layer_of,
+    product_macs,
+)
+
+WARM_UP = 2
+"""Inferences that are not measured: the first one prepares weights and memory."""
+
+_CONVOLUTIONS = frozenset({"Convolution", "GroupConvolution"})
+_GRAPH_DECONVOLUTIONS = frozenset({"ConvolutionBackpropData", "GroupConvolutionBackpropData"})
+
+
+def openvino_kernels(artifact: Artifact, images_BHWC: NDArray[np.uint8], options: SessionOptions, rounds: int) -> Execution:
+    """Compiles an artefact for these images with counters on, runs it `rounds` times and reads the executed kernels.
+
+    Costs a compilation and `rounds` + 2 inferences. Raises ArtifactError for a model that OpenVINO cannot read, compile or run.
+    """
+    with signal_stack_kept():
+        try:
+            return _kernels(artifact, images_BHWC, options, rounds)
+        except ArtifactError as error:
+            for raised in (error, error.__cause__):  # their frames hold the model, which must be deleted inside this block
+                clear_frames(None if raised is None else raised.__traceback__)
+            raise
+
+
+def _kernels(artifact: Artifact, images_BHWC: NDArray[np.uint8], options: SessionOptions, rounds: int) -> Execution:
+    core = openvino.Core()
+    hint = choose_precision(core, options.precision, artifact.manifest.precision)
+    threads = options.thread_count
+    data = artifact.model_bytes()
+    settings = {
+        "INFERENCE_PRECISION_HINT": hint,
+        "INFERENCE_NUM_THREADS": threads,
+        "PERFORMANCE_HINT": "LATENCY",
+        "NUM_STREAMS": 1,
+        "PERF_COUNT": True,
+    }
+    try:
+        exported = core.read_model(model=data, weights=b"")
+        shuffles = {op.get_friendly_name(): TO_PIXELS for op in exported.get_ordered_ops() if op.get_type_name() == TO_PIXELS}
+        model = ending_in_scores(exported)  # as in a session
+        model.reshape(list(images_BHWC.shape))
+        if hint != "f32":
+            model = with_whole_masks(model)
+        macs = graph_macs(model)
+        compiled = core.compile_model(model, "CPU", settings)
+    except RuntimeError as error:
+        raise ArtifactError(
+            f"{artifact.path}: OpenVINO {openvino.__version__} cannot compile it for images of shape {images_BHWC.shape}: {one_line(error)}"
+        ) from error
+    try:
+        times = _measure(compiled.create_infer_request(), images_BHWC, rounds)
+    except RuntimeError as error:
+        shape = images_BHWC.shape
+        raise ArtifactError(
+            f"{artifact.path}: OpenVINO {openvino.__version__} cannot run it on images of shape {shape}: {one_line(error)}"
+        ) from error
+    ops = _executed_ops(compiled.get_runtime_model(), set(times.kernels))
+    nodes = compute_nodes(data)
+    types = {node.name: str(node.op_type) for node in onnx.load_model_from_string(data).graph.node}
+    names = _Names(ops, nodes, types | shuffles)  # a graph's last node is named by the output
+    weights = {name: weight.name for name, weight in nodes.weights.items()}
+    layers = {name: layer_of(name, weights.get(name, ""), artifact.manifest.layers) for name in nodes.names}
+    kernels = tuple(_kernel(op, names, macs, times.kernels[op.name], layers) for op in ops)
+    return Execution(kernels=kernels, profiled_ms=times.whole, between_ms=times.between, precision=hint, threads=threads)
+
+
+@dataclass(frozen=True)
+class _Times:
+    """Medians over the rounds, in ms: the whole inference, its time outside of kernels, and each executed kernel."""
+
+    whole: float
+    between: float
+    kernels: dict[str, float]
+
+
+def _measure(request: Any, images_BHWC: NDArray[np.uint8], rounds: int) -> _Times:
+    before: dict[str, float] = {}
+    samples: dict[str, list[float]] = {}
+    whole, between = [], []
+    for call in range(1, WARM_UP + rounds + 1):
+        started = time.perf_counter()
+        request.infer([images_BHWC], share_inputs=True, share_outputs=True)
+        elapsed = (time.perf_counter() - started) * 1e3
+        totals = {
+            entry.node_name: call * entry.real_time.total_seconds() * 1e3
+            for entry in request.profiling_info
+            if entry.status == entry.Status.EXECUTED
+        }
+        if call > WARM_UP:
+            spent = {name: total - before.get(name, 0.0) for name, total in totals.items()}
+            whole.append(elapsed)
+            between.append(elapsed - sum(spent.values()))
+            for name, ms in spent.items():
+                samples.setdefault(name, []).append(ms)
+        before = totals
+    return _Times(median(whole), median(between), {name: max(0.0, median(values)) for name, values in samples.items()})
+
+
+@dataclass(frozen=True)
+class _Op:
+    """An executed operation in OpenVINO's runtime model. `second`: name of the constant or operation of its second input."""
+
+    name: str
+    kind: str
+    implementation: str
+    precision: str
+    originals: tuple[str, ...]
+    inputs: tuple[Operand, ...]
+    outputs: tuple[Operand, ...]
+    second: str
+
+
+def _executed_ops(runtime_model: Any, executed: set[str]) -> list[_Op]:
+    ops = []
+    for op in runtime_model.get_ordered_ops():
+        if op.get_friendly_name() not in executed:
+            continue
+        info = _info(op)
+        inputs = tuple(_input(op.input_value(index), executed) for index in range(op.get_input_size()))
+        layouts = info.get("outputLayouts", "").split(",")
+        ops.append(
+            _Op(
+                name=op.get_friendly_name(),
+                kind=info.get("layerType", op.get_type_name()),
+                implementation=info.get("primitiveType", ""),
+                precision=OPENVINO_PRECISIONS.get(info.get("runtimePrecision", ""), info.get("runtimePrecision", "")),
+                originals=tuple(name for name in info.get("originalLayersNames", "").split(",") if name),
+                inputs=inputs,
+                outputs=tuple(_operand(output, layouts) for output in op.outputs()),
+                second=op.input_value(1).get_node().get_friendly_name() if op.get_input_size() > 1 else "",
+            )
+        )
+    return ops
+
+
+def _info(op: Any) -> dict[str, str]:
+    return {key: str(value.astype(str)) for key, value in op.get_rt_info().items() if key in _INFO}
+
+
+_INFO = frozenset({"layerType", "originalLayersNames", "runtimePrecision", "primitiveType", "outputLayouts"})
+
+
+def _operand(port: Any, layouts: list[str], source: str | None = None) -> Operand:
+    shape = tuple(port.get_shape())
+    kind = port.get_element_type()
+    index = port.get_index()
+    return Operand(
+        shape=shape,
+        type=str(kind.get_type_name()),
+        bytes=(prod(shape) * int(kind.bitwidth) + 7) // 8 if kind.is_static() else 0,
+        layout=layouts[index] if index < len(layouts) else "",
+        source=source,
+    )
+
+
+def _input(port: Any, executed: set[str]) -> Operand:
+    layouts = _info(port.get_node()).get("outputLayouts", "").split(",")
+    return _operand(port, layouts, _source(port, executed))
+
+
+def _source(port: Any, executed: set[str]) -> str | None:
+    """The executed operation that feeds a port, past operations that only reshape memory."""
+    node = port.get_node()
+    while node.get_friendly_name() not in executed:
+        if node.get_input_size() == 0:
+            return IMAGES if _info(node).get("layerType") == "Input" else None
+        node = node.input_value(0).get_node()
+    return str(node.get_friendly_name())
+
+
+class _Names:
+    """Names of the operations in the profile: the operation that multiplies gets the compute node's name."""
+
+    def __init__(self, ops: list[_Op], nodes: ComputeNodes, types: Mapping[str, str]) -> None:
+        self._types = types
+        self.nodes: dict[str, tuple[str, ...]] = {}  # the engine's name of an operation -> its compute nodes
+        claimed: set[str] = set()
+        for op in (op for op in ops if op.kind in MULTIPLY):
+            # a MatMul may lose its name in a fusion; its weight keeps it
+            node = nodes.find(op.originals, derived=True, taken=claimed) or nodes.find([op.second], derived=True, taken=claimed)
+            if node is not None:
+                self.nodes[op.name] = (node,)
+                claimed.add(node)
+        for op in (op for op in ops if op.kind in MAY_MULTIPLY):
+            # A fused neighbour may have the name of a product that is computed elsewhere.
+            named = (nodes.find([name], derived=False) for name in op.originals)
+            if inside := tuple(dict.fromkeys(node for node in named if node is not None and node not in claimed)):
+                self.nodes[op.name] = inside
+                claimed.update(inside)
+        self.shown = dict(self._unique(ops))
+
+    def _unique(self, ops: list[_Op]) -> Iterator[tuple[str, str]]:
+        taken: set[str] = set()
+        for op in sorted(ops, key=lambda op: op.name not in self.nodes):  # compute nodes first
+            name = next(iter(self.nodes.get(op.name, ())), op.name)
+            while name in taken:
+                name = op.name if name != op.name and op.name not in taken else f"{name} ({op.kind})"
+            taken.add(name)
+            yield op.name, name
+
+    def operations(self, op: _Op) -> list[str]:
+        """Types of the operations that were fused into one; of OpenVINO's own names, their beginning."""
+        return [self._types.get(name) or re.sub(r"_?\d*$", "", name) for name in op.originals]
+
+
+def _kernel(op: _Op, names: _Names, graph: Mapping[str, int], ms: float, layers: Mapping[str, str | None]) -> Kernel:
+    nodes = names.nodes.get(op.name, ())
+    macs = _macs(op) if op.kind in MULTIPLY else sum(graph.get(node, 0) for node in nodes)
+    inputs = tuple(
+        replace(value, source=None if value.source is None else names.shown.get(value.source, value.source))
+        for value in (_constants_as_read(op) if op.kind in MULTIPLY else op.inputs)
+    )
+    return Kernel(
+        name=names.shown[op.name],
+        kind=op.kind,
+        implementation=op.implementation,
+        precision=op.precision,
+        compute=bool(nodes),
+        layer=layers.get(nodes[0]) if nodes else None,
+        ms=ms,
+        macs=macs,
+        inputs=inputs,
+        outputs=op.outputs,
+        group=group_of(op.kind, macs, names.operations(op), inputs, op.outputs),
+    )
+
+
+def _constants_as_read(op: _Op) -> tuple[Operand, ...]:
+    """The inputs of a product. In 16 bits its constants are in 16 bits, too, though the runtime model shows float32."""
+    if op.precision not in ("bf16", "f16"):
+        return op.inputs
+    return tuple(
+        replace(value, type=op.precision, bytes=2 * prod(value.shape)) if value.source is None and value.type == "f32" else value
+        for value in op.inputs
+    )
+
+
+def _macs(op: _Op) -> int:
+    if op.kind in _CONVOLUTIONS:
+        return convolution_macs(op.outputs[0].shape, op.inputs[1].shape)
+    if op.kind == "Deconvolution":
+        return deconvolution_macs(op.inputs[0].shape, op.inputs[1].shape)
+    if op.kind == "FullyConnected":  # its weight is always (N, K)
+        return prod(op.outputs[0].shape) * op.inputs[0].shape[-1]
+    return product_macs(op.inputs[0].shape, op.inputs[1].shape, op.outputs[0].shape)
+
+
+def graph_macs(model: Any) -> dict[str, int]:
+    """Multiply-adds of every product of a model with static shapes, by node name: for products that the engine fuses into others."""
+    macs = {}
+    for op in model.get_ordered_ops():
+        kind = op.get_type_name()
+        if kind in _CONVOLUTIONS | _GRAPH_DECONVOLUTIONS | {"MatMul"}:
+            entry, weight = (tuple(op.input_value(index).get_shape()) for index in (0, 1))
+            output = tuple(op.output(0).get_shape())
+            if kind == "MatMul":
+                macs[str(op.get_friendly_name())] = product_macs(entry, weight, output)
+            elif kind in _GRAPH_DECONVOLUTIONS:
+                macs[str(op.get_friendly_name())] = deconvolution_macs(entry, weight)
+            else:
+                macs[str(op.get_friendly_name())] = convolution_macs(output, weight)
+    return macs

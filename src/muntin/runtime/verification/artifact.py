@@ -1,0 +1,259 @@
+"""Verification of an artefact on this machine.
+
+Checks the files' digests; golden inputs against golden scores, within the tolerance recorded for the engine's real precision; that layers
+recorded with integer activations run on integer kernels; optionally each of these layers alone, and accuracy on the caller's data.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from math import isfinite
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from muntin.artifact import Artifact, GoldenTolerance, LayerRecord, Manifest, open_artifact
+from muntin.errors import DependencyError
+from muntin.runtime.engines.onnx_nodes import is_node_of
+from muntin.runtime.engines.registry import open_session
+from muntin.runtime.options import DEFAULT_ENGINE, DEFAULT_OPTIONS, SessionOptions
+from muntin.runtime.session import ExecutedLayer, Session
+from muntin.runtime.verification.layerwise import TOLERANCE, LayerCheck, verify_layers
+
+RMS_SHARE = 0.25
+"""Allowed root mean square error of a map, as a share of the allowed largest error. Sound artefacts reach less than a tenth of it."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class GoldenResult:
+    """Result of one golden pair.
+
+    `max_error`: the largest difference of one score, in standard deviations of the pair's golden scores (in the scores' unit where these
+    are constant); `rms_error`: root mean square, in the same unit. `label_agreement`: share of pixels (or images) with the golden label,
+    None for "restore". `tolerance`: None where nothing is recorded for the precision. `rms_allowed`: None where `rms_error` has no limit,
+    as for scores that are no map.
+    """
+
+    shape: tuple[int, ...]
+    max_error: float
+    rms_error: float
+    label_agreement: float | None
+    tolerance: GoldenTolerance | None
+    rms_allowed: float | None
+    passed: bool
+
+    @property
+    def allowed(self) -> str:
+        """All limits, in words."""
+        if self.tolerance is None:
+            return "nothing, as nothing is recorded"
+        bounds = [f"largest error {self.tolerance.max_error:.4g}"]
+        bounds += [] if self.rms_allowed is None else [f"root mean square {self.rms_allowed:.4g}"]
+        bounds += [] if self.label_agreement is None else [f"label agreement {self.tolerance.label_agreement:.4f}"]
+        return ", ".join(bounds)
+
+
+@dataclass(frozen=True, kw_only=True)
+class VerifyResult:
+    """Result of a verification. `problems`: a line each; empty if it passed.
+
+    `digests`: the compared files and their sha256 (an altered file raises before anything runs). `layers`: every operation with its
+    precision. `fallbacks`: layers that the manifest records with 8-bit activations (or fewer) and that did not run on integer kernels;
+    problems unless allowed. `evaluation`: the value of `evaluate`. `checks`: each quantised layer against plain float arithmetic, if
+    requested; a recorded layer without a check is a problem.
+    """
+
+    path: Path
+    engine: str
+    precision: str
+    threads: int
+    digests: dict[str, str]
+    golden: tuple[GoldenResult, ...]
+    layers: tuple[ExecutedLayer, ...]
+    fallbacks: tuple[str, ...]
+    evaluation: float | None
+    checks: tuple[LayerCheck, ...]
+    problems: tuple[str, ...]
+
+    @property
+    def passed(self) -> bool:
+        return not self.problems
+
+
+def verify(
+    path: str | Path,
+    options: SessionOptions = DEFAULT_OPTIONS,
+    *,
+    evaluate: Callable[[Session], float] | None = None,
+    allow_fallbacks: bool | None = None,
+    layers: bool = False,
+) -> VerifyResult:
+    """Checks an artefact in an engine: digests, golden pairs, independence of the images in a batch, integer kernels, and
+    `evaluate(session)` if it is given.
+
+    `options`: engine, precision and threads. `allow_fallbacks`: whether a layer recorded as 8-bit may run in float; None: only in engines
+    other than the default one, for which the graph is written. `layers`: also checks every quantised layer alone in OpenVINO
+    (`verification.layerwise`). Costs opening twice, a compilation for each golden size and two more, and the call of `evaluate`.
+
+    Raises the errors of `load` (ArtifactError for an altered file); a failed check is in the result.
+    """
+    artifact = open_artifact(path)
+    manifest = artifact.manifest
+    session = open_session(path, replace(options, shapes=()))
+    tolerance = manifest.tolerance(session.engine, session.precision)
+    problems = [] if tolerance else [_no_tolerance(session, manifest)]
+    golden = tuple(
+        replay(session, images, scores, tolerance, classes=manifest.signature.task != "restore") for images, scores in artifact.golden()
+    )
+    problems += [_golden_problem(index, result) for index, result in enumerate(golden) if tolerance and not result.passed]
+    problems += _batch_problems(session, artifact, tolerance) if tolerance else []
+    ran = tuple(session.layers())
+    fallbacks, reasons = find_fallbacks(manifest.layers, ran)
+    if fallbacks and not ran:
+        fallbacks, reasons = (), (f"{session.engine} does not say what its layers ran in",)
+    if not (options.engine != DEFAULT_ENGINE if allow_fallbacks is None else allow_fallbacks):
+        problems += [f"{reason}: export for this engine and CPU, or allow fallbacks" for reason in reasons]
+    checks = _checked_layers(artifact, session.threads) if layers else ()
+    problems += [_check_problem(check) for check in checks if not check.passed]
+    problems += [_unchecked_problem(name) for name in find_unchecked(manifest.layers, checks)] if layers else []
+    evaluation = None if evaluate is None else float(evaluate(session))
+    if evaluation is not None and not isfinite(evaluation):
+        problems.append(f"evaluate returned {evaluation}: it must return a finite number, higher is better")
+    return VerifyResult(
+        path=Path(path),
+        engine=session.engine,
+        precision=session.precision,
+        threads=session.threads,
+        digests={"manifest.json": manifest.sha256, **{str(name): digest for name, digest in manifest.files.items()}},
+        golden=golden,
+        layers=ran,
+        fallbacks=fallbacks,
+        evaluation=evaluation,
+        checks=checks,
+        problems=tuple(problems),
+    )
+
+
+def _batch_problems(session: Session, artifact: Artifact, tolerance: GoldenTolerance) -> list[str]:
+    """Compares the scores of two images in a batch, the smallest golden image and its pale negative, with those of each alone."""
+    images_BHWC, _ = min(artifact.golden(), key=lambda pair: pair[0].size)
+    pair = np.concatenate([images_BHWC[:1], 255 - images_BHWC[:1] // 2])
+    alone = np.concatenate([session(image[None]) for image in pair])
+    result = replay(session, pair, alone, tolerance, classes=artifact.manifest.signature.task != "restore")
+    if result.passed:
+        return []
+    return [
+        f"two images in a batch are answered otherwise than alone, by {result.max_error:.3g} standard deviations (allowed: "
+        f"{result.allowed}): what is asked together would depend on each other; export a model that computes each image by itself"
+    ]
+
+
+def _checked_layers(artifact: Artifact, threads: int) -> tuple[LayerCheck, ...]:
+    try:
+        return verify_layers(artifact, [images for images, _ in artifact.golden()], threads=threads)
+    except ModuleNotFoundError as error:
+        raise DependencyError(
+            f"layers=True compares OpenVINO with ONNX Runtime, and there is no {error.name}: pip install {error.name}, or leave it out"
+        ) from error
+
+
+def replay(
+    session: Session,
+    images_BHWC: NDArray[np.uint8],
+    golden: NDArray[np.float32],
+    tolerance: GoldenTolerance | None,
+    *,
+    classes: bool,
+) -> GoldenResult:
+    """Runs one golden pair. A score that is not finite is an infinite error. `classes`: axis 1 of the scores are classes.
+
+    Where only rounding differs, few scores of a map are near the largest error: so the root mean square has a lower limit (`RMS_SHARE`).
+
+    A classifier's label counts as the golden one if its golden score is within the allowed error of the best: between two nearly equal
+    classes rounding decides. Among the many labels of a segmentation a few near ties do not matter.
+    """
+    scores = session(images_BHWC)
+    spread = float(golden.std(dtype=np.float64))
+    difference = np.abs(scores.astype(np.float64) - golden)
+    finite = bool(np.isfinite(difference).all())
+    max_error, rms_error = (
+        float(error) / (spread or 1.0) if finite else float("inf") for error in (difference.max(), np.sqrt(np.square(difference).mean()))
+    )
+    agreement = _agreement(scores, golden, tolerance.max_error * spread if tolerance else 0.0) if classes else None
+    rms_allowed = RMS_SHARE * tolerance.max_error if tolerance and scores.ndim == 4 else None
+    return GoldenResult(
+        shape=images_BHWC.shape,
+        max_error=max_error,
+        rms_error=rms_error,
+        label_agreement=agreement,
+        tolerance=tolerance,
+        rms_allowed=rms_allowed,
+        passed=tolerance is not None
+        and max_error <= tolerance.max_error
+        and (rms_allowed is None or rms_error <= rms_allowed)
+        and (agreement is None or agreement >= tolerance.label_agreement),
+    )
+
+
+def _agreement(scores: NDArray[np.float32], golden: NDArray[np.float32], near: float) -> float:
+    labels = scores.argmax(axis=1)
+    same = labels == golden.argmax(axis=1)
+    if scores.ndim == 2:
+        same |= golden.max(axis=1) - np.take_along_axis(golden, labels[:, None], axis=1)[:, 0] <= near
+    return float(same.mean())
+
+
+def find_fallbacks(records: Sequence[LayerRecord], layers: Sequence[ExecutedLayer]) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """The recorded layers with integer activations that did not run on integer kernels, and a line about each.
+
+    A layer's compute nodes have its name, or its name and a "/" before more. It fell back if one of them is not "i8", or none ran.
+    """
+    names, reasons = [], []
+    for record in _integer_records(records):
+        ran = [layer for layer in layers if layer.compute and is_node_of(layer.name, record)]
+        if ran and all(layer.precision == "i8" for layer in ran):
+            continue
+        names.append(record.name)
+        floats = ", ".join(f"{layer.kind} in {layer.precision}" for layer in ran if layer.precision != "i8")
+        reasons.append(
+            f"layer {record.name}, recorded with {record.activation_bits}-bit activations, ran as {floats or 'no node of its name'}"
+        )
+    return tuple(names), tuple(reasons)
+
+
+def find_unchecked(records: Sequence[LayerRecord], checks: Sequence[LayerCheck]) -> tuple[str, ...]:
+    """The recorded layers with integer activations without a check: the graph has no product of their quantised values."""
+    return tuple(record.name for record in _integer_records(records) if not any(is_node_of(check.name, record) for check in checks))
+
+
+def _integer_records(records: Sequence[LayerRecord]) -> list[LayerRecord]:
+    return [record for record in records if record.activation_bits is not None and record.activation_bits <= 8]
+
+
+def _golden_problem(index: int, result: GoldenResult) -> str:
+    agreement = "" if result.label_agreement is None else f", label agreement {result.label_agreement:.4f}"
+    return (
+        f"golden pair {index} {result.shape}: largest error {result.max_error:.4g} standard deviations, root mean square "
+        f"{result.rms_error:.4g}{agreement} (allowed: {result.allowed})"
+    )
+
+
+def _check_problem(check: LayerCheck) -> str:
+    return (
+        f"layer {check.name}: OpenVINO's result is {check.error:.3g} quantisation steps from what its integers say "
+        f"(allowed: {TOLERANCE:g}): report it with the CPU and OpenVINO's version"
+    )
+
+
+def _unchecked_problem(name: str) -> str:
+    return f"layer {name}, recorded with 8-bit activations, multiplies nothing quantised in the graph, so it is not checked: export again"
+
+
+def _no_tolerance(session: Session, manifest: Manifest) -> str:
+    recorded = ", ".join(f"{engine} in {name}" for engine, tolerances in manifest.golden_tolerance.items() for name in tolerances)
+    return (
+        f"no golden tolerance is recorded for {session.engine} in {session.precision} (there is: {recorded or 'none'}): "
+        "verify in what is recorded, or export again"
+    )

@@ -1,0 +1,113 @@
+"""What a request asks of a model's answer, and the tensors that are made of it.
+
+Outputs, by task (which of them a request names decides what is computed; none named: all):
+    segment    labels UINT8 (B, sH, sW)         scores FP32 (B, K, sH, sW)
+    classify   labels UINT8 (B,)                scores FP32 (B, K)
+    restore    image UINT8 (B, sH, sW, C)       scores FP32 (B, C, sH, sW)
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from muntin.artifact import Signature
+from muntin.serving.protocol.json_codec import JSON_ELEMENTS
+from muntin.serving.protocol.messages import InferOutput, InferRequest, ProtocolError, RequestedOutput, shown
+
+CLASSES = 1 << 16
+"""Best classes of all rows and outputs of an answer together, each a string: how many may be asked for."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Wanted:
+    """What one request wants of the answer to its images."""
+
+    names: tuple[str, ...]
+    """Of the outputs, in their order."""
+    labels: bool
+    """Whether labels are all, so that the engine need not give scores."""
+    nbytes: int
+    """Of the labels or scores that are computed."""
+    listed: int
+    """Best classes that are to be written, at most."""
+    binary: bool
+    """Whether it goes out in binary, and not as text."""
+
+
+def output_names(signature: Signature) -> tuple[str, ...]:
+    """The outputs of a model."""
+    return ("image", "scores") if signature.task == "restore" else ("labels", "scores")
+
+
+def read_wanted(request: InferRequest, signature: Signature, shape: tuple[int, ...]) -> Wanted:
+    """For images of a shape (rows, H, W, C). Raises ProtocolError for an output that there is not, for more than `CLASSES`, for more
+    numbers than JSON carries, and for best classes of a classifier's labels."""
+    names = output_names(signature)
+    wanted = tuple(output.name for output in request.outputs) or names
+    for name in wanted:
+        if name not in names:
+            raise ProtocolError(f"output {shown(name)}: the model gives {' and '.join(names)}")
+    labels = wanted == ("labels",)
+    listed, binary = 0, request.binary_default
+    if request.outputs:
+        binary = all(output.binary and output.classification is None for output in request.outputs)
+        if any(output.classification for output in request.outputs):
+            listed = _listed(request, signature, shape)
+    rows, height, width, _ = shape
+    pixels_each = 1 if signature.task == "classify" else height * width * signature.scale * signature.scale
+    numbers = pixels_each * (rows if labels else rows * signature.outputs)
+    written = request.outputs or [RequestedOutput(name=name, binary=request.binary_default) for name in names]
+    for output in written:
+        count = rows * pixels_each * (1 if output.name == "labels" else signature.outputs)
+        if not output.binary and output.classification is None and count > JSON_ELEMENTS:
+            raise ProtocolError(
+                f"output {shown(output.name)} has {count:,} elements, and JSON carries at most {JSON_ELEMENTS:,}: ask for binary data",
+                status=413,
+            )
+    return Wanted(
+        names=wanted,
+        labels=labels,
+        nbytes=numbers if labels else 4 * numbers,
+        listed=listed,
+        binary=binary,
+    )
+
+
+def _listed(request: InferRequest, signature: Signature, shape: tuple[int, ...]) -> int:
+    if signature.task == "classify" and any(output.classification and output.name == "labels" for output in request.outputs):
+        raise ProtocolError('classification of "labels": a label is the best class of its row, and has none below it; ask it of scores')
+    rows, *row = signature.scores_shape(*shape[:3])
+    count = sum(rows * min(output.classification or 0, math.prod(row)) for output in request.outputs)
+    if count > CLASSES:
+        raise ProtocolError(
+            f"classification of {rows} rows asks for {count:,} classes: this server writes at most {CLASSES:,} in one answer; "
+            "ask for fewer, or for the output itself"
+        )
+    return count
+
+
+def make_outputs(answer: NDArray[Any], wanted: Wanted, signature: Signature) -> tuple[InferOutput, ...]:
+    """The tensors of a response, of the labels or scores that were computed."""
+    if wanted.labels:
+        return (InferOutput(name="labels", data=answer),)
+    classes = tuple(entry.name for entry in signature.classes)
+    found = []
+    for name in wanted.names:
+        if name == "scores":
+            found.append(InferOutput(name=name, data=answer, labels=classes if signature.task == "classify" else ()))
+        elif name == "labels":
+            found.append(InferOutput(name=name, data=answer.argmax(axis=1).astype(np.uint8)))
+        else:
+            found.append(InferOutput(name=name, data=pixels(answer)))
+    return tuple(found)
+
+
+def pixels(scores_BCHW: NDArray[np.float32]) -> NDArray[np.uint8]:
+    """Images (B, H, W, C) of the scores of a model that restores."""
+    rounded = np.clip(np.rint(scores_BCHW), 0, 255).astype(np.uint8)
+    return np.ascontiguousarray(rounded.transpose(0, 2, 3, 1))

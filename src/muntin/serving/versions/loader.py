@@ -1,0 +1,85 @@
+"""From a path to a version that is open: tried in a process that ends (`probation`), then opened in one that serves (`engine_process`)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
+from math import inf
+from pathlib import Path
+from typing import Protocol
+
+from muntin.artifact.store import read_manifest
+from muntin.runtime.options import DEFAULT_OPTIONS, SessionOptions
+from muntin.serving.versions.trial import OpeningLimits, TrialResult, probe, replaced
+from muntin.serving.worker.opening import Call, Opened, open_version, starting_calls
+from muntin.serving.worker.remote_session import can_open_remote, open_remote
+
+REST = 3.0
+"""Rest after each step of opening while requests are answered, in multiples of the step's time. Compiling and warming up without a rest
+would delay requests for as long as all of it takes."""
+OFTEN = 4
+"""Batches of a size after which the next version is compiled for it, where other sizes need no compiling."""
+
+
+def endless(channels: int) -> float:
+    """A budget without a bound."""
+    return inf
+
+
+class Loader(Protocol):
+    """Opens versions for a slot: `probe` where it can do no harm, then `open` where it serves.
+
+    `lately`: the calls of the version that serves, and how many batches of each. `stopped`: asked now and then; both raise NotReadyError
+    once it returns True. `tried`: the result of `probe`.
+    """
+
+    def probe(self, path: Path, lately: Mapping[Call, int], stopped: Callable[[], bool]) -> TrialResult: ...
+
+    def open(self, path: Path, lately: Mapping[Call, int], tried: TrialResult, stopped: Callable[[], bool]) -> Opened: ...
+
+
+@dataclass(frozen=True, kw_only=True)
+class ArtifactLoader:
+    """Opens artefacts, each tried in a process of its own first.
+
+    Each is compiled for batches of up to `max_batch` images of the size that it was exported with, and for the
+    calls in `lately`; with `options.dynamic`, where other sizes need no compiling, for those that came `OFTEN`. `budget`: pixels (rows x
+    height x width) for a model of so many channels that calls in `lately` may have together, beside those of the start; the most frequent
+    ones go first.
+    """
+
+    options: SessionOptions = DEFAULT_OPTIONS
+    max_batch: int = 0
+    limits: OpeningLimits = field(default_factory=OpeningLimits)
+    budget: Callable[[int], float] = endless
+
+    def probe(self, path: Path, lately: Mapping[Call, int], stopped: Callable[[], bool]) -> TrialResult:
+        calls = self._calls(path, self._start(path), lately)
+        return probe(path, self.options, calls, limits=self.limits, stopped=stopped)
+
+    def open(self, path: Path, lately: Mapping[Call, int], tried: TrialResult, stopped: Callable[[], bool] = lambda: False) -> Opened:
+        start = self._start(path)
+        rest, calls = REST if lately else 0.0, self._calls(path, start, lately)
+        if can_open_remote():
+            opened = open_remote(path, self.options, calls, rest=rest, seconds=self.limits.seconds, stopped=stopped)
+        else:
+            opened = open_version(path, self.options, calls, rest=rest, stopped=stopped)
+        if opened.digest != tried.digest:
+            opened.session.close()
+            raise replaced(path)
+        return replace(opened, start=start)
+
+    def _start(self, path: Path) -> tuple[Call, ...]:
+        """Calls that every version is compiled for. Only the manifest is read in this process."""
+        return starting_calls(read_manifest(path), self.max_batch) if self.max_batch else ()
+
+    def _calls(self, path: Path, start: tuple[Call, ...], lately: Mapping[Call, int]) -> tuple[Call, ...]:
+        requested = {call: count for call, count in lately.items() if count >= OFTEN or not self.options.dynamic}
+        kept = set(start)
+        if requested.keys() - kept:
+            left = self.budget(read_manifest(path).signature.channels)
+            for call in sorted(requested.keys() - kept, key=lambda call: (-requested[call], call.pixels)):
+                if call.pixels <= left:
+                    left -= call.pixels
+                    kept.add(call)
+        return (*start, *(call for call in requested if call in kept and call not in start))

@@ -1,0 +1,357 @@
+"""A slot: the versions of one model behind one lock, and how a new version takes over while requests go on.
+
+    load:  probe elsewhere -> open here -> same contract? -> canary, shadow -> flip -> the old one stays warm -> it drains, it is closed
+                                                                |                        |
+                                                             refused                 rolled back
+
+The flip changes one reference under the lock. Requests hold leases: those admitted before it are answered by the old version, later ones by
+the new one, and no session is closed while a lease on it is held. While the old version stays warm, a batch that fails on the new one is
+computed by it (`fallback`; `executor` does so), and so is what waits for a version that hangs. `routes` holds the versions, `rollout` the
+rules of a trial. Threads may share a slot.
+"""
+
+from __future__ import annotations
+
+import random
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from math import inf
+from pathlib import Path
+from threading import Event, Lock, Thread
+from types import TracebackType
+from typing import Self
+
+from muntin.errors import DataError, MuntinError, VerificationError
+from muntin.runtime.session import Session
+from muntin.serving.protocol.metadata import IndexEntry
+from muntin.serving.versions.loader import Loader
+from muntin.serving.versions.rollout import Rollout
+from muntin.serving.versions.routes import Routes
+from muntin.serving.versions.version import Begun, RefusedError, Version, first_line
+from muntin.serving.worker.liveness import liveness_of
+from muntin.serving.worker.opening import Call, NotReadyError
+
+_POLL_S = 0.05
+
+
+class Lease:
+    """The right to use a version until it is given back. A context manager; giving it back is idempotent."""
+
+    def __init__(self, version: Version, release: Callable[[Version], None]) -> None:
+        self.version = version
+        self._release: Callable[[Version], None] | None = release
+
+    def release(self) -> None:
+        release, self._release = self._release, None
+        if release is not None:
+            release(self.version)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self.release()
+
+
+class Slot:
+    """The versions of one model: the current one, perhaps a candidate for its place, and perhaps the previous one, still warm.
+
+    `loader`: opens versions. `other_classes`: whether a new version may have other classes than the current one. `clock`: seconds.
+    `random`: a number from 0 up to 1, by which requests are drawn for a candidate. `notify`: called with a line when a version takes over
+    or is sent back, on any thread; it must not raise, nor call the slot.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        loader: Loader,
+        *,
+        rollout: Rollout,
+        other_classes: bool = False,
+        clock: Callable[[], float] = time.monotonic,
+        random: Callable[[], float] = random.random,
+        notify: Callable[[str], None] = lambda line: None,
+    ) -> None:
+        self.name, self.rollout, self.clock = name, rollout, clock
+        self._loader, self._other_classes, self._random, self._notify = loader, other_classes, random, notify
+        self._one_load = Lock()
+        self._closed = Event()
+        self._interrupted_at = -inf
+        self._lock = Lock()  # guards the following, and all that the versions hold
+        self._routes = Routes(name, rollout)
+        self._active_at = -inf  # when the last batch was begun or computed
+
+    # ---- requests ----
+
+    def lease(self, version: str | None = None, *, canary: bool = True) -> Lease:
+        """Lease the version for a new request: the current one, or for a canary's share of requests the candidate.
+
+        `version`: the name of another one. `canary`: False for a request that computes nothing.
+        Raises UnknownVersionError where there is none of this name, NotReadyError where it cannot answer.
+        """
+        with self._locked():
+            self._settle()
+            return self._lend(self._routes.choose(version, canary=canary and self._random() < self.rollout.canary))
+
+    @property
+    def shadowed(self) -> bool:
+        """Whether a candidate computes answered requests again."""
+        return self._routes.candidate is not None and self.rollout.shadow > 0
+
+    def shadow(self, answered: Version | None) -> Lease | None:
+        """Lease the candidate to compute a batch of `answered` again, for its share of batches. None unless that is the current version."""
+        with self._locked():
+            candidate = self._routes.candidate
+            if candidate is None or answered is not self._routes.current or self._random() >= self.rollout.shadow:
+                return None
+            return self._lend(candidate)
+
+    def fallback(self, version: Version) -> Lease | None:
+        """Lease a version that can compute what failed on this one; None where there is none. Repeated calls come to an end."""
+        with self._locked():
+            other = self._routes.fallback(version)
+            return None if other is None else self._lend(other)
+
+    def hangs(self, version: Version) -> bool:
+        """Whether one of its batches is overdue."""
+        with self._locked():
+            self._settle()
+            return version.overdue > 0
+
+    def interrupt(self, since: float) -> bool:
+        """Interrupt overdue calls where their sessions can; whether any was interrupted since the time `since`."""
+        self.settle()
+        return self._interrupted_at >= since
+
+    def begin(self, version: Version, *, rows: int, within: float = inf) -> Begun:
+        """Begin a batch, which keeps its version open until `end` or `observe`. After `within` seconds it is overdue."""
+        now = self.clock()
+        begun = Begun(version, rows, now, now + within)
+        with self._locked():
+            self._active_at = now
+            version.leases += 1
+            version.begun.add(begun)
+        return begun
+
+    def end(self, begun: Begun) -> None:
+        """End a batch. Idempotent."""
+        with self._locked():
+            self._end(begun)
+
+    def observe(
+        self,
+        version: Version,
+        *,
+        rows: int,
+        seconds: float = 0.0,
+        error: BaseException | None = None,
+        call: Call | None = None,
+        begun: Begun | None = None,
+        whole: bool = True,
+        beside: Version | None = None,
+        agreement: float | None = None,
+    ) -> None:
+        """Count a batch of `rows` images that took `seconds`, or failed with `error`, and judge its version if it is on trial.
+
+        `call`: its times are compared with the predecessor's, and the next version is warmed up for it; but not where it was not computed
+        as a `whole`, for want of memory. A DataError is the caller's fault, and no failure. `begun`: the batch to end. `beside`: of a
+        shadow, the version that answered the batch; `agreement`: the share of labels on which both agree.
+        """
+        with self._locked():
+            if begun is not None:
+                self._end(begun)
+                if begun.overdue:  # counted when it became overdue
+                    self._settle()
+                    return
+            self._active_at = self.clock()
+            if call is not None and error is None and whole:
+                version.latencies.add(call, seconds)
+            elif call is not None and error is None:
+                version.latencies.forget(call)
+            self._routes.count(version, rows, None if isinstance(error, DataError) else error)
+            if agreement is not None and beside is self._routes.current:
+                self._routes.compare(version, rows, agreement)
+            self._settle()
+
+    # ---- state ----
+
+    @property
+    def ready(self) -> bool:
+        """Whether a request can be admitted."""
+        current = self._routes.current
+        return current is not None and current.able
+
+    @property
+    def current(self) -> Version | None:
+        """The version that answers, to describe the model. To compute with it, take a lease."""
+        return self._routes.current
+
+    @property
+    def open(self) -> tuple[Version, ...]:
+        """The versions in service: the current one, a candidate, the previous one."""
+        return self._routes.in_service
+
+    def deaths(self) -> dict[str, int]:
+        """Count the deaths of engines by version name, of the versions that `index` lists."""
+        with self._locked():
+            return self._routes.deaths()
+
+    def index(self) -> tuple[IndexEntry, ...]:
+        """List the versions, the newest last: one per name, the last that failed or were unloaded among them."""
+        with self._locked():
+            self._settle()
+            return self._routes.index()
+
+    def settle(self) -> None:
+        """Apply what follows from the passing of time. Requests do so as well; call it now and then while there are none."""
+        with self._locked():
+            self._settle()
+
+    # ---- loading and unloading ----
+
+    def load(self, path: str | Path, name: str, *, unless: str | None = None) -> Version:
+        """Load a version and return when it is the current one. Blocks; a second call waits for the first.
+
+        The version is tried in another process, compared by contract, opened and warmed up for the calls of the current version, and, where
+        the rollout says so, tried beside it. On any failure raises a MuntinError, and the current version stays. After it took over it may
+        still be rolled back. `unless`: a digest; raises NotReadyError where the current or the last version of this name has it.
+        """
+        with self._one_load:
+            version = Version(name=name, path=Path(path))
+            with self._locked():
+                self._require_open()
+                if unless is not None and self._routes.holds(name, unless):
+                    raise NotReadyError(f"{self.name}: version {name} was loaded before")
+                lately = {} if self._routes.current is None else self._routes.current.latencies.calls
+                self._routes.add(version)
+            try:
+                self._open(version, lately)
+                self._await_verdict(version)
+            except Exception as error:
+                with self._locked():
+                    if version.state == "loading":
+                        self._routes.fail(version, str(error) or type(error).__name__)
+                if isinstance(error, MuntinError):
+                    raise
+                raise VerificationError(f"{path}: it cannot be opened here ({type(error).__name__}: {first_line(error)})") from error
+            return version
+
+    def unload(self, name: str | None = None) -> None:
+        """Take every version of a name out of service; None: all of them. Requests with a lease are still answered.
+
+        The previous version, or else the candidate, replaces the current one; without either the slot is not ready. Raises
+        UnknownVersionError where there is none of this name, NotReadyError where it is not in service.
+        """
+        with self._locked():
+            if name is not None:
+                self._routes.named(name)
+            # The versions that would replace the current one go before it.
+            for version in (self._routes.candidate, self._routes.previous, self._routes.current):
+                if version is not None and name in (None, version.name):
+                    self._routes.take_out(version, self.clock())
+
+    @property
+    def closed(self) -> bool:
+        """Whether it loads no more versions."""
+        return self._closed.is_set()
+
+    def end_loads(self) -> None:
+        """End a load or trial in progress and admit no more. The current version stays."""
+        self._closed.set()
+        with self._locked():
+            if self._routes.candidate is not None and self._routes.current is not None:
+                self._routes.take_out(self._routes.candidate, self.clock())
+
+    def end_calls(self) -> None:
+        """Interrupt what is still being computed, where the sessions can, because no client waits for it any more."""
+        with self._lock:
+            sessions = [version.session for version in self._routes.versions if version.begun]
+        for session in sessions:
+            liveness_of(session).interrupt(0.0)
+
+    def close(self) -> None:
+        """End a load in progress and unload all versions. Sessions are closed with their last leases."""
+        self._closed.set()
+        self.unload()
+
+    # ---- inside ----
+
+    @contextmanager
+    def _locked(self) -> Iterator[None]:
+        """Hold the lock. Afterwards report lines, interrupt overdue calls and close unused sessions, which may block."""
+        try:
+            with self._lock:
+                yield
+        finally:
+            if self._routes.lines or self._routes.closing or self._routes.stuck:
+                self._finish(self._routes)
+
+    def _finish(self, routes: Routes) -> None:
+        with self._lock:
+            lines, routes.lines = routes.lines, []
+            closing, routes.closing = routes.closing, []
+            stuck, routes.stuck = routes.stuck, []
+        for session, within in stuck:
+            if liveness_of(session).interrupt(within):
+                self._interrupted_at = self.clock()
+        for line in lines:
+            self._notify(f"{self.name}: {line}")
+        if closing:
+            dispose(closing)
+
+    def _settle(self) -> None:
+        self._routes.settle(self.clock(), self._active_at)
+
+    def _lend(self, version: Version) -> Lease:
+        version.leases += 1
+        return Lease(version, self._take_back)
+
+    def _take_back(self, version: Version) -> None:
+        with self._locked():
+            self._routes.give_back(version)
+
+    def _end(self, begun: Begun) -> None:
+        if begun in begun.version.begun:
+            begun.version.begun.remove(begun)
+            self._routes.give_back(begun.version)
+
+    def _open(self, version: Version, lately: Mapping[Call, int]) -> None:
+        probed = self._loader.probe(version.path, lately, self._closed.is_set)
+        with self._locked():
+            self._routes.require_contract(version, probed.signature, other_classes=self._other_classes)
+        opened = self._loader.open(version.path, lately, probed, self._closed.is_set)
+        with self._locked():
+            if self._closed.is_set():
+                self._routes.closing.append(opened.session)
+            self._require_open()
+            version.opened(opened)
+            self._routes.admit(version, self.clock(), self._active_at)
+
+    def _require_open(self) -> None:
+        if self._closed.is_set():
+            raise NotReadyError(f"{self.name}: it is closed and loads nothing any more")
+
+    def _await_verdict(self, version: Version) -> None:
+        """Wait until a candidate has taken over. Raises RefusedError where it may not, NotReadyError where it was unloaded."""
+        self.settle()
+        while version is self._routes.candidate:
+            time.sleep(_POLL_S)
+            self.settle()
+        if version.state == "failed":
+            raise RefusedError(f"{self.name}: version {version.name} is {version.reason}")
+        if version.state != "ready":
+            raise NotReadyError(f"{self.name}: version {version.name} was unloaded while it was on trial")
+
+
+def dispose(sessions: list[Session]) -> None:
+    """Close unused sessions on a thread of their own. It takes up to 0.2 s, and the last lease may be given back by an event loop."""
+
+    def close() -> None:
+        while sessions:
+            sessions.pop().close()
+
+    try:
+        Thread(target=close, name="muntin-unload").start()
+    except RuntimeError:  # at the end of the process no new thread may start
+        close()

@@ -1,0 +1,181 @@
+"""A version: one artefact, its session, the leases on it and the times of its calls.
+
+    loading -> ready -> draining -> unloaded
+       |         |
+       +---------+--> failed
+
+A request takes a lease on a version when it is admitted and gives it back when it is answered. A draining version admits no new request;
+its session is closed with the last lease.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict, deque
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+from muntin.artifact import Signature
+from muntin.errors import MuntinError
+from muntin.runtime.session import Session
+from muntin.serving.worker.liveness import IN_THIS_PROCESS, Liveness, liveness_of
+from muntin.serving.worker.opening import Call, NotReadyError, Opened
+
+State = Literal["loading", "ready", "draining", "unloaded", "failed"]
+CALLS = 16
+"""Kinds of calls that a version remembers, the most recent ones."""
+TIMES = 64
+"""Times that a version remembers of each kind."""
+
+
+class UnknownVersionError(MuntinError):
+    """No version has the requested name."""
+
+
+class RefusedError(MuntinError):
+    """A version that works may not take over: its contract differs, or it did worse than the current version."""
+
+
+def contract_difference(new: Signature, old: Signature, *, other_classes: bool = False) -> str:
+    """Describe how `new` would mislead a client of `old`; empty where it would not.
+
+    Task, channels, type and scale must be the same. Classes may be added at the end: a client that knows the first ones reads their numbers
+    as before. Fewer, other or reordered classes need `other_classes`.
+    """
+    for name in ("task", "channels", "dtype", "scale"):
+        ours, theirs = getattr(new, name), getattr(old, name)
+        if ours != theirs:
+            return f"{name} {ours} where {theirs} is served"
+    names, served = ([entry.name for entry in signature.classes] for signature in (new, old))
+    if other_classes or names[: len(served)] == served:
+        return ""
+    number = next((number for number, (ours, theirs) in enumerate(zip(names, served, strict=False)) if ours != theirs), len(names))
+    name = f'"{names[number]}"' if number < len(names) else "none"
+    return f'class {number} is {name} where "{served[number]}" is served'
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of an error's message, at most 300 characters."""
+    return str(error).partition("\n")[0][:300]
+
+
+class Latencies:
+    """Seconds of the last `TIMES` batches of each of the last `CALLS` kinds of calls."""
+
+    def __init__(self) -> None:
+        self._seconds: OrderedDict[Call, deque[float]] = OrderedDict()
+
+    def add(self, call: Call, seconds: float) -> None:
+        self._seconds.setdefault(call, deque(maxlen=TIMES)).append(seconds)
+        self._seconds.move_to_end(call)
+        if len(self._seconds) > CALLS:
+            self._seconds.popitem(last=False)
+
+    def forget(self, call: Call) -> None:
+        """Forget a kind of call, so that the next version is not warmed up for it."""
+        self._seconds.pop(call, None)
+
+    def of(self, call: Call) -> tuple[float, ...]:
+        return tuple(self._seconds.get(call, ()))
+
+    @property
+    def calls(self) -> dict[Call, int]:
+        """The number of remembered batches of each kind, the most recent kind last."""
+        return {call: len(seconds) for call, seconds in self._seconds.items()}
+
+
+@dataclass(eq=False, slots=True)
+class Begun:
+    """A batch of `rows` images that a version computes since the time `at`. From the time `due` on it is overdue: it counts as failed."""
+
+    version: Version
+    rows: int
+    at: float
+    due: float
+    overdue: bool = False
+
+
+@dataclass(eq=False, kw_only=True)
+class Version:
+    """One artefact under the name of its version. Only its slot changes it, under its lock.
+
+    `leases`: leases in use. `reason`: why it failed, otherwise empty. `digest` and `signature` are set once it was opened,
+    and remain after it is closed. `warm`: calls that it was compiled for when it was opened, of which `start` came from the options.
+    `begun`: the batches that it computes.
+    """
+
+    name: str
+    path: Path
+    state: State = "loading"
+    reason: str = ""
+    digest: str = ""
+    leases: int = 0
+    warm: frozenset[Call] = frozenset()
+    start: frozenset[Call] = frozenset()
+    latencies: Latencies = field(default_factory=Latencies, repr=False)
+    begun: set[Begun] = field(default_factory=set, repr=False)
+    _deaths: int = 0
+    _reported_deaths: int = 0
+    _signature: Signature | None = field(default=None, repr=False)
+    _session: Session | None = field(default=None, repr=False)
+
+    @property
+    def session(self) -> Session:
+        """The open session; a lease keeps it open. Raises NotReadyError where it is closed."""
+        if self._session is None:
+            raise NotReadyError(f"version {self.name} is {self.state}: take a lease on one that is ready")
+        return self._session
+
+    @property
+    def signature(self) -> Signature:
+        """The signature, also after closing. Raises NotReadyError before the version is open."""
+        if self._signature is None:
+            raise NotReadyError(f"version {self.name} is {self.state}: its signature is known once it is open")
+        return self._signature
+
+    @property
+    def open(self) -> bool:
+        return self._session is not None
+
+    @property
+    def liveness(self) -> Liveness:
+        """Whether the engine lives, and what can be done if not."""
+        return IN_THIS_PROCESS if self._session is None else liveness_of(self._session)
+
+    @property
+    def able(self) -> bool:
+        """Whether it is open and its engine accepts calls."""
+        return self._session is not None and self.liveness.able
+
+    @property
+    def dead(self) -> bool:
+        """Whether its engine died again and again and is not running (`Liveness.dead`)."""
+        return self.liveness.dead
+
+    @property
+    def overdue(self) -> int:
+        """Number of its batches that are overdue."""
+        return sum(begun.overdue for begun in self.begun)
+
+    def opened(self, opened: Opened) -> None:
+        self._session, self._signature, self.digest, self.state = opened.session, opened.signature, opened.digest, "ready"
+        self.warm, self.start = frozenset(opened.calls), frozenset(opened.start)
+
+    @property
+    def deaths(self) -> int:
+        """Number of deaths of its engine."""
+        return self._deaths if self._session is None else self.liveness.deaths
+
+    def new_death(self) -> str:
+        """Describe the last death of its engine if it was not reported yet; otherwise empty."""
+        engine = self.liveness
+        if engine.deaths in (0, self._reported_deaths):
+            return ""
+        self._reported_deaths = engine.deaths
+        return engine.last_death
+
+    def close(self) -> Session | None:
+        """Give up the session and return it, for the caller to close."""
+        self._deaths = self.deaths
+        session, self._session = self._session, None
+        return session

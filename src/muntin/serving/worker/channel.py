@@ -1,0 +1,153 @@
+"""Messages between the server and the process of an engine (`child`), and the server's end of a channel.
+
+    control   a question -> a description of the opened session, or an error; then for each channel its socket and its memory
+    channel   a call, with its images in that memory -> done, with the answer in it, or an error
+
+A message is JSON, preceded by its length. A call is a few numbers and "done" is a byte instead: they are sent for each batch, and JSON
+takes a tenth of a millisecond after an engine has used the processor's caches. Images are copied into the memory, and answers out of it.
+Nothing is unpickled.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import struct
+import time
+from collections.abc import Mapping
+from math import inf
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from muntin.runtime.host.helper_process import recorded_error
+from muntin.serving.worker.opening import Call
+from muntin.serving.worker.shared_memory import mapped, new_file
+
+KEPT_BYTES = 64 << 20
+"""Bytes of memory that a channel keeps between calls. Larger memory is freed after its call."""
+MESSAGE_BYTES = 16 << 20
+"""Maximum length of a message, bytes."""
+CALL = struct.Struct("=Biiiiqqq")
+"""Operation, B, H, W, C, bytes of the memory, offset of the answer in it, and bytes of the answer."""
+SCORES, LABELS, OTHER = range(3)
+"""Operations. `OTHER`: a message follows that names it."""
+DONE, FAILED = b"d", b"f"
+"""First byte of an answer. After `FAILED` a message with the error follows, and after `OTHER` a message with the answer."""
+_LENGTH = struct.Struct("=I")
+_ALIGNMENT = 64
+_LEAST_BYTES = 1 << 16
+
+
+def send(sock: socket.socket, message: Mapping[str, Any], *files: int) -> None:
+    """Send a message, and file descriptors for the other process."""
+    text = json.dumps(message).encode()
+    rest = memoryview(_LENGTH.pack(len(text)) + text)
+    if files:
+        rest = rest[socket.send_fds(sock, [rest], files) :]
+    sock.sendall(rest)
+
+
+def receive(sock: socket.socket) -> tuple[dict[str, Any], list[int]] | None:
+    """Receive a message and the file descriptors sent with it. None if the other end is closed."""
+    try:
+        head, files, _, _ = socket.recv_fds(sock, _LENGTH.size, 2)
+        head += _receive_exactly(sock, _LENGTH.size - len(head))
+        (length,) = _LENGTH.unpack(head)
+        if length > MESSAGE_BYTES:
+            raise ValueError(f"a message of {length} bytes")
+        return json.loads(_receive_exactly(sock, length)), files
+    except (EOFError, ConnectionError):
+        return None
+
+
+def _receive_exactly(sock: socket.socket, length: int) -> bytes:
+    parts = b""
+    while len(parts) < length:
+        part = sock.recv(length - len(parts))
+        if not part:
+            raise EOFError
+        parts += part
+    return parts
+
+
+def call_from_json(values: list[Any]) -> Call:
+    (B, H, W), labels = values
+    return Call((B, H, W), labels)
+
+
+class EngineChannel:
+    """A connection to the process of an engine, for one call at a time, and memory that both processes have mapped.
+
+    `asked_at`: when the process was asked (`time.monotonic`); inf once it has answered. Until then the channel may not be used again.
+    """
+
+    def __init__(self, control: socket.socket) -> None:
+        self.asked_at = inf
+        self._memory: NDArray[np.uint8] | None = None
+        self._file = -1
+        self._socket, theirs = socket.socketpair()
+        with theirs:
+            self._file = new_file()
+            send(control, {}, theirs.fileno(), self._file)
+
+    def ask(self, **question: Any) -> dict[str, Any]:
+        """Send a question and return its answer. Raises EOFError or ConnectionError if the process has ended, and the error raised
+        there."""
+        self.asked_at = time.monotonic()
+        self._socket.sendall(CALL.pack(OTHER, *[0] * 7))
+        send(self._socket, question)
+        self._await_done()
+        return self._message()
+
+    def compute(self, operation: int, images_BHWC: NDArray[np.uint8], answer: NDArray[Any]) -> None:
+        """Have images computed, and copy the result into `answer`. Raises as `ask` does."""
+        start = -(-images_BHWC.nbytes // _ALIGNMENT) * _ALIGNMENT
+        memory = self._memory_of(start + answer.nbytes)
+        memory[: images_BHWC.nbytes] = images_BHWC.reshape(-1)
+        self.asked_at = time.monotonic()
+        try:
+            self._socket.sendall(CALL.pack(operation, *images_BHWC.shape, memory.nbytes, start, answer.nbytes))
+            self._await_done()
+            self.asked_at = inf
+            answer[...] = memory[start : start + answer.nbytes].view(answer.dtype).reshape(answer.shape)
+        finally:
+            if memory.nbytes > KEPT_BYTES:
+                self._memory = None
+                os.ftruncate(self._file, 0)
+
+    def _await_done(self) -> None:
+        state = self._socket.recv(1)
+        if state == FAILED:
+            raise recorded_error(self._message())
+        if state != DONE:
+            raise EOFError
+
+    def _message(self) -> dict[str, Any]:
+        received = receive(self._socket)
+        if received is None:
+            raise EOFError
+        self.asked_at = inf
+        return received[0]
+
+    def _memory_of(self, size: int) -> NDArray[np.uint8]:
+        """Return memory of at least `size` bytes."""
+        if self._memory is None or self._memory.nbytes < size:
+            if size <= KEPT_BYTES:
+                size = max(_LEAST_BYTES, 1 << (size - 1).bit_length())
+            self._memory = None
+            os.ftruncate(self._file, size)
+            self._memory = mapped(self._file, size)
+        return self._memory
+
+    def close(self) -> None:
+        file, self._file = self._file, -1
+        if file >= 0:
+            os.close(file)
+        self._socket.close()
+
+    def __del__(self) -> None:
+        if hasattr(self, "_socket"):
+            self.close()

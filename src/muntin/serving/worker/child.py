@@ -1,0 +1,141 @@
+"""The process that an engine runs in: it opens an artefact, and computes what the server asks for (messages: `engine_lane`).
+
+It ends when the server closes its end of the control socket.
+"""
+
+from __future__ import annotations
+
+import os
+import select
+import signal
+import socket
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import asdict
+from pathlib import Path
+from threading import Thread
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from muntin.runtime.host.helper_process import error_record, helper_socket
+from muntin.runtime.options import SessionOptions
+from muntin.runtime.session import Session
+from muntin.serving.worker.channel import CALL, DONE, FAILED, KEPT_BYTES, LABELS, OTHER, call_from_json, receive, send
+from muntin.serving.worker.opening import open_version
+from muntin.serving.worker.shared_memory import SharedOutputs, mapped
+
+OOM_SCORE_OPENING, OOM_SCORE_SERVING = 600, 300
+"""Of 1,000 (proc(5), oom_score_adj). If memory runs out the kernel is to end this process, and not the server, which starts another one;
+and of two engines the one that is being opened."""
+Compute = Callable[[NDArray[np.uint8]], NDArray[Any]]
+
+
+def main() -> None:
+    """Run the process. Its standard input is the control socket."""
+    with helper_socket() as control:
+        received = receive(control)
+        if received is None:
+            return
+        try:
+            session = _open(control, received[0])
+        except Exception as error:  # noqa: BLE001 - the server raises it
+            with suppress(OSError):
+                send(control, error_record(error))
+            return
+        while (received := receive(control)) is not None:
+            sock, file = received[1]
+            Thread(target=_HostChannel(session, socket.socket(fileno=sock), file).serve, daemon=True).start()
+        os._exit(0)  # at once, whatever the engine does
+
+
+def _open(control: socket.socket, question: dict[str, Any]) -> Session:
+    for number in (signal.SIGINT, signal.SIGTERM):  # sent to all processes of a service: the server ends this one
+        signal.signal(number, signal.SIG_IGN)
+    end_after(question["seconds"])  # an engine that hangs does not see that the server has ended
+    set_oom_score(OOM_SCORE_OPENING)
+    opened = open_version(
+        Path(question["path"]),
+        SessionOptions(**question["options"]),
+        [call_from_json(call) for call in question["lately"]],
+        rest=question["rest"],
+        stopped=lambda: bool(select.select([control], [], [], 0)[0]),  # the server sends nothing meanwhile: it has closed its end
+    )
+    end_after(0)
+    set_oom_score(OOM_SCORE_SERVING)
+    session = opened.session
+    description = {name: getattr(session, name) for name in ("engine", "precision", "threads", "streams", "plan")}
+    description |= {"signature": opened.signature.model_dump(mode="json"), "digest": opened.digest, "calls": opened.calls}
+    session.outputs = SharedOutputs()
+    send(control, description)
+    return session
+
+
+def end_after(seconds: float) -> None:
+    """End this process after so many seconds, whatever it does; 0: do not. Nothing on Windows."""
+    if hasattr(signal, "setitimer"):
+        signal.signal(signal.SIGALRM, signal.SIG_DFL)
+        signal.setitimer(signal.ITIMER_REAL, seconds)
+
+
+def set_oom_score(score: int) -> None:
+    """Set how much sooner than others, of 1,000, the kernel ends this process if memory runs out. Linux only."""
+    with suppress(OSError):
+        Path("/proc/self/oom_score_adj").write_text(str(score), encoding="ascii")
+
+
+class _HostChannel:
+    """This process's end of a channel. It computes one call after the other."""
+
+    def __init__(self, session: Session, sock: socket.socket, file: int) -> None:
+        self._session, self._socket, self._file = session, sock, file
+        assert isinstance(session.outputs, SharedOutputs)
+        self._outputs = session.outputs
+        self._memory: NDArray[np.uint8] | None = None
+
+    def serve(self) -> None:
+        try:
+            while len(head := self._socket.recv(CALL.size, socket.MSG_WAITALL)) == CALL.size:
+                self._answer(*CALL.unpack(head))
+        finally:
+            self._socket.close()
+            os.close(self._file)
+
+    def _answer(self, operation: int, *call: int) -> None:
+        answer: dict[str, Any] | None = None
+        try:
+            if operation == OTHER:
+                answer = self._other()
+            else:
+                self._compute(self._session.infer_labels if operation == LABELS else self._session.infer, *call)
+        except Exception as error:  # noqa: BLE001 - the server raises it
+            self._socket.sendall(FAILED)
+            send(self._socket, error_record(error))
+        else:
+            self._socket.sendall(DONE)
+            if answer is not None:
+                send(self._socket, answer)
+
+    def _compute(self, compute: Compute, B: int, H: int, W: int, C: int, size: int, start: int, length: int) -> None:
+        memory, self._memory = self._memory, None
+        if memory is None or memory.nbytes != size:
+            memory = mapped(self._file, size)
+        if size <= KEPT_BYTES:
+            self._memory = memory
+        place = memory[start : start + length]
+        self._outputs.place(place)
+        self._outputs.settle(compute(memory[: B * H * W * C].reshape(B, H, W, C)), place)
+
+    def _other(self) -> dict[str, Any]:
+        received = receive(self._socket)
+        if received is None:
+            raise EOFError
+        question = received[0]
+        if question["op"] == "ping":
+            return {}
+        if question["op"] == "layers":
+            return {"layers": [asdict(layer) for layer in self._session.layers()]}
+        B, H, W = question["shape"]
+        self._session.warm_up([(B, H, W)], labels=question["labels"], compute=question["compute"])
+        return {}

@@ -1,0 +1,244 @@
+"""Checks of a model before training: sizes, answers, that it can be copied, read from a checkpoint, and trained in BF16.
+
+Axes: B images, C channels, H W map.
+"""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from muntin.artifact import ClassInfo, Signature
+from muntin.artifact.golden import golden_sizes
+from muntin.errors import CheckpointError, MuntinError, RecipeError
+from muntin.models.eager import check_eager, eager_copy
+from muntin.models.foreign import DividedSides
+from muntin.models.hybridnet import HybridNet
+from muntin.runtime.host.memory import no_memory
+from muntin.training.memory_format import channels_last
+from muntin.training.precision import PrecisionName, TrainingPrecision
+from muntin.training.recipe import Recipe
+from muntin.training.weights import build_model, load_weights
+
+DIVISORS = (2, 4, 8, 16, 32, 64, 128)
+"""Values of `model.size_divisor` that are tried for an advice: the strides of usual encoders."""
+SIDES = (32, 64, 96, 128, 160, 192, 224, 240, 256, 288, 299, 320, 384, 448, 512)
+"""Values of `data.crop` that are tried for an advice: the input sizes of usual models."""
+TOLERANCE = 1e-3
+"""Difference between two answers, as a share of the largest score, that memory layouts explain."""
+_READABLE = "its factory has to make the same model each time, with all that it keeps in parameters and buffers"
+
+
+def check_model(model: nn.Module, recipe: Recipe, classes: tuple[ClassInfo, ...]) -> tuple[str, ...]:
+    """Check a foreign model; return notes if it can be trained but not compressed or exported.
+
+    Raises `RecipeError` if it does not take crops or, for maps, pictures of other sizes, if its answer does not fit the task, or if it
+    cannot be copied. Afterwards the model has what it creates at its first call (lazy parameters, buffers); the other checks use a copy.
+    Costs a few forward passes.
+    """
+    if isinstance(model, HybridNet):
+        return ()
+    side, channels, name, signature = recipe.data.crop, recipe.data.channels, recipe.model.name, recipe.signature(classes)
+    shape = (1, channels, side, side)
+    notes = []
+    try:
+        check_eager(model)
+    except MuntinError as error:
+        notes.append(f"'{name}' is trained, and cannot be compressed: {error}")
+    try:
+        eager_copy(model)
+    except MuntinError as error:
+        raise RecipeError(f"'{name}' {error}; weights are averaged in a copy") from error
+    reason = _failure(model.eval(), shape)
+    if reason:
+        advice = _divisor_advice(model, shape) or _side_advice(model, shape)
+        if not advice:
+            raise RecipeError(f"'{name}' fails on pixels of shape {shape} ({reason}), and on other sizes too: fix its forward")
+        raise RecipeError(f"data.crop {side}: '{name}' takes pictures of another size ({reason}): {advice}")
+    copied = copy.deepcopy(model)
+    channels_last(copied)
+    _check_answer(copied, shape, signature, name)
+    with torch.random.fork_rng():
+        batch = min(2, recipe.training.batch_size)
+        try:
+            _check_answer(copied.train(), (batch, *shape[1:]), signature, name)
+        except ValueError as error:
+            if batch > 1:
+                raise
+            raise RecipeError(f"training.batch_size 1 with data.crop {side}: {_line(error)}; raise either of them") from error
+    _check_gradient(copied, (batch, *shape[1:]), name)
+    copied.eval()
+    if recipe.task != "classify":
+        odd = (1, channels, side | 1, (side + side // 2) | 1)
+        if reason := _failure(copied, odd):
+            raise RecipeError(
+                f"'{name}' takes no {odd[2]} x {odd[3]} ({reason}), and validation and artefacts bring every size: "
+                f"{_divisor_advice(copied, odd) or 'let its forward take them'}"
+            )
+        _check_answer(copied, odd, signature, name)
+    failures = [(size, reason) for size in golden_sizes(side, side) if (reason := _failure(copied, (1, channels, *size)))]
+    model.train()
+    if failures:
+        (height, width), reason = failures[0]
+        advice = _divisor_advice(copied, (1, channels, height, width))
+        notes.append(
+            f"'{name}' takes no {height} x {width} ({reason}), and an artefact takes every size: it cannot be exported"
+            + (f"; {advice}" if advice else "")
+        )
+    return tuple(notes)
+
+
+def check_reading(model: nn.Module, recipe: Recipe, classes: tuple[ClassInfo, ...]) -> None:
+    """Raise `RecipeError` if a foreign model, after training and pictures of other sizes, is not restored by its state.
+
+    The model has passed `check_model`. Costs a second model and a few forward passes.
+    """
+    if isinstance(model, HybridNet):
+        return
+    side, channels, name = recipe.data.crop, recipe.data.channels, recipe.model.name
+    crop = torch.rand(1, channels, side, side, generator=torch.Generator().manual_seed(0)) * 255
+    with torch.random.fork_rng(), torch.no_grad():
+        used = copy.deepcopy(model).train()
+        used(crop.repeat(min(2, recipe.training.batch_size), 1, 1, 1))
+        used.eval()
+        if recipe.task != "classify":
+            used(torch.zeros(1, channels, side | 1, (side + side // 2) | 1))
+        state = used.state_dict()
+        extra = next((key for key, value in state.items() if not isinstance(value, Tensor)), None)
+        if extra is not None:
+            raise RecipeError(
+                f"'{name}' has a {type(state[extra]).__name__} in its state ({extra}), and a checkpoint holds tensors: keep it in a "
+                "buffer, or have no get_extra_state"
+            )
+        try:
+            restored = build_model(recipe, classes)
+            load_weights(restored, state, Path(name))
+        except CheckpointError as error:
+            raise RecipeError(
+                f"'{name}' cannot be read from its own checkpoint ({_line(error.__cause__ or error)}): {_READABLE}, of one shape for "
+                "pictures of every size, or persistent=False"
+            ) from error
+        answers = []
+        for each in (used, restored.eval()):
+            torch.manual_seed(0)
+            answers.append(each(crop))
+    if float((answers[0] - answers[1]).abs().max()) > TOLERANCE * float(answers[0].abs().max()):
+        raise RecipeError(f"'{name}' answers differently after it was read from its own checkpoint: {_READABLE}")
+
+
+def check_maps(model: nn.Module, precision: TrainingPrecision, *, crop: int, channels: int, requested: PrecisionName) -> TrainingPrecision:
+    """Return a precision in which a model's gradients are right: FP32 instead of "auto"'s BF16 if a kernel covers all of its map.
+
+    In this case PyTorch 2.13 on CPUs (oneDNN, AVX512-BF16) reads uninitialised memory: the gradient of a 3 x 3 convolution of stride 2
+    over a map of 1 x 1 differs from call to call, or is infinite or NaN. Wrong were 3 x 3 with stride 2 on a side of 1, 5 x 5 on it with
+    any stride, 7 x 7 on sides of up to 3; never 3 x 3 with stride 1. Costs a forward pass of one crop, for BF16 on a CPU
+    only. Raises `RecipeError` if BF16 was requested by name.
+    """
+    if precision.device != "cpu" or precision.dtype is not torch.bfloat16:
+        return precision
+    small: list[str] = []
+
+    def check(layer: nn.Conv2d, inputs: tuple[Tensor, ...], named_inputs: dict[str, Tensor], name: str) -> None:
+        sides = (*inputs, *named_inputs.values())[0].shape[-2:]
+        for side, kernel, dilation, stride in zip(sides, layer.kernel_size, layer.dilation, layer.stride, strict=True):
+            reach = (kernel - 1) * dilation + 1
+            if side <= reach // 2 and (reach > 3 or stride > 1):
+                small.append(f"the {kernel}x{kernel} convolution {name} sees maps of {sides[0]}x{sides[1]}")
+
+    hooks = [
+        layer.register_forward_pre_hook(lambda layer, inputs, by_name, name=name: check(layer, inputs, by_name, name), with_kwargs=True)
+        for name, layer in model.named_modules()
+        if isinstance(layer, nn.Conv2d)
+    ]
+    training = model.training
+    try:
+        with torch.no_grad():
+            model.eval()(torch.zeros(1, channels, crop, crop))
+    finally:
+        model.train(training)
+        for hook in hooks:
+            hook.remove()
+    if not small:
+        return precision
+    reason = f"at data.crop {crop} {small[0]}, where gradients in BF16 are wrong on CPUs"
+    if requested == "bf16":
+        raise RecipeError(f"training.precision bf16: {reason}: write auto or fp32, or take larger crops")
+    return TrainingPrecision(name="fp32", device="cpu", dtype=None, reason=reason)
+
+
+def _check_answer(model: nn.Module, shape: tuple[int, ...], signature: Signature, name: str) -> None:
+    """Raise `RecipeError` if the answer does not fit the task."""
+    mode = "training" if model.training else "evaluation"
+    try:
+        with torch.no_grad():
+            answer = model(torch.zeros(shape).contiguous(memory_format=torch.channels_last))
+    except RuntimeError as error:
+        # training uses channels-last order, in which view may fail
+        advice = "write reshape in place of view" if "view" in str(error) else "fix its forward, or choose another data.crop"
+        raise RecipeError(
+            f"'{name}' fails in {mode} on pixels of shape {shape} in channels-last order ({_line(error)}): {advice}"
+        ) from error
+    expected = signature.scores_shape(shape[0], *shape[2:])
+    if isinstance(answer, Tensor) and answer.is_floating_point() and tuple(answer.shape) == expected:
+        if not answer.isfinite().all():
+            value = float(answer[~answer.isfinite()][0])
+            raise RecipeError(
+                f"'{name}' answers {value} to a black picture in {mode}, and one such crop ends training: where it divides by a value "
+                "of the picture, such as its standard deviation, add a small number (1e-6)"
+            )
+        return
+    received = f"{answer.dtype} of shape {tuple(answer.shape)}" if isinstance(answer, Tensor) else f"a {type(answer).__name__}"
+    raise RecipeError(
+        f"'{name}' answers {received} to pixels of shape {shape} in {mode}; task "
+        f"'{signature.task}' with {len(signature.classes)} classes wants one float tensor of shape {expected}: wrap it"
+    )
+
+
+def _check_gradient(model: nn.Module, shape: tuple[int, ...], name: str) -> None:
+    """Raise `RecipeError` if the answer depends on no trainable parameter."""
+    if not any(parameter.requires_grad for parameter in model.parameters()):
+        raise RecipeError(f"'{name}' has no parameter that can be trained: call requires_grad_() on what is to learn")
+    with torch.random.fork_rng(), torch.enable_grad():
+        answer = model(torch.zeros(shape).contiguous(memory_format=torch.channels_last))
+    if not answer.requires_grad:
+        raise RecipeError(
+            f"the answer of '{name}' depends on none of its trainable parameters: leave out detach() and no_grad in its forward"
+        )
+
+
+def _failure(model: nn.Module, shape: tuple[int, ...]) -> str:
+    """The error of a model on pictures of a shape; empty if there is none."""
+    try:
+        with torch.no_grad():  # parameters created in inference mode could not be trained
+            model(torch.zeros(shape))
+    except Exception as error:
+        if no_memory(error):
+            raise
+        kind = "" if isinstance(error, AssertionError | RuntimeError | ValueError) else f"{type(error).__name__}: "
+        return f"{kind}{_line(error)}"
+    return ""
+
+
+def _divisor_advice(model: nn.Module, shape: tuple[int, ...]) -> str:
+    """The `size_divisor` with which a model takes pictures of a shape and larger ones; empty if none helps."""
+    B, C, H, W = shape
+    for divisor in DIVISORS:
+        padded = DividedSides(model, divisor)
+        if divisor <= min(H, W) and not any(_failure(padded, (B, C, H + k * divisor, W + 2 * k * divisor)) for k in (0, 1)):
+            return f"set model.size_divisor to {divisor}, and pictures are padded for it and its answers cut"
+    return ""
+
+
+def _side_advice(model: nn.Module, shape: tuple[int, ...]) -> str:
+    """A crop size that a model takes, in words; empty if there is none."""
+    for side in SIDES:
+        if side != shape[2] and not _failure(model, (*shape[:2], side, side)):
+            return f"set data.crop to {side}, which it takes, or choose a model that takes any"
+    return ""
+
+
+def _line(error: BaseException) -> str:
+    return " ".join(str(error).split())[:200] or type(error).__name__

@@ -1,0 +1,226 @@
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import yaml
+
+from muntin.data.config import DataConfig, open_source
+from muntin.data.recipe_wizard import remarks, write_recipe
+from muntin.data.source import SPLITS
+from muntin.errors import DataError, RecipeError
+from muntin.images import write_image
+from muntin.training.config import TrainingConfig
+
+
+def fill(folder: Path, values: list[int], count: int = 10, names: tuple[str, str] = ("images", "masks")) -> None:
+    """Write colour images and masks of the given values."""
+    generator = np.random.default_rng(0)
+    for name in names:
+        (folder / name).mkdir(parents=True, exist_ok=True)
+    for number in range(count):
+        mask = np.array(values, dtype=np.uint8)[generator.integers(0, len(values), (70, 79))]
+        write_image(folder / names[0] / f"p{number}.png", generator.integers(0, 255, (70, 79, 3), dtype=np.uint8))
+        write_image(folder / names[1] / f"p{number}.png", mask)
+
+
+def fill_classes(folder: Path, names: tuple[str, ...] = ("cat", "dog"), count: int = 6) -> None:
+    for name in names:
+        (folder / name).mkdir(parents=True, exist_ok=True)
+        for number in range(count):
+            write_image(folder / name / f"{number}.png", np.full((40, 50), number, dtype=np.uint8))
+
+
+def open_recipe(path: Path) -> tuple[dict[str, Any], Any]:
+    """The recipe, and its source after every file was checked."""
+    recipe = yaml.safe_load(path.read_text(encoding="utf-8"))
+    source = open_source(DataConfig.model_validate(recipe["data"]), root=path.parent)
+    assert source.task == recipe["task"]
+    assert all(len(source.split(name)) for name in SPLITS)
+    source.check()
+    return recipe, source
+
+
+def test_recipe_for_images_and_masks(tmp_path: Path) -> None:
+    fill(tmp_path / "My Müll: photos", [0, 1, 4, 255])
+    recipe, source = open_recipe(write_recipe(tmp_path / "My Müll: photos"))
+    assert recipe["name"] == "My-M-ll-photos"
+    assert recipe["task"] == "segment"
+    assert set(recipe) == {"name", "task", "seed", "data", "model", "training", "quantization", "compression"}
+    data = recipe["data"]
+    assert (data["images"], data["masks"], data["ignore"], data["crop"], data["channels"]) == ("images", "masks", 255, 64, 3)
+    assert [entry["value"] for entry in data["classes"]] == [0, 1, 4]
+    assert [entry["name"] for entry in data["classes"]] == ["class-0", "class-1", "class-2"]
+    assert len(source.classes) == 3
+    assert sum(len(source.split(name)) for name in SPLITS) == 10
+
+
+def test_recipe_with_the_default_learning_rate(tmp_path: Path) -> None:
+    fill(tmp_path, [0, 1])
+    text = write_recipe(tmp_path).read_text()
+    assert yaml.safe_load(text)["training"]["learning_rate"] == TrainingConfig().learning_rate
+    assert "has its default, which may differ from the value here" in text
+
+
+@pytest.mark.parametrize("classify", [True, False])
+def test_recipe_with_a_comment_on_every_value(tmp_path: Path, classify: bool) -> None:
+    fill_classes(tmp_path) if classify else fill(tmp_path, [0, 1])
+    for line in write_recipe(tmp_path).read_text().splitlines():
+        key, _, value = line.strip().partition(": ")
+        if value and not key.startswith(("#", "- {")):
+            assert "  # " in line
+
+
+def test_recipe_with_results_beside_the_classes(tmp_path: Path) -> None:
+    fill_classes(tmp_path)
+    path = write_recipe(tmp_path)
+    (tmp_path / "runs" / "pets" / "checkpoints").mkdir(parents=True)  # where `fit` of that recipe puts its results
+    recipe, source = open_recipe(path)
+    assert [entry["name"] for entry in recipe["data"]["classes"]] == [entry.name for entry in source.classes] == ["cat", "dog"]
+    assert source.notes == (f"{tmp_path}: the folders runs are not classes of the recipe and are not used",)
+    path.unlink()
+    assert open_recipe(write_recipe(tmp_path))[0] == recipe
+
+
+def test_recipe_for_colored_masks(tmp_path: Path) -> None:
+    colors = np.array([[0, 0, 0], [200, 0, 0], [0, 99, 0]], dtype=np.uint8)
+    fill(tmp_path, [0, 1])
+    for path in (tmp_path / "masks").iterdir():
+        write_image(path, colors[np.random.default_rng(0).integers(0, 3, (70, 79))])
+    recipe, _ = open_recipe(write_recipe(tmp_path))
+    assert recipe["data"]["ignore"] is None
+    for key in ("value", "color"):
+        assert [entry[key] for entry in recipe["data"]["classes"]] == [[0, 0, 0], [0, 99, 0], [200, 0, 0]]
+
+
+def test_recipe_for_three_split_folders(tmp_path: Path) -> None:
+    for name, count in (("Train", 3), ("val", 2), ("test", 1)):
+        fill(tmp_path / name, [0, 1], count, ("imgs", "labels"))
+    recipe, source = open_recipe(write_recipe(tmp_path))
+    assert recipe["data"]["images"] == "Train/imgs"
+    assert recipe["data"]["validation"] == {"images": "val/imgs", "masks": "val/labels"}
+    assert [len(source.split(name)) for name in SPLITS] == [3, 2, 1]
+    assert "seed" not in recipe["data"]
+
+
+def test_recipe_without_a_test_folder(tmp_path: Path) -> None:
+    for name, count in (("train", 12), ("valid", 2)):
+        fill(tmp_path / name, [0, 1], count)
+    recipe, source = open_recipe(write_recipe(tmp_path))
+    assert recipe["data"]["test"] == 0.15
+    assert len(source.split("validation")) == 2
+    assert len(source.split("train")) + len(source.split("test")) == 12
+
+
+@pytest.mark.parametrize("around", ["", "train"])
+def test_recipe_for_class_folders(tmp_path: Path, around: str) -> None:
+    fill_classes(tmp_path / around, ("cat", "dog: spotted"))
+    recipe, source = open_recipe(write_recipe(tmp_path))
+    assert recipe["task"] == "classify"
+    assert [entry.name for entry in source.classes] == ["cat", "dog: spotted"]
+    assert (recipe["data"]["channels"], recipe["data"]["crop"]) == (1, 32)
+
+
+def test_recipe_for_few_pictures_of_each_class(tmp_path: Path) -> None:
+    fill_classes(tmp_path, ("a", "b", "c"), count=4)
+    _, source = open_recipe(write_recipe(tmp_path))
+    for name in SPLITS:
+        assert {int(sample.target) for sample in source.split(name)} == {0, 1, 2}
+    assert source.notes == ()
+
+
+def test_recipe_for_too_few_pictures(tmp_path: Path) -> None:
+    fill(tmp_path, [0, 1], 2)
+    with pytest.raises(DataError, match="holds 2 pictures, too few to split into 3 parts"):
+        write_recipe(tmp_path)
+    assert not (tmp_path / "recipe.yaml").exists()
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="other systems refuse such file names")
+def test_recipe_with_names_that_are_not_utf8(tmp_path: Path) -> None:
+    fill_classes(tmp_path)
+    (tmp_path / "cat" / "0.png").rename(tmp_path / "cat" / os.fsdecode(b"caf\xe9.png"))
+    path = write_recipe(tmp_path)
+    _, source = open_recipe(path)
+    assert sum(len(source.split(name)) for name in SPLITS) == 12
+    path.unlink()
+    (tmp_path / "dog").rename(tmp_path / os.fsdecode(b"caf\xe9"))
+    message = r"caf\\udce9': a class has the name of its folder, and this name is not valid UTF-8: rename the folder"
+    with pytest.raises(DataError, match=message):
+        write_recipe(tmp_path)
+    assert not path.exists()
+    with pytest.raises(DataError, match=message):
+        open_source(DataConfig(source="folders", images=tmp_path), root=tmp_path)
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="other systems refuse such file names")
+def test_recipe_for_a_folder_that_is_not_utf8(tmp_path: Path) -> None:
+    folder = tmp_path / os.fsdecode(b"caf\xe9")
+    fill_classes(folder)
+    assert yaml.safe_load(write_recipe(folder).read_text())["data"]["images"] == "."
+    with pytest.raises(DataError, match=r"caf\\udce9.* is not valid UTF-8, so a recipe cannot name it"):
+        write_recipe(folder, output=tmp_path / "mine.yaml")
+    assert not (tmp_path / "mine.yaml").exists()
+
+
+def test_recipe_that_exists(tmp_path: Path) -> None:
+    fill(tmp_path, [0, 1])
+    (tmp_path / "recipe.yaml").write_text("mine")
+    with pytest.raises(RecipeError, match="exists already"):
+        write_recipe(tmp_path)
+    assert (tmp_path / "recipe.yaml").read_text() == "mine"
+
+
+def test_recipe_in_another_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    fill(tmp_path / "photos", [0, 1])
+    monkeypatch.chdir(tmp_path)
+    path = write_recipe("photos", output=Path("mine.yaml"))
+    assert path == Path("mine.yaml") and not (tmp_path / "photos" / "recipe.yaml").exists()
+    recipe, source = open_recipe(path)
+    assert recipe["name"] == "photos" and recipe["data"]["masks"] == str(tmp_path / "photos" / "masks")
+    assert sum(len(source.split(name)) for name in SPLITS) == 10
+    with pytest.raises(RecipeError, match=r"mine\.yaml exists already"):
+        write_recipe("photos", output=Path("mine.yaml"))
+    with pytest.raises(RecipeError, match=r"none/mine\.yaml cannot be written: use --output to name a file in a folder"):
+        write_recipe("photos", output=Path("none/mine.yaml"))
+
+
+def test_recipe_for_names_with_decomposed_accents(tmp_path: Path) -> None:
+    fill(tmp_path, [0, 1])
+    for number in range(10):
+        for folder, letter in (("images", "e\u0301"), ("masks", "\u00e9")):
+            (tmp_path / folder / f"p{number}.png").rename(tmp_path / folder / f"{letter}{number}.png")
+    _, source = open_recipe(write_recipe(tmp_path))
+    names = [sample.name for split in SPLITS for sample in source.split(split)]
+    assert sorted(names) == [f"e\u0301{number}" for number in range(10)]  # as the file system stores them
+
+
+def test_recipe_with_an_unused_test_folder(tmp_path: Path) -> None:
+    fill(tmp_path, [0, 1])
+    (tmp_path / "test").mkdir()
+    write_image(tmp_path / "test" / "picture.png", np.zeros((40, 50, 3), np.uint8))
+    recipe, _ = open_recipe(write_recipe(tmp_path))
+    assert recipe["data"]["test"] == 0.15
+    (note,) = remarks(tmp_path / "images", tmp_path / "masks")
+    assert note.startswith("test/ is not used")
+
+
+def test_recipe_with_a_nested_class_folder(tmp_path: Path) -> None:
+    fill_classes(tmp_path)
+    fill_classes(tmp_path / "bird", ("2023",))
+    recipe, _ = open_recipe(write_recipe(tmp_path))
+    assert [entry["name"] for entry in recipe["data"]["classes"]] == ["cat", "dog"]
+    (note,) = remarks(tmp_path, None)
+    assert note.startswith("bird is not a class")
+
+
+@pytest.mark.parametrize("name", ["do\x7fg", "o\u0085x", "\u00a0\U0001f600", "a\u2028b", 'q"uote\\'])
+def test_recipe_with_class_names_that_yaml_escapes(tmp_path: Path, name: str) -> None:
+    fill_classes(tmp_path, ("cat", name))
+    recipe, source = open_recipe(write_recipe(tmp_path))
+    assert name in [entry["name"] for entry in recipe["data"]["classes"]]
+    assert {sample.name.split("/")[0] for sample in source.split("train")} == {"cat", name}

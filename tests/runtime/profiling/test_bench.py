@@ -1,0 +1,137 @@
+"""bench: every combination is a row, the baseline beside it in the same run, and what makes the times doubtful is said."""
+
+from __future__ import annotations
+
+import math
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from muntin.errors import DataError
+from muntin.runtime.host.hardware import physical_cores
+from muntin.runtime.options import SessionOptions
+from muntin.runtime.profiling.bench import bench
+from muntin.runtime.profiling.cold_start import ArtifactCandidate
+from muntin.text import count
+
+
+def test_every_combination_is_a_row(convolutions: Any) -> None:
+    done: list[tuple[int, int]] = []
+    result = bench(
+        convolutions.path, batches=(1, 3), threads=(1, 2), streams=(1, 2), size=(16, 24), rounds=3, report=lambda *at: done.append(at)
+    )
+    settings = [(row.threads, row.streams, row.shape) for row in result.rows]
+    # two streams of one thread are one stream: no row twice
+    assert settings == [(t, s, (b, 16, 24)) for t, s in ((1, 1), (2, 1), (2, 2)) for b in (1, 3)]
+    for row in result.rows:
+        assert (row.name, row.engine, row.precision) == (convolutions.path.name, "openvino", "f32")
+        assert 0 < row.latency.median_ms <= row.latency.p90_ms <= row.latency.p99_ms and row.latency.calls == 3
+        assert row.images_per_s > 0 and row.load_s > 0 and row.ratio is None
+        assert row.peak_mib is None or row.peak_mib >= 0
+    assert done == [(n, 6) for n in range(7)]  # each setting is loaded, then timed
+    assert result.notes[-1] == "2 streams on 1 thread: a stream needs a thread, so they count as 1"
+
+
+def test_baseline_and_ratios(convolutions: Any) -> None:
+    baseline = ArtifactCandidate(path=str(convolutions.path), engine="onnxruntime")
+    result = bench(convolutions.path, baseline=baseline, batches=(1, 2), size=(8, 8), rounds=3)
+    assert [row.name for row in result.rows] == ["baseline convolutions", "convolutions"] * 2
+    assert [row.engine for row in result.rows] == ["onnxruntime", "openvino"] * 2
+    for base, row in zip(result.rows[::2], result.rows[1::2], strict=True):
+        assert base.ratio == 1
+        assert row.ratio == pytest.approx(base.latency.median_ms / row.latency.median_ms)
+        assert math.isfinite(row.ratio)
+
+
+class OneStream(ArtifactCandidate):
+    """As PyTorch is: its calls have all threads."""
+
+    def open(self, options: SessionOptions) -> Any:
+        return super().open(replace(options, streams=1))
+
+
+@pytest.mark.parametrize("streams", [1, 2])
+def test_ratio_of_other_streams(convolutions: Any, streams: int) -> None:
+    baseline = OneStream(path=str(convolutions.path), engine="openvino")
+    result = bench(convolutions.path, baseline=baseline, threads=(2,), streams=(streams,), size=(8, 8), rounds=3)
+    base, row = result.rows
+    assert (base.streams, row.streams, base.ratio) == (1, streams, 1)
+    assert (row.ratio is None) == (streams > 1)
+    assert ("latencies of different streams are not compared: compare images/s" in " ".join(result.notes)) == (streams > 1)
+
+
+def test_default_size_is_the_example(write_layers: Callable[..., Any], convolutions: Any, tmp_path: Path) -> None:
+    written = write_layers(tmp_path / "a", convolutions.layers, example=(1, 12, 20))
+    assert bench(written.path, batches=(2,), rounds=1).rows[0].shape == (2, 12, 20)
+
+
+def test_plain_values(convolutions: Any) -> None:
+    document = asdict(bench(convolutions.path, size=(8, 8), rounds=1))
+    assert document["rows"][0]["latency"]["calls"] == 1
+    assert document["hardware"]["physical_cores"] == physical_cores()
+
+
+def test_memory_of_loading_is_repeatable(convolutions: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MUNTIN_CACHE", str(tmp_path))
+    options: dict[str, Any] = {"threads": (1, 2), "size": (96, 96), "rounds": 1}
+    bench(convolutions.path, **options)  # compiles: from here on all come from the cache
+    rows = bench(convolutions.path, baseline=ArtifactCandidate(path=str(convolutions.path)), **options).rows
+    assert [row.cached for row in rows] == [True] * 4
+    peaks = [row.peak_mib for row in rows if row.peak_mib is not None]
+    if not peaks:
+        pytest.skip("the system does not say how much memory a process has")
+    assert len(peaks) == 4
+    assert min(peaks) > 5
+    assert max(peaks) - min(peaks) < max(peaks) / 4
+
+
+def test_baseline_of_other_channels(convolutions: Any, per_pixel: Any) -> None:
+    with pytest.raises(DataError, match=r"^baseline per_pixel takes images of 4 channels, convolutions of 3: give a baseline"):
+        bench(convolutions.path, baseline=ArtifactCandidate(path=str(per_pixel.path)), size=(8, 8), rounds=1)
+
+
+def test_images_larger_than_memory(convolutions: Any) -> None:
+    with pytest.raises(DataError, match=r"^100 images of 99999 x 99999 .* 2999940000300 bytes .*: choose a smaller size or batch$"):
+        bench(convolutions.path, batches=(1, 100), size=(99999, 99999))
+
+
+def test_too_many_threads_are_named(convolutions: Any) -> None:
+    many = physical_cores() + 3
+    notes = bench(convolutions.path, size=(8, 8), threads=(many,), rounds=1).notes
+    assert any(f"{many} threads on {count(physical_cores(), 'physical core')}:" in note for note in notes)
+
+
+@pytest.mark.skipif(not Path("/proc/stat").exists(), reason="the system does not say what others use")
+def test_others_at_work_are_named(convolutions: Any) -> None:
+    spin = "import time\nprint('up', flush=True)\nend = time.monotonic() + 30\nwhile time.monotonic() < end: pass"
+    with subprocess.Popen([sys.executable, "-c", spin], stdout=subprocess.PIPE, text=True) as other:
+        try:
+            assert other.stdout is not None and other.stdout.readline() == "up\n"
+            result = bench(convolutions.path, size=(64, 64), rounds=200)
+        finally:
+            other.kill()
+    assert result.others is not None and result.others > 0.1
+    assert any("other processes used" in note and "measure alone" in note for note in result.notes)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"batches": (0,)}, "batch=0: give a whole number of images"),
+        ({"batches": ()}, "batches=()"),
+        ({"threads": (0,)}, "threads=0"),
+        ({"streams": (0,)}, "streams=0"),
+        ({"size": (0, 4)}, r"shape \(1, 0, 4\)"),
+        ({"rounds": 0}, "rounds=0"),
+        ({"engine": "abacus"}, "openvino"),
+    ],
+)
+def test_wrong_arguments(convolutions: Any, options: dict[str, Any], message: str) -> None:
+    with pytest.raises(DataError, match=message) as caught:
+        bench(convolutions.path, **options)
+    assert "\n" not in str(caught.value)

@@ -1,0 +1,286 @@
+"""Batches through sessions: each job gets its rows, also when memory is short or an engine dies."""
+
+from __future__ import annotations
+
+import errno
+from collections.abc import Callable
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+
+from muntin.artifact import ClassInfo, Signature
+from muntin.errors import ArtifactError
+from muntin.runtime.options import SessionOptions
+from muntin.runtime.session import ExecutedLayer, Session
+from muntin.serving.batching.batcher import Batch, Job
+from muntin.serving.batching.workers import AgainError
+from muntin.serving.inference.executor import Executor, Group, Work
+from muntin.serving.versions.rollout import Rollout
+from muntin.serving.versions.slot import Slot
+from muntin.serving.versions.version import Version
+from muntin.serving.versions.warmup import Compiler
+from muntin.serving.worker.liveness import Liveness
+from muntin.serving.worker.opening import Call, OutOfMemoryError
+
+CLASSES = tuple(ClassInfo(name=name, color=(0, 0, 0)) for name in ("a", "b", "c", "d"))
+
+
+class Pixels(Session):
+    """Scores of a pixel are its channels, so its label is its brightest one. `most`: rows times pixels that there is memory for."""
+
+    def __init__(self, task: str = "segment", most: int = 10**9) -> None:
+        super().__init__(signature=Signature(task=task, channels=4, classes=CLASSES), engine="none", precision="f32", threads=1)
+        self.most = most
+        self.calls: list[tuple[int, ...]] = []
+        self.error: Exception | None = None
+
+    def _infer(self, images_BHWC: NDArray[np.uint8]) -> NDArray[np.float32]:
+        self.calls.append(images_BHWC.shape)
+        if self.error is not None:
+            raise self.error
+        if images_BHWC.size // 4 > self.most:
+            raise ArtifactError("x: the model failed: Exception from src/inference: std::bad_alloc")  # as engines' errors come
+        scores = images_BHWC.transpose(0, 3, 1, 2).astype(np.float32)
+        return scores.mean((2, 3)) if self.signature.task == "classify" else scores
+
+    def layers(self) -> list[ExecutedLayer]:
+        return []
+
+
+def images_of(rows: int, seed: int, height: int = 6, width: int = 5) -> NDArray[np.uint8]:
+    return np.random.default_rng(seed).integers(0, 256, (rows, height, width, 4)).astype(np.uint8)
+
+
+@pytest.fixture
+def serving(shelf: Any, monkeypatch: pytest.MonkeyPatch) -> Callable[..., tuple[Slot, list[Any]]]:
+    """`serving(session, ...)`: a slot in which each session has taken over from the one before, and its versions."""
+
+    def make(*sessions: Session) -> tuple[Slot, list[Any]]:
+        slot = Slot("m", shelf, rollout=Rollout())
+        versions = []
+        for number, session in enumerate(sessions, 1):
+            shelf.signatures[str(number)] = session.signature
+            version = slot.load(Path(str(number)), str(number))
+            monkeypatch.setattr(version, "_session", session)
+            versions.append(version)
+        return slot, versions
+
+    return make
+
+
+def batch_of(slot: Slot, images: list[NDArray[np.uint8]], *, labels: bool, version: str | None = None) -> Batch:
+    jobs = []
+    for rows in images:
+        lease = slot.lease(version)
+        group = Group(lease.version, rows.shape[1], rows.shape[2], labels)
+        jobs.append(Job(group=group, rows=len(rows), payload=Work(images=rows, lease=lease)))
+        jobs[-1].arrived = 0.0
+    return Batch(tuple(jobs), jobs[0].group, sum(map(len, images)))
+
+
+@pytest.mark.parametrize("labels", [True, False])
+def test_each_job_gets_its_rows(serving: Any, labels: bool) -> None:
+    session = Pixels()
+    slot, _ = serving(session)
+    images = [images_of(rows, seed) for seed, rows in enumerate((1, 3, 2))]
+    batch = batch_of(slot, images, labels=labels)
+    answers = Executor(slot)(batch)
+    assert session.calls == [(6, 6, 5, 4)]
+    for job, rows, answer in zip(batch.jobs, images, answers, strict=True):
+        np.testing.assert_array_equal(answer, rows.argmax(3) if labels else rows.transpose(0, 3, 1, 2))
+        assert (job.payload.batch_rows, job.payload.version, job.payload.recovered) == (6, "1", "")
+
+
+def test_single_request_is_not_copied(serving: Any) -> None:
+    session = Pixels()
+    slot, _ = serving(session)
+    images = images_of(2, 1)
+    seen = []
+    session._infer_labels = lambda given: seen.append(given) or given.argmax(3).astype(np.uint8)  # type: ignore[method-assign, func-returns-value]
+    Executor(slot)(batch_of(slot, [images], labels=True))
+    assert seen[0] is images
+
+
+def test_batch_is_kept_for_a_shadow_once(serving: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    slot, _ = serving(Pixels())
+    batch = batch_of(slot, [images_of(2, 1), images_of(1, 2)], labels=True)
+    Executor(slot)(batch)
+    assert [job.payload.whole for job in batch.jobs] == [None, None]
+    monkeypatch.setattr(Slot, "shadowed", True)
+    Executor(slot)(batch)
+    first, second = (job.payload.whole for job in batch.jobs)
+    images, answer = first
+    assert second is None
+    np.testing.assert_array_equal(answer, images.argmax(3))
+    assert len(images) == 3
+
+
+def test_batches_in_one_call_are_examples(serving: Any) -> None:
+    """The compiler counts them, and a new version is warmed up for them."""
+    slot, _ = serving(Pixels(most=60))
+    noted: list[tuple[str, Call]] = []
+
+    class Noting(Compiler):
+        def note(self, version: Version, call: Call) -> None:
+            noted.append((version.name, call))
+
+    executor = Executor(slot, compiler=Noting(SessionOptions()))
+    executor(batch_of(slot, [images_of(1, 1), images_of(1, 2)], labels=True))
+    executor(batch_of(slot, [images_of(3, 1)], labels=True))  # in rows
+    assert noted == [("1", Call((2, 6, 5), True))]
+    assert list(slot.current.latencies.calls) == [Call((2, 6, 5), True)]
+
+
+def test_failure_is_computed_by_the_previous_version(serving: Any) -> None:
+    good, new = Pixels(), Pixels()
+    slot, _ = serving(good, new)
+    first, second = (batch_of(slot, [images_of(1, seed)], labels=True) for seed in (1, 2))
+    candidate, images, executor = first.group.version, images_of(1, 1), Executor(slot)
+    new.error = RuntimeError("engine died")
+    for batch in (first, second):  # the version is rolled back after the first: the second is not tried there
+        answer, work = executor(batch)[0], batch.jobs[0].payload
+        np.testing.assert_array_equal(answer, work.images.argmax(3))
+        assert (work.version, len(new.calls), candidate.state) == ("1", 1, "failed")
+    executor.shadow(candidate, images, images.argmax(3), labels=True, beside=candidate)
+    assert len(new.calls) == 1  # its engine may have been ended, and would be restarted for that
+    good.error = RuntimeError("this one too")
+    with pytest.raises(RuntimeError, match="this one too"):
+        executor(batch_of(slot, [images_of(1, 1)], labels=True))
+
+
+def test_error_of_this_process_counts_against_no_version(serving: Any) -> None:
+    """It may open no more files."""
+    good, new = Pixels(), Pixels()
+    slot, _ = serving(good, new)
+    new.error = OSError(errno.EMFILE, "Too many open files")
+    batch, candidate, images = batch_of(slot, [images_of(1, 1)], labels=True), slot.current, images_of(1, 1)
+    executor = Executor(slot)
+    executor.shadow(candidate, images, images.argmax(3), labels=True, beside=candidate)
+    np.testing.assert_array_equal(executor(batch)[0], images.argmax(3))
+    assert (len(new.calls), batch.jobs[0].payload.version, slot.current.name) == (2, "1", "2")
+
+
+# ---- where memory is short ----
+
+
+def test_recovery_is_reported_for_each_job(serving: Any) -> None:
+    class Moody(Pixels):
+        def _infer(self, images_BHWC: NDArray[np.uint8]) -> NDArray[np.float32]:
+            if len(images_BHWC) > 1 or (images_BHWC.max() == 255 and images_BHWC.shape[1] > 20):
+                raise MemoryError
+            return super()._infer(images_BHWC)
+
+    slot, _ = serving(Moody())
+    easy, hard = np.full((1, 30, 34, 4), 7, np.uint8), np.full((1, 30, 34, 4), 255, np.uint8)
+    batch = batch_of(slot, [easy, np.concatenate([hard, easy])], labels=False)
+    answers = Executor(slot)(batch)
+    assert [job.payload.recovered for job in batch.jobs] == ["one row at a time", "in tiles of 17 pixels"]
+    assert [float(answer.mean()) for answer in answers] == pytest.approx([7, 131])
+
+
+class Mortal(Liveness, Pixels):
+    """A session whose engine the kernel ends when there is no memory for a call."""
+
+    def __init__(self, **options: Any) -> None:
+        Liveness.__init__(self)
+        Pixels.__init__(self, **options)
+        self.running = True
+
+    def _infer(self, images_BHWC: NDArray[np.uint8]) -> NDArray[np.float32]:
+        try:
+            return super()._infer(images_BHWC)
+        except ArtifactError:
+            self.deaths += 1
+            raise OutOfMemoryError("its engine has ended", process=self.deaths) from None
+
+    def revive(self, seconds: float) -> bool:
+        return self.running
+
+    @property
+    def sizes(self) -> list[tuple[int, int]]:
+        """Rows and height of the calls since the last time."""
+        calls, self.calls = self.calls, []
+        return [shape[:2] for shape in calls]  # type: ignore[misc]
+
+
+def answered(executor: Executor, batch: Batch) -> str:
+    """How a batch of one request was computed, tried again after each AgainError."""
+    for _ in range(5):
+        with suppress(AgainError):
+            (answer,) = executor(batch)
+            break
+    np.testing.assert_allclose(answer, batch.jobs[0].payload.images.argmax(3))
+    recovered: str = batch.jobs[0].payload.recovered
+    return recovered
+
+
+def test_rows_after_a_death(serving: Any) -> None:
+    session = Mortal(most=70)
+    slot, _ = serving(session)
+    executor = Executor(slot)
+    for _ in range(2):  # at the first death another call may have taken the memory
+        assert answered(executor, batch_of(slot, [images_of(4, 1)], labels=True)) == "one row at a time"
+        assert session.sizes == [(4, 6)] + [(1, 6)] * 4
+    assert answered(executor, batch_of(slot, [images_of(4, 3)], labels=True)) == "one row at a time"
+    assert session.sizes == [(1, 6)] * 4
+
+
+def test_tiles_after_a_second_death(serving: Any) -> None:
+    session = Mortal(most=300)
+    slot, _ = serving(session)
+    assert answered(Executor(slot), batch_of(slot, [images_of(2, 1, 30, 34)], labels=True)) == "in tiles of 17 pixels"
+    assert session.sizes[:2] == [(2, 30), (1, 30)]
+    assert session.deaths == 2
+
+
+def test_jobs_of_a_batch_after_a_death(serving: Any) -> None:
+    session = Mortal(most=70)
+    slot, _ = serving(session)
+    executor = Executor(slot)
+    batch = batch_of(slot, [images_of(1, seed) for seed in range(4)], labels=True)
+    with pytest.raises(AgainError):
+        executor(batch)
+    for job in batch.jobs:
+        assert answered(executor, Batch((job,), job.group, 1)) == ""
+    assert session.sizes == [(4, 6)] + [(1, 6)] * 4
+
+
+def test_death_in_tiles_is_an_error(serving: Any) -> None:
+    session = Mortal(most=70)
+    slot, _ = serving(session)
+    with pytest.raises(OutOfMemoryError):
+        answered(Executor(slot), batch_of(slot, [images_of(1, 1, 30, 34)], labels=True))
+    assert session.deaths == 2
+
+
+def test_restart_is_awaited(serving: Any) -> None:
+    session = Mortal(most=70)
+    slot, _ = serving(session)
+    executor = Executor(slot)
+    batch = batch_of(slot, [images_of(4, 1)], labels=True)
+    with pytest.raises(AgainError, match="has ended"):
+        executor(batch)
+    session.running = False
+    with pytest.raises(AgainError, match="is being begun again"):
+        executor(batch)
+    assert session.sizes == [(4, 6)]
+    session.running = True
+    assert answered(executor, batch) == "one row at a time"
+
+
+def test_image_without_tiles_is_always_tried(serving: Any) -> None:
+    """Two deaths that other calls caused must not shut out the one size of a classifier."""
+    session = Mortal(task="classify", most=70)
+    slot, _ = serving(session)
+    executor = Executor(slot)
+    batch = batch_of(slot, [images_of(1, 1, 9, 9)], labels=False)
+    for _ in range(3):
+        with pytest.raises(OutOfMemoryError):
+            executor(batch)
+    session.most = 10**9
+    executor(batch)
+    assert batch.jobs[0].payload.recovered == ""

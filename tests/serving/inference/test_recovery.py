@@ -1,0 +1,131 @@
+"""Images computed in rows and tiles when memory is short, and calls that are remembered as too large."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+
+from muntin.artifact import ClassInfo, Signature
+from muntin.errors import ArtifactError, MuntinError, VerificationError
+from muntin.runtime.host.memory import no_memory
+from muntin.runtime.session import ExecutedLayer, Session
+from muntin.serving.inference.recovery import SHORT_S, Computed, Parts, Recovery, Shortages
+
+CLASSES = tuple(ClassInfo(name=name, color=(0, 0, 0)) for name in ("a", "b", "c", "d"))
+
+
+class Pixels(Session):
+    """Scores of a pixel are its channels, so its label is its brightest one. `most`: rows times pixels that there is memory for."""
+
+    def __init__(self, task: str = "segment", most: int = 10**9) -> None:
+        super().__init__(signature=Signature(task=task, channels=4, classes=CLASSES), engine="none", precision="f32", threads=1)
+        self.most = most
+        self.calls: list[tuple[int, ...]] = []
+        self.error: Exception | None = None
+
+    def _infer(self, images_BHWC: NDArray[np.uint8]) -> NDArray[np.float32]:
+        self.calls.append(images_BHWC.shape)
+        if self.error is not None:
+            raise self.error
+        if images_BHWC.size // 4 > self.most:
+            raise ArtifactError("x: the model failed: Exception from src/inference: std::bad_alloc")  # as engines' errors come
+        scores = images_BHWC.transpose(0, 3, 1, 2).astype(np.float32)
+        return scores.mean((2, 3)) if self.signature.task == "classify" else scores
+
+    def layers(self) -> list[ExecutedLayer]:
+        return []
+
+
+def images_of(rows: int, seed: int, height: int = 6, width: int = 5) -> NDArray[np.uint8]:
+    return np.random.default_rng(seed).integers(0, 256, (rows, height, width, 4)).astype(np.uint8)
+
+
+def compute(recovery: Recovery, session: Pixels, images: NDArray[np.uint8], *, labels: bool = True) -> Computed:
+    computed = recovery.compute(session, images, labels=labels, parts=Parts.WHOLE)
+    expected = images.argmax(3) if labels else images.transpose(0, 3, 1, 2)
+    np.testing.assert_allclose(computed.answers, expected, atol=1e-3)
+    assert len(computed.recovered) == len(images)
+    return computed
+
+
+def test_rows_without_memory_for_a_batch(clock: Any) -> None:
+    session, recovery = Pixels(most=30), Recovery(clock)
+    computed = compute(recovery, session, images_of(3, 1))
+    assert session.calls == [(3, 6, 5, 4)] + [(1, 6, 5, 4)] * 3
+    assert (set(computed.recovered), computed.whole) == ({"one row at a time"}, False)
+    assert (recovery.counts.rows, recovery.counts.tiles) == (1, 0)
+
+
+@pytest.mark.parametrize("labels", [True, False])
+def test_tiles_without_memory_for_an_image(clock: Any, labels: bool) -> None:
+    session, recovery = Pixels(most=400), Recovery(clock)
+    computed = compute(recovery, session, images_of(3, 1, 30, 34), labels=labels)
+    assert set(computed.recovered) == {"in tiles of 17 pixels"}
+    assert (recovery.counts.rows, recovery.counts.tiles) == (1, 3)
+
+
+def test_image_without_tiles(clock: Any) -> None:
+    with pytest.raises(MuntinError, match="no memory for one image of 5x6"):
+        Recovery(clock).compute(Pixels("classify", most=20), images_of(1, 1), labels=False, parts=Parts.WHOLE)
+
+
+def test_large_calls_are_not_tried_for_a_while(clock: Any) -> None:
+    session, recovery = Pixels(most=70), Recovery(clock)
+
+    def calls_for(rows: int, *, labels: bool = True) -> list[int]:
+        session.calls.clear()
+        compute(recovery, session, images_of(rows, 1), labels=labels)
+        return [shape[0] for shape in session.calls]
+
+    assert calls_for(4) == [4, 1, 1, 1, 1]
+    assert calls_for(4) == [1, 1, 1, 1]
+    assert calls_for(5) == [1] * 5
+    assert calls_for(3) == [3, 1, 1, 1]  # fewer rows might have fitted
+    assert calls_for(3) == [1, 1, 1]
+    assert calls_for(2) == [2]
+    assert calls_for(3, labels=False) == [3, 1, 1, 1]  # another answer needs other memory
+    clock.now += SHORT_S
+    session.most = 10**9
+    assert calls_for(4) == [4]
+
+
+def test_second_death_counts(clock: Any) -> None:
+    shortages, session, kind = Shortages(clock), Pixels(), (True, True)
+    for pixels in (100, 10, 50):  # calls of one process: one of them took the memory
+        shortages.died(session, kind, pixels, 7)
+        assert not shortages.too_many(session, kind, 100)
+    shortages.died(session, kind, 60, 8)
+    assert shortages.too_many(session, kind, 100)
+    assert not shortages.too_many(session, kind, 99)
+    assert not shortages.too_many(session, (True, False), 100)
+    shortages.died(session, kind, 20, 9)
+    clock.now += SHORT_S
+    shortages.died(session, kind, 20, 10)  # too long after the one before
+    assert not shortages.too_many(session, kind, 100)
+
+
+def test_engine_that_cannot_start_is_no_shortage(clock: Any) -> None:
+    session, recovery = Pixels(), Recovery(clock)
+    session.error = VerificationError("its engine ended the process that opened it: signal 9, Killed: out of memory")
+    with pytest.raises(VerificationError):
+        compute(recovery, session, images_of(4, 1))
+    session.error = None
+    assert compute(recovery, session, images_of(4, 1)).whole
+
+
+@pytest.mark.parametrize(
+    ("error", "short"),
+    [
+        (MemoryError(), True),
+        (RuntimeError("std::bad_alloc"), True),
+        (RuntimeError("Failed to allocate memory for requested buffer of size 5"), True),
+        (RuntimeError("CUDA out of memory"), True),
+        (RuntimeError("shape mismatch"), False),
+        (ValueError("x"), False),
+    ],
+)
+def test_errors_for_lack_of_memory(error: Exception, short: bool) -> None:
+    assert no_memory(error) is short

@@ -1,0 +1,95 @@
+"""Shadows beside the requests, also where the candidate hangs. The rules of a trial are in `test_rollout`."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from muntin.errors import MuntinError
+from muntin.serving.inference.executor import Executor, Work
+from muntin.serving.inference.shadow import SHADOWS, Shadows
+from muntin.serving.telemetry.metrics import Metrics
+from muntin.serving.versions.rollout import Rollout
+from muntin.serving.versions.slot import Slot
+from muntin.serving.versions.version import Version
+
+IMAGES = np.zeros((1, 8, 8, 3), np.uint8)
+
+
+@contextmanager
+def trial(slot: Slot, name: str, wait_until: Any) -> Iterator[tuple[Version, list[str]]]:
+    """Load a version on another thread. Yields the candidate, and a list for the error of the load."""
+    outcome: list[str] = []
+
+    def load() -> None:
+        try:
+            slot.load(Path(name), name)
+        except MuntinError as error:
+            outcome.append(str(error))
+
+    slot.observe(slot.open[0], seconds=0.001, rows=1)  # without requests there is no trial
+    thread = threading.Thread(target=load)
+    thread.start()
+    wait_until(lambda: any(entry.reason.startswith("candidate") and entry.version == name for entry in slot.index()))
+    with slot.lease(name) as lease:
+        candidate = lease.version
+    yield candidate, outcome
+    thread.join(20)
+
+
+def cast(slot: Slot, shadows: Shadows, current: Version, count: int = 1) -> None:
+    answer = current.session.labels(IMAGES)
+    for _ in range(count):
+        slot.observe(current, seconds=0.001, rows=1)
+        with slot.lease() as lease:
+            work = Work(images=IMAGES, lease=lease, by=current, within=0.5, whole=(IMAGES, answer))
+            shadows.cast(work, labels=True)
+            shadows.cast(work, labels=True)  # a batch is cast once
+
+
+def test_candidate_that_hangs(shelf: Any, wait_until: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is refused, and delays neither the next candidate nor the end."""
+    monkeypatch.setattr("muntin.serving.inference.shadow.JOIN_S", 0.05)
+    slot, metrics, free = Slot("m", shelf, rollout=Rollout(shadow=1.0, for_seconds=0.2, for_requests=3)), Metrics(), threading.Event()
+    shadows, current = Shadows(slot, Executor(slot), metrics), slot.load(Path("1"), "1")
+    with trial(slot, "2", wait_until) as (hanging, outcome):
+        hanging.session._infer = lambda images: free.wait(60)  # type: ignore[method-assign, assignment, return-value]
+        cast(slot, shadows, current, SHADOWS + 1)
+        assert b"muntin_shadow_skipped_total 1.0" in metrics.render()
+    assert "its engine hangs" in outcome[0]
+    with trial(slot, "3", wait_until) as (candidate, _):
+        cast(slot, shadows, current)
+        wait_until(lambda: not shadows.pending)
+        candidate.session._infer = lambda images: free.wait(60)  # type: ignore[method-assign, assignment, return-value]
+        cast(slot, shadows, current)
+        started = time.monotonic()
+        shadows.close()
+        assert time.monotonic() - started < 10
+        slot.close()
+    free.set()
+    wait_until(lambda: not hanging.open)
+
+
+def test_shadow_without_threads(shelf: Any, wait_until: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    slot, metrics = Slot("m", shelf, rollout=Rollout(shadow=1.0, for_requests=3)), Metrics()
+    shadows, current = Shadows(slot, Executor(slot), metrics), slot.load(Path("1"), "1")
+
+    def none(*_: Any) -> None:
+        raise RuntimeError("can't start new thread")
+
+    with trial(slot, "2", wait_until) as (candidate, _):
+        cast(slot, shadows, current)
+        wait_until(lambda: not shadows.pending)
+        monkeypatch.setattr(shadows._threads, "submit", none)
+        cast(slot, shadows, current)
+        wait_until(lambda: candidate.leases == 0)
+        assert b"muntin_shadow_skipped_total 1.0" in metrics.render()
+        shadows.close()
+        slot.close()

@@ -1,0 +1,96 @@
+"""What the server says of itself and its model, in the keys that the protocol's clients read."""
+
+from __future__ import annotations
+
+import pytest
+
+from muntin.serving.protocol.metadata import (
+    CONFIGURATION_TYPES,
+    EXTENSIONS,
+    BatchStatistics,
+    Duration,
+    IndexEntry,
+    ModelDescription,
+    Statistics,
+    TensorSpec,
+    configuration_document,
+    index_document,
+    metadata_document,
+    server_document,
+    statistics_document,
+)
+from muntin.serving.protocol.tensors import DATATYPES
+
+
+def model(max_batch: int = 8) -> ModelDescription:
+    return ModelDescription(
+        name="m",
+        versions=("1", "2"),
+        inputs=(TensorSpec(name="images", datatype="UINT8", shape=(-1, -1, -1, 3)),),
+        outputs=(TensorSpec(name="scores", datatype="FP32", shape=(-1, 10)), TensorSpec(name="names", datatype="BYTES", shape=(-1, 1))),
+        max_batch=max_batch,
+    )
+
+
+def test_the_servers_metadata() -> None:
+    assert server_document("muntin", "1.2") == {"name": "muntin", "version": "1.2", "extensions": list(EXTENSIONS)}
+    assert {"binary_tensor_data", "classification", "statistics", "model_configuration", "schedule_policy"} <= set(EXTENSIONS)
+
+
+def test_the_models_metadata_shows_the_batch() -> None:
+    assert metadata_document(model()) == {
+        "name": "m",
+        "versions": ["1", "2"],
+        "platform": "muntin",
+        "inputs": [{"name": "images", "datatype": "UINT8", "shape": [-1, -1, -1, 3]}],
+        "outputs": [{"name": "scores", "datatype": "FP32", "shape": [-1, 10]}, {"name": "names", "datatype": "BYTES", "shape": [-1, 1]}],
+    }
+
+
+def test_the_configuration_leaves_the_batch_out() -> None:
+    document = configuration_document(model())
+    assert (document["name"], document["backend"], document["max_batch_size"]) == ("m", "muntin", 8)
+    assert [(item["name"], item["data_type"], item["dims"]) for item in document["input"] + document["output"]] == [
+        ("images", "TYPE_UINT8", [-1, -1, 3]),
+        ("scores", "TYPE_FP32", [10]),
+        ("names", "TYPE_STRING", [1]),
+    ]
+
+
+def test_what_perf_analyzer_reads_of_a_configuration() -> None:
+    document = configuration_document(model())
+    assert "dynamic_batching" in document
+    assert document["model_transaction_policy"]["decoupled"] is False
+    assert all(item["is_shape_tensor"] is False for item in document["input"] + document["output"])
+    assert not {"sequence_batching", "ensemble_scheduling"} & set(document)
+
+
+def test_without_a_batch_axis_shapes_are_whole_and_nothing_is_batched() -> None:
+    document = configuration_document(model(0))
+    assert document["input"][0]["dims"] == [-1, -1, -1, 3]
+    assert "dynamic_batching" not in document
+
+
+@pytest.mark.parametrize("datatype", DATATYPES)
+def test_every_datatype_has_a_name_in_configurations(datatype: str) -> None:
+    assert CONFIGURATION_TYPES[datatype].startswith("TYPE_")
+
+
+def test_statistics() -> None:
+    took = Duration(count=3, ns=900)
+    batch = BatchStatistics(batch_size=2, compute_input=took, compute_infer=took, compute_output=took)
+    value = Statistics(name="m", version="1", inference_count=6, execution_count=3, success=took, batches=(batch,))
+    (item,) = statistics_document([value])["model_stats"]
+    assert (item["name"], item["version"], item["inference_count"], item["execution_count"], item["last_inference"]) == ("m", "1", 6, 3, 0)
+    durations = {"success", "fail", "queue", "compute_input", "compute_infer", "compute_output", "cache_hit", "cache_miss"}
+    assert set(item["inference_stats"]) == durations
+    assert item["inference_stats"]["success"] == {"count": 3, "ns": 900}
+    assert item["inference_stats"]["cache_hit"] == {"count": 0, "ns": 0}
+    spent = {"count": 3, "ns": 900}
+    assert item["batch_stats"] == [{"batch_size": 2, "compute_input": spent, "compute_infer": spent, "compute_output": spent}]
+
+
+def test_the_repositorys_index() -> None:
+    assert index_document([IndexEntry(name="m", version="1", state="READY")]) == [
+        {"name": "m", "version": "1", "state": "READY", "reason": ""}
+    ]

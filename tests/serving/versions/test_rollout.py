@@ -1,0 +1,186 @@
+"""The rules of a trial: bounds, counts and times. Engines and roll-back are in `test_routes`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from math import inf
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from pydantic import ValidationError
+
+from muntin.serving.versions.rollout import ENOUGH, FEW, Rollout, Tally, compare_latencies, judge, label_agreement
+from muntin.serving.versions.version import Latencies
+from muntin.serving.worker.opening import Call
+
+SMALL, LARGE = Call((1, 8, 8)), Call((4, 8, 8))
+
+
+def times(small: list[float] | None = None, large: list[float] | None = None) -> Latencies:
+    latencies = Latencies()
+    for call, values in ((SMALL, small or []), (LARGE, large or [])):
+        for seconds in values:
+            latencies.add(call, seconds)
+    return latencies
+
+
+def verdict(rollout: Rollout, *, after: float = 1.0, ours: Latencies | None = None, base: Latencies | None = None, **seen: Any) -> Any:
+    return judge(rollout, Tally(since=10.0, **seen), ours or Latencies(), base or Latencies(), now=10.0 + after)
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        {"canary": 1.1},
+        {"shadow": -0.1},
+        {"for_requests": 0},
+        {"for_seconds": -1},
+        {"max_error_rate": float("nan")},
+        {"min_agreement": "all"},
+        {"max_slowdown": 0.5},
+        {"canary": 0.1, "for_seconds": 0},
+    ],
+)
+def test_bounds_out_of_range(values: dict[str, Any]) -> None:
+    with pytest.raises(ValidationError, match=next(iter(values)) if len(values) == 1 else "for_seconds=0"):
+        Rollout(**values)
+
+
+def test_length_of_a_trial() -> None:
+    rollout = Rollout(for_requests=50, for_seconds=30)
+    assert verdict(rollout, rows=49) is None
+    assert verdict(rollout, rows=50).passed
+    assert verdict(rollout, rows=3, after=30).passed
+    assert verdict(rollout, rows=0, after=30).passed
+
+
+def test_trial_without_requests() -> None:
+    rollout = Rollout(canary=0.1, for_seconds=60)
+
+    def judged(when: float, now: float) -> Any:
+        return judge(rollout, Tally(since=10.0), Latencies(), Latencies(), now=now, active_at=when)
+
+    assert judged(-inf, 10.0).reason == "untried: nobody asked anything in the last 60 s"
+    assert judged(-50.0, 10.0).passed
+    assert judged(-40.0, 19.9) is None
+    assert judged(-40.0, 20.0).passed
+    assert judged(11.0, 69.9) is None
+    assert judged(11.0, 70.0).reason == "0 images in 60 s, 0 failed"
+
+
+def test_failures() -> None:
+    assert not verdict(Rollout(), rows=1, failed=1).passed
+    rollout = Rollout(for_requests=100, max_error_rate=0.05)
+    assert verdict(rollout, rows=5, failed=5) is None  # 95 good ones may follow
+    assert not verdict(rollout, rows=6, failed=6).passed
+    assert verdict(rollout, rows=100, failed=5).passed
+    late = verdict(rollout, rows=5, failed=5, after=60)
+    assert (late.passed, late.reason) == (False, "5 of its 5 images failed (allowed: 5.00%)")
+
+
+def test_overdue_images() -> None:
+    late = verdict(Rollout(max_error_rate=1), rows=90, failed=3, overdue=3)
+    assert (late.passed, late.reason) == (False, "it does not come back with 3 of its images: its engine hangs")
+
+
+def test_agreement() -> None:
+    rollout = Rollout(shadow=1, min_agreement=0.9)
+    assert verdict(rollout, rows=3, compared=3, agreed=0.0) is None
+    refused = verdict(rollout, rows=ENOUGH, compared=ENOUGH, agreed=0.5 * ENOUGH)
+    assert (refused.passed, refused.reason) == (False, "it agrees on 50.0% of the labels (needed: 90.0%)")
+    assert not verdict(rollout, rows=3, compared=3, agreed=2.0, after=60).passed
+    assert verdict(rollout, rows=100, compared=100, agreed=91.0).passed
+
+
+def test_times_of_equal_calls() -> None:
+    base = times(small=[1.0] * 30, large=[4.0] * 30)
+    assert compare_latencies(times(small=[1.1] * 30), base) == pytest.approx(1.1)
+    assert compare_latencies(times(large=[4.0] * 30), base) == pytest.approx(1.0)
+    assert compare_latencies(times(small=[1.0] * (ENOUGH - 1)), base) is None
+    assert compare_latencies(times(small=[2.0] * 10, large=[8.0] * 10), base) == pytest.approx(2.0)
+    assert compare_latencies(times(small=[1.0] * 29 + [500.0]), base) == pytest.approx(1.0)  # one slow call says nothing
+    assert compare_latencies(times(small=[1.0] * 30), times(small=[1.0] * 29 + [0.001])) == pytest.approx(1.0)
+
+
+def test_times_of_different_calls() -> None:
+    """`LARGE` has four images, `SMALL` one."""
+    small, large = times(small=[1.0] * 30), times(large=[2.0] * 30)
+    assert compare_latencies(small, large) == pytest.approx(0.5)
+    assert compare_latencies(large, small) == pytest.approx(0.5)
+    scores = Latencies()
+    for _ in range(30):
+        scores.add(Call((4, 8, 8), labels=True), 0.1)
+    assert compare_latencies(small, scores) is None
+    slow = verdict(Rollout(max_slowdown=3), rows=100, batches=100, ours=times(small=[100.0] * 30), base=large)
+    assert slow.reason == "it takes 50.0 times as long (allowed: 3)"
+
+
+def test_times_of_few_batches() -> None:
+    base = times(small=[1.0] * 30, large=[4.0] * 30)
+    assert compare_latencies(times(small=[9.0] * FEW), base, least=FEW) == pytest.approx(9.0)
+    assert compare_latencies(times(small=[9.0] * (FEW - 1)), base, least=FEW) is None
+    assert compare_latencies(times(small=[1.0] * FEW, large=[400.0]), base, least=FEW) == pytest.approx(1.0)
+    assert compare_latencies(times(small=[9.0] * FEW), times(small=[0.0] * FEW), least=FEW) is None
+
+
+def test_slowness_before_the_end() -> None:
+    base, slow = times(small=[1.0] * 30), times(small=[4.0] * 30)
+    refused = verdict(Rollout(max_slowdown=3), rows=2 * ENOUGH, batches=2 * ENOUGH, ours=slow, base=base)
+    assert (refused.passed, refused.reason) == (False, "it takes 4.0 times as long (allowed: 3)")
+    assert verdict(Rollout(max_slowdown=5), rows=2 * ENOUGH, batches=2 * ENOUGH, ours=slow, base=base) is None
+
+
+def test_trial_of_large_batches() -> None:
+    """100 images in batches of 8 are 13 batches: the trial goes on to `ENOUGH`, or to the end of its time."""
+    rollout, base = Rollout(for_requests=100, max_slowdown=3), times(large=[1.0] * 30)
+
+    def seen(batches: int, seconds: float, after: float = 1.0) -> Any:
+        return verdict(rollout, rows=8 * batches, batches=batches, ours=times(large=[seconds] * batches), base=base, after=after)
+
+    assert seen(13, 50.0) is None
+    assert seen(13, 1.0) is None
+    assert not seen(ENOUGH, 50.0).passed
+    assert seen(ENOUGH, 1.0).passed
+    for batches in (13, FEW):
+        assert seen(batches, 50.0, after=60).reason == "it takes 50.0 times as long (allowed: 3)"
+        assert seen(batches, 1.0, after=60).passed
+    assert seen(FEW - 1, 50.0, after=60).passed
+
+
+def test_times_that_never_come() -> None:
+    ours = times(small=[50.0] * 5)
+    assert verdict(Rollout(for_requests=5), rows=5, batches=5, ours=ours, base=times(small=[1.0] * 30)) is None
+    assert verdict(Rollout(for_requests=5), rows=5, batches=5, ours=ours).passed  # the predecessor got no requests
+    assert verdict(Rollout(for_requests=5, max_slowdown=inf), rows=5, batches=5, ours=ours, base=times(small=[1.0] * 30)).passed
+
+
+@given(
+    rows=st.integers(0, 300),
+    failed=st.integers(0, 300),
+    after=st.floats(0, 200),
+    rate=st.floats(0, 1),
+    requests=st.integers(1, 200),
+)
+def test_verdicts_are_final(rows: int, failed: int, after: float, rate: float, requests: int) -> None:
+    """A refusal before the end would also be one at the end, had everything else gone well; and a trial has an end."""
+    rollout = Rollout(max_error_rate=rate, for_requests=requests)
+    early = verdict(rollout, rows=rows, failed=min(failed, rows), after=after)
+    if early is None:
+        assert rows < requests
+        assert after < rollout.for_seconds
+    elif not early.passed and rows < requests:
+        assert not verdict(rollout, rows=requests, failed=min(failed, rows), after=after).passed or after >= rollout.for_seconds
+
+
+def test_label_agreement(signature_of: Callable[..., Any]) -> None:
+    signature = signature_of(classes=("a", "b"))
+    scores = np.zeros((1, 2, 2, 2), np.float32)
+    scores[:, 1, 0] = 1
+    other = np.concatenate([scores, scores - 1], axis=1)  # two more classes that are never the best
+    other[0, 3, 1, 1] = 9
+    assert label_agreement(scores, other, signature, labels=False) == 0.75
+    assert label_agreement(scores.argmax(axis=1), other.argmax(axis=1), signature, labels=True) == 0.75
+    assert label_agreement(scores, scores, signature_of(task="restore", classes=()), labels=False) is None

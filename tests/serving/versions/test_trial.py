@@ -1,0 +1,169 @@
+"""A trial in another process: its result, and that nothing it does reaches this process."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import resource
+import signal
+import sys
+import threading
+import time
+from collections.abc import Callable
+from itertools import count
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from muntin.errors import ArtifactError, DataError, MuntinError, RecipeError, VerificationError
+from muntin.runtime.options import SessionOptions
+from muntin.serving.versions.trial import OpeningLimits, TrialResult, examine, probe
+from muntin.serving.worker.background_priority import NICENESS, can_restore
+from muntin.serving.worker.opening import NotReadyError
+
+OPTIONS = SessionOptions(threads=1)
+
+# ---- trials that fail, in the other process ----
+
+
+def ends_by_signal(path: Path, options: SessionOptions, lately: Any) -> TrialResult:
+    os.kill(os.getpid(), int(path.name))
+    raise AssertionError
+
+
+def reads_nowhere(path: Path, options: SessionOptions, lately: Any) -> TrialResult:
+    ctypes.string_at(0)
+    raise AssertionError
+
+
+def hangs(path: Path, options: SessionOptions, lately: Any) -> TrialResult:
+    while True:
+        pass
+
+
+def hoards(path: Path, options: SessionOptions, lately: Any) -> TrialResult:
+    kept = []
+    while True:
+        kept.append(np.ones(1 << 20))
+
+
+def finds_no_memory(path: Path, options: SessionOptions, lately: Any) -> TrialResult:
+    raise MemoryError
+
+
+def makes_a_mistake(path: Path, options: SessionOptions, lately: Any) -> TrialResult:
+    raise RuntimeError("first\nlast")
+
+
+def leaves(path: Path, options: SessionOptions, lately: Any) -> TrialResult:
+    os._exit(0)
+
+
+def prints_and_reports(path: Path, options: SessionOptions, lately: Any) -> TrialResult:
+    for descriptor in (1, 2):
+        os.write(descriptor, b"a library's own words\n" * 50_000)  # more than a pipe holds
+    adjusted = Path("/proc/self/oom_score_adj").read_text().strip()
+    alarm = round(signal.getitimer(signal.ITIMER_REAL)[0])
+    own_group = os.getpgid(0) == os.getpid() != os.getsid(0)
+    raise DataError(f"{os.sched_getscheduler(0)} {os.nice(0)} {adjusted} {alarm} {resource.getrlimit(resource.RLIMIT_CORE)[0]} {own_group}")
+
+
+@pytest.fixture
+def importable(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The functions above can be imported by the other process."""
+    monkeypatch.syspath_prepend(Path(__file__).parent)
+    for function in (ends_by_signal, reads_nowhere, hangs, hoards, finds_no_memory, makes_a_mistake, leaves, prints_and_reports):
+        monkeypatch.setattr(function, "__module__", "test_trial")
+
+
+def refused(path: Path, examine: Any, **limits: Any) -> str:
+    with pytest.raises(VerificationError) as caught:
+        probe(path, OPTIONS, [], limits=OpeningLimits(**limits), examine=examine)
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("changes", "kind", "message"),
+    [
+        ({"shift": 30}, VerificationError, "golden pair 0"),
+        ({"activation_bits": 8}, VerificationError, "layer head, recorded with 8-bit activations, ran as"),
+        ({"altered": "model.onnx"}, ArtifactError, r"model\.onnx: its content is not what"),
+        ({"missing": "weights.safetensors"}, ArtifactError, r"weights\.safetensors: missing"),
+    ],
+)
+def test_broken_artefact_is_named(
+    write_version: Callable[..., Path], tmp_path: Path, changes: dict[str, Any], kind: type[MuntinError], message: str
+) -> None:
+    altered, missing = changes.pop("altered", None), changes.pop("missing", None)
+    path = write_version(tmp_path / "1", **changes)
+    if altered:
+        (path / altered).write_bytes(b"?" + (path / altered).read_bytes()[1:])
+    if missing:
+        (path / missing).unlink()
+    with pytest.raises(kind, match=message):
+        examine(path, OPTIONS, ())
+
+
+def test_errors_are_raised_here(tmp_path: Path) -> None:
+    with pytest.raises(ArtifactError, match="nowhere: no such artefact directory"):
+        probe(tmp_path / "nowhere", OPTIONS, [], limits=OpeningLimits())
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="limits are watched on Linux")
+@pytest.mark.parametrize(
+    ("examine", "name", "limits", "message"),
+    [
+        (ends_by_signal, "9", {}, "its engine ended the process that tried it, by signal 9 (Killed)"),
+        (ends_by_signal, "6", {}, "by signal 6 (Aborted)"),
+        (reads_nowhere, "x", {}, "by signal 11 (Segmentation fault)"),
+        (hangs, "x", {"seconds": 2}, "it was not open, verified and warm after 2 s"),
+        (hoards, "x", {"memory_gib": 0.4}, "GiB of memory (allowed: 0.40)"),
+        (finds_no_memory, "x", {}, "there is no memory to open it"),
+        (makes_a_mistake, "x", {}, "the process that tried it failed: last"),
+        (leaves, "x", {}, "the process that tried it ended without an answer"),
+    ],
+)
+def test_process_that_fails_is_one_line(
+    importable: None, tmp_path: Path, examine: Any, name: str, limits: dict[str, Any], message: str
+) -> None:
+    line = refused(tmp_path / name, examine, **limits)
+    assert line.startswith(f"{tmp_path / name}: ")
+    assert message in line
+
+
+def test_process_that_the_kernel_ended(importable: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    ended = count(3)
+    monkeypatch.setattr("muntin.serving.versions.trial.kills_for_memory", lambda: next(ended))
+    assert "the system ended the process that tried it, for want of memory" in refused(tmp_path / "9", ends_by_signal)
+    assert "by signal 6" in refused(tmp_path / "6", ends_by_signal)
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="read in Linux's form")
+def test_priority_and_limits_of_the_process(importable: None, tmp_path: Path) -> None:
+    with pytest.raises(DataError) as caught:
+        probe(tmp_path, OPTIONS, [], limits=OpeningLimits(seconds=100), examine=prints_and_reports)
+    policy, nice, adjusted, alarm, core, own_group = str(caught.value).split()
+    low = (os.SCHED_IDLE, 0) if can_restore() else (os.SCHED_OTHER, min(NICENESS, 19 - os.nice(0)))
+    assert (int(policy), int(nice) - os.nice(0)) == low
+    assert (adjusted, core, own_group) == ("1000", "0", "True")
+    assert 95 <= int(alarm) <= 105
+
+
+def test_trial_ends_with_the_server(importable: None, tmp_path: Path) -> None:
+    stopped = threading.Event()
+    timer = threading.Timer(0.2, stopped.set)
+    timer.start()
+    started = time.monotonic()
+    with pytest.raises(NotReadyError, match="ended with the server"):
+        probe(tmp_path, OPTIONS, [], limits=OpeningLimits(), stopped=stopped.is_set, examine=hangs)
+    timer.join()
+    assert time.monotonic() - started < 10
+
+
+@pytest.mark.parametrize("values", [{"seconds": 0}, {"memory_gib": 0}])
+def test_invalid_limits(values: dict[str, Any]) -> None:
+    with pytest.raises(RecipeError, match=next(iter(values))):
+        OpeningLimits(**values)

@@ -1,0 +1,92 @@
+"""Opening artefacts: golden pair, warm-up, options."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from muntin.artifact import open_artifact
+from muntin.errors import ArtifactError, VerificationError
+from muntin.runtime.engines.openvino.session import OpenVinoSession
+from muntin.runtime.options import SessionOptions
+from muntin.serving.worker.opening import Call, NotReadyError, batch_sizes, open_version
+
+SCORES, LABELS = Call((2, 8, 8)), Call((1, 4, 8), labels=True)
+
+
+def compiled(session: Any) -> set[tuple[Any, bool]]:
+    return set(session._compiled)
+
+
+def test_opening_with_rest(write_version: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Everything is compiled, and only the smallest call computed."""
+    large, shapes, pauses = Call((2, 24, 24)), list[Any](), list[float]()
+    infer = OpenVinoSession._infer
+
+    def watched(self: OpenVinoSession, images_BHWC: Any) -> Any:
+        shapes.append(images_BHWC.shape[:3])
+        return infer(self, images_BHWC)
+
+    monkeypatch.setattr(OpenVinoSession, "_infer", watched)
+    monkeypatch.setattr(time, "sleep", pauses.append)
+    opened = open_version(write_version(tmp_path / "1"), SessionOptions(threads=1), [large, SCORES], rest=3.0)
+    assert large.shape not in shapes
+    assert SCORES.shape in shapes
+    assert len(pauses) == 4  # loading, the replay, two calls
+    assert all(seconds > 0 for seconds in pauses)
+    assert ((*large.shape, 3), False) in compiled(opened.session)
+
+
+def test_opening_that_is_stopped(write_version: Callable[..., Path], tmp_path: Path) -> None:
+    stopped = iter([False, False, True])
+    with pytest.raises(NotReadyError, match="was ended with the server"):
+        open_version(write_version(tmp_path / "1"), SessionOptions(threads=1), [SCORES], stopped=lambda: next(stopped))
+    assert next(stopped, None) is None
+
+
+def test_warm_up(write_version: Callable[..., Path], tmp_path: Path) -> None:
+    path = write_version(tmp_path / "1", 2)
+    opened = open_version(path, SessionOptions(threads=1), [SCORES, LABELS, SCORES])
+    assert opened.calls == (SCORES, LABELS)
+    assert opened.digest == open_artifact(path).digest
+    golden = ((1, 6, 8, 3), False)
+    assert compiled(opened.session) == {golden, ((2, 8, 8, 3), False), ((1, 4, 8, 3), True)}
+    assert (opened.session.labels(np.zeros((1, 4, 8, 3), np.uint8)) == 2).all()
+
+
+def test_warm_up_without_calls(write_version: Callable[..., Path], tmp_path: Path) -> None:
+    opened = open_version(write_version(tmp_path / "1"), SessionOptions(threads=1), [])
+    assert opened.calls == (Call((1, 8, 8)), Call((1, 8, 8), labels=True))
+
+
+def test_warm_up_of_dynamic_sizes(write_version: Callable[..., Path], tmp_path: Path) -> None:
+    session = open_version(write_version(tmp_path / "1"), SessionOptions(threads=1, dynamic=True), [SCORES]).session
+    assert compiled(session) == {(None, False), (None, True), ((2, 8, 8, 3), False)}
+
+
+def test_wrong_golden_pair(write_version: Callable[..., Path], tmp_path: Path) -> None:
+    path = write_version(tmp_path / "1", shift=30)
+    with pytest.raises(VerificationError, match=r"1: openvino in \w+ is .* standard deviations off a golden pair \(allowed: 0.05\)"):
+        open_version(path, SessionOptions(), [])
+    (path / "weights.safetensors").unlink()
+    with pytest.raises(ArtifactError, match="missing"):
+        open_version(path, SessionOptions(), [])
+
+
+@pytest.mark.parametrize(
+    ("most", "side", "sizes"),
+    [
+        (16, 64, [*range(1, 17)]),
+        (64, 64, [*range(1, 17), 32, 64]),
+        (8, 512, [1, 2, 3, 4, 8]),
+        (6, 4096, [1, 2, 4]),
+        (1, 1, [1]),
+    ],
+)
+def test_batch_sizes(most: int, side: int, sizes: list[int]) -> None:
+    assert batch_sizes(most, side * side) == sizes

@@ -1,0 +1,430 @@
+"""An engine in a process of its own: it answers as one in this process does, and its death is only an error here."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict
+from math import inf
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+
+from muntin.errors import ArtifactError, VerificationError
+from muntin.runtime.options import SessionOptions
+from muntin.serving.worker import background_priority as scheduling
+from muntin.serving.worker import launch as engine_start
+from muntin.serving.worker import remote_session as engine_process
+from muntin.serving.worker.background_priority import BackgroundPriority, can_restore
+from muntin.serving.worker.channel import KEPT_BYTES
+from muntin.serving.worker.launch import RunningEngine
+from muntin.serving.worker.opening import Call, EngineDiedError, NotReadyError, OutOfMemoryError, TookTooLongError, open_version
+from muntin.serving.worker.remote_session import DEATHS, RemoteSession, can_open_remote, open_remote
+
+pytestmark = pytest.mark.skipif(not can_open_remote(), reason="files cannot be passed to another process here")
+LINUX = sys.platform.startswith("linux")
+OPTIONS = SessionOptions(threads=1, dynamic=True)
+EXAMPLE = Call((1, 8, 8))
+
+
+def stop(process: int) -> None:
+    """Make a process hang. Where a core is busy, a signal takes its time."""
+    os.kill(process, signal.SIGSTOP)
+    while LINUX and Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[0] != "T":
+        time.sleep(0.001)
+
+
+def images_of(seed: int, rows: int, height: int, width: int, channels: int = 3) -> NDArray[np.uint8]:
+    return np.random.default_rng(seed).integers(0, 256, (rows, height, width, channels)).astype(np.uint8)
+
+
+SMALL = images_of(1, 1, 8, 8)
+
+
+def opened(path: Path, *, rest: float = 0.0, seconds: float = 60.0, stopped: Callable[[], bool] = lambda: False) -> RemoteSession:
+    session = open_remote(path, OPTIONS, [EXAMPLE], rest=rest, seconds=seconds, stopped=stopped).session
+    assert isinstance(session, RemoteSession)
+    return session
+
+
+@pytest.fixture(autouse=True)
+def patient(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a busy machine a restart takes its time."""
+    monkeypatch.setattr(engine_process, "_RESTART_S", 60.0)
+
+
+@pytest.fixture(scope="module")
+def path(write_pixels: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model whose scores are the pixels."""
+    return write_pixels(tmp_path_factory.mktemp("remote") / "pixels")
+
+
+@pytest.fixture
+def session(path: Path) -> Iterator[RemoteSession]:
+    session = opened(path)
+    yield session
+    session.close()
+
+
+def running_of(session: RemoteSession) -> RunningEngine:
+    running = session._current.running
+    assert running is not None
+    return running
+
+
+def pid_of(session: RemoteSession) -> int:
+    return running_of(session).process.pid
+
+
+def files_of(pid: int) -> int:
+    return sum(1 for _ in Path(f"/proc/{pid}/fd").iterdir())
+
+
+def shared_bytes(pid: int) -> int:
+    """Resident bytes of memory that is shared."""
+    (line,) = [line for line in Path(f"/proc/{pid}/status").read_text().splitlines() if line.startswith("RssShmem")]
+    return int(line.split()[1]) << 10
+
+
+def alive(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    status = Path(f"/proc/{pid}/stat")
+    return not status.exists() or status.read_text().rpartition(")")[2].split()[0] != "Z"
+
+
+def die(session: RemoteSession, *, calls: int = 1, number: signal.Signals = signal.SIGKILL) -> list[EngineDiedError]:
+    """End the process during some calls, and return what they raise."""
+    running, raised = running_of(session), []
+    stop(running.process.pid)
+
+    def ask() -> None:
+        with pytest.raises(EngineDiedError) as caught:
+            session(SMALL)
+        raised.append(caught.value)
+
+    threads = [threading.Thread(target=ask) for _ in range(calls)]
+    for thread in threads:
+        thread.start()
+    while len([channel for channel in running.busy.copy() if channel.asked_at < inf]) < calls:
+        time.sleep(0.001)
+    os.kill(running.process.pid, number)
+    os.kill(running.process.pid, signal.SIGCONT)
+    for thread in threads:
+        thread.join(20)
+    assert len(raised) == calls
+    return raised
+
+
+# ---- answers ----
+
+
+def test_answers_equal_a_session_in_this_process(session: RemoteSession, path: Path) -> None:
+    local = open_version(path, OPTIONS, [EXAMPLE]).session
+    for name in ("signature", "engine", "precision", "threads", "streams", "plan"):
+        assert getattr(session, name) == getattr(local, name)
+    kept = []
+    for seed in range(16):
+        images = images_of(seed, 1 + seed % 3, 5 + seed % 7, 8)
+        kept.append((session(images), local(images), session.labels(images), local.labels(images)))
+    for scores, expected_scores, labels, expected_labels in kept:  # no later call has overwritten them
+        np.testing.assert_array_equal(scores, expected_scores)
+        np.testing.assert_array_equal(labels, expected_labels)
+    assert session.layers() == local.layers()
+    session.warm_up([(2, 9, 9)], labels=True)
+
+
+@pytest.mark.skipif(not LINUX, reason="memory is read in Linux's form")
+def test_memory_of_large_calls_is_freed(session: RemoteSession) -> None:
+    images = images_of(1, 1, 1, KEPT_BYTES // 6)
+    before = files_of(os.getpid()), files_of(pid_of(session))
+    np.testing.assert_array_equal(session.labels(images)[0], images[0].argmax(2))
+    np.testing.assert_allclose(session(images)[0].transpose(1, 2, 0), images[0], rtol=0.01)
+    assert shared_bytes(pid_of(session)) < KEPT_BYTES // 2
+    for width in range(1, 20):
+        session.labels(images[:, :, :width])
+    assert files_of(os.getpid()) - before[0] <= 2  # a socket, and a mapping holds its file once more
+    assert files_of(pid_of(session)) - before[1] <= 4
+
+
+def test_threads_may_share_a_session(session: RemoteSession) -> None:
+    batches = [images_of(seed, 1 + seed % 3, 8, 8 + seed % 5) for seed in range(60)]
+    with ThreadPoolExecutor(5) as pool:
+        for images, labels in zip(batches, pool.map(session.labels, batches), strict=True):
+            np.testing.assert_array_equal(labels, images.argmax(3))
+
+
+def test_a_failed_call_leaves_the_process_usable(session: RemoteSession) -> None:
+    pid, signature = session.process_ids, session.signature
+    session.signature = signature.model_copy(update={"classes": signature.classes * 2})
+    with pytest.raises(RuntimeError, match="ValueError"):  # the answer does not fit into its memory
+        session(SMALL)
+    session.signature = signature
+    np.testing.assert_array_equal(session.labels(SMALL), SMALL.argmax(3))
+    np.testing.assert_allclose(session(SMALL)[0].transpose(1, 2, 0), SMALL[0], rtol=0.01)
+    assert session.process_ids == pid
+
+
+# ---- deaths and restarts ----
+
+
+@pytest.mark.parametrize("number", [signal.SIGSEGV, signal.SIGKILL])
+def test_death_during_a_call_and_restart(session: RemoteSession, number: signal.Signals) -> None:
+    session.warm_up([(2, 4, 6)], labels=True)
+    start, compiled = session._start, []
+    session._start = lambda calls, **options: compiled.append(list(calls)) or start(calls, **options)  # type: ignore[func-returns-value]
+    (error,) = die(session, number=number)
+    assert re.search(rf"pixels: the process of its engine has ended \(signal {number:d}, ", str(error))
+    assert session.able
+    np.testing.assert_array_equal(session.labels(SMALL), SMALL.argmax(3))
+    assert session.deaths == 1
+    assert compiled == [[EXAMPLE, Call((2, 4, 6), labels=True)]]
+
+
+def test_death_between_calls_fails_no_call(session: RemoteSession) -> None:
+    os.kill(pid_of(session), signal.SIGKILL)
+    running_of(session).process.wait()
+    np.testing.assert_array_equal(session.labels(SMALL), SMALL.argmax(3))
+    assert session.deaths == 1
+
+
+def test_slow_restart_goes_on_without_the_call(
+    session: RemoteSession, monkeypatch: pytest.MonkeyPatch, wait_until: Callable[..., None]
+) -> None:
+    monkeypatch.setattr(engine_process, "_RESTART_S", 0.01)
+    die(session)
+    for _ in range(2):  # one restart for both
+        with pytest.raises(NotReadyError, match="is being begun again"):
+            session(SMALL)
+    wait_until(lambda: session.process_ids)
+    np.testing.assert_array_equal(session.labels(SMALL), SMALL.argmax(3))
+    assert session.deaths == 1
+
+
+def test_pause_after_deaths_in_a_row(session: RemoteSession, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(engine_process, "PAUSE_S", 1.5)
+    start = session._start
+    die(session)
+
+    def fail(*calls: Any, **options: Any) -> Any:
+        raise VerificationError("there is no memory to open it")
+
+    session._start = fail
+    for _ in range(DEATHS - 1):
+        assert session.able
+        with pytest.raises(NotReadyError, match="no memory"):
+            session(SMALL)
+    assert not session.able
+    assert session.dead
+    with pytest.raises(NotReadyError, match=f"died {DEATHS} times in a row: it is begun again in [12] s"):
+        session(SMALL)
+    session._start = start
+    while not session.able:
+        time.sleep(0.01)
+    assert session.dead  # until it runs
+    assert session(SMALL).shape == (1, 3, 8, 8)
+    assert not session.dead
+    die(session)
+    assert session.able  # it answered between the deaths
+
+
+def test_restart_refuses_a_replaced_artefact(write_version: Callable[..., Path], tmp_path: Path) -> None:
+    session = opened(write_version(tmp_path / "1", 1))
+    write_version(tmp_path / "1", 2)
+    assert (session.labels(SMALL) == 1).all()
+    die(session)
+    for _ in range(DEATHS - 1):
+        with pytest.raises(NotReadyError, match="1: it was replaced while it served: load it again"):
+            session.labels(SMALL)
+    with pytest.raises(NotReadyError, match="times in a row"):
+        session.labels(SMALL)
+    session.close()
+
+
+def test_revive_waits_for_a_restart(session: RemoteSession, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert session.revive(0.0)
+    start = session._start
+    monkeypatch.setattr(session, "_start", lambda *args, **options: (time.sleep(0.3), start(*args, **options))[1])
+    die(session)
+    assert not session.revive(0.1)
+    with ThreadPoolExecutor(3) as pool:
+        assert list(pool.map(session.revive, [20.0] * 3)) == [True] * 3
+
+    def fail(*args: Any, **options: Any) -> Any:
+        raise OSError(errno.ENOMEM, "Cannot allocate memory")
+
+    monkeypatch.setattr(session, "_start", fail)
+    die(session)
+    assert not session.revive(20.0)  # at once
+
+
+def test_interrupt_ends_a_call_that_hangs(session: RemoteSession) -> None:
+    raised: list[str] = []
+    stop(pid_of(session))
+
+    def ask() -> None:
+        with pytest.raises(EngineDiedError) as caught:
+            session(SMALL)
+        raised.append(str(caught.value))
+
+    thread = threading.Thread(target=ask)
+    thread.start()
+    thread.join(0.2)
+    assert not session.interrupt(60)
+    assert thread.is_alive()
+    assert session.interrupt(0.1)
+    thread.join(20)
+    assert len(raised) == 1
+    np.testing.assert_array_equal(session.labels(SMALL), SMALL.argmax(3))
+
+
+# ---- the end ----
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_signals_to_a_whole_service_are_ignored(session: RemoteSession, number: signal.Signals) -> None:
+    before = session.process_ids
+    os.kill(pid_of(session), number)
+    time.sleep(0.05)
+    assert session(SMALL).shape == (1, 3, 8, 8)
+    assert session.process_ids == before
+
+
+def test_close_ends_the_process_and_its_files(path: Path) -> None:
+    before = files_of(os.getpid()) if LINUX else 0
+    session = opened(path)
+    pid = pid_of(session)
+    session.labels(SMALL)
+    session.close()
+    with pytest.raises(ProcessLookupError):
+        os.kill(pid, 0)
+    assert not session.able
+    assert not session.interrupt(0)
+    with pytest.raises(NotReadyError, match="it is closed"):
+        session.labels(SMALL)
+    session.close()
+    assert not LINUX or files_of(os.getpid()) == before
+
+
+ORPHAN = """
+import os, sys
+from pathlib import Path
+from muntin.serving.worker.remote_session import open_remote
+from muntin.runtime.options import SessionOptions
+opened = open_remote(Path(sys.argv[1]), SessionOptions(threads=1), [], rest=0.0, seconds=60.0, stopped=lambda: False)
+print(*opened.session.process_ids, flush=True)
+os._exit(0)
+"""
+
+
+def test_process_ends_with_its_server(path: Path, wait_until: Callable[..., None]) -> None:
+    server = subprocess.run([sys.executable, "-c", ORPHAN, str(path)], stdout=subprocess.PIPE, check=True, timeout=60)
+    wait_until(lambda: not alive(int(server.stdout)))
+
+
+def test_process_that_hangs_in_opening_ends_itself() -> None:
+    """The server that would end it may be gone."""
+    code = """
+import json, socket, time
+from muntin.serving.worker import child
+child.open_version = lambda *given, **named: time.sleep(60)
+question = {"path": ".", "options": json.loads(%r), "lately": [], "rest": 0.0, "seconds": 0.2}
+child._open(socket.socketpair()[0], question)
+"""
+    ended = subprocess.run([sys.executable, "-c", code % json.dumps(asdict(OPTIONS))], timeout=50, check=False)
+    assert ended.returncode == -signal.SIGALRM
+
+
+# ---- opening ----
+
+
+def test_errors_of_opening_are_raised_here(write_version: Callable[..., Path], tmp_path: Path) -> None:
+    with pytest.raises(ArtifactError, match="nowhere: no such artefact directory"):
+        opened(tmp_path / "nowhere")
+    with pytest.raises(VerificationError, match="standard deviations off a golden pair"):
+        opened(write_version(tmp_path / "1", shift=30))
+    with pytest.raises(TookTooLongError, match=r"not open and warm after 0\.01 s: it hangs"):
+        opened(write_version(tmp_path / "2"), seconds=0.01)
+    with pytest.raises(NotReadyError, match="was ended with the server"):
+        opened(tmp_path / "2", stopped=lambda: True)
+
+
+def test_death_while_opening(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(engine_start.child, "main", os.abort)
+    with pytest.raises(VerificationError, match=r"ended the process that opened it: signal 6, Aborted"):
+        opened(path)
+
+
+def test_death_right_after_opening(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def crash(session: RemoteSession) -> None:
+        raise die(session)[0]
+
+    monkeypatch.setattr(RemoteSession, "check_channel", crash)
+    with pytest.raises(VerificationError, match="pixels: the process of its engine has ended"):
+        opened(path)
+
+
+@pytest.mark.skipif(not LINUX or not can_restore(), reason="leaving SCHED_IDLE is not allowed here")
+def test_opening_has_a_low_priority_until_it_is_open(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    policies: list[int] = []
+    update = BackgroundPriority.update
+
+    def watched(self: BackgroundPriority) -> None:
+        policies.append(os.sched_getscheduler(self._process))
+        update(self)
+
+    monkeypatch.setattr(scheduling, "IDLE_S", 60.0)
+    monkeypatch.setattr(BackgroundPriority, "update", watched)
+    session = opened(path, rest=3.0)
+    assert set(policies) == {os.SCHED_IDLE}
+    niceness = os.getpriority(os.PRIO_PROCESS, 0)
+    threads = [int(entry.name) for entry in Path(f"/proc/{pid_of(session)}/task").iterdir()]
+    assert {(os.sched_getscheduler(thread), os.getpriority(os.PRIO_PROCESS, thread)) for thread in threads} == {(os.SCHED_OTHER, niceness)}
+    session.close()
+
+
+def test_opening_rests_if_priority_cannot_be_restored(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(engine_start, "can_restore", lambda: False)
+    session = opened(path, rest=0.1)
+    assert not LINUX or os.sched_getscheduler(pid_of(session)) == os.SCHED_OTHER
+    session.close()
+
+
+# ---- the cause of a death ----
+
+
+def test_interrupted_process_did_not_lack_memory(session: RemoteSession, monkeypatch: pytest.MonkeyPatch) -> None:
+    running = running_of(session)
+    running._kills = 0
+    monkeypatch.setattr(engine_start, "kills_for_memory", lambda: 1)
+    running.interrupt()
+    assert running.cause_of_end() == ("signal 9, Killed", False)
+
+
+def test_death_while_the_kernel_ends_processes(session: RemoteSession, monkeypatch: pytest.MonkeyPatch) -> None:
+    """All calls of a process die of the same cause, and count as one death."""
+    monkeypatch.setattr(engine_start, "kills_for_memory", lambda: 10**9)  # more than when it was started
+    pid = pid_of(session)
+    errors = die(session, calls=6)
+    assert {type(error) for error in errors} == {OutOfMemoryError}
+    assert {(str(error).partition("has ended ")[2], error.process) for error in errors if isinstance(error, OutOfMemoryError)} == {
+        ("(signal 9, Killed: out of memory)", pid)
+    }
+    assert session.deaths == 1
+    session.labels(SMALL)
+    (error,) = die(session)
+    assert type(error) is EngineDiedError  # the number of kills has not grown since the restart
