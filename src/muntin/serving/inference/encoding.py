@@ -15,8 +15,8 @@ from muntin.serving.inference.outputs import Wanted
 from muntin.serving.protocol.messages import RefusedRequestError
 
 INLINE_NUMBERS = 1 << 16
-"""Largest number of values of a JSON answer that is encoded on the event loop. On a thread others are answered meanwhile, except while JSON is
-written, which keeps the interpreter's lock."""
+"""Largest number of values of a JSON answer that is encoded on the event loop. On a thread others are answered meanwhile, except while
+JSON is written, which keeps the interpreter's lock."""
 INLINE_BYTES = 1 << 20
 """Largest binary answer that is encoded on the event loop: copying it takes less than handing it to a thread."""
 INLINE_CLASSES = 256
