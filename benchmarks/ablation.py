@@ -1,45 +1,44 @@
-"""What each part of a hybrid is worth: the network without it, or with another choice, trained alike and deployed.
+"""Measure the value of each part of a hybrid: the network without it, or with another choice, trained in the same way and deployed.
 
     python benchmarks/ablation.py [--model hybrid-s] [--seeds 0 1 2] [--steps 700] [--precision bf16] [--variants serial ...]
                                   [--threads N] [--rounds 20] [--output runs/benchmark-ablation] [--json]
 
 Each variant is the preset with one change, trained by the demonstration's recipe (source earth, averaged weights) for the same steps on the
-same crops, seed by seed, and in one precision (the recipe's `auto` measures the machine, and may answer differently from one variant to
-the next). That recipe was tuned with hybrid-s, which favours it. What a preset has: attention in windows of 8 and through 8 to 32 latents,
+same crops, seed by seed, and in one precision (the recipe's `auto` measures the machine, and may choose differently from one variant to
+the next). That recipe was tuned with hybrid-s, which favours it. A preset has attention in windows of 8 and through 8 to 32 latents,
 parallel blocks, gates, a depthwise convolution for position, foldable norms, ReLU, a decoder of stages.
-    local only, global only   the other half of the heads gone over to windows, to latents
+    local only, global only   all heads use windows; all heads use latents
     convolutions              no attention: two 3 x 3 convolutions of about as many multiply-adds in place of a block
     serial                    attention, then the perceptron, instead of both at once
-    no gate, no depthwise     without it
+    no gate, no depthwise     without gates; without the depthwise convolution
     window, latents           another number than the preset's: a window's side, which may be larger than the map; a head's latents
     LayerNorm, GELU           in the blocks, in place of norms that fold away and of ReLU, which fuses
     one-step decoder          all maps to the finest by one bilinear step, summed, smoothed once; the same projections
     UPerNet head              a pyramid with a global context fused at the finest, half as wide: about as many multiply-adds
-The configuration has no option for a network without depthwise convolutions, for another norm, activation or decoder: these are
-factories (`ablation_models.py`) that a recipe can name as its model, and no part of the product.
+The configuration has no option for a network without depthwise convolutions, or for another norm, activation or decoder. These are
+factories (`ablation_models.py`) that a recipe can name as its model; they are not part of the package.
 
     GMAC, M     multiply-adds at 512 x 512, millions of parameters
     mIoU        of the test split, the FP32 model deployed in OpenVINO: mean over seeds ± standard deviation
     points      100 x (variant - base), seed by seed: mean ± standard error
     ms          512 x 512, deployed in floats with norms and gates folded: mean over seeds of medians, all variants of a seed in turns
     slower      variant over base in the precision that is faster here, seed by seed, as for points
-    verdict     on what the preset has in this place: a difference counts where it is more than twice its standard error. By score first;
-                where that tells nothing, by speed. Three seeds make a weak test: by chance alone one difference in five passes it. The
-                score is the test split's: who keeps or drops a part by it has looked there, and a preset so made shows itself on that
-                split at its best
+    verdict     on the preset's choice: a difference counts if it is more than twice its standard error. The score decides; if it shows no
+                difference, speed decides. Three seeds make a weak test: by chance alone one difference in five passes it. The score is
+                that of the test split, so a preset that is changed because of it has an optimistic score there
 
-Then parallel blocks against serial ones of the same multiply-adds (+30 % is claimed for them), and networks whose closed channels are cut
-out against the base: eager PyTorch, torch.compile, deployed in FP32, BF16 and W4A8, each pair in turns; the other's time over this one's
-as the median of five passes and their range.
+Then it compares parallel blocks with serial ones of the same multiply-adds (+30 % is claimed for them), and networks whose closed channels
+are cut out with the base: eager PyTorch, torch.compile, deployed in FP32, BF16 and W4A8, each pair in turns; the other's time over this
+one's as the median of five passes and their range.
 
 The variants `gate budget ...` are trained for the same steps while gates close, until the gated channels that are open have that share of
-their multiply-adds; what closed is cut out before GMAC, M, mIoU and ms are taken. Goal: 1.3 times as fast at no more than half a point
-lost. Their speed is shown in each way of running, too.
+their multiply-adds; closed channels are cut out before GMAC, M, mIoU and ms are measured. Goal: 1.3 times as fast at no more than half a
+point lost. Their speed is shown in each way of running, too.
 
 A variant that cannot be trained or exported is left out with the reason; without the base there is no comparison.
 
-Rows that are there already are not made again, and training goes on where it was interrupted; what cannot be done is tried again each
-time. Scores may be of any machine, times of another one are refused. Time on two cores: three to five minutes a variant and seed (windows
+Existing rows are not measured again, and an interrupted training continues; variants that failed are tried again each time. Scores may be
+of any machine; times of another machine are refused. Time on two cores: three to five minutes a variant and seed (windows
 of 32 several times that), so about five hours for all, two minutes a seed of timing, ten for the blocks. Scores do not suffer from other
 work; for the timings run it alone.
 """

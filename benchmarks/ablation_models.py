@@ -1,7 +1,7 @@
-"""What `ablation.py` replaces in a preset where its configuration has no option: factories that a recipe names as its model.
+"""Factories for `ablation.py` that change a preset where its configuration has no option. A recipe names them as its model.
 
-Each takes the preset as it is made, the same random numbers in every layer that stays, and changes one thing. A recipe passes a factory
-no options, so there is one of each kind for each preset: `without_position_hybrid_s`, `with_gelu_hybrid_xs`, ... (`factory_name`).
+Each creates the preset, keeps the same random numbers in all other layers, and changes one thing. A recipe passes no options to a factory,
+so there is one of each kind for each preset: `without_position_hybrid_s`, `with_gelu_hybrid_xs`, ... (`factory_name`).
 
 Axes: B images, C channels, H W map, S windows, T tokens a window.
 """

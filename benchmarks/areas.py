@@ -1,4 +1,4 @@
-"""What integers cost on images of up to 68 times the area that they were calibrated on.
+"""Measure the cost of integers on images of up to 68 times the area of the calibration images.
 
     python benchmarks/areas.py [--model hybrid-xs] [--crop 160] [--seeds 0 1 2] [--steps 700] [--precision bf16] [--threads N]
                                [--output runs/benchmark-areas] [--json]
@@ -7,15 +7,15 @@ A hybrid trained by the demonstration's recipe (source earth) on crops of --crop
 exported in floats and in integers, which are calibrated on such crops: `INT8` and `W4A8` after training, `stages` through low rank,
 W4A8 and mixed precision. Each artefact, in OpenVINO with its float layers in f32, scores the whole test split in tiles of that crop's
 side, of twice and four times it, and without tiles: strips of 645 x 2700 pixels, 68 times the area of crops of 160. Columns:
-    area      of what is computed at once, over the area of a calibration image
+    area      area that is computed at once, over the area of a calibration image
     mIoU      of the test split: mean over the seeds +- standard deviation
     points    100 x (form - floats) at the same size, seed by seed: mean +- standard error
-    more      those points less the ones at the calibration images' own size: what size alone costs integers
-    labels    that are the same as the floats' at the same size, share of the test split's pixels: mean over the seeds
-Goal: at 64 times the area and more, no more than half a point beyond what integers cost at the calibration images' size; met or missed
-where twice the standard error leaves that side alone, otherwise not told apart.
+    more      points minus the points at the calibration images' own size: the cost of size alone
+    labels    share of the test split's pixels with the same label as in floats at the same size: mean over the seeds
+Goal: at 64 times the area and more, integers cost at most half a point more than at the calibration images' size. It counts as met or
+missed if the mean is more than twice its standard error away from the goal.
 
-A row that is there already is not made again, and training goes on where it was interrupted. Time on two cores: eight minutes a seed for
+Existing rows are not measured again, and an interrupted training continues. Time on two cores: eight minutes a seed for
 hybrid-xs. Scores do not suffer from other work.
 """
 

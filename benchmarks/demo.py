@@ -5,8 +5,8 @@
 Each seed is a process of its own that trains, compresses, exports, verifies and measures (six to twelve minutes on two cores). A seed
 whose report.json is there already is not run again, so an interrupted benchmark goes on; one of another recipe, or of another machine, is
 refused. The baseline of every latency, eager FP32 PyTorch of the same network, is measured in the same run as the deployed model.
-`--reference` also trains the FP32 model alone for as many steps as all stages have together (one more training for each seed): what the
-deployed model's score is to be compared with.
+`--reference` also trains the FP32 model alone for as many steps as all stages have together (one more training for each seed). The
+deployed model's score is compared with it.
 """
 
 from __future__ import annotations

@@ -1,18 +1,19 @@
-"""How a segmenter's last step is written for OpenVINO: as the exporter wrote it, and as muntin opens the same artefact.
+"""Compare two forms of a segmenter's last step in OpenVINO: as the exporter writes it, and as `muntin.load` opens the same artefact.
 
     python benchmarks/endings.py [--presets hybrid-xxs hybrid-xs hybrid-s hybrid-m] [--sides 512 1024] [--threads N] [--rounds 20]
                                  [--output runs/benchmark-endings] [--json]
 
 A hybrid's channels become pixels at its very end (a pixel shuffle). OpenVINO brings the channels into another order first, and then
-shuffles: two passes over the largest tensor there is. `muntin.load` writes scores as one permutation, and of labels looks for the best
-class before there are pixels: a byte is shuffled where it were four for each class. Beside each stands the exported model itself, compiled
-by OpenVINO with the same options, for labels with its best class found at the end in the graph. The artefacts are roofline.py's: presets
-trained for 30 steps, in floats (run in FP32 and where the CPU has it in BF16) and in W4A8. Columns:
+shuffles: two passes over the largest tensor. `muntin.load` writes scores as one permutation. For labels it chooses the best class before
+the shuffle, which then moves one byte instead of four for each class. The baseline is the exported model, compiled by OpenVINO with the
+same options; for labels, the best class is chosen at the end of its graph. The artefacts are roofline.py's: presets trained for 30 steps,
+in floats (run in FP32 and where the CPU has it in BF16) and in W4A8. Columns:
     exported, muntin   milliseconds of a call on one image, in turns: medians
     gain               exported / muntin
     same               whether both give the same numbers, bit for bit, on a picture of noise
 
-Which of two models is opened first is worth a few per cent here, so each is opened twice, in both orders, and its two medians are averaged.
+The order in which two models are opened changes the result by a few per cent, so each is opened twice, in both orders, and the two medians
+are averaged.
 A row that is there already is not measured again; one of another machine is refused. Time on two cores: a minute a preset to train and
 export, then half a minute for its rows. Run it alone.
 """

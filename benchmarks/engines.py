@@ -1,10 +1,10 @@
-"""The demonstration's artefacts through every engine: do they agree, how fast are they, and what does a Session cost?
+"""Compare the engines on the demonstration's artefacts: agreement, speed, and the cost of a Session.
 
     python benchmarks/engines.py [--run runs/demo] [--output runs/benchmark-engines] [--rounds 60] [--json]
 
 From the run of `muntin demo` (made if it is not there, six to twelve minutes), three artefacts: FP32 layers, plain INT8, compressed (low
 rank, W4A8, mixed). For each, in each engine that this machine can open:
-    score, agree    test mIoU, and the share of the test split's labels that are those of the same model in PyTorch
+    score, agree    test mIoU, and the share of the test split's labels that the same model in PyTorch gives, too
     ms              one call at 512 x 512, each engine interleaved with eager FP32 PyTorch: median, 90th and 99th percentile. For the
                     compressed artefact that baseline is the simulation of the same small model, not the float model it came from
     images/s        `Session.map` with one stream, and with as many as there are threads

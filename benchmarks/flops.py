@@ -1,4 +1,4 @@
-"""Multiply-adds of a hybrid block against its dense twin, counted by PyTorch and by formula, and where the claimed 42 % is passed.
+"""Count the multiply-adds of a hybrid block and of its dense twin, by PyTorch and by formula, and find where the claimed 42 % are saved.
 
     python benchmarks/flops.py [--json]
 
@@ -7,7 +7,8 @@ windows of 8 x 8 tokens, 32 latents. `counted` is `torch.utils.flop_counter` ove
 FLOPs), `formula` is what the layers' docstrings say; the two must agree to a thousandth, or the benchmark ends with an error. Then the
 presets hybrid-s and dense-s as whole networks. Nothing is computed (tensors without data), so it takes seconds on any machine.
 
-42 % fewer FLOPs are claimed for such blocks. Which N that takes follows from C and the MLP ratio: it is the last column of the first table.
+42 % fewer FLOPs are claimed for such blocks. The number of tokens from which that holds follows from C and the MLP ratio: it is the last
+column of the first table.
 """
 
 from __future__ import annotations

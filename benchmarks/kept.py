@@ -1,6 +1,7 @@
-"""Rows that benchmarks measure once and keep: written whole or not at all, and taken only for what they were measured with and on.
+"""Rows that benchmarks measure once and keep.
 
-Without PyTorch: a load generator has no use for it.
+A row is written whole or not at all, and used only with the same settings on the same machine. This module does not import
+PyTorch, because the load generator does not need it.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The segmentation loss, its gradient written out, beside the same formula in PyTorch's own operations and gradients.
+"""Compare the segmentation loss, whose gradient is written out, with the same formula in PyTorch's own operations and gradients.
 
     python benchmarks/losses.py [--threads 1] [--rounds 20] [--side 256] [--batch 8] [--classes 6] [--json]
 

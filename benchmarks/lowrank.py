@@ -1,4 +1,4 @@
-"""Low rank by three criteria: accuracy against parameters before and after training, and what a factored layer really saves.
+"""Compare three criteria for low rank: accuracy against parameters before and after training, and the time that a factored layer saves.
 
     python benchmarks/lowrank.py --seeds 0 [--shares 0.5 0.35 0.2] --output runs/benchmark-lowrank [--json]
 

@@ -1,4 +1,4 @@
-"""Numbers that a command takes: one that is too small is refused before anything is measured."""
+"""Numbers on a command line, refused before anything is measured if they are too small."""
 
 from __future__ import annotations
 

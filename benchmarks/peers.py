@@ -1,14 +1,14 @@
-"""muntin's hybrids beside the segmenters that users reach for: the same data, crops, loop and budget, each deployed by its own best way.
+"""Compare muntin's hybrids with common segmenters: the same data, crops, loop and budget, each deployed in its own best way.
 
     python benchmarks/peers.py [--sources earth earth:climate earth:shore | --recipe RECIPE.yaml] [--models NAME ...] [--seeds 0 1 2]
                                [--minutes 4] [--samples N] [--output runs/benchmark-peers] [--json]
 
 Peers: segmentation_models_pytorch's Linknet-resnet18, PAN-mobilenet_v2, Unet-resnet18, FPN-efficientvit_b0, FPN-mobilenetv4_conv_small,
 Segformer-mit_b0 and DeepLabV3+-efficientnet-b0. All models start from random weights and are trained by `muntin fit` with the
-demonstration's recipe: crops, augmentation, loss, optimiser (Muon and AdamW), schedule, averaged weights and BF16 are literally the
-same code (DeepLabV3+ trains in FP32 on CPUs, see `check_maps`). With --recipe it is a recipe of yours, with your own pictures
-(`muntin init` writes one): all of it but the model, the rate, the precision, the threads and the length of training, which this command
-sets. Two budgets, each with tables of its own (either or both may be given):
+demonstration's recipe: crops, augmentation, loss, optimiser (Muon and AdamW), schedule, averaged weights and BF16 are the same code
+(DeepLabV3+ trains in FP32 on CPUs, see `check_maps`). --recipe names a recipe of yours, with your own pictures (`muntin init` writes one).
+This command replaces its model, rate, precision, threads and length of training. Two budgets, each with tables of its own (either or both
+may be given):
     --minutes   wall-clock minutes of training; the learning rate falls with the time that is left
     --samples   crops seen
 A hybrid's stages of compression (low rank, W4A8, mixed precision) are inside its budget, so its FP32 training is shorter than a peer's;
@@ -17,18 +17,18 @@ export count for none. The learning rate is tuned alike for each model and sourc
 scored on a region of the training split that is left out for it, Africa and Europe, of folders on every fifth picture
 (`segmentation_peers/tuning.py`); as long as the best is the highest or the lowest, twice or half of it is tried, too, two more at the most.
 
-Deployed: OpenVINO in f32 and in bf16; peers in INT8 by NNCF too, hybrids in W4A8 after the stages or in muntin's own INT8. Of these a seed
-takes the fastest at the first of --sides that is within half a point of f32 where it is admitted by: the validation split, a strip of ocean
-without a desert, and four strips of the training split, which have every class (training saw them, for f32 and the others alike; a hybrid's
-stages train on, and see them longer than its f32 did); the validation split alone, of folders. Calibration sees training crops only, and
-the test split chooses nothing. Columns:
+Deployed: OpenVINO in f32 and in bf16; peers also in INT8 by NNCF, hybrids in W4A8 after the stages or in muntin's own INT8. For each seed
+the fastest variant at the first of --sides is taken whose score is within half a point of f32. That score is of the validation split, which
+is a strip of ocean without a desert, together with four strips of the training split, which have every class (all variants were trained on
+them; a hybrid's stages train on them longer than its f32). With folders it is of the validation split alone. Calibration sees training
+crops only, and the test split chooses nothing. Columns:
     test mIoU   of the deployed models, whole test split, mean ± standard deviation over the seeds
     ms SIDE     median latency of one image, pixels in and scores out: all models of a seed in one process, in turns; mean over the seeds
-    min, crops  what training took and saw; im/s of FP32 training; M parameters as trained; MB on disk as deployed; rate as tuned
+    min, crops  minutes and crops of training; im/s of FP32 training; M parameters as trained; MB on disk as deployed; rate as tuned
 Below it the IoU of each class, every variant (a hybrid's float ones, too), and the goals, which are judged by the seeds that all models
 have, those of score by two of them or more. Beside the rows lies a picture of each source.
 
-A row that is there already is not run again, and training that was interrupted by Ctrl-C goes on where it stood (a search begins anew).
+Existing rows are not measured again, and training that was interrupted by Ctrl-C continues (a search of rates starts again).
 Rows of another machine, or of another recipe or other threads, are refused. A model that fails is left out with the reason, and is tried
 again the next time.
 Needs `pip install '.[bench]'` from a checkout. Time: a model and a source take six to eight times --minutes for three seeds (three to five

@@ -1,4 +1,4 @@
-"""The demonstration's model before and after compression, profiled: where the time goes, and whether the kernels' times add up.
+"""Profile the demonstration's model before and after compression, and check that the kernels' times add up.
 
     python benchmarks/profiles.py [--run runs/demo] [--output runs/benchmark-profiles] [--picture docs/roofline.svg] [--json]
 

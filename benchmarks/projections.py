@@ -1,13 +1,13 @@
-"""Where a block begins: two products that read the same tokens, or one product of both whose answer is split.
+"""Compare two products that read the same tokens at the start of a block with one product whose result is split.
 
     python benchmarks/projections.py [--dims 128 256 384] [--networks hybrid-xxs hybrid-xs hybrid-s] [--sides 512 1024] [--rounds 20]
                                      [--threads 2] [--output runs/benchmark-projections] [--json]
 
 "Fused projections" are one of the reasons that are given for parallel residuals: attention and perceptron read the same normalised tokens,
-so their first layers can be one. Here a network of six such beginnings after a patch embedding of stride 16: attention's share is 3 x dim
-channels, the perceptron's 2 x dim; each is bounded, projected back and added. (What attention does in between is the same for both and
-left out.) Run in eager PyTorch, compiled, and deployed in OpenVINO in FP32, BF16 and INT8. And `HybridAttention`, whose windows and latents
-read the same tokens, in hybrid networks with random weights: `two` is as muntin has it, `one` a product of both, split. Columns:
+so their first layers can be one. The first test is a network of six such layers after a patch embedding of stride 16: attention gets 3 x
+dim channels, the perceptron 2 x dim; each is bounded, projected back and added. (The rest of attention is the same for both and left out.)
+It runs in eager PyTorch, compiled, and deployed in OpenVINO in FP32, BF16 and INT8. The second test is `HybridAttention`, whose windows and
+latents read the same tokens, in hybrid networks with random weights: `two` is as in muntin, `one` is one product, split. Columns:
     two, one   median milliseconds of a call on one image, pixels in and scores out, in turns
     gain       two / one: above 1 where one product is faster
 

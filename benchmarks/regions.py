@@ -1,4 +1,4 @@
-"""What a change of the recipe is worth in a part of the world that was never seen: regions of the training split left out of training.
+"""Measure a change of the recipe on unseen parts of the world: regions of the training split that are left out of training.
 
     python benchmarks/regions.py [--sources earth:climate earth earth:shore] [--variants "as it is" ...] [--model hybrid-xxs] [--steps 900]
                                  [--seeds 0] [--threads 2] [--precision bf16] [--set KEY=VALUE ...] [--output runs/benchmark-regions]
@@ -6,9 +6,9 @@
 
 The demonstration's recipe in one precision, with one change at a time. Each of the three regions of the training split that hold land is
 left out of a training of its own and scored, by the averaged weights in floats. The validation split is a strip of ocean, and strips beside
-what is trained on are too much like it to tell what helps elsewhere (docs/log.md); the test split is not looked at. Columns:
-    the regions   mIoU of what was left out
-    mean          of these, over the seeds
+the training data are too similar to it (docs/log.md); the test split is not used. Columns:
+    the regions   mIoU of the region that was left out
+    mean          of the regions and the seeds
     points        100 x (variant - the first variant), region by region and seed by seed: mean +- standard error
     loss          of training, mean of its last tenth
 

@@ -1,4 +1,4 @@
-"""What benchmarks that can be interrupted share: models trained once, artefacts exported once. (Rows measured once: `kept`.)"""
+"""Models trained once and artefacts exported once, for benchmarks that can be interrupted. (Rows measured once: `kept`.)"""
 
 from __future__ import annotations
 

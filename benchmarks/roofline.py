@@ -1,10 +1,10 @@
-"""The presets deployed in BF16 and in INT8: what share of the machine's measured ceilings they reach, and which kinds of layers do.
+"""Measure the share of the machine's ceilings that the presets reach in BF16 and in INT8, as a whole and by kind of layer.
 
     python benchmarks/roofline.py [--presets hybrid-xxs hybrid-xs hybrid-s hybrid-m] [--sides 512 1024] [--threads N] [--rounds 40]
                                   [--output runs/benchmark-roofline] [--json]
 
 Each preset is trained for 30 steps (speed does not depend on the weights' values, but an artefact of a random network is refused: its
-labels hang on rounding) and exported twice: in floats, norms and gates folded, run in FP32 and where the CPU has it in BF16; and in W4A8
+labels depend on rounding) and exported twice: in floats, norms and gates folded, run in FP32 and where the CPU has it in BF16; and in W4A8
 without training, attention products in 8 bits too. Goals: half of the ceiling for the whole network, in BF16 and in INT8, and INT8 at
 least 1.3 times as fast as the same network's BF16. There are CPUs that have BF16 and multiply more slowly in it than in FP32: the ratio
 to FP32 stands beside it.
@@ -19,9 +19,9 @@ Then the kinds, by the engine's own counters (medians; whatever no kernel accoun
     of time    share of the inference with counters on
     of ceiling the time that the multiply-adds would take at the ceiling of the precision that each kernel ran in, over its time
     of roof    the same, where the bytes at the speed of a copy may be what takes longer (more than 100 %: they came from a cache)
-Latency includes writing float32 scores, 6 MB at 512 x 512. `others`: cores' worth of CPU time that other processes used meanwhile; a row
-is only worth something where that is near 0. A row that is there already is not measured again; one of another machine, or of another
-structure of that name, is refused. Time on two cores: about a minute a preset to train and export, then half a minute a row. Run it alone.
+Latency includes writing float32 scores, 6 MB at 512 x 512. `others`: CPU time of other processes meanwhile, in cores; a row is valid only
+if that is near 0. A row that is there already is not measured again; one of another machine, or of another structure of that name, is
+refused. Time on two cores: about a minute a preset to train and export, then half a minute a row. Run it alone.
 """
 
 from __future__ import annotations

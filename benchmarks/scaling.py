@@ -4,20 +4,20 @@
                                  [--output runs/benchmark-scaling] [--json]
 
 The twin is the same network with attention over all tokens (`attention: dense`). `--options` change the preset, for both, as a recipe's
-`model.options` do (values are YAML: "stem=[8, 16]"). Pixels go in; what comes out is each pixel's class, or with `--answer scores`
-float32 scores, 24 bytes a pixel.
+`model.options` do (values are YAML: "stem=[8, 16]"). Pixels go in; each pixel's class comes out, or with `--answer scores` float32 scores,
+24 bytes a pixel.
 
 Every point is a process of its own, so that no point inherits memory of another: it opens the model, computes one small image (64 x 64),
-notes what is resident, then computes images of the point's size.
+reads its resident memory, then computes images of the point's size.
     ms       median of a call, after one that does not count (three to twenty calls, fewer where they take long)
-    MiB      resident memory at the most during these calls, beyond what was held before
+    MiB      largest resident memory during these calls, beyond the memory before them
 A point that does not end within --limit seconds, or for which memory does not suffice, is "cannot run", and larger ones of that kind are
 not tried; the next time it is tried again. Nothing that the engine compiles is taken from a cache, or the second time would take less
 memory than the first. Both are trained for 30 steps (speed does not depend on the weights, but an artefact of a random network is refused).
 Images are crops of the demonstration's photograph.
 
     hybrid int8, hybrid bf16, dense bf16    deployed in OpenVINO (16-bit floats where the CPU has them, else FP32)
-    dense eager                             the twin in eager FP32 PyTorch, fused attention: what a user starts from
+    dense eager                             the twin in eager FP32 PyTorch with fused attention: a user's starting point
 
 `slope`: of the logarithm, between 1024 x 1024 and 4096 x 4096: 1 is proportional to the pixels. A point that is there already is not
 measured again; one of other settings, or of another machine, is refused. Time on two cores: about ten minutes. Run it alone.

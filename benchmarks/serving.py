@@ -1,4 +1,4 @@
-"""muntin serve beside LitServe, Ray Serve and a real Triton: the same artefact, the same engine, the same cores, the same requests.
+"""Compare `muntin serve` with LitServe, Ray Serve and a real Triton: the same artefact, the same engine, the same cores, the same requests.
 
     python benchmarks/serving.py [--output runs/benchmark-serving] [--models segment classify] [--servers NAME ...] [--seconds 5]
                                  [--requests 2000] [--prepare] [--json]
@@ -6,26 +6,26 @@
 Two models: a segmentation at 512 x 512 (UINT8 pixels in, 262,144 bytes of labels out) and a small classifier at 64 x 64 (scores out). Every
 server holds it in muntin's runtime (OpenVINO), with one thread on one core; the load generator has another core. muntin and Triton speak
 the Open Inference Protocol with binary tensors, LitServe and Ray Serve are given raw bytes, which is less work. Every answer is compared
-with the one that is due. The table's columns:
+with the expected one. The table's columns:
     of bare     closed loop, the best of several concurrencies: answers a second as a share of the engine's own, which is called without a
-                server on the same core before and after it, with the number of rows that it is fastest with; all of the server's
-                processes stand still meanwhile (SIGSTOP)
-    1 ms, over  concurrency 1: median latency, and what that is beyond the engine's call plus an echo of the same bytes over a raw socket
+                server on the same core before and after it, with its fastest number of rows; this benchmark pauses all of the server's
+                processes meanwhile (SIGSTOP)
+    1 ms, over  concurrency 1: median latency, and the part beyond the engine's call plus an echo of the same bytes over a raw socket
     90 %        Poisson arrivals at 90 % of the server's own saturation: share of the admitted requests that were answered inside the
                 objective, share of all of them, 99th percentile
     same        the same at 90 % of muntin's saturation (which is measured first)
     3x          three times its own saturation: answers inside the objective, as a share of saturation, and the share of requests refused
-The objective is five calls of the bare engine with one picture of the first model, sixteen of the second. A refusal (503, 429) is one only
-if it comes inside it, and muntin's only where the request was not admitted before (which it says). Wrong answers and failures are those of
-all that a server was tried with.
+The objective is five calls of the bare engine with one picture of the first model, sixteen of the second. A refusal (503, 429) counts as
+one only inside the objective, and for muntin only if the request was not admitted before (its message says so). Wrong answers and failures
+are summed over all loads.
 
 The peers' environments are made with pip below --output/peers (--prepare: that and the artefacts, and no more); a peer that cannot be
-installed or started is left out, and why is said. The servers run in a network namespace with a loopback and nothing else, since Ray's own
-processes listen on every interface there is; this takes Linux, `unshare`, and root or user namespaces.
+installed or started is left out with the reason. The servers run in a network namespace that has only a loopback, since Ray's own processes
+listen on every interface; this needs Linux, `unshare`, and root or user namespaces.
 
-Load and servers are on different physical cores where there are two; otherwise the last line says so. A row that is there already is not
-run again; one of other settings, or of another machine, is refused. Run it alone: it takes about an hour, and with anything else on the
-cores it measures that.
+Load and servers are on different physical cores if there are two; otherwise the last line says so. Existing rows are not measured again;
+a row of other settings, or of another machine, is refused. Run it alone: it takes about an hour, and other work on the cores would be part
+of the measurement.
 """
 
 from __future__ import annotations

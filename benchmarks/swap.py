@@ -1,21 +1,21 @@
-"""Versions that change under load: does anybody notice?
+"""Count late, failed and wrong answers while versions change under load.
 
     python benchmarks/swap.py [--output runs/benchmark-swap] [--share 0.4] [--memory-swaps 200] [--json]
 
 One server (`muntin serve`, two threads, on all cores: with one thread OpenVINO 2026.4 does not raise what it fails at), one load generator
-(on the last core): Poisson arrivals of 512 x 512 pictures at `--share` of what the server can do. First without swaps, for what is normal,
-for 40 s, and for two minutes more, in which Poisson's bursts make some answers late without any swap; then with 20 versions that are
-loaded through the repository API one after the other. Fifteen are sound, and each answers differently; one has an altered file, one does
-not compute its golden answers, one lacks its weights. Two pass every check and take over: then the engine of one raises an error at every
-request, and the process of the other's is killed (SIGKILL) while it computes one (an engine that dies between two requests is begun again
-by the next, and its version stays). Requests go on all the while, and what fails or is late by it counts as at any other time. Every answer
-is compared with what the versions answer. Goal: none failed, none wrong, none later than the normal p99 + 50 ms; and every sound version
-takes over, every broken one is refused, and the two whose engines fail and die are sent back.
+(on the last core): Poisson arrivals of 512 x 512 pictures at `--share` of the server's saturation. First without swaps: 40 s to measure the
+normal latency, and two minutes more, in which bursts of arrivals make some answers late without any swap. Then 20 versions are loaded
+through the repository API one after the other. Fifteen are sound, and each answers differently; one has an altered file, one does not
+compute its golden answers, one lacks its weights. Two pass every check and take over: then the engine of one raises an error at every
+request, and the process of the other's is killed (SIGKILL) while it computes one (an engine that dies between two requests is started again
+by the next one, and its version stays). Requests continue all the time, and failed and late ones count as at any other time. Every answer
+is compared with the versions' expected answers. Goal: none failed, none wrong, none later than the normal p99 + 50 ms; and every sound
+version takes over, every broken one is refused, and the two whose engines fail and die are sent back.
 
-Then a small classifier is swapped `--memory-swaps` times under light load while the resident memory of the server and of its engine's
-process is read, each time when the old version's process has ended, or after some seconds: by how much does it grow over the second half?
-That is told by the medians of the last two quarters. A part that is there already is not run again; one of other settings, or of another
-machine, is refused. Time: about a quarter of an hour for the first, half an hour for the second. Run it alone.
+Then a small classifier is swapped `--memory-swaps` times under light load. The resident memory of the server and of its engine's process is
+read each time when the old version's process has ended, or after some seconds. Its growth over the second half is the difference between
+the medians of the last two quarters. Existing parts are not measured again; a part of other settings, or of another machine, is refused.
+Time: about a quarter of an hour for the first, half an hour for the second. Run it alone.
 """
 
 from __future__ import annotations

@@ -1,1 +1,1 @@
-"""What `benchmarks/peers.py` compares: segmenters of another library beside muntin's, trained by one loop, each deployed its own way."""
+"""The segmenters that `benchmarks/peers.py` compares: muntin's and another library's, trained by one loop, each deployed in its own way."""

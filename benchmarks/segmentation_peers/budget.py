@@ -1,4 +1,4 @@
-"""What a model may spend on training, and the training itself: muntin's own loop for every model.
+"""The budget of a model's training, and the training itself: muntin's own loop for every model.
 
 A budget of minutes is wall-clock time of training (`training.minutes`): the learning rate falls with the time that is left, so every
 model uses its minutes up, whatever pace the machine is in. Where a hybrid goes through the stages of compression their training counts,

@@ -1,4 +1,4 @@
-"""What the rows of a source say: means over seeds and their spread, the goals, tables and a picture."""
+"""Summarise the rows of a source: means over seeds and their spread, the goals, tables and a picture."""
 
 from __future__ import annotations
 

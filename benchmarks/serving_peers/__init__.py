@@ -1,1 +1,1 @@
-"""What `benchmarks/serving.py` compares: other servers that hold the same artefact, and the load that is put on all of them."""
+"""The servers that `benchmarks/serving.py` compares, which all hold the same artefact, and the load generator."""

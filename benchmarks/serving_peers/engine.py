@@ -1,4 +1,4 @@
-"""What every server here does with a batch, and what the bare engine is asked for: one artefact, one session, labels or scores.
+"""The computation of a batch in every server here, and in the bare engine: one artefact, one session, labels or scores.
 
 The engine is muntin's own in all of them, with the same number of threads and the same cache of compiled models, each number of rows up to
 the largest batch compiled and computed once before a server says that it is ready.

@@ -1,4 +1,4 @@
-"""The two models that are served, what is asked of them, and what they must answer.
+"""The two models that are served, their requests, and the expected answers.
 
 The weights are untrained: they change neither time nor bytes. Their norms are given statistics as training leaves them, so that the
 answers to different pictures differ and a server that mixes them up is found out.

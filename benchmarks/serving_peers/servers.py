@@ -1,4 +1,4 @@
-"""The servers: how each is started around an artefact, stopped for a while, and ended. Tuned a little each; what was tried is said there.
+"""Start, pause and end each server around an artefact. Each is tuned a little; its function says which settings were tried.
 
 All have one process with an engine on the same cores, the same threads and batches of at most the same size. Each kind is one function
 from what is wanted to a command line; a new one is a function and a line in `SERVERS`.
