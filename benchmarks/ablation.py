@@ -83,7 +83,7 @@ from resumed import demo_recipe, float_artifact, integer_artifact, network_of, p
 SIDE = 512
 PASSES = 5
 WAYS = ("eager f32", "compile f32", "deployed f32", "deployed bf16", "deployed i8")
-"""Of running parallel and serial blocks."""
+"""Ways of running parallel and serial blocks."""
 SURE = 2.0
 """Standard errors beyond which a difference counts."""
 GOALS = {"parallel_over_serial": 1.3, "cut_over_base": 1.3, "cut_points_lost": 0.5}
@@ -93,7 +93,7 @@ FAILURES = (MuntinError, RuntimeError, ValueError)
 
 @dataclass(frozen=True, kw_only=True)
 class Variant:
-    """What it changes in the configuration, or the factory of `ablation_models`; and the share of gated channels that training keeps."""
+    """A change of the configuration, or a factory of `ablation_models`; and the share of gated channels that training keeps."""
 
     factory: str | None = None
     options: dict[str, Any] = field(default_factory=dict)
@@ -120,7 +120,7 @@ VARIANTS = {
 
 @dataclass(frozen=True, kw_only=True)
 class Setting:
-    """What every row of a run has in common."""
+    """Settings that all rows of a run share."""
 
     preset: str
     output: Path
@@ -133,7 +133,7 @@ class Setting:
         return self.output / f"seed-{seed}" / slug(name)
 
     def differs(self, name: str) -> bool:
-        """Whether a variant changes this preset at all."""
+        """Return whether a variant changes this preset."""
         options = VARIANTS[name].options
         config = ModelConfig(**PRESETS[self.preset])
         return not options or any(getattr(config, key) != value for key, value in options.items())
@@ -161,7 +161,7 @@ def slug(name: str) -> str:
 
 
 def variants_of(names: Sequence[str]) -> Row:
-    """What variants are, for what a row was measured with."""
+    """Describe variants, for the settings of a row."""
     return {name: asdict(VARIANTS[name]) for name in names}
 
 
@@ -283,7 +283,7 @@ def verdict(points: Difference, slower: Difference) -> str:
 
 
 def summary(scores: list[Row], latencies: list[Row]) -> dict[str, dict[str, Any]]:
-    """Of each variant the means over the seeds that it has, the paired differences to the base and the verdict."""
+    """Compute for each variant the means over its seeds, the paired differences to the base and the verdict."""
     ms = {row["seed"]: row["ms"] for row in latencies}
     first = next(iter(ms.values()))["base"]
     fastest = min(first, key=lambda precision: fmean(entry["base"][precision] for entry in ms.values()))
@@ -347,7 +347,7 @@ def met(between: Sequence[float], claim: float) -> str:
 
 
 def points_lost(points: Difference) -> str:
-    """What closing channels costs in score. One seed does not tell whether the goal is met."""
+    """Describe the score lost by closing channels. One seed cannot show whether the goal is met."""
     lost = Difference(mean=-points.mean, error=points.error)
     return f"points lost {lost.text('.2f')}: {_lost(lost)} (goal {GOALS['cut_points_lost']:g})"
 
@@ -357,7 +357,7 @@ def claim_of(name: str) -> float:
 
 
 def judgements(found: dict[str, dict[str, Any]], name: str, rows: list[Row]) -> dict[str, str]:
-    """What the table says of a pair's goals."""
+    """Judge a pair's goals, for the table."""
     judged = {row["way"]: met(row["range"], claim_of(name)) for row in rows if "cannot" not in row}
     if name != "serial":
         judged["points_lost"] = _lost(Difference(mean=-found[name]["points"], error=found[name]["points_error"]))
@@ -372,7 +372,7 @@ def _lost(lost: Difference) -> str:
 
 
 def notes(latencies: list[Row]) -> list[str]:
-    """What makes the times doubtful."""
+    """List reasons to doubt the times."""
     return [
         f"seed {row['seed']}: other processes used {row['others']:.1f} cores while it was timed"
         for row in latencies

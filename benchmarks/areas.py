@@ -91,7 +91,7 @@ def measure(recipe: Recipe, folder: Path) -> Row:
 
 
 def figures(rows: list[Row], form: str, index: int) -> dict[str, Any]:
-    """Of one form at one size, over the seeds."""
+    """Compute the figures of one form at one size, over the seeds."""
     scores = [row["forms"][form][index]["miou"] for row in rows]
     points = [[100 * (row["forms"][form][at]["miou"] - row["forms"][FLOATS][at]["miou"]) for row in rows] for at in (index, 0)]
     more = [large - small for large, small in zip(*points, strict=True)]
@@ -122,7 +122,7 @@ def print_table(rows: list[Row], given: argparse.Namespace) -> None:
 
 
 def goals(rows: list[Row]) -> dict[str, str]:
-    """Of each form in integers, whether it is met, as far as these seeds tell."""
+    """Judge the goal of each form in integers by these seeds."""
     return {form: verdict(figures(rows, form, len(TIMES))) for form in FORMS[1:]}
 
 

@@ -16,7 +16,7 @@ from muntin.runtime import describe_hardware
 
 Row = dict[str, Any]
 MACHINE = ("cpu", "cores", "features", "gpus", "openvino", "torch")
-"""Of the hardware, what has to be the same for two rows to be compared."""
+"""Properties of the hardware that two rows must share to be compared."""
 SHOWN = 4
 """Differences that are named."""
 

@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 
 def at_least(least: int) -> Callable[[str], int]:
-    """What argparse reads an integer from `least` on with."""
+    """Return a function with which argparse reads an integer of at least `least`."""
 
     def number(text: str) -> int:
         value = int(text)

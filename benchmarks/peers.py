@@ -72,15 +72,15 @@ RATES = (2e-3, 4e-3, 8e-3)
 FURTHER = 2
 """Rates beyond an end of these, at the most, as long as the best one is there."""
 SEARCH_SEED = 0
-"""That rates are tried with."""
+"""Seed of the trainings that search for a rate."""
 PROTOCOL = 6
-"""Of rows: 2 since minutes are kept by the schedule, and rates chosen on strips of the training split; 3 since Muon trains; 4 since crops
-are flipped upside down, too; 5 since a search goes on beyond an end of its rates, and variants are admitted by land, too; 6 since rates are
-chosen by the whole budget on a region that is left out, and no longer by a quarter of it on strips beside what is trained on."""
+"""Version of the rows. 2: the schedule keeps the minutes, and rates are chosen on strips of the training split. 3: training by Muon. 4:
+crops are also flipped upside down. 5: a search continues beyond an end of its rates, and variants are also judged on land. 6: rates are
+chosen with the whole budget on a region that is left out, instead of a quarter of it on strips beside the training data."""
 SMALLEST = 128
 """Side in pixels, of crops and of images: PAN takes no smaller ones."""
 PACKAGES = {"segmentation-models-pytorch": "segmentation_models_pytorch", "timm": "timm", "nncf": "nncf"}
-"""Of the extra `bench`, with the modules that they bring."""
+"""Packages of the extra `bench`, with their modules."""
 
 
 class Refused(Exception):  # noqa: N818 - of a row, said in one line
@@ -244,7 +244,7 @@ class Comparison:
 
 
 def differences(there: Row, now: Row, where: str = "") -> list[str]:
-    """What a row that is there was measured with otherwise, of all that counts now."""
+    """List the settings in which an existing row differs from the present ones."""
     found: list[str] = []
     for key, value in now.items():
         name, before = f"{where}{key}", there.get(key)
@@ -256,7 +256,7 @@ def differences(there: Row, now: Row, where: str = "") -> list[str]:
 
 
 def best_rate(rows: list[Row]) -> Row:
-    """Of the rates that were tried, what did best on what is held out."""
+    """Return the row of the rate with the best score on the held-out data."""
     return max(rows, key=lambda row: float(row["held_out"]))
 
 
@@ -279,7 +279,7 @@ def seeds_of_all(rows: list[Row]) -> list[int]:
 
 
 def recipes_of(given: argparse.Namespace) -> dict[str, Recipe]:
-    """What is trained on, by what it is called. Raises RecipeError for one that these models cannot be compared with."""
+    """Return the recipes by name. Raises RecipeError for one that these models cannot be compared with."""
     sources = list(dict.fromkeys(given.sources)) if given.recipe is None else [given.recipe.stem]
     made = {source: base_recipe(given.recipe, source, crop=given.crop, batch_size=given.batch) for source in sources}
     for recipe in made.values():
@@ -301,9 +301,9 @@ def recipes_of(given: argparse.Namespace) -> dict[str, Recipe]:
 
 
 def precision_of(output: Path) -> str:
-    """What all training below `output` computes in: as measured when the first of it began.
+    """Return the precision of all training below `output`, measured when the first one began.
 
-    "auto" measures a CPU in every process, so under load it might find another answer for one model than for the rest.
+    "auto" measures the CPU in every process, so under load it might choose another precision for one model than for the rest.
     """
     path = output / "precision.json"
     if not path.is_file():

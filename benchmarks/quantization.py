@@ -49,7 +49,7 @@ PERCENTILE = 99.99
 SHARES = {"earth": 0.3, "digits": 0.25}
 """Steps of quantisation-aware training, of the FP32 steps."""
 MIXED = 5 / 6
-"""Of these steps, the share that the mixed stage takes."""
+"""Share of these steps that the mixed stage takes."""
 RATES = {"earth": 4e-4, "digits": 1e-4}
 """Learning rates of quantisation-aware training."""
 WAYS = ("direct", "one stage", "three stages")
@@ -96,7 +96,7 @@ def score(checkpoint: Checkpoint, model: Any) -> float:
 
 
 def cross_entropy(checkpoint: Checkpoint, session: Any) -> float | None:
-    """Of a classifier's test pictures, the mean; None for other tasks."""
+    """Return the mean cross-entropy over a classifier's test pictures; None for other tasks."""
     if checkpoint.recipe.task != "classify":
         return None
     losses = []

@@ -25,12 +25,11 @@ from muntin.training.config import CompressionConfig
 from muntin.training.recipe import Recipe, load_recipe
 
 PERCENTILE = 99.99
-"""Of a layer's inputs: where W4A8 without training clips them."""
+"""Percentile of a layer's inputs at which W4A8 without training clips them."""
 
 
 def network_of(name: str) -> Row:
-    """What a row of a network is known by beside the name, which may come to mean another one: a preset's structure, and what export makes
-    of the same weights."""
+    """Describe a network beyond its name: the preset's structure, and the version of the export. Both may change under the same name."""
     structure = ModelConfig(**PRESETS[name]).model_dump(mode="json") if name in PRESETS else None
     return {"structure": structure, "revision": REVISION}
 
@@ -103,7 +102,7 @@ def _exported(checkpoint: Checkpoint, path: Path, how: str, rewrite: Callable[[n
 
 
 def print_machines(rows: list[Row]) -> None:
-    """Where and when the rows were measured: a line, or more where they come from several machines."""
+    """Print the machine and the date of the rows: a line for each machine."""
     machines: dict[str, list[str]] = {}
     for row in rows:
         hardware = row["hardware"]

@@ -55,7 +55,7 @@ LINEAR = "1 x 1 and linear"
 CONVOLUTIONS = frozenset({"Convolution", "GroupConvolution"})
 RESIZE = frozenset({"Interpolate", "DepthToSpace"})
 MISCOUNTED = 0.01
-"""How far the executed kernels' multiply-adds may be from the network's, as a share of them, before a line says so."""
+"""Largest deviation of the executed kernels' multiply-adds from the network's, as a share; beyond it a line says so."""
 
 
 def kind_of(kernel: Kernel) -> str:
@@ -131,7 +131,7 @@ def _miscounted(executed: float, gmac: float) -> Iterable[str]:
 
 
 def judged(row: Row) -> dict[str, bool | None]:
-    """Whether each goal was met; None where this machine cannot tell: without BF16 there is no BF16 to compare with."""
+    """Judge each goal; None if this machine has no BF16 to compare with."""
     shares = {way: row["ways"].get(way, {}).get("share") for way in ("bf16", "i8")}
     ratio = row["ways"]["i8"].get("over_bf16")
     return {

@@ -55,15 +55,15 @@ KINDS = ("hybrid int8", "hybrid bf16", "dense bf16", "dense eager")
 SPAN = 1024, 4096
 """Sides between which slopes are."""
 SLOPE = 1.05
-"""At the most, of time and memory."""
+"""Largest slope of time and memory that meets the goal."""
 RATIOS = {512: 20.0, 1024: 40.0}
 """Goals: so many times as fast as the twin in eager FP32, by the image's side."""
 DENSE = {"attention": "dense"}
 PROTOCOL = 2
-"""How a point is measured. Before 2 the eager twin's labels were computed in training mode, by each batch's own statistics: slower."""
+"""Version of the measurement. Before 2 the eager twin's labels were computed in training mode, which is slower."""
 STEPS = 30
 BUDGET_S = 20.0
-"""Of one point's timed calls."""
+"""Seconds of one point's timed calls."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -67,7 +67,7 @@ HERE = Path(__file__).resolve().parent
 THREADS = 1
 ANSWER_S = 60.0
 STEADY, OVERLOAD = 0.9, 3.0
-"""Of saturation."""
+"""Load, as a share of saturation."""
 NOISE = 0.03
 """Share by which a server's saturation differs from itself in another order: a smaller lead is none."""
 GOALS = {"saturation_of_bare": 0.95, "over_ms": 0.5, "inside_admitted": 0.999, "goodput_of_saturation": 0.9}
@@ -75,8 +75,8 @@ GOALS = {"saturation_of_bare": 0.95, "over_ms": 0.5, "inside_admitted": 0.999, "
 
 @dataclass(frozen=True, kw_only=True)
 class Setting:
-    """What all measurements share. `cores`: the servers'; this process is on another one. `apart`: of other hardware, too, no sibling.
-    `hardware`: the machine, as it is described to a process that may run on all of it."""
+    """Settings of all measurements. `cores`: of the servers; this process runs on another one. `apart`: True if that is another
+    physical core. `hardware`: the machine, as described to a process that may run on all of it."""
 
     output: Path
     cores: set[int]
@@ -96,7 +96,7 @@ class Setting:
         return self.output / "rows"
 
     def of_rows(self, workload: Workload) -> Row:
-        """What a row has to be measured with, to be taken for one of these measurements."""
+        """Return the settings that a row must have to belong to these measurements."""
         measured = {"seconds": self.seconds, "requests": self.requests, "threads": THREADS, "apart": self.apart}
         return {**measured, "workload": asdict(workload), "artifact": origin_of(self.artifact(workload))}
 
@@ -410,7 +410,7 @@ def judge(table: list[Line]) -> list[Row]:
 
 
 def more(found: float, than: float) -> bool:
-    """Whether a share is larger than another, or cannot be."""
+    """Return whether a share is larger than another, or is 1."""
     return found > than or found == 1
 
 

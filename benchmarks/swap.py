@@ -53,18 +53,18 @@ from serving_peers.servers import Launch, family, free_port, open_local, running
 
 SOUND, LATER_MS, CONTROL = 4, 50.0, 6
 SPREAD = 0.01
-"""Of the scores: what an answer may be off a version's, and still be its own. Versions have to differ by more."""
+"""Largest difference in scores between an answer and its version's. Versions have to differ by more."""
 ENDS_S = 10.0
-"""What the process of an old version's engine has to end in before memory is read."""
+"""Seconds in which the process of an old version's engine has to end before memory is read."""
 QUARTERS = 4
 COMPUTES_S, LOOK_S, LOOKS = 10.0, 0.001, 3
-"""What the engine that is to be killed has to be asked something in, the pause between two looks at it, and how many in a row have to find
-it busy: its threads may spin for a moment when a call has ended."""
+"""Seconds in which the engine to be killed has to get a request, the polling interval, and how many polls in a row have to find it busy:
+its threads may spin for a moment after a call."""
 MARK = 7
-"""The first byte of every picture that is sent: what the engine of the version that fails fails at."""
+"""First byte of every picture that is sent. The engine of the failing version fails at it."""
 PLAN = [kind for broken in ("altered", "golden", "dies", "missing", "fails") for kind in ("sound", "sound", "sound", broken)]
 DUE = {"sound": "took over", "altered": "refused", "golden": "refused", "missing": "refused", "dies": "sent back", "fails": "sent back"}
-"""What is to become of a version of each kind."""
+"""Expected outcome of a version of each kind."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -155,7 +155,7 @@ def load_version(port: int, name: str, number: int) -> tuple[int, float]:
 
 
 def read_index(port: int, output: Path) -> list[Row]:
-    """What the server says of its versions, without this machine's paths."""
+    """Return the server's list of its versions, without this machine's paths."""
     with open_local(f"http://{HOST}:{port}/v2/repository/index", b"{}", timeout=60) as answer:
         index: list[Row] = json.loads(answer.read().decode().replace(f"{output}/", ""))
     return index
@@ -184,7 +184,7 @@ def command_of(process: int) -> str:
 
 
 def computes(process: int) -> bool:
-    """Whether one of its threads has a core, or waits for one."""
+    """Return whether one of its threads runs, or waits for a core."""
     with suppress(OSError):  # it ends meanwhile
         for thread in Path(f"/proc/{process}/task").glob("[0-9]*"):
             # A name stands before this in brackets, and may hold blanks and brackets.
@@ -199,8 +199,8 @@ def sent_back(index: list[Row]) -> set[str]:
 
 
 def outcome_of(load: Row, back: set[str]) -> str:
-    """What became of a version, in the words of `DUE`; "failed": the server did. `back`: those that were rolled back, which may be so early
-    that the answer to loading it says so."""
+    """Return the outcome of a version, in the words of `DUE`; "failed": the server failed. `back`: versions that were rolled back, perhaps
+    before the load was answered."""
     if str(load["version"]) in back:
         return "sent back"
     return "took over" if load["status"] == 200 else "refused" if 400 <= load["status"] < 500 else "failed"
@@ -215,8 +215,8 @@ def sound_versions(workload: Workload, folder: Path, count: int) -> list[Path]:
 
 
 def any_version(workload: Workload, paths: list[Path]) -> AnyVersion:
-    """What is sent, and what each version answers. Raises ValueError where two answer alike: a wrong one could not be told. (Pictures may
-    be answered alike: whether answers are mixed up is `serving.py`'s to see.)"""
+    """Return the requests and each version's answers. Raises ValueError if two versions answer alike, because a wrong
+    answer would not be noticed. (Two pictures may have the same answer; `serving.py` checks that answers are not mixed up.)"""
     images = pictures(workload.side).copy()
     images[:, 0, 0, 0] = MARK
     versions = []
@@ -289,7 +289,7 @@ def swaps(output: Path, share: float, cores: tuple[set[int], set[int]]) -> Row:
 
 
 def _together(parts: list[Row]) -> Row:
-    """What several loads with one objective came to; `later`: answers beyond it. A load that got no answer has no times."""
+    """Add up several loads with one objective; `later`: answers beyond it. A load that got no answer has no times."""
     failures: dict[str, int] = {}
     for part in parts:
         for status, count in part["failures"].items():

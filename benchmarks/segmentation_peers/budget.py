@@ -40,8 +40,8 @@ class Interrupted(Exception):  # noqa: N818 - no error: the user asked for it
 
 @dataclass(frozen=True, kw_only=True)
 class Setting:
-    """What is the same for every model: the recipe (its data, crops, augmentation, loss, optimiser and stages), what training computes in,
-    threads (the deployed model's, too). `source`: what the comparison is called by. `root`: where the recipe's paths start."""
+    """Settings that all models share: the recipe (data, crops, augmentation, loss, optimiser and stages), the precision of training, and
+    threads (the deployed model's, too). `source`: name of the comparison. `root`: folder that the recipe's paths start at."""
 
     source: str
     recipe: Recipe
@@ -51,7 +51,7 @@ class Setting:
 
     @cached_property
     def identity(self) -> dict[str, Any]:
-        """What a row was measured with. No path of this machine is in it, but for those that the recipe has."""
+        """Return the settings of a row. They hold no path of this machine except the recipe's own."""
         pictures = {"pictures": digest_of(self.recipe.data, self.root)} if self.recipe.data.source == "folders" else {}
         return {
             "source": self.source, "recipe": self.recipe.model_dump(mode="json"), "precision": self.precision, "threads": self.threads,
@@ -60,7 +60,7 @@ class Setting:
 
 
 def digest_of(data: DataConfig, root: Path) -> str:
-    """Of all that lies in a recipe's folders, names and contents: what is added or relabelled makes other rows. Reads all of it."""
+    """Compute a digest of the names and contents of a recipe's folders: added or relabelled pictures need new rows. Reads all files."""
     pairs = [FolderPair(images=data.images or Path(), masks=data.masks)]
     pairs += [share for share in (data.validation, data.test) if isinstance(share, FolderPair)]
     folders = [folder for pair in pairs for folder in (pair.under(root).images, pair.under(root).masks) if folder is not None]
@@ -124,7 +124,7 @@ def recipe_for(entry: Entry, setting: Setting, budget: Budget, *, seed: int, lea
 
 
 def precision_for(entry: Entry, setting: Setting) -> str:
-    """What one model trains in: FP32 in place of BF16 where `muntin fit` takes that (`check_maps`)."""
+    """Return the precision that one model is trained in: FP32 in place of BF16 where `muntin fit` chooses that (`check_maps`)."""
     if setting.precision != "bf16" or torch.cuda.is_available():
         return setting.precision
     data = setting.recipe.data

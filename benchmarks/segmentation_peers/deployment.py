@@ -49,7 +49,7 @@ CALIBRATION = 300
 CHECKED = ((1, 4 * STRIDE, 6 * STRIDE), (2, 8 * STRIDE, 5 * STRIDE))
 """Shapes that a converted peer is compared with PyTorch in. PAN takes no side below 128."""
 ALLOWED_ERROR = 0.01
-"""In standard deviations of the scores: in f32 only the order of sums differs."""
+"""Allowed error in standard deviations of the scores: in f32 only the order of sums differs."""
 SIGNATURE = "signature.json"
 
 
@@ -98,7 +98,7 @@ class PeerSession:
 
 
 def _pad(model: Any, shape: tuple[int, ...]) -> None:
-    """In the graph, which then takes images of `shape`: what is missing of its own repeats the last row and column."""
+    """Pad in the graph, which then takes images of `shape`, by repeating the last row and column."""
     opset, (inside,) = openvino.opset13, model.get_parameters()
     outside = opset.parameter(list(shape), inside.get_element_type())
     missing = [own - given for own, given in zip(inside.shape, shape, strict=True)]
@@ -116,7 +116,7 @@ class _Compiled:
 
 
 def precisions() -> tuple[str, ...]:
-    """What this CPU's float layers can run in."""
+    """Precisions that this CPU's float layers can run in."""
     return ("f32", "bf16") if "BF16" in openvino.Core().get_property("CPU", "OPTIMIZATION_CAPABILITIES") else ("f32",)
 
 

@@ -20,14 +20,14 @@ from segmentation_peers.deployment import REFERENCE
 from segmentation_peers.models import ENTRIES
 
 LOSS = 0.005
-"""What a variant may lose against f32 on what it is admitted by."""
+"""Largest loss of score against f32 with which a variant is admitted."""
 LEAD = {"earth": 0.02}
-"""What a hybrid's mean is to be ahead by, where more than the spread is asked."""
+"""Lead of a hybrid's mean that a goal demands, if more than the spread."""
 OF_BEST, OF_FASTEST = 1 / 4, 1 / 2
-"""Of the latency of the best peer, and of the fastest."""
+"""Goals for latency, as shares of the best peer's and of the fastest peer's."""
 INK, SOFT, GRID, HYBRID, PEER = "#172023", "#56646a", "#e6ebec", "#0a6a86", "#93394a"
 DPI, WIDTH, HEIGHT, FONT = 100, 640, 460, 12.0
-"""Of the picture; a panel's sides and the font in pixels."""
+"""Resolution of the picture; a panel's sides and the font in pixels."""
 
 Row = dict[str, Any]
 
@@ -107,7 +107,7 @@ def _judge_latency(hybrids: Sequence[Row], peers: Sequence[Row], best: Row, side
 
 
 def _against(peers: Sequence[Row]) -> str:
-    """How many peers a goal was judged by, where some failed or were not asked."""
+    """Say by how many peers a goal was judged, if some failed or were left out."""
     known = sum(not entry.hybrid for entry in ENTRIES.values())
     return f"; against {len(peers)} of {known} peers" if len(peers) < known else ""
 

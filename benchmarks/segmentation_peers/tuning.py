@@ -59,7 +59,7 @@ class Held(ABC):
 
 
 class HeldStrips(Held):
-    """Of `earth`: strips, and a degree beside each that is left out."""
+    """Strips of `earth`, with a degree left out beside each."""
 
     def __init__(self, source: EarthSource, spans: Spans = HELD_OUT) -> None:
         super().__init__(source)
@@ -88,7 +88,7 @@ class HeldStrips(Held):
 
 
 class HeldPictures(Held):
-    """Of pictures: every fifth."""
+    """Every fifth picture."""
 
     def __init__(self, source: Source) -> None:
         super().__init__(source)
@@ -101,8 +101,8 @@ class HeldPictures(Held):
 
 
 def admission(source: Source) -> Samples:
-    """What a quantised variant is held against f32 on: the validation split; of `earth` also land that has been trained on, with every
-    class."""
+    """Return the data on which a quantised variant is compared with f32: the validation split; for `earth` also land that was trained on,
+    with every class."""
     if not isinstance(source, EarthSource):
         return source.split("validation")
     return HeldSamples([*source.split("validation"), *HeldStrips(source, ADMITTING).split("validation")])

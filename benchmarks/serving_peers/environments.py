@@ -53,7 +53,7 @@ def make_environment(name: str, folder: Path) -> str | None:
 
 
 def is_made(name: str, folder: Path) -> bool:
-    """Whether an environment is there whole, with the engine that is installed here."""
+    """Return whether an environment is complete, with the engine version that is installed here."""
     ready = folder / name / "ready.json"
     return ready.is_file() and versions(name, folder).get("openvino") == importlib.metadata.version("openvino")
 

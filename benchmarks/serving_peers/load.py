@@ -33,13 +33,13 @@ HEAD = 16384
 """Bytes that a response may have beyond the answer."""
 SPIN_S = 0.002
 REFUSED = frozenset({"429", "503"})
-"""Status codes by which a server says that it will not answer. Said after the objective it is no refusal but a broken promise."""
+"""Status codes of refusals. After the objective such an answer counts as a broken promise, not as a refusal."""
 BROKEN = "broken"
-"""What became of a request that was refused after it had been admitted, where the server says so (`Exchange.broken`)."""
+"""Outcome of a request that was refused after its admission, if the server says so (`Exchange.broken`)."""
 
 
 def same(due: bytes, came: bytes, dtype: str, *, spread: float = 0.002) -> bool:
-    """Whether two answers say the same: 99 % of the labels, or scores within a share of their spread."""
+    """Return whether two answers agree: 99 % of the labels, or scores within a share of their spread."""
     if len(came) != len(due):
         return False
     wanted, found = np.frombuffer(due, dtype), np.frombuffer(came, dtype)
@@ -61,7 +61,7 @@ class Exchange:
     broken: bytes | None = None
 
     def alike(self, which: int, came: bytes) -> bool:
-        """Whether an answer that is not the same bytes says the same."""
+        """Return whether an answer of other bytes agrees."""
         return same(self.answers[which], came, self.dtype)
 
 
@@ -197,7 +197,7 @@ class Load:
                 yield connection if connection.sock.fileno() >= 0 else None
 
     def _read(self, connection: _Connection) -> bool:
-        """Whether a request has ended by what was read now."""
+        """Return whether this read ended a request."""
         try:
             count = connection.sock.recv_into(memoryview(connection.buffer)[connection.filled :])
         except BlockingIOError:

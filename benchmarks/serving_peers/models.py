@@ -42,7 +42,7 @@ class Workload:
 
     @property
     def structure(self) -> dict[str, Any]:
-        """Of the preset, as it is now."""
+        """Structure of the preset, as it is now."""
         from muntin.models import PRESETS, ModelConfig
 
         return ModelConfig(**PRESETS[self.preset]).model_dump(mode="json")
@@ -53,7 +53,7 @@ class Workload:
 
     @property
     def answer_shape(self) -> tuple[int, ...]:
-        """Of one picture."""
+        """Shape of the answer to one picture."""
         return (self.side, self.side) if self.output == "labels" else (self.classes,)
 
 
@@ -66,7 +66,7 @@ WORKLOADS = {
 
 
 def origin_of(path: Path) -> str | None:
-    """What an artefact was made of; None where there is none."""
+    """Return the origin of an artefact; None if there is no artefact."""
     try:
         return str(json.loads((path / "manifest.json").read_text(encoding="utf-8"))["measured"]["origin"])
     except (OSError, ValueError, KeyError):

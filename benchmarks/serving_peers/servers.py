@@ -33,7 +33,7 @@ HERE = Path(__file__).resolve().parent
 READY_S = 180.0
 STOP_S = 20.0
 ENDS_S = 5.0
-"""What has been started by a server that has ended has so long to follow it."""
+"""Seconds in which the processes that a server started have to end after it."""
 _DIRECTLY = urllib.request.build_opener(urllib.request.ProxyHandler({}))
 
 
@@ -234,7 +234,7 @@ def running(launch: Launch, port: int, *, cores: set[int], log: Path, variables:
 
 
 class _Process(NamedTuple):
-    """What /proc says of one. `began`: in ticks of the clock since the system started; with its number that is one process for good."""
+    """A process, as /proc describes it. `began`: clock ticks since the system started; with its number it identifies the process."""
 
     state: str
     parent: int
@@ -243,7 +243,7 @@ class _Process(NamedTuple):
 
 
 def _processes() -> dict[int, _Process]:
-    """All that there are, by number, but for those that have ended and that nobody has asked how."""
+    """All processes by number, except zombies."""
     found: dict[int, _Process] = {}
     for folder in Path("/proc").glob("[0-9]*"):
         with contextlib.suppress(OSError):  # it ends meanwhile
@@ -256,8 +256,8 @@ def _processes() -> dict[int, _Process]:
 
 
 def family(root: int) -> dict[int, int]:
-    """A server's processes by number, itself among them, and when each began: its session, and all that was started from there, whatever
-    group or session it is in."""
+    """A server's processes by number, itself included, and when each began: its session, and all processes started from it, in any group or
+    session."""
     everyone = _processes()
     members = {number for number, process in everyone.items() if root in (number, process.session)}
     while new := {number for number, process in everyone.items() if process.parent in members} - members:
@@ -266,7 +266,7 @@ def family(root: int) -> dict[int, int]:
 
 
 def _end(root: int, started: dict[int, int]) -> None:
-    """Of a server that has ended: waits until all that it had `started` is gone, too, and kills what does not go: an engine that hangs."""
+    """Wait until all processes that an ended server `started` are gone, and kill those that remain: an engine that hangs."""
     end = time.monotonic() + ENDS_S
     while left := {number for number, process in _processes().items() if process.session == root or started.get(number) == process.began}:
         if time.monotonic() >= end:
