@@ -264,5 +264,5 @@ def test_failed_layer_check(convolutions: Any, monkeypatch: pytest.MonkeyPatch) 
     result = muntin.verify(convolutions.path, SessionOptions(threads=1), layers=True)
     assert not result.passed and result.checks == checks and given == [1]
     (problem,) = result.problems
-    assert problem.startswith("layer body: OpenVINO's result is 2.5 quantisation steps from what its integers say (allowed: 1)")
+    assert problem.startswith("layer body: OpenVINO's result is 2.5 quantisation steps from the result of its integers (allowed: 1)")
     assert "\n" not in problem

@@ -21,9 +21,9 @@ from numpy.typing import NDArray
 
 from muntin.artifact import open_artifact
 from muntin.errors import DataError
-from muntin.runtime.host.hardware import describe_hardware, memory_gib, physical_cores
+from muntin.runtime.host.hardware import describe_hardware, memory_gib
 from muntin.runtime.options import DEFAULT_ENGINE, SessionOptions
-from muntin.runtime.profiling.cold_start import ArtifactCandidate, Candidate, Loading, measure_loading, too_large
+from muntin.runtime.profiling.cold_start import ArtifactCandidate, Candidate, Loading, measure_loading
 from muntin.runtime.profiling.contention import notes_on, watch_cpu
 from muntin.runtime.profiling.profile import default_shape, fill
 from muntin.runtime.profiling.timing import Latency, Mapper, interleaved_latency, interleaved_throughput
@@ -97,7 +97,9 @@ def bench(
     channels = artifact.manifest.signature.channels
     _, height, width = default_shape(artifact)
     shapes = tuple((batch, *(size or (height, width))) for batch in batches)
-    _check_room(shapes, channels)
+    memory = memory_gib()
+    if memory is not None and max(map(prod, shapes)) * channels > memory * 2**30:
+        raise _too_large(shapes, channels, memory)
     measured = ArtifactCandidate(path=str(path), engine=engine, precision=precision)
     candidates = ({} if baseline is None else {f"baseline {baseline.name}": baseline}) | {measured.name: measured}
     settings = _settings(combinations, shapes)
@@ -106,17 +108,25 @@ def bench(
         for done, setting in enumerate(settings):
             report(done, 2 * len(settings))
             loadings.append({name: measure_loading(candidate, setting) for name, candidate in candidates.items()})
-            _check_channels(loadings[-1], measured.name, channels)
+            for name, loading in loadings[-1].items():
+                if loading.channels != channels:
+                    raise DataError(
+                        f"{name} takes images of {loading.channels} channels, {measured.name} of {channels}: "
+                        "give a baseline that takes the same images"
+                    )
         images = [fill(artifact.golden()[0][0], shape) for shape in shapes]
         rows: list[BenchRow] = []
         with watch_cpu() as watch:  # begins after the processes that loaded, which would count as others
-            for done, (setting, loading) in enumerate(zip(settings, loadings, strict=True), len(settings)):
+            for done, (setting, loaded) in enumerate(zip(settings, loadings, strict=True), len(settings)):
                 report(done, 2 * len(settings))
-                rows += _measure(images, candidates, loading, setting, rounds)
+                rows += _measure(images, candidates, loaded, setting, rounds)
     except MemoryError:
-        raise too_large(shapes, channels) from None
+        raise _too_large(shapes, channels, memory) from None
     report(2 * len(settings), 2 * len(settings))
-    notes = _notes(watch.others, combinations)
+    notes = notes_on(watch.others, threads=max(options.thread_count for options in combinations))
+    for n, s in dict.fromkeys((options.thread_count, options.streams) for options in combinations):
+        if s > n:
+            notes.append(f"{s} streams on {count(n, 'thread')}: a stream needs a thread, so they count as {n}")
     if baseline is not None:
         rows = _with_ratios(rows)
         if any(row.ratio is None for row in rows):
@@ -178,30 +188,15 @@ def _with_ratios(rows: Sequence[BenchRow]) -> list[BenchRow]:
     return compared
 
 
-def _notes(others: float | None, combinations: Sequence[SessionOptions]) -> list[str]:
-    notes, cores, threads = notes_on(others), physical_cores(), max(options.thread_count for options in combinations)
-    if threads > cores:
-        notes.append(
-            f"{count(threads, 'thread')} on {count(cores, 'physical core')}: they wait for each other; compare with --threads {cores}"
-        )
-    for n, s in dict.fromkeys((options.thread_count, options.streams) for options in combinations):
-        if s > n:
-            notes.append(f"{s} streams on {count(n, 'thread')}: a stream needs a thread, so they count as {n}")
-    return notes
-
-
-def _check_room(shapes: tuple[Shape, ...], channels: int) -> None:
-    memory = memory_gib()
-    if memory is not None and max(map(prod, shapes)) * channels > memory * 2**30:
-        raise too_large(shapes, channels)
-
-
-def _check_channels(loadings: Mapping[str, Loading], name: str, channels: int) -> None:
-    for other, loading in loadings.items():
-        if loading.channels != channels:
-            raise DataError(
-                f"{other} takes images of {loading.channels} channels, {name} of {channels}: give a baseline that takes the same images"
-            )
+def _too_large(shapes: tuple[Shape, ...], channels: int, memory: float | None) -> DataError:
+    """The error for images that do not fit into `memory`, GiB. It names the bytes of the largest batch."""
+    B, H, W = max(shapes, key=prod)
+    size = B * H * W * channels
+    limit = "more than there is" if memory is None else f"and this process may use {memory:g} GiB"
+    return DataError(
+        f"{B} images of {H} x {W} pixels in {channels} channels: they alone take {size} bytes ({size / 2**30:.1f} GiB), {limit}: "
+        "choose a smaller size or batch"
+    )
 
 
 def _check(

@@ -1,4 +1,4 @@
-"""Facts about this machine and what is installed on it. A value that the system does not tell is None. Nothing heavy is imported: torch and
+"""Facts about this machine and its installed packages. A value that the system does not tell is None. Nothing heavy is imported: torch and
 other packages are looked up by name."""
 
 from __future__ import annotations
@@ -112,7 +112,7 @@ def read_machine() -> Machine:
         cpu_quota=cpu_quota(),
         memory_gib=described["memory_gib"],
         memory_limit_gib=memory_limit_gib(),
-        available_gib=available_memory_gib(_text(Path("/proc/meminfo"))),
+        available_gib=available_memory_gib(),
         numa_nodes=numa_nodes(),
         governors=cpu_governors(),
         nvidia=Path("/proc/driver/nvidia/version").exists() or shutil.which("nvidia-smi") is not None,
@@ -190,13 +190,6 @@ def package_version(package: str) -> str | None:
         return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:
         return None
-
-
-def _text(file: Path) -> str:
-    try:
-        return file.read_text(encoding="utf-8", errors="replace")
-    except OSError:
-        return ""
 
 
 def user_cache() -> Path | None:
