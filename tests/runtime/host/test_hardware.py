@@ -1,4 +1,4 @@
-"""What the machine is said to be: plain values, read from what the system says."""
+"""Description of the machine, read from the system's files."""
 
 from __future__ import annotations
 

@@ -11,17 +11,12 @@ import numpy as np
 import pytest
 from onnx import helper
 
-from muntin.runtime import describe_hardware
 from muntin.runtime.options import SessionOptions
 from muntin.runtime.profiling.diagnosis import Finding, findings
 from muntin.runtime.profiling.kernels import LAYOUT, PRODUCTS, Ceilings, Operand
 from muntin.runtime.profiling.profile import Profile, profile
 
 CEILINGS = Ceilings(gmacs={"f32": 100.0, "bf16": 200.0, "i8": 400.0}, copy_gb_s=10.0, threads=1, others=0.0)
-needs_dot_products = pytest.mark.skipif(
-    not {"avx512_vnni", "avx_vnni", "amx_int8", "asimddp", "i8mm"} & set(describe_hardware()["features"]),
-    reason="this CPU has no 8-bit dot products (VNNI, AMX, dotprod): integer kernels may be missing",
-)
 
 
 def of_kind(result: Profile, kind: str) -> list[Finding]:
@@ -36,7 +31,7 @@ def small(convolutions: Any) -> Profile:
 # ---- planted faults ----
 
 
-@needs_dot_products
+@pytest.mark.usefixtures("dot_products")
 def test_integer_layer_in_float(write_layers: Callable[..., Any], layer_maker: Callable[..., Any], tmp_path: Path) -> None:
     layers = [
         layer_maker("stem", 0, 3, 32, 3, scale=0.9),
@@ -49,10 +44,9 @@ def test_integer_layer_in_float(write_layers: Callable[..., Any], layer_maker: C
     (finding,) = of_kind(result, "fallback")
     assert finding.words.startswith("1 layer recorded with 8-bit activations ran in float: body in f32 (")
     assert "; on integer kernels about " in finding.words
-    assert finding.kernels == ("body",)
     (body,) = (kernel for kernel in result.kernels if kernel.name == "body")
     assert finding.saves_ms == pytest.approx(body.ms * (1 - 100 / 400))
-    assert not any("body" in other.kernels for kind in ("ceiling", "float") for other in of_kind(result, kind))
+    assert not any("body" in other.words for kind in ("ceiling", "float") for other in of_kind(result, kind))
 
 
 def test_layout_change_between_layers(write_graph: Callable[..., Any], tmp_path: Path) -> None:
@@ -73,14 +67,14 @@ def test_layout_change_between_layers(write_graph: Callable[..., Any], tmp_path:
     (finding,) = of_kind(result, "layout")
     assert "layout changes" in finding.words
     assert "Transpose between first and second (" in finding.words
-    assert {"there", "back"} <= set(finding.kernels)
-    assert finding.saves_ms == pytest.approx(sum(kernel.ms for kernel in result.kernels if kernel.name in finding.kernels))
+    planted = sum(kernel.ms for kernel in result.kernels if kernel.name in {"there", "back"})
+    assert planted <= (finding.saves_ms or 0.0) <= sum(kernel.ms for kernel in result.kernels if kernel.group == LAYOUT)
 
 
 # ---- each rule ----
 
 
-@needs_dot_products
+@pytest.mark.usefixtures("dot_products")
 def test_layers_as_recorded(small: Profile) -> None:
     assert of_kind(small, "fallback") == []
     assert of_kind(small, "float") == []
@@ -111,7 +105,6 @@ def test_equal_layers_of_repeated_blocks(small: Profile) -> None:
     blocks = tuple(replace(body, name=f"blocks.{i}.mlp", layer=None, precision="i8", ms=10.0, macs=400_000_000) for i in range(3))
     (finding,) = of_kind(replace(small, profiled_ms=40.0, kernels=blocks), "ceiling")
     assert finding.words.startswith("blocks.*.mlp (3 alike) reach 10% of the INT8 ceiling: 30 ms where 3.0 would do")
-    assert len(finding.kernels) == 3
 
 
 def test_products_in_float(small: Profile) -> None:
@@ -134,7 +127,7 @@ def test_writing_of_the_scores(small: Profile) -> None:
     (finding,) = of_kind(result, "output")
     assert "is writing the scores, 0.046 MB of float32 (1, 5, 48, 48), after the last layer: Reorder scores (5.0 ms)" in finding.words
     assert "labels of one byte would be 0.0023 MB" in finding.words
-    assert not any("scores" in other.kernels for other in of_kind(result, "layout"))
+    assert all((other.saves_ms or 0.0) < 5 for other in of_kind(result, "layout"))
 
 
 def test_output_with_a_missing_layer(small: Profile) -> None:
@@ -144,7 +137,7 @@ def test_output_with_a_missing_layer(small: Profile) -> None:
     writing = replace(lost[-1], name="writing", kind="Reorder", compute=False, layer=None, macs=0, group=LAYOUT, inputs=(last,), ms=5.0)
     result = replace(small, profiled_ms=10.0, kernels=(*lost, writing))
     assert of_kind(result, "output") == []
-    assert any("writing" in finding.kernels for finding in of_kind(result, "layout"))
+    assert any((finding.saves_ms or 0.0) >= 5 for finding in of_kind(result, "layout"))
 
 
 def test_kernels_after_an_unrecorded_product(small: Profile) -> None:

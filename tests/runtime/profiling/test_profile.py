@@ -116,7 +116,7 @@ def test_arguments_that_are_not_allowed(convolutions: Any, arguments: dict[str, 
 
 @pytest.mark.parametrize("engine", ["openvino", "onnxruntime"])
 def test_images_larger_than_memory(convolutions: Any, engine: str) -> None:
-    with pytest.raises(DataError, match=r"their scores alone take 3.5e\+05 GB, and this machine has .* GB: give a smaller shape") as caught:
+    with pytest.raises(DataError, match=r"scores alone take 3.5e\+05 GB, and this machine has .* GB: give a smaller size") as caught:
         profile(convolutions.path, SessionOptions(engine=engine), shape=(100, 999_999, 99_999), ceilings=CEILINGS)
     assert "\n" not in str(caught.value)
 

@@ -212,7 +212,7 @@ def test_output_more_than_a_step_away(everything: tuple[Artifact, nn.Module], mo
     layer = alone[name]
 
     def moved(share: float) -> list[str]:
-        """What fails where one value is moved by so many times the most that a step of each operand can move it."""
+        """Failed layers if one value is moved by `share` of the largest change by a step of each operand."""
 
         def altered(model: onnx.ModelProto, layers: Any, images: NDArray[np.uint8], threads: int) -> Taps:
             taps = run(model, layers, images, threads)

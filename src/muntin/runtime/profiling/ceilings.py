@@ -81,7 +81,8 @@ def measure_product(core: Any, kind: Kind, precision: str, *, threads: int, seco
     `core`: an `openvino.Core`. Runs for `seconds`, and at least three times.
     """
     _, hint, names = PRODUCT_PRECISIONS[precision]
-    side = _side(kind, min(threads, physical_cores()))
+    cores = min(threads, physical_cores())  # every core gets milliseconds of work, and a slow one a second of repeats
+    side = (1 if cores <= 4 else 2 if cores <= 32 else 4) * (1024 if kind == "MatMul" else 64)
     options = {"INFERENCE_PRECISION_HINT": hint, "INFERENCE_NUM_THREADS": threads, "PERFORMANCE_HINT": "LATENCY", "PERF_COUNT": True}
     model = core.read_model(model=product_graph(kind, side, integer=precision == "i8"), weights=b"")
     try:
@@ -180,9 +181,3 @@ def _copy_bytes() -> int:
     size = max(128 << 20, 2 * (last_level_cache() or 0))
     memory = memory_gib()
     return size if memory is None else min(size, int(memory * 2**30) // 16)
-
-
-def _side(kind: Kind, cores: int) -> int:
-    """Side of a product that gives every core milliseconds of work and allows a second of repeats on a slow core."""
-    factor = 1 if cores <= 4 else 2 if cores <= 32 else 4
-    return factor * (1024 if kind == "MatMul" else 64)

@@ -35,14 +35,12 @@ LITTLE_WORK = 5e6
 class Finding:
     """One reason for the time of a call.
 
-    `kind`: one word for its rule. `saves_ms`: upper limit of the saved time, at most `profiled_ms`; None where unknown. `kernels`: names of
-    the kernels concerned, longest first.
+    `kind`: one word for its rule. `saves_ms`: upper limit of the saved time, at most `profiled_ms`; None where unknown.
     """
 
     kind: str
     words: str
     saves_ms: float | None
-    kernels: tuple[str, ...] = ()
 
 
 def findings(profile: Profile) -> tuple[Finding, ...]:
@@ -112,7 +110,6 @@ def _passes(profile: Profile, graph: _Graph) -> Iterator[Finding]:
             words=f"{_share(_sum(kernels), profile)} {words}{f', where {remainder} would take {_ms(least)} ms' if remainder else ''}: "
             f"{_listed(places, len(kernels))}",
             saves_ms=max(0.0, _sum(kernels) - least),
-            kernels=_names(kernels),
         )
 
 
@@ -131,7 +128,6 @@ def _output(profile: Profile, graph: _Graph) -> Iterator[Finding]:
         f"{_bytes(4 * prod(shape))} of float32 {shape}, after the last layer: {_listed(named, len(kernels))}; "
         f"{alternative} would be {_bytes(pixels)}",
         saves_ms=max(0.0, _sum(kernels) - (4 * prod(shape) + pixels) / profile.ceilings.copy_gb_s / 1e6),
-        kernels=_names(kernels),
     )
 
 
@@ -146,7 +142,6 @@ def _fallbacks(profile: Profile, graph: _Graph) -> Iterator[Finding]:
         words=f"{count(len(kernels), 'layer')} recorded with 8-bit activations ran in float: {_listed(named, len(kernels))}"
         + ("" if least is None else f"; on integer kernels about {_ms(least)} ms"),
         saves_ms=None if least is None else _sum(kernels) - least,
-        kernels=_names(kernels),
     )
 
 
@@ -167,7 +162,7 @@ def _all_in_precision(kernels: Sequence[Kernel], precision: str, profile: Profil
 
 
 def _float_layers(profile: Profile, graph: _Graph) -> Iterator[Finding]:
-    fallen = _names(_fallen_back(profile))
+    fallen = {kernel.name for kernel in _fallen_back(profile)}
     kernels = _longest(
         kernel for kernel in profile.kernels if kernel.group == PRODUCTS and kernel.precision != "i8" and kernel.name not in fallen
     )
@@ -187,13 +182,12 @@ def _float_layers(profile: Profile, graph: _Graph) -> Iterator[Finding]:
         words=f"{_share(total, profile)} goes into {count(len(kernels), 'product')} in {kinds}, not quantised in the artefact: "
         f"{_listed(named, len(longest))}; in INT8 about {_ms(least)} ms{in_half}, at a cost in accuracy to be measured",
         saves_ms=total - least,
-        kernels=_names(kernels),
     )
 
 
 def _ceilings(profile: Profile, graph: _Graph) -> Iterator[Finding]:
     """Products far from the ceiling of their precision; equal ones in repeated blocks are one finding."""
-    fallen = _names(_fallen_back(profile))
+    fallen = {kernel.name for kernel in _fallen_back(profile)}
     alike: dict[tuple[object, ...], list[Kernel]] = {}
     for kernel in profile.kernels:
         attainable = kernel.attainable_ms(profile.ceilings)
@@ -214,7 +208,6 @@ def _ceilings(profile: Profile, graph: _Graph) -> Iterator[Finding]:
             words=f"{subject} {least / total:.0%} of the {ceiling}: {_ms(total)} ms where {_ms(least)} would do"
             + (f" ({'; '.join(reasons)})" if reasons else ""),
             saves_ms=total - least,
-            kernels=_names(kernels),
         )
 
 
@@ -267,10 +260,6 @@ def _sum(kernels: Iterable[Kernel]) -> float:
 
 def _attainable(profile: Profile, kernels: Iterable[Kernel]) -> float:
     return sum(kernel.attainable_ms(profile.ceilings) or 0.0 for kernel in kernels)
-
-
-def _names(kernels: Iterable[Kernel]) -> tuple[str, ...]:
-    return tuple(kernel.name for kernel in kernels)
 
 
 def _pattern(label: str) -> str:

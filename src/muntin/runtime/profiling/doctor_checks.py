@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from math import floor
 from typing import Literal
 
-from muntin.runtime.engines.compile_cache import compiled_folder
+from muntin.runtime.engines.compile_cache import cache_folder, compiled_folder
 from muntin.runtime.host.hardware import ISA_LIMITS
 from muntin.runtime.options import DEFAULT_ENGINE
 from muntin.runtime.profiling.contention import CpuShare
@@ -20,7 +20,6 @@ from muntin.runtime.profiling.doctor_facts import (
     Machine,
     cuda_starts,
     distributions,
-    user_cache,
 )
 from muntin.runtime.profiling.kernels import Ceilings
 from muntin.runtime.verification.exactness import IntegerCheck
@@ -69,9 +68,7 @@ def all_checks(
 ) -> list[Check]:
     """All checks, in the order in which they are printed. `test`: None without the self-test."""
     checks = list(check_engines(engines))
-    if test is None:
-        checks += check_untested(machine)
-    else:
+    if test is not None:
         exact = [name for name, layers in test.integers.items() if not any(layer.wrong for layer in layers)]
         checks += [check_arithmetic(name, layers, variables, exact) for name, layers in test.integers.items()]
         checks += test.failures
@@ -122,16 +119,6 @@ def check_arithmetic(engine: str, layers: Sequence[IntegerCheck], variables: Map
     if floating:
         return _note(name, f"right, but run in float, which is slower: {', '.join(floating)}")
     return _ok(name, f"{sum(layer.outputs for layer in layers)} sums, exact, on integer kernels")
-
-
-def check_untested(machine: Machine) -> Iterator[Check]:
-    """A note for a CPU whose INT8 sums may be wrong, where the self-test was left out."""
-    if any(feature.name == "VNNI" and not feature.present for feature in machine.features):
-        yield _note(
-            "VNNI",
-            "this CPU has none, so OpenVINO's INT8 sums may be wrong: the self-test (without --quick) says whether they are, "
-            'and whether engine="onnxruntime" is exact here',
-        )
 
 
 def check_thread_counts(threads: int | None, variables: Mapping[str, str], cores: int) -> Iterator[Check]:
@@ -234,7 +221,7 @@ def check_gpu(machine: Machine, engines: Sequence[InstalledEngine], installed: f
 
 def check_cache() -> Check:
     """A note where compiled models cannot be kept. Creates a folder by the cache's own rules, and removes everything that it created."""
-    folder = user_cache()
+    folder = cache_folder()
     if folder is None:
         return _note("cache", "this user has no home folder, so models are compiled anew each time: set MUNTIN_CACHE")
     root = folder / "compiled"

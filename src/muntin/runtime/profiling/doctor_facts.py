@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any
 
 from muntin.errors import install
-from muntin.runtime.engines.compile_cache import cache_folder
 from muntin.runtime.host import quiet_imports
 from muntin.runtime.host.hardware import (
     affinity,
@@ -189,12 +188,4 @@ def package_version(package: str) -> str | None:
     try:
         return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:
-        return None
-
-
-def user_cache() -> Path | None:
-    """The user's cache folder; None without a home folder."""
-    try:
-        return cache_folder()
-    except RuntimeError:  # pathlib's error without a home
         return None

@@ -94,7 +94,7 @@ def profile(
     profiler: Profiler = getattr(import_module(f"muntin.runtime.profiling.{options.engine}_kernels"), f"{options.engine}_kernels")
     artifact = open_artifact(path)
     shape = default_shape(artifact) if shape is None else shape
-    with watch_cpu() as watch, _enough_memory(artifact.manifest.signature, shape):
+    with watch_cpu() as watch, enough_memory(artifact.manifest.signature, shape):
         images_BHWC = fill(artifact.golden()[0][0], shape)
         sessions = {"whole": open_session(path, options)}
         whole_ms = interleaved_latency(sessions, images_BHWC, rounds=rounds)["whole"].median_ms
@@ -126,17 +126,18 @@ def profile(
 
 
 @contextmanager
-def _enough_memory(signature: Signature, shape: Shape) -> Iterator[None]:
+def enough_memory(signature: Signature, shape: Shape) -> Iterator[None]:
     """Raises DataError for images that do not fit into this machine's memory together with their scores, and where memory runs out."""
     needed = (1 + 4) * prod(shape) * signature.channels + 4 * prod(signature.scores_shape(*shape))
-    description = f"shape={shape}: the images, in bytes and in float32, and their scores alone take {needed / 1e9:.3g} GB"
+    B, H, W = shape
+    description = f"{B} images of {H} x {W} pixels, in bytes and in float32, and their scores alone take {needed / 1e9:.3g} GB"
     memory = memory_gib()
     if memory is not None and needed > memory * 2**30:
-        raise DataError(f"{description}, and this machine has {memory * 2**30 / 1e9:.3g} GB: give a smaller shape")
+        raise DataError(f"{description}, and this machine has {memory * 2**30 / 1e9:.3g} GB: give a smaller size or batch")
     try:
         yield
     except MemoryError as error:
-        raise DataError(f"{description}, and there was not enough memory for the call: give a smaller shape") from error
+        raise DataError(f"{description}, and there was not enough memory for the call: give a smaller size or batch") from error
 
 
 def _measured_ceilings(threads: int) -> Ceilings:

@@ -6,7 +6,7 @@ recorded with integer activations run on integer kernels; optionally each of the
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from math import isfinite
 from pathlib import Path
@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from muntin.artifact import Artifact, GoldenTolerance, LayerRecord, Manifest, open_artifact
+from muntin.artifact import Artifact, GoldenTolerance, LayerRecord, open_artifact
 from muntin.errors import DependencyError
 from muntin.runtime.engines.onnx_nodes import is_node_of
 from muntin.runtime.engines.registry import open_session
@@ -112,7 +112,13 @@ def verify(
     manifest = artifact.manifest
     session = open_session(path, replace(options, shapes=()))
     tolerance = manifest.tolerance(session.engine, session.precision)
-    problems = [] if tolerance else [_no_tolerance(session, manifest)]
+    recorded = ", ".join(f"{engine} in {name}" for engine, tolerances in manifest.golden_tolerance.items() for name in tolerances)
+    problems = []
+    if tolerance is None:
+        problems.append(
+            f"no golden tolerance is recorded for {session.engine} in {session.precision} (there is: {recorded or 'none'}): "
+            "verify in a recorded precision, or export again"
+        )
     golden = tuple(
         replay(session, images, scores, tolerance, classes=manifest.signature.task != "restore") for images, scores in artifact.golden()
     )
@@ -125,16 +131,7 @@ def verify(
     if not (options.engine != DEFAULT_ENGINE if allow_fallbacks is None else allow_fallbacks):
         problems += [f"{reason}: export for this engine and CPU, or allow fallbacks" for reason in reasons]
     checks = _checked_layers(artifact, session.threads) if layers else ()
-    problems += [
-        f"layer {check.name}: OpenVINO's result is {check.error:.3g} quantisation steps from the result of its integers "
-        f"(allowed: {TOLERANCE:g}): report it with the CPU and OpenVINO's version"
-        for check in checks
-        if not check.passed
-    ]
-    problems += [
-        f"layer {name}, recorded with 8-bit activations, multiplies nothing quantised in the graph, so it is not checked: export again"
-        for name in (find_unchecked(manifest.layers, checks) if layers else ())
-    ]
+    problems += _layer_problems(checks, find_unchecked(manifest.layers, checks) if layers else ())
     evaluation = None if evaluate is None else float(evaluate(session))
     if evaluation is not None and not isfinite(evaluation):
         problems.append(f"evaluate returned {evaluation}: it must return a finite number, higher is better")
@@ -165,6 +162,18 @@ def _batch_problems(session: Session, artifact: Artifact, tolerance: GoldenToler
         f"two images in a batch give other scores than each alone, by {result.max_error:.3g} standard deviations (allowed: "
         f"{result.allowed}): images of one call would depend on each other; export a model that computes each image by itself"
     ]
+
+
+def _layer_problems(checks: Sequence[LayerCheck], unchecked: Sequence[str]) -> Iterator[str]:
+    for check in checks:
+        if not check.passed:
+            yield (
+                f"layer {check.name}: OpenVINO's result is {check.error:.3g} quantisation steps from the result of its integers "
+                f"(allowed: {TOLERANCE:g}): report it with the CPU and OpenVINO's version"
+            )
+    for name in unchecked:
+        reason = "multiplies nothing quantised in the graph, so it is not checked: export again"
+        yield f"layer {name}, recorded with 8-bit activations, {reason}"
 
 
 def _checked_layers(artifact: Artifact, threads: int) -> tuple[LayerCheck, ...]:
@@ -244,11 +253,3 @@ def find_unchecked(records: Sequence[LayerRecord], checks: Sequence[LayerCheck])
     """The recorded layers with integer activations without a check: the graph has no product of their quantised values."""
     integers = (record for record in records if record.integer_activations)
     return tuple(record.name for record in integers if not any(is_node_of(check.name, record) for check in checks))
-
-
-def _no_tolerance(session: Session, manifest: Manifest) -> str:
-    recorded = ", ".join(f"{engine} in {name}" for engine, tolerances in manifest.golden_tolerance.items() for name in tolerances)
-    return (
-        f"no golden tolerance is recorded for {session.engine} in {session.precision} (there is: {recorded or 'none'}): "
-        "verify in what is recorded, or export again"
-    )
