@@ -42,7 +42,7 @@ PRODUCT_PRECISIONS: dict[str, tuple[str, str, frozenset[str]]] = {
 }
 _CHANNELS = 256
 _REPEATS = 3
-_COPY_ROUNDS = 8
+_COPY_ROUNDS = 4
 _BLOCK = 8
 """Minimum number of calls whose mean counts as one run."""
 
