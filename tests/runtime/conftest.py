@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from onnx import TensorProto, helper, numpy_helper
 
 from muntin.artifact import Artifact, ClassInfo, GoldenTolerance, LayerRecord, Signature, write_artifact
+from muntin.runtime import describe_hardware
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,7 +35,7 @@ class Layer:
     quantized: bool = True  # False: the graph holds the same layer in float
 
     def __call__(self, x_BCHW: NDArray[np.float32]) -> NDArray[np.float64]:
-        """What integer arithmetic gives: quantise, multiply and add in int64, scale."""
+        """Result of integer arithmetic: quantise, multiply and add in int64, scale."""
         quantised = np.clip(np.rint(x_BCHW / self.scale) + self.zero, 0, 255).astype(np.int64) - self.zero
         K, C, k, _ = self.weight.shape
         padded = np.pad(quantised, ((0, 0), (0, 0), (k // 2, k // 2), (k // 2, k // 2)))
@@ -195,6 +196,13 @@ def per_pixel(tmp_path_factory: pytest.TempPathFactory, write_layers: Callable[.
     return write_layers(
         tmp_path_factory.mktemp("artifacts") / "per_pixel", [make_layer("pixel", 5, 4, 6, 1, scale=0.9, zero=3, relu=False)]
     )
+
+
+@pytest.fixture(scope="session")
+def dot_products() -> None:
+    """Skips a test on a CPU without 8-bit dot products (VNNI, AMX, dotprod): integer kernels may be missing or saturate."""
+    if not {"avx512_vnni", "avx_vnni", "amx_int8", "asimddp", "i8mm"} & set(describe_hardware()["features"]):
+        pytest.skip("this CPU has no 8-bit dot products")
 
 
 @pytest.fixture(scope="session")

@@ -34,16 +34,6 @@ def test_memory_of_a_view() -> None:
     assert (view == 7).all()
 
 
-def test_slice_of_a_slice() -> None:
-    buffers = Buffers()
-    row = buffers.take((4, 4))[2]
-    row[:] = 5
-    element = row.reshape(2, 2)[1:]
-    del row
-    buffers.take((4, 4))[:] = 0
-    assert (element == 5).all()
-
-
 @settings(max_examples=50, deadline=None)
 @given(st.lists(st.tuples(st.integers(1, 3), st.booleans()), max_size=40))
 def test_live_arrays_share_no_memory(takes: list[tuple[int, bool]]) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ import pytest
 
 from muntin.errors import ArtifactError, DataError
 from muntin.runtime import load
+from muntin.runtime.host.hardware import physical_cores
 from muntin.runtime.session import Session
 
 
@@ -88,6 +90,17 @@ def test_model_that_contradicts_its_signature(
     write_layers(tmp_path / "five", [layer_maker("pixel", 5, 4, 5, 1, scale=0.9, relu=False)], model=model)
     with pytest.raises(ArtifactError, match=r"\(1, 6, 3, 3\).*\(1, 5, 3, 3\)"):
         load(tmp_path / "five", engine=engine)(images_of(4, batch=1, height=3, width=3))
+
+
+@pytest.mark.parametrize("engine", ["openvino", "onnxruntime"])
+def test_session_shared_by_threads(convolutions: Any, images_of: Callable[..., Any], engine: str) -> None:
+    session = load(convolutions.path, engine=engine, precision="f32", threads=1)
+    assert (session.threads, load(convolutions.path, engine=engine).threads) == (1, physical_cores())
+    batches = [images_of(3, batch=1, height=8 + seed % 3, width=8, seed=seed) for seed in range(24)]
+    alone = [session(images) for images in batches]
+    with ThreadPoolExecutor(3) as pool:
+        for one, other in zip(alone, pool.map(session, batches), strict=True):
+            np.testing.assert_array_equal(one, other)
 
 
 @pytest.mark.parametrize("engine", ["openvino", "onnxruntime"])

@@ -221,8 +221,7 @@ def test_memory_of_tiled_labels() -> None:
         ("segment", {"overlap": 4}, "without tile"),
         ("segment", {"output": "image"}, "labels, scores"),
         ("segment", {"output": "mask"}, "labels, scores"),
-        ("segment", {"exact": True}, "exact=True needs a plan"),
-        ("segment", {"exact": True, "tile": 8}, "exact=True needs a plan"),
+        ("segment", {"exact": True}, "exact=True: this version of muntin does not run plans"),
         ("classify", {"tile": 8}, "leave tile out"),
         ("classify", {"output": "labels"}, "give one of scores"),
         ("restore", {"output": "labels"}, "image, scores"),
@@ -256,10 +255,3 @@ def test_session_that_contradicts_its_signature() -> None:
 
     with pytest.raises(ArtifactError, match=r"\(1, 3, 5, 5\).*\(1, 4, 5, 5\)"):
         predict(Narrow(), picture(5, 5))
-
-
-def test_exact_with_a_plan() -> None:
-    session = PixelSession()
-    session.plan = {"cuts": []}  # type: ignore[attr-defined]
-    with pytest.raises(DataError, match="does not run plans"):
-        predict(session, picture(5, 5), tile=4, exact=True)

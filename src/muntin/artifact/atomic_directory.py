@@ -6,17 +6,16 @@ import os
 import re
 import secrets
 import shutil
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+import time
+from collections.abc import Iterable, Mapping
+from contextlib import suppress
 from pathlib import Path
 
 from muntin.artifact.atomic_files import sync_directory, write_synced
 from muntin.errors import ArtifactError
 
-try:
-    import fcntl
-except ImportError:  # Windows has none
-    fcntl = None  # type: ignore[assignment]
+REMAINS_AGE_S = 3600.0
+"""Seconds after which an unfinished write counts as killed."""
 
 
 def replace_directory(path: Path, contents: Mapping[str, bytes], *, marker: str) -> None:
@@ -24,7 +23,7 @@ def replace_directory(path: Path, contents: Mapping[str, bytes], *, marker: str)
 
     An existing directory is replaced if it is empty, or contains `marker` and only names of `contents`. Otherwise, and on a full disk,
     raises ArtifactError, and nothing changes. Between the two renames of a replacement there is no directory for an instant; after a crash
-    there the old one lies beside it, under a name that ends in ".old". Remains of killed writes are removed at the end.
+    there the old one lies beside it, under a name that ends in ".old". Remains of writes that were killed an hour ago are removed.
     """
     target = refuse_foreign(path, contents.keys(), marker=marker)
     token = secrets.token_hex(4)
@@ -32,11 +31,10 @@ def replace_directory(path: Path, contents: Mapping[str, bytes], *, marker: str)
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         fresh.mkdir()
-        with _locked(fresh):
-            for name, data in contents.items():
-                write_synced(fresh / name, data)
-            sync_directory(fresh)
-            _swap(fresh, target, aside)
+        for name, data in contents.items():
+            write_synced(fresh / name, data)
+        sync_directory(fresh)
+        _swap(fresh, target, aside)
     except OSError as error:
         raise ArtifactError(
             f"{path}: the artefact cannot be written ({error.strerror or error}): make room or name another place; nothing was left behind"
@@ -87,37 +85,13 @@ def names_in(directory: Path) -> set[str]:
 
 
 def _remove_left(target: Path) -> None:
-    """Removes the remains of killed writes of this target, and keeps those of a running one."""
+    """Removes the remains of killed writes of this target. Younger ones than `REMAINS_AGE_S` may belong to a running write."""
     pattern = re.compile(rf"\.{re.escape(target.name)}\.[0-9a-f]{{8}}\.(partial|old)")
     with suppress(OSError):
         for path in target.parent.iterdir():
             match = pattern.fullmatch(path.name)
-            if match is None:
-                continue
-            if match[1] == "old":  # the target has replaced it
+            if match and (match[1] == "old" or time.time() - path.stat().st_mtime > REMAINS_AGE_S):  # the target has replaced an old one
                 shutil.rmtree(path, ignore_errors=True)
-                continue
-            with suppress(OSError), _locked(path, wait=False) as locked:
-                if locked and any(path.iterdir()):  # an empty one belongs to a write that has not locked it yet
-                    shutil.rmtree(path, ignore_errors=True)
-
-
-@contextmanager
-def _locked(folder: Path, *, wait: bool = True) -> Iterator[bool]:
-    """Locks a folder until the end of the block or of the process. Yields False if another holds the lock, or without locks."""
-    if fcntl is None:
-        yield False
-        return
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
-            locked = True
-        except OSError:
-            locked = False
-        yield locked
-    finally:
-        os.close(descriptor)
 
 
 def _swap(fresh: Path, target: Path, aside: Path) -> None:

@@ -84,6 +84,11 @@ class LayerRecord(_Frozen):
     macs: Annotated[int, Field(ge=0)] | None = None
     note: str = ""
 
+    @property
+    def integer_activations(self) -> bool:
+        """True if the layer is to run on integer kernels."""
+        return self.activation_bits is not None and self.activation_bits <= 8
+
 
 class TensorRecord(_Frozen):
     """Storage of one weight: bits per value, restored shape, and integers or floats."""

@@ -113,7 +113,8 @@ def open_artifact(path: str | Path) -> Artifact:
     if extra := sorted(present - {MANIFEST, *FILES}):
         raise ArtifactError(f"{path / extra[0]}: not part of the artefact: remove it")
     for name in FILES:
-        _check_regular(path / name)
+        if (path / name).exists() and not (path / name).is_file():  # a pipe or a device: reading it might never end
+            raise ArtifactError(f"{path / name}: no regular file: copy or export the artefact again")
         _check_digest(path / name, _digest(path / name), manifest.files[name])
     return Artifact(path, manifest)
 
@@ -214,12 +215,6 @@ def _check_golden(golden: Iterable[GoldenPair], signature: Signature) -> None:
         expected = signature.scores_shape(*images.shape[:3])
         if scores.dtype != np.float32 or scores.shape != expected or not np.isfinite(scores).all():
             raise ArtifactError(f"golden scores {index}: {scores.dtype} {scores.shape}: finite float32 {expected} is needed")
-
-
-def _check_regular(file: Path) -> None:
-    """Raises ArtifactError for a pipe or a device, or a link to one: reading it might never end."""
-    if file.exists() and not file.is_file():
-        raise ArtifactError(f"{file}: no regular file: copy or export the artefact again")
 
 
 def _read(file: Path) -> bytes:

@@ -11,7 +11,6 @@ from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from numbers import Integral
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -45,18 +44,15 @@ class Session(ABC):
     """An opened artefact that computes. Threads may share one; each call returns an array of its own.
 
     `precision`: the real precision of float layers ("f32", "bf16", "f16"). `threads`: of the engine. `streams`: calls that compute at the
-    same time, each on its share of the threads. `plan`: the manifest's plan for exact tiles, or None.
+    same time, each on its share of the threads.
     """
 
-    def __init__(
-        self, *, signature: Signature, engine: str, precision: str, threads: int, streams: int = 1, plan: dict[str, Any] | None = None
-    ) -> None:
+    def __init__(self, *, signature: Signature, engine: str, precision: str, threads: int, streams: int = 1) -> None:
         self.signature = signature
         self.engine = engine
         self.precision = precision
         self.threads = threads
         self.streams = streams
-        self.plan = plan
         self.outputs = Buffers()
         """Memory of results, for engines that can write into given memory."""
 

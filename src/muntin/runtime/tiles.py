@@ -64,8 +64,8 @@ def predict(
     (K, scale*H, scale*W) float32, blended but otherwise as the model gives them, "image" (scale*H, scale*W, channels) uint8.
     "classify" returns scores (K,) of the picture's middle square, resized to the signature's `side`, and has no tiles.
 
-    Raises DataError for arguments that are not allowed. `exact=True` (equal to one untiled call) needs a plan in the manifest, and is an
-    error without one: nothing is approximated silently.
+    Raises DataError for arguments that are not allowed. `exact=True` (equal to one untiled call) is an error in this version: nothing is
+    approximated silently.
     """
     signature = session.signature
     output = _check_output(signature, output)
@@ -189,7 +189,10 @@ def _check_output(signature: Signature, output: Output | None) -> Output:
 def check_tiles(session: Predictor, *, tile: int | None, overlap: int | None, exact: bool = False) -> tuple[int | None, int]:
     """Returns the tile's side and the overlap for `predict`. Raises DataError for values that are not allowed."""
     if exact:
-        _refuse_exact(session)
+        raise DataError(
+            "exact=True: this version of muntin does not run plans for exact tiles: leave it out for blended tiles, and `tile` too for the "
+            "whole picture in one call"
+        )
     if tile is None:
         if overlap is not None:
             raise DataError(f"overlap={overlap} without tile: give the tile's side too, or leave overlap out")
@@ -208,10 +211,3 @@ def check_tiles(session: Predictor, *, tile: int | None, overlap: int | None, ex
 
 def _is_whole(value: object) -> bool:
     return isinstance(value, int | np.integer) and not isinstance(value, bool)
-
-
-def _refuse_exact(session: Predictor) -> None:
-    alternatives = "leave `exact` out for blended tiles, and `tile` too for the whole picture in one call"
-    if getattr(session, "plan", None) is None:
-        raise DataError(f"exact=True needs a plan for exact tiles in the artefact's manifest, and there is none: {alternatives}")
-    raise DataError(f"exact=True: this version of muntin does not run plans for exact tiles yet: {alternatives}")

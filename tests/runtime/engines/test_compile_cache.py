@@ -1,4 +1,4 @@
-"""What engines compile is kept for the next process, by artefact, engine and CPU, by its owner alone, and never without bound."""
+"""Cache of compiled models: keys, owner, size limit, damage."""
 
 from __future__ import annotations
 

@@ -7,7 +7,6 @@ import subprocess
 import sys
 import warnings
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +15,7 @@ import onnx
 import pytest
 
 from muntin.errors import ArtifactError, DataError, DependencyError
-from muntin.runtime import describe_hardware, load
+from muntin.runtime import load
 from muntin.runtime.engines.onnxruntime import OnnxRuntimeSession, Provider
 from muntin.runtime.host.quiet_imports import onnxruntime
 from muntin.runtime.options import SessionOptions
@@ -59,26 +58,12 @@ def test_precision_is_f32(convolutions: Any) -> None:
             load(convolutions.path, engine="onnxruntime", precision=precision)
 
 
-def test_threads_are_what_was_asked(convolutions: Any) -> None:
-    assert load(convolutions.path, engine="onnxruntime", threads=1).threads == 1
-    assert load(convolutions.path, engine="onnxruntime").threads == describe_hardware()["physical_cores"]
-
-
 @pytest.mark.parametrize(("threads", "streams", "workers"), [(4, 1, 3), (4, 2, 2), (4, 4, 0), (2, 8, 0)])
 def test_threads_of_parallel_calls(convolutions: Any, threads: int, streams: int, workers: int) -> None:
     """Each computes on the thread that makes it; the others are of a pool that all calls share."""
     session = load(convolutions.path, engine="onnxruntime", threads=threads, streams=streams, shapes=())
     assert session._session.get_session_options().intra_op_num_threads == 1 + workers  # type: ignore[attr-defined]
     assert min(threads, session.streams + workers) == session.threads == threads
-
-
-def test_threads_may_share_a_session(convolutions: Any, images_of: Callable[..., Any]) -> None:
-    session = load(convolutions.path, engine="onnxruntime", threads=1)
-    batches = [images_of(3, batch=1, height=8 + seed % 3, width=8, seed=seed) for seed in range(12)]
-    alone = [session(images) for images in batches]
-    with ThreadPoolExecutor(3) as pool:
-        for one, other in zip(alone, pool.map(session, batches), strict=True):
-            np.testing.assert_array_equal(one, other)
 
 
 def test_failed_call_keeps_the_provider(convolutions: Any) -> None:

@@ -1,10 +1,11 @@
-"""What the machine is said to be: plain values, read from what the system says."""
+"""Description of the machine, read from the system's files."""
 
 from __future__ import annotations
 
 import importlib.metadata
 import json
 import os
+import platform
 import sys
 from pathlib import Path
 
@@ -13,6 +14,7 @@ import onnxruntime
 import pytest
 
 from muntin.runtime import describe_hardware
+from muntin.runtime.host import hardware
 from muntin.runtime.host.hardware import (
     ISA_LIMITS,
     affinity,
@@ -45,7 +47,8 @@ def test_reads_cpuinfo() -> None:
     assert cpu_model(X86) == "Intel(R) Xeon(R) Processor @ 2.10GHz"
     assert cpu_features(X86) == ("avx2", "avx512f", "avx512_vnni", "amx_bf16", "amx_int8")
     assert (cpu_model(ARM), cpu_features(ARM)) == ("Raspberry Pi 5", ("asimddp", "i8mm", "bf16"))
-    assert (cpu_model(""), cpu_features("")) == ("", ())
+    assert cpu_model("") == (platform.processor() or platform.machine())
+    assert cpu_features("") == ()
 
 
 def test_description_is_plain_and_true() -> None:
@@ -84,11 +87,17 @@ def test_affinity_counts() -> None:
         os.sched_setaffinity(0, before)
 
 
-def test_cpu_lists_and_free_memory() -> None:
+def test_parse_cpus() -> None:
     assert parse_cpus("0-2,8,10-11") == {0, 1, 2, 8, 10, 11}
     assert (parse_cpus("5"), parse_cpus("")) == ({5}, set())
-    assert available_memory_gib("MemTotal:  8388608 kB\nMemFree: 1 kB\nMemAvailable:    3145728 kB\n") == 3.0
-    assert available_memory_gib("") is None
+
+
+def test_available_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    text = "MemTotal:  8388608 kB\nMemFree: 1 kB\nMemAvailable:    3145728 kB\n"
+    monkeypatch.setattr(hardware, "_text", lambda file: text)
+    assert available_memory_gib() == 3.0
+    text = ""
+    assert available_memory_gib() is None
 
 
 def test_limits_of_this_machine() -> None:

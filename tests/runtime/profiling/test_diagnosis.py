@@ -1,12 +1,8 @@
-"""Planted faults are named: a layer that fell back to float, a transposed layout, a busy machine, too many threads."""
+"""Findings name planted faults: a layer that fell back to float, a transposed layout."""
 
 from __future__ import annotations
 
-import subprocess
-import sys
-import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -15,19 +11,12 @@ import numpy as np
 import pytest
 from onnx import helper
 
-from muntin.runtime import describe_hardware
-from muntin.runtime.host.hardware import physical_cores
 from muntin.runtime.options import SessionOptions
-from muntin.runtime.profiling.contention import read_cpu_times
 from muntin.runtime.profiling.diagnosis import Finding, findings
 from muntin.runtime.profiling.kernels import LAYOUT, PRODUCTS, Ceilings, Operand
 from muntin.runtime.profiling.profile import Profile, profile
 
 CEILINGS = Ceilings(gmacs={"f32": 100.0, "bf16": 200.0, "i8": 400.0}, copy_gb_s=10.0, threads=1, others=0.0)
-needs_dot_products = pytest.mark.skipif(
-    not {"avx512_vnni", "avx_vnni", "amx_int8", "asimddp", "i8mm"} & set(describe_hardware()["features"]),
-    reason="this CPU has no 8-bit dot products (VNNI, AMX, dotprod): integer kernels may be missing",
-)
 
 
 def of_kind(result: Profile, kind: str) -> list[Finding]:
@@ -42,7 +31,7 @@ def small(convolutions: Any) -> Profile:
 # ---- planted faults ----
 
 
-@needs_dot_products
+@pytest.mark.usefixtures("dot_products")
 def test_integer_layer_in_float(write_layers: Callable[..., Any], layer_maker: Callable[..., Any], tmp_path: Path) -> None:
     layers = [
         layer_maker("stem", 0, 3, 32, 3, scale=0.9),
@@ -53,12 +42,11 @@ def test_integer_layer_in_float(write_layers: Callable[..., Any], layer_maker: C
     written = write_layers(tmp_path / "a", layers)
     result = profile(written.path, SessionOptions(precision="f32", threads=1), shape=(1, 64, 64), rounds=3, ceilings=CEILINGS)
     (finding,) = of_kind(result, "fallback")
-    assert finding.words.startswith("body, recorded with 8-bit activations, ran in f32: ")
+    assert finding.words.startswith("1 layer recorded with 8-bit activations ran in float: body in f32 (")
     assert "; on integer kernels about " in finding.words
-    assert finding.kernels == ("body",)
     (body,) = (kernel for kernel in result.kernels if kernel.name == "body")
     assert finding.saves_ms == pytest.approx(body.ms * (1 - 100 / 400))
-    assert not any("body" in other.kernels for kind in ("ceiling", "float") for other in of_kind(result, kind))
+    assert not any("body" in other.words for kind in ("ceiling", "float") for other in of_kind(result, kind))
 
 
 def test_layout_change_between_layers(write_graph: Callable[..., Any], tmp_path: Path) -> None:
@@ -78,74 +66,26 @@ def test_layout_change_between_layers(write_graph: Callable[..., Any], tmp_path:
     assert {"there", "back"} <= executed, "the engine removed them: this test plants nothing"
     (finding,) = of_kind(result, "layout")
     assert "layout changes" in finding.words
-    assert "a Transpose between first and second (" in finding.words
-    assert {"there", "back"} <= set(finding.kernels)
-    assert finding.saves_ms == pytest.approx(sum(kernel.ms for kernel in result.kernels if kernel.name in finding.kernels))
-
-
-@contextmanager
-def busy(processes: int) -> Iterator[None]:
-    """So many other processes that use all the CPU time that they get."""
-    started = [subprocess.Popen([sys.executable, "-c", "while True: pass"]) for _ in range(processes)]
-    time.sleep(0.3)  # until they run
-    try:
-        yield
-    finally:
-        for process in started:
-            process.kill()
-            process.wait()
-
-
-@pytest.mark.skipif(not read_cpu_times(), reason="this system does not say who uses its CPUs")
-def test_another_busy_process_is_named(convolutions: Any) -> None:
-    with busy(physical_cores()):
-        result = profile(convolutions.path, SessionOptions(threads=1), shape=(1, 256, 256), rounds=40, ceilings=CEILINGS)
-    (finding,) = of_kind(result, "contention")
-    assert finding.words.startswith("other processes used ")
-    assert "while this was measured: the times are too long; run it alone" in finding.words
-    assert finding.saves_ms is None
-    assert of_kind(replace(result, others=0.0), "contention") == []
-    assert of_kind(replace(result, others=None), "contention") == []
-
-
-def test_too_many_threads_are_named(convolutions: Any) -> None:
-    threads, cores = 8 * physical_cores(), physical_cores()
-    result = profile(convolutions.path, SessionOptions(threads=threads), shape=(1, 48, 48), rounds=3, ceilings=CEILINGS)
-    (finding,) = of_kind(result, "threads")
-    assert finding.words.startswith(
-        f"{threads} threads on {cores} physical core{'s' if cores > 1 else ''}: with {cores} the same image takes "
-    )
+    assert "Transpose between first and second (" in finding.words
+    planted = sum(kernel.ms for kernel in result.kernels if kernel.name in {"there", "back"})
+    assert planted <= (finding.saves_ms or 0.0) + 1e-6
 
 
 # ---- each rule ----
 
 
-@needs_dot_products
+@pytest.mark.usefixtures("dot_products")
 def test_layers_as_recorded(small: Profile) -> None:
     assert of_kind(small, "fallback") == []
     assert of_kind(small, "float") == []
 
 
-def test_threads_that_win_or_lose(small: Profile) -> None:
-    slower = replace(small, threads=8, physical_cores=2, whole_ms=30.0, fewer_threads_ms=6.9)
-    (finding,) = of_kind(slower, "threads")
-    assert finding.words == "8 threads on 2 physical cores: with 2 the same image takes 6.9 ms instead of 30"
-    assert finding.saves_ms == pytest.approx(23.1 / 30 * slower.profiled_ms)  # of the profiled time, as every saving
-    (finding,) = of_kind(replace(slower, fewer_threads_ms=31.0), "threads")
-    assert (
-        finding.words
-        == "8 threads on 2 physical cores: with 2 the same image takes 31 ms, with 8 30: threads beyond the cores gain nothing reliable"
-    )
-    assert finding.saves_ms is None
-    assert of_kind(small, "threads") == []
-
-
 def test_order_of_findings(small: Profile) -> None:
-    saves = [finding.saves_ms for finding in findings(replace(small, others=1.0))]
-    known = [ms for ms in saves if ms is not None]
-    assert known == sorted(known, reverse=True)
-    assert saves[len(known) :] == [None] * (len(saves) - len(known))
-    assert None in saves
+    body = next(kernel for kernel in small.kernels if kernel.name == "body")
+    unknown = replace(small, kernels=(replace(body, precision="f64"), *(kernel for kernel in small.kernels if kernel is not body)))
+    *known, last = [finding.saves_ms for finding in findings(replace(unknown, between_ms=small.profiled_ms, others=0.0))]
+    assert last is None
+    assert known and known == sorted(known, key=lambda ms: -(ms or 0.0))
 
 
 def test_kernel_far_from_its_ceiling(small: Profile) -> None:
@@ -165,17 +105,16 @@ def test_equal_layers_of_repeated_blocks(small: Profile) -> None:
     blocks = tuple(replace(body, name=f"blocks.{i}.mlp", layer=None, precision="i8", ms=10.0, macs=400_000_000) for i in range(3))
     (finding,) = of_kind(replace(small, profiled_ms=40.0, kernels=blocks), "ceiling")
     assert finding.words.startswith("blocks.*.mlp (3 alike) reach 10% of the INT8 ceiling: 30 ms where 3.0 would do")
-    assert len(finding.kernels) == 3
 
 
 def test_products_in_float(small: Profile) -> None:
     body = next(kernel for kernel in small.kernels if kernel.name == "body")
     floating = replace(body, layer=None, precision="f32", ms=10.0, macs=400_000_000, group=PRODUCTS)
     (finding,) = of_kind(replace(small, profiled_ms=20.0, kernels=(floating,)), "float")
-    assert finding.words.startswith(
-        "1 product runs in FP32, since the artefact does not quantise it, and takes 50% of the time (10 of 20 ms): body (10 ms); "
+    assert finding.words == (
+        "50% of the time (10 of 20 ms) goes into 1 product in FP32, not quantised in the artefact: body (10 ms); "
+        "in INT8 about 2.5 ms, in BF16 about 5.0, at a cost in accuracy to be measured"
     )
-    assert "in INT8 it would take about 2.5 ms, in BF16 about 5.0" in finding.words
     assert finding.saves_ms == pytest.approx(7.5)
 
 
@@ -188,7 +127,7 @@ def test_writing_of_the_scores(small: Profile) -> None:
     (finding,) = of_kind(result, "output")
     assert "is writing the scores, 0.046 MB of float32 (1, 5, 48, 48), after the last layer: Reorder scores (5.0 ms)" in finding.words
     assert "labels of one byte would be 0.0023 MB" in finding.words
-    assert not any("scores" in other.kernels for other in of_kind(result, "layout"))
+    assert all((other.saves_ms or 0.0) < 5 for other in of_kind(result, "layout"))
 
 
 def test_output_with_a_missing_layer(small: Profile) -> None:
@@ -198,7 +137,7 @@ def test_output_with_a_missing_layer(small: Profile) -> None:
     writing = replace(lost[-1], name="writing", kind="Reorder", compute=False, layer=None, macs=0, group=LAYOUT, inputs=(last,), ms=5.0)
     result = replace(small, profiled_ms=10.0, kernels=(*lost, writing))
     assert of_kind(result, "output") == []
-    assert any("writing" in finding.kernels for finding in of_kind(result, "layout"))
+    assert any((finding.saves_ms or 0.0) >= 5 for finding in of_kind(result, "layout"))
 
 
 def test_kernels_after_an_unrecorded_product(small: Profile) -> None:
@@ -217,13 +156,13 @@ def test_layer_with_a_unique_name(small: Profile) -> None:
     body = next(kernel for kernel in small.kernels if kernel.name == "body")
     one, other = (replace(body, name=name, layer=name, precision="f32", ms=10.0, macs=400_000_000) for name in ("d.0", "e.1"))
     (finding,) = of_kind(replace(small, profiled_ms=20.0, kernels=(one, other)), "float")
-    assert finding.words.startswith("2 products run in FP32, since the artefact does not quantise them, and take ")
-    assert "d.0 (10 ms), e.1 (10 ms)" in finding.words
+    assert "goes into 2 products in FP32, not quantised in the artefact: d.0 (10 ms), e.1 (10 ms);" in finding.words
     tiny = replace(body, precision="i8", ms=0.0002, macs=10, inputs=body.inputs[:1], outputs=body.outputs)
     assert of_kind(replace(small, profiled_ms=0.0004, kernels=(tiny,)), "ceiling") == []
     passes = tuple(replace(one, name=f"pass {i}", compute=False, layer=None, macs=0, group=LAYOUT, ms=0.002) for i in range(5))
     (finding,) = of_kind(replace(small, profiled_ms=0.02, kernels=passes), "layout")
-    assert finding.words == "50% of the time (0.01 of 0.02 ms) is layout changes: 5 short passes"
+    assert finding.words.startswith("50% of the time (0.01 of 0.02 ms) is layout changes: Convolution between ")
+    assert finding.words.endswith(" (0.002 ms), and 2 more")
 
 
 def test_largest_saving(small: Profile) -> None:

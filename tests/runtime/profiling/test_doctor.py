@@ -26,7 +26,6 @@ from muntin.runtime.profiling.doctor_checks import (
     check_machine,
     check_share,
     check_thread_counts,
-    check_untested,
     check_variables,
 )
 from muntin.runtime.profiling.doctor_facts import GPU_INSTALL, InstalledEngine, explain_features, find_engine, find_extras, read_machine
@@ -171,23 +170,16 @@ def test_engines_with_one_missing() -> None:
 
 
 def test_wrong_integers_and_float_layers() -> None:
-    assert check_arithmetic(OPENVINO, [layer(), layer()], {}).status == "ok"
-    floating = check_arithmetic(ORT, [layer(), layer(layer="convolution", integer=False)], {})
+    assert check_arithmetic("openvino", [layer(), layer()], {}).status == "ok"
+    floating = check_arithmetic("onnxruntime", [layer(), layer(layer="convolution", integer=False)], {})
     assert floating.status == "note"
     assert floating.text.endswith("convolution")
-    wrong = check_arithmetic(OPENVINO, [layer(wrong=1, error=1.0), layer(layer="convolution", wrong=7, error=float("inf"))], {})
+    wrong = check_arithmetic("openvino", [layer(wrong=1, error=1.0), layer(layer="convolution", wrong=7, error=float("inf"))], {})
     assert (wrong.name, wrong.status) == ("INT8 in openvino", "problem")
     assert "7 of 100 sums of a convolution differ, by up to inf" in wrong.text
     assert "engine=" not in wrong.text and "use a CPU with VNNI or AMX" in wrong.text
-    cured = check_arithmetic(OPENVINO, [layer(wrong=1)], {"ONEDNN_MAX_CPU_ISA": "AVX2"}, ["onnxruntime"]).text
+    cured = check_arithmetic("openvino", [layer(wrong=1)], {"ONEDNN_MAX_CPU_ISA": "AVX2"}, ["onnxruntime"]).text
     assert 'unset ONEDNN_MAX_CPU_ISA=AVX2, or give engine="onnxruntime", whose integers are exact here, or' in cured
-
-
-def test_missing_vnni_without_self_test() -> None:
-    (lacking,) = check_untested(machine(features=explain_features(["avx2"], "x86_64")))
-    assert (lacking.name, lacking.status, 'engine="onnxruntime"' in lacking.text) == ("VNNI", "note", True)
-    assert statuses(check_untested(machine(features=explain_features(["avx2", "avx_vnni"], "x86_64")))) == []
-    assert statuses(check_untested(machine(features=()))) == []
 
 
 @pytest.mark.parametrize(
@@ -201,7 +193,7 @@ def test_missing_vnni_without_self_test() -> None:
         (None, {"OMP_NUM_THREADS": "8,2"}, "OMP_NUM_THREADS=8,2 is more than"),
         (None, {"OMP_NUM_THREADS": "4,2"}, "4 on 4"),
         (None, {"MKL_NUM_THREADS": "many"}, "MKL_NUM_THREADS=many is no number"),
-        (None, {"OMP_NUM_THREADS": "0"}, "OMP_NUM_THREADS=0 is no number of threads, and goes unheeded: give 1 to 4"),
+        (None, {"OMP_NUM_THREADS": "0"}, "OMP_NUM_THREADS=0 is no number of threads, and is ignored: give 1 to 4"),
         (None, {"OMP_PLACES": "cores"}, "4 on 4"),
     ],
 )
@@ -311,13 +303,8 @@ def test_writable_cache_is_left_unchanged(tmp_path: Path, monkeypatch: pytest.Mo
 def test_cache_in_a_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "file").write_text("")
     check = cache_check(tmp_path / "file" / "muntin", monkeypatch)
-    assert (check.status, check.text.partition(":")[0]) == ("note", f"{tmp_path}/file/muntin cannot be written")
+    assert (check.status, check.text.partition(",")[0]) == ("note", f"{tmp_path}/file/muntin/compiled must be a folder")
     assert "MUNTIN_CACHE" in check.text
-
-
-@pytest.mark.skipif(not Path("/proc/self").exists(), reason="a place where not even root can write is Linux's")
-def test_cache_in_proc(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert cache_check("/proc/nope", monkeypatch).status == "note"
 
 
 @pytest.mark.skipif(os.name != "posix", reason="modes and links are POSIX's")
@@ -326,11 +313,11 @@ def test_cache_writable_by_others(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     root.mkdir(parents=True)
     root.chmod(0o777)
     check = cache_check(tmp_path / "open", monkeypatch)
-    assert (check.status, check.text.partition(", ")[0]) == ("note", f"others may write {root} (mode 777): chmod go-w {root}")
+    assert (check.status, "that others cannot write (chmod go-w)" in check.text) == ("note", True)
     assert list(root.iterdir()) == []
     (tmp_path / "linked").mkdir()
     (tmp_path / "linked" / "compiled").symlink_to(tmp_path)
-    assert "is a link" in cache_check(tmp_path / "linked", monkeypatch).text
+    assert cache_check(tmp_path / "linked", monkeypatch).status == "note"
 
 
 def test_cache_without_home(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,4 +1,4 @@
-"""What ONNX Runtime really executes: names, work, bytes, connections and time stamps of its kernels."""
+"""Kernels that ONNX Runtime executes: names, work, bytes, connections and time stamps of its kernels."""
 
 from __future__ import annotations
 

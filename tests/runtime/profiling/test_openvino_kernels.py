@@ -1,4 +1,4 @@
-"""What OpenVINO really executes: names, work, bytes and connections of its kernels."""
+"""Kernels that OpenVINO executes: names, work, bytes and connections of its kernels."""
 
 from __future__ import annotations
 
@@ -14,17 +14,13 @@ import pytest
 from onnx import helper
 
 from muntin.errors import ArtifactError, DependencyError
-from muntin.runtime import describe_hardware, load
+from muntin.runtime import load
 from muntin.runtime.host.quiet_imports import openvino
 from muntin.runtime.options import SessionOptions
 from muntin.runtime.profiling.kernels import CONVERT, COPIES, IMAGES, PRODUCTS
 from muntin.runtime.profiling.openvino_kernels import openvino_kernels
 
 CAPABILITIES = openvino.Core().get_property("CPU", "OPTIMIZATION_CAPABILITIES")
-needs_dot_products = pytest.mark.skipif(
-    not {"avx512_vnni", "avx_vnni", "amx_int8", "asimddp", "i8mm"} & set(describe_hardware()["features"]),
-    reason="this CPU has no 8-bit dot products (VNNI, AMX, dotprod): integer kernels may be missing",
-)
 OPTIONS = SessionOptions(precision="f32", threads=1)
 H, W = 24, 40
 
@@ -33,7 +29,7 @@ def images(channels: int, batch: int = 1) -> Any:
     return np.random.default_rng(0).integers(0, 256, (batch, H, W, channels)).astype(np.uint8)
 
 
-@needs_dot_products
+@pytest.mark.usefixtures("dot_products")
 def test_kernels_of_layers(convolutions: Any) -> None:
     execution = openvino_kernels(convolutions.artifact, images(3, batch=2), OPTIONS, 3)
     computed = {kernel.name: kernel for kernel in execution.kernels if kernel.compute}
@@ -157,7 +153,7 @@ def test_profile_of_the_rewritten_ending(write_graph: Callable[..., Any], tmp_pa
     assert [kernel.kind for kernel in execution.kernels if kernel.group == COPIES] == ["Transpose"]
 
 
-@needs_dot_products
+@pytest.mark.usefixtures("dot_products")
 def test_quantising_pass(write_layers: Callable[..., Any], layer_maker: Callable[..., Any], tmp_path: Path) -> None:
     """The first layer is in float, so the second's quantiser reads what a kernel before it wrote."""
     layers = [layer_maker("a", 0, 3, 32, 3, scale=0.9), layer_maker("b", 1, 32, 4, 1, scale=1.0, relu=False)]

@@ -44,8 +44,6 @@ def test_profile_of_an_artefact(convolutions: Any, engine: str) -> None:
     assert result.whole_ms > 0
     assert result.profiled_ms > 0
     assert result.kernels_ms == pytest.approx(sum(kernel.ms for kernel in result.kernels))
-    assert result.physical_cores == physical_cores()
-    assert result.fewer_threads_ms is None
     assert result.ceilings is CEILINGS
     assert result.bytes == convolutions.artifact.bytes
     assert result.hardware["cores"] >= 1
@@ -73,8 +71,7 @@ def test_default_ceilings(convolutions: Any) -> None:
 
 def test_more_threads_than_cores(convolutions: Any) -> None:
     result = profile(convolutions.path, SessionOptions(threads=physical_cores() + 1), shape=(1, 8, 8), rounds=1, ceilings=CEILINGS)
-    assert result.fewer_threads_ms is not None
-    assert result.fewer_threads_ms > 0
+    assert any(f"{physical_cores() + 1} threads on {physical_cores()} physical core" in note for note in result.notes)
 
 
 def test_fill(images_of: Callable[..., Any]) -> None:
@@ -119,7 +116,7 @@ def test_arguments_that_are_not_allowed(convolutions: Any, arguments: dict[str, 
 
 @pytest.mark.parametrize("engine", ["openvino", "onnxruntime"])
 def test_images_larger_than_memory(convolutions: Any, engine: str) -> None:
-    with pytest.raises(DataError, match=r"their scores alone take 3.5e\+05 GB, and this machine has .* GB: give a smaller shape") as caught:
+    with pytest.raises(DataError, match=r"scores alone take 3.5e\+05 GB, and this machine has .* GB: give a smaller size") as caught:
         profile(convolutions.path, SessionOptions(engine=engine), shape=(100, 999_999, 99_999), ceilings=CEILINGS)
     assert "\n" not in str(caught.value)
 
@@ -136,14 +133,14 @@ def test_notes(convolutions: Any) -> None:
     assert any("the kernels' medians sum to" in note and "interruptions" in note for note in notes_for(3 * total, 0.0, 3 * total))
     assert any("an inference with counters on took" in note for note in notes_for(total, 0.0, 2 * total))
     (missing,) = notes_for(total, 0.0, total, tuple(kernel for kernel in result.kernels if kernel.layer != "body"))[-1:]
-    assert missing == "1 recorded layer has no kernel of its name: body"
+    assert missing == "1 recorded layer without a kernel of the same name: body"
 
 
 def test_products_above_their_ceiling(convolutions: Any) -> None:
     result = profile(convolutions.path, SessionOptions(threads=1), shape=(1, 48, 48), rounds=1, ceilings=CEILINGS)
     low, high = (replace(CEILINGS, gmacs=dict.fromkeys(CEILINGS.gmacs, rate)) for rate in (1e-3, 1e9))
     (note,) = above(result.kernels, low)
-    assert note.startswith("4 products are faster than the ceiling of their precision, stem for one")
+    assert note.startswith("4 products faster than the ceiling of the precision, such as stem: ")
     (note,) = above([kernel for kernel in result.kernels if kernel.name == "stem"], low)
-    assert note.startswith("1 product is faster than the ceiling of its precision, stem: ")
+    assert note.startswith("1 product faster than the ceiling of the precision, such as stem: ")
     assert list(above(result.kernels, high)) == []

@@ -59,7 +59,7 @@ def test_batch_whose_images_depend_on_each_other(write_graph: Callable[..., Any]
     result = verify(tmp_path / "a", SessionOptions(precision="f32"))
     assert all(golden.passed for golden in result.golden)
     (problem,) = result.problems
-    assert problem.startswith("two images in a batch are answered otherwise than alone, by ")
+    assert problem.startswith("two images in a batch give other scores than each alone, by ")
 
 
 def test_fallbacks_by_engine(convolutions: Any) -> None:

@@ -212,7 +212,7 @@ def test_output_more_than_a_step_away(everything: tuple[Artifact, nn.Module], mo
     layer = alone[name]
 
     def moved(share: float) -> list[str]:
-        """What fails where one value is moved by so many times the most that a step of each operand can move it."""
+        """Failed layers if one value is moved by `share` of the largest change by a step of each operand."""
 
         def altered(model: onnx.ModelProto, layers: Any, images: NDArray[np.uint8], threads: int) -> Taps:
             taps = run(model, layers, images, threads)
@@ -264,5 +264,5 @@ def test_failed_layer_check(convolutions: Any, monkeypatch: pytest.MonkeyPatch) 
     result = muntin.verify(convolutions.path, SessionOptions(threads=1), layers=True)
     assert not result.passed and result.checks == checks and given == [1]
     (problem,) = result.problems
-    assert problem.startswith("layer body: OpenVINO's result is 2.5 quantisation steps from what its integers say (allowed: 1)")
+    assert problem.startswith("layer body: OpenVINO's result is 2.5 quantisation steps from the result of its integers (allowed: 1)")
     assert "\n" not in problem

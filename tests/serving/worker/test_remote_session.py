@@ -135,7 +135,7 @@ def die(session: RemoteSession, *, calls: int = 1, number: signal.Signals = sign
 
 def test_answers_equal_a_session_in_this_process(session: RemoteSession, path: Path) -> None:
     local = open_version(path, OPTIONS, [EXAMPLE]).session
-    for name in ("signature", "engine", "precision", "threads", "streams", "plan"):
+    for name in ("signature", "engine", "precision", "threads", "streams"):
         assert getattr(session, name) == getattr(local, name)
     kept = []
     for seed in range(16):

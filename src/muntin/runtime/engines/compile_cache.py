@@ -25,12 +25,13 @@ LIMIT = 2 << 30
 _DIGEST = hashlib.sha256().digest_size
 
 
-def cache_folder() -> Path:
-    """The user's cache, which may not exist: $MUNTIN_CACHE, else $XDG_CACHE_HOME/muntin, else ~/.cache/muntin."""
+def cache_folder() -> Path | None:
+    """The user's cache, which may not exist: $MUNTIN_CACHE, else $XDG_CACHE_HOME/muntin, else ~/.cache/muntin; None without a home."""
     own, shared = os.environ.get("MUNTIN_CACHE"), os.environ.get("XDG_CACHE_HOME")
-    if own:
-        return Path(own).expanduser()
-    return (Path(shared) if shared else Path.home() / ".cache") / "muntin"
+    try:
+        return Path(own).expanduser() if own else (Path(shared) if shared else Path.home() / ".cache") / "muntin"
+    except RuntimeError:  # pathlib's error without a home
+        return None
 
 
 _FOLDER = re.compile(r"[a-z]+-[A-Za-z0-9._-]+-[0-9a-f]{32}")
@@ -43,8 +44,11 @@ def compiled_folder(engine: str, version: str, digest: str) -> Path | None:
     Only its owner can read and write it: its content is executed.
     """
     key = hashlib.sha256(f"{digest}\n{cpu_identity()}".encode()).hexdigest()[:32]
+    cache = cache_folder()
+    if cache is None:
+        return None
     try:
-        root = cache_folder() / "compiled"
+        root = cache / "compiled"
         folder = root / f"{engine}-{''.join(c if c.isalnum() or c in '.-' else '_' for c in version)}-{key}"
         root.mkdir(mode=0o700, parents=True, exist_ok=True)
         if not _is_own(root):
@@ -53,7 +57,7 @@ def compiled_folder(engine: str, version: str, digest: str) -> Path | None:
         if not _is_own(folder):
             return None
         os.utime(folder)
-    except (OSError, RuntimeError):  # a full disk, a read-only home, no home
+    except OSError:  # a full disk, a read-only home
         return None
     return folder
 
@@ -66,10 +70,9 @@ class CompiledModels:
 
     def read(self, key: str) -> bytes | None:
         """Returns the content of a key; None where there is none, or where it is damaged."""
-        folder = compiled_folder(self._engine, self._version, self._digest)
-        if folder is None:
+        file = self._file(key)
+        if file is None:
             return None
-        file = folder / _name(key)
         try:
             data = file.read_bytes()
         except OSError:
@@ -84,12 +87,11 @@ class CompiledModels:
 
     def write(self, key: str, data: bytes) -> None:
         """Writes the content of a key, whole or not at all."""
-        folder = compiled_folder(self._engine, self._version, self._digest)
-        if folder is None:
+        file = self._file(key)
+        if file is None:
             return
-        file = folder / _name(key)
         with suppress(OSError):
-            descriptor, name = tempfile.mkstemp(dir=folder)
+            descriptor, name = tempfile.mkstemp(dir=file.parent)
             try:
                 with os.fdopen(descriptor, "wb") as stream:
                     stream.write(hashlib.sha256(data).digest())
@@ -98,11 +100,11 @@ class CompiledModels:
             except OSError:
                 Path(name).unlink(missing_ok=True)
                 raise
-            make_room(folder, keep=file)
+            make_room(file.parent, keep=file)
 
-
-def _name(key: str) -> str:
-    return f"{hashlib.sha256(key.encode()).hexdigest()[:32]}.bin"
+    def _file(self, key: str) -> Path | None:
+        folder = compiled_folder(self._engine, self._version, self._digest)
+        return None if folder is None else folder / f"{hashlib.sha256(key.encode()).hexdigest()[:32]}.bin"
 
 
 def _is_own(folder: Path) -> bool:

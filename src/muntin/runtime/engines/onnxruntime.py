@@ -77,7 +77,6 @@ class OnnxRuntimeSession(Session):
             precision=provider.precision,
             threads=threads,
             streams=streams,
-            plan=artifact.manifest.plan,
         )
 
     def _open(self, data: bytes, options: Any) -> Any:

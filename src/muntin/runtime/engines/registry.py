@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from importlib import import_module
 from pathlib import Path
 
 from muntin.artifact import Artifact, open_artifact
@@ -14,36 +15,21 @@ Engine = Callable[[Artifact, SessionOptions], Session]
 """Opens an artefact; `shapes` is left to the caller, and options that an engine has no use for are ignored."""
 
 
-# An engine's library is imported when a session is opened with it: a machine needs only the engine that it serves with.
-def _openvino(artifact: Artifact, options: SessionOptions) -> Session:
-    from muntin.runtime.engines.openvino.session import open_openvino
+def _imported(module: str, function: str) -> Engine:
+    """An engine whose library is imported when a session is opened with it: a machine needs only the engine that it serves with."""
 
-    return open_openvino(artifact, options)
+    def open_in_engine(artifact: Artifact, options: SessionOptions) -> Session:
+        session: Session = getattr(import_module(f"muntin.runtime.engines.{module}"), function)(artifact, options)
+        return session
 
-
-def _onnxruntime(artifact: Artifact, options: SessionOptions) -> Session:
-    from muntin.runtime.engines.onnxruntime import open_onnxruntime
-
-    return open_onnxruntime(artifact, options)
-
-
-def _cuda(artifact: Artifact, options: SessionOptions) -> Session:
-    from muntin.runtime.engines.onnxruntime import open_cuda
-
-    return open_cuda(artifact, options)
-
-
-def _tensorrt(artifact: Artifact, options: SessionOptions) -> Session:
-    from muntin.runtime.engines.onnxruntime import open_tensorrt
-
-    return open_tensorrt(artifact, options)
+    return open_in_engine
 
 
 ENGINES: dict[str, Engine] = {
-    "openvino": _openvino,
-    "onnxruntime": _onnxruntime,
-    "onnxruntime-cuda": _cuda,
-    "onnxruntime-tensorrt": _tensorrt,
+    "openvino": _imported("openvino.session", "open_openvino"),
+    "onnxruntime": _imported("onnxruntime", "open_onnxruntime"),
+    "onnxruntime-cuda": _imported("onnxruntime", "open_cuda"),
+    "onnxruntime-tensorrt": _imported("onnxruntime", "open_tensorrt"),
 }
 
 

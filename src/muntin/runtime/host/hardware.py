@@ -44,7 +44,7 @@ def describe_hardware() -> dict[str, Any]:
     """
     cpuinfo = _text(Path("/proc/cpuinfo"))
     described: dict[str, Any] = {
-        "cpu": cpu_model(cpuinfo) or platform.processor() or platform.machine(),
+        "cpu": cpu_model(cpuinfo),
         "cores": usable_cores(),
         "physical_cores": physical_cores(),
         "memory_gib": memory_gib(),
@@ -63,9 +63,9 @@ def describe_hardware() -> dict[str, Any]:
 
 
 def cpu_model(cpuinfo: str) -> str:
-    """The CPU's name in the text of /proc/cpuinfo; empty if missing."""
+    """The CPU's name in the text of /proc/cpuinfo, or as Python knows it."""
     match = re.search(r"^(?:model name|Model)\s*:\s*(.+)$", cpuinfo, re.MULTILINE)
-    return match[1].strip() if match else ""
+    return match[1].strip() if match else platform.processor() or platform.machine()
 
 
 def cpu_features(cpuinfo: str) -> tuple[str, ...]:
@@ -78,8 +78,7 @@ def cpu_identity() -> str:
     """Name and all feature flags of the CPU, and the environment's limits on them, in one line: compiled code depends on these."""
     cpuinfo = _text(Path("/proc/cpuinfo"))
     limits = "".join(f" {name}={value}" for name in ISA_LIMITS if (value := os.environ.get(name)))
-    name = cpu_model(cpuinfo) or platform.processor() or platform.machine()
-    return f"{name} {' '.join(sorted(_cpu_flags(cpuinfo)))}{limits}"
+    return f"{cpu_model(cpuinfo)} {' '.join(sorted(_cpu_flags(cpuinfo)))}{limits}"
 
 
 def _cpu_flags(cpuinfo: str) -> set[str]:
@@ -111,9 +110,9 @@ def memory_limit_gib() -> float | None:
     return None if limit is None or (machine is not None and limit >= machine) else round(limit / 2**30, 2)
 
 
-def available_memory_gib(meminfo: str) -> float | None:
-    """The machine's memory that is available without swapping, in GiB, from the text of /proc/meminfo; None where unknown."""
-    match = re.search(r"^MemAvailable:\s*(\d+) kB$", meminfo, re.MULTILINE)
+def available_memory_gib() -> float | None:
+    """The machine's memory that is available without swapping, in GiB; None where unknown."""
+    match = re.search(r"^MemAvailable:\s*(\d+) kB$", _text(Path("/proc/meminfo")), re.MULTILINE)
     return round(int(match[1]) / 2**20, 2) if match else None
 
 

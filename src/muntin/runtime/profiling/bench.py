@@ -21,11 +21,11 @@ from numpy.typing import NDArray
 
 from muntin.artifact import open_artifact
 from muntin.errors import DataError
-from muntin.runtime.host.hardware import describe_hardware, memory_gib, physical_cores
+from muntin.runtime.host.hardware import describe_hardware
 from muntin.runtime.options import DEFAULT_ENGINE, SessionOptions
-from muntin.runtime.profiling.cold_start import ArtifactCandidate, Candidate, Loading, measure_loading, too_large
+from muntin.runtime.profiling.cold_start import ArtifactCandidate, Candidate, Loading, measure_loading
 from muntin.runtime.profiling.contention import notes_on, watch_cpu
-from muntin.runtime.profiling.profile import default_shape, fill
+from muntin.runtime.profiling.profile import default_shape, enough_memory, fill
 from muntin.runtime.profiling.timing import Latency, Mapper, interleaved_latency, interleaved_throughput
 from muntin.runtime.session import Shape, check_shape
 from muntin.text import count
@@ -94,33 +94,34 @@ def bench(
     _check(batches, threads, streams, size, rounds)
     combinations = [SessionOptions(engine=engine, precision=precision, threads=n, streams=s) for n in threads for s in streams]
     artifact = open_artifact(path)
-    channels = artifact.manifest.signature.channels
-    _, height, width = default_shape(artifact)
-    shapes = tuple((batch, *(size or (height, width))) for batch in batches)
-    _check_room(shapes, channels)
+    signature = artifact.manifest.signature
+    shapes = tuple((batch, *(size or default_shape(artifact)[1:])) for batch in batches)
     measured = ArtifactCandidate(path=str(path), engine=engine, precision=precision)
     candidates = ({} if baseline is None else {f"baseline {baseline.name}": baseline}) | {measured.name: measured}
     settings = _settings(combinations, shapes)
-    try:
+    with enough_memory(signature, max(shapes, key=prod)):
         loadings: list[dict[str, Loading]] = []
         for done, setting in enumerate(settings):
             report(done, 2 * len(settings))
             loadings.append({name: measure_loading(candidate, setting) for name, candidate in candidates.items()})
-            _check_channels(loadings[-1], measured.name, channels)
+            for name, channels in ((name, loading.channels) for name, loading in loadings[-1].items()):
+                if channels != signature.channels:
+                    expected = f"{measured.name} of {signature.channels}: give a baseline that takes the same images"
+                    raise DataError(f"{name} takes images of {channels} channels, {expected}")
         images = [fill(artifact.golden()[0][0], shape) for shape in shapes]
         rows: list[BenchRow] = []
         with watch_cpu() as watch:  # begins after the processes that loaded, which would count as others
-            for done, (setting, loading) in enumerate(zip(settings, loadings, strict=True), len(settings)):
+            for done, (setting, loaded) in enumerate(zip(settings, loadings, strict=True), len(settings)):
                 report(done, 2 * len(settings))
-                rows += _measure(images, candidates, loading, setting, rounds)
-    except MemoryError:
-        raise too_large(shapes, channels) from None
+                rows += _measure(images, candidates, loaded, setting, rounds)
     report(2 * len(settings), 2 * len(settings))
-    notes = _notes(watch.others, combinations)
-    if baseline is not None:
-        rows = _with_ratios(rows)
-        if any(row.ratio is None for row in rows):
-            notes.append("a call has the threads of its stream, so latencies of different streams are not compared: compare images/s")
+    pairs = dict.fromkeys((options.thread_count, options.streams) for options in combinations)
+    notes = notes_on(watch.others, threads=max(n for n, _ in pairs))
+    notes += [f"{s} streams on {count(n, 'thread')}: a stream needs a thread, so they count as {n}" for n, s in pairs if s > n]
+    if baseline is None:
+        rows = [replace(row, ratio=None) for row in rows]
+    elif any(row.ratio is None for row in rows):
+        notes.append("a call has the threads of its stream, so latencies of different streams are not compared: compare images/s")
     return Bench(
         rows=tuple(rows),
         others=watch.others,
@@ -146,14 +147,16 @@ def _measure(
     options: SessionOptions,
     rounds: int,
 ) -> list[BenchRow]:
+    """One row for each candidate and batch; the first candidate is the baseline of the ratios."""
     sessions: dict[str, Mapper] = {name: candidate.open(options) for name, candidate in candidates.items()}
-    rows = []
+    baseline, rows = next(iter(sessions)), []
     for shape, images_BHWC in zip(options.shapes or (), images, strict=True):
         latencies = interleaved_latency(sessions, images_BHWC, rounds=rounds)
         rates = interleaved_throughput(sessions, images_BHWC, rounds=max(1, rounds // 10))
         for name, session in sessions.items():
             described: Any = {key: getattr(session, key) for key in ("engine", "precision")}
             described |= {key: getattr(loading[name], key) for key in ("load_s", "held_mib", "peak_mib", "cached")}
+            comparable = session.streams == sessions[baseline].streams
             rows.append(
                 BenchRow(
                     name=name,
@@ -162,46 +165,11 @@ def _measure(
                     shape=shape,
                     latency=latencies[name],
                     images_per_s=rates[name],
+                    ratio=latencies[baseline].median_ms / latencies[name].median_ms if comparable else None,
                     **described,
                 )
             )
     return rows
-
-
-def _with_ratios(rows: Sequence[BenchRow]) -> list[BenchRow]:
-    """Adds each row's ratio to the baseline's row of the same setting, which precedes it."""
-    compared, base = [], rows[0]
-    for row in rows:
-        base = row if row.name == rows[0].name else base
-        comparable = row.streams == base.streams
-        compared.append(replace(row, ratio=base.latency.median_ms / row.latency.median_ms if comparable else None))
-    return compared
-
-
-def _notes(others: float | None, combinations: Sequence[SessionOptions]) -> list[str]:
-    notes, cores, threads = notes_on(others), physical_cores(), max(options.thread_count for options in combinations)
-    if threads > cores:
-        notes.append(
-            f"{count(threads, 'thread')} on {count(cores, 'physical core')}: they wait for each other; compare with --threads {cores}"
-        )
-    for n, s in dict.fromkeys((options.thread_count, options.streams) for options in combinations):
-        if s > n:
-            notes.append(f"{s} streams on {count(n, 'thread')}: a stream needs a thread, so they count as {n}")
-    return notes
-
-
-def _check_room(shapes: tuple[Shape, ...], channels: int) -> None:
-    memory = memory_gib()
-    if memory is not None and max(map(prod, shapes)) * channels > memory * 2**30:
-        raise too_large(shapes, channels)
-
-
-def _check_channels(loadings: Mapping[str, Loading], name: str, channels: int) -> None:
-    for other, loading in loadings.items():
-        if loading.channels != channels:
-            raise DataError(
-                f"{other} takes images of {loading.channels} channels, {name} of {channels}: give a baseline that takes the same images"
-            )
 
 
 def _check(

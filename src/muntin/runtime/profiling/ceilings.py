@@ -42,6 +42,7 @@ PRODUCT_PRECISIONS: dict[str, tuple[str, str, frozenset[str]]] = {
 }
 _CHANNELS = 256
 _REPEATS = 3
+_COPY_ROUNDS = 4
 _BLOCK = 8
 """Minimum number of calls whose mean counts as one run."""
 
@@ -80,7 +81,8 @@ def measure_product(core: Any, kind: Kind, precision: str, *, threads: int, seco
     `core`: an `openvino.Core`. Runs for `seconds`, and at least three times.
     """
     _, hint, names = PRODUCT_PRECISIONS[precision]
-    side = _side(kind, min(threads, physical_cores()))
+    cores = min(threads, physical_cores())  # every core gets milliseconds of work, and a slow one a second of repeats
+    side = (1 if cores <= 4 else 2 if cores <= 32 else 4) * (1024 if kind == "MatMul" else 64)
     options = {"INFERENCE_PRECISION_HINT": hint, "INFERENCE_NUM_THREADS": threads, "PERFORMANCE_HINT": "LATENCY", "PERF_COUNT": True}
     model = core.read_model(model=product_graph(kind, side, integer=precision == "i8"), weights=b"")
     try:
@@ -146,54 +148,32 @@ def product_graph(kind: Kind, side: int, *, integer: bool) -> bytes:
 def measure_copy(threads: int, seconds: float) -> float:
     """1e9 bytes a second, read and written, that `threads` threads copy together, each its part of an array far larger than the caches.
 
-    Counted as in the STREAM benchmark: the best round, until the last thread is done, without the cache's reads before writes. Runs for
-    `seconds`, and at least three rounds.
+    Counted as in the STREAM benchmark: the best of `_COPY_ROUNDS` rounds, which share `seconds`, without the cache's reads before writes.
     """
-    rounds = _Rounds(threads, seconds)
-    size = _copy_bytes() // threads
+    size, barrier = _copy_bytes() // threads, Barrier(threads)
     with ThreadPoolExecutor(threads) as pool:
-        failures = [future.exception() for future in [pool.submit(_copy, size, rounds) for _ in range(threads)]]
-    if failed := next((failure for failure in failures if failure is not None and not isinstance(failure, BrokenBarrierError)), None):
-        raise failed
-    return 2 * size * threads / min(rounds.lengths) / 1e9
+        futures = [pool.submit(_copy, size, barrier, seconds / _COPY_ROUNDS) for _ in range(threads)]
+    for failure in (future.exception() for future in futures):
+        if failure is not None and not isinstance(failure, BrokenBarrierError):
+            raise failure
+    return max(map(sum, zip(*(future.result() for future in futures), strict=True))) / 1e9
 
 
-class _Rounds:
-    """Rounds that threads begin together. `lengths`: seconds from the start of each round to the start of the next."""
-
-    def __init__(self, threads: int, seconds: float) -> None:
-        self.lengths: list[float] = []
-        self.over = False
-        self._seconds = seconds
-        self._began: float | None = None
-        self._barrier = Barrier(threads, action=self._turn)
-
-    def wait(self) -> bool:
-        """Waits for all threads. Returns True if there is another round."""
-        self._barrier.wait()
-        return not self.over
-
-    def abort(self) -> None:
-        """Releases all waiting threads after a failure."""
-        self._barrier.abort()
-
-    def _turn(self) -> None:
-        now = time.perf_counter()
-        if self._began is not None:
-            self.lengths.append(now - self._began)
-        self.over = len(self.lengths) >= _REPEATS and sum(self.lengths) >= self._seconds
-        self._began = now
-
-
-def _copy(size: int, rounds: _Rounds) -> None:
-    """Copies in arrays that this thread writes first, so that they lie in the memory next to its core."""
+def _copy(size: int, barrier: Barrier, seconds: float) -> list[float]:
+    """Bytes a second of one thread in each round. It writes its arrays first, so that they lie in the memory next to its core."""
     try:
-        source, target = np.full(size, 1, np.uint8), np.full(size, 2, np.uint8)
-        while rounds.wait():
-            np.copyto(target, source)
+        source, target, rates = np.full(size, 1, np.uint8), np.full(size, 2, np.uint8), []
+        for _ in range(_COPY_ROUNDS):
+            barrier.wait()
+            start, copies = time.perf_counter(), 0
+            while copies == 0 or time.perf_counter() - start < seconds:
+                np.copyto(target, source)
+                copies += 1
+            rates.append(2 * size * copies / (time.perf_counter() - start))
     except BaseException:
-        rounds.abort()
+        barrier.abort()
         raise
+    return rates
 
 
 def _copy_bytes() -> int:
@@ -201,9 +181,3 @@ def _copy_bytes() -> int:
     size = max(128 << 20, 2 * (last_level_cache() or 0))
     memory = memory_gib()
     return size if memory is None else min(size, int(memory * 2**30) // 16)
-
-
-def _side(kind: Kind, cores: int) -> int:
-    """Side of a product that gives every core milliseconds of work and allows a second of repeats on a slow core."""
-    factor = 1 if cores <= 4 else 2 if cores <= 32 else 4
-    return factor * (1024 if kind == "MatMul" else 64)

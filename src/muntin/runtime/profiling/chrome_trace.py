@@ -15,6 +15,8 @@ from muntin.text import count, plain
 
 WHOLE, KERNELS = 0, 1
 """The two rows of the trace."""
+_STAMPED = "median starts, as the engine stamps them"
+_UNSTAMPED = "the engine gives no time stamps: kernels are laid end to end in the order of execution"
 
 
 def chrome_trace(profile: Profile) -> dict[str, Any]:
@@ -27,11 +29,7 @@ def chrome_trace(profile: Profile) -> dict[str, Any]:
     return {
         "displayTimeUnit": "ms",
         "traceEvents": [
-            _named(
-                "process_name",
-                WHOLE,
-                f"{profile.engine}, {count(profile.threads, 'thread')}, {profile.precision}",
-            ),
+            _named("process_name", WHOLE, f"{profile.engine}, {count(profile.threads, 'thread')}, {profile.precision}"),
             _named("thread_name", WHOLE, "inference"),
             _named("thread_name", KERNELS, "kernels"),
             _complete("inference", "whole", WHOLE, 0.0, profile.profiled_ms, {"whole_ms without counters": profile.whole_ms}),
@@ -45,12 +43,7 @@ def chrome_trace(profile: Profile) -> dict[str, Any]:
             "artifact": plain(str(profile.artifact.path)),
             "shape": " x ".join(map(str, profile.shape)),
             "created": profile.created,
-            "times": "median durations; "
-            + (
-                "median starts, as the engine stamps them"
-                if stamped
-                else "the engine gives no time stamps: kernels are laid end to end in the order of execution"
-            ),
+            "times": f"median durations; {_STAMPED if stamped else _UNSTAMPED}",
         },
     }
 

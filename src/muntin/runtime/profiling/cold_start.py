@@ -14,27 +14,17 @@ from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from importlib import import_module
-from math import prod
 from pathlib import Path
 from typing import Any
 
-from muntin.artifact import open_artifact
 from muntin.errors import DataError
-from muntin.runtime.engines.compile_cache import cache_folder, compiled_folder
 from muntin.runtime.engines.registry import open_session
 from muntin.runtime.host import quiet_imports
-from muntin.runtime.host.hardware import memory_gib
 from muntin.runtime.host.helper_process import Outcome, answer_question, ask_helper, recorded_error
 from muntin.runtime.host.memory import watch_memory
 from muntin.runtime.options import DEFAULT_ENGINE, SessionOptions
 from muntin.runtime.profiling.timing import Mapper
 from muntin.runtime.session import Shape
-
-_KEEPS = {"openvino": ("openvino", "openvino"), "onnxruntime-tensorrt": ("tensorrt", "onnxruntime")}
-"""Engine that caches compiled models -> its name in the cache, the library whose version is part of the key."""
-
-Files = frozenset[tuple[Path, int]]
-"""Files and their modification times, in ns."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,10 +46,6 @@ class Candidate(ABC):
     def open(self, options: SessionOptions) -> Mapper:
         """Opens a session that has computed once for each of the options' shapes. The candidate decides on engine and precision."""
 
-    def from_cache(self, before: Files) -> bool | None:
-        """Returns True if, after opening, every compiled model was in the cache `before`; None without a cache."""
-        return None
-
 
 @dataclass(frozen=True, kw_only=True)
 class ArtifactCandidate(Candidate):
@@ -77,22 +63,14 @@ class ArtifactCandidate(Candidate):
     def open(self, options: SessionOptions) -> Mapper:
         return open_session(self.path, replace(options, engine=self.engine, precision=self.precision))
 
-    def from_cache(self, before: Files) -> bool | None:
-        if self.engine not in _KEEPS:
-            return None
-        name, library = _KEEPS[self.engine]
-        folder = compiled_folder(name, getattr(quiet_imports, library).__version__, open_artifact(self.path).manifest.sha256)
-        files = frozenset() if folder is None else _files(folder)
-        return bool(files) and files <= before
-
 
 @dataclass(frozen=True, kw_only=True)
 class Loading:
     """Cost of opening.
 
     `load_s`: includes compiling or reading the cache, and a first call of every batch. `held_mib`, `peak_mib`: added resident memory at the
-    end and at the peak, None where unknown. `cached`: True if the compiled models came from the user's cache, None for an engine without
-    a cache. `channels`: of the images.
+    end and at the peak, None where unknown. `cached`: True if the compiled models came from the user's cache, None where unknown.
+    `channels`: of the images.
     """
 
     load_s: float
@@ -116,25 +94,11 @@ def measure_loading(candidate: Candidate, options: SessionOptions) -> Loading:
     return _read(ask_helper(answer, question), candidate, options.shapes or ())
 
 
-def too_large(shapes: tuple[Shape, ...], channels: int) -> DataError:
-    """Return the error for images that do not fit into memory. It names the bytes of the largest batch of these shapes."""
-    B, H, W = max(shapes, key=prod)
-    count, limit_gib = B * H * W * channels, memory_gib()
-    memory = "more than can be had" if limit_gib is None else f"and this process may use {limit_gib:g} GiB"
-    size = f"{count} bytes ({count / 2**30:.1f} GiB)"
-    return DataError(
-        f"{B} images of {H} x {W} pixels in {channels} channels: they alone take {size}, {memory}: choose a smaller size or batch"
-    )
-
-
-def _sizes(shapes: tuple[Shape, ...]) -> str:
-    return ", ".join("x".join(map(str, shape)) for shape in shapes)
-
-
 def _read(outcome: Outcome, candidate: Candidate, shapes: tuple[Shape, ...]) -> Loading:
+    sizes = ", ".join("x".join(map(str, shape)) for shape in shapes)
     if outcome.returncode < 0:
         raise DataError(
-            f"{candidate.name}: opening it for images of {_sizes(shapes)} was ended by signal {-outcome.returncode}, "
+            f"{candidate.name}: opening it for images of {sizes} was ended by signal {-outcome.returncode}, "
             "as when memory runs out: choose a smaller size or batch"
         )
     if outcome.returncode:
@@ -144,7 +108,7 @@ def _read(outcome: Outcome, candidate: Candidate, shapes: tuple[Shape, ...]) -> 
         return Loading(**record)
     error = recorded_error(record)
     if isinstance(error, MemoryError):
-        raise DataError(f"{candidate.name}: no memory to open it for images of {_sizes(shapes)}: choose a smaller size or batch")
+        raise DataError(f"{candidate.name}: no memory to open it for images of {sizes}: choose a smaller size or batch")
     raise error
 
 
@@ -159,40 +123,19 @@ def answer() -> None:
 def _measure(question: dict[str, Any]) -> dict[str, Any]:
     module, name = question["kind"]
     candidate: Candidate = getattr(import_module(module), name)(**question["fields"])
-    return asdict(_open(candidate, SessionOptions(**question["options"])))
-
-
-def _open(candidate: Candidate, options: SessionOptions) -> Loading:
+    options = SessionOptions(**question["options"])
     with suppress(ImportError):  # opening tells which package is missing
         candidate.prepare()
-    before = _compiled()
     started = time.perf_counter()
     with watch_memory() as watch:
         session = candidate.open(options)
-    return Loading(
-        load_s=time.perf_counter() - started,
-        held_mib=_mib(watch.held),
-        peak_mib=_mib(watch.peak),
-        cached=candidate.from_cache(before),
-        channels=session.signature.channels,
-    )
-
-
-def _compiled() -> Files:
-    """Files in the cache of compiled models; empty without a home folder."""
-    try:
-        return _files(cache_folder() / "compiled")
-    except RuntimeError:
-        return frozenset()
-
-
-def _files(folder: Path) -> Files:
-    files = set()
-    for file in folder.rglob("*"):
-        with suppress(FileNotFoundError):  # another process may remove or rename files
-            if file.is_file():
-                files.add((file, file.stat().st_mtime_ns))
-    return frozenset(files)
+    return {
+        "load_s": time.perf_counter() - started,
+        "held_mib": _mib(watch.held),
+        "peak_mib": _mib(watch.peak),
+        "cached": getattr(session, "from_cache", None),
+        "channels": session.signature.channels,
+    }
 
 
 def _mib(count: int | None) -> float | None:

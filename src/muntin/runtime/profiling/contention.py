@@ -18,8 +18,9 @@ from pathlib import Path
 from threading import Barrier
 
 from muntin.errors import DataError
-from muntin.runtime.host.hardware import affinity, cpu_quota
+from muntin.runtime.host.hardware import affinity, cpu_quota, physical_cores
 from muntin.runtime.options import check_threads
+from muntin.text import count
 
 BUSY = 0.1
 """Cores' worth of other processes' CPU time from which on timings are doubtful."""
@@ -71,11 +72,16 @@ def watch_cpu() -> Iterator[CpuWatch]:
         watch.others = compare(before, read_cpu_times(), cpus=cpus, own=own, seconds=seconds, spare=spare)
 
 
-def notes_on(others: float | None) -> list[str]:
-    """A note for timings that were measured while other processes used `others` cores' worth of our CPUs; empty below `BUSY`."""
-    if others is None or others < BUSY:
-        return []
-    return [f"other processes used {others:.1f} cores meanwhile: the times are too long; measure alone"]
+def notes_on(others: float | None, *, threads: int = 1) -> list[str]:
+    """Notes for timings of `threads` threads that were measured while other processes used `others` cores' worth of our CPUs."""
+    notes, cores = [], physical_cores()
+    if others is not None and others >= BUSY:
+        notes.append(f"other processes used {others:.1f} cores meanwhile: the times are too long; measure alone")
+    if threads > cores:
+        notes.append(
+            f"{count(threads, 'thread')} on {count(cores, 'physical core')}: they wait for each other; compare with --threads {cores}"
+        )
+    return notes
 
 
 def measure_cpu_share(threads: int, seconds: float = 0.3) -> CpuShare:

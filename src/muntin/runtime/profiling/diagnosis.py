@@ -8,7 +8,7 @@ the ceiling: do not add them.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from math import prod
 
@@ -25,8 +25,6 @@ BETWEEN_SHARE = 0.05
 """Share of the time between kernels from which on it is a finding."""
 NAMED = 3
 """Kernels that a finding names; the others are counted."""
-SHOWN = 0.005
-"""Shortest time of a kernel that is named, ms."""
 FEW_CHANNELS = 64
 """Channels up to which a product does not fill vector units, which take several blocks of 16 to 64 8-bit channels at a time."""
 LITTLE_WORK = 5e6
@@ -37,85 +35,58 @@ LITTLE_WORK = 5e6
 class Finding:
     """One reason for the time of a call.
 
-    `kind`: one word for its rule. `saves_ms`: upper limit of the saved time, at most `profiled_ms`; None where unknown or not caused by the
-    artefact. `kernels`: names of the kernels concerned, longest first.
+    `kind`: one word for its rule. `saves_ms`: upper limit of the saved time, at most `profiled_ms`; None where unknown.
     """
 
     kind: str
     words: str
     saves_ms: float | None
-    kernels: tuple[str, ...] = ()
 
 
 def findings(profile: Profile) -> tuple[Finding, ...]:
     """All findings, the largest saving first, those without a saving last."""
     graph = _Graph(profile)
-    candidates = [_within(finding, profile.profiled_ms) for rule in RULES for finding in rule(profile, graph)]
-    least = LEAST_SHARE * profile.profiled_ms
-    kept = [finding for finding in candidates if finding.saves_ms is None or finding.saves_ms >= least or finding.kind in _ALWAYS]
+    kept = []
+    for finding in (finding for rule in RULES for finding in rule(profile, graph)):
+        if finding.saves_ms is None or finding.kind == "fallback" or finding.saves_ms >= LEAST_SHARE * profile.profiled_ms:
+            # kernels' medians may sum to more than the median of the whole
+            kept.append(replace(finding, saves_ms=finding.saves_ms and min(finding.saves_ms, profile.profiled_ms)))
     return tuple(sorted(kept, key=lambda finding: (finding.saves_ms is None, -(finding.saves_ms or 0.0))))
 
 
-def _within(finding: Finding, profiled_ms: float) -> Finding:
-    """Limits a saving to the whole: kernels' medians may sum to more than the median of the whole."""
-    return finding if finding.saves_ms is None else replace(finding, saves_ms=min(finding.saves_ms, profiled_ms))
-
-
 class _Graph:
-    """Connections between kernels, and the position of a kernel between the layers."""
+    """Position of each kernel between the products of a profile."""
 
     def __init__(self, profile: Profile) -> None:
-        self.kernels = {kernel.name: kernel for kernel in profile.kernels}
-        self._readers: dict[str, list[str]] = {}
-        for kernel in profile.kernels:
-            for source in self._sources(kernel.name):
-                self._readers.setdefault(source, []).append(kernel.name)
-        self.tail = frozenset(self._tail(profile))
+        kernels = {kernel.name: kernel for kernel in profile.kernels}
+        sources = {kernel.name: [read.source for read in kernel.inputs if read.source in kernels] for kernel in profile.kernels}
+        readers: dict[str, list[str]] = {name: [] for name in kernels}
+        for name, read in sources.items():
+            for source in read:
+                readers[source or ""].append(name)
+        self._before = _nearest_products(kernels, sources)
+        self._after = _nearest_products(dict(reversed(kernels.items())), readers)
+        recognised = {kernel.layer for kernel in profile.kernels}.issuperset(record.name for record in profile.artifact.manifest.layers)
+        self.tail = frozenset(name for name, kernel in kernels.items() if recognised and self._ends(kernel))
         """Kernels after the last layer, which only write the scores. Empty if a layer has no kernel, since it may be in one of these."""
 
-    def _tail(self, profile: Profile) -> Iterator[str]:
-        executed = {kernel.layer for kernel in profile.kernels}
-        if not executed.issuperset(record.name for record in profile.artifact.manifest.layers):
-            return
-        for kernel in profile.kernels:
-            if not _is_product(kernel) and self._nearest(kernel.name, self._reading) is None:
-                last = self._nearest(kernel.name, self._sources)
-                if last is not None and last.layer is not None:
-                    yield kernel.name
-
-    def _sources(self, name: str) -> list[str]:
-        return [operand.source for operand in self.kernels[name].inputs if operand.source in self.kernels]
-
-    def _reading(self, name: str) -> list[str]:
-        return self._readers.get(name, [])
-
-    def _nearest(self, name: str, step: Callable[[str], list[str]]) -> Kernel | None:
-        """The nearest product in one direction; of equally near ones the first in the graph."""
-        seen, front = {name}, [name]
-        while front:
-            front = [further for near in front for further in step(near) if further not in seen]
-            seen.update(front)
-            for other in front:
-                if _is_product(self.kernels[other]):
-                    return self.kernels[other]
-        return None
+    def _ends(self, kernel: Kernel) -> bool:
+        before = self._before[kernel.name]
+        return not _is_product(kernel) and self._after[kernel.name] is None and before is not None and before.layer is not None
 
     def place(self, kernel: Kernel) -> str:
         """The layers before and after a kernel, in words."""
-        before, after = self._nearest(kernel.name, self._sources), self._nearest(kernel.name, self._reading)
-        end = "the scores" if after is None else after.label
-        if before is None and not self._reads_images(kernel.name):
-            return f"on a constant of {end}"
-        return f"between {IMAGES if before is None else before.label} and {end}"
+        before, after = self._before[kernel.name], self._after[kernel.name]
+        return f"between {IMAGES if before is None else before.label} and {'the scores' if after is None else after.label}"
 
-    def _reads_images(self, name: str) -> bool:
-        seen, front = {name}, [name]
-        while front:
-            if any(operand.source == IMAGES for near in front for operand in self.kernels[near].inputs):
-                return True
-            front = list({further for near in front for further in self._sources(near)} - seen)
-            seen.update(front)
-        return False
+
+def _nearest_products(kernels: Mapping[str, Kernel], neighbours: Mapping[str, Sequence[str | None]]) -> dict[str, Kernel | None]:
+    """For each kernel the nearest product in the direction of `neighbours`, which precede it in `kernels`."""
+    nearest: dict[str | None, Kernel | None] = {}
+    for name in kernels:
+        products = (kernels[other] if other and _is_product(kernels[other]) else nearest.get(other) for other in neighbours[name])
+        nearest[name] = next((product for product in products if product is not None), None)
+    return {name: nearest[name] for name in kernels}
 
 
 _PASSES = {
@@ -129,35 +100,17 @@ _PASSES = {
 
 def _passes(profile: Profile, graph: _Graph) -> Iterator[Finding]:
     for group, (kind, words, remainder) in _PASSES.items():
-        kernels = [kernel for kernel in profile.kernels if kernel.group == group and kernel.name not in graph.tail and kernel.ms > 0]
-        if not kernels:
+        kernels = _longest(kernel for kernel in profile.kernels if kernel.group == group and kernel.name not in graph.tail)
+        if not _sum(kernels):
             continue
         least = _attainable(profile, kernels) if remainder else 0.0
-        words += f", where {remainder} would take {_ms(least)} ms" if remainder else ""
-        yield _pass_finding(kind, words, profile, graph, kernels, max(0.0, _sum(kernels) - least))
-
-
-def _pass_finding(kind: str, what: str, profile: Profile, graph: _Graph, kernels: Sequence[Kernel], saves: float) -> Finding:
-    """A finding about kernels that multiply nothing, with the positions of the longest."""
-    kernels = _longest(kernels)
-    total = _sum(kernels)
-    largest = [
-        f"{_article(kernel.kind)} {kernel.kind}{_layouts(kernel)} {graph.place(kernel)} ({_ms(kernel.ms)} ms)" for kernel in _named(kernels)
-    ]
-    verb = "it is" if len(kernels) == 1 else "the largest is" if len(largest) == 1 else "the largest are"
-    places = f"{verb} {', '.join(largest)}{_more(len(kernels) - len(largest))}" if largest else f"{count(len(kernels), 'short pass')}"
-    return Finding(
-        kind=kind,
-        words=f"{_share(total, profile)} {what}: {places}",
-        saves_ms=saves,
-        kernels=_names(kernels),
-    )
-
-
-def _layouts(kernel: Kernel) -> str:
-    """A reorder's layouts, which its name does not tell."""
-    before, after = kernel.inputs[0].layout if kernel.inputs else "", kernel.outputs[0].layout if kernel.outputs else ""
-    return f" from {before} to {after}" if kernel.kind == "Reorder" and before and after and before != after else ""
+        places = [f"{kernel.kind} {graph.place(kernel)} ({_ms(kernel.ms)} ms)" for kernel in kernels[:NAMED]]
+        yield Finding(
+            kind=kind,
+            words=f"{_share(_sum(kernels), profile)} {words}{f', where {remainder} would take {_ms(least)} ms' if remainder else ''}: "
+            f"{_listed(places, len(kernels))}",
+            saves_ms=max(0.0, _sum(kernels) - least),
+        )
 
 
 def _output(profile: Profile, graph: _Graph) -> Iterator[Finding]:
@@ -168,16 +121,13 @@ def _output(profile: Profile, graph: _Graph) -> Iterator[Finding]:
     shape = signature.scores_shape(*profile.shape)
     pixels = prod(shape) if signature.task == "restore" else prod(shape) // signature.outputs
     alternative = "an image of bytes" if signature.task == "restore" else "labels of one byte"
-    named = _named(kernels) or kernels[:1]
-    ways = ", ".join(f"{kernel.kind} {kernel.name} ({_ms(kernel.ms)} ms)" for kernel in named)
-    total = _sum(kernels)
+    named = [f"{kernel.kind} {kernel.name} ({_ms(kernel.ms)} ms)" for kernel in kernels[:NAMED]]
     yield Finding(
         kind="output",
-        words=f"{_share(total, profile)} is writing the scores, "
-        f"{_bytes(4 * prod(shape))} of float32 {shape}, after the last layer: {ways}{_more(len(kernels) - len(named))}; {alternative} "
-        f"would be {_bytes(pixels)}",
-        saves_ms=max(0.0, total - (4 * prod(shape) + pixels) / profile.ceilings.copy_gb_s / 1e6),
-        kernels=_names(kernels),
+        words=f"{_share(_sum(kernels), profile)} is writing the scores, "
+        f"{_bytes(4 * prod(shape))} of float32 {shape}, after the last layer: {_listed(named, len(kernels))}; "
+        f"{alternative} would be {_bytes(pixels)}",
+        saves_ms=max(0.0, _sum(kernels) - (4 * prod(shape) + pixels) / profile.ceilings.copy_gb_s / 1e6),
     )
 
 
@@ -185,40 +135,30 @@ def _fallbacks(profile: Profile, graph: _Graph) -> Iterator[Finding]:
     kernels = _fallen_back(profile)
     if not kernels:
         return
-    named = [f"{kernel.label} in {kernel.precision} ({_ms(kernel.ms)} ms{_on_integers(kernel, profile)})" for kernel in kernels[:NAMED]]
-    first = kernels[0]
-    one = f"{first.label}, recorded with 8-bit activations, ran in {first.precision}: {_ms(first.ms)} ms{_on_integers(first, profile)}"
-    many = f"{len(kernels)} layers recorded with 8-bit activations ran in float: {', '.join(named)}{_more(len(kernels) - NAMED)}"
     least = _all_in_precision(kernels, "i8", profile)
+    named = [f"{kernel.label} in {kernel.precision} ({_ms(kernel.ms)} ms)" for kernel in kernels[:NAMED]]
     yield Finding(
         kind="fallback",
-        words=one if len(kernels) == 1 else many,
+        words=f"{count(len(kernels), 'layer')} recorded with 8-bit activations ran in float: {_listed(named, len(kernels))}"
+        + ("" if least is None else f"; on integer kernels about {_ms(least)} ms"),
         saves_ms=None if least is None else _sum(kernels) - least,
-        kernels=_names(kernels),
     )
 
 
 def _fallen_back(profile: Profile) -> list[Kernel]:
-    integer = {
-        record.name for record in profile.artifact.manifest.layers if record.activation_bits is not None and record.activation_bits <= 8
-    }
+    integer = {record.name for record in profile.artifact.manifest.layers if record.integer_activations}
     return _longest(kernel for kernel in profile.kernels if kernel.layer in integer and kernel.precision != "i8")
 
 
-def _on_integers(kernel: Kernel, profile: Profile) -> str:
-    ms = _in_precision(kernel, "i8", profile)
-    return "" if ms is None else f"; on integer kernels about {_ms(ms)}"
-
-
-def _in_precision(kernel: Kernel, precision: str, profile: Profile) -> float | None:
-    """A product's time in another precision at the same share of the ceiling; None without both ceilings."""
-    now, then = (macs_ms(kernel.macs, name, profile.ceilings) for name in (kernel.precision, precision))
-    return None if not now or then is None else min(kernel.ms, kernel.ms * then / now)
-
-
 def _all_in_precision(kernels: Sequence[Kernel], precision: str, profile: Profile) -> float | None:
-    times = [_in_precision(kernel, precision, profile) for kernel in kernels]
-    return None if None in times else sum(ms for ms in times if ms is not None)
+    """Time of products in another precision at the same share of the ceiling; None where a ceiling is missing."""
+    total = 0.0
+    for kernel in kernels:
+        now, then = (macs_ms(kernel.macs, name, profile.ceilings) for name in (kernel.precision, precision))
+        if not now or then is None:
+            return None
+        total += min(kernel.ms, kernel.ms * then / now)
+    return total
 
 
 def _float_layers(profile: Profile, graph: _Graph) -> Iterator[Finding]:
@@ -233,19 +173,15 @@ def _float_layers(profile: Profile, graph: _Graph) -> Iterator[Finding]:
     for kernel in kernels:
         groups.setdefault(_pattern(kernel.label), []).append(kernel)
     longest = sorted(groups.items(), key=lambda group: -_sum(group[1]))
-    names = ", ".join(f"{name if len(group) > 1 else group[0].label} ({_ms(_sum(group))} ms)" for name, group in longest[:NAMED])
+    named = [f"{name if len(group) > 1 else group[0].label} ({_ms(_sum(group))} ms)" for name, group in longest[:NAMED]]
     kinds = " and ".join(sorted({PRECISION_LABELS.get(kernel.precision, kernel.precision) for kernel in kernels}))
     half = _all_in_precision(kernels, "bf16", profile) if profile.precision == "f32" else None
-    run, take, they, them = ("runs", "takes", "it", "it") if len(kernels) == 1 else ("run", "take", "they", "them")
-    ways = f"in INT8 {they} would take about {_ms(least)} ms" + (
-        f", in BF16 about {_ms(half)}" if half is not None and half < 0.9 * total else ""
-    )
+    in_half = f", in BF16 about {_ms(half)}" if half is not None and half < 0.9 * total else ""
     yield Finding(
         kind="float",
-        words=f"{count(len(kernels), 'product')} {run} in {kinds}, since the artefact does not quantise {them}, and {take} "
-        f"{_share(total, profile)}: {names}{_more(len(longest) - NAMED)}; {ways}, at a cost in accuracy to be measured",
+        words=f"{_share(total, profile)} goes into {count(len(kernels), 'product')} in {kinds}, not quantised in the artefact: "
+        f"{_listed(named, len(longest))}; in INT8 about {_ms(least)} ms{in_half}, at a cost in accuracy to be measured",
         saves_ms=total - least,
-        kernels=_names(kernels),
     )
 
 
@@ -258,26 +194,21 @@ def _ceilings(profile: Profile, graph: _Graph) -> Iterator[Finding]:
         if kernel.group == PRODUCTS and kernel.name not in fallen and attainable is not None and attainable < GOOD_SHARE * kernel.ms:
             shapes = tuple(operand.shape for operand in (*kernel.inputs, *kernel.outputs))
             alike.setdefault((_pattern(kernel.label), kernel.precision, shapes), []).append(kernel)
-    for kernels in alike.values():
-        if _ms(_sum(kernels)) != _ms(_attainable(profile, kernels)):  # shorter products are below the resolution of the engine's clock
-            yield _far_from_ceiling(_longest(kernels), profile)
-
-
-def _far_from_ceiling(kernels: list[Kernel], profile: Profile) -> Finding:
-    first = kernels[0]
-    total, least = _sum(kernels), _attainable(profile, kernels)
-    arithmetic, memory = first.bounds_ms(profile.ceilings)
-    precision = PRECISION_LABELS.get(first.precision, first.precision)
-    ceiling = "bandwidth of a copy" if arithmetic is not None and memory > arithmetic else f"{precision} ceiling"
-    subject = f"{first.label} reaches" if len(kernels) == 1 else f"{_pattern(first.label)} ({len(kernels)} alike) reach"
-    reasons = _reasons(first)
-    return Finding(
-        kind="ceiling",
-        words=f"{subject} {least / total:.0%} of the {ceiling}: {_ms(total)} ms where {_ms(least)} would do"
-        + (f" ({'; '.join(reasons)})" if reasons else ""),
-        saves_ms=total - least,
-        kernels=_names(kernels),
-    )
+    for kernels in map(_longest, alike.values()):
+        first, total, least = kernels[0], _sum(kernels), _attainable(profile, kernels)
+        if _ms(total) == _ms(least):  # shorter products are below the resolution of the engine's clock
+            continue
+        arithmetic, memory = first.bounds_ms(profile.ceilings)
+        by_memory = arithmetic is not None and memory > arithmetic
+        ceiling = "bandwidth of a copy" if by_memory else f"{PRECISION_LABELS.get(first.precision, first.precision)} ceiling"
+        subject = f"{first.label} reaches" if len(kernels) == 1 else f"{_pattern(first.label)} ({len(kernels)} alike) reach"
+        reasons = _reasons(first)
+        yield Finding(
+            kind="ceiling",
+            words=f"{subject} {least / total:.0%} of the {ceiling}: {_ms(total)} ms where {_ms(least)} would do"
+            + (f" ({'; '.join(reasons)})" if reasons else ""),
+            saves_ms=total - least,
+        )
 
 
 def _reasons(kernel: Kernel) -> list[str]:
@@ -294,10 +225,9 @@ def _reasons(kernel: Kernel) -> list[str]:
     elif min(channels, outputs) <= FEW_CHANNELS:
         reasons.append(f"few channels: {channels} in, {outputs} out")
     if kernel.precision == "i8" and output.type not in ("u8", "i8"):
-        reasons.append(f"it writes {_bytes(output.bytes)} of {output.type}, since what follows takes no integers")
+        reasons.append(f"it writes {_bytes(output.bytes)} of {output.type}, since the next kernel takes no integers")
     if kernel.macs < LITTLE_WORK:
-        work = f"{kernel.macs / 1e6:.1f} million" if kernel.macs >= 5e4 else f"{kernel.macs:,}"
-        reasons.append(f"little work, {work} multiply-adds")
+        reasons.append(f"little work, {kernel.macs:,} multiply-adds")
     return reasons
 
 
@@ -313,54 +243,11 @@ def _between(profile: Profile, graph: _Graph) -> Iterator[Finding]:
         )
 
 
-def _threads(profile: Profile, graph: _Graph) -> Iterator[Finding]:
-    if profile.fewer_threads_ms is None:
-        return
-    cores, now, then = profile.physical_cores, profile.whole_ms, profile.fewer_threads_ms
-    faster = then < now
-    yield Finding(
-        kind="threads",
-        words=f"{profile.threads} threads on {count(cores, 'physical core')}: with {cores} the same image takes "
-        + (
-            f"{_ms(then)} ms instead of {_ms(now)}"
-            if faster
-            else f"{_ms(then)} ms, with {profile.threads} {_ms(now)}: threads beyond the cores gain nothing reliable"
-        ),
-        saves_ms=(now - then) / now * profile.profiled_ms if faster else None,
-    )
-
-
-def _contention(profile: Profile, graph: _Graph) -> Iterator[Finding]:
-    if profile.others is not None and profile.others >= BUSY:
-        yield Finding(
-            kind="contention",
-            words=f"other processes used {profile.others:.1f} cores while this was measured: the times are too long; run it alone",
-            saves_ms=None,
-        )
-
-
-Rule = Callable[[Profile, _Graph], Iterable[Finding]]
-
-RULES: tuple[Rule, ...] = (
-    _fallbacks,
-    _ceilings,
-    _float_layers,
-    _passes,
-    _output,
-    _between,
-    _threads,
-    _contention,
-)
-_ALWAYS = frozenset({"fallback", "threads", "contention"})
+RULES: tuple[Callable[[Profile, _Graph], Iterable[Finding]], ...] = (_fallbacks, _ceilings, _float_layers, _passes, _output, _between)
 
 
 def _is_product(kernel: Kernel) -> bool:
     return kernel.compute or kernel.macs > 0
-
-
-def _named(kernels: Sequence[Kernel]) -> list[Kernel]:
-    """The first kernels, without those whose time would be shown as 0."""
-    return [kernel for kernel in kernels[:NAMED] if kernel.ms >= SHOWN]
 
 
 def _longest(kernels: Iterable[Kernel]) -> list[Kernel]:
@@ -375,10 +262,6 @@ def _attainable(profile: Profile, kernels: Iterable[Kernel]) -> float:
     return sum(kernel.attainable_ms(profile.ceilings) or 0.0 for kernel in kernels)
 
 
-def _names(kernels: Iterable[Kernel]) -> tuple[str, ...]:
-    return tuple(kernel.name for kernel in kernels)
-
-
 def _pattern(label: str) -> str:
     """A layer's name without the numbers of its blocks: "stages.*.blocks.*.mlp.expand"."""
     return re.sub(r"(?<=\.)\d+(?=\.|$)", "*", label)
@@ -388,12 +271,9 @@ def _share(ms: float, profile: Profile) -> str:
     return f"{ms / profile.profiled_ms:.0%} of the time ({_ms(ms)} of {_ms(profile.profiled_ms)} ms)"
 
 
-def _more(number: int) -> str:
-    return f", and {number} more" if number > 0 else ""
-
-
-def _article(word: str) -> str:
-    return "an" if word[:1] in "AEIOU" else "a"
+def _listed(named: Sequence[str], total: int) -> str:
+    """Names, and the number of those that are not named."""
+    return ", ".join(named) + (f", and {total - len(named)} more" if total > len(named) else "")
 
 
 def _ms(ms: float) -> str:

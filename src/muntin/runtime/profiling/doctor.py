@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from muntin.errors import DependencyError
+from muntin.runtime.engines.compile_cache import cache_folder
 from muntin.runtime.options import SessionOptions
 from muntin.runtime.profiling.contention import CpuShare, measure_cpu_share
 from muntin.runtime.profiling.doctor_checks import Check, SelfTest, all_checks
@@ -24,7 +25,6 @@ from muntin.runtime.profiling.doctor_facts import (
     package_version,
     read_machine,
     requirements,
-    user_cache,
 )
 from muntin.runtime.profiling.kernels import Ceilings
 from muntin.runtime.verification.exactness import RUNNERS, IntegerCheck, check_integers
@@ -86,7 +86,7 @@ def examine(
         packages={name: package_version(name) for name in PACKAGES},
         extras=find_extras(requirements(), distributions()),
         environment=variables,
-        cache=user_cache(),
+        cache=cache_folder(),
         threads=options.thread_count,
         ceilings=measured.ceilings,
         share=measured.share,

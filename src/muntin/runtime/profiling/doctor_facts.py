@@ -1,4 +1,4 @@
-"""Facts about this machine and what is installed on it. A value that the system does not tell is None. Nothing heavy is imported: torch and
+"""Facts about this machine and its installed packages. A value that the system does not tell is None. Nothing heavy is imported: torch and
 other packages are looked up by name."""
 
 from __future__ import annotations
@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any
 
 from muntin.errors import install
-from muntin.runtime.engines.compile_cache import cache_folder
 from muntin.runtime.host import quiet_imports
 from muntin.runtime.host.hardware import (
     affinity,
@@ -112,7 +111,7 @@ def read_machine() -> Machine:
         cpu_quota=cpu_quota(),
         memory_gib=described["memory_gib"],
         memory_limit_gib=memory_limit_gib(),
-        available_gib=available_memory_gib(_text(Path("/proc/meminfo"))),
+        available_gib=available_memory_gib(),
         numa_nodes=numa_nodes(),
         governors=cpu_governors(),
         nvidia=Path("/proc/driver/nvidia/version").exists() or shutil.which("nvidia-smi") is not None,
@@ -189,19 +188,4 @@ def package_version(package: str) -> str | None:
     try:
         return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:
-        return None
-
-
-def _text(file: Path) -> str:
-    try:
-        return file.read_text(encoding="utf-8", errors="replace")
-    except OSError:
-        return ""
-
-
-def user_cache() -> Path | None:
-    """The user's cache folder; None without a home folder."""
-    try:
-        return cache_folder()
-    except RuntimeError:  # pathlib's error without a home
         return None

@@ -23,7 +23,7 @@ BETWEEN = "between kernels"
 INTERRUPTIONS = "interruptions, of no kernel in particular"
 
 TO_PIXELS = "DepthToSpace"
-"""ONNX operation that may run as a permutation (`openvino_endings`)."""
+"""ONNX operation that may run as a permutation (`engines.openvino.output_fusion`)."""
 IMAGES = "the image"
 """`source` of the model's input."""
 

@@ -87,7 +87,7 @@ def onnxruntime_kernels(artifact: Artifact, images_BHWC: NDArray[np.uint8], opti
         whole = _run(artifact, session, {entry: images_BHWC}, rounds)
         trace = json.loads(Path(session.end_profiling()).read_text(encoding="utf-8"))
     traced = _traced(trace, optimized)
-    between = [wall - spent for wall, spent in zip(whole, _sums(traced.values(), rounds), strict=True)]
+    between = [wall - sum(node.times[index] for node in traced.values()) for index, wall in enumerate(whole)]
     entries = {entry: _operand("uint8", images_BHWC.shape, IMAGES)}
     kernels = tuple(_kernels(optimized, traced, entries, compute_nodes(data), artifact))
     return Execution(kernels=kernels, profiled_ms=median(whole), between_ms=median(between), precision="f32", threads=threads)
@@ -145,10 +145,6 @@ def _traced(trace: list[dict[str, Any]], optimized: onnx.ModelProto) -> dict[str
     return {name: node for name, node in nodes.items() if len(node.times) == len(runs)}
 
 
-def _sums(nodes: Iterable[_Traced], rounds: int) -> list[float]:
-    return [sum(times) for times in zip(*(node.times for node in nodes), strict=True)] or [0.0] * rounds
-
-
 def _operand(kind: str, shape: TensorShape, source: str | None = None) -> Operand:
     name, size = _TYPES.get(kind.lower(), (kind, 0))
     return Operand(shape=shape, type=name, bytes=prod(shape) * size, source=source)
@@ -161,7 +157,9 @@ def _kernels(
     nodes: ComputeNodes,
     artifact: Artifact,
 ) -> Iterator[Kernel]:
-    values = dict(entries) | {initializer.name: _constant(initializer) for initializer in optimized.graph.initializer}
+    values = dict(entries)
+    for initializer in optimized.graph.initializer:
+        values[initializer.name] = _operand(TensorProto.DataType.Name(initializer.data_type), tuple(initializer.dims))
     ran = [node for node in optimized.graph.node if node.name in traced]
     computed = _computed(ran, nodes)
     channels = _channels(optimized)
@@ -241,10 +239,6 @@ def _channels_first(value: Operand) -> Operand:
 
 def _with_channels(value: Operand, channels: int) -> Operand:
     return replace(value, shape=(value.shape[0], channels, *value.shape[2:]))
-
-
-def _constant(initializer: onnx.TensorProto) -> Operand:
-    return _operand(TensorProto.DataType.Name(initializer.data_type), tuple(initializer.dims))
 
 
 def _precision(node: onnx.NodeProto, outputs: tuple[Operand, ...]) -> str:

@@ -23,9 +23,9 @@ from numpy.typing import NDArray
 from muntin.artifact import Artifact
 from muntin.errors import ArtifactError
 from muntin.runtime.engines.onnx_nodes import ComputeNodes, compute_nodes
-from muntin.runtime.engines.openvino.mask_fix import with_whole_masks
 from muntin.runtime.engines.openvino.output_fusion import ending_in_scores
-from muntin.runtime.engines.openvino.session import MAY_MULTIPLY, MULTIPLY, OPENVINO_PRECISIONS, choose_precision, one_line
+from muntin.runtime.engines.openvino.session import MAY_MULTIPLY, MULTIPLY, OPENVINO_PRECISIONS, choose_precision, failure, layer_info
+from muntin.runtime.engines.openvino.workarounds import with_whole_masks
 from muntin.runtime.host.quiet_imports import openvino
 from muntin.runtime.host.signals import signal_stack_kept
 from muntin.runtime.options import SessionOptions
@@ -85,16 +85,11 @@ def _kernels(artifact: Artifact, images_BHWC: NDArray[np.uint8], options: Sessio
         macs = graph_macs(model)
         compiled = core.compile_model(model, "CPU", settings)
     except RuntimeError as error:
-        raise ArtifactError(
-            f"{artifact.path}: OpenVINO {openvino.__version__} cannot compile it for images of shape {images_BHWC.shape}: {one_line(error)}"
-        ) from error
+        raise failure(artifact.path, f"cannot compile it for images of shape {images_BHWC.shape}", error) from error
     try:
         times = _measure(compiled.create_infer_request(), images_BHWC, rounds)
     except RuntimeError as error:
-        shape = images_BHWC.shape
-        raise ArtifactError(
-            f"{artifact.path}: OpenVINO {openvino.__version__} cannot run it on images of shape {shape}: {one_line(error)}"
-        ) from error
+        raise failure(artifact.path, f"cannot run it on images of shape {images_BHWC.shape}", error) from error
     ops = _executed_ops(compiled.get_runtime_model(), set(times.kernels))
     nodes = compute_nodes(data)
     types = {node.name: str(node.op_type) for node in onnx.load_model_from_string(data).graph.node}
@@ -156,9 +151,7 @@ def _executed_ops(runtime_model: Any, executed: set[str]) -> list[_Op]:
     for op in runtime_model.get_ordered_ops():
         if op.get_friendly_name() not in executed:
             continue
-        info = _info(op)
-        inputs = tuple(_input(op.input_value(index), executed) for index in range(op.get_input_size()))
-        layouts = info.get("outputLayouts", "").split(",")
+        info = layer_info(op)
         ops.append(
             _Op(
                 name=op.get_friendly_name(),
@@ -166,25 +159,17 @@ def _executed_ops(runtime_model: Any, executed: set[str]) -> list[_Op]:
                 implementation=info.get("primitiveType", ""),
                 precision=OPENVINO_PRECISIONS.get(info.get("runtimePrecision", ""), info.get("runtimePrecision", "")),
                 originals=tuple(name for name in info.get("originalLayersNames", "").split(",") if name),
-                inputs=inputs,
-                outputs=tuple(_operand(output, layouts) for output in op.outputs()),
+                inputs=tuple(_operand(port, _source(port, executed)) for port in (value.get_source_output() for value in op.inputs())),
+                outputs=tuple(_operand(output) for output in op.outputs()),
                 second=op.input_value(1).get_node().get_friendly_name() if op.get_input_size() > 1 else "",
             )
         )
     return ops
 
 
-def _info(op: Any) -> dict[str, str]:
-    return {key: str(value.astype(str)) for key, value in op.get_rt_info().items() if key in _INFO}
-
-
-_INFO = frozenset({"layerType", "originalLayersNames", "runtimePrecision", "primitiveType", "outputLayouts"})
-
-
-def _operand(port: Any, layouts: list[str], source: str | None = None) -> Operand:
-    shape = tuple(port.get_shape())
-    kind = port.get_element_type()
-    index = port.get_index()
+def _operand(port: Any, source: str | None = None) -> Operand:
+    shape, kind, index = tuple(port.get_shape()), port.get_element_type(), port.get_index()
+    layouts = layer_info(port.get_node()).get("outputLayouts", "").split(",")
     return Operand(
         shape=shape,
         type=str(kind.get_type_name()),
@@ -194,17 +179,12 @@ def _operand(port: Any, layouts: list[str], source: str | None = None) -> Operan
     )
 
 
-def _input(port: Any, executed: set[str]) -> Operand:
-    layouts = _info(port.get_node()).get("outputLayouts", "").split(",")
-    return _operand(port, layouts, _source(port, executed))
-
-
 def _source(port: Any, executed: set[str]) -> str | None:
     """The executed operation that feeds a port, past operations that only reshape memory."""
     node = port.get_node()
     while node.get_friendly_name() not in executed:
         if node.get_input_size() == 0:
-            return IMAGES if _info(node).get("layerType") == "Input" else None
+            return IMAGES if layer_info(node).get("layerType") == "Input" else None
         node = node.input_value(0).get_node()
     return str(node.get_friendly_name())
 
@@ -292,12 +272,10 @@ def graph_macs(model: Any) -> dict[str, int]:
     for op in model.get_ordered_ops():
         kind = op.get_type_name()
         if kind in _CONVOLUTIONS | _GRAPH_DECONVOLUTIONS | {"MatMul"}:
+            name, output = str(op.get_friendly_name()), tuple(op.output(0).get_shape())
             entry, weight = (tuple(op.input_value(index).get_shape()) for index in (0, 1))
-            output = tuple(op.output(0).get_shape())
             if kind == "MatMul":
-                macs[str(op.get_friendly_name())] = product_macs(entry, weight, output)
-            elif kind in _GRAPH_DECONVOLUTIONS:
-                macs[str(op.get_friendly_name())] = deconvolution_macs(entry, weight)
+                macs[name] = product_macs(entry, weight, output)
             else:
-                macs[str(op.get_friendly_name())] = convolution_macs(output, weight)
+                macs[name] = deconvolution_macs(entry, weight) if kind in _GRAPH_DECONVOLUTIONS else convolution_macs(output, weight)
     return macs

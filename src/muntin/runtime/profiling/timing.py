@@ -53,12 +53,11 @@ def interleaved_latency(sessions: Mapping[str, Predictor], images_BHWC: NDArray[
             started = time.perf_counter()
             session(images)
             times[name].append((time.perf_counter() - started) * 1e3)
-    return {name: _latency(milliseconds) for name, milliseconds in times.items()}
-
-
-def _latency(times_ms: list[float]) -> Latency:
-    median, p90, p99 = (float(np.percentile(times_ms, q)) for q in (50, 90, 99))
-    return Latency(median_ms=median, p90_ms=p90, p99_ms=p99, calls=len(times_ms))
+    latencies = {}
+    for name, milliseconds in times.items():
+        median, p90, p99 = (float(np.percentile(milliseconds, q)) for q in (50, 90, 99))
+        latencies[name] = Latency(median_ms=median, p90_ms=p90, p99_ms=p99, calls=rounds)
+    return latencies
 
 
 def interleaved_throughput(sessions: Mapping[str, Mapper], images_BHWC: NDArray[np.uint8], *, rounds: int) -> dict[str, float]:

@@ -1,0 +1,1 @@
+"""Verification of an artefact on this machine: golden pairs, single layers, and integer arithmetic."""

@@ -6,7 +6,7 @@ recorded with integer activations run on integer kernels; optionally each of the
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from math import isfinite
 from pathlib import Path
@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from muntin.artifact import Artifact, GoldenTolerance, LayerRecord, Manifest, open_artifact
+from muntin.artifact import Artifact, GoldenTolerance, LayerRecord, open_artifact
 from muntin.errors import DependencyError
 from muntin.runtime.engines.onnx_nodes import is_node_of
 from muntin.runtime.engines.registry import open_session
@@ -53,6 +53,15 @@ class GoldenResult:
         bounds += [] if self.rms_allowed is None else [f"root mean square {self.rms_allowed:.4g}"]
         bounds += [] if self.label_agreement is None else [f"label agreement {self.tolerance.label_agreement:.4f}"]
         return ", ".join(bounds)
+
+    @property
+    def problem(self) -> str:
+        """All errors and their limits, in words."""
+        agreement = "" if self.label_agreement is None else f", label agreement {self.label_agreement:.4f}"
+        return (
+            f"{self.shape}: largest error {self.max_error:.4g} standard deviations, root mean square {self.rms_error:.4g}{agreement} "
+            f"(allowed: {self.allowed})"
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -103,11 +112,17 @@ def verify(
     manifest = artifact.manifest
     session = open_session(path, replace(options, shapes=()))
     tolerance = manifest.tolerance(session.engine, session.precision)
-    problems = [] if tolerance else [_no_tolerance(session, manifest)]
+    recorded = ", ".join(f"{engine} in {name}" for engine, tolerances in manifest.golden_tolerance.items() for name in tolerances)
+    problems = []
+    if tolerance is None:
+        problems.append(
+            f"no golden tolerance is recorded for {session.engine} in {session.precision} (there is: {recorded or 'none'}): "
+            "verify in a recorded precision, or export again"
+        )
     golden = tuple(
         replay(session, images, scores, tolerance, classes=manifest.signature.task != "restore") for images, scores in artifact.golden()
     )
-    problems += [_golden_problem(index, result) for index, result in enumerate(golden) if tolerance and not result.passed]
+    problems += [f"golden pair {index} {result.problem}" for index, result in enumerate(golden) if tolerance and not result.passed]
     problems += _batch_problems(session, artifact, tolerance) if tolerance else []
     ran = tuple(session.layers())
     fallbacks, reasons = find_fallbacks(manifest.layers, ran)
@@ -116,8 +131,7 @@ def verify(
     if not (options.engine != DEFAULT_ENGINE if allow_fallbacks is None else allow_fallbacks):
         problems += [f"{reason}: export for this engine and CPU, or allow fallbacks" for reason in reasons]
     checks = _checked_layers(artifact, session.threads) if layers else ()
-    problems += [_check_problem(check) for check in checks if not check.passed]
-    problems += [_unchecked_problem(name) for name in find_unchecked(manifest.layers, checks)] if layers else []
+    problems += _layer_problems(checks, find_unchecked(manifest.layers, checks) if layers else ())
     evaluation = None if evaluate is None else float(evaluate(session))
     if evaluation is not None and not isfinite(evaluation):
         problems.append(f"evaluate returned {evaluation}: it must return a finite number, higher is better")
@@ -145,9 +159,21 @@ def _batch_problems(session: Session, artifact: Artifact, tolerance: GoldenToler
     if result.passed:
         return []
     return [
-        f"two images in a batch are answered otherwise than alone, by {result.max_error:.3g} standard deviations (allowed: "
-        f"{result.allowed}): what is asked together would depend on each other; export a model that computes each image by itself"
+        f"two images in a batch give other scores than each alone, by {result.max_error:.3g} standard deviations (allowed: "
+        f"{result.allowed}): images of one call would depend on each other; export a model that computes each image by itself"
     ]
+
+
+def _layer_problems(checks: Sequence[LayerCheck], unchecked: Sequence[str]) -> Iterator[str]:
+    for check in checks:
+        if not check.passed:
+            yield (
+                f"layer {check.name}: OpenVINO's result is {check.error:.3g} quantisation steps from the result of its integers "
+                f"(allowed: {TOLERANCE:g}): report it with the CPU and OpenVINO's version"
+            )
+    for name in unchecked:
+        reason = "multiplies nothing quantised in the graph, so it is not checked: export again"
+        yield f"layer {name}, recorded with 8-bit activations, {reason}"
 
 
 def _checked_layers(artifact: Artifact, threads: int) -> tuple[LayerCheck, ...]:
@@ -211,7 +237,7 @@ def find_fallbacks(records: Sequence[LayerRecord], layers: Sequence[ExecutedLaye
     A layer's compute nodes have its name, or its name and a "/" before more. It fell back if one of them is not "i8", or none ran.
     """
     names, reasons = [], []
-    for record in _integer_records(records):
+    for record in (record for record in records if record.integer_activations):
         ran = [layer for layer in layers if layer.compute and is_node_of(layer.name, record)]
         if ran and all(layer.precision == "i8" for layer in ran):
             continue
@@ -225,35 +251,5 @@ def find_fallbacks(records: Sequence[LayerRecord], layers: Sequence[ExecutedLaye
 
 def find_unchecked(records: Sequence[LayerRecord], checks: Sequence[LayerCheck]) -> tuple[str, ...]:
     """The recorded layers with integer activations without a check: the graph has no product of their quantised values."""
-    return tuple(record.name for record in _integer_records(records) if not any(is_node_of(check.name, record) for check in checks))
-
-
-def _integer_records(records: Sequence[LayerRecord]) -> list[LayerRecord]:
-    return [record for record in records if record.activation_bits is not None and record.activation_bits <= 8]
-
-
-def _golden_problem(index: int, result: GoldenResult) -> str:
-    agreement = "" if result.label_agreement is None else f", label agreement {result.label_agreement:.4f}"
-    return (
-        f"golden pair {index} {result.shape}: largest error {result.max_error:.4g} standard deviations, root mean square "
-        f"{result.rms_error:.4g}{agreement} (allowed: {result.allowed})"
-    )
-
-
-def _check_problem(check: LayerCheck) -> str:
-    return (
-        f"layer {check.name}: OpenVINO's result is {check.error:.3g} quantisation steps from what its integers say "
-        f"(allowed: {TOLERANCE:g}): report it with the CPU and OpenVINO's version"
-    )
-
-
-def _unchecked_problem(name: str) -> str:
-    return f"layer {name}, recorded with 8-bit activations, multiplies nothing quantised in the graph, so it is not checked: export again"
-
-
-def _no_tolerance(session: Session, manifest: Manifest) -> str:
-    recorded = ", ".join(f"{engine} in {name}" for engine, tolerances in manifest.golden_tolerance.items() for name in tolerances)
-    return (
-        f"no golden tolerance is recorded for {session.engine} in {session.precision} (there is: {recorded or 'none'}): "
-        "verify in what is recorded, or export again"
-    )
+    integers = (record for record in records if record.integer_activations)
+    return tuple(record.name for record in integers if not any(is_node_of(check.name, record) for check in checks))

@@ -12,10 +12,8 @@ Axis letters: N rows or images, C inputs, K outputs, H and W rows and columns.
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
@@ -30,7 +28,6 @@ Run = Callable[[bytes, NDArray[np.float32]], tuple[NDArray[np.float32], bool]]
 
 SCALE, ZERO = 2.0**-6, 128  # of the uint8 inputs
 _STEP = 2.0**15  # of a requantised output, in units of the integer sum: the largest sums just fit in 8 bits
-_FLOAT_PRODUCTS = frozenset({"Conv", "FusedConv", "MatMul", "FusedMatMul", "Gemm", "FusedGemm"})
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -165,21 +162,18 @@ def run_openvino(model: bytes, x: NDArray[np.float32]) -> tuple[NDArray[np.float
 
 def run_onnxruntime(model: bytes, x: NDArray[np.float32]) -> tuple[NDArray[np.float32], bool]:
     """In ONNX Runtime's CPU provider. Raises DependencyError where it cannot run it."""
+    from muntin.runtime.engines.onnxruntime import FAILURES, INTEGER, MULTIPLY, optimized_model, session_options
     from muntin.runtime.host.quiet_imports import onnxruntime
 
-    options = onnxruntime.SessionOptions()
-    options.log_severity_level = 3
-    states = onnxruntime.capi.onnxruntime_pybind11_state
+    def open_(options: Any) -> Any:
+        return onnxruntime.InferenceSession(model, options, providers=["CPUExecutionProvider"])
+
     try:
-        with tempfile.TemporaryDirectory(prefix="muntin-") as folder:
-            options.optimized_model_filepath = str(Path(folder) / "optimized.onnx")
-            session = onnxruntime.InferenceSession(model, options, providers=["CPUExecutionProvider"])
-            optimized = onnx.load(options.optimized_model_filepath)
-        (name,) = (entry.name for entry in session.get_inputs())
-        result = session.run(None, {name: x})[0]
-    except (states.Fail, states.InvalidGraph, states.InvalidProtobuf, states.NotImplemented, states.RuntimeException) as error:
+        session, optimized = open_(session_options(0)), optimized_model(open_, session_options(0))
+        result = session.run(None, {session.get_inputs()[0].name: x})[0]
+    except FAILURES as error:
         raise _cannot("ONNX Runtime", onnxruntime.__version__, error) from error
-    return result, _FLOAT_PRODUCTS.isdisjoint(node.op_type for node in optimized.graph.node)
+    return result, (MULTIPLY - INTEGER).isdisjoint(node.op_type for node in optimized.graph.node)
 
 
 def _cannot(engine: str, version: str, error: Exception) -> DependencyError:

@@ -152,7 +152,8 @@ def _fed(name: str) -> str:
 
 def _alone(model: onnx.ModelProto, layers: Sequence[_QuantisedProduct], threads: int) -> Any:
     """A session of all layers side by side, each from its unrounded inputs to its output: no layer reads another."""
-    from muntin.runtime.host.quiet_imports import onnxruntime  # engines are imported where they are used
+    from muntin.runtime.engines.onnxruntime import session_options  # engines are imported where they are used
+    from muntin.runtime.host.quiet_imports import onnxruntime
 
     nodes: dict[str, onnx.NodeProto] = {}
     for layer in layers:
@@ -172,10 +173,8 @@ def _alone(model: onnx.ModelProto, layers: Sequence[_QuantisedProduct], threads:
         [onnx.helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, None) for name in outputs],
         [initializer for initializer in model.graph.initializer if initializer.name in used],
     )
-    options = onnxruntime.SessionOptions()
+    options = session_options(threads)
     options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
-    options.log_severity_level = 3
-    options.intra_op_num_threads = threads
     single = onnx.helper.make_model(graph, opset_imports=model.opset_import, ir_version=model.ir_version)
     return onnxruntime.InferenceSession(single.SerializeToString(), options, providers=["CPUExecutionProvider"])
 

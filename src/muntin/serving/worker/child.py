@@ -65,7 +65,7 @@ def _open(control: socket.socket, question: dict[str, Any]) -> Session:
     end_after(0)
     set_oom_score(OOM_SCORE_SERVING)
     session = opened.session
-    description = {name: getattr(session, name) for name in ("engine", "precision", "threads", "streams", "plan")}
+    description = {name: getattr(session, name) for name in ("engine", "precision", "threads", "streams")}
     description |= {"signature": opened.signature.model_dump(mode="json"), "digest": opened.digest, "calls": opened.calls}
     session.outputs = SharedOutputs()
     send(control, description)

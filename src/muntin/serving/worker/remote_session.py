@@ -102,7 +102,6 @@ class RemoteSession(Liveness, Session):
             precision=description["precision"],
             threads=description["threads"],
             streams=description["streams"],
-            plan=description["plan"],
         )
         self._start, self._path, self._digest = start, path, description["digest"]
         self.calls = [call_from_json(call) for call in description["calls"]]

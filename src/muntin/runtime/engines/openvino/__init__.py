@@ -1,0 +1,1 @@
+"""The OpenVINO engine: its session, and changes of a model before it is compiled."""

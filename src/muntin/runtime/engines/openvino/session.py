@@ -1,10 +1,9 @@
 """The OpenVINO engine: integer kernels for QDQ layers, BF16 or FP16 for the others where the CPU has it.
 
-The graph has dynamic sizes, but a kernel compiled for one size is faster (a crude hybrid at 512 x 512: 7.6 ms against 8.6). So each size is
-compiled when it is first called, in a few tenths of a second, and the last few are kept. With `dynamic` only the sizes that `warm_up` names
-are compiled; one model for one image of any size computes all others, image by image. (In 16 bits that model runs in float32 where it
-computes floats from its image's sides.) Compiled models are also kept in the user's cache (`engines.compile_cache`): opening hybrid-s at
-512 x 512 from there takes 0.34 to 0.39 of the time.
+The graph has dynamic sizes, but a kernel compiled for one size is faster. So each size is compiled when it is first called, in a few tenths
+of a second, and the last few are kept. With `dynamic` only the sizes that `warm_up` names are compiled; one model for one image of any size
+computes all others, image by image. (In 16 bits that model runs in float32 where it computes floats from its image's sides.) Compiled
+models are also kept in the user's cache (`engines.compile_cache`).
 
 With one stream all threads work on one image: the lowest latency. With several, each works on an image of its own with its share of the
 threads: more images a second, each with a higher latency.
@@ -20,6 +19,7 @@ from collections import OrderedDict
 from collections.abc import Iterable
 from contextlib import suppress
 from functools import cached_property
+from pathlib import Path
 from queue import LifoQueue
 from threading import Lock
 from typing import Any
@@ -31,10 +31,8 @@ from muntin.artifact import Artifact
 from muntin.errors import ArtifactError, DependencyError
 from muntin.runtime.engines.compile_cache import CompiledModels
 from muntin.runtime.engines.onnx_nodes import ComputeNodes, compute_nodes
-from muntin.runtime.engines.openvino.bias_fix import with_biases
-from muntin.runtime.engines.openvino.mask_fix import with_whole_masks
 from muntin.runtime.engines.openvino.output_fusion import ending_in_labels, ending_in_scores
-from muntin.runtime.engines.openvino.size_check import computes_with_sizes
+from muntin.runtime.engines.openvino.workarounds import computes_with_sizes, with_biases, with_whole_masks
 from muntin.runtime.host.quiet_imports import openvino
 from muntin.runtime.host.signals import signal_stack_kept
 from muntin.runtime.options import DEFAULT_OPTIONS, SessionOptions
@@ -50,7 +48,7 @@ MAY_MULTIPLY = frozenset({"Subgraph", "MHA", "ScaledDotProductAttention"})
 """Layer types that multiply if they fuse attention: they count only for nodes that they name."""
 _PLAIN_PRODUCTS = frozenset({"FullyConnected", "MatMul", "Convolution"})
 _LEFT_OUT = frozenset({"Const", "Input", "Output"})
-_RUNTIME_INFO = frozenset({"layerType", "originalLayersNames", "runtimePrecision"})
+_RUNTIME_INFO = frozenset({"layerType", "originalLayersNames", "runtimePrecision", "primitiveType", "outputLayouts"})
 
 # With free sizes OpenVINO 2026.4 may return without an answer and without an error where it cannot allocate what a size needs. The memory
 # would then hold another answer. So both ends of an answer are marked with values that no model gives: 255 is no class (there are at most
@@ -99,7 +97,7 @@ class OpenVinoSession(Session):
         try:
             self._model = self._core.read_model(model=data, weights=b"")
         except RuntimeError as error:
-            raise ArtifactError(f"{artifact.path}: OpenVINO {openvino.__version__} cannot read its model: {one_line(error)}") from error
+            raise failure(artifact.path, "cannot read its model", error) from error
         self._path = artifact.path
         self._nodes: ComputeNodes = compute_nodes(data)
         self._dynamic = options.dynamic
@@ -114,7 +112,6 @@ class OpenVinoSession(Session):
             precision=precision,
             threads=threads,
             streams=streams,
-            plan=artifact.manifest.plan,
         )
 
     def _infer(self, images_BHWC: NDArray[np.uint8]) -> NDArray[np.float32]:
@@ -137,7 +134,7 @@ class OpenVinoSession(Session):
             # With dynamic sizes a call that computes at the same time may have caused this failure.
             others = compiled.free.qsize() < self.streams - 1
             if compiled.shape is not None or (self._drop(compiled) and not others):
-                raise self._cannot_compute(images_BHWC, error) from error
+                raise failure(self._path, f"cannot compute images of shape {images_BHWC.shape}", error) from error
         else:
             return
         finally:
@@ -153,7 +150,7 @@ class OpenVinoSession(Session):
             try:
                 self._compute(compiled, request, images_BHWC, answer)
             except (RuntimeError, MemoryError) as error:
-                raise self._cannot_compute(images_BHWC, error) from error
+                raise failure(self._path, f"cannot compute images of shape {images_BHWC.shape}", error) from error
             compiled.free.put(request)
             if self._find_compiled(variant) is None:
                 self._keep(variant, compiled)
@@ -165,18 +162,14 @@ class OpenVinoSession(Session):
         for first in range(0, len(images_BHWC), step):
             part = answer[first : first + step]
             self._write_to(request, part)
+            flat, mark = (part.reshape(-1), _NO_LABEL) if part.dtype == np.uint8 else (part.reshape(-1).view(np.uint32), _NO_SCORE)
             if dynamic:
-                _mark(part)
+                flat[0] = flat[-1] = mark
             request.infer([images_BHWC[first : first + step]], share_inputs=True, share_outputs=True)
             if dynamic and (shape := tuple(request.get_output_tensor(0).shape)) != part.shape:
                 raise self._wrong_output(shape, part)  # of a smaller output, the rest of the answer was not written
-            if dynamic and _marked(part):
+            if dynamic and mark in (flat[0], flat[-1]):
                 raise MemoryError("it returned without an answer, as it does where it cannot allocate what a size needs: out of memory")
-
-    def _cannot_compute(self, images_BHWC: NDArray[np.uint8], error: RuntimeError | MemoryError) -> ArtifactError:
-        return ArtifactError(
-            f"{self._path}: OpenVINO {openvino.__version__} cannot compute images of shape {images_BHWC.shape}: {one_line(error)}"
-        )
 
     def _drop(self, compiled: _Compiled) -> bool:
         """Drops a model of dynamic sizes that failed to compute. Returns False if another call has dropped it.
@@ -205,6 +198,12 @@ class OpenVinoSession(Session):
             last = next(reversed(self._compiled), (None, False))
         compiled = self._compiled_for(last, new=True)
         return _executed(compiled.model.get_runtime_model(), self._nodes)
+
+    @property
+    def from_cache(self) -> bool:
+        """True if every compiled model came from the user's cache."""
+        with self._lock:
+            return bool(self._compiled) and all(compiled.kept for compiled in self._compiled.values())
 
     def warm_up(self, shapes: Iterable[Shape], *, labels: bool = False, compute: bool = True) -> None:
         shapes = check_shapes(shapes)
@@ -268,7 +267,7 @@ class OpenVinoSession(Session):
                 return _Compiled(compiled, shape, self.streams, kept=False)
         except RuntimeError as error:
             size = "dynamic sizes" if shape is None else f"images of shape {shape}"
-            raise ArtifactError(f"{self._path}: OpenVINO {openvino.__version__} cannot compile it for {size}: {one_line(error)}") from error
+            raise failure(self._path, f"cannot compile it for {size}", error) from error
 
     def _check_classes(self) -> None:
         """Raises ArtifactError unless the model gives the signature's number of classes, which labels would not show."""
@@ -328,27 +327,16 @@ def choose_precision(core: Any, requested: str, recorded: str) -> str:
     return requested
 
 
-def _mark(answer: NDArray[Any]) -> None:
-    flat, mark = _bits(answer)
-    flat[0] = flat[-1] = mark
-
-
-def _marked(answer: NDArray[Any]) -> bool:
-    flat, mark = _bits(answer)
-    return bool(mark in (flat[0], flat[-1]))
-
-
-def _bits(answer: NDArray[Any]) -> tuple[NDArray[Any], int]:
-    """An answer as unsigned numbers, and the mark of its type."""
-    flat = answer.reshape(-1)
-    return (flat, _NO_LABEL) if answer.dtype == np.uint8 else (flat.view(np.uint32), _NO_SCORE)
+def layer_info(op: Any) -> dict[str, str]:
+    """Information on an operation of a compiled model: its type, origins, precision, implementation and layouts, by OpenVINO's keys."""
+    return {key: str(value.astype(str)) for key, value in op.get_rt_info().items() if key in _RUNTIME_INFO}
 
 
 def _executed(runtime_model: Any, nodes: ComputeNodes) -> list[ExecutedLayer]:
     layers: list[ExecutedLayer] = []
     seen: dict[str, int] = {}
     for op in runtime_model.get_ordered_ops():
-        info = {key: str(value.astype(str)) for key, value in op.get_rt_info().items() if key in _RUNTIME_INFO}
+        info = layer_info(op)
         kind = info.get("layerType", op.get_type_name())
         if kind in _LEFT_OUT:
             continue
@@ -376,15 +364,12 @@ def _executed(runtime_model: Any, nodes: ComputeNodes) -> list[ExecutedLayer]:
 
 def executed_products(runtime_model: Any) -> dict[str, str]:
     """The products of a compiled model: the engine's name of the kernel -> OpenVINO's name of its precision."""
-    products = {}
-    for node in runtime_model.get_ordered_ops():
-        info = node.get_rt_info()
-        if "layerType" in info and info["layerType"].astype(str) in _PLAIN_PRODUCTS:
-            products[node.get_friendly_name()] = str(info["runtimePrecision"].astype(str))
-    return products
+    infos = {str(op.get_friendly_name()): layer_info(op) for op in runtime_model.get_ordered_ops()}
+    return {name: info["runtimePrecision"] for name, info in infos.items() if info.get("layerType") in _PLAIN_PRODUCTS}
 
 
-def one_line(error: RuntimeError | MemoryError) -> str:
-    """OpenVINO's message in one line, without the source locations that it starts with."""
+def failure(path: Path, what: str, error: RuntimeError | MemoryError) -> ArtifactError:
+    """The ArtifactError for an error of OpenVINO: its message in one line, without the source locations that it starts with."""
     lines = [line.strip() for line in str(error).splitlines()]
-    return " ".join(line for line in lines if line and not line.startswith(("Exception from", "Check 'false' failed")))[:600]
+    text = " ".join(line for line in lines if line and not line.startswith(("Exception from", "Check 'false' failed")))[:600]
+    return ArtifactError(f"{path}: OpenVINO {openvino.__version__} {what}: {text}")

@@ -1,4 +1,4 @@
-"""Sizes that become floats: found, and computed in float32 where sizes are free."""
+"""Workarounds: dynamic sizes give the scores of static ones."""
 
 from __future__ import annotations
 
@@ -14,8 +14,67 @@ from torch.nn import functional as F  # noqa: N812 - the field's usual name
 
 import muntin
 from muntin.artifact import open_artifact
-from muntin.runtime.engines.openvino.size_check import computes_with_sizes
+from muntin.runtime.engines.openvino.workarounds import TINY, computes_with_sizes, with_biases
 from muntin.runtime.host.quiet_imports import openvino
+
+opset = openvino.opset13
+
+
+class Residual(nn.Module):
+    """A convolution, or a Linear, whose answer is read twice."""
+
+    def __init__(self, *, bias: bool, linear: bool) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(3, 16, 3, 2, 1, bias=False)
+        self.norm, self.linear = nn.GroupNorm(4, 16), linear
+        self.layer = nn.Linear(16, 16, bias=bias) if linear else nn.Conv2d(16, 16, 3, 1, 1, bias=bias)
+        if bias:
+            nn.init.zeros_(self.layer.bias)
+        self.head = nn.Conv2d(16, 4, 1)
+
+    def forward(self, pixels_BCHW: Tensor) -> Tensor:
+        x = self.stem(pixels_BCHW / 255 - 0.5)
+        y = torch.relu(self.norm(x))
+        y = self.layer(y.movedim(1, -1)).movedim(-1, 1) if self.linear else self.layer(y)
+        x = x + y
+        x = x + self.norm(x)
+        return F.interpolate(self.head(x), size=pixels_BCHW.shape[2:])
+
+
+@pytest.mark.parametrize("linear", [False, True])
+@pytest.mark.parametrize("bias", [False, True])
+def test_dynamic_and_static_scores_in_8_bits(tmp_path: Path, bias: bool, linear: bool) -> None:
+    torch.manual_seed(0)
+    coarse = torch.randint(0, 256, (2, 3, 16, 16)).float()
+    example = F.interpolate(coarse, (64, 64), mode="bicubic").clamp(0, 255).round()
+    artifact = muntin.export(Residual(bias=bias, linear=linear).eval(), example, tmp_path / "a", calibration=[example])
+    assert sum(layer.activation_bits == 8 for layer in artifact.manifest.layers) >= 2
+    images = example[:, :, :50, :38].permute(0, 2, 3, 1).to(torch.uint8).numpy()
+    static, dynamic = (muntin.load(artifact.path, precision="f32", threads=1, dynamic=dynamic) for dynamic in (False, True))
+    due = static(images)
+    assert float(np.abs(dynamic(images) - due).max()) < 0.01 * float(due.std())
+
+
+def adds(model: Any) -> list[Any]:
+    return [op for op in model.get_ordered_ops() if op.get_type_name() == "Add"]
+
+
+@pytest.mark.parametrize(("bias", "added"), [(None, True), (0.0, True), (0.5, False)])
+def test_product_with_a_bias(bias: float | None, added: bool) -> None:
+    images = opset.parameter([1, 3, -1, -1], np.float32)
+    answer = opset.convolution(images, opset.constant(np.ones((5, 3, 1, 1), np.float32)), [1, 1], [0, 0], [0, 0], [1, 1])
+    if bias is not None:
+        answer = opset.add(answer, opset.constant(np.full((1, 5, 1, 1), bias, np.float32)))
+    model = with_biases(openvino.Model([answer], [images]))
+    biases = [op.input(1).get_source_output().get_node().get_data() for op in adds(model)]
+    assert len(biases) == (bias is not None) + added
+    assert any(np.all(value == TINY) for value in biases) == added
+
+
+def test_product_of_two_activations() -> None:
+    one, other = (opset.parameter([1, -1, 8], np.float32) for _ in range(2))
+    model = openvino.Model([opset.matmul(one, other, False, True)], [one, other])
+    assert not adds(with_biases(model))
 
 
 def waves(x_BCHW: Tensor) -> Tensor:
