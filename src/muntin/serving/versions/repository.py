@@ -26,8 +26,8 @@ from muntin.serving.worker.opening import NotReadyError, TookTooLongError
 
 SINGLE = "1"
 """The version name of a repository that is one artefact."""
-PAUSE_S, LONGEST_PAUSE_S = 60.0, 3600.0
-"""Seconds until a version that took too long is tried again; doubled each time, up to the second."""
+PAUSE_S = 600.0
+"""Seconds until a version that took too long is tried again."""
 _NUMBER = re.compile(r"[1-9][0-9]{0,17}")  # fits 64 bits; no leading zeros, so that no two names are one number
 
 Fingerprint = frozenset[tuple[str, int, int, int, int]]
@@ -55,7 +55,7 @@ class Repository:
         return versions[name]
 
     def listing(self) -> tuple[dict[str, Path], dict[str, str]]:
-        """List the versions as `scan` does, and the sub-directories and dangling links that are no versions, with the reason.
+        """List the versions as `scan` does, and the sub-directories that are no versions, with the reason.
 
         Names that begin with a dot are left out.
         """
@@ -66,13 +66,10 @@ class Repository:
                 return {SINGLE: self.path}, {}
             root = self.path.resolve(strict=True)
             for entry in self.path.iterdir():
-                numbered, directory = bool(_NUMBER.fullmatch(entry.name)), entry.is_dir()
-                if entry.name.startswith(".") or not (directory or (numbered and entry.is_symlink())):
+                if entry.name.startswith(".") or not entry.is_dir():
                     continue
-                if not numbered:
+                if not _NUMBER.fullmatch(entry.name):
                     ignored[entry.name] = "its name is no whole number from 1: name versions 1, 2, 3, ..."
-                elif not directory:
-                    ignored[entry.name] = "it is a link to nothing: link it to an artefact in this directory, or remove it"
                 elif not entry.resolve().is_relative_to(root):
                     ignored[entry.name] = "it is a link that leads out of the directory: copy the artefact into it"
                 else:
@@ -106,17 +103,15 @@ class _Attempt:
 
     files: Fingerprint
     retry_at: float = inf
-    pause: float = 0.0
 
 
 class Watcher:
-    """Looks every `interval_s` seconds, above 0, and loads what is newer than the current version.
+    """Looks every `interval_s` seconds, above 0, and loads the newest version. Numbers below one that has served are not loaded.
 
     A version that cannot be loaded is tried again when its files change; one that was open, and was rolled back or unloaded, only when its
-    content changes. One that took too long is tried again after a minute, then after ever longer pauses, an hour at most. A number below
-    one that has served is not loaded; where it appears later, this is reported.
+    content changes. One that took too long is tried again after `PAUSE_S`.
 
-    `notify`: called with a line for what was not loaded, and why; it must not raise. `clock`: seconds.
+    `notify`: called with a line for each version that was not loaded, and the reason; it must not raise. `clock`: seconds.
     """
 
     def __init__(
@@ -134,7 +129,6 @@ class Watcher:
         self._thread = Thread(target=self._run, name="muntin-watch", daemon=True)
         self._attempts: dict[str, _Attempt] = {}
         self._reported: dict[str, str] = {}
-        self._listed: set[str] = set()  # the names at the last look
         self._newest = 0  # the highest number that has served
 
     def start(self) -> None:
@@ -167,18 +161,12 @@ class Watcher:
         self._attempts = {name: attempt for name, attempt in self._attempts.items() if name in versions}
         for name, reason in ignored.items():
             self._report_once(name, f"{self._repository.path / name}: {reason}")
-        listed, self._listed = self._listed, set(versions)
-        current = self._slot.current
-        serving = "" if current is None else current.name
-        self._newest = max(self._newest, int(serving or 0))
+        serving = "0" if self._slot.current is None else self._slot.current.name
+        self._newest = max(self._newest, int(serving))
         for name in reversed(versions):
-            if int(name) >= self._newest or name == serving:
-                if not self._slot.closed and self._try(name, versions[name]):
-                    self._newest = max(self._newest, int(name))
-                    return name
-            elif name not in listed:
-                reason = f"{self._newest} has served: give it a higher one, or load it by name"
-                self._report_once(name, f"version {name} is not loaded: {reason}")
+            if (int(name) >= self._newest or name == serving) and not self._slot.closed and self._try(name, versions[name]):
+                self._newest = max(self._newest, int(name))
+                return name
         return None
 
     def _report_once(self, name: str, line: str) -> None:
@@ -187,7 +175,7 @@ class Watcher:
             self._notify(line)
 
     def _try(self, name: str, path: Path) -> bool:
-        """Load a version unless it was tried as it is; whether it serves now."""
+        """Load a version unless it was tried before and has not changed. Return whether it serves now."""
         try:
             files = fingerprint(path)
         except OSError as error:
@@ -198,7 +186,7 @@ class Watcher:
             last = None
         if files is None or (last is not None and self._clock() < last.retry_at):
             return False
-        attempt = self._attempts[name] = _Attempt(files=files, pause=0.0 if last is None else last.pause)
+        attempt = self._attempts[name] = _Attempt(files=files)
         try:
             digest = open_artifact(path).digest
         except (ArtifactError, OSError) as error:  # OSError: it is being removed
@@ -211,12 +199,9 @@ class Watcher:
             self._slot.load(path, name, unless=digest)
         except NotReadyError:  # it was loaded before, the slot was closed, or it was unloaded on trial: reported elsewhere
             return False
-        except TookTooLongError as error:
-            attempt.pause = min(LONGEST_PAUSE_S, 2 * attempt.pause) or PAUSE_S
-            attempt.retry_at = self._clock() + attempt.pause
-            self._notify(f"version {name} is not loaded: {error}; it is tried again in {attempt.pause:.0f} s")
-            return False
         except MuntinError as error:
+            if isinstance(error, TookTooLongError):
+                attempt.retry_at = self._clock() + PAUSE_S
             self._notify(f"version {name} is not loaded: {error}")
             return False
         return True
