@@ -48,7 +48,7 @@ def test_trial_leaves_nothing_to_compile(write_version: Callable[..., Path], tmp
 def test_artefact_replaced_after_its_trial(write_version: Callable[..., Path], tmp_path: Path) -> None:
     tried = examine(write_version(tmp_path / "1", 1), OPTIONS, ())
     write_version(tmp_path / "1", 2)
-    with pytest.raises(VerificationError, match="1: it was replaced while it was being opened: load it again"):
+    with pytest.raises(VerificationError, match="1: it was replaced meanwhile: load it again"):
         ArtifactLoader(options=OPTIONS).open(tmp_path / "1", {}, tried)
 
 

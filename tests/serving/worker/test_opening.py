@@ -14,7 +14,7 @@ from muntin.artifact import open_artifact
 from muntin.errors import ArtifactError, VerificationError
 from muntin.runtime.engines.openvino.session import OpenVinoSession
 from muntin.runtime.options import SessionOptions
-from muntin.serving.worker.opening import Call, NotReadyError, batch_sizes, open_version
+from muntin.serving.worker.opening import Call, batch_sizes, open_version
 
 SCORES, LABELS = Call((2, 8, 8)), Call((1, 4, 8), labels=True)
 
@@ -40,13 +40,6 @@ def test_opening_with_rest(write_version: Callable[..., Path], tmp_path: Path, m
     assert len(pauses) == 4  # loading, the replay, two calls
     assert all(seconds > 0 for seconds in pauses)
     assert ((*large.shape, 3), False) in compiled(opened.session)
-
-
-def test_opening_that_is_stopped(write_version: Callable[..., Path], tmp_path: Path) -> None:
-    stopped = iter([False, False, True])
-    with pytest.raises(NotReadyError, match="was ended with the server"):
-        open_version(write_version(tmp_path / "1"), SessionOptions(threads=1), [SCORES], stopped=lambda: next(stopped))
-    assert next(stopped, None) is None
 
 
 def test_warm_up(write_version: Callable[..., Path], tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""From a path to a version that is open: tried in a process that ends (`probation`), then opened in one that serves (`engine_process`)."""
+"""From a path to a version that is open: tried in a process that ends (`trial`), then opened in one that serves (`remote_session`)."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Protocol
 
 from muntin.artifact.store import read_manifest
 from muntin.runtime.options import DEFAULT_OPTIONS, SessionOptions
-from muntin.serving.versions.trial import OpeningLimits, TrialResult, probe, replaced
+from muntin.serving.versions.trial import OpeningLimits, TrialResult, probe
 from muntin.serving.worker.opening import Call, Opened, open_version, starting_calls
 from muntin.serving.worker.remote_session import can_open_remote, open_remote
 
@@ -61,16 +61,14 @@ class ArtifactLoader:
         start = self._start(path)
         rest, calls = REST if lately else 0.0, self._calls(path, start, lately)
         if can_open_remote():
-            opened = open_remote(path, self.options, calls, rest=rest, seconds=self.limits.seconds, stopped=stopped)
+            limits = self.limits
+            opened = open_remote(path, self.options, calls, rest=rest, seconds=limits.seconds, stopped=stopped, digest=tried.digest)
         else:
-            opened = open_version(path, self.options, calls, rest=rest, stopped=stopped)
-        if opened.digest != tried.digest:
-            opened.session.close()
-            raise replaced(path)
+            opened = open_version(path, self.options, calls, rest=rest, digest=tried.digest)
         return replace(opened, start=start)
 
     def _start(self, path: Path) -> tuple[Call, ...]:
-        """Calls that every version is compiled for. Only the manifest is read in this process."""
+        """Calls that every version is compiled for. Reads only the manifest."""
         return starting_calls(read_manifest(path), self.max_batch) if self.max_batch else ()
 
     def _calls(self, path: Path, start: tuple[Call, ...], lately: Mapping[Call, int]) -> tuple[Call, ...]:

@@ -3,7 +3,7 @@
 Before the flip a candidate may be tried beside the current version: as a canary it answers a share of the requests, as a shadow it computes
 a share of the answered ones again, for comparison only. After the flip the previous version stays warm while the new one is on probation.
 Both are trials with the same rules: failures, overdue batches, disagreement and slowness. Times are compared between calls of the same
-kind, by their medians. Where no kind is the same, because a canary's batches are smaller, a call may take as long as the next larger one.
+kind, by their medians.
 """
 
 from __future__ import annotations
@@ -60,7 +60,7 @@ class Tally:
 
     `rows`: images of the `batches` that were computed or failed, of which `failed`, and of these `overdue`. `compared`: images whose labels
     were compared; `agreed`: sum of their shares of equal labels. `why`: the error of the first failure. `passed_at`: when the version
-    passed, apart from batches that were still being computed. `base_deaths`: deaths of the predecessor's engine before the trial.
+    passed, apart from batches that were still being computed.
     """
 
     since: float
@@ -72,7 +72,6 @@ class Tally:
     agreed: float = 0.0
     why: str = ""
     passed_at: float = inf
-    base_deaths: int = 0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -86,13 +85,12 @@ class Verdict:
 def judge_version(rollout: Rollout, tally: Tally, version: Version, base: Version, *, now: float, active_at: float = inf) -> Verdict | None:
     """Judge a version beside its predecessor `base` by their engines, then by its counts (`judge`). None: the trial goes on.
 
-    A version whose engine is gone fails where `base` can answer, unless the engine of `base` died during the trial as well: then the images
-    may be the cause. Beside a `base` whose engine is gone no version fails. A version passes only after the batches that it began before.
+    A version whose engine is gone fails if `base` can answer. Beside a `base` whose engine is gone no version fails. A version passes only
+    after the batches that it began before.
     """
     if not version.able:
-        replaceable = base.able and not base.dead and base.deaths == tally.base_deaths
-        return Verdict(passed=False, reason="its engine died again and again, or could not be begun again") if replaceable else None
-    if base.dead:
+        return Verdict(passed=False, reason="its engine died again and again, or could not be begun again") if base.able else None
+    if not base.able:
         over = now - tally.since >= rollout.for_seconds
         return Verdict(passed=True, reason=f"the engine of {base.name} died again and again") if over else None
     verdict = judge(rollout, tally, version.latencies, base.latencies, now=now, active_at=active_at)
@@ -137,23 +135,15 @@ def judge(rollout: Rollout, tally: Tally, latencies: Latencies, base: Latencies,
 def compare_latencies(latencies: Latencies, base: Latencies, *, least: int = ENOUGH) -> float | None:
     """Compute how many times as long batches take as comparable ones of `base`; None before `least` batches can be compared.
 
-    Compares the kinds of calls that both have `FEW` times of; without any, each kind with the next larger one of `base`, or with the
-    largest, in proportion to their pixels.
+    Compares the kinds of calls of which both have `FEW` times.
     """
-    calls, base_calls = ([call for call, count in times.calls.items() if count >= FEW] for times in (latencies, base))
-    pairs = [(call, call) for call in calls if call in base_calls]
-    if not pairs:
-        base_calls.sort(key=lambda call: call.pixels)
-        for call in calls:
-            alike = [other for other in base_calls if other.labels == call.labels]
-            pairs += [(call, next((other for other in alike if other.pixels >= call.pixels), alike[-1]))] if alike else []
     batches, ours, theirs = 0, 0.0, 0.0
-    for call, other in pairs:
-        times, base_times = latencies.of(call), base.of(other)
-        count = min(len(times), len(base_times))
-        batches += count
-        ours += count * median(times)
-        theirs += count * median(base_times) * max(1.0, call.pixels / other.pixels)
+    for call in latencies.calls:
+        count = min(latencies.count(call), base.count(call))
+        if count >= FEW:
+            batches += count
+            ours += count * median(latencies.of(call))
+            theirs += count * median(base.of(call))
     return ours / theirs if batches >= least and theirs > 0 else None
 
 

@@ -1,4 +1,4 @@
-"""The routing table of a model: which version answers, which one is tried for its place, and which one it can be rolled back to.
+"""The routing table of a model: the current version, the candidate for its place, and the previous one, to which it can be rolled back.
 
                  trial                     probation
     candidate ----------> current  <------------------- previous
@@ -57,7 +57,7 @@ class Routes:
     @property
     def engines_gone(self) -> bool:
         """Whether no request is answered, because the engines of the current and of the previous version are gone."""
-        return self.current is not None and self.current.dead and (self.previous is None or self.previous.dead)
+        return self.current is not None and not self.current.able and (self.previous is None or not self.previous.able)
 
     def last(self, name: str) -> Version | None:
         """The version of this name that was loaded last, in whatever state."""
@@ -125,11 +125,11 @@ class Routes:
         """Whether the current version, or the last one that was opened under this name, is this artefact."""
         return any(one is not None and (one.name, one.digest) == (name, digest) for one in (self.current, self.last(name)))
 
-    def require_contract(self, version: Version, signature: Signature, *, other_classes: bool) -> None:
+    def require_contract(self, version: Version, signature: Signature) -> None:
         """Raise RefusedError where `signature` would mislead the clients of the current version."""
         if self.current is None:
             return
-        difference = contract_difference(signature, self.current.signature, other_classes=other_classes)
+        difference = contract_difference(signature, self.current.signature)
         if difference:
             raise RefusedError(f"{self.name}: version {version.name} has another contract ({difference}): serve it under another name")
 
@@ -169,8 +169,7 @@ class Routes:
         if self.current is None or self.engines_gone or not self.rollout.tried:
             self._flip(version, "", now)
             return
-        self.candidate, self.trial = version, Tally(since=now, base_deaths=self.current.deaths)
-        beside = self.current.name
+        self.candidate, self.trial, beside = version, Tally(since=now), self.current.name
         self.settle(now, active_at)
         if self.candidate is version:
             bounds = f"until {self.rollout.for_requests} images, {self.rollout.for_seconds:g} s at most"
@@ -250,7 +249,7 @@ class Routes:
             self.previous = old
         else:
             self._drain(old)  # it was on probation itself: the one before it is safer
-        self.probation = Tally(since=now, base_deaths=self.previous.deaths)
+        self.probation = Tally(since=now)
         self.settle(now, inf)
 
     def _end_trial(self, candidate: Version, verdict: Verdict, now: float) -> None:
@@ -272,9 +271,9 @@ class Routes:
         self.fail(current, f"rolled back: {verdict.reason}")
 
     def _restart_trial(self, now: float) -> None:
-        """Begin the candidate's trial anew beside another current version: comparisons with the one before say nothing now."""
-        if self.trial is not None and self.current is not None:
-            self.trial = Tally(since=now, base_deaths=self.current.deaths)
+        """Begin the candidate's trial anew beside another current version."""
+        if self.trial is not None:
+            self.trial = Tally(since=now)
 
     def _drain(self, version: Version) -> None:
         version.state = "draining"

@@ -57,9 +57,8 @@ class Lease:
 class Slot:
     """The versions of one model: the current one, perhaps a candidate for its place, and perhaps the previous one, still warm.
 
-    `loader`: opens versions. `other_classes`: whether a new version may have other classes than the current one. `clock`: seconds.
-    `random`: a number from 0 up to 1, by which requests are drawn for a candidate. `notify`: called with a line when a version takes over
-    or is sent back, on any thread; it must not raise, nor call the slot.
+    `loader`: opens versions. `clock`: seconds. `random`: a number from 0 up to 1, by which requests are drawn for a candidate. `notify`:
+    called with a line when a version takes over or is sent back, on any thread; it must not raise, nor call the slot.
     """
 
     def __init__(
@@ -68,13 +67,12 @@ class Slot:
         loader: Loader,
         *,
         rollout: Rollout,
-        other_classes: bool = False,
         clock: Callable[[], float] = time.monotonic,
         random: Callable[[], float] = random.random,
         notify: Callable[[str], None] = lambda line: None,
     ) -> None:
         self.name, self.rollout, self.clock = name, rollout, clock
-        self._loader, self._other_classes, self._random, self._notify = loader, other_classes, random, notify
+        self._loader, self._random, self._notify = loader, random, notify
         self._one_load = Lock()
         self._closed = Event()
         self._interrupted_at = -inf
@@ -319,7 +317,7 @@ class Slot:
     def _open(self, version: Version, lately: Mapping[Call, int]) -> None:
         probed = self._loader.probe(version.path, lately, self._closed.is_set)
         with self._locked():
-            self._routes.require_contract(version, probed.signature, other_classes=self._other_classes)
+            self._routes.require_contract(version, probed.signature)
         opened = self._loader.open(version.path, lately, probed, self._closed.is_set)
         with self._locked():
             if self._closed.is_set():

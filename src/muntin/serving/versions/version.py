@@ -36,18 +36,17 @@ class RefusedError(MuntinError):
     """A version that works may not take over: its contract differs, or it did worse than the current version."""
 
 
-def contract_difference(new: Signature, old: Signature, *, other_classes: bool = False) -> str:
+def contract_difference(new: Signature, old: Signature) -> str:
     """Describe how `new` would mislead a client of `old`; empty where it would not.
 
-    Task, channels, type and scale must be the same. Classes may be added at the end: a client that knows the first ones reads their numbers
-    as before. Fewer, other or reordered classes need `other_classes`.
+    Task, channels, type and scale must be the same, and so must the first classes. Classes may be added at the end.
     """
     for name in ("task", "channels", "dtype", "scale"):
         ours, theirs = getattr(new, name), getattr(old, name)
         if ours != theirs:
             return f"{name} {ours} where {theirs} is served"
     names, served = ([entry.name for entry in signature.classes] for signature in (new, old))
-    if other_classes or names[: len(served)] == served:
+    if names[: len(served)] == served:
         return ""
     number = next((number for number, (ours, theirs) in enumerate(zip(names, served, strict=False)) if ours != theirs), len(names))
     name = f'"{names[number]}"' if number < len(names) else "none"
@@ -78,6 +77,10 @@ class Latencies:
     def of(self, call: Call) -> tuple[float, ...]:
         return tuple(self._seconds.get(call, ()))
 
+    def count(self, call: Call) -> int:
+        """Number of remembered batches of a kind."""
+        return len(self._seconds.get(call, ()))
+
     @property
     def calls(self) -> dict[Call, int]:
         """The number of remembered batches of each kind, the most recent kind last."""
@@ -100,8 +103,8 @@ class Version:
     """One artefact under the name of its version. Only its slot changes it, under its lock.
 
     `leases`: leases in use. `reason`: why it failed, otherwise empty. `digest` and `signature` are set once it was opened,
-    and remain after it is closed. `warm`: calls that it was compiled for when it was opened, of which `start` came from the options.
-    `begun`: the batches that it computes.
+    and remain after it is closed. `warm`: calls that it is compiled for, of which `start` came from the options. `begun`: the batches that
+    it computes.
     """
 
     name: str
@@ -139,18 +142,12 @@ class Version:
 
     @property
     def liveness(self) -> Liveness:
-        """Whether the engine lives, and what can be done if not."""
         return IN_THIS_PROCESS if self._session is None else liveness_of(self._session)
 
     @property
     def able(self) -> bool:
         """Whether it is open and its engine accepts calls."""
         return self._session is not None and self.liveness.able
-
-    @property
-    def dead(self) -> bool:
-        """Whether its engine died again and again and is not running (`Liveness.dead`)."""
-        return self.liveness.dead
 
     @property
     def overdue(self) -> int:
