@@ -34,7 +34,6 @@ def trial(slot: Slot, name: str, wait_until: Any) -> Iterator[tuple[Version, lis
         except MuntinError as error:
             outcome.append(str(error))
 
-    slot.observe(slot.open[0], seconds=0.001, rows=1)  # without requests there is no trial
     thread = threading.Thread(target=load)
     thread.start()
     wait_until(lambda: any(entry.reason.startswith("candidate") and entry.version == name for entry in slot.index()))

@@ -73,8 +73,6 @@ def make_slot(shelf: Any, clock: Any, lines: list[str]) -> Callable[..., Slot]:
 def loading(slot: Slot, path: str, name: str) -> Iterator[list[Any]]:
     """Load on another thread until the version is on trial. Afterwards the list holds the version, or the error."""
     outcome: list[Any] = []
-    if slot.current is not None:
-        observe(slot, slot.current, error=DataError())  # without requests there is no trial
 
     def load() -> None:
         try:

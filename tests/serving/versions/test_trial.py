@@ -19,7 +19,7 @@ import pytest
 
 from muntin.errors import ArtifactError, DataError, MuntinError, VerificationError
 from muntin.runtime.options import SessionOptions
-from muntin.serving.versions.trial import NICENESS, OpeningLimits, examine, probe
+from muntin.serving.versions.trial import MEMORY_SHARE, NICENESS, examine, probe
 from muntin.serving.worker.opening import NotReadyError, Opened
 
 OPTIONS = SessionOptions(threads=1)
@@ -77,9 +77,9 @@ def importable(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(function, "__module__", "test_trial")
 
 
-def refused(path: Path, examine: Any, **limits: Any) -> str:
+def refused(path: Path, examine: Any, seconds: float = 60.0) -> str:
     with pytest.raises(VerificationError) as caught:
-        probe(path, OPTIONS, [], limits=OpeningLimits(**limits), examine=examine)
+        probe(path, OPTIONS, [], seconds=seconds, examine=examine)
     assert "\n" not in str(caught.value)
     return str(caught.value)
 
@@ -108,27 +108,28 @@ def test_broken_artefact_is_named(
 
 def test_errors_are_raised_here(tmp_path: Path) -> None:
     with pytest.raises(ArtifactError, match="nowhere: no such artefact directory"):
-        probe(tmp_path / "nowhere", OPTIONS, [], limits=OpeningLimits())
+        probe(tmp_path / "nowhere", OPTIONS, [])
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="limits are watched on Linux")
 @pytest.mark.parametrize(
-    ("examine", "name", "limits", "message"),
+    ("examine", "name", "seconds", "message"),
     [
-        (ends_by_signal, "9", {}, "its engine ended the process that tried it: signal 9, Killed"),
-        (ends_by_signal, "6", {}, "signal 6, Aborted"),
-        (reads_nowhere, "x", {}, "signal 11, Segmentation fault"),
-        (hangs, "x", {"seconds": 2}, "it was not open and warm after 2 s"),
-        (hoards, "x", {"memory_gib": 0.4}, "GiB of memory (allowed: 0.40)"),
-        (finds_no_memory, "x", {}, "there is no memory to open it"),
-        (makes_a_mistake, "x", {}, "the process that tried it: exit code 1: "),
-        (leaves, "x", {}, "the process that tried it ended without an answer"),
+        (ends_by_signal, "9", 60, "its engine ended the process that tried it: signal 9, Killed"),
+        (ends_by_signal, "6", 60, "signal 6, Aborted"),
+        (reads_nowhere, "x", 60, "signal 11, Segmentation fault"),
+        (hangs, "x", 2, "it was not open and warm after 2 s"),
+        (hoards, "x", 60, "GiB of memory (allowed: 0.40)"),
+        (finds_no_memory, "x", 60, "there is no memory to open it"),
+        (makes_a_mistake, "x", 60, "its engine ended the process that tried it: exit code 1: "),
+        (leaves, "x", 60, "the process that tried it ended without an answer"),
     ],
 )
 def test_process_that_fails_is_one_line(
-    importable: None, tmp_path: Path, examine: Any, name: str, limits: dict[str, Any], message: str
+    importable: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, examine: Any, name: str, seconds: float, message: str
 ) -> None:
-    line = refused(tmp_path / name, examine, **limits)
+    monkeypatch.setattr("muntin.serving.versions.trial.memory_gib", lambda: 0.4 / MEMORY_SHARE)
+    line = refused(tmp_path / name, examine, seconds)
     assert line.startswith(f"{tmp_path / name}: ")
     assert message in line
 
@@ -144,7 +145,7 @@ def test_process_that_the_kernel_ended(importable: None, tmp_path: Path, monkeyp
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="read in Linux's form")
 def test_priority_and_limits_of_the_process(importable: None, tmp_path: Path) -> None:
     with pytest.raises(DataError) as caught:
-        probe(tmp_path, OPTIONS, [], limits=OpeningLimits(seconds=100), examine=prints_and_reports)
+        probe(tmp_path, OPTIONS, [], seconds=100, examine=prints_and_reports)
     policy, nice, adjusted, alarm, core, own_group = str(caught.value).split()
     assert (int(policy), int(nice)) == (os.SCHED_OTHER, min(19, os.nice(0) + NICENESS))
     assert (adjusted, core, own_group) == ("1000", "0", "True")
@@ -157,6 +158,6 @@ def test_trial_ends_with_the_server(importable: None, tmp_path: Path) -> None:
     timer.start()
     started = time.monotonic()
     with pytest.raises(NotReadyError, match="ended with the server"):
-        probe(tmp_path, OPTIONS, [], limits=OpeningLimits(), stopped=stopped.is_set, examine=hangs)
+        probe(tmp_path, OPTIONS, [], stopped=stopped.is_set, examine=hangs)
     timer.join()
     assert time.monotonic() - started < 10

@@ -60,7 +60,7 @@ class Tally:
 
     `rows`: images of the `batches` that were computed or failed, of which `failed`, and of these `overdue`. `compared`: images whose labels
     were compared; `agreed`: sum of their shares of equal labels. `why`: the error of the first failure. `passed_at`: when the version
-    passed, apart from batches that were still being computed.
+    passed, apart from batches in progress.
     """
 
     since: float
@@ -82,7 +82,7 @@ class Verdict:
     reason: str
 
 
-def judge_version(rollout: Rollout, tally: Tally, version: Version, base: Version, *, now: float, active_at: float = inf) -> Verdict | None:
+def judge_version(rollout: Rollout, tally: Tally, version: Version, base: Version, *, now: float) -> Verdict | None:
     """Judge a version beside its predecessor `base` by their engines, then by its counts (`judge`). None: the trial goes on.
 
     A version whose engine is gone fails if `base` can answer. Beside a `base` whose engine is gone no version fails. A version passes only
@@ -93,7 +93,7 @@ def judge_version(rollout: Rollout, tally: Tally, version: Version, base: Versio
     if not base.able:
         over = now - tally.since >= rollout.for_seconds
         return Verdict(passed=True, reason=f"the engine of {base.name} died again and again") if over else None
-    verdict = judge(rollout, tally, version.latencies, base.latencies, now=now, active_at=active_at)
+    verdict = judge(rollout, tally, version.latencies, base.latencies, now=now)
     if verdict is not None and verdict.passed:
         tally.passed_at = min(tally.passed_at, now)
         if any(begun.at <= tally.passed_at for begun in version.begun):
@@ -101,17 +101,14 @@ def judge_version(rollout: Rollout, tally: Tally, version: Version, base: Versio
     return verdict
 
 
-def judge(rollout: Rollout, tally: Tally, latencies: Latencies, base: Latencies, *, now: float, active_at: float = inf) -> Verdict | None:
-    """Judge a version by its counts and times. None: the trial goes on. `base`: the times of its predecessor.
-
-    `active_at`: when the last batch was begun or computed. If that is `for_seconds` ago and before the trial, the trial is over.
-    """
+def judge(rollout: Rollout, tally: Tally, latencies: Latencies, base: Latencies, *, now: float) -> Verdict | None:
+    """Judge a version by its counts and times. None: the trial goes on. `base`: the times of its predecessor."""
     if tally.overdue:  # whatever share of images may fail: every overdue batch keeps a thread
         return Verdict(passed=False, reason=f"it does not come back with {tally.overdue} of its images: its engine hangs")
-    if active_at < tally.since and now - active_at >= rollout.for_seconds:
-        return Verdict(passed=True, reason=f"untried: nobody asked anything in the last {rollout.for_seconds:g} s")
     due = now - tally.since >= rollout.for_seconds
-    # Medians take long enough to slow requests down: compare times once in `ENOUGH` batches, or when there are enough images.
+    if due and not tally.rows:
+        return Verdict(passed=True, reason=f"untried: no request in {rollout.for_seconds:g} s")
+    # Medians take time: compare once in `ENOUGH` batches, or when there are enough images.
     compared = due or tally.rows >= rollout.for_requests or tally.batches % ENOUGH == 0
     slowdown = compare_latencies(latencies, base, least=FEW if due else ENOUGH) if compared else None
     timed = slowdown is not None or rollout.max_slowdown == inf or not base.calls  # without requests it has no times to compare with

@@ -5,9 +5,8 @@
                                                              refused                 rolled back
 
 The flip changes one reference under the lock. Requests hold leases: those admitted before it are answered by the old version, later ones by
-the new one, and no session is closed while a lease on it is held. While the old version stays warm, a batch that fails on the new one is
-computed by it (`fallback`; `executor` does so), and so is what waits for a version that hangs. `routes` holds the versions, `rollout` the
-rules of a trial. Threads may share a slot.
+the new one, and no session is closed while a lease on it is held. While the old version stays warm, it computes the batches that fail on
+the new one or wait for it while it hangs (`fallback`). `routes` holds the versions, `rollout` the rules of a trial.
 """
 
 from __future__ import annotations
@@ -15,12 +14,10 @@ from __future__ import annotations
 import random
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from math import inf
 from pathlib import Path
 from threading import Event, Lock, Thread
-from types import TracebackType
-from typing import Self
 
 from muntin.errors import DataError, MuntinError, VerificationError
 from muntin.runtime.session import Session
@@ -35,7 +32,7 @@ from muntin.serving.worker.opening import Call, NotReadyError
 _POLL_S = 0.05
 
 
-class Lease:
+class Lease(AbstractContextManager["Lease"]):
     """The right to use a version until it is given back. A context manager; giving it back is idempotent."""
 
     def __init__(self, version: Version, release: Callable[[Version], None]) -> None:
@@ -47,10 +44,7 @@ class Lease:
         if release is not None:
             release(self.version)
 
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(self, *error: object) -> None:
         self.release()
 
 
@@ -78,15 +72,14 @@ class Slot:
         self._interrupted_at = -inf
         self._lock = Lock()  # guards the following, and all that the versions hold
         self._routes = Routes(name, rollout)
-        self._active_at = -inf  # when the last batch was begun or computed
 
     # ---- requests ----
 
     def lease(self, version: str | None = None, *, canary: bool = True) -> Lease:
-        """Lease the version for a new request: the current one, or for a canary's share of requests the candidate.
+        """Lease the version for a new request: the named one, the current one, or for a canary's share of requests the candidate.
 
-        `version`: the name of another one. `canary`: False for a request that computes nothing.
-        Raises UnknownVersionError where there is none of this name, NotReadyError where it cannot answer.
+        `canary`: False for a request that computes nothing. Raises UnknownVersionError if there is none of this name, NotReadyError if it
+        cannot answer.
         """
         with self._locked():
             self._settle()
@@ -112,13 +105,13 @@ class Slot:
             return None if other is None else self._lend(other)
 
     def hangs(self, version: Version) -> bool:
-        """Whether one of its batches is overdue."""
+        """Return whether one of its batches is overdue."""
         with self._locked():
             self._settle()
             return version.overdue > 0
 
     def interrupt(self, since: float) -> bool:
-        """Interrupt overdue calls where their sessions can; whether any was interrupted since the time `since`."""
+        """Interrupt overdue calls where their sessions can. Return whether any was interrupted since the time `since`."""
         self.settle()
         return self._interrupted_at >= since
 
@@ -127,7 +120,6 @@ class Slot:
         now = self.clock()
         begun = Begun(version, rows, now, now + within)
         with self._locked():
-            self._active_at = now
             version.leases += 1
             version.begun.add(begun)
         return begun
@@ -162,14 +154,12 @@ class Slot:
                 if begun.overdue:  # counted when it became overdue
                     self._settle()
                     return
-            self._active_at = self.clock()
             if call is not None and error is None and whole:
                 version.latencies.add(call, seconds)
             elif call is not None and error is None:
                 version.latencies.forget(call)
-            self._routes.count(version, rows, None if isinstance(error, DataError) else error)
-            if agreement is not None and beside is self._routes.current:
-                self._routes.compare(version, rows, agreement)
+            failure = None if isinstance(error, DataError) else error
+            self._routes.count(version, rows, failure, agreement if beside is self._routes.current else None)
             self._settle()
 
     # ---- state ----
@@ -202,7 +192,7 @@ class Slot:
             return self._routes.index()
 
     def settle(self) -> None:
-        """Apply what follows from the passing of time. Requests do so as well; call it now and then while there are none."""
+        """Judge versions whose time is over. Requests do so as well; to be called now and then while there are none."""
         with self._locked():
             self._settle()
 
@@ -211,9 +201,8 @@ class Slot:
     def load(self, path: str | Path, name: str, *, unless: str | None = None) -> Version:
         """Load a version and return when it is the current one. Blocks; a second call waits for the first.
 
-        The version is tried in another process, compared by contract, opened and warmed up for the calls of the current version, and, where
-        the rollout says so, tried beside it. On any failure raises a MuntinError, and the current version stays. After it took over it may
-        still be rolled back. `unless`: a digest; raises NotReadyError where the current or the last version of this name has it.
+        On any failure raises a MuntinError, and the current version stays. After the new one took over it may still be rolled back.
+        `unless`: a digest; raises NotReadyError if the current or the last version of this name has it.
         """
         with self._one_load:
             version = Version(name=name, path=Path(path))
@@ -262,7 +251,7 @@ class Slot:
                 self._routes.take_out(self._routes.candidate, self.clock())
 
     def end_calls(self) -> None:
-        """Interrupt what is still being computed, where the sessions can, because no client waits for it any more."""
+        """Interrupt all batches in progress, where the sessions can."""
         with self._lock:
             sessions = [version.session for version in self._routes.versions if version.begun]
         for session in sessions:
@@ -283,9 +272,10 @@ class Slot:
                 yield
         finally:
             if self._routes.lines or self._routes.closing or self._routes.stuck:
-                self._finish(self._routes)
+                self._finish()
 
-    def _finish(self, routes: Routes) -> None:
+    def _finish(self) -> None:
+        routes = self._routes
         with self._lock:
             lines, routes.lines = routes.lines, []
             closing, routes.closing = routes.closing, []
@@ -299,7 +289,7 @@ class Slot:
             dispose(closing)
 
     def _settle(self) -> None:
-        self._routes.settle(self.clock(), self._active_at)
+        self._routes.settle(self.clock())
 
     def _lend(self, version: Version) -> Lease:
         version.leases += 1
@@ -324,7 +314,7 @@ class Slot:
                 self._routes.closing.append(opened.session)
             self._require_open()
             version.opened(opened)
-            self._routes.admit(version, self.clock(), self._active_at)
+            self._routes.admit(version, self.clock())
 
     def _require_open(self) -> None:
         if self._closed.is_set():

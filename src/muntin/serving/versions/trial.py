@@ -29,27 +29,12 @@ from muntin.serving.worker.child import end_after, set_oom_score
 from muntin.serving.worker.launch import OpeningWatch, checked_answer, describe_end
 from muntin.serving.worker.opening import Call, Opened, open_version
 
+OPENING_S = 300.0
+"""Seconds that the trial of a version may take, and opening it."""
+MEMORY_SHARE = 0.5
+"""Share of the memory that this process may use at which a trial is ended: two versions are in memory during a swap. Linux only."""
 NICENESS = 5
 """Niceness added to the process of a trial: a third of the usual weight on Linux. With more, a load takes minutes on busy cores."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class OpeningLimits:
-    """Limits of a process that tries or opens a version.
-
-    `seconds`: its time, above 0. `memory_gib`: resident memory at which a trial is ended, above 0; None: half of what this process may use,
-    since two versions are in memory during a swap. Linux only.
-    """
-
-    seconds: float = 300.0
-    memory_gib: float | None = None
-
-    @property
-    def memory_bytes(self) -> float | None:
-        if self.memory_gib is not None:
-            return self.memory_gib * 2**30
-        total_gib = memory_gib()
-        return None if total_gib is None else total_gib * 2**30 / 2
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -78,7 +63,7 @@ def probe(
     options: SessionOptions,
     lately: Iterable[Call],
     *,
-    limits: OpeningLimits,
+    seconds: float = OPENING_S,
     stopped: Callable[[], bool] = lambda: False,
     examine: Examine = examine,
 ) -> TrialResult:
@@ -92,9 +77,11 @@ def probe(
         "path": str(path),
         "options": asdict(options),
         "lately": list(lately),
-        "seconds": limits.seconds,
+        "seconds": seconds,
     }
-    limit, kills = OpeningWatch(path, limits.seconds, stopped, memory_bytes=limits.memory_bytes), kills_for_memory()
+    total_gib, kills = memory_gib(), kills_for_memory()
+    memory_bytes = None if total_gib is None else MEMORY_SHARE * total_gib * 2**30
+    limit = OpeningWatch(path, seconds, stopped, memory_bytes=memory_bytes)
 
     def watch(process: int) -> None:
         _lower_priority(process)

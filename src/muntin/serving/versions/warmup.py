@@ -12,12 +12,12 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import suppress
+from math import inf
 from threading import Event, Lock
 
 from muntin.runtime.options import SessionOptions
 from muntin.serving.threads import Threads
-from muntin.serving.versions.loader import endless
-from muntin.serving.versions.trial import OpeningLimits, probe
+from muntin.serving.versions.trial import probe
 from muntin.serving.versions.version import Version
 from muntin.serving.worker.opening import Call, open_version
 
@@ -38,7 +38,7 @@ class Compiler:
     sizes that it is compiled for beside those of its start.
     """
 
-    def __init__(self, options: SessionOptions, *, budget: Callable[[int], float] = endless) -> None:
+    def __init__(self, options: SessionOptions, *, budget: Callable[[int], float] = lambda channels: inf) -> None:
         self._options, self._budget = options, budget
         self._lock = Lock()
         self._threads = Threads("muntin-compile", most=1)
@@ -67,5 +67,5 @@ class Compiler:
         if self._closed.is_set() or not version.open or version.state == "failed":
             return
         with suppress(Exception):  # no request fails: the size is computed as before
-            probe(version.path, self._options, [call], limits=OpeningLimits(), stopped=self._closed.is_set, examine=open_version)
+            probe(version.path, self._options, [call], stopped=self._closed.is_set, examine=open_version)
             version.session.warm_up([call.shape], labels=call.labels)
