@@ -19,7 +19,7 @@ from muntin.errors import ArtifactError, DataError, MuntinError, VerificationErr
 from muntin.runtime.session import Session
 from muntin.serving.inference.fallback import compute_somewhere
 from muntin.serving.versions.rollout import Rollout
-from muntin.serving.versions.slot import Slot, dispose
+from muntin.serving.versions.slot import Slot
 from muntin.serving.versions.version import RefusedError, UnknownVersionError, Version
 from muntin.serving.worker.liveness import Liveness
 from muntin.serving.worker.opening import Call, NotReadyError
@@ -132,19 +132,6 @@ def test_last_lease_closes_an_old_version(make_slot: Callable[..., Slot], wait_u
     wait_until(lambda: gone() is None)
     assert threads == ["muntin-unload"]
     assert slot.lease().version.name == "2"
-
-
-def test_dispose_without_threads(make_slot: Callable[..., Slot], monkeypatch: pytest.MonkeyPatch) -> None:
-    threads: list[str] = []
-    session = make_slot().load("1", "1").session
-    session.__dict__["close"] = lambda: threads.append(threading.current_thread().name)
-
-    def refuse(self: threading.Thread) -> None:
-        raise RuntimeError("can't create new thread at interpreter shutdown")
-
-    monkeypatch.setattr(threading.Thread, "start", refuse)
-    dispose([session])
-    assert threads == [threading.current_thread().name]
 
 
 # ---- loading ----

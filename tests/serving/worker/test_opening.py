@@ -52,11 +52,6 @@ def test_warm_up(write_version: Callable[..., Path], tmp_path: Path) -> None:
     assert (opened.session.labels(np.zeros((1, 4, 8, 3), np.uint8)) == 2).all()
 
 
-def test_warm_up_without_calls(write_version: Callable[..., Path], tmp_path: Path) -> None:
-    opened = open_version(write_version(tmp_path / "1"), SessionOptions(threads=1), [])
-    assert opened.calls == (Call((1, 8, 8)), Call((1, 8, 8), labels=True))
-
-
 def test_warm_up_of_dynamic_sizes(write_version: Callable[..., Path], tmp_path: Path) -> None:
     session = open_version(write_version(tmp_path / "1"), SessionOptions(threads=1, dynamic=True), [SCORES]).session
     assert compiled(session) == {(None, False), (None, True), ((2, 8, 8, 3), False)}

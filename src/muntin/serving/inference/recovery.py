@@ -37,14 +37,13 @@ class Parts(IntEnum):
 
 
 class Computed(NamedTuple):
-    """Answers for images, and for each image how it was computed for lack of memory; empty: in one call."""
+    """Answers for images, and for each image how it was computed for lack of memory; empty: `whole`, in one call."""
 
     answers: NDArray[Any]
     recovered: list[str]
 
     @property
     def whole(self) -> bool:
-        """Whether all images were computed in one call."""
         return not any(self.recovered)
 
 

@@ -1,7 +1,4 @@
-"""A candidate's computation of batches that were answered already, beside the requests.
-
-A candidate may hang. Its thread is left to it, and the next candidate gets one of its own.
-"""
+"""A candidate's computation of batches that were answered already, beside the requests."""
 
 from __future__ import annotations
 

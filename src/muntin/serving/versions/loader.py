@@ -6,7 +6,6 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from math import inf
 from pathlib import Path
-from typing import Protocol
 
 from muntin.artifact.store import read_manifest
 from muntin.runtime.options import DEFAULT_OPTIONS, SessionOptions
@@ -21,21 +20,12 @@ OFTEN = 4
 """Batches of a size after which the next version is compiled for it, where other sizes need no compiling."""
 
 
-class Loader(Protocol):
-    """Opens versions for a slot: `probe` where it can do no harm, then `open` where it serves.
+@dataclass(frozen=True, kw_only=True)
+class ArtifactLoader:
+    """Opens artefacts for a slot: `probe` in a process that can do no harm, then `open` in the one that serves.
 
     `lately`: number of batches of each call of the current version. `stopped`: asked now and then; once it returns True, both may raise
     NotReadyError. `tried`: the result of `probe`.
-    """
-
-    def probe(self, path: Path, lately: Mapping[Call, int], stopped: Callable[[], bool]) -> TrialResult: ...
-
-    def open(self, path: Path, lately: Mapping[Call, int], tried: TrialResult, stopped: Callable[[], bool]) -> Opened: ...
-
-
-@dataclass(frozen=True, kw_only=True)
-class ArtifactLoader:
-    """Opens artefacts, each tried in a process of its own first.
 
     Each is compiled for batches of up to `max_batch` images of the size that it was exported with, and for the calls in `lately`; with
     `options.dynamic`, only for those with `OFTEN` batches. `budget`: pixels (rows x height x width) for a model of so many channels that
@@ -47,8 +37,7 @@ class ArtifactLoader:
     budget: Callable[[int], float] = lambda channels: inf
 
     def probe(self, path: Path, lately: Mapping[Call, int], stopped: Callable[[], bool]) -> TrialResult:
-        calls = self._calls(path, self._start(path), lately)
-        return probe(path, self.options, calls, stopped=stopped)
+        return probe(path, self.options, self._calls(path, self._start(path), lately), stopped=stopped)
 
     def open(self, path: Path, lately: Mapping[Call, int], tried: TrialResult, stopped: Callable[[], bool] = lambda: False) -> Opened:
         start = self._start(path)
@@ -61,7 +50,7 @@ class ArtifactLoader:
 
     def _start(self, path: Path) -> tuple[Call, ...]:
         """Calls that every version is compiled for. Reads only the manifest."""
-        return starting_calls(read_manifest(path), self.max_batch) if self.max_batch else ()
+        return starting_calls(read_manifest(path), self.max_batch)
 
     def _calls(self, path: Path, start: tuple[Call, ...], lately: Mapping[Call, int]) -> tuple[Call, ...]:
         requested = {call: count for call, count in lately.items() if count >= OFTEN or not self.options.dynamic}

@@ -3,8 +3,8 @@
     DIR/manifest.json ...                          one artefact: version 1
     DIR/1/manifest.json ...  DIR/2/manifest.json   versions; the highest number is the newest
 
-A client's version name is compared with the listed names and never becomes part of a path. A watcher loads new versions. It opens an
-artefact only when all its digests are right, so that a directory that is still being copied is left alone.
+A client's version name is compared with the listed names and never becomes part of a path. A watcher opens an artefact only when all its
+digests are right, so that a directory that is still being copied is left alone.
 """
 
 from __future__ import annotations
@@ -79,22 +79,10 @@ class Repository:
         return dict(sorted(versions.items(), key=lambda item: int(item[0]))), ignored
 
 
-def fingerprint(path: Path) -> Fingerprint | None:
-    """Compute the fingerprint of a directory without reading its files. None where it, or something in it, is being removed.
-
-    Raises OSError where it cannot be read.
-    """
-    files = set()
-    try:
-        for entry in path.iterdir():
-            try:
-                status = entry.stat()
-            except OSError:  # a dangling link: opening the artefact reports it
-                status = entry.lstat()
-            files.add((entry.name, status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns))
-    except (FileNotFoundError, NotADirectoryError):
-        return None
-    return frozenset(files)
+def fingerprint(path: Path) -> Fingerprint:
+    """Compute the fingerprint of a directory without reading its files. Raises OSError if it, or one of its files, cannot be read."""
+    files = ((entry.name, entry.stat()) for entry in path.iterdir())
+    return frozenset((name, status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns) for name, status in files)
 
 
 @dataclass(kw_only=True)
@@ -132,7 +120,7 @@ class Watcher:
         self._newest = 0  # the highest number that has served
 
     def start(self) -> None:
-        """Look at once and then every interval, on a thread of its own, until `stop`."""
+        """Begin to look, on a thread of its own, until `stop`."""
         self._thread.start()
 
     def stop(self, timeout_s: float | None = None) -> None:
@@ -179,12 +167,12 @@ class Watcher:
         try:
             files = fingerprint(path)
         except OSError as error:
-            self._report_once(name, f"version {name} is not loaded: it cannot be read ({error}): check its permissions")
+            self._report_once(name, f"version {name} is not loaded: it cannot be read ({error}): check its files and permissions")
             return False
         last = self._attempts.get(name)
         if last is not None and last.files != files:
             last = None
-        if files is None or (last is not None and self._clock() < last.retry_at):
+        if last is not None and self._clock() < last.retry_at:
             return False
         attempt = self._attempts[name] = _Attempt(files=files)
         try:

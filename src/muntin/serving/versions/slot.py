@@ -22,7 +22,7 @@ from threading import Event, Lock, Thread
 from muntin.errors import DataError, MuntinError, VerificationError
 from muntin.runtime.session import Session
 from muntin.serving.protocol.metadata import IndexEntry
-from muntin.serving.versions.loader import Loader
+from muntin.serving.versions.loader import ArtifactLoader
 from muntin.serving.versions.rollout import Rollout
 from muntin.serving.versions.routes import Routes
 from muntin.serving.versions.version import Begun, RefusedError, Version, first_line
@@ -30,6 +30,11 @@ from muntin.serving.worker.liveness import liveness_of
 from muntin.serving.worker.opening import Call, NotReadyError
 
 _POLL_S = 0.05
+
+
+def _close(sessions: list[Session]) -> None:
+    for session in sessions:
+        session.close()
 
 
 class Lease(AbstractContextManager["Lease"]):
@@ -51,14 +56,14 @@ class Lease(AbstractContextManager["Lease"]):
 class Slot:
     """The versions of one model: the current one, perhaps a candidate for its place, and perhaps the previous one, still warm.
 
-    `loader`: opens versions. `clock`: seconds. `random`: a number from 0 up to 1, by which requests are drawn for a candidate. `notify`:
-    called with a line when a version takes over or is sent back, on any thread; it must not raise, nor call the slot.
+    `clock`: seconds. `random`: a number from 0 up to 1, by which requests are drawn for a candidate. `notify`: called with a line when a
+    version takes over or is sent back, on any thread; it must not raise, nor call the slot.
     """
 
     def __init__(
         self,
         name: str,
-        loader: Loader,
+        loader: ArtifactLoader,
         *,
         rollout: Rollout,
         clock: Callable[[], float] = time.monotonic,
@@ -99,7 +104,7 @@ class Slot:
             return self._lend(candidate)
 
     def fallback(self, version: Version) -> Lease | None:
-        """Lease a version that can compute what failed on this one; None where there is none. Repeated calls come to an end."""
+        """Lease a version that can compute a batch which failed on this one; None if there is none. Repeated calls come to an end."""
         with self._locked():
             other = self._routes.fallback(version)
             return None if other is None else self._lend(other)
@@ -144,9 +149,9 @@ class Slot:
     ) -> None:
         """Count a batch of `rows` images that took `seconds`, or failed with `error`, and judge its version if it is on trial.
 
-        `call`: its times are compared with the predecessor's, and the next version is warmed up for it; but not where it was not computed
-        as a `whole`, for want of memory. A DataError is the caller's fault, and no failure. `begun`: the batch to end. `beside`: of a
-        shadow, the version that answered the batch; `agreement`: the share of labels on which both agree.
+        `call`: its times are compared with the predecessor's, and the next version is warmed up for it, unless memory was too short to
+        compute it as a `whole`. A DataError is no failure of the version. `begun`: the batch to end. `beside`: of a shadow, the version
+        that answered the batch; `agreement`: the share of labels on which both agree.
         """
         with self._locked():
             if begun is not None:
@@ -227,8 +232,8 @@ class Slot:
     def unload(self, name: str | None = None) -> None:
         """Take every version of a name out of service; None: all of them. Requests with a lease are still answered.
 
-        The previous version, or else the candidate, replaces the current one; without either the slot is not ready. Raises
-        UnknownVersionError where there is none of this name, NotReadyError where it is not in service.
+        The previous version, or else the candidate, replaces the current one. Raises UnknownVersionError if there is none of this name,
+        NotReadyError if it is not in service.
         """
         with self._locked():
             if name is not None:
@@ -285,8 +290,11 @@ class Slot:
                 self._interrupted_at = self.clock()
         for line in lines:
             self._notify(f"{self.name}: {line}")
-        if closing:
-            dispose(closing)
+        if closing:  # on another thread: it takes up to 0.2 s, and an event loop may give back the last lease
+            try:
+                Thread(target=_close, args=(closing,), name="muntin-unload").start()
+            except RuntimeError:  # no new thread may start
+                _close(closing)
 
     def _settle(self) -> None:
         self._routes.settle(self.clock())
@@ -321,7 +329,7 @@ class Slot:
             raise NotReadyError(f"{self.name}: it is closed and loads nothing any more")
 
     def _await_verdict(self, version: Version) -> None:
-        """Wait until a candidate has taken over. Raises RefusedError where it may not, NotReadyError where it was unloaded."""
+        """Wait until a candidate has taken over. Raises RefusedError if it may not, NotReadyError if it was unloaded."""
         self.settle()
         while version is self._routes.candidate:
             time.sleep(_POLL_S)
@@ -330,16 +338,3 @@ class Slot:
             raise RefusedError(f"{self.name}: version {version.name} is {version.reason}")
         if version.state != "ready":
             raise NotReadyError(f"{self.name}: version {version.name} was unloaded while it was on trial")
-
-
-def dispose(sessions: list[Session]) -> None:
-    """Close unused sessions on a thread of their own. It takes up to 0.2 s, and the last lease may be given back by an event loop."""
-
-    def close() -> None:
-        while sessions:
-            sessions.pop().close()
-
-    try:
-        Thread(target=close, name="muntin-unload").start()
-    except RuntimeError:  # at the end of the process no new thread may start
-        close()

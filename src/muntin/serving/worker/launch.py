@@ -20,7 +20,7 @@ from muntin.runtime.host.memory import kills_for_memory, resident_of
 from muntin.runtime.options import SessionOptions
 from muntin.serving.worker import child
 from muntin.serving.worker.channel import EngineChannel, receive, send
-from muntin.serving.worker.opening import TOO_LONG, Call, NotReadyError, TookTooLongError
+from muntin.serving.worker.opening import Call, NotReadyError, TookTooLongError
 
 _POLL_S = 0.05
 """Polling interval while the artefact is being opened, seconds."""
@@ -46,7 +46,10 @@ class OpeningWatch:
         if self._stopped():
             raise NotReadyError(f"{self._path}: opening it was ended with the server")
         if time.monotonic() > self._deadline:
-            raise TookTooLongError(f"{self._path}: it was not open and warm after {self._seconds:g} s: {TOO_LONG}")
+            raise TookTooLongError(
+                f"{self._path}: it was not open and warm after {self._seconds:g} s: it hangs, or this machine is too slow for all that it "
+                "is compiled for: lower --max-batch"
+            )
         taken = None if self._memory_bytes is None else resident_of(process)
         if self._memory_bytes is not None and taken is not None and taken > self._memory_bytes:
             raise VerificationError(

@@ -20,8 +20,6 @@ DENSE_ROWS, DENSE_PIXELS = 16, 1 << 20
 """Largest batch, in images and in pixels of all images, up to which every batch size is compiled for (0.4 s and 17 MiB each at 64 x 64)."""
 LONGEST_REST_S = 1.0
 """Longest pause after a step of opening, seconds: on a busy core a step takes long without having done much."""
-TOO_LONG = "it hangs, or this machine is too slow for all that it is compiled for: lower --max-batch"
-"""End of the message of a TookTooLongError."""
 
 
 class NotReadyError(MuntinError):
@@ -86,12 +84,10 @@ class Opened:
 def open_version(path: Path, options: SessionOptions, calls: Iterable[Call], *, rest: float = 0.0, digest: str = "") -> Opened:
     """Open an artefact in this process, replay its smallest golden pair, and warm it up for `calls`.
 
-    Without calls it is warmed up for scores and labels of the shape that its manifest names; the options' `shapes` are ignored.
-
     Costs compiling, or a fraction of it where the user's cache holds the compiled model. With `dynamic` the models of dynamic sizes are
-    compiled as well. `rest`: after each step, pause for `rest` times its duration; above 0 only the smallest call is computed, because
-    requests are answered meanwhile. `digest`: required digest of the artefact; empty: any. Raises the errors of `load`, and
-    VerificationError for a wrong golden pair or another digest.
+    compiled as well; the options' `shapes` are ignored. `rest`: after each step, pause for `rest` times its duration; above 0 only the
+    smallest call is computed, because requests are answered meanwhile. `digest`: required digest of the artefact; empty: any. Raises the
+    errors of `load`, and VerificationError for a wrong golden pair or another digest.
     """
     started = time.perf_counter()
 
@@ -106,7 +102,7 @@ def open_version(path: Path, options: SessionOptions, calls: Iterable[Call], *, 
     if digest and artifact.digest != digest:
         session.close()
         raise VerificationError(f"{path}: it was replaced meanwhile: load it again")
-    calls = tuple(dict.fromkeys(calls)) or _example_calls(artifact.manifest)
+    calls = tuple(dict.fromkeys(calls))
     images_BHWC, scores = min(artifact.golden(), key=lambda pair: pair[0].size)
     tolerance = artifact.manifest.tolerance(session.engine, session.precision)
     classes = session.signature.task != "restore"
@@ -125,11 +121,3 @@ def open_version(path: Path, options: SessionOptions, calls: Iterable[Call], *, 
     if options.dynamic and classes:
         session.labels(images_BHWC)  # the replay compiled the dynamic model for scores
     return Opened(session=session, signature=session.signature, digest=artifact.digest, calls=calls)
-
-
-def _example_calls(manifest: Manifest) -> tuple[Call, ...]:
-    """Scores, and labels where there are classes, of the manifest's example; empty without one."""
-    if manifest.example is None:
-        return ()
-    scores = Call(manifest.example)
-    return (scores,) if manifest.signature.task == "restore" else (scores, scores._replace(labels=True))
