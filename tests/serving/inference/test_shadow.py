@@ -63,6 +63,9 @@ def test_candidate_that_hangs(shelf: Any, wait_until: Any, monkeypatch: pytest.M
         cast(slot, shadows, current, SHADOWS + 1)
         assert b"muntin_shadow_skipped_total 1.0" in metrics.render()
     assert "its engine hangs" in outcome[0]
+    free.set()  # as an engine that is ended
+    wait_until(lambda: not shadows.pending and not hanging.open)
+    free.clear()
     with trial(slot, "3", wait_until) as (candidate, _):
         cast(slot, shadows, current)
         wait_until(lambda: not shadows.pending)
@@ -73,7 +76,6 @@ def test_candidate_that_hangs(shelf: Any, wait_until: Any, monkeypatch: pytest.M
         assert time.monotonic() - started < 10
         slot.close()
     free.set()
-    wait_until(lambda: not hanging.open)
 
 
 def test_shadow_without_threads(shelf: Any, wait_until: Any, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,9 +2,8 @@
 
     batch of jobs -> one array (the request's own bytes if it is alone) -> session -> each job's rows of the answer
 
-If the engine finds no memory, the batch is computed in parts (`recovery`). If a version fails, another one that the slot names computes the
-batch (`fallback`). If the kernel ended the engine's process for lack of memory and no other version can compute the batch, each request is
-computed once more when the engine runs again, in smaller parts after each death.
+If the engine finds no memory, the batch is computed in parts (`recovery`). If a version fails, another one computes the batch (`fallback`).
+If the kernel ended the engine's process for lack of memory, each request is computed once more, in smaller parts after each death.
 """
 
 from __future__ import annotations

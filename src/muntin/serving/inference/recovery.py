@@ -56,10 +56,7 @@ class Recoveries:
 
 
 class Shortages:
-    """The smallest calls, in pixels, that found no memory within the last `SHORT_S`. `clock`: seconds.
-
-    Kept for each session, and apart for scores and labels, and for one image and several.
-    """
+    """The smallest calls, in pixels, of each session and kind that found no memory within the last `SHORT_S`. `clock`: seconds."""
 
     def __init__(self, clock: Callable[[], float]) -> None:
         self._clock = clock

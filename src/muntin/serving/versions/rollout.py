@@ -11,18 +11,18 @@ from __future__ import annotations
 from dataclasses import dataclass
 from math import inf
 from statistics import median
-from typing import Annotated, Any, Self
+from typing import Annotated, Any, NamedTuple
 
 from numpy.typing import NDArray
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field
 
 from muntin.artifact import Signature
 from muntin.serving.versions.version import Latencies, Version
 
 ENOUGH = 20
-"""Batches, or compared images, that slowness or disagreement is judged by before the time is up."""
-FEW = 3
-"""Batches of a kind of call needed to compare its times. Also the number needed in all when the time is up."""
+"""Batches, or compared images, that slowness or disagreement is judged by before the trial is over."""
+FEW = 5
+"""Batches of a kind of call needed to compare its times."""
 
 
 class Rollout(BaseModel):
@@ -32,21 +32,13 @@ class Rollout(BaseModel):
 
     canary: Annotated[float, Field(ge=0, le=1, description="share of requests that a candidate answers before it takes over")] = 0.0
     shadow: Annotated[float, Field(ge=0, le=1, description="share of answered requests that a candidate computes again")] = 0.0
-    for_requests: Annotated[
-        int, Field(ge=1, description="images that each trial lasts; more, until the times of `ENOUGH` batches can be compared")
-    ] = 100
+    for_requests: Annotated[int, Field(ge=1, description="images that each trial lasts")] = 100
     for_seconds: Annotated[
         float, Field(ge=0, description="longest trial, apart from batches in progress; 0: none, the old version is closed at once")
     ] = 60.0
     max_error_rate: Annotated[float, Field(ge=0, le=1, description="share of its images that may fail")] = 0.0
     min_agreement: Annotated[float, Field(ge=0, le=1, description="share of equal labels that its shadow needs")] = 0.8
     max_slowdown: Annotated[float, Field(ge=1, description="how many times as long as its predecessor it may take")] = 3.0
-
-    @model_validator(mode="after")
-    def _lasts(self) -> Self:
-        if self.tried and not self.for_seconds:
-            raise ValueError("for_seconds=0 with a canary or a shadow: give the seconds that a candidate is tried for")
-        return self
 
     @property
     def tried(self) -> bool:
@@ -74,8 +66,7 @@ class Tally:
     passed_at: float = inf
 
 
-@dataclass(frozen=True, kw_only=True)
-class Verdict:
+class Verdict(NamedTuple):
     """The end of a trial: whether the version passed, and the reason in a line."""
 
     passed: bool
@@ -85,14 +76,12 @@ class Verdict:
 def judge_version(rollout: Rollout, tally: Tally, version: Version, base: Version, *, now: float) -> Verdict | None:
     """Judge a version beside its predecessor `base` by their engines, then by its counts (`judge`). None: the trial goes on.
 
-    A version whose engine is gone fails if `base` can answer. Beside a `base` whose engine is gone no version fails. A version passes only
-    after the batches that it began before.
+    A version passes only after the batches that it began before.
     """
     if not version.able:
         return Verdict(passed=False, reason="its engine died again and again, or could not be begun again") if base.able else None
     if not base.able:
-        over = now - tally.since >= rollout.for_seconds
-        return Verdict(passed=True, reason=f"the engine of {base.name} died again and again") if over else None
+        return Verdict(passed=True, reason=f"the engine of {base.name} died again and again")
     verdict = judge(rollout, tally, version.latencies, base.latencies, now=now)
     if verdict is not None and verdict.passed:
         tally.passed_at = min(tally.passed_at, now)
@@ -108,11 +97,7 @@ def judge(rollout: Rollout, tally: Tally, latencies: Latencies, base: Latencies,
     due = now - tally.since >= rollout.for_seconds
     if due and not tally.rows:
         return Verdict(passed=True, reason=f"untried: no request in {rollout.for_seconds:g} s")
-    # Medians take time: compare once in `ENOUGH` batches, or when there are enough images.
-    compared = due or tally.rows >= rollout.for_requests or tally.batches % ENOUGH == 0
-    slowdown = compare_latencies(latencies, base, least=FEW if due else ENOUGH) if compared else None
-    timed = slowdown is not None or rollout.max_slowdown == inf or not base.calls  # without requests it has no times to compare with
-    over = due or (tally.rows >= rollout.for_requests and timed)
+    over = due or tally.rows >= rollout.for_requests
     # Before the end only failures count that good images could not make up for.
     if tally.failed > rollout.max_error_rate * (tally.rows if over else max(tally.rows, rollout.for_requests)):
         why = f": {tally.why}" if tally.why else ""
@@ -122,6 +107,7 @@ def judge(rollout: Rollout, tally: Tally, latencies: Latencies, base: Latencies,
         agreement = tally.agreed / tally.compared
         if agreement < rollout.min_agreement:
             return Verdict(passed=False, reason=f"it agrees on {agreement:.1%} of the labels (needed: {rollout.min_agreement:.1%})")
+    slowdown = compare_latencies(latencies, base) if over or tally.batches % ENOUGH == 0 else None
     if slowdown is not None and slowdown > rollout.max_slowdown:
         return Verdict(passed=False, reason=f"it takes {slowdown:.1f} times as long (allowed: {rollout.max_slowdown:g})")
     if not over:
@@ -129,19 +115,15 @@ def judge(rollout: Rollout, tally: Tally, latencies: Latencies, base: Latencies,
     return Verdict(passed=True, reason=f"{tally.rows} images in {now - tally.since:.0f} s, {tally.failed} failed")
 
 
-def compare_latencies(latencies: Latencies, base: Latencies, *, least: int = ENOUGH) -> float | None:
-    """Compute how many times as long batches take as comparable ones of `base`; None before `least` batches can be compared.
-
-    Compares the kinds of calls of which both have `FEW` times.
-    """
-    batches, ours, theirs = 0, 0.0, 0.0
+def compare_latencies(latencies: Latencies, base: Latencies) -> float | None:
+    """Compute how many times as long batches take as those of `base`, over the calls of which both have `FEW` times; None without any."""
+    ours, theirs = 0.0, 0.0
     for call in latencies.calls:
         count = min(latencies.count(call), base.count(call))
         if count >= FEW:
-            batches += count
             ours += count * median(latencies.of(call))
             theirs += count * median(base.of(call))
-    return ours / theirs if batches >= least and theirs > 0 else None
+    return ours / theirs if theirs > 0 else None
 
 
 def label_agreement(answer: NDArray[Any], shadow: NDArray[Any], signature: Signature, *, labels: bool) -> float | None:

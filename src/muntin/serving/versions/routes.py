@@ -53,13 +53,8 @@ class Routes:
     def in_service(self) -> tuple[Version, ...]:
         return tuple(version for version in (self.current, self.candidate, self.previous) if version is not None)
 
-    @property
-    def engines_gone(self) -> bool:
-        """Whether no request is answered, because the engines of the current and of the previous version are gone."""
-        return self.current is not None and not self.current.able and (self.previous is None or not self.previous.able)
-
     def last(self, name: str) -> Version | None:
-        """The version of this name that was loaded last, in whatever state."""
+        """Return the version of this name that was loaded last, in any state."""
         return next((version for version in reversed(self.versions) if version.name == name), None)
 
     def named(self, name: str) -> Version:
@@ -121,15 +116,12 @@ class Routes:
         return dict(deaths)
 
     def holds(self, name: str, digest: str) -> bool:
-        """Whether the current version, or the last one that was opened under this name, is this artefact."""
+        """Return whether the current version, or the last one of this name, is this artefact."""
         return any(one is not None and (one.name, one.digest) == (name, digest) for one in (self.current, self.last(name)))
 
     def require_contract(self, version: Version, signature: Signature) -> None:
-        """Raise RefusedError where `signature` would mislead the clients of the current version."""
-        if self.current is None:
-            return
-        difference = contract_difference(signature, self.current.signature)
-        if difference:
+        """Raise RefusedError if `signature` would mislead the clients of the current version."""
+        if self.current is not None and (difference := contract_difference(signature, self.current.signature)):
             raise RefusedError(f"{self.name}: version {version.name} has another contract ({difference}): serve it under another name")
 
     # ---- counting ----
@@ -162,7 +154,7 @@ class Routes:
     def admit(self, version: Version, now: float) -> None:
         """Put an open version on trial where the rollout says so; otherwise make it the current one."""
         self.settle(now)
-        if self.current is None or self.engines_gone or not self.rollout.tried:
+        if self.current is None or not self.rollout.tried:
             self._flip(version, "", now)
             return
         self.candidate, self.trial = version, Tally(since=now)
@@ -182,10 +174,7 @@ class Routes:
             if verdict is not None:
                 self._end_probation(self.current, self.previous, verdict, now)
         if self.candidate is not None and self.trial is not None and self.current is not None:
-            if self.engines_gone and self.candidate.able:
-                verdict = Verdict(passed=True, reason=f"the engine of {self.current.name} died again and again")
-            else:
-                verdict = judge_version(self.rollout, self.trial, self.candidate, self.current, now=now)
+            verdict = judge_version(self.rollout, self.trial, self.candidate, self.current, now=now)
             if verdict is not None:
                 self._end_trial(self.candidate, verdict, now)
 

@@ -54,7 +54,7 @@ class Lease(AbstractContextManager["Lease"]):
 
 
 class Slot:
-    """The versions of one model: the current one, perhaps a candidate for its place, and perhaps the previous one, still warm.
+    """The versions of one model. Threads may share it.
 
     `clock`: seconds. `random`: a number from 0 up to 1, by which requests are drawn for a candidate. `notify`: called with a line when a
     version takes over or is sent back, on any thread; it must not raise, nor call the slot.
@@ -113,7 +113,7 @@ class Slot:
         """Return whether one of its batches is overdue."""
         with self._locked():
             self._settle()
-            return version.overdue > 0
+            return version.overdue
 
     def interrupt(self, since: float) -> bool:
         """Interrupt overdue calls where their sessions can. Return whether any was interrupted since the time `since`."""

@@ -1,9 +1,9 @@
 """Try a version in a process of its own, before it may come near the version that serves.
 
 An engine is native code that runs any graph: it may crash, hang, or take all memory. The process that tries a version has a low priority,
-limits of time and memory, and is the first that the kernel ends if memory runs out. It does the whole of `muntin.runtime.verify`, opens the
-model and warms it up as for serving. The compiled models stay in the user's cache, so that the process that is to serve it
-(`remote_session`) opens it quickly. That is another process, because raising a low priority takes privileges that few servers have.
+limits of time and memory, and is the first that the kernel ends if memory runs out. It verifies the artefact, opens the model and warms it
+up as for serving. The compiled models stay in the user's cache, so that the process that serves it (`remote_session`) opens it quickly.
+That is another process, because raising a low priority takes privileges that few servers have.
 """
 
 from __future__ import annotations
@@ -118,9 +118,6 @@ def answer() -> None:
 def _examine(question: dict[str, Any]) -> dict[str, Any]:
     set_oom_score(1000)
     end_after(question["seconds"] + 5)  # the server ends it before that, if it still runs
-    with suppress(ImportError, OSError, ValueError):
-        resource = import_module("resource")  # POSIX only
-        resource.setrlimit(resource.RLIMIT_CORE, (0, 0))  # a core file would be as large as the process
     module, name = question["examine"]
     examine: Examine = getattr(import_module(module), name)
     calls = tuple(call_from_json(call) for call in question["lately"])

@@ -71,7 +71,6 @@ class Latencies:
             self._seconds.popitem(last=False)
 
     def forget(self, call: Call) -> None:
-        """Forget a kind of call, so that the next version is not warmed up for it."""
         self._seconds.pop(call, None)
 
     def of(self, call: Call) -> tuple[float, ...]:
@@ -102,9 +101,8 @@ class Begun:
 class Version:
     """One artefact under the name of its version. Only its slot changes it, under its lock.
 
-    `leases`: leases in use. `reason`: why it failed, otherwise empty. `digest` and `signature` are set once it was opened,
-    and remain after it is closed. `warm`: calls that it is compiled for, of which `start` came from the options. `begun`: the batches that
-    it computes.
+    `reason`: of its failure. `digest` and `signature` are set once it was opened, and remain. `warm`: calls that it is compiled for, of
+    which `start` came from the options. `begun`: the batches that it computes.
     """
 
     name: str
@@ -124,7 +122,7 @@ class Version:
 
     @property
     def session(self) -> Session:
-        """The open session; a lease keeps it open. Raises NotReadyError where it is closed."""
+        """The open session. Raises NotReadyError if it is closed."""
         if self._session is None:
             raise NotReadyError(f"version {self.name} is {self.state}: take a lease on one that is ready")
         return self._session
@@ -150,9 +148,9 @@ class Version:
         return self._session is not None and self.liveness.able
 
     @property
-    def overdue(self) -> int:
-        """Number of its batches that are overdue."""
-        return sum(begun.overdue for begun in self.begun)
+    def overdue(self) -> bool:
+        """Whether one of its batches is overdue."""
+        return any(begun.overdue for begun in self.begun)
 
     def opened(self, opened: Opened) -> None:
         self._session, self._signature, self.digest, self.state = opened.session, opened.signature, opened.digest, "ready"

@@ -2,10 +2,7 @@
 
 A session that was opened with `dynamic` computes a size that it was not compiled for 1.2 to 1.7 times slower. After a few batches of a size
 it is compiled for: first by another process of low priority, which leaves the compiled model in the user's cache, then by the engine that
-serves, which only has to read it. (The threads that an engine starts keep the priority of the thread that compiled, so compiling there at a
-low priority would make all later answers slow.)
-
-A compiled model stays, and takes memory by its pixels. Clients choose the sizes, so the sum of their pixels is bounded.
+serves, which only has to read it. A compiled model takes memory by its pixels. Clients choose the sizes, so their sum is bounded.
 """
 
 from __future__ import annotations
