@@ -305,9 +305,9 @@ def test_overdue_batch_on_probation(make_slot: Callable[..., Slot], clock: Any, 
         assert lease.version is old
     reason = "it does not come back with 3 of its images: its engine hangs"
     assert lines[-2:] == ["model: version 2 did not come back with 3 images in 10 s", f"model: version 2 is rolled back to 1: {reason}"]
-    assert (new.open, new.overdue) == (True, True)
+    assert (new.open, slot.hangs(new)) == (True, True)
     slot.observe(new, seconds=60.0, rows=3, begun=begun)
-    assert (new.open, new.overdue, new.leases) == (False, False, 0)
+    assert (new.open, new.leases) == (False, 0)
 
 
 def test_requests_behind_an_overdue_batch(make_slot: Callable[..., Slot], clock: Any) -> None:
@@ -323,7 +323,7 @@ def test_requests_behind_an_overdue_batch(make_slot: Callable[..., Slot], clock:
     assert compute_somewhere(slot, old, label_of, rows=1) == (1, old)  # there is no other version
     for one in (begun, only):
         slot.end(one)
-    assert (old.overdue, old.leases, new.open) == (False, 0, False)
+    assert (slot.hangs(old), old.leases, new.open) == (False, 0, False)
 
 
 def test_interrupted_batch(make_slot: Callable[..., Slot], clock: Any, lines: list[str]) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import gc
 import json
 import os
 import re
@@ -299,6 +300,7 @@ def test_signals_to_a_whole_service_are_ignored(session: RemoteSession, number: 
 
 
 def test_close_ends_the_process_and_its_files(path: Path) -> None:
+    gc.collect()  # sockets of earlier tests
     before = files_of(os.getpid()) if LINUX else 0
     session = opened(path)
     pid = pid_of(session)

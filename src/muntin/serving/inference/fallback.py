@@ -64,4 +64,4 @@ def compute_somewhere(
         count(failures[-1:])
         raise failures[0][1]
     finally:
-        failures.clear()  # an error holds this frame by its traceback, and with it the images
+        failures.clear()  # an error holds this frame, and with it the images

@@ -77,7 +77,7 @@ class Shortages:
 
 
 class Recovery:
-    """Computes images in one call if there is memory for it, else in rows and tiles. `clock`: seconds."""
+    """Computes images in one call if there is memory for it, else in rows and tiles."""
 
     def __init__(self, clock: Callable[[], float]) -> None:
         self.counts = Recoveries()

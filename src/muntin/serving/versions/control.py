@@ -53,10 +53,7 @@ class Control:
         return await asyncio.wrap_future(self._listings.submit(self.index, ready=ready))
 
     def index(self, *, ready: bool) -> list[IndexEntry]:
-        """List the slot's versions, and those of the repository that are not loaded, if its directory can be read.
-
-        `ready`: only those that answer.
-        """
+        """List the slot's versions, and those of the repository that are not loaded. `ready`: only those that answer."""
         entries = {entry.version: entry for entry in self._slot.index()}
         if ready:
             return [entry for entry in entries.values() if entry.state == "READY"]

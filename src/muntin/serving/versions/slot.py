@@ -113,7 +113,7 @@ class Slot:
         """Return whether one of its batches is overdue."""
         with self._locked():
             self._settle()
-            return version.overdue
+            return any(begun.overdue for begun in version.begun)
 
     def interrupt(self, since: float) -> bool:
         """Interrupt overdue calls where their sessions can. Return whether any was interrupted since the time `since`."""
@@ -177,7 +177,7 @@ class Slot:
 
     @property
     def current(self) -> Version | None:
-        """The version that answers, to describe the model. To compute with it, take a lease."""
+        """The version that answers. To compute with it, take a lease."""
         return self._routes.current
 
     @property
@@ -219,7 +219,6 @@ class Slot:
                 self._routes.add(version)
             try:
                 self._open(version, lately)
-                self._await_verdict(version)
             except Exception as error:
                 with self._locked():
                     if version.state == "loading":
@@ -312,7 +311,12 @@ class Slot:
             begun.version.begun.remove(begun)
             self._routes.give_back(begun.version)
 
+    def _require_open(self) -> None:
+        if self._closed.is_set():
+            raise NotReadyError(f"{self.name}: it is closed and loads nothing any more")
+
     def _open(self, version: Version, lately: Mapping[Call, int]) -> None:
+        """Open a version, and wait until it has taken over. Raises RefusedError if it may not, NotReadyError if it was unloaded."""
         probed = self._loader.probe(version.path, lately, self._closed.is_set)
         with self._locked():
             self._routes.require_contract(version, probed.signature)
@@ -324,12 +328,6 @@ class Slot:
             version.opened(opened)
             self._routes.admit(version, self.clock())
 
-    def _require_open(self) -> None:
-        if self._closed.is_set():
-            raise NotReadyError(f"{self.name}: it is closed and loads nothing any more")
-
-    def _await_verdict(self, version: Version) -> None:
-        """Wait until a candidate has taken over. Raises RefusedError if it may not, NotReadyError if it was unloaded."""
         self.settle()
         while version is self._routes.candidate:
             time.sleep(_POLL_S)

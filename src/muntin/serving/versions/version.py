@@ -88,7 +88,7 @@ class Latencies:
 
 @dataclass(eq=False, slots=True)
 class Begun:
-    """A batch of `rows` images that a version computes since the time `at`. From the time `due` on it is overdue: it counts as failed."""
+    """A batch of `rows` images that a version computes since the time `at`. From the time `due` on it counts as failed."""
 
     version: Version
     rows: int
@@ -147,18 +147,12 @@ class Version:
         """Whether it is open and its engine accepts calls."""
         return self._session is not None and self.liveness.able
 
-    @property
-    def overdue(self) -> bool:
-        """Whether one of its batches is overdue."""
-        return any(begun.overdue for begun in self.begun)
-
     def opened(self, opened: Opened) -> None:
         self._session, self._signature, self.digest, self.state = opened.session, opened.signature, opened.digest, "ready"
         self.warm, self.start = frozenset(opened.calls), frozenset(opened.start)
 
     @property
     def deaths(self) -> int:
-        """Number of deaths of its engine."""
         return self._deaths if self._session is None else self.liveness.deaths
 
     def new_death(self) -> str:
