@@ -101,22 +101,17 @@ class InProcess(ArtifactLoader):
 
 
 class Constant(Liveness, Session):
-    """Answers its label everywhere, without an engine. `alone`: it is left alone, as an engine that died again and again; `gone`: it is not
-    there, and may be begun again."""
+    """Answers its label everywhere, without an engine. `alone`: calls are refused, as of an engine that died several times in a row."""
 
     def __init__(self, signature: Signature, label: int) -> None:
         Liveness.__init__(self)
         Session.__init__(self, signature=signature, engine="none", precision="f32", threads=1)
         self.label = label
-        self.alone = self.gone = False
+        self.alone = False
 
     @property
     def able(self) -> bool:
         return not self.alone
-
-    @property
-    def dead(self) -> bool:
-        return self.alone or self.gone
 
     def _infer(self, images_BHWC: NDArray[np.uint8]) -> NDArray[np.float32]:
         scores = np.zeros(self.signature.scores_shape(*images_BHWC.shape[:3]), np.float32)

@@ -53,7 +53,7 @@ SMALL = images_of(1, 1, 8, 8)
 
 
 def running_of(session: RemoteSession) -> RunningEngine:
-    running = session._current.running
+    running = session._running
     assert running is not None
     return running
 
@@ -240,11 +240,11 @@ def test_image_that_the_kernel_ends_the_engine_for(bounded: RemoteSession, shelf
     assert slot.current is not None
     runner = runner_of(slot)
     images = images_of(1, 1, 2000, 2000)
-    for deaths in (1, 2, 2):  # only the second death proves it: another call may have taken the memory
+    for _ in range(3):
         labels, work = answered(runner, slot, images)
         np.testing.assert_array_equal(labels, images.argmax(3))
         assert work.recovered == f"in tiles of {TILE} pixels"
-        assert bounded.deaths == deaths
+        assert bounded.deaths == 1
     assert bounded.last_death == "the process of its engine has ended (signal 9, Killed: out of memory)"
     assert slot.current.latencies.calls == {}  # a new version is not asked to compute it in one piece
     small = images_of(1, 2, 8, 8)

@@ -12,7 +12,7 @@ from muntin.artifact import ClassInfo, Signature
 from muntin.errors import ArtifactError, MuntinError, VerificationError
 from muntin.runtime.host.memory import no_memory
 from muntin.runtime.session import ExecutedLayer, Session
-from muntin.serving.inference.recovery import SHORT_S, Computed, Parts, Recovery, Shortages
+from muntin.serving.inference.recovery import SHORT_S, Computed, Parts, Recovery
 
 CLASSES = tuple(ClassInfo(name=name, color=(0, 0, 0)) for name in ("a", "b", "c", "d"))
 
@@ -90,21 +90,6 @@ def test_large_calls_are_not_tried_for_a_while(clock: Any) -> None:
     clock.now += SHORT_S
     session.most = 10**9
     assert calls_for(4) == [4]
-
-
-def test_second_death_counts(clock: Any) -> None:
-    shortages, session, kind = Shortages(clock), Pixels(), (True, True)
-    for pixels in (100, 10, 50):  # calls of one process: one of them took the memory
-        shortages.died(session, kind, pixels, 7)
-        assert not shortages.too_many(session, kind, 100)
-    shortages.died(session, kind, 60, 8)
-    assert shortages.too_many(session, kind, 100)
-    assert not shortages.too_many(session, kind, 99)
-    assert not shortages.too_many(session, (True, False), 100)
-    shortages.died(session, kind, 20, 9)
-    clock.now += SHORT_S
-    shortages.died(session, kind, 20, 10)  # too long after the one before
-    assert not shortages.too_many(session, kind, 100)
 
 
 def test_engine_that_cannot_start_is_no_shortage(clock: Any) -> None:

@@ -34,7 +34,6 @@ def trial(slot: Slot, name: str, wait_until: Any) -> Iterator[tuple[Version, lis
         except MuntinError as error:
             outcome.append(str(error))
 
-    slot.observe(slot.open[0], seconds=0.001, rows=1)  # without requests there is no trial
     thread = threading.Thread(target=load)
     thread.start()
     wait_until(lambda: any(entry.reason.startswith("candidate") and entry.version == name for entry in slot.index()))
@@ -64,6 +63,9 @@ def test_candidate_that_hangs(shelf: Any, wait_until: Any, monkeypatch: pytest.M
         cast(slot, shadows, current, SHADOWS + 1)
         assert b"muntin_shadow_skipped_total 1.0" in metrics.render()
     assert "its engine hangs" in outcome[0]
+    free.set()  # as an engine that is ended
+    wait_until(lambda: not shadows.pending and not hanging.open)
+    free.clear()
     with trial(slot, "3", wait_until) as (candidate, _):
         cast(slot, shadows, current)
         wait_until(lambda: not shadows.pending)
@@ -74,7 +76,6 @@ def test_candidate_that_hangs(shelf: Any, wait_until: Any, monkeypatch: pytest.M
         assert time.monotonic() - started < 10
         slot.close()
     free.set()
-    wait_until(lambda: not hanging.open)
 
 
 def test_shadow_without_threads(shelf: Any, wait_until: Any, monkeypatch: pytest.MonkeyPatch) -> None:

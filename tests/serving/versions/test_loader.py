@@ -13,7 +13,7 @@ from muntin.errors import VerificationError
 from muntin.runtime.engines.compile_cache import cache_folder
 from muntin.runtime.options import SessionOptions
 from muntin.serving.versions.loader import ArtifactLoader
-from muntin.serving.versions.trial import OpeningLimits, examine, probe
+from muntin.serving.versions.trial import examine, probe
 from muntin.serving.worker.opening import Call
 
 OPTIONS = SessionOptions(threads=1)
@@ -36,7 +36,7 @@ def compiled_files() -> set[Path]:
 def test_trial_leaves_nothing_to_compile(write_version: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MUNTIN_CACHE", str(tmp_path / "cache"))
     path = write_version(tmp_path / "1", 3)
-    tried = probe(path, OPTIONS, [EXAMPLE, LABELS], limits=OpeningLimits())
+    tried = probe(path, OPTIONS, [EXAMPLE, LABELS])
     assert (tried.digest, tried.signature) == (open_artifact(path).digest, open_artifact(path).manifest.signature)
     before = compiled_files()
     opened = ArtifactLoader(options=OPTIONS).open(path, {EXAMPLE: 1, LABELS: 1}, tried)
@@ -48,7 +48,7 @@ def test_trial_leaves_nothing_to_compile(write_version: Callable[..., Path], tmp
 def test_artefact_replaced_after_its_trial(write_version: Callable[..., Path], tmp_path: Path) -> None:
     tried = examine(write_version(tmp_path / "1", 1), OPTIONS, ())
     write_version(tmp_path / "1", 2)
-    with pytest.raises(VerificationError, match="1: it was replaced while it was being opened: load it again"):
+    with pytest.raises(VerificationError, match="1: it was replaced meanwhile: load it again"):
         ArtifactLoader(options=OPTIONS).open(tmp_path / "1", {}, tried)
 
 

@@ -15,7 +15,7 @@ import pytest
 
 from muntin.artifact.store import MANIFEST
 from muntin.errors import ArtifactError
-from muntin.serving.versions.repository import Repository, Watcher, fingerprint
+from muntin.serving.versions.repository import PAUSE_S, Repository, Watcher, fingerprint
 from muntin.serving.versions.rollout import Rollout
 from muntin.serving.versions.slot import Slot
 from muntin.serving.versions.version import UnknownVersionError
@@ -103,9 +103,8 @@ def test_links(models: Path) -> None:
     repository = Repository(models)
     assert list(repository.scan()) == ["3"]
     ignored = repository.listing()[1]
-    assert set(ignored) == {"1", "2", "4", "5"}
+    assert set(ignored) == {"1", "2"}
     assert "leads out of the directory" in ignored["1"]
-    assert "a link to nothing" in ignored["5"]
 
 
 def test_missing_directory(models: Path, tmp_path: Path) -> None:
@@ -125,7 +124,6 @@ def test_fingerprint(write_version: Write, tmp_path: Path) -> None:
     (path / MANIFEST).write_bytes(data.swapcase())
     os.utime(path / MANIFEST, ns=(status.st_atime_ns, status.st_mtime_ns))  # as a copy that keeps times does
     assert fingerprint(path) != first
-    assert fingerprint(tmp_path / "nowhere") is None
 
 
 # ---- watching ----
@@ -138,12 +136,10 @@ def test_newest_version_is_loaded(watcher: Watcher, write_version: Write, models
     assert watcher.step() == "10"
     assert watcher.step() is None
     write_version(models / "9")
-    for _ in range(2):
-        assert watcher.step() is None
-    assert lines == ["version 9 is not loaded: 10 has served: give it a higher one, or load it by name"]
+    assert watcher.step() is None
     write_version(models / "11")
     assert watcher.step() == serving(slot) == "11"
-    assert len(lines) == 1
+    assert lines == []
 
 
 def test_broken_version(watcher: Watcher, write_version: Write, models: Path, shelf: Any, lines: list[str]) -> None:
@@ -181,22 +177,17 @@ def test_version_that_takes_too_long(
         write_version(models / name)
     shelf.trouble = {"2": TookTooLongError("2: it was not open in time")}
     assert watcher.step() == "1"
-    for pause in (60, 120, 240, 480, 960, 1920, 3600, 3600):
-        assert lines.pop() == f"version 2 is not loaded: 2: it was not open in time; it is tried again in {pause} s"
-        clock.now += pause - 1
+    for _ in range(2):
+        assert lines.pop() == "version 2 is not loaded: 2: it was not open in time"
+        clock.now += PAUSE_S - 1
         assert watcher.step() is None
         assert lines == []
         clock.now += 1
         assert watcher.step() is None
+    shelf.trouble = {}
     write_version(models / "2", 1)
-    assert watcher.step() is None
-    assert lines[-1].endswith("; it is tried again in 60 s")  # its files have changed: the pauses begin anew
-    shelf.trouble = {"2": ArtifactError("2: its engine ended the process")}
-    for _ in range(3):
-        clock.now += 4000
-        assert watcher.step() is None
-    assert lines[-1] == "version 2 is not loaded: 2: its engine ended the process"
-    assert shelf.probed == ["2", "1", *["2"] * 10]
+    assert watcher.step() == "2"
+    assert shelf.probed == ["2", "1", "2", "2", "2"]
 
 
 def test_copy_in_progress(watcher: Watcher, write_version: Write, models: Path, lines: list[str]) -> None:
@@ -258,7 +249,7 @@ def test_version_with_a_dangling_link(watcher: Watcher, write_version: Write, mo
     for _ in range(3):
         assert watcher.step() is None
     assert len(lines) == 1
-    assert lines[0].startswith("version 1 is not loaded: ")
+    assert lines[0].startswith("version 1 is not loaded: it cannot be read ")
     assert "model.onnx" in lines[0]
     (models / "1" / "model.onnx").unlink()
     (models / "1" / "model.onnx").write_bytes(data)
@@ -280,7 +271,9 @@ def test_version_without_permission(
         patch.setattr(Path, "iterdir", refused)  # root may read everything
         for _ in range(3):
             assert watcher.step() is None
-    assert lines == [f"version 1 is not loaded: it cannot be read ([Errno 13] Permission denied: '{models / '1'}'): check its permissions"]
+    assert lines == [
+        f"version 1 is not loaded: it cannot be read ([Errno 13] Permission denied: '{models / '1'}'): check its files and permissions"
+    ]
     assert watcher.step() == "1"
 
 

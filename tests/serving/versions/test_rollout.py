@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from math import inf
 from typing import Any
 
 import numpy as np
@@ -41,11 +40,10 @@ def verdict(rollout: Rollout, *, after: float = 1.0, ours: Latencies | None = No
         {"max_error_rate": float("nan")},
         {"min_agreement": "all"},
         {"max_slowdown": 0.5},
-        {"canary": 0.1, "for_seconds": 0},
     ],
 )
 def test_bounds_out_of_range(values: dict[str, Any]) -> None:
-    with pytest.raises(ValidationError, match=next(iter(values)) if len(values) == 1 else "for_seconds=0"):
+    with pytest.raises(ValidationError, match=next(iter(values))):
         Rollout(**values)
 
 
@@ -54,21 +52,7 @@ def test_length_of_a_trial() -> None:
     assert verdict(rollout, rows=49) is None
     assert verdict(rollout, rows=50).passed
     assert verdict(rollout, rows=3, after=30).passed
-    assert verdict(rollout, rows=0, after=30).passed
-
-
-def test_trial_without_requests() -> None:
-    rollout = Rollout(canary=0.1, for_seconds=60)
-
-    def judged(when: float, now: float) -> Any:
-        return judge(rollout, Tally(since=10.0), Latencies(), Latencies(), now=now, active_at=when)
-
-    assert judged(-inf, 10.0).reason == "untried: nobody asked anything in the last 60 s"
-    assert judged(-50.0, 10.0).passed
-    assert judged(-40.0, 19.9) is None
-    assert judged(-40.0, 20.0).passed
-    assert judged(11.0, 69.9) is None
-    assert judged(11.0, 70.0).reason == "0 images in 60 s, 0 failed"
+    assert verdict(rollout, rows=0, after=30).reason == "untried: no request in 30 s"
 
 
 def test_failures() -> None:
@@ -99,31 +83,11 @@ def test_times_of_equal_calls() -> None:
     base = times(small=[1.0] * 30, large=[4.0] * 30)
     assert compare_latencies(times(small=[1.1] * 30), base) == pytest.approx(1.1)
     assert compare_latencies(times(large=[4.0] * 30), base) == pytest.approx(1.0)
-    assert compare_latencies(times(small=[1.0] * (ENOUGH - 1)), base) is None
+    assert compare_latencies(times(small=[1.0] * (FEW - 1)), base) is None
+    assert compare_latencies(times(small=[9.0] * FEW), times(small=[0.0] * FEW)) is None
     assert compare_latencies(times(small=[2.0] * 10, large=[8.0] * 10), base) == pytest.approx(2.0)
     assert compare_latencies(times(small=[1.0] * 29 + [500.0]), base) == pytest.approx(1.0)  # one slow call says nothing
     assert compare_latencies(times(small=[1.0] * 30), times(small=[1.0] * 29 + [0.001])) == pytest.approx(1.0)
-
-
-def test_times_of_different_calls() -> None:
-    """`LARGE` has four images, `SMALL` one."""
-    small, large = times(small=[1.0] * 30), times(large=[2.0] * 30)
-    assert compare_latencies(small, large) == pytest.approx(0.5)
-    assert compare_latencies(large, small) == pytest.approx(0.5)
-    scores = Latencies()
-    for _ in range(30):
-        scores.add(Call((4, 8, 8), labels=True), 0.1)
-    assert compare_latencies(small, scores) is None
-    slow = verdict(Rollout(max_slowdown=3), rows=100, batches=100, ours=times(small=[100.0] * 30), base=large)
-    assert slow.reason == "it takes 50.0 times as long (allowed: 3)"
-
-
-def test_times_of_few_batches() -> None:
-    base = times(small=[1.0] * 30, large=[4.0] * 30)
-    assert compare_latencies(times(small=[9.0] * FEW), base, least=FEW) == pytest.approx(9.0)
-    assert compare_latencies(times(small=[9.0] * (FEW - 1)), base, least=FEW) is None
-    assert compare_latencies(times(small=[1.0] * FEW, large=[400.0]), base, least=FEW) == pytest.approx(1.0)
-    assert compare_latencies(times(small=[9.0] * FEW), times(small=[0.0] * FEW), least=FEW) is None
 
 
 def test_slowness_before_the_end() -> None:
@@ -133,28 +97,13 @@ def test_slowness_before_the_end() -> None:
     assert verdict(Rollout(max_slowdown=5), rows=2 * ENOUGH, batches=2 * ENOUGH, ours=slow, base=base) is None
 
 
-def test_trial_of_large_batches() -> None:
-    """100 images in batches of 8 are 13 batches: the trial goes on to `ENOUGH`, or to the end of its time."""
+def test_slowness_at_the_end() -> None:
     rollout, base = Rollout(for_requests=100, max_slowdown=3), times(large=[1.0] * 30)
-
-    def seen(batches: int, seconds: float, after: float = 1.0) -> Any:
-        return verdict(rollout, rows=8 * batches, batches=batches, ours=times(large=[seconds] * batches), base=base, after=after)
-
-    assert seen(13, 50.0) is None
-    assert seen(13, 1.0) is None
-    assert not seen(ENOUGH, 50.0).passed
-    assert seen(ENOUGH, 1.0).passed
-    for batches in (13, FEW):
-        assert seen(batches, 50.0, after=60).reason == "it takes 50.0 times as long (allowed: 3)"
-        assert seen(batches, 1.0, after=60).passed
-    assert seen(FEW - 1, 50.0, after=60).passed
-
-
-def test_times_that_never_come() -> None:
-    ours = times(small=[50.0] * 5)
-    assert verdict(Rollout(for_requests=5), rows=5, batches=5, ours=ours, base=times(small=[1.0] * 30)) is None
-    assert verdict(Rollout(for_requests=5), rows=5, batches=5, ours=ours).passed  # the predecessor got no requests
-    assert verdict(Rollout(for_requests=5, max_slowdown=inf), rows=5, batches=5, ours=ours, base=times(small=[1.0] * 30)).passed
+    for batches, passed in ((13, False), (FEW, False), (FEW - 1, True)):
+        ours = times(large=[50.0] * batches)
+        assert verdict(rollout, rows=8 * batches, batches=batches, ours=ours, base=base, after=60).passed is passed
+    assert verdict(rollout, rows=104, batches=13, ours=times(large=[1.0] * 13), base=base).passed
+    assert verdict(rollout, rows=104, batches=13, ours=times(large=[50.0] * 13), base=Latencies()).passed
 
 
 @given(

@@ -19,7 +19,7 @@ from muntin.errors import ArtifactError, DataError, MuntinError, VerificationErr
 from muntin.runtime.session import Session
 from muntin.serving.inference.fallback import compute_somewhere
 from muntin.serving.versions.rollout import Rollout
-from muntin.serving.versions.slot import Slot, dispose
+from muntin.serving.versions.slot import Slot
 from muntin.serving.versions.version import RefusedError, UnknownVersionError, Version
 from muntin.serving.worker.liveness import Liveness
 from muntin.serving.worker.opening import Call, NotReadyError
@@ -73,8 +73,6 @@ def make_slot(shelf: Any, clock: Any, lines: list[str]) -> Callable[..., Slot]:
 def loading(slot: Slot, path: str, name: str) -> Iterator[list[Any]]:
     """Load on another thread until the version is on trial. Afterwards the list holds the version, or the error."""
     outcome: list[Any] = []
-    if slot.current is not None:
-        observe(slot, slot.current, error=DataError())  # without requests there is no trial
 
     def load() -> None:
         try:
@@ -134,19 +132,6 @@ def test_last_lease_closes_an_old_version(make_slot: Callable[..., Slot], wait_u
     wait_until(lambda: gone() is None)
     assert threads == ["muntin-unload"]
     assert slot.lease().version.name == "2"
-
-
-def test_dispose_without_threads(make_slot: Callable[..., Slot], monkeypatch: pytest.MonkeyPatch) -> None:
-    threads: list[str] = []
-    session = make_slot().load("1", "1").session
-    session.__dict__["close"] = lambda: threads.append(threading.current_thread().name)
-
-    def refuse(self: threading.Thread) -> None:
-        raise RuntimeError("can't create new thread at interpreter shutdown")
-
-    monkeypatch.setattr(threading.Thread, "start", refuse)
-    dispose([session])
-    assert threads == [threading.current_thread().name]
 
 
 # ---- loading ----
@@ -320,9 +305,9 @@ def test_overdue_batch_on_probation(make_slot: Callable[..., Slot], clock: Any, 
         assert lease.version is old
     reason = "it does not come back with 3 of its images: its engine hangs"
     assert lines[-2:] == ["model: version 2 did not come back with 3 images in 10 s", f"model: version 2 is rolled back to 1: {reason}"]
-    assert (new.open, new.overdue) == (True, 1)
+    assert (new.open, slot.hangs(new)) == (True, True)
     slot.observe(new, seconds=60.0, rows=3, begun=begun)
-    assert (new.open, new.overdue, new.leases) == (False, 0, 0)
+    assert (new.open, new.leases) == (False, 0)
 
 
 def test_requests_behind_an_overdue_batch(make_slot: Callable[..., Slot], clock: Any) -> None:
@@ -338,7 +323,7 @@ def test_requests_behind_an_overdue_batch(make_slot: Callable[..., Slot], clock:
     assert compute_somewhere(slot, old, label_of, rows=1) == (1, old)  # there is no other version
     for one in (begun, only):
         slot.end(one)
-    assert (old.overdue, old.leases, new.open) == (0, 0, False)
+    assert (slot.hangs(old), old.leases, new.open) == (False, 0, False)
 
 
 def test_interrupted_batch(make_slot: Callable[..., Slot], clock: Any, lines: list[str]) -> None:

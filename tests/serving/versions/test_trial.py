@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import ctypes
 import os
-import resource
 import signal
 import sys
 import threading
@@ -17,57 +16,56 @@ from typing import Any
 import numpy as np
 import pytest
 
-from muntin.errors import ArtifactError, DataError, MuntinError, RecipeError, VerificationError
+from muntin.errors import ArtifactError, DataError, MuntinError, VerificationError
 from muntin.runtime.options import SessionOptions
-from muntin.serving.versions.trial import OpeningLimits, TrialResult, examine, probe
-from muntin.serving.worker.background_priority import NICENESS, can_restore
-from muntin.serving.worker.opening import NotReadyError
+from muntin.serving.versions.trial import MEMORY_SHARE, NICENESS, examine, probe
+from muntin.serving.worker.opening import NotReadyError, Opened
 
 OPTIONS = SessionOptions(threads=1)
 
 # ---- trials that fail, in the other process ----
 
 
-def ends_by_signal(path: Path, options: SessionOptions, lately: Any) -> TrialResult:
+def ends_by_signal(path: Path, options: SessionOptions, lately: Any) -> Opened:
     os.kill(os.getpid(), int(path.name))
     raise AssertionError
 
 
-def reads_nowhere(path: Path, options: SessionOptions, lately: Any) -> TrialResult:
+def reads_nowhere(path: Path, options: SessionOptions, lately: Any) -> Opened:
     ctypes.string_at(0)
     raise AssertionError
 
 
-def hangs(path: Path, options: SessionOptions, lately: Any) -> TrialResult:
+def hangs(path: Path, options: SessionOptions, lately: Any) -> Opened:
     while True:
         pass
 
 
-def hoards(path: Path, options: SessionOptions, lately: Any) -> TrialResult:
+def hoards(path: Path, options: SessionOptions, lately: Any) -> Opened:
     kept = []
     while True:
         kept.append(np.ones(1 << 20))
 
 
-def finds_no_memory(path: Path, options: SessionOptions, lately: Any) -> TrialResult:
+def finds_no_memory(path: Path, options: SessionOptions, lately: Any) -> Opened:
     raise MemoryError
 
 
-def makes_a_mistake(path: Path, options: SessionOptions, lately: Any) -> TrialResult:
+def makes_a_mistake(path: Path, options: SessionOptions, lately: Any) -> Opened:
     raise RuntimeError("first\nlast")
 
 
-def leaves(path: Path, options: SessionOptions, lately: Any) -> TrialResult:
+def leaves(path: Path, options: SessionOptions, lately: Any) -> Opened:
     os._exit(0)
 
 
-def prints_and_reports(path: Path, options: SessionOptions, lately: Any) -> TrialResult:
+def prints_and_reports(path: Path, options: SessionOptions, lately: Any) -> Opened:
     for descriptor in (1, 2):
         os.write(descriptor, b"a library's own words\n" * 50_000)  # more than a pipe holds
     adjusted = Path("/proc/self/oom_score_adj").read_text().strip()
     alarm = round(signal.getitimer(signal.ITIMER_REAL)[0])
     own_group = os.getpgid(0) == os.getpid() != os.getsid(0)
-    raise DataError(f"{os.sched_getscheduler(0)} {os.nice(0)} {adjusted} {alarm} {resource.getrlimit(resource.RLIMIT_CORE)[0]} {own_group}")
+    raise DataError(f"{os.sched_getscheduler(0)} {os.nice(0)} {adjusted} {alarm} {own_group}")
 
 
 @pytest.fixture
@@ -78,9 +76,9 @@ def importable(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(function, "__module__", "test_trial")
 
 
-def refused(path: Path, examine: Any, **limits: Any) -> str:
+def refused(path: Path, examine: Any, seconds: float = 60.0) -> str:
     with pytest.raises(VerificationError) as caught:
-        probe(path, OPTIONS, [], limits=OpeningLimits(**limits), examine=examine)
+        probe(path, OPTIONS, [], seconds=seconds, examine=examine)
     assert "\n" not in str(caught.value)
     return str(caught.value)
 
@@ -109,46 +107,47 @@ def test_broken_artefact_is_named(
 
 def test_errors_are_raised_here(tmp_path: Path) -> None:
     with pytest.raises(ArtifactError, match="nowhere: no such artefact directory"):
-        probe(tmp_path / "nowhere", OPTIONS, [], limits=OpeningLimits())
+        probe(tmp_path / "nowhere", OPTIONS, [])
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="limits are watched on Linux")
 @pytest.mark.parametrize(
-    ("examine", "name", "limits", "message"),
+    ("examine", "name", "seconds", "message"),
     [
-        (ends_by_signal, "9", {}, "its engine ended the process that tried it, by signal 9 (Killed)"),
-        (ends_by_signal, "6", {}, "by signal 6 (Aborted)"),
-        (reads_nowhere, "x", {}, "by signal 11 (Segmentation fault)"),
-        (hangs, "x", {"seconds": 2}, "it was not open, verified and warm after 2 s"),
-        (hoards, "x", {"memory_gib": 0.4}, "GiB of memory (allowed: 0.40)"),
-        (finds_no_memory, "x", {}, "there is no memory to open it"),
-        (makes_a_mistake, "x", {}, "the process that tried it failed: last"),
-        (leaves, "x", {}, "the process that tried it ended without an answer"),
+        (ends_by_signal, "9", 60, "its engine ended the process that tried it: signal 9, Killed"),
+        (ends_by_signal, "6", 60, "signal 6, Aborted"),
+        (reads_nowhere, "x", 60, "signal 11, Segmentation fault"),
+        (hangs, "x", 2, "it was not open and warm after 2 s"),
+        (hoards, "x", 60, "GiB of memory (allowed: 0.40)"),
+        (finds_no_memory, "x", 60, "there is no memory to open it"),
+        (makes_a_mistake, "x", 60, "its engine ended the process that tried it: exit code 1: "),
+        (leaves, "x", 60, "the process that tried it ended without an answer"),
     ],
 )
 def test_process_that_fails_is_one_line(
-    importable: None, tmp_path: Path, examine: Any, name: str, limits: dict[str, Any], message: str
+    importable: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, examine: Any, name: str, seconds: float, message: str
 ) -> None:
-    line = refused(tmp_path / name, examine, **limits)
+    monkeypatch.setattr("muntin.serving.versions.trial.memory_gib", lambda: 0.4 / MEMORY_SHARE)
+    line = refused(tmp_path / name, examine, seconds)
     assert line.startswith(f"{tmp_path / name}: ")
     assert message in line
 
 
 def test_process_that_the_kernel_ended(importable: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     ended = count(3)
-    monkeypatch.setattr("muntin.serving.versions.trial.kills_for_memory", lambda: next(ended))
-    assert "the system ended the process that tried it, for want of memory" in refused(tmp_path / "9", ends_by_signal)
-    assert "by signal 6" in refused(tmp_path / "6", ends_by_signal)
+    for module in ("versions.trial", "worker.launch"):
+        monkeypatch.setattr(f"muntin.serving.{module}.kills_for_memory", lambda: next(ended))
+    assert "signal 9, Killed: out of memory: free some, or lower --max-batch" in refused(tmp_path / "9", ends_by_signal)
+    assert refused(tmp_path / "6", ends_by_signal).endswith("signal 6, Aborted")
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="read in Linux's form")
 def test_priority_and_limits_of_the_process(importable: None, tmp_path: Path) -> None:
     with pytest.raises(DataError) as caught:
-        probe(tmp_path, OPTIONS, [], limits=OpeningLimits(seconds=100), examine=prints_and_reports)
-    policy, nice, adjusted, alarm, core, own_group = str(caught.value).split()
-    low = (os.SCHED_IDLE, 0) if can_restore() else (os.SCHED_OTHER, min(NICENESS, 19 - os.nice(0)))
-    assert (int(policy), int(nice) - os.nice(0)) == low
-    assert (adjusted, core, own_group) == ("1000", "0", "True")
+        probe(tmp_path, OPTIONS, [], seconds=100, examine=prints_and_reports)
+    policy, nice, adjusted, alarm, own_group = str(caught.value).split()
+    assert (int(policy), int(nice)) == (os.SCHED_OTHER, min(19, os.nice(0) + NICENESS))
+    assert (adjusted, own_group) == ("1000", "True")
     assert 95 <= int(alarm) <= 105
 
 
@@ -158,12 +157,6 @@ def test_trial_ends_with_the_server(importable: None, tmp_path: Path) -> None:
     timer.start()
     started = time.monotonic()
     with pytest.raises(NotReadyError, match="ended with the server"):
-        probe(tmp_path, OPTIONS, [], limits=OpeningLimits(), stopped=stopped.is_set, examine=hangs)
+        probe(tmp_path, OPTIONS, [], stopped=stopped.is_set, examine=hangs)
     timer.join()
     assert time.monotonic() - started < 10
-
-
-@pytest.mark.parametrize("values", [{"seconds": 0}, {"memory_gib": 0}])
-def test_invalid_limits(values: dict[str, Any]) -> None:
-    with pytest.raises(RecipeError, match=next(iter(values))):
-        OpeningLimits(**values)

@@ -14,7 +14,7 @@ from muntin.artifact import open_artifact
 from muntin.errors import ArtifactError, VerificationError
 from muntin.runtime.engines.openvino.session import OpenVinoSession
 from muntin.runtime.options import SessionOptions
-from muntin.serving.worker.opening import Call, NotReadyError, batch_sizes, open_version
+from muntin.serving.worker.opening import Call, batch_sizes, open_version
 
 SCORES, LABELS = Call((2, 8, 8)), Call((1, 4, 8), labels=True)
 
@@ -42,13 +42,6 @@ def test_opening_with_rest(write_version: Callable[..., Path], tmp_path: Path, m
     assert ((*large.shape, 3), False) in compiled(opened.session)
 
 
-def test_opening_that_is_stopped(write_version: Callable[..., Path], tmp_path: Path) -> None:
-    stopped = iter([False, False, True])
-    with pytest.raises(NotReadyError, match="was ended with the server"):
-        open_version(write_version(tmp_path / "1"), SessionOptions(threads=1), [SCORES], stopped=lambda: next(stopped))
-    assert next(stopped, None) is None
-
-
 def test_warm_up(write_version: Callable[..., Path], tmp_path: Path) -> None:
     path = write_version(tmp_path / "1", 2)
     opened = open_version(path, SessionOptions(threads=1), [SCORES, LABELS, SCORES])
@@ -57,11 +50,6 @@ def test_warm_up(write_version: Callable[..., Path], tmp_path: Path) -> None:
     golden = ((1, 6, 8, 3), False)
     assert compiled(opened.session) == {golden, ((2, 8, 8, 3), False), ((1, 4, 8, 3), True)}
     assert (opened.session.labels(np.zeros((1, 4, 8, 3), np.uint8)) == 2).all()
-
-
-def test_warm_up_without_calls(write_version: Callable[..., Path], tmp_path: Path) -> None:
-    opened = open_version(write_version(tmp_path / "1"), SessionOptions(threads=1), [])
-    assert opened.calls == (Call((1, 8, 8)), Call((1, 8, 8), labels=True))
 
 
 def test_warm_up_of_dynamic_sizes(write_version: Callable[..., Path], tmp_path: Path) -> None:

@@ -2,9 +2,8 @@
 
     batch of jobs -> one array (the request's own bytes if it is alone) -> session -> each job's rows of the answer
 
-If the engine finds no memory, the batch is computed in parts (`recovery`). If a version fails, another one that the slot names computes the
-batch (`fallback`). If the kernel ended the engine's process for lack of memory and no other version can compute the batch, each request is
-computed once more when the engine runs again, in smaller parts after each death.
+If the engine finds no memory, the batch is computed in parts (`recovery`). If a version fails, another one computes the batch (`fallback`).
+If the kernel ended the engine's process for lack of memory, each request is computed once more, in smaller parts after each death.
 """
 
 from __future__ import annotations
@@ -48,10 +47,9 @@ class Group(NamedTuple):
 class Work:
     """A request's images (rows, H, W, C), the lease on its version, and how it was computed. Times are seconds of the clock.
 
-    `admitted`: when it joined the queue. `started`: when its batch began to be computed; `computed`: seconds that took. `by`: the version
-    that computed it, another one than the lease's if that failed. `recovered`: how it was computed for lack of memory, or empty. `parts`:
-    in which it is to be computed. `whole`: all images and answers of its batch, for a candidate to compute again; one request of a batch
-    has it. `within`: seconds after which its batch would have counted as one that hangs.
+    `admitted`: when it joined the queue. `started`: when its batch began; `computed`: seconds that took. `by`: the version that computed
+    it. `recovered`: how it was computed for lack of memory, or empty. `parts`: in which it is to be computed. `whole`: images and answers
+    of its batch, for a candidate; one request of a batch has it. `within`: seconds after which its batch counts as one that hangs.
     """
 
     images: NDArray[np.uint8]
@@ -135,11 +133,7 @@ class Executor:
     def shadow(
         self, candidate: Version, images: NDArray[np.uint8], answer: NDArray[Any], *, labels: bool, beside: Version, within: float = inf
     ) -> None:
-        """Have a candidate, which the caller has a lease on, compute the images that `beside` answered, and tell the slot how far they
-        agree.
-
-        `within`: as of `Slot.begin`.
-        """
+        """Have a leased candidate compute the images that `beside` answered, and count how far they agree. `within`: as of `Slot.begin`."""
         if candidate.state == "failed":  # its engine may have been ended, and would be restarted for this
             return
         shape = Call((images.shape[0], images.shape[1], images.shape[2]), labels)
@@ -147,12 +141,11 @@ class Executor:
         observe = partial(self._slot.observe, candidate, beside=beside, rows=len(images), call=shape, begun=begun)
         try:
             again = call(candidate.session, images, labels=labels)
+            seconds = self._clock() - begun.at
+            observe(agreement=label_agreement(answer, again, candidate.signature, labels=labels), seconds=seconds)
         except OSError:  # this process may open no more files, as in `compute_somewhere`
             pass
         except Exception as error:  # noqa: BLE001 - the slot counts and judges it
-            observe(agreement=None, seconds=self._clock() - begun.at, error=error)
-        else:
-            seconds = self._clock() - begun.at
-            observe(agreement=label_agreement(answer, again, candidate.signature, labels=labels), seconds=seconds)
+            observe(error=error)
         finally:
             self._slot.end(begun)

@@ -26,13 +26,11 @@ def compute_somewhere(
     within: float = inf,
     whole: Callable[[Answer], bool] = lambda answer: True,
 ) -> tuple[Answer, Version]:
-    """Return `work(session)` of a version, which the caller has a lease on, or of another one if it fails; and the version that computed
-    it.
+    """Return `work(session)` of a leased version, or of another one if that fails or hangs; and the version that computed it.
 
     The slot counts it (`Slot.observe`). A failure counts against a version only if another one computes the same: an image that no version
     can compute must not send a version back. An OSError never counts: this process may open no more files then. `within`: as of
-    `Slot.begin`; a version that hangs or has failed is not asked if there is another one. `whole`: whether an answer was computed in one
-    call. Raises the first error of `work`; a DataError at once.
+    `Slot.begin`. `whole`: returns True for an answer of one call. Raises the first error of `work`; a DataError at once.
     """
     failures: list[tuple[Begun, Exception]] = []
 
@@ -66,4 +64,4 @@ def compute_somewhere(
         count(failures[-1:])
         raise failures[0][1]
     finally:
-        failures.clear()  # an error holds this frame by its traceback, and with it the images
+        failures.clear()  # an error holds this frame, and with it the images

@@ -37,14 +37,13 @@ class Parts(IntEnum):
 
 
 class Computed(NamedTuple):
-    """Answers for images, and for each image how it was computed for lack of memory; empty: in one call."""
+    """Answers for images, and for each image how it was computed for lack of memory; empty: `whole`, in one call."""
 
     answers: NDArray[Any]
     recovered: list[str]
 
     @property
     def whole(self) -> bool:
-        """Whether all images were computed in one call."""
         return not any(self.recovered)
 
 
@@ -56,42 +55,17 @@ class Recoveries:
     tiles: int = 0
 
 
-class _Suspect(NamedTuple):
-    """The largest call during which a process of an engine was ended for lack of memory."""
-
-    pixels: int
-    process: int
-    at: float
-
-
 class Shortages:
-    """The smallest calls, in pixels, that found no memory within the last `SHORT_S`. `clock`: seconds.
-
-    Kept for each session, and apart for scores and labels, and for one image and several.
-    """
+    """The smallest calls, in pixels, of each session and kind that found no memory within the last `SHORT_S`. `clock`: seconds."""
 
     def __init__(self, clock: Callable[[], float]) -> None:
         self._clock = clock
         self._refused: WeakKeyDictionary[Session, dict[_Kind, tuple[int, float]]] = WeakKeyDictionary()
-        self._suspects: WeakKeyDictionary[Session, dict[_Kind, _Suspect]] = WeakKeyDictionary()
 
     def refused(self, session: Session, kind: _Kind, pixels: int) -> None:
         """Remember that there was no memory for a call."""
         if pixels < self._known(session, kind):
             self._refused.setdefault(session, {})[kind] = pixels, self._clock()
-
-    def died(self, session: Session, kind: _Kind, pixels: int, process: int) -> None:
-        """Remember that the engine's `process` was ended during a call. Only the death of a second process counts: during the first one
-        another call may have taken the memory."""
-        now, suspects = self._clock(), self._suspects.setdefault(session, {})
-        suspect = suspects.get(kind)
-        if suspect is None or now - suspect.at >= SHORT_S:
-            suspects[kind] = _Suspect(pixels, process, now)
-        elif suspect.process == process:
-            suspects[kind] = _Suspect(max(pixels, suspect.pixels), process, now)
-        else:
-            del suspects[kind]
-            self.refused(session, kind, max(pixels, suspect.pixels))
 
     def too_many(self, session: Session, kind: _Kind, pixels: int) -> bool:
         """Return whether a call of so many pixels should not be tried now."""
@@ -103,7 +77,7 @@ class Shortages:
 
 
 class Recovery:
-    """Computes images in one call if there is memory for it, else in rows and tiles. `clock`: seconds."""
+    """Computes images in one call if there is memory for it, else in rows and tiles."""
 
     def __init__(self, clock: Callable[[], float]) -> None:
         self.counts = Recoveries()
@@ -121,8 +95,8 @@ class Recovery:
         if not (divisible and divided):
             try:
                 return Computed(call(session, images_BHWC, labels=labels), [""] * B)
-            except OutOfMemoryError as error:
-                self._shortages.died(session, kind, pixels, error.process)
+            except OutOfMemoryError:
+                self._shortages.refused(session, kind, pixels)
                 raise
             except Exception as error:
                 if isinstance(error, _NOT_THE_CALLS) or not no_memory(error):

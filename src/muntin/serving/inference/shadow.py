@@ -1,7 +1,4 @@
-"""A candidate's computation of batches that were answered already, beside the requests.
-
-A candidate may hang. Its thread is left to it, and the next candidate gets one of its own.
-"""
+"""A candidate's computation of batches that were answered already, beside the requests."""
 
 from __future__ import annotations
 
@@ -11,7 +8,6 @@ from muntin.serving.inference.executor import Executor, Work
 from muntin.serving.telemetry.metrics import Metrics
 from muntin.serving.threads import Threads
 from muntin.serving.versions.slot import Lease, Slot
-from muntin.serving.versions.version import Version
 
 SHADOWS = 2
 """Computations that may run or wait; further batches are not compared. Each holds its images and answers, outside the server's bounds."""
@@ -24,12 +20,11 @@ class Shadows:
 
     def __init__(self, slot: Slot, executor: Executor, metrics: Metrics) -> None:
         self._slot, self._executor, self._metrics = slot, executor, metrics
-        self._candidate: Version | None = None
         self._threads = Threads("muntin-shadow", most=1)
 
     @property
     def pending(self) -> int:
-        """Computations of the last candidate that run or wait."""
+        """Computations that run or wait."""
         return self._threads.pending
 
     def cast(self, work: Work, *, labels: bool) -> None:
@@ -37,8 +32,6 @@ class Shadows:
         whole, work.whole = work.whole, None
         if whole is None or work.by is None or (lease := self._slot.shadow(work.by)) is None:
             return
-        if self._candidate is not lease.version:
-            self._candidate, self._threads = lease.version, Threads("muntin-shadow", most=1)
         if self.pending >= SHADOWS:
             self._skip(lease)
             return

@@ -18,14 +18,10 @@ from muntin.serving.versions.slot import Slot
 from muntin.serving.versions.version import UnknownVersionError
 from muntin.serving.worker.opening import NotReadyError
 
-LOADS = 4
-"""Requests to load that may wait for those before them; further ones are refused."""
-LISTINGS = 4
-"""Listings of the repository that may run or wait; further ones are refused, since a directory on a network may not answer."""
+LOADS, LISTINGS = 4, 4
+"""Loads that may wait, and listings that may run or wait. Further ones are refused, since a directory on a network may not answer."""
 END_S = 5.0
 """Seconds that a load may take during shutdown."""
-VERSION = "version"
-"""The parameter of a request to load or unload that names a version."""
 
 
 class Control:
@@ -41,10 +37,7 @@ class Control:
         self._loads.join(END_S)
 
     async def loaded(self, model: str, parameters: Mapping[str, Parameter]) -> str:
-        """Call `load` on a thread for loads only, one after the other. Raises RefusedRequestError where `LOADS` requests wait.
-
-        Cancelling it cancels a load that has not begun.
-        """
+        """Call `load` on a thread for loads only, one after the other. Raises RefusedRequestError if `LOADS` requests wait."""
         if self._loads.pending > LOADS:
             raise RefusedRequestError(f"{LOADS} loads wait for the one that goes on: try again when it has ended")
         return await asyncio.wrap_future(self._loads.submit(self.load, model, parameters))
@@ -60,10 +53,7 @@ class Control:
         return await asyncio.wrap_future(self._listings.submit(self.index, ready=ready))
 
     def index(self, *, ready: bool) -> list[IndexEntry]:
-        """List the slot's versions, and those of the repository that are not loaded, if its directory can be read.
-
-        `ready`: only those that answer.
-        """
+        """List the slot's versions, and those of the repository that are not loaded. `ready`: only those that answer."""
         entries = {entry.version: entry for entry in self._slot.index()}
         if ready:
             return [entry for entry in entries.values() if entry.state == "READY"]
@@ -75,16 +65,13 @@ class Control:
         return list(entries.values())
 
     def load(self, model: str, parameters: Mapping[str, Parameter]) -> str:
-        """Load the version that is named, or the newest one, and return its name. Raises ProtocolError where it is not served then,
-        RefusedRequestError during shutdown."""
+        """Load the named version, or the newest one, and return its name. Raises ProtocolError, and RefusedRequestError during shutdown."""
         self._check(model)
         name = self._version(parameters)
         try:
             if name is None and (name := next(reversed(self._repository.scan()), None)) is None:
-                raise ProtocolError(f"model {self._slot.name}: its repository holds no version: put one there", status=404)
+                raise UnknownVersionError(f"model {self._slot.name}: its repository holds no version: put one there")
             self._slot.load(self._repository.find(name), name)
-        except ProtocolError:
-            raise
         except UnknownVersionError as error:
             raise ProtocolError(str(error), status=404) from error
         except MuntinError as error:
@@ -109,9 +96,9 @@ class Control:
 
     def _version(self, parameters: Mapping[str, Parameter]) -> str | None:
         for name in parameters:
-            if name not in (VERSION, "unload_dependents"):
-                raise ProtocolError(f'parameter {shown(name)}: this server takes "{VERSION}", the name of a version')
-        version = parameters.get(VERSION)
+            if name not in ("version", "unload_dependents"):
+                raise ProtocolError(f'parameter {shown(name)}: this server takes "version", the name of a version')
+        version = parameters.get("version")
         if version is not None and not isinstance(version, str):
-            raise ProtocolError(f'parameter "{VERSION}" is {shown(version)}: give a string')
+            raise ProtocolError(f'parameter "version" is {shown(version)}: give a string')
         return version

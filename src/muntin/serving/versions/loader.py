@@ -1,16 +1,15 @@
-"""From a path to a version that is open: tried in a process that ends (`probation`), then opened in one that serves (`engine_process`)."""
+"""From a path to a version that is open: tried in a process that ends (`trial`), then opened in one that serves (`remote_session`)."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from math import inf
 from pathlib import Path
-from typing import Protocol
 
 from muntin.artifact.store import read_manifest
 from muntin.runtime.options import DEFAULT_OPTIONS, SessionOptions
-from muntin.serving.versions.trial import OpeningLimits, TrialResult, probe, replaced
+from muntin.serving.versions.trial import OPENING_S, TrialResult, probe
 from muntin.serving.worker.opening import Call, Opened, open_version, starting_calls
 from muntin.serving.worker.remote_session import can_open_remote, open_remote
 
@@ -21,57 +20,37 @@ OFTEN = 4
 """Batches of a size after which the next version is compiled for it, where other sizes need no compiling."""
 
 
-def endless(channels: int) -> float:
-    """A budget without a bound."""
-    return inf
-
-
-class Loader(Protocol):
-    """Opens versions for a slot: `probe` where it can do no harm, then `open` where it serves.
-
-    `lately`: the calls of the version that serves, and how many batches of each. `stopped`: asked now and then; both raise NotReadyError
-    once it returns True. `tried`: the result of `probe`.
-    """
-
-    def probe(self, path: Path, lately: Mapping[Call, int], stopped: Callable[[], bool]) -> TrialResult: ...
-
-    def open(self, path: Path, lately: Mapping[Call, int], tried: TrialResult, stopped: Callable[[], bool]) -> Opened: ...
-
-
 @dataclass(frozen=True, kw_only=True)
 class ArtifactLoader:
-    """Opens artefacts, each tried in a process of its own first.
+    """Opens artefacts for a slot: `probe` in a process that can do no harm, then `open` in the one that serves.
 
-    Each is compiled for batches of up to `max_batch` images of the size that it was exported with, and for the
-    calls in `lately`; with `options.dynamic`, where other sizes need no compiling, for those that came `OFTEN`. `budget`: pixels (rows x
-    height x width) for a model of so many channels that calls in `lately` may have together, beside those of the start; the most frequent
-    ones go first.
+    `lately`: number of batches of each call of the current version. `stopped`: asked now and then; once it returns True, both may raise
+    NotReadyError. `tried`: the result of `probe`.
+
+    Each is compiled for batches of up to `max_batch` images of the size that it was exported with, and for the calls in `lately`; with
+    `options.dynamic`, only for those with `OFTEN` batches. `budget`: pixels (rows x height x width) for a model of so many channels that
+    calls in `lately` may have together, beside those of the start; the most frequent ones go first.
     """
 
     options: SessionOptions = DEFAULT_OPTIONS
     max_batch: int = 0
-    limits: OpeningLimits = field(default_factory=OpeningLimits)
-    budget: Callable[[int], float] = endless
+    budget: Callable[[int], float] = lambda channels: inf
 
     def probe(self, path: Path, lately: Mapping[Call, int], stopped: Callable[[], bool]) -> TrialResult:
-        calls = self._calls(path, self._start(path), lately)
-        return probe(path, self.options, calls, limits=self.limits, stopped=stopped)
+        return probe(path, self.options, self._calls(path, self._start(path), lately), stopped=stopped)
 
     def open(self, path: Path, lately: Mapping[Call, int], tried: TrialResult, stopped: Callable[[], bool] = lambda: False) -> Opened:
         start = self._start(path)
         rest, calls = REST if lately else 0.0, self._calls(path, start, lately)
         if can_open_remote():
-            opened = open_remote(path, self.options, calls, rest=rest, seconds=self.limits.seconds, stopped=stopped)
+            opened = open_remote(path, self.options, calls, rest=rest, seconds=OPENING_S, stopped=stopped, digest=tried.digest)
         else:
-            opened = open_version(path, self.options, calls, rest=rest, stopped=stopped)
-        if opened.digest != tried.digest:
-            opened.session.close()
-            raise replaced(path)
+            opened = open_version(path, self.options, calls, rest=rest, digest=tried.digest)
         return replace(opened, start=start)
 
     def _start(self, path: Path) -> tuple[Call, ...]:
-        """Calls that every version is compiled for. Only the manifest is read in this process."""
-        return starting_calls(read_manifest(path), self.max_batch) if self.max_batch else ()
+        """Calls that every version is compiled for. Reads only the manifest."""
+        return starting_calls(read_manifest(path), self.max_batch)
 
     def _calls(self, path: Path, start: tuple[Call, ...], lately: Mapping[Call, int]) -> tuple[Call, ...]:
         requested = {call: count for call, count in lately.items() if count >= OFTEN or not self.options.dynamic}

@@ -3,8 +3,8 @@
     DIR/manifest.json ...                          one artefact: version 1
     DIR/1/manifest.json ...  DIR/2/manifest.json   versions; the highest number is the newest
 
-A client's version name is compared with the listed names and never becomes part of a path. A watcher loads new versions. It opens an
-artefact only when all its digests are right, so that a directory that is still being copied is left alone.
+A client's version name is compared with the listed names and never becomes part of a path. A watcher opens an artefact only when all its
+digests are right, so that a directory that is still being copied is left alone.
 """
 
 from __future__ import annotations
@@ -26,8 +26,8 @@ from muntin.serving.worker.opening import NotReadyError, TookTooLongError
 
 SINGLE = "1"
 """The version name of a repository that is one artefact."""
-PAUSE_S, LONGEST_PAUSE_S = 60.0, 3600.0
-"""Seconds until a version that took too long is tried again; doubled each time, up to the second."""
+PAUSE_S = 600.0
+"""Seconds until a version that took too long is tried again."""
 _NUMBER = re.compile(r"[1-9][0-9]{0,17}")  # fits 64 bits; no leading zeros, so that no two names are one number
 
 Fingerprint = frozenset[tuple[str, int, int, int, int]]
@@ -55,7 +55,7 @@ class Repository:
         return versions[name]
 
     def listing(self) -> tuple[dict[str, Path], dict[str, str]]:
-        """List the versions as `scan` does, and the sub-directories and dangling links that are no versions, with the reason.
+        """List the versions as `scan` does, and the sub-directories that are no versions, with the reason.
 
         Names that begin with a dot are left out.
         """
@@ -66,13 +66,10 @@ class Repository:
                 return {SINGLE: self.path}, {}
             root = self.path.resolve(strict=True)
             for entry in self.path.iterdir():
-                numbered, directory = bool(_NUMBER.fullmatch(entry.name)), entry.is_dir()
-                if entry.name.startswith(".") or not (directory or (numbered and entry.is_symlink())):
+                if entry.name.startswith(".") or not entry.is_dir():
                     continue
-                if not numbered:
+                if not _NUMBER.fullmatch(entry.name):
                     ignored[entry.name] = "its name is no whole number from 1: name versions 1, 2, 3, ..."
-                elif not directory:
-                    ignored[entry.name] = "it is a link to nothing: link it to an artefact in this directory, or remove it"
                 elif not entry.resolve().is_relative_to(root):
                     ignored[entry.name] = "it is a link that leads out of the directory: copy the artefact into it"
                 else:
@@ -82,22 +79,10 @@ class Repository:
         return dict(sorted(versions.items(), key=lambda item: int(item[0]))), ignored
 
 
-def fingerprint(path: Path) -> Fingerprint | None:
-    """Compute the fingerprint of a directory without reading its files. None where it, or something in it, is being removed.
-
-    Raises OSError where it cannot be read.
-    """
-    files = set()
-    try:
-        for entry in path.iterdir():
-            try:
-                status = entry.stat()
-            except OSError:  # a dangling link: opening the artefact reports it
-                status = entry.lstat()
-            files.add((entry.name, status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns))
-    except (FileNotFoundError, NotADirectoryError):
-        return None
-    return frozenset(files)
+def fingerprint(path: Path) -> Fingerprint:
+    """Compute the fingerprint of a directory without reading its files. Raises OSError if it, or one of its files, cannot be read."""
+    files = ((entry.name, entry.stat()) for entry in path.iterdir())
+    return frozenset((name, status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns) for name, status in files)
 
 
 @dataclass(kw_only=True)
@@ -106,17 +91,15 @@ class _Attempt:
 
     files: Fingerprint
     retry_at: float = inf
-    pause: float = 0.0
 
 
 class Watcher:
-    """Looks every `interval_s` seconds, above 0, and loads what is newer than the current version.
+    """Looks every `interval_s` seconds, above 0, and loads the newest version. Numbers below one that has served are not loaded.
 
     A version that cannot be loaded is tried again when its files change; one that was open, and was rolled back or unloaded, only when its
-    content changes. One that took too long is tried again after a minute, then after ever longer pauses, an hour at most. A number below
-    one that has served is not loaded; where it appears later, this is reported.
+    content changes. One that took too long is tried again after `PAUSE_S`.
 
-    `notify`: called with a line for what was not loaded, and why; it must not raise. `clock`: seconds.
+    `notify`: called with a line for each version that was not loaded, and the reason; it must not raise. `clock`: seconds.
     """
 
     def __init__(
@@ -134,11 +117,10 @@ class Watcher:
         self._thread = Thread(target=self._run, name="muntin-watch", daemon=True)
         self._attempts: dict[str, _Attempt] = {}
         self._reported: dict[str, str] = {}
-        self._listed: set[str] = set()  # the names at the last look
         self._newest = 0  # the highest number that has served
 
     def start(self) -> None:
-        """Look at once and then every interval, on a thread of its own, until `stop`."""
+        """Begin to look, on a thread of its own, until `stop`."""
         self._thread.start()
 
     def stop(self, timeout_s: float | None = None) -> None:
@@ -167,18 +149,12 @@ class Watcher:
         self._attempts = {name: attempt for name, attempt in self._attempts.items() if name in versions}
         for name, reason in ignored.items():
             self._report_once(name, f"{self._repository.path / name}: {reason}")
-        listed, self._listed = self._listed, set(versions)
-        current = self._slot.current
-        serving = "" if current is None else current.name
-        self._newest = max(self._newest, int(serving or 0))
+        serving = "0" if self._slot.current is None else self._slot.current.name
+        self._newest = max(self._newest, int(serving))
         for name in reversed(versions):
-            if int(name) >= self._newest or name == serving:
-                if not self._slot.closed and self._try(name, versions[name]):
-                    self._newest = max(self._newest, int(name))
-                    return name
-            elif name not in listed:
-                reason = f"{self._newest} has served: give it a higher one, or load it by name"
-                self._report_once(name, f"version {name} is not loaded: {reason}")
+            if (int(name) >= self._newest or name == serving) and not self._slot.closed and self._try(name, versions[name]):
+                self._newest = max(self._newest, int(name))
+                return name
         return None
 
     def _report_once(self, name: str, line: str) -> None:
@@ -187,18 +163,18 @@ class Watcher:
             self._notify(line)
 
     def _try(self, name: str, path: Path) -> bool:
-        """Load a version unless it was tried as it is; whether it serves now."""
+        """Load a version unless it was tried before and has not changed. Return whether it serves now."""
         try:
             files = fingerprint(path)
         except OSError as error:
-            self._report_once(name, f"version {name} is not loaded: it cannot be read ({error}): check its permissions")
+            self._report_once(name, f"version {name} is not loaded: it cannot be read ({error}): check its files and permissions")
             return False
         last = self._attempts.get(name)
         if last is not None and last.files != files:
             last = None
-        if files is None or (last is not None and self._clock() < last.retry_at):
+        if last is not None and self._clock() < last.retry_at:
             return False
-        attempt = self._attempts[name] = _Attempt(files=files, pause=0.0 if last is None else last.pause)
+        attempt = self._attempts[name] = _Attempt(files=files)
         try:
             digest = open_artifact(path).digest
         except (ArtifactError, OSError) as error:  # OSError: it is being removed
@@ -211,12 +187,9 @@ class Watcher:
             self._slot.load(path, name, unless=digest)
         except NotReadyError:  # it was loaded before, the slot was closed, or it was unloaded on trial: reported elsewhere
             return False
-        except TookTooLongError as error:
-            attempt.pause = min(LONGEST_PAUSE_S, 2 * attempt.pause) or PAUSE_S
-            attempt.retry_at = self._clock() + attempt.pause
-            self._notify(f"version {name} is not loaded: {error}; it is tried again in {attempt.pause:.0f} s")
-            return False
         except MuntinError as error:
+            if isinstance(error, TookTooLongError):
+                attempt.retry_at = self._clock() + PAUSE_S
             self._notify(f"version {name} is not loaded: {error}")
             return False
         return True

@@ -3,7 +3,7 @@
 Before the flip a candidate may be tried beside the current version: as a canary it answers a share of the requests, as a shadow it computes
 a share of the answered ones again, for comparison only. After the flip the previous version stays warm while the new one is on probation.
 Both are trials with the same rules: failures, overdue batches, disagreement and slowness. Times are compared between calls of the same
-kind, by their medians. Where no kind is the same, because a canary's batches are smaller, a call may take as long as the next larger one.
+kind, by their medians.
 """
 
 from __future__ import annotations
@@ -11,18 +11,18 @@ from __future__ import annotations
 from dataclasses import dataclass
 from math import inf
 from statistics import median
-from typing import Annotated, Any, Self
+from typing import Annotated, Any, NamedTuple
 
 from numpy.typing import NDArray
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field
 
 from muntin.artifact import Signature
 from muntin.serving.versions.version import Latencies, Version
 
 ENOUGH = 20
-"""Batches, or compared images, that slowness or disagreement is judged by before the time is up."""
-FEW = 3
-"""Batches of a kind of call needed to compare its times. Also the number needed in all when the time is up."""
+"""Batches, or compared images, that slowness or disagreement is judged by before the trial is over."""
+FEW = 5
+"""Batches of a kind of call needed to compare its times."""
 
 
 class Rollout(BaseModel):
@@ -32,21 +32,13 @@ class Rollout(BaseModel):
 
     canary: Annotated[float, Field(ge=0, le=1, description="share of requests that a candidate answers before it takes over")] = 0.0
     shadow: Annotated[float, Field(ge=0, le=1, description="share of answered requests that a candidate computes again")] = 0.0
-    for_requests: Annotated[
-        int, Field(ge=1, description="images that each trial lasts; more, until the times of `ENOUGH` batches can be compared")
-    ] = 100
+    for_requests: Annotated[int, Field(ge=1, description="images that each trial lasts")] = 100
     for_seconds: Annotated[
         float, Field(ge=0, description="longest trial, apart from batches in progress; 0: none, the old version is closed at once")
     ] = 60.0
     max_error_rate: Annotated[float, Field(ge=0, le=1, description="share of its images that may fail")] = 0.0
     min_agreement: Annotated[float, Field(ge=0, le=1, description="share of equal labels that its shadow needs")] = 0.8
     max_slowdown: Annotated[float, Field(ge=1, description="how many times as long as its predecessor it may take")] = 3.0
-
-    @model_validator(mode="after")
-    def _lasts(self) -> Self:
-        if self.tried and not self.for_seconds:
-            raise ValueError("for_seconds=0 with a canary or a shadow: give the seconds that a candidate is tried for")
-        return self
 
     @property
     def tried(self) -> bool:
@@ -60,7 +52,7 @@ class Tally:
 
     `rows`: images of the `batches` that were computed or failed, of which `failed`, and of these `overdue`. `compared`: images whose labels
     were compared; `agreed`: sum of their shares of equal labels. `why`: the error of the first failure. `passed_at`: when the version
-    passed, apart from batches that were still being computed. `base_deaths`: deaths of the predecessor's engine before the trial.
+    passed, apart from batches in progress.
     """
 
     since: float
@@ -72,30 +64,25 @@ class Tally:
     agreed: float = 0.0
     why: str = ""
     passed_at: float = inf
-    base_deaths: int = 0
 
 
-@dataclass(frozen=True, kw_only=True)
-class Verdict:
+class Verdict(NamedTuple):
     """The end of a trial: whether the version passed, and the reason in a line."""
 
     passed: bool
     reason: str
 
 
-def judge_version(rollout: Rollout, tally: Tally, version: Version, base: Version, *, now: float, active_at: float = inf) -> Verdict | None:
+def judge_version(rollout: Rollout, tally: Tally, version: Version, base: Version, *, now: float) -> Verdict | None:
     """Judge a version beside its predecessor `base` by their engines, then by its counts (`judge`). None: the trial goes on.
 
-    A version whose engine is gone fails where `base` can answer, unless the engine of `base` died during the trial as well: then the images
-    may be the cause. Beside a `base` whose engine is gone no version fails. A version passes only after the batches that it began before.
+    A version passes only after the batches that it began before.
     """
     if not version.able:
-        replaceable = base.able and not base.dead and base.deaths == tally.base_deaths
-        return Verdict(passed=False, reason="its engine died again and again, or could not be begun again") if replaceable else None
-    if base.dead:
-        over = now - tally.since >= rollout.for_seconds
-        return Verdict(passed=True, reason=f"the engine of {base.name} died again and again") if over else None
-    verdict = judge(rollout, tally, version.latencies, base.latencies, now=now, active_at=active_at)
+        return Verdict(passed=False, reason="its engine died again and again, or could not be begun again") if base.able else None
+    if not base.able:
+        return Verdict(passed=True, reason=f"the engine of {base.name} died again and again")
+    verdict = judge(rollout, tally, version.latencies, base.latencies, now=now)
     if verdict is not None and verdict.passed:
         tally.passed_at = min(tally.passed_at, now)
         if any(begun.at <= tally.passed_at for begun in version.begun):
@@ -103,21 +90,14 @@ def judge_version(rollout: Rollout, tally: Tally, version: Version, base: Versio
     return verdict
 
 
-def judge(rollout: Rollout, tally: Tally, latencies: Latencies, base: Latencies, *, now: float, active_at: float = inf) -> Verdict | None:
-    """Judge a version by its counts and times. None: the trial goes on. `base`: the times of its predecessor.
-
-    `active_at`: when the last batch was begun or computed. If that is `for_seconds` ago and before the trial, the trial is over.
-    """
+def judge(rollout: Rollout, tally: Tally, latencies: Latencies, base: Latencies, *, now: float) -> Verdict | None:
+    """Judge a version by its counts and times. None: the trial goes on. `base`: the times of its predecessor."""
     if tally.overdue:  # whatever share of images may fail: every overdue batch keeps a thread
         return Verdict(passed=False, reason=f"it does not come back with {tally.overdue} of its images: its engine hangs")
-    if active_at < tally.since and now - active_at >= rollout.for_seconds:
-        return Verdict(passed=True, reason=f"untried: nobody asked anything in the last {rollout.for_seconds:g} s")
     due = now - tally.since >= rollout.for_seconds
-    # Medians take long enough to slow requests down: compare times once in `ENOUGH` batches, or when there are enough images.
-    compared = due or tally.rows >= rollout.for_requests or tally.batches % ENOUGH == 0
-    slowdown = compare_latencies(latencies, base, least=FEW if due else ENOUGH) if compared else None
-    timed = slowdown is not None or rollout.max_slowdown == inf or not base.calls  # without requests it has no times to compare with
-    over = due or (tally.rows >= rollout.for_requests and timed)
+    if due and not tally.rows:
+        return Verdict(passed=True, reason=f"untried: no request in {rollout.for_seconds:g} s")
+    over = due or tally.rows >= rollout.for_requests
     # Before the end only failures count that good images could not make up for.
     if tally.failed > rollout.max_error_rate * (tally.rows if over else max(tally.rows, rollout.for_requests)):
         why = f": {tally.why}" if tally.why else ""
@@ -127,6 +107,7 @@ def judge(rollout: Rollout, tally: Tally, latencies: Latencies, base: Latencies,
         agreement = tally.agreed / tally.compared
         if agreement < rollout.min_agreement:
             return Verdict(passed=False, reason=f"it agrees on {agreement:.1%} of the labels (needed: {rollout.min_agreement:.1%})")
+    slowdown = compare_latencies(latencies, base) if over or tally.batches % ENOUGH == 0 else None
     if slowdown is not None and slowdown > rollout.max_slowdown:
         return Verdict(passed=False, reason=f"it takes {slowdown:.1f} times as long (allowed: {rollout.max_slowdown:g})")
     if not over:
@@ -134,27 +115,15 @@ def judge(rollout: Rollout, tally: Tally, latencies: Latencies, base: Latencies,
     return Verdict(passed=True, reason=f"{tally.rows} images in {now - tally.since:.0f} s, {tally.failed} failed")
 
 
-def compare_latencies(latencies: Latencies, base: Latencies, *, least: int = ENOUGH) -> float | None:
-    """Compute how many times as long batches take as comparable ones of `base`; None before `least` batches can be compared.
-
-    Compares the kinds of calls that both have `FEW` times of; without any, each kind with the next larger one of `base`, or with the
-    largest, in proportion to their pixels.
-    """
-    calls, base_calls = ([call for call, count in times.calls.items() if count >= FEW] for times in (latencies, base))
-    pairs = [(call, call) for call in calls if call in base_calls]
-    if not pairs:
-        base_calls.sort(key=lambda call: call.pixels)
-        for call in calls:
-            alike = [other for other in base_calls if other.labels == call.labels]
-            pairs += [(call, next((other for other in alike if other.pixels >= call.pixels), alike[-1]))] if alike else []
-    batches, ours, theirs = 0, 0.0, 0.0
-    for call, other in pairs:
-        times, base_times = latencies.of(call), base.of(other)
-        count = min(len(times), len(base_times))
-        batches += count
-        ours += count * median(times)
-        theirs += count * median(base_times) * max(1.0, call.pixels / other.pixels)
-    return ours / theirs if batches >= least and theirs > 0 else None
+def compare_latencies(latencies: Latencies, base: Latencies) -> float | None:
+    """Compute how many times as long batches take as those of `base`, over the calls of which both have `FEW` times; None without any."""
+    ours, theirs = 0.0, 0.0
+    for call in latencies.calls:
+        count = min(latencies.count(call), base.count(call))
+        if count >= FEW:
+            ours += count * median(latencies.of(call))
+            theirs += count * median(base.of(call))
+    return ours / theirs if theirs > 0 else None
 
 
 def label_agreement(answer: NDArray[Any], shadow: NDArray[Any], signature: Signature, *, labels: bool) -> float | None:

@@ -1,4 +1,4 @@
-"""The routing table of a model: which version answers, which one is tried for its place, and which one it can be rolled back to.
+"""The routing table of a model: the current version, the candidate for its place, and the previous one, to which it can be rolled back.
 
                  trial                     probation
     candidate ----------> current  <------------------- previous
@@ -12,7 +12,6 @@ Nothing here takes a lock: the slot holds its own around every call.
 from __future__ import annotations
 
 from collections import Counter
-from math import inf
 
 from muntin.artifact import Signature
 from muntin.runtime.session import Session
@@ -54,17 +53,12 @@ class Routes:
     def in_service(self) -> tuple[Version, ...]:
         return tuple(version for version in (self.current, self.candidate, self.previous) if version is not None)
 
-    @property
-    def engines_gone(self) -> bool:
-        """Whether no request is answered, because the engines of the current and of the previous version are gone."""
-        return self.current is not None and self.current.dead and (self.previous is None or self.previous.dead)
-
     def last(self, name: str) -> Version | None:
-        """The version of this name that was loaded last, in whatever state."""
+        """Return the version of this name that was loaded last, in any state."""
         return next((version for version in reversed(self.versions) if version.name == name), None)
 
     def named(self, name: str) -> Version:
-        """The version of this name in service. Raises NotReadyError where it is not in service, UnknownVersionError where there is none."""
+        """Return the version of this name. Raises NotReadyError if it is not in service, UnknownVersionError if there is none."""
         for version in self.in_service:
             if version.name == name:
                 return version
@@ -75,9 +69,9 @@ class Routes:
         raise UnknownVersionError(f"{self.name}: no version {ascii(name)[:60]}: there is {names}")
 
     def choose(self, name: str | None, *, canary: bool) -> Version:
-        """The version for a new request: the named one; else the candidate if the request is a `canary`; else the current one.
+        """Return the version for a new request: the named one; else the candidate if the request is a `canary`; else the current one.
 
-        Raises NotReadyError where it cannot answer, and the errors of `named`.
+        Raises NotReadyError if it cannot answer, and the errors of `named`.
         """
         version = self.named(name) if name is not None else self.current
         if name is None and canary and self.candidate is not None and self.candidate.able:
@@ -89,9 +83,9 @@ class Routes:
         return version
 
     def fallback(self, version: Version) -> Version | None:
-        """The version that computes what failed on this one; None where there is none.
+        """Return the version that computes a batch which failed on this one, or None.
 
-        From a candidate or a version out of service to the current one, from there to the previous one, so fallbacks end after two steps.
+        The current version for a candidate or a version out of service, the previous one for the current one.
         """
         if version is self.previous:
             return None
@@ -122,33 +116,27 @@ class Routes:
         return dict(deaths)
 
     def holds(self, name: str, digest: str) -> bool:
-        """Whether the current version, or the last one that was opened under this name, is this artefact."""
+        """Return whether the current version, or the last one of this name, is this artefact."""
         return any(one is not None and (one.name, one.digest) == (name, digest) for one in (self.current, self.last(name)))
 
-    def require_contract(self, version: Version, signature: Signature, *, other_classes: bool) -> None:
-        """Raise RefusedError where `signature` would mislead the clients of the current version."""
-        if self.current is None:
-            return
-        difference = contract_difference(signature, self.current.signature, other_classes=other_classes)
-        if difference:
+    def require_contract(self, version: Version, signature: Signature) -> None:
+        """Raise RefusedError if `signature` would mislead the clients of the current version."""
+        if self.current is not None and (difference := contract_difference(signature, self.current.signature)):
             raise RefusedError(f"{self.name}: version {version.name} has another contract ({difference}): serve it under another name")
 
     # ---- counting ----
 
-    def count(self, version: Version, rows: int, failure: BaseException | None) -> None:
-        """Count a batch of a version that is on trial or on probation."""
+    def count(self, version: Version, rows: int, failure: BaseException | None, agreement: float | None = None) -> None:
+        """Count a batch of a version that is on trial or on probation. `agreement`: share of labels that are the current version's."""
         if (tally := self._tally(version)) is not None:
             tally.batches += 1
             tally.rows += rows
             if failure is not None:
                 tally.failed += rows
                 tally.why = tally.why or plain(f"{type(failure).__name__}: {first_line(failure)}".removesuffix(": "))
-
-    def compare(self, version: Version, rows: int, agreement: float) -> None:
-        """Count a comparison of the candidate's labels with those of the current version."""
-        if self.trial is not None and version is self.candidate:
-            self.trial.compared += rows
-            self.trial.agreed += agreement * rows
+            if agreement is not None and tally is self.trial:
+                tally.compared += rows
+                tally.agreed += agreement * rows
 
     def _tally(self, version: Version) -> Tally | None:
         if version is self.candidate:
@@ -163,21 +151,18 @@ class Routes:
         kept = [one for one in past if one.name != version.name][-HISTORY:]
         self.versions = [one for one in self.versions if one not in past or one in kept] + [version]
 
-    def admit(self, version: Version, now: float, active_at: float) -> None:
+    def admit(self, version: Version, now: float) -> None:
         """Put an open version on trial where the rollout says so; otherwise make it the current one."""
-        self.settle(now, active_at)
-        if self.current is None or self.engines_gone or not self.rollout.tried:
+        self.settle(now)
+        if self.current is None or not self.rollout.tried:
             self._flip(version, "", now)
             return
-        self.candidate, self.trial = version, Tally(since=now, base_deaths=self.current.deaths)
-        beside = self.current.name
-        self.settle(now, active_at)
-        if self.candidate is version:
-            bounds = f"until {self.rollout.for_requests} images, {self.rollout.for_seconds:g} s at most"
-            self.lines.append(f"version {version.name} is on trial beside {beside}: {bounds}")
+        self.candidate, self.trial = version, Tally(since=now)
+        bounds = f"until {self.rollout.for_requests} images, {self.rollout.for_seconds:g} s at most"
+        self.lines.append(f"version {version.name} is on trial beside {self.current.name}: {bounds}")
 
-    def settle(self, now: float, active_at: float) -> None:
-        """Judge the current version, then the candidate, where they are on trial. `active_at`: as of `judge`."""
+    def settle(self, now: float) -> None:
+        """Judge the current version, then the candidate, where they are on trial."""
         for version in self.versions:
             if death := version.new_death():
                 self.lines.append(f"version {version.name}: {death}")
@@ -189,10 +174,7 @@ class Routes:
             if verdict is not None:
                 self._end_probation(self.current, self.previous, verdict, now)
         if self.candidate is not None and self.trial is not None and self.current is not None:
-            if self.engines_gone and self.candidate.able:
-                verdict = Verdict(passed=True, reason=f"the engine of {self.current.name} died again and again")
-            else:
-                verdict = judge_version(self.rollout, self.trial, self.candidate, self.current, now=now, active_at=active_at)
+            verdict = judge_version(self.rollout, self.trial, self.candidate, self.current, now=now)
             if verdict is not None:
                 self._end_trial(self.candidate, verdict, now)
 
@@ -217,7 +199,7 @@ class Routes:
             self.current, self.previous, self.probation = self.previous, None, None
             if self.current is None:
                 self.current, self.candidate, self.trial = self.candidate, None, None
-            self._restart_trial(now)
+            self.trial = self.trial and Tally(since=now)  # comparisons with another version say nothing
             if self.current is not None:
                 self.lines.append(f"version {version.name} is unloaded, {self.current.name} serves")
         self._drain(version)
@@ -250,8 +232,8 @@ class Routes:
             self.previous = old
         else:
             self._drain(old)  # it was on probation itself: the one before it is safer
-        self.probation = Tally(since=now, base_deaths=self.previous.deaths)
-        self.settle(now, inf)
+        self.probation = Tally(since=now)
+        self.settle(now)
 
     def _end_trial(self, candidate: Version, verdict: Verdict, now: float) -> None:
         self.candidate = self.trial = None
@@ -267,14 +249,9 @@ class Routes:
             self._drain(previous)
             return
         self.current = previous
-        self._restart_trial(now)
+        self.trial = self.trial and Tally(since=now)
         self.lines.append(f"version {current.name} is rolled back to {previous.name}: {verdict.reason}")
         self.fail(current, f"rolled back: {verdict.reason}")
-
-    def _restart_trial(self, now: float) -> None:
-        """Begin the candidate's trial anew beside another current version: comparisons with the one before say nothing now."""
-        if self.trial is not None and self.current is not None:
-            self.trial = Tally(since=now, base_deaths=self.current.deaths)
 
     def _drain(self, version: Version) -> None:
         version.state = "draining"

@@ -5,9 +5,8 @@
                                                              refused                 rolled back
 
 The flip changes one reference under the lock. Requests hold leases: those admitted before it are answered by the old version, later ones by
-the new one, and no session is closed while a lease on it is held. While the old version stays warm, a batch that fails on the new one is
-computed by it (`fallback`; `executor` does so), and so is what waits for a version that hangs. `routes` holds the versions, `rollout` the
-rules of a trial. Threads may share a slot.
+the new one, and no session is closed while a lease on it is held. While the old version stays warm, it computes the batches that fail on
+the new one or wait for it while it hangs (`fallback`). `routes` holds the versions, `rollout` the rules of a trial.
 """
 
 from __future__ import annotations
@@ -15,17 +14,15 @@ from __future__ import annotations
 import random
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from math import inf
 from pathlib import Path
 from threading import Event, Lock, Thread
-from types import TracebackType
-from typing import Self
 
 from muntin.errors import DataError, MuntinError, VerificationError
 from muntin.runtime.session import Session
 from muntin.serving.protocol.metadata import IndexEntry
-from muntin.serving.versions.loader import Loader
+from muntin.serving.versions.loader import ArtifactLoader
 from muntin.serving.versions.rollout import Rollout
 from muntin.serving.versions.routes import Routes
 from muntin.serving.versions.version import Begun, RefusedError, Version, first_line
@@ -35,7 +32,12 @@ from muntin.serving.worker.opening import Call, NotReadyError
 _POLL_S = 0.05
 
 
-class Lease:
+def _close(sessions: list[Session]) -> None:
+    for session in sessions:
+        session.close()
+
+
+class Lease(AbstractContextManager["Lease"]):
     """The right to use a version until it is given back. A context manager; giving it back is idempotent."""
 
     def __init__(self, version: Version, release: Callable[[Version], None]) -> None:
@@ -47,48 +49,42 @@ class Lease:
         if release is not None:
             release(self.version)
 
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(self, *error: object) -> None:
         self.release()
 
 
 class Slot:
-    """The versions of one model: the current one, perhaps a candidate for its place, and perhaps the previous one, still warm.
+    """The versions of one model. Threads may share it.
 
-    `loader`: opens versions. `other_classes`: whether a new version may have other classes than the current one. `clock`: seconds.
-    `random`: a number from 0 up to 1, by which requests are drawn for a candidate. `notify`: called with a line when a version takes over
-    or is sent back, on any thread; it must not raise, nor call the slot.
+    `clock`: seconds. `random`: a number from 0 up to 1, by which requests are drawn for a candidate. `notify`: called with a line when a
+    version takes over or is sent back, on any thread; it must not raise, nor call the slot.
     """
 
     def __init__(
         self,
         name: str,
-        loader: Loader,
+        loader: ArtifactLoader,
         *,
         rollout: Rollout,
-        other_classes: bool = False,
         clock: Callable[[], float] = time.monotonic,
         random: Callable[[], float] = random.random,
         notify: Callable[[str], None] = lambda line: None,
     ) -> None:
         self.name, self.rollout, self.clock = name, rollout, clock
-        self._loader, self._other_classes, self._random, self._notify = loader, other_classes, random, notify
+        self._loader, self._random, self._notify = loader, random, notify
         self._one_load = Lock()
         self._closed = Event()
         self._interrupted_at = -inf
         self._lock = Lock()  # guards the following, and all that the versions hold
         self._routes = Routes(name, rollout)
-        self._active_at = -inf  # when the last batch was begun or computed
 
     # ---- requests ----
 
     def lease(self, version: str | None = None, *, canary: bool = True) -> Lease:
-        """Lease the version for a new request: the current one, or for a canary's share of requests the candidate.
+        """Lease the version for a new request: the named one, the current one, or for a canary's share of requests the candidate.
 
-        `version`: the name of another one. `canary`: False for a request that computes nothing.
-        Raises UnknownVersionError where there is none of this name, NotReadyError where it cannot answer.
+        `canary`: False for a request that computes nothing. Raises UnknownVersionError if there is none of this name, NotReadyError if it
+        cannot answer.
         """
         with self._locked():
             self._settle()
@@ -108,19 +104,19 @@ class Slot:
             return self._lend(candidate)
 
     def fallback(self, version: Version) -> Lease | None:
-        """Lease a version that can compute what failed on this one; None where there is none. Repeated calls come to an end."""
+        """Lease a version that can compute a batch which failed on this one; None if there is none. Repeated calls come to an end."""
         with self._locked():
             other = self._routes.fallback(version)
             return None if other is None else self._lend(other)
 
     def hangs(self, version: Version) -> bool:
-        """Whether one of its batches is overdue."""
+        """Return whether one of its batches is overdue."""
         with self._locked():
             self._settle()
-            return version.overdue > 0
+            return any(begun.overdue for begun in version.begun)
 
     def interrupt(self, since: float) -> bool:
-        """Interrupt overdue calls where their sessions can; whether any was interrupted since the time `since`."""
+        """Interrupt overdue calls where their sessions can. Return whether any was interrupted since the time `since`."""
         self.settle()
         return self._interrupted_at >= since
 
@@ -129,7 +125,6 @@ class Slot:
         now = self.clock()
         begun = Begun(version, rows, now, now + within)
         with self._locked():
-            self._active_at = now
             version.leases += 1
             version.begun.add(begun)
         return begun
@@ -154,9 +149,9 @@ class Slot:
     ) -> None:
         """Count a batch of `rows` images that took `seconds`, or failed with `error`, and judge its version if it is on trial.
 
-        `call`: its times are compared with the predecessor's, and the next version is warmed up for it; but not where it was not computed
-        as a `whole`, for want of memory. A DataError is the caller's fault, and no failure. `begun`: the batch to end. `beside`: of a
-        shadow, the version that answered the batch; `agreement`: the share of labels on which both agree.
+        `call`: its times are compared with the predecessor's, and the next version is warmed up for it, unless memory was too short to
+        compute it as a `whole`. A DataError is no failure of the version. `begun`: the batch to end. `beside`: of a shadow, the version
+        that answered the batch; `agreement`: the share of labels on which both agree.
         """
         with self._locked():
             if begun is not None:
@@ -164,14 +159,12 @@ class Slot:
                 if begun.overdue:  # counted when it became overdue
                     self._settle()
                     return
-            self._active_at = self.clock()
             if call is not None and error is None and whole:
                 version.latencies.add(call, seconds)
             elif call is not None and error is None:
                 version.latencies.forget(call)
-            self._routes.count(version, rows, None if isinstance(error, DataError) else error)
-            if agreement is not None and beside is self._routes.current:
-                self._routes.compare(version, rows, agreement)
+            failure = None if isinstance(error, DataError) else error
+            self._routes.count(version, rows, failure, agreement if beside is self._routes.current else None)
             self._settle()
 
     # ---- state ----
@@ -184,7 +177,7 @@ class Slot:
 
     @property
     def current(self) -> Version | None:
-        """The version that answers, to describe the model. To compute with it, take a lease."""
+        """The version that answers. To compute with it, take a lease."""
         return self._routes.current
 
     @property
@@ -204,7 +197,7 @@ class Slot:
             return self._routes.index()
 
     def settle(self) -> None:
-        """Apply what follows from the passing of time. Requests do so as well; call it now and then while there are none."""
+        """Judge versions whose time is over. Requests do so as well; to be called now and then while there are none."""
         with self._locked():
             self._settle()
 
@@ -213,9 +206,8 @@ class Slot:
     def load(self, path: str | Path, name: str, *, unless: str | None = None) -> Version:
         """Load a version and return when it is the current one. Blocks; a second call waits for the first.
 
-        The version is tried in another process, compared by contract, opened and warmed up for the calls of the current version, and, where
-        the rollout says so, tried beside it. On any failure raises a MuntinError, and the current version stays. After it took over it may
-        still be rolled back. `unless`: a digest; raises NotReadyError where the current or the last version of this name has it.
+        On any failure raises a MuntinError, and the current version stays. After the new one took over it may still be rolled back.
+        `unless`: a digest; raises NotReadyError if the current or the last version of this name has it.
         """
         with self._one_load:
             version = Version(name=name, path=Path(path))
@@ -227,7 +219,6 @@ class Slot:
                 self._routes.add(version)
             try:
                 self._open(version, lately)
-                self._await_verdict(version)
             except Exception as error:
                 with self._locked():
                     if version.state == "loading":
@@ -240,8 +231,8 @@ class Slot:
     def unload(self, name: str | None = None) -> None:
         """Take every version of a name out of service; None: all of them. Requests with a lease are still answered.
 
-        The previous version, or else the candidate, replaces the current one; without either the slot is not ready. Raises
-        UnknownVersionError where there is none of this name, NotReadyError where it is not in service.
+        The previous version, or else the candidate, replaces the current one. Raises UnknownVersionError if there is none of this name,
+        NotReadyError if it is not in service.
         """
         with self._locked():
             if name is not None:
@@ -264,7 +255,7 @@ class Slot:
                 self._routes.take_out(self._routes.candidate, self.clock())
 
     def end_calls(self) -> None:
-        """Interrupt what is still being computed, where the sessions can, because no client waits for it any more."""
+        """Interrupt all batches in progress, where the sessions can."""
         with self._lock:
             sessions = [version.session for version in self._routes.versions if version.begun]
         for session in sessions:
@@ -285,9 +276,10 @@ class Slot:
                 yield
         finally:
             if self._routes.lines or self._routes.closing or self._routes.stuck:
-                self._finish(self._routes)
+                self._finish()
 
-    def _finish(self, routes: Routes) -> None:
+    def _finish(self) -> None:
+        routes = self._routes
         with self._lock:
             lines, routes.lines = routes.lines, []
             closing, routes.closing = routes.closing, []
@@ -297,11 +289,14 @@ class Slot:
                 self._interrupted_at = self.clock()
         for line in lines:
             self._notify(f"{self.name}: {line}")
-        if closing:
-            dispose(closing)
+        if closing:  # on another thread: it takes up to 0.2 s, and an event loop may give back the last lease
+            try:
+                Thread(target=_close, args=(closing,), name="muntin-unload").start()
+            except RuntimeError:  # no new thread may start
+                _close(closing)
 
     def _settle(self) -> None:
-        self._routes.settle(self.clock(), self._active_at)
+        self._routes.settle(self.clock())
 
     def _lend(self, version: Version) -> Lease:
         version.leases += 1
@@ -316,24 +311,23 @@ class Slot:
             begun.version.begun.remove(begun)
             self._routes.give_back(begun.version)
 
+    def _require_open(self) -> None:
+        if self._closed.is_set():
+            raise NotReadyError(f"{self.name}: it is closed and loads nothing any more")
+
     def _open(self, version: Version, lately: Mapping[Call, int]) -> None:
+        """Open a version, and wait until it has taken over. Raises RefusedError if it may not, NotReadyError if it was unloaded."""
         probed = self._loader.probe(version.path, lately, self._closed.is_set)
         with self._locked():
-            self._routes.require_contract(version, probed.signature, other_classes=self._other_classes)
+            self._routes.require_contract(version, probed.signature)
         opened = self._loader.open(version.path, lately, probed, self._closed.is_set)
         with self._locked():
             if self._closed.is_set():
                 self._routes.closing.append(opened.session)
             self._require_open()
             version.opened(opened)
-            self._routes.admit(version, self.clock(), self._active_at)
+            self._routes.admit(version, self.clock())
 
-    def _require_open(self) -> None:
-        if self._closed.is_set():
-            raise NotReadyError(f"{self.name}: it is closed and loads nothing any more")
-
-    def _await_verdict(self, version: Version) -> None:
-        """Wait until a candidate has taken over. Raises RefusedError where it may not, NotReadyError where it was unloaded."""
         self.settle()
         while version is self._routes.candidate:
             time.sleep(_POLL_S)
@@ -342,16 +336,3 @@ class Slot:
             raise RefusedError(f"{self.name}: version {version.name} is {version.reason}")
         if version.state != "ready":
             raise NotReadyError(f"{self.name}: version {version.name} was unloaded while it was on trial")
-
-
-def dispose(sessions: list[Session]) -> None:
-    """Close unused sessions on a thread of their own. It takes up to 0.2 s, and the last lease may be given back by an event loop."""
-
-    def close() -> None:
-        while sessions:
-            sessions.pop().close()
-
-    try:
-        Thread(target=close, name="muntin-unload").start()
-    except RuntimeError:  # at the end of the process no new thread may start
-        close()

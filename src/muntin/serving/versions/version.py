@@ -36,18 +36,17 @@ class RefusedError(MuntinError):
     """A version that works may not take over: its contract differs, or it did worse than the current version."""
 
 
-def contract_difference(new: Signature, old: Signature, *, other_classes: bool = False) -> str:
+def contract_difference(new: Signature, old: Signature) -> str:
     """Describe how `new` would mislead a client of `old`; empty where it would not.
 
-    Task, channels, type and scale must be the same. Classes may be added at the end: a client that knows the first ones reads their numbers
-    as before. Fewer, other or reordered classes need `other_classes`.
+    Task, channels, type and scale must be the same, and so must the first classes. Classes may be added at the end.
     """
     for name in ("task", "channels", "dtype", "scale"):
         ours, theirs = getattr(new, name), getattr(old, name)
         if ours != theirs:
             return f"{name} {ours} where {theirs} is served"
     names, served = ([entry.name for entry in signature.classes] for signature in (new, old))
-    if other_classes or names[: len(served)] == served:
+    if names[: len(served)] == served:
         return ""
     number = next((number for number, (ours, theirs) in enumerate(zip(names, served, strict=False)) if ours != theirs), len(names))
     name = f'"{names[number]}"' if number < len(names) else "none"
@@ -72,11 +71,14 @@ class Latencies:
             self._seconds.popitem(last=False)
 
     def forget(self, call: Call) -> None:
-        """Forget a kind of call, so that the next version is not warmed up for it."""
         self._seconds.pop(call, None)
 
     def of(self, call: Call) -> tuple[float, ...]:
         return tuple(self._seconds.get(call, ()))
+
+    def count(self, call: Call) -> int:
+        """Number of remembered batches of a kind."""
+        return len(self._seconds.get(call, ()))
 
     @property
     def calls(self) -> dict[Call, int]:
@@ -86,7 +88,7 @@ class Latencies:
 
 @dataclass(eq=False, slots=True)
 class Begun:
-    """A batch of `rows` images that a version computes since the time `at`. From the time `due` on it is overdue: it counts as failed."""
+    """A batch of `rows` images that a version computes since the time `at`. From the time `due` on it counts as failed."""
 
     version: Version
     rows: int
@@ -99,9 +101,8 @@ class Begun:
 class Version:
     """One artefact under the name of its version. Only its slot changes it, under its lock.
 
-    `leases`: leases in use. `reason`: why it failed, otherwise empty. `digest` and `signature` are set once it was opened,
-    and remain after it is closed. `warm`: calls that it was compiled for when it was opened, of which `start` came from the options.
-    `begun`: the batches that it computes.
+    `reason`: of its failure. `digest` and `signature` are set once it was opened, and remain. `warm`: calls that it is compiled for, of
+    which `start` came from the options. `begun`: the batches that it computes.
     """
 
     name: str
@@ -121,7 +122,7 @@ class Version:
 
     @property
     def session(self) -> Session:
-        """The open session; a lease keeps it open. Raises NotReadyError where it is closed."""
+        """The open session. Raises NotReadyError if it is closed."""
         if self._session is None:
             raise NotReadyError(f"version {self.name} is {self.state}: take a lease on one that is ready")
         return self._session
@@ -139,7 +140,6 @@ class Version:
 
     @property
     def liveness(self) -> Liveness:
-        """Whether the engine lives, and what can be done if not."""
         return IN_THIS_PROCESS if self._session is None else liveness_of(self._session)
 
     @property
@@ -147,23 +147,12 @@ class Version:
         """Whether it is open and its engine accepts calls."""
         return self._session is not None and self.liveness.able
 
-    @property
-    def dead(self) -> bool:
-        """Whether its engine died again and again and is not running (`Liveness.dead`)."""
-        return self.liveness.dead
-
-    @property
-    def overdue(self) -> int:
-        """Number of its batches that are overdue."""
-        return sum(begun.overdue for begun in self.begun)
-
     def opened(self, opened: Opened) -> None:
         self._session, self._signature, self.digest, self.state = opened.session, opened.signature, opened.digest, "ready"
         self.warm, self.start = frozenset(opened.calls), frozenset(opened.start)
 
     @property
     def deaths(self) -> int:
-        """Number of deaths of its engine."""
         return self._deaths if self._session is None else self.liveness.deaths
 
     def new_death(self) -> str:

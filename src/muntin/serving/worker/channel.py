@@ -3,9 +3,9 @@
     control   a question -> a description of the opened session, or an error; then for each channel its socket and its memory
     channel   a call, with its images in that memory -> done, with the answer in it, or an error
 
-A message is JSON, preceded by its length. A call is a few numbers and "done" is a byte instead: they are sent for each batch, and JSON
-takes a tenth of a millisecond after an engine has used the processor's caches. Images are copied into the memory, and answers out of it.
-Nothing is unpickled.
+A message is JSON, preceded by its length. A call is a few numbers and "done" is a byte, because JSON takes a tenth of a millisecond.
+The memory is a file without a name, in memory where the system has such files. It is not a file of /dev/shm, of which a container has
+64 MB. Nothing is unpickled.
 """
 
 from __future__ import annotations
@@ -14,9 +14,12 @@ import json
 import os
 import socket
 import struct
+import tempfile
 import time
 from collections.abc import Mapping
+from contextlib import suppress
 from math import inf
+from mmap import mmap
 from typing import Any
 
 import numpy as np
@@ -24,18 +27,20 @@ from numpy.typing import NDArray
 
 from muntin.runtime.host.helper_process import recorded_error
 from muntin.serving.worker.opening import Call
-from muntin.serving.worker.shared_memory import mapped, new_file
 
 KEPT_BYTES = 64 << 20
 """Bytes of memory that a channel keeps between calls. Larger memory is freed after its call."""
 MESSAGE_BYTES = 16 << 20
 """Maximum length of a message, bytes."""
 CALL = struct.Struct("=Biiiiqqq")
-"""Operation, B, H, W, C, bytes of the memory, offset of the answer in it, and bytes of the answer."""
-SCORES, LABELS, OTHER = range(3)
-"""Operations. `OTHER`: a message follows that names it."""
+"""Operation, B, H, W, C, bytes of the memory, offset of the answer in it, and bytes of the answer.
+
+Of `WARM_UP`: B, H, W, labels, compute, and two zeros; with B = 0 nothing is done.
+"""
+SCORES, LABELS, WARM_UP = range(3)
+"""Operations."""
 DONE, FAILED = b"d", b"f"
-"""First byte of an answer. After `FAILED` a message with the error follows, and after `OTHER` a message with the answer."""
+"""First byte of an answer. After `FAILED` a message with the error follows."""
 _LENGTH = struct.Struct("=I")
 _ALIGNMENT = 64
 _LEAST_BYTES = 1 << 16
@@ -73,6 +78,20 @@ def _receive_exactly(sock: socket.socket, length: int) -> bytes:
     return parts
 
 
+def _new_file() -> int:
+    """Return a descriptor of an empty file without a name."""
+    if hasattr(os, "memfd_create"):
+        with suppress(OSError):  # a sandbox may not allow it
+            return os.memfd_create("muntin")
+    with tempfile.TemporaryFile() as file:
+        return os.dup(file.fileno())
+
+
+def mapped(file: int, size: int) -> NDArray[np.uint8]:
+    """Return the first `size` bytes of a file as an array, shared with other processes."""
+    return np.frombuffer(mmap(file, size), np.uint8)
+
+
 def call_from_json(values: list[Any]) -> Call:
     (B, H, W), labels = values
     return Call((B, H, W), labels)
@@ -90,47 +109,39 @@ class EngineChannel:
         self._file = -1
         self._socket, theirs = socket.socketpair()
         with theirs:
-            self._file = new_file()
+            self._file = _new_file()
             send(control, {}, theirs.fileno(), self._file)
 
-    def ask(self, **question: Any) -> dict[str, Any]:
-        """Send a question and return its answer. Raises EOFError or ConnectionError if the process has ended, and the error raised
-        there."""
-        self.asked_at = time.monotonic()
-        self._socket.sendall(CALL.pack(OTHER, *[0] * 7))
-        send(self._socket, question)
-        self._await_done()
-        return self._message()
+    def warm_up(self, call: Call, *, compute: bool = True) -> None:
+        """Have the engine compile for a call; without images, only wait for its answer.
+
+        Raises EOFError or ConnectionError if the process has ended, and the error raised there.
+        """
+        self._ask(WARM_UP, *call.shape, call.labels, compute, 0, 0)
 
     def compute(self, operation: int, images_BHWC: NDArray[np.uint8], answer: NDArray[Any]) -> None:
-        """Have images computed, and copy the result into `answer`. Raises as `ask` does."""
+        """Have images computed, and copy the result into `answer`. Raises as `warm_up` does."""
         start = -(-images_BHWC.nbytes // _ALIGNMENT) * _ALIGNMENT
         memory = self._memory_of(start + answer.nbytes)
         memory[: images_BHWC.nbytes] = images_BHWC.reshape(-1)
-        self.asked_at = time.monotonic()
         try:
-            self._socket.sendall(CALL.pack(operation, *images_BHWC.shape, memory.nbytes, start, answer.nbytes))
-            self._await_done()
-            self.asked_at = inf
+            self._ask(operation, *images_BHWC.shape, memory.nbytes, start, answer.nbytes)
             answer[...] = memory[start : start + answer.nbytes].view(answer.dtype).reshape(answer.shape)
         finally:
             if memory.nbytes > KEPT_BYTES:
                 self._memory = None
                 os.ftruncate(self._file, 0)
 
-    def _await_done(self) -> None:
+    def _ask(self, operation: int, *numbers: int) -> None:
+        self.asked_at = time.monotonic()
+        self._socket.sendall(CALL.pack(operation, *numbers))
         state = self._socket.recv(1)
-        if state == FAILED:
-            raise recorded_error(self._message())
-        if state != DONE:
-            raise EOFError
-
-    def _message(self) -> dict[str, Any]:
-        received = receive(self._socket)
-        if received is None:
+        failure = receive(self._socket) if state == FAILED else None
+        if state != DONE and failure is None:
             raise EOFError
         self.asked_at = inf
-        return received[0]
+        if failure is not None:
+            raise recorded_error(failure[0])
 
     def _memory_of(self, size: int) -> NDArray[np.uint8]:
         """Return memory of at least `size` bytes."""

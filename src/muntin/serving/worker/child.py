@@ -1,4 +1,4 @@
-"""The process that an engine runs in: it opens an artefact, and computes what the server asks for (messages: `engine_lane`).
+"""The process that an engine runs in: it opens an artefact, and computes what the server asks for (messages: `channel`).
 
 It ends when the server closes its end of the control socket.
 """
@@ -6,12 +6,10 @@ It ends when the server closes its end of the control socket.
 from __future__ import annotations
 
 import os
-import select
 import signal
 import socket
 from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import asdict
 from pathlib import Path
 from threading import Thread
 from typing import Any
@@ -22,9 +20,8 @@ from numpy.typing import NDArray
 from muntin.runtime.host.helper_process import error_record, helper_socket
 from muntin.runtime.options import SessionOptions
 from muntin.runtime.session import Session
-from muntin.serving.worker.channel import CALL, DONE, FAILED, KEPT_BYTES, LABELS, OTHER, call_from_json, receive, send
+from muntin.serving.worker.channel import CALL, DONE, FAILED, KEPT_BYTES, LABELS, WARM_UP, call_from_json, mapped, receive, send
 from muntin.serving.worker.opening import open_version
-from muntin.serving.worker.shared_memory import SharedOutputs, mapped
 
 OOM_SCORE_OPENING, OOM_SCORE_SERVING = 600, 300
 """Of 1,000 (proc(5), oom_score_adj). If memory runs out the kernel is to end this process, and not the server, which starts another one;
@@ -60,14 +57,13 @@ def _open(control: socket.socket, question: dict[str, Any]) -> Session:
         SessionOptions(**question["options"]),
         [call_from_json(call) for call in question["lately"]],
         rest=question["rest"],
-        stopped=lambda: bool(select.select([control], [], [], 0)[0]),  # the server sends nothing meanwhile: it has closed its end
+        digest=question["digest"],
     )
     end_after(0)
     set_oom_score(OOM_SCORE_SERVING)
     session = opened.session
     description = {name: getattr(session, name) for name in ("engine", "precision", "threads", "streams")}
     description |= {"signature": opened.signature.model_dump(mode="json"), "digest": opened.digest, "calls": opened.calls}
-    session.outputs = SharedOutputs()
     send(control, description)
     return session
 
@@ -90,8 +86,6 @@ class _HostChannel:
 
     def __init__(self, session: Session, sock: socket.socket, file: int) -> None:
         self._session, self._socket, self._file = session, sock, file
-        assert isinstance(session.outputs, SharedOutputs)
-        self._outputs = session.outputs
         self._memory: NDArray[np.uint8] | None = None
 
     def serve(self) -> None:
@@ -103,10 +97,11 @@ class _HostChannel:
             os.close(self._file)
 
     def _answer(self, operation: int, *call: int) -> None:
-        answer: dict[str, Any] | None = None
         try:
-            if operation == OTHER:
-                answer = self._other()
+            if operation == WARM_UP:
+                B, H, W, labels, compute, *_ = call
+                if B:
+                    self._session.warm_up([(B, H, W)], labels=bool(labels), compute=bool(compute))
             else:
                 self._compute(self._session.infer_labels if operation == LABELS else self._session.infer, *call)
         except Exception as error:  # noqa: BLE001 - the server raises it
@@ -114,8 +109,6 @@ class _HostChannel:
             send(self._socket, error_record(error))
         else:
             self._socket.sendall(DONE)
-            if answer is not None:
-                send(self._socket, answer)
 
     def _compute(self, compute: Compute, B: int, H: int, W: int, C: int, size: int, start: int, length: int) -> None:
         memory, self._memory = self._memory, None
@@ -123,19 +116,5 @@ class _HostChannel:
             memory = mapped(self._file, size)
         if size <= KEPT_BYTES:
             self._memory = memory
-        place = memory[start : start + length]
-        self._outputs.place(place)
-        self._outputs.settle(compute(memory[: B * H * W * C].reshape(B, H, W, C)), place)
-
-    def _other(self) -> dict[str, Any]:
-        received = receive(self._socket)
-        if received is None:
-            raise EOFError
-        question = received[0]
-        if question["op"] == "ping":
-            return {}
-        if question["op"] == "layers":
-            return {"layers": [asdict(layer) for layer in self._session.layers()]}
-        B, H, W = question["shape"]
-        self._session.warm_up([(B, H, W)], labels=question["labels"], compute=question["compute"])
-        return {}
+        answer = compute(memory[: B * H * W * C].reshape(B, H, W, C))
+        memory[start : start + length].view(answer.dtype).reshape(answer.shape)[...] = answer

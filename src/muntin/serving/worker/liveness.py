@@ -1,4 +1,4 @@
-"""Whether the engine of a session lives, and what can be done if not. Only an engine in a process of its own can die alone."""
+"""State of the engine of a session, and ways to end and revive it. Only an engine in a process of its own can die alone."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from muntin.runtime.session import Session
 
 
 class Liveness:
-    """The engine of a session. This base is an engine in this process: it never dies alone, and cannot be ended.
+    """An engine in this process: it never dies alone, and cannot be ended. Base of others.
 
     `deaths`: how often the engine has died, or could not be started again. `last_death`: the cause of the last one, in words.
     """
@@ -17,13 +17,8 @@ class Liveness:
 
     @property
     def able(self) -> bool:
-        """Whether a call may succeed now. False while an engine that died several times in a row is not started again."""
+        """False while an engine that died several times in a row is not started again."""
         return True
-
-    @property
-    def dead(self) -> bool:
-        """Whether the engine died several times in a row and does not run now."""
-        return False
 
     @property
     def process_ids(self) -> tuple[int, ...]:

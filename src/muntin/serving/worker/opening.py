@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
-from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -22,12 +20,10 @@ DENSE_ROWS, DENSE_PIXELS = 16, 1 << 20
 """Largest batch, in images and in pixels of all images, up to which every batch size is compiled for (0.4 s and 17 MiB each at 64 x 64)."""
 LONGEST_REST_S = 1.0
 """Longest pause after a step of opening, seconds: on a busy core a step takes long without having done much."""
-TOO_LONG = "it hangs, or this machine is too slow for all that it is compiled for: lower --max-batch"
-"""End of the message of a TookTooLongError."""
 
 
 class NotReadyError(MuntinError):
-    """No version, or not the requested one, can answer now; or the opening was stopped."""
+    """No version, or not the requested one, can answer now; or opening it was ended."""
 
 
 class TookTooLongError(VerificationError):
@@ -39,11 +35,7 @@ class EngineDiedError(MuntinError):
 
 
 class OutOfMemoryError(EngineDiedError):
-    """The kernel ended `process` because memory ran out. A deduction: it reports how many processes it ended, not which."""
-
-    def __init__(self, message: str, *, process: int = 0) -> None:
-        super().__init__(message)
-        self.process = process
+    """The kernel ended the engine's process because memory ran out. A deduction: it reports how many processes it ended, not which."""
 
 
 class Call(NamedTuple):
@@ -89,32 +81,33 @@ class Opened:
     start: tuple[Call, ...] = ()
 
 
-def _never() -> bool:
-    return False
-
-
-def open_version(
-    path: Path, options: SessionOptions, calls: Iterable[Call], *, rest: float = 0.0, stopped: Callable[[], bool] = _never
-) -> Opened:
+def open_version(path: Path, options: SessionOptions, calls: Iterable[Call], *, rest: float = 0.0, digest: str = "") -> Opened:
     """Open an artefact in this process, replay its smallest golden pair, and warm it up for `calls`.
 
-    Without calls it is warmed up for scores and labels of the shape that its manifest names; the options' `shapes` are ignored.
-
     Costs compiling, or a fraction of it where the user's cache holds the compiled model. With `dynamic` the models of dynamic sizes are
-    compiled as well. `rest`: after each step, pause for `rest` times its duration; above 0 only the smallest call is computed, because
-    requests are answered meanwhile. `stopped`: checked before each step. Raises the errors of `load`, VerificationError for a wrong golden
-    pair, NotReadyError where stopped.
+    compiled as well; the options' `shapes` are ignored. `rest`: after each step, pause for `rest` times its duration; above 0 only the
+    smallest call is computed, because requests are answered meanwhile. `digest`: required digest of the artefact; empty: any. Raises the
+    errors of `load`, and VerificationError for a wrong golden pair or another digest.
     """
-    step = partial(_step, path, rest=rest, stopped=stopped)
-    with step():
-        session = open_session(path, replace(options, shapes=()))
-    artifact = open_artifact(path)  # after the load: its digest shows whether the directory was replaced meanwhile
-    calls = tuple(dict.fromkeys(calls)) or _example_calls(artifact.manifest)
+    started = time.perf_counter()
+
+    def pause() -> None:
+        nonlocal started
+        time.sleep(min(LONGEST_REST_S, rest * (time.perf_counter() - started)))
+        started = time.perf_counter()
+
+    session = open_session(path, replace(options, shapes=()))
+    pause()
+    artifact = open_artifact(path)
+    if digest and artifact.digest != digest:
+        session.close()
+        raise VerificationError(f"{path}: it was replaced meanwhile: load it again")
+    calls = tuple(dict.fromkeys(calls))
     images_BHWC, scores = min(artifact.golden(), key=lambda pair: pair[0].size)
     tolerance = artifact.manifest.tolerance(session.engine, session.precision)
     classes = session.signature.task != "restore"
-    with step():
-        result = replay(session, images_BHWC, scores, tolerance, classes=classes)
+    result = replay(session, images_BHWC, scores, tolerance, classes=classes)
+    pause()
     if not result.passed:
         allowed = "nothing is recorded" if tolerance is None else f"{tolerance.max_error:g}"
         raise VerificationError(
@@ -123,25 +116,8 @@ def open_version(
         )
     smallest = min(calls, key=lambda call: call.pixels, default=None)
     for call in sorted(calls, key=lambda call: call.labels):
-        with step():
-            session.warm_up([call.shape], labels=call.labels, compute=not rest or call == smallest)
+        session.warm_up([call.shape], labels=call.labels, compute=not rest or call == smallest)
+        pause()
     if options.dynamic and classes:
         session.labels(images_BHWC)  # the replay compiled the dynamic model for scores
     return Opened(session=session, signature=session.signature, digest=artifact.digest, calls=calls)
-
-
-def _example_calls(manifest: Manifest) -> tuple[Call, ...]:
-    """Scores, and labels where there are classes, of the manifest's example; empty without one."""
-    if manifest.example is None:
-        return ()
-    scores = Call(manifest.example)
-    return (scores,) if manifest.signature.task == "restore" else (scores, scores._replace(labels=True))
-
-
-@contextmanager
-def _step(path: Path, *, rest: float, stopped: Callable[[], bool]) -> Iterator[None]:
-    if stopped():
-        raise NotReadyError(f"{path}: opening it was ended with the server")
-    started = time.perf_counter()
-    yield
-    time.sleep(min(LONGEST_REST_S, rest * (time.perf_counter() - started)))

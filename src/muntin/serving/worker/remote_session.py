@@ -12,19 +12,17 @@ from __future__ import annotations
 import socket
 import time
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
 from functools import partial
 from math import inf
 from pathlib import Path
 from threading import Event, Lock, Thread
 from typing import Any
-from weakref import finalize
 
 import numpy as np
 from numpy.typing import DTypeLike, NDArray
 
 from muntin.artifact import Signature
-from muntin.errors import VerificationError
+from muntin.errors import MuntinError, VerificationError
 from muntin.runtime.options import SessionOptions
 from muntin.runtime.session import ExecutedLayer, Session, Shape, check_shapes
 from muntin.serving.worker.channel import LABELS, SCORES, EngineChannel, call_from_json
@@ -40,33 +38,24 @@ _RESTART_S = 5.0
 """Seconds that a call waits for a restart: less than a call may take before it counts as one that hangs."""
 
 
-@dataclass
-class _Current:
-    """The process that computes for a session; None while it is restarted and after `close`."""
-
-    running: RunningEngine | None
-
-    def end(self) -> None:
-        running, self.running = self.running, None
-        if running is not None:
-            running.end()
-
-
 def can_open_remote() -> bool:
     """Return whether this system can pass an open file to another process, as shared memory requires. Windows cannot."""
     return hasattr(socket, "send_fds") and hasattr(socket, "AF_UNIX")
 
 
 def open_remote(
-    path: Path, options: SessionOptions, lately: Iterable[Call], *, rest: float, seconds: float, stopped: Callable[[], bool]
+    path: Path,
+    options: SessionOptions,
+    lately: Iterable[Call],
+    *,
+    rest: float,
+    seconds: float,
+    stopped: Callable[[], bool],
+    digest: str = "",
 ) -> Opened:
-    """Open an artefact as `open_version` does, in a new process. Takes a second longer, in which Python and the engine start.
-
-    `rest`: as of `start_engine`. Raises the errors of opening, VerificationError if the process dies, TookTooLongError if it is not open in
-    `seconds`, NotReadyError if `stopped`.
-    """
+    """Open an artefact as `open_version` does, in a new process (`start_engine`). Takes a second longer, in which the process starts."""
     start = partial(start_engine, path, options, seconds=seconds)
-    running = start(lately, rest=rest, stopped=stopped)
+    running = start(lately, rest=rest, stopped=stopped, digest=digest)
     session = RemoteSession(running, start, path)
     try:
         session.check_channel()
@@ -75,12 +64,7 @@ def open_remote(
         if isinstance(error, EngineDiedError | NotReadyError):
             raise VerificationError(str(error)) from error
         raise
-    return Opened(
-        session=session,
-        signature=session.signature,
-        digest=running.description["digest"],
-        calls=tuple(session.calls),
-    )
+    return Opened(session=session, signature=session.signature, digest=running.description["digest"], calls=tuple(session.calls))
 
 
 class RemoteSession(Liveness, Session):
@@ -105,9 +89,9 @@ class RemoteSession(Liveness, Session):
         )
         self._start, self._path, self._digest = start, path, description["digest"]
         self.calls = [call_from_json(call) for call in description["calls"]]
-        self._current = _Current(running)
-        finalize(self, self._current.end)  # not __del__: in a cycle, the process might be collected before
-        self._lock = Lock()  # guards what follows, and `_current`
+        self._lock = Lock()  # guards the following
+        self._running: RunningEngine | None = running
+        """The process that computes; None while it is restarted and after `close`."""
         self._closed = False
         self._restart_done: Event | None = None
         self._deaths_in_a_row = 0
@@ -118,30 +102,27 @@ class RemoteSession(Liveness, Session):
         return not self._closed and time.monotonic() >= self._restart_at
 
     @property
-    def dead(self) -> bool:
-        return self._current.running is None and self._deaths_in_a_row >= DEATHS
-
-    @property
     def process_ids(self) -> tuple[int, ...]:
-        running = self._current.running
+        running = self._running
         return () if running is None else (running.process.pid,)
 
     def check_channel(self) -> None:
         """Open a channel, and have the process answer on it: a sandbox may not allow that."""
-        self._on_channel(partial(EngineChannel.ask, op="ping"))
+        self._on_channel(partial(EngineChannel.warm_up, call=Call((0, 0, 0))))
 
     def warm_up(self, shapes: Iterable[Shape], *, labels: bool = False, compute: bool = True) -> None:
         for shape in check_shapes(shapes):
-            self._on_channel(partial(EngineChannel.ask, op="warm_up", shape=shape, labels=labels, compute=compute))
-            if (call := Call(shape, labels)) not in self.calls:
+            call = Call(shape, labels)
+            self._on_channel(partial(EngineChannel.warm_up, call=call, compute=compute))
+            if call not in self.calls:
                 self.calls.append(call)
 
     def layers(self) -> list[ExecutedLayer]:
-        return [ExecutedLayer(**layer) for layer in self._on_channel(partial(EngineChannel.ask, op="layers"))["layers"]]
+        raise MuntinError("an engine in another process does not list its layers: use muntin.load")
 
     def interrupt(self, seconds: float) -> bool:
         with self._lock:
-            running = self._current.running
+            running = self._running
             asked_at = inf if running is None else min((channel.asked_at for channel in running.busy.copy()), default=inf)
         if running is None or time.monotonic() - asked_at < seconds:
             return False  # the call waits for a restart
@@ -160,7 +141,9 @@ class RemoteSession(Liveness, Session):
     def close(self) -> None:
         with self._lock:
             self._closed = True
-        self._current.end()
+            running, self._running = self._running, None
+        if running is not None:
+            running.end()
 
     # ---- calls ----
 
@@ -177,7 +160,7 @@ class RemoteSession(Liveness, Session):
         return answer
 
     def _on_channel(self, work: Callable[[EngineChannel], Any]) -> Any:
-        running = self._current.running
+        running = self._running
         if running is not None and running.process.poll() is not None:  # it died between two calls
             self._died(running)
             running = None
@@ -210,13 +193,11 @@ class RemoteSession(Liveness, Session):
         cause, out_of_memory = running.cause_of_end()
         text = f"the process of its engine has ended ({cause})"
         with self._lock:
-            if self._current.running is running:
-                self._current.running = None
+            if self._running is running:
+                self._running = None
                 self._count_death(text)
         running.end()
-        if out_of_memory:
-            return OutOfMemoryError(f"{self._path}: {text}", process=running.process.pid)
-        return EngineDiedError(f"{self._path}: {text}")
+        return (OutOfMemoryError if out_of_memory else EngineDiedError)(f"{self._path}: {text}")
 
     def _count_death(self, cause: str) -> None:
         """Requires the lock."""
@@ -233,12 +214,12 @@ class RemoteSession(Liveness, Session):
         Raises NotReadyError if it does not run then.
         """
         with self._lock:
-            if self._current.running is not None:
-                return self._current.running
+            if self._running is not None:
+                return self._running
             done = self._restart_done or self._begin_restart()
         if not done.wait(seconds):
             raise NotReadyError(f"{self._path}: its engine died, and is being begun again")
-        running = self._current.running
+        running = self._running
         if running is None:
             raise NotReadyError(f"{self._path}: {'it is closed' if self._closed else self.last_death}")
         return running
@@ -264,7 +245,7 @@ class RemoteSession(Liveness, Session):
             if running is None:
                 self._count_death(failure)
             elif not self._closed:
-                self._current.running, running = running, None
+                self._running, running = running, None
             self._restart_done = None
         done.set()
         if running is not None:  # the session was closed meanwhile
