@@ -16,7 +16,7 @@ import pytest
 
 from muntin.runtime.host.memory import resident
 from muntin.runtime.session import Session
-from muntin.serving.inference.fallback import compute_somewhere
+from muntin.serving.inference.executor import compute_somewhere
 from muntin.serving.versions.loader import ArtifactLoader
 from muntin.serving.versions.rollout import Rollout
 from muntin.serving.versions.slot import Slot

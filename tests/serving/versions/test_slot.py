@@ -17,7 +17,7 @@ import pytest
 
 from muntin.errors import ArtifactError, DataError, MuntinError, VerificationError
 from muntin.runtime.session import Session
-from muntin.serving.inference.fallback import compute_somewhere
+from muntin.serving.inference.executor import compute_somewhere
 from muntin.serving.versions.rollout import Rollout
 from muntin.serving.versions.slot import Slot, dispose
 from muntin.serving.versions.version import RefusedError, UnknownVersionError, Version

@@ -3,14 +3,15 @@
     batch of jobs -> one array (the request's own bytes if it is alone) -> session -> each job's rows of the answer
 
 If the engine finds no memory, the batch is computed in parts (`recovery`). If a version fails, another one that the slot names computes the
-batch (`fallback`). If the kernel ended the engine's process for lack of memory and no other version can compute the batch, each request is
-computed once more when the engine runs again, in smaller parts after each death.
+batch (`compute_somewhere`). If the kernel ended the engine's process for lack of memory and no other version can compute the batch, each
+request is computed once more when the engine runs again, in smaller parts after each death.
 """
 
 from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
 from math import inf
@@ -19,19 +20,21 @@ from typing import Any, NamedTuple, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
-from muntin.serving.batching.batcher import Batch, Job
+from muntin.errors import DataError
+from muntin.runtime import Session
+from muntin.serving.batching.job import Batch, Job
 from muntin.serving.batching.workers import AgainError
-from muntin.serving.inference.fallback import compute_somewhere
 from muntin.serving.inference.recovery import Parts, Recovery, call, has_tiles
 from muntin.serving.versions.rollout import label_agreement
 from muntin.serving.versions.slot import Lease, Slot
-from muntin.serving.versions.version import Version
+from muntin.serving.versions.version import Begun, Version
 from muntin.serving.versions.warmup import Compiler
 from muntin.serving.worker.opening import Call, OutOfMemoryError
 
 REVIVE_S = 5.0
 """Seconds that a try waits for the restart of an engine: less than a call may take before it counts as one that hangs."""
 
+Answer = TypeVar("Answer")
 Sliced = TypeVar("Sliced", NDArray[Any], list[Any])
 
 
@@ -79,6 +82,59 @@ def taken_apart(answer: Sliced, jobs: Iterable[Job]) -> list[Sliced]:
         parts.append(answer[first : first + job.rows])
         first += job.rows
     return parts
+
+
+def compute_somewhere(
+    slot: Slot,
+    version: Version,
+    work: Callable[[Session], Answer],
+    *,
+    rows: int,
+    call: Call | None = None,
+    within: float = inf,
+    whole: Callable[[Answer], bool] = lambda answer: True,
+) -> tuple[Answer, Version]:
+    """Return `work(session)` of a version, which the caller has a lease on, or of another one if it fails; and the version that computed
+    it.
+
+    The slot counts it (`Slot.observe`). A failure counts against a version only if another one computes the same: an image that no version
+    can compute must not send a version back. An OSError never counts: this process may open no more files then. `within`: as of
+    `Slot.begin`; a version that hangs or has failed is not asked if there is another one. `whole`: whether an answer was computed in one
+    call. Raises the first error of `work`; a DataError at once.
+    """
+    failures: list[tuple[Begun, Exception]] = []
+
+    def count(failures: list[tuple[Begun, Exception]]) -> None:
+        for begun, error in failures:
+            if not isinstance(error, OSError):
+                slot.observe(begun.version, rows=rows, error=error, call=call, begun=begun)
+
+    try:
+        with ExitStack() as leases:
+            while (slot.hangs(version) or version.state == "failed") and (lease := slot.fallback(version)) is not None:
+                version = leases.enter_context(lease).version
+            while True:
+                begun = slot.begin(version, rows=rows, within=within)
+                try:
+                    answer = work(version.session)
+                except DataError:
+                    raise
+                except Exception as error:  # noqa: BLE001 - it is raised below if no other version computes it
+                    failures.append((begun, error))
+                else:
+                    slot.observe(version, seconds=slot.clock() - begun.at, rows=rows, call=call, begun=begun, whole=whole(answer))
+                    count(failures)
+                    return answer, version
+                finally:
+                    slot.end(begun)
+                lease = slot.fallback(version)
+                if lease is None:
+                    break
+                version = leases.enter_context(lease).version
+        count(failures[-1:])
+        raise failures[0][1]
+    finally:
+        failures.clear()  # an error holds this frame by its traceback, and with it the images
 
 
 class Executor:
