@@ -33,12 +33,12 @@ def test_promises_include_time_beyond_the_engine(batching: Any) -> None:
     batcher.discard()
     for seconds in (0.004, 0.015, 0.002):
         batcher.delivered(seconds, 0.0)
-    assert batcher._overhead.seconds(0.0) == 0.015
+    assert batcher._queue.overhead(0.0) == 0.015
     assert sum(batcher.submit(batching.job_of(), 0.0) is None for _ in range(20)) == 3
     batcher.delivered(10.0, 0.0)
-    assert batcher._overhead.seconds(0.0) == pytest.approx(0.3 * 0.055)  # one very slow client does not close the server
-    assert batcher._overhead.seconds(1.0) == pytest.approx(0.3 * 0.055 / math.e)
-    assert batcher._overhead.seconds(60.0) == 0.001
+    assert batcher._queue.overhead(0.0) == pytest.approx(0.3 * 0.055)  # one very slow client does not close the server
+    assert batcher._queue.overhead(1.0) == pytest.approx(0.3 * 0.055 / math.e)
+    assert batcher._queue.overhead(60.0) == 0.001
 
 
 def test_without_objective_and_deadline(batching: Any) -> None:

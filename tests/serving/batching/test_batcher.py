@@ -90,16 +90,6 @@ def test_order_of_patient_jobs(batching: Any) -> None:
     assert order == [*promised, tile]
 
 
-def test_order_of_groups(batching: Any) -> None:
-    batcher = batching.batcher_of({"a": batching.STEEP, "b": batching.STEEP}, objective=1.0)
-    batching.occupy(batcher, 0.0, "a")
-    a = [batching.job_of("a", priority=1), batching.job_of("a", priority=1)]
-    b = [batching.job_of("b", priority=2), batching.job_of("b")]
-    batching.admitted(batcher, 0.0, *a, *b)
-    batcher.done(batcher._queue.running[0].batch, 0.01, 0.0101)
-    assert batching.jobs_of(batcher, 0.01) == [b[1], b[0]]
-
-
 def test_no_job_starves(batching: Any) -> None:
     """A job of priority 2 goes before every job that arrives more than twice the patience later."""
     batcher = batching.batcher_of({"g": batching.LINEAR}, max_rows=1, queue_rows=100, patience=0.1)
@@ -116,27 +106,6 @@ def test_no_job_starves(batching: Any) -> None:
             break
         assert batch.jobs[0].arrived <= 0.2
     assert 0.2 < now < 0.6
-
-
-def test_batches_of_one_group_by_rows(batching: Any) -> None:
-    batcher = batching.batcher_of({"a": batching.STEEP, "b": batching.STEEP}, max_rows=8, queue_rows=100)
-    batching.occupy(batcher, 0.0, "a")
-    jobs = [
-        batching.job_of("a", rows=3),
-        batching.job_of("b", rows=2),
-        batching.job_of("a", rows=3),
-        batching.job_of("a", rows=3),
-        batching.job_of("b", rows=8),
-        batching.job_of("a", rows=1),
-    ]
-    batching.admitted(batcher, 0.0, *jobs)
-    batches = []
-    for step in range(4):
-        now = 0.02 * (step + 1)
-        batcher.done(batcher._queue.running[0].batch, now, 0.01)
-        batches.append([jobs.index(job) for job in batching.jobs_of(batcher, now)])
-    # The first "a" takes the second along, not the third (9 rows), nor the fourth past it.
-    assert batches == [[0, 2], [1], [3, 5], [4]]
 
 
 @pytest.mark.parametrize("tile", [0.04, 0.25])
@@ -161,22 +130,6 @@ def test_patient_jobs_in_a_full_queue(batching: Any) -> None:
     batching.refused(batcher, batching.job_of(), 0.0, "full")
     batching.refused(batcher, batching.job_of(patient=True, nbytes=11), 0.0, "too large")
     batching.refused(batcher, batching.job_of(patient=True, deadline=0.001), 0.0, "late")
-
-
-def test_cancel_waiting_jobs_only(batching: Any) -> None:
-    batcher = batching.batcher_of({"g": batching.STEEP}, objective=1.0)
-    running, waiting, other = batching.job_of(), batching.job_of(nbytes=5), batching.job_of()
-    batching.admitted(batcher, 0.0, running)
-    batch = batching.batch_of(batcher, 0.0)
-    batching.admitted(batcher, 0.0, waiting, other)
-    assert not batcher.cancel(running)
-    assert batcher.cancel(waiting)
-    assert not batcher.cancel(waiting)
-    assert not batcher.cancel(batching.job_of())
-    snapshot = batcher.snapshot()
-    assert (snapshot.waiting_jobs, snapshot.waiting_bytes, snapshot.cancelled, snapshot.running_rows) == (1, 0, 1, 1)
-    batcher.done(batch, 0.01, 0.0101)
-    assert batching.jobs_of(batcher, 0.01) == [other]
 
 
 def test_expire_while_no_worker_is_free(batching: Any) -> None:
@@ -228,17 +181,6 @@ def test_two_workers(batching: Any) -> None:
     assert batcher.poll(0.0) == Decision(None, (), None)
     batcher.done(batches[1], 0.01, 0.01)
     assert batching.batch_of(batcher, 0.01).jobs == (kept[2],)
-
-
-def test_discard(batching: Any) -> None:
-    batcher = batching.batcher_of({"a": batching.STEEP, "b": batching.LINEAR}, objective=1.0)
-    batching.occupy(batcher, 0.0, "a")
-    jobs = [batching.job_of("a"), batching.job_of("b"), batching.job_of("a")]
-    batching.admitted(batcher, 0.0, *jobs)
-    given_up = batcher.discard()
-    assert {job for job, _ in given_up} == set(jobs)
-    assert {refusal.kind for _, refusal in given_up} == {"draining"}
-    assert (batcher.waiting, batcher.snapshot().running_batches, batcher.discard()) == (0, 1, ())
 
 
 def test_snapshot(batching: Any) -> None:

@@ -61,12 +61,6 @@ def safe(model: LatencyModel, rows: int) -> float:
     return line_of(model).safe(rows)
 
 
-def test_unknown_group() -> None:
-    model, _ = taught(50)
-    assert model.line("other") is None
-    assert model.line("other", cost=5) is None  # no measured group has a cost
-
-
 @pytest.mark.parametrize("seed", range(3))
 def test_line_between_and_beyond_measured_sizes(seed: int) -> None:
     model, _ = taught(200, sizes=(1, 4, 16), seed=seed)

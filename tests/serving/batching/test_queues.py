@@ -34,15 +34,6 @@ def test_order_by_standing_then_ticket() -> None:
     assert queue.index(new) == 2
 
 
-def test_take_from_anywhere() -> None:
-    queue = queue_of(1, 2, 3, 4)
-    jobs = [job for _, _, job in queue.jobs]
-    assert queue.take([1, 3]) == (jobs[1], jobs[3])
-    assert (queue.rows, [job for _, _, job in queue.jobs]) == (4, [jobs[0], jobs[2]])
-    assert queue.take([0, 1]) == (jobs[0], jobs[2])
-    assert (queue.rows, queue.jobs) == (0, [])
-
-
 @pytest.mark.parametrize(
     ("rows", "first", "limit", "fitting"),
     [

@@ -8,6 +8,7 @@ import math
 import re
 import threading
 import time
+import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -197,6 +198,33 @@ def test_large_answers_bounded_before_computing(shelf: Any, monkeypatch: pytest.
             assert isinstance(following, ZeroDivisionError) == (end == "failed")
 
     asyncio.run(ask())
+
+
+@pytest.mark.usefixtures("uncollected")
+@pytest.mark.parametrize("side", [8, SIDE])
+@pytest.mark.parametrize("fails", ["nothing", "engine", "encoding"])
+def test_ended_request_holds_no_images(shelf: Any, side: int, fails: str) -> None:
+    """Not even until cycles are collected."""
+
+    def encode(_: Any) -> None:
+        if fails == "encoding":
+            raise ZeroDivisionError
+
+    async def ask() -> None:
+        with service_of(shelf) as service:
+            if fails == "engine":
+                service.slot.open[0].session._infer = None  # type: ignore[method-assign, assignment]
+            request = request_of(side)
+            images = weakref.ref(request.inputs[0].data)
+            task = asyncio.create_task(service.infer(request, model="m", version=None, encode=encode))
+            del request
+            await asyncio.wait([task])
+            assert (task.exception() is None) == (fails == "nothing")
+            del task
+            while images() is not None:
+                await asyncio.sleep(0.001)
+
+    asyncio.run(asyncio.wait_for(ask(), 30))
 
 
 @contextmanager

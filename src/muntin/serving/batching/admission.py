@@ -16,7 +16,7 @@ import math
 from muntin.serving.batching.batch_former import BatchSizes
 from muntin.serving.batching.forecast import Forecast
 from muntin.serving.batching.job import Job
-from muntin.serving.batching.queues import GroupQueue, JobQueue, Overhead, Peak, Rate
+from muntin.serving.batching.queues import GroupQueue, JobQueue, Peak, Rate
 
 _LEVELS = 16  # priorities whose load is counted separately
 _BACKLOG_FACTOR = 1.5  # safety of the estimate without a forecast
@@ -29,17 +29,15 @@ _KEPT_S = 60.0  # seconds for which a group counts as one that keeps the objecti
 
 
 class Admission:
-    """Promises for the jobs of a queue. `objective`: seconds, or None."""
+    """Promises for the jobs of a queue."""
 
-    def __init__(self, queue: JobQueue, sizes: BatchSizes, overhead: Overhead, *, objective: float | None) -> None:
-        self._queue, self._sizes, self._overhead = queue, sizes, overhead
-        self._objective = objective
+    def __init__(self, queue: JobQueue, sizes: BatchSizes) -> None:
+        self._queue, self._sizes, self._objective = queue, sizes, queue.objective
         self._next_huge = -math.inf  # time from which on a huge job may be tried
         self._owed = Peak()  # seconds of a batch that refused jobs would have needed
         self._load = [Rate() for _ in range(_LEVELS)]  # seconds of engine time admitted, by priority
         self._forecast: Forecast | None = None
-        self._forecast_changes = -1
-        self._forecast_until = -math.inf
+        self._forecast_changes, self._forecast_until = -1, -math.inf
 
     def lateness(self, job: Job, group: GroupQueue, now: float) -> float:
         """Seconds by which the job would be late, or make another job late; 0: admit it. inf: late even if it were alone.
@@ -50,11 +48,11 @@ class Admission:
             return math.inf
         if job.due == math.inf or not group.known:
             return 0.0
-        latency, seconds_left = group.latency, job.due - now - self._overhead.seconds(now)
+        latency, seconds_left = group.latency, job.due - now - self._queue.overhead(now)
         if latency.safe(job.rows) > seconds_left:
             return 0.0 if self._try(job, group, now) else math.inf
         job.promised = True
-        if not self._queue.job_count and self._queue.worker_free:
+        if not self._queue.job_count and len(self._queue.running) < self._queue.workers:
             return 0.0
         batch_seconds = self._sizes.batch_seconds(group, seconds_left, now)
         reserve = latency.safe(self._sizes.target(group, batch_seconds, now))
@@ -117,6 +115,6 @@ class Admission:
         queue = self._queue
         if self._forecast is None or self._forecast_changes != queue.changes or now >= self._forecast_until:
             free = [run.end(now) for run in queue.running] + [(now, 0.0)] * (queue.workers - len(queue.running))
-            self._forecast = Forecast(queue.active.values(), free, margin=self._overhead.seconds(now), backlog=queue.backlog)
+            self._forecast = Forecast(queue.active.values(), free, margin=self._queue.overhead(now), backlog=queue.backlog)
             self._forecast_changes, self._forecast_until = queue.changes, min(end for end, _ in free)
         return self._forecast

@@ -16,7 +16,7 @@ import math
 
 from muntin.serving.batching.job import Batch
 from muntin.serving.batching.latency_model import LatencyLine
-from muntin.serving.batching.queues import GroupQueue, JobQueue, Overhead, by_standing
+from muntin.serving.batching.queues import GroupQueue, JobQueue, by_standing
 
 LOAD = 0.8
 """Share of an engine's throughput up to which arrivals do not call for larger batches."""
@@ -51,10 +51,10 @@ def worthwhile_rows(latency: LatencyLine, sustaining: int, max_rows: int, reach:
 
 
 class BatchSizes:
-    """Rows that a batch of a group should have, of at most `max_rows`. `objective`: seconds, or None."""
+    """Rows that a batch of a group should have, of at most `max_rows`."""
 
-    def __init__(self, queue: JobQueue, *, objective: float | None, max_rows: int) -> None:
-        self._queue, self._objective, self._max_rows = queue, objective, max_rows
+    def __init__(self, queue: JobQueue, max_rows: int) -> None:
+        self._queue, self._objective, self._max_rows = queue, queue.objective, max_rows
 
     def largest(self, group: GroupQueue, now: float) -> int:
         """Rows of the largest batch to form now. It grows in steps from the largest one measured: no promise is a far extrapolation."""
@@ -85,10 +85,10 @@ class BatchSizes:
 
 
 class BatchFormer:
-    """Forms the batches of a queue. `objective`: seconds, or None."""
+    """Forms the batches of a queue."""
 
-    def __init__(self, queue: JobQueue, sizes: BatchSizes, overhead: Overhead, *, objective: float | None) -> None:
-        self._queue, self._sizes, self._overhead, self._objective = queue, sizes, overhead, objective
+    def __init__(self, queue: JobQueue, sizes: BatchSizes) -> None:
+        self._queue, self._sizes, self._objective = queue, sizes, queue.objective
 
     def next(self, now: float, *, wait: bool) -> Batch | float | None:
         """Start the next batch, or return the time until which a worker waits for more rows; None: nothing can start.
@@ -96,9 +96,9 @@ class BatchFormer:
         `wait`: whether it may wait.
         """
         queue = self._queue
-        if not queue.active or not queue.worker_free:
+        if not queue.active or len(queue.running) == queue.workers:
             return None
-        group = next(iter(queue.active.values())) if len(queue.active) == 1 else min(queue.active.values(), key=by_standing)
+        group = min(queue.active.values(), key=by_standing)
         queue.set_batch_rows(group, self._sizes.largest(group, now))
         indices, rows, due = self._choose(group, now)
         if wait and len(queue.active) == 1 and len(indices) == len(group.jobs) and (until := self._wait_until(group, rows, due, now)) > now:
@@ -107,7 +107,7 @@ class BatchFormer:
 
     def _choose(self, group: GroupQueue, now: float) -> tuple[list[int], int, float]:
         """Indices of the group's jobs that make a batch, their rows, and the latest end of the batch."""
-        latency, earliest = group.latency, now + self._overhead.seconds(now)
+        latency, earliest = group.latency, now + self._queue.overhead(now)
         due = self._due_for_others(group, now)
         limit = min(group.batch_rows, latency.rows_within(due - earliest))
         urgent = group.head.priority
@@ -138,7 +138,7 @@ class BatchFormer:
             if other is group:
                 continue
             rows = min(other.rows, other.batch_rows)
-            seconds = other.head.due - now - self._overhead.seconds(now) - ahead - other.latency.safe(rows)
+            seconds = other.head.due - now - self._queue.overhead(now) - ahead - other.latency.safe(rows)
             if shortest <= seconds < next_free:  # otherwise it is late anyway, or another worker takes it
                 latest = min(latest, now + seconds)
             ahead += other.latency.expected(rows)
@@ -159,7 +159,7 @@ class BatchFormer:
         mean_gap = 1 / arrivals.per_second(arrivals.updated_at)
         saved = latency.fixed or latency.minimum / 4  # with one size measured the fixed part is unknown
         return min(
-            due - self._overhead.seconds(now) - latency.safe(rows),
+            due - self._queue.overhead(now) - latency.safe(rows),
             group.waiting_since + saved,
             max(group.waiting_since, arrivals.updated_at) + 2 * mean_gap,
         )

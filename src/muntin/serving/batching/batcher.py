@@ -4,8 +4,6 @@
 max(`patience`, objective) seconds after its arrival if that is earlier, plus `patience` seconds for each step of its priority. The smallest
 standing goes first, equal ones by arrival. So jobs of a priority go by due time, then arrival; more urgent ones go first; and none starves,
 since a job that arrives after another's standing goes behind it.
-
-`admission.py` makes promises, `batch_former.py` forms batches.
 """
 
 from __future__ import annotations
@@ -18,12 +16,11 @@ from muntin.serving.batching.admission import Admission
 from muntin.serving.batching.batch_former import BatchFormer, BatchSizes
 from muntin.serving.batching.job import Batch, Job, Refusal, RefusalKind
 from muntin.serving.batching.latency_model import LatencyModel
-from muntin.serving.batching.queues import GroupQueue, JobQueue, Overhead
+from muntin.serving.batching.queues import GroupQueue, JobQueue
 
 BROKEN = "the engine was slower than foreseen, or more urgent requests came: try again later"
 """Message of a job that was admitted and is dropped."""
 _STUCK = "the engine does not come back, and no thread is left to compute on: start the server again, or send the request to another one"
-_MAX_OVERHEAD, _MAX_OVERHEAD_S = 0.3, 0.01  # largest `margin` that is learned: share of the objective, or seconds without one
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,11 +78,9 @@ class Batcher:
         self.objective, self.max_rows, self.workers = objective, max_rows, workers
         self.queue_rows, self.queue_bytes = queue_rows, queue_bytes
         self._patience = patience
-        self._overhead = Overhead(margin, max(margin, _MAX_OVERHEAD * objective if objective else _MAX_OVERHEAD_S))
-        self._queue = JobQueue(latencies, workers)
-        sizes = BatchSizes(self._queue, objective=objective, max_rows=max_rows)
-        self._admission = Admission(self._queue, sizes, self._overhead, objective=objective)
-        self._former = BatchFormer(self._queue, sizes, self._overhead, objective=objective)
+        self._queue = JobQueue(latencies, workers, objective=objective, margin=margin)
+        sizes = BatchSizes(self._queue, max_rows)
+        self._admission, self._former = Admission(self._queue, sizes), BatchFormer(self._queue, sizes)
         self._expiry = math.inf
         self._draining = self._stuck = False
         self._admitted = self._dropped = self._cancelled = self._finished = 0
@@ -148,7 +143,7 @@ class Batcher:
             return Refusal("late", "the time until its deadline does not suffice even for the engine alone: give it more")
         assert self.objective is not None
         seconds = group.latency.safe(job.rows)
-        if seconds + self._overhead.seconds(now) <= self.objective:
+        if seconds + self._queue.overhead(now) <= self.objective:
             return Refusal("late", "it could not be read in time: try again", self._queue.wait_s or None)
         return Refusal(
             "late",
@@ -161,9 +156,7 @@ class Batcher:
         """Decide what a free worker does now."""
         dropped = self.expire(now)
         start = self._former.next(now, wait=not self._draining)
-        if isinstance(start, Batch):
-            return Decision(start, dropped, None)
-        return Decision(None, dropped, start)
+        return Decision(start, dropped, None) if isinstance(start, Batch) else Decision(None, dropped, start)
 
     def expire(self, now: float) -> tuple[tuple[Job, Refusal], ...]:
         """Drop the jobs that can no longer be answered in time. A job that waits alone is kept until it is due.
@@ -188,12 +181,12 @@ class Batcher:
         """Free a worker. `seconds`: engine time to learn; None: the batch failed."""
         group = self._queue.finish(batch, now, seconds)
         self._finished += len(batch.jobs)
-        if seconds is not None and self.objective is not None and seconds + self._overhead.seconds(now) <= self.objective:
+        if seconds is not None and self.objective is not None and seconds + self._queue.overhead(now) <= self.objective:
             group.kept_objective_at = now
 
     def delivered(self, seconds: float, now: float) -> None:
         """Learn that an answer was sent so many seconds after its batch ended."""
-        self._overhead.add(seconds, now)
+        self._queue.delivered(seconds, now)
 
     def cancel(self, job: Job) -> bool:
         """Remove a waiting job; False for a job that does not wait."""

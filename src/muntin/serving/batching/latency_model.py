@@ -3,14 +3,12 @@
 A group's latency is a line, fixed + per_row * n, through one remembered figure for each size of batch that was measured (sizes above eight
 share buckets, a quarter of an octave wide). So a machine that ran full batches for an hour still knows the time of a single row.
 
-Two things change. The machine becomes faster or slower, suddenly and for every size: another process, a lower clock. So a batch moves the
-figures of all sizes by a sixteenth of its own deviation, which counts as a quarter at most: one hiccup, however long, moves them by a
-sixty-fourth. When the median deviation of the last nine batches is a fifth, it is no hiccup, and all figures jump by it. The ratio of one
-size to another belongs to the engine and is stable: a batch moves its own size's ratio eight times more slowly, so that sizes which are not
-measured keep their ratio to the others.
+The machine may become faster or slower for every size. So a batch moves the figures of all sizes by a sixteenth of its own deviation, which
+counts as a quarter at most. When the median deviation of the last nine batches is a fifth, all figures jump by it. The ratio of one size to
+another belongs to the engine: a batch moves its own size's ratio eight times more slowly.
 
 Promises rest on `safe`: the line times the spread of the last 128 batches around it, their 97th percentile stretched to the 99th as for a
-normal distribution. Three hiccups among 128 batches therefore do not count, a fourth does.
+normal distribution: three hiccups among 128 batches do not count.
 """
 
 from __future__ import annotations

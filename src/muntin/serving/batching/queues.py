@@ -14,6 +14,7 @@ from muntin.serving.batching.latency_model import UNKNOWN, LatencyLine, LatencyM
 MEMORY_S = 1.0
 """Time constant of rates and peaks, seconds: they decay by a factor e in each."""
 _NO_TICKET = 1 << 62
+_MAX_OVERHEAD, _MAX_OVERHEAD_S = 0.3, 0.01  # largest overhead: share of the objective, or seconds without one
 REMEMBERED_GROUPS = 256
 """Number of groups without waiting or running jobs that are remembered."""
 by_standing = attrgetter("standing")
@@ -45,22 +46,6 @@ class Peak(_Decaying):
     def raise_to(self, value: float, now: float) -> None:
         if value >= self.value(now):
             self._value, self.updated_at = value, now
-
-
-class Overhead:
-    """Time that an answer takes beyond the engine, learned from the answers that were sent. Promises include it. In seconds.
-
-    `maximum` bounds the effect of a very slow answer on the promises to others.
-    """
-
-    def __init__(self, minimum: float, maximum: float) -> None:
-        self._minimum, self._maximum, self._peak = minimum, maximum, Peak()
-
-    def add(self, seconds: float, now: float) -> None:
-        self._peak.raise_to(min(seconds, self._maximum), now)
-
-    def seconds(self, now: float) -> float:
-        return max(self._minimum, self._peak.value(now))
 
 
 class GroupQueue:
@@ -157,10 +142,11 @@ class RunningBatch:
 
 
 class JobQueue:
-    """Waiting jobs and running batches of `workers` engines."""
+    """Waiting jobs and running batches of `workers` engines. `objective`, `margin`: see `Batcher`."""
 
-    def __init__(self, latencies: LatencyModel, workers: int) -> None:
-        self.workers = workers
+    def __init__(self, latencies: LatencyModel, workers: int, *, objective: float | None, margin: float) -> None:
+        self.workers, self.objective, self._margin = workers, objective, margin
+        self._overhead = Peak()
         self.groups: OrderedDict[Hashable, GroupQueue] = OrderedDict()
         """Least recently used first."""
         self.active: dict[Hashable, GroupQueue] = {}
@@ -179,13 +165,17 @@ class JobQueue:
         self.latencies = latencies
 
     @property
-    def worker_free(self) -> bool:
-        return len(self.running) < self.workers
-
-    @property
     def wait_s(self) -> float:
         """Seconds that the waiting jobs keep the workers busy."""
         return self.backlog / self.workers
+
+    def overhead(self, now: float) -> float:
+        """Seconds that an answer takes beyond the engine. Promises include them."""
+        return max(self._margin, self._overhead.value(now))
+
+    def delivered(self, seconds: float, now: float) -> None:
+        """Learn the overhead of an answer that was sent, bounded so that a very slow one does not close the server."""
+        self._overhead.raise_to(min(seconds, _MAX_OVERHEAD * self.objective if self.objective else _MAX_OVERHEAD_S), now)
 
     def group_of(self, job: Job) -> GroupQueue:
         """The job's group, created if it is new. The latency of a group that never ran is looked up each time."""

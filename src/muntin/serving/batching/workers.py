@@ -2,8 +2,7 @@
 
     submit -> [lock] Batcher.submit -> notify an idle worker -> [lock] Batcher.poll -> execute -> [lock] Batcher.done -> answers
 
-The batcher decides, under the one lock, which is never held while a batch is computed or an answer delivered. The thread that computed
-answers delivers them before it asks for more.
+The one lock is never held while a batch is computed or an answer delivered.
 
 One more thread looks every `LOOK_S` for jobs whose time has passed while all workers compute, and for batches that hang. It interrupts the
 engine if that is possible, and the worker continues from there. Otherwise the batch is answered with an error, and another thread takes the
@@ -170,9 +169,7 @@ class Runner:
         """Wait for something to do and do it. A method of its own: its local names would keep the last request of an idle thread."""
         batch, dropped = self._next(worker)
         _deliver(dropped)
-        if batch is not None:
-            return self._compute(worker, batch)
-        return bool(dropped)
+        return bool(dropped) if batch is None else self._compute(worker, batch)
 
     def _next(self, worker: _Worker) -> tuple[Batch | None, list[tuple[Done, Answer]]]:
         """Return a batch to compute and answers to deliver; neither at the end."""
