@@ -73,7 +73,7 @@ class Admission:
         return forecast.lateness_caused(place, job.priority)
 
     def _try(self, job: Job, group: GroupQueue, now: float) -> bool:
-        """Whether to admit a job that would be late even alone, without a promise: the engine may have become faster.
+        """Return True to admit a job that would be late even alone, without a promise: the engine may have become faster.
 
         A job without a deadline of its own is admitted when nothing waits or runs: otherwise an engine that cannot keep the objective would
         answer nothing. Other jobs are tried after pauses. Huge ones share one long pause where another group keeps the objective.

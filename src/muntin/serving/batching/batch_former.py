@@ -1,4 +1,4 @@
-"""Which jobs a free worker computes next, and whether it waits for more.
+"""Choose the jobs that a free worker computes next, or have it wait for more.
 
 **Batches.** A free worker takes the group whose head has the smallest standing, and of it, in order, as many rows as are worth a batch
 (`BatchSizes`), while the batch by its safe latency still ends before the earliest due time in it, and leaves the first job of each other
@@ -93,7 +93,7 @@ class BatchFormer:
     def next(self, now: float, *, wait: bool) -> Batch | float | None:
         """Start the next batch, or return the time until which a worker waits for more rows; None: nothing can start.
 
-        `wait`: whether it may wait.
+        `wait`: False if it may not wait.
         """
         queue = self._queue
         if not queue.active or len(queue.running) == queue.workers:

@@ -1,4 +1,4 @@
-"""Which requests are admitted, and what a free worker computes next: pure decisions that get the time as an argument.
+"""Decide which requests are admitted, and what a free worker computes next. The time is an argument.
 
 **Order.** A job is due at the earlier of arrival + objective and its own deadline; without either, never. Its standing is its due time, or
 max(`patience`, objective) seconds after its arrival if that is earlier, plus `patience` seconds for each step of its priority. The smallest
@@ -25,7 +25,7 @@ _STUCK = "the engine does not come back, and no thread is left to compute on: st
 
 @dataclass(frozen=True, slots=True)
 class Decision:
-    """What a free worker does: answers `dropped`, computes `batch`; without a batch it polls again at `wake`, or after the next event."""
+    """Task of a free worker: answer `dropped`, compute `batch`; without a batch poll again at `wake`, or after the next event."""
 
     batch: Batch | None
     dropped: tuple[tuple[Job, Refusal], ...]

@@ -57,7 +57,7 @@ class LatencyLine(NamedTuple):
     batch_count: int
     firm_rows: int
     guessed: bool = False
-    """Whether it is another group's line, scaled."""
+    """True for another group's line, scaled."""
 
     def expected(self, rows: int) -> float:
         """Usual seconds of a batch."""

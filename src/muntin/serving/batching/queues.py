@@ -79,7 +79,7 @@ class GroupQueue:
 
     @property
     def known(self) -> bool:
-        """Whether promises can rest on the latency. One batch is not enough: a first call may have compiled."""
+        """True if promises can rest on the latency. One batch is not enough: a first call may have compiled."""
         return self.latency.batch_count >= 2
 
     @property
@@ -153,7 +153,7 @@ class JobQueue:
         """Groups with waiting jobs."""
         self.running: list[RunningBatch] = []
         self.job_count = self.rows = self.nbytes = 0
-        """Of the waiting jobs."""
+        """Sums over the waiting jobs."""
         self.backlog = 0.0
         """Seconds of engine time for the waiting jobs."""
         self.last_standing = -math.inf

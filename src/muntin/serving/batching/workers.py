@@ -125,7 +125,7 @@ class Runner:
 
     @property
     def able(self) -> bool:
-        """Whether a worker does not hang."""
+        """True if a worker does not hang."""
         return bool(self._workers)
 
     def snapshot(self) -> Snapshot:

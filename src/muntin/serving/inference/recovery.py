@@ -44,7 +44,7 @@ class Computed(NamedTuple):
 
     @property
     def whole(self) -> bool:
-        """Whether all images were computed in one call."""
+        """True if all images were computed in one call."""
         return not any(self.recovered)
 
 

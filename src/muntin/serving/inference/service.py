@@ -87,7 +87,7 @@ class Service:
 
     @property
     def ready(self) -> bool:
-        """Whether a request would be admitted, if there is room for it."""
+        """True if a request would be admitted, provided that there is room for it."""
         return self.slot.ready and self.runner.able and not self.draining
 
     def describe(self, model: str | None, version: str | None) -> ModelDescription:
@@ -147,11 +147,10 @@ class Service:
             raise
         if request.timeout_us is not None:
             deadline = min(arrived + request.timeout_us / 1e6, math.inf if deadline is None else deadline)
-        priority = request.priority or PRIORITY
         try:
             try:
                 answer, work = await self.compute(
-                    images, lease, labels=wanted.labels, priority=priority, deadline=deadline, arrived=arrived
+                    images, lease, labels=wanted.labels, priority=request.priority or PRIORITY, deadline=deadline, arrived=arrived
                 )
             except BaseException:
                 self.encoder.release(reserved)
