@@ -10,7 +10,8 @@ from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
-from muntin.serving.batching.batcher import Batch, Batcher, Job, Refusal
+from muntin.serving.batching.batcher import Batcher
+from muntin.serving.batching.job import Batch, Job, Refusal
 from muntin.serving.batching.latency_model import LatencyModel
 
 Engine = tuple[float, float]

@@ -11,7 +11,8 @@ import random
 from collections import deque
 from dataclasses import dataclass
 
-from muntin.serving.batching.batcher import Batch, Batcher, Job
+from muntin.serving.batching.batcher import Batcher
+from muntin.serving.batching.job import Batch, Job
 from muntin.serving.batching.latency_model import LatencyModel
 
 READ, WRITE = range(2)
@@ -121,7 +122,7 @@ class _OneCore:
         assert self.batch is not None
         batch, self.batch = self.batch, None
         self.batcher.done(batch, self.now, self.now - self.started)
-        self.loop.extend((WRITE, (job, batch, self.now), self.scene.write) for job in batch.jobs)
+        self.loop.extend((WRITE, (job, self.now), self.scene.write) for job in batch.jobs)
         self._poll()
 
     def _answer(self) -> None:
@@ -131,8 +132,8 @@ class _OneCore:
         if kind == READ:
             self._submit(*argument)  # type: ignore[misc]
         else:
-            job, batch, computed = argument  # type: ignore[misc]
-            self.batcher.delivered(id(batch), self.now - computed)
+            job, computed = argument  # type: ignore[misc]
+            self.batcher.delivered(self.now - computed, self.now)
             arrived, counts = job.payload
             self.admitted += counts
             self.inside += counts and self.now - arrived <= self.scene.objective

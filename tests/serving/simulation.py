@@ -17,9 +17,10 @@ from heapq import heappop, heappush
 from itertools import accumulate, chain, pairwise
 from typing import NamedTuple
 
-from muntin.serving.batching.batcher import Batch, Batcher, Job, Refusal
-from muntin.serving.batching.job_queue import REMEMBERED_GROUPS
+from muntin.serving.batching.batcher import Batcher
+from muntin.serving.batching.job import Batch, Job, Refusal
 from muntin.serving.batching.latency_model import GROUPS, LatencyModel
+from muntin.serving.batching.queues import REMEMBERED_GROUPS
 from muntin.serving.inference.executor import taken_apart
 
 ARRIVAL, DONE, WAKE, GIVE_UP = range(4)

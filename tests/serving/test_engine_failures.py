@@ -20,7 +20,8 @@ from numpy.typing import NDArray
 
 from muntin.runtime.host.memory import kills_for_memory
 from muntin.runtime.options import SessionOptions
-from muntin.serving.batching.batcher import Batcher, Job
+from muntin.serving.batching.batcher import Batcher
+from muntin.serving.batching.job import Job
 from muntin.serving.batching.latency_model import LatencyModel
 from muntin.serving.batching.workers import Runner
 from muntin.serving.inference.executor import Executor, Group, Work

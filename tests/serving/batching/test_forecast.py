@@ -7,10 +7,10 @@ from typing import Any
 
 import pytest
 
-from muntin.serving.batching.forecast import DEPTH, Forecast, RunningBatch
-from muntin.serving.batching.group_queue import GroupQueue
+from muntin.serving.batching.forecast import DEPTH, Forecast
 from muntin.serving.batching.job import Batch, Job
 from muntin.serving.batching.latency_model import LatencyLine
+from muntin.serving.batching.queues import GroupQueue, RunningBatch
 
 ONE = 1.0 + 1e-12
 """Spread of an engine whose time is certain."""

@@ -42,7 +42,7 @@ class Service:
         if self.error is not None:
             raise self.error
         response = InferResponse(model="m", version="1", id=request.id, outputs=(), parameters={})
-        return Answered(response=response, read=0, queued=0, computed=0, total=0, batch_rows=1, started=0, encoded=encode(response))
+        return Answered(response=response, read=0, queued=0, computed=0, total=0, batch_rows=1, encoded=encode(response))
 
 
 class Lines:

@@ -1,4 +1,4 @@
-"""Which answers are large, and the bound of the bytes that they hold."""
+"""Large answers, and the bound of the bytes that they hold."""
 
 from __future__ import annotations
 

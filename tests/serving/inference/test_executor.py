@@ -16,7 +16,7 @@ from muntin.artifact import ClassInfo, Signature
 from muntin.errors import ArtifactError
 from muntin.runtime.options import SessionOptions
 from muntin.runtime.session import ExecutedLayer, Session
-from muntin.serving.batching.batcher import Batch, Job
+from muntin.serving.batching.job import Batch, Job
 from muntin.serving.batching.workers import AgainError
 from muntin.serving.inference.executor import Executor, Group, Work
 from muntin.serving.versions.rollout import Rollout

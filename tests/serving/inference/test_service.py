@@ -8,6 +8,7 @@ import math
 import re
 import threading
 import time
+import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -24,10 +25,10 @@ from muntin.serving.batching.workers import HANGING, Runner
 from muntin.serving.http.image_route import Pictures
 from muntin.serving.inference.encoding import INLINE_NUMBERS
 from muntin.serving.inference.executor import Executor
-from muntin.serving.inference.service import Service
+from muntin.serving.inference.service import Service, _Mailbox
 from muntin.serving.protocol.messages import InferInput, InferRequest, ProtocolError, RefusedRequestError
-from muntin.serving.telemetry.accounts import UNLISTED
 from muntin.serving.telemetry.metrics import Metrics
+from muntin.serving.telemetry.statistics import UNLISTED
 from muntin.serving.versions.rollout import ENOUGH, Rollout
 from muntin.serving.versions.slot import Slot
 from muntin.serving.versions.version import Version
@@ -117,27 +118,48 @@ def test_times_of_reading_and_waiting(shelf: Any) -> None:
     asyncio.run(ask())
 
 
-def test_overhead_includes_resuming_the_coroutine(shelf: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A coroutine that awaits an answer resumes in a later round of the loop, here after 50 ms."""
+def test_overhead_includes_encoding_and_resuming(shelf: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The coroutine of an answer resumes in a later round of the loop, here after 50 ms."""
 
     async def ask() -> None:
         with service_of(shelf) as service:
-            deliveries = list[tuple[object, float]]()
-            deliver = service.runner.delivered
-
-            def delivered(batch: object, seconds: float) -> None:
-                deliveries.append((batch, seconds))
-                deliver(batch, seconds)
-                if len(deliveries) == 1:
-                    time.sleep(0.05)
-
-            monkeypatch.setattr(service.runner, "delivered", delivered)
-            answered = await service.infer(request_of(8), model="m", version=None)
-            (first, ready), (second, resumed) = deliveries
-            assert first == second == answered.started
-            assert resumed - ready >= 0.05
+            deliveries = list[float]()
+            monkeypatch.setattr(service.runner, "delivered", deliveries.append)
+            request = asyncio.create_task(service.infer(request_of(8), model="m", version=None, encode=lambda _: time.sleep(0.02)))
+            await asyncio.sleep(0)  # until it is admitted
+            while service.runner.snapshot().finished < 1:
+                time.sleep(0.001)
+            time.sleep(0.05)
+            answered = await request
+            (seconds,) = deliveries
+            assert 0.07 <= seconds < answered.total + 0.01
 
     asyncio.run(ask())
+
+
+def test_large_answers_are_no_overhead(shelf: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    async def ask() -> None:
+        with service_of(shelf) as service:
+            monkeypatch.setattr(service.runner, "delivered", lambda seconds: pytest.fail("it was counted"))
+            await service.infer(request_of(), model="m", version=None)
+
+    asyncio.run(ask())
+
+
+def test_loop_is_woken_once_for_several_answers(monkeypatch: pytest.MonkeyPatch) -> None:
+    async def run() -> None:
+        loop, wakes = asyncio.get_running_loop(), list[Any]()
+        wake = loop.call_soon_threadsafe
+        monkeypatch.setattr(loop, "call_soon_threadsafe", lambda *call: (wakes.append(call), wake(*call)))
+        mailbox, futures = _Mailbox(), [loop.create_future() for _ in range(3)]
+        thread = threading.Thread(target=lambda: [mailbox.put(future, number) for number, future in enumerate(futures)])
+        thread.start()
+        thread.join()
+        futures[1].cancel()
+        assert [await futures[0], await futures[2]] == [0, 2]
+        assert len(wakes) == 1
+
+    asyncio.run(run())
 
 
 @pytest.mark.parametrize("end", ["answered", "failed", "cancelled"])
@@ -176,6 +198,33 @@ def test_large_answers_bounded_before_computing(shelf: Any, monkeypatch: pytest.
             assert isinstance(following, ZeroDivisionError) == (end == "failed")
 
     asyncio.run(ask())
+
+
+@pytest.mark.usefixtures("uncollected")
+@pytest.mark.parametrize("side", [8, SIDE])
+@pytest.mark.parametrize("fails", ["nothing", "engine", "encoding"])
+def test_ended_request_holds_no_images(shelf: Any, side: int, fails: str) -> None:
+    """Not even until cycles are collected."""
+
+    def encode(_: Any) -> None:
+        if fails == "encoding":
+            raise ZeroDivisionError
+
+    async def ask() -> None:
+        with service_of(shelf) as service:
+            if fails == "engine":
+                service.slot.open[0].session._infer = None  # type: ignore[method-assign, assignment]
+            request = request_of(side)
+            images = weakref.ref(request.inputs[0].data)
+            task = asyncio.create_task(service.infer(request, model="m", version=None, encode=encode))
+            del request
+            await asyncio.wait([task])
+            assert (task.exception() is None) == (fails == "nothing")
+            del task
+            while images() is not None:
+                await asyncio.sleep(0.001)
+
+    asyncio.run(asyncio.wait_for(ask(), 30))
 
 
 @contextmanager

@@ -20,7 +20,7 @@ from muntin.serving.telemetry.tracing import Tracing
 PARENT = "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01"
 ANSWERED = Answered(
     response=InferResponse(model="m", version="3", id="a", outputs=(InferOutput(name="labels", data=np.zeros(1, np.uint8)),)),
-    read=0.0005, queued=0.001, computed=0.02, total=0.03, batch_rows=4, started=12.5,
+    read=0.0005, queued=0.001, computed=0.02, total=0.03, batch_rows=4,
 )  # fmt: skip
 
 

@@ -1,11 +1,9 @@
-"""Which requests are admitted, and what a free worker computes next: pure decisions that get the time as an argument.
+"""Decide which requests are admitted, and what a free worker computes next. The time is an argument.
 
 **Order.** A job is due at the earlier of arrival + objective and its own deadline; without either, never. Its standing is its due time, or
 max(`patience`, objective) seconds after its arrival if that is earlier, plus `patience` seconds for each step of its priority. The smallest
 standing goes first, equal ones by arrival. So jobs of a priority go by due time, then arrival; more urgent ones go first; and none starves,
 since a job that arrives after another's standing goes behind it.
-
-`admission.py` makes promises, `batch_former.py` forms batches, and `probes.py` tries jobs of groups that seem too slow now and then.
 """
 
 from __future__ import annotations
@@ -14,28 +12,20 @@ import math
 from dataclasses import dataclass
 from typing import get_args
 
-from muntin.errors import DataError
 from muntin.serving.batching.admission import Admission
-from muntin.serving.batching.batch_former import BatchFormer
-from muntin.serving.batching.batch_sizes import BatchSizes
-from muntin.serving.batching.group_queue import GroupQueue
+from muntin.serving.batching.batch_former import BatchFormer, BatchSizes
 from muntin.serving.batching.job import Batch, Job, Refusal, RefusalKind
-from muntin.serving.batching.job_queue import JobQueue
 from muntin.serving.batching.latency_model import LatencyModel
-from muntin.serving.batching.overhead import Overhead
+from muntin.serving.batching.queues import GroupQueue, JobQueue
 
-__all__ = ["BROKEN", "PRIORITIES", "Batch", "Batcher", "Decision", "Job", "Refusal", "RefusalKind", "Snapshot"]
-
-PRIORITIES = 1 << 32
 BROKEN = "the engine was slower than foreseen, or more urgent requests came: try again later"
 """Message of a job that was admitted and is dropped."""
 _STUCK = "the engine does not come back, and no thread is left to compute on: start the server again, or send the request to another one"
-_MAX_OVERHEAD, _MAX_OVERHEAD_S = 0.3, 0.01  # largest `margin` that is learned: share of the objective, or seconds without one
 
 
 @dataclass(frozen=True, slots=True)
 class Decision:
-    """What a free worker does: answers `dropped`, computes `batch`; without a batch it polls again at `wake`, or after the next event."""
+    """Task of a free worker: answer `dropped`, compute `batch`; without a batch poll again at `wake`, or after the next event."""
 
     batch: Batch | None
     dropped: tuple[tuple[Job, Refusal], ...]
@@ -70,7 +60,7 @@ class Batcher:
     `queue_bytes`: bounds of the waiting jobs. `patience`: seconds that a step of priority is worth. `margin`: least seconds that an answer
     takes beyond the engine; `delivered` learns the actual time.
 
-    Not thread-safe; `now` must never decrease. Raises DataError for a bound that is out of range.
+    Not thread-safe; `now` must never decrease.
     """
 
     def __init__(
@@ -85,33 +75,19 @@ class Batcher:
         patience: float = 1.0,
         margin: float = 0.0002,
     ) -> None:
-        for name, value in {"max_rows": max_rows, "queue_rows": queue_rows, "queue_bytes": queue_bytes, "workers": workers}.items():
-            if value < 1:
-                raise DataError(f"{name}={value}: give a whole number from 1")
-        if queue_rows < max_rows:
-            raise DataError(
-                f"queue_rows={queue_rows}, max_rows={max_rows}: the largest request must find room, let at least as many rows wait"
-            )
-        if objective is not None and not 0 < objective < math.inf:
-            raise DataError(f"objective={objective}: give seconds above 0, or None for no objective")
-        if not (0 < patience < math.inf and 0 <= margin < math.inf):
-            raise DataError(f"patience={patience}, margin={margin}: give seconds, patience above 0 and margin from 0")
         self.objective, self.max_rows, self.workers = objective, max_rows, workers
         self.queue_rows, self.queue_bytes = queue_rows, queue_bytes
         self._patience = patience
-        self._overhead = Overhead(margin, max(margin, _MAX_OVERHEAD * objective if objective else _MAX_OVERHEAD_S))
-        self._queue = JobQueue(latencies, workers)
-        sizes = BatchSizes(self._queue, objective=objective, max_rows=max_rows)
-        self._admission = Admission(self._queue, sizes, self._overhead, objective=objective)
-        self._former = BatchFormer(self._queue, sizes, self._overhead, objective=objective)
+        self._queue = JobQueue(latencies, workers, objective=objective, margin=margin)
+        sizes = BatchSizes(self._queue, max_rows)
+        self._admission, self._former = Admission(self._queue, sizes), BatchFormer(self._queue, sizes)
         self._expiry = math.inf
         self._draining = self._stuck = False
         self._admitted = self._dropped = self._cancelled = self._finished = 0
         self._refused: dict[RefusalKind, int] = dict.fromkeys(get_args(RefusalKind), 0)
 
     def submit(self, job: Job, now: float) -> Refusal | None:
-        """Admit a job, or return why not. Raises ValueError for a job that was admitted before and for numbers out of range."""
-        _check(job)
+        """Admit a job, or return why not."""
         refusal = self._check_bounds(job)
         if refusal is None:
             group = self._queue.group_of(job)
@@ -121,7 +97,7 @@ class Batcher:
             if late == 0:
                 self._admit(job, group, now)
                 return None
-            refusal = self._late(job, group, late)
+            refusal = self._late(job, group, late, now)
         self._refused[refusal.kind] += 1
         return refusal
 
@@ -158,16 +134,16 @@ class Batcher:
         excess = max(1 - self.queue_rows / rows, 1 - self.queue_bytes / max(nbytes, 1))
         return Refusal("full", f"{size}: try again later", excess * queue.wait_s or None)
 
-    def _late(self, job: Job, group: GroupQueue, late: float) -> Refusal:
+    def _late(self, job: Job, group: GroupQueue, late: float, now: float) -> Refusal:
         """Refusal of a job that would be late by so many seconds; inf: even alone."""
         if late < math.inf:
             message = f"{self._queue.job_count} requests wait and leave it too little time: try again in {max(late * 1e3, 1):.0f} ms"
             return Refusal("late", message, late)
-        if job.limited_by_deadline:
+        if job.deadline == job.due:
             return Refusal("late", "the time until its deadline does not suffice even for the engine alone: give it more")
         assert self.objective is not None
         seconds = group.latency.safe(job.rows)
-        if seconds + self.margin <= self.objective:
+        if seconds + self._queue.overhead(now) <= self.objective:
             return Refusal("late", "it could not be read in time: try again", self._queue.wait_s or None)
         return Refusal(
             "late",
@@ -180,14 +156,7 @@ class Batcher:
         """Decide what a free worker does now."""
         dropped = self.expire(now)
         start = self._former.next(now, wait=not self._draining)
-        if isinstance(start, Batch):
-            return Decision(start, dropped, None)
-        return Decision(None, dropped, start)
-
-    @property
-    def expiry(self) -> float:
-        """Time before which `expire` drops nothing."""
-        return self._expiry if self._queue.job_count else math.inf
+        return Decision(start, dropped, None) if isinstance(start, Batch) else Decision(None, dropped, start)
 
     def expire(self, now: float) -> tuple[tuple[Job, Refusal], ...]:
         """Drop the jobs that can no longer be answered in time. A job that waits alone is kept until it is due.
@@ -209,20 +178,15 @@ class Batcher:
         return tuple((job, Refusal("late", BROKEN, self._queue.wait_s)) for job in dropped)
 
     def done(self, batch: Batch, now: float, seconds: float | None) -> None:
-        """Free a worker. `seconds`: engine time to learn; None: the batch failed. Raises ValueError for a batch that does not run."""
+        """Free a worker. `seconds`: engine time to learn; None: the batch failed."""
         group = self._queue.finish(batch, now, seconds)
         self._finished += len(batch.jobs)
-        if seconds is not None and self.objective is not None and seconds + self.margin <= self.objective:
+        if seconds is not None and self.objective is not None and seconds + self._queue.overhead(now) <= self.objective:
             group.kept_objective_at = now
 
-    @property
-    def margin(self) -> float:
-        """Seconds that an answer is assumed to take beyond the engine."""
-        return self._overhead.seconds
-
-    def delivered(self, batch: object, seconds: float) -> None:
-        """Learn that an answer was sent so many seconds after its batch ended. `batch`: equal for the answers of one batch."""
-        self._overhead.add(batch, seconds)
+    def delivered(self, seconds: float, now: float) -> None:
+        """Learn that an answer was sent so many seconds after its batch ended."""
+        self._queue.delivered(seconds, now)
 
     def cancel(self, job: Job) -> bool:
         """Remove a waiting job; False for a job that does not wait."""
@@ -278,14 +242,3 @@ class Batcher:
             finished=self._finished,
             refused=dict(self._refused),
         )
-
-
-def _check(job: Job) -> None:
-    if job.ticket:
-        raise ValueError("this job was admitted before: make one for each request")
-    if job.rows < 1 or job.nbytes < 0 or not 0 <= job.priority < PRIORITIES:
-        raise ValueError(
-            f"rows={job.rows}, nbytes={job.nbytes}, priority={job.priority}: rows from 1, the others from 0, priorities of 32 bits"
-        )
-    if (job.deadline is not None and math.isnan(job.deadline)) or (job.cost is not None and not 0 < job.cost < math.inf):
-        raise ValueError(f"deadline={job.deadline}, cost={job.cost}: a deadline is a number, a cost is above 0 and finite")

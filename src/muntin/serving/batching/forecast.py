@@ -12,30 +12,12 @@ from collections.abc import Iterable
 from heapq import heapify, heappop, heappush, heapreplace
 from typing import NamedTuple
 
-from muntin.serving.batching.group_queue import GroupQueue
-from muntin.serving.batching.job import Batch, Job
+from muntin.serving.batching.job import Job
+from muntin.serving.batching.queues import GroupQueue
 
 DEPTH = 16
 """Number of batches that are planned one by one; later ones are assumed to be like them."""
 _START_DEVIATIONS = 0.5  # standard deviations of a batch's start that are subtracted from its time
-
-
-class RunningBatch:
-    """A batch that is being computed."""
-
-    def __init__(self, batch: Batch, group: GroupQueue, now: float) -> None:
-        self.batch, self.group, self.started = batch, group, now
-        self.expected, self.safe = group.latency.expected(batch.rows), group.latency.safe(batch.rows)
-
-    def remaining(self, now: float) -> float:
-        """Seconds that it still takes. Beyond its safe time it is a hiccup, and may take as long again as it has taken."""
-        elapsed = now - self.started
-        return max(0.0, self.expected - elapsed) if elapsed <= self.safe else elapsed
-
-    def end(self, now: float) -> tuple[float, float]:
-        """Time of its end, and the variance of that."""
-        remaining = self.remaining(now)
-        return now + remaining, min(remaining, self.safe - self.expected) ** 2
 
 
 class PlannedBatch(NamedTuple):

@@ -18,7 +18,10 @@ class Job:
     while it waits. `priority`: 0 is the most urgent. `deadline`: when its client stops waiting, or None. `patient`: it has no objective,
     and is admitted to a full queue: for callers that bound the number of such jobs themselves. `cost`: cost of a row relative to rows of
     other groups (`LatencyModel`). `arrived`: start of its objective; by default the time of its submission.
-    The batcher sets the other fields.
+
+    Set by the batcher: `due`: latest time of its answer. `latest_start`: time after which it may be too late to compute it. `standing`:
+    sort key of the queue, smaller values go first. `ticket`: number of its admission, from 1. `promised`: whether it was admitted because
+    the forecast says that it will be in time.
     """
 
     group: Hashable
@@ -31,21 +34,11 @@ class Job:
     payload: Any = None
     arrived: float = math.nan
     due: float = field(default=math.inf, init=False)
-    """Latest time of its answer."""
     latest_start: float = field(default=math.inf, init=False)
-    """Time after which it may be too late to compute it."""
     standing: float = field(default=math.nan, init=False)
-    """Sort key of the queue: smaller values go first."""
     ticket: int = field(default=0, init=False)
-    """Number of its admission, from 1; 0 before it is admitted."""
     waiting: bool = field(default=False, init=False)
     promised: bool = field(default=False, init=False)
-    """Whether it was admitted because the forecast says that it will be in time."""
-
-    @property
-    def limited_by_deadline(self) -> bool:
-        """Whether it is due at its own deadline, and not by the objective."""
-        return self.deadline is not None and self.deadline <= self.due
 
 
 @dataclass(frozen=True, slots=True)

@@ -3,16 +3,12 @@
 A group's latency is a line, fixed + per_row * n, through one remembered figure for each size of batch that was measured (sizes above eight
 share buckets, a quarter of an octave wide). So a machine that ran full batches for an hour still knows the time of a single row.
 
-Two things change. The machine becomes faster or slower, suddenly and for every size: another process, a lower clock. So a batch moves the
-figures of all sizes by a sixteenth of its own deviation, which counts as a quarter at most: one hiccup, however long, moves them by a
-sixty-fourth. When the median deviation of the last nine batches is a fifth, it is no hiccup, and all figures jump by it. The ratio of one
-size to another belongs to the engine and is stable: a batch moves its own size's ratio eight times more slowly, so that sizes which are not
-measured keep their ratio to the others.
+The machine may become faster or slower for every size. So a batch moves the figures of all sizes by a sixteenth of its own deviation, which
+counts as a quarter at most. When the median deviation of the last nine batches is a fifth, all figures jump by it. The ratio of one size to
+another belongs to the engine: a batch moves its own size's ratio eight times more slowly.
 
 Promises rest on `safe`: the line times the spread of the last 128 batches around it, their 97th percentile stretched to the 99th as for a
-normal distribution. Three hiccups among 128 batches therefore do not count, a fourth does.
-
-There is no clock and no lock. Observing a batch costs some 20 µs.
+normal distribution: three hiccups among 128 batches do not count.
 """
 
 from __future__ import annotations
@@ -22,8 +18,6 @@ from bisect import insort
 from collections import OrderedDict, deque
 from collections.abc import Hashable
 from typing import NamedTuple
-
-from muntin.serving.batching.window import Window
 
 GROUPS = 128
 """Number of groups that are remembered; the least recently measured one is forgotten first."""
@@ -63,7 +57,7 @@ class LatencyLine(NamedTuple):
     batch_count: int
     firm_rows: int
     guessed: bool = False
-    """Whether it is another group's line, scaled."""
+    """True for another group's line, scaled."""
 
     def expected(self, rows: int) -> float:
         """Usual seconds of a batch."""
@@ -87,10 +81,6 @@ class LatencyLine(NamedTuple):
             return 0
         return int((left - self.fixed) / self.per_row) if left < self.fixed + self.per_row * _ALL_ROWS else _ALL_ROWS
 
-    def scaled(self, factor: float) -> LatencyLine:
-        """Return the line of a machine that is this many times slower."""
-        return self._replace(fixed=self.fixed * factor, per_row=self.per_row * factor, minimum=self.minimum * factor)
-
 
 UNKNOWN = LatencyLine(0.0, 0.0, 0.0, 1.0, 0, 0, 0)
 
@@ -102,25 +92,19 @@ class LatencyModel:
     the line of the measured group with the nearest cost, scaled by the ratio of the costs.
     """
 
-    def __init__(self, *, groups: int = GROUPS) -> None:
-        if groups < 1:
-            raise ValueError(f"groups={groups}: at least 1 must be remembered")
-        self._limit = groups
+    def __init__(self) -> None:
         self._groups: OrderedDict[Hashable, _Group] = OrderedDict()
 
     def __len__(self) -> int:
         return len(self._groups)
 
     def observe(self, group: Hashable, rows: int, seconds: float, *, cost: float | None = None) -> None:
-        """Learn from a finished batch; less than a nanosecond counts as one. Raises ValueError for less than one row, and for seconds that
-        are not above 0 or exceed 30 years."""
-        if rows < 1 or not 0 < seconds < _MAX_S:
-            raise ValueError(f"rows={rows}, seconds={seconds}: a finished batch has at least 1 row and took a positive, sensible time")
+        """Learn from a finished batch; less than a nanosecond counts as one."""
         seconds = max(seconds, _MIN_S)
         measured = self._groups.get(group)
         if measured is None:
             measured = self._groups[group] = _Group()
-            if len(self._groups) > self._limit:
+            if len(self._groups) > GROUPS:
                 self._groups.popitem(last=False)
         else:
             self._groups.move_to_end(group)
@@ -151,8 +135,10 @@ class LatencyModel:
                     nearest, distance = group, ratio
         if nearest is None or nearest.cost is None:
             return None
-        line = nearest.line.scaled(cost / nearest.cost)
-        return line if cost == nearest.cost else line._replace(guessed=True)  # two versions are as fast for images of one size
+        line, factor = nearest.line, cost / nearest.cost
+        if factor == 1:  # two versions are as fast for images of one size
+            return line
+        return line._replace(fixed=line.fixed * factor, per_row=line.per_row * factor, minimum=line.minimum * factor, guessed=True)
 
 
 class _Size:
@@ -192,7 +178,7 @@ class _Group:
         self._largest = 0
         self._sizes: dict[int, _Size] = {}
         self._recent: deque[tuple[int, float]] = deque(maxlen=_RECENT)  # rows, seconds
-        self._deviations = Window(_WINDOW)  # seconds / line
+        self._deviations = deque[float](maxlen=_WINDOW)  # seconds / line
 
     def observe(self, rows: int, seconds: float) -> None:
         self._count += 1
@@ -212,10 +198,10 @@ class _Group:
         deviation = seconds / self._reference(rows) - 1
         if abs(deviation) > _SHIFT and abs((median := self._median()) - 1) > _SHIFT:
             self._scale(median)
-            self._restart_deviations(median)
+            self._deviations.clear()
             return
         if self._count > _ROUGH:
-            self._deviations.add(seconds / self.line.expected(rows))
+            self._deviations.append(seconds / self.line.expected(rows))
         if size.count >= _SETTLED:  # before that, the line may be wrong
             self._scale(1 + min(max(deviation, -_CLIP), _CLIP) * _GAIN)
 
@@ -235,13 +221,6 @@ class _Group:
     def _scale(self, factor: float) -> None:
         for size in self._sizes.values():
             size.scale(factor)
-
-    def _restart_deviations(self, factor: float) -> None:
-        """Compute the last deviations from the line after a jump, so that the jump does not count as spread."""
-        self._deviations.drop(len(self._recent) - 1)
-        if self._count > _ROUGH:
-            for rows, seconds in self._recent:
-                self._deviations.add(seconds / (self.line.expected(rows) * factor))
 
     def _fit(self) -> tuple[float, float, float]:
         """`fixed`, `per_row` and `minimum` of the line with the least relative error, with no part below 0."""
@@ -270,7 +249,7 @@ class _Group:
         if count < _EARLY:
             return 1 + _EARLY_SPREAD
         outliers = (_OUTLIERS * count + _WINDOW // 2) // _WINDOW
-        return 1 + max(_MIN_SPREAD, (self._deviations.largest(outliers) - 1) * _STRETCH)
+        return 1 + max(_MIN_SPREAD, (sorted(self._deviations)[-1 - outliers] - 1) * _STRETCH)
 
     def _firm_rows(self) -> int:
         smallest = min(self._sizes)

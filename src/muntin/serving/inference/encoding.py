@@ -55,14 +55,20 @@ class AnswerEncoder:
     def release(self, nbytes: int) -> None:
         self.held_bytes -= nbytes
 
-    def encode_on_thread(self, encode: Callable[[], Encoded], done: Callable[[Encoded | Exception], None]) -> None:
-        """Call `encode`, which must not raise, on a thread, and `done` with its result on the event loop."""
+    async def encode(self, encode: Callable[[], Encoded], nbytes: int) -> Encoded:
+        """Return the result of `encode`, called on a thread if `nbytes` are reserved, which are released when it ends."""
+        if not nbytes:
+            return encode()
         try:
             encoding = asyncio.get_running_loop().run_in_executor(self._threads, encode)
-        except RuntimeError:  # it was closed
-            done(_shutting_down())
-            return
-        encoding.add_done_callback(lambda future: done(_shutting_down() if future.cancelled() else future.result()))
+        except RuntimeError as error:  # the threads were closed
+            self.release(nbytes)
+            raise RefusedRequestError("the server is shutting down") from error
+        encoding.add_done_callback(lambda _: self.release(nbytes))
+        try:
+            return await asyncio.shield(encoding)  # a cancelled request holds its answer until the thread has ended
+        finally:
+            del encoding  # it holds an error, which holds this frame by its traceback
 
     def close(self) -> None:
         self._threads.shutdown(wait=True, cancel_futures=True)
@@ -72,7 +78,3 @@ def _is_small(wanted: Wanted) -> bool:
     if wanted.binary:
         return wanted.nbytes <= INLINE_BYTES
     return wanted.listed <= INLINE_CLASSES and wanted.nbytes <= (INLINE_NUMBERS if wanted.labels else 4 * INLINE_NUMBERS)
-
-
-def _shutting_down() -> RefusedRequestError:
-    return RefusedRequestError("the server is shutting down")

@@ -18,7 +18,7 @@ from typing import Any, NamedTuple, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
-from muntin.serving.batching.batcher import Batch, Job
+from muntin.serving.batching.job import Batch, Job
 from muntin.serving.batching.workers import AgainError
 from muntin.serving.inference.fallback import compute_somewhere
 from muntin.serving.inference.recovery import Parts, Recovery, call, has_tiles

@@ -1,4 +1,4 @@
-"""What a request asks of a model's answer, and the tensors that are made of it.
+"""Read the outputs that a request asks for, and make the tensors of an answer.
 
 Outputs, by task (which of them a request names decides what is computed; none named: all):
     segment    labels UINT8 (B, sH, sW)         scores FP32 (B, K, sH, sW)
@@ -20,33 +20,35 @@ from muntin.serving.protocol.json_codec import JSON_ELEMENTS
 from muntin.serving.protocol.messages import InferOutput, InferRequest, ProtocolError, RequestedOutput, shown
 
 CLASSES = 1 << 16
-"""Best classes of all rows and outputs of an answer together, each a string: how many may be asked for."""
+"""Largest number of best classes of an answer, all rows and outputs together. Each is a string."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Wanted:
-    """What one request wants of the answer to its images."""
+    """The answer that one request asks for.
+
+    `names`: its outputs, in their order. `labels`: whether labels are all, so that the engine need not give scores. `nbytes`: bytes of the
+    labels or scores that are computed. `listed`: best classes to write, at most. `binary`: whether it is sent in binary, not as text.
+    """
 
     names: tuple[str, ...]
-    """Of the outputs, in their order."""
     labels: bool
-    """Whether labels are all, so that the engine need not give scores."""
     nbytes: int
-    """Of the labels or scores that are computed."""
     listed: int
-    """Best classes that are to be written, at most."""
     binary: bool
-    """Whether it goes out in binary, and not as text."""
 
 
 def output_names(signature: Signature) -> tuple[str, ...]:
-    """The outputs of a model."""
+    """Names of a model's outputs."""
     return ("image", "scores") if signature.task == "restore" else ("labels", "scores")
 
 
 def read_wanted(request: InferRequest, signature: Signature, shape: tuple[int, ...]) -> Wanted:
-    """For images of a shape (rows, H, W, C). Raises ProtocolError for an output that there is not, for more than `CLASSES`, for more
-    numbers than JSON carries, and for best classes of a classifier's labels."""
+    """Read the outputs that a request asks for. `shape`: of its images (rows, H, W, C).
+
+    Raises ProtocolError for an unknown output, for more than `CLASSES`, for more numbers than JSON carries, and for best classes of a
+    classifier's labels.
+    """
     names = output_names(signature)
     wanted = tuple(output.name for output in request.outputs) or names
     for name in wanted:
@@ -69,13 +71,7 @@ def read_wanted(request: InferRequest, signature: Signature, shape: tuple[int, .
                 f"output {shown(output.name)} has {count:,} elements, and JSON carries at most {JSON_ELEMENTS:,}: ask for binary data",
                 status=413,
             )
-    return Wanted(
-        names=wanted,
-        labels=labels,
-        nbytes=numbers if labels else 4 * numbers,
-        listed=listed,
-        binary=binary,
-    )
+    return Wanted(names=wanted, labels=labels, nbytes=numbers if labels else 4 * numbers, listed=listed, binary=binary)
 
 
 def _listed(request: InferRequest, signature: Signature, shape: tuple[int, ...]) -> int:
@@ -92,22 +88,22 @@ def _listed(request: InferRequest, signature: Signature, shape: tuple[int, ...])
 
 
 def make_outputs(answer: NDArray[Any], wanted: Wanted, signature: Signature) -> tuple[InferOutput, ...]:
-    """The tensors of a response, of the labels or scores that were computed."""
+    """Make the tensors of a response from the labels or scores that were computed."""
     if wanted.labels:
         return (InferOutput(name="labels", data=answer),)
     classes = tuple(entry.name for entry in signature.classes)
-    found = []
+    outputs = []
     for name in wanted.names:
         if name == "scores":
-            found.append(InferOutput(name=name, data=answer, labels=classes if signature.task == "classify" else ()))
+            outputs.append(InferOutput(name=name, data=answer, labels=classes if signature.task == "classify" else ()))
         elif name == "labels":
-            found.append(InferOutput(name=name, data=answer.argmax(axis=1).astype(np.uint8)))
+            outputs.append(InferOutput(name=name, data=answer.argmax(axis=1).astype(np.uint8)))
         else:
-            found.append(InferOutput(name=name, data=pixels(answer)))
-    return tuple(found)
+            outputs.append(InferOutput(name=name, data=pixels(answer)))
+    return tuple(outputs)
 
 
 def pixels(scores_BCHW: NDArray[np.float32]) -> NDArray[np.uint8]:
-    """Images (B, H, W, C) of the scores of a model that restores."""
+    """Convert the scores of a model that restores to images (B, H, W, C)."""
     rounded = np.clip(np.rint(scores_BCHW), 0, 255).astype(np.uint8)
     return np.ascontiguousarray(rounded.transpose(0, 2, 3, 1))

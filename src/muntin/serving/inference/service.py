@@ -3,7 +3,7 @@
     InferRequest -> lease on a version -> rows of one size -> runner -> labels, scores -> InferResponse
        404, 400          503                 400               503
 
-A service knows neither HTTP nor gRPC. It is called, and calls back, on one event loop; batches are computed on the runner's threads.
+A service knows neither HTTP nor gRPC. Its coroutines run on one event loop; batches are computed on the runner's threads.
 """
 
 from __future__ import annotations
@@ -11,7 +11,10 @@ from __future__ import annotations
 import asyncio
 import math
 import time
+from collections import deque
 from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -19,30 +22,39 @@ import numpy as np
 from numpy.typing import NDArray
 
 from muntin.artifact import Signature
-from muntin.serving.batching.batcher import Job
-from muntin.serving.batching.workers import Runner
-from muntin.serving.inference.computation import Computation, Computed
+from muntin.errors import DataError
+from muntin.serving.batching.job import Job, Refusal
+from muntin.serving.batching.workers import AgainError, Runner
 from muntin.serving.inference.encoding import AnswerEncoder
 from muntin.serving.inference.executor import Executor, Group, Work
-from muntin.serving.inference.mailbox import Mailbox
-from muntin.serving.inference.outputs import Wanted, output_names, read_wanted
-from muntin.serving.inference.pending_request import Answered, Done, PendingRequest
+from muntin.serving.inference.outputs import Wanted, make_outputs, output_names, read_wanted
 from muntin.serving.inference.shadow import Shadows
 from muntin.serving.protocol.messages import InferRequest, InferResponse, ProtocolError, RefusedRequestError, shown
 from muntin.serving.protocol.metadata import ModelDescription, Statistics, TensorSpec
-from muntin.serving.telemetry.accounts import Accounts
 from muntin.serving.telemetry.metrics import Metrics
+from muntin.serving.telemetry.statistics import Accounts
 from muntin.serving.versions.slot import Lease, Slot
 from muntin.serving.versions.version import UnknownVersionError
 from muntin.serving.worker.opening import NotReadyError
-
-__all__ = ["INPUT", "PRIORITY", "Answered", "Cancel", "Service"]
 
 INPUT = "images"
 PRIORITY = 2
 """Priority of a request without one; 1 is the most urgent."""
 
-Cancel = Callable[[], object]
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Answered:
+    """An answer with its times in seconds: reading the request, waiting for its batch, computing that batch, and the total. The rest of the
+    total is encoding."""
+
+    response: InferResponse
+    read: float
+    queued: float
+    computed: float
+    total: float
+    batch_rows: int
+    encoded: Any = None
+    """Result of `encode`, or None."""
 
 
 class Service:
@@ -67,7 +79,7 @@ class Service:
         self.shadows = Shadows(slot, executor, metrics)
         self.encoder = AnswerEncoder()
         self._accounts = Accounts(slot, metrics)
-        self._mailbox: Mailbox | None = None
+        self._mailbox = _Mailbox()
 
     @property
     def name(self) -> str:
@@ -75,7 +87,7 @@ class Service:
 
     @property
     def ready(self) -> bool:
-        """Whether a request would be admitted, if there is room for it."""
+        """True if a request would be admitted, provided that there is room for it."""
         return self.slot.ready and self.runner.able and not self.draining
 
     def describe(self, model: str | None, version: str | None) -> ModelDescription:
@@ -113,78 +125,86 @@ class Service:
         deadline: float | None = None,
         encode: Callable[[InferResponse], Any] | None = None,
     ) -> Answered:
-        """Return the answer. Raises ProtocolError as `submit` does and answers. Cancelled, it takes the request back if it still waits."""
-        answered: Answered = await _awaited(
-            lambda done: self.submit(request, model=model, version=version, arrived=arrived, deadline=deadline, done=done, encode=encode)
-        )
-        # `_finished` counted the time until the answer was ready; this coroutine resumes only now.
-        self.runner.delivered(answered.started, self.clock() - answered.started - answered.computed)
-        return answered
-
-    def submit(
-        self,
-        request: InferRequest,
-        *,
-        model: str,
-        version: str | None,
-        done: Done,
-        arrived: float | None = None,
-        deadline: float | None = None,
-        encode: Callable[[InferResponse], Any] | None = None,
-    ) -> Cancel:
-        """Ask for an answer. `done` is called once with it, or with a ProtocolError; maybe before this returns.
+        """Return the answer. Cancelled, it takes the request back if it still waits.
 
         `arrived`: when the request's last byte was read, by the clock; None: now. `deadline`: when its client stops waiting, by the clock;
-        the earlier of it and the request's own counts. The returned function takes the request back: `done` is not called any more.
-        `encode`: makes the bytes to send of a response; of a large one on a thread.
+        the earlier of it and the request's own counts. `encode`: makes the bytes to send of a response; of a large one on a thread.
 
         Raises ProtocolError: 404 for another model or version, 400 for input that the model does not take and for more best classes than
-        `CLASSES`, 503 (`RefusedRequestError`) where no version is ready. Answers 503 where it cannot be answered in time, 500 where
-        computing it failed.
+        `CLASSES`, 503 (`RefusedRequestError`) where no version is ready or it cannot be answered in time, 500 where computing it failed.
         """
         arrived = self.clock() if arrived is None else arrived
         lease = self.lease_to_compute(model, version)
+        requested = lease.version
         try:
-            signature = lease.version.signature
-            images = self._images(request, signature)
-            wanted = read_wanted(request, signature, images.shape)
-            held_bytes = self._reserve(wanted)
-        except BaseException:
+            images = self._images(request, requested.signature)
+            wanted = read_wanted(request, requested.signature, images.shape)
+            reserved = self.encoder.reserve(wanted)
+        except BaseException as error:
             lease.release()
+            if isinstance(error, RefusedRequestError):
+                self.metrics.refused["large answers"] += 1
             raise
         if request.timeout_us is not None:
             deadline = min(arrived + request.timeout_us / 1e6, math.inf if deadline is None else deadline)
-        self._accounts.of(lease.version.name)
-        pending = PendingRequest(
-            request=request,
-            version=lease.version,
-            wanted=wanted,
-            model=self.name,
-            rows=len(images),
-            arrived=arrived,
-            held_bytes=held_bytes,
-            encode=encode,
-            done=done,
-            encoder=self.encoder,
-            accounts=self._accounts,
-            metrics=self.metrics,
-            objective=self.objective,
-            clock=self.clock,
-        )
         try:
-            cancel = self._start(
-                images,
-                lease,
-                pending.computed,
-                labels=wanted.labels,
-                priority=request.priority or PRIORITY,
-                deadline=deadline,
-                arrived=arrived,
-            )
+            try:
+                answer, work = await self.compute(
+                    images, lease, labels=wanted.labels, priority=request.priority or PRIORITY, deadline=deadline, arrived=arrived
+                )
+            except BaseException:
+                self.encoder.release(reserved)
+                raise
+            respond = partial(self._respond, request, wanted, requested.signature, answer, work, arrived, encode)
+            answered = await self.encoder.encode(respond, reserved)
         except BaseException:
-            self.encoder.release(held_bytes)
+            self._accounts.of(requested.name).failed(self.clock() - arrived)
             raise
-        return partial(pending.cancel, cancel)
+        if not reserved:  # promises do not include the encoding of large answers
+            self.runner.delivered(self.clock() - work.started - work.computed)
+        if work.version != requested.name:  # the requested version failed, and another one answered
+            self._accounts.of(requested.name).failed(answered.total)
+        self._accounts.of(work.version).answered(
+            rows=len(images),
+            batch_rows=work.batch_rows,
+            total=answered.total,
+            read=answered.read,
+            queued=answered.queued,
+            computed=work.computed,
+        )
+        self.metrics.total.observe(answered.total)
+        if self.objective is not None and answered.total > self.objective:
+            self.metrics.late.inc()
+        return answered
+
+    def _respond(
+        self,
+        request: InferRequest,
+        wanted: Wanted,
+        signature: Signature,
+        answer: NDArray[Any],
+        work: Work,
+        arrived: float,
+        encode: Callable[[InferResponse], Any] | None,
+    ) -> Answered:
+        """Encode an answer, on any thread."""
+        response = InferResponse(
+            model=self.name,
+            version=work.version,
+            id=request.id,
+            outputs=make_outputs(answer, wanted, signature),
+            parameters={"recovered": work.recovered} if work.recovered else {},
+        )
+        encoded = None if encode is None else encode(response)
+        return Answered(
+            response=response,
+            encoded=encoded,
+            read=max(work.admitted - arrived, 0.0),
+            queued=max(work.started - work.admitted, 0.0),
+            computed=work.computed,
+            total=self.clock() - arrived,
+            batch_rows=work.batch_rows,
+        )
 
     def lease(self, model: str, version: str | None, *, canary: bool = True) -> Lease:
         """Lease the version that a request names; `canary` as of `Slot.lease`. Raises ProtocolError: 404, or 503 where none is ready."""
@@ -213,37 +233,14 @@ class Service:
         labels: bool,
         priority: int = PRIORITY,
         patient: bool = False,
-    ) -> tuple[NDArray[Any], Work]:
-        """Return the labels, or the scores, of images (rows, H, W, C). Takes over the lease. Raises as `infer`. `patient`: see `Job`."""
-        computed: tuple[NDArray[Any], Work] = await _awaited(
-            partial(self._start, images, lease, labels=labels, priority=priority, patient=patient)
-        )
-        return computed
-
-    def deliver(self) -> None:
-        """Deliver the answers that are ready, on the event loop: for callers that keep it busy with many requests at once."""
-        if self._mailbox is not None:
-            self._mailbox.empty()
-
-    def close(self) -> None:
-        """End the threads beside the requests. The caller closes the runner and the slot."""
-        self.shadows.close()
-        self.encoder.close()
-
-    def _start(
-        self,
-        images: NDArray[np.uint8],
-        lease: Lease,
-        done: Computed,
-        *,
-        labels: bool,
-        priority: int,
         deadline: float | None = None,
         arrived: float = math.nan,
-        patient: bool = False,
-    ) -> Callable[[], bool]:
-        """Start computing images, and return `Computation.cancel`."""
+    ) -> tuple[NDArray[Any], Work]:
+        """Return the labels, or the scores, of images (rows, H, W, C). Takes over the lease. Raises as `infer`. `patient`: see `Job`."""
+        loop = asyncio.get_running_loop()
+        future: asyncio.Future[Any] = loop.create_future()
         rows, height, width, _ = images.shape
+        work = Work(images=images, lease=lease, admitted=self.clock())
         job = Job(
             group=Group(lease.version, height, width, labels),
             rows=rows,
@@ -252,35 +249,41 @@ class Service:
             deadline=deadline,
             patient=patient,
             cost=float(height * width),
-            payload=Work(images=images, lease=lease),
+            payload=work,
             arrived=arrived,
         )
-        finished = partial(self._finished, rows, labels)
-        computation = Computation(job, self.runner, self._current_mailbox(), done=done, finished=finished, clock=self.clock)
-        computation.start()
-        return computation.cancel
 
-    def _finished(self, rows: int, labels: bool, work: Work, answered_at: float) -> None:
-        """Count a job that was computed and answered."""
+        def done(answer: Any) -> None:
+            lease.release()
+            self._mailbox.put(future, answer)
+
+        try:
+            refusal = self.runner.submit(job, done)
+            if refusal is not None:
+                raise _error(refusal)
+        except BaseException:
+            lease.release()
+            raise
+        try:
+            answer = await future
+        except asyncio.CancelledError:
+            if self.runner.cancel(job):
+                lease.release()
+            raise
+        if isinstance(answer, BaseException | Refusal):
+            raise _error(answer)
         self._accounts.count_rows(work.version, rows)
         self.metrics.queue.observe(work.started - work.admitted)
         self.metrics.compute.observe(work.computed)
         self.metrics.batch.observe(work.batch_rows)
-        self.runner.delivered(work.started, self.clock() - answered_at)
-        self.shadows.cast(work, labels=labels)
+        if work.whole is not None:
+            loop.call_soon(partial(self.shadows.cast, work, labels=labels))  # after the answer
+        return answer, work
 
-    def _current_mailbox(self) -> Mailbox:
-        loop = asyncio.get_running_loop()
-        if self._mailbox is None or self._mailbox.loop is not loop:
-            self._mailbox = Mailbox(loop)
-        return self._mailbox
-
-    def _reserve(self, wanted: Wanted) -> int:
-        try:
-            return self.encoder.reserve(wanted)
-        except RefusedRequestError:
-            self.metrics.refused["large answers"] += 1
-            raise
+    def close(self) -> None:
+        """End the threads beside the requests. The caller closes the runner and the slot."""
+        self.shadows.close()
+        self.encoder.close()
 
     def _images(self, request: InferRequest, signature: Signature) -> NDArray[np.uint8]:
         expected = f"UINT8 (rows, height, width, {signature.channels})"
@@ -301,23 +304,35 @@ class Service:
         return ProtocolError(f"model {shown(model)}: this server has {self.name}", status=404)
 
 
-async def _awaited(start: Callable[[Callable[[Any], None]], Cancel]) -> Any:
-    """Start something with a callback for its result, and await the result. `start` returns a function that cancels it."""
-    future: asyncio.Future[Any] = asyncio.get_running_loop().create_future()
+class _Mailbox:
+    """Passes answers from computing threads to futures of the event loop, which is woken once for the answers of a batch."""
 
-    def settle(result: Any) -> None:
-        if not future.done():  # it was cancelled, which is raised below
-            future.set_result(result)
+    def __init__(self) -> None:
+        self._answers: deque[tuple[asyncio.Future[Any], Any]] = deque()
+        self._woken = False
 
-    cancel = start(settle)
-    try:
-        result = await future
-    except asyncio.CancelledError:
-        cancel()
-        raise
-    if isinstance(result, Exception):
-        try:
-            raise result
-        finally:
-            del result, future  # an error holds this frame by its traceback, and with it the request
-    return result
+    def put(self, future: asyncio.Future[Any], answer: Any) -> None:
+        """Set the result of a future, soon. Any thread may call this."""
+        self._answers.append((future, answer))
+        if not self._woken:  # set before the loop is woken and cleared before it looks: answers put in between are seen
+            self._woken = True
+            with suppress(RuntimeError):  # the loop was closed: nothing waits for the answer
+                future.get_loop().call_soon_threadsafe(self._empty)
+
+    def _empty(self) -> None:
+        self._woken = False
+        while self._answers:
+            future, answer = self._answers.popleft()
+            if not future.done():
+                future.set_result(answer)
+
+
+def _error(answer: BaseException | Refusal) -> ProtocolError:
+    """Error that a client gets instead of an answer."""
+    if isinstance(answer, Refusal):
+        return RefusedRequestError(answer.message, retry_after=answer.retry_after or 1.0)
+    if isinstance(answer, NotReadyError | AgainError):  # its engine died
+        return RefusedRequestError(str(answer))
+    error = ProtocolError(str(answer)) if isinstance(answer, DataError) else ProtocolError(f"the model failed: {answer}", status=500)
+    error.__cause__ = answer
+    return error
