@@ -23,9 +23,9 @@ LABELS = Call((2, 4, 4), labels=True)
 
 @pytest.fixture
 def probed(monkeypatch: pytest.MonkeyPatch) -> list[tuple[SessionOptions, Any]]:
-    """Openings and calls of trials, which are not made."""
+    """Options and calls of trials, which are not made."""
     trials: list[tuple[SessionOptions, Any]] = []
-    monkeypatch.setattr("muntin.serving.versions.loader.probe", lambda path, opening, calls, **options: trials.append((opening, calls)))
+    monkeypatch.setattr("muntin.serving.versions.loader.probe", lambda path, options, calls, **_: trials.append((options, calls)))
     return trials
 
 

@@ -50,7 +50,7 @@ def note(compiler: Compiler, version: Version, *calls: Call, times: int = OFTEN)
 def compiled(version: Version, monkeypatch: pytest.MonkeyPatch) -> list[Call]:
     """Calls that were compiled for, which takes no time here."""
     calls: list[Call] = []
-    monkeypatch.setattr(module, "probe", lambda path, opening, lately, **_: calls.extend(lately))
+    monkeypatch.setattr(module, "probe", lambda path, options, lately, **_: calls.extend(lately))
     monkeypatch.setattr(version.session, "warm_up", lambda shapes, *, labels: None)
     return calls
 
