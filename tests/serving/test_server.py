@@ -37,7 +37,7 @@ from tritonclient.utils import InferenceServerException
 from muntin.errors import ArtifactError, DataError
 from muntin.images import encode_png
 from muntin.serving.config import Bounds, ServeConfig
-from muntin.serving.http.image_route import Pictures
+from muntin.serving.http.image_route import ImageRoute
 from muntin.serving.inference.executor import Executor
 from muntin.serving.inference.outputs import CLASSES
 from muntin.serving.server import Server, largest_request
@@ -716,11 +716,11 @@ def test_what_takes_longer_than_there_is_time_at_the_end_is_told_so(
 ) -> None:
     begun = threading.Event()
 
-    async def slow(self: Pictures, *_: Any) -> Any:
+    async def slow(self: ImageRoute, *_: Any) -> Any:
         begun.set()
         await asyncio.sleep(60)
 
-    monkeypatch.setattr(Pictures, "answer", slow)
+    monkeypatch.setattr(ImageRoute, "answer", slow)
     told: list[Any] = []
 
     with served(write_pixels(tmp_path / "m"), grpc_port=None, drain_seconds=0) as server:

@@ -29,7 +29,7 @@ from muntin.serving.batching.workers import Runner
 from muntin.serving.config import ServeConfig
 from muntin.serving.grpc.server import GrpcServer
 from muntin.serving.http.app import HttpApp
-from muntin.serving.http.image_route import Pictures
+from muntin.serving.http.image_route import ImageRoute
 from muntin.serving.http.listener import HttpListener
 from muntin.serving.inference.executor import Executor
 from muntin.serving.inference.service import Service
@@ -174,7 +174,7 @@ class Server:
         expose(service.metrics, service, service.runner, budget, log)
         control = Control(self.slot, self._repository)
         ending.push_async_callback(asyncio.to_thread, control.close)
-        pictures = Pictures(service, body_bytes=config.bounds.body_bytes)
+        pictures = ImageRoute(service, body_bytes=config.bounds.body_bytes)
         ending.push_async_callback(asyncio.to_thread, self._end_computing, pictures, service)
         limits = Limits(
             body_bytes=config.bounds.body_bytes, json_bytes=config.bounds.json_bytes, elements=config.bounds.body_bytes
@@ -283,7 +283,7 @@ class Server:
         await face.stop(0)
         self.cut_off += face.cut_off
 
-    def _end_computing(self, pictures: Pictures, service: Service) -> None:
+    def _end_computing(self, pictures: ImageRoute, service: Service) -> None:
         pictures.close(self._shutdown.left)
         if not service.runner.close(self._shutdown.left):
             self.slot.end_calls()  # else an engine that hangs outlives the server, and whatever waits for it

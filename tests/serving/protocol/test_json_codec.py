@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import struct
 from typing import Any
 
@@ -15,7 +14,6 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
 from muntin.serving.protocol.json_codec import (
-    Heads,
     decode_index_request,
     decode_raw_request,
     decode_repository_request,
@@ -445,35 +443,3 @@ def test_requests_to_load_and_unload() -> None:
 
 def test_json_of_a_document() -> None:
     assert encode_json({"error": "no"}) == b'{"error":"no"}'
-
-
-def test_a_head_that_came_before_is_read_once_and_held_against_the_new_bytes() -> None:
-    heads = Heads()
-    entry = {"name": "x", "datatype": "UINT8", "shape": [2, 2], "parameters": {"binary_data_size": 4}}
-    header = json.dumps({"id": "7", "inputs": [entry], "outputs": [{"name": "y"}], "parameters": {"priority": 3}}).encode()
-    first = decode_request(header + b"\1\2\3\4", len(header), LIMITS, heads)
-    second = decode_request(header + b"\5\6\7\0", len(header), LIMITS, heads)
-    assert first.inputs[0].data.tolist() == [[1, 2], [3, 4]]
-    assert second.inputs[0].data.tolist() == [[5, 6], [7, 0]]
-    assert (second.id, second.priority, [output.name for output in second.outputs]) == ("7", 3, ["y"])
-    assert second.outputs is first.outputs  # it was not read again
-    for tail in (b"\1\2\3", b"\1\2\3\4\5"):
-        with pytest.raises(ProtocolError, match="bytes"):
-            decode_request(header + tail, len(header), LIMITS, heads)
-    with pytest.raises(ProtocolError, match="where its JSON ends"):
-        decode_request(header, None, LIMITS, heads)
-
-
-def test_heads_with_numbers_in_them_and_wrong_ones_are_not_kept_and_old_ones_go() -> None:
-    heads = Heads()
-    values = json.dumps({"inputs": [{"name": "x", "datatype": "UINT8", "shape": [2], "data": [1, 2]}]}).encode()
-    one, two = (decode_request(values, None, LIMITS, heads) for _ in range(2))
-    assert one.outputs == two.outputs
-    assert one.inputs[0].data is not two.inputs[0].data
-    with pytest.raises(ProtocolError):
-        decode_request(b'{"inputs": []}', None, LIMITS, heads)
-    for n in range(500):
-        entry = {"name": "x", "datatype": "UINT8", "shape": [1], "parameters": {"binary_data_size": 1}}
-        header = json.dumps({"id": str(n), "inputs": [entry]}).encode()
-        assert decode_request(header + b"\1", len(header), LIMITS, heads).id == str(n)
-    assert len(heads) <= 64

@@ -30,7 +30,7 @@ from muntin.serving.protocol.metadata import (
     statistics_document,
 )
 from muntin.serving.protocol.wire import parse
-from muntin.serving.telemetry.tracing import Tracing
+from muntin.serving.telemetry.tracing import Tracing, set_answer
 from muntin.serving.versions.control import Control
 
 ENVELOPE_BYTES = 1 << 16
@@ -177,7 +177,7 @@ class Servicer:
         carrier = {name: value for name, value in call.context.invocation_metadata() or () if isinstance(value, str)}
         with self._tracing.inference("grpc", request.model, carrier) as span:
             answered = await infer()
-            span.answered(answered)
+            set_answer(span, answered)
         return answered
 
     def _count(self, outcome: str) -> None:

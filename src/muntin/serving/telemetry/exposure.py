@@ -1,4 +1,4 @@
-"""Figures that other parts of the server hold, read when Prometheus asks for them."""
+"""Metrics that are read from other parts of the server when Prometheus asks."""
 
 from __future__ import annotations
 
@@ -61,10 +61,10 @@ def expose(metrics: Metrics, service: Service, runner: Runner, budget: MemoryBud
 
 
 def _by_version(slot: Slot, figure: Callable[[Session], float]) -> list[tuple[tuple[str], float]]:
-    """A figure of the versions in service, added up by name: an artefact that is loaded again keeps its name, so two may share one."""
+    """Sum a figure of the open versions by name: an artefact that is loaded again keeps its name."""
     figures: dict[str, float] = {}
     for version in slot.open:
-        with suppress(NotReadyError):  # it was unloaded meanwhile
+        with suppress(NotReadyError):  # unloaded meanwhile
             figures[version.name] = figures.get(version.name, 0.0) + figure(version.session)
     return [((name,), value) for name, value in figures.items()]
 
