@@ -123,15 +123,15 @@ class HttpApp:
             return "cancelled"
         except asyncio.CancelledError:
             if not exchange.client_left and not exchange.status:
-                await self._refuse(exchange, RefusedRequestError("the server is shutting down"))
+                await self._refuse(exchange, *_refusal(RefusedRequestError("the server is shutting down"), exchange.scope))
                 return "refused"
             exchange.status = exchange.status or LEFT
             return "cancelled"
         except Exception as error:  # noqa: BLE001 - answered, and reported to the loop's handler if unforeseen
-            answered_error = _http_error(error, exchange.scope)
+            refusal, headers = _refusal(error, exchange.scope)
             if not exchange.status:
-                await self._refuse(exchange, answered_error, close=not body.complete)
-            return answered_error.outcome if isinstance(answered_error, ProtocolError) else "wrong"
+                await self._refuse(exchange, refusal, headers if body.complete else headers | {"connection": "close"})
+            return refusal.outcome
 
     async def _route(self, exchange: Exchange, body: Body, receive: Receive) -> None:
         scope = exchange.scope
@@ -152,13 +152,9 @@ class HttpApp:
 
             await self._router(scope, whole_body, exchange.send)
 
-    async def _refuse(self, exchange: Exchange, error: ProtocolError | HTTPException, *, close: bool = False) -> None:
-        text = error.detail if isinstance(error, HTTPException) else str(error)
-        status = error.status_code if isinstance(error, HTTPException) else error.status
-        headers = [_JSON, *((name.encode(), value.encode()) for name, value in _error_headers(error).items())]
-        if close:
-            headers.append((b"connection", b"close"))
-        await exchange.reply(status, headers, encode_json({"error": text}))
+    async def _refuse(self, exchange: Exchange, error: ProtocolError, headers: dict[str, str]) -> None:
+        fields = [_JSON, *((name.encode(), value.encode()) for name, value in headers.items())]
+        await exchange.reply(error.status, fields, encode_json({"error": str(error)}))
 
     # ---- routes ----
 
@@ -272,29 +268,23 @@ async def _plain_body(request: Request) -> bytes:
     return await request.body()
 
 
-def _http_error(error: Exception, scope: Scope) -> ProtocolError | HTTPException:
-    """Return the error for the client. An unforeseen one is named by its type only; the loop's exception handler gets all of it."""
+def _refusal(error: Exception, scope: Scope) -> tuple[ProtocolError, dict[str, str]]:
+    """Return (error for the client, header fields). An unforeseen one is named by its type; the loop's exception handler gets it."""
+    if isinstance(error, RefusedRequestError):
+        return error, {"retry-after": str(max(1, math.ceil(error.retry_after)))}
     if isinstance(error, ProtocolError):
-        return error
+        return error, {401: {"www-authenticate": "Bearer"}, 405: {"allow": "POST"}}.get(error.status, {})
     if isinstance(error, HTTPException):
         if error.status_code == 404 and (extension := _EXTENSION.fullmatch(scope["path"])):
-            return ProtocolError(LACKING[extension[1]], status=501)
-        allowed = (error.headers or {}).get("Allow")
-        advice = f", use {allowed}" if allowed else "; /openapi.json lists the routes"
+            return ProtocolError(LACKING[extension[1]], status=501), {}
+        headers = {name.lower(): value for name, value in (error.headers or {}).items()}
+        advice = f", use {headers['allow']}" if "allow" in headers else "; /openapi.json lists the routes"
         text = f"{scope['method']} {shown(scope['path'])}: {error.detail}{advice}"
-        return HTTPException(error.status_code, text, error.headers)
+        return ProtocolError(text, status=error.status_code), headers
     if isinstance(error, MuntinError):
-        return ProtocolError(str(error), status=500)
+        return ProtocolError(str(error), status=500), {}
     asyncio.get_running_loop().call_exception_handler({"message": "a request failed", "exception": error})
-    return ProtocolError(f"the server failed ({type(error).__name__})", status=500)
-
-
-def _error_headers(error: ProtocolError | HTTPException) -> dict[str, str]:
-    if isinstance(error, HTTPException):
-        return {name.lower(): value for name, value in (error.headers or {}).items()}
-    if isinstance(error, RefusedRequestError):
-        return {"retry-after": str(max(1, math.ceil(error.retry_after)))}
-    return {401: {"www-authenticate": "Bearer"}, 405: {"allow": "POST"}}.get(error.status, {})
+    return ProtocolError(f"the server failed ({type(error).__name__})", status=500), {}
 
 
 def _json(document: object, status: int = 200) -> Response:

@@ -211,11 +211,10 @@ async def _run(pool: Threads, call: Callable[[], T], cancel: Callable[[], None] 
         await asyncio.wait((future,))
         return future.result()
     except asyncio.CancelledError:
+        future.add_done_callback(lambda done: done.cancelled() or done.exception())  # nobody else reads its error
         if not thread_future.cancel():
             cancel()
             await asyncio.wait((future,))
-        with suppress(Exception, asyncio.CancelledError):  # nobody waits for the result
-            future.result()
         raise
     finally:
         del future, thread_future  # the traceback of an error keeps this frame, and they keep the error

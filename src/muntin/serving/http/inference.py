@@ -132,7 +132,7 @@ class InferenceRoute:
             raise ProtocolError(
                 f"{len(body):,} raw bytes: without JSON they must be one square image of {channels} channels; state the shape in JSON"
             )
-        return decode_raw_request(body, INPUT, "UINT8", (1, side, side, channels), self._limits)
+        return decode_raw_request(body, INPUT, (1, side, side, channels), self._limits)
 
 
 def _encoded(response: InferResponse, *, request: InferRequest) -> tuple[bytes, int | None]:

@@ -91,10 +91,9 @@ def decode_infer(message: messages.ModelInferRequest, limits: Limits) -> InferRe
     check_unique((item.name for item in message.outputs), "outputs")
     return InferRequest(
         id=check_id(message.id, limits),
-        parameters=check_request_parameters(_parameters(message.parameters), limits),
+        parameters=check_request_parameters(_parameters(message.parameters), limits) | {"binary_data_output": True},
         inputs=tuple(_input(item, raw, limits) for item, raw in zip(message.inputs, _raw(message), strict=True)),
         outputs=tuple(_requested(item, limits) for item in message.outputs),
-        always_binary=True,
     )
 
 

@@ -17,7 +17,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from itertools import chain
-from math import prod
 from typing import Any
 
 import numpy as np
@@ -44,7 +43,7 @@ from muntin.serving.protocol.messages import (
     shown,
 )
 from muntin.serving.protocol.selection import select
-from muntin.serving.protocol.tensors import DATATYPES, Buffer, check_datatype, datatype_of, from_binary, from_values, to_binary
+from muntin.serving.protocol.tensors import Buffer, check_datatype, datatype_of, from_binary, from_values, to_binary
 
 HEADER_LENGTH = "Inference-Header-Content-Length"
 """HTTP header field: number of bytes of the body that are JSON."""
@@ -79,21 +78,11 @@ def decode_request(body: Buffer, header_length: int | None, limits: Limits) -> I
     )
 
 
-def decode_raw_request(body: Buffer, name: str, datatype: str, shape: tuple[int, ...], limits: Limits) -> InferRequest:
-    """Decode a body without JSON (`HEADER_LENGTH` 0): the bytes of the model's only input, which has this name, type and shape.
-
-    At most one axis of `shape` may be -1: its size is inferred. For BYTES the body is the only element, without a length before it, and
-    each axis has size 1. All outputs are returned in binary.
-    """
-    raw = _bytes(body, limits)
-    if datatype == "BYTES":
-        data: Tensor = np.empty(1, object)
-        data[0] = bytes(raw)
-        data = data.reshape([1] * len(shape))
-    else:
-        sizes, elements = check_shape(_inferred(shape, len(raw) // DATATYPES[datatype].itemsize, name), name, limits)
-        data = from_binary(raw, datatype, sizes, elements, name, limits)
-    tensor = InferInput(name=name, datatype=datatype, shape=data.shape, data=data)
+def decode_raw_request(body: Buffer, name: str, shape: tuple[int, ...], limits: Limits) -> InferRequest:
+    """Decode a body without JSON (`HEADER_LENGTH` 0): one UINT8 tensor of this name and shape. All outputs are returned in binary."""
+    sizes, elements = check_shape(shape, name, limits)
+    data = from_binary(_bytes(body, limits), "UINT8", sizes, elements, name, limits)
+    tensor = InferInput(name=name, datatype="UINT8", shape=sizes, data=data)
     return InferRequest(id="", inputs=(tensor,), outputs=(), parameters={"binary_data_output": True})
 
 
@@ -265,18 +254,6 @@ def _flat(data: object, shape: tuple[int, ...], name: str) -> list[Any]:
             raise ProtocolError(f'input {shown(name)} has "data" nested otherwise than its shape {list(shape)}: give that, or a flat array')
         rows = list(chain.from_iterable(rows))
     return rows
-
-
-def _inferred(shape: tuple[int, ...], elements: int, name: str) -> list[int]:
-    """Return the shape with the size of its free axis (-1). A wrong size is found when the bytes are read."""
-    free = [axis for axis, size in enumerate(shape) if size < 0]
-    if len(free) > 1:
-        raise ProtocolError(
-            f"input {shown(name)} has the shape {list(shape)}, which the length of a raw body does not settle: "
-            f"say it in JSON, with {HEADER_LENGTH} for the JSON's length"
-        )
-    known = prod(size for size in shape if size >= 0)
-    return [size if size >= 0 else elements // max(known, 1) for size in shape]
 
 
 def _json_data(array: Tensor, datatype: str, name: str) -> Any:

@@ -93,9 +93,9 @@ class Limits:
     """Limits of one request; beyond them it is refused before anything is allocated. Raises RecipeError for a value out of range.
 
     `body_bytes`: the whole body, or all tensors of a gRPC message. `json_bytes`: the JSON part; parsed, it takes 13 times its size
-    (numbers) to 50 times (empty arrays in arrays). `tensors`: inputs, and requested outputs. `rank`: axes of a tensor, at most 32. `elements`: of one
-    tensor. `byte_strings`: elements of one BYTES tensor, and requested classes. `name_length`: characters of a name, an id or a key, at
-    least 32. `parameters`: of a request, and of each of its tensors.
+    (numbers) to 50 times (empty arrays in arrays). `tensors`: inputs, and requested outputs. `rank`: axes of a tensor. `elements`: of one
+    tensor. `byte_strings`: elements of one BYTES tensor, and requested classes. `name_length`: characters of a name, an id or a key.
+    `parameters`: of a request, and of each of its tensors.
     """
 
     body_bytes: int = 128 << 20
@@ -146,8 +146,6 @@ class InferRequest:
     inputs: tuple[InferInput, ...]
     outputs: tuple[RequestedOutput, ...]
     parameters: Mapping[str, Parameter]
-    always_binary: bool = False
-    """True if all outputs are returned as bytes, as over gRPC."""
 
     @property
     def priority(self) -> int:
@@ -162,7 +160,7 @@ class InferRequest:
     @property
     def binary_default(self) -> bool:
         """True if outputs are bytes behind the JSON unless the request says otherwise."""
-        return self.always_binary or bool(self.parameters.get("binary_data_output", False))
+        return bool(self.parameters.get("binary_data_output", False))
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)

@@ -10,13 +10,10 @@ it out, as in Triton. `perf_analyzer` needs the configuration's `max_batch_size`
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
-from types import MappingProxyType
 from typing import Any
-
-from muntin.serving.protocol.tensors import DATATYPES
 
 VERSION = version("muntin")
 """Version of the package, read from disk once."""
@@ -32,10 +29,6 @@ EXTENSIONS = (
     "statistics",
 )
 """Supported extensions of the protocol, by Triton's names."""
-CONFIGURATION_TYPES: Mapping[str, str] = MappingProxyType(
-    {name: "TYPE_STRING" if name == "BYTES" else f"TYPE_{name}" for name in DATATYPES},
-)
-"""Datatype -> its name in configurations."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -160,7 +153,8 @@ def _metadata(spec: TensorSpec) -> dict[str, Any]:
 
 def _configuration(spec: TensorSpec, model: ModelDescription) -> dict[str, Any]:
     dims = spec.shape[1:] if model.max_batch else spec.shape
-    return {"name": spec.name, "data_type": CONFIGURATION_TYPES[spec.datatype], "dims": list(dims)}
+    data_type = "TYPE_STRING" if spec.datatype == "BYTES" else f"TYPE_{spec.datatype}"
+    return {"name": spec.name, "data_type": data_type, "dims": list(dims)}
 
 
 def _statistics(item: Statistics) -> dict[str, Any]:

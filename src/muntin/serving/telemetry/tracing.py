@@ -26,17 +26,12 @@ class Tracing:
     def __init__(self, provider: Any = None) -> None:
         try:
             from opentelemetry import propagate, trace
-            from opentelemetry.sdk.resources import SERVICE_NAME, Resource
-            from opentelemetry.sdk.trace import TracerProvider
+
+            self._provider = _exporting_provider() if provider is None else provider
         except ModuleNotFoundError as error:
-            raise _missing(error) from error
-        self._trace, self._extract = trace, propagate.extract
+            raise DependencyError(f"tracing needs the package {error.name}: {install('otel')}, or leave --trace out") from error
         self._own = provider is None
-        # `create` lets OTEL_SERVICE_NAME and OTEL_RESOURCE_ATTRIBUTES win over a default that is merged first
-        resource = Resource({SERVICE_NAME: SERVICE}).merge(Resource.create()) if provider is None else None
-        self._provider = TracerProvider(resource=resource) if provider is None else provider
-        if self._own:
-            self._provider.add_span_processor(_exporting())
+        self._trace, self._extract = trace, propagate.extract
         self._tracer = self._provider.get_tracer("muntin.serving", version("muntin"))
 
     @contextmanager
@@ -70,14 +65,13 @@ def set_answer(span: Any, answered: Answered) -> None:
     )
 
 
-def _exporting() -> Any:
-    try:
-        from opentelemetry.exporter.otlp.proto.http.trace_exporter import OTLPSpanExporter
-        from opentelemetry.sdk.trace.export import BatchSpanProcessor
-    except ModuleNotFoundError as error:
-        raise _missing(error) from error
-    return BatchSpanProcessor(OTLPSpanExporter())
+def _exporting_provider() -> Any:
+    from opentelemetry.exporter.otlp.proto.http.trace_exporter import OTLPSpanExporter
+    from opentelemetry.sdk.resources import SERVICE_NAME, Resource
+    from opentelemetry.sdk.trace import TracerProvider
+    from opentelemetry.sdk.trace.export import BatchSpanProcessor
 
-
-def _missing(error: ModuleNotFoundError) -> DependencyError:
-    return DependencyError(f"tracing needs the package {error.name}: {install('otel')}, or leave --trace out")
+    # `create` gives OTEL_SERVICE_NAME and OTEL_RESOURCE_ATTRIBUTES precedence over a default that is merged first
+    provider = TracerProvider(resource=Resource({SERVICE_NAME: SERVICE}).merge(Resource.create()))
+    provider.add_span_processor(BatchSpanProcessor(OTLPSpanExporter()))
+    return provider
