@@ -24,15 +24,14 @@ from muntin.serving.protocol.messages import (
     ProtocolError,
     RequestedOutput,
     Tensor,
-    check_count,
     check_id,
     check_name,
+    check_names,
     check_repository_parameters,
     check_request_parameters,
     check_requested,
     check_shape,
     check_tensor_parameters,
-    check_unique,
     shown,
 )
 from muntin.serving.protocol.selection import select
@@ -79,16 +78,16 @@ _CONTENTS: dict[str, tuple[str, type[np.generic]]] = {
     "BYTES": ("bytes_contents", np.object_),
 }
 """Datatype -> field of `contents`, and type of its values."""
+_CHOICES = {bool: "bool_param", int: "int64_param", float: "double_param", str: "string_param"}
+"""Type of a parameter -> its field in a message."""
 
 
 def decode_infer(message: messages.ModelInferRequest, limits: Limits) -> InferRequest:
     """Decode a request for inference. Raw tensors become read-only views of the message's bytes. Raises ProtocolError."""
-    check_count(len(message.inputs), "inputs", limits)
-    check_count(len(message.outputs), "outputs", limits)
+    check_names([item.name for item in message.inputs], "inputs", limits)
+    check_names([item.name for item in message.outputs], "outputs", limits)
     if not len(message.inputs):
         raise ProtocolError("the request has no inputs: give at least one tensor")
-    check_unique((item.name for item in message.inputs), "inputs")
-    check_unique((item.name for item in message.outputs), "outputs")
     return InferRequest(
         id=check_id(message.id, limits),
         parameters=check_request_parameters(_parameters(message.parameters), limits) | {"binary_data_output": True},
@@ -101,7 +100,7 @@ def encode_infer(response: InferResponse, requested: tuple[RequestedOutput, ...]
     """Encode the requested outputs of an answer. Raises ProtocolError for an output that the answer does not have."""
     message = messages.ModelInferResponse(model_name=response.model, model_version=response.version, id=response.id)
     for name, value in response.parameters.items():
-        setattr(message.parameters[name], _choice(value), value)
+        setattr(message.parameters[name], _CHOICES[type(value)], value)
     for output in select(response, requested, binary_default=True):
         datatype = datatype_of(output.data, output.name)
         message.outputs.add(name=output.name, datatype=datatype, shape=output.data.shape)
@@ -170,11 +169,3 @@ def _parameters(parameters: Mapping[str, Any]) -> dict[str, object]:
     """Return the values of a message's parameters, None for one without a value."""
     choices = {name: (parameter, parameter.WhichOneof("parameter_choice")) for name, parameter in parameters.items()}
     return {name: choice and getattr(parameter, choice) for name, (parameter, choice) in choices.items()}
-
-
-def _choice(value: Parameter) -> str:
-    if isinstance(value, bool):
-        return "bool_param"
-    if isinstance(value, int):
-        return "int64_param"
-    return "string_param" if isinstance(value, str) else "double_param"

@@ -34,12 +34,12 @@ from muntin.serving.protocol.messages import (
     check_count,
     check_id,
     check_name,
+    check_names,
     check_repository_parameters,
     check_request_parameters,
     check_requested,
     check_shape,
     check_tensor_parameters,
-    check_unique,
     shown,
 )
 from muntin.serving.protocol.selection import select
@@ -179,13 +179,13 @@ def _entries(value: object, what: str, limits: Limits) -> list[tuple[str, dict[s
     """Return (name, entry) of each tensor in a list."""
     if type(value) is not list:
         raise ProtocolError(f'"{what}" is {shown(value)}: give an array of tensors')
-    check_count(len(value), what, limits)
+    check_count(len(value), what, limits)  # before the loop: a body may hold many thousands
     entries: list[tuple[str, dict[str, Any]]] = []
     for entry in value:
         if type(entry) is not dict:
             raise ProtocolError(f'"{what}" holds {shown(entry)}: give an object for each tensor')
         entries.append((check_name(entry.get("name"), f"one of {what}", limits), entry))
-    check_unique((name for name, _ in entries), what)
+    check_names([name for name, _ in entries], what, limits)
     return entries
 
 

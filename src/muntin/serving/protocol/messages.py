@@ -14,7 +14,7 @@ fits the model is checked by the service.
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from typing import Any
 
@@ -220,13 +220,12 @@ def check_count(count: int, what: str, limits: Limits) -> None:
         raise ProtocolError(f"{count:,} {what}: this server takes at most {limits.tensors} a request")
 
 
-def check_unique(names: Iterable[str], what: str) -> None:
-    """Raise ProtocolError if two tensors have the same name."""
-    seen: set[str] = set()
-    for name in names:
-        if name in seen:
-            raise ProtocolError(f"two {what} are named {shown(name)}: name each once")
-        seen.add(name)
+def check_names(names: Sequence[str], what: str, limits: Limits) -> None:
+    """Raise ProtocolError for more than `limits.tensors` tensors, or two with the same name."""
+    check_count(len(names), what, limits)
+    if len(set(names)) < len(names):
+        duplicate = next(name for name in names if names.count(name) > 1)
+        raise ProtocolError(f"two {what} are named {shown(duplicate)}: name each once")
 
 
 def check_shape(shape: Sequence[object], tensor: str, limits: Limits) -> tuple[tuple[int, ...], int]:
