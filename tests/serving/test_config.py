@@ -11,7 +11,7 @@ from pydantic import ValidationError
 from muntin.serving.config import Bounds, ServeConfig
 
 
-def test_the_defaults_reach_nobody_else() -> None:
+def test_default_host() -> None:
     assert ServeConfig().host == "127.0.0.1"
 
 
@@ -31,7 +31,7 @@ def test_the_defaults_reach_nobody_else() -> None:
         ({"port": 5}, "port"),
     ],
 )
-def test_what_it_may_not_be_told(options: dict[str, Any], message: str) -> None:
+def test_invalid_settings(options: dict[str, Any], message: str) -> None:
     with pytest.raises(ValidationError, match=message):
         ServeConfig.model_validate(options)
 

@@ -74,7 +74,7 @@ def test_any_bytes(body: bytes, length: int | None) -> None:
     only_protocol_errors(decode_request, body, length, LIMITS)
     only_protocol_errors(decode_index_request, body, LIMITS)
     only_protocol_errors(decode_repository_request, body, LIMITS)
-    only_protocol_errors(decode_raw_request, body, "x", "FP32", (1, -1, 3), LIMITS)
+    only_protocol_errors(decode_raw_request, body, "x", (1, 4, 3), LIMITS)
 
 
 @settings(deadline=None, max_examples=300)

@@ -18,7 +18,7 @@ from muntin.errors import DataError
 from muntin.serving.config import Bounds, ServeConfig
 
 
-def test_settings_reach_the_server_and_what_was_cut_off_comes_back(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_settings_and_result(monkeypatch: pytest.MonkeyPatch) -> None:
     told: list[Any] = []
 
     class Ended:
@@ -44,12 +44,12 @@ def test_settings_reach_the_server_and_what_was_cut_off_comes_back(monkeypatch: 
         ({"tls_key": "key.pem"}, "serve: .*certificate and its key"),
     ],
 )
-def test_what_it_may_not_be_told_is_named(settings: dict[str, Any], message: str) -> None:
+def test_invalid_settings_by_name(settings: dict[str, Any], message: str) -> None:
     with pytest.raises(DataError, match=message):
         muntin.serve("artefact", **settings)
 
 
-def test_it_serves_until_it_is_told_to_end(write_pixels: Callable[..., Path], tmp_path: Path, wait_until: Callable[..., None]) -> None:
+def test_serve_until_sigterm(write_pixels: Callable[..., Path], tmp_path: Path, wait_until: Callable[..., None]) -> None:
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
 

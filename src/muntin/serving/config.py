@@ -1,4 +1,4 @@
-"""What a server is told: where it listens, what it promises, what it refuses. Each field states its unit and range."""
+"""Settings of a server. Each field states its unit and range."""
 
 from __future__ import annotations
 
@@ -19,36 +19,26 @@ class _Frozen(BaseModel):
 
 
 class Bounds(_Frozen):
-    """What one client, and all of them together, may take of the server. Beyond them a request is refused, never served by halves."""
+    """Limits on one request and on all together. Requests beyond them are refused."""
 
     body_bytes: Annotated[int, Field(ge=1024, description="of one request")] = 64 * MEGABYTE
-    json_bytes: Annotated[
-        int, Field(ge=1024, description="of one request's JSON, which takes 13 to 50 times as much memory when it is read")
-    ] = 4 * MEGABYTE
+    json_bytes: Annotated[int, Field(ge=1024, description="of one request's JSON; parsed, 13 to 50 times as much")] = 4 * MEGABYTE
     image_pixels: Annotated[int, Field(ge=1, description="height times width of one picture, decoded")] = 1 << 26
-    held_bytes: Annotated[
-        int,
-        Field(ge=1024, description="of the bodies of all requests that are being received or answered, and of large answers being sent"),
-    ] = 512 * MEGABYTE
+    held_bytes: Annotated[int, Field(ge=1024, description="of all bodies in work, and of large answers being sent")] = 512 * MEGABYTE
     connections: Annotated[int, Field(ge=1, description="open at the same time, and requests in flight; over gRPC: calls")] = 512
     body_seconds: Annotated[float, Field(gt=0, le=DAY_S, description="from the end of the headers to the end of the body")] = 60.0
-    idle_seconds: Annotated[
-        float,
-        Field(gt=0, le=DAY_S, description="that a connection may stay open without the complete headers of a request, or a stream idle"),
-    ] = 75.0
+    idle_seconds: Annotated[float, Field(gt=0, le=DAY_S, description="of a connection without complete headers, or a stream")] = 75.0
 
 
 def is_token(text: str) -> bool:
-    """Whether it can stand in a header as a bearer token."""
+    """Return True if the text can be a bearer token in a header."""
     return bool(text) and text.isascii() and not any(c.isspace() for c in text)
 
 
 class ServeConfig(_Frozen):
-    """All that `muntin serve` is told."""
+    """The settings of `muntin serve`."""
 
-    host: Annotated[str, Field(description="address to listen on; others than this machine's own reach it only if this says so")] = (
-        "127.0.0.1"
-    )
+    host: Annotated[str, Field(description="address to listen on; by default only this machine reaches it")] = "127.0.0.1"
     http_port: Annotated[int, Field(ge=0, le=65535, description="0: any that is free")] = 8000
     grpc_port: Annotated[int | None, Field(ge=0, le=65535, description="0: any that is free; None: no gRPC")] = 8001
     name: Annotated[str | None, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,99}$", description="of the model; None: its folder's")] = None

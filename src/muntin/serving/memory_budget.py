@@ -9,10 +9,10 @@ from muntin.serving.config import Bounds
 
 
 class MemoryBudget:
-    """The memory budget of one server. Used on the event loop only.
+    """The memory budget of one server, for the event loop only.
 
-    `held`: bytes of the bodies that are being received or answered, and of large answers that are being sent. `buffers`: recycled memory
-    for bodies. `refused`: requests that were refused before their body was complete, by HTTP status.
+    `held`: bytes of the bodies in work, and of large answers being sent. `buffers`: recycled memory for bodies. `refused`: requests refused
+    before their body was complete, by HTTP status.
     """
 
     def __init__(self, bounds: Bounds) -> None:

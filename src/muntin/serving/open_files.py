@@ -1,4 +1,4 @@
-"""How many files a process may have open: each connection is one, and an answer that it has not read is two."""
+"""Raises the limit of open files: a connection is one, and its unread answer two."""
 
 from __future__ import annotations
 
@@ -8,28 +8,28 @@ from muntin.serving.config import ServeConfig
 from muntin.serving.http.listener import SPARE
 
 _ANSWER = 2
-"""Memory that the engine's process writes to: a file, and Python's copy of it for the mapping."""
+"""Open files of an unread answer: shared memory, and its mapping."""
 _OTHERS = 64
-"""Open files beside the connections: libraries, the artefact, what is loaded meanwhile."""
+"""Open files beside the connections."""
 
 
 def raise_descriptors(config: ServeConfig) -> str:
-    """Lets this process have as many open files as the system allows it. Says where those are too few for what a server is told."""
+    """Raise the limit to the system's maximum. Returns a warning if that is too low for the settings, or ""."""
     try:
         import resource
     except ModuleNotFoundError:  # Windows has no such limit
         return ""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    faces = 1 if config.grpc_port is None else 2
-    wanted = (1 + _ANSWER) * faces * config.bounds.connections + SPARE + _OTHERS
-    for most in (hard, wanted):  # the latter where the system allows less than it says, as macOS does
+    protocols = 1 if config.grpc_port is None else 2
+    needed = (1 + _ANSWER) * protocols * config.bounds.connections + SPARE + _OTHERS
+    for most in (hard, needed):  # macOS allows less than it says
         with suppress(ValueError, OSError):
             resource.setrlimit(resource.RLIMIT_NOFILE, (most, hard))
             soft = most
             break
-    if soft == resource.RLIM_INFINITY or soft >= wanted:
+    if soft == resource.RLIM_INFINITY or soft >= needed:
         return ""
     return (
-        f"this process may have {soft:,} open files, and --max-connections {config.bounds.connections} wants {wanted:,}: "
+        f"this process may have {soft:,} open files, and --max-connections {config.bounds.connections} wants {needed:,}: "
         "connections beyond them wait; raise the limit (ulimit -Hn), or lower --max-connections"
     )

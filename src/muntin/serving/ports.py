@@ -5,35 +5,27 @@ from __future__ import annotations
 import errno
 import socket
 from contextlib import ExitStack
-from typing import NamedTuple
 
 from muntin.errors import DataError
 
 _NOT_HERE = frozenset({errno.EADDRNOTAVAIL, errno.EAFNOSUPPORT})
-"""Errors for an address that a host name has and this machine has not."""
+"""Errors for an address that this machine does not have."""
 
 
-class Listening(NamedTuple):
-    """`addresses`: of the host, one or more. `http_port`: never 0."""
+def check_ports(host: str, http_port: int, grpc_port: int | None) -> tuple[list[str], int]:
+    """Return (addresses of the host, HTTP port, never 0). Raises DataError for a taken port, before a model is loaded.
 
-    addresses: list[str]
-    http_port: int
-
-
-def check_ports(host: str, http_port: int, grpc_port: int | None) -> Listening:
-    """Resolve a host name and check its ports; HTTP port 0 becomes a free one. Raises DataError where a port cannot be had.
-
-    Called before a model is loaded in vain. The ports are closed again: a client that connects meanwhile is refused, not left waiting.
+    The ports are closed again, so a client that connects meanwhile is refused, not left waiting.
     """
     with ExitStack() as opened:  # the first port stays open while the second is tried: both may be the same
         http = _open(opened, "http", host, http_port)
         if grpc_port is not None:
             _open(opened, "grpc", host, grpc_port)
-        return Listening([_address_of(sock) for sock in http], http[0].getsockname()[1])
+        return [_address_of(sock) for sock in http], http[0].getsockname()[1]
 
 
 def _open(opened: ExitStack, protocol: str, host: str, port: int) -> list[socket.socket]:
-    """One socket for each address of the host, all on one port. Addresses that this machine lacks are skipped if there is another one."""
+    """Open one socket for each address of the host, all on one port. Addresses that this machine lacks are skipped if others remain."""
     sockets: list[socket.socket] = []
     missing: OSError | None = None
     try:

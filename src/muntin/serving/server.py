@@ -1,11 +1,10 @@
-"""`muntin serve`: the parts put together, from a directory to a port, and taken down again in order.
+"""`muntin serve`: starts the parts of a server, and ends them in the opposite order.
 
-    start           are the ports free? -> the first version is loaded -> HTTP and gRPC listen -> the directory is watched
-    SIGTERM, Ctrl-C while it loads: the load ends, and the server with it
-                    while it serves: not ready, no new requests, loads end -> requests in flight are answered -> slot, pictures, runner
+    start            check the ports -> load the first version -> listen on HTTP and gRPC -> watch the directory
+    SIGTERM, Ctrl-C  while loading: end the load and the server
+                     while serving: not ready, no new requests, end loads -> answer requests in flight -> pictures, runner, slot
 
-One event loop answers for HTTP and gRPC. Batches are computed by processes or threads of their own, which hold the interpreter's lock for
-microseconds.
+One event loop serves HTTP and gRPC. Batches are computed by processes or threads of their own.
 """
 
 from __future__ import annotations
@@ -29,13 +28,13 @@ from muntin.serving.batching.workers import Runner
 from muntin.serving.config import ServeConfig
 from muntin.serving.grpc.server import GrpcServer
 from muntin.serving.http.app import HttpApp
-from muntin.serving.http.image_route import Pictures
+from muntin.serving.http.image_route import ImageRoute
 from muntin.serving.http.listener import HttpListener
 from muntin.serving.inference.executor import Executor
 from muntin.serving.inference.service import Service
 from muntin.serving.memory_budget import MemoryBudget
 from muntin.serving.open_files import raise_descriptors
-from muntin.serving.ports import Listening, check_ports
+from muntin.serving.ports import check_ports
 from muntin.serving.protocol.messages import Limits
 from muntin.serving.security.same_origin import is_loopback
 from muntin.serving.security.tls import Certificate
@@ -52,39 +51,39 @@ from muntin.serving.versions.slot import Slot
 from muntin.serving.versions.warmup import BUDGET, Compiler
 
 RENEW_S = 10.0
-"""Seconds between two looks at the files of a certificate."""
+"""Interval at which the files of a certificate are checked, seconds."""
 WATCHER_ENDS_S = 5.0
-"""Seconds that the thread which watches the directory gets at shutdown."""
+"""Seconds for the end of the thread that watches the directory."""
 SETTLE_S = 5.0
-"""Seconds between two looks at versions whose time is over. Every request looks too, but there may be none."""
+"""Interval at which versions whose time is over are unloaded, seconds. Requests do so, too."""
 MARGIN_S, MARGIN_SHARE = 0.001, 0.05
-"""Seconds of an objective, or a share of it, that reading a request and writing its answer may take: 0.6 to 0.9 ms at 512 x 512."""
+"""Seconds, or share of an objective, for reading a request and writing its answer: 0.6 to 0.9 ms at 512 x 512."""
 
 
 def largest_request(config: ServeConfig, channels: int) -> int:
-    """Pixels of all images of the largest request that is accepted: as many as its bytes or its rows allow."""
+    """Return the pixels of the largest accepted request: as many as its bytes or its rows allow."""
     return min(config.bounds.body_bytes // channels, config.max_batch * config.bounds.image_pixels)
 
 
 class Server:
     """One artefact, or a directory of numbered versions of one, behind HTTP and gRPC.
 
-    `path`: the artefact, or the directory. `notify` is given a line for every version that comes or goes, with the reason, sometimes on the
-    thread that answers requests: it must not block. `run` serves on the calling thread until it is stopped; `start` and `stop`, or a `with`
-    block, do so on a thread of its own. Raises what loading the first version raises, and DataError for an address that cannot be had.
+    `notify`: called with a line for every version that is loaded or unloaded, sometimes on the thread that answers requests: it must not
+    block. `run` serves on the calling thread until it is stopped; `start` and `stop`, or a `with` block, on another thread. Raises what
+    loading the first version raises, and DataError for an address that it cannot listen on.
     """
 
     def __init__(self, path: str | Path, config: ServeConfig, *, notify: Notify = tell_nobody) -> None:
         self.config, self._notify = config, told_safely(notify)
         self._repository = Repository(path)
         self.http_port, self.grpc_port = config.http_port, config.grpc_port
-        """Where it listens, once it does."""
+        """Ports that it listens on, once it does."""
         self._shutdown = Shutdown(config.drain_seconds)
         self._up = threading.Event()
         self._failed: BaseException | None = None
         self._thread: threading.Thread | None = None
         self.cut_off = 0
-        """Requests and calls that were still busy when `drain_seconds` were over, and were cut off. Read it when the server has ended."""
+        """Number of requests and calls that were cut off after `drain_seconds`; valid when the server has ended."""
         options = config.session_options
         self._compiler = Compiler(options, budget=self._budget)
         loader = ArtifactLoader(options=options, max_batch=config.max_batch, budget=self._budget)
@@ -97,7 +96,7 @@ class Server:
 
     @property
     def hurried(self) -> bool:
-        """Whether Ctrl-C came twice, so that nothing in flight was waited for."""
+        """True if Ctrl-C was pressed twice, so that nothing in flight was waited for."""
         return self._shutdown.hurried
 
     def run(self, *, up: Callable[[], None] = lambda: None) -> None:
@@ -135,24 +134,24 @@ class Server:
         finally:
             self._up.set()
 
-    def _end(self, *, by_interrupt: bool = False) -> None:
-        """Begin to shut down; any thread may call it. A second Ctrl-C ends what is in flight."""
+    def _end(self, by_interrupt: bool = False) -> None:
+        """Begin to shut down, from any thread. A second Ctrl-C ends requests in flight."""
         self._shutdown.request(again=by_interrupt)
         self.slot.end_loads()
 
     # ---- inside the event loop ----
 
     def _budget(self, channels: int) -> float:
-        """Pixels of the input sizes that a version is compiled for beside those of its start."""
+        """Return the pixels of the input sizes that a version is compiled for beside those of its start."""
         return BUDGET * largest_request(self.config, channels)
 
     async def _serve(self, up: Callable[[], None]) -> None:
-        """Whatever was made is ended in the opposite order, also where something fails half-way."""
+        """Start the parts, and end them in the opposite order, also after an error."""
         self._shutdown.bind(asyncio.get_running_loop())
         async with AsyncExitStack() as ending:
             ending.push_async_callback(asyncio.to_thread, self._compiler.close)
             ending.callback(self.slot.close)
-            listening = check_ports(self.config.host, self.config.http_port, self.config.grpc_port)
+            ports = check_ports(self.config.host, self.config.http_port, self.config.grpc_port)
             certificate, key = self.config.tls_certificate, self.config.tls_key
             tls = None if certificate is None or key is None else Certificate(certificate, key)
             tracing = Tracing() if self.config.trace else None
@@ -160,13 +159,14 @@ class Server:
                 ending.push_async_callback(asyncio.to_thread, tracing.close)
             await asyncio.to_thread(self._load_first)
             if not self._shutdown.requested:
-                await self._answer(up, ending, listening, tls, tracing)
+                await self._answer(up, ending, ports, tls, tracing)
 
     async def _answer(
-        self, up: Callable[[], None], ending: AsyncExitStack, listening: Listening, tls: Certificate | None, tracing: Tracing | None
+        self, up: Callable[[], None], ending: AsyncExitStack, ports: tuple[list[str], int], tls: Certificate | None, tracing: Tracing | None
     ) -> None:
         config, shutdown = self.config, self._shutdown
-        service = self._service(ending)
+        addresses, http_port = ports
+        service = self._service()
         budget = MemoryBudget(config.bounds)
         log = AccessLog() if config.access_log else None
         if log is not None:
@@ -174,16 +174,16 @@ class Server:
         expose(service.metrics, service, service.runner, budget, log)
         control = Control(self.slot, self._repository)
         ending.push_async_callback(asyncio.to_thread, control.close)
-        pictures = Pictures(service, body_bytes=config.bounds.body_bytes)
+        pictures = ImageRoute(service, body_bytes=config.bounds.body_bytes)
         ending.push_async_callback(asyncio.to_thread, self._end_computing, pictures, service)
         limits = Limits(
             body_bytes=config.bounds.body_bytes, json_bytes=config.bounds.json_bytes, elements=config.bounds.body_bytes
         )  # no element takes less than a byte
-        local = not config.tokens and all(map(is_loopback, listening.addresses))
+        local = not config.tokens and all(map(is_loopback, addresses))
         app = HttpApp(service, control, pictures, limits=limits, budget=budget, tokens=config.tokens, log=log, tracing=tracing, local=local)
         ending.push_async_callback(asyncio.to_thread, app.close)
         if self._watcher is not None:
-            ending.push_async_callback(asyncio.to_thread, self._watcher.stop, WATCHER_ENDS_S)  # a network folder may not answer
+            ending.push_async_callback(asyncio.to_thread, self._watcher.stop, WATCHER_ENDS_S)  # a network folder may hang
         grpc_face: GrpcServer | None = None
         if config.grpc_port is not None:
             grpc_face = GrpcServer(
@@ -191,14 +191,13 @@ class Server:
                 notify=self._notify,
             )  # fmt: skip
             ending.push_async_callback(self._end_grpc, grpc_face)
-            await self._listen_grpc(grpc_face, listening)
+            await self._listen_grpc(grpc_face, addresses)
         http = HttpListener(
-            app, listening.addresses, listening.http_port, connections=config.bounds.connections,
-            idle_seconds=config.bounds.idle_seconds, tls=tls,
+            app, addresses, http_port, connections=config.bounds.connections, idle_seconds=config.bounds.idle_seconds, tls=tls,
         )  # fmt: skip
         ending.push_async_callback(self._end_http, http, app)
         await http.start()
-        self.http_port = listening.http_port
+        self.http_port = http_port
         ending.callback(partial(self._go_down, service, grpc_face))
         if tls is not None:
             ending.callback(asyncio.create_task(self._renew(tls, http)).cancel)
@@ -206,13 +205,13 @@ class Server:
         if self._watcher is not None:
             self._watcher.start()
         gc.collect()
-        gc.freeze()  # what exists now stays: later collections need not visit it
+        gc.freeze()  # later collections need not visit the objects of the start
         ending.callback(gc.unfreeze)
         if not shutdown.requested:
             up()
         await shutdown.wait()
 
-    def _service(self, ending: AsyncExitStack) -> Service:
+    def _service(self) -> Service:
         """The service with its batcher and runner."""
         config, streams = self.config, self.config.streams
         if (current := self.slot.current) is not None and current.session.streams < streams:
@@ -237,7 +236,7 @@ class Server:
         )  # fmt: skip
 
     def _load_first(self) -> None:
-        """Load the newest version; with `watch` an older one where that cannot be loaded. Returns without one if the server is to end."""
+        """Load the newest version; with `watch` an older one if that fails. Returns without one if the server is to end."""
         versions = self._repository.scan()
         if not versions:
             if not self.config.watch:
@@ -253,10 +252,10 @@ class Server:
             if not self._shutdown.requested:
                 raise
 
-    async def _listen_grpc(self, face: GrpcServer, listening: Listening) -> None:
+    async def _listen_grpc(self, face: GrpcServer, addresses: list[str]) -> None:
         host, port = self.config.host, self.config.grpc_port
         try:
-            await face.start(*(f"[{address}]:{port}" if ":" in address else f"{address}:{port}" for address in listening.addresses))
+            await face.start(*(f"[{address}]:{port}" if ":" in address else f"{address}:{port}" for address in addresses))
         except OSError as error:
             raise DataError(f"cannot listen on {host}:{port} for gRPC: choose another --grpc-port or --host") from error
         self.grpc_port = face.port
@@ -264,7 +263,7 @@ class Server:
     # ---- going down ----
 
     def _go_down(self, service: Service, grpc_face: GrpcServer | None) -> None:
-        """Admit no new request and no version. Requests in flight over HTTP and gRPC have the same time from now on."""
+        """Admit no new request and no version. Requests in flight have `drain_seconds` from now on."""
         self._shutdown.begin()
         service.draining = True
         self.slot.end_loads()
@@ -275,24 +274,18 @@ class Server:
         self.cut_off += await http.stop(lambda: app.in_flight, app.cut, lambda: self._shutdown.left)
 
     async def _end_grpc(self, face: GrpcServer) -> None:
-        stopping = face.begin_stop(self._shutdown.left)
-        while not stopping.done() and self._shutdown.left > 0:
-            await asyncio.wait((stopping,), timeout=0.1)
-        if not stopping.done():
-            await face.cut()
-        await face.stop(0)
-        self.cut_off += face.cut_off
+        self.cut_off += await face.stop(lambda: self._shutdown.left)
 
-    def _end_computing(self, pictures: Pictures, service: Service) -> None:
+    def _end_computing(self, pictures: ImageRoute, service: Service) -> None:
         pictures.close(self._shutdown.left)
         if not service.runner.close(self._shutdown.left):
-            self.slot.end_calls()  # else an engine that hangs outlives the server, and whatever waits for it
+            self.slot.end_calls()  # else a hanging engine outlives the server
         service.close()
 
     # ---- beside the requests ----
 
     async def _renew(self, certificate: Certificate, http: HttpListener) -> None:
-        """Show what lies in the files of a certificate whenever they have changed."""
+        """Load the certificate again whenever its files have changed."""
         while True:
             await asyncio.sleep(RENEW_S)
             if not await asyncio.to_thread(certificate.changed):
@@ -306,7 +299,7 @@ class Server:
             await asyncio.to_thread(self._notify, line)
 
     async def _settle(self) -> None:
-        """Unload versions whose time is over, in quiet hours too."""
+        """Unload versions whose time is over, also without requests."""
         while True:
             await asyncio.sleep(SETTLE_S)
             await asyncio.to_thread(self.slot.settle)
@@ -315,9 +308,9 @@ class Server:
 def serve(path: str | Path, *, notify: Notify = tell_nobody, **settings: Any) -> int:
     """Serve an artefact, or a directory of numbered versions of one, over HTTP and gRPC until SIGTERM or Ctrl-C: `muntin serve` in Python.
 
-    `settings`: the fields of `ServeConfig`, which states their units and defaults. `notify`: as of `Server`. Blocks the calling thread,
-    which must be the main one to receive signals; elsewhere use a `Server`. Before it listens it verifies and compiles the first version,
-    which takes seconds. Returns how many requests and calls were still busy after `drain_seconds` and were cut off.
+    `settings`: the fields of `ServeConfig`. `notify`: as of `Server`. Blocks the calling thread, which must be the main one to receive
+    signals; elsewhere use a `Server`. First it verifies and compiles the first version, which takes seconds. Returns the number of requests
+    and calls that were cut off after `drain_seconds`.
 
     Raises DataError for an unknown setting or one out of its range, and whatever `Server` raises. Needs the extra `serve`.
     """
@@ -326,7 +319,7 @@ def serve(path: str | Path, *, notify: Notify = tell_nobody, **settings: Any) ->
     except ValidationError as error:
         first = error.errors(include_url=False)[0]
         where, what = ".".join(map(str, first["loc"])), first["msg"].removeprefix("Value error, ")
-        # Not `from error`: its text shows the values it was given, tokens too.
+        # Not `from error`: its text contains the values, also tokens.
         raise DataError(f"serve: {where}: {what}" if where else f"serve: {what}") from None
     if lack := raise_descriptors(config):
         notify(lack)
@@ -336,7 +329,7 @@ def serve(path: str | Path, *, notify: Notify = tell_nobody, **settings: Any) ->
 
 
 def _name_of(path: Path) -> str:
-    """The name of a model, from its folder or a link to it, with characters that a name in a URL cannot have replaced."""
+    """Return the name of a model: that of its folder or link, with characters not allowed in a URL replaced."""
     folder = path.resolve().name if path.name in ("", "..") else path.name
     name = "".join(c if c.isascii() and (c.isalnum() or c in "._-") else "-" for c in folder).lstrip("._-")
     return name[:100] or "model"

@@ -616,7 +616,7 @@ def test_answer_longer_than_a_message() -> None:
     data = np.broadcast_to(np.zeros(1, np.uint8), (1 << 31,))
     response = InferResponse(model="m", version="1", id="", outputs=(InferOutput(name="labels", data=data),))
     with pytest.raises(ProtocolError, match=r"2,147,483,648 bytes is longer than a gRPC message") as caught:
-        grpc_servicer._check_length(response)
+        grpc_servicer._encode(response, request=decode_infer(infer(), Limits()), stream=False)
     assert caught.value.status == 413
 
 

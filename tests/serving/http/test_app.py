@@ -17,7 +17,7 @@ from muntin.serving.protocol.messages import ProtocolError, RefusedRequestError
 INFER = "/v2/models/m/infer"
 
 
-def test_inference_is_answered_counted_and_written(harness: Any, message: Any, infer_body: bytes) -> None:
+def test_inference(harness: Any, message: Any, infer_body: bytes) -> None:
     made = harness()
     status, headers, body = asyncio.run(made.ask(INFER, message(infer_body)))
     assert (status, headers["content-type"], int(headers["content-length"])) == (200, "application/json", len(body))
@@ -72,7 +72,7 @@ def test_requests_beyond_the_bound(harness: Any, message: Any, infer_body: bytes
     assert asyncio.run(run()) == [200, 503, 200]
 
 
-def test_client_that_leaves_while_it_is_computed_for(harness: Any, message: Any, infer_body: bytes) -> None:
+def test_client_that_leaves(harness: Any, message: Any, infer_body: bytes) -> None:
     made = harness()
     made.service.seconds = 60
     assert asyncio.run(made.ask(INFER, message(infer_body), stays=False))[0] == 0
@@ -81,7 +81,7 @@ def test_client_that_leaves_while_it_is_computed_for(harness: Any, message: Any,
     assert made.log.entries[0]["status"] == 499
 
 
-def test_cut_answers_what_is_in_flight(harness: Any, message: Any, infer_body: bytes) -> None:
+def test_cut(harness: Any, message: Any, infer_body: bytes) -> None:
     made = harness()
     made.service.seconds = 60
 
@@ -116,7 +116,7 @@ def test_packed_body_that_waits_too_long(harness: Any, message: Any, infer_body:
     made.app.close()
 
 
-def test_path_that_is_not_found_and_wrong_method(harness: Any) -> None:
+def test_unknown_path_and_method(harness: Any) -> None:
     made = harness()
     assert asyncio.run(made.ask("/nowhere", method="GET"))[0] == 404
     status, headers, _ = asyncio.run(made.ask(INFER, method="GET"))
@@ -143,7 +143,7 @@ def test_large_answer_goes_in_pieces(harness: Any) -> None:
     assert made.budget.held == 0
 
 
-def test_refused_body_is_let_go_without_collection(harness: Any, message: Any, uncollected: None) -> None:
+def test_memory_of_a_refused_body(harness: Any, message: Any, uncollected: None) -> None:
     class Bytes(bytearray):
         pass
 

@@ -1,4 +1,4 @@
-"""Pictures that nobody waits for any more. What pictures give is in `test_server`."""
+"""The picture route: cancelled pictures, limits, versions. What pictures give is tested in `test_server`."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from muntin.serving.http.image_route import DECODERS, Pictures, _Room
+from muntin.serving.http.image_route import CODERS, ImageRoute
 from muntin.serving.inference.executor import Work
 from muntin.serving.protocol.messages import ProtocolError, RefusedRequestError
 from muntin.serving.telemetry.metrics import Metrics
@@ -25,13 +25,12 @@ from muntin.serving.versions.rollout import Rollout
 from muntin.serving.versions.slot import Slot
 
 TILES = 9
-"""Of a picture of 20 pixels a side, in tiles of 8 with 2 shared."""
+"""Tiles of a picture of 20 pixels a side, in tiles of 8 with 2 shared."""
 BODY_BYTES = 3 * 100 * 100
-"""Of a request for inference."""
 
 
-class Stuck:
-    """Of a service what pictures need of it; a call waits until it is let go."""
+class BlockedService:
+    """The parts of a service that the route needs; calls wait until `free` is set."""
 
     name, max_pixels = "m", 10_000
 
@@ -54,8 +53,8 @@ class Stuck:
         return lease.version.session(images), Work(images=images, lease=lease, by=lease.version)
 
 
-class Fallen(Stuck):
-    """Version 2 steps in for version 1 `after` so many calls; where `always`, version 1 for version 2, too."""
+class FallbackService(BlockedService):
+    """Version 2 steps in for version 1 after `after` calls; if `always`, version 1 also steps in for version 2."""
 
     def __init__(self, slot: Slot, versions: dict[str, Any], *, after: int, always: bool) -> None:
         super().__init__(slot)
@@ -63,18 +62,18 @@ class Fallen(Stuck):
 
     async def compute(self, images: Any, lease: Any, *, labels: bool, **_: Any) -> tuple[Any, Work]:
         self.calls += 1
-        asked = lease.version.name
-        falls = self.calls > self.after if asked == "1" else self.always
-        by = self.versions[{"1": "2", "2": "1"}[asked]] if falls else lease.version
+        name = lease.version.name
+        falls = self.calls > self.after if name == "1" else self.always
+        by = self.versions[{"1": "2", "2": "1"}[name]] if falls else lease.version
         answer = by.session.labels(images) if labels else by.session(images)
         return answer, Work(images=images, lease=lease, by=by)
 
 
 @pytest.fixture
 def slot(write_version: Callable[..., Path], in_process: ArtifactLoader, tmp_path: Path) -> Slot:
-    made = Slot("m", in_process, rollout=Rollout())
-    made.load(write_version(tmp_path / "1"), "1")
-    return made
+    slot = Slot("m", in_process, rollout=Rollout())
+    slot.load(write_version(tmp_path / "1"), "1")
+    return slot
 
 
 def picture(side: int = 20) -> bytes:
@@ -83,119 +82,113 @@ def picture(side: int = 20) -> bytes:
     return buffer.getvalue()
 
 
-@pytest.mark.parametrize("by", ["the client", "the server"])
-def test_no_tile_is_computed_that_nobody_waits_for(slot: Slot, by: str) -> None:
-    async def give_up() -> None:
-        service: Any = Stuck(slot)
-        pictures = Pictures(service, body_bytes=BODY_BYTES, tile=8)
-        task = asyncio.create_task(pictures.answer(picture(), {}))
-        await asyncio.wait_for(service.entered.wait(), 60)
-        assert (len(pictures._pending), slot.current.leases) == (1, 1)  # type: ignore[union-attr]
-        if by == "the client":
-            task.cancel()
-        else:
-            await asyncio.wait_for(asyncio.to_thread(pictures.close), 60)
-        with pytest.raises(asyncio.CancelledError if by == "the client" else RefusedRequestError):
-            await task
-        while pictures._pending:  # until its thread has ended
-            await asyncio.sleep(0.01)
-        assert (service.calls, service.cancelled, slot.current.leases) == (1, 1, 0)  # type: ignore[union-attr]
-        service.free.set()
-        if by == "the client":
-            assert (await pictures.answer(picture(), {})).media_type == "image/png"  # the next is answered
-            assert service.calls > TILES
-            pictures.close()
+def leases(slot: Slot) -> int:
+    assert slot.current is not None
+    return slot.current.leases
 
-    asyncio.run(give_up())
+
+async def cancelled(*tasks: asyncio.Task[Any]) -> None:
+    """Cancel the tasks and wait for their end."""
+    for task in tasks:
+        task.cancel()
+    await asyncio.wait(tasks, timeout=60)
+    assert all(task.cancelled() for task in tasks)
+
+
+def test_cancelled_between_tiles(slot: Slot) -> None:
+    async def ask() -> None:
+        service: Any = BlockedService(slot)
+        route = ImageRoute(service, body_bytes=BODY_BYTES, tile=8)
+        task = asyncio.create_task(route.answer(picture(), {}))
+        await asyncio.wait_for(service.entered.wait(), 60)
+        assert (route.in_work, leases(slot)) == (1, 1)
+        await cancelled(task)
+        assert (service.calls, service.cancelled, route.in_work, leases(slot)) == (1, 1, 0, 0)
+        service.free.set()
+        assert (await route.answer(picture(), {})).media_type == "image/png"
+        assert service.calls == 1 + TILES
+        route.close()
+
+    asyncio.run(ask())
 
 
 @pytest.mark.parametrize(("tile", "after"), [(64, 0), (8, 2)])
 @pytest.mark.parametrize("output", ["json", "overlay", "mask", "labels"])
-def test_a_version_of_other_classes_that_steps_in_computes_all_of_the_picture(
-    shelf: Any, signature_of: Any, tile: int, after: int, output: str
-) -> None:
+def test_fallback_with_other_classes(shelf: Any, signature_of: Any, tile: int, after: int, output: str) -> None:
+    """The version that steps in computes all of the picture."""
     shelf.signatures["2"] = signature_of(classes=("sea", "field", "roof", "road", "tree"))  # one more
     slot, beside = Slot("m", shelf, rollout=Rollout()), Slot("m", shelf, rollout=Rollout())
     versions = {"1": slot.load(Path("1"), "1"), "2": beside.load(Path("2"), "2")}
 
     async def ask(*, always: bool) -> Any:
-        service: Any = Fallen(slot, versions, after=after, always=always)
-        pictures = Pictures(service, body_bytes=BODY_BYTES, tile=tile)
-        try:
-            return await pictures.answer(picture(), {"output": output}), service.calls
-        finally:
-            await asyncio.to_thread(pictures.close)
+        service: Any = FallbackService(slot, versions, after=after, always=always)
+        route = ImageRoute(service, body_bytes=BODY_BYTES, tile=tile)
+        return await route.answer(picture(), {"output": output}), service.calls
 
     answer, calls = asyncio.run(ask(always=False))
     assert calls == after + 1 + (1 if tile == 64 else TILES)
-    assert answer.headers == {"x-model-version": "2"}
+    assert answer.version == "2"
     if output == "json":
         assert len(json.loads(answer.content)["classes"]) == 5
     with pytest.raises(RefusedRequestError, match="change faster"):
         asyncio.run(ask(always=True))
 
 
-def test_what_goes_on_counts_and_holds_its_version(slot: Slot) -> None:
-    """A thread that decodes cannot be stopped: until it has ended the picture is in the works."""
+def test_cancelled_while_decoding(slot: Slot, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A decoder cannot be stopped: the picture counts until its thread has ended, unless it is cancelled twice."""
+    decoding, go_on = threading.Event(), threading.Event()
 
-    async def give_up(monkeypatch: pytest.MonkeyPatch) -> None:
-        decoding, let_go = asyncio.Event(), threading.Event()
-        loop = asyncio.get_running_loop()
+    def decode(*_: Any, **__: Any) -> Any:
+        decoding.set()
+        assert go_on.wait(60)
+        return np.zeros((8, 8, 3), np.uint8)
 
-        def decode(*_: Any, **__: Any) -> Any:
-            loop.call_soon_threadsafe(decoding.set)
-            assert let_go.wait(60)
-            return np.zeros((8, 8, 3), np.uint8)
+    monkeypatch.setattr("muntin.serving.http.image_route.decode_image", decode)
 
-        monkeypatch.setattr("muntin.serving.http.image_route.decode_image", decode)
-        service: Any = Stuck(slot)
-        pictures = Pictures(service, body_bytes=BODY_BYTES)
-        task = asyncio.create_task(pictures.answer(picture(), {}))
-        await asyncio.wait_for(decoding.wait(), 60)
-        task.cancel()
-        with pytest.raises(asyncio.CancelledError):
-            await task
-        assert (len(pictures._pending), slot.current.leases) == (1, 1)  # type: ignore[union-attr]
-        let_go.set()
-        while pictures._pending:
-            await asyncio.sleep(0.01)
-        assert (service.calls, slot.current.leases) == (0, 0)  # type: ignore[union-attr]
-        pictures.close()
+    async def ask() -> None:
+        service: Any = BlockedService(slot)
+        route = ImageRoute(service, body_bytes=BODY_BYTES)
+        once, twice = (asyncio.create_task(route.answer(picture(), {})) for _ in range(2))
+        await asyncio.to_thread(decoding.wait, 60)
+        once.cancel()
+        twice.cancel()
+        await asyncio.sleep(0.05)
+        assert (route.in_work, leases(slot)) == (2, 2)
+        await cancelled(twice)
+        assert (route.in_work, leases(slot)) == (1, 1)
+        go_on.set()
+        await cancelled(once)
+        assert (service.calls, route.in_work, leases(slot)) == (0, 0, 0)
+        route.close()
 
-    with pytest.MonkeyPatch.context() as monkeypatch:
-        asyncio.run(give_up(monkeypatch))
+    asyncio.run(ask())
 
 
-def test_too_many_pixels_are_told_apart(slot: Slot) -> None:
-    async def ask(content: bytes) -> int:
-        service: Any = Stuck(slot)
-        pictures = Pictures(service, body_bytes=BODY_BYTES)
+@pytest.mark.parametrize(("content", "status"), [(picture(101), 413), (b"x", 400)])
+def test_status_of_an_unusable_picture(slot: Slot, content: bytes, status: int) -> None:
+    async def ask() -> None:
+        service: Any = BlockedService(slot)
+        route = ImageRoute(service, body_bytes=BODY_BYTES)
         with pytest.raises(ProtocolError) as caught:
-            await pictures.answer(content, {})
-        pictures.close()
-        assert not pictures._pending
-        return caught.value.status
+            await route.answer(content, {})
+        assert (caught.value.status, route.in_work, leases(slot)) == (status, 0, 0)
 
-    assert asyncio.run(ask(picture(101))) == 413
-    assert asyncio.run(ask(b"x")) == 400
+    asyncio.run(ask())
 
 
 @pytest.mark.usefixtures("uncollected")
-@pytest.mark.parametrize("made", [lambda: b"no picture" * 10, lambda: picture(101), lambda: picture(50)[:-30]])
-def test_a_picture_that_is_refused_is_not_kept(slot: Slot, made: Callable[[], bytes]) -> None:
-    """Nor until the cyclic collector comes."""
-    content = made()
+@pytest.mark.parametrize("make", [lambda: b"no picture" * 10, lambda: picture(101), lambda: picture(50)[:-30]])
+def test_memory_of_a_refused_picture(slot: Slot, make: Callable[[], bytes]) -> None:
+    """It is freed without the cyclic collector."""
+    content = make()
 
     async def ask() -> None:
-        service: Any = Stuck(slot)
-        pictures = Pictures(service, body_bytes=BODY_BYTES)
+        service: Any = BlockedService(slot)
         try:
-            await pictures.answer(content, {})
+            await ImageRoute(service, body_bytes=BODY_BYTES).answer(content, {})
         except ProtocolError:
-            pass
-        else:
-            pytest.fail("it is no picture that is taken")
-        pictures.close()
+            return
+        pytest.fail("the picture was accepted")
 
     before, end = sys.getrefcount(content), time.monotonic() + 60
     asyncio.run(ask())
@@ -204,148 +197,91 @@ def test_a_picture_that_is_refused_is_not_kept(slot: Slot, made: Callable[[], by
     assert after <= before
 
 
-def test_a_picture_that_waits_for_a_decoder_goes_with_its_client(slot: Slot, monkeypatch: pytest.MonkeyPatch) -> None:
-    let_go, contents = threading.Event(), [picture(8) + bytes([number]) for number in range(DECODERS + 1)]
+def test_cancelled_while_waiting_for_a_decoder(slot: Slot, monkeypatch: pytest.MonkeyPatch) -> None:
+    go_on = threading.Event()
 
     def count(*_: Any, **__: Any) -> int:
-        assert let_go.wait(60)
+        assert go_on.wait(60)
         return 64
 
-    async def give_up() -> None:
-        service: Any = Stuck(slot)
-        pictures = Pictures(service, body_bytes=BODY_BYTES)
-        before = sys.getrefcount(contents[-1])
-        tasks = [asyncio.create_task(pictures.answer(content, {})) for content in contents]
-        await asyncio.sleep(0.05)
-        meanwhile = sys.getrefcount(contents[-1])
-        for task in tasks:
-            task.cancel()
-        await asyncio.wait(tasks)
-        assert len(pictures._pending) == DECODERS + 1
-        after = sys.getrefcount(contents[-1])
-        assert meanwhile > after == before
-        let_go.set()
-        while pictures._pending:
-            await asyncio.sleep(0.01)
-        pictures.close()
-
     monkeypatch.setattr("muntin.serving.http.image_route.pixel_count", count)
-    asyncio.run(give_up())
 
-
-@pytest.mark.parametrize("by", ["the client", "the server"])
-def test_pictures_wait_until_there_is_room_for_their_pixels(slot: Slot, by: str) -> None:
     async def ask() -> None:
-        service: Any = Stuck(slot)
-        pictures = Pictures(service, body_bytes=BODY_BYTES, tile=64)
-        tasks = [asyncio.create_task(pictures.answer(picture(side), {})) for side in (100, 100, 100, 70)]
-        while service.calls < 2 or len(pictures._room._waiting) < 2:  # the last would fit, and waits behind the third
-            await asyncio.sleep(0.01)
-        assert service.calls == 2
-        if by == "the server":
-            await asyncio.wait_for(asyncio.to_thread(pictures.close), 60)
-            for task in tasks:
-                with pytest.raises(RefusedRequestError):
-                    await task
-        else:
-            tasks[2].cancel()
-            while len(pictures._pending) > 3:  # though nothing is free yet
-                await asyncio.sleep(0.01)
-            service.free.set()
-            assert [(await task).media_type for task in (tasks[0], tasks[1], tasks[3])] == ["image/png"] * 3
-            while pictures._pending:
-                await asyncio.sleep(0.01)
-            assert service.calls == 3 * 4  # tiles, none of the one that was given up
-            pictures.close()
-        assert (pictures._room._taken, slot.current.leases) == (0, 0)  # type: ignore[union-attr]
+        service: Any = BlockedService(slot)
+        route = ImageRoute(service, body_bytes=BODY_BYTES)
+        *decoding, waiting = (asyncio.create_task(route.answer(picture(8), {})) for _ in range(CODERS + 1))
+        await asyncio.sleep(0.05)
+        await cancelled(waiting)
+        assert route.in_work == CODERS
+        go_on.set()
+        await cancelled(*decoding)
+        route.close()
 
     asyncio.run(ask())
 
 
-@pytest.mark.parametrize("admitted", [False, True])
-def test_who_gives_up_while_waiting_for_room_takes_none(admitted: bool) -> None:
-    async def scene() -> None:
-        room = _Room(10)
+def test_room_for_pixels(slot: Slot) -> None:
+    async def ask() -> None:
+        service: Any = BlockedService(slot)
+        route = ImageRoute(service, body_bytes=BODY_BYTES, tile=64)
+        tasks = [asyncio.create_task(route.answer(picture(side), {})) for side in (100, 100, 100, 70)]
+        while service.calls < 2 or not route._turn.locked():
+            await asyncio.sleep(0.01)
+        await asyncio.sleep(0.05)
+        assert service.calls == 2  # the last would fit, and waits behind the third
+        await cancelled(tasks[2])
+        service.free.set()
+        assert [(await task).media_type for task in (tasks[0], tasks[1], tasks[3])] == ["image/png"] * 3
+        assert service.calls == 3 * 4  # tiles, none of the cancelled picture
+        assert (route._pixels, route.in_work, leases(slot)) == (0, 0, 0)
+        route.close()
 
-        class Waits:
-            def waits_for(self, turn: asyncio.Future[None]) -> None:
-                return
-
-            def check(self) -> None:
-                return
-
-        waits: Any = Waits()
-
-        async def hold(count: int, until: asyncio.Event) -> None:
-            async with room.taken(count, waits):
-                await until.wait()
-
-        end, never = asyncio.Event(), asyncio.Event()
-        first = asyncio.create_task(hold(8, end))
-        second = asyncio.create_task(hold(8, never))
-        third = asyncio.create_task(hold(2, never))
-        await asyncio.sleep(0.01)
-        if admitted:  # in the very moment that its turn comes
-            end.set()
-            await first
-        second.cancel()
-        await asyncio.sleep(0.01)
-        assert room._taken == (2 if admitted else 10)  # the third, which waited behind it
-        for task in (first, third):
-            task.cancel()
-        await asyncio.gather(first, second, third, return_exceptions=True)
-        assert room._taken == 0
-
-    asyncio.run(scene())
+    asyncio.run(ask())
 
 
-def test_so_many_pictures_are_in_the_works_and_one_more_is_refused(slot: Slot, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("muntin.serving.http.image_route.WAITING", 2)
+def test_picture_larger_than_the_room_alone(slot: Slot) -> None:
+    async def ask() -> None:
+        service: Any = BlockedService(slot)
+        service.free.set()
+        route = ImageRoute(service, body_bytes=BODY_BYTES, tile=8)
+        route._max_pixels = 1
+        answers = await asyncio.gather(*(route.answer(picture(), {}) for _ in range(3)))
+        assert [answer.media_type for answer in answers] == ["image/png"] * 3
+
+    asyncio.run(ask())
+
+
+def test_number_of_pictures_in_work(slot: Slot, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("muntin.serving.http.image_route.MAX_PICTURES", 2)
 
     async def ask() -> None:
-        service: Any = Stuck(slot)
-        pictures = Pictures(service, body_bytes=BODY_BYTES, tile=8)
-        tasks = [asyncio.create_task(pictures.answer(picture(), {})) for _ in range(2)]
-        while len(pictures._pending) < 2:
+        service: Any = BlockedService(slot)
+        route = ImageRoute(service, body_bytes=BODY_BYTES, tile=8)
+        tasks = [asyncio.create_task(route.answer(picture(), {})) for _ in range(2)]
+        while route.in_work < 2:
             await asyncio.sleep(0.01)
         with pytest.raises(RefusedRequestError, match="2 pictures are in the works"):
-            await pictures.answer(picture(), {})
+            await route.answer(picture(), {})
         assert service.metrics.refused == {"pictures": 1}
         service.free.set()
         assert [answer.media_type for answer in await asyncio.gather(*tasks)] == ["image/png"] * 2
-        pictures.close()
 
     asyncio.run(ask())
 
 
-def test_a_picture_that_is_alone_has_room(slot: Slot) -> None:
-    async def ask() -> None:
-        service: Any = Stuck(slot)
-        service.free.set()
-        pictures = Pictures(service, body_bytes=BODY_BYTES, tile=8)
-        pictures._room = _Room(1)
-        answers = await asyncio.gather(*(pictures.answer(picture(), {}) for _ in range(3)))
-        assert [answer.media_type for answer in answers] == ["image/png"] * 3
-        pictures.close()
-
-    asyncio.run(ask())
-
-
-def test_what_a_classifier_computes_in_one_piece_is_no_larger_than_a_request_could_bring(
-    write_pixels: Callable[..., Path], in_process: ArtifactLoader, tmp_path: Path
-) -> None:
+def test_picture_for_a_classifier_in_one_piece(write_pixels: Callable[..., Path], in_process: ArtifactLoader, tmp_path: Path) -> None:
+    """It is not larger than an inference request could be."""
     slot = Slot("m", in_process, rollout=Rollout())
     slot.load(write_pixels(tmp_path / "1", task="classify"), "1")
 
     async def ask() -> None:
-        service: Any = Stuck(slot)
+        service: Any = BlockedService(slot)
         service.free.set()
-        pictures = Pictures(service, body_bytes=3 * 50 * 50)
+        route = ImageRoute(service, body_bytes=3 * 50 * 50)
         with pytest.raises(ProtocolError, match=r"2,601 pixels, .* in one piece: send it smaller, of at most 2,500") as caught:
-            await pictures.answer(picture(51), {})
+            await route.answer(picture(51), {})
         assert caught.value.status == 413
-        assert (await pictures.answer(picture(50), {})).media_type == "application/json"
-        assert (service.calls, slot.current.leases) == (1, 0)  # type: ignore[union-attr]
-        pictures.close()
+        assert (await route.answer(picture(50), {})).media_type == "application/json"
+        assert (service.calls, leases(slot)) == (1, 0)
 
     asyncio.run(ask())

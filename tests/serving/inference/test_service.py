@@ -22,7 +22,7 @@ from muntin.images import encode_png
 from muntin.serving.batching.batcher import Batcher
 from muntin.serving.batching.latency_model import LatencyModel
 from muntin.serving.batching.workers import HANGING, Runner
-from muntin.serving.http.image_route import Pictures
+from muntin.serving.http.image_route import ImageRoute
 from muntin.serving.inference.encoding import INLINE_NUMBERS
 from muntin.serving.inference.executor import Executor
 from muntin.serving.inference.service import Service, _Mailbox
@@ -365,7 +365,7 @@ def test_picture_in_tiles_beside_requests(shelf: Any) -> None:
                 return computes(images)
 
             current.session._infer = infer  # type: ignore[method-assign]
-            pictures, over, answered = Pictures(service, body_bytes=BODY_BYTES, tile=32), asyncio.Event(), 0
+            pictures, over, answered = ImageRoute(service, body_bytes=BODY_BYTES, tile=32), asyncio.Event(), 0
 
             async def client() -> None:
                 nonlocal answered
@@ -399,11 +399,11 @@ def test_picture_names_its_version(shelf: Any, wait_until: Any) -> None:
 
     async def ask() -> None:
         with service_of(shelf, Rollout(canary=1.0)) as service, trying(service, wait_until) as outcome:
-            pictures = Pictures(service, body_bytes=BODY_BYTES)
+            pictures = ImageRoute(service, body_bytes=BODY_BYTES)
             try:
-                assert (await pictures.answer(content, {})).headers == {"x-model-version": "2"}
+                assert (await pictures.answer(content, {})).version == "2"
                 service.slot.lease().version.session._infer = None  # type: ignore[method-assign, assignment]
-                assert (await pictures.answer(content, {})).headers == {"x-model-version": "1"}
+                assert (await pictures.answer(content, {})).version == "1"
                 await asyncio.to_thread(wait_until, lambda: outcome)
             finally:
                 await asyncio.to_thread(pictures.close)
@@ -414,7 +414,7 @@ def test_picture_names_its_version(shelf: Any, wait_until: Any) -> None:
 def test_refusals_without_a_version_are_counted(shelf: Any) -> None:
     async def ask() -> None:
         with service_of(shelf) as service:
-            pictures = Pictures(service, body_bytes=BODY_BYTES)
+            pictures = ImageRoute(service, body_bytes=BODY_BYTES)
             service.slot.unload()
             for look in (lambda: service.describe(None, None), lambda: service.lease("m", None), lambda: service.statistics("m", "1")):
                 with pytest.raises(RefusedRequestError):

@@ -223,12 +223,6 @@ def test_invalid_change_of_a_message(change: dict[str, Any], text: str) -> None:
         decode_infer(changed(**change), LIMITS)
 
 
-def test_tensors_above_the_limit() -> None:
-    with pytest.raises(ProtocolError, match="11 bytes of tensors") as caught:
-        decode_infer(raw("UINT8", [11], bytes(11)), Limits(body_bytes=10))
-    assert (caught.value.status, caught.value.grpc_code) == (413, "RESOURCE_EXHAUSTED")
-
-
 def encoded(document: Any, name: str) -> Any:
     """Return tritonclient's message with the bytes of ours from a document."""
     return to_theirs(messages.from_document(document, getattr(messages, name)))

@@ -32,14 +32,14 @@ def request(parameters: dict[str, Any]) -> InferRequest:
     return InferRequest(id="", inputs=(), outputs=(), parameters=check_request_parameters(parameters, LIMITS))
 
 
-def test_an_error_is_one_that_the_user_can_act_on_and_says_its_status() -> None:
+def test_protocol_error() -> None:
     error = ProtocolError("too large", status=413)
     assert isinstance(error, MuntinError)
     assert (error.status, error.grpc_code) == (413, "RESOURCE_EXHAUSTED")
     assert ProtocolError("wrong").status == 400
 
 
-def test_every_status_has_a_code_that_grpc_knows() -> None:
+def test_grpc_codes() -> None:
     assert set(GRPC_CODES.values()) <= {code.name for code in grpc.StatusCode}
 
 
@@ -51,12 +51,12 @@ def test_standard_parameters() -> None:
     assert request({"timeout": 0}).timeout_us is None
 
 
-def test_a_sequence_that_is_none_is_no_parameter() -> None:
+def test_empty_sequence_parameters() -> None:
     none = {"sequence_id": 0, "sequence_start": False, "sequence_end": False}
     assert request(none).parameters == request({"sequence_id": ""}).parameters == {}
 
 
-def test_the_clients_own_parameters_are_kept() -> None:
+def test_own_parameters() -> None:
     own = {"a": "text", "b": 1.5, "c": True}
     assert request(own).parameters == own
 
@@ -80,7 +80,7 @@ def test_the_clients_own_parameters_are_kept() -> None:
         (dict.fromkeys("abcd", 1), "4 parameters.*at most 3"),
     ],
 )
-def test_parameters_that_are_refused(parameters: dict[str, Any], message: str) -> None:
+def test_refused_parameters(parameters: dict[str, Any], message: str) -> None:
     with pytest.raises(ProtocolError, match=message) as caught:
         request(parameters)
     assert caught.value.status == 400
@@ -88,14 +88,14 @@ def test_parameters_that_are_refused(parameters: dict[str, Any], message: str) -
 
 
 @pytest.mark.parametrize("name", ["shared_memory_region", "shared_memory_offset", "shared_memory_byte_size"])
-def test_shared_memory_is_refused_by_name(name: str) -> None:
+def test_shared_memory(name: str) -> None:
     with pytest.raises(ProtocolError, match=rf'"{name}".*shares no memory.*binary data'):
         check_tensor_parameters({name: 1}, "x", Limits())
     with pytest.raises(ProtocolError, match=name):
         check_requested("x", {name: 1}, binary_default=False, limits=Limits())
 
 
-def test_what_a_requested_output_says_goes_before_what_the_request_says() -> None:
+def test_binary_of_a_requested_output() -> None:
     assert check_requested("x", {}, binary_default=True, limits=LIMITS).binary
     assert not check_requested("x", {"binary_data": False}, binary_default=True, limits=LIMITS).binary
     assert check_requested("x", {"binary_data": True}, binary_default=False, limits=LIMITS).binary
@@ -107,12 +107,12 @@ def test_classes_of_a_requested_output(given: int, classes: int | None) -> None:
 
 
 @pytest.mark.parametrize("given", [-1, 11, True, "3", 2.0])
-def test_wrong_numbers_of_classes(given: Any) -> None:
+def test_invalid_numbers_of_classes(given: Any) -> None:
     with pytest.raises(ProtocolError, match=r"output 'x': classification is .*1 to 10"):
         check_requested("x", {"classification": given}, binary_default=True, limits=LIMITS)
 
 
-def test_a_model_that_comes_with_a_request_is_refused() -> None:
+def test_model_in_a_request() -> None:
     assert check_repository_parameters({"unload_dependents": True}, Limits()) == {"unload_dependents": True}
     for name in ("config", "file:1/model.onnx"):
         with pytest.raises(ProtocolError, match="takes no model from a request") as caught:
@@ -123,7 +123,7 @@ def test_a_model_that_comes_with_a_request_is_refused() -> None:
 @pytest.mark.parametrize(
     ("shape", "elements"), [((), 1), ((0,), 0), ((1000,), 1000), ((10, 10, 10), 1000), ((0, 1000), 0), ((1, 1, 1, 1), 1)]
 )
-def test_shapes_that_fit(shape: tuple[int, ...], elements: int) -> None:
+def test_valid_shapes(shape: tuple[int, ...], elements: int) -> None:
     assert check_shape(list(shape), "x", LIMITS) == (shape, elements)
 
 
@@ -144,26 +144,26 @@ def test_shapes_that_fit(shape: tuple[int, ...], elements: int) -> None:
         ((2**62, 0), 413, "more than 1,000 elements"),
     ],
 )
-def test_shapes_that_do_not(shape: tuple[Any, ...], status: int, message: str) -> None:
+def test_invalid_shapes(shape: tuple[Any, ...], status: int, message: str) -> None:
     with pytest.raises(ProtocolError, match=message) as caught:
         check_shape(shape, "x", LIMITS)
     assert caught.value.status == status
 
 
 @pytest.mark.parametrize("name", ["", "x" * 33, None, 1, ["x"]])
-def test_names_that_are_none(name: Any) -> None:
+def test_invalid_names(name: Any) -> None:
     with pytest.raises(ProtocolError, match="1 to 32 characters"):
         check_name(name, "one of inputs", LIMITS)
 
 
 @pytest.mark.parametrize("changed", [{"rank": 0}, {"elements": True}, {"json_bytes": 1.5}, {"rank": 33}, {"elements": 1 << 62}])
-def test_limits_that_are_none(changed: dict[str, Any]) -> None:
+def test_invalid_limits(changed: dict[str, Any]) -> None:
     with pytest.raises(RecipeError, match=next(iter(changed))):
         Limits(**changed)
 
 
 @pytest.mark.parametrize("value", ["a\nb\r\x00", "x" * 10**6, [1] * 10**5, {"a": "\n"}, None, True, 2**64, 1e300, b"bytes"])
-def test_what_a_client_sent_is_shown_in_one_short_line(value: Any) -> None:
+def test_values_in_errors(value: Any) -> None:
     text = shown(value)
     assert len(text) < 100
     assert text.isprintable()
@@ -175,7 +175,7 @@ CALLS = {"eval", "exec", "compile", "__import__"}
 
 
 @pytest.mark.parametrize("source", SOURCES, ids=lambda source: source.stem)
-def test_nothing_in_the_room_turns_data_into_code(source: Path) -> None:
+def test_no_code_from_data(source: Path) -> None:
     """No module that does, no built-in that does, and no numpy array of pickled objects."""
     for node in ast.walk(ast.parse(source.read_text())):
         if isinstance(node, ast.Import):
@@ -190,7 +190,3 @@ def test_nothing_in_the_room_turns_data_into_code(source: Path) -> None:
             assert node.arg not in {"allow_pickle", "shell"}
         elif isinstance(node, ast.Constant) and isinstance(node.value, str):
             assert node.value not in CODE - {"code", "torch"}  # importlib.import_module("pickle")
-
-
-def test_the_room_has_sources_to_look_at() -> None:
-    assert {"messages", "json_codec", "grpc_codec", "tensors"} <= {source.stem for source in SOURCES}

@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import pytest
-
 from muntin.serving.protocol.metadata import (
-    CONFIGURATION_TYPES,
     EXTENSIONS,
     BatchStatistics,
     Duration,
@@ -19,7 +16,6 @@ from muntin.serving.protocol.metadata import (
     server_document,
     statistics_document,
 )
-from muntin.serving.protocol.tensors import DATATYPES
 
 
 def model(max_batch: int = 8) -> ModelDescription:
@@ -32,12 +28,12 @@ def model(max_batch: int = 8) -> ModelDescription:
     )
 
 
-def test_the_servers_metadata() -> None:
+def test_server_metadata() -> None:
     assert server_document("muntin", "1.2") == {"name": "muntin", "version": "1.2", "extensions": list(EXTENSIONS)}
     assert {"binary_tensor_data", "classification", "statistics", "model_configuration", "schedule_policy"} <= set(EXTENSIONS)
 
 
-def test_the_models_metadata_shows_the_batch() -> None:
+def test_model_metadata() -> None:
     assert metadata_document(model()) == {
         "name": "m",
         "versions": ["1", "2"],
@@ -47,7 +43,7 @@ def test_the_models_metadata_shows_the_batch() -> None:
     }
 
 
-def test_the_configuration_leaves_the_batch_out() -> None:
+def test_configuration() -> None:
     document = configuration_document(model())
     assert (document["name"], document["backend"], document["max_batch_size"]) == ("m", "muntin", 8)
     assert [(item["name"], item["data_type"], item["dims"]) for item in document["input"] + document["output"]] == [
@@ -57,7 +53,7 @@ def test_the_configuration_leaves_the_batch_out() -> None:
     ]
 
 
-def test_what_perf_analyzer_reads_of_a_configuration() -> None:
+def test_configuration_for_perf_analyzer() -> None:
     document = configuration_document(model())
     assert "dynamic_batching" in document
     assert document["model_transaction_policy"]["decoupled"] is False
@@ -65,15 +61,10 @@ def test_what_perf_analyzer_reads_of_a_configuration() -> None:
     assert not {"sequence_batching", "ensemble_scheduling"} & set(document)
 
 
-def test_without_a_batch_axis_shapes_are_whole_and_nothing_is_batched() -> None:
+def test_configuration_without_a_batch() -> None:
     document = configuration_document(model(0))
     assert document["input"][0]["dims"] == [-1, -1, -1, 3]
     assert "dynamic_batching" not in document
-
-
-@pytest.mark.parametrize("datatype", DATATYPES)
-def test_every_datatype_has_a_name_in_configurations(datatype: str) -> None:
-    assert CONFIGURATION_TYPES[datatype].startswith("TYPE_")
 
 
 def test_statistics() -> None:
@@ -90,7 +81,7 @@ def test_statistics() -> None:
     assert item["batch_stats"] == [{"batch_size": 2, "compute_input": spent, "compute_infer": spent, "compute_output": spent}]
 
 
-def test_the_repositorys_index() -> None:
+def test_index() -> None:
     assert index_document([IndexEntry(name="m", version="1", state="READY")]) == [
         {"name": "m", "version": "1", "state": "READY", "reason": ""}
     ]

@@ -11,7 +11,7 @@ from muntin.serving.http.app import HttpApp
 from muntin.serving.protocol.openapi import openapi
 
 
-def test_every_route_is_described_and_no_other() -> None:
+def test_routes() -> None:
     table = [route for route in HttpApp._routes(object.__new__(HttpApp)) if isinstance(route, Route)]
     routes = {route.path: route.methods or set() for route in table if route.include_in_schema}
     assert {route.path for route in table} - set(routes) == {"/v2/"}  # another spelling
@@ -25,7 +25,7 @@ def test_every_route_is_described_and_no_other() -> None:
         assert named == {parameter["name"] for parameter in operations.get("parameters", []) if parameter["in"] == "path"}
 
 
-def test_it_is_json_and_its_references_lead_somewhere() -> None:
+def test_references() -> None:
     document = json.loads(json.dumps(openapi("m")))
     assert document["openapi"].startswith("3.1")
 
@@ -43,7 +43,7 @@ def test_it_is_json_and_its_references_lead_somewhere() -> None:
             place = place[step]
 
 
-def test_every_route_says_which_errors_it_may_answer_and_who_may_ask() -> None:
+def test_errors_and_security() -> None:
     paths: dict[str, dict[str, Any]] = openapi("m")["paths"]
     for path, methods in paths.items():
         for operation in (methods[method] for method in ("get", "post") if method in methods):

@@ -61,7 +61,7 @@ def test_numbers_round_trip(data: Any, datatype: str) -> None:
     assert back.tobytes() == array.tobytes()
 
 
-def test_an_aligned_tensor_is_a_view_and_a_misaligned_one_is_not() -> None:
+def test_copy_of_a_misaligned_tensor() -> None:
     body = bytearray(64)
     for offset in range(8):
         array = read(memoryview(body)[offset : offset + 16], "FP64", 2)
@@ -69,7 +69,7 @@ def test_an_aligned_tensor_is_a_view_and_a_misaligned_one_is_not() -> None:
         assert np.shares_memory(array, np.frombuffer(body, np.uint8)) == (np.frombuffer(body, "u1")[offset:].ctypes.data % 8 == 0)
 
 
-def test_what_an_engine_gives_goes_out_without_a_copy() -> None:
+def test_output_without_a_copy() -> None:
     scores = np.arange(6, dtype=np.float32).reshape(2, 3)
     raw = to_binary(scores, "FP32")
     assert isinstance(raw, memoryview)
@@ -77,7 +77,7 @@ def test_what_an_engine_gives_goes_out_without_a_copy() -> None:
 
 
 @pytest.mark.parametrize("array", [np.arange(12, dtype=">f4").reshape(3, 4), np.arange(24, dtype="<f4").reshape(4, 6)[::2, ::-1].T])
-def test_other_layouts_are_written_right(array: Any) -> None:
+def test_outputs_in_other_layouts(array: Any) -> None:
     np.testing.assert_array_equal(read(bytes(to_binary(array, "FP32")), "FP32", *array.shape), array)
 
 
@@ -99,7 +99,7 @@ def test_other_layouts_are_written_right(array: Any) -> None:
         (bytes(4 * 70_000), "BYTES", (70_000,), "70,000 elements of BYTES: this server takes at most 65,536"),
     ],
 )
-def test_bytes_that_are_not_what_was_announced(raw: bytes, datatype: str, shape: tuple[int, ...], message: str) -> None:
+def test_wrong_binary_tensors(raw: bytes, datatype: str, shape: tuple[int, ...], message: str) -> None:
     with pytest.raises(ProtocolError, match=message):
         read(raw, datatype, *shape)
 
@@ -125,12 +125,12 @@ def test_bytes_that_are_not_what_was_announced(raw: bytes, datatype: str, shape:
         (["a"], "BYTES", "1 values"),
     ],
 )
-def test_values_that_a_tensor_cannot_take(values: list[Any], datatype: str, message: str) -> None:
+def test_wrong_values(values: list[Any], datatype: str, message: str) -> None:
     with pytest.raises(ProtocolError, match=message):
         take(values, datatype, 2)
 
 
-def test_the_ends_of_every_integer_type_pass() -> None:
+def test_limits_of_integer_types() -> None:
     for datatype in NUMBERS:
         dtype = DATATYPES[datatype]
         if dtype.kind in "ui":
@@ -138,7 +138,7 @@ def test_the_ends_of_every_integer_type_pass() -> None:
             assert take(ends, datatype, 2).tolist() == ends
 
 
-def test_too_many_strings_are_refused_before_any_is_made() -> None:
+def test_too_many_strings() -> None:
     few = Limits(byte_strings=2)
     for make in (lambda: take(["a"] * 3, "BYTES", 3, limits=few), lambda: strings_array([b"a"] * 3, (3,), 3, "x", few)):
         with pytest.raises(ProtocolError, match="3 elements of BYTES") as caught:
@@ -155,12 +155,12 @@ def test_unknown_datatypes(datatype: Any) -> None:
         check_datatype(datatype, "x")
 
 
-def test_a_model_that_gives_what_has_no_name_is_at_fault() -> None:
+def test_output_of_an_unknown_type() -> None:
     with pytest.raises(ProtocolError, match="'x' is of type complex64") as caught:
         datatype_of(np.zeros(1, np.complex64), "x")
     assert caught.value.status == 500
 
 
-def test_no_datatype_but_bytes_holds_objects() -> None:
+def test_datatypes_without_objects() -> None:
     """What `frombuffer` and `tobytes` see are numbers: an object there would be an address."""
     assert [name for name, dtype in DATATYPES.items() if dtype.hasobject] == ["BYTES"]

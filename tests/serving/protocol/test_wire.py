@@ -42,11 +42,9 @@ def test_large_contents() -> None:
         parse(message.SerializeToString(), messages.ModelInferRequest, SMALL)
 
 
-@pytest.mark.parametrize(
-    "empty", [b"\x2a\x00", b"\x32\x00", b"\x3a\x00", b"\x22\x00", b"\x98\x06\x01", b"\xa5\x06abcd", b"\xa1\x06abcdefgh"]
-)
+@pytest.mark.parametrize("empty", [b"\x2a\x00", b"\x32\x00", b"\x3a\x00", b"\x22\x00", b"\x9a\x06\x00"])
 def test_too_many_fields(empty: bytes) -> None:
-    """Empty tensors, parameters and unknown fields: each of a few bytes on the wire, and of many more in memory."""
+    """Empty tensors, parameters and unknown fields: each of 2 bytes on the wire, and of many more in memory."""
     assert parse(empty * 20, messages.ModelInferRequest, SMALL) is not None
     with pytest.raises(ProtocolError, match="more than 26 fields"):
         parse(empty * 27, messages.ModelInferRequest, SMALL)
@@ -63,7 +61,8 @@ def test_too_many_fields(empty: bytes) -> None:
         b"\x0b\x0c",
         b"\x0f",
         b"\x08",
-        b"\xa5\x06abc",
+        b"\x98\x06\x01",
+        b"\xa5\x06abcd",
         b"\x0a\x01\xff",
         b"\x2a\x02\x0a\x05",
         b"\x00\x01",

@@ -15,7 +15,7 @@ from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanE
 from muntin.errors import DependencyError
 from muntin.serving.inference.service import Answered
 from muntin.serving.protocol.messages import InferOutput, InferResponse, ProtocolError
-from muntin.serving.telemetry.tracing import Tracing
+from muntin.serving.telemetry.tracing import Tracing, set_answer
 
 PARENT = "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01"
 ANSWERED = Answered(
@@ -38,8 +38,8 @@ def tracing(exporter: InMemorySpanExporter) -> Iterator[Tracing]:
 
 
 def test_span_of_an_answer(tracing: Tracing, exporter: InMemorySpanExporter) -> None:
-    with tracing.inference("http", "m", {"traceparent": PARENT}) as inference:
-        inference.answered(ANSWERED)
+    with tracing.inference("http", "m", {"traceparent": PARENT}) as span:
+        set_answer(span, ANSWERED)
     (span,) = exporter.get_finished_spans()
     assert span.parent is not None
     assert f"{span.context.trace_id:032x}" == PARENT.split("-")[1]

@@ -1,10 +1,8 @@
-"""What every call to the gRPC server passes through: authorisation, bounds on what is held, the access log, errors as gRPC statuses.
+"""The steps of every gRPC call: authorisation, limits on memory, the access log, errors as gRPC statuses.
 
-Every method is registered as one whose requests stream, which is the same on the wire. For other methods grpc calls the handler only when
-the message is whole; here the token is checked when the headers are there, and the message has to arrive within `Bounds.body_seconds`.
-
-A message counts as held from when it is whole. grpc shows nothing of it before, and has no bound for all connections together (a resource
-quota exists only in the C library). An answer counts as held until the client has taken it or the call has ended.
+Every method is registered with streamed requests, which are the same on the wire: so the token is checked before the message has arrived,
+and the message has to arrive within `Bounds.body_seconds`. A message counts as held once it is complete (grpc shows nothing of it before),
+an answer until the client has taken it or the call has ended.
 """
 
 from __future__ import annotations
@@ -48,8 +46,7 @@ ANSWERED, CANCELLED = End("answered", 200, "OK"), End("cancelled", 499, "CANCELL
 
 @dataclass(slots=True)
 class RpcCall:
-    """A call, or one request of a stream, as the access log describes it. `arrived`: when its message was whole, before that when its
-    headers were there (`time.monotonic`)."""
+    """A call, or one request of a stream, for the access log. `arrived`: `time.monotonic` of its headers, later of its message."""
 
     context: Context
     method: str
@@ -61,7 +58,7 @@ class RpcCall:
 
 
 class CallSlots:
-    """Counts the calls of one kind that are in progress. `unread`: is given the error with which a call beyond `most` is refused."""
+    """Limits the calls of one kind in progress. `unread`: called with the error for a call beyond `most`."""
 
     def __init__(self, most: int, kind: str, unread: Callable[[ProtocolError], ProtocolError]) -> None:
         self._most, self._kind, self._unread = most, kind, unread
@@ -69,7 +66,7 @@ class CallSlots:
 
     @contextmanager
     def take(self) -> Iterator[None]:
-        """Count the call while the block runs. Raises ProtocolError 429 where there are too many."""
+        """Count the call while the block runs. Raises ProtocolError 429 beyond `most`."""
         if self.taken >= self._most:
             raise self._unread(ProtocolError(f"this server answers at most {self._most} {self._kind} at once: try again", status=429))
         self.taken += 1
@@ -80,20 +77,17 @@ class CallSlots:
 
 
 class Calls:
-    """Admits calls, receives their messages, sends their answers and logs them.
-
-    `ledger`: the HTTP server's; what both servers hold is counted together.
-    """
+    """Admits calls, receives their messages, sends their answers and logs them. `ledger`: shared with the HTTP server."""
 
     def __init__(self, ledger: MemoryBudget, tokens: Tokens, log: AccessLog | None) -> None:
         self.ledger, self._tokens, self._log = ledger, tokens, log
         self.places = CallSlots(ledger.bounds.connections, "calls", self.unread)
         self.accepts_ipv6 = True
-        """False if the server was given no IPv6 address: grpc listens to both families on 0.0.0.0."""
+        """False without an IPv6 address: grpc listens to both families on 0.0.0.0."""
         self.cut_at = math.inf
-        """Time from which on calls in progress are cut off."""
+        """Time after which calls in progress count as cut off."""
         self.cut_off = 0
-        """Number of calls that were cut off at the end."""
+        """Number of calls that were cut off at shutdown."""
 
     def handler(
         self,
@@ -103,13 +97,13 @@ class Calls:
         needs_token: bool = True,
         logs_success: bool = True,
     ) -> grpc.RpcMethodHandler:
-        """Return the handler of a method. `behaviour`: receives the messages of a call and sends its answers, or raises."""
+        """Return the handler of a method. `behaviour`: receives messages and sends answers, or raises."""
 
         async def handle(_: Any, context: Context) -> None:
             error = await self._run(
                 RpcCall(context, method, time.monotonic()), behaviour, needs_token=needs_token, logs_success=logs_success
             )
-            if error is not None:  # raised here: grpc keeps the frames that an abort passes through, and no message is in these
+            if error is not None:  # raised here: grpc keeps the frames of an abort, and these hold no message
                 await _abort(context, error)
 
         return grpc.stream_stream_rpc_method_handler(handle)
@@ -129,7 +123,7 @@ class Calls:
             end = End.of(error)
             return bare(error)
         finally:
-            # grpc cancels the call, or ends its requests as if the client had sent none.
+            # At shutdown grpc cancels the call, or ends its requests as if the client had sent none.
             if end.status not in (200, 503) and time.monotonic() >= self.cut_at:
                 self.cut_off += 1
             if logs_success or end not in (ANSWERED, CANCELLED):
@@ -142,7 +136,7 @@ class Calls:
             raise ProtocolError("this server answers over IPv4 alone: it was given no address of IPv6", status=403)
 
     async def message(self, call: RpcCall, seconds: float | None = None) -> bytes:
-        """Receive the only message of a call, within `Bounds.body_seconds` unless `seconds` are given. Raises ProtocolError."""
+        """Receive the only message of a call within `seconds`, by default `Bounds.body_seconds`. Raises ProtocolError."""
         try:
             async with asyncio.timeout(self.ledger.bounds.body_seconds if seconds is None else seconds):
                 wire = await call.context.read()
@@ -155,7 +149,7 @@ class Calls:
         return wire
 
     def check_room(self, size: int) -> None:
-        """Raise RefusedRequestError where a message of so many bytes does not fit beside the others that are held."""
+        """Raise RefusedRequestError if a message of so many bytes does not fit into the memory budget."""
         if not self.ledger.has_room(size):
             raise self.unread(RefusedRequestError("the bodies of other requests fill what this server holds: try again"))
 
@@ -169,18 +163,18 @@ class Calls:
             self.ledger.held -= size
 
     async def send(self, call: RpcCall, answer: bytes) -> None:
-        """Send an answer. It counts as held until the client has taken it, or the call ends."""
+        """Send an answer. It counts as held until the client has taken it or the call ends."""
         call.sent = len(answer)
         with self.holding(len(answer)):
             await call.context.write(answer)
 
     def unread(self, error: ProtocolError) -> ProtocolError:
-        """Count a request that is refused without being read. Returns the error."""
-        self.ledger.refused[error.status] = self.ledger.refused.get(error.status, 0) + 1
+        """Count a request that is refused unread. Returns the error."""
+        self.ledger.refused[error.status] += 1
         return error
 
     def log(self, call: RpcCall, end: End, answered: Answered | None = None) -> None:
-        """Write a call into the access log. Only the first time counts."""
+        """Write a call into the access log, once."""
         if self._log is None or call.logged:
             return
         call.logged = True
@@ -192,7 +186,7 @@ class Calls:
 
 @contextmanager
 def unforeseen() -> Iterator[None]:
-    """Report an error that is neither ProtocolError nor grpc's to the event loop, and raise ProtocolError 500 with its type alone."""
+    """Report an unforeseen error to the event loop's handler, and raise ProtocolError 500 with its type only."""
     try:
         yield
     except (ProtocolError, grpc.aio.BaseError):
@@ -209,7 +203,7 @@ def _authorization(context: Context) -> bytes:
 
 async def _abort(context: Context, error: ProtocolError) -> None:
     trailing: tuple[tuple[str, str], ...] = ()
-    if isinstance(error, RefusedRequestError):  # the first as over HTTP; clients that retry by themselves heed the second
+    if isinstance(error, RefusedRequestError):  # the second is for clients that retry by themselves
         seconds = max(1, math.ceil(error.retry_after))
         trailing = (("retry-after", str(seconds)), ("grpc-retry-pushback-ms", str(1000 * seconds)))
     await context.abort(grpc.StatusCode[error.grpc_code], str(error), trailing)

@@ -1,7 +1,6 @@
-"""The service `grpc.health.v1.Health`, by which Kubernetes (`grpc:` probes), Envoy and gRPC clients ask for a server's health.
+"""The service `grpc.health.v1.Health` for Kubernetes (`grpc:` probes), Envoy and gRPC clients.
 
-A client names the server (""), the model or the inference service. No token is needed, so the number of calls is bounded apart from that of
-other calls.
+A client names the server (""), the model or the inference service. No token is needed, so these calls have limits of their own.
 """
 
 from __future__ import annotations
@@ -20,18 +19,15 @@ from muntin.serving.protocol.wire import parse
 SERVICE = "grpc.health.v1.Health"
 SERVING, NOT_SERVING, SERVICE_UNKNOWN = 1, 2, 3
 POLL_S = 0.5
-"""Interval at which the state is read for those that watch, seconds."""
+"""Interval at which the state is read for watching calls, seconds."""
 MAX_CHECKS, MAX_WATCHES = 16, 128
-"""Calls whose message is awaited or answered, and calls that watch, at once."""
+"""Maximum number of calls in progress, and of watching calls."""
 MESSAGE_TIMEOUT_S = 2.0
-"""Seconds that the message of a call may take: it has a few bytes, and comes with the call."""
+"""Seconds for the message of a call, which has a few bytes."""
 
 
 class Health:
-    """The methods of the service. `ready`: whether requests are answered. `names`: what may be asked for beside the server, "".
-
-    `stopping`: set when the server shuts down, which ends watching.
-    """
+    """The methods of the service. `names`: those known beside the server's, "". `stopping`: set when the server shuts down."""
 
     def __init__(self, ready: Callable[[], bool], names: tuple[str, ...], calls: Calls, limits: Limits, stopping: asyncio.Event) -> None:
         self._ready, self._names, self._calls, self._limits = ready, frozenset(("", *names)), calls, limits
@@ -40,12 +36,9 @@ class Health:
         self._watches = CallSlots(MAX_WATCHES, "calls that watch its health", calls.unread)
 
     def handlers(self) -> grpc.GenericRpcHandler:
-        """The handlers of both methods."""
-        handler = self._calls.handler
-        handlers = {
-            "Check": handler("Check", self._check, needs_token=False),
-            "Watch": handler("Watch", self._watch, needs_token=False),
-        }
+        """Return the handlers of both methods."""
+        methods = {"Check": self._check, "Watch": self._watch}
+        handlers = {name: self._calls.handler(name, method, needs_token=False) for name, method in methods.items()}
         return grpc.method_handlers_generic_handler(SERVICE, handlers)
 
     async def _check(self, call: RpcCall) -> None:

@@ -1,7 +1,7 @@
 """The gRPC server: the same service as over HTTP, on the same event loop, for `tritonclient.grpc` and `perf_analyzer -i grpc`.
 
-Handlers are registered by name (`Servicer`, `Health`); generated service code is not needed. What a client may send is bounded before it is
-read: grpc counts the bytes of a message, `wire` what protobuf would make of them, and `Calls` the messages that are being answered.
+Requests are bounded before they are parsed: grpc limits the bytes of a message, `wire` the memory that protobuf needs for them, and `Calls`
+the messages in work.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import math
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import grpc
@@ -29,11 +29,11 @@ from muntin.serving.telemetry.tracing import Tracing
 from muntin.serving.versions.control import Control
 
 _CUT_MARGIN_S = 0.05
-"""Calls that are cancelled within so many seconds before the end of the drain time count as cut off."""
+"""Calls cancelled so many seconds before the end of the drain time count as cut off."""
 _POLL_S = 0.2
-"""Interval at which it is checked that grpc's server runs, seconds."""
+"""Interval between checks that grpc's server runs, seconds."""
 _GRACE_S = 5.0
-"""Seconds that the calls of a server which ended by itself have to be answered."""
+"""Seconds for the calls of a server that ended by itself."""
 _HANDSHAKE_S = 10.0
 """Seconds for a TLS handshake and HTTP/2's first frame, and for the answer to a keepalive ping."""
 _RETRY_S = 1.0
@@ -41,10 +41,7 @@ _RETRY_S = 1.0
 
 
 class GrpcServer:
-    """Serves on addresses ("127.0.0.1:8001"; port 0: any that is free, see `port`). `tls`: the certificate that is shown, if any.
-
-    `ledger`: the HTTP server's. What both hold is counted together; of calls as many are answered at once as that has connections.
-    """
+    """Serves on addresses ("127.0.0.1:8001"; port 0: any free one, see `port`). `ledger`: shared with the HTTP server."""
 
     def __init__(
         self,
@@ -67,38 +64,31 @@ class GrpcServer:
         self._handlers = servicer.handlers(), health.handlers()
         self._server = self._create()
         self._addresses: list[str] = []
-        """Addresses that it listens on, with the port."""
         self._supervising: asyncio.Task[None] | None = None
-        self._ending: set[asyncio.Task[None]] = set()
-        """grpc's servers that ended by themselves, while calls of theirs go on."""
+        self._ending: list[asyncio.Task[None]] = []
+        """The end of each of grpc's servers that ended by itself: its calls go on."""
         self._stop: asyncio.Task[None] | None = None
         self.port = 0
 
-    @property
-    def cut_off(self) -> int:
-        """Number of calls that were still busy when the time at the end was over."""
-        return self._calls.cut_off
-
     async def start(self, *addresses: str) -> None:
-        """Listen. Port 0: the same free one for all. Raises OSError where one of the addresses cannot be had."""
+        """Listen. Port 0: the same free one for all. Raises OSError if it cannot listen on an address."""
         self._calls.accepts_ipv6 = any(address.startswith("[") for address in addresses)
         await self._listen(addresses)
         self._addresses = [f"{address.rpartition(':')[0]}:{self.port}" for address in addresses]
         self._supervising = asyncio.create_task(self._supervise())
-        self._supervising.add_done_callback(_report)
 
     def _create(self) -> grpc.aio.Server:
         bounds = self._bounds
         server = grpc.aio.server(
-            maximum_concurrent_rpcs=2 * bounds.connections + MAX_CHECKS + MAX_WATCHES,  # room for those that need no place
+            maximum_concurrent_rpcs=2 * bounds.connections + MAX_CHECKS + MAX_WATCHES,
             options=[
                 ("grpc.max_receive_message_length", min(self._limits.body_bytes + ENVELOPE_BYTES, MAX_MESSAGE_BYTES)),
                 ("grpc.max_send_message_length", -1),
                 ("grpc.so_reuseport", 0),  # a port that is taken is an error
                 ("grpc.max_metadata_size", 16 * 1024),
                 ("grpc.server_handshake_timeout_ms", _milliseconds(_HANDSHAKE_S)),  # of TLS, and of HTTP/2's first frame
-                ("grpc.max_connection_idle_ms", _milliseconds(bounds.idle_seconds)),  # without a call; grpc bounds no number
-                ("grpc.keepalive_time_ms", _milliseconds(bounds.body_seconds)),  # for peers that are gone: nothing else ends their calls
+                ("grpc.max_connection_idle_ms", _milliseconds(bounds.idle_seconds)),  # without a call; grpc does not limit their number
+                ("grpc.keepalive_time_ms", _milliseconds(bounds.body_seconds)),  # ends the calls of peers that are gone
                 ("grpc.keepalive_timeout_ms", _milliseconds(_HANDSHAKE_S)),
             ],
         )
@@ -118,7 +108,7 @@ class GrpcServer:
         await self._server.start()
 
     async def _supervise(self) -> None:
-        """Start another server where grpc's ends by itself: grpcio 1.85 does at a call whose path is not UTF-8, before any handler runs."""
+        """Start another server when grpc's ends by itself: grpcio 1.85 does at a call whose path is not UTF-8, before any handler runs."""
         while True:
             try:
                 # Raises what ended it only with a time limit; without one it waits for the calls in progress, which may never end.
@@ -128,25 +118,23 @@ class GrpcServer:
             except UnicodeDecodeError as error:
                 reason = f"{type(error).__name__}: {error}"
             self._notify(f"grpc's server ended ({reason}), and is begun again")
-            ending = asyncio.create_task(self._server.stop(_GRACE_S))
-            self._ending.add(ending)
-            ending.add_done_callback(self._ending.discard)
-            await self._listen_again()
-
-    async def _listen_again(self) -> None:
-        while True:
-            self._server = self._create()
-            try:
-                await self._listen(self._addresses)
-                return
-            except OSError as error:
-                self._notify(f"gRPC: {error}; it is tried again in {_RETRY_S:g} s")
+            self._ending.append(asyncio.create_task(self._server.stop(_GRACE_S)))
+            while not await self._restarted():
                 await asyncio.sleep(_RETRY_S)
 
-    def begin_stop(self, seconds: float) -> asyncio.Task[None]:
-        """Take no new calls, and give those in progress so many seconds, counted from the first time that this is called.
+    async def _restarted(self) -> bool:
+        self._server = self._create()
+        try:
+            await self._listen(self._addresses)
+        except OSError as error:
+            self._notify(f"gRPC: {error}; it is tried again in {_RETRY_S:g} s")
+            return False
+        return True
 
-        The requests of a stream that have arrived are answered, and the stream ends: its client may leave it open for hours.
+    def begin_stop(self, seconds: float) -> asyncio.Task[None]:
+        """Take no new calls, and give those in progress so many seconds from the first call of this method.
+
+        Requests of a stream that have arrived are answered, then the stream ends.
         """
         if self._stop is None:
             self._calls.cut_at = time.monotonic() + seconds - _CUT_MARGIN_S
@@ -156,21 +144,19 @@ class GrpcServer:
             self._stopping.set()
         return self._stop
 
-    async def stop(self, seconds: float) -> None:
-        """As `begin_stop`, and wait until it has ended."""
-        await self.begin_stop(seconds)
-        await asyncio.gather(*self._ending, return_exceptions=True)
+    async def stop(self, left: Callable[[], float]) -> int:
+        """Call `begin_stop`, and cut off calls in progress once no time is left. Returns the number of those cut off.
 
-    async def cut(self) -> None:
-        """Cut off at once what is in progress."""
-        self._calls.cut_at = min(self._calls.cut_at, time.monotonic())
-        await self._server.stop(0)
-
-
-def _report(task: asyncio.Task[None]) -> None:
-    """Report what ended a task to the event loop."""
-    if not task.cancelled() and (error := task.exception()) is not None:
-        task.get_loop().call_exception_handler({"message": "grpc's server ended", "exception": error, "task": task})
+        `left`: returns the seconds left for them.
+        """
+        stopping = self.begin_stop(left())
+        while not stopping.done() and left() > 0:
+            await asyncio.wait((stopping,), timeout=_POLL_S)
+        if not stopping.done():
+            self._calls.cut_at = min(self._calls.cut_at, time.monotonic())
+            await self._server.stop(0)
+        await asyncio.gather(stopping, *self._ending, return_exceptions=True)
+        return self._calls.cut_off
 
 
 def _milliseconds(seconds: float) -> int:
@@ -178,7 +164,7 @@ def _milliseconds(seconds: float) -> int:
 
 
 def _credentials(tls: Certificate) -> grpc.ServerCredentials:
-    """Credentials that show the certificate as it is when a client connects."""
+    """Return credentials that present the current certificate to each new connection."""
     shown = tls.pem
 
     def renewed() -> Any:

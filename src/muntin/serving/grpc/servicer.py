@@ -1,7 +1,6 @@
-"""The methods of the gRPC service: each reads a message, asks what the HTTP server asks, and encodes the answer.
+"""The methods of the gRPC service: each reads a message, calls the service as the HTTP server does, and encodes the answer.
 
-A message becomes arrays in functions that do not wait, and answers are sent by functions that hold no request: so what is in memory for a
-call is what it counts as.
+Functions that wait hold either a request or its answer, never both, so a call's memory is what it counts as.
 """
 
 from __future__ import annotations
@@ -30,16 +29,15 @@ from muntin.serving.protocol.metadata import (
     statistics_document,
 )
 from muntin.serving.protocol.wire import parse
-from muntin.serving.telemetry.tracing import Tracing
+from muntin.serving.telemetry.tracing import Tracing, set_answer
 from muntin.serving.versions.control import Control
 
 ENVELOPE_BYTES = 1 << 16
-"""Bytes that a message may have beside its tensors."""
+"""Maximum bytes of a message beside its tensors."""
 MAX_MESSAGE_BYTES = (1 << 31) - 1
-"""Length of the longest message that grpc and protobuf can count."""
-Encode = Callable[[InferResponse, InferRequest], bytes]
+"""Maximum length of a message in grpc and protobuf."""
 Document = Mapping[str, Any]
-"""The fields of an answer, as in the JSON over HTTP."""
+"""The fields of an answer, as in JSON over HTTP."""
 
 
 class _Request(NamedTuple):
@@ -68,13 +66,13 @@ class Servicer:
         self._limits, self._tracing, self._stopping = limits, tracing, stopping
 
     def handlers(self) -> grpc.GenericRpcHandler:
-        """The handlers of all methods, those that are refused by name included."""
-        answers: Mapping[str, Callable[[Any], Awaitable[Document]]] = {
+        """Return the handlers of all methods, including those that are refused by name."""
+        answers: Mapping[str, Callable[[Any], Document | Awaitable[Document]]] = {
             "ModelReady": self._model_ready,
-            "ServerMetadata": self._server_metadata,
-            "ModelMetadata": self._metadata,
-            "ModelConfig": self._configuration,
-            "ModelStatistics": self._statistics,
+            "ServerMetadata": lambda request: server_document("muntin", VERSION),
+            "ModelMetadata": lambda request: metadata_document(self._description(request)),
+            "ModelConfig": lambda request: {"config": configuration_document(self._description(request))},
+            "ModelStatistics": lambda request: statistics_document(self._service.statistics(request.name or None, request.version or None)),
             "RepositoryIndex": self._index,
             "RepositoryModelLoad": self._load,
             "RepositoryModelUnload": self._unload,
@@ -92,7 +90,7 @@ class Servicer:
                 handlers[method.name] = handler(method.name, partial(self._answer, method, answers[method.name]))
         return grpc.method_handlers_generic_handler(SERVICE, handlers)
 
-    # Health of the server: nothing is in these messages, so none is waited for, and no place is taken.
+    # These messages are empty, so they are not awaited, and no slot is taken.
 
     async def _live(self, call: RpcCall) -> None:
         await self._calls.send(call, messages.ServerLiveResponse(live=True).SerializeToString())
@@ -107,8 +105,7 @@ class Servicer:
             await self._calls.send(call, await self._computed(call))
 
     async def _computed(self, call: RpcCall) -> bytes:
-        request = self._decode(await self._calls.message(call), call)
-        return await self._compute(request, call, _encode)
+        return await self._compute(self._decode(await self._calls.message(call), call), call, stream=False)
 
     async def _stream(self, call: RpcCall) -> None:
         with self._calls.places.take():
@@ -130,14 +127,14 @@ class Servicer:
 
         async def compute() -> bytes:
             try:
-                return await self._compute(request, call, _encode_for_stream)
+                return await self._compute(request, call, stream=True)
             except ProtocolError as error:
                 return _stream_error(error, call)
 
         return compute
 
     def _decode(self, wire: bytes, call: RpcCall) -> _Request:
-        """Raises ProtocolError, which is counted unless the message is refused unread."""
+        """Decode a request. Raises ProtocolError, which is counted here unless the message is refused unread."""
         self._calls.check_room(len(wire))
         try:
             message = parse(wire, messages.ModelInferRequest, self._limits)
@@ -147,12 +144,12 @@ class Servicer:
             self._count(error.outcome)
             raise
 
-    async def _compute(self, request: _Request, call: RpcCall, encode: Encode) -> bytes:
-        """The encoded answer; counted and logged, however it ends. Raises only ProtocolError."""
+    async def _compute(self, request: _Request, call: RpcCall, *, stream: bool) -> bytes:
+        """Return the encoded answer. Counts and logs the request. Raises only ProtocolError."""
         end, answered = CANCELLED, None
         try:
             with unforeseen(), self._calls.holding(request.size):
-                answered = await self._traced(request, call, encode)
+                answered = await self._traced(request, call, stream=stream)
             end = ANSWERED
             answer = answered.encoded
             assert isinstance(answer, bytes)
@@ -165,19 +162,19 @@ class Servicer:
             self._count(end.outcome)
             self._calls.log(call, end, answered)
 
-    async def _traced(self, request: _Request, call: RpcCall, encode: Encode) -> Answered:
+    async def _traced(self, request: _Request, call: RpcCall, *, stream: bool) -> Answered:
         left = call.context.time_remaining()
         infer = partial(
             self._service.infer, request.inputs, model=request.model, version=request.version, arrived=call.arrived,
             deadline=None if left is None else time.monotonic() + left,
-            encode=lambda response: encode(response, request.inputs),
+            encode=partial(_encode, request=request.inputs, stream=stream),
         )  # fmt: skip
         if self._tracing is None:
             return await infer()
         carrier = {name: value for name, value in call.context.invocation_metadata() or () if isinstance(value, str)}
         with self._tracing.inference("grpc", request.model, carrier) as span:
             answered = await infer()
-            span.answered(answered)
+            set_answer(span, answered)
         return answered
 
     def _count(self, outcome: str) -> None:
@@ -185,39 +182,28 @@ class Servicer:
 
     # Everything else.
 
-    async def _answer(self, method: Method, answer: Callable[[Any], Awaitable[Document]], call: RpcCall) -> None:
+    async def _answer(self, method: Method, answer: Callable[[Any], Document | Awaitable[Document]], call: RpcCall) -> None:
         with self._calls.places.take():
             wire = await self._calls.message(call)
             self._calls.check_room(len(wire))
             with self._calls.holding(len(wire)):
                 request = parse(wire, method.request, self._limits)
                 call.model = str(getattr(request, "model_name", "") or getattr(request, "name", ""))
-                document = await answer(request)
+                answered = answer(request)
+                document = await answered if isinstance(answered, Awaitable) else answered
             await self._calls.send(call, messages.from_document(document, method.response).SerializeToString())
 
-    async def _model_ready(self, request: Any) -> Document:
+    def _model_ready(self, request: Any) -> Document:
         try:
             self._service.lease(request.name, request.version or None, canary=False).release()
         except ProtocolError:  # no such model or version, or it cannot answer
             return {"ready": False}
         return {"ready": self._service.ready}
 
-    async def _server_metadata(self, request: Any) -> Document:
-        return server_document("muntin", VERSION)
-
     def _description(self, request: Any) -> ModelDescription:
-        if not request.name:  # which the service takes for its only model
+        if not request.name:  # the service would use its only model
             raise ProtocolError(f"no model is named: this server has {self._service.name}", status=404)
         return self._service.describe(request.name, request.version or None)
-
-    async def _metadata(self, request: Any) -> Document:
-        return metadata_document(self._description(request))
-
-    async def _configuration(self, request: Any) -> Document:
-        return {"config": configuration_document(self._description(request))}
-
-    async def _statistics(self, request: Any) -> Document:
-        return statistics_document(self._service.statistics(request.name or None, request.version or None))
 
     async def _index(self, request: Any) -> Document:
         return {"models": index_document(await self._control.indexed(ready=request.ready))}
@@ -235,16 +221,13 @@ async def _refuse(reason: str, call: RpcCall) -> None:
     raise ProtocolError(reason, status=501)
 
 
-def _encode(response: InferResponse, request: InferRequest) -> bytes:
-    """Encode an answer, on whatever thread encodes it. Raises ProtocolError where it is longer than a message can be."""
-    _check_length(response)
-    return bytes(encode_infer(response, request.outputs).SerializeToString())
-
-
-def _encode_for_stream(response: InferResponse, request: InferRequest) -> bytes:
-    """As `_encode`, as a message of a stream."""
-    _check_length(response)
-    return _final(messages.ModelStreamInferResponse(infer_response=encode_infer(response, request.outputs)))
+def _encode(response: InferResponse, *, request: InferRequest, stream: bool) -> bytes:
+    """Encode an answer, on any thread. Raises ProtocolError if it is longer than a message can be."""
+    nbytes = sum(output.data.nbytes for output in response.outputs)
+    if nbytes > MAX_MESSAGE_BYTES - ENVELOPE_BYTES:
+        raise ProtocolError(f"an answer of {nbytes:,} bytes is longer than a gRPC message can be: ask for less, or over HTTP", status=413)
+    answer = encode_infer(response, request.outputs)
+    return _final(messages.ModelStreamInferResponse(infer_response=answer)) if stream else bytes(answer.SerializeToString())
 
 
 def _stream_error(error: ProtocolError, call: RpcCall) -> bytes:
@@ -255,9 +238,3 @@ def _stream_error(error: ProtocolError, call: RpcCall) -> bytes:
 def _final(answer: messages.ModelStreamInferResponse) -> bytes:
     answer.infer_response.parameters["triton_final_response"].bool_param = True  # a request has one answer
     return bytes(answer.SerializeToString())
-
-
-def _check_length(response: InferResponse) -> None:
-    nbytes = sum(output.data.nbytes for output in response.outputs)
-    if nbytes > MAX_MESSAGE_BYTES - ENVELOPE_BYTES:
-        raise ProtocolError(f"an answer of {nbytes:,} bytes is longer than a gRPC message can be: ask for less, or over HTTP", status=413)

@@ -1,4 +1,4 @@
-"""One stream of inference requests: they are computed as they arrive, together, and answered in their order."""
+"""A stream of inference requests, computed together as they arrive and answered in order."""
 
 from __future__ import annotations
 
@@ -14,32 +14,29 @@ from muntin.serving.memory_budget import MemoryBudget
 from muntin.serving.protocol.messages import ProtocolError, RefusedRequestError
 
 MAX_REQUESTS = 32
-"""Requests of one stream that are computed, or whose answers are not sent yet."""
+"""Maximum number of requests of one stream in work."""
 ComputeAnswer = Callable[[], Awaitable[bytes]]
-"""Computes the answer to one request. An error that is foreseen is an answer, too."""
+"""Computes the answer to one request. A ProtocolError is an answer, too."""
 
 
 class InferenceStream:
-    """Reads requests from a call and writes their answers.
-
-    `decode`: decodes a message. `ledger`: counts answers as held until they are sent. `stopping`: set when the server shuts down.
-    """
+    """Reads requests and writes their answers. `ledger`: counts unsent answers. `stopping`: set when the server shuts down."""
 
     def __init__(self, decode: Callable[[bytes], ComputeAnswer], context: Context, ledger: MemoryBudget, stopping: asyncio.Event) -> None:
         self._decode, self._context, self._ledger, self._stopping = decode, context, ledger, stopping
         self._room = asyncio.Semaphore(MAX_REQUESTS)
         self._answers: asyncio.Queue[asyncio.Task[bytes] | None] = asyncio.Queue()
         self._pending: set[asyncio.Task[bytes]] = set()
-        """Requests that are computed, or whose answers are not sent yet."""
+        """Requests in work: computed, or with an unsent answer."""
         self._unsent = 0
-        """Bytes of computed answers that are not sent yet."""
+        """Bytes of unsent answers."""
         self._moved_at = time.monotonic()
 
     async def run(self) -> None:
-        """Answer requests until the client has sent all of them and has its answers. Cancelled, it takes requests back.
+        """Answer requests until the end of the stream. Cancelled, it cancels the requests in work.
 
-        Raises ProtocolError: 408 where nothing arrives for `Bounds.idle_seconds` while nothing is pending, 503 when the server shuts down
-        and what has arrived is answered.
+        Raises ProtocolError: 408 if nothing arrives for `Bounds.idle_seconds` while nothing is in work, 503 when the server shuts down and
+        the requests that have arrived are answered.
         """
         reading = asyncio.create_task(self._read())
         writing = asyncio.create_task(self._write())
@@ -60,20 +57,14 @@ class InferenceStream:
             await asyncio.gather(*tasks, return_exceptions=True)
 
     async def _read(self) -> None:
-        while True:
+        await self._room.acquire()
+        while (wire := await self._receive()) is not grpc.aio.EOF:
+            task = asyncio.create_task(self._answer(self._decode(wire)))
+            del wire  # not kept while waiting for the next
+            self._pending.add(task)
+            self._answers.put_nowait(task)
+            del task
             await self._room.acquire()
-            if not await self._read_one():
-                return
-
-    async def _read_one(self) -> bool:
-        """Begin one request; False at the end of the stream. Returns before the next read: no local variable keeps the message."""
-        wire = await self._receive()
-        if wire is grpc.aio.EOF:
-            return False
-        task = asyncio.create_task(self._answer(self._decode(wire)))
-        self._pending.add(task)
-        self._answers.put_nowait(task)
-        return True
 
     async def _receive(self) -> Any:
         idle = self._ledger.bounds.idle_seconds
@@ -94,20 +85,14 @@ class InferenceStream:
         return answer
 
     async def _write(self) -> None:
-        while await self._write_one():
+        while (task := await self._answers.get()) is not None:
+            answer = await task
+            await self._context.write(answer)
+            self._pending.discard(task)
+            self._hold(-len(answer))
+            del task, answer  # not kept while waiting for the next
             self._moved_at = time.monotonic()
             self._room.release()
-
-    async def _write_one(self) -> bool:
-        """Send the next answer; False where there is none any more. Returns before the next wait: no local variable keeps the answer."""
-        task = await self._answers.get()
-        if task is None:
-            return False
-        answer = await task
-        await self._context.write(answer)
-        self._pending.discard(task)
-        self._hold(-len(answer))
-        return True
 
     def _hold(self, size: int) -> None:
         self._unsent += size

@@ -1,4 +1,4 @@
-"""The ASGI application: the Open Inference Protocol, a route for pictures, metrics, and a description of all routes.
+"""The ASGI application: the Open Inference Protocol, a picture route, metrics, and an OpenAPI description.
 
     POST /v2/models/NAME[/versions/V]/infer        tensors as JSON or as bytes
     GET  /v2, /v2/health/live, /v2/health/ready, /v2/models/NAME[/versions/V][/ready|/config|/stats]
@@ -6,7 +6,7 @@
     POST /predict?output=mask|overlay|labels|json  a PNG, JPEG or WebP file in, a picture or JSON out
     GET  /metrics, /openapi.json
 
-Every request passes the same steps: room for it, token, headers, body within bounds, route, one line in the access log.
+Every request passes the same steps: limit of requests in flight, token, headers, body, route, access log.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from __future__ import annotations
 import asyncio
 import math
 import re
+from contextlib import nullcontext
 from urllib.parse import parse_qs
 
 from starlette.exceptions import HTTPException
@@ -24,7 +25,7 @@ from starlette.routing import Route, Router
 from muntin.errors import DataError, MuntinError
 from muntin.serving.http.bodies import Body, ClientLeftError, Message, Receive, Scope, Send
 from muntin.serving.http.exchange import LEFT, Exchange
-from muntin.serving.http.image_route import Pictures
+from muntin.serving.http.image_route import ImageRoute, PictureAnswer
 from muntin.serving.http.inference import INFER, PLAIN, InferenceRoute, headers_by_name, read_head
 from muntin.serving.inference.service import Service
 from muntin.serving.memory_budget import MemoryBudget
@@ -46,22 +47,22 @@ from muntin.serving.telemetry.tracing import Tracing
 from muntin.serving.versions.control import Control
 
 _EXTENSION = re.compile(r"/v2/(?:models/[^/]+/(?:versions/[^/]+/)?)?(?:system|cuda)?(trace/setting|logging|sharedmemory)(?:/.*)?")
-"""Paths of Triton's extensions that this server does not have."""
+"""Paths of Triton's extensions that are not supported."""
 _NO_TOKEN = ("/v2/health/live", "/v2/health/ready")
-"""Paths that need no token: whatever starts and stops servers asks for them."""
+"""Paths that need no token: orchestrators ask for them."""
 _ALWAYS = frozenset((*_NO_TOKEN, "/metrics"))
-"""Paths that are answered however many requests are in flight: a probe that is refused makes a busy server look dead."""
+"""Paths that are answered beyond the limit of requests in flight, so that a busy server does not look dead."""
 _JSON = (b"content-type", b"application/json")
 
 
 class HttpApp:
-    """The application. `tokens`: a request must carry one of them; empty: all are open. `local`: as in `check_origin`."""
+    """The application. `tokens`: as of `Tokens`. `local`: as in `check_origin`."""
 
     def __init__(
         self,
         service: Service,
         control: Control,
-        pictures: Pictures,
+        pictures: ImageRoute,
         *,
         limits: Limits,
         budget: MemoryBudget,
@@ -74,7 +75,7 @@ class HttpApp:
         self._limits, self._budget, self._log, self._tracing, self._local = limits, budget, log, tracing, local
         self._tokens = Tokens(tokens)
         self._inference = InferenceRoute(service, limits=limits, tracing=tracing)
-        self._router = Router(self._routes(), redirect_slashes=False)  # a redirect would lead to whatever host a request names
+        self._router = Router(self._routes(), redirect_slashes=False)  # a redirect would lead to the host that the request names
         self._in_flight: set[Exchange] = set()
 
     @property
@@ -83,7 +84,7 @@ class HttpApp:
         return len(self._in_flight)
 
     def cut(self) -> int:
-        """End all requests in flight; those whose answer has not begun get 503. Return how many there were."""
+        """End all requests in flight; those whose answer has not begun get 503. Returns their number."""
         for exchange in self._in_flight:
             exchange.cancel()
         return len(self._in_flight)
@@ -113,7 +114,7 @@ class HttpApp:
                 await body.drain(receive)
 
     async def _answer(self, exchange: Exchange, body: Body, receive: Receive) -> str:
-        """Answer, whatever happens. Return the outcome that the metrics count."""
+        """Answer a request or its error. Returns the outcome for the metrics."""
         try:
             await self._route(exchange, body, receive)
             return "answered"
@@ -121,16 +122,16 @@ class HttpApp:
             exchange.status = LEFT
             return "cancelled"
         except asyncio.CancelledError:
-            if not exchange.client_left and not exchange.status:  # else nobody reads it
-                await self._refuse(exchange, RefusedRequestError("the server is shutting down"))
+            if not exchange.client_left and not exchange.status:
+                await self._refuse(exchange, *_refusal(RefusedRequestError("the server is shutting down"), exchange.scope))
                 return "refused"
             exchange.status = exchange.status or LEFT
             return "cancelled"
-        except Exception as error:  # noqa: BLE001 - every error is answered; one that nobody foresaw is reported to the loop's handler
-            answered_error = _http_error(error, exchange.scope)
+        except Exception as error:  # noqa: BLE001 - answered, and reported to the loop's handler if unforeseen
+            refusal, headers = _refusal(error, exchange.scope)
             if not exchange.status:
-                await self._refuse(exchange, answered_error, close=not body.complete)
-            return answered_error.outcome if isinstance(answered_error, ProtocolError) else "wrong"
+                await self._refuse(exchange, refusal, headers if body.complete else headers | {"connection": "close"})
+            return refusal.outcome
 
     async def _route(self, exchange: Exchange, body: Body, receive: Receive) -> None:
         scope = exchange.scope
@@ -144,20 +145,16 @@ class HttpApp:
             if head is not None:
                 await self._inference.answer(exchange, head, body.data)
                 return
-            scope["app"] = self  # with it Starlette's router raises HTTPException for what it does not find
+            scope["app"] = self  # so that Starlette's router raises HTTPException for unknown paths
 
             async def whole_body() -> Message:
                 return {"type": "http.request", "body": body.data, "more_body": False}
 
             await self._router(scope, whole_body, exchange.send)
 
-    async def _refuse(self, exchange: Exchange, error: ProtocolError | HTTPException, *, close: bool = False) -> None:
-        text = error.detail if isinstance(error, HTTPException) else str(error)
-        status = error.status_code if isinstance(error, HTTPException) else error.status
-        headers = [_JSON, *((name.encode(), value.encode()) for name, value in _error_headers(error).items())]
-        if close:
-            headers.append((b"connection", b"close"))
-        await exchange.reply(status, headers, encode_json({"error": text}))
+    async def _refuse(self, exchange: Exchange, error: ProtocolError, headers: dict[str, str]) -> None:
+        fields = [_JSON, *((name.encode(), value.encode()) for name, value in headers.items())]
+        await exchange.reply(error.status, fields, encode_json({"error": str(error)}))
 
     # ---- routes ----
 
@@ -229,14 +226,14 @@ class HttpApp:
         return _json({})
 
     async def _predict(self, request: Request) -> Response:
-        if self._tracing is None:
-            return await self._picture(request)
-        with self._tracing.inference("http", self._service.name, headers_by_name(request.scope)) as span:
-            response = await self._picture(request)
-            span.computed_by(response.headers["x-model-version"])
-            return response
+        tracing = self._tracing
+        with nullcontext() if tracing is None else tracing.inference("http", self._service.name, headers_by_name(request.scope)) as span:
+            answer = await self._picture(request)
+            if span is not None:
+                span.set_attribute("muntin.version", answer.version)
+        return Response(answer.content, media_type=answer.media_type, headers={"x-model-version": answer.version})
 
-    async def _picture(self, request: Request) -> Response:
+    async def _picture(self, request: Request) -> PictureAnswer:
         try:
             fields = parse_qs(request.scope["query_string"].decode("latin-1"), max_num_fields=16)
         except ValueError as error:
@@ -246,14 +243,13 @@ class HttpApp:
             raise ProtocolError("a form: send the picture alone, as curl does with --data-binary @FILE", status=415)
         body = await _plain_body(request)
         try:
-            answer = await self._pictures.answer(body, query)
+            return await self._pictures.answer(body, query)
         except ProtocolError as error:
             # curl sends this type with --data-binary too; -d removes line ends.
             form = request.headers.get("content-type", "").startswith("application/x-www-form-urlencoded")
             if not (form and isinstance(error.__cause__, DataError) and error.status == 400 and not (b"\n" in body or b"\r" in body)):
                 raise
             raise ProtocolError(f"{error}; curl changes a file that -d sends: give --data-binary @FILE") from error
-        return Response(answer.content, media_type=answer.media_type, headers=answer.headers)
 
     async def _metrics(self, request: Request) -> Response:
         return Response(self._service.metrics.render(), media_type="text/plain; version=0.0.4; charset=utf-8")
@@ -263,7 +259,7 @@ class HttpApp:
 
 
 async def _plain_body(request: Request) -> bytes:
-    """The body of a request that is no inference. Raises ProtocolError 415 for one that is packed."""
+    """Return the body of a request other than inference. Raises ProtocolError 415 if it is compressed."""
     coding = request.headers.get("content-encoding", "").strip()
     if coding.lower().encode("latin-1") not in PLAIN:
         raise ProtocolError(
@@ -272,29 +268,23 @@ async def _plain_body(request: Request) -> bytes:
     return await request.body()
 
 
-def _http_error(error: Exception, scope: Scope) -> ProtocolError | HTTPException:
-    """The error that the client is told. Of an unforeseen one it is told the kind only; the loop's exception handler gets all of it."""
+def _refusal(error: Exception, scope: Scope) -> tuple[ProtocolError, dict[str, str]]:
+    """Return (error for the client, header fields). An unforeseen one is named by its type; the loop's exception handler gets it."""
+    if isinstance(error, RefusedRequestError):
+        return error, {"retry-after": str(max(1, math.ceil(error.retry_after)))}
     if isinstance(error, ProtocolError):
-        return error
+        return error, {401: {"www-authenticate": "Bearer"}, 405: {"allow": "POST"}}.get(error.status, {})
     if isinstance(error, HTTPException):
         if error.status_code == 404 and (extension := _EXTENSION.fullmatch(scope["path"])):
-            return ProtocolError(LACKING[extension[1]], status=501)
-        allowed = (error.headers or {}).get("Allow")
-        advice = f", use {allowed}" if allowed else "; /openapi.json lists the routes"
+            return ProtocolError(LACKING[extension[1]], status=501), {}
+        headers = {name.lower(): value for name, value in (error.headers or {}).items()}
+        advice = f", use {headers['allow']}" if "allow" in headers else "; /openapi.json lists the routes"
         text = f"{scope['method']} {shown(scope['path'])}: {error.detail}{advice}"
-        return HTTPException(error.status_code, text, error.headers)
+        return ProtocolError(text, status=error.status_code), headers
     if isinstance(error, MuntinError):
-        return ProtocolError(str(error), status=500)
+        return ProtocolError(str(error), status=500), {}
     asyncio.get_running_loop().call_exception_handler({"message": "a request failed", "exception": error})
-    return ProtocolError(f"the server failed ({type(error).__name__})", status=500)
-
-
-def _error_headers(error: ProtocolError | HTTPException) -> dict[str, str]:
-    if isinstance(error, HTTPException):
-        return {name.lower(): value for name, value in (error.headers or {}).items()}
-    if isinstance(error, RefusedRequestError):
-        return {"retry-after": str(max(1, math.ceil(error.retry_after)))}
-    return {401: {"www-authenticate": "Bearer"}, 405: {"allow": "POST"}}.get(error.status, {})
+    return ProtocolError(f"the server failed ({type(error).__name__})", status=500), {}
 
 
 def _json(document: object, status: int = 200) -> Response:

@@ -1,6 +1,6 @@
-"""Bodies of HTTP requests, read within bounds: announced length, bytes received, bytes that all requests hold, seconds.
+"""Reads bodies of HTTP requests within limits: announced length, bytes received, bytes that all requests hold, seconds.
 
-A body of a known length is written into memory that earlier bodies used: fresh memory costs a page fault for every 4 KiB.
+A body of known length is written into recycled memory: fresh memory costs a page fault for every 4 KiB.
 """
 
 from __future__ import annotations
@@ -24,15 +24,15 @@ Send = Callable[[Message], Awaitable[None]]
 RECYCLED_BYTES = 1 << 17
 """Smallest body that is written into recycled memory."""
 DRAIN_S = 2.0
-"""Seconds for which the rest of a refused body is read and dropped: closing on unread bytes resets the connection, and loses the answer."""
+"""Seconds for which the rest of a refused body is read and dropped: closing earlier resets the connection and loses the answer."""
 
 
 class ClientLeftError(Exception):
-    """The client closed its connection before it was answered."""
+    """The client closed its connection before the answer."""
 
 
 class Body:
-    """One request's body. `data` counts in the memory budget until `release`. `complete`: nothing of it is left to read."""
+    """One request's body. `data` counts in the memory budget until `release`. `complete`: True once all of it is read."""
 
     __slots__ = ("_budget", "_held", "_length", "complete", "data")
 
@@ -47,7 +47,7 @@ class Body:
         """Read the whole body into `data`.
 
         Raises ProtocolError: 413 for more than `Bounds.body_bytes`, announced or received, 408 for one that takes longer than
-        `Bounds.body_seconds`, 503 where the memory budget is used up. Raises ClientLeftError if the client leaves before its end.
+        `Bounds.body_seconds`, 503 if the memory budget is used up. Raises ClientLeftError if the client leaves before its end.
         """
         length, bounds = self._length, self._budget.bounds
         if length is not None and length > bounds.body_bytes:
@@ -90,7 +90,7 @@ class Body:
         self.data = b"".join(chunks)
 
     async def _next(self, receive: Receive) -> tuple[bytes, bool]:
-        """The next piece of the body, and whether more may follow."""
+        """Return (next piece of the body, True if more may follow)."""
         message = await receive()
         if message["type"] != "http.request":
             raise ClientLeftError
@@ -102,7 +102,7 @@ class Body:
         return chunk, message.get("more_body", False)
 
     async def drain(self, receive: Receive) -> None:
-        """Read and drop what the client still sends of a refused body, for at most `DRAIN_S` and twice `Bounds.body_bytes`."""
+        """Read and drop the rest of a refused body, for at most `DRAIN_S` and twice `Bounds.body_bytes`."""
         left = 2 * self._budget.bounds.body_bytes
         with suppress(TimeoutError):
             async with asyncio.timeout(DRAIN_S):
@@ -120,7 +120,7 @@ class Body:
 
 
 def _announced_length(scope: Scope) -> int | None:
-    """Bytes of the body; None where it comes in chunks of unknown total length. The HTTP parser has checked both headers."""
+    """Return the bytes of the body, None for a chunked one. The HTTP parser has checked both headers."""
     for name, value in scope["headers"]:
         if name == b"content-length":
             return int(value)

@@ -1,4 +1,4 @@
-"""One HTTP request and its answer: what is sent, what the access log says, and whether the client still waits."""
+"""One HTTP request and its answer: sending, the access log, and watching for a client that leaves."""
 
 from __future__ import annotations
 
@@ -13,12 +13,11 @@ from muntin.serving.memory_budget import MemoryBudget
 from muntin.serving.telemetry.access_log import AccessLog
 
 LEFT = 499
-"""Status of a request whose client did not wait for the answer, as in nginx."""
+"""Status of a request whose client left before the answer, as in nginx."""
 WHOLE_BYTES = 1 << 20
-"""Largest answer that is handed to the server in one piece. Larger ones go in pieces of this size, so that a client that reads slowly holds
-one piece in memory below this process's accounting."""
+"""Maximum bytes passed to the server in one piece. A client that reads slowly holds one piece outside the memory budget."""
 WATCH_AFTER_S = 0.05
-"""Seconds after which a client is watched for leaving. Watching costs more than most answers take."""
+"""Seconds after which a client is watched for leaving: watching costs more than most answers."""
 
 
 class Exchange:
@@ -35,7 +34,7 @@ class Exchange:
         self.answered: Answered | None = None
 
     async def send(self, message: Message) -> None:
-        """ASGI's `send`. Raises ClientLeftError where a large answer is not read for `Bounds.body_seconds`."""
+        """Send an ASGI message. Raises ClientLeftError if a large answer is not read for `Bounds.body_seconds`."""
         if message["type"] == "http.response.start":
             self.status = message["status"]
             await self._send(message)

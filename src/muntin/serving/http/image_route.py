@@ -1,25 +1,21 @@
-"""The route for people: a picture file in, a picture or JSON out. Nothing of tensors has to be known.
+"""The picture route: a PNG, JPEG or WebP file in, a picture or JSON out.
 
-    PNG, JPEG, WebP --decode--> uint8 (H, W, C) --tiles through the runner--> labels --encode--> PNG
+    file --decode--> uint8 (H, W, C) --tiles through the batcher--> labels --encode--> PNG
 
-A picture up to `TILE` pixels a side is one image like any other; a larger one is computed in overlapping tiles, as `muntin predict` does
-it, each of which waits for its turn beside other requests, without an objective and behind those that have one, but not for ever: a large
-picture makes nobody else late by more than a tile, and is answered however many others there are. A small file may hold a large picture:
-before it is decoded it waits until there is room for its pixels beside those of the pictures that are not answered yet. Where its client
-gives a picture up, no further tile of it is computed; it counts, and holds its version, until its thread has seen that, and no longer where
-it waits for room.
+A picture of at most `TILE` pixels a side is computed like the image of any other request. A larger one is computed in overlapping tiles, as
+`muntin predict` does. Tiles have no objective and a lower priority, so they delay other requests by one tile at most. A small file may hold
+a large picture: it is decoded only when its pixels fit beside those of the pictures that are decoded and not answered yet.
 """
 
 from __future__ import annotations
 
 import asyncio
-import threading
-from collections import deque
-from collections.abc import AsyncIterator, Mapping
-from concurrent.futures import CancelledError, Future
-from contextlib import asynccontextmanager
-from dataclasses import dataclass, field
-from typing import Any
+from collections.abc import AsyncIterator, Callable, Mapping
+from concurrent.futures import Future
+from contextlib import asynccontextmanager, suppress
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -35,116 +31,86 @@ from muntin.serving.threads import Threads
 from muntin.serving.versions.slot import Lease
 from muntin.serving.versions.version import Version
 
+T = TypeVar("T")
+
 TILE = 1024
-"""Pixels a side."""
-DECODERS = 2
-"""Pictures that are decoded, or whose answers are encoded, at the same time."""
-WAITING = 16
-"""Pictures that may be in the works; beyond, they are refused."""
-BEGUN = 3
-"""How often a picture is begun at the most: anew where another version steps in, of other classes."""
+"""Side of a tile, pixels."""
+CODERS = 2
+"""Number of pictures that are decoded or encoded at the same time."""
+MAX_PICTURES = 16
+"""Number of pictures in work; further ones are refused."""
+ATTEMPTS = 3
+"""Number of times that a picture is begun: again when a version with other classes steps in for one that fails."""
 LARGEST = 2
-"""So many of the largest pictures that are taken are as many pixels as all that are decoded and not answered may have together."""
+"""All pictures that are decoded and not answered have at most as many pixels as this number of the largest allowed ones."""
 OUTPUTS = {"segment": ("mask", "overlay", "labels", "json"), "classify": ("json",), "restore": ("image",)}
-"""What may be asked of a task; the first is what it gives unasked."""
+"""Task -> its values of the query parameter `output`; the first is the default."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class PictureAnswer:
-    """A file and its type. `headers`: which version computed it; several where one failed between two tiles."""
+    """A file and its type. `version`: the version that computed it; several, separated by commas, if one failed between two tiles."""
 
     content: bytes
     media_type: str
-    headers: dict[str, str] = field(default_factory=dict)
+    version: str
 
 
-class Pictures:
-    """Answers picture files. Decoding and encoding run on threads of their own.
-
-    `body_bytes`: of a request for inference, at most. A picture that is computed in one piece has no more pixels than such a request could.
-    """
+class ImageRoute:
+    """Answers picture files. `body_bytes`: maximum size of an inference request; a picture computed in one piece has no more pixels."""
 
     def __init__(self, service: Service, *, body_bytes: int, tile: int = TILE) -> None:
         self._service, self._body_bytes, self._tile = service, body_bytes, tile
-        self._threads = Threads("muntin-picture")
-        self._decoding = asyncio.Semaphore(DECODERS)
-        self._room = _Room(LARGEST * service.max_pixels)
-        self._pending: set[_Through] = set()
+        self._coders = Threads("muntin-picture", most=CODERS)
+        self._predictors = Threads("muntin-tiles", most=MAX_PICTURES)
+        self.in_work = 0
+        """Number of pictures that are being answered."""
+        self._max_pixels, self._pixels = LARGEST * service.max_pixels, 0
+        self._turn, self._released = asyncio.Lock(), asyncio.Event()
 
     async def answer(self, content: bytes, query: Mapping[str, str]) -> PictureAnswer:
-        """The answer to a picture file. `query`: `output`, of those that `OUTPUTS` has for the task.
+        """Answer a picture file. `query`: `output`, one of `OUTPUTS` for the task.
 
-        mask: a PNG of class numbers, coloured by a palette. overlay: the classes' colours over the picture, as PNG. labels: the class
-        numbers as grey values. json: for segment the share of each class, for classify every class with its probability. image: a PNG.
-        Raises ProtocolError: 400 for what is no picture or no such output, 413 for too many pixels, 503 as inference does.
+        mask: a PNG of class numbers with a colour palette. overlay: the classes' colours over the picture, as PNG. labels: class numbers as
+        grey values. json: for segment the share of each class, for classify every class with its probability. image: a PNG.
+        Raises ProtocolError: 400 for an unreadable picture or an unknown output, 413 for too many pixels, 503 as inference does.
+        Cancelled, it returns once its thread has ended, and computes no further tile.
         """
         for name in query:
             if name != "output":
                 raise ProtocolError(f'query parameter {shown(name)}: there is "output"')
-        if len(self._pending) >= WAITING:
+        if self.in_work >= MAX_PICTURES:
             self._service.metrics.refused["pictures"] += 1
-            raise RefusedRequestError(f"{WAITING} pictures are in the works: try again")
-        lease = self._service.lease_to_compute(self._service.name, None)
+            raise RefusedRequestError(f"{MAX_PICTURES} pictures are in the works: try again")
+        self.in_work += 1
         try:
-            output = _output(query.get("output"), lease.version.signature)
-        except ProtocolError:
-            lease.release()
-            raise
-        through = _Through(self._service, lease.version, asyncio.get_running_loop(), content)
-        self._pending.add(through)
-        del content  # where the client goes before its picture is read, nothing else holds it
-        task = asyncio.create_task(self._held(output, lease, through))
-        try:
-            await asyncio.wait((task,))  # which does not cancel it
-        except asyncio.CancelledError:
-            through.give_up()
-            task.add_done_callback(lambda task: task.cancelled() or task.exception())  # nobody else asks what came of it
-            raise
-        try:
-            return task.result()
-        finally:
-            del task  # an error holds this frame by its traceback, and its task holds the error
-
-    def close(self, timeout: float | None = None) -> None:
-        """Gives up what is in the works, and waits for its threads: as long as decoding or encoding takes, `timeout` seconds at most."""
-        for through in tuple(self._pending):
-            through.give_up()
-        self._threads.join(timeout)
-
-    async def _held(self, output: str, lease: Lease, through: _Through) -> PictureAnswer:
-        """The answer, by a task that nobody cancels: it ends when its threads have."""
-        try:
-            with lease:
-                return await self._computed(output, through)
-        finally:
-            self._pending.discard(through)
-
-    async def _computed(self, output: str, through: _Through) -> PictureAnswer:
-        loop = asyncio.get_running_loop()
-        version = through.version
-        try:
-            async with self._decoding:
-                count = await loop.run_in_executor(self._threads, _counted, through.file(), self._service.max_pixels)
-            self._check_whole(count, version.signature)
-            async with self._room.taken(count * version.signature.scale**2, through):
-                async with self._decoding:
-                    image = await loop.run_in_executor(
-                        self._threads, _decoded, through.file(), version.signature.channels, self._service.max_pixels
-                    )
-                through.decoded()
-                answer = await loop.run_in_executor(self._threads, self._predicted, through, image)
-                async with self._decoding:
-                    through.check()
-                    return await loop.run_in_executor(self._threads, _encoded, image, answer, output, through)
-        except _GivenUpError as error:
-            raise RefusedRequestError("the server is shutting down: send the picture to another one") from bare(error)
+            with self._service.lease_to_compute(self._service.name, None) as lease:
+                output = _check_output(query.get("output"), lease.version.signature)
+                return await self._answer(content, output, lease.version)
         except TooManyPixelsError as error:
             raise ProtocolError(str(error), status=413) from bare(error)
         except DataError as error:
             raise ProtocolError(str(error)) from bare(error)
+        finally:
+            self.in_work -= 1
+
+    def close(self, timeout: float | None = None) -> None:
+        """Wait for the threads, at most `timeout` seconds. All calls of `answer` must have ended or been cancelled."""
+        self._coders.join(timeout)
+        self._predictors.join(timeout)
+
+    async def _answer(self, content: bytes, output: str, version: Version) -> PictureAnswer:
+        signature, max_pixels = version.signature, self._service.max_pixels
+        count = await _run(self._coders, partial(pixel_count, content, max_pixels=max_pixels))
+        self._check_whole(count, signature)
+        async with self._room(count * signature.scale**2):
+            image = await _run(self._coders, partial(decode_image, content, signature.channels, max_pixels=max_pixels))
+            session = _QueuedSession(self._service, version)
+            result = await _run(self._predictors, partial(self._predict, session, image), session.cancel)
+            return await _run(self._coders, partial(_encode, image, result, output, session))
 
     def _check_whole(self, count: int, signature: Signature) -> None:
-        """Raises ProtocolError for a picture of too many pixels for a model that takes all of it at once."""
+        """Raise ProtocolError for a picture of too many pixels for a model that takes all of it at once."""
         most = self._body_bytes // signature.channels
         if signature.task == "classify" and signature.side is None and count > most:
             raise ProtocolError(
@@ -152,200 +118,137 @@ class Pictures:
                 status=413,
             )
 
-    def _predicted(self, through: _Through, image: NDArray[np.uint8]) -> NDArray[Any]:
-        for _ in range(BEGUN):
-            try:
-                return self._once(through, image)
-            except _OtherClassesError as other:
-                through.begin_again(other.version)
-        raise RefusedRequestError("the versions of the model change faster than the picture is computed: try again")
-
-    def _once(self, through: _Through, image: NDArray[np.uint8]) -> NDArray[Any]:
-        if through.signature.task == "classify":
-            return predict(through, image)
-        if max(image.shape[:2]) > self._tile:
-            through.patient = True
-            return predict(through, image, tile=self._tile)
-        if through.signature.task == "segment":
-            labels: NDArray[np.uint8] = through.labels(image[None])[0]
-            return labels
-        return predict(through, image)
-
-
-class _Room:
-    """Room for pixels. What does not fit waits, in the order in which it came; alone, everything fits."""
-
-    def __init__(self, most: int) -> None:
-        self._most, self._taken = most, 0
-        self._waiting: deque[tuple[int, asyncio.Future[None]]] = deque()
-
     @asynccontextmanager
-    async def taken(self, count: int, through: _Through) -> AsyncIterator[None]:
-        """While it is held, there is so much less. Raises `_GivenUpError` where the picture is given up before."""
-        turn = asyncio.get_running_loop().create_future()
-        through.waits_for(turn)
-        self._waiting.append((count, turn))
-        self._admit()
-        try:
-            await turn
-            through.check()
-        except BaseException:
-            if turn.done() and not turn.cancelled():  # it had its turn in the moment that it was given up
-                self._taken -= count
-            self._admit()  # those behind it may fit
-            through.check()
-            raise
+    async def _room(self, count: int) -> AsyncIterator[None]:
+        """Reserve room for so many pixels, in the order of arrival. A picture alone always fits."""
+        async with self._turn:
+            while self._pixels and self._pixels + count > self._max_pixels:
+                self._released.clear()
+                await self._released.wait()
+            self._pixels += count
         try:
             yield
         finally:
-            self._taken -= count
-            self._admit()
+            self._pixels -= count
+            self._released.set()
 
-    def _admit(self) -> None:
-        while self._waiting:
-            count, turn = self._waiting[0]
-            if not turn.done():  # else it was given up
-                if self._taken and self._taken + count > self._most:
-                    return
-                self._taken += count
-                turn.set_result(None)
-            self._waiting.popleft()
+    def _predict(self, session: _QueuedSession, image: NDArray[np.uint8]) -> NDArray[Any]:
+        for _ in range(ATTEMPTS):
+            with suppress(_OtherClassesError):
+                return self._predict_once(session, image)
+        raise RefusedRequestError("the versions of the model change faster than the picture is computed: try again")
 
-
-class _GivenUpError(Exception):
-    """Nobody waits for the picture any more."""
+    def _predict_once(self, session: _QueuedSession, image: NDArray[np.uint8]) -> NDArray[Any]:
+        if session.signature.task == "classify":
+            return predict(session, image)
+        if max(image.shape[:2]) > self._tile:
+            session.patient = True
+            return predict(session, image, tile=self._tile)
+        if session.signature.task == "segment":
+            labels: NDArray[np.uint8] = session.labels(image[None])[0]
+            return labels
+        return predict(session, image)
 
 
 class _OtherClassesError(Exception):
-    """A version stepped in that has other classes than the one that the picture was begun with."""
-
-    def __init__(self, version: Version) -> None:
-        super().__init__(version.name)
-        self.version = version
+    """A version with other classes stepped in for the one that the picture was begun with."""
 
 
-class _Through:
-    """A session as `predict` wants it, whose calls wait for their turn beside the other requests. For threads outside the event loop.
+class _QueuedSession:
+    """A session for `predict` whose images wait in the service's queue. Made on the event loop, called on another thread.
 
-    After `give_up`, which any thread may call, every call raises `_GivenUpError`: the one in progress does not wait for its answer.
-    `computed`: names of the versions that computed, in the order in which they came: others than its own where that failed. `patient`:
-    its calls have no objective, and are less urgent than others.
+    `versions`: names of the versions that computed, in order. `patient`: its calls have no objective and a lower priority.
     """
 
-    def __init__(self, service: Service, version: Version, loop: asyncio.AbstractEventLoop, content: bytes) -> None:
-        self._content = content
-        """The file; empty once it is decoded or given up."""
+    def __init__(self, service: Service, version: Version) -> None:
+        self._service, self._loop = service, asyncio.get_running_loop()
+        self._version = version
         self.signature: Signature = version.signature
-        self.version = version
-        self._service, self._loop = service, loop
-        self._lock = threading.Lock()
-        self._given_up = False
-        self._asked: Future[NDArray[Any]] | None = None
-        self._turn: asyncio.Future[None] | None = None
-        self.computed: dict[str, None] = {}
+        self.versions: dict[str, None] = {}
         self.patient = False
+        self._call: Future[NDArray[Any]] | None = None
+        self._cancelled = False
 
     def __call__(self, images_BHWC: NDArray[np.uint8], /) -> NDArray[np.float32]:
-        return self._run(images_BHWC, labels=False)
+        return self._compute(images_BHWC, labels=False)
 
     def labels(self, images_BHWC: NDArray[np.uint8]) -> NDArray[np.uint8]:
-        return self._run(images_BHWC, labels=True)
+        return self._compute(images_BHWC, labels=True)
 
-    def give_up(self) -> None:
-        with self._lock:
-            self._given_up, asked, self._content = True, self._asked, b""
-        if asked is not None:
-            asked.cancel()
-        if self._turn is not None:
-            self._loop.call_soon_threadsafe(self._turn.cancel)
+    def cancel(self) -> None:
+        """Cancel the call in progress and further ones, which raise `concurrent.futures.CancelledError`."""
+        self._cancelled = True
+        if self._call is not None:
+            self._call.cancel()
 
-    def waits_for(self, turn: asyncio.Future[None]) -> None:
-        """Until it has its turn nothing is done, so it is given up at once."""
-        self._turn = turn
-        if self._given_up:
-            turn.cancel()
-
-    def file(self) -> bytes:
-        """The picture's bytes. Raises `_GivenUpError` if it was given up."""
-        with self._lock:
-            self.check()
-            return self._content
-
-    def decoded(self) -> None:
-        """Nobody needs its bytes any more."""
-        self._content = b""
-
-    def begin_again(self, version: Version) -> None:
-        """For this version, which need not be leased: where it goes, another one steps in."""
-        self.version, self.signature = version, version.signature
-        self.computed.clear()
-
-    def check(self) -> None:
-        """Raises `_GivenUpError` if it was given up."""
-        if self._given_up:
-            raise _GivenUpError("the picture was given up")
-
-    def _run(self, images: NDArray[np.uint8], *, labels: bool) -> NDArray[Any]:
-        with self._lock:
-            self.check()
-            asked = self._asked = asyncio.run_coroutine_threadsafe(self._computed(np.ascontiguousarray(images), labels), self._loop)
+    def _compute(self, images: NDArray[np.uint8], *, labels: bool) -> NDArray[Any]:
+        call = self._call = asyncio.run_coroutine_threadsafe(self._queue(np.ascontiguousarray(images), labels), self._loop)
+        if self._cancelled:
+            call.cancel()
         try:
-            return asked.result()
-        except CancelledError as error:
-            raise _GivenUpError("the picture was given up") from error
+            return call.result()
         finally:
-            del asked  # an error holds this frame by its traceback
-            self._asked = None
+            del call  # the traceback of an error keeps this frame
+            self._call = None
 
-    async def _computed(self, images: NDArray[np.uint8], labels: bool) -> NDArray[Any]:
-        lease = Lease(self.version, _keep)  # whoever answers the picture holds the real one until the last of its tiles
+    async def _queue(self, images: NDArray[np.uint8], labels: bool) -> NDArray[Any]:
+        lease = Lease(self._version, lambda version: None)  # `ImageRoute.answer` holds the real one
         priority = PRIORITY + 1 if self.patient else PRIORITY
         answer, work = await self._service.compute(images, lease, labels=labels, priority=priority, patient=self.patient)
         if work.by is not None and work.by.signature.outputs != self.signature.outputs:
-            raise _OtherClassesError(work.by)
-        self.computed[work.version] = None
+            self._version, self.signature = work.by, work.by.signature
+            self.versions.clear()
+            raise _OtherClassesError
+        self.versions[work.version] = None
         return answer
 
 
-def _keep(version: Version) -> None:
-    return
+async def _run(pool: Threads, call: Callable[[], T], cancel: Callable[[], None] = lambda: None) -> T:
+    """Run a call on a thread. Cancelled while it runs, calls `cancel` and waits for its end: its memory is in use until then."""
+    thread_future = pool.submit(call)
+    future: asyncio.Future[T] = asyncio.wrap_future(thread_future)
+    try:
+        await asyncio.wait((future,))
+        return future.result()
+    except asyncio.CancelledError:
+        future.add_done_callback(lambda done: done.cancelled() or done.exception())  # nobody else reads its error
+        if not thread_future.cancel():
+            cancel()
+            await asyncio.wait((future,))
+        raise
+    finally:
+        del future, thread_future  # the traceback of an error keeps this frame, and they keep the error
 
 
-def _output(asked: str | None, signature: Signature) -> str:
+def _check_output(output: str | None, signature: Signature) -> str:
     allowed = OUTPUTS[signature.task]
-    if asked is not None and asked not in allowed:
-        raise ProtocolError(f"output={shown(asked)}: this model gives {', '.join(allowed)}")
-    return asked or allowed[0]
+    if output is not None and output not in allowed:
+        raise ProtocolError(f"output={shown(output)}: this model gives {', '.join(allowed)}")
+    return output or allowed[0]
 
 
-def _counted(content: bytes, max_pixels: int) -> int:
-    return pixel_count(content, max_pixels=max_pixels)
-
-
-def _decoded(content: bytes, channels: int, max_pixels: int) -> NDArray[np.uint8]:
-    return decode_image(content, channels, max_pixels=max_pixels)
-
-
-def _encoded(image: NDArray[np.uint8], answer: NDArray[Any], output: str, through: _Through) -> PictureAnswer:
-    signature, headers = through.signature, {"x-model-version": ", ".join(through.computed)}
-    classes = signature.classes
+def _encode(image: NDArray[np.uint8], result: NDArray[Any], output: str, session: _QueuedSession) -> PictureAnswer:
+    signature, version = session.signature, ", ".join(session.versions)
     if output == "json":
-        if signature.task == "classify":
-            weights = np.exp(answer - answer.max())
-            found = sorted(zip((weights / weights.sum()).tolist(), classes, strict=True), key=lambda pair: -pair[0])
-            document: dict[str, Any] = {"classes": [{"name": entry.name, "probability": share} for share, entry in found]}
-        else:
-            counts = np.bincount(answer.ravel(), minlength=len(classes))
-            document = {"height": answer.shape[0], "width": answer.shape[1]}
-            document["classes"] = [
-                {"name": entry.name, "share": float(count) / answer.size} for entry, count in zip(classes, counts, strict=True)
-            ]
-        return PictureAnswer(content=encode_json(document), media_type="application/json", headers=headers)
+        document = _probabilities(result, signature) if signature.task == "classify" else _shares(result, signature)
+        return PictureAnswer(content=encode_json(document), media_type="application/json", version=version)
     if output == "overlay":
-        scaled = image if image.shape[:2] == answer.shape else np.repeat(np.repeat(image, signature.scale, 0), signature.scale, 1)
-        png = encode_png(overlay(scaled, answer, classes))
+        scaled = image if image.shape[:2] == result.shape else np.repeat(np.repeat(image, signature.scale, 0), signature.scale, 1)
+        png = encode_png(overlay(scaled, result, signature.classes))
     elif output == "mask":
-        png = encode_png(answer, [entry.color for entry in classes])
+        png = encode_png(result, [entry.color for entry in signature.classes])
     else:
-        png = encode_png(answer)
-    return PictureAnswer(content=png, media_type="image/png", headers=headers)
+        png = encode_png(result)
+    return PictureAnswer(content=png, media_type="image/png", version=version)
+
+
+def _probabilities(scores: NDArray[Any], signature: Signature) -> dict[str, Any]:
+    weights = np.exp(scores - scores.max())
+    pairs = sorted(zip((weights / weights.sum()).tolist(), signature.classes, strict=True), key=lambda pair: -pair[0])
+    return {"classes": [{"name": entry.name, "probability": share} for share, entry in pairs]}
+
+
+def _shares(labels: NDArray[Any], signature: Signature) -> dict[str, Any]:
+    counts = np.bincount(labels.ravel(), minlength=len(signature.classes)).tolist()
+    shares = [{"name": entry.name, "share": count / labels.size} for entry, count in zip(signature.classes, counts, strict=True)]
+    return {"height": labels.shape[0], "width": labels.shape[1], "classes": shares}

@@ -1,4 +1,4 @@
-"""The route for inference: `POST /v2/models/NAME[/versions/V]/infer`, tensors as JSON or as bytes."""
+"""The inference route: `POST /v2/models/NAME[/versions/V]/infer`, tensors as JSON or as bytes."""
 
 from __future__ import annotations
 
@@ -16,7 +16,6 @@ from muntin.serving.http.exchange import Exchange
 from muntin.serving.inference.service import INPUT, Answered, Service
 from muntin.serving.protocol.json_codec import (
     HEADER_LENGTH,
-    Heads,
     decode_raw_request,
     decode_request,
     encode_response,
@@ -24,16 +23,16 @@ from muntin.serving.protocol.json_codec import (
 )
 from muntin.serving.protocol.messages import InferRequest, InferResponse, Limits, ProtocolError, RefusedRequestError, shown
 from muntin.serving.protocol.tensors import Buffer
-from muntin.serving.telemetry.tracing import Tracing
+from muntin.serving.telemetry.tracing import Tracing, set_answer
 
 INFER = re.compile(r"/v2/models/([^/]+)(?:/versions/([^/]+))?/infer")
 PLAIN = frozenset({b"", b"identity"})
 """Content codings (RFC 9110, 8.4.1), in lower case, that leave a body as it is."""
 _PACKED = frozenset({b"gzip", b"x-gzip", b"deflate"})
 _INFLATE = zlib.MAX_WBITS | 32
-"""zlib's window bits for gzip and deflate alike: the data tell which it is."""
+"""zlib's window bits for gzip and deflate; the data tell which."""
 INLINE_PACKED, INLINE = 1 << 16, 1 << 18
-"""Bytes of a body, packed and unpacked, up to which it is unpacked on the event loop, which takes half a millisecond at most."""
+"""Maximum bytes of a body, packed and unpacked, that is unpacked on the event loop, in at most half a millisecond."""
 _HEADER_LENGTH = HEADER_LENGTH.lower().encode()
 _JSON = (b"content-type", b"application/json")
 _OCTETS = (b"content-type", b"application/octet-stream")
@@ -49,7 +48,7 @@ class Head(NamedTuple):
 
 
 def read_head(scope: Scope) -> Head | None:
-    """Return None for a path that is no inference. Raises ProtocolError: 405 for another method, 415, 400 for headers that are wrong."""
+    """Read the path and headers; None for other routes. Raises ProtocolError: 405 for another method, 415 and 400 for wrong headers."""
     target = INFER.fullmatch(scope["path"])
     if target is None:
         return None
@@ -58,7 +57,7 @@ def read_head(scope: Scope) -> Head | None:
     length, packed = None, False
     for name, value in scope["headers"]:
         if name == _HEADER_LENGTH:
-            length = parse_header_length(value.strip().decode("latin-1"))  # RFC 9112, 5: blanks around it do not count
+            length = parse_header_length(value.strip().decode("latin-1"))  # RFC 9112, 5: blanks around it are ignored
         elif name == b"content-encoding" and (coding := value.strip().lower()) not in PLAIN:
             if packed or coding not in _PACKED:
                 raise ProtocolError(
@@ -78,7 +77,6 @@ class InferenceRoute:
 
     def __init__(self, service: Service, *, limits: Limits, tracing: Tracing | None) -> None:
         self._service, self._limits, self._tracing = service, limits, tracing
-        self._heads = Heads()
         self._unpacker = ThreadPoolExecutor(max_workers=1, thread_name_prefix="muntin-unpack")
         self._unpacking = asyncio.Lock()
 
@@ -93,7 +91,7 @@ class InferenceRoute:
             await self._infer(exchange, head, body, arrived)
             return
         with self._tracing.inference("http", head.model, headers_by_name(exchange.scope)) as span:
-            span.answered(await self._infer(exchange, head, body, arrived))
+            set_answer(span, await self._infer(exchange, head, body, arrived))
 
     async def _infer(self, exchange: Exchange, head: Head, body: Buffer, arrived: float) -> Answered:
         if not head.packed:
@@ -126,7 +124,7 @@ class InferenceRoute:
 
     def _decode(self, body: Buffer, head: Head) -> InferRequest:
         if head.length != 0:
-            return decode_request(body, head.length, self._limits, self._heads)
+            return decode_request(body, head.length, self._limits)
         with self._service.lease_to_compute(head.model, head.version) as lease:
             channels = lease.version.signature.channels
         side = math.isqrt(len(body) // channels)
@@ -134,19 +132,19 @@ class InferenceRoute:
             raise ProtocolError(
                 f"{len(body):,} raw bytes: without JSON they must be one square image of {channels} channels; state the shape in JSON"
             )
-        return decode_raw_request(body, INPUT, "UINT8", (1, side, side, channels), self._limits)
+        return decode_raw_request(body, INPUT, (1, side, side, channels), self._limits)
 
 
 def _encoded(response: InferResponse, *, request: InferRequest) -> tuple[bytes, int | None]:
-    """The body of an answer, and the length of its JSON where tensors follow it. Copied whole: granian takes nothing but `bytes`."""
+    """Return (body of an answer, length of its JSON if tensors follow). The body is copied, since granian takes `bytes` only."""
     parts, length = encode_response(response, request.outputs, binary_default=request.binary_default)
     return b"".join(parts), length
 
 
 def inflated(body: Buffer, most: int, few: int | None = None) -> bytes | None:
-    """Return the unpacked body; None if it has more than `few` bytes. Never unpacks more than `most` bytes.
+    """Return the unpacked body; None if it has more than `few` bytes. Unpacks at most `most` bytes.
 
-    Raises ProtocolError: 400 for what is neither gzip nor deflate or ends early, 413 for more than `most` bytes.
+    Raises ProtocolError: 400 for a body that is neither gzip nor deflate or ends early, 413 for more than `most` bytes.
     """
     unpacker = zlib.decompressobj(_INFLATE)
     bound = most if few is None else min(few, most)

@@ -1,7 +1,7 @@
-"""The HTTP server that the application runs under: granian (Rust, hyper), embedded in this process's event loop.
+"""Runs the application under granian (Rust, hyper), embedded in this process's event loop.
 
-granian calls its embedding experimental, so nothing else imports it. It parses HTTP/1.1, bounds headers (400 KiB) and the time they take,
-lets connections beyond the bound wait in the system's queue, and speaks TLS. Bodies are bounded by the application (`bodies`).
+granian calls its embedding experimental, so nothing else imports it. It parses HTTP/1.1, limits headers (400 KiB) and their time, leaves
+connections beyond the limit in the system's queue, and speaks TLS. The application limits bodies (`bodies`).
 """
 
 from __future__ import annotations
@@ -19,19 +19,19 @@ from muntin.errors import DataError
 from muntin.serving.security.tls import Certificate
 
 BACKLOG = 1024
-"""Connections that wait in the system's queue."""
+"""Length of the system's queue of connections."""
 SPARE = 32
-"""Connections beyond `Bounds.connections`: on these, health is answered and everything else refused."""
+"""Connections beyond `Bounds.connections`, for health checks; other requests are refused."""
 _LISTENS_S, _POLL_S = 10.0, 0.01
 _RENEWED_S = 0.1
-"""Seconds for which the old and the new certificate are shown to new connections."""
+"""Seconds for which both the old and the new certificate are presented."""
 _ENDS_S = 1.0
-"""Seconds that the server gets to end once all requests are answered or cut off. A client that reads nothing keeps its connection open."""
+"""Seconds for granian's end once all requests are answered or cut off: a client that reads nothing keeps its connection open."""
 
 
 class HttpListener:
-    """Listens on `addresses` at one port. `connections`: at the same time. `idle_seconds`: that a connection may stay without the complete
-    headers of a request, between two requests too. `tls`: None for plain HTTP."""
+    """Listens on `addresses` at one port. `connections`: maximum number. `idle_seconds`: maximum time of a connection without complete
+    headers, also between two requests. `tls`: None for plain HTTP."""
 
     def __init__(
         self,
@@ -70,7 +70,7 @@ class HttpListener:
         return server
 
     async def start(self) -> None:
-        """Return once every address accepts connections. Raises DataError where one does not."""
+        """Return once every address accepts connections. Raises DataError if one does not."""
         self._tasks = [asyncio.create_task(server.serve()) for server in self._servers]
         await asyncio.sleep(0)  # each binds its port now, or its task ends
         for address, task in zip(self._addresses, self._tasks, strict=True):
@@ -93,7 +93,7 @@ class HttpListener:
                 return
 
     def renew(self) -> None:
-        """Show the certificate that `tls` holds now to new connections. Those that are open keep the old one and are closed when idle."""
+        """Present the current certificate of `tls` to new connections. Open ones keep the old one and are closed when idle."""
         assert self._tls is not None
         certificate, key = self._tls.files
         for server in self._servers:
@@ -101,9 +101,9 @@ class HttpListener:
             server.reload()
 
     async def stop(self, in_flight: Callable[[], int], cut: Callable[[], int], left: Callable[[], float]) -> int:
-        """Accept nothing new, let requests in flight end, and return how many had to be cut off.
+        """Accept nothing new, let requests in flight end, and return the number of those cut off.
 
-        `in_flight`: how many there are. `left`: seconds that they still have. `cut`: ends them.
+        `in_flight`: returns their number. `left`: returns the seconds left for them. `cut`: ends them and returns their number.
         """
         for server in self._servers:
             server.stop()

@@ -1,7 +1,7 @@
-"""Converts gRPC messages to and from the values that the HTTP codec uses, too.
+"""Converts gRPC messages to and from the values of `messages`.
 
-The tensors of a request are raw (`raw_input_contents`, one for each input, in their order) or numbers in the input's own `contents`, in the
-list of its datatype; never both. Those of an answer are raw. protobuf copies the bytes of a tensor on each way, which HTTP does not.
+The tensors of a request are raw (`raw_input_contents`, one for each input, in order) or numbers in each input's `contents`, in the list of
+its datatype; never both. Those of an answer are raw. protobuf copies the bytes of a tensor, which HTTP does not.
 
 `wire.parse` bounds the memory of a message before it gets here.
 """
@@ -24,15 +24,14 @@ from muntin.serving.protocol.messages import (
     ProtocolError,
     RequestedOutput,
     Tensor,
-    check_count,
     check_id,
     check_name,
+    check_names,
     check_repository_parameters,
     check_request_parameters,
     check_requested,
     check_shape,
     check_tensor_parameters,
-    check_unique,
     shown,
 )
 from muntin.serving.protocol.selection import select
@@ -70,34 +69,30 @@ LACKING: Mapping[str, str] = {
 
 _CONTENTS: dict[str, tuple[str, type[np.generic]]] = {
     "BOOL": ("bool_contents", np.bool_),
-    "UINT8": ("uint_contents", np.uint32),
-    "UINT16": ("uint_contents", np.uint32),
-    "UINT32": ("uint_contents", np.uint32),
+    **dict.fromkeys(("UINT8", "UINT16", "UINT32"), ("uint_contents", np.uint32)),
     "UINT64": ("uint64_contents", np.uint64),
-    "INT8": ("int_contents", np.int32),
-    "INT16": ("int_contents", np.int32),
-    "INT32": ("int_contents", np.int32),
+    **dict.fromkeys(("INT8", "INT16", "INT32"), ("int_contents", np.int32)),
     "INT64": ("int64_contents", np.int64),
     "FP32": ("fp32_contents", np.float32),
     "FP64": ("fp64_contents", np.float64),
     "BYTES": ("bytes_contents", np.object_),
 }
+"""Datatype -> field of `contents`, and type of its values."""
+_CHOICES = {bool: "bool_param", int: "int64_param", float: "double_param", str: "string_param"}
+"""Type of a parameter -> its field in a message."""
 
 
 def decode_infer(message: messages.ModelInferRequest, limits: Limits) -> InferRequest:
     """Decode a request for inference. Raw tensors become read-only views of the message's bytes. Raises ProtocolError."""
-    check_count(len(message.inputs), "inputs", limits)
-    check_count(len(message.outputs), "outputs", limits)
+    check_names([item.name for item in message.inputs], "inputs", limits)
+    check_names([item.name for item in message.outputs], "outputs", limits)
     if not len(message.inputs):
         raise ProtocolError("the request has no inputs: give at least one tensor")
-    check_unique((item.name for item in message.inputs), "inputs")
-    check_unique((item.name for item in message.outputs), "outputs")
     return InferRequest(
         id=check_id(message.id, limits),
-        parameters=check_request_parameters(_parameters(message.parameters, "the request", limits), limits),
-        inputs=tuple(_input(item, raw, limits) for item, raw in zip(message.inputs, _raw(message, limits), strict=True)),
+        parameters=check_request_parameters(_parameters(message.parameters), limits) | {"binary_data_output": True},
+        inputs=tuple(_input(item, raw, limits) for item, raw in zip(message.inputs, _raw(message), strict=True)),
         outputs=tuple(_requested(item, limits) for item in message.outputs),
-        always_binary=True,
     )
 
 
@@ -105,7 +100,7 @@ def encode_infer(response: InferResponse, requested: tuple[RequestedOutput, ...]
     """Encode the requested outputs of an answer. Raises ProtocolError for an output that the answer does not have."""
     message = messages.ModelInferResponse(model_name=response.model, model_version=response.version, id=response.id)
     for name, value in response.parameters.items():
-        setattr(message.parameters[name], _choice(value), value)
+        setattr(message.parameters[name], _CHOICES[type(value)], value)
     for output in select(response, requested, binary_default=True):
         datatype = datatype_of(output.data, output.name)
         message.outputs.add(name=output.name, datatype=datatype, shape=output.data.shape)
@@ -117,28 +112,24 @@ def repository_parameters(
     message: messages.RepositoryModelLoadRequest | messages.RepositoryModelUnloadRequest, limits: Limits
 ) -> dict[str, Parameter]:
     """Return the parameters of a request to load or unload a model. Raises ProtocolError for a model sent with it."""
-    return check_repository_parameters(_parameters(message.parameters, "the request", limits), limits)
+    return check_repository_parameters(_parameters(message.parameters), limits)
 
 
-def _raw(message: messages.ModelInferRequest, limits: Limits) -> list[bytes] | list[None]:
+def _raw(message: messages.ModelInferRequest) -> list[bytes] | list[None]:
     """Return the raw bytes of each input, or None for each where they are numbers in `contents`."""
     count = len(message.raw_input_contents)
     if not count:
         return [None] * len(message.inputs)
     if count != len(message.inputs):
         raise ProtocolError(f"{count:,} raw_input_contents for {len(message.inputs)} inputs: give one for each, in their order, or none")
-    raw = list(message.raw_input_contents)
-    size = sum(map(len, raw))
-    if size > limits.body_bytes:
-        raise ProtocolError(f"{size:,} bytes of tensors: this server takes at most {limits.body_bytes:,}", status=413)
-    return raw
+    return list(message.raw_input_contents)
 
 
 def _input(item: messages.ModelInferRequest.InferInputTensor, raw: bytes | None, limits: Limits) -> InferInput:
     name = check_name(item.name, "one of inputs", limits)
     datatype = check_datatype(item.datatype, name)
     shape, elements = check_shape(item.shape, name, limits)
-    check_tensor_parameters(_parameters(item.parameters, f"input {shown(name)}", limits), name, limits)
+    check_tensor_parameters(_parameters(item.parameters), name, limits)
     if raw is None:
         data = _from_contents(item.contents, datatype, shape, elements, name, limits)
     elif item.HasField("contents"):
@@ -171,24 +162,10 @@ def _from_contents(
 
 def _requested(item: messages.ModelInferRequest.InferRequestedOutputTensor, limits: Limits) -> RequestedOutput:
     name = check_name(item.name, "one of outputs", limits)
-    return check_requested(name, _parameters(item.parameters, f"output {shown(name)}", limits), binary_default=True, limits=limits)
+    return check_requested(name, _parameters(item.parameters), binary_default=True, limits=limits)
 
 
-def _parameters(parameters: Mapping[str, Any], where: str, limits: Limits) -> dict[str, object]:
-    """Return the values of a message's parameters. Raises ProtocolError for too many before they are copied."""
-    if len(parameters) > limits.parameters:
-        raise ProtocolError(f"{where} has {len(parameters):,} parameters: this server takes at most {limits.parameters}")
-    return {name: _value(parameter) for name, parameter in parameters.items()}
-
-
-def _value(parameter: Any) -> object:
-    choice = parameter.WhichOneof("parameter_choice")
-    return None if choice is None else getattr(parameter, choice)
-
-
-def _choice(value: Parameter) -> str:
-    if isinstance(value, bool):
-        return "bool_param"
-    if isinstance(value, int):
-        return "int64_param"
-    return "string_param" if isinstance(value, str) else "double_param"
+def _parameters(parameters: Mapping[str, Any]) -> dict[str, object]:
+    """Return the values of a message's parameters, None for one without a value."""
+    choices = {name: (parameter, parameter.WhichOneof("parameter_choice")) for name, parameter in parameters.items()}
+    return {name: choice and getattr(parameter, choice) for name, (parameter, choice) in choices.items()}

@@ -1,22 +1,21 @@
-"""The Open Inference Protocol as values: what is asked, what is answered, and what is refused with which status.
+"""The Open Inference Protocol as values: requests, answers, and errors with their status.
 
     HTTP body    -- json_codec -->  InferRequest  -->  batcher, engine  -->  InferResponse  -- json_codec -->  HTTP body
     gRPC message -- grpc_codec -->       "                                        "         -- grpc_codec -->  gRPC message
 
-The protocol is KServe's V2 ("Open Inference Protocol"), with these extensions of Triton Inference Server: binary tensor data,
+The protocol is KServe's V2 ("Open Inference Protocol") with these extensions of Triton Inference Server: binary tensor data,
 classification, schedule policy (`priority`, `timeout`), parameters. Shared memory and sequences are refused by name.
 
-Whatever comes from the network is a claim: a codec holds names, shapes, sizes and numbers of things against `Limits` and against the bytes
-that really came, before it makes an array. What a request costs in memory is so a bounded multiple of what its sender paid for in bytes.
-A decoder gives an InferRequest or raises ProtocolError, and nothing else; whether a request fits the model is for others to say.
+A codec checks names, shapes, sizes and counts against `Limits` and against the bytes received before it makes an array, so the memory of a
+request is a bounded multiple of its bytes. A decoder returns an InferRequest or raises ProtocolError, and nothing else; whether a request
+fits the model is checked by the service.
 """
 
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
-from types import MappingProxyType
 from typing import Any
 
 from numpy.typing import NDArray
@@ -29,45 +28,41 @@ Parameter = bool | int | float | str
 Tensor = NDArray[Any]
 """C-contiguous array in one of `tensors.DATATYPES`; a tensor of BYTES holds `bytes` objects."""
 
-GRPC_CODES: Mapping[int, str] = MappingProxyType(
-    {
-        400: "INVALID_ARGUMENT",
-        401: "UNAUTHENTICATED",
-        403: "PERMISSION_DENIED",
-        404: "NOT_FOUND",
-        405: "UNIMPLEMENTED",
-        408: "DEADLINE_EXCEEDED",
-        409: "FAILED_PRECONDITION",
-        413: "RESOURCE_EXHAUSTED",
-        415: "INVALID_ARGUMENT",
-        429: "RESOURCE_EXHAUSTED",
-        499: "CANCELLED",
-        500: "INTERNAL",
-        501: "UNIMPLEMENTED",
-        503: "UNAVAILABLE",
-        504: "DEADLINE_EXCEEDED",
-    }
-)
-"""HTTP status -> name of the gRPC status that says the same."""
+GRPC_CODES: Mapping[int, str] = {
+    400: "INVALID_ARGUMENT",
+    401: "UNAUTHENTICATED",
+    403: "PERMISSION_DENIED",
+    404: "NOT_FOUND",
+    405: "UNIMPLEMENTED",
+    408: "DEADLINE_EXCEEDED",
+    409: "FAILED_PRECONDITION",
+    413: "RESOURCE_EXHAUSTED",
+    415: "INVALID_ARGUMENT",
+    429: "RESOURCE_EXHAUSTED",
+    499: "CANCELLED",
+    500: "INTERNAL",
+    501: "UNIMPLEMENTED",
+    503: "UNAVAILABLE",
+    504: "DEADLINE_EXCEEDED",
+}
+"""HTTP status -> name of the corresponding gRPC status."""
 
-LACKING: Mapping[str, str] = MappingProxyType(
-    {
-        "trace/setting": "trace settings: this server has none; --trace and OpenTelemetry's environment say what is traced",
-        "logging": "log settings: this server has none; --access-log writes requests down",
-        "sharedmemory": "shared memory: this server shares none with its clients; send tensors in the request (as binary data for speed)",
-    }
-)
-"""Part of a path of HTTP -> what a client is told that asks for an extension of Triton's that is left out."""
+LACKING: Mapping[str, str] = {
+    "trace/setting": "trace settings: this server has none; --trace and OpenTelemetry's environment say what is traced",
+    "logging": "log settings: this server has none; --access-log writes requests down",
+    "sharedmemory": "shared memory: this server shares none with its clients; send tensors in the request (as binary data for speed)",
+}
+"""Part of the HTTP path of an unsupported extension of Triton's -> message of its refusal."""
 _SEQUENCE = ("sequence_id", "sequence_start", "sequence_end")
 _SHARED_MEMORY = ("shared_memory_region", "shared_memory_offset", "shared_memory_byte_size")
 _RANGES = {"name_length": (32, 1 << 20), "rank": (1, 32), "elements": (1, 1 << 48)}
-"""Of `Limits`: the protocol's own names have to pass, and numpy has to be able to hold any shape that does."""
+"""Field of `Limits` -> its range: the protocol's own names fit, and numpy can hold any shape that does."""
 _SHOWN = 48
-"""Characters of a client's text that an error repeats."""
+"""Maximum number of characters of a client's text in an error."""
 
 
 class ProtocolError(MuntinError):
-    """A request cannot be read, or an answer cannot be given in the form asked for. `status`: the HTTP status, a key of `GRPC_CODES`."""
+    """A wrong request, or an answer that cannot be given in the requested form. `status`: HTTP status, a key of `GRPC_CODES`."""
 
     def __init__(self, message: str, *, status: int = 400) -> None:
         assert status in GRPC_CODES
@@ -76,17 +71,17 @@ class ProtocolError(MuntinError):
 
     @property
     def grpc_code(self) -> str:
-        """Name of the member of `grpc.StatusCode` that goes with the status."""
+        """Name of the corresponding member of `grpc.StatusCode`."""
         return GRPC_CODES[self.status]
 
     @property
     def outcome(self) -> str:
-        """What a request that ends with it is counted as."""
+        """Outcome of the request in the metrics."""
         return "refused" if self.status == 503 else "failed" if self.status >= 500 else "wrong"
 
 
 class RefusedRequestError(ProtocolError):
-    """A request that is not served now. `retry_after`: seconds after which it may be worth another try."""
+    """A request that is not served now. `retry_after`: seconds after which another try may succeed."""
 
     def __init__(self, message: str, *, status: int = 503, retry_after: float = 1.0) -> None:
         super().__init__(message, status=status)
@@ -95,13 +90,12 @@ class RefusedRequestError(ProtocolError):
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Limits:
-    """What one request may ask for; beyond, it is refused before anything is allocated for it. Raises RecipeError when made wrongly.
+    """Limits of one request; beyond them it is refused before anything is allocated. Raises RecipeError for a value out of range.
 
-    `body_bytes`: the whole body, or all the tensors of a gRPC message. `json_bytes`: the JSON part of a body; parsed, it takes 13 times
-    its size (numbers) to 50 times (empty arrays in arrays), so large tensors belong into the binary part. `tensors`: inputs, and outputs
-    asked for. `rank`: axes of a tensor, at most 32. `elements`: of one tensor. `byte_strings`: elements of one BYTES tensor (an encoded
-    image is one), and classes asked for. `name_length`: characters of a name, an id or a key, from 32. `parameters`: of a request, and of
-    each of its tensors.
+    `body_bytes`: the whole body, or all tensors of a gRPC message. `json_bytes`: the JSON part; parsed, it takes 13 times its size
+    (numbers) to 50 times (empty arrays in arrays). `tensors`: inputs, and requested outputs. `rank`: axes of a tensor. `elements`: of one
+    tensor. `byte_strings`: elements of one BYTES tensor, and requested classes. `name_length`: characters of a name, an id or a key.
+    `parameters`: of a request, and of each of its tensors.
     """
 
     body_bytes: int = 128 << 20
@@ -121,10 +115,10 @@ class Limits:
                 raise RecipeError(f"Limits: {item.name}={value!r}: give a whole number from {least} to {most}")
 
 
-# Comparing arrays gives arrays, so the values that hold some are compared by identity: eq=False.
+# eq=False: comparing arrays gives arrays, so values with arrays are compared by identity.
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
 class InferInput:
-    """One tensor that came. `data` has `shape`; it may be a view of the request's body, and read-only."""
+    """One input tensor. `data` has `shape`; it may be a read-only view of the request's body."""
 
     name: str
     datatype: str
@@ -134,7 +128,7 @@ class InferInput:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class RequestedOutput:
-    """One tensor that is wanted. `binary`: as bytes behind the JSON (HTTP only). `classification`: so many best classes, None: itself."""
+    """One requested output. `binary`: as bytes behind the JSON (HTTP only). `classification`: number of best classes, None: the tensor."""
 
     name: str
     binary: bool = False
@@ -143,37 +137,35 @@ class RequestedOutput:
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
 class InferRequest:
-    """What a client asks: at least one input, names unique among inputs and among outputs. `outputs`: empty for all that the model gives.
+    """A request: at least one input, names unique among inputs and among outputs. `outputs`: empty for all of the model's.
 
-    `id`: "" where none came. `parameters`: checked, those of the protocol and the client's own.
+    `id`: "" for none. `parameters`: the protocol's and the client's own, checked.
     """
 
     id: str
     inputs: tuple[InferInput, ...]
     outputs: tuple[RequestedOutput, ...]
     parameters: Mapping[str, Parameter]
-    always_binary: bool = False
-    """Whether tensors go back as bytes and nothing else, as over gRPC."""
 
     @property
     def priority(self) -> int:
-        """Level from 1, the most urgent; 0: the server's default."""
+        """Priority from 1, the most urgent; 0: the server's default."""
         return int(self.parameters.get("priority", 0))
 
     @property
     def timeout_us(self) -> int | None:
-        """Microseconds that the client gives the whole request; None where it sets no such bound (Triton's 0 says so, too)."""
+        """Time limit of the whole request in microseconds; None (or 0, as in Triton) for none."""
         return int(self.parameters.get("timeout", 0)) or None
 
     @property
     def binary_default(self) -> bool:
-        """Whether outputs that are not listed go back as bytes behind the JSON; for `encode_response`."""
-        return self.always_binary or bool(self.parameters.get("binary_data_output", False))
+        """True if outputs are bytes behind the JSON unless the request says otherwise."""
+        return bool(self.parameters.get("binary_data_output", False))
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
 class InferOutput:
-    """One tensor that goes back. `labels`: names of the classes in the order of their indices, for the classification extension."""
+    """One output tensor. `labels`: class names by index, for the classification extension."""
 
     name: str
     data: Tensor
@@ -182,7 +174,7 @@ class InferOutput:
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
 class InferResponse:
-    """What the model answered, all of its outputs. `id`: the request's."""
+    """An answer with all outputs of the model. `id`: the request's."""
 
     model: str
     version: str
@@ -192,7 +184,7 @@ class InferResponse:
 
 
 def shown(value: object) -> str:
-    """What came, for an error: one short line whatever a client sent."""
+    """Describe a client's value in an error message, as one short line."""
     if isinstance(value, str):
         return repr(value) if len(value) <= _SHOWN else f"{value[:_SHOWN]!r}... ({len(value):,} characters)"
     if value is None:
@@ -207,14 +199,14 @@ def shown(value: object) -> str:
 
 
 def check_name(name: object, what: str, limits: Limits) -> str:
-    """The name. Raises ProtocolError unless it is a string of 1 to `limits.name_length` characters."""
+    """Return the name. Raises ProtocolError unless it is a string of 1 to `limits.name_length` characters."""
     if type(name) is not str or not 1 <= len(name) <= limits.name_length:
         raise ProtocolError(f"{what} has the name {shown(name)}: give a string of 1 to {limits.name_length} characters")
     return name
 
 
 def check_id(identity: object, limits: Limits) -> str:
-    """The id of a request, "" for None. Raises ProtocolError unless it is a string of at most `limits.name_length` characters."""
+    """Return the id of a request, "" for None. Raises ProtocolError unless it is a string of at most `limits.name_length` characters."""
     if identity is None:
         return ""
     if type(identity) is not str or len(identity) > limits.name_length:
@@ -223,24 +215,23 @@ def check_id(identity: object, limits: Limits) -> str:
 
 
 def check_count(count: int, what: str, limits: Limits) -> None:
-    """Raises ProtocolError for more than `limits.tensors` tensors."""
+    """Raise ProtocolError for more than `limits.tensors` tensors."""
     if count > limits.tensors:
         raise ProtocolError(f"{count:,} {what}: this server takes at most {limits.tensors} a request")
 
 
-def check_unique(names: Iterable[str], what: str) -> None:
-    """Raises ProtocolError when two tensors have one name."""
-    seen: set[str] = set()
-    for name in names:
-        if name in seen:
-            raise ProtocolError(f"two {what} are named {shown(name)}: name each once")
-        seen.add(name)
+def check_names(names: Sequence[str], what: str, limits: Limits) -> None:
+    """Raise ProtocolError for more than `limits.tensors` tensors, or two with the same name."""
+    check_count(len(names), what, limits)
+    if len(set(names)) < len(names):
+        duplicate = next(name for name in names if names.count(name) > 1)
+        raise ProtocolError(f"two {what} are named {shown(duplicate)}: name each once")
 
 
 def check_shape(shape: Sequence[object], tensor: str, limits: Limits) -> tuple[tuple[int, ...], int]:
-    """(shape, its number of elements). Raises ProtocolError unless it is at most `limits.rank` whole numbers from 0 that hold few enough.
+    """Return (shape, number of elements). Raises ProtocolError unless it is at most `limits.rank` whole numbers within `limits.elements`.
 
-    Axes of 0 count as 1 against the limit: what remains of such a shape still has to fit an array's header.
+    Axes of 0 count as 1 against the limit: numpy refuses shapes whose other axes are too large.
     """
     if len(shape) > limits.rank:
         raise ProtocolError(f"input {shown(tensor)} has {len(shape):,} axes: this server takes at most {limits.rank}")
@@ -260,28 +251,25 @@ def check_shape(shape: Sequence[object], tensor: str, limits: Limits) -> tuple[t
     return tuple(sizes), elements
 
 
-_HIGHEST = {"priority": (1 << 32) - 1, "timeout": (1 << 63) - 1}
-
-
 def check_request_parameters(parameters: Mapping[str, object], limits: Limits) -> dict[str, Parameter]:
-    """The parameters of a request. Raises ProtocolError for sequences, for too many, and for a value of a wrong type or out of range.
+    """Return the parameters of a request. Raises ProtocolError for sequences, too many parameters, and a wrong type or range.
 
-    A sequence of number 0, and one that neither begins nor ends, is none: so clients that fill in every field say it.
+    Sequence parameters of 0 or false are ignored: some clients fill in every field.
     """
     checked = _check_parameters(parameters, "the request", limits)
     for name in _SEQUENCE:
         if checked.pop(name, None):
             raise ProtocolError(f'parameter "{name}": this server keeps no state between requests; send each request without it')
-    for name, unit in (("priority", "a level from 1, 0 for the default"), ("timeout", "microseconds, 0 for none")):
+    for name, bits, unit in (("priority", 32, "a level from 1, 0 for the default"), ("timeout", 63, "microseconds, 0 for none")):
         value = checked.get(name, 0)
-        if type(value) is not int or not 0 <= value <= _HIGHEST[name]:
-            raise ProtocolError(f'parameter "{name}" is {shown(value)}: give a whole number from 0 to {_HIGHEST[name]} ({unit})')
+        if type(value) is not int or not 0 <= value < 1 << bits:
+            raise ProtocolError(f'parameter "{name}" is {shown(value)}: give a whole number from 0 to {(1 << bits) - 1} ({unit})')
     _check_flag(checked, "binary_data_output", "the request")
     return checked
 
 
 def check_repository_parameters(parameters: Mapping[str, object], limits: Limits) -> dict[str, Parameter]:
-    """The parameters of a request to load or to unload a model. Raises ProtocolError (501) for a model that comes with it."""
+    """Return the parameters of a request to load or unload a model. Raises ProtocolError 501 for a model sent with it."""
     for name in parameters:
         if name == "config" or name.startswith("file:"):
             raise ProtocolError(
@@ -291,7 +279,7 @@ def check_repository_parameters(parameters: Mapping[str, object], limits: Limits
 
 
 def check_tensor_parameters(parameters: Mapping[str, object], tensor: str, limits: Limits) -> dict[str, Parameter]:
-    """The parameters of an input or an output. Raises ProtocolError for shared memory, for too many and for a wrong type."""
+    """Return the parameters of a tensor. Raises ProtocolError for shared memory, too many parameters and a wrong type."""
     checked = _check_parameters(parameters, f"tensor {shown(tensor)}", limits)
     for name in _SHARED_MEMORY:
         if name in checked:
@@ -303,7 +291,7 @@ def check_tensor_parameters(parameters: Mapping[str, object], tensor: str, limit
 
 
 def check_requested(name: str, parameters: Mapping[str, object], *, binary_default: bool, limits: Limits) -> RequestedOutput:
-    """An output that a request lists, with its own parameters: whether it goes back as binary data, and as how many classes (0: itself)."""
+    """Return a requested output. Raises ProtocolError for wrong parameters; a `classification` of 0 is none."""
     checked = check_tensor_parameters(parameters, name, limits)
     binary = _check_flag(checked, "binary_data", f"output {shown(name)}", default=binary_default)
     classes = checked.get("classification", 0)

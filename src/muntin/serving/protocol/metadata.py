@@ -1,28 +1,24 @@
-"""What a server says of itself and of its model: metadata, configuration, statistics, the repository's index.
+"""Metadata, configuration and statistics of a model, and the repository's index: values, and the protocol's documents of them.
 
-Plain values, and for each the document that the protocol has for it. A document is the JSON body of the HTTP route
-(`json_codec.encode_json`) and, key by key, the gRPC message (`open_inference_pb2.from_document`): there is one description of each, and
-two ways to write it.
+A document is the JSON body of the HTTP route (`json_codec.encode_json`) and, key by key, the gRPC message
+(`open_inference_pb2.from_document`).
 
-Shapes say -1 for any size. With `max_batch` above 0 the first axis of every tensor is the batch: metadata shows it, configuration leaves
-it out, as Triton has it. `perf_analyzer` reads the configuration's `max_batch_size`, `dynamic_batching`, `input`, `output` and
-`model_transaction_policy`, and of the statistics every duration, those of a response cache included.
+In shapes, -1 is any size. With `max_batch` above 0 the first axis of every tensor is the batch: metadata includes it, configuration leaves
+it out, as in Triton. `perf_analyzer` needs the configuration's `max_batch_size`, `dynamic_batching`, `input`, `output` and
+`model_transaction_policy`, and every duration of the statistics, those of a response cache included.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass
 from importlib.metadata import version
-from types import MappingProxyType
 from typing import Any
 
-from muntin.serving.protocol.tensors import DATATYPES
-
 VERSION = version("muntin")
-"""Read from disk, so once."""
+"""Version of the package, read from disk once."""
 PLATFORM = "muntin"
-"""What this server calls its back end."""
+"""Name of the platform and the back end in documents."""
 EXTENSIONS = (
     "classification",
     "model_repository",
@@ -32,11 +28,7 @@ EXTENSIONS = (
     "parameters",
     "statistics",
 )
-"""The extensions of the protocol that this server speaks, by Triton's names."""
-CONFIGURATION_TYPES: Mapping[str, str] = MappingProxyType(
-    {name: "TYPE_STRING" if name == "BYTES" else f"TYPE_{name}" for name in DATATYPES},
-)
-"""The protocol's name of a type of elements -> the name that configurations use."""
+"""Supported extensions of the protocol, by Triton's names."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -50,7 +42,7 @@ class TensorSpec:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ModelDescription:
-    """A model as clients see it. `versions`: those to ask for. `max_batch`: images that one request may bring; 0: no batch axis."""
+    """A model as clients see it. `versions`: names that requests may use. `max_batch`: maximum images of a request; 0: no batch axis."""
 
     name: str
     versions: tuple[str, ...]
@@ -61,7 +53,7 @@ class ModelDescription:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Duration:
-    """How often something happened, and how many nanoseconds it took in all."""
+    """Number of events, and their total time in nanoseconds."""
 
     count: int = 0
     ns: int = 0
@@ -69,7 +61,7 @@ class Duration:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class BatchStatistics:
-    """The executions of one batch size, in images."""
+    """Executions of one batch size (images)."""
 
     batch_size: int
     compute_input: Duration
@@ -79,11 +71,11 @@ class BatchStatistics:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Statistics:
-    """What one version of the model did since the server started.
+    """Statistics of one version since the server started.
 
-    `last_inference_ms`: when the last request came, in milliseconds since 1970, 0 for never. `inference_count`: images that were answered;
-    `execution_count`: batches they went through. `success` and `fail` are whole requests; the other durations are parts of those that
-    succeeded: waiting, reading the request, computing its batch, putting the answer into form. Together they are `success`.
+    `last_inference_ms`: arrival of the last request, milliseconds since 1970, 0 for none. `inference_count`: answered images;
+    `execution_count`: their batches. `success` and `fail` count whole requests. The other durations are parts of `success`: waiting,
+    reading the request, computing its batch, encoding the answer.
     """
 
     name: str
@@ -102,7 +94,7 @@ class Statistics:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class IndexEntry:
-    """One version in the repository. `state`: "READY", "UNAVAILABLE", "LOADING" or "UNLOADING"; `reason`: for that state, or ""."""
+    """One version in the repository. `state`: READY, UNAVAILABLE, LOADING or UNLOADING. `reason`: why it has that state, or ""."""
 
     name: str
     version: str
@@ -111,12 +103,12 @@ class IndexEntry:
 
 
 def server_document(name: str, version: str) -> dict[str, Any]:
-    """The server's metadata."""
+    """Return the server's metadata."""
     return {"name": name, "version": version, "extensions": list(EXTENSIONS)}
 
 
 def metadata_document(model: ModelDescription) -> dict[str, Any]:
-    """The model's metadata."""
+    """Return the model's metadata."""
     return {
         "name": model.name,
         "versions": list(model.versions),
@@ -127,19 +119,17 @@ def metadata_document(model: ModelDescription) -> dict[str, Any]:
 
 
 def configuration_document(model: ModelDescription) -> dict[str, Any]:
-    """The model's configuration, as Triton would have it: the part of it that means something here."""
+    """Return the model's configuration: the fields of Triton's that apply to this server."""
+    input_defaults = {"format": "FORMAT_NONE", "is_shape_tensor": False, "allow_ragged_batch": False, "optional": False}
+    output_defaults = {"label_filename": "", "is_shape_tensor": False}
     document: dict[str, Any] = {
         "name": model.name,
         "platform": PLATFORM,
         "backend": PLATFORM,
         "version_policy": {"latest": {"num_versions": 1}},
         "max_batch_size": model.max_batch,
-        "input": [
-            _configuration(spec, model)
-            | {"format": "FORMAT_NONE", "is_shape_tensor": False, "allow_ragged_batch": False, "optional": False}
-            for spec in model.inputs
-        ],
-        "output": [_configuration(spec, model) | {"label_filename": "", "is_shape_tensor": False} for spec in model.outputs],
+        "input": [_configuration(spec, model) | input_defaults for spec in model.inputs],
+        "output": [_configuration(spec, model) | output_defaults for spec in model.outputs],
         "model_transaction_policy": {"decoupled": False},
     }
     if model.max_batch:
@@ -148,13 +138,13 @@ def configuration_document(model: ModelDescription) -> dict[str, Any]:
 
 
 def statistics_document(statistics: Iterable[Statistics]) -> dict[str, Any]:
-    """The statistics of some versions. What they say of a response cache is nothing: there is none."""
+    """Return the statistics of some versions. The durations of a response cache are 0: there is none."""
     return {"model_stats": [_statistics(item) for item in statistics]}
 
 
 def index_document(entries: Iterable[IndexEntry]) -> list[dict[str, str]]:
-    """The repository's index. The gRPC message holds this list in its field `models`."""
-    return [{"name": item.name, "version": item.version, "state": item.state, "reason": item.reason} for item in entries]
+    """Return the repository's index, which is the field `models` of the gRPC message."""
+    return [asdict(entry) for entry in entries]
 
 
 def _metadata(spec: TensorSpec) -> dict[str, Any]:
@@ -163,37 +153,19 @@ def _metadata(spec: TensorSpec) -> dict[str, Any]:
 
 def _configuration(spec: TensorSpec, model: ModelDescription) -> dict[str, Any]:
     dims = spec.shape[1:] if model.max_batch else spec.shape
-    return {"name": spec.name, "data_type": CONFIGURATION_TYPES[spec.datatype], "dims": list(dims)}
-
-
-def _duration(duration: Duration) -> dict[str, int]:
-    return {"count": duration.count, "ns": duration.ns}
+    data_type = "TYPE_STRING" if spec.datatype == "BYTES" else f"TYPE_{spec.datatype}"
+    return {"name": spec.name, "data_type": data_type, "dims": list(dims)}
 
 
 def _statistics(item: Statistics) -> dict[str, Any]:
+    values = asdict(item)
+    durations = {name: values[name] for name in ("success", "fail", "queue", "compute_input", "compute_infer", "compute_output")}
     return {
         "name": item.name,
         "version": item.version,
         "last_inference": item.last_inference_ms,
         "inference_count": item.inference_count,
         "execution_count": item.execution_count,
-        "inference_stats": {
-            "success": _duration(item.success),
-            "fail": _duration(item.fail),
-            "queue": _duration(item.queue),
-            "compute_input": _duration(item.compute_input),
-            "compute_infer": _duration(item.compute_infer),
-            "compute_output": _duration(item.compute_output),
-            "cache_hit": _duration(Duration()),
-            "cache_miss": _duration(Duration()),
-        },
-        "batch_stats": [
-            {
-                "batch_size": batch.batch_size,
-                "compute_input": _duration(batch.compute_input),
-                "compute_infer": _duration(batch.compute_infer),
-                "compute_output": _duration(batch.compute_output),
-            }
-            for batch in item.batches
-        ],
+        "inference_stats": durations | {"cache_hit": asdict(Duration()), "cache_miss": asdict(Duration())},
+        "batch_stats": list(values["batches"]),
     }

@@ -1,7 +1,7 @@
-"""The outputs of a response that a request asks for, each whole or as its best classes (Triton's classification extension).
+"""Selects the requested outputs of a response, each whole or as its best classes (Triton's classification extension).
 
 As classes, an output becomes BYTES "value:index" or "value:index:label", best first: (B, ...) -> (B, k), (K,) -> (k,). A value has as few
-digits as tell it from its neighbours: `3.3`, as the extension's document has it; Triton itself writes `3.300000`.
+digits as identify it (`3.3`), as in the extension's document; Triton itself writes `3.300000`.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from muntin.serving.protocol.messages import InferOutput, InferResponse, Protoco
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
 class Selected:
-    """One tensor of the answer. `binary`: as bytes behind the JSON."""
+    """One tensor of the answer. `binary`: sent as bytes behind the JSON."""
 
     name: str
     data: Tensor

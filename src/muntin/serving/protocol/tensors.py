@@ -1,17 +1,14 @@
-"""Tensors as the protocol sends them, in binary and as plain numbers, and as arrays.
+"""Converts arrays to and from the protocol's binary tensors and lists of values.
 
-In binary a tensor is its elements, little-endian, row by row, with nothing between them: an array is a view of those bytes, and the bytes
-are a view of an array. Only two things need a copy: bytes that begin where an element of their type cannot (FP32 at an odd offset), and
-BYTES, whose elements have lengths of their own: 4 bytes little-endian, then so many bytes. BOOL is a byte of 0 or 1.
-
-Every function here that reads raises ProtocolError when what came is not what was announced.
+A binary tensor is its elements, little-endian, row by row, so an array is a view of its bytes and the bytes are a view of an array. Two
+cases need a copy: unaligned bytes (FP32 at an odd offset), and BYTES, whose elements are 4 bytes of length (little-endian) and so many
+bytes. BOOL is a byte of 0 or 1. Functions that read raise ProtocolError for data that does not have the stated type and shape.
 """
 
 from __future__ import annotations
 
 import struct
 from collections.abc import Mapping, Sequence
-from types import MappingProxyType
 
 import numpy as np
 
@@ -19,40 +16,43 @@ from muntin.serving.protocol.messages import Limits, ProtocolError, Tensor, show
 
 Buffer = bytes | bytearray | memoryview
 
-DATATYPES: Mapping[str, np.dtype] = MappingProxyType(
-    {
-        "BOOL": np.dtype("?"),
-        "UINT8": np.dtype("u1"),
-        "UINT16": np.dtype("<u2"),
-        "UINT32": np.dtype("<u4"),
-        "UINT64": np.dtype("<u8"),
-        "INT8": np.dtype("i1"),
-        "INT16": np.dtype("<i2"),
-        "INT32": np.dtype("<i4"),
-        "INT64": np.dtype("<i8"),
-        "FP16": np.dtype("<f2"),
-        "FP32": np.dtype("<f4"),
-        "FP64": np.dtype("<f8"),
-        "BYTES": np.dtype(object),
-    }
-)
-"""The protocol's name of a type of elements -> what holds them. BF16, which numpy lacks, is refused."""
+DATATYPES: Mapping[str, np.dtype] = {
+    "BOOL": np.dtype("?"),
+    "UINT8": np.dtype("u1"),
+    "UINT16": np.dtype("<u2"),
+    "UINT32": np.dtype("<u4"),
+    "UINT64": np.dtype("<u8"),
+    "INT8": np.dtype("i1"),
+    "INT16": np.dtype("<i2"),
+    "INT32": np.dtype("<i4"),
+    "INT64": np.dtype("<i8"),
+    "FP16": np.dtype("<f2"),
+    "FP32": np.dtype("<f4"),
+    "FP64": np.dtype("<f8"),
+    "BYTES": np.dtype(object),
+}
+"""The protocol's datatype -> numpy's. BF16, which numpy lacks, is refused."""
 
 _NAMES = {(dtype.kind, dtype.itemsize): name for name, dtype in DATATYPES.items() if name != "BYTES"}
 _LENGTH = struct.Struct("<I")
-_CONVERSIONS = {"b": (bool,), "u": (int,), "i": (int,), "f": (int, float)}
-_WANTED = {"b": "true or false", "u": "whole numbers", "i": "whole numbers", "f": "numbers"}
+_KINDS: Mapping[str, tuple[tuple[type, ...], str]] = {
+    "b": ((bool,), "true or false"),
+    "u": ((int,), "whole numbers"),
+    "i": ((int,), "whole numbers"),
+    "f": ((int, float), "numbers"),
+}
+"""Kind of a numpy type -> types of the JSON values that it takes, and their name in errors."""
 
 
 def check_datatype(datatype: object, tensor: str) -> str:
-    """The name of a type of elements. Raises ProtocolError for one that is not in `DATATYPES`."""
+    """Return the datatype. Raises ProtocolError for one that is not in `DATATYPES`."""
     if type(datatype) is not str or datatype not in DATATYPES:
         raise ProtocolError(f"input {shown(tensor)} has the datatype {shown(datatype)}: give one of {', '.join(DATATYPES)}")
     return datatype
 
 
 def datatype_of(array: Tensor, tensor: str) -> str:
-    """The protocol's name of an array's type. Raises ProtocolError (500) for one that it has no name for: the model is at fault."""
+    """Return the datatype of an output. Raises ProtocolError 500 for a type that the protocol does not have."""
     if array.dtype == object:
         return "BYTES"
     name = _NAMES.get((array.dtype.kind, array.dtype.itemsize))
@@ -62,7 +62,7 @@ def datatype_of(array: Tensor, tensor: str) -> str:
 
 
 def from_binary(raw: Buffer, datatype: str, shape: tuple[int, ...], elements: int, tensor: str, limits: Limits) -> Tensor:
-    """The array of a tensor that came as bytes: a view of `raw` wherever its alignment allows."""
+    """Return the array of a binary tensor: a view of `raw` if it is aligned."""
     if datatype == "BYTES":
         return _array_of_strings(_split_strings(raw, elements, tensor, limits), shape)
     dtype = DATATYPES[datatype]
@@ -81,7 +81,7 @@ def from_binary(raw: Buffer, datatype: str, shape: tuple[int, ...], elements: in
 
 
 def to_binary(array: Tensor, datatype: str) -> bytes | memoryview:
-    """The bytes of a tensor: a view of `array` where it is contiguous and little-endian, as what an engine gives is."""
+    """Return the bytes of a tensor: a view of `array` if it is contiguous and little-endian."""
     if datatype == "BYTES":
         return b"".join(part for item in array.reshape(-1) for part in (_LENGTH.pack(len(item)), item))
     if array.size == 0:
@@ -91,16 +91,17 @@ def to_binary(array: Tensor, datatype: str) -> bytes | memoryview:
 
 
 def from_values(values: Sequence[object], datatype: str, shape: tuple[int, ...], elements: int, tensor: str, limits: Limits) -> Tensor:
-    """The array of a tensor that came as a flat list of JSON values, each checked to be of the type and inside its range.
+    """Return the array of a flat list of JSON values, each checked for its type and range.
 
-    Whole numbers pass for a tensor of floats; nothing else is converted. A number that a FP16 or FP32 would hold as infinity is refused.
+    Whole numbers are allowed in a tensor of floats; nothing else is converted. A number that FP16 or FP32 holds as infinity is refused.
     """
     if len(values) != elements:
         raise ProtocolError(f"input {shown(tensor)} came with {len(values):,} values: shape {list(shape)} takes {elements:,}")
     if datatype == "BYTES":
         return _array_of_strings(_encode_strings(values, tensor, limits), shape)
     dtype = DATATYPES[datatype]
-    _check_kinds(values, _CONVERSIONS[dtype.kind], f"{datatype} takes {_WANTED[dtype.kind]}", tensor)
+    types, description = _KINDS[dtype.kind]
+    _check_types(values, types, f"{datatype} takes {description}", tensor)
     if elements == 0:
         return np.empty(shape, dtype)
     if dtype.kind == "f":
@@ -116,7 +117,7 @@ def from_values(values: Sequence[object], datatype: str, shape: tuple[int, ...],
 
 
 def check_range(least: object, most: object, datatype: str, tensor: str) -> None:
-    """Raises ProtocolError unless an integer type holds the least and the most of a tensor's values."""
+    """Raise ProtocolError unless an integer datatype holds the least and the greatest value of a tensor."""
     bounds = np.iinfo(DATATYPES[datatype])
     assert isinstance(least, int) and isinstance(most, int)
     if least < bounds.min or most > bounds.max:
@@ -125,20 +126,20 @@ def check_range(least: object, most: object, datatype: str, tensor: str) -> None
 
 
 def strings_array(strings: Sequence[bytes], shape: tuple[int, ...], elements: int, tensor: str, limits: Limits) -> Tensor:
-    """The array of a tensor of BYTES whose elements came one by one."""
+    """Return the array of a BYTES tensor from its elements."""
     if len(strings) != elements:
         raise ProtocolError(f"input {shown(tensor)} came with {len(strings):,} values: shape {list(shape)} takes {elements:,}")
     _check_strings(elements, tensor, limits)
     return _array_of_strings(strings, shape)
 
 
-def _check_kinds(values: Sequence[object], allowed: tuple[type, ...], wanted: str, tensor: str) -> None:
+def _check_types(values: Sequence[object], allowed: tuple[type, ...], advice: str, tensor: str) -> None:
     unknown = set(map(type, values)).difference(allowed)
     if not unknown:
         return
     culprit = next(value for value in values if type(value) in unknown)
     hint = " (a fraction, or beyond 64 bits)" if type(culprit) is float else ""
-    raise ProtocolError(f"input {shown(tensor)} has {shown(culprit)}{hint} in its data: {wanted}")
+    raise ProtocolError(f"input {shown(tensor)} has {shown(culprit)}{hint} in its data: {advice}")
 
 
 def _check_strings(elements: int, tensor: str, limits: Limits) -> None:
@@ -150,12 +151,12 @@ def _check_strings(elements: int, tensor: str, limits: Limits) -> None:
 
 def _encode_strings(values: Sequence[object], tensor: str, limits: Limits) -> list[bytes]:
     _check_strings(len(values), tensor, limits)
-    _check_kinds(values, (str,), "BYTES takes strings (send other bytes as binary data)", tensor)
+    _check_types(values, (str,), "BYTES takes strings (send other bytes as binary data)", tensor)
     return [value.encode() for value in values if isinstance(value, str)]
 
 
 def _split_strings(raw: Buffer, elements: int, tensor: str, limits: Limits) -> list[bytes]:
-    """Each element's bytes. The number of elements is held against the bytes before any of them is made."""
+    """Split a binary BYTES tensor into its elements. Their number is checked before any of them is made."""
     _check_strings(elements, tensor, limits)
     if elements * _LENGTH.size > len(raw):
         raise ProtocolError(
@@ -163,13 +164,9 @@ def _split_strings(raw: Buffer, elements: int, tensor: str, limits: Limits) -> l
         )
     strings: list[bytes] = []
     start = 0
-    for _ in range(elements):
+    while len(strings) < elements and start + _LENGTH.size <= len(raw):
         begin = start + _LENGTH.size
-        if begin > len(raw):
-            break
         start = begin + _LENGTH.unpack_from(raw, begin - _LENGTH.size)[0]
-        if start > len(raw):
-            break
         strings.append(bytes(raw[begin:start]))
     if len(strings) != elements or start != len(raw):
         raise ProtocolError(

@@ -1,11 +1,10 @@
 """Checks the bytes of a gRPC message against the limits before protobuf parses them.
 
-An empty tensor has 2 bytes on the wire and some 90 in memory, so a message of the size that an image needs could take gigabytes. Here the
-top-level fields of a message are counted without their contents being read, and everything but the raw tensors has to fit into
+An empty tensor has 2 bytes on the wire and some 90 in memory, so a message of the size that an image needs could take gigabytes. So the
+top-level fields of a message are counted without reading their contents, and everything but the raw tensors has to fit into
 `Limits.json_bytes`, as the JSON beside binary tensors does over HTTP.
 
-Handlers are registered without a deserialiser, so that the client is told why a message is refused: grpc answers "internal error" to
-whatever a deserialiser raises.
+Handlers are registered without a deserialiser: grpc answers "internal error" to whatever a deserialiser raises.
 """
 
 from __future__ import annotations
@@ -18,13 +17,11 @@ from muntin.serving.protocol.messages import Limits, ProtocolError
 M = TypeVar("M", bound=messages.Message)
 
 _LENGTH = 2
-"""Wire type of fields with a length."""
+"""Wire type of fields with a length: all top-level fields of a request for inference."""
 _RAW = 7 << 3 | _LENGTH
 """Tag of `raw_input_contents`."""
 _SPARE = 16
 """Fields allowed beside tensors and parameters: three names, and some that later protocols may add."""
-_FIXED = {1: 8, 5: 4}
-"""Wire type -> bytes of a value, for types of fixed size."""
 
 
 def parse(wire: bytes, kind: type[M], limits: Limits) -> M:
@@ -45,40 +42,28 @@ def parse(wire: bytes, kind: type[M], limits: Limits) -> M:
 def _raw_bytes(wire: bytes, limits: Limits) -> int:
     """Return the number of bytes that are raw tensors. Raises ProtocolError for more fields than a request within the limits has."""
     most = 3 * limits.tensors + limits.parameters + _SPARE
-    at = raw = count = 0
-    while at < len(wire):
+    position = raw = count = 0
+    while position < len(wire):
         count += 1
         if count > most:
             raise ProtocolError(f"a message of more than {most} fields: this server takes no more tensors and parameters in one")
-        tag, at = _varint(wire, at)
-        kind = tag & 7
-        if kind == _LENGTH:
-            size, at = _varint(wire, at)
-            if tag == _RAW:
-                raw += size
-            at += size
-        elif kind == 0:
-            _, at = _varint(wire, at)
-        elif kind in _FIXED:
-            at += _FIXED[kind]
-        else:
+        tag, position = _varint(wire, position)
+        size, position = _varint(wire, position)
+        position += size
+        if tag & 7 != _LENGTH or position > len(wire):
             raise _unreadable()
-    if at > len(wire):
-        raise _unreadable()
+        if tag == _RAW:
+            raw += size
     return raw
 
 
-def _varint(wire: bytes, at: int) -> tuple[int, int]:
+def _varint(wire: bytes, position: int) -> tuple[int, int]:
     """Return (number, position behind it)."""
     value = 0
-    for shift in range(0, 70, 7):
-        if at >= len(wire):
-            break
-        byte = wire[at]
-        at += 1
-        value |= (byte & 0x7F) << shift
+    for shift, byte in enumerate(wire[position : position + 10]):
+        value |= (byte & 0x7F) << 7 * shift
         if byte < 0x80:
-            return value, at
+            return value, position + shift + 1
     raise _unreadable()
 
 

@@ -8,7 +8,7 @@ from muntin.serving.protocol.messages import ProtocolError
 
 
 class Tokens:
-    """The tokens one of which a request must carry. False if there are none: then every request is allowed."""
+    """Tokens, one of which a request must carry. False if there are none: then every request is allowed."""
 
     def __init__(self, tokens: tuple[str, ...]) -> None:
         self._allowed = [token.encode() for token in tokens]

@@ -1,8 +1,8 @@
-"""Whether a browser sent a request for a page of somebody else's.
+"""Refuses requests that a browser sends for a page of another site.
 
-A browser sends a plain POST wherever a page has it sent, and asks nobody before. Where nothing but the address keeps strangers away, a page
-that somebody on this machine looks at could so change what is served here. Browsers say whose page it is, and what they call this server: a
-name of the page's own that leads to this machine's address (DNS rebinding) is none that this machine has.
+A browser sends a plain POST for any page, without asking the server first. If only the address protects a server, a page in a browser on
+this machine could so change what is served. Browsers name the page's site and the host that they call: a host name of the page's own that
+resolves to this machine's address (DNS rebinding) is not a name of this machine.
 """
 
 from __future__ import annotations
@@ -17,11 +17,13 @@ _PORTS = {"http": 80, "https": 443}
 
 
 def check_origin(headers: Iterable[tuple[bytes, bytes]], *, local: bool) -> None:
-    """Raises ProtocolError 403 for a request of another site's page. `headers`: names in lower case. `local`: only this machine reaches the
-    server, and no token is asked for."""
-    found = {name: value.decode("latin-1") for name, value in headers}
-    host, origin = found.get(b"host", ""), found.get(b"origin")
-    site = found.get(b"sec-fetch-site", "none")
+    """Raise ProtocolError 403 for a request of another site's page. `headers`: names in lower case.
+
+    `local`: only this machine reaches the server, and no token is needed.
+    """
+    fields = {name: value.decode("latin-1") for name, value in headers}
+    host, origin = fields.get(b"host", ""), fields.get(b"origin")
+    site = fields.get(b"sec-fetch-site", "none")
     if site not in ("same-origin", "none") or (origin is not None and not _same(origin, host)):
         whose = shown(origin) if origin is not None else "another site"
         raise ProtocolError(f"a page of {whose} asks for this: ask without a browser, or from a page of this host", status=403)
@@ -33,7 +35,7 @@ def check_origin(headers: Iterable[tuple[bytes, bytes]], *, local: bool) -> None
 
 
 def is_loopback(name: str) -> bool:
-    """Whether a name or an address can only be this machine's."""
+    """Return True for a name or an address that only this machine has."""
     try:
         return ip_address(name).is_loopback
     except ValueError:
@@ -46,9 +48,9 @@ def _same(origin: str, host: str) -> bool:
 
 
 def _place(scheme: str, host: str) -> tuple[str, int]:
-    """(name, port), ("", 0) where it is neither."""
+    """Return (name, port), or ("", 0) for an invalid host."""
     try:
-        found = urlsplit(f"//{host}")
-        return found.hostname or "", found.port or _PORTS[scheme]
+        parts = urlsplit(f"//{host}")
+        return parts.hostname or "", parts.port or _PORTS[scheme]
     except ValueError:
         return "", 0

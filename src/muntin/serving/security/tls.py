@@ -1,7 +1,4 @@
-"""The TLS certificate of a server and its key, read again when their files change: renewing them needs no restart.
-
-Open connections keep the certificate that they began with.
-"""
+"""The TLS certificate of a server and its key, read again when their files change. Open connections keep the old one."""
 
 from __future__ import annotations
 
@@ -12,9 +9,9 @@ from muntin.errors import DataError
 
 
 class Certificate:
-    """A certificate and its key, two PEM files. Raises DataError where they cannot be used.
+    """A certificate and its key, two PEM files. Raises DataError if they cannot be used.
 
-    `context`: for new connections; changed on the event loop alone. `pem`: (key, certificate), as grpc takes them.
+    `context`: for new connections; changed on the event loop only. `pem`: (key, certificate), as grpc takes them.
     """
 
     def __init__(self, certificate: Path, key: Path) -> None:
@@ -26,15 +23,15 @@ class Certificate:
 
     @property
     def files(self) -> tuple[Path, Path]:
-        """The certificate's file and its key's."""
+        """Files of the certificate and its key."""
         return self._files
 
     def changed(self) -> bool:
-        """Whether the files have changed since `load` tried them last."""
+        """Return True if the files have changed since the last `load`."""
         return self._state() != self._loaded_state
 
     def load(self) -> None:
-        """Use what the files hold from now on. Raises DataError where that cannot be used, and then keeps the certificate as it was."""
+        """Load the files. Raises DataError if they cannot be used, and keeps the old certificate."""
         self._loaded_state = self._state()
         try:
             self._load(ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER))  # a trial: the two files may not belong together
@@ -50,7 +47,7 @@ class Certificate:
         context.load_cert_chain(*self._files, password=_no_passphrase)
 
     def _state(self) -> object:
-        """A value that is equal for equal states of the files; None where one is missing."""
+        """Return a value that is equal for equal states of the files; None if one is missing."""
         try:
             return tuple((status.st_ino, status.st_size, status.st_mtime_ns) for status in (file.stat() for file in self._files))
         except OSError:

@@ -13,14 +13,13 @@ from muntin.serving.inference.service import Answered
 from muntin.serving.telemetry.background_log import BackgroundLog
 
 CAPACITY = 10_000
-"""Lines that may wait to be written: 3 MB."""
+"""Maximum number of lines that wait to be written, about 3 MB."""
 
 
 class AccessLog:
     """Writes a line for each request to a stream of bytes, best without a buffer; standard output by default.
 
-    JSON escapes whatever a client sends, so that no line is broken. A line that cannot be written (full disk, closed pipe, slow
-    reader) is counted in `lost`; the request is answered all the same.
+    JSON escapes line breaks that a client sends. A line that cannot be written (full disk, closed pipe, slow reader) is counted in `lost`.
     """
 
     def __init__(self, stream: IO[bytes] | io.RawIOBase | None = None) -> None:
@@ -41,8 +40,8 @@ class AccessLog:
     ) -> None:  # fmt: skip
         """Queue the line of a request. Never waits or raises.
 
-        `status`: HTTP's, and for gRPC the one with the same meaning; 499 where the client did not wait for an answer. `code`: gRPC's own.
-        `sent`: bytes of the answer. `seconds`: from the request's headers, over gRPC from the end of its message, to its answer.
+        `status`: HTTP's, for gRPC the corresponding one; 499 for a client that left. `code`: gRPC's. `sent`: bytes of the answer.
+        `seconds`: from the request's headers (gRPC: from the end of its message) to its answer.
         """
         entry: dict[str, object] = {
             "time": datetime.now(UTC).isoformat(timespec="milliseconds"),
@@ -79,7 +78,7 @@ class AccessLog:
 
 
 def _standard_output() -> IO[bytes] | io.RawIOBase:
-    """Standard output without its buffer: an interpreter that ends waits for the buffer's lock, which the log's thread may hold."""
+    """Return standard output without its buffer: at its end the interpreter waits for its lock, which the log's thread may hold."""
     try:
         return io.FileIO(sys.stdout.fileno(), "wb", closefd=False)
     except (OSError, ValueError):  # a notebook, or a test that captures it

@@ -1,7 +1,6 @@
-"""The server's metrics, in the form that Prometheus reads.
+"""The server's metrics in the form that Prometheus reads.
 
-Only the event loop counts. Histograms are the library's (1 us a value); counters with labels are plain dictionaries that are read when
-Prometheus asks, which also lets those of versions that are gone be dropped.
+Only the event loop counts. Counters with labels are plain dictionaries, read when Prometheus asks, so those of old versions can be dropped.
 """
 
 from __future__ import annotations
@@ -20,7 +19,7 @@ Reading = Callable[[], Iterable[tuple[tuple[str, ...], float]]]
 
 
 class Metrics:
-    """The server's counters and histograms. Changed and read (`render`) on one thread. `max_rows`: rows of the largest batch."""
+    """The server's counters and histograms, used on one thread. `max_rows`: rows of the largest batch."""
 
     def __init__(self, *, max_rows: int = 128) -> None:
         self.registry = CollectorRegistry()
@@ -31,11 +30,11 @@ class Metrics:
         self.rows: Counts[str] = Counts()
         self.read(
             "counter", "muntin_requests", "Requests for inference, pictures too, by face (http, grpc) and outcome.", ("face", "outcome"),
-            lambda: [(key, float(count)) for key, count in self.requests.items()],
+            self.requests.items,
         )  # fmt: skip
         self.read(
             "counter", "muntin_rows", "Images computed, by version; of a picture that is computed in tiles, each tile.", ("version",),
-            lambda: [((version,), float(count)) for version, count in self.rows.items()],
+            lambda: [((version,), count) for version, count in self.rows.items()],
         )  # fmt: skip
         seconds = partial(Histogram, buckets=SECONDS, registry=self.registry)
         self.queue = seconds("muntin_queue_seconds", "From a request's admission to the start of its batch.")
@@ -59,7 +58,7 @@ class Metrics:
 
     def count(self, name: str, text: str, value: Callable[[], float]) -> None:
         """Add a counter without labels."""
-        self.read("counter", name, text, (), lambda: [((), float(value()))])
+        self.read("counter", name, text, (), lambda: [((), value())])
 
     def render(self) -> bytes:
         """Return the metrics in the text format of Prometheus."""

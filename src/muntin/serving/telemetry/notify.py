@@ -1,4 +1,4 @@
-"""Notifications: lines for the person who runs a server, sent in the midst of its work."""
+"""Notifications: lines for the operator of a server."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ def tell_nobody(line: str) -> None:
 
 
 def told_safely(notify: Notify) -> Notify:
-    """Return `notify` with what it raises reported to `threading.excepthook`: the batch that a line comes from must not end by it."""
+    """Return `notify` with its errors passed to `threading.excepthook`, since they must not end the batch that a line comes from."""
 
     def tell(line: str) -> None:
         try:
             notify(line)
-        except Exception:  # noqa: BLE001 - the caller's code; it is reported, and ends this notification
+        except Exception:  # noqa: BLE001 - the caller's code; reported
             with suppress(OSError, ValueError):  # standard error may be what is broken
                 threading.excepthook(threading.ExceptHookArgs((*sys.exc_info(), threading.current_thread())))
 

@@ -1,6 +1,6 @@
-"""An OpenTelemetry span for each inference and each picture, a child of the client's where its request carries one (`traceparent`).
+"""An OpenTelemetry span for each inference and each picture, a child of the client's span (`traceparent`) if there is one.
 
-Needs the extra `otel`. The environment says where spans go, as usual with OpenTelemetry: OTEL_EXPORTER_OTLP_ENDPOINT, OTEL_SERVICE_NAME,
+Needs the extra `otel`. OpenTelemetry's environment variables say where spans go: OTEL_EXPORTER_OTLP_ENDPOINT, OTEL_SERVICE_NAME,
 OTEL_TRACES_SAMPLER.
 """
 
@@ -20,45 +20,30 @@ SERVICE = "muntin"
 class Tracing:
     """Makes spans. `provider`: an OpenTelemetry TracerProvider; by default one that exports as the environment says.
 
-    Raises DependencyError where OpenTelemetry is not installed.
+    Raises DependencyError if OpenTelemetry is not installed.
     """
 
     def __init__(self, provider: Any = None) -> None:
         try:
             from opentelemetry import propagate, trace
-            from opentelemetry.sdk.resources import SERVICE_NAME, Resource
-            from opentelemetry.sdk.trace import TracerProvider
+
+            self._provider = _exporting_provider() if provider is None else provider
         except ModuleNotFoundError as error:
-            raise _missing(error) from error
-        self._trace, self._extract = trace, propagate.extract
+            raise DependencyError(f"tracing needs the package {error.name}: {install('otel')}, or leave --trace out") from error
         self._own = provider is None
-        # `create` lets OTEL_SERVICE_NAME and OTEL_RESOURCE_ATTRIBUTES win over a default that is merged first
-        resource = Resource({SERVICE_NAME: SERVICE}).merge(Resource.create()) if provider is None else None
-        self._provider = TracerProvider(resource=resource) if provider is None else provider
-        if self._own:
-            self._provider.add_span_processor(_exporting())
+        self._trace, self._extract = trace, propagate.extract
         self._tracer = self._provider.get_tracer("muntin.serving", version("muntin"))
 
-    def begin(self, face: str, model: str, carrier: Mapping[str, str]) -> Inference:
-        """Begin a span, which its `end` ends. `carrier`: the request's header fields, names in lower case."""
-        span = self._tracer.start_span(
+    @contextmanager
+    def inference(self, face: str, model: str, carrier: Mapping[str, str]) -> Iterator[Any]:
+        """Put a span around the block, with the error that the block raises. `carrier`: header fields, names in lower case."""
+        with self._tracer.start_as_current_span(
             f"infer {model}",
             context=self._extract(carrier),
             kind=self._trace.SpanKind.SERVER,
             attributes={"rpc.system": face, "muntin.model": model},
-        )
-        return Inference(span, self._trace)
-
-    @contextmanager
-    def inference(self, face: str, model: str, carrier: Mapping[str, str]) -> Iterator[Inference]:
-        """Put a span around the block, with the error that the block raises, if any."""
-        span = self.begin(face, model, carrier)
-        try:
+        ) as span:
             yield span
-        except BaseException as error:
-            span.end(error)
-            raise
-        span.end()
 
     def close(self) -> None:
         """Export the spans that are not exported yet."""
@@ -66,45 +51,27 @@ class Tracing:
             self._provider.shutdown()
 
 
-class Inference:
-    """The span of one request."""
-
-    def __init__(self, span: Any, trace: Any) -> None:
-        self._span, self._trace = span, trace
-
-    def answered(self, answered: Answered) -> None:
-        """Add the attributes of the answer."""
-        self._span.set_attributes(
-            {
-                "muntin.version": answered.response.version,
-                "muntin.request_id": answered.response.id,
-                "muntin.read_ms": answered.read * 1e3,
-                "muntin.queue_ms": answered.queued * 1e3,
-                "muntin.compute_ms": answered.computed * 1e3,
-                "muntin.batch_rows": answered.batch_rows,
-            }
-        )
-
-    def computed_by(self, version: str) -> None:
-        """Add the version that computed a picture: several, where one failed on the way."""
-        self._span.set_attribute("muntin.version", version)
-
-    def end(self, error: BaseException | None = None) -> None:
-        """End the span. `error`: the error with which the request ended, if any."""
-        if error is not None:
-            self._span.record_exception(error)
-            self._span.set_status(self._trace.Status(self._trace.StatusCode.ERROR, f"{type(error).__name__}: {error}"))
-        self._span.end()
+def set_answer(span: Any, answered: Answered) -> None:
+    """Add the attributes of an answer to its span."""
+    span.set_attributes(
+        {
+            "muntin.version": answered.response.version,
+            "muntin.request_id": answered.response.id,
+            "muntin.read_ms": answered.read * 1e3,
+            "muntin.queue_ms": answered.queued * 1e3,
+            "muntin.compute_ms": answered.computed * 1e3,
+            "muntin.batch_rows": answered.batch_rows,
+        }
+    )
 
 
-def _exporting() -> Any:
-    try:
-        from opentelemetry.exporter.otlp.proto.http.trace_exporter import OTLPSpanExporter
-        from opentelemetry.sdk.trace.export import BatchSpanProcessor
-    except ModuleNotFoundError as error:
-        raise _missing(error) from error
-    return BatchSpanProcessor(OTLPSpanExporter())
+def _exporting_provider() -> Any:
+    from opentelemetry.exporter.otlp.proto.http.trace_exporter import OTLPSpanExporter
+    from opentelemetry.sdk.resources import SERVICE_NAME, Resource
+    from opentelemetry.sdk.trace import TracerProvider
+    from opentelemetry.sdk.trace.export import BatchSpanProcessor
 
-
-def _missing(error: ModuleNotFoundError) -> DependencyError:
-    return DependencyError(f"tracing needs the package {error.name}: {install('otel')}, or leave --trace out")
+    # `create` gives OTEL_SERVICE_NAME and OTEL_RESOURCE_ATTRIBUTES precedence over a default that is merged first
+    provider = TracerProvider(resource=Resource({SERVICE_NAME: SERVICE}).merge(Resource.create()))
+    provider.add_span_processor(BatchSpanProcessor(OTLPSpanExporter()))
+    return provider
