@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from muntin.compression.calibration import as_input
+from muntin.models.eager import as_input
 
 
 def test_input_type_and_device() -> None:

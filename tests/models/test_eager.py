@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn.utils import prune
 
 from muntin.compression import prepare_qat, quantize
-from muntin.compression.low_rank import factorization as low_rank
+from muntin.compression.low_rank.factorization import low_rank
 from muntin.errors import MuntinError
 from muntin.models.eager import check_eager, check_module, eager_copy
 

@@ -179,29 +179,6 @@ def test_damaged_compression_record(tmp_path: Path, save_step: Save) -> None:
     assert "use an older step beside it" in text
 
 
-def test_recipe_with_scale(tmp_path: Path, save_step: Save, recipe: Recipe) -> None:
-    path = save_step(tmp_path, 1)
-    other = recipe.model_dump(mode="json")
-    other["model"]["scale"] = 1  # all that could be trained, in recipes that had the key
-    rewrite(path, recipe=other)
-    assert read_checkpoint(path).recipe == recipe
-    other["model"]["scale"] = 2
-    rewrite(path, recipe=other)
-    assert "recipe.model.scale: Extra inputs are not permitted" in mistake(path)
-
-
-def test_classifier_with_rare(tmp_path: Path, save_step: Save, recipe: Recipe) -> None:
-    path = save_step(tmp_path, 1)
-    other = recipe.model_dump(mode="json")
-    other["task"], other["data"]["rare"] = "classify", 0.5  # which did nothing, in recipes that were taken
-    rewrite(path, recipe=other)
-    read = read_checkpoint(path).recipe
-    assert (read.task, read.data.rare) == ("classify", 0.0)
-    other["task"] = "segment"
-    rewrite(path, recipe=other)
-    assert read_checkpoint(path).recipe.data.rare == 0.5
-
-
 def test_weights_of_another_model(tmp_path: Path, save_step: Save, recipe: Recipe) -> None:
     path = save_step(tmp_path, 1)
     other = recipe.model_dump(mode="json")

@@ -162,9 +162,9 @@ def test_interruption_after_the_last_step(tmp_path: Path, tiny: Any) -> None:
     """The run is complete; callers such as `muntin demo` start no further work."""
     plan = ("training.steps=2", "training.validate_every=2")
     result = train(tiny, tmp_path / "run", *plan, report=ctrl_c_at(2))
-    assert (result.step, result.interrupted, result.asked_to_stop) == (2, False, True)
+    assert (result.step, result.interrupted, result.stop_requested) == (2, False, True)
     again = train(tiny, tmp_path / "run", *plan, resume=True)
-    assert (again.interrupted, again.asked_to_stop, again.checkpoint) == (False, False, result.checkpoint)
+    assert (again.interrupted, again.stop_requested, again.checkpoint) == (False, False, result.checkpoint)
 
 
 class Drawing(nn.Conv2d):

@@ -127,7 +127,7 @@ def test_scripted_parts() -> None:
 def test_nothing_to_train() -> None:
     recipe = parse_recipe({"data": {"crop": 16}, "model": {"name": "own:make"}}, where="test")
     frozen = Own(nn.Conv2d(3, 2, 1), lambda m, x, y: y).requires_grad_(False)
-    with pytest.raises(RecipeError, match=r"'own:make' has no parameter that can be trained: call requires_grad_\(\) on what is to learn"):
+    with pytest.raises(RecipeError, match=r"'own:make' has no parameter that can be trained: call requires_grad_\(\) on those to train"):
         check_model(frozen, recipe, TWO)
     detached = Own(nn.Conv2d(3, 2, 1), lambda m, x, y: y.detach())
     with pytest.raises(RecipeError, match=r"the answer of 'own:make' depends on none of its trainable parameters: leave out detach\(\)"):

@@ -119,7 +119,7 @@ def test_value_out_of_range(place: str, value: Any, says: str) -> None:
 @pytest.mark.parametrize(
     ("place", "value", "says"),
     [
-        ("data.masks", None, "recipe: task: segment needs data.masks; where each class has a folder of its own, write task: classify"),
+        ("data.masks", None, "recipe: task: segment needs data.masks; if each class has a folder of its own, write task: classify"),
         ("task", "classify", "recipe: task: classify has no masks: leave out data.masks, or write task: segment"),
     ],
 )
@@ -334,20 +334,13 @@ def test_duplicate_key(tmp_path: Path) -> None:
         ("data.augmentation.flip_vertical=true", "data.augmentation.flip_vertical"),
         ("data.rare=yes", "data.rare"),
         ("training.learning_rate=on", "training.learning_rate"),
-        ("data.augmentation.scale=[true, 2]", "data.augmentation.scale.0"),
+        ("data.augmentation.scale=[true, 2]", "data.augmentation.scale"),
     ],
 )
 def test_boolean_for_a_number(change: str, place: str) -> None:
-    with pytest.raises(RecipeError, match=rf"{re.escape(place)}: a number is required \(got True"):
+    with pytest.raises(RecipeError, match=rf"{re.escape(place)}: a number is required, "):
         override_recipe(Recipe(), [change])
     assert override_recipe(Recipe(), ["training.compile=yes"]).training.compile is True
-
-
-def test_alias_cycle(tmp_path: Path) -> None:
-    path = tmp_path / "recipe.yaml"
-    path.write_text("model:\n  options: &a\n    x: *a\n")
-    with pytest.raises(RecipeError, match="a part of it contains itself through an alias: write it out"):
-        load_recipe(path)
 
 
 def test_rare_without_masks() -> None:

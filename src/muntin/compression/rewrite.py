@@ -54,7 +54,7 @@ def other_padding(layer: nn.Module, form: str) -> str | None:
 def computes_as_usual(layer: nn.Module, x: Tensor) -> bool:
     """Return False for a subclass that pads, standardises or masks, so that its weight and strides do not describe its result.
 
-    `x`: an input. A convolution also gets parts of its first image (a row, a column and a stride smaller), as it may pad some sizes only.
+    `x`: an input. A convolution also gets smaller parts of its first image, as it may pad some sizes only.
     """
     if type(layer) in (nn.Linear, nn.Conv2d):
         return True
@@ -82,8 +82,7 @@ def _close(output: Tensor, expected: Tensor) -> bool:
 
 
 def number_paddings(model: nn.Module) -> list[Change]:
-    """Replace the paddings 'same' and 'valid' of convolutions by the equal numbers, in place, because only numbers have factored and
-    integer forms. An odd number of pixels for 'same' is kept. Idempotent."""
+    """Replace the paddings 'same' and 'valid' of convolutions by equal numbers, in place; an odd 'same' is kept. Idempotent."""
     changes = []
     for name, conv in named(model, nn.Conv2d):
         if type(conv) is not nn.Conv2d or not isinstance(conv.padding, str) or conv.padding_mode != "zeros":
@@ -130,8 +129,7 @@ _NO_PRODUCT = (nn.Embedding, nn.EmbeddingBag, nn.LayerNorm, nn.RMSNorm)
 
 
 def others(model: nn.Module) -> dict[str, nn.Module]:
-    """Modules with weights and no other form, by dotted name: the kinds of `OTHERS`, and modules of the model's own with bare parameters
-    (an equalised or a conditional convolution; the parts of a computed weight)."""
+    """Modules with weights and no other form, by dotted name: the kinds of `OTHERS`, and the model's own modules with bare parameters."""
     return {name: module for name, module in model.named_modules() if isinstance(module, OTHERS) or _has_bare_weights(module)}
 
 
@@ -152,8 +150,8 @@ def out_of_reach(model: nn.Module, pass_: str, form: str) -> list[Change]:
 
 
 def replace(model: nn.Module, name: str, layer: nn.Module) -> None:
-    """Put `layer` in the place of `name`, everywhere the same module is held: shared layers stay shared, and plain attributes, lists,
-    tuples and dicts, which a forward may use, are updated too. The hooks of the old module are kept."""
+    """Put `layer` in the place of `name`, everywhere the same module is held, also in plain attributes, lists, tuples and dicts. The hooks
+    of the old module are kept."""
     old = model.get_submodule(name)
     layer.train(old.training)
     for hooks in _HOOKS:
@@ -203,10 +201,7 @@ def parameter_users(model: nn.Module) -> dict[int, list[str]]:
 
 
 def tied(model: nn.Module, units: Mapping[str, nn.Module]) -> dict[str, str]:
-    """The units, by name, whose insides cannot be rewritten, and why: a layer or weight is also used elsewhere, or a part has a hook.
-
-    A unit that is used whole in several places, or that shares only an activation, can be rewritten.
-    """
+    """The units, by name, whose parts cannot be rewritten, with reasons: a layer or weight is used elsewhere, or a part has a hook."""
     holders: dict[int, list[int]] = {}
     for module in model.modules():
         for held in (*module._modules.values(), *module._parameters.values()):

@@ -1,7 +1,4 @@
-"""Find out what pictures and masks hold: channels, size, and the classes with their values and colours.
-
-At most 64 files, evenly spread over a folder, are opened.
-"""
+"""Examine pictures and masks, at most 64 of a folder: channels, size, and the classes with their values and colours."""
 
 from __future__ import annotations
 
@@ -14,8 +11,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from muntin.data.classes import ClassSpec, code_color, color_codes
-from muntin.data.colors import RGB, distinct_colors
+from muntin.data.classes import RGB, ClassSpec, code_color, color_codes, distinct_colors
 from muntin.data.folders import class_folders
 from muntin.data.listing import pictures
 from muntin.data.source import MAX_CLASSES, DataTask
@@ -41,11 +37,8 @@ def examined_masks(folder: Path | None) -> tuple[int, int] | None:
 
 
 def picture_channels(paths: Sequence[Path]) -> int:
-    """The number of channels to read pictures with.
-
-    1 if all are grey. 4 if all are TIFFs of four channels and the fourth is not constant (a constant one is opacity). The number in .npy
-    files if all agree. 3 otherwise.
-    """
+    """The number of channels to read pictures with: 1 if all are grey; that of .npy files if all agree; 4 if all are TIFFs of four
+    channels and the fourth is not constant (opacity); 3 otherwise."""
     images = [read_image(path, None) for path in paths]
     channels, suffixes = {image.shape[2] for image in images}, {path.suffix.lower() for path in paths}
     if len(channels) == 1 and (1 in channels or suffixes == {".npy"}):
@@ -148,10 +141,10 @@ def _check_count(count: int, folder: Path) -> None:
 
 
 def _is_255_a_class(values: Sequence[int]) -> bool:
-    """Whether 255 is a class, as in masks of grey levels that are made to be seen (0, 255; 0, 128, 255), and not the ignored value.
+    """Return True if 255 is a class, as in masks of grey levels (0, 255; 0, 128, 255), and not the ignored value.
 
-    Class numbers count up from 0. Grey levels are far apart: the largest below 255 is over 63 with up to four values below, over 127 and
-    over twice the number of values with more.
+    Class numbers count up from 0, grey levels are far apart: with up to four values below 255 the largest of them is above 63, with more
+    values above 127 and above twice their number.
     """
     below = [value for value in values if value != IGNORED]
     if IGNORED not in values or not below:

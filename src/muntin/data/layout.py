@@ -100,7 +100,7 @@ def nested_class_notes(base: Path) -> list[str]:
 
 
 def _segment_layout(base: Path, split_folders: Mapping[SplitName, Path | None], *, required: bool) -> Layout | None:
-    """`required`: a split's folder without images and masks is an error; otherwise it may be anything, and is not used."""
+    """`required`: a split's folder without images and masks is an error; otherwise it is not used."""
     pair = _pair_in(base)
     if pair is None:
         return None

@@ -10,8 +10,7 @@ from pathlib import Path
 
 import yaml
 
-from muntin.data.classes import ClassSpec
-from muntin.data.colors import RGB
+from muntin.data.classes import RGB, ClassSpec
 from muntin.data.folders import FolderPair
 from muntin.data.inspection import (
     classes_in_folders,
@@ -53,9 +52,8 @@ compression:  # `muntin compress` after `muntin fit`: low rank, 4-bit weights, m
 def write_recipe(directory: Path | str, *, task: DataTask | None = None, output: Path | None = None) -> Path:
     """Write `recipe.yaml` into the user's folder and return its path. Opens at most 64 masks and 64 images.
 
-    `task` None: segmentation if there are masks, else classification. `output`: the file to write instead; it names the folders by their
-    absolute paths. Raises RecipeError if the recipe exists or cannot be written, DataError if the folder holds nothing usable or too
-    few pictures to split.
+    `task` None: segmentation if there are masks, else classification. `output`: the file to write instead, with absolute paths. Raises
+    RecipeError if the recipe exists or cannot be written, DataError if the folder holds nothing usable or too few pictures to split.
     """
     root = Path(directory) if output is None else Path(directory).resolve()
     path = root / RECIPE_NAME if output is None else output
@@ -73,11 +71,7 @@ def write_recipe(directory: Path | str, *, task: DataTask | None = None, output:
 
 
 def remarks(images: Path, masks: Path | None) -> list[str]:
-    """What users may not expect of the recipe for these folders, one line each.
-
-    Classification: folders that hold pictures only in their subfolders. Segmentation: folders that have the name of a split and are not
-    used, and masks in which 255 may be a class and is ignored.
-    """
+    """Notes on folders that the recipe does not use, and on masks in which 255 may be a class and is ignored."""
     if masks is None:
         return nested_class_notes(images)
     return [*unused_split_notes(images.parent), *ignored_value_notes(masks)]

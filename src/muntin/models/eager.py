@@ -1,14 +1,20 @@
-"""Checks that a model is a plain PyTorch module, which muntin can inspect, copy and rewrite."""
+"""Plain PyTorch modules, which muntin can inspect, copy and rewrite: checks, copies, and the inputs of their layers."""
 
 from __future__ import annotations
 
 import copy
+import itertools
 import sys
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from muntin.errors import MuntinError
+
+Watch = Callable[[str, nn.Module, tuple[Tensor, ...]], None]
+"""Called with an operation's name, the operation and its inputs, before the operation runs."""
 
 
 def check_module(model: object) -> None:
@@ -52,6 +58,35 @@ def eager_copy(model: nn.Module) -> nn.Module:
                 child = child._orig_mod  # type: ignore[assignment]
             part._modules[name] = child
     return copied
+
+
+def as_input(model: nn.Module, batch: Tensor) -> Tensor:
+    """The batch on the device and in the type of the model's weights, or of its buffers if all layers are quantised."""
+    for tensor in itertools.chain(model.parameters(), model.buffers()):
+        if tensor.is_floating_point():
+            return batch.to(tensor.device, tensor.dtype)
+    return batch.to(torch.float32)
+
+
+def watch_inputs(model: nn.Module, operations: Mapping[str, nn.Module], batches: Sequence[Tensor], watch: Watch) -> None:
+    """Run the batches `(B, C, H, W)`, raw pixels, through the model without gradients; call `watch` before each operation."""
+
+    def hook(name: str) -> Callable[[nn.Module, tuple[Any, ...], dict[str, Any]], None]:
+        return lambda operation, inputs, by_name: watch(name, operation, (*inputs, *by_name.values()))
+
+    handles = [operation.register_forward_pre_hook(hook(name), with_kwargs=True) for name, operation in operations.items()]
+    run(model, batches, handles)
+
+
+def run(model: nn.Module, batches: Sequence[Tensor], handles: Sequence[Any]) -> None:
+    """Run the batches through the model without gradients, then remove the hooks `handles`."""
+    try:
+        with torch.no_grad():  # tensors of inference mode that the model keeps could not be trained
+            for batch in batches:
+                model(as_input(model, batch))
+    finally:
+        for handle in handles:
+            handle.remove()
 
 
 def _is_wrapper(part: nn.Module) -> bool:

@@ -4,10 +4,8 @@
                                               |                         |                       |
                                               +--- skips -------------> ProgressiveUpsampler <--+ -> PixelHead -> scores
 
-A stem of two stages ends at stride 4, and blocks begin at 8.
-
-An attention stage cuts its map into windows once and stays in that form for all of its blocks. Every size H, W >= 1 works:
-strided convolutions round up, the decoder cuts to its skips.
+A stem of two stages ends at stride 4, and blocks begin at 8. Every size H, W >= 1 works: strided convolutions round up, the decoder cuts to
+its skips.
 
 Axes: B images, C channels, H W map, K scores, S windows, T tokens a window.
 """
@@ -87,9 +85,8 @@ class AttentionStage(nn.Module):
 class HybridNet(nn.Module):
     """A vision model for segmentation, classification or restoration.
 
-    Input: raw pixels, float 0-255, `(B, channels, H, W)`, any H, W >= 1. Output: scores `(B, K, H, W)` (segment), `(B, K)`
-    (classify), or an image 0-255 `(B, channels, scale·H, scale·W)` (restore). Time and memory are O(H·W);
-    with `attention="dense"` time is O((H·W)²).
+    Input: raw pixels, float 0-255, `(B, channels, H, W)`, any H, W >= 1. Output: scores `(B, K, H, W)` (segment), `(B, K)` (classify),
+    or an image 0-255 `(B, channels, scale·H, scale·W)` (restore). Time and memory are O(H·W); with `attention="dense"` time is O((H·W)²).
     """
 
     def __init__(self, config: ModelConfig) -> None:

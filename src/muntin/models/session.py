@@ -36,9 +36,9 @@ def require_compiler(device: str) -> None:
 class TorchSession:
     """Calls a model on `(B, H, W, C)` uint8 images and returns float32 scores: the reference for every engine.
 
-    `dtype`: type of products (autocast), None for FP32. `compile`: use `torch.compile`, at the first call of each shape (a minute
-    or more). The model is not copied or moved, and runs in `eval` mode. It receives pixels in float32, or in the 16-bit type of all its
-    weights. Raises `DependencyError` for `compile` without a compiler; a call raises `MuntinError` if the model returns no tensor.
+    `dtype`: type of products (autocast), None for FP32. `compile`: use `torch.compile`, a minute or more for each shape. The model is not
+    copied or moved, runs in `eval` mode, and receives pixels in float32, or in the 16-bit type of all its weights. Raises `DependencyError`
+    for `compile` without a compiler; a call raises `MuntinError` if the model returns no tensor.
     """
 
     streams = 1

@@ -5,8 +5,7 @@
     compute stream                                         model | ...
     copy-out stream                                               device -> pinned | ...
 
-Pinned memory makes the copies asynchronous; PyTorch keeps and reuses it. On a CPU streams and events are no-ops, and nothing is
-copied.
+On a CPU streams and events are no-ops, and nothing is copied.
 
 Axes: B images, H W map, C channels.
 """
@@ -44,11 +43,7 @@ class _Flight:
 def pipelined(
     batches: Iterable[NDArray[np.uint8]], compute: Callable[[Tensor], Tensor], device: torch.device
 ) -> Iterator[NDArray[np.float32]]:
-    """The answers to batches (B, H, W, C), in order; `compute` maps a tensor on the device to one on the device.
-
-    `BUFFERS` batches are in flight: the host reads and copies while the device computes. Each answer is a new array. An exception of
-    `compute` is raised when its batch is launched.
-    """
+    """The answers to batches (B, H, W, C), in order, each a new array; `compute` maps a tensor on the device to one on the device."""
     module = torch.get_device_module(device)
     streams = module.Stream(), module.Stream()
     flights: deque[_Flight] = deque()

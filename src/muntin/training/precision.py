@@ -46,10 +46,7 @@ def cpu_computes_bf16() -> bool:
 
 @cache
 def bf16_gain() -> float:
-    """Speed of BF16 matrix products over FP32 on this CPU, measured once a process in about a tenth of a second.
-
-    The instruction set does not tell: AVX512-BF16 doubles the speed on some CPUs and halves it on others.
-    """
+    """Speed of BF16 matrix products over FP32 on this CPU, measured once a process: AVX512-BF16 is faster on some CPUs only."""
     seconds = {}
     for dtype in (torch.float32, torch.bfloat16):
         a, b = torch.ones(_SIDE, _SIDE, dtype=dtype), torch.ones(_SIDE, _SIDE, dtype=dtype)
@@ -66,7 +63,7 @@ def bf16_gain() -> float:
 def resolve_precision(name: PrecisionName, device: str, *, begun: str | None = None) -> TrainingPrecision:
     """Choose the precision for a recipe's `name` on this machine. Raises `DependencyError` for a type that the hardware lacks.
 
-    `begun`: the precision of a resumed run so far, which "auto" keeps if the hardware has it, so that the run ends in the same bits.
+    `begun`: the precision of a resumed run so far, which "auto" keeps if the hardware has it.
     """
     if device == "cuda":
         return _on_cuda(name)

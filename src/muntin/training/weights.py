@@ -33,9 +33,8 @@ def new_model(recipe: Recipe, classes: tuple[ClassInfo, ...]) -> nn.Module:
 
 
 def build_model(recipe: Recipe, classes: tuple[ClassInfo, ...]) -> nn.Module:
-    """Create a recipe's model, ready for `load_weights`.
+    """Create a recipe's model, ready for `load_weights`. A foreign model is called once, to create its lazy parameters and buffers.
 
-    A foreign model is called once with a crop of zeros, so that it has the parameters and buffers that it creates at its first call.
     Raises `CheckpointError` if this call fails.
     """
     model = new_model(recipe, classes)
@@ -68,9 +67,9 @@ def load_weights(model: nn.Module, tensors: dict[str, Tensor], where: Path) -> N
 def load_initial_weights(model: nn.Module, path: Path) -> tuple[str, ...]:
     """Copy the tensors of a .safetensors file into a model, by name, and return notes on tensors that were not copied.
 
-    Names may be the model's, or for a foreign model those of its package; prefixes of DistributedDataParallel and torch.compile are
-    removed. A shared weight may be stored under one of its names. A layer of the file for another number of classes keeps its random
-    weights. Raises `RecipeError` for an unreadable file, a missing tensor or one of another shape; the model is then unchanged.
+    Names may be the model's or, for a foreign model, those of its package, with prefixes of DistributedDataParallel and torch.compile. A
+    layer of the file for another number of classes keeps its random weights. Raises `RecipeError` for an unreadable file, a missing tensor
+    or one of another shape; the model is then unchanged.
     """
     stored, own = _read(path), model.state_dict()
     named = {_model_name(key, own): tensor for key, tensor in stored.items()}

@@ -3,12 +3,11 @@
     model -> run calibration images (moments of inputs; sensitivity of the answer) -> spectra -> allocate ranks -> factor, replace
 
 Weights are seldom of low rank, but activations are: a weight is whitened by a square root L of its input's second moment
-before it is decomposed, so the dropped part is the one that calibration images use least. No layer has a rule of its
-own: ranks go where a parameter helps the answer most, and a layer may stay dense.
+before it is decomposed, so the dropped part is the one that calibration images use least. Ranks go to the layers where a parameter helps
+the answer most, and a layer may stay dense.
 
 A layer with few rows of calibration (one an image, behind a pooling) has a moment of low rank regardless of its need. It is decomposed by a
-moment that is shrunk by the number of rows (`Moment.shrunk`), which costs other images less. Ranks are chosen by the unshrunk moments:
-with shrunk ones they moved from layers before a pooling to those behind it, and other images lost more (docs/log.md).
+moment that is shrunk by the number of rows (`Moment.shrunk`). Ranks are chosen by the unshrunk moments (docs/log.md).
 
 Sources: SVD-LLM (Wang et al., 2403.07378, section 3) for the whitened decomposition of a matrix; Tucker-2 (Kim et al., 1511.06530,
 section 3) for kernels of 2 to 4; Jaderberg et al. (1405.3866, section 2) for larger ones. Deviations: convolutions are whitened
@@ -35,7 +34,6 @@ from muntin.compression.low_rank.factored_layers import (
     FactoredConv2d,
     FactoredLayer,
     FactoredLinear,
-    dense_macs,
     factored_macs,
     factored_parameters,
     full_ranks,
@@ -83,9 +81,8 @@ def low_rank(calibration: Iterable[Tensor], config: LowRankConfig | None = None)
 
     Costs a forward pass, three of one image, for `activation` a second one with a backward pass, and a decomposition of each layer,
     O(I²·O) for a matrix, in float64 on the CPU. Weights keep their type and device; the model is left in `eval` mode. `energy` and
-    `cumulative` need training afterwards: they lost 2 to 9 points. `activation` lost none down to a fifth of the parameters
-    (docs/log.md; short trainings of hybrid-s). Raises `MuntinError` if there is no calibration batch, for NaN or infinity,
-    if `keep` names no layer, or if the budget is out of reach.
+    `cumulative` need training afterwards. Raises `MuntinError` if there is no calibration batch, for NaN or infinity, if `keep` names no
+    layer, or if the budget is out of reach.
     """
     config = config or LowRankConfig()
 
@@ -176,10 +173,8 @@ def _no_form(layer: Dense) -> str | None:
 
 
 def _tied(layer: Dense, users: Mapping[int, list[str]]) -> str | None:
-    for parameter in layer.parameters():
-        if len(users[id(parameter)]) > 1:
-            return f"its parameters are shared by {' and '.join(users[id(parameter)])}: factoring one of them saves nothing"
-    return None
+    shared = next((by for parameter in layer.parameters() if len(by := users[id(parameter)]) > 1), None)
+    return None if shared is None else f"its parameters are shared by {' and '.join(shared)}: factoring one of them saves nothing"
 
 
 def _unused(moment: Moment | None) -> str | None:
@@ -221,14 +216,14 @@ def _pick_by_answer(
         menus[name] = choices(
             spectra(layer, square_root(moments[name].matrix)),
             lambda ranks, layer=layer, n=positions: (factored_parameters(layer, ranks), factored_macs(layer, ranks, n)),  # type: ignore[misc]
-            Choice(parameters=_dense_parameters(layer), macs=dense_macs(layer, positions)),
+            Choice(parameters=_dense_parameters(layer), macs=layer.weight.numel() * positions),
             multiple=config.multiple,
             scale=sensitivity[name] * positions,
         )
     budget, fixed = _budget(model, free, config)
     if config.macs is None:
         return allocate(menus, budget, fixed=fixed)
-    whole = sum(dense_macs(layer, moments[name].positions) for name, layer in free.items())
+    whole = sum(menu[-1].macs for menu in menus.values())  # dense
     return allocate_within(menus, budget, config.macs * whole, fixed=fixed)
 
 
@@ -316,9 +311,8 @@ def spectra(layer: Dense, root_II: Tensor | None = None) -> list[Values]:
 def factorize(layer: Dense, ranks: tuple[int, ...], root_II: Tensor | None = None) -> FactoredLayer:
     """The factored form of a Linear or Conv2d at `ranks` with the least error for inputs whose moment has the square root given.
 
-    Without a root all inputs count alike. At full ranks (`full_ranks`) the output is the layer's. The layer itself is not changed.
-    The scale of each component is split as √σ between neighbouring parts, so that none has a large range: training would move small
-    weights too far, and 8 bits hold only the loudest channel.
+    Without a root all inputs count alike. At full ranks (`full_ranks`) the output is the layer's. The layer itself is not changed. The
+    scale of each component is split as √σ between neighbouring parts, so that training and 8 bits suit both.
     """
     factored, whitened = shell(layer, ranks), _whiten(layer, root_II)
     if len(ranks) == 2:
