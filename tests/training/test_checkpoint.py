@@ -12,13 +12,12 @@ import torch
 
 from muntin.compression import load_model
 from muntin.errors import CheckpointError
-from muntin.models import create_model
 from muntin.training.checkpoint import AVERAGE, MODEL, OPTIMIZER, STATE, checkpoints_in, digest_of, find_checkpoint, read_checkpoint
 from muntin.training.optimizer import load_optimizer, make_optimizer, optimizer_tensors
 from muntin.training.precision import resolve_precision
 from muntin.training.recipe import Recipe
 from muntin.training.trainer import Trainer
-from muntin.training.weights import build_model, load_weights
+from muntin.training.weights import build_model
 
 Save = Callable[..., Path]
 
@@ -185,13 +184,6 @@ def test_weights_of_another_model(tmp_path: Path, save_step: Save, recipe: Recip
     other["model"]["options"]["decoder"] = 24
     rewrite(path, recipe=other)
     assert "weights of another model than its recipe makes" in mistake(path)
-
-
-def test_weights_with_module_versions(tmp_path: Path) -> None:
-    model = create_model("torchvision:mnasnet0_5", task="classify", classes=2)
-    other = create_model("torchvision:mnasnet0_5", task="classify", classes=2)
-    load_weights(other, dict(model.state_dict()), tmp_path)
-    assert all(torch.equal(value, model.state_dict()[name]) for name, value in other.state_dict().items())
 
 
 def test_mixed_files(tmp_path: Path, save_step: Save) -> None:

@@ -110,7 +110,7 @@ def test_lazy_parameters() -> None:
     check_model(norm, recipe, TWO)
     assert torch.equal(torch.get_rng_state(), state) and all(torch.equal(before[k], v) for k, v in norm.state_dict().items())
     old = Own(torch.nn.utils.weight_norm(nn.Conv2d(3, 2, 1)), lambda m, x, y: y)
-    with pytest.raises(RecipeError, match=r"'own:make' cannot be copied: use .* of torch\.nn\.utils\.parametrizations"):
+    with pytest.raises(RecipeError, match=r"'own:make' cannot be copied: .* of torch\.nn\.utils\.parametrizations"):
         check_model(old, recipe, TWO)
 
 
@@ -127,10 +127,10 @@ def test_scripted_parts() -> None:
 def test_nothing_to_train() -> None:
     recipe = parse_recipe({"data": {"crop": 16}, "model": {"name": "own:make"}}, where="test")
     frozen = Own(nn.Conv2d(3, 2, 1), lambda m, x, y: y).requires_grad_(False)
-    with pytest.raises(RecipeError, match=r"'own:make' has no parameter that can be trained: call requires_grad_\(\) on those to train"):
+    with pytest.raises(RecipeError, match=r"the answer of 'own:make' depends on no trainable parameter: call requires_grad_\(\)"):
         check_model(frozen, recipe, TWO)
     detached = Own(nn.Conv2d(3, 2, 1), lambda m, x, y: y.detach())
-    with pytest.raises(RecipeError, match=r"the answer of 'own:make' depends on none of its trainable parameters: leave out detach\(\)"):
+    with pytest.raises(RecipeError, match=r"depends on no trainable parameter: .*leave out detach\(\)"):
         check_model(detached, recipe, TWO)
     half = Own(nn.Sequential(nn.Conv2d(3, 2, 1).requires_grad_(False), nn.Conv2d(2, 2, 1)), lambda m, x, y: y)
     assert check_model(half, recipe, TWO) == () and half.layer[1].weight.grad is None

@@ -193,12 +193,8 @@ def _spend_rest(picked: dict[str, Choice], menus: Mapping[str, Sequence[Choice]]
     if fitting := _steps(picked, menus, rest):
         name, after = max(fitting, key=lambda step: picked[step[0]].loss - step[1].loss)
         single[name] = after
-    return min(path, single, key=_loss)
+    return min(path, single, key=lambda choices: math.fsum(choice.loss for choice in choices.values()))
 
 
 def _steps(picked: Mapping[str, Choice], menus: Mapping[str, Sequence[Choice]], rest: int) -> list[tuple[str, Choice]]:
     return [(name, choice) for name, menu in menus.items() for choice in menu if 0 < choice.parameters - picked[name].parameters <= rest]
-
-
-def _loss(picked: Mapping[str, Choice]) -> float:
-    return math.fsum(choice.loss for choice in picked.values())

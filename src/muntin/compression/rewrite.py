@@ -35,9 +35,6 @@ def named(model: nn.Module, *kinds: type[M]) -> Iterator[tuple[str, M]]:
             yield name, module
 
 
-# What a layer computes
-
-
 def computed_weight(layer: nn.Module) -> str | None:
     """Why a layer cannot be rewritten whose weight or bias is computed from other parameters at each call; None if it owns them."""
     computed = next((name for name in ("weight", "bias") if name not in layer._parameters), None)
@@ -96,9 +93,6 @@ def number_paddings(model: nn.Module) -> list[Change]:
     return changes
 
 
-# The setting `keep`
-
-
 def check_kept(keep: Sequence[str], layers: Mapping[str, nn.Module]) -> None:
     """Raise `MuntinError` for a name in `keep` that no layer has."""
     unknown = [entry for entry in keep if not any(is_kept(name, (entry,)) for name in layers)]
@@ -114,9 +108,6 @@ def keepable(model: nn.Module) -> dict[str, nn.Module]:
 def is_kept(name: str, keep: Sequence[str]) -> bool:
     """Return True if `keep` names a layer, a module around it, or a part that it would be factored into."""
     return any(f"{name}.".startswith(f"{entry}.") or (name and entry in (f"{name}.{part}" for part in PARTS)) for entry in keep)
-
-
-# Modules with weights that no pass rewrites
 
 
 OTHERS = (
@@ -144,9 +135,6 @@ def out_of_reach(model: nn.Module, pass_: str, form: str) -> list[Change]:
     """A kept `Change` for each module of `others`. `form`: what it does not have."""
     modules = {name: module for name, module in others(model).items() if not isinstance(module, ParametrizationList)}  # the layer has one
     return [Change(layer=name, pass_=pass_, done="kept", reason=f"{type(module).__name__}: no {form}") for name, module in modules.items()]
-
-
-# Replacing modules
 
 
 def replace(model: nn.Module, name: str, layer: nn.Module) -> None:

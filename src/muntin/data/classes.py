@@ -74,17 +74,17 @@ class MaskMapping:
             raise DataError("the classes' values mix integers and colours: give every class an integer, or every class [red, green, blue]")
         repeated = [value for value, count in Counter(values).items() if count > 1]
         if repeated:
-            raise DataError(f"two classes have the value {_as_yaml(repeated[0])}: every class needs its own")
+            raise DataError(f"two classes have the value {as_yaml(repeated[0])}: every class needs its own")
         table = {_code(value): index for index, value in enumerate(values)}
         if ignore is not None and isinstance(ignore, int) != self.colors:  # an integer `ignore` has no meaning in colour masks
             if _code(ignore) in table:
                 name = classes[table[_code(ignore)]].name
-                raise DataError(f"the value {_as_yaml(ignore)} is both class {name!r} and `ignore`: set `ignore: null` or another value")
+                raise DataError(f"the value {as_yaml(ignore)} is both class {name!r} and `ignore`: set `ignore: null` or another value")
             table[_code(ignore)] = IGNORED
         self._codes = np.array(sorted(table), dtype=np.int64)
         self._labels = np.array([table[code] for code in sorted(table)], dtype=np.uint8)
-        ignored = "none" if IGNORED not in table.values() else _as_yaml(ignore)
-        self._allowed = f"{list_some([_as_yaml(value) for value in values], 12)}; `ignore` is {ignored}"
+        ignored = "none" if IGNORED not in table.values() else as_yaml(ignore)
+        self._allowed = f"{list_some([as_yaml(value) for value in values], 12)}; `ignore` is {ignored}"
 
     def __call__(self, mask: npt.NDArray[Any], path: Path) -> UInt8:
         """Labels (H, W) of a mask (H, W) or (H, W, 3) as `read_mask` gives it. Raises DataError naming `path` for a value of no class."""
@@ -95,7 +95,7 @@ class MaskMapping:
         codes = color_codes(mask) if self.colors else mask
         labels, known = self._look_up(codes)
         if not known.all():
-            unknown = [_as_yaml(code_color(code) if self.colors else code) for code in np.unique(codes[~known]).tolist()]
+            unknown = [as_yaml(code_color(code) if self.colors else code) for code in np.unique(codes[~known]).tolist()]
             raise DataError(
                 f"{path} holds the mask values {list_some(unknown)}, allowed are {self._allowed}: "
                 "add a class, set `ignore`, or correct the mask"
@@ -147,5 +147,6 @@ def _code(value: int | RGB) -> int:
     return value if isinstance(value, int) else value[0] << 16 | value[1] << 8 | value[2]
 
 
-def _as_yaml(value: object) -> str:
+def as_yaml(value: object) -> str:
+    """A number or colour as YAML."""
     return str(list(value)) if isinstance(value, tuple) else str(value)

@@ -10,18 +10,21 @@ from pathlib import Path
 
 import yaml
 
-from muntin.data.classes import RGB, ClassSpec
+from muntin.data.classes import ClassSpec, as_yaml
 from muntin.data.folders import FolderPair
 from muntin.data.inspection import (
+    Layout,
     classes_in_folders,
     classes_in_masks,
     crop_side,
     examined_masks,
+    find_layout,
     ignored_value_notes,
+    nested_class_notes,
     picture_channels,
     spread,
+    unused_split_notes,
 )
-from muntin.data.layout import Layout, find_layout, nested_class_notes, unused_split_notes
 from muntin.data.listing import is_utf8
 from muntin.data.source import DataTask, SplitName
 from muntin.data.splits import filling_seed
@@ -139,8 +142,8 @@ def _class_lines(classes: Sequence[ClassSpec], masks: Path | None) -> list[str]:
         if examined is not None:
             lines.append(f"    # seen in {examined[0]} of {examined[1]} masks: add the classes of the others")
     for entry in classes:
-        value = "" if entry.value is None else f", value: {_number_or_color(entry.value)}"
-        lines.append(f"    - {{name: {_quoted(entry.name)}{value}, color: {_number_or_color(entry.color)}}}")
+        value = "" if entry.value is None else f", value: {as_yaml(entry.value)}"
+        lines.append(f"    - {{name: {_quoted(entry.name)}{value}, color: {as_yaml(entry.color)}}}")
     return lines
 
 
@@ -169,7 +172,3 @@ def _path(path: Path, relative_to: Path | None) -> str:
 def _quoted(text: str) -> str:
     """`text` as a YAML scalar in double quotes, on one line."""
     return yaml.safe_dump(text, default_style='"', allow_unicode=True, width=1 << 30).strip()
-
-
-def _number_or_color(value: int | RGB | None) -> str:
-    return str(list(value)) if isinstance(value, tuple) else str(value)

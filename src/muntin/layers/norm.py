@@ -58,9 +58,6 @@ class _GroupedNorm(nn.Module):
             return self._normalise(x_BCHW)
         return torch.cat([self._normalise(part) for part in torch.split(x_BCHW, group)])
 
-    def extra_repr(self) -> str:
-        return f"{self.dim}, eps={self.eps}, momentum={self.momentum}"
-
 
 class MapNorm(_GroupedNorm):
     """Normalise `(B, C, H, W)` by channel, in groups of `GROUP` images while training."""

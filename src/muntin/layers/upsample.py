@@ -15,12 +15,6 @@ from muntin.layers.convolution import ConvUnit
 from muntin.layers.ops import Gain, Sum
 
 
-def upsample_to(x_BCHW: Tensor, like_BCHW: Tensor) -> Tensor:
-    """Double the size by repeating pixels, and crop to the size of `like`, which may be odd."""
-    doubled = F.interpolate(x_BCHW, scale_factor=2.0, mode="nearest")
-    return doubled[:, :, : like_BCHW.shape[2], : like_BCHW.shape[3]]
-
-
 class ProgressiveUpsampler(nn.Module):
     """x_i = smooth_i(lateral_i(map_i) + upsample(x_(i-1))), from the coarsest feature map to the finest.
 
@@ -42,7 +36,8 @@ class ProgressiveUpsampler(nn.Module):
             raise ValueError(f"got {len(maps)} feature maps: give {len(self.lateral)}, coarse to fine")
         x_BCHW: Tensor = self.lateral[0](maps[0])
         for skip, lateral, smooth, add in zip(maps[1:], self.lateral[1:], self.smooth, self.sum, strict=True):
-            x_BCHW = smooth(add(lateral(skip), upsample_to(x_BCHW, skip)))
+            doubled = F.interpolate(x_BCHW, scale_factor=2.0, mode="nearest")
+            x_BCHW = smooth(add(lateral(skip), doubled[:, :, : skip.shape[2], : skip.shape[3]]))  # the size of a skip may be odd
         return x_BCHW
 
 

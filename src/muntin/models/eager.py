@@ -49,7 +49,11 @@ def eager_copy(model: nn.Module) -> nn.Module:
     try:
         copied = copy.deepcopy(model)
     except (RuntimeError, TypeError) as error:  # computed tensors, tensors without values, objects that Python cannot copy
-        raise MuntinError(f"cannot be copied: {_copying_advice(model, error)}") from error
+        reason = " ".join(str(error).split())[:200]
+        raise MuntinError(
+            f"cannot be copied: {reason}; its modules must hold objects that Python can copy: call prune.remove for layers with pruning "
+            "masks, use the norms of torch.nn.utils.parametrizations, and keep no tensor that was computed with gradients"
+        ) from error
     while _is_wrapper(copied):
         copied = copied._orig_mod  # type: ignore[assignment]
     for part in list(copied.modules()):
@@ -97,18 +101,3 @@ def _is_wrapper(part: nn.Module) -> bool:
 
 def _title(name: str) -> str:
     return f"'{name}', a part of the model," if name else "the model"
-
-
-def _copying_advice(model: nn.Module, error: Exception) -> str:
-    for name, part in model.named_modules():
-        if any(key.endswith("_mask") and f"{key[:-5]}_orig" in part._parameters for key in part._buffers):
-            return f"'{name}' is pruned by masks: call torch.nn.utils.prune.remove for it first"
-        norms = [f"{key[:-2]}_v" for key in part._parameters if key.endswith("_g")]
-        norms += [f"{key[:-5]}_u" for key in part._parameters if key.endswith("_orig")]
-        if any(key in part._parameters or key in part._buffers for key in norms):
-            return "use weight_norm and spectral_norm of torch.nn.utils.parametrizations instead of those of torch.nn.utils"
-        for key, value in vars(part).items():
-            if isinstance(value, Tensor) and not value.is_leaf:
-                owner = _title(name) if name else "it"
-                return f"{owner} keeps a tensor that was computed with gradients, {key}: set it to None, or call it under no_grad"
-    return f"{' '.join(str(error).split())[:200]}; its modules must hold objects that Python can copy"

@@ -144,12 +144,9 @@ def _current_folder() -> Iterator[None]:
         sys.path.remove("")
 
 
-def _check_factory(name: str, factory: object) -> None:
+def _check_factory(name: str, factory: Callable[..., nn.Module]) -> None:
     """Raise `RecipeError` if the factory cannot be called. A TypeError inside the later call keeps its traceback."""
-    advice = "write a function that takes task, classes and channels by keyword"
-    if not callable(factory):
-        raise RecipeError(f"model '{name}' is a {type(factory).__name__}, which cannot be called: {advice}")
     try:
         inspect.signature(factory).bind(task="segment", classes=2, channels=3)
     except (TypeError, ValueError) as error:  # ValueError: a built-in without a signature
-        raise RecipeError(f"model '{name}': {error}: {advice}") from error
+        raise RecipeError(f"model '{name}': {error}: write a function that takes task, classes and channels by keyword") from error

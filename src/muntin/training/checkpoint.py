@@ -104,9 +104,6 @@ class Checkpoint:
         return () if self.state.compression is None else self.state.compression.changes
 
 
-# Data of a checkpoint
-
-
 def check_classes(checkpoint: Checkpoint, source: Source) -> None:
     """Raise `DataError` if the data have other classes than the model was trained on, or another order of them."""
     trained, current = ([entry.name for entry in classes] for classes in (checkpoint.state.classes, source.classes))
@@ -139,9 +136,6 @@ def calibration_of(checkpoint: Checkpoint, source: Source) -> list[Tensor]:
     recipe = checkpoint.recipe
     samples, count = source.split("train"), recipe.quantization.calibration_images
     return list(calibration_batches(samples, task=recipe.task, crop=recipe.data.crop, count=count, batch_size=8, seed=recipe.seed))
-
-
-# Writing
 
 
 def write_checkpoint(folder: Path, state: dict[str, Any], tensors: dict[str, dict[str, Tensor]]) -> Path:
@@ -180,9 +174,6 @@ def _separate(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
         separate[name] = on_cpu.clone() if place in places else on_cpu
         places.add(place)
     return separate
-
-
-# Reading
 
 
 def checkpoints_in(folder: Path) -> list[Path]:

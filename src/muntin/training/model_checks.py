@@ -189,13 +189,12 @@ def _check_answer(model: nn.Module, shape: tuple[int, ...], signature: Signature
 
 def _check_gradient(model: nn.Module, shape: tuple[int, ...], name: str) -> None:
     """Raise `RecipeError` if the answer depends on no trainable parameter."""
-    if not any(parameter.requires_grad for parameter in model.parameters()):
-        raise RecipeError(f"'{name}' has no parameter that can be trained: call requires_grad_() on those to train")
     with torch.random.fork_rng(), torch.enable_grad():
         answer = model(torch.zeros(shape).contiguous(memory_format=torch.channels_last))
     if not answer.requires_grad:
         raise RecipeError(
-            f"the answer of '{name}' depends on none of its trainable parameters: leave out detach() and no_grad in its forward"
+            f"the answer of '{name}' depends on no trainable parameter: call requires_grad_() on those to train, and "
+            "leave out detach() and no_grad in its forward"
         )
 
 

@@ -75,11 +75,6 @@ class Muon(torch.optim.Optimizer):
             self._adamw.step()
         return loss
 
-    def suits(self) -> bool:
-        """Return True if the loaded state is of this optimiser: matrices, and only they, have a momentum."""
-        states = [(group["matrices"], set(self.state[p])) for group in self.param_groups for p in group["params"] if self.state[p]]
-        return all(state == {"momentum"} if matrix else "momentum" not in state for matrix, state in states)
-
     def _update(self, parameters: list[nn.Parameter], rate: float, decay: float) -> None:
         by_shape: dict[tuple[int, int], list[tuple[nn.Parameter, Tensor]]] = defaultdict(list)
         for parameter in parameters:

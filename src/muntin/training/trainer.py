@@ -16,7 +16,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from muntin.errors import CheckpointError, DependencyError, MuntinError
+from muntin.errors import DependencyError, MuntinError
 from muntin.training.checkpoint import AVERAGE, MODEL, OPTIMIZER, Checkpoint
 from muntin.training.config import TrainingConfig
 from muntin.training.gate_pruning import GateClosing
@@ -100,8 +100,6 @@ class Trainer:
         load_weights(self.model, tensors[MODEL], checkpoint.path / MODEL)
         load_weights(self.average.model, tensors[AVERAGE], checkpoint.path / AVERAGE)
         load_optimizer(self.model, self.optimizer, self.scaler, tensors[OPTIMIZER])
-        if not self.optimizer.suits():
-            raise CheckpointError(f"{checkpoint.path}: an earlier version wrote it, which trained with another optimiser: train anew")
 
     def tensors(self) -> dict[str, dict[str, Tensor]]:
         """The state for a checkpoint, by file."""
@@ -135,8 +133,8 @@ class Trainer:
             group["lr"] = rate
         self.model.train()
         images = images.to(self.precision.device, torch.float32, memory_format=torch.channels_last)
-        if self.config.gate_budget < 1 and self.closing is None:  # before a step of a resumed run moves closed gates
-            self._begin_closing(images[:1])
+        if self.config.gate_budget < 1:  # before a step of a resumed run moves closed gates
+            self.closing = self._gate_closing(images[:1])
         target = target.to(self.precision.device)
         with self.precision.autocast():
             scores = self.forward(images)
@@ -164,12 +162,10 @@ class Trainer:
             self.closing.update(done, self.optimizer)
         return value
 
-    def _begin_closing(self, image: Tensor) -> None:
-        self.closing = GateClosing(self.model, self.average.model, image, keep=self.config.gate_budget)
+    def _gate_closing(self, image: Tensor) -> GateClosing:
+        return self.closing or GateClosing(self.model, self.average.model, image, keep=self.config.gate_budget)
 
     def close_gates(self, image: Tensor) -> bool:
         """Close gates down to the final budget. Returns True if any gate was closed. `image`: `(1, C, H, W)`."""
-        if self.closing is None:
-            self._begin_closing(image.to(self.precision.device, torch.float32, memory_format=torch.channels_last))
-        assert self.closing is not None
+        self.closing = self._gate_closing(image.to(self.precision.device, torch.float32, memory_format=torch.channels_last))
         return self.closing.update(1.0, self.optimizer)

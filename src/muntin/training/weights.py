@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +11,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from muntin.artifact.classes import ClassInfo
+from muntin.data.classes import list_some
 from muntin.errors import CheckpointError, RecipeError
 from muntin.models import HybridNet, create_model
 from muntin.training.recipe import Recipe
@@ -79,7 +79,8 @@ def load_initial_weights(model: nn.Module, path: Path) -> tuple[str, ...]:
     # num_batches_tracked is a counter, and older files lack it
     missing = [key for key in own if key not in named and not key.endswith("num_batches_tracked")]
     if missing:
-        raise RecipeError(f"{path}: it lacks {_list(missing)} of the recipe's model, and holds {_list(stored)}: are these its weights?")
+        held = list_some(list(stored), 3) or "nothing"
+        raise RecipeError(f"{path}: it lacks {list_some(missing, 3)} of the recipe's model, and holds {held}: are these its weights?")
     random: list[str] = []
     for key, tensor in own.items():
         if key not in named or named[key].shape == tensor.shape:
@@ -91,9 +92,9 @@ def load_initial_weights(model: nn.Module, path: Path) -> tuple[str, ...]:
     load_weights(model, own | {key: tensor for key, tensor in named.items() if key in own}, path)
     notes = [f"{path.name}: {len(named) - len(unknown)} of the model's {len(own)} tensors are from it"]
     if random:
-        notes.append(f"{path.name}: of another number of classes, initialised at random: {_list(random)}")
+        notes.append(f"{path.name}: of another number of classes, initialised at random: {list_some(random, 3)}")
     if unknown:
-        notes.append(f"{path.name}: not in the model, left out: {_list(unknown)}")
+        notes.append(f"{path.name}: not in the model, left out: {list_some(unknown, 3)}")
     return tuple(notes)
 
 
@@ -135,8 +136,3 @@ def _model_name(key: str, own: dict[str, Tensor]) -> str:
     while (prefix := next((one for one in _TORCH_PREFIXES if bare.startswith(one)), None)) is not None:
         bare = bare.removeprefix(prefix)
     return next((name for ours in ("", *_WRAPPER_PREFIXES) for name in (ours + key, ours + bare) if name in own), key)
-
-
-def _list(names: Iterable[str]) -> str:
-    listed = list(names)
-    return ", ".join(listed[:3]) + (f" and {len(listed) - 3} more" if len(listed) > 3 else "") if listed else "nothing"

@@ -10,9 +10,8 @@ A layer with few rows of calibration (one an image, behind a pooling) has a mome
 moment that is shrunk by the number of rows (`Moment.shrunk`). Ranks are chosen by the unshrunk moments (docs/log.md).
 
 Sources: SVD-LLM (Wang et al., 2403.07378, section 3) for the whitened decomposition of a matrix; Tucker-2 (Kim et al., 1511.06530,
-section 3) for kernels of 2 to 4; Jaderberg et al. (1405.3866, section 2) for larger ones. Deviations: convolutions are whitened
-over channels, as if the taps of a kernel saw uncorrelated pixels (O(C²) memory, not O(C²·k⁴)); ranks come from one
-allocation, not from one ratio for all layers or variational Bayes; weights are not updated after the truncation.
+section 3) for kernels of 2 to 4; Jaderberg et al. (1405.3866, section 2) for larger ones. Deviations: convolutions are whitened over
+channels, as if the taps of a kernel saw uncorrelated pixels; ranks come from one allocation; weights are not updated after the truncation.
 
 Axes: O output and I input channels, H W the taps of a kernel, R and P ranks.
 """
@@ -73,11 +72,10 @@ Dense = nn.Linear | nn.Conv2d
 def low_rank(calibration: Iterable[Tensor], config: LowRankConfig | None = None) -> Pass:
     """A pass that replaces Linear and Conv2d by factored layers, in place; see the head of this file.
 
-    `calibration`: input batches `(B, C, H, W)` of raw pixels, any integer or float type; images of training, never of a test. Each
-    layer should get several times more rows (tokens, positions of its map) than it has channels; below `FEW_ROWS` the change has a note.
-    Criteria: `activation` minimises the estimated harm to the answer, noise over signal, under `config.parameters` and `config.macs`;
-    `energy` and `cumulative` give every layer the least rank whose share of Σσ², of Σσ, of its weight reaches one threshold (the latter is
-    the usual Σσ rule), given or the largest that meets the budget. The budget counts all parameters of the model.
+    `calibration`: input batches `(B, C, H, W)` of raw pixels, any integer or float type; images of training, never of a test. A layer with
+    fewer than `FEW_ROWS` rows (tokens, positions of its map) a channel gets a note. Criteria: `activation` minimises the estimated harm to
+    the answer, noise over signal, under `config.parameters` and `config.macs`; `energy` and `cumulative` give every layer the least rank
+    whose share of Σσ², of Σσ, of its weight reaches one threshold, given or the largest that meets the budget.
 
     Costs a forward pass, three of one image, for `activation` a second one with a backward pass, and a decomposition of each layer,
     O(I²·O) for a matrix, in float64 on the CPU. Weights keep their type and device; the model is left in `eval` mode. `energy` and
@@ -139,9 +137,6 @@ def _ranks_text(ranks: tuple[int, ...], full: tuple[int, ...]) -> str:
     return f"rank{'s' if len(ranks) > 1 else ''} {', '.join(map(str, ranks))} of {', '.join(map(str, full))}"
 
 
-# Which layers stay dense
-
-
 def _reasons_to_keep(model: nn.Module, layers: Mapping[str, Dense], config: LowRankConfig) -> dict[str, str]:
     """Reasons to keep layers dense for any budget, by name."""
     factored = {id(part) for _, layer in named(model, FactoredLinear, FactoredConv2d) for part in layer.children()}
@@ -198,9 +193,6 @@ def _dense_parameters(layer: Dense) -> int:
     return sum(parameter.numel() for parameter in layer.parameters())
 
 
-# Which ranks
-
-
 def _budget(model: nn.Module, free: Mapping[str, Dense], config: LowRankConfig) -> tuple[int, int]:
     """The allowed parameters of the model, and the number of its parameters that no rank changes."""
     total = sum(parameter.numel() for parameter in model.parameters())
@@ -244,9 +236,6 @@ def _pick_by_threshold(model: nn.Module, free: Mapping[str, Dense], config: LowR
         return fixed + sum(min(choice.parameters, _dense_parameters(free[name])) for name, choice in pick(threshold).items())
 
     return pick(config.threshold or largest_threshold(total, budget))
-
-
-# Decompositions
 
 
 def square_root(moment_II: Tensor) -> Tensor:
@@ -294,8 +283,8 @@ def _whiten(layer: Dense, root_II: Tensor | None) -> _Whitened:
 def spectra(layer: Dense, root_II: Tensor | None = None) -> list[Values]:
     """σ² of the components of each mode that `factorize` can drop, descending: one array, two of Tucker-2.
 
-    With the square root of the input's moment, σ² is the part of the output's power in the component, mean over output rows and summed
-    over channels: for a matrix the squared error of dropping it, exactly (SVD-LLM, theorem 3.2). Without, it is of the weight alone.
+    With the square root of the input's moment, σ² is the component's part of the output's power: for a matrix the squared error of dropping
+    it (SVD-LLM, theorem 3.2). Without, it is of the weight alone.
     """
     whitened, full = _whiten(layer, root_II), full_ranks(layer)
     if len(full) == 2:
@@ -352,9 +341,6 @@ def _mode(gram: Tensor, rank: int) -> tuple[Tensor, Tensor]:
     sigma = values.flip(0)[:rank].clamp_min(0).sqrt()
     largest = float(sigma.max())
     return vectors.flip(1)[:, :rank], torch.where(sigma > 1e-6 * largest, sigma, torch.full_like(sigma, largest or 1.0)).sqrt()
-
-
-# Structure, for checkpoints
 
 
 def structure_of(model: nn.Module) -> dict[str, tuple[int, ...]]:
