@@ -2,12 +2,36 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 
+import pytest
 import torch
 from torch import Tensor, nn
 
+from muntin.errors import MuntinError
 from muntin.models import Change
+from muntin.training.checkpoint import Checkpoint
+
+
+@pytest.fixture(autouse=True)
+def one_seed_one_thread() -> Iterator[None]:
+    """Imported by the conftest of the folders in which it applies."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    torch.manual_seed(0)
+    yield
+    torch.set_num_threads(threads)
+
+
+def one_line(error: pytest.ExceptionInfo[MuntinError]) -> str:
+    """The message of an error, of one line."""
+    assert "\n" not in str(error.value)
+    return str(error.value)
+
+
+def count(model: nn.Module) -> int:
+    """Number of parameters."""
+    return sum(parameter.numel() for parameter in model.parameters())
 
 
 def pixels(*shape: int) -> Tensor:
@@ -41,3 +65,13 @@ def by_layer(changes: Iterable[Change], pass_: str) -> dict[str, Change]:
     by_name = [change for change in changes if change.pass_ == pass_]
     assert len({change.layer for change in by_name}) == len(by_name)
     return {change.layer: change for change in by_name}
+
+
+def assert_same_state(one: Checkpoint, other: Checkpoint) -> None:
+    """Assert that two checkpoints have the same step, compression record and tensors, to the last bit."""
+    assert one.state.step == other.state.step and one.state.compression == other.state.compression
+    assert one.tensors.keys() == other.tensors.keys()
+    for file, tensors in one.tensors.items():
+        assert tensors.keys() == other.tensors[file].keys()
+        for name, value in tensors.items():
+            assert torch.equal(value, other.tensors[file][name]), f"{file}: {name}"

@@ -16,7 +16,7 @@ import pytest
 import torch
 from torch import nn
 
-from model_helpers import answer, by_layer, names, pixels
+from model_helpers import answer, assert_same_state, by_layer, count, names, one_line, pixels
 from muntin.compression import load_model, stages
 from muntin.compression.channels.slimming import widths_of
 from muntin.compression.low_rank.factored_layers import FactoredConv2d, FactoredLinear
@@ -104,15 +104,6 @@ def train_foreign(tmp_path: Path, write_tiny: Callable[..., Any], monkeypatch: p
         return read_checkpoint(fit(tiny.recipe, directory=tmp_path / "run").checkpoint)
 
     return run
-
-
-def count(model: nn.Module) -> int:
-    return sum(parameter.numel() for parameter in model.parameters())
-
-
-def one_line(error: pytest.ExceptionInfo[MuntinError]) -> str:
-    assert "\n" not in str(error.value)
-    return str(error.value)
 
 
 def tree(root: Path) -> dict[str, bytes]:
@@ -213,15 +204,6 @@ def ctrl_c_in(stage: Stage, step: int = LOG_EVERY) -> Report:
             os.kill(os.getpid(), signal.SIGINT)
 
     return report
-
-
-def assert_same_state(one: Checkpoint, other: Checkpoint) -> None:
-    assert one.state.step == other.state.step and one.state.compression == other.state.compression
-    assert one.tensors.keys() == other.tensors.keys() == {MODEL, AVERAGE, OPTIMIZER}
-    for file, tensors in one.tensors.items():
-        assert tensors.keys() == other.tensors[file].keys()
-        for name, value in tensors.items():
-            assert torch.equal(value, other.tensors[file][name]), f"{file}: {name}"
 
 
 def test_interruption_in_every_stage(compressed: Compressed, tmp_path: Path) -> None:

@@ -137,7 +137,7 @@ def locked() -> nn.Module:
         (pruned, "call prune.remove for layers with pruning masks"),
         (lambda: called(Keeps()), "cannot be copied: Only Tensors created explicitly by the user"),
         (lambda: nn.Sequential(nn.utils.weight_norm(nn.Conv2d(3, 2, 1))), "use the norms of torch.nn.utils.parametrizations"),
-        (lambda: nn.Sequential(called(nn.utils.spectral_norm(nn.Conv2d(3, 2, 1)))), "use weight_norm and spectral_norm of"),
+        (lambda: nn.Sequential(called(nn.utils.spectral_norm(nn.Conv2d(3, 2, 1)))), "use the norms of torch.nn.utils.parametrizations"),
         (locked, "cannot be copied: cannot pickle '_thread.lock' object; its modules must hold objects that Python can copy"),
     ],
 )

@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import dataclasses
 import json
 import shutil
 from collections.abc import Callable
@@ -14,9 +13,7 @@ from muntin.compression import load_model
 from muntin.errors import CheckpointError
 from muntin.training.checkpoint import AVERAGE, MODEL, OPTIMIZER, STATE, checkpoints_in, digest_of, find_checkpoint, read_checkpoint
 from muntin.training.optimizer import load_optimizer, make_optimizer, optimizer_tensors
-from muntin.training.precision import resolve_precision
 from muntin.training.recipe import Recipe
-from muntin.training.trainer import Trainer
 from muntin.training.weights import build_model
 
 Save = Callable[..., Path]
@@ -231,13 +228,3 @@ def test_write_error(tmp_path: Path, save_step: Save) -> None:
     assert "artefact" not in str(error.value).split("(")[0]
     assert sorted(p.name for p in folder.iterdir()) == ["step-00000001", "step-00000002"]
     read_checkpoint(folder / "step-00000001")
-
-
-def test_another_optimizer(tmp_path: Path, save_step: Save, recipe: Recipe) -> None:
-    checkpoint = read_checkpoint(save_step(tmp_path, 3))
-    model, precision = build_model(recipe, checkpoint.state.classes), resolve_precision("fp32", "cpu")
-    trainer = Trainer(model, recipe.training, task="segment", precision=precision)
-    trainer.restore(checkpoint)
-    renamed = {name.replace("momentum.", "exp_avg."): value for name, value in checkpoint.tensors[OPTIMIZER].items()}
-    with pytest.raises(CheckpointError, match="another optimiser"):
-        trainer.restore(dataclasses.replace(checkpoint, tensors={**checkpoint.tensors, OPTIMIZER: renamed}))

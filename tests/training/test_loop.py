@@ -17,6 +17,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from model_helpers import assert_same_state, one_line
 from muntin.compression import load_model
 from muntin.data import open_source
 from muntin.errors import CheckpointError, DataError, DependencyError, MuntinError, RecipeError
@@ -24,7 +25,7 @@ from muntin.images import write_image
 from muntin.layers import ChannelGate
 from muntin.models import CompressionRecord, TorchSession
 from muntin.training import loop
-from muntin.training.checkpoint import AVERAGE, STATE, Checkpoint, checkpoints_in, read_checkpoint
+from muntin.training.checkpoint import AVERAGE, STATE, checkpoints_in, read_checkpoint
 from muntin.training.evaluation import evaluate
 from muntin.training.loop import LOG_EVERY, FitProgress, FitResult, Interruption, MetricsLog, Training, fit
 from muntin.training.precision import resolve_precision
@@ -53,11 +54,6 @@ def ctrl_c_at(step: int) -> Callable[[FitProgress], None]:
     return report
 
 
-def one_line(error: pytest.ExceptionInfo[MuntinError]) -> str:
-    assert "\n" not in str(error.value)
-    return str(error.value)
-
-
 # ---- a run and what it leaves ----
 
 
@@ -72,14 +68,6 @@ def whole(tmp_path_factory: pytest.TempPathFactory, write_tiny: Callable[..., An
     root = tmp_path_factory.mktemp("whole")
     tiny = write_tiny(root / "data")
     return tiny, train(tiny, root / "run", *plan)
-
-
-def assert_same_state(one: Checkpoint, other: Checkpoint) -> None:
-    assert one.tensors.keys() == other.tensors.keys()
-    for file, tensors in one.tensors.items():
-        assert tensors.keys() == other.tensors[file].keys()
-        for name, value in tensors.items():
-            assert torch.equal(value, other.tensors[file][name]), f"{file}: {name}"
 
 
 @pytest.fixture

@@ -13,8 +13,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from model_helpers import one_line
 from muntin.artifact import ClassInfo
-from muntin.errors import MuntinError, RecipeError
+from muntin.errors import RecipeError
 from muntin.models import create_model
 from muntin.training.loop import fit
 from muntin.training.model_checks import check_maps, check_model, check_reading
@@ -23,11 +24,6 @@ from muntin.training.recipe import load_recipe, parse_recipe
 from muntin.training.weights import new_model
 
 TWO = (ClassInfo(name="a", color=(0, 0, 0)), ClassInfo(name="b", color=(9, 9, 9)))
-
-
-def one_line(error: pytest.ExceptionInfo[MuntinError]) -> str:
-    assert "\n" not in str(error.value)
-    return str(error.value)
 
 
 class Own(nn.Module):

@@ -13,6 +13,7 @@ import torch
 from numpy.typing import NDArray
 from torchmetrics.classification import MulticlassConfusionMatrix
 
+from muntin.data.classes import list_some
 from muntin.data.source import Sample
 from muntin.errors import DataError
 from muntin.images import IGNORED
@@ -48,9 +49,9 @@ class Evaluation:
     def notes(self) -> tuple[str, ...]:
         """Notes on classes that the truth lacks: for classify all, for segment those that were predicted."""
         absent = [name for name, recall in self.recall.items() if recall is None]
-        if self.task == "classify" and absent:
-            return (f"no image is of {', '.join(absent[:6])}{', ...' if len(absent) > 6 else ''}: the accuracy does not cover it",)
-        false = [name for name, iou in self.iou.items() if iou == 0 and self.recall[name] is None] if self.task == "segment" else []
+        if self.task == "classify":
+            return (f"no image is of {list_some(absent)}: the accuracy does not cover it",) if absent else ()
+        false = [name for name in absent if self.iou[name] == 0]
         effect = "and some pixels were predicted as it: its IoU of 0 counts in the mean"
         return (f"the truth holds no {', '.join(false)}, {effect}",) if false else ()
 

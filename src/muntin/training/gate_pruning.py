@@ -56,8 +56,7 @@ class GateClosing:
 
     @torch.no_grad()
     def update(self, done: float, optimizer: torch.optim.Optimizer) -> bool:
-        """Close gates as far as the budget at `done` demands, and close again those that the optimiser moved, in the averaged model too.
-        Returns True if the budget demanded any."""
+        """Close gates down to the budget at `done`, also those that the optimiser moved. Returns True if the budget demanded any."""
         open_cost = sum(self.costs[gate] * int((~closed_C).sum()) for gate, closed_C in self.closed.items())
         over = open_cost - self.share(done) * self.total
         closes = over > 0 and all(float(optimizer.state[gate.logit].get("step", 0)) for gate in self.costs)  # FP16 skips steps

@@ -16,7 +16,7 @@ from pydantic import ValidationError
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from model_helpers import answer, pixels, settled
+from model_helpers import answer, count, pixels, settled
 from muntin import create_model
 from muntin.compression import Change, fold, quantize
 from muntin.compression.activation_moments import answer_sensitivity, input_moments
@@ -48,10 +48,6 @@ def correlated(rows: int, channels: int) -> Tensor:
     """Rows with correlated channels."""
     decay = torch.logspace(0, -3, channels, dtype=torch.float64)
     return torch.randn(rows, channels, dtype=torch.float64) * decay @ torch.randn(channels, channels, dtype=torch.float64)
-
-
-def count(model: nn.Module) -> int:
-    return sum(parameter.numel() for parameter in model.parameters())
 
 
 def layers(model: nn.Module) -> list[str]:
