@@ -27,9 +27,8 @@ from torch import nn
 import muntin
 from kept import Row, kept_row
 from muntin.compression import load_model
-from muntin.compression.low_rank import factorization as low_rank
 from muntin.compression.low_rank.factored_layers import full_ranks
-from muntin.compression.low_rank.factorization import factorize
+from muntin.compression.low_rank.factorization import factorize, low_rank
 from muntin.deployment.counting import parameter_count
 from muntin.models import TorchSession
 from muntin.runtime import describe_hardware

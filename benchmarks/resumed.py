@@ -49,7 +49,7 @@ def trained(recipe: Recipe, folder: Path) -> Checkpoint:
         if checkpoint.state.step == recipe.training.steps:
             return checkpoint
     result = muntin.fit(recipe, directory=folder, root=Path.cwd(), resume=begun)
-    if result.asked_to_stop:
+    if result.stop_requested:
         raise SystemExit(f"interrupted at step {result.step} of {result.steps} in {folder}: the same command goes on from there")
     return _of_recipe(read_checkpoint(folder), recipe)
 
@@ -63,7 +63,7 @@ def _of_recipe(checkpoint: Checkpoint, recipe: Recipe) -> Checkpoint:
 def compressed(checkpoint: Checkpoint, folder: Path, config: CompressionConfig, until: Stage = "mixed") -> CompressionRun:
     """The recipe's stages on a checkpoint, gone on with where they stand. Ctrl-C ends the program: what is there is not their result."""
     run = compress_checkpoint(checkpoint, folder, config=config, until=until, resume=True)
-    if run.asked_to_stop:
+    if run.stop_requested:
         raise SystemExit(f"interrupted while it compressed in {folder}: the same command goes on from there")
     return run
 

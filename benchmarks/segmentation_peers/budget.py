@@ -136,7 +136,7 @@ def precision_for(entry: Entry, setting: Setting) -> str:
 def train(recipe: Recipe, folder: Path, root: Path) -> Checkpoint:
     """`muntin fit`, gone on with where it was interrupted."""
     result = muntin.fit(recipe, directory=folder, root=root, resume=bool(checkpoints_in(folder / "checkpoints")))
-    if result.asked_to_stop:
+    if result.stop_requested:
         raise Interrupted
     return read_checkpoint(folder)
 
@@ -144,7 +144,7 @@ def train(recipe: Recipe, folder: Path, root: Path) -> Checkpoint:
 def compress(checkpoint: Checkpoint, folder: Path) -> CompressionRun:
     """`muntin compress` through all stages, gone on with where it was interrupted."""
     run = compress_checkpoint(checkpoint, folder, resume=True)
-    if run.asked_to_stop:
+    if run.stop_requested:
         raise Interrupted
     return run
 

@@ -173,7 +173,7 @@ def test_stages_that_no_step_is_left_for_are_told(call: Call, exported: Any, tmp
     """The fit had 6 steps: a share of 0.05 is none of them, and a share of 0 asks for none."""
     shares = [word for key in ("recover", "mix") for word in ("--set", f"compression.{key}.share=0")]
     answer = call("compress", exported.run, "-o", tmp_path / "out", *CHANGES, "--set", "compression.quantize.share=0.05", *shares)
-    assert "note      no training in w4a8: fit had 6 steps, of which a share of 0.05 leaves none: set training.steps" in answer.out
+    assert "note      no training in w4a8: a share of training.steps 6 is less than a step: set training.steps" in answer.out
     document = call("compress", exported.run, "-o", tmp_path / "more", *CHANGES, *shares[:2], "--until", "low-rank", "--json").document()
     assert document["notes"] == []
 
@@ -302,9 +302,9 @@ def test_who_asks_to_stop_when_the_last_stage_is_done_is_told_that_it_was_heard(
     checkpoint = read_checkpoint(exported.run)
     config = override_recipe(checkpoint.recipe, SETTINGS).compression
     stopped = compress_checkpoint(checkpoint, tmp_path / "compressed", config=config, until="low-rank", report=report)
-    assert (len(stopped.stages), stopped.interrupted, stopped.asked_to_stop) == (1, False, True)
+    assert (len(stopped.stages), stopped.interrupted, stopped.stop_requested) == (1, False, True)
     again = compress_checkpoint(checkpoint, tmp_path / "compressed", config=config, until="low-rank", resume=True)
-    assert (again.interrupted, again.asked_to_stop, again.checkpoint) == (False, False, stopped.checkpoint)
+    assert (again.interrupted, again.stop_requested, again.checkpoint) == (False, False, stopped.checkpoint)
 
 
 def test_stages_of_another_checkpoint_are_not_reported(call: Call, copied: Path) -> None:

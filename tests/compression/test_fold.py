@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from model_helpers import answer
 from muntin import create_model
 from muntin.compression import fold
 from muntin.compression.fold import fold_after, fold_before, fold_gate
@@ -31,12 +32,6 @@ def as_trained(model: nn.Module) -> nn.Module:
             elif isinstance(module, ChannelGate):
                 module.logit.uniform_(-0.5, 1.3)
     return model.eval()
-
-
-def answer(model: nn.Module, x: Tensor) -> Tensor:
-    with torch.inference_mode():
-        scores: Tensor = model(x)
-    return scores
 
 
 @pytest.mark.parametrize("block", ["parallel", "serial"])

@@ -11,9 +11,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812 - the field's usual name
 
+from model_helpers import answer, pixels
 from muntin import create_model
 from muntin.compression import Change, Pass, QuantizedConv2d, freeze, prepare_qat, quantize
-from muntin.compression.low_rank import factorization as low_rank
+from muntin.compression.low_rank.factorization import low_rank
 from muntin.compression.quantization.fake_quantization import sqnr_db
 from muntin.compression.quantization.qat import QATConv2d
 from muntin.errors import MuntinError
@@ -42,16 +43,6 @@ def apply(name: str, model: nn.Module, batches: Iterable[Tensor], **options: Any
 
 def kept(changes: dict[str, Change]) -> dict[str, str]:
     return {name: change.reason for name, change in changes.items() if change.kept}
-
-
-def pixels(*shape: int) -> Tensor:
-    return torch.randint(0, 256, shape).float()
-
-
-def answer(model: nn.Module, x: Tensor) -> Tensor:
-    with torch.inference_mode():
-        scores: Tensor = model.eval()(x)
-    return scores
 
 
 class Perceptron(nn.Module):

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812 - the field's usual name
 
 from muntin.compression import Pass, prepare_qat, quantize
-from muntin.compression.low_rank import factorization as low_rank
+from muntin.compression.low_rank.factorization import low_rank
 from muntin.compression.quantization.quantized_layers import QuantizedConv2d
 from muntin.compression.replaceability import NOTICED, irreplaceable, same
 from muntin.models import create_model

@@ -10,6 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
+from model_helpers import answer, pixels
 from muntin import create_model
 from muntin.compression import prepare_qat, set_bits
 from muntin.compression.quantization.qat import FLOAT, bits_of
@@ -19,16 +20,6 @@ from muntin.models.compression_record import Sensitivity
 from muntin.training.loss import distillation_loss
 
 SMALL = {"depths": (1,), "dims": (32,), "head_dim": 16, "window": 4, "latents": 4, "decoder": 16}
-
-
-def pixels(*shape: int) -> Tensor:
-    return torch.randint(0, 256, shape).float()
-
-
-def answer(model: nn.Module, x: Tensor) -> Tensor:
-    with torch.inference_mode():
-        scores: Tensor = model.eval()(x)
-    return scores
 
 
 def distance(model: nn.Module, teacher: nn.Module, x: Tensor) -> float:

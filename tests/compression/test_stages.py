@@ -14,9 +14,10 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from muntin.compression import Change, load_model, stages
+from model_helpers import answer, assert_same_state, by_layer, count, names, one_line, pixels
+from muntin.compression import load_model, stages
 from muntin.compression.channels.slimming import widths_of
 from muntin.compression.low_rank.factored_layers import FactoredConv2d, FactoredLinear
 from muntin.compression.quantization.qat import FLOAT, bits_of, qat_operations
@@ -103,35 +104,6 @@ def train_foreign(tmp_path: Path, write_tiny: Callable[..., Any], monkeypatch: p
         return read_checkpoint(fit(tiny.recipe, directory=tmp_path / "run").checkpoint)
 
     return run
-
-
-def pixels(*shape: int) -> Tensor:
-    return torch.randint(0, 256, shape).float()
-
-
-def answer(model: nn.Module, x: Tensor) -> Tensor:
-    with torch.inference_mode():
-        scores: Tensor = model.eval()(x)
-    return scores
-
-
-def names(model: nn.Module, *kinds: type[nn.Module]) -> list[str]:
-    return [name for name, module in model.named_modules() if isinstance(module, kinds)]
-
-
-def count(model: nn.Module) -> int:
-    return sum(parameter.numel() for parameter in model.parameters())
-
-
-def by_layer(changes: list[Change], pass_: str) -> dict[str, Change]:
-    by_name = [change for change in changes if change.pass_ == pass_]
-    assert len({change.layer for change in by_name}) == len(by_name)
-    return {change.layer: change for change in by_name}
-
-
-def one_line(error: pytest.ExceptionInfo[MuntinError]) -> str:
-    assert "\n" not in str(error.value)
-    return str(error.value)
 
 
 def tree(root: Path) -> dict[str, bytes]:
@@ -232,15 +204,6 @@ def ctrl_c_in(stage: Stage, step: int = LOG_EVERY) -> Report:
             os.kill(os.getpid(), signal.SIGINT)
 
     return report
-
-
-def assert_same_state(one: Checkpoint, other: Checkpoint) -> None:
-    assert one.state.step == other.state.step and one.state.compression == other.state.compression
-    assert one.tensors.keys() == other.tensors.keys() == {MODEL, AVERAGE, OPTIMIZER}
-    for file, tensors in one.tensors.items():
-        assert tensors.keys() == other.tensors[file].keys()
-        for name, value in tensors.items():
-            assert torch.equal(value, other.tensors[file][name]), f"{file}: {name}"
 
 
 def test_interruption_in_every_stage(compressed: Compressed, tmp_path: Path) -> None:
@@ -452,7 +415,7 @@ def test_quantization_settings(compressed: Compressed, tmp_path: Path) -> None:
     assert any(note.startswith("quantization.min_sqnr_db is for `muntin export`") for note in run.notes)
     few = [change for change in last.changes if change.note]
     (note,) = (note for note in run.notes if note.startswith("low rank: "))
-    assert few and note.startswith(f"low rank: {few[0].layer} was factored by {few[0].note}, and {len(few) - 1} other layer")
+    assert few and note.startswith(f"low rank: few calibration rows for {len(few)} layers ({few[0].layer}: {few[0].note})")
     assert note.endswith("set quantization.calibration_images (now 3) higher")
     with pytest.raises(MuntinError, match="keep names no layer: nosuch"):
         compress_checkpoint(origin, tmp_path / "unknown", config=short(), quantization=QuantizationConfig(keep=("nosuch",)))

@@ -201,9 +201,9 @@ def test_cut_and_middle_square_agree() -> None:
 
 
 def test_calibration_batches_by_count() -> None:
-    batches = calibration_batches([coded(50, 50)], crop=16, count=10, batch_size=4, seed=3)
+    batches = list(calibration_batches([coded(50, 50)], crop=16, count=10, batch_size=4, seed=3))
     assert [tuple(batch.shape) for batch in batches] == [(4, 3, 16, 16), (4, 3, 16, 16), (2, 3, 16, 16)]
-    again = calibration_batches([coded(50, 50)], crop=16, count=10, batch_size=4, seed=3)
+    again = list(calibration_batches([coded(50, 50)], crop=16, count=10, batch_size=4, seed=3))
     assert all(torch.equal(one, other) for one, other in zip(batches, again, strict=True))
 
 
@@ -241,8 +241,8 @@ def two_threads() -> Iterator[None]:
 
 def test_prefetch_in_order_on_one_core(two_threads: None) -> None:
     crops = Numbered()
-    assert [(step, int(images)) for step, (images, _) in prefetch(crops, 3, 9)] == [(step, step) for step in range(3, 9)]
-    assert list(prefetch(crops, 3, 3)) == []
+    assert [(step, int(images)) for step, (images, _) in prefetch(crops.batch, 3, 9)] == [(step, step) for step in range(3, 9)]
+    assert list(prefetch(crops.batch, 3, 3)) == []
     assert crops.threads == 1
     assert torch.get_num_threads() == 2
     assert workers() == []
@@ -257,12 +257,12 @@ def test_prefetch_without_openmp_threads(two_threads: None) -> None:
 
     torch.zeros(1 << 22).exp_()
     before = len(list(Path("/proc/self/task").iterdir()))
-    assert [len(list(Path("/proc/self/task").iterdir())) - before for _ in prefetch(Computed(), 0, 3)] == [1, 1, 1]
+    assert [len(list(Path("/proc/self/task").iterdir())) - before for _ in prefetch(Computed().batch, 0, 3)] == [1, 1, 1]
 
 
 def test_prefetch_at_most_depth_ahead() -> None:
     crops = Numbered()
-    batches = prefetch(crops, 0, 100, depth=3)
+    batches = prefetch(crops.batch, 0, 100, depth=3)
     next(batches)
     time.sleep(0.05)
     assert crops.batches <= 3
@@ -272,7 +272,7 @@ def test_prefetch_at_most_depth_ahead() -> None:
 
 def test_prefetch_with_break_ends_within_one_batch() -> None:
     crops = Numbered(seconds=0.05)
-    for _ in prefetch(crops, 0, 100, depth=10):
+    for _ in prefetch(crops.batch, 0, 100, depth=10):
         break
     assert crops.batches <= 3  # of ten requested: the first, the one in progress, and one of tolerance
     assert workers() == []
@@ -280,7 +280,7 @@ def test_prefetch_with_break_ends_within_one_batch() -> None:
 
 def test_prefetch_with_a_failing_consumer() -> None:
     def consume() -> None:
-        for step, _ in prefetch(Numbered(), 0, 100):
+        for step, _ in prefetch(Numbered().batch, 0, 100):
             if step == 2:
                 raise RuntimeError("the training step failed")
 
@@ -293,7 +293,7 @@ def test_prefetch_with_a_failing_consumer() -> None:
 def test_prefetch_with_a_failing_batch() -> None:
     steps = []
     with pytest.raises(DataError, match="damaged"):
-        for step, _ in prefetch(Numbered(bad=4), 0, 100):
+        for step, _ in prefetch(Numbered(bad=4).batch, 0, 100):
             steps.append(step)
     assert steps == [0, 1, 2, 3]
     assert workers() == []
@@ -303,7 +303,7 @@ def test_crops_of_the_earth() -> None:
     crops = Crops(
         EarthSource("cover").split("train"), task="segment", crop=256, batch_size=16, seed=0, augmentation=Augmentation(), rare=0.25
     )
-    for _, (images, targets) in prefetch(crops, 0, 12):
+    for _, (images, targets) in prefetch(crops.batch, 0, 12):
         assert images.shape == (16, 3, 256, 256)
         assert int(targets.max()) < 6
     assert images.permute(0, 2, 3, 1).is_contiguous()

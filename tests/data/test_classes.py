@@ -7,8 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from muntin.data.classes import ClassSpec, MaskMapping, class_infos
-from muntin.data.colors import distinct_colors
+from muntin.data.classes import ClassSpec, MaskMapping, class_infos, distinct_colors
 from muntin.errors import DataError
 
 PAINTED = (ClassSpec(name="sea", value=(0, 0, 9)), ClassSpec(name="land", value=(9, 0, 0)))

@@ -2,13 +2,13 @@ from __future__ import annotations
 
 import shutil
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 import numpy as np
 import pytest
 from pydantic import ValidationError
 
-from muntin.data.config import SOURCES, Augmentation, DataConfig, SourceName, open_source
+from muntin.data.config import Augmentation, DataConfig, open_source
 from muntin.images import write_image
 
 FOLDERS: dict[str, Any] = {
@@ -17,10 +17,6 @@ FOLDERS: dict[str, Any] = {
     "masks": "masks",
     "classes": [{"name": "sea", "value": 0}, {"name": "land", "value": [200, 30, 0]}],
 }
-
-
-def test_sources_of_all_names() -> None:
-    assert set(SOURCES) == set(get_args(SourceName))
 
 
 def test_source_by_default() -> None:

@@ -15,6 +15,7 @@ from muntin.data.source import SPLITS
 from muntin.errors import DataError, RecipeError
 from muntin.images import write_image
 from muntin.training.config import TrainingConfig
+from muntin.training.recipe import load_recipe
 
 
 def fill(folder: Path, values: list[int], count: int = 10, names: tuple[str, str] = ("images", "masks")) -> None:
@@ -38,7 +39,7 @@ def fill_classes(folder: Path, names: tuple[str, ...] = ("cat", "dog"), count: i
 def open_recipe(path: Path) -> tuple[dict[str, Any], Any]:
     """The recipe, and its source after every file was checked."""
     recipe = yaml.safe_load(path.read_text(encoding="utf-8"))
-    source = open_source(DataConfig.model_validate(recipe["data"]), root=path.parent)
+    source = open_source(load_recipe(path).data, root=path.parent)
     assert source.task == recipe["task"]
     assert all(len(source.split(name)) for name in SPLITS)
     source.check()
@@ -57,6 +58,12 @@ def test_recipe_for_images_and_masks(tmp_path: Path) -> None:
     assert [entry["name"] for entry in data["classes"]] == ["class-0", "class-1", "class-2"]
     assert len(source.classes) == 3
     assert sum(len(source.split(name)) for name in SPLITS) == 10
+
+
+@pytest.mark.parametrize("folder", ["my photos", "_1 (neu) für später", "[x]", "über", "2024"])
+def test_recipe_in_a_folder_of_another_name(tmp_path: Path, folder: str) -> None:
+    fill(tmp_path / folder, [0, 1])
+    open_recipe(write_recipe(tmp_path / folder))
 
 
 def test_recipe_with_the_default_learning_rate(tmp_path: Path) -> None:

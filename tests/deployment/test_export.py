@@ -635,7 +635,7 @@ def test_what_quantising_spoils_at_some_sizes_is_refused(
     build: type[nn.Module], pixels: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Where the convolution is asked nothing and taken for a usual one."""
-    monkeypatch.setattr("muntin.compression.quantization.post_training.computes_as_usual", lambda layer, x: True)
+    monkeypatch.setattr("muntin.compression.quantization.preparation.computes_as_usual", lambda layer, x: True)
     model = build(
         lambda m, x: m.head(F.interpolate(m.down(torch.relu(m.stem(x / 60 - 2))), x.shape[2:])),
         stem=nn.Conv2d(3, 32, 3, padding=1),

@@ -6,7 +6,7 @@ Axes: B images, H W map, N tokens an image, C channels, I channels of a projecti
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -14,23 +14,16 @@ from beartype import beartype
 from jaxtyping import Float64, jaxtyped
 from torch import Tensor
 
+from model_helpers import one_seed_one_thread
 from muntin.layers import Attention, DenseAttention, GlobalAttention, Grid, HybridAttention, LocalAttention, partition
 
+__all__ = ["one_seed_one_thread"]
 LAYERS: dict[str, Callable[[], Attention]] = {
     "local": lambda: LocalAttention(12, heads=3, window=4),
     "global": lambda: GlobalAttention(12, heads=3, latents=5),
     "hybrid": lambda: HybridAttention(12, heads=3, window=4, latents=5),
     "dense": lambda: DenseAttention(12, heads=3),
 }
-
-
-@pytest.fixture(autouse=True)
-def one_seed_one_thread() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    torch.manual_seed(0)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture(params=list(LAYERS))

@@ -156,10 +156,6 @@ def test_norm_of_a_window_of_mostly_padding() -> None:
     torch.testing.assert_close(merged.mean((0, 1, 2)), torch.zeros(3, dtype=torch.float64), rtol=0, atol=1e-12)
 
 
-def test_norm_repr() -> None:
-    assert "3, eps=1e-05, momentum=0.1" in repr(TokenNorm(3))
-
-
 @pytest.mark.parametrize("batch", [1, 9])
 def test_norm_of_a_single_value(batch: int) -> None:
     with pytest.raises(MuntinError, match="multiple of 8"):

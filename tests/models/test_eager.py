@@ -12,9 +12,9 @@ from torch import Tensor, nn
 from torch.nn.utils import prune
 
 from muntin.compression import prepare_qat, quantize
-from muntin.compression.low_rank import factorization as low_rank
+from muntin.compression.low_rank.factorization import low_rank
 from muntin.errors import MuntinError
-from muntin.models.eager import check_eager, check_module, eager_copy
+from muntin.models.eager import as_input, check_eager, check_module, eager_copy
 
 PASSES = [quantize, low_rank, prepare_qat]
 
@@ -134,11 +134,10 @@ def locked() -> nn.Module:
 @pytest.mark.parametrize(
     ("build", "said"),
     [
-        (pruned, "cannot be copied: '0' is pruned by masks: call torch.nn.utils.prune.remove for it first"),
-        (lambda: called(Keeps()), "cannot be copied: it keeps a tensor that was computed with gradients, last: set it to None"),
-        (lambda: nn.Sequential(called(Keeps())), "cannot be copied: '0', a part of the model, keeps a tensor"),
-        (lambda: nn.Sequential(nn.utils.weight_norm(nn.Conv2d(3, 2, 1))), "cannot be copied: use weight_norm and spectral_norm of"),
-        (lambda: nn.Sequential(called(nn.utils.spectral_norm(nn.Conv2d(3, 2, 1)))), "use weight_norm and spectral_norm of"),
+        (pruned, "call prune.remove for layers with pruning masks"),
+        (lambda: called(Keeps()), "cannot be copied: Only Tensors created explicitly by the user"),
+        (lambda: nn.Sequential(nn.utils.weight_norm(nn.Conv2d(3, 2, 1))), "use the norms of torch.nn.utils.parametrizations"),
+        (lambda: nn.Sequential(called(nn.utils.spectral_norm(nn.Conv2d(3, 2, 1)))), "use the norms of torch.nn.utils.parametrizations"),
         (locked, "cannot be copied: cannot pickle '_thread.lock' object; its modules must hold objects that Python can copy"),
     ],
 )
@@ -172,3 +171,10 @@ def test_kept_activations_are_trainable(pass_: Callable[..., Any]) -> None:
     assert not model.grid.is_inference()
     if pass_ is not quantize:
         model(images()).sum().backward()
+
+
+def test_input_type_and_device() -> None:
+    batch = torch.zeros(1, 3, 2, 2, dtype=torch.uint8)
+    assert as_input(nn.Conv2d(3, 3, 1).double(), batch).dtype == torch.float64
+    assert as_input(nn.BatchNorm2d(3, affine=False).double(), batch).dtype == torch.float64
+    assert as_input(nn.Identity(), batch).dtype == torch.float32

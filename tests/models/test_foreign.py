@@ -146,7 +146,7 @@ def test_factory_in_the_current_folder(tmp_path: Path, monkeypatch: pytest.Monke
     [
         ("no_such_module_anywhere:f", "No module named 'no_such_module_anywhere'; write package.module:factory"),
         ("my_own_factories:absent", "has no attribute 'absent'; write package.module:factory"),
-        ("my_own_factories:SIZE", "is a int, which cannot be called: write a function that takes task, classes and channels"),
+        ("my_own_factories:SIZE", "is not a callable object: write a function that takes task, classes and channels"),
         ("my_own_factories:stranger", "got an unexpected keyword argument 'channels': write a function that takes task, classes"),
         ("my_own_factories:text", "returned str, not a torch.nn.Module"),
         (":f", "not of the form package.module:factory"),

@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from numpy.typing import NDArray
+from torch import Tensor
 
 from muntin.artifact import ClassInfo, Signature
 from muntin.errors import DataError, DependencyError, MuntinError
 from muntin.models import TorchSession, create_model
-from muntin.models.session import require_compiler
+from muntin.models.session import BUFFERS, pipelined, require_compiler
 
 CLASSES = (ClassInfo(name="sea", color=(0, 0, 255)), ClassInfo(name="land", color=(0, 255, 0)))
 SEGMENT = Signature(task="segment", channels=3, classes=CLASSES)
+DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device"))]
 
 
 def images(*shape: int) -> np.ndarray:
@@ -109,3 +113,40 @@ def test_compile_without_a_compiler(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     with pytest.raises(DependencyError, match=r"needs a C\+\+ compiler on CPUs"):
         TorchSession(torch.nn.Conv2d(3, 1, 1), signature, compile=True)
     require_compiler("cuda")  # there it is Triton's affair
+
+
+def batches(count: int, read: list[int]) -> Iterator[NDArray[np.uint8]]:
+    for index in range(count):
+        read.append(index)
+        yield np.full((1 + index % 3, 4, 5, 3), index, np.uint8)
+
+
+def double(images_BHWC: Tensor) -> Tensor:
+    return images_BHWC.float() * 2
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("count", [0, 1, 2, 7])
+def test_order_of_answers(device: str, count: int) -> None:
+    answers = list(pipelined(batches(count, []), double, torch.device(device)))
+    assert len(answers) == count
+    for index, answer in enumerate(answers):
+        np.testing.assert_array_equal(answer, np.full((1 + index % 3, 4, 5, 3), 2 * index, np.float32))
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_batches_in_flight(device: str) -> None:
+    read: list[int] = []
+    answers = pipelined(batches(20, read), double, torch.device(device))
+    for done in range(1, 6):
+        next(answers)
+        assert len(read) == done + BUFFERS - 1
+
+
+def test_session_map() -> None:
+    session = TorchSession(create_model("hybrid-xs"), SEGMENT)
+    pictures = [images(1, 32, 32 + width, 3) for width in range(3)]
+    for one, other in zip(session.map(pictures), map(session, pictures), strict=True):
+        np.testing.assert_array_equal(one, other)
+    with pytest.raises(DataError, match="shape"):
+        list(session.map([pictures[0], pictures[0][0]]))

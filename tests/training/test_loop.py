@@ -17,6 +17,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from model_helpers import assert_same_state, one_line
 from muntin.compression import load_model
 from muntin.data import open_source
 from muntin.errors import CheckpointError, DataError, DependencyError, MuntinError, RecipeError
@@ -24,7 +25,7 @@ from muntin.images import write_image
 from muntin.layers import ChannelGate
 from muntin.models import CompressionRecord, TorchSession
 from muntin.training import loop
-from muntin.training.checkpoint import AVERAGE, STATE, Checkpoint, checkpoints_in, read_checkpoint
+from muntin.training.checkpoint import AVERAGE, STATE, checkpoints_in, read_checkpoint
 from muntin.training.evaluation import evaluate
 from muntin.training.loop import LOG_EVERY, FitProgress, FitResult, Interruption, MetricsLog, Training, fit
 from muntin.training.precision import resolve_precision
@@ -53,11 +54,6 @@ def ctrl_c_at(step: int) -> Callable[[FitProgress], None]:
     return report
 
 
-def one_line(error: pytest.ExceptionInfo[MuntinError]) -> str:
-    assert "\n" not in str(error.value)
-    return str(error.value)
-
-
 # ---- a run and what it leaves ----
 
 
@@ -72,14 +68,6 @@ def whole(tmp_path_factory: pytest.TempPathFactory, write_tiny: Callable[..., An
     root = tmp_path_factory.mktemp("whole")
     tiny = write_tiny(root / "data")
     return tiny, train(tiny, root / "run", *plan)
-
-
-def assert_same_state(one: Checkpoint, other: Checkpoint) -> None:
-    assert one.tensors.keys() == other.tensors.keys()
-    for file, tensors in one.tensors.items():
-        assert tensors.keys() == other.tensors[file].keys()
-        for name, value in tensors.items():
-            assert torch.equal(value, other.tensors[file][name]), f"{file}: {name}"
 
 
 @pytest.fixture
@@ -105,7 +93,9 @@ def test_result_of_a_run(whole: tuple[Any, FitResult]) -> None:
     assert result.seconds > 0
 
 
-def test_curves_in_checkpoint_and_log(whole: tuple[Any, FitResult]) -> None:
+def test_curves_in_checkpoint_and_logs(whole: tuple[Any, FitResult]) -> None:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
     _, result = whole
     checkpoint = read_checkpoint(result.checkpoint)
     state, config = checkpoint.state, checkpoint.recipe.training
@@ -115,16 +105,9 @@ def test_curves_in_checkpoint_and_log(whole: tuple[Any, FitResult]) -> None:
     logged = lines(result.directory)
     assert [{k: v for k, v in line.items() if k != "kind"} for line in logged if line["kind"] == "training"] == state.training
     assert [line["step"] for line in logged if line["kind"] == "validation"] == [4, 8, 12, STEPS]
-
-
-def test_tensorboard_events(whole: tuple[Any, FitResult]) -> None:
-    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-
-    _, result = whole
     events = EventAccumulator(str(result.directory / "tensorboard")).Reload()
-    logged = [line for line in lines(result.directory) if line["kind"] == "training"]
     assert [event.step for event in events.Scalars("training/loss")] == [LOG_EVERY, STEPS]
-    assert [event.value for event in events.Scalars("training/loss")] == pytest.approx([line["loss"] for line in logged], rel=1e-6)
+    assert [event.value for event in events.Scalars("training/loss")] == pytest.approx([p["loss"] for p in state.training], rel=1e-6)
     assert "validation/miou" in events.Tags()["scalars"]
 
 
@@ -162,9 +145,9 @@ def test_interruption_after_the_last_step(tmp_path: Path, tiny: Any) -> None:
     """The run is complete; callers such as `muntin demo` start no further work."""
     plan = ("training.steps=2", "training.validate_every=2")
     result = train(tiny, tmp_path / "run", *plan, report=ctrl_c_at(2))
-    assert (result.step, result.interrupted, result.asked_to_stop) == (2, False, True)
+    assert (result.step, result.interrupted, result.stop_requested) == (2, False, True)
     again = train(tiny, tmp_path / "run", *plan, resume=True)
-    assert (again.interrupted, again.asked_to_stop, again.checkpoint) == (False, False, result.checkpoint)
+    assert (again.interrupted, again.stop_requested, again.checkpoint) == (False, False, result.checkpoint)
 
 
 class Drawing(nn.Conv2d):
@@ -546,8 +529,8 @@ def test_log_write_error(tmp_path: Path, tiny: Any) -> None:
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "metrics.jsonl").symlink_to("/dev/full")
     result = train(tiny, tmp_path / "run")
-    assert [note for note in result.notes if "metrics.jsonl" in note] == [result.notes[-1]]
-    assert "No space left on device" in result.notes[-1]
+    place = tmp_path / "run" / "metrics.jsonl"
+    assert result.notes == (f"{place} cannot be written (No space left on device): the curve is only in checkpoints",)
     assert len(read_checkpoint(result.checkpoint).state.validation) == len(result.validation) == 2
 
 
@@ -557,13 +540,6 @@ def test_compile_without_a_compiler(tmp_path: Path, tiny: Any, monkeypatch: pyte
         train(tiny, tmp_path / "run", "training.compile=true")
     one_line(error)
     assert not (tmp_path / "run").exists()
-
-
-def test_model_notes(tmp_path: Path, tiny: Any) -> None:
-    for mask in (tiny.root / "train" / "masks").iterdir():
-        write_image(mask, np.zeros((48, 48), np.uint8))
-    result = train(tiny, tmp_path / "run", "training.steps=1")
-    assert result.notes == ("no training picture holds field, roof: a model cannot learn what it does not see",)
 
 
 def test_resume_without_a_run(tmp_path: Path, tiny: Any) -> None:
@@ -618,10 +594,13 @@ def test_precision_of_a_resumed_run(tmp_path: Path, tiny: Any, monkeypatch: pyte
 
 
 def test_data_notes(tmp_path: Path, tiny: Any) -> None:
-    write_image(tiny.root / "train" / "masks" / "lonely.png", np.zeros((48, 48), np.uint8))
+    masks = tiny.root / "train" / "masks"
+    for mask in (*masks.iterdir(), masks / "lonely.png"):
+        write_image(mask, np.zeros((48, 48), np.uint8))
     seen: list[FitProgress] = []
     result = train(tiny, tmp_path / "run", "training.steps=1", report=seen.append)
     assert any("masks have no image and are not used" in note for note in result.notes)
+    assert "no training picture holds field, roof: a model cannot learn what it does not see" in result.notes
     assert tuple(progress.note for progress in seen if progress.kind == "note") == result.notes
     kinds = [progress.kind for progress in seen]
     assert kinds.index("note") < kinds.index("step")
@@ -647,13 +626,10 @@ def test_minutes_limit(tmp_path: Path, tiny: Any) -> None:
     expected = [progress.steps for progress in seen if progress.kind == "step"]
     assert all(progress.step <= progress.steps for progress in seen if progress.kind == "step")
     assert expected[-1] == result.step < 1_000_000
-
-
-def test_used_up_minutes(tmp_path: Path, tiny: Any) -> None:
-    first = train(tiny, tmp_path / "run", *TIMED)
+    state = read_checkpoint(result.checkpoint).state
     again = train(tiny, tmp_path / "run", *TIMED, resume=True)
-    assert (again.step, again.interrupted, again.checkpoint) == (first.step, False, first.checkpoint)
-    assert read_checkpoint(again.checkpoint).state == read_checkpoint(first.checkpoint).state
+    assert (again.step, again.interrupted, again.checkpoint) == (result.step, False, result.checkpoint)
+    assert read_checkpoint(again.checkpoint).state == state
 
 
 def test_time_of_an_interrupted_run(tmp_path: Path, tiny: Any) -> None:
@@ -692,14 +668,10 @@ def test_validation_at_the_time_limit(tmp_path: Path, tiny: Any) -> None:
 BUDGET = ("training.gate_budget=0.66", "training.steps=12", "training.validate_every=4", "training.checkpoint_every=1000")
 
 
-def test_gate_budget(tmp_path: Path, tiny: Any) -> None:
-    model = load_model(read_checkpoint(train(tiny, tmp_path, *BUDGET).checkpoint))
-    gates = [module for module in model.modules() if isinstance(module, ChannelGate)]
-    assert any(not gate.open_channels().all() for gate in gates) and all(gate.open_channels().any() for gate in gates)
-
-
 def test_interrupted_gate_closing(tmp_path: Path, tiny: Any) -> None:
     whole = train(tiny, tmp_path / "whole", *BUDGET)
+    gates = [module for module in load_model(read_checkpoint(whole.checkpoint)).modules() if isinstance(module, ChannelGate)]
+    assert any(not gate.open_channels().all() for gate in gates) and all(gate.open_channels().any() for gate in gates)
     train(tiny, tmp_path / "parts", *BUDGET, report=ctrl_c_at(4))
     parts = train(tiny, tmp_path / "parts", *BUDGET, resume=True)
     assert_same_state(read_checkpoint(whole.checkpoint), read_checkpoint(parts.checkpoint))
@@ -749,6 +721,9 @@ def test_interruption_by_signal(number: signal.Signals) -> None:
         assert not interruption.requested
         os.kill(os.getpid(), number)
         assert interruption.requested
+    with pytest.raises(ZeroDivisionError), Interruption():
+        assert signal.getsignal(number) is not before
+        raise ZeroDivisionError
     assert signal.getsignal(number) is before
 
 
@@ -761,14 +736,6 @@ def test_second_signal() -> None:
             os.kill(os.getpid(), signal.SIGINT)
     finally:
         signal.signal(signal.SIGINT, before)
-
-
-def test_handlers_after_an_error() -> None:
-    before = signal.getsignal(signal.SIGINT)
-    with pytest.raises(ZeroDivisionError), Interruption():
-        assert signal.getsignal(signal.SIGINT) is not before
-        raise ZeroDivisionError
-    assert signal.getsignal(signal.SIGINT) is before
 
 
 def test_interruption_in_another_thread() -> None:
@@ -790,16 +757,6 @@ def test_interruption_in_another_thread() -> None:
 
 def point(step: int) -> dict[str, Any]:
     return {"step": step, "loss": step / 100}
-
-
-@pytest.mark.skipif(not Path("/dev/full").exists(), reason="this system has no file that is always full")
-def test_log_on_a_full_disk(tmp_path: Path) -> None:
-    (tmp_path / "metrics.jsonl").symlink_to("/dev/full")
-    with MetricsLog(tmp_path, 0, [], []) as log:
-        for step in (10, 20):
-            log.write("training", point(step))
-    place = tmp_path / "metrics.jsonl"
-    assert log.failed == f"{place} cannot be written (No space left on device): the curve is only in checkpoints"
 
 
 def test_log_of_a_resumed_run(tmp_path: Path) -> None:

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from torch.nn import functional as F  # noqa: N812
 
 from muntin.images import IGNORED
-from muntin.training.loss import distillation_loss, segment_loss, soft_iou_loss, task_loss
+from muntin.training.loss import distillation_loss, segment_loss, task_loss
 
 
 def example(seed: int, batch: int = 2, classes: int = 4, height: int = 5, width: int = 3) -> tuple[torch.Tensor, torch.Tensor]:
@@ -44,7 +44,7 @@ def naive_soft_iou(scores: torch.Tensor, target: torch.Tensor) -> float:
 @given(seed=st.integers(0, 10_000), batch=st.integers(1, 2), classes=st.integers(2, 5), height=st.integers(1, 4), width=st.integers(1, 4))
 def test_soft_iou_formula(seed: int, batch: int, classes: int, height: int, width: int) -> None:
     scores, target = example(seed, batch, classes, height, width)
-    loss = float(soft_iou_loss(scores, target))
+    loss = float(segment_loss(scores, target, 1.0, entropy=0.0))
     assert loss == pytest.approx(naive_soft_iou(scores, target), abs=1e-5)
     assert 0 <= loss <= 1
 
@@ -92,7 +92,7 @@ def test_sums_over_many_pixels() -> None:
     p = 1 / (1 + math.exp(-3.0))
     share = 100 / 2048
     expected = [1 - p * n / (p * n + (1 - p) * n + (1 - p) * (1 - n)) for n in (share, 1 - share)]
-    assert float(soft_iou_loss(scores, target)) == pytest.approx(sum(expected) / 2, abs=2e-6)
+    assert float(segment_loss(scores, target, 1.0, entropy=0.0)) == pytest.approx(sum(expected) / 2, abs=2e-6)
 
 
 def test_second_derivative() -> None:
@@ -132,19 +132,19 @@ def test_weight_of_a_rare_class() -> None:
     target[0, 0, :40] = 1
     missed = torch.zeros(1, 2, 10, 100)
     missed[:, 0] = 20
-    assert float(soft_iou_loss(missed, target)) == pytest.approx(0.5 * (1 - 1 / 41) + 0.5 * (1 - 961 / 1001), abs=1e-4)
+    assert float(segment_loss(missed, target, 1.0, entropy=0.0)) == pytest.approx(0.5 * (1 - 1 / 41) + 0.5 * (1 - 961 / 1001), abs=1e-4)
     right = 20 * F.one_hot(target, 2).permute(0, 3, 1, 2).float()
-    assert float(soft_iou_loss(right, target)) < 1e-4
+    assert float(segment_loss(right, target, 1.0, entropy=0.0)) < 1e-4
 
 
 def test_absent_class() -> None:
     scores, target = example(3, classes=3)
     target[target == 2] = 0
     alone = naive_soft_iou(scores, target)
-    assert float(soft_iou_loss(scores, target)) == pytest.approx(alone, abs=1e-5)
+    assert float(segment_loss(scores, target, 1.0, entropy=0.0)) == pytest.approx(alone, abs=1e-5)
     sure = torch.full((1, 3, 4, 4), -20.0)
     sure[:, 0] = 20
-    assert float(soft_iou_loss(sure, torch.zeros(1, 4, 4, dtype=torch.long))) < 1e-4
+    assert float(segment_loss(sure, torch.zeros(1, 4, 4, dtype=torch.long), 1.0, entropy=0.0)) < 1e-4
 
 
 @pytest.mark.parametrize("overlap", [0.0, 1.0])

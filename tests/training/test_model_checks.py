@@ -13,8 +13,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from model_helpers import one_line
 from muntin.artifact import ClassInfo
-from muntin.errors import MuntinError, RecipeError
+from muntin.errors import RecipeError
 from muntin.models import create_model
 from muntin.training.loop import fit
 from muntin.training.model_checks import check_maps, check_model, check_reading
@@ -23,11 +24,6 @@ from muntin.training.recipe import load_recipe, parse_recipe
 from muntin.training.weights import new_model
 
 TWO = (ClassInfo(name="a", color=(0, 0, 0)), ClassInfo(name="b", color=(9, 9, 9)))
-
-
-def one_line(error: pytest.ExceptionInfo[MuntinError]) -> str:
-    assert "\n" not in str(error.value)
-    return str(error.value)
 
 
 class Own(nn.Module):
@@ -110,7 +106,7 @@ def test_lazy_parameters() -> None:
     check_model(norm, recipe, TWO)
     assert torch.equal(torch.get_rng_state(), state) and all(torch.equal(before[k], v) for k, v in norm.state_dict().items())
     old = Own(torch.nn.utils.weight_norm(nn.Conv2d(3, 2, 1)), lambda m, x, y: y)
-    with pytest.raises(RecipeError, match=r"'own:make' cannot be copied: use .* of torch\.nn\.utils\.parametrizations"):
+    with pytest.raises(RecipeError, match=r"'own:make' cannot be copied: .* of torch\.nn\.utils\.parametrizations"):
         check_model(old, recipe, TWO)
 
 
@@ -127,10 +123,10 @@ def test_scripted_parts() -> None:
 def test_nothing_to_train() -> None:
     recipe = parse_recipe({"data": {"crop": 16}, "model": {"name": "own:make"}}, where="test")
     frozen = Own(nn.Conv2d(3, 2, 1), lambda m, x, y: y).requires_grad_(False)
-    with pytest.raises(RecipeError, match=r"'own:make' has no parameter that can be trained: call requires_grad_\(\) on what is to learn"):
+    with pytest.raises(RecipeError, match=r"the answer of 'own:make' depends on no trainable parameter: call requires_grad_\(\)"):
         check_model(frozen, recipe, TWO)
     detached = Own(nn.Conv2d(3, 2, 1), lambda m, x, y: y.detach())
-    with pytest.raises(RecipeError, match=r"the answer of 'own:make' depends on none of its trainable parameters: leave out detach\(\)"):
+    with pytest.raises(RecipeError, match=r"depends on no trainable parameter: .*leave out detach\(\)"):
         check_model(detached, recipe, TWO)
     half = Own(nn.Sequential(nn.Conv2d(3, 2, 1).requires_grad_(False), nn.Conv2d(2, 2, 1)), lambda m, x, y: y)
     assert check_model(half, recipe, TWO) == () and half.layer[1].weight.grad is None

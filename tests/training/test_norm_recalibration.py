@@ -14,7 +14,7 @@ from torchvision.ops.misc import FrozenBatchNorm2d
 from muntin.layers.norm import GROUP, MapNorm
 from muntin.training.checkpoint import AVERAGE, read_checkpoint
 from muntin.training.loop import LOG_EVERY, FitProgress, fit
-from muntin.training.norm_recalibration import has_statistics, renew_statistics
+from muntin.training.norm_recalibration import renew_statistics
 from muntin.training.precision import resolve_precision
 from muntin.training.recipe import load_recipe
 
@@ -43,9 +43,9 @@ def test_norms_restored_after_an_error() -> None:
     assert (norm.momentum, norm.training) == (0.01, False)
 
 
-def test_has_statistics() -> None:
-    assert has_statistics(nn.Sequential(nn.BatchNorm1d(2)))
-    assert not has_statistics(nn.Sequential(nn.LayerNorm(2), nn.BatchNorm1d(2, track_running_stats=False)))
+def test_model_without_statistics() -> None:
+    model = nn.Sequential(nn.LayerNorm(2), nn.BatchNorm1d(2, track_running_stats=False))
+    renew_statistics(model, (pytest.fail("a batch was taken") for _ in range(1)), FP32)
 
 
 class Frozen(nn.Sequential):
@@ -65,7 +65,6 @@ def test_frozen_norms() -> None:
     changed = {name for name in before if not torch.equal(before[name], after[name])}
     assert changed == {"2.running_mean", "2.running_var", "2.num_batches_tracked"}
     assert not any(module.training for module in model.modules())
-    assert has_statistics(model) and not has_statistics(model[:2])
 
 
 def slow_norms(*, task: str, classes: int, channels: int) -> nn.Module:

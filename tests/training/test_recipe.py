@@ -7,17 +7,14 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import yaml
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from muntin.data import write_recipe
 from muntin.data.classes import ClassSpec
 from muntin.data.config import Augmentation, DataConfig
 from muntin.errors import RecipeError
-from muntin.images import write_image
 from muntin.models import create_model
 from muntin.training.config import ModelChoice, QuantizationConfig, TrainingConfig
 from muntin.training.recipe import Recipe, load_recipe, override_recipe, parse_recipe, recipe_text
@@ -74,12 +71,8 @@ def test_unknown_key_with_a_near_one(place: str, near: str) -> None:
     assert mistake(changed(place, 1)).startswith(f"unknown key '{place}'; did you mean '{near}'? known here: ")
 
 
-def test_unknown_key_without_a_near_one() -> None:
-    text = mistake(changed("model.zzz", 1))
-    assert text == "unknown key 'model.zzz'; known here: name, options, size_divisor, weights"
-
-
 def test_unknown_key_first() -> None:
+    assert mistake(changed("model.zzz", 1)) == "unknown key 'model.zzz'; known here: name, options, size_divisor, weights"
     content = changed("training.steps", -1)
     content["quantization"]["kep"] = []
     assert "unknown key 'quantization.kep'; did you mean 'keep'?" in mistake(content)
@@ -119,7 +112,7 @@ def test_value_out_of_range(place: str, value: Any, says: str) -> None:
 @pytest.mark.parametrize(
     ("place", "value", "says"),
     [
-        ("data.masks", None, "recipe: task: segment needs data.masks; where each class has a folder of its own, write task: classify"),
+        ("data.masks", None, "recipe: task: segment needs data.masks; if each class has a folder of its own, write task: classify"),
         ("task", "classify", "recipe: task: classify has no masks: leave out data.masks, or write task: segment"),
     ],
 )
@@ -176,17 +169,13 @@ def test_overrides(tmp_path: Path) -> None:
         "training.compile=true",
         "data.ignore=null",
     ]
-    recipe = load_recipe(path, [*overrides, "model.options={depths: [1, 1]}", "name=x=y".replace("x=y", "xy")])
+    recipe = load_recipe(path, [*overrides, "model.options={depths: [1, 1]}", "name=xy"])
     assert (recipe.training.steps, recipe.seed, recipe.training.compile, recipe.name) == (8, 3, True, "xy")
     assert recipe.quantization.keep == ("a.b", "c")
     assert recipe.data.ignore is None
     assert recipe.model.options == {"depths": [1, 1]}
-
-
-def test_override_creates_section(tmp_path: Path) -> None:
-    recipe = load_recipe(write(tmp_path, {"name": "bare"}), ["data.augmentation.brightness=0", "training.steps=2"])
-    assert recipe.data.augmentation.brightness == 0
-    assert recipe.training.steps == 2
+    bare = load_recipe(write(tmp_path, {"name": "bare"}), ["data.augmentation.brightness=0"])
+    assert bare.data.augmentation.brightness == 0
 
 
 @pytest.mark.parametrize(
@@ -284,30 +273,6 @@ def test_shipped_recipes(name: str) -> None:
     assert sum(p.numel() for p in model.parameters()) > 0
 
 
-def fill(root: Path, task: str) -> None:
-    for number in range(9):
-        picture = np.full((40, 40, 3), 20 * number, np.uint8)
-        if task == "classify":
-            (root / "cat" if number % 2 else root / "dog").mkdir(parents=True, exist_ok=True)
-            write_image((root / "cat" if number % 2 else root / "dog") / f"{number}.png", picture)
-        else:
-            (root / "images").mkdir(parents=True, exist_ok=True)
-            (root / "masks").mkdir(exist_ok=True)
-            write_image(root / "images" / f"{number}.png", picture)
-            write_image(root / "masks" / f"{number}.png", picture[:, :, 0] % 3)
-
-
-@pytest.mark.parametrize("task", ["segment", "classify"])
-@pytest.mark.parametrize("folder", ["plain", "my photos", "_1 (neu) für später", "[x]", "über", "2024"])
-def test_init_recipe(tmp_path: Path, task: str, folder: str) -> None:
-    fill(tmp_path / folder, task)
-    path = write_recipe(tmp_path / folder)
-    recipe = load_recipe(path)
-    assert recipe.task == task
-    assert recipe.data.source == "folders"
-    assert len(recipe.data.classes) >= 2
-
-
 @pytest.mark.parametrize("value", ["2024-13-45", "[" * 5000])
 def test_values_that_yaml_cannot_build(tmp_path: Path, value: str) -> None:
     path = tmp_path / "recipe.yaml"
@@ -334,20 +299,13 @@ def test_duplicate_key(tmp_path: Path) -> None:
         ("data.augmentation.flip_vertical=true", "data.augmentation.flip_vertical"),
         ("data.rare=yes", "data.rare"),
         ("training.learning_rate=on", "training.learning_rate"),
-        ("data.augmentation.scale=[true, 2]", "data.augmentation.scale.0"),
+        ("data.augmentation.scale=[true, 2]", "data.augmentation.scale"),
     ],
 )
 def test_boolean_for_a_number(change: str, place: str) -> None:
-    with pytest.raises(RecipeError, match=rf"{re.escape(place)}: a number is required \(got True"):
+    with pytest.raises(RecipeError, match=rf"{re.escape(place)}: a number is required, "):
         override_recipe(Recipe(), [change])
     assert override_recipe(Recipe(), ["training.compile=yes"]).training.compile is True
-
-
-def test_alias_cycle(tmp_path: Path) -> None:
-    path = tmp_path / "recipe.yaml"
-    path.write_text("model:\n  options: &a\n    x: *a\n")
-    with pytest.raises(RecipeError, match="a part of it contains itself through an alias: write it out"):
-        load_recipe(path)
 
 
 def test_rare_without_masks() -> None:

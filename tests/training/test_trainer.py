@@ -152,19 +152,20 @@ class Counting(nn.Module):
             self.seen.fill_(int(value))
 
 
-def test_average_formula() -> None:
+@pytest.mark.parametrize("longest", [0.5, 0.0])
+def test_average_formula(longest: float) -> None:
     model = Counting()
-    average = WeightAverage(model, 0.5)
+    average = WeightAverage(model, longest)
     expected = 0.0
     for step, value in enumerate([4.0, -2.0, 7.0, 1.0, 3.0, 8.0, 8.0, 2.0, 5.0, 6.0, 0.0, 9.0]):
         model.set(value)
         average.update(model, step)
-        decay = min(0.5, (1 + step) / (10 + step))
+        decay = min(longest, (1 + step) / (10 + step))
         expected = decay * expected + (1 - decay) * value
         assert average.model.weight.tolist() == pytest.approx([expected] * 3, rel=1e-5)
         assert average.model.running_mean.tolist() == pytest.approx([10 * expected] * 2, rel=1e-5)
         assert torch.equal(average.model.mask, model.mask)  # neither averaged nor NaN
-    assert decay == 0.5  # the warm-up ended within the test
+    assert decay == longest  # the warm-up ended within the test
 
 
 def test_average_of_integers() -> None:
@@ -187,15 +188,6 @@ def test_average_of_resized_buffers() -> None:
         average.update(model, size)
         assert torch.equal(average.model.grid, model.grid) and torch.equal(average.model.mask, model.mask)
     assert "grid" not in average.model.state_dict() and average.model.grid.data_ptr() != model.grid.data_ptr()
-
-
-def test_average_without_decay() -> None:
-    model = Counting()
-    average = WeightAverage(model, 0)
-    model.set(3)
-    average.update(model, 1000)
-    assert torch.equal(average.model.weight, model.weight)
-    assert torch.equal(average.model.running_mean, model.running_mean)
 
 
 def test_average_is_a_copy() -> None:

@@ -42,13 +42,13 @@ def demo_command(
         recipe = load_recipe(path, set_ or ())
     begun = bool(checkpoints_in(output / "checkpoints"))
     result = fit_with_progress(recipe, root=Path.cwd(), directory=output, resume=begun, quiet=json)
-    if result.asked_to_stop:
+    if result.stop_requested:
         say(f"muntin: interrupted after step {result.step} of {result.steps}; the same command goes on")
         raise typer.Exit(1)
     if not json:
         describe_fit(result)
     run = compress_with_progress(read_checkpoint(result.checkpoint), output / FOLDER, resume=True)
-    if run.asked_to_stop:
+    if run.stop_requested:
         say("muntin: interrupted while compressing; the same command goes on")
         raise typer.Exit(1)
     if not json:

@@ -1,7 +1,6 @@
 """Statistics of layers on calibration images: moments of their inputs, and the sensitivity of the model's answer to their outputs.
 
-Both are accumulated over the batches. Moments take O(C²) a layer, for any number of images; the sensitivity takes the memory of training on
-one batch.
+Moments take O(C²) of memory a layer; the sensitivity takes the memory of training on one batch.
 
 Axes: N rows (tokens, positions of a map), I input channels.
 """
@@ -13,11 +12,13 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
-from muntin.compression.calibration import as_input, not_finite, run
+from muntin.compression.calibration import not_finite
 from muntin.errors import MuntinError
+from muntin.models.eager import as_input, run
 
 POSITIONS = 65_536
 """Maximum number of rows of one call that enter a moment; of more, every n-th is taken."""
@@ -47,8 +48,7 @@ class Moment:
 
         The covariance is shrunk towards the multiple of the identity that has its trace, the more the fewer rows there are for the
         channels. Source: Ledoit and Wolf, A well-conditioned estimator for large-dimensional covariance matrices (2004), section 3.2.
-        Deviation: the mean, 0 in the source, is subtracted before: as a direction that all rows share it would prevent the shrinking.
-        Rows of one image are similar and are counted as independent, so maps are shrunk too little.
+        Deviation: the mean, 0 in the source, is subtracted before. Rows of one image are counted as independent.
         """
         spread_II = self.matrix - torch.outer(self.mean, self.mean)
         square, level = float(spread_II.square().sum()), float(spread_II.diagonal().mean())
@@ -105,10 +105,9 @@ def _rows(layer: nn.Module, x: Tensor) -> Tensor:
 def input_moments(model: nn.Module, batches: Sequence[Tensor], layers: Mapping[str, nn.Module]) -> dict[str, Moment]:
     """The moments of the inputs of `layers` (Linear and ungrouped Conv2d, by dotted name).
 
-    Costs one forward pass and I² multiply-adds a row, at most `POSITIONS` rows a call, summed in float64. `batches`: the model's inputs,
-    any integer or float type. A convolution's moment is over its input channels at every position, without its zero padding.
-    Layers that no image reached are absent. The model runs in its current mode: call `eval()` first. Raises `MuntinError` on NaN or
-    infinity.
+    Costs one forward pass and I² multiply-adds a row, at most `POSITIONS` rows a call, summed in float64. A convolution's moment is over
+    its input channels at every position, without its zero padding. Layers that no image reached are absent. The model runs in its current
+    mode: call `eval()` first. Raises `MuntinError` on NaN or infinity.
     """
     sums: dict[str, _MomentSum] = {}
 
@@ -132,21 +131,19 @@ def input_moments(model: nn.Module, batches: Sequence[Tensor], layers: Mapping[s
 
 
 def answer_sensitivity(model: nn.Module, batches: Sequence[Tensor], layers: Mapping[str, nn.Module]) -> dict[str, float]:
-    """How far the model's answer moves when the output of each of `layers` moves. Needs no labels, so it works for any task.
+    """Sensitivity of the model's answer to an error in the output of each of `layers`. Needs no labels, so it works for any task.
 
-    A layer's value, times the squared error of one of its output elements, times the number of these elements an
-    image, is about the mean squared error of the scores over their variance: noise over signal of the answer. Precisely: the mean over
-    output elements y of (∂⟨s, ε⟩/∂y)², with scores s and ε ~ N(0, 1) (Hutchinson's estimate of the squared Jacobian's trace), over the
-    variance of the scores and their number an image. Constant scores count as of variance 1. A layer that no image reached has 0.
+    The value is the mean over output elements y of (∂⟨s, ε⟩/∂y)², with scores s and ε ~ N(0, 1) (Hutchinson's estimate of the squared
+    Jacobian's trace), over the variance of the scores (1 for constant scores) and their number an image. Times the squared error of an
+    output element and the number of elements an image, it is about the noise over signal of the answer. 0 for a layer without calls.
 
-    Costs one forward and one backward pass over the `batches`. The model runs in `eval` mode; modes, `requires_grad` flags, `.grad` and
-    the global random state are restored. Raises `MuntinError` if the answer is no tensor, is not finite or depends
-    on none of the layers.
+    Costs one forward and one backward pass. The model runs in `eval` mode; modes, `requires_grad` flags, `.grad` and the global random
+    state are restored. Raises `MuntinError` if the answer is no tensor, is not finite or depends on none of the layers.
     """
     if not layers:
         return {}
     squares, counts = dict.fromkeys(layers, 0.0), dict.fromkeys(layers, 0)
-    scores = _Scores()
+    sums = np.zeros(3)  # of the scores: their number, sum and sum of squares
     generator = torch.Generator().manual_seed(SEED)
     probes: list[tuple[str, Tensor]] = []
 
@@ -164,7 +161,8 @@ def answer_sensitivity(model: nn.Module, batches: Sequence[Tensor], layers: Mapp
             for batch in batches:
                 probes.clear()
                 answer = _checked_answer(model(as_input(model, batch.clone())))
-                scores.add(answer)
+                wide = answer.detach().double()
+                sums += wide.numel(), float(wide.sum()), float(wide.square().sum())
                 direction = torch.randn(answer.shape, generator=generator).to(answer.device, answer.dtype)
                 forward = list(probes)  # activation checkpointing calls the hooks again during the backward pass
                 gradients = torch.autograd.grad((answer * direction).sum(), [zero for _, zero in forward], allow_unused=True)
@@ -175,7 +173,7 @@ def answer_sensitivity(model: nn.Module, batches: Sequence[Tensor], layers: Mapp
         for handle in handles:
             handle.remove()
     images = sum(len(batch) for batch in batches)
-    sensitivity = {name: squares[name] / max(counts[name], 1) / scores.variance() / (scores.count / images) for name in layers}
+    sensitivity = {name: squares[name] / max(counts[name], 1) / _variance(*sums) / (sums[0] / images) for name in layers}
     for name, value in sensitivity.items():
         if not value < float("inf"):  # also catches NaN
             raise MuntinError(
@@ -184,24 +182,11 @@ def answer_sensitivity(model: nn.Module, batches: Sequence[Tensor], layers: Mapp
     return sensitivity
 
 
-class _Scores:
-    """Variance of all scores of all batches."""
-
-    def __init__(self) -> None:
-        self.count = 0
-        self.total = 0.0
-        self.squares = 0.0
-
-    def add(self, answer: Tensor) -> None:
-        wide = answer.detach().double()
-        self.count += wide.numel()
-        self.total += float(wide.sum())
-        self.squares += float(wide.square().sum())
-
-    def variance(self) -> float:
-        mean = self.total / self.count
-        variance = self.squares / self.count - mean**2
-        return variance if variance > 1e-12 * mean**2 else 1.0  # below: rounding of constant scores
+def _variance(count: float, total: float, squares: float) -> float:
+    """Variance from a number of values, their sum and the sum of their squares; 1 for constant values."""
+    mean = total / count
+    variance = squares / count - mean**2
+    return variance if variance > 1e-12 * mean**2 else 1.0  # below: rounding
 
 
 def _checked_answer(answer: Any) -> Tensor:

@@ -95,12 +95,11 @@ def _out_of_reach(smallest: int, dense: int, budget: int) -> MuntinError:
 def allocate(layers: Mapping[str, Sequence[Choice]], budget: int, *, fixed: int = 0) -> dict[str, Choice]:
     """One choice a layer, with the least total loss found under total parameters <= `budget`, of which other layers use `fixed`.
 
-    Lagrangian relaxation: for a price λ of a parameter, each layer alone takes the choice that minimises loss + λ·parameters. All
-    prices are swept by walking the layers' lower convex hulls from the smallest choices up, best loss a parameter first; each stop is
-    the optimum of its own size. The rest of the budget is spent greedily, again by loss a parameter, or on the one step that saves most,
-    whichever leaves less. The total loss is above the optimum by at most the saving of the first step that did not fit, and a larger
-    budget never gives a larger loss (the path of greedy steps does not depend on the budget). Deterministic; O(n log n) in the number of
-    choices, times steps for the greedy end. Raises `MuntinError`, with the least possible share, if the smallest choices exceed the budget.
+    Lagrangian relaxation: for a price λ of a parameter, each layer alone takes the choice that minimises loss + λ·parameters. All prices
+    are swept by walking the layers' lower convex hulls from the smallest choices up, best loss a parameter first. The rest of the budget
+    is spent greedily by loss a parameter, or on the one step that saves most. The total loss is above the optimum by at most the saving of
+    the first step that did not fit, and a larger budget never gives a larger loss. O(n log n) in the number of choices, times
+    steps for the greedy end. Raises `MuntinError`, with the least possible share, if the smallest choices exceed the budget.
     """
     if any(not options for options in layers.values()):
         raise ValueError(f"layers without choices: {', '.join(name for name, options in layers.items() if not options)}")
@@ -123,8 +122,7 @@ def allocate(layers: Mapping[str, Sequence[Choice]], budget: int, *, fixed: int 
 def allocate_within(layers: Mapping[str, Sequence[Choice]], budget: int, macs: float, *, fixed: int = 0) -> dict[str, Choice]:
     """`allocate` under a second budget: total `macs` of the layers.
 
-    A price on every multiply-add is added to the losses, and bisection finds the lowest price that meets the budget, in
-    40 allocations. Raises `MuntinError`, with the least possible number, if no price does.
+    Bisection finds, in 40 allocations, the lowest price of a multiply-add that meets the budget. Raises `MuntinError` if none does.
     """
 
     def priced(price: float) -> dict[str, Choice]:
@@ -195,12 +193,8 @@ def _spend_rest(picked: dict[str, Choice], menus: Mapping[str, Sequence[Choice]]
     if fitting := _steps(picked, menus, rest):
         name, after = max(fitting, key=lambda step: picked[step[0]].loss - step[1].loss)
         single[name] = after
-    return min(path, single, key=_loss)
+    return min(path, single, key=lambda choices: math.fsum(choice.loss for choice in choices.values()))
 
 
 def _steps(picked: Mapping[str, Choice], menus: Mapping[str, Sequence[Choice]], rest: int) -> list[tuple[str, Choice]]:
     return [(name, choice) for name, menu in menus.items() for choice in menu if 0 < choice.parameters - picked[name].parameters <= rest]
-
-
-def _loss(picked: Mapping[str, Choice]) -> float:
-    return math.fsum(choice.loss for choice in picked.values())

@@ -1,7 +1,7 @@
 """Folding the batch norms of foreign models into the convolutions before them.
 
 A run of the model finds the pairs: a norm that reads exactly the tensor of a convolution, both called once. A pair stays folded only if the
-model's answer is the same afterwards, because the model may use the tensor elsewhere too.
+model's answer is the same afterwards.
 
 Axes: B images, C channels, H W map.
 """
@@ -14,11 +14,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from muntin.compression.calibration import as_input
 from muntin.compression.replaceability import same
 from muntin.compression.rewrite import computed_weight, failing, named, parameter_users, replace
 from muntin.errors import MuntinError
 from muntin.models.compression_record import Change
+from muntin.models.eager import as_input
 
 FOLDED = "batch norm folded into the convolution before it"
 """`Change.done` of a folded norm. `load_model` compares it with the records of checkpoints, so it must not change."""
@@ -31,8 +31,8 @@ def fold_batch_norms(model: nn.Module, batch: Tensor) -> list[Change]:
     """Fold every `BatchNorm2d` (timm's with an activation too) that directly follows a `Conv2d`, in place. Idempotent.
 
     `batch`: `(B, C, H, W)` raw pixels. The model, in `eval` mode, runs on the first image twice, and about 2·log2(norms) times more for
-    each norm whose folding would change the answer; such a norm is kept. An image of one value is replaced by noise, because a model that
-    divides by the image's deviation answers NaN to it. A norm behind a convolution with a computed weight (weight norm) is kept.
+    each norm whose folding would change the answer; such a norm is kept. An image of one value, to which a model may answer NaN, is
+    replaced by noise.
     """
     if model.training:
         raise ValueError("folding needs the statistics of a trained model: call model.eval() first")
@@ -59,9 +59,9 @@ def fold_batch_norms(model: nn.Module, batch: Tensor) -> list[Change]:
 
 
 def apply_folds(model: nn.Module, norms: Iterable[str], tensors: Container[str]) -> None:
-    """Remove the folded `norms` of a checkpoint's model, in place, without running it; load the weights next.
+    """Remove the folded `norms` of a checkpoint's model, in place; load the weights next.
 
-    `tensors`: names of these weights, which show the convolutions that got a bias. Raises `MuntinError` for a name that is no norm.
+    `tensors`: names of these weights: they show which convolutions got a bias. Raises `MuntinError` for a name that is no norm.
     """
     modules = dict(model.named_modules(remove_duplicate=False))
     for name in norms:

@@ -1,7 +1,6 @@
 """Folding muntin's own affine operations: norms into convolutions and projections, gates into the layer before.
 
-The result is the same in exact arithmetic, and the deployed graph has no norms. Folding comes before quantisation, which then sees the
-weights that will run.
+The result is the same in exact arithmetic. Folding comes before quantisation, which then sees the weights that will run.
 
 Axes: O output and I input channels of a weight.
 """
@@ -9,6 +8,7 @@ Axes: O output and I input channels of a weight.
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -85,25 +85,19 @@ def _linear(*layers: nn.Module) -> bool:
     return all(isinstance(layer, nn.Linear | FactoredLinear) for layer in layers)
 
 
-def _fold_parallel(block: ParallelBlock) -> str | None:
-    readers = (*block.attention.entrances, block.mlp.expand)
-    if not isinstance(block.norm, TokenNorm) or not _linear(*readers):
+def _fold_block(block: ParallelBlock | SerialBlock) -> str | None:
+    entrances, expand = block.attention.entrances, block.mlp.expand
+    if isinstance(block, ParallelBlock):
+        readers: dict[str, tuple[nn.Module, ...]] = {"norm": (*entrances, expand)}
+    else:
+        readers = {"norm_attention": entrances, "norm_mlp": (expand,)}
+    norms = {name: block.get_submodule(name) for name in readers}
+    if not all(isinstance(norm, TokenNorm) for norm in norms.values()) or not _linear(*entrances, expand):
         return None
-    for layer in readers:
-        fold_before(block.norm, layer)
-    block.norm = Folded()  # type: ignore[assignment]
-    return "norm folded into the projections that read it"
-
-
-def _fold_serial(block: SerialBlock) -> str | None:
-    entrances = block.attention.entrances
-    if not isinstance(block.norm_attention, TokenNorm) or not _linear(*entrances, block.mlp.expand):
-        return None
-    for layer in entrances:
-        fold_before(block.norm_attention, layer)
-    fold_before(block.norm_mlp, block.mlp.expand)
-    block.norm_attention = Folded()  # type: ignore[assignment]
-    block.norm_mlp = Folded()  # type: ignore[assignment]
+    for name, norm in norms.items():
+        for layer in readers[name]:
+            fold_before(cast(TokenNorm, norm), layer)
+        setattr(block, name, Folded())
     return "norms folded into the projections that read them"
 
 
@@ -140,8 +134,8 @@ def _fold_head(head: PixelHead) -> str | None:
 
 RULES: dict[type[nn.Module], Callable[..., str | None]] = {
     ConvUnit: _fold_unit,
-    ParallelBlock: _fold_parallel,
-    SerialBlock: _fold_serial,
+    ParallelBlock: _fold_block,
+    SerialBlock: _fold_block,
     Perceptron: _fold_perceptron,
     ResidualPair: _fold_pair,
     PixelHead: _fold_head,

@@ -1,9 +1,8 @@
 """Finding layers that another form cannot replace, by replacing each one with a form that computes the same.
 
 A model may test the kind of a layer (`isinstance(layer, nn.Conv2d)`), read attributes that other forms lack, call it with more than its
-input, or replace its forward (adapters of low rank, circular padding). With a compressed form it would compute something else, and the
-layer's weights do not show this. So each layer becomes, for one call, a module of another kind with the same weights, and the model's
-answers are compared.
+input, or replace its forward (adapters of low rank, circular padding). So each layer becomes, for one call, a module of another kind with
+the same weights, and the model's answers are compared.
 """
 
 from __future__ import annotations
@@ -15,9 +14,9 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree
 
-from muntin.compression.calibration import as_input
 from muntin.compression.quantization.quantized_layers import GEOMETRY
 from muntin.compression.rewrite import computed_weight, failing
+from muntin.models.eager import as_input
 from muntin.runtime.host.memory import no_memory
 
 NOTICED = "the model uses more of it than the result of its kind (it tests the kind, or its forward was replaced)"
@@ -27,10 +26,10 @@ TOLERANCE, ROUNDING = 1e-3, 1e-4
 
 
 def irreplaceable(model: nn.Module, layers: Mapping[str, nn.Module], image: Tensor) -> dict[str, str]:
-    """The layers, by dotted name, that no other form can replace, and why; the model is restored.
+    """Reasons to keep the layers, by dotted name, that no other form can replace; the model is restored.
 
-    `image`: one, `(1, C, H, W)`. Costs three forward passes, and about 2·log2(layers) more for each such layer. Returns only layers with
-    submodules if the model's answers to one image differ, or if it fails.
+    `image`: `(1, C, H, W)`. Costs three forward passes, and about 2·log2(layers) more for each such layer. Returns only layers with
+    submodules if two answers of the model to the image differ, or if it fails.
     """
     possible = {name: layer for name, layer in layers.items() if name and computed_weight(layer) is None}
     holders = {name: "it holds modules of its own" for name, layer in possible.items() if any(True for _ in layer.children())}
@@ -47,7 +46,7 @@ def irreplaceable(model: nn.Module, layers: Mapping[str, nn.Module], image: Tens
 
 
 def _unnoticed(model: nn.Module, layers: Sequence[tuple[str, _Disguise]], image: Tensor, before: Sequence[Tensor]) -> bool:
-    """Disguise layers. Returns False, and undoes it, if the answer changes; otherwise they stay so, and small changes add up."""
+    """Disguise layers. Returns False, and undoes it, if the answer changes; otherwise they stay disguised."""
     for _, disguise in layers:
         disguise.on()
     after = _answer(model, image)

@@ -35,9 +35,6 @@ def named(model: nn.Module, *kinds: type[M]) -> Iterator[tuple[str, M]]:
             yield name, module
 
 
-# What a layer computes
-
-
 def computed_weight(layer: nn.Module) -> str | None:
     """Why a layer cannot be rewritten whose weight or bias is computed from other parameters at each call; None if it owns them."""
     computed = next((name for name in ("weight", "bias") if name not in layer._parameters), None)
@@ -54,7 +51,7 @@ def other_padding(layer: nn.Module, form: str) -> str | None:
 def computes_as_usual(layer: nn.Module, x: Tensor) -> bool:
     """Return False for a subclass that pads, standardises or masks, so that its weight and strides do not describe its result.
 
-    `x`: an input. A convolution also gets parts of its first image (a row, a column and a stride smaller), as it may pad some sizes only.
+    `x`: an input. A convolution also gets smaller parts of its first image, as it may pad some sizes only.
     """
     if type(layer) in (nn.Linear, nn.Conv2d):
         return True
@@ -82,8 +79,7 @@ def _close(output: Tensor, expected: Tensor) -> bool:
 
 
 def number_paddings(model: nn.Module) -> list[Change]:
-    """Replace the paddings 'same' and 'valid' of convolutions by the equal numbers, in place, because only numbers have factored and
-    integer forms. An odd number of pixels for 'same' is kept. Idempotent."""
+    """Replace the paddings 'same' and 'valid' of convolutions by equal numbers, in place; an odd 'same' is kept. Idempotent."""
     changes = []
     for name, conv in named(model, nn.Conv2d):
         if type(conv) is not nn.Conv2d or not isinstance(conv.padding, str) or conv.padding_mode != "zeros":
@@ -95,9 +91,6 @@ def number_paddings(model: nn.Module) -> list[Change]:
         changes.append(Change(layer=name, pass_="pad", done=f"padding '{conv.padding}' written as {' x '.join(map(str, sides))}"))
         conv.padding = sides
     return changes
-
-
-# The setting `keep`
 
 
 def check_kept(keep: Sequence[str], layers: Mapping[str, nn.Module]) -> None:
@@ -117,9 +110,6 @@ def is_kept(name: str, keep: Sequence[str]) -> bool:
     return any(f"{name}.".startswith(f"{entry}.") or (name and entry in (f"{name}.{part}" for part in PARTS)) for entry in keep)
 
 
-# Modules with weights that no pass rewrites
-
-
 OTHERS = (
     nn.Conv1d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d, nn.MultiheadAttention, nn.RNNBase, nn.RNNCellBase,
     nn.Bilinear,
@@ -130,8 +120,7 @@ _NO_PRODUCT = (nn.Embedding, nn.EmbeddingBag, nn.LayerNorm, nn.RMSNorm)
 
 
 def others(model: nn.Module) -> dict[str, nn.Module]:
-    """Modules with weights and no other form, by dotted name: the kinds of `OTHERS`, and modules of the model's own with bare parameters
-    (an equalised or a conditional convolution; the parts of a computed weight)."""
+    """Modules with weights and no other form, by dotted name: the kinds of `OTHERS`, and the model's own modules with bare parameters."""
     return {name: module for name, module in model.named_modules() if isinstance(module, OTHERS) or _has_bare_weights(module)}
 
 
@@ -148,12 +137,9 @@ def out_of_reach(model: nn.Module, pass_: str, form: str) -> list[Change]:
     return [Change(layer=name, pass_=pass_, done="kept", reason=f"{type(module).__name__}: no {form}") for name, module in modules.items()]
 
 
-# Replacing modules
-
-
 def replace(model: nn.Module, name: str, layer: nn.Module) -> None:
-    """Put `layer` in the place of `name`, everywhere the same module is held: shared layers stay shared, and plain attributes, lists,
-    tuples and dicts, which a forward may use, are updated too. The hooks of the old module are kept."""
+    """Put `layer` in the place of `name`, everywhere the same module is held, also in plain attributes, lists, tuples and dicts. The hooks
+    of the old module are kept."""
     old = model.get_submodule(name)
     layer.train(old.training)
     for hooks in _HOOKS:
@@ -203,10 +189,7 @@ def parameter_users(model: nn.Module) -> dict[int, list[str]]:
 
 
 def tied(model: nn.Module, units: Mapping[str, nn.Module]) -> dict[str, str]:
-    """The units, by name, whose insides cannot be rewritten, and why: a layer or weight is also used elsewhere, or a part has a hook.
-
-    A unit that is used whole in several places, or that shares only an activation, can be rewritten.
-    """
+    """The units, by name, whose parts cannot be rewritten, with reasons: a layer or weight is used elsewhere, or a part has a hook."""
     holders: dict[int, list[int]] = {}
     for module in model.modules():
         for held in (*module._modules.values(), *module._parameters.values()):

@@ -34,7 +34,7 @@ def measure_sensitivity(
 ) -> dict[str, Sensitivity]:
     """Measure each layer of a model after `prepare_qat` with each wider form in its place alone; the model is restored.
 
-    `batches`: `(B, C, H, W)` raw pixels of training images. Costs a forward pass over them for each layer and width.
+    `batches`: `(B, C, H, W)` raw pixels of training images. Costs a pass over them for each layer and width.
     """
     model.eval()
     teacher.eval()

@@ -1,14 +1,12 @@
-"""From a trained model to a small quantised one, in stages of which each trains: low rank, W4A8, mixed precision.
+"""From a trained model to a small quantised one in three stages of training: low rank, W4A8, mixed precision.
 
     FP32 checkpoint -> low rank, recover -> quantisation-aware training in W4A8 -> measure, give key layers more bits, train on
                                      every stage learns from the labels and from the FP32 model's answers
 
-The first stage begins by cutting closed channels. A stage starts from the averaged weights of the one before and writes its own
-checkpoints, so interrupted compression continues in the same bits (unless `training.minutes` limits it).
+The first stage begins by cutting closed channels. A stage starts from the averaged weights of the stage before and writes checkpoints of
+its own, so interrupted compression continues in the same bits (unless `training.minutes` limits it).
 
     RUN/compressed/1-low-rank/checkpoints/step-...     2-w4a8/...     3-mixed/...
-
-The bits of each layer are measured, not set by a rule such as “the first and the last in 16 bits”.
 """
 
 from __future__ import annotations
@@ -64,10 +62,10 @@ class CompressionRun:
     stages: tuple[StageResult, ...]
     interrupted: bool
     """True if steps or stages are left."""
-    asked_to_stop: bool
+    stop_requested: bool
     """True after Ctrl-C or SIGTERM, also during the last step."""
     notes: tuple[str, ...]
-    """Notes on what makes the result worse or less certain."""
+    """Reasons why the result is worse or less certain."""
 
     @property
     def checkpoint(self) -> Path:
@@ -89,8 +87,8 @@ def compress_checkpoint(
 
     `quantization`: replaces the recipe's; only its `calibration_images` and `keep` are used. `directory`: each stage gets a folder in it.
     `until`: the last stage. `resume`: continue from the stages in `directory`; without it, such a directory is refused. Ctrl-C ends after
-    the step in progress and leaves a checkpoint. Costs the training of the stages, each step about twice one of FP32 (every product
-    rounds, and the FP32 model answers every batch), and a forward pass for each layer and width to measure bits.
+    the step in progress and leaves a checkpoint. Costs the training of the stages, each step about twice one of `fit`, and a forward pass
+    for each layer and width to measure bits.
     """
     if checkpoint.state.compression is not None:
         raise CheckpointError(f"{checkpoint.path} is compressed already: give the checkpoint of `muntin fit` that it was made from")
@@ -186,15 +184,15 @@ class _Compression:
         if not stages:
             raise RecipeError("compression.low_rank is null, so there is no stage before 'w4a8': choose a later stage, or give it a value")
         for stage in stages:
-            results.append(self._stage(stage, before, interruption))
-            before = read_checkpoint(results[-1].checkpoint)
+            before = self._stage(stage, before, interruption)
+            results.append(_result(stage, before))
             if not results[-1].finished or interruption.requested:
                 break
         record = before.state.compression
         assert record is not None
         return CompressionRun(
             directory=self.directory, stages=tuple(results), interrupted=len(results) < len(stages) or not results[-1].finished,
-            asked_to_stop=interruption.requested,
+            stop_requested=interruption.requested,
             notes=(*broken_off(self.checkpoint), *self._untrained(stages), *self._unused(), *record.notes, *self.notes),
         )  # fmt: skip
 
@@ -203,10 +201,9 @@ class _Compression:
         untrained = [stage for stage in stages if stage_steps(self.recipe, stage) == 0 < _stage_config(self.config, stage).share]
         if not untrained:
             return []
-        steps, shares = self.recipe.training.steps, ", ".join(f"{_stage_config(self.config, stage).share:g}" for stage in untrained)
         return [
-            f"no training in {', '.join(untrained)}: fit had {steps} step{'' if steps == 1 else 's'}, of which a share of {shares} leaves "
-            "none: set training.steps, or that share (compression.recover, .quantize, .mix), higher"
+            f"no training in {', '.join(untrained)}: a share of training.steps {self.recipe.training.steps} is less than a step: set "
+            "training.steps, or that share (compression.recover, .quantize, .mix), higher"
         ]
 
     def _unused(self) -> list[str]:
@@ -221,7 +218,7 @@ class _Compression:
             )
         return notes
 
-    def _stage(self, stage: Stage, before: Checkpoint, interruption: Interruption) -> StageResult:
+    def _stage(self, stage: Stage, before: Checkpoint, interruption: Interruption) -> Checkpoint:
         folder = _folder(self.directory, stage)
         config = stage_training(self.recipe, stage)
         start = read_checkpoint(folder) if checkpoints_in(folder / "checkpoints") else None
@@ -230,10 +227,8 @@ class _Compression:
             model, record = self._begin(stage, before)
         else:
             record = self._own_record(start)
-            state = start.state
-            done = config.share_done(state.step, state.seconds) >= 1 and state.judged
-            if done and state.root == self.checkpoint.state.root:
-                return _result(stage, config, start.path, state.step, state.seconds, state.validation)
+            if stage_finished(start, stage) and start.state.judged and start.state.root == self.checkpoint.state.root:
+                return start
             model = load_model(start)
         trainer = Trainer(
             model, config, task=self.recipe.task, precision=self.precision, teacher=load_model(self.checkpoint),
@@ -246,7 +241,7 @@ class _Compression:
         )  # fmt: skip
         path = training.run(interruption)
         self.notes += training.notes
-        return _result(stage, config, path, training.step, training.seconds, training.validation)
+        return read_checkpoint(path)
 
     def _own_record(self, start: Checkpoint) -> CompressionRecord:
         """The record of a stage's checkpoint. Raises `CheckpointError` if it is of another run or recipe."""
@@ -309,11 +304,9 @@ class _Compression:
         uncertain = [change for change in changes if change.note]
         if not uncertain:
             return []
-        first, others = uncertain[0], len(uncertain) - 1
-        more = f", and {others} other layer{'' if others == 1 else 's'} by few rows" if others else ""
         return [
-            f"low rank: {first.layer} was factored by {first.note}{more}: the rank for other images is uncertain, set "
-            f"quantization.calibration_images (now {self.recipe.quantization.calibration_images}) higher"
+            f"low rank: few calibration rows for {len(uncertain)} layers ({uncertain[0].layer}: {uncertain[0].note}), so their ranks are "
+            f"uncertain: set quantization.calibration_images (now {self.recipe.quantization.calibration_images}) higher"
         ]
 
     def _overspent(self, model: nn.Module) -> list[str]:
@@ -330,8 +323,10 @@ class _Compression:
         ]
 
 
-def _result(stage: Stage, config: TrainingConfig, path: Path, step: int, seconds: float, validation: list[dict[str, float]]) -> StageResult:
+def _result(stage: Stage, checkpoint: Checkpoint) -> StageResult:
+    state, config = checkpoint.state, stage_training(checkpoint.recipe, stage)
     return StageResult(
-        stage=stage, checkpoint=path, step=step, steps=config.steps_expected(step, seconds), seconds=seconds,
-        finished=config.share_done(step, seconds) >= 1, score=validation[-1]["score"] if validation else None,
+        stage=stage, checkpoint=checkpoint.path, step=state.step, steps=config.steps_expected(state.step, state.seconds),
+        seconds=state.seconds, finished=stage_finished(checkpoint, stage),
+        score=state.validation[-1]["score"] if state.validation else None,
     )  # fmt: skip

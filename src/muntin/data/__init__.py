@@ -9,7 +9,7 @@ import importlib
 from typing import TYPE_CHECKING
 
 from muntin.data.classes import ClassSpec
-from muntin.data.config import SOURCES, Augmentation, DataConfig, open_source
+from muntin.data.config import Augmentation, DataConfig, open_source
 from muntin.data.earth import EarthSource
 from muntin.data.folders import FolderPair, FolderSource
 from muntin.data.recipe_wizard import write_recipe
@@ -19,7 +19,6 @@ if TYPE_CHECKING:
     from muntin.data.batches import Batch, Crops, calibration_batches, prefetch
 
 __all__ = [
-    "SOURCES",
     "Augmentation",
     "Batch",
     "ClassSpec",

@@ -1,9 +1,8 @@
 """Training batches: random crops of samples.
 
-A batch is a pure function of (seed, step): a run that is resumed at step n gets the same batches as one without interruption, and no
-generator state is saved. `Crops.draws` makes the random choices, `cut` applies them. A batch of 16 crops of 256² costs about 13 ms of one
-core (a Xeon with AVX-512). `prefetch` makes batches in one background thread on one core: torchvision's small operations get slower
-when torch spreads them over threads that the training step uses too.
+A batch is a pure function of (seed, step), so a resumed run gets the same batches and no generator state is saved. `Crops.draws` makes the
+random choices, `cut` applies them. `prefetch` makes batches in one background thread on one core: torchvision's small operations get
+slower when torch spreads them over threads that the training step uses too.
 
 Axis letters: B batch, C channels, H, W rows and columns.
 """
@@ -12,10 +11,9 @@ from __future__ import annotations
 
 import math
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Protocol
 
 import numpy as np
 import torch
@@ -31,12 +29,6 @@ from muntin.images.files import UInt8
 
 Batch = tuple[Tensor, Tensor]
 _CELL = 32  # side of the cells by which `class_cells` indexes the classes, pixels
-
-
-class Batches(Protocol):
-    """Makes the batch of each step."""
-
-    def batch(self, step: int) -> Batch: ...
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,10 +49,9 @@ class Draw:
 class Crops:
     """Random square crops of the samples of a split.
 
-    `segment`: pictures are drawn with a probability proportional to their area, and the window's position uniformly. A fraction `rare` of
-    the crops is centred on a pixel of a class that is drawn uniformly from the classes that occur. A picture smaller than the window lies
-    at a random position in it, surrounded by 0 in the image and 255 (ignored) in the target. `classify`: pictures are drawn uniformly, and
-    the window is the largest square that fits, divided by the zoom.
+    `segment`: pictures are drawn by area, and the window's position uniformly. A fraction `rare` of the crops is centred on a pixel of a
+    class that is drawn uniformly. A picture smaller than the window lies at a random position in it, surrounded by 0 in the image and 255
+    (ignored) in the target. `classify`: pictures are drawn uniformly, and the window is the largest square that fits, divided by the zoom.
 
     The constructor reads the header of every picture; with `rare` it also reads every mask once. Raises DataError if there are no samples.
     """
@@ -178,12 +169,11 @@ def class_cells(samples: Sequence[Sample]) -> list[tuple[int, np.ndarray[tuple[i
     return [(label, np.concatenate(cells_by_class[label])) for label in sorted(cells_by_class)]
 
 
-def prefetch(crops: Batches, start: int, stop: int, depth: int = 2) -> Iterator[tuple[int, Batch]]:
-    """Yield (step, batch) for the steps from `start` to `stop` - 1. One background thread makes at most `depth` batches ahead.
+def prefetch(make: Callable[[int], Batch], start: int, stop: int, depth: int = 2) -> Iterator[tuple[int, Batch]]:
+    """Yield (step, `make(step)`) for the steps from `start` to `stop` - 1. One background thread makes at most `depth` batches ahead.
 
-    `for step, (images, targets) in prefetch(crops, 0, steps): ...`. The thread starts with the first batch and ends with the loop, within
-    the time of one batch, also after `break` or an error. An iterator that is kept in a variable must be closed (`contextlib.closing`).
-    An error in the thread is raised where its batch is taken.
+    The thread ends with the loop, within the time of one batch, also after `break` or an error. An iterator that is kept in a variable
+    must be closed (`contextlib.closing`). An error in the thread is raised where its batch is taken.
     """
     threads = torch.get_num_threads()
     with ThreadPoolExecutor(max_workers=1, thread_name_prefix="muntin-prefetch") as pool:
@@ -195,7 +185,7 @@ def prefetch(crops: Batches, start: int, stop: int, depth: int = 2) -> Iterator[
         try:
             for step in range(start, stop):
                 while following < stop and len(pending) < depth:
-                    pending.append(pool.submit(crops.batch, following))
+                    pending.append(pool.submit(make, following))
                     following += 1
                 yield step, pending.popleft().result()
         finally:
@@ -204,28 +194,17 @@ def prefetch(crops: Batches, start: int, stop: int, depth: int = 2) -> Iterator[
 
 
 def _use_one_core() -> None:
-    """Limit the calling thread to one core.
-
-    With a second team of OpenMP threads, OpenMP lets all threads sleep between two loops of a training step; waking them took a third of
-    the step's time (docs/log.md).
-    """
+    """Limit the calling thread to one core: with a second team of OpenMP threads, all threads sleep between two loops of a step."""
     torch.set_num_threads(1)
     torch.get_num_threads()  # a thread adopts the count at its first query: query it before `prefetch` restores the count
 
 
 def calibration_batches(
     samples: Sequence[Sample], *, crop: int, count: int, batch_size: int, seed: int, task: DataTask = "segment"
-) -> list[Tensor]:
-    """Return `count` crops without augmentation, uint8 (B, C, crop, crop), in batches of `batch_size`; the last batch may be smaller."""
-    return list(each_calibration_batch(samples, crop=crop, count=count, batch_size=batch_size, seed=seed, task=task))
-
-
-def each_calibration_batch(
-    samples: Sequence[Sample], *, crop: int, count: int, batch_size: int, seed: int, task: DataTask = "segment"
 ) -> Iterator[Tensor]:
-    """Yield the batches of `calibration_batches` one at a time."""
+    """Yield `count` crops without augmentation, uint8 (B, C, crop, crop), in batches of `batch_size`; the last batch may be smaller."""
     crops = Crops(samples, task=task, crop=crop, batch_size=batch_size, seed=seed)
-    for step, (images, _) in prefetch(crops, 0, math.ceil(count / batch_size)):
+    for step, (images, _) in prefetch(crops.batch, 0, math.ceil(count / batch_size)):
         yield images[: count - step * batch_size]
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import colorsys
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
@@ -9,27 +10,39 @@ from typing import Annotated, Any
 
 import numpy as np
 import numpy.typing as npt
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 
-from muntin.artifact.classes import ClassInfo
-from muntin.data.colors import RGB, distinct_colors
+from muntin.artifact.classes import Channel8, ClassInfo
 from muntin.data.listing import composed
+from muntin.data.section import Section
 from muntin.data.source import MAX_CLASSES
 from muntin.errors import DataError
 from muntin.images import IGNORED
 from muntin.images.files import UInt8
 
+RGB = tuple[Channel8, Channel8, Channel8]
 MaskValue = Annotated[int, Field(ge=0, le=65535)] | RGB
 _MAX_LISTED = 5  # values that an error message lists
 
+# Okabe and Ito's palette for colour-blind readers, ordered so that neighbours differ in lightness, too.
+_OKABE_ITO: tuple[RGB, ...] = (
+    (0, 114, 178),
+    (230, 159, 0),
+    (0, 158, 115),
+    (240, 228, 66),
+    (204, 121, 167),
+    (213, 94, 0),
+    (86, 180, 233),
+    (120, 120, 120),
+)
+_GOLDEN_RATIO = 0.618033988749895  # steps of this size spread hues evenly over the circle for any count
 
-class ClassSpec(BaseModel):
-    """One class of the recipe: its name, the colour it is painted in, and what stands for it in the masks."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+class ClassSpec(Section):
+    """A class: its name, its colour in pictures and charts, and its value in the masks."""
 
     name: Annotated[str, Field(min_length=1, description="unique among the classes; for `classify` the folder's name")]
-    color: RGB | None = Field(default=None, description="red, green, blue, 0-255 each; by default one that differs from the others")
+    color: RGB | None = Field(default=None, description="red, green, blue, 0-255 each; by default a colour that no other class has")
     value: MaskValue | None = Field(default=None, description="mask value, or [red, green, blue]; by default the class's index from 0")
 
 
@@ -49,9 +62,9 @@ def class_infos(classes: Sequence[ClassSpec]) -> tuple[ClassInfo, ...]:
 
 
 class MaskMapping:
-    """Maps the values in masks, integers or colours, to class numbers 0..K-1, and the ignored value to 255.
+    """Maps the values in masks, integers or colours, to class numbers 0..K-1, and the value `ignore` to 255.
 
-    `ignore`: the value or colour of pixels that belong to no class. Raises DataError: a value twice, or integers mixed with colours.
+    Raises DataError: a value twice, or integers mixed with colours.
     """
 
     def __init__(self, classes: Sequence[ClassSpec], ignore: int | RGB | None) -> None:
@@ -61,17 +74,17 @@ class MaskMapping:
             raise DataError("the classes' values mix integers and colours: give every class an integer, or every class [red, green, blue]")
         repeated = [value for value, count in Counter(values).items() if count > 1]
         if repeated:
-            raise DataError(f"two classes have the value {_as_yaml(repeated[0])}: every class needs its own")
+            raise DataError(f"two classes have the value {as_yaml(repeated[0])}: every class needs its own")
         table = {_code(value): index for index, value in enumerate(values)}
         if ignore is not None and isinstance(ignore, int) != self.colors:  # an integer `ignore` has no meaning in colour masks
             if _code(ignore) in table:
                 name = classes[table[_code(ignore)]].name
-                raise DataError(f"the value {_as_yaml(ignore)} is both class {name!r} and `ignore`: set `ignore: null` or another value")
+                raise DataError(f"the value {as_yaml(ignore)} is both class {name!r} and `ignore`: set `ignore: null` or another value")
             table[_code(ignore)] = IGNORED
         self._codes = np.array(sorted(table), dtype=np.int64)
         self._labels = np.array([table[code] for code in sorted(table)], dtype=np.uint8)
-        ignored = "none" if IGNORED not in table.values() else _as_yaml(ignore)
-        self._allowed = f"{list_some([_as_yaml(value) for value in values], 12)}; `ignore` is {ignored}"
+        ignored = "none" if IGNORED not in table.values() else as_yaml(ignore)
+        self._allowed = f"{list_some([as_yaml(value) for value in values], 12)}; `ignore` is {ignored}"
 
     def __call__(self, mask: npt.NDArray[Any], path: Path) -> UInt8:
         """Labels (H, W) of a mask (H, W) or (H, W, 3) as `read_mask` gives it. Raises DataError naming `path` for a value of no class."""
@@ -82,7 +95,7 @@ class MaskMapping:
         codes = color_codes(mask) if self.colors else mask
         labels, known = self._look_up(codes)
         if not known.all():
-            unknown = [_as_yaml(code_color(code) if self.colors else code) for code in np.unique(codes[~known]).tolist()]
+            unknown = [as_yaml(code_color(code) if self.colors else code) for code in np.unique(codes[~known]).tolist()]
             raise DataError(
                 f"{path} holds the mask values {list_some(unknown)}, allowed are {self._allowed}: "
                 "add a class, set `ignore`, or correct the mask"
@@ -90,7 +103,7 @@ class MaskMapping:
         return labels
 
     def _look_up(self, codes: npt.NDArray[Any]) -> tuple[UInt8, npt.NDArray[np.bool_]]:
-        """Labels, and whether each code is known."""
+        """Labels, and for each code True if it is known."""
         if codes.dtype == np.uint8:  # a table is ten times faster than the search, and most masks are uint8
             small = self._codes < 256
             table, known = np.zeros(256, dtype=np.uint8), np.zeros(256, dtype=np.bool_)
@@ -98,6 +111,20 @@ class MaskMapping:
             return table[codes], known[codes]
         indices = np.minimum(np.searchsorted(self._codes, codes), self._codes.size - 1)
         return self._labels[indices], self._codes[indices] == codes
+
+
+def distinct_colors(count: int) -> tuple[RGB, ...]:
+    """Return `count` different colours: eight that colour-blind readers can distinguish, then hues in steps of the golden ratio."""
+    colors = list(_OKABE_ITO[:count])
+    step = 0
+    while len(colors) < count:
+        value, saturation = ((0.95, 0.55), (0.55, 0.85), (0.75, 0.75))[step % 3]
+        red, green, blue = colorsys.hsv_to_rgb(0.07 + step * _GOLDEN_RATIO, saturation, value)
+        color = (round(red * 255), round(green * 255), round(blue * 255))
+        if color not in colors:
+            colors.append(color)
+        step += 1
+    return tuple(colors)
 
 
 def color_codes(mask: npt.NDArray[np.uint8]) -> npt.NDArray[np.int32]:
@@ -120,5 +147,6 @@ def _code(value: int | RGB) -> int:
     return value if isinstance(value, int) else value[0] << 16 | value[1] << 8 | value[2]
 
 
-def _as_yaml(value: object) -> str:
+def as_yaml(value: object) -> str:
+    """A number or colour as YAML."""
     return str(list(value)) if isinstance(value, tuple) else str(value)

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Annotated, Literal, Self
+from typing import Annotated, Literal, Self, cast
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import Field, model_validator
 
 from muntin.data.classes import ClassSpec, MaskValue
-from muntin.data.earth import EarthSource
+from muntin.data.earth import EarthSource, EarthVariant
 from muntin.data.folders import FolderPair, FolderSource
+from muntin.data.section import Section
 from muntin.data.source import Source
 from muntin.images import IGNORED, MAX_CHANNELS
 
@@ -20,18 +20,16 @@ Strength = Annotated[float, Field(ge=0, lt=1)]
 Zoom = Annotated[float, Field(ge=0.1, le=10)]
 
 
-class Augmentation(BaseModel):
-    """What happens to a training crop at random. Masks go with the images; brightness and the like change images alone."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
+class Augmentation(Section):
+    """Random changes to training crops. Flips and zoom change image and mask; brightness, contrast and saturation the image only."""
 
     flip_horizontal: Probability = Field(default=0.5, description="probability of a left-right flip, 0-1")
     flip_vertical: Probability = Field(default=0.0, description="probability of an upside-down flip, 0-1; 0.5 suits pictures from above")
     scale: tuple[Zoom, Zoom] = Field(
         default=(0.8, 1.25),
-        description="range of the zoom, 0.1-10: 2 shows things twice as large, [1, 1] switches it off; `classify` never zooms out",
+        description="range of the zoom, 0.1-10: 2 doubles the size of objects, [1, 1] is no zoom; `classify` never zooms out",
     )
-    brightness: Strength = Field(default=0.1, description="largest relative change of brightness, 0-1: 0.1 multiplies by 0.9-1.1")
+    brightness: Strength = Field(default=0.1, description="largest relative change of brightness, 0-1: 0.1 multiplies by 0.9 to 1.1")
     contrast: Strength = Field(default=0.1, description="largest relative change of contrast, 0-1; pictures of 1 or 3 channels only")
     saturation: Strength = Field(default=0.1, description="largest relative change of saturation, 0-1; pictures of 3 channels only")
 
@@ -48,33 +46,23 @@ _FOLDER_FIELDS = ("images", "masks", "validation", "test", "classes", "ignore", 
 SourceName = Literal["earth", "earth:climate", "earth:shore", "folders"]
 
 
-class DataConfig(BaseModel):
-    """Which pictures, how they are split, and how training crops are made of them."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
+class DataConfig(Section):
+    """The pictures, their splits, and the training crops. Keys that begin with `folders:` are for your own pictures only."""
 
     source: SourceName = Field(default="earth", description="the demonstration data, or `folders`: your own pictures")
-    images: Path | None = Field(default=None, description="folders: folder of images; for `classify` it holds one folder a class")
-    masks: Path | None = Field(default=None, description="folders: folder of masks with the images' stems; none for `classify`")
-    validation: SplitShare | FolderPair = Field(
-        default=0.15, description="folders: share of the pictures in `images`, 0-1, or {images, masks} of its own"
-    )
-    test: SplitShare | FolderPair = Field(
-        default=0.15, description="folders: share of the pictures in `images`, 0-1, or {images, masks} of its own"
-    )
+    images: Path | None = Field(default=None, description="folders: folder of images; for `classify` it holds a folder for each class")
+    masks: Path | None = Field(default=None, description="folders: folder of masks; a mask has the stem of its image; unset for `classify`")
+    validation: SplitShare | FolderPair = Field(default=0.15, description="folders: share of the pictures in `images`, 0-1, or own folders")
+    test: SplitShare | FolderPair = Field(default=0.15, description="folders: like `validation`, for the test split")
     classes: tuple[ClassSpec, ...] = Field(
         default=(), max_length=255, description="folders: the classes in order; for `classify` names of folders, by default all"
     )
-    ignore: MaskValue | None = Field(
-        default=IGNORED, description="folders: mask value, or [red, green, blue], that counts as nothing; null: none"
-    )
-    channels: int = Field(default=3, ge=1, le=MAX_CHANNELS, description="channels of the pictures, 1-16; more than 4 come in .npy files")
-    seed: int = Field(default=0, ge=0, description="folders: decides which pictures fall into which split")
-    cache_mib: int = Field(default=1024, ge=0, description="folders: decoded pictures kept in memory, MiB")
+    ignore: MaskValue | None = Field(default=IGNORED, description="folders: mask value, or [red, green, blue], of no class; null: none")
+    channels: int = Field(default=3, ge=1, le=MAX_CHANNELS, description="channels of the pictures, 1-16; above 4 in .npy files only")
+    seed: int = Field(default=0, ge=0, description="folders: seed of the random division into splits")
+    cache_mib: int = Field(default=1024, ge=0, description="folders: memory for decoded pictures, MiB")
     crop: int = Field(default=256, ge=8, le=4096, description="side of the square training crops, pixels")
-    rare: Probability = Field(
-        default=0.0, description="share of crops centred on a pixel of a class drawn uniformly, 0-1; segmentation only"
-    )
+    rare: Probability = Field(default=0.0, description="share of crops centred on a pixel of a class drawn uniformly; segmentation only")
     augmentation: Augmentation = Field(default=Augmentation(), description="random changes to training crops")
 
     @model_validator(mode="after")
@@ -102,7 +90,10 @@ class DataConfig(BaseModel):
             )
 
 
-def _folders(config: DataConfig, root: Path) -> Source:
+def open_source(config: DataConfig, *, root: Path) -> Source:
+    """Open the data set of a recipe. Relative folders start at `root`, the recipe's folder. Raises DataError or DependencyError."""
+    if config.source != "folders":
+        return EarthSource(cast(EarthVariant, config.source.partition(":")[2] or "cover"))
     images = Path() if config.images is None else config.images
     return FolderSource(
         base=FolderPair(images=images, masks=config.masks).under(root),
@@ -114,17 +105,3 @@ def _folders(config: DataConfig, root: Path) -> Source:
         seed=config.seed,
         cache_bytes=config.cache_mib << 20,
     )
-
-
-# To add a source, add a line here and its name to `SourceName`.
-SOURCES: Mapping[SourceName, Callable[[DataConfig, Path], Source]] = {
-    "earth": lambda config, root: EarthSource("cover"),
-    "earth:climate": lambda config, root: EarthSource("climate"),
-    "earth:shore": lambda config, root: EarthSource("shore"),
-    "folders": _folders,
-}
-
-
-def open_source(config: DataConfig, *, root: Path) -> Source:
-    """Open the data set of a recipe. Relative folders start at `root`, the recipe's folder. Raises DataError or DependencyError."""
-    return SOURCES[config.source](config, root)

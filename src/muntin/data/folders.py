@@ -11,11 +11,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 
-from muntin.data.classes import ClassSpec, MaskMapping, class_infos, list_some
-from muntin.data.colors import RGB
+from muntin.data.classes import RGB, ClassSpec, MaskMapping, class_infos, list_some
 from muntin.data.listing import composed, entries, is_picture, is_results_folder, is_utf8, subfolders
+from muntin.data.section import Section
 from muntin.data.source import SPLITS, CheckProgress, DataTask, Sample, SampleCache, Samples, SplitName
 from muntin.data.splits import check_disjoint, empty_split_error, split_of
 from muntin.errors import DataError
@@ -23,13 +23,11 @@ from muntin.images import IGNORED, IMAGE_SUFFIXES, image_size, read_image, read_
 from muntin.images.files import UInt8
 
 
-class FolderPair(BaseModel):
-    """Where one split lies: a folder of images, and for segmentation a folder of masks with the same stems."""
+class FolderPair(Section):
+    """The folders of a split: images, and for segmentation masks with the same stems."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-    images: Path = Field(description="folder of images; for `classify` it holds folders of classes, not all of them perhaps")
-    masks: Path | None = Field(default=None, description="folder of masks; none for `classify`")
+    images: Path = Field(description="folder of images; for `classify` it holds a folder for each class, and classes may be missing")
+    masks: Path | None = Field(default=None, description="folder of masks; unset for `classify`")
 
     def under(self, root: Path) -> FolderPair:
         """The same folders, with relative paths resolved against `root`."""
@@ -49,11 +47,10 @@ class Item:
 class FolderSource:
     """A `Source` that reads folders. The constructor lists the folders and reads no picture.
 
-    `base` holds the training pictures. `validation` and `test` are folders of their own, or the share (0-1) of the base folder's
-    pictures that they take. With masks the task is `segment` and `classes` names the classes. Without masks it is `classify`, and
-    `classes` names folders in the base folder, by default all of them; folders that `classes` does not name, and classes that validation
-    or test lack, are noted. Names are compared in Unicode's form NFC. `ignore`: the mask value or colour of pixels that belong to no
-    class. Decoded pictures are kept in memory up to `cache_bytes`.
+    `base` holds the training pictures. `validation` and `test` are folders of their own, or shares (0-1) of the pictures in `base`.
+    With masks the task is `segment`. Without masks it is `classify`, and `classes` names folders in `base`, by default all of them; other
+    folders, and classes without pictures in validation or test, are noted. Names are compared in Unicode's form NFC. `ignore`: mask value
+    or colour of pixels that belong to no class. At most `cache_bytes` of decoded pictures are kept in memory.
 
     Raises DataError: a folder is missing or empty, a mask is missing, a stem is used twice, a split is empty, a picture is in two splits,
     classes and folders differ.

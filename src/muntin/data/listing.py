@@ -31,25 +31,22 @@ def pictures(folder: Path) -> list[Path]:
 
 
 def is_picture(path: Path) -> bool:
-    """Whether `path` is a file with the suffix of an image."""
+    """Return True for a file with the suffix of an image."""
     return path.suffix.lower() in IMAGE_SUFFIXES and path.is_file()
 
 
 def is_results_folder(folder: Path) -> bool:
-    """Whether `muntin fit` made `folder` for its results: it is called `runs` and holds no pictures."""
+    """Return True for the folder of the results of `muntin fit`: it is called `runs` and holds no pictures."""
     return folder.name == _RUNS and not pictures(folder)
 
 
 def composed(name: str) -> str:
-    """`name` in Unicode's form NFC: each accented letter is one character.
-
-    Some file systems store a letter and its accent as two characters. Both forms look the same, so names are compared in this form.
-    """
+    """`name` in Unicode's form NFC, for comparisons: some file systems store a letter and its accent as two characters."""
     return unicodedata.normalize("NFC", name)
 
 
 def is_utf8(name: str) -> bool:
-    """Whether a file name is valid UTF-8. A file name is bytes; Python keeps invalid bytes as surrogates."""
+    """Return True if a file name is valid UTF-8. Python keeps invalid bytes as surrogates."""
     try:
         name.encode()
     except UnicodeEncodeError:

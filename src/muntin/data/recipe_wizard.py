@@ -10,19 +10,21 @@ from pathlib import Path
 
 import yaml
 
-from muntin.data.classes import ClassSpec
-from muntin.data.colors import RGB
+from muntin.data.classes import ClassSpec, as_yaml
 from muntin.data.folders import FolderPair
 from muntin.data.inspection import (
+    Layout,
     classes_in_folders,
     classes_in_masks,
     crop_side,
     examined_masks,
+    find_layout,
     ignored_value_notes,
+    nested_class_notes,
     picture_channels,
     spread,
+    unused_split_notes,
 )
-from muntin.data.layout import Layout, find_layout, nested_class_notes, unused_split_notes
 from muntin.data.listing import is_utf8
 from muntin.data.source import DataTask, SplitName
 from muntin.data.splits import filling_seed
@@ -53,9 +55,8 @@ compression:  # `muntin compress` after `muntin fit`: low rank, 4-bit weights, m
 def write_recipe(directory: Path | str, *, task: DataTask | None = None, output: Path | None = None) -> Path:
     """Write `recipe.yaml` into the user's folder and return its path. Opens at most 64 masks and 64 images.
 
-    `task` None: segmentation if there are masks, else classification. `output`: the file to write instead; it names the folders by their
-    absolute paths. Raises RecipeError if the recipe exists or cannot be written, DataError if the folder holds nothing usable or too
-    few pictures to split.
+    `task` None: segmentation if there are masks, else classification. `output`: the file to write instead, with absolute paths. Raises
+    RecipeError if the recipe exists or cannot be written, DataError if the folder holds nothing usable or too few pictures to split.
     """
     root = Path(directory) if output is None else Path(directory).resolve()
     path = root / RECIPE_NAME if output is None else output
@@ -73,11 +74,7 @@ def write_recipe(directory: Path | str, *, task: DataTask | None = None, output:
 
 
 def remarks(images: Path, masks: Path | None) -> list[str]:
-    """What users may not expect of the recipe for these folders, one line each.
-
-    Classification: folders that hold pictures only in their subfolders. Segmentation: folders that have the name of a split and are not
-    used, and masks in which 255 may be a class and is ignored.
-    """
+    """Notes on folders that the recipe does not use, and on masks in which 255 may be a class and is ignored."""
     if masks is None:
         return nested_class_notes(images)
     return [*unused_split_notes(images.parent), *ignored_value_notes(masks)]
@@ -145,8 +142,8 @@ def _class_lines(classes: Sequence[ClassSpec], masks: Path | None) -> list[str]:
         if examined is not None:
             lines.append(f"    # seen in {examined[0]} of {examined[1]} masks: add the classes of the others")
     for entry in classes:
-        value = "" if entry.value is None else f", value: {_number_or_color(entry.value)}"
-        lines.append(f"    - {{name: {_quoted(entry.name)}{value}, color: {_number_or_color(entry.color)}}}")
+        value = "" if entry.value is None else f", value: {as_yaml(entry.value)}"
+        lines.append(f"    - {{name: {_quoted(entry.name)}{value}, color: {as_yaml(entry.color)}}}")
     return lines
 
 
@@ -175,7 +172,3 @@ def _path(path: Path, relative_to: Path | None) -> str:
 def _quoted(text: str) -> str:
     """`text` as a YAML scalar in double quotes, on one line."""
     return yaml.safe_dump(text, default_style='"', allow_unicode=True, width=1 << 30).strip()
-
-
-def _number_or_color(value: int | RGB | None) -> str:
-    return str(list(value)) if isinstance(value, tuple) else str(value)

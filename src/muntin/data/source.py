@@ -1,7 +1,7 @@
 """The interface of a data set: named splits of samples, decoded on access.
 
 A sample is one picture with its target. A split is a lazy sequence: its length and the pictures' sizes cost at most a read of the file
-headers. A decoded picture stays in a cache that is bounded in bytes, so random crops of a data set that fits do not decode files again.
+headers. Decoded pictures stay in a cache that is bounded in bytes.
 """
 
 from __future__ import annotations
@@ -127,10 +127,7 @@ class _Selection(Samples):
 
 
 class SampleCache:
-    """Keeps the most recently used samples, at most `limit_bytes` in all. A sample larger than the limit is not kept.
-
-    Two threads that miss the same sample at the same time both decode it: the lock is not held while a file is decoded.
-    """
+    """Keeps the most recently used samples, at most `limit_bytes` in all. Thread-safe; two threads may decode the same sample."""
 
     def __init__(self, limit_bytes: int) -> None:
         self._limit, self._bytes = limit_bytes, 0

@@ -19,10 +19,7 @@ _MAX_HASHES = 200_000  # pictures hashed in search of a seed with which no split
 
 
 def split_of(key: str, seed: int, shares: Mapping[SplitName, float]) -> SplitName:
-    """The split of a picture: the hash of seed and key, as a number in [0, 1), falls into the share of test, of validation, or of neither.
-
-    `shares`: fraction of the pictures for each split other than `train`.
-    """
+    """The split of a picture: the hash of seed and key, a number in [0, 1), falls into the `shares` of test or validation, or into none."""
     digest = hashlib.sha256(os.fsencode(f"{seed}/{composed(key)}")).digest()  # fsencode: a file name may be invalid UTF-8
     position, upper_edge = int.from_bytes(digest[:8], "big") / 2**64, 0.0
     for name in ("test", "validation"):
@@ -35,8 +32,7 @@ def split_of(key: str, seed: int, shares: Mapping[SplitName, float]) -> SplitNam
 def filling_seed(keys: Sequence[str], shares: Mapping[SplitName, float], first: int = 0, *, by_class: bool = False) -> int | None:
     """The first seed from `first` on that leaves no split empty, or None if 1,000 seeds all leave one empty.
 
-    `by_class`: keys are `class/stem`. The result is then the seed whose splits lack the fewest classes, those of the training split
-    counted first, among as many seeds as 200,000 hashes allow.
+    `by_class`: keys are `class/stem`; the result is the seed whose splits lack the fewest classes, among as many as 200,000 hashes allow.
     """
     all_splits = {"train", *shares}
     class_count = len({key.partition("/")[0] for key in keys})
@@ -66,10 +62,7 @@ def empty_split_error(split: SplitName, keys: Sequence[str], folder: Path, seed:
 
 
 def check_disjoint(files: Mapping[SplitName, Sequence[Path]]) -> None:
-    """Raise DataError if two splits hold the same file: the score would measure memory, not learning.
-
-    Links are followed. Copies of a file are not recognised.
-    """
+    """Raise DataError if two splits hold the same file. Links are followed; copies are not recognised."""
     split_by_file: dict[Path, SplitName] = {}
     resolved_folders: dict[Path, Path] = {}
     shared: list[tuple[Path, SplitName, SplitName]] = []

@@ -17,9 +17,8 @@ from torch import Tensor, nn
 
 from muntin.artifact import Signature
 from muntin.artifact.golden import golden_sizes
-from muntin.compression.calibration import as_input
 from muntin.errors import ExportError, MuntinError
-from muntin.models.eager import check_eager, eager_copy
+from muntin.models.eager import as_input, check_eager, eager_copy
 from muntin.runtime.host.memory import no_memory
 
 Pairs = list[tuple[NDArray[np.uint8], NDArray[np.float32]]]

@@ -13,10 +13,7 @@ from muntin.layers.ops import Sum
 
 
 class ConvUnit(nn.Module):
-    """ReLU(norm(conv(x))), `(B, C, H, W) -> (B, O, ceil(H / stride), ceil(W / stride))`.
-
-    C·O·kernel² / groups multiply-adds an output position. `activation` False leaves out the ReLU.
-    """
+    """ReLU(norm(conv(x))), or norm(conv(x)), `(B, C, H, W) -> (B, O, ceil(H / stride), ceil(W / stride))`."""
 
     def __init__(self, channels: int, out: int, *, kernel: int = 3, stride: int = 1, groups: int = 1, activation: bool = True) -> None:
         super().__init__()
@@ -54,9 +51,8 @@ class ResidualPair(nn.Module):
 
 
 class PositionUnit(nn.Module):
-    """x + depthwise 3x3 convolution of x, `(B, C, H, W)` to the same shape; 9·C multiply-adds a position.
+    """x + depthwise 3x3 convolution of x, `(B, C, H, W)` to the same shape; 9·C multiply-adds a position. The zero padding marks positions.
 
-    Encodes positions without a position table: the zero padding marks the border, so a map of any size works.
     Source: conditional positional encodings (Chu et al., 2102.10882, section 3).
     """
 

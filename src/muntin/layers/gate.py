@@ -18,10 +18,9 @@ class ChannelGate(nn.Module):
     `axis`: the axis of the channels, counted from the end: -1, or -3 for maps `(B, C, H, W)`.
 
     The gate is a parameter, not a function of the input: a gate of exactly 0 is 0 for every image, so its channel can be removed
-    (`muntin.compression.remove_closed_channels`). At export a gate after ReLU is folded into the layer before it
-    (`muntin.compression.fold`) and costs nothing. Source: the scaling factors of Network Slimming (Liu et al., 1708.06519, section 3).
-    Deviations: the factors are bounded to [0, 1], so that they close at exactly 0; there is no L1 cost, which shrinks all gates equally
-    while the weights after them grow. `muntin.training.gate_pruning` closes the gates that the loss needs least.
+    (`muntin.compression.remove_closed_channels`). An open gate after ReLU is folded into the layer before it at export. Source: the scaling
+    factors of Network Slimming (Liu et al., 1708.06519, section 3). Deviations: the factors are bounded to [0, 1], so that they close at
+    exactly 0; instead of an L1 cost, `muntin.training.gate_pruning` closes the gates that the loss needs least.
     """
 
     def __init__(self, dim: int, *, axis: int = -1) -> None:

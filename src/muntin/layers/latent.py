@@ -54,8 +54,7 @@ class GlobalAttention(Attention):
 
     Input and output `(B, H, W, C)`, any H, W >= 1. Memory and time are O(H·W): 2·C² + 2·E·M·C + 2·M·C multiply-adds a token.
     Source: Agent Attention (Han et al., 2312.08874, section 3.2) and the induced set attention of Set Transformer (Lee et al.,
-    1810.00825, section 3.1). Deviation: the queries of the latents and the keys for the tokens' queries are parameters, so both kinds of
-    logits are one Linear of the token. This saves a product for each and quantises like any Linear.
+    1810.00825, section 3.1). Deviation: the latents' queries and keys are parameters, so both kinds of logits are one Linear of the token.
     """
 
     window = None

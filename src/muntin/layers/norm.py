@@ -2,11 +2,10 @@
 
 y = weight · (x - mean) / √(variance + eps) + bias, with the statistics of a group while training and running averages afterwards.
 
-Plain batch norm computes its statistics over all samples of a call: the network then depends on `training.batch_size`, and a batch of 16
-that is computed as 8 + 8 has another gradient. Here a batch is cut, in its order, into groups of `GROUP` samples (the last may be smaller),
-so any split at a border of groups gives the same numbers. After training the norm is an affine map with constant coefficients, which
-folds into a neighbouring layer. A group with a single value a channel (one image on a map of 1x1) has no variance: it raises MuntinError
-while training.
+A batch is cut, in its order, into groups of `GROUP` samples (the last may be smaller), so the network does not depend on
+`training.batch_size`, and any split at a border of groups gives the same numbers. After training the norm is an affine map with constant
+coefficients, which folds into a neighbouring layer. A group with a single value a channel (one image on a map of 1x1) has no variance: it
+raises MuntinError while training.
 
 Source: Ghost Batch Normalization (Hoffer et al., 1705.08741, section 4).
 Axes: B images, C channels, H W map, S windows, T tokens in a window.
@@ -58,9 +57,6 @@ class _GroupedNorm(nn.Module):
         if not self.training or x_BCHW.shape[0] <= group:
             return self._normalise(x_BCHW)
         return torch.cat([self._normalise(part) for part in torch.split(x_BCHW, group)])
-
-    def extra_repr(self) -> str:
-        return f"{self.dim}, eps={self.eps}, momentum={self.momentum}"
 
 
 class MapNorm(_GroupedNorm):

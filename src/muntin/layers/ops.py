@@ -30,10 +30,7 @@ class SoftmaxProduct(nn.Module):
 
 
 class Gain(nn.Module):
-    """Multiply by a fixed factor.
-
-    Adam changes each weight by about the learning rate, so the scaled output changes `factor` times as fast.
-    """
+    """Multiply by a fixed factor: in training with Adam the output changes `factor` times as fast."""
 
     factor: Tensor
 

@@ -15,19 +15,12 @@ from muntin.layers.convolution import ConvUnit
 from muntin.layers.ops import Gain, Sum
 
 
-def upsample_to(x_BCHW: Tensor, like_BCHW: Tensor) -> Tensor:
-    """Double the size by repeating pixels, and crop to the size of `like`, which may be odd."""
-    doubled = F.interpolate(x_BCHW, scale_factor=2.0, mode="nearest")
-    return doubled[:, :, : like_BCHW.shape[2], : like_BCHW.shape[3]]
-
-
 class ProgressiveUpsampler(nn.Module):
     """x_i = smooth_i(lateral_i(map_i) + upsample(x_(i-1))), from the coarsest feature map to the finest.
 
     `channels`: those of the feature maps, coarse to fine; each map has half the height and width of the next, rounded up. Input: these
     maps `(B, C_i, H_i, W_i)` in that order; output `(B, dim, H, W)`, the size of the finest. `lateral` is a 1x1 convolution, `smooth` a
-    3x3 convolution. Source: the top-down path of feature pyramids (Lin et al., 1612.03144, section 3). Deviation: the smoothing is part
-    of the path, so that each stage corrects the blur of the upsampling before it.
+    3x3 convolution. Source: feature pyramids (Lin et al., 1612.03144, section 3). Deviation: the smoothing is part of the path.
     """
 
     def __init__(self, channels: Sequence[int], dim: int) -> None:
@@ -43,7 +36,8 @@ class ProgressiveUpsampler(nn.Module):
             raise ValueError(f"got {len(maps)} feature maps: give {len(self.lateral)}, coarse to fine")
         x_BCHW: Tensor = self.lateral[0](maps[0])
         for skip, lateral, smooth, add in zip(maps[1:], self.lateral[1:], self.smooth, self.sum, strict=True):
-            x_BCHW = smooth(add(lateral(skip), upsample_to(x_BCHW, skip)))
+            doubled = F.interpolate(x_BCHW, scale_factor=2.0, mode="nearest")
+            x_BCHW = smooth(add(lateral(skip), doubled[:, :, : skip.shape[2], : skip.shape[3]]))  # the size of a skip may be odd
         return x_BCHW
 
 
@@ -54,10 +48,9 @@ class PixelHead(nn.Module):
     resolution; no product runs at full resolution. Source: sub-pixel convolution (Shi et al., 1609.05158, section 3.2), initialised to
     repeat pixels (ICNR, Aitken et al., 1707.02937), so that training begins without a checkerboard pattern.
 
-    `gain`: a factor of the scores. The initial weights are divided by it, so the untrained layer does not depend on it. Adam changes each
-    weight by about the learning rate, so the scores of a decoder with few channels, which sum fewer products, change slowly; a gain
-    speeds them up. It is folded into the weights for deployment. Source: learning rates by width (Yang & Hu, 2011.14522). Deviation: the
-    factor was found by experiments (docs/log.md).
+    `gain`: a factor of the scores, folded into the weights for deployment. The initial weights are divided by it, so the untrained layer
+    does not depend on it. It speeds up the scores of a decoder with few channels. Source: learning rates by width (Yang & Hu, 2011.14522).
+    Deviation: the factor was found by experiments (docs/log.md).
     """
 
     def __init__(self, channels: int, outputs: int, factor: int, gain: float = 1.0) -> None:

@@ -1,8 +1,7 @@
 """Cut a map into windows of tokens, and merge the windows again.
 
-Attention works on the windowed form `(S, T, C)`. A whole stage stays in this form, so the cut is paid once for each stage, and Linear
-layers, norms and softmaxes need no re-ordering. If the window does not divide the size, the map is padded with zeros once, and
-`Grid.bias_S1T` hides the padding from every softmax: it changes no token of the image.
+Attention works on the windowed form `(S, T, C)`, in which a whole stage stays. If the window does not divide the size, the map is padded
+with zeros once, and `Grid.bias_S1T` hides the padding from every softmax.
 
 Axes: B images, H W rows and columns of a map, C channels, S windows (B · rows · columns), T tokens in a window (window²),
 N tokens in an image, padding included.
@@ -37,10 +36,7 @@ class Grid:
 
 
 def hidden(dtype: torch.dtype) -> float:
-    """The bias of a logit that must not count: half of the lowest finite number, below every other logit (in FP16: above -32,752).
-
-    In an engine with a narrower type it becomes -inf. After the softmax that is 0, too, since no row is all padding.
-    """
+    """The bias of a logit that must not count: half of the lowest finite number. In a narrower type it is -inf, 0 after the softmax."""
     return torch.finfo(dtype).min / 2
 
 

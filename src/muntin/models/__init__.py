@@ -1,11 +1,10 @@
 """Models: the HybridNet family, and wrappers for models of other packages."""
 
 from muntin.models.compression_record import Change, CompressionRecord
-from muntin.models.config import ModelConfig
+from muntin.models.config import PRESETS, ModelConfig
 from muntin.models.create import create_model
 from muntin.models.foreign import DividedSides, ForeignModel
 from muntin.models.hybridnet import HybridNet
-from muntin.models.presets import PRESETS
 from muntin.models.session import TorchSession
 
 __all__ = [

@@ -1,7 +1,4 @@
-"""What compression did to a checkpoint's model, as frozen values that are checked when they are read.
-
-The record lies in `models` because `training` stores it in checkpoints, `compression` fills it, and `training` cannot import `compression`.
-"""
+"""The record of the changes that compression made to a checkpoint's model: written by `compression`, stored by `training`."""
 
 from __future__ import annotations
 
@@ -17,14 +14,14 @@ STAGES: tuple[Stage, ...] = get_args(Stage)
 
 @dataclass(frozen=True, kw_only=True)
 class Change:
-    """One layer under one compression pass. A pass returns a change for each layer that it looked at, the skipped ones included."""
+    """One layer under one compression pass. A pass returns a change for each layer that it examined, also for those it kept."""
 
     layer: str
     """Dotted name in the model."""
     pass_: str
     """The pass: `fold`, `quantize`, ..."""
     done: str
-    """The layer's new form, or `kept` where the pass left the layer as it was."""
+    """The layer's new form, or `kept`."""
     reason: str = ""
     """Why the layer was kept."""
     note: str = ""
@@ -32,24 +29,24 @@ class Change:
     ranks: tuple[int, ...] = ()
     """Ranks of the factored layer."""
     sqnr_db: float | None = None
-    """Signal over noise of the layer's output after the pass, on calibration images; None where the pass does not measure it."""
+    """Signal over noise of the layer's output after the pass, on calibration images; None if it was not measured."""
 
     @property
     def kept(self) -> bool:
-        """True where the pass left the layer as it was."""
+        """True if the pass left the layer as it was."""
         return self.done == "kept"
 
 
 @dataclass(frozen=True, kw_only=True)
 class Sensitivity:
-    """How much closer the answer comes to the teacher's if one layer alone gets more bits."""
+    """Gains of one layer with more bits: reductions of the distance of the answer to the teacher's."""
 
     bits: int
     """Weight bits of the layer at the time of the measurement."""
     weights: int
     """Number of weights."""
     gains: dict[int, float] = field(default_factory=dict)
-    """By number of bits: the reduction of the distance to the teacher, as a share of the distance. May be negative."""
+    """By number of bits: the reduction, as a share of the distance. May be negative."""
 
 
 class OperationRecord(BaseModel):
@@ -60,7 +57,7 @@ class OperationRecord(BaseModel):
     bits: Annotated[int, Field(ge=0, le=8)]
     """Weight bits; 0 for a product, which has no weight."""
     unsigned: Annotated[tuple[bool, ...], Field(min_length=1, max_length=2)]
-    """For each activation grid, whether it is unsigned."""
+    """For each activation grid: True if it is unsigned."""
 
     @model_validator(mode="before")
     @classmethod
@@ -90,7 +87,7 @@ class CompressionRecord(BaseModel):
     changes: tuple[Change, ...]
     """Changes of all stages up to this one."""
     notes: tuple[str, ...] = ()
-    """Notes for the user on what makes the result less certain."""
+    """Notes for the user: reasons why the result is less certain."""
     sensitivity: dict[str, Sensitivity] = {}
     """Measured by the stage `w4a8`, empty elsewhere."""
 

@@ -1,8 +1,8 @@
-"""ModelConfig: the structure of a HybridNet, frozen and checked when created."""
+"""ModelConfig: the structure of a HybridNet, frozen and checked when created. PRESETS: the named ones, which `muntin models` measures."""
 
 from __future__ import annotations
 
-from typing import Annotated, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
@@ -21,31 +21,31 @@ class ModelConfig(BaseModel):
     channels: Annotated[int, Field(ge=1, le=16, description="channels of the input image")] = 3
     scale: Annotated[int, Field(ge=1, le=4, description="output size over input size; above 1 only for restore")] = 1
     stem: Annotated[tuple[AtLeastOne, ...], Field(min_length=2, max_length=3)] = (16, 32, 64)
-    """Channels of the convolutional stages at strides 2, 4 and, where it names three, 8."""
+    """Channels of the convolutional stages at strides 2, 4 and, with a third entry, 8."""
     pairs: tuple[Annotated[int, Field(ge=0)], ...] = (1, 1)
-    """Residual pairs at stride 4 and, where there is that stage, at 8."""
+    """Residual pairs at stride 4 and, with three stages of the stem, at 8."""
     dims: Annotated[tuple[AtLeastOne, ...], Field(min_length=1)] = (256, 256)
     """Channels of the attention stages at the strides that follow the stem: 16, 32, ... after three stages, 8, 16, ... after two."""
     depths: tuple[AtLeastOne, ...] = (4, 2)
     """Blocks of each attention stage."""
     attention: Literal["hybrid", "local", "global", "dense"] = "hybrid"
-    """Windows and latents side by side, either of them alone, or all tokens with all."""
+    """Windows and latents side by side, only one of them, or all pairs of tokens."""
     block: Literal["parallel", "serial"] = "parallel"
-    """Whether attention and perceptron read one norm at once, or one after the other."""
+    """parallel: attention and perceptron read the same norm; serial: one after the other."""
     head_dim: AtLeastOne = 64
-    """Channels of an attention head, of which `dims` are multiples."""
+    """Channels of an attention head; `dims` are multiples of it."""
     window: AtLeastOne = 8
     """Side of the windows, tokens."""
     latents: AtLeastOne = 32
     """Latents that exchange with the whole map."""
     mlp_ratio: Annotated[float, Field(gt=0, le=8)] = 2.0
-    """Width of the perceptrons, over that of their stage."""
+    """Width of the perceptrons over the width of their stage."""
     gate: bool = True
     """Channel gates, which `training.gate_budget` closes."""
     decoder: AtLeastOne = 64
     """Channels of the decoder."""
     finest: Literal[4, 8] = 4
-    """Stride at which the decoder ends and the last layer, `PixelHead`, begins; unused by classify, as `decoder` is."""
+    """Stride at which the decoder ends and the last layer, `PixelHead`, begins; like `decoder`, unused by classify."""
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:
@@ -70,3 +70,13 @@ class ModelConfig(BaseModel):
     def outputs(self) -> int:
         """Channels of the answer: K scores, or the image's own channels."""
         return self.channels if self.task == "restore" else self.classes
+
+
+PRESETS: dict[str, dict[str, Any]] = {
+    "hybrid-xxs": {"stem": (8, 16, 32), "pairs": (0, 0), "dims": (128,), "depths": (2,), "decoder": 32, "finest": 8, "latents": 8},
+    "hybrid-xs": {"stem": (16, 24, 48), "pairs": (0, 1), "dims": (128, 128), "depths": (2, 2), "decoder": 48, "latents": 16},
+    "hybrid-s": {},
+    "hybrid-m": {"stem": (24, 48, 96), "pairs": (1, 2), "dims": (384, 384), "depths": (6, 4), "decoder": 96},
+    "dense-s": {"attention": "dense"},
+}
+"""Fields of `ModelConfig` in which each preset differs from the defaults; `dense-s` is `hybrid-s` with SDPA over all tokens."""

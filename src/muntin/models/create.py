@@ -11,10 +11,9 @@ from torch import nn
 
 from muntin.artifact.manifest import Task
 from muntin.errors import RecipeError
-from muntin.models.config import ModelConfig
+from muntin.models.config import PRESETS, ModelConfig
 from muntin.models.foreign import DividedSides, from_factory, from_timm, from_torchvision
 from muntin.models.hybridnet import HybridNet
-from muntin.models.presets import PRESETS
 
 FOREIGN: dict[str, Callable[..., nn.Module]] = {"timm": from_timm, "torchvision": from_torchvision}
 
@@ -31,11 +30,10 @@ def create_model(
 ) -> nn.Module:
     """Create a model by name, initialised from PyTorch's global random generator.
 
-    `name`: a preset (`muntin models` lists them), `timm:NAME`, `torchvision:NAME`, or `package.module:factory`.
-    `options`: fields of `ModelConfig` that replace the preset's. `size_divisor`: a foreign model needs sides that are multiples of it;
-    other pictures are padded and the answers cut (`DividedSides`). The model takes raw pixels, float 0-255,
-    `(B, channels, H, W)` and returns scores `(B, classes, H, W)`, `(B, classes)` or an image `(B, channels, scale·H, scale·W)`.
-    Raises `RecipeError` for an unknown name or impossible values.
+    `name`: a preset (`muntin models` lists them), `timm:NAME`, `torchvision:NAME`, or `package.module:factory`. `options`: fields of
+    `ModelConfig` that replace the preset's. `size_divisor`: see `DividedSides`. The model takes raw pixels, float 0-255,
+    `(B, channels, H, W)` and returns scores `(B, classes, H, W)`, `(B, classes)` or an image `(B, channels, scale·H, scale·W)`. Raises
+    `RecipeError` for an unknown name or impossible values.
     """
     if ":" in name:
         if options:

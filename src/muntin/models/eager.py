@@ -1,14 +1,20 @@
-"""Checks that a model is a plain PyTorch module, which muntin can inspect, copy and rewrite."""
+"""Plain PyTorch modules, which muntin can inspect, copy and rewrite: checks, copies, and the inputs of their layers."""
 
 from __future__ import annotations
 
 import copy
+import itertools
 import sys
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from muntin.errors import MuntinError
+
+Watch = Callable[[str, nn.Module, tuple[Tensor, ...]], None]
+"""Called with an operation's name, the operation and its inputs, before the operation runs."""
 
 
 def check_module(model: object) -> None:
@@ -43,7 +49,11 @@ def eager_copy(model: nn.Module) -> nn.Module:
     try:
         copied = copy.deepcopy(model)
     except (RuntimeError, TypeError) as error:  # computed tensors, tensors without values, objects that Python cannot copy
-        raise MuntinError(f"cannot be copied: {_copying_advice(model, error)}") from error
+        reason = " ".join(str(error).split())[:200]
+        raise MuntinError(
+            f"cannot be copied: {reason}; its modules must hold objects that Python can copy: call prune.remove for layers with pruning "
+            "masks, use the norms of torch.nn.utils.parametrizations, and keep no tensor that was computed with gradients"
+        ) from error
     while _is_wrapper(copied):
         copied = copied._orig_mod  # type: ignore[assignment]
     for part in list(copied.modules()):
@@ -54,6 +64,35 @@ def eager_copy(model: nn.Module) -> nn.Module:
     return copied
 
 
+def as_input(model: nn.Module, batch: Tensor) -> Tensor:
+    """The batch on the device and in the type of the model's weights, or of its buffers if all layers are quantised."""
+    for tensor in itertools.chain(model.parameters(), model.buffers()):
+        if tensor.is_floating_point():
+            return batch.to(tensor.device, tensor.dtype)
+    return batch.to(torch.float32)
+
+
+def watch_inputs(model: nn.Module, operations: Mapping[str, nn.Module], batches: Sequence[Tensor], watch: Watch) -> None:
+    """Run the batches `(B, C, H, W)`, raw pixels, through the model without gradients; call `watch` before each operation."""
+
+    def hook(name: str) -> Callable[[nn.Module, tuple[Any, ...], dict[str, Any]], None]:
+        return lambda operation, inputs, by_name: watch(name, operation, (*inputs, *by_name.values()))
+
+    handles = [operation.register_forward_pre_hook(hook(name), with_kwargs=True) for name, operation in operations.items()]
+    run(model, batches, handles)
+
+
+def run(model: nn.Module, batches: Sequence[Tensor], handles: Sequence[Any]) -> None:
+    """Run the batches through the model without gradients, then remove the hooks `handles`."""
+    try:
+        with torch.no_grad():  # tensors of inference mode that the model keeps could not be trained
+            for batch in batches:
+                model(as_input(model, batch))
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
 def _is_wrapper(part: nn.Module) -> bool:
     """Return True for the wrapper of `torch.compile`. Its class takes a second to import, and is loaded if a module was compiled."""
     compiler = sys.modules.get("torch._dynamo.eval_frame")
@@ -62,18 +101,3 @@ def _is_wrapper(part: nn.Module) -> bool:
 
 def _title(name: str) -> str:
     return f"'{name}', a part of the model," if name else "the model"
-
-
-def _copying_advice(model: nn.Module, error: Exception) -> str:
-    for name, part in model.named_modules():
-        if any(key.endswith("_mask") and f"{key[:-5]}_orig" in part._parameters for key in part._buffers):
-            return f"'{name}' is pruned by masks: call torch.nn.utils.prune.remove for it first"
-        norms = [f"{key[:-2]}_v" for key in part._parameters if key.endswith("_g")]
-        norms += [f"{key[:-5]}_u" for key in part._parameters if key.endswith("_orig")]
-        if any(key in part._parameters or key in part._buffers for key in norms):
-            return "use weight_norm and spectral_norm of torch.nn.utils.parametrizations instead of those of torch.nn.utils"
-        for key, value in vars(part).items():
-            if isinstance(value, Tensor) and not value.is_leaf:
-                owner = _title(name) if name else "it"
-                return f"{owner} keeps a tensor that was computed with gradients, {key}: set it to None, or call it under no_grad"
-    return f"{' '.join(str(error).split())[:200]}; its modules must hold objects that Python can copy"

@@ -51,8 +51,8 @@ class ForeignModel(nn.Module):
 class DividedSides(nn.Module):
     """Pads images to multiples of `size_divisor` by repeating the last row and column, and cuts the wrapped model's answer.
 
-    Input and output are the wrapped model's, `(B, channels, H, W)` to `(B, K, H, W)` or `(B, K)`, any H, W >= 1. Costs a copy of the image
-    if a side is not divided. Operations over the whole map see the repeated pixels. Raises `ValueError` for a divisor below 1.
+    Input and output are the wrapped model's, with any H, W >= 1. Operations over the whole map see the repeated pixels. Raises `ValueError`
+    for a divisor below 1.
     """
 
     def __init__(self, model: nn.Module, size_divisor: int) -> None:
@@ -144,12 +144,9 @@ def _current_folder() -> Iterator[None]:
         sys.path.remove("")
 
 
-def _check_factory(name: str, factory: object) -> None:
-    """Raise `RecipeError` if the factory cannot be called. Checked before the call, so that a TypeError inside keeps its traceback."""
-    advice = "write a function that takes task, classes and channels by keyword"
-    if not callable(factory):
-        raise RecipeError(f"model '{name}' is a {type(factory).__name__}, which cannot be called: {advice}")
+def _check_factory(name: str, factory: Callable[..., nn.Module]) -> None:
+    """Raise `RecipeError` if the factory cannot be called. A TypeError inside the later call keeps its traceback."""
     try:
         inspect.signature(factory).bind(task="segment", classes=2, channels=3)
     except (TypeError, ValueError) as error:  # ValueError: a built-in without a signature
-        raise RecipeError(f"model '{name}': {error}: {advice}") from error
+        raise RecipeError(f"model '{name}': {error}: write a function that takes task, classes and channels by keyword") from error

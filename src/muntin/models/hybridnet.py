@@ -4,10 +4,8 @@
                                               |                         |                       |
                                               +--- skips -------------> ProgressiveUpsampler <--+ -> PixelHead -> scores
 
-A stem of two stages ends at stride 4, and blocks begin at 8.
-
-An attention stage cuts its map into windows once and stays in that form for all of its blocks. Every size H, W >= 1 works:
-strided convolutions round up, the decoder cuts to its skips.
+A stem of two stages ends at stride 4, and blocks begin at 8. Every size H, W >= 1 works: strided convolutions round up, the decoder cuts to
+its skips.
 
 Axes: B images, C channels, H W map, K scores, S windows, T tokens a window.
 """
@@ -87,15 +85,15 @@ class AttentionStage(nn.Module):
 class HybridNet(nn.Module):
     """A vision model for segmentation, classification or restoration.
 
-    Input: raw pixels, float 0-255, `(B, channels, H, W)`, any H, W >= 1. Output: scores `(B, K, H, W)` (segment), `(B, K)`
-    (classify), or an image 0-255 `(B, channels, scale·H, scale·W)` (restore). Time and memory are O(H·W);
-    with `attention="dense"` time is O((H·W)²).
+    Input: raw pixels, float 0-255, `(B, channels, H, W)`, any H, W >= 1. Output: scores `(B, K, H, W)` (segment), `(B, K)` (classify),
+    or an image 0-255 `(B, channels, scale·H, scale·W)` (restore). Time and memory are O(H·W); with `attention="dense"` time is O((H·W)²).
     """
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.config = config
         c2, c4, *c8 = config.stem
+        self.levels = len(config.stem[1:]) + len(config.dims) - (config.finest != 4)  # maps that the decoder reads, from the coarsest
         self.normalize = Normalize()
         self.stem = nn.Sequential(ConvUnit(config.channels, c2, stride=2), ConvUnit(c2, c4, stride=2))
         self.stage4 = nn.Sequential(*(ResidualPair(c4, gate=config.gate) for _ in range(config.pairs[0])))
@@ -110,18 +108,13 @@ class HybridNet(nn.Module):
         if config.task == "classify":
             self.head: nn.Module = nn.Linear(config.dims[-1], config.classes)
         else:
-            self.decoder = ProgressiveUpsampler([*reversed(config.dims), *c8, c4][: self._levels], config.decoder)
+            self.decoder = ProgressiveUpsampler([*reversed(config.dims), *c8, c4][: self.levels], config.decoder)
             gain = GAIN if config.task == "segment" else 1.0
             self.head = PixelHead(config.decoder, config.outputs, config.finest * config.scale, gain)
         if config.task == "restore":
             self.enlarge = nn.Upsample(scale_factor=config.scale, mode="bilinear") if config.scale > 1 else nn.Identity()
             self.sum = Sum()
             nn.init.zeros_(self.head.conv.weight)  # type: ignore[arg-type, union-attr]  # so that training starts with the image itself
-
-    @property
-    def _levels(self) -> int:
-        """Number of maps that the decoder reads, from the coarsest."""
-        return len(self.config.stem[1:]) + len(self.config.dims) - (0 if self.config.finest == 4 else 1)
 
     def forward(self, image_BCHW: Tensor) -> Tensor:
         height, width = image_BCHW.shape[2:]
@@ -132,7 +125,7 @@ class HybridNet(nn.Module):
             scores_BK: Tensor = self.head(maps[-1].mean((2, 3)))
             return scores_BK
         scale = self.config.scale
-        scores: Tensor = self.head(self.decoder(maps[::-1][: self._levels]))[:, :, : scale * height, : scale * width]
+        scores: Tensor = self.head(self.decoder(maps[::-1][: self.levels]))[:, :, : scale * height, : scale * width]
         if self.config.task == "restore":
             scores = self.sum(self.enlarge(image_BCHW), scores * 64)  # the head's unit is the normalised one
         return scores

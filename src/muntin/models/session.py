@@ -1,12 +1,22 @@
 """TorchSession: a live PyTorch model with the interface of a deployed one, so that the same code measures both.
 
+Batches are copied asynchronously: the next one to the device, and scores back, during a computation. On a CPU nothing is copied.
+
+    host              pageable -> pinned |  pageable -> pinned |  ...
+    copy-in stream                       pinned -> device | ...
+    compute stream                                         model | ...
+    copy-out stream                                               device -> pinned | ...
+
 Axes: B images, H W map, C channels, K scores.
 """
 
 from __future__ import annotations
 
 import shutil
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -15,8 +25,10 @@ from torch import Tensor, nn
 
 from muntin.artifact import Signature
 from muntin.errors import DependencyError, MuntinError
-from muntin.models.transfer import pipelined
 from muntin.runtime.session import check_classes, check_images
+
+BUFFERS = 2
+"""Batches in flight: one in computation, one in a copy."""
 
 
 def require_compiler(device: str) -> None:
@@ -36,9 +48,9 @@ def require_compiler(device: str) -> None:
 class TorchSession:
     """Calls a model on `(B, H, W, C)` uint8 images and returns float32 scores: the reference for every engine.
 
-    `dtype`: type of products (autocast), None for FP32. `compile`: use `torch.compile`, at the first call of each shape (a minute
-    or more). The model is not copied or moved, and runs in `eval` mode. It receives pixels in float32, or in the 16-bit type of all its
-    weights. Raises `DependencyError` for `compile` without a compiler; a call raises `MuntinError` if the model returns no tensor.
+    `dtype`: type of products (autocast), None for FP32. `compile`: use `torch.compile`, a minute or more for each shape. The model is not
+    copied or moved, runs in `eval` mode, and receives pixels in float32, or in the 16-bit type of all its weights. Raises `DependencyError`
+    for `compile` without a compiler; a call raises `MuntinError` if the model returns no tensor.
     """
 
     streams = 1
@@ -101,3 +113,54 @@ class TorchSession:
                 f"the model answers with a {type(answer).__name__}: wrap it in a module that returns the tensor of its scores"
             )
         return answer.float()
+
+
+@dataclass(frozen=True)
+class _Flight:
+    """A batch in flight. `inward` is held until the answer arrives, because the copy to the device reads it."""
+
+    inward: Tensor
+    scores: Tensor
+    done: Any
+
+    def land(self) -> NDArray[np.float32]:
+        self.done.synchronize()
+        landed: NDArray[np.float32] = self.scores.numpy()
+        return landed
+
+
+def pipelined(
+    batches: Iterable[NDArray[np.uint8]], compute: Callable[[Tensor], Tensor], device: torch.device
+) -> Iterator[NDArray[np.float32]]:
+    """The answers to batches (B, H, W, C), in order, each a new array; `compute` maps a tensor on the device to one on the device."""
+    module = torch.get_device_module(device)
+    streams = module.Stream(), module.Stream()
+    flights: deque[_Flight] = deque()
+    for images_BHWC in batches:
+        flights.append(_launch(images_BHWC, compute, device, streams))
+        if len(flights) >= BUFFERS:
+            yield flights.popleft().land()
+    while flights:
+        yield flights.popleft().land()
+
+
+def _launch(images_BHWC: NDArray[np.uint8], compute: Callable[[Tensor], Tensor], device: torch.device, streams: tuple[Any, Any]) -> _Flight:
+    module = torch.get_device_module(device)
+    (copy_in, copy_out), computing = streams, module.current_stream()
+    inward = torch.from_numpy(np.ascontiguousarray(images_BHWC))
+    apart = device.type != "cpu"
+    if apart:
+        inward = inward.pin_memory()
+    with module.stream(copy_in):
+        images = inward.to(device, non_blocking=True)
+    computing.wait_stream(copy_in)
+    scores = compute(images)
+    copy_out.wait_stream(computing)
+    with module.stream(copy_out):
+        answer = torch.empty(scores.shape, dtype=scores.dtype, pin_memory=True).copy_(scores, non_blocking=True) if apart else scores
+        done = module.Event()
+        done.record(copy_out)
+    if apart:  # the allocator must not reuse memory that another stream still reads
+        images.record_stream(computing)
+        scores.record_stream(copy_out)
+    return _Flight(inward, answer, done)

@@ -61,12 +61,12 @@ class CheckpointState(BaseModel):
     """Losses since the last point of the training curve."""
     validation: list[dict[str, Any]]
     compression: CompressionRecord | None = None
-    """None for a checkpoint of `muntin fit`."""
+    """None for checkpoints of `muntin fit`."""
     sha256: dict[str, str]
 
     @property
     def judged(self) -> bool:
-        """True if the last step was validated; False after an interruption in between."""
+        """True if the last step was validated."""
         return self.step == 0 or bool(self.validation and self.validation[-1]["step"] == self.step)
 
 
@@ -104,14 +104,8 @@ class Checkpoint:
         return () if self.state.compression is None else self.state.compression.changes
 
 
-# Data of a checkpoint
-
-
 def check_classes(checkpoint: Checkpoint, source: Source) -> None:
-    """Raise `DataError` if the data have other classes than the model was trained on, or another order of them.
-
-    A recipe without class names takes the folders' names, which may change after training.
-    """
+    """Raise `DataError` if the data have other classes than the model was trained on, or another order of them."""
     trained, current = ([entry.name for entry in classes] for classes in (checkpoint.state.classes, source.classes))
     if [composed(name) for name in trained] != [composed(name) for name in current]:
         raise DataError(
@@ -140,13 +134,8 @@ def source_of(checkpoint: Checkpoint) -> Source:
 def calibration_of(checkpoint: Checkpoint, source: Source) -> list[Tensor]:
     """Crops of the training split that calibrate a checkpoint's activations."""
     recipe = checkpoint.recipe
-    return calibration_batches(
-        source.split("train"), task=recipe.task, crop=recipe.data.crop, count=recipe.quantization.calibration_images, batch_size=8,
-        seed=recipe.seed,
-    )  # fmt: skip
-
-
-# Writing
+    samples, count = source.split("train"), recipe.quantization.calibration_images
+    return list(calibration_batches(samples, task=recipe.task, crop=recipe.data.crop, count=count, batch_size=8, seed=recipe.seed))
 
 
 def write_checkpoint(folder: Path, state: dict[str, Any], tensors: dict[str, dict[str, Tensor]]) -> Path:
@@ -187,9 +176,6 @@ def _separate(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     return separate
 
 
-# Reading
-
-
 def checkpoints_in(folder: Path) -> list[Path]:
     """Checkpoint directories, oldest first."""
     if not folder.is_dir():
@@ -210,7 +196,7 @@ def find_checkpoint(path: Path | str) -> Path:
 
 
 def _with_run(path: Path) -> Path:
-    """The path in a form whose parents are the run's directories."""
+    """The path in a form with the run's directories as parents."""
     return path if len(path.parts) > 1 and ".." not in path.parts else path.resolve()
 
 
@@ -262,7 +248,7 @@ def read_checkpoint(path: Path | str) -> Checkpoint:
             raise CheckpointError(
                 f"{path}: checkpoint format {content['format']} is newer than this muntin reads ({FORMAT}): upgrade muntin"
             )
-        state = CheckpointState.model_validate(_without_old_keys(content))
+        state = CheckpointState.model_validate(content)
     except OSError as error:
         raise CheckpointError(f"{path / STATE}: {error.strerror}") from error
     except ValidationError as error:
@@ -278,20 +264,6 @@ def read_checkpoint(path: Path | str) -> Checkpoint:
     if state.sha256.get(STATE) != digest_of(content):
         raise CheckpointError(f"{path / STATE}: corrupted (its sha256 is not the recorded one); {_OLDER}")
     return Checkpoint(path=path, state=state, tensors={name: _read(path, name, state) for name in (MODEL, AVERAGE, OPTIMIZER)})
-
-
-def _without_old_keys(content: Any) -> Any:
-    """Remove recipe keys of earlier versions that had no effect: `model.scale: 1`, and `data.rare` of a classifier."""
-    recipe = content.get("recipe") if isinstance(content, dict) else None
-    if not isinstance(recipe, dict):
-        return content
-    recipe = dict(recipe)
-    model, data = recipe.get("model"), recipe.get("data")
-    if isinstance(model, dict) and model.get("scale") == 1:
-        recipe["model"] = {key: value for key, value in model.items() if key != "scale"}
-    if isinstance(data, dict) and recipe.get("task") == "classify":
-        recipe["data"] = {key: value for key, value in data.items() if key != "rare"}
-    return {**content, "recipe": recipe}
 
 
 def digest_of(content: dict[str, Any]) -> str:

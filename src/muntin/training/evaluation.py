@@ -1,4 +1,4 @@
-"""Scoring a session on a split, with the same code for a live model, its quantised form and the deployed artefact.
+"""Score a session on a split: a live model, its quantised form or the deployed artefact.
 
 Axes: H W map, K classes.
 """
@@ -13,6 +13,7 @@ import torch
 from numpy.typing import NDArray
 from torchmetrics.classification import MulticlassConfusionMatrix
 
+from muntin.data.classes import list_some
 from muntin.data.source import Sample
 from muntin.errors import DataError
 from muntin.images import IGNORED
@@ -23,12 +24,12 @@ Labels = NDArray[np.uint8]
 
 @dataclass(frozen=True, kw_only=True)
 class Evaluation:
-    """Scores of a session. `iou` and `recall` are by class name; None for a class in neither truth nor prediction."""
+    """Scores of a session. `iou` and `recall` are by class name; None if a class has no pixel in truth and prediction, or in the truth."""
 
     task: str
     samples: int
     counted: int
-    """Pixels (or images) that are not ignored."""
+    """Number of pixels (or images) that are not ignored."""
     accuracy: float
     iou: dict[str, float | None]
     recall: dict[str, float | None]
@@ -46,11 +47,11 @@ class Evaluation:
 
     @property
     def notes(self) -> tuple[str, ...]:
-        """Notes on classes without truth: for segment those with an IoU of 0 because of a few pixels, for classify all."""
+        """Notes on classes that the truth lacks: for classify all, for segment those that were predicted."""
         absent = [name for name, recall in self.recall.items() if recall is None]
-        if self.task == "classify" and absent:
-            return (f"no image is of {', '.join(absent[:6])}{', ...' if len(absent) > 6 else ''}: the accuracy does not cover it",)
-        false = [name for name, iou in self.iou.items() if iou == 0 and self.recall[name] is None] if self.task == "segment" else []
+        if self.task == "classify":
+            return (f"no image is of {list_some(absent)}: the accuracy does not cover it",) if absent else ()
+        false = [name for name in absent if self.iou[name] == 0]
         effect = "and some pixels were predicted as it: its IoU of 0 counts in the mean"
         return (f"the truth holds no {', '.join(false)}, {effect}",) if false else ()
 
@@ -61,7 +62,7 @@ class Evaluation:
 
 
 def tile_of(crop: int) -> int:
-    """Side of the tiles for whole pictures: twice the training crop, for a context similar to training."""
+    """Side of the tiles for whole pictures: twice the training crop, for a context like in training."""
     return 2 * crop
 
 
@@ -102,7 +103,7 @@ def score(pairs: Iterator[tuple[Sample, Labels]], session: Predictor) -> Evaluat
         samples += 1
     counted = int(total.sum())
     if not counted:
-        raise DataError(f"nothing to score: {samples} samples came and none holds a pixel that counts; check the split and `ignore`")
+        raise DataError(f"nothing to score: all pixels of the {samples} samples are ignored; check the split and `ignore`")
     right, truths, guesses = total.diagonal(), total.sum(1), total.sum(0)
     union = truths + guesses - right
     return Evaluation(

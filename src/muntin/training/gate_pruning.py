@@ -1,4 +1,4 @@
-"""Gate pruning: closing channel gates during training until the cost of their channels is a given share.
+"""Gate pruning: close channel gates during training until the cost of their channels is a given share.
 
 Axes: B images, C channels that a gate weighs, H W image.
 """
@@ -13,24 +13,23 @@ from torch import Tensor, nn
 from muntin.errors import RecipeError
 from muntin.layers import ChannelGate, Gated
 from muntin.layers.gate import BLOCK
+from muntin.models.eager import watch_inputs
 
 FIRST, LAST = 0.1, 0.6
-"""Begin and end of closing, as shares of the run: gradients are noisy before, and open channels adapt after it."""
+"""Begin and end of closing, as shares of the run: gradients are noisy before, and open channels adapt afterwards."""
 
 
 class GateClosing:
     """Closes gates of a model in training, beginning with the channels of least importance for their cost.
 
-    `keep`: share of the multiply-adds of gated channels that is left from `LAST` of the run on; until then it falls as the cube
-    of the remaining way (Zhu & Gupta, 1710.01878, section 3). `average`: the model's averaged copy, whose gates are closed too.
-    `image_BCHW`: one image of the training size. Raises `RecipeError` for a model without gates, and for a share below one block of
-    each gate.
+    `keep`: share of the multiply-adds of gated channels that is open from `LAST` of the run on; before, the share falls as a cube (Zhu &
+    Gupta, 1710.01878, section 3). `average`: the model's averaged copy, whose gates are closed too. `image_BCHW`: one image of the training
+    size. Raises `RecipeError` for a model without gates, and for a share below one block of each gate.
 
     A channel's importance is the change of the loss without it, to first order: gate · ∂loss/∂gate (Molchanov et al., 1906.10771, section
-    3.1), over its multiply-adds; all gates are ranked together. Deviations: the current gate times the root of Adam's second moment of its
-    gradient, a mean over the run so far that a resumed run has too; channels close in blocks of `BLOCK`, the least important ones of a
-    gate together; a closed channel stays closed, with a logit of exactly 0. Costs a forward pass at the start, and a sort of the gates
-    for each step in which some close.
+    3.1), over its multiply-adds; all gates are ranked together. Deviations: the gradient is the root of Adam's second moment, which
+    checkpoints hold; channels close in blocks of `BLOCK`; a closed channel stays closed, with a logit of exactly 0. Costs a forward pass at
+    the start, and a sort of the gates for each step in which some close.
     """
 
     def __init__(self, model: nn.Module, average: nn.Module, image_BCHW: Tensor, *, keep: float) -> None:
@@ -57,8 +56,7 @@ class GateClosing:
 
     @torch.no_grad()
     def update(self, done: float, optimizer: torch.optim.Optimizer) -> bool:
-        """Close gates as far as the budget at `done` demands, and close again those that the optimiser moved, in the averaged model too.
-        Returns True if the budget demanded any."""
+        """Close gates down to the budget at `done`, also those that the optimiser moved. Returns True if the budget demanded any."""
         open_cost = sum(self.costs[gate] * int((~closed_C).sum()) for gate, closed_C in self.closed.items())
         over = open_cost - self.share(done) * self.total
         closes = over > 0 and all(float(optimizer.state[gate.logit].get("step", 0)) for gate in self.costs)  # FP16 skips steps
@@ -100,21 +98,15 @@ def _weights(unit: Gated) -> int:
     return before[0].numel() + behind[:, 0].numel()
 
 
-@torch.no_grad()
 def _positions(model: nn.Module, gates: list[ChannelGate], image_BCHW: Tensor) -> dict[ChannelGate, int]:
     """Number of positions, or tokens, of an image at each gate."""
     positions: dict[ChannelGate, int] = {}
 
-    def note(gate: nn.Module, inputs: tuple[Tensor]) -> None:
+    def note(name: str, gate: nn.Module, inputs: tuple[Tensor, ...]) -> None:
         assert isinstance(gate, ChannelGate)
         positions[gate] = inputs[0].numel() // gate.dim
 
-    hooks = [gate.register_forward_pre_hook(note) for gate in gates]
     training = model.training
-    try:
-        model.eval()(image_BCHW)
-    finally:
-        model.train(training)
-        for hook in hooks:
-            hook.remove()
+    watch_inputs(model.eval(), {str(number): gate for number, gate in enumerate(gates)}, [image_BCHW], note)
+    model.train(training)
     return positions

@@ -2,9 +2,9 @@
 
     batch(step) -> autocast forward -> loss -> backward -> clip -> step -> averaged weights -> (validate, checkpoint)
 
-A batch depends only on the recipe's seed and the step, and a checkpoint holds all other state, so an interrupted and resumed run ends in
-the same bits as an uninterrupted one (same machine, number of threads and recipe). Exceptions: `training.minutes`, with which the learning
-rate depends on the clock, and CUDA, whose sums have no fixed order.
+A batch depends only on the recipe's seed and the step, and a checkpoint holds all other state. A resumed run therefore ends in the same
+bits as an uninterrupted one on the same machine, with the same number of threads and recipe. Exceptions: with `training.minutes` the
+learning rate depends on the clock, and the sums of CUDA have no fixed order.
 
 Axes: B images, C channels, H W map.
 """
@@ -28,7 +28,6 @@ import numpy as np
 import torch
 
 from muntin.data import Crops, Source, calibration_batches, open_source, prefetch
-from muntin.data.batches import each_calibration_batch
 from muntin.data.source import Samples
 from muntin.errors import MuntinError, RecipeError
 from muntin.layers.norm import GROUP
@@ -40,7 +39,7 @@ from muntin.training.evaluation import evaluate, tile_of
 from muntin.training.gate_pruning import GateClosing
 from muntin.training.memory_format import keep_freed_memory
 from muntin.training.model_checks import check_maps, check_model, check_reading
-from muntin.training.norm_recalibration import MAX_IMAGES, has_statistics, renew_statistics
+from muntin.training.norm_recalibration import MAX_IMAGES, renew_statistics
 from muntin.training.precision import TrainingPrecision, resolve_precision
 from muntin.training.recipe import Recipe, load_recipe
 from muntin.training.trainer import DivergedError, Trainer
@@ -51,7 +50,7 @@ LOG_EVERY = 10
 
 
 class Interruption:
-    """Turn the first SIGINT or SIGTERM into the flag `requested` while active; a second one acts as usual. Only in the main thread."""
+    """While active, turn the first SIGINT or SIGTERM into the flag `requested`; a second one acts as usual. Main thread only."""
 
     def __init__(self) -> None:
         self.requested = False
@@ -60,13 +59,13 @@ class Interruption:
     def __enter__(self) -> Self:
         if threading.current_thread() is threading.main_thread():
             for number in (signal.SIGINT, signal.SIGTERM):
-                self._previous[number] = signal.signal(number, self._ask)
+                self._previous[number] = signal.signal(number, self._request)
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         self._restore()
 
-    def _ask(self, number: int, frame: FrameType | None) -> None:
+    def _request(self, number: int, frame: FrameType | None) -> None:
         self.requested = True
         self._restore()
 
@@ -77,7 +76,7 @@ class Interruption:
 
 
 class MetricsLog:
-    """Writes `metrics.jsonl` and TensorBoard events. A resumed run rewrites the points up to its checkpoint and continues."""
+    """Writes `metrics.jsonl` and TensorBoard events; a resumed run first rewrites the points up to its checkpoint."""
 
     def __init__(self, directory: Path, step: int, training: list[dict[str, float]], validation: list[dict[str, Any]]) -> None:
         self.directory, self.step = directory, step
@@ -106,7 +105,7 @@ class MetricsLog:
         self.file.flush()
 
     def write(self, kind: str, point: dict[str, Any]) -> None:
-        """Add one point. On an error (full disk) training continues: checkpoints have all points, and a resumed run writes them again."""
+        """Add one point. After an error (full disk) training continues: checkpoints have all points."""
         try:
             self._line(kind, point)
             for key, value in point.items():
@@ -119,7 +118,7 @@ class MetricsLog:
 
 @dataclass(frozen=True, kw_only=True)
 class FitProgress:
-    """Progress of a run, for a progress line. Notes (`FitResult.notes`) come before the first step."""
+    """Progress of a run. Notes (`FitResult.notes`) are reported before the first step."""
 
     kind: Literal["check", "note", "step", "validation"]
     step: int
@@ -142,11 +141,11 @@ class FitResult:
     checkpoint: Path
     step: int
     steps: int
-    """Steps of the whole run: the recipe's, or fewer if its minutes end first."""
+    """Steps of the whole run; fewer than the recipe's if its minutes end first."""
     interrupted: bool
     """True if steps are left."""
-    asked_to_stop: bool
-    """True after Ctrl-C or SIGTERM, also if it arrived during or just after the last step: the caller should start no further work."""
+    stop_requested: bool
+    """True after Ctrl-C or SIGTERM, also during the last step: the caller should start no further work."""
     precision: str
     seconds: float
     validation: list[dict[str, Any]]
@@ -163,11 +162,10 @@ def fit(
 ) -> FitResult:
     """Train by a recipe: a `Recipe`, or the path of a YAML file.
 
-    `directory`: the run's folder, by default `runs/NAME`. `root`: the folder that the recipe's relative paths start at (by default the
-    file's own, or the current one). `resume`: continue from the newest checkpoint, or start with a note if there is none; without it, a
-    directory that holds a run is refused. A resumed run may have other keys of `training` than before, except `gate_budget`: they are
-    noted and hold from this step on. Ctrl-C ends after the step in progress and leaves a checkpoint.
-    Writes `checkpoints/`, `metrics.jsonl` and TensorBoard events. Raises kinds of `MuntinError`.
+    `directory`: the run's folder, by default `runs/NAME`. `root`: the folder at which relative paths of the recipe start, by default the
+    file's own or the current one. `resume`: continue from the newest checkpoint, if there is one; without it, a directory that holds a run
+    is refused. Changed keys of `training` (except `gate_budget`) are noted and apply from this step on. Ctrl-C ends the run after the step
+    in progress, with a checkpoint. Writes `checkpoints/`, `metrics.jsonl` and TensorBoard events. Raises kinds of `MuntinError`.
     """
     if not isinstance(recipe, Recipe):
         root = Path(recipe).resolve().parent if root is None else root
@@ -206,7 +204,7 @@ def fit(
         path = training.run(interruption)
     return FitResult(
         directory=directory, checkpoint=path, step=training.step, steps=training.steps, interrupted=not training.finished,
-        asked_to_stop=interruption.requested, precision=f"{precision.name} on {precision.device}: {precision.reason}",
+        stop_requested=interruption.requested, precision=f"{precision.name} on {precision.device}: {precision.reason}",
         seconds=training.seconds, validation=training.validation, notes=(*notes, *training.notes),
     )  # fmt: skip
 
@@ -225,10 +223,9 @@ def prepare_hardware(config: TrainingConfig, *, begun: str | None) -> TrainingPr
 
 
 class Training:
-    """Runs a trainer from its step to the last: batches, curve, validation, checkpoints.
+    """Runs a trainer to the last step: batches, curve, validation, checkpoints.
 
-    `start`: the checkpoint of the same model to continue from. `seed`: of the crops, by default the recipe's. `compression`: the record
-    for every checkpoint.
+    `start`: the checkpoint of the same model to continue from. `seed`: of the crops. `compression`: the record for every checkpoint.
     """
 
     def __init__(
@@ -273,12 +270,12 @@ class Training:
 
     @property
     def _validation_missing(self) -> bool:
-        """True if the step that the run continues from was due for validation and has none, because of an error."""
+        """True if the step that the run continues from should have been validated and was not, because of an error."""
         due = self.start is not None and self.step > 0 and (self.finished or self.step % self.config.validate_every == 0)
         return due and (not self.validation or self.validation[-1]["step"] != self.step)
 
     def run(self, interruption: Interruption) -> Path:
-        """Train to the end, or to the step during which an interruption arrives. Returns the newest checkpoint."""
+        """Train to the last step, or until an interruption. Returns the newest checkpoint."""
         config, data = self.config, self.recipe.data
         samples = self.source.split("train")
         crops = Crops(
@@ -298,7 +295,7 @@ class Training:
                 path = self._write()
             started, first = time.perf_counter(), self.step
             before = self.seconds
-            for step, (images, target) in prefetch(crops, self.step, self.step if self.finished else config.steps):
+            for step, (images, target) in prefetch(crops.batch, self.step, self.step if self.finished else config.steps):
                 random.seed(self.seed * config.steps + step)  # random numbers that a model draws outside of PyTorch
                 np.random.seed((self.seed * config.steps + step) % 2**32)
                 done = config.share_done(step + 0.5, before + time.perf_counter() - started)
@@ -359,14 +356,14 @@ class Training:
             self.report(FitProgress(kind="note", step=self.step, steps=self.steps, note=log.failed))
 
     def _close_gates(self, samples: Samples) -> bool:
-        """Close the gates that the budget takes by the end of a run. Returns True if any gate was closed."""
+        """Close gates down to the final budget. Returns True if any gate was closed."""
         if self.config.gate_budget == 1:
             return False
-        crop = calibration_batches(samples, crop=self.recipe.data.crop, count=1, batch_size=1, seed=self.seed, task=self.recipe.task)
-        return self.trainer.close_gates(next(iter(crop)))
+        (crop,) = calibration_batches(samples, crop=self.recipe.data.crop, count=1, batch_size=1, seed=self.seed, task=self.recipe.task)
+        return self.trainer.close_gates(crop)
 
     def _judge(self, log: MetricsLog, samples: Samples, validation: Samples) -> None:
-        """Renew the statistics of norms and validate."""
+        """Recalibrate the norms and validate."""
         with self._saved_on_error():
             self._renew_statistics(samples)
             result = evaluate(self.session, validation, tile=tile_of(self.recipe.data.crop))
@@ -379,7 +376,7 @@ class Training:
 
     @contextmanager
     def _saved_on_error(self) -> Iterator[None]:
-        """Write a checkpoint if the block raises, for example for a damaged picture or a second Ctrl-C."""
+        """Write a checkpoint if the block raises (a damaged picture, a second Ctrl-C)."""
         try:
             yield
         except BaseException:
@@ -388,12 +385,10 @@ class Training:
 
     def _renew_statistics(self, samples: Samples) -> None:
         """Renew the statistics of the averaged model's norms."""
-        model, data = self.trainer.average.model, self.recipe.data
-        if has_statistics(model):
-            seen = self.step * self.config.batch_size
-            count = max(GROUP, min(MAX_IMAGES, seen) // GROUP * GROUP)
-            batches = each_calibration_batch(samples, crop=data.crop, count=count, batch_size=GROUP, seed=self.seed, task=self.recipe.task)
-            renew_statistics(model, batches, self.trainer.precision)
+        data, seen = self.recipe.data, self.step * self.config.batch_size
+        count = max(GROUP, min(MAX_IMAGES, seen) // GROUP * GROUP)
+        batches = calibration_batches(samples, crop=data.crop, count=count, batch_size=GROUP, seed=self.seed, task=self.recipe.task)
+        renew_statistics(self.trainer.average.model, batches, self.trainer.precision)
 
     def _write(self) -> Path:
         state = {

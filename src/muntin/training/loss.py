@@ -1,4 +1,4 @@
-"""Losses: cross-entropy, and a soft IoU in which a rare class counts as much as a common one.
+"""Losses: cross-entropy, soft IoU (a rare class counts as much as a common one), and the distance to a teacher.
 
 Axes: B images, K classes, H W map.
 """
@@ -18,8 +18,7 @@ from muntin.images import IGNORED
 class _SegmentLoss(torch.autograd.Function):
     """`ce` times the cross-entropy plus `overlap` times the soft IoU loss; scores `(B, K, N)` of N pixels, their classes `(B, N)`.
 
-    The gradient is explicit and passes ten times over the full-size scores, the largest tensors of a small network's training step;
-    autograd would pass about thirty times. It has no matrix products, so autocast does not affect it.
+    The explicit gradient passes ten times over the full-size scores; autograd would pass about thirty times.
     """
 
     @staticmethod
@@ -60,27 +59,17 @@ def _of_class(values_BKN: Tensor, target_BN: Tensor) -> Tensor:
     return values_BKN.gather(1, target_BN.unsqueeze(1)).squeeze(1)
 
 
-def _loss(scores_BKHW: Tensor, target_BHW: Tensor, ce: float, overlap: float) -> Tensor:
-    loss: Tensor = _SegmentLoss.apply(scores_BKHW.contiguous().flatten(2), target_BHW.flatten(1), ce, overlap)  # type: ignore[no-untyped-call]
+def segment_loss(scores_BKHW: Tensor, target_BHW: Tensor, overlap: float, *, entropy: float = 1.0) -> Tensor:
+    """`entropy` times the cross-entropy over the pixels that are not ignored, plus `overlap` times the soft IoU loss.
+
+    The soft IoU loss is 1 - the mean over the present classes of the soft intersection over union, in [0, 1]: each class in the batch
+    counts once. Zero if all pixels are ignored; no second derivative. Source: Rahman & Wang, "Optimizing Intersection-Over-Union in Deep
+    Neural Networks for Image Segmentation" (ISVC 2016), equation 3. Deviation: sums are over the batch, and 1 is added to numerator and
+    denominator, which bounds the gradient of a class of few pixels.
+    """
+    scores_BKN, target_BN = scores_BKHW.contiguous().flatten(2), target_BHW.flatten(1)
+    loss: Tensor = _SegmentLoss.apply(scores_BKN, target_BN, entropy, overlap)  # type: ignore[no-untyped-call]
     return loss
-
-
-def soft_iou_loss(scores_BKHW: Tensor, target_BHW: Tensor) -> Tensor:
-    """1 - the mean over the present classes of the soft intersection over union, a scalar in [0, 1].
-
-    Each class in the batch counts once, for any number of its pixels; ignored pixels (255) do not count. Source: Rahman & Wang,
-    "Optimizing Intersection-Over-Union in Deep Neural Networks for Image Segmentation" (ISVC 2016), equation 3. Deviation: sums are
-    over the batch, and 1 is added to numerator and denominator, which bounds the gradient of a class of few pixels.
-    """
-    return _loss(scores_BKHW, target_BHW, 0.0, 1.0)
-
-
-def segment_loss(scores_BKHW: Tensor, target_BHW: Tensor, overlap: float) -> Tensor:
-    """Cross-entropy over the pixels that are not ignored, plus `overlap` times the soft IoU loss. Zero if all pixels are ignored.
-
-    Like `soft_iou_loss`, it has no second derivative: PyTorch raises an error for one.
-    """
-    return _loss(scores_BKHW, target_BHW, 1.0, overlap)
 
 
 def task_loss(task: str, scores: Tensor, target: Tensor, *, overlap: float) -> Tensor:
@@ -92,9 +81,8 @@ def task_loss(task: str, scores: Tensor, target: Tensor, *, overlap: float) -> T
 
 
 def distillation_loss(task: str, scores: Tensor, teacher_scores: Tensor, target: Tensor | None = None) -> Tensor:
-    """Distance to a teacher's scores, a scalar in FP32: for classes the KL divergence from the teacher's probabilities, mean over pixels
-    or images; for restore the mean squared difference in units of 64 grey levels. `target`: labels of a segmentation, whose ignored
-    pixels (255) do not count.
+    """Distance to a teacher's scores, a scalar in FP32: the KL divergence from its probabilities, mean over pixels or images; for restore
+    the mean squared difference in units of 64 grey levels. `target`: labels, whose ignored pixels (255) do not count.
 
     Source: Hinton et al., 1503.02531, section 2, at temperature 1.
     """

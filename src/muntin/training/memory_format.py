@@ -1,4 +1,4 @@
-"""Memory in training: the order of tensors, and whether the C library keeps freed memory."""
+"""Memory in training: the order of tensors, and freed memory in the C library."""
 
 from __future__ import annotations
 
@@ -34,9 +34,8 @@ def channels_last(model: nn.Module) -> None:
 def keep_freed_memory() -> Iterator[None]:
     """Keep freed memory in the process during the block, for reuse, and return it to the system at the end.
 
-    By default glibc returns a large tensor to the system when it is freed, and the next step takes millions of page faults to map the
-    memory again. The peak is unchanged. Does nothing with another C library, or if `GLIBC_TUNABLES` or `MALLOC_...` is set in the
-    environment.
+    By default glibc returns a large tensor to the system when it is freed, and the next step maps the memory again. Does nothing with
+    another C library, or if `GLIBC_TUNABLES` or `MALLOC_...` is set in the environment.
     """
     if platform.libc_ver()[0] != "glibc" or any(name == "GLIBC_TUNABLES" or name.startswith("MALLOC_") for name in os.environ):
         yield

@@ -1,4 +1,4 @@
-"""Checks of a model before training: sizes, answers, that it can be copied, read from a checkpoint, and trained in BF16.
+"""Checks of a model before training: sizes, answers, copies, checkpoints, BF16.
 
 Axes: B images, C channels, H W map.
 """
@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from muntin.artifact import ClassInfo, Signature
 from muntin.artifact.golden import golden_sizes
 from muntin.errors import CheckpointError, MuntinError, RecipeError
-from muntin.models.eager import check_eager, eager_copy
+from muntin.models.eager import check_eager, eager_copy, watch_inputs
 from muntin.models.foreign import DividedSides
 from muntin.models.hybridnet import HybridNet
 from muntin.runtime.host.memory import no_memory
@@ -28,7 +28,7 @@ DIVISORS = (2, 4, 8, 16, 32, 64, 128)
 SIDES = (32, 64, 96, 128, 160, 192, 224, 240, 256, 288, 299, 320, 384, 448, 512)
 """Values of `data.crop` that are tried for an advice: the input sizes of usual models."""
 TOLERANCE = 1e-3
-"""Difference between two answers, as a share of the largest score, that memory layouts explain."""
+"""Largest difference between two answers, as a share of the largest score, by memory layouts."""
 _READABLE = "its factory has to make the same model each time, with all that it keeps in parameters and buffers"
 
 
@@ -36,8 +36,7 @@ def check_model(model: nn.Module, recipe: Recipe, classes: tuple[ClassInfo, ...]
     """Check a foreign model; return notes if it can be trained but not compressed or exported.
 
     Raises `RecipeError` if it does not take crops or, for maps, pictures of other sizes, if its answer does not fit the task, or if it
-    cannot be copied. Afterwards the model has what it creates at its first call (lazy parameters, buffers); the other checks use a copy.
-    Costs a few forward passes.
+    cannot be copied. Afterwards the model has its lazy parameters and buffers; the other checks use a copy. Costs a few forward passes.
     """
     if isinstance(model, HybridNet):
         return ()
@@ -132,35 +131,26 @@ def check_reading(model: nn.Module, recipe: Recipe, classes: tuple[ClassInfo, ..
 def check_maps(model: nn.Module, precision: TrainingPrecision, *, crop: int, channels: int, requested: PrecisionName) -> TrainingPrecision:
     """Return a precision in which a model's gradients are right: FP32 instead of "auto"'s BF16 if a kernel covers all of its map.
 
-    In this case PyTorch 2.13 on CPUs (oneDNN, AVX512-BF16) reads uninitialised memory: the gradient of a 3 x 3 convolution of stride 2
-    over a map of 1 x 1 differs from call to call, or is infinite or NaN. Wrong were 3 x 3 with stride 2 on a side of 1, 5 x 5 on it with
-    any stride, 7 x 7 on sides of up to 3; never 3 x 3 with stride 1. Costs a forward pass of one crop, for BF16 on a CPU
-    only. Raises `RecipeError` if BF16 was requested by name.
+    In this case PyTorch 2.13 on CPUs (oneDNN, AVX512-BF16) reads uninitialised memory: 3 x 3 with stride 2 on a side of 1, 5 x 5 on a side
+    of 1, 7 x 7 on sides of up to 3; never 3 x 3 with stride 1. Costs a forward pass of one crop, for BF16 on a CPU only. Raises
+    `RecipeError` if BF16 was requested by name.
     """
     if precision.device != "cpu" or precision.dtype is not torch.bfloat16:
         return precision
     small: list[str] = []
 
-    def check(layer: nn.Conv2d, inputs: tuple[Tensor, ...], named_inputs: dict[str, Tensor], name: str) -> None:
-        sides = (*inputs, *named_inputs.values())[0].shape[-2:]
+    def check(name: str, layer: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+        assert isinstance(layer, nn.Conv2d)
+        sides = inputs[0].shape[-2:]
         for side, kernel, dilation, stride in zip(sides, layer.kernel_size, layer.dilation, layer.stride, strict=True):
             reach = (kernel - 1) * dilation + 1
             if side <= reach // 2 and (reach > 3 or stride > 1):
                 small.append(f"the {kernel}x{kernel} convolution {name} sees maps of {sides[0]}x{sides[1]}")
 
-    hooks = [
-        layer.register_forward_pre_hook(lambda layer, inputs, by_name, name=name: check(layer, inputs, by_name, name), with_kwargs=True)
-        for name, layer in model.named_modules()
-        if isinstance(layer, nn.Conv2d)
-    ]
     training = model.training
-    try:
-        with torch.no_grad():
-            model.eval()(torch.zeros(1, channels, crop, crop))
-    finally:
-        model.train(training)
-        for hook in hooks:
-            hook.remove()
+    convolutions = {name: layer for name, layer in model.named_modules() if isinstance(layer, nn.Conv2d)}
+    watch_inputs(model.eval(), convolutions, [torch.zeros(1, channels, crop, crop)], check)
+    model.train(training)
     if not small:
         return precision
     reason = f"at data.crop {crop} {small[0]}, where gradients in BF16 are wrong on CPUs"
@@ -199,13 +189,12 @@ def _check_answer(model: nn.Module, shape: tuple[int, ...], signature: Signature
 
 def _check_gradient(model: nn.Module, shape: tuple[int, ...], name: str) -> None:
     """Raise `RecipeError` if the answer depends on no trainable parameter."""
-    if not any(parameter.requires_grad for parameter in model.parameters()):
-        raise RecipeError(f"'{name}' has no parameter that can be trained: call requires_grad_() on what is to learn")
     with torch.random.fork_rng(), torch.enable_grad():
         answer = model(torch.zeros(shape).contiguous(memory_format=torch.channels_last))
     if not answer.requires_grad:
         raise RecipeError(
-            f"the answer of '{name}' depends on none of its trainable parameters: leave out detach() and no_grad in its forward"
+            f"the answer of '{name}' depends on no trainable parameter: call requires_grad_() on those to train, and "
+            "leave out detach() and no_grad in its forward"
         )
 
 

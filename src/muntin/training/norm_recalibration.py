@@ -1,7 +1,6 @@
 """Norm recalibration: statistics of batch norms for the averaged weights.
 
-The running statistics of training are of earlier weights and depend on the momentum: timm's EfficientNets use 0.01, so that after eighty
-steps nearly half of the initial value is left. The averaged weights need their own statistics besides.
+The running statistics of training are of earlier weights, and with a small momentum (timm's EfficientNets: 0.01) of the initial ones.
 """
 
 from __future__ import annotations
@@ -21,11 +20,13 @@ MAX_IMAGES = 256
 def renew_statistics(model: nn.Module, batches: Iterable[Tensor], precision: TrainingPrecision) -> None:
     """Set every norm's running mean and variance to the plain average over batches (B, C, H, W) of pixels.
 
-    Frozen norms, which stay in `eval` mode when their model is in training or have no momentum, are unchanged. Costs a forward pass a
-    batch. Source: Wu and Johnson (2021), "Rethinking 'Batch' in BatchNorm", section 3 (PreciseBN). Deviation: the variances of the
-    batches are averaged, without the spread of their means.
+    Frozen norms, which stay in `eval` mode in training or have no momentum, are unchanged. Takes no batch if there is no other norm. Costs
+    a forward pass a batch. Source: Wu and Johnson (2021), "Rethinking 'Batch' in BatchNorm", section 3 (PreciseBN). Deviation: variances
+    of the batches are averaged, without the spread of their means.
     """
     norms = _gathering(model)
+    if not norms:
+        return
     before = [(norm.training, norm.momentum) for norm in norms]
     handles: list[Any] = []
     try:
@@ -46,7 +47,7 @@ def renew_statistics(model: nn.Module, batches: Iterable[Tensor], precision: Tra
 
 
 def _share() -> Callable[..., None]:
-    """A hook that gives all calls of a norm, also several in one forward pass, the same share of its statistics."""
+    """A hook that gives all calls of a norm, even several in one forward pass, the same share of its statistics."""
     calls = 0
 
     def hook(norm: Any, *_: Any) -> None:
@@ -55,11 +56,6 @@ def _share() -> Callable[..., None]:
         norm.momentum = 1 / calls
 
     return hook
-
-
-def has_statistics(model: nn.Module) -> bool:
-    """Return True if a model has norms with statistics that are not frozen."""
-    return bool(_gathering(model))
 
 
 def _gathering(model: nn.Module) -> list[Any]:

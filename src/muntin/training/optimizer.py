@@ -3,8 +3,7 @@
     weights of linear layers and convolutions             Muon
     vectors, norms, kernels of grouped convolutions, tables   AdamW
 
-A tensor with at most one axis longer than 1 is a vector. Adam scales single numbers, so an update follows the few directions in which the
-gradient is large; Muon moves a matrix along all of its singular directions by the same amount.
+A tensor with at most one axis longer than 1 is a vector. Muon moves a matrix along all of its singular directions by the same amount.
 """
 
 from __future__ import annotations
@@ -32,14 +31,12 @@ class Muon(torch.optim.Optimizer):
 
     The update of a matrix is its momentum with all singular values brought to about 1, times `LENGTH` and the root of its longer side. A
     convolution's kernel `(O, I, h, w)` is a matrix `(O, I·h·w)`. Weight decay is AdamW's. A matrix has one state tensor, the momentum.
-    Cost of a step: 6·m²·n + 3·m³ multiply-adds for a matrix of m x n, m <= n; matrices of one shape are batched.
-    `dtype`: of this computation; in 16 bits the singular values scatter a little more. `torch.optim.Muon` takes matrices only, one
-    by one, in BF16, which many CPUs lack.
+    Cost of a step: 6·m²·n + 3·m³ multiply-adds for a matrix of m x n, m <= n; matrices of one shape are batched. `dtype`: of this
+    computation. `torch.optim.Muon` takes matrices only, one by one, in BF16, which many CPUs lack.
 
     Source: Jordan et al., Muon (kellerjordan.github.io/posts/muon, 2024); length and decay: Liu et al. (2502.16982, section 2.2); one
-    polynomial for each step: Amsel et al. (2505.16932, section 3.2). Deviations: three different polynomials (0.73 to 1.27 for singular
-    values from a hundredth of the norm on) instead of five equal ones, at three fifths of the cost for the same loss (docs/log.md); the
-    first and the last layer are matrices like any other; the three projections of PyTorch's attention are one matrix.
+    polynomial for each step: Amsel et al. (2505.16932, section 3.2). Deviations: three different polynomials instead of five equal ones
+    (docs/log.md); the first and the last layer are matrices; the three projections of PyTorch's attention are one matrix.
     """
 
     def __init__(
@@ -77,11 +74,6 @@ class Muon(torch.optim.Optimizer):
         if self._adamw is not None:
             self._adamw.step()
         return loss
-
-    def suits(self) -> bool:
-        """Return True if the loaded state is of this optimiser: matrices, and only they, have a momentum."""
-        states = [(group["matrices"], set(self.state[p])) for group in self.param_groups for p in group["params"] if self.state[p]]
-        return all(state == {"momentum"} if matrix else "momentum" not in state for matrix, state in states)
 
     def _update(self, parameters: list[nn.Parameter], rate: float, decay: float) -> None:
         by_shape: dict[tuple[int, int], list[tuple[nn.Parameter, Tensor]]] = defaultdict(list)

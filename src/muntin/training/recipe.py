@@ -8,28 +8,25 @@ from __future__ import annotations
 import difflib
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Annotated, Any, get_args
+from typing import Any, get_args
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, Field, ValidationError, model_validator
 
 from muntin.artifact import ClassInfo, Signature
 from muntin.data.config import DataConfig
+from muntin.data.section import Section
 from muntin.data.source import DataTask
 from muntin.errors import RecipeError
 from muntin.training.config import CompressionConfig, ModelChoice, QuantizationConfig, TrainingConfig
 
 
-class Recipe(BaseModel):
+class Recipe(Section):
     """One run. Relative paths in it start at the recipe's folder, `root`."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", description="names the run's folder: letters, digits, . _ -")] = (
-        "run"
-    )
-    task: Annotated[DataTask, Field(description="segment: a class for every pixel; classify: one class for a picture")] = "segment"
-    seed: Annotated[int, Field(ge=0, lt=2**31, description="of the weights, the crops and their order")] = 0
+    name: str = Field(default="run", pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", description="the run's folder: letters, digits, . _ -")
+    task: DataTask = Field(default="segment", description="segment: a class for every pixel; classify: one class for a picture")
+    seed: int = Field(default=0, ge=0, lt=2**31, description="of the weights, the crops and their order")
     data: DataConfig = DataConfig()
     model: ModelChoice = ModelChoice()
     training: TrainingConfig = TrainingConfig()
@@ -40,7 +37,7 @@ class Recipe(BaseModel):
     def _check_masks(self) -> Recipe:
         if self.data.source == "folders" and (self.task == "segment") != (self.data.masks is not None):
             if self.task == "segment":
-                raise ValueError("task: segment needs data.masks; where each class has a folder of its own, write task: classify")
+                raise ValueError("task: segment needs data.masks; if each class has a folder of its own, write task: classify")
             raise ValueError(f"task: {self.task} has no masks: leave out data.masks, or write task: segment")
         if self.task == "classify" and self.data.rare:
             raise ValueError(
@@ -55,12 +52,10 @@ class Recipe(BaseModel):
 
 
 def recipe_text(recipe: Recipe, *, defaults: bool = False) -> str:
-    """A recipe as YAML for `load_recipe`; values that equal their default only if `defaults` is True.
-
-    PyYAML folds lines at U+0085 and reads blanks back, so a text with this character is written in ASCII.
-    """
+    """A recipe as YAML for `load_recipe`; values that equal their default only if `defaults` is True."""
     values = recipe.model_dump(mode="json", exclude_defaults=not defaults)
     text = yaml.safe_dump(values, sort_keys=False, allow_unicode=True)
+    # PyYAML folds lines at U+0085 and reads blanks back
     return text if "\x85" not in text else yaml.safe_dump(values, sort_keys=False)
 
 
@@ -100,39 +95,10 @@ class _EachKeyOnce(yaml.SafeLoader):
 
 def parse_recipe(content: dict[str, Any], *, where: str) -> Recipe:
     """Check a recipe's content. `where` names it in errors."""
-    if _holds_itself(content):
-        raise RecipeError(f"{where}: a part of it contains itself through an alias: write it out")
     try:
-        recipe = Recipe.model_validate(content)
+        return Recipe.model_validate(content)
     except ValidationError as error:
         raise RecipeError(f"{where}: {_explain(error)}") from error
-    if (flag := _flag_for_number(content, recipe)) is not None:
-        place, value = flag
-        raise RecipeError(f"{where}: {place}: a number is required (got {value}, YAML's value of yes, no, on and off)")
-    return recipe
-
-
-def _holds_itself(content: Any, above: tuple[int, ...] = ()) -> bool:
-    if not isinstance(content, dict | list):
-        return False
-    inside = content.values() if isinstance(content, dict) else content
-    return id(content) in above or any(_holds_itself(part, (*above, id(content))) for part in inside)
-
-
-def _flag_for_number(content: Any, checked: Any, place: str = "") -> tuple[str, bool] | None:
-    """The place and value of the first boolean that pydantic took for a number; None if there is none."""
-    if isinstance(content, bool):
-        return None if isinstance(checked, bool) else (place, content)
-    pairs: Iterable[tuple[Any, Any, Any]] = ()
-    if isinstance(content, dict):
-        pairs = (
-            (key, part, checked.get(key) if isinstance(checked, dict) else getattr(checked, str(key), part))
-            for key, part in content.items()
-        )
-    elif isinstance(content, list) and isinstance(checked, list | tuple) and len(content) == len(checked):
-        pairs = zip(range(len(content)), content, checked, strict=True)
-    flags = (_flag_for_number(part, other, f"{place}.{key}" if place else str(key)) for key, part, other in pairs)
-    return next((flag for flag in flags if flag is not None), None)
 
 
 def override_recipe(recipe: Recipe, overrides: Iterable[str]) -> Recipe:

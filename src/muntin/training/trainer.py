@@ -16,7 +16,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from muntin.errors import CheckpointError, DependencyError, MuntinError, RecipeError
+from muntin.errors import DependencyError, MuntinError
 from muntin.training.checkpoint import AVERAGE, MODEL, OPTIMIZER, Checkpoint
 from muntin.training.config import TrainingConfig
 from muntin.training.gate_pruning import GateClosing
@@ -27,8 +27,7 @@ from muntin.training.precision import TrainingPrecision
 from muntin.training.weights import load_weights
 
 SKIPPED_STEPS = 20
-"""Consecutive steps that FP16's loss scaler may skip for a gradient that is not finite. Each step halves the scale, from 65536, so after
-these the scale is not the cause."""
+"""Consecutive steps that FP16's loss scaler may skip for a gradient that is not finite. Each halves the scale, from 65536."""
 STATISTICS = ("running_mean", "running_var")
 """Buffers that are averaged. Other buffers (masks, counters, vectors of a spectral norm) are copied."""
 
@@ -40,8 +39,8 @@ class DivergedError(MuntinError):
 class WeightAverage:
     """An exponential moving average of a model's parameters and of the statistics of its norms; other buffers are copied.
 
-    The decay warms up as (1 + step) / (10 + step), so that the first steps count little. Costs a copy of the model and one pass over its
-    parameters a step. Source: Polyak & Juditsky (1992); the warm-up is that of TensorFlow's ExponentialMovingAverage.
+    The decay warms up as (1 + step) / (10 + step), so that the first steps count little. Source: Polyak & Juditsky (1992); the warm-up is
+    that of TensorFlow's ExponentialMovingAverage.
     """
 
     def __init__(self, model: nn.Module, decay: float) -> None:
@@ -72,10 +71,7 @@ class WeightAverage:
 
 
 class Trainer:
-    """A model, its averaged copy and its optimiser.
-
-    `teacher`: a model whose answers are learned too, with the weight `distillation` in the loss; at 0 it is not called.
-    """
+    """A model, its averaged copy and its optimiser. `teacher`: a model whose answers enter the loss with the weight `distillation`."""
 
     def __init__(
         self,
@@ -104,8 +100,6 @@ class Trainer:
         load_weights(self.model, tensors[MODEL], checkpoint.path / MODEL)
         load_weights(self.average.model, tensors[AVERAGE], checkpoint.path / AVERAGE)
         load_optimizer(self.model, self.optimizer, self.scaler, tensors[OPTIMIZER])
-        if not self.optimizer.suits():
-            raise CheckpointError(f"{checkpoint.path}: an earlier version wrote it, which trained with another optimiser: train anew")
 
     def tensors(self) -> dict[str, dict[str, Tensor]]:
         """The state for a checkpoint, by file."""
@@ -139,10 +133,11 @@ class Trainer:
             group["lr"] = rate
         self.model.train()
         images = images.to(self.precision.device, torch.float32, memory_format=torch.channels_last)
-        if self.config.gate_budget < 1 and self.closing is None:  # before a step of a resumed run moves closed gates
-            self._begin_closing(images[:1])
+        if self.config.gate_budget < 1:  # before a step of a resumed run moves closed gates
+            self.closing = self._gate_closing(images[:1])
         target = target.to(self.precision.device)
-        scores = self._scores(images)
+        with self.precision.autocast():
+            scores = self.forward(images)
         loss = task_loss(self.task, scores, target, overlap=self.config.overlap_loss)
         if self.teacher is not None:
             with torch.no_grad(), self.precision.autocast():
@@ -167,23 +162,10 @@ class Trainer:
             self.closing.update(done, self.optimizer)
         return value
 
-    def _begin_closing(self, image: Tensor) -> None:
-        self.closing = GateClosing(self.model, self.average.model, image, keep=self.config.gate_budget)
+    def _gate_closing(self, image: Tensor) -> GateClosing:
+        return self.closing or GateClosing(self.model, self.average.model, image, keep=self.config.gate_budget)
 
     def close_gates(self, image: Tensor) -> bool:
-        """Close the gates that `gate_budget` takes by the end of a run. Returns True if any gate was closed. `image`: `(1, C, H, W)`."""
-        if self.closing is None:
-            self._begin_closing(image.to(self.precision.device, torch.float32, memory_format=torch.channels_last))
-        assert self.closing is not None
+        """Close gates down to the final budget. Returns True if any gate was closed. `image`: `(1, C, H, W)`."""
+        self.closing = self._gate_closing(image.to(self.precision.device, torch.float32, memory_format=torch.channels_last))
         return self.closing.update(1.0, self.optimizer)
-
-    def _scores(self, images: Tensor) -> Tensor:
-        try:
-            with self.precision.autocast():
-                return self.forward(images)
-        except ValueError as error:
-            if len(images) > 1:  # a foreign model's batch norm may refuse a batch of one image
-                raise
-            raise RecipeError(
-                f"training.batch_size 1 with data.crop {images.shape[2]}: {' '.join(str(error).split())}; raise either of them"
-            ) from error

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +11,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from muntin.artifact.classes import ClassInfo
+from muntin.data.classes import list_some
 from muntin.errors import CheckpointError, RecipeError
 from muntin.models import HybridNet, create_model
 from muntin.training.recipe import Recipe
@@ -33,9 +33,8 @@ def new_model(recipe: Recipe, classes: tuple[ClassInfo, ...]) -> nn.Module:
 
 
 def build_model(recipe: Recipe, classes: tuple[ClassInfo, ...]) -> nn.Module:
-    """Create a recipe's model, ready for `load_weights`.
+    """Create a recipe's model, ready for `load_weights`. A foreign model is called once, to create its lazy parameters and buffers.
 
-    A foreign model is called once with a crop of zeros, so that it has the parameters and buffers that it creates at its first call.
     Raises `CheckpointError` if this call fails.
     """
     model = new_model(recipe, classes)
@@ -68,9 +67,9 @@ def load_weights(model: nn.Module, tensors: dict[str, Tensor], where: Path) -> N
 def load_initial_weights(model: nn.Module, path: Path) -> tuple[str, ...]:
     """Copy the tensors of a .safetensors file into a model, by name, and return notes on tensors that were not copied.
 
-    Names may be the model's, or for a foreign model those of its package; prefixes of DistributedDataParallel and torch.compile are
-    removed. A shared weight may be stored under one of its names. A layer of the file for another number of classes keeps its random
-    weights. Raises `RecipeError` for an unreadable file, a missing tensor or one of another shape; the model is then unchanged.
+    Names may be the model's or, for a foreign model, those of its package, with prefixes of DistributedDataParallel and torch.compile. A
+    layer of the file for another number of classes keeps its random weights. Raises `RecipeError` for an unreadable file, a missing tensor
+    or one of another shape; the model is then unchanged.
     """
     stored, own = _read(path), model.state_dict()
     named = {_model_name(key, own): tensor for key, tensor in stored.items()}
@@ -80,7 +79,8 @@ def load_initial_weights(model: nn.Module, path: Path) -> tuple[str, ...]:
     # num_batches_tracked is a counter, and older files lack it
     missing = [key for key in own if key not in named and not key.endswith("num_batches_tracked")]
     if missing:
-        raise RecipeError(f"{path}: it lacks {_list(missing)} of the recipe's model, and holds {_list(stored)}: are these its weights?")
+        held = list_some(list(stored), 3) or "nothing"
+        raise RecipeError(f"{path}: it lacks {list_some(missing, 3)} of the recipe's model, and holds {held}: are these its weights?")
     random: list[str] = []
     for key, tensor in own.items():
         if key not in named or named[key].shape == tensor.shape:
@@ -92,9 +92,9 @@ def load_initial_weights(model: nn.Module, path: Path) -> tuple[str, ...]:
     load_weights(model, own | {key: tensor for key, tensor in named.items() if key in own}, path)
     notes = [f"{path.name}: {len(named) - len(unknown)} of the model's {len(own)} tensors are from it"]
     if random:
-        notes.append(f"{path.name}: of another number of classes, initialised at random: {_list(random)}")
+        notes.append(f"{path.name}: of another number of classes, initialised at random: {list_some(random, 3)}")
     if unknown:
-        notes.append(f"{path.name}: not in the model, left out: {_list(unknown)}")
+        notes.append(f"{path.name}: not in the model, left out: {list_some(unknown, 3)}")
     return tuple(notes)
 
 
@@ -136,8 +136,3 @@ def _model_name(key: str, own: dict[str, Tensor]) -> str:
     while (prefix := next((one for one in _TORCH_PREFIXES if bare.startswith(one)), None)) is not None:
         bare = bare.removeprefix(prefix)
     return next((name for ours in ("", *_WRAPPER_PREFIXES) for name in (ours + key, ours + bare) if name in own), key)
-
-
-def _list(names: Iterable[str]) -> str:
-    listed = list(names)
-    return ", ".join(listed[:3]) + (f" and {len(listed) - 3} more" if len(listed) > 3 else "") if listed else "nothing"

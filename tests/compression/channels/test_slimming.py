@@ -10,11 +10,11 @@ import torch
 from torch import Tensor, nn
 
 import muntin
+from model_helpers import answer, pixels
 from muntin import create_model
 from muntin.compression import fold, quantize
 from muntin.compression.channels.slimming import apply_widths, remove_closed_channels, widths_of
-from muntin.compression.low_rank import factorization as low_rank
-from muntin.compression.low_rank.factorization import apply_structure, structure_of
+from muntin.compression.low_rank.factorization import apply_structure, low_rank, structure_of
 from muntin.deployment import image_macs
 from muntin.errors import MuntinError
 from muntin.layers import ChannelGate, MapNorm, ResidualPair
@@ -49,16 +49,6 @@ def closed(share: float, *, block: str = "parallel") -> nn.Module:
                 module.running_mean.normal_(0, 0.5)
                 module.running_var.uniform_(0.2, 3)
     return model.eval()
-
-
-def answer(model: nn.Module, x: Tensor) -> Tensor:
-    with torch.inference_mode():
-        scores: Tensor = model(x)
-    return scores
-
-
-def pixels(*shape: int) -> Tensor:
-    return torch.randint(0, 256, shape).float()
 
 
 def alike(one: Tensor, other: Tensor) -> bool:

@@ -16,6 +16,7 @@ from pydantic import ValidationError
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from model_helpers import answer, count, pixels, settled
 from muntin import create_model
 from muntin.compression import Change, fold, quantize
 from muntin.compression.activation_moments import answer_sensitivity, input_moments
@@ -43,24 +44,10 @@ LAYERS: dict[str, Callable[[], nn.Linear | nn.Conv2d]] = {
 }
 
 
-def pixels(*shape: int) -> Tensor:
-    return torch.randint(0, 256, shape).float()
-
-
 def correlated(rows: int, channels: int) -> Tensor:
     """Rows with correlated channels."""
     decay = torch.logspace(0, -3, channels, dtype=torch.float64)
     return torch.randn(rows, channels, dtype=torch.float64) * decay @ torch.randn(channels, channels, dtype=torch.float64)
-
-
-def answer(model: nn.Module, x: Tensor) -> Tensor:
-    with torch.inference_mode():
-        scores: Tensor = model.eval()(x)
-    return scores
-
-
-def count(model: nn.Module) -> int:
-    return sum(parameter.numel() for parameter in model.parameters())
 
 
 def layers(model: nn.Module) -> list[str]:
@@ -72,15 +59,6 @@ def by_layer(changes: list[Change]) -> dict[str, Change]:
     assert {change.pass_ for change in changes} <= {"low_rank"}
     assert all(bool(change.reason) == change.kept for change in changes)
     return {change.layer: change for change in changes}
-
-
-def settled(model: nn.Module, x: Tensor) -> nn.Module:
-    """Update the statistics of the norms."""
-    model.train()
-    with torch.no_grad():
-        for _ in range(3):
-            model(x)
-    return model.eval()
 
 
 def perceptron(width: int = 64, **more: nn.Module) -> Any:

@@ -10,34 +10,15 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from model_helpers import answer, by_layer, names, pixels, settled
 from muntin import create_model
-from muntin.compression import Change, QuantizedConv2d, QuantizedLinear, quantize
+from muntin.compression import QuantizedConv2d, QuantizedLinear, quantize
 from muntin.compression.quantization.fake_quantization import sqnr_db
 from muntin.errors import MuntinError
 from muntin.layers import Perceptron
 from muntin.training.config import QuantizationConfig
 
 SMALL = {"depths": (1, 1), "dims": (32, 32), "head_dim": 16, "window": 4, "latents": 4, "decoder": 16}
-
-
-def pixels(*shape: int) -> Tensor:
-    return torch.randint(0, 256, shape).float()
-
-
-def answer(model: nn.Module, x: Tensor) -> Tensor:
-    with torch.inference_mode():
-        scores: Tensor = model.eval()(x)
-    return scores
-
-
-def layers(model: nn.Module, *kinds: type[nn.Module]) -> list[str]:
-    return [name for name, module in model.named_modules() if isinstance(module, kinds)]
-
-
-def by_layer(changes: list[Change]) -> dict[str, Change]:
-    quantised = [change for change in changes if change.pass_ == "quantize"]
-    assert len({change.layer for change in quantised}) == len(quantised)  # exactly one each
-    return {change.layer: change for change in quantised}
 
 
 class Built(nn.Module):
@@ -75,24 +56,15 @@ def encoder() -> Built:
     return Built(run, patch=nn.Conv2d(3, 32, 8, 8), encoder=blocks, head=nn.Linear(32, 5))
 
 
-def settled(model: nn.Module, x: Tensor) -> nn.Module:
-    """Update the statistics of the norms."""
-    model.train()
-    with torch.no_grad():
-        for _ in range(3):
-            model(x)
-    return model.eval()
-
-
 def test_hybrid_changes_and_answer() -> None:
     model, x = create_model("hybrid-xs", options=SMALL), pixels(4, 3, 64, 64)
     settled(model, x)
-    names, before = layers(model, nn.Linear, nn.Conv2d), answer(model, x)
+    layers, before = names(model, nn.Linear, nn.Conv2d), answer(model, x)
     changes = quantize([x])(model)
-    by_name = by_layer(changes)
-    assert sorted(by_name) == sorted(names)
+    by_name = by_layer(changes, "quantize")
+    assert sorted(by_name) == sorted(layers)
     assert {change.pass_ for change in changes} == {"fold", "quantize"}
-    assert sorted(layers(model, QuantizedLinear, QuantizedConv2d)) == sorted(name for name, change in by_name.items() if not change.kept)
+    assert sorted(names(model, QuantizedLinear, QuantizedConv2d)) == sorted(name for name, change in by_name.items() if not change.kept)
     assert sum(not change.kept for change in by_name.values()) >= 0.8 * len(by_name)
     assert all(change.reason for change in by_name.values() if change.kept)
     assert all(change.done == "W8A8" and change.sqnr_db is not None for change in by_name.values() if not change.kept)
@@ -106,9 +78,9 @@ def test_hybrid_changes_and_answer() -> None:
 def test_foreign_networks(name: str, task: str) -> None:
     model, x = create_model(name, task=task, classes=4), pixels(4, 3, 64, 64)  # type: ignore[arg-type]
     settled(model, x)
-    names, before = layers(model, nn.Linear, nn.Conv2d), answer(model, x)
-    changes = by_layer(quantize([x])(model))
-    assert sorted(changes) == sorted(names)
+    layers, before = names(model, nn.Linear, nn.Conv2d), answer(model, x)
+    changes = by_layer(quantize([x])(model), "quantize")
+    assert sorted(changes) == sorted(layers)
     depthwise = [module for module in model.modules() if isinstance(module, QuantizedConv2d) and module.groups > 1]
     assert depthwise
     assert sqnr_db(before, answer(model, x)) > 10
@@ -117,7 +89,7 @@ def test_foreign_networks(name: str, task: str) -> None:
 def test_encoder_layer_fused_path() -> None:
     model, x = encoder(), pixels(2, 3, 64, 64)
     before = answer(model, x)
-    changes = by_layer(quantize([x])(model))
+    changes = by_layer(quantize([x])(model), "quantize")
     quantised = [name for name, change in changes.items() if not change.kept]
     assert quantised == ["patch", *(f"encoder.layers.{i}.linear{k}" for i in (0, 1) for k in (1, 2)), "head"]
     for i in (0, 1):  # PyTorch hands this layer's weight to a function
@@ -130,7 +102,7 @@ def test_layer_below_the_threshold() -> None:
     with torch.no_grad():  # feature 0 is large and does not count: the grid that covers it has no levels left for the others
         model.get_parameter("first.bias")[0] = 1000
         model.get_parameter("second.weight")[:, 0] = 0
-    changes = by_layer(quantize([pixels(1, 3, 16, 16)])(model))
+    changes = by_layer(quantize([pixels(1, 3, 16, 16)])(model), "quantize")
     assert [name for name, change in changes.items() if change.kept] == ["second"]
     assert changes["second"].sqnr_db is not None and changes["second"].sqnr_db < 15
     assert f"{changes['second'].sqnr_db:.1f} dB" in changes["second"].reason
@@ -138,8 +110,8 @@ def test_layer_below_the_threshold() -> None:
 
 def test_threshold_setting() -> None:
     x = pixels(1, 3, 16, 16)
-    assert all(change.kept for change in by_layer(quantize([x], QuantizationConfig(min_sqnr_db=60))(perceptron())).values())
-    assert not any(change.kept for change in by_layer(quantize([x], QuantizationConfig(min_sqnr_db=0))(perceptron())).values())
+    assert all(change.kept for change in by_layer(quantize([x], QuantizationConfig(min_sqnr_db=60))(perceptron()), "quantize").values())
+    assert not any(change.kept for change in by_layer(quantize([x], QuantizationConfig(min_sqnr_db=0))(perceptron()), "quantize").values())
 
 
 def test_weight_outside_half_precision() -> None:
@@ -185,7 +157,7 @@ def test_layer_reached_by_some_batches() -> None:
         return m.large(x / 255) if x.shape[2] > 20 else m.small(x / 255)
 
     model = Built(run, small=nn.Conv2d(3, 4, 1), large=nn.Conv2d(3, 4, 1))
-    changes = by_layer(quantize([pixels(1, 3, 16, 16), pixels(1, 3, 32, 32)])(model))
+    changes = by_layer(quantize([pixels(1, 3, 16, 16), pixels(1, 3, 32, 32)])(model), "quantize")
     assert [change.done for change in changes.values()] == ["W8A8", "W8A8"]
 
 
@@ -223,7 +195,7 @@ def test_second_application() -> None:
     model, x = perceptron(), pixels(1, 3, 16, 16)
     quantize([x], QuantizationConfig(keep=("second",)))(model)
     before = copy.deepcopy(model.state_dict())
-    changes = by_layer(quantize([x])(model))
+    changes = by_layer(quantize([x])(model), "quantize")
     assert list(changes) == ["second"] and changes["second"].done == "W8A8"
     after = model.state_dict()
     assert all(torch.equal(value, after[key]) for key, value in before.items() if key.startswith("first."))

@@ -17,9 +17,10 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812 - the field's usual name
 
+from model_helpers import answer, by_layer, names, pixels, settled
 from muntin import create_model
-from muntin.compression import Change, fold, freeze, prepare_qat, quantize, set_bits
-from muntin.compression.low_rank import factorization as low_rank
+from muntin.compression import fold, freeze, prepare_qat, quantize, set_bits
+from muntin.compression.low_rank.factorization import low_rank
 from muntin.compression.quantization.fake_quantization import along, sqnr_db
 from muntin.compression.quantization.observer import ActivationGrid, Observer, usable
 from muntin.compression.quantization.qat import (
@@ -57,35 +58,6 @@ MODELS: dict[str, Callable[[], nn.Module]] = {
     "hybrid": lambda: create_model("hybrid-xs", classes=4, options=SMALL),
     "convnet of timm": lambda: create_model("timm:mobilenetv3_small_050", task="classify", classes=4),
 }
-
-
-def pixels(*shape: int) -> Tensor:
-    return torch.randint(0, 256, shape).float()
-
-
-def answer(model: nn.Module, x: Tensor) -> Tensor:
-    with torch.inference_mode():
-        scores: Tensor = model.eval()(x)
-    return scores
-
-
-def names(model: nn.Module, *kinds: type[nn.Module]) -> list[str]:
-    return [name for name, module in model.named_modules() if isinstance(module, kinds)]
-
-
-def by_layer(changes: list[Change], kind: str = "qat") -> dict[str, Change]:
-    by_name = [change for change in changes if change.pass_ == kind]
-    assert len({change.layer for change in by_name}) == len(by_name)  # exactly one each
-    return {change.layer: change for change in by_name}
-
-
-def settled(model: nn.Module, x: Tensor) -> nn.Module:
-    """Update the statistics of the norms."""
-    model.train()
-    with torch.no_grad():
-        for _ in range(3):
-            model(x)
-    return model.eval()
 
 
 def grid_of(x: Tensor) -> ActivationGrid:
@@ -127,7 +99,7 @@ def test_all_operations_are_prepared(name: str) -> None:
     model, x = MODELS[name](), pixels(4, 3, 32, 32)
     settled(model, x)
     layers, products = names(model, *WEIGHTED), names(model, Product, SoftmaxProduct)
-    changes = by_layer(prepare_qat([x], bits=4)(model))
+    changes = by_layer(prepare_qat([x], bits=4)(model), "qat")
     assert sorted(changes) == sorted([*layers, *products])
     assert sorted(qat_operations(model)) == sorted(changes) == sorted(names(model, *QAT))
     assert {changes[layer].done for layer in layers} == {"W4A8"} and {changes[product].done for product in products} <= {"A8"}
@@ -511,7 +483,7 @@ class Equalised(nn.Module):
 def test_bare_weights() -> None:
     normed = nn.utils.parametrizations.weight_norm(nn.Conv2d(16, 8, 3))
     model, x = nn.Sequential(Equalised(), nn.ReLU(), normed, nn.Conv2d(8, 4, 1)).eval(), pixels(2, 3, 8, 8)
-    changes = by_layer(prepare_qat([x])(model))
+    changes = by_layer(prepare_qat([x])(model), "qat")
     assert {name: change.reason for name, change in changes.items() if change.kept} == {
         "0": "Equalised: no integer form",
         "2": "its weight is computed (weight norm, spectral norm): remove that first",
@@ -528,7 +500,7 @@ def test_encoder_layer_is_called() -> None:
     model = nn.Sequential(nn.Conv2d(3, 32, 8, 8), nn.Flatten(2), nn.TransformerEncoder(layer, 1, enable_nested_tensor=False)).eval()
     model[1] = type("Tokens", (nn.Module,), {"forward": lambda self, x: x.flatten(2).transpose(1, 2)})()
     x = pixels(2, 3, 32, 32) / 64
-    changes = by_layer(prepare_qat([x], bits=2)(model))
+    changes = by_layer(prepare_qat([x], bits=2)(model), "qat")
     assert [name for name, change in changes.items() if not change.kept] == ["0", "2.layers.0.linear1", "2.layers.0.linear2"]
     before = answer(model, x)
     with torch.no_grad():

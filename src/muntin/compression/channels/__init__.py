@@ -1,0 +1,1 @@
+"""Cutting channels that gates have closed."""

@@ -27,9 +27,8 @@ from muntin.models.compression_record import Change
 def remove_closed_channels(model: nn.Module) -> list[Change]:
     """Cut the channels that gates have closed, in place, before norms and gates are folded.
 
-    `training.gate_budget` closes channels in training. Some closed channels of a unit stay, so that its width is a multiple of `BLOCK`.
-    Layers may be factored already. A unit whose layers are used elsewhere is kept. Returns a `Change` for each gate with closed channels.
-    Costs a copy of the remaining weights.
+    Some closed channels of a unit stay, so that its width is a multiple of `BLOCK`. Layers may be factored already. A unit whose layers are
+    used elsewhere is kept. Returns a `Change` for each gate with closed channels.
     """
     changes = []
     units = dict(_units(model))

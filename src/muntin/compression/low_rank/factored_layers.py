@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from typing import Any, Self, TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -34,13 +34,6 @@ class FactoredLinear(nn.Module):
         self.expand = expand
         self.ranks: tuple[int, ...] = (reduce.out_features,)
         """`(r,)`. Stored, because a later pass may replace the parts by forms with other attributes."""
-
-    @classmethod
-    def shell(cls, layer: nn.Linear, ranks: tuple[int, ...]) -> Self:
-        """The factored form of `layer` at `(r,)` with zero weights, for a checkpoint to be loaded into."""
-        (rank,) = _checked(layer, ranks)
-        reduce = _zeros(nn.Linear, layer, layer.in_features, rank, bias=False)
-        return cls(reduce, _zeros(nn.Linear, layer, rank, layer.out_features, bias=layer.bias is not None))
 
     @property
     def in_features(self) -> int:
@@ -72,6 +65,8 @@ class FactoredConv2d(nn.Module):
     1405.3866, section 2 (scheme 2).
     """
 
+    groups, padding_mode = 1, "zeros"  # others are not factored
+
     def __init__(self, reduce: nn.Conv2d, expand: nn.Conv2d, core: nn.Conv2d | None = None) -> None:
         super().__init__()
         chain = [part for part in (reduce, core, expand) if part is not None]
@@ -84,33 +79,6 @@ class FactoredConv2d(nn.Module):
         self.expand = expand
         self.ranks: tuple[int, ...] = (reduce.out_channels,) if core is None else (core.in_channels, core.out_channels)
         """`(r,)`, or `(r1, r2)` of Tucker-2. Stored for the same reason as in `FactoredLinear`."""
-
-    @classmethod
-    def shell(cls, layer: nn.Conv2d, ranks: tuple[int, ...]) -> Self:
-        """The factored form of `layer` at `(r,)` or `(r1, r2)` with zero weights, for a checkpoint to be loaded into.
-
-        The layer must have one group and be padded with a number of zeros.
-        """
-        ranks = _checked(layer, ranks)
-
-        def conv(inputs: int, outputs: int, axes: tuple[bool, bool], *, bias: bool = False) -> nn.Conv2d:
-            """A convolution with the layer's kernel, stride, padding and dilation along `axes` and size 1 along the others."""
-            kernel, stride, dilation = (
-                tuple(value if on else 1 for value, on in zip(values, axes, strict=True))
-                for values in (layer.kernel_size, layer.stride, layer.dilation)
-            )
-            assert not isinstance(layer.padding, str)
-            padding = tuple(value if on else 0 for value, on in zip(layer.padding, axes, strict=True))
-            return _zeros(nn.Conv2d, layer, inputs, outputs, kernel, stride, padding, dilation, bias=bias)
-
-        inputs, outputs, bias = layer.in_channels, layer.out_channels, layer.bias is not None
-        both, neither, vertical, horizontal = (True, True), (False, False), (True, False), (False, True)
-        first, last = ranks[0], ranks[-1]
-        if _is_tucker(layer):
-            return cls(conv(inputs, first, neither), conv(last, outputs, neither, bias=bias), conv(first, last, both))
-        if _is_spatial(layer):
-            return cls(conv(inputs, first, vertical), conv(last, outputs, horizontal, bias=bias))
-        return cls(conv(inputs, first, both), conv(last, outputs, neither, bias=bias))
 
     @property
     def in_channels(self) -> int:
@@ -136,16 +104,6 @@ class FactoredConv2d(nn.Module):
     @property
     def dilation(self) -> tuple[int, ...]:
         return self._along("dilation")
-
-    @property
-    def groups(self) -> int:
-        """1: grouped convolutions are not factored."""
-        return 1
-
-    @property
-    def padding_mode(self) -> str:
-        """`zeros`: other modes are not factored."""
-        return "zeros"
 
     def _along(self, name: str) -> tuple[int, ...]:
         return tuple(map(max, *(getattr(part, name) for part in self.children())))
@@ -202,49 +160,54 @@ def full_ranks(layer: nn.Linear | nn.Conv2d) -> tuple[int, ...]:
 
 def factored_parameters(layer: nn.Linear | nn.Conv2d, ranks: tuple[int, ...]) -> int:
     """Parameters of the factored form of `layer` at `ranks`, bias included."""
-    bias = 0 if layer.bias is None else layer.bias.numel()
-    outputs, inputs = layer.weight.shape[:2]
-    if isinstance(layer, nn.Linear):
-        return ranks[0] * (inputs + outputs) + bias
-    height, width = layer.kernel_size
-    if _is_tucker(layer):
-        return inputs * ranks[0] + ranks[0] * ranks[1] * height * width + ranks[1] * outputs + bias
-    return ranks[0] * (inputs * height + outputs * width) + bias
-
-
-def dense_macs(layer: nn.Linear | nn.Conv2d, positions: float) -> float:
-    """Multiply-adds of a layer with `positions` rows of output an image."""
-    return layer.weight.numel() * positions
+    return sum(weights for weights, _ in _parts(layer, ranks)) + (0 if layer.bias is None else layer.bias.numel())
 
 
 def factored_macs(layer: nn.Linear | nn.Conv2d, ranks: tuple[int, ...], positions: float) -> float:
-    """Multiply-adds an image of the factored form of `layer` at `ranks`, with `positions` rows of output an image.
+    """Multiply-adds an image of the factored form of `layer` at `ranks`, with `positions` rows of output an image, without padding."""
+    return sum(weights * share for weights, share in _parts(layer, ranks)) * positions
 
-    `reduce` of a strided kernel works on all positions of the input. Padding is not counted.
-    """
+
+def _parts(layer: nn.Linear | nn.Conv2d, ranks: tuple[int, ...]) -> list[tuple[int, int]]:
+    """Weights of each part of the factored form, and its positions for each output position: more before a stride."""
     outputs, inputs = layer.weight.shape[:2]
     if isinstance(layer, nn.Linear):
-        return ranks[0] * (inputs + outputs) * positions
-    height, width = layer.kernel_size
-    down, across = layer.stride
+        return [(ranks[0] * inputs, 1), (ranks[0] * outputs, 1)]
+    (height, width), (down, across) = layer.kernel_size, layer.stride
     if _is_tucker(layer):
-        core = ranks[0] * ranks[1] * height * width + ranks[1] * outputs
-        return (inputs * ranks[0] * down * across + core) * positions
-    if _is_spatial(layer):
-        return ranks[0] * (inputs * height * across + outputs * width) * positions
-    return ranks[0] * (inputs + outputs) * positions
+        return [(inputs * ranks[0], down * across), (ranks[0] * ranks[1] * height * width, 1), (ranks[1] * outputs, 1)]
+    return [(ranks[0] * inputs * height, across if _is_spatial(layer) else 1), (ranks[0] * outputs * width, 1)]
 
 
 def shell(layer: nn.Linear | nn.Conv2d, ranks: tuple[int, ...]) -> FactoredLayer:
-    """The factored form of a Linear or Conv2d at `ranks` with zero weights. Raises `ValueError` for ranks that do not fit the layer."""
-    return FactoredLinear.shell(layer, ranks) if isinstance(layer, nn.Linear) else FactoredConv2d.shell(layer, ranks)
+    """The factored form of a Linear or Conv2d at `ranks` with zero weights, for a checkpoint to be loaded into.
 
-
-def _checked(layer: nn.Linear | nn.Conv2d, ranks: tuple[int, ...]) -> tuple[int, ...]:
+    A convolution must have one group and be padded with a number of zeros. Raises `ValueError` for ranks that do not fit the layer.
+    """
     full = full_ranks(layer)
     if len(ranks) != len(full) or not all(1 <= rank <= most for rank, most in zip(ranks, full, strict=True)):
         allowed = ", ".join(f"1-{most}" for most in full)
         raise ValueError(
             f"ranks {', '.join(map(str, ranks)) or 'none'}: {type(layer).__name__} {tuple(layer.weight.shape)} takes {allowed}"
         )
-    return tuple(ranks)
+    first, last, bias = ranks[0], ranks[-1], layer.bias is not None
+    if isinstance(layer, nn.Linear):
+        reduce = _zeros(nn.Linear, layer, layer.in_features, first, bias=False)
+        return FactoredLinear(reduce, _zeros(nn.Linear, layer, first, layer.out_features, bias=bias))
+
+    def conv(inputs: int, outputs: int, axes: tuple[bool, bool], *, bias: bool = False) -> nn.Conv2d:
+        """A convolution with the layer's kernel, stride, padding and dilation along `axes` and size 1 along the others."""
+        kernel, stride, dilation = (
+            tuple(value if on else 1 for value, on in zip(values, axes, strict=True))
+            for values in (layer.kernel_size, layer.stride, layer.dilation)
+        )
+        assert not isinstance(layer.padding, str)
+        padding = tuple(value if on else 0 for value, on in zip(layer.padding, axes, strict=True))
+        return _zeros(nn.Conv2d, layer, inputs, outputs, kernel, stride, padding, dilation, bias=bias)
+
+    inputs, outputs = layer.in_channels, layer.out_channels
+    both, neither, vertical, horizontal = (True, True), (False, False), (True, False), (False, True)
+    if _is_tucker(layer):
+        return FactoredConv2d(conv(inputs, first, neither), conv(last, outputs, neither, bias=bias), conv(first, last, both))
+    before, after = (vertical, horizontal) if _is_spatial(layer) else (both, neither)
+    return FactoredConv2d(conv(inputs, first, before), conv(last, outputs, after, bias=bias))

@@ -3,17 +3,15 @@
     model -> run calibration images (moments of inputs; sensitivity of the answer) -> spectra -> allocate ranks -> factor, replace
 
 Weights are seldom of low rank, but activations are: a weight is whitened by a square root L of its input's second moment
-before it is decomposed, so the dropped part is the one that calibration images use least. No layer has a rule of its
-own: ranks go where a parameter helps the answer most, and a layer may stay dense.
+before it is decomposed, so the dropped part is the one that calibration images use least. Ranks go to the layers where a parameter helps
+the answer most, and a layer may stay dense.
 
 A layer with few rows of calibration (one an image, behind a pooling) has a moment of low rank regardless of its need. It is decomposed by a
-moment that is shrunk by the number of rows (`Moment.shrunk`), which costs other images less. Ranks are chosen by the unshrunk moments:
-with shrunk ones they moved from layers before a pooling to those behind it, and other images lost more (docs/log.md).
+moment that is shrunk by the number of rows (`Moment.shrunk`). Ranks are chosen by the unshrunk moments (docs/log.md).
 
 Sources: SVD-LLM (Wang et al., 2403.07378, section 3) for the whitened decomposition of a matrix; Tucker-2 (Kim et al., 1511.06530,
-section 3) for kernels of 2 to 4; Jaderberg et al. (1405.3866, section 2) for larger ones. Deviations: convolutions are whitened
-over channels, as if the taps of a kernel saw uncorrelated pixels (O(C²) memory, not O(C²·k⁴)); ranks come from one
-allocation, not from one ratio for all layers or variational Bayes; weights are not updated after the truncation.
+section 3) for kernels of 2 to 4; Jaderberg et al. (1405.3866, section 2) for larger ones. Deviations: convolutions are whitened over
+channels, as if the taps of a kernel saw uncorrelated pixels; ranks come from one allocation; weights are not updated after the truncation.
 
 Axes: O output and I input channels, H W the taps of a kernel, R and P ranks.
 """
@@ -35,7 +33,6 @@ from muntin.compression.low_rank.factored_layers import (
     FactoredConv2d,
     FactoredLayer,
     FactoredLinear,
-    dense_macs,
     factored_macs,
     factored_parameters,
     full_ranks,
@@ -75,17 +72,15 @@ Dense = nn.Linear | nn.Conv2d
 def low_rank(calibration: Iterable[Tensor], config: LowRankConfig | None = None) -> Pass:
     """A pass that replaces Linear and Conv2d by factored layers, in place; see the head of this file.
 
-    `calibration`: input batches `(B, C, H, W)` of raw pixels, any integer or float type; images of training, never of a test. Each
-    layer should get several times more rows (tokens, positions of its map) than it has channels; below `FEW_ROWS` the change has a note.
-    Criteria: `activation` minimises the estimated harm to the answer, noise over signal, under `config.parameters` and `config.macs`;
-    `energy` and `cumulative` give every layer the least rank whose share of Σσ², of Σσ, of its weight reaches one threshold (the latter is
-    the usual Σσ rule), given or the largest that meets the budget. The budget counts all parameters of the model.
+    `calibration`: input batches `(B, C, H, W)` of raw pixels, any integer or float type; images of training, never of a test. A layer with
+    fewer than `FEW_ROWS` rows (tokens, positions of its map) a channel gets a note. Criteria: `activation` minimises the estimated harm to
+    the answer, noise over signal, under `config.parameters` and `config.macs`; `energy` and `cumulative` give every layer the least rank
+    whose share of Σσ², of Σσ, of its weight reaches one threshold, given or the largest that meets the budget.
 
     Costs a forward pass, three of one image, for `activation` a second one with a backward pass, and a decomposition of each layer,
     O(I²·O) for a matrix, in float64 on the CPU. Weights keep their type and device; the model is left in `eval` mode. `energy` and
-    `cumulative` need training afterwards: they lost 2 to 9 points. `activation` lost none down to a fifth of the parameters
-    (docs/log.md; short trainings of hybrid-s). Raises `MuntinError` if there is no calibration batch, for NaN or infinity,
-    if `keep` names no layer, or if the budget is out of reach.
+    `cumulative` need training afterwards. Raises `MuntinError` if there is no calibration batch, for NaN or infinity, if `keep` names no
+    layer, or if the budget is out of reach.
     """
     config = config or LowRankConfig()
 
@@ -142,9 +137,6 @@ def _ranks_text(ranks: tuple[int, ...], full: tuple[int, ...]) -> str:
     return f"rank{'s' if len(ranks) > 1 else ''} {', '.join(map(str, ranks))} of {', '.join(map(str, full))}"
 
 
-# Which layers stay dense
-
-
 def _reasons_to_keep(model: nn.Module, layers: Mapping[str, Dense], config: LowRankConfig) -> dict[str, str]:
     """Reasons to keep layers dense for any budget, by name."""
     factored = {id(part) for _, layer in named(model, FactoredLinear, FactoredConv2d) for part in layer.children()}
@@ -176,10 +168,8 @@ def _no_form(layer: Dense) -> str | None:
 
 
 def _tied(layer: Dense, users: Mapping[int, list[str]]) -> str | None:
-    for parameter in layer.parameters():
-        if len(users[id(parameter)]) > 1:
-            return f"its parameters are shared by {' and '.join(users[id(parameter)])}: factoring one of them saves nothing"
-    return None
+    shared = next((by for parameter in layer.parameters() if len(by := users[id(parameter)]) > 1), None)
+    return None if shared is None else f"its parameters are shared by {' and '.join(shared)}: factoring one of them saves nothing"
 
 
 def _unused(moment: Moment | None) -> str | None:
@@ -203,9 +193,6 @@ def _dense_parameters(layer: Dense) -> int:
     return sum(parameter.numel() for parameter in layer.parameters())
 
 
-# Which ranks
-
-
 def _budget(model: nn.Module, free: Mapping[str, Dense], config: LowRankConfig) -> tuple[int, int]:
     """The allowed parameters of the model, and the number of its parameters that no rank changes."""
     total = sum(parameter.numel() for parameter in model.parameters())
@@ -221,14 +208,14 @@ def _pick_by_answer(
         menus[name] = choices(
             spectra(layer, square_root(moments[name].matrix)),
             lambda ranks, layer=layer, n=positions: (factored_parameters(layer, ranks), factored_macs(layer, ranks, n)),  # type: ignore[misc]
-            Choice(parameters=_dense_parameters(layer), macs=dense_macs(layer, positions)),
+            Choice(parameters=_dense_parameters(layer), macs=layer.weight.numel() * positions),
             multiple=config.multiple,
             scale=sensitivity[name] * positions,
         )
     budget, fixed = _budget(model, free, config)
     if config.macs is None:
         return allocate(menus, budget, fixed=fixed)
-    whole = sum(dense_macs(layer, moments[name].positions) for name, layer in free.items())
+    whole = sum(menu[-1].macs for menu in menus.values())  # dense
     return allocate_within(menus, budget, config.macs * whole, fixed=fixed)
 
 
@@ -249,9 +236,6 @@ def _pick_by_threshold(model: nn.Module, free: Mapping[str, Dense], config: LowR
         return fixed + sum(min(choice.parameters, _dense_parameters(free[name])) for name, choice in pick(threshold).items())
 
     return pick(config.threshold or largest_threshold(total, budget))
-
-
-# Decompositions
 
 
 def square_root(moment_II: Tensor) -> Tensor:
@@ -299,8 +283,8 @@ def _whiten(layer: Dense, root_II: Tensor | None) -> _Whitened:
 def spectra(layer: Dense, root_II: Tensor | None = None) -> list[Values]:
     """σ² of the components of each mode that `factorize` can drop, descending: one array, two of Tucker-2.
 
-    With the square root of the input's moment, σ² is the part of the output's power in the component, mean over output rows and summed
-    over channels: for a matrix the squared error of dropping it, exactly (SVD-LLM, theorem 3.2). Without, it is of the weight alone.
+    With the square root of the input's moment, σ² is the component's part of the output's power: for a matrix the squared error of dropping
+    it (SVD-LLM, theorem 3.2). Without, it is of the weight alone.
     """
     whitened, full = _whiten(layer, root_II), full_ranks(layer)
     if len(full) == 2:
@@ -316,9 +300,8 @@ def spectra(layer: Dense, root_II: Tensor | None = None) -> list[Values]:
 def factorize(layer: Dense, ranks: tuple[int, ...], root_II: Tensor | None = None) -> FactoredLayer:
     """The factored form of a Linear or Conv2d at `ranks` with the least error for inputs whose moment has the square root given.
 
-    Without a root all inputs count alike. At full ranks (`full_ranks`) the output is the layer's. The layer itself is not changed.
-    The scale of each component is split as √σ between neighbouring parts, so that none has a large range: training would move small
-    weights too far, and 8 bits hold only the loudest channel.
+    Without a root all inputs count alike. At full ranks (`full_ranks`) the output is the layer's. The layer itself is not changed. The
+    scale of each component is split as √σ between neighbouring parts, so that training and 8 bits suit both.
     """
     factored, whitened = shell(layer, ranks), _whiten(layer, root_II)
     if len(ranks) == 2:
@@ -358,9 +341,6 @@ def _mode(gram: Tensor, rank: int) -> tuple[Tensor, Tensor]:
     sigma = values.flip(0)[:rank].clamp_min(0).sqrt()
     largest = float(sigma.max())
     return vectors.flip(1)[:, :rank], torch.where(sigma > 1e-6 * largest, sigma, torch.full_like(sigma, largest or 1.0)).sqrt()
-
-
-# Structure, for checkpoints
 
 
 def structure_of(model: nn.Module) -> dict[str, tuple[int, ...]]:

@@ -1,0 +1,1 @@
+"""Quantisation: after training by calibration, and quantisation-aware training."""

@@ -106,8 +106,7 @@ def weight_scale(weight: Tensor, axis: int, bits: int) -> Tensor:
 
 def weight_limit(bits: int) -> int:
     """Largest level of a symmetric weight: 127 for 8 bits, 7 for 4."""
-    limit: int = 2 ** (bits - 1) - 1
-    return limit
+    return int(2 ** (bits - 1) - 1)
 
 
 def along(scale: Tensor, ndim: int, axis: int) -> Tensor:

@@ -54,8 +54,7 @@ class Observer:
     def grid(self, percentile: float | None = None) -> ActivationGrid:
         """The grid with the least mean squared error over the histogram, or one that ends at a percentile (of 100) of the magnitudes.
 
-        A tensor that is never negative gets an unsigned grid from 0, any other a signed symmetric one. Without an offset zero padding is
-        exact and needs no correction at run time. A constant tensor gets a grid with its value at an end.
+        A tensor that is never negative gets an unsigned grid from 0, any other a signed symmetric one, so zero padding is exact.
         """
         unsigned = self.low >= 0
         levels = 255 if unsigned else 127

@@ -1,22 +1,21 @@
 """Aligning the first layers' 8-bit grids with the levels of the image's pixels.
 
 After normalisation an image has 256 levels at equal steps. A layer that reads it on a slightly different 8-bit grid loses accuracy by
-rounding, and OpenVINO (seen with 2026.4) takes a grid within about 1 % of the pixels' step for the same and omits the rounding, so values
-are up to two levels from training. On the pixels' own grid nothing is rounded, and omitting it changes nothing. Pixels that are on no grid
-with a 0 (HybridNet's are half a step beside it) have no such grid; there OpenVINO confuses scales within 0.2 %, and a slightly coarser one
-is taken.
+rounding, and OpenVINO 2026.4 omits the rounding on a grid within about 1 % of the pixels' step, so values are up to two levels from
+training. On the pixels' own grid nothing is rounded. Pixels of which no level is 0 (HybridNet's are half a step beside it) have no such
+grid; there OpenVINO omits the rounding within 0.2 %, and a slightly coarser scale is taken.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor, nn
 
-from muntin.compression.calibration import watch_inputs
 from muntin.compression.quantization.quantized_layers import QuantizedConv2d, QuantizedLinear
 from muntin.compression.rewrite import named
+from muntin.models.eager import watch_inputs
 
 NEAR = 0.02
 """Maximum relative difference of a layer's scale from the pixels' step, to be set to it."""
@@ -31,14 +30,14 @@ def align_with_pixels(model: nn.Module, images: Tensor) -> list[str]:
     """Set the scale of each layer that reads the image to the pixels' step, if it is within `NEAR`; return the names of these layers.
 
     If the pixels are beside the grid, a scale within `NEAR_OFF_GRID` is set to a coarser one. `images`: raw pixels `(B, C, H, W)`, for
-    their shape. Three images of one value each, 0, 1 and 255, identify the layers: their inputs must be on a line, and are on the grid if
-    those of 0 are a whole number of steps. Signed grids only: without an offset OpenVINO would remove the quantiser, and the layer would
-    run in float. Costs six forward passes; the first three compare means only, so that few inputs have to be held.
+    their shape. Three images of one value each, 0, 1 and 255, identify the layers by their inputs. Signed grids only: an unsigned one
+    without offset is removed by OpenVINO. Costs six forward passes; the first three compare means, so that few inputs have to be held.
     """
     layers: dict[str, nn.Module] = dict(named(model, QuantizedConv2d, QuantizedLinear))
     plain = [torch.full_like(images[:1], value, dtype=torch.float32) for value in (0.0, 1.0, 255.0)]
     means = [_inputs(model, layers, image, mean=True) for image in plain]
-    layers = {name: layer for name, layer in layers.items() if all(name in inputs for inputs in means) and _is_line(name, means)}
+    layers = {name: layer for name, layer in layers.items() if all(name in inputs for inputs in means)}
+    layers = {name: layer for name, layer in layers.items() if _step(*(inputs[name] for inputs in means))[0]}
     inputs = [_inputs(model, layers, image) for image in plain]
     aligned = []
     for name, layer in layers.items():
@@ -50,12 +49,6 @@ def align_with_pixels(model: nn.Module, images: Tensor) -> list[str]:
             layer.input.scale.fill_(step if on_grid else step * _COARSER)
             aligned.append(name)
     return aligned
-
-
-def _is_line(name: str, means: Sequence[Mapping[str, Tensor]]) -> bool:
-    black, one, white = (float(inputs[name]) for inputs in means)
-    step = (white - black) / 255
-    return step > 0 and abs(one - black - step) <= 1e-3 * step
 
 
 def _inputs(model: nn.Module, layers: Mapping[str, nn.Module], images: Tensor, *, mean: bool = False) -> dict[str, Tensor]:

@@ -2,8 +2,8 @@
 
     model -> prepare_qat (fold, calibrate, put QAT layers in place) -> train -> set_bits for layers that need more -> freeze -> integers
 
-A QAT layer keeps its float weight and rounds it, and its inputs, in every forward pass. `freeze` makes a quantised layer of
-the same grids, so the deployed model is the trained one. Products of attention have no weights; both operands are rounded.
+A QAT layer keeps its float weight and rounds it, and its inputs, in every forward pass; a product rounds both operands. `freeze` makes a
+quantised layer of the same grids, so the deployed model is the trained one.
 
 Axes: O output and I input channels of a weight.
 """
@@ -19,42 +19,24 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812 - the field's usual name
 
-from muntin.compression.batch_norm import fold_batch_norms
-from muntin.compression.calibration import calibration_list, check_weights, observe, watch_inputs
-from muntin.compression.fold import fold
 from muntin.compression.quantization.fake_quantization import along, round_to_grid, round_to_half, sqnr_db, weight_limit, weight_scale
 from muntin.compression.quantization.observer import ActivationGrid, usable
 from muntin.compression.quantization.pixel_grid import align_with_pixels
+from muntin.compression.quantization.preparation import prepare
 from muntin.compression.quantization.quantized_layers import (
     SHARES,
-    QuantizedConv2d,
-    QuantizedLinear,
+    QuantizedLayer,
     QuantizedProduct,
     QuantizedSoftmaxProduct,
     exponentials,
     keep_geometry,
-    no_integer_form,
+    quantized_form,
 )
-from muntin.compression.replaceability import irreplaceable
-from muntin.compression.rewrite import (
-    UNUSUAL,
-    WHOLE_MODEL,
-    Pass,
-    call_every_layer,
-    check_kept,
-    computes_as_usual,
-    is_kept,
-    keepable,
-    named,
-    number_paddings,
-    others,
-    out_of_reach,
-    replace,
-)
+from muntin.compression.rewrite import Pass, keepable, named, others, out_of_reach, replace
 from muntin.errors import MuntinError
 from muntin.layers import Product, SoftmaxProduct
 from muntin.models.compression_record import Change, OperationRecord
-from muntin.models.eager import check_eager
+from muntin.models.eager import watch_inputs
 
 
 class LearnedGrid(nn.Module):
@@ -116,6 +98,10 @@ class _LearnedWeight(nn.Module):
         layer.weight, layer.bias = self.weight, self.bias
         return layer
 
+    def frozen(self) -> QuantizedLayer:
+        """The integer form."""
+        return quantized_form(self.plain(), self.input.frozen(), bits=self.bits, scale=self.log_scale.exp())
+
 
 class QATLinear(_LearnedWeight):
     """A Linear in quantisation-aware training, `(..., I) -> (..., O)`."""
@@ -123,10 +109,6 @@ class QATLinear(_LearnedWeight):
     def forward(self, input: Tensor) -> Tensor:  # nn.Linear's parameter name: models may call it by keyword
         x = self.input(input)
         return F.linear(x, *self.terms(x.dtype))
-
-    def frozen(self) -> QuantizedLinear:
-        """The integer form."""
-        return QuantizedLinear(cast(nn.Linear, self.plain()), self.input.frozen(), bits=self.bits, scale=self.log_scale.exp())
 
 
 class QATConv2d(_LearnedWeight):
@@ -136,10 +118,6 @@ class QATConv2d(_LearnedWeight):
         like = cast(nn.Conv2d, self.shape_of[0])
         x = self.input(input)
         return F.conv2d(x, *self.terms(x.dtype), like.stride, like.padding, like.dilation, like.groups)
-
-    def frozen(self) -> QuantizedConv2d:
-        """The integer form."""
-        return QuantizedConv2d(cast(nn.Conv2d, self.plain()), self.input.frozen(), bits=self.bits, scale=self.log_scale.exp())
 
 
 class QATProduct(nn.Module):
@@ -190,49 +168,22 @@ def prepare_qat(calibration: Iterable[Tensor], *, bits: int = 4, keep: Sequence[
     attention get two 8-bit operands. Norms and gates are folded first. `calibration`: batches `(B, C, H, W)` of raw pixels, training
     images; activation grids start at the least squared error over them, or at `percentile` (of 100) of their values. `keep`: names of
     layers and products, or of modules around them, that stay in float. Costs two forward passes over the batches and three of one image.
-    Raises `MuntinError` if there is no batch, for NaN and infinity, and if `keep` names no layer.
     """
 
     def pass_(model: nn.Module) -> list[Change]:
-        check_eager(model)
-        batches = calibration_list(calibration)
-        layers: dict[str, nn.Module] = dict(named(model.eval(), nn.Linear, nn.Conv2d))
-        check_kept(keep, keepable(model))
-        changes = number_paddings(model) + fold(model) + fold_batch_norms(model, batches[0])
-        check_weights(layers)
-        products = dict(named(model, Product, SoftmaxProduct))
-        reasons = {"": WHOLE_MODEL} | {name: "named in keep" for name in (*layers, *products) if is_kept(name, keep)}
-        call_every_layer(model)
-        fixed = irreplaceable(model, layers, batches[0][:1])
-        layers = {name: layer for name, layer in layers.items() if name not in fixed}
-        changes += [Change(layer=name, pass_="qat", done="kept", reason=reason) for name, reason in fixed.items()]
-        reasons |= _unusual(model, layers, batches)
-        for name, observers in observe(model, {**layers, **products}, batches).items():
-            operation = model.get_submodule(name)
-            reason = reasons.get(name) or no_integer_form(operation, observers[0])
-            if reason is None:
-                grids = [observer.grid(percentile) if observer.seen else SHARES for observer in observers]
-                replace(model, name, _qat_form(operation, grids, bits))
-                changes.append(Change(layer=name, pass_="qat", done=f"W{bits}A8" if name in layers else "A8"))
-            else:
-                changes.append(Change(layer=name, pass_="qat", done="kept", reason=reason))
+        ready = prepare(model, calibration, keep, products=(Product, SoftmaxProduct))
+        changes = ready.changes
+        for name, operation in ready.operations.items():
+            if name in ready.reasons:
+                changes.append(Change(layer=name, pass_="qat", done="kept", reason=ready.reasons[name]))
+                continue
+            grids = [observer.grid(percentile) if observer.seen else SHARES for observer in ready.observed[name]]
+            replace(model, name, _qat_form(operation, grids, bits))
+            done = "A8" if isinstance(operation, Product | SoftmaxProduct) else f"W{bits}A8"
+            changes.append(Change(layer=name, pass_="qat", done=done))
         return changes + out_of_reach(model, "qat", "integer form")
 
     return pass_
-
-
-def _unusual(model: nn.Module, layers: Mapping[str, nn.Module], batches: Sequence[Tensor]) -> dict[str, str]:
-    """The subclasses, by name, that do not compute what their kind does, with a reason."""
-    subclasses = {name: layer for name, layer in layers.items() if type(layer) not in (nn.Linear, nn.Conv2d)}
-    reasons: dict[str, str] = {}
-
-    def watch(name: str, layer: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-        if not computes_as_usual(layer, inputs[0]):
-            reasons[name] = UNUSUAL
-
-    if subclasses:
-        watch_inputs(model, subclasses, batches[:1], watch)
-    return reasons
 
 
 def _qat_form(operation: nn.Module, grids: Sequence[ActivationGrid], bits: int) -> QATOperation:
@@ -314,8 +265,7 @@ def apply_qat(model: nn.Module, structure: Mapping[str, OperationRecord]) -> Non
 def freeze(batches: Sequence[Tensor]) -> Pass:
     """A pass that turns every QAT operation into its integer form, in place; float layers are rounded to the FP16 in which they are stored.
 
-    `batches`: calibration images; on the first of them each layer's signal over noise is measured, where the signal is that of its float
-    weight and unrounded input. Costs a forward pass.
+    `batches`: calibration images; on the first batch each layer's signal over noise is measured against its float form.
     """
 
     def pass_(model: nn.Module) -> list[Change]:

@@ -5,6 +5,8 @@ Axes: B batch, O output and I input channels, H W map.
 
 from __future__ import annotations
 
+from typing import cast
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812 - the field's usual name
@@ -121,8 +123,7 @@ SHARES = ActivationGrid(scale=1 / 255, unsigned=True)
 class QuantizedSoftmaxProduct(nn.Module):
     """softmax(logits)·values with exp(logits - max) and the values in 8 bits, divided by the sum after the product.
 
-    A softmax over N entries shrinks as 1/N and vanishes in 8 bits; its largest exponential is 1 for every N. The divisor is the sum of the
-    rounded exponentials, so the weights of the values sum to 1 exactly.
+    A softmax over N entries shrinks as 1/N and vanishes in 8 bits; its largest exponential is 1 for every N.
     """
 
     def __init__(self, values: ActivationGrid) -> None:
@@ -140,10 +141,8 @@ MAX_ENTRIES = 24_000
 
 
 def exponentials(logits: Tensor, bias: Tensor | None) -> Tensor:
-    """exp(logits + bias - their maximum over the last dimension), in 0..1, divided by the number of started `MAX_ENTRIES` entries.
-
-    The division prevents an overflow of the engines' sums on uniform images, where every share is 1.
-    """
+    """exp(logits + bias - their maximum over the last dimension), in 0..1, divided by the number of started `MAX_ENTRIES` entries so that
+    the engines' sums do not overflow."""
     if bias is not None:
         logits = logits + bias
     shares = torch.exp(logits - logits.amax(-1, keepdim=True))
@@ -152,6 +151,13 @@ def exponentials(logits: Tensor, bias: Tensor | None) -> Tensor:
 
 
 QuantizedLayer = QuantizedLinear | QuantizedConv2d
+
+
+def quantized_form(layer: nn.Module, grid: ActivationGrid, *, bits: int = 8, scale: Tensor | None = None) -> QuantizedLayer:
+    """The integer form of a Linear or Conv2d."""
+    if isinstance(layer, nn.Conv2d):
+        return QuantizedConv2d(layer, grid, bits=bits, scale=scale)
+    return QuantizedLinear(cast(nn.Linear, layer), grid, bits=bits, scale=scale)
 
 
 def no_integer_form(layer: nn.Module, observer: Observer) -> str | None:
