@@ -1,3 +1,5 @@
+"""Artefacts in each engine compared with their PyTorch models. Axes: B images, C channels, H W map."""
+
 from __future__ import annotations
 
 import copy

@@ -1,4 +1,4 @@
-"""Artefacts against the PyTorch models that they come from, and what export refuses. Axes: B images, C channels, H W map."""
+"""Export of models to artefacts: contents, files and refused inputs. Axes: B images, C channels, H W map."""
 
 from __future__ import annotations
 

@@ -1,3 +1,5 @@
+"""Checks of a PyTorch model before its export."""
+
 from __future__ import annotations
 
 import re

@@ -1,3 +1,5 @@
+"""Conditions on image sizes in a model's code."""
+
 from __future__ import annotations
 
 import re

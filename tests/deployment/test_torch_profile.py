@@ -1,4 +1,4 @@
-"""A live model beside what is deployed: its layers go by their names in PyTorch's profiler, and it is a baseline of bench."""
+"""Layer ranges in PyTorch's profiler, and profiles of a model in PyTorch."""
 
 from __future__ import annotations
 

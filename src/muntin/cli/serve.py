@@ -162,7 +162,7 @@ def _describe_end(cut_off: int, seconds: float, *, hurried: bool = False) -> str
         return "every request that was admitted has been answered"
     calls = "1 connection or call was" if cut_off == 1 else f"{cut_off} connections or calls were"
     if hurried:
-        return f"{calls} still busy and cut off, since it was told twice to end"
+        return f"{calls} still busy and cut off, because of a second signal"
     return f"{calls} still busy after {seconds:g} s and cut off; --drain-seconds gives more time"
 
 

@@ -57,7 +57,7 @@ def _plain_notes(checkpoint: Checkpoint) -> tuple[str, ...]:
         return ()
     if not _made_from(checkpoint, stages):
         return (
-            f"Plain INT8: the stages in the run's folder {FOLDER} were made from another checkpoint; compress this one to have them told.",
+            f"Plain INT8: the stages in the run's folder {FOLDER} were made from another checkpoint; compress this one to report them.",
         )
     return (f"Plain INT8: the stages in the run's folder {FOLDER} are not done; `muntin compress --resume` goes on with them.",)
 
@@ -151,7 +151,7 @@ class _Comparison:
         if (other := other_artifact(last, target)) is None:
             return target
         target = self.directory / f"{ARTIFACT}-report"
-        self.notes.append(f"The folder {ARTIFACT} holds another artefact ({other}) and stays: the one told here is {target.name}.")
+        self.notes.append(f"The folder {ARTIFACT} holds another artefact ({other}) and stays: this report is of {target.name}.")
         return target
 
     def _latency(self, reference: TorchSession, session: Session, engine: str, rounds: int) -> dict[str, Any]:
