@@ -151,7 +151,9 @@ class _Comparison:
         if (other := other_artifact(last, target)) is None:
             return target
         target = self.directory / f"{ARTIFACT}-report"
-        self.notes.append(f"The folder {ARTIFACT} holds another artefact ({other}) and stays: this report is of {target.name}.")
+        self.notes.append(
+            f"The folder {ARTIFACT} holds another artefact ({other}) and stays: the artefact of this report is {target.name}."
+        )
         return target
 
     def _latency(self, reference: TorchSession, session: Session, engine: str, rounds: int) -> dict[str, Any]:
